@@ -1,0 +1,229 @@
+"""Overlapping patches of a batch of images: crop, flip, grey, normalise, cut and cast in one pass.
+
+From images [B, C, H, W] (uint8 or floating, any strides) to patches [B, rows, cols, C', p, p]. Every pixel is read and
+transformed once, then written straight to each patch that contains it, so none of the steps leaves an intermediate in
+memory. The backward pass sums the overlapping patch gradients of every pixel in a fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+__all__ = ["extract_patches", "extract_patches_reference"]
+
+# ITU-R BT.601 luma, as Pillow's convert("L") uses it.
+LUMA = (0.299, 0.587, 0.114)
+# Added to a patch's standard deviation, so that flat patches stay flat instead of becoming amplified noise.
+CONTRAST_FLOOR = 0.1
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def extract_patches(
+    images: Tensor,
+    patch_size: int,
+    stride: int,
+    *,
+    crop: tuple[int, int] | None = None,
+    offsets: Tensor | None = None,
+    flip: Tensor | None = None,
+    gray: bool = False,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    patch_norm: bool = False,
+    dtype: torch.dtype | None = None,
+    channels_last: bool = False,
+) -> Tensor:
+    """Cut images into a grid of overlapping square patches, transforming the pixels on the way.
+
+    The steps, in this order: crop, horizontal flip, scaling of uint8 by 1/255, grey, ``(x - mean) / std``, cutting,
+    normalising of each patch, cast. Arithmetic is in float32, in float64 where images or patches are float64.
+
+    Args:
+        images: [B, C, H, W], uint8 (0..255) or floating, with any strides.
+        patch_size: side p of a patch in pixels.
+        stride: distance of neighbouring patches in pixels; patches overlap where it is less than ``patch_size``.
+        crop: (h, w), the window of every image that is cut into patches. Default: the whole image.
+        offsets: [B, 2] integers, the (y, x) of each image's window. Default: the centre.
+        flip: [B] bool, which windows are mirrored left to right. Default: none.
+        gray: RGB to one channel by ITU-R BT.601 luma; images of one channel stay as they are.
+        mean: one value per output channel, subtracted after scaling and grey. Default: zeros.
+        std: one positive value per output channel, divided by. Default: ones.
+        patch_norm: bring every patch, over its channels and pixels together, to zero mean and unit contrast:
+            ``(x - mu) / (sigma + 0.1)`` with the population sigma.
+        dtype: floating type of the patches. Default: that of floating images, ``torch.get_default_dtype()`` for uint8.
+        channels_last: lay each patch out as (p, p, C') in memory; the shape stays the same.
+
+    Returns:
+        Patches [B, rows, cols, C', p, p] with rows = (h - p) // stride + 1, cols likewise, C' = 1 if ``gray`` else C.
+        Differentiable once in floating images.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or range. Offsets that leave the image are an error
+            on the CPU; elsewhere, where looking would stall the stream, they are clamped to the image.
+    """
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a tensor, got {type(images).__name__}")
+    if images.dtype != torch.uint8 and images.dtype not in _DTYPES:
+        raise TypeError(f"images must be uint8, {', '.join(map(_name, _DTYPES))}, got {_name(images.dtype)}")
+    if images.ndim != 4:
+        raise ValueError(f"images must be [B, C, H, W], got shape {tuple(images.shape)}")
+    if dtype is None:
+        dtype = images.dtype if images.is_floating_point() else torch.get_default_dtype()
+    if dtype not in _DTYPES:
+        raise TypeError(f"dtype must be one of {', '.join(map(_name, _DTYPES))}, got {_name(dtype)}")
+    height, width = _window(images, patch_size, stride, crop)
+    channels = _output_channels(images, gray)
+    mean = _per_channel("mean", mean, channels)
+    std = _per_channel("std", std, channels)
+    if std is not None and not all(value > 0 for value in std):
+        raise ValueError(f"std must be positive, got {tuple(std)}")
+    if offsets is not None:
+        if crop is None:
+            raise ValueError("offsets place a crop: give crop=(h, w) with them")
+        _check_per_image("offsets", offsets, (images.shape[0], 2), images)
+        if offsets.dtype == torch.bool or offsets.is_floating_point() or offsets.is_complex():
+            raise TypeError(f"offsets must be integers, got {_name(offsets.dtype)}")
+        offsets = offsets.to(torch.int64)
+    if flip is not None:
+        _check_per_image("flip", flip, (images.shape[0],), images)
+        if flip.dtype != torch.bool:
+            raise TypeError(f"flip must be bool, got {_name(flip.dtype)}")
+    return _extract_patches(
+        images,
+        patch_size,
+        stride,
+        height,
+        width,
+        offsets,
+        flip,
+        gray,
+        mean,
+        std,
+        patch_norm,
+        dtype,
+        channels_last,
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _window(images: Tensor, patch_size: int, stride: int, crop: tuple[int, int] | None) -> tuple[int, int]:
+    for name, value in (("patch_size", patch_size), ("stride", stride)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    size = tuple(images.shape[2:])
+    if crop is None:
+        height, width = size
+    else:
+        if len(crop) != 2:
+            raise ValueError(f"crop must be (h, w), got {tuple(crop)}")
+        height, width = crop
+        if height > size[0] or width > size[1]:
+            raise ValueError(f"crop must lie within images of {size[0]}x{size[1]}, got {height}x{width}")
+    if patch_size > min(height, width):
+        raise ValueError(
+            f"patch_size must be at most {min(height, width)} for a {height}x{width} window, got {patch_size}"
+        )
+    return height, width
+
+
+def _output_channels(images: Tensor, gray: bool) -> int:
+    channels = images.shape[1]
+    if not gray:
+        if channels == 0:
+            raise ValueError("images must have at least one channel, got none")
+        return channels
+    if channels not in (1, 3):
+        raise ValueError(f"gray needs images of 1 or 3 channels, got {channels}")
+    return 1
+
+
+def _per_channel(name: str, values: Sequence[float] | None, channels: int) -> list[float] | None:
+    if values is None:
+        return None
+    if len(values) != channels:
+        raise ValueError(
+            f"{name} must have one value for each of {channels} output channels, got {len(values)}"
+        )
+    return [float(value) for value in values]
+
+
+def _check_per_image(name: str, value: Tensor, shape: tuple[int, ...], images: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if tuple(value.shape) != shape:
+        raise ValueError(
+            f"{name} must be {list(shape)} for {shape[0]} images, got shape {tuple(value.shape)}"
+        )
+    if value.device != images.device:
+        raise ValueError(f"{name} must be on {images.device} like the images, got {value.device}")
+
+
+def extract_patches_reference(
+    images: Tensor,
+    patch_size: int,
+    stride: int,
+    height: int,
+    width: int,
+    offsets: Tensor | None,
+    flip: Tensor | None,
+    gray: bool,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    patch_norm: bool,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    """The op in plain PyTorch, step by step: oracle, baseline, and what runs where there is no kernel."""
+    compute = torch.float64 if torch.float64 in (images.dtype, dtype) else torch.float32
+    x = _crop_and_flip(images, height, width, offsets, flip).to(compute)
+    if images.dtype == torch.uint8:
+        x = x / 255
+    if gray and images.shape[1] == 3:
+        x = torch.einsum("bchw,c->bhw", x, x.new_tensor(LUMA)).unsqueeze(1)
+    if mean is not None:
+        x = x - x.new_tensor(mean).view(1, -1, 1, 1)
+    if std is not None:
+        x = x / x.new_tensor(std).view(1, -1, 1, 1)
+    patches = x.unfold(2, patch_size, stride).unfold(3, patch_size, stride).permute(0, 2, 3, 1, 4, 5)
+    if patch_norm:
+        centred = patches - patches.mean((3, 4, 5), keepdim=True)
+        variance = centred.square().mean((3, 4, 5), keepdim=True)
+        # The square root has no slope at zero; a flat patch has no gradient through its contrast.
+        flat = variance == 0
+        contrast = torch.where(flat, 0.0, torch.where(flat, 1.0, variance).sqrt())
+        patches = centred / (contrast + CONTRAST_FLOOR)
+    patches = patches.to(dtype)
+    if channels_last:
+        return patches.permute(0, 1, 2, 4, 5, 3).contiguous().permute(0, 1, 2, 5, 3, 4)
+    return patches.contiguous()
+
+
+def _crop_and_flip(
+    images: Tensor, height: int, width: int, offsets: Tensor | None, flip: Tensor | None
+) -> Tensor:
+    limit_y, limit_x = images.shape[2] - height, images.shape[3] - width
+    if offsets is None and flip is None:
+        y, x = limit_y // 2, limit_x // 2
+        return images[:, :, y : y + height, x : x + width]
+    if offsets is None:
+        offsets = images.new_tensor([[limit_y // 2, limit_x // 2]], dtype=torch.int64).expand(len(images), 2)
+    offsets = torch.minimum(offsets.clamp(min=0), offsets.new_tensor([limit_y, limit_x]))
+    rows = offsets[:, :1] + torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device).expand(len(images), width)
+    if flip is not None:
+        columns = torch.where(flip[:, None], width - 1 - columns, columns)
+    columns = offsets[:, 1:] + columns
+    batch = torch.arange(len(images), device=images.device)
+    # Advanced indices on both sides of a slice put the channels last.
+    return images[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+_extract_patches = extract_patches_reference
