@@ -34,9 +34,7 @@ def _find() -> Path:
             path = folder / f"_C{suffix}"
             if path.is_file():
                 return path
-    raise ImportError(
-        f"cpc_ext has no compiled module for this Python ({sys.version.split()[0]}): {_INSTALL}"
-    )
+    raise ImportError(f"cpc_ext has no compiled module for this Python ({sys.version.split()[0]}): {_INSTALL}")
 
 
 def _load(version: str) -> ModuleType:

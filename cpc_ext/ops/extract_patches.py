@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
 __all__ = ["extract_patches", "extract_patches_reference"]
 
 # ITU-R BT.601 luma, as Pillow's convert("L") uses it.
@@ -149,9 +148,7 @@ def _per_channel(name: str, values: Sequence[float] | None, channels: int) -> li
     if values is None:
         return None
     if len(values) != channels:
-        raise ValueError(
-            f"{name} must have one value for each of {channels} output channels, got {len(values)}"
-        )
+        raise ValueError(f"{name} must have one value for each of {channels} output channels, got {len(values)}")
     return [float(value) for value in values]
 
 
@@ -159,9 +156,7 @@ def _check_per_image(name: str, value: Tensor, shape: tuple[int, ...], images: T
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if tuple(value.shape) != shape:
-        raise ValueError(
-            f"{name} must be {list(shape)} for {shape[0]} images, got shape {tuple(value.shape)}"
-        )
+        raise ValueError(f"{name} must be {list(shape)} for {shape[0]} images, got shape {tuple(value.shape)}")
     if value.device != images.device:
         raise ValueError(f"{name} must be on {images.device} like the images, got {value.device}")
 
@@ -206,9 +201,7 @@ def extract_patches_reference(
     return patches.contiguous()
 
 
-def _crop_and_flip(
-    images: Tensor, height: int, width: int, offsets: Tensor | None, flip: Tensor | None
-) -> Tensor:
+def _crop_and_flip(images: Tensor, height: int, width: int, offsets: Tensor | None, flip: Tensor | None) -> Tensor:
     limit_y, limit_x = images.shape[2] - height, images.shape[3] - width
     if offsets is None and flip is None:
         y, x = limit_y // 2, limit_x // 2
