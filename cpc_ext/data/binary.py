@@ -1,0 +1,44 @@
+"""Files of fixed-size binary records, memory-mapped after a check that every record is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+
+def open_records(path: Path, count: int, record_bytes: int) -> np.ndarray:
+    """Map a file of `count` records read-only: uint8 [count, record_bytes].
+
+    Raises FileNotFoundError where it is missing, ValueError where its size is another.
+    """
+    size = require_file(path).stat().st_size
+    if size != count * record_bytes:
+        raise ValueError(
+            f"{path}: expected {count} records of {record_bytes} bytes, {count * record_bytes} bytes in all, "
+            f"found {size} bytes; remove {path.parent} and fetch it again with --download"
+        )
+    return np.memmap(path, dtype=np.uint8, mode="r", shape=(count, record_bytes))
+
+
+def read_names(path: Path, count: int) -> tuple[str, ...]:
+    """The `count` class names of a text file with one name a line. ValueError where there are more or fewer."""
+    names = tuple(require_file(path).read_text(encoding="utf-8").split())
+    if len(names) != count:
+        raise ValueError(f"{path}: expected {count} class names, found {len(names)}")
+    return names
+
+
+def require_labels(path: Path, labels: np.ndarray, first: int, count: int) -> np.ndarray:
+    """Labels stored as bytes first..first+count-1, as int64 from 0. ValueError where one lies outside."""
+    if len(labels) and not (first <= labels.min() and labels.max() < first + count):
+        raise ValueError(f"{path}: expected labels {first}..{first + count - 1}, found {labels.min()}..{labels.max()}")
+    return labels.astype(np.int64) - first
+
+
+def require_file(path: Path) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: remove {path.parent} and fetch it again with --download, or name another --data-dir"
+        )
+    return path

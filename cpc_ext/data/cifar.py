@@ -1,0 +1,86 @@
+"""CIFAR-10 and CIFAR-100 from their published binary files: 50 000 training and 10 000 test images of 32 x 32 pixels.
+
+A record is its label bytes and the image, row by row. A file of its own is mapped and viewed; CIFAR-10's five training
+batches are read into one array of 150 MB, since five mappings have no view in common.
+Source: Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from .binary import open_records, read_names, require_labels
+from .dataset import Dataset, ImageSet
+from .download import Archive, require_folder
+from .statistics import pixel_statistics
+
+CIFAR10 = Archive(
+    url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+    md5="c32a1d4ab5d03f1284b67883e8d87530",
+    folder="cifar-10-batches-bin",
+)
+CIFAR100 = Archive(
+    url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+    md5="03b5dce01913d631647c71ecec9e9cb8",
+    folder="cifar-100-binary",
+)
+SHAPE = (3, 32, 32)
+BATCH, TRAIN, TEST = 10_000, 50_000, 10_000
+
+
+def load_cifar10(data_dir: str | Path | None = None, *, download: bool = False) -> Dataset:
+    """Open CIFAR-10; pretrain and train are the same 50 000 images.
+
+    Raises FileNotFoundError where files are missing, ValueError where one is damaged, DownloadError.
+    """
+    folder = require_folder(CIFAR10, data_dir, download=download)
+    images = np.empty((TRAIN, *SHAPE), np.uint8)
+    labels = np.empty(TRAIN, np.int64)
+    for number in range(1, 6):
+        part = slice((number - 1) * BATCH, number * BATCH)
+        batch = _records(folder / f"data_batch_{number}.bin", BATCH, label_bytes=1, classes=10)
+        images[part], labels[part] = batch.images, batch.labels
+    return _dataset(
+        "cifar10",
+        train=ImageSet(images=images, labels=labels),
+        test=_records(folder / "test_batch.bin", TEST, label_bytes=1, classes=10),
+        classes=read_names(folder / "batches.meta.txt", 10),
+    )
+
+
+def load_cifar100(data_dir: str | Path | None = None, *, download: bool = False) -> Dataset:
+    """Open CIFAR-100 with its 100 fine labels; pretrain and train are the same 50 000 images.
+
+    Raises FileNotFoundError where files are missing, ValueError where one is damaged, DownloadError.
+    """
+    folder = require_folder(CIFAR100, data_dir, download=download)
+    return _dataset(
+        "cifar100",
+        train=_records(folder / "train.bin", TRAIN, label_bytes=2, classes=100),
+        test=_records(folder / "test.bin", TEST, label_bytes=2, classes=100),
+        classes=read_names(folder / "fine_label_names.txt", 100),
+    )
+
+
+def _records(path: Path, count: int, label_bytes: int, classes: int) -> ImageSet:
+    """A file's images and labels; of two label bytes (coarse, fine) the last counts."""
+    records = open_records(path, count, label_bytes + int(np.prod(SHAPE)))
+    labels = require_labels(path, records[:, label_bytes - 1], first=0, count=classes)
+    return ImageSet(images=records[:, label_bytes:].reshape(count, *SHAPE), labels=labels)
+
+
+def _dataset(name: str, train: ImageSet, test: ImageSet, classes: tuple[str, ...]) -> Dataset:
+    statistics = pixel_statistics(train.images)
+    return Dataset(
+        name=name,
+        pretrain=train,
+        train=train,
+        test=test,
+        classes=classes,
+        mean=statistics.mean,
+        std=statistics.std,
+        gray_mean=statistics.gray_mean,
+        gray_std=statistics.gray_std,
+    )

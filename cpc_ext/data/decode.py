@@ -1,0 +1,86 @@
+"""Image files to rows of one uint8 file: decoded once, by threads, since Pillow lets go of the interpreter meanwhile.
+
+Rows are appended in the order of the files with plain writes, so that no more than a few hundred images are in memory
+and a full disk is an error instead of a crash. What cannot be decoded is left out and reported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+# Decoded ahead of writing; enough that the threads seldom wait for the slowest image of a batch.
+AHEAD = 512
+
+
+class MixedSizes(Exception):
+    """The images were to keep their size, and it is not the same for all."""
+
+
+def decode_all(files: Sequence[Path], out: BinaryIO, image_size: int | None) -> tuple[tuple[int, int], list[int]]:
+    """Append every image to `out` as uint8 [3, H, W], RGB.
+
+    image_size: the shorter side is brought to it and the middle square kept. None keeps the images as they are and
+    raises MixedSizes where they differ. Returns (H, W) and the indices of the files that could not be decoded, which
+    have no row; (0, 0) where none could.
+    """
+    shape: tuple[int, int] | None = None
+    broken: list[int] = []
+    pool = ThreadPoolExecutor(_cores())
+    try:
+        with tqdm(desc="decoding images", total=len(files), unit="image", disable=None) as bar:
+            for start in range(0, len(files), AHEAD):
+                decoded = pool.map(partial(_decode_or_none, image_size=image_size), files[start : start + AHEAD])
+                for index, pixels in enumerate(decoded, start):
+                    bar.update()
+                    if pixels is None:
+                        broken.append(index)
+                        continue
+                    if shape is None:
+                        shape = pixels.shape[:2]
+                    elif pixels.shape[:2] != shape:
+                        raise MixedSizes
+                    out.write(np.ascontiguousarray(pixels.transpose(2, 0, 1)).data)
+    finally:
+        # Not `with`: on Ctrl-C that would first finish what is queued.
+        pool.shutdown(cancel_futures=True)
+    return shape or (0, 0), broken
+
+
+def decode_image(path: Path, image_size: int | None = None) -> np.ndarray:
+    """One image as uint8 [H, W, 3], RGB, the right way up by its EXIF orientation. Raises what Pillow raises."""
+    with Image.open(path) as image:
+        if image_size is not None:
+            # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, never below what is asked for.
+            image.draft(None, (image_size, image_size))
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I;16"):
+            # Pillow would clip 16-bit grey at 255 instead of scaling it.
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")
+        image = image.convert("RGB")
+        if image_size is not None and image.size != (image_size, image_size):
+            image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
+        return np.asarray(image)
+
+
+def _decode_or_none(path: Path, image_size: int | None) -> np.ndarray | None:
+    # A damaged file makes Pillow's readers raise nearly anything (OSError, SyntaxError, struct.error, ...).
+    try:
+        return decode_image(path, image_size)
+    except Exception:
+        return None
+
+
+def _cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
