@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-__all__ = ["native"]
+__all__ = ["KERNEL_DEVICES", "native"]
 
 _NAME = "cpc_ext._C"
 _INSTALL = "run `pip install -c constraints.txt .` in the checkout"
@@ -63,3 +63,6 @@ def _version() -> str:
 
 
 native = _load(_version())
+
+# Devices that this build has kernels for; elsewhere the ops run their references.
+KERNEL_DEVICES = ("cpu", "cuda") if native.build_info()["cuda"] else ("cpu",)

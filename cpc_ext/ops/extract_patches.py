@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cpc_ext._native import KERNEL_DEVICES, native
+
 __all__ = ["extract_patches", "extract_patches_reference"]
 
 # ITU-R BT.601 luma, as Pillow's convert("L") uses it.
@@ -219,4 +221,177 @@ def _crop_and_flip(images: Tensor, height: int, width: int, offsets: Tensor | No
     return images[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-_extract_patches = extract_patches_reference
+def _patch_tensor(like: Tensor, shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """An empty [B, rows, cols, K, p, p], each patch in the memory order asked for."""
+    if not channels_last:
+        return like.new_empty(shape, dtype=dtype)
+    batch, rows, cols, channels, height, width = shape
+    return like.new_empty((batch, rows, cols, height, width, channels), dtype=dtype).permute(0, 1, 2, 5, 3, 4)
+
+
+def _patches_shape(images: Tensor, patch_size: int, stride: int, height: int, width: int, gray: bool) -> list[int]:
+    rows, cols = (height - patch_size) // stride + 1, (width - patch_size) // stride + 1
+    return [images.shape[0], rows, cols, 1 if gray else images.shape[1], patch_size, patch_size]
+
+
+def _affine(
+    images_dtype: torch.dtype, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[list[float], list[float]]:
+    """Scaling by 1/255 and normalising as ``scale * x + shift``."""
+    unit = 1 / 255 if images_dtype == torch.uint8 else 1.0
+    std = std or [1.0] * channels
+    mean = mean or [0.0] * channels
+    return [unit / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
+
+
+@torch.library.custom_op("cpc_ext::extract_patches", mutates_args=())
+def _extract_patches(
+    images: Tensor,
+    patch_size: int,
+    stride: int,
+    height: int,
+    width: int,
+    offsets: Tensor | None,
+    flip: Tensor | None,
+    gray: bool,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    patch_norm: bool,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    return extract_patches_reference(
+        images, patch_size, stride, height, width, offsets, flip, gray, mean, std, patch_norm, dtype, channels_last
+    )
+
+
+@_extract_patches.register_fake
+def _(
+    images, patch_size, stride, height, width, offsets, flip, gray, mean, std, patch_norm, dtype, channels_last
+) -> Tensor:
+    shape = _patches_shape(images, patch_size, stride, height, width, gray)
+    return _patch_tensor(images, shape, dtype, channels_last)
+
+
+@_extract_patches.register_kernel(KERNEL_DEVICES)
+def _(
+    images, patch_size, stride, height, width, offsets, flip, gray, mean, std, patch_norm, dtype, channels_last
+) -> Tensor:
+    shape = _patches_shape(images, patch_size, stride, height, width, gray)
+    patches = _patch_tensor(images, shape, dtype, channels_last)
+    scale, shift = _affine(images.dtype, shape[3], mean, std)
+    native.extract_patches(
+        images,
+        patches,
+        offsets=offsets,
+        flip=flip,
+        patch_size=patch_size,
+        stride=stride,
+        height=height,
+        width=width,
+        gray=gray,
+        patch_norm=patch_norm,
+        channels_last=channels_last,
+        scale=scale,
+        shift=shift,
+    )
+    return patches
+
+
+@torch.library.custom_op("cpc_ext::extract_patches_backward", mutates_args=())
+def _extract_patches_backward(
+    grad: Tensor,
+    images: Tensor | None,
+    size: Sequence[int],
+    images_dtype: torch.dtype,
+    patch_size: int,
+    stride: int,
+    height: int,
+    width: int,
+    offsets: Tensor | None,
+    flip: Tensor | None,
+    gray: bool,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    patch_norm: bool,
+    channels_last: bool,
+) -> Tensor:
+    """The gradient in the images. Only ``patch_norm`` is not linear and needs the images themselves."""
+    pixels = torch.zeros(size, dtype=images_dtype, device=grad.device) if images is None else images.detach()
+    with torch.enable_grad():
+        pixels = pixels.requires_grad_()
+        patches = extract_patches_reference(
+            pixels, patch_size, stride, height, width, offsets, flip, gray, mean, std, patch_norm, grad.dtype, False
+        )
+    return torch.autograd.grad(patches, pixels, grad)[0].contiguous()
+
+
+@_extract_patches_backward.register_fake
+def _(grad, images, size, images_dtype, *_: object) -> Tensor:
+    return grad.new_empty(size, dtype=images_dtype)
+
+
+@_extract_patches_backward.register_kernel(KERNEL_DEVICES)
+def _(
+    grad,
+    images,
+    size,
+    images_dtype,
+    patch_size,
+    stride,
+    height,
+    width,
+    offsets,
+    flip,
+    gray,
+    mean,
+    std,
+    patch_norm,
+    channels_last,
+) -> Tensor:
+    grad = grad.permute(0, 1, 2, 4, 5, 3).contiguous().permute(0, 1, 2, 5, 3, 4) if channels_last else grad.contiguous()
+    scale, shift = _affine(images_dtype, grad.shape[3], mean, std)
+    norm_slopes = None
+    if patch_norm and grad.is_cuda:
+        compute = torch.float64 if torch.float64 in (images_dtype, grad.dtype) else torch.float32
+        norm_slopes = grad.new_empty((*grad.shape[:3], 3), dtype=compute)
+    images_grad = grad.new_empty(size, dtype=images_dtype)
+    native.extract_patches_backward(
+        grad,
+        images_grad,
+        images=images,
+        norm_slopes=norm_slopes,
+        offsets=offsets,
+        flip=flip,
+        patch_size=patch_size,
+        stride=stride,
+        height=height,
+        width=width,
+        gray=gray,
+        patch_norm=patch_norm,
+        channels_last=channels_last,
+        scale=scale,
+        shift=shift,
+    )
+    return images_grad
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    images, patch_size, stride, height, width, offsets, flip, gray, mean, std, patch_norm, _, channels_last = inputs
+    ctx.save_for_backward(images if patch_norm else None, offsets, flip)
+    ctx.size, ctx.images_dtype = images.shape, images.dtype
+    ctx.window = patch_size, stride, height, width
+    ctx.transform = gray, mean, std, patch_norm, channels_last
+
+
+def _backward(ctx, grad: Tensor):
+    images, offsets, flip = ctx.saved_tensors
+    images_grad = None
+    if ctx.needs_input_grad[0]:
+        images_grad = _extract_patches_backward(
+            grad, images, ctx.size, ctx.images_dtype, *ctx.window, offsets, flip, *ctx.transform
+        )
+    return images_grad, *[None] * 12
+
+
+_extract_patches.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,36 @@
+// Tensors from Python without their framework: a pybind11 argument type that reads a DLPack producer.
+// PyTorch 2.11 and newer publish a table of C functions on the tensor type, which costs a few instructions a tensor; other
+// producers, NumPy among them, are asked through __dlpack__ and kept alive for the call.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "core/tensor_view.h"
+#include "third_party/dlpack/dlpack.h"
+
+namespace cpc::bindings {
+
+struct TensorArg {
+  TensorView view;
+  DLDevice device{kDLCPU, 0};
+  bool readonly = false;
+  const DLPackExchangeAPI* api = nullptr;  // Null for producers without the table.
+  pybind11::object owner;                  // The capsule of such a producer.
+};
+
+// Throws TypeError for an object that is no tensor, or a tensor that no kernel could read.
+TensorArg tensor_from(pybind11::handle object);
+
+// The CUDA stream that the tensor's framework is working on, for the tensor's device.
+void* current_stream(const TensorArg& tensor);
+
+}  // namespace cpc::bindings
+
+template <>
+struct pybind11::detail::type_caster<cpc::bindings::TensorArg> {
+  PYBIND11_TYPE_CASTER(cpc::bindings::TensorArg, const_name("Tensor"));
+  bool load(handle source, bool) {
+    value = cpc::bindings::tensor_from(source);
+    return true;
+  }
+};

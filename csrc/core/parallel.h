@@ -1,0 +1,36 @@
+// Parallel loops on the CPU and memory for their intermediate results. OpenMP, so that torch.set_num_threads holds for
+// these loops too.
+#pragma once
+
+#include <omp.h>
+
+#include <cstdint>
+
+namespace cpc {
+
+// Workers that a parallel loop started here runs on.
+inline int workers() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
+
+// Calls body(i, worker) for every i in [0, n), in any order; worker is in [0, workers()). The body must not throw.
+template <class Body>
+void parallel_for(int64_t n, const Body& body) {
+#pragma omp parallel for schedule(static) num_threads(workers()) if (n > 1)
+  for (int64_t i = 0; i < n; ++i) body(i, omp_in_parallel() ? omp_get_thread_num() : 0);
+}
+
+// `bytes` of 64-byte aligned memory for each worker of the next loop, contents undefined; worker w's begins at
+// w * rounded-up bytes. Owned by the calling thread, kept for reuse, valid until its next call. Throws std::bad_alloc.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes);
+  template <class T>
+  T* of(int worker) const {
+    return reinterpret_cast<T*>(base_ + worker * pitch_);
+  }
+
+ private:
+  char* base_;
+  int64_t pitch_;
+};
+
+}  // namespace cpc

@@ -1,0 +1,57 @@
+// A typed, strided view of memory that somebody else owns: all that a kernel knows of a tensor.
+// Plain data, so that it can be handed to a CUDA kernel by value.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace cpc {
+
+enum class DType : uint8_t { u8, boolean, i32, i64, f16, bf16, f32, f64 };
+
+constexpr int64_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::u8:
+    case DType::boolean: return 1;
+    case DType::f16:
+    case DType::bf16: return 2;
+    case DType::i32:
+    case DType::f32: return 4;
+    case DType::i64:
+    case DType::f64: return 8;
+  }
+  return 0;
+}
+
+constexpr bool is_floating(DType dtype) { return dtype >= DType::f16; }
+
+// Storage of the 16-bit floating types. Kernels compute in float or double and convert at loads and stores.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct TensorView {
+  static constexpr int kMaxDims = 8;
+
+  void* data = nullptr;  // First element; null where the tensor is absent or empty.
+  DType dtype = DType::f32;
+  int ndim = 0;
+  int64_t shape[kMaxDims] = {};
+  int64_t strides[kMaxDims] = {};  // In elements.
+
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data);
+  }
+
+  int64_t numel() const {
+    int64_t product = 1;
+    for (int d = 0; d < ndim; ++d) product *= shape[d];
+    return product;
+  }
+};
+
+}  // namespace cpc

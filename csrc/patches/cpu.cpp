@@ -1,0 +1,412 @@
+// Patch extraction on the CPU: from images to normalised overlapping patches, and the gradient back.
+// A task is one image and a run of its patch rows. It transforms the image rows they need into a buffer that stays in
+// the cache, each pixel once, then every patch is a series of short copies from there. With the buffer in the order of
+// the patches (planes of rows, or rows of interleaved channels), both memory formats are the same copies.
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#include "core/parallel.h"
+#include "core/simd.h"
+#include "patches/patches.h"
+#include "patches/window.h"
+
+namespace cpc::patches::cpu::CPC_ISA {
+namespace {
+
+using namespace cpc::CPC_ISA;
+
+// The rows of a task's buffer should fit the second-level cache beside the patches being written.
+constexpr int64_t kBufferBytes = 128 << 10;
+// Results larger than this are not found in the cache by whoever reads them next, so they are written past it.
+constexpr int64_t kStreamBytes = int64_t{32} << 20;
+
+// --- Image rows to transformed rows ---
+
+// One row of n source pixels with a step between them (negative for a mirrored row).
+template <class In>
+struct SourceRow {
+  const In* pixels;
+  int64_t step;
+};
+
+// out[i * out_step] = scale * source[i] + shift
+template <class In, class Real>
+void transform_row(Real* __restrict out, int64_t out_step, SourceRow<In> source, int64_t n, Real scale, Real shift) {
+  const In* __restrict in = source.pixels;
+  const int64_t step = source.step;
+  const auto run = [&](auto in_step, auto to_step) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i * to_step] = scale * static_cast<Real>(widen(in[i * in_step])) + shift;
+  };
+  // Steps known at compile time let the compiler load and store whole vectors.
+  constexpr std::integral_constant<int64_t, 1> forward;
+  constexpr std::integral_constant<int64_t, -1> mirrored;
+  if (out_step != 1) run(step, out_step);
+  else if (step == 1) run(forward, forward);
+  else if (step == -1) run(mirrored, forward);
+  else run(step, forward);
+}
+
+template <class In, class Real>
+void transform_gray_row(Real* __restrict out, const SourceRow<In> (&rgb)[3], int64_t n, Real scale, Real shift) {
+  const In* __restrict red = rgb[0].pixels;
+  const In* __restrict green = rgb[1].pixels;
+  const In* __restrict blue = rgb[2].pixels;
+  const Real r = scale * Real(kLuma[0]), g = scale * Real(kLuma[1]), b = scale * Real(kLuma[2]);
+  const auto run = [&](auto step) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i)
+      out[i] = r * static_cast<Real>(widen(red[i * step])) + g * static_cast<Real>(widen(green[i * step])) +
+               b * static_cast<Real>(widen(blue[i * step])) + shift;
+  };
+  if (rgb[0].step == 1) run(std::integral_constant<int64_t, 1>{});
+  else if (rgb[0].step == -1) run(std::integral_constant<int64_t, -1>{});
+  else run(rgb[0].step);
+}
+
+// Three planes of n values to n interleaved triples: the common colour case of channels-last patches.
+template <class T>
+void interleave3(T* __restrict out, const T* __restrict a, const T* __restrict b, const T* __restrict c, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    out[3 * i] = a[i];
+    out[3 * i + 1] = b[i];
+    out[3 * i + 2] = c[i];
+  }
+}
+
+// Transforms rows of windows into rows of patch order.
+template <class Real>
+class RowReader {
+ public:
+  explicit RowReader(const Problem& problem) : problem_(problem) {}
+
+  // Values of temporary memory that read() needs.
+  int64_t temporary() const { return interleaves() ? 3 * problem_.geometry.width : 0; }
+
+  // Window row `y` of image b. Channel k's row of `width` values goes to out + k * plane; with channels_last all
+  // channels go interleaved to `out`.
+  void read(Real* out, int64_t plane, Real* temporary, int64_t b, const Window& window, int64_t y) const {
+    switch (problem_.images.dtype) {
+      case DType::u8: return read_as<uint8_t>(out, plane, temporary, b, window, y);
+      case DType::f16: return read_as<Half>(out, plane, temporary, b, window, y);
+      case DType::bf16: return read_as<BFloat16>(out, plane, temporary, b, window, y);
+      case DType::f32: return read_as<float>(out, plane, temporary, b, window, y);
+      default: return read_as<double>(out, plane, temporary, b, window, y);
+    }
+  }
+
+ private:
+  bool interleaves() const { return problem_.geometry.channels_last && problem_.channels() == 3; }
+
+  template <class In>
+  void read_as(Real* out, int64_t plane, Real* temporary, int64_t b, const Window& window, int64_t y) const {
+    const Geometry& g = problem_.geometry;
+    const TensorView& images = problem_.images;
+    const int64_t n = g.width, channels = problem_.channels();
+    const auto row = [&](int64_t channel) {
+      const int64_t x = window.x + (window.flip ? n - 1 : 0);
+      const int64_t at = b * images.strides[0] + channel * images.strides[1] + (window.y + y) * images.strides[2] +
+                         x * images.strides[3];
+      return SourceRow<In>{images.as<In>() + at, window.flip ? -images.strides[3] : images.strides[3]};
+    };
+    const auto scale = [&](int64_t k) { return static_cast<Real>(problem_.scale[k]); };
+    const auto shift = [&](int64_t k) { return static_cast<Real>(problem_.shift[k]); };
+    if (g.gray && images.shape[1] == 3) {
+      transform_gray_row(out, {row(0), row(1), row(2)}, n, scale(0), shift(0));
+    } else if (interleaves()) {
+      for (int64_t k = 0; k < 3; ++k) transform_row(temporary + k * n, 1, row(k), n, scale(k), shift(k));
+      interleave3(out, temporary, temporary + n, temporary + 2 * n, n);
+    } else if (g.channels_last) {
+      for (int64_t k = 0; k < channels; ++k) transform_row(out + k, channels, row(k), n, scale(k), shift(k));
+    } else {
+      for (int64_t k = 0; k < channels; ++k) transform_row(out + k * plane, 1, row(k), n, scale(k), shift(k));
+    }
+  }
+
+  const Problem& problem_;
+};
+
+// How a patch lies in memory and in a buffer of transformed rows: `planes` planes of `height` rows of `run` values.
+struct Runs {
+  explicit Runs(const Problem& problem) {
+    const Geometry& g = problem.geometry;
+    const int64_t channels = problem.channels();
+    planes = g.channels_last ? 1 : channels;
+    height = g.patch;
+    pixel = g.channels_last ? channels : 1;
+    run = g.patch * pixel;
+    row = g.width * pixel;
+    values = planes * height * run;
+  }
+  int64_t planes;
+  int64_t height;
+  int64_t run;
+  int64_t pixel;   // Values from one pixel of a row to the next.
+  int64_t row;     // Values of one row of the window.
+  int64_t values;  // Values of a patch.
+};
+
+// --- A patch's own mean and contrast ---
+
+// A patch within a buffer of transformed rows: planes are `plane` values apart.
+template <class Real>
+struct PatchIn {
+  const Real* first;
+  int64_t plane;
+};
+
+// Calls visit(row) with each row of a patch, in the order of memory.
+template <class Real, class Visit>
+void for_each_run(const PatchIn<Real>& patch, const Runs& runs, const Visit& visit) {
+  for (int64_t k = 0; k < runs.planes; ++k)
+    for (int64_t y = 0; y < runs.height; ++y) visit(patch.first + k * patch.plane + y * runs.row);
+}
+
+// The sum of term(value) over a patch, for a term that works on a value and on a vector of them.
+template <class Real, class Term>
+Real sum_over(const PatchIn<Real>& patch, const Runs& runs, const Term& term) {
+  Vector<Real> lanes = {};
+  Real rest = 0;
+  for_each_run(patch, runs, [&](const Real* row) {
+    int64_t i = 0;
+    for (; i + kLanes<Real> <= runs.run; i += kLanes<Real>) lanes += term(load(row + i));
+    for (; i < runs.run; ++i) rest += term(row[i]);
+  });
+  return sum<Real>(lanes) + rest;
+}
+
+template <class Real>
+struct Moments {
+  Real mean, deviation;
+};
+
+template <class Real>
+Moments<Real> moments(const PatchIn<Real>& patch, const Runs& runs) {
+  const Real n = static_cast<Real>(runs.values);
+  const Real mean = sum_over(patch, runs, [](auto v) { return v; }) / n;
+  const Real variance = sum_over(patch, runs, [mean](auto v) { return (v - mean) * (v - mean); }) / n;
+  return {mean, std::sqrt(variance)};
+}
+
+// --- Forward ---
+
+// A task: patch rows [first, last) of image b.
+struct Task {
+  int64_t b, first, last;
+};
+
+// Splits the patch rows of every image into runs whose window rows fit the buffer, and into enough of them for all
+// workers.
+class Tasks {
+ public:
+  Tasks(const Problem& problem, int64_t window_row_bytes) : rows_(problem.rows()) {
+    const Geometry& g = problem.geometry;
+    const int64_t fitting = (kBufferBytes / window_row_bytes - g.patch) / g.stride + 1;
+    const int64_t balanced = problem.batch() * rows_ / (4 * workers());
+    per_task_ = std::clamp(std::min(fitting, balanced), int64_t{1}, rows_);
+    per_image_ = (rows_ + per_task_ - 1) / per_task_;
+    window_rows_ = (per_task_ - 1) * g.stride + g.patch;
+    count_ = problem.batch() * per_image_;
+  }
+  int64_t count() const { return count_; }
+  int64_t window_rows() const { return window_rows_; }  // At most, of one task.
+  Task operator[](int64_t i) const {
+    const int64_t first = i % per_image_ * per_task_;
+    return {i / per_image_, first, std::min(first + per_task_, rows_)};
+  }
+
+ private:
+  int64_t rows_, per_task_, per_image_, window_rows_, count_;
+};
+
+template <class Out, class Real>
+void extract_as(const Problem& problem) {
+  const Geometry& g = problem.geometry;
+  const Runs runs(problem);
+  const RowReader<Real> reader(problem);
+  const int64_t cols = problem.cols(), row_values = runs.planes * runs.row;
+  const Tasks tasks(problem, row_values * sizeof(Real));
+  // Rows as read; the same cast, where patches are plain copies of another type; the reader's and a run's temporary.
+  const bool casts = !g.patch_norm && !std::is_same_v<Out, Real>;
+  const int64_t real_values = tasks.window_rows() * row_values;
+  const int64_t temporary_values = std::max(reader.temporary(), runs.run);
+  const Scratch scratch((real_values + temporary_values) * sizeof(Real) + (casts ? real_values * sizeof(Out) : 0) +
+                        runs.run * sizeof(Out));
+  const int64_t run_bytes = runs.run * sizeof(Out);
+  const bool streams = problem.patches.numel() * int64_t{sizeof(Out)} > kStreamBytes && run_bytes % 64 == 0 &&
+                       reinterpret_cast<uintptr_t>(problem.patches.data) % 64 == 0;
+  const auto write = [&](Out* out, const Out* in) {
+    (streams ? stream_run : copy_run)(reinterpret_cast<char*>(out), reinterpret_cast<const char*>(in), run_bytes);
+  };
+
+  parallel_for(tasks.count(), [&](int64_t i, int worker) {
+    const Task task = tasks[i];
+    Real* const temporary = scratch.of<Real>(worker);
+    Real* const window_rows = temporary + temporary_values;
+    Out* const normalised = reinterpret_cast<Out*>(window_rows + real_values);
+    Out* const cast = normalised + runs.run;
+    const int64_t count = (task.last - task.first - 1) * g.stride + g.patch, plane = count * runs.row;
+    const Window window = window_of(g, problem.images, problem.offsets, problem.flip, task.b);
+    for (int64_t y = 0; y < count; ++y)
+      reader.read(window_rows + y * runs.row, plane, temporary, task.b, window, task.first * g.stride + y);
+    if (casts) narrow(cast, window_rows, runs.planes * plane);
+
+    Out* out = problem.patches.as<Out>() + (task.b * problem.rows() + task.first) * cols * runs.values;
+    for (int64_t r = 0; r < task.last - task.first; ++r)
+      for (int64_t c = 0; c < cols; ++c) {
+        const int64_t at = r * g.stride * runs.row + c * g.stride * runs.pixel;
+        if (!g.patch_norm) {
+          const Out* rows = casts ? cast : reinterpret_cast<const Out*>(window_rows);
+          for_each_run(PatchIn<Out>{rows + at, plane}, runs, [&](const Out* row) {
+            write(out, row);
+            out += runs.run;
+          });
+          continue;
+        }
+        const PatchIn<Real> patch{window_rows + at, plane};
+        const auto [mean, deviation] = moments(patch, runs);
+        const Real inverse = 1 / (deviation + Real(kContrastFloor));
+        for_each_run(patch, runs, [&, mean = mean](const Real* row) {
+#pragma omp simd
+          for (int64_t x = 0; x < runs.run; ++x) temporary[x] = (row[x] - mean) * inverse;
+          narrow(normalised, temporary, runs.run);
+          write(out, normalised);
+          out += runs.run;
+        });
+      }
+    if (streams) stream_fence();
+  });
+}
+
+// --- Backward ---
+
+// The gradient of a patch's pixel before patch_norm as a * g + b * v + c, of the patch's gradient g and the pixel v.
+template <class Real>
+struct NormSlopes {
+  Real a, b, c;
+};
+
+// With d = v - mu, s = sigma + 0.1 and n values, y = d / s has the gradient
+//   (g - mean(g)) / s - d * sum(g * d) / (n * sigma * s^2);
+// a flat patch has d = 0 throughout and loses the second term.
+template <class Real>
+NormSlopes<Real> norm_slopes(const Moments<Real>& m, Real grad_mean, Real grad_dot, int64_t values) {
+  const Real inverse = 1 / (m.deviation + Real(kContrastFloor));
+  const Real b = m.deviation == 0 ? 0 : -grad_dot * inverse * inverse / (static_cast<Real>(values) * m.deviation);
+  return {inverse, b, -inverse * grad_mean - b * m.mean};
+}
+
+template <class Out, class Grad, class Real>
+void extract_backward_as(const Problem& problem) {
+  const Geometry& g = problem.geometry;
+  const TensorView& images = problem.images_grad;
+  const Runs runs(problem);
+  const RowReader<Real> reader(problem);
+  const int64_t rows = problem.rows(), cols = problem.cols(), row_values = runs.planes * runs.row;
+  const int64_t height = images.shape[2], width = images.shape[3];
+  // A task is an image: it keeps the slopes of all its patches, and with patch_norm the window's pixels.
+  const int64_t slope_values = g.patch_norm ? 3 * rows * cols : 0;
+  const int64_t pixel_values = g.patch_norm ? g.height * row_values : 0;
+  const Scratch scratch((reader.temporary() + row_values + slope_values + pixel_values) * sizeof(Real));
+
+  parallel_for(problem.batch(), [&](int64_t image, int worker) {
+    Real* const temporary = scratch.of<Real>(worker);
+    Real* const total = temporary + reader.temporary();
+    auto* const slopes = reinterpret_cast<NormSlopes<Real>*>(total + row_values);
+    Real* const pixels = total + row_values + slope_values;
+    const int64_t plane = g.height * runs.row;
+    const Window window = window_of(g, problem.images, problem.offsets, problem.flip, image);
+    const Grad* const grads = problem.patches.as<Grad>() + image * rows * cols * runs.values;
+
+    if (g.patch_norm) {
+      for (int64_t y = 0; y < g.height; ++y) reader.read(pixels + y * runs.row, plane, temporary, image, window, y);
+      for (int64_t i = 0; i < rows * cols; ++i) {
+        const int64_t at = i / cols * g.stride * runs.row + i % cols * g.stride * runs.pixel;
+        const PatchIn<Real> patch{pixels + at, plane};
+        const Moments<Real> m = moments(patch, runs);
+        const Grad* grad = grads + i * runs.values;
+        Real grad_sum = 0, grad_dot = 0;
+        for_each_run(patch, runs, [&](const Real* row) {
+          for (int64_t x = 0; x < runs.run; ++x) {
+            const Real value = static_cast<Real>(widen(grad[x]));
+            grad_sum += value;
+            grad_dot += value * (row[x] - m.mean);
+          }
+          grad += runs.run;
+        });
+        slopes[i] = norm_slopes(m, grad_sum / static_cast<Real>(runs.values), grad_dot, runs.values);
+      }
+    }
+
+    Out* const out = images.as<Out>() + image * images.shape[1] * height * width;
+    std::fill_n(out, images.shape[1] * height * width, Out{});
+    for (int64_t y = 0; y < g.height; ++y) {
+      std::fill_n(total, row_values, Real(0));
+      const Covering covers = covering(y, g.patch, g.stride, rows);
+      for (int64_t r = covers.first; r <= covers.last; ++r)
+        for (int64_t c = 0; c < cols; ++c) {
+          const Grad* grad = grads + (r * cols + c) * runs.values + (y - r * g.stride) * runs.run;
+          for (int64_t k = 0; k < runs.planes; ++k, grad += g.patch * runs.run) {
+            const int64_t at = k * runs.row + c * g.stride * runs.pixel;
+            Real* __restrict sums = total + at;
+            if (g.patch_norm) {
+              const NormSlopes<Real> s = slopes[r * cols + c];
+              const Real* values = pixels + k * plane + y * runs.row + c * g.stride * runs.pixel;
+              for (int64_t x = 0; x < runs.run; ++x)
+                sums[x] += s.a * static_cast<Real>(widen(grad[x])) + s.b * values[x] + s.c;
+            } else {
+              for (int64_t x = 0; x < runs.run; ++x) sums[x] += static_cast<Real>(widen(grad[x]));
+            }
+          }
+        }
+      // From patch order back to the image: undo interleaving, mirror, scale and grey.
+      const int64_t channels = images.shape[1];
+      for (int64_t channel = 0; channel < channels; ++channel) {
+        const bool luma = g.gray && channels == 3;
+        const int64_t k = luma ? 0 : channel;
+        const Real scale = static_cast<Real>(problem.scale[k] * (luma ? kLuma[channel] : 1.0));
+        const Real* sums = total + (g.channels_last ? k : k * runs.row);
+        Out* row = out + (channel * height + window.y + y) * width + window.x;
+        for (int64_t x = 0; x < g.width; ++x)
+          row[window.flip ? g.width - 1 - x : x] = narrow<Out>(scale * sums[x * runs.pixel]);
+      }
+    }
+  });
+}
+
+// Calls work with a value of the type that `dtype` names, which is floating.
+template <class Work>
+void with_floating(DType dtype, const Work& work) {
+  switch (dtype) {
+    case DType::f16: return work(Half{});
+    case DType::bf16: return work(BFloat16{});
+    case DType::f32: return work(float{});
+    default: return work(double{});
+  }
+}
+
+}  // namespace
+
+void extract(const Problem& problem) {
+  if (problem.patches.numel() == 0) return;
+  with_floating(problem.patches.dtype, [&](auto out) {
+    using Out = decltype(out);
+    if (problem.in_double()) extract_as<Out, double>(problem);
+    else if constexpr (!std::is_same_v<Out, double>) extract_as<Out, float>(problem);
+  });
+}
+
+void extract_backward(const Problem& problem) {
+  if (problem.images_grad.numel() == 0) return;
+  with_floating(problem.images_grad.dtype, [&](auto out) {
+    with_floating(problem.patches.dtype, [&](auto grad) {
+      using Out = decltype(out);
+      using Grad = decltype(grad);
+      constexpr bool in_double = std::is_same_v<Out, double> || std::is_same_v<Grad, double>;
+      extract_backward_as<Out, Grad, std::conditional_t<in_double, double, float>>(problem);
+    });
+  });
+}
+
+}  // namespace cpc::patches::cpu::CPC_ISA
