@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .binary import open_records, read_names, require_labels
-from .dataset import Dataset, ImageSet
-from .download import Archive, require_folder
-from .statistics import pixel_statistics
+from cpc_ext.data.binary import open_records, read_names, require_labels
+from cpc_ext.data.dataset import Dataset, ImageSet
+from cpc_ext.data.download import Archive, require_folder
+from cpc_ext.data.statistics import pixel_statistics
 
 CIFAR10 = Archive(
     url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",

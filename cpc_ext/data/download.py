@@ -21,7 +21,7 @@ from pathlib import Path
 from filelock import FileLock
 from tqdm import tqdm
 
-from .cache import cache_dir
+from cpc_ext.data.cache import cache_dir
 
 ATTEMPTS = 4
 TIMEOUT_SECONDS = 60

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from .cache import cache_dir
-from .dataset import Dataset, ImageSet
-from .decode import MixedSizes, decode_all
-from .statistics import pixel_statistics
+from cpc_ext.data.cache import cache_dir
+from cpc_ext.data.dataset import Dataset, ImageSet
+from cpc_ext.data.decode import MixedSizes, decode_all
+from cpc_ext.data.statistics import pixel_statistics
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 TEST_FOLDERS = ("test", "val", "valid", "validation")
@@ -131,8 +131,14 @@ def _scan(root: Path, folder: str) -> Iterator[_File]:
         for name in sorted(names):
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 path = Path(where, name)
-                status = path.stat()
-                yield _File(path.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns)
+                relative = path.relative_to(root).as_posix()
+                try:
+                    status = path.stat()
+                except OSError:
+                    # Such as a link to nowhere: decoding will leave it out with the other unreadable ones.
+                    yield _File(relative, -1, 0)
+                else:
+                    yield _File(relative, status.st_size, status.st_mtime_ns)
 
 
 def _class_name(file: _File, depth: int) -> str:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .binary import open_records, read_names, require_file, require_labels
-from .dataset import Dataset, ImageSet
-from .download import Archive, require_folder
+from cpc_ext.data.binary import open_records, read_names, require_file, require_labels
+from cpc_ext.data.dataset import Dataset, ImageSet
+from cpc_ext.data.download import Archive, require_folder
 
 ARCHIVE = Archive(
     url="http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz",

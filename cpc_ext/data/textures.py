@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .dataset import Dataset, ImageSet
-from .statistics import pixel_statistics
+from cpc_ext.data.dataset import Dataset, ImageSet
+from cpc_ext.data.statistics import pixel_statistics
 
 Field = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
 

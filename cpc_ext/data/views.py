@@ -1,0 +1,139 @@
+"""How a batch of uint8 images becomes the patches a model sees, at random for training and fixed for evaluation.
+
+All of it, from crop to cast, is one call of the extraction op on the device that holds the images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cpc_ext.data.dataset import Dataset
+from cpc_ext.ops import extract_patches
+
+
+@dataclass(frozen=True)
+class PatchView:
+    """Window, patch grid and normalisation of a dataset's images.
+
+    patch_size, stride: in pixels.
+    crop: (h, w) of the window that is cut into patches, or one side for both; None takes whole images.
+    flip: mirror half of the training windows left to right.
+    gray: one channel by ITU-R BT.601.
+    mean, std: one value a channel after grey, with pixels in 0..1; None leaves them so.
+    patch_norm: bring each patch to its own zero mean and unit contrast.
+    dtype, channels_last: of the patches, as extract_patches takes them.
+    """
+
+    patch_size: int
+    stride: int
+    crop: int | tuple[int, int] | None = None
+    flip: bool = True
+    gray: bool = False
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    patch_norm: bool = False
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        dataset: Dataset,
+        patch_size: int,
+        stride: int,
+        *,
+        crop: int | tuple[int, int] | None = None,
+        flip: bool = True,
+        gray: bool = False,
+        patch_norm: bool = False,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+    ) -> PatchView:
+        """A view that normalises by the dataset's statistics, of its colours or of grey."""
+        return cls(
+            patch_size=patch_size,
+            stride=stride,
+            crop=crop,
+            flip=flip,
+            gray=gray,
+            mean=(dataset.gray_mean,) if gray else dataset.mean,
+            std=(dataset.gray_std,) if gray else dataset.std,
+            patch_norm=patch_norm,
+            dtype=dtype,
+            channels_last=channels_last,
+        )
+
+    def random(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Training patches [B, rows, cols, C', p, p] of uint8 images [B, C, H, W]: a random window of each image.
+
+        generator: on the CPU, so that a seed gives the same windows on every device; None takes PyTorch's own.
+        Raises ValueError where the window is larger than the images.
+        """
+        batch, _, image_height, image_width = images.shape
+        height, width = self._window(image_height, image_width)
+        if height > image_height or width > image_width:
+            raise ValueError(f"crop: expected at most {image_height}x{image_width}, the images, got {height}x{width}")
+        offsets = torch.stack(
+            [
+                torch.randint(image_height - height + 1, (batch,), generator=generator),
+                torch.randint(image_width - width + 1, (batch,), generator=generator),
+            ],
+            dim=1,
+        )
+        flip = torch.rand(batch, generator=generator) < 0.5 if self.flip else None
+        return self._extract(
+            images,
+            crop=(height, width),
+            offsets=_to(offsets, images.device),
+            flip=None if flip is None else _to(flip, images.device),
+        )
+
+    def center(self, images: Tensor) -> Tensor:
+        """Evaluation patches [B, rows, cols, C', p, p] of uint8 images [B, C, H, W]: the central window, as it is.
+
+        Raises ValueError where the window is larger than the images.
+        """
+        return self._extract(images, crop=self._window(*images.shape[2:]))
+
+    def grid(self, image_height: int, image_width: int) -> tuple[int, int]:
+        """(rows, cols) of patches in an image of that many pixels."""
+        height, width = self._window(image_height, image_width)
+        return (height - self.patch_size) // self.stride + 1, (width - self.patch_size) // self.stride + 1
+
+    def _window(self, image_height: int, image_width: int) -> tuple[int, int]:
+        if self.crop is None:
+            return image_height, image_width
+        return (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
+
+    def _extract(
+        self,
+        images: Tensor,
+        *,
+        crop: tuple[int, int],
+        offsets: Tensor | None = None,
+        flip: Tensor | None = None,
+    ) -> Tensor:
+        return extract_patches(
+            images,
+            self.patch_size,
+            self.stride,
+            crop=crop,
+            offsets=offsets,
+            flip=flip,
+            gray=self.gray,
+            mean=self.mean,
+            std=self.std,
+            patch_norm=self.patch_norm,
+            dtype=self.dtype,
+            channels_last=self.channels_last,
+        )
+
+
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a small CPU tensor without making the CPU wait for what the device is doing."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
