@@ -1,5 +1,7 @@
 """The ops: one file each, with schema, fake kernel, autograd and the pure-PyTorch reference."""
 
 from cpc_ext.ops.extract_patches import extract_patches
+from cpc_ext.ops.info_nce import InfoNCEOutput, info_nce
+from cpc_ext.ops.masked_conv2d import masked_conv2d
 
-__all__ = ["extract_patches"]
+__all__ = ["InfoNCEOutput", "extract_patches", "info_nce", "masked_conv2d"]
