@@ -1,0 +1,225 @@
+"""The objective of contrastive predictive coding on a grid: contexts predict the encodings some rows below.
+
+From encodings [directions, B, D, rows, cols] and contexts [directions, B, E, rows, cols] to the InfoNCE loss of every
+direction and step, and their mean. The matrices W_k are multiplied into the contexts, not into the encodings, so that
+all steps and positions share the encodings as keys and sampled negatives of all steps go through one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cpc_ext.ops.info_nce import info_nce
+
+__all__ = ["GridInfoNCE", "GridInfoNCEOutput"]
+
+
+class GridInfoNCEOutput(NamedTuple):
+    """What :class:`GridInfoNCE` returns.
+
+    Attributes:
+        loss: scalar in nats, the mean over positions, then steps, then directions.
+        accuracy: scalar, the fraction of positives that score highest, averaged likewise; without gradient.
+        step_losses: [directions, steps], the loss of each step; without gradient.
+        step_accuracies: [directions, steps]; without gradient.
+    """
+
+    loss: Tensor
+    accuracy: Tensor
+    step_losses: Tensor
+    step_accuracies: Tensor
+
+
+class GridInfoNCE(nn.Module):
+    """Predict encodings from contexts and contrast them (van den Oord et al. 2018, arXiv 1807.03748, section 3.3).
+
+    For step k = 1..K the context c at row r scores the encoding z at row r + k + skip, same column and image, by
+    ``zᵀ W_k c``. Its negatives come from the step's targets: the encodings of all rows ≥ k + skip in the whole batch.
+
+    Args:
+        encoding_channels: D.
+        context_channels: E. Default: D.
+        pred_steps: number K of steps ahead.
+        pred_directions: how many directions are predicted, each with its own W_k.
+        skip: rows between a context and its first target. Overlapping patches share pixels with their neighbours, so
+            1 keeps the nearest row from being predicted by copying.
+        neg_samples: negatives of each position, drawn uniformly with replacement from the step's targets (the
+            positive may be among them, as published), or "all": every other target of the step.
+
+    Attributes:
+        weight: [directions, steps, E, D], the W_k transposed; starts uniform in ±D**-0.5 as :class:`torch.nn.Linear`.
+    """
+
+    def __init__(
+        self,
+        encoding_channels: int,
+        context_channels: int | None = None,
+        *,
+        pred_steps: int,
+        pred_directions: int = 1,
+        skip: int = 1,
+        neg_samples: int | str = 16,
+    ) -> None:
+        super().__init__()
+        _check_at_least("encoding_channels", encoding_channels, 1)
+        context_channels = encoding_channels if context_channels is None else context_channels
+        _check_at_least("context_channels", context_channels, 1)
+        _check_at_least("pred_steps", pred_steps, 1)
+        _check_at_least("pred_directions", pred_directions, 1)
+        _check_at_least("skip", skip, 0)
+        if neg_samples != "all":
+            if isinstance(neg_samples, str):
+                raise ValueError(f'neg_samples must be an int or "all", got {neg_samples!r}')
+            _check_at_least("neg_samples", neg_samples, 1)
+        self.pred_steps = pred_steps
+        self.pred_directions = pred_directions
+        self.skip = skip
+        self.neg_samples = neg_samples
+        self.weight = nn.Parameter(torch.empty(pred_directions, pred_steps, context_channels, encoding_channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = self.weight.shape[-1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(
+        self,
+        encodings: Tensor,
+        contexts: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        negatives: Sequence[Tensor] | None = None,
+    ) -> GridInfoNCEOutput:
+        """Loss and accuracy of predicting downwards in every direction's grid.
+
+        Args:
+            encodings: z, [directions, B, D, rows, cols], each direction's grid turned so that it points down.
+            contexts: c, [directions, B, E, rows, cols].
+            generator: draws the negatives, on its own device. Default: PyTorch's generator of the encodings' device.
+            negatives: the draws themselves instead, one [M, S] of integers per step, steps within directions. M and
+                the indices count the step's positions and its targets in (row, column, image) order.
+
+        Raises:
+            ValueError: grids of the wrong shape, or with too few rows for ``pred_steps + skip``; negatives of the
+                wrong number or shape, or given although ``neg_samples="all"``.
+            IndexError: on the CPU, a negative that names no target.
+        """
+        self._check_grids(encodings, contexts)
+        rows, cols = encodings.shape[-2:]
+        row_size = cols * encodings.shape[1]  # positions in a row of the grid, over all images
+        firsts = [(step + self.skip) * row_size for step in range(1, self.pred_steps + 1)]
+        sizes = [rows * row_size - first for first in firsts]
+        # In (row, column, image) order a step's contexts are the first rows, its targets the last: slices, no copies.
+        keys = encodings.permute(0, 3, 4, 1, 2).flatten(1, 3)
+        contexts = contexts.permute(0, 3, 4, 1, 2).flatten(1, 3)
+        queries = [contexts[:, :size] @ self.weight[:, step] for step, size in enumerate(sizes)]
+        if self.neg_samples == "all":
+            if negatives is not None:
+                raise ValueError('negatives replays sampled negatives, but neg_samples is "all"')
+            losses, rights = _contrast_all(queries, keys, firsts)
+        else:
+            if negatives is None:
+                negatives = self._draw(sizes, keys.device, generator)
+            else:
+                negatives = self._replayed(negatives, sizes)
+            losses, rights = _contrast_sampled(queries, keys, firsts, negatives)
+        step_losses, step_rights = (torch.stack([_mean(rows) for rows in steps], dim=1) for steps in (losses, rights))
+        return GridInfoNCEOutput(step_losses.mean(), step_rights.mean(), step_losses.detach(), step_rights)
+
+    def extra_repr(self) -> str:
+        directions, steps, context_channels, encoding_channels = self.weight.shape
+        return (
+            f"{encoding_channels}, {context_channels}, pred_steps={steps}, pred_directions={directions}, "
+            f"skip={self.skip}, neg_samples={self.neg_samples}"
+        )
+
+    def _draw(self, sizes: list[int], device: torch.device, generator: torch.Generator | None) -> list[Tensor]:
+        """Negatives of every step, [directions, M, S] indices into the step's M targets."""
+        draws_on = device if generator is None else generator.device
+        return [
+            torch.randint(
+                max(size, 1),
+                (self.pred_directions, size, self.neg_samples),
+                generator=generator,
+                device=draws_on,
+            ).to(device)
+            for size in sizes
+        ]
+
+    def _replayed(self, negatives: Sequence[Tensor], sizes: list[int]) -> list[Tensor]:
+        """Recorded negatives in (direction, step) order → one [directions, M, S] for every step."""
+        directions, steps = self.pred_directions, self.pred_steps
+        if len(negatives) != directions * steps:
+            raise ValueError(
+                f"negatives must hold {directions} directions x {steps} steps = {directions * steps} tensors, "
+                f"got {len(negatives)}"
+            )
+        for index, draw in enumerate(negatives):
+            expected = (sizes[index % steps], self.neg_samples)
+            if tuple(draw.shape) != expected:
+                raise ValueError(f"negatives[{index}] must have shape {expected}, got {tuple(draw.shape)}")
+            # An index beyond its step's last target also lies beyond the last key, but one below 0 would name a key.
+            if draw.device.type == "cpu" and draw.numel() and int(draw.min()) < 0:
+                raise IndexError(f"negatives[{index}] must be in 0..{expected[0] - 1}, got {int(draw.min())}")
+        return [torch.stack([negatives[d * steps + step] for d in range(directions)]) for step in range(steps)]
+
+    def _check_grids(self, encodings: Tensor, contexts: Tensor) -> None:
+        directions, _, context_channels, encoding_channels = self.weight.shape
+        for name, grid, channels in (
+            ("encodings", encodings, encoding_channels),
+            ("contexts", contexts, context_channels),
+        ):
+            if grid.ndim != 5 or grid.shape[0] != directions or grid.shape[2] != channels:
+                raise ValueError(
+                    f"{name} must be [{directions} directions, B, {channels} channels, rows, cols], "
+                    f"got shape {tuple(grid.shape)}"
+                )
+        if encodings.shape[1] != contexts.shape[1] or encodings.shape[3:] != contexts.shape[3:]:
+            raise ValueError(
+                f"contexts must have the batch and grid of encodings {tuple(encodings.shape)}, "
+                f"got {tuple(contexts.shape)}"
+            )
+        rows = encodings.shape[3]
+        if rows <= self.pred_steps + self.skip:
+            raise ValueError(
+                f"a grid of {rows} rows is too small to predict pred_steps={self.pred_steps} steps with "
+                f"skip={self.skip}: it needs more than {self.pred_steps + self.skip} rows"
+            )
+
+
+def _contrast_all(queries: list[Tensor], keys: Tensor, firsts: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+    """Losses and correctness [directions, M] of every step against all of its targets."""
+    steps = [info_nce(query, keys[:, first:], reduction="none") for query, first in zip(queries, firsts, strict=True)]
+    return [step.loss for step in steps], [step.accuracy for step in steps]
+
+
+def _contrast_sampled(
+    queries: list[Tensor], keys: Tensor, firsts: list[int], negatives: list[Tensor]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Losses and correctness [directions, M] of every step against sampled targets, all steps in one call."""
+    targets = torch.cat([torch.arange(first, keys.shape[1], device=keys.device) for first in firsts])
+    output = info_nce(
+        torch.cat(queries, dim=1),
+        keys,
+        targets.expand(keys.shape[0], -1),
+        negatives=torch.cat([draw + first for draw, first in zip(negatives, firsts, strict=True)], dim=1),
+        reduction="none",
+    )
+    sizes = [query.shape[1] for query in queries]
+    return output.loss.split(sizes, dim=1), output.accuracy.split(sizes, dim=1)
+
+
+def _mean(values: Tensor) -> Tensor:
+    """Mean over positions [directions, M] → [directions]; 0 of an empty batch."""
+    return values.sum(1) / max(values.shape[1], 1)
+
+
+def _check_at_least(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -1,0 +1,125 @@
+"""Masked convolution as a layer: an input [B, C, H, W] to [B, O, H, W], with the PixelCNN family's masks by name.
+
+The mask is fixed when the layer is made and never trained; :func:`cpc_ext.ops.masked_conv2d` does the work.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cpc_ext.ops.masked_conv2d import masked_conv2d
+
+__all__ = ["MaskedConv2d", "causal_mask"]
+
+_MASKS = ("A", "B", "vertical", "horizontal")
+
+
+class MaskedConv2d(nn.Module):
+    """Convolution at stride 1 with zero padding and hidden taps.
+
+    ============== ============================================ ===================================================
+    mask           hidden taps                                  used by
+    ============== ============================================ ===================================================
+    "A"            the centre and all after it in raster order  first layer of a PixelCNN (arXiv 1601.06759)
+    "B"            all after the centre in raster order         its other layers
+    "vertical"     rows below the centre's                      vertical stack of a gated PixelCNN (arXiv
+                                                                1606.05328); Greedy InfoMax's context network
+    "horizontal"   columns right of the centre's                horizontal stack of a gated PixelCNN
+    a tensor       where it is 0 or False: [kh, kw] or
+                   [out_channels, in_channels, kh, kw]
+    ============== ============================================ ===================================================
+
+    With ``color_groups=n`` the channels of masks "A" and "B" belong to n colours in order (the first ``channels / n``
+    channels to the first), and at the centre an output sees the strictly earlier colours ("A") or also its own ("B").
+    The centre of a kernel of even side k is tap ``(k - 1) // 2``.
+
+    Args:
+        in_channels: C.
+        out_channels: O; halved by ``activation="gated"``.
+        kernel_size: side of the kernel, or (kh, kw).
+        mask: a name from the table, or a tensor.
+        color_groups: number of colours that the channels of masks "A" and "B" are divided into.
+        dilation: distance of neighbouring taps in pixels.
+        bias: whether to add a learned bias.
+        activation: None, "relu" or "gated", as in :func:`cpc_ext.ops.masked_conv2d`.
+
+    Weights and bias start as those of :class:`torch.nn.Conv2d`. The mask is a buffer outside of the state dict.
+    """
+
+    mask: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        mask: str | Tensor,
+        *,
+        color_groups: int = 1,
+        dilation: int = 1,
+        bias: bool = True,
+        activation: str | None = None,
+    ) -> None:
+        super().__init__()
+        kernel_size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        self.mask_name = mask if isinstance(mask, str) else "custom"
+        self.dilation = dilation
+        self.activation = activation
+        if isinstance(mask, str):
+            mask = causal_mask(mask, kernel_size, out_channels, in_channels, color_groups)
+        elif not isinstance(mask, Tensor):
+            raise TypeError(f"mask must be a tensor or one of {', '.join(_MASKS)}, got {type(mask).__name__}")
+        elif color_groups != 1:
+            raise ValueError(f'color_groups needs mask "A" or "B", got {color_groups} with a tensor')
+        shape = (out_channels, in_channels, *kernel_size)
+        if tuple(mask.shape) not in (kernel_size, shape):
+            raise ValueError(f"mask must have shape {kernel_size} or {shape}, got {tuple(mask.shape)}")
+        # nn.Conv2d initialises the parameters (and checks the sizes).
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size, bias=bias)
+        self.weight = conv.weight
+        self.bias = conv.bias
+        self.register_buffer("mask", mask.detach().clone(), persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [B, C, H, W] → [B, O, H, W], or [B, O / 2, H, W] where gated."""
+        return masked_conv2d(
+            input, self.weight, self.bias, mask=self.mask, dilation=self.dilation, activation=self.activation
+        )
+
+    def extra_repr(self) -> str:
+        out_channels, in_channels, *kernel_size = self.weight.shape
+        return f"{in_channels}, {out_channels}, kernel_size={tuple(kernel_size)}, mask={self.mask_name}"
+
+
+def causal_mask(
+    name: str, kernel_size: tuple[int, int], out_channels: int = 1, in_channels: int = 1, color_groups: int = 1
+) -> Tensor:
+    """The mask that :class:`MaskedConv2d` tables under ``name``: bool [kh, kw], or [O, C, kh, kw] with colour groups.
+
+    Raises:
+        ValueError: an unknown name; colour groups that do not divide the channels or come with another mask.
+    """
+    if name not in _MASKS:
+        raise ValueError(f"mask must be a tensor or one of {', '.join(_MASKS)}, got {name!r}")
+    if color_groups < 1 or out_channels % color_groups or in_channels % color_groups:
+        raise ValueError(
+            f"color_groups must divide in_channels {in_channels} and out_channels {out_channels}, got {color_groups}"
+        )
+    if color_groups > 1 and name not in ("A", "B"):
+        raise ValueError(f'color_groups needs mask "A" or "B", got {color_groups} with {name!r}')
+    height, width = kernel_size
+    row, col = torch.arange(height).unsqueeze(1), torch.arange(width)
+    center_row, center_col = (height - 1) // 2, (width - 1) // 2
+    if name == "vertical":
+        return (row <= center_row).expand(height, width)
+    if name == "horizontal":
+        return (col <= center_col).expand(height, width)
+    mask = (row < center_row) | ((row == center_row) & (col < center_col))
+    if color_groups > 1:
+        mask = mask.repeat(out_channels, in_channels, 1, 1)
+    out_color = torch.arange(out_channels).unsqueeze(1) * color_groups // out_channels
+    in_color = torch.arange(in_channels) * color_groups // in_channels
+    center = in_color < out_color if name == "A" else in_color <= out_color
+    mask[..., center_row, center_col] = center if color_groups > 1 else name == "B"
+    return mask
