@@ -7,12 +7,12 @@ happens to a pixel happens later, in the extraction op on the training device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageSet:
     """Images with, where they are known, their labels and file names.
 
@@ -25,7 +25,7 @@ class ImageSet:
 
     images: np.ndarray
     labels: np.ndarray | None = None
-    paths: Sequence[str] | None = None
+    paths: Sequence[str] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.dtype != np.uint8:
@@ -41,7 +41,7 @@ class ImageSet:
         return len(self.images)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """Images for self-supervised training and, where labels exist, the splits that probes train and test on.
 
