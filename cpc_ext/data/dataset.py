@@ -7,12 +7,12 @@ happens to a pixel happens later, in the extraction op on the training device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImageSet:
     """Images with, where they are known, their labels and file names.
 
@@ -25,7 +25,7 @@ class ImageSet:
 
     images: np.ndarray
     labels: np.ndarray | None = None
-    paths: Sequence[str] | None = field(default=None, repr=False)
+    paths: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.dtype != np.uint8:
@@ -39,6 +39,10 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def __repr__(self) -> str:
+        labelled = "labelled" if self.labels is not None else "no labels"
+        return f"ImageSet({list(self.images.shape)}, {labelled})"
 
 
 @dataclass(frozen=True, eq=False)

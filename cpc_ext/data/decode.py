@@ -20,17 +20,22 @@ from tqdm import tqdm
 # Decoded ahead of writing; enough that the threads seldom wait for the slowest image of a batch.
 AHEAD = 512
 
+# Images of one size keep it up to this many pixels on the shorter side; beyond, as with the photographs of one camera,
+# they would fill a disk with what no crop for training is large enough to use.
+KEPT_SIZE = 256
 
-class MixedSizes(Exception):
-    """The images were to keep their size, and it is not the same for all."""
+
+class SizeNotKept(Exception):
+    """The images were to keep their size, and it is not the same for all or too large."""
 
 
 def decode_all(files: Sequence[Path], out: BinaryIO, image_size: int | None) -> tuple[tuple[int, int], list[int]]:
     """Append every image to `out` as uint8 [3, H, W], RGB.
 
     image_size: the shorter side is brought to it and the middle square kept. None keeps the images as they are and
-    raises MixedSizes where they differ. Returns (H, W) and the indices of the files that could not be decoded, which
-    have no row; (0, 0) where none could.
+    raises SizeNotKept where they differ or have a shorter side above KEPT_SIZE.
+
+    Returns (H, W) and the indices of the files that could not be decoded, which have no row; (0, 0) where none could.
     """
     shape: tuple[int, int] | None = None
     broken: list[int] = []
@@ -46,8 +51,8 @@ def decode_all(files: Sequence[Path], out: BinaryIO, image_size: int | None) -> 
                         continue
                     if shape is None:
                         shape = pixels.shape[:2]
-                    elif pixels.shape[:2] != shape:
-                        raise MixedSizes
+                    if pixels.shape[:2] != shape or (image_size is None and min(shape) > KEPT_SIZE):
+                        raise SizeNotKept
                     out.write(np.ascontiguousarray(pixels.transpose(2, 0, 1)).data)
     finally:
         # Not `with`: on Ctrl-C that would first finish what is queued.

@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from cpc_ext.data.cache import cache_dir
 from cpc_ext.data.dataset import Dataset, ImageSet
-from cpc_ext.data.decode import MixedSizes, decode_all
+from cpc_ext.data.decode import SizeNotKept, decode_all
 from cpc_ext.data.statistics import pixel_statistics
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -58,7 +58,7 @@ def load_folder(data_dir: str | Path, *, image_size: int | None = None) -> Datas
     otherwise `train` is None and the test images have no labels.
 
     image_size: side in pixels; the shorter side is resized to it and the middle square kept. Default: the images' own
-    size where it is the same for all, else 96.
+    size where it is the same for all and the shorter side has at most 256 pixels, else 96.
 
     Decoding needs the cache folder (see cache_dir) to have room for N * 3 * H * W bytes. Files that cannot be decoded
     are left out with a warning. Raises FileNotFoundError, NotADirectoryError or PermissionError for the tree,
@@ -211,7 +211,7 @@ def _build(root: Path, split: _Split, image_size: int | None, directory: Path) -
         try:
             with (aside / "images.bin").open("wb") as out:
                 (height, width), broken = decode_all(files, out, image_size)
-        except MixedSizes:
+        except SizeNotKept:
             with (aside / "images.bin").open("wb") as out:
                 (height, width), broken = decode_all(files, out, DEFAULT_SIZE)
         if len(broken) == len(files):

@@ -22,6 +22,12 @@ def test_image_set_refuses_what_does_not_fit(arguments, named):
         ImageSet(**arguments)
 
 
+def test_an_image_set_is_shown_in_a_line():
+    images = np.zeros((2, 3, 4, 4), np.uint8)
+    assert repr(ImageSet(images)) == "ImageSet([2, 3, 4, 4], no labels)"
+    assert repr(ImageSet(images, np.zeros(2, np.int64))) == "ImageSet([2, 3, 4, 4], labelled)"
+
+
 def test_statistics_are_exact_on_a_small_set():
     images = np.random.default_rng(0).integers(0, 200, (9, 3, 8, 7), np.uint8)
     statistics = pixel_statistics(images)

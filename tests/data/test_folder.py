@@ -128,6 +128,13 @@ def test_one_size_is_kept(root):
     assert load(root).image_shape == (3, 10, 20)
 
 
+def test_one_large_size_is_not_kept(root):
+    for i in range(2):
+        write(root / f"{i}.png", size=(400, 257))
+    assert load(root).image_shape == (3, 96, 96)
+    assert load(root, image_size=300).image_shape == (3, 300, 300)
+
+
 def test_the_middle_is_kept(root):
     image = Image.new("RGB", (64, 16))
     image.paste((255, 0, 0), (24, 0, 40, 16))
