@@ -1,0 +1,8 @@
+"""`python -m cpc_ext.train`: train an encoder; see --help. The work is done in cpc_ext.training."""
+
+import sys
+
+from cpc_ext.training.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""The command line of `python -m cpc_ext.train`: options to a run's config.
+
+Parsing takes two passes. The first only looks for the options that choose the defaults: the model, the data set and the
+device, or the config of an earlier run. The second is the real one and starts from those, so that the help shows, and
+every option replaces, the value that the run would have had.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from cpc_ext.training.config import RunConfig, load_config, option
+from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.presets import PRESETS, preset
+from cpc_ext.training.run_dir import RunDir
+
+__all__ = ["Command", "describe", "parse"]
+
+_PROGRAM = "python -m cpc_ext.train"
+_DESCRIPTION = (
+    "Train an image encoder by contrastive predictive coding, without labels, and measure it with a linear probe. "
+    "Without options it trains on generated textures in minutes on two CPU cores. Defaults shown are those of "
+    "the data set chosen by --dataset on this machine."
+)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A run to start or to resume."""
+
+    run: RunConfig
+    """What determines the run."""
+
+    out_dir: Path | None = None
+    """Folder of the run's files, made where it does not exist. None: the first free runs/MODEL-DATASET-NUMBER."""
+
+    resume: bool = False
+    """Go on with the run in --out-dir from its last checkpoint, with the run's own options. Length, logging, device,
+    compiling and the place of the data may be given anew; a longer run follows the schedule of its new length."""
+
+    config: Path | None = None
+    """Repeat a run: take the defaults of all options from its config.yaml."""
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Turn command line arguments into a command.
+
+    Raises TrainingError where a config file is missing or wrong, and SystemExit, with status 2 after telling what is
+    allowed, for wrong options, or with 0 after showing the help.
+    """
+    chosen = _first_pass(arguments)
+    if chosen.resume and chosen.config is not None:
+        raise TrainingError("--resume takes the run's own config.yaml: give either --resume or --config")
+    if chosen.resume:
+        if chosen.out_dir is None:
+            raise TrainingError("--resume needs --out-dir, the folder of the run to go on with")
+        run = RunDir(Path(chosen.out_dir))
+        if not run.checkpoint.exists():
+            raise TrainingError(f"--resume: there is no checkpoint at {run.checkpoint}; without --resume a run starts")
+        defaults = load_config(run.config)
+    elif chosen.config is not None:
+        defaults = load_config(Path(chosen.config))
+    else:
+        names = (chosen.model, chosen.dataset)
+        # Names that do not exist are refused in the second pass, which knows all that do.
+        defaults = preset(*(names if names in PRESETS else next(iter(PRESETS))), device=chosen.device)
+    if (chosen.epochs is None) != (chosen.steps is None):
+        # The one that is given replaces whichever the defaults have.
+        optimization = defaults.optimization.model_copy(update={"epochs": None, "steps": None})
+        defaults = defaults.model_copy(update={"optimization": optimization})
+    return tyro.cli(
+        Command,
+        prog=_PROGRAM,
+        description=_DESCRIPTION,
+        args=list(arguments),
+        default=Command(run=defaults),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def _first_pass(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    default_model, default_dataset = next(iter(PRESETS))
+    # A missing value is for the second pass to complain about.
+    parser.add_argument("--model", nargs="?", default=default_model)
+    parser.add_argument("--dataset", nargs="?", default=default_dataset)
+    for name in ("--device", "--config", "--out-dir", "--epochs", "--steps"):
+        parser.add_argument(name, nargs="?")
+    parser.add_argument("--resume", action="store_true")
+    # The second pass takes --out_dir as well.
+    spelled = [argument.replace("_", "-") if argument.startswith("--") else argument for argument in arguments]
+    return parser.parse_known_args(spelled)[0]
+
+
+def describe(config: RunConfig) -> str:
+    """The config as the options that would give it, a line a section."""
+    lines = [f"  {'model':<14}--model {config.model}"]
+    for section, values in config:
+        if section != "model":
+            options = (_as_option(name, value) for name, value in values if value is not None)
+            lines.append(f"  {section:<14}{' '.join(options)}")
+    return "\n".join(lines)
+
+
+def _as_option(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        return option(name) if value else option(f"no_{name}")
+    return f"{option(name)} {shlex.quote(f'{value:g}' if isinstance(value, float) else str(value))}"

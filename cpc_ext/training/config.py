@@ -1,0 +1,280 @@
+"""Everything that determines a run, as one typed tree that the command line and config.yaml both fill.
+
+Each section is a group of options: a field is the option of the same name, its description the help text, its bounds
+what is checked. Defaults here are those of any run; what depends on the data set lies in presets.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cpc_ext.training.errors import TrainingError
+
+__all__ = [
+    "CPCSection",
+    "DataSection",
+    "DeviceSection",
+    "OptimizationSection",
+    "OutputSection",
+    "RunConfig",
+    "ViewSection",
+    "load_config",
+    "option",
+]
+
+Model = Literal["cpc-v1"]
+DatasetName = Literal["textures", "stl10", "cifar10", "cifar100", "folder"]
+Encoder = Literal[
+    "resnet-small",
+    "resnet14",
+    "resnet28",
+    "resnet41",
+    "resnet92",
+    "resnet143",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+]
+Precision = Literal["fp32", "bf16", "fp16"]
+Schedule = Literal["cosine", "constant"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+    def __init__(self, **values: Any) -> None:
+        # The command line parser shows a ValueError's own words, which are to name options and not pydantic's internals.
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError(explain(error)) from None
+
+
+def option(name: str) -> str:
+    """The command line's spelling of a field: "batch_size" → "--batch-size"."""
+    return "--" + name.replace("_", "-")
+
+
+def explain(error: ValidationError) -> str:
+    """A validation error as one line an option: which, what is allowed, what came."""
+    lines = []
+    for entry in error.errors(include_url=False):
+        # Fields are unique over all sections, so the innermost field name is the option; branches of a union follow it.
+        names = [str(part) for part in entry["loc"] if str(part).isidentifier()]
+        message = entry["msg"].removeprefix("Value error, ")
+        if entry["type"] == "value_error":
+            lines.append(message)
+        elif entry["type"] == "extra_forbidden":
+            lines.append(f"{'.'.join(names)}: there is no such option")
+        else:
+            field = next((name for name in reversed(names) if name in _FIELDS), names[-1] if names else "config")
+            lines.append(f"{option(field)}: {message[0].lower()}{message[1:]}, got {entry['input']!r}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+class DataSection(_Section):
+    """The images to learn from."""
+
+    dataset: DatasetName = Field(
+        "textures",
+        description="Images to train on; it also chooses the defaults of most other options (see them with "
+        "--dataset NAME --help). textures is drawn in seconds and needs no files.",
+    )
+    data_dir: Path | None = Field(
+        None,
+        description="Folder of the data set's files, or of your images for --dataset folder. None: the user's cache.",
+    )
+    download: bool = Field(False, description="Fetch the data set's published files where they are missing.")
+    image_size: Annotated[int, Field(ge=16)] | None = Field(
+        None,
+        description="Side in pixels that textures are drawn at or a folder's images are resized to. None: the data "
+        "set's own size.",
+    )
+
+
+class ViewSection(_Section):
+    """What the model sees of an image: a crop, cut into a grid of overlapping patches."""
+
+    crop: int = Field(56, ge=4, description="Side in pixels of the square cut out of an image at a random place.")
+    grid_size: int = Field(6, ge=2, description="Patches along a side of the grid.")
+    patch_size: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="Side of a patch in pixels. None: neighbours overlap by half, 2 * crop / (grid size + 1)."
+    )
+    flip: bool = Field(True, description="Mirror half of the crops left to right.")
+    gray: bool = Field(True, description="Reduce colours to grey, which closes the short cut of matching colours.")
+    patch_norm: bool = Field(
+        False,
+        description="Bring each patch to its own zero mean and unit contrast, which closes the short cut of matching "
+        "brightness; otherwise pixels are normalised by the data set's mean and deviation.",
+    )
+
+    @property
+    def patch(self) -> int:
+        """Side of a patch in pixels."""
+        return 2 * self.crop // (self.grid_size + 1) if self.patch_size is None else self.patch_size
+
+    @property
+    def stride(self) -> int:
+        """Distance of neighbouring patches in pixels."""
+        return (self.crop - self.patch) // (self.grid_size - 1)
+
+    @model_validator(mode="after")
+    def _grid_fills_crop(self) -> ViewSection:
+        if self.patch_size is None and 2 * self.crop % (self.grid_size + 1):
+            fitting = self.crop - self.crop % (self.grid_size + 1)
+            raise ValueError(
+                f"--crop {self.crop} does not divide into half-overlapping patches on a {self.grid_size} x "
+                f"{self.grid_size} grid: use a multiple of {self.grid_size + 1} such as "
+                f"{fitting or self.grid_size + 1}, or give --patch-size"
+            )
+        if self.patch > self.crop:
+            raise ValueError(f"--patch-size {self.patch} is larger than --crop {self.crop}")
+        if self.stride < 1 or self.patch + self.stride * (self.grid_size - 1) != self.crop:
+            raise ValueError(
+                f"--patch-size {self.patch} on a {self.grid_size} x {self.grid_size} grid does not fill --crop "
+                f"{self.crop}: crop - patch size must be a positive multiple of grid size - 1 = {self.grid_size - 1}"
+            )
+        return self
+
+
+class CPCSection(_Section):
+    """The networks and the prediction task of contrastive predictive coding."""
+
+    encoder: Encoder = Field(
+        "resnet14",
+        description="Network that encodes a patch. resnet14 to 143 of 14, 28, 41, 92, 143 lack the last stack, as in "
+        "the CPC papers; 18 to 152 are whole; resnet-small has a block a stack and few channels.",
+    )
+    norm: Literal["none", "layer", "batch", "instance"] = Field(
+        "none", description="Normalisation inside the encoder; the published CPC v1 uses none."
+    )
+    pred_steps: int = Field(5, ge=1, description="Rows ahead that are predicted, nearest to farthest.")
+    pred_directions: int = Field(
+        1, ge=1, le=4, description="Directions predicted in: 1 is down, 2 to 4 add the grid turned by 90 degrees each."
+    )
+    skip: int = Field(
+        1,
+        ge=0,
+        description="Rows left out between a context and its first target, whose patches overlap the context's.",
+    )
+    neg_samples: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
+        16, description="Negatives sampled for each prediction, or all: every other target in the batch."
+    )
+
+
+class OptimizationSection(_Section):
+    """How long and how fast to learn. Adam, as published."""
+
+    epochs: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Length of the run in passes over the images (excludes --steps)."
+    )
+    steps: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Length of the run in parameter updates (excludes --epochs)."
+    )
+    batch_size: int = Field(16, ge=1, description="Images in an update.")
+    lr: float = Field(2e-4, gt=0, le=10, allow_inf_nan=False, description="Learning rate, at its highest.")
+    schedule: Schedule = Field(
+        "constant", description="Learning rate after the warm-up: constant, or a half cosine to zero at the end."
+    )
+    warmup_steps: int = Field(0, ge=0, description="Updates over which the learning rate rises linearly from zero.")
+    clip_grad: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="Norm that the gradient of all parameters together is cut to. None: not cut."
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> OptimizationSection:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either --epochs or --steps" + (", not both" if self.epochs else ""))
+        return self
+
+
+class DeviceSection(_Section):
+    """Where and how to compute."""
+
+    device: str = Field("cpu", description="cpu, cuda, cuda:1, mps ... Chosen by what the machine has.")
+    precision: Precision = Field(
+        "fp32",
+        description="Number format of convolutions and products; parameters stay fp32. bf16 is chosen where the device "
+        "computes it natively.",
+    )
+    channels_last: bool = Field(True, description="Lay images out with their channels innermost, faster nearly always.")
+    compile: bool = Field(
+        False, description="Compile the model with torch.compile: minutes at the start, faster steps."
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="Determines weights, order, crops and negatives of the run.")
+
+    @model_validator(mode="after")
+    def _device_exists(self) -> DeviceSection:
+        try:
+            torch.device(self.device)
+        except RuntimeError:
+            raise ValueError(f"--device: expected a name like cpu, cuda or cuda:1, got {self.device!r}") from None
+        return self
+
+
+class OutputSection(_Section):
+    """What is written while training."""
+
+    log_every: int = Field(
+        20, ge=1, description="Updates between lines of metrics.jsonl, each the mean since the last."
+    )
+    checkpoint_every: int = Field(
+        500, ge=1, description="Updates between checkpoints; one is always written at the end."
+    )
+
+
+class RunConfig(_Section):
+    """A run: two runs of equal config on one machine and number of threads give equal metrics on the CPU."""
+
+    model: Model = Field("cpc-v1", description="What to train. cpc-v1: van den Oord et al. 2018, arXiv 1807.03748.")
+    data: DataSection = Field(default_factory=DataSection)
+    view: ViewSection = Field(default_factory=ViewSection)
+    cpc: CPCSection = Field(default_factory=CPCSection)
+    optimization: OptimizationSection
+    compute: DeviceSection = Field(default_factory=DeviceSection)
+    output: OutputSection = Field(default_factory=OutputSection)
+
+    @model_validator(mode="after")
+    def _predictions_fit_grid(self) -> RunConfig:
+        farthest, last = self.cpc.pred_steps + self.cpc.skip, self.view.grid_size - 1
+        if farthest > last:
+            raise ValueError(
+                f"--pred-steps {self.cpc.pred_steps} with --skip {self.cpc.skip} predicts {farthest} rows ahead, but "
+                f"--grid-size {self.view.grid_size} has only {last} rows below the first: they may sum to {last}"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """As the text of a config.yaml, which :func:`load_config` reads back to an equal config."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+_FIELDS = frozenset(RunConfig.model_fields) | {
+    name
+    for field in RunConfig.model_fields.values()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, _Section)
+    for name in field.annotation.model_fields
+}
+
+
+def load_config(path: Path) -> RunConfig:
+    """Read a config.yaml. TrainingError where it is missing, not YAML, or not a valid config."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TrainingError(f"--config: cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise TrainingError(f"--config: {path} is not a YAML file: {error}") from None
+    if not isinstance(tree, dict):
+        raise TrainingError(f"--config: {path} does not hold a run's options (expected a mapping)")
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise TrainingError(f"--config: {path}:\n{explain(error)}") from None

@@ -1,0 +1,233 @@
+"""The task of training CPC v1: grey or colour crops as grids of patches, contrastive loss, linear probe.
+
+What it judges the encoder by is a probe on encodings averaged over the grid, against the same encoder untrained, whose
+weights the seed brings back.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from cpc_ext import __version__
+from cpc_ext.data import Dataset, ImageFetcher, ImageSet, PatchView
+from cpc_ext.models import CPC, GatedPixelCNNContext, ResNetV2Encoder
+from cpc_ext.training import figures
+from cpc_ext.training.atomic_file import atomic_file
+from cpc_ext.training.config import RunConfig
+from cpc_ext.training.precision import autocast, patch_dtype
+from cpc_ext.training.probe import encode, linear_probe
+from cpc_ext.training.random_streams import RandomStreams
+from cpc_ext.training.run_dir import RunDir
+from cpc_ext.training.run_log import read_metrics
+from cpc_ext.training.task import Task
+
+__all__ = ["ENCODERS", "CPCv1Task"]
+
+# Arguments of ResNetV2Encoder by the name on the command line.
+ENCODERS: dict[str, dict[str, Any]] = {
+    "resnet-small": {"blocks": (1, 1, 1), "channels": (32, 64, 128), "stem_channels": 32},
+    "resnet14": {"depth": 14},
+    "resnet28": {"depth": 28},
+    "resnet41": {"depth": 41},
+    "resnet92": {"depth": 92},
+    "resnet143": {"depth": 143},
+    "resnet18": {"depth": 18},
+    "resnet34": {"depth": 34},
+    "resnet50": {"depth": 50},
+    "resnet101": {"depth": 101},
+    "resnet152": {"depth": 152},
+}
+# Images the figures are drawn from.
+_FIGURE_INPUTS = 4
+_NEIGHBOUR_IMAGES = 500
+_NEIGHBOUR_QUERIES = 6
+_NEIGHBOURS = 8
+
+
+class CPCv1Task(Task):
+    """CPC v1 on a data set.
+
+    Raises:
+        ValueError: images smaller than the crop.
+    """
+
+    def __init__(self, config: RunConfig, dataset: Dataset, device: torch.device) -> None:
+        side = min(dataset.image_shape[1:])
+        if config.view.crop > side:
+            raise ValueError(f"--crop {config.view.crop} is larger than the images of {dataset.name}, {side} pixels")
+        self._config = config
+        self._dataset = dataset
+        self._device = device
+        self.images = dataset.pretrain
+        self._view = PatchView.of(
+            dataset,
+            config.view.patch,
+            config.view.stride,
+            crop=config.view.crop,
+            flip=config.view.flip,
+            gray=config.view.gray,
+            patch_norm=config.view.patch_norm,
+            dtype=patch_dtype(config.compute.precision),
+            channels_last=config.compute.channels_last,
+        )
+        self.model = self._build()
+
+    def losses(self, images: Tensor, streams: RandomStreams) -> dict[str, Tensor]:
+        output = self.model(self._view.random(images, streams.views), generator=streams.negatives)
+        return {"loss": output.loss, "accuracy": output.accuracy}
+
+    def evaluate(self) -> dict[str, float]:
+        """Accuracies of the linear probe; nothing where the data set has no labels to train and test it with."""
+        train, test = self._dataset.train, self._dataset.test
+        if train is None or test is None or train.labels is None or test.labels is None:
+            return {}
+        results = {}
+        for name, model in (("probe", self.model), ("untrained_probe", self._build())):
+            features = [
+                encode(images, lambda batch, m=model: self._features(m, batch), self._device)
+                for images in (train, test)
+            ]
+            results[f"{name}_accuracy"] = linear_probe(
+                features[0],
+                torch.from_numpy(train.labels),
+                features[1],
+                torch.from_numpy(test.labels),
+                classes=len(self._dataset.classes),
+            ).accuracy
+        counts = torch.bincount(torch.from_numpy(test.labels), minlength=len(self._dataset.classes))
+        results["chance_accuracy"] = (counts.max() / counts.sum()).item()
+        return results
+
+    def save(self, run: RunDir) -> None:
+        self._save_encoder(run)
+        metrics = read_metrics(run.metrics)
+        if metrics:
+            figures.save(run.path / "curves.png", figures.curves(metrics, self._guessing()))
+        self._save_inputs(run)
+        self._save_neighbours(run)
+
+    def _save_encoder(self, run: RunDir) -> None:
+        """The encoder's weights, with what is needed to build it and to feed it in the file's header."""
+        weights = {name: value.contiguous() for name, value in self.model.encoder.state_dict().items()}
+        metadata = {
+            "format": "pt",
+            "cpc_ext": __version__,
+            "encoder": json.dumps(self._encoder_arguments()),
+            "view": json.dumps({name: value for name, value in asdict(self._view).items() if name != "dtype"}),
+            "config": json.dumps(self._config.model_dump(mode="json")),
+        }
+        with atomic_file(run.encoder) as file:
+            file.write(to_safetensors(weights, metadata))
+
+    def _save_inputs(self, run: RunDir) -> None:
+        images = self._shown_images(_FIGURE_INPUTS)
+        patches = self._view.center(images).float().cpu().numpy()
+        figures.save(
+            run.path / "inputs.png",
+            figures.model_inputs(images.cpu().numpy(), patches, crop=self._config.view.crop),
+        )
+
+    def _save_neighbours(self, run: RunDir) -> None:
+        """For the middle patch of a few images, the nearest patch of each of the images nearest to it."""
+        images = self._shown_images(_NEIGHBOUR_IMAGES)
+        if len(images) < _NEIGHBOUR_QUERIES + _NEIGHBOURS:
+            return
+        encodings = F.normalize(self._encode(self.model, images).flatten(2), dim=1)  # [N, D, patches]
+        middle = encodings.shape[2] // 2 + self._config.view.grid_size // 2
+        queries = torch.arange(_NEIGHBOUR_QUERIES, device=encodings.device)
+        similarity, patch = torch.einsum("qd,ndp->qnp", encodings[queries, :, middle], encodings).max(2)
+        similarity[queries, queries] = -torch.inf
+        similarity, image = similarity.topk(_NEIGHBOURS, dim=1)
+        patch = patch.gather(1, image)
+
+        # Shown in colour and without normalisation, so that one sees what the encoding does not depend on.
+        plain = replace(self._view, gray=False, mean=None, std=None, patch_norm=False, dtype=torch.float32)
+        patches = plain.center(images).flatten(1, 2)
+        labels = self._shown_set.labels
+        same_class = None
+        if labels is not None:
+            same_class = labels[: len(queries), None] == labels[image.cpu().numpy()]
+        figures.save(
+            run.path / "neighbours.png",
+            figures.nearest_patches(
+                patches[queries, middle].cpu().numpy(),
+                patches[image, patch].cpu().numpy(),
+                similarity.cpu().numpy(),
+                same_class,
+            ),
+        )
+
+    @property
+    def _shown_set(self) -> ImageSet:
+        return self._dataset.pretrain if self._dataset.test is None else self._dataset.test
+
+    def _shown_images(self, count: int) -> Tensor:
+        """The first images that were not trained on, uint8 [N, C, H, W] on the device."""
+        fetch = ImageFetcher(self._shown_set, self._device, resident=False)
+        return fetch(np.arange(min(count, len(self._shown_set))))
+
+    @torch.no_grad()
+    def _features(self, model: CPC, images: Tensor) -> Tensor:
+        """uint8 [B, C, H, W] → encodings of the central crop, averaged over the grid: [B, D]."""
+        return self._encode(model, images).mean((2, 3))
+
+    @torch.no_grad()
+    def _encode(self, model: CPC, images: Tensor) -> Tensor:
+        was_training = model.training
+        model.eval()
+        with autocast(self._device, self._config.compute.precision):
+            encodings = model.encode(self._view.center(images))
+        model.train(was_training)
+        return encodings.float()
+
+    def _guessing(self) -> dict[str, float]:
+        """Loss and accuracy of a model that finds all keys equally likely."""
+        config = self._config
+        if config.cpc.neg_samples == "all":
+            row = config.view.grid_size * config.optimization.batch_size
+            rows = [config.view.grid_size - config.cpc.skip - step for step in range(1, config.cpc.pred_steps + 1)]
+            keys = [row * count for count in rows]
+        else:
+            keys = [config.cpc.neg_samples + 1]
+        return {
+            "loss": sum(math.log(count) for count in keys) / len(keys),
+            "accuracy": sum(1 / count for count in keys) / len(keys),
+        }
+
+    def _build(self) -> CPC:
+        """The model with the initial weights of the config's seed."""
+        config = self._config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.compute.seed)
+            encoder = ResNetV2Encoder(**self._encoder_arguments())
+            model = CPC(
+                encoder,
+                GatedPixelCNNContext(encoder.out_channels),
+                pred_steps=config.cpc.pred_steps,
+                pred_directions=config.cpc.pred_directions,
+                skip=config.cpc.skip,
+                neg_samples=config.cpc.neg_samples,
+            )
+        if config.compute.channels_last:
+            # Only the encoder: the other four-dimensional parameters are not filters over images.
+            encoder.to(memory_format=torch.channels_last)
+        return model.to(self._device)
+
+    def _encoder_arguments(self) -> dict[str, Any]:
+        patch = self._config.view.patch
+        return {
+            "in_channels": 1 if self._config.view.gray else self._dataset.image_shape[0],
+            "norm": self._config.cpc.norm,
+            # A stem sees a good part of a patch, not all of it.
+            "stem": "cifar" if patch <= 12 else "stl10" if patch <= 32 else "imagenet",
+            **ENCODERS[self._config.cpc.encoder],
+        }

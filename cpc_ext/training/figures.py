@@ -1,0 +1,141 @@
+"""The figures of a run, as PNG: how the loss went, what the model saw, and which patches it finds alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import PercentFormatter
+
+from cpc_ext.training.atomic_file import atomic_file
+
+__all__ = ["curves", "model_inputs", "nearest_patches", "save"]
+
+_DPI = 130
+_BLUE, _GRAY, _GREEN, _RED = "#1f5fa8", "#8a8a8a", "#2e8b57", "#c0392b"
+# A point of the smoothed curve looks back over this share of the run.
+_SMOOTHING = 0.05
+
+
+def save(path: Path, figure: Figure) -> None:
+    """Write a figure as PNG. OSError where that fails."""
+    with atomic_file(path) as file:
+        FigureCanvasAgg(figure).print_png(file)
+
+
+def curves(metrics: Sequence[dict[str, float]], guessing: dict[str, float]) -> Figure:
+    """Loss and contrastive accuracy over the run.
+
+    metrics: logged steps with "step", "loss" and "accuracy". guessing: both for a model that guesses, drawn as lines.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    steps = np.array([record["step"] for record in metrics])
+    panels = zip(
+        figure.subplots(1, 2), (("loss", "InfoNCE loss (nats)"), ("accuracy", "contrastive accuracy")), strict=True
+    )
+    for axes, (name, label) in panels:
+        values = np.array([record[name] for record in metrics])
+        smooth = _smoothed(values)
+        axes.plot(steps, values, color=_BLUE, alpha=0.3, linewidth=1, label="logged")
+        axes.plot(steps, smooth, color=_BLUE, linewidth=2, label="smoothed")
+        axes.axhline(guessing[name], color=_GRAY, linestyle="--", linewidth=1, label="guessing")
+        axes.set_xlabel("step (parameter updates)")
+        axes.set_ylabel(label)
+        axes.set_title(f"{name}: {smooth[-1]:.3f}" if name == "loss" else f"{name}: {smooth[-1]:.1%}")
+        axes.margins(x=0)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if name == "accuracy":
+            axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def model_inputs(images: np.ndarray, patches: np.ndarray, *, crop: int) -> Figure:
+    """Images above, below them what reaches the model.
+
+    images: uint8 [B, C, H, W]. patches: floating [B, rows, cols, C', p, p]. crop: side of the central square that the
+    patches were cut from, outlined in the image.
+    """
+    count, rows, columns, _, size, _ = patches.shape
+    figure = Figure(figsize=(3 * count, 6.4), layout="constrained")
+    grid = figure.subplots(2, count, squeeze=False)
+    low, high = np.quantile(patches, [0.005, 0.995])
+    for number, (upper, lower) in enumerate(zip(*grid, strict=True)):
+        _show(upper, _as_image(images[number] / 255))
+        height, width = images.shape[2:]
+        corner = ((width - crop) // 2 - 0.5, (height - crop) // 2 - 0.5)
+        upper.add_patch(Rectangle(corner, crop, crop, fill=False, edgecolor=_RED, linewidth=2))
+        shown = ((patches[number] - low) / max(high - low, 1e-6)).clip(0, 1)
+        _show(lower, _as_image(_tiled(shown)))
+    grid[0][0].set_ylabel("image and crop")
+    grid[1][0].set_ylabel(f"{rows} × {columns} patches of {size} × {size} pixels")
+    figure.suptitle("What the model sees")
+    return figure
+
+
+def nearest_patches(
+    queries: np.ndarray, neighbours: np.ndarray, similarities: np.ndarray, same_class: np.ndarray | None
+) -> Figure:
+    """Patches beside the patches of other images whose encodings are nearest.
+
+    queries: [Q, C, p, p] in 0..1. neighbours: [Q, K, C, p, p], nearest first. similarities: [Q, K], cosines, shown
+    below each. same_class: [Q, K], framed green where it holds and red elsewhere; None without labels.
+    """
+    count, nearest = similarities.shape
+    figure = Figure(figsize=(1.1 * (nearest + 1.4), 1.25 * count + 0.6), layout="constrained")
+    # An empty column sets the queries apart.
+    grid = figure.subplots(count, nearest + 2, squeeze=False, gridspec_kw={"width_ratios": [1, 0.15, *[1] * nearest]})
+    for row in range(count):
+        _show(grid[row][0], _as_image(queries[row]))
+        grid[row][1].set_axis_off()
+        for column in range(nearest):
+            axes = grid[row][column + 2]
+            _show(axes, _as_image(neighbours[row, column]))
+            axes.set_xlabel(f"{similarities[row, column]:.2f}", fontsize=8, labelpad=2)
+            if same_class is not None:
+                for spine in axes.spines.values():
+                    spine.set(edgecolor=_GREEN if same_class[row, column] else _RED, linewidth=2)
+    grid[0][0].set_title("patch", fontsize=10)
+    grid[0][2].set_title("nearest by learned code, of other images", fontsize=10, loc="left")
+    framing = "" if same_class is None else "; framed green: same class, red: another"
+    figure.supxlabel(f"cosine similarity of the encodings below each{framing}", fontsize=9)
+    return figure
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    """Running mean over the last values; over fewer at the start, where there are none before."""
+    window = max(1, round(_SMOOTHING * len(values)))
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def _show(axes: Axes, image: np.ndarray) -> None:
+    axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _as_image(pixels: np.ndarray) -> np.ndarray:
+    """[C, H, W] in 0..1 as imshow takes it."""
+    return pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
+
+
+def _tiled(patches: np.ndarray) -> np.ndarray:
+    """[rows, cols, C, p, p] → one picture [C, H, W] with white gaps between the patches."""
+    rows, columns, channels, size, _ = patches.shape
+    gap = max(1, size // 8)
+    picture = np.ones((channels, rows * (size + gap) - gap, columns * (size + gap) - gap))
+    for row in range(rows):
+        for column in range(columns):
+            top, left = row * (size + gap), column * (size + gap)
+            picture[:, top : top + size, left : left + size] = patches[row, column]
+    return picture

@@ -1,0 +1,272 @@
+"""The training loop: steps, learning rate, logging and checkpoints for any task.
+
+The host only ever waits for the device where something is logged or saved. There it also learns whether a value was
+not finite, so that neither a log line nor a checkpoint is made of such values without its knowledge.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from tqdm import tqdm
+
+from cpc_ext.data import EpochSampler, ImageFetcher
+from cpc_ext.training.atomic_file import replace_with_link
+from cpc_ext.training.checkpoint import save_checkpoint
+from cpc_ext.training.config import RunConfig
+from cpc_ext.training.errors import TrainingError, warn
+from cpc_ext.training.meter import FiniteGuard, Meter
+from cpc_ext.training.precision import autocast, grad_scaler
+from cpc_ext.training.random_streams import RandomStreams
+from cpc_ext.training.run_dir import RunDir
+from cpc_ext.training.run_log import RunLog
+from cpc_ext.training.schedule import learning_rate
+from cpc_ext.training.stop_request import StopRequest
+from cpc_ext.training.task import Task
+
+__all__ = ["Trainer"]
+
+
+class Trainer:
+    """One run of a task, from its first step or from a checkpoint's.
+
+    Attributes:
+        step: updates done.
+        total_steps: updates of the whole run.
+        seconds: time spent in steps so far, over all resumed parts.
+        last_metrics: the last logged record.
+
+    Raises:
+        TrainingError: a batch larger than the data set.
+    """
+
+    def __init__(self, task: Task, config: RunConfig, run: RunDir, device: torch.device) -> None:
+        options = config.optimization
+        self._task = task
+        self._config = config
+        self._run = run
+        self._device = device
+        try:
+            self._sampler = EpochSampler(len(task.images), options.batch_size, seed=config.compute.seed)
+        except ValueError as error:
+            raise TrainingError(f"--batch-size: {error}") from None
+        self._fetch = ImageFetcher(task.images, device)
+        self._streams = RandomStreams(config.compute.seed, device)
+        self._parameters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
+        # Fused, it also unscales fp16 gradients and skips overflowed steps without asking the host.
+        self._optimizer = torch.optim.Adam(self._parameters, lr=options.lr, fused=device.type in ("cpu", "cuda"))
+        self._scaler = grad_scaler(device, config.compute.precision)
+        if config.compute.compile:
+            task.model.compile()
+        self._guard = FiniteGuard(device)
+        self._since_log = Meter(device)
+        self._since_best = Meter(device)
+        self._best_loss = float("inf")
+        self._saved_step: int | None = None
+        self.step = 0
+        self.total_steps = options.steps or options.epochs * len(self._sampler)
+        self.seconds = 0.0
+        self._started = 0.0
+        self._logged_step = 0
+        self._logged_seconds = 0.0
+        self.last_metrics: dict[str, float] = {}
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Size of a checkpoint: parameters and buffers, and Adam's two moments of each parameter."""
+        tensors = [*self._parameters, *self._parameters, *self._task.model.state_dict().values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint. TrainingError where it does not fit this run."""
+        try:
+            self._task.model.load_state_dict(state["model"])
+            self._optimizer.load_state_dict(state["optimizer"])
+            self._scaler.load_state_dict(state["scaler"])
+            self._streams.load_state_dict(state["streams"])
+            self._sampler.load_state_dict(state["sampler"])
+            self._since_log.load_state_dict(state["since_log"])
+            self._since_best.load_state_dict(state["since_best"])
+            self._best_loss = state["best_loss"]
+            self.seconds = state["seconds"]
+            self.last_metrics = state["last_metrics"]
+            self.step = self._saved_step = state["step"]
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise TrainingError(f"--resume: {self._run.checkpoint} does not fit this run: {error}") from None
+        if self.total_steps < self.step:
+            raise TrainingError(
+                f"--resume: the run is already at step {self.step}, past the {self.total_steps} asked for"
+            )
+
+    def train(self, log: RunLog, stop: StopRequest) -> None:
+        """Run to the last step, or to the one in which ``stop`` is set; then save.
+
+        Raises TrainingError where a loss or gradient is not finite, with the checkpoints before that as they were.
+        """
+        options = self._config.output
+        self._task.model.train()
+        if self.step == 0:
+            # From here on there is something to resume, and the disk has proved to take a checkpoint.
+            try:
+                save_checkpoint(self._run.checkpoint, self._state())
+            except OSError as error:
+                raise TrainingError(f"--out-dir: cannot write {self._run.checkpoint}: {error}") from None
+            self._saved_step = 0
+        batches = self._batches()
+        self._logged_step, self._logged_seconds = self.step, self.seconds
+        self._start_clock()
+        # Where the bar is not redrawn but written line after line, a few lines a minute are enough.
+        interval = 0.2 if sys.stderr.isatty() else 10
+        with tqdm(
+            total=self.total_steps, initial=self.step, unit="step", mininterval=interval, dynamic_ncols=True
+        ) as bar:
+            while self.step < self.total_steps and not stop.signal:
+                self._update(self._fetch(next(batches)))
+                bar.update()
+                if self.step % options.log_every == 0 or self.step == self.total_steps:
+                    self._log(log, bar)
+                if self.step % options.checkpoint_every == 0 or self.step == self.total_steps:
+                    self._save(log, complete_interval=True)
+            if self._saved_step != self.step:
+                self._save(log, complete_interval=False)
+
+    def _batches(self) -> Iterator[np.ndarray]:
+        while True:
+            yield from self._sampler
+
+    def _update(self, images: Tensor) -> None:
+        """One step: forward, backward, and an update of the parameters; nothing here waits for the device."""
+        options = self._config.optimization
+        self.step += 1
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._learning_rate(self.step)
+        self._optimizer.zero_grad(set_to_none=True)
+        with autocast(self._device, self._config.compute.precision):
+            values = self._task.losses(images, self._streams)
+        self._scaler.scale(values["loss"]).backward()
+        self._scaler.unscale_(self._optimizer)
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        norm = get_total_norm(gradients)
+        if options.clip_grad is not None:
+            clip_grads_with_norm_(self._parameters, options.clip_grad, norm)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        # Loss scaling finds its factor by overflowing now and then; such gradients are expected and not applied.
+        self._guard.watch(self.step, values["loss"], *([] if self._scaler.is_enabled() else [norm]))
+        self._since_log.add({**values, "grad_norm": norm})
+        self._since_best.add({"loss": values["loss"]})
+
+    def _learning_rate(self, step: int) -> float:
+        options = self._config.optimization
+        return learning_rate(
+            step,
+            peak=options.lr,
+            total_steps=self.total_steps,
+            warmup_steps=options.warmup_steps,
+            schedule=options.schedule,
+        )
+
+    def _log(self, log: RunLog, bar: tqdm[NoReturn]) -> None:
+        means = self._since_log.means()
+        self._since_log.reset()
+        self._check_finite(parameters=False)
+        self._stop_clock()
+        images = (self.step - self._logged_step) * self._sampler.batch_size
+        speed = images / max(self.seconds - self._logged_seconds, 1e-9)
+        self._logged_step, self._logged_seconds = self.step, self.seconds
+        self.last_metrics = {
+            "step": self.step,
+            "epoch": round(self.step / len(self._sampler), 4),
+            **means,
+            "lr": self._learning_rate(self.step),
+            "images_per_second": round(speed, 2),
+            "seconds": round(self.seconds, 3),
+        }
+        log.log(self.last_metrics)
+        shown = {name: f"{value:.3f}" for name, value in means.items() if name != "grad_norm"}
+        bar.set_postfix({**shown, "images/s": f"{speed:.0f}"}, refresh=False)
+
+    def _save(self, log: RunLog, *, complete_interval: bool) -> None:
+        """Write the last checkpoint, and let it be the best one too if its interval's mean loss is the lowest.
+
+        An interval cut short by a stop does not count: a mean over few steps is low by luck.
+        """
+        self._stop_clock()
+        self._check_finite(parameters=True)
+        best = False
+        if complete_interval:
+            loss = self._since_best.means().get("loss", float("inf"))
+            self._since_best.reset()
+            best = loss < self._best_loss
+            self._best_loss = min(loss, self._best_loss)
+        # A checkpoint never knows of logged steps that are not on the disk.
+        log.sync()
+        try:
+            save_checkpoint(self._run.checkpoint, self._state())
+            self._saved_step = self.step
+            if best:
+                replace_with_link(self._run.checkpoint, self._run.best)
+        except OSError as error:
+            warn(
+                f"could not save step {self.step} ({error}); training goes on, the last checkpoint is "
+                + (f"that of step {self._saved_step}" if self._saved_step is not None else "missing")
+            )
+        self._start_clock()
+
+    def _check_finite(self, *, parameters: bool) -> None:
+        """Stop where a loss or gradient since the start, or a parameter now, is not finite."""
+        step = self._guard.first_bad_step()
+        if step is None:
+            if not parameters or torch.stack([value.isfinite().all() for value in self._parameters]).all():
+                return
+            step = self.step
+        kept = "" if self._saved_step is None else f"; the checkpoint of step {self._saved_step} is kept"
+        try:
+            save_checkpoint(self._run.diverged, self._state())
+            kept += f", the state with it is in {self._run.diverged}"
+        except OSError as error:
+            warn(f"could not save {self._run.diverged} ({error})")
+        options = self._config.optimization
+        cures = [f"a lower --lr than {options.lr:g}"]
+        if options.warmup_steps == 0:
+            cures.append("--warmup-steps 500")
+        if options.clip_grad is None:
+            cures.append("--clip-grad 1")
+        if self._config.compute.precision != "fp32":
+            cures.append("--precision fp32")
+        raise TrainingError(
+            f"training diverged: the loss or its gradient is not finite at step {step} "
+            f"(learning rate {self._learning_rate(step):g}){kept}. Try {', or '.join(cures)}"
+        )
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "config": self._config.model_dump(mode="json"),
+            "model": self._task.model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "streams": self._streams.state_dict(),
+            "sampler": self._sampler.state_dict(),
+            "since_log": self._since_log.state_dict(),
+            "since_best": self._since_best.state_dict(),
+            "best_loss": self._best_loss,
+            "last_metrics": self.last_metrics,
+            "seconds": self.seconds,
+        }
+
+    def _start_clock(self) -> None:
+        self._started = time.perf_counter()
+
+    def _stop_clock(self) -> None:
+        """Count the time since the clock started, or was last read, as training."""
+        now = time.perf_counter()
+        self.seconds += now - self._started
+        self._started = now

@@ -1,0 +1,63 @@
+"""Defaults that depend on the model and the data set, one table entry a pair.
+
+An entry holds only what differs from the defaults in config.py, by section. The command line shows the entry's values
+as defaults in its help, and options given there replace them one by one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cpc_ext.training.config import RunConfig
+from cpc_ext.training.precision import default_device, default_precision
+
+__all__ = ["PRESETS", "preset"]
+
+# Small images: half-overlapping patches of 10 pixels of which a small network sees enough.
+_CPC_V1_CIFAR = {
+    "view": {"crop": 30, "grid_size": 5, "patch_norm": True},
+    "cpc": {"encoder": "resnet14", "norm": "layer", "pred_steps": 3, "neg_samples": "all"},
+    "optimization": {"epochs": 100, "batch_size": 64, "schedule": "cosine", "warmup_steps": 500, "clip_grad": 10.0},
+}
+
+PRESETS: dict[tuple[str, str], dict[str, Any]] = {
+    # Minutes on two CPU cores. Grey patches of their own mean and contrast share nothing with their neighbours but the
+    # structure that runs through both.
+    ("cpc-v1", "textures"): {
+        "view": {"crop": 56, "grid_size": 6, "patch_norm": True},
+        "cpc": {"encoder": "resnet-small", "pred_steps": 3, "pred_directions": 2, "neg_samples": "all"},
+        "optimization": {
+            "steps": 1000,
+            "batch_size": 16,
+            "lr": 1e-3,
+            "schedule": "cosine",
+            "warmup_steps": 50,
+            "clip_grad": 10.0,
+        },
+    },
+    # The example settings of CPCV2-PyTorch.
+    ("cpc-v1", "stl10"): {
+        "view": {"crop": 64, "grid_size": 7},
+        "cpc": {"encoder": "resnet14", "pred_steps": 5, "neg_samples": 16},
+        "optimization": {"epochs": 300, "batch_size": 16},
+    },
+    ("cpc-v1", "cifar10"): _CPC_V1_CIFAR,
+    ("cpc-v1", "cifar100"): _CPC_V1_CIFAR,
+    ("cpc-v1", "folder"): {
+        "view": {"crop": 64, "grid_size": 7, "patch_norm": True},
+        "cpc": {"encoder": "resnet14", "norm": "layer", "pred_steps": 5, "neg_samples": "all"},
+        "optimization": {"epochs": 100, "batch_size": 32, "schedule": "cosine", "warmup_steps": 500, "clip_grad": 10.0},
+    },
+}
+
+
+def preset(model: str, dataset: str, *, device: str | None = None) -> RunConfig:
+    """The config of a run without further options.
+
+    device: the one it is going to run on, if not the accelerator of this machine; it decides the precision.
+    KeyError for a model that cannot be trained on that data set.
+    """
+    entry = PRESETS[model, dataset]
+    compute = {"device": default_device(), "precision": default_precision(device or default_device())}
+    sections = {"data": {"dataset": dataset}, "compute": compute}
+    return RunConfig.model_validate({"model": model, **sections, **entry})
