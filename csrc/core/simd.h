@@ -92,13 +92,16 @@ inline void copy_run(char* out, const char* in, int64_t bytes) {
 }
 
 // The same past the cache, for results that are too large to be found there later: memory is written without being read
-// first. `out` must be 64-byte aligned and `bytes` a multiple of 64.
+// first. `out` must be 16-byte aligned and `bytes` a multiple of 16.
 inline void stream_run(char* out, const char* in, int64_t bytes) {
 #if defined(__AVX512F__)
-  for (int64_t i = 0; i < bytes; i += 64) _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), _mm512_loadu_si512(in + i));
-#elif defined(__SSE2__)
-  for (int64_t i = 0; i < bytes; i += 16)
-    _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i)));
+  if (reinterpret_cast<uintptr_t>(out) % 64 == 0)
+    for (; bytes >= 64; bytes -= 64, in += 64, out += 64)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(out), _mm512_loadu_si512(in));
+#endif
+#if defined(__SSE2__)
+  for (; bytes > 0; bytes -= 16, in += 16, out += 16)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(out), _mm_loadu_si128(reinterpret_cast<const __m128i*>(in)));
 #else
   copy_run(out, in, bytes);
 #endif

@@ -5,6 +5,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define CPC_HOST_DEVICE __host__ __device__
+#else
+#define CPC_HOST_DEVICE
+#endif
+
 namespace cpc {
 
 enum class DType : uint8_t { u8, boolean, i32, i64, f16, bf16, f32, f64 };
@@ -43,7 +49,7 @@ struct TensorView {
   int64_t strides[kMaxDims] = {};  // In elements.
 
   template <class T>
-  T* as() const {
+  CPC_HOST_DEVICE T* as() const {
     return static_cast<T*>(data);
   }
 
@@ -53,5 +59,16 @@ struct TensorView {
     return product;
   }
 };
+
+// Calls work with a value of the floating type that `dtype` names.
+template <class Work>
+void with_floating(DType dtype, const Work& work) {
+  switch (dtype) {
+    case DType::f16: return work(Half{});
+    case DType::bf16: return work(BFloat16{});
+    case DType::f32: return work(float{});
+    default: return work(double{});
+  }
+}
 
 }  // namespace cpc

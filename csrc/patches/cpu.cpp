@@ -6,6 +6,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "core/huge_pages.h"
 #include "core/parallel.h"
 #include "core/simd.h"
 #include "patches/patches.h"
@@ -53,7 +54,7 @@ void transform_gray_row(Real* __restrict out, const SourceRow<In> (&rgb)[3], int
   const In* __restrict red = rgb[0].pixels;
   const In* __restrict green = rgb[1].pixels;
   const In* __restrict blue = rgb[2].pixels;
-  const Real r = scale * Real(kLuma[0]), g = scale * Real(kLuma[1]), b = scale * Real(kLuma[2]);
+  const Real r = scale * Real(luma(0)), g = scale * Real(luma(1)), b = scale * Real(luma(2));
   const auto run = [&](auto step) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i)
@@ -163,17 +164,28 @@ void for_each_run(const PatchIn<Real>& patch, const Runs& runs, const Visit& vis
     for (int64_t y = 0; y < runs.height; ++y) visit(patch.first + k * patch.plane + y * runs.row);
 }
 
-// The sum of term(value) over a patch, for a term that works on a value and on a vector of them.
+// The sum of term(value) over a patch, for a term that works on a value and on a vector of them. Rows are added four at
+// a time, so that additions do not wait for one another.
 template <class Real, class Term>
 Real sum_over(const PatchIn<Real>& patch, const Runs& runs, const Term& term) {
-  Vector<Real> lanes = {};
+  constexpr int64_t kRows = 4;
+  Vector<Real> lanes[kRows] = {};
   Real rest = 0;
-  for_each_run(patch, runs, [&](const Real* row) {
-    int64_t i = 0;
-    for (; i + kLanes<Real> <= runs.run; i += kLanes<Real>) lanes += term(load(row + i));
-    for (; i < runs.run; ++i) rest += term(row[i]);
-  });
-  return sum<Real>(lanes) + rest;
+  for (int64_t k = 0; k < runs.planes; ++k) {
+    const Real* row = patch.first + k * patch.plane;
+    const auto add = [&](auto rows) {
+      int64_t i = 0;
+      for (; i + kLanes<Real> <= runs.run; i += kLanes<Real>)
+        for (int64_t y = 0; y < rows; ++y) lanes[y] += term(load(row + y * runs.row + i));
+      for (; i < runs.run; ++i)
+        for (int64_t y = 0; y < rows; ++y) rest += term(row[y * runs.row + i]);
+      row += rows * runs.row;
+    };
+    int64_t y = 0;
+    for (; y + kRows <= runs.height; y += kRows) add(std::integral_constant<int64_t, kRows>{});
+    for (; y < runs.height; ++y) add(std::integral_constant<int64_t, 1>{});
+  }
+  return sum<Real>(lanes[0] + lanes[1] + (lanes[2] + lanes[3])) + rest;
 }
 
 template <class Real>
@@ -234,8 +246,11 @@ void extract_as(const Problem& problem) {
   const Scratch scratch((real_values + temporary_values) * sizeof(Real) + (casts ? real_values * sizeof(Out) : 0) +
                         runs.run * sizeof(Out));
   const int64_t run_bytes = runs.run * sizeof(Out);
-  const bool streams = problem.patches.numel() * int64_t{sizeof(Out)} > kStreamBytes && run_bytes % 64 == 0 &&
-                       reinterpret_cast<uintptr_t>(problem.patches.data) % 64 == 0;
+  const int64_t bytes = problem.patches.numel() * int64_t{sizeof(Out)};
+  const bool streams =
+      bytes > kStreamBytes && run_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(problem.patches.data) % 16 == 0;
+  advise_huge_pages(problem.patches.data, bytes);
+  const bool direct = std::is_same_v<Out, Real> && !streams;  // Normalised values need neither cast nor streaming.
   const auto write = [&](Out* out, const Out* in) {
     (streams ? stream_run : copy_run)(reinterpret_cast<char*>(out), reinterpret_cast<const char*>(in), run_bytes);
   };
@@ -268,10 +283,13 @@ void extract_as(const Problem& problem) {
         const auto [mean, deviation] = moments(patch, runs);
         const Real inverse = 1 / (deviation + Real(kContrastFloor));
         for_each_run(patch, runs, [&, mean = mean](const Real* row) {
+          Real* const to = direct ? reinterpret_cast<Real*>(out) : temporary;
 #pragma omp simd
-          for (int64_t x = 0; x < runs.run; ++x) temporary[x] = (row[x] - mean) * inverse;
-          narrow(normalised, temporary, runs.run);
-          write(out, normalised);
+          for (int64_t x = 0; x < runs.run; ++x) to[x] = (row[x] - mean) * inverse;
+          if (!direct) {
+            narrow(normalised, temporary, runs.run);
+            write(out, normalised);
+          }
           out += runs.run;
         });
       }
@@ -363,9 +381,9 @@ void extract_backward_as(const Problem& problem) {
       // From patch order back to the image: undo interleaving, mirror, scale and grey.
       const int64_t channels = images.shape[1];
       for (int64_t channel = 0; channel < channels; ++channel) {
-        const bool luma = g.gray && channels == 3;
-        const int64_t k = luma ? 0 : channel;
-        const Real scale = static_cast<Real>(problem.scale[k] * (luma ? kLuma[channel] : 1.0));
+        const bool to_gray = g.gray && channels == 3;
+        const int64_t k = to_gray ? 0 : channel;
+        const Real scale = static_cast<Real>(problem.scale[k] * (to_gray ? luma(channel) : 1.0));
         const Real* sums = total + (g.channels_last ? k : k * runs.row);
         Out* row = out + (channel * height + window.y + y) * width + window.x;
         for (int64_t x = 0; x < g.width; ++x)
@@ -373,17 +391,6 @@ void extract_backward_as(const Problem& problem) {
       }
     }
   });
-}
-
-// Calls work with a value of the type that `dtype` names, which is floating.
-template <class Work>
-void with_floating(DType dtype, const Work& work) {
-  switch (dtype) {
-    case DType::f16: return work(Half{});
-    case DType::bf16: return work(BFloat16{});
-    case DType::f32: return work(float{});
-    default: return work(double{});
-  }
 }
 
 }  // namespace

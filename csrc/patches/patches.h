@@ -50,8 +50,8 @@ struct Problem {
 };
 
 constexpr double kContrastFloor = 0.1;
-// BT.601 luma, as Pillow's convert("L") uses it.
-constexpr double kLuma[3] = {0.299, 0.587, 0.114};
+// The share of red, green and blue in BT.601 luma, as Pillow's convert("L") uses it.
+constexpr double luma(int64_t channel) { return channel == 0 ? 0.299 : channel == 1 ? 0.587 : 0.114; }
 
 // Throws std::invalid_argument naming the argument where a shape, type or layout is not as above, and, if the offsets
 // can be read from here, where one leaves its image.
@@ -64,6 +64,8 @@ inline void extract_backward(const Problem& problem) { CPC_CALL_AT_ISA(extract_b
 }  // namespace cpu
 
 namespace cuda {
+// The most output channels that the kernels take: their scale and shift travel with the launch.
+constexpr int kMaxChannels = 64;
 #if defined(CPC_WITH_CUDA)
 void extract(const Problem& problem, void* stream);
 void extract_backward(const Problem& problem, void* stream);

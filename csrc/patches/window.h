@@ -3,12 +3,6 @@
 
 #include "patches/patches.h"
 
-#if defined(__CUDACC__) || defined(CPC_CUDA_EMULATION)
-#define CPC_HOST_DEVICE __host__ __device__
-#else
-#define CPC_HOST_DEVICE
-#endif
-
 namespace cpc::patches {
 
 // Top left pixel of image b's window, kept inside the image, and whether the window is mirrored.
@@ -24,11 +18,11 @@ CPC_HOST_DEVICE inline Window window_of(const Geometry& g, const TensorView& ima
   const int64_t limit_y = images.shape[2] - g.height, limit_x = images.shape[3] - g.width;
   Window w{limit_y / 2, limit_x / 2, false};
   if (offsets.ndim != 0) {
-    const int64_t* o = static_cast<const int64_t*>(offsets.data) + b * offsets.strides[0];
+    const int64_t* o = offsets.as<int64_t>() + b * offsets.strides[0];
     w.y = clamp(o[0], limit_y);
     w.x = clamp(o[offsets.strides[1]], limit_x);
   }
-  if (flip.ndim != 0) w.flip = static_cast<const bool*>(flip.data)[b * flip.strides[0]];
+  if (flip.ndim != 0) w.flip = flip.as<bool>()[b * flip.strides[0]];
   return w;
 }
 

@@ -1,0 +1,122 @@
+// The device side that kernels share: conversions of storage types, 16-byte vectors, division by a constant, warp sums,
+// dynamic shared memory.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "core/tensor_view.h"
+
+namespace cpc::cuda {
+
+constexpr int kWarp = 32;
+
+// --- Storage types to the computing type, and back rounding to nearest even ---
+
+template <class Real>
+__device__ inline Real widen(uint8_t v) { return static_cast<Real>(v); }
+template <class Real>
+__device__ inline Real widen(float v) { return static_cast<Real>(v); }
+template <class Real>
+__device__ inline Real widen(double v) { return static_cast<Real>(v); }
+template <class Real>
+__device__ inline Real widen(Half v) { return static_cast<Real>(__half2float(__ushort_as_half(v.bits))); }
+template <class Real>
+__device__ inline Real widen(BFloat16 v) { return static_cast<Real>(__bfloat162float(__ushort_as_bfloat16(v.bits))); }
+
+template <class Out>
+struct Narrow {  // float and double
+  template <class Real>
+  __device__ static Out from(Real v) { return static_cast<Out>(v); }
+};
+template <>
+struct Narrow<Half> {
+  __device__ static Half from(float v) { return {__half_as_ushort(__float2half_rn(v))}; }
+  __device__ static Half from(double v) { return {__half_as_ushort(__double2half(v))}; }
+};
+template <>
+struct Narrow<BFloat16> {
+  __device__ static BFloat16 from(float v) { return {__bfloat16_as_ushort(__float2bfloat16_rn(v))}; }
+  __device__ static BFloat16 from(double v) { return {__bfloat16_as_ushort(__double2bfloat16(v))}; }
+};
+
+// Element i of an array whose type is known only at run time. All threads of a kernel take the same branch.
+template <class Real>
+__device__ inline Real load_as(const void* data, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::u8: return widen<Real>(static_cast<const uint8_t*>(data)[i]);
+    case DType::f16: return widen<Real>(static_cast<const Half*>(data)[i]);
+    case DType::bf16: return widen<Real>(static_cast<const BFloat16*>(data)[i]);
+    case DType::f32: return widen<Real>(static_cast<const float*>(data)[i]);
+    default: return widen<Real>(static_cast<const double*>(data)[i]);
+  }
+}
+
+template <class Real>
+__device__ inline void store_as(void* data, DType dtype, int64_t i, Real v) {
+  switch (dtype) {
+    case DType::f16: static_cast<Half*>(data)[i] = Narrow<Half>::from(v); return;
+    case DType::bf16: static_cast<BFloat16*>(data)[i] = Narrow<BFloat16>::from(v); return;
+    case DType::f32: static_cast<float*>(data)[i] = static_cast<float>(v); return;
+    default: static_cast<double*>(data)[i] = v; return;
+  }
+}
+
+// --- Vectors that a thread moves in one access ---
+
+template <class T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  T v[N];
+};
+
+// --- Division of 0 <= n < 2^31 by a divisor known at launch: a multiplication, an addition and a shift ---
+
+class FastDivide {
+ public:
+  FastDivide() = default;
+  explicit FastDivide(uint32_t divisor) : divisor_(divisor) {
+    while ((uint64_t{1} << shift_) < divisor) ++shift_;
+    multiplier_ = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift_) - divisor)) / divisor + 1);
+  }
+  __device__ uint32_t operator()(uint32_t n, uint32_t& remainder) const {
+    const uint32_t quotient = (__umulhi(n, multiplier_) + n) >> shift_;
+    remainder = n - quotient * divisor_;
+    return quotient;
+  }
+
+ private:
+  uint32_t divisor_ = 1, multiplier_ = 1, shift_ = 0;
+};
+
+// --- Warp and block ---
+
+// The sum over the lanes of a warp, in every lane, in the same order on every run. All lanes must take part.
+template <class Real>
+__device__ inline Real warp_sum(Real v) {
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) v += __shfl_xor_sync(0xffffffffu, v, mask);
+  return v;
+}
+
+// The sum over the threads of a one-dimensional block of `threads`, in every thread, in the same order on every run. All
+// threads must take part.
+template <int threads, class Real>
+__device__ inline Real block_sum(Real v) {
+  __shared__ Real of_warp[threads / kWarp];
+  v = warp_sum(v);
+  __syncthreads();  // The last use of of_warp is over.
+  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = v;
+  __syncthreads();
+  Real total = 0;
+  for (int w = 0; w < threads / kWarp; ++w) total += of_warp[w];
+  return total;
+}
+
+// The block's dynamic shared memory, 16-byte aligned.
+__device__ inline unsigned char* dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return memory;
+}
+
+}  // namespace cpc::cuda
