@@ -19,7 +19,10 @@ class GatedPixelCNNContext(nn.Module):
 
     Layers of the gated PixelCNN (van den Oord et al. 2016, arXiv 1606.05328, figure 2) as Löwe et al. 2019 (arXiv
     1905.11786) use them: the masks hide the rows below and nothing else, since contrastive predictive coding predicts
-    whole rows below. The first layer has no residuals. Parameters start as those of :class:`torch.nn.Conv2d`.
+    whole rows below. The first layer has no residuals. The vertical stack ends in the last layer's convolution: the
+    residual that both programs keep there (``residual_vertical``) feeds nothing, so it is left out.
+
+    Parameters start as those of :class:`torch.nn.Conv2d`.
 
     Args:
         channels: D.
@@ -35,7 +38,9 @@ class GatedPixelCNNContext(nn.Module):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.out_channels = channels
-        self.layers = nn.ModuleList(_GatedLayer(channels, residual=index > 0) for index in range(layers))
+        self.layers = nn.ModuleList(
+            _GatedLayer(channels, first=index == 0, last=index == layers - 1) for index in range(layers)
+        )
         self.stack_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, encodings: Tensor) -> Tensor:
@@ -57,19 +62,24 @@ class GatedPixelCNNContext(nn.Module):
 class _GatedLayer(nn.Module):
     """One layer of the vertical and the horizontal stack, both [B, D, rows, cols]."""
 
-    def __init__(self, channels: int, residual: bool) -> None:
+    def __init__(self, channels: int, *, first: bool, last: bool) -> None:
         super().__init__()
         self.vertical_conv = MaskedConv2d(channels, 2 * channels, 3, mask="vertical")
         self.horizontal_conv = MaskedConv2d(channels, 2 * channels, (1, 3), mask="vertical")
         self.v_to_h_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
         self.horizontal_output = nn.Conv2d(channels, channels, 1)
-        self.residual_vertical = nn.Conv2d(channels, 2 * channels, 1) if residual else None
+        self.residual_vertical = None if first or last else nn.Conv2d(channels, 2 * channels, 1)
+        self.first = first
+        self.last = last
 
     def forward(self, vertical: Tensor, horizontal: Tensor) -> tuple[Tensor, Tensor]:
         vertical_features = self.vertical_conv(vertical)
         horizontal_features = self.horizontal_conv(horizontal) + self.v_to_h_conv(vertical_features)
         output = self.horizontal_output(gated_activation(horizontal_features))
+        if not self.first:
+            output = output + horizontal
+        if self.last:
+            return vertical_features, output
         if self.residual_vertical is not None:
             vertical_features = vertical_features + self.residual_vertical(vertical)
-            output = output + horizontal
         return gated_activation(vertical_features), output

@@ -64,7 +64,8 @@ class ResNetV2Encoder(nn.Module):
     stack but the first starts with stride 2. Nothing follows the last block but the mean over space.
 
     Convolutions start from He's normal initialisation by fan-out with zero biases. Without a norm the last convolution
-    of every block is scaled by ``blocks ** -0.5`` on top, which keeps the variance of deep sums of blocks bounded.
+    of every block is scaled by ``n ** -0.5`` on top, n the blocks of its stack: each stack then multiplies the variance
+    by at most about e, where plain He initialisation would double it with every block.
 
     Args:
         depth: a depth from the table; give either this or ``blocks``.
@@ -102,6 +103,8 @@ class ResNetV2Encoder(nn.Module):
     ) -> None:
         super().__init__()
         blocks, bottleneck = _resolve_blocks(depth, blocks, bottleneck)
+        if channels is None and len(blocks) > len(_CHANNELS):
+            raise ValueError(f"channels must be given for more than {len(_CHANNELS)} stacks, got {len(blocks)} stacks")
         channels = _CHANNELS[: len(blocks)] if channels is None else tuple(channels)
         if len(channels) != len(blocks):
             raise ValueError(f"channels must hold one number for each of {len(blocks)} stacks, got {channels}")
@@ -150,11 +153,11 @@ class ResNetV2Encoder(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
                 module.reset_parameters()
-        blocks = [block for stack in self.layers for block in stack]
-        for block in blocks:
-            if isinstance(block.norm1, nn.Identity):
-                with torch.no_grad():
-                    block.last_conv.weight.mul_(len(blocks) ** -0.5)
+        for stack in self.layers:
+            for block in stack:
+                if isinstance(block.norm1, nn.Identity):
+                    with torch.no_grad():
+                        block.last_conv.weight.mul_(len(stack) ** -0.5)
 
     def forward(self, patches_or_images: Tensor) -> Tensor:
         """Encode every patch.
