@@ -172,8 +172,7 @@ def _check_arguments(
         )
     rows = queries.shape[:-1]
     _check_per_query("targets", targets, rows, queries.device)
-    samples = negatives.shape[-1:] if isinstance(negatives, Tensor) else ()
-    _check_per_query("negatives", negatives, (*rows, *(samples or "S")), queries.device)
+    _check_per_query("negatives", negatives, (*rows, "S"), queries.device)
     _check_per_query("exclude", exclude, rows, queries.device)
     _check_per_query("weights", weights, rows, queries.device, floating=True)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
@@ -195,7 +194,9 @@ def _check_per_query(
         raise TypeError(f"{name} must be floating, got {value.dtype}")
     if not floating and (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool):
         raise TypeError(f"{name} must be integers, got {value.dtype}")
-    if tuple(value.shape) != shape:
+    if value.ndim != len(shape) or any(
+        size not in (actual, "S") for size, actual in zip(shape, value.shape, strict=True)
+    ):
         raise ValueError(f"{name} must have shape ({', '.join(map(str, shape))}), got {tuple(value.shape)}")
     if value.device != device:
         raise ValueError(f"{name} must be on the queries' device {device}, got {value.device}")
