@@ -1,0 +1,126 @@
+"""The grid objective against its definition, position by position."""
+
+import pytest
+import torch
+
+from cpc_ext.nn import GridInfoNCE
+
+
+def grids(directions=2, batch=2, channels=3, context_channels=4, rows=4, cols=3):
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(directions, batch, channels, rows, cols, generator=generator, dtype=torch.float64)
+    c = torch.randn(directions, batch, context_channels, rows, cols, generator=generator, dtype=torch.float64)
+    return z.requires_grad_(), c.requires_grad_()
+
+
+def by_definition(objective, z, c, negatives):
+    """Loss of every direction and step from loops over rows, columns and images."""
+    directions, batch, _, rows, cols = z.shape
+    losses = []
+    for direction in range(directions):
+        for step in range(objective.pred_steps):
+            ahead = step + 1 + objective.skip
+            cells = [(r, q, b) for r in range(rows - ahead) for q in range(cols) for b in range(batch)]
+            targets = [z[direction, b, :, r + ahead, q] for r, q, b in cells]
+            matrix = objective.weight[direction, step]
+            terms = []
+            for m, (r, q, b) in enumerate(cells):
+                prediction = c[direction, b, :, r, q] @ matrix
+                if negatives is None:
+                    others = [n for n in range(len(cells)) if n != m]
+                else:
+                    others = negatives[direction * objective.pred_steps + step][m].tolist()
+                scores = torch.stack([prediction @ targets[n] for n in [m, *others]])
+                terms.append(-torch.log_softmax(scores, 0)[0])
+            losses.append(torch.stack(terms).mean())
+    return torch.stack(losses).view(directions, -1)
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+@pytest.mark.parametrize("neg_samples", [3, "all"])
+def test_equals_definition(neg_samples, skip):
+    objective = GridInfoNCE(3, 4, pred_steps=2, pred_directions=2, skip=skip, neg_samples=neg_samples).double()
+    z, c = grids()
+    negatives = None
+    if neg_samples != "all":
+        sizes = [2 * 3 * (4 - step - skip) for step in (1, 2)] * 2
+        negatives = [torch.randint(size, (size, neg_samples)) for size in sizes]
+
+    output = objective(z, c, negatives=negatives)
+    expected = by_definition(objective, z, c, negatives)
+
+    torch.testing.assert_close(output.step_losses, expected.detach(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(output.loss, expected.mean(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(output.accuracy, output.step_accuracies.mean())
+    variables = (z, c, objective.weight)
+    actual = torch.autograd.grad(output.loss, variables)
+    for one, other in zip(actual, torch.autograd.grad(expected.mean(), variables), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
+    assert not any(t.requires_grad for t in (output.accuracy, output.step_losses, output.step_accuracies))
+
+
+def test_draws_follow_the_generator_and_stay_within_the_step():
+    objective = GridInfoNCE(3, 4, pred_steps=2, pred_directions=2, neg_samples=200).double()
+    z, c = grids()
+    one, same, other = (objective(z, c, generator=torch.Generator().manual_seed(seed)).loss for seed in (1, 1, 2))
+    assert one == same
+    assert one != other
+    # Rows 0 and 1 are targets of no step with skip=1, so no draw may touch them.
+    one.backward()
+    assert not z.grad[..., :2, :].any()
+    assert z.grad[..., 2:, :].all()
+
+
+def test_empty_batch():
+    objective = GridInfoNCE(3, 4, pred_steps=2, neg_samples=2).double()
+    z, c = grids(directions=1, batch=0)
+    output = objective(z, c)
+    output.loss.backward()
+    assert output.loss == 0
+    assert not objective.weight.grad.any()
+
+
+def test_autocast():
+    objective = GridInfoNCE(3, 4, pred_steps=2, pred_directions=2, neg_samples=2)
+    z, c = grids()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = objective(z.float(), c.float()).loss
+    assert loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"pred_steps": 0}, ValueError, "pred_steps must be at least 1, got 0"),
+        ({"pred_steps": 1.0}, TypeError, "pred_steps must be an int, got float"),
+        ({"skip": -1}, ValueError, "skip must be at least 0, got -1"),
+        ({"neg_samples": 0}, ValueError, "neg_samples must be at least 1, got 0"),
+        ({"neg_samples": "some"}, ValueError, "neg_samples must be an int or \"all\", got 'some'"),
+        ({"pred_directions": 0}, ValueError, "pred_directions must be at least 1, got 0"),
+    ],
+)
+def test_wrong_settings(arguments, error, message):
+    with pytest.raises(error, match=message):
+        GridInfoNCE(3, **{"pred_steps": 1, **arguments})
+
+
+def test_wrong_inputs():
+    objective = GridInfoNCE(3, 4, pred_steps=2, pred_directions=2, neg_samples=2).double()
+    z, c = grids()
+    draws = [torch.zeros(size, 2, dtype=torch.int64) for size in (12, 6)] * 2
+    with pytest.raises(ValueError, match=r"encodings must be \[2 directions, B, 3 channels, rows, cols\], got shape"):
+        objective(c, c)
+    with pytest.raises(ValueError, match="contexts must have the batch and grid of encodings"):
+        objective(z, c[..., :2])
+    with pytest.raises(ValueError, match="grid of 3 rows is too small to predict pred_steps=2 steps with skip=1"):
+        objective(z[..., :3, :], c[..., :3, :])
+    with pytest.raises(ValueError, match="negatives must hold 2 directions x 2 steps = 4 tensors, got 3"):
+        objective(z, c, negatives=draws[:3])
+    with pytest.raises(ValueError, match=r"negatives\[1\] must have shape \(6, 2\), got \(12, 2\)"):
+        objective(z, c, negatives=[draws[0]] * 4)
+    for index in (-1, 6):
+        with pytest.raises(IndexError, match="negatives"):
+            objective(z, c, negatives=[draws[0], draws[1] + index, *draws[2:]])
+    objective.neg_samples = "all"
+    with pytest.raises(ValueError, match='neg_samples is "all"'):
+        objective(z, c, negatives=draws)
