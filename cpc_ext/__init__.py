@@ -1,3 +1,6 @@
 """Contrastive predictive coding for PyTorch, with its hot paths in C++ and CUDA."""
 
-__version__ = "0.1.0"
+from cpc_ext._version import __version__
+from cpc_ext.build_info import build_info
+
+__all__ = ["__version__", "build_info"]

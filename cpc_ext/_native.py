@@ -14,55 +14,39 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from cpc_ext._version import __version__
+
 __all__ = ["KERNEL_DEVICES", "native"]
 
 _NAME = "cpc_ext._C"
 _INSTALL = "run `pip install -c constraints.txt .` in the checkout"
 
 
-def _candidates() -> list[Path]:
-    """Folders that may hold the compiled module: beside this file, then every installed cpc_ext."""
-    folders = [Path(__file__).parent]
+def _find_installed() -> Path:
+    """The compiled module of an installed cpc_ext, wherever its Python files are shadowed by a checkout's."""
     for distribution in importlib.metadata.distributions(name="cpc_ext"):
-        folders.append(Path(str(distribution.locate_file("cpc_ext"))))
-    return folders
-
-
-def _find() -> Path:
-    for folder in _candidates():
         for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-            path = folder / f"_C{suffix}"
+            path = Path(str(distribution.locate_file(f"cpc_ext/_C{suffix}")))
             if path.is_file():
                 return path
-    raise ImportError(f"cpc_ext has no compiled module for this Python ({sys.version.split()[0]}): {_INSTALL}")
+    raise ImportError(f"cpc_ext has no compiled module for Python {sys.version.split()[0]}: {_INSTALL}")
 
 
-def _load(version: str) -> ModuleType:
-    # An editable install resolves the module through an import hook of its own.
-    spec = importlib.util.find_spec(_NAME)
-    if spec is None:
-        path = _find()
-        spec = importlib.util.spec_from_file_location(_NAME, path)
-        assert spec is not None
-    assert spec.loader is not None
+def _load() -> ModuleType:
+    # Beside this file, or where the import hook of an editable install says.
+    spec = importlib.util.find_spec(_NAME) or importlib.util.spec_from_file_location(_NAME, _find_installed())
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if module.__version__ != version:
+    if module.__version__ != __version__:
         raise ImportError(
             f"the compiled module {module.__file__} is cpc_ext {module.__version__}, the Python code at "
-            f"{Path(__file__).parent} is {version}: {_INSTALL}"
+            f"{Path(__file__).parent} is {__version__}: {_INSTALL}"
         )
     sys.modules[_NAME] = module
     return module
 
 
-def _version() -> str:
-    import cpc_ext
-
-    return cpc_ext.__version__
-
-
-native = _load(_version())
+native = _load()
 
 # Devices that this build has kernels for; elsewhere the ops run their references.
 KERNEL_DEVICES = ("cpu", "cuda") if native.build_info()["cuda"] else ("cpu",)

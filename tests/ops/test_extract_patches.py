@@ -1,0 +1,328 @@
+"""extract_patches: the kernels against the reference in float64, and the reference against Pillow and plain loops."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cpc_ext.ops import extract_patches
+from cpc_ext.ops.extract_patches import _extract_patches, extract_patches_reference
+
+FLOATING = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# Patches are of order one: the error is that of rounding to the patches' type, or of float32 arithmetic.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+def make_images(dtype=torch.uint8, shape=(3, 3, 33, 40), seed=0):
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return images if dtype == torch.uint8 else (images.double() / 255).to(dtype)
+
+
+def reference(images, patch_size, stride, *, crop=None, offsets=None, flip=None, gray=False, **rest):
+    """The oracle in float64."""
+    in_double = images.double() / 255 if images.dtype == torch.uint8 else images.double()
+    height, width = crop or images.shape[2:]
+    values = {"mean": None, "std": None, "patch_norm": False, "dtype": torch.float64, "channels_last": False}
+    values |= {name: value for name, value in rest.items() if name != "dtype"}
+    return extract_patches_reference(in_double, patch_size, stride, height, width, offsets, flip, gray, **values)
+
+
+def assert_close(actual, expected, tolerance):
+    assert actual.shape == expected.shape
+    error = (actual.double() - expected).abs() / (1 + expected.abs())
+    assert error.max().item() <= tolerance
+
+
+def on(device, values):
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+
+
+@pytest.mark.parametrize("out_dtype", FLOATING)
+@pytest.mark.parametrize("in_dtype", [torch.uint8, *FLOATING])
+def test_every_type_and_transform_agrees_with_the_reference(device, in_dtype, out_dtype):
+    placed = {"crop": (21, 26), "offsets": torch.tensor([[0, 14], [12, 0], [5, 7]])}
+    cases = itertools.product(
+        ({}, {"flip": torch.tensor([True, False, True])}, placed | {"flip": torch.tensor([False, True, True])}),
+        (False, True),  # gray
+        (False, True),  # patch_norm
+        (False, True),  # channels_last
+        ((16, 8), (5, 3), (7, 9), (21, 1)),
+    )
+    images = make_images(in_dtype)
+    for window, gray, patch_norm, channels_last, (patch_size, stride) in cases:
+        channels = 1 if gray else 3
+        options = window | {
+            "gray": gray,
+            "mean": [0.4, 0.5, 0.45][:channels],
+            "std": [0.2, 0.3, 0.25][:channels],
+            "patch_norm": patch_norm,
+            "channels_last": channels_last,
+        }
+        expected = reference(images, patch_size, stride, **options)
+        actual = extract_patches(images.to(device), patch_size, stride, dtype=out_dtype, **on(device, options))
+        assert actual.dtype == out_dtype
+        assert_close(actual.cpu(), expected, TOLERANCE[out_dtype])
+        memory_order = (0, 1, 2, 4, 5, 3) if channels_last else (0, 1, 2, 3, 4, 5)
+        assert actual.permute(memory_order).is_contiguous()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_any_number_of_channels(device, channels):
+    images = make_images(shape=(2, channels, 18, 20))
+    for channels_last, patch_norm in itertools.product((False, True), repeat=2):
+        options = {"channels_last": channels_last, "patch_norm": patch_norm}
+        assert_close(
+            extract_patches(images.to(device), 6, 4, **options).cpu(), reference(images, 6, 4, **options), 4e-6
+        )
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.permute(0, 3, 1, 2),  # Images as files hold them.
+        lambda x: x.permute(0, 3, 2, 1),  # Column-major, as STL-10's.
+        lambda x: x.permute(0, 3, 1, 2)[:, :, ::2, 1::3],
+        lambda x: x[:1].expand(4, *x.shape[1:]).permute(0, 3, 1, 2),
+        lambda x: x.permute(0, 3, 1, 2)[1:, :, 3:, 5:],
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_any_strides(device, view, dtype):
+    images = view(make_images(dtype, shape=(4, 30, 33, 3)))
+    flip = torch.arange(len(images)) % 2 == 0
+    for gray in (False, True):
+        actual = extract_patches(
+            view(make_images(dtype, shape=(4, 30, 33, 3)).to(device)), 8, 3, flip=flip.to(device), gray=gray
+        )
+        assert_close(actual.cpu(), reference(images, 8, 3, flip=flip, gray=gray), 4e-6)
+
+
+def test_the_grid_is_where_the_definition_says():
+    images = torch.arange(2 * 1 * 7 * 9, dtype=torch.float64).reshape(2, 1, 7, 9)
+    patches = extract_patches(images, 3, 2)
+    assert patches.shape == (2, 3, 4, 1, 3, 3)
+    for b, r, c in itertools.product(range(2), range(3), range(4)):
+        torch.testing.assert_close(patches[b, r, c], images[b, :, 2 * r : 2 * r + 3, 2 * c : 2 * c + 3], rtol=0, atol=0)
+
+
+def test_crops_are_centred_unless_placed_and_mirrored_inside_their_window():
+    images = make_images(torch.float64, shape=(2, 1, 11, 13))
+    centred = extract_patches(images, 5, 5, crop=(5, 5))
+    torch.testing.assert_close(centred[:, 0, 0], images[:, :, 3:8, 4:9])
+    offsets = torch.tensor([[6, 8], [0, 0]], dtype=torch.int32)
+    placed = extract_patches(images, 5, 5, crop=(5, 5), offsets=offsets, flip=torch.tensor([True, False]))
+    torch.testing.assert_close(placed[0, 0, 0], images[0, :, 6:, 8:].flip(-1))
+    torch.testing.assert_close(placed[1, 0, 0], images[1, :, :5, :5])
+
+
+def test_gray_is_pillows():
+    pixels = make_images(shape=(1, 3, 16, 16))
+    pillow = Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).convert("L")
+    ours = extract_patches(pixels, 16, 16, gray=True)[0, 0, 0, 0] * 255
+    # Pillow rounds to whole levels.
+    assert np.abs(ours.numpy() - np.asarray(pillow, dtype=np.float32)).max() <= 0.51
+
+
+def test_patch_norm_gives_each_patch_its_own_mean_and_contrast():
+    images = make_images(torch.float64)
+    patches = extract_patches(images, 8, 8, patch_norm=True)
+    plain = extract_patches(images, 8, 8)
+    torch.testing.assert_close(patches.mean((3, 4, 5)), torch.zeros(3, 4, 5, dtype=torch.float64), atol=1e-12, rtol=0)
+    sigma = plain.std((3, 4, 5), correction=0)
+    torch.testing.assert_close(patches.std((3, 4, 5), correction=0), sigma / (sigma + 0.1))
+    # A flat patch, whatever its level, is zero and not amplified noise.
+    assert extract_patches(torch.full((1, 3, 8, 8), 255, dtype=torch.uint8), 8, 8, patch_norm=True).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("patch_norm", [False, True])
+@pytest.mark.parametrize("gray", [False, True])
+def test_gradcheck(device, gray, patch_norm, channels_last):
+    images = make_images(torch.float64, shape=(2, 3, 7, 8)).to(device).requires_grad_()
+    options = {
+        "crop": (6, 7),
+        "offsets": torch.tensor([[0, 1], [1, 0]], device=device),
+        "flip": torch.tensor([True, False], device=device),
+        "std": [0.5] if gray else [0.5, 0.7, 0.9],
+        "gray": gray,
+        "patch_norm": patch_norm,
+        "channels_last": channels_last,
+    }
+    assert torch.autograd.gradcheck(lambda x: extract_patches(x, 3, 2, **options), images)
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("patch_norm", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_gradients_agree_with_the_references_in_float64(device, dtype, patch_norm, channels_last):
+    images = make_images(dtype, shape=(3, 3, 33, 40))
+    options = {"flip": torch.tensor([True, False, True]), "patch_norm": patch_norm, "channels_last": channels_last}
+    ours = images.clone().to(device).requires_grad_()
+    exact = images.double().requires_grad_()
+    patches = extract_patches(
+        ours, 16, 8, dtype=torch.float32 if dtype != torch.float64 else dtype, **on(device, options)
+    )
+    expected = reference(exact, 16, 8, **options)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
+    patches.backward(weights.to(device, patches.dtype))
+    expected.backward(weights.double())
+    assert ours.grad.dtype == dtype
+    # Relative to the largest, since sums of four patches may cancel.
+    scale = exact.grad.abs().max()
+    assert_close(ours.grad.cpu().double() / scale, exact.grad / scale, TOLERANCE[dtype])
+
+
+def test_a_flat_patch_has_a_finite_gradient(device):
+    images = torch.full((1, 1, 8, 8), 0.5, device=device, requires_grad=True)
+    weights = torch.randn(1, 1, 1, 1, 8, 8, device=device)
+    extract_patches(images, 8, 8, patch_norm=True).backward(weights)
+    torch.testing.assert_close(images.grad[0, 0], (weights - weights.mean())[0, 0, 0, 0] / 0.1)
+
+
+def test_results_do_not_vary_between_runs_nor_with_threads():
+    images = make_images(torch.float32, shape=(5, 3, 50, 61)).requires_grad_()
+
+    def run(threads):
+        torch.set_num_threads(threads)
+        patches = extract_patches(images, 9, 4, patch_norm=True)
+        (gradient,) = torch.autograd.grad(patches, images, torch.ones_like(patches) * patches.detach())
+        return patches.detach(), gradient
+
+    before = torch.get_num_threads()
+    try:
+        first, *others = [run(threads) for threads in (1, 2, 2, 3)]
+    finally:
+        torch.set_num_threads(before)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 16, 16), (0, 1, 8, 8)])
+def test_empty_batches(device, shape):
+    images = torch.empty(shape, device=device, requires_grad=True)
+    patches = extract_patches(images, 8, 4, offsets=torch.empty(0, 2, dtype=torch.int64, device=device), crop=(8, 8))
+    assert patches.shape == (0, 1, 1, shape[1], 8, 8)
+    patches.sum().backward()
+    assert images.grad.shape == shape
+
+
+def test_opcheck(device):
+    options = (None, None, True, [0.5], [0.25], True, torch.float32, True)
+    floating = make_images(torch.float32, shape=(2, 3, 12, 12)).to(device).requires_grad_()
+    offsets, flip = torch.tensor([[0, 1], [2, 2]], device=device), torch.tensor([True, False], device=device)
+    torch.library.opcheck(_extract_patches, (floating, 4, 2, 12, 12, *options))
+    torch.library.opcheck(
+        _extract_patches,
+        (
+            make_images(shape=(2, 3, 12, 12)).to(device),
+            4,
+            2,
+            10,
+            10,
+            offsets,
+            flip,
+            False,
+            None,
+            None,
+            False,
+            torch.bfloat16,
+            False,
+        ),
+    )
+
+
+def test_compiles_into_one_graph(device):
+    images = make_images(torch.float32).to(device).requires_grad_()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(x):
+        return extract_patches(x * 2, 8, 4, crop=(32, 32), patch_norm=True, channels_last=True).relu()
+
+    plain = extract_patches(images * 2, 8, 4, crop=(32, 32), patch_norm=True, channels_last=True).relu()
+    torch.testing.assert_close(step(images), plain)
+    (expected,) = torch.autograd.grad(plain.square().sum(), images)
+    (actual,) = torch.autograd.grad(step(images).square().sum(), images)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.cuda
+def test_records_into_a_cuda_graph():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    images = make_images().cuda()
+    for _ in range(3):
+        extract_patches(images, 8, 4, patch_norm=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        patches = extract_patches(images, 8, 4, patch_norm=True)
+    images.copy_(make_images(seed=1))
+    graph.replay()
+    torch.testing.assert_close(patches.cpu().double(), reference(make_images(seed=1), 8, 4, patch_norm=True).cpu())
+
+
+@pytest.mark.cuda
+def test_large_patches_and_outputs_on_cuda():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    images = make_images(shape=(1, 3, 300, 310))
+    # 300 x 300 x 3 floats do not fit shared memory.
+    for patch_size in (80, 300):
+        for patch_norm in (False, True):
+            actual = extract_patches(images.cuda(), patch_size, 4, patch_norm=patch_norm)
+            assert_close(actual.cpu(), reference(images, patch_size, 4, patch_norm=patch_norm), 1e-5)
+    # More than 2^31 values.
+    many = make_images(shape=(1, 1, 64, 64)).cuda().expand(60000, 1, 64, 64)
+    patches = extract_patches(many, 16, 8, dtype=torch.float16)
+    assert patches.numel() * 4 > 2**31
+    torch.testing.assert_close(patches[-1], patches[0])
+
+
+def test_large_results_are_written_past_the_cache_alike():
+    images = make_images(shape=(64, 3, 64, 64))
+    assert 64 * 49 * 4 * 768 * 4 > 32 << 20
+    many = images.repeat(4, 1, 1, 1)
+    for channels_last, patch_norm, dtype in itertools.product(
+        (False, True), (False, True), (torch.float32, torch.bfloat16)
+    ):
+        options = {"channels_last": channels_last, "patch_norm": patch_norm, "dtype": dtype}
+        large = extract_patches(many, 16, 8, **options)
+        if dtype == torch.float32:
+            assert large.numel() * 4 > 32 << 20
+        assert torch.equal(large[-64:], extract_patches(images, 16, 8, **options))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"images": np.zeros((2, 3, 16, 16))}, TypeError, "images must be a tensor"),
+        ({"images": torch.zeros(3, 16, 16)}, ValueError, r"images must be \[B, C, H, W\]"),
+        ({"images": torch.zeros(2, 3, 16, 16, dtype=torch.int32)}, TypeError, "int32"),
+        ({"images": torch.zeros(2, 0, 16, 16)}, ValueError, "at least one channel"),
+        ({"patch_size": 0}, ValueError, "patch_size must be at least 1"),
+        ({"patch_size": 17}, ValueError, "patch_size must be at most 16"),
+        ({"stride": 0}, ValueError, "stride must be at least 1"),
+        ({"crop": (8,)}, ValueError, r"crop must be \(h, w\)"),
+        ({"crop": (20, 8)}, ValueError, "crop must lie within"),
+        ({"crop": (3, 8)}, ValueError, "patch_size must be at most 3"),
+        ({"offsets": torch.zeros(2, 2, dtype=torch.long)}, ValueError, "give crop"),
+        ({"crop": (8, 8), "offsets": torch.zeros(3, 2, dtype=torch.long)}, ValueError, "offsets must be"),
+        ({"crop": (8, 8), "offsets": torch.zeros(2, 2)}, TypeError, "offsets must be integers"),
+        ({"crop": (8, 8), "offsets": torch.tensor([[0, 0], [0, 9]])}, ValueError, "got 9 for x of image 1"),
+        ({"crop": (8, 8), "offsets": torch.tensor([[-1, 0], [0, 8]])}, ValueError, "got -1 for y of image 0"),
+        ({"flip": torch.zeros(2)}, TypeError, "flip must be bool"),
+        ({"flip": torch.zeros(1, dtype=torch.bool)}, ValueError, "flip must be"),
+        ({"flip": [True, False]}, TypeError, "flip must be a tensor"),
+        ({"images": torch.zeros(2, 2, 16, 16), "gray": True}, ValueError, "gray needs"),
+        ({"mean": [0.5]}, ValueError, "mean must have one value for each of 3"),
+        ({"std": [1.0, 0.0, 1.0]}, ValueError, "std must be positive"),
+        ({"std": [1.0, float("nan"), 1.0]}, ValueError, "std must be positive"),
+        ({"dtype": torch.int64}, TypeError, "dtype must be one of"),
+    ],
+)
+def test_wrong_arguments_are_named(change, error, words):
+    arguments = {"images": torch.zeros(2, 3, 16, 16), "patch_size": 4, "stride": 2} | change
+    images, patch_size, stride = (arguments.pop(name) for name in ("images", "patch_size", "stride"))
+    with pytest.raises(error, match=words):
+        extract_patches(images, patch_size, stride, **arguments)
