@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -32,20 +33,29 @@ _DESCRIPTION = (
 
 @dataclass(frozen=True)
 class Command:
-    """A run to start or to resume."""
+    """A run to start or to resume.
 
-    run: RunConfig
-    """What determines the run."""
+    run: what determines it. The others are described where the command line describes them.
+    """
 
-    out_dir: Path | None = None
-    """Folder of the run's files, made where it does not exist. None: the first free runs/MODEL-DATASET-NUMBER."""
-
-    resume: bool = False
-    """Go on with the run in --out-dir from its last checkpoint, with the run's own options. Length, logging, device,
-    compiling and the place of the data may be given anew; a longer run follows the schedule of its new length."""
-
-    config: Path | None = None
-    """Repeat a run: take the defaults of all options from its config.yaml."""
+    # Without a name of its own it leaves its sections' names to the groups of the help.
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    out_dir: Annotated[
+        Path | None,
+        tyro.conf.arg(help="Folder of the run's files. None: the first free runs/MODEL-DATASET-NUMBER."),
+    ] = None
+    resume: Annotated[
+        bool,
+        tyro.conf.arg(
+            help="Go on with the run in --out-dir from its last checkpoint, with the run's own options. Only length, "
+            "logging, device, compiling and the place of the data may be given anew; a longer run follows the schedule "
+            "of its new length."
+        ),
+    ] = False
+    config: Annotated[
+        Path | None,
+        tyro.conf.arg(help="Repeat a run: its config.yaml gives the defaults of all options."),
+    ] = None
 
 
 def parse(arguments: Sequence[str]) -> Command:

@@ -50,7 +50,7 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
 
     def __init__(self, **values: Any) -> None:
-        # The command line parser shows a ValueError's own words, which are to name options and not pydantic's internals.
+        # The command line parser shows a ValueError's own words; they are to name options, not pydantic's internals.
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -149,8 +149,8 @@ class CPCSection(_Section):
 
     encoder: Encoder = Field(
         "resnet14",
-        description="Network that encodes a patch. resnet14 to 143 of 14, 28, 41, 92, 143 lack the last stack, as in "
-        "the CPC papers; 18 to 152 are whole; resnet-small has a block a stack and few channels.",
+        description="Network that encodes a patch, a pre-activation ResNet: 14, 28, 41, 92 and 143 without the last "
+        "stack, as published for CPC; 18, 34, 50, 101 and 152 whole; small with one narrow block a stack.",
     )
     norm: Literal["none", "layer", "batch", "instance"] = Field(
         "none", description="Normalisation inside the encoder; the published CPC v1 uses none."
@@ -198,7 +198,9 @@ class OptimizationSection(_Section):
 class DeviceSection(_Section):
     """Where and how to compute."""
 
-    device: str = Field("cpu", description="cpu, cuda, cuda:1, mps ... Chosen by what the machine has.")
+    device: str = Field(
+        "cpu", description="Where to compute: cpu, cuda, cuda:1, mps. An accelerator is taken where there is one."
+    )
     precision: Precision = Field(
         "fp32",
         description="Number format of convolutions and products; parameters stay fp32. bf16 is chosen where the device "

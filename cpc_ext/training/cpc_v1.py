@@ -141,7 +141,9 @@ class CPCv1Task(Task):
         images = self._shown_images(_NEIGHBOUR_IMAGES)
         if len(images) < _NEIGHBOUR_QUERIES + _NEIGHBOURS:
             return
-        encodings = F.normalize(self._encode(self.model, images).flatten(2), dim=1)  # [N, D, patches]
+        encodings = self._encode(self.model, images).flatten(2)  # [N, D, patches]
+        # What all patches share would make all of them alike.
+        encodings = F.normalize(encodings - encodings.mean((0, 2), keepdim=True), dim=1)
         middle = encodings.shape[2] // 2 + self._config.view.grid_size // 2
         queries = torch.arange(_NEIGHBOUR_QUERIES, device=encodings.device)
         similarity, patch = torch.einsum("qd,ndp->qnp", encodings[queries, :, middle], encodings).max(2)

@@ -41,18 +41,20 @@ def curves(metrics: Sequence[dict[str, float]], guessing: dict[str, float]) -> F
     for axes, (name, label) in panels:
         values = np.array([record[name] for record in metrics])
         smooth = _smoothed(values)
-        axes.plot(steps, values, color=_BLUE, alpha=0.3, linewidth=1, label="logged")
+        # A run so short that it has few points shows them, as a line through them might be invisible.
+        marker = "o" if len(steps) < 10 else None
+        axes.plot(steps, values, color=_BLUE, alpha=0.3, linewidth=1, marker=marker, label="logged")
         axes.plot(steps, smooth, color=_BLUE, linewidth=2, label="smoothed")
         axes.axhline(guessing[name], color=_GRAY, linestyle="--", linewidth=1, label="guessing")
         axes.set_xlabel("step (parameter updates)")
         axes.set_ylabel(label)
         axes.set_title(f"{name}: {smooth[-1]:.3f}" if name == "loss" else f"{name}: {smooth[-1]:.1%}")
-        axes.margins(x=0)
+        axes.set_xlim(0, steps[-1])
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         if name == "accuracy":
             axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.legend(frameon=False, loc="lower right")
     return figure
 
@@ -75,7 +77,7 @@ def model_inputs(images: np.ndarray, patches: np.ndarray, *, crop: int) -> Figur
         shown = ((patches[number] - low) / max(high - low, 1e-6)).clip(0, 1)
         _show(lower, _as_image(_tiled(shown)))
     grid[0][0].set_ylabel("image and crop")
-    grid[1][0].set_ylabel(f"{rows} × {columns} patches of {size} × {size} pixels")
+    grid[1][0].set_ylabel(f"{rows} by {columns} patches of {size} by {size} pixels")
     figure.suptitle("What the model sees")
     return figure
 
@@ -85,13 +87,13 @@ def nearest_patches(
 ) -> Figure:
     """Patches beside the patches of other images whose encodings are nearest.
 
-    queries: [Q, C, p, p] in 0..1. neighbours: [Q, K, C, p, p], nearest first. similarities: [Q, K], cosines, shown
+    queries: [Q, C, p, p] in 0..1. neighbours: [Q, K, C, p, p], nearest first. similarities: [Q, K], shown
     below each. same_class: [Q, K], framed green where it holds and red elsewhere; None without labels.
     """
     count, nearest = similarities.shape
     figure = Figure(figsize=(1.1 * (nearest + 1.4), 1.25 * count + 0.6), layout="constrained")
     # An empty column sets the queries apart.
-    grid = figure.subplots(count, nearest + 2, squeeze=False, gridspec_kw={"width_ratios": [1, 0.15, *[1] * nearest]})
+    grid = figure.subplots(count, nearest + 2, squeeze=False, gridspec_kw={"width_ratios": [1, 0.2, *[1] * nearest]})
     for row in range(count):
         _show(grid[row][0], _as_image(queries[row]))
         grid[row][1].set_axis_off()
@@ -103,9 +105,10 @@ def nearest_patches(
                 for spine in axes.spines.values():
                     spine.set(edgecolor=_GREEN if same_class[row, column] else _RED, linewidth=2)
     grid[0][0].set_title("patch", fontsize=10)
-    grid[0][2].set_title("nearest by learned code, of other images", fontsize=10, loc="left")
+    # Wider than its column, which must not grow for it.
+    grid[0][2].set_title("nearest by learned code, of other images", fontsize=10, loc="left").set_in_layout(False)
     framing = "" if same_class is None else "; framed green: same class, red: another"
-    figure.supxlabel(f"cosine similarity of the encodings below each{framing}", fontsize=9)
+    figure.supxlabel(f"below each: cosine similarity of the centred encodings{framing}", fontsize=9)
     return figure
 
 

@@ -22,7 +22,7 @@ __all__ = ["ProbeResult", "encode", "linear_probe"]
 # From hardly any regularisation to strong, for features of unit variance.
 _STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4)
 _HELD_OUT = 0.2
-_ENCODE_BATCH = 100
+_ENCODE_BATCH = 50
 _MAX_ITERATIONS = 200
 
 
