@@ -25,7 +25,8 @@ DLDevice common_device(std::initializer_list<const TensorArg*> read, std::initia
   const DLDevice device = (*written.begin())->device;
   for (const auto* list : {&read, &written})
     for (const TensorArg* arg : *list)
-      if (arg != nullptr && (arg->device.device_type != device.device_type || arg->device.device_id != device.device_id))
+      if (arg != nullptr &&
+          (arg->device.device_type != device.device_type || arg->device.device_id != device.device_id))
         throw std::invalid_argument("all tensors must be on one device");
   for (const TensorArg* arg : written)
     if (arg->readonly) throw std::invalid_argument("the output is read-only");
@@ -131,7 +132,8 @@ PYBIND11_MODULE(_C, module) {
              py::arg("patch_norm"), py::arg("channels_last"), py::arg("scale"), py::arg("shift"),
              "Fills images_grad; see csrc/patches/patches.h.");
   module.def(
-      "probe", [](const TensorArg&) {}, py::arg("tensor"), "Only reads a tensor's description: the cost of a crossing.");
+      "probe", [](const TensorArg&) {}, py::arg("tensor"),
+      "Only reads a tensor's description: the cost of a crossing.");
 }
 
 }  // namespace cpc::bindings

@@ -11,9 +11,9 @@ namespace {
 
 std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
 
-// The exchange table of a tensor type. Types live as long as the module that defines them, and a handful of them (Tensor,
-// Parameter) make all calls, so the last few answers are kept; a type that has gone and whose address is used again is
-// told apart by the reference held here.
+// The exchange table of a tensor type. Types live as long as the module that defines them, and a handful of them
+// (Tensor, Parameter) make all calls, so the last few answers are kept; a type that has gone and whose address is used
+// again is told apart by the reference held here.
 const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
   struct Entry {
     PyTypeObject* type = nullptr;
@@ -25,12 +25,12 @@ const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
     if (entry.type == type) return entry.api;
 
   const DLPackExchangeAPI* api = nullptr;
-  const py::object capsule =
-      py::getattr(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__", py::none());
+  const py::object capsule = py::getattr(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__", py::none());
   if (!capsule.is_none()) {
     api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (api == nullptr) throw py::error_already_set();
-    if (api->header.version.major != DLPACK_MAJOR_VERSION || api->dltensor_from_py_object_no_sync == nullptr) api = nullptr;
+    if (api->header.version.major != DLPACK_MAJOR_VERSION || api->dltensor_from_py_object_no_sync == nullptr)
+      api = nullptr;
   }
   Py_INCREF(type);
   Py_XDECREF(known[next].type);

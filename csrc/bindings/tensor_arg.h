@@ -1,6 +1,6 @@
 // Tensors from Python without their framework: a pybind11 argument type that reads a DLPack producer.
-// PyTorch 2.11 and newer publish a table of C functions on the tensor type, which costs a few instructions a tensor; other
-// producers, NumPy among them, are asked through __dlpack__ and kept alive for the call.
+// PyTorch 2.11 and newer publish a table of C functions on the tensor type, which costs a few instructions a tensor;
+// other producers, NumPy among them, are asked through __dlpack__ and kept alive for the call.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,6 +1,6 @@
-// The instruction sets that the CPU kernels are compiled for, from one source each, and which of them this machine runs.
-// CMake compiles every OP/cpu.cpp once per level with CPC_ISA set to the level's name, which is also the namespace that
-// keeps the copies apart.
+// The instruction sets that the CPU kernels are compiled for, from one source each, and which of them this machine
+// runs. CMake compiles every OP/cpu.cpp once per level with CPC_ISA set to the level's name, which is also the
+// namespace that keeps the copies apart.
 #pragma once
 
 namespace cpc {
@@ -13,19 +13,27 @@ const char* isa_name();
 
 // Declares a kernel at each level. A macro, because the same declaration goes into several namespaces.
 #if defined(__x86_64__)
-#define CPC_DECLARE_AT_EACH_ISA(...)   \
-  namespace baseline { __VA_ARGS__; }  \
-  namespace avx2 { __VA_ARGS__; }      \
-  namespace avx512 { __VA_ARGS__; }
-#define CPC_CALL_AT_ISA(function, ...)                                  \
-  switch (::cpc::isa()) {                                               \
-    case ::cpc::Isa::avx512: return avx512::function(__VA_ARGS__);      \
-    case ::cpc::Isa::avx2: return avx2::function(__VA_ARGS__);          \
-    case ::cpc::Isa::baseline: return baseline::function(__VA_ARGS__);  \
+#define CPC_DECLARE_AT_EACH_ISA(...) \
+  namespace baseline {               \
+  __VA_ARGS__;                       \
+  }                                  \
+  namespace avx2 {                   \
+  __VA_ARGS__;                       \
+  }                                  \
+  namespace avx512 {                 \
+  __VA_ARGS__;                       \
+  }
+#define CPC_CALL_AT_ISA(function, ...)                                 \
+  switch (::cpc::isa()) {                                              \
+    case ::cpc::Isa::avx512: return avx512::function(__VA_ARGS__);     \
+    case ::cpc::Isa::avx2: return avx2::function(__VA_ARGS__);         \
+    case ::cpc::Isa::baseline: return baseline::function(__VA_ARGS__); \
   }
 #else
 #define CPC_DECLARE_AT_EACH_ISA(...) \
-  namespace baseline { __VA_ARGS__; }
+  namespace baseline {               \
+  __VA_ARGS__;                       \
+  }
 #define CPC_CALL_AT_ISA(function, ...) return baseline::function(__VA_ARGS__)
 #endif
 

@@ -69,7 +69,8 @@ inline void narrow(Out* out, const Real* in, int64_t n) {
   // The compiler converts to half element by element; the instruction takes sixteen.
   if constexpr (__is_same(Out, Half) && __is_same(Real, float)) {
     for (; n >= 16; n -= 16, in += 16, out += 16)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph(_mm512_loadu_ps(in), _MM_FROUND_TO_NEAREST_INT));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                          _mm512_cvtps_ph(_mm512_loadu_ps(in), _MM_FROUND_TO_NEAREST_INT));
   }
 #endif
   for (int64_t i = 0; i < n; ++i) out[i] = narrow<Out>(in[i]);
@@ -83,11 +84,31 @@ inline void copy_run(char* out, const char* in, int64_t bytes) {
     const Vector<char> v = load(in);
     std::memcpy(out, &v, sizeof v);
   }
-  if (bytes & 32) { std::memcpy(out, in, 32); in += 32; out += 32; }
-  if (bytes & 16) { std::memcpy(out, in, 16); in += 16; out += 16; }
-  if (bytes & 8) { std::memcpy(out, in, 8); in += 8; out += 8; }
-  if (bytes & 4) { std::memcpy(out, in, 4); in += 4; out += 4; }
-  if (bytes & 2) { std::memcpy(out, in, 2); in += 2; out += 2; }
+  if (bytes & 32) {
+    std::memcpy(out, in, 32);
+    in += 32;
+    out += 32;
+  }
+  if (bytes & 16) {
+    std::memcpy(out, in, 16);
+    in += 16;
+    out += 16;
+  }
+  if (bytes & 8) {
+    std::memcpy(out, in, 8);
+    in += 8;
+    out += 8;
+  }
+  if (bytes & 4) {
+    std::memcpy(out, in, 4);
+    in += 4;
+    out += 4;
+  }
+  if (bytes & 2) {
+    std::memcpy(out, in, 2);
+    in += 2;
+    out += 2;
+  }
   if (bytes & 1) *out = *in;
 }
 

@@ -26,7 +26,8 @@ void require_shape(const char* name, const TensorView& view, std::initializer_li
           std::string(name) + " must be " + shape_of(wanted) + ", got " + shape_of(view));
 }
 
-// Dense in memory with the dimensions in the given order, outermost first. Strides of dimensions of size 1 mean nothing.
+// Dense in memory with the dimensions in the given order, outermost first. Strides of dimensions of size 1 mean
+// nothing.
 bool is_dense(const TensorView& view, std::initializer_list<int> order) {
   int64_t expected = 1;
   for (auto d = std::rbegin(order); d != std::rend(order); ++d) {
@@ -54,11 +55,10 @@ void check(const Problem& problem, bool backward, bool offsets_on_host) {
 
   const TensorView& patches = problem.patches;
   require(is_floating(patches.dtype), "patches must be floating");
-  require_shape("patches", patches,
-                {batch, (g.height - g.patch) / g.stride + 1, (g.width - g.patch) / g.stride + 1, out_channels, g.patch,
-                 g.patch});
-  const bool dense =
-      g.channels_last ? is_dense(patches, {0, 1, 2, 4, 5, 3}) : is_dense(patches, {0, 1, 2, 3, 4, 5});
+  require_shape(
+      "patches", patches,
+      {batch, (g.height - g.patch) / g.stride + 1, (g.width - g.patch) / g.stride + 1, out_channels, g.patch, g.patch});
+  const bool dense = g.channels_last ? is_dense(patches, {0, 1, 2, 4, 5, 3}) : is_dense(patches, {0, 1, 2, 3, 4, 5});
   require(dense || patches.numel() == 0, "patches must be dense in the order that channels_last tells");
   for (const auto* values : {&problem.scale, &problem.shift})
     require(static_cast<int64_t>(values->size()) == out_channels, "scale and shift must have one value per channel");
@@ -75,10 +75,10 @@ void check(const Problem& problem, bool backward, bool offsets_on_host) {
     for (int64_t b = 0; offsets_on_host && b < batch; ++b)
       for (int64_t d = 0; d < 2; ++d) {
         const int64_t value = offsets.as<int64_t>()[b * offsets.strides[0] + d * offsets.strides[1]];
-        require(value >= 0 && value <= limit[d],
-                "offsets must be in [0, " + std::to_string(limit[0]) + "] x [0, " + std::to_string(limit[1]) +
-                    "] for this crop, got " + std::to_string(value) + " for " + (d ? "x" : "y") + " of image " +
-                    std::to_string(b));
+        require(value >= 0 && value <= limit[d], "offsets must be in [0, " + std::to_string(limit[0]) + "] x [0, " +
+                                                     std::to_string(limit[1]) + "] for this crop, got " +
+                                                     std::to_string(value) + " for " + (d ? "x" : "y") + " of image " +
+                                                     std::to_string(b));
       }
   }
   if (backward) {

@@ -43,10 +43,14 @@ void transform_row(Real* __restrict out, int64_t out_step, SourceRow<In> source,
   // Steps known at compile time let the compiler load and store whole vectors.
   constexpr std::integral_constant<int64_t, 1> forward;
   constexpr std::integral_constant<int64_t, -1> mirrored;
-  if (out_step != 1) run(step, out_step);
-  else if (step == 1) run(forward, forward);
-  else if (step == -1) run(mirrored, forward);
-  else run(step, forward);
+  if (out_step != 1)
+    run(step, out_step);
+  else if (step == 1)
+    run(forward, forward);
+  else if (step == -1)
+    run(mirrored, forward);
+  else
+    run(step, forward);
 }
 
 template <class In, class Real>
@@ -61,9 +65,12 @@ void transform_gray_row(Real* __restrict out, const SourceRow<In> (&rgb)[3], int
       out[i] = r * static_cast<Real>(widen(red[i * step])) + g * static_cast<Real>(widen(green[i * step])) +
                b * static_cast<Real>(widen(blue[i * step])) + shift;
   };
-  if (rgb[0].step == 1) run(std::integral_constant<int64_t, 1>{});
-  else if (rgb[0].step == -1) run(std::integral_constant<int64_t, -1>{});
-  else run(rgb[0].step);
+  if (rgb[0].step == 1)
+    run(std::integral_constant<int64_t, 1>{});
+  else if (rgb[0].step == -1)
+    run(std::integral_constant<int64_t, -1>{});
+  else
+    run(rgb[0].step);
 }
 
 // Three planes of n values to n interleaved triples: the common colour case of channels-last patches.
@@ -399,8 +406,10 @@ void extract(const Problem& problem) {
   if (problem.patches.numel() == 0) return;
   with_floating(problem.patches.dtype, [&](auto out) {
     using Out = decltype(out);
-    if (problem.in_double()) extract_as<Out, double>(problem);
-    else if constexpr (!std::is_same_v<Out, double>) extract_as<Out, float>(problem);
+    if (problem.in_double())
+      extract_as<Out, double>(problem);
+    else if constexpr (!std::is_same_v<Out, double>)
+      extract_as<Out, float>(problem);
   });
 }
 

@@ -69,12 +69,12 @@ struct Common {
 
 // --- Forward ---
 
-// Pixels x .. x + kGroup - 1 of a window row, of which `count` exist: in one access where they lie together and aligned.
+// Pixels x .. x + kGroup - 1 of a window row, of which `count` exist: in one access where they lie together and
+// aligned.
 template <class In, class Real>
 __device__ void load_group(Real (&out)[kGroup], const In* row, int64_t step, int64_t x, int count) {
   const In* first = row + (step < 0 ? -(x + kGroup - 1) : x);
-  if (count == kGroup && (step == 1 || step == -1) &&
-      reinterpret_cast<uintptr_t>(first) % (kGroup * sizeof(In)) == 0) {
+  if (count == kGroup && (step == 1 || step == -1) && reinterpret_cast<uintptr_t>(first) % (kGroup * sizeof(In)) == 0) {
     const auto group = *reinterpret_cast<const Pack<In, kGroup>*>(first);
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) out[i] = widen<Real>(group.v[step < 0 ? kGroup - 1 - i : i]);
@@ -91,8 +91,8 @@ struct ForwardArguments {
   void* patches;
   int64_t tiles_per_row;  // Tiles of a patch row.
   int tile;               // Patches of a tile; the last of a row may have fewer.
-  // How a tile lies in shared memory: planes of `patch` rows of `row` values, one pixel's values `step` apart. A patch is
-  // planes of `patch` runs of `run` values.
+  // How a tile lies in shared memory: planes of `patch` rows of `row` values, one pixel's values `step` apart. A patch
+  // is planes of `patch` runs of `run` values.
   int planes, row, step, run;
   FastDivide by_values, by_plane, by_run;  // From a position in the tile's patches to (patch, plane, y, x).
   FastDivide by_groups, by_patch;          // From a group to (channel, y, group of the row), for a full tile.
@@ -162,8 +162,7 @@ __global__ void __launch_bounds__(kThreads) extract_staged(const __grid_constant
       Real v[kGroup] = {};
       const auto load = [&](auto type, int64_t channel, Real(&out)[kGroup]) {
         using In = decltype(type);
-        const In* row =
-            p.images.template as<In>() + p.source(b, window, channel, r * stride + y, first_col * stride);
+        const In* row = p.images.template as<In>() + p.source(b, window, channel, r * stride + y, first_col * stride);
         load_group(out, row, window.flip ? -p.images.strides[3] : p.images.strides[3], x, count);
       };
       const auto load_any = [&](int64_t channel, Real(&out)[kGroup]) {
@@ -208,8 +207,8 @@ __global__ void __launch_bounds__(kThreads) extract_staged(const __grid_constant
       __syncthreads();
     }
 
-    // Shared memory to the patches: chunks of kVector values that start at 16-byte boundaries. Those that stick out of the
-    // tile at either end are stored value by value.
+    // Shared memory to the patches: chunks of kVector values that start at 16-byte boundaries. Those that stick out of
+    // the tile at either end are stored value by value.
     Out* const out = static_cast<Out*>(a.patches) + (patch_row * p.cols + first_col) * p.values;
     const int before = static_cast<int>(reinterpret_cast<uintptr_t>(out) / sizeof(Out) % kVector);
     const int count = cols * static_cast<int>(p.values);
@@ -356,16 +355,16 @@ void launch_extract(const Problem& problem, void* stream) {
 
 // --- Backward ---
 
-// The gradient of a patch's pixel before patch_norm as a * g + b * v + c, of the patch's gradient g and the pixel v: see
-// norm_slopes in cpu.cpp.
+// The gradient of a patch's pixel before patch_norm as a * g + b * v + c, of the patch's gradient g and the pixel v:
+// see norm_slopes in cpu.cpp.
 template <class Real>
 struct NormSlopes {
   Real a, b, c;
 };
 
 template <class Real>
-__global__ void __launch_bounds__(kThreads)
-    find_norm_slopes(const __grid_constant__ Common<Real> p, const void* grads, DType grad_type, NormSlopes<Real>* slopes) {
+__global__ void __launch_bounds__(kThreads) find_norm_slopes(const __grid_constant__ Common<Real> p, const void* grads,
+                                                             DType grad_type, NormSlopes<Real>* slopes) {
   for (int64_t i = blockIdx.x; i < p.batch * p.rows * p.cols; i += gridDim.x) {
     const PatchIndex at = patch_at(p, i);
     const Window window = p.window(at.b);
@@ -457,8 +456,10 @@ void extract(const Problem& problem, void* stream) {
   if (problem.patches.numel() == 0) return;
   with_floating(problem.patches.dtype, [&](auto out) {
     using Out = decltype(out);
-    if (problem.in_double()) launch_extract<double, Out>(problem, stream);
-    else if constexpr (!std::is_same_v<Out, double>) launch_extract<float, Out>(problem, stream);
+    if (problem.in_double())
+      launch_extract<double, Out>(problem, stream);
+    else if constexpr (!std::is_same_v<Out, double>)
+      launch_extract<float, Out>(problem, stream);
   });
 }
 

@@ -25,7 +25,7 @@ def test_depths(depth, channels):
 
 
 @pytest.mark.parametrize("norm", ["none", "batch", "layer", "instance"])
-@pytest.mark.parametrize("stem", ["stl10", "cifar", "imagenet"])
+@pytest.mark.parametrize("stem", ["stl10", "cifar", "imagenet", "strided"])
 @pytest.mark.parametrize("bottleneck", [False, True])
 def test_norms_and_stems(norm, stem, bottleneck):
     encoder = ResNetV2Encoder(in_channels=1, norm=norm, stem=stem, bottleneck=bottleneck, **SMALL)
@@ -84,7 +84,7 @@ def test_deep_encoders_start_bounded_without_a_norm():
         ({"depth": 15}, "depth must be one of 8, 14, .*, got 15"),
         ({"depth": 14, "bottleneck": True}, "bottleneck goes with blocks"),
         ({"depth": 14, "norm": "group"}, "norm must be one of none, batch, layer, instance, got 'group'"),
-        ({"depth": 14, "stem": "mnist"}, "stem must be one of stl10, cifar, imagenet, got 'mnist'"),
+        ({"depth": 14, "stem": "mnist"}, "stem must be one of stl10, cifar, imagenet, strided, got 'mnist'"),
         ({"depth": 14, "channels": (8, 16)}, "channels must hold one number for each of 3 stacks"),
         ({"depth": 14, "channels": (8, 16, 0)}, "channels must be at least 1, got 0"),
         ({"depth": 14, "in_channels": 0}, "in_channels must be at least 1, got 0"),

@@ -11,7 +11,8 @@
 namespace cpc::cuda {
 
 inline void check(cudaError_t status, const char* doing) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + doing + ": " + cudaGetErrorString(status));
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("CUDA: ") + doing + ": " + cudaGetErrorString(status));
 }
 
 // Makes a device current for the calling thread and the previous one again at the end.

@@ -16,20 +16,32 @@ constexpr int kWarp = 32;
 // --- Storage types to the computing type, and back rounding to nearest even ---
 
 template <class Real>
-__device__ inline Real widen(uint8_t v) { return static_cast<Real>(v); }
+__device__ inline Real widen(uint8_t v) {
+  return static_cast<Real>(v);
+}
 template <class Real>
-__device__ inline Real widen(float v) { return static_cast<Real>(v); }
+__device__ inline Real widen(float v) {
+  return static_cast<Real>(v);
+}
 template <class Real>
-__device__ inline Real widen(double v) { return static_cast<Real>(v); }
+__device__ inline Real widen(double v) {
+  return static_cast<Real>(v);
+}
 template <class Real>
-__device__ inline Real widen(Half v) { return static_cast<Real>(__half2float(__ushort_as_half(v.bits))); }
+__device__ inline Real widen(Half v) {
+  return static_cast<Real>(__half2float(__ushort_as_half(v.bits)));
+}
 template <class Real>
-__device__ inline Real widen(BFloat16 v) { return static_cast<Real>(__bfloat162float(__ushort_as_bfloat16(v.bits))); }
+__device__ inline Real widen(BFloat16 v) {
+  return static_cast<Real>(__bfloat162float(__ushort_as_bfloat16(v.bits)));
+}
 
 template <class Out>
 struct Narrow {  // float and double
   template <class Real>
-  __device__ static Out from(Real v) { return static_cast<Out>(v); }
+  __device__ static Out from(Real v) {
+    return static_cast<Out>(v);
+  }
 };
 template <>
 struct Narrow<Half> {
@@ -99,8 +111,8 @@ __device__ inline Real warp_sum(Real v) {
   return v;
 }
 
-// The sum over the threads of a one-dimensional block of `threads`, in every thread, in the same order on every run. All
-// threads must take part.
+// The sum over the threads of a one-dimensional block of `threads`, in every thread, in the same order on every run.
+// All threads must take part.
 template <int threads, class Real>
 __device__ inline Real block_sum(Real v) {
   __shared__ Real of_warp[threads / kWarp];
