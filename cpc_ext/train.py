@@ -2,7 +2,7 @@
 
 import sys
 
-from cpc_ext.training.main import main
+from cpc_ext.training.program import main
 
 if __name__ == "__main__":
     sys.exit(main())

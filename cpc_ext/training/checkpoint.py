@@ -46,7 +46,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         state = None
     if not isinstance(state, dict):
         other = path.with_name("best.pt")
-        hint = f"; {other} may still be good: copy it over {path.name}" if other.is_file() else ""
+        # Where the last checkpoint was also the best, the two names share their content.
+        sound = other.is_file() and not other.samefile(path)
+        hint = f"; {other} may still be good: copy it over {path.name}" if sound else ""
         raise TrainingError(f"the checkpoint {path} is damaged or not one of cpc_ext{hint}")
     if state.get("format") != _FORMAT:
         raise TrainingError(f"the checkpoint {path} has format {state.get('format')}, this cpc_ext reads {_FORMAT}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Annotated
 
 import tyro
 
-from cpc_ext.training.config import RunConfig, load_config, option
+from cpc_ext.training.config import OptionError, RunConfig, load_config, option
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.presets import PRESETS, preset
 from cpc_ext.training.run_dir import RunDir
@@ -84,14 +85,19 @@ def parse(arguments: Sequence[str]) -> Command:
         # The one that is given replaces whichever the defaults have.
         optimization = defaults.optimization.model_copy(update={"epochs": None, "steps": None})
         defaults = defaults.model_copy(update={"optimization": optimization})
-    return tyro.cli(
-        Command,
-        prog=_PROGRAM,
-        description=_DESCRIPTION,
-        args=list(arguments),
-        default=Command(run=defaults),
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    try:
+        return tyro.cli(
+            Command,
+            prog=_PROGRAM,
+            description=_DESCRIPTION,
+            args=list(arguments),
+            default=Command(run=defaults),
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+    except OptionError as error:
+        # Those of a section are shown by the parser; those between sections arrive here.
+        print(f"error: {error}\nFor full helptext, see {_PROGRAM} --help", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def _first_pass(arguments: Sequence[str]) -> argparse.Namespace:

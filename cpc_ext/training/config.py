@@ -20,6 +20,7 @@ __all__ = [
     "DataSection",
     "DeviceSection",
     "OptimizationSection",
+    "OptionError",
     "OutputSection",
     "RunConfig",
     "ViewSection",
@@ -46,15 +47,19 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "constant"]
 
 
+class OptionError(ValueError):
+    """Options that are wrong or do not go together; the message names them, a line each."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
 
     def __init__(self, **values: Any) -> None:
-        # The command line parser shows a ValueError's own words; they are to name options, not pydantic's internals.
+        # The command line shows the error's own words; they are to name options, not pydantic's internals.
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ValueError(explain(error)) from None
+            raise OptionError(explain(error)) from None
 
 
 def option(name: str) -> str:
@@ -155,6 +160,7 @@ class CPCSection(_Section):
     norm: Literal["none", "layer", "batch", "instance"] = Field(
         "none", description="Normalisation inside the encoder; the published CPC v1 uses none."
     )
+    context_layers: int = Field(4, ge=1, description="Layers of the context network; each sees one row further up.")
     pred_steps: int = Field(5, ge=1, description="Rows ahead that are predicted, nearest to farthest.")
     pred_directions: int = Field(
         1, ge=1, le=4, description="Directions predicted in: 1 is down, 2 to 4 add the grid turned by 90 degrees each."

@@ -91,24 +91,33 @@ def nearest_patches(
     below each. same_class: [Q, K], framed green where it holds and red elsewhere; None without labels.
     """
     count, nearest = similarities.shape
-    figure = Figure(figsize=(1.1 * (nearest + 1.4), 1.25 * count + 0.6), layout="constrained")
-    # An empty column sets the queries apart.
-    grid = figure.subplots(count, nearest + 2, squeeze=False, gridspec_kw={"width_ratios": [1, 0.2, *[1] * nearest]})
+    # Placed by hand, in inches: laying out this many axes automatically takes seconds.
+    side, gap, apart, top, bottom = 1.0, 0.25, 0.2, 0.4, 0.35
+    width, height = (nearest + 1) * (side + gap) + gap + apart, count * (side + gap) + top + bottom
+    figure = Figure(figsize=(width, height))
+
+    def place(row: int, column: int) -> Axes:
+        left = gap + column * (side + gap) + (apart if column else 0)
+        return figure.add_axes(
+            (left / width, (height - top - (row + 1) * side - row * gap) / height, side / width, side / height)
+        )
+
     for row in range(count):
-        _show(grid[row][0], _as_image(queries[row]))
-        grid[row][1].set_axis_off()
+        axes = place(row, 0)
+        _show(axes, _as_image(queries[row]))
+        if row == 0:
+            axes.set_title("patch", fontsize=10)
         for column in range(nearest):
-            axes = grid[row][column + 2]
+            axes = place(row, column + 1)
             _show(axes, _as_image(neighbours[row, column]))
             axes.set_xlabel(f"{similarities[row, column]:.2f}", fontsize=8, labelpad=2)
             if same_class is not None:
                 for spine in axes.spines.values():
                     spine.set(edgecolor=_GREEN if same_class[row, column] else _RED, linewidth=2)
-    grid[0][0].set_title("patch", fontsize=10)
-    # Wider than its column, which must not grow for it.
-    grid[0][2].set_title("nearest by learned code, of other images", fontsize=10, loc="left").set_in_layout(False)
+            if row == column == 0:
+                axes.set_title("nearest by learned code, of other images", fontsize=10, loc="left")
     framing = "" if same_class is None else "; framed green: same class, red: another"
-    figure.supxlabel(f"below each: cosine similarity of the centred encodings{framing}", fontsize=9)
+    figure.text(0.5, 0.02, f"below each: cosine similarity of the centred encodings{framing}", ha="center", fontsize=9)
     return figure
 
 

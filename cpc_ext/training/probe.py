@@ -19,8 +19,8 @@ from cpc_ext.data import ImageFetcher, ImageSet
 
 __all__ = ["ProbeResult", "encode", "linear_probe"]
 
-# From hardly any regularisation to strong, for features of unit variance.
-_STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4)
+# From strong regularisation to hardly any, for features of unit variance.
+_STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 _HELD_OUT = 0.2
 _ENCODE_BATCH = 50
 _MAX_ITERATIONS = 200

@@ -1,0 +1,84 @@
+"""A data set and options so small that a run of the whole program takes a second or two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from cpc_ext.data import Dataset, make_textures
+from cpc_ext.training import program
+from cpc_ext.training.cpc_v1 import CPCv1Task
+
+TINY = (
+    *("--crop", "24", "--grid-size", "5", "--pred-steps", "2", "--pred-directions", "1", "--batch-size", "8"),
+    *("--steps", "8", "--log-every", "3", "--checkpoint-every", "4", "--device", "cpu", "--precision", "fp32"),
+    *("--warmup-steps", "2", "--neg-samples", "16"),
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads cost more than they save on tensors this small, and much more where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset() -> Dataset:
+    sets = {
+        split: make_textures(count, split=split, size=32)
+        for split, count in (("pretrain", 44), ("train", 40), ("test", 30))
+    }
+    return Dataset(
+        name="textures",
+        **sets,
+        classes=tuple(map(str, range(10))),
+        mean=(0.5,) * 3,
+        std=(0.2,) * 3,
+        gray_mean=0.5,
+        gray_std=0.2,
+    )
+
+
+@pytest.fixture
+def train_fully(monkeypatch: pytest.MonkeyPatch, tiny_dataset: Dataset) -> Callable[..., int]:
+    """The program with tiny options, in this process: train_fully(*more options) → exit status."""
+    monkeypatch.setattr(program, "load_dataset", lambda *arguments, **options: tiny_dataset)
+
+    def run(*options: str | Path) -> int:
+        return program.main([*TINY, *map(str, options)])
+
+    return run
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch, train_fully: Callable[..., int]) -> Callable[..., int]:
+    """The same without probes and figures, which take most of the time of so short a run."""
+    monkeypatch.setattr(CPCv1Task, "evaluate", lambda task: {})
+    monkeypatch.setattr(CPCv1Task, "save", lambda task, run: None)
+    return train_fully
+
+
+@pytest.fixture
+def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[dict[str, torch.Tensor]], None]], None]:
+    """at_step(n, action): the n-th forward pass from now calls action with the values it returns."""
+
+    def install(number: int, action: Callable[[dict[str, torch.Tensor]], None]) -> None:
+        original, count = CPCv1Task.losses, 0
+
+        def losses(self: CPCv1Task, *arguments: object) -> dict[str, torch.Tensor]:
+            nonlocal count
+            count += 1
+            values = original(self, *arguments)
+            if count == number:
+                action(values)
+            return values
+
+        monkeypatch.setattr(CPCv1Task, "losses", losses)
+
+    return install
