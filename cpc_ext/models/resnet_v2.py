@@ -45,7 +45,7 @@ _NORMS: dict[str, Callable[[int], nn.Module]] = {
     "instance": lambda channels: nn.GroupNorm(channels, channels),
 }
 # Kernel and stride of the first convolution.
-_STEMS = {"stl10": (5, 1), "cifar": (3, 1), "imagenet": (7, 2)}
+_STEMS = {"stl10": (5, 1), "cifar": (3, 1), "imagenet": (7, 2), "strided": (5, 2)}
 
 
 class ResNetV2Encoder(nn.Module):
@@ -75,7 +75,8 @@ class ResNetV2Encoder(nn.Module):
         channels: channels per stack, before a bottleneck's expansion by 4. Default: the first of 64, 128, 256, 512.
         norm: "none", "batch", "layer" (over channels and space of a patch) or "instance" (over space). Convolutions
             have biases only without a norm.
-        stem: "stl10" (5x5), "cifar" (3x3) or "imagenet" (7x7 of stride 2, norm, ReLU, 3x3 max-pool of stride 2).
+        stem: "stl10" (5x5), "cifar" (3x3), "imagenet" (7x7 of stride 2, norm, ReLU, 3x3 max-pool of stride 2) or
+            "strided" (5x5 of stride 2, a quarter of the work of everything after it).
         stem_channels: channels of the first convolution.
         patch_size: side of the patches cut from images, in pixels; not needed where patches are given.
         stride: distance of those patches in pixels. Default: ``patch_size // 2``.

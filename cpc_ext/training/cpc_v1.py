@@ -34,7 +34,7 @@ __all__ = ["ENCODERS", "CPCv1Task"]
 
 # Arguments of ResNetV2Encoder by the name on the command line.
 ENCODERS: dict[str, dict[str, Any]] = {
-    "resnet-small": {"blocks": (1, 1, 1), "channels": (32, 64, 128), "stem_channels": 32},
+    "resnet-small": {"blocks": (1, 1, 1), "channels": (32, 64, 128), "stem_channels": 32, "stem": "strided"},
     "resnet14": {"depth": 14},
     "resnet28": {"depth": 28},
     "resnet41": {"depth": 41},
@@ -213,7 +213,7 @@ class CPCv1Task(Task):
             encoder = ResNetV2Encoder(**self._encoder_arguments())
             model = CPC(
                 encoder,
-                GatedPixelCNNContext(encoder.out_channels),
+                GatedPixelCNNContext(encoder.out_channels, config.cpc.context_layers),
                 pred_steps=config.cpc.pred_steps,
                 pred_directions=config.cpc.pred_directions,
                 skip=config.cpc.skip,

@@ -25,9 +25,16 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     # structure that runs through both.
     ("cpc-v1", "textures"): {
         "view": {"crop": 56, "grid_size": 6, "patch_norm": True},
-        "cpc": {"encoder": "resnet-small", "pred_steps": 3, "pred_directions": 2, "neg_samples": "all"},
+        "cpc": {
+            "encoder": "resnet-small",
+            "norm": "layer",
+            "context_layers": 1,
+            "pred_steps": 3,
+            "pred_directions": 2,
+            "neg_samples": "all",
+        },
         "optimization": {
-            "steps": 1000,
+            "steps": 1200,
             "batch_size": 16,
             "lr": 1e-3,
             "schedule": "cosine",
