@@ -210,7 +210,7 @@ class DeviceSection(_Section):
     precision: Precision = Field(
         "fp32",
         description="Number format of convolutions and products; parameters stay fp32. bf16 is chosen where the device "
-        "computes it natively.",
+        "computes it natively; fp16 is for GPUs without bf16, and slow on a CPU.",
     )
     channels_last: bool = Field(True, description="Lay images out with their channels innermost, faster nearly always.")
     compile: bool = Field(

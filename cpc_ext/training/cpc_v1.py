@@ -104,7 +104,7 @@ class CPCv1Task(Task):
                 classes=len(self._dataset.classes),
             ).accuracy
         counts = torch.bincount(torch.from_numpy(test.labels), minlength=len(self._dataset.classes))
-        results["chance_accuracy"] = (counts.max() / counts.sum()).item()
+        results["chance_accuracy"] = counts.max().item() / counts.sum().item()
         return results
 
     def save(self, run: RunDir) -> None:

@@ -134,7 +134,7 @@ class Trainer:
                     self._log(log, bar)
                 if self.step % options.checkpoint_every == 0 or self.step == self.total_steps:
                     self._save(log, complete_interval=True)
-            if self._saved_step != self.step:
+            if self.step < self.total_steps and self.step % options.checkpoint_every != 0:
                 self._save(log, complete_interval=False)
 
     def _batches(self) -> Iterator[np.ndarray]:
