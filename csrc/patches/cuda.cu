@@ -441,9 +441,11 @@ void launch_backward(const Problem& problem, void* stream) {
   const void* const grads = problem.patches.data;
   NormSlopes<Real>* slopes = nullptr;
   if (problem.geometry.patch_norm) {
+    const int64_t patches = problem.batch() * problem.rows() * problem.cols();
+    if (problem.norm_slopes.numel() != 3 * patches || size_of(problem.norm_slopes.dtype) != sizeof(Real))
+      throw std::invalid_argument("norm_slopes must hold three values of the computing type for each patch");
     slopes = problem.norm_slopes.as<NormSlopes<Real>>();
-    launch(&find_norm_slopes<Real>, {problem.batch() * problem.rows() * problem.cols(), dim3(kThreads)}, stream, common,
-           grads, problem.patches.dtype, slopes);
+    launch(&find_norm_slopes<Real>, {patches, dim3(kThreads)}, stream, common, grads, problem.patches.dtype, slopes);
   }
   const int64_t image_rows = problem.batch() * problem.channels() * problem.images.shape[2];
   launch(&sum_patches<Real>, {(image_rows + kRowsOfBlock - 1) / kRowsOfBlock, dim3(kRowThreads, kRowsOfBlock)}, stream,
