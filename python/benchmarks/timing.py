@@ -27,11 +27,16 @@ class Time:
 def interleaved(
     alternatives: dict[str, Callable[[], object]], *, repeats: int, device: torch.device | str = "cpu", warmup: int = 3
 ) -> dict[str, Time]:
-    """Time every alternative ``repeats`` times, one after another in each round."""
+    """Time every alternative ``repeats`` times, one after another in each round.
+
+    Before each timed call comes one that is not: what the alternative before it left in the caches and the memory
+    allocator is not this one's doing.
+    """
     synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     seconds: dict[str, list[float]] = {name: [] for name in alternatives}
     for round_ in range(warmup + repeats):
         for name, call in alternatives.items():
+            call()
             synchronize()
             start = time.perf_counter()
             call()
