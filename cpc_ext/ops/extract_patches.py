@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cpc_ext._native import KERNEL_DEVICES, native
+from cpc_ext._native import native
+from cpc_ext.ops._library import register
 
 __all__ = ["extract_patches", "extract_patches_reference"]
 
@@ -95,19 +96,7 @@ def extract_patches(
         if flip.dtype != torch.bool:
             raise TypeError(f"flip must be bool, got {_name(flip.dtype)}")
     return _extract_patches(
-        images,
-        patch_size,
-        stride,
-        height,
-        width,
-        offsets,
-        flip,
-        gray,
-        mean,
-        std,
-        patch_norm,
-        dtype,
-        channels_last,
+        images, patch_size, stride, height, width, offsets, flip, gray, mean, std, patch_norm, dtype, channels_last
     )
 
 
@@ -221,17 +210,14 @@ def _crop_and_flip(images: Tensor, height: int, width: int, offsets: Tensor | No
     return images[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def _patch_tensor(like: Tensor, shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> Tensor:
-    """An empty [B, rows, cols, K, p, p], each patch in the memory order asked for."""
-    if not channels_last:
-        return like.new_empty(shape, dtype=dtype)
-    batch, rows, cols, channels, height, width = shape
-    return like.new_empty((batch, rows, cols, height, width, channels), dtype=dtype).permute(0, 1, 2, 5, 3, 4)
-
-
-def _patches_shape(images: Tensor, patch_size: int, stride: int, height: int, width: int, gray: bool) -> list[int]:
+def _empty_patches(
+    images, patch_size, stride, height, width, offsets, flip, gray, mean, std, patch_norm, dtype, channels_last
+) -> Tensor:
     rows, cols = (height - patch_size) // stride + 1, (width - patch_size) // stride + 1
-    return [images.shape[0], rows, cols, 1 if gray else images.shape[1], patch_size, patch_size]
+    grid, channels = (images.shape[0], rows, cols), 1 if gray else images.shape[1]
+    if not channels_last:
+        return images.new_empty((*grid, channels, patch_size, patch_size), dtype=dtype)
+    return images.new_empty((*grid, patch_size, patch_size, channels), dtype=dtype).permute(0, 1, 2, 5, 3, 4)
 
 
 def _affine(
@@ -244,95 +230,46 @@ def _affine(
     return [unit / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
 
 
-@torch.library.custom_op("cpc_ext::extract_patches", mutates_args=())
-def _extract_patches(
-    images: Tensor,
-    patch_size: int,
-    stride: int,
-    height: int,
-    width: int,
-    offsets: Tensor | None,
-    flip: Tensor | None,
-    gray: bool,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    patch_norm: bool,
-    dtype: torch.dtype,
-    channels_last: bool,
+def _kernel(
+    images, patch_size, stride, height, width, offsets, flip, gray, mean, std, patch_norm, dtype, channels_last
 ) -> Tensor:
-    return extract_patches_reference(
+    patches = _empty_patches(
         images, patch_size, stride, height, width, offsets, flip, gray, mean, std, patch_norm, dtype, channels_last
     )
-
-
-@_extract_patches.register_fake
-def _(
-    images, patch_size, stride, height, width, offsets, flip, gray, mean, std, patch_norm, dtype, channels_last
-) -> Tensor:
-    shape = _patches_shape(images, patch_size, stride, height, width, gray)
-    return _patch_tensor(images, shape, dtype, channels_last)
-
-
-@_extract_patches.register_kernel(KERNEL_DEVICES)
-def _(
-    images, patch_size, stride, height, width, offsets, flip, gray, mean, std, patch_norm, dtype, channels_last
-) -> Tensor:
-    shape = _patches_shape(images, patch_size, stride, height, width, gray)
-    patches = _patch_tensor(images, shape, dtype, channels_last)
-    scale, shift = _affine(images.dtype, shape[3], mean, std)
+    scale, shift = _affine(images.dtype, patches.shape[3], mean, std)
     native.extract_patches(
         images,
         patches,
-        offsets=offsets,
-        flip=flip,
-        patch_size=patch_size,
-        stride=stride,
-        height=height,
-        width=width,
-        gray=gray,
-        patch_norm=patch_norm,
-        channels_last=channels_last,
-        scale=scale,
-        shift=shift,
+        patch_size,
+        stride,
+        height,
+        width,
+        offsets,
+        flip,
+        gray,
+        patch_norm,
+        channels_last,
+        scale,
+        shift,
     )
     return patches
 
 
-@torch.library.custom_op("cpc_ext::extract_patches_backward", mutates_args=())
-def _extract_patches_backward(
-    grad: Tensor,
-    images: Tensor | None,
-    size: Sequence[int],
-    images_dtype: torch.dtype,
-    patch_size: int,
-    stride: int,
-    height: int,
-    width: int,
-    offsets: Tensor | None,
-    flip: Tensor | None,
-    gray: bool,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    patch_norm: bool,
-    channels_last: bool,
-) -> Tensor:
+def _backward_reference(grad, images, size, images_dtype, *options) -> Tensor:
     """The gradient in the images. Only ``patch_norm`` is not linear and needs the images themselves."""
+    *options, channels_last = options
     pixels = torch.zeros(size, dtype=images_dtype, device=grad.device) if images is None else images.detach()
     with torch.enable_grad():
         pixels = pixels.requires_grad_()
-        patches = extract_patches_reference(
-            pixels, patch_size, stride, height, width, offsets, flip, gray, mean, std, patch_norm, grad.dtype, False
-        )
+        patches = extract_patches_reference(pixels, *options, grad.dtype, channels_last)
     return torch.autograd.grad(patches, pixels, grad)[0].contiguous()
 
 
-@_extract_patches_backward.register_fake
-def _(grad, images, size, images_dtype, *_: object) -> Tensor:
+def _empty_images_grad(grad, images, size, images_dtype, *_: object) -> Tensor:
     return grad.new_empty(size, dtype=images_dtype)
 
 
-@_extract_patches_backward.register_kernel(KERNEL_DEVICES)
-def _(
+def _backward_kernel(
     grad,
     images,
     size,
@@ -359,28 +296,28 @@ def _(
     native.extract_patches_backward(
         grad,
         images_grad,
-        images=images,
-        norm_slopes=norm_slopes,
-        offsets=offsets,
-        flip=flip,
-        patch_size=patch_size,
-        stride=stride,
-        height=height,
-        width=width,
-        gray=gray,
-        patch_norm=patch_norm,
-        channels_last=channels_last,
-        scale=scale,
-        shift=shift,
+        images,
+        norm_slopes,
+        patch_size,
+        stride,
+        height,
+        width,
+        offsets,
+        flip,
+        gray,
+        patch_norm,
+        channels_last,
+        scale,
+        shift,
     )
     return images_grad
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    images, patch_size, stride, height, width, offsets, flip, gray, mean, std, patch_norm, _, channels_last = inputs
+    images, *window, offsets, flip, gray, mean, std, patch_norm, _, channels_last = inputs
     ctx.save_for_backward(images if patch_norm else None, offsets, flip)
     ctx.size, ctx.images_dtype = images.shape, images.dtype
-    ctx.window = patch_size, stride, height, width
+    ctx.window = window
     ctx.transform = gray, mean, std, patch_norm, channels_last
 
 
@@ -394,4 +331,23 @@ def _backward(ctx, grad: Tensor):
     return images_grad, *[None] * 12
 
 
-_extract_patches.register_autograd(_backward, setup_context=_setup_context)
+_OPTIONS = (
+    "SymInt patch_size, SymInt stride, SymInt height, SymInt width, Tensor? offsets, Tensor? flip, bool gray, "
+    "float[]? mean, float[]? std, bool patch_norm"
+)
+
+_extract_patches = register(
+    f"extract_patches(Tensor images, {_OPTIONS}, ScalarType dtype, bool channels_last) -> Tensor",
+    reference=extract_patches_reference,
+    kernel=_kernel,
+    fake=_empty_patches,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+_extract_patches_backward = register(
+    "extract_patches_backward(Tensor grad, Tensor? images, SymInt[] size, ScalarType images_dtype, "
+    f"{_OPTIONS}, bool channels_last) -> Tensor",
+    reference=_backward_reference,
+    kernel=_backward_kernel,
+    fake=_empty_images_grad,
+)

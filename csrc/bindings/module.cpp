@@ -62,8 +62,8 @@ using OptionalTensor = std::optional<TensorArg>;
 const TensorArg* pointer(const OptionalTensor& arg) { return arg ? &*arg : nullptr; }
 TensorView view(const OptionalTensor& arg) { return arg ? arg->view : TensorView{}; }
 
-void extract_patches(const TensorArg& images, const TensorArg& patches, const OptionalTensor& offsets,
-                     const OptionalTensor& flip, int64_t patch_size, int64_t stride, int64_t height, int64_t width,
+void extract_patches(const TensorArg& images, const TensorArg& patches, int64_t patch_size, int64_t stride,
+                     int64_t height, int64_t width, const OptionalTensor& offsets, const OptionalTensor& flip,
                      bool gray, bool patch_norm, bool channels_last, std::vector<double> scale,
                      std::vector<double> shift) {
   const DLDevice device = common_device({&images, pointer(offsets), pointer(flip)}, {&patches});
@@ -79,9 +79,9 @@ void extract_patches(const TensorArg& images, const TensorArg& patches, const Op
 }
 
 void extract_patches_backward(const TensorArg& patches_grad, const TensorArg& images_grad, const OptionalTensor& images,
-                              const OptionalTensor& norm_slopes, const OptionalTensor& offsets,
-                              const OptionalTensor& flip, int64_t patch_size, int64_t stride, int64_t height,
-                              int64_t width, bool gray, bool patch_norm, bool channels_last, std::vector<double> scale,
+                              const OptionalTensor& norm_slopes, int64_t patch_size, int64_t stride, int64_t height,
+                              int64_t width, const OptionalTensor& offsets, const OptionalTensor& flip, bool gray,
+                              bool patch_norm, bool channels_last, std::vector<double> scale,
                               std::vector<double> shift) {
   const DLDevice device = common_device(
       {&patches_grad, pointer(images), pointer(norm_slopes), pointer(offsets), pointer(flip)}, {&images_grad});
@@ -122,14 +122,14 @@ PYBIND11_MODULE(_C, module) {
   module.attr("__version__") = CPC_VERSION;
   module.def("build_info", &build_info);
 
-  module.def("extract_patches", &extract_patches, py::arg("images"), py::arg("patches"), py::kw_only(),
-             py::arg("offsets"), py::arg("flip"), py::arg("patch_size"), py::arg("stride"), py::arg("height"),
-             py::arg("width"), py::arg("gray"), py::arg("patch_norm"), py::arg("channels_last"), py::arg("scale"),
-             py::arg("shift"), "Fills patches; see csrc/patches/patches.h.");
+  module.def("extract_patches", &extract_patches, py::arg("images"), py::arg("patches"), py::arg("patch_size"),
+             py::arg("stride"), py::arg("height"), py::arg("width"), py::arg("offsets"), py::arg("flip"),
+             py::arg("gray"), py::arg("patch_norm"), py::arg("channels_last"), py::arg("scale"), py::arg("shift"),
+             "Fills patches; see csrc/patches/patches.h.");
   module.def("extract_patches_backward", &extract_patches_backward, py::arg("patches_grad"), py::arg("images_grad"),
-             py::kw_only(), py::arg("images"), py::arg("norm_slopes"), py::arg("offsets"), py::arg("flip"),
-             py::arg("patch_size"), py::arg("stride"), py::arg("height"), py::arg("width"), py::arg("gray"),
-             py::arg("patch_norm"), py::arg("channels_last"), py::arg("scale"), py::arg("shift"),
+             py::arg("images"), py::arg("norm_slopes"), py::arg("patch_size"), py::arg("stride"), py::arg("height"),
+             py::arg("width"), py::arg("offsets"), py::arg("flip"), py::arg("gray"), py::arg("patch_norm"),
+             py::arg("channels_last"), py::arg("scale"), py::arg("shift"),
              "Fills images_grad; see csrc/patches/patches.h.");
   module.def(
       "probe", [](const TensorArg&) {}, py::arg("tensor"),

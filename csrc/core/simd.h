@@ -6,6 +6,7 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "core/tensor_view.h"
 
@@ -63,56 +64,124 @@ inline Out narrow(Real v) {
   }
 }
 
+// The compiler converts to half element by element, and to bfloat16 in too many steps.
+#if defined(__AVX2__)
+template <class Out>
+inline __m128i narrow_vector(__m256 v) {
+  if constexpr (__is_same(Out, Half)) {
+    return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+  } else {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i wide = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);
+    return _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  }
+}
+#endif
+#if defined(__AVX512F__)
+template <class Out>
+inline __m256i narrow_vector(__m512 v) {
+  if constexpr (__is_same(Out, Half)) {
+    return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+  } else {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(
+        _mm512_mask_blend_epi32(nan, _mm512_srli_epi32(rounded, 16), _mm512_set1_epi32(0x7fc0)));
+  }
+}
+#endif
+
 template <class Out, class Real>
 inline void narrow(Out* out, const Real* in, int64_t n) {
+  if constexpr (sizeof(Out) == 2 && __is_same(Real, float)) {
 #if defined(__AVX512F__)
-  // The compiler converts to half element by element; the instruction takes sixteen.
-  if constexpr (__is_same(Out, Half) && __is_same(Real, float)) {
     for (; n >= 16; n -= 16, in += 16, out += 16)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
-                          _mm512_cvtps_ph(_mm512_loadu_ps(in), _MM_FROUND_TO_NEAREST_INT));
-  }
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), narrow_vector<Out>(_mm512_loadu_ps(in)));
 #endif
+#if defined(__AVX2__)
+    for (; n >= 8; n -= 8, in += 8, out += 8)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out), narrow_vector<Out>(_mm256_loadu_ps(in)));
+#endif
+  }
   for (int64_t i = 0; i < n; ++i) out[i] = narrow<Out>(in[i]);
 }
 
+// --- Bytes, scaled ---
+
+#if defined(__AVX2__)
+// Pixels that a register holds as floats.
+#if defined(__AVX512F__)
+constexpr int64_t kFloatLanes = 16;
+#else
+constexpr int64_t kFloatLanes = 8;
+#endif
+
+// out[i] = scale * in[i] + shift for Width bytes at `in` and after it, or, mirrored, before it. Width is 8 or
+// kFloatLanes. The compiler would widen step by step, through 16 bits, in parts of a register.
+template <int64_t Width, bool kMirrored>
+inline void scale_bytes(float* __restrict out, const uint8_t* __restrict in, float scale, float shift) {
+  __m128i bytes = _mm_setzero_si128();
+  std::memcpy(&bytes, kMirrored ? in - (Width - 1) : in, Width);
+  if constexpr (kMirrored)
+    bytes = _mm_shuffle_epi8(bytes, _mm_sub_epi8(_mm_set1_epi8(Width - 1),
+                                                 _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)));
+#if defined(__AVX512F__)
+  if constexpr (Width == 16) {
+    const __m512 v = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+    return _mm512_storeu_ps(out, _mm512_fmadd_ps(v, _mm512_set1_ps(scale), _mm512_set1_ps(shift)));
+  }
+#endif
+  const __m256 v = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+  _mm256_storeu_ps(out, _mm256_fmadd_ps(v, _mm256_set1_ps(scale), _mm256_set1_ps(shift)));
+}
+#endif
+
 // --- Copies ---
 
-// Copies `bytes` from memory in the cache. Short runs of a length known only at run time, where memcpy costs a call.
-inline void copy_run(char* out, const char* in, int64_t bytes) {
-  for (; bytes >= 64; bytes -= 64, in += 64, out += 64) {
-    const Vector<char> v = load(in);
-    std::memcpy(out, &v, sizeof v);
-  }
-  if (bytes & 32) {
-    std::memcpy(out, in, 32);
-    in += 32;
-    out += 32;
-  }
-  if (bytes & 16) {
-    std::memcpy(out, in, 16);
-    in += 16;
-    out += 16;
-  }
-  if (bytes & 8) {
-    std::memcpy(out, in, 8);
-    in += 8;
-    out += 8;
-  }
-  if (bytes & 4) {
-    std::memcpy(out, in, 4);
-    in += 4;
-    out += 4;
-  }
-  if (bytes & 2) {
-    std::memcpy(out, in, 2);
-    in += 2;
-    out += 2;
-  }
-  if (bytes & 1) *out = *in;
+// Copies `bytes` from memory in the cache, in vectors of Width bytes of which the last two may overlap. `bytes` must be
+// at least Width.
+template <int64_t Width>
+inline void copy_vectors(char* __restrict out, const char* __restrict in, int64_t bytes) {
+  typedef char V __attribute__((vector_size(Width)));
+  const auto copy = [&](int64_t at) {
+    V v;
+    std::memcpy(&v, in + at, Width);
+    std::memcpy(out + at, &v, Width);
+  };
+  for (int64_t at = 0; at < bytes - Width; at += Width) copy(at);
+  copy(bytes - Width);
 }
 
-// The same past the cache, for results that are too large to be found there later: memory is written without being read
+// Calls use(copy) with the function copy(out, in) that copies `bytes` from memory in the cache: for many short runs of
+// one length, where memcpy would cost a call and a choice for each. Lengths of whole vectors are known to the compiler.
+template <class Use>
+void with_copy(int64_t bytes, const Use& use) {
+  const auto fixed = [&](auto n) {
+    use([](char* out, const char* in) { copy_vectors<64>(out, in, decltype(n)::value); });
+  };
+  const auto at_least = [&](auto width) {
+    use([bytes](char* out, const char* in) { copy_vectors<decltype(width)::value>(out, in, bytes); });
+  };
+  switch (bytes) {
+    case 64: return fixed(std::integral_constant<int64_t, 64>{});
+    case 128: return fixed(std::integral_constant<int64_t, 128>{});
+    case 256: return fixed(std::integral_constant<int64_t, 256>{});
+    default: break;
+  }
+  if (bytes >= 64) return at_least(std::integral_constant<int64_t, 64>{});
+  if (bytes >= 32) return at_least(std::integral_constant<int64_t, 32>{});
+  if (bytes >= 16) return at_least(std::integral_constant<int64_t, 16>{});
+  if (bytes >= 8) return at_least(std::integral_constant<int64_t, 8>{});
+  if (bytes >= 4) return at_least(std::integral_constant<int64_t, 4>{});
+  at_least(std::integral_constant<int64_t, 2>{});
+}
+
+// Copies past the cache, for results that are too large to be found there later: memory is written without being read
 // first. `out` must be 16-byte aligned and `bytes` a multiple of 16.
 inline void stream_run(char* out, const char* in, int64_t bytes) {
 #if defined(__AVX512F__)
@@ -124,7 +193,7 @@ inline void stream_run(char* out, const char* in, int64_t bytes) {
   for (; bytes > 0; bytes -= 16, in += 16, out += 16)
     _mm_stream_si128(reinterpret_cast<__m128i*>(out), _mm_loadu_si128(reinterpret_cast<const __m128i*>(in)));
 #else
-  copy_run(out, in, bytes);
+  std::memcpy(out, in, bytes);
 #endif
 }
 

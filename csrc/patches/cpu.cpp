@@ -83,24 +83,30 @@ void interleave3(T* __restrict out, const T* __restrict a, const T* __restrict b
   }
 }
 
-// Transforms rows of windows into rows of patch order.
+// Transforms the pixels of windows into planes of patch order: a plane a channel, or with channels_last one plane of
+// rows of interleaved channels.
 template <class Real>
-class RowReader {
+class PlaneReader {
  public:
-  explicit RowReader(const Problem& problem) : problem_(problem) {}
+  explicit PlaneReader(const Problem& problem) : problem_(problem) {}
 
   // Values of temporary memory that read() needs.
   int64_t temporary() const { return interleaves() ? 3 * problem_.geometry.width : 0; }
 
-  // Window row `y` of image b. Channel k's row of `width` values goes to out + k * plane; with channels_last all
-  // channels go interleaved to `out`.
-  void read(Real* out, int64_t plane, Real* temporary, int64_t b, const Window& window, int64_t y) const {
+  // Rows [first, first + count) of plane k of image b's window, densely to `out`.
+  void read(Real* out, Real* temporary, int64_t b, const Window& window, int64_t k, int64_t first,
+            int64_t count) const {
+    const auto read_as = [&](auto in) {
+      const int64_t row_values = problem_.geometry.width * (problem_.geometry.channels_last ? problem_.channels() : 1);
+      for (int64_t y = 0; y < count; ++y)
+        read_row<decltype(in)>(out + y * row_values, temporary, b, window, k, first + y);
+    };
     switch (problem_.images.dtype) {
-      case DType::u8: return read_as<uint8_t>(out, plane, temporary, b, window, y);
-      case DType::f16: return read_as<Half>(out, plane, temporary, b, window, y);
-      case DType::bf16: return read_as<BFloat16>(out, plane, temporary, b, window, y);
-      case DType::f32: return read_as<float>(out, plane, temporary, b, window, y);
-      default: return read_as<double>(out, plane, temporary, b, window, y);
+      case DType::u8: return read_as(uint8_t{});
+      case DType::f16: return read_as(Half{});
+      case DType::bf16: return read_as(BFloat16{});
+      case DType::f32: return read_as(float{});
+      default: return read_as(double{});
     }
   }
 
@@ -108,7 +114,7 @@ class RowReader {
   bool interleaves() const { return problem_.geometry.channels_last && problem_.channels() == 3; }
 
   template <class In>
-  void read_as(Real* out, int64_t plane, Real* temporary, int64_t b, const Window& window, int64_t y) const {
+  void read_row(Real* out, Real* temporary, int64_t b, const Window& window, int64_t k, int64_t y) const {
     const Geometry& g = problem_.geometry;
     const TensorView& images = problem_.images;
     const int64_t n = g.width, channels = problem_.channels();
@@ -118,17 +124,20 @@ class RowReader {
                          x * images.strides[3];
       return SourceRow<In>{images.as<In>() + at, window.flip ? -images.strides[3] : images.strides[3]};
     };
-    const auto scale = [&](int64_t k) { return static_cast<Real>(problem_.scale[k]); };
-    const auto shift = [&](int64_t k) { return static_cast<Real>(problem_.shift[k]); };
+    const auto transform = [&](Real* to, int64_t step, int64_t channel) {
+      transform_row(to, step, row(channel), n, static_cast<Real>(problem_.scale[channel]),
+                    static_cast<Real>(problem_.shift[channel]));
+    };
     if (g.gray && images.shape[1] == 3) {
-      transform_gray_row(out, {row(0), row(1), row(2)}, n, scale(0), shift(0));
+      transform_gray_row(out, {row(0), row(1), row(2)}, n, static_cast<Real>(problem_.scale[0]),
+                         static_cast<Real>(problem_.shift[0]));
     } else if (interleaves()) {
-      for (int64_t k = 0; k < 3; ++k) transform_row(temporary + k * n, 1, row(k), n, scale(k), shift(k));
+      for (int64_t channel = 0; channel < 3; ++channel) transform(temporary + channel * n, 1, channel);
       interleave3(out, temporary, temporary + n, temporary + 2 * n, n);
     } else if (g.channels_last) {
-      for (int64_t k = 0; k < channels; ++k) transform_row(out + k, channels, row(k), n, scale(k), shift(k));
+      for (int64_t channel = 0; channel < channels; ++channel) transform(out + channel, channels, channel);
     } else {
-      for (int64_t k = 0; k < channels; ++k) transform_row(out + k * plane, 1, row(k), n, scale(k), shift(k));
+      transform(out, 1, k);
     }
   }
 
@@ -239,67 +248,165 @@ class Tasks {
   int64_t rows_, per_task_, per_image_, window_rows_, count_;
 };
 
+// Cuts count x cols patches out of transformed rows. Pitches and steps are in bytes, so that one copy of this serves
+// all types of patches.
+struct Cut {
+  int64_t count, cols, planes, height;
+  int64_t run, row_pitch, plane_pitch;
+  int64_t step_y, step_x;
+};
+
+template <class Copy>
+void cut_patches(char* __restrict out, const char* __restrict rows, const Cut& cut, const Copy& copy) {
+  for (int64_t r = 0; r < cut.count; ++r)
+    for (int64_t c = 0; c < cut.cols; ++c)
+      for (int64_t k = 0; k < cut.planes; ++k) {
+        const char* in = rows + r * cut.step_y + c * cut.step_x + k * cut.plane_pitch;
+        for (int64_t y = 0; y < cut.height; ++y, out += cut.run, in += cut.row_pitch) copy(out, in);
+      }
+}
+
+#if defined(__AVX2__)
+// out[i] = scale * in[i] + shift for n >= Width bytes (to the left of `in` where mirrored), in blocks of Width of which
+// the last two may overlap; kBlocks, where it is not 0, says at compile time that n is kBlocks * Width.
+template <int64_t Width, int64_t kBlocks, bool kMirrored, bool kStreams>
+void convert_run(float* __restrict out, const uint8_t* __restrict in, int64_t n, float scale, float shift) {
+  const auto block = [&](int64_t at) {
+    const uint8_t* from = kMirrored ? in - at : in + at;
+    if constexpr (kStreams) {
+      alignas(64) float scaled[Width];
+      scale_bytes<Width, kMirrored>(scaled, from, scale, shift);
+      stream_run(reinterpret_cast<char*>(out + at), reinterpret_cast<const char*>(scaled), sizeof scaled);
+    } else {
+      scale_bytes<Width, kMirrored>(out + at, from, scale, shift);
+    }
+  };
+  if constexpr (kBlocks > 0) {
+    for (int64_t i = 0; i < kBlocks; ++i) block(i * Width);
+  } else {
+    for (int64_t at = 0; at < n - Width; at += Width) block(at);
+    block(n - Width);
+  }
+}
+
+template <int64_t Width, int64_t kBlocks, bool kStreams>
+void convert_patches(const Problem& problem, const Task& task, float* out) {
+  // Copies, which the compiler need not fetch again after every store to `out`.
+  const Geometry g = problem.geometry;
+  const TensorView images = problem.images;
+  const int64_t cols = problem.cols(), channels = problem.channels();
+  const Window window = window_of(g, images, problem.offsets, problem.flip, task.b);
+  const auto run = [&](auto mirrored) {
+    const int64_t x = window.x + (mirrored ? g.width - 1 : 0), step_x = mirrored ? -g.stride : g.stride;
+    const uint8_t* const first = images.as<uint8_t>() + task.b * images.strides[0] + window.y * images.strides[2] + x;
+    for (int64_t r = task.first; r < task.last; ++r)
+      for (int64_t c = 0; c < cols; ++c)
+        for (int64_t k = 0; k < channels; ++k) {
+          const uint8_t* in = first + k * images.strides[1] + r * g.stride * images.strides[2] + c * step_x;
+          const float scale = static_cast<float>(problem.scale[k]), shift = static_cast<float>(problem.shift[k]);
+          for (int64_t y = 0; y < g.patch; ++y, in += images.strides[2], out += g.patch)
+            convert_run<Width, kBlocks, mirrored, kStreams>(out, in, g.patch, scale, shift);
+        }
+  };
+  if (window.flip)
+    run(std::true_type{});
+  else
+    run(std::false_type{});
+}
+#endif
+
+// The commonest case, dense rows of bytes to float planes: converting a pixel anew for each patch that contains it
+// costs less than fetching it from a buffer of floats that is four times as large. False where this does not serve.
+bool convert([[maybe_unused]] const Problem& problem, [[maybe_unused]] const Task& task, [[maybe_unused]] float* out,
+             [[maybe_unused]] bool streams) {
+#if defined(__AVX2__)
+  const Geometry& g = problem.geometry;
+  if (g.patch_norm || g.channels_last || problem.images.dtype != DType::u8 || problem.images.strides[3] != 1 ||
+      problem.channels() != problem.images.shape[1] || g.patch < 8 || (streams && g.patch % kFloatLanes != 0))
+    return false;
+  if (streams)
+    convert_patches<kFloatLanes, 0, true>(problem, task, out);
+  else if (g.patch == 16)
+    convert_patches<kFloatLanes, 16 / kFloatLanes, false>(problem, task, out);
+  else if (g.patch >= kFloatLanes)
+    convert_patches<kFloatLanes, 0, false>(problem, task, out);
+  else
+    convert_patches<8, 0, false>(problem, task, out);
+  return true;
+#else
+  return false;
+#endif
+}
+
 template <class Out, class Real>
 void extract_as(const Problem& problem) {
   const Geometry& g = problem.geometry;
   const Runs runs(problem);
-  const RowReader<Real> reader(problem);
-  const int64_t cols = problem.cols(), row_values = runs.planes * runs.row;
-  const Tasks tasks(problem, row_values * sizeof(Real));
-  // Rows as read; the same cast, where patches are plain copies of another type; the reader's and a run's temporary.
+  const PlaneReader<Real> reader(problem);
+  const int64_t cols = problem.cols();
+  const Tasks tasks(problem, runs.planes * runs.row * sizeof(Real));
+  // Pixels as read; the same cast, where patches are plain copies of another type; the reader's and a run's temporary.
   const bool casts = !g.patch_norm && !std::is_same_v<Out, Real>;
-  const int64_t real_values = tasks.window_rows() * row_values;
+  const int64_t pixel_values = runs.planes * tasks.window_rows() * runs.row;
   const int64_t temporary_values = std::max(reader.temporary(), runs.run);
-  const Scratch scratch((real_values + temporary_values) * sizeof(Real) + (casts ? real_values * sizeof(Out) : 0) +
+  const Scratch scratch((pixel_values + temporary_values) * sizeof(Real) + (casts ? pixel_values * sizeof(Out) : 0) +
                         runs.run * sizeof(Out));
-  const int64_t run_bytes = runs.run * sizeof(Out);
-  const int64_t bytes = problem.patches.numel() * int64_t{sizeof(Out)};
+  const auto in_bytes = [](int64_t values) { return values * int64_t{sizeof(Out)}; };
+  const int64_t run_bytes = in_bytes(runs.run), bytes = in_bytes(problem.patches.numel());
   const bool streams =
       bytes > kStreamBytes && run_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(problem.patches.data) % 16 == 0;
   advise_huge_pages(problem.patches.data, bytes);
-  const bool direct = std::is_same_v<Out, Real> && !streams;  // Normalised values need neither cast nor streaming.
-  const auto write = [&](Out* out, const Out* in) {
-    (streams ? stream_run : copy_run)(reinterpret_cast<char*>(out), reinterpret_cast<const char*>(in), run_bytes);
-  };
 
   parallel_for(tasks.count(), [&](int64_t i, int worker) {
     const Task task = tasks[i];
     Real* const temporary = scratch.of<Real>(worker);
-    Real* const window_rows = temporary + temporary_values;
-    Out* const normalised = reinterpret_cast<Out*>(window_rows + real_values);
+    Real* const pixels = temporary + temporary_values;
+    Out* const normalised = reinterpret_cast<Out*>(pixels + pixel_values);
     Out* const cast = normalised + runs.run;
-    const int64_t count = (task.last - task.first - 1) * g.stride + g.patch, plane = count * runs.row;
+    const int64_t window_row = task.first * g.stride;
+    const int64_t window_rows = (task.last - task.first - 1) * g.stride + g.patch, plane = window_rows * runs.row;
     const Window window = window_of(g, problem.images, problem.offsets, problem.flip, task.b);
-    for (int64_t y = 0; y < count; ++y)
-      reader.read(window_rows + y * runs.row, plane, temporary, task.b, window, task.first * g.stride + y);
-    if (casts) narrow(cast, window_rows, runs.planes * plane);
-
     Out* out = problem.patches.as<Out>() + (task.b * problem.rows() + task.first) * cols * runs.values;
-    for (int64_t r = 0; r < task.last - task.first; ++r)
-      for (int64_t c = 0; c < cols; ++c) {
-        const int64_t at = r * g.stride * runs.row + c * g.stride * runs.pixel;
-        if (!g.patch_norm) {
-          const Out* rows = casts ? cast : reinterpret_cast<const Out*>(window_rows);
-          for_each_run(PatchIn<Out>{rows + at, plane}, runs, [&](const Out* row) {
-            write(out, row);
+
+    if constexpr (std::is_same_v<Out, float> && std::is_same_v<Real, float>)
+      if (convert(problem, task, out, streams)) return streams ? stream_fence() : void();
+    for (int64_t k = 0; k < runs.planes; ++k)
+      reader.read(pixels + k * plane, temporary, task.b, window, k, window_row, window_rows);
+
+    if (!g.patch_norm) {
+      if (casts) narrow(cast, pixels, runs.planes * plane);
+      const Cut cut{.count = task.last - task.first,
+                    .cols = cols,
+                    .planes = runs.planes,
+                    .height = runs.height,
+                    .run = run_bytes,
+                    .row_pitch = in_bytes(runs.row),
+                    .plane_pitch = in_bytes(plane),
+                    .step_y = in_bytes(g.stride * runs.row),
+                    .step_x = in_bytes(g.stride * runs.pixel)};
+      const auto* rows = casts ? reinterpret_cast<const char*>(cast) : reinterpret_cast<const char*>(pixels);
+      const auto run = [&](const auto& copy) { cut_patches(reinterpret_cast<char*>(out), rows, cut, copy); };
+      if (streams)
+        run([run_bytes](char* to, const char* from) { stream_run(to, from, run_bytes); });
+      else
+        with_copy(run_bytes, run);
+    } else {
+      for (int64_t r = 0; r < task.last - task.first; ++r)
+        for (int64_t c = 0; c < cols; ++c) {
+          const PatchIn<Real> patch{pixels + r * g.stride * runs.row + c * g.stride * runs.pixel, plane};
+          const auto [mean, deviation] = moments(patch, runs);
+          const Real inverse = 1 / (deviation + Real(kContrastFloor));
+          for_each_run(patch, runs, [&, mean = mean](const Real* row) {
+            Out* const to = streams ? normalised : out;
+            Real* const values = std::is_same_v<Out, Real> ? reinterpret_cast<Real*>(to) : temporary;
+#pragma omp simd
+            for (int64_t x = 0; x < runs.run; ++x) values[x] = (row[x] - mean) * inverse;
+            if constexpr (!std::is_same_v<Out, Real>) narrow(to, values, runs.run);
+            if (streams) stream_run(reinterpret_cast<char*>(out), reinterpret_cast<const char*>(to), run_bytes);
             out += runs.run;
           });
-          continue;
         }
-        const PatchIn<Real> patch{window_rows + at, plane};
-        const auto [mean, deviation] = moments(patch, runs);
-        const Real inverse = 1 / (deviation + Real(kContrastFloor));
-        for_each_run(patch, runs, [&, mean = mean](const Real* row) {
-          Real* const to = direct ? reinterpret_cast<Real*>(out) : temporary;
-#pragma omp simd
-          for (int64_t x = 0; x < runs.run; ++x) to[x] = (row[x] - mean) * inverse;
-          if (!direct) {
-            narrow(normalised, temporary, runs.run);
-            write(out, normalised);
-          }
-          out += runs.run;
-        });
-      }
+    }
     if (streams) stream_fence();
   });
 }
@@ -327,7 +434,7 @@ void extract_backward_as(const Problem& problem) {
   const Geometry& g = problem.geometry;
   const TensorView& images = problem.images_grad;
   const Runs runs(problem);
-  const RowReader<Real> reader(problem);
+  const PlaneReader<Real> reader(problem);
   const int64_t rows = problem.rows(), cols = problem.cols(), row_values = runs.planes * runs.row;
   const int64_t height = images.shape[2], width = images.shape[3];
   // A task is an image: it keeps the slopes of all its patches, and with patch_norm the window's pixels.
@@ -345,7 +452,8 @@ void extract_backward_as(const Problem& problem) {
     const Grad* const grads = problem.patches.as<Grad>() + image * rows * cols * runs.values;
 
     if (g.patch_norm) {
-      for (int64_t y = 0; y < g.height; ++y) reader.read(pixels + y * runs.row, plane, temporary, image, window, y);
+      for (int64_t k = 0; k < runs.planes; ++k)
+        reader.read(pixels + k * plane, temporary, image, window, k, 0, g.height);
       for (int64_t i = 0; i < rows * cols; ++i) {
         const int64_t at = i / cols * g.stride * runs.row + i % cols * g.stride * runs.pixel;
         const PatchIn<Real> patch{pixels + at, plane};

@@ -71,21 +71,8 @@ def bench_patches(case: PatchCase, device: str, repeats: int) -> dict:
 
     def into_existing() -> None:
         """Without allocating the result, whose fresh pages can cost more than writing them."""
-        native.extract_patches(
-            images,
-            patches,
-            offsets=None,
-            flip=None,
-            patch_size=case.patch,
-            stride=case.stride,
-            height=case.size,
-            width=case.size,
-            gray=False,
-            patch_norm=False,
-            channels_last=False,
-            scale=scale,
-            shift=shift,
-        )
+        window = case.patch, case.stride, case.size, case.size
+        native.extract_patches(images, patches, *window, None, None, False, False, False, scale, shift)
 
     copied = torch.empty_like(patches)
     alternatives: dict[str, Callable[[], object]] = {

@@ -25,18 +25,24 @@ class Time:
 
 
 def interleaved(
-    alternatives: dict[str, Callable[[], object]], *, repeats: int, device: torch.device | str = "cpu", warmup: int = 3
+    alternatives: dict[str, Callable[[], object]],
+    *,
+    repeats: int,
+    device: torch.device | str = "cpu",
+    warmup: int = 3,
+    untimed: int = 3,
 ) -> dict[str, Time]:
     """Time every alternative ``repeats`` times, one after another in each round.
 
-    Before each timed call comes one that is not: what the alternative before it left in the caches and the memory
-    allocator is not this one's doing.
+    Before each timed call come ``untimed`` ones: what the alternative before it left in the caches and the memory
+    allocator is not this one's doing, and the last-level cache of a current server takes three calls to settle.
     """
     synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     seconds: dict[str, list[float]] = {name: [] for name in alternatives}
     for round_ in range(warmup + repeats):
         for name, call in alternatives.items():
-            call()
+            for _ in range(untimed):
+                call()
             synchronize()
             start = time.perf_counter()
             call()
