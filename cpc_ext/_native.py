@@ -3,6 +3,8 @@
 Installed, it lies beside this file. In a source checkout it does not: Python then picks up the folder ``cpc_ext/`` of
 the checkout while the compiled module lives in the installed package, so it is taken from there, provided both are of
 one version. Edits to Python files of the checkout thus take effect at once, and kernels are those last installed.
+
+The environment variable CPC_EXT_NATIVE names another compiled module to load, such as one built for sanitizers.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.metadata
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -33,8 +36,12 @@ def _find_installed() -> Path:
 
 
 def _load() -> ModuleType:
-    # Beside this file, or where the import hook of an editable install says.
-    spec = importlib.util.find_spec(_NAME) or importlib.util.spec_from_file_location(_NAME, _find_installed())
+    named = os.environ.get("CPC_EXT_NATIVE")
+    if named:
+        spec = importlib.util.spec_from_file_location(_NAME, named)
+    else:
+        # Beside this file, or where the import hook of an editable install says.
+        spec = importlib.util.find_spec(_NAME) or importlib.util.spec_from_file_location(_NAME, _find_installed())
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if module.__version__ != __version__:

@@ -1,14 +1,78 @@
-"""What all tests share: the devices that kernels are tested on."""
+"""What all tests share: the devices that kernels are tested on, real and emulated."""
 
+import importlib.util
+import os
+import pkgutil
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import filelock
 import pytest
 import torch
 
+import cpc_ext.ops
+from cpc_ext._native import native
+from cpc_ext._version import __version__
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def emulation() -> Path:
+    """The folder with the CUDA kernels built for the host: see CPC_EXT_EMULATION in CMakeLists.txt."""
+    search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    cmake, ninja = (shutil.which(name, path=search) for name in ("cmake", "ninja"))
+    if not (cmake and ninja and importlib.util.find_spec("pybind11") and shutil.which("c++")):
+        pytest.skip("the emulation needs a C++ compiler, and cmake, ninja and pybind11 of cpc_ext[test]")
+    folder = REPOSITORY / "build" / f"emulation-{sys.implementation.cache_tag}"
+    folder.mkdir(parents=True, exist_ok=True)
+    configure = [
+        *(cmake, "-S", REPOSITORY, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"),
+        # Quick to build, and fast enough for small problems.
+        *("-DCPC_EXT_EMULATION=ON", "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1"),
+        f"-DSKBUILD_PROJECT_VERSION={__version__}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={Path(importlib.util.find_spec('pybind11').origin).parent / 'share' / 'cmake' / 'pybind11'}",
+    ]
+    with filelock.FileLock(folder / "lock"):  # Of pytest-xdist's workers, one builds.
+        for command in (configure, [cmake, "--build", folder]):
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+            assert done.returncode == 0, done.stdout
+    return folder
+
+
+@pytest.fixture(scope="session")
+def emulated_native(request: pytest.FixtureRequest):
+    """A compiled module whose CUDA kernels take tensors of the CPU."""
+    if hasattr(native, "emulate_cuda"):  # CPC_EXT_NATIVE names one already.
+        return native
+    (path,) = request.getfixturevalue("emulation").glob("_C.*.so")
+    spec = importlib.util.spec_from_file_location("emulation._C", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
 
 @pytest.fixture(
-    params=["cpu", pytest.param("cuda", marks=[pytest.mark.cuda])],
+    params=["cpu", "emulated", pytest.param("cuda", marks=[pytest.mark.cuda])],
 )
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every device with kernels; a test that takes this runs once on each."""
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Every device with kernels; a test that takes this runs once on each.
+
+    Emulated, tensors are the CPU's while the ops call the CUDA kernels: see csrc/core/cuda/emulation.
+    """
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    return torch.device(request.param)
+    if request.param != "emulated":
+        yield torch.device(request.param)
+        return
+    emulated = request.getfixturevalue("emulated_native")
+    for info in pkgutil.iter_modules(cpc_ext.ops.__path__, "cpc_ext.ops."):
+        module = importlib.import_module(info.name)
+        if hasattr(module, "native"):
+            monkeypatch.setattr(module, "native", emulated)
+    emulated.emulate_cuda(True)
+    yield torch.device("cpu")
+    emulated.emulate_cuda(False)

@@ -289,7 +289,7 @@ def _backward_kernel(
     grad = grad.permute(0, 1, 2, 4, 5, 3).contiguous().permute(0, 1, 2, 5, 3, 4) if channels_last else grad.contiguous()
     scale, shift = _affine(images_dtype, grad.shape[3], mean, std)
     norm_slopes = None
-    if patch_norm and grad.is_cuda:
+    if patch_norm:  # Workspace of the CUDA kernel, a trifle beside the gradient.
         compute = torch.float64 if torch.float64 in (images_dtype, grad.dtype) else torch.float32
         norm_slopes = grad.new_empty((*grad.shape[:3], 3), dtype=compute)
     images_grad = grad.new_empty(size, dtype=images_dtype)

@@ -20,6 +20,15 @@ namespace py = pybind11;
 namespace cpc::bindings {
 namespace {
 
+#if defined(CPC_CUDA_EMULATION)
+bool emulate_cuda = false;  // Whether tensors of the CPU go to the CUDA kernels.
+#else
+constexpr bool emulate_cuda = false;
+#endif
+
+// Whether the host may look at a tensor's values: asking a GPU would stall its stream, and the emulation is one.
+bool readable(DLDevice device) { return device.device_type != kDLCUDA && !emulate_cuda; }
+
 // All tensors of a call on one device; kernels write only to what may be written.
 DLDevice common_device(std::initializer_list<const TensorArg*> read, std::initializer_list<const TensorArg*> written) {
   const DLDevice device = (*written.begin())->device;
@@ -41,7 +50,7 @@ void run(const Problem& problem, const TensorArg& output, void (*cpu)(const Prob
     case kDLCPU:
     case kDLCUDAHost: {
       const py::gil_scoped_release unlocked;
-      return cpu(problem);
+      return emulate_cuda ? cuda(problem, nullptr) : cpu(problem);
     }
 #if defined(CPC_WITH_CUDA)
     case kDLCUDA: {
@@ -74,7 +83,7 @@ void extract_patches(const TensorArg& images, const TensorArg& patches, int64_t 
                                  .patches = patches.view,
                                  .scale = std::move(scale),
                                  .shift = std::move(shift)};
-  patches::check(problem, /*backward=*/false, device.device_type != kDLCUDA);
+  patches::check(problem, /*backward=*/false, readable(device));
   run(problem, patches, patches::cpu::extract, patches::cuda::extract);
 }
 
@@ -96,7 +105,7 @@ void extract_patches_backward(const TensorArg& patches_grad, const TensorArg& im
                                  .norm_slopes = view(norm_slopes),
                                  .scale = std::move(scale),
                                  .shift = std::move(shift)};
-  patches::check(problem, /*backward=*/true, device.device_type != kDLCUDA);
+  patches::check(problem, /*backward=*/true, readable(device));
   run(problem, images_grad, patches::cpu::extract_backward, patches::cuda::extract_backward);
 }
 
@@ -105,7 +114,7 @@ py::dict build_info() {
   info["version"] = CPC_VERSION;
   info["compiler"] = CPC_COMPILER;
   info["simd"] = isa_name();
-#if defined(CPC_WITH_CUDA)
+#if defined(CPC_WITH_CUDA) && !defined(CPC_CUDA_EMULATION)
   info["cuda"] = CPC_CUDA_VERSION;
   info["cuda_architectures"] = CPC_CUDA_ARCHITECTURES;
 #else
@@ -121,6 +130,10 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, module) {
   module.attr("__version__") = CPC_VERSION;
   module.def("build_info", &build_info);
+
+#if defined(CPC_CUDA_EMULATION)
+  module.def("emulate_cuda", [](bool on) { emulate_cuda = on; }, py::arg("on"));
+#endif
 
   module.def("extract_patches", &extract_patches, py::arg("images"), py::arg("patches"), py::arg("patch_size"),
              py::arg("stride"), py::arg("height"), py::arg("width"), py::arg("offsets"), py::arg("flip"),

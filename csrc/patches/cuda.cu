@@ -75,7 +75,7 @@ template <class In, class Real>
 __device__ void load_group(Real (&out)[kGroup], const In* row, int64_t step, int64_t x, int count) {
   const In* first = row + (step < 0 ? -(x + kGroup - 1) : x);
   if (count == kGroup && (step == 1 || step == -1) && reinterpret_cast<uintptr_t>(first) % (kGroup * sizeof(In)) == 0) {
-    const auto group = *reinterpret_cast<const Pack<In, kGroup>*>(first);
+    const auto group = pack_at<kGroup>(first);
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) out[i] = widen<Real>(group.v[step < 0 ? kGroup - 1 - i : i]);
     return;
@@ -122,7 +122,7 @@ __device__ void load_shared(Real (&out)[N], const Real* from) {
   if (N % kWide == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
 #pragma unroll
     for (int i = 0; i < N; i += kWide) {
-      const auto wide = *reinterpret_cast<const Pack<Real, kWide>*>(from + i);
+      const auto wide = pack_at<kWide>(from + i);
 #pragma unroll
       for (int s = 0; s < kWide; ++s)
         if (i + s < N) out[i + s] = wide.v[s];
@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(kThreads) extract_staged(const __grid_constant
         }
       }
       if (end - begin == kVector) {
-        *reinterpret_cast<Pack<Out, kVector>*>(out + e) = chunk;
+        pack_at<kVector>(out + e) = chunk;
       } else {
 #pragma unroll
         for (int s = 0; s < kVector; ++s)
@@ -330,8 +330,9 @@ void launch_extract(const Problem& problem, void* stream) {
   // Float64 images cast to a narrower type are not worth a staged kernel of their own.
   constexpr bool staged = sizeof(Real) == 4 || std::is_same_v<Real, Out>;
   if (!staged || shared_bytes(1) > shared_bytes_limit())
-    return launch(&extract_direct<Real, Out>, {problem.batch() * problem.rows() * problem.cols(), dim3(kThreads)},
-                  stream, common, problem.patches.data);
+    return launch("extract_direct", &extract_direct<Real, Out>,
+                  {problem.batch() * problem.rows() * problem.cols(), dim3(kThreads)}, stream, common,
+                  problem.patches.data);
   int64_t tile = 1;  // As many neighbours as the preferred share holds.
   while (tile < problem.cols() && shared_bytes(tile + 1) <= kPreferredSharedBytes) ++tile;
   ForwardArguments<Real> a{common};
@@ -349,7 +350,7 @@ void launch_extract(const Problem& problem, void* stream) {
   a.by_patch = FastDivide(static_cast<uint32_t>(g.patch));
   a.shared_values = shared_values(tile);
   if constexpr (staged)
-    launch(&extract_staged<Real, Out>,
+    launch("extract_staged", &extract_staged<Real, Out>,
            {problem.batch() * problem.rows() * a.tiles_per_row, dim3(kThreads), shared_bytes(tile)}, stream, a);
 }
 
@@ -445,11 +446,13 @@ void launch_backward(const Problem& problem, void* stream) {
     if (problem.norm_slopes.numel() != 3 * patches || size_of(problem.norm_slopes.dtype) != sizeof(Real))
       throw std::invalid_argument("norm_slopes must hold three values of the computing type for each patch");
     slopes = problem.norm_slopes.as<NormSlopes<Real>>();
-    launch(&find_norm_slopes<Real>, {patches, dim3(kThreads)}, stream, common, grads, problem.patches.dtype, slopes);
+    launch("find_norm_slopes", &find_norm_slopes<Real>, {patches, dim3(kThreads)}, stream, common, grads,
+           problem.patches.dtype, slopes);
   }
   const int64_t image_rows = problem.batch() * problem.channels() * problem.images.shape[2];
-  launch(&sum_patches<Real>, {(image_rows + kRowsOfBlock - 1) / kRowsOfBlock, dim3(kRowThreads, kRowsOfBlock)}, stream,
-         common, grads, problem.patches.dtype, slopes, problem.images_grad.data, problem.images_grad.dtype);
+  launch("sum_patches", &sum_patches<Real>,
+         {(image_rows + kRowsOfBlock - 1) / kRowsOfBlock, dim3(kRowThreads, kRowsOfBlock)}, stream, common, grads,
+         problem.patches.dtype, slopes, problem.images_grad.data, problem.images_grad.dtype);
 }
 
 }  // namespace

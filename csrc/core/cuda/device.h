@@ -53,21 +53,25 @@ struct LaunchShape {
   int64_t shared_bytes = 0;
 };
 
-// Queues kernel(args...) on a stream. Nothing is launched for zero blocks.
+// Queues kernel(args...) on a stream, called `name` in errors. Nothing is launched for zero blocks.
 template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), const LaunchShape& shape, void* stream, Args&&... args) {
+void launch(const char* name, void (*kernel)(Params...), const LaunchShape& shape, void* stream, Args&&... args) {
   if (shape.blocks == 0) return;
   if (shape.shared_bytes > kDefaultSharedBytes)
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shape.shared_bytes)),
-          "asking for shared memory");
+          name);
   constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(shape.blocks < kMaxBlocks ? shape.blocks : kMaxBlocks));
   config.blockDim = shape.threads;
   config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
-  check(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), "launching a kernel");
+#if defined(CPC_CUDA_EMULATION)
+  check(emulation::launch(name, config, kernel, args...), name);
+#else
+  check(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), name);
+#endif
 }
 
 }  // namespace cpc::cuda

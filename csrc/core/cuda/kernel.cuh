@@ -1,5 +1,5 @@
-// The device side that kernels share: conversions of storage types, 16-byte vectors, division by a constant, warp sums,
-// dynamic shared memory.
+// The device side that kernels share: conversions of storage types, 16-byte vectors, division by a constant, sums over
+// warps and blocks.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "core/cuda/shared.cuh"
 #include "core/tensor_view.h"
 
 namespace cpc::cuda {
@@ -78,10 +79,30 @@ __device__ inline void store_as(void* data, DType dtype, int64_t i, Real v) {
 
 // --- Vectors that a thread moves in one access ---
 
+template <int kBytes>
+__device__ inline void check_alignment([[maybe_unused]] const void* p) {
+#if defined(CPC_CUDA_EMULATION)
+  if (reinterpret_cast<uintptr_t>(p) % kBytes != 0)
+    emulation::fail("access to " + std::to_string(kBytes) + " bytes at a misaligned address");
+#endif
+}
+
 template <class T, int N>
 struct alignas(sizeof(T) * N) Pack {
   T v[N];
 };
+
+// The N values at `p`, which must be aligned to as many bytes.
+template <int N, class T>
+__device__ inline const Pack<T, N>& pack_at(const T* p) {
+  check_alignment<sizeof(T) * N>(p);
+  return *reinterpret_cast<const Pack<T, N>*>(p);
+}
+template <int N, class T>
+__device__ inline Pack<T, N>& pack_at(T* p) {
+  check_alignment<sizeof(T) * N>(p);
+  return *reinterpret_cast<Pack<T, N>*>(p);
+}
 
 // --- Division of 0 <= n < 2^31 by a divisor known at launch: a multiplication, an addition and a shift ---
 
@@ -115,7 +136,7 @@ __device__ inline Real warp_sum(Real v) {
 // All threads must take part.
 template <int threads, class Real>
 __device__ inline Real block_sum(Real v) {
-  __shared__ Real of_warp[threads / kWarp];
+  auto& of_warp = static_shared<Real[threads / kWarp], struct OfWarp>();
   v = warp_sum(v);
   __syncthreads();  // The last use of of_warp is over.
   if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = v;
@@ -123,12 +144,6 @@ __device__ inline Real block_sum(Real v) {
   Real total = 0;
   for (int w = 0; w < threads / kWarp; ++w) total += of_warp[w];
   return total;
-}
-
-// The block's dynamic shared memory, 16-byte aligned.
-__device__ inline unsigned char* dynamic_shared() {
-  extern __shared__ __align__(16) unsigned char memory[];
-  return memory;
 }
 
 }  // namespace cpc::cuda

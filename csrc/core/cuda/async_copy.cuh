@@ -1,0 +1,47 @@
+// Copies from global to shared memory that run beside the computation (cp.async, compute capability 8.0).
+// A thread's copies form groups: commit_copies() closes one, wait_for_copies<N>() waits until at most N are under way.
+// They are seen by other threads after a barrier.
+#pragma once
+
+#include "core/cuda/shared.cuh"
+
+namespace cpc::cuda {
+
+#if defined(CPC_CUDA_EMULATION)
+
+template <int kBytes>
+void copy_async(void* to, const void* from, bool exists = true, emulation::Where where = emulation::Where::current()) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  emulation::copy_async(to, from, kBytes, exists ? kBytes : 0, where);
+}
+inline void commit_copies() { emulation::commit_copies(); }
+template <int kGroups>
+void wait_for_copies() {
+  emulation::wait_for_copies(kGroups);
+}
+
+#else
+
+// Copies kBytes (4, 8 or 16, both addresses aligned to as many), or, where the source does not exist, fills with zeros;
+// `from` is then not read but must be a valid address.
+template <int kBytes>
+__device__ inline void copy_async(void* to, const void* from, bool exists = true) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  const int valid = exists ? kBytes : 0;
+  if constexpr (kBytes == 16)  // Past the first-level cache, which would not see these bytes again.
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(kBytes),
+                 "r"(valid)
+                 : "memory");
+}
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kGroups>
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+#endif
+
+}  // namespace cpc::cuda

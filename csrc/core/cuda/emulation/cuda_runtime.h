@@ -1,0 +1,235 @@
+// What our kernels use of CUDA, on the host: see emulator.h. Found instead of the toolkit's header of the same name.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <stdexcept>
+#include <string>
+
+#include "core/cuda/emulation/emulator.h"
+
+// --- Keywords ---
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+// --- Vector types ---
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+
+// --- Barriers, shuffles and votes ---
+inline void __syncthreads(cpc::cuda::emulation::Where where = cpc::cuda::emulation::Where::current()) {
+  cpc::cuda::emulation::barrier(where);
+}
+
+namespace cpc::cuda::emulation {
+
+// A lane's part in a shuffle: its value, the lane it wants, and then that lane's value.
+struct Shuffle {
+  uint64_t value;
+  unsigned source;
+  uint64_t result;
+  bool inactive;
+};
+
+template <class T>
+T shuffle(const char* name, uint32_t mask, T value, unsigned source, Where where) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  Shuffle mine{0, source, 0, false};
+  std::memcpy(&mine.value, &value, sizeof value);
+  collective(
+      name, mask, &mine,
+      [](void* const(&lanes)[kWarp]) {
+        for (void* const l : lanes)
+          if (auto* one = static_cast<Shuffle*>(l); one != nullptr) {
+            const auto* from = static_cast<const Shuffle*>(lanes[one->source]);
+            one->inactive = from == nullptr;
+            if (from != nullptr) one->result = from->value;
+          }
+      },
+      where);
+  if (mine.inactive) fail(std::string(name) + " from the inactive lane " + std::to_string(source), where);
+  T result;
+  std::memcpy(&result, &mine.result, sizeof result);
+  return result;
+}
+
+struct Vote {
+  bool predicate;
+  uint32_t result;
+};
+
+inline uint32_t ballot(const char* name, uint32_t mask, bool predicate, Where where) {
+  Vote mine{predicate, 0};
+  collective(
+      name, mask, &mine,
+      [](void* const(&lanes)[kWarp]) {
+        uint32_t votes = 0;
+        for (unsigned l = 0; l < kWarp; ++l)
+          if (lanes[l] != nullptr && static_cast<const Vote*>(lanes[l])->predicate) votes |= 1u << l;
+        for (void* const l : lanes)
+          if (l != nullptr) static_cast<Vote*>(l)->result = votes;
+      },
+      where);
+  return mine.result;
+}
+
+}  // namespace cpc::cuda::emulation
+
+inline void __syncwarp(unsigned mask = cpc::cuda::emulation::kFullMask,
+                       cpc::cuda::emulation::Where where = cpc::cuda::emulation::Where::current()) {
+  cpc::cuda::emulation::ballot("__syncwarp", mask, false, where);
+}
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32,
+              cpc::cuda::emulation::Where where = cpc::cuda::emulation::Where::current()) {
+  const unsigned lane = cpc::cuda::emulation::lane(), first = lane / width * width;
+  return cpc::cuda::emulation::shuffle("__shfl_sync", mask, value, first + static_cast<unsigned>(source) % width,
+                                       where);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32,
+                  cpc::cuda::emulation::Where where = cpc::cuda::emulation::Where::current()) {
+  const unsigned lane = cpc::cuda::emulation::lane(), source = lane ^ static_cast<unsigned>(lane_mask);
+  const bool inside = source / width <= lane / width;  // A lane of a later segment is not read.
+  return cpc::cuda::emulation::shuffle("__shfl_xor_sync", mask, value, inside ? source : lane, where);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
+                   cpc::cuda::emulation::Where where = cpc::cuda::emulation::Where::current()) {
+  const unsigned lane = cpc::cuda::emulation::lane();
+  const bool inside = lane % width + delta < static_cast<unsigned>(width);
+  return cpc::cuda::emulation::shuffle("__shfl_down_sync", mask, value, inside ? lane + delta : lane, where);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
+                 cpc::cuda::emulation::Where where = cpc::cuda::emulation::Where::current()) {
+  const unsigned lane = cpc::cuda::emulation::lane();
+  return cpc::cuda::emulation::shuffle("__shfl_up_sync", mask, value, lane % width >= delta ? lane - delta : lane,
+                                       where);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate,
+                              cpc::cuda::emulation::Where where = cpc::cuda::emulation::Where::current()) {
+  return cpc::cuda::emulation::ballot("__ballot_sync", mask, predicate != 0, where);
+}
+inline int __any_sync(unsigned mask, int predicate,
+                      cpc::cuda::emulation::Where where = cpc::cuda::emulation::Where::current()) {
+  return cpc::cuda::emulation::ballot("__any_sync", mask, predicate != 0, where) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate,
+                      cpc::cuda::emulation::Where where = cpc::cuda::emulation::Where::current()) {
+  return cpc::cuda::emulation::ballot("__all_sync", mask, predicate == 0, where) == 0;
+}
+
+// --- Atomics on integers: threads run one at a time ---
+template <class T>
+T atomicAdd(T* address, T value) {
+  const T old = *address;
+  *address = old + value;
+  return old;
+}
+template <class T>
+T atomicMax(T* address, T value) {
+  const T old = *address;
+  if (value > old) *address = value;
+  return old;
+}
+template <class T>
+T atomicMin(T* address, T value) {
+  const T old = *address;
+  if (value < old) *address = value;
+  return old;
+}
+template <class T>
+T atomicExch(T* address, T value) {
+  const T old = *address;
+  *address = value;
+  return old;
+}
+template <class T>
+T atomicCAS(T* address, T compare, T value) {
+  const T old = *address;
+  if (old == compare) *address = value;
+  return old;
+}
+
+// --- Arithmetic ---
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(uint64_t{a} * b >> 32); }
+inline int __popc(unsigned v) { return std::popcount(v); }
+inline int __ffs(int v) { return v == 0 ? 0 : std::countr_zero(static_cast<unsigned>(v)) + 1; }
+inline float __int_as_float(int v) { return std::bit_cast<float>(v); }
+inline int __float_as_int(float v) { return std::bit_cast<int>(v); }
+inline float rsqrtf(float v) { return 1 / std::sqrt(v); }
+inline float __expf(float v) { return std::exp(v); }
+inline float __logf(float v) { return std::log(v); }
+using std::sqrt;
+
+// --- The runtime ---
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+using cudaStream_t = void*;
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "invalid value"; }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = static_cast<int>(cpc::cuda::emulation::kSharedBytesLimit);
+  return cudaSuccess;
+}
+
+namespace cpc::cuda::emulation {
+inline std::map<const void*, size_t>& asked_shared_bytes() {
+  static std::map<const void*, size_t> bytes;
+  return bytes;
+}
+}  // namespace cpc::cuda::emulation
+
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes > static_cast<int>(cpc::cuda::emulation::kSharedBytesLimit)) return cudaErrorInvalidValue;
+  cpc::cuda::emulation::asked_shared_bytes()[kernel] = static_cast<size_t>(bytes);
+  return cudaSuccess;
+}
+
+namespace cpc::cuda::emulation {
+
+// As cudaLaunchKernelEx, with the kernel's name for its errors.
+template <class... Params, class... Args>
+cudaError_t launch(const char* name, const cudaLaunchConfig_t& config, void (*kernel)(Params...), const Args&... args) {
+  static_assert((sizeof(Params) + ... + 0) <= 4096, "more than the parameters of a kernel may take");
+  const auto asked = asked_shared_bytes().find(reinterpret_cast<const void*>(kernel));
+  const size_t limit = asked == asked_shared_bytes().end() ? kSharedBytes : std::max(kSharedBytes, asked->second);
+  if (config.dynamicSmemBytes > limit) return cudaErrorInvalidValue;
+  run(name, config.gridDim, config.blockDim, config.dynamicSmemBytes, [&] { kernel(args...); });
+  return cudaSuccess;
+}
+
+}  // namespace cpc::cuda::emulation

@@ -1,0 +1,379 @@
+// Fibers, barriers and shared memory of emulated kernels, see emulator.h.
+#include "core/cuda/emulation/emulator.h"
+
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+namespace cpc::cuda::emulation {
+namespace {
+
+constexpr unsigned char kPoison = 0xff;
+constexpr size_t kStackBytes = 256 << 10, kPage = 4 << 10;
+constexpr unsigned kMaxThreads = 1024;
+constexpr size_t kSharedAlignment = 128;
+
+enum class State { ready, at_barrier, at_collective, done };
+
+struct AsyncCopy {
+  void* to;
+  const void* from;
+  size_t bytes, valid;
+};
+
+// Where a fiber, or the scheduler, stands. Once begun, it is left and taken up again by setjmp and longjmp, because
+// swapcontext asks the system for its signal mask each time; AddressSanitizer knows only the latter.
+struct Context {
+  ucontext_t begin;
+  jmp_buf at;
+  bool begun = false;
+};
+
+void switch_context(Context& from, Context& to) {
+#if defined(__SANITIZE_ADDRESS__)
+  swapcontext(&from.begin, &to.begin);
+#else
+  from.begun = true;
+  if (_setjmp(from.at) != 0) return;
+  if (to.begun) _longjmp(to.at, 1);
+  setcontext(&to.begin);
+#endif
+}
+
+struct Fiber {
+  Context context;
+  State state;
+  uint3 index;
+  const char* operation;  // What it waits at.
+  Where where;
+  std::vector<std::vector<AsyncCopy>> copies;  // Groups; the last is open.
+};
+
+// One operation of some lanes of a warp, waiting for the rest of them.
+struct Collective {
+  uint32_t mask, arrived = 0;
+  const char* name;
+  Where where;
+  void* lanes[kWarp] = {};
+};
+
+// Stacks with a page below each that may not be touched.
+class Stacks {
+ public:
+  Stacks() {
+    memory_ = static_cast<char*>(mmap(nullptr, kMaxThreads * kPitch, PROT_READ | PROT_WRITE,
+                                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    if (memory_ == MAP_FAILED) throw std::bad_alloc();
+    for (unsigned i = 0; i < kMaxThreads; ++i) mprotect(memory_ + i * kPitch, kPage, PROT_NONE);
+  }
+  char* operator[](unsigned i) const { return memory_ + i * kPitch + kPage; }
+
+ private:
+  static constexpr size_t kPitch = kStackBytes + kPage;
+  char* memory_;
+};
+
+// Static shared variables lie here for all kernels, each with a gap behind it that may not be touched.
+struct StaticShared {
+  static constexpr size_t kBytes = 1 << 20;
+  alignas(kSharedAlignment) unsigned char memory[kBytes];
+  size_t used = 0;
+  std::vector<std::pair<size_t, size_t>> variables;  // Offset and size.
+};
+StaticShared& static_memory() {
+  static StaticShared* const memory = new StaticShared;
+  return *memory;
+}
+
+struct AlignedDelete {
+  void operator()(unsigned char* p) const { ::operator delete[](p, std::align_val_t{kSharedAlignment}); }
+};
+
+struct Machine {
+  const char* kernel = nullptr;
+  const std::function<void()>* thread = nullptr;
+  Context scheduler;
+  std::vector<Fiber> fibers;
+  std::vector<std::vector<std::unique_ptr<Collective>>> collectives;  // Of each warp.
+  Fiber* running = nullptr;
+  std::string error;
+  std::unique_ptr<unsigned char[], AlignedDelete> shared;
+};
+Machine* machine = nullptr;
+
+std::string text(const uint3& v) {
+  return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")";
+}
+std::string text(Where where) {
+  const std::string file = where.file_name();
+  return file.substr(file.rfind('/') + 1) + ":" + std::to_string(where.line());
+}
+std::string at_thread(const Fiber& fiber) {
+  return std::string("kernel ") + machine->kernel + ", block " + text(blockIdx) + ", thread " + text(fiber.index);
+}
+std::string waits(const Fiber& fiber) {
+  if (fiber.state == State::done) return "thread " + text(fiber.index) + " has left the kernel";
+  return "thread " + text(fiber.index) + " waits at " + fiber.operation + " in " + text(fiber.where);
+}
+
+void finish(const AsyncCopy& copy) {
+  std::memcpy(copy.to, copy.from, copy.valid);
+  std::memset(static_cast<char*>(copy.to) + copy.valid, 0, copy.bytes - copy.valid);
+}
+
+void back_to_scheduler() { switch_context(machine->running->context, machine->scheduler); }
+
+void wait(State state, const char* operation, Where where) {
+  Fiber& fiber = *machine->running;
+  fiber.state = state;
+  fiber.operation = operation;
+  fiber.where = where;
+  back_to_scheduler();
+}
+
+// A fiber is a thread of one block after another.
+void fiber_main() {
+  for (;;) {
+    (*machine->thread)();
+    wait_for_copies(0);
+    for (const AsyncCopy& copy : machine->running->copies.back()) finish(copy);
+    machine->running->state = State::done;
+    back_to_scheduler();
+  }
+}
+
+void resume(Fiber& fiber) {
+  machine->running = &fiber;
+  threadIdx = fiber.index;
+  switch_context(machine->scheduler, fiber.context);
+  machine->running = nullptr;
+  if (!machine->error.empty()) throw std::runtime_error(machine->error);
+}
+
+// Nobody can go on: either all are at one barrier, which opens it, or the kernel is wrong.
+void open_barrier() {
+  std::vector<Fiber>& fibers = machine->fibers;
+  for (Fiber& fiber : fibers)
+    if (fiber.state == State::at_collective)
+      for (Fiber& other : fibers)
+        if (&other != &fiber && other.state != State::at_collective &&
+            (&other - fibers.data()) / kWarp == (&fiber - fibers.data()) / kWarp)
+          throw std::runtime_error(at_thread(fiber) + ": " + fiber.operation + " in " + text(fiber.where) +
+                                   " names an inactive lane: " + waits(other));
+  const auto first =
+      std::find_if(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.state == State::at_barrier; });
+  const Fiber& waiting = first == fibers.end() ? fibers.front() : *first;
+  for (const Fiber& fiber : fibers) {
+    const bool same = fiber.state == State::at_barrier && fiber.where.line() == waiting.where.line() &&
+                      fiber.where.column() == waiting.where.column() &&
+                      std::strcmp(fiber.where.file_name(), waiting.where.file_name()) == 0;
+    if (!same)
+      throw std::runtime_error(at_thread(waiting) + ": " + waiting.operation + " in " + text(waiting.where) +
+                               " is not reached by all: " + waits(fiber));
+  }
+  for (Fiber& fiber : fibers) fiber.state = State::ready;
+}
+
+void poison_shared(size_t shared_bytes) {
+  std::memset(machine->shared.get(), kPoison, shared_bytes);
+  StaticShared& memory = static_memory();
+  for (const auto& [offset, bytes] : memory.variables) std::memset(memory.memory + offset, kPoison, bytes);
+}
+
+void make_fibers(dim3 block) {
+  static const Stacks stacks;
+  machine->fibers.resize(block.x * block.y * block.z);
+  for (unsigned i = 0; i < machine->fibers.size(); ++i) {
+    Fiber& fiber = machine->fibers[i];
+    fiber.index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
+    ucontext_t& begin = fiber.context.begin;
+    getcontext(&begin);
+    begin.uc_stack.ss_sp = stacks[i];
+    begin.uc_stack.ss_size = kStackBytes;
+    begin.uc_link = nullptr;
+    makecontext(&begin, fiber_main, 0);
+  }
+}
+
+void run_block(std::mt19937& random) {
+  const auto threads = static_cast<unsigned>(machine->fibers.size());
+  machine->collectives.clear();
+  machine->collectives.resize((threads + kWarp - 1) / kWarp);
+  for (Fiber& fiber : machine->fibers) {
+    fiber.state = State::ready;
+    fiber.copies.assign(1, {});
+  }
+  std::vector<unsigned> order(threads);
+  std::iota(order.begin(), order.end(), 0);
+  for (;;) {
+    std::shuffle(order.begin(), order.end(), random);
+    bool ran = false, done = true;
+    for (const unsigned i : order) {
+      Fiber& fiber = machine->fibers[i];
+      if (fiber.state == State::ready) {
+        resume(fiber);
+        ran = true;
+      }
+      done &= fiber.state == State::done;
+    }
+    if (done) return;
+    if (!ran) open_barrier();
+  }
+}
+
+unsigned seed() {
+  const char* const text = std::getenv("CPC_EMULATION_SEED");
+  return text != nullptr ? static_cast<unsigned>(std::strtoul(text, nullptr, 10)) : 0;
+}
+
+}  // namespace
+
+void run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread) {
+  static std::mutex one_at_a_time;
+  static unsigned launches = 0;
+  const std::lock_guard lock(one_at_a_time);
+  if (block.x * block.y * block.z > kMaxThreads || block.x * block.y * block.z == 0)
+    throw std::runtime_error(std::string("kernel ") + kernel + ": a block cannot have " +
+                             std::to_string(block.x * block.y * block.z) + " threads");
+  Machine current;
+  current.kernel = kernel;
+  current.thread = &thread;
+  // Of the very size, so that AddressSanitizer knows where it ends.
+  current.shared.reset(new (std::align_val_t{kSharedAlignment}) unsigned char[shared_bytes]);
+  machine = &current;
+  make_fibers(block);
+  gridDim = grid;
+  blockDim = block;
+  std::mt19937 random(seed() * 1000003u + launches++);
+  std::vector<uint64_t> blocks(uint64_t{grid.x} * grid.y * grid.z);
+  std::iota(blocks.begin(), blocks.end(), 0);
+  std::shuffle(blocks.begin(), blocks.end(), random);
+  try {
+    for (const uint64_t b : blocks) {
+      blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
+                  static_cast<unsigned>(b / grid.x / grid.y)};
+      poison_shared(shared_bytes);
+      run_block(random);
+    }
+  } catch (...) {
+    machine = nullptr;
+    throw;
+  }
+  machine = nullptr;
+}
+
+std::string position() {
+  return machine != nullptr && machine->running != nullptr ? at_thread(*machine->running) : "no kernel";
+}
+
+void fail(const std::string& what, Where where) { fail(what + " in " + text(where)); }
+
+void fail(const std::string& what) {
+  machine->error = position() + ": " + what;
+  back_to_scheduler();
+  std::abort();  // A failed thread is not resumed.
+}
+
+void barrier(Where where) { wait(State::at_barrier, "__syncthreads", where); }
+
+unsigned lane() { return static_cast<unsigned>(machine->running - machine->fibers.data()) % kWarp; }
+
+void collective(const char* name, uint32_t mask, void* arguments, Combine combine, Where where) {
+  const auto self = static_cast<unsigned>(machine->running - machine->fibers.data());
+  const unsigned first = self / kWarp * kWarp;
+  const auto threads = static_cast<unsigned>(machine->fibers.size());
+  // A last warp may be a part of one; a mask may name lanes that it does not have.
+  if (threads - first < kWarp) mask &= (1u << (threads - first)) - 1;
+  if ((mask >> lane() & 1) == 0) fail(std::string(name) + " from a lane that its mask leaves out", where);
+  auto& open = machine->collectives[self / kWarp];
+  auto found = std::find_if(open.begin(), open.end(), [&](const auto& c) {
+    return c->mask == mask && c->name == name && c->where.line() == where.line() &&
+           c->where.column() == where.column() && (c->arrived >> lane() & 1) == 0;
+  });
+  if (found == open.end()) {
+    open.push_back(std::make_unique<Collective>(Collective{mask, 0, name, where}));
+    found = open.end() - 1;
+  }
+  Collective& joined = **found;
+  joined.arrived |= 1u << lane();
+  joined.lanes[lane()] = arguments;
+  if (joined.arrived != mask) return wait(State::at_collective, name, where);
+  const auto complete = std::move(*found);
+  open.erase(found);
+  combine(complete->lanes);
+  for (unsigned l = 0; l < kWarp; ++l)
+    if (mask >> l & 1) machine->fibers[first + l].state = State::ready;
+}
+
+unsigned char* dynamic_shared() { return machine->shared.get(); }
+
+size_t reserve_static_shared(size_t bytes, size_t alignment) {
+  StaticShared& memory = static_memory();
+  const size_t step = std::max(alignment, kSharedAlignment), offset = (memory.used + step - 1) / step * step;
+  memory.used = offset + bytes + kSharedAlignment;
+  if (memory.used > StaticShared::kBytes) throw std::runtime_error("emulation: too much static shared memory");
+  memory.variables.emplace_back(offset, bytes);
+  std::memset(memory.memory + offset, kPoison, bytes);
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_POISON_MEMORY_REGION(memory.memory + offset + bytes, kSharedAlignment);
+#endif
+  return offset;
+}
+
+unsigned char* static_shared(size_t offset) { return static_memory().memory + offset; }
+
+void copy_async(void* to, const void* from, size_t bytes, size_t valid, Where where) {
+  for (const void* p : {static_cast<const void*>(to), from})
+    if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail("asynchronous copy at a misaligned address", where);
+  std::memset(to, kPoison, bytes);
+  machine->running->copies.back().push_back({to, from, bytes, valid});
+}
+
+void commit_copies() { machine->running->copies.emplace_back(); }
+
+void wait_for_copies(size_t pending_groups) {
+  auto& groups = machine->running->copies;
+  while (groups.size() > pending_groups + 1) {
+    for (const AsyncCopy& copy : groups.front()) finish(copy);
+    groups.erase(groups.begin());
+  }
+}
+
+}  // namespace cpc::cuda::emulation
+
+// The sanitizers call these when they report. AddressSanitizer ends the program, and learns where it happened;
+// undefined behaviour, misaligned vectors above all, becomes an error of the launch.
+extern "C" __attribute__((visibility("default"))) void __asan_on_error() {
+  std::fprintf(stderr, "in %s\n", cpc::cuda::emulation::position().c_str());
+}
+
+extern "C" void __ubsan_get_current_report_data(const char** kind, const char** message, const char** file,
+                                                unsigned* line, unsigned* column, char** address);
+extern "C" __attribute__((visibility("default"))) void __ubsan_on_report() {
+  using cpc::cuda::emulation::machine;
+  if (machine == nullptr || machine->running == nullptr) return;
+  const char *kind, *message, *file;
+  unsigned line, column;
+  char* address;
+  __ubsan_get_current_report_data(&kind, &message, &file, &line, &column, &address);
+  machine->error = cpc::cuda::emulation::position() + ": " + message;
+}

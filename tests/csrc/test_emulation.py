@@ -1,0 +1,118 @@
+"""The emulation of CUDA finds what a GPU would punish: planted faults are caught, right kernels are right."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+RIGHT = [
+    *("reverse", "block_sum", "shift_by_none", "shared_write", "packs", "shuffles", "async_copy"),
+    *("mma_bf16", "mma_f16", "mma_tf32"),
+]
+# Planted faults that only show in the result, whatever order the threads run in.
+WRONG_RESULTS = [
+    *("dropped_barrier", "dropped_second_barrier", "shared_memory_not_written", "async_copy_not_waited_for"),
+    *("wrong_row_of_a_fragment", "wrong_half_of_a_fragment"),
+]
+# Planted faults and what is said of them: always the kernel, the block and the thread.
+ERRORS = {
+    "divergent_barrier": [
+        "kernel barrier_in_a_branch, block (0, 0, 0), thread (0, 0, 0): __syncthreads in emulation_check.cu:",
+        "is not reached by all: thread (70, 0, 0) waits at __syncthreads in emulation_check.cu:",
+    ],
+    "barrier_not_reached": [
+        "kernel barrier_after_a_return, block (0, 0, 0), thread (0, 0, 0): __syncthreads in emulation_check.cu:",
+        "is not reached by all: thread (77, 0, 0) has left the kernel",
+    ],
+    "shuffle_from_inactive_lanes": [
+        "kernel shuffle_in_a_branch, block (0, 0, 0), thread (0, 0, 0): __shfl_xor_sync in emulation_check.cu:",
+        "names an inactive lane: thread (20, 0, 0)",
+    ],
+    "misaligned_pack": ["kernel copy_packs, block (0, 0, 0), thread (", "16 bytes at a misaligned address"],
+    "read_past_the_end": ["heap-buffer-overflow", "in kernel shift_left, block (0, 0, 0), thread (99, 0, 0)"],
+    "shared_write_past_the_end": ["heap-buffer-overflow", "in kernel shared_write, block (0, 0, 0), thread (64, 0, 0)"],
+}
+SEEDS = [0, 1, 2]
+
+
+def run(program: Path, name: str = "", seed: int = 0) -> subprocess.CompletedProcess:
+    environment = os.environ | {"CPC_EMULATION_SEED": str(seed)}
+    # Its own sanitizer, not one that this process may run under.
+    environment.pop("LD_PRELOAD", None)
+    return subprocess.run([program, name], capture_output=True, text=True, env=environment, timeout=60)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_kernels_are_right(emulation, name, seed):
+    done = run(emulation / "emulation_check", name, seed)
+    assert (done.returncode, done.stdout) == (0, "right\n")
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", WRONG_RESULTS)
+def test_a_planted_fault_changes_the_result(emulation, name, seed):
+    done = run(emulation / "emulation_check", name, seed)
+    assert (done.returncode, done.stdout) == (0, "wrong\n")
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_a_planted_fault_is_named(emulation, name):
+    done = run(emulation / "emulation_check", name)
+    assert done.returncode == 1
+    for words in ERRORS[name]:
+        assert words in done.stdout + done.stderr
+
+
+def test_every_check_is_run(emulation):
+    names = run(emulation / "emulation_check").stdout.split()
+    assert sorted(names) == sorted([*RIGHT, *WRONG_RESULTS, *ERRORS])
+
+
+def test_an_error_reaches_python_and_the_next_launch_works(emulated_native):
+    import torch
+
+    emulated_native.emulate_cuda(True)
+    try:
+        images, patches = torch.zeros(1, 1, 4, 4), torch.empty(1, 1, 1, 1, 4, 4)
+        emulated_native.extract_patches(
+            images, patches, 4, 4, 4, 4, None, None, False, False, False, [2.0] * 1, [1.0] * 1
+        )
+        assert patches.eq(1).all()
+        with pytest.raises(ValueError, match="at most 64 channels"):
+            emulated_native.extract_patches(
+                torch.zeros(1, 65, 4, 4), torch.empty(1, 1, 1, 65, 4, 4), 4, 4, 4, 4, None, None, False, False, False,
+                [1.0] * 65, [0.0] * 65,
+            )  # fmt: skip
+    finally:
+        emulated_native.emulate_cuda(False)
+
+
+def test_parallel_kernels_have_no_races(emulation):
+    """ThreadSanitizer, over the CPU kernels with threads that it understands instead of OpenMP's."""
+    done = run(emulation / "race_check", "patches")
+    assert (done.returncode, done.stdout) == (0, "done\n")
+
+
+def test_a_planted_race_is_found(emulation):
+    done = run(emulation / "race_check", "planted_race")
+    assert done.returncode == 66
+    assert "ThreadSanitizer: data race" in done.stderr
+
+
+@pytest.mark.cuda
+def test_right_kernels_are_right_on_the_gpu(tmp_path):
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    program, source = tmp_path / "emulation_check", HERE / "emulation_check.cu"
+    major, minor = torch.cuda.get_device_capability()
+    options = ["-std=c++20", f"-arch=sm_{major}{minor}", "--expt-relaxed-constexpr", f"-I{HERE.parents[1] / 'csrc'}"]
+    subprocess.run([nvcc, *options, source, "-o", program], check=True)
+    for name in RIGHT:
+        assert run(program, name).stdout == "right\n", name
