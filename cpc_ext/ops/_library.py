@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from cpc_ext._native import KERNEL_DEVICES
 
-__all__ = ["register"]
+__all__ = ["refuse_forward_mode", "register"]
 
 _library = torch.library.Library("cpc_ext", "DEF")
 
@@ -33,13 +35,26 @@ def register(
         reference: plain PyTorch; runs on devices without a kernel.
         kernel: runs on the devices that this build has kernels for.
         fake: gives empty results, for tracing.
-        backward, setup_context: the gradient, as of ``torch.library.register_autograd``.
+        backward, setup_context: the gradient, as of ``torch.library.register_autograd``. Default: asking for it is an
+            error, where PyTorch would give zeros.
     """
     name = _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, reference, "CompositeExplicitAutograd")
     for device in KERNEL_DEVICES:
         _library.impl(name, kernel, device.upper())
     torch.library.register_fake(f"cpc_ext::{name}", fake, lib=_library)
-    if backward is not None:
-        torch.library.register_autograd(f"cpc_ext::{name}", backward, setup_context=setup_context, lib=_library)
+
+    def refuse(ctx, *grads):
+        raise NotImplementedError(f"cpc_ext::{name} has no derivative: the op is differentiable once")
+
+    torch.library.register_autograd(f"cpc_ext::{name}", backward or refuse, setup_context=setup_context, lib=_library)
     return getattr(torch.ops.cpc_ext, name).default
+
+
+def refuse_forward_mode(*inputs: Tensor | None) -> None:
+    """NotImplementedError where a tensor carries a tangent, which the ops would drop."""
+    if forward_ad._current_level < 0:
+        return
+    for tensor in inputs:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError("the ops of cpc_ext have no forward-mode derivatives")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cpc_ext._native import native
-from cpc_ext.ops._library import register
+from cpc_ext.ops._library import refuse_forward_mode, register
 
 __all__ = ["extract_patches", "extract_patches_reference"]
 
@@ -62,14 +62,15 @@ def extract_patches(
 
     Returns:
         Patches [B, rows, cols, C', p, p] with rows = (h - p) // stride + 1, cols likewise, C' = 1 if ``gray`` else C.
-        Differentiable once in floating images.
+        Differentiable once in floating images, backwards.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range. Offsets that leave the image are an error
             on the CPU; elsewhere, where looking would stall the stream, they are clamped to the image.
+        NotImplementedError: forward-mode or second derivatives.
     """
-    if not isinstance(images, Tensor):
-        raise TypeError(f"images must be a tensor, got {type(images).__name__}")
+    _check_tensor("images", images)
+    refuse_forward_mode(images)
     if images.dtype != torch.uint8 and images.dtype not in _DTYPES:
         raise TypeError(f"images must be uint8, {', '.join(map(_name, _DTYPES))}, got {_name(images.dtype)}")
     if images.ndim != 4:
@@ -78,7 +79,12 @@ def extract_patches(
         dtype = images.dtype if images.is_floating_point() else torch.get_default_dtype()
     if dtype not in _DTYPES:
         raise TypeError(f"dtype must be one of {', '.join(map(_name, _DTYPES))}, got {_name(dtype)}")
+    for name, value in (("gray", gray), ("patch_norm", patch_norm), ("channels_last", channels_last)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
     height, width = _window(images, patch_size, stride, crop)
+    # Beyond the window all strides are alike; the op's schema knows 64 bits.
+    stride = min(stride, max(height, width))
     channels = _output_channels(images, gray)
     mean = _per_channel("mean", mean, channels)
     std = _per_channel("std", std, channels)
@@ -106,6 +112,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _window(images: Tensor, patch_size: int, stride: int, crop: tuple[int, int] | None) -> tuple[int, int]:
     for name, value in (("patch_size", patch_size), ("stride", stride)):
+        _check_integer(name, value)
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     size = tuple(images.shape[2:])
@@ -114,6 +121,8 @@ def _window(images: Tensor, patch_size: int, stride: int, crop: tuple[int, int] 
     else:
         if len(crop) != 2:
             raise ValueError(f"crop must be (h, w), got {tuple(crop)}")
+        for side in crop:
+            _check_integer("crop", side)
         height, width = crop
         if height > size[0] or width > size[1]:
             raise ValueError(f"crop must lie within images of {size[0]}x{size[1]}, got {height}x{width}")
@@ -140,12 +149,27 @@ def _per_channel(name: str, values: Sequence[float] | None, channels: int) -> li
         return None
     if len(values) != channels:
         raise ValueError(f"{name} must have one value for each of {channels} output channels, got {len(values)}")
-    return [float(value) for value in values]
+    try:
+        return [float(value) for value in values]
+    except OverflowError:
+        raise ValueError(f"{name} must hold what a float can, got {values}") from None
+
+
+def _check_tensor(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+
+
+def _check_integer(name: str, value: int) -> None:
+    # torch.compile traces sizes that vary as SymInt.
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
 
 
 def _check_per_image(name: str, value: Tensor, shape: tuple[int, ...], images: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    _check_tensor(name, value)
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} must be {list(shape)} for {shape[0]} images, got shape {tuple(value.shape)}")
     if value.device != images.device:

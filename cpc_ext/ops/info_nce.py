@@ -7,6 +7,7 @@ The contrast is against all keys, or against S sampled ones of each query, which
 from __future__ import annotations
 
 import math
+import sys
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,10 @@ from torch import Tensor
 
 __all__ = ["InfoNCEOutput", "info_nce", "info_nce_reference"]
 
+_INTEGERS = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+)
 _REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -68,8 +73,8 @@ def info_nce(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, device or range.
-        IndexError: an index that names no key. Only the CPU looks, since looking would stall another device's stream;
-            there indices are clamped to the keys.
+        IndexError: an index that names no key. Only the CPU looks at indices and weights, since looking would stall
+            another device's stream; there indices are clamped to the keys.
     """
     _check_arguments(queries, keys, targets, negatives, scale, weights, exclude, reduction)
     num_keys = keys.shape[-2]
@@ -77,12 +82,13 @@ def info_nce(
     negatives = _checked_indices("negatives", negatives, num_keys)
     exclude = _checked_indices("exclude", exclude, num_keys)
     _check_exclude(exclude, targets)
+    _check_weights(weights)
     return info_nce_reference(
         queries,
         keys,
         targets,
         negatives=negatives,
-        scale=scale,
+        scale=float(scale),
         weights=weights,
         exclude=exclude,
         reduction=reduction,
@@ -156,6 +162,9 @@ def _check_arguments(
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         if not value.is_floating_point():
             raise TypeError(f"{name} must be floating, got {value.dtype}")
+        if value.dtype.itemsize < 2:
+            raise TypeError(f"{name} must be floating with 16 bits or more, got {value.dtype}")
+        _check_layout(name, value)
         if value.ndim < 2:
             size = "M" if name == "queries" else "N"
             raise ValueError(f"{name} must be [*, {size}, D], got shape {tuple(value.shape)}")
@@ -177,7 +186,8 @@ def _check_arguments(
     _check_per_query("weights", weights, rows, queries.device, floating=True)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number, got {type(scale).__name__}")
-    if not math.isfinite(scale):
+    # Unlike math.isfinite, which cannot take integers beyond a float's range, also comparable with those.
+    if not abs(scale) <= sys.float_info.max:
         raise ValueError(f"scale must be finite, got {scale}")
     if reduction not in _REDUCTIONS:
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
@@ -192,14 +202,20 @@ def _check_per_query(
         raise TypeError(f"{name} must be a tensor or None, got {type(value).__name__}")
     if floating and not value.is_floating_point():
         raise TypeError(f"{name} must be floating, got {value.dtype}")
-    if not floating and (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool):
+    if not floating and value.dtype not in _INTEGERS:
         raise TypeError(f"{name} must be integers, got {value.dtype}")
+    _check_layout(name, value)
     if value.ndim != len(shape) or any(
         size not in (actual, "S") for size, actual in zip(shape, value.shape, strict=True)
     ):
         raise ValueError(f"{name} must have shape ({', '.join(map(str, shape))}), got {tuple(value.shape)}")
     if value.device != device:
         raise ValueError(f"{name} must be on the queries' device {device}, got {value.device}")
+
+
+def _check_layout(name: str, value: Tensor) -> None:
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
 
 
 def _checked_indices(name: str, indices: Tensor | None, num_keys: int) -> Tensor | None:
@@ -221,3 +237,12 @@ def _check_exclude(exclude: Tensor | None, targets: Tensor | None) -> None:
     positives = torch.arange(exclude.shape[-1]) if targets is None else targets
     if bool((exclude == positives).any()):
         raise ValueError("exclude must not name the positive key of a query")
+
+
+def _check_weights(weights: Tensor | None) -> None:
+    # While compiling, looking would break the graph.
+    if weights is None or weights.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    # In float64, because not every floating type compares.
+    if weights.numel() and (lowest := weights.detach().double().min().item()) < 0:
+        raise ValueError(f"weights must not be negative, got {lowest}")
