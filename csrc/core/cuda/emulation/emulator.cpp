@@ -28,7 +28,7 @@ namespace cpc::cuda::emulation {
 namespace {
 
 constexpr unsigned char kPoison = 0xff;
-constexpr size_t kStackBytes = 256 << 10, kPage = 4 << 10;
+constexpr size_t kStackBytes = 64 << 10, kPage = 4 << 10;
 constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kSharedAlignment = 128;
 
