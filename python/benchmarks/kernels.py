@@ -1,155 +1,95 @@
-"""Our ops against eager PyTorch and torch.compile, and against what this machine can copy.
+"""Our ops against eager PyTorch and torch.compile, and against what this machine can do at most.
 
-``python python/benchmarks/kernels.py`` prints a table and, with ``--out FILE``, writes it as JSON.
+Prints a table; with ``--out`` writes it as JSON and as a chart. README.md in this folder says how numbers are taken.
 """
 
 from __future__ import annotations
 
-import json
-import platform
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from datetime import date
-from pathlib import Path
+import argparse
+from dataclasses import replace
+from typing import Any
 
 import torch
-import tyro
-from timing import interleaved
-from torch import Tensor
+from benchmark import Case, Op, measure
+from charts import draw_kernels
+from machine import add_common_arguments, describe, result_file, write_json
+from ops import all_ops
 
-import cpc_ext
-from cpc_ext._native import native
-from cpc_ext.ops import extract_patches
-from cpc_ext.ops.extract_patches import _affine
-
-MEAN, STD = (0.4313, 0.4156, 0.3663), (0.2683, 0.2610, 0.2687)
+DTYPES = ("float32", "bfloat16", "float16")
+RATES = {"memory": "GB/s", "compute": "GFLOP/s"}
+CEILINGS = {"memory": "copy", "compute": "product"}
 
 
-def eager_patches(images: Tensor, patch: int, stride: int, dtype: torch.dtype) -> Tensor:
-    """What one writes without us: scale and normalise the batch, unfold, make the patches contiguous."""
-    mean = torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(STD, device=images.device).view(1, 3, 1, 1)
-    normalised = ((images.float() / 255 - mean) / std).to(dtype)
-    return normalised.unfold(2, patch, stride).unfold(3, patch, stride).permute(0, 2, 3, 1, 4, 5).contiguous()
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = list(all_ops())
+    parser.add_argument("--op", nargs="+", default=names, choices=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, help="run every case in these (default: each case in its own)"
+    )
+    parser.add_argument("--repeats", type=int, default=20, help="rounds over all alternatives at most (default 20)")
+    add_common_arguments(parser)
+    arguments = parser.parse_args()
+    if arguments.repeats < 2:
+        parser.error(f"--repeats must be at least 2 for quartiles, got {arguments.repeats}")
+    return arguments
 
 
-@dataclass(frozen=True)
-class PatchCase:
-    """A batch of square colour images cut into overlapping patches."""
-
-    batch: int
-    size: int
-    patch: int
-    stride: int
-    dtype: str = "float32"
-
-
-PATCH_CASES = (
-    PatchCase(64, 64, 16, 8),
-    PatchCase(64, 64, 16, 8, "bfloat16"),
-    PatchCase(64, 30, 10, 5),
-    PatchCase(16, 256, 64, 32),
-    PatchCase(8, 260, 80, 36),
-    PatchCase(1024, 64, 16, 8),
-    PatchCase(1024, 64, 16, 8, "bfloat16"),
-)
+def chosen_cases(op: Op, dtypes: list[str] | None, quick: bool) -> list[Case]:
+    """The op's cases in their own dtypes or in each of the given ones, every case once."""
+    cases = [case for case in op.cases if case.quick or not quick]
+    if dtypes is None:
+        return cases
+    in_dtypes = [replace(case, dtype=dtype) for dtype in dtypes for case in cases]
+    # Cases that differ in nothing else were one case in several dtypes; the first is the one that may be swept.
+    by_content = {(case.label, case.dtype, case.backward): case for case in reversed(in_dtypes)}
+    return list(by_content.values())[::-1]
 
 
-def bench_patches(case: PatchCase, device: str, repeats: int) -> dict:
-    images = torch.randint(0, 256, (case.batch, 3, case.size, case.size), dtype=torch.uint8, device=device)
-    dtype = getattr(torch, case.dtype)
-
-    def ours() -> Tensor:
-        return extract_patches(images, case.patch, case.stride, mean=MEAN, std=STD, dtype=dtype)
-
-    def eager() -> Tensor:
-        return eager_patches(images, case.patch, case.stride, dtype)
-
-    compiled_patches = torch.compile(eager_patches, dynamic=False)
-    patches = ours()
-    scale, shift = _affine(images.dtype, 3, MEAN, STD)
-
-    def into_existing() -> None:
-        """Without allocating the result, whose fresh pages can cost more than writing them."""
-        window = case.patch, case.stride, case.size, case.size
-        native.extract_patches(images, patches, *window, None, None, False, False, False, scale, shift)
-
-    copied = torch.empty_like(patches)
-    alternatives: dict[str, Callable[[], object]] = {
-        "eager": eager,
-        "compiled": lambda: compiled_patches(images, case.patch, case.stride, dtype),
-        "ours": ours,
-        "ours into existing memory": into_existing,
-        "copy into existing memory": lambda: copied.copy_(patches),
-    }
-    torch.testing.assert_close(ours(), eager(), rtol=2e-2, atol=2e-2)
-    times = interleaved(alternatives, repeats=repeats, device=device)
-    result_bytes = patches.numel() * patches.element_size()
-    bandwidth = (images.numel() + result_bytes) / times["ours into existing memory"].median
-    ceiling = 2 * result_bytes / times["copy into existing memory"].median
-    return {
-        "op": "extract_patches",
-        "case": asdict(case),
-        "seconds": {name: asdict(value) for name, value in times.items()},
-        "against_eager": times["eager"].median / times["ours"].median,
-        "against_compiled": times["compiled"].median / times["ours"].median,
-        "gigabytes_per_second": bandwidth / 1e9,
-        "share_of_copy_bandwidth": bandwidth / ceiling,
-    }
-
-
-# Headings and widths of the numbers in the table.
-COLUMNS = (
-    ("eager", 10),
-    ("compiled", 10),
-    ("ours", 10),
-    ("x eager", 10),
-    ("x compiled", 11),
-    ("GB/s", 7),
-    ("of copy", 9),
-)
-
-
-@dataclass
-class Options:
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to run."""
-    repeats: int = 20
-    """Rounds over all alternatives."""
-    out: Path | None = None
-    """Write the results to this JSON file."""
-
-
-def main(options: Options) -> None:
-    heads = "".join(f"{head:>{width}}" for head, width in COLUMNS)
-    print(f"{'op':<17}{'case':<34}{heads}")
-    rows = []
-    for case in PATCH_CASES:
-        row = bench_patches(case, options.device, options.repeats)
-        rows.append(row)
-        label = f"[{case.batch},3,{case.size},{case.size}] {case.patch}/{case.stride} {case.dtype}"
-        milliseconds = "".join(
-            f"{row['seconds'][name]['median'] * 1e3:>10.2f}" for name in ("eager", "compiled", "ours")
-        )
+def print_row(row: dict[str, Any]) -> None:
+    rate, ceiling = RATES[row["bound"]], CEILINGS[row["bound"]]
+    print(
+        f"\n{row['op']}  {row['label']}  {row['dtype']}  {row['passes']}"
+        f"  ({ceiling}: {row['ceiling_per_second'] / 1e9:.1f} {rate})"
+    )
+    for name, figures in row["alternatives"].items():
+        seconds, speed_up = figures["seconds"], figures["against_eager"]
+        quartiles = f"({seconds['low'] * 1e3:.3f} to {seconds['high'] * 1e3:.3f})"
         print(
-            f"{row['op']:<17}{label:<34}{milliseconds}{row['against_eager']:>10.1f}{row['against_compiled']:>11.1f}"
-            f"{row['gigabytes_per_second']:>7.1f}{row['share_of_copy_bandwidth']:>9.0%}",
+            f"  {name:<26}{seconds['median'] * 1e3:>10.3f} ms {quartiles:<22}"
+            f"{'-' if speed_up is None else f'{speed_up:.2f}x':>9}"
+            f"{figures['per_second'] / 1e9:>9.1f} {rate:<8}{figures['share_of_ceiling']:>5.0%}"
+            f"{figures['peak_extra_bytes'] / 2**20:>10.1f} MiB",
             flush=True,
         )
-    print("milliseconds are medians; GB/s count bytes read and written into existing memory, as a share of a copy's")
-    if options.out is not None:
-        machine = {"device": device_name(options.device), "torch": torch.__version__, "date": str(date.today())}
-        document = {"machine": machine | cpc_ext.build_info(), "results": rows}
-        del document["machine"]["module"]
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(document, indent=1) + "\n")
+    for name, reason in row["failed"].items():
+        print(f"  {name:<26}not measured: {reason}", flush=True)
 
 
-def device_name(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
+def main(arguments: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    ops = all_ops()
+    document: dict[str, Any] = {"machine": describe(arguments.device), "complete": False, "results": []}
+    out = None if arguments.out is None else result_file(arguments.out, arguments.device, "kernels")
+    repeats = min(arguments.repeats, 5) if arguments.quick else arguments.repeats
+    for name in arguments.op:
+        for case in chosen_cases(ops[name], arguments.dtype, arguments.quick):
+            row = measure(ops[name], case, arguments.device, repeats)
+            print_row(row)
+            document["results"].append(row)
+            if out is not None:
+                write_json(out, document)
+    print(
+        "\nmedians with quartiles; x: times as fast as eager; rates count the least work, as a share of a copy's or a"
+        "\nmatrix product's rate in this run; MiB: peak memory beyond the inputs"
+    )
+    if out is not None:
+        document["complete"] = True
+        write_json(out, document)
+        print(f"written: {out}")
+        sizes = {name: op.size for name, op in ops.items()}
+        draw_kernels(document["results"], sizes, document["machine"], out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(parse_arguments())

@@ -1,15 +1,23 @@
-"""Timing of alternatives against each other: in turn, so that all of them see the same machine, and as medians."""
+"""Timing of alternatives against each other: in turn, so that all of them see the same machine, and as medians.
+
+On the CPU a call is timed by the clock. On CUDA it is timed on the device, between two events, while the untimed calls
+before it keep the queue filled: what counts is how fast such calls follow each other, as in a training loop.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Time", "interleaved"]
+__all__ = ["Plan", "Time", "interleaved", "make_plan", "timed"]
+
+# A call that takes this long streams far more memory than a cache holds, so what came before it matters little.
+SLOW_SECONDS = 0.1
+FEWEST_REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -20,38 +28,81 @@ class Time:
     low: float
     high: float
 
+    @classmethod
+    def of(cls, seconds: list[float]) -> Time:
+        """Of at least two measurements."""
+        low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        return cls(statistics.median(seconds), low, high)
+
     def __str__(self) -> str:
         return f"{self.median * 1e3:.2f} ms ({self.low * 1e3:.2f} to {self.high * 1e3:.2f})"
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How often the alternatives of a case are called: timed rounds, rounds before them, and untimed calls of each."""
+
+    repeats: int
+    warmup: int
+    untimed: Mapping[str, int]
+
+
+def timed(call: Callable[[], object], device: torch.device | str) -> Callable[[], float]:
+    """Start a call that is to be timed; what comes back waits for its end and gives the seconds."""
+    if torch.device(device).type != "cuda":
+        start = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - start
+        return lambda: seconds
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+
+    def wait() -> float:
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    return wait
+
+
+def make_plan(
+    alternatives: Mapping[str, Callable[[], object]], *, repeats: int, seconds: float, device: torch.device | str
+) -> Plan:
+    """Call each alternative twice and plan ``repeats`` rounds of all of them, fewer where they would pass ``seconds``.
+
+    Calls that take long get one untimed call instead of three, and at least five rounds remain.
+    """
+    pilot = {}
+    for name, call in alternatives.items():
+        call()
+        pilot[name] = timed(call, device)()
+    untimed = {name: 1 if value > SLOW_SECONDS else 3 for name, value in pilot.items()}
+    warmup = 1 if max(pilot.values()) > SLOW_SECONDS else 3
+    round_seconds = sum((1 + untimed[name]) * value for name, value in pilot.items())
+    affordable = int(seconds / round_seconds) - warmup
+    return Plan(max(min(FEWEST_REPEATS, repeats), min(repeats, affordable)), warmup, untimed)
+
+
 def interleaved(
-    alternatives: dict[str, Callable[[], object]],
+    alternatives: Mapping[str, Callable[[], object]],
     *,
     repeats: int,
     device: torch.device | str = "cpu",
     warmup: int = 3,
-    untimed: int = 3,
+    untimed: int | Mapping[str, int] = 3,
 ) -> dict[str, Time]:
-    """Time every alternative ``repeats`` times, one after another in each round.
+    """Time every alternative ``repeats`` times, at least twice, one after another in each round.
 
     Before each timed call come ``untimed`` ones: what the alternative before it left in the caches and the memory
     allocator is not this one's doing, and the last-level cache of a current server takes three calls to settle.
     """
-    synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     seconds: dict[str, list[float]] = {name: [] for name in alternatives}
     for round_ in range(warmup + repeats):
         for name, call in alternatives.items():
-            for _ in range(untimed):
+            for _ in range(untimed if isinstance(untimed, int) else untimed[name]):
                 call()
-            synchronize()
-            start = time.perf_counter()
-            call()
-            synchronize()
+            duration = timed(call, device)()
             if round_ >= warmup:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: Time(statistics.median(values), *_quartiles(values)) for name, values in seconds.items()}
-
-
-def _quartiles(values: list[float]) -> tuple[float, float]:
-    low, _, high = statistics.quantiles(values, n=4)
-    return low, high
+                seconds[name].append(duration)
+    return {name: Time.of(values) for name, values in seconds.items()}

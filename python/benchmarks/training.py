@@ -1,43 +1,80 @@
-"""One training step of CPC v1 end to end: our default against the plain formulation.
+"""One training step of CPC v1 end to end: our default against the plain formulation, and where our time goes.
 
 The model and batch of CPCV2-PyTorch's STL-10 example: ResNet-14 without norm, 64x64 crops, a 7x7 grid of 16x16 grey
 patches, batch 16, 5 steps, 16 negatives, Adam. Plain is what such programs do: float32, NCHW, ``unfold``. Ours is what
 ``python -m cpc_ext.train`` does on this machine: patches from the extraction op, channels-last, bfloat16 where it is
-native, the fused Adam. Prints images a second of both, their ratio, and what the input pipeline costs a step.
+native, the fused Adam. Prints images a second and peak memory of both, and the stages of our step.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict
 
 import torch
-import tyro
+from charts import draw_training
+from machine import add_common_arguments, describe, result_file, write_json
+from memory import peak_extra_bytes
+from step_stages import StageClock
 from timing import interleaved
 from torch import Tensor
 
-from cpc_ext.data import ImageFetcher, ImageSet, PatchView
 from cpc_ext.models import CPC, GatedPixelCNNContext, ResNetV2Encoder
-from cpc_ext.training.precision import autocast, default_precision, patch_dtype
+from cpc_ext.ops import extract_patches
 
 GRAY_MEAN, GRAY_STD = 0.4120, 0.2570
+IMAGES, IMAGE_SIDE, CROP, PATCH, STRIDE = 500, 96, 64, 16, 8
 
 
-@dataclass
-class Options:
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to run."""
-    batch_size: int = 16
-    """Images of a step."""
-    repeats: int = 7
-    """Timed steps of each."""
-    out: Path | None = None
-    """Write the results to this JSON file."""
+class OurInput:
+    """Batches as training takes them: random windows, flipped at random, of uint8 images held on the device.
+
+    The same calls as those of ``cpc_ext.data.ImageFetcher`` and ``PatchView.random``, written out here because that
+    package imports libraries for reading files that a bare machine with a GPU lacks. A test compares the two.
+    """
+
+    def __init__(self, pixels: Tensor, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
+        self._pixels = pixels.to(device)
+        self._dtype = dtype
+        self._device = device
+        self._generator = generator
+
+    def __call__(self, indices: Tensor) -> Tensor:
+        """Patches [B, 7, 7, 1, 16, 16] of the images at ``indices`` [B]."""
+        batch, slack = len(indices), IMAGE_SIDE - CROP
+        shifts = [torch.randint(slack + 1, (batch,), generator=self._generator) for _ in range(2)]
+        flip = torch.rand(batch, generator=self._generator) < 0.5
+        return extract_patches(
+            self._pixels[self._to_device(indices)],
+            PATCH,
+            STRIDE,
+            crop=(CROP, CROP),
+            offsets=self._to_device(torch.stack(shifts, dim=1)),
+            flip=self._to_device(flip),
+            gray=True,
+            mean=(GRAY_MEAN,),
+            std=(GRAY_STD,),
+            dtype=self._dtype,
+            channels_last=True,
+        )
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if self._device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)
 
 
-def make_model(device: str, channels_last: bool) -> CPC:
+def native_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device has instructions for it, as training chooses by itself."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def make_model(device: torch.device, channels_last: bool) -> CPC:
     torch.manual_seed(0)
     encoder = ResNetV2Encoder(14, in_channels=1)
     model = CPC(encoder, GatedPixelCNNContext(encoder.out_channels), pred_steps=5, neg_samples=16).to(device)
@@ -49,67 +86,105 @@ def plain_patches(images: Tensor) -> Tensor:
     floating = images.float() / 255
     gray = 0.299 * floating[:, 0] + 0.587 * floating[:, 1] + 0.114 * floating[:, 2]
     gray = ((gray - GRAY_MEAN) / GRAY_STD).unsqueeze(1)
-    return gray.unfold(2, 16, 8).unfold(3, 16, 8).permute(0, 2, 3, 1, 4, 5).contiguous()
+    return gray.unfold(2, PATCH, STRIDE).unfold(3, PATCH, STRIDE).permute(0, 2, 3, 1, 4, 5).contiguous()
 
 
-def step(model: CPC, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:
+def step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:
     optimizer.zero_grad(set_to_none=True)
     loss().backward()
     optimizer.step()
 
 
-def main(options: Options) -> None:
-    device = torch.device(options.device)
-    precision = default_precision(options.device)
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (500, 3, 96, 96), dtype=torch.uint8, generator=generator)
-    fetch = ImageFetcher(ImageSet(pixels.numpy()), device)
-    view = PatchView(
-        16,
-        8,
-        crop=64,
-        gray=True,
-        mean=(GRAY_MEAN,),
-        std=(GRAY_STD,),
-        dtype=patch_dtype(precision),
-        channels_last=True,
-    )
-    indices = torch.arange(options.batch_size).numpy()
-    cropped = pixels[: options.batch_size, :, 16:80, 16:80].to(device)
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch-size", type=int, metavar="B", help="images of a step (default 16, 4 with --quick)")
+    parser.add_argument("--repeats", type=int, metavar="N", help="timed steps of each (default 7, 2 with --quick)")
+    add_common_arguments(parser)
+    arguments = parser.parse_args()
+    if arguments.repeats is None:
+        arguments.repeats = 2 if arguments.quick else 7
+    if arguments.batch_size is None:
+        arguments.batch_size = 4 if arguments.quick else 16
+    if arguments.repeats < 2:
+        parser.error(f"--repeats must be at least 2 for quartiles, got {arguments.repeats}")
+    return arguments
 
-    plain, ours = make_model(options.device, channels_last=False), make_model(options.device, channels_last=True)
+
+def main(arguments: argparse.Namespace) -> None:
+    device, batch_size = torch.device(arguments.device), arguments.batch_size
+    dtype = native_dtype(device)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (IMAGES, 3, IMAGE_SIDE, IMAGE_SIDE), dtype=torch.uint8, generator=generator)
+    our_batches = OurInput(pixels, dtype, device, generator)
+    indices = torch.arange(batch_size)
+    cropped = pixels[:batch_size, :, 16:80, 16:80].to(device)
+
+    plain, ours = make_model(device, channels_last=False), make_model(device, channels_last=True)
     plain_optimizer = torch.optim.Adam(plain.parameters(), lr=2e-4)
     our_optimizer = torch.optim.Adam(ours.parameters(), lr=2e-4, fused=True)
 
     def our_input() -> Tensor:
-        return view.random(fetch(indices), generator)
+        return our_batches(indices)
 
-    def our_loss() -> Tensor:
-        with autocast(device, precision):
-            return ours(our_input()).loss
+    def our_loss(patches: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            return ours(patches).loss
 
+    steps = {
+        "plain": lambda: step(plain_optimizer, lambda: plain(plain_patches(cropped)).loss),
+        "ours": lambda: step(our_optimizer, lambda: our_loss(our_input())),
+    }
     times = interleaved(
-        {
-            "plain": lambda: step(plain, plain_optimizer, lambda: plain(plain_patches(cropped)).loss),
-            "ours": lambda: step(ours, our_optimizer, our_loss),
-            "ours, input alone": our_input,
-        },
-        repeats=options.repeats,
+        {**steps, "ours, input alone": our_input},
+        repeats=arguments.repeats,
         device=device,
         warmup=1,
         untimed=1,
     )
+    peaks = {}
+    for (name, call), optimizer in zip(steps.items(), (plain_optimizer, our_optimizer), strict=True):
+        optimizer.zero_grad(set_to_none=True)  # What a step starts from: weights and the optimizer's state.
+        peaks[name] = peak_extra_bytes(call, device)
+
+    clock = StageClock(ours, device)
+    for _ in range(arguments.repeats):
+        clock.step(our_optimizer, our_input, our_loss)
+    stages = clock.medians()
+
     ratio = times["plain"].median / times["ours"].median
+    images_per_second = {name: batch_size / times[name].median for name in steps}
     for name, value in times.items():
-        print(f"{name:<20}{value}   {options.batch_size / value.median:8.1f} images/s")
+        memory = f"   {peaks[name] / 2**20:8.1f} MiB at the peak" if name in peaks else ""
+        print(f"{name:<20}{value}   {batch_size / value.median:10.1f} images/s{memory}")
+    precision = str(dtype).removeprefix("torch.")
     input_share = times["ours, input alone"].median / times["ours"].median
     print(f"ours in {precision} is {ratio:.2f} times as fast; its input is {input_share:.2%} of a step")
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        seconds = {name: vars(value) for name, value in times.items()}
-        document = {"batch_size": options.batch_size, "precision": precision, "seconds": seconds, "ratio": ratio}
-        options.out.write_text(json.dumps(document, indent=1) + "\n")
+    print_stages(stages)
+    if arguments.out is not None:
+        out = result_file(arguments.out, arguments.device, "training")
+        document = {
+            "machine": describe(arguments.device),
+            "batch_size": batch_size,
+            "precision": precision,
+            "seconds": {name: asdict(value) for name, value in times.items()},
+            "images_per_second": images_per_second,
+            "ratio": ratio,
+            "peak_extra_bytes": peaks,
+            "stages": stages,
+        }
+        write_json(out, document)
+        print(f"written: {out}")
+        draw_training(document, out.with_suffix(".png"))
+
+
+def print_stages(stages: dict[str, dict[str, float]]) -> None:
+    total = sum(sum(passes.values()) for passes in stages.values())
+    columns = ("forward", "backward", "update")
+    print(f"\n{'stage of ours':<14}" + "".join(f"{name + ' ms':>13}" for name in columns) + f"{'share':>8}")
+    for stage, passes in stages.items():
+        cells = "".join(f"{passes[name] * 1e3:>13.2f}" if name in passes else f"{'-':>13}" for name in columns)
+        print(f"{stage:<14}{cells}{sum(passes.values()) / total:>8.1%}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(parse_arguments())

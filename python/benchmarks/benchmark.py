@@ -1,0 +1,190 @@
+"""What an op's benchmark is made of, and how one case of it is measured.
+
+An op gives its cases and, for each, the alternatives that compute the same thing: the plain formulation ("eager"),
+that one compiled, ours. Everything else is the same for all ops: results are compared, calls timed in turn, memory
+counted, and the work set against a ceiling of this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+import torch
+from ceilings import copy_of, product_flops_per_second
+from memory import peak_extra_bytes
+from timing import Time, interleaved, make_plan
+
+__all__ = ["BASELINE", "OURS", "Case", "Op", "Problem", "both_passes", "compiled", "measure"]
+
+BASELINE, OURS, CEILING = "eager", "ours", "copy into existing memory"
+# What one case may take, compiling and memory measurement apart.
+CASE_SECONDS = 6.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Sizes of one problem; an op's own class adds its sizes as fields and says what they are in ``label``.
+
+    dtype: of what the op computes on, a name from torch.
+    backward: whether the gradients of the floating inputs are computed too.
+    quick: part of a quick run.
+    sweep: whether the case lies on the op's curve in the chart.
+    """
+
+    dtype: str = "float32"
+    backward: bool = False
+    quick: bool = False
+    sweep: bool = False
+
+    @property
+    def label(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def size(self) -> int:
+        """Where the case lies on the chart's horizontal axis."""
+        raise NotImplementedError
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The fields that the op's own class adds."""
+        shared = {field.name for field in fields(Case)}
+        return {name: value for name, value in asdict(self).items() if name not in shared}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A case made ready on a device.
+
+    alternatives: calls by name, "eager" and "ours" among them. Each gives a tensor or a tuple of tensors, the same for
+        all; one that gives None is not compared.
+    work: bytes that must be read and written at least in a memory-bound op, floating-point operations that must be
+        done at least in a compute-bound one.
+    headline: the alternative that the share of the ceiling is about.
+    copied_bytes: size of the copy that is a memory-bound op's ceiling. Default: as much traffic as ``work``.
+    product: precision of the matrix product that is a compute-bound op's ceiling. Default: the case's dtype.
+    tolerance: difference that the alternatives may have, as a share of a result's largest value.
+    left_out: alternatives that must not be called here, with the reason.
+    """
+
+    alternatives: Mapping[str, Callable[[], Any]]
+    work: float
+    headline: str = OURS
+    copied_bytes: int | None = None
+    product: str | None = None
+    tolerance: float = 2e-2
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op's benchmark.
+
+    bound: what limits a good implementation: "memory" is reported in GB/s against a copy, "compute" in GFLOP/s against
+        a matrix product.
+    size: what the chart's horizontal axis counts.
+    prepare: makes a case ready on a device.
+    """
+
+    name: str
+    bound: Literal["memory", "compute"]
+    size: str
+    cases: Sequence[Case]
+    prepare: Callable[[Any, torch.device], Problem]
+
+
+def _passes(case: Case) -> str:
+    """ "forward" or "forward+backward"."""
+    return "forward+backward" if case.backward else "forward"
+
+
+def both_passes(case_class: type[Case], *sizes: Any, **options: Any) -> list[Case]:
+    """The case as a forward pass and as a forward and backward pass."""
+    return [case_class(*sizes, backward=backward, **options) for backward in (False, True)]
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile`` for the shapes it is called with."""
+    return torch.compile(function, dynamic=False)
+
+
+def measure(op: Op, case: Case, device: str, repeats: int) -> dict[str, Any]:
+    """One row of results: times, achieved rates and their share of the ceiling, and peak extra memory.
+
+    Alternatives that cannot run here (no compiler for ``torch.compile``, not enough memory) are left out of the times
+    and named with their reason under "failed"; ours must run and agree with eager.
+    """
+    # A function is compiled anew only so many times before PyTorch falls back to running it eagerly.
+    torch.compiler.reset()
+    problem = op.prepare(case, torch.device(device))
+    running, failed = _those_that_run(problem)
+    peaks = {name: peak_extra_bytes(call, device) for name, call in running.items()}
+    timed = dict(running)
+    if op.bound == "memory":
+        copied = int(problem.work / 2) if problem.copied_bytes is None else problem.copied_bytes
+        timed[CEILING] = copy_of(copied, device)
+    plan = make_plan(timed, repeats=repeats, seconds=CASE_SECONDS, device=device)
+    times = interleaved(timed, repeats=plan.repeats, device=device, warmup=plan.warmup, untimed=plan.untimed)
+    if op.bound == "memory":
+        ceiling = 2 * copied / times.pop(CEILING).median
+    else:
+        ceiling = product_flops_per_second(problem.product or case.dtype, device)
+    return {
+        "op": op.name,
+        "case": case.sizes,
+        "label": case.label,
+        "dtype": case.dtype,
+        "passes": _passes(case),
+        "size": case.size if case.sweep else None,
+        "bound": op.bound,
+        "work": problem.work,
+        "ceiling_per_second": ceiling,
+        "headline": problem.headline,
+        "repeats": plan.repeats,
+        "alternatives": {
+            name: _figures(value, times.get(BASELINE), problem.work, ceiling, peaks[name])
+            for name, value in times.items()
+        },
+        "failed": failed,
+    }
+
+
+def _those_that_run(problem: Problem) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    running, failed = {}, dict(problem.left_out)
+    results = {}
+    for name, call in problem.alternatives.items():
+        try:
+            results[name] = call()
+        except (RuntimeError, ImportError, OSError) as error:
+            if name == OURS:
+                raise
+            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            continue
+        running[name] = call
+    if BASELINE in results:
+        for name, result in results.items():
+            if result is not None:
+                _check_agreement(name, result, results[BASELINE], problem.tolerance)
+    return running, failed
+
+
+def _check_agreement(name: str, result: Any, expected: Any, tolerance: float) -> None:
+    """AssertionError where a result is further from the expected one than that share of its largest value."""
+    pairs = zip(*(value if isinstance(value, tuple) else (value,) for value in (result, expected)), strict=True)
+    for index, (actual, wanted) in enumerate(pairs):
+        actual, wanted = actual.detach().float(), wanted.detach().float()
+        difference = (actual - wanted).abs().max() / wanted.abs().max()
+        if not difference <= tolerance:
+            raise AssertionError(f"result {index} of {name} is {difference:.1e} of the largest value off {BASELINE}'s")
+
+
+def _figures(time: Time, baseline: Time | None, work: float, ceiling: float, peak: int) -> dict[str, Any]:
+    return {
+        "seconds": asdict(time),
+        "against_eager": None if baseline is None else baseline.median / time.median,
+        "per_second": work / time.median,
+        "share_of_ceiling": work / time.median / ceiling,
+        "peak_extra_bytes": peak,
+    }

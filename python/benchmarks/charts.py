@@ -1,0 +1,145 @@
+"""The charts of result files, as PNG. Where matplotlib is missing, one line says so and nothing is drawn."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["draw_kernels", "draw_training"]
+
+DPI = 130
+# Colour-blind safe; alternatives beyond these start over.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00")
+GRAY = "#606060"
+# Forward solid and filled, forward and backward dashed and hollow.
+STYLES = {"forward": ("-", "full"), "forward+backward": ("--", "none")}
+
+
+def draw_kernels(rows: Sequence[dict[str, Any]], sizes: dict[str, str], machine: dict[str, Any], path: Path) -> None:
+    """Speed-up over eager and peak extra memory over size, a column of panels an op and a file a dtype.
+
+    rows: results; those without a size are not drawn. sizes: what an op's horizontal axis counts. The first dtype goes
+    to ``path``, others to files with the dtype in their name.
+    """
+    drawn = [row for row in rows if row["size"] is not None]
+    for index, dtype in enumerate(dict.fromkeys(row["dtype"] for row in drawn)):
+        of_dtype = [row for row in drawn if row["dtype"] == dtype]
+        _draw_dtype(of_dtype, sizes, f"{machine['device']}, {dtype}", path if index == 0 else _named(path, dtype))
+
+
+def _named(path: Path, dtype: str) -> Path:
+    return path.with_name(f"{path.stem}-{dtype}{path.suffix}")
+
+
+def _draw_dtype(rows: Sequence[dict[str, Any]], sizes: dict[str, str], title: str, path: Path) -> None:
+    figure = _figure(title, path, width=4.6 * len({row["op"] for row in rows}), height=8)
+    if figure is None:
+        return
+    ops = list(dict.fromkeys(row["op"] for row in rows))
+    panels = figure.subplots(2, len(ops), squeeze=False, sharex="col")
+    colors: dict[str, str] = {}
+    for column, op in enumerate(ops):
+        speed, memory = panels[:, column]
+        for (name, passes), series in _series(row for row in rows if row["op"] == op).items():
+            color = GRAY if name == "eager" else colors.setdefault(name, COLORS[len(colors) % len(COLORS)])
+            line, fill = STYLES[passes]
+            look = {"color": color, "linestyle": line, "fillstyle": fill, "marker": "o", "markersize": 5}
+            points = sorted(series, key=lambda point: point[0])
+            x = [point[0] for point in points]
+            speed_up = [point[1]["against_eager"] for point in points]
+            if name != "eager" and None not in speed_up:
+                speed.plot(x, speed_up, **look)
+            memory.plot(x, [point[1]["peak_extra_bytes"] / 2**20 for point in points], **look, label=name)
+        speed.axhline(1, color=GRAY, linewidth=1)
+        speed.set_title(op)
+        _log_axes(speed, memory, ticks=sorted({row["size"] for row in rows if row["op"] == op}))
+        memory.set_xlabel(sizes[op])
+    panels[0, 0].set_ylabel("times as fast as eager (higher is better)")
+    panels[1, 0].set_ylabel("peak extra memory, MiB (lower is better)")
+    _legend(figure, colors)
+    _save(figure, path)
+
+
+def _series(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[tuple[int, dict[str, Any]]]]:
+    """(size, figures) of every alternative and pass; those that write into existing memory are no equals."""
+    series = defaultdict(list)
+    for row in rows:
+        for name, figures in row["alternatives"].items():
+            if "existing memory" not in name:
+                series[name, row["passes"]].append((row["size"], figures))
+    return series
+
+
+def _log_axes(speed, memory, ticks: Sequence[int]) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+    for axes in (speed, memory):
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.xaxis.set_major_locator(FixedLocator(ticks))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    speed.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+
+
+def _legend(figure, colors: dict[str, str]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=color, label=name) for name, color in {"eager": GRAY, **colors}.items()]
+    for passes, (line, fill) in STYLES.items():
+        handles.append(Line2D([], [], color="black", linestyle=line, marker="o", fillstyle=fill, label=passes))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+
+
+def draw_training(document: dict[str, Any], path: Path) -> None:
+    """Images a second and peak memory as bars, and the stages of a step stacked by pass."""
+    figure = _figure(f"a CPC step on {document['machine']['device']}", path, width=11, height=4)
+    if figure is None:
+        return
+    speed, memory, stages = figure.subplots(1, 3, width_ratios=(1, 1, 2.4))
+    names = ("plain", "ours")
+    for axes, values, label, format_ in (
+        (speed, [document["images_per_second"][name] for name in names], "images a second", "{:.1f}"),
+        (memory, [document["peak_extra_bytes"][name] / 2**20 for name in names], "peak extra memory, MiB", "{:.0f}"),
+    ):
+        axes.bar_label(axes.bar(names, values, color=(GRAY, COLORS[0])), fmt=format_)
+        axes.set_ylabel(label)
+    left: dict[str, float] = defaultdict(float)
+    for color, (stage, passes) in zip(COLORS, document["stages"].items(), strict=True):
+        for index, (name, seconds) in enumerate(passes.items()):
+            stages.barh(name, seconds * 1e3, left=left[name], color=color, label=stage if index == 0 else None)
+            left[name] += seconds * 1e3
+    stages.set_xlabel("ms of our step (medians)")
+    stages.invert_yaxis()
+    stages.legend(frameon=False, ncols=len(document["stages"]), loc="lower center", bbox_to_anchor=(0.5, 1))
+    for axes in (speed, memory, stages):
+        axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def _figure(title: str, path: Path, *, width: float, height: float):
+    """An empty figure, or None and a line on the terminal without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"matplotlib is not installed, so {path} was not drawn")
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(width, 8), height), layout="constrained")
+    figure.suptitle(title)
+    return figure
+
+
+def _save(figure, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    with path.open("wb") as file:
+        figure.set_dpi(DPI)
+        FigureCanvasAgg(figure).print_png(file)
+    print(f"drawn: {path}")

@@ -1,0 +1,58 @@
+"""What a benchmark ran on, and where its results go: the head of every result file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cpc_ext
+
+__all__ = ["add_common_arguments", "describe", "device_slug", "result_file", "write_json"]
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Device, versions and date, and how the compiled module was built."""
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
+    build = cpc_ext.build_info()
+    del build["module"]
+    versions = {"torch": torch.__version__, "python": platform.python_version(), "cuda_runtime": torch.version.cuda}
+    return {"device": name, **versions, "date": str(date.today()), **build}
+
+
+def device_slug(device: str) -> str:
+    """ "cpu", or a GPU's name in small letters and hyphens, as "nvidia-h200"."""
+    if not device.startswith("cuda"):
+        return device
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+
+
+def result_file(out: Path, device: str, program: str) -> Path:
+    """The JSON file named by ``--out``: itself, or a dated name in that folder."""
+    return out if out.suffix == ".json" else out / f"{date.today()}-{device_slug(device)}-{program}.json"
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Replace the file as a whole, so that a run that is stopped leaves its last complete results."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".json.tmp")
+    unfinished.write_text(json.dumps(document, indent=1) + "\n")
+    os.replace(unfinished, path)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--device``, ``--quick`` and ``--out``, which all programs here have."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, metavar="cpu|cuda", help=f"where to run (here {default})")
+    parser.add_argument("--quick", action="store_true", help="few small sizes, to see that everything runs")
+    parser.add_argument("--out", type=Path, metavar="DIR|FILE.json", help="write JSON and PNG there")

@@ -1,0 +1,17 @@
+"""The benchmarked ops: every module here exports its entries as ``OPS``, and ``all_ops`` finds them."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from benchmark import Op
+
+__all__ = ["all_ops"]
+
+
+def all_ops() -> dict[str, Op]:
+    """Every op by its name, modules in alphabetical order."""
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    entries = [entry for name in names for entry in importlib.import_module(f"{__name__}.{name}").OPS]
+    return {entry.name: entry for entry in entries}

@@ -1,0 +1,139 @@
+"""info_nce against cross-entropy over a matrix of scores, and against gathered negatives.
+
+With all keys as negatives the work is the floating-point operations of the score matrix, and twice as many for the
+gradients. With sampled negatives it is the bytes of queries, keys and indices (and of the gradients), each read or
+written once, although a formulation that gathers reads a key many times. Ours also gives the accuracy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from benchmark import Case, Op, Problem, both_passes, compiled
+from torch import Tensor
+
+from cpc_ext.ops import info_nce
+
+# CPCV2-PyTorch on STL-10: a 7x7 grid, 256 features, five steps with one row skipped, 16 negatives.
+GRID, DIM, STEPS, SKIP, NEGATIVES = 7, 256, 5, 1, 16
+
+
+def plain_all(queries: Tensor, keys: Tensor) -> Tensor:
+    """What one writes without us: the positives are on the diagonal of the score matrix."""
+    return F.cross_entropy((queries @ keys.T).float(), torch.arange(len(queries), device=queries.device))
+
+
+def plain_sampled(queries: Tensor, keys: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
+    """What one writes without us: gather the positive and the negatives of each query and multiply."""
+    contrasted = keys[torch.cat([targets.unsqueeze(1), negatives], dim=1)]
+    scores = (contrasted @ queries.unsqueeze(2)).squeeze(2).float()
+    return F.cross_entropy(scores, torch.zeros_like(targets))
+
+
+@dataclass(frozen=True)
+class AllCase(Case):
+    """As many queries as keys, every key contrasted: the first predicted row on of a batch of images."""
+
+    batch: int
+
+    @property
+    def rows(self) -> int:
+        return (GRID - SKIP - 1) * GRID * self.batch
+
+    @property
+    def label(self) -> str:
+        return f"[{self.rows},{DIM}] x [{self.rows},{DIM}]"
+
+    @property
+    def size(self) -> int:
+        return self.rows
+
+
+@dataclass(frozen=True)
+class SampledCase(Case):
+    """The queries of all steps against the encodings of a batch of images, with sampled negatives."""
+
+    batch: int
+
+    @property
+    def queries(self) -> int:
+        return sum(GRID - SKIP - step for step in range(1, STEPS + 1)) * GRID * self.batch
+
+    @property
+    def keys(self) -> int:
+        return GRID * GRID * self.batch
+
+    @property
+    def label(self) -> str:
+        return f"[{self.queries},{DIM}] x {NEGATIVES} of [{self.keys},{DIM}]"
+
+    @property
+    def size(self) -> int:
+        return self.queries
+
+
+def prepare_all(case: AllCase, device: torch.device) -> Problem:
+    queries, keys = _encodings(case, case.rows, case.rows, device)
+
+    def run(loss) -> Tensor | tuple[Tensor, ...]:
+        value = loss(queries, keys)
+        return torch.autograd.grad(value, (queries, keys)) if case.backward else value
+
+    plain_compiled = compiled(plain_all)
+    return Problem(
+        {
+            "eager": lambda: run(plain_all),
+            "compiled": lambda: run(plain_compiled),
+            "ours": lambda: run(lambda queries, keys: info_nce(queries, keys).loss),
+        },
+        2 * case.rows**2 * DIM * (3 if case.backward else 1),
+    )
+
+
+def prepare_sampled(case: SampledCase, device: torch.device) -> Problem:
+    queries, keys = _encodings(case, case.queries, case.keys, device)
+    targets = torch.randint(case.keys, (case.queries,), device=device)
+    negatives = torch.randint(case.keys, (case.queries, NEGATIVES), device=device)
+
+    def run(loss) -> Tensor | tuple[Tensor, ...]:
+        value = loss(queries, keys, targets, negatives)
+        return torch.autograd.grad(value, (queries, keys)) if case.backward else value
+
+    def ours(queries: Tensor, keys: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
+        return info_nce(queries, keys, targets, negatives=negatives).loss
+
+    plain_compiled = compiled(plain_sampled)
+    forward_bytes = queries.nbytes + keys.nbytes + targets.nbytes + negatives.nbytes
+    # Backward reads all of it again and writes the gradients of queries and keys.
+    backward_bytes = forward_bytes + queries.nbytes + keys.nbytes if case.backward else 0
+    return Problem(
+        {
+            "eager": lambda: run(plain_sampled),
+            "compiled": lambda: run(plain_compiled),
+            "ours": lambda: run(ours),
+        },
+        forward_bytes + backward_bytes,
+    )
+
+
+def _encodings(case: Case, queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Queries and keys whose scores have unit variance."""
+    dtype = getattr(torch, case.dtype)
+    scaled = torch.randn(queries, DIM, device=device) * DIM**-0.5
+    pair = scaled.to(dtype), torch.randn(keys, DIM, device=device).to(dtype)
+    return tuple(tensor.requires_grad_(case.backward) for tensor in pair)
+
+
+def _cases(case_class: type[Case]) -> list[Case]:
+    sweep = [
+        case for batch in (4, 16, 64, 256) for case in both_passes(case_class, batch, sweep=True, quick=batch == 16)
+    ]
+    return [*sweep, *both_passes(case_class, 16, dtype="bfloat16")]
+
+
+OPS = (
+    Op("info_nce_all", "compute", "queries and keys of 256 features", _cases(AllCase), prepare_all),
+    Op("info_nce_sampled", "memory", "queries of 256 features, 16 negatives", _cases(SampledCase), prepare_sampled),
+)

@@ -1,0 +1,103 @@
+"""masked_conv2d against the convolution with a masked weight, in both memory formats.
+
+The floating-point operations are those of the visible taps alone, with those that fall on the padding; a formulation
+that multiplies hidden taps by zero does more. Backward is the gradient in input, weight and bias, twice the forward
+work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from benchmark import Case, Op, Problem, both_passes, compiled
+from torch import Tensor
+
+from cpc_ext.nn.masked_conv2d import causal_mask
+from cpc_ext.ops import masked_conv2d
+
+
+def plain_convolution(input: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+    """What one writes without us: the masked weight in an ordinary convolution."""
+    return F.conv2d(input, weight * mask, bias, padding=weight.shape[-1] // 2)
+
+
+@dataclass(frozen=True)
+class ConvCase(Case):
+    """A square kernel with a named mask on a batch of square feature maps."""
+
+    batch: int
+    in_channels: int
+    out_channels: int
+    side: int
+    kernel: int
+    mask: str
+
+    @property
+    def label(self) -> str:
+        map_size = f"[{self.batch},{self.in_channels},{self.side},{self.side}]"
+        return f"{map_size} {self.kernel}x{self.kernel} {self.mask} to {self.out_channels}"
+
+    @property
+    def size(self) -> int:
+        return self.batch
+
+
+def prepare(case: ConvCase, device: torch.device) -> Problem:
+    dtype = getattr(torch, case.dtype)
+    mask = causal_mask(case.mask, (case.kernel, case.kernel)).to(device)
+    fan_in = case.in_channels * int(mask.sum())
+    input = torch.randn(case.batch, case.in_channels, case.side, case.side, device=device, dtype=dtype)
+    shape = case.out_channels, case.in_channels, case.kernel, case.kernel
+    weight = torch.randn(shape, device=device, dtype=dtype) * fan_in**-0.5
+    bias = torch.randn(case.out_channels, device=device, dtype=dtype)
+    plain_mask = mask.to(dtype)  # as a buffer that programs keep in the weight's dtype
+    grad = torch.randn(case.batch, case.out_channels, case.side, case.side, device=device, dtype=dtype)
+    contiguous = [tensor.requires_grad_(case.backward) for tensor in (input, weight, bias)]
+    channels_last = [*map(_to_channels_last, contiguous[:2]), bias]
+    grad_last = grad.to(memory_format=torch.channels_last)
+
+    def run(convolve, inputs: list[Tensor], grad: Tensor, mask: Tensor):
+        output = convolve(*inputs, mask)
+        return torch.autograd.grad(output, inputs, grad) if case.backward else output
+
+    def ours(input: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+        return masked_conv2d(input, weight, bias, mask=mask)
+
+    plain_compiled = compiled(plain_convolution)
+    positions = case.batch * case.side**2
+    return Problem(
+        {
+            "eager": lambda: run(plain_convolution, contiguous, grad, plain_mask),
+            "eager, channels last": lambda: run(plain_convolution, channels_last, grad_last, plain_mask),
+            "compiled": lambda: run(plain_compiled, contiguous, grad, plain_mask),
+            "ours": lambda: run(ours, contiguous, grad, mask),
+            "ours, channels last": lambda: run(ours, channels_last, grad_last, mask),
+        },
+        2 * positions * fan_in * case.out_channels * (3 if case.backward else 1),
+        # cuDNN multiplies float32 as TF32 unless told otherwise.
+        product="tfloat32"
+        if device.type == "cuda" and dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+        else None,
+    )
+
+
+def _to_channels_last(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(memory_format=torch.channels_last).requires_grad_(tensor.requires_grad)
+
+
+CASES = (
+    # The vertical stack of the context network on CPCV2-PyTorch's 7x7 grid, over the batch.
+    *(
+        case
+        for batch in (1, 4, 16, 64, 256)
+        for case in both_passes(ConvCase, batch, 256, 512, 7, 3, "vertical", sweep=True, quick=batch == 16)
+    ),
+    *both_passes(ConvCase, 16, 256, 512, 7, 3, "vertical", dtype="bfloat16"),
+    # A layer of PixelCNN on CIFAR-10, and its first layer.
+    *both_passes(ConvCase, 16, 128, 128, 32, 3, "B"),
+    ConvCase(16, 3, 128, 32, 7, "A"),
+)
+
+OPS = (Op("masked_conv2d", "compute", "feature maps [256, 7, 7]", CASES, prepare),)
