@@ -81,10 +81,19 @@ class MaskedConv2d(nn.Module):
         self.bias = conv.bias
         self.register_buffer("mask", mask.detach().clone(), persistent=False)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """input [B, C, H, W] → [B, O, H, W], or [B, O / 2, H, W] where gated."""
+    def forward(self, input: Tensor, condition: Tensor | None = None) -> Tensor:
+        """input [B, C, H, W] → [B, O, H, W], or [B, O / 2, H, W] where gated.
+
+        condition: [B, O, H, W] or what broadcasts to it, added before the activation.
+        """
         return masked_conv2d(
-            input, self.weight, self.bias, mask=self.mask, dilation=self.dilation, activation=self.activation
+            input,
+            self.weight,
+            self.bias,
+            mask=self.mask,
+            dilation=self.dilation,
+            activation=self.activation,
+            condition=condition,
         )
 
     def extra_repr(self) -> str:

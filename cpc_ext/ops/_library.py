@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
 from cpc_ext._native import KERNEL_DEVICES
 
@@ -35,19 +36,18 @@ def register(
         reference: plain PyTorch; runs on devices without a kernel.
         kernel: runs on the devices that this build has kernels for.
         fake: gives empty results, for tracing.
-        backward, setup_context: the gradient, as of ``torch.library.register_autograd``. Default: asking for it is an
-            error, where PyTorch would give zeros.
+        backward, setup_context: the gradient, as of ``torch.library.register_autograd``. Second derivatives are refused
+            with a RuntimeError; PyTorch would take them for zeros.
     """
     name = _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, reference, "CompositeExplicitAutograd")
     for device in KERNEL_DEVICES:
         _library.impl(name, kernel, device.upper())
     torch.library.register_fake(f"cpc_ext::{name}", fake, lib=_library)
-
-    def refuse(ctx, *grads):
-        raise NotImplementedError(f"cpc_ext::{name} has no derivative: the op is differentiable once")
-
-    torch.library.register_autograd(f"cpc_ext::{name}", backward or refuse, setup_context=setup_context, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"cpc_ext::{name}", once_differentiable(backward), setup_context=setup_context, lib=_library
+        )
     return getattr(torch.ops.cpc_ext, name).default
 
 

@@ -67,7 +67,7 @@ def extract_patches(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range. Offsets that leave the image are an error
             on the CPU; elsewhere, where looking would stall the stream, they are clamped to the image.
-        NotImplementedError: forward-mode or second derivatives.
+        NotImplementedError, RuntimeError: forward-mode derivatives, second derivatives.
     """
     _check_tensor("images", images)
     refuse_forward_mode(images)

@@ -1,20 +1,29 @@
 """Masked (PixelCNN) convolution: some taps are hidden, so that no output sees what it is to predict.
 
-From input [B, C, H, W] and weight [O, C, kh, kw] to [B, O, H, W] at stride 1 with zero padding, with an optional ReLU
-or tanh-sigmoid gate. Rows and columns of taps that the mask hides throughout are cut off the kernel instead of being
-multiplied by zero: a 3x3 kernel that sees no row below costs what a 2x3 kernel costs.
+From input [B, C, H, W] and weight [O, C, kh, kw] to [B, O, H, W] at stride 1 with zero padding. The kernels compute one
+matrix product over the taps that the mask leaves; taps that it hides throughout cost nothing, forwards and backwards.
+Bias, an added condition, and a ReLU or tanh-sigmoid gate are applied before a result goes to memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["gated_activation", "masked_conv2d", "masked_conv2d_reference"]
+from cpc_ext._native import KERNEL_DEVICES, native
+from cpc_ext.ops._library import refuse_forward_mode, register
+
+__all__ = ["PixelConvolution", "gated_activation", "masked_conv2d", "masked_conv2d_reference"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ACTIVATIONS = (None, "relu", "gated")
+# Rows of the workspace that the CUDA kernel sums a bias's gradient in: kBiasParts of csrc/masked_conv/masked_conv.h.
+_BIAS_PARTS = 128
 
 
 def masked_conv2d(
@@ -25,11 +34,13 @@ def masked_conv2d(
     mask: Tensor,
     dilation: int = 1,
     activation: str | None = None,
+    condition: Tensor | None = None,
 ) -> Tensor:
     """Convolve with the taps that a mask leaves visible (van den Oord et al. 2016, arXiv 1601.06759).
 
-    Equals ``F.conv2d(input, weight * mask, bias, padding="same", dilation=dilation)`` followed by the activation. A
-    kernel of even side k looks k / 2 - 1 taps back and k / 2 ahead, as PyTorch pads it.
+    Equals ``F.conv2d(input, weight * mask, bias, padding="same", dilation=dilation) + condition`` followed by the
+    activation. A kernel of even side k looks k / 2 - 1 taps back and k / 2 ahead, as PyTorch pads it. Sums are in
+    float32, in float64 where the tensors are.
 
     Args:
         input: [B, C, H, W], floating; B may be 0.
@@ -39,31 +50,32 @@ def masked_conv2d(
         dilation: distance of neighbouring taps in pixels.
         activation: None, "relu", or "gated": tanh of the first half of the output channels times sigmoid of the
             second half, which leaves O / 2 channels (van den Oord et al. 2016, arXiv 1606.05328, equation 2).
+        condition: [B, O, H, W], or what broadcasts to it, of the input's dtype; added before the activation.
 
     Returns:
-        [B, O, H, W], or [B, O / 2, H, W] where gated.
+        [B, O, H, W], or [B, O / 2, H, W] where gated, with the channels innermost in memory (``channels_last``)
+        whatever the input's layout; an input of that layout is not copied. Differentiable once, backwards; the weight's
+        gradient is exactly zero where the mask hides it.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, device or range. Only the CPU looks for numbers in
             the mask that are neither 0 nor 1, since looking would stall another device's stream.
+        NotImplementedError, RuntimeError: forward-mode derivatives, second derivatives.
     """
-    _check_arguments(input, weight, bias, mask, dilation, activation)
+    _check_arguments(input, weight, bias, mask, dilation, activation, condition)
+    refuse_forward_mode(input, weight, bias, condition)
+    input, weight, bias, condition = _autocast(input, weight, bias, condition)
     # Farther apart, all taps but a middle one see only padding: the same result, without sizes that overflow.
     dilation = min(dilation, 2 * max(input.shape[2:]))
-    window = _visible_window(mask, input.shape[2:], dilation)
-    if window is None:
-        return masked_conv2d_reference(input, weight, bias, mask=mask, dilation=dilation, activation=activation)
-    rows, cols = window
-    top, bottom = _padding(weight.shape[2], rows, dilation)
-    left, right = _padding(weight.shape[3], cols, dilation)
-    weight, mask = weight[..., rows, cols], mask[..., rows, cols]
-    if not bool(mask.all()):
-        weight = weight * mask.to(weight.dtype)
-    if top == bottom and left == right and min(top, left) >= 0:
-        output = F.conv2d(input, weight, bias, padding=(top, left), dilation=dilation)
-    else:
-        output = F.conv2d(F.pad(input, (left, right, top, bottom)), weight, bias, dilation=dilation)
-    return _activate(output, activation)
+    if condition is not None:
+        condition = condition.expand(input.shape[0], weight.shape[0], *input.shape[2:])
+    # The gate's gradient needs what went into it.
+    keep = (
+        activation == "gated"
+        and torch.is_grad_enabled()
+        and any(tensor is not None and tensor.requires_grad for tensor in (input, weight, bias, condition))
+    )
+    return _masked_conv2d(input, weight, bias, mask, condition, dilation, activation or "none", keep)[0]
 
 
 def masked_conv2d_reference(
@@ -74,10 +86,11 @@ def masked_conv2d_reference(
     mask: Tensor,
     dilation: int = 1,
     activation: str | None = None,
+    condition: Tensor | None = None,
 ) -> Tensor:
     """:func:`masked_conv2d` as one plain convolution with the masked weight, arguments unchecked."""
     output = F.conv2d(input, weight * mask.to(weight.dtype), bias, padding="same", dilation=dilation)
-    return _activate(output, activation)
+    return _activate(output if condition is None else output + condition, activation)
 
 
 def gated_activation(input: Tensor) -> Tensor:
@@ -95,45 +108,32 @@ def _activate(output: Tensor, activation: str | None) -> Tensor:
     return gated_activation(output) if activation == "gated" else output
 
 
-def _visible_window(mask: Tensor, size: tuple[int, int], dilation: int) -> tuple[slice, slice] | None:
-    """The rows and columns that hold every tap which is visible and reaches an input of ``size``.
-
-    None where there are none or looking is costly.
-    """
-    if mask.device.type != "cpu":
-        return None  # reading the mask would stall the stream
-    taps = mask.ne(0).reshape(-1, *mask.shape[-2:]).any(0)
-    window = []
-    for visible, length in zip((taps.any(1).tolist(), taps.any(0).tolist()), size, strict=True):
-        before = _before(len(visible), dilation)
-        kept = [tap for tap, seen in enumerate(visible) if seen and abs(tap * dilation - before) < length]
-        if not kept:
-            return None
-        window.append(slice(kept[0], kept[-1] + 1))
-    return window[0], window[1]
-
-
-def _before(size: int, dilation: int) -> int:
-    """How far before the output's pixel the first of ``size`` taps looks."""
-    return dilation * (size - 1) // 2
-
-
-def _padding(size: int, window: slice, dilation: int) -> tuple[int, int]:
-    """Padding before and after the input for the taps in ``window`` of ``size``; negative values crop."""
-    before = _before(size, dilation)
-    after = dilation * (size - 1) - before
-    return before - dilation * window.start, after - dilation * (size - window.stop)
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """All in autocast's type where it is on, except float64, which it leaves alone."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
 def _check_arguments(
-    input: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, dilation: int, activation: str | None
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor,
+    dilation: int,
+    activation: str | None,
+    condition: Tensor | None,
 ) -> None:
     for name, value in (("input", input), ("weight", weight), ("mask", mask)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if bias is not None and not isinstance(bias, Tensor):
-        raise TypeError(f"bias must be a tensor or None, got {type(bias).__name__}")
-    for name, value in (("input", input), ("weight", weight), ("bias", bias), ("mask", mask)):
+    for name, value in (("bias", bias), ("condition", condition)):
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor or None, got {type(value).__name__}")
+    optional = (("weight", weight), ("bias", bias), ("mask", mask), ("condition", condition))
+    for name, value in (("input", input), *optional):
         if value is not None and (value.layout != torch.strided or value.is_nested):
             raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
     for name, value in (("input", input), ("weight", weight)):
@@ -154,10 +154,16 @@ def _check_arguments(
         raise ValueError(
             f"mask must have shape {tuple(weight.shape[2:])} or {tuple(weight.shape)}, got {tuple(mask.shape)}"
         )
-    for name, value in (("weight", weight), ("bias", bias), ("mask", mask)):
+    if condition is not None:
+        shape = (input.shape[0], weight.shape[0], *input.shape[2:])
+        # What expand takes: as many or fewer dimensions, each of the size or 1.
+        sizes = zip(reversed(condition.shape), reversed(shape), strict=False)
+        if condition.ndim > 4 or any(size not in (1, wanted) for size, wanted in sizes):
+            raise ValueError(f"condition must broadcast to {shape}, got shape {tuple(condition.shape)}")
+    for name, value in optional:
         if value is not None and value.device != input.device:
             raise ValueError(f"{name} must be on the input's device {input.device}, got {value.device}")
-    _check_dtypes(input, weight, bias)
+    _check_dtypes(input, weight, bias, condition)
     _check_mask_values(mask)
     if isinstance(dilation, bool) or not isinstance(dilation, int):
         raise TypeError(f"dilation must be an int, got {type(dilation).__name__}")
@@ -169,10 +175,10 @@ def _check_arguments(
         raise ValueError(f"gated activation needs an even number of output channels, got {weight.shape[0]}")
 
 
-def _check_dtypes(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check_dtypes(input: Tensor, weight: Tensor, bias: Tensor | None, condition: Tensor | None) -> None:
     if input.dtype not in _DTYPES:
         raise TypeError(f"input must have one of the dtypes {_DTYPES}, got {input.dtype}")
-    for name, value in (("weight", weight), ("bias", bias)):
+    for name, value in (("weight", weight), ("bias", bias), ("condition", condition)):
         if value is None or value.dtype == input.dtype:
             continue
         dtypes = {value.dtype, input.dtype}
@@ -186,5 +192,332 @@ def _check_mask_values(mask: Tensor) -> None:
         return
     if mask.is_complex():
         raise TypeError(f"mask must be bool or real numbers, got {mask.dtype}")
-    if mask.device.type == "cpu" and not bool((mask.eq(0) | mask.eq(1)).all()):
+    # While compiling, looking would break the graph.
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if not bool((mask.eq(0) | mask.eq(1)).all()):
         raise ValueError("mask must be bool or hold only 0 and 1")
+
+
+# --- The op: what is known of a mask, and the kernels' calls ---
+
+
+class _Visible(NamedTuple):
+    """A mask as the kernels take it."""
+
+    mask: Tensor  # bool, of the mask's shape
+    taps: list[int]  # Indices i * kw + j of the taps that some channel sees, in order.
+
+
+_visible_taps: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _visible(mask: Tensor) -> _Visible:
+    """Look at a mask once: on CUDA looking stalls the stream, so the answer is kept for as long as the mask lives."""
+    version = None if mask.is_inference() else mask._version
+    kept = _visible_taps.get(mask)
+    if kept is not None and kept[0] == version and version is not None:
+        return kept[1]
+    seen = mask if mask.dtype == torch.bool else mask.ne(0)
+    taps = seen.reshape(-1, *seen.shape[-2:]).any(0).flatten().nonzero().flatten().tolist()
+    visible = _Visible(seen, taps)
+    _visible_taps[mask] = version, visible
+    return visible
+
+
+def _reaching(taps: list[int], weight: Tensor, size: Sequence[int], dilation: int) -> list[int]:
+    """The taps that read more than padding."""
+    kh, kw = weight.shape[2:]
+    return [
+        tap
+        for tap in taps
+        if abs(tap // kw * dilation - _before(kh, dilation)) < size[0]
+        and abs(tap % kw * dilation - _before(kw, dilation)) < size[1]
+    ]
+
+
+def _before(size: int, dilation: int) -> int:
+    """How far before the output's pixel the first of ``size`` taps looks."""
+    return dilation * (size - 1) // 2
+
+
+def _pack(weight: Tensor, mask: Tensor, taps: list[int], *, transposed: bool, gated: bool) -> Tensor:
+    """Weights in the kernel's own order, hidden ones as zeros."""
+    size = native.masked_conv2d_packed_bytes(weight, len(taps), transposed, gated)
+    packed = torch.empty(size, dtype=torch.uint8, device=weight.device)
+    native.masked_conv2d_pack(weight, mask, packed, taps, transposed, gated)
+    return packed
+
+
+def _tf32() -> bool:
+    return torch.backends.cudnn.allow_tf32
+
+
+def _empty_results(input, weight, bias, mask, condition, dilation, activation, keep) -> tuple[Tensor, Tensor]:
+    batch, _, height, width = input.shape
+    channels = weight.shape[0]
+
+    def channels_last(n: int) -> Tensor:
+        return input.new_empty((batch, height, width, n)).permute(0, 3, 1, 2)
+
+    output = channels_last(channels // 2 if activation == "gated" else channels)
+    return output, channels_last(channels) if keep else input.new_empty(0)
+
+
+def _kernel(input, weight, bias, mask, condition, dilation, activation, keep) -> tuple[Tensor, Tensor]:
+    output, preactivation = _empty_results(input, weight, bias, mask, condition, dilation, activation, keep)
+    if output.numel() == 0:
+        return output, preactivation
+    visible = _visible(mask)
+    taps = _reaching(visible.taps, weight, input.shape[2:], dilation)
+    native.masked_conv2d(
+        _channels_last(input),
+        _pack(weight, visible.mask, taps, transposed=False, gated=activation == "gated"),
+        None if bias is None else bias.contiguous(),
+        condition,
+        None,
+        output,
+        preactivation if keep else None,
+        weight.shape[0],
+        taps,
+        *weight.shape[2:],
+        dilation,
+        False,
+        activation,
+        _tf32(),
+    )
+    return output, preactivation
+
+
+def _reference_op(input, weight, bias, mask, condition, dilation, activation, keep) -> tuple[Tensor, Tensor]:
+    preactivation = F.conv2d(input, weight * mask.to(weight.dtype), bias, padding="same", dilation=dilation)
+    if condition is not None:
+        preactivation = preactivation + condition
+    output = _channels_last(_activate(preactivation, activation))
+    # An op's results must not share memory.
+    return output, _channels_last(preactivation).clone() if keep else input.new_empty(0)
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    """The same values with the channels innermost in memory and nothing between."""
+    return tensor.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def _backward_reference(
+    grad, input, weight, mask, saved, dilation, activation, needs
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if activation == "relu":
+        grad = grad * (saved > 0)
+    if activation == "gated":
+        features, gate = saved.chunk(2, dim=1)
+        features, gate = torch.tanh(features), torch.sigmoid(gate)
+        grad = torch.cat([grad * gate * (1 - features.square()), grad * features * gate * (1 - gate)], dim=1)
+    none = grad.new_empty(0)
+    grad_preactivation = _channels_last(grad).clone() if activation != "none" else none
+    grad_input = grad_weight = none
+    if needs[0] or needs[1]:
+        with torch.enable_grad():
+            leaves = [input.detach().requires_grad_(), weight.detach().requires_grad_()]
+            masked = leaves[1] * mask.to(weight.dtype)
+            output = F.conv2d(leaves[0], masked, padding="same", dilation=dilation)
+        grad_input, grad_weight = torch.autograd.grad(output, leaves, grad)
+    return (
+        grad_preactivation,
+        _channels_last(grad_input) if needs[0] else none,
+        grad_weight.contiguous() if needs[1] else none,
+        grad.sum((0, 2, 3)) if needs[2] else none,
+    )
+
+
+def _empty_gradients(
+    grad, input, weight, mask, saved, dilation, activation, needs
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def channels_last(n: int) -> Tensor:
+        return grad.new_empty((grad.shape[0], *grad.shape[2:], n)).permute(0, 3, 1, 2)
+
+    none = grad.new_empty(0)
+    return (
+        channels_last(weight.shape[0]) if activation != "none" else none,
+        channels_last(weight.shape[1]) if needs[0] else none,
+        grad.new_empty(weight.shape) if needs[1] else none,
+        grad.new_empty(weight.shape[0]) if needs[2] else none,
+    )
+
+
+def _backward_kernel(
+    grad, input, weight, mask, saved, dilation, activation, needs
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    results = _empty_gradients(grad, input, weight, mask, saved, dilation, activation, needs)
+    grad_preactivation, grad_input, grad_weight, grad_bias = results
+    if grad.numel() == 0:
+        for result in results:
+            result.zero_()
+        return results
+    grad = _channels_last(grad)
+    if activation != "none" or needs[2]:
+        workspace = None
+        if needs[2]:  # Partial sums of the CUDA kernel.
+            compute = torch.float64 if grad.dtype == torch.float64 else torch.float32
+            workspace = grad.new_empty((_BIAS_PARTS, weight.shape[0]), dtype=compute)
+        native.masked_conv2d_activation_grad(
+            grad,
+            saved,
+            grad_preactivation if activation != "none" else None,
+            grad_bias if needs[2] else None,
+            workspace,
+            activation,
+        )
+    if activation != "none":
+        grad = grad_preactivation
+    visible = _visible(mask)
+    taps = _reaching(visible.taps, weight, grad.shape[2:], dilation)
+    if needs[0]:
+        native.masked_conv2d(
+            grad,
+            _pack(weight, visible.mask, taps, transposed=True, gated=False),
+            *[None] * 3,
+            grad_input,
+            None,
+            weight.shape[1],
+            taps,
+            *weight.shape[2:],
+            dilation,
+            True,
+            "none",
+            _tf32(),
+        )
+    if needs[1]:
+        problem = _channels_last(input), grad, visible.mask, grad_weight
+        size = native.masked_conv2d_weight_grad_workspace(*problem, taps, dilation, _tf32())
+        workspace = grad.new_empty(size, dtype=torch.uint8) if size else None
+        native.masked_conv2d_weight_grad(*problem, workspace, taps, dilation, _tf32())
+    return results
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    input, weight, _, mask, _, dilation, activation, _ = inputs
+    result, preactivation = output
+    saved = {"none": None, "relu": result, "gated": preactivation}[activation]
+    ctx.save_for_backward(input, weight, mask, saved)
+    ctx.dilation, ctx.activation = dilation, activation
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 8
+    input, weight, mask, saved = ctx.saved_tensors
+    needs_input, needs_weight, needs_bias, _, needs_condition, *_ = ctx.needs_input_grad
+    grad_preactivation, grad_input, grad_weight, grad_bias = _masked_conv2d_backward(
+        grad, input, weight, mask, saved, ctx.dilation, ctx.activation, [needs_input, needs_weight, needs_bias]
+    )
+    grad_condition = None
+    if needs_condition:
+        grad_condition = grad if ctx.activation == "none" else grad_preactivation
+    return (
+        grad_input if needs_input else None,
+        grad_weight if needs_weight else None,
+        grad_bias if needs_bias else None,
+        None,
+        grad_condition,
+        None,
+        None,
+        None,
+    )
+
+
+_masked_conv2d = register(
+    "masked_conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor mask, Tensor? condition, SymInt dilation, "
+    "str activation, bool keep) -> (Tensor, Tensor)",
+    reference=_reference_op,
+    kernel=_kernel,
+    fake=_empty_results,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+_masked_conv2d_backward = register(
+    "masked_conv2d_backward(Tensor grad, Tensor input, Tensor weight, Tensor mask, Tensor? saved, SymInt dilation, "
+    "str activation, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=_backward_reference,
+    kernel=_backward_kernel,
+    fake=_empty_gradients,
+)
+
+
+# --- One pixel at a time ---
+
+
+class PixelConvolution:
+    """A masked convolution of fixed weights that computes one pixel of a batch at a time, as sampling needs it.
+
+    Costs what one pixel costs, and gives bit for bit what :func:`masked_conv2d` gives at that pixel. Weights are packed
+    when it is made: later changes of them do not count.
+
+    Args:
+        weight, bias, mask, dilation, activation: as of :func:`masked_conv2d`.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        mask: Tensor,
+        dilation: int = 1,
+        activation: str | None = None,
+    ) -> None:
+        # The one that all checks see; sizes are checked at each call.
+        _check_arguments(weight.new_empty((0, weight.shape[1], 1, 1)), weight, bias, mask, dilation, activation, None)
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach().contiguous()
+        self.mask, self.dilation, self.activation = mask, dilation, activation
+        self._visible = _visible(mask)
+        self._packed: dict[tuple[int, ...], Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, input: Tensor, output: Tensor, position: Tensor, *, condition: Tensor | None = None) -> None:
+        """Write ``output[:, :, row, col]``.
+
+        Args:
+            input: [B, C, H, W], channels innermost in memory and dense.
+            output: [B, O, H, W], or [B, O / 2, H, W] where gated, channels innermost; the rest of it stays.
+            position: [2] int64, the row and column, on the input's device.
+            condition: [B, O, H, W] or what broadcasts to it, added before the activation.
+        """
+        if condition is not None:
+            condition = condition.expand(input.shape[0], self.weight.shape[0], *input.shape[2:])
+        if input.device.type not in KERNEL_DEVICES:
+            self._reference(input, output, position, condition)
+            return
+        taps = tuple(_reaching(self._visible.taps, self.weight, input.shape[2:], self.dilation))
+        if taps not in self._packed:
+            gated = self.activation == "gated"
+            self._packed[taps] = _pack(self.weight, self._visible.mask, list(taps), transposed=False, gated=gated)
+        native.masked_conv2d(
+            input,
+            self._packed[taps],
+            self.bias,
+            condition,
+            position,
+            output,
+            None,
+            self.weight.shape[0],
+            taps,
+            *self.weight.shape[2:],
+            self.dilation,
+            False,
+            self.activation or "none",
+            False,
+        )
+
+    def _reference(self, input: Tensor, output: Tensor, position: Tensor, condition: Tensor | None) -> None:
+        kh, kw = self.weight.shape[2:]
+        rows, cols = (
+            at + torch.arange(size, device=input.device) * self.dilation - _before(size, self.dilation)
+            for at, size in zip(position, (kh, kw), strict=True)
+        )
+        inside = ((rows >= 0) & (rows < input.shape[2]))[:, None] & ((cols >= 0) & (cols < input.shape[3]))
+        seen = input[:, :, rows.clamp(0, input.shape[2] - 1)][..., cols.clamp(0, input.shape[3] - 1)] * inside
+        pixel = F.conv2d(seen, self.weight * self.mask.to(self.weight.dtype), self.bias)
+        if condition is not None:
+            pixel = pixel + condition[:, :, position[0], position[1]][..., None, None]
+        output[:, :, position[0], position[1]] = _activate(pixel, self.activation)[..., 0, 0]

@@ -9,11 +9,14 @@
 namespace cpc {
 namespace {
 
+// By level.
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+
 Isa best() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
-    return Isa::avx512;
+    return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
     return Isa::avx2;
 #endif
@@ -24,11 +27,13 @@ Isa choose() {
   const Isa available = best();
   const char* wanted = std::getenv("CPC_EXT_ISA");
   if (wanted == nullptr || *wanted == '\0') return available;
-  for (const Isa level : {Isa::baseline, Isa::avx2, Isa::avx512}) {
-    constexpr const char* names[] = {"baseline", "avx2", "avx512"};
-    if (std::strcmp(wanted, names[static_cast<int>(level)]) == 0) return level < available ? level : available;
+  std::string names;
+  for (const Isa level : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16}) {
+    const char* name = kNames[static_cast<int>(level)];
+    if (std::strcmp(wanted, name) == 0) return level < available ? level : available;
+    names += (names.empty() ? "" : ", ") + std::string(name);
   }
-  throw std::invalid_argument("CPC_EXT_ISA must be baseline, avx2 or avx512, got " + std::string(wanted));
+  throw std::invalid_argument("CPC_EXT_ISA must be one of " + names + ", got " + wanted);
 }
 
 }  // namespace
@@ -38,13 +43,6 @@ Isa isa() {
   return chosen;
 }
 
-const char* isa_name() {
-  switch (isa()) {
-    case Isa::avx512: return "avx512";
-    case Isa::avx2: return "avx2";
-    case Isa::baseline: break;
-  }
-  return "baseline";
-}
+const char* isa_name() { return kNames[static_cast<int>(isa())]; }
 
 }  // namespace cpc

@@ -5,9 +5,9 @@
 
 namespace cpc {
 
-enum class Isa { baseline, avx2, avx512 };
+enum class Isa { baseline, avx2, avx512, avx512_bf16 };
 
-// The best level this processor has; the environment variable CPC_EXT_ISA=baseline|avx2|avx512 lowers it.
+// The best level this processor has; the environment variable CPC_EXT_ISA=NAME lowers it.
 Isa isa();
 const char* isa_name();
 
@@ -22,13 +22,18 @@ const char* isa_name();
   }                                  \
   namespace avx512 {                 \
   __VA_ARGS__;                       \
+  }                                  \
+  namespace avx512_bf16 {            \
+  __VA_ARGS__;                       \
   }
-#define CPC_CALL_AT_ISA(function, ...)                                 \
-  switch (::cpc::isa()) {                                              \
-    case ::cpc::Isa::avx512: return avx512::function(__VA_ARGS__);     \
-    case ::cpc::Isa::avx2: return avx2::function(__VA_ARGS__);         \
-    case ::cpc::Isa::baseline: return baseline::function(__VA_ARGS__); \
-  }
+#define CPC_CALL_AT_ISA(function, ...)                                       \
+  switch (::cpc::isa()) {                                                    \
+    case ::cpc::Isa::avx512_bf16: return avx512_bf16::function(__VA_ARGS__); \
+    case ::cpc::Isa::avx512: return avx512::function(__VA_ARGS__);           \
+    case ::cpc::Isa::avx2: return avx2::function(__VA_ARGS__);               \
+    case ::cpc::Isa::baseline: return baseline::function(__VA_ARGS__);       \
+  }                                                                          \
+  __builtin_unreachable();
 #else
 #define CPC_DECLARE_AT_EACH_ISA(...) \
   namespace baseline {               \

@@ -48,6 +48,8 @@ void parallel_for(int64_t n, const Body& body) {
 class Scratch {
  public:
   explicit Scratch(int64_t bytes);
+  // `bytes` that all workers share, from of(0) on.
+  static Scratch shared(int64_t bytes) { return Scratch((bytes + workers() - 1) / workers()); }
   template <class T>
   T* of(int worker) const {
     return reinterpret_cast<T*>(base_ + worker * pitch_);

@@ -1,43 +1,10 @@
 // Checks a patch problem against the contract in patches.h before a kernel touches memory.
-#include <algorithm>
-#include <stdexcept>
 #include <string>
 
+#include "core/require.h"
 #include "patches/patches.h"
 
 namespace cpc::patches {
-namespace {
-
-std::string shape_of(const TensorView& view) {
-  std::string text = "[";
-  for (int d = 0; d < view.ndim; ++d) text += (d ? ", " : "") + std::to_string(view.shape[d]);
-  return text + "]";
-}
-
-void require(bool holds, const std::string& message) {
-  if (!holds) throw std::invalid_argument(message);
-}
-
-void require_shape(const char* name, const TensorView& view, std::initializer_list<int64_t> shape) {
-  TensorView wanted;
-  wanted.ndim = static_cast<int>(shape.size());
-  std::copy(shape.begin(), shape.end(), wanted.shape);
-  require(view.ndim == wanted.ndim && std::equal(shape.begin(), shape.end(), view.shape),
-          std::string(name) + " must be " + shape_of(wanted) + ", got " + shape_of(view));
-}
-
-// Dense in memory with the dimensions in the given order, outermost first. Strides of dimensions of size 1 mean
-// nothing.
-bool is_dense(const TensorView& view, std::initializer_list<int> order) {
-  int64_t expected = 1;
-  for (auto d = std::rbegin(order); d != std::rend(order); ++d) {
-    if (view.shape[*d] != 1 && view.strides[*d] != expected) return false;
-    expected *= view.shape[*d];
-  }
-  return true;
-}
-
-}  // namespace
 
 void check(const Problem& problem, bool backward, bool offsets_on_host) {
   const Geometry& g = problem.geometry;

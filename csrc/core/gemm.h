@@ -1,0 +1,169 @@
+// The innermost part of every matrix product on the CPU: a tile of the result, held in registers, over a run of its
+// inner dimension ("depth"). The left operand's values are broadcast, each to a register, and multiplied with registers
+// of the right one, which lies packed in panels: for each step of depth the tile's columns, one after another.
+// Included only by sources that are compiled once per instruction set level.
+//
+// What a tile multiplies is an Element: float, double, or, where the processor multiplies them, BFloat16 in pairs of
+// depth steps, summed in float.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "core/simd.h"
+
+namespace cpc::CPC_ISA {
+
+#if defined(__AVX512F__)
+constexpr int64_t kRegisterBytes = 64;
+constexpr int kTileVectors = 4;  // 24 of 32 registers hold the tile.
+#elif defined(__AVX2__)
+constexpr int64_t kRegisterBytes = 32;
+constexpr int kTileVectors = 2;  // 12 of 16 registers.
+#else
+constexpr int64_t kRegisterBytes = 16;
+constexpr int kTileVectors = 2;
+#endif
+constexpr int kTileRows = 6;
+
+#if defined(__AVX512BF16__)
+constexpr bool kMultipliesBFloat16 = true;
+#else
+constexpr bool kMultipliesBFloat16 = false;
+#endif
+
+template <class T>
+struct RegisterOf {
+  typedef T type __attribute__((vector_size(kRegisterBytes)));
+};
+template <class T>
+using Register = typename RegisterOf<T>::type;
+template <class T>
+constexpr int64_t kRegisterLanes = kRegisterBytes / sizeof(T);
+
+// What values of a storage type are multiplied as, what they are summed in, and how many depth steps go together.
+template <class Storage>
+struct ElementOf {
+  using type = std::conditional_t<std::is_same_v<Storage, BFloat16> && kMultipliesBFloat16, BFloat16, float>;
+};
+template <>
+struct ElementOf<double> {
+  using type = double;
+};
+template <class Storage>
+using Element = typename ElementOf<Storage>::type;
+template <class E>
+using Sum = std::conditional_t<std::is_same_v<E, double>, double, float>;
+template <class E>
+constexpr int64_t kDepthStep = std::is_same_v<E, BFloat16> ? 2 : 1;
+// Columns of a register, and of a full tile.
+template <class E>
+constexpr int64_t kLaneColumns = kRegisterLanes<Sum<E>>;
+template <class E>
+constexpr int64_t kTileColumns = kTileVectors * kLaneColumns<E>;
+
+template <class E>
+constexpr int64_t padded_depth(int64_t depth) {
+  return (depth + kDepthStep<E> - 1) / kDepthStep<E> * kDepthStep<E>;
+}
+
+// sum + left * right, with one step of depth (a pair where E is BFloat16) of the left operand at `left` in all lanes.
+// Every lane is one chain of fused multiply-adds over the depth, whatever the tile.
+template <class E>
+inline Register<Sum<E>> multiply_add(Register<Sum<E>> sum, Register<Sum<E>> left, Register<Sum<E>> right) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<E, BFloat16>)
+    return (Register<Sum<E>>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)left, (__m512bh)right);
+#endif
+  return sum + left * right;  // Contracted to one instruction where there is one.
+}
+
+template <class E>
+inline Register<Sum<E>> broadcast(const E* left) {
+  Sum<E> v;
+  std::memcpy(&v, left, sizeof v);
+  return Register<Sum<E>>{} + v;
+}
+#if defined(__AVX512F__)
+// An addition of zero would turn a pair of BFloat16 into another number.
+template <>
+inline Register<float> broadcast<BFloat16>(const BFloat16* left) {
+  int32_t pair;
+  std::memcpy(&pair, left, sizeof pair);
+  return (Register<float>)_mm512_set1_epi32(pair);
+}
+template <>
+inline Register<float> broadcast<float>(const float* left) {
+  return (Register<float>)_mm512_set1_ps(*left);
+}
+#endif
+
+// A tile of the result in registers.
+template <class E, int Rows, int Vectors>
+struct Tile {
+  using R = Register<Sum<E>>;
+  R sums[Rows][Vectors];
+
+  void clear() {
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) sums[r][v] = R{};
+  }
+  // To and from memory, rows `pitch` values apart.
+  void load(const Sum<E>* from, int64_t pitch) {
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) std::memcpy(&sums[r][v], from + r * pitch + v * kLaneColumns<E>, sizeof(R));
+  }
+  void store(Sum<E>* to, int64_t pitch) const {
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) std::memcpy(to + r * pitch + v * kLaneColumns<E>, &sums[r][v], sizeof(R));
+  }
+
+  // sums[r] += left(r, k) * panel[k] for k in [0, depth). left(r, k) is the address of a value (of a pair of them);
+  // panel rows are kDepthStep * Vectors * kLaneColumns elements. depth is a multiple of kDepthStep.
+  template <class Left>
+  void multiply(const Left& left, const E* __restrict panel, int64_t depth) {
+    for (int64_t k = 0; k < depth; k += kDepthStep<E>, panel += kDepthStep<E> * Vectors * kLaneColumns<E>) {
+      R right[Vectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) std::memcpy(&right[v], panel + v * kRegisterLanes<E>, sizeof(R));
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+        const R value = broadcast<E>(left(r, k));
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) sums[r][v] = multiply_add<E>(sums[r][v], value, right[v]);
+      }
+    }
+  }
+};
+
+// Calls work(rows, vectors) with compile-time constants of these values, 1 to kTileRows and 1 to kTileVectors.
+template <class Work>
+inline void with_tile(int64_t rows, int64_t vectors, const Work& work) {
+  const auto with_vectors = [&](auto r) {
+    switch (vectors) {
+      case 1: return work(r, std::integral_constant<int, 1>{});
+#if defined(__AVX512F__)
+      case 3: return work(r, std::integral_constant<int, 3>{});
+      case 4: return work(r, std::integral_constant<int, 4>{});
+#endif
+      default: return work(r, std::integral_constant<int, 2>{});
+    }
+  };
+  switch (rows) {
+    case 1: return with_vectors(std::integral_constant<int, 1>{});
+    case 2: return with_vectors(std::integral_constant<int, 2>{});
+    case 3: return with_vectors(std::integral_constant<int, 3>{});
+    case 4: return with_vectors(std::integral_constant<int, 4>{});
+    case 5: return with_vectors(std::integral_constant<int, 5>{});
+    default: return with_vectors(std::integral_constant<int, 6>{});
+  }
+}
+
+}  // namespace cpc::CPC_ISA

@@ -1,0 +1,62 @@
+// Functions of whole registers, to the last few bits of the type. Doubles go lane by lane through the C library.
+// Included only by sources that are compiled once per instruction set level.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+
+#include "core/gemm.h"
+
+namespace cpc::CPC_ISA {
+
+// e^x. Zero below -87.3, where results would be subnormal; infinity above 88.7; NaN stays.
+inline Register<float> exp(Register<float> x) {
+  typedef int32_t Ints __attribute__((vector_size(kRegisterBytes)));
+  using R = Register<float>;
+  constexpr float kLowest = -87.3f, kHighest = 88.7f, kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to integers.
+  const R clamped = x > kHighest ? R{} + kHighest : x < kLowest ? R{} + kLowest : x;
+  const R shifted = clamped * 1.44269504088896341f + kRound;
+  const R n = shifted - kRound;
+  const R r = clamped - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts.
+  R p = R{} + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.f;
+  // 2^n in two factors, as 2^128 is none. The integer lies in the low bits of the rounded sum.
+  const Ints exponent = (Ints)shifted - std::bit_cast<int32_t>(kRound), half = exponent >> 1;
+  const R scaled = p * (R)((half + 127) << 23) * (R)((exponent - half + 127) << 23);
+  return x < kLowest ? R{} : x > kHighest ? R{} + INFINITY : scaled;
+}
+
+inline Register<float> sigmoid(Register<float> x) { return 1.f / (1.f + exp(-x)); }
+
+inline Register<float> tanh(Register<float> x) {
+  using R = Register<float>;
+  const R size = x < 0.f ? -x : x, z = x * x;
+  R p = R{} - 5.70498872745e-3f;
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  const R large = 1.f - 2.f / (exp(size + size) + 1.f);
+  return size < 0.625f ? x + x * z * p : x < 0.f ? -large : large;
+}
+
+template <class Function>
+inline Register<double> by_lane(Register<double> x, const Function& function) {
+  for (int64_t i = 0; i < kRegisterLanes<double>; ++i) x[i] = function(x[i]);
+  return x;
+}
+inline Register<double> exp(Register<double> x) {
+  return by_lane(x, [](double v) { return std::exp(v); });
+}
+inline Register<double> sigmoid(Register<double> x) { return 1. / (1. + exp(-x)); }
+inline Register<double> tanh(Register<double> x) {
+  return by_lane(x, [](double v) { return std::tanh(v); });
+}
+
+}  // namespace cpc::CPC_ISA

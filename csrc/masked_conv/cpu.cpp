@@ -1,0 +1,621 @@
+// Masked convolution on the CPU: from channels-last input to output through one matrix product over the visible taps.
+// Nothing is gathered: a tile of the product broadcasts straight from the input's pixels, wherever their taps lie, and
+// padding is a row of zeros. Pixels are taken position by position over the batch, so that at an image's edge whole
+// tiles read only padding and skip the tap. The weight's gradient packs slices of both operands, pixels again position
+// by position, in which a tap is nothing but an offset.
+#include <algorithm>
+#include <vector>
+
+#include "core/gemm.h"
+#include "core/huge_pages.h"
+#include "core/parallel.h"
+#include "core/require.h"
+#include "core/simd.h"
+#include "core/simd_math.h"
+#include "masked_conv/masked_conv.h"
+
+namespace cpc::masked_conv::cpu::CPC_ISA {
+namespace {
+
+using namespace cpc::CPC_ISA;
+
+// Rows of the product that a task takes through all of its panels: their pixels and sums stay in the second-level
+// cache.
+constexpr int64_t kBlockRows = 16 * kTileRows;
+// Depth that a tile goes through at a time: the panel's part of it stays in the cache while all tiles of a block use
+// it.
+constexpr int64_t kDepthBlock = 320;
+// Products smaller than this are not worth waking other threads for.
+constexpr int64_t kParallelFlops = 1 << 20;
+
+int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// --- Output channels in panels of tile columns ---
+
+// The output channels of a panel. Gated, its vectors are two halves: `count` channels from `first` on, and the ones
+// that gate them.
+struct Panel {
+  int64_t first, count;
+  int64_t vectors;
+};
+
+template <class E>
+class Panels {
+ public:
+  Panels(int64_t outputs, bool gated)
+      : halves_(gated ? 2 : 1), channels_(outputs / halves_), width_(kTileColumns<E> / halves_) {}
+
+  int64_t count() const { return divide_up(channels_, width_); }
+  Panel operator[](int64_t i) const {
+    const int64_t first = i * width_, count = std::min(width_, channels_ - first);
+    return {first, count, halves_ * divide_up(count, kLaneColumns<E>)};
+  }
+  // Elements in all panels before i, for products of some (padded) depth.
+  int64_t offset(int64_t i, int64_t depth) const {
+    if (i < count()) return i * kTileColumns<E> * depth;
+    return (i - 1) * kTileColumns<E> * depth + (*this)[i - 1].vectors * kLaneColumns<E> * depth;
+  }
+  // The output channel of a panel's column, or -1 for a column of padding.
+  int64_t channel(const Panel& panel, int64_t column) const {
+    const int64_t half_width = panel.vectors / halves_ * kLaneColumns<E>;
+    const int64_t half = column / half_width, within = column % half_width;
+    return within < panel.count ? half * channels_ + panel.first + within : -1;
+  }
+
+ private:
+  int64_t halves_, channels_, width_;
+};
+
+template <class E, class Storage>
+inline E to_element(Storage v) {
+  if constexpr (std::is_same_v<E, Storage>)
+    return v;
+  else
+    return widen(v);
+}
+
+template <class Storage>
+void pack_as(const Packing& problem) {
+  using E = Element<Storage>;
+  const TensorView &weight = problem.weight, &mask = problem.mask;
+  const Panels<E> panels(problem.outputs(), problem.gated);
+  const int64_t inputs = problem.inputs(), depth = padded_depth<E>(inputs), taps = problem.taps_count();
+  const int64_t out_dim = problem.transposed ? 1 : 0, kw = weight.shape[3];
+  const int64_t out_step = weight.strides[out_dim], in_step = weight.strides[1 - out_dim];
+  // Those of a mask [kh, kw] are the same for all channels.
+  const int64_t mask_out = mask.ndim == 4 ? mask.strides[out_dim] : 0,
+                mask_in = mask.ndim == 4 ? mask.strides[1 - out_dim] : 0;
+  const int64_t mask_y = mask.strides[mask.ndim - 2], mask_x = mask.strides[mask.ndim - 1];
+  parallel_for(panels.count() * taps, [&](int64_t task, int) {
+    const int64_t p = task / taps, t = task % taps;
+    const Panel panel = panels[p];
+    const int64_t columns = panel.vectors * kLaneColumns<E>, i = problem.taps[t].index / kw,
+                  j = problem.taps[t].index % kw;
+    E* out = problem.packed.as<E>() + panels.offset(p, taps * depth) + t * depth * columns;
+    const Storage* const tap = weight.as<Storage>() + i * weight.strides[2] + j * weight.strides[3];
+    const bool* const visible = mask.as<bool>() + i * mask_y + j * mask_x;
+    for (int64_t column = 0; column < columns; ++column) {
+      const int64_t n = panels.channel(panel, column);
+      for (int64_t k = 0; k < depth; ++k) {
+        const bool there = n >= 0 && k < inputs && visible[n * mask_out + k * mask_in];
+        const int64_t pair = k / kDepthStep<E> * kDepthStep<E>;
+        out[pair * columns + column * kDepthStep<E> + k % kDepthStep<E>] =
+            there ? to_element<E>(tap[n * out_step + k * in_step]) : E{};
+      }
+    }
+  });
+}
+
+// --- Forward ---
+
+// A part of the product's depth: channels [first, first + depth) of a tap.
+struct Run {
+  int64_t tap, first, depth;
+  bool ends_group;  // A tile's sums stay in registers from the end of one group to the end of the next.
+};
+
+template <class E>
+std::vector<Run> runs_of(int64_t taps, int64_t inputs) {
+  std::vector<Run> runs;
+  int64_t in_group = 0;
+  for (int64_t t = 0; t < taps; ++t)
+    for (int64_t k = 0; k < inputs; k += kDepthBlock) {
+      const int64_t depth = padded_depth<E>(std::min(kDepthBlock, inputs - k));
+      if (in_group + depth > kDepthBlock && !runs.empty()) {
+        runs.back().ends_group = true;
+        in_group = 0;
+      }
+      in_group += depth;
+      runs.push_back({t, k, depth, false});
+    }
+  if (!runs.empty()) runs.back().ends_group = true;
+  return runs;
+}
+
+// The rows of the product: pixel by pixel over the batch, all pixels or a single one.
+class Rows {
+ public:
+  explicit Rows(const Convolution& problem) : problem_(problem) {
+    if (problem.position.ndim != 0) {
+      y_ = problem.position.as<int64_t>()[0];
+      x_ = problem.position.as<int64_t>()[1];
+      count_ = problem.batch();
+    } else {
+      count_ = problem.batch() * problem.height() * problem.width();
+    }
+  }
+  struct Pixel {
+    int64_t b, y, x;
+    int64_t in(const TensorView& view) const { return b * view.strides[0] + y * view.strides[2] + x * view.strides[3]; }
+  };
+  int64_t count() const { return count_; }
+  Pixel operator[](int64_t m) const {
+    const int64_t at = m / problem_.batch();
+    return {m % problem_.batch(), y_ + at / problem_.width(), x_ + at % problem_.width()};
+  }
+
+ private:
+  const Convolution& problem_;
+  int64_t y_ = 0, x_ = 0, count_ = 0;
+};
+
+template <class Storage>
+class Convolver {
+  using E = Element<Storage>;
+  using S = Sum<E>;
+  using R = Register<S>;
+  // Whether the input's values can be multiplied where they lie.
+  static constexpr bool kInPlace = std::is_same_v<E, Storage>;
+
+ public:
+  explicit Convolver(const Convolution& problem)
+      : problem_(problem),
+        taps_(static_cast<int64_t>(problem.taps.size())),
+        depth_(padded_depth<E>(problem.inputs())),
+        panels_(problem.outputs, problem.activation == Activation::gated),
+        runs_(runs_of<E>(taps_, problem.inputs())),
+        rows_(problem),
+        gathers_(!kInPlace || depth_ != problem.inputs()) {
+    block_rows_ = kBlockRows;
+    if (gathers_)  // Its pixels are to stay in the cache too.
+      block_rows_ = std::clamp<int64_t>(
+          (int64_t{512} << 10) / std::max<int64_t>(taps_ * depth_ * sizeof(E), 1) / kTileRows * kTileRows, kTileRows,
+          kBlockRows);
+  }
+
+  void run() const {
+    for (const TensorView* result : {&problem_.output, &problem_.preactivation})
+      if (result->ndim != 0 && problem_.position.ndim == 0 && is_dense(*result, {0, 2, 3, 1}))
+        advise_huge_pages(result->data, result->numel() * static_cast<int64_t>(sizeof(Storage)));
+    const int64_t blocks = divide_up(rows_.count(), block_rows_), panels = panels_.count();
+    const bool parallel = 2 * rows_.count() * taps_ * depth_ * problem_.outputs > kParallelFlops;
+    // Few blocks are shared out by panels as well.
+    const int64_t groups = std::clamp<int64_t>(4 * workers() / std::max<int64_t>(blocks, 1), 1, panels);
+    const std::vector<E> zeros(depth_);
+    const Scratch scratch(bytes());
+    const auto body = [&](int64_t task, int worker) {
+      const int64_t block = task / groups, group = task % groups;
+      Buffers buffers(scratch.of<char>(worker), *this);
+      const int64_t first = block * block_rows_, count = std::min(block_rows_, rows_.count() - first);
+      locate(buffers, zeros.data(), first, count);
+      for (int64_t p = group * panels / groups; p < (group + 1) * panels / groups; ++p) {
+        multiply(buffers, p, count);
+        finish(buffers, p, first, count);
+      }
+    };
+    if (parallel)
+      parallel_for(blocks * groups, body);
+    else
+      for (int64_t task = 0; task < blocks * groups; ++task) body(task, 0);
+  }
+
+ private:
+  // A worker's memory.
+  struct Buffers {
+    S* sums;           // [block rows, kTileColumns]
+    S* bias;           // [kTileColumns] of the panel
+    S* condition;      // [kTileColumns] of a row
+    const E** pixels;  // [taps, block rows]: where the tap's values of a row lie.
+    bool* reaches;     // [taps, tiles]: whether a row of the tile reads more than padding.
+    E* gathered;       // [taps, block rows, depth], if they must be converted.
+
+    Buffers(char* memory, const Convolver& c) {
+      const auto take = [&](auto*& pointer, int64_t n) {
+        pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(memory);
+        memory += divide_up(n * sizeof(*pointer), 64) * 64;
+      };
+      take(sums, c.block_rows_ * kTileColumns<E>);
+      take(bias, kTileColumns<E>);
+      take(condition, kTileColumns<E>);
+      take(pixels, c.taps_ * c.block_rows_);
+      take(reaches, c.taps_ * c.block_rows_ / kTileRows);
+      gathered = reinterpret_cast<E*>(memory);
+    }
+  };
+  int64_t bytes() const {
+    return block_rows_ * kTileColumns<E> * sizeof(S) + 2 * kTileColumns<E> * sizeof(S) +
+           taps_ * block_rows_ * (sizeof(E*) + 1) + (gathers_ ? taps_ * block_rows_ * depth_ * sizeof(E) : 0) + 6 * 64;
+  }
+
+  // Finds the pixels that a block's rows read through each tap.
+  void locate(Buffers& buffers, const E* zeros, int64_t first, int64_t count) const {
+    const TensorView& input = problem_.input;
+    std::fill_n(buffers.reaches, taps_ * block_rows_ / kTileRows, false);
+    for (int64_t r = 0; r < count; ++r) {
+      const Rows::Pixel pixel = rows_[first + r];
+      for (int64_t t = 0; t < taps_; ++t) {
+        const Tap& tap = problem_.taps[t];
+        const Rows::Pixel read{pixel.b, pixel.y + tap.dy, pixel.x + tap.dx};
+        const E*& at = buffers.pixels[t * block_rows_ + r];
+        if (read.y < 0 || read.y >= problem_.height() || read.x < 0 || read.x >= problem_.width()) {
+          at = zeros;
+          continue;
+        }
+        buffers.reaches[(t * block_rows_ + r) / kTileRows] = true;
+        const Storage* from = input.as<Storage>() + read.in(input);
+        if constexpr (kInPlace) {
+          if (!gathers_) {
+            at = from;
+            continue;
+          }
+        }
+        E* const gathered = buffers.gathered + (t * block_rows_ + r) * depth_;
+        for (int64_t k = 0; k < problem_.inputs(); ++k) gathered[k] = to_element<E>(from[k]);
+        std::fill(gathered + problem_.inputs(), gathered + depth_, E{});
+        at = gathered;
+      }
+    }
+  }
+
+  void multiply(Buffers& buffers, int64_t p, int64_t count) const {
+    const int64_t vectors = panels_[p].vectors, columns = vectors * kLaneColumns<E>;
+    const E* const panel = problem_.packed.template as<E>() + panels_.offset(p, taps_ * depth_);
+    if (runs_.empty()) std::fill_n(buffers.sums, count * kTileColumns<E>, S{});
+    for (size_t begin = 0, end; begin < runs_.size(); begin = end) {
+      for (end = begin; !runs_[end].ends_group;) ++end;
+      ++end;
+      for (int64_t r = 0; r < count; r += kTileRows)
+        with_tile(std::min<int64_t>(kTileRows, count - r), vectors, [&](auto tile_rows, auto tile_vectors) {
+          Tile<E, tile_rows, tile_vectors> tile;
+          S* const sums = buffers.sums + r * kTileColumns<E>;
+          if (begin == 0)
+            tile.clear();
+          else
+            tile.load(sums, kTileColumns<E>);
+          for (size_t i = begin; i < end; ++i) {
+            const Run& run = runs_[i];
+            if (!buffers.reaches[(run.tap * block_rows_ + r) / kTileRows]) continue;
+            const E* left[tile_rows];
+            for (int j = 0; j < tile_rows; ++j) left[j] = buffers.pixels[run.tap * block_rows_ + r + j] + run.first;
+            tile.multiply([&left](int j, int64_t k) { return left[j] + k; },
+                          panel + (run.tap * depth_ + run.first) * columns, run.depth);
+          }
+          tile.store(sums, kTileColumns<E>);
+        });
+    }
+  }
+
+  // From a panel's sums to output: bias, condition, activation.
+  void finish(Buffers& buffers, int64_t p, int64_t first, int64_t count) const {
+    const Panel panel = panels_[p];
+    const bool gated = problem_.activation == Activation::gated;
+    const int64_t columns = panel.vectors * kLaneColumns<E>, half = columns / 2, gates = problem_.outputs / 2;
+    const TensorView &condition = problem_.condition, &kept = problem_.preactivation;
+    for (int64_t column = 0; column < columns; ++column) {
+      const int64_t n = panels_.channel(panel, column);
+      buffers.bias[column] = n >= 0 && problem_.bias.ndim != 0 ? widen(problem_.bias.template as<Storage>()[n]) : S{};
+      buffers.condition[column] = S{};
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      const Rows::Pixel pixel = rows_[first + r];
+      S* const sums = buffers.sums + r * kTileColumns<E>;
+      if (condition.ndim != 0) {
+        const auto read = [&](S* to, int64_t channel) {
+          const Storage* from = condition.as<Storage>() + pixel.in(condition) + channel * condition.strides[1];
+          for (int64_t i = 0; i < panel.count; ++i) to[i] = widen(from[i * condition.strides[1]]);
+        };
+        read(buffers.condition, panel.first);
+        if (gated) read(buffers.condition + half, gates + panel.first);
+      }
+      each_register(columns, [&](int64_t i) {
+        set(sums + i, get(sums + i) + get(buffers.bias + i) + get(buffers.condition + i));
+      });
+      const auto write = [&](const TensorView& to, int64_t channel, const S* from) {
+        narrow(to.as<Storage>() + pixel.in(to) + channel, from, panel.count);
+      };
+      if (kept.ndim != 0) {
+        write(kept, panel.first, sums);
+        if (gated) write(kept, gates + panel.first, sums + half);
+      }
+      if (gated)
+        each_register(half, [&](int64_t i) { set(sums + i, tanh(get(sums + i)) * sigmoid(get(sums + half + i))); });
+      else if (problem_.activation == Activation::relu)
+        each_register(columns, [&](int64_t i) {
+          const R a = get(sums + i);
+          set(sums + i, a < S{0} ? R{} : a);  // NaN stays.
+        });
+      write(problem_.output, panel.first, sums);
+    }
+  }
+
+  static R get(const S* from) {
+    R v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+  }
+  static void set(S* to, R v) { std::memcpy(to, &v, sizeof v); }
+  template <class Work>
+  static void each_register(int64_t columns, const Work& work) {
+    for (int64_t i = 0; i < columns; i += kLaneColumns<E>) work(i);
+  }
+
+  const Convolution& problem_;
+  int64_t taps_, depth_, block_rows_;
+  Panels<E> panels_;
+  std::vector<Run> runs_;
+  Rows rows_;
+  bool gathers_;
+};
+
+// --- Gradients ---
+
+// Pixels that activation_grad sums a bias's gradient over before the sums are added up: the same for any number of
+// threads.
+constexpr int64_t kBiasPixels = 256;
+
+template <class Storage>
+void activation_grad_as(const ActivationGrad& problem) {
+  using E = Element<Storage>;
+  using S = Sum<E>;
+  using R = Register<S>;
+  constexpr int64_t kLanes = kLaneColumns<E>;
+  const TensorView& grad = problem.grad;
+  const int64_t n = problem.outputs(), gates = n / 2, given = grad.shape[1];
+  const int64_t pixels = grad.shape[0] * grad.shape[2] * grad.shape[3], parts = divide_up(pixels, kBiasPixels);
+  const bool sums_bias = problem.bias_grad.ndim != 0;
+  const int64_t padded = divide_up(given, kLanes) * kLanes;
+  std::vector<S> partial(sums_bias ? parts * n : 0);
+  const Scratch scratch(5 * padded * sizeof(S));
+  parallel_for(parts, [&](int64_t part, int worker) {
+    // A pixel's gradients and saved values, and the gradients in a: two of each where gated.
+    S* const in = scratch.of<S>(worker);
+    S *const saved = in + padded, *const result = saved + 2 * padded;
+    const auto each = [&](const auto& work) {
+      for (int64_t i = 0; i < padded; i += kLanes) work(i);
+    };
+    const auto get = [](const S* from) {
+      R v;
+      std::memcpy(&v, from, sizeof v);
+      return v;
+    };
+    const auto set = [](S* to, R v) { std::memcpy(to, &v, sizeof v); };
+    const auto read = [&](S* to, const TensorView& from, int64_t offset) {
+      const Storage* values = from.as<Storage>() + offset;
+      for (int64_t i = 0; i < given; ++i) to[i] = widen(values[i]);
+    };
+    std::fill_n(in, 5 * padded, S{});
+    for (int64_t at = part * kBiasPixels; at < std::min(pixels, (part + 1) * kBiasPixels); ++at) {
+      read(in, grad, at * given);
+      const S* a = in;
+      if (problem.activation == Activation::relu) {
+        read(saved, problem.saved, at * n);
+        each([&](int64_t i) { set(result + i, get(saved + i) > S{0} ? get(in + i) : R{}); });
+        a = result;
+      } else if (problem.activation == Activation::gated) {
+        read(saved, problem.saved, at * n);
+        read(saved + padded, problem.saved, at * n + gates);
+        each([&](int64_t i) {
+          const R t = tanh(get(saved + i)), s = sigmoid(get(saved + padded + i)), g = get(in + i);
+          set(result + i, g * s * (1 - t * t));
+          set(result + padded + i, g * t * s * (1 - s));
+        });
+        a = result;
+      }
+      const auto finish = [&](const S* from, int64_t channel) {
+        if (problem.activation != Activation::none)
+          narrow(problem.result.as<Storage>() + at * n + channel, from, given);
+        if (sums_bias)
+          for (int64_t i = 0; i < given; ++i) partial[part * n + channel + i] += from[i];
+      };
+      finish(a, 0);
+      if (problem.activation == Activation::gated) finish(a + padded, gates);
+    }
+  });
+  for (int64_t i = 0; sums_bias && i < n; ++i) {
+    S total = 0;
+    for (int64_t part = 0; part < parts; ++part) total += partial[part * n + i];
+    problem.bias_grad.as<Storage>()[i] = narrow<Storage>(total);
+  }
+}
+
+// What the weight's gradient packs of its operands at a time: some rows of some images.
+constexpr int64_t kSliceBytes = int64_t{1} << 20;
+// Depth that a tile goes through between being loaded and stored.
+constexpr int64_t kSliceDepth = 128;
+// Tiles of a task: enough to use a slice of the right operand often, few enough to share out.
+constexpr int64_t kTaskTiles = 8;
+
+template <class Storage>
+class WeightGradient {
+  using E = Element<Storage>;
+  using S = Sum<E>;
+
+ public:
+  explicit WeightGradient(const WeightGrad& problem)
+      : problem_(problem),
+        taps_(static_cast<int64_t>(problem.taps.size())),
+        panels_(problem.outputs(), false),
+        tiles_(divide_up(problem.channels(), kTileRows)) {
+    // Pairs of pixels that are multiplied together are of two images.
+    const int64_t batch = padded_depth<E>(problem.batch());
+    images_ = std::min(batch, padded_depth<E>(divide_up(kSliceDepth, problem.width())));
+    for (const Tap& tap : problem.taps) {
+      above_ = std::max(above_, -tap.dy);
+      below_ = std::max(below_, tap.dy);
+    }
+    const int64_t row_bytes = images_ * problem.width() * (problem.channels() + problem.outputs()) * sizeof(E);
+    slice_rows_ = std::clamp<int64_t>(kSliceBytes / row_bytes, 1, problem.height());
+    read_rows_ = std::min(slice_rows_ + above_ + below_, problem.height());
+  }
+
+  void run() const {
+    const int64_t left_size = tiles_ * read_rows_ * row_pixels() * kTileRows,
+                  right_size = panels_.count() * slice_rows_ * row_pixels() * kTileColumns<E>,
+                  sums_size = panels_.count() * taps_ * tiles_ * kTileRows * kTileColumns<E>;
+    std::vector<S> sums(sums_size);
+    const Scratch scratch = Scratch::shared((left_size + right_size + 64) * sizeof(E));
+    E* const left = scratch.of<E>(0);
+    E* const right = left + divide_up(left_size, 64) * 64;
+    for (int64_t b = 0; b < problem_.batch(); b += images_)
+      for (int64_t y = 0; y < problem_.height(); y += slice_rows_) {
+        const Slice slice = slice_at(b, y);
+        parallel_for((slice.read_end - slice.read_begin + slice.end - slice.begin) * problem_.width(),
+                     [&](int64_t task, int) { pack(slice, left, right, task); });
+        const int64_t tasks = divide_up(tiles_, kTaskTiles);
+        parallel_for(panels_.count() * tasks, [&](int64_t task, int) {
+          const int64_t first = task % tasks * kTaskTiles;
+          multiply(slice, left, right, sums.data(), task / tasks, first, std::min(first + kTaskTiles, tiles_));
+        });
+      }
+    write(sums.data());
+  }
+
+ private:
+  // Rows [begin, end) of the output's gradient for images b, b + 1, …, and the input's rows that their taps read.
+  struct Slice {
+    int64_t b, begin, end, read_begin, read_end;
+  };
+  Slice slice_at(int64_t b, int64_t y) const {
+    const int64_t end = std::min(y + slice_rows_, problem_.height());
+    return {b, y, end, std::clamp<int64_t>(y - above_, 0, problem_.height() - 1),
+            std::clamp<int64_t>(end + below_, 1, problem_.height())};
+  }
+  int64_t row_pixels() const { return problem_.width() * images_; }
+
+  // Packs one position of the slice, over its images: of the input for the first tasks, then of the gradient. The
+  // depth's order is (y, x, image); left lies as [tile][depth][kTileRows], right as [panel][depth][columns], both with
+  // kDepthStep steps of depth side by side.
+  void pack(const Slice& slice, E* left, E* right, int64_t task) const {
+    const int64_t width = problem_.width(), reads = (slice.read_end - slice.read_begin) * width;
+    const bool of_input = task < reads;
+    const int64_t at = of_input ? task : task - reads;
+    const TensorView& from = of_input ? problem_.input : problem_.grad;
+    const int64_t channels = from.shape[1], y = (of_input ? slice.read_begin : slice.begin) + at / width;
+    const Storage* const position = from.as<Storage>() + y * from.strides[2] + at % width * from.strides[3];
+    const auto copy = [&](E* to, int64_t first, int64_t count, int64_t columns, int64_t i) {
+      const int64_t b = slice.b + i;
+      if (b >= problem_.batch()) count = 0;
+      const Storage* const values = position + b * from.strides[0] + first;
+      E* const out = to + i / kDepthStep<E> * kDepthStep<E> * columns + i % kDepthStep<E>;
+      for (int64_t c = 0; c < count; ++c) out[c * kDepthStep<E>] = to_element<E>(values[c]);
+      for (int64_t c = count; c < columns; ++c) out[c * kDepthStep<E>] = E{};
+    };
+    for (int64_t i = 0; i < images_; ++i) {
+      if (of_input) {
+        const int64_t pitch = read_rows_ * row_pixels() * kTileRows;
+        for (int64_t tile = 0; tile < tiles_; ++tile) {
+          const int64_t first = tile * kTileRows;
+          copy(left + tile * pitch + at * images_ * kTileRows, first, std::min<int64_t>(kTileRows, channels - first),
+               kTileRows, i);
+        }
+      } else {
+        const int64_t pitch = slice_rows_ * row_pixels() * kTileColumns<E>;
+        for (int64_t p = 0; p < panels_.count(); ++p) {
+          const int64_t columns = panels_[p].vectors * kLaneColumns<E>;
+          copy(right + p * pitch + at * images_ * columns, panels_[p].first, panels_[p].count, columns, i);
+        }
+      }
+    }
+  }
+
+  // Adds a slice's part of tiles [first, last) of a panel, for every tap.
+  void multiply(const Slice& slice, const E* left, const E* right, S* sums, int64_t p, int64_t first,
+                int64_t last) const {
+    const int64_t vectors = panels_[p].vectors, columns = vectors * kLaneColumns<E>, width = problem_.width();
+    const int64_t left_pitch = read_rows_ * row_pixels() * kTileRows;
+    const E* const panel = right + p * slice_rows_ * row_pixels() * kTileColumns<E>;
+    for (int64_t t = 0; t < taps_; ++t) {
+      const Tap& tap = problem_.taps[t];
+      const int64_t x_begin = std::max<int64_t>(0, -tap.dx), x_end = std::min(width, width - tap.dx);
+      const int64_t depth = (x_end - x_begin) * images_;
+      const int64_t y_end = std::min(slice.end, problem_.height() - tap.dy);
+      for (int64_t y = std::max(slice.begin, -tap.dy); depth > 0 && y < y_end; ++y) {
+        const int64_t reads = ((y + tap.dy - slice.read_begin) * width + x_begin + tap.dx) * images_;
+        const int64_t gives = ((y - slice.begin) * width + x_begin) * images_;
+        for (int64_t i = first; i < last; ++i) {
+          const E* const from = left + i * left_pitch + reads * kTileRows;
+          S* const tile_sums = sums + ((p * taps_ + t) * tiles_ + i) * kTileRows * kTileColumns<E>;
+          with_tile(kTileRows, vectors, [&](auto, auto tile_vectors) {
+            Tile<E, kTileRows, tile_vectors> tile;
+            tile.load(tile_sums, kTileColumns<E>);
+            tile.multiply([from](int r, int64_t k) { return from + k * kTileRows + r * kDepthStep<E>; },
+                          panel + gives * columns, depth);
+            tile.store(tile_sums, kTileColumns<E>);
+          });
+        }
+      }
+    }
+  }
+
+  void write(const S* sums) const {
+    const TensorView &out = problem_.weight_grad, &mask = problem_.mask;
+    const int64_t kh = out.shape[2], kw = out.shape[3], channels = problem_.channels();
+    std::vector<int64_t> place(kh * kw, -1);
+    for (int64_t t = 0; t < taps_; ++t) place[problem_.taps[t].index] = t;
+    const int64_t mask_out = mask.ndim == 4 ? mask.strides[0] : 0, mask_in = mask.ndim == 4 ? mask.strides[1] : 0;
+    const int64_t mask_y = mask.strides[mask.ndim - 2], mask_x = mask.strides[mask.ndim - 1];
+    parallel_for(problem_.outputs(), [&](int64_t o, int) {
+      const int64_t p = o / kTileColumns<E>, column = o % kTileColumns<E>;
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t i = 0; i < kh; ++i)
+          for (int64_t j = 0; j < kw; ++j) {
+            const int64_t t = place[i * kw + j];
+            const bool visible = t >= 0 && mask.as<bool>()[o * mask_out + c * mask_in + i * mask_y + j * mask_x];
+            S value = 0;
+            if (visible)
+              value = sums[(((p * taps_ + t) * tiles_ + c / kTileRows) * kTileRows + c % kTileRows) * kTileColumns<E> +
+                           column];
+            out.as<Storage>()[o * out.strides[0] + c * out.strides[1] + i * out.strides[2] + j * out.strides[3]] =
+                narrow<Storage>(value);
+          }
+    });
+  }
+
+  const WeightGrad& problem_;
+  int64_t taps_;
+  Panels<E> panels_;
+  int64_t tiles_;                  // Of input channels.
+  int64_t above_ = 0, below_ = 0;  // Rows that taps reach beyond a row.
+  int64_t images_, slice_rows_, read_rows_;
+};
+
+}  // namespace
+
+int64_t packed_bytes(int64_t outputs, int64_t inputs, int64_t taps, DType dtype, bool gated) {
+  int64_t bytes = 0;
+  with_floating(dtype, [&](auto storage) {
+    using E = Element<decltype(storage)>;
+    const Panels<E> panels(outputs, gated);
+    bytes = panels.offset(panels.count(), taps * padded_depth<E>(inputs)) * sizeof(E);
+  });
+  return bytes;
+}
+
+void pack(const Packing& problem) {
+  with_floating(problem.weight.dtype, [&](auto storage) { pack_as<decltype(storage)>(problem); });
+}
+
+void convolve(const Convolution& problem) {
+  if (problem.batch() == 0) return;
+  with_floating(problem.input.dtype, [&](auto storage) { Convolver<decltype(storage)>(problem).run(); });
+}
+
+void activation_grad(const ActivationGrad& problem) {
+  with_floating(problem.grad.dtype, [&](auto storage) { activation_grad_as<decltype(storage)>(problem); });
+}
+
+void weight_grad(const WeightGrad& problem) {
+  with_floating(problem.input.dtype, [&](auto storage) { WeightGradient<decltype(storage)>(problem).run(); });
+}
+
+}  // namespace cpc::masked_conv::cpu::CPC_ISA

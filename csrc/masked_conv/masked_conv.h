@@ -1,0 +1,138 @@
+// Masked convolution at stride 1 with zero padding: the contract of the CPU and CUDA kernels.
+//
+// Forward. With `before(k) = dilation * (k - 1) / 2` rows (or columns) of padding before the first, tap (i, j) of the
+// kernel reads the input's pixel (y + dy, x + dx), dy = i * dilation - before(kh) and dx likewise; zero outside. For
+// image b, pixel (y, x) and output channel n of N:
+//   a[n] = bias[n] + condition[b, n, y, x] + sum over taps and channels k of weight[n, k, i, j] * input[b, k, y + dy, x
+//   + dx] output[n] = a[n], max(a[n], 0), or tanh(a[n]) * sigmoid(a[n + N / 2]) for n < N / 2 where gated.
+// Only the taps in `taps` are summed: those that a mask leaves visible to some channel and that reach the input. Where
+// the mask differs between channels, it has been multiplied into the packed weights. Sums run over taps in their order
+// and over channels within, in one chain of additions, so that a pixel computed alone is bit for bit the same.
+//
+// Gradients. In the input: the same convolution with the weight transposed and dy, dx negated. In the weight: for each
+// tap the product of shifted input and output gradient, times the mask, zero for taps not in `taps`. All sums are in
+// float, in double where the tensors are; in a fixed order, the same for any number of threads.
+//
+// Who owns memory: the caller, all of it. Kernels allocate only bounded scratch memory.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "core/isa.h"
+#include "core/tensor_view.h"
+
+namespace cpc::masked_conv {
+
+struct Tap {
+  int64_t index;   // i * kw + j
+  int64_t dy, dx;  // Where it reads, relative to the output's pixel.
+};
+
+enum class Activation { none, relu, gated };
+
+// Weights to the order in which a kernel reads them, which is the device's own. Kernels read nothing but this.
+struct Packing {
+  TensorView weight;  // [O, C, kh, kw], floating, any strides.
+  TensorView mask;    // [kh, kw] or [O, C, kh, kw], boolean, any strides.
+  TensorView packed;  // [packed_bytes(...)] u8, aligned to 64 bytes.
+  std::vector<Tap> taps;
+  bool transposed = false;  // From O to C channels, for the gradient in the input. Else from C to O.
+  bool gated = false;       // Outputs n and n + N / 2 are needed together.
+
+  int64_t outputs() const { return weight.shape[transposed ? 1 : 0]; }
+  int64_t inputs() const { return weight.shape[transposed ? 0 : 1]; }
+  int64_t taps_count() const { return static_cast<int64_t>(taps.size()); }
+};
+
+struct Convolution {
+  TensorView input;          // [B, K, H, W], floating, channels innermost and dense.
+  TensorView packed;         // Of a packing with N outputs and K inputs, in the input's type.
+  TensorView bias;           // [N] of the input's type, dense, or absent.
+  TensorView condition;      // [B, N, H, W] of the input's type, any strides, 0 among them; or absent.
+  TensorView position;       // [2] i64, dense: row and column of the only pixel to compute. Absent: all of them.
+  TensorView output;         // [B, N or N / 2, H, W] of the input's type: channel stride 1, else any strides.
+  TensorView preactivation;  // [B, N, H, W] likewise: a, or absent.
+  std::vector<Tap> taps;
+  Activation activation = Activation::none;
+  int64_t outputs = 0;  // N.
+  bool tf32 = false;    // Whether CUDA may round float operands to TF32.
+
+  int64_t batch() const { return input.shape[0]; }
+  int64_t inputs() const { return input.shape[1]; }
+  int64_t height() const { return input.shape[2]; }
+  int64_t width() const { return input.shape[3]; }
+};
+
+// From the gradient in the output to that in a, and the bias's.
+struct ActivationGrad {
+  TensorView grad;       // [B, N or N / 2, H, W], channels innermost and dense.
+  TensorView saved;      // The output where relu, a where gated; like grad. Absent where there is no activation.
+  TensorView result;     // [B, N, H, W] like grad. Absent where there is no activation: it would be grad.
+  TensorView bias_grad;  // [N], dense, of grad's type, or absent.
+  // CUDA only: partial sums, [kBiasParts, N] of the computing type; absent without bias_grad.
+  TensorView workspace;
+  Activation activation = Activation::none;
+
+  int64_t outputs() const { return activation == Activation::gated ? 2 * grad.shape[1] : grad.shape[1]; }
+};
+
+struct WeightGrad {
+  TensorView input;        // [B, C, H, W], channels innermost and dense.
+  TensorView grad;         // In a: [B, O, H, W], of the input's type, likewise.
+  TensorView mask;         // As of the packing.
+  TensorView weight_grad;  // [O, C, kh, kw] of the input's type, dense in any order of the dimensions.
+  TensorView workspace;    // CUDA only: [weight_grad_workspace(...)] u8, aligned to 64 bytes.
+  std::vector<Tap> taps;
+  bool tf32 = false;
+
+  int64_t batch() const { return input.shape[0]; }
+  int64_t channels() const { return input.shape[1]; }
+  int64_t outputs() const { return grad.shape[1]; }
+  int64_t height() const { return input.shape[2]; }
+  int64_t width() const { return input.shape[3]; }
+};
+
+// The taps of a kernel by their indices. Throws std::invalid_argument for one that there is not.
+std::vector<Tap> taps_of(const std::vector<int64_t>& indices, int64_t kh, int64_t kw, int64_t dilation, bool negated);
+
+// Throw std::invalid_argument naming the argument where a shape, type or layout is not as above.
+void check(const Packing& problem, int64_t packed_bytes);
+void check(const Convolution& problem, int64_t packed_bytes, bool position_on_host);
+void check(const ActivationGrad& problem);
+void check(const WeightGrad& problem);
+
+namespace cpu {
+CPC_DECLARE_AT_EACH_ISA(int64_t packed_bytes(int64_t outputs, int64_t inputs, int64_t taps, DType dtype, bool gated);
+                        void pack(const Packing& problem); void convolve(const Convolution& problem);
+                        void activation_grad(const ActivationGrad& problem);
+                        void weight_grad(const WeightGrad& problem))
+inline int64_t packed_bytes(int64_t outputs, int64_t inputs, int64_t taps, DType dtype, bool gated) {
+  CPC_CALL_AT_ISA(packed_bytes, outputs, inputs, taps, dtype, gated)
+}
+inline void pack(const Packing& problem) { CPC_CALL_AT_ISA(pack, problem) }
+inline void convolve(const Convolution& problem) { CPC_CALL_AT_ISA(convolve, problem) }
+inline void activation_grad(const ActivationGrad& problem) { CPC_CALL_AT_ISA(activation_grad, problem) }
+inline void weight_grad(const WeightGrad& problem) { CPC_CALL_AT_ISA(weight_grad, problem) }
+}  // namespace cpu
+
+namespace cuda {
+constexpr int64_t kBiasParts = 128;
+#if defined(CPC_WITH_CUDA)
+int64_t packed_bytes(int64_t outputs, int64_t inputs, int64_t taps, DType dtype, bool gated);
+int64_t weight_grad_workspace(const WeightGrad& problem);
+void pack(const Packing& problem, void* stream);
+void convolve(const Convolution& problem, void* stream);
+void activation_grad(const ActivationGrad& problem, void* stream);
+void weight_grad(const WeightGrad& problem, void* stream);
+#else
+constexpr int64_t (*packed_bytes)(int64_t, int64_t, int64_t, DType, bool) = nullptr;
+constexpr int64_t (*weight_grad_workspace)(const WeightGrad&) = nullptr;
+constexpr void (*pack)(const Packing&, void*) = nullptr;
+constexpr void (*convolve)(const Convolution&, void*) = nullptr;
+constexpr void (*activation_grad)(const ActivationGrad&, void*) = nullptr;
+constexpr void (*weight_grad)(const WeightGrad&, void*) = nullptr;
+#endif
+}  // namespace cuda
+
+}  // namespace cpc::masked_conv
