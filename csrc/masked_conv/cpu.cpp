@@ -189,8 +189,8 @@ class Convolver {
         advise_huge_pages(result->data, result->numel() * static_cast<int64_t>(sizeof(Storage)));
     const int64_t blocks = divide_up(rows_.count(), block_rows_), panels = panels_.count();
     const bool parallel = 2 * rows_.count() * taps_ * depth_ * problem_.outputs > kParallelFlops;
-    // Few blocks are shared out by panels as well.
-    const int64_t groups = std::clamp<int64_t>(4 * workers() / std::max<int64_t>(blocks, 1), 1, panels);
+    // Few blocks are shared out by panels as well, so that all workers end at about the same time.
+    const int64_t groups = std::clamp<int64_t>(divide_up(32 * workers(), blocks), 1, panels);
     const std::vector<E> zeros(depth_);
     const Scratch scratch(bytes());
     const auto body = [&](int64_t task, int worker) {
