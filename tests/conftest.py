@@ -61,8 +61,10 @@ def emulated_native(request: pytest.FixtureRequest):
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """Every device with kernels; a test that takes this runs once on each.
 
-    Emulated, tensors are the CPU's while the ops call the CUDA kernels: see csrc/core/cuda/emulation.
+    Emulated, tensors are the CPU's while the ops call the CUDA kernels: see csrc/core/cuda/emulation. Convolutions of
+    float32 are not rounded to TF32, which PyTorch allows them by default.
     """
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     if request.param != "emulated":

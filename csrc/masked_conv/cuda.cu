@@ -30,8 +30,8 @@ using SumOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // What fits a kernel's parameters, of 4 KiB, beside everything else: all taps of a kernel of 27 x 27.
 constexpr int64_t kMaxTaps = 768;
-// Coordinates, with a tap's offset added, fit an int.
-constexpr int64_t kMaxSide = 1 << 30;
+// Counts that kernels keep in 32 bits, sums of two of them included.
+constexpr int64_t kMaxCount = 1 << 30;
 
 struct Taps {
   struct Offset {
@@ -72,17 +72,16 @@ TapIndices indices_of(const std::vector<Tap>& taps) {
   return indices;
 }
 
-// The depth of the product: taps times channels, which kernels count in 32 bits.
+// The depth of the product: taps times channels.
 int depth_of(int64_t taps, int64_t channels) {
-  constexpr int64_t kMaxDepth = 1 << 30;
-  if (taps * channels > kMaxDepth)
+  if (std::max(taps, int64_t{1}) * channels > kMaxCount)
     throw std::invalid_argument("the CUDA kernels take at most 2^30 visible taps times channels, got " +
                                 std::to_string(taps * channels));
   return static_cast<int>(taps * channels);
 }
 
 void require_image_size(int64_t height, int64_t width) {
-  if (height > kMaxSide || width > kMaxSide || height * width > kMaxSide)
+  if (height * width > kMaxCount)
     throw std::invalid_argument("the CUDA kernels take images of at most 2^30 pixels, got " + std::to_string(height) +
                                 "x" + std::to_string(width));
 }
@@ -153,18 +152,21 @@ __global__ void __launch_bounds__(kThreads) pack_weights(const __grid_constant__
 // --- Convolution ---
 
 // A block's tile of rows x outputs, by warps of kRowTiles * 16 rows x one panel, with kStages slices on their way.
-template <int kRowTiles_, int kWarpRows_, int kWarpPanels_, int kStages_, int kBlocks_>
+template <int kRowTiles_, int kWarpRows_, int kPanels_, int kStages_, int kBlocks_, bool kWholeChunks_>
 struct Tile {
-  static constexpr int kRowTiles = kRowTiles_, kWarpRows = kWarpRows_, kPanels = kWarpPanels_, kStages = kStages_;
+  static constexpr int kRowTiles = kRowTiles_, kWarpRows = kWarpRows_, kPanels = kPanels_, kStages = kStages_;
   static constexpr int kRows = 16 * kRowTiles * kWarpRows, kColumns = kWarpColumns * kPanels;
   static constexpr int kThreads = kWarp * kWarpRows * kPanels;
   static constexpr int kBlocks = kBlocks_;  // On a multiprocessor, at least: bounds the registers.
   static constexpr int kABytes = kRows * kSliceBytes, kStageBytes = kABytes + kColumns * kSliceBytes;
+  // Whether it only takes pixels of whole chunks of 16 bytes, aligned. Others are copied value by value, which no tile
+  // makes fast.
+  static constexpr bool kWholeChunks = kWholeChunks_;
 };
-using LargeTile = Tile<4, 2, 4, 4, 2>;  // 128 x 128: the fewest bytes a product.
-using SmallTile = Tile<2, 2, 2, 4, 4>;  // 64 x 64: for problems that do not fill the GPU with large ones.
+using LargeTile = Tile<4, 2, 4, 4, 2, true>;   // 128 x 128: the fewest bytes a product.
+using SmallTile = Tile<2, 2, 2, 4, 4, false>;  // 64 x 64: for problems that do not fill the GPU with large ones.
 // 32 x 32, with many slices on their way: one pixel of a batch, where all that matters is how fast weights arrive.
-using PixelTile = Tile<1, 2, 1, 8, 8>;
+using PixelTile = Tile<1, 2, 1, 8, 8, true>;
 
 template <class T>
 struct ConvolveArguments {
@@ -257,9 +259,15 @@ class Slices {
   __device__ void skip() {
     while (any() && !seen()) step();
   }
-  __device__ bool seen() const {
+  // Whether a tap of this slice sees something. Most slices begin with the tap of the one before.
+  __device__ bool seen() {
+    if (place_.tap != known_tap_) {
+      known_tap_ = place_.tap;
+      known_ = box_.sees(a_, known_tap_);
+    }
+    if (known_) return true;
     const DepthPlace end = place_.after(kDepth<T> - 1, a_.channels);
-    for (int tap = place_.tap; tap <= end.tap && tap < a_.taps.count; ++tap)
+    for (int tap = place_.tap + 1; tap <= end.tap && tap < a_.taps.count; ++tap)
       if (box_.sees(a_, tap)) return true;
     return false;
   }
@@ -268,6 +276,8 @@ class Slices {
   const Box& box_;
   int index_ = 0;
   DepthPlace place_ = {0, 0};
+  int known_tap_ = -1;
+  bool known_ = false;
 };
 
 // One value to shared memory; before the next barrier but one it may be under way.
@@ -308,40 +318,46 @@ class TileCopies {
     }
   }
 
-  __device__ void start(unsigned char* stage, const Slices<T>& slices) const {
+  __device__ void start(unsigned char* stage, const Slices<T>& slices) {
+    unsigned char* const to = stage + chunk_of_row(row_, chunk_);
 #pragma unroll
     for (int i = 0; i < kBCopies; ++i)
-      copy_async<kChunkBytes>(stage + Tile::kABytes + chunk_of_row(row_ + i * kRowStep, chunk_),
+      copy_async<kChunkBytes>(to + Tile::kABytes + i * kStepBytes,
                               weights_[i] + int64_t{slices.index()} * kPanelSliceBytes, panel_exists_[i]);
     DepthPlace place = slices.place().after(chunk_ * kChunk<T>, a_.channels);
-    if (a_.whole_chunks) {
-      copy_pixels(place, [&](int i, const T* from, bool inside) {
-        copy_async<kChunkBytes>(stage + chunk_of_row(row_ + i * kRowStep, chunk_), from, inside);
-      });
+    if (Tile::kWholeChunks || a_.whole_chunks) {
+      look_through(place.tap);
+#pragma unroll
+      for (int i = 0; i < kACopies; ++i)
+        copy_async<kChunkBytes>(to + i * kStepBytes, seen_[i] + place.channel, inside_[i]);
     } else {
-      for (int e = 0; e < kChunk<T>; ++e, place = place.after(1, a_.channels))
-        copy_pixels(place, [&](int i, const T* from, bool inside) {
-          copy_value(reinterpret_cast<T*>(stage + chunk_of_row(row_ + i * kRowStep, chunk_)) + e, from, inside);
-        });
+      for (int e = 0; e < kChunk<T>; ++e, place = place.after(1, a_.channels)) {
+        look_through(place.tap);
+#pragma unroll
+        for (int i = 0; i < kACopies; ++i)
+          copy_value(reinterpret_cast<T*>(to + i * kStepBytes) + e, seen_[i] + place.channel, inside_[i]);
+      }
     }
   }
 
  private:
-  static constexpr int kRowStep = Tile::kThreads / kChunksOfSlice;
+  static constexpr int kRowStep = Tile::kThreads / kChunksOfSlice, kStepBytes = kRowStep * kSliceBytes;
   static constexpr int kACopies = Tile::kRows / kRowStep, kBCopies = Tile::kColumns / kRowStep;
   static_assert(kACopies * kRowStep == Tile::kRows && kBCopies * kRowStep == Tile::kColumns);
+  static_assert(kRowStep % 8 == 0);  // So that a thread's chunks lie alike in their rows.
 
-  // What each row sees through a tap, or zeros.
-  template <class Copy>
-  __device__ void copy_pixels(const DepthPlace& place, const Copy& copy) const {
-    const bool exists = place.tap < a_.taps.count;
-    const Taps::Offset by = a_.taps.at[exists ? place.tap : 0];
-    const int64_t offset = (int64_t{by.dy} * a_.width + by.dx) * a_.channels + place.channel;
+  // Finds what each row sees through a tap, unless it is known from the slice before.
+  __device__ void look_through(int tap) {
+    if (tap == tap_) return;
+    tap_ = tap;
+    const bool exists = tap < a_.taps.count;
+    const Taps::Offset by = a_.taps.at[exists ? tap : 0];
+    const int64_t offset = (int64_t{by.dy} * a_.width + by.dx) * a_.channels;
 #pragma unroll
     for (int i = 0; i < kACopies; ++i) {
-      const bool inside = exists && static_cast<unsigned>(y_[i] + by.dy) < static_cast<unsigned>(a_.height) &&
-                          static_cast<unsigned>(x_[i] + by.dx) < static_cast<unsigned>(a_.width);
-      copy(i, inside ? from_[i] + offset : a_.input, inside);
+      inside_[i] = exists && static_cast<unsigned>(y_[i] + by.dy) < static_cast<unsigned>(a_.height) &&
+                   static_cast<unsigned>(x_[i] + by.dx) < static_cast<unsigned>(a_.width);
+      seen_[i] = inside_[i] ? from_[i] + offset : a_.input;
     }
   }
 
@@ -351,6 +367,9 @@ class TileCopies {
   int y_[kACopies], x_[kACopies];
   const unsigned char* weights_[kBCopies];
   bool panel_exists_[kBCopies];
+  int tap_ = -1;
+  const T* seen_[kACopies];  // The pixel there, or where there is none, some address.
+  bool inside_[kACopies];
 };
 
 template <class Real>
@@ -425,29 +444,23 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const int64_t first_panel = blockIdx.x % a.panel_tiles * Tile::kPanels;
   const int64_t last_row = (first_row + Tile::kRows < a.rows ? first_row + Tile::kRows : a.rows) - 1;
   const Box box(a, first_row, last_row);
-  const TileCopies<T, Tile> copies(a, first_row, first_panel);
+  TileCopies<T, Tile> copies(a, first_row, first_panel);
   Slices<T> slices(a, box);
-  int started = 0;
-  const auto start_next = [&] {
-    if (slices.any()) {
-      copies.start(stages + started % Tile::kStages * Tile::kStageBytes, slices);
-      slices.next();
-      ++started;
-    }
-    commit_copies();  // An empty group where there is no more, so that waiting can count.
-  };
-  for (int i = 0; i < Tile::kStages - 1; ++i) start_next();
-
   const int warp = threadIdx.x / kWarp;
   const int warp_row = warp / Tile::kPanels * (16 * Tile::kRowTiles), warp_panel = warp % Tile::kPanels;
   WarpSums<Math, Tile::kRowTiles> sums = {};
-  for (int slice = 0; slice < started; ++slice) {
-    wait_for_copies<Tile::kStages - 2>();
-    __syncthreads();  // This slice is there for all, and the stage of the previous one is free.
-    start_next();
-    const unsigned char* const stage = stages + slice % Tile::kStages * Tile::kStageBytes;
-    add_product_of_rows<Math, Tile::kRowTiles>(sums, stage, warp_row, stage + Tile::kABytes, warp_panel * kWarpColumns);
-  }
+  pipeline<Tile::kStages>(
+      [&](int stage) {
+        if (!slices.any()) return false;
+        copies.start(stages + stage * Tile::kStageBytes, slices);
+        slices.next();
+        return true;
+      },
+      [&](int stage) {
+        const unsigned char* const tiles = stages + stage * Tile::kStageBytes;
+        add_product_of_rows<Math, Tile::kRowTiles>(sums, tiles, warp_row, tiles + Tile::kABytes,
+                                                   warp_panel * kWarpColumns);
+      });
   finish_outputs<Math, Tile::kRowTiles>(a, sums, first_row + warp_row, first_panel + warp_panel);
 }
 
@@ -459,28 +472,27 @@ void launch_convolve(ConvolveArguments<typename Math::Value>& a, void* stream) {
          stream, a);
 }
 
-// Whether large tiles, which waste no more than a quarter more of their columns than small ones, fill the GPU.
-template <class Large, class Small>
-bool large_is_better(int64_t row_tiles, int64_t columns) {
-  const int64_t large = ceil_div(columns, Large::kColumns), small = ceil_div(columns, Small::kColumns);
-  return 3 * large * Large::kColumns <= 4 * small * Small::kColumns && row_tiles * large >= multiprocessors();
+// Whether large tiles compute at most a third more columns than small ones: what they are faster by.
+bool waste_little(int64_t columns) {
+  const int64_t large = ceil_div(columns, LargeTile::kColumns) * LargeTile::kColumns;
+  const int64_t small = ceil_div(columns, SmallTile::kColumns) * SmallTile::kColumns;
+  return 3 * large <= 4 * small;
 }
 
 template <class Math>
 void choose_convolve(ConvolveArguments<typename Math::Value>& a, void* stream) {
-  if constexpr (std::is_same_v<Math, MultiplyAdds<double>>)  // A large tile's sums would not fit the registers.
-    launch_convolve<Math, SmallTile>(a, stream);
-  else if (a.position != nullptr)
-    launch_convolve<Math, PixelTile>(a, stream);
-  else if (large_is_better<LargeTile, SmallTile>(ceil_div(a.rows, LargeTile::kRows), a.panels * kWarpColumns))
-    launch_convolve<Math, LargeTile>(a, stream);
-  else
-    launch_convolve<Math, SmallTile>(a, stream);
+  // In double, a large tile's sums would not fit the registers.
+  if constexpr (!std::is_same_v<Math, MultiplyAdds<double>>) {
+    if (a.whole_chunks && a.position != nullptr) return launch_convolve<Math, PixelTile>(a, stream);
+    if (a.whole_chunks && waste_little(a.panels * kWarpColumns) &&
+        ceil_div(a.rows, LargeTile::kRows) * ceil_div(a.panels, LargeTile::kPanels) >= multiprocessors())
+      return launch_convolve<Math, LargeTile>(a, stream);
+  }
+  launch_convolve<Math, SmallTile>(a, stream);
 }
 
-template <class T>
-bool aligned_chunks(const TensorView& view, int64_t channels) {
-  return channels % kChunk<T> == 0 && reinterpret_cast<uintptr_t>(view.data) % kChunkBytes == 0;
+bool has_whole_chunks(const TensorView& view, int64_t channels) {
+  return channels * size_of(view.dtype) % kChunkBytes == 0 && reinterpret_cast<uintptr_t>(view.data) % kChunkBytes == 0;
 }
 
 template <class T>
@@ -505,7 +517,7 @@ void launch_convolve_of(const Convolution& problem, void* stream) {
                          .slices = static_cast<int>(ceil_div(depth, kDepth<T>)),
                          .activation = problem.activation,
                          .images_innermost = false,
-                         .whole_chunks = aligned_chunks<T>(problem.input, problem.inputs()),
+                         .whole_chunks = has_whole_chunks(problem.input, problem.inputs()),
                          .taps = offsets_of(problem.taps)};
   // One pixel of all images first, so that a tile at a border leaves out what its taps miss: on a grid of 7 x 7, one
   // part in six. Not where a pixel is less than the memory hands out at a time.
@@ -536,7 +548,7 @@ struct ActivationGradArguments {
 
 // Block (part, column block): a thread takes kValues neighbouring channels of every blockDim.y-th row.
 template <class T>
-__global__ void __launch_bounds__(kActivationThreads)
+__global__ void __launch_bounds__(kActivationThreads, 2)
     differentiate_activation(const __grid_constant__ ActivationGradArguments<T> a) {
   using Sum = SumOf<T>;
   constexpr int kValues = kChunk<T>;
@@ -545,8 +557,8 @@ __global__ void __launch_bounds__(kActivationThreads)
   auto* const shared = reinterpret_cast<Sum*>(dynamic_shared());
   for (int64_t block = blockIdx.x; block < a.parts * a.column_blocks; block += gridDim.x) {
     const int64_t part = block / a.column_blocks;
-    const int64_t first_column = block % a.column_blocks * blockDim.x * kValues,
-                  column = first_column + threadIdx.x * kValues;
+    const int64_t first_column = block % a.column_blocks * blockDim.x * kValues;
+    const int64_t column = first_column + threadIdx.x * kValues;
     const int64_t left = a.channels - column;
     const int count = static_cast<int>(left < 0 ? 0 : left < kValues ? left : kValues);
     const int64_t first = part * a.rows_of_part;
@@ -664,34 +676,28 @@ void launch_activation_grad(const ActivationGrad& problem, void* stream) {
 
 // --- Gradient of the weight ---
 
-using LargeGradTile = LargeTile;  // Outputs x (taps x channels).
-using SmallGradTile = SmallTile;
-constexpr int kGradStages = 4;
-
-// How a weight's gradient is split: over tiles, and over parts of the pixels so that there are blocks for a large GPU.
-// It does not depend on the GPU, and so neither do results.
+// How a weight's gradient is split: over tiles of outputs x (taps x channels), and over parts of the pixels, so that
+// there are blocks for a large GPU. It does not depend on the GPU, and so neither do results.
 struct GradPlan {
-  bool large;
+  bool whole_input_chunks, whole_grad_chunks, large;
   int depth;  // Taps x channels.
-  int64_t output_tiles, depth_tiles, parts, pixels_of_part;
+  int64_t pixels, output_tiles, depth_tiles, parts, pixels_of_part;
 
   explicit GradPlan(const WeightGrad& problem) {
     require_image_size(problem.height(), problem.width());
+    const DType dtype = problem.input.dtype;
     depth = depth_of(static_cast<int64_t>(problem.taps.size()), problem.channels());
-    // A large tile takes half as many bytes a product; not in double, see choose_convolve.
-    const int64_t outputs = problem.outputs();
-    const auto waste_little = [](int64_t n) {
-      return 3 * ceil_div(n, LargeGradTile::kColumns) * LargeGradTile::kColumns <=
-             4 * ceil_div(n, SmallGradTile::kColumns) * SmallGradTile::kColumns;
-    };
-    large = problem.input.dtype != DType::f64 && waste_little(outputs) && waste_little(depth);
-    output_tiles = ceil_div(outputs, large ? LargeGradTile::kRows : SmallGradTile::kRows);
-    depth_tiles = ceil_div(depth, large ? LargeGradTile::kColumns : SmallGradTile::kColumns);
-    constexpr int64_t kBlocks = 264, kLeastPixels = 128, kMostPixels = 1 << 30;
-    const int64_t pixels = problem.batch() * problem.height() * problem.width();
+    whole_input_chunks = has_whole_chunks(problem.input, problem.channels());
+    whole_grad_chunks = has_whole_chunks(problem.grad, problem.outputs());
+    large = dtype != DType::f64 && whole_input_chunks && whole_grad_chunks && waste_little(problem.outputs()) &&
+            waste_little(depth);
+    output_tiles = ceil_div(problem.outputs(), large ? LargeTile::kRows : SmallTile::kRows);
+    depth_tiles = ceil_div(depth, large ? LargeTile::kColumns : SmallTile::kColumns);
+    constexpr int64_t kBlocks = 264, kLeastPixels = 128;
+    pixels = problem.batch() * problem.height() * problem.width();
     const int64_t wanted = kBlocks / std::max<int64_t>(output_tiles * depth_tiles, 1);
     parts = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(pixels / kLeastPixels, 1));
-    parts = std::max(parts, ceil_div(pixels, kMostPixels));
+    parts = std::max(parts, ceil_div(pixels, kMaxCount));
     pixels_of_part = ceil_div(pixels, parts);
   }
 };
@@ -728,40 +734,39 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const auto in_image = static_cast<uint32_t>(first_pixel % (int64_t{a.height} * a.width));
 
   const int chunk = threadIdx.x % kChunksAcross, depth_row = threadIdx.x / kChunksAcross;
-  const int64_t output = first_output + chunk * kChunk<T>;
-  // Of the input's matrix: column tap * C + channel, and what that tap adds to a pixel's place.
+  const int64_t output = first_output + chunk * kChunk<T>, chunk_column = first_column + chunk * kChunk<T>;
+  // Column tap * C + channel of the input's matrix: where that tap leads from a pixel, out of the image where there is
+  // no such column, and what it adds to the pixel's address.
   struct Column {
-    bool exists;
-    Taps::Offset by;
+    int dy, dx;
     int64_t offset;
   };
   const auto column_at = [&](int64_t column) {
-    const bool exists = column < a.depth;
-    const int tap = exists ? static_cast<int>(column) / a.channels : 0;
+    if (column >= a.depth) return Column{std::numeric_limits<int>::min() / 2, 0, 0};
+    const int tap = static_cast<int>(column) / a.channels, channel = static_cast<int>(column) - tap * a.channels;
     const Taps::Offset by = a.taps.at[tap];
-    const int64_t offset =
-        (int64_t{by.dy} * a.width + by.dx) * a.channels + (static_cast<int>(column) - tap * a.channels);
-    return Column{exists, by, offset};
+    return Column{by.dy, by.dx, (int64_t{by.dy} * a.width + by.dx) * a.channels + channel};
   };
-  const int64_t chunk_column = first_column + chunk * kChunk<T>;
   const Column first = column_at(chunk_column);
+  const T* const grads = a.grad + first_pixel * a.outputs + output;
+  const T* const inputs = a.input + first_pixel * a.channels;
 
   const auto start = [&](unsigned char* stage, int slice) {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int row = depth_row + i * kDepthStep, pixel = slice * kDepth<T> + row;
       const bool exists = pixel < pixels;
-      const T* const grad = a.grad + (first_pixel + pixel) * a.outputs + output;
-      const T* const input = a.input + (first_pixel + pixel) * a.channels;
       uint32_t x, y;
       a.by_height(a.by_width(in_image + static_cast<uint32_t>(pixel), x), y);
       const auto inside = [&](const Column& column) {
-        return exists && column.exists && y + column.by.dy < static_cast<uint32_t>(a.height) &&
-               x + column.by.dx < static_cast<uint32_t>(a.width);
+        return exists && y + column.dy < static_cast<uint32_t>(a.height) &&
+               x + column.dx < static_cast<uint32_t>(a.width);
       };
       const int at = chunk_of_depth<T, kWidth>(row, chunk);
       unsigned char *const to_a = stage + at, *const to_b = stage + Tile::kABytes + at;
-      if (a.whole_grad_chunks) {
+      const T* const grad = grads + pixel * a.outputs;
+      const T* const input = inputs + int64_t{pixel} * a.channels;
+      if (Tile::kWholeChunks || a.whole_grad_chunks) {
         const bool there = exists && output < a.outputs;
         copy_async<kChunkBytes>(to_a, there ? grad : a.grad, there);
       } else {
@@ -770,7 +775,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
           copy_value(reinterpret_cast<T*>(to_a) + e, there ? grad + e : a.grad, there);
         }
       }
-      if (a.whole_input_chunks) {
+      if (Tile::kWholeChunks || a.whole_input_chunks) {
         const bool there = inside(first);
         copy_async<kChunkBytes>(to_b, there ? input + first.offset : a.input, there);
       } else {
@@ -783,27 +788,21 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     }
   };
 
-  const int slices = (pixels + kDepth<T> - 1) / kDepth<T>;
-  int started = 0;
-  const auto start_next = [&] {
-    if (started < slices) {
-      start(stages + started % kGradStages * Tile::kStageBytes, started);
-      ++started;
-    }
-    commit_copies();
-  };
-  for (int i = 0; i < kGradStages - 1; ++i) start_next();
   const int warp = threadIdx.x / kWarp;
   const int warp_row = warp / Tile::kPanels * (16 * Tile::kRowTiles), warp_column = warp % Tile::kPanels * kWarpColumns;
   WarpSums<Math, Tile::kRowTiles> sums = {};
-  for (int slice = 0; slice < slices; ++slice) {
-    wait_for_copies<kGradStages - 2>();
-    __syncthreads();
-    start_next();
-    const unsigned char* const stage = stages + slice % kGradStages * Tile::kStageBytes;
-    add_product_of_columns<Math, Tile::kRowTiles, kWidth, kWidth>(sums, stage, warp_row, stage + Tile::kABytes,
-                                                                  warp_column);
-  }
+  int slice = 0;
+  pipeline<Tile::kStages>(
+      [&](int stage) {
+        if (slice * kDepth<T> >= pixels) return false;
+        start(stages + stage * Tile::kStageBytes, slice++);
+        return true;
+      },
+      [&](int stage) {
+        const unsigned char* const tiles = stages + stage * Tile::kStageBytes;
+        add_product_of_columns<Math, Tile::kRowTiles, kWidth, kWidth>(sums, tiles, warp_row, tiles + Tile::kABytes,
+                                                                      warp_column);
+      });
 
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -875,18 +874,18 @@ void launch_weight_grad(const WeightGrad& problem, const GradPlan& plan, void* s
                                     .depth = plan.depth,
                                     .by_width = FastDivide(static_cast<uint32_t>(problem.width())),
                                     .by_height = FastDivide(static_cast<uint32_t>(problem.height())),
-                                    .whole_input_chunks = aligned_chunks<T>(problem.input, channels),
-                                    .whole_grad_chunks = aligned_chunks<T>(problem.grad, outputs),
+                                    .whole_input_chunks = plan.whole_input_chunks,
+                                    .whole_grad_chunks = plan.whole_grad_chunks,
                                     .taps = offsets_of(problem.taps)};
   const int64_t blocks = plan.parts * plan.output_tiles * plan.depth_tiles;
   const auto launch_tiles = [&]<class Tile>(Tile) {
     launch("sum_weight_grad", &sum_weight_grad<Math, Tile>,
-           {blocks, dim3(Tile::kThreads), kGradStages * Tile::kStageBytes}, stream, a);
+           {blocks, dim3(Tile::kThreads), Tile::kStages * Tile::kStageBytes}, stream, a);
   };
   if constexpr (std::is_same_v<T, double>)
-    launch_tiles(SmallGradTile{});
+    launch_tiles(SmallTile{});
   else
-    plan.large ? launch_tiles(LargeGradTile{}) : launch_tiles(SmallGradTile{});
+    plan.large ? launch_tiles(LargeTile{}) : launch_tiles(SmallTile{});
 
   FinishArguments<T> finish{.sums = a.sums,
                             .weight_grad = problem.weight_grad,

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "masked_conv/cpu.cpp"
 #include "patches/cpu.cpp"
 
 namespace cpc {
@@ -49,6 +50,49 @@ void patches() {
       }
 }
 
+// A convolution and its gradients, with more blocks, panels and slices than threads.
+void masked_conv() {
+  constexpr int64_t kBatch = 7, kIn = 20, kOut = 70, kSize = 9;
+  const auto floats = [](int64_t n) { return std::vector<float>(n, 0.5f); };
+  std::vector<float> input = floats(kBatch * kIn * kSize * kSize), output = floats(kBatch * kOut * kSize * kSize),
+                     kept = output, weight = floats(kOut * kIn * 9), bias = floats(kOut);
+  const bool visible[9] = {true, true, true, true, true, false, false, false, false};
+  const auto images = [&](std::vector<float>& values, int64_t channels) {
+    TensorView view = dense(values.data(), DType::f32, {kBatch, kSize, kSize, channels});
+    std::swap(view.shape[1], view.shape[3]), std::swap(view.strides[1], view.strides[3]);  // [B, C, W, H]
+    std::swap(view.shape[2], view.shape[3]), std::swap(view.strides[2], view.strides[3]);
+    return view;
+  };
+  masked_conv::Packing packing;
+  packing.weight = dense(weight.data(), DType::f32, {kOut, kIn, 3, 3});
+  packing.mask = dense(const_cast<bool*>(visible), DType::boolean, {3, 3});
+  packing.taps = masked_conv::taps_of({0, 1, 2, 3, 4}, 3, 3, 1, false);
+  std::vector<char> packed(masked_conv::cpu::CPC_ISA::packed_bytes(kOut, kIn, 5, DType::f32, false));
+  packing.packed = dense(packed.data(), DType::u8, {static_cast<int64_t>(packed.size())});
+  masked_conv::cpu::CPC_ISA::pack(packing);
+  masked_conv::Convolution convolution;
+  convolution.input = images(input, kIn);
+  convolution.packed = packing.packed;
+  convolution.output = images(output, kOut);
+  convolution.taps = packing.taps;
+  convolution.outputs = kOut;
+  masked_conv::cpu::CPC_ISA::convolve(convolution);
+  masked_conv::ActivationGrad activation;
+  activation.grad = images(output, kOut);
+  activation.saved = activation.grad;
+  activation.result = images(kept, kOut);
+  activation.bias_grad = dense(bias.data(), DType::f32, {kOut});
+  activation.activation = masked_conv::Activation::relu;
+  masked_conv::cpu::CPC_ISA::activation_grad(activation);
+  masked_conv::WeightGrad gradient;
+  gradient.input = convolution.input;
+  gradient.grad = activation.result;
+  gradient.mask = packing.mask;
+  gradient.weight_grad = packing.weight;
+  gradient.taps = packing.taps;
+  masked_conv::cpu::CPC_ISA::weight_grad(gradient);
+}
+
 // What a race looks like: all iterations add to one number.
 void planted_race() {
   int64_t total = 0;
@@ -56,7 +100,8 @@ void planted_race() {
   std::printf("%ld\n", static_cast<long>(total));
 }
 
-const std::map<std::string, std::function<void()>> checks = {{"patches", patches}, {"planted_race", planted_race}};
+const std::map<std::string, std::function<void()>> checks = {
+    {"masked_conv", masked_conv}, {"patches", patches}, {"planted_race", planted_race}};
 
 }  // namespace
 }  // namespace cpc

@@ -91,9 +91,10 @@ def test_an_error_reaches_python_and_the_next_launch_works(emulated_native):
         emulated_native.emulate_cuda(False)
 
 
-def test_parallel_kernels_have_no_races(emulation):
+@pytest.mark.parametrize("kernels", ["masked_conv", "patches"])
+def test_parallel_kernels_have_no_races(emulation, kernels):
     """ThreadSanitizer, over the CPU kernels with threads that it understands instead of OpenMP's."""
-    done = run(emulation / "race_check", "patches")
+    done = run(emulation / "race_check", kernels)
     assert (done.returncode, done.stdout) == (0, "done\n")
 
 

@@ -1,11 +1,20 @@
 """masked_conv2d against a plain convolution with the masked weight."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from cpc_ext.ops import masked_conv2d
-from cpc_ext.ops.masked_conv2d import gated_activation, masked_conv2d_reference
+from cpc_ext.ops.masked_conv2d import (
+    PixelConvolution,
+    _masked_conv2d,
+    gated_activation,
+    masked_conv2d_reference,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
 MASKS = {
     "above": [[1, 1, 1], [1, 1, 1], [0, 0, 0]],
@@ -16,74 +25,428 @@ MASKS = {
     "nothing": [[0, 0, 0]] * 3,
     "even": [[1, 1], [0, 1]],
     "row": [[1, 1, 0]],
+    "wide": [[1, 1, 1, 1, 1], [1, 0, 1, 0, 0]],
+    "pixel": [[1]],
 }
+# Half a unit in the last place: what rounding a result to the type costs, relative to it.
+ROUNDING = {torch.float64: 2**-53, torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+DTYPES = list(ROUNDING)
 
 
-def problem(mask, channels=3, out_channels=4, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(0)
-    input = torch.randn(2, channels, 5, 6, dtype=dtype, generator=generator)
-    weight = torch.randn(out_channels, channels, *mask.shape[-2:], dtype=dtype, generator=generator)
-    bias = torch.randn(out_channels, dtype=dtype, generator=generator)
-    return [tensor.requires_grad_() for tensor in (input, weight, bias)]
+def color_groups_mask(out_channels, channels, kh, kw, groups=3):
+    """Raster order, where a colour also sees the earlier colours of its own pixel (PixelCNN's masks)."""
+    mask = torch.ones(out_channels, channels, kh, kw, dtype=torch.bool)
+    mask[:, :, kh // 2 + 1 :] = mask[:, :, kh // 2, kw // 2 + 1 :] = False
+    of_output, of_input = (torch.arange(n) * groups // n for n in (out_channels, channels))
+    mask[:, :, kh // 2, kw // 2] = of_input < of_output[:, None]
+    return mask
+
+
+def random_mask(*shape, seed=1, visible=0.3):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < visible
+
+
+@dataclass(frozen=True)
+class Case:
+    batch: int
+    channels: int
+    out_channels: int
+    size: tuple[int, int]
+    mask: str = "raster"  # Of MASKS; "colours" or "random": a mask of its own for each channel.
+    dilation: int = 1
+    activation: str | None = None
+    condition: tuple[int, ...] | None = None  # Sizes that broadcast, -1 for those of the output.
+    layout: str = "nchw"
+
+    def mask_tensor(self):
+        if self.mask == "colours":
+            return color_groups_mask(self.out_channels, self.channels, 3, 3)
+        if self.mask == "random":
+            return random_mask(self.out_channels, self.channels, 2, 3)
+        return torch.tensor(MASKS[self.mask], dtype=torch.bool)
+
+    def tensors(self, dtype, seed=0):
+        """input, weight, bias and condition or None. The weights keep what goes into a gate near 1."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*shape):
+            return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+        mask = self.mask_tensor()
+        input = random(self.batch, self.channels, *self.size)
+        weight = random(self.out_channels, self.channels, *mask.shape[-2:])
+        weight /= (self.channels * mask.shape[-1] * mask.shape[-2]) ** 0.5
+        condition = None
+        if self.condition is not None:
+            full = (self.batch, self.out_channels, *self.size)
+            condition = random(
+                *(a if b == -1 else b for a, b in zip(full[-len(self.condition) :], self.condition, strict=True))
+            )
+        tensors = [input, weight, random(self.out_channels), condition]
+        tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+        tensors[0] = laid_out(tensors[0], self.layout)
+        return tensors
+
+
+def laid_out(tensor, layout):
+    """The same values in memory in another way."""
+    if layout == "channels_last":
+        return tensor.contiguous(memory_format=torch.channels_last)
+    if layout == "shifted":  # Dense with the channels innermost, but the first value at no round address.
+        memory = tensor.new_zeros(tensor.numel() + 1)[1:]
+        batch, channels, height, width = tensor.shape
+        memory = memory.view(batch, height, width, channels).permute(0, 3, 1, 2)
+        return memory.copy_(tensor)
+    if layout == "sliced":
+        memory = tensor.new_zeros(*tensor.shape[:3], 2 * tensor.shape[3])
+        return memory[..., ::2].copy_(tensor)
+    return tensor.contiguous()
+
+
+CASES = [
+    Case(1, 1, 2, (1, 1), "all", activation="gated"),
+    Case(2, 3, 6, (5, 6), "colours", activation="relu"),
+    Case(2, 3, 34, (7, 7), "wide", activation="gated", condition=(-1, -1, -1, -1), layout="channels_last"),
+    Case(9, 5, 6, (7, 7), "left", dilation=2, condition=(-1, 1, 1), layout="sliced"),
+    Case(1, 17, 6, (5, 6), "even", activation="relu", condition=(-1, -1, 1, 1)),
+    Case(2, 16, 34, (5, 6), "random", activation="gated", layout="shifted"),
+    # Enough for the large tiles of the CUDA kernels, forwards and, in the first, backwards.
+    Case(9, 24, 136, (5, 6), "above", activation="gated", condition=(1, -1, -1, -1), layout="channels_last"),
+    Case(5, 32, 130, (8, 8), "random", activation="relu"),
+    Case(3, 33, 66, (5, 6), "row", activation="relu"),
+    Case(9, 40, 8, (5, 5), "raster", dilation=3),
+    Case(2, 3, 4, (4, 4), "nothing", activation="gated", condition=(-1, 1, 1)),
+]
+
+
+def compare(case, device, dtype, tf32=False):
+    """Results and gradients against a convolution in float64, within what the types' rounding explains."""
+    mask = case.mask_tensor()
+    tensors = case.tensors(dtype)
+    placed = [None if tensor is None else tensor.to(device).requires_grad_() for tensor in tensors]
+    input, weight, bias, condition = placed
+    options = {"dilation": case.dilation, "activation": case.activation}
+    output = masked_conv2d(input, weight, bias, mask=mask.to(device), condition=condition, **options)
+
+    exact = [None if tensor is None else tensor.double().requires_grad_() for tensor in tensors]
+    expected = masked_conv2d_reference(*exact[:3], mask=mask, condition=exact[3], **options)
+    # The sum of the absolute values of the terms of each sum, which bounds the errors.
+    absolute = [None if tensor is None else tensor.double().abs().requires_grad_() for tensor in tensors]
+    terms = masked_conv2d_reference(*absolute[:3], mask=mask, condition=absolute[3], dilation=case.dilation)
+
+    assert output.dtype == dtype
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    rounding = ROUNDING[dtype]
+    one_sum = 2 * ROUNDING[torch.float64 if dtype == torch.float64 else torch.float32]  # Tensor cores cut digits off.
+
+    def relative_error(number):  # Of a sum of so many terms, to the sum of their absolute values.
+        return number * one_sum + (2**-10 if tf32 else 0)
+
+    def assert_within(actual, expected, error):
+        smallest = 2**-24 if dtype == torch.float16 else 0
+        excess = (actual.cpu().double() - expected).abs() - (rounding * expected.abs() * (1 + 1e-6) + error + smallest)
+        assert excess.max() <= 0, f"off by {excess.max():.3g} more than rounding explains"
+
+    taps = mask.shape[-1] * mask.shape[-2]
+    error = relative_error(case.channels * taps + 2) * terms.detach()
+    if case.activation == "gated":
+        error = sum(error.chunk(2, dim=1)) + 8 * one_sum
+    assert_within(output, expected, error)
+
+    gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    present = [i for i in range(4) if tensors[i] is not None]
+    actual = torch.autograd.grad(output, [placed[i] for i in present], gradient.to(device))
+    wanted = torch.autograd.grad(expected, [exact[i] for i in present], gradient.double())
+    bound = gradient.double().abs()
+    bounds = torch.autograd.grad(
+        terms, [absolute[i] for i in present], torch.cat([bound, bound], 1) if case.activation == "gated" else bound
+    )
+    pixels = case.batch * case.size[0] * case.size[1]
+    numbers = [case.out_channels * taps, pixels, pixels, pixels]
+    # A gate's gradient is of the rounded values that went into it, and is rounded itself.
+    of_gate = 8 * rounding if case.activation == "gated" else 0
+    for i, one, other, bound in zip(present, actual, wanted, bounds, strict=True):
+        assert one.dtype == dtype
+        # A broadcast condition's gradient is summed by PyTorch, in the type.
+        summed = pixels * rounding if i == 3 and tensors[3].numel() < terms.numel() else 0
+        assert_within(one, other, (relative_error(numbers[i]) + of_gate + summed) * bound)
+        if i == 1:
+            assert not one.cpu()[~mask.expand_as(one)].any()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.channels}-{case.out_channels}-{case.mask}")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_agrees_with_float64_in_each_type(device, dtype, case):
+    compare(case, device, dtype)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.channels}-{case.out_channels}-{case.mask}")
+def test_float32_with_tf32_allowed(device, case, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    compare(case, device, torch.float32, tf32=True)
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "gated"])
 @pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("name", MASKS)
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-def test_equals_convolution_with_masked_weight(name, dilation, activation):
-    mask = torch.tensor(MASKS[name])
-    input, weight, bias = problem(mask)
-
-    output = masked_conv2d(input, weight, bias, mask=mask.bool(), dilation=dilation, activation=activation)
-    expected = F.conv2d(input, weight * mask, bias, padding="same", dilation=dilation)
-    if activation == "relu":
-        expected = expected.clamp(min=0)
-    if activation == "gated":
-        expected = expected[:, :2].tanh() * expected[:, 2:].sigmoid()
-
-    torch.testing.assert_close(output, expected, atol=1e-12, rtol=0)
-    gradient = torch.randn_like(output)
-    actual = torch.autograd.grad(output, (input, weight, bias), gradient)
-    for one, other in zip(actual, torch.autograd.grad(expected, (input, weight, bias), gradient), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
+def test_equals_convolution_with_masked_weight(device, name, dilation, activation):
+    compare(Case(2, 3, 4, (5, 6), name, dilation, activation), device, torch.float64)
 
 
-def test_mask_per_channel_and_no_bias():
-    mask = torch.rand(4, 3, 3, 3, generator=torch.Generator().manual_seed(1)) < 0.3
-    input, weight, _ = problem(mask)
-    torch.testing.assert_close(
-        masked_conv2d(input, weight, mask=mask), F.conv2d(input, weight * mask, padding=1), atol=1e-12, rtol=0
-    )
-    torch.testing.assert_close(
-        masked_conv2d(input, weight, mask=mask), masked_conv2d_reference(input, weight, mask=mask), atol=1e-12, rtol=0
-    )
+def test_gradients_that_nobody_wants_are_not_computed(device):
+    case = Case(2, 3, 4, (5, 6), activation="gated")
+    mask = case.mask_tensor().to(device)
+    for wanted in range(3):
+        tensors = [tensor.to(device) for tensor in case.tensors(torch.float64)[:3]]
+        tensors[wanted].requires_grad_()
+        exact = [tensor.detach().clone() for tensor in tensors]
+        exact[wanted].requires_grad_()
+        masked_conv2d(*tensors, mask=mask, activation="gated").square().sum().backward()
+        masked_conv2d_reference(*exact, mask=mask, activation="gated").square().sum().backward()
+        torch.testing.assert_close(tensors[wanted].grad, exact[wanted].grad, atol=1e-12, rtol=0)
 
 
-def test_gradients_by_finite_differences():
-    mask = torch.tensor(MASKS["raster"])
-    input, weight, bias = problem(mask, channels=2, out_channels=2)
+@pytest.mark.parametrize("activation", [None, "relu", "gated"])
+def test_gradients_by_finite_differences(device, activation):
+    case = Case(1, 2, 2, (3, 3), activation=activation, condition=(-1, -1, 1, 1))
+    mask = case.mask_tensor().to(device)
+    tensors = [tensor.to(device).requires_grad_() for tensor in case.tensors(torch.float64)]
     assert torch.autograd.gradcheck(
-        lambda *tensors: masked_conv2d(*tensors, mask=mask, activation="gated"), (input[:1, :, :3, :3], weight, bias)
+        lambda input, weight, bias, condition: masked_conv2d(
+            input, weight, bias, mask=mask, activation=activation, condition=condition
+        ),
+        tensors,
     )
 
 
-def test_channels_last_stays():
-    mask = torch.tensor(MASKS["above"])
-    input, weight, bias = problem(mask, dtype=torch.float32)
-    output = masked_conv2d(input.to(memory_format=torch.channels_last), weight, bias, mask=mask)
+def test_what_the_mask_hides_may_be_anything(device):
+    case = Case(2, 3, 6, (4, 5), "colours")
+    mask = case.mask_tensor()
+    input, weight, bias, _ = (tensor if tensor is None else tensor.to(device) for tensor in case.tensors(torch.float32))
+    spoilt = weight.masked_fill(~mask.to(device), torch.nan).requires_grad_()
+    output = masked_conv2d(input, spoilt, bias, mask=mask.to(device))
+    torch.testing.assert_close(output, masked_conv2d(input, weight, bias, mask=mask.to(device)), rtol=0, atol=0)
+    output.sum().backward()
+    assert not spoilt.grad.cpu()[~mask].any()
+
+
+def test_nan_reaches_only_what_sees_it(device):
+    case = Case(2, 3, 4, (5, 6), activation="relu")
+    input, weight, bias, _ = (tensor if tensor is None else tensor.to(device) for tensor in case.tensors(torch.float32))
+    mask = case.mask_tensor()
+    clean = masked_conv2d(input, weight, bias, mask=mask.to(device), activation="relu")
+    input[0, 1, 2, 3] = torch.nan
+    output = masked_conv2d(input, weight, bias, mask=mask.to(device), activation="relu").cpu()
+    sees = torch.zeros(2, 1, 5, 6, dtype=torch.bool)
+    for i, j in mask.nonzero().tolist():
+        sees[0, 0, 2 + 1 - i, 3 + 1 - j] = True
+    assert output.isnan().equal(sees.expand_as(output))
+    assert output[~sees.expand_as(output)].equal(clean.cpu()[~sees.expand_as(output)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.channels}-{case.out_channels}-{case.mask}")
+def test_a_pixel_alone_is_the_same(device, dtype, case):
+    mask = case.mask_tensor().to(device)
+    input, weight, bias, condition = (None if tensor is None else tensor.to(device) for tensor in case.tensors(dtype))
+    if case.layout != "shifted":
+        input = laid_out(input, "channels_last")
+    options = {"dilation": case.dilation, "activation": case.activation}
+    expected = masked_conv2d(input, weight, bias, mask=mask, condition=condition, **options)
+    convolution = PixelConvolution(weight, bias, mask=mask, **options)
+    output = torch.full_like(expected, 7)
+    rows, cols = case.size
+    for row, col in {(0, 0), (rows // 2, cols // 2), (rows - 1, 0), (rows - 1, cols - 1)}:
+        convolution(input, output, torch.tensor([row, col], device=device), condition=condition)
+        assert output[:, :, row, col].equal(expected[:, :, row, col])
+        output[:, :, row, col] = 7
+        assert output.eq(7).all()
+
+
+@pytest.mark.parametrize(("position", "nearest"), [((-1, 9), (0, 5)), ((2**40, -(2**40)), (4, 0))])
+def test_a_pixel_outside_the_image(device, request, position, nearest):
+    case = Case(2, 3, 4, (5, 6))
+    mask = case.mask_tensor().to(device)
+    input, weight, *_ = (None if tensor is None else tensor.to(device) for tensor in case.tensors(torch.float32))
+    convolution = PixelConvolution(weight, mask=mask)
+    output = torch.zeros(2, 5, 6, 4, device=device).permute(0, 3, 1, 2)
+    at = torch.tensor(position, device=device)
+    if request.node.callspec.params["device"] == "cpu":
+        with pytest.raises(ValueError, match="position must lie in the input of 5x6"):
+            convolution(laid_out(input, "channels_last"), output, at)
+    else:  # Looking at it would stall the stream: clamped.
+        convolution(laid_out(input, "channels_last"), output, at)
+        row, col = nearest
+        assert output[:, :, row, col].equal(masked_conv2d(input, weight, mask=mask)[:, :, row, col])
+        output[:, :, row, col] = 0
+        assert not output.any()
+
+
+def test_mask_and_weight_of_any_strides(device):
+    case = Case(2, 5, 6, (4, 5), "colours")
+    input, weight, bias, _ = case.tensors(torch.float32)
+    mask = case.mask_tensor()
+    expected = masked_conv2d_reference(input, weight, bias, mask=mask)
+    reversed_order = [
+        tensor.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0).to(device) for tensor in (weight, mask)
+    ]
+    reversed_order[0].requires_grad_()
+    output = masked_conv2d(input.to(device), reversed_order[0], bias.to(device), mask=reversed_order[1])
+    torch.testing.assert_close(output.cpu(), expected, rtol=1e-5, atol=1e-5)
+    (expected_grad,) = torch.autograd.grad(
+        masked_conv2d_reference(input, weight.requires_grad_(), bias, mask=mask).square().sum(), weight
+    )
+    (grad,) = torch.autograd.grad(output.square().sum(), reversed_order[0])
+    torch.testing.assert_close(grad.cpu(), expected_grad, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_with_any_strides(device):
+    case = Case(2, 5, 6, (4, 5))
+    input, weight, bias, _ = (tensor if tensor is None else tensor.to(device) for tensor in case.tensors(torch.float64))
+    weight.requires_grad_()
+    output = masked_conv2d(input, weight, bias, mask=case.mask_tensor().to(device))
+    gradient = torch.randn(6, 1, 5, 4, dtype=torch.float64, device=device).permute(1, 0, 3, 2).expand(2, 6, 4, 5)
+    (one,) = torch.autograd.grad(output, weight, gradient, retain_graph=True)
+    (other,) = torch.autograd.grad(output, weight, gradient.contiguous())
+    assert one.equal(other)
+
+
+def test_mask_per_channel_and_no_bias(device):
+    mask = random_mask(4, 3, 3, 3)
+    input, weight, *_ = Case(2, 3, 4, (5, 6), "all").tensors(torch.float64)
+    output = masked_conv2d(input.to(device), weight.to(device), mask=mask.to(device)).cpu()
+    torch.testing.assert_close(output, F.conv2d(input, weight * mask, padding=1), atol=1e-12, rtol=0)
+
+
+def test_channels_last_stays(device):
+    case = Case(2, 3, 4, (5, 6), layout="channels_last")
+    input, weight, bias, _ = (tensor if tensor is None else tensor.to(device) for tensor in case.tensors(torch.float32))
+    output = masked_conv2d(input, weight, bias, mask=case.mask_tensor().to(device))
     assert output.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_empty_batch():
-    mask = torch.tensor(MASKS["above"])
-    _, weight, bias = problem(mask)
-    input = torch.zeros(0, 3, 5, 6, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_results_do_not_vary(device, dtype):
+    case = Case(9, 17, 34, (7, 7), activation="gated")
+    mask = case.mask_tensor().to(device)
+
+    def run(threads):
+        torch.set_num_threads(threads)
+        tensors = [tensor.to(device).requires_grad_() for tensor in case.tensors(dtype)[:3]]
+        output = masked_conv2d(*tensors, mask=mask, activation="gated")
+        return output, *torch.autograd.grad(output, tensors, output.detach())
+
+    before = torch.get_num_threads()
+    try:
+        first, *others = [run(threads) for threads in ((1, 2, 2, 3) if device.type == "cpu" else (1, 1))]
+    finally:
+        torch.set_num_threads(before)
+    for other in others:
+        assert all(a.equal(b) for a, b in zip(first, other, strict=True))
+
+
+def test_empty_batch(device):
+    mask = torch.tensor(MASKS["above"], device=device)
+    weight = torch.randn(4, 3, 3, 3, dtype=torch.float64, device=device, requires_grad=True)
+    bias = torch.randn(4, dtype=torch.float64, device=device, requires_grad=True)
+    input = torch.zeros(0, 3, 5, 6, dtype=torch.float64, device=device, requires_grad=True)
     output = masked_conv2d(input, weight, bias, mask=mask, activation="gated")
     output.sum().backward()
     assert output.shape == (0, 2, 5, 6)
     assert input.grad.shape == input.shape
     assert not weight.grad.any()
+    assert not bias.grad.any()
+    position = torch.zeros(2, dtype=torch.int64, device=device)
+    PixelConvolution(weight, bias, mask=mask, activation="gated")(input.detach(), output.detach(), position)
+
+
+def test_opcheck(device):
+    case = Case(2, 3, 4, (3, 4), activation="gated", condition=(-1, -1, -1, -1))
+    input, weight, bias, condition = (tensor.to(device).requires_grad_() for tensor in case.tensors(torch.float32))
+    mask = case.mask_tensor().to(device)
+    torch.library.opcheck(_masked_conv2d, (input, weight, bias, mask, condition, 1, "gated", True))
+    torch.library.opcheck(_masked_conv2d, (input, weight, None, mask, None, 2, "relu", False))
+
+
+def test_compiles_into_one_graph():
+    case = Case(2, 3, 4, (5, 6), activation="gated")
+    mask = case.mask_tensor()
+    tensors = [tensor.requires_grad_() for tensor in case.tensors(torch.float32)[:3]]
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(input, weight, bias):
+        return masked_conv2d(input * 2, weight, bias, mask=mask, activation="gated").relu()
+
+    plain = masked_conv2d(tensors[0] * 2, *tensors[1:], mask=mask, activation="gated").relu()
+    output = compiled(*tensors)
+    torch.testing.assert_close(output, plain)
+    for one, other in zip(
+        torch.autograd.grad(output.square().sum(), tensors),
+        torch.autograd.grad(plain.square().sum(), tensors),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_autocast(device):
+    case = Case(2, 3, 4, (5, 6), activation="gated", condition=(-1, 1, 1))
+    tensors = [tensor.to(device).requires_grad_() for tensor in case.tensors(torch.float32)]
+    mask = case.mask_tensor().to(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        output = masked_conv2d(*tensors[:3], mask=mask, activation="gated", condition=tensors[3])
+    assert output.dtype == torch.bfloat16
+    cast = [tensor.detach().bfloat16() for tensor in tensors]
+    assert output.equal(masked_conv2d(*cast[:3], mask=mask, activation="gated", condition=cast[3]))
+    output.float().square().sum().backward()
+    assert all(tensor.grad.dtype == torch.float32 and tensor.grad.any() for tensor in tensors)
+
+
+def test_more_taps_than_the_cuda_kernels_take(device, request):
+    side = 29  # 841 taps, above kMaxTaps in csrc/masked_conv/cuda.cu.
+    tensors = [tensor.to(device) for tensor in (torch.ones(1, 1, 30, 30), torch.ones(2, 1, side, side))]
+    mask = torch.ones(side, side, dtype=torch.bool, device=device)
+    if request.node.callspec.params["device"] == "cpu":
+        torch.testing.assert_close(
+            masked_conv2d(*tensors, mask=mask), masked_conv2d_reference(*tensors, mask=mask), rtol=1e-5, atol=1e-4
+        )
+    else:
+        with pytest.raises(ValueError, match="at most 768 visible taps, got 841"):
+            masked_conv2d(*tensors, mask=mask)
+
+
+@pytest.mark.cuda
+def test_a_cuda_graph_moves_the_pixel():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    case = Case(9, 40, 64, (7, 7), activation="gated")
+    mask = case.mask_tensor().cuda()
+    input, weight, bias, _ = (tensor if tensor is None else tensor.cuda() for tensor in case.tensors(torch.bfloat16))
+    input = laid_out(input, "channels_last")
+    expected = masked_conv2d(input, weight, bias, mask=mask, activation="gated")
+    convolution = PixelConvolution(weight, bias, mask=mask, activation="gated")
+    output, position = torch.zeros_like(expected), torch.zeros(2, dtype=torch.int64, device="cuda")
+    convolution(input, output, position)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        convolution(input, output, position)
+    for row in range(7):
+        for col in range(7):
+            position.copy_(torch.tensor([row, col]))
+            graph.replay()
+    assert output.equal(expected)
+
+
+@pytest.mark.cuda
+def test_more_than_two_to_the_31_values_on_cuda():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    mask = torch.tensor(MASKS["raster"], dtype=torch.bool, device="cuda")
+    weight = torch.randn(64, 64, 3, 3, device="cuda", dtype=torch.bfloat16) / 16
+    one = torch.randn(1, 64, 64, 64, device="cuda", dtype=torch.bfloat16)
+    input = one.expand(8200, 64, 64, 64).contiguous(memory_format=torch.channels_last)
+    assert input.numel() > 2**31
+    output = masked_conv2d(input, weight, mask=mask)
+    assert output[-1].equal(masked_conv2d(one, weight, mask=mask)[0])
 
 
 def test_gated_activation():

@@ -44,4 +44,23 @@ __device__ inline void wait_for_copies() {
 
 #endif
 
+// Works on slices of a problem that pass through kStages stages of shared memory, whose copies start kStages - 1 slices
+// ahead: start(stage) starts a thread's copies of the next slice, or returns false where there is none left, and
+// use(stage) works on it. All threads of a block must agree on how many there are.
+template <int kStages, class Start, class Use>
+__device__ void pipeline(const Start& start, const Use& use) {
+  int started = 0;
+  const auto start_next = [&] {
+    if (start(started % kStages)) ++started;
+    commit_copies();  // An empty group where there is none left, so that waiting can count.
+  };
+  for (int i = 0; i < kStages - 1; ++i) start_next();
+  for (int slice = 0; slice < started; ++slice) {
+    wait_for_copies<kStages - 2>();
+    __syncthreads();  // This slice is there for all, and the stage of the one before is free.
+    start_next();
+    use(slice % kStages);
+  }
+}
+
 }  // namespace cpc::cuda

@@ -47,6 +47,14 @@ constexpr int64_t kDefaultSharedBytes = 48 << 10;
 // What a block may use at most after asking.
 inline int64_t shared_bytes_limit() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
+inline int64_t multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
+
+inline void fill_with_zeros(void* data, int64_t bytes, void* stream) {
+  if (bytes > 0)
+    check(cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)),
+          "filling with zeros");
+}
+
 struct LaunchShape {
   int64_t blocks;  // Kernels loop over more work than there are blocks, so this may be cut to what a grid allows.
   dim3 threads;

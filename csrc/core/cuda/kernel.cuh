@@ -104,6 +104,44 @@ __device__ inline Pack<T, N>& pack_at(T* p) {
   return *reinterpret_cast<Pack<T, N>*>(p);
 }
 
+// N values `stride` apart, of which `count` exist: in accesses of up to 16 bytes where they lie together, all exist and
+// the address allows. The rest of `out` keeps what it has.
+template <int N, class T, class Real>
+__device__ inline void load_run(Real (&out)[N], const T* from, int64_t stride, int count) {
+  constexpr int kWide = N * sizeof(T) <= 16 ? N : 16 / sizeof(T);
+  if (stride == 1 && count >= N && reinterpret_cast<uintptr_t>(from) % (kWide * sizeof(T)) == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += kWide) {
+      const auto wide = pack_at<kWide>(from + i);
+#pragma unroll
+      for (int k = 0; k < kWide; ++k) out[i + k] = widen<Real>(wide.v[k]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (i < count) out[i] = widen<Real>(from[i * stride]);
+  }
+}
+
+// The first `count` of N values to neighbouring places, likewise.
+template <int N, class T, class Real>
+__device__ inline void store_run(T* to, const Real (&values)[N], int count) {
+  constexpr int kWide = N * sizeof(T) <= 16 ? N : 16 / sizeof(T);
+  if (count >= N && reinterpret_cast<uintptr_t>(to) % (kWide * sizeof(T)) == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += kWide) {
+      Pack<T, kWide> wide;
+#pragma unroll
+      for (int k = 0; k < kWide; ++k) wide.v[k] = Narrow<T>::from(values[i + k]);
+      pack_at<kWide>(to + i) = wide;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (i < count) to[i] = Narrow<T>::from(values[i]);
+  }
+}
+
 // --- Division of 0 <= n < 2^31 by a divisor known at launch: a multiplication, an addition and a shift ---
 
 class FastDivide {

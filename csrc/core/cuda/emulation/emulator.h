@@ -30,6 +30,7 @@ constexpr unsigned kWarp = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
 // Of the smallest current GPUs (compute capability 8.6, 8.9, 12.0): what a block has without asking, and at most.
 constexpr size_t kSharedBytes = 48 << 10, kSharedBytesLimit = 99 << 10;
+constexpr int kMultiprocessors = 2;  // So few that small problems fill them.
 
 // Runs thread() for every thread of every block. Throws std::runtime_error for what a kernel does wrong. The order of
 // blocks and threads follows from the environment variable CPC_EMULATION_SEED (0) and the number of launches before.
