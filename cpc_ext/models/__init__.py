@@ -1,7 +1,10 @@
-"""Encoders, context networks and the models made of them."""
+"""Encoders, context networks and the models made of them, and models of images pixel by pixel."""
 
 from cpc_ext.models.cpc import CPC
-from cpc_ext.models.gated_pixelcnn import GatedPixelCNNContext
+from cpc_ext.models.gated_pixelcnn import GatedPixelCNN
+from cpc_ext.models.gated_pixelcnn_context import GatedPixelCNNContext
+from cpc_ext.models.pixelcnn import PixelCNN
+from cpc_ext.models.residual_context import ResidualContext
 from cpc_ext.models.resnet_v2 import ResNetV2Encoder
 
-__all__ = ["CPC", "GatedPixelCNNContext", "ResNetV2Encoder"]
+__all__ = ["CPC", "GatedPixelCNN", "GatedPixelCNNContext", "PixelCNN", "ResNetV2Encoder", "ResidualContext"]

@@ -1,85 +1,133 @@
-"""The gated PixelCNN as a context network: encodings [B, D, rows, cols] to contexts [B, D, rows, cols].
+"""The gated PixelCNN: uint8 images [B, C, H, W] to logits of all their values, and images drawn from them.
 
-A context sees the encodings of its own row and all rows above, none below: the vertical stack collects what lies above
-and its own row, the horizontal stack adds its own row again and makes the output.
+A vertical stack sees all rows above a pixel, a horizontal stack the pixels to its left; together they see every earlier
+pixel within reach. Every convolution is one call of the masked kernel, with its gate and its sums fused.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
+from cpc_ext.models.pixel_model import PixelModel
+from cpc_ext.models.pixel_sampler import VALUES, Convolve, PixelActivation
 from cpc_ext.nn.masked_conv2d import MaskedConv2d
-from cpc_ext.ops.masked_conv2d import gated_activation
 
-__all__ = ["GatedPixelCNNContext"]
+__all__ = ["GatedPixelCNN"]
 
 
-class GatedPixelCNNContext(nn.Module):
-    """Context network of Greedy InfoMax and CPCV2-PyTorch.
+class GatedPixelCNN(PixelModel):
+    """Gated PixelCNN (van den Oord et al. 2016, arXiv 1606.05328, sections 2.1 to 2.3 and figure 2).
 
-    Layers of the gated PixelCNN (van den Oord et al. 2016, arXiv 1606.05328, figure 2) as Löwe et al. 2019 (arXiv
-    1905.11786) use them: the masks hide the rows below and nothing else, since contrastive predictive coding predicts
-    whole rows below. The first layer has no residuals. The vertical stack ends in the last layer's convolution: the
-    residual that both programs keep there (``residual_vertical``) feeds nothing, so it is left out.
+    A layer has a vertical k x k and a horizontal 1 x k convolution to 2p channels each, and a 1x1 convolution that
+    hands the vertical features to the horizontal ones before either's gate: tanh of one half of the channels times
+    sigmoid of the other. Only the horizontal stack has residuals. The first vertical convolution sees the rows strictly
+    above, which stands in for shifting its features down on their way to the horizontal stack. With classes, each gate
+    adds a learned bias of the image's class (equation 4), zero at the start.
 
-    Parameters start as those of :class:`torch.nn.Conv2d`.
+    With three colours the horizontal stack's channels are divided into those of R, G and B, and G sees R, B sees both;
+    the vertical stack lies in earlier rows, where all colours may be seen.
 
     Args:
-        channels: D.
-        layers: number of gated layers.
+        in_channels: C, 3 for colour and 1 for grey.
+        channels: p, of each stack; a multiple of C.
+        layers: number of layers.
+        kernel_size: k of all layers but the first, whose k is 7; odd, at least 3.
+        num_classes: condition the model on so many classes.
+        head_channels: of the layer before the logits; a multiple of C. Default: 2p.
 
-    Attributes:
-        out_channels: D.
+    Raises:
+        ValueError: an argument out of range.
     """
 
-    def __init__(self, channels: int, layers: int = 4) -> None:
-        super().__init__()
-        for name, value in (("channels", channels), ("layers", layers)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        self.out_channels = channels
+    def __init__(
+        self,
+        in_channels: int = 3,
+        *,
+        channels: int = 96,
+        layers: int = 12,
+        kernel_size: int = 3,
+        num_classes: int | None = None,
+        head_channels: int | None = None,
+    ) -> None:
+        head_channels = 2 * channels if head_channels is None else head_channels
+        super().__init__(in_channels, num_classes, channels=channels, layers=layers, head_channels=head_channels)
+        for name, value in (("channels", channels), ("head_channels", head_channels)):
+            if value % in_channels:
+                raise ValueError(f"{name} must be a multiple of the {in_channels} colours, got {value}")
+        if kernel_size < 3 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd and at least 3, got {kernel_size}")
         self.layers = nn.ModuleList(
-            _GatedLayer(channels, first=index == 0, last=index == layers - 1) for index in range(layers)
-        )
-        self.stack_out = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, encodings: Tensor) -> Tensor:
-        """encodings [B, D, rows, cols] → contexts [B, D, rows, cols].
-
-        Raises:
-            ValueError: encodings of another shape.
-        """
-        if encodings.ndim != 4 or encodings.shape[1] != self.out_channels:
-            raise ValueError(
-                f"encodings must be [B, {self.out_channels}, rows, cols], got shape {tuple(encodings.shape)}"
+            _GatedLayer(
+                channels if index else in_channels,
+                channels,
+                kernel_size if index else 7,
+                in_channels,
+                num_classes,
+                first=index == 0,
+                last=index == layers - 1,
             )
-        vertical = horizontal = encodings
+            for index in range(layers)
+        )
+        self.relu = PixelActivation(channels, "relu", in_channels)
+        self.head = MaskedConv2d(channels, head_channels, 1, mask="B", color_groups=in_channels, activation="relu")
+        self.logits_layer = MaskedConv2d(head_channels, in_channels * VALUES, 1, mask="B", color_groups=in_channels)
+
+    def network(self, convolve: Convolve, image: Any, labels: Tensor | None) -> Any:
+        vertical = horizontal = image
         for layer in self.layers:
-            vertical, horizontal = layer(vertical, horizontal)
-        return self.stack_out(horizontal)
+            vertical, horizontal = layer.run(convolve, vertical, horizontal, labels)
+        return convolve(self.head, convolve(self.relu, horizontal))
 
 
 class _GatedLayer(nn.Module):
-    """One layer of the vertical and the horizontal stack, both [B, D, rows, cols]."""
+    """One layer of both stacks: [B, in_channels, H, W] each to [B, channels, H, W].
 
-    def __init__(self, channels: int, *, first: bool, last: bool) -> None:
+    first: the layer that must not see the pixel itself. last: the layer whose vertical features go no further.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        kernel_size: int,
+        colors: int,
+        num_classes: int | None,
+        *,
+        first: bool,
+        last: bool,
+    ) -> None:
         super().__init__()
-        self.vertical_conv = MaskedConv2d(channels, 2 * channels, 3, mask="vertical")
-        self.horizontal_conv = MaskedConv2d(channels, 2 * channels, (1, 3), mask="vertical")
-        self.v_to_h_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
-        self.horizontal_output = nn.Conv2d(channels, channels, 1)
-        self.residual_vertical = None if first or last else nn.Conv2d(channels, 2 * channels, 1)
+        above = (torch.arange(kernel_size) < kernel_size // 2).unsqueeze(1).expand(kernel_size, kernel_size)
+        self.vertical = MaskedConv2d(in_channels, 2 * channels, kernel_size, mask=above if first else "vertical")
+        self.vertical_gate = None if last else PixelActivation(2 * channels, "gated")
+        self.vertical_to_horizontal = MaskedConv2d(2 * channels, 2 * channels, 1, mask="vertical")
+        self.horizontal = MaskedConv2d(
+            in_channels,
+            2 * channels,
+            (1, kernel_size),
+            mask="A" if first else "B",
+            color_groups=colors,
+            activation="gated",
+        )
+        self.horizontal_output = MaskedConv2d(channels, channels, 1, mask="B", color_groups=colors)
         self.first = first
-        self.last = last
+        self.class_biases: nn.ModuleList | None = None
+        if num_classes is not None:
+            self.class_biases = nn.ModuleList(nn.Embedding(num_classes, 2 * channels) for _ in range(2))
+            for embedding in self.class_biases:
+                nn.init.zeros_(embedding.weight)
 
-    def forward(self, vertical: Tensor, horizontal: Tensor) -> tuple[Tensor, Tensor]:
-        vertical_features = self.vertical_conv(vertical)
-        horizontal_features = self.horizontal_conv(horizontal) + self.v_to_h_conv(vertical_features)
-        output = self.horizontal_output(gated_activation(horizontal_features))
-        if not self.first:
-            output = output + horizontal
-        if self.last:
-            return vertical_features, output
-        if self.residual_vertical is not None:
-            vertical_features = vertical_features + self.residual_vertical(vertical)
-        return gated_activation(vertical_features), output
+    def run(self, convolve: Convolve, vertical: Any, horizontal: Any, labels: Tensor | None) -> tuple[Any, Any]:
+        biases = [None, None]
+        if self.class_biases is not None:
+            biases = [embedding(labels)[..., None, None] for embedding in self.class_biases]
+        features = convolve(self.vertical, vertical, biases[0], rows_above=True)
+        handed_over = convolve(self.vertical_to_horizontal, features, biases[1], rows_above=True)
+        gated = convolve(self.horizontal, horizontal, handed_over)
+        output = convolve(self.horizontal_output, gated, None if self.first else horizontal)
+        if self.vertical_gate is None:
+            return None, output
+        return convolve(self.vertical_gate, features, rows_above=True), output

@@ -23,8 +23,9 @@ class MaskedConv2d(nn.Module):
     ============== ============================================ ===================================================
     "A"            the centre and all after it in raster order  first layer of a PixelCNN (arXiv 1601.06759)
     "B"            all after the centre in raster order         its other layers
-    "vertical"     rows below the centre's                      vertical stack of a gated PixelCNN (arXiv
-                                                                1606.05328); Greedy InfoMax's context network
+    "vertical"     rows below the centre's: row-wise, with all  vertical stack of a gated PixelCNN (arXiv
+                   of the centre's own row visible              1606.05328); context networks of CPC, for which
+                                                                a 1 x n kernel sees its whole row
     "horizontal"   columns right of the centre's                horizontal stack of a gated PixelCNN
     a tensor       where it is 0 or False: [kh, kw] or
                    [out_channels, in_channels, kh, kw]
@@ -32,6 +33,7 @@ class MaskedConv2d(nn.Module):
 
     With ``color_groups=n`` the channels of masks "A" and "B" belong to n colours in order (the first ``channels / n``
     channels to the first), and at the centre an output sees the strictly earlier colours ("A") or also its own ("B").
+    Where gated, it is the channels after the gate that are divided so, and both halves of a gate belong to its colour.
     The centre of a kernel of even side k is tap ``(k - 1) // 2``.
 
     Args:
@@ -66,8 +68,11 @@ class MaskedConv2d(nn.Module):
         self.mask_name = mask if isinstance(mask, str) else "custom"
         self.dilation = dilation
         self.activation = activation
+        self.color_groups = color_groups
         if isinstance(mask, str):
-            mask = causal_mask(mask, kernel_size, out_channels, in_channels, color_groups)
+            halves = 2 if activation == "gated" and color_groups > 1 else 1
+            mask = causal_mask(mask, kernel_size, out_channels // halves, in_channels, color_groups)
+            mask = torch.cat([mask] * halves)
         elif not isinstance(mask, Tensor):
             raise TypeError(f"mask must be a tensor or one of {', '.join(_MASKS)}, got {type(mask).__name__}")
         elif color_groups != 1:

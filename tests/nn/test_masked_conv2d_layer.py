@@ -34,6 +34,13 @@ def test_color_groups_order_the_centre(name):
 
 
 @pytest.mark.parametrize("name", ["A", "B"])
+def test_both_halves_of_a_gate_have_its_colour(name):
+    layer = MaskedConv2d(6, 6, 3, mask=name, color_groups=3, activation="gated")
+    sees = [[int(c // 2 < o if name == "A" else c // 2 <= o) for c in range(6)] for o in range(3)]
+    assert layer.mask[:, :, 1, 1].int().tolist() == sees * 2
+
+
+@pytest.mark.parametrize("name", ["A", "B"])
 def test_raster_order_by_gradients(name):
     layer = MaskedConv2d(1, 1, 7, mask=name).double()
     image = torch.randn(1, 1, 5, 6, dtype=torch.float64, requires_grad=True)
