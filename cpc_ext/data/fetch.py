@@ -70,6 +70,15 @@ class ImageFetcher:
             batch = batch.pin_memory()
         return batch.to(self.device, non_blocking=True).permute(self._restored)
 
+    def labels(self, indices: np.ndarray) -> Tensor | None:
+        """The labels at `indices`, int64 [B] on the device; None where the set has none."""
+        if self.image_set.labels is None:
+            return None
+        labels = torch.from_numpy(self.image_set.labels[indices])
+        if self.device.type == "cuda":
+            labels = labels.pin_memory()
+        return labels.to(self.device, non_blocking=True)
+
     def _fits(self) -> bool:
         if self.device.type != "cuda":
             return False

@@ -13,11 +13,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import tyro
 
-from cpc_ext.training.config import OptionError, RunConfig, load_config, option
+from cpc_ext.training.config import OptionError, RunConfig, load_config, option, options_of_other_models
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.presets import PRESETS, preset
 from cpc_ext.training.run_dir import RunDir
@@ -26,9 +26,10 @@ __all__ = ["Command", "describe", "parse"]
 
 _PROGRAM = "python -m cpc_ext.train"
 _DESCRIPTION = (
-    "Train an image encoder by contrastive predictive coding, without labels, and measure it with a linear probe. "
-    "Without options it trains on generated textures in minutes on two CPU cores. Defaults shown are those of "
-    "the data set chosen by --dataset on this machine."
+    "Train a model of images without labels: by default an encoder by contrastive predictive coding, measured with a "
+    "linear probe; or a PixelCNN, measured in bits per dimension. Without options it trains on generated textures in "
+    "minutes on two CPU cores. Options and defaults shown are those of the model chosen by --model and the data set "
+    "chosen by --dataset, on this machine."
 )
 
 
@@ -85,6 +86,7 @@ def parse(arguments: Sequence[str]) -> Command:
         # The one that is given replaces whichever the defaults have.
         optimization = defaults.optimization.model_copy(update={"epochs": None, "steps": None})
         defaults = defaults.model_copy(update={"optimization": optimization})
+    _refuse_options_of_other_models(arguments, defaults)
     try:
         return tyro.cli(
             Command,
@@ -96,8 +98,22 @@ def parse(arguments: Sequence[str]) -> Command:
         )
     except OptionError as error:
         # Those of a section are shown by the parser; those between sections arrive here.
-        print(f"error: {error}\nFor full helptext, see {_PROGRAM} --help", file=sys.stderr)
-        raise SystemExit(2) from None
+        _refuse(str(error))
+
+
+def _refuse_options_of_other_models(arguments: Sequence[str], defaults: RunConfig) -> None:
+    others = options_of_other_models(type(defaults))
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
+        name = name if name in others else name.removeprefix("no_")
+        if argument.startswith("--") and name in others:
+            models = ", ".join(others[name])
+            _refuse(f"{option(name)} is an option of --model {models}; {defaults.model} has no such option")
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {message}\nFor full helptext, see {_PROGRAM} --help", file=sys.stderr)
+    raise SystemExit(2) from None
 
 
 def _first_pass(arguments: Sequence[str]) -> argparse.Namespace:

@@ -16,19 +16,25 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from cpc_ext.training.errors import TrainingError
 
 __all__ = [
+    "CPCConfig",
     "CPCSection",
     "DataSection",
     "DeviceSection",
     "OptimizationSection",
     "OptionError",
     "OutputSection",
+    "PixelCNNConfig",
+    "PixelCNNSection",
     "RunConfig",
     "ViewSection",
+    "config_class",
     "load_config",
     "option",
+    "options_of_other_models",
+    "validate_config",
 ]
 
-Model = Literal["cpc-v1"]
+Model = Literal["cpc-v1", "pixelcnn", "gated-pixelcnn"]
 DatasetName = Literal["textures", "stl10", "cifar10", "cifar100", "folder"]
 Encoder = Literal[
     "resnet-small",
@@ -175,6 +181,29 @@ class CPCSection(_Section):
     )
 
 
+class PixelCNNSection(_Section):
+    """The network that predicts every value of an image from those before it, and what is looked at on the way."""
+
+    layers: int = Field(
+        12, ge=1, description="Residual blocks of a PixelCNN, layers of a gated one; each sees one pixel further."
+    )
+    hidden_channels: int = Field(
+        96,
+        ge=1,
+        description="Channels, a multiple of the colours: h of a PixelCNN, which carries 2h between its blocks, or p "
+        "of each stack of a gated one.",
+    )
+    class_conditional: bool = Field(
+        False, description="Tell the network the class of an image; of gated-pixelcnn, and for images with labels."
+    )
+    mirror: bool = Field(False, description="Mirror half of the training images left to right.")
+    sample_every: int = Field(
+        500,
+        ge=1,
+        description="Updates between looks at the model: bits per dimension of held-out images, and samples as PNG.",
+    )
+
+
 class OptimizationSection(_Section):
     """How long and how fast to learn. Adam, as published."""
 
@@ -239,18 +268,40 @@ class OutputSection(_Section):
 
 
 class RunConfig(_Section):
-    """A run: two runs of equal config on one machine and number of threads give equal metrics on the CPU."""
+    """A run: two runs of equal config on one machine and number of threads give equal metrics on the CPU.
 
-    model: Model = Field("cpc-v1", description="What to train. cpc-v1: van den Oord et al. 2018, arXiv 1807.03748.")
+    What all models share; :func:`config_class` gives the class with a model's own sections.
+    """
+
+    model: Model = Field(
+        "cpc-v1",
+        description="What to train; it decides which options there are. cpc-v1: van den Oord et al. 2018, arXiv "
+        "1807.03748. pixelcnn: 2016, arXiv 1601.06759. gated-pixelcnn: 2016, arXiv 1606.05328.",
+    )
     data: DataSection = Field(default_factory=DataSection)
-    view: ViewSection = Field(default_factory=ViewSection)
-    cpc: CPCSection = Field(default_factory=CPCSection)
     optimization: OptimizationSection
     compute: DeviceSection = Field(default_factory=DeviceSection)
     output: OutputSection = Field(default_factory=OutputSection)
 
     @model_validator(mode="after")
-    def _predictions_fit_grid(self) -> RunConfig:
+    def _sections_are_the_models(self) -> RunConfig:
+        if type(self) is not config_class(self.model):
+            raise ValueError(f"--model {self.model} has other options than these: give it without --config")
+        return self
+
+    def to_yaml(self) -> str:
+        """As the text of a config.yaml, which :func:`load_config` reads back to an equal config."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+class CPCConfig(RunConfig):
+    """A run of contrastive predictive coding."""
+
+    view: ViewSection = Field(default_factory=ViewSection)
+    cpc: CPCSection = Field(default_factory=CPCSection)
+
+    @model_validator(mode="after")
+    def _predictions_fit_grid(self) -> CPCConfig:
         farthest, last = self.cpc.pred_steps + self.cpc.skip, self.view.grid_size - 1
         if farthest > last:
             raise ValueError(
@@ -259,17 +310,61 @@ class RunConfig(_Section):
             )
         return self
 
-    def to_yaml(self) -> str:
-        """As the text of a config.yaml, which :func:`load_config` reads back to an equal config."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+class PixelCNNConfig(RunConfig):
+    """A run of a PixelCNN, gated or not."""
+
+    pixelcnn: PixelCNNSection = Field(default_factory=PixelCNNSection)
+
+    @model_validator(mode="after")
+    def _model_takes_classes(self) -> PixelCNNConfig:
+        if self.pixelcnn.class_conditional and self.model != "gated-pixelcnn":
+            raise ValueError(f"--class-conditional needs --model gated-pixelcnn, got {self.model}")
+        return self
 
 
-_FIELDS = frozenset(RunConfig.model_fields) | {
-    name
-    for field in RunConfig.model_fields.values()
-    if isinstance(field.annotation, type) and issubclass(field.annotation, _Section)
-    for name in field.annotation.model_fields
+_CONFIGS: dict[str, type[RunConfig]] = {
+    "cpc-v1": CPCConfig,
+    "pixelcnn": PixelCNNConfig,
+    "gated-pixelcnn": PixelCNNConfig,
 }
+
+
+def config_class(model: str) -> type[RunConfig]:
+    """The class of a model's configs. KeyError for a name that does not exist."""
+    return _CONFIGS[model]
+
+
+def _fields_of(config: type[RunConfig]) -> dict[str, str]:
+    """Every field of a config's sections, with the section."""
+    return {
+        name: section
+        for section, field in config.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section)
+        for name in field.annotation.model_fields
+    }
+
+
+# The names of options, of any model.
+_FIELDS = frozenset(RunConfig.model_fields).union(*map(_fields_of, _CONFIGS.values()))
+
+
+def options_of_other_models(config: type[RunConfig]) -> dict[str, list[str]]:
+    """The options that runs of this class do not have: a field's name with the models that have it."""
+    mine = _fields_of(config)
+    others: dict[str, list[str]] = {}
+    for model, other in _CONFIGS.items():
+        for name in _fields_of(other):
+            if name not in mine:
+                others.setdefault(name, []).append(model)
+    return others
+
+
+def validate_config(tree: dict[str, Any]) -> RunConfig:
+    """A config from its dump. ValidationError where it is not valid."""
+    model = tree.get("model", RunConfig.model_fields["model"].default)
+    # A model that does not exist is refused by whichever class reads it.
+    return _CONFIGS.get(model if isinstance(model, str) else "", CPCConfig).model_validate(tree)
 
 
 def load_config(path: Path) -> RunConfig:
@@ -283,6 +378,6 @@ def load_config(path: Path) -> RunConfig:
     if not isinstance(tree, dict):
         raise TrainingError(f"--config: {path} does not hold a run's options (expected a mapping)")
     try:
-        return RunConfig.model_validate(tree)
+        return validate_config(tree)
     except ValidationError as error:
         raise TrainingError(f"--config: {path}:\n{explain(error)}") from None

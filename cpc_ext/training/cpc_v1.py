@@ -22,7 +22,7 @@ from cpc_ext.data import Dataset, ImageFetcher, ImageSet, PatchView
 from cpc_ext.models import CPC, GatedPixelCNNContext, ResNetV2Encoder
 from cpc_ext.training import figures
 from cpc_ext.training.atomic_file import atomic_file
-from cpc_ext.training.config import RunConfig
+from cpc_ext.training.config import CPCConfig
 from cpc_ext.training.precision import autocast, patch_dtype
 from cpc_ext.training.probe import encode, linear_probe
 from cpc_ext.training.random_streams import RandomStreams
@@ -60,7 +60,7 @@ class CPCv1Task(Task):
         ValueError: images smaller than the crop.
     """
 
-    def __init__(self, config: RunConfig, dataset: Dataset, device: torch.device) -> None:
+    def __init__(self, config: CPCConfig, dataset: Dataset, device: torch.device) -> None:
         side = min(dataset.image_shape[1:])
         if config.view.crop > side:
             raise ValueError(f"--crop {config.view.crop} is larger than the images of {dataset.name}, {side} pixels")
@@ -81,7 +81,7 @@ class CPCv1Task(Task):
         )
         self.model = self._build()
 
-    def losses(self, images: Tensor, streams: RandomStreams) -> dict[str, Tensor]:
+    def losses(self, images: Tensor, labels: Tensor | None, streams: RandomStreams) -> dict[str, Tensor]:
         output = self.model(self._view.random(images, streams.views), generator=streams.negatives)
         return {"loss": output.loss, "accuracy": output.accuracy}
 

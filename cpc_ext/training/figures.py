@@ -1,4 +1,4 @@
-"""The figures of a run, as PNG: how the loss went, what the model saw, and which patches it finds alike."""
+"""The figures of a run, as PNG: how the loss went, what the model saw, which patches it finds alike, what it draws."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
+from PIL import Image
 
 from cpc_ext.training.atomic_file import atomic_file
 
-__all__ = ["curves", "model_inputs", "nearest_patches", "save"]
+__all__ = ["curves", "likelihood_curves", "model_inputs", "nearest_patches", "save", "save_images"]
 
 _DPI = 130
 _BLUE, _GRAY, _GREEN, _RED = "#1f5fa8", "#8a8a8a", "#2e8b57", "#c0392b"
 # A point of the smoothed curve looks back over this share of the run.
 _SMOOTHING = 0.05
+# Pictures of samples: at least so many pixels a side for each, by whole factors.
+_SHOWN_SIDE = 96
 
 
 def save(path: Path, figure: Figure) -> None:
@@ -57,6 +60,62 @@ def curves(metrics: Sequence[dict[str, float]], guessing: dict[str, float]) -> F
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.legend(frameon=False, loc="lower right")
     return figure
+
+
+def likelihood_curves(metrics: Sequence[dict[str, float]], static_histogram: float) -> Figure:
+    """Bits per dimension over the run.
+
+    metrics: logged steps with "step" and "bits_per_dim", and observed ones with "step" and "heldout_bits_per_dim".
+    static_histogram: those of the best static per-pixel histogram model, drawn as a line.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, label, color in (
+        ("bits_per_dim", "training", _BLUE),
+        ("heldout_bits_per_dim", "held-out (a part)", _GREEN),
+    ):
+        records = [record for record in metrics if name in record]
+        if not records:
+            continue
+        steps = np.array([record["step"] for record in records])
+        values = np.array([record[name] for record in records])
+        marker = "o" if len(steps) < 10 else None
+        if name == "bits_per_dim":
+            axes.plot(steps, values, color=color, alpha=0.3, linewidth=1, marker=marker)
+            values = _smoothed(values)
+        axes.plot(steps, values, color=color, linewidth=2, marker=marker, label=label)
+        axes.set_title(f"{label}: {values[-1]:.3f} bits/dim")
+    axes.axhline(static_histogram, color=_GRAY, linestyle="--", linewidth=1, label="static histogram")
+    axes.set_xlabel("step (parameter updates)")
+    axes.set_ylabel("bits per dimension")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
+def save_images(path: Path, images: np.ndarray, *, columns: int | None = None) -> None:
+    """Write images side by side as PNG, small ones enlarged. OSError where that fails.
+
+    images: uint8 [N, C, H, W]. columns: images in a row; by default about as many as rows.
+    """
+    count, _, height, width = images.shape
+    columns = columns or max(1, round(count**0.5))
+    rows = -(-count // columns)
+    factor = max(1, -(-_SHOWN_SIDE // max(height, width)))
+    gap = max(1, height // 16) * factor
+    large = images.repeat(factor, 2).repeat(factor, 3).transpose(0, 2, 3, 1)
+    large = np.broadcast_to(large, (*large.shape[:3], 3))
+    picture = np.full(
+        (rows * (height * factor + gap) + gap, columns * (width * factor + gap) + gap, 3), 255, dtype=np.uint8
+    )
+    for number, image in enumerate(large):
+        row, column = divmod(number, columns)
+        top, left = gap + row * (height * factor + gap), gap + column * (width * factor + gap)
+        picture[top : top + height * factor, left : left + width * factor] = image
+    with atomic_file(path) as file:
+        Image.fromarray(picture).save(file, format="PNG")
 
 
 def model_inputs(images: np.ndarray, patches: np.ndarray, *, crop: int) -> Figure:

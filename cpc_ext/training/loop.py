@@ -128,10 +128,14 @@ class Trainer:
             total=self.total_steps, initial=self.step, unit="step", mininterval=interval, dynamic_ncols=True
         ) as bar:
             while self.step < self.total_steps and not stop.signal:
-                self._update(self._fetch(next(batches)))
+                batch = next(batches)
+                self._update(self._fetch(batch), self._fetch.labels(batch))
                 bar.update()
                 if self.step % options.log_every == 0 or self.step == self.total_steps:
                     self._log(log, bar)
+                every = self._task.observe_every
+                if every is not None and (self.step % every == 0 or self.step == self.total_steps):
+                    self._observe(log)
                 if self.step % options.checkpoint_every == 0 or self.step == self.total_steps:
                     self._save(log, complete_interval=True)
             if self.step < self.total_steps and self.step % options.checkpoint_every != 0:
@@ -141,7 +145,7 @@ class Trainer:
         while True:
             yield from self._sampler
 
-    def _update(self, images: Tensor) -> None:
+    def _update(self, images: Tensor, labels: Tensor | None) -> None:
         """One step: forward, backward, and an update of the parameters; nothing here waits for the device."""
         options = self._config.optimization
         self.step += 1
@@ -149,7 +153,7 @@ class Trainer:
             group["lr"] = self._learning_rate(self.step)
         self._optimizer.zero_grad(set_to_none=True)
         with autocast(self._device, self._config.compute.precision):
-            values = self._task.losses(images, self._streams)
+            values = self._task.losses(images, labels, self._streams)
         self._scaler.scale(values["loss"]).backward()
         self._scaler.unscale_(self._optimizer)
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
@@ -192,6 +196,17 @@ class Trainer:
         log.log(self.last_metrics)
         shown = {name: f"{value:.3f}" for name, value in means.items() if name != "grad_norm"}
         bar.set_postfix({**shown, "images/s": f"{speed:.0f}"}, refresh=False)
+
+    def _observe(self, log: RunLog) -> None:
+        """Log what the task finds when it looks at the model; that is no part of the time spent in steps."""
+        self._stop_clock()
+        self._task.model.eval()
+        try:
+            log.log({"step": self.step, **self._task.observe(self.step, self._run)}, group="observed")
+        except OSError as error:
+            warn(f"could not write what was observed at step {self.step} ({error}); training goes on without")
+        self._task.model.train()
+        self._start_clock()
 
     def _save(self, log: RunLog, *, complete_interval: bool) -> None:
         """Write the last checkpoint, and let it be the best one too if its interval's mean loss is the lowest.
@@ -250,6 +265,7 @@ class Trainer:
         return {
             "step": self.step,
             "config": self._config.model_dump(mode="json"),
+            "description": self._task.description(),
             "model": self._task.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),

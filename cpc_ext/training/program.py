@@ -20,10 +20,11 @@ from cpc_ext.data import Dataset, load_dataset
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.cli import Command, describe, parse
-from cpc_ext.training.config import RunConfig, option
+from cpc_ext.training.config import RunConfig, option, validate_config
 from cpc_ext.training.cpc_v1 import CPCv1Task
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.loop import Trainer
+from cpc_ext.training.pixelcnn import PixelCNNTask
 from cpc_ext.training.precision import check_device
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.run_log import RunLog
@@ -32,7 +33,11 @@ from cpc_ext.training.task import Task
 
 __all__ = ["TASKS", "main"]
 
-TASKS: dict[str, type[Task]] = {"cpc-v1": CPCv1Task}
+TASKS: dict[str, type[Task]] = {
+    "cpc-v1": CPCv1Task,
+    "pixelcnn": PixelCNNTask,
+    "gated-pixelcnn": PixelCNNTask,
+}
 
 # What a resumed run may do differently: none of it changes what the steps so far were.
 _MAY_CHANGE = {
@@ -44,6 +49,7 @@ _MAY_CHANGE = {
     "compile",
     "log_every",
     "checkpoint_every",
+    "sample_every",
 }
 
 
@@ -85,7 +91,7 @@ def _train(config: RunConfig, run: RunDir, device: torch.device, *, resume: bool
     print(f"cpc_ext {cpc_ext.__version__}, run in {run.path}\n{describe(config)}")
     state = load_checkpoint(run.checkpoint) if resume else None
     if state is not None:
-        _check_same_run(RunConfig.model_validate(state["config"]), config)
+        _check_same_run(validate_config(state["config"]), config)
     with _timed(phases, "data"):
         dataset = _load(config)
     try:
@@ -197,8 +203,14 @@ def _report(results: dict[str, float], phases: dict[str, float], run: RunDir) ->
             f"(the same encoder untrained {results['untrained_probe_accuracy']:.1%}, "
             f"always the same class {results['chance_accuracy']:.1%})"
         )
+    if "bits_per_dim" in results:
+        print(
+            f"bits per dimension: {results['bits_per_dim']:.3f} of the held-out images "
+            f"(training images {results['train_bits_per_dim']:.3f}, "
+            f"best static histogram {results['static_histogram_bits_per_dim']:.3f})"
+        )
     print(", ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.items()))
-    print(f"encoder, figures and metrics are in {run.path}")
+    print(f"model, figures and metrics are in {run.path}")
 
 
 def _write(path: Path, text: str) -> None:

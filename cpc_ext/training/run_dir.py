@@ -23,7 +23,8 @@ class RunDir:
 
     Attributes:
         path: the folder.
-        config, metrics, checkpoint, best, diverged, encoder, summary, tensorboard: what lies in it.
+        config, metrics, checkpoint, best, diverged, encoder, model, samples, summary, tensorboard: what lies in it,
+            of which encoder, model and samples depend on what is trained.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,6 +35,8 @@ class RunDir:
         self.best = path / "best.pt"
         self.diverged = path / "diverged.pt"
         self.encoder = path / "encoder.safetensors"
+        self.model = path / "model.safetensors"
+        self.samples = path / "samples"
         self.summary = path / "summary.json"
         self.tensorboard = path / "tensorboard"
         self._lock = FileLock(path / ".lock")

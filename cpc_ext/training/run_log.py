@@ -34,14 +34,14 @@ class RunLog:
         # TensorBoard hides what an earlier process logged from purge_step on.
         self._tensorboard: SummaryWriter | None = SummaryWriter(str(run.tensorboard), purge_step=after_step + 1)
 
-    def log(self, record: dict[str, float | int]) -> None:
-        """Add one line; record holds "step" and any numbers."""
+    def log(self, record: dict[str, float | int], *, group: str = "train") -> None:
+        """Add one line; record holds "step" and any numbers. group: the scalars' group in TensorBoard."""
         self._append(record)
         if self._tensorboard is not None:
             try:
                 for name, value in record.items():
                     if name not in ("step", "epoch"):
-                        self._tensorboard.add_scalar(f"train/{name}", value, int(record["step"]))
+                        self._tensorboard.add_scalar(f"{group}/{name}", value, int(record["step"]))
             except Exception as error:
                 # Its background thread hands on whatever went wrong when the disk was full.
                 self._tensorboard = None

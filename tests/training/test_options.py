@@ -9,7 +9,14 @@ import pytest
 
 from cpc_ext.data import DATASETS
 from cpc_ext.training.cli import describe, parse
-from cpc_ext.training.config import CPCSection, DataSection, RunConfig, load_config
+from cpc_ext.training.config import (
+    CPCSection,
+    DataSection,
+    RunConfig,
+    config_class,
+    load_config,
+    options_of_other_models,
+)
 from cpc_ext.training.cpc_v1 import ENCODERS
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.presets import PRESETS, preset
@@ -88,7 +95,10 @@ def test_length_in_epochs_or_steps_replaces_the_other(dataset, given, other):
         (["--lr", "nan"], "--lr: input should be"),
         (["--pred-directions", "5"], "--pred-directions: input should be less than or equal to 4, got 5"),
         (["--neg-samples", "0"], "--neg-samples: input should be greater than or equal to 1, got 0"),
-        (["--model", "cpc-v9"], "'cpc-v9' for argument '--model'. Expected one of ('cpc-v1',)"),
+        (
+            ["--model", "cpc-v9"],
+            "'cpc-v9' for argument '--model'. Expected one of ('cpc-v1', 'pixelcnn', 'gated-pixelcnn')",
+        ),
         (["--dataset", "mnist"], "'mnist' for argument '--dataset'"),
         (["--encoder", "vgg"], "'vgg' for argument '--encoder'"),
         (["--precision", "fp8"], "Expected one of ('fp32', 'bf16', 'fp16')"),
@@ -99,6 +109,14 @@ def test_length_in_epochs_or_steps_replaces_the_other(dataset, given, other):
         (["--pred-steps", "5"], "--grid-size 6 has only 5 rows below the first"),
         (["--bacth-size", "3"], "--batch-size"),
         (["--steps"], "--steps"),
+        (
+            ["--model", "pixelcnn", "--crop=30"],
+            "--crop is an option of --model cpc-v1; pixelcnn has no such option",
+        ),
+        (["--model", "gated-pixelcnn", "--no-gray"], "--gray is an option of --model cpc-v1"),
+        (["--layers", "3"], "--layers is an option of --model pixelcnn, gated-pixelcnn; cpc-v1 has no such option"),
+        (["--model", "pixelcnn", "--layers", "0"], "--layers: input should be greater than or equal to 1, got 0"),
+        (["--model", "pixelcnn", "--class-conditional"], "--class-conditional needs --model gated-pixelcnn, got pixel"),
     ],
 )
 def test_wrong_options_name_the_option_and_what_is_allowed(capsys, arguments, expected):
@@ -112,18 +130,23 @@ def test_help_shows_the_defaults_of_the_data_set(capsys):
     assert "at a random place. (default: 64)" in help_text(capsys, "--dataset", "stl10")
 
 
-def test_help_explains_every_option(capsys):
-    text = help_text(capsys)
-    for section in RunConfig.model_fields.values():
+@pytest.mark.parametrize("model", TASKS)
+def test_help_explains_every_option_of_a_model(capsys, model):
+    text = help_text(capsys, "--model", model)
+    for name in options_of_other_models(config_class(model)):
+        assert f"--{name.replace('_', '-')} " not in text
+    for section in config_class(model).model_fields.values():
         for name, field in getattr(section.annotation, "model_fields", {}).items():
             assert f"--{name.replace('_', '-')}" in text
             assert " ".join(field.description.split()) in text
 
 
-def test_description_gives_the_same_run_again():
-    config = preset("cpc-v1", "cifar10")
-    arguments = describe(config).split()
-    options = [word for word in arguments if word not in RunConfig.model_fields or word == config.model]
+@pytest.mark.parametrize("model", TASKS)
+def test_description_gives_the_same_run_again(model):
+    config = preset(model, "cifar10")
+    lines = describe(config).splitlines()
+    assert [line.split()[0] for line in lines] == list(type(config).model_fields)
+    options = [word for line in lines for word in line.split()[1:]]
     assert parse(options).run == config
 
 
@@ -157,6 +180,15 @@ def test_wrong_config_files(tmp_path, text, expected):
         path.write_text(text)
     with pytest.raises(TrainingError, match=re.escape(expected)):
         parse(["--config", str(path)])
+
+
+def test_config_file_of_another_model(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(preset("pixelcnn", "textures").to_yaml())
+    assert "--model cpc-v1 has other options" in refuse(
+        capsys, "--config", str(tmp_path / "config.yaml"), "--model", "cpc-v1"
+    )
+    run = parse(["--config", str(tmp_path / "config.yaml"), "--model", "gated-pixelcnn"]).run
+    assert run.pixelcnn == preset("pixelcnn", "textures").pixelcnn
 
 
 def test_config_and_resume_exclude_each_other(tmp_path):

@@ -1,0 +1,159 @@
+"""The task of training a PixelCNN: whole images, their likelihood in bits per dimension, samples on the way.
+
+What it is judged by is how many bits it needs for a value of a held-out image, beside the best model that knows no more
+than where the value is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from cpc_ext import __version__
+from cpc_ext.data import Dataset, ImageFetcher, ImageSet
+from cpc_ext.models import GatedPixelCNN, PixelCNN
+from cpc_ext.models.pixel_model import PixelModel
+from cpc_ext.training import figures
+from cpc_ext.training.atomic_file import atomic_file
+from cpc_ext.training.config import PixelCNNConfig
+from cpc_ext.training.pixel_histogram import static_histogram_bits_per_dim
+from cpc_ext.training.precision import autocast
+from cpc_ext.training.random_streams import RandomStreams
+from cpc_ext.training.run_dir import RunDir
+from cpc_ext.training.run_log import read_metrics
+from cpc_ext.training.task import Task
+
+__all__ = ["PixelCNNTask", "build_pixel_model"]
+
+_MODELS: dict[str, type[PixelModel]] = {"PixelCNN": PixelCNN, "GatedPixelCNN": GatedPixelCNN}
+# Looked at on the way; at the end it is all test images.
+_HELD_OUT_IMAGES = 200
+_SAMPLES = 16
+
+
+def build_pixel_model(description: dict[str, Any]) -> PixelModel:
+    """The model of a :meth:`PixelCNNTask.description`, with weights yet to be loaded.
+
+    KeyError, TypeError or ValueError where it is no such description.
+    """
+    return _MODELS[description["model"]](**description["arguments"])
+
+
+class PixelCNNTask(Task):
+    """A PixelCNN, gated or not, on a data set.
+
+    Raises:
+        ValueError: no held-out images, no labels for a model that takes classes, or channels that the colours do not
+            divide.
+    """
+
+    def __init__(self, config: PixelCNNConfig, dataset: Dataset, device: torch.device) -> None:
+        if dataset.test is None:
+            raise ValueError(f"--dataset {dataset.name} has no test images to measure the model on")
+        colors = dataset.image_shape[0]
+        if config.pixelcnn.hidden_channels % colors:
+            raise ValueError(
+                f"--hidden-channels {config.pixelcnn.hidden_channels} is not a multiple of the images' {colors} colours"
+            )
+        self.images = dataset.pretrain
+        if config.pixelcnn.class_conditional:
+            if self.images.labels is None and dataset.train is not None:
+                self.images = dataset.train
+            if self.images.labels is None or dataset.test.labels is None:
+                raise ValueError(f"--class-conditional: the images of {dataset.name} have no labels")
+        self.observe_every = config.pixelcnn.sample_every
+        self._config = config
+        self._dataset = dataset
+        self._test = dataset.test
+        self._device = device
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.compute.seed)
+            self.model = build_pixel_model(self.description()).to(device)
+
+    def losses(self, images: Tensor, labels: Tensor | None, streams: RandomStreams) -> dict[str, Tensor]:
+        if self._config.pixelcnn.mirror:
+            flip = (torch.rand(len(images), generator=streams.views) < 0.5).to(images.device, non_blocking=True)
+            images = torch.where(flip[:, None, None, None], images.flip(3), images)
+        bits = self.model.bits_per_dim(images, labels if self._config.pixelcnn.class_conditional else None)
+        return {"loss": bits * math.log(2), "bits_per_dim": bits}
+
+    def observe(self, step: int, run: RunDir) -> dict[str, float]:
+        """Bits per dimension of the first held-out images, and samples as samples/step-NUMBER.png."""
+        bits = self._bits_per_dim(self._test, _HELD_OUT_IMAGES)
+        run.samples.mkdir(exist_ok=True)
+        figures.save_images(run.samples / f"step-{step:06d}.png", self._samples())
+        return {"heldout_bits_per_dim": bits}
+
+    def evaluate(self) -> dict[str, float]:
+        """Bits per dimension: of all held-out images, of as many training images, of histograms for the former."""
+        return {
+            "bits_per_dim": self._bits_per_dim(self._test, len(self._test)),
+            "train_bits_per_dim": self._bits_per_dim(self.images, len(self._test)),
+            "static_histogram_bits_per_dim": self._baseline(),
+        }
+
+    def save(self, run: RunDir) -> None:
+        metadata = {
+            "format": "pt",
+            "cpc_ext": __version__,
+            "description": json.dumps(self.description()),
+            "config": json.dumps(self._config.model_dump(mode="json")),
+        }
+        weights = {name: value.contiguous() for name, value in self.model.state_dict().items()}
+        with atomic_file(run.model) as file:
+            file.write(to_safetensors(weights, metadata))
+        metrics = read_metrics(run.metrics)
+        if metrics:
+            figures.save(run.path / "curves.png", figures.likelihood_curves(metrics, self._baseline()))
+        figures.save_images(run.path / "samples.png", self._samples())
+
+    def description(self) -> dict[str, Any]:
+        """Name and arguments of the model, the shape of the images, and the names of the classes it knows."""
+        options = self._config.pixelcnn
+        arguments: dict[str, Any] = {"in_channels": self._dataset.image_shape[0], "layers": options.layers}
+        if self._config.model == "pixelcnn":
+            arguments["hidden_channels"] = options.hidden_channels
+        else:
+            arguments["channels"] = options.hidden_channels
+            arguments["num_classes"] = len(self._dataset.classes) if options.class_conditional else None
+        return {
+            "model": "PixelCNN" if self._config.model == "pixelcnn" else "GatedPixelCNN",
+            "arguments": arguments,
+            "image_shape": list(self._dataset.image_shape),
+            "classes": list(self._dataset.classes) if options.class_conditional else [],
+        }
+
+    @torch.no_grad()
+    def _bits_per_dim(self, images: ImageSet, count: int) -> float:
+        """Mean over the first ``count`` images."""
+        self.model.eval()
+        count = min(count, len(images))
+        fetch = ImageFetcher(images, self._device, resident=False)
+        batch_size = self._config.optimization.batch_size
+        nats = torch.zeros((), dtype=torch.float64)
+        for start in range(0, count, batch_size):
+            indices = np.arange(start, min(start + batch_size, count))
+            labels = fetch.labels(indices) if self._config.pixelcnn.class_conditional else None
+            with autocast(self._device, self._config.compute.precision):
+                # Sums of thousands of terms: their own sum is taken in double.
+                nats += self.model.nats(fetch(indices), labels).cpu().double().sum()
+        return nats.item() / (count * math.prod(self._dataset.image_shape) * math.log(2))
+
+    def _baseline(self) -> float:
+        return static_histogram_bits_per_dim(self.images.images, self._test.images)
+
+    def _samples(self) -> np.ndarray:
+        """uint8 [N, C, H, W], the same noise each time; of the classes in turn."""
+        generator = torch.Generator(self._device).manual_seed(self._config.compute.seed)
+        labels = None
+        if self._config.pixelcnn.class_conditional:
+            labels = torch.arange(_SAMPLES) % len(self._dataset.classes)
+        return (
+            self.model.sample(_SAMPLES, self._dataset.image_shape[1:], labels=labels, generator=generator).cpu().numpy()
+        )
