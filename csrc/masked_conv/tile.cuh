@@ -1,0 +1,134 @@
+// What the CUDA kernels of the masked convolution share: taps by value, the tiles that blocks of threads compute, and
+// the checks and choices that depend on them.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "core/cuda/async_copy.cuh"
+#include "core/cuda/device.h"
+#include "core/cuda/warp_product.cuh"
+#include "masked_conv/masked_conv.h"
+
+namespace cpc::masked_conv::cuda {
+
+using namespace cpc::cuda;
+
+constexpr int kThreads = 256;  // Of blocks that have no tile.
+
+constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+template <class T>
+using SumOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// --- Taps as kernels take them, by value ---
+
+// What fits a kernel's parameters, of 4 KiB, beside everything else: all taps of a kernel of 27 x 27.
+constexpr int64_t kMaxTaps = 768;
+// Counts that kernels keep in 32 bits, sums of two of them included.
+constexpr int64_t kMaxCount = 1 << 30;
+
+struct Taps {
+  struct Offset {
+    int16_t dy, dx;
+  };
+  int count;
+  Offset at[kMaxTaps];
+};
+
+// Indices i * kw + j of the taps.
+struct TapIndices {
+  int32_t at[kMaxTaps];
+};
+
+inline void require_few_taps(const std::vector<Tap>& taps) {
+  if (static_cast<int64_t>(taps.size()) > kMaxTaps)
+    throw std::invalid_argument("the CUDA kernels take at most " + std::to_string(kMaxTaps) + " visible taps, got " +
+                                std::to_string(taps.size()));
+}
+
+inline Taps offsets_of(const std::vector<Tap>& taps) {
+  require_few_taps(taps);
+  Taps offsets;
+  offsets.count = static_cast<int>(taps.size());
+  constexpr int64_t kFarthest = std::numeric_limits<int16_t>::max();
+  for (size_t i = 0; i < taps.size(); ++i) {
+    if (std::max(std::abs(taps[i].dy), std::abs(taps[i].dx)) > kFarthest)
+      throw std::invalid_argument("the CUDA kernels take taps at most " + std::to_string(kFarthest) + " pixels away");
+    offsets.at[i] = {static_cast<int16_t>(taps[i].dy), static_cast<int16_t>(taps[i].dx)};
+  }
+  return offsets;
+}
+
+inline TapIndices indices_of(const std::vector<Tap>& taps) {
+  require_few_taps(taps);
+  TapIndices indices;
+  for (size_t i = 0; i < taps.size(); ++i) indices.at[i] = static_cast<int32_t>(taps[i].index);
+  return indices;
+}
+
+// The depth of the product: taps times channels.
+inline int depth_of(int64_t taps, int64_t channels) {
+  if (std::max(taps, int64_t{1}) * channels > kMaxCount)
+    throw std::invalid_argument("the CUDA kernels take at most 2^30 visible taps times channels, got " +
+                                std::to_string(taps * channels));
+  return static_cast<int>(taps * channels);
+}
+
+inline void require_image_size(int64_t batch, int64_t height, int64_t width) {
+  if (std::max(batch, height * width) > kMaxCount)
+    throw std::invalid_argument("the CUDA kernels take at most 2^30 images of at most 2^30 pixels, got " +
+                                std::to_string(batch) + " of " + std::to_string(height) + "x" + std::to_string(width));
+}
+
+// Strides of a mask over [O, C, kh, kw]: 0 where it is the same for all channels.
+inline void strides_of_mask(const TensorView& mask, int64_t (&strides)[4]) {
+  for (int d = 0; d < 4; ++d) strides[d] = mask.ndim == 4 ? mask.strides[d] : d < 2 ? 0 : mask.strides[d - 2];
+}
+
+// --- Tiles ---
+
+// A block's tile of rows x outputs, by warps of kRowTiles * 16 rows x one panel, with kStages slices on their way.
+template <int kRowTiles_, int kWarpRows_, int kPanels_, int kStages_, int kBlocks_, bool kWholeChunks_>
+struct Tile {
+  static constexpr int kRowTiles = kRowTiles_, kWarpRows = kWarpRows_, kPanels = kPanels_, kStages = kStages_;
+  static constexpr int kRows = 16 * kRowTiles * kWarpRows, kColumns = kWarpColumns * kPanels;
+  static constexpr int kThreads = kWarp * kWarpRows * kPanels;
+  static constexpr int kBlocks = kBlocks_;  // On a multiprocessor, at least: bounds the registers.
+  static constexpr int kABytes = kRows * kSliceBytes, kStageBytes = kABytes + kColumns * kSliceBytes;
+  // Whether it only takes pixels of whole chunks of 16 bytes, aligned. Others are copied value by value, which no tile
+  // makes fast.
+  static constexpr bool kWholeChunks = kWholeChunks_;
+};
+using LargeTile = Tile<4, 2, 4, 4, 2, true>;   // 128 x 128: the fewest bytes a product.
+using SmallTile = Tile<2, 2, 2, 4, 4, false>;  // 64 x 64: for problems that do not fill the GPU with large ones.
+// 32 x 32, with many slices on their way: one pixel of a batch, where all that matters is how fast weights arrive.
+using PixelTile = Tile<1, 2, 1, 8, 8, true>;
+
+// Whether large tiles compute at most a third more columns than small ones: what they are faster by.
+inline bool waste_little(int64_t columns) {
+  const int64_t large = ceil_div(columns, LargeTile::kColumns) * LargeTile::kColumns;
+  const int64_t small = ceil_div(columns, SmallTile::kColumns) * SmallTile::kColumns;
+  return 3 * large <= 4 * small;
+}
+
+// Whether the channels of every pixel are whole chunks of 16 bytes, aligned.
+inline bool has_whole_chunks(const TensorView& view, int64_t channels) {
+  return channels * size_of(view.dtype) % kChunkBytes == 0 && reinterpret_cast<uintptr_t>(view.data) % kChunkBytes == 0;
+}
+
+// One value to shared memory; before the next barrier but one it may be under way.
+template <class T>
+__device__ void copy_value(T* to, const T* from, bool exists) {
+  if constexpr (sizeof(T) >= 4)
+    copy_async<sizeof(T)>(to, from, exists);
+  else
+    *to = exists ? *from : T{};
+}
+
+}  // namespace cpc::masked_conv::cuda
