@@ -36,6 +36,9 @@ _DESCRIPTION = (
     "Every value is drawn given all before it, at the cost of what it adds."
 )
 
+# Drawn together: what is kept of an image takes some megabytes a layer.
+_BATCH = 16
+
 
 @dataclass(frozen=True)
 class _Command:
@@ -105,21 +108,28 @@ def _sample(command: _Command) -> None:
     labels = _labels(command, model, description)
     image, rows = _image_to_complete(command, shape)
     generator = torch.Generator(device).manual_seed(command.seed)
-    images = model.sample(
-        command.n,
-        shape[1:],
-        labels=labels,
-        temperature=command.temperature,
-        images=None if image is None else image.expand(command.n, *shape),
-        known_rows=rows,
-        generator=generator,
-        progress=lambda rows: tqdm(rows, desc=f"{command.n} images", unit="row", dynamic_ncols=True),
-    )
+    batches = []
+    for first in range(0, command.n, _BATCH):
+        count = min(_BATCH, command.n - first)
+        name = f"images {first + 1} to {first + count} of {command.n}"
+        batches.append(
+            model.sample(
+                count,
+                shape[1:],
+                labels=None if labels is None else labels[first : first + count],
+                temperature=command.temperature,
+                images=None if image is None else image.expand(count, *shape),
+                known_rows=rows,
+                generator=generator,
+                progress=lambda rows, name=name: tqdm(rows, desc=name, unit="row", dynamic_ncols=True),
+            ).cpu()
+        )
+    images = torch.cat(batches)
     if image is not None:
-        images = torch.cat([image.unsqueeze(0), images.cpu()])
+        images = torch.cat([image.unsqueeze(0).cpu(), images])
     path = command.out or command.run / ("sampled.png" if image is None else "completed.png")
     try:
-        figures.save_images(path, images.cpu().numpy())
+        figures.save_images(path, images.numpy())
     except OSError as error:
         raise TrainingError(f"--out: cannot write {path}: {error.strerror or error}") from None
     print(f"{command.n} images of {shape[2]} x {shape[1]} pixels are in {path}")

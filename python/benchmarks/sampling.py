@@ -1,0 +1,96 @@
+"""Sampling from PixelCNNs with kept features against running the whole network for every value.
+
+The whole network costs the same at every pixel, so one row of it is timed and multiplied; images are drawn whole with
+kept features. Both draw the same images from the same noise, which is checked on the row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from machine import add_common_arguments, describe, result_file, write_json
+from torch import Tensor
+
+from cpc_ext.models import GatedPixelCNN, PixelCNN
+
+MODELS = {
+    "pixelcnn": lambda channels, width, layers: PixelCNN(channels, hidden_channels=width, layers=layers),
+    "gated-pixelcnn": lambda channels, width, layers: GatedPixelCNN(channels, channels=width, layers=layers),
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help="which models")
+    parser.add_argument("--images", type=int, default=16, help="images drawn together (default 16)")
+    parser.add_argument("--size", type=int, default=32, help="their side in pixels (default 32)")
+    parser.add_argument("--layers", type=int, default=12, help="layers or blocks of the network (default 12)")
+    parser.add_argument("--width", type=int, default=48, help="features of a layer (default 48)")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds (default 3)")
+    add_common_arguments(parser)
+    return parser.parse_args()
+
+
+def seconds_of(draw: Callable[[], Tensor], device: str) -> tuple[float, Tensor]:
+    start = time.perf_counter()
+    drawn = draw()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, drawn
+
+
+def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    count, size, device = arguments.images, arguments.size, arguments.device
+    torch.manual_seed(0)
+    model = MODELS[name](3, arguments.width, arguments.layers).to(device).eval()
+    known = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device)
+
+    def row(cached: bool) -> Tensor:
+        generator = torch.Generator(device).manual_seed(0)
+        return model.sample(count, size, images=known, known_rows=size - 1, generator=generator, cached=cached)
+
+    whole, kept = [], []
+    for _ in range(arguments.repeats):
+        seconds, expected = seconds_of(lambda: row(cached=False), device)
+        whole.append(seconds * size)
+        kept.append(seconds_of(lambda: model.sample(count, size), device)[0])
+    # Where two values are nearly as probable, rounding may decide.
+    agreeing = (row(cached=True) == expected).float().mean().item()
+    result = {
+        "model": name,
+        "images": count,
+        "size": size,
+        "layers": arguments.layers,
+        "width": arguments.width,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "whole_network_seconds": statistics.median(whole),
+        "kept_features_seconds": statistics.median(kept),
+        "ratio": statistics.median(one / other for one, other in zip(whole, kept, strict=True)),
+        "agreeing_values": agreeing,
+    }
+    print(
+        f"{name}: {count} images of {size}x{size}, {arguments.layers} layers of {arguments.width}: whole network "
+        f"{result['whole_network_seconds']:.1f} s (from one row), kept features "
+        f"{result['kept_features_seconds']:.2f} s, {result['ratio']:.0f}x; {agreeing:.2%} of a row's values equal",
+        flush=True,
+    )
+    return result
+
+
+def main(arguments: argparse.Namespace) -> None:
+    if arguments.quick:
+        arguments.images, arguments.size, arguments.layers, arguments.repeats = 2, 8, 2, 1
+    results = [measure(name, arguments) for name in arguments.model]
+    if arguments.out is not None:
+        out = result_file(arguments.out, arguments.device, "sampling")
+        write_json(out, {"machine": describe(arguments.device), "complete": True, "results": results})
+        print(f"written: {out}")
+
+
+if __name__ == "__main__":
+    main(parse_arguments())
