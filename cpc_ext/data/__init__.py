@@ -1,21 +1,25 @@
 """Datasets as uint8 arrays, and the views of them that a model trains on."""
 
+from cpc_ext.data.batch_share import BatchShare
 from cpc_ext.data.dataset import Dataset, ImageSet
 from cpc_ext.data.download import DownloadError
 from cpc_ext.data.fetch import ImageFetcher
 from cpc_ext.data.load import DATASETS, load_dataset
 from cpc_ext.data.sampler import EpochSampler
+from cpc_ext.data.simclr_view import SimCLRView
 from cpc_ext.data.textures import make_textures
 from cpc_ext.data.views import PatchView
 
 __all__ = [
     "DATASETS",
+    "BatchShare",
     "Dataset",
     "DownloadError",
     "EpochSampler",
     "ImageFetcher",
     "ImageSet",
     "PatchView",
+    "SimCLRView",
     "load_dataset",
     "make_textures",
 ]

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cpc_ext.data.batch_share import BatchShare
 from cpc_ext.data.dataset import Dataset
 from cpc_ext.ops import extract_patches
+
+_WHOLE = BatchShare()
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,15 @@ class PatchView:
             channels_last=channels_last,
         )
 
-    def random(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def random(self, images: Tensor, generator: torch.Generator | None = None, *, share: BatchShare = _WHOLE) -> Tensor:
         """Training patches [B, rows, cols, C', p, p] of uint8 images [B, C, H, W]: a random window of each image.
 
         generator: on the CPU, so that a seed gives the same windows on every device; None takes PyTorch's own.
+        share: the part of the batch that the images are; windows are drawn for all of it.
         Raises ValueError where the window is larger than the images.
         """
-        batch, _, image_height, image_width = images.shape
+        image_height, image_width = images.shape[2:]
+        batch = share.whole(len(images))
         height, width = self._window(image_height, image_width)
         if height > image_height or width > image_width:
             raise ValueError(f"crop: expected at most {image_height}x{image_width}, the images, got {height}x{width}")
@@ -87,8 +92,8 @@ class PatchView:
         return self._extract(
             images,
             crop=(height, width),
-            offsets=_to(offsets, images.device),
-            flip=None if flip is None else _to(flip, images.device),
+            offsets=_to(share.part(offsets), images.device),
+            flip=None if flip is None else _to(share.part(flip), images.device),
         )
 
     def center(self, images: Tensor) -> Tensor:

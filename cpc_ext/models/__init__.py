@@ -6,5 +6,6 @@ from cpc_ext.models.gated_pixelcnn_context import GatedPixelCNNContext
 from cpc_ext.models.pixelcnn import PixelCNN
 from cpc_ext.models.residual_context import ResidualContext
 from cpc_ext.models.resnet_v2 import ResNetV2Encoder
+from cpc_ext.models.simclr import SimCLR
 
-__all__ = ["CPC", "GatedPixelCNN", "GatedPixelCNNContext", "PixelCNN", "ResNetV2Encoder", "ResidualContext"]
+__all__ = ["CPC", "GatedPixelCNN", "GatedPixelCNNContext", "PixelCNN", "ResNetV2Encoder", "ResidualContext", "SimCLR"]

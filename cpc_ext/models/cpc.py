@@ -31,6 +31,8 @@ class CPC(nn.Module):
         skip: rows left out between a context and its first target.
         neg_samples: negatives of each prediction, drawn uniformly from the step's targets in the batch, or "all":
             every other target of the step.
+        gather_negatives: whose targets are contrasted where several processes train: "none" the process's own,
+            "gather" or "ring" those of all; see :class:`cpc_ext.nn.GridInfoNCE`.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or range.
@@ -45,6 +47,7 @@ class CPC(nn.Module):
         pred_directions: int = 1,
         skip: int = 1,
         neg_samples: int | str = 16,
+        gather_negatives: str = "none",
     ) -> None:
         super().__init__()
         if not 1 <= pred_directions <= 4:
@@ -58,6 +61,7 @@ class CPC(nn.Module):
             pred_directions=pred_directions,
             skip=skip,
             neg_samples=neg_samples,
+            gather_negatives=gather_negatives,
         )
 
     def forward(

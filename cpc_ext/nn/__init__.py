@@ -3,6 +3,7 @@
 from cpc_ext.nn.grid_info_nce import GridInfoNCE, GridInfoNCEOutput
 from cpc_ext.nn.info_nce_loss import InfoNCELoss
 from cpc_ext.nn.masked_conv2d import MaskedConv2d
+from cpc_ext.nn.nt_xent_loss import NTXentLoss, NTXentOutput
 from cpc_ext.nn.patchify import Patchify
 
-__all__ = ["GridInfoNCE", "GridInfoNCEOutput", "InfoNCELoss", "MaskedConv2d", "Patchify"]
+__all__ = ["GridInfoNCE", "GridInfoNCEOutput", "InfoNCELoss", "MaskedConv2d", "NTXentLoss", "NTXentOutput", "Patchify"]

@@ -2,20 +2,27 @@
 
 From encodings [directions, B, D, rows, cols] and contexts [directions, B, E, rows, cols] to the InfoNCE loss of every
 direction and step, and their mean. The matrices W_k are multiplied into the contexts, not into the encodings, so that
-all steps and positions share the encodings as keys and sampled negatives of all steps go through one call.
+all steps and directions share the encodings as keys and go through one call of the op, sampled negatives or not.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from cpc_ext.nn.across_ranks import EXCHANGES, gather_from_ranks, position_in_world, ring_info_nce
 from cpc_ext.ops.info_nce import info_nce
 
 __all__ = ["GridInfoNCE", "GridInfoNCEOutput"]
+
+# Its square is what logits of keys that are not contrasted are lowered by; float16 holds the number itself.
+_LOW = 2.0**15
+# Features are filled up to a multiple of this, for kernels that read 16 bytes at a time.
+_ALIGNMENT = 8
 
 
 class GridInfoNCEOutput(NamedTuple):
@@ -24,12 +31,15 @@ class GridInfoNCEOutput(NamedTuple):
     Attributes:
         loss: scalar in nats, the mean over positions, then steps, then directions.
         accuracy: scalar, the fraction of positives that score highest, averaged likewise; without gradient.
+        mutual_information: scalar, log of the number of keys contrasted minus the loss, averaged likewise: a lower bound
+            on the mutual information of contexts and encodings in nats (equation 5 there); without gradient.
         step_losses: [directions, steps], the loss of each step; without gradient.
         step_accuracies: [directions, steps]; without gradient.
     """
 
     loss: Tensor
     accuracy: Tensor
+    mutual_information: Tensor
     step_losses: Tensor
     step_accuracies: Tensor
 
@@ -49,6 +59,10 @@ class GridInfoNCE(nn.Module):
             1 keeps the nearest row from being predicted by copying.
         neg_samples: negatives of each position, drawn uniformly with replacement from the step's targets (the
             positive may be among them, as published), or "all": every other target of the step.
+        gather_negatives: where several processes share a batch, whose targets are contrasted. "none": the process's
+            own. "gather": those of all, as one process with the whole batch would; the loss returned is that of the
+            process's own contexts. "ring": the same in memory that does not grow with the number of processes; it
+            needs ``neg_samples="all"``.
 
     Attributes:
         weight: [directions, steps, E, D], the W_k transposed; starts uniform in ±D**-0.5 as :class:`torch.nn.Linear`.
@@ -63,6 +77,7 @@ class GridInfoNCE(nn.Module):
         pred_directions: int = 1,
         skip: int = 1,
         neg_samples: int | str = 16,
+        gather_negatives: str = "none",
     ) -> None:
         super().__init__()
         _check_at_least("encoding_channels", encoding_channels, 1)
@@ -75,6 +90,11 @@ class GridInfoNCE(nn.Module):
             if isinstance(neg_samples, str):
                 raise ValueError(f'neg_samples must be an int or "all", got {neg_samples!r}')
             _check_at_least("neg_samples", neg_samples, 1)
+        if gather_negatives not in EXCHANGES:
+            raise ValueError(f"gather_negatives must be one of {', '.join(EXCHANGES)}, got {gather_negatives!r}")
+        if gather_negatives == "ring" and neg_samples != "all":
+            raise ValueError('gather_negatives="ring" needs neg_samples="all", as samples may be any rank\'s keys')
+        self.gather_negatives = gather_negatives
         self.pred_steps = pred_steps
         self.pred_directions = pred_directions
         self.skip = skip
@@ -101,7 +121,8 @@ class GridInfoNCE(nn.Module):
             contexts: c, [directions, B, E, rows, cols].
             generator: draws the negatives, on its own device. Default: PyTorch's generator of the encodings' device.
             negatives: the draws themselves instead, one [M, S] of integers per step, steps within directions. M and
-                the indices count the step's positions and its targets in (row, column, image) order.
+                the indices count the step's positions and its targets in (row, column, image) order, under
+                ``gather_negatives="gather"`` those of all processes.
 
         Raises:
             ValueError: grids of the wrong shape, or with too few rows for ``pred_steps + skip``; negatives of the
@@ -109,26 +130,51 @@ class GridInfoNCE(nn.Module):
             IndexError: on the CPU, a negative that names no target.
         """
         self._check_grids(encodings, contexts)
-        rows, cols = encodings.shape[-2:]
-        row_size = cols * encodings.shape[1]  # positions in a row of the grid, over all images
-        firsts = [(step + self.skip) * row_size for step in range(1, self.pred_steps + 1)]
-        sizes = [rows * row_size - first for first in firsts]
-        # In (row, column, image) order a step's contexts are the first rows, its targets the last: slices, no copies.
-        keys = encodings.permute(0, 3, 4, 1, 2).flatten(1, 3)
+        rank, world = position_in_world() if self.gather_negatives != "none" else (0, 1)
+        ring = world > 1 and self.gather_negatives == "ring"
+        own_images, (rows, cols) = encodings.shape[1], encodings.shape[-2:]
+        candidates = gather_from_ranks(encodings, dim=1) if world > 1 and not ring else encodings
+        images = candidates.shape[1]
+        first_image = 0 if images == own_images else rank * own_images
+        # Places of the grid below a step's first target row, counted along its rows.
+        places = [(rows - step - self.skip) * cols for step in range(1, self.pred_steps + 1)]
+        # In (row, column, image) order a step's contexts are the first, its targets the last: slices, no copies.
+        keys = candidates.permute(0, 3, 4, 1, 2).flatten(1, 3)
         contexts = contexts.permute(0, 3, 4, 1, 2).flatten(1, 3)
+        sizes = [count * own_images for count in places]
+        firsts = [(rows * cols - count) * images for count in places]
         queries = [contexts[:, :size] @ self.weight[:, step] for step, size in enumerate(sizes)]
+        targets = torch.cat(
+            [_targets(first, count, images, keys.device) for count, first in zip(places, firsts, strict=True)]
+        )
+        own = slice(first_image, first_image + own_images)
+        targets = targets[:, own].flatten().expand(keys.shape[0], -1)
         if self.neg_samples == "all":
             if negatives is not None:
                 raise ValueError('negatives replays sampled negatives, but neg_samples is "all"')
-            losses, rights = _contrast_all(queries, keys, firsts)
+            losses, rights = _contrast_all(queries, keys, targets, firsts, ring=ring)
+            contrasted = [count * images * (world if ring else 1) for count in places]
         else:
+            whole = [count * images for count in places]
             if negatives is None:
-                negatives = self._draw(sizes, keys.device, generator)
+                negatives = self._draw(whole, keys.device, generator)
             else:
-                negatives = self._replayed(negatives, sizes)
-            losses, rights = _contrast_sampled(queries, keys, firsts, negatives)
-        step_losses, step_rights = (torch.stack([_mean(rows) for rows in steps], dim=1) for steps in (losses, rights))
-        return GridInfoNCEOutput(step_losses.mean(), step_rights.mean(), step_losses.detach(), step_rights)
+                negatives = self._replayed(negatives, whole)
+            # Drawn for all processes on each of them, so that it does not matter how many there are.
+            negatives = [
+                (draw + first).unflatten(1, (count, images))[:, :, own].flatten(1, 2)
+                for draw, first, count in zip(negatives, firsts, places, strict=True)
+            ]
+            losses, rights = info_nce(
+                torch.cat(queries, dim=1), keys, targets, negatives=torch.cat(negatives, dim=1), reduction="none"
+            )
+            contrasted = [self.neg_samples + 1] * self.pred_steps
+        step_losses, step_rights = (
+            torch.stack([_mean(rows) for rows in values.split(sizes, dim=1)], dim=1) for values in (losses, rights)
+        )
+        loss = step_losses.mean()
+        most = sum(math.log(max(count, 1)) for count in contrasted) / len(contrasted)
+        return GridInfoNCEOutput(loss, step_rights.mean(), most - loss.detach(), step_losses.detach(), step_rights)
 
     def extra_repr(self) -> str:
         directions, steps, context_channels, encoding_channels = self.weight.shape
@@ -191,26 +237,41 @@ class GridInfoNCE(nn.Module):
             )
 
 
-def _contrast_all(queries: list[Tensor], keys: Tensor, firsts: list[int]) -> tuple[list[Tensor], list[Tensor]]:
-    """Losses and correctness [directions, M] of every step against all of its targets."""
-    steps = [info_nce(query, keys[:, first:], reduction="none") for query, first in zip(queries, firsts, strict=True)]
-    return [step.loss for step in steps], [step.accuracy for step in steps]
+def _targets(first: int, places: int, images: int, device: torch.device) -> Tensor:
+    """Keys that are a step's targets, [places, images]."""
+    return torch.arange(first, first + places * images, device=device).view(places, images)
 
 
-def _contrast_sampled(
-    queries: list[Tensor], keys: Tensor, firsts: list[int], negatives: list[Tensor]
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Losses and correctness [directions, M] of every step against sampled targets, all steps in one call."""
-    targets = torch.cat([torch.arange(first, keys.shape[1], device=keys.device) for first in firsts])
-    output = info_nce(
-        torch.cat(queries, dim=1),
-        keys,
-        targets.expand(keys.shape[0], -1),
-        negatives=torch.cat([draw + first for draw, first in zip(negatives, firsts, strict=True)], dim=1),
-        reduction="none",
-    )
-    sizes = [query.shape[1] for query in queries]
-    return output.loss.split(sizes, dim=1), output.accuracy.split(sizes, dim=1)
+def _contrast_all(
+    queries: list[Tensor], keys: Tensor, targets: Tensor, firsts: list[int], *, ring: bool
+) -> tuple[Tensor, Tensor]:
+    """Losses and correctness [directions, M] of every step against the keys from its first on, in one call.
+
+    A step is not to see keys before its first. An additional feature of each later step is huge in its queries and
+    negatively so in those keys, and zero elsewhere: it adds nothing to the logits that count, and lowers the others so
+    far that their part of the sum is exactly zero. The call also scores them, which is little: a grid of 7 rows whose
+    steps contrast 5, 4, 3, 2 and 1 of them takes 75 blocks of logits instead of 55.
+    """
+    start = firsts[0]
+    keys, targets = keys[:, start:], targets - start
+    joined = torch.cat(queries, dim=1)
+    if len(firsts) > 1:
+        channels = keys.shape[2]
+        marks = -(-(channels + len(firsts) - 1) // _ALIGNMENT) * _ALIGNMENT - channels
+        key_marks, query_marks = (values.new_zeros(values.shape[1], marks) for values in (keys, joined))
+        end = queries[0].shape[1]
+        for mark, (first, query) in enumerate(zip(firsts[1:], queries[1:], strict=True)):
+            key_marks[: first - start, mark] = -_LOW
+            query_marks[end : end + query.shape[1], mark] = _LOW
+            end += query.shape[1]
+        keys, joined = (
+            torch.cat([values, marks.expand(len(values), -1, -1)], dim=2)
+            for values, marks in ((keys, key_marks), (joined, query_marks))
+        )
+    if ring:
+        losses, ranks = ring_info_nce(joined, keys, targets)
+        return losses, (ranks == 0).to(losses.dtype)
+    return info_nce(joined, keys, targets, reduction="none")
 
 
 def _mean(values: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ __all__ = [
     "PixelCNNConfig",
     "PixelCNNSection",
     "RunConfig",
+    "SimCLRConfig",
+    "SimCLRSection",
     "ViewSection",
     "config_class",
     "load_config",
@@ -34,7 +36,7 @@ __all__ = [
     "validate_config",
 ]
 
-Model = Literal["cpc-v1", "pixelcnn", "gated-pixelcnn"]
+Model = Literal["cpc-v1", "pixelcnn", "gated-pixelcnn", "simclr"]
 DatasetName = Literal["textures", "stl10", "cifar10", "cifar100", "folder"]
 Encoder = Literal[
     "resnet-small",
@@ -51,6 +53,7 @@ Encoder = Literal[
 ]
 Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "constant"]
+GatherNegatives = Literal["none", "gather", "ring"]
 
 
 class OptionError(ValueError):
@@ -155,17 +158,29 @@ class ViewSection(_Section):
         return self
 
 
-class CPCSection(_Section):
-    """The networks and the prediction task of contrastive predictive coding."""
+class _ContrastiveSection(_Section):
+    """What all models that learn an encoder by contrast share."""
 
     encoder: Encoder = Field(
         "resnet14",
-        description="Network that encodes a patch, a pre-activation ResNet: 14, 28, 41, 92 and 143 without the last "
-        "stack, as published for CPC; 18, 34, 50, 101 and 152 whole; small with one narrow block a stack.",
+        description="Network that encodes a patch, or of simclr an image, a pre-activation ResNet: 14, 28, 41, 92 and "
+        "143 without the last stack, as published for CPC; 18, 34, 50, 101 and 152 whole; small with one narrow block "
+        "a stack.",
     )
     norm: Literal["none", "layer", "batch", "instance"] = Field(
         "none", description="Normalisation inside the encoder; the published CPC v1 uses none."
     )
+    gather_negatives: GatherNegatives = Field(
+        "gather",
+        description="Negatives of a run of several processes (torchrun). gather: of all processes, as a single one "
+        "with the whole batch has them; ring: the same, but no process holds the keys of more than one other at a "
+        "time; none: each process's own.",
+    )
+
+
+class CPCSection(_ContrastiveSection):
+    """The networks and the prediction task of contrastive predictive coding."""
+
     context_layers: int = Field(4, ge=1, description="Layers of the context network; each sees one row further up.")
     pred_steps: int = Field(5, ge=1, description="Rows ahead that are predicted, nearest to farthest.")
     pred_directions: int = Field(
@@ -179,6 +194,22 @@ class CPCSection(_Section):
     neg_samples: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
         16, description="Negatives sampled for each prediction, or all: every other target in the batch."
     )
+
+
+class SimCLRSection(_ContrastiveSection):
+    """The networks, the views and the loss of SimCLR."""
+
+    view_size: int = Field(96, ge=8, description="Side in pixels of the two views of an image.")
+    min_crop_area: float = Field(
+        0.08, gt=0, le=1, description="Smallest share of an image's area that a view shows; the largest is all of it."
+    )
+    blur_kernel: int = Field(
+        9, ge=0, description="Taps of the Gaussian blur of a view, an odd number, about a tenth of its side. 0: none."
+    )
+    projection_channels: int = Field(
+        128, ge=1, description="Features that the loss compares, behind a hidden layer of four times as many."
+    )
+    temperature: float = Field(0.07, gt=0, le=100, description="Divisor of the cosine similarities.")
 
 
 class PixelCNNSection(_Section):
@@ -205,7 +236,7 @@ class PixelCNNSection(_Section):
 
 
 class OptimizationSection(_Section):
-    """How long and how fast to learn. Adam, as published."""
+    """How long and how fast to learn. Adam, or AdamW where weights decay."""
 
     epochs: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Length of the run in passes over the images (excludes --steps)."
@@ -216,11 +247,21 @@ class OptimizationSection(_Section):
     batch_size: int = Field(16, ge=1, description="Images in an update.")
     lr: float = Field(2e-4, gt=0, le=10, allow_inf_nan=False, description="Learning rate, at its highest.")
     schedule: Schedule = Field(
-        "constant", description="Learning rate after the warm-up: constant, or a half cosine to zero at the end."
+        "constant", description="Learning rate after the warm-up: constant, or a half cosine to --final-lr at the end."
+    )
+    final_lr: float = Field(
+        0.0, ge=0, le=1, description="Where the cosine ends, as a share of --lr; of a constant schedule no matter."
     )
     warmup_steps: int = Field(0, ge=0, description="Updates over which the learning rate rises linearly from zero.")
     clip_grad: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="Norm that the gradient of all parameters together is cut to. None: not cut."
+    )
+
+    weight_decay: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the learning rate by which an update of AdamW shrinks weights; 0 is Adam.",
     )
 
     @model_validator(mode="after")
@@ -276,7 +317,8 @@ class RunConfig(_Section):
     model: Model = Field(
         "cpc-v1",
         description="What to train; it decides which options there are. cpc-v1: van den Oord et al. 2018, arXiv "
-        "1807.03748. pixelcnn: 2016, arXiv 1601.06759. gated-pixelcnn: 2016, arXiv 1606.05328.",
+        "1807.03748. pixelcnn: 2016, arXiv 1601.06759. gated-pixelcnn: 2016, arXiv 1606.05328. simclr: Chen et al. 2020, "
+        "arXiv 2002.05709.",
     )
     data: DataSection = Field(default_factory=DataSection)
     optimization: OptimizationSection
@@ -308,7 +350,15 @@ class CPCConfig(RunConfig):
                 f"--pred-steps {self.cpc.pred_steps} with --skip {self.cpc.skip} predicts {farthest} rows ahead, but "
                 f"--grid-size {self.view.grid_size} has only {last} rows below the first: they may sum to {last}"
             )
+        if self.cpc.gather_negatives == "ring" and self.cpc.neg_samples != "all":
+            raise ValueError("--gather-negatives ring needs --neg-samples all: samples may be keys of any process")
         return self
+
+
+class SimCLRConfig(RunConfig):
+    """A run of SimCLR."""
+
+    simclr: SimCLRSection = Field(default_factory=SimCLRSection)
 
 
 class PixelCNNConfig(RunConfig):
@@ -327,6 +377,7 @@ _CONFIGS: dict[str, type[RunConfig]] = {
     "cpc-v1": CPCConfig,
     "pixelcnn": PixelCNNConfig,
     "gated-pixelcnn": PixelCNNConfig,
+    "simclr": SimCLRConfig,
 }
 
 

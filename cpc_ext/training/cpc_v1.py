@@ -6,46 +6,28 @@ weights the seed brings back.
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from cpc_ext import __version__
 from cpc_ext.data import Dataset, ImageFetcher, ImageSet, PatchView
 from cpc_ext.models import CPC, GatedPixelCNNContext, ResNetV2Encoder
 from cpc_ext.training import figures
-from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.config import CPCConfig
+from cpc_ext.training.encoders import encoder_arguments, probe_accuracies, save_encoder
 from cpc_ext.training.precision import autocast, patch_dtype
-from cpc_ext.training.probe import encode, linear_probe
 from cpc_ext.training.random_streams import RandomStreams
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.run_log import read_metrics
 from cpc_ext.training.task import Task
 
-__all__ = ["ENCODERS", "CPCv1Task"]
+__all__ = ["CPCv1Task"]
 
-# Arguments of ResNetV2Encoder by the name on the command line.
-ENCODERS: dict[str, dict[str, Any]] = {
-    "resnet-small": {"blocks": (1, 1, 1), "channels": (32, 64, 128), "stem_channels": 32, "stem": "strided"},
-    "resnet14": {"depth": 14},
-    "resnet28": {"depth": 28},
-    "resnet41": {"depth": 41},
-    "resnet92": {"depth": 92},
-    "resnet143": {"depth": 143},
-    "resnet18": {"depth": 18},
-    "resnet34": {"depth": 34},
-    "resnet50": {"depth": 50},
-    "resnet101": {"depth": 101},
-    "resnet152": {"depth": 152},
-}
 # Images the figures are drawn from.
 _FIGURE_INPUTS = 4
 _NEIGHBOUR_IMAGES = 500
@@ -82,51 +64,26 @@ class CPCv1Task(Task):
         self.model = self._build()
 
     def losses(self, images: Tensor, labels: Tensor | None, streams: RandomStreams) -> dict[str, Tensor]:
-        output = self.model(self._view.random(images, streams.views), generator=streams.negatives)
-        return {"loss": output.loss, "accuracy": output.accuracy}
+        patches = self._view.random(images, streams.views, share=streams.share)
+        output = self.model(patches, generator=streams.negatives)
+        return {"loss": output.loss, "accuracy": output.accuracy, "mutual_information": output.mutual_information}
 
     def evaluate(self) -> dict[str, float]:
         """Accuracies of the linear probe; nothing where the data set has no labels to train and test it with."""
-        train, test = self._dataset.train, self._dataset.test
-        if train is None or test is None or train.labels is None or test.labels is None:
-            return {}
-        results = {}
-        for name, model in (("probe", self.model), ("untrained_probe", self._build())):
-            features = [
-                encode(images, lambda batch, m=model: self._features(m, batch), self._device)
-                for images in (train, test)
-            ]
-            results[f"{name}_accuracy"] = linear_probe(
-                features[0],
-                torch.from_numpy(train.labels),
-                features[1],
-                torch.from_numpy(test.labels),
-                classes=len(self._dataset.classes),
-            ).accuracy
-        counts = torch.bincount(torch.from_numpy(test.labels), minlength=len(self._dataset.classes))
-        results["chance_accuracy"] = counts.max().item() / counts.sum().item()
-        return results
+        models = {"probe": self.model, "untrained_probe": self._build()}
+        return probe_accuracies(
+            self._dataset,
+            self._device,
+            {name: lambda images, m=model: self._features(m, images) for name, model in models.items()},
+        )
 
     def save(self, run: RunDir) -> None:
-        self._save_encoder(run)
+        save_encoder(run, self.model.encoder, self._encoder_arguments(), self._view, self._config)
         metrics = read_metrics(run.metrics)
         if metrics:
             figures.save(run.path / "curves.png", figures.curves(metrics, self._guessing()))
         self._save_inputs(run)
         self._save_neighbours(run)
-
-    def _save_encoder(self, run: RunDir) -> None:
-        """The encoder's weights, with what is needed to build it and to feed it in the file's header."""
-        weights = {name: value.contiguous() for name, value in self.model.encoder.state_dict().items()}
-        metadata = {
-            "format": "pt",
-            "cpc_ext": __version__,
-            "encoder": json.dumps(self._encoder_arguments()),
-            "view": json.dumps({name: value for name, value in asdict(self._view).items() if name != "dtype"}),
-            "config": json.dumps(self._config.model_dump(mode="json")),
-        }
-        with atomic_file(run.encoder) as file:
-            file.write(to_safetensors(weights, metadata))
 
     def _save_inputs(self, run: RunDir) -> None:
         images = self._shown_images(_FIGURE_INPUTS)
@@ -218,6 +175,7 @@ class CPCv1Task(Task):
                 pred_directions=config.cpc.pred_directions,
                 skip=config.cpc.skip,
                 neg_samples=config.cpc.neg_samples,
+                gather_negatives=config.cpc.gather_negatives,
             )
         if config.compute.channels_last:
             # Only the encoder: the other four-dimensional parameters are not filters over images.
@@ -225,11 +183,9 @@ class CPCv1Task(Task):
         return model.to(self._device)
 
     def _encoder_arguments(self) -> dict[str, Any]:
-        patch = self._config.view.patch
-        return {
-            "in_channels": 1 if self._config.view.gray else self._dataset.image_shape[0],
-            "norm": self._config.cpc.norm,
-            # A stem sees a good part of a patch, not all of it.
-            "stem": "cifar" if patch <= 12 else "stl10" if patch <= 32 else "imagenet",
-            **ENCODERS[self._config.cpc.encoder],
-        }
+        return encoder_arguments(
+            self._config.cpc.encoder,
+            norm=self._config.cpc.norm,
+            in_channels=1 if self._config.view.gray else self._dataset.image_shape[0],
+            pixels=self._config.view.patch,
+        )

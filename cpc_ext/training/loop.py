@@ -33,6 +33,9 @@ from cpc_ext.training.task import Task
 
 __all__ = ["Trainer"]
 
+# Of what is logged, what the progress bar has room for.
+_SHOWN = ("loss", "accuracy", "bits_per_dim")
+
 
 class Trainer:
     """One run of a task, from its first step or from a checkpoint's.
@@ -61,7 +64,13 @@ class Trainer:
         self._streams = RandomStreams(config.compute.seed, device)
         self._parameters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
         # Fused, it also unscales fp16 gradients and skips overflowed steps without asking the host.
-        self._optimizer = torch.optim.Adam(self._parameters, lr=options.lr, fused=device.type in ("cpu", "cuda"))
+        fused = device.type in ("cpu", "cuda")
+        if options.weight_decay:
+            self._optimizer = torch.optim.AdamW(
+                self._parameters, lr=options.lr, weight_decay=options.weight_decay, fused=fused
+            )
+        else:
+            self._optimizer = torch.optim.Adam(self._parameters, lr=options.lr, fused=fused)
         self._scaler = grad_scaler(device, config.compute.precision)
         if config.compute.compile:
             task.model.compile()
@@ -175,6 +184,7 @@ class Trainer:
             total_steps=self.total_steps,
             warmup_steps=options.warmup_steps,
             schedule=options.schedule,
+            floor=options.final_lr,
         )
 
     def _log(self, log: RunLog, bar: tqdm[NoReturn]) -> None:
@@ -194,7 +204,7 @@ class Trainer:
             "seconds": round(self.seconds, 3),
         }
         log.log(self.last_metrics)
-        shown = {name: f"{value:.3f}" for name, value in means.items() if name != "grad_norm"}
+        shown = {name: f"{value:.3f}" for name, value in means.items() if name in _SHOWN}
         bar.set_postfix({**shown, "images/s": f"{speed:.0f}"}, refresh=False)
 
     def _observe(self, log: RunLog) -> None:

@@ -78,7 +78,8 @@ class PixelCNNTask(Task):
 
     def losses(self, images: Tensor, labels: Tensor | None, streams: RandomStreams) -> dict[str, Tensor]:
         if self._config.pixelcnn.mirror:
-            flip = (torch.rand(len(images), generator=streams.views) < 0.5).to(images.device, non_blocking=True)
+            flip = torch.rand(streams.share.whole(len(images)), generator=streams.views) < 0.5
+            flip = streams.share.part(flip).to(images.device, non_blocking=True)
             images = torch.where(flip[:, None, None, None], images.flip(3), images)
         bits = self.model.bits_per_dim(images, labels if self._config.pixelcnn.class_conditional else None)
         return {"loss": bits * math.log(2), "bits_per_dim": bits}

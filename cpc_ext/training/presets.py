@@ -51,6 +51,24 @@ _PIXELCNN_TEXTURES = {
     },
 }
 
+# The tutorial's settings of STL-10: AdamW and a cosine to a fiftieth. Small images bear no blur.
+_SIMCLR_OPTIMIZATION = {
+    "epochs": 500,
+    "batch_size": 256,
+    "lr": 5e-4,
+    "schedule": "cosine",
+    "final_lr": 0.02,
+    "weight_decay": 1e-4,
+}
+_SIMCLR_STL10 = {
+    "simclr": {"encoder": "resnet18", "norm": "batch", "view_size": 96},
+    "optimization": _SIMCLR_OPTIMIZATION,
+}
+_SIMCLR_CIFAR = {
+    "simclr": {"encoder": "resnet18", "norm": "batch", "view_size": 32, "blur_kernel": 0},
+    "optimization": _SIMCLR_OPTIMIZATION,
+}
+
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     # Minutes on two CPU cores. Grey patches of their own mean and contrast share nothing with their neighbours but the
     # structure that runs through both.
@@ -86,6 +104,30 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "cpc": {"encoder": "resnet14", "norm": "layer", "pred_steps": 5, "neg_samples": "all"},
         "optimization": {"epochs": 100, "batch_size": 32, "schedule": "cosine", "warmup_steps": 500, "clip_grad": 10.0},
     },
+    # Minutes on two CPU cores.
+    ("simclr", "textures"): {
+        "simclr": {
+            "encoder": "resnet-small",
+            "norm": "batch",
+            "view_size": 48,
+            "min_crop_area": 0.2,
+            "blur_kernel": 5,
+            "temperature": 0.2,
+        },
+        "optimization": {
+            "steps": 500,
+            "batch_size": 64,
+            "lr": 2e-3,
+            "schedule": "cosine",
+            "final_lr": 0.02,
+            "warmup_steps": 20,
+            "weight_decay": 1e-4,
+        },
+    },
+    ("simclr", "stl10"): _SIMCLR_STL10,
+    ("simclr", "cifar10"): _SIMCLR_CIFAR,
+    ("simclr", "cifar100"): _SIMCLR_CIFAR,
+    ("simclr", "folder"): {**_SIMCLR_STL10, "data": {"image_size": 96}},
     **{
         (model, dataset): entry
         for model in ("pixelcnn", "gated-pixelcnn")

@@ -28,6 +28,7 @@ from cpc_ext.training.pixelcnn import PixelCNNTask
 from cpc_ext.training.precision import check_device
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.run_log import RunLog
+from cpc_ext.training.simclr import SimCLRTask
 from cpc_ext.training.stop_request import StopRequest
 from cpc_ext.training.task import Task
 
@@ -37,6 +38,7 @@ TASKS: dict[str, type[Task]] = {
     "cpc-v1": CPCv1Task,
     "pixelcnn": PixelCNNTask,
     "gated-pixelcnn": PixelCNNTask,
+    "simclr": SimCLRTask,
 }
 
 # What a resumed run may do differently: none of it changes what the steps so far were.

@@ -11,19 +11,25 @@ from typing import Any
 
 import torch
 
+from cpc_ext.data import BatchShare
+
 __all__ = ["RandomStreams"]
 
 
 class RandomStreams:
     """Generators seeded from one seed; PyTorch's own generators are seeded with it as well.
 
+    Of several processes that share a batch each draws the same numbers, those of the whole batch.
+
     Attributes:
+        share: the part of the batch that this process takes of what is drawn for all of it.
         views: of crops and flips; on the CPU, so that a seed gives the same ones on every device.
         negatives: of sampled negatives; on the training device.
     """
 
-    def __init__(self, seed: int, device: torch.device) -> None:
+    def __init__(self, seed: int, device: torch.device, share: BatchShare | None = None) -> None:
         self._device = device
+        self.share = BatchShare() if share is None else share
         # The two must differ in their seeds, or crops and negatives would be made of the same numbers.
         self.views = torch.Generator().manual_seed(2 * seed)
         self.negatives = torch.Generator(device).manual_seed(2 * seed + 1)

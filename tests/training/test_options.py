@@ -17,7 +17,7 @@ from cpc_ext.training.config import (
     load_config,
     options_of_other_models,
 )
-from cpc_ext.training.cpc_v1 import ENCODERS
+from cpc_ext.training.encoders import ENCODERS
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.presets import PRESETS, preset
 from cpc_ext.training.program import TASKS
@@ -97,7 +97,7 @@ def test_length_in_epochs_or_steps_replaces_the_other(dataset, given, other):
         (["--neg-samples", "0"], "--neg-samples: input should be greater than or equal to 1, got 0"),
         (
             ["--model", "cpc-v9"],
-            "'cpc-v9' for argument '--model'. Expected one of ('cpc-v1', 'pixelcnn', 'gated-pixelcnn')",
+            "'cpc-v9' for argument '--model'. Expected one of ('cpc-v1', 'pixelcnn', 'gated-pixelcnn', 'simclr')",
         ),
         (["--dataset", "mnist"], "'mnist' for argument '--dataset'"),
         (["--encoder", "vgg"], "'vgg' for argument '--encoder'"),

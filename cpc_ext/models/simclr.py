@@ -1,0 +1,61 @@
+"""SimCLR: an encoder learns to map two random views of an image to like features.
+
+From two views of each image to the NT-Xent loss of their projections. The projection head takes up what the loss
+discards, so that the encoder's own features, which are what is used, keep more of the image.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from cpc_ext.nn.nt_xent_loss import NTXentLoss, NTXentOutput
+
+__all__ = ["SimCLR"]
+
+
+class SimCLR(nn.Module):
+    """SimCLR (Chen et al. 2020, arXiv 2002.05709) on an encoder of patches, whose one patch is the image.
+
+    The head is ``linear(4 P) → ReLU → linear(P)``, as in the University of Amsterdam's tutorial 17.
+
+    Args:
+        encoder: patches [B, rows, cols, C, p, p] → [B, D, rows, cols], with an attribute ``out_channels`` = D.
+        projection_channels: P, what the loss compares.
+        temperature: of the loss.
+        gather_negatives: whose images are negatives where several processes train; see
+            :class:`cpc_ext.nn.NTXentLoss`.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        *,
+        projection_channels: int = 128,
+        temperature: float = 0.07,
+        gather_negatives: str = "none",
+    ) -> None:
+        super().__init__()
+        if projection_channels < 1:
+            raise ValueError(f"projection_channels must be at least 1, got {projection_channels}")
+        self.encoder = encoder
+        self.head = nn.Sequential(
+            nn.Linear(encoder.out_channels, 4 * projection_channels),
+            nn.ReLU(),
+            nn.Linear(4 * projection_channels, projection_channels),
+        )
+        self.objective = NTXentLoss(temperature, gather_negatives=gather_negatives)
+
+    def forward(self, views: Tensor) -> NTXentOutput:
+        """The loss of a batch. views: floating [2, B, C, H, W], the two views of every image."""
+        if views.ndim != 5 or len(views) != 2:
+            raise ValueError(f"views must be [2, B, C, H, W], got {tuple(views.shape)}")
+        # All views in one batch, so that batch norm sees them alike.
+        projections = self.head(self.encode(views.flatten(0, 1)))
+        return self.objective(*projections.chunk(2))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Features of whole images, floating [B, C, H, W] → [B, D]: averaged over space, before the head."""
+        return self.encoder(images[:, None, None]).mean((2, 3))

@@ -1,0 +1,121 @@
+"""NT-Xent, the loss of SimCLR: each view of an image picks out its other view among all views of the batch.
+
+It is InfoNCE whose queries are also its keys: the positive of a row is the same image's other view, and the row's own
+key is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cpc_ext.nn.across_ranks import EXCHANGES, gather_from_ranks, position_in_world, ring_info_nce
+from cpc_ext.ops.info_nce import info_nce
+
+__all__ = ["NTXentLoss", "NTXentOutput"]
+
+# Similarities in memory while positives are ranked.
+_BLOCK_SIMILARITIES = 1 << 22
+
+
+class NTXentOutput(NamedTuple):
+    """What :class:`NTXentLoss` returns: scalars, all but the loss without gradient.
+
+    Attributes:
+        loss: mean over views, in nats.
+        accuracy: fraction of views whose other view is more similar than any other image's.
+        top5_accuracy: fraction of views whose other view is among the five most similar.
+        mean_position: mean place of the other view in the order of similarity; 1 is the most similar.
+        mutual_information: log of the number of keys contrasted minus the loss, a lower bound on the mutual information
+            of two views, in nats.
+    """
+
+    loss: Tensor
+    accuracy: Tensor
+    top5_accuracy: Tensor
+    mean_position: Tensor
+    mutual_information: Tensor
+
+
+class NTXentLoss(nn.Module):
+    """Normalised temperature-scaled cross-entropy (Chen et al. 2020, arXiv 2002.05709, equation 1).
+
+    ``-log(exp(sim(i, j) / τ) / Σ_{k≠i} exp(sim(i, k) / τ))`` for both views j of every image, sim the cosine
+    similarity. Where several processes share a batch, each passes its own images; the loss is that of its own views.
+
+    Args:
+        temperature: τ.
+        gather_negatives: where there are several processes: "none" contrasts with the process's own images, "gather"
+            with those of all, whose keys are gathered, "ring" with the same, without holding them all at once.
+
+    Raises:
+        ValueError: an argument that is none of those above.
+    """
+
+    def __init__(self, temperature: float = 0.07, *, gather_negatives: str = "none") -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        if gather_negatives not in EXCHANGES:
+            raise ValueError(f"gather_negatives must be one of {', '.join(EXCHANGES)}, got {gather_negatives!r}")
+        self.temperature = temperature
+        self.gather_negatives = gather_negatives
+
+    def forward(self, first: Tensor, second: Tensor) -> NTXentOutput:
+        """The loss of two views of N images.
+
+        Args:
+            first, second: floating [N, D], of any length; row n of both is of image n.
+
+        Raises:
+            ValueError: views of different shapes, or fewer than one image.
+        """
+        if first.ndim != 2 or first.shape != second.shape or len(first) == 0:
+            raise ValueError(
+                f"first and second must both be [N, D], got {tuple(first.shape)} and {tuple(second.shape)}"
+            )
+        rank, world = position_in_world() if self.gather_negatives != "none" else (0, 1)
+        images = len(first)
+        # In float32 at least: at this temperature a rounding of the similarity is multiplied by 14.
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        queries = F.normalize(torch.cat([first, second]).to(dtype), dim=1)
+        own = torch.arange(2 * images, device=queries.device)
+        targets = (own + images) % (2 * images)
+        scale = 1 / self.temperature
+        if world > 1 and self.gather_negatives == "ring":
+            loss, positions = ring_info_nce(queries, queries, targets, scale=scale, exclude=own)
+            loss = loss.mean()
+        else:
+            keys = gather_from_ranks(queries) if world > 1 else queries
+            own, targets = own + rank * 2 * images, targets + rank * 2 * images
+            loss = info_nce(queries, keys, targets, scale=scale, exclude=own).loss
+            positions = _positions(queries.detach(), keys.detach(), targets, own)
+        return NTXentOutput(
+            loss,
+            (positions == 0).to(dtype).mean(),
+            (positions < 5).to(dtype).mean(),
+            positions.to(dtype).mean() + 1,
+            math.log(2 * images * world - 1) - loss.detach(),
+        )
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, gather_negatives={self.gather_negatives}"
+
+
+def _positions(queries: Tensor, keys: Tensor, targets: Tensor, exclude: Tensor) -> Tensor:
+    """How many keys, besides the excluded one, are at least as similar to a query as its positive: int64 [M].
+
+    Similarities are formed for a block of queries at a time, so memory stays far below M times N.
+    """
+    counts = []
+    for rows in torch.arange(len(queries), device=queries.device).split(max(1, _BLOCK_SIMILARITIES // len(keys))):
+        similarities = queries[rows] @ keys.mT
+        positive = similarities.gather(1, targets[rows, None])
+        # The positive reaches itself; the excluded key, which is the query, would as well.
+        similarities.scatter_(1, exclude[rows, None], -torch.inf)
+        counts.append((similarities >= positive).sum(1) - 1)
+    return torch.cat(counts)

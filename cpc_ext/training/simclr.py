@@ -1,0 +1,119 @@
+"""The task of training SimCLR: two random views of whole images, NT-Xent, linear probe.
+
+It is judged as CPC is, by a probe on features averaged over space, against the same encoder untrained, whose weights
+the seed brings back.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cpc_ext.data import Dataset, ImageFetcher, SimCLRView
+from cpc_ext.models import ResNetV2Encoder, SimCLR
+from cpc_ext.training import figures
+from cpc_ext.training.config import SimCLRConfig
+from cpc_ext.training.encoders import encoder_arguments, probe_accuracies, save_encoder
+from cpc_ext.training.precision import autocast, patch_dtype
+from cpc_ext.training.random_streams import RandomStreams
+from cpc_ext.training.run_dir import RunDir
+from cpc_ext.training.run_log import read_metrics
+from cpc_ext.training.task import Task
+
+__all__ = ["SimCLRTask"]
+
+_FIGURE_INPUTS = 6
+
+
+class SimCLRTask(Task):
+    """SimCLR on a data set.
+
+    Raises:
+        ValueError: a blur that does not fit the views.
+    """
+
+    def __init__(self, config: SimCLRConfig, dataset: Dataset, device: torch.device) -> None:
+        self._config = config
+        self._dataset = dataset
+        self._device = device
+        self.images = dataset.pretrain
+        self._view = SimCLRView.of(
+            dataset,
+            config.simclr.view_size,
+            min_area=config.simclr.min_crop_area,
+            blur_kernel=config.simclr.blur_kernel,
+            dtype=patch_dtype(config.compute.precision),
+            channels_last=config.compute.channels_last,
+        )
+        self.model = self._build()
+
+    def losses(self, images: Tensor, labels: Tensor | None, streams: RandomStreams) -> dict[str, Tensor]:
+        with torch.autocast(self._device.type, enabled=False):  # Views are float32 until they are finished.
+            views = self._view.random_pair(images, streams.views, share=streams.share)
+        return self.model(views)._asdict()
+
+    def evaluate(self) -> dict[str, float]:
+        """Accuracies of the linear probe; nothing where the data set has no labels to train and test it with."""
+        models = {"probe": self.model, "untrained_probe": self._build()}
+        return probe_accuracies(
+            self._dataset,
+            self._device,
+            {name: lambda images, m=model: self._features(m, images) for name, model in models.items()},
+        )
+
+    def save(self, run: RunDir) -> None:
+        save_encoder(run, self.model.encoder, self._encoder_arguments(), self._view, self._config)
+        metrics = read_metrics(run.metrics)
+        if metrics:
+            keys = 2 * self._config.optimization.batch_size - 1
+            guessing = {"loss": math.log(keys), "accuracy": 1 / keys}
+            figures.save(run.path / "curves.png", figures.curves(metrics, guessing))
+        self._save_inputs(run)
+
+    def _save_inputs(self, run: RunDir) -> None:
+        """Images, each above its two views."""
+        shown = self._dataset.pretrain if self._dataset.test is None else self._dataset.test
+        images = ImageFetcher(shown, self._device, resident=False)(np.arange(min(_FIGURE_INPUTS, len(shown))))
+        plain = SimCLRView(
+            self._view.size, min_area=self._view.min_area, blur_kernel=self._view.blur_kernel, mean=None, std=None
+        )
+        views = plain.random_pair(images, torch.Generator().manual_seed(self._config.compute.seed))
+        pixels = torch.cat([plain.center(images), *views]).clamp(0, 1) * 255
+        figures.save_images(run.path / "inputs.png", pixels.round().byte().cpu().numpy(), columns=len(images))
+
+    @torch.no_grad()
+    def _features(self, model: SimCLR, images: Tensor) -> Tensor:
+        """uint8 [B, C, H, W] → features of the whole images, [B, D]."""
+        was_training = model.training
+        model.eval()
+        views = self._view.center(images)
+        with autocast(self._device, self._config.compute.precision):
+            features = model.encode(views)
+        model.train(was_training)
+        return features
+
+    def _build(self) -> SimCLR:
+        """The model with the initial weights of the config's seed."""
+        options = self._config.simclr
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._config.compute.seed)
+            model = SimCLR(
+                ResNetV2Encoder(**self._encoder_arguments()),
+                projection_channels=options.projection_channels,
+                temperature=options.temperature,
+                gather_negatives=options.gather_negatives,
+            )
+        if self._config.compute.channels_last:
+            model.encoder.to(memory_format=torch.channels_last)
+        return model.to(self._device)
+
+    def _encoder_arguments(self) -> dict[str, Any]:
+        options = self._config.simclr
+        # Of what the stem leaves, the stacks halve the side twice or thrice: small views keep their pixels.
+        return encoder_arguments(
+            options.encoder, norm=options.norm, in_channels=self._dataset.image_shape[0], pixels=options.view_size // 4
+        )
