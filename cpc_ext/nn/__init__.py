@@ -5,5 +5,15 @@ from cpc_ext.nn.info_nce_loss import InfoNCELoss
 from cpc_ext.nn.masked_conv2d import MaskedConv2d
 from cpc_ext.nn.nt_xent_loss import NTXentLoss, NTXentOutput
 from cpc_ext.nn.patchify import Patchify
+from cpc_ext.nn.target_info_nce import TargetInfoNCE
 
-__all__ = ["GridInfoNCE", "GridInfoNCEOutput", "InfoNCELoss", "MaskedConv2d", "NTXentLoss", "NTXentOutput", "Patchify"]
+__all__ = [
+    "GridInfoNCE",
+    "GridInfoNCEOutput",
+    "InfoNCELoss",
+    "MaskedConv2d",
+    "NTXentLoss",
+    "NTXentOutput",
+    "Patchify",
+    "TargetInfoNCE",
+]

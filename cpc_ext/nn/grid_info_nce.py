@@ -31,8 +31,8 @@ class GridInfoNCEOutput(NamedTuple):
     Attributes:
         loss: scalar in nats, the mean over positions, then steps, then directions.
         accuracy: scalar, the fraction of positives that score highest, averaged likewise; without gradient.
-        mutual_information: scalar, log of the number of keys contrasted minus the loss, averaged likewise: a lower bound
-            on the mutual information of contexts and encodings in nats (equation 5 there); without gradient.
+        mutual_information: scalar, log of the number of keys contrasted minus the loss, averaged likewise: a lower
+            bound on the mutual information of contexts and encodings, in nats; without gradient.
         step_losses: [directions, steps], the loss of each step; without gradient.
         step_accuracies: [directions, steps]; without gradient.
     """

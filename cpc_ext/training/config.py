@@ -317,8 +317,8 @@ class RunConfig(_Section):
     model: Model = Field(
         "cpc-v1",
         description="What to train; it decides which options there are. cpc-v1: van den Oord et al. 2018, arXiv "
-        "1807.03748. pixelcnn: 2016, arXiv 1601.06759. gated-pixelcnn: 2016, arXiv 1606.05328. simclr: Chen et al. 2020, "
-        "arXiv 2002.05709.",
+        "1807.03748. pixelcnn: 2016, arXiv 1601.06759. gated-pixelcnn: 2016, arXiv 1606.05328. simclr: Chen et al. "
+        "2020, arXiv 2002.05709.",
     )
     data: DataSection = Field(default_factory=DataSection)
     optimization: OptimizationSection

@@ -1,4 +1,7 @@
-"""What runs that learn an encoder share: which encoders there are, their file, and what a linear probe makes of them."""
+"""What runs that learn an encoder share: which encoders there are, their file, and their linear probe.
+
+From names on the command line to arguments, from a trained encoder to encoder.safetensors and its accuracies.
+"""
 
 from __future__ import annotations
 
