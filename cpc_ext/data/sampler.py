@@ -13,11 +13,12 @@ import numpy as np
 class EpochSampler:
     """Yields one epoch of batches a pass; every pass has an order of its own.
 
-    count: number of images. batch_size: images a batch and process. seed: of the order.
+    count: number of images. batch_size: images a batch, all processes together. seed: of the order.
     drop_last: leave out what is left when no full batch can be made; otherwise it makes a smaller last batch.
-    rank, world_size: of several processes that share an epoch, each gets its own part of every batch.
+    rank, world_size: of several processes that share an epoch, each gets its own part of every batch. The batches
+        themselves do not depend on how many there are.
 
-    Raises ValueError where no batch can be made, or where processes would get unequal parts (drop_last=False).
+    Raises ValueError where no batch can be made, or where processes would get unequal parts.
     """
 
     def __init__(
@@ -36,9 +37,10 @@ class EpochSampler:
             raise ValueError(f"rank: expected 0..{world_size - 1}, got {rank}")
         if not drop_last and world_size > 1:
             raise ValueError("drop_last: must be True where several processes share an epoch")
-        if count < 1 or (drop_last and batch_size * world_size > count):
-            processes = f" on each of {world_size} processes" if world_size > 1 else ""
-            raise ValueError(f"batch_size: expected at most {count} images, got {batch_size}{processes}")
+        if batch_size % world_size:
+            raise ValueError(f"batch_size: expected a multiple of the {world_size} processes, got {batch_size}")
+        if count < 1 or (drop_last and batch_size > count):
+            raise ValueError(f"batch_size: expected at most {count} images, got {batch_size}")
         self.count = count
         self.batch_size = batch_size
         self.seed = seed
@@ -50,28 +52,29 @@ class EpochSampler:
 
     def __len__(self) -> int:
         """Batches an epoch."""
-        full, rest = divmod(self.count, self.batch_size * self.world_size)
+        full, rest = divmod(self.count, self.batch_size)
         return full + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """What is left of the current epoch, as int64 [batch_size] arrays; then the next epoch becomes current.
+        """What is left of the current epoch, as int64 arrays; then the next epoch becomes current.
 
-        A batch counts as done when it is handed out: state saved after training on it goes on with the next.
+        Each holds this process's part of a batch, [batch_size / world_size]. A batch counts as done when it
+        is handed out: state saved after training on it goes on with the next.
         """
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
-        together = self.batch_size * self.world_size
+        part = self.batch_size // self.world_size
         batches = len(self)
         while self.batch < batches:
-            start = self.batch * together + self.rank * self.batch_size
+            start = self.batch * self.batch_size + self.rank * part
             self.batch += 1
             if self.batch == batches:
                 self.epoch, self.batch = self.epoch + 1, 0
-                yield order[start : start + self.batch_size]
+                yield order[start : start + part]
                 return
-            yield order[start : start + self.batch_size]
+            yield order[start : start + part]
 
     def state_dict(self) -> dict[str, int]:
-        """The position, and what it means anything with: equal on all processes."""
+        """The position, and what it means anything with: equal on all processes, however many there are."""
         return {**self._order(), "epoch": self.epoch, "batch": self.batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -89,5 +92,4 @@ class EpochSampler:
             "batch_size": self.batch_size,
             "seed": self.seed,
             "drop_last": int(self.drop_last),
-            "world_size": self.world_size,
         }

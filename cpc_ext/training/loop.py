@@ -1,11 +1,13 @@
 """The training loop: steps, learning rate, logging and checkpoints for any task.
 
 The host only ever waits for the device where something is logged or saved. There it also learns whether a value was
-not finite, so that neither a log line nor a checkpoint is made of such values without its knowledge.
+not finite, so that neither a log line nor a checkpoint is made of such values without its knowledge. Several processes
+take the same steps; what is measured is averaged over them at once, so that all decide alike.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 import time
 from collections.abc import Iterator
@@ -13,7 +15,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
@@ -21,6 +24,7 @@ from cpc_ext.data import EpochSampler, ImageFetcher
 from cpc_ext.training.atomic_file import replace_with_link
 from cpc_ext.training.checkpoint import save_checkpoint
 from cpc_ext.training.config import RunConfig
+from cpc_ext.training.distribution import Ranks
 from cpc_ext.training.errors import TrainingError, warn
 from cpc_ext.training.meter import FiniteGuard, Meter
 from cpc_ext.training.precision import autocast, grad_scaler
@@ -40,6 +44,9 @@ _SHOWN = ("loss", "accuracy", "bits_per_dim")
 class Trainer:
     """One run of a task, from its first step or from a checkpoint's.
 
+    With several processes every one makes a trainer of an equal task. Batch norm takes its statistics of all of a batch
+    on CUDA; elsewhere, where PyTorch cannot, of each process's part.
+
     Attributes:
         step: updates done.
         total_steps: updates of the whole run.
@@ -47,21 +54,31 @@ class Trainer:
         last_metrics: the last logged record.
 
     Raises:
-        TrainingError: a batch larger than the data set.
+        TrainingError: a batch larger than the data set, or one that the processes cannot share equally.
     """
 
-    def __init__(self, task: Task, config: RunConfig, run: RunDir, device: torch.device) -> None:
+    def __init__(self, task: Task, config: RunConfig, run: RunDir, ranks: Ranks) -> None:
         options = config.optimization
+        device = ranks.device
+        self._ranks = ranks
         self._task = task
         self._config = config
         self._run = run
         self._device = device
         try:
-            self._sampler = EpochSampler(len(task.images), options.batch_size, seed=config.compute.seed)
+            self._sampler = EpochSampler(
+                len(task.images),
+                options.batch_size,
+                seed=config.compute.seed,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+            )
         except ValueError as error:
             raise TrainingError(f"--batch-size: {error}") from None
         self._fetch = ImageFetcher(task.images, device)
-        self._streams = RandomStreams(config.compute.seed, device)
+        self._streams = RandomStreams(config.compute.seed, device, ranks.share)
+        if ranks.world_size > 1:
+            self._share_batch_norm()
         self._parameters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
         # Fused, it also unscales fp16 gradients and skips overflowed steps without asking the host.
         fused = device.type in ("cpu", "cuda")
@@ -74,6 +91,12 @@ class Trainer:
         self._scaler = grad_scaler(device, config.compute.precision)
         if config.compute.compile:
             task.model.compile()
+        self._losses: nn.Module = _Losses(task)
+        if ranks.world_size > 1:
+            # Buffers are masks, and the running statistics of batch norm, which nothing in training reads.
+            known = inspect.signature(DistributedDataParallel).parameters
+            name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            self._losses = DistributedDataParallel(self._losses, **{name: False})
         self._guard = FiniteGuard(device)
         self._since_log = Meter(device)
         self._since_best = Meter(device)
@@ -114,8 +137,10 @@ class Trainer:
                 f"--resume: the run is already at step {self.step}, past the {self.total_steps} asked for"
             )
 
-    def train(self, log: RunLog, stop: StopRequest) -> None:
-        """Run to the last step, or to the one in which ``stop`` is set; then save.
+    def train(self, log: RunLog | None, stop: StopRequest) -> None:
+        """Run to the last step, or to the one in which ``stop`` is set in any process; then save.
+
+        log: of the main process; None in the others.
 
         Raises TrainingError where a loss or gradient is not finite, with the checkpoints before that as they were.
         """
@@ -123,10 +148,7 @@ class Trainer:
         self._task.model.train()
         if self.step == 0:
             # From here on there is something to resume, and the disk has proved to take a checkpoint.
-            try:
-                save_checkpoint(self._run.checkpoint, self._state())
-            except OSError as error:
-                raise TrainingError(f"--out-dir: cannot write {self._run.checkpoint}: {error}") from None
+            self._ranks.on_main(self._save_first)
             self._saved_step = 0
         batches = self._batches()
         self._logged_step, self._logged_seconds = self.step, self.seconds
@@ -134,9 +156,14 @@ class Trainer:
         # Where the bar is not redrawn but written line after line, a few lines a minute are enough.
         interval = 0.2 if sys.stderr.isatty() else 10
         with tqdm(
-            total=self.total_steps, initial=self.step, unit="step", mininterval=interval, dynamic_ncols=True
+            total=self.total_steps,
+            initial=self.step,
+            unit="step",
+            mininterval=interval,
+            dynamic_ncols=True,
+            disable=not self._ranks.main,
         ) as bar:
-            while self.step < self.total_steps and not stop.signal:
+            while self.step < self.total_steps and not self._ranks.any(stop.signal is not None):
                 batch = next(batches)
                 self._update(self._fetch(batch), self._fetch.labels(batch))
                 bar.update()
@@ -150,6 +177,20 @@ class Trainer:
             if self.step < self.total_steps and self.step % options.checkpoint_every != 0:
                 self._save(log, complete_interval=False)
 
+    def _save_first(self) -> None:
+        try:
+            save_checkpoint(self._run.checkpoint, self._state())
+        except OSError as error:
+            raise TrainingError(f"--out-dir: cannot write {self._run.checkpoint}: {error}") from None
+
+    def _share_batch_norm(self) -> None:
+        if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self._task.model.modules()):
+            return
+        if self._device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(self._task.model)
+        elif self._ranks.main:
+            warn("batch norm takes its statistics of each process's part of a batch on the CPU; --norm layer does not")
+
     def _batches(self) -> Iterator[np.ndarray]:
         while True:
             yield from self._sampler
@@ -162,8 +203,9 @@ class Trainer:
             group["lr"] = self._learning_rate(self.step)
         self._optimizer.zero_grad(set_to_none=True)
         with autocast(self._device, self._config.compute.precision):
-            values = self._task.losses(images, labels, self._streams)
+            values = self._losses(images, labels, self._streams)
         self._scaler.scale(values["loss"]).backward()
+        values = self._ranks.mean(values)
         self._scaler.unscale_(self._optimizer)
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         norm = get_total_norm(gradients)
@@ -187,7 +229,7 @@ class Trainer:
             floor=options.final_lr,
         )
 
-    def _log(self, log: RunLog, bar: tqdm[NoReturn]) -> None:
+    def _log(self, log: RunLog | None, bar: tqdm[NoReturn]) -> None:
         means = self._since_log.means()
         self._since_log.reset()
         self._check_finite(parameters=False)
@@ -203,22 +245,27 @@ class Trainer:
             "images_per_second": round(speed, 2),
             "seconds": round(self.seconds, 3),
         }
-        log.log(self.last_metrics)
+        if log is not None:
+            log.log(self.last_metrics)
         shown = {name: f"{value:.3f}" for name, value in means.items() if name in _SHOWN}
         bar.set_postfix({**shown, "images/s": f"{speed:.0f}"}, refresh=False)
 
-    def _observe(self, log: RunLog) -> None:
+    def _observe(self, log: RunLog | None) -> None:
         """Log what the task finds when it looks at the model; that is no part of the time spent in steps."""
+
+        def observe() -> None:
+            try:
+                log.log({"step": self.step, **self._task.observe(self.step, self._run)}, group="observed")
+            except OSError as error:
+                warn(f"could not write what was observed at step {self.step} ({error}); training goes on without")
+
         self._stop_clock()
         self._task.model.eval()
-        try:
-            log.log({"step": self.step, **self._task.observe(self.step, self._run)}, group="observed")
-        except OSError as error:
-            warn(f"could not write what was observed at step {self.step} ({error}); training goes on without")
+        self._ranks.on_main(observe)
         self._task.model.train()
         self._start_clock()
 
-    def _save(self, log: RunLog, *, complete_interval: bool) -> None:
+    def _save(self, log: RunLog | None, *, complete_interval: bool) -> None:
         """Write the last checkpoint, and let it be the best one too if its interval's mean loss is the lowest.
 
         An interval cut short by a stop does not count: a mean over few steps is low by luck.
@@ -231,18 +278,19 @@ class Trainer:
             self._since_best.reset()
             best = loss < self._best_loss
             self._best_loss = min(loss, self._best_loss)
-        # A checkpoint never knows of logged steps that are not on the disk.
-        log.sync()
-        try:
-            save_checkpoint(self._run.checkpoint, self._state())
-            self._saved_step = self.step
-            if best:
-                replace_with_link(self._run.checkpoint, self._run.best)
-        except OSError as error:
-            warn(
-                f"could not save step {self.step} ({error}); training goes on, the last checkpoint is "
-                + (f"that of step {self._saved_step}" if self._saved_step is not None else "missing")
-            )
+        if log is not None:
+            # A checkpoint never knows of logged steps that are not on the disk.
+            log.sync()
+            try:
+                save_checkpoint(self._run.checkpoint, self._state())
+                self._saved_step = self.step
+                if best:
+                    replace_with_link(self._run.checkpoint, self._run.best)
+            except OSError as error:
+                warn(
+                    f"could not save step {self.step} ({error}); training goes on, the last checkpoint is "
+                    + (f"that of step {self._saved_step}" if self._saved_step is not None else "missing")
+                )
         self._start_clock()
 
     def _check_finite(self, *, parameters: bool) -> None:
@@ -253,6 +301,8 @@ class Trainer:
                 return
             step = self.step
         kept = "" if self._saved_step is None else f"; the checkpoint of step {self._saved_step} is kept"
+        if not self._ranks.main:
+            raise SystemExit(1)  # The main process, which is here as well, says why.
         try:
             save_checkpoint(self._run.diverged, self._state())
             kept += f", the state with it is in {self._run.diverged}"
@@ -296,3 +346,15 @@ class Trainer:
         now = time.perf_counter()
         self.seconds += now - self._started
         self._started = now
+
+
+class _Losses(nn.Module):
+    """A task's forward pass as a module, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.model = task.model
+        self._task = task
+
+    def forward(self, images: Tensor, labels: Tensor | None, streams: RandomStreams) -> dict[str, Tensor]:
+        return self._task.losses(images, labels, streams)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import resource
 import signal
@@ -22,6 +23,7 @@ from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.cli import Command, describe, parse
 from cpc_ext.training.config import RunConfig, option, validate_config
 from cpc_ext.training.cpc_v1 import CPCv1Task
+from cpc_ext.training.distribution import Ranks, joined_ranks, lost_contact
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.loop import Trainer
 from cpc_ext.training.pixelcnn import PixelCNNTask
@@ -59,12 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `python -m cpc_ext.train` with these arguments (default: those of the process); returns the exit status.
 
     0: the run is complete. 1: it could not start or go on, for a reason that was printed. 2 (raised as SystemExit):
-    wrong options. 130, 143: stopped by Ctrl-C or SIGTERM, after saving.
+    wrong options. 130, 143: stopped by Ctrl-C or SIGTERM, after saving. Under torchrun every process runs it.
     """
     try:
         return _run(parse(sys.argv[1:] if arguments is None else arguments))
     except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{_speaker()}error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         # While training, Ctrl-C is a request and no exception; before and after there is nothing to save.
@@ -72,60 +74,93 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
+def _speaker() -> str:
+    """Which of several processes speaks."""
+    return f"[rank {os.environ.get('RANK', '0')}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+
+
 def _run(command: Command) -> int:
     config = command.run
-    device = check_device(config.compute.device)
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # All batches have one shape, so the search pays once.
-    if command.resume:
-        assert command.out_dir is not None  # parse() saw to it.
-        run = RunDir.reopen(command.out_dir)
-    else:
-        run = RunDir.create(command.out_dir, model=config.model, dataset=config.data.dataset)
-    try:
-        return _train(config, run, device, resume=command.resume)
-    finally:
-        run.release()
+    with joined_ranks(config.compute.device) as ranks:
+        check_device(str(ranks.device))
+        if ranks.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # All batches have one shape, so the search pays once.
+        held: list[RunDir] = []
+        path = command.out_dir
+
+        def hold() -> Path:
+            if command.resume:
+                assert command.out_dir is not None  # parse() saw to it.
+                held.append(RunDir.reopen(command.out_dir))
+            else:
+                held.append(RunDir.create(command.out_dir, model=config.model, dataset=config.data.dataset))
+            return held[0].path
+
+        try:
+            path = ranks.on_main(hold)
+            return _train(config, held[0] if held else RunDir(path), ranks, resume=command.resume)
+        except RuntimeError as error:
+            if not lost_contact(error):
+                raise
+            raise TrainingError(
+                f"another process of this run has ended or no longer answers, so this one ends as well. The training "
+                f"is saved up to its last checkpoint: go on with --resume --out-dir {path}, on any number of processes "
+                f"({str(error).splitlines()[0]})"
+            ) from None
+        finally:
+            for run in held:
+                run.release()
 
 
-def _train(config: RunConfig, run: RunDir, device: torch.device, *, resume: bool) -> int:
+def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int:
     phases: dict[str, float] = {}
-    print(f"cpc_ext {cpc_ext.__version__}, run in {run.path}\n{describe(config)}")
+    ranks.say(f"cpc_ext {cpc_ext.__version__}, run in {run.path}\n{describe(config)}")
     state = load_checkpoint(run.checkpoint) if resume else None
     if state is not None:
         _check_same_run(validate_config(state["config"]), config)
     with _timed(phases, "data"):
         dataset = _load(config)
     try:
-        task = TASKS[config.model](config, dataset, device)
+        task = TASKS[config.model](config, dataset, ranks.device)
     except ValueError as error:
         raise TrainingError(str(error)) from None
-    trainer = Trainer(task, config, run, device)
+    ranks.wait()  # Where data had to be fetched or decoded, some took longer.
+    trainer = Trainer(task, config, run, ranks)
     if state is not None:
         trainer.resume(state)
-    run.check_space(trainer.checkpoint_bytes)
-    _write(run.config, config.to_yaml())
-    print(
+
+    def prepare() -> None:
+        run.check_space(trainer.checkpoint_bytes)
+        _write(run.config, config.to_yaml())
+
+    ranks.on_main(prepare)
+    ranks.say(
         f"{len(task.images)} images of {dataset.name}, {sum(p.numel() for p in task.model.parameters()):,} parameters, "
-        f"{trainer.total_steps} steps" + (f", going on after step {trainer.step}" if resume else "")
+        f"{trainer.total_steps} steps"
+        + (f", {ranks.world_size} processes" if ranks.world_size > 1 else "")
+        + (f", going on after step {trainer.step}" if resume else "")
     )
 
-    log = RunLog(run, after_step=trainer.step)
+    log = RunLog(run, after_step=trainer.step) if ranks.main else None
     try:
-        with StopRequest() as stop, _timed(phases, "training"):
+        several = ranks.world_size > 1
+        with StopRequest(again_ends=not several, talk=ranks.main) as stop, _timed(phases, "training"):
             trainer.train(log, stop)
-        if stop.signal:
-            print(
+            stopped = ranks.any(stop.signal is not None)
+        if stopped:
+            ranks.say(
                 f"stopped at step {trainer.step} of {trainer.total_steps}; go on with:\n"
                 f"  python -m cpc_ext.train --resume --out-dir {run.path}"
             )
-            return stop.exit_code
+            return stop.exit_code or 128 + signal.SIGTERM
+        if log is None:
+            return 0  # What is left is for one process.
         with _timed(phases, "evaluation"):
             results = task.evaluate()
         log.scalars(trainer.step, results)
         with _timed(phases, "figures"):
             task.save(run)
-        summary = _summary(config, trainer, results, phases, device)
+        summary = _summary(config, trainer, results, phases, ranks)
         _write(run.summary, json.dumps(summary, indent=2) + "\n")
     except OSError as error:
         raise TrainingError(
@@ -133,7 +168,8 @@ def _train(config: RunConfig, run: RunDir, device: torch.device, *, resume: bool
             f"make room and go on with --resume --out-dir {run.path}"
         ) from None
     finally:
-        log.close()
+        if log is not None:
+            log.close()
     _report(results, phases, run)
     return 0
 
@@ -169,8 +205,9 @@ def _load(config: RunConfig) -> Dataset:
 
 
 def _summary(
-    config: RunConfig, trainer: Trainer, results: dict[str, float], phases: dict[str, float], device: torch.device
+    config: RunConfig, trainer: Trainer, results: dict[str, float], phases: dict[str, float], ranks: Ranks
 ) -> dict[str, Any]:
+    device = ranks.device
     final = {
         f"final_{name}": trainer.last_metrics[name] for name in ("loss", "accuracy") if name in trainer.last_metrics
     }
@@ -185,6 +222,7 @@ def _summary(
         "training_seconds": round(trainer.seconds, 3),
         "phase_seconds": {name: round(seconds, 3) for name, seconds in phases.items()},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type,
+        "processes": ranks.world_size,
         "threads": torch.get_num_threads(),
         "versions": {"cpc_ext": cpc_ext.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }

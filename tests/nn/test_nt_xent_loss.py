@@ -1,0 +1,93 @@
+"""NT-Xent against its formula; the objectives of CPC v2 and the one call of the grid against loops over the steps."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cpc_ext.nn import NTXentLoss, TargetInfoNCE
+from cpc_ext.nn import nt_xent_loss as module
+
+
+def features(seed=0, images=6, dim=5):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(images, dim, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(2)]
+
+
+def test_loss_and_ranks_are_those_of_the_similarity_matrix(monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK_SIMILARITIES", 30)  # Ranks in blocks of two rows.
+    first, second = features()
+    output = NTXentLoss(0.3)(first, second)
+
+    views = torch.cat([first, second])
+    similarity = F.cosine_similarity(views[:, None], views[None], dim=2).fill_diagonal_(-torch.inf) / 0.3
+    targets = torch.arange(12).roll(6)
+    expected = F.cross_entropy(similarity, targets)
+    torch.testing.assert_close(output.loss, expected, atol=1e-12, rtol=0)
+    for ours, theirs in zip(
+        *(torch.autograd.grad(loss, [first, second]) for loss in (output.loss, expected)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+    positions = [
+        row.argsort(descending=True).tolist().index(target) for row, target in zip(similarity, targets, strict=True)
+    ]
+    assert output.accuracy == sum(position == 0 for position in positions) / 12
+    assert output.top5_accuracy == pytest.approx(sum(position < 5 for position in positions) / 12)
+    assert output.mean_position == pytest.approx(sum(positions) / 12 + 1)
+    assert output.mutual_information == pytest.approx(math.log(11) - output.loss.item())
+
+
+def test_collapsed_features_come_last():
+    same = torch.ones(4, 3)
+    output = NTXentLoss()(same, same)
+    assert output.accuracy == 0
+    assert output.mean_position == 7
+    assert output.loss.item() == pytest.approx(math.log(7))
+
+
+def test_half_precision_is_compared_in_float32():
+    first, second = (value.detach().bfloat16() for value in features())
+    assert NTXentLoss()(first, second).loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"gather_negatives": "some"}, "gather_negatives must be one of none, gather, ring, got 'some'"),
+    ],
+)
+def test_wrong_arguments(arguments, expected):
+    with pytest.raises(ValueError, match=expected):
+        NTXentLoss(**arguments)
+
+
+def test_wrong_shapes():
+    with pytest.raises(ValueError, match="first and second must both be"):
+        NTXentLoss()(torch.ones(2, 3), torch.ones(3, 3))
+
+
+def test_target_info_nce_is_a_sum_of_cross_entropies():
+    generator = torch.Generator().manual_seed(0)
+    encodings, contexts = (torch.randn(2, 4, 5, 3, dtype=torch.float64, generator=generator) for _ in range(2))
+    objective = TargetInfoNCE(4, target_channels=6, scale=0.3).double()
+    output = objective(encodings, contexts)
+
+    targets = objective.target_projection(encodings).permute(0, 2, 3, 1)
+    predictions = objective.prediction_projection(contexts).permute(0, 2, 3, 1) * 0.3
+    indices = torch.arange(30).view(2, 5, 3)
+    losses = [
+        F.cross_entropy(predictions[:, : 5 - step].flatten(0, 2) @ targets.flatten(0, 2).T, indices[:, step:].flatten())
+        for step in (2, 3, 4)
+    ]
+    torch.testing.assert_close(output.loss, losses[0] + 2 * losses[1] + 3 * losses[2], atol=1e-12, rtol=0)
+    torch.testing.assert_close(output.step_losses[0], torch.stack(losses).detach(), atol=1e-12, rtol=0)
+    assert output.mutual_information.item() == pytest.approx(math.log(30) - output.loss.item() / 6)
+
+
+def test_target_info_nce_refuses_grids_that_are_too_small():
+    with pytest.raises(ValueError, match="a grid of 2 rows is too small"):
+        TargetInfoNCE(4)(torch.ones(1, 4, 2, 2), torch.ones(1, 4, 2, 2))
