@@ -79,6 +79,15 @@ def _speaker() -> str:
     return f"[rank {os.environ.get('RANK', '0')}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
 
 
+def _lost(error: RuntimeError, path: Path | None) -> str:
+    """What to say where other processes are gone."""
+    return (
+        "another process of this run has ended or no longer answers, so this one ends as well. The training is saved "
+        f"up to its last checkpoint: go on with --resume --out-dir {path}, on any number of processes "
+        f"({str(error).splitlines()[0]})"
+    )
+
+
 def _run(command: Command) -> int:
     config = command.run
     with joined_ranks(config.compute.device) as ranks:
@@ -102,11 +111,7 @@ def _run(command: Command) -> int:
         except RuntimeError as error:
             if not lost_contact(error):
                 raise
-            raise TrainingError(
-                f"another process of this run has ended or no longer answers, so this one ends as well. The training "
-                f"is saved up to its last checkpoint: go on with --resume --out-dir {path}, on any number of processes "
-                f"({str(error).splitlines()[0]})"
-            ) from None
+            raise TrainingError(_lost(error, path)) from None
         finally:
             for run in held:
                 run.release()
@@ -145,8 +150,15 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
     try:
         several = ranks.world_size > 1
         with StopRequest(again_ends=not several, talk=ranks.main) as stop, _timed(phases, "training"):
-            trainer.train(log, stop)
-            stopped = ranks.any(stop.signal is not None)
+            try:
+                trainer.train(log, stop)
+                stopped = ranks.any(stop.signal is not None)
+            except RuntimeError as error:
+                if not lost_contact(error):
+                    raise
+                # Said here, where SIGTERM is only noted: it is what torchrun sends next.
+                print(f"\n{_speaker()}error: {_lost(error, run.path)}", file=sys.stderr, flush=True)
+                raise SystemExit(1) from None
         if stopped:
             ranks.say(
                 f"stopped at step {trainer.step} of {trainer.total_steps}; go on with:\n"
