@@ -48,9 +48,18 @@ def test_restored_sampler_goes_on_exactly(done, drop_last):
 
 def test_processes_share_each_batch():
     whole = list(EpochSampler(50, 12, seed=1))
-    parts = [list(EpochSampler(50, 4, seed=1, rank=rank, world_size=3)) for rank in range(3)]
+    parts = [list(EpochSampler(50, 12, seed=1, rank=rank, world_size=3)) for rank in range(3)]
     for batch, shares in zip(whole, zip(*parts, strict=True), strict=True):
         np.testing.assert_array_equal(batch, np.concatenate(shares))
+
+
+def test_state_goes_on_with_another_number_of_processes():
+    two = EpochSampler(50, 12, seed=1, rank=1, world_size=2)
+    next(iter(two))
+    three = EpochSampler(50, 12, seed=1, rank=2, world_size=3)
+    three.load_state_dict(two.state_dict())
+    whole = list(EpochSampler(50, 12, seed=1))
+    np.testing.assert_array_equal(next(iter(three)), whole[1][8:])
 
 
 def test_seed_decides_the_order():
@@ -63,7 +72,7 @@ def test_seed_decides_the_order():
     ("arguments", "named"),
     [
         ({"count": 5, "batch_size": 6}, "at most 5 images, got 6"),
-        ({"count": 5, "batch_size": 3, "world_size": 2}, "on each of 2 processes"),
+        ({"count": 5, "batch_size": 3, "world_size": 2}, "expected a multiple of the 2 processes, got 3"),
         ({"count": 0, "batch_size": 1, "drop_last": False}, "batch_size"),
         ({"count": 5, "batch_size": 0}, "batch_size"),
         ({"count": 5, "batch_size": 1, "rank": 1}, "rank"),

@@ -1,9 +1,11 @@
 """The grid objective against its definition, position by position."""
 
+import math
+
 import pytest
 import torch
 
-from cpc_ext.nn import GridInfoNCE
+from cpc_ext.nn import GridInfoNCE, grid_info_nce
 
 
 def grids(directions=2, batch=2, channels=3, context_channels=4, rows=4, cols=3):
@@ -59,6 +61,44 @@ def test_equals_definition(neg_samples, skip):
     assert not any(t.requires_grad for t in (output.accuracy, output.step_losses, output.step_accuracies))
 
 
+@pytest.mark.parametrize("neg_samples", [3, "all"])
+def test_all_steps_and_directions_are_one_call(monkeypatch, neg_samples):
+    calls = []
+
+    def counted(*arguments, **options):
+        calls.append(options)
+        return info_nce(*arguments, **options)
+
+    info_nce = grid_info_nce.info_nce
+    monkeypatch.setattr(grid_info_nce, "info_nce", counted)
+    GridInfoNCE(3, 4, pred_steps=2, pred_directions=2, neg_samples=neg_samples).double()(*grids())
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1.0, 100.0])
+def test_marks_of_keys_that_a_step_does_not_contrast_leave_no_trace(dtype, size):
+    """Steps of one objective equal objectives of one step each, also where logits are as large as they get."""
+    objective = GridInfoNCE(3, 4, pred_steps=2, pred_directions=2, neg_samples="all").to(dtype)
+    z, c = ((grid.detach() * size).to(dtype) for grid in grids())
+    together = objective(z, c)
+    for step in range(2):
+        alone = GridInfoNCE(3, 4, pred_steps=1, pred_directions=2, skip=1 + step, neg_samples="all").to(dtype)
+        alone.load_state_dict({"weight": objective.weight[:, step : step + 1]})
+        expected = alone(z, c)
+        torch.testing.assert_close(together.step_losses[:, step], expected.step_losses[:, 0], atol=1e-4, rtol=1e-6)
+        assert torch.equal(together.step_accuracies[:, step], expected.step_accuracies[:, 0])
+
+
+@pytest.mark.parametrize(("neg_samples", "keys"), [(3, [4, 4]), ("all", [12, 6])])
+def test_mutual_information_is_the_mean_bound_of_the_steps(neg_samples, keys):
+    objective = GridInfoNCE(3, 4, pred_steps=2, pred_directions=2, neg_samples=neg_samples).double()
+    output = objective(*grids())
+    bounds = torch.tensor([math.log(count) for count in keys]) - output.step_losses
+    torch.testing.assert_close(output.mutual_information, bounds.mean())
+    assert not output.mutual_information.requires_grad
+
+
 def test_draws_follow_the_generator_and_stay_within_the_step():
     objective = GridInfoNCE(3, 4, pred_steps=2, pred_directions=2, neg_samples=200).double()
     z, c = grids()
@@ -96,6 +136,8 @@ def test_autocast():
         ({"skip": -1}, ValueError, "skip must be at least 0, got -1"),
         ({"neg_samples": 0}, ValueError, "neg_samples must be at least 1, got 0"),
         ({"neg_samples": "some"}, ValueError, "neg_samples must be an int or \"all\", got 'some'"),
+        ({"gather_negatives": "some"}, ValueError, "gather_negatives must be one of none, gather, ring, got 'some'"),
+        ({"gather_negatives": "ring"}, ValueError, 'gather_negatives="ring" needs neg_samples="all"'),
         ({"pred_directions": 0}, ValueError, "pred_directions must be at least 1, got 0"),
     ],
 )

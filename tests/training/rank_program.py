@@ -1,0 +1,95 @@
+"""One process of several: losses and gradients on a part of a batch beside those of the whole batch, as JSON.
+
+Arguments: rank, number of processes, file where they meet, file for the answer. Not a test by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cpc_ext.models import CPC, GatedPixelCNNContext, ResNetV2Encoder, SimCLR
+from cpc_ext.nn import across_ranks
+
+IMAGES = 6
+
+
+def encoder() -> ResNetV2Encoder:
+    return ResNetV2Encoder(blocks=(1,), channels=(6,), stem_channels=4, in_channels=1, norm="layer", stem="cifar")
+
+
+def cpc(neg_samples: int | str, exchange: str) -> nn.Module:
+    network = encoder()
+    return CPC(
+        network,
+        GatedPixelCNNContext(network.out_channels, 1),
+        pred_steps=2,
+        pred_directions=2,
+        neg_samples=neg_samples,
+        gather_negatives=exchange,
+    )
+
+
+def simclr(exchange: str) -> nn.Module:
+    return SimCLR(encoder(), projection_channels=5, temperature=0.2, gather_negatives=exchange)
+
+
+CASES: dict[str, tuple[Callable[[str], nn.Module], int, str]] = {
+    # What builds the model, the dimension of images in its batch, and how keys are exchanged.
+    "cpc-sampled-gather": (lambda exchange: cpc(5, exchange), 0, "gather"),
+    "cpc-all-gather": (lambda exchange: cpc("all", exchange), 0, "gather"),
+    "cpc-all-ring": (lambda exchange: cpc("all", exchange), 0, "ring"),
+    "simclr-gather": (simclr, 1, "gather"),
+    "simclr-ring": (simclr, 1, "ring"),
+}
+
+
+def run(model: nn.Module, batch: Tensor, scalars: list[str]) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Scalars that the model returns, and the gradients of its loss."""
+    draws = {"generator": torch.Generator().manual_seed(3)} if "cpc" in scalars else {}
+    output = model(batch, **draws)
+    output.loss.backward()
+    values = {name: getattr(output, name).detach() for name in scalars if hasattr(output, name)}
+    return values, [parameter.grad for parameter in model.parameters()]
+
+
+def main(rank: int, world: int, meeting: str, answer: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    across_ranks._BLOCK_LOGITS = 64  # Rows in blocks.
+    results = {}
+    for name, (build, dim, exchange) in CASES.items():
+        torch.manual_seed(0)
+        model = build("none").double()
+        shape = (2, IMAGES, 1, 8, 8) if dim else (IMAGES, 4, 4, 1, 8, 8)
+        batch = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        scalars = ["loss", "accuracy", "mutual_information", "top5_accuracy", "mean_position", name.partition("-")[0]]
+        whole_values, whole_gradients = run(model, batch, scalars)
+
+        shared = build(exchange).double()
+        shared.load_state_dict(model.state_dict())
+        values, gradients = run(DistributedDataParallel(shared), batch.chunk(world, dim)[rank], scalars)
+        for value in values.values():
+            dist.all_reduce(value)
+            value /= world
+        results[name] = {
+            **{scalar: abs(values[scalar] - whole_values[scalar]).item() for scalar in values},
+            "gradients": max(
+                (one - other).abs().max().item() for one, other in zip(gradients, whole_gradients, strict=True)
+            ),
+            "largest_gradient": max(gradient.abs().max().item() for gradient in whole_gradients),
+        }
+    dist.barrier()
+    if rank == 0:
+        with open(answer, "w") as file:
+            json.dump(results, file)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
