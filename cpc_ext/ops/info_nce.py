@@ -2,6 +2,8 @@
 
 From queries [*, M, D], keys [*, N, D] and the index of each query's positive to a loss a query or their weighted mean.
 The contrast is against all keys, or against S sampled ones of each query, which are gathered instead of scoring all N.
+Scores are never in memory. The weights of a mean or sum are known beforehand, so the forward pass forms the gradients
+with the scores at hand, and the backward pass only scales them.
 """
 
 from __future__ import annotations
@@ -13,6 +15,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from cpc_ext._native import native
+from cpc_ext.ops._library import refuse_forward_mode, register
 
 __all__ = ["InfoNCEOutput", "info_nce", "info_nce_reference"]
 
@@ -69,30 +74,47 @@ def info_nce(
             or "none" (w * loss of every query).
 
     Returns:
-        :class:`InfoNCEOutput` (loss, accuracy). The loss is differentiable in queries and keys.
+        :class:`InfoNCEOutput` (loss, accuracy). The loss is differentiable once, backwards, in queries, keys and
+        weights. Memory grows with (M + N) * D, and under autocast the products of queries and keys are of its type.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, device or range.
         IndexError: an index that names no key. Only the CPU looks at indices and weights, since looking would stall
-            another device's stream; there indices are clamped to the keys.
+            another device's stream; there such a query's loss is NaN and so is its gradient, it counts as wrong, and
+            it gives nothing to the keys' gradient. The same holds of a query whose ``exclude`` names its positive.
+        NotImplementedError, RuntimeError: forward-mode derivatives, second derivatives.
     """
     _check_arguments(queries, keys, targets, negatives, scale, weights, exclude, reduction)
-    num_keys = keys.shape[-2]
-    targets = _checked_indices("targets", targets, num_keys)
-    negatives = _checked_indices("negatives", negatives, num_keys)
-    exclude = _checked_indices("exclude", exclude, num_keys)
-    _check_exclude(exclude, targets)
+    refuse_forward_mode(queries, keys, weights)
     _check_weights(weights)
-    return info_nce_reference(
-        queries,
-        keys,
-        targets,
-        negatives=negatives,
-        scale=float(scale),
-        weights=weights,
-        exclude=exclude,
-        reduction=reduction,
+    queries, keys = _common_dtype(queries, keys)
+    leading, (num_queries, dim), num_keys = queries.shape[:-2], queries.shape[-2:], keys.shape[-2]
+    batch = leading.numel()
+    rows = (batch, num_queries)
+
+    def indices(value: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+        return None if value is None else value.to(torch.int64).reshape(shape)
+
+    # Half-precision gradients are formed once their scale is known, lest a mean's vanish before a GradScaler's scale.
+    forms = torch.is_grad_enabled() and reduction != "none" and queries.dtype != torch.float16
+    loss, accuracy, *_ = _info_nce(
+        queries.reshape(*rows, dim),
+        keys.reshape(batch, num_keys, dim),
+        indices(targets, rows),
+        None if negatives is None else indices(negatives, (*rows, negatives.shape[-1])),
+        indices(exclude, rows),
+        None if weights is None else weights.reshape(rows),
+        float(scale),
+        reduction,
+        [
+            forms and queries.requires_grad,
+            forms and keys.requires_grad,
+            torch.is_grad_enabled() and weights is not None and weights.requires_grad,
+        ],
     )
+    if reduction == "none":
+        loss, accuracy = loss.view(*leading, num_queries), accuracy.view(*leading, num_queries)
+    return InfoNCEOutput(loss, accuracy.detach())
 
 
 def info_nce_reference(
@@ -218,27 +240,6 @@ def _check_layout(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
 
 
-def _checked_indices(name: str, indices: Tensor | None, num_keys: int) -> Tensor | None:
-    if indices is None:
-        return None
-    indices = indices.to(torch.int64)
-    if indices.device.type != "cpu":
-        return indices.clamp(0, max(num_keys - 1, 0))
-    if indices.numel():
-        low, high = (int(value) for value in indices.aminmax())
-        if low < 0 or high >= num_keys:
-            raise IndexError(f"{name} must be in 0..{num_keys - 1} for {num_keys} keys, got {low}..{high}")
-    return indices
-
-
-def _check_exclude(exclude: Tensor | None, targets: Tensor | None) -> None:
-    if exclude is None or exclude.device.type != "cpu":
-        return
-    positives = torch.arange(exclude.shape[-1]) if targets is None else targets
-    if bool((exclude == positives).any()):
-        raise ValueError("exclude must not name the positive key of a query")
-
-
 def _check_weights(weights: Tensor | None) -> None:
     # While compiling, looking would break the graph.
     if weights is None or weights.device.type != "cpu" or torch.compiler.is_compiling():
@@ -246,3 +247,215 @@ def _check_weights(weights: Tensor | None) -> None:
     # In float64, because not every floating type compares.
     if weights.numel() and (lowest := weights.detach().double().min().item()) < 0:
         raise ValueError(f"weights must not be negative, got {lowest}")
+
+
+def _common_dtype(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys of one dtype: that which both are promoted to, or autocast's as of a matrix product."""
+    dtype = torch.promote_types(queries.dtype, keys.dtype)
+    device = queries.device.type
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return queries.to(dtype), keys.to(dtype)
+
+
+# --- The op, the gradients of given row weights, and the kernels' calls ---
+
+
+def _sums_dtype(queries: Tensor) -> torch.dtype:
+    return torch.promote_types(queries.dtype, torch.float32)
+
+
+def _row_weights(queries: Tensor, weights: Tensor | None, reduction: str) -> tuple[Tensor | None, float]:
+    """What a row's loss counts in the result: a tensor [B, M], or None for ones, times a number."""
+    if weights is None:
+        return None, 1 / max(queries.shape[:2].numel(), 1) if reduction == "mean" else 1.0
+    weights = weights.to(_sums_dtype(queries)).contiguous()
+    return weights / _total(weights) if reduction == "mean" else weights, 1.0
+
+
+def _total(weights: Tensor) -> Tensor:
+    total = weights.sum()
+    return torch.where(total > 0, total, torch.ones_like(total))
+
+
+def _results(
+    queries: Tensor, losses: Tensor, right: Tensor, weights: Tensor | None, reduction: str
+) -> tuple[Tensor, Tensor]:
+    """Loss and accuracy, which share no memory with the losses."""
+    if reduction == "none":
+        return losses.clone() if weights is None else weights.to(losses.dtype) * losses, right
+    if weights is None:
+        share = 1 / max(queries.shape[:2].numel(), 1)
+        return losses.sum() * (share if reduction == "mean" else 1.0), right.sum() * share
+    weights = weights.to(losses.dtype)
+    total = _total(weights)
+    loss = (weights * losses).sum()
+    return loss / total if reduction == "mean" else loss, (weights * right).sum() / total
+
+
+def _empty_op(
+    queries, keys, targets, negatives, exclude, weights, scale, reduction, needs
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def empty(*shape) -> Tensor:
+        return queries.new_empty(shape, dtype=_sums_dtype(queries))
+
+    shape = queries.shape[:2] if reduction == "none" else ()
+    return (
+        empty(*shape),
+        empty(*shape),
+        empty(*queries.shape[:2]) if needs[2] else empty(0),
+        *_empty_gradients(queries, keys, targets, negatives, exclude, None, scale, needs),
+    )
+
+
+def _empty_gradients(
+    queries, keys, targets, negatives, exclude, row_weights, scale, needs
+) -> tuple[Tensor, Tensor]:
+    return tuple(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if need else tensor.new_empty(0)
+        for tensor, need in zip((queries, keys), needs[:2], strict=True)
+    )
+
+
+def _kernel(queries, keys, targets, negatives, exclude, weights, scale, reduction, needs):
+    row_weights, factor = _row_weights(queries, weights, reduction)
+    losses, right = (queries.new_empty(queries.shape[:2], dtype=_sums_dtype(queries)) for _ in range(2))
+    gradients = _empty_gradients(queries, keys, targets, negatives, exclude, row_weights, scale, needs)
+    _run(queries, keys, targets, negatives, exclude, row_weights, factor, scale, losses, right, gradients, needs)
+    loss, accuracy = _results(queries, losses, right, weights, reduction)
+    return loss, accuracy, losses if needs[2] else losses.new_empty(0), *gradients
+
+
+def _gradients_kernel(queries, keys, targets, negatives, exclude, row_weights, scale, needs) -> tuple[Tensor, Tensor]:
+    gradients = _empty_gradients(queries, keys, targets, negatives, exclude, row_weights, scale, needs)
+    row_weights = row_weights.contiguous()
+    _run(queries, keys, targets, negatives, exclude, row_weights, 1.0, scale, None, None, gradients, needs)
+    return gradients
+
+
+def _run(
+    queries, keys, targets, negatives, exclude, row_weights, factor, scale, losses, right, gradients, needs
+) -> None:
+    queries, keys = queries.contiguous(), keys.contiguous()
+    targets, negatives, exclude = (
+        None if tensor is None else tensor.contiguous() for tensor in (targets, negatives, exclude)
+    )
+    results = losses, right, *(gradient if need else None for gradient, need in zip(gradients, needs[:2], strict=True))
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    arguments = queries, keys, targets, negatives, exclude, row_weights, *results, scale, factor, tf32
+    workspace = queries.new_empty(native.info_nce_workspace(*arguments), dtype=torch.uint8)
+    order = segments = None
+    if negatives is not None and needs[1] and not native.info_nce_sorts(queries):
+        order, segments = _by_key(keys, targets, negatives)
+    native.info_nce(*arguments, workspace, order, segments)
+
+
+def _by_key(keys: Tensor, targets: Tensor | None, negatives: Tensor) -> tuple[Tensor, Tensor]:
+    """What sorts positives and negatives, [B, M, 1 + S] flat, by their key, and where each key's begin in it."""
+    batch, num_keys = keys.shape[:2]
+    if targets is None:
+        targets = torch.arange(negatives.shape[1], device=keys.device).expand(negatives.shape[:2])
+    named = torch.cat([targets.unsqueeze(-1), negatives], dim=-1)
+    first = torch.arange(batch, device=keys.device).mul_(num_keys).view(batch, 1, 1)
+    named = torch.where((named >= 0) & (named < num_keys), named + first, batch * num_keys).flatten()
+    in_order, order = named.sort(stable=True)
+    return order, torch.searchsorted(in_order, torch.arange(batch * num_keys + 1, device=keys.device))
+
+
+def _losses_reference(queries, keys, targets, negatives, exclude, scale) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, correctness and validity [B, M]; indices that name no key are as the docstring of info_nce says."""
+    num_keys = keys.shape[1]
+    positives = torch.arange(queries.shape[1], device=queries.device).expand(queries.shape[:2])
+    positives = positives if targets is None else targets
+    valid = torch.ones_like(positives, dtype=torch.bool) if exclude is None else exclude != positives
+    clamped = []
+    for indices in (positives, negatives, exclude):
+        if indices is not None:
+            within = (indices >= 0) & (indices < num_keys)
+            valid = valid & (within if within.ndim == 2 else within.all(-1))
+        clamped.append(None if indices is None else indices.clamp(0, max(num_keys - 1, 0)))
+    losses, right = info_nce_reference(
+        queries, keys, clamped[0], negatives=clamped[1], exclude=clamped[2], scale=scale, reduction="none"
+    )
+    return torch.where(valid, losses, math.nan), right * valid, valid
+
+
+def _reference_op(queries, keys, targets, negatives, exclude, weights, scale, reduction, needs):
+    with torch.no_grad():
+        losses, right, _ = _losses_reference(queries, keys, targets, negatives, exclude, scale)
+    row_weights, factor = _row_weights(queries, weights, reduction)
+    row_weights = torch.full_like(losses, factor) if row_weights is None else row_weights * factor
+    gradients = _gradients_reference(queries, keys, targets, negatives, exclude, row_weights, scale, needs)
+    loss, accuracy = _results(queries, losses, right, weights, reduction)
+    return loss, accuracy, losses if needs[2] else losses.new_empty(0), *gradients
+
+
+def _gradients_reference(
+    queries, keys, targets, negatives, exclude, row_weights, scale, needs
+) -> tuple[Tensor, Tensor]:
+    if not (needs[0] or needs[1]):
+        return queries.new_empty(0), keys.new_empty(0)
+    with torch.enable_grad():
+        leaves = [queries.detach().requires_grad_(), keys.detach().requires_grad_()]
+        losses, _, valid = _losses_reference(*leaves, targets, negatives, exclude, scale)
+        total = (row_weights * torch.where(valid, losses, 0)).sum()
+    grad_queries, grad_keys = torch.autograd.grad(total, leaves)
+    grad_queries = torch.where(valid.unsqueeze(-1), grad_queries, math.nan)
+    return (
+        grad_queries.contiguous() if needs[0] else queries.new_empty(0),
+        grad_keys.contiguous() if needs[1] else keys.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    queries, keys, targets, negatives, exclude, weights, scale, reduction, needs = inputs
+    loss, _, losses, *gradients = output
+    # What was not formed with the loss is computed when the gradient of each row is known.
+    ctx.later = any(wanted and not need for wanted, need in zip(ctx.needs_input_grad[:2], needs[:2], strict=True))
+    kept = (queries, keys, targets, negatives, exclude) if ctx.later else (None,) * 5
+    ctx.save_for_backward(*kept, weights, *((loss, losses) if needs[2] else (None, None)), *gradients)
+    ctx.num_rows, ctx.scale, ctx.reduction = queries.shape[:2], scale, reduction
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 9
+    *kept, weights, loss, losses, grad_queries, grad_keys = ctx.saved_tensors
+    needs_queries, needs_keys, *_ = ctx.needs_input_grad
+    if ctx.later:
+        row_weights, factor = _row_weights(kept[0], weights, ctx.reduction)
+        row_grads = grad.expand(ctx.num_rows) * factor if row_weights is None else grad * row_weights
+        grad_queries, grad_keys = _info_nce_gradients(*kept, row_grads, ctx.scale, [needs_queries, needs_keys])
+    elif needs_queries or needs_keys:
+        grad_queries, grad_keys = grad_queries * grad, grad_keys * grad
+    grad_weights = None
+    if losses is not None:
+        slope = losses
+        if ctx.reduction == "mean":
+            total = weights.to(losses.dtype).sum()
+            slope = torch.where(total > 0, (losses - loss) / total, losses)
+        grad_weights = (grad * slope).to(weights.dtype)
+    return (
+        grad_queries if needs_queries else None,
+        grad_keys if needs_keys else None,
+        *(None, None, None, grad_weights, None, None, None),
+    )
+
+
+_info_nce = register(
+    "info_nce(Tensor queries, Tensor keys, Tensor? targets, Tensor? negatives, Tensor? exclude, Tensor? weights, "
+    "float scale, str reduction, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=_reference_op,
+    kernel=_kernel,
+    fake=_empty_op,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+_info_nce_gradients = register(
+    "info_nce_gradients(Tensor queries, Tensor keys, Tensor? targets, Tensor? negatives, Tensor? exclude, "
+    "Tensor row_weights, float scale, bool[] needs) -> (Tensor, Tensor)",
+    reference=_gradients_reference,
+    kernel=_gradients_kernel,
+    fake=_empty_gradients,
+)

@@ -1,0 +1,705 @@
+// InfoNCE on the CPU: from queries and keys to losses and, formed at once, both gradients.
+// All keys: the scores of some hundred queries against all keys stay in the cache, transposed, a query a lane of a
+// register. So the softmax needs no sums across lanes, and all three matrix products read keys and write their gradient
+// where they lie; only the few queries are packed. Scores become powers relative to the largest of a block of keys at
+// once, and probabilities when all blocks are known. Where the keys are too many for that, the scores of a part of them
+// are computed again for the gradients. Sampled: dot products of gathered rows, and for the keys' gradient the pairs of
+// query and key sorted by key.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "core/gemm.h"
+#include "core/parallel.h"
+#include "core/simd.h"
+#include "core/simd_math.h"
+#include "info_nce/info_nce.h"
+
+namespace cpc::info_nce::cpu::CPC_ISA {
+namespace {
+
+using namespace cpc::CPC_ISA;
+
+int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+template <class Storage>
+using SumOf = std::conditional_t<std::is_same_v<Storage, double>, double, float>;
+
+// Work smaller than this is not worth waking other threads for, in multiplications and additions.
+constexpr int64_t kParallelFlops = 1 << 20;
+
+// Calls body(i) for every i in [0, n), on all workers where `parallel`.
+template <class Body>
+void each(bool parallel, int64_t n, const Body& body) {
+  if (parallel)
+    parallel_for(n, [&](int64_t i, int) { body(i); });
+  else
+    for (int64_t i = 0; i < n; ++i) body(i);
+}
+
+template <class S>
+Register<S> get(const S* from) {
+  Register<S> v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+template <class S>
+void set(S* to, Register<S> v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+template <class S, class Storage>
+void widen_run(S* to, const Storage* from, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
+}
+
+// Hands out parts of a workspace, each aligned to a cache line. Without memory it only counts.
+class Parts {
+ public:
+  explicit Parts(char* memory) : memory_(memory) {}
+  template <class T>
+  T* take(int64_t n) {
+    T* const part = reinterpret_cast<T*>(memory_ + used_);
+    used_ += divide_up(n * static_cast<int64_t>(sizeof(T)), 64) * 64;
+    return part;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* memory_;
+  int64_t used_ = 0;
+};
+
+// What a row's scores come to: of the positive's score, and of the largest of the others' and the sum of their powers
+// of e relative to it.
+template <class S>
+struct Outcome {
+  S loss, right;
+  S inverse;  // Of the sum of all powers relative to the largest of the others.
+
+  Outcome(S positive, S largest, S sum) {
+    constexpr S kInfinity = std::numeric_limits<S>::infinity();
+    // How far the others lie above the positive: small losses keep their precision.
+    const double above = largest + std::log(double{sum}) - positive;
+    loss = static_cast<S>(above > 0 ? above + std::log1p(std::exp(-above)) : std::log1p(std::exp(above)));
+    if (positive == kInfinity) loss = std::numeric_limits<S>::quiet_NaN();
+    const bool others = sum > 0 || largest > -std::numeric_limits<S>::max();
+    right = sum < kInfinity && (positive > largest || !others);
+    inverse = 1 / (sum + std::exp(positive - largest));
+  }
+};
+
+// --- All keys ---
+
+// Keys whose scores are brought to one maximum, and which a task takes.
+constexpr int64_t kBlockKeys = 8 * kTileRows;
+// Blocks of keys that a tile of the queries' gradient goes through at a time, and features that one of scores does.
+constexpr int64_t kSliceBlocks = 6, kDepthBlock = 320;
+// Scores of a superblock of queries: what the cache that all cores share holds beside the keys.
+constexpr int64_t kScoresBytes = int64_t{3} << 20;
+// Queries of a superblock, at most, and where there are so many keys that it takes them part by part.
+constexpr int64_t kMaxRows = 384, kMinRows = 96;
+// Tiles of the queries' gradient that a task takes.
+constexpr int64_t kTaskTiles = 11;
+
+template <class Storage>
+class AllKeys {
+  using S = SumOf<Storage>;
+  using E = S;
+  using R = Register<S>;
+  static constexpr int64_t kLane = kLaneColumns<E>, kColumns = kTileColumns<E>;
+  static constexpr bool kInPlace = std::is_same_v<S, Storage>;
+
+ public:
+  explicit AllKeys(const Problem& problem)
+      : problem_(problem),
+        m_(problem.rows()),
+        n_(problem.keys_count()),
+        d_(problem.dim()),
+        blocks_(divide_up(n_, kBlockKeys)) {
+    const int64_t row_bytes = n_ * static_cast<int64_t>(sizeof(S));
+    rows_ = std::min(kScoresBytes / std::max<int64_t>(row_bytes, 1), kMaxRows);
+    chunk_blocks_ = blocks_;
+    if (rows_ < kMinRows) {
+      rows_ = kMaxRows;
+      chunk_blocks_ = kScoresBytes / (rows_ * kBlockKeys * static_cast<int64_t>(sizeof(S))) / kSliceBlocks * kSliceBlocks;
+    }
+    rows_ = std::max(rows_ / kColumns * kColumns, kColumns);
+    rows_ = std::min(rows_, divide_up(m_, kLane) * kLane);
+    panels_ = divide_up(rows_, kColumns);
+  }
+
+  int64_t workspace() const {
+    Parts parts(nullptr);
+    Buffers(parts, *this);
+    return parts.used();
+  }
+
+  // Contrasts a batch entry.
+  void run(int64_t entry, char* memory, bool parallel) const {
+    Parts parts(memory);
+    Call call{entry, parallel && 2 * m_ * n_ * d_ > kParallelFlops, Buffers(parts, *this), nullptr, nullptr};
+    const Storage* const keys = problem_.keys.template as<Storage>() + entry * n_ * d_;
+    if constexpr (kInPlace) {
+      call.keys = keys;
+      if (wants_keys()) call.grad_keys = problem_.grad_keys.template as<S>() + entry * n_ * d_;
+    } else {
+      each(call.parallel, blocks_, [&](int64_t block) {
+        const int64_t first = block * kBlockKeys * d_, count = keys_of(block) * d_;
+        widen_run(call.buffers.keys + first, keys + first, count);
+      });
+      call.keys = call.buffers.keys;
+      call.grad_keys = call.buffers.grad_keys;
+    }
+    for (int64_t first = 0; first < m_; first += rows_) superblock(call, first, std::min(rows_, m_ - first));
+    if (!wants_keys()) return;
+    if (m_ == 0) std::fill_n(problem_.grad_keys.template as<Storage>() + entry * n_ * d_, n_ * d_, Storage{});
+    if constexpr (!kInPlace)
+      each(call.parallel, m_ == 0 ? 0 : blocks_, [&](int64_t block) {
+        const int64_t at = block * kBlockKeys * d_;
+        narrow(problem_.grad_keys.template as<Storage>() + entry * n_ * d_ + at, call.grad_keys + at,
+               keys_of(block) * d_);
+      });
+  }
+
+ private:
+  bool wants_queries() const { return problem_.grad_queries.ndim != 0; }
+  bool wants_keys() const { return problem_.grad_keys.ndim != 0; }
+  int64_t keys_of(int64_t block) const { return std::min(kBlockKeys, n_ - block * kBlockKeys); }
+
+  struct Buffers {
+    S* scores;         // [panels][keys of a chunk][columns]: scores, then powers, then weights of the gradients.
+    S* by_feature;     // [panels][D][columns]: scaled queries, to multiply keys with.
+    S* by_query;       // [panels of features][rows][columns]: the same, to multiply weights with.
+    S* grad_queries;   // [panels][D][columns]
+    S *maxima, *sums;  // [blocks][rows]: of a block's scores, without the positive's.
+    S* factors;        // [blocks][rows]: from powers to weights.
+    S* positives;      // [rows]
+    S* targets_weight; // [rows]: the positive's.
+    char* needed;      // [blocks][panels]: whether weights are more than zeros to the sums' precision.
+    S *keys, *grad_keys;  // [N][D], where the tensors are of another type.
+
+    Buffers(Parts& parts, const AllKeys& a) {
+      const bool gradients = a.problem_.wants_gradients();
+      scores = parts.take<S>(a.panels_ * kColumns * std::min(a.chunk_blocks_ * kBlockKeys, a.n_));
+      by_feature = parts.take<S>(a.panels_ * kColumns * a.d_);
+      by_query = parts.take<S>(a.wants_keys() ? divide_up(a.d_, kColumns) * kColumns * a.rows_ : 0);
+      grad_queries = parts.take<S>(a.wants_queries() ? a.panels_ * kColumns * a.d_ : 0);
+      const int64_t padded = a.panels_ * kColumns;
+      maxima = parts.take<S>(a.blocks_ * padded);
+      sums = parts.take<S>(a.blocks_ * padded);
+      factors = parts.take<S>(gradients ? a.blocks_ * padded : 0);
+      positives = parts.take<S>(padded);
+      targets_weight = parts.take<S>(padded);
+      needed = parts.take<char>(a.blocks_ * a.panels_);
+      keys = parts.take<S>(kInPlace ? 0 : a.n_ * a.d_);
+      grad_keys = parts.take<S>(kInPlace || !a.wants_keys() ? 0 : a.n_ * a.d_);
+    }
+  };
+
+  struct Call {
+    int64_t entry;
+    bool parallel;
+    Buffers buffers;
+    const S* keys;
+    S* grad_keys;
+  };
+
+  // Some queries: `count` of them from `first` on.
+  struct Rows {
+    int64_t first, count;
+    int64_t panels() const { return divide_up(count, kColumns); }
+    int64_t in(int64_t panel) const { return std::min(kColumns, count - panel * kColumns); }
+    int64_t vectors(int64_t panel) const { return divide_up(in(panel), kLane); }
+    int64_t columns(int64_t panel) const { return vectors(panel) * kLane; }
+  };
+
+  int64_t target_of(const Call& call, int64_t row) const {
+    return problem_.targets.ndim == 0 ? row : problem_.targets.template as<int64_t>()[call.entry * m_ + row];
+  }
+
+  void superblock(const Call& call, int64_t first, int64_t count) const {
+    const Rows rows{first, count};
+    pack_queries(call, rows);
+    for (int64_t chunk = 0; chunk < blocks_; chunk += chunk_blocks_) score(call, rows, chunk);
+    each(call.parallel, rows.panels(), [&](int64_t panel) { finish_rows(call, rows, panel); });
+    if (!problem_.wants_gradients()) return;
+    for (int64_t chunk = 0; chunk < blocks_; chunk += chunk_blocks_) {
+      if (chunk_blocks_ < blocks_) score(call, rows, chunk);
+      const int64_t end = std::min(blocks_, chunk + chunk_blocks_);
+      each(call.parallel, end - chunk, [&](int64_t i) {
+        weigh(call, rows, chunk, chunk + i);
+        if (wants_keys()) add_to_keys(call, rows, chunk, chunk + i);
+      });
+      if (!wants_queries()) continue;
+      const int64_t tiles = divide_up(d_, kTileRows), tasks = divide_up(tiles, kTaskTiles);
+      each(call.parallel, rows.panels() * tasks, [&](int64_t task) {
+        const int64_t tile = task % tasks * kTaskTiles;
+        add_to_queries(call, rows, chunk, end, task / tasks, tile, std::min(tiles, tile + kTaskTiles));
+      });
+    }
+    if (wants_queries()) each(call.parallel, rows.panels(), [&](int64_t panel) { write_queries(call, rows, panel); });
+  }
+
+  void pack_queries(const Call& call, const Rows& rows) const {
+    const S scale = static_cast<S>(problem_.scale);
+    each(call.parallel, rows.panels(), [&](int64_t panel) {
+      const int64_t columns = rows.columns(panel), in = rows.in(panel);
+      S* const by_feature = call.buffers.by_feature + panel * kColumns * d_;
+      for (int64_t c = 0; c < columns; ++c) {
+        if (c >= in) {
+          for (int64_t k = 0; k < d_; ++k) by_feature[k * columns + c] = 0;
+          continue;
+        }
+        const int64_t row = panel * kColumns + c;
+        const Storage* const query =
+            problem_.queries.template as<Storage>() + (call.entry * m_ + rows.first + row) * d_;
+        for (int64_t k = 0; k < d_; ++k) by_feature[k * columns + c] = scale * widen(query[k]);
+        if (!wants_keys()) continue;
+        for (int64_t k = 0; k < d_; k += kColumns) {
+          const int64_t width = divide_up(std::min(kColumns, d_ - k), kLane) * kLane;
+          S* const out = call.buffers.by_query + k * rows_ + row * width;
+          for (int64_t j = 0; j < width; ++j) out[j] = k + j < d_ ? scale * widen(query[k + j]) : S{};
+        }
+      }
+    });
+  }
+
+  S* scores_of(const Call& call, const Rows& rows, int64_t chunk, int64_t block, int64_t panel) const {
+    const int64_t keys = std::min(chunk_blocks_ * kBlockKeys, n_);
+    return call.buffers.scores + panel * kColumns * keys + (block - chunk) * kBlockKeys * rows.columns(panel);
+  }
+
+  // Scores of a chunk's blocks as powers relative to their largest.
+  void score(const Call& call, const Rows& rows, int64_t chunk) const {
+    const int64_t count = std::min(blocks_, chunk + chunk_blocks_) - chunk, panels = rows.panels();
+    each(call.parallel, count * panels, [&](int64_t task) {
+      const int64_t block = chunk + task / panels, panel = task % panels, keys = keys_of(block);
+      const int64_t columns = rows.columns(panel);
+      S* const scores = scores_of(call, rows, chunk, block, panel);
+      const S* const by_feature = call.buffers.by_feature + panel * kColumns * d_;
+      const int64_t parts = std::max<int64_t>(divide_up(d_, kDepthBlock), 1);
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t begin = part * d_ / parts, depth = (part + 1) * d_ / parts - begin;
+        for (int64_t key = 0; key < keys; key += kTileRows)
+          with_tile(std::min<int64_t>(kTileRows, keys - key), rows.vectors(panel), [&](auto count, auto vectors) {
+            Tile<E, count, vectors> tile;
+            tile.clear();
+            const S* const left = call.keys + (block * kBlockKeys + key) * d_ + begin;
+            tile.multiply([left, d = d_](int r, int64_t k) { return left + r * d + k; }, by_feature + begin * columns,
+                          depth);
+            S* const to = scores + key * columns;
+            if (part > 0) add(tile, to, columns);
+            tile.store(to, columns);
+          });
+      }
+      set_apart(call, rows, block, panel, scores);
+      exponentiate(call, rows, block, panel, scores);
+    });
+  }
+
+  // Adds what is in memory to a tile.
+  template <int Count, int Vectors>
+  static void add(Tile<E, Count, Vectors>& tile, const S* from, int64_t pitch) {
+#pragma GCC unroll 8
+    for (int r = 0; r < Count; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) tile.sums[r][v] += get(from + r * pitch + v * kLane);
+  }
+
+  // Takes the positives' scores out of a block, and those that are excluded.
+  void set_apart(const Call& call, const Rows& rows, int64_t block, int64_t panel, S* scores) const {
+    const int64_t begin = block * kBlockKeys, keys = keys_of(block), columns = rows.columns(panel);
+    for (int64_t c = 0; c < rows.in(panel); ++c) {
+      const int64_t row = panel * kColumns + c;
+      const int64_t target = target_of(call, rows.first + row) - begin;
+      if (target >= 0 && target < keys) {
+        call.buffers.positives[row] = scores[target * columns + c];
+        scores[target * columns + c] = -std::numeric_limits<S>::infinity();
+      }
+      if (problem_.exclude.ndim == 0) continue;
+      const int64_t left_out = problem_.exclude.template as<int64_t>()[call.entry * m_ + rows.first + row] - begin;
+      if (left_out >= 0 && left_out < keys) scores[left_out * columns + c] = -std::numeric_limits<S>::infinity();
+    }
+  }
+
+  // Scores to powers of e relative to the largest, and their sums.
+  void exponentiate(const Call& call, const Rows& rows, int64_t block, int64_t panel, S* scores) const {
+    constexpr S kLargest = std::numeric_limits<S>::max();
+    const int64_t keys = keys_of(block), columns = rows.columns(panel);
+    const int64_t stats = block * panels_ * kColumns + panel * kColumns;
+    for (int64_t c = 0; c < columns; c += kLane) {
+      R largest = R{} - std::numeric_limits<S>::infinity(), sum = {};
+      for (int64_t key = 0; key < keys; ++key) {
+        const R v = get(scores + key * columns + c);
+        largest = v > largest ? v : largest;
+      }
+      // Of infinite scores sums are infinite, and not a number only of such.
+      const R finite = largest > kLargest ? R{} + kLargest : largest < -kLargest ? R{} - kLargest : largest;
+      for (int64_t key = 0; key < keys; ++key) {
+        const R v = exp(get(scores + key * columns + c) - finite);
+        sum += v;
+        set(scores + key * columns + c, v);
+      }
+      set(call.buffers.maxima + stats + c, finite);
+      set(call.buffers.sums + stats + c, sum);
+    }
+  }
+
+  // From the blocks' maxima and sums to losses, and to the factors between powers and the gradients' weights.
+  void finish_rows(const Call& call, const Rows& rows, int64_t panel) const {
+    constexpr S kNone = -std::numeric_limits<S>::max();
+    const Buffers& b = call.buffers;
+    const int64_t pitch = panels_ * kColumns, in = rows.in(panel);
+    for (int64_t c = 0; c < rows.columns(panel); c += kLane) {
+      const int64_t at = panel * kColumns + c;
+      R largest = R{} + kNone, sum = {};
+      for (int64_t block = 0; block < blocks_; ++block) {
+        const R v = get(b.maxima + block * pitch + at);
+        largest = v > largest ? v : largest;
+      }
+      for (int64_t block = 0; block < blocks_; ++block)
+        sum += get(b.sums + block * pitch + at) * exp(get(b.maxima + block * pitch + at) - largest);
+      R inverse = {};  // Of the sum with the positive, times the row's weight.
+      for (int64_t i = 0; i < kLane && c + i < in; ++i) {
+        const int64_t row = call.entry * m_ + rows.first + at + i;
+        const Outcome<S> outcome(b.positives[at + i], largest[i], sum[i]);
+        if (problem_.losses.ndim != 0) {
+          problem_.losses.template as<S>()[row] = outcome.loss;
+          problem_.right.template as<S>()[row] = outcome.right;
+        }
+        inverse[i] = outcome.inverse * weight_of(row);
+      }
+      if (!problem_.wants_gradients()) continue;
+      for (int64_t i = 0; i < kLane; ++i)
+        b.targets_weight[at + i] = inverse[i] == 0 ? S{} : -sum[i] * inverse[i];
+      // What all blocks below this leave out together is less than the sums resolve.
+      const R small = sum * (std::numeric_limits<S>::epsilon() / 8 / static_cast<S>(blocks_));
+      for (int64_t block = 0; block < blocks_; ++block) {
+        const R share = exp(get(b.maxima + block * pitch + at) - largest);
+        set(b.factors + block * pitch + at, share * inverse);
+        const R mass = get(b.sums + block * pitch + at) * share;
+        char needed = 0;
+        for (int64_t i = 0; i < kLane && c + i < in; ++i) needed |= !(mass[i] <= small[i]) && inverse[i] != 0;
+        char& of_panel = b.needed[block * panels_ + panel];
+        of_panel = c == 0 ? needed : of_panel | needed;
+      }
+    }
+    for (int64_t c = 0; problem_.wants_gradients() && c < in; ++c) {
+      const int64_t block = target_of(call, rows.first + panel * kColumns + c) / kBlockKeys;
+      b.needed[block * panels_ + panel] |= b.targets_weight[panel * kColumns + c] != 0;
+    }
+  }
+
+  S weight_of(int64_t row) const {
+    const S factor = static_cast<S>(problem_.factor);
+    return problem_.row_weights.ndim == 0 ? factor : factor * problem_.row_weights.template as<S>()[row];
+  }
+
+  // Powers to weights of the gradients.
+  void weigh(const Call& call, const Rows& rows, int64_t chunk, int64_t block) const {
+    const int64_t keys = keys_of(block), begin = block * kBlockKeys;
+    for (int64_t panel = 0; panel < rows.panels(); ++panel) {
+      if (!call.buffers.needed[block * panels_ + panel]) continue;
+      const int64_t columns = rows.columns(panel), at = panel * kColumns;
+      S* const scores = scores_of(call, rows, chunk, block, panel);
+      for (int64_t c = 0; c < columns; c += kLane) {
+        const R factor = get(call.buffers.factors + block * panels_ * kColumns + at + c);
+        for (int64_t key = 0; key < keys; ++key) {
+          S* const score = scores + key * columns + c;
+          set(score, get(score) * factor);
+        }
+      }
+      for (int64_t c = 0; c < rows.in(panel); ++c) {
+        const int64_t target = target_of(call, rows.first + at + c) - begin;
+        if (target >= 0 && target < keys) scores[target * columns + c] = call.buffers.targets_weight[at + c];
+      }
+    }
+  }
+
+  // The part of a block's keys' gradient that comes from some queries.
+  void add_to_keys(const Call& call, const Rows& rows, int64_t chunk, int64_t block) const {
+    const int64_t keys = keys_of(block);
+    for (int64_t k = 0; k < d_; k += kColumns) {
+      const int64_t width = std::min(kColumns, d_ - k), vectors = divide_up(width, kLane);
+      const S* const by_query = call.buffers.by_query + k * rows_;
+      for (int64_t key = 0; key < keys; key += kTileRows)
+        with_tile(std::min<int64_t>(kTileRows, keys - key), vectors, [&](auto count, auto of_width) {
+          Tile<E, count, of_width> tile;
+          tile.clear();
+          for (int64_t panel = 0; panel < rows.panels(); ++panel) {
+            if (!call.buffers.needed[block * panels_ + panel]) continue;
+            const int64_t columns = rows.columns(panel);
+            const S* const left = scores_of(call, rows, chunk, block, panel) + key * columns;
+            tile.multiply([left, columns](int r, int64_t i) { return left + r * columns + i; },
+                          by_query + panel * kColumns * of_width * kLane, rows.in(panel));
+          }
+          S* const to = call.grad_keys + (block * kBlockKeys + key) * d_ + k;
+          const bool first = rows.first == 0;
+          if (width == of_width * kLane) {
+            if (!first) add(tile, to, d_);
+            tile.store(to, d_);
+          } else {
+            S sums[kTileRows * kColumns];
+            tile.store(sums, kColumns);
+            for (int r = 0; r < count; ++r)
+              for (int64_t j = 0; j < width; ++j)
+                to[r * d_ + j] = (first ? S{} : to[r * d_ + j]) + sums[r * kColumns + j];
+          }
+        });
+    }
+  }
+
+  // The part of a panel's queries' gradient, transposed, that comes from a chunk: tiles of features [first, last).
+  void add_to_queries(const Call& call, const Rows& rows, int64_t chunk, int64_t end, int64_t panel, int64_t first,
+                      int64_t last) const {
+    const int64_t columns = rows.columns(panel);
+    S* const sums = call.buffers.grad_queries + panel * kColumns * d_;
+    for (int64_t slice = chunk; slice < end; slice += kSliceBlocks)
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t k = i * kTileRows;
+        with_tile(std::min<int64_t>(kTileRows, d_ - k), rows.vectors(panel), [&](auto count, auto vectors) {
+          Tile<E, count, vectors> tile;
+          tile.clear();
+          for (int64_t block = slice; block < std::min(end, slice + kSliceBlocks); ++block) {
+            if (!call.buffers.needed[block * panels_ + panel]) continue;
+            const S* const left = call.keys + block * kBlockKeys * d_ + k;
+            tile.multiply([left, d = d_](int r, int64_t key) { return left + key * d + r; },
+                          scores_of(call, rows, chunk, block, panel), keys_of(block));
+          }
+          if (slice > 0) add(tile, sums + k * columns, columns);
+          tile.store(sums + k * columns, columns);
+        });
+      }
+  }
+
+  void write_queries(const Call& call, const Rows& rows, int64_t panel) const {
+    const int64_t columns = rows.columns(panel);
+    const S* const sums = call.buffers.grad_queries + panel * kColumns * d_;
+    const S scale = static_cast<S>(problem_.scale);
+    for (int64_t c = 0; c < rows.in(panel); ++c) {
+      Storage* const to = problem_.grad_queries.template as<Storage>() +
+                          (call.entry * m_ + rows.first + panel * kColumns + c) * d_;
+      for (int64_t k = 0; k < d_; ++k) to[k] = narrow<Storage>(scale * sums[k * columns + c]);
+    }
+  }
+
+  const Problem& problem_;
+  int64_t m_, n_, d_, blocks_;
+  int64_t rows_, panels_, chunk_blocks_;  // Of a superblock; a chunk is the blocks of keys it takes at a time.
+};
+
+// --- Sampled negatives ---
+
+// Queries or keys of a task, and registers that sums over gathered rows are held in at a time.
+constexpr int64_t kTaskRows = 16;
+constexpr int kSumVectors = 8;
+
+template <class Storage>
+class Sampled {
+  using S = SumOf<Storage>;
+  using R = Register<S>;
+  static constexpr int64_t kLane = kRegisterLanes<S>;
+  static constexpr bool kInPlace = std::is_same_v<S, Storage>;
+
+ public:
+  explicit Sampled(const Problem& problem)
+      : problem_(problem),
+        d_(problem.dim()),
+        pairs_(problem.samples() + 1),
+        queries_(problem.batch() * problem.rows()),
+        keys_(problem.batch() * problem.keys_count()) {}
+
+  int64_t workspace() const {
+    Parts parts(nullptr);
+    Buffers(parts, *this);
+    return parts.used();
+  }
+
+  void run(char* memory) const {
+    Parts parts(memory);
+    Buffers b(parts, *this);
+    const bool parallel = 2 * queries_ * pairs_ * d_ > kParallelFlops;
+    const S *queries, *keys;
+    if constexpr (kInPlace) {
+      queries = problem_.queries.template as<S>();
+      keys = problem_.keys.template as<S>();
+    } else {
+      each(parallel, queries_, [&](int64_t i) {
+        widen_run(b.queries + i * d_, problem_.queries.template as<Storage>() + i * d_, d_);
+      });
+      each(parallel, keys_,
+           [&](int64_t i) { widen_run(b.keys + i * d_, problem_.keys.template as<Storage>() + i * d_, d_); });
+      queries = b.queries;
+      keys = b.keys;
+    }
+    each(parallel, divide_up(queries_, kTaskRows), [&](int64_t task) {
+      for (int64_t row = task * kTaskRows; row < std::min(queries_, (task + 1) * kTaskRows); ++row)
+        contrast(b, queries, keys, row);
+    });
+    if (problem_.grad_keys.ndim == 0) return;
+    sort(b);
+    each(parallel, divide_up(keys_, kTaskRows), [&](int64_t task) {
+      for (int64_t key = task * kTaskRows; key < std::min(keys_, (task + 1) * kTaskRows); ++key) {
+        const int64_t begin = b.segments[key], count = b.segments[key + 1] - begin;
+        sum_rows(problem_.grad_keys.template as<Storage>() + key * d_, count, [&](int64_t i) {
+          const int64_t pair = b.order[begin + i];
+          return std::pair(b.weights[pair], queries + pair / pairs_ * d_);
+        });
+      }
+    });
+  }
+
+ private:
+  struct Buffers {
+    S* weights;           // [B * M, 1 + S]: of the gradients, the scale in them.
+    int64_t* named;       // [B * M, 1 + S]: the keys, b * N + index.
+    int64_t* order;       // Pairs of a query and a key, by key.
+    int64_t* segments;    // [B * N + 1]: where each key's begin.
+    S *queries, *keys;    // Where the tensors are of another type.
+
+    Buffers(Parts& parts, const Sampled& a) {
+      const bool sorts = a.problem_.grad_keys.ndim != 0;
+      weights = parts.take<S>(a.queries_ * a.pairs_);
+      named = parts.take<int64_t>(a.queries_ * a.pairs_);
+      order = parts.take<int64_t>(sorts ? a.queries_ * a.pairs_ : 0);
+      segments = parts.take<int64_t>(sorts ? a.keys_ + 2 : 0);
+      queries = parts.take<S>(kInPlace ? 0 : a.queries_ * a.d_);
+      keys = parts.take<S>(kInPlace ? 0 : a.keys_ * a.d_);
+    }
+  };
+
+  S dot(const S* a, const S* b) const {
+    constexpr int kChains = 4;
+    R sums[kChains] = {};
+    int64_t k = 0;
+    for (; k + kChains * kLane <= d_; k += kChains * kLane)
+#pragma GCC unroll 4
+      for (int i = 0; i < kChains; ++i) sums[i] += get(a + k + i * kLane) * get(b + k + i * kLane);
+    for (; k + kLane <= d_; k += kLane) sums[0] += get(a + k) * get(b + k);
+    const R together = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    S total = 0;
+    for (int64_t i = 0; i < kLane; ++i) total += together[i];
+    for (; k < d_; ++k) total += a[k] * b[k];
+    return total;
+  }
+
+  // out = sum over i < count of weight * row, of row_of(i) = (weight, row).
+  template <class RowOf>
+  void sum_rows(Storage* out, int64_t count, const RowOf& row_of) const {
+    const auto columns = [&](auto vectors, int64_t k, int64_t width) {
+      R sums[vectors] = {};
+      for (int64_t i = 0; i < count; ++i) {
+        const auto [weight, row] = row_of(i);
+        for (int v = 0; v < vectors; ++v) sums[v] += weight * get(row + k + v * kLane);
+      }
+      S narrowed[vectors * kLane];
+      for (int v = 0; v < vectors; ++v) set(narrowed + v * kLane, sums[v]);
+      narrow(out + k, narrowed, width);
+    };
+    int64_t k = 0;
+    for (; k + kSumVectors * kLane <= d_; k += kSumVectors * kLane)
+      columns(std::integral_constant<int, kSumVectors>{}, k, kSumVectors * kLane);
+    for (; k + kLane <= d_; k += kLane) columns(std::integral_constant<int, 1>{}, k, kLane);
+    for (; k < d_; ++k) {
+      S sum = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        const auto [weight, row] = row_of(i);
+        sum += weight * row[k];
+      }
+      out[k] = narrow<Storage>(sum);
+    }
+  }
+
+  void contrast(const Buffers& b, const S* queries, const S* keys, int64_t row) const {
+    constexpr S kLowest = -std::numeric_limits<S>::max(), kInfinity = std::numeric_limits<S>::infinity();
+    const int64_t samples = pairs_ - 1, m = problem_.rows(), first = row / m * problem_.keys_count();
+    const int64_t target = problem_.targets.ndim == 0 ? row % m : problem_.targets.template as<int64_t>()[row];
+    const int64_t left_out = problem_.exclude.ndim == 0 ? -1 : problem_.exclude.template as<int64_t>()[row];
+    const int64_t* const negatives = problem_.negatives.template as<int64_t>() + row * samples;
+    const S scale = static_cast<S>(problem_.scale);
+    const S* const query = queries + row * d_;
+    S* const weights = b.weights + row * pairs_;
+    int64_t* const named = b.named + row * pairs_;
+    named[0] = first + target;
+    const S positive = scale * dot(query, keys + named[0] * d_);
+    // The largest of all negatives' scores, and of those of other keys than the positive.
+    S largest = kLowest, rival = kLowest;
+    bool rivals = false, nan = false;
+    for (int64_t s = 0; s < samples; ++s) {
+      named[s + 1] = first + negatives[s];
+      S score = scale * dot(query, keys + named[s + 1] * d_);
+      if (negatives[s] == left_out) score = -kInfinity;
+      weights[s + 1] = score;
+      largest = std::max(largest, std::min(score, std::numeric_limits<S>::max()));
+      if (negatives[s] == target || negatives[s] == left_out) continue;
+      rivals = true;
+      nan |= score != score;
+      rival = std::max(rival, score);
+    }
+    S sum = 0;
+    for (int64_t s = 1; s < pairs_; ++s) sum += weights[s] = std::exp(weights[s] - largest);
+    const Outcome<S> outcome(positive, largest, sum);
+    if (problem_.losses.ndim != 0) {
+      problem_.losses.template as<S>()[row] = outcome.loss;
+      problem_.right.template as<S>()[row] = !nan && (positive > rival || !rivals);
+    }
+    if (!problem_.wants_gradients()) return;
+    S factor = static_cast<S>(problem_.factor);
+    if (problem_.row_weights.ndim != 0) factor *= problem_.row_weights.template as<S>()[row];
+    const S inverse = factor == 0 ? 0 : outcome.inverse * factor * scale;
+    weights[0] = inverse == 0 ? 0 : -sum * inverse;
+    for (int64_t s = 1; s < pairs_; ++s) weights[s] *= inverse;
+    if (problem_.grad_queries.ndim != 0)
+      sum_rows(problem_.grad_queries.template as<Storage>() + row * d_, pairs_,
+               [&](int64_t i) { return std::pair(weights[i], keys + named[i] * d_); });
+  }
+
+  // The pairs by the key they name, those of a key in their own order.
+  void sort(const Buffers& b) const {
+    const int64_t count = queries_ * pairs_;
+    int64_t* const begins = b.segments + 1;  // One further, until all are in place.
+    std::fill_n(b.segments, keys_ + 2, 0);
+    for (int64_t i = 0; i < count; ++i) ++begins[b.named[i] + 1];
+    for (int64_t key = 0; key < keys_; ++key) begins[key + 1] += begins[key];
+    for (int64_t i = 0; i < count; ++i) b.order[begins[b.named[i]]++] = i;
+  }
+
+  const Problem& problem_;
+  int64_t d_, pairs_, queries_, keys_;
+};
+
+// Whether a batch's entries go to workers one each, rather than all workers to one after another.
+bool shares_entries(const Problem& problem) { return problem.batch() > 1 && problem.batch() >= workers(); }
+
+}  // namespace
+
+int64_t workspace_bytes(const Problem& problem) {
+  int64_t bytes = 0;
+  with_floating(problem.queries.dtype, [&](auto storage) {
+    using Storage = decltype(storage);
+    if (problem.sampled())
+      bytes = Sampled<Storage>(problem).workspace();
+    else
+      bytes = AllKeys<Storage>(problem).workspace() * (shares_entries(problem) ? workers() : 1);
+  });
+  return bytes;
+}
+
+void contrast(const Problem& problem) {
+  with_floating(problem.queries.dtype, [&](auto storage) {
+    using Storage = decltype(storage);
+    char* const memory = problem.workspace.as<char>();
+    if (problem.sampled()) return Sampled<Storage>(problem).run(memory);
+    const AllKeys<Storage> all(problem);
+    if (shares_entries(problem))
+      return parallel_for(problem.batch(), [&](int64_t entry, int worker) {
+        all.run(entry, memory + worker * all.workspace(), false);
+      });
+    for (int64_t entry = 0; entry < problem.batch(); ++entry) all.run(entry, memory, true);
+  });
+}
+
+}  // namespace cpc::info_nce::cpu::CPC_ISA
