@@ -101,8 +101,8 @@ constexpr int64_t kSliceBlocks = 6, kDepthBlock = 320;
 constexpr int64_t kScoresBytes = int64_t{3} << 20;
 // Queries of a superblock, at most, and where there are so many keys that it takes them part by part.
 constexpr int64_t kMaxRows = 384, kMinRows = 96;
-// Tiles of the queries' gradient that a task takes.
-constexpr int64_t kTaskTiles = 11;
+// Tiles of the queries' gradient that a task takes: three cache lines of a key.
+constexpr int64_t kTaskTiles = 8;
 
 template <class Storage>
 class AllKeys {
@@ -234,10 +234,13 @@ class AllKeys {
         if (wants_keys()) add_to_keys(call, rows, chunk, chunk + i);
       });
       if (!wants_queries()) continue;
-      const int64_t tiles = divide_up(d_, kTileRows), tasks = divide_up(tiles, kTaskTiles);
-      each(call.parallel, rows.panels() * tasks, [&](int64_t task) {
-        const int64_t tile = task % tasks * kTaskTiles;
-        add_to_queries(call, rows, chunk, end, task / tasks, tile, std::min(tiles, tile + kTaskTiles));
+      // A tile's part of the keys serves all panels while it is in the cache, unless that leaves workers idle.
+      const int64_t tiles = divide_up(d_, kTileRows), groups = divide_up(tiles, kTaskTiles);
+      const int64_t shares = groups >= 2 * workers() || !call.parallel ? 1 : rows.panels();
+      each(call.parallel, groups * shares, [&](int64_t task) {
+        const int64_t tile = task % groups * kTaskTiles, share = task / groups;
+        add_to_queries(call, rows, chunk, end, tile, std::min(tiles, tile + kTaskTiles),
+                       share * rows.panels() / shares, (share + 1) * rows.panels() / shares);
       });
     }
     if (wants_queries()) each(call.parallel, rows.panels(), [&](int64_t panel) { write_queries(call, rows, panel); });
@@ -452,27 +455,28 @@ class AllKeys {
     }
   }
 
-  // The part of a panel's queries' gradient, transposed, that comes from a chunk: tiles of features [first, last).
-  void add_to_queries(const Call& call, const Rows& rows, int64_t chunk, int64_t end, int64_t panel, int64_t first,
-                      int64_t last) const {
-    const int64_t columns = rows.columns(panel);
-    S* const sums = call.buffers.grad_queries + panel * kColumns * d_;
+  // The part of the queries' gradient, transposed, that comes from a chunk: tiles of features [first, last) of some
+  // panels.
+  void add_to_queries(const Call& call, const Rows& rows, int64_t chunk, int64_t end, int64_t first, int64_t last,
+                      int64_t first_panel, int64_t last_panel) const {
     for (int64_t slice = chunk; slice < end; slice += kSliceBlocks)
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t k = i * kTileRows;
-        with_tile(std::min<int64_t>(kTileRows, d_ - k), rows.vectors(panel), [&](auto count, auto vectors) {
-          Tile<E, count, vectors> tile;
-          tile.clear();
-          for (int64_t block = slice; block < std::min(end, slice + kSliceBlocks); ++block) {
-            if (!call.buffers.needed[block * panels_ + panel]) continue;
-            const S* const left = call.keys + block * kBlockKeys * d_ + k;
-            tile.multiply([left, d = d_](int r, int64_t key) { return left + key * d + r; },
-                          scores_of(call, rows, chunk, block, panel), keys_of(block));
-          }
-          if (slice > 0) add(tile, sums + k * columns, columns);
-          tile.store(sums + k * columns, columns);
-        });
-      }
+      for (int64_t i = first; i < last; ++i)
+        for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+          const int64_t k = i * kTileRows, columns = rows.columns(panel);
+          S* const sums = call.buffers.grad_queries + panel * kColumns * d_ + k * columns;
+          with_tile(std::min<int64_t>(kTileRows, d_ - k), rows.vectors(panel), [&](auto count, auto vectors) {
+            Tile<E, count, vectors> tile;
+            tile.clear();
+            for (int64_t block = slice; block < std::min(end, slice + kSliceBlocks); ++block) {
+              if (!call.buffers.needed[block * panels_ + panel]) continue;
+              const S* const left = call.keys + block * kBlockKeys * d_ + k;
+              tile.multiply([left, d = d_](int r, int64_t key) { return left + key * d + r; },
+                            scores_of(call, rows, chunk, block, panel), keys_of(block));
+            }
+            if (slice > 0) add(tile, sums, columns);
+            tile.store(sums, columns);
+          });
+        }
   }
 
   void write_queries(const Call& call, const Rows& rows, int64_t panel) const {
