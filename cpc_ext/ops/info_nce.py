@@ -308,9 +308,7 @@ def _empty_op(
     )
 
 
-def _empty_gradients(
-    queries, keys, targets, negatives, exclude, row_weights, scale, needs
-) -> tuple[Tensor, Tensor]:
+def _empty_gradients(queries, keys, targets, negatives, exclude, row_weights, scale, needs) -> tuple[Tensor, Tensor]:
     return tuple(
         torch.empty_like(tensor, memory_format=torch.contiguous_format) if need else tensor.new_empty(0)
         for tensor, need in zip((queries, keys), needs[:2], strict=True)

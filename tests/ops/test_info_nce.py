@@ -1,12 +1,21 @@
-"""info_nce against the formula written out row by row."""
+"""info_nce against the formula written out row by row, and its kernels against the reference in float64."""
 
+import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from cpc_ext.ops import info_nce
 from cpc_ext.ops.info_nce import info_nce_reference
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# Of a gradient's largest value: float32 sums, or a rounding to the type of gradients and, on CUDA, of probabilities.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
 def problem(queries=6, keys=9, dim=4, batch=(), dtype=torch.float64, samples=5):
@@ -117,8 +126,8 @@ def test_gradients_by_finite_differences(sampled):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sampled", [False, True])
-def test_half_precision_sums_in_float32(dtype, sampled):
-    queries, keys, targets, negatives = problem(dim=64, dtype=torch.float32)
+def test_half_precision_sums_in_float32(device, dtype, sampled):
+    queries, keys, targets, negatives = (tensor.to(device) for tensor in problem(dim=64, dtype=torch.float32))
     queries, keys = (tensor.detach().to(dtype).requires_grad_() for tensor in (queries, keys))
     negatives = negatives if sampled else None
     output = info_nce(queries, keys, targets, negatives=negatives)
@@ -159,6 +168,355 @@ def test_large_scores_do_not_overflow():
     assert output.loss == 1e8
     assert output.accuracy == 0.5
 
+
+# --- The kernels, on every device ---
+
+
+class Drawn:
+    """Arguments of one shape on a device, and their results by the reference in float64 on the CPU."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        shape: tuple[int, int, int],
+        *,
+        samples: int | None = None,
+        batch: tuple[int, ...] = (),
+        spread: float = 1.0,
+        plain: bool = False,
+    ) -> None:
+        num_queries, num_keys, dim = shape
+        generator = torch.Generator().manual_seed(num_queries + 7 * num_keys + 13 * dim)
+        rows = (*batch, num_queries)
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+        queries = (normal(*rows, dim) * spread * max(dim, 1) ** -0.5).to(dtype)
+        keys = normal(*batch, num_keys, dim).to(dtype)
+        options = {"scale": 0.7}
+        targets = torch.randint(num_keys, rows, generator=generator)
+        if not plain or num_queries > num_keys:
+            options["targets"] = targets
+        if not plain:
+            options["weights"] = torch.rand(rows, generator=generator).mul(3).floor()
+            if num_keys > 1:
+                options["exclude"] = (targets + 1 + torch.randint(num_keys - 1, rows, generator=generator)) % num_keys
+        if samples is not None:
+            options["negatives"] = torch.randint(num_keys, (*rows, samples), generator=generator)
+        self.exact = [tensor.double().requires_grad_() for tensor in (queries, keys)]
+        self.exact_options = options
+        self.inputs = [tensor.to(device).requires_grad_() for tensor in (queries, keys)]
+        self.options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
+
+    def compare(self, reduction: str = "mean", loss_tolerance: float = 1e-5) -> None:
+        dtype = self.inputs[0].dtype
+        loss, accuracy = info_nce(*self.inputs, **self.options, reduction=reduction)
+        exact_loss, exact_accuracy = info_nce_reference(*self.exact, **self.exact_options, reduction=reduction)
+        precise = 1e-12 if dtype == torch.float64 else loss_tolerance
+        torch.testing.assert_close(loss.double().cpu(), exact_loss, atol=precise, rtol=precise)
+        torch.testing.assert_close(accuracy.double().cpu(), exact_accuracy, atol=1e-6, rtol=0)
+        upstream = torch.linspace(0.5, 1.5, loss.numel(), dtype=torch.float64).reshape(loss.shape)
+        actual = torch.autograd.grad(loss, self.inputs, upstream.to(loss))
+        expected = torch.autograd.grad(exact_loss, self.exact, upstream)
+        for one, other in zip(actual, expected, strict=True):
+            assert one.dtype == dtype
+            largest = float(other.abs().max()) if other.numel() else 0.0
+            torch.testing.assert_close(
+                one.double().cpu(), other, atol=TOLERANCE[dtype] * max(largest, 1e-3), rtol=TOLERANCE[dtype]
+            )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (2, 5, 17), (5, 2, 2), (17, 130, 65), (130, 65, 17), (65, 70, 8)], ids=str
+)
+def test_all_keys(device, dtype, shape):
+    Drawn(device, dtype, shape).compare()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "samples"), [((1, 1, 1), 1), ((2, 5, 17), 2), ((17, 3, 65), 17), ((65, 9, 130), 5), ((5, 17, 2), 65)]
+)
+def test_sampled(device, dtype, shape, samples):
+    Drawn(device, dtype, shape, samples=samples).compare()
+
+
+@pytest.mark.parametrize("samples", [None, 3])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("plain", [False, True])
+def test_batches_and_reductions(device, samples, reduction, plain):
+    Drawn(device, torch.float32, (9, 11, 6), samples=samples, batch=(2, 3), plain=plain).compare(reduction)
+
+
+@pytest.mark.parametrize("shape", [(400, 500, 70), (700, 3, 1030), (3, 700, 700), (390, 8300, 3)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_blocks_of_queries_and_parts_of_keys(dtype, shape):
+    Drawn(torch.device("cpu"), dtype, shape).compare()
+
+
+def test_parts_of_keys(device):
+    """More keys than are scored at once."""
+    Drawn(device, torch.float32, (3, 8200, 2)).compare()
+
+
+def test_groups_of_queries(device):
+    """More queries than are scored at once against so many keys."""
+    num_keys = 8000 if device.type == "cuda" else 700
+    Drawn(device, torch.float32, (700, num_keys, 2)).compare()
+
+
+@pytest.mark.parametrize("samples", [None, 7])
+@pytest.mark.parametrize("spread", [20.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_scores(device, dtype, spread, samples):
+    """Softmaxes that are nearly one-hot, and scores of 10^4, whose own rounding is all the error that there is."""
+    drawn = Drawn(device, dtype, (67, 90, 16), spread=spread, samples=samples)
+    for tensor in (*drawn.inputs, *drawn.exact):  # Small multiples of powers of two: float32 scores are exact.
+        tensor.data.mul_(8).round_().div_(8)
+    drawn.options["scale"] = drawn.exact_options["scale"] = 1.0
+    drawn.compare()
+
+
+def test_small_losses_keep_their_precision(device):
+    queries = torch.tensor([[12.0, 0.0], [0.0, 15.0]], device=device, requires_grad=True)
+    keys = torch.eye(2, device=device)
+    loss = info_nce(queries, keys, reduction="none").loss
+    exact = torch.log1p(torch.exp(torch.tensor([-12.0, -15.0], dtype=torch.float64)))
+    torch.testing.assert_close(loss.double().cpu(), exact, rtol=1e-5, atol=0)
+    (gradient,) = torch.autograd.grad(loss.sum(), queries)
+    share = -torch.sigmoid(torch.tensor([-12.0, -15.0], dtype=torch.float64))
+    torch.testing.assert_close(gradient.diagonal().double().cpu(), share, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("samples", [None, 4])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_gradient_of_weights(device, samples, reduction):
+    drawn = Drawn(device, torch.float32, (9, 11, 6), samples=samples)
+    weights = drawn.options["weights"].float().requires_grad_()
+    exact_weights = weights.detach().double().cpu().requires_grad_()
+    loss = info_nce(*drawn.inputs, **drawn.options | {"weights": weights}, reduction=reduction).loss
+    exact = info_nce_reference(
+        *drawn.exact, **drawn.exact_options | {"weights": exact_weights}, reduction=reduction
+    ).loss
+    gradients = torch.autograd.grad(loss.sum() * 3, (weights, *drawn.inputs))
+    exact_gradients = torch.autograd.grad(exact.sum() * 3, (exact_weights, *drawn.exact))
+    for one, other in zip(gradients, exact_gradients, strict=True):
+        torch.testing.assert_close(one.double().cpu(), other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("samples", [None, 4])
+def test_one_gradient_at_a_time(device, samples):
+    drawn = Drawn(device, torch.float32, (9, 11, 6), samples=samples)
+    both = torch.autograd.grad(info_nce(*drawn.inputs, **drawn.options).loss, drawn.inputs)
+    for i in range(2):
+        inputs = [tensor.detach() for tensor in drawn.inputs]
+        inputs[i].requires_grad_()
+        (alone,) = torch.autograd.grad(info_nce(*inputs, **drawn.options).loss, inputs[i])
+        assert torch.equal(alone, both[i])
+
+
+@pytest.mark.parametrize("samples", [None, 40])
+def test_same_bits_every_time(device, samples):
+    def results() -> list[Tensor]:
+        drawn = Drawn(device, torch.float32, (70, 67, 33), samples=samples)
+        loss = info_nce(*drawn.inputs, **drawn.options, reduction="none").loss
+        return [loss, *torch.autograd.grad(loss.sum(), drawn.inputs)]
+
+    first = results()
+    assert all(torch.equal(one, other) for one, other in zip(first, results(), strict=True))
+
+
+@pytest.mark.parametrize(("samples", "batch"), [(None, ()), (None, (6,)), (40, ())])
+def test_same_bits_for_any_number_of_threads(samples, batch):
+    def results() -> list[Tensor]:
+        drawn = Drawn(torch.device("cpu"), torch.float32, (500, 700, 70), samples=samples, batch=batch)
+        loss = info_nce(*drawn.inputs, **drawn.options).loss
+        return [loss, *torch.autograd.grad(loss, drawn.inputs)]
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = results()
+        for n in (2, 3, 5):
+            torch.set_num_threads(n)
+            assert all(torch.equal(one, other) for one, other in zip(alone, results(), strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def peak_bytes(call) -> int:
+    """What PyTorch's CPU allocator has given at most at any moment of a call."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
+        call()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
+
+
+@pytest.mark.parametrize("samples", [None, 16])
+def test_memory_grows_with_queries_and_keys(samples):
+    num_queries = num_keys = 4096
+    dim = 64
+    drawn = Drawn(torch.device("cpu"), torch.float32, (num_queries, num_keys, dim), samples=samples, plain=True)
+    peak = peak_bytes(lambda: torch.autograd.grad(info_nce(*drawn.inputs, **drawn.options).loss, drawn.inputs))
+    scores = 4 * num_queries * num_keys  # The kernel's workspace is among what is counted.
+    assert peak < scores / 8
+    if samples is not None:
+        assert peak < num_queries * (samples + 1) * dim * 4 / 2
+
+
+def test_65536_queries_and_keys_in_a_gibibyte():
+    """The matrix of their scores would take 16 GiB. Forward and one block of rows; the process's own peak tells."""
+    code = (
+        "import resource, torch\n"
+        "from cpc_ext.ops import info_nce\n"
+        "keys = torch.randn(65536, 128)\n"
+        "queries = keys[:512].clone().requires_grad_()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "info_nce(queries, keys.requires_grad_(), scale=0.1).loss.backward()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2**20 / 4  # KiB
+
+
+def test_infinite_and_undefined_scores(device):
+    """As the formula has it, and no row spoils another's loss."""
+    keys = torch.tensor([[1.0], [math.inf], [2.0], [math.nan]], device=device)
+    queries = torch.ones(3, 1, device=device)
+    targets = torch.tensor([0, 1, 2], device=device)
+    contrasts = torch.tensor([[1, 2], [0, 2], [0, 0]], device=device)
+    loss = info_nce(queries, keys, targets, negatives=contrasts, reduction="none").loss.cpu()
+    assert loss[0] == math.inf
+    assert loss[1].isnan()
+    torch.testing.assert_close(loss[2], torch.tensor(math.log1p(2 * math.exp(-1))))
+    everything = info_nce(queries, keys, targets, reduction="none")
+    assert everything.loss.isnan().all()
+    assert (everything.accuracy == 0).all()
+
+
+@pytest.mark.parametrize("name", ["targets", "negatives", "exclude"])
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("value", [-1, 11, 2**62, -(2**63)])
+def test_indices_that_name_no_key(device, request, name, sampled, value):
+    """An IndexError on the CPU. Elsewhere the query's loss and gradient are NaN, and other queries do not notice."""
+    if name == "negatives" and not sampled:
+        return
+    drawn = Drawn(device, torch.float32, (9, 11, 6), samples=3 if sampled else None)
+    wrong = {key: tensor.clone() if isinstance(tensor, Tensor) else tensor for key, tensor in drawn.options.items()}
+    wrong[name].view(9, -1)[4, -1] = value
+    if request.node.callspec.params["device"] == "cpu":
+        with pytest.raises(IndexError, match=rf"{name} must be in 0\.\.10 for 11 keys"):
+            info_nce(*drawn.inputs, **wrong)
+        return
+    good = torch.arange(9, device=device) != 4
+    drawn.options["weights"] = wrong["weights"] = torch.ones(9, device=device) + good
+    loss, accuracy = info_nce(*drawn.inputs, **wrong, reduction="none")
+    expected, expected_accuracy = info_nce(*drawn.inputs, **drawn.options, reduction="none")
+    assert loss[4].isnan()
+    assert accuracy[4] == 0
+    assert torch.equal(loss[good], expected[good])
+    assert torch.equal(accuracy[good], expected_accuracy[good])
+    queries, keys = torch.autograd.grad(loss.sum(), drawn.inputs)
+    expected_queries, expected_keys = torch.autograd.grad(expected[good].sum(), drawn.inputs)
+    assert queries[4].isnan().all()
+    torch.testing.assert_close(queries[good], expected_queries[good])
+    torch.testing.assert_close(keys, expected_keys)
+
+
+# --- As an op of PyTorch ---
+
+
+@pytest.mark.parametrize("samples", [None, 3])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_opcheck(samples, reduction):
+    drawn = Drawn(torch.device("cpu"), torch.float32, (9, 11, 6), samples=samples)
+    queries, keys = drawn.inputs
+    options = drawn.options
+    arguments = (
+        *(tensor.detach()[None].requires_grad_() for tensor in (queries, keys)),
+        options["targets"][None],
+        options["negatives"][None] if samples else None,
+        options["exclude"][None],
+        options["weights"][None],
+        0.7,
+        reduction,
+        [reduction != "none"] * 2 + [False],
+    )
+    torch.library.opcheck(torch.ops.cpc_ext.info_nce, arguments)
+    gradients = (*(tensor.detach() for tensor in arguments[:2]), *arguments[2:6], 0.7, [True, True])
+    torch.library.opcheck(torch.ops.cpc_ext.info_nce_gradients, gradients)
+
+
+@pytest.mark.parametrize("samples", [None, 3])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_to_one_graph(samples, reduction):
+    drawn = Drawn(torch.device("cpu"), torch.float32, (9, 11, 6), samples=samples, batch=(2,))
+
+    def contrast(queries, keys, **tensors):
+        loss, accuracy = info_nce(queries * 2, keys, scale=0.7, reduction=reduction, **tensors)
+        return loss.sum(), accuracy
+
+    tensors = {name: value for name, value in drawn.options.items() if name != "scale"}
+    torch._dynamo.reset()
+    compiled = torch.compile(contrast, fullgraph=True, backend="aot_eager")
+    expected, expected_accuracy = contrast(*drawn.inputs, **tensors)
+    loss, accuracy = compiled(*drawn.inputs, **tensors)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(accuracy, expected_accuracy)
+    for one, other in zip(
+        torch.autograd.grad(loss, drawn.inputs), torch.autograd.grad(expected, drawn.inputs), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+    wrong = tensors | {"targets": tensors["targets"] + 11}
+    with pytest.raises(IndexError, match="targets must be in"):
+        compiled(*drawn.inputs, **wrong)
+
+
+@pytest.mark.parametrize("samples", [None, 3])
+def test_autocast_rounds_what_is_multiplied(device, samples):
+    drawn = Drawn(device, torch.float32, (9, 11, 6), samples=samples)
+    with torch.autocast(device.type, torch.bfloat16):
+        loss = info_nce(*drawn.inputs, **drawn.options).loss
+    rounded = [tensor.detach().bfloat16() for tensor in drawn.inputs]
+    assert loss.dtype == torch.float32
+    assert loss == info_nce(*rounded, **drawn.options).loss
+    assert all(gradient.dtype == torch.float32 for gradient in torch.autograd.grad(loss, drawn.inputs))
+
+
+def test_float16_gradients_survive_a_mean():
+    """A GradScaler multiplies the loss, not what the forward pass has formed."""
+    drawn = Drawn(torch.device("cpu"), torch.float16, (4096, 64, 8), plain=True)
+    loss = info_nce(*drawn.inputs, **drawn.options).loss
+    gradient = torch.autograd.grad(loss * 2.0**16, drawn.inputs)[0].double() / 2**16
+    exact = torch.autograd.grad(info_nce_reference(*drawn.exact, **drawn.exact_options).loss, drawn.exact)[0]
+    torch.testing.assert_close(gradient, exact, rtol=2**-9, atol=2.0**-10 * float(exact.abs().max()))
+
+
+def test_backward_twice(device):
+    drawn = Drawn(device, torch.float32, (9, 11, 6))
+    loss = info_nce(*drawn.inputs, **drawn.options).loss
+    first = torch.autograd.grad(loss, drawn.inputs, retain_graph=True)
+    second = torch.autograd.grad(loss, drawn.inputs)
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_no_derivatives_beyond_the_first():
+    drawn = Drawn(torch.device("cpu"), torch.float64, (3, 4, 2))
+    loss = info_nce(*drawn.inputs, **drawn.options).loss
+    (gradient,) = torch.autograd.grad(loss, drawn.inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(drawn.inputs[0].detach(), torch.ones(3, 2, dtype=torch.float64))
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            info_nce(dual, drawn.inputs[1])
+
+
+# --- Arguments ---
 
 Q, K = torch.zeros(3, 2), torch.zeros(4, 2)
 INDICES = torch.zeros(3, dtype=torch.int64)
