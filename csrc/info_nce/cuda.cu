@@ -58,7 +58,6 @@ using Chunk = Pack<Value, kChunk<Value>>;
 template <class Math, bool kAlong>
 struct Slice {
   using Value = typename Math::Value;
-  static constexpr bool kLiesAlong = kAlong;
   static constexpr int kPadding = kAlong || sizeof(Value) == 2 ? 16 : 32;
   static constexpr int kRows = kAlong ? kTile : kSlice<Math>, kColumns = kAlong ? kSlice<Math> : kTile;
   static constexpr int kPitch = kColumns + kPadding / static_cast<int>(sizeof(Value));
@@ -75,12 +74,13 @@ template <class Math>
 using Sums = typename Math::Sum[2][4][4];
 
 // Four 8 x 8 matrices from a slice, whose elements lie (i, k), (i + 8 * i_step, k + 8 * k_step) and so on.
-template <class S>
+template <class Math, bool kAlong>
 __device__ void load_fragments(uint32_t (&r)[4], const BFloat16* slice, int i, int k, bool i_first) {
+  using S = Slice<Math, kAlong>;
   const int lane = threadIdx.x % kWarp, row = lane % 8, matrix = lane / 8;
   i += (i_first ? matrix % 2 : matrix / 2) * 8;
   k += (i_first ? matrix / 2 : matrix % 2) * 8;
-  if constexpr (S::kLiesAlong)
+  if constexpr (kAlong)
     load_matrices<false>(r, slice + S::at(i + row, k));
   else
     load_matrices<true>(r, slice + S::at(i, k + row));
@@ -98,8 +98,8 @@ __device__ void multiply_slice(Sums<Math>& sums, const typename Math::Value* a, 
       uint32_t left[2][4], right[2][4];  // Of two tiles of columns each.
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        load_fragments<A>(left[i], a, row + 16 * i, k, true);
-        load_fragments<B>(right[i], b, column + 16 * i, k, false);
+        load_fragments<Math, kAAlong>(left[i], a, row + 16 * i, k, true);
+        load_fragments<Math, kBAlong>(right[i], b, column + 16 * i, k, false);
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i)
@@ -262,8 +262,13 @@ struct Arguments {
   __device__ const T* query_rows(int64_t entry) const { return queries + ((first_entry + entry) * m + first_row) * d; }
   __device__ const T* key_rows(int64_t entry) const { return keys + ((first_entry + entry) * n + first_key) * d; }
   __device__ int64_t row_index(int64_t entry, int64_t row) const { return (first_entry + entry) * m + first_row + row; }
+  // An index, or -1 for one that names no key.
+  __device__ int64_t key(int64_t index) const { return index >= 0 && index < n ? index : -1; }
   __device__ int64_t target(int64_t entry, int64_t row) const {
-    return targets != nullptr ? targets[row_index(entry, row)] : first_row + row;
+    return key(targets != nullptr ? targets[row_index(entry, row)] : first_row + row);
+  }
+  __device__ int64_t left_out(int64_t entry, int64_t row) const {
+    return exclude != nullptr ? key(exclude[row_index(entry, row)]) : -1;
   }
   __device__ int64_t stat(int64_t entry, int64_t tile, int64_t row) const {
     return (entry * key_tiles + tile) * pitch_rows + row;
@@ -300,8 +305,7 @@ __global__ void __launch_bounds__(kThreads) score(const __grid_constant__ Argume
     const bool exists = first_row + row < a.rows;
     const int64_t begin = a.first_key + first_key;
     const int64_t target = exists ? a.target(entry, first_row + row) - begin : -1;
-    const int64_t left_out =
-        exists && a.exclude != nullptr ? a.exclude[a.row_index(entry, first_row + row)] - begin : -1;
+    const int64_t left_out = exists ? a.left_out(entry, first_row + row) - begin : -1;
     Sum largest = -kInfinity<Sum>, sum = 0;
     for (int key = half; key < kTile; key += 2) {
       Sum& v = scores[row * kPitch + key];
@@ -360,9 +364,8 @@ __global__ void __launch_bounds__(kThreads) finish_rows(const __grid_constant__ 
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < a.entries * a.rows;
        i += int64_t{gridDim.x} * kThreads) {
     const int64_t entry = i / a.rows, row = i % a.rows, index = a.row_index(entry, row);
-    const int64_t target = a.target(entry, row), left_out = a.exclude != nullptr ? a.exclude[index] : -1;
-    bool valid = target >= 0 && target < a.n;
-    if (a.exclude != nullptr) valid = valid && left_out >= 0 && left_out < a.n && left_out != target;
+    const int64_t target = a.target(entry, row), left_out = a.left_out(entry, row);
+    const bool valid = target >= 0 && (a.exclude == nullptr || (left_out >= 0 && left_out != target));
     Sum largest = -kLargest<Sum>, sum = 0;
     for (int64_t tile = 0; tile < a.key_tiles; ++tile) {
       const Sum v = a.maxima[a.stat(entry, tile, row)];
