@@ -54,10 +54,9 @@ void contrast(const TensorArg& queries, const TensorArg& keys, const OptionalTen
   std::vector<const TensorArg*> written = {&workspace};
   for (const OptionalTensor* result : {&losses, &right, &grad_queries, &grad_keys})
     if (*result) written.push_back(&**result);
-  const DLDevice device =
-      common_device({&queries, &keys, pointer(targets), pointer(negatives), pointer(exclude), pointer(row_weights),
-                     pointer(order), pointer(segments)},
-                    written);
+  const DLDevice device = common_device({&queries, &keys, pointer(targets), pointer(negatives), pointer(exclude),
+                                         pointer(row_weights), pointer(order), pointer(segments)},
+                                        written);
   info_nce::Problem problem = problem_of(queries, keys, targets, negatives, exclude, row_weights, losses, right,
                                          grad_queries, grad_keys, scale, factor, tf32);
   problem.workspace = workspace.view;

@@ -124,7 +124,8 @@ class AllKeys {
     chunk_blocks_ = blocks_;
     if (rows_ < kMinRows) {
       rows_ = kMaxRows;
-      chunk_blocks_ = kScoresBytes / (rows_ * kBlockKeys * static_cast<int64_t>(sizeof(S))) / kSliceBlocks * kSliceBlocks;
+      chunk_blocks_ =
+          kScoresBytes / (rows_ * kBlockKeys * static_cast<int64_t>(sizeof(S))) / kSliceBlocks * kSliceBlocks;
     }
     rows_ = std::max(rows_ / kColumns * kColumns, kColumns);
     rows_ = std::min(rows_, divide_up(m_, kLane) * kLane);
@@ -170,15 +171,15 @@ class AllKeys {
   int64_t keys_of(int64_t block) const { return std::min(kBlockKeys, n_ - block * kBlockKeys); }
 
   struct Buffers {
-    S* scores;         // [panels][keys of a chunk][columns]: scores, then powers, then weights of the gradients.
-    S* by_feature;     // [panels][D][columns]: scaled queries, to multiply keys with.
-    S* by_query;       // [panels of features][rows][columns]: the same, to multiply weights with.
-    S* grad_queries;   // [panels][D][columns]
-    S *maxima, *sums;  // [blocks][rows]: of a block's scores, without the positive's.
-    S* factors;        // [blocks][rows]: from powers to weights.
-    S* positives;      // [rows]
-    S* targets_weight; // [rows]: the positive's.
-    char* needed;      // [blocks][panels]: whether weights are more than zeros to the sums' precision.
+    S* scores;            // [panels][keys of a chunk][columns]: scores, then powers, then weights of the gradients.
+    S* by_feature;        // [panels][D][columns]: scaled queries, to multiply keys with.
+    S* by_query;          // [panels of features][rows][columns]: the same, to multiply weights with.
+    S* grad_queries;      // [panels][D][columns]
+    S *maxima, *sums;     // [blocks][rows]: of a block's scores, without the positive's.
+    S* factors;           // [blocks][rows]: from powers to weights.
+    S* positives;         // [rows]
+    S* targets_weight;    // [rows]: the positive's.
+    char* needed;         // [blocks][panels]: whether weights are more than zeros to the sums' precision.
     S *keys, *grad_keys;  // [N][D], where the tensors are of another type.
 
     Buffers(Parts& parts, const AllKeys& a) {
@@ -239,8 +240,8 @@ class AllKeys {
       const int64_t shares = groups >= 2 * workers() || !call.parallel ? 1 : rows.panels();
       each(call.parallel, groups * shares, [&](int64_t task) {
         const int64_t tile = task % groups * kTaskTiles, share = task / groups;
-        add_to_queries(call, rows, chunk, end, tile, std::min(tiles, tile + kTaskTiles),
-                       share * rows.panels() / shares, (share + 1) * rows.panels() / shares);
+        add_to_queries(call, rows, chunk, end, tile, std::min(tiles, tile + kTaskTiles), share * rows.panels() / shares,
+                       (share + 1) * rows.panels() / shares);
       });
     }
     if (wants_queries()) each(call.parallel, rows.panels(), [&](int64_t panel) { write_queries(call, rows, panel); });
@@ -376,8 +377,7 @@ class AllKeys {
         inverse[i] = outcome.inverse * weight_of(row);
       }
       if (!problem_.wants_gradients()) continue;
-      for (int64_t i = 0; i < kLane; ++i)
-        b.targets_weight[at + i] = inverse[i] == 0 ? S{} : -sum[i] * inverse[i];
+      for (int64_t i = 0; i < kLane; ++i) b.targets_weight[at + i] = inverse[i] == 0 ? S{} : -sum[i] * inverse[i];
       // What all blocks below this leave out together is less than the sums resolve.
       const R small = sum * (std::numeric_limits<S>::epsilon() / 8 / static_cast<S>(blocks_));
       for (int64_t block = 0; block < blocks_; ++block) {
@@ -484,8 +484,8 @@ class AllKeys {
     const S* const sums = call.buffers.grad_queries + panel * kColumns * d_;
     const S scale = static_cast<S>(problem_.scale);
     for (int64_t c = 0; c < rows.in(panel); ++c) {
-      Storage* const to = problem_.grad_queries.template as<Storage>() +
-                          (call.entry * m_ + rows.first + panel * kColumns + c) * d_;
+      Storage* const to =
+          problem_.grad_queries.template as<Storage>() + (call.entry * m_ + rows.first + panel * kColumns + c) * d_;
       for (int64_t k = 0; k < d_; ++k) to[k] = narrow<Storage>(scale * sums[k * columns + c]);
     }
   }
@@ -531,9 +531,8 @@ class Sampled {
       queries = problem_.queries.template as<S>();
       keys = problem_.keys.template as<S>();
     } else {
-      each(parallel, queries_, [&](int64_t i) {
-        widen_run(b.queries + i * d_, problem_.queries.template as<Storage>() + i * d_, d_);
-      });
+      each(parallel, queries_,
+           [&](int64_t i) { widen_run(b.queries + i * d_, problem_.queries.template as<Storage>() + i * d_, d_); });
       each(parallel, keys_,
            [&](int64_t i) { widen_run(b.keys + i * d_, problem_.keys.template as<Storage>() + i * d_, d_); });
       queries = b.queries;
@@ -558,11 +557,11 @@ class Sampled {
 
  private:
   struct Buffers {
-    S* weights;           // [B * M, 1 + S]: of the gradients, the scale in them.
-    int64_t* named;       // [B * M, 1 + S]: the keys, b * N + index.
-    int64_t* order;       // Pairs of a query and a key, by key.
-    int64_t* segments;    // [B * N + 1]: where each key's begin.
-    S *queries, *keys;    // Where the tensors are of another type.
+    S* weights;         // [B * M, 1 + S]: of the gradients, the scale in them.
+    int64_t* named;     // [B * M, 1 + S]: the keys, b * N + index.
+    int64_t* order;     // Pairs of a query and a key, by key.
+    int64_t* segments;  // [B * N + 1]: where each key's begin.
+    S *queries, *keys;  // Where the tensors are of another type.
 
     Buffers(Parts& parts, const Sampled& a) {
       const bool sorts = a.problem_.grad_keys.ndim != 0;
@@ -699,9 +698,8 @@ void contrast(const Problem& problem) {
     if (problem.sampled()) return Sampled<Storage>(problem).run(memory);
     const AllKeys<Storage> all(problem);
     if (shares_entries(problem))
-      return parallel_for(problem.batch(), [&](int64_t entry, int worker) {
-        all.run(entry, memory + worker * all.workspace(), false);
-      });
+      return parallel_for(problem.batch(),
+                          [&](int64_t entry, int worker) { all.run(entry, memory + worker * all.workspace(), false); });
     for (int64_t entry = 0; entry < problem.batch(); ++entry) all.run(entry, memory, true);
   });
 }

@@ -53,8 +53,8 @@ constexpr int kChunk = kChunkBytes / sizeof(Value);
 template <class Value>
 using Chunk = Pack<Value, kChunk<Value>>;
 
-// An operand's slice in shared memory. Along: [64 rows or columns][depth], else [depth][64]. Rows are padded so that the
-// lanes of a fragment meet different banks.
+// An operand's slice in shared memory. Along: [64 rows or columns][depth], else [depth][64]. Rows are padded so that
+// the lanes of a fragment meet different banks.
 template <class Math, bool kAlong>
 struct Slice {
   using Value = typename Math::Value;
@@ -143,8 +143,8 @@ __device__ void multiply_slice(Sums<Math>& sums, const typename Math::Value* a, 
   }
 }
 
-// sums += A B over `depth`. load_a(row, column) and load_b give the chunk of a slice's layout that begins there, rows or
-// columns that go along the depth counted from its beginning. The next slice is on its way while one is multiplied.
+// sums += A B over `depth`. load_a(row, column) and load_b give the chunk of a slice's layout that begins there, rows
+// or columns that go along the depth counted from its beginning. The next slice is on its way while one is multiplied.
 template <class Math, bool kAAlong, bool kBAlong, class LoadA, class LoadB>
 __device__ void multiply(Sums<Math>& sums, int64_t depth, const LoadA& load_a, const LoadB& load_b) {
   using Value = typename Math::Value;
@@ -331,7 +331,7 @@ __global__ void __launch_bounds__(kThreads) score(const __grid_constant__ Argume
     __syncthreads();
     if (a.gradients)
       for (int chunk = threadIdx.x; chunk < kTile * kTile / kChunk<Value>; chunk += kThreads) {
-        const int in_row = chunk / (kTile / kChunk<Value>), key = chunk % (kTile / kChunk<Value>) * kChunk<Value>;
+        const int in_row = chunk / (kTile / kChunk<Value>), key = chunk % (kTile / kChunk<Value>)*kChunk<Value>;
         if (first_row + in_row >= a.rows) continue;
         Chunk<Value> powers;
 #pragma unroll
@@ -511,7 +511,8 @@ class AllKeys {
     const int64_t row_bytes = padded * static_cast<int64_t>(sizeof(Value));
     rows_ = n_ > kWholeKeys ? kChunkRows : std::max(kPowersBytes / std::max<int64_t>(row_bytes, 1), int64_t{kTile});
     rows_ = std::min(rows_ / kTile * kTile, all_rows);
-    keys_ = n_ > kWholeKeys ? kPowersBytes / (kChunkRows * static_cast<int64_t>(sizeof(Value))) / kTile * kTile : padded;
+    keys_ =
+        n_ > kWholeKeys ? kPowersBytes / (kChunkRows * static_cast<int64_t>(sizeof(Value))) / kTile * kTile : padded;
     keys_ = std::min(keys_, padded);
     entries_ = std::clamp<int64_t>(kPowersBytes / std::max<int64_t>(rows_ * keys_ * sizeof(Value), 1), 1,
                                    std::max<int64_t>(problem.batch(), 1));
@@ -707,7 +708,8 @@ __global__ void __launch_bounds__(kThreads) contrast_sampled(const __grid_consta
       }
 #pragma unroll
       for (int i = 0; i < kLaneColumns; ++i)
-        if (first + i * kWarp < a.d) a.grad_queries[row * a.d + first + i * kWarp] = Narrow<T>::from(valid ? sums[i] : kNan);
+        if (first + i * kWarp < a.d)
+          a.grad_queries[row * a.d + first + i * kWarp] = Narrow<T>::from(valid ? sums[i] : kNan);
     }
   }
 }

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "info_nce/cpu.cpp"
 #include "masked_conv/cpu.cpp"
 #include "patches/cpu.cpp"
 
@@ -48,6 +49,33 @@ void patches() {
         problem.images_grad = dense(grad.data(), DType::f32, {kBatch, kChannels, kSize, kSize});
         patches::cpu::CPC_ISA::extract_backward(problem);
       }
+}
+
+// All keys and sampled ones, a batch's entries shared by all workers or one each, keys whole and in parts.
+void info_nce_kernels() {
+  struct Sizes {
+    int64_t batch, rows, keys, dim, samples;
+  };
+  for (const Sizes& z :
+       {Sizes{1, 70, 110, 33, 0}, Sizes{1, 3, 8300, 100, 0}, Sizes{5, 20, 30, 8, 0}, Sizes{2, 130, 50, 40, 60}})
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      std::vector<float> queries(z.batch * z.rows * z.dim), keys(z.batch * z.keys * z.dim), grad_queries(queries),
+          grad_keys(keys), losses(z.batch * z.rows), right(losses);
+      std::vector<int64_t> indices(z.batch * z.rows * std::max<int64_t>(z.samples, 1));
+      for (size_t i = 0; i < indices.size(); ++i) indices[i] = static_cast<int64_t>(i) * 7 % z.keys;
+      info_nce::Problem problem;
+      problem.queries = dense(queries.data(), dtype, {z.batch, z.rows, z.dim});
+      problem.keys = dense(keys.data(), dtype, {z.batch, z.keys, z.dim});
+      problem.grad_queries = dense(grad_queries.data(), dtype, {z.batch, z.rows, z.dim});
+      problem.grad_keys = dense(grad_keys.data(), dtype, {z.batch, z.keys, z.dim});
+      problem.losses = dense(losses.data(), DType::f32, {z.batch, z.rows});
+      problem.right = dense(right.data(), DType::f32, {z.batch, z.rows});
+      problem.targets = dense(indices.data(), DType::i64, {z.batch, z.rows});
+      if (z.samples > 0) problem.negatives = dense(indices.data(), DType::i64, {z.batch, z.rows, z.samples});
+      std::vector<double> workspace(info_nce::cpu::CPC_ISA::workspace_bytes(problem) / 8 + 1);
+      problem.workspace.data = workspace.data();
+      info_nce::cpu::CPC_ISA::contrast(problem);
+    }
 }
 
 // A convolution and its gradients, with more blocks, panels and slices than threads.
@@ -101,7 +129,7 @@ void planted_race() {
 }
 
 const std::map<std::string, std::function<void()>> checks = {
-    {"masked_conv", masked_conv}, {"patches", patches}, {"planted_race", planted_race}};
+    {"info_nce", info_nce_kernels}, {"masked_conv", masked_conv}, {"patches", patches}, {"planted_race", planted_race}};
 
 }  // namespace
 }  // namespace cpc

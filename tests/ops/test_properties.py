@@ -821,8 +821,9 @@ def test_info_nce_and_its_gradients_are_softmaxes_of_rows(device, for_examples):
             assert_within(one, other, TOLERANCE[own] * (1 + other.abs()) + 20 * bound)
 
 
-def test_indices_name_keys(device, for_examples):
-    """Any 64-bit numbers: an IndexError on the CPU where they name no key, the nearest key elsewhere."""
+def test_indices_name_keys(device, request, for_examples):
+    """Any 64-bit numbers: an IndexError on the CPU where they name no key, a NaN loss elsewhere."""
+    on_cpu = request.node.callspec.params["device"] == "cpu"
 
     @for_examples(
         num_keys=st.integers(1, 4),
@@ -842,21 +843,26 @@ def test_indices_name_keys(device, for_examples):
         generator = torch.Generator().manual_seed(0)
         queries, keys = normal(3 * 2, generator).view(3, 2), normal(num_keys * 2, generator).view(num_keys, 2)
 
-        def contrast(indices):
-            return info_nce(queries.to(device), keys.to(device), **{k: on(device, v) for k, v in indices.items()})
+        def contrast(indices, **options):
+            tensors = {name: on(device, value) for name, value in indices.items()}
+            return info_nce(queries.to(device), keys.to(device), **tensors, **options)
 
-        clamped = {key: tensor.clamp(0, num_keys - 1) for key, tensor in indices.items()}
-        if device.type == "cpu" and not 0 <= value < num_keys:
+        names_no_key = not 0 <= value < num_keys
+        names_positive = name == "exclude" and value == targets[at]
+        if on_cpu and names_no_key:
             with pytest.raises(IndexError, match=f"{name} must be in"):
                 contrast(indices)
-        elif name == "exclude" and clamped["exclude"][at] == targets[at]:
-            if device.type == "cpu":
-                with pytest.raises(ValueError, match="exclude must not name the positive"):
-                    contrast(indices)
+        elif on_cpu and names_positive:
+            with pytest.raises(ValueError, match="exclude must not name the positive"):
+                contrast(indices)
         else:
-            plain = {"negatives": None, "exclude": None} | clamped
-            losses, *_ = row_by_row(queries, keys, scale=1.0, **plain)
-            assert_within(contrast(indices).loss, losses.mean(), 1e-12)
+            others = {key: tensor.clone() for key, tensor in indices.items()}
+            if names_no_key or names_positive:
+                others[name].view(-1)[at] = -1 if name == "exclude" else 0
+            losses, *_ = row_by_row(queries, keys, scale=1.0, **{"negatives": None, "exclude": None} | others)
+            if names_no_key or names_positive:
+                losses[at] = math.nan
+            assert_within(contrast(indices, reduction="none").loss, losses, 1e-12)
 
 
 WRONG_CONTRAST_ARGUMENTS = {
