@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "core/gemm.h"
+#include "core/huge_pages.h"
 #include "core/parallel.h"
 #include "core/simd.h"
 #include "core/simd_math.h"
@@ -343,7 +344,7 @@ class AllKeys {
       // Of infinite scores sums are infinite, and not a number only of such.
       const R finite = largest > kLargest ? R{} + kLargest : largest < -kLargest ? R{} - kLargest : largest;
       for (int64_t key = 0; key < keys; ++key) {
-        const R v = exp(get(scores + key * columns + c) - finite);
+        const R v = exp_below_zero(get(scores + key * columns + c) - finite);
         sum += v;
         set(scores + key * columns + c, v);
       }
@@ -692,6 +693,8 @@ int64_t workspace_bytes(const Problem& problem) {
 }
 
 void contrast(const Problem& problem) {
+  for (const TensorView* written : {&problem.grad_queries, &problem.grad_keys, &problem.workspace})
+    if (written->ndim != 0) advise_huge_pages(written->data, written->numel() * size_of(written->dtype));
   with_floating(problem.queries.dtype, [&](auto storage) {
     using Storage = decltype(storage);
     char* const memory = problem.workspace.as<char>();

@@ -34,17 +34,14 @@ def plain_sampled(queries: Tensor, keys: Tensor, targets: Tensor, negatives: Ten
 
 @dataclass(frozen=True)
 class AllCase(Case):
-    """As many queries as keys, every key contrasted: the first predicted row on of a batch of images."""
+    """As many queries as keys, every key contrasted."""
 
-    batch: int
-
-    @property
-    def rows(self) -> int:
-        return (GRID - SKIP - 1) * GRID * self.batch
+    rows: int
+    dim: int = DIM
 
     @property
     def label(self) -> str:
-        return f"[{self.rows},{DIM}] x [{self.rows},{DIM}]"
+        return f"[{self.rows},{self.dim}] x [{self.rows},{self.dim}]"
 
     @property
     def size(self) -> int:
@@ -53,17 +50,10 @@ class AllCase(Case):
 
 @dataclass(frozen=True)
 class SampledCase(Case):
-    """The queries of all steps against the encodings of a batch of images, with sampled negatives."""
+    """Queries with sampled negatives among keys that they share."""
 
-    batch: int
-
-    @property
-    def queries(self) -> int:
-        return sum(GRID - SKIP - step for step in range(1, STEPS + 1)) * GRID * self.batch
-
-    @property
-    def keys(self) -> int:
-        return GRID * GRID * self.batch
+    queries: int
+    keys: int
 
     @property
     def label(self) -> str:
@@ -75,7 +65,7 @@ class SampledCase(Case):
 
 
 def prepare_all(case: AllCase, device: torch.device) -> Problem:
-    queries, keys = _encodings(case, case.rows, case.rows, device)
+    queries, keys = _encodings(case, case.rows, case.rows, case.dim, device)
 
     def run(loss) -> Tensor | tuple[Tensor, ...]:
         value = loss(queries, keys)
@@ -88,12 +78,12 @@ def prepare_all(case: AllCase, device: torch.device) -> Problem:
             "compiled": lambda: run(plain_compiled),
             "ours": lambda: run(lambda queries, keys: info_nce(queries, keys).loss),
         },
-        2 * case.rows**2 * DIM * (3 if case.backward else 1),
+        2 * case.rows**2 * case.dim * (3 if case.backward else 1),
     )
 
 
 def prepare_sampled(case: SampledCase, device: torch.device) -> Problem:
-    queries, keys = _encodings(case, case.queries, case.keys, device)
+    queries, keys = _encodings(case, case.queries, case.keys, DIM, device)
     targets = torch.randint(case.keys, (case.queries,), device=device)
     negatives = torch.randint(case.keys, (case.queries, NEGATIVES), device=device)
 
@@ -118,22 +108,47 @@ def prepare_sampled(case: SampledCase, device: torch.device) -> Problem:
     )
 
 
-def _encodings(case: Case, queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _encodings(case: Case, queries: int, keys: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Queries and keys whose scores have unit variance."""
     dtype = getattr(torch, case.dtype)
-    scaled = torch.randn(queries, DIM, device=device) * DIM**-0.5
-    pair = scaled.to(dtype), torch.randn(keys, DIM, device=device).to(dtype)
+    scaled = torch.randn(queries, dim, device=device) * dim**-0.5
+    pair = scaled.to(dtype), torch.randn(keys, dim, device=device).to(dtype)
     return tuple(tensor.requires_grad_(case.backward) for tensor in pair)
 
 
-def _cases(case_class: type[Case]) -> list[Case]:
-    sweep = [
-        case for batch in (4, 16, 64, 256) for case in both_passes(case_class, batch, sweep=True, quick=batch == 16)
+# Images of a batch.
+BATCHES, QUICK_BATCH = (4, 16, 64, 256), 16
+
+
+def _all_cases() -> list[Case]:
+    """The queries of the first predicted row on of a batch, against all of its encodings there; and larger problems."""
+
+    def rows(batch: int) -> int:
+        return (GRID - SKIP - 1) * GRID * batch
+
+    return [
+        *(c for b in BATCHES for c in both_passes(AllCase, rows(b), sweep=True, quick=b == QUICK_BATCH)),
+        *both_passes(AllCase, rows(QUICK_BATCH), dtype="bfloat16"),
+        *both_passes(AllCase, 4096, quick=True),
+        *both_passes(AllCase, 4096, 1024),
     ]
-    return [*sweep, *both_passes(case_class, 16, dtype="bfloat16")]
+
+
+def _sampled_cases() -> list[Case]:
+    """The queries of all steps of a batch against its encodings; and a larger problem."""
+
+    def sizes(batch: int) -> tuple[int, int]:
+        queries = sum(GRID - SKIP - step for step in range(1, STEPS + 1)) * GRID * batch
+        return queries, GRID * GRID * batch
+
+    return [
+        *(c for b in BATCHES for c in both_passes(SampledCase, *sizes(b), sweep=True, quick=b == QUICK_BATCH)),
+        *both_passes(SampledCase, *sizes(QUICK_BATCH), dtype="bfloat16"),
+        *both_passes(SampledCase, 4096, 4096, quick=True),
+    ]
 
 
 OPS = (
-    Op("info_nce_all", "compute", "queries and keys of 256 features", _cases(AllCase), prepare_all),
-    Op("info_nce_sampled", "memory", "queries of 256 features, 16 negatives", _cases(SampledCase), prepare_sampled),
+    Op("info_nce_all", "compute", "queries and keys of 256 features", _all_cases(), prepare_all),
+    Op("info_nce_sampled", "memory", "queries of 256 features, 16 negatives", _sampled_cases(), prepare_sampled),
 )
