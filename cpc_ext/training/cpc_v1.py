@@ -183,9 +183,11 @@ class CPCv1Task(Task):
         return model.to(self._device)
 
     def _encoder_arguments(self) -> dict[str, Any]:
+        patch = self._config.view.patch
         return encoder_arguments(
             self._config.cpc.encoder,
             norm=self._config.cpc.norm,
             in_channels=1 if self._config.view.gray else self._dataset.image_shape[0],
-            pixels=self._config.view.patch,
+            # A stem sees a good part of a patch, not all of it.
+            stem="cifar" if patch <= 12 else "stl10" if patch <= 32 else "imagenet",
         )

@@ -40,15 +40,9 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }
 
 
-def encoder_arguments(name: str, *, norm: str, in_channels: int, pixels: int) -> dict[str, Any]:
-    """Arguments of :class:`ResNetV2Encoder` for an encoder of that name that sees squares of ``pixels`` a side."""
-    return {
-        "in_channels": in_channels,
-        "norm": norm,
-        # A stem sees a good part of the square, not all of it.
-        "stem": "cifar" if pixels <= 12 else "stl10" if pixels <= 32 else "imagenet",
-        **ENCODERS[name],
-    }
+def encoder_arguments(name: str, *, norm: str, in_channels: int, stem: str) -> dict[str, Any]:
+    """Arguments of :class:`ResNetV2Encoder` for an encoder of that name; some have a stem of their own."""
+    return {"in_channels": in_channels, "norm": norm, "stem": stem, **ENCODERS[name]}
 
 
 def probe_accuracies(

@@ -113,7 +113,10 @@ class SimCLRTask(Task):
 
     def _encoder_arguments(self) -> dict[str, Any]:
         options = self._config.simclr
-        # Of what the stem leaves, the stacks halve the side twice or thrice: small views keep their pixels.
         return encoder_arguments(
-            options.encoder, norm=options.norm, in_channels=self._dataset.image_shape[0], pixels=options.view_size // 4
+            options.encoder,
+            norm=options.norm,
+            in_channels=self._dataset.image_shape[0],
+            # Small images keep all their pixels, as in the paper's CIFAR-10 experiments.
+            stem="cifar" if options.view_size <= 40 else "imagenet",
         )
