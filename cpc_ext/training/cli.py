@@ -82,6 +82,7 @@ def parse(arguments: Sequence[str]) -> Command:
         names = (chosen.model, chosen.dataset)
         # Names that do not exist are refused in the second pass, which knows all that do.
         defaults = preset(*(names if names in PRESETS else next(iter(PRESETS))), device=chosen.device)
+    arguments = _with_values(arguments)
     if (chosen.epochs is None) != (chosen.steps is None):
         # The one that is given replaces whichever the defaults have.
         optimization = defaults.optimization.model_copy(update={"epochs": None, "steps": None})
@@ -99,6 +100,16 @@ def parse(arguments: Sequence[str]) -> Command:
     except OptionError as error:
         # Those of a section are shown by the parser; those between sections arrive here.
         _refuse(str(error))
+
+
+def _with_values(arguments: Sequence[str]) -> list[str]:
+    """--gather-negatives alone asks for what the word says."""
+    given = list(arguments)
+    for index, argument in enumerate(given):
+        alone = index + 1 == len(given) or given[index + 1].startswith("--")
+        if argument.replace("_", "-") == "--gather-negatives" and alone:
+            given[index] = f"{argument}=gather"
+    return given
 
 
 def _refuse_options_of_other_models(arguments: Sequence[str], defaults: RunConfig) -> None:

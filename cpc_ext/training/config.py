@@ -172,9 +172,9 @@ class _ContrastiveSection(_Section):
     )
     gather_negatives: GatherNegatives = Field(
         "gather",
-        description="Negatives of a run of several processes (torchrun). gather: of all processes, as a single one "
-        "with the whole batch has them; ring: the same, but no process holds the keys of more than one other at a "
-        "time; none: each process's own.",
+        description="Negatives of a run of several processes (torchrun). gather, also without a value: of all "
+        "processes, as a single one with the whole batch has them; ring: the same, but no process holds the keys of "
+        "more than one other at a time; none: each process's own.",
     )
 
 

@@ -73,6 +73,14 @@ def test_options_replace_the_preset():
     assert run.optimization.epochs == 300
 
 
+@pytest.mark.parametrize("arguments", [["--gather-negatives"], ["--gather-negatives", "--seed", "3"]])
+def test_gather_negatives_needs_no_value(tmp_path, arguments):
+    config = parse(["--dataset", "textures", "--gather-negatives", "ring"]).run
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert config.cpc.gather_negatives == "ring"
+    assert parse(["--config", str(tmp_path / "config.yaml"), *arguments]).run.cpc.gather_negatives == "gather"
+
+
 def test_underscores_do_as_well():
     assert parse(["--dataset=stl10", "--batch_size", "7"]).run.optimization.batch_size == 7
 
