@@ -2,7 +2,7 @@
 // All keys: what a group of queries scores against all keys stays in the L2 cache, as powers relative to the largest
 // score of each tile. So scores are multiplied once, a tile needs nothing of the others, and once the tiles' maxima and
 // sums are combined, two further products turn powers into gradients, each power scaled on its way to shared memory.
-// Where there are too many keys for that, the powers of a part of them are computed again for the gradients. Sampled:
+// Where there are too many keys for that, powers are computed again for the gradients, chunk by chunk. Sampled:
 // a warp a query gathers rows; for the keys' gradient a warp a key sums over the queries that name it.
 // No sum depends on the order in which blocks run.
 #include <algorithm>
@@ -250,14 +250,16 @@ struct Arguments {
   Value* powers;                                  // [entries][pitch_rows][pitch_keys]
   Sum *maxima, *sums, *factors;                   // [entries][all key tiles][pitch_rows]
   Sum *positives, *target_weights, *row_factors;  // [entries][pitch_rows]
-  Sum *query_sums, *key_sums;                     // [entries][pitch_rows][D], [entries][N][D], where needed.
+  Sum *query_sums, *key_sums;                     // [entries][parts][pitch_rows][D], [entries][N][D], where needed.
   int64_t m, n, d, key_tiles;                     // Of an entry.
   int64_t first_entry, entries, first_row, rows, first_key, key_count;
   int64_t pitch_rows, pitch_keys;
+  // The depth of the queries' gradient is summed in parts, for enough blocks.
+  int64_t query_parts, part_keys;
   Sum scale, factor;
   bool whole;  // Chunks of rows of D are whole and aligned.
   bool gradients;
-  bool adds_queries, ends_queries, adds_keys, ends_keys;  // To what is in memory; to the tensor.
+  bool adds_queries, adds_keys, ends_keys;  // To what is in memory; to the tensor.
 
   __device__ const T* query_rows(int64_t entry) const { return queries + ((first_entry + entry) * m + first_row) * d; }
   __device__ const T* key_rows(int64_t entry) const { return keys + ((first_entry + entry) * n + first_key) * d; }
@@ -417,29 +419,45 @@ __device__ Chunk<typename Math::Value> load_weights(const Arguments<T, Math>& a,
   return chunk;
 }
 
-// A tile of [rows, D] of the queries' gradient: weights times keys.
+// A tile of [rows, D] of a part of the queries' gradient: weights times keys.
 template <class T, class Math>
 __global__ void __launch_bounds__(kThreads) add_to_queries(const __grid_constant__ Arguments<T, Math> a) {
   using Sum = typename Math::Sum;
   const int64_t row_tiles = ceil_div(a.rows, kTile), columns = ceil_div(a.d, kTile);
-  for (int64_t block = blockIdx.x; block < a.entries * row_tiles * columns; block += gridDim.x) {
-    const int64_t entry = block / (row_tiles * columns), first_row = block / columns % row_tiles * kTile,
-                  first = block % columns * kTile;
+  const int64_t tiles = row_tiles * columns, blocks = a.entries * a.query_parts * tiles;
+  for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
+    const int64_t entry = block / (a.query_parts * tiles), part = block / tiles % a.query_parts;
+    const int64_t first_row = block / columns % row_tiles * kTile, first = block % columns * kTile;
+    const int64_t first_key = part * a.part_keys, left = a.key_count - first_key;
     const T* const keys = a.key_rows(entry);
     Sums<Math> sums = {};
     multiply<Math, true, false>(
-        sums, a.key_count, [&](int64_t row, int64_t key) { return load_weights(a, entry, first_row + row, key); },
-        [&](int64_t key, int64_t k) { return load_chunk<Math>(keys, key, a.key_count, first + k, a.d, a.whole); });
+        sums, left < a.part_keys ? left : a.part_keys,
+        [&](int64_t row, int64_t key) { return load_weights(a, entry, first_row + row, first_key + key); },
+        [&](int64_t key, int64_t k) {
+          return load_chunk<Math>(keys, first_key + key, a.key_count, first + k, a.d, a.whole);
+        });
     each_sum<Math>(sums, [&](int row, int k, Sum v) {
       const int64_t in_rows = first_row + row, column = first + k;
       if (in_rows >= a.rows || column >= a.d) return;
-      const int64_t of_row = entry * a.pitch_rows + in_rows;
-      if (a.adds_queries) v += a.query_sums[of_row * a.d + column];
-      if (a.ends_queries)
-        a.grad_queries[a.row_index(entry, in_rows) * a.d + column] = Narrow<T>::from(v * a.row_factors[of_row]);
-      else
-        a.query_sums[of_row * a.d + column] = v;
+      Sum* const sum = a.query_sums + ((entry * a.query_parts + part) * a.pitch_rows + in_rows) * a.d + column;
+      *sum = a.adds_queries ? *sum + v : v;
     });
+  }
+}
+
+// The queries' gradient of its parts.
+template <class T, class Math>
+__global__ void __launch_bounds__(kThreads) finish_queries(const __grid_constant__ Arguments<T, Math> a) {
+  using Sum = typename Math::Sum;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < a.entries * a.rows * a.d;
+       i += int64_t{gridDim.x} * kThreads) {
+    const int64_t entry = i / (a.rows * a.d), row = i / a.d % a.rows, column = i % a.d;
+    Sum total = 0;
+    for (int64_t part = 0; part < a.query_parts; ++part)
+      total += a.query_sums[((entry * a.query_parts + part) * a.pitch_rows + row) * a.d + column];
+    a.grad_queries[a.row_index(entry, row) * a.d + column] =
+        Narrow<T>::from(total * a.row_factors[entry * a.pitch_rows + row]);
   }
 }
 
@@ -494,10 +512,12 @@ class Parts {
   int64_t used_ = 0;
 };
 
-// Powers of a group of queries: about half of the smallest second-level cache that matters, an A100's.
-constexpr int64_t kPowersBytes = int64_t{16} << 20;
-// Beyond this many keys a group is of kChunkRows queries, and its keys come part by part.
+// Powers of a group of queries: what the second-level cache of an A100 or H100, 40 or 50 MB, holds beside the rest.
+constexpr int64_t kPowersBytes = int64_t{32} << 20;
+// Beyond this many keys a group is of kChunkRows queries, and its keys come chunk by chunk.
 constexpr int64_t kWholeKeys = 8192, kChunkRows = 1024;
+// Blocks that fill a GPU, and keys that a block should sum over at least.
+constexpr int64_t kFullGrid = 256, kMinPartKeys = 512;
 
 template <class T, class Math>
 class AllKeys {
@@ -516,6 +536,9 @@ class AllKeys {
     keys_ = std::min(keys_, padded);
     entries_ = std::clamp<int64_t>(kPowersBytes / std::max<int64_t>(rows_ * keys_ * sizeof(Value), 1), 1,
                                    std::max<int64_t>(problem.batch(), 1));
+    const int64_t blocks = std::max<int64_t>(entries_ * ceil_div(rows_, kTile) * ceil_div(d_, kTile), 1);
+    const int64_t parts = std::clamp<int64_t>(kFullGrid / blocks, 1, std::max<int64_t>(keys_ / kMinPartKeys, 1));
+    part_keys_ = std::max<int64_t>(ceil_div(ceil_div(keys_, parts), kTile) * kTile, kTile);
   }
 
   int64_t workspace() const {
@@ -541,7 +564,7 @@ class AllKeys {
   }
 
  private:
-  bool in_parts() const { return keys_ < n_; }
+  bool in_chunks() const { return keys_ < n_; }
 
   Arguments<T, Math> arguments(Parts& parts) const {
     const Problem& p = problem_;
@@ -561,6 +584,8 @@ class AllKeys {
     a.key_tiles = ceil_div(n_, kTile);
     a.pitch_rows = rows_;
     a.pitch_keys = keys_;
+    a.query_parts = ceil_div(keys_, part_keys_);
+    a.part_keys = part_keys_;
     a.scale = static_cast<Sum>(p.scale);
     a.factor = static_cast<Sum>(p.factor);
     a.gradients = p.wants_gradients();
@@ -575,7 +600,7 @@ class AllKeys {
     a.positives = parts.take<Sum>(of_rows);
     a.target_weights = parts.take<Sum>(of_rows);
     a.row_factors = parts.take<Sum>(of_rows);
-    a.query_sums = parts.take<Sum>(p.grad_queries.ndim != 0 && in_parts() ? of_rows * d_ : 0);
+    a.query_sums = parts.take<Sum>(p.grad_queries.ndim != 0 ? of_rows * a.query_parts * d_ : 0);
     a.key_sums = parts.take<Sum>(p.grad_keys.ndim != 0 && rows_ < m_ ? entries_ * n_ * d_ : 0);
     return a;
   }
@@ -585,36 +610,39 @@ class AllKeys {
     constexpr int64_t kSlices = 2 * Slice<Math, true>::kBytes;
     static_assert(Slice<Math, false>::kBytes <= Slice<Math, true>::kBytes);
     constexpr int64_t kScoreBytes = std::max<int64_t>(kSlices, kTile * (kTile + 2) * sizeof(Sum));
-    const auto each_part = [&](const auto& work) {
+    const auto each_chunk = [&](const auto& work) {
       for (a.first_key = 0; a.first_key < n_; a.first_key += keys_) {
         a.key_count = std::min(keys_, n_ - a.first_key);
         work(ceil_div(a.key_count, kTile));
       }
     };
-    const auto score_part = [&](int64_t key_tiles) {
+    const auto score_chunk = [&](int64_t key_tiles) {
       launch("score", &score<T, Math>, {a.entries * row_tiles * key_tiles, dim3(kThreads), kScoreBytes}, stream, a);
     };
-    each_part(score_part);
+    each_chunk(score_chunk);
     launch("finish_rows", &finish_rows<T, Math>, {ceil_div(a.entries * a.rows, kThreads), dim3(kThreads)}, stream, a);
     if (!a.gradients) return;
-    each_part([&](int64_t key_tiles) {
-      if (in_parts()) score_part(key_tiles);
+    each_chunk([&](int64_t key_tiles) {
+      if (in_chunks()) score_chunk(key_tiles);
       a.adds_queries = a.first_key > 0;
-      a.ends_queries = a.first_key + a.key_count == n_;
       a.adds_keys = a.first_row > 0;
       a.ends_keys = a.first_row + a.rows == m_;
       if (a.grad_queries != nullptr)
-        launch("add_to_queries", &add_to_queries<T, Math>, {a.entries * row_tiles * columns, dim3(kThreads), kSlices},
-               stream, a);
+        launch("add_to_queries", &add_to_queries<T, Math>,
+               {a.entries * a.query_parts * row_tiles * columns, dim3(kThreads), kSlices}, stream, a);
       if (a.grad_keys != nullptr)
         launch("add_to_keys", &add_to_keys<T, Math>, {a.entries * key_tiles * columns, dim3(kThreads), kSlices}, stream,
                a);
     });
+    if (a.grad_queries != nullptr)
+      launch("finish_queries", &finish_queries<T, Math>, {ceil_div(a.entries * a.rows * d_, kThreads), dim3(kThreads)},
+             stream, a);
   }
 
   const Problem& problem_;
   int64_t m_, n_, d_;
-  int64_t rows_, keys_, entries_;  // Of a group of queries, of a part of its keys, of the batch at a time.
+  int64_t rows_, keys_, entries_;  // Of a group of queries, of a chunk of its keys, of the batch at a time.
+  int64_t part_keys_;
 };
 
 // --- Sampled negatives ---

@@ -257,15 +257,23 @@ def test_blocks_of_queries_and_parts_of_keys(dtype, shape):
     Drawn(torch.device("cpu"), dtype, shape).compare()
 
 
-def test_parts_of_keys(device):
-    """More keys than are scored at once."""
-    Drawn(device, torch.float32, (3, 8200, 2)).compare()
+@pytest.mark.parametrize("rows", [3, 1030])
+def test_groups_of_queries_and_chunks_of_keys(device, rows):
+    """More keys, and more queries, than are scored at once."""
+    Drawn(device, torch.float32, (rows, 8200, 2)).compare()
 
 
-def test_groups_of_queries(device):
-    """More queries than are scored at once against so many keys."""
-    num_keys = 8000 if device.type == "cuda" else 700
-    Drawn(device, torch.float32, (700, num_keys, 2)).compare()
+def test_queries_without_keys(device, request):
+    queries, keys = torch.zeros(2, 3, device=device, requires_grad=True), torch.zeros(0, 3, device=device)
+    targets = torch.zeros(2, dtype=torch.int64, device=device)
+    for negatives in (None, torch.zeros(2, 1, dtype=torch.int64, device=device)):
+        if request.node.callspec.params["device"] == "cpu":
+            with pytest.raises(IndexError, match="for 0 keys"):
+                info_nce(queries, keys, targets, negatives=negatives)
+        else:
+            loss = info_nce(queries, keys, targets, negatives=negatives).loss
+            assert loss.isnan()
+            assert torch.autograd.grad(loss, queries)[0].isnan().all()
 
 
 @pytest.mark.parametrize("samples", [None, 7])
