@@ -75,7 +75,8 @@ def info_nce(
 
     Returns:
         :class:`InfoNCEOutput` (loss, accuracy). The loss is differentiable once, backwards, in queries, keys and
-        weights. Memory grows with (M + N) * D, and under autocast the products of queries and keys are of its type.
+        weights. Under autocast queries and keys are rounded to its type, as for a matrix product; sums are not. On CUDA
+        float32 products are exact unless ``torch.backends.cuda.matmul.allow_tf32`` is set.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, device or range.
@@ -339,7 +340,7 @@ def _run(
         None if tensor is None else tensor.contiguous() for tensor in (targets, negatives, exclude)
     )
     results = losses, right, *(gradient if need else None for gradient, need in zip(gradients, needs[:2], strict=True))
-    tf32 = torch.backends.cuda.matmul.allow_tf32
+    tf32 = queries.is_cuda and torch.backends.cuda.matmul.allow_tf32
     arguments = queries, keys, targets, negatives, exclude, row_weights, *results, scale, factor, tf32
     workspace = queries.new_empty(native.info_nce_workspace(*arguments), dtype=torch.uint8)
     order = segments = None

@@ -1,5 +1,6 @@
 """info_nce against the formula written out row by row, and its kernels against the reference in float64."""
 
+import importlib
 import itertools
 import math
 import subprocess
@@ -12,6 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from cpc_ext.ops import info_nce
 from cpc_ext.ops.info_nce import info_nce_reference
+
+# The module, whose name in the package is the function's.
+ops = importlib.import_module("cpc_ext.ops.info_nce")
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Of a gradient's largest value: float32 sums, or a rounding to the type of gradients and, on CUDA, of probabilities.
@@ -433,6 +437,30 @@ def test_indices_that_name_no_key(device, request, name, sampled, value):
     assert queries[4].isnan().all()
     torch.testing.assert_close(queries[good], expected_queries[good])
     torch.testing.assert_close(keys, expected_keys)
+
+
+@pytest.mark.parametrize("samples", [None, 3])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_without_kernels(samples, reduction, weighted):
+    """What runs on devices that have none."""
+    drawn = Drawn(torch.device("cpu"), torch.float32, (9, 11, 6), samples=samples)
+    queries, keys, targets, exclude, weights = (
+        tensor.detach()[None]
+        for tensor in (*drawn.inputs, *(drawn.options[name] for name in ("targets", "exclude", "weights")))
+    )
+    negatives = drawn.options["negatives"][None] if samples else None
+    weights = weights.float() if weighted else None
+    arguments = queries, keys, targets, negatives, exclude, weights, 0.7, reduction, [True, True, True]
+    for one, other in zip(ops._reference_op(*arguments), ops._info_nce(*arguments), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+    targets[0, 4] = 11
+    loss, accuracy, losses, grad_queries, grad_keys = ops._reference_op(*arguments)
+    assert loss.isnan().any()
+    assert accuracy.isfinite().all()
+    assert losses.isnan().nonzero().tolist() == [[0, 4]]
+    assert grad_queries.isnan().all(-1).nonzero().tolist() == [[0, 4]]
+    assert grad_keys.isfinite().all()
 
 
 # --- As an op of PyTorch ---
