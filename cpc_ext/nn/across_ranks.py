@@ -72,8 +72,8 @@ def ring_info_nce(
 
     Equal to :func:`cpc_ext.ops.info_nce` with gathered keys, in memory that does not grow with the number of ranks.
     Loss terms of chunks are merged by their log-sum-exp; backward sends the keys round once more, and with them their
-    gradient, to which each rank adds its part. As that takes every rank, all must call both, in the same order. Only
-    one rank in a process group: its own keys are all there are.
+    gradient, to which each rank adds its part. As that takes every rank, all must call both, in the same order. Where
+    there is no other, a rank's own keys are all there are. Logits are float32 (float64 for float64) under autocast too.
 
     Args:
         queries: [*, M, D].
@@ -83,9 +83,12 @@ def ring_info_nce(
         exclude: int64 [*, M], one of this rank's own keys to leave out of each row.
     """
     dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
-    positive = (queries.to(dtype) * _take(keys.to(dtype), targets)).sum(-1) * scale
-    log_sum, rank = _RingLogSumExp.apply(queries.to(dtype), keys.to(dtype), positive.detach(), targets, scale, exclude)
-    return RingOutput(log_sum - positive, rank)
+    # Autocast would round the logits of the forward pass, and not those of the backward pass.
+    with torch.autocast(queries.device.type, enabled=False):
+        queries, keys = queries.to(dtype), keys.to(dtype)
+        positive = (queries * _take(keys, targets)).sum(-1) * scale
+        log_sum, rank = _RingLogSumExp.apply(queries, keys, positive.detach(), targets, scale, exclude)
+        return RingOutput(log_sum - positive, rank)
 
 
 class _RingLogSumExp(torch.autograd.Function):

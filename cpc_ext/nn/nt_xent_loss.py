@@ -78,11 +78,15 @@ class NTXentLoss(nn.Module):
             raise ValueError(
                 f"first and second must both be [N, D], got {tuple(first.shape)} and {tuple(second.shape)}"
             )
+        # In float32 at least, under autocast too: the temperature multiplies a rounding of the similarity by 14.
+        with torch.autocast(first.device.type, enabled=False):
+            return self._contrast(torch.cat([first, second]).to(torch.promote_types(first.dtype, torch.float32)))
+
+    def _contrast(self, views: Tensor) -> NTXentOutput:
+        """views: [2 N, D], the second views after the first."""
         rank, world = position_in_world() if self.gather_negatives != "none" else (0, 1)
-        images = len(first)
-        # In float32 at least: at this temperature a rounding of the similarity is multiplied by 14.
-        dtype = torch.promote_types(first.dtype, torch.float32)
-        queries = F.normalize(torch.cat([first, second]).to(dtype), dim=1)
+        images, dtype = len(views) // 2, views.dtype
+        queries = F.normalize(views, dim=1)
         own = torch.arange(2 * images, device=queries.device)
         targets = (own + images) % (2 * images)
         scale = 1 / self.temperature

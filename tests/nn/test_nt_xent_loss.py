@@ -50,7 +50,10 @@ def test_collapsed_features_come_last():
 
 def test_half_precision_is_compared_in_float32():
     first, second = (value.detach().bfloat16() for value in features())
-    assert NTXentLoss()(first, second).loss.dtype == torch.float32
+    output = NTXentLoss()(first, second)
+    assert output.loss.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert NTXentLoss()(first, second) == output
 
 
 @pytest.mark.parametrize(
