@@ -99,9 +99,11 @@ constexpr int64_t kBlockKeys = 8 * kTileRows;
 // Blocks of keys that a tile of the queries' gradient goes through at a time, and features that one of scores does.
 constexpr int64_t kSliceBlocks = 6, kDepthBlock = 320;
 // Scores of a superblock of queries: what the cache that all cores share holds beside the keys.
-constexpr int64_t kScoresBytes = int64_t{3} << 20;
+constexpr int64_t kScoresBytes = int64_t{6} << 20;
 // Queries of a superblock, at most, and where there are so many keys that it takes them part by part.
 constexpr int64_t kMaxRows = 384, kMinRows = 96;
+// Workers whom the rows' sums are not shared out to.
+constexpr int64_t kFewWorkers = 4;
 // Tiles of the queries' gradient that a task takes: three cache lines of a key.
 constexpr int64_t kTaskTiles = 8;
 
@@ -155,7 +157,9 @@ class AllKeys {
       call.keys = call.buffers.keys;
       call.grad_keys = call.buffers.grad_keys;
     }
-    for (int64_t first = 0; first < m_; first += rows_) superblock(call, first, std::min(rows_, m_ - first));
+    const auto rows_at = [&](int64_t first) { return Rows{first, std::clamp<int64_t>(m_ - first, 0, rows_)}; };
+    pack_queries(call, rows_at(0));
+    for (int64_t first = 0; first < m_; first += rows_) superblock(call, rows_at(first), rows_at(first + rows_));
     if (!wants_keys()) return;
     if (m_ == 0) std::fill_n(problem_.grad_keys.template as<Storage>() + entry * n_ * d_, n_ * d_, Storage{});
     if constexpr (!kInPlace)
@@ -222,12 +226,14 @@ class AllKeys {
     return problem_.targets.ndim == 0 ? row : problem_.targets.template as<int64_t>()[call.entry * m_ + row];
   }
 
-  void superblock(const Call& call, int64_t first, int64_t count) const {
-    const Rows rows{first, count};
-    pack_queries(call, rows);
+  // Few parallel loops, as at the end of each all workers wait for the last. The next queries are packed beside the
+  // last product of these, which does not need what these were packed to.
+  void superblock(const Call& call, const Rows& rows, const Rows& next) const {
     for (int64_t chunk = 0; chunk < blocks_; chunk += chunk_blocks_) score(call, rows, chunk);
-    each(call.parallel, rows.panels(), [&](int64_t panel) { finish_rows(call, rows, panel); });
-    if (!problem_.wants_gradients()) return;
+    // Little work, not worth another loop but for many.
+    each(call.parallel && workers() > kFewWorkers, rows.panels(),
+         [&](int64_t panel) { finish_rows(call, rows, panel); });
+    if (!problem_.wants_gradients()) return pack_queries(call, next);
     for (int64_t chunk = 0; chunk < blocks_; chunk += chunk_blocks_) {
       if (chunk_blocks_ < blocks_) score(call, rows, chunk);
       const int64_t end = std::min(blocks_, chunk + chunk_blocks_);
@@ -235,41 +241,42 @@ class AllKeys {
         weigh(call, rows, chunk, chunk + i);
         if (wants_keys()) add_to_keys(call, rows, chunk, chunk + i);
       });
-      if (!wants_queries()) continue;
       // A tile's part of the keys serves all panels while it is in the cache, unless that leaves workers idle.
       const int64_t tiles = divide_up(d_, kTileRows), groups = divide_up(tiles, kTaskTiles);
       const int64_t shares = groups >= 2 * workers() || !call.parallel ? 1 : rows.panels();
-      each(call.parallel, groups * shares, [&](int64_t task) {
+      const int64_t products = wants_queries() ? groups * shares : 0;
+      each(call.parallel, products + (end == blocks_ ? next.panels() : 0), [&](int64_t task) {
+        if (task >= products) return pack_queries(call, next, task - products);
         const int64_t tile = task % groups * kTaskTiles, share = task / groups;
         add_to_queries(call, rows, chunk, end, tile, std::min(tiles, tile + kTaskTiles), share * rows.panels() / shares,
                        (share + 1) * rows.panels() / shares);
       });
     }
-    if (wants_queries()) each(call.parallel, rows.panels(), [&](int64_t panel) { write_queries(call, rows, panel); });
   }
 
   void pack_queries(const Call& call, const Rows& rows) const {
+    each(call.parallel, rows.panels(), [&](int64_t panel) { pack_queries(call, rows, panel); });
+  }
+
+  void pack_queries(const Call& call, const Rows& rows, int64_t panel) const {
     const S scale = static_cast<S>(problem_.scale);
-    each(call.parallel, rows.panels(), [&](int64_t panel) {
-      const int64_t columns = rows.columns(panel), in = rows.in(panel);
-      S* const by_feature = call.buffers.by_feature + panel * kColumns * d_;
-      for (int64_t c = 0; c < columns; ++c) {
-        if (c >= in) {
-          for (int64_t k = 0; k < d_; ++k) by_feature[k * columns + c] = 0;
-          continue;
-        }
-        const int64_t row = panel * kColumns + c;
-        const Storage* const query =
-            problem_.queries.template as<Storage>() + (call.entry * m_ + rows.first + row) * d_;
-        for (int64_t k = 0; k < d_; ++k) by_feature[k * columns + c] = scale * widen(query[k]);
-        if (!wants_keys()) continue;
-        for (int64_t k = 0; k < d_; k += kColumns) {
-          const int64_t width = divide_up(std::min(kColumns, d_ - k), kLane) * kLane;
-          S* const out = call.buffers.by_query + k * rows_ + row * width;
-          for (int64_t j = 0; j < width; ++j) out[j] = k + j < d_ ? scale * widen(query[k + j]) : S{};
-        }
+    const int64_t columns = rows.columns(panel), in = rows.in(panel);
+    S* const by_feature = call.buffers.by_feature + panel * kColumns * d_;
+    for (int64_t c = 0; c < columns; ++c) {
+      if (c >= in) {
+        for (int64_t k = 0; k < d_; ++k) by_feature[k * columns + c] = 0;
+        continue;
       }
-    });
+      const int64_t row = panel * kColumns + c;
+      const Storage* const query = problem_.queries.template as<Storage>() + (call.entry * m_ + rows.first + row) * d_;
+      for (int64_t k = 0; k < d_; ++k) by_feature[k * columns + c] = scale * widen(query[k]);
+      if (!wants_keys()) continue;
+      for (int64_t k = 0; k < d_; k += kColumns) {
+        const int64_t width = divide_up(std::min(kColumns, d_ - k), kLane) * kLane;
+        S* const out = call.buffers.by_query + k * rows_ + row * width;
+        for (int64_t j = 0; j < width; ++j) out[j] = k + j < d_ ? scale * widen(query[k + j]) : S{};
+      }
+    }
   }
 
   S* scores_of(const Call& call, const Rows& rows, int64_t chunk, int64_t block, int64_t panel) const {
@@ -478,16 +485,19 @@ class AllKeys {
             tile.store(sums, columns);
           });
         }
+    if (end < blocks_) return;
+    for (int64_t panel = first_panel; panel < last_panel; ++panel)
+      write_queries(call, rows, panel, first * kTileRows, std::min(d_, last * kTileRows));
   }
 
-  void write_queries(const Call& call, const Rows& rows, int64_t panel) const {
+  void write_queries(const Call& call, const Rows& rows, int64_t panel, int64_t begin, int64_t end) const {
     const int64_t columns = rows.columns(panel);
     const S* const sums = call.buffers.grad_queries + panel * kColumns * d_;
     const S scale = static_cast<S>(problem_.scale);
     for (int64_t c = 0; c < rows.in(panel); ++c) {
       Storage* const to =
           problem_.grad_queries.template as<Storage>() + (call.entry * m_ + rows.first + panel * kColumns + c) * d_;
-      for (int64_t k = 0; k < d_; ++k) to[k] = narrow<Storage>(scale * sums[k * columns + c]);
+      for (int64_t k = begin; k < end; ++k) to[k] = narrow<Storage>(scale * sums[k * columns + c]);
     }
   }
 

@@ -371,11 +371,12 @@ def peak_bytes(call) -> int:
 @pytest.mark.parametrize("samples", [None, 16])
 def test_memory_grows_with_queries_and_keys(samples):
     num_queries = num_keys = 4096
-    dim = 64
+    dim = 256
     drawn = Drawn(torch.device("cpu"), torch.float32, (num_queries, num_keys, dim), samples=samples, plain=True)
     peak = peak_bytes(lambda: torch.autograd.grad(info_nce(*drawn.inputs, **drawn.options).loss, drawn.inputs))
-    scores = 4 * num_queries * num_keys  # The kernel's workspace is among what is counted.
-    assert peak < scores / 8
+    # The plain formulation holds three such matrices at its peak. The kernel's workspace is among what is counted.
+    scores = 4 * num_queries * num_keys
+    assert peak < 3 * scores / 10
     if samples is not None:
         assert peak < num_queries * (samples + 1) * dim * 4 / 2
 
