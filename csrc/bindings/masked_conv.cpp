@@ -16,7 +16,8 @@ Activation activation_of(const std::string& name) {
   throw std::invalid_argument("activation must be none, relu or gated, got " + name);
 }
 
-int64_t packed_bytes([[maybe_unused]] DLDevice device, int64_t outputs, int64_t inputs, int64_t taps, DType dtype, bool gated) {
+int64_t packed_bytes([[maybe_unused]] DLDevice device, int64_t outputs, int64_t inputs, int64_t taps, DType dtype,
+                     bool gated) {
 #if defined(CPC_WITH_CUDA)
   if (on_cuda(device)) return masked_conv::cuda::packed_bytes(outputs, inputs, taps, dtype, gated);
 #endif

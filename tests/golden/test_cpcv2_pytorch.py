@@ -33,15 +33,17 @@ def test_resnet(golden, norm):
     torch.testing.assert_close(encodings.permute(0, 2, 3, 1), problem.tensors["y"], atol=1e-10, rtol=0)
 
 
+# The program takes log(p + 1e-11), so an exact log-softmax agrees with it to about 1e-8.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-7), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("directions", [1, 4])
-def test_cpc(golden, context_state, directions):
+def test_cpc(golden, context_state, directions, dtype, tolerance):
     problem = golden(f"cpcv2_pytorch.cpc_{directions}dir")
     config, tensors = problem.config, problem.tensors
     steps, samples = config["pred_steps"], config["neg_samples"]
     encoder = make_encoder(config, problem.state("state.enc."))
-    context = GatedPixelCNNContext(encoder.out_channels).double()
+    context = GatedPixelCNNContext(encoder.out_channels).to(dtype)
     context.load_state_dict(context_state(problem.state("state.ar.")))
-    model = CPC(encoder, context, pred_steps=steps, pred_directions=directions, neg_samples=samples).double()
+    model = CPC(encoder, context, pred_steps=steps, pred_directions=directions, neg_samples=samples).to(dtype)
     matrices = [
         tensors[f"state.pred_loss.{direction}.W_k.{step}.weight"][:, :, 0, 0]
         for direction in range(directions)
@@ -50,10 +52,11 @@ def test_cpc(golden, context_state, directions):
     model.objective.load_state_dict({"weight": torch.stack(matrices).unflatten(0, (directions, steps))})
 
     output = model(
-        tensors["x"], negatives=[tensors[f"negatives.{n}"].view(-1, samples) for n in range(directions * steps)]
+        tensors["x"].to(dtype),
+        negatives=[tensors[f"negatives.{n}"].view(-1, samples) for n in range(directions * steps)],
     )
     output.loss.backward()
 
-    # The program takes log(p + 1e-11), so an exact log-softmax agrees with it to about 1e-8.
-    torch.testing.assert_close(output.loss, tensors["loss"], atol=1e-7, rtol=0)
-    torch.testing.assert_close(encoder.conv1.weight.grad, tensors["grad.enc.conv1.weight"], atol=1e-7, rtol=0)
+    torch.testing.assert_close(output.loss, tensors["loss"].to(dtype), atol=tolerance, rtol=0)
+    expected = tensors["grad.enc.conv1.weight"].to(dtype)
+    torch.testing.assert_close(encoder.conv1.weight.grad, expected, atol=tolerance, rtol=0)
