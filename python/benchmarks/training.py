@@ -1,16 +1,20 @@
 """One training step of CPC v1 end to end: our default against the plain formulation, and where our time goes.
 
 The model and batch of CPCV2-PyTorch's STL-10 example: ResNet-14 without norm, 64x64 crops, a 7x7 grid of 16x16 grey
-patches, batch 16, 5 steps, 16 negatives, Adam. Plain is what such programs do: float32, NCHW, ``unfold``. Ours is what
-``python -m cpc_ext.train`` does on this machine: patches from the extraction op, channels-last, bfloat16 where it is
-native, the fused Adam. Prints images a second and peak memory of both, and the stages of our step.
+patches, batch 16, 5 steps, 16 negatives, Adam. Plain is what such programs do: float32, NCHW, ``unfold``, convolutions
+with masked weights, gathered negatives. Ours is what ``python -m cpc_ext.train`` does on this machine: our ops,
+channels-last, bfloat16 where it is native, the fused Adam. Prints images a second and peak memory of both, and the
+stages of our step.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from unittest.mock import patch
 
 import torch
 from charts import draw_training
@@ -22,6 +26,8 @@ from torch import Tensor
 
 from cpc_ext.models import CPC, GatedPixelCNNContext, ResNetV2Encoder
 from cpc_ext.ops import extract_patches
+from cpc_ext.ops.info_nce import info_nce_reference
+from cpc_ext.ops.masked_conv2d import masked_conv2d_reference
 
 GRAY_MEAN, GRAY_STD = 0.4120, 0.2570
 IMAGES, IMAGE_SIDE, CROP, PATCH, STRIDE = 500, 96, 64, 16, 8
@@ -81,6 +87,17 @@ def make_model(device: torch.device, channels_last: bool) -> CPC:
     return model.to(memory_format=torch.channels_last) if channels_last else model
 
 
+@contextmanager
+def plain_ops() -> Iterator[None]:
+    """The same layers on plain PyTorch formulas instead of our ops."""
+    layers, objective = (sys.modules[f"cpc_ext.nn.{name}"] for name in ("masked_conv2d", "grid_info_nce"))
+    with (
+        patch.object(layers, "masked_conv2d", masked_conv2d_reference),
+        patch.object(objective, "info_nce", info_nce_reference),
+    ):
+        yield
+
+
 def plain_patches(images: Tensor) -> Tensor:
     """uint8 [B, 3, 64, 64] → grey, normalised patches [B, 7, 7, 1, 16, 16]."""
     floating = images.float() / 255
@@ -123,6 +140,10 @@ def main(arguments: argparse.Namespace) -> None:
     plain_optimizer = torch.optim.Adam(plain.parameters(), lr=2e-4)
     our_optimizer = torch.optim.Adam(ours.parameters(), lr=2e-4, fused=True)
 
+    def plain_loss() -> Tensor:
+        with plain_ops():
+            return plain(plain_patches(cropped)).loss
+
     def our_input() -> Tensor:
         return our_batches(indices)
 
@@ -131,7 +152,7 @@ def main(arguments: argparse.Namespace) -> None:
             return ours(patches).loss
 
     steps = {
-        "plain": lambda: step(plain_optimizer, lambda: plain(plain_patches(cropped)).loss),
+        "plain": lambda: step(plain_optimizer, plain_loss),
         "ours": lambda: step(our_optimizer, lambda: our_loss(our_input())),
     }
     times = interleaved(
