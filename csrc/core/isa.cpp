@@ -13,7 +13,7 @@ namespace {
 constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
 
 Isa best() {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(CPC_ONE_ISA)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
     return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;

@@ -1,6 +1,7 @@
 // The instruction sets that the CPU kernels are compiled for, from one source each, and which of them this machine
 // runs. CMake compiles every OP/cpu.cpp once per level with CPC_ISA set to the level's name, which is also the
-// namespace that keeps the copies apart.
+// namespace that keeps the copies apart. With CPC_ONE_ISA there is one level, the baseline, whatever it is compiled
+// for.
 #pragma once
 
 namespace cpc {
@@ -12,7 +13,7 @@ Isa isa();
 const char* isa_name();
 
 // Declares a kernel at each level. A macro, because the same declaration goes into several namespaces.
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(CPC_ONE_ISA)
 #define CPC_DECLARE_AT_EACH_ISA(...) \
   namespace baseline {               \
   __VA_ARGS__;                       \
@@ -39,7 +40,7 @@ const char* isa_name();
   namespace baseline {               \
   __VA_ARGS__;                       \
   }
-#define CPC_CALL_AT_ISA(function, ...) return baseline::function(__VA_ARGS__)
+#define CPC_CALL_AT_ISA(function, ...) return baseline::function(__VA_ARGS__);
 #endif
 
 }  // namespace cpc
