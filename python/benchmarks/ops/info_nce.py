@@ -105,6 +105,8 @@ def prepare_sampled(case: SampledCase, device: torch.device) -> Problem:
             "ours": lambda: run(ours),
         },
         forward_bytes + backward_bytes,
+        # Eager adds up a key's gradient in the keys' own type.
+        tolerance=2e-2 if case.dtype == "float32" else 5e-2,
     )
 
 
