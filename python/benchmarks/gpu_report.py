@@ -26,8 +26,11 @@ from stage_runner import Examined, Outcome, Stage, run_stages
 REPOSITORY = Path(__file__).resolve().parents[2]
 BENCHMARKS = Path(__file__).resolve().parent
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-# Graphs cannot be recorded without the caching allocator, and large outputs take minutes under a sanitizer.
-SANITIZER_TESTS = "extract_patches and not graph and not large"
+# Graphs cannot be recorded without the caching allocator; large outputs and finite differences take minutes under a
+# sanitizer.
+SANITIZER_TESTS = (
+    "(extract_patches or masked_conv2d or info_nce) and not graph and not large and not gradcheck and not finite"
+)
 SANITIZER_STATUS = 99
 # A missing module is the machine's doing only if it is not one of ours.
 OWN_MODULES = ("cpc_ext", "tests", "benchmark")
