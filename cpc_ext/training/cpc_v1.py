@@ -19,12 +19,11 @@ from cpc_ext.data import Dataset, ImageFetcher, ImageSet, PatchView
 from cpc_ext.models import CPC, GatedPixelCNNContext, ResNetV2Encoder
 from cpc_ext.training import figures
 from cpc_ext.training.config import CPCConfig
-from cpc_ext.training.encoders import encoder_arguments, probe_accuracies, save_encoder
+from cpc_ext.training.encoders import EncoderTask, encoder_arguments, save_encoder
 from cpc_ext.training.precision import autocast, patch_dtype
 from cpc_ext.training.random_streams import RandomStreams
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.run_log import read_metrics
-from cpc_ext.training.task import Task
 
 __all__ = ["CPCv1Task"]
 
@@ -35,7 +34,7 @@ _NEIGHBOUR_QUERIES = 6
 _NEIGHBOURS = 8
 
 
-class CPCv1Task(Task):
+class CPCv1Task(EncoderTask):
     """CPC v1 on a data set.
 
     Raises:
@@ -67,15 +66,6 @@ class CPCv1Task(Task):
         patches = self._view.random(images, streams.views, share=streams.share)
         output = self.model(patches, generator=streams.negatives)
         return {"loss": output.loss, "accuracy": output.accuracy, "mutual_information": output.mutual_information}
-
-    def evaluate(self) -> dict[str, float]:
-        """Accuracies of the linear probe; nothing where the data set has no labels to train and test it with."""
-        models = {"probe": self.model, "untrained_probe": self._build()}
-        return probe_accuracies(
-            self._dataset,
-            self._device,
-            {name: lambda images, m=model: self._features(m, images) for name, model in models.items()},
-        )
 
     def save(self, run: RunDir) -> None:
         save_encoder(run, self.model.encoder, self._encoder_arguments(), self._view, self._config)

@@ -1,18 +1,19 @@
 """What runs that learn an encoder share: which encoders there are, their file, and their linear probe.
 
-From names on the command line to arguments, from a trained encoder to encoder.safetensors and its accuracies.
+From names on the command line to arguments, from a trained encoder to encoder.safetensors and its accuracies, beside
+those of the same encoder untrained, whose weights the seed brings back.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from abc import abstractmethod
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from safetensors.torch import save as to_safetensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from cpc_ext import __version__
 from cpc_ext.data import Dataset, PatchView, SimCLRView
@@ -21,8 +22,9 @@ from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.config import RunConfig
 from cpc_ext.training.probe import encode, linear_probe
 from cpc_ext.training.run_dir import RunDir
+from cpc_ext.training.task import Task
 
-__all__ = ["ENCODERS", "encoder_arguments", "probe_accuracies", "save_encoder"]
+__all__ = ["ENCODERS", "EncoderTask", "encoder_arguments", "save_encoder"]
 
 # Arguments of ResNetV2Encoder by the name on the command line.
 ENCODERS: dict[str, dict[str, Any]] = {
@@ -45,29 +47,47 @@ def encoder_arguments(name: str, *, norm: str, in_channels: int, stem: str) -> d
     return {"in_channels": in_channels, "norm": norm, "stem": stem, **ENCODERS[name]}
 
 
-def probe_accuracies(
-    dataset: Dataset, device: torch.device, features: dict[str, Callable[[Tensor], Tensor]]
-) -> dict[str, float]:
-    """Accuracies NAME_accuracy of linear probes, and chance_accuracy, that of always naming the commonest class.
+class EncoderTask(Task):
+    """A model whose encoder is judged by a linear probe.
 
-    features: of every encoder by its probe's name: uint8 [B, C, H, W] on the device → [B, D]. Nothing is returned where
-    the data set has no labels to train and test with.
+    Attributes of subclasses:
+        _dataset: with the labels that the probe is trained and tested with, if any.
+        _device: where features are computed.
     """
-    train, test = dataset.train, dataset.test
-    if train is None or test is None or train.labels is None or test.labels is None:
-        return {}
-    results = {}
-    for name, encoded in features.items():
-        results[f"{name}_accuracy"] = linear_probe(
-            encode(train, encoded, device),
-            torch.from_numpy(train.labels),
-            encode(test, encoded, device),
-            torch.from_numpy(test.labels),
-            classes=len(dataset.classes),
-        ).accuracy
-    counts = torch.bincount(torch.from_numpy(test.labels), minlength=len(dataset.classes))
-    results["chance_accuracy"] = counts.max().item() / counts.sum().item()
-    return results
+
+    _dataset: Dataset
+    _device: torch.device
+
+    @abstractmethod
+    def _build(self) -> nn.Module:
+        """The model with the initial weights of the config's seed."""
+
+    @abstractmethod
+    def _features(self, model: nn.Module, images: Tensor) -> Tensor:
+        """uint8 [B, C, H, W] on the device → what the probe sees of them, [B, D]."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Accuracies of the probe, on trained and untrained encoder, and of always naming the commonest class.
+
+        Nothing where the data set has no labels to train and test it with.
+        """
+        train, test = self._dataset.train, self._dataset.test
+        if train is None or test is None or train.labels is None or test.labels is None:
+            return {}
+        classes = len(self._dataset.classes)
+        results = {}
+        for name, model in (("probe", self.model), ("untrained_probe", self._build())):
+            train_features, test_features = (
+                encode(images, lambda batch, m=model: self._features(m, batch), self._device)
+                for images in (train, test)
+            )
+            train_labels, test_labels = torch.from_numpy(train.labels), torch.from_numpy(test.labels)
+            results[f"{name}_accuracy"] = linear_probe(
+                train_features, train_labels, test_features, test_labels, classes=classes
+            ).accuracy
+        counts = torch.bincount(torch.from_numpy(test.labels), minlength=classes)
+        results["chance_accuracy"] = counts.max().item() / counts.sum().item()
+        return results
 
 
 def save_encoder(

@@ -17,19 +17,18 @@ from cpc_ext.data import Dataset, ImageFetcher, SimCLRView
 from cpc_ext.models import ResNetV2Encoder, SimCLR
 from cpc_ext.training import figures
 from cpc_ext.training.config import SimCLRConfig
-from cpc_ext.training.encoders import encoder_arguments, probe_accuracies, save_encoder
+from cpc_ext.training.encoders import EncoderTask, encoder_arguments, save_encoder
 from cpc_ext.training.precision import autocast, patch_dtype
 from cpc_ext.training.random_streams import RandomStreams
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.run_log import read_metrics
-from cpc_ext.training.task import Task
 
 __all__ = ["SimCLRTask"]
 
 _FIGURE_INPUTS = 6
 
 
-class SimCLRTask(Task):
+class SimCLRTask(EncoderTask):
     """SimCLR on a data set.
 
     Raises:
@@ -55,15 +54,6 @@ class SimCLRTask(Task):
         with torch.autocast(self._device.type, enabled=False):  # Views are float32 until they are finished.
             views = self._view.random_pair(images, streams.views, share=streams.share)
         return self.model(views)._asdict()
-
-    def evaluate(self) -> dict[str, float]:
-        """Accuracies of the linear probe; nothing where the data set has no labels to train and test it with."""
-        models = {"probe": self.model, "untrained_probe": self._build()}
-        return probe_accuracies(
-            self._dataset,
-            self._device,
-            {name: lambda images, m=model: self._features(m, images) for name, model in models.items()},
-        )
 
     def save(self, run: RunDir) -> None:
         save_encoder(run, self.model.encoder, self._encoder_arguments(), self._view, self._config)

@@ -42,6 +42,17 @@ using Register = typename RegisterOf<T>::type;
 template <class T>
 constexpr int64_t kRegisterLanes = kRegisterBytes / sizeof(T);
 
+template <class T>
+inline Register<T> load_register(const T* from) {
+  Register<T> v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+template <class T>
+inline void store_register(T* to, Register<T> v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
 // What values of a storage type are multiplied as, what they are summed in, and how many depth steps go together.
 template <class Storage>
 struct ElementOf {

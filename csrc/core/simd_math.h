@@ -10,47 +10,50 @@
 
 namespace cpc::CPC_ISA {
 
-// e^x. Zero below -87.3, where results would be subnormal; infinity above 88.7; NaN stays.
-inline Register<float> exp(Register<float> x) {
-  typedef int32_t Ints __attribute__((vector_size(kRegisterBytes)));
+using Ints = int32_t __attribute__((vector_size(kRegisterBytes)));
+
+// e^x below this is subnormal, and taken for zero.
+constexpr float kLowestExponent = -87.3f;
+
+// e^x as mantissa * 2^exponent, for x whose result is a normal number. The exponent comes as the low bits of a float's.
+struct Power {
+  Register<float> mantissa;
+  Ints exponent_bits;
+};
+constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to integers.
+
+inline Power power_of_e(Register<float> x) {
   using R = Register<float>;
-  constexpr float kLowest = -87.3f, kHighest = 88.7f, kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to integers.
-  const R clamped = x > kHighest ? R{} + kHighest : x < kLowest ? R{} + kLowest : x;
-  const R shifted = clamped * 1.44269504088896341f + kRound;
+  const R shifted = x * 1.44269504088896341f + kRound;
   const R n = shifted - kRound;
-  const R r = clamped - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts.
+  const R r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts.
   R p = R{} + 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.f;
-  // 2^n in two factors, as 2^128 is none. The integer lies in the low bits of the rounded sum.
-  const Ints exponent = (Ints)shifted - std::bit_cast<int32_t>(kRound), half = exponent >> 1;
-  const R scaled = p * (R)((half + 127) << 23) * (R)((exponent - half + 127) << 23);
-  return x < kLowest ? R{} : x > kHighest ? R{} + INFINITY : scaled;
+  return {p * (r * r) + (r + 1.f), (Ints)shifted};
 }
 
-// e^x of x that are not above 0, for half the instructions. Zero below -87.3; NaN stays.
-inline Register<float> exp_below_zero(Register<float> x) {
-  typedef int32_t Ints __attribute__((vector_size(kRegisterBytes)));
+// e^x. Zero below kLowestExponent, infinity above 88.7; NaN stays.
+inline Register<float> exp(Register<float> x) {
   using R = Register<float>;
-  constexpr float kLowest = -87.3f, kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to integers.
-  const R clamped = x < kLowest ? R{} + kLowest : x;
-  const R shifted = clamped * 1.44269504088896341f + kRound;
-  const R n = shifted - kRound;
-  const R r = clamped - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts.
-  R p = R{} + 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + (r + 1.f);
-  // The integer, in the low bits of the rounded sum, is added to the exponent; all that is above it is shifted out.
-  const R scaled = (R)((Ints)p + ((Ints)shifted << 23));
-  return x < kLowest ? R{} : x == x ? scaled : x;
+  constexpr float kHighest = 88.7f;
+  const Power power = power_of_e(x > kHighest ? R{} + kHighest : x < kLowestExponent ? R{} + kLowestExponent : x);
+  // 2^n in two factors, as 2^128 is none.
+  const Ints exponent = power.exponent_bits - std::bit_cast<int32_t>(kRound), half = exponent >> 1;
+  const R scaled = power.mantissa * (R)((half + 127) << 23) * (R)((exponent - half + 127) << 23);
+  return x < kLowestExponent ? R{} : x > kHighest ? R{} + INFINITY : scaled;
+}
+
+// e^x of x that are not above 0, for fewer instructions. Zero below kLowestExponent; NaN stays.
+inline Register<float> exp_below_zero(Register<float> x) {
+  using R = Register<float>;
+  const Power power = power_of_e(x < kLowestExponent ? R{} + kLowestExponent : x);
+  // The integer is added to the mantissa's exponent; all that is above it is shifted out.
+  const R scaled = (R)((Ints)power.mantissa + (power.exponent_bits << 23));
+  return x < kLowestExponent ? R{} : x == x ? scaled : x;
 }
 
 inline Register<float> sigmoid(Register<float> x) { return 1.f / (1.f + exp(-x)); }

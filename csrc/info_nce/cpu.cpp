@@ -16,14 +16,13 @@
 #include "core/parallel.h"
 #include "core/simd.h"
 #include "core/simd_math.h"
+#include "core/workspace.h"
 #include "info_nce/info_nce.h"
 
 namespace cpc::info_nce::cpu::CPC_ISA {
 namespace {
 
 using namespace cpc::CPC_ISA;
-
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 template <class Storage>
 using SumOf = std::conditional_t<std::is_same_v<Storage, double>, double, float>;
@@ -40,38 +39,10 @@ void each(bool parallel, int64_t n, const Body& body) {
     for (int64_t i = 0; i < n; ++i) body(i);
 }
 
-template <class S>
-Register<S> get(const S* from) {
-  Register<S> v;
-  std::memcpy(&v, from, sizeof v);
-  return v;
-}
-template <class S>
-void set(S* to, Register<S> v) {
-  std::memcpy(to, &v, sizeof v);
-}
-
 template <class S, class Storage>
 void widen_run(S* to, const Storage* from, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
 }
-
-// Hands out parts of a workspace, each aligned to a cache line. Without memory it only counts.
-class Parts {
- public:
-  explicit Parts(char* memory) : memory_(memory) {}
-  template <class T>
-  T* take(int64_t n) {
-    T* const part = reinterpret_cast<T*>(memory_ + used_);
-    used_ += divide_up(n * static_cast<int64_t>(sizeof(T)), 64) * 64;
-    return part;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* memory_;
-  int64_t used_ = 0;
-};
 
 // What a row's scores come to: of the positive's score, and of the largest of the others' and the sum of their powers
 // of e relative to it.
@@ -318,7 +289,7 @@ class AllKeys {
 #pragma GCC unroll 8
     for (int r = 0; r < Count; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) tile.sums[r][v] += get(from + r * pitch + v * kLane);
+      for (int v = 0; v < Vectors; ++v) tile.sums[r][v] += load_register(from + r * pitch + v * kLane);
   }
 
   // Takes the positives' scores out of a block, and those that are excluded.
@@ -345,18 +316,18 @@ class AllKeys {
     for (int64_t c = 0; c < columns; c += kLane) {
       R largest = R{} - std::numeric_limits<S>::infinity(), sum = {};
       for (int64_t key = 0; key < keys; ++key) {
-        const R v = get(scores + key * columns + c);
+        const R v = load_register(scores + key * columns + c);
         largest = v > largest ? v : largest;
       }
       // Of infinite scores sums are infinite, and not a number only of such.
       const R finite = largest > kLargest ? R{} + kLargest : largest < -kLargest ? R{} - kLargest : largest;
       for (int64_t key = 0; key < keys; ++key) {
-        const R v = exp_below_zero(get(scores + key * columns + c) - finite);
+        const R v = exp_below_zero(load_register(scores + key * columns + c) - finite);
         sum += v;
-        set(scores + key * columns + c, v);
+        store_register(scores + key * columns + c, v);
       }
-      set(call.buffers.maxima + stats + c, finite);
-      set(call.buffers.sums + stats + c, sum);
+      store_register(call.buffers.maxima + stats + c, finite);
+      store_register(call.buffers.sums + stats + c, sum);
     }
   }
 
@@ -369,11 +340,11 @@ class AllKeys {
       const int64_t at = panel * kColumns + c;
       R largest = R{} + kNone, sum = {};
       for (int64_t block = 0; block < blocks_; ++block) {
-        const R v = get(b.maxima + block * pitch + at);
+        const R v = load_register(b.maxima + block * pitch + at);
         largest = v > largest ? v : largest;
       }
       for (int64_t block = 0; block < blocks_; ++block)
-        sum += get(b.sums + block * pitch + at) * exp(get(b.maxima + block * pitch + at) - largest);
+        sum += load_register(b.sums + block * pitch + at) * exp(load_register(b.maxima + block * pitch + at) - largest);
       R inverse = {};  // Of the sum with the positive, times the row's weight.
       for (int64_t i = 0; i < kLane && c + i < in; ++i) {
         const int64_t row = call.entry * m_ + rows.first + at + i;
@@ -389,9 +360,9 @@ class AllKeys {
       // What all blocks below this leave out together is less than the sums resolve.
       const R small = sum * (std::numeric_limits<S>::epsilon() / 8 / static_cast<S>(blocks_));
       for (int64_t block = 0; block < blocks_; ++block) {
-        const R share = exp(get(b.maxima + block * pitch + at) - largest);
-        set(b.factors + block * pitch + at, share * inverse);
-        const R mass = get(b.sums + block * pitch + at) * share;
+        const R share = exp(load_register(b.maxima + block * pitch + at) - largest);
+        store_register(b.factors + block * pitch + at, share * inverse);
+        const R mass = load_register(b.sums + block * pitch + at) * share;
         char needed = 0;
         for (int64_t i = 0; i < kLane && c + i < in; ++i) needed |= !(mass[i] <= small[i]) && inverse[i] != 0;
         char& of_panel = b.needed[block * panels_ + panel];
@@ -417,10 +388,10 @@ class AllKeys {
       const int64_t columns = rows.columns(panel), at = panel * kColumns;
       S* const scores = scores_of(call, rows, chunk, block, panel);
       for (int64_t c = 0; c < columns; c += kLane) {
-        const R factor = get(call.buffers.factors + block * panels_ * kColumns + at + c);
+        const R factor = load_register(call.buffers.factors + block * panels_ * kColumns + at + c);
         for (int64_t key = 0; key < keys; ++key) {
           S* const score = scores + key * columns + c;
-          set(score, get(score) * factor);
+          store_register(score, load_register(score) * factor);
         }
       }
       for (int64_t c = 0; c < rows.in(panel); ++c) {
@@ -591,8 +562,8 @@ class Sampled {
     int64_t k = 0;
     for (; k + kChains * kLane <= d_; k += kChains * kLane)
 #pragma GCC unroll 4
-      for (int i = 0; i < kChains; ++i) sums[i] += get(a + k + i * kLane) * get(b + k + i * kLane);
-    for (; k + kLane <= d_; k += kLane) sums[0] += get(a + k) * get(b + k);
+      for (int i = 0; i < kChains; ++i) sums[i] += load_register(a + k + i * kLane) * load_register(b + k + i * kLane);
+    for (; k + kLane <= d_; k += kLane) sums[0] += load_register(a + k) * load_register(b + k);
     const R together = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     S total = 0;
     for (int64_t i = 0; i < kLane; ++i) total += together[i];
@@ -607,10 +578,10 @@ class Sampled {
       R sums[vectors] = {};
       for (int64_t i = 0; i < count; ++i) {
         const auto [weight, row] = row_of(i);
-        for (int v = 0; v < vectors; ++v) sums[v] += weight * get(row + k + v * kLane);
+        for (int v = 0; v < vectors; ++v) sums[v] += weight * load_register(row + k + v * kLane);
       }
       S narrowed[vectors * kLane];
-      for (int v = 0; v < vectors; ++v) set(narrowed + v * kLane, sums[v]);
+      for (int v = 0; v < vectors; ++v) store_register(narrowed + v * kLane, sums[v]);
       narrow(out + k, narrowed, width);
     };
     int64_t k = 0;

@@ -13,14 +13,13 @@
 #include "core/cuda/device.h"
 #include "core/cuda/kernel.cuh"
 #include "core/cuda/mma.cuh"
+#include "core/workspace.h"
 #include "info_nce/info_nce.h"
 
 namespace cpc::info_nce::cuda {
 namespace {
 
 using namespace cpc::cuda;
-
-constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // --- A block's product: a tile of 64 x 64, by warps of 32 x 32 ---
 
@@ -289,7 +288,7 @@ __global__ void __launch_bounds__(kThreads) score(const __grid_constant__ Argume
   using Value = typename Math::Value;
   constexpr int kPitch = kTile + 2;
   auto* const scores = reinterpret_cast<Sum*>(dynamic_shared());
-  const int64_t row_tiles = ceil_div(a.rows, kTile), key_tiles = ceil_div(a.key_count, kTile);
+  const int64_t row_tiles = divide_up(a.rows, kTile), key_tiles = divide_up(a.key_count, kTile);
   for (int64_t block = blockIdx.x; block < a.entries * row_tiles * key_tiles; block += gridDim.x) {
     const int64_t entry = block / (row_tiles * key_tiles), first_row = block / key_tiles % row_tiles * kTile,
                   first_key = block % key_tiles * kTile;
@@ -423,7 +422,7 @@ __device__ Chunk<typename Math::Value> load_weights(const Arguments<T, Math>& a,
 template <class T, class Math>
 __global__ void __launch_bounds__(kThreads) add_to_queries(const __grid_constant__ Arguments<T, Math> a) {
   using Sum = typename Math::Sum;
-  const int64_t row_tiles = ceil_div(a.rows, kTile), columns = ceil_div(a.d, kTile);
+  const int64_t row_tiles = divide_up(a.rows, kTile), columns = divide_up(a.d, kTile);
   const int64_t tiles = row_tiles * columns, blocks = a.entries * a.query_parts * tiles;
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
     const int64_t entry = block / (a.query_parts * tiles), part = block / tiles % a.query_parts;
@@ -465,7 +464,7 @@ __global__ void __launch_bounds__(kThreads) finish_queries(const __grid_constant
 template <class T, class Math>
 __global__ void __launch_bounds__(kThreads) add_to_keys(const __grid_constant__ Arguments<T, Math> a) {
   using Sum = typename Math::Sum;
-  const int64_t key_tiles = ceil_div(a.key_count, kTile), columns = ceil_div(a.d, kTile);
+  const int64_t key_tiles = divide_up(a.key_count, kTile), columns = divide_up(a.d, kTile);
   for (int64_t block = blockIdx.x; block < a.entries * key_tiles * columns; block += gridDim.x) {
     const int64_t entry = block / (key_tiles * columns), first_key = block / columns % key_tiles * kTile,
                   first = block % columns * kTile;
@@ -495,23 +494,6 @@ __global__ void __launch_bounds__(kThreads) fill_zeros(T* values, int64_t n) {
     values[i] = T{};
 }
 
-// Hands out parts of a workspace, each aligned to a cache line. Without memory it only counts.
-class Parts {
- public:
-  explicit Parts(char* memory) : memory_(memory) {}
-  template <class T>
-  T* take(int64_t n) {
-    T* const part = reinterpret_cast<T*>(memory_ + used_);
-    used_ += ceil_div(n * static_cast<int64_t>(sizeof(T)), 64) * 64;
-    return part;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* memory_;
-  int64_t used_ = 0;
-};
-
 // Powers of a group of queries: what the second-level cache of an A100 or H100, 40 or 50 MB, holds beside the rest.
 constexpr int64_t kPowersBytes = int64_t{32} << 20;
 // Beyond this many keys a group is of kChunkRows queries, and its keys come chunk by chunk.
@@ -527,7 +509,7 @@ class AllKeys {
  public:
   explicit AllKeys(const Problem& problem)
       : problem_(problem), m_(problem.rows()), n_(problem.keys_count()), d_(problem.dim()) {
-    const int64_t padded = ceil_div(n_, kTile) * kTile, all_rows = ceil_div(m_, kTile) * kTile;
+    const int64_t padded = divide_up(n_, kTile) * kTile, all_rows = divide_up(m_, kTile) * kTile;
     const int64_t row_bytes = padded * static_cast<int64_t>(sizeof(Value));
     rows_ = n_ > kWholeKeys ? kChunkRows : std::max(kPowersBytes / std::max<int64_t>(row_bytes, 1), int64_t{kTile});
     rows_ = std::min(rows_ / kTile * kTile, all_rows);
@@ -536,9 +518,9 @@ class AllKeys {
     keys_ = std::min(keys_, padded);
     entries_ = std::clamp<int64_t>(kPowersBytes / std::max<int64_t>(rows_ * keys_ * sizeof(Value), 1), 1,
                                    std::max<int64_t>(problem.batch(), 1));
-    const int64_t blocks = std::max<int64_t>(entries_ * ceil_div(rows_, kTile) * ceil_div(d_, kTile), 1);
+    const int64_t blocks = std::max<int64_t>(entries_ * divide_up(rows_, kTile) * divide_up(d_, kTile), 1);
     const int64_t parts = std::clamp<int64_t>(kFullGrid / blocks, 1, std::max<int64_t>(keys_ / kMinPartKeys, 1));
-    part_keys_ = std::max<int64_t>(ceil_div(ceil_div(keys_, parts), kTile) * kTile, kTile);
+    part_keys_ = std::max<int64_t>(divide_up(divide_up(keys_, parts), kTile) * kTile, kTile);
   }
 
   int64_t workspace() const {
@@ -550,7 +532,7 @@ class AllKeys {
   void run(void* stream) const {
     if (m_ == 0) {
       const int64_t count = problem_.grad_keys.ndim != 0 ? problem_.grad_keys.numel() : 0;
-      return launch("fill_zeros", &fill_zeros<T>, {ceil_div(count, kThreads), dim3(kThreads)}, stream,
+      return launch("fill_zeros", &fill_zeros<T>, {divide_up(count, kThreads), dim3(kThreads)}, stream,
                     problem_.grad_keys.as<T>(), count);
     }
     Parts parts(problem_.workspace.as<char>());
@@ -581,10 +563,10 @@ class AllKeys {
     a.m = m_;
     a.n = n_;
     a.d = d_;
-    a.key_tiles = ceil_div(n_, kTile);
+    a.key_tiles = divide_up(n_, kTile);
     a.pitch_rows = rows_;
     a.pitch_keys = keys_;
-    a.query_parts = ceil_div(keys_, part_keys_);
+    a.query_parts = divide_up(keys_, part_keys_);
     a.part_keys = part_keys_;
     a.scale = static_cast<Sum>(p.scale);
     a.factor = static_cast<Sum>(p.factor);
@@ -606,21 +588,21 @@ class AllKeys {
   }
 
   void group(Arguments<T, Math>& a, void* stream) const {
-    const int64_t row_tiles = ceil_div(a.rows, kTile), columns = ceil_div(d_, kTile);
+    const int64_t row_tiles = divide_up(a.rows, kTile), columns = divide_up(d_, kTile);
     constexpr int64_t kSlices = 2 * Slice<Math, true>::kBytes;
     static_assert(Slice<Math, false>::kBytes <= Slice<Math, true>::kBytes);
     constexpr int64_t kScoreBytes = std::max<int64_t>(kSlices, kTile * (kTile + 2) * sizeof(Sum));
     const auto each_chunk = [&](const auto& work) {
       for (a.first_key = 0; a.first_key < n_; a.first_key += keys_) {
         a.key_count = std::min(keys_, n_ - a.first_key);
-        work(ceil_div(a.key_count, kTile));
+        work(divide_up(a.key_count, kTile));
       }
     };
     const auto score_chunk = [&](int64_t key_tiles) {
       launch("score", &score<T, Math>, {a.entries * row_tiles * key_tiles, dim3(kThreads), kScoreBytes}, stream, a);
     };
     each_chunk(score_chunk);
-    launch("finish_rows", &finish_rows<T, Math>, {ceil_div(a.entries * a.rows, kThreads), dim3(kThreads)}, stream, a);
+    launch("finish_rows", &finish_rows<T, Math>, {divide_up(a.entries * a.rows, kThreads), dim3(kThreads)}, stream, a);
     if (!a.gradients) return;
     each_chunk([&](int64_t key_tiles) {
       if (in_chunks()) score_chunk(key_tiles);
@@ -635,7 +617,7 @@ class AllKeys {
                a);
     });
     if (a.grad_queries != nullptr)
-      launch("finish_queries", &finish_queries<T, Math>, {ceil_div(a.entries * a.rows * d_, kThreads), dim3(kThreads)},
+      launch("finish_queries", &finish_queries<T, Math>, {divide_up(a.entries * a.rows * d_, kThreads), dim3(kThreads)},
              stream, a);
   }
 
@@ -793,10 +775,10 @@ void launch_sampled(const Problem& p, void* stream) {
   a.factor = static_cast<Sum>(p.factor);
   a.gradients = p.wants_gradients();
   constexpr int64_t kWarps = kThreads / kWarp;
-  launch("contrast_sampled", &contrast_sampled<T, Sum>, {ceil_div(a.all_rows, kWarps), dim3(kThreads)}, stream, a);
+  launch("contrast_sampled", &contrast_sampled<T, Sum>, {divide_up(a.all_rows, kWarps), dim3(kThreads)}, stream, a);
   if (a.grad_keys == nullptr) return;
   if (p.order.ndim == 0) throw std::invalid_argument("order and segments are needed for the keys' gradient");
-  launch("sum_sampled_keys", &sum_sampled_keys<T, Sum>, {ceil_div(a.all_keys, kWarps), dim3(kThreads)}, stream, a);
+  launch("sum_sampled_keys", &sum_sampled_keys<T, Sum>, {divide_up(a.all_keys, kWarps), dim3(kThreads)}, stream, a);
 }
 
 // Calls work with the class that contrasts all keys.

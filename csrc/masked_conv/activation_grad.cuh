@@ -135,20 +135,20 @@ void launch_activation_grad(const ActivationGrad& problem, void* stream) {
     fill_with_zeros(problem.bias_grad.data, summed ? problem.outputs() * int64_t{sizeof(T)} : 0, stream);
     return;
   }
-  const int64_t chunks = ceil_div(a.channels, kChunk<T>);
+  const int64_t chunks = divide_up(a.channels, kChunk<T>);
   unsigned across = 1;
   while (across < kWarp && across < chunks) across *= 2;
   const dim3 threads(across, kActivationThreads / across);
   constexpr int64_t kRowsOfThread = 4;  // Enough to be worth a block's start.
-  if (!summed) a.parts = ceil_div(a.rows, threads.y * kRowsOfThread);
-  a.rows_of_part = ceil_div(a.rows, a.parts);
-  a.column_blocks = ceil_div(chunks, across);
+  if (!summed) a.parts = divide_up(a.rows, threads.y * kRowsOfThread);
+  a.rows_of_part = divide_up(a.rows, a.parts);
+  a.column_blocks = divide_up(chunks, across);
   launch(
       "differentiate_activation", &differentiate_activation<T>,
       {a.parts * a.column_blocks, threads, summed ? 2 * kActivationThreads * kChunk<T> * int64_t{sizeof(SumOf<T>)} : 0},
       stream, a);
   if (summed)
-    launch("sum_bias_parts", &sum_bias_parts<T>, {ceil_div(problem.outputs(), kWarp), dim3(kThreads)}, stream, a.sums,
+    launch("sum_bias_parts", &sum_bias_parts<T>, {divide_up(problem.outputs(), kWarp), dim3(kThreads)}, stream, a.sums,
            problem.outputs(), problem.bias_grad.as<T>());
 }
 

@@ -12,6 +12,7 @@
 #include "core/require.h"
 #include "core/simd.h"
 #include "core/simd_math.h"
+#include "core/workspace.h"
 #include "masked_conv/masked_conv.h"
 
 namespace cpc::masked_conv::cpu::CPC_ISA {
@@ -27,8 +28,6 @@ constexpr int64_t kBlockRows = 16 * kTileRows;
 constexpr int64_t kDepthBlock = 320;
 // Products smaller than this are not worth waking other threads for.
 constexpr int64_t kParallelFlops = 1 << 20;
-
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // --- Output channels in panels of tile columns ---
 
@@ -195,7 +194,8 @@ class Convolver {
     const Scratch scratch(bytes());
     const auto body = [&](int64_t task, int worker) {
       const int64_t block = task / groups, group = task % groups;
-      Buffers buffers(scratch.of<char>(worker), *this);
+      Parts parts(scratch.of<char>(worker));
+      Buffers buffers(parts, *this);
       const int64_t first = block * block_rows_, count = std::min(block_rows_, rows_.count() - first);
       locate(buffers, zeros.data(), first, count);
       for (int64_t p = group * panels / groups; p < (group + 1) * panels / groups; ++p) {
@@ -219,22 +219,18 @@ class Convolver {
     bool* reaches;     // [taps, tiles]: whether a row of the tile reads more than padding.
     E* gathered;       // [taps, block rows, depth], if they must be converted.
 
-    Buffers(char* memory, const Convolver& c) {
-      const auto take = [&](auto*& pointer, int64_t n) {
-        pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(memory);
-        memory += divide_up(n * sizeof(*pointer), 64) * 64;
-      };
-      take(sums, c.block_rows_ * kTileColumns<E>);
-      take(bias, kTileColumns<E>);
-      take(condition, kTileColumns<E>);
-      take(pixels, c.taps_ * c.block_rows_);
-      take(reaches, c.taps_ * c.block_rows_ / kTileRows);
-      gathered = reinterpret_cast<E*>(memory);
-    }
+    Buffers(Parts& parts, const Convolver& c)
+        : sums(parts.take<S>(c.block_rows_ * kTileColumns<E>)),
+          bias(parts.take<S>(kTileColumns<E>)),
+          condition(parts.take<S>(kTileColumns<E>)),
+          pixels(parts.take<const E*>(c.taps_ * c.block_rows_)),
+          reaches(parts.take<bool>(c.taps_ * c.block_rows_ / kTileRows)),
+          gathered(parts.take<E>(c.gathers_ ? c.taps_ * c.block_rows_ * c.depth_ : 0)) {}
   };
   int64_t bytes() const {
-    return block_rows_ * kTileColumns<E> * sizeof(S) + 2 * kTileColumns<E> * sizeof(S) +
-           taps_ * block_rows_ * (sizeof(E*) + 1) + (gathers_ ? taps_ * block_rows_ * depth_ * sizeof(E) : 0) + 6 * 64;
+    Parts parts(nullptr);
+    Buffers(parts, *this);
+    return parts.used();
   }
 
   // Finds the pixels that a block's rows read through each tap.
@@ -318,7 +314,8 @@ class Convolver {
         if (gated) read(buffers.condition + half, gates + panel.first);
       }
       each_register(columns, [&](int64_t i) {
-        set(sums + i, get(sums + i) + get(buffers.bias + i) + get(buffers.condition + i));
+        store_register(
+            sums + i, load_register(sums + i) + load_register(buffers.bias + i) + load_register(buffers.condition + i));
       });
       const auto write = [&](const TensorView& to, int64_t channel, const S* from) {
         narrow(to.as<Storage>() + pixel.in(to) + channel, from, panel.count);
@@ -328,22 +325,18 @@ class Convolver {
         if (gated) write(kept, gates + panel.first, sums + half);
       }
       if (gated)
-        each_register(half, [&](int64_t i) { set(sums + i, tanh(get(sums + i)) * sigmoid(get(sums + half + i))); });
+        each_register(half, [&](int64_t i) {
+          store_register(sums + i, tanh(load_register(sums + i)) * sigmoid(load_register(sums + half + i)));
+        });
       else if (problem_.activation == Activation::relu)
         each_register(columns, [&](int64_t i) {
-          const R a = get(sums + i);
-          set(sums + i, a < S{0} ? R{} : a);  // NaN stays.
+          const R a = load_register(sums + i);
+          store_register(sums + i, a < S{0} ? R{} : a);  // NaN stays.
         });
       write(problem_.output, panel.first, sums);
     }
   }
 
-  static R get(const S* from) {
-    R v;
-    std::memcpy(&v, from, sizeof v);
-    return v;
-  }
-  static void set(S* to, R v) { std::memcpy(to, &v, sizeof v); }
   template <class Work>
   static void each_register(int64_t columns, const Work& work) {
     for (int64_t i = 0; i < columns; i += kLaneColumns<E>) work(i);
@@ -383,12 +376,6 @@ void activation_grad_as(const ActivationGrad& problem) {
     const auto each = [&](const auto& work) {
       for (int64_t i = 0; i < padded; i += kLanes) work(i);
     };
-    const auto get = [](const S* from) {
-      R v;
-      std::memcpy(&v, from, sizeof v);
-      return v;
-    };
-    const auto set = [](S* to, R v) { std::memcpy(to, &v, sizeof v); };
     const auto read = [&](S* to, const TensorView& from, int64_t offset) {
       const Storage* values = from.as<Storage>() + offset;
       for (int64_t i = 0; i < given; ++i) to[i] = widen(values[i]);
@@ -399,15 +386,18 @@ void activation_grad_as(const ActivationGrad& problem) {
       const S* a = in;
       if (problem.activation == Activation::relu) {
         read(saved, problem.saved, at * n);
-        each([&](int64_t i) { set(result + i, get(saved + i) > S{0} ? get(in + i) : R{}); });
+        each([&](int64_t i) {
+          store_register(result + i, load_register(saved + i) > S{0} ? load_register(in + i) : R{});
+        });
         a = result;
       } else if (problem.activation == Activation::gated) {
         read(saved, problem.saved, at * n);
         read(saved + padded, problem.saved, at * n + gates);
         each([&](int64_t i) {
-          const R t = tanh(get(saved + i)), s = sigmoid(get(saved + padded + i)), g = get(in + i);
-          set(result + i, g * s * (1 - t * t));
-          set(result + padded + i, g * t * s * (1 - s));
+          const R t = tanh(load_register(saved + i)), s = sigmoid(load_register(saved + padded + i)),
+                  g = load_register(in + i);
+          store_register(result + i, g * s * (1 - t * t));
+          store_register(result + padded + i, g * t * s * (1 - s));
         });
         a = result;
       }
@@ -463,9 +453,12 @@ class WeightGradient {
                   right_size = panels_.count() * slice_rows_ * row_pixels() * kTileColumns<E>,
                   sums_size = panels_.count() * taps_ * tiles_ * kTileRows * kTileColumns<E>;
     std::vector<S> sums(sums_size);
-    const Scratch scratch = Scratch::shared((left_size + right_size + 64) * sizeof(E));
-    E* const left = scratch.of<E>(0);
-    E* const right = left + divide_up(left_size, 64) * 64;
+    Parts counted(nullptr);
+    counted.take<E>(left_size), counted.take<E>(right_size);
+    const Scratch scratch = Scratch::shared(counted.used());
+    Parts parts(scratch.of<char>(0));
+    E* const left = parts.take<E>(left_size);
+    E* const right = parts.take<E>(right_size);
     for (int64_t b = 0; b < problem_.batch(); b += images_)
       for (int64_t y = 0; y < problem_.height(); y += slice_rows_) {
         const Slice slice = slice_at(b, y);

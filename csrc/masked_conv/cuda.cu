@@ -28,7 +28,7 @@ constexpr int kRun = 16;
 constexpr int kPanelSliceBytes = kWarpColumns * kSliceBytes;
 
 int64_t panels_of(int64_t outputs, bool gated) {
-  return gated ? ceil_div(outputs / 2, kRun) : ceil_div(outputs, kWarpColumns);
+  return gated ? divide_up(outputs / 2, kRun) : divide_up(outputs, kWarpColumns);
 }
 
 // Output number `i` of a panel's run, or what is at least the number of outputs for one that there is not.
@@ -381,9 +381,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 
 template <class Math, class Tile>
 void launch_convolve(ConvolveArguments<typename Math::Value>& a, void* stream) {
-  a.panel_tiles = ceil_div(a.panels, Tile::kPanels);
+  a.panel_tiles = divide_up(a.panels, Tile::kPanels);
   launch("convolve_tile", &convolve_tile<Math, Tile>,
-         {ceil_div(a.rows, Tile::kRows) * a.panel_tiles, dim3(Tile::kThreads), Tile::kStages * Tile::kStageBytes},
+         {divide_up(a.rows, Tile::kRows) * a.panel_tiles, dim3(Tile::kThreads), Tile::kStages * Tile::kStageBytes},
          stream, a);
 }
 
@@ -393,7 +393,7 @@ void choose_convolve(ConvolveArguments<typename Math::Value>& a, void* stream) {
   if constexpr (!std::is_same_v<Math, MultiplyAdds<double>>) {
     if (a.whole_chunks && a.position != nullptr) return launch_convolve<Math, PixelTile>(a, stream);
     if (a.whole_chunks && waste_little(a.panels * kWarpColumns) &&
-        ceil_div(a.rows, LargeTile::kRows) * ceil_div(a.panels, LargeTile::kPanels) >= multiprocessors())
+        divide_up(a.rows, LargeTile::kRows) * divide_up(a.panels, LargeTile::kPanels) >= multiprocessors())
       return launch_convolve<Math, LargeTile>(a, stream);
   }
   launch_convolve<Math, SmallTile>(a, stream);
@@ -418,7 +418,7 @@ void launch_convolve_of(const Convolution& problem, void* stream) {
                          .height = static_cast<int>(problem.height()),
                          .width = static_cast<int>(problem.width()),
                          .channels = static_cast<int>(problem.inputs()),
-                         .slices = static_cast<int>(ceil_div(depth, kDepth<T>)),
+                         .slices = static_cast<int>(divide_up(depth, kDepth<T>)),
                          .activation = problem.activation,
                          .images_innermost = false,
                          .by_inner = {},
@@ -443,7 +443,7 @@ void launch_convolve_of(const Convolution& problem, void* stream) {
 }  // namespace
 
 int64_t packed_bytes(int64_t outputs, int64_t inputs, int64_t taps, DType dtype, bool gated) {
-  return panels_of(outputs, gated) * ceil_div(taps * inputs * size_of(dtype), kSliceBytes) * kPanelSliceBytes;
+  return panels_of(outputs, gated) * divide_up(taps * inputs * size_of(dtype), kSliceBytes) * kPanelSliceBytes;
 }
 
 int64_t weight_grad_workspace(const WeightGrad& problem) {
@@ -472,7 +472,7 @@ void pack(const Packing& problem, void* stream) {
                              .panels = panels_of(problem.outputs(), problem.gated),
                              .inputs = static_cast<int>(problem.inputs()),
                              .taps = static_cast<int>(problem.taps_count()),
-                             .slices = static_cast<int>(ceil_div(depth, kDepth<T>)),
+                             .slices = static_cast<int>(divide_up(depth, kDepth<T>)),
                              .kernel_width = static_cast<int>(problem.weight.shape[3]),
                              .gated = problem.gated,
                              .by_inputs = FastDivide(static_cast<uint32_t>(problem.inputs())),

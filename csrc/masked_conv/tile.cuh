@@ -13,6 +13,7 @@
 #include "core/cuda/async_copy.cuh"
 #include "core/cuda/device.h"
 #include "core/cuda/warp_product.cuh"
+#include "core/workspace.h"
 #include "masked_conv/masked_conv.h"
 
 namespace cpc::masked_conv::cuda {
@@ -20,8 +21,6 @@ namespace cpc::masked_conv::cuda {
 using namespace cpc::cuda;
 
 constexpr int kThreads = 256;  // Of blocks that have no tile.
-
-constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 template <class T>
 using SumOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -112,8 +111,8 @@ using PixelTile = Tile<1, 2, 1, 8, 8, true>;
 
 // Whether large tiles compute at most a third more columns than small ones: what they are faster by.
 inline bool waste_little(int64_t columns) {
-  const int64_t large = ceil_div(columns, LargeTile::kColumns) * LargeTile::kColumns;
-  const int64_t small = ceil_div(columns, SmallTile::kColumns) * SmallTile::kColumns;
+  const int64_t large = divide_up(columns, LargeTile::kColumns) * LargeTile::kColumns;
+  const int64_t small = divide_up(columns, SmallTile::kColumns) * SmallTile::kColumns;
   return 3 * large <= 4 * small;
 }
 

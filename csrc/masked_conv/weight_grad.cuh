@@ -22,14 +22,14 @@ struct GradPlan {
     whole_grad_chunks = has_whole_chunks(problem.grad, problem.outputs());
     large = dtype != DType::f64 && whole_input_chunks && whole_grad_chunks && waste_little(problem.outputs()) &&
             waste_little(depth);
-    output_tiles = ceil_div(problem.outputs(), large ? LargeTile::kRows : SmallTile::kRows);
-    depth_tiles = ceil_div(depth, large ? LargeTile::kColumns : SmallTile::kColumns);
+    output_tiles = divide_up(problem.outputs(), large ? LargeTile::kRows : SmallTile::kRows);
+    depth_tiles = divide_up(depth, large ? LargeTile::kColumns : SmallTile::kColumns);
     constexpr int64_t kBlocks = 264, kLeastPixels = 128;
     pixels = problem.batch() * problem.height() * problem.width();
     const int64_t wanted = kBlocks / std::max<int64_t>(output_tiles * depth_tiles, 1);
     parts = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(pixels / kLeastPixels, 1));
-    parts = std::max(parts, ceil_div(pixels, kMaxCount));
-    pixels_of_part = ceil_div(pixels, parts);
+    parts = std::max(parts, divide_up(pixels, kMaxCount));
+    pixels_of_part = divide_up(pixels, parts);
   }
 };
 
@@ -224,7 +224,7 @@ void launch_weight_grad(const WeightGrad& problem, const GradPlan& plan, void* s
                             .kernel_width = static_cast<int>(problem.weight_grad.shape[3]),
                             .indices = indices_of(problem.taps)};
   strides_of_mask(problem.mask, finish.mask_strides);
-  launch("finish_weight_grad", &finish_weight_grad<T>, {ceil_div(outputs * plan.depth, kThreads), dim3(kThreads)},
+  launch("finish_weight_grad", &finish_weight_grad<T>, {divide_up(outputs * plan.depth, kThreads), dim3(kThreads)},
          stream, finish);
 }
 
