@@ -215,12 +215,18 @@ class AllKeys {
       // A tile's part of the keys serves all panels while it is in the cache, unless that leaves workers idle.
       const int64_t tiles = divide_up(d_, kTileRows), groups = divide_up(tiles, kTaskTiles);
       const int64_t shares = groups >= 2 * workers() || !call.parallel ? 1 : rows.panels();
-      const int64_t products = wants_queries() ? groups * shares : 0;
-      each(call.parallel, products + (end == blocks_ ? next.panels() : 0), [&](int64_t task) {
-        if (task >= products) return pack_queries(call, next, task - products);
-        const int64_t tile = task % groups * kTaskTiles, share = task / groups;
-        add_to_queries(call, rows, chunk, end, tile, std::min(tiles, tile + kTaskTiles), share * rows.panels() / shares,
-                       (share + 1) * rows.panels() / shares);
+      if (!wants_queries()) {
+        if (end == blocks_) pack_queries(call, next);
+        continue;
+      }
+      // Every task takes its part of both, as the first workers get the first tasks.
+      const int64_t tasks = groups * shares, packs = end == blocks_ ? next.panels() : 0;
+      each(call.parallel, tasks, [&](int64_t task) {
+        const int64_t group = task % groups, share = task / groups;
+        add_to_queries(call, rows, chunk, end, group * tiles / groups, (group + 1) * tiles / groups,
+                       share * rows.panels() / shares, (share + 1) * rows.panels() / shares);
+        for (int64_t panel = task * packs / tasks; panel < (task + 1) * packs / tasks; ++panel)
+          pack_queries(call, next, panel);
       });
     }
   }
