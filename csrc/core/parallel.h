@@ -29,6 +29,11 @@ void parallel_for(int64_t n, const Body& body) {
   for (std::thread& thread : threads) thread.join();
 }
 
+template <class Body>
+void parallel_tasks(int64_t n, const Body& body) {
+  parallel_for(n, body);
+}
+
 #else
 
 // Workers that a parallel loop started here runs on.
@@ -38,6 +43,13 @@ inline int workers() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
 template <class Body>
 void parallel_for(int64_t n, const Body& body) {
 #pragma omp parallel for schedule(static) num_threads(workers()) if (n > 1)
+  for (int64_t i = 0; i < n; ++i) body(i, omp_in_parallel() ? omp_get_thread_num() : 0);
+}
+
+// The same for large bodies of unequal work: whoever is done takes the next.
+template <class Body>
+void parallel_tasks(int64_t n, const Body& body) {
+#pragma omp parallel for schedule(dynamic) num_threads(workers()) if (n > 1)
   for (int64_t i = 0; i < n; ++i) body(i, omp_in_parallel() ? omp_get_thread_num() : 0);
 }
 

@@ -26,6 +26,8 @@ constexpr int64_t kBlockRows = 16 * kTileRows;
 // Depth that a tile goes through at a time: the panel's part of it stays in the cache while all tiles of a block use
 // it.
 constexpr int64_t kDepthBlock = 320;
+// Channels that are transposed at a time: their part of a panel stays in the first-level cache.
+constexpr int64_t kTransposed = 16;
 // Products smaller than this are not worth waking other threads for.
 constexpr int64_t kParallelFlops = 1 << 20;
 
@@ -93,15 +95,21 @@ void pack_as(const Packing& problem) {
     E* out = problem.packed.as<E>() + panels.offset(p, taps * depth) + t * depth * columns;
     const Storage* const tap = weight.as<Storage>() + i * weight.strides[2] + j * weight.strides[3];
     const bool* const visible = mask.as<bool>() + i * mask_y + j * mask_x;
-    for (int64_t column = 0; column < columns; ++column) {
-      const int64_t n = panels.channel(panel, column);
-      for (int64_t k = 0; k < depth; ++k) {
-        const bool there = n >= 0 && k < inputs && visible[n * mask_out + k * mask_in];
-        const int64_t pair = k / kDepthStep<E> * kDepthStep<E>;
-        out[pair * columns + column * kDepthStep<E> + k % kDepthStep<E>] =
-            there ? to_element<E>(tap[n * out_step + k * in_step]) : E{};
+    for (int64_t first = 0; first < depth; first += kTransposed)
+      for (int64_t column = 0; column < columns; ++column) {
+        const int64_t n = panels.channel(panel, column);
+        const int64_t count = std::min(kTransposed, depth - first), given = n < 0 ? 0 : std::min(count, inputs - first);
+        E* const to = out + first * columns + column * kDepthStep<E>;
+        const auto place = [columns](int64_t k) {
+          return k / kDepthStep<E> * kDepthStep<E> * columns + k % kDepthStep<E>;
+        };
+        const Storage* const from = tap + n * out_step + first * in_step;
+        for (int64_t k = 0; k < given; ++k) to[place(k)] = to_element<E>(from[k * in_step]);
+        for (int64_t k = given; k < count; ++k) to[place(k)] = E{};
+        if (mask.ndim == 4)
+          for (int64_t k = 0; k < given; ++k)
+            if (!visible[n * mask_out + (first + k) * mask_in]) to[place(k)] = E{};
       }
-    }
   });
 }
 
@@ -199,12 +207,13 @@ class Convolver {
       const int64_t first = block * block_rows_, count = std::min(block_rows_, rows_.count() - first);
       locate(buffers, zeros.data(), first, count);
       for (int64_t p = group * panels / groups; p < (group + 1) * panels / groups; ++p) {
+        read_bias(buffers, p);
         multiply(buffers, p, count);
         finish(buffers, p, first, count);
       }
     };
     if (parallel)
-      parallel_for(blocks * groups, body);
+      parallel_tasks(blocks * groups, body);  // At the images' edges there is less to do.
     else
       for (int64_t task = 0; task < blocks * groups; ++task) body(task, 0);
   }
@@ -263,10 +272,20 @@ class Convolver {
     }
   }
 
+  void read_bias(Buffers& buffers, int64_t p) const {
+    const Panel panel = panels_[p];
+    for (int64_t column = 0; column < panel.vectors * kLaneColumns<E>; ++column) {
+      const int64_t n = panels_.channel(panel, column);
+      buffers.bias[column] = n >= 0 && problem_.bias.ndim != 0 ? widen(problem_.bias.template as<Storage>()[n]) : S{};
+    }
+  }
+
+  // Sums over all taps, beginning with the bias.
   void multiply(Buffers& buffers, int64_t p, int64_t count) const {
     const int64_t vectors = panels_[p].vectors, columns = vectors * kLaneColumns<E>;
     const E* const panel = problem_.packed.template as<E>() + panels_.offset(p, taps_ * depth_);
-    if (runs_.empty()) std::fill_n(buffers.sums, count * kTileColumns<E>, S{});
+    for (int64_t r = 0; runs_.empty() && r < count; ++r)
+      std::copy_n(buffers.bias, columns, buffers.sums + r * kTileColumns<E>);
     for (size_t begin = 0, end; begin < runs_.size(); begin = end) {
       for (end = begin; !runs_[end].ends_group;) ++end;
       ++end;
@@ -275,7 +294,7 @@ class Convolver {
           Tile<E, tile_rows, tile_vectors> tile;
           S* const sums = buffers.sums + r * kTileColumns<E>;
           if (begin == 0)
-            tile.clear();
+            tile.load(buffers.bias, 0);
           else
             tile.load(sums, kTileColumns<E>);
           for (size_t i = begin; i < end; ++i) {
@@ -291,17 +310,13 @@ class Convolver {
     }
   }
 
-  // From a panel's sums to output: bias, condition, activation.
+  // From a panel's sums to output: condition, activation.
   void finish(Buffers& buffers, int64_t p, int64_t first, int64_t count) const {
     const Panel panel = panels_[p];
     const bool gated = problem_.activation == Activation::gated;
     const int64_t columns = panel.vectors * kLaneColumns<E>, half = columns / 2, gates = problem_.outputs / 2;
     const TensorView &condition = problem_.condition, &kept = problem_.preactivation;
-    for (int64_t column = 0; column < columns; ++column) {
-      const int64_t n = panels_.channel(panel, column);
-      buffers.bias[column] = n >= 0 && problem_.bias.ndim != 0 ? widen(problem_.bias.template as<Storage>()[n]) : S{};
-      buffers.condition[column] = S{};
-    }
+    std::fill_n(buffers.condition, columns, S{});
     for (int64_t r = 0; r < count; ++r) {
       const Rows::Pixel pixel = rows_[first + r];
       S* const sums = buffers.sums + r * kTileColumns<E>;
@@ -312,11 +327,10 @@ class Convolver {
         };
         read(buffers.condition, panel.first);
         if (gated) read(buffers.condition + half, gates + panel.first);
+        each_register(columns, [&](int64_t i) {
+          store_register(sums + i, load_register(sums + i) + load_register(buffers.condition + i));
+        });
       }
-      each_register(columns, [&](int64_t i) {
-        store_register(
-            sums + i, load_register(sums + i) + load_register(buffers.bias + i) + load_register(buffers.condition + i));
-      });
       const auto write = [&](const TensorView& to, int64_t channel, const S* from) {
         narrow(to.as<Storage>() + pixel.in(to) + channel, from, panel.count);
       };
@@ -531,21 +545,22 @@ class WeightGradient {
       const Tap& tap = problem_.taps[t];
       const int64_t x_begin = std::max<int64_t>(0, -tap.dx), x_end = std::min(width, width - tap.dx);
       const int64_t depth = (x_end - x_begin) * images_;
-      const int64_t y_end = std::min(slice.end, problem_.height() - tap.dy);
-      for (int64_t y = std::max(slice.begin, -tap.dy); depth > 0 && y < y_end; ++y) {
-        const int64_t reads = ((y + tap.dy - slice.read_begin) * width + x_begin + tap.dx) * images_;
-        const int64_t gives = ((y - slice.begin) * width + x_begin) * images_;
-        for (int64_t i = first; i < last; ++i) {
-          const E* const from = left + i * left_pitch + reads * kTileRows;
-          S* const tile_sums = sums + ((p * taps_ + t) * tiles_ + i) * kTileRows * kTileColumns<E>;
-          with_tile(kTileRows, vectors, [&](auto, auto tile_vectors) {
-            Tile<E, kTileRows, tile_vectors> tile;
-            tile.load(tile_sums, kTileColumns<E>);
+      const int64_t y_begin = std::max(slice.begin, -tap.dy), y_end = std::min(slice.end, problem_.height() - tap.dy);
+      if (depth <= 0 || y_begin >= y_end) continue;
+      for (int64_t i = first; i < last; ++i) {
+        S* const tile_sums = sums + ((p * taps_ + t) * tiles_ + i) * kTileRows * kTileColumns<E>;
+        with_tile(kTileRows, vectors, [&](auto, auto tile_vectors) {
+          Tile<E, kTileRows, tile_vectors> tile;
+          tile.load(tile_sums, kTileColumns<E>);
+          for (int64_t y = y_begin; y < y_end; ++y) {
+            const int64_t reads = ((y + tap.dy - slice.read_begin) * width + x_begin + tap.dx) * images_;
+            const int64_t gives = ((y - slice.begin) * width + x_begin) * images_;
+            const E* const from = left + i * left_pitch + reads * kTileRows;
             tile.multiply([from](int r, int64_t k) { return from + k * kTileRows + r * kDepthStep<E>; },
                           panel + gives * columns, depth);
-            tile.store(tile_sums, kTileColumns<E>);
-          });
-        }
+          }
+          tile.store(tile_sums, kTileColumns<E>);
+        });
       }
     }
   }
@@ -557,20 +572,21 @@ class WeightGradient {
     for (int64_t t = 0; t < taps_; ++t) place[problem_.taps[t].index] = t;
     const int64_t mask_out = mask.ndim == 4 ? mask.strides[0] : 0, mask_in = mask.ndim == 4 ? mask.strides[1] : 0;
     const int64_t mask_y = mask.strides[mask.ndim - 2], mask_x = mask.strides[mask.ndim - 1];
-    parallel_for(problem_.outputs(), [&](int64_t o, int) {
-      const int64_t p = o / kTileColumns<E>, column = o % kTileColumns<E>;
-      for (int64_t c = 0; c < channels; ++c)
-        for (int64_t i = 0; i < kh; ++i)
-          for (int64_t j = 0; j < kw; ++j) {
-            const int64_t t = place[i * kw + j];
-            const bool visible = t >= 0 && mask.as<bool>()[o * mask_out + c * mask_in + i * mask_y + j * mask_x];
-            S value = 0;
-            if (visible)
-              value = sums[(((p * taps_ + t) * tiles_ + c / kTileRows) * kTileRows + c % kTileRows) * kTileColumns<E> +
-                           column];
-            out.as<Storage>()[o * out.strides[0] + c * out.strides[1] + i * out.strides[2] + j * out.strides[3]] =
-                narrow<Storage>(value);
-          }
+    const int64_t parts = divide_up(channels, kTransposed);
+    parallel_for(panels_.count() * parts, [&](int64_t task, int) {
+      const int64_t p = task / parts, first = task % parts * kTransposed, end = std::min(channels, first + kTransposed);
+      const Panel panel = panels_[p];
+      for (int64_t column = 0; column < panel.count; ++column)
+        for (int64_t index = 0; index < kh * kw; ++index) {
+          const int64_t o = panel.first + column, t = place[index], i = index / kw, j = index % kw;
+          Storage* const to = out.as<Storage>() + o * out.strides[0] + i * out.strides[2] + j * out.strides[3];
+          const S* const from = sums + (p * taps_ + t) * tiles_ * kTileRows * kTileColumns<E> + column;
+          const bool* const visible = mask.as<bool>() + o * mask_out + i * mask_y + j * mask_x;
+          for (int64_t c = first; c < end; ++c)
+            to[c * out.strides[1]] = t < 0 ? Storage{} : narrow<Storage>(from[c * kTileColumns<E>]);
+          for (int64_t c = first; t >= 0 && mask.ndim == 4 && c < end; ++c)
+            if (!visible[c * mask_in]) to[c * out.strides[1]] = Storage{};
+        }
     });
   }
 
