@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cpc_ext.training.encoder_names import check_encoder_name
 from cpc_ext.training.errors import TrainingError
 
 __all__ = [
@@ -38,19 +39,7 @@ __all__ = [
 
 Model = Literal["cpc-v1", "pixelcnn", "gated-pixelcnn", "simclr"]
 DatasetName = Literal["textures", "stl10", "cifar10", "cifar100", "folder"]
-Encoder = Literal[
-    "resnet-small",
-    "resnet14",
-    "resnet28",
-    "resnet41",
-    "resnet92",
-    "resnet143",
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-]
+Encoder = Annotated[str, AfterValidator(check_encoder_name)]
 Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "constant"]
 GatherNegatives = Literal["none", "gather", "ring"]
@@ -163,12 +152,15 @@ class _ContrastiveSection(_Section):
 
     encoder: Encoder = Field(
         "resnet14",
-        description="Network that encodes a patch, or of simclr an image, a pre-activation ResNet: 14, 28, 41, 92 and "
-        "143 without the last stack, as published for CPC; 18, 34, 50, 101 and 152 whole; small with one narrow block "
-        "a stack.",
+        description="Network that encodes a patch, or of simclr an image. resnet-small, resnetN: a pre-activation "
+        "ResNet; 14, 28, 41, 92 and 143 without the last stack, as published for CPC, 161 that of CPC v2, 18, 34, 50, "
+        "101 and 152 whole, small with one narrow block a stack. wrn-DEPTH-WIDTH: a wide ResNet, such as wrn-28-2. "
+        "mobilenetv2. timm:NAME: any backbone of the timm library, if installed (cpc_ext[timm]), such as "
+        "timm:convnext_atto.",
     )
     norm: Literal["none", "layer", "batch", "instance"] = Field(
-        "none", description="Normalisation inside the encoder; the published CPC v1 uses none."
+        "none",
+        description="Normalisation inside the encoder; the published CPC v1 uses none. A backbone of timm has its own.",
     )
     gather_negatives: GatherNegatives = Field(
         "gather",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpc_ext.data import Dataset, ImageFetcher, ImageSet, PatchView
-from cpc_ext.models import CPC, GatedPixelCNNContext, ResNetV2Encoder
+from cpc_ext.models import CPC, GatedPixelCNNContext
 from cpc_ext.training import figures
 from cpc_ext.training.config import CPCConfig
-from cpc_ext.training.encoders import EncoderTask, encoder_arguments, save_encoder
+from cpc_ext.training.encoder_names import EncoderSpec, encoder_spec
+from cpc_ext.training.encoders import EncoderTask, save_encoder
 from cpc_ext.training.precision import autocast, patch_dtype
 from cpc_ext.training.random_streams import RandomStreams
 from cpc_ext.training.run_dir import RunDir
@@ -68,7 +68,7 @@ class CPCv1Task(EncoderTask):
         return {"loss": output.loss, "accuracy": output.accuracy, "mutual_information": output.mutual_information}
 
     def save(self, run: RunDir) -> None:
-        save_encoder(run, self.model.encoder, self._encoder_arguments(), self._view, self._config)
+        save_encoder(run, self.model.encoder, self._encoder_spec(), self._view, self._config)
         metrics = read_metrics(run.metrics)
         if metrics:
             figures.save(run.path / "curves.png", figures.curves(metrics, self._guessing()))
@@ -157,7 +157,7 @@ class CPCv1Task(EncoderTask):
         config = self._config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.compute.seed)
-            encoder = ResNetV2Encoder(**self._encoder_arguments())
+            encoder = self._encoder_spec().build()
             model = CPC(
                 encoder,
                 GatedPixelCNNContext(encoder.out_channels, config.cpc.context_layers),
@@ -172,9 +172,9 @@ class CPCv1Task(EncoderTask):
             encoder.to(memory_format=torch.channels_last)
         return model.to(self._device)
 
-    def _encoder_arguments(self) -> dict[str, Any]:
+    def _encoder_spec(self) -> EncoderSpec:
         patch = self._config.view.patch
-        return encoder_arguments(
+        return encoder_spec(
             self._config.cpc.encoder,
             norm=self._config.cpc.norm,
             in_channels=1 if self._config.view.gray else self._dataset.image_shape[0],

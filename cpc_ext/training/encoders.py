@@ -1,7 +1,7 @@
-"""What runs that learn an encoder share: which encoders there are, their file, and their linear probe.
+"""What runs that learn an encoder share: its file and its linear probe.
 
-From names on the command line to arguments, from a trained encoder to encoder.safetensors and its accuracies, beside
-those of the same encoder untrained, whose weights the seed brings back.
+From a trained encoder to encoder.safetensors, and to its accuracies beside those of the same encoder untrained, whose
+weights the seed brings back.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from safetensors.torch import save as to_safetensors
@@ -17,34 +16,14 @@ from torch import Tensor, nn
 
 from cpc_ext import __version__
 from cpc_ext.data import Dataset, PatchView, SimCLRView
-from cpc_ext.models import ResNetV2Encoder
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.config import RunConfig
+from cpc_ext.training.encoder_names import EncoderSpec
 from cpc_ext.training.probe import encode, linear_probe
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.task import Task
 
-__all__ = ["ENCODERS", "EncoderTask", "encoder_arguments", "save_encoder"]
-
-# Arguments of ResNetV2Encoder by the name on the command line.
-ENCODERS: dict[str, dict[str, Any]] = {
-    "resnet-small": {"blocks": (1, 1, 1), "channels": (32, 64, 128), "stem_channels": 32, "stem": "strided"},
-    "resnet14": {"depth": 14},
-    "resnet28": {"depth": 28},
-    "resnet41": {"depth": 41},
-    "resnet92": {"depth": 92},
-    "resnet143": {"depth": 143},
-    "resnet18": {"depth": 18},
-    "resnet34": {"depth": 34},
-    "resnet50": {"depth": 50},
-    "resnet101": {"depth": 101},
-    "resnet152": {"depth": 152},
-}
-
-
-def encoder_arguments(name: str, *, norm: str, in_channels: int, stem: str) -> dict[str, Any]:
-    """Arguments of :class:`ResNetV2Encoder` for an encoder of that name; some have a stem of their own."""
-    return {"in_channels": in_channels, "norm": norm, "stem": stem, **ENCODERS[name]}
+__all__ = ["EncoderTask", "save_encoder"]
 
 
 class EncoderTask(Task):
@@ -91,9 +70,11 @@ class EncoderTask(Task):
 
 
 def save_encoder(
-    run: RunDir, encoder: ResNetV2Encoder, arguments: dict[str, Any], view: PatchView | SimCLRView, config: RunConfig
+    run: RunDir, encoder: nn.Module, spec: EncoderSpec, view: PatchView | SimCLRView, config: RunConfig
 ) -> None:
     """Write the encoder's weights, with what is needed to build it and to feed it in the file's header.
+
+    "class" there is its name in :mod:`cpc_ext.models`, "encoder" that class's keyword arguments as JSON.
 
     OSError where that fails.
     """
@@ -101,7 +82,8 @@ def save_encoder(
     metadata = {
         "format": "pt",
         "cpc_ext": __version__,
-        "encoder": json.dumps(arguments),
+        "class": spec.kind.__name__,
+        "encoder": json.dumps(spec.arguments),
         "view": json.dumps({name: value for name, value in asdict(view).items() if name != "dtype"}),
         "config": json.dumps(config.model_dump(mode="json")),
     }

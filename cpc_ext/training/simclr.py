@@ -7,17 +7,17 @@ the seed brings back.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cpc_ext.data import Dataset, ImageFetcher, SimCLRView
-from cpc_ext.models import ResNetV2Encoder, SimCLR
+from cpc_ext.models import SimCLR
 from cpc_ext.training import figures
 from cpc_ext.training.config import SimCLRConfig
-from cpc_ext.training.encoders import EncoderTask, encoder_arguments, save_encoder
+from cpc_ext.training.encoder_names import EncoderSpec, encoder_spec
+from cpc_ext.training.encoders import EncoderTask, save_encoder
 from cpc_ext.training.precision import autocast, patch_dtype
 from cpc_ext.training.random_streams import RandomStreams
 from cpc_ext.training.run_dir import RunDir
@@ -56,7 +56,7 @@ class SimCLRTask(EncoderTask):
         return self.model(views)._asdict()
 
     def save(self, run: RunDir) -> None:
-        save_encoder(run, self.model.encoder, self._encoder_arguments(), self._view, self._config)
+        save_encoder(run, self.model.encoder, self._encoder_spec(), self._view, self._config)
         metrics = read_metrics(run.metrics)
         if metrics:
             keys = 2 * self._config.optimization.batch_size - 1
@@ -92,7 +92,7 @@ class SimCLRTask(EncoderTask):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._config.compute.seed)
             model = SimCLR(
-                ResNetV2Encoder(**self._encoder_arguments()),
+                self._encoder_spec().build(),
                 projection_channels=options.projection_channels,
                 temperature=options.temperature,
                 gather_negatives=options.gather_negatives,
@@ -101,9 +101,9 @@ class SimCLRTask(EncoderTask):
             model.encoder.to(memory_format=torch.channels_last)
         return model.to(self._device)
 
-    def _encoder_arguments(self) -> dict[str, Any]:
+    def _encoder_spec(self) -> EncoderSpec:
         options = self._config.simclr
-        return encoder_arguments(
+        return encoder_spec(
             options.encoder,
             norm=options.norm,
             in_channels=self._dataset.image_shape[0],

@@ -1,9 +1,11 @@
 """CPCV2-PyTorch's encoders and its whole model, reproduced from its weights."""
 
+import re
+
 import pytest
 import torch
 
-from cpc_ext.models import CPC, GatedPixelCNNContext, ResNetV2Encoder
+from cpc_ext.models import CPC, GatedPixelCNNContext, ResNetV2Encoder, WideResNetEncoder
 
 STEMS = {"stl10": "stl10", "cifar10": "cifar", "imagenet": "imagenet"}
 
@@ -27,6 +29,22 @@ def make_encoder(config, state):
 def test_resnet(golden, norm):
     problem = golden(f"cpcv2_pytorch.resnet_{norm}")
     encoder = make_encoder(problem.config, problem.state()).eval()
+
+    encodings = encoder(problem.tensors["x"])
+
+    torch.testing.assert_close(encodings.permute(0, 2, 3, 1), problem.tensors["y"], atol=1e-10, rtol=0)
+
+
+def test_wide_resnet(golden):
+    problem = golden("cpcv2_pytorch.wide_resnet")
+    config = problem.config
+    encoder = WideResNetEncoder(config["depth"], config["widen_factor"], norm=config["norm"]).double()
+    state = {
+        re.sub(r"^layer(\d)", lambda stack: f"layers.{int(stack[1]) - 1}", name): value
+        for name, value in problem.state().items()
+        if not name.startswith("classifier.")
+    }
+    encoder.load_state_dict({name.replace("shortcut.0.", "shortcut."): value for name, value in state.items()})
 
     encodings = encoder(problem.tensors["x"])
 

@@ -10,7 +10,7 @@ SMALL = {"blocks": (1, 2), "channels": (4, 8), "stem_channels": 4}
 
 # Stacks and convolutions: the depth counts the stem, the blocks' convolutions and a classifier.
 DEPTHS = [(8, 256), (14, 256), (28, 256), (18, 512), (34, 512)]
-BOTTLENECK_DEPTHS = [(41, 1024), (92, 1024), (143, 1024), (50, 2048), (101, 2048), (152, 2048)]
+BOTTLENECK_DEPTHS = [(41, 1024), (92, 1024), (143, 1024), (161, 4096), (50, 2048), (101, 2048), (152, 2048)]
 
 
 @pytest.mark.parametrize(("depth", "channels"), DEPTHS + BOTTLENECK_DEPTHS)
@@ -22,6 +22,18 @@ def test_depths(depth, channels):
     assert encodings.shape == (2, channels, 3, 4)
     convolutions = [n for n, m in encoder.named_modules() if isinstance(m, torch.nn.Conv2d) and "shortcut" not in n]
     assert len(convolutions) + 1 == depth
+
+
+def test_resnet_161_is_that_of_cpc_v2():
+    with torch.device("meta"):
+        encoder = ResNetV2Encoder(161, norm="batch", stem="imagenet")
+        features = encoder.feature_maps(torch.empty(1, 3, 80, 80))
+    assert features.shape == (1, 4096, 5, 5)
+    third = encoder.layers[2]
+    assert len(third) == 46
+    assert third[0].conv2.weight.shape == (512, 512, 3, 3)
+    # The paper counts 305 million.
+    assert sum(parameter.numel() for parameter in encoder.parameters()) == pytest.approx(305e6, rel=0.01)
 
 
 @pytest.mark.parametrize("norm", ["none", "batch", "layer", "instance"])
@@ -87,6 +99,9 @@ def test_deep_encoders_start_bounded_without_a_norm():
         ({"depth": 14, "stem": "mnist"}, "stem must be one of stl10, cifar, imagenet, strided, got 'mnist'"),
         ({"depth": 14, "channels": (8, 16)}, "channels must hold one number for each of 3 stacks"),
         ({"depth": 14, "channels": (8, 16, 0)}, "channels must be at least 1, got 0"),
+        ({"depth": 41, "expansions": (4, 4)}, "expansions must hold one number for each of 3 stacks"),
+        ({"depth": 41, "expansions": (4, 4, 0)}, "expansions must be at least 1, got 0"),
+        ({"depth": 14, "expansions": (4, 4, 4)}, "expansions are of bottlenecks"),
         ({"depth": 14, "in_channels": 0}, "in_channels must be at least 1, got 0"),
         ({"blocks": ()}, "blocks must hold at least one stack"),
         ({"blocks": (1,) * 5}, "channels must be given for more than 4 stacks, got 5 stacks"),

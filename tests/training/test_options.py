@@ -6,18 +6,18 @@ import re
 from typing import get_args
 
 import pytest
+import torch
 
 from cpc_ext.data import DATASETS
 from cpc_ext.training.cli import describe, parse
 from cpc_ext.training.config import (
-    CPCSection,
     DataSection,
     RunConfig,
     config_class,
     load_config,
     options_of_other_models,
 )
-from cpc_ext.training.encoders import ENCODERS
+from cpc_ext.training.encoder_names import ENCODERS, encoder_spec
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.presets import PRESETS, preset
 from cpc_ext.training.program import TASKS
@@ -47,10 +47,30 @@ def test_presets_are_valid_and_what_the_command_line_starts_from(model, dataset)
 
 
 def test_names_on_the_command_line_are_those_there_are():
-    assert get_args(CPCSection.model_fields["encoder"].annotation) == tuple(ENCODERS)
     assert get_args(DataSection.model_fields["dataset"].annotation) == DATASETS
     assert get_args(RunConfig.model_fields["model"].annotation) == tuple(TASKS)
     assert {dataset for _, dataset in PRESETS} == set(DATASETS)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "arguments"),
+    [
+        ("resnet161", "ResNetV2Encoder", {"depth": 161, "norm": "layer", "in_channels": 1, "stem": "imagenet"}),
+        ("wrn-28-2", "WideResNetEncoder", {"depth": 28, "width": 2, "norm": "layer", "in_channels": 1}),
+        ("mobilenetv2", "MobileNetV2Encoder", {"norm": "layer", "in_channels": 1, "strides": "imagenet"}),
+        ("timm:resnet18.a1_in1k", "TimmEncoder", {"name": "resnet18.a1_in1k", "in_channels": 1}),
+    ],
+)
+def test_encoders_by_name(name, kind, arguments):
+    assert parse(["--encoder", name]).run.cpc.encoder == name
+    spec = encoder_spec(name, norm="layer", in_channels=1, stem="imagenet")
+    assert (spec.kind.__name__, spec.arguments) == (kind, arguments)
+
+
+@pytest.mark.parametrize("name", [name for name in ENCODERS if name.islower()])
+def test_encoders_without_numbers_of_their_own_are_built(name):
+    with torch.device("meta"):
+        assert encoder_spec(name, norm="batch", in_channels=3, stem="stl10").build().out_channels > 0
 
 
 def test_stl10_is_the_published_example():
@@ -108,7 +128,13 @@ def test_length_in_epochs_or_steps_replaces_the_other(dataset, given, other):
             "'cpc-v9' for argument '--model'. Expected one of ('cpc-v1', 'pixelcnn', 'gated-pixelcnn', 'simclr')",
         ),
         (["--dataset", "mnist"], "'mnist' for argument '--dataset'"),
-        (["--encoder", "vgg"], "'vgg' for argument '--encoder'"),
+        (["--encoder", "vgg"], "--encoder: expected one of resnet-small, resnet14,"),
+        (
+            ["--encoder", "wrn-27-2"],
+            "is 4 plus a positive multiple of 6, its width at least 1, as in wrn-28-2, got",
+        ),
+        (["--encoder", "wrn-28-0"], "its width at least 1, as in wrn-28-2, got 'wrn-28-0'"),
+        (["--encoder", "timm:"], "mobilenetv2, timm:NAME (such as wrn-28-2), got 'timm:'"),
         (["--precision", "fp8"], "Expected one of ('fp32', 'bf16', 'fp16')"),
         (["--device", "toaster"], "--device: expected a name like cpu, cuda or cuda:1, got 'toaster'"),
         (["--crop", "50", "--grid-size", "6"], "use a multiple of 7 such as 49, or give --patch-size"),

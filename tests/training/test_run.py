@@ -11,9 +11,10 @@ import torch
 import yaml
 from safetensors import safe_open
 
-from cpc_ext.models import ResNetV2Encoder
+from cpc_ext import models
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.config import load_config
+from cpc_ext.training.cpc_v1 import CPCv1Task
 from cpc_ext.training.run_log import read_metrics
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -56,17 +57,25 @@ def test_run_leaves_everything(train_fully, tmp_path, capsys):
     assert f"linear probe: {summary['probe_accuracy']:.1%}" in capsys.readouterr().out
 
 
-def test_encoder_file_rebuilds_the_encoder(train_fully, tmp_path):
-    assert train_fully("--out-dir", tmp_path) == 0
-    with safe_open(tmp_path / "encoder.safetensors", "pt") as file:
-        metadata = file.metadata()
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    encoder = ResNetV2Encoder(**json.loads(metadata["encoder"]))
-    encoder.load_state_dict(weights)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("resnet-small", "ResNetV2Encoder"), ("wrn-10-1", "WideResNetEncoder"), ("mobilenetv2", "MobileNetV2Encoder")],
+)
+def test_encoder_file_rebuilds_the_encoder(train_fully, tmp_path, monkeypatch, name, kind):
+    monkeypatch.setattr(CPCv1Task, "evaluate", lambda task: {})
+    assert train_fully("--out-dir", tmp_path, "--encoder", name, "--steps", "2") == 0
+
+    file = safe_open(tmp_path / "encoder.safetensors", "pt")
+    encoder = getattr(models, file.metadata()["class"])(**json.loads(file.metadata()["encoder"]))
+    encoder.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - not a dict
+
+    assert type(encoder).__name__ == kind
     trained = load_checkpoint(tmp_path / "checkpoint.pt")["model"]
-    assert torch.equal(encoder.conv1.weight, trained["encoder.conv1.weight"])
-    assert json.loads(metadata["view"])["patch_size"] == 8
-    assert json.loads(metadata["config"])["view"]["crop"] == 24
+    for parameter, value in encoder.state_dict().items():
+        assert torch.equal(value, trained[f"encoder.{parameter}"]), parameter
+    assert encoder(torch.zeros(1, 2, 2, 1, 8, 8)).shape == (1, encoder.out_channels, 2, 2)
+    assert json.loads(file.metadata()["view"])["patch_size"] == 8
+    assert json.loads(file.metadata()["config"])["view"]["crop"] == 24
 
 
 def test_config_file_repeats_the_run(train, tmp_path):

@@ -1,0 +1,51 @@
+"""Convolutions and normalisations of the encoders: which kinds there are, by name, and how they start."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import nn
+
+__all__ = ["NORMS", "check_norm", "conv", "reset_layers"]
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "none": lambda channels: nn.Identity(),
+    "batch": nn.BatchNorm2d,
+    "layer": lambda channels: nn.GroupNorm(1, channels),
+    "instance": lambda channels: nn.GroupNorm(channels, channels),
+}
+
+
+def check_norm(norm: str) -> None:
+    """ValueError for a normalisation that does not exist."""
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+
+
+def conv(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int, norm: str, *, groups: int = 1
+) -> nn.Conv2d:
+    """A convolution that keeps the size, over its stride; it has biases only without a norm."""
+    return nn.Conv2d(
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=stride,
+        padding=kernel_size // 2,
+        groups=groups,
+        bias=norm == "none",
+    )
+
+
+def reset_layers(network: nn.Module) -> None:
+    """Draw all convolutions by He's normal initialisation by fan-out, with zero biases; norms start as identities."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            # What PyTorch takes for the fan-out is that of all groups together.
+            fan_out = module.out_channels // module.groups * module.weight[0, 0].numel()
+            nn.init.normal_(module.weight, std=math.sqrt(2) / math.sqrt(fan_out))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
+            module.reset_parameters()

@@ -1,0 +1,45 @@
+"""Backbones of timm as encoders: real ones where timm is installed, and what is said where it is not."""
+
+import sys
+
+import pytest
+import torch
+
+from cpc_ext.models import TimmEncoder
+
+
+@pytest.fixture
+def timm():
+    return pytest.importorskip("timm", exc_type=ImportError)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "settings"),
+    [("resnet18", 512, {}), ("mobilenetv3_small_050", 1024, {}), ("vit_tiny_patch16_224", 192, {"img_size": 32})],
+)
+def test_backbones(timm, name, channels, settings):
+    encoder = TimmEncoder(name, 1, **settings)
+    encodings = encoder(torch.randn(2, 1, 2, 1, 32, 32))
+    encodings.square().sum().backward()
+    assert encoder.out_channels == channels
+    assert encodings.shape == (2, channels, 1, 2)
+    assert any(parameter.grad is not None for parameter in encoder.parameters())
+
+
+def test_images_are_cut_into_patches(timm):
+    encoder = TimmEncoder("resnet18", 1, patch_size=16).eval()
+    images = torch.randint(256, (1, 1, 32, 32), dtype=torch.uint8)
+    torch.testing.assert_close(encoder(images), encoder(encoder.patchify(images)))
+
+
+def test_wrong_settings(timm):
+    with pytest.raises(ValueError, match="timm makes no backbone 'vgg0' with these settings: Unknown model"):
+        TimmEncoder("vgg0")
+    with pytest.raises(ValueError, match="the backbone takes no patches of 16x16 pixels"):
+        TimmEncoder("vit_tiny_patch16_224")(torch.zeros(1, 1, 1, 3, 16, 16))
+
+
+def test_without_timm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ImportError, match=r"pip install cpc_ext\[timm\]"):
+        TimmEncoder("resnet18")
