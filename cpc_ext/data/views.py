@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cpc_ext.data.batch_share import BatchShare
@@ -23,6 +24,7 @@ class PatchView:
 
     patch_size, stride: in pixels.
     crop: (h, w) of the window that is cut into patches, or one side for both; None takes whole images.
+    pad: black pixels put around an image before the window is taken.
     flip: mirror half of the training windows left to right.
     gray: one channel by ITU-R BT.601.
     mean, std: one value a channel after grey, with pixels in 0..1; None leaves them so.
@@ -33,6 +35,7 @@ class PatchView:
     patch_size: int
     stride: int
     crop: int | tuple[int, int] | None = None
+    pad: int = 0
     flip: bool = True
     gray: bool = False
     mean: tuple[float, ...] | None = None
@@ -49,6 +52,7 @@ class PatchView:
         stride: int,
         *,
         crop: int | tuple[int, int] | None = None,
+        pad: int = 0,
         flip: bool = True,
         gray: bool = False,
         patch_norm: bool = False,
@@ -60,6 +64,7 @@ class PatchView:
             patch_size=patch_size,
             stride=stride,
             crop=crop,
+            pad=pad,
             flip=flip,
             gray=gray,
             mean=(dataset.gray_mean,) if gray else dataset.mean,
@@ -74,8 +79,9 @@ class PatchView:
 
         generator: on the CPU, so that a seed gives the same windows on every device; None takes PyTorch's own.
         share: the part of the batch that the images are; windows are drawn for all of it.
-        Raises ValueError where the window is larger than the images.
+        Raises ValueError where the window is larger than the padded images.
         """
+        images = self._padded(images)
         image_height, image_width = images.shape[2:]
         batch = share.whole(len(images))
         height, width = self._window(image_height, image_width)
@@ -99,14 +105,18 @@ class PatchView:
     def center(self, images: Tensor) -> Tensor:
         """Evaluation patches [B, rows, cols, C', p, p] of uint8 images [B, C, H, W]: the central window, as it is.
 
-        Raises ValueError where the window is larger than the images.
+        Raises ValueError where the window is larger than the padded images.
         """
+        images = self._padded(images)
         return self._extract(images, crop=self._window(*images.shape[2:]))
 
     def grid(self, image_height: int, image_width: int) -> tuple[int, int]:
         """(rows, cols) of patches in an image of that many pixels."""
-        height, width = self._window(image_height, image_width)
+        height, width = self._window(image_height + 2 * self.pad, image_width + 2 * self.pad)
         return (height - self.patch_size) // self.stride + 1, (width - self.patch_size) // self.stride + 1
+
+    def _padded(self, images: Tensor) -> Tensor:
+        return F.pad(images, (self.pad,) * 4) if self.pad else images
 
     def _window(self, image_height: int, image_width: int) -> tuple[int, int]:
         if self.crop is None:

@@ -1,89 +1,86 @@
 """Contrastive predictive coding on images: from patches or images to the loss of predicting patches rows ahead.
 
 An encoder turns patches into a grid of encodings, a context network summarises the rows seen so far, and InfoNCE asks
-for the encodings some rows further. To predict in other directions the same networks look at the turned grid.
+for the encodings some rows further. To predict in other directions they look at the turned grid.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cpc_ext.nn.grid_info_nce import GridInfoNCE, GridInfoNCEOutput
+from cpc_ext.nn.target_info_nce import TargetInfoNCE
 
 __all__ = ["CPC"]
 
 
 class CPC(nn.Module):
-    """Contrastive predictive coding (van den Oord et al. 2018, arXiv 1807.03748, section 3.3).
+    """Contrastive predictive coding of both versions: which one, context network and objective decide.
+
+    CPC v1 (van den Oord et al. 2018, arXiv 1807.03748, section 3.3) predicts encodings by a matrix a step, CPC v2
+    (Hénaff et al. 2019, arXiv 1905.09272) has a :class:`ResidualContext` for each direction and predicts projected
+    encodings, :class:`cpc_ext.nn.TargetInfoNCE`.
 
     Direction d predicts downwards in the grid of encodings turned clockwise by 90° d times: down, right, up and left
-    in the image. All directions share the encoder and the context network; each has its own matrices W_k.
+    in the image. All directions share the encoder; each has predictions of its own.
 
     Args:
         encoder: patches or images → encodings [B, D, rows, cols], with an attribute ``out_channels`` = D.
         context: encodings [B, D, rows, cols] → contexts [B, E, rows, cols] that see no row below their own, with an
-            attribute ``out_channels`` = E.
-        pred_steps: how many steps ahead are predicted.
-        pred_directions: 1 to 4.
-        skip: rows left out between a context and its first target.
-        neg_samples: negatives of each prediction, drawn uniformly from the step's targets in the batch, or "all":
-            every other target of the step.
-        gather_negatives: whose targets are contrasted where several processes train: "none" the process's own,
-            "gather" or "ring" those of all; see :class:`cpc_ext.nn.GridInfoNCE`.
+            attribute ``out_channels`` = E. One network that all directions share, or one for each direction.
+        objective: a :class:`cpc_ext.nn.GridInfoNCE` or :class:`cpc_ext.nn.TargetInfoNCE` for D and E. Default: a
+            GridInfoNCE of the settings.
+        settings: keyword arguments of that GridInfoNCE: ``pred_steps``, which must be given, ``pred_directions``,
+            ``skip``, ``neg_samples``, ``gather_negatives``.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or range.
+        TypeError, ValueError: an argument of the wrong type or range, or arguments that do not fit each other.
     """
 
     def __init__(
         self,
         encoder: nn.Module,
-        context: nn.Module,
-        *,
-        pred_steps: int,
-        pred_directions: int = 1,
-        skip: int = 1,
-        neg_samples: int | str = 16,
-        gather_negatives: str = "none",
+        context: nn.Module | Sequence[nn.Module],
+        objective: GridInfoNCE | TargetInfoNCE | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__()
-        if not 1 <= pred_directions <= 4:
-            raise ValueError(f"pred_directions must be 1 to 4, got {pred_directions}")
+        shared = isinstance(context, nn.Module) and not isinstance(context, nn.ModuleList)
+        contexts = [context] if shared else list(context)
+        if objective is not None and settings:
+            raise TypeError(f"give either objective or the settings of a GridInfoNCE, got both: {', '.join(settings)}")
+        if not contexts:
+            raise ValueError("context must be a network, or one for each direction, got none")
+        if objective is None:
+            objective = GridInfoNCE(encoder.out_channels, contexts[0].out_channels, **settings)
+        if not 1 <= objective.pred_directions <= 4:
+            raise ValueError(f"pred_directions must be 1 to 4, got {objective.pred_directions}")
+        if not shared and len(contexts) != objective.pred_directions:
+            raise ValueError(
+                f"context must be one network, or one for each of {objective.pred_directions} directions, got "
+                f"{len(contexts)}"
+            )
         self.encoder = encoder
-        self.context = context
-        self.objective = GridInfoNCE(
-            encoder.out_channels,
-            context.out_channels,
-            pred_steps=pred_steps,
-            pred_directions=pred_directions,
-            skip=skip,
-            neg_samples=neg_samples,
-            gather_negatives=gather_negatives,
-        )
+        self.context = context if shared else nn.ModuleList(contexts)
+        self.objective = objective
 
-    def forward(
-        self,
-        patches_or_images: Tensor,
-        *,
-        generator: torch.Generator | None = None,
-        negatives: Sequence[Tensor] | None = None,
-    ) -> GridInfoNCEOutput:
+    def forward(self, patches_or_images: Tensor, **draws: Any) -> GridInfoNCEOutput:
         """The loss of a batch.
 
         Args:
             patches_or_images: patches [B, rows, cols, C, p, p] or images [B, C, H, W], whatever the encoder takes.
-            generator: draws the negatives; see :class:`cpc_ext.nn.GridInfoNCE`.
-            negatives: the draws themselves instead, one [M, S] of integers per step, steps within directions.
+            draws: ``generator`` or ``negatives`` of an objective that samples; see :class:`cpc_ext.nn.GridInfoNCE`.
 
         Raises:
-            ValueError: a grid with too few rows for ``pred_steps + skip``, or one that is not square although there is
-                more than one direction.
+            ValueError: a grid with too few rows for the steps ahead, or one that is not square although there is more
+                than one direction.
         """
         grids = self._turned(self.encode(patches_or_images))
-        return self.objective(grids, self._contexts(grids), generator=generator, negatives=negatives)
+        return self.objective(grids, self._contexts(grids), **draws)
 
     def encode(self, patches_or_images: Tensor) -> Tensor:
         """Encodings z, [B, D, rows, cols]."""
@@ -104,4 +101,6 @@ class CPC(nn.Module):
         return torch.stack([torch.rot90(encodings, -turns, (2, 3)) for turns in range(directions)])
 
     def _contexts(self, grids: Tensor) -> Tensor:
+        if isinstance(self.context, nn.ModuleList):
+            return torch.stack([context(grid) for context, grid in zip(self.context, grids, strict=True)])
         return self.context(grids.flatten(0, 1)).unflatten(0, grids.shape[:2])

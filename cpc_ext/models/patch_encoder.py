@@ -60,7 +60,7 @@ class PatchEncoder(nn.Module, ABC):
             TypeError: patches that are not floating.
             ValueError: an input of another shape, or images for an encoder that knows no ``patch_size``.
         """
-        patches = self._to_patches(patches_or_images)
+        patches = self.to_patches(patches_or_images)
         batch, rows, cols = patches.shape[:3]
         encodings = self.feature_maps(patches.flatten(0, 2)).mean((2, 3))
         return encodings.view(batch, rows, cols, self.out_channels).permute(0, 3, 1, 2)
@@ -69,7 +69,8 @@ class PatchEncoder(nn.Module, ABC):
         """The same as calling the encoder: [B, D, rows, cols]."""
         return self(patches_or_images)
 
-    def _to_patches(self, patches_or_images: Tensor) -> Tensor:
+    def to_patches(self, patches_or_images: Tensor) -> Tensor:
+        """What :meth:`forward` takes → patches [B, rows, cols, C, p, p]; it raises what that raises."""
         patches = patches_or_images
         if patches.ndim == 4:
             if self.patchify is None:

@@ -1,7 +1,8 @@
 """The objective of CPC v2: contexts predict projections of the encodings below, out of all of the batch.
 
-From encodings [B, D, rows, cols] and contexts [B, E, rows, cols] to a weighted sum of cross-entropies. Every step
-contrasts the same keys, all projected encodings, so all of them are rows of one call with a weight each.
+From encodings [directions, B, D, rows, cols] and contexts [directions, B, E, rows, cols] to the cross-entropy of every
+direction and step. All steps of a direction contrast the same keys, its projected encodings, so that all of them are
+rows of one call of the op, with a target each.
 """
 
 from __future__ import annotations
@@ -11,24 +12,39 @@ import math
 import torch
 from torch import Tensor, nn
 
+from cpc_ext.nn.across_ranks import EXCHANGES, gather_from_ranks, position_in_world, ring_info_nce
 from cpc_ext.nn.grid_info_nce import GridInfoNCEOutput
 from cpc_ext.ops.info_nce import info_nce
 
 __all__ = ["TargetInfoNCE"]
 
+_REDUCTIONS = ("mean", "sum", "lightning-bolts")
+
 
 class TargetInfoNCE(nn.Module):
     """Predict projected encodings, all targets of the batch being negatives (Hénaff et al. 2019, arXiv 1905.09272).
 
-    Targets are a 1x1 convolution of the encodings, predictions one of the contexts, shared by all steps and multiplied
-    by ``scale``. The context at row r predicts the target k rows below for every k = 2..rows-1. As in Lightning Bolts'
-    CPCTask, which sums the steps anew for each number of rows it ignores, step k counts k - 1 times.
+    Targets are a 1x1 convolution of the encodings. The context at row r predicts the target at row r + k + skip, same
+    column and image, by a 1x1 convolution multiplied by ``scale``; it is contrasted with every target of the batch, of
+    any row. Each direction has convolutions of its own.
 
     Args:
         encoding_channels: D.
         context_channels: E. Default: D.
+        pred_steps: number K of steps k = 1..K, each with a convolution of its own, as in the paper. None: every step
+            that the grid has rows for, all of which share one, as in Lightning Bolts' CPCTask.
+        pred_directions: how many directions are predicted.
+        skip: rows between a context and its first target.
         target_channels: of targets and predictions.
         scale: factor of the predictions.
+        reduction: of a direction's steps. "mean", which keeps the learning rate independent of their number; "sum" as
+            in the paper; "lightning-bolts": the sum in which step k counts k times, as that program sums the steps anew
+            for each number of rows it leaves out. The loss is the mean over directions.
+        gather_negatives: where several processes share a batch, whose targets are contrasted: "none", "gather" or
+            "ring", see :class:`cpc_ext.nn.GridInfoNCE`.
+
+    Raises:
+        ValueError: an argument that is none of those above.
     """
 
     def __init__(
@@ -36,70 +52,145 @@ class TargetInfoNCE(nn.Module):
         encoding_channels: int,
         context_channels: int | None = None,
         *,
+        pred_steps: int | None = None,
+        pred_directions: int = 1,
+        skip: int = 1,
         target_channels: int = 64,
         scale: float = 0.1,
+        reduction: str = "mean",
+        gather_negatives: str = "none",
     ) -> None:
         super().__init__()
         context_channels = encoding_channels if context_channels is None else context_channels
-        for name, value in (
-            ("encoding_channels", encoding_channels),
-            ("context_channels", context_channels),
-            ("target_channels", target_channels),
+        for name, value, least in (
+            ("encoding_channels", encoding_channels, 1),
+            ("context_channels", context_channels, 1),
+            ("pred_steps", 1 if pred_steps is None else pred_steps, 1),
+            ("pred_directions", pred_directions, 1),
+            ("skip", skip, 0),
+            ("target_channels", target_channels, 1),
         ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name, value, allowed in (
+            ("reduction", reduction, _REDUCTIONS),
+            ("gather_negatives", gather_negatives, EXCHANGES),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        self.pred_steps = pred_steps
+        self.pred_directions = pred_directions
+        self.skip = skip
         self.scale = scale
-        self.target_projection = nn.Conv2d(encoding_channels, target_channels, 1)
-        self.prediction_projection = nn.Conv2d(context_channels, target_channels, 1)
+        self.reduction = reduction
+        self.gather_negatives = gather_negatives
+        # A group of channels is a direction; of a group's predictions, the steps follow one another.
+        self.target_projection = nn.Conv2d(
+            pred_directions * encoding_channels, pred_directions * target_channels, 1, groups=pred_directions
+        )
+        self.prediction_projection = nn.Conv2d(
+            pred_directions * context_channels,
+            pred_directions * (pred_steps or 1) * target_channels,
+            1,
+            groups=pred_directions,
+        )
 
     def forward(self, encodings: Tensor, contexts: Tensor) -> GridInfoNCEOutput:
-        """Loss and accuracy of predicting downwards.
+        """Loss and accuracy of predicting downwards in every direction's grid.
 
         Args:
-            encodings: z, [B, D, rows, cols].
-            contexts: c, [B, E, rows, cols].
+            encodings: z, [directions, B, D, rows, cols], each direction's grid turned so that it points down.
+            contexts: c, [directions, B, E, rows, cols].
 
         Returns:
-            Of the fields, loss is the weighted sum over steps; accuracy and mutual_information are means over steps
-            with the same weights; step_losses and step_accuracies are [1, steps] without weights.
+            loss is as ``reduction`` says; accuracy and mutual_information are means over steps with the weights of the
+            loss; step_losses and step_accuracies are [directions, steps], without weights.
 
         Raises:
-            ValueError: grids of fewer than three rows, or that do not fit each other.
+            ValueError: grids of the wrong shape, or with too few rows for ``pred_steps + skip``.
         """
-        if encodings.ndim != 4 or contexts.ndim != 4 or encodings.shape[2:] != contexts.shape[2:]:
-            raise ValueError(
-                f"encodings and contexts must be [B, channels, rows, cols] of one grid, got {tuple(encodings.shape)} "
-                f"and {tuple(contexts.shape)}"
+        self._check_grids(encodings, contexts)
+        rank, world = position_in_world() if self.gather_negatives != "none" else (0, 1)
+        ring = world > 1 and self.gather_negatives == "ring"
+        own_images, (rows, cols) = encodings.shape[1], encodings.shape[3:]
+        keys = _project(self.target_projection, encodings)
+        keys = gather_from_ranks(keys, dim=1) if world > 1 and not ring else keys
+        images = keys.shape[1]
+        first_image = 0 if images == own_images else rank * own_images
+        predictions = _project(self.prediction_projection, contexts).unflatten(2, (self.pred_steps or 1, -1))
+        # In (row, column, image) order a step's contexts are the first and its targets the last: slices, no copies.
+        keys = keys.permute(0, 3, 4, 1, 2).flatten(1, 3)
+        predictions = predictions.permute(2, 0, 4, 5, 1, 3).flatten(2, 4)
+        places = [(rows - first) * cols for first in range(1 + self.skip, 1 + self.skip + self._steps(rows))]
+        index = torch.arange(rows * cols * images, device=keys.device).view(rows * cols, images)
+        index = index[:, first_image : first_image + own_images]
+        targets = torch.cat([index[-count:].flatten() for count in places]).expand(len(keys), -1)
+        queries = torch.cat(
+            [
+                predictions[step if len(predictions) > 1 else 0, :, : count * own_images]
+                for step, count in enumerate(places)
+            ],
+            dim=1,
+        )
+        if ring:
+            losses, positions = ring_info_nce(queries, keys, targets, scale=self.scale)
+            rights = (positions == 0).to(losses.dtype)
+        else:
+            losses, rights = info_nce(queries, keys, targets, scale=self.scale, reduction="none")
+        step_losses, step_rights = (
+            torch.stack(
+                [part.sum(1) / max(part.shape[1], 1) for part in values.split([n * own_images for n in places], 1)], 1
             )
-        batch, _, rows, cols = encodings.shape
-        if rows < 3:
-            raise ValueError(f"a grid of {rows} rows is too small: predictions reach two rows down, it needs 3")
-        # In (row, column, image) order a step's contexts are the first and its targets the last.
-        keys = self.target_projection(encodings).permute(2, 3, 0, 1).flatten(0, 2)
-        predictions = self.prediction_projection(contexts).permute(2, 3, 0, 1).flatten(0, 2)
-        row_size = cols * batch
-        steps = range(2, rows)
-        sizes = [(rows - step) * row_size for step in steps]
-        output = info_nce(
-            torch.cat([predictions[:size] for size in sizes]),
-            keys,
-            torch.cat([torch.arange(step * row_size, rows * row_size, device=keys.device) for step in steps]),
-            scale=self.scale,
-            reduction="none",
+            for values in (losses, rights)
         )
-        step_losses, step_accuracies = (
-            torch.stack([part.sum() / max(len(part), 1) for part in values.split(sizes)])
-            for values in (output.loss, output.accuracy)
-        )
-        counts = torch.arange(1, rows - 1, dtype=step_losses.dtype, device=keys.device)
-        loss = counts @ step_losses
+        weights = torch.ones(len(places), dtype=step_losses.dtype, device=keys.device)
+        if self.reduction == "lightning-bolts":
+            weights = weights.cumsum(0)
+        mean = (step_losses @ weights).mean() / weights.sum()
         return GridInfoNCEOutput(
-            loss,
-            counts @ step_accuracies / counts.sum(),
-            math.log(max(len(keys), 1)) - loss.detach() / counts.sum(),
-            step_losses.detach().unsqueeze(0),
-            step_accuracies.unsqueeze(0),
+            mean if self.reduction == "mean" else mean * weights.sum(),
+            (step_rights @ weights).mean() / weights.sum(),
+            math.log(max(keys.shape[1] * (world if ring else 1), 1)) - mean.detach(),
+            step_losses.detach(),
+            step_rights,
         )
 
     def extra_repr(self) -> str:
-        return f"scale={self.scale}"
+        return (
+            f"pred_steps={self.pred_steps}, pred_directions={self.pred_directions}, skip={self.skip}, "
+            f"scale={self.scale}, reduction={self.reduction}"
+        )
+
+    def _steps(self, rows: int) -> int:
+        """How many steps are predicted in a grid of so many rows."""
+        return rows - 1 - self.skip if self.pred_steps is None else self.pred_steps
+
+    def _check_grids(self, encodings: Tensor, contexts: Tensor) -> None:
+        directions = self.pred_directions
+        for name, grid, projection in (
+            ("encodings", encodings, self.target_projection),
+            ("contexts", contexts, self.prediction_projection),
+        ):
+            channels = projection.in_channels // directions
+            if grid.ndim != 5 or grid.shape[0] != directions or grid.shape[2] != channels:
+                raise ValueError(
+                    f"{name} must be [{directions} directions, B, {channels} channels, rows, cols], "
+                    f"got shape {tuple(grid.shape)}"
+                )
+        if encodings.shape[1] != contexts.shape[1] or encodings.shape[3:] != contexts.shape[3:]:
+            raise ValueError(
+                f"contexts must have the batch and grid of encodings {tuple(encodings.shape)}, "
+                f"got {tuple(contexts.shape)}"
+            )
+        rows, needed = encodings.shape[3], (self.pred_steps or 1) + self.skip
+        if rows <= needed:
+            raise ValueError(
+                f"a grid of {rows} rows is too small to predict {self.pred_steps or 1} steps with skip={self.skip}: it "
+                f"needs more than {needed} rows"
+            )
+
+
+def _project(projection: nn.Conv2d, grids: Tensor) -> Tensor:
+    """Every direction's own 1x1 convolution: [directions, B, C, rows, cols] → [directions, B, C', rows, cols]."""
+    projected = projection(grids.transpose(0, 1).flatten(1, 2))
+    return projected.unflatten(1, (len(grids), -1)).transpose(0, 1)

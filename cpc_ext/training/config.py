@@ -19,6 +19,8 @@ from cpc_ext.training.errors import TrainingError
 __all__ = [
     "CPCConfig",
     "CPCSection",
+    "CPCv2Config",
+    "CPCv2Section",
     "DataSection",
     "DeviceSection",
     "OptimizationSection",
@@ -37,12 +39,15 @@ __all__ = [
     "validate_config",
 ]
 
-Model = Literal["cpc-v1", "pixelcnn", "gated-pixelcnn", "simclr"]
+Model = Literal["cpc-v1", "cpc-v2", "pixelcnn", "gated-pixelcnn", "simclr"]
 DatasetName = Literal["textures", "stl10", "cifar10", "cifar100", "folder"]
 Encoder = Annotated[str, AfterValidator(check_encoder_name)]
 Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "constant"]
 GatherNegatives = Literal["none", "gather", "ring"]
+Norm = Literal["none", "layer", "batch", "instance"]
+
+_NORM = "Normalisation inside the encoder; a backbone of timm has its own."
 
 
 class OptionError(ValueError):
@@ -106,6 +111,7 @@ class ViewSection(_Section):
     """What the model sees of an image: a crop, cut into a grid of overlapping patches."""
 
     crop: int = Field(56, ge=4, description="Side in pixels of the square cut out of an image at a random place.")
+    pad: int = Field(0, ge=0, description="Black pixels put around an image before it is cropped.")
     grid_size: int = Field(6, ge=2, description="Patches along a side of the grid.")
     patch_size: Annotated[int, Field(ge=2)] | None = Field(
         None, description="Side of a patch in pixels. None: neighbours overlap by half, 2 * crop / (grid size + 1)."
@@ -158,10 +164,7 @@ class _ContrastiveSection(_Section):
         "mobilenetv2. timm:NAME: any backbone of the timm library, if installed (cpc_ext[timm]), such as "
         "timm:convnext_atto.",
     )
-    norm: Literal["none", "layer", "batch", "instance"] = Field(
-        "none",
-        description="Normalisation inside the encoder; the published CPC v1 uses none. A backbone of timm has its own.",
-    )
+    norm: Norm = Field("none", description=f"{_NORM} The published CPC v1 uses none.")
     gather_negatives: GatherNegatives = Field(
         "gather",
         description="Negatives of a run of several processes (torchrun). gather, also without a value: of all "
@@ -170,8 +173,8 @@ class _ContrastiveSection(_Section):
     )
 
 
-class CPCSection(_ContrastiveSection):
-    """The networks and the prediction task of contrastive predictive coding."""
+class _PredictionSection(_ContrastiveSection):
+    """What both versions of contrastive predictive coding share."""
 
     context_layers: int = Field(4, ge=1, description="Layers of the context network; each sees one row further up.")
     pred_steps: int = Field(5, ge=1, description="Rows ahead that are predicted, nearest to farthest.")
@@ -183,8 +186,39 @@ class CPCSection(_ContrastiveSection):
         ge=0,
         description="Rows left out between a context and its first target, whose patches overlap the context's.",
     )
+
+
+class CPCSection(_PredictionSection):
+    """The networks and the prediction task of contrastive predictive coding."""
+
     neg_samples: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
         16, description="Negatives sampled for each prediction, or all: every other target in the batch."
+    )
+
+    @model_validator(mode="after")
+    def _ring_holds_all(self) -> CPCSection:
+        if self.gather_negatives == "ring" and self.neg_samples != "all":
+            raise ValueError("--gather-negatives ring needs --neg-samples all: samples may be keys of any process")
+        return self
+
+
+class CPCv2Section(_PredictionSection):
+    """The networks and the prediction task of contrastive predictive coding, version 2."""
+
+    norm: Norm = Field("layer", description=f"{_NORM} CPC v2 has layer norm.")
+    context_layers: int = Field(
+        5, ge=1, description="Residual blocks of a context network; each sees one row further up."
+    )
+    context_channels: int = Field(256, ge=1, description="Channels inside a block of a context network.")
+    shared_context: bool = Field(
+        False,
+        description="One context network for all directions, as in CPCV2-PyTorch. Otherwise each has its own, as published.",
+    )
+    pred_directions: int = Field(
+        4, ge=1, le=4, description="Directions predicted in: 1 is down, 2 to 4 add the grid turned by 90 degrees each."
+    )
+    target_channels: int = Field(
+        64, ge=1, description="Channels of the projections that are predicted and contrasted with all of the batch."
     )
 
 
@@ -309,8 +343,8 @@ class RunConfig(_Section):
     model: Model = Field(
         "cpc-v1",
         description="What to train; it decides which options there are. cpc-v1: van den Oord et al. 2018, arXiv "
-        "1807.03748. pixelcnn: 2016, arXiv 1601.06759. gated-pixelcnn: 2016, arXiv 1606.05328. simclr: Chen et al. "
-        "2020, arXiv 2002.05709.",
+        "1807.03748. cpc-v2: Hénaff et al. 2019, arXiv 1905.09272. pixelcnn: 2016, arXiv 1601.06759. gated-pixelcnn: "
+        "2016, arXiv 1606.05328. simclr: Chen et al. 2020, arXiv 2002.05709.",
     )
     data: DataSection = Field(default_factory=DataSection)
     optimization: OptimizationSection
@@ -328,23 +362,31 @@ class RunConfig(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-class CPCConfig(RunConfig):
-    """A run of contrastive predictive coding."""
-
+class _PredictionConfig(RunConfig):
     view: ViewSection = Field(default_factory=ViewSection)
-    cpc: CPCSection = Field(default_factory=CPCSection)
+    cpc: _PredictionSection
 
     @model_validator(mode="after")
-    def _predictions_fit_grid(self) -> CPCConfig:
+    def _predictions_fit_grid(self) -> _PredictionConfig:
         farthest, last = self.cpc.pred_steps + self.cpc.skip, self.view.grid_size - 1
         if farthest > last:
             raise ValueError(
                 f"--pred-steps {self.cpc.pred_steps} with --skip {self.cpc.skip} predicts {farthest} rows ahead, but "
                 f"--grid-size {self.view.grid_size} has only {last} rows below the first: they may sum to {last}"
             )
-        if self.cpc.gather_negatives == "ring" and self.cpc.neg_samples != "all":
-            raise ValueError("--gather-negatives ring needs --neg-samples all: samples may be keys of any process")
         return self
+
+
+class CPCConfig(_PredictionConfig):
+    """A run of contrastive predictive coding."""
+
+    cpc: CPCSection = Field(default_factory=CPCSection)
+
+
+class CPCv2Config(_PredictionConfig):
+    """A run of contrastive predictive coding, version 2."""
+
+    cpc: CPCv2Section = Field(default_factory=CPCv2Section)
 
 
 class SimCLRConfig(RunConfig):
@@ -367,6 +409,7 @@ class PixelCNNConfig(RunConfig):
 
 _CONFIGS: dict[str, type[RunConfig]] = {
     "cpc-v1": CPCConfig,
+    "cpc-v2": CPCv2Config,
     "pixelcnn": PixelCNNConfig,
     "gated-pixelcnn": PixelCNNConfig,
     "simclr": SimCLRConfig,

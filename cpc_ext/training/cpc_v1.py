@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpc_ext.data import Dataset, ImageFetcher, ImageSet, PatchView
-from cpc_ext.models import CPC, GatedPixelCNNContext
+from cpc_ext.models import CPC, GatedPixelCNNContext, PatchEncoder
+from cpc_ext.nn.grid_info_nce import GridInfoNCEOutput
 from cpc_ext.training import figures
 from cpc_ext.training.config import CPCConfig
 from cpc_ext.training.encoder_names import EncoderSpec, encoder_spec
@@ -43,8 +44,11 @@ class CPCv1Task(EncoderTask):
 
     def __init__(self, config: CPCConfig, dataset: Dataset, device: torch.device) -> None:
         side = min(dataset.image_shape[1:])
-        if config.view.crop > side:
-            raise ValueError(f"--crop {config.view.crop} is larger than the images of {dataset.name}, {side} pixels")
+        if config.view.crop > side + 2 * config.view.pad:
+            raise ValueError(
+                f"--crop {config.view.crop} is larger than the images of {dataset.name}, {side} pixels"
+                + (f" and --pad {config.view.pad} around them" if config.view.pad else "")
+            )
         self._config = config
         self._dataset = dataset
         self._device = device
@@ -54,6 +58,7 @@ class CPCv1Task(EncoderTask):
             config.view.patch,
             config.view.stride,
             crop=config.view.crop,
+            pad=config.view.pad,
             flip=config.view.flip,
             gray=config.view.gray,
             patch_norm=config.view.patch_norm,
@@ -64,8 +69,11 @@ class CPCv1Task(EncoderTask):
 
     def losses(self, images: Tensor, labels: Tensor | None, streams: RandomStreams) -> dict[str, Tensor]:
         patches = self._view.random(images, streams.views, share=streams.share)
-        output = self.model(patches, generator=streams.negatives)
+        output = self._contrast(patches, streams)
         return {"loss": output.loss, "accuracy": output.accuracy, "mutual_information": output.mutual_information}
+
+    def _contrast(self, patches: Tensor, streams: RandomStreams) -> GridInfoNCEOutput:
+        return self.model(patches, generator=streams.negatives)
 
     def save(self, run: RunDir) -> None:
         save_encoder(run, self.model.encoder, self._encoder_spec(), self._view, self._config)
@@ -158,19 +166,24 @@ class CPCv1Task(EncoderTask):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.compute.seed)
             encoder = self._encoder_spec().build()
-            model = CPC(
-                encoder,
-                GatedPixelCNNContext(encoder.out_channels, config.cpc.context_layers),
-                pred_steps=config.cpc.pred_steps,
-                pred_directions=config.cpc.pred_directions,
-                skip=config.cpc.skip,
-                neg_samples=config.cpc.neg_samples,
-                gather_negatives=config.cpc.gather_negatives,
-            )
+            model = self._cpc(encoder)
         if config.compute.channels_last:
             # Only the encoder: the other four-dimensional parameters are not filters over images.
             encoder.to(memory_format=torch.channels_last)
         return model.to(self._device)
+
+    def _cpc(self, encoder: PatchEncoder) -> CPC:
+        """The whole model around an encoder."""
+        options = self._config.cpc
+        return CPC(
+            encoder,
+            GatedPixelCNNContext(encoder.out_channels, options.context_layers),
+            pred_steps=options.pred_steps,
+            pred_directions=options.pred_directions,
+            skip=options.skip,
+            neg_samples=options.neg_samples,
+            gather_negatives=options.gather_negatives,
+        )
 
     def _encoder_spec(self) -> EncoderSpec:
         patch = self._config.view.patch

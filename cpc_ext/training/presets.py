@@ -20,6 +20,13 @@ _CPC_V1_CIFAR = {
     "optimization": {"epochs": 100, "batch_size": 64, "schedule": "cosine", "warmup_steps": 500, "clip_grad": 10.0},
 }
 
+# CPCV2-PyTorch's example: half-overlapping patches of 10 pixels in colour.
+_CPC_V2_CIFAR = {
+    "view": {"crop": 30, "pad": 2, "grid_size": 5, "gray": False},
+    "cpc": {"encoder": "wrn-28-2", "pred_steps": 3},
+    "optimization": {"epochs": 500, "batch_size": 64, "schedule": "cosine", "warmup_steps": 500, "clip_grad": 10.0},
+}
+
 # The number of updates matters more than their size: small batches.
 _PIXELCNN_CIFAR = {
     "pixelcnn": {"layers": 15, "hidden_channels": 96, "sample_every": 2000},
@@ -103,6 +110,33 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "view": {"crop": 64, "grid_size": 7, "patch_norm": True},
         "cpc": {"encoder": "resnet14", "norm": "layer", "pred_steps": 5, "neg_samples": "all"},
         "optimization": {"epochs": 100, "batch_size": 32, "schedule": "cosine", "warmup_steps": 500, "clip_grad": 10.0},
+    },
+    # Minutes on two CPU cores.
+    ("cpc-v2", "textures"): {
+        "view": {"crop": 56, "grid_size": 6, "gray": False, "patch_norm": True},
+        "cpc": {"encoder": "resnet-small", "context_layers": 1, "context_channels": 64, "pred_steps": 3},
+        "optimization": {
+            "steps": 1200,
+            "batch_size": 16,
+            "lr": 1e-3,
+            "schedule": "cosine",
+            "warmup_steps": 50,
+            "clip_grad": 10.0,
+        },
+    },
+    ("cpc-v2", "stl10"): {
+        "view": {"crop": 64, "grid_size": 7, "gray": False},
+        "cpc": {"encoder": "resnet28", "pred_steps": 5},
+        "optimization": {"epochs": 300, "batch_size": 32, "schedule": "cosine", "warmup_steps": 500, "clip_grad": 10.0},
+    },
+    ("cpc-v2", "cifar10"): _CPC_V2_CIFAR,
+    ("cpc-v2", "cifar100"): _CPC_V2_CIFAR,
+    # As published for ImageNet.
+    ("cpc-v2", "folder"): {
+        "data": {"image_size": 300},
+        "view": {"crop": 260, "grid_size": 6, "patch_size": 80, "gray": False},
+        "cpc": {"encoder": "resnet161", "pred_steps": 3},
+        "optimization": {"epochs": 200, "batch_size": 16, "schedule": "cosine", "warmup_steps": 500, "clip_grad": 10.0},
     },
     # About the computing time of CPC on the same images.
     ("simclr", "textures"): {

@@ -23,6 +23,7 @@ from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.cli import Command, describe, parse
 from cpc_ext.training.config import RunConfig, option, validate_config
 from cpc_ext.training.cpc_v1 import CPCv1Task
+from cpc_ext.training.cpc_v2 import CPCv2Task
 from cpc_ext.training.distribution import Ranks, joined_ranks, lost_contact
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.loop import Trainer
@@ -38,6 +39,7 @@ __all__ = ["TASKS", "main"]
 
 TASKS: dict[str, type[Task]] = {
     "cpc-v1": CPCv1Task,
+    "cpc-v2": CPCv2Task,
     "pixelcnn": PixelCNNTask,
     "gated-pixelcnn": PixelCNNTask,
     "simclr": SimCLRTask,

@@ -46,13 +46,16 @@ def test_cpc_task(golden, dtype):
     ).to(dtype)
     context.load_state_dict(rename(problem.state("state.context_cnn.")))
     objective = TargetInfoNCE(
-        config["in_channels"], target_channels=config["target_dim"], scale=config["embed_scale"]
+        config["in_channels"],
+        target_channels=config["target_dim"],
+        scale=config["embed_scale"],
+        reduction="lightning-bolts",
     ).to(dtype)
     objective.target_projection.load_state_dict(problem.state("state.target_cnn."))
     objective.prediction_projection.load_state_dict(problem.state("state.pred_cnn."))
     encodings = problem.tensors["z"].to(dtype).requires_grad_()
 
-    output = objective(encodings, context(encodings))
+    output = objective(encodings[None], context(encodings)[None])
     output.loss.backward()
 
     tolerance = TOLERANCES[dtype]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from cpc_ext.models import CPC, GatedPixelCNNContext, ResNetV2Encoder
+from cpc_ext.models import CPC, GatedPixelCNNContext, ResidualContext, ResNetV2Encoder
+from cpc_ext.nn import TargetInfoNCE
 
 
 def make_cpc(**settings):
@@ -53,9 +54,44 @@ def test_directions_predict_down_right_up_left():
         assert gradient.any()
 
 
-def test_learns_to_tell_images_apart():
+def make_cpc_v2(shared_context, **settings):
+    encoder = ResNetV2Encoder(blocks=(1, 1), channels=(8, 16), stem_channels=8, stem="cifar", patch_size=8)
+    contexts = [ResidualContext(16, 8, 2) for _ in range(1 if shared_context else 4)]
+    objective = TargetInfoNCE(16, pred_steps=2, pred_directions=4, target_channels=12, **settings)
+    return CPC(encoder, contexts[0] if shared_context else contexts, objective)
+
+
+@pytest.mark.parametrize("shared_context", [False, True])
+def test_version_2_of_all_directions(shared_context):
     torch.manual_seed(0)
-    model = make_cpc(neg_samples=8)
+    model = make_cpc_v2(shared_context)
+    images = torch.rand(2, 3, 24, 24)
+    output = model(images)
+    output.loss.backward()
+    assert output.step_losses.shape == (4, 2)
+    assert abs(output.loss.item() - math.log(2 * 25)) < 0.2  # At chance among all targets of the batch.
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+    # Each direction is the objective of one direction on its turned grid.
+    encodings = model.encode(images)
+    for direction in range(4):
+        one = TargetInfoNCE(16, pred_steps=2, target_channels=12)
+        for mine, whole in zip(one.parameters(), model.objective.parameters(), strict=True):
+            mine.data = whole.chunk(4)[direction]
+        turned = torch.rot90(encodings, -direction, (2, 3))
+        context = model.context if shared_context else model.context[direction]
+        losses = one(turned[None], context(turned)[None]).step_losses[0]
+        torch.testing.assert_close(losses, output.step_losses[direction])
+
+
+@pytest.mark.parametrize(
+    ("make", "accuracy"),
+    # The second contrasts with all 200 patches of the batch, of which those of an image are alike.
+    [(lambda: make_cpc(neg_samples=8), 0.3), (lambda: make_cpc_v2(False, scale=1.0), 3 / 200)],
+)
+def test_learns_to_tell_images_apart(make, accuracy):
+    torch.manual_seed(0)
+    model = make()
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     images = torch.rand(8, 3, 1, 1) * torch.ones(1, 1, 24, 24) + 0.05 * torch.randn(8, 3, 24, 24)
     first = None
@@ -66,7 +102,7 @@ def test_learns_to_tell_images_apart():
         output.loss.backward()
         optimizer.step()
     assert output.loss.item() < first - 0.4
-    assert output.accuracy > 0.3
+    assert output.accuracy > accuracy
 
 
 class Features(nn.Module):
@@ -88,3 +124,7 @@ def test_errors():
     model = CPC(Features(3), GatedPixelCNNContext(3), pred_steps=1, pred_directions=2)
     with pytest.raises(ValueError, match="pred_directions=2 needs a square grid, got 4 x 5"):
         model(torch.rand(1, 3, 4, 5))
+    with pytest.raises(ValueError, match="one network, or one for each of 2 directions, got 3"):
+        CPC(Features(3), [ResidualContext(3) for _ in range(3)], pred_steps=1, pred_directions=2)
+    with pytest.raises(TypeError, match="either objective or the settings of a GridInfoNCE, got both: pred_steps"):
+        CPC(Features(3), ResidualContext(3), TargetInfoNCE(3), pred_steps=1)

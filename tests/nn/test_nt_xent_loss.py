@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cpc_ext.nn import NTXentLoss, TargetInfoNCE
+from cpc_ext.nn import NTXentLoss
 from cpc_ext.nn import nt_xent_loss as module
 
 
@@ -71,26 +71,3 @@ def test_wrong_arguments(arguments, expected):
 def test_wrong_shapes():
     with pytest.raises(ValueError, match="first and second must both be"):
         NTXentLoss()(torch.ones(2, 3), torch.ones(3, 3))
-
-
-def test_target_info_nce_is_a_sum_of_cross_entropies():
-    generator = torch.Generator().manual_seed(0)
-    encodings, contexts = (torch.randn(2, 4, 5, 3, dtype=torch.float64, generator=generator) for _ in range(2))
-    objective = TargetInfoNCE(4, target_channels=6, scale=0.3).double()
-    output = objective(encodings, contexts)
-
-    targets = objective.target_projection(encodings).permute(0, 2, 3, 1)
-    predictions = objective.prediction_projection(contexts).permute(0, 2, 3, 1) * 0.3
-    indices = torch.arange(30).view(2, 5, 3)
-    losses = [
-        F.cross_entropy(predictions[:, : 5 - step].flatten(0, 2) @ targets.flatten(0, 2).T, indices[:, step:].flatten())
-        for step in (2, 3, 4)
-    ]
-    torch.testing.assert_close(output.loss, losses[0] + 2 * losses[1] + 3 * losses[2], atol=1e-12, rtol=0)
-    torch.testing.assert_close(output.step_losses[0], torch.stack(losses).detach(), atol=1e-12, rtol=0)
-    assert output.mutual_information.item() == pytest.approx(math.log(30) - output.loss.item() / 6)
-
-
-def test_target_info_nce_refuses_grids_that_are_too_small():
-    with pytest.raises(ValueError, match="a grid of 2 rows is too small"):
-        TargetInfoNCE(4)(torch.ones(1, 4, 2, 2), torch.ones(1, 4, 2, 2))
