@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cpc_ext.nn.grid_info_nce import GridInfoNCE, GridInfoNCEOutput
+from cpc_ext.nn.grid_info_nce import GridInfoNCE, GridInfoNCEOutput, turned_grids
 from cpc_ext.nn.target_info_nce import TargetInfoNCE
 
 __all__ = ["CPC"]
@@ -91,14 +91,7 @@ class CPC(nn.Module):
         return self._contexts(self._turned(encodings))
 
     def _turned(self, encodings: Tensor) -> Tensor:
-        """The grid of every direction, [directions, B, D, rows, cols]."""
-        directions = self.objective.pred_directions
-        rows, cols = encodings.shape[2:]
-        if directions == 1:
-            return encodings.unsqueeze(0)
-        if rows != cols:
-            raise ValueError(f"pred_directions={directions} needs a square grid, got {rows} x {cols}")
-        return torch.stack([torch.rot90(encodings, -turns, (2, 3)) for turns in range(directions)])
+        return turned_grids(encodings, self.objective.pred_directions)
 
     def _contexts(self, grids: Tensor) -> Tensor:
         if isinstance(self.context, nn.ModuleList):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cpc_ext.models.layers import NORMS, check_norm, conv, reset_layers
-from cpc_ext.models.patch_encoder import PatchEncoder
+from cpc_ext.models.stacked_encoder import StackedEncoder
 
 __all__ = ["MobileNetV2Encoder"]
 
@@ -45,7 +45,7 @@ _STACKS = (
 _UNSTRIDED = {"imagenet": (), "cifar": (-1, 1)}
 
 
-class MobileNetV2Encoder(PatchEncoder):
+class MobileNetV2Encoder(StackedEncoder):
     """MobileNetV2 without its classifier over patches (Sandler et al. 2018, arXiv 1801.04381).
 
     A 3x3 convolution to 32 channels; 17 inverted residuals of 1x1 (wider), 3x3 (each channel on its own) and 1x1
@@ -72,6 +72,9 @@ class MobileNetV2Encoder(PatchEncoder):
     Raises:
         ValueError: an argument that is none of those above.
     """
+
+    stem_layers = ("conv1", "norm1")
+    head_layers = ("conv2", "norm2")
 
     def __init__(
         self,
@@ -116,8 +119,10 @@ class MobileNetV2Encoder(PatchEncoder):
                     with torch.no_grad():
                         block.conv3.weight.mul_(len(stack) ** -0.5)
 
-    def feature_maps(self, patches: Tensor) -> Tensor:
-        features = self.layers(F.relu6(self.norm1(self.conv1(patches))))
+    def stem(self, patches: Tensor) -> Tensor:
+        return F.relu6(self.norm1(self.conv1(patches)))
+
+    def head(self, features: Tensor) -> Tensor:
         return F.relu6(self.norm2(self.conv2(features)))
 
 
@@ -129,6 +134,7 @@ class _InvertedResidual(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, expansion: int, stride: int, norm: str) -> None:
         super().__init__()
+        self.out_channels = out_channels
         inside = in_channels * expansion
         self.widens = expansion > 1
         self.adds_input = stride == 1 and in_channels == out_channels

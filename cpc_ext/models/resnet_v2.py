@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from cpc_ext.models.layers import NORMS, check_norm, conv, reset_layers
-from cpc_ext.models.patch_encoder import PatchEncoder
+from cpc_ext.models.stacked_encoder import StackedEncoder
+from cpc_ext.nn.delta_orthogonal import delta_orthogonal_
 
 __all__ = ["ResNetV2Encoder"]
 
@@ -47,7 +48,7 @@ _EXPANSION = 4
 _STEMS = {"stl10": (5, 1), "cifar": (3, 1), "imagenet": (7, 2), "strided": (5, 2)}
 
 
-class ResNetV2Encoder(PatchEncoder):
+class ResNetV2Encoder(StackedEncoder):
     """ResNet of pre-activation blocks over patches (He et al. 2016, arXiv 1603.05027).
 
     ============== ================ ================================ ======================
@@ -89,6 +90,8 @@ class ResNetV2Encoder(PatchEncoder):
     Raises:
         ValueError: an argument that is none of those above.
     """
+
+    stem_layers = ("conv1", "norm1", "pool")
 
     def __init__(
         self,
@@ -142,17 +145,30 @@ class ResNetV2Encoder(PatchEncoder):
         self.out_channels = width
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Draw all convolutions anew, as the class describes it."""
+    def reset_parameters(self, init: str = "he") -> None:
+        """Draw all convolutions anew, as the class describes it.
+
+        init: "he", or "delta-orthogonal" for :func:`cpc_ext.nn.delta_orthogonal_` in place of He's normal weights, with
+        the same scaling of blocks without a norm; convolutions that follow a ReLU have the gain sqrt(2).
+
+        Raises:
+            ValueError: another init.
+        """
+        if init not in ("he", "delta-orthogonal"):
+            raise ValueError(f"init must be he or delta-orthogonal, got {init!r}")
         reset_layers(self)
+        if init == "delta-orthogonal":
+            for module in self.modules():
+                if isinstance(module, nn.Conv2d):
+                    delta_orthogonal_(module.weight, gain=1.0 if module is self.conv1 else 2**0.5)
         for stack in self.layers:
             for block in stack:
                 if isinstance(block.norm1, nn.Identity):
                     with torch.no_grad():
                         block.last_conv.weight.mul_(len(stack) ** -0.5)
 
-    def feature_maps(self, patches: Tensor) -> Tensor:
-        return self.layers(self.pool(self.norm1(self.conv1(patches))))
+    def stem(self, patches: Tensor) -> Tensor:
+        return self.pool(self.norm1(self.conv1(patches)))
 
 
 class _BasicBlock(nn.Module):
@@ -169,6 +185,10 @@ class _BasicBlock(nn.Module):
     @property
     def last_conv(self) -> nn.Conv2d:
         return self.conv2
+
+    @property
+    def out_channels(self) -> int:
+        return self.conv2.out_channels
 
     def forward(self, input: Tensor) -> Tensor:
         activated = torch.relu(self.norm1(input))
@@ -195,6 +215,10 @@ class _BottleneckBlock(nn.Module):
     @property
     def last_conv(self) -> nn.Conv2d:
         return self.conv3
+
+    @property
+    def out_channels(self) -> int:
+        return self.conv3.out_channels
 
     def forward(self, input: Tensor) -> Tensor:
         activated = torch.relu(self.norm1(input))

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from cpc_ext.models.layers import NORMS, check_norm, conv, reset_layers
-from cpc_ext.models.patch_encoder import PatchEncoder
+from cpc_ext.models.stacked_encoder import StackedEncoder
 
 __all__ = ["WideResNetEncoder"]
 
 _CHANNELS = (16, 32, 64)
 
 
-class WideResNetEncoder(PatchEncoder):
+class WideResNetEncoder(StackedEncoder):
     """Wide residual network over patches (Zagoruyko and Komodakis 2016, arXiv 1605.07146).
 
     A 3x3 convolution to 16 channels, three stacks of (depth - 4) / 6 pre-activation blocks of two 3x3 convolutions with
@@ -43,6 +43,8 @@ class WideResNetEncoder(PatchEncoder):
     Raises:
         ValueError: an argument that is none of those above.
     """
+
+    head_layers = ("norm1",)
 
     def __init__(
         self,
@@ -82,8 +84,11 @@ class WideResNetEncoder(PatchEncoder):
                     with torch.no_grad():
                         block.conv2.weight.mul_(len(stack) ** -0.5)
 
-    def feature_maps(self, patches: Tensor) -> Tensor:
-        return torch.relu(self.norm1(self.layers(self.conv1(patches))))
+    def stem(self, patches: Tensor) -> Tensor:
+        return self.conv1(patches)
+
+    def head(self, features: Tensor) -> Tensor:
+        return torch.relu(self.norm1(features))
 
 
 class _Block(nn.Module):
@@ -91,6 +96,7 @@ class _Block(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, stride: int, norm: str) -> None:
         super().__init__()
+        self.out_channels = channels
         self.norm1 = NORMS[norm](in_channels)
         self.conv1 = conv(in_channels, channels, 3, 1, norm)
         self.norm2 = NORMS[norm](channels)

@@ -1,5 +1,6 @@
 """Layers and losses made of ops."""
 
+from cpc_ext.nn.delta_orthogonal import delta_orthogonal_
 from cpc_ext.nn.grid_info_nce import GridInfoNCE, GridInfoNCEOutput
 from cpc_ext.nn.info_nce_loss import InfoNCELoss
 from cpc_ext.nn.masked_conv2d import MaskedConv2d
@@ -16,4 +17,5 @@ __all__ = [
     "NTXentOutput",
     "Patchify",
     "TargetInfoNCE",
+    "delta_orthogonal_",
 ]

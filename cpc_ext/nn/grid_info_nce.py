@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cpc_ext.nn.across_ranks import EXCHANGES, gather_from_ranks, position_in_world, ring_info_nce
 from cpc_ext.ops.info_nce import info_nce
 
-__all__ = ["GridInfoNCE", "GridInfoNCEOutput"]
+__all__ = ["GridInfoNCE", "GridInfoNCEOutput", "turned_grids"]
 
 # Its square is what logits of keys that are not contrasted are lowered by; float16 holds the number itself.
 _LOW = 2.0**15
@@ -42,6 +42,22 @@ class GridInfoNCEOutput(NamedTuple):
     mutual_information: Tensor
     step_losses: Tensor
     step_accuracies: Tensor
+
+
+def turned_grids(encodings: Tensor, directions: int) -> Tensor:
+    """The grid of every direction d, turned clockwise by 90° d times.
+
+    [B, D, rows, cols] → [directions, B, D, rows, cols].
+
+    Raises:
+        ValueError: a grid that is not square although there is more than one direction.
+    """
+    rows, cols = encodings.shape[2:]
+    if directions == 1:
+        return encodings.unsqueeze(0)
+    if rows != cols:
+        raise ValueError(f"pred_directions={directions} needs a square grid, got {rows} x {cols}")
+    return torch.stack([torch.rot90(encodings, -turns, (2, 3)) for turns in range(directions)])
 
 
 class GridInfoNCE(nn.Module):
@@ -175,6 +191,20 @@ class GridInfoNCE(nn.Module):
         loss = step_losses.mean()
         most = sum(math.log(max(count, 1)) for count in contrasted) / len(contrasted)
         return GridInfoNCEOutput(loss, step_rights.mean(), most - loss.detach(), step_losses.detach(), step_rights)
+
+    def draw_negatives(self, encodings: Tensor, generator: torch.Generator | None = None) -> list[Tensor] | None:
+        """Negatives as :meth:`forward` would draw them for these encodings, in the form in which it takes them.
+
+        For several losses of one grid that are to contrast at the same places. encodings: [B, D, rows, cols] or
+        [directions, B, D, rows, cols], of which only the shape and the device count. None where ``neg_samples="all"``.
+        """
+        if self.neg_samples == "all":
+            return None
+        world = position_in_world()[1] if self.gather_negatives == "gather" else 1
+        images, (rows, cols) = encodings.shape[-4] * world, encodings.shape[-2:]
+        sizes = [max(rows - step - self.skip, 0) * cols * images for step in range(1, self.pred_steps + 1)]
+        drawn = self._draw(sizes, encodings.device, generator)
+        return [draw[direction] for direction in range(self.pred_directions) for draw in drawn]
 
     def extra_repr(self) -> str:
         directions, steps, context_channels, encoding_channels = self.weight.shape

@@ -1,9 +1,9 @@
-"""Greedy InfoMax's context network and loss, reproduced from its weights."""
+"""Greedy InfoMax's modules, context network and loss, reproduced from its weights."""
 
 import pytest
 import torch
 
-from cpc_ext.models import GatedPixelCNNContext
+from cpc_ext.models import GatedPixelCNNContext, GreedyInfoMax, ResNetV2Encoder
 from cpc_ext.nn import GridInfoNCE
 
 # The program takes log(p + 1e-11), which moves its loss and gradients this far from an exact log-softmax.
@@ -51,3 +51,70 @@ def test_info_nce(golden, dtype, tolerance):
     torch.testing.assert_close(contexts.grad, expected["grad_c"], **tolerance)
     for step in range(steps):
         torch.testing.assert_close(objective.weight.grad[0, step], expected[f"grad_W.{step}"][:, :, 0, 0], **tolerance)
+
+
+def encoder_name(module, name):
+    """A module's parameter name in the program → that of the whole encoder here."""
+    stack = "model.layer 0."
+    if name.startswith(stack):
+        return f"layers.{module}." + name.removeprefix(stack).replace("shortcut.0.", "shortcut.")
+    return name.replace("model.Conv1", "conv1")
+
+
+@pytest.fixture
+def modules(golden):
+    """The problem and the model with its weights, in a dtype."""
+
+    def load(dtype):
+        problem = golden("greedy_infomax.modules")
+        config, tensors = problem.config, problem.tensors
+        encoder = ResNetV2Encoder(
+            in_channels=1,
+            blocks=config["blocks"],
+            channels=config["channels"],
+            stem_channels=config["channels"][0],
+            patch_size=config["patch"],
+            stride=config["patch"] // config["overlap"],
+        )
+        model = GreedyInfoMax(encoder, 3, pred_steps=config["prediction_step"], neg_samples=config["negative_samples"])
+        model = model.to(dtype)
+        state = {}
+        for module in range(3):
+            own = problem.state(f"state.{module}.")
+            state |= {
+                f"encoder.{encoder_name(module, name)}": value for name, value in own.items() if "W_k" not in name
+            }
+            matrices = [own[f"loss.W_k.{step}.weight"][:, :, 0, 0] for step in range(config["prediction_step"])]
+            state[f"objectives.{module}.weight"] = torch.stack(matrices).unsqueeze(0)
+        model.load_state_dict(state)
+        negatives = [
+            [
+                tensors[f"negatives.{module}.{step}"].view(-1, config["negative_samples"])
+                for step in range(config["prediction_step"])
+            ]
+            for module in range(3)
+        ]
+        return model, tensors["x"].to(dtype), negatives, tensors
+
+    return load
+
+
+def test_module_outputs(modules):
+    model, images, _, expected = modules(torch.float64)
+    for module, encodings in enumerate(model.encodings_by_module(images)):
+        torch.testing.assert_close(encodings, expected[f"out.{module}"], **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, LOG_EPSILON_TOLERANCE), (torch.float32, {"atol": 1e-5, "rtol": 1e-5})]
+)
+def test_module_losses(modules, dtype, tolerance):
+    model, images, negatives, expected = modules(dtype)
+
+    for module, output in enumerate(model.outputs(images, negatives=negatives)):
+        output.loss.backward()
+        torch.testing.assert_close(output.loss, expected[f"loss.{module}"].to(dtype), **tolerance)
+
+    # Only the first module's loss reaches the first module.
+    gradient = expected["grad.0.model.Conv1.weight"].to(dtype)
+    torch.testing.assert_close(model.encoder.conv1.weight.grad, gradient, **tolerance)
