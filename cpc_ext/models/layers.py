@@ -7,13 +7,15 @@ from collections.abc import Callable
 
 from torch import nn
 
+from cpc_ext.nn.group_norm import GroupNorm
+
 __all__ = ["NORMS", "check_norm", "conv", "reset_layers"]
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "none": lambda channels: nn.Identity(),
     "batch": nn.BatchNorm2d,
-    "layer": lambda channels: nn.GroupNorm(1, channels),
-    "instance": lambda channels: nn.GroupNorm(channels, channels),
+    "layer": lambda channels: GroupNorm(1, channels),
+    "instance": lambda channels: GroupNorm(channels, channels),
 }
 
 

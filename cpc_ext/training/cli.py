@@ -154,4 +154,6 @@ def describe(config: RunConfig) -> str:
 def _as_option(name: str, value: object) -> str:
     if isinstance(value, bool):
         return option(name) if value else option(f"no_{name}")
+    if isinstance(value, tuple):
+        return " ".join([option(name), *map(str, value)])
     return f"{option(name)} {shlex.quote(f'{value:g}' if isinstance(value, float) else str(value))}"

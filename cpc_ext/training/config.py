@@ -23,6 +23,8 @@ __all__ = [
     "CPCv2Section",
     "DataSection",
     "DeviceSection",
+    "GreedyConfig",
+    "GreedySection",
     "OptimizationSection",
     "OptionError",
     "OutputSection",
@@ -39,7 +41,7 @@ __all__ = [
     "validate_config",
 ]
 
-Model = Literal["cpc-v1", "cpc-v2", "pixelcnn", "gated-pixelcnn", "simclr"]
+Model = Literal["cpc-v1", "cpc-v2", "pixelcnn", "gated-pixelcnn", "simclr", "greedy-infomax"]
 DatasetName = Literal["textures", "stl10", "cifar10", "cifar100", "folder"]
 Encoder = Annotated[str, AfterValidator(check_encoder_name)]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -222,6 +224,74 @@ class CPCv2Section(_PredictionSection):
     )
 
 
+class GreedySection(_Section):
+    """The modules of Greedy InfoMax, what they learn by, and in which order or place."""
+
+    modules: int = Field(
+        3,
+        ge=1,
+        description="Modules that the encoder's stacks are shared among, each with a loss of its own. 1 is the encoder "
+        "end to end, with a context network: CPC.",
+    )
+    split_at: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        None,
+        description="Blocks that all modules but the first begin with, counted from 0 over all stacks; replaces "
+        "--modules.",
+    )
+    objective: Literal["infonce", "supervised"] = Field(
+        "infonce",
+        description="What a module learns by: InfoNCE, or the labels through a linear classifier of its own (with "
+        "--modules 1 a supervised encoder end to end).",
+    )
+    init: Literal["he", "delta-orthogonal"] = Field(
+        "he",
+        description="Initial weights of the encoder: He et al.'s, or Xiao et al. 2018's, arXiv 1806.05393.",
+    )
+    train_module: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="Train this module alone, counted from 0; those before it are frozen, as --init-from has them. "
+        "None: all at once.",
+    )
+    init_from: Path | None = Field(
+        None, description="Folder of the run that trained the modules before --train-module."
+    )
+    cache_outputs: Path | None = Field(
+        None,
+        description="Folder to keep the outputs of the frozen modules in, computed once and read from the disk. It "
+        "fixes the crops: --cache-views of each image. None: they are computed in every step, for new crops.",
+    )
+    cache_views: int = Field(
+        1, ge=1, description="Random crops of each image whose outputs are kept with --cache-outputs."
+    )
+    pipeline: bool = Field(
+        False,
+        description="Under torchrun: a process, and GPU, for every module, which gets the features of the one before. "
+        "Otherwise each process trains all modules on its part of a batch.",
+    )
+
+    @property
+    def count(self) -> int:
+        """Number of modules."""
+        return self.modules if self.split_at is None else len(self.split_at) + 1
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> GreedySection:
+        if self.train_module is not None and self.train_module >= self.count:
+            raise ValueError(f"--train-module {self.train_module}: there are {self.count} modules, counted from 0")
+        if self.init_from is None and self.train_module:
+            raise ValueError(
+                f"--train-module {self.train_module} needs --init-from, the folder of the run that trained module "
+                f"{self.train_module - 1}"
+            )
+        if self.init_from is not None and not self.train_module:
+            raise ValueError("--init-from needs --train-module 1 or higher: it gives the modules before that")
+        if self.cache_outputs is not None and not self.train_module:
+            raise ValueError("--cache-outputs needs --train-module 1 or higher: only frozen modules are cached")
+        if self.pipeline and (self.train_module is not None or self.count == 1):
+            raise ValueError("--pipeline trains several modules at a time: it needs --modules and no --train-module")
+        return self
+
+
 class SimCLRSection(_ContrastiveSection):
     """The networks, the views and the loss of SimCLR."""
 
@@ -344,7 +414,8 @@ class RunConfig(_Section):
         "cpc-v1",
         description="What to train; it decides which options there are. cpc-v1: van den Oord et al. 2018, arXiv "
         "1807.03748. cpc-v2: Hénaff et al. 2019, arXiv 1905.09272. pixelcnn: 2016, arXiv 1601.06759. gated-pixelcnn: "
-        "2016, arXiv 1606.05328. simclr: Chen et al. 2020, arXiv 2002.05709.",
+        "2016, arXiv 1606.05328. simclr: Chen et al. 2020, arXiv 2002.05709. greedy-infomax: "
+        "Löwe et al. 2019, arXiv 1905.11786.",
     )
     data: DataSection = Field(default_factory=DataSection)
     optimization: OptimizationSection
@@ -356,6 +427,11 @@ class RunConfig(_Section):
         if type(self) is not config_class(self.model):
             raise ValueError(f"--model {self.model} has other options than these: give it without --config")
         return self
+
+    @property
+    def pipeline(self) -> bool:
+        """Whether each process trains a part of the model."""
+        return False
 
     def to_yaml(self) -> str:
         """As the text of a config.yaml, which :func:`load_config` reads back to an equal config."""
@@ -389,6 +465,16 @@ class CPCv2Config(_PredictionConfig):
     cpc: CPCv2Section = Field(default_factory=CPCv2Section)
 
 
+class GreedyConfig(CPCConfig):
+    """A run of Greedy InfoMax, or of the supervised encoders it is compared with."""
+
+    greedy: GreedySection = Field(default_factory=GreedySection)
+
+    @property
+    def pipeline(self) -> bool:
+        return self.greedy.pipeline
+
+
 class SimCLRConfig(RunConfig):
     """A run of SimCLR."""
 
@@ -413,6 +499,7 @@ _CONFIGS: dict[str, type[RunConfig]] = {
     "pixelcnn": PixelCNNConfig,
     "gated-pixelcnn": PixelCNNConfig,
     "simclr": SimCLRConfig,
+    "greedy-infomax": GreedyConfig,
 }
 
 

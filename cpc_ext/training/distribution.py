@@ -7,6 +7,7 @@ are taken by all alike, and only the main process writes files and talks. A proc
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,11 +42,13 @@ class Ranks:
         rank: this process, from 0.
         world_size: number of processes.
         device: where this one computes.
+        pipeline: each process trains a part of the model on whole batches, instead of all of it on a part of each.
     """
 
     device: torch.device
     rank: int = 0
     world_size: int = 1
+    pipeline: bool = False
     _control: Any = None
     _patient: Any = None
 
@@ -57,7 +60,7 @@ class Ranks:
     @property
     def share(self) -> BatchShare:
         """This process's part of a batch."""
-        return BatchShare(self.rank, self.world_size)
+        return BatchShare() if self.pipeline else BatchShare(self.rank, self.world_size)
 
     def say(self, text: str) -> None:
         """Print, once for all processes."""
@@ -65,8 +68,8 @@ class Ranks:
             print(text, flush=self.world_size > 1)
 
     def mean(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Means over the processes of scalars that all have; without gradient. Does not wait for the device."""
-        if self.world_size == 1:
+        """Means over the processes that share a batch; without gradient. Does not wait for the device."""
+        if self.share.world_size == 1:
             return values
         stacked = torch.stack([value.detach().float() for value in values.values()]) / self.world_size
         dist.all_reduce(stacked)
@@ -79,6 +82,44 @@ class Ranks:
         flags = torch.tensor(int(flag))
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._control)
         return bool(flags)
+
+    def first(self, step: int | None) -> int | None:
+        """The lowest step that any process has; None where none has one."""
+        if self.world_size == 1:
+            return step
+        none = torch.iinfo(torch.int64).max
+        lowest = torch.tensor(none if step is None else step)
+        dist.all_reduce(lowest, dist.ReduceOp.MIN, group=self._control)
+        return None if int(lowest) == none else int(lowest)
+
+    def any_before(self, flag: bool, pending: deque[tuple[Any, Tensor]], delay: int) -> bool:
+        """Whether the flag was set in any process ``delay`` calls ago, so that none has to wait for the others' calls.
+
+        pending: the calls since, empty before the first; the caller keeps it and waits for what is left in the end.
+        """
+        flags = torch.tensor(int(flag))
+        pending.append((dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._control, async_op=True), flags))
+        if len(pending) <= delay:
+            return False
+        work, flags = pending.popleft()
+        work.wait()
+        return bool(flags)
+
+    def gather(self, value: T) -> list[T]:
+        """What every process passes, which must pickle, in the order of the ranks, in all of them."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def gather_on_main(self, value: T) -> list[T] | None:
+        """The same in the main process alone; None in the others."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.world_size if self.main else None
+        dist.gather_object(value, values, dst=0, group=self._patient)
+        return values
 
     def wait(self) -> None:
         """Wait until all processes are here, however long it takes them."""

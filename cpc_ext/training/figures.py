@@ -15,7 +15,7 @@ from PIL import Image
 
 from cpc_ext.training.atomic_file import atomic_file
 
-__all__ = ["curves", "likelihood_curves", "model_inputs", "nearest_patches", "save", "save_images"]
+__all__ = ["curves", "likelihood_curves", "model_inputs", "nearest_patches", "save", "save_images", "smoothed"]
 
 _DPI = 130
 _BLUE, _GRAY, _GREEN, _RED = "#1f5fa8", "#8a8a8a", "#2e8b57", "#c0392b"
@@ -43,7 +43,7 @@ def curves(metrics: Sequence[dict[str, float]], guessing: dict[str, float]) -> F
     )
     for axes, (name, label) in panels:
         values = np.array([record[name] for record in metrics])
-        smooth = _smoothed(values)
+        smooth = smoothed(values)
         # A run so short that it has few points shows them, as a line through them might be invisible.
         marker = "o" if len(steps) < 10 else None
         axes.plot(steps, values, color=_BLUE, alpha=0.3, linewidth=1, marker=marker, label="logged")
@@ -82,7 +82,7 @@ def likelihood_curves(metrics: Sequence[dict[str, float]], static_histogram: flo
         marker = "o" if len(steps) < 10 else None
         if name == "bits_per_dim":
             axes.plot(steps, values, color=color, alpha=0.3, linewidth=1, marker=marker)
-            values = _smoothed(values)
+            values = smoothed(values)
         axes.plot(steps, values, color=color, linewidth=2, marker=marker, label=label)
         axes.set_title(f"{label}: {values[-1]:.3f} bits/dim")
     axes.axhline(static_histogram, color=_GRAY, linestyle="--", linewidth=1, label="static histogram")
@@ -180,7 +180,7 @@ def nearest_patches(
     return figure
 
 
-def _smoothed(values: np.ndarray) -> np.ndarray:
+def smoothed(values: np.ndarray) -> np.ndarray:
     """Running mean over the last values; over fewer at the start, where there are none before."""
     window = max(1, round(_SMOOTHING * len(values)))
     sums = np.cumsum(np.concatenate([[0.0], values]))

@@ -7,7 +7,6 @@ take the same steps; what is measured is averaged over them at once, so that all
 
 from __future__ import annotations
 
-import inspect
 import sys
 import time
 from collections.abc import Iterator
@@ -15,25 +14,24 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch import nn
 from tqdm import tqdm
 
-from cpc_ext.data import EpochSampler, ImageFetcher
+from cpc_ext.data import EpochSampler
 from cpc_ext.training.atomic_file import replace_with_link
 from cpc_ext.training.checkpoint import save_checkpoint
 from cpc_ext.training.config import RunConfig
 from cpc_ext.training.distribution import Ranks
 from cpc_ext.training.errors import TrainingError, warn
+from cpc_ext.training.learner import Learner
 from cpc_ext.training.meter import FiniteGuard, Meter
-from cpc_ext.training.precision import autocast, grad_scaler
+from cpc_ext.training.pipeline import PipelineLink, to_cpu
 from cpc_ext.training.random_streams import RandomStreams
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.run_log import RunLog
 from cpc_ext.training.schedule import learning_rate
 from cpc_ext.training.stop_request import StopRequest
-from cpc_ext.training.task import Task
+from cpc_ext.training.task import Fetcher, Handover, Task
 
 __all__ = ["Trainer"]
 
@@ -70,33 +68,26 @@ class Trainer:
                 len(task.images),
                 options.batch_size,
                 seed=config.compute.seed,
-                rank=ranks.rank,
-                world_size=ranks.world_size,
+                rank=ranks.share.rank,
+                world_size=ranks.share.world_size,
             )
         except ValueError as error:
             raise TrainingError(f"--batch-size: {error}") from None
-        self._fetch = ImageFetcher(task.images, device)
         self._streams = RandomStreams(config.compute.seed, device, ranks.share)
-        if ranks.world_size > 1:
+        if ranks.share.world_size > 1:
             self._share_batch_norm()
-        self._parameters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
-        # Fused, it also unscales fp16 gradients and skips overflowed steps without asking the host.
-        fused = device.type in ("cpu", "cuda")
-        if options.weight_decay:
-            self._optimizer = torch.optim.AdamW(
-                self._parameters, lr=options.lr, weight_decay=options.weight_decay, fused=fused
-            )
-        else:
-            self._optimizer = torch.optim.Adam(self._parameters, lr=options.lr, fused=fused)
-        self._scaler = grad_scaler(device, config.compute.precision)
         if config.compute.compile:
-            task.model.compile()
-        self._losses: nn.Module = _Losses(task)
-        if ranks.world_size > 1:
-            # Buffers are masks, and the running statistics of batch norm, which nothing in training reads.
-            known = inspect.signature(DistributedDataParallel).parameters
-            name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-            self._losses = DistributedDataParallel(self._losses, **{name: False})
+            task.compile()
+        self._parts = task.parts()
+        if ranks.pipeline and len(self._parts) != ranks.world_size:
+            raise TrainingError(
+                f"--pipeline needs a process for each of {len(self._parts)} modules: start it by torchrun "
+                f"--standalone --nproc-per-node {len(self._parts)}, not with {ranks.world_size}"
+            )
+        mine = [ranks.rank] if ranks.pipeline else range(len(self._parts))
+        self._learners = [Learner(index, self._parts[index], config, ranks) for index in mine]
+        self._parameters = [parameter for learner in self._learners for parameter in learner.parameters]
+        self._line = PipelineLink(ranks) if ranks.pipeline else None
         self._guard = FiniteGuard(device)
         self._since_log = Meter(device)
         self._since_best = Meter(device)
@@ -113,24 +104,27 @@ class Trainer:
     @property
     def checkpoint_bytes(self) -> int:
         """Size of a checkpoint: parameters and buffers, and Adam's two moments of each parameter."""
-        tensors = [*self._parameters, *self._parameters, *self._task.model.state_dict().values()]
+        trained = [parameter for part in self._parts for parameter in part.parameters()]
+        tensors = [*trained, *trained, *self._task.model.state_dict().values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint. TrainingError where it does not fit this run."""
         try:
             self._task.model.load_state_dict(state["model"])
-            self._optimizer.load_state_dict(state["optimizer"])
-            self._scaler.load_state_dict(state["scaler"])
+            for learner in self._learners:
+                learner.load_state_dict(
+                    {name: self._of_part(state[name], learner.index) for name in ("optimizer", "scaler")}
+                )
             self._streams.load_state_dict(state["streams"])
             self._sampler.load_state_dict(state["sampler"])
-            self._since_log.load_state_dict(state["since_log"])
-            self._since_best.load_state_dict(state["since_best"])
+            self._since_log.load_state_dict(self._of_this_process(state["since_log"]))
+            self._since_best.load_state_dict(self._of_this_process(state["since_best"]))
             self._best_loss = state["best_loss"]
             self.seconds = state["seconds"]
             self.last_metrics = state["last_metrics"]
             self.step = self._saved_step = state["step"]
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (IndexError, KeyError, ValueError, RuntimeError) as error:
             raise TrainingError(f"--resume: {self._run.checkpoint} does not fit this run: {error}") from None
         if self.total_steps < self.step:
             raise TrainingError(
@@ -148,9 +142,11 @@ class Trainer:
         self._task.model.train()
         if self.step == 0:
             # From here on there is something to resume, and the disk has proved to take a checkpoint.
-            self._ranks.on_main(self._save_first)
+            state = self._state()
+            self._ranks.on_main(lambda: self._save_first(state))
             self._saved_step = 0
         batches = self._batches()
+        fetch = self._task.fetcher(self._device, self._streams)
         self._logged_step, self._logged_seconds = self.step, self.seconds
         self._start_clock()
         # Where the bar is not redrawn but written line after line, a few lines a minute are enough.
@@ -163,9 +159,8 @@ class Trainer:
             dynamic_ncols=True,
             disable=not self._ranks.main,
         ) as bar:
-            while self.step < self.total_steps and not self._ranks.any(stop.signal is not None):
-                batch = next(batches)
-                self._update(self._fetch(batch), self._fetch.labels(batch))
+            while self.step < self.total_steps and not self._stopping(stop.signal is not None):
+                self._update(next(batches), fetch)
                 bar.update()
                 if self.step % options.log_every == 0 or self.step == self.total_steps:
                     self._log(log, bar)
@@ -176,10 +171,16 @@ class Trainer:
                     self._save(log, complete_interval=True)
             if self.step < self.total_steps and self.step % options.checkpoint_every != 0:
                 self._save(log, complete_interval=False)
+        if self._line is not None:
+            self._line.finish()
 
-    def _save_first(self) -> None:
+    def _stopping(self, asked: bool) -> bool:
+        """Whether all processes are to stop before the next step, as any of them was asked to."""
+        return self._ranks.any(asked) if self._line is None else self._line.any(asked)
+
+    def _save_first(self, state: dict[str, Any]) -> None:
         try:
-            save_checkpoint(self._run.checkpoint, self._state())
+            save_checkpoint(self._run.checkpoint, state)
         except OSError as error:
             raise TrainingError(f"--out-dir: cannot write {self._run.checkpoint}: {error}") from None
 
@@ -195,28 +196,54 @@ class Trainer:
         while True:
             yield from self._sampler
 
-    def _update(self, images: Tensor, labels: Tensor | None) -> None:
-        """One step: forward, backward, and an update of the parameters; nothing here waits for the device."""
-        options = self._config.optimization
+    def _update(self, batch: np.ndarray, fetch: Fetcher) -> None:
+        """One step: an update of every part; nothing here waits for the device."""
         self.step += 1
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._learning_rate(self.step)
-        self._optimizer.zero_grad(set_to_none=True)
-        with autocast(self._device, self._config.compute.precision):
-            values = self._losses(images, labels, self._streams)
-        self._scaler.scale(values["loss"]).backward()
-        values = self._ranks.mean(values)
-        self._scaler.unscale_(self._optimizer)
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        norm = get_total_norm(gradients)
-        if options.clip_grad is not None:
-            clip_grads_with_norm_(self._parameters, options.clip_grad, norm)
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-        # Loss scaling finds its factor by overflowing now and then; such gradients are expected and not applied.
-        self._guard.watch(self.step, values["loss"], *([] if self._scaler.is_enabled() else [norm]))
-        self._since_log.add({**values, "grad_norm": norm})
-        self._since_best.add({"loss": values["loss"]})
+        labels = fetch.labels(batch)
+        first = self._learners[0].index == 0
+        handed = Handover(fetch(batch) if first or self._line is None else self._line.receive())
+        measured = {}
+        for learner in self._learners:
+            values, handed = learner.update(
+                self.step,
+                handed,
+                labels,
+                self._streams,
+                learning_rate=self._learning_rate(self.step),
+                guard=self._guard,
+            )
+            measured |= {self._named(name, learner.index): value for name, value in values.items()}
+        if self._line is not None:
+            self._line.send(handed.features)
+        self._since_log.add(measured)
+        losses = [self._named("loss", learner.index) for learner in self._learners]
+        self._since_best.add({name: measured[name] for name in losses})
+
+    def _named(self, name: str, part: int) -> str:
+        """What a part's value is called where there are several parts."""
+        return name if len(self._parts) == 1 else f"{name}_module_{part}"
+
+    def _means(self, meter: Meter) -> dict[str, float]:
+        """A meter's means of all parts, and where there are several also over them, which come first."""
+        means = meter.means()
+        if self._line is not None:
+            means = {name: value for found in self._ranks.gather(means) for name, value in found.items()}
+        if len(self._parts) == 1:
+            return means
+        names = [name.removesuffix("_module_0") for name in means if name.endswith("_module_0")]
+        count = len(self._parts)
+        over_parts = {name: sum(means[self._named(name, part)] for part in range(count)) / count for name in names}
+        return over_parts | means
+
+    def _of_this_process(self, meter: dict[str, Any]) -> dict[str, Any]:
+        """A meter's state with the values that this process measures: in a pipeline those of its part."""
+        if self._line is None:
+            return meter
+        mine = self._named("", self._ranks.rank)
+        return {**meter, "sums": {name: value for name, value in meter["sums"].items() if name.endswith(mine)}}
+
+    def _of_part(self, states: Any, part: int) -> Any:
+        return states if len(self._parts) == 1 else states[part]
 
     def _learning_rate(self, step: int) -> float:
         options = self._config.optimization
@@ -230,7 +257,7 @@ class Trainer:
         )
 
     def _log(self, log: RunLog | None, bar: tqdm[NoReturn]) -> None:
-        means = self._since_log.means()
+        means = self._means(self._since_log)
         self._since_log.reset()
         self._check_finite(parameters=False)
         self._stop_clock()
@@ -274,15 +301,16 @@ class Trainer:
         self._check_finite(parameters=True)
         best = False
         if complete_interval:
-            loss = self._since_best.means().get("loss", float("inf"))
+            loss = self._means(self._since_best).get("loss", float("inf"))
             self._since_best.reset()
             best = loss < self._best_loss
             self._best_loss = min(loss, self._best_loss)
+        state = self._state()
         if log is not None:
             # A checkpoint never knows of logged steps that are not on the disk.
             log.sync()
             try:
-                save_checkpoint(self._run.checkpoint, self._state())
+                save_checkpoint(self._run.checkpoint, state)
                 self._saved_step = self.step
                 if best:
                     replace_with_link(self._run.checkpoint, self._run.best)
@@ -296,15 +324,18 @@ class Trainer:
     def _check_finite(self, *, parameters: bool) -> None:
         """Stop where a loss or gradient since the start, or a parameter now, is not finite."""
         step = self._guard.first_bad_step()
+        if step is None and parameters:
+            finite = torch.stack([value.isfinite().all() for value in self._parameters]).all()
+            step = None if finite else self.step
+        step = self._ranks.first(step)
         if step is None:
-            if not parameters or torch.stack([value.isfinite().all() for value in self._parameters]).all():
-                return
-            step = self.step
+            return
+        state = self._state()
         kept = "" if self._saved_step is None else f"; the checkpoint of step {self._saved_step} is kept"
         if not self._ranks.main:
             raise SystemExit(1)  # The main process, which is here as well, says why.
         try:
-            save_checkpoint(self._run.diverged, self._state())
+            save_checkpoint(self._run.diverged, state)
             kept += f", the state with it is in {self._run.diverged}"
         except OSError as error:
             warn(f"could not save {self._run.diverged} ({error})")
@@ -322,21 +353,41 @@ class Trainer:
         )
 
     def _state(self) -> dict[str, Any]:
+        """All that a checkpoint holds; complete in the main process. All processes call it."""
+        learners = [learner.state_dict() for learner in self._learners]
+        meters = {"since_log": self._since_log.state_dict(), "since_best": self._since_best.state_dict()}
+        if self._line is not None:
+            learners, meters = self._collect(learners[0], meters)
+        single = len(self._parts) == 1
         return {
             "step": self.step,
             "config": self._config.model_dump(mode="json"),
             "description": self._task.description(),
             "model": self._task.model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "scaler": self._scaler.state_dict(),
+            **{
+                name: learners[0][name] if single else [learner[name] for learner in learners]
+                for name in ("optimizer", "scaler")
+            },
             "streams": self._streams.state_dict(),
             "sampler": self._sampler.state_dict(),
-            "since_log": self._since_log.state_dict(),
-            "since_best": self._since_best.state_dict(),
+            **meters,
             "best_loss": self._best_loss,
             "last_metrics": self.last_metrics,
             "seconds": self.seconds,
         }
+
+    def _collect(self, learner: dict[str, Any], meters: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """In the main process of a pipeline: all parts' learners and meters, their weights going into its own model."""
+        part = self._parts[self._ranks.rank].state_dict()
+        found = self._ranks.gather_on_main(to_cpu((part, learner, meters)))
+        if found is None:
+            return [learner], meters
+        for module, (weights, _, _) in zip(self._parts[1:], found[1:], strict=True):
+            module.load_state_dict(weights)
+        for name, meter in meters.items():
+            for _, _, others in found:
+                meter["sums"] |= others[name]["sums"]
+        return [learner for _, learner, _ in found], meters
 
     def _start_clock(self) -> None:
         self._started = time.perf_counter()
@@ -346,15 +397,3 @@ class Trainer:
         now = time.perf_counter()
         self.seconds += now - self._started
         self._started = now
-
-
-class _Losses(nn.Module):
-    """A task's forward pass as a module, which is what DistributedDataParallel wraps."""
-
-    def __init__(self, task: Task) -> None:
-        super().__init__()
-        self.model = task.model
-        self._task = task
-
-    def forward(self, images: Tensor, labels: Tensor | None, streams: RandomStreams) -> dict[str, Tensor]:
-        return self._task.losses(images, labels, streams)

@@ -76,28 +76,35 @@ _SIMCLR_CIFAR = {
     "optimization": _SIMCLR_OPTIMIZATION,
 }
 
-PRESETS: dict[tuple[str, str], dict[str, Any]] = {
-    # Minutes on two CPU cores. Grey patches of their own mean and contrast share nothing with their neighbours but the
-    # structure that runs through both.
-    ("cpc-v1", "textures"): {
-        "view": {"crop": 56, "grid_size": 6, "patch_norm": True},
-        "cpc": {
-            "encoder": "resnet-small",
-            "norm": "layer",
-            "context_layers": 1,
-            "pred_steps": 3,
-            "pred_directions": 2,
-            "neg_samples": "all",
-        },
-        "optimization": {
-            "steps": 1200,
-            "batch_size": 16,
-            "lr": 1e-3,
-            "schedule": "cosine",
-            "warmup_steps": 50,
-            "clip_grad": 10.0,
-        },
+# Minutes on two CPU cores. Grey patches of their own mean and contrast share nothing with their neighbours but the
+# structure that runs through both.
+_CPC_V1_TEXTURES = {
+    "view": {"crop": 56, "grid_size": 6, "patch_norm": True},
+    "cpc": {
+        "encoder": "resnet-small",
+        "norm": "layer",
+        "context_layers": 1,
+        "pred_steps": 3,
+        "pred_directions": 2,
+        "neg_samples": "all",
     },
+    "optimization": {
+        "steps": 1200,
+        "batch_size": 16,
+        "lr": 1e-3,
+        "schedule": "cosine",
+        "warmup_steps": 50,
+        "clip_grad": 10.0,
+    },
+}
+_CPC_V1_FOLDER = {
+    "view": {"crop": 64, "grid_size": 7, "patch_norm": True},
+    "cpc": {"encoder": "resnet14", "norm": "layer", "pred_steps": 5, "neg_samples": "all"},
+    "optimization": {"epochs": 100, "batch_size": 32, "schedule": "cosine", "warmup_steps": 500, "clip_grad": 10.0},
+}
+
+PRESETS: dict[tuple[str, str], dict[str, Any]] = {
+    ("cpc-v1", "textures"): _CPC_V1_TEXTURES,
     # The example settings of CPCV2-PyTorch.
     ("cpc-v1", "stl10"): {
         "view": {"crop": 64, "grid_size": 7},
@@ -106,11 +113,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     },
     ("cpc-v1", "cifar10"): _CPC_V1_CIFAR,
     ("cpc-v1", "cifar100"): _CPC_V1_CIFAR,
-    ("cpc-v1", "folder"): {
-        "view": {"crop": 64, "grid_size": 7, "patch_norm": True},
-        "cpc": {"encoder": "resnet14", "norm": "layer", "pred_steps": 5, "neg_samples": "all"},
-        "optimization": {"epochs": 100, "batch_size": 32, "schedule": "cosine", "warmup_steps": 500, "clip_grad": 10.0},
-    },
+    ("cpc-v1", "folder"): _CPC_V1_FOLDER,
     # Minutes on two CPU cores.
     ("cpc-v2", "textures"): {
         "view": {"crop": 56, "grid_size": 6, "gray": False, "patch_norm": True},
@@ -138,6 +141,16 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "cpc": {"encoder": "resnet161", "pred_steps": 3},
         "optimization": {"epochs": 200, "batch_size": 16, "schedule": "cosine", "warmup_steps": 500, "clip_grad": 10.0},
     },
+    ("greedy-infomax", "textures"): _CPC_V1_TEXTURES,
+    # The published settings: ResNet-50 v2 without its last stack and without norm.
+    ("greedy-infomax", "stl10"): {
+        "view": {"crop": 64, "grid_size": 7},
+        "cpc": {"encoder": "resnet41", "pred_steps": 5, "neg_samples": 16},
+        "optimization": {"epochs": 300, "batch_size": 32, "lr": 1.5e-4},
+    },
+    ("greedy-infomax", "cifar10"): _CPC_V1_CIFAR,
+    ("greedy-infomax", "cifar100"): _CPC_V1_CIFAR,
+    ("greedy-infomax", "folder"): _CPC_V1_FOLDER,
     # About the computing time of CPC on the same images.
     ("simclr", "textures"): {
         "simclr": {

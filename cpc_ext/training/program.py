@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from cpc_ext.training.cpc_v1 import CPCv1Task
 from cpc_ext.training.cpc_v2 import CPCv2Task
 from cpc_ext.training.distribution import Ranks, joined_ranks, lost_contact
 from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.greedy import GreedyTask
 from cpc_ext.training.loop import Trainer
 from cpc_ext.training.pixelcnn import PixelCNNTask
 from cpc_ext.training.precision import check_device
@@ -43,6 +45,7 @@ TASKS: dict[str, type[Task]] = {
     "pixelcnn": PixelCNNTask,
     "gated-pixelcnn": PixelCNNTask,
     "simclr": SimCLRTask,
+    "greedy-infomax": GreedyTask,
 }
 
 # What a resumed run may do differently: none of it changes what the steps so far were.
@@ -56,6 +59,7 @@ _MAY_CHANGE = {
     "log_every",
     "checkpoint_every",
     "sample_every",
+    "pipeline",
 }
 
 
@@ -93,6 +97,7 @@ def _lost(error: RuntimeError, path: Path | None) -> str:
 def _run(command: Command) -> int:
     config = command.run
     with joined_ranks(config.compute.device) as ranks:
+        ranks = replace(ranks, pipeline=config.pipeline)
         check_device(str(ranks.device))
         if ranks.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # All batches have one shape, so the search pays once.
@@ -150,6 +155,8 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
 
     log = RunLog(run, after_step=trainer.step) if ranks.main else None
     try:
+        with _timed(phases, "data"):
+            task.prepare(ranks, resumed=state is not None)
         several = ranks.world_size > 1
         with StopRequest(again_ends=not several, talk=ranks.main) as stop, _timed(phases, "training"):
             try:
@@ -276,4 +283,4 @@ def _write(path: Path, text: str) -> None:
 def _timed(phases: dict[str, float], name: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
-    phases[name] = time.perf_counter() - started
+    phases[name] = phases.get(name, 0.0) + time.perf_counter() - started

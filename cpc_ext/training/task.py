@@ -1,21 +1,43 @@
 """The seam between the training loop and the models: what a model has to offer to be trained, and nothing more.
 
 The loop knows batches of images, a loss, and checkpoints. How a batch becomes a loss and what a trained model is worth
-is the task's business, one class a model.
+is the task's business, one class a model. A model may consist of parts that learn by losses of their own.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
-from cpc_ext.data import ImageSet
+from cpc_ext.data import ImageFetcher, ImageSet
+from cpc_ext.training.distribution import Ranks
 from cpc_ext.training.random_streams import RandomStreams
 from cpc_ext.training.run_dir import RunDir
 
-__all__ = ["Task"]
+__all__ = ["Fetcher", "Handover", "Task"]
+
+
+class Handover(NamedTuple):
+    """What a part of a model gets from the one before; the first gets the batch.
+
+    features: uint8 images [B, C, H, W] for the first part, then what the part makes of them, without gradient.
+    draws: random numbers that the parts of a step share. In another process a part draws the same ones itself.
+    """
+
+    features: Tensor
+    draws: Any = None
+
+
+class Fetcher(Protocol):
+    """Gives batches by index: the input of the first part, and labels int64 [B] where there are any."""
+
+    def __call__(self, indices: np.ndarray) -> Tensor: ...
+
+    def labels(self, indices: np.ndarray) -> Tensor | None: ...
 
 
 class Task(ABC):
@@ -40,6 +62,29 @@ class Task(ABC):
         "loss" among the scalars is minimised. Must not wait for the device.
         """
 
+    def parts(self) -> list[nn.Module]:
+        """What learns by a loss of its own in a step, first to last; by default all of the model by :meth:`losses`.
+
+        A part holds the parameters that it trains and no other's. Called with a :class:`Handover`, labels and random
+        streams, it returns the scalars of :meth:`losses` and the handover for the next, which runs when this one's loss
+        has been back-propagated. Several parts have an optimizer each.
+        """
+        return [_Whole(self)]
+
+    def compile(self) -> None:
+        """Compile with torch.compile what the steps run. Called once, before :meth:`parts`."""
+        self.model.compile()
+
+    def prepare(self, ranks: Ranks, *, resumed: bool) -> None:  # noqa: B027 - there may be nothing to do.
+        """Get ready for the steps, once, when a resumed run has its weights and a new one those of its seed.
+
+        All processes of a run call it. TrainingError or OSError where something it needs is not there.
+        """
+
+    def fetcher(self, device: torch.device, streams: RandomStreams) -> Fetcher:
+        """What gives the batches of the steps, by index into ``self.images``."""
+        return ImageFetcher(self.images, device)
+
     def observe(self, step: int, run: RunDir) -> dict[str, float]:
         """Look at the model on the way: scalars to log, and files in the run. OSError where writing fails.
 
@@ -58,3 +103,17 @@ class Task(ABC):
     @abstractmethod
     def save(self, run: RunDir) -> None:
         """Write what others use the trained model by, and its figures. OSError where that fails."""
+
+
+class _Whole(nn.Module):
+    """A task's forward pass as the only part of its model."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.model = task.model
+        self._task = task
+
+    def forward(
+        self, given: Handover, labels: Tensor | None, streams: RandomStreams
+    ) -> tuple[dict[str, Tensor], Handover]:
+        return self._task.losses(given.features, labels, streams), given

@@ -14,7 +14,7 @@ from cpc_ext.models import (
     ResNetV2Encoder,
     WideResNetEncoder,
 )
-from cpc_ext.models.greedy_infomax import module_starts, split_encoder
+from cpc_ext.models.greedy_infomax import module_starts, pooled, split_encoder
 from cpc_ext.nn import delta_orthogonal_
 
 BLOCKS = {"blocks": (1, 2, 1), "channels": (4, 6, 8), "stem_channels": 4, "stem": "cifar", "patch_size": 8}
@@ -172,6 +172,30 @@ def test_one_module_with_a_context_is_cpc(images):
     reference.objective.load_state_dict(model.objectives[0].state_dict())
     (output,) = model(images, generator=generator())
     torch.testing.assert_close(output, reference(images, generator=generator()), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("norm", ["none", "layer", "instance", "batch"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_norms_behind_a_boundary(norm, channels_last):
+    """Their input has no gradient, which takes another way through group norm."""
+    torch.manual_seed(0)
+    model = GreedyInfoMax(ResNetV2Encoder(norm=norm, **BLOCKS), 3, pred_steps=2, neg_samples="all").double()
+    patches = torch.randn(2, 5, 5, 8, 8, 3, dtype=torch.float64).permute(0, 1, 2, 5, 3, 4)
+    if channels_last:
+        model.encoder.to(memory_format=torch.channels_last)
+    features = patches.flatten(0, 2)
+    for index, module in enumerate(model.encoder_modules):
+        boundary = features.detach().requires_grad_()
+        found = []
+        for given in (features, boundary):
+            model.zero_grad()
+            made = module(given)
+            features = made.detach()
+            loss = model.loss(index, pooled(made, (2, 5, 5))).loss
+            loss.backward()
+            found.append([loss, *gradients_of(module.parameters())])
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-9)
 
 
 @pytest.mark.parametrize("settings", [{"neg_samples": "all"}, {"pred_directions": 4}, {"skip": 0}])

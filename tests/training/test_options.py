@@ -125,7 +125,8 @@ def test_length_in_epochs_or_steps_replaces_the_other(dataset, given, other):
         (["--neg-samples", "0"], "--neg-samples: input should be greater than or equal to 1, got 0"),
         (
             ["--model", "cpc-v9"],
-            "'cpc-v9' for argument '--model'. Expected one of ('cpc-v1', 'cpc-v2', 'pixelcnn', 'gated-pixelcnn', 'simclr')",
+            "'cpc-v9' for argument '--model'. Expected one of ('cpc-v1', 'cpc-v2', 'pixelcnn', 'gated-pixelcnn', "
+            "'simclr', 'greedy-infomax')",
         ),
         (["--dataset", "mnist"], "'mnist' for argument '--dataset'"),
         (["--encoder", "vgg"], "--encoder: expected one of resnet-small, resnet14,"),
@@ -145,7 +146,7 @@ def test_length_in_epochs_or_steps_replaces_the_other(dataset, given, other):
         (["--steps"], "--steps"),
         (
             ["--model", "pixelcnn", "--crop=30"],
-            "--crop is an option of --model cpc-v1, cpc-v2; pixelcnn has no such option",
+            "--crop is an option of --model cpc-v1, cpc-v2, greedy-infomax; pixelcnn has no such option",
         ),
         (["--model", "gated-pixelcnn", "--no-gray"], "--gray is an option of --model cpc-v1, cpc-v2"),
         (["--layers", "3"], "--layers is an option of --model pixelcnn, gated-pixelcnn; cpc-v1 has no such option"),

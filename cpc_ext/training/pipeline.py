@@ -1,0 +1,97 @@
+"""A line of processes, each of which trains one part of a model and sends what it makes to the next.
+
+As nothing flows back, a process goes on with the next batch as soon as its features are on their way: a few steps lie
+between the first process and the last, and they only wait for each other where something is logged or saved.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cpc_ext.training.distribution import Ranks
+
+__all__ = ["PipelineLink", "to_cpu"]
+
+# Features of so many steps may be on their way to the next process, for as much memory.
+_UNDER_WAY = 2
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_HEADER = 2 + 4
+
+
+class PipelineLink:
+    """A process's connections to the one before it and the one after it."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._previous = ranks.rank - 1
+        self._next = ranks.rank + 1 if ranks.rank + 1 < ranks.world_size else None
+        self._sending: deque[tuple[Any, Tensor]] = deque()
+        self._flags: deque[tuple[Any, Tensor]] = deque()
+        # Of the features that arrive: all steps have the same.
+        self._form: tuple[torch.dtype, bool, list[int]] | None = None
+        self._announced = False
+
+    def receive(self) -> Tensor:
+        """The features that the process before has sent for this step, [N, D, h, w]."""
+        if self._form is None:
+            header = torch.empty(_HEADER, dtype=torch.int64)
+            dist.recv(header, self._previous)
+            number, channels_last, *shape = header.tolist()
+            self._form = _DTYPES[number], bool(channels_last), shape
+        dtype, channels_last, shape = self._form
+        features = torch.empty(
+            shape,
+            dtype=dtype,
+            device=self._ranks.device,
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+        )
+        dist.recv(_bytes(features, channels_last), self._previous)
+        return features
+
+    def send(self, features: Tensor) -> None:
+        """Send features [N, D, h, w] of this step to the next process, if there is one; they must stay as they are."""
+        if self._next is None:
+            return
+        channels_last = features.is_contiguous(memory_format=torch.channels_last)
+        if not channels_last:
+            features = features.contiguous()
+        if not self._announced:
+            header = torch.tensor([_DTYPES.index(features.dtype), int(channels_last), *features.shape])
+            dist.send(header, self._next)
+            self._announced = True
+        content = _bytes(features, channels_last)
+        self._sending.append((dist.isend(content, self._next), content))
+        while len(self._sending) > _UNDER_WAY:
+            self._sending.popleft()[0].wait()
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag was set in any process, some steps ago: the last process is as many behind the first."""
+        return self._ranks.any_before(flag, self._flags, 2 * self._ranks.world_size)
+
+    def finish(self) -> None:
+        """Wait for all that is under way."""
+        for work, _ in (*self._sending, *self._flags):
+            work.wait()
+        self._sending.clear()
+        self._flags.clear()
+
+
+def to_cpu(tree: Any) -> Any:
+    """Dicts, lists and tuples with all tensors in them on the CPU."""
+    if isinstance(tree, Tensor):
+        return tree.cpu()
+    if isinstance(tree, dict):
+        return {name: to_cpu(value) for name, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(to_cpu(value) for value in tree)
+    return tree
+
+
+def _bytes(features: Tensor, channels_last: bool) -> Tensor:
+    """The memory of features, uint8 [bytes]: not every backend sends every type."""
+    return (features.permute(0, 2, 3, 1) if channels_last else features).reshape(-1).view(torch.uint8)
