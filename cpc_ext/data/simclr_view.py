@@ -7,7 +7,7 @@ columns, and colours change by arithmetic on the whole batch: a view takes a few
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -86,15 +86,10 @@ class SimCLRView:
         generator: on the CPU, so that a seed gives the same views on every device; None takes PyTorch's own.
         share: the part of the batch that the images are; numbers are drawn for all of it.
         """
-        return torch.stack([self._random(images, generator, share) for _ in range(2)])
+        return torch.stack([self.random(images, generator, share=share) for _ in range(2)])
 
-    def center(self, images: Tensor) -> Tensor:
-        """Whole uint8 images [B, C, H, W] resized and normalised, for evaluation: [B, C, size, size]."""
-        height, width = images.shape[2:]
-        box = torch.tensor([[0.0, 0.0, height, width]], device=images.device).expand(len(images), 4)
-        return self._finished(crop_and_resize(_unit(images), box, self.size))
-
-    def _random(self, images: Tensor, generator: torch.Generator | None, share: BatchShare) -> Tensor:
+    def random(self, images: Tensor, generator: torch.Generator | None = None, *, share: BatchShare = _WHOLE) -> Tensor:
+        """One such view, [B, C, size, size]."""
         batch = share.whole(len(images))
         box = self._draw_box(batch, *images.shape[2:], generator)
         flip = torch.rand(batch, generator=generator) < 0.5
@@ -118,6 +113,16 @@ class SimCLRView:
         if self.blur_kernel:
             view = blur(view, sigma[:, 0], self.blur_kernel)
         return self._finished(view)
+
+    def cropping(self) -> SimCLRView:
+        """The view that only crops, resizes and mirrors."""
+        return replace(self, jitter_probability=0.0, gray_probability=0.0, blur_kernel=0)
+
+    def center(self, images: Tensor) -> Tensor:
+        """Whole uint8 images [B, C, H, W] resized and normalised, for evaluation: [B, C, size, size]."""
+        height, width = images.shape[2:]
+        box = torch.tensor([[0.0, 0.0, height, width]], device=images.device).expand(len(images), 4)
+        return self._finished(crop_and_resize(_unit(images), box, self.size))
 
     def _draw_box(self, batch: int, height: int, width: int, generator: torch.Generator | None) -> Tensor:
         """Windows [batch, 4]: top, left, height, width in pixels."""

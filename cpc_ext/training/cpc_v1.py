@@ -21,7 +21,7 @@ from cpc_ext.training import figures
 from cpc_ext.training.config import CPCConfig
 from cpc_ext.training.encoder_names import EncoderSpec, encoder_spec
 from cpc_ext.training.encoders import EncoderTask, save_encoder
-from cpc_ext.training.precision import autocast, patch_dtype
+from cpc_ext.training.precision import patch_dtype
 from cpc_ext.training.random_streams import RandomStreams
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.run_log import read_metrics
@@ -75,6 +75,10 @@ class CPCv1Task(EncoderTask):
     def _contrast(self, patches: Tensor, streams: RandomStreams) -> GridInfoNCEOutput:
         return self.model(patches, generator=streams.negatives)
 
+    def encode(self, model: CPC, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        patches = self._view.center(images) if generator is None else self._view.random(images, generator)
+        return model.encode(patches)
+
     def save(self, run: RunDir) -> None:
         save_encoder(run, self.model.encoder, self._encoder_spec(), self._view, self._config)
         metrics = read_metrics(run.metrics)
@@ -96,7 +100,7 @@ class CPCv1Task(EncoderTask):
         images = self._shown_images(_NEIGHBOUR_IMAGES)
         if len(images) < _NEIGHBOUR_QUERIES + _NEIGHBOURS:
             return
-        encodings = self._encode(self.model, images).flatten(2)  # [N, D, patches]
+        encodings = self.encodings(self.model, images).flatten(2)  # [N, D, patches]
         # What all patches share would make all of them alike.
         encodings = F.normalize(encodings - encodings.mean((0, 2), keepdim=True), dim=1)
         middle = encodings.shape[2] // 2 + self._config.view.grid_size // 2
@@ -131,20 +135,6 @@ class CPCv1Task(EncoderTask):
         """The first images that were not trained on, uint8 [N, C, H, W] on the device."""
         fetch = ImageFetcher(self._shown_set, self._device, resident=False)
         return fetch(np.arange(min(count, len(self._shown_set))))
-
-    @torch.no_grad()
-    def _features(self, model: CPC, images: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] → encodings of the central crop, averaged over the grid: [B, D]."""
-        return self._encode(model, images).mean((2, 3))
-
-    @torch.no_grad()
-    def _encode(self, model: CPC, images: Tensor) -> Tensor:
-        was_training = model.training
-        model.eval()
-        with autocast(self._device, self._config.compute.precision):
-            encodings = model.encode(self._view.center(images))
-        model.train(was_training)
-        return encodings.float()
 
     def _guessing(self) -> dict[str, float]:
         """Loss and accuracy of a model that finds all keys equally likely."""

@@ -19,6 +19,7 @@ from cpc_ext.data import Dataset, PatchView, SimCLRView
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.config import RunConfig
 from cpc_ext.training.encoder_names import EncoderSpec
+from cpc_ext.training.precision import autocast
 from cpc_ext.training.probe import encode, linear_probe
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.task import Task
@@ -30,10 +31,12 @@ class EncoderTask(Task):
     """A model whose encoder is judged by a linear probe.
 
     Attributes of subclasses:
+        _config: of the run.
         _dataset: with the labels that the probe is trained and tested with, if any.
         _device: where features are computed.
     """
 
+    _config: RunConfig
     _dataset: Dataset
     _device: torch.device
 
@@ -42,8 +45,42 @@ class EncoderTask(Task):
         """The model with the initial weights of the config's seed."""
 
     @abstractmethod
-    def _features(self, model: nn.Module, images: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] on the device → what the probe sees of them, [B, D]."""
+    def encode(self, model: nn.Module, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """What the model's encoder makes of images, differentiable in its weights.
+
+        Args:
+            model: one of this task's.
+            images: uint8 [B, C, H, W] on the device.
+            generator: on the CPU, of random crops and flips; None takes the central crop.
+
+        Returns:
+            Encodings of the patches, floating [B, D, rows, cols]; of a model of whole images [B, D, 1, 1].
+        """
+
+    @torch.no_grad()
+    def encodings(self, model: nn.Module, images: Tensor) -> Tensor:
+        """uint8 [B, C, H, W] on the device → encodings of the central crop's patches, float32 [B, D, rows, cols]."""
+        was_training = model.training
+        model.eval()
+        with autocast(self._device, self._config.compute.precision):
+            encodings = self.encode(model, images)
+        model.train(was_training)
+        return encodings.float()
+
+    def features(self, model: nn.Module, images: Tensor) -> Tensor:
+        """uint8 [B, C, H, W] on the device → what a probe sees of them, float32 [B, D]: the mean over the patches."""
+        return self.encodings(model, images).mean((2, 3))
+
+    def description(self) -> dict[str, Any]:
+        """What the images were like, for those who feed the encoder without having them: shape and statistics."""
+        dataset = self._dataset
+        return {
+            "image_shape": list(dataset.image_shape),
+            "mean": list(dataset.mean),
+            "std": list(dataset.std),
+            "gray_mean": dataset.gray_mean,
+            "gray_std": dataset.gray_std,
+        }
 
     def evaluate(self) -> dict[str, float]:
         """Accuracies of the probe, on trained and untrained encoder, and of always naming the commonest class.
@@ -57,8 +94,7 @@ class EncoderTask(Task):
         results = {}
         for name, model in (("probe", self.model), ("untrained_probe", self._build())):
             train_features, test_features = (
-                encode(images, lambda batch, m=model: self._features(m, batch), self._device)
-                for images in (train, test)
+                encode(images, lambda batch, m=model: self.features(m, batch), self._device) for images in (train, test)
             )
             train_labels, test_labels = torch.from_numpy(train.labels), torch.from_numpy(test.labels)
             results[f"{name}_accuracy"] = linear_probe(

@@ -104,6 +104,11 @@ class GreedyTask(CPCv1Task):
             return patches.flatten(0, 2)
         return self._frozen_outputs(patches).flatten(0, 1)
 
+    def encode(self, model: nn.Module, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Of the last module that is trained; those after it are not run."""
+        patches = self._view.center(images) if generator is None else self._view.random(images, generator)
+        return model.encodings_by_module(patches, self._learning[-1] + 1)[-1]
+
     def save(self, run: RunDir) -> None:
         save_encoder(run, self.model.encoder, self._encoder_spec(), self._view, self._config)
         metrics = read_metrics(run.metrics)
@@ -132,16 +137,6 @@ class GreedyTask(CPCv1Task):
             for module in self.model.encoder_modules[: self.model.frozen]:
                 features = module(features)
         return features.unflatten(0, (len(patches), -1))
-
-    @torch.no_grad()
-    def _encode(self, model: nn.Module, images: Tensor) -> Tensor:
-        """Encodings of the last module that has been trained, of the central crop."""
-        was_training = model.training
-        model.eval()
-        with autocast(self._device, self._config.compute.precision):
-            encodings = model.encodings_by_module(self._view.center(images), self._learning[-1] + 1)[-1]
-        model.train(was_training)
-        return encodings.float()
 
     def _guessing(self) -> dict[str, float]:
         if not self._supervised:

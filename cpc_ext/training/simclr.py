@@ -18,7 +18,7 @@ from cpc_ext.training import figures
 from cpc_ext.training.config import SimCLRConfig
 from cpc_ext.training.encoder_names import EncoderSpec, encoder_spec
 from cpc_ext.training.encoders import EncoderTask, save_encoder
-from cpc_ext.training.precision import autocast, patch_dtype
+from cpc_ext.training.precision import patch_dtype
 from cpc_ext.training.random_streams import RandomStreams
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.run_log import read_metrics
@@ -55,6 +55,12 @@ class SimCLRTask(EncoderTask):
             views = self._view.random_pair(images, streams.views, share=streams.share)
         return self.model(views)._asdict()
 
+    def encode(self, model: SimCLR, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        with torch.autocast(self._device.type, enabled=False):
+            # Colours stay, which tell classes apart; the paper, too, only crops and mirrors where there are labels.
+            view = self._view.center(images) if generator is None else self._view.cropping().random(images, generator)
+        return model.encode(view)[..., None, None]
+
     def save(self, run: RunDir) -> None:
         save_encoder(run, self.model.encoder, self._encoder_spec(), self._view, self._config)
         metrics = read_metrics(run.metrics)
@@ -74,17 +80,6 @@ class SimCLRTask(EncoderTask):
         views = plain.random_pair(images, torch.Generator().manual_seed(self._config.compute.seed))
         pixels = torch.cat([plain.center(images), *views]).clamp(0, 1) * 255
         figures.save_images(run.path / "inputs.png", pixels.round().byte().cpu().numpy(), columns=len(images))
-
-    @torch.no_grad()
-    def _features(self, model: SimCLR, images: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] → features of the whole images, [B, D]."""
-        was_training = model.training
-        model.eval()
-        views = self._view.center(images)
-        with autocast(self._device, self._config.compute.precision):
-            features = model.encode(views)
-        model.train(was_training)
-        return features
 
     def _build(self) -> SimCLR:
         """The model with the initial weights of the config's seed."""
