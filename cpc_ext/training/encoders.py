@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from safetensors.torch import save as to_safetensors
