@@ -214,7 +214,7 @@ class CPCv2Section(_PredictionSection):
     context_channels: int = Field(256, ge=1, description="Channels inside a block of a context network.")
     shared_context: bool = Field(
         False,
-        description="One context network for all directions, as in CPCV2-PyTorch. Otherwise each has its own, as published.",
+        description="One context network for all directions, as in CPCV2-PyTorch; otherwise each has its own.",
     )
     pred_directions: int = Field(
         4, ge=1, le=4, description="Directions predicted in: 1 is down, 2 to 4 add the grid turned by 90 degrees each."

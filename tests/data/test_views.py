@@ -1,5 +1,7 @@
 """Patch views: the window drawn for each image, against slicing by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -90,3 +92,14 @@ def test_too_large_a_crop_is_an_error():
         view.random(IMAGES)
     with pytest.raises(ValueError, match="crop"):
         view.center(IMAGES)
+
+
+def test_padding_is_black_and_cropped_like_the_image():
+    view = PatchView(12, 12, crop=12, pad=2, flip=False)
+    padded = torch.nn.functional.pad(IMAGES, (2, 2, 2, 2))
+    assert view.grid(10, 12) == (1, 1)
+    for image, window in zip(padded, windows(view.random(IMAGES, torch.Generator().manual_seed(0))), strict=True):
+        assert any(torch.equal(window, image[:, y : y + 12, x : x + 12]) for y in range(3) for x in range(5))
+    assert torch.equal(windows(view.center(IMAGES)), padded[:, :, 1:13, 2:14])
+    small = PatchView(8, 8, crop=8)
+    assert torch.equal(replace(small, pad=3).center(IMAGES), small.center(IMAGES))

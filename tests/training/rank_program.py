@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cpc_ext.models import CPC, GatedPixelCNNContext, ResNetV2Encoder, SimCLR
-from cpc_ext.nn import across_ranks
+from cpc_ext.models import CPC, GatedPixelCNNContext, ResidualContext, ResNetV2Encoder, SimCLR
+from cpc_ext.nn import TargetInfoNCE, across_ranks
 
 IMAGES = 6
 
@@ -36,6 +36,15 @@ def cpc(neg_samples: int | str, exchange: str) -> nn.Module:
     )
 
 
+def cpc_v2(exchange: str) -> nn.Module:
+    network = encoder()
+    channels = network.out_channels
+    objective = TargetInfoNCE(
+        channels, pred_steps=2, pred_directions=2, target_channels=5, scale=1.0, gather_negatives=exchange
+    )
+    return CPC(network, [ResidualContext(channels, 4, 1) for _ in range(2)], objective)
+
+
 def simclr(exchange: str) -> nn.Module:
     return SimCLR(encoder(), projection_channels=5, temperature=0.2, gather_negatives=exchange)
 
@@ -45,6 +54,8 @@ CASES: dict[str, tuple[Callable[[str], nn.Module], int, str]] = {
     "cpc-sampled-gather": (lambda exchange: cpc(5, exchange), 0, "gather"),
     "cpc-all-gather": (lambda exchange: cpc("all", exchange), 0, "gather"),
     "cpc-all-ring": (lambda exchange: cpc("all", exchange), 0, "ring"),
+    "cpc_v2-gather": (cpc_v2, 0, "gather"),
+    "cpc_v2-ring": (cpc_v2, 0, "ring"),
     "simclr-gather": (simclr, 1, "gather"),
     "simclr-ring": (simclr, 1, "ring"),
 }

@@ -29,7 +29,15 @@ from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.run_log import read_metrics
 
 PATIENCE_SECONDS = 60
-CASES = ("cpc-sampled-gather", "cpc-all-gather", "cpc-all-ring", "simclr-gather", "simclr-ring")
+CASES = (
+    "cpc-sampled-gather",
+    "cpc-all-gather",
+    "cpc-all-ring",
+    "cpc_v2-gather",
+    "cpc_v2-ring",
+    "simclr-gather",
+    "simclr-ring",
+)
 ROOT = Path(__file__).parents[2]
 
 Start = Callable[..., "subprocess.Popen[str]"]
