@@ -5,19 +5,24 @@ from cpc_ext.data.dataset import Dataset, ImageSet
 from cpc_ext.data.download import DownloadError
 from cpc_ext.data.fetch import ImageFetcher
 from cpc_ext.data.load import DATASETS, load_dataset
+from cpc_ext.data.patch_augmentation import AUTO_AUGMENT, PatchAugmentation
 from cpc_ext.data.sampler import EpochSampler
 from cpc_ext.data.simclr_view import SimCLRView
 from cpc_ext.data.textures import make_textures
 from cpc_ext.data.views import PatchView
+from cpc_ext.ops import AugmentationPlan
 
 __all__ = [
+    "AUTO_AUGMENT",
     "DATASETS",
+    "AugmentationPlan",
     "BatchShare",
     "Dataset",
     "DownloadError",
     "EpochSampler",
     "ImageFetcher",
     "ImageSet",
+    "PatchAugmentation",
     "PatchView",
     "SimCLRView",
     "load_dataset",

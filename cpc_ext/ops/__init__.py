@@ -1,7 +1,17 @@
 """The ops: one file each, with schema, fake kernel, autograd and the pure-PyTorch reference."""
 
+from cpc_ext.ops._patch_transforms import Transform
+from cpc_ext.ops.augment_patches import AugmentationPlan, augment_patches
 from cpc_ext.ops.extract_patches import extract_patches
 from cpc_ext.ops.info_nce import InfoNCEOutput, info_nce
 from cpc_ext.ops.masked_conv2d import masked_conv2d
 
-__all__ = ["InfoNCEOutput", "extract_patches", "info_nce", "masked_conv2d"]
+__all__ = [
+    "AugmentationPlan",
+    "InfoNCEOutput",
+    "Transform",
+    "augment_patches",
+    "extract_patches",
+    "info_nce",
+    "masked_conv2d",
+]

@@ -8,6 +8,7 @@ memory. The backward pass sums the overlapping patch gradients of every pixel in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,6 +70,40 @@ def extract_patches(
             on the CPU; elsewhere, where looking would stall the stream, they are clamped to the image.
         NotImplementedError, RuntimeError: forward-mode derivatives, second derivatives.
     """
+    return _extract_patches(
+        *checked_arguments(
+            images,
+            patch_size,
+            stride,
+            crop=crop,
+            offsets=offsets,
+            flip=flip,
+            gray=gray,
+            mean=mean,
+            std=std,
+            patch_norm=patch_norm,
+            dtype=dtype,
+            channels_last=channels_last,
+        )
+    )
+
+
+def checked_arguments(
+    images: Tensor,
+    patch_size: int,
+    stride: int,
+    *,
+    crop: tuple[int, int] | None,
+    offsets: Tensor | None,
+    flip: Tensor | None,
+    gray: bool,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    patch_norm: bool,
+    dtype: torch.dtype | None,
+    channels_last: bool,
+) -> tuple[Any, ...]:
+    """extract_patches' arguments as its op's schema has them. TypeError or ValueError where one is wrong."""
     _check_tensor("images", images)
     refuse_forward_mode(images)
     if images.dtype != torch.uint8 and images.dtype not in _DTYPES:
@@ -101,8 +136,9 @@ def extract_patches(
         _check_per_image("flip", flip, (images.shape[0],), images)
         if flip.dtype != torch.bool:
             raise TypeError(f"flip must be bool, got {_name(flip.dtype)}")
-    return _extract_patches(
-        images, patch_size, stride, height, width, offsets, flip, gray, mean, std, patch_norm, dtype, channels_last
+    return (
+        *(images, patch_size, stride, height, width, offsets, flip),
+        *(gray, mean, std, patch_norm, dtype, channels_last),
     )
 
 

@@ -1,0 +1,295 @@
+"""Overlapping patches of a batch of images, each patch changed by transforms of its own: CPC v2's augmentation.
+
+From uint8 images [B, C, H, W] and a plan, which says what happens to which patch, to normalised patches
+[B, rows, cols, C', p, p]. A patch is cut, transformed as bytes and normalised while it lies in the cache or in shared
+memory, so that nothing but the finished patches is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cpc_ext._native import native
+from cpc_ext.ops._library import register
+from cpc_ext.ops._patch_transforms import NODES, Patches, Transform, transform_patches
+from cpc_ext.ops.extract_patches import (
+    _affine,
+    _check_tensor,
+    _crop_and_flip,
+    _empty_patches,
+    _name,
+    checked_arguments,
+    extract_patches_reference,
+)
+
+__all__ = ["PARAMETERS", "AugmentationPlan", "augment_patches", "augment_patches_reference"]
+
+# Parameters of a transform, of which each uses the first ones.
+PARAMETERS = 3
+# The side of a patch up to which the transforms' arithmetic in 32 bits holds.
+MAX_PATCH_SIZE = 1024
+
+
+class AugmentationPlan(NamedTuple):
+    """What happens to every patch: a sequence of T transforms, most of which may be ``Transform.NONE``.
+
+    codes: [B, rows, cols, T] uint8, ``Transform`` codes in the order in which they are carried out.
+    parameters: [B, rows, cols, T, 3] float32, each transform's as ``Transform`` lists them; what lies beyond what a
+        transform takes is clamped to it.
+    partners: [B, rows, cols] int64, the patch that sample pairing mixes in, as its index among the batch's
+        B * rows * cols; None where no patch is paired.
+    displacements: [B, rows, cols, 2, 4, 4] float32, y and x in pixels at a grid of nodes from edge to edge of the
+        patch: pixel (y, x) of an elastic deformation comes from (y, x) + displacement. None where no patch is deformed.
+    fill: the pixel (0..255) of all channels where a transform takes one from outside of the patch.
+    """
+
+    codes: Tensor
+    parameters: Tensor
+    partners: Tensor | None = None
+    displacements: Tensor | None = None
+    fill: int = 128
+
+    @classmethod
+    def empty(cls, batch: int, rows: int, cols: int, *, device: torch.device | None = None) -> AugmentationPlan:
+        """A plan that leaves every patch as it is."""
+        codes = torch.zeros(batch, rows, cols, 0, dtype=torch.uint8, device=device)
+        return cls(codes, torch.zeros(batch, rows, cols, 0, PARAMETERS, device=device))
+
+    def to(self, device: torch.device | str) -> AugmentationPlan:
+        """The plan on a device; copies from page-locked memory do not make the CPU wait."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> AugmentationPlan:
+        """The plan in page-locked memory."""
+        return self._each(Tensor.pin_memory)
+
+    def narrow(self, start: int, length: int) -> AugmentationPlan:
+        """The plan of images [start, start + length): partners among others are replaced by ones among these."""
+        part = self._each(lambda tensor: tensor[start : start + length])
+        if part.partners is None or part.partners.numel() == 0:
+            return part
+        first = start * part.partners[0].numel()
+        return part._replace(partners=(part.partners - first) % part.partners.numel())
+
+    def _each(self, function) -> AugmentationPlan:
+        *tensors, fill = self
+        return AugmentationPlan(*(None if tensor is None else function(tensor) for tensor in tensors), fill)
+
+
+def augment_patches(
+    images: Tensor,
+    patch_size: int,
+    stride: int,
+    plan: AugmentationPlan,
+    *,
+    crop: tuple[int, int] | None = None,
+    offsets: Tensor | None = None,
+    flip: Tensor | None = None,
+    gray: bool = False,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    patch_norm: bool = False,
+    dtype: torch.dtype | None = None,
+    channels_last: bool = False,
+) -> Tensor:
+    """Cut images into a grid of overlapping patches and carry out a plan on them, each patch apart.
+
+    The steps, in this order: crop and flip of whole images, cutting, each patch's transforms one after another on
+    uint8 pixels, then what ``extract_patches`` does to pixels. Without transforms the result is that of
+    ``extract_patches``. The bytes after the transforms are the same on every device; Pillow's differ from them by one
+    level at most after a transform (``Transform`` lists them).
+
+    Elastic deformation interpolates the displacements of the plan's nodes bilinearly, and then pixels bilinearly,
+    repeating those at the edge. The tone curve changes a channel's histogram by x + s * x * (1 - x). Colour, hue and
+    grey do nothing to images of one channel; a tone curve bends it by its first parameter. Sample pairing mixes in the
+    partner as it was cut, before its own transforms.
+
+    Args:
+        images: [B, C, H, W] uint8, C is 1 or 3, with any strides.
+        patch_size: side p of a patch in pixels, at most 1024.
+        stride: distance of neighbouring patches in pixels.
+        plan: the transforms of each patch, on the images' device.
+        crop, offsets, flip, gray, mean, std, patch_norm, dtype, channels_last: as of ``extract_patches``.
+
+    Returns:
+        Patches [B, rows, cols, C', p, p] with rows = (h - p) // stride + 1, cols likewise, C' = 1 if ``gray`` else C.
+        Not differentiable.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or range. Codes that stand for no transform,
+            partners that are no patch, and transforms whose partners or displacements the plan lacks are errors on the
+            CPU; elsewhere, where looking would stall the stream, no transform happens, and partners are clamped.
+    """
+    _check_tensor("images", images)
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images must be uint8, got {_name(images.dtype)}")
+    arguments = checked_arguments(
+        images,
+        patch_size,
+        stride,
+        crop=crop,
+        offsets=offsets,
+        flip=flip,
+        gray=gray,
+        mean=mean,
+        std=std,
+        patch_norm=patch_norm,
+        dtype=dtype,
+        channels_last=channels_last,
+    )
+    if images.shape[1] not in (1, 3):
+        raise ValueError(f"images must have 1 or 3 channels, got {images.shape[1]}")
+    if patch_size > MAX_PATCH_SIZE:
+        raise ValueError(f"patch_size must be at most {MAX_PATCH_SIZE}, got {patch_size}")
+    _, _, stride, height, width, *_ = arguments
+    grid = images.shape[0], (height - patch_size) // stride + 1, (width - patch_size) // stride + 1
+    _check_plan(plan, grid, images.device)
+    return _augment_patches(*arguments, *plan)
+
+
+def _check_plan(plan: AugmentationPlan, grid: tuple[int, int, int], device: torch.device) -> None:
+    if not isinstance(plan, AugmentationPlan):
+        raise TypeError(f"plan must be an AugmentationPlan, got {type(plan).__name__}")
+    _check_tensor("plan.codes", plan.codes)
+    if plan.codes.ndim != 4 or tuple(plan.codes.shape[:3]) != grid:
+        raise ValueError(f"plan.codes must be {[*grid, 'T']} for these patches, got shape {tuple(plan.codes.shape)}")
+    for name, value, shape, dtype in (
+        ("codes", plan.codes, plan.codes.shape, torch.uint8),
+        ("parameters", plan.parameters, (*plan.codes.shape, PARAMETERS), torch.float32),
+        ("partners", plan.partners, grid, torch.int64),
+        ("displacements", plan.displacements, (*grid, 2, NODES, NODES), torch.float32),
+    ):
+        if value is None and name in ("partners", "displacements"):
+            continue
+        _check_tensor(f"plan.{name}", value)
+        if tuple(value.shape) != tuple(shape):
+            raise ValueError(f"plan.{name} must be {list(shape)}, got shape {tuple(value.shape)}")
+        if value.dtype != dtype:
+            raise TypeError(f"plan.{name} must be {_name(dtype)}, got {_name(value.dtype)}")
+        if value.device != device:
+            raise ValueError(f"plan.{name} must be on {device} like the images, got {value.device}")
+    if isinstance(plan.fill, bool) or not isinstance(plan.fill, int):
+        raise TypeError(f"plan.fill must be an integer, got {type(plan.fill).__name__}")
+    if not 0 <= plan.fill <= 255:
+        raise ValueError(f"plan.fill must be in [0, 255], got {plan.fill}")
+
+
+def augment_patches_reference(
+    images: Tensor,
+    patch_size: int,
+    stride: int,
+    height: int,
+    width: int,
+    offsets: Tensor | None,
+    flip: Tensor | None,
+    gray: bool,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    patch_norm: bool,
+    dtype: torch.dtype,
+    channels_last: bool,
+    codes: Tensor,
+    parameters: Tensor,
+    partners: Tensor | None,
+    displacements: Tensor | None,
+    fill: int,
+) -> Tensor:
+    """The op in plain PyTorch: oracle, and what runs where there is no kernel."""
+    windows = _crop_and_flip(images, height, width, offsets, flip)
+    cut = windows.unfold(2, patch_size, stride).unfold(3, patch_size, stride).permute(0, 2, 3, 1, 4, 5)
+    grid, cut = cut.shape[:3], cut.flatten(0, 2)
+    plan = AugmentationPlan(
+        *(None if t is None else t.flatten(0, 2) for t in (codes, parameters, partners, displacements))
+    )
+    if images.device.type == "mps":  # Has no float64.
+        pixels = _transformed(cut.cpu(), plan.to("cpu"), fill).to(images.device)
+    else:
+        pixels = _transformed(cut, plan, fill)
+    patches = extract_patches_reference(
+        *(pixels, patch_size, patch_size, patch_size, patch_size, None, None),
+        *(gray, mean, std, patch_norm, dtype, channels_last),
+    )
+    return patches[:, 0, 0].unflatten(0, grid)
+
+
+def _transformed(cut: Tensor, plan: AugmentationPlan, fill: int) -> Tensor:
+    """uint8 patches [N, C, p, p] after a plan whose tensors have N in place of [B, rows, cols]."""
+    pixels = cut.long()
+    for codes, parameters in zip(plan.codes.unbind(1), plan.parameters.unbind(1), strict=True):
+        for transform in Transform:
+            chosen = (codes == transform).nonzero().flatten()
+            if transform == Transform.NONE or len(chosen) == 0:
+                continue
+            partners = None if plan.partners is None else cut[plan.partners[chosen].clamp(0, len(cut) - 1)].long()
+            displacements = None if plan.displacements is None else plan.displacements[chosen].double()
+            patches = Patches(pixels[chosen], parameters[chosen].double(), displacements, partners, fill)
+            pixels[chosen] = transform_patches(transform, patches)
+    return pixels.to(torch.uint8)
+
+
+def _empty(*arguments) -> Tensor:
+    *arguments, _, _, _, _, _ = arguments
+    return _empty_patches(*arguments)
+
+
+def _kernel(
+    images,
+    patch_size,
+    stride,
+    height,
+    width,
+    offsets,
+    flip,
+    gray,
+    mean,
+    std,
+    patch_norm,
+    dtype,
+    channels_last,
+    codes,
+    parameters,
+    partners,
+    displacements,
+    fill,
+) -> Tensor:
+    patches = _empty_patches(
+        images, patch_size, stride, height, width, offsets, flip, gray, mean, std, patch_norm, dtype, channels_last
+    )
+    scale, shift = _affine(images.dtype, patches.shape[3], mean, std)
+    workspace = images.new_empty(native.augment_patches_workspace(images, patches, patch_size))
+    native.augment_patches(
+        images,
+        patches,
+        patch_size,
+        stride,
+        height,
+        width,
+        offsets,
+        flip,
+        gray,
+        patch_norm,
+        channels_last,
+        scale,
+        shift,
+        codes,
+        parameters,
+        partners,
+        displacements,
+        fill,
+        workspace,
+    )
+    return patches
+
+
+_augment_patches = register(
+    "augment_patches(Tensor images, SymInt patch_size, SymInt stride, SymInt height, SymInt width, Tensor? offsets, "
+    "Tensor? flip, bool gray, float[]? mean, float[]? std, bool patch_norm, ScalarType dtype, bool channels_last, "
+    "Tensor codes, Tensor parameters, Tensor? partners, Tensor? displacements, int fill) -> Tensor",
+    reference=augment_patches_reference,
+    kernel=_kernel,
+    fake=_empty,
+)
