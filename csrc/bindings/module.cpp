@@ -34,6 +34,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("emulate_cuda", [](bool on) { emulate_cuda = on; }, py::arg("on"));
 #endif
 
+  bind_augment(module);
   bind_info_nce(module);
   bind_masked_conv(module);
   bind_patches(module);

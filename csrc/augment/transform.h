@@ -1,0 +1,260 @@
+// The transforms of a patch as arithmetic on single pixels and places, shared by the CPU and the CUDA kernel. All of it
+// is in whole numbers, or in floating point where rounding and contraction cannot change a result, so that both give
+// the same bytes; they are those of cpc_ext/ops/_patch_transforms.py, which says what each transform means.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "augment/augment.h"
+
+namespace cpc::augment {
+
+enum class Transform : uint8_t {
+  none,
+  shear_x,
+  shear_y,
+  translate_x,
+  translate_y,
+  rotate,
+  autocontrast,
+  invert,
+  equalize,
+  solarize,
+  posterize,
+  contrast,
+  color,
+  brightness,
+  sharpness,
+  cutout,
+  sample_pairing,
+  elastic,
+  tone_curve,
+  hue,
+  gray,
+  crop,
+  count
+};
+
+// Fractional bits: of places between pixels, of factors, of tone curves, and of displacements and their weights.
+constexpr int kPlaceBits = 16, kFactorBits = 20, kCurveBits = 22, kFineBits = 12;
+constexpr int32_t kFine = 1 << kFineBits;
+// Half of the error that a factor's rounding can make: whole results of decimal factors stay whole when cut off.
+constexpr int32_t kFactorSlack = 128;
+// Magnitudes beyond these are clamped to them.
+constexpr double kShearLimit = 4, kShiftLimit = 4096, kTurnLimit = 360, kFactorLimit = 4, kDisplacementLimit = 64;
+
+// NaN becomes `low`.
+CPC_HOST_DEVICE inline double clamp(double v, double low, double high) { return v > low ? (v < high ? v : high) : low; }
+
+CPC_HOST_DEVICE inline int32_t fixed(double v, int bits) {
+  return static_cast<int32_t>(std::floor(v * (1 << bits) + 0.5));
+}
+
+CPC_HOST_DEVICE inline int32_t whole(float v, double low, double high) {
+  return static_cast<int32_t>(std::floor(clamp(v, low, high)));
+}
+
+CPC_HOST_DEVICE inline int32_t to_level(int32_t v) { return v < 0 ? 0 : v > 255 ? 255 : v; }
+
+// --- Pixels ---
+
+// ITU-R BT.601, as Pillow's convert("L").
+CPC_HOST_DEVICE inline int32_t luma(int32_t red, int32_t green, int32_t blue) {
+  return (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16;
+}
+
+CPC_HOST_DEVICE inline int32_t factor_of(float v, double most = kFactorLimit) {
+  return fixed(clamp(v, 0, most), kFactorBits);
+}
+
+// base + factor * (v - base)
+CPC_HOST_DEVICE inline int32_t blend(int32_t base, int32_t v, int32_t factor) {
+  return to_level(((base << kFactorBits) + factor * (v - base) + kFactorSlack) >> kFactorBits);
+}
+
+// The mean luma of `count` pixels, rounded, of its sum.
+CPC_HOST_DEVICE inline int32_t mean_level(int32_t sum, int32_t count) { return (2 * sum + count) / (2 * count); }
+
+// A pixel of the smoothed patch, of the sum over 3x3 pixels and the middle one, which counts five times.
+CPC_HOST_DEVICE inline int32_t smooth(int32_t sum, int32_t middle) { return (sum + 4 * middle + 6) / 13; }
+
+// (v - low) * 255 / span, cut off, where inverse is 1 / span: the half keeps rounding away from whole numbers.
+CPC_HOST_DEVICE inline int32_t stretch(int32_t v, int32_t low, float inverse) {
+  return static_cast<int32_t>((static_cast<float>((v - low) * 255) + 0.5f) * inverse);
+}
+
+// Of a histogram made even: the level of pixels that `before` others are darker than.
+CPC_HOST_DEVICE inline int32_t even_level(int32_t before, int32_t step) {
+  const int32_t level = (step / 2 + before) / step;
+  return level > 255 ? 255 : level;
+}
+
+CPC_HOST_DEVICE inline int32_t solarize_threshold(float v) { return static_cast<int32_t>(std::ceil(clamp(v, 0, 256))); }
+
+CPC_HOST_DEVICE inline int32_t posterize_mask(float bits) { return 0x100 - (1 << (8 - whole(bits, 0, 8))); }
+
+CPC_HOST_DEVICE inline int32_t bend_of(float v) {
+  return static_cast<int32_t>(std::floor(clamp(v, -1, 1) * ((1 << kCurveBits) / 255.0) + 0.5));
+}
+
+CPC_HOST_DEVICE inline int32_t bend(int32_t v, int32_t bend) {
+  return ((v << kCurveBits) + bend * v * (255 - v) + (1 << (kCurveBits - 1))) >> kCurveBits;
+}
+
+// --- Hue ---
+
+CPC_HOST_DEVICE inline int32_t hue_shift(float turns) {
+  return static_cast<int32_t>(clamp(turns, -1, 1) * 255.0) & 255;
+}
+
+// Hue and saturation in 0..255, as Pillow's "HSV" holds them; value is the largest of the three.
+struct Color {
+  int32_t hue, saturation, value;
+  bool unsure;  // The hue is a whole number, which Pillow's arithmetic may end up just below: hue_as_pillow() tells.
+};
+
+CPC_HOST_DEVICE inline Color color_of(int32_t red, int32_t green, int32_t blue) {
+  const int32_t high = green > blue ? green : blue, low = green < blue ? green : blue;
+  const int32_t value = red > high ? red : high, chroma = value - (red < low ? red : low);
+  int32_t sixths = red == value ? green - blue : green == value ? 2 * chroma + blue - red : 4 * chroma + red - green;
+  sixths = sixths < 0 ? sixths + 6 * chroma : sixths;
+  const int32_t circle = chroma > 0 ? 6 * chroma : 1;
+  // Cut-off quotients of whole numbers: the halves keep rounding away from whole results.
+  const int32_t hue = static_cast<int32_t>((static_cast<float>(sixths * 255) + 0.5f) / static_cast<float>(circle));
+  const int32_t saturation =
+      static_cast<int32_t>((static_cast<float>(chroma * 255) + 0.5f) / static_cast<float>(value > 0 ? value : 1));
+  return {hue, saturation, value, sixths > 0 && hue * circle == sixths * 255};
+}
+
+// The hue by Pillow's arithmetic in single and double precision, of a pixel that is not grey. There is no product to
+// be contracted with a sum.
+CPC_HOST_DEVICE inline int32_t hue_as_pillow(int32_t red, int32_t green, int32_t blue) {
+  const int32_t high = green > blue ? green : blue, low = green < blue ? green : blue;
+  const int32_t value = red > high ? red : high;
+  const float chroma = static_cast<float>(value - (red < low ? red : low));
+  const float short_red = static_cast<float>(value - red) / chroma;
+  const float short_green = static_cast<float>(value - green) / chroma;
+  const float short_blue = static_cast<float>(value - blue) / chroma;
+  const float sixths = red == value     ? short_blue - short_green
+                       : green == value ? static_cast<float>(2.0 + static_cast<double>(short_red) - short_blue)
+                                        : static_cast<float>(4.0 + static_cast<double>(short_green) - short_red);
+  const double turned = static_cast<double>(sixths) / 6.0 + 1.0;
+  const float turns = static_cast<float>(turned - std::floor(turned));
+  return static_cast<int32_t>(static_cast<double>(turns) * 255.0);
+}
+
+struct Rgb {
+  int32_t red, green, blue;
+};
+
+CPC_HOST_DEVICE inline Rgb rgb_of(int32_t hue, int32_t saturation, int32_t value) {
+  constexpr uint32_t kWhole = 255 * 255;
+  const auto level = [value](int32_t gone) {  // value * (1 - gone / kWhole), rounded; there are no ties.
+    return static_cast<int32_t>((2u * value * (kWhole - gone) + kWhole) / (2 * kWhole));
+  };
+  const int32_t sector = hue * 6 / 255, part = hue * 6 - sector * 255;
+  const int32_t least = level(255 * saturation), falling = level(saturation * part),
+                rising = level(saturation * (255 - part));
+  const auto pick = [&](int32_t s) {  // What red is in each sector; the others follow two sectors apart.
+    return s == 0 || s == 5 ? value : s == 1 ? falling : s == 4 ? rising : least;
+  };
+  // A full turn is sector 6, which is 0 again.
+  const auto within = [](int32_t s) { return s >= 6 ? s - 6 : s; };
+  const int32_t red_at = within(sector);
+  return {pick(red_at), pick(within(red_at + 4)), pick(within(red_at + 2))};
+}
+
+// --- Places ---
+
+// (x, y) -> (a x + b y + c, d x + e y + f) of pixel centres, in fixed point: the nearest pixel is the whole part.
+struct Affine {
+  int32_t a, b, c, d, e, f;
+};
+
+CPC_HOST_DEVICE inline Affine affine_of(double a, double b, double c, double d, double e, double f) {
+  return {fixed(a, kPlaceBits), fixed(b, kPlaceBits), fixed(c + a * 0.5 + b * 0.5, kPlaceBits),
+          fixed(d, kPlaceBits), fixed(e, kPlaceBits), fixed(f + d * 0.5 + e * 0.5, kPlaceBits)};
+}
+
+// Of the transforms from shear_x to rotate.
+CPC_HOST_DEVICE inline Affine affine_of(Transform transform, float parameter, int32_t side) {
+  const double shear = clamp(parameter, -kShearLimit, kShearLimit);
+  const double shift = clamp(parameter, -kShiftLimit, kShiftLimit);
+  switch (transform) {
+    case Transform::shear_x: return affine_of(1, shear, 0, 0, 1, 0);
+    case Transform::shear_y: return affine_of(1, 0, 0, shear, 1, 0);
+    case Transform::translate_x: return affine_of(1, 0, shift, 0, 1, 0);
+    case Transform::translate_y: return affine_of(1, 0, 0, 0, 1, shift);
+    default: break;
+  }
+  const double angle = clamp(parameter, -kTurnLimit, kTurnLimit) * (3.14159265358979323846 / 180);
+  const double c = cos(angle), s = sin(angle), middle = side / 2.0;
+  return affine_of(c, -s, middle - c * middle + s * middle, s, c, middle - (s + c) * middle);
+}
+
+// The square of a crop and where it goes.
+struct Crop {
+  int32_t top, left, side, at;
+};
+
+CPC_HOST_DEVICE inline Crop crop_of(const float* parameters, int32_t side) {
+  Crop crop;
+  crop.side = whole(parameters[2], 1, side);
+  crop.top = whole(parameters[0], 0, side - crop.side);
+  crop.left = whole(parameters[1], 0, side - crop.side);
+  crop.at = (side - crop.side) / 2;
+  return crop;
+}
+
+// Rows and columns [top, bottom) x [left, right) that are cut out, within the patch.
+struct Cutout {
+  int32_t top, left, bottom, right;
+};
+
+CPC_HOST_DEVICE inline Cutout cutout_of(const float* parameters, int32_t side) {
+  const int32_t top = whole(parameters[0], -kShiftLimit, kShiftLimit);
+  const int32_t left = whole(parameters[1], -kShiftLimit, kShiftLimit);
+  const int32_t cut = whole(parameters[2], -kShiftLimit, kShiftLimit);
+  const auto inside = [side](int32_t v) { return v < 0 ? 0 : v > side ? side : v; };
+  return {inside(top), inside(left), inside(top + cut), inside(left + cut)};
+}
+
+// --- Elastic deformation ---
+
+CPC_HOST_DEVICE inline int32_t displacement_of(float v) {
+  return fixed(clamp(v, -kDisplacementLimit, kDisplacementLimit), kFineBits);
+}
+
+// Along one axis: between which nodes a pixel's centre lies, and the weight of the second.
+struct Between {
+  int32_t node, weight;
+};
+
+CPC_HOST_DEVICE inline Between between_nodes(int32_t at, int32_t side) {
+  const int32_t place = (2 * at + 1) * static_cast<int32_t>(kNodes - 1), node = place / (2 * side);
+  return {node, ((place - node * 2 * side) * kFine + side) / (2 * side)};
+}
+
+CPC_HOST_DEVICE inline int32_t mix(int32_t low, int32_t high, int32_t weight) {
+  return (low * (kFine - weight) + high * weight + kFine / 2) >> kFineBits;
+}
+
+// Along one axis: the two pixels that a sample lies between, repeated beyond the edge, and the weight of the second.
+struct Sample {
+  int32_t low, high, weight;
+};
+
+CPC_HOST_DEVICE inline Sample sample_at(int32_t at, int32_t displacement, int32_t side) {
+  const int32_t place = at * kFine + displacement, low = place >> kFineBits;
+  const auto inside = [side](int32_t v) { return v < 0 ? 0 : v >= side ? side - 1 : v; };
+  return {inside(low), inside(low + 1), place & (kFine - 1)};
+}
+
+// Four pixels mixed, those of the upper row first. 255 in 24 more bits and a half just fit 32 bits.
+CPC_HOST_DEVICE inline int32_t mix_pixels(const uint32_t (&v)[4], uint32_t right, uint32_t down) {
+  const uint32_t upper = v[0] * (kFine - right) + v[1] * right, lower = v[2] * (kFine - right) + v[3] * right;
+  return static_cast<int32_t>((upper * (kFine - down) + lower * down + (1u << (2 * kFineBits - 1))) >> (2 * kFineBits));
+}
+
+}  // namespace cpc::augment
