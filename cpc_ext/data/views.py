@@ -1,11 +1,12 @@
 """How a batch of uint8 images becomes the patches a model sees, at random for training and fixed for evaluation.
 
-All of it, from crop to cast, is one call of the extraction op on the device that holds the images.
+All of it, from crop to cast, is one call of an op on the device that holds the images.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from cpc_ext.data.batch_share import BatchShare
 from cpc_ext.data.dataset import Dataset
-from cpc_ext.ops import extract_patches
+from cpc_ext.data.patch_augmentation import PatchAugmentation
+from cpc_ext.ops import AugmentationPlan, augment_patches, extract_patches
 
 _WHOLE = BatchShare()
 
@@ -29,6 +31,7 @@ class PatchView:
     gray: one channel by ITU-R BT.601.
     mean, std: one value a channel after grey, with pixels in 0..1; None leaves them so.
     patch_norm: bring each patch to its own zero mean and unit contrast.
+    augmentation: what training patches go through, each by draws of its own; None leaves them as they are.
     dtype, channels_last: of the patches, as extract_patches takes them.
     """
 
@@ -41,6 +44,7 @@ class PatchView:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     patch_norm: bool = False
+    augmentation: PatchAugmentation | None = None
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
 
@@ -56,6 +60,7 @@ class PatchView:
         flip: bool = True,
         gray: bool = False,
         patch_norm: bool = False,
+        augmentation: PatchAugmentation | None = None,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
     ) -> PatchView:
@@ -70,6 +75,7 @@ class PatchView:
             mean=(dataset.gray_mean,) if gray else dataset.mean,
             std=(dataset.gray_std,) if gray else dataset.std,
             patch_norm=patch_norm,
+            augmentation=augmentation,
             dtype=dtype,
             channels_last=channels_last,
         )
@@ -78,7 +84,8 @@ class PatchView:
         """Training patches [B, rows, cols, C', p, p] of uint8 images [B, C, H, W]: a random window of each image.
 
         generator: on the CPU, so that a seed gives the same windows on every device; None takes PyTorch's own.
-        share: the part of the batch that the images are; windows are drawn for all of it.
+        share: the part of the batch that the images are; windows and augmentations are drawn for all of it. Only
+            sample pairing depends on how many parts there are: it mixes in patches of the same part.
         Raises ValueError where the window is larger than the padded images.
         """
         images = self._padded(images)
@@ -100,6 +107,7 @@ class PatchView:
             crop=(height, width),
             offsets=_to(share.part(offsets), images.device),
             flip=None if flip is None else _to(share.part(flip), images.device),
+            plan=self._plan(images, generator, share),
         )
 
     def center(self, images: Tensor) -> Tensor:
@@ -110,9 +118,18 @@ class PatchView:
         images = self._padded(images)
         return self._extract(images, crop=self._window(*images.shape[2:]))
 
+    def augmented(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The central window as :meth:`center` has it, its patches augmented as for training, to look at them."""
+        images = self._padded(images)
+        return self._extract(
+            images, crop=self._window(*images.shape[2:]), plan=self._plan(images, generator, BatchShare())
+        )
+
     def grid(self, image_height: int, image_width: int) -> tuple[int, int]:
         """(rows, cols) of patches in an image of that many pixels."""
-        height, width = self._window(image_height + 2 * self.pad, image_width + 2 * self.pad)
+        return self._grid(*self._window(image_height + 2 * self.pad, image_width + 2 * self.pad))
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
         return (height - self.patch_size) // self.stride + 1, (width - self.patch_size) // self.stride + 1
 
     def _padded(self, images: Tensor) -> Tensor:
@@ -123,6 +140,22 @@ class PatchView:
             return image_height, image_width
         return (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
 
+    def _plan(self, images: Tensor, generator: torch.Generator | None, share: BatchShare) -> AugmentationPlan | None:
+        """What happens to the patches of images that are padded and part of a batch; None if nothing does."""
+        if self.augmentation is None:
+            return None
+        count, channels, *size = images.shape
+        plan = self.augmentation.plan(
+            share.whole(count),
+            *self._grid(*self._window(*size)),
+            self.patch_size,
+            channels=channels,
+            generator=generator,
+        ).narrow(share.rank * count, count)
+        if images.device.type == "cuda":
+            plan = plan.pin_memory()
+        return plan.to(images.device)
+
     def _extract(
         self,
         images: Tensor,
@@ -130,8 +163,10 @@ class PatchView:
         crop: tuple[int, int],
         offsets: Tensor | None = None,
         flip: Tensor | None = None,
+        plan: AugmentationPlan | None = None,
     ) -> Tensor:
-        return extract_patches(
+        extract = extract_patches if plan is None else partial(augment_patches, plan=plan)
+        return extract(
             images,
             self.patch_size,
             self.stride,

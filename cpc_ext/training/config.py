@@ -125,6 +125,12 @@ class ViewSection(_Section):
         description="Bring each patch to its own zero mean and unit contrast, which closes the short cut of matching "
         "brightness; otherwise pixels are normalised by the data set's mean and deviation.",
     )
+    patch_augmentation: bool = Field(
+        False,
+        description="Change each patch on its own while training, as CPC v2 does it: two of AutoAugment's transforms, "
+        "then, with the paper's probabilities, elastic deformation, another colour histogram, colour jitter and grey, "
+        "then a crop padded back.",
+    )
 
     @property
     def patch(self) -> int:

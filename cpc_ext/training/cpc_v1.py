@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpc_ext.data import Dataset, ImageFetcher, ImageSet, PatchView
+from cpc_ext.data import Dataset, ImageFetcher, ImageSet, PatchAugmentation, PatchView
 from cpc_ext.models import CPC, GatedPixelCNNContext, PatchEncoder
 from cpc_ext.nn.grid_info_nce import GridInfoNCEOutput
 from cpc_ext.training import figures
@@ -62,6 +62,7 @@ class CPCv1Task(EncoderTask):
             flip=config.view.flip,
             gray=config.view.gray,
             patch_norm=config.view.patch_norm,
+            augmentation=PatchAugmentation() if config.view.patch_augmentation else None,
             dtype=patch_dtype(config.compute.precision),
             channels_last=config.compute.channels_last,
         )
@@ -89,7 +90,8 @@ class CPCv1Task(EncoderTask):
 
     def _save_inputs(self, run: RunDir) -> None:
         images = self._shown_images(_FIGURE_INPUTS)
-        patches = self._view.center(images).float().cpu().numpy()
+        generator = torch.Generator().manual_seed(self._config.compute.seed)
+        patches = self._view.augmented(images, generator).float().cpu().numpy()
         figures.save(
             run.path / "inputs.png",
             figures.model_inputs(images.cpu().numpy(), patches, crop=self._config.view.crop),

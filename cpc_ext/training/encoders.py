@@ -28,6 +28,10 @@ from cpc_ext.training.task import Task
 __all__ = ["EncoderTask", "save_encoder"]
 
 
+# Of a view, what those who feed an encoder have no use for.
+_OF_TRAINING = ("dtype", "augmentation")
+
+
 class EncoderTask(Task):
     """A model whose encoder is judged by a linear probe.
 
@@ -121,7 +125,7 @@ def save_encoder(
         "cpc_ext": __version__,
         "class": spec.kind.__name__,
         "encoder": json.dumps(spec.arguments),
-        "view": json.dumps({name: value for name, value in asdict(view).items() if name != "dtype"}),
+        "view": json.dumps({name: value for name, value in asdict(view).items() if name not in _OF_TRAINING}),
         "config": json.dumps(config.model_dump(mode="json")),
     }
     with atomic_file(run.encoder) as file:

@@ -20,9 +20,10 @@ _CPC_V1_CIFAR = {
     "optimization": {"epochs": 100, "batch_size": 64, "schedule": "cosine", "warmup_steps": 500, "clip_grad": 10.0},
 }
 
+_CPC_V2_VIEW = {"gray": False, "patch_augmentation": True}
 # CPCV2-PyTorch's example: half-overlapping patches of 10 pixels in colour.
 _CPC_V2_CIFAR = {
-    "view": {"crop": 30, "pad": 2, "grid_size": 5, "gray": False},
+    "view": {"crop": 30, "pad": 2, "grid_size": 5, **_CPC_V2_VIEW},
     "cpc": {"encoder": "wrn-28-2", "pred_steps": 3},
     "optimization": {"epochs": 500, "batch_size": 64, "schedule": "cosine", "warmup_steps": 500, "clip_grad": 10.0},
 }
@@ -128,7 +129,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         },
     },
     ("cpc-v2", "stl10"): {
-        "view": {"crop": 64, "grid_size": 7, "gray": False},
+        "view": {"crop": 64, "grid_size": 7, **_CPC_V2_VIEW},
         "cpc": {"encoder": "resnet28", "pred_steps": 5},
         "optimization": {"epochs": 300, "batch_size": 32, "schedule": "cosine", "warmup_steps": 500, "clip_grad": 10.0},
     },
@@ -137,7 +138,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     # As published for ImageNet.
     ("cpc-v2", "folder"): {
         "data": {"image_size": 300},
-        "view": {"crop": 260, "grid_size": 6, "patch_size": 80, "gray": False},
+        "view": {"crop": 260, "grid_size": 6, "patch_size": 80, **_CPC_V2_VIEW},
         "cpc": {"encoder": "resnet161", "pred_steps": 3},
         "optimization": {"epochs": 200, "batch_size": 16, "schedule": "cosine", "warmup_steps": 500, "clip_grad": 10.0},
     },

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cpc_ext.data import Dataset, ImageSet, PatchView
+from cpc_ext.data import AUTO_AUGMENT, BatchShare, Dataset, ImageSet, PatchAugmentation, PatchView
 
 IMAGES = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (64, 3, 10, 12), np.uint8))
 
@@ -103,3 +103,40 @@ def test_padding_is_black_and_cropped_like_the_image():
     assert torch.equal(windows(view.center(IMAGES)), padded[:, :, 1:13, 2:14])
     small = PatchView(8, 8, crop=8)
     assert torch.equal(replace(small, pad=3).center(IMAGES), small.center(IMAGES))
+
+
+AUGMENTED = PatchView(4, 2, crop=8, augmentation=PatchAugmentation())
+
+
+def test_augmentation_changes_training_patches_alone():
+    plain = replace(AUGMENTED, augmentation=None)
+    first, again, other = (AUGMENTED.random(IMAGES, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert first.shape == (64, 3, 3, 3, 4, 4)
+    changed = (first != plain.random(IMAGES, torch.Generator().manual_seed(1))).flatten(3).any(3)
+    assert changed.float().mean() > 0.9
+    assert not torch.equal(first, other)
+    assert torch.equal(AUGMENTED.center(IMAGES), plain.center(IMAGES))
+    shown = AUGMENTED.augmented(IMAGES, torch.Generator().manual_seed(1))
+    assert (shown != plain.center(IMAGES)).flatten(3).any(3).float().mean() > 0.9
+    assert torch.equal(plain.augmented(IMAGES), plain.center(IMAGES))
+
+
+def test_augmentation_leaves_the_windows_as_they_are():
+    nothing = PatchAugmentation(
+        (), elastic_probability=0, histogram_probability=0, jitter_probability=0, gray_probability=0, crop=1
+    )
+    drawn = replace(AUGMENTED, augmentation=nothing).random(IMAGES, torch.Generator().manual_seed(1))
+    plain = replace(AUGMENTED, augmentation=None).random(IMAGES, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(drawn, plain, atol=1e-6, rtol=0)
+
+
+def test_parts_of_a_batch_are_augmented_as_the_whole():
+    transforms = tuple(name for name in AUTO_AUGMENT if name != "sample_pairing")
+    view = replace(AUGMENTED, augmentation=PatchAugmentation(transforms), pad=1)
+    whole = view.random(IMAGES, torch.Generator().manual_seed(1))
+    parts = [
+        view.random(images, torch.Generator().manual_seed(1), share=BatchShare(rank, 2))
+        for rank, images in enumerate(IMAGES.chunk(2))
+    ]
+    assert torch.equal(torch.cat(parts), whole)

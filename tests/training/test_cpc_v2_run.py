@@ -71,6 +71,17 @@ def test_run_leaves_everything(train, tmp_path, capsys):
     assert len({name.split(".")[1] for name in trained if name.startswith("context.")}) == 4
 
 
+def test_patch_augmentation_changes_the_training_and_not_the_evaluation(train, tmp_path):
+    for name in ("patch-augmentation", "no-patch-augmentation"):
+        assert train("--out-dir", tmp_path / name, f"--{name}", "--steps", "1") == 0
+    one, other = (read_metrics(tmp_path / name / "metrics.jsonl")[0] for name in sorted(os.listdir(tmp_path)))
+    assert one["loss"] != other["loss"]
+    one, other = (json.loads((tmp_path / n / "summary.json").read_text()) for n in sorted(os.listdir(tmp_path)))
+    assert one["untrained_probe_accuracy"] == other["untrained_probe_accuracy"]
+    file = safe_open(tmp_path / "patch-augmentation" / "encoder.safetensors", "pt")
+    assert "augmentation" not in json.loads(file.metadata()["view"])
+
+
 def test_shared_context(train, tmp_path, monkeypatch):
     monkeypatch.setattr(CPCv2Task, "evaluate", lambda task: {})
     assert train("--out-dir", tmp_path, "--shared-context", "--steps", "1", "--encoder", "wrn-10-1") == 0
@@ -92,7 +103,7 @@ def test_resumed_run_is_the_uninterrupted_one(train, tmp_path, monkeypatch, prec
         return original(self, *arguments)
 
     monkeypatch.setattr(CPCv2Task, "losses", losses)
-    options = ("--precision", precision, "--pad", "2")
+    options = ("--precision", precision, "--pad", "2", "--patch-augmentation")
     assert train("--out-dir", tmp_path / "whole", *options) == 0
     assert train("--out-dir", tmp_path / "parts", *options) == 130
     assert train("--out-dir", tmp_path / "parts", *options, "--resume") == 0
@@ -133,6 +144,8 @@ def test_presets_are_the_published_settings():
     assert cifar.optimization.epochs == 500
     view = folder.view
     assert (folder.data.image_size, view.crop, view.grid_size, view.patch, view.stride) == (300, 260, 6, 80, 36)
+    assert cifar.view.patch_augmentation
+    assert view.patch_augmentation
     assert (folder.cpc.encoder, folder.cpc.context_layers, folder.cpc.context_channels) == ("resnet161", 5, 256)
     assert not view.gray
 
