@@ -4,6 +4,7 @@ from cpc_ext.ops._patch_transforms import Transform
 from cpc_ext.ops.augment_patches import AugmentationPlan, augment_patches
 from cpc_ext.ops.extract_patches import extract_patches
 from cpc_ext.ops.info_nce import InfoNCEOutput, info_nce
+from cpc_ext.ops.logistic_mixture import logistic_mixture_nll, sample_logistic_mixture
 from cpc_ext.ops.masked_conv2d import masked_conv2d
 
 __all__ = [
@@ -13,5 +14,7 @@ __all__ = [
     "augment_patches",
     "extract_patches",
     "info_nce",
+    "logistic_mixture_nll",
     "masked_conv2d",
+    "sample_logistic_mixture",
 ]

@@ -1,0 +1,312 @@
+"""The discretized mixture of logistics of PixelCNN++ (Salimans et al. 2017, arXiv 1701.05517): likelihood and samples.
+
+From images [B, C, H, W] of values 0..255 and mixture parameters [B, P, H, W] to nats per image [B], and from parameters
+and noise to images. Each pass reads the parameters once; the backward pass computes the components anew instead of
+reading what the forward pass would have had to write, all but two numbers a pixel.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cpc_ext.ops._library import refuse_forward_mode, register
+
+__all__ = [
+    "logistic_mixture_nll",
+    "logistic_mixture_nll_reference",
+    "sample_logistic_mixture",
+    "sample_logistic_mixture_reference",
+]
+
+# Half the distance of two neighbouring values, on the scale of -1..1.
+HALF_BIN = 1 / 255
+# Below it a scale's logarithm is cut off.
+LEAST_LOG_SCALE = -7.0
+# Bins with less mass than this count as the density at their centre times their width.
+LEAST_MASS = 1e-5
+# Uniform noise is kept this far from 0 and 1.
+LEAST_NOISE = 1e-5
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Parameters of a component, by channels: a logit and, for every colour, a mean, a log-scale and a coefficient.
+_PARAMS_OF_COMPONENT = {1: 3, 3: 10}
+
+
+def logistic_mixture_nll(images: Tensor, params: Tensor) -> Tensor:
+    """Negative log-likelihood of images under a mixture of logistics at every pixel, discretized to 256 values.
+
+    A value v stands for v / 127.5 - 1 and has the mass of the bin 1/255 to both sides; the bins of 0 and 255 are open
+    towards the outside. Where a bin's mass is not above 1e-5, the density at its centre times 1/127.5 stands for it.
+    Log-scales below -7 count as -7 and get no gradient. With three channels, the mean of green is shifted by
+    tanh(coefficient 0) times red, that of blue by tanh(coefficient 1) times red and tanh(coefficient 2) times green.
+    Arithmetic is in float32, in float64 where params are.
+
+    Args:
+        images: [B, C, H, W] uint8, C = 1 or 3, with any strides.
+        params: [B, P, H, W] floating, with any strides; dense ones, channels last or first, are read fastest. P is 10 K
+            for three channels and K components: K logits, then for each colour K means, K log-scales and K
+            coefficients. It is 3 K for one channel: K logits, K means and K log-scales.
+
+    Returns:
+        Nats per image, [B], float32 or, where params are, float64. Differentiable once in params, backwards; the
+        gradient is laid out as dense params are.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or device.
+        NotImplementedError, RuntimeError: forward-mode derivatives, second derivatives.
+    """
+    _check_tensor("images", images)
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images must be uint8, got {_name(images.dtype)}")
+    if images.ndim != 4 or images.shape[1] not in _PARAMS_OF_COMPONENT:
+        raise ValueError(f"images must be [B, 1, H, W] or [B, 3, H, W], got shape {tuple(images.shape)}")
+    _check_params(params, images.shape[1])
+    if params.shape[0] != images.shape[0] or params.shape[2:] != images.shape[2:]:
+        batch, _, height, width = images.shape
+        raise ValueError(
+            f"params must be [{batch}, P, {height}, {width}] for images {tuple(images.shape)}, "
+            f"got shape {tuple(params.shape)}"
+        )
+    if params.device != images.device:
+        raise ValueError(f"params must be on {images.device} like the images, got {params.device}")
+    refuse_forward_mode(params)
+    return _logistic_mixture_nll(images, params, torch.is_grad_enabled() and params.requires_grad)[0]
+
+
+def sample_logistic_mixture(
+    params: Tensor,
+    generator: torch.Generator | None = None,
+    *,
+    channels: int = 3,
+    noise: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Draw images from a mixture of logistics at every pixel.
+
+    A component is chosen by the largest of logit + temperature * Gumbel noise. Then colour by colour: mean, shifted by
+    the coefficients times the earlier colours' values, + temperature * scale * logistic noise, clamped to -1..1 and
+    rounded to the nearest of the 256 values. Later colours see the rounded values, so that at temperature 1 the samples
+    follow :func:`logistic_mixture_nll`. Arithmetic is in float64: the same noise gives the same sample on every device
+    and for every layout of the same params.
+
+    Args:
+        params: [B, P, H, W] as of :func:`logistic_mixture_nll`.
+        generator: of the noise, on the params' device. Default: PyTorch's own.
+        channels: C, 1 or 3.
+        noise: [B, K + C, H, W] float32 or float64, uniform in 0..1 and clamped to 1e-5..1 - 1e-5: for each of the K
+            components what its Gumbel noise -log(-log(u)) is made of, then for each colour the same for its logistic
+            noise log(u / (1 - u)). Default: drawn.
+        temperature: multiplies both kinds of noise; at 0 the likeliest component's means are the sample.
+
+    Returns:
+        [B, C, H, W] uint8, dense.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, range or device.
+    """
+    if isinstance(channels, bool) or not isinstance(channels, int):
+        raise TypeError(f"channels must be an integer, got {type(channels).__name__}")
+    if channels not in _PARAMS_OF_COMPONENT:
+        raise ValueError(f"channels must be 1 or 3, got {channels}")
+    _check_params(params, channels)
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be finite and not negative, got {temperature}")
+    batch, _, height, width = params.shape
+    shape = (batch, _components(params, channels) + channels, height, width)
+    if noise is None:
+        noise = torch.rand(shape, generator=generator, device=params.device)
+    elif generator is not None:
+        raise ValueError("give either a generator or noise, not both")
+    else:
+        _check_tensor("noise", noise)
+        if noise.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"noise must be float32 or float64, got {_name(noise.dtype)}")
+        if tuple(noise.shape) != shape:
+            raise ValueError(f"noise must be {list(shape)} for these params, got shape {tuple(noise.shape)}")
+        if noise.device != params.device:
+            raise ValueError(f"noise must be on {params.device} like the params, got {noise.device}")
+    return _sample_logistic_mixture(params.detach(), noise.detach(), channels, float(temperature))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_tensor(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+
+
+def _check_params(params: Tensor, channels: int) -> None:
+    _check_tensor("params", params)
+    if params.dtype not in _DTYPES:
+        raise TypeError(f"params must be one of {', '.join(map(_name, _DTYPES))}, got {_name(params.dtype)}")
+    if params.ndim != 4:
+        raise ValueError(f"params must be [B, P, H, W], got shape {tuple(params.shape)}")
+    of_component = _PARAMS_OF_COMPONENT[channels]
+    if params.shape[1] == 0 or params.shape[1] % of_component:
+        raise ValueError(
+            f"params must be [B, {of_component} K, H, W] for K components and {channels} channel{'s'[: channels - 1]}, "
+            f"got shape {tuple(params.shape)}"
+        )
+
+
+def _components(params: Tensor, channels: int) -> int:
+    return params.shape[1] // _PARAMS_OF_COMPONENT[channels]
+
+
+def _compute_dtype(params: Tensor) -> torch.dtype:
+    return torch.float64 if params.dtype == torch.float64 else torch.float32
+
+
+def _split(params: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Logits [B, K, H, W]; means, log-scales and coefficients through tanh [B, C, K, H, W], the latter for C = 3."""
+    components = _components(params, channels)
+    logits, rest = params[:, :components], params[:, components:]
+    means, log_scales, *coefficients = rest.unflatten(1, (channels, -1, components)).unbind(2)
+    log_scales = log_scales.clamp(min=LEAST_LOG_SCALE)
+    return logits, means, log_scales, coefficients[0].tanh() if coefficients else None
+
+
+# --- In plain PyTorch ---
+
+
+def logistic_mixture_nll_reference(images: Tensor, params: Tensor) -> Tensor:
+    """The likelihood in plain PyTorch: oracle, and what runs where there is no kernel, and on float64."""
+    joint, logits = _log_joint(images, params)
+    return (logits.logsumexp(1) - joint.logsumexp(1)).sum((1, 2))
+
+
+def _log_joint(images: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    """logit + log-mass of the pixel's value, and the logit, of every component: [B, K, H, W] twice."""
+    params = params.to(_compute_dtype(params))
+    logits, means, log_scales, coefficients = _split(params, images.shape[1])
+    levels = images.unsqueeze(2)
+    x = levels.to(params.dtype) / 127.5 - 1
+    if coefficients is not None:
+        red, green = x[:, 0], x[:, 1]
+        shifts = (torch.zeros_like(means[:, 0]), coefficients[:, 0] * red)
+        means = means + torch.stack([*shifts, coefficients[:, 1] * red + coefficients[:, 2] * green], 1)
+    inverse_scales = torch.exp(-log_scales)
+    centre, half = inverse_scales * (x - means), inverse_scales * HALF_BIN
+    # A difference of two sigmoids as a product, as both may be close to one.
+    sides = F.logsigmoid(centre + half) + F.logsigmoid(half - centre)
+    is_bin = sides + torch.log(-torch.expm1(-2 * half)) > math.log(LEAST_MASS)
+    # The logarithm has no slope at zero, which a narrow bin's mass may round to.
+    log_mass = sides + torch.log(-torch.expm1(-2 * torch.where(is_bin, half, 1.0)))
+    log_density = F.logsigmoid(centre) + F.logsigmoid(-centre) - log_scales - math.log(127.5)
+    log_mass = torch.where(is_bin, log_mass, log_density)
+    log_mass = torch.where(levels == 0, F.logsigmoid(centre + half), log_mass)
+    log_mass = torch.where(levels == 255, F.logsigmoid(half - centre), log_mass)
+    return logits + log_mass.sum(1), logits
+
+
+def sample_logistic_mixture_reference(params: Tensor, noise: Tensor, channels: int, temperature: float) -> Tensor:
+    """Sampling in plain PyTorch: oracle, and what runs where there is no kernel."""
+    # MPS has no float64; its samples may differ where a value lies between two others.
+    compute = torch.float32 if params.device.type == "mps" else torch.float64
+    logits, means, log_scales, coefficients = _split(params.to(compute), channels)
+    noise = noise.to(compute).clamp(LEAST_NOISE, 1 - LEAST_NOISE)
+    components = logits.shape[1]
+    gumbel = -torch.log(-torch.log(noise[:, :components]))
+    chosen = (logits + temperature * gumbel).argmax(1, keepdim=True)
+
+    def of_chosen(values: Tensor) -> Tensor:
+        return values.gather(1, chosen).squeeze(1)
+
+    colors: list[Tensor] = []
+    for c in range(channels):
+        u = noise[:, components + c]
+        x = of_chosen(means[:, c]) + temperature * of_chosen(log_scales[:, c]).exp() * torch.log(u / (1 - u))
+        if coefficients is not None:
+            first = c * (c - 1) // 2  # Green has coefficient 0, blue 1 and 2.
+            for earlier in range(c):
+                x = x + of_chosen(coefficients[:, first + earlier]) * (colors[earlier] / 127.5 - 1)
+        colors.append(torch.round((x.clamp(-1, 1) + 1) * 127.5))
+    return torch.stack(colors, 1).to(torch.uint8)
+
+
+# --- The ops ---
+
+
+def _empty_nll(images, params, keep) -> tuple[Tensor, Tensor]:
+    batch, _, height, width = params.shape
+    nll = params.new_empty(batch, dtype=_compute_dtype(params))
+    return nll, nll.new_empty((batch, 2, height, width) if keep else 0)
+
+
+def _nll_reference(images, params, keep) -> tuple[Tensor, Tensor]:
+    joint, logits = _log_joint(images, params)
+    nll = (logits.logsumexp(1) - joint.logsumexp(1)).sum((1, 2))
+    if not keep:
+        return nll, nll.new_empty(0)
+    peak = joint.amax(1, keepdim=True)
+    return nll, torch.cat([peak, torch.exp(joint - peak).sum(1, keepdim=True)], 1)
+
+
+def _empty_gradient(grad, images, params, normalisers) -> Tensor:
+    return torch.empty_like(params, memory_format=_memory_format(params))
+
+
+def _memory_format(params: Tensor) -> torch.memory_format:
+    channels_last = params.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _backward_reference(grad, images, params, normalisers) -> Tensor:
+    with torch.enable_grad():
+        leaf = params.detach().requires_grad_()
+        nll = logistic_mixture_nll_reference(images, leaf)
+    (gradient,) = torch.autograd.grad(nll, leaf, grad)
+    return gradient.contiguous(memory_format=_memory_format(params))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    images, params, _ = inputs
+    _, normalisers = output
+    ctx.save_for_backward(images, params, normalisers)
+    ctx.mark_non_differentiable(normalisers)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, _):
+    if grad is None:
+        return None, None, None
+    return None, _logistic_mixture_nll_backward(grad, *ctx.saved_tensors), None
+
+
+_logistic_mixture_nll = register(
+    "logistic_mixture_nll(Tensor images, Tensor params, bool keep) -> (Tensor, Tensor)",
+    reference=_nll_reference,
+    kernel=_nll_reference,
+    fake=_empty_nll,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+_logistic_mixture_nll_backward = register(
+    "logistic_mixture_nll_backward(Tensor grad, Tensor images, Tensor params, Tensor normalisers) -> Tensor",
+    reference=_backward_reference,
+    kernel=_backward_reference,
+    fake=_empty_gradient,
+)
+
+
+def _empty_samples(params, noise, channels, temperature) -> Tensor:
+    batch, _, height, width = params.shape
+    return params.new_empty((batch, channels, height, width), dtype=torch.uint8)
+
+
+_sample_logistic_mixture = register(
+    "sample_logistic_mixture(Tensor params, Tensor noise, int channels, float temperature) -> Tensor",
+    reference=sample_logistic_mixture_reference,
+    kernel=sample_logistic_mixture_reference,
+    fake=_empty_samples,
+)
