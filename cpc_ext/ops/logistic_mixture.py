@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cpc_ext._native import native
 from cpc_ext.ops._library import refuse_forward_mode, register
 
 __all__ = [
@@ -180,7 +181,7 @@ def _split(params: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 def logistic_mixture_nll_reference(images: Tensor, params: Tensor) -> Tensor:
-    """The likelihood in plain PyTorch: oracle, and what runs where there is no kernel, and on float64."""
+    """The likelihood in plain PyTorch: oracle, and what runs in float64 and where there is no kernel."""
     joint, logits = _log_joint(images, params)
     return (logits.logsumexp(1) - joint.logsumexp(1)).sum((1, 2))
 
@@ -252,6 +253,17 @@ def _nll_reference(images, params, keep) -> tuple[Tensor, Tensor]:
     return nll, torch.cat([peak, torch.exp(joint - peak).sum(1, keepdim=True)], 1)
 
 
+def _kernel(images, params, keep) -> tuple[Tensor, Tensor]:
+    if params.dtype == torch.float64:
+        return _nll_reference(images, params, keep)
+    nll, normalisers = _empty_nll(images, params, keep)
+    # Partial sums of the CUDA kernel.
+    tiles = math.ceil(params.shape[2] * params.shape[3] / native.logistic_mixture_tile_pixels)
+    parts = nll.new_empty((len(nll), tiles))
+    native.logistic_mixture_nll(images, params, nll, normalisers if keep else None, parts)
+    return nll, normalisers
+
+
 def _empty_gradient(grad, images, params, normalisers) -> Tensor:
     return torch.empty_like(params, memory_format=_memory_format(params))
 
@@ -267,6 +279,14 @@ def _backward_reference(grad, images, params, normalisers) -> Tensor:
         nll = logistic_mixture_nll_reference(images, leaf)
     (gradient,) = torch.autograd.grad(nll, leaf, grad)
     return gradient.contiguous(memory_format=_memory_format(params))
+
+
+def _backward_kernel(grad, images, params, normalisers) -> Tensor:
+    if params.dtype == torch.float64:
+        return _backward_reference(grad, images, params, normalisers)
+    gradient = _empty_gradient(grad, images, params, normalisers)
+    native.logistic_mixture_nll_backward(grad.contiguous(), images, params, normalisers, gradient)
+    return gradient
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -286,7 +306,7 @@ def _backward(ctx, grad, _):
 _logistic_mixture_nll = register(
     "logistic_mixture_nll(Tensor images, Tensor params, bool keep) -> (Tensor, Tensor)",
     reference=_nll_reference,
-    kernel=_nll_reference,
+    kernel=_kernel,
     fake=_empty_nll,
     backward=_backward,
     setup_context=_setup_context,
@@ -294,7 +314,7 @@ _logistic_mixture_nll = register(
 _logistic_mixture_nll_backward = register(
     "logistic_mixture_nll_backward(Tensor grad, Tensor images, Tensor params, Tensor normalisers) -> Tensor",
     reference=_backward_reference,
-    kernel=_backward_reference,
+    kernel=_backward_kernel,
     fake=_empty_gradient,
 )
 
@@ -304,9 +324,15 @@ def _empty_samples(params, noise, channels, temperature) -> Tensor:
     return params.new_empty((batch, channels, height, width), dtype=torch.uint8)
 
 
+def _sample_kernel(params, noise, channels, temperature) -> Tensor:
+    images = _empty_samples(params, noise, channels, temperature)
+    native.sample_logistic_mixture(params, noise, images, temperature)
+    return images
+
+
 _sample_logistic_mixture = register(
     "sample_logistic_mixture(Tensor params, Tensor noise, int channels, float temperature) -> Tensor",
     reference=sample_logistic_mixture_reference,
-    kernel=sample_logistic_mixture_reference,
+    kernel=_sample_kernel,
     fake=_empty_samples,
 )

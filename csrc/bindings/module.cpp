@@ -36,6 +36,7 @@ PYBIND11_MODULE(_C, module) {
 
   bind_augment(module);
   bind_info_nce(module);
+  bind_logistic_mixture(module);
   bind_masked_conv(module);
   bind_patches(module);
   module.def(

@@ -7,6 +7,7 @@ namespace cpc::bindings {
 
 void bind_augment(pybind11::module_& module);
 void bind_info_nce(pybind11::module_& module);
+void bind_logistic_mixture(pybind11::module_& module);
 void bind_masked_conv(pybind11::module_& module);
 void bind_patches(pybind11::module_& module);
 

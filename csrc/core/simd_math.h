@@ -15,10 +15,14 @@ using Ints = int32_t __attribute__((vector_size(kRegisterBytes)));
 // e^x below this is subnormal, and taken for zero.
 constexpr float kLowestExponent = -87.3f;
 
-// e^x as mantissa * 2^exponent, for x whose result is a normal number. The exponent comes as the low bits of a float's.
+inline Register<float> abs(Register<float> x) { return (Register<float>)((Ints)x & 0x7fffffff); }
+
+// e^x as mantissa * 2^exponent, for x whose result is a normal number. The exponent comes as the low bits of a float's
+// too.
 struct Power {
   Register<float> mantissa;
   Ints exponent_bits;
+  Register<float> exponent;
 };
 constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to integers.
 
@@ -33,27 +37,44 @@ inline Power power_of_e(Register<float> x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  return {p * (r * r) + (r + 1.f), (Ints)shifted};
+  return {p * (r * r) + (r + 1.f), (Ints)shifted, n};
 }
+
+#if defined(__AVX512F__)
+inline Register<float> scaled_unless_lowest(const Power& power, Register<float> x) {
+  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(kLowestExponent), _CMP_NLT_UQ);
+  return (Register<float>)_mm512_maskz_scalef_ps(kept, (__m512)power.mantissa, (__m512)power.exponent);
+}
+#endif
 
 // e^x. Zero below kLowestExponent, infinity above 88.7; NaN stays.
 inline Register<float> exp(Register<float> x) {
   using R = Register<float>;
+#if defined(__AVX512F__)
+  // Scaling overflows to infinity by itself; what is below is discarded, whatever it came to.
+  const Power power = power_of_e((R)_mm512_min_ps(_mm512_set1_ps(90.f), (__m512)x));
+  return scaled_unless_lowest(power, x);
+#else
   constexpr float kHighest = 88.7f;
   const Power power = power_of_e(x > kHighest ? R{} + kHighest : x < kLowestExponent ? R{} + kLowestExponent : x);
   // 2^n in two factors, as 2^128 is none.
   const Ints exponent = power.exponent_bits - std::bit_cast<int32_t>(kRound), half = exponent >> 1;
   const R scaled = power.mantissa * (R)((half + 127) << 23) * (R)((exponent - half + 127) << 23);
   return x < kLowestExponent ? R{} : x > kHighest ? R{} + INFINITY : scaled;
+#endif
 }
 
 // e^x of x that are not above 0, for fewer instructions. Zero below kLowestExponent; NaN stays.
 inline Register<float> exp_below_zero(Register<float> x) {
+#if defined(__AVX512F__)
+  return scaled_unless_lowest(power_of_e(x), x);
+#else
   using R = Register<float>;
   const Power power = power_of_e(x < kLowestExponent ? R{} + kLowestExponent : x);
   // The integer is added to the mantissa's exponent; all that is above it is shifted out.
   const R scaled = (R)((Ints)power.mantissa + (power.exponent_bits << 23));
   return x < kLowestExponent ? R{} : x == x ? scaled : x;
+#endif
 }
 
 inline Register<float> sigmoid(Register<float> x) { return 1.f / (1.f + exp(-x)); }
@@ -68,6 +89,20 @@ inline Register<float> tanh(Register<float> x) {
   p = p * z - 3.33332819422e-1f;
   const R large = 1.f - 2.f / (exp(size + size) + 1.f);
   return size < 0.625f ? x + x * z * p : x < 0.f ? -large : large;
+}
+
+// The natural logarithm of positive normal numbers; NaN of NaN.
+inline Register<float> log(Register<float> x) {
+  using R = Register<float>;
+  // x = m * 2^n with m between the square roots of 1/2 and 2.
+  constexpr int32_t kRootOfHalf = 0x3f3504f3, kOne = 0x3f800000;
+  const Ints bits = (Ints)x + (kOne - kRootOfHalf);
+  const R n = __builtin_convertvector((bits >> 23) - 127, R), f = (R)((bits & 0x7fffff) + kRootOfHalf) - 1.f;
+  // log(1 + f) = f - f^2 / 2 + s * (f^2 / 2 + r(s^2)), s = f / (2 + f).
+  const R s = f / (2.f + f), z = s * s, w = z * z, half_square = 0.5f * f * f;
+  const R r = w * (0.40000972152f + w * 0.24279078841f) + z * (0.66666662693f + w * 0.28498786688f);
+  const R result = s * (half_square + r) + n * 9.0580006145e-6f - half_square + f + n * 0.69313812256f;
+  return x == x ? result : x;
 }
 
 template <class Function>

@@ -1,0 +1,311 @@
+// The discretized mixture of logistics on the CPU: nats per image, the gradient in the parameters, and samples.
+// A task is a tile of an image's pixels. Its parameters are brought into a buffer in the cache, a row a parameter, so
+// that a register holds the same parameter of neighbouring pixels whatever the layout in memory; the gradients replace
+// them there and go out the same way.
+#include <algorithm>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "core/huge_pages.h"
+#include "core/parallel.h"
+#include "core/simd_math.h"
+#include "logistic_mixture/component.h"
+#include "logistic_mixture/logistic_mixture.h"
+#include "logistic_mixture/sample.h"
+
+namespace cpc::logistic_mixture::cpu::CPC_ISA {
+namespace {
+
+using namespace cpc::CPC_ISA;
+
+using R = Register<float>;
+constexpr int64_t kWidth = kRegisterLanes<float>;
+// Pixels of a tile: whole cache lines of every parameter, and a buffer that stays in the first-level cache.
+constexpr int64_t kTile = 32;
+
+struct Lanes {
+  using Real = R;
+  static R abs(R x) { return CPC_ISA::abs(x); }
+  static R exp(R x) { return CPC_ISA::exp(x); }
+  static R exp_below_zero(R x) { return CPC_ISA::exp_below_zero(x); }
+  static R divide(R a, R b) { return a / b; }
+};
+
+// --- Between the layouts of memory and of a buffer ---
+
+template <class T>
+R load_widened(const T* from) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, Half>)
+    return (R)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, Half>)
+    return (R)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#endif
+  float wide[kWidth];
+  for (int64_t i = 0; i < kWidth; ++i) wide[i] = widen(from[i]);
+  return load_register(wide);
+}
+
+template <class T>
+void store_narrow(T* to, R v) {
+  float wide[kWidth];
+  store_register(wide, v);
+  narrow(to, wide, kWidth);
+}
+
+// Columns to rows, in log2 steps that interleave the first half of the rows with the second.
+inline void transpose(R (&rows)[kWidth]) {
+  Ints low = {}, high = {};
+  for (int32_t i = 0; i < kWidth / 2; ++i) {
+    low[2 * i] = i;
+    low[2 * i + 1] = static_cast<int32_t>(kWidth) + i;
+    high[2 * i] = static_cast<int32_t>(kWidth) / 2 + i;
+    high[2 * i + 1] = static_cast<int32_t>(kWidth) * 3 / 2 + i;
+  }
+#pragma GCC unroll 4
+  for (int64_t step = 1; step < kWidth; step *= 2) {
+    R next[kWidth];
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kWidth / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + kWidth / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kWidth / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kWidth; ++i) rows[i] = next[i];
+  }
+}
+
+// `count` pixels of an image from pixel `first` on, and where they lie.
+struct Tile {
+  int64_t b, first, count;
+  bool neighbours;         // Whether they lie one element apart.
+  int64_t offsets[kTile];  // From the image's first element. Of pixels past the last: the last's.
+
+  Tile(const TensorView& view, int64_t b, int64_t first, int64_t pixels, int64_t width)
+      : b(b), first(first), count(std::min(kTile, pixels - first)) {
+    neighbours = true;
+    for (int64_t i = 0; i < kTile; ++i) {
+      offsets[i] = b * view.strides[0] + pixel_offset(view, width, first + std::min(i, count - 1));
+      neighbours = neighbours && (i >= count || offsets[i] == offsets[0] + i);
+    }
+  }
+};
+
+// The parameters of a tile to a buffer of rows of kTile pixels. Places past the last pixel get some finite values.
+template <class T>
+void load_params(float* __restrict to, const TensorView& params, const Tile& tile) {
+  const T* const from = params.as<T>();
+  const int64_t count = params.shape[1], stride = params.strides[1];
+  if (stride == 1 && count >= kWidth) {
+    for (int64_t i = 0; i < tile.count; i += kWidth)
+      for (int64_t block = 0; block < count; block += kWidth) {
+        const int64_t p = std::min(block, count - kWidth);
+        R rows[kWidth];
+#pragma GCC unroll 16
+        for (int64_t j = 0; j < kWidth; ++j) rows[j] = load_widened(from + tile.offsets[i + j] + p);
+        transpose(rows);
+#pragma GCC unroll 16
+        for (int64_t j = 0; j < kWidth; ++j) store_register(to + (p + j) * kTile + i, rows[j]);
+      }
+    return;
+  }
+  for (int64_t p = 0; p < count; ++p) {
+    float* const row = to + p * kTile;
+    const T* const parameter = from + p * stride;
+    if (tile.neighbours && tile.count == kTile) {
+      for (int64_t i = 0; i < kTile; i += kWidth)
+        store_register(row + i, load_widened(parameter + tile.offsets[0] + i));
+    } else {
+      for (int64_t i = 0; i < kTile; ++i) row[i] = widen(parameter[tile.offsets[i]]);
+    }
+  }
+}
+
+// Asks for the parameters of a tile ahead of their use: computing hides the wait that their many strides would cause.
+template <class T>
+void prefetch_params(const TensorView& params, const Tile& tile) {
+  constexpr int64_t kLine = 64;
+  const bool by_pixel = params.strides[1] == 1;
+  const int64_t runs = by_pixel ? tile.count : params.shape[1];
+  const int64_t bytes = (by_pixel ? params.shape[1] : tile.neighbours ? tile.count : 0) * int64_t{sizeof(T)};
+  for (int64_t run = 0; run < runs; ++run) {
+    const T* const first = params.as<T>() + (by_pixel ? tile.offsets[run] : tile.offsets[0] + run * params.strides[1]);
+    for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(reinterpret_cast<const char*>(first) + at);
+  }
+}
+
+// And back.
+template <class T>
+void store_gradients(const TensorView& gradients, const float* __restrict from, const Tile& tile) {
+  T* const to = gradients.as<T>();
+  const int64_t count = gradients.shape[1], stride = gradients.strides[1];
+  if (stride == 1 && count >= kWidth) {
+    for (int64_t i = 0; i < tile.count; i += kWidth)
+      for (int64_t block = 0; block < count; block += kWidth) {
+        const int64_t p = std::min(block, count - kWidth);
+        R rows[kWidth];
+#pragma GCC unroll 16
+        for (int64_t j = 0; j < kWidth; ++j) rows[j] = load_register(from + (p + j) * kTile + i);
+        transpose(rows);
+        const int64_t left = std::min(kWidth, tile.count - i);
+        for (int64_t j = 0; j < left; ++j) store_narrow(to + tile.offsets[i + j] + p, rows[j]);
+      }
+    return;
+  }
+  for (int64_t p = 0; p < count; ++p) {
+    const float* const row = from + p * kTile;
+    T* const parameter = to + p * stride;
+    if (tile.neighbours)
+      narrow(parameter + tile.offsets[0], row, tile.count);
+    else
+      for (int64_t i = 0; i < tile.count; ++i) parameter[tile.offsets[i]] = narrow<T>(row[i]);
+  }
+}
+
+// What a worker keeps of a tile.
+struct Buffers {
+  float *params, *levels;  // [P, kTile], [C, kTile].
+
+  static int64_t bytes(const Likelihood& problem) {
+    return (problem.params.shape[1] + problem.channels()) * kTile * int64_t{sizeof(float)};
+  }
+  Buffers(const Scratch& scratch, int worker, const Likelihood& problem)
+      : params(scratch.of<float>(worker)), levels(params + problem.params.shape[1] * kTile) {}
+};
+
+void load_levels(float* to, const Likelihood& problem, int64_t b, int64_t first) {
+  const TensorView& images = problem.images;
+  const Tile tile(images, b, first, problem.pixels(), problem.width());
+  for (int64_t c = 0; c < problem.channels(); ++c) {
+    const uint8_t* const plane = images.as<uint8_t>() + c * images.strides[1];
+    for (int64_t i = 0; i < kTile; ++i) to[c * kTile + i] = widen(plane[tile.offsets[i]]);
+  }
+}
+
+// The parameters of a register of pixels in a buffer.
+struct Column {
+  float* at;
+  R operator()(int64_t p) const { return load_register(at + p * kTile); }
+};
+
+template <int Channels>
+Pixel<Lanes, Channels> pixel_of(const float* levels) {
+  Pixel<Lanes, Channels> pixel;
+  for (int c = 0; c < Channels; ++c) pixel.values[c] = value_of(load_register(levels + c * kTile));
+  return pixel;
+}
+
+// Calls body(tile of the parameters, buffers) for each tile with its pixels' values and parameters loaded.
+template <class T, class Body>
+void for_each_tile(const Likelihood& problem, const Body& body) {
+  const int64_t pixels = problem.pixels(), tiles = (pixels + kTile - 1) / kTile;
+  const Scratch scratch(Buffers::bytes(problem));
+  parallel_for(problem.batch() * tiles, [&](int64_t i, int worker) {
+    const Buffers buffers(scratch, worker, problem);
+    const Tile tile(problem.params, i / tiles, i % tiles * kTile, pixels, problem.width());
+    load_params<T>(buffers.params, problem.params, tile);
+    load_levels(buffers.levels, problem, tile.b, tile.first);
+    if (const int64_t next = i + 1; next < problem.batch() * tiles)
+      prefetch_params<T>(problem.params,
+                         Tile(problem.params, next / tiles, next % tiles * kTile, pixels, problem.width()));
+    body(tile, buffers, i);
+  });
+}
+
+// --- The passes ---
+
+template <class T, int Channels>
+void forward(const Likelihood& problem) {
+  const int64_t pixels = problem.pixels(), tiles = (pixels + kTile - 1) / kTile, components = problem.components();
+  std::vector<double> nats_of_tile(problem.batch() * tiles);
+  for_each_tile<T>(problem, [&](const Tile& tile, const Buffers& buffers, int64_t index) {
+    float nats[kTile], peaks[kTile], totals[kTile];
+    for (int64_t i = 0; i < tile.count; i += kWidth) {
+      const Column params{buffers.params + i};
+      const Pixel<Lanes, Channels> pixel = pixel_of<Channels>(buffers.levels + i);
+      const LogSum<Lanes> prior = pixel.logits(params, components), joint = pixel.joint(params, components);
+      store_register(nats + i, prior.peak - joint.peak + log(prior.total / joint.total));
+      store_register(peaks + i, joint.peak);
+      store_register(totals + i, joint.total);
+    }
+    double sum = 0;
+    for (int64_t i = 0; i < tile.count; ++i) sum += nats[i];
+    nats_of_tile[index] = sum;
+    if (problem.normalisers.ndim == 0) return;
+    float* const normalisers = problem.normalisers.as<float>() + 2 * tile.b * pixels + tile.first;
+    std::copy_n(peaks, tile.count, normalisers);
+    std::copy_n(totals, tile.count, normalisers + pixels);
+  });
+  for (int64_t b = 0; b < problem.batch(); ++b) {
+    double sum = 0;
+    for (int64_t i = 0; i < tiles; ++i) sum += nats_of_tile[b * tiles + i];
+    problem.nll.as<float>()[b] = static_cast<float>(sum);
+  }
+}
+
+template <class T, int Channels>
+void backward(const Likelihood& problem) {
+  const TensorView& gradients = problem.params_grad;
+  const int64_t pixels = problem.pixels(), components = problem.components();
+  advise_huge_pages(gradients.data, gradients.numel() * int64_t{sizeof(T)});
+  for_each_tile<T>(problem, [&](const Tile& tile, const Buffers& buffers, int64_t) {
+    const float* const normalisers = problem.normalisers.as<float>() + 2 * tile.b * pixels + tile.first;
+    float peaks[kTile] = {}, totals[kTile];
+    std::fill_n(totals, kTile, 1.f);
+    std::copy_n(normalisers, tile.count, peaks);
+    std::copy_n(normalisers + pixels, tile.count, totals);
+    const R scale = R{} + problem.grad.as<float>()[tile.b];
+    for (int64_t i = 0; i < tile.count; i += kWidth) {
+      const Column params{buffers.params + i};
+      pixel_of<Channels>(buffers.levels + i)
+          .differentiate(params, components, {load_register(peaks + i), load_register(totals + i)}, scale,
+                         [&](int64_t p, R gradient) { store_register(params.at + p * kTile, gradient); });
+    }
+    store_gradients<T>(gradients, buffers.params, Tile(gradients, tile.b, tile.first, pixels, problem.width()));
+  });
+}
+
+template <class Work>
+void with_type(const Likelihood& problem, const Work& work) {
+  const auto with_channels = [&](auto value) {
+    problem.channels() == 3 ? work(value, std::integral_constant<int, 3>{})
+                            : work(value, std::integral_constant<int, 1>{});
+  };
+  switch (problem.params.dtype) {
+    case DType::f16: return with_channels(Half{});
+    case DType::bf16: return with_channels(BFloat16{});
+    default: return with_channels(float{});
+  }
+}
+
+double load_as_double(const TensorView& view, int64_t at) {
+  switch (view.dtype) {
+    case DType::f16: return widen(view.as<Half>()[at]);
+    case DType::bf16: return widen(view.as<BFloat16>()[at]);
+    case DType::f32: return view.as<float>()[at];
+    default: return view.as<double>()[at];
+  }
+}
+
+}  // namespace
+
+void nll(const Likelihood& problem) {
+  with_type(problem, [&](auto value, auto channels) { forward<decltype(value), decltype(channels)::value>(problem); });
+}
+
+void nll_backward(const Likelihood& problem) {
+  with_type(problem, [&](auto value, auto channels) { backward<decltype(value), decltype(channels)::value>(problem); });
+}
+
+void sample(const Sampling& problem) {
+  const int64_t pixels = problem.pixels(), tiles = (pixels + kTile - 1) / kTile;
+  parallel_for(problem.batch() * tiles, [&](int64_t tile, int) {
+    const int64_t first = tile % tiles * kTile;
+    for (int64_t i = first; i < std::min(first + kTile, pixels); ++i)
+      sample_pixel(problem, tile / tiles, i, load_as_double);
+  });
+}
+
+}  // namespace cpc::logistic_mixture::cpu::CPC_ISA

@@ -1,0 +1,105 @@
+// The discretized mixture of logistics: the contract of the CPU and CUDA kernels.
+//
+// Parameters. Of K components, at every pixel: K logits, then for each of C colours K means and K log-scales and, where
+// C is 3, K coefficients. P = 3 K for one channel, 10 K for three.
+//
+// Likelihood. A value v of an image stands for x = (2 v - 255) / 255. With component k's
+//   s = max(log-scale, -7);
+//   mean of green + tanh(coefficient 0) * x of red; of blue + tanh(coefficient 1) * red + tanh(coefficient 2) * green,
+// the value's mass is, with m = (x - mean) / e^s and h = e^-s / 255,
+//   sigmoid(m + h) for v = 0, sigmoid(h - m) for v = 255, and between them
+//   sigmoid(m + h) - sigmoid(m - h), or where that is not above 1e-5, 2 h sigmoid(m) sigmoid(-m).
+// nll[b] = - sum over pixels of log(sum over k of softmax(logits)[k] * product over colours of the mass).
+//
+// normalisers keep, for the backward pass, two numbers a pixel: a peak and a total such that the logarithm of the sum
+// over k of e^logit * product of masses is peak + log(total).
+//
+// Gradient. In the parameters, times grad[b]; none in log-scales below -7.
+//
+// Sampling. The component is the one of the largest logit + temperature * gumbel, the first of equal ones; then colour
+// by colour the nearest value to mean + temperature * e^s * logistic, with means shifted as above by the values drawn.
+// Of a uniform u, clamped to [1e-5, 1 - 1e-5], gumbel is -log(-log(u)) and logistic log(u / (1 - u)). In double.
+//
+// Who owns memory: the caller, all of it. Kernels allocate only bounded scratch memory. No atomics, and sums in a fixed
+// order: results are the same on every run and for any number of threads.
+#pragma once
+
+#include "core/isa.h"
+#include "core/tensor_view.h"
+
+namespace cpc::logistic_mixture {
+
+// Parameters of a component.
+constexpr int64_t params_of_component(int64_t channels) { return channels == 3 ? 10 : 3; }
+
+struct Likelihood {
+  TensorView images = {};  // [B, C, H, W] u8, any strides.
+  TensorView params = {};  // [B, P, H, W] f16, bf16 or f32, any strides.
+  // [B, 2, H, W] f32, dense. Written by the forward pass where it is not absent, read by the backward pass.
+  TensorView normalisers = {};
+  TensorView nll = {};    // Forward: [B] f32, dense.
+  TensorView parts = {};  // Forward on CUDA: [B, parts(H * W)] f32, dense, workspace.
+  TensorView grad = {};   // Backward: [B] f32, dense.
+  // Backward: [B, P, H, W] of the type of params, dense with the channels last or in the order of the dimensions.
+  TensorView params_grad = {};
+
+  CPC_HOST_DEVICE int64_t batch() const { return images.shape[0]; }
+  CPC_HOST_DEVICE int64_t channels() const { return images.shape[1]; }
+  CPC_HOST_DEVICE int64_t width() const { return images.shape[3]; }
+  CPC_HOST_DEVICE int64_t pixels() const { return images.shape[2] * images.shape[3]; }
+  CPC_HOST_DEVICE int64_t components() const { return params.shape[1] / params_of_component(channels()); }
+};
+
+struct Sampling {
+  TensorView params = {};  // [B, P, H, W] floating, any strides.
+  TensorView noise = {};   // [B, K + C, H, W] f32 or f64, any strides: uniforms of the components, then of the colours.
+  TensorView images = {};  // [B, C, H, W] u8, dense.
+  double temperature = 1;
+
+  CPC_HOST_DEVICE int64_t batch() const { return images.shape[0]; }
+  CPC_HOST_DEVICE int64_t channels() const { return images.shape[1]; }
+  CPC_HOST_DEVICE int64_t width() const { return images.shape[3]; }
+  CPC_HOST_DEVICE int64_t pixels() const { return images.shape[2] * images.shape[3]; }
+  CPC_HOST_DEVICE int64_t components() const { return params.shape[1] / params_of_component(channels()); }
+};
+
+constexpr double kHalfBin = 1. / 255;
+constexpr double kLeastLogScale = -7;
+constexpr double kLeastMass = 1e-5;
+constexpr double kLeastNoise = 1e-5;
+
+// Where pixel i of an image, counted along its rows, lies, in elements from the image's first.
+CPC_HOST_DEVICE inline int64_t pixel_offset(const TensorView& view, int64_t width, int64_t i) {
+  return i / width * view.strides[2] + i % width * view.strides[3];
+}
+
+enum class Pass { forward, backward };
+
+// Throw std::invalid_argument naming the argument where a shape, type or layout is not as above.
+void check(const Likelihood& problem, Pass pass, bool on_cuda);
+void check(const Sampling& problem);
+
+namespace cpu {
+CPC_DECLARE_AT_EACH_ISA(void nll(const Likelihood& problem); void nll_backward(const Likelihood& problem);
+                        void sample(const Sampling& problem))
+inline void nll(const Likelihood& problem) { CPC_CALL_AT_ISA(nll, problem) }
+inline void nll_backward(const Likelihood& problem) { CPC_CALL_AT_ISA(nll_backward, problem) }
+inline void sample(const Sampling& problem) { CPC_CALL_AT_ISA(sample, problem) }
+}  // namespace cpu
+
+namespace cuda {
+// Pixels of an image that a block takes, and the partial sums that it leaves of an image.
+constexpr int kTilePixels = 128;
+constexpr int64_t parts(int64_t pixels) { return (pixels + kTilePixels - 1) / kTilePixels; }
+#if defined(CPC_WITH_CUDA)
+void nll(const Likelihood& problem, void* stream);
+void nll_backward(const Likelihood& problem, void* stream);
+void sample(const Sampling& problem, void* stream);
+#else
+constexpr void (*nll)(const Likelihood&, void*) = nullptr;
+constexpr void (*nll_backward)(const Likelihood&, void*) = nullptr;
+constexpr void (*sample)(const Sampling&, void*) = nullptr;
+#endif
+}  // namespace cuda
+
+}  // namespace cpc::logistic_mixture
