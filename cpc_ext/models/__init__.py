@@ -7,6 +7,7 @@ from cpc_ext.models.greedy_infomax import GreedyInfoMax, GreedySupervised
 from cpc_ext.models.mobilenet_v2 import MobileNetV2Encoder
 from cpc_ext.models.patch_encoder import PatchEncoder
 from cpc_ext.models.pixelcnn import PixelCNN
+from cpc_ext.models.pixelcnnpp import PixelCNNPP
 from cpc_ext.models.residual_context import ResidualContext
 from cpc_ext.models.resnet_v2 import ResNetV2Encoder
 from cpc_ext.models.simclr import SimCLR
@@ -22,6 +23,7 @@ __all__ = [
     "MobileNetV2Encoder",
     "PatchEncoder",
     "PixelCNN",
+    "PixelCNNPP",
     "ResNetV2Encoder",
     "ResidualContext",
     "SimCLR",

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cpc_ext.models.pixel_model import PixelModel
+from cpc_ext.models.pixel_model import SoftmaxPixelModel
 from cpc_ext.models.pixel_sampler import VALUES, Convolve, PixelActivation
 from cpc_ext.nn.masked_conv2d import MaskedConv2d
 
 __all__ = ["GatedPixelCNN"]
 
 
-class GatedPixelCNN(PixelModel):
+class GatedPixelCNN(SoftmaxPixelModel):
     """Gated PixelCNN (van den Oord et al. 2016, arXiv 1606.05328, sections 2.1 to 2.3 and figure 2).
 
     A layer has a vertical k x k and a horizontal 1 x k convolution to 2p channels each, and a 1x1 convolution that

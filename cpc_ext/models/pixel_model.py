@@ -1,7 +1,8 @@
 """What PixelCNNs share: images to the probability of every value given those before it, and images drawn from it.
 
-A model is a network of masked convolutions and a softmax over 256 values for every colour of every pixel. Its
-probabilities come from one pass over whole images, its samples from :mod:`cpc_ext.models.pixel_sampler`.
+:class:`PixelModel` is what all of them offer. :class:`SoftmaxPixelModel` is a network of masked convolutions and a
+softmax over 256 values for every colour of every pixel: its probabilities come from one pass over whole images, its
+samples from :mod:`cpc_ext.models.pixel_sampler`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,24 @@ from torch import Tensor, nn
 from cpc_ext.models.pixel_sampler import VALUES, Convolve, Sampler, convolve_images, scale_values
 from cpc_ext.nn.masked_conv2d import MaskedConv2d
 
-__all__ = ["PixelModel"]
+__all__ = ["PixelModel", "PixelSampler", "SoftmaxPixelModel"]
+
+
+class PixelSampler(Protocol):
+    """Draws a batch of images of one model, whose first rows may be known."""
+
+    def run(
+        self,
+        *,
+        known_rows: int,
+        noise: Tensor | Callable[[Tensor], Any],
+        progress: Callable[[range], Iterable[int]],
+    ) -> Tensor:
+        """Draw all rows after the first ``known_rows``; returns uint8 [B, C, H, W].
+
+        noise: of all images as of :attr:`PixelModel.sample`, or what fills a tensor with that of one pixel.
+        progress: goes through the range of rows; draws a bar if it likes.
+        """
 
 
 class PixelModel(nn.Module, ABC):
@@ -29,10 +47,7 @@ class PixelModel(nn.Module, ABC):
     Attributes:
         in_channels: C.
         num_classes: how many classes condition it; None where it takes no labels.
-        logits_layer: the last layer, whose channels are (colour, value).
     """
-
-    logits_layer: MaskedConv2d
 
     def __init__(self, in_channels: int, num_classes: int | None, **sizes: int) -> None:
         super().__init__()
@@ -45,44 +60,36 @@ class PixelModel(nn.Module, ABC):
         self.num_classes = num_classes
 
     @abstractmethod
-    def network(self, convolve: Convolve, image: Any, labels: Tensor | None) -> Any:
-        """The scaled image to the features that ``logits_layer`` takes; ``convolve`` runs every layer."""
-
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits of every value given all earlier ones.
+    def nats(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Negative log-likelihood of each image in nats, [B], float32 (float64 of a float64 model).
 
         Args:
             images: [B, C, H, W], uint8, or whole numbers 0..255 of another type.
             labels: [B], integers in 0..num_classes-1; for a model with classes only.
 
-        Returns:
-            [B, C, 256, H, W] of the parameters' type, or of autocast's.
-
         Raises:
             TypeError, ValueError: images or labels of another type, shape or range. Only the CPU looks at the values,
                 and not while compiling; elsewhere, where looking would stall the stream, they are clamped.
         """
-        images, labels = self._check_images(images), self._check_labels(labels, len(images))
-        image = scale_values(images, self.logits_layer.weight.dtype)
-        logits = self.logits_layer(self.network(convolve_images, image, labels))
-        return logits.unflatten(1, (self.in_channels, VALUES))
 
-    def nats(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Negative log-likelihood of each image in nats, [B], float32 (float64 of a float64 model).
+    @abstractmethod
+    def _sampler(self, images: Tensor, labels: Tensor | None, *, temperature: float, cached: bool) -> PixelSampler:
+        """Of images like these, uint8 [B, C, H, W]."""
 
-        Arguments and errors as of :meth:`forward`.
-        """
-        logits = self(images, labels)
-        # The values innermost, as they are in memory.
-        logits = logits.permute(0, 3, 4, 1, 2).flatten(0, 3)
-        targets = _whole(images).permute(0, 2, 3, 1).flatten()
-        if logits.dtype != torch.float64:
-            logits = logits.float()
-        losses = F.cross_entropy(logits, targets, reduction="none")
-        return losses.view(len(images), math.prod(images.shape[1:])).sum(1)
+    @abstractmethod
+    def _noise_shape(self, shape: tuple[int, int, int, int]) -> tuple[int, ...]:
+        """Of the noise of images [B, C, H, W]."""
+
+    @abstractmethod
+    def _draw_noise(self, into: Tensor, generator: torch.Generator | None) -> Any:
+        """Fill a tensor with noise of its own, of the kind that the sampler wants."""
+
+    @abstractmethod
+    def _check_size(self, height: int, width: int) -> None:
+        """ValueError where there are no images of so many pixels."""
 
     def bits_per_dim(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Mean negative log-likelihood in bits a value, the loss: a scalar. Arguments and errors as of :meth:`forward`.
+        """Mean negative log-likelihood in bits a value, the loss: a scalar. Arguments and errors as of :meth:`nats`.
 
         NaN of an empty batch, as the mean of nothing.
         """
@@ -109,10 +116,10 @@ class PixelModel(nn.Module, ABC):
             count: B, how many.
             size: (H, W) in pixels, or one side for both.
             labels: [B] integers or one for all; for a model with classes only.
-            temperature: divides the logits: below 1 the probable becomes more so, 0 always takes the most probable.
+            temperature: below 1 the probable becomes more so, 0 always takes the most probable.
             images: uint8 [B, C, H, W], whose first ``known_rows`` rows are kept and the rest drawn.
             known_rows: see ``images``; 0 to H.
-            noise: standard Gumbel noise [B, C, H, W, 256] that decides the draws. Default: drawn pixel by pixel.
+            noise: decides the draws; of which shape and kind is the model's matter. Default: drawn pixel by pixel.
             generator: on the model's device, draws the noise. Default: PyTorch's own.
             cached: keep features from pixel to pixel. Otherwise the whole network runs for every value: the same
                 images, slower by orders of magnitude.
@@ -127,11 +134,10 @@ class PixelModel(nn.Module, ABC):
         height, width = (size, size) if isinstance(size, int) else size
         if count < 0:
             raise ValueError(f"count must be at least 0, got {count}")
-        if min(height, width) < 1:
-            raise ValueError(f"size must be at least 1 pixel, got {height} x {width}")
+        self._check_size(height, width)
         if not (temperature >= 0 and math.isfinite(temperature)):
             raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
-        device, dtype = self.logits_layer.weight.device, self.logits_layer.weight.dtype
+        device = next(self.parameters()).device
         if isinstance(labels, int):
             labels = torch.full((count,), labels, device=device)
         labels = self._check_labels(labels, count)
@@ -145,17 +151,16 @@ class PixelModel(nn.Module, ABC):
             raise ValueError(f"known_rows must be 0 to {height}, got {known_rows}")
         if known_rows and images is None:
             raise ValueError(f"known_rows={known_rows} needs images")
-        if noise is not None and noise.shape != (*shape, VALUES):
-            raise ValueError(f"noise must have shape {(*shape, VALUES)}, got {tuple(noise.shape)}")
+        if noise is not None and noise.shape != self._noise_shape(shape):
+            raise ValueError(f"noise must have shape {self._noise_shape(shape)}, got {tuple(noise.shape)}")
         if count == 0:
             return start
 
-        def draw(into: Tensor) -> None:
-            into.exponential_(generator=generator).log_().neg_()
-
-        sampler = Sampler(self, start, labels, temperature=temperature, cached=cached)
+        sampler = self._sampler(start, labels, temperature=temperature, cached=cached)
         return sampler.run(
-            known_rows=known_rows, noise=draw if noise is None else noise.to(device, dtype), progress=progress
+            known_rows=known_rows,
+            noise=(lambda into: self._draw_noise(into, generator)) if noise is None else noise.to(device),
+            progress=progress,
         )
 
     def _check_images(self, images: Tensor) -> Tensor:
@@ -190,7 +195,69 @@ class PixelModel(nn.Module, ABC):
         last = self.num_classes - 1
         if _may_look(labels) and count and not bool(((labels >= 0) & (labels <= last)).all()):
             raise ValueError(f"labels must be in 0..{last}, got {labels.min().item()}..{labels.max().item()}")
-        return labels.to(self.logits_layer.weight.device, torch.int64).clamp(0, last)
+        return labels.to(next(self.parameters()).device, torch.int64).clamp(0, last)
+
+
+class SoftmaxPixelModel(PixelModel):
+    """A model whose every value has the softmax of 256 logits.
+
+    Noise of :meth:`sample` is standard Gumbel noise [B, C, H, W, 256]; the temperature divides the logits.
+
+    Attributes:
+        logits_layer: the last layer, whose channels are (colour, value).
+    """
+
+    logits_layer: MaskedConv2d
+
+    @abstractmethod
+    def network(self, convolve: Convolve, image: Any, labels: Tensor | None) -> Any:
+        """The scaled image to the features that ``logits_layer`` takes; ``convolve`` runs every layer."""
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits of every value given all earlier ones.
+
+        Args:
+            images: [B, C, H, W], uint8, or whole numbers 0..255 of another type.
+            labels: [B], integers in 0..num_classes-1; for a model with classes only.
+
+        Returns:
+            [B, C, 256, H, W] of the parameters' type, or of autocast's.
+
+        Raises:
+            TypeError, ValueError: images or labels of another type, shape or range. Only the CPU looks at the values,
+                and not while compiling; elsewhere, where looking would stall the stream, they are clamped.
+        """
+        images, labels = self._check_images(images), self._check_labels(labels, len(images))
+        image = scale_values(images, self.logits_layer.weight.dtype)
+        logits = self.logits_layer(self.network(convolve_images, image, labels))
+        return logits.unflatten(1, (self.in_channels, VALUES))
+
+    def nats(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Negative log-likelihood of each image in nats, [B], float32 (float64 of a float64 model).
+
+        Arguments and errors as of :meth:`PixelModel.nats`.
+        """
+        logits = self(images, labels)
+        # The values innermost, as they are in memory.
+        logits = logits.permute(0, 3, 4, 1, 2).flatten(0, 3)
+        targets = _whole(images).permute(0, 2, 3, 1).flatten()
+        if logits.dtype != torch.float64:
+            logits = logits.float()
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        return losses.view(len(images), math.prod(images.shape[1:])).sum(1)
+
+    def _sampler(self, images: Tensor, labels: Tensor | None, *, temperature: float, cached: bool) -> PixelSampler:
+        return Sampler(self, images, labels, temperature=temperature, cached=cached)
+
+    def _noise_shape(self, shape: tuple[int, int, int, int]) -> tuple[int, ...]:
+        return (*shape, VALUES)
+
+    def _draw_noise(self, into: Tensor, generator: torch.Generator | None) -> Any:
+        into.exponential_(generator=generator).log_().neg_()
+
+    def _check_size(self, height: int, width: int) -> None:
+        if min(height, width) < 1:
+            raise ValueError(f"size must be at least 1 pixel, got {height} x {width}")
 
 
 def _may_look(values: Tensor) -> bool:

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from cpc_ext.nn.masked_conv2d import MaskedConv2d
 from cpc_ext.ops.masked_conv2d import PixelConvolution, masked_conv2d
 
-__all__ = ["VALUES", "Convolve", "PixelActivation", "PixelNetwork", "Sampler", "convolve_images", "scale_values"]
+__all__ = [
+    "VALUES",
+    "Convolve",
+    "PixelActivation",
+    "PixelNetwork",
+    "Sampler",
+    "captured",
+    "convolve_images",
+    "scale_values",
+]
 
 VALUES = 256
 
@@ -338,9 +347,9 @@ class Sampler:
         if self._image.device.type == "cuda" and isinstance(self._features, _Features) and known_rows < height:
             with torch.cuda.device(self._image.device):
                 self._go_to_row(known_rows)
-                start_row = _captured(start_row)
+                start_row = captured(start_row)
                 self._go_to(known_rows * width)
-                step = _captured(step)
+                step = captured(step)
         for row in progress(range(known_rows, height)):
             self._go_to_row(row)
             start_row()
@@ -378,7 +387,7 @@ class Sampler:
             self._values.index_copy_(1, self._subpixels[color : color + 1], values)
 
 
-def _captured(step: Callable[[], None]) -> Callable[[], None]:
+def captured(step: Callable[[], None]) -> Callable[[], None]:
     """The same work as one CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cpc_ext.models.pixel_model import PixelModel
+from cpc_ext.models.pixel_model import SoftmaxPixelModel
 from cpc_ext.models.pixel_sampler import VALUES, Convolve, PixelActivation
 from cpc_ext.nn.masked_conv2d import MaskedConv2d
 
 __all__ = ["PixelCNN"]
 
 
-class PixelCNN(PixelModel):
+class PixelCNN(SoftmaxPixelModel):
     """PixelCNN as published (van den Oord et al. 2016, arXiv 1601.06759, section 3 and table 1).
 
     A 7x7 convolution with mask A to 2h channels; residual blocks of ReLU, 1x1 to h, ReLU, 3x3, ReLU, 1x1 to 2h, all

@@ -6,9 +6,11 @@ from cpc_ext.nn.info_nce_loss import InfoNCELoss
 from cpc_ext.nn.masked_conv2d import MaskedConv2d
 from cpc_ext.nn.nt_xent_loss import NTXentLoss, NTXentOutput
 from cpc_ext.nn.patchify import Patchify
+from cpc_ext.nn.shifted_conv2d import ChannelMix, ShiftedConv2d, ShiftedConvTranspose2d
 from cpc_ext.nn.target_info_nce import TargetInfoNCE
 
 __all__ = [
+    "ChannelMix",
     "GridInfoNCE",
     "GridInfoNCEOutput",
     "InfoNCELoss",
@@ -16,6 +18,8 @@ __all__ = [
     "NTXentLoss",
     "NTXentOutput",
     "Patchify",
+    "ShiftedConv2d",
+    "ShiftedConvTranspose2d",
     "TargetInfoNCE",
     "delta_orthogonal_",
 ]

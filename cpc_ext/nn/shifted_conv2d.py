@@ -1,0 +1,237 @@
+"""The convolutions of PixelCNN++: shifted so that an output sees no later pixel, with normalised weights.
+
+From features [B, C, H, W] to [B, O, H, W], or to half or twice the size. What a shifted kernel sees is a rectangle
+above, or above and to the left of, the output's pixel; at stride 1 it is the visible part of a masked convolution,
+whose kernel adds bias and skip connection as well.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cpc_ext.ops.masked_conv2d import masked_conv2d
+
+__all__ = ["ChannelMix", "ShiftedConv2d", "ShiftedConvTranspose2d", "initialize_from_data"]
+
+Shift = Literal["down", "down-right"]
+
+
+class _WeightNorm(nn.Module, ABC):
+    """A layer whose weight is weight_g * weight_v / |weight_v| (Salimans & Kingma 2016, arXiv 1602.07868).
+
+    The norm is of each entry of the weight's first dimension.
+
+    Args:
+        weight: what the weight starts as.
+        bias: likewise.
+        gain: standard deviation that :func:`initialize_from_data` gives the outputs.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, gain: float) -> None:
+        super().__init__()
+        self.weight_v = nn.Parameter(weight.detach().clone())
+        self.weight_g = nn.Parameter(self._norm().detach().clone())
+        self.bias = nn.Parameter(bias.detach().clone())
+        self._gain = gain
+        self._initializing = False
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that counts, of the shape of ``weight_v``."""
+        return self.weight_v * (self.weight_g / self._norm())
+
+    def _norm(self) -> Tensor:
+        return torch.linalg.vector_norm(self.weight_v, dim=tuple(range(1, self.weight_v.ndim)), keepdim=True)
+
+    @abstractmethod
+    def _convolve(self, inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, added: Tensor | None) -> Tensor:
+        """The layer's result with this weight and bias."""
+
+    def _run(self, inputs: Sequence[Tensor], added: Tensor | None) -> Tensor:
+        if self._initializing:
+            self._initialize(inputs)
+        return self._convolve(inputs, self.weight, self.bias, added)
+
+    def _initialize(self, inputs: Sequence[Tensor]) -> None:
+        """Let the outputs for these inputs have mean 0 and a standard deviation of ``gain``, channel by channel."""
+        outputs = self._convolve(inputs, self.weight_v / self._norm(), None, None)
+        variance, mean = torch.var_mean(outputs.to(self.bias.dtype), dim=(0, 2, 3), correction=0)
+        scale = self._possible_scale(self._gain * torch.rsqrt(variance + 1e-8))
+        self.weight_g.copy_(scale.view(-1, *[1] * (self.weight_g.ndim - 1)).expand_as(self.weight_g))
+        self.bias.copy_(-mean * scale)
+
+    def _possible_scale(self, scale: Tensor) -> Tensor:
+        """What ``weight_g`` can do for output channels that want these scales: [O], or [1] for all alike."""
+        return scale
+
+
+@contextmanager
+def initialize_from_data(model: nn.Module) -> Iterator[None]:
+    """Within, layers set their scales and biases by the inputs they get, in the order in which they are run.
+
+    Data-dependent initialisation (Salimans & Kingma 2016, section 3): every layer's outputs for the batch that the
+    model is run on get mean 0 and a standard deviation of the layer's gain.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _WeightNorm)]
+    for layer in layers:
+        layer._initializing = True
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for layer in layers:
+            layer._initializing = False
+
+
+def _check_kernel(kernel_size: tuple[int, int], shift: str) -> None:
+    if shift not in ("down", "down-right"):
+        raise ValueError(f'shift must be "down" or "down-right", got {shift!r}')
+    if shift == "down" and kernel_size[1] % 2 == 0:
+        raise ValueError(f"a kernel shifted down must have an odd width, got {kernel_size}")
+
+
+class ShiftedConv2d(_WeightNorm):
+    """Convolution with zero padding whose kernel ends at the output's row, and where shifted right at its column.
+
+    Shifted down, tap (i, j) of a kh x kw kernel reads the pixel kh - 1 - i rows above and j - (kw - 1) / 2 columns to
+    the right; shifted down and right, kw - 1 - j columns to the left.
+
+    Args:
+        in_channels: C.
+        out_channels: O.
+        kernel_size: (kh, kw); kw odd where shifted down only.
+        shift: "down" or "down-right".
+        stride: 1, or 2 for half the size.
+        gain: see :func:`initialize_from_data`.
+    """
+
+    visible: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: tuple[int, int],
+        shift: Shift,
+        *,
+        stride: int = 1,
+        gain: float = 1.0,
+    ) -> None:
+        _check_kernel(kernel_size, shift)
+        if stride not in (1, 2):
+            raise ValueError(f"stride must be 1 or 2, got {stride}")
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size)
+        super().__init__(conv.weight, conv.bias, gain)
+        self.kernel_size, self.shift, self.stride = kernel_size, shift, stride
+        kh, kw = kernel_size
+        # The kernel as part of one that is centred at the output's pixel: what is added below and to the right.
+        self._hidden = (0, kw - 1 if shift == "down-right" else 0, 0, kh - 1)
+        self.register_buffer("visible", F.pad(torch.ones(kh, kw, dtype=torch.bool), self._hidden), persistent=False)
+
+    @property
+    def taps(self) -> list[tuple[int, int]]:
+        """Where each tap reads in raster order: rows and columns relative to the output's pixel, its stride aside."""
+        kh, kw = self.kernel_size
+        before = kw - 1 if self.shift == "down-right" else (kw - 1) // 2
+        return [(i - kh + 1, j - before) for i in range(kh) for j in range(kw)]
+
+    def forward(self, input: Tensor, added: Tensor | None = None) -> Tensor:
+        """input [B, C, H, W] → [B, O, H, W], or [B, O, H / 2, W / 2].
+
+        added: of the result's shape, is added to it; at stride 1.
+        """
+        return self._run([input], added)
+
+    def _convolve(self, inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, added: Tensor | None) -> Tensor:
+        (input,) = inputs
+        if self.stride == 1:
+            weight = F.pad(weight, self._hidden)
+            return masked_conv2d(input, weight, bias, mask=self.visible, condition=added)
+        (top, left), (_, right) = self.taps[0], self.taps[-1]
+        return F.conv2d(F.pad(input, (-left, right, -top, 0)), weight, bias, stride=self.stride)
+
+    def extra_repr(self) -> str:
+        out_channels, in_channels = self.weight_v.shape[:2]
+        return f"{in_channels}, {out_channels}, kernel_size={self.kernel_size}, {self.shift}, stride={self.stride}"
+
+
+class ShiftedConvTranspose2d(_WeightNorm):
+    """The transpose of a :class:`ShiftedConv2d` of stride 2: features of half the size to twice the size.
+
+    Weights are [C, O, 2, kw] and normalised over their outputs, as PyTorch normalises those of its own. One scale an
+    input channel cannot give every output channel its own deviation: :func:`initialize_from_data` gives them the
+    wanted one on average.
+
+    Args:
+        in_channels, out_channels, shift: as of :class:`ShiftedConv2d`.
+        kernel_size: (2, 3) shifted down, or (2, 2) shifted down and right.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: tuple[int, int], shift: Shift) -> None:
+        _check_kernel(kernel_size, shift)
+        if kernel_size != ((2, 3) if shift == "down" else (2, 2)):
+            raise ValueError(f"kernel_size must be (2, 3) shifted down or (2, 2) down and right, got {kernel_size}")
+        conv = nn.ConvTranspose2d(in_channels, out_channels, kernel_size, stride=2)
+        super().__init__(conv.weight, conv.bias, 1.0)
+        self.shift = shift
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [B, C, H, W] → [B, O, 2H, 2W]."""
+        return self._run([input], None)
+
+    def _convolve(self, inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, added: Tensor | None) -> Tensor:
+        (input,) = inputs
+        sides = 1 if self.shift == "down" else 0
+        return F.conv_transpose2d(input, weight, bias, stride=2, padding=(0, sides), output_padding=(0, sides))
+
+    def _possible_scale(self, scale: Tensor) -> Tensor:
+        return scale.mean(0, keepdim=True)
+
+    def extra_repr(self) -> str:
+        in_channels, out_channels, *kernel_size = self.weight_v.shape
+        return f"{in_channels}, {out_channels}, kernel_size={tuple(kernel_size)}, {self.shift}"
+
+
+class ChannelMix(_WeightNorm):
+    """A matrix [O, C] applied at every pixel ("network in network"), to the channels of one or more features.
+
+    Args:
+        in_channels: C, of all features together.
+        out_channels: O.
+        sources: how many features it takes, of equally many channels. Their channels come in two halves, as those of
+            a concatenated ELU; in the matrix the first halves of all features come before the second ones.
+    """
+
+    visible: Tensor
+
+    def __init__(self, in_channels: int, out_channels: int, *, sources: int = 1) -> None:
+        linear = nn.Linear(in_channels, out_channels)
+        super().__init__(linear.weight, linear.bias, 1.0)
+        self.sources = sources
+        self.register_buffer("visible", torch.ones(1, 1, dtype=torch.bool), persistent=False)
+
+    def of_sources(self, weight: Tensor) -> list[Tensor]:
+        """The part of a matrix [O, C] that each of the features is multiplied with: [O, C / sources] each."""
+        if self.sources == 1:
+            return [weight]
+        return [part.flatten(1) for part in weight.unflatten(1, (2, self.sources, -1)).unbind(2)]
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Features [B, C / sources, H, W] → [B, O, H, W]."""
+        return self._run(inputs, None)
+
+    def _convolve(self, inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, added: Tensor | None) -> Tensor:
+        for input, part in zip(inputs, self.of_sources(weight), strict=True):
+            added = masked_conv2d(input, part[..., None, None], bias, mask=self.visible, condition=added)
+            bias = None
+        return added
+
+    def extra_repr(self) -> str:
+        return f"{self.weight_v.shape[1]}, {self.weight_v.shape[0]}, sources={self.sources}"
