@@ -41,6 +41,7 @@ def runs(tmp_path_factory):
         for name, more in (
             ("plain", ("--model", "pixelcnn")),
             ("classes", ("--model", "gated-pixelcnn", "--class-conditional")),
+            ("mixture", ("--model", "pixelcnn++", "--class-conditional", "--ema-decay", "0.9")),
         ):
             assert program.main([*options, *more, "--out-dir", str(folder / name)]) == 0
     yield folder
@@ -74,7 +75,7 @@ def images_in(path, count):
     )
 
 
-@pytest.mark.parametrize("name", ["plain", "classes"])
+@pytest.mark.parametrize("name", ["plain", "classes", "mixture"])
 def test_draws_images(runs, tmp_path, capsys, name):
     assert sample(runs / name, "--n", 4, "--out", tmp_path / "a.png") == 0
     captured = capsys.readouterr()
@@ -88,8 +89,9 @@ def test_draws_images(runs, tmp_path, capsys, name):
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "c.png").read_bytes()
 
 
-def test_completes_an_image(run, tmp_path, capsys):
-    folder = run("plain")
+@pytest.mark.parametrize("name", ["plain", "mixture"])
+def test_completes_an_image(run, tmp_path, capsys, name):
+    folder = run(name)
     image = make_textures(1, split="test", size=SIDE).images[0].transpose(1, 2, 0)
     Image.fromarray(image).save(tmp_path / "image.png")
     assert sample(folder, "--n", 3, "--complete", tmp_path / "image.png", "--rows", 11) == 0
@@ -114,8 +116,9 @@ def test_class_and_temperature(runs, tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_run_that_is_not_finished_is_sampled_from_its_checkpoint(run, capsys):
-    folder = run("plain")
+@pytest.mark.parametrize("name", ["plain", "mixture"])
+def test_run_that_is_not_finished_is_sampled_from_its_checkpoint(run, capsys, name):
+    folder = run(name)
     assert sample(folder, "--n", 1) == 0
     finished = (folder / "sampled.png").read_bytes()
     (folder / "model.safetensors").unlink()
@@ -146,7 +149,9 @@ def test_model_file_that_is_cut_or_of_another_model(run, capsys):
 def test_run_of_another_kind(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text(preset("cpc-v1", "textures").to_yaml())
     assert sample(tmp_path) == 1
-    assert "is a run of cpc-v1; samples are drawn from pixelcnn or gated-pixelcnn" in capsys.readouterr().err
+    assert (
+        "is a run of cpc-v1; samples are drawn from pixelcnn or gated-pixelcnn or pixelcnn++" in capsys.readouterr().err
+    )
     assert sample(tmp_path / "nowhere") == 1
     assert f"{tmp_path / 'nowhere'} is not a run's folder" in capsys.readouterr().err
 

@@ -85,7 +85,7 @@ class PixelModel(nn.Module, ABC):
         """Fill a tensor with noise of its own, of the kind that the sampler wants."""
 
     @abstractmethod
-    def _check_size(self, height: int, width: int) -> None:
+    def check_size(self, height: int, width: int) -> None:
         """ValueError where there are no images of so many pixels."""
 
     def bits_per_dim(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -134,7 +134,7 @@ class PixelModel(nn.Module, ABC):
         height, width = (size, size) if isinstance(size, int) else size
         if count < 0:
             raise ValueError(f"count must be at least 0, got {count}")
-        self._check_size(height, width)
+        self.check_size(height, width)
         if not (temperature >= 0 and math.isfinite(temperature)):
             raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
         device = next(self.parameters()).device
@@ -255,7 +255,7 @@ class SoftmaxPixelModel(PixelModel):
     def _draw_noise(self, into: Tensor, generator: torch.Generator | None) -> Any:
         into.exponential_(generator=generator).log_().neg_()
 
-    def _check_size(self, height: int, width: int) -> None:
+    def check_size(self, height: int, width: int) -> None:
         if min(height, width) < 1:
             raise ValueError(f"size must be at least 1 pixel, got {height} x {width}")
 

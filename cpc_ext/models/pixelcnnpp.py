@@ -155,7 +155,7 @@ class PixelCNNPP(PixelModel):
             TypeError, ValueError: as of :meth:`PixelModel.nats`; also where 4 does not divide the size.
         """
         images, labels = self._check_images(images), self._check_labels(labels, len(images))
-        self._check_size(*images.shape[2:])
+        self.check_size(*images.shape[2:])
         return self.mixture(scale_values(images, self.nin_out.bias.dtype), labels)
 
     def mixture(self, image: Tensor, labels: Tensor | None) -> Tensor:
@@ -194,7 +194,7 @@ class PixelCNNPP(PixelModel):
     def _draw_noise(self, into: Tensor, generator: torch.Generator | None) -> Any:
         into.uniform_(generator=generator)
 
-    def _check_size(self, height: int, width: int) -> None:
+    def check_size(self, height: int, width: int) -> None:
         if min(height, width) < 1 or height % _MULTIPLE or width % _MULTIPLE:
             raise ValueError(
                 f"size must be a multiple of {_MULTIPLE} pixels each way, as the lowest of {_LEVELS} resolutions has a "

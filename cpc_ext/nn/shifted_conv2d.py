@@ -20,6 +20,9 @@ from cpc_ext.ops.masked_conv2d import masked_conv2d
 
 __all__ = ["ChannelMix", "ShiftedConv2d", "ShiftedConvTranspose2d", "initialize_from_data"]
 
+# Variance below which outputs are taken for one and the same number.
+_CONSTANT = 1e-8
+
 Shift = Literal["down", "down-right"]
 
 
@@ -60,10 +63,14 @@ class _WeightNorm(nn.Module, ABC):
         return self._convolve(inputs, self.weight, self.bias, added)
 
     def _initialize(self, inputs: Sequence[Tensor]) -> None:
-        """Let the outputs for these inputs have mean 0 and a standard deviation of ``gain``, channel by channel."""
+        """Let the outputs for these inputs have mean 0 and a standard deviation of ``gain``, channel by channel.
+
+        An output that is the same everywhere, as in the first row of few pixels, keeps the deviation it has.
+        """
         outputs = self._convolve(inputs, self.weight_v / self._norm(), None, None)
         variance, mean = torch.var_mean(outputs.to(self.bias.dtype), dim=(0, 2, 3), correction=0)
-        scale = self._possible_scale(self._gain * torch.rsqrt(variance + 1e-8))
+        deviation = torch.where(variance > _CONSTANT, variance, 1.0).sqrt()
+        scale = self._possible_scale(self._gain / deviation)
         self.weight_g.copy_(scale.view(-1, *[1] * (self.weight_g.ndim - 1)).expand_as(self.weight_g))
         self.bias.copy_(-mean * scale)
 

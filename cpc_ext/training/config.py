@@ -29,6 +29,8 @@ __all__ = [
     "OptionError",
     "OutputSection",
     "PixelCNNConfig",
+    "PixelCNNPPConfig",
+    "PixelCNNPPSection",
     "PixelCNNSection",
     "RunConfig",
     "SimCLRConfig",
@@ -41,7 +43,7 @@ __all__ = [
     "validate_config",
 ]
 
-Model = Literal["cpc-v1", "cpc-v2", "pixelcnn", "gated-pixelcnn", "simclr", "greedy-infomax"]
+Model = Literal["cpc-v1", "cpc-v2", "pixelcnn", "gated-pixelcnn", "pixelcnn++", "simclr", "greedy-infomax"]
 DatasetName = Literal["textures", "stl10", "cifar10", "cifar100", "folder"]
 Encoder = Annotated[str, AfterValidator(check_encoder_name)]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -327,13 +329,38 @@ class PixelCNNSection(_Section):
         "of each stack of a gated one.",
     )
     class_conditional: bool = Field(
-        False, description="Tell the network the class of an image; of gated-pixelcnn, and for images with labels."
+        False,
+        description="Tell the network the class of an image; of gated-pixelcnn and pixelcnn++, and for images with "
+        "labels.",
     )
     mirror: bool = Field(False, description="Mirror half of the training images left to right.")
     sample_every: int = Field(
         500,
         ge=1,
         description="Updates between looks at the model: bits per dimension of held-out images, and samples as PNG.",
+    )
+    ema_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Evaluate, draw from and save a running average of the weights in which an update keeps this share "
+        "of it, less in the first updates; published for PixelCNN++: 0.9995. 0: the weights themselves.",
+    )
+
+
+class PixelCNNPPSection(PixelCNNSection):
+    """The network that predicts every pixel of an image from those before it, and what is looked at on the way."""
+
+    layers: int = Field(2, ge=1, description="Gated blocks of a stream at each of three resolutions. Published: 5.")
+    hidden_channels: int = Field(96, ge=1, description="Channels of each of the two streams. Published: 160.")
+    mixtures: int = Field(10, ge=1, description="Logistic distributions that are mixed for a pixel.")
+    dropout: float = Field(
+        0.5, ge=0, lt=1, description="Probability of leaving a channel out of a gated block while training."
+    )
+    data_init: bool = Field(
+        True,
+        description="Start from weights with which, on a batch of the images, all layers give values of mean 0 and "
+        "deviation 1.",
     )
 
 
@@ -420,8 +447,8 @@ class RunConfig(_Section):
         "cpc-v1",
         description="What to train; it decides which options there are. cpc-v1: van den Oord et al. 2018, arXiv "
         "1807.03748. cpc-v2: Hénaff et al. 2019, arXiv 1905.09272. pixelcnn: 2016, arXiv 1601.06759. gated-pixelcnn: "
-        "2016, arXiv 1606.05328. simclr: Chen et al. 2020, arXiv 2002.05709. greedy-infomax: "
-        "Löwe et al. 2019, arXiv 1905.11786.",
+        "2016, arXiv 1606.05328. pixelcnn++: Salimans et al. 2017, arXiv 1701.05517. simclr: Chen et al. 2020, arXiv "
+        "2002.05709. greedy-infomax: Löwe et al. 2019, arXiv 1905.11786.",
     )
     data: DataSection = Field(default_factory=DataSection)
     optimization: OptimizationSection
@@ -494,9 +521,15 @@ class PixelCNNConfig(RunConfig):
 
     @model_validator(mode="after")
     def _model_takes_classes(self) -> PixelCNNConfig:
-        if self.pixelcnn.class_conditional and self.model != "gated-pixelcnn":
-            raise ValueError(f"--class-conditional needs --model gated-pixelcnn, got {self.model}")
+        if self.pixelcnn.class_conditional and self.model == "pixelcnn":
+            raise ValueError("--class-conditional needs --model gated-pixelcnn or pixelcnn++, got pixelcnn")
         return self
+
+
+class PixelCNNPPConfig(PixelCNNConfig):
+    """A run of PixelCNN++."""
+
+    pixelcnn: PixelCNNPPSection = Field(default_factory=PixelCNNPPSection)
 
 
 _CONFIGS: dict[str, type[RunConfig]] = {
@@ -504,6 +537,7 @@ _CONFIGS: dict[str, type[RunConfig]] = {
     "cpc-v2": CPCv2Config,
     "pixelcnn": PixelCNNConfig,
     "gated-pixelcnn": PixelCNNConfig,
+    "pixelcnn++": PixelCNNPPConfig,
     "simclr": SimCLRConfig,
     "greedy-infomax": GreedyConfig,
 }

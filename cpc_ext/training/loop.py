@@ -103,15 +103,17 @@ class Trainer:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Size of a checkpoint: parameters and buffers, and Adam's two moments of each parameter."""
+        """Size of a checkpoint: parameters and buffers, Adam's two moments of each parameter, the task's own state."""
         trained = [parameter for part in self._parts for parameter in part.parameters()]
         tensors = [*trained, *trained, *self._task.model.state_dict().values()]
+        tensors += [value for value in self._task.state_dict().values() if isinstance(value, Tensor)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint. TrainingError where it does not fit this run."""
         try:
             self._task.model.load_state_dict(state["model"])
+            self._task.load_state_dict(state.get("task", {}))
             for learner in self._learners:
                 learner.load_state_dict(
                     {name: self._of_part(state[name], learner.index) for name in ("optimizer", "scaler")}
@@ -213,6 +215,7 @@ class Trainer:
                 guard=self._guard,
             )
             measured |= {self._named(name, learner.index): value for name, value in values.items()}
+        self._task.updated()
         if self._line is not None:
             self._line.send(handed.features)
         self._since_log.add(measured)
@@ -364,6 +367,7 @@ class Trainer:
             "config": self._config.model_dump(mode="json"),
             "description": self._task.description(),
             "model": self._task.model.state_dict(),
+            "task": self._task.state_dict(),
             **{
                 name: learners[0][name] if single else [learner[name] for learner in learners]
                 for name in ("optimizer", "scaler")

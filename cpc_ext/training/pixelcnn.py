@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cpc_ext import __version__
 from cpc_ext.data import Dataset, ImageFetcher, ImageSet
-from cpc_ext.models import GatedPixelCNN, PixelCNN
+from cpc_ext.models import GatedPixelCNN, PixelCNN, PixelCNNPP
 from cpc_ext.models.pixel_model import PixelModel
 from cpc_ext.training import figures
 from cpc_ext.training.atomic_file import atomic_file
@@ -28,10 +28,13 @@ from cpc_ext.training.random_streams import RandomStreams
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.run_log import read_metrics
 from cpc_ext.training.task import Task
+from cpc_ext.training.weight_average import WeightAverage
 
-__all__ = ["PixelCNNTask", "build_pixel_model"]
+__all__ = ["PIXEL_MODELS", "PixelCNNTask", "build_pixel_model"]
 
-_MODELS: dict[str, type[PixelModel]] = {"PixelCNN": PixelCNN, "GatedPixelCNN": GatedPixelCNN}
+_MODELS: dict[str, type[PixelModel]] = {"PixelCNN": PixelCNN, "GatedPixelCNN": GatedPixelCNN, "PixelCNNPP": PixelCNNPP}
+# By --model.
+PIXEL_MODELS = {"pixelcnn": "PixelCNN", "gated-pixelcnn": "GatedPixelCNN", "pixelcnn++": "PixelCNNPP"}
 # Looked at on the way; at the end it is all test images.
 _HELD_OUT_IMAGES = 200
 _SAMPLES = 16
@@ -46,18 +49,18 @@ def build_pixel_model(description: dict[str, Any]) -> PixelModel:
 
 
 class PixelCNNTask(Task):
-    """A PixelCNN, gated or not, on a data set.
+    """A PixelCNN, plain, gated or ++, on a data set.
 
     Raises:
-        ValueError: no held-out images, no labels for a model that takes classes, or channels that the colours do not
-            divide.
+        ValueError: no held-out images, no labels for a model that takes classes, images of a size that the model does
+            not take, or channels that the colours do not divide.
     """
 
     def __init__(self, config: PixelCNNConfig, dataset: Dataset, device: torch.device) -> None:
         if dataset.test is None:
             raise ValueError(f"--dataset {dataset.name} has no test images to measure the model on")
         colors = dataset.image_shape[0]
-        if config.pixelcnn.hidden_channels % colors:
+        if config.model != "pixelcnn++" and config.pixelcnn.hidden_channels % colors:
             raise ValueError(
                 f"--hidden-channels {config.pixelcnn.hidden_channels} is not a multiple of the images' {colors} colours"
             )
@@ -75,6 +78,14 @@ class PixelCNNTask(Task):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.compute.seed)
             self.model = build_pixel_model(self.description()).to(device)
+        try:
+            self.model.check_size(*dataset.image_shape[1:])
+        except ValueError as error:
+            raise ValueError(f"--model {config.model} on {dataset.name}: {error}") from None
+        if config.model == "pixelcnn++" and config.pixelcnn.data_init:
+            self._initialize()
+        decay = config.pixelcnn.ema_decay
+        self._average = WeightAverage(self.model, decay) if decay else None
 
     def losses(self, images: Tensor, labels: Tensor | None, streams: RandomStreams) -> dict[str, Tensor]:
         if self._config.pixelcnn.mirror:
@@ -83,6 +94,17 @@ class PixelCNNTask(Task):
             images = torch.where(flip[:, None, None, None], images.flip(3), images)
         bits = self.model.bits_per_dim(images, labels if self._config.pixelcnn.class_conditional else None)
         return {"loss": bits * math.log(2), "bits_per_dim": bits}
+
+    def updated(self) -> None:
+        if self._average is not None:
+            self._average.update(self.model)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._average is None else self._average.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self._average is not None:
+            self._average.load_state_dict(state)
 
     def observe(self, step: int, run: RunDir) -> dict[str, float]:
         """Bits per dimension of the first held-out images, and samples as samples/step-NUMBER.png."""
@@ -106,7 +128,7 @@ class PixelCNNTask(Task):
             "description": json.dumps(self.description()),
             "config": json.dumps(self._config.model_dump(mode="json")),
         }
-        weights = {name: value.contiguous() for name, value in self.model.state_dict().items()}
+        weights = {name: value.contiguous() for name, value in self._evaluated.state_dict().items()}
         with atomic_file(run.model) as file:
             file.write(to_safetensors(weights, metadata))
         metrics = read_metrics(run.metrics)
@@ -117,23 +139,41 @@ class PixelCNNTask(Task):
     def description(self) -> dict[str, Any]:
         """Name and arguments of the model, the shape of the images, and the names of the classes it knows."""
         options = self._config.pixelcnn
-        arguments: dict[str, Any] = {"in_channels": self._dataset.image_shape[0], "layers": options.layers}
+        arguments: dict[str, Any] = {"in_channels": self._dataset.image_shape[0]}
         if self._config.model == "pixelcnn":
-            arguments["hidden_channels"] = options.hidden_channels
+            arguments.update(layers=options.layers, hidden_channels=options.hidden_channels)
         else:
             arguments["channels"] = options.hidden_channels
             arguments["num_classes"] = len(self._dataset.classes) if options.class_conditional else None
+        if self._config.model == "gated-pixelcnn":
+            arguments["layers"] = options.layers
+        if self._config.model == "pixelcnn++":
+            arguments.update(blocks=options.layers, mixtures=options.mixtures, dropout=options.dropout)
         return {
-            "model": "PixelCNN" if self._config.model == "pixelcnn" else "GatedPixelCNN",
+            "model": PIXEL_MODELS[self._config.model],
             "arguments": arguments,
             "image_shape": list(self._dataset.image_shape),
             "classes": list(self._dataset.classes) if options.class_conditional else [],
         }
 
+    @property
+    def _evaluated(self) -> PixelModel:
+        """The model that counts: the average where there is one."""
+        return self.model if self._average is None else self._average.model
+
+    def _initialize(self) -> None:
+        """Let the model start from what its layers make of a batch of training images, the same in all processes."""
+        seed = self._config.compute.seed
+        batch_size = min(self._config.optimization.batch_size, len(self.images))
+        indices = np.random.default_rng(seed).choice(len(self.images), batch_size, replace=False)
+        fetch = ImageFetcher(self.images, self._device, resident=False)
+        labels = fetch.labels(indices) if self._config.pixelcnn.class_conditional else None
+        self.model.initialize(fetch(indices), labels)
+
     @torch.no_grad()
     def _bits_per_dim(self, images: ImageSet, count: int) -> float:
         """Mean over the first ``count`` images."""
-        self.model.eval()
+        model = self._evaluated.eval()
         count = min(count, len(images))
         fetch = ImageFetcher(images, self._device, resident=False)
         batch_size = self._config.optimization.batch_size
@@ -143,7 +183,7 @@ class PixelCNNTask(Task):
             labels = fetch.labels(indices) if self._config.pixelcnn.class_conditional else None
             with autocast(self._device, self._config.compute.precision):
                 # Sums of thousands of terms: their own sum is taken in double.
-                nats += self.model.nats(fetch(indices), labels).cpu().double().sum()
+                nats += model.nats(fetch(indices), labels).cpu().double().sum()
         return nats.item() / (count * math.prod(self._dataset.image_shape) * math.log(2))
 
     def _baseline(self) -> float:
@@ -156,5 +196,7 @@ class PixelCNNTask(Task):
         if self._config.pixelcnn.class_conditional:
             labels = torch.arange(_SAMPLES) % len(self._dataset.classes)
         return (
-            self.model.sample(_SAMPLES, self._dataset.image_shape[1:], labels=labels, generator=generator).cpu().numpy()
+            self._evaluated.sample(_SAMPLES, self._dataset.image_shape[1:], labels=labels, generator=generator)
+            .cpu()
+            .numpy()
         )

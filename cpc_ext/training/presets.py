@@ -59,6 +59,22 @@ _PIXELCNN_TEXTURES = {
     },
 }
 
+# Three fifths of the published channels and blocks: a quarter of the parameters, 12 million.
+_PIXELCNNPP_CIFAR = {
+    "pixelcnn": {"layers": 3, "hidden_channels": 96, "sample_every": 2000, "ema_decay": 0.9995},
+    "optimization": {**_PIXELCNN_CIFAR["optimization"], "lr": 1e-3},
+}
+_PIXELCNNPP_STL10 = {
+    "pixelcnn": {**_PIXELCNNPP_CIFAR["pixelcnn"], "sample_every": 5000},
+    "optimization": {**_PIXELCNN_STL10["optimization"], "lr": 1e-3},
+}
+# Minutes on two CPU cores. Textures without end need no dropout.
+_PIXELCNNPP_TEXTURES = {
+    "data": {"image_size": 32},
+    "pixelcnn": {"layers": 1, "hidden_channels": 24, "dropout": 0.0, "sample_every": 250, "ema_decay": 0.99},
+    "optimization": _PIXELCNN_TEXTURES["optimization"],
+}
+
 # The tutorial's settings of STL-10: AdamW and a cosine to a fiftieth. Small images bear no blur.
 _SIMCLR_OPTIMIZATION = {
     "epochs": 500,
@@ -176,6 +192,11 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("simclr", "cifar10"): _SIMCLR_CIFAR,
     ("simclr", "cifar100"): _SIMCLR_CIFAR,
     ("simclr", "folder"): {**_SIMCLR_STL10, "data": {"image_size": 96}},
+    ("pixelcnn++", "textures"): _PIXELCNNPP_TEXTURES,
+    ("pixelcnn++", "stl10"): _PIXELCNNPP_STL10,
+    ("pixelcnn++", "cifar10"): _PIXELCNNPP_CIFAR,
+    ("pixelcnn++", "cifar100"): _PIXELCNNPP_CIFAR,
+    ("pixelcnn++", "folder"): {**_PIXELCNNPP_CIFAR, "data": {"image_size": 32}},
     **{
         (model, dataset): entry
         for model in ("pixelcnn", "gated-pixelcnn")

@@ -44,6 +44,7 @@ TASKS: dict[str, type[Task]] = {
     "cpc-v2": CPCv2Task,
     "pixelcnn": PixelCNNTask,
     "gated-pixelcnn": PixelCNNTask,
+    "pixelcnn++": PixelCNNTask,
     "simclr": SimCLRTask,
     "greedy-infomax": GreedyTask,
 }

@@ -24,9 +24,10 @@ from cpc_ext.training import figures
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.config import load_config
 from cpc_ext.training.errors import TrainingError
-from cpc_ext.training.pixelcnn import build_pixel_model
+from cpc_ext.training.pixelcnn import PIXEL_MODELS, build_pixel_model
 from cpc_ext.training.precision import check_device, default_device
 from cpc_ext.training.run_dir import RunDir
+from cpc_ext.training.weight_average import averaged_weights
 
 __all__ = ["main"]
 
@@ -140,8 +141,8 @@ def _load(run: RunDir) -> tuple[PixelModel, dict[str, Any]]:
     if not run.config.is_file():
         raise TrainingError(f"{run.path} is not a run's folder: there is no {run.config.name}")
     name = load_config(run.config).model
-    if name not in ("pixelcnn", "gated-pixelcnn"):
-        raise TrainingError(f"{run.path} is a run of {name}; samples are drawn from pixelcnn or gated-pixelcnn")
+    if name not in PIXEL_MODELS:
+        raise TrainingError(f"{run.path} is a run of {name}; samples are drawn from {' or '.join(PIXEL_MODELS)}")
     if run.model.is_file():
         source = run.model
         description, weights = _read_model(run.model)
@@ -150,7 +151,10 @@ def _load(run: RunDir) -> tuple[PixelModel, dict[str, Any]]:
         if not source.is_file():
             raise TrainingError(f"there is neither {run.model.name} nor {run.checkpoint.name} in {run.path}")
         state = load_checkpoint(source)
-        description, weights = state.get("description", {}), state.get("model", {})
+        description, weights = (
+            state.get("description", {}),
+            averaged_weights(state.get("task", {})) or state.get("model", {}),
+        )
     try:
         model = build_pixel_model(description)
         model.load_state_dict(weights)

@@ -92,6 +92,16 @@ class Task(ABC):
         """
         return {}
 
+    def updated(self) -> None:  # noqa: B027 - most tasks have nothing to do
+        """Called after every update of the parameters. Must not wait for the device."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the model, tensors and numbers by name."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - nor to load
+        """Go on from ``state``. KeyError, ValueError or RuntimeError where it does not fit."""
+
     def description(self) -> dict[str, Any]:
         """What the model is built from, for those who load its weights; JSON values. Kept in checkpoints."""
         return {}
