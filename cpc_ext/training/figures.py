@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 from PIL import Image
 
 from cpc_ext.training.atomic_file import atomic_file
 
-__all__ = ["curves", "likelihood_curves", "model_inputs", "nearest_patches", "save", "save_images", "smoothed"]
+__all__ = [
+    "AccuracyLine",
+    "confusion",
+    "curves",
+    "label_efficiency",
+    "likelihood_curves",
+    "model_inputs",
+    "nearest_patches",
+    "save",
+    "save_images",
+    "smoothed",
+]
 
 _DPI = 130
 _BLUE, _GRAY, _GREEN, _RED = "#1f5fa8", "#8a8a8a", "#2e8b57", "#c0392b"
+_PURPLE, _ORANGE = "#7d3c98", "#d68910"
+# Ways of learning from labels by name, and runs by number.
+_MODE_COLORS = {"linear": _BLUE, "knn": _GREEN, "finetune": _PURPLE, "supervised": _RED, "untrained": _ORANGE}
+_RUN_STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
+# Classes up to which a confusion matrix has numbers in it.
+_NUMBERED_CLASSES = 20
 # A point of the smoothed curve looks back over this share of the run.
 _SMOOTHING = 0.05
 # Pictures of samples: at least so many pixels a side for each, by whole factors.
@@ -92,6 +111,87 @@ def likelihood_curves(metrics: Sequence[dict[str, float]], static_histogram: flo
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    return figure
+
+
+@dataclass(frozen=True)
+class AccuracyLine:
+    """Accuracy over labels a class.
+
+    name: as the legend has it. mode: which decides the colour. group: number of the run, which decides dash and marker.
+    labels, mean, std: [N], ascending in labels.
+    """
+
+    name: str
+    mode: str
+    group: int
+    labels: np.ndarray
+    mean: np.ndarray
+    std: np.ndarray
+
+    @classmethod
+    def of(cls, name: str, rows: Sequence[dict[str, Any]], mode: str, *, group: int = 0) -> AccuracyLine:
+        """The line through rows of evaluation.json of one mode."""
+        columns = (np.array([row[key] for row in rows]) for key in ("labels_per_class", "top1_mean", "top1_std"))
+        return cls(name, mode, group, *columns)
+
+
+def label_efficiency(lines: Sequence[AccuracyLine], chance: float) -> Figure:
+    """Top-1 accuracy over the labels there were to learn from, on a logarithmic axis.
+
+    chance: accuracy of always naming the commonest class, drawn as a line.
+    """
+    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    axes = figure.subplots()
+    for line in lines:
+        color = _MODE_COLORS[line.mode]
+        dash, marker = _RUN_STYLES[line.group % len(_RUN_STYLES)]
+        axes.plot(line.labels, line.mean, color=color, linestyle=dash, marker=marker, markersize=5, label=line.name)
+        axes.fill_between(line.labels, line.mean - line.std, line.mean + line.std, color=color, alpha=0.15, linewidth=0)
+    axes.axhline(chance, color=_GRAY, linestyle="--", linewidth=1, label="always the same class")
+    axes.set_xscale("log")
+    places = np.unique(np.concatenate([line.labels for line in lines]))
+    axes.xaxis.set_major_locator(FixedLocator(places))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel("labels a class (logarithmic)")
+    axes.set_ylabel("top-1 accuracy on the test images")
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_title("Label efficiency: mean and standard deviation over random subsets", fontsize=11)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    # Beside the axes: lines may be anywhere inside.
+    figure.legend(frameon=False, loc="outside right upper")
+    return figure
+
+
+def confusion(counts: np.ndarray, classes: Sequence[str], title: str) -> Figure:
+    """Which classes are taken for which: the shares of each true class.
+
+    counts: integers [classes, classes], true class by row, named class by column.
+    """
+    count = len(classes)
+    shares = counts / counts.sum(1, keepdims=True).clip(min=1)
+    side = 3 + 0.4 * min(count, 30)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    figure.colorbar(image, ax=axes, format=PercentFormatter(1.0), label="share of the true class", shrink=0.8)
+    if count <= _NUMBERED_CLASSES:
+        for row, column in np.ndindex(count, count):
+            # What rounds to nothing stays empty, so that the matrix can be read.
+            if shares[row, column] >= 0.005:
+                color = "white" if shares[row, column] > 0.5 else "black"
+                text = f"{100 * shares[row, column]:.0f}"
+                axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
+    # A hundred names would lie on one another.
+    size = 9 if count <= _NUMBERED_CLASSES else max(3, 9 * 30 / count)
+    axes.set_xticks(range(count), classes, rotation=90 if count > 5 else 0, fontsize=min(9, size))
+    axes.set_yticks(range(count), classes, fontsize=min(9, size))
+    axes.set_xlabel("named class")
+    axes.set_ylabel("true class")
+    axes.set_title(title, fontsize=11)
     return figure
 
 

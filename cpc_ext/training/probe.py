@@ -1,13 +1,13 @@
 """Linear probes: how well a linear classifier tells the classes from frozen encodings.
 
 From image sets to features [N, D], then multinomial logistic regression by full-batch L-BFGS, the strength of its
-regularisation chosen on a held-out part of the training set. Nothing is random but that part, which is the same for
+regularisation chosen on held-out parts of the training set. Nothing is random but these parts, which are the same for
 every probe of a data set, so that two encoders are judged alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +17,13 @@ from torch import Tensor
 
 from cpc_ext.data import ImageFetcher, ImageSet
 
-__all__ = ["ProbeResult", "encode", "linear_probe"]
+__all__ = ["LinearClassifier", "ProbeResult", "encode", "fit_linear_classifier", "linear_probe"]
 
 # From strong regularisation to hardly any, for features of unit variance.
 _STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 _HELD_OUT = 0.2
+# Held-out images in all that a choice is made by. A fifth of few labels is too few: there up to all five are in turn.
+_ENOUGH_HELD_OUT = 200
 _ENCODE_BATCH = 50
 _MAX_ITERATIONS = 200
 
@@ -34,13 +36,40 @@ class ProbeResult:
     strength: float
 
 
+@dataclass(frozen=True)
+class LinearClassifier:
+    """Multinomial logistic regression on standardised features, in double precision.
+
+    weights: [classes, D + 1], biases last. mean, deviation: [D], of the features it was fitted to. strength: the
+    regularisation chosen for it.
+    """
+
+    weights: Tensor
+    mean: Tensor
+    deviation: Tensor
+    strength: float
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Features, floating [N, D] → logits of the classes, float64 [N, classes]."""
+        return _logits(self.weights, (features.double() - self.mean) / self.deviation)
+
+
 @torch.no_grad()
-def encode(images: ImageSet, features: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
-    """Features of all images, float32 [N, D] on the CPU. features: uint8 [B, C, H, W] on the device to [B, D]."""
+def encode(
+    images: ImageSet,
+    features: Callable[[Tensor], Tensor],
+    device: torch.device,
+    *,
+    progress: Callable[[range], Iterable[int]] = iter,
+) -> Tensor:
+    """Features of all images, float32 [N, D] on the CPU.
+
+    features: uint8 [B, C, H, W] on the device to [B, D]. progress: wraps the range of batches, as tqdm does.
+    """
     fetch = ImageFetcher(images, device, resident=False)
     batches = [
         features(fetch(np.arange(start, min(start + _ENCODE_BATCH, len(images))))).float()
-        for start in range(0, len(images), _ENCODE_BATCH)
+        for start in progress(range(0, len(images), _ENCODE_BATCH))
     ]
     return torch.cat(batches).cpu()
 
@@ -51,32 +80,54 @@ def linear_probe(
     """Fit multinomial logistic regression and measure it.
 
     Args:
-        train_features, test_features: floating [N, D], standardised here by the training features' mean and deviation.
+        train_features, test_features: floating [N, D].
         train_labels, test_labels: int64 [N] in 0..classes-1.
         classes: number of classes.
 
     Raises:
         ValueError: fewer than two training images, of which one is held out.
     """
-    count = len(train_labels)
-    if count < 2:
-        raise ValueError(f"train_features: expected at least 2 images, got {count}")
-    mean = train_features.double().mean(0)
-    # A feature that never varies carries nothing; dividing by its deviation of zero would make it carry NaN.
-    deviation = train_features.double().std(0).clamp(min=1e-6)
-    train, test = ((features.double() - mean) / deviation for features in (train_features, test_features))
+    classifier = fit_linear_classifier(train_features, train_labels, classes=classes)
+    accuracy = (classifier.logits(test_features).argmax(1) == test_labels).double().mean().item()
+    return ProbeResult(accuracy=accuracy, strength=classifier.strength)
 
+
+def fit_linear_classifier(features: Tensor, labels: Tensor, *, classes: int) -> LinearClassifier:
+    """Multinomial logistic regression of labels, int64 [N], on features, floating [N, D].
+
+    The features are standardised by their own mean and deviation.
+
+    Raises:
+        ValueError: fewer than two images, of which one is held out.
+    """
+    count = len(labels)
+    if count < 2:
+        raise ValueError(f"features: expected at least 2 images, got {count}")
+    mean = features.double().mean(0)
+    # A feature that never varies carries nothing; dividing by its deviation of zero would make it carry NaN.
+    deviation = features.double().std(0).clamp(min=1e-6)
+    standardised = (features.double() - mean) / deviation
+
+    right = dict.fromkeys(_STRENGTHS, 0)
+    for held_out, kept in _splits(count):
+        weights = standardised.new_zeros(classes, features.shape[1] + 1)
+        for strength in _STRENGTHS:
+            # Weaker regularisation starts from the solution of the stronger, which is near.
+            weights = _fit(standardised[kept], labels[kept], weights, strength)
+            predicted = _logits(weights, standardised[held_out]).argmax(1)
+            right[strength] += int((predicted == labels[held_out]).sum())
+    strength = max(right, key=lambda each: right[each])  # The stronger of equals, as it comes first.
+    start = standardised.new_zeros(classes, features.shape[1] + 1)
+    return LinearClassifier(_fit(standardised, labels, start, strength), mean, deviation, strength)
+
+
+def _splits(count: int) -> list[tuple[Tensor, Tensor]]:
+    """Indices of held-out and kept images, as often as it takes to hold out enough, at most every image once."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    held_out, kept = order.split([max(1, round(count * _HELD_OUT)), count - max(1, round(count * _HELD_OUT))])
-    scores: dict[float, float] = {}
-    weights = train.new_zeros(classes, train.shape[1] + 1)
-    for strength in _STRENGTHS:
-        # Weaker regularisation starts from the solution of the stronger, which is near.
-        weights = _fit(train[kept], train_labels[kept], weights, strength)
-        scores[strength] = _accuracy(weights, train[held_out], train_labels[held_out])
-    strength = max(scores, key=lambda each: scores[each])  # The stronger of equals, as it comes first.
-    weights = _fit(train, train_labels, torch.zeros_like(weights), strength)
-    return ProbeResult(accuracy=_accuracy(weights, test, test_labels), strength=strength)
+    size = max(1, round(count * _HELD_OUT))
+    parts = min(-(-_ENOUGH_HELD_OUT // size), count // size)
+    starts = [part * size for part in range(parts)]
+    return [(order[at : at + size], torch.cat([order[:at], order[at + size :]])) for at in starts]
 
 
 def _fit(features: Tensor, labels: Tensor, start: Tensor, strength: float) -> Tensor:
@@ -96,7 +147,3 @@ def _fit(features: Tensor, labels: Tensor, start: Tensor, strength: float) -> Te
 
 def _logits(weights: Tensor, features: Tensor) -> Tensor:
     return F.linear(features, weights[:, :-1], weights[:, -1])
-
-
-def _accuracy(weights: Tensor, features: Tensor, labels: Tensor) -> float:
-    return (_logits(weights, features).argmax(1) == labels).double().mean().item()

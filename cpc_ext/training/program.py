@@ -37,7 +37,7 @@ from cpc_ext.training.simclr import SimCLRTask
 from cpc_ext.training.stop_request import StopRequest
 from cpc_ext.training.task import Task
 
-__all__ = ["TASKS", "main"]
+__all__ = ["TASKS", "load_data", "main"]
 
 TASKS: dict[str, type[Task]] = {
     "cpc-v1": CPCv1Task,
@@ -132,7 +132,7 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
     if state is not None:
         _check_same_run(validate_config(state["config"]), config)
     with _timed(phases, "data"):
-        dataset = _load(config)
+        dataset = load_data(config)
     try:
         task = TASKS[config.model](config, dataset, ranks.device)
     except ValueError as error:
@@ -217,7 +217,8 @@ def _by_option(config: RunConfig) -> dict[str, Any]:
     return {"model": tree.pop("model")} | {name: value for section in tree.values() for name, value in section.items()}
 
 
-def _load(config: RunConfig) -> Dataset:
+def load_data(config: RunConfig) -> Dataset:
+    """The data set of a run. TrainingError where it is missing, damaged, or cannot be fetched."""
     options = config.data
     try:
         return load_dataset(options.dataset, options.data_dir, download=options.download, image_size=options.image_size)

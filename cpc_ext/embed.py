@@ -1,0 +1,8 @@
+"""`python -m cpc_ext.embed RUN --data-dir D`: encodings of images; see --help. The work is in cpc_ext.training."""
+
+import sys
+
+from cpc_ext.training.embedding import main
+
+if __name__ == "__main__":
+    sys.exit(main())

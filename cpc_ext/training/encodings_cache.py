@@ -1,0 +1,65 @@
+"""Frozen encodings of a run's images, computed once and kept in a file of the run.
+
+A file says what its encodings were computed from, weights and images by their digests; where that is not what is asked
+for, or the file is damaged, they are computed anew and take its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from cpc_ext.data import ImageSet
+from cpc_ext.training.atomic_file import atomic_file
+from cpc_ext.training.errors import warn
+
+__all__ = ["cached_encodings", "images_digest"]
+
+_CHUNK = 256
+
+
+def cached_encodings(path: Path, origin: dict[str, str], count: int, compute: Callable[[], Tensor]) -> Tensor:
+    """The encodings kept at ``path``, or else computed and put there: float32 [N, D].
+
+    origin: what they are computed from; all of it must be as it was. count: N. compute: gives them where there are
+    none. Where they cannot be written, a warning says so.
+    """
+    key = json.dumps(origin, sort_keys=True)
+    kept = _read(path, key, count)
+    if kept is not None:
+        return kept
+    encodings = compute()
+    try:
+        with atomic_file(path) as file:
+            file.write(to_safetensors({"features": encodings.contiguous()}, {"format": "pt", "origin": key}))
+    except OSError as error:
+        warn(f"could not keep the encodings in {path} ({error.strerror or error})")
+    return encodings
+
+
+def _read(path: Path, key: str, count: int) -> Tensor | None:
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("origin") != key:
+                return None
+            features = file.get_tensor("features")
+    except (OSError, SafetensorError):
+        return None
+    return features if features.ndim == 2 and len(features) == count else None
+
+
+def images_digest(images: ImageSet) -> str:
+    """A number, in hexadecimal, that two image sets share only if all their pixels and labels are equal."""
+    digest = hashlib.sha256(f"{images.images.shape}".encode())
+    for start in range(0, len(images), _CHUNK):
+        digest.update(np.ascontiguousarray(images.images[start : start + _CHUNK]).data)
+    if images.labels is not None:
+        digest.update(np.ascontiguousarray(images.labels).data)
+    return digest.hexdigest()[:32]

@@ -1,0 +1,371 @@
+"""The program `python -m cpc_ext.evaluate`: from runs' folders to how well their encoders do with few labels.
+
+Subsets of the labelled training images are drawn from a seed, a classifier learns from each in one of several ways, and
+all test images are classified. Frozen encodings are computed once and kept in the run's folder, as is every result.
+"""
+
+from __future__ import annotations
+
+import copy
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+import cpc_ext
+from cpc_ext.training import figures
+from cpc_ext.training.encoder_run import EncoderRun, weights_digest
+from cpc_ext.training.encodings_cache import cached_encodings, images_digest
+from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.evaluation_record import EvaluationRecord, as_table, measured
+from cpc_ext.training.finetuning import FineTuning, fine_tune
+from cpc_ext.training.knn import NEIGHBOURS, TEMPERATURE, knn_scores
+from cpc_ext.training.label_subsets import LabelBudget, parse_label_budgets
+from cpc_ext.training.precision import check_device, default_device
+from cpc_ext.training.probe import encode, fit_linear_classifier
+
+__all__ = ["MODES", "main"]
+
+_PROGRAM = "python -m cpc_ext.evaluate"
+_DESCRIPTION = (
+    "Measure the encoder of a run with few labels: top-1 and top-5 accuracy on all test images after learning from "
+    "random subsets of the labelled training images. The results are printed as a table and kept, with figures, in "
+    "evaluation/ in the run's folder; what is already there for the same weights, images and settings is taken as it "
+    "is. Several runs are also drawn into one figure."
+)
+MODES = {
+    "linear": "logistic regression on frozen encodings, its regularisation chosen on held-out parts of the subset",
+    "knn": "weighted nearest neighbours of frozen encodings, with the cosine and temperature 0.07",
+    "finetune": "encoder and linear classifier trained together from the run's weights",
+    "supervised": "the same from fresh initial weights",
+    "untrained": "linear on the encodings of the run's initial weights",
+}
+# Weights that have learnt something are moved less than new ones: the encoder's share of the run's learning rate.
+_FINETUNE_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class _Command:
+    runs: Annotated[
+        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help="Folders of runs.")
+    ]
+    labels: Annotated[
+        str,
+        tyro.conf.arg(
+            help="Labels to learn from, with commas between them: a number of every class, such as 10, or a share of "
+            "every class's, such as 1%, of which each class gets at least one."
+        ),
+    ] = "1%,10%,100%"
+    mode: Annotated[
+        str,
+        tyro.conf.arg(
+            help="Ways to learn, with commas between them, or all. "
+            + "; ".join(f"{name}: {what}" for name, what in MODES.items())
+            + "."
+        ),
+    ] = "linear,knn"
+    repeats: Annotated[int, tyro.conf.arg(help="Random subsets of each size; of all labels there is only one.")] = 3
+    seed: Annotated[int, tyro.conf.arg(help="Determines the subsets, and what training draws.")] = 0
+    neighbours: Annotated[int, tyro.conf.arg(help="Nearest neighbours that vote; all where there are fewer.")] = (
+        NEIGHBOURS
+    )
+    finetune_epochs: Annotated[
+        int,
+        tyro.conf.arg(
+            help="Passes over the labelled images, in batches of at most 32, of finetune and supervised alike."
+        ),
+    ] = 10
+    finetune_steps: Annotated[
+        int, tyro.conf.arg(help="Updates of finetune and supervised that there are at least, however few the labels.")
+    ] = 300
+    data_dir: Annotated[
+        Path | None, tyro.conf.arg(help="Folder of the run's data set. None: where it was when the run was trained.")
+    ] = None
+    device: Annotated[str, tyro.conf.arg(help="Where to compute: cpu, cuda, cuda:1, mps.")] = "cpu"
+    out: Annotated[
+        Path | None,
+        tyro.conf.arg(
+            help="The PNG that several runs are compared in. None: evaluation/comparison.png in the first run's folder."
+        ),
+    ] = None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program with these arguments (default: those of the process); returns the exit status.
+
+    0: done. 1: it could not be done, for a reason that was printed. 2 (raised as SystemExit): wrong options.
+    130: Ctrl-C; what was finished is kept.
+    """
+    command = tyro.cli(
+        _Command,
+        prog=_PROGRAM,
+        description=_DESCRIPTION,
+        args=arguments,
+        default=_Command(runs=tyro.MISSING, device=default_device()),
+    )
+    try:
+        _evaluate(command)
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; results so far are kept", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0
+
+
+def _evaluate(command: _Command) -> None:
+    device = check_device(command.device)
+    modes = _modes(command.mode)
+    budgets = parse_label_budgets(command.labels)
+    for name, least in (("repeats", 1), ("neighbours", 1), ("finetune_epochs", 0), ("finetune_steps", 1), ("seed", 0)):
+        if getattr(command, name) < least:
+            raise TrainingError(f"--{name.replace('_', '-')}: at least {least}, got {getattr(command, name)}")
+    if command.out is not None and len(command.runs) == 1:
+        raise TrainingError("--out is the figure that several runs are compared in; give more than one RUN")
+    if not command.runs:
+        raise TrainingError("give at least one RUN")
+    records = {}
+    for path in command.runs:
+        evaluator = _Evaluator(command, EncoderRun.open(path, device, data_dir=command.data_dir))
+        subsets = [evaluator.subsets(budget) for budget in budgets]  # All are there, or nothing is begun.
+        try:
+            for mode in modes:
+                for budget, drawn in zip(budgets, subsets, strict=True):
+                    evaluator.row(mode, budget, drawn)
+        finally:
+            evaluator.report()
+        records[path] = evaluator.record
+    if len(records) > 1:
+        out = command.out or command.runs[0] / "evaluation" / "comparison.png"
+        _save_figure(out, _compared(records))
+        print(f"the runs are compared in {out}")
+
+
+def _modes(text: str) -> list[str]:
+    names = list(MODES) if text == "all" else [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in MODES:
+            raise TrainingError(f"--mode: expected all, or some of {', '.join(MODES)}, got {name!r}")
+    return list(dict.fromkeys(names))
+
+
+class _Evaluator:
+    """One run: its images, encodings and results.
+
+    Raises TrainingError where its data set has no labels to learn from and to test with.
+    """
+
+    def __init__(self, command: _Command, run: EncoderRun) -> None:
+        self._command = command
+        self._run = run
+        self._dataset = run.dataset()
+        name, train, test = self._dataset.name, self._dataset.train, self._dataset.test
+        if train is None or train.labels is None or test is None or test.labels is None:
+            raise TrainingError(f"{run.dir.path}: the images of --dataset {name} have no labels to evaluate with")
+        self._train, self._test = train, test
+        self._train_labels, self._test_labels = torch.from_numpy(train.labels), torch.from_numpy(test.labels)
+        self._classes = len(self._dataset.classes)
+        self._task = run.trained(self._dataset)
+        self._folder = run.dir.path / "evaluation"
+        try:
+            self._folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise TrainingError(f"cannot write to {run.dir.path}: {error.strerror}") from None
+        self._images = {"train": images_digest(train), "test": images_digest(test)}
+        self._weights = weights_digest(self._task.model)
+        self._kept: dict[tuple[str, str], Tensor] = {}
+        counts = torch.bincount(self._test_labels, minlength=self._classes)
+        self.record = EvaluationRecord(
+            self._folder / "evaluation.json",
+            {
+                "run": str(run.dir.path),
+                "model": run.config.model,
+                "dataset": name,
+                "step": run.state.get("step"),
+                "weights": self._weights,
+                "images": self._images,
+                "train_images": len(train),
+                "test_images": len(test),
+                "chance_accuracy": counts.max().item() / len(test),
+                "classes": list(self._dataset.classes),
+            },
+        )
+
+    def subsets(self, budget: LabelBudget) -> list[np.ndarray]:
+        """The draws of a budget: indices of training images; only one where that is all of them."""
+        drawn = []
+        for draw in range(self._command.repeats):
+            subset = budget.subset(self._train.labels, self._dataset.classes, seed=self._command.seed, draw=draw)
+            if len(subset) < 2:
+                raise TrainingError(f"--labels {budget}: {len(subset)} label is too few to learn from")
+            drawn.append(subset)
+            if len(subset) == len(self._train):
+                break
+        return drawn
+
+    def row(self, mode: str, budget: LabelBudget, drawn: list[np.ndarray]) -> None:
+        """Measure a mode on the draws of a budget, unless that was done before."""
+        settings = self._settings(mode, len(drawn), len(drawn[0]))
+        if self.record.find(mode, str(budget), settings) is not None:
+            return
+        started = time.perf_counter()
+        top1, top5 = [], []
+        confusion = torch.zeros(self._classes**2, dtype=torch.int64)
+        for draw, chosen in enumerate(drawn):
+            name = f"{mode}, {budget} of the labels" if budget.share is not None else f"{mode}, {budget} labels a class"
+            scores = self._scores(mode, chosen, draw, f"{name}, {draw + 1} of {len(drawn)}")
+            ranked = scores.topk(min(5, self._classes), dim=1).indices
+            hits = ranked == self._test_labels[:, None]
+            top1.append(hits[:, 0].double().mean().item())
+            top5.append(hits.any(1).double().mean().item())
+            pairs = self._test_labels * self._classes + ranked[:, 0]
+            confusion += torch.bincount(pairs, minlength=self._classes**2)
+        self.record.add(
+            {
+                "mode": mode,
+                "labels": str(budget),
+                "labels_per_class": round(len(drawn[0]) / self._classes, 2),
+                "label_count": len(drawn[0]),
+                "repeats": len(drawn),
+                **measured("top1", top1),
+                **(measured("top5", top5) if self._classes > 5 else {}),
+                "seconds": round(time.perf_counter() - started, 2),
+                "settings": settings,
+                "confusion": confusion.view(self._classes, self._classes).tolist(),
+            }
+        )
+
+    def report(self) -> None:
+        """Print all results of the run and draw its figures."""
+        if not self.record.rows:
+            return
+        print(f"{self._run.dir.path}: {self._run.config.model} on {self._dataset.name}, {len(self._test)} test images")
+        print(as_table(self.record.rows))
+        chance = self.record.header["chance_accuracy"]
+        lines = [figures.AccuracyLine.of(mode, rows, mode) for mode, rows in self.record.lines().items()]
+        _save_figure(self._folder / "label_efficiency.png", figures.label_efficiency(lines, chance))
+        for mode, rows in self.record.lines().items():
+            row = max(rows, key=lambda each: each["label_count"])
+            title = f"{mode}, {row['labels_per_class']:g} labels a class: {row['top1_mean']:.1%}"
+            figure = figures.confusion(np.array(row["confusion"]), self._dataset.classes, title)
+            _save_figure(self._folder / f"confusion_{mode}.png", figure)
+        print(f"always the same class: {chance:.1%}; results and figures are in {self._folder}")
+
+    def _settings(self, mode: str, repeats: int, images: int) -> dict[str, Any]:
+        """All that decides a row's numbers, besides its mode, labels and images."""
+        settings: dict[str, Any] = {
+            "cpc_ext": cpc_ext.__version__,
+            "weights": None if mode in ("supervised", "untrained") else self._weights,
+            "seed": self._command.seed,
+            "repeats": repeats,
+            "precision": self._run.config.compute.precision,
+        }
+        if mode == "knn":
+            settings |= {"neighbours": min(self._command.neighbours, images), "temperature": TEMPERATURE}
+        if mode in ("finetune", "supervised"):
+            recipe = self._recipe(mode)
+            settings |= {**asdict(recipe), "steps": recipe.steps(images)}
+        return settings
+
+    def _recipe(self, mode: str) -> FineTuning:
+        peak = self._run.config.optimization.lr
+        return FineTuning(
+            epochs=self._command.finetune_epochs,
+            min_steps=self._command.finetune_steps,
+            encoder_lr=peak * (_FINETUNE_SHARE if mode == "finetune" else 1.0),
+            head_lr=peak,
+        )
+
+    def _scores(self, mode: str, chosen: np.ndarray, draw: int, name: str) -> Tensor:
+        """Scores of the classes, [N, classes], of all test images after learning from the chosen training images."""
+        labels = self._train_labels[chosen]
+        if mode == "knn":
+            return knn_scores(
+                self._encodings("trained", "train")[chosen],
+                labels,
+                self._encodings("trained", "test"),
+                classes=self._classes,
+                neighbours=self._command.neighbours,
+            )
+        if mode in ("linear", "untrained"):
+            state = "trained" if mode == "linear" else "untrained"
+            classifier = fit_linear_classifier(self._encodings(state, "train")[chosen], labels, classes=self._classes)
+            return classifier.logits(self._encodings(state, "test"))
+        seed = 1000 * self._command.seed + draw
+        # Every draw starts from initial weights of its own, so that the spread is also theirs.
+        task = self._task if mode == "finetune" else self._run.untrained(self._dataset, seed=seed)
+        return fine_tune(
+            task,
+            copy.deepcopy(task.model),
+            self._train,
+            chosen,
+            self._test,
+            self._recipe(mode),
+            classes=self._classes,
+            precision=self._run.config.compute.precision,
+            seed=seed,
+            progress=lambda steps: _progress(steps, name, "step"),
+        )
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device(self._run.config.compute.device)
+
+    def _encodings(self, state: str, split: str) -> Tensor:
+        """Frozen encodings [N, D] of "train" or "test" by the "trained" or "untrained" encoder."""
+        if (state, split) not in self._kept:
+            task = self._task
+            if state == "untrained":
+                task = self._run.untrained(self._dataset, seed=self._run.config.compute.seed)
+            images = self._train if split == "train" else self._test
+            view = self._run.config.model_dump(mode="json", exclude={"data", "optimization", "compute", "output"})
+            origin = {
+                "cpc_ext": cpc_ext.__version__,
+                "weights": weights_digest(task.model),
+                "images": self._images[split],
+                "statistics": repr((self._dataset.mean, self._dataset.std)),
+                "model": repr(view),
+                "precision": self._run.config.compute.precision,
+            }
+            self._kept[state, split] = cached_encodings(
+                self._folder / f"features-{state}-{split}.safetensors",
+                origin,
+                len(images),
+                lambda: encode(
+                    images,
+                    lambda batch: task.features(task.model, batch),
+                    self._device,
+                    progress=lambda batches: _progress(batches, f"encoding the {split} images ({state})", "batch"),
+                ),
+            )
+        return self._kept[state, split]
+
+
+def _progress(steps: range, name: str, unit: str) -> Iterator[int]:
+    return iter(tqdm(steps, desc=name, unit=unit, dynamic_ncols=True, leave=False))
+
+
+def _compared(records: dict[Path, EvaluationRecord]) -> Any:
+    """The label efficiency of all runs in one figure."""
+    lines = []
+    for number, (path, record) in enumerate(records.items()):
+        for mode, rows in record.lines().items():
+            lines.append(figures.AccuracyLine.of(f"{path.name}: {mode}", rows, mode, group=number))
+    return figures.label_efficiency(lines, max(record.header["chance_accuracy"] for record in records.values()))
+
+
+def _save_figure(path: Path, figure: Any) -> None:
+    try:
+        figures.save(path, figure)
+    except OSError as error:
+        raise TrainingError(f"cannot write {path}: {error.strerror or error}") from None

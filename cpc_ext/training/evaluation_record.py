@@ -1,0 +1,113 @@
+"""The results of evaluating a run, as evaluation.json: a row for every mode and number of labels.
+
+The file grows by a row at a time and is whole after each, so that what is finished stays, whatever happens to the rest.
+Rows of other weights or other images than those at hand are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from cpc_ext.training.atomic_file import atomic_file
+from cpc_ext.training.errors import TrainingError
+
+__all__ = ["EvaluationRecord", "as_table"]
+
+Row = dict[str, Any]
+
+
+class EvaluationRecord:
+    """evaluation.json at ``path``, with the rows that are still true.
+
+    header: what was evaluated; "weights" and "images" among it tell whether a row that is already there still holds.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        self._path = path
+        self.header = header
+        self.rows: list[Row] = []
+        self._read()
+
+    def find(self, mode: str, labels: str, settings: dict[str, Any]) -> Row | None:
+        """The row that these settings gave, or None."""
+        return next(
+            (row for row in self.rows if (row["mode"], row["labels"], row["settings"]) == (mode, labels, settings)),
+            None,
+        )
+
+    def add(self, row: Row) -> None:
+        """Put a row in the place of that of the same mode and labels, and write the file.
+
+        row: "mode", "labels", "labels_per_class", "settings" and what was measured.
+
+        Raises TrainingError where the file cannot be written.
+        """
+        self._read()  # Another process may have added to it.
+        same = (row["mode"], row["labels"])
+        self.rows = [other for other in self.rows if (other["mode"], other["labels"]) != same] + [row]
+        self.rows.sort(key=lambda each: (each["mode"], each["labels_per_class"], each["labels"]))
+        # Two levels by hand: a row, with its confusion matrix, is a line.
+        head = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in self.header.items()]
+        rows = ",\n".join(f"    {json.dumps(each)}" for each in self.rows)
+        text = "{\n" + ",\n".join([*head, f'  "rows": [\n{rows}\n  ]']) + "\n}\n"
+        try:
+            with atomic_file(self._path) as file:
+                file.write(text.encode())
+        except OSError as error:
+            raise TrainingError(f"cannot write {self._path}: {error.strerror or error}") from None
+
+    def lines(self) -> dict[str, list[Row]]:
+        """Rows by mode, of few labels first."""
+        lines: dict[str, list[Row]] = {}
+        for row in self.rows:
+            lines.setdefault(row["mode"], []).append(row)
+        return lines
+
+    def _read(self) -> None:
+        try:
+            kept = json.loads(self._path.read_text(encoding="utf-8"))
+            rows = kept["rows"] if kept["images"] == self.header["images"] else []
+            self.rows = [row for row in rows if row["settings"]["weights"] in (None, self.header["weights"])]
+        except FileNotFoundError:
+            self.rows = []
+        except (OSError, ValueError, LookupError, TypeError):
+            raise TrainingError(f"{self._path} is damaged: remove it, and its results are computed again") from None
+
+
+def measured(name: str, values: list[float]) -> dict[str, Any]:
+    """Mean and standard deviation over subsets, and the values themselves, as entries of a row."""
+    return {
+        f"{name}_mean": statistics.fmean(values),
+        f"{name}_std": statistics.stdev(values) if len(values) > 1 else 0.0,
+        name: values,
+    }
+
+
+def as_table(rows: list[Row]) -> str:
+    """Rows as text, a line each under a heading."""
+    top5 = any("top5_mean" in row for row in rows)
+    heading = ["mode", "labels", "a class", "subsets", "top-1", *(["top-5"] if top5 else []), "seconds"]
+    lines = [heading]
+    for row in rows:
+        accuracies = [_percent(row, name) for name in ("top1", "top5")[: 1 + top5]]
+        lines.append(
+            [
+                row["mode"],
+                row["labels"],
+                f"{row['labels_per_class']:g}",
+                str(row["repeats"]),
+                *accuracies,
+                f"{row['seconds']:.1f}",
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = ([mode.ljust(widths[0]), *map(str.rjust, numbers, widths[1:])] for mode, *numbers in lines)
+    return "\n".join("  ".join(line) for line in padded)
+
+
+def _percent(row: Row, name: str) -> str:
+    spread = f" ± {100 * row[f'{name}_std']:.1f}" if row["repeats"] > 1 else ""
+    return f"{100 * row[f'{name}_mean']:.1f}{spread} %"

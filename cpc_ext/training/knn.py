@@ -1,0 +1,41 @@
+"""Weighted nearest neighbours: how well the classes of the nearest encodings tell an image's.
+
+From frozen encodings [N, D] to a score of every class: each of the k nearest votes for its class with exp(cosine / τ)
+(Wu et al. 2018, arXiv 1805.01978, section 3.4). There is nothing to fit and nothing to choose.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["NEIGHBOURS", "TEMPERATURE", "knn_scores"]
+
+NEIGHBOURS = 200
+TEMPERATURE = 0.07
+# Images whose similarities to all labelled ones are in memory at a time.
+_CHUNK = 1024
+
+
+def knn_scores(
+    labelled: Tensor,
+    labels: Tensor,
+    queries: Tensor,
+    *,
+    classes: int,
+    neighbours: int = NEIGHBOURS,
+    temperature: float = TEMPERATURE,
+) -> Tensor:
+    """Votes for every class, float64 [M, classes], of queries [M, D] by labelled encodings [N, D] with labels [N].
+
+    neighbours: k; all N vote where there are fewer. Votes are divided by the largest that one neighbour could give,
+    exp(1 / temperature).
+    """
+    keys = F.normalize(labelled.double(), dim=1)
+    votes = []
+    for chunk in queries.double().split(_CHUNK):
+        similarity, nearest = (F.normalize(chunk, dim=1) @ keys.T).topk(min(neighbours, len(keys)), dim=1)
+        weights = ((similarity - 1) / temperature).exp()
+        votes.append(weights.new_zeros(len(chunk), classes).scatter_add_(1, labels[nearest], weights))
+    return torch.cat(votes) if votes else keys.new_zeros(0, classes)
