@@ -28,6 +28,8 @@ struct Layout {
         area(side * side),
         plane(divide_up(area + 1, 64) * 64),
         bytes(channels * plane) {}
+  // Of the table of places: one a pixel, or six a pixel of one row.
+  int64_t places() const { return std::max(area, 6 * side); }
   int channels;
   int32_t side, area;
   int64_t plane, bytes;
@@ -68,12 +70,23 @@ class Cutter {
 
 // --- Bytes to bytes ---
 
+// Where pixels lie between the nodes of an elastic deformation, along either axis.
+struct Axis {
+  explicit Axis(int32_t side) : node(side), weight(side) {
+    for (int32_t i = 0; i < side; ++i) {
+      const Between between = between_nodes(i, side);
+      node[i] = between.node;
+      weight[i] = between.weight;
+    }
+  }
+  std::vector<int32_t> node, weight;
+};
+
 // A patch on its way: its pixels, a second buffer that takes what cannot be done in place, and a table of places.
 class Patch {
  public:
-  Patch(const Layout& layout, const std::vector<Between>& between, uint8_t* pixels, uint8_t* other, int32_t* places,
-        uint8_t fill)
-      : layout_(layout), between_(between), pixels_(pixels), other_(other), places_(places), fill_(fill) {}
+  Patch(const Layout& layout, const Axis& axis, uint8_t* pixels, uint8_t* other, int32_t* places, uint8_t fill)
+      : layout_(layout), axis_(axis), pixels_(pixels), other_(other), places_(places), fill_(fill) {}
 
   uint8_t* pixels() const { return pixels_; }
   uint8_t* other() const { return other_; }
@@ -121,24 +134,41 @@ class Patch {
     const int32_t side = layout_.side;
     int32_t nodes[2][kNodes][kNodes];
     for (int64_t i = 0; i < 2 * kNodes * kNodes; ++i) (&nodes[0][0][0])[i] = displacement_of(displacements[i]);
+    const int32_t *const columns = axis_.node.data(), *const weights = axis_.weight.data();
+    // Of a row of pixels: the first of the four that each comes from, the steps to the others, and the weights.
+    int32_t* __restrict const first = places_, * __restrict const right = first + side, * __restrict const below = right + side, * __restrict const weight_x = below + side, * __restrict const weight_y = weight_x + side;
+    auto* __restrict const corners = reinterpret_cast<uint8_t*>(weight_y + side);  // Four rows.
     for (int32_t y = 0; y < side; ++y) {
-      const Between down = between_[y];
       int32_t row[2][kNodes];
-      for (int axis = 0; axis < 2; ++axis)
+      for (int which = 0; which < 2; ++which)
         for (int64_t j = 0; j < kNodes; ++j)
-          row[axis][j] = mix(nodes[axis][down.node][j], nodes[axis][down.node + 1][j], down.weight);
+          row[which][j] = mix(nodes[which][columns[y]][j], nodes[which][columns[y] + 1][j], weights[y]);
+      const int32_t *const row_y = row[0], *const row_x = row[1];
+#pragma omp simd
       for (int32_t x = 0; x < side; ++x) {
-        const Between right = between_[x];
-        const Sample sample_y = sample_at(y, mix(row[0][right.node], row[0][right.node + 1], right.weight), side);
-        const Sample sample_x = sample_at(x, mix(row[1][right.node], row[1][right.node + 1], right.weight), side);
-        const int32_t upper = sample_y.low * side, lower = sample_y.high * side;
-        for (int k = 0; k < layout_.channels; ++k) {
-          const uint8_t* const from = plane(pixels_, k);
-          plane(other_, k)[y * side + x] =
-              static_cast<uint8_t>(mix_pixels({from[upper + sample_x.low], from[upper + sample_x.high],
-                                               from[lower + sample_x.low], from[lower + sample_x.high]},
-                                              sample_x.weight, sample_y.weight));
+        const int32_t node = columns[x], weight = weights[x];
+        const Sample sample_y = sample_at(y, mix(row_y[node], row_y[node + 1], weight), side);
+        const Sample sample_x = sample_at(x, mix(row_x[node], row_x[node + 1], weight), side);
+        first[x] = sample_y.low * side + sample_x.low;
+        right[x] = sample_x.high - sample_x.low;
+        below[x] = (sample_y.high - sample_y.low) * side;
+        weight_x[x] = sample_x.weight;
+        weight_y[x] = sample_y.weight;
+      }
+      for (int k = 0; k < layout_.channels; ++k) {
+        const uint8_t* const from = plane(pixels_, k);
+        for (int32_t x = 0; x < side; ++x) {
+          const uint8_t *const upper = from + first[x], *const lower = upper + below[x];
+          corners[x] = upper[0];
+          corners[side + x] = upper[right[x]];
+          corners[2 * side + x] = lower[0];
+          corners[3 * side + x] = lower[right[x]];
         }
+        uint8_t* __restrict const to = plane(other_, k) + y * side;
+#pragma omp simd
+        for (int32_t x = 0; x < side; ++x)
+          to[x] = static_cast<uint8_t>(mix_pixels(corners[x], corners[side + x], corners[2 * side + x],
+                                                  corners[3 * side + x], weight_x[x], weight_y[x]));
       }
     }
     std::swap(pixels_, other_);
@@ -173,8 +203,8 @@ class Patch {
       uint8_t low = 255, high = 0;
 #pragma omp simd reduction(min : low) reduction(max : high)
       for (int32_t i = 0; i < layout_.area; ++i) {
-        low = std::min(low, v[i]);
-        high = std::max(high, v[i]);
+        low = v[i] < low ? v[i] : low;
+        high = v[i] > high ? v[i] : high;
       }
       if (high <= low) continue;
       const float inverse = 1.0f / static_cast<float>(high - low);
@@ -235,19 +265,19 @@ class Patch {
       const Color color = color_of(r[i], g[i], b[i]);
       hues[i] = static_cast<uint8_t>(color.hue);
       saturations[i] = static_cast<uint8_t>(color.saturation);
-      unsure[i] = color.unsure;
-      any |= color.unsure;
+      unsure[i] = static_cast<uint8_t>(color.unsure);
+      any |= static_cast<uint8_t>(color.unsure);
     }
     if (any)
       for (int32_t i = 0; i < layout_.area; ++i)
         if (unsure[i]) hues[i] = static_cast<uint8_t>(hue_as_pillow(r[i], g[i], b[i]));
 #pragma omp simd
     for (int32_t i = 0; i < layout_.area; ++i) {
-      const int32_t value = std::max({int32_t{r[i]}, int32_t{g[i]}, int32_t{b[i]}});
-      const Rgb turned = rgb_of((hues[i] + shift) & 255, saturations[i], value);
-      r[i] = static_cast<uint8_t>(turned.red);
-      g[i] = static_cast<uint8_t>(turned.green);
-      b[i] = static_cast<uint8_t>(turned.blue);
+      const int32_t high = g[i] > b[i] ? g[i] : b[i], value = r[i] > high ? r[i] : high;
+      const int32_t turned = (hues[i] + shift) & 255;
+      r[i] = static_cast<uint8_t>(channel_of(0, turned, saturations[i], value));
+      g[i] = static_cast<uint8_t>(channel_of(1, turned, saturations[i], value));
+      b[i] = static_cast<uint8_t>(channel_of(2, turned, saturations[i], value));
     }
   }
 
@@ -257,14 +287,17 @@ class Patch {
       const uint8_t* __restrict const from = plane(pixels_, k);
       uint8_t* __restrict const to = plane(other_, k);
       std::memcpy(to, from, layout_.area);
-      for (int32_t y = 1; y < side - 1; ++y) {
-        const uint8_t *const above = from + (y - 1) * side, *const row = above + side, *const below = row + side;
+      // All rows in one loop, across their ends, which are then as they were.
 #pragma omp simd
-        for (int32_t x = 1; x < side - 1; ++x) {
-          const int32_t sum = above[x - 1] + above[x] + above[x + 1] + row[x - 1] + row[x] + row[x + 1] + below[x - 1] +
-                              below[x] + below[x + 1];
-          to[y * side + x] = static_cast<uint8_t>(blend(smooth(sum, row[x]), row[x], factor));
-        }
+      for (int32_t i = side + 1; i < layout_.area - side - 1; ++i) {
+        const uint8_t *const above = from + i - side, *const row = from + i, *const below = row + side;
+        const int32_t sum =
+            above[-1] + above[0] + above[1] + row[-1] + row[0] + row[1] + below[-1] + below[0] + below[1];
+        to[i] = static_cast<uint8_t>(blend(smooth(sum, row[0]), row[0], factor));
+      }
+      for (int32_t y = 0; y < layout_.area; y += side) {
+        to[y] = from[y];
+        to[y + side - 1] = from[y + side - 1];
       }
     }
     std::swap(pixels_, other_);
@@ -274,7 +307,7 @@ class Patch {
   uint8_t* plane(uint8_t* pixels, int k) const { return pixels + k * layout_.plane; }
 
   const Layout& layout_;
-  const std::vector<Between>& between_;
+  const Axis& axis_;
   uint8_t *pixels_, *other_;
   int32_t* places_;
   uint8_t fill_;
@@ -392,10 +425,9 @@ void augment_as(const Problem& problem) {
   const patches::Problem& extraction = problem.extraction;
   const Layout layout(extraction);
   const Cutter cutter(extraction);
-  const int64_t steps = problem.steps(), place_bytes = layout.area * int64_t{sizeof(int32_t)};
+  const int64_t steps = problem.steps(), place_bytes = layout.places() * int64_t{sizeof(int32_t)};
   const int64_t byte_buffers = 2 * layout.bytes;
-  std::vector<Between> between(layout.side);
-  for (int32_t i = 0; i < layout.side; ++i) between[i] = between_nodes(i, layout.side);
+  const Axis axis(layout.side);
 
   // Of each worker: two buffers of bytes, the places, the temporary of the finish.
   const int64_t temporary = Finish<Out, Real>(extraction, layout, nullptr, 0).temporary();
@@ -411,7 +443,7 @@ void augment_as(const Problem& problem) {
     uint8_t* const first = scratch.of<uint8_t>(worker);
     auto* const places = reinterpret_cast<int32_t*>(first + byte_buffers);
     auto* const reals = reinterpret_cast<Real*>(first + divide_up(byte_buffers + place_bytes, 64) * 64);
-    Patch patch(layout, between, first, first + layout.bytes, places, static_cast<uint8_t>(problem.fill));
+    Patch patch(layout, axis, first, first + layout.bytes, places, static_cast<uint8_t>(problem.fill));
     cutter.cut(first, layout, i);
     for (int64_t t = i * steps; t < (i + 1) * steps; ++t)
       apply(patch, problem, cutter, layout, i, static_cast<Transform>(problem.codes.as<uint8_t>()[t]),

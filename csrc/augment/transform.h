@@ -111,20 +111,25 @@ CPC_HOST_DEVICE inline int32_t hue_shift(float turns) {
 // Hue and saturation in 0..255, as Pillow's "HSV" holds them; value is the largest of the three.
 struct Color {
   int32_t hue, saturation, value;
-  bool unsure;  // The hue is a whole number, which Pillow's arithmetic may end up just below: hue_as_pillow() tells.
+  int32_t unsure;  // Not 0: the hue is a whole number, which Pillow's arithmetic may end up just below: hue_as_pillow()
+                   // tells.
 };
 
 CPC_HOST_DEVICE inline Color color_of(int32_t red, int32_t green, int32_t blue) {
   const int32_t high = green > blue ? green : blue, low = green < blue ? green : blue;
   const int32_t value = red > high ? red : high, chroma = value - (red < low ? red : low);
-  int32_t sixths = red == value ? green - blue : green == value ? 2 * chroma + blue - red : 4 * chroma + red - green;
-  sixths = sixths < 0 ? sixths + 6 * chroma : sixths;
-  const int32_t circle = chroma > 0 ? 6 * chroma : 1;
+  // Selections one after another, which vectors can make.
+  int32_t sixths = 4 * chroma + red - green;
+  sixths = green == value ? 2 * chroma + blue - red : sixths;
+  sixths = red == value ? green - blue : sixths;
+  sixths += sixths < 0 ? 6 * chroma : 0;
+  const int32_t circle = 6 * chroma + static_cast<int32_t>(chroma == 0);
   // Cut-off quotients of whole numbers: the halves keep rounding away from whole results.
   const int32_t hue = static_cast<int32_t>((static_cast<float>(sixths * 255) + 0.5f) / static_cast<float>(circle));
   const int32_t saturation =
       static_cast<int32_t>((static_cast<float>(chroma * 255) + 0.5f) / static_cast<float>(value > 0 ? value : 1));
-  return {hue, saturation, value, sixths > 0 && hue * circle == sixths * 255};
+  const int32_t unsure = static_cast<int32_t>(sixths > 0) & static_cast<int32_t>(hue * circle == sixths * 255);
+  return {hue, saturation, value, unsure};
 }
 
 // The hue by Pillow's arithmetic in single and double precision, of a pixel that is not grey. There is no product to
@@ -144,25 +149,25 @@ CPC_HOST_DEVICE inline int32_t hue_as_pillow(int32_t red, int32_t green, int32_t
   return static_cast<int32_t>(static_cast<double>(turns) * 255.0);
 }
 
-struct Rgb {
-  int32_t red, green, blue;
-};
+// value * (1 - gone / 255^2), rounded; there are no ties.
+CPC_HOST_DEVICE inline int32_t level_without(int32_t value, int32_t gone) {
+  constexpr int32_t kWhole = 255 * 255;
+  return (value * (kWhole - gone) + kWhole / 2) / kWhole;
+}
 
-CPC_HOST_DEVICE inline Rgb rgb_of(int32_t hue, int32_t saturation, int32_t value) {
-  constexpr uint32_t kWhole = 255 * 255;
-  const auto level = [value](int32_t gone) {  // value * (1 - gone / kWhole), rounded; there are no ties.
-    return static_cast<int32_t>((2u * value * (kWhole - gone) + kWhole) / (2 * kWhole));
-  };
-  const int32_t sector = hue * 6 / 255, part = hue * 6 - sector * 255;
-  const int32_t least = level(255 * saturation), falling = level(saturation * part),
-                rising = level(saturation * (255 - part));
-  const auto pick = [&](int32_t s) {  // What red is in each sector; the others follow two sectors apart.
-    return s == 0 || s == 5 ? value : s == 1 ? falling : s == 4 ? rising : least;
-  };
-  // A full turn is sector 6, which is 0 again.
-  const auto within = [](int32_t s) { return s >= 6 ? s - 6 : s; };
-  const int32_t red_at = within(sector);
-  return {pick(red_at), pick(within(red_at + 4)), pick(within(red_at + 2))};
+// Red (0), green (1) or blue (2) of a colour. By selections, which vectors can make.
+CPC_HOST_DEVICE inline int32_t channel_of(int channel, int32_t hue, int32_t saturation, int32_t value) {
+  const int32_t sixths = hue * 6 / 255, part = hue * 6 - sixths * 255;
+  const int32_t falling = level_without(value, saturation * part);
+  const int32_t rising = level_without(value, saturation * (255 - part));
+  // From a sixth before red on, the circle's sectors as they would be if this channel were red: value in two, falling,
+  // least in two, rising. A full turn is sector 6.
+  int32_t sector = sixths + (7 - 2 * channel);
+  sector -= sector >= 6 ? 6 : 0;
+  sector -= sector >= 6 ? 6 : 0;
+  int32_t level = sector == 2 ? falling : level_without(value, saturation * 255);
+  level = sector == 5 ? rising : level;
+  return sector < 2 ? value : level;
 }
 
 // --- Places ---
@@ -251,9 +256,11 @@ CPC_HOST_DEVICE inline Sample sample_at(int32_t at, int32_t displacement, int32_
   return {inside(low), inside(low + 1), place & (kFine - 1)};
 }
 
-// Four pixels mixed, those of the upper row first. 255 in 24 more bits and a half just fit 32 bits.
-CPC_HOST_DEVICE inline int32_t mix_pixels(const uint32_t (&v)[4], uint32_t right, uint32_t down) {
-  const uint32_t upper = v[0] * (kFine - right) + v[1] * right, lower = v[2] * (kFine - right) + v[3] * right;
+// Four pixels mixed, of an upper and a lower row. 255 in 24 more bits and a half just fit 32 bits.
+CPC_HOST_DEVICE inline int32_t mix_pixels(uint32_t upper_left, uint32_t upper_right, uint32_t lower_left,
+                                          uint32_t lower_right, uint32_t right, uint32_t down) {
+  const uint32_t upper = upper_left * (kFine - right) + upper_right * right;
+  const uint32_t lower = lower_left * (kFine - right) + lower_right * right;
   return static_cast<int32_t>((upper * (kFine - down) + lower * down + (1u << (2 * kFineBits - 1))) >> (2 * kFineBits));
 }
 
