@@ -42,16 +42,21 @@ constexpr int32_t kFine = 1 << kFineBits;
 // Half of the error that a factor's rounding can make: whole results of decimal factors stay whole when cut off.
 constexpr int32_t kFactorSlack = 128;
 // Magnitudes beyond these are clamped to them.
-constexpr double kShearLimit = 4, kShiftLimit = 4096, kTurnLimit = 360, kFactorLimit = 4, kDisplacementLimit = 64;
+constexpr float kShearLimit = 4, kShiftLimit = 4096, kTurnLimit = 360, kFactorLimit = 4, kDisplacementLimit = 64;
 
 // NaN becomes `low`.
-CPC_HOST_DEVICE inline double clamp(double v, double low, double high) { return v > low ? (v < high ? v : high) : low; }
-
-CPC_HOST_DEVICE inline int32_t fixed(double v, int bits) {
-  return static_cast<int32_t>(std::floor(v * (1 << bits) + 0.5));
+template <class Real>
+CPC_HOST_DEVICE inline Real clamp(Real v, Real low, Real high) {
+  return v > low ? (v < high ? v : high) : low;
 }
 
-CPC_HOST_DEVICE inline int32_t whole(float v, double low, double high) {
+// Floats must be below 2^22 in units of the last bit, for the half to be added exactly.
+template <class Real>
+CPC_HOST_DEVICE inline int32_t fixed(Real v, int bits) {
+  return static_cast<int32_t>(std::floor(v * static_cast<Real>(1 << bits) + Real(0.5)));
+}
+
+CPC_HOST_DEVICE inline int32_t whole(float v, float low, float high) {
   return static_cast<int32_t>(std::floor(clamp(v, low, high)));
 }
 
@@ -64,8 +69,8 @@ CPC_HOST_DEVICE inline int32_t luma(int32_t red, int32_t green, int32_t blue) {
   return (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16;
 }
 
-CPC_HOST_DEVICE inline int32_t factor_of(float v, double most = kFactorLimit) {
-  return fixed(clamp(v, 0, most), kFactorBits);
+CPC_HOST_DEVICE inline int32_t factor_of(float v, float most = kFactorLimit) {
+  return fixed(clamp(v, 0.0f, most), kFactorBits);
 }
 
 // base + factor * (v - base)
@@ -90,12 +95,14 @@ CPC_HOST_DEVICE inline int32_t even_level(int32_t before, int32_t step) {
   return level > 255 ? 255 : level;
 }
 
-CPC_HOST_DEVICE inline int32_t solarize_threshold(float v) { return static_cast<int32_t>(std::ceil(clamp(v, 0, 256))); }
+CPC_HOST_DEVICE inline int32_t solarize_threshold(float v) {
+  return static_cast<int32_t>(std::ceil(clamp(v, 0.0f, 256.0f)));
+}
 
 CPC_HOST_DEVICE inline int32_t posterize_mask(float bits) { return 0x100 - (1 << (8 - whole(bits, 0, 8))); }
 
 CPC_HOST_DEVICE inline int32_t bend_of(float v) {
-  return static_cast<int32_t>(std::floor(clamp(v, -1, 1) * ((1 << kCurveBits) / 255.0) + 0.5));
+  return static_cast<int32_t>(std::floor(clamp(v, -1.0f, 1.0f) * ((1 << kCurveBits) / 255.0) + 0.5));
 }
 
 CPC_HOST_DEVICE inline int32_t bend(int32_t v, int32_t bend) {
@@ -105,7 +112,7 @@ CPC_HOST_DEVICE inline int32_t bend(int32_t v, int32_t bend) {
 // --- Hue ---
 
 CPC_HOST_DEVICE inline int32_t hue_shift(float turns) {
-  return static_cast<int32_t>(clamp(turns, -1, 1) * 255.0) & 255;
+  return static_cast<int32_t>(clamp(turns, -1.0f, 1.0f) * 255.0) & 255;
 }
 
 // Hue and saturation in 0..255, as Pillow's "HSV" holds them; value is the largest of the three.
@@ -193,7 +200,7 @@ CPC_HOST_DEVICE inline Affine affine_of(Transform transform, float parameter, in
     case Transform::translate_y: return affine_of(1, 0, 0, 0, 1, shift);
     default: break;
   }
-  const double angle = clamp(parameter, -kTurnLimit, kTurnLimit) * (3.14159265358979323846 / 180);
+  const double angle = double{clamp(parameter, -kTurnLimit, kTurnLimit)} * (3.14159265358979323846 / 180);
   const double c = cos(angle), s = sin(angle), middle = side / 2.0;
   return affine_of(c, -s, middle - c * middle + s * middle, s, c, middle - (s + c) * middle);
 }

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "augment/cpu.cpp"
 #include "info_nce/cpu.cpp"
 #include "masked_conv/cpu.cpp"
 #include "patches/cpu.cpp"
@@ -49,6 +50,36 @@ void patches() {
         problem.images_grad = dense(grad.data(), DType::f32, {kBatch, kChannels, kSize, kSize});
         patches::cpu::CPC_ISA::extract_backward(problem);
       }
+}
+
+// Every transform on patches of a batch, each patch its own.
+void augment_kernels() {
+  constexpr int64_t kBatch = 5, kSize = 32, kPatch = 8, kStride = 4, kGrid = (kSize - kPatch) / kStride + 1,
+                    kPatches = kBatch * kGrid * kGrid, kSteps = 2;
+  std::vector<uint8_t> bytes(kBatch * 3 * kSize * kSize), codes(kPatches * kSteps);
+  std::iota(bytes.begin(), bytes.end(), uint8_t{0});
+  for (size_t i = 0; i < codes.size(); ++i)
+    codes[i] = static_cast<uint8_t>(i * 7 % static_cast<size_t>(augment::Transform::count));
+  std::vector<float> parameters(codes.size() * augment::kParameters, 0.75f),
+      displacements(kPatches * 2 * augment::kNodes * augment::kNodes, 0.5f);
+  std::vector<int64_t> partners(kPatches);
+  std::iota(partners.rbegin(), partners.rend(), int64_t{0});
+  for (const bool patch_norm : {false, true})
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      std::vector<float> memory(kPatches * 3 * kPatch * kPatch);
+      augment::Problem problem;
+      problem.extraction.geometry = {kPatch, kStride, kSize, kSize, false, patch_norm, patch_norm};
+      problem.extraction.images = dense(bytes.data(), DType::u8, {kBatch, 3, kSize, kSize});
+      problem.extraction.patches = dense(memory.data(), dtype, {kBatch, kGrid, kGrid, 3, kPatch, kPatch});
+      problem.extraction.scale.assign(3, 0.5);
+      problem.extraction.shift.assign(3, 0.25);
+      problem.codes = dense(codes.data(), DType::u8, {kBatch, kGrid, kGrid, kSteps});
+      problem.parameters = dense(parameters.data(), DType::f32, {kBatch, kGrid, kGrid, kSteps, augment::kParameters});
+      problem.partners = dense(partners.data(), DType::i64, {kBatch, kGrid, kGrid});
+      problem.displacements =
+          dense(displacements.data(), DType::f32, {kBatch, kGrid, kGrid, 2, augment::kNodes, augment::kNodes});
+      augment::cpu::CPC_ISA::augment(problem);
+    }
 }
 
 // All keys and sampled ones, a batch's entries shared by all workers or one each, keys whole and in parts.
@@ -128,8 +159,11 @@ void planted_race() {
   std::printf("%ld\n", static_cast<long>(total));
 }
 
-const std::map<std::string, std::function<void()>> checks = {
-    {"info_nce", info_nce_kernels}, {"masked_conv", masked_conv}, {"patches", patches}, {"planted_race", planted_race}};
+const std::map<std::string, std::function<void()>> checks = {{"augment", augment_kernels},
+                                                             {"info_nce", info_nce_kernels},
+                                                             {"masked_conv", masked_conv},
+                                                             {"patches", patches},
+                                                             {"planted_race", planted_race}};
 
 }  // namespace
 }  // namespace cpc

@@ -366,7 +366,7 @@ def test_without_transforms_patches_are_those_of_extract_patches(device, photos,
         actual = augment_patches(images, patch_size, stride, plan, **options)
         expected = extract_patches(images, patch_size, stride, **options)
         if patch_norm:  # On CUDA, sums over a patch may be in another order.
-            torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=1e-5)
+            torch.testing.assert_close(actual, expected, rtol=4 * TOLERANCE[dtype], atol=1e-4)
         else:
             assert torch.equal(actual, expected)
 

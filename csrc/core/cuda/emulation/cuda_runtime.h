@@ -174,6 +174,7 @@ T atomicCAS(T* address, T compare, T value) {
 
 // --- Arithmetic ---
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(uint64_t{a} * b >> 32); }
+inline int __clz(int v) { return std::countl_zero(static_cast<unsigned>(v)); }
 inline int __popc(unsigned v) { return std::popcount(v); }
 inline int __ffs(int v) { return v == 0 ? 0 : std::countr_zero(static_cast<unsigned>(v)) + 1; }
 inline float __int_as_float(int v) { return std::bit_cast<float>(v); }
