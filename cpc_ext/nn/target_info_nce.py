@@ -146,10 +146,11 @@ class TargetInfoNCE(nn.Module):
         weights = torch.ones(len(places), dtype=step_losses.dtype, device=keys.device)
         if self.reduction == "lightning-bolts":
             weights = weights.cumsum(0)
-        mean = (step_losses @ weights).mean() / weights.sum()
+        # Not as a product with the weights, which autocast would round.
+        mean, accuracy = ((values * weights).sum(1).mean() / weights.sum() for values in (step_losses, step_rights))
         return GridInfoNCEOutput(
             mean if self.reduction == "mean" else mean * weights.sum(),
-            (step_rights @ weights).mean() / weights.sum(),
+            accuracy,
             math.log(max(keys.shape[1] * (world if ring else 1), 1)) - mean.detach(),
             step_losses.detach(),
             step_rights,

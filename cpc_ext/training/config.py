@@ -230,6 +230,9 @@ class CPCv2Section(_PredictionSection):
     target_channels: int = Field(
         64, ge=1, description="Channels of the projections that are predicted and contrasted with all of the batch."
     )
+    prediction_scale: float = Field(
+        0.1, gt=0, le=100, description="Factor of the predictions, and so of the logits at the start."
+    )
 
 
 class GreedySection(_Section):

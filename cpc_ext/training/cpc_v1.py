@@ -157,7 +157,7 @@ class CPCv1Task(EncoderTask):
         config = self._config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.compute.seed)
-            encoder = self._encoder_spec().build()
+            encoder = self._encoder_spec().build(config.view.patch)
             model = self._cpc(encoder)
         if config.compute.channels_last:
             # Only the encoder: the other four-dimensional parameters are not filters over images.

@@ -50,6 +50,7 @@ class CPCv2Task(CPCv1Task):
                 pred_directions=options.pred_directions,
                 skip=options.skip,
                 target_channels=options.target_channels,
+                scale=options.prediction_scale,
                 gather_negatives=options.gather_negatives,
             ),
         )

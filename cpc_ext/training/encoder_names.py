@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
+import torch
+
 from cpc_ext.models import MobileNetV2Encoder, PatchEncoder, ResNetV2Encoder, TimmEncoder, WideResNetEncoder
 from cpc_ext.training.errors import TrainingError
 
@@ -42,12 +44,26 @@ class EncoderSpec(NamedTuple):
     kind: type[PatchEncoder]
     arguments: dict[str, Any]
 
-    def build(self) -> PatchEncoder:
-        """The encoder with new weights. ValueError, TrainingError where timm does not know or have it."""
+    def build(self, patch_size: int) -> PatchEncoder:
+        """The encoder with new weights, for patches of that many pixels a side.
+
+        TrainingError, ValueError where timm is not installed, does not know the name, or its backbone takes no such
+        patches; our own take all.
+        """
         try:
-            return self.kind(**self.arguments)
+            encoder = self.kind(**self.arguments)
         except ImportError as error:
             raise TrainingError(f"--encoder: {error}") from None
+        if self.kind is TimmEncoder:
+            try:
+                with torch.no_grad():
+                    encoder.eval()(torch.zeros(1, 1, 1, encoder.in_channels, patch_size, patch_size))
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(
+                    f"--encoder: {self.arguments['name']} of timm does not take patches of {patch_size} pixels: {error}"
+                ) from None
+            encoder.train()
+        return encoder
 
 
 def check_encoder_name(name: str) -> str:

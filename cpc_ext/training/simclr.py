@@ -87,7 +87,7 @@ class SimCLRTask(EncoderTask):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._config.compute.seed)
             model = SimCLR(
-                self._encoder_spec().build(),
+                self._encoder_spec().build(options.view_size),
                 projection_channels=options.projection_channels,
                 temperature=options.temperature,
                 gather_negatives=options.gather_negatives,

@@ -85,6 +85,17 @@ def test_accuracy_counts_predictions_that_score_highest():
     assert objective(z, c).accuracy == 0.75
 
 
+@pytest.mark.parametrize("reduction", ["mean", "lightning-bolts"])
+def test_the_loss_is_not_rounded_under_autocast(reduction):
+    objective = TargetInfoNCE(3, 4, pred_steps=3, pred_directions=2, reduction=reduction)
+    z, c = (grid.float() for grid in grids())
+    with torch.autocast("cpu", torch.bfloat16):
+        output = objective(z, c)
+    weights = torch.ones(3) / 3 if reduction == "mean" else torch.arange(1.0, 4)
+    assert output.loss.dtype == torch.float32
+    torch.testing.assert_close(output.loss, (output.step_losses * weights).sum(1).mean(), atol=1e-6, rtol=1e-6)
+
+
 def test_empty_batch():
     z, c = grids(batch=0)
     output = TargetInfoNCE(3, 4, pred_steps=2, pred_directions=2).double()(z, c)

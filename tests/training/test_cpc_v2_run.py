@@ -154,3 +154,13 @@ def test_timm_that_is_not_installed(train, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     assert train("--out-dir", tmp_path / "run", "--encoder", "timm:resnet18") == 1
     assert "pip install cpc_ext[timm]" in capsys.readouterr().err
+
+
+def test_timm_backbones(train, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("timm", exc_type=ImportError)
+    monkeypatch.setattr(CPCv2Task, "evaluate", lambda task: {})
+    assert train("--out-dir", tmp_path / "run", "--encoder", "timm:resnet10t", "--steps", "1") == 0
+    assert train("--out-dir", tmp_path / "vit", "--encoder", "timm:vit_tiny_patch16_224") == 1
+    assert "vit_tiny_patch16_224 of timm does not take patches of 8 pixels" in capsys.readouterr().err
+    assert train("--out-dir", tmp_path / "none", "--encoder", "timm:vgg0") == 1
+    assert "timm makes no backbone 'vgg0'" in capsys.readouterr().err
