@@ -101,6 +101,20 @@ def load_folder(data_dir: str | Path, *, image_size: int | None = None) -> Datas
     )
 
 
+def image_files(data_dir: str | Path) -> list[str]:
+    """Paths, relative to data_dir, with / and sorted, of all image files below it but hidden ones.
+
+    Raises FileNotFoundError, NotADirectoryError or PermissionError for the tree, ValueError where it holds no image.
+    """
+    root = Path(data_dir).expanduser()
+    if not root.exists():
+        raise FileNotFoundError(f"{root}: no such folder; name the folder of images with --data-dir")
+    paths = sorted(file.path for file in _scan(root, ""))
+    if not paths:
+        raise ValueError(f"{root}: found no image ({', '.join(SUFFIXES)})")
+    return paths
+
+
 def _split(root: Path) -> _Split:
     """Find the images and divide them; training files come first, so that both parts are slices of the cache."""
     if not root.exists():

@@ -84,11 +84,11 @@ class EncoderRun:
             "gray_std": dataset.gray_std,
         }
 
-    def stand_in(self, images: ImageSet) -> Dataset:
-        """Other images as the run's data set, with its statistics, which its encoder is used to."""
+    def stand_in(self, name: str, images: ImageSet) -> Dataset:
+        """Other images in place of the run's data set, with its statistics, which its encoder is used to."""
         statistics = self.statistics()
         return Dataset(
-            name=self.config.data.dataset,
+            name=name,
             pretrain=images,
             train=None,
             test=None,

@@ -38,6 +38,8 @@ _MODE_COLORS = {"linear": _BLUE, "knn": _GREEN, "finetune": _PURPLE, "supervised
 _RUN_STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
 # Classes up to which a confusion matrix has numbers in it.
 _NUMBERED_CLASSES = 20
+# Numbers of labels nearer to each other than this factor would be written over each other.
+_TICK_DISTANCE = 1.15
 # A point of the smoothed curve looks back over this share of the run.
 _SMOOTHING = 0.05
 # Pictures of samples: at least so many pixels a side for each, by whole factors.
@@ -141,16 +143,19 @@ def label_efficiency(lines: Sequence[AccuracyLine], chance: float) -> Figure:
 
     chance: accuracy of always naming the commonest class, drawn as a line.
     """
-    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    figure = Figure(figsize=(9, 4.8), layout="constrained")
     axes = figure.subplots()
-    for line in lines:
+    for line in sorted(lines, key=lambda each: -each.mean[-1]):
         color = _MODE_COLORS[line.mode]
         dash, marker = _RUN_STYLES[line.group % len(_RUN_STYLES)]
         axes.plot(line.labels, line.mean, color=color, linestyle=dash, marker=marker, markersize=5, label=line.name)
         axes.fill_between(line.labels, line.mean - line.std, line.mean + line.std, color=color, alpha=0.15, linewidth=0)
     axes.axhline(chance, color=_GRAY, linestyle="--", linewidth=1, label="always the same class")
     axes.set_xscale("log")
-    places = np.unique(np.concatenate([line.labels for line in lines]))
+    places: list[float] = []
+    for place in np.unique(np.concatenate([line.labels for line in lines])):
+        if not places or place >= _TICK_DISTANCE * places[-1]:
+            places.append(place)
     axes.xaxis.set_major_locator(FixedLocator(places))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -158,7 +163,7 @@ def label_efficiency(lines: Sequence[AccuracyLine], chance: float) -> Figure:
     axes.set_ylabel("top-1 accuracy on the test images")
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_title("Label efficiency: mean and standard deviation over random subsets", fontsize=11)
+    axes.set_title("mean and standard deviation over random subsets", fontsize=10)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     # Beside the axes: lines may be anywhere inside.

@@ -108,36 +108,49 @@ def fit_linear_classifier(features: Tensor, labels: Tensor, *, classes: int) -> 
     deviation = features.double().std(0).clamp(min=1e-6)
     standardised = (features.double() - mean) / deviation
 
-    right = dict.fromkeys(_STRENGTHS, 0)
-    for held_out, kept in _splits(count):
-        weights = standardised.new_zeros(classes, features.shape[1] + 1)
-        for strength in _STRENGTHS:
-            # Weaker regularisation starts from the solution of the stronger, which is near.
-            weights = _fit(standardised[kept], labels[kept], weights, strength)
-            predicted = _logits(weights, standardised[held_out]).argmax(1)
-            right[strength] += int((predicted == labels[held_out]).sum())
+    held_out, kept = _splits(count)
+    weights = standardised.new_zeros(len(kept), classes, features.shape[1] + 1)
+    right: dict[float, int] = {}
+    for strength in _STRENGTHS:
+        # Weaker regularisation starts from the solution of the stronger, which is near.
+        weights = _fit(standardised[kept], labels[kept], weights, strength)
+        predicted = _logits(weights, standardised[held_out]).argmax(2)
+        right[strength] = int((predicted == labels[held_out]).sum())
     strength = max(right, key=lambda each: right[each])  # The stronger of equals, as it comes first.
-    start = standardised.new_zeros(classes, features.shape[1] + 1)
-    return LinearClassifier(_fit(standardised, labels, start, strength), mean, deviation, strength)
+    weights = _fit(standardised[None], labels[None], torch.zeros_like(weights[:1]), strength)[0]
+    return LinearClassifier(weights, mean, deviation, strength)
 
 
-def _splits(count: int) -> list[tuple[Tensor, Tensor]]:
-    """Indices of held-out and kept images, as often as it takes to hold out enough, at most every image once."""
+def _splits(count: int) -> tuple[Tensor, Tensor]:
+    """Indices of held-out and of kept images, [splits, some] each: as many as it takes to hold out enough of them.
+
+    No image is held out twice.
+    """
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     size = max(1, round(count * _HELD_OUT))
-    parts = min(-(-_ENOUGH_HELD_OUT // size), count // size)
-    starts = [part * size for part in range(parts)]
-    return [(order[at : at + size], torch.cat([order[:at], order[at + size :]])) for at in starts]
+    splits = min(-(-_ENOUGH_HELD_OUT // size), count // size)
+    places = range(0, splits * size, size)
+    held_out = [order[place : place + size] for place in places]
+    kept = [torch.cat([order[:place], order[place + size :]]) for place in places]
+    return torch.stack(held_out), torch.stack(kept)
 
 
 def _fit(features: Tensor, labels: Tensor, start: Tensor, strength: float) -> Tensor:
-    """Weights [classes, D + 1], biases last, that minimise mean cross-entropy + strength / 2 * |weights|²."""
+    """Weights that minimise mean cross-entropy + strength / 2 * |weights|² in each of S problems.
+
+    They are solved as one, their sum, since problems of few images cost little more than the calls they take.
+
+    Args:
+        features: [S, N, D]. labels: int64 [S, N]. start: weights to start from, [S, classes, D + 1], biases last.
+    """
     weights = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weights], max_iter=_MAX_ITERATIONS, history_size=20, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(_logits(weights, features), labels) + strength / 2 * weights[:, :-1].square().sum()
+        logits = _logits(weights, features)
+        fit = len(logits) * F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        loss = fit + strength / 2 * weights[..., :-1].square().sum()
         loss.backward()
         return loss
 
@@ -146,4 +159,5 @@ def _fit(features: Tensor, labels: Tensor, start: Tensor, strength: float) -> Te
 
 
 def _logits(weights: Tensor, features: Tensor) -> Tensor:
-    return F.linear(features, weights[:, :-1], weights[:, -1])
+    """weights [..., classes, D + 1], features [..., N, D] → [..., N, classes]."""
+    return features @ weights[..., :-1].mT + weights[..., None, :, -1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cpc_ext.training import probe
 from cpc_ext.training.probe import encode, linear_probe
 
 CLASSES = 4
@@ -36,6 +37,29 @@ def test_regularisation_is_chosen_by_what_helps(monkeypatch):
     assert chosen.strength == 0.1
     monkeypatch.setattr("cpc_ext.training.probe._STRENGTHS", (1e-4,))
     assert chosen.accuracy > linear_probe(*train, *test, classes=CLASSES).accuracy + 0.05
+
+
+@pytest.mark.parametrize(
+    ("count", "splits", "size"), [(2, 2, 1), (7, 7, 1), (50, 5, 10), (600, 2, 120), (2000, 1, 400)]
+)
+def test_regularisation_for_few_labels_is_chosen_on_many_of_them(count, splits, size):
+    """A fifth of 50 images would be ten; every one of them is held out once."""
+    held_out, kept = probe._splits(count)
+    assert held_out.shape == (splits, size)
+    for out, rest in zip(held_out, kept, strict=True):
+        assert sorted([*out.tolist(), *rest.tolist()]) == list(range(count))
+    assert len(held_out.unique()) == held_out.numel()
+
+
+def test_problems_solved_together_are_those_solved_alone():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(3, 20, 4, generator=generator, dtype=torch.float64)
+    labels = torch.randint(3, (3, 20), generator=generator)
+    start = torch.zeros(3, 3, 5, dtype=torch.float64)
+    together = probe._fit(features, labels, start, 0.1)
+    for each in range(3):
+        alone = probe._fit(features[each : each + 1], labels[each : each + 1], start[:1], 0.1)
+        assert torch.allclose(together[each], alone[0], atol=1e-3)
 
 
 def test_scale_and_offset_of_features_do_not_matter():
