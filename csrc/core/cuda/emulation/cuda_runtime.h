@@ -181,6 +181,7 @@ inline float __int_as_float(int v) { return std::bit_cast<float>(v); }
 inline int __float_as_int(float v) { return std::bit_cast<int>(v); }
 inline float rsqrtf(float v) { return 1 / std::sqrt(v); }
 inline float __expf(float v) { return std::exp(v); }
+inline float __fdividef(float a, float b) { return a / b; }
 inline float __logf(float v) { return std::log(v); }
 using std::exp;
 using std::fma;
