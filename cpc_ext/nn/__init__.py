@@ -3,6 +3,7 @@
 from cpc_ext.nn.delta_orthogonal import delta_orthogonal_
 from cpc_ext.nn.grid_info_nce import GridInfoNCE, GridInfoNCEOutput
 from cpc_ext.nn.info_nce_loss import InfoNCELoss
+from cpc_ext.nn.logistic_mixture_loss import LogisticMixtureLoss
 from cpc_ext.nn.masked_conv2d import MaskedConv2d
 from cpc_ext.nn.nt_xent_loss import NTXentLoss, NTXentOutput
 from cpc_ext.nn.patchify import Patchify
@@ -14,6 +15,7 @@ __all__ = [
     "GridInfoNCE",
     "GridInfoNCEOutput",
     "InfoNCELoss",
+    "LogisticMixtureLoss",
     "MaskedConv2d",
     "NTXentLoss",
     "NTXentOutput",
