@@ -123,18 +123,26 @@ void load_params(float* __restrict to, const TensorView& params, const Tile& til
   }
 }
 
-// Asks for the parameters of a tile ahead of their use: computing hides the wait that their many strides would cause.
-template <class T>
-void prefetch_params(const TensorView& params, const Tile& tile) {
-  constexpr int64_t kLine = 64;
-  const bool by_pixel = params.strides[1] == 1;
-  const int64_t runs = by_pixel ? tile.count : params.shape[1];
-  const int64_t bytes = (by_pixel ? params.shape[1] : tile.neighbours ? tile.count : 0) * int64_t{sizeof(T)};
-  for (int64_t run = 0; run < runs; ++run) {
-    const T* const first = params.as<T>() + (by_pixel ? tile.offsets[run] : tile.offsets[0] + run * params.strides[1]);
-    for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(reinterpret_cast<const char*>(first) + at);
+// Where the next tile's parameters lie in lines of memory, as many as a register has of this one's: line p of each
+// register of pixels is `step` bytes after line p - 1, those of the next register `next` bytes on. Lines may lie past
+// the last pixel; they are only asked for. Where the tile is none or scattered, all are the line at `here`.
+struct Ahead {
+  const char* first;
+  int64_t step = 0, next = 0;
+
+  explicit Ahead(const float* here) : first(reinterpret_cast<const char*>(here)) {}
+
+  template <class T>
+  void look_at(const TensorView& params, const Tile& tile) {
+    const int64_t count = params.shape[1], size = sizeof(T);
+    const bool by_pixel =
+        params.strides[1] == 1 && tile.offsets[tile.count - 1] - tile.offsets[0] == (tile.count - 1) * count;
+    if (!by_pixel && !tile.neighbours) return;
+    first = reinterpret_cast<const char*>(params.as<T>() + tile.offsets[0]);
+    step = (by_pixel ? kWidth : params.strides[1]) * size;
+    next = (by_pixel ? count : 1) * kWidth * size;
   }
-}
+};
 
 // And back.
 template <class T>
@@ -184,10 +192,19 @@ void load_levels(float* to, const Likelihood& problem, int64_t b, int64_t first)
   }
 }
 
-// The parameters of a register of pixels in a buffer.
+// The parameters of a register of pixels in a buffer. With each that is read, a line of the next tile is asked for:
+// computing hides the wait for memory, where many lines at once would stall.
 struct Column {
   float* at;
-  R operator()(int64_t p) const { return load_register(at + p * kTile); }
+  const char* ahead;
+  int64_t step;
+
+  Column(const Buffers& buffers, int64_t i, const Ahead& lines)
+      : at(buffers.params + i), ahead(lines.first + i / kWidth * lines.next), step(lines.step) {}
+  R operator()(int64_t p) const {
+    __builtin_prefetch(ahead + p * step);
+    return load_register(at + p * kTile);
+  }
 };
 
 template <int Channels>
@@ -197,7 +214,8 @@ Pixel<Lanes, Channels> pixel_of(const float* levels) {
   return pixel;
 }
 
-// Calls body(tile of the parameters, buffers) for each tile with its pixels' values and parameters loaded.
+// Calls body(tile of the parameters, buffers, the next tile's lines, index) for each tile, its pixels' values and
+// parameters loaded.
 template <class T, class Body>
 void for_each_tile(const Likelihood& problem, const Body& body) {
   const int64_t pixels = problem.pixels(), tiles = (pixels + kTile - 1) / kTile;
@@ -207,10 +225,11 @@ void for_each_tile(const Likelihood& problem, const Body& body) {
     const Tile tile(problem.params, i / tiles, i % tiles * kTile, pixels, problem.width());
     load_params<T>(buffers.params, problem.params, tile);
     load_levels(buffers.levels, problem, tile.b, tile.first);
+    Ahead ahead(buffers.params);
     if (const int64_t next = i + 1; next < problem.batch() * tiles)
-      prefetch_params<T>(problem.params,
-                         Tile(problem.params, next / tiles, next % tiles * kTile, pixels, problem.width()));
-    body(tile, buffers, i);
+      ahead.look_at<T>(problem.params,
+                       Tile(problem.params, next / tiles, next % tiles * kTile, pixels, problem.width()));
+    body(tile, buffers, ahead, i);
   });
 }
 
@@ -220,10 +239,10 @@ template <class T, int Channels>
 void forward(const Likelihood& problem) {
   const int64_t pixels = problem.pixels(), tiles = (pixels + kTile - 1) / kTile, components = problem.components();
   std::vector<double> nats_of_tile(problem.batch() * tiles);
-  for_each_tile<T>(problem, [&](const Tile& tile, const Buffers& buffers, int64_t index) {
+  for_each_tile<T>(problem, [&](const Tile& tile, const Buffers& buffers, const Ahead& ahead, int64_t index) {
     float nats[kTile], peaks[kTile], totals[kTile];
     for (int64_t i = 0; i < tile.count; i += kWidth) {
-      const Column params{buffers.params + i};
+      const Column params(buffers, i, ahead);
       const Pixel<Lanes, Channels> pixel = pixel_of<Channels>(buffers.levels + i);
       const LogSum<Lanes> prior = pixel.logits(params, components), joint = pixel.joint(params, components);
       store_register(nats + i, prior.peak - joint.peak + log(prior.total / joint.total));
@@ -250,7 +269,7 @@ void backward(const Likelihood& problem) {
   const TensorView& gradients = problem.params_grad;
   const int64_t pixels = problem.pixels(), components = problem.components();
   advise_huge_pages(gradients.data, gradients.numel() * int64_t{sizeof(T)});
-  for_each_tile<T>(problem, [&](const Tile& tile, const Buffers& buffers, int64_t) {
+  for_each_tile<T>(problem, [&](const Tile& tile, const Buffers& buffers, const Ahead& ahead, int64_t) {
     const float* const normalisers = problem.normalisers.as<float>() + 2 * tile.b * pixels + tile.first;
     float peaks[kTile] = {}, totals[kTile];
     std::fill_n(totals, kTile, 1.f);
@@ -258,7 +277,7 @@ void backward(const Likelihood& problem) {
     std::copy_n(normalisers + pixels, tile.count, totals);
     const R scale = R{} + problem.grad.as<float>()[tile.b];
     for (int64_t i = 0; i < tile.count; i += kWidth) {
-      const Column params{buffers.params + i};
+      const Column params(buffers, i, ahead);
       pixel_of<Channels>(buffers.levels + i)
           .differentiate(params, components, {load_register(peaks + i), load_register(totals + i)}, scale,
                          [&](int64_t p, R gradient) { store_register(params.at + p * kTile, gradient); });
