@@ -11,6 +11,7 @@
 
 #include "augment/cpu.cpp"
 #include "info_nce/cpu.cpp"
+#include "logistic_mixture/cpu.cpp"
 #include "masked_conv/cpu.cpp"
 #include "patches/cpu.cpp"
 
@@ -109,6 +110,36 @@ void info_nce_kernels() {
     }
 }
 
+// Likelihoods, their gradient and samples, in both layouts, with more tiles than threads.
+void logistic_mixture() {
+  constexpr int64_t kBatch = 3, kChannels = 3, kSize = 13, kParams = 20;
+  std::vector<uint8_t> bytes(kBatch * kChannels * kSize * kSize);
+  std::iota(bytes.begin(), bytes.end(), uint8_t{0});
+  std::vector<float> params(kBatch * kParams * kSize * kSize, 0.5f), gradients(params), nll(kBatch), grad(kBatch, 1.f),
+      normalisers(kBatch * 2 * kSize * kSize), noise(kBatch * 5 * kSize * kSize, 0.5f);
+  for (const bool channels_last : {false, true}) {
+    const auto parameters = [&](std::vector<float>& values) {
+      TensorView view = dense(values.data(), DType::f32, {kBatch, kParams, kSize, kSize});
+      if (channels_last) view.strides[1] = 1, view.strides[2] = kSize * kParams, view.strides[3] = kParams;
+      return view;
+    };
+    logistic_mixture::Likelihood problem;
+    problem.images = dense(bytes.data(), DType::u8, {kBatch, kChannels, kSize, kSize});
+    problem.params = parameters(params);
+    problem.normalisers = dense(normalisers.data(), DType::f32, {kBatch, 2, kSize, kSize});
+    problem.nll = dense(nll.data(), DType::f32, {kBatch});
+    logistic_mixture::cpu::CPC_ISA::nll(problem);
+    problem.grad = dense(grad.data(), DType::f32, {kBatch});
+    problem.params_grad = parameters(gradients);
+    logistic_mixture::cpu::CPC_ISA::nll_backward(problem);
+    logistic_mixture::Sampling sampling;
+    sampling.params = problem.params;
+    sampling.noise = dense(noise.data(), DType::f32, {kBatch, 5, kSize, kSize});
+    sampling.images = problem.images;
+    logistic_mixture::cpu::CPC_ISA::sample(sampling);
+  }
+}
+
 // A convolution and its gradients, with more blocks, panels and slices than threads.
 void masked_conv() {
   constexpr int64_t kBatch = 7, kIn = 20, kOut = 70, kSize = 9;
@@ -161,6 +192,7 @@ void planted_race() {
 
 const std::map<std::string, std::function<void()>> checks = {{"augment", augment_kernels},
                                                              {"info_nce", info_nce_kernels},
+                                                             {"logistic_mixture", logistic_mixture},
                                                              {"masked_conv", masked_conv},
                                                              {"patches", patches},
                                                              {"planted_race", planted_race}};
