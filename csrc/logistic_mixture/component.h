@@ -141,10 +141,10 @@ struct Pixel {
   struct Masses {
     Coefficient<Real> coefficients[Channels];
     Mass<Math> of_color[Channels];
-    Real exponent;  // Of the joint mass, with the logit.
+    Real exponent;  // Of the joint mass, with the logit above the largest one.
   };
   template <class Params>
-  CPC_HOST_DEVICE Masses masses(const Params& params, int64_t components, int64_t k) const {
+  CPC_HOST_DEVICE Masses masses(const Params& params, int64_t components, int64_t k, Real largest_logit) const {
     Real means[Channels];
     unrolled<Channels>([&](int c) { means[c] = params(at(components, k, c, 0)); });
     Masses m;
@@ -153,7 +153,7 @@ struct Pixel {
       means[1] += m.coefficients[0].value * values[0].x;
       means[2] += m.coefficients[1].value * values[0].x + m.coefficients[2].value * values[1].x;
     }
-    m.exponent = params(k);
+    m.exponent = params(k) - largest_logit;
     unrolled<Channels>([&](int c) {
       m.of_color[c] = Mass<Math>(values[c], means[c], params(at(components, k, c, 1)));
       m.exponent += m.of_color[c].exponent;
@@ -168,12 +168,12 @@ struct Pixel {
     return sum;
   }
 
-  // Over the components, the joint mass times e^logit.
+  // Over the components, the joint mass times e^(logit - largest logit).
   template <class Params>
-  CPC_HOST_DEVICE LogSum<Math> joint(const Params& params, int64_t components) const {
+  CPC_HOST_DEVICE LogSum<Math> joint(const Params& params, int64_t components, Real largest_logit) const {
     LogSum<Math> sum;
     for (int64_t k = 0; k < components; ++k) {
-      const Masses m = masses(params, components, k);
+      const Masses m = masses(params, components, k, largest_logit);
       Real numerator = Real{} + 1.f, denominator = Real{} + 1.f;
       unrolled<Channels>([&](int c) {
         numerator *= m.of_color[c].numerator;
@@ -192,7 +192,7 @@ struct Pixel {
     const LogSum<Math> prior = logits(params, components);
     const Real per_prior = Math::divide(scale, prior.total), per_joint = Math::divide(scale, sum.total);
     for (int64_t k = 0; k < components; ++k) {
-      const Masses m = masses(params, components, k);
+      const Masses m = masses(params, components, k, prior.peak);
       typename Mass<Math>::Slopes slopes[Channels];
       // Of the component in all, times the scale.
       Real share = per_joint * Math::exp(m.exponent - sum.peak);

@@ -244,8 +244,9 @@ void forward(const Likelihood& problem) {
     for (int64_t i = 0; i < tile.count; i += kWidth) {
       const Column params(buffers, i, ahead);
       const Pixel<Lanes, Channels> pixel = pixel_of<Channels>(buffers.levels + i);
-      const LogSum<Lanes> prior = pixel.logits(params, components), joint = pixel.joint(params, components);
-      store_register(nats + i, prior.peak - joint.peak + log(prior.total / joint.total));
+      const LogSum<Lanes> prior = pixel.logits(params, components);
+      const LogSum<Lanes> joint = pixel.joint(params, components, prior.peak);
+      store_register(nats + i, log(prior.total / joint.total) - joint.peak);
       store_register(peaks + i, joint.peak);
       store_register(totals + i, joint.total);
     }

@@ -102,8 +102,9 @@ __global__ void __launch_bounds__(kTilePixels) run_tiles(const __grid_constant__
       const Params<T> params{staged ? own : place(a.params), staged ? 1 : a.params.strides[1]};
       const int64_t peak = 2 * b * a.pixels + i, total = peak + a.pixels;
       if constexpr (kPass == Pass::forward) {
-        const LogSum<Scalar> prior = pixel.logits(params, a.components), joint = pixel.joint(params, a.components);
-        nats = prior.peak - joint.peak + logf(prior.total / joint.total);
+        const LogSum<Scalar> prior = pixel.logits(params, a.components);
+        const LogSum<Scalar> joint = pixel.joint(params, a.components, prior.peak);
+        nats = logf(prior.total / joint.total) - joint.peak;
         if (a.normalisers != nullptr) {
           a.normalisers[peak] = joint.peak;
           a.normalisers[total] = joint.total;

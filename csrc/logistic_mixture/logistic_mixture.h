@@ -9,10 +9,12 @@
 // the value's mass is, with m = (x - mean) / e^s and h = e^-s / 255,
 //   sigmoid(m + h) for v = 0, sigmoid(h - m) for v = 255, and between them
 //   sigmoid(m + h) - sigmoid(m - h), or where that is not above 1e-5, 2 h sigmoid(m) sigmoid(-m).
+// The two differ by up to a factor of 9 there, for the narrowest scales: a mass that is 1e-5 but for its last bits may
+// count as either.
 // nll[b] = - sum over pixels of log(sum over k of softmax(logits)[k] * product over colours of the mass).
 //
 // normalisers keep, for the backward pass, two numbers a pixel: a peak and a total such that the logarithm of the sum
-// over k of e^logit * product of masses is peak + log(total).
+// over k of e^(logit - largest logit) * product of masses is peak + log(total).
 //
 // Gradient. In the parameters, times grad[b]; none in log-scales below -7.
 //

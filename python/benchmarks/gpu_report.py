@@ -28,7 +28,10 @@ BENCHMARKS = Path(__file__).resolve().parent
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # Graphs cannot be recorded without the caching allocator; large outputs and finite differences take minutes under a
 # sanitizer.
-SANITIZER_TESTS = "(extract_patches or masked_conv2d or info_nce or logistic_mixture) and not graph and not large and not gradcheck and not finite"
+SANITIZER_TESTS = (
+    "(extract_patches or masked_conv2d or info_nce or logistic_mixture)"
+    " and not graph and not large and not gradcheck and not finite"
+)
 SANITIZER_STATUS = 99
 # A missing module is the machine's doing only if it is not one of ours.
 OWN_MODULES = ("cpc_ext", "tests", "benchmark")

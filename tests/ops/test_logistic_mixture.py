@@ -122,11 +122,26 @@ def test_extreme_parameters(device):
 
 def test_unlikely_components_do_not_matter(device):
     """Logits and means however far leave the gradient of the rest as it is."""
-    images, params = one_channel(90, logits=(0.0, -1e4, 3.0), means=(0.1, 0.0, 1e4), log_scales=(-2.0, -2.0, -7.0))
-    nll, gradient = run(images.to(device), params.to(device), torch.ones(1, device=device))
-    exact_nll, exact_gradient = reference(images, params, torch.ones(1))
-    torch.testing.assert_close(nll, exact_nll, rtol=1e-6, atol=0)
-    torch.testing.assert_close(gradient.cpu().double(), exact_gradient, rtol=1e-5, atol=1e-6)
+    for shift in (0.0, 1e4, -1e4):
+        logits = torch.tensor([0.0, -1e4, 3.0]) + shift
+        images, params = one_channel(90, logits, means=(0.1, 0.0, 1e4), log_scales=(-2.0, -2.0, -7.0))
+        nll, gradient = run(images.to(device), params.to(device), torch.ones(1, device=device))
+        exact_nll, exact_gradient = reference(images, params, torch.ones(1))
+        torch.testing.assert_close(nll, exact_nll, rtol=1e-6, atol=0)
+        torch.testing.assert_close(gradient.cpu().double(), exact_gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_enormous_parameters_give_finite_results(device):
+    generator = torch.Generator().manual_seed(0)
+    enormous = torch.tensor([0.0, -7.0, 20.0, 88.0, -88.0, 1e4, -1e4, 1e30, -1e30])
+    for channels in (1, 3):
+        images = make_images(channels, batch=4, size=(8, 8))
+        count = 2 * (10 if channels == 3 else 3)
+        params = enormous[torch.randint(len(enormous), (4, count, 8, 8), generator=generator)]
+        nll, gradient = run(images.to(device), params.to(device), torch.ones(4, device=device))
+        exact_nll, _ = reference(images, params, torch.ones(4))
+        torch.testing.assert_close(nll, exact_nll, rtol=1e-5, atol=0)
+        assert gradient.isfinite().all()
 
 
 def test_parameters_that_are_no_numbers_show(device):
