@@ -311,13 +311,12 @@ class _TensorSteps:
 class _KernelSteps:
     """Runs steps by the kernel, all of them in one call."""
 
-    def __init__(self, steps: list[_Step]) -> None:
-        self._steps = steps  # Whose tensors the kernel reads and writes.
-        self._kernel = native.PixelSteps(
+    def __init__(self, steps: list[_Step], shape: tuple[int, int, int]) -> None:
+        kernel = native.PixelSteps(
             [
                 (
                     step.level,
-                    [(source.map.data, step.level - source.map.level, source.taps) for source in step.sources],
+                    [(source.map.data, 1 << (step.level - source.map.level), source.taps) for source in step.sources],
                     step.weight,
                     step.bias,
                     step.image_bias,
@@ -328,9 +327,10 @@ class _KernelSteps:
                     step.offset,
                 )
                 for step in steps
-            ]
+            ],
+            *shape,
         )
-        self.run_pixel, self.run_row = self._kernel.run_pixel, self._kernel.run_row
+        self.run_pixel, self.run_row = kernel.run_pixel, kernel.run_row
 
     @staticmethod
     def _output_scale(step: _Step) -> int:
@@ -348,7 +348,11 @@ class _KeptFeatures:
         self._positions = positions
         parts = [[step for step in notes.steps if step.rows_above == rows] for rows in (True, False)]
         self._kernels = _uses_kernel(image)
-        self._row_steps, self._pixel_steps = map(_KernelSteps if self._kernels else _TensorSteps, parts)
+        batch, height, width, _ = image.shape
+        shape = batch, height - _ABOVE, width - 2 * _BESIDE
+        self._row_steps, self._pixel_steps = (
+            _KernelSteps(steps, shape) if self._kernels else _TensorSteps(steps) for steps in parts
+        )
 
     def fill(self, rows: int) -> None:
         """Compute the first rows of all maps, from the image's."""

@@ -39,6 +39,7 @@ PYBIND11_MODULE(_C, module) {
   bind_logistic_mixture(module);
   bind_masked_conv(module);
   bind_patches(module);
+  bind_pixel_steps(module);
   module.def(
       "probe", [](const TensorArg&) {}, py::arg("tensor"),
       "Only reads a tensor's description: the cost of a crossing.");

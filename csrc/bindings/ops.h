@@ -10,5 +10,6 @@ void bind_info_nce(pybind11::module_& module);
 void bind_logistic_mixture(pybind11::module_& module);
 void bind_masked_conv(pybind11::module_& module);
 void bind_patches(pybind11::module_& module);
+void bind_pixel_steps(pybind11::module_& module);
 
 }  // namespace cpc::bindings

@@ -1,0 +1,88 @@
+// A network of several resolutions at one pixel, or one row of pixels, at a time: the contract of the CPU kernel.
+//
+// The network is a list of steps, run in their order. Each is a matrix product over what it reads of feature maps that
+// are kept from pixel to pixel, and writes to such maps. A map [B, kAbove + h, kBeside + w + kBeside, C] has zeros
+// around its h x w pixels, so that no tap has to ask where it is. A step of level l belongs to an image whose sides are
+// halved l times: it is due at the image's pixels (row, col) that 2^l divides, and its own pixel is (row, col) / 2^l.
+// For image b and its own pixel (y, x):
+//   a[n] = bias[n] + image_bias[b, n] + sum over sources s, their taps (dy, dx) and channels k, in this order, of
+//          weight[.., n] * s.map[b, y * s.scale + dy, x * s.scale + dx, k]
+//   v[n] = a[n], or where there is a residual residual[b, y, x, n] + a[n] * sigmoid(a[n + N / 2]) for n < N / 2
+//   raw[b, y', x', n] = v[n]; elu[b, y', x'] = ELU(v) followed by ELU(-v);
+//   with y' = y * output_scale + row_offset, x' likewise.
+// Sums are one chain of additions in the tensors' type, the same at a pixel, in a row and for any number of threads.
+//
+// Who owns memory: the caller, all of it but the weights in the kernel's own order.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/isa.h"
+#include "core/tensor_view.h"
+
+namespace cpc::pixel_steps {
+
+constexpr int64_t kAbove = 2, kBeside = 1;
+
+struct Tap {
+  int64_t dy, dx;  // -kAbove to 0, -kBeside to kBeside.
+};
+
+struct Source {
+  TensorView map;     // [B, kAbove + h, kBeside + w + kBeside, C], f32 or f64, channels dense.
+  int64_t scale = 1;  // 1, or 2 for a map of twice the resolution.
+  std::vector<Tap> taps;
+
+  int64_t channels() const { return map.shape[3]; }
+};
+
+struct AlignedDelete {
+  void operator()(char* p) const;
+};
+using AlignedMemory = std::unique_ptr<char[], AlignedDelete>;
+AlignedMemory aligned_memory(int64_t bytes);
+
+struct Step {
+  int64_t level = 0;
+  std::vector<Source> sources;
+  TensorView weight;         // [K, N], dense.
+  TensorView bias;           // [N], dense.
+  TensorView image_bias;     // [B, N], dense, or absent.
+  TensorView residual;       // A map of N / 2 channels of the step's own resolution, or absent.
+  TensorView raw;            // A map of N (N / 2 with a residual) channels, or absent.
+  TensorView elu;            // A map of twice as many, or absent; of the size of raw.
+  int64_t output_scale = 1;  // 1; 2 for maps of twice the resolution; 0 for maps of one pixel, always the same.
+  int64_t row_offset = 0, col_offset = 0;
+  AlignedMemory packed;  // Weight and bias, set by pack().
+
+  int64_t outputs() const { return weight.shape[1]; }
+  int64_t depth() const { return weight.shape[0]; }
+  int64_t features() const { return residual.ndim != 0 ? outputs() / 2 : outputs(); }
+};
+
+struct Network {
+  int64_t batch = 0, height = 0, width = 0;
+  DType dtype = DType::f32;
+  std::vector<Step> steps;
+};
+
+// Where to run the steps that are due.
+struct Place {
+  const Network& network;
+  int64_t row = 0, col = 0;
+  bool whole_row = false;  // At all pixels of the row, step by step; col is 0.
+};
+
+// Throw std::invalid_argument naming the argument where a shape, type or layout is not as above, or a place outside.
+void check(const Network& network);
+void check(const Place& place);
+
+namespace cpu {
+CPC_DECLARE_AT_EACH_ISA(void pack(Network& network); void run(const Place& place))
+inline void pack(Network& network) { CPC_CALL_AT_ISA(pack, network) }
+inline void run(const Place& place) { CPC_CALL_AT_ISA(run, place) }
+}  // namespace cpu
+
+}  // namespace cpc::pixel_steps
