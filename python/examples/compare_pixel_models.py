@@ -1,0 +1,295 @@
+"""PixelCNN, gated PixelCNN and PixelCNN++ at equal parameters: bits per dimension over steps and over time.
+
+Trains the three by `python -m cpc_ext.train`, one after the other on the same images, and writes comparison.json,
+comparison.md and comparison.png. Widths are chosen so that all have about as many parameters; depths and optimisation
+are the presets' of the data set. Stopped by Ctrl-C, it goes on where it was when it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from cpc_ext.training.checkpoint import load_checkpoint
+from cpc_ext.training.config import load_config
+from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.pixelcnn import PIXEL_MODELS, build_pixel_model
+from cpc_ext.training.presets import preset
+from cpc_ext.training.run_dir import RunDir
+from cpc_ext.training.run_log import read_metrics
+
+# Colour-blind safe.
+COLORS = {"pixelcnn": "#0072b2", "gated-pixelcnn": "#d55e00", "pixelcnn++": "#009e73"}
+# Looks at held-out images in a run of a given number of steps.
+LOOKS = 10
+# Steps between them where it is given a time.
+LOOK_EVERY = 100
+# Steps without end, for runs that are given a time.
+ENDLESS = 10**9
+POLL_SECONDS = 1.0
+
+
+class ComparisonError(Exception):
+    """A comparison that cannot be made, for a reason that can be told in a sentence."""
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, metavar="D", help="a folder of images; default: generated textures")
+    parser.add_argument("--image-size", type=int, metavar="N", help="side of the images (default: the preset's)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, metavar="N", help="parameter updates of each model (default 600)")
+    length.add_argument("--minutes", type=float, metavar="M", help="training time of each model, at a constant rate")
+    parser.add_argument("--parameters", type=int, default=300_000, metavar="P", help="of each model (default 300000)")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="B", help="images in an update (default 16)")
+    parser.add_argument("--seed", type=int, default=0, help="determines the runs (default 0)")
+    parser.add_argument(
+        "--device", metavar="cpu|cuda", help="where to train (default: the accelerator of this machine)"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the runs and results")
+    parsed = parser.parse_args(arguments)
+    if parsed.steps is None and parsed.minutes is None:
+        parsed.steps = 600
+    for name in ("steps", "minutes", "parameters", "batch_size"):
+        value = getattr(parsed, name)
+        if value is not None and value <= 0:
+            parser.error(f"--{name.replace('_', '-')}: more than 0, got {value}")
+    return parsed
+
+
+# --- Which models ---
+
+
+def width_for(model: str, layers: int, parameters: int) -> tuple[int, int]:
+    """The width whose number of parameters is nearest to the wanted one, and that number."""
+    step = 1 if model == "pixelcnn++" else 3  # The colours divide it.
+
+    def count(width: int) -> int:
+        arguments = {"in_channels": 3, "channels": width, "layers": layers}
+        if model == "pixelcnn":
+            arguments["hidden_channels"] = arguments.pop("channels")
+        if model == "pixelcnn++":
+            arguments["blocks"] = arguments.pop("layers")
+        description = {"model": PIXEL_MODELS[model], "arguments": arguments}
+        return sum(parameter.numel() for parameter in build_pixel_model(description).parameters())
+
+    low, high = step, step
+    while count(high) < parameters:
+        low, high = high, 2 * high
+    while high - low > step:
+        middle = (low + high) // 2 // step * step
+        low, high = (middle, high) if count(middle) < parameters else (low, middle)
+    return min(((width, count(width)) for width in (low, high)), key=lambda each: abs(each[1] - parameters))
+
+
+def options_of(model: str, arguments: argparse.Namespace) -> tuple[list[str], dict[str, int]]:
+    """The training program's options for a model, and what of them the table shows."""
+    dataset = "textures" if arguments.data_dir is None else "folder"
+    layers = preset(model, dataset).pixelcnn.layers
+    width, parameters = width_for(model, layers, arguments.parameters)
+    options = ["--model", model, "--dataset", dataset, "--layers", str(layers), "--hidden-channels", str(width)]
+    # The same average of the weights for all: in the first steps it forgets faster.
+    options += ["--ema-decay", "0.999", "--batch-size", str(arguments.batch_size), "--seed", str(arguments.seed)]
+    if arguments.data_dir is not None:
+        options += ["--data-dir", str(arguments.data_dir)]
+    if arguments.image_size is not None:
+        options += ["--image-size", str(arguments.image_size)]
+    if arguments.minutes is not None:
+        options += ["--schedule", "constant", "--log-every", "5", "--sample-every", str(LOOK_EVERY)]
+    if arguments.device is not None:
+        options += ["--device", arguments.device]
+    return options, {"layers": layers, "width": width, "parameters": parameters}
+
+
+def check_same(run: RunDir, options: list[str]) -> None:
+    """ComparisonError where the folder's run was started with other options than these."""
+    if not run.config.is_file():
+        return
+    config, given = load_config(run.config), dict(zip(options[::2], options[1::2], strict=True))
+    before = {
+        "--model": config.model,
+        "--dataset": config.data.dataset,
+        "--layers": config.pixelcnn.layers,
+        "--hidden-channels": config.pixelcnn.hidden_channels,
+        "--batch-size": config.optimization.batch_size,
+        "--seed": config.compute.seed,
+        "--image-size": config.data.image_size,
+        "--data-dir": config.data.data_dir,
+        "--schedule": config.optimization.schedule,
+    }
+    for name, value in given.items():
+        if name in before and str(before[name]) != value:
+            raise ComparisonError(
+                f"{run.path} holds a run with {name} {before[name]}, not {value}: choose another --out"
+            )
+
+
+# --- Training ---
+
+
+def run_program(arguments: list[str], *, until: Callable[[], bool] | None = None) -> int:
+    """Run the training program; interrupt it once ``until`` holds. Returns its exit status."""
+    process = subprocess.Popen([sys.executable, "-m", "cpc_ext.train", *arguments])
+    try:
+        while process.poll() is None:
+            if until is None:
+                process.wait()
+            elif until():
+                process.send_signal(signal.SIGINT)
+                process.wait()
+            else:
+                time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:
+        process.wait()  # It got the signal as well, and saves.
+        raise
+    return process.returncode
+
+
+def train(model: str, options: list[str], run: RunDir, arguments: argparse.Namespace) -> None:
+    """Train a model to its last step, going on with what there is of its run."""
+    out = ["--out-dir", str(run.path)]
+    if arguments.steps is not None:
+        if run.summary.is_file() and json.loads(run.summary.read_text())["steps"] == arguments.steps:
+            return
+        length = ["--steps", str(arguments.steps)]
+        if run.checkpoint.is_file():
+            demand(model, run_program([*out, "--resume", *length]))
+        else:
+            looks = ["--sample-every", str(max(1, arguments.steps // LOOKS))]
+            demand(model, run_program([*options, *out, *length, *looks]))
+        return
+    if run.summary.is_file() and trained_seconds(run) >= 60 * arguments.minutes:
+        return
+    length = ["--steps", str(ENDLESS)]
+    while trained_seconds(run) < 60 * arguments.minutes:
+        start = [*out, "--resume"] if run.checkpoint.is_file() else [*options, *out]
+        status = run_program([*start, *length], until=lambda: trained_seconds(run) >= 60 * arguments.minutes)
+        if status != 128 + signal.SIGINT:
+            demand(model, status)
+    # To have been asked for as many steps as it has made lets it finish.
+    steps = last_checkpoint_step(run)
+    demand(model, run_program([*out, "--resume", "--steps", str(steps)]))
+
+
+def demand(model: str, status: int) -> None:
+    if status == 128 + signal.SIGINT:
+        raise KeyboardInterrupt
+    if status:
+        raise ComparisonError(f"training {model} ended with status {status}, see above")
+
+
+def trained_seconds(run: RunDir) -> float:
+    """Time spent in steps, as far as it is logged."""
+    return max((record["seconds"] for record in read_metrics(run.metrics) if "seconds" in record), default=0.0)
+
+
+def last_checkpoint_step(run: RunDir) -> int:
+    return load_checkpoint(run.checkpoint)["step"]
+
+
+# --- Results ---
+
+
+def curve(run: RunDir) -> dict[str, list[float]]:
+    """Bits per dimension of held-out images where the run looked at them: steps, seconds of training, bits."""
+    records = read_metrics(run.metrics)
+    logged = [(record["step"], record["seconds"]) for record in records if "seconds" in record]
+    observed = [
+        (record["step"], record["heldout_bits_per_dim"]) for record in records if "heldout_bits_per_dim" in record
+    ]
+    steps = [step for step, _ in observed]
+    seconds = np.interp(steps, *zip((0, 0.0), *logged, strict=True)).round(2).tolist() if steps else []
+    return {"steps": steps, "seconds": seconds, "bits_per_dim": [bits for _, bits in observed]}
+
+
+def result_of(model: str, shape: dict[str, int], run: RunDir) -> dict[str, Any]:
+    summary = json.loads(run.summary.read_text())
+    names = ("steps", "training_seconds", "images_per_second", "bits_per_dim", "train_bits_per_dim")
+    return {
+        "model": model,
+        **shape,
+        **{name: summary[name] for name in names},
+        "static_histogram_bits_per_dim": summary["static_histogram_bits_per_dim"],
+        "curve": curve(run),
+    }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "| model | layers | width | parameters | steps | minutes | images/s | bits/dim | training images |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for result in results:
+        lines.append(
+            f"| {result['model']} | {result['layers']} | {result['width']} | {result['parameters']:,} | "
+            f"{result['steps']} | {result['training_seconds'] / 60:.1f} | {result['images_per_second']:.1f} | "
+            f"{result['bits_per_dim']:.3f} | {result['train_bits_per_dim']:.3f} |"
+        )
+    if results:
+        lines += ["", f"Best static histogram: {results[0]['static_histogram_bits_per_dim']:.3f} bits/dim."]
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for result in results:
+        curve = result["curve"]
+        look = {"color": COLORS[result["model"]], "marker": "o", "markersize": 4, "linewidth": 1.8}
+        left.plot(
+            curve["steps"], curve["bits_per_dim"], label=f"{result['model']} ({result['bits_per_dim']:.2f})", **look
+        )
+        right.plot(np.array(curve["seconds"]) / 60, curve["bits_per_dim"], **look)
+    left.set_xlabel("step (parameter updates)")
+    right.set_xlabel("training time (minutes)")
+    left.set_ylabel("bits per dimension, held-out images")
+    for axes in (left, right):
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False, title="at the end, all held-out images", fontsize=9, title_fontsize=9)
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def write(results: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    asked = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
+    document = {"arguments": asked, "complete": len(results) == len(PIXEL_MODELS), "results": results}
+    (arguments.out / "comparison.json").write_text(json.dumps(document, indent=1) + "\n")
+    (arguments.out / "comparison.md").write_text(table(results))
+    draw(results, arguments.out / "comparison.png")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    results: list[dict[str, Any]] = []
+    try:
+        for model in PIXEL_MODELS:
+            options, shape = options_of(model, arguments)
+            run = RunDir(arguments.out / model)
+            check_same(run, options)
+            train(model, options, run, arguments)
+            results.append(result_of(model, shape, run))
+            write(results, arguments)
+    except KeyboardInterrupt:
+        print(f"stopped; what there is stays in {arguments.out}: the same command goes on with it", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except (ComparisonError, TrainingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"\n{table(results)}\nwritten: {arguments.out}/comparison.json, .md and .png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_arguments()))
