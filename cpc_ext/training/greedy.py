@@ -165,7 +165,8 @@ class GreedyTask(CPCv1Task):
             pred_directions=config.cpc.pred_directions,
             skip=config.cpc.skip,
             neg_samples=config.cpc.neg_samples,
-            gather_negatives=config.cpc.gather_negatives,
+            # The processes of a pipeline have no negatives to exchange: each has the whole batch.
+            gather_negatives="none" if options.pipeline else config.cpc.gather_negatives,
         )
 
     @property

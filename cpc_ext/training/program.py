@@ -141,6 +141,8 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
     trainer = Trainer(task, config, run, ranks)
     if state is not None:
         trainer.resume(state)
+    with _timed(phases, "data"):
+        task.prepare(ranks, resumed=state is not None)
 
     def prepare() -> None:
         run.check_space(trainer.checkpoint_bytes)
@@ -156,8 +158,6 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
 
     log = RunLog(run, after_step=trainer.step) if ranks.main else None
     try:
-        with _timed(phases, "data"):
-            task.prepare(ranks, resumed=state is not None)
         several = ranks.world_size > 1
         with StopRequest(again_ends=not several, talk=ranks.main) as stop, _timed(phases, "training"):
             try:
