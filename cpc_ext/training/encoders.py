@@ -45,6 +45,11 @@ class EncoderTask(Task):
     _dataset: Dataset
     _device: torch.device
 
+    @property
+    def config(self) -> RunConfig:
+        """Of the run."""
+        return self._config
+
     @abstractmethod
     def _build(self) -> nn.Module:
         """The model with the initial weights of the config's seed."""

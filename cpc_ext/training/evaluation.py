@@ -30,6 +30,7 @@ from cpc_ext.training.evaluation_record import EvaluationRecord, as_table, measu
 from cpc_ext.training.finetuning import FineTuning, fine_tune
 from cpc_ext.training.knn import NEIGHBOURS, TEMPERATURE, knn_scores
 from cpc_ext.training.label_subsets import LabelBudget, parse_label_budgets
+from cpc_ext.training.per_module import evaluate_per_module
 from cpc_ext.training.precision import check_device, default_device
 from cpc_ext.training.probe import encode, fit_linear_classifier
 
@@ -87,6 +88,13 @@ class _Command:
     finetune_steps: Annotated[
         int, tyro.conf.arg(help="Updates of finetune and supervised that there are at least, however few the labels.")
     ] = 300
+    per_module: Annotated[
+        bool,
+        tyro.conf.arg(
+            help="Instead: a linear probe, of all labels, after every module of Greedy InfoMax, or stack of another "
+            "encoder, drawn by depth for all runs side by side."
+        ),
+    ] = False
     data_dir: Annotated[
         Path | None, tyro.conf.arg(help="Folder of the run's data set. None: where it was when the run was trained.")
     ] = None
@@ -94,7 +102,8 @@ class _Command:
     out: Annotated[
         Path | None,
         tyro.conf.arg(
-            help="The PNG that several runs are compared in. None: evaluation/comparison.png in the first run's folder."
+            help="The PNG that several runs are compared in. None: evaluation/comparison.png in the first run's folder "
+            "(with --per-module accuracy_by_depth.png)."
         ),
     ] = None
 
@@ -125,6 +134,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _evaluate(command: _Command) -> None:
     device = check_device(command.device)
+    if command.per_module:
+        runs = [EncoderRun.open(path, device, data_dir=command.data_dir) for path in command.runs]
+        if not runs:
+            raise TrainingError("give at least one RUN")
+        out = command.out or command.runs[0] / "evaluation" / "accuracy_by_depth.png"
+        evaluate_per_module(runs, out, lambda steps, name: _progress(steps, f"encoding ({name})", "batch"))
+        return
     modes = _modes(command.mode)
     budgets = parse_label_budgets(command.labels)
     for name, least in (("repeats", 1), ("neighbours", 1), ("finetune_epochs", 0), ("finetune_steps", 1), ("seed", 0)):
