@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from benchmark import Case, Op, Problem, measure
+from greedy_memory import GRID, make_model, modules_in_turn
 from memory import peak_extra_bytes
 from ops import all_ops
 from step_stages import StageClock
@@ -117,3 +118,16 @@ def test_programs_need_only_pytorch(program):
     code = f"import sys; sys.modules.update(dict.fromkeys({BLOCKED!r})); sys.path[:] = {sys.path!r}; import {program}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_greedy_memory_of_modules_in_turn():
+    """A module's activations are gone when the next runs: the peak is near that of the largest module alone."""
+    model = make_model({"blocks": (4, 4, 4), "channels": (16, 32, 64), "stem_channels": 16, "in_channels": 1}, 3, "cpu")
+    patches = torch.randn(2, GRID, GRID, 1, 16, 16)
+    peaks = {
+        "kept": peak_extra_bytes(lambda: sum(output.loss for output in model(patches)).backward(), "cpu"),
+        "in turn": peak_extra_bytes(lambda: modules_in_turn(model, patches), "cpu"),
+        "first": peak_extra_bytes(lambda: next(model.outputs(patches)).loss.backward(), "cpu"),
+    }
+    assert peaks["in turn"] < 1.05 * peaks["first"]
+    assert peaks["in turn"] < 0.8 * peaks["kept"]
