@@ -1,0 +1,84 @@
+"""The gated PixelCNN that Greedy InfoMax and CPCV2-PyTorch use as context network: its names there and here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from cpc_ext.interop.errors import CheckpointError
+from cpc_ext.interop.names import NameMap
+from cpc_ext.models import GatedPixelCNNContext
+
+__all__ = ["CONTEXT_NAMES", "context_from_ours", "context_size", "context_to_ours", "is_unused_in_context"]
+
+CONTEXT_NAMES = NameMap(
+    [
+        ("stack_out.{parameter}", "stack_out.{parameter}"),
+        ("stack.layers.{layer}.{conv}.{parameter}", "layers.{layer}.{conv}.{parameter}"),
+    ]
+)
+_MASK = re.compile(r"stack\.layers\.\d+\.(vertical|horizontal)_conv\.mask")
+
+
+def context_size(state: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Channels and layers of a context network by the program's names. (0, 0) where there is none."""
+    layers = {int(name.split(".")[2]) for name in state if re.match(r"stack\.layers\.\d+\.", name)}
+    first = state.get("stack.layers.0.vertical_conv.weight")
+    if first is None or first.ndim != 4:
+        return 0, 0
+    return first.shape[1], max(layers) + 1
+
+
+def is_unused_in_context(name: str, layers: int) -> bool:
+    """Whether a tensor there feeds nothing: masks, which ours knows, and the last layer's vertical residual."""
+    return _MASK.fullmatch(name) is not None or (
+        layers > 1 and name.startswith(f"stack.layers.{layers - 1}.residual_vertical.")
+    )
+
+
+def context_to_ours(state: Mapping[str, Tensor], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights by our names, and the tensors that feed nothing by theirs.
+
+    Names that no such network has keep their own, for others to object to. CheckpointError where a mask is another
+    one than that of the rows above.
+    """
+    _, layers = context_size(state)
+    ours, unused = {}, {}
+    for name, value in state.items():
+        if is_unused_in_context(name, layers):
+            if name.endswith(".mask") and not torch.equal(value.bool(), _mask(value.shape).bool()):
+                raise CheckpointError(f"{prefix}{name} hides other places than the rows below")
+            unused[name] = value
+        else:
+            ours[CONTEXT_NAMES.ours(name) or name] = value
+    return ours, unused
+
+
+def context_from_ours(context: GatedPixelCNNContext, *, complete: bool) -> dict[str, Tensor]:
+    """Weights by the program's names.
+
+    complete: with what feeds nothing there, the last vertical residual being zeros.
+    """
+    state = {str(CONTEXT_NAMES.theirs(name)): value for name, value in context.state_dict().items()}
+    if complete:
+        last = len(context.layers) - 1
+        weight = context.layers[0].vertical_conv.weight.detach()
+        for layer in range(last + 1):
+            for conv in ("vertical_conv", "horizontal_conv"):
+                shape = getattr(context.layers[layer], conv).weight.shape
+                state[f"stack.layers.{layer}.{conv}.mask"] = _mask(shape)
+        if last > 0:
+            residual = f"stack.layers.{last}.residual_vertical."
+            state[residual + "weight"] = weight.new_zeros(len(weight), weight.shape[1], 1, 1)
+            state[residual + "bias"] = weight.new_zeros(len(weight))
+    return state
+
+
+def _mask(shape: torch.Size) -> Tensor:
+    """1 at and above the middle row, 0 below; float32 whatever the weights are, as there."""
+    mask = torch.ones(shape)
+    mask[:, :, (shape[2] + 1) // 2 :] = 0
+    return mask

@@ -1,0 +1,321 @@
+"""CPCV2-PyTorch (https://github.com/rschwarz15/CPCV2-PyTorch): its checkpoints to models, and back.
+
+A file holds the whole model, under "enc.", "ar." and "pred_loss.", or its encoder or context network alone, without a
+prefix. The encoder's "classifier" is kept beside the model: it belongs to the labels that it was trained with.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cpc_ext.interop.context import (
+    CONTEXT_NAMES,
+    context_from_ours,
+    context_size,
+    context_to_ours,
+)
+from cpc_ext.interop.errors import CheckpointError
+from cpc_ext.interop.matrices import matrices_from_ours, matrices_to_ours
+from cpc_ext.interop.names import NameMap, under, with_prefix
+from cpc_ext.interop.reading import Checkpoint
+from cpc_ext.interop.reference import Form, Program, Reference, Settings, put_weights
+from cpc_ext.interop.resnets import resnet_arguments, wide_resnet_arguments
+from cpc_ext.models import CPC, GatedPixelCNNContext, MobileNetV2Encoder, PatchEncoder, ResNetV2Encoder
+from cpc_ext.models.wide_resnet import WideResNetEncoder
+from cpc_ext.nn import GridInfoNCE
+
+__all__ = ["CPCV2PyTorch"]
+
+_RESNET = NameMap(
+    [
+        ("layers.{stack}.{block}.shortcut.0.{parameter}", "layers.{stack}.{block}.shortcut.{parameter}"),
+        ("layers.{stack}.{block}.{layer}.{parameter}", "layers.{stack}.{block}.{layer}.{parameter}"),
+        ("conv1.{parameter}", "conv1.{parameter}"),
+        ("norm1.{parameter}", "norm1.{parameter}"),
+    ]
+)
+_WIDE_RESNET = NameMap(
+    [
+        (f"layer{stack + 1}.{{block}}.{theirs}.{{parameter}}", f"layers.{stack}.{{block}}.{ours}.{{parameter}}")
+        for stack in range(3)
+        for theirs, ours in (("shortcut.0", "shortcut"), ("{layer}", "{layer}"))
+    ]
+    + [("conv1.{parameter}", "conv1.{parameter}"), ("norm1.{parameter}", "norm1.{parameter}")]
+)
+
+
+def _mobilenet_pairs() -> list[tuple[str, str]]:
+    """Their one sequence of stem, blocks and last convolution, each a sequence of convolutions and norms."""
+    pairs = [
+        (f"features.{place}.{index}.{{parameter}}", f"{layer}.{{parameter}}")
+        for place, layers in ((0, ("conv1", "norm1")), (18, ("conv2", "norm2")))
+        for index, layer in enumerate(layers)
+    ]
+    wider = (("0.0", "conv1"), ("0.1", "norm1"), ("1.0", "conv2"), ("1.1", "norm2"), ("2", "conv3"), ("3", "norm3"))
+    first = (("0.0", "conv2"), ("0.1", "norm2"), ("1", "conv3"), ("2", "norm3"))
+    place = 1
+    for stack, blocks in enumerate((1, 2, 3, 4, 3, 3, 1)):
+        for block in range(blocks):
+            pairs += [
+                (f"features.{place}.conv.{theirs}.{{parameter}}", f"layers.{stack}.{block}.{ours}.{{parameter}}")
+                for theirs, ours in (first if stack == 0 else wider)
+            ]
+            place += 1
+    return pairs
+
+
+_MOBILENET = NameMap(_mobilenet_pairs())
+_NAMES = {ResNetV2Encoder: _RESNET, WideResNetEncoder: _WIDE_RESNET, MobileNetV2Encoder: _MOBILENET}
+_CLASSIFIER = re.compile(r"classifier\.(\d\.)?(weight|bias)")
+_WIDTHS = (1.0, 0.75, 0.5, 0.35, 0.25, 1.4, 1.3, 1.25, 1.5, 2.0)
+
+# Crop in pixels and patches along a side of the program's own examples, by what the stem is made for.
+_EXAMPLES = {"cifar": (30, 5), "stl10": (64, 7), "imagenet": (256, 7)}
+_DEFAULT_SKIP = 1
+
+
+class CPCV2PyTorch(Program):
+    """See the module. A form's layout is not used: what the model is decides it."""
+
+    source = "cpcv2-pytorch"
+
+    def knows(self, name: str) -> bool:
+        part, _, rest = name.partition(".")
+        if part == "enc":
+            return self._knows_in_encoder(rest)
+        if part == "ar":
+            return rest.startswith("stack")
+        return part == "pred_loss" or self._knows_in_encoder(name)
+
+    def _knows_in_encoder(self, name: str) -> bool:
+        return _CLASSIFIER.fullmatch(name) is not None or any(names.ours(name) for names in _NAMES.values())
+
+    def load(self, checkpoint: Checkpoint, settings: Settings) -> Reference:
+        state = checkpoint.merged()
+        if any(name.startswith("enc.") for name in state):
+            return self._load_whole(checkpoint, state, settings)
+        if "stack_out.weight" in state:
+            return self._load_context(checkpoint, state)
+        return self._load_encoder(checkpoint, state, settings)
+
+    def _load_whole(self, checkpoint: Checkpoint, state: dict[str, Tensor], settings: Settings) -> Reference:
+        others = [name for name in state if not name.startswith(("enc.", "ar.", "pred_loss."))]
+        if others:
+            raise self.refuse(checkpoint, others)
+        kind, arguments, weights, unused = self._recognised_encoder(checkpoint, under(state, "enc."), settings)
+        channels, layers = context_size(under(state, "ar."))
+        losses = under(state, "pred_loss.")
+        if not layers or not losses:
+            raise CheckpointError(
+                f"{checkpoint.origin} holds an encoder under enc. but no "
+                + ("context network under ar." if not layers else "W_k under pred_loss.")
+            )
+        directions = sorted({name.split(".")[0] for name in losses}, key=lambda name: (len(name), name))
+        if directions != [str(index) for index in range(min(len(directions), 4))]:
+            raise self.refuse(checkpoint, [f"pred_loss.{name}" for name in directions])
+        try:
+            matrices = torch.stack(
+                [matrices_to_ours(under(losses, f"{name}."), f"pred_loss.{name}") for name in directions]
+            )
+        except RuntimeError as error:
+            raise CheckpointError(f"{checkpoint.origin}: pred_loss: {error}") from None
+        context_weights, unused_context = context_to_ours(under(state, "ar."), "ar.")
+        steps = matrices.shape[1]
+        view, assumed = _view(_stem(kind, arguments), settings, steps + settings.skip + 1)
+        encoder = _built(kind, arguments, view)
+        model = CPC(
+            encoder,
+            GatedPixelCNNContext(channels, layers),
+            GridInfoNCE(
+                matrices.shape[3],
+                matrices.shape[2],
+                pred_steps=steps,
+                pred_directions=len(directions),
+                skip=settings.skip,
+                neg_samples=settings.neg_samples,
+            ),
+        )
+        ours = {
+            **with_prefix("encoder.", weights),
+            **with_prefix("context.", context_weights),
+            "objective.weight": matrices,
+        }
+        put_weights(model, ours, lambda name: self._their_name(kind, name), checkpoint.origin)
+        configuration = {
+            "kind": "cpc",
+            "encoder": {"class": kind.__name__, "arguments": arguments},
+            "context_layers": layers,
+            "pred_steps": steps,
+            "pred_directions": len(directions),
+            "skip": settings.skip,
+            "neg_samples": settings.neg_samples,
+            **view,
+        }
+        form = Form(unused={**with_prefix("enc.", unused), **with_prefix("ar.", unused_context)})
+        return Reference(self.source, model, configuration, (*assumed, *_assumed_norm(arguments, settings)), form)
+
+    def _load_encoder(self, checkpoint: Checkpoint, state: dict[str, Tensor], settings: Settings) -> Reference:
+        kind, arguments, weights, unused = self._recognised_encoder(checkpoint, state, settings)
+        view, assumed = _view(_stem(kind, arguments), settings, None)
+        encoder = _built(kind, arguments, view)
+        put_weights(encoder, weights, _NAMES[kind].theirs, checkpoint.origin)
+        configuration = {"kind": "encoder", "encoder": {"class": kind.__name__, "arguments": arguments}, **view}
+        assumed = (*assumed, *_assumed_norm(arguments, settings))
+        return Reference(self.source, encoder, configuration, assumed, Form(unused=unused))
+
+    def _load_context(self, checkpoint: Checkpoint, state: dict[str, Tensor]) -> Reference:
+        channels, layers = context_size(state)
+        if not layers:
+            raise self.refuse(checkpoint, list(state))
+        context = GatedPixelCNNContext(channels, layers)
+        weights, unused = context_to_ours(state)
+        put_weights(context, weights, CONTEXT_NAMES.theirs, checkpoint.origin)
+        configuration = {"kind": "part", "context_layers": layers, "channels": channels}
+        return Reference(self.source, context, configuration, form=Form(unused=unused))
+
+    def _recognised_encoder(
+        self, checkpoint: Checkpoint, state: Mapping[str, Tensor], settings: Settings
+    ) -> tuple[type[PatchEncoder], dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+        """Class, arguments, weights by our names, and what else there is by theirs."""
+        unused = {name: value for name, value in state.items() if _CLASSIFIER.fullmatch(name)}
+        theirs = {name: value for name, value in state.items() if name not in unused}
+        kind: type[PatchEncoder] = ResNetV2Encoder
+        if "features.0.0.weight" in theirs:
+            kind = MobileNetV2Encoder
+        elif any(name.startswith("layer1.") for name in theirs):
+            kind = WideResNetEncoder
+        unknown = [name for name in theirs if _NAMES[kind].ours(name) is None]
+        if unknown:
+            raise self.refuse(checkpoint, unknown)
+        weights = {str(_NAMES[kind].ours(name)): value for name, value in theirs.items()}
+        try:
+            if kind is MobileNetV2Encoder:
+                arguments = _mobilenet_arguments(weights, settings.norm)
+            else:
+                recognise = resnet_arguments if kind is ResNetV2Encoder else wide_resnet_arguments
+                arguments = recognise(weights, settings.norm)
+        except CheckpointError as error:
+            raise CheckpointError(f"{checkpoint.origin} is not an encoder of {self.source}: {error}") from None
+        if kind is MobileNetV2Encoder and arguments["norm"] == "none":
+            # There convolutions have no biases with or without a norm.
+            for name, value in list(weights.items()):
+                weights.setdefault(name.removesuffix("weight") + "bias", value.new_zeros(len(value)))
+        return kind, arguments, weights, unused
+
+    def _their_name(self, kind: type[PatchEncoder], name: str) -> str | None:
+        part, _, rest = name.partition(".")
+        if part == "encoder":
+            return f"enc.{_NAMES[kind].theirs(rest) or rest}"
+        if part == "context":
+            return f"ar.{CONTEXT_NAMES.theirs(rest) or rest}"
+        return "pred_loss.*.W_k"
+
+    def export(self, model: nn.Module, form: Form | None) -> dict[str, Tensor]:
+        unused = {} if form is None else form.unused
+        if isinstance(model, PatchEncoder):
+            return self._export_encoder(model) | unused
+        if isinstance(model, GatedPixelCNNContext):
+            return context_from_ours(model, complete=form is None) | unused
+        if not isinstance(model, CPC) or not isinstance(model.context, GatedPixelCNNContext):
+            raise CheckpointError(
+                f"{self.source} has CPC with a gated PixelCNN as context network for all directions, its encoder or "
+                f"its context network; {_described(model)} is none of these"
+            )
+        if not isinstance(model.objective, GridInfoNCE):
+            raise CheckpointError(
+                f"{self.source} predicts by matrices W_k, this model by {_described(model.objective)}"
+            )
+        if not isinstance(model.encoder, PatchEncoder):
+            raise CheckpointError(f"{self.source} has no model without an encoder")
+        state = with_prefix("enc.", self._export_encoder(model.encoder))
+        state |= with_prefix("ar.", context_from_ours(model.context, complete=form is None))
+        for direction, matrices in enumerate(model.objective.weight):
+            state |= with_prefix(f"pred_loss.{direction}.", matrices_from_ours(matrices))
+        return state | unused
+
+    def _export_encoder(self, encoder: PatchEncoder) -> dict[str, Tensor]:
+        names = _NAMES.get(type(encoder))
+        if names is None:
+            raise CheckpointError(f"{self.source} has no encoder like {_described(encoder)}")
+        if isinstance(encoder, ResNetV2Encoder):
+            kernel, stride = encoder.conv1.kernel_size[0], encoder.conv1.stride[0]
+            if stride != (2 if kernel == 7 else 1):
+                raise CheckpointError(f"{self.source} has no stem of {kernel}x{kernel} with stride {stride}")
+        state = {}
+        for name, value in encoder.state_dict().items():
+            theirs = str(names.theirs(name))
+            if isinstance(encoder, MobileNetV2Encoder) and name.endswith("bias") and "conv" in name.split(".")[-2]:
+                if value.any():
+                    raise CheckpointError(f"{self.source} has no biases in MobileNetV2's convolutions, {name} is not 0")
+                continue
+            state[theirs] = value
+        return state
+
+
+def _mobilenet_arguments(weights: Mapping[str, Tensor], norm: str | None) -> dict[str, Any]:
+    first, batch = weights.get("norm1.weight"), "norm1.running_mean" in weights
+    arguments = {
+        "in_channels": weights["conv1.weight"].shape[1],
+        "norm": "none" if first is None else "batch" if batch else norm or "layer",
+    }
+    for width in _WIDTHS:
+        with torch.device("meta"):
+            shapes = MobileNetV2Encoder(**arguments, width=width).state_dict()
+        if all(value.shape == shapes[name].shape for name, value in weights.items() if name in shapes):
+            return {**arguments, "width": width}
+    raise CheckpointError(
+        f"it is like MobileNetV2, but with {weights['conv1.weight'].shape[0]} channels after the stem where one of "
+        f"width 1 has 32; known are widths of {', '.join(map(str, _WIDTHS))}"
+    )
+
+
+def _stem(kind: type[PatchEncoder], arguments: Mapping[str, Any]) -> str:
+    """What images an encoder is made for."""
+    if kind is ResNetV2Encoder:
+        return arguments["stem"]
+    return "cifar" if kind is WideResNetEncoder else "stl10"
+
+
+def _view(stem: str, settings: Settings, least: int | None) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Crop, grid and patches: as given, else of the program's examples. least: rows that the predictions need."""
+    crop, grid = _EXAMPLES[stem]
+    assumed = []
+    if settings.grid_size is not None:
+        grid = settings.grid_size
+        if grid < (least or 2):
+            raise ValueError(f"grid_size must be at least {least or 2} for this checkpoint, got {grid}")
+    else:
+        grid = least or grid
+        assumed.append(f"grid_size {grid}" + (", the smallest that its steps fit" if least else ""))
+    if settings.image_size is not None:
+        crop = settings.image_size
+    else:
+        # The nearest below that half-overlapping patches fill.
+        unit = (grid + 1) // math.gcd(2, grid + 1)
+        crop = crop - crop % unit or unit
+        assumed.append(f"image_size {crop}")
+    patch = settings.patch_size
+    if patch is None:
+        patch = 2 * crop // (grid + 1)
+    stride = patch // 2 if settings.stride is None else settings.stride
+    return {"image_size": crop, "grid_size": grid, "patch_size": patch, "stride": stride}, tuple(assumed)
+
+
+def _assumed_norm(arguments: Mapping[str, Any], settings: Settings) -> tuple[str, ...]:
+    if arguments["norm"] == "layer" and settings.norm is None:
+        return ("norm layer, which has the same weights as instance",)
+    return ()
+
+
+def _built(kind: type[PatchEncoder], arguments: Mapping[str, Any], view: Mapping[str, int]) -> PatchEncoder:
+    return kind(**arguments, patch_size=view["patch_size"], stride=view["stride"])
+
+
+def _described(model: nn.Module) -> str:
+    return f"a {type(model).__name__}"

@@ -1,0 +1,106 @@
+"""pixel-cnn-pp (https://github.com/pclucas14/pixel-cnn-pp): its checkpoints to models, and back.
+
+Names are ours but for one more level where the program wraps a layer of PyTorch; weights are normalised here as there,
+from weight_g and weight_v. All is known from names and shapes but the size of the images.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from cpc_ext.interop.errors import CheckpointError
+from cpc_ext.interop.reading import Checkpoint
+from cpc_ext.interop.reference import Form, Program, Reference, Settings, put_weights
+from cpc_ext.models import PixelCNNPP
+
+__all__ = ["PixelCNNPPProgram"]
+
+# The parametrisation of PyTorch from 2.0 on, in the order of the old names.
+_NEW_NAMES = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+_THEIRS = re.compile(
+    r"(?P<layer>(?:u_init|ul_init\.\d+|(?:up|down)_layers\.\d+\.ul?_stream\.\d+\.(?:conv_input|conv_out|nin_skip)"
+    r"|(?:down|up)size_ul?_stream\.\d+|nin_out))\.(?P<wrapped>conv|deconv|lin_a)\.(?P<parameter>weight_g|weight_v|bias)"
+)
+_SIZES = {1: 28, 3: 32}
+
+
+class PixelCNNPPProgram(Program):
+    """See the module. Layouts of a form: "weight_norm", the names of most checkpoints, or "parametrizations"."""
+
+    source = "pixel-cnn-pp"
+
+    def knows(self, name: str) -> bool:
+        return _THEIRS.fullmatch(_old_name(name)) is not None
+
+    def load(self, checkpoint: Checkpoint, settings: Settings) -> Reference:
+        given = checkpoint.merged()
+        state = {_old_name(name): value for name, value in given.items()}
+        layout = "weight_norm" if state.keys() == given.keys() else "parametrizations"
+        unknown = [name for name in state if not _THEIRS.fullmatch(name)]
+        if unknown or not state:
+            raise self.refuse(checkpoint, unknown)
+        weights = {_ours(name): value for name, value in state.items()}
+        arguments = self._arguments(checkpoint, weights)
+        model = PixelCNNPP(**arguments)
+        put_weights(model, weights, _theirs, checkpoint.origin)
+        colors = arguments["in_channels"]
+        size = settings.image_size or _SIZES[colors]
+        configuration = {"kind": "pixelcnn++", "arguments": arguments, "image_shape": [colors, size, size]}
+        assumed = () if settings.image_size else (f"image_size {size}",)
+        return Reference(self.source, model, configuration, assumed, Form(layout))
+
+    def _arguments(self, checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> dict[str, int]:
+        first, last = weights.get("u_init.weight_v"), weights.get("nin_out.weight_v")
+        blocks = {int(m[1]) for name in weights if (m := re.match(r"up_layers\.0\.u_stream\.(\d+)\.", name))}
+        missing = [
+            name
+            for name, there in (("u_init", first is not None), ("nin_out", last is not None), ("up_layers", blocks))
+            if not there
+        ]
+        if missing:
+            raise self.refuse(checkpoint, missing, "are missing")
+        filters, channels = first.shape[:2]
+        outputs, colors = len(last), channels - 1
+        each = {1: 3, 3: 10}.get(colors, 0)
+        if not each or outputs % each:
+            raise CheckpointError(
+                f"{checkpoint.origin}: u_init takes {channels} channels and nin_out makes {outputs}; expected 4 and a "
+                "multiple of 10 for colour, or 2 and a multiple of 3 for grey"
+            )
+        return {"in_channels": colors, "channels": filters, "blocks": max(blocks) + 1, "mixtures": outputs // each}
+
+    def export(self, model: nn.Module, form: Form | None) -> dict[str, Tensor]:
+        if not isinstance(model, PixelCNNPP):
+            raise CheckpointError(f"{self.source} has no model like a {type(model).__name__}")
+        if model.num_classes is not None:
+            raise CheckpointError(f"{self.source} has no models of classes; this one knows {model.num_classes}")
+        state = {_theirs(name): value for name, value in model.state_dict().items()}
+        if form is not None and form.layout == "parametrizations":
+            new = {old: name for name, old in _NEW_NAMES.items()}
+            return {re.sub(r"weight_[gv]$", lambda found: new[found[0]], name): value for name, value in state.items()}
+        return state
+
+
+def _old_name(name: str) -> str:
+    for new, old in _NEW_NAMES.items():
+        if name.endswith(f".{new}"):
+            return name.removesuffix(new) + old
+    return name
+
+
+def _ours(theirs: str) -> str:
+    found = _THEIRS.fullmatch(theirs)
+    return theirs if found is None else f"{found['layer']}.{found['parameter']}"
+
+
+def _theirs(ours: str) -> str:
+    layer, _, parameter = ours.rpartition(".")
+    wrapped = "conv"
+    if layer.split(".")[-1] in ("nin_skip", "nin_out"):
+        wrapped = "lin_a"
+    elif layer.startswith("upsize_"):
+        wrapped = "deconv"
+    return f"{layer}.{wrapped}.{parameter}"

@@ -1,0 +1,129 @@
+"""Checkpoints of other programs as models of ours, and models as their checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from cpc_ext.interop.cpcv2_pytorch import CPCV2PyTorch
+from cpc_ext.interop.errors import CheckpointError
+from cpc_ext.interop.greedy_infomax import GreedyInfoMaxProgram
+from cpc_ext.interop.lightning_bolts import LightningBolts
+from cpc_ext.interop.pixel_cnn_pp import PixelCNNPPProgram
+from cpc_ext.interop.reading import Checkpoint, read_checkpoint
+from cpc_ext.interop.reference import Form, Program, Reference, Settings, listed
+
+__all__ = ["SOURCES", "export_reference", "load_reference", "read_reference"]
+
+_PROGRAMS: dict[str, Program] = {
+    program.source: program
+    for program in (CPCV2PyTorch(), GreedyInfoMaxProgram(), LightningBolts(), PixelCNNPPProgram())
+}
+
+SOURCES = tuple(_PROGRAMS)
+
+
+def load_reference(
+    path_or_state_dict: str | Path | Mapping[str, Any] | Sequence[Any], source: str, **settings: Any
+) -> nn.Module:
+    """The model of ours that computes what another program's checkpoint does, with its weights.
+
+    What it is, is recognised from names and shapes. The model is in the precision of the weights and in training mode.
+
+    ================= ==================================================================================
+    source            what comes out, by what the checkpoint holds
+    ================= ==================================================================================
+    cpcv2-pytorch     :class:`~cpc_ext.models.CPC`; an encoder (ResNet v2, wide ResNet, MobileNetV2); a
+                      :class:`~cpc_ext.models.GatedPixelCNNContext`
+    greedy-infomax    :class:`~cpc_ext.models.GreedyInfoMax`, of one module with a context network CPC;
+                      :class:`~cpc_ext.models.GreedySupervised`; an encoder where modules have no loss; a
+                      context network; a :class:`~cpc_ext.nn.GridInfoNCE`
+    lightning-bolts   CPC with a timm encoder (``pip install cpc_ext[timm]``); without an encoder a CPC
+                      whose input are encodings [B, D, rows, cols]; a
+                      :class:`~cpc_ext.models.ResidualContext`
+    pixel-cnn-pp      :class:`~cpc_ext.models.PixelCNNPP`
+    ================= ==================================================================================
+
+    Args:
+        path_or_state_dict: a file of PyTorch or safetensors, a state dict, a dictionary around one such as Lightning's,
+            or a sequence of these where modules were saved separately (Greedy InfoMax: first to last). Prefixes of
+            DataParallel, optimizer states and averaged weights beside the weights do not matter.
+        source: one of ``SOURCES``.
+        settings: what the checkpoint does not tell, where the defaults do not fit:
+
+            - ``grid_size``: patches along a side. Default: the smallest that the steps fit, else 5 behind a stem for
+              CIFAR and 7 behind others (cpcv2-pytorch); 7 (greedy-infomax, lightning-bolts).
+            - ``image_size``: side in pixels of what is cut into patches: 30 behind a stem for CIFAR, 64 behind
+              STL-10's, 256 behind ImageNet's, or the next size below that the patches fill (cpcv2-pytorch); what the
+              grid needs (greedy-infomax, lightning-bolts). Of pixel-cnn-pp that of images, 32, or 28 of grey ones.
+            - ``patch_size``, ``stride``: in pixels. Default: neighbours overlap by half; 16 (greedy-infomax), what the
+              checkpoint notes or 8 (lightning-bolts). With them models take images, too; patches they always take.
+            - ``norm``: "layer" or "instance", whose weights look alike. Default: "layer".
+            - ``skip``: rows between a context and its first target. Default: 1.
+            - ``neg_samples``: negatives of each prediction, or "all". Default: 16.
+
+            What a file notes of the options that its program was run with counts before these defaults.
+
+    Raises:
+        CheckpointError: a ValueError; the file is missing or damaged, or not a checkpoint of this program; the message
+            says what it looks like and which names did not fit.
+        ValueError: a source that is not known, or a setting that does not fit the checkpoint.
+        TypeError: no path or dictionary, or a setting that does not exist.
+        ImportError: timm is needed and not installed.
+    """
+    return read_reference(path_or_state_dict, source, **settings).model
+
+
+def read_reference(
+    path_or_state_dict: str | Path | Mapping[str, Any] | Sequence[Any], source: str, **settings: Any
+) -> Reference:
+    """:func:`load_reference` with what was recognised, and what is needed to write the checkpoint again as it was."""
+    program = _program(source)
+    checkpoint = read_checkpoint(path_or_state_dict)
+    chosen = Settings.of(settings, checkpoint.options)
+    try:
+        return program.load(checkpoint, chosen)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}\n{_looks_like(checkpoint, source)}") from None
+
+
+def export_reference(model: nn.Module, source: str, *, form: Form | None = None) -> dict[str, Tensor]:
+    """A model's weights by another program's names: what its ``load_state_dict`` takes.
+
+    Of Greedy InfoMax that is the state dict of its whole model, unless the form says otherwise.
+
+    Args:
+        model: as :func:`load_reference` returns them.
+        source: one of ``SOURCES``.
+        form: of the :class:`Reference` that the model came from, to get the same names, and the tensors for which the
+            model has no use, as they were. None for a model of ours: CPCV2-PyTorch's classifier is then missing, and
+            what a program keeps without using it is zero.
+
+    Raises:
+        CheckpointError: the program has no such model.
+        ValueError: a source that is not known.
+    """
+    state = _program(source).export(model, form)
+    return {name: value.detach() for name, value in state.items()}
+
+
+def _program(source: str) -> Program:
+    if source not in _PROGRAMS:
+        raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
+    return _PROGRAMS[source]
+
+
+def _looks_like(checkpoint: Checkpoint, source: str) -> str:
+    """What an unfit checkpoint holds, and whose it may be."""
+    names = [name for part in checkpoint.parts for name in part]
+    known = {program.source: sum(map(program.knows, names)) for program in _PROGRAMS.values()}
+    best = max(known, key=lambda name: known[name])
+    text = f"It holds {len(names)} tensors: {listed(names)}."
+    if known[best] == 0:
+        return f"{text} None of {', '.join(SOURCES)} has such names."
+    if best != source and known[best] > known[source]:
+        return f"{text} It looks like {best}, which has {known[best]} of these names; {source} has {known[source]}."
+    return f"{text} {source} has {known[source]} of these names."

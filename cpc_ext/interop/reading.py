@@ -1,0 +1,197 @@
+"""Checkpoints as other programs leave them: from files or dictionaries to named tensors, without running their code.
+
+A file is PyTorch's, zipped or as before 1.6, or safetensors; its content decides, not its name. What trainers put
+around a state dict is taken off: wrapping dictionaries, and the prefixes of DataParallel and torch.compile.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cpc_ext.interop.errors import CheckpointError
+
+__all__ = ["Checkpoint", "read_checkpoint"]
+
+# Where trainers keep the state dict in what they save, as Lightning does under the first name.
+_WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network")
+# Stored problems keep the weights under this prefix, beside inputs and results.
+_PROBLEM_PREFIX = "state."
+# Parts of names that wrappers of modules add, wherever in the tree they wrap.
+_WRAPPING = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")
+# Moving averages of the weights, beside the weights themselves.
+_AVERAGES = re.compile(r"(?:model_ema|ema_model|ema)\.")
+
+
+class _Namespace:
+    """Stands in for argparse's, which holds options in many checkpoints; it only keeps attributes."""
+
+
+class _AttributeDict(dict):
+    """Stands in for Lightning's dictionary of hyper-parameters."""
+
+
+_STAND_INS = [
+    (_Namespace, "argparse.Namespace"),
+    (_AttributeDict, "pytorch_lightning.utilities.parsing.AttributeDict"),
+    (_AttributeDict, "lightning.pytorch.utilities.parsing.AttributeDict"),
+    (_AttributeDict, "lightning_fabric.utilities.data.AttributeDict"),
+    (_AttributeDict, "lightning.fabric.utilities.data.AttributeDict"),
+]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was read.
+
+    parts: a state dict a file, in the order in which the files were given.
+    origin: the files, or what was given instead of a file, for messages.
+    options: what the file knows of the options that the program was run with.
+    """
+
+    parts: list[dict[str, Tensor]]
+    origin: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def merged(self) -> dict[str, Tensor]:
+        """All parts as one. CheckpointError where two have a name in common."""
+        state: dict[str, Tensor] = {}
+        for part in self.parts:
+            common = state.keys() & part.keys()
+            if common:
+                raise CheckpointError(f"{self.origin}: more than one of the files has {_some(sorted(common))}")
+            state |= part
+        return state
+
+
+def read_checkpoint(source: str | Path | Mapping[str, Any] | Sequence[Any]) -> Checkpoint:
+    """Read a checkpoint onto the CPU.
+
+    Args:
+        source: a file, a state dict or a dictionary around one; or a sequence of those, where the program saves
+            modules separately.
+
+    Raises:
+        TypeError: something else.
+        CheckpointError: a file that is missing, damaged, of no known format, or holds more than tensors and plain
+            values; a dictionary without tensors.
+    """
+    if isinstance(source, str | Path | Mapping):
+        source = [source]
+    if not isinstance(source, Sequence) or not all(isinstance(one, str | Path | Mapping) for one in source):
+        raise TypeError(f"path_or_state_dict must be a path, a mapping or a sequence of these, got {source!r:.80}")
+    if not source:
+        raise CheckpointError("path_or_state_dict holds no file")
+    parts, options = [], {}
+    for one in source:
+        name = "the state dict" if isinstance(one, Mapping) else str(one)
+        content = one if isinstance(one, Mapping) else _read_file(Path(one))
+        state, found = _unwrapped(content, name)
+        parts.append(state)
+        options |= found
+    names = ["the state dict" if isinstance(one, Mapping) else str(one) for one in source]
+    return Checkpoint(parts, ", ".join(dict.fromkeys(names)), options)
+
+
+def _read_file(path: Path) -> Any:
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    if not start:
+        raise CheckpointError(f"{path} is empty")
+    if start[8:9] == b"{" and not start.startswith(b"PK"):
+        return _read_safetensors(path)
+    if not start.startswith((b"PK\x03\x04", b"\x80")):
+        raise CheckpointError(
+            f"{path} is neither a checkpoint of PyTorch nor a safetensors file: it begins with {start[:8]!r}"
+        )
+    try:
+        if start.startswith(b"PK"):
+            # PyTorch does not compare the checksums it writes; a flipped bit would become a wrong weight.
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise CheckpointError(f"{path} is damaged: {damaged} in it has a wrong checksum")
+        with torch.serialization.safe_globals(_STAND_INS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        found = re.search(r"(?:GLOBAL|global|[Ii]nstance of) '?([\w.]+)'?", str(error))
+        if found is None:
+            raise CheckpointError(f"{path} is damaged: it cannot be unpickled") from None
+        raise CheckpointError(
+            f"{path} holds more than tensors and plain values: {found[1]}. Reading that could run code from the file, "
+            "so it is not done; save the state dict alone, torch.save(model.state_dict(), ...), with the program that "
+            "wrote it"
+        ) from None
+    except Exception as error:
+        # What reading damaged bytes raises is anybody's guess.
+        raise CheckpointError(f"{path} is damaged or cut short ({_first_line(error)})") from None
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """The tensors, wrapped together with the options that the header notes."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            return {"state_dict": tensors, "hyper_parameters": _parsed(file.metadata() or {})}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged or cut short ({_first_line(error)})") from None
+
+
+def _parsed(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Numbers as numbers; a header only has strings."""
+    return {name: int(value) if value.isdecimal() else value for name, value in metadata.items()}
+
+
+def _unwrapped(content: Any, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state dict in what was read, with plain names, and the options that lie beside it."""
+    options: dict[str, Any] = {}
+    while isinstance(content, Mapping):
+        hyper = content.get("hyper_parameters", content.get("hparams"))
+        if isinstance(hyper, Mapping):
+            options |= {str(key): value for key, value in hyper.items()}
+        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{name} holds a {type(content).__name__}, expected a dictionary of tensors")
+    state = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if not state:
+        keys = _some([str(key) for key in content]) if content else "nothing"
+        raise CheckpointError(f"{name} holds no tensors by name; it holds {keys}")
+    if any(key.startswith(_PROBLEM_PREFIX) for key in state):
+        state = {
+            key.removeprefix(_PROBLEM_PREFIX): value for key, value in state.items() if key.startswith(_PROBLEM_PREFIX)
+        }
+    plain: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if _AVERAGES.match(key):
+            continue
+        short = _WRAPPING.sub("", key)
+        if short in plain:
+            raise CheckpointError(f"{name} has {short} twice, also as {key}")
+        plain[short] = value.detach()
+    return plain, options
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

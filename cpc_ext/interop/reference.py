@@ -1,0 +1,191 @@
+"""What the modules of this package share: what a checkpoint was recognised as, and how weights are put into a model.
+
+A program's module turns named tensors into a model of ours with the same numbers, and back. Nothing is dropped
+silently: each tensor goes into the model, is kept beside it, or is an error.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from cpc_ext.interop.errors import CheckpointError
+from cpc_ext.interop.reading import Checkpoint
+
+__all__ = ["Encodings", "Form", "Program", "Reference", "Settings", "listed", "put_weights"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a checkpoint does not tell; None leaves it to the program's own defaults.
+
+    The arguments of :func:`cpc_ext.interop.load_reference`.
+    """
+
+    grid_size: int | None = None
+    image_size: int | None = None
+    patch_size: int | None = None
+    stride: int | None = None
+    norm: str | None = None
+    skip: int = 1
+    neg_samples: int | str = 16
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], noted: Mapping[str, Any]) -> Settings:
+        """What is given, else what the checkpoint notes of the options that its program was run with.
+
+        TypeError, ValueError where what is given is not allowed; what is noted then does not count.
+        """
+        unknown = [name for name in given if name not in cls.__dataclass_fields__]
+        if unknown:
+            known = ", ".join(cls.__dataclass_fields__)
+            raise TypeError(f"settings are {known}, got {', '.join(unknown)}")
+        chosen = {name: value for name, value in given.items() if value is not None}
+        for name, value in chosen.items():
+            if not _allowed(name, value):
+                raise ValueError(f"{name} must be {_ALLOWED[name]}, got {value!r}")
+        for name in cls.__dataclass_fields__:
+            for option in (name, *_OPTIONS.get(name, ())):
+                if name not in chosen and _allowed(name, noted.get(option)):
+                    chosen[name] = noted[option]
+        return cls(**chosen)
+
+
+_ALLOWED = {
+    **dict.fromkeys(("grid_size", "image_size", "patch_size", "stride"), "an int of at least 1"),
+    "norm": '"layer" or "instance"',
+    "skip": "an int of at least 0",
+    "neg_samples": 'an int of at least 1 or "all"',
+}
+# What the programs call them.
+_OPTIONS = {
+    "grid_size": ("grid",),
+    "patch_size": ("patch",),
+    "skip": ("skip_step",),
+    "neg_samples": ("negative_samples",),
+}
+
+
+def _allowed(name: str, value: Any) -> bool:
+    if name == "norm":
+        return value in ("layer", "instance")
+    if name == "neg_samples" and value == "all":
+        return True
+    return isinstance(value, int) and not isinstance(value, bool) and value >= (0 if name == "skip" else 1)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a checkpoint said what it said, so that it can be said again in the same words.
+
+    layout: which of the forms that a program saves its model in, see its module.
+    unused: tensors that are in the checkpoint but in no model of ours, by their names there.
+    """
+
+    layout: str = ""
+    unused: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A checkpoint of another program as a model.
+
+    source: the program.
+    model: ours, with the checkpoint's weights in their own precision.
+    configuration: what the model is built from and meant to see, as recognised or assumed; JSON values. "kind" tells
+        what the checkpoint holds: "cpc", "greedy", "encoder", "pixelcnn++", or "part" for less than an encoder.
+    assumed: what of it the checkpoint does not tell, in words.
+    form: what :func:`cpc_ext.interop.export_reference` needs to write the checkpoint again as it was.
+    """
+
+    source: str
+    model: nn.Module
+    configuration: dict[str, Any]
+    assumed: tuple[str, ...] = ()
+    form: Form = field(default_factory=Form)
+
+
+class Program(ABC):
+    """One of the programs whose checkpoints are known.
+
+    Attributes:
+        source: its name.
+    """
+
+    source: ClassVar[str]
+
+    @abstractmethod
+    def knows(self, name: str) -> bool:
+        """Whether it has tensors of such a name."""
+
+    @abstractmethod
+    def load(self, checkpoint: Checkpoint, settings: Settings) -> Reference:
+        """The checkpoint as a model. CheckpointError where it is none of this program's."""
+
+    @abstractmethod
+    def export(self, model: nn.Module, form: Form | None) -> dict[str, Tensor]:
+        """A model's weights by this program's names.
+
+        form: of the checkpoint that the model was loaded from, which is to be written again as it was. None for a model
+            of ours: tensors that the program has but never uses are then zeros.
+
+        CheckpointError where the program has no such model.
+        """
+
+    def refuse(self, checkpoint: Checkpoint, names: Sequence[str], why: str = "do not fit") -> CheckpointError:
+        """The error of a checkpoint with names that this program does not have, or lacks."""
+        total = sum(map(len, checkpoint.parts))
+        return CheckpointError(
+            f"{checkpoint.origin} is not a checkpoint of {self.source}: {len(names)} of its names {why} "
+            f"({listed(names)}), of {total} in all"
+        )
+
+
+class Encodings(nn.Module):
+    """An encoder that takes encodings [B, D, rows, cols] for what they are: of a checkpoint that holds no encoder."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.out_channels = channels
+
+    def forward(self, encodings: Tensor) -> Tensor:
+        return encodings
+
+
+def listed(names: Sequence[str], most: int = 6) -> str:
+    """The first few names, and how many there are besides."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def put_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], theirs: Callable[[str], str | None], origin: str
+) -> None:
+    """Load weights by our names, all of them and no others, in their own precision.
+
+    theirs: another program's name of ours, for messages.
+
+    CheckpointError where a tensor is missing, left over or of another shape.
+    """
+    wanted = model.state_dict()
+    problems = []
+    for name, value in wanted.items():
+        if name not in weights:
+            problems.append(f"{theirs(name) or name} is missing")
+        elif weights[name].shape != value.shape:
+            problems.append(
+                f"{theirs(name) or name} is {list(weights[name].shape)}, expected {list(value.shape)} beside the others"
+            )
+    problems += [f"{theirs(name) or name} has no place" for name in weights if name not in wanted]
+    if problems:
+        raise CheckpointError(f"{origin}: its weights do not make one model: {'; '.join(problems[:6])}")
+    floating = [value.dtype for value in weights.values() if value.is_floating_point()]
+    if floating:
+        model.to(reduce(torch.promote_types, floating))
+    model.load_state_dict(dict(weights))
