@@ -268,7 +268,7 @@ def _mobilenet_arguments(weights: Mapping[str, Tensor], norm: str | None) -> dic
         with torch.device("meta"):
             shapes = MobileNetV2Encoder(**arguments, width=width).state_dict()
         if all(value.shape == shapes[name].shape for name, value in weights.items() if name in shapes):
-            return {**arguments, "width": width}
+            return {**arguments, "width": width, "strides": "imagenet"}
     raise CheckpointError(
         f"it is like MobileNetV2, but with {weights['conv1.weight'].shape[0]} channels after the stem where one of "
         f"width 1 has 32; known are widths of {', '.join(map(str, _WIDTHS))}"

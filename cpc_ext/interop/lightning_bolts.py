@@ -82,6 +82,9 @@ class LightningBolts(Program):
             view = _view(settings, checkpoint.options)
             encoder = TimmEncoder(**arguments, patch_size=view["patch_size"], stride=view["stride"])
             ours |= with_prefix("encoder.backbone.", backbone)
+            needed = settings.skip + 2
+            if view["grid_size"] < needed:
+                raise ValueError(f"grid_size must be at least {needed} to predict a step, got {view['grid_size']}")
             configuration |= {"encoder": {"class": "TimmEncoder", "arguments": arguments}, **view}
         target = heads.get("target_cnn.weight")
         if target is None or target.ndim != 4:

@@ -7,7 +7,7 @@ a stem, then stacks of residual blocks with norm and ReLU in front of their conv
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from cpc_ext.models.layers import NORMS, check_norm, conv, reset_layers
 from cpc_ext.models.stacked_encoder import StackedEncoder
 from cpc_ext.nn.delta_orthogonal import delta_orthogonal_
 
-__all__ = ["ResNetV2Encoder"]
+__all__ = ["ResNetV2Encoder", "published_shape"]
 
 
 class _Preset(NamedTuple):
@@ -169,6 +169,13 @@ class ResNetV2Encoder(StackedEncoder):
 
     def stem(self, patches: Tensor) -> Tensor:
         return self.pool(self.norm1(self.conv1(patches)))
+
+
+def published_shape(depth: int) -> dict[str, Any]:
+    """What a depth stands for: the arguments ``blocks``, ``bottleneck``, ``channels`` and ``expansions``, as lists."""
+    blocks, bottleneck, channels, expansions = _resolve_stacks(depth, None, False, None, None)
+    shape = {"blocks": list(blocks), "bottleneck": bottleneck, "channels": list(channels)}
+    return shape | ({"expansions": list(expansions)} if bottleneck else {})
 
 
 class _BasicBlock(nn.Module):

@@ -1,8 +1,8 @@
 """The command line of `python -m cpc_ext.train`: options to a run's config.
 
 Parsing takes two passes. The first only looks for the options that choose the defaults: the model, the data set and the
-device, or the config of an earlier run. The second is the real one and starts from those, so that the help shows, and
-every option replaces, the value that the run would have had.
+device, or an earlier run. The second is the real one and starts from those, so that the help shows, and every option
+replaces, the value that the run would have had.
 """
 
 from __future__ import annotations
@@ -69,6 +69,10 @@ def parse(arguments: Sequence[str]) -> Command:
     chosen = _first_pass(arguments)
     if chosen.resume and chosen.config is not None:
         raise TrainingError("--resume takes the run's own config.yaml: give either --resume or --config")
+    if chosen.resume and chosen.resume_from is not None:
+        raise TrainingError(
+            "--resume goes on with a run, --resume-from starts a new one from another's weights: give either"
+        )
     if chosen.resume:
         if chosen.out_dir is None:
             raise TrainingError("--resume needs --out-dir, the folder of the run to go on with")
@@ -78,6 +82,8 @@ def parse(arguments: Sequence[str]) -> Command:
         defaults = load_config(run.config)
     elif chosen.config is not None:
         defaults = load_config(Path(chosen.config))
+    elif chosen.resume_from is not None:
+        defaults = load_config(RunDir(Path(chosen.resume_from)).config, option_name="--resume-from")
     else:
         names = (chosen.model, chosen.dataset)
         # Names that do not exist are refused in the second pass, which knows all that do.
@@ -133,7 +139,7 @@ def _first_pass(arguments: Sequence[str]) -> argparse.Namespace:
     # A missing value is for the second pass to complain about.
     parser.add_argument("--model", nargs="?", default=default_model)
     parser.add_argument("--dataset", nargs="?", default=default_dataset)
-    for name in ("--device", "--config", "--out-dir", "--epochs", "--steps"):
+    for name in ("--device", "--config", "--resume-from", "--out-dir", "--epochs", "--steps"):
         parser.add_argument(name, nargs="?")
     parser.add_argument("--resume", action="store_true")
     # The second pass takes --out_dir as well.

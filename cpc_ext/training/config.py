@@ -172,7 +172,7 @@ class _ContrastiveSection(_Section):
         "ResNet; 14, 28, 41, 92 and 143 without the last stack, as published for CPC, 161 that of CPC v2, 18, 34, 50, "
         "101 and 152 whole, small with one narrow block a stack. wrn-DEPTH-WIDTH: a wide ResNet, such as wrn-28-2. "
         "mobilenetv2. timm:NAME: any backbone of the timm library, if installed (cpc_ext[timm]), such as "
-        "timm:convnext_atto.",
+        "timm:convnext_atto. What a ResNet's name leaves open may follow it, as in resnet14:stem=cifar.",
     )
     norm: Norm = Field("none", description=f"{_NORM} The published CPC v1 uses none.")
     gather_negatives: GatherNegatives = Field(
@@ -233,6 +233,11 @@ class CPCv2Section(_PredictionSection):
     prediction_scale: float = Field(
         0.1, gt=0, le=100, description="Factor of the predictions, and so of the logits at the start."
     )
+    variant: Literal["paper", "lightning-bolts"] = Field(
+        "paper",
+        description="lightning-bolts: as that program's CPC_v2, which pads context networks in its own way, predicts "
+        "all steps by one convolution and weighs step k by k; for one direction and all steps that the grid has.",
+    )
 
 
 class GreedySection(_Section):
@@ -260,11 +265,8 @@ class GreedySection(_Section):
     )
     train_module: Annotated[int, Field(ge=0)] | None = Field(
         None,
-        description="Train this module alone, counted from 0; those before it are frozen, as --init-from has them. "
-        "None: all at once.",
-    )
-    init_from: Path | None = Field(
-        None, description="Folder of the run that trained the modules before --train-module."
+        description="Train this module alone, counted from 0; those before it are frozen, as the run of --resume-from "
+        "has trained them. None: all at once.",
     )
     cache_outputs: Path | None = Field(
         None,
@@ -289,13 +291,6 @@ class GreedySection(_Section):
     def _options_fit(self) -> GreedySection:
         if self.train_module is not None and self.train_module >= self.count:
             raise ValueError(f"--train-module {self.train_module}: there are {self.count} modules, counted from 0")
-        if self.init_from is None and self.train_module:
-            raise ValueError(
-                f"--train-module {self.train_module} needs --init-from, the folder of the run that trained module "
-                f"{self.train_module - 1}"
-            )
-        if self.init_from is not None and not self.train_module:
-            raise ValueError("--init-from needs --train-module 1 or higher: it gives the modules before that")
         if self.cache_outputs is not None and not self.train_module:
             raise ValueError("--cache-outputs needs --train-module 1 or higher: only frozen modules are cached")
         if self.pipeline and (self.train_module is not None or self.count == 1):
@@ -368,8 +363,13 @@ class PixelCNNPPSection(PixelCNNSection):
 
 
 class OptimizationSection(_Section):
-    """How long and how fast to learn. Adam, or AdamW where weights decay."""
+    """Where to start, how long and how fast to learn. Adam, or AdamW where weights decay."""
 
+    resume_from: Path | None = Field(
+        None,
+        description="Start a new run from the weights of another run's model, whose folder this is; its options are "
+        "the defaults of all others. None: from those of the seed.",
+    )
     epochs: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Length of the run in passes over the images (excludes --steps)."
     )
@@ -461,7 +461,9 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _sections_are_the_models(self) -> RunConfig:
         if type(self) is not config_class(self.model):
-            raise ValueError(f"--model {self.model} has other options than these: give it without --config")
+            raise ValueError(
+                f"--model {self.model} has other options than these: give it without --config and --resume-from"
+            )
         return self
 
     @property
@@ -500,11 +502,30 @@ class CPCv2Config(_PredictionConfig):
 
     cpc: CPCv2Section = Field(default_factory=CPCv2Section)
 
+    @model_validator(mode="after")
+    def _variant_predicts_all(self) -> CPCv2Config:
+        options, steps = self.cpc, self.view.grid_size - 1 - self.cpc.skip
+        if options.variant == "lightning-bolts" and (options.pred_directions, options.pred_steps) != (1, steps):
+            raise ValueError(
+                f"--variant lightning-bolts predicts in one direction, and all {steps} steps that --grid-size "
+                f"{self.view.grid_size} has: it needs --pred-directions 1 --pred-steps {steps}"
+            )
+        return self
+
 
 class GreedyConfig(CPCConfig):
     """A run of Greedy InfoMax, or of the supervised encoders it is compared with."""
 
     greedy: GreedySection = Field(default_factory=GreedySection)
+
+    @model_validator(mode="after")
+    def _modules_before_are_trained(self) -> GreedyConfig:
+        module = self.greedy.train_module
+        if module and self.optimization.resume_from is None:
+            raise ValueError(
+                f"--train-module {module} needs --resume-from, the folder of the run that trained module {module - 1}"
+            )
+        return self
 
     @property
     def pipeline(self) -> bool:
@@ -583,17 +604,20 @@ def validate_config(tree: dict[str, Any]) -> RunConfig:
     return _CONFIGS.get(model if isinstance(model, str) else "", CPCConfig).model_validate(tree)
 
 
-def load_config(path: Path) -> RunConfig:
-    """Read a config.yaml. TrainingError where it is missing, not YAML, or not a valid config."""
+def load_config(path: Path, *, option_name: str = "--config") -> RunConfig:
+    """Read a config.yaml. TrainingError where it is missing, not YAML, or not a valid config.
+
+    option_name: the option that asks for it, for messages.
+    """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise TrainingError(f"--config: cannot read {path}: {error.strerror}") from None
+        raise TrainingError(f"{option_name}: cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise TrainingError(f"--config: {path} is not a YAML file: {error}") from None
+        raise TrainingError(f"{option_name}: {path} is not a YAML file: {error}") from None
     if not isinstance(tree, dict):
-        raise TrainingError(f"--config: {path} does not hold a run's options (expected a mapping)")
+        raise TrainingError(f"{option_name}: {path} does not hold a run's options (expected a mapping)")
     try:
         return validate_config(tree)
     except ValidationError as error:
-        raise TrainingError(f"--config: {path}:\n{explain(error)}") from None
+        raise TrainingError(f"{option_name}: {path}:\n{explain(error)}") from None

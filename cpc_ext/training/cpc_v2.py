@@ -37,8 +37,14 @@ class CPCv2Task(CPCv1Task):
     def _cpc(self, encoder: PatchEncoder) -> CPC:
         options = self._config.cpc
         channels = encoder.out_channels
+        as_bolts = options.variant == "lightning-bolts"
         contexts = [
-            ResidualContext(channels, options.context_channels, options.context_layers)
+            ResidualContext(
+                channels,
+                options.context_channels,
+                options.context_layers,
+                padding="lightning-bolts" if as_bolts else "zeros",
+            )
             for _ in range(1 if options.shared_context else options.pred_directions)
         ]
         return CPC(
@@ -46,7 +52,8 @@ class CPCv2Task(CPCv1Task):
             contexts[0] if options.shared_context else contexts,
             TargetInfoNCE(
                 channels,
-                pred_steps=options.pred_steps,
+                pred_steps=None if as_bolts else options.pred_steps,
+                reduction="lightning-bolts" if as_bolts else "mean",
                 pred_directions=options.pred_directions,
                 skip=options.skip,
                 target_channels=options.target_channels,

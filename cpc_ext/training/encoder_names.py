@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from cpc_ext.models import MobileNetV2Encoder, PatchEncoder, ResNetV2Encoder, TimmEncoder, WideResNetEncoder
+from cpc_ext.models.resnet_v2 import published_shape
 from cpc_ext.training.errors import TrainingError
 
-__all__ = ["ENCODERS", "EncoderSpec", "check_encoder_name", "encoder_spec"]
+__all__ = ["ENCODERS", "EncoderSpec", "check_encoder_name", "encoder_name", "encoder_spec"]
 
 # Arguments of ResNetV2Encoder by name.
 _RESNETS: dict[str, dict[str, Any]] = {
@@ -32,6 +34,52 @@ _TIMM = "timm:"
 
 # What is allowed: names, and patterns of names.
 ENCODERS = (*_RESNETS, "wrn-DEPTH-WIDTH", "mobilenetv2", "timm:NAME")
+# What may follow a name, as in resnet14:stem=cifar: arguments of the class, by how their values are written.
+_OWN = "resnet"
+
+
+def _whole(text: str) -> int:
+    if not re.fullmatch(r"[1-9]\d{0,5}", text):
+        raise ValueError(f"a positive number, got {text!r}")
+    return int(text)
+
+
+def _wholes(text: str) -> list[int]:
+    return [_whole(part) for part in text.split("-")]
+
+
+def _yes(text: str) -> bool:
+    if text not in ("yes", "no"):
+        raise ValueError(f"yes or no, got {text!r}")
+    return text == "yes"
+
+
+def _positive(text: str) -> float:
+    if not re.fullmatch(r"\d{1,3}(\.\d{1,4})?", text) or float(text) == 0:
+        raise ValueError(f"a positive number, got {text!r}")
+    return float(text)
+
+
+def _one_of(*words: str) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"{' or '.join(words)}, got {text!r}")
+        return text
+
+    return check
+
+
+_RESNET_ARGUMENTS: dict[str, Callable[[str], Any]] = {
+    "blocks": _wholes,
+    "bottleneck": _yes,
+    "channels": _wholes,
+    "expansions": _wholes,
+    "stem": _one_of("stl10", "cifar", "imagenet", "strided"),
+    "stem_channels": _whole,
+}
+# Their defaults need not be written.
+_DEFAULTS = {"bottleneck": False, "stem_channels": 64, "width": 1.0}
+_MOBILENET_ARGUMENTS: dict[str, Callable[[str], Any]] = {"width": _positive, "strides": _one_of("imagenet", "cifar")}
 
 
 class EncoderSpec(NamedTuple):
@@ -67,8 +115,15 @@ class EncoderSpec(NamedTuple):
 
 
 def check_encoder_name(name: str) -> str:
-    """The name itself. ValueError for one that is none of those in ``ENCODERS``."""
-    wide = _WIDE_RESNET.fullmatch(name)
+    """The name itself. ValueError for one that is none of those in ``ENCODERS``, or followed by what it does not take.
+
+    A ResNet's name may be followed by arguments of its class, "resnet14:stem=cifar"; "resnet" is one of which
+    ``blocks`` and all else is given so: "resnet:blocks=1-1-2,bottleneck=yes,channels=8-16-32".
+    """
+    if name.startswith(_TIMM) and len(name) > len(_TIMM):
+        return name
+    plain, arguments = _parsed(name)
+    wide = _WIDE_RESNET.fullmatch(plain)
     if wide is not None:
         depth, width = map(int, wide.groups())
         if depth < 10 or (depth - 4) % 6 or width < 1:
@@ -76,7 +131,7 @@ def check_encoder_name(name: str) -> str:
                 f"--encoder: the depth of a wide ResNet is 4 plus a positive multiple of 6, its width at least 1, as "
                 f"in wrn-28-2, got {name!r}"
             )
-    elif name not in (*_RESNETS, "mobilenetv2") and not (name.startswith(_TIMM) and len(name) > len(_TIMM)):
+    elif plain not in (*_RESNETS, "mobilenetv2") and not (plain == _OWN and "blocks" in arguments):
         raise ValueError(f"--encoder: expected one of {', '.join(ENCODERS)} (such as wrn-28-2), got {name!r}")
     return name
 
@@ -89,12 +144,61 @@ def encoder_spec(name: str, *, norm: str, in_channels: int, stem: str) -> Encode
     """
     if name.startswith(_TIMM):
         return EncoderSpec(TimmEncoder, {"name": name.removeprefix(_TIMM), "in_channels": in_channels})
+    plain, given = _parsed(name)
     arguments = {"in_channels": in_channels, "norm": norm}
-    wide = _WIDE_RESNET.fullmatch(name)
+    wide = _WIDE_RESNET.fullmatch(plain)
     if wide is not None:
         depth, width = map(int, wide.groups())
         return EncoderSpec(WideResNetEncoder, {"depth": depth, "width": width, **arguments})
-    if name == "mobilenetv2":
+    if plain == "mobilenetv2":
         strides = "imagenet" if stem == "imagenet" else "cifar"
-        return EncoderSpec(MobileNetV2Encoder, {**arguments, "strides": strides})
-    return EncoderSpec(ResNetV2Encoder, {**arguments, "stem": stem, **_RESNETS[name]})
+        return EncoderSpec(MobileNetV2Encoder, {**arguments, "strides": strides, **given})
+    return EncoderSpec(ResNetV2Encoder, {**arguments, "stem": stem, **_RESNETS.get(plain, {}), **given})
+
+
+def encoder_name(kind: str, arguments: Mapping[str, Any]) -> str:
+    """The name of an encoder, from the name of its class and its arguments, of which norm and channels are left out.
+
+    KeyError for a class that no name stands for.
+    """
+    if kind == "TimmEncoder":
+        return _TIMM + arguments["name"]
+    if kind == "WideResNetEncoder":
+        return f"wrn-{arguments['depth']}-{arguments['width']}"
+    plain, known = {
+        "ResNetV2Encoder": (_OWN, _RESNET_ARGUMENTS),
+        "MobileNetV2Encoder": ("mobilenetv2", _MOBILENET_ARGUMENTS),
+    }[kind]
+    given = {name: arguments[name] for name in known if name in arguments}
+    for name, preset in _RESNETS.items():
+        if kind == "ResNetV2Encoder" and "depth" in preset:
+            shape = published_shape(preset["depth"])
+            if all(given.get(key, value) == value for key, value in shape.items()):
+                plain = name
+                given = {key: value for key, value in given.items() if key not in shape}
+                break
+    text = ",".join(f"{key}={_written(value)}" for key, value in given.items() if value != _DEFAULTS.get(key))
+    return f"{plain}:{text}" if text else plain
+
+
+def _parsed(name: str) -> tuple[str, dict[str, Any]]:
+    """The name before a colon, and the arguments after it. ValueError where it takes no such arguments."""
+    plain, _, rest = name.partition(":")
+    known = _RESNET_ARGUMENTS if plain in (*_RESNETS, _OWN) else _MOBILENET_ARGUMENTS if plain == "mobilenetv2" else {}
+    arguments = {}
+    for entry in filter(None, rest.split(",")):
+        key, _, value = entry.partition("=")
+        if key not in known:
+            allowed = f"{', '.join(known)} after {plain}:" if known else f"nothing after {plain}"
+            raise ValueError(f"--encoder: expected {allowed}, got {entry!r}")
+        try:
+            arguments[key] = known[key](value)
+        except ValueError as error:
+            raise ValueError(f"--encoder: {key} is {error}") from None
+    return plain, arguments
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

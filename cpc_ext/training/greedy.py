@@ -10,7 +10,6 @@ import math
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from cpc_ext.data import Dataset
@@ -18,8 +17,7 @@ from cpc_ext.models import GatedPixelCNNContext, GreedyInfoMax, GreedySupervised
 from cpc_ext.models.greedy_infomax import pooled
 from cpc_ext.models.stacked_encoder import StackedEncoder
 from cpc_ext.training import figures, module_figures
-from cpc_ext.training.checkpoint import load_checkpoint
-from cpc_ext.training.config import GreedyConfig, explain, option, validate_config
+from cpc_ext.training.config import GreedyConfig, RunConfig, option
 from cpc_ext.training.cpc_v1 import CPCv1Task
 from cpc_ext.training.distribution import Ranks
 from cpc_ext.training.encoders import save_encoder
@@ -72,9 +70,32 @@ class GreedyTask(CPCv1Task):
             total = {name: total.get(name, 0) + value for name, value in values.items()}
         return total
 
+    def start(self, weights: dict[str, Tensor], trained: RunConfig) -> None:
+        """Of another run of Greedy InfoMax; where modules are frozen, one that trained them on the same patches."""
+        if self.model.frozen > 0:
+            self._check_trained(trained)
+        super().start(weights, trained)
+
+    def _check_trained(self, trained: RunConfig) -> None:
+        """TrainingError where a run did not train the modules that are frozen in this one."""
+        if not isinstance(trained, GreedyConfig):
+            raise TrainingError(f"--resume-from: that is a run of {trained.model}, expected {self._config.model}")
+        different = [
+            f"{option(name)} is {theirs[name]} there, {value} here"
+            for theirs, mine in zip(_shape(trained), _shape(self._config), strict=True)
+            for name, value in mine.items()
+            if theirs[name] != value
+        ]
+        if different:
+            raise TrainingError("--resume-from: the modules of that run are others: " + "; ".join(different))
+        module, last = trained.greedy.train_module, self.model.frozen - 1
+        if module is not None and module < last:
+            raise TrainingError(
+                f"--resume-from: that run trained module {module}; --train-module {self.model.frozen} needs the run "
+                f"that trained module {last}"
+            )
+
     def prepare(self, ranks: Ranks, *, resumed: bool) -> None:
-        if self._options.init_from is not None and not resumed:
-            self._load_frozen(RunDir(self._options.init_from))
         if self._options.cache_outputs is not None:
             key = self._cache_key()
             generator = torch.Generator().manual_seed(self._config.compute.seed)
@@ -188,46 +209,6 @@ class GreedyTask(CPCv1Task):
             seed=config.compute.seed,
             precision=config.compute.precision,
         )
-
-    def _load_frozen(self, run: RunDir) -> None:
-        """Take the weights of the frozen modules from a run's last checkpoint. TrainingError where it has none."""
-        if not run.checkpoint.is_file():
-            raise TrainingError(f"--init-from: there is no checkpoint at {run.checkpoint}")
-        state = load_checkpoint(run.checkpoint)
-        try:
-            saved = validate_config(state["config"])
-        except (KeyError, ValidationError) as error:
-            reason = explain(error) if isinstance(error, ValidationError) else "it has no config"
-            raise TrainingError(f"--init-from: {run.checkpoint} does not fit this run: {reason}") from None
-        if not isinstance(saved, GreedyConfig):
-            raise TrainingError(f"--init-from: {run.path} is a run of {saved.model}, expected {self._config.model}")
-        different = [
-            f"{option(name)} is {theirs[name]} there, {value} here"
-            for theirs, mine in zip(_shape(saved), _shape(self._config), strict=True)
-            for name, value in mine.items()
-            if theirs[name] != value
-        ]
-        if different:
-            raise TrainingError(f"--init-from: the modules of {run.path} are others: " + "; ".join(different))
-        trained, last = saved.greedy.train_module, self.model.frozen - 1
-        if trained is not None and trained < last:
-            raise TrainingError(
-                f"--init-from: {run.path} trained module {trained}; --train-module {self.model.frozen} needs the run "
-                f"that trained module {last}"
-            )
-        frozen = {
-            id(value)
-            for module in self.model.encoder_modules[: self.model.frozen]
-            for value in module.state_dict(keep_vars=True).values()
-        }
-        mine = self.model.state_dict(keep_vars=True)
-        try:
-            with torch.no_grad():
-                for name, value in mine.items():
-                    if id(value) in frozen:
-                        value.copy_(state["model"][name])
-        except (KeyError, RuntimeError) as error:
-            raise TrainingError(f"--init-from: {run.checkpoint} does not fit this run: {error}") from None
 
 
 def _shape(config: GreedyConfig) -> list[dict[str, Any]]:

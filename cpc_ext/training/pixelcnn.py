@@ -21,7 +21,7 @@ from cpc_ext.models import GatedPixelCNN, PixelCNN, PixelCNNPP
 from cpc_ext.models.pixel_model import PixelModel
 from cpc_ext.training import figures
 from cpc_ext.training.atomic_file import atomic_file
-from cpc_ext.training.config import PixelCNNConfig
+from cpc_ext.training.config import PixelCNNConfig, RunConfig
 from cpc_ext.training.pixel_histogram import static_histogram_bits_per_dim
 from cpc_ext.training.precision import autocast
 from cpc_ext.training.random_streams import RandomStreams
@@ -84,8 +84,7 @@ class PixelCNNTask(Task):
             raise ValueError(f"--model {config.model} on {dataset.name}: {error}") from None
         if config.model == "pixelcnn++" and config.pixelcnn.data_init:
             self._initialize()
-        decay = config.pixelcnn.ema_decay
-        self._average = WeightAverage(self.model, decay) if decay else None
+        self._average = self._new_average()
 
     def losses(self, images: Tensor, labels: Tensor | None, streams: RandomStreams) -> dict[str, Tensor]:
         if self._config.pixelcnn.mirror:
@@ -94,6 +93,10 @@ class PixelCNNTask(Task):
             images = torch.where(flip[:, None, None, None], images.flip(3), images)
         bits = self.model.bits_per_dim(images, labels if self._config.pixelcnn.class_conditional else None)
         return {"loss": bits * math.log(2), "bits_per_dim": bits}
+
+    def start(self, weights: dict[str, Tensor], trained: RunConfig) -> None:
+        super().start(weights, trained)
+        self._average = self._new_average()
 
     def updated(self) -> None:
         if self._average is not None:
@@ -155,6 +158,11 @@ class PixelCNNTask(Task):
             "image_shape": list(self._dataset.image_shape),
             "classes": list(self._dataset.classes) if options.class_conditional else [],
         }
+
+    def _new_average(self) -> WeightAverage[PixelModel] | None:
+        """Of the weights as they are, where the run keeps one."""
+        decay = self._config.pixelcnn.ema_decay
+        return WeightAverage(self.model, decay) if decay else None
 
     @property
     def _evaluated(self) -> PixelModel:

@@ -34,6 +34,7 @@ from cpc_ext.training.precision import check_device
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.run_log import RunLog
 from cpc_ext.training.simclr import SimCLRTask
+from cpc_ext.training.starting_weights import take_weights
 from cpc_ext.training.stop_request import StopRequest
 from cpc_ext.training.task import Task
 
@@ -137,6 +138,9 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
         task = TASKS[config.model](config, dataset, ranks.device)
     except ValueError as error:
         raise TrainingError(str(error)) from None
+    start = config.optimization.resume_from
+    if start is not None and state is None:
+        take_weights(task, RunDir(start))
     ranks.wait()  # Where data had to be fetched or decoded, some took longer.
     trainer = Trainer(task, config, run, ranks)
     if state is not None:
@@ -154,6 +158,7 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
         f"{trainer.total_steps} steps"
         + (f", {ranks.world_size} processes" if ranks.world_size > 1 else "")
         + (f", going on after step {trainer.step}" if resume else "")
+        + (f", from the weights of {start}" if start is not None and not resume else "")
     )
 
     log = RunLog(run, after_step=trainer.step) if ranks.main else None

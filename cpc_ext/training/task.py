@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cpc_ext.data import ImageFetcher, ImageSet
+from cpc_ext.training.config import RunConfig
 from cpc_ext.training.distribution import Ranks
 from cpc_ext.training.random_streams import RandomStreams
 from cpc_ext.training.run_dir import RunDir
@@ -74,6 +75,13 @@ class Task(ABC):
     def compile(self) -> None:
         """Compile with torch.compile what the steps run. Called once, before :meth:`parts`."""
         self.model.compile()
+
+    def start(self, weights: dict[str, Tensor], trained: RunConfig) -> None:
+        """Let a new run start from these weights, which have the names and shapes of the model's.
+
+        trained: the config of the run that they are of. TrainingError where it had something else in mind.
+        """
+        self.model.load_state_dict(weights)
 
     def prepare(self, ranks: Ranks, *, resumed: bool) -> None:  # noqa: B027 - there may be nothing to do.
         """Get ready for the steps, once, when a resumed run has its weights and a new one those of its seed.

@@ -1,0 +1,49 @@
+"""Weights that a new run starts from instead of its seed's: those of another run's last checkpoint."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from cpc_ext.training.checkpoint import load_checkpoint
+from cpc_ext.training.config import explain, validate_config
+from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.run_dir import RunDir
+from cpc_ext.training.task import Task
+
+__all__ = ["take_weights"]
+
+# Names that a message has room for.
+_SHOWN = 5
+
+
+def take_weights(task: Task, run: RunDir) -> None:
+    """Give a task's model the weights of a run, all of them; optimizer, step and data order stay those of a new run.
+
+    TrainingError where there is no checkpoint, or names and shapes of its weights are not those of the model.
+    """
+    if not run.checkpoint.is_file():
+        raise TrainingError(f"--resume-from: there is no checkpoint at {run.checkpoint}")
+    state = load_checkpoint(run.checkpoint)
+    try:
+        saved = validate_config(state["config"])
+        weights: dict[str, Tensor] = state["model"]
+    except (KeyError, ValidationError) as error:
+        reason = explain(error) if isinstance(error, ValidationError) else f"it has no {error.args[0]}"
+        raise TrainingError(f"--resume-from: {run.checkpoint} does not fit this run: {reason}") from None
+    mine = task.model.state_dict()
+    different = [f"{name} is missing there" for name in mine if name not in weights]
+    different += [f"{name} is missing here" for name in weights if name not in mine]
+    different += [
+        f"{name} is {list(weights[name].shape)} there, {list(value.shape)} here"
+        for name, value in mine.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    if different:
+        more = f"; and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
+        raise TrainingError(
+            f"--resume-from: the weights of {run.path}, a run of {saved.model}, are of another model: "
+            + "; ".join(different[:_SHOWN])
+            + more
+        )
+    task.start(weights, saved)
