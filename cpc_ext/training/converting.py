@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from cpc_ext.data import Dataset, ImageSet
 from cpc_ext.interop import SOURCES, CheckpointError, Form, Reference, export_reference, read_reference
+from cpc_ext.models.greedy_infomax import module_starts
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.checkpoint import load_checkpoint, save_checkpoint
 from cpc_ext.training.cli import describe
@@ -132,15 +133,16 @@ def _take_over(command: _Command, source: str) -> None:
         raise TrainingError(str(error)) from None
     config = _config(reference, command.dataset, command.data_dir)
     task = _task(config, reference.configuration.get("image_shape"), reference.configuration.get("classes", 0))
-    partial = reference.configuration["kind"] == "encoder"
-    _load(task.model, reference.model.state_dict(), "encoder." if partial else "")
+    # The part of the run's model that the checkpoint is of: all of it, or its encoder.
+    part = "encoder" if reference.configuration["kind"] == "encoder" else ""
+    _load(task.model, reference.model.state_dict(), part)
     state = {
         "step": 0,
         "config": config.model_dump(mode="json"),
         # What images are like, a data set knows; only models of pixels are built from it.
         "description": task.description() if config.model == "pixelcnn++" else {},
         "model": task.model.state_dict(),
-        _KEPT: {"source": source, "layout": reference.form.layout, "unused": reference.form.unused},
+        _KEPT: {"source": source, "part": part, "layout": reference.form.layout, "unused": reference.form.unused},
     }
     if (command.out / "config.yaml").exists() or (command.out / "checkpoint.pt").exists():
         raise TrainingError(f"--out: {command.out} already holds a run")
@@ -156,7 +158,7 @@ def _take_over(command: _Command, source: str) -> None:
     parameters = sum(parameter.numel() for parameter in reference.model.parameters())
     print(f"{type(reference.model).__name__} of {source}, {parameters:,} parameters, is a run in {command.out}")
     print(describe(config))
-    if partial:
+    if part:
         print("the checkpoint holds an encoder alone: context network and predictions start from the seed")
     if reference.assumed:
         print(f"not told by the checkpoint, and assumed: {'; '.join(reference.assumed)}")
@@ -212,13 +214,9 @@ def _patch_model_options(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     options = {"view": view, "cpc": cpc}
     skip = cpc.setdefault("skip", 1)
     if found["kind"] == "cpc-v2":
-        # One context network, of the only direction.
-        cpc |= {
-            "variant": "lightning-bolts",
-            "pred_directions": 1,
-            "pred_steps": grid - 1 - skip,
-            "shared_context": True,
-        }
+        # Its one context network is that of the only direction.
+        cpc |= {"variant": "lightning-bolts", "shared_context": True, "pred_directions": 1}
+        cpc["pred_steps"] = grid - 1 - skip
     else:
         cpc.setdefault("pred_steps", max(1, grid - 1 - skip))
         cpc.setdefault("pred_directions", 1)
@@ -234,9 +232,7 @@ def _patch_model_options(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _is_even(starts: Sequence[int], blocks: Sequence[int]) -> bool:
     """Whether modules that begin with these blocks are what their number alone gives."""
-    from cpc_ext.models.greedy_infomax import module_starts
-
-    return list(starts) == module_starts(blocks, len(starts)) if len(starts) <= len(blocks) else False
+    return len(starts) <= len(blocks) and list(starts) == module_starts(blocks, len(starts))
 
 
 def _pixelcnn_options(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -274,12 +270,15 @@ def _hand_over(command: _Command, target: str) -> None:
     classes = len(description.get("classes", ())) or (0 if classifier is None else len(classifier))
     task = _task(config, description.get("image_shape"), classes)
     try:
-        _load(task.model, weights, "")
+        _load(task.model, weights)
     except RuntimeError:
         raise TrainingError(f"{run.checkpoint} is of another model than {run.config} describes") from None
     kept = state.get(_KEPT, {})
-    form = Form(kept["layout"], kept["unused"]) if kept.get("source") == target else None
-    exported = export_reference(task.model, target, form=form)
+    model, form = task.model, None
+    if kept.get("source") == target:
+        # As it came: it has not been trained since.
+        model, form = model.get_submodule(kept["part"]), Form(kept["layout"], kept["unused"])
+    exported = export_reference(model, target, form=form)
     files = {command.out: exported}
     if form is not None and form.layout == "files":
         files = _by_module(command.out, exported)
@@ -339,9 +338,7 @@ def _task(config: RunConfig, image_shape: Sequence[int] | None, classes: int) ->
         raise TrainingError(str(error)) from None
 
 
-def _load(model: nn.Module, weights: Mapping[str, Tensor], prefix: str) -> None:
-    """Put weights into what the prefix names, in their own precision. RuntimeError where they do not fit."""
+def _load(model: nn.Module, weights: Mapping[str, Tensor], part: str = "") -> None:
+    """Put weights into a part of a model, which takes on their precision. RuntimeError where they do not fit."""
     dtype = next((value.dtype for value in weights.values() if value.is_floating_point()), torch.float32)
-    model.to(dtype)
-    part = model.get_submodule(prefix.removesuffix("."))
-    part.load_state_dict(dict(weights))
+    model.to(dtype).get_submodule(part).load_state_dict(dict(weights))
