@@ -85,11 +85,17 @@ struct Tile {
 
   Tile(const TensorView& view, int64_t b, int64_t first, int64_t pixels, int64_t width)
       : b(b), first(first), count(std::min(kTile, pixels - first)) {
-    neighbours = true;
-    for (int64_t i = 0; i < kTile; ++i) {
-      offsets[i] = b * view.strides[0] + pixel_offset(view, width, first + std::min(i, count - 1));
-      neighbours = neighbours && (i >= count || offsets[i] == offsets[0] + i);
+    int64_t y = first / width, x = first % width;
+    for (int64_t i = 0; i < count; ++i) {
+      offsets[i] = b * view.strides[0] + y * view.strides[2] + x * view.strides[3];
+      if (++x == width) {
+        x = 0;
+        ++y;
+      }
     }
+    std::fill(offsets + count, offsets + kTile, offsets[count - 1]);
+    neighbours = true;
+    for (int64_t i = 0; i < count; ++i) neighbours &= offsets[i] == offsets[0] + i;
   }
 };
 
@@ -188,7 +194,10 @@ void load_levels(float* to, const Likelihood& problem, int64_t b, int64_t first)
   const Tile tile(images, b, first, problem.pixels(), problem.width());
   for (int64_t c = 0; c < problem.channels(); ++c) {
     const uint8_t* const plane = images.as<uint8_t>() + c * images.strides[1];
-    for (int64_t i = 0; i < kTile; ++i) to[c * kTile + i] = widen(plane[tile.offsets[i]]);
+    if (tile.neighbours && tile.count == kTile)
+      for (int64_t i = 0; i < kTile; ++i) to[c * kTile + i] = widen(plane[tile.offsets[0] + i]);
+    else
+      for (int64_t i = 0; i < kTile; ++i) to[c * kTile + i] = widen(plane[tile.offsets[i]]);
   }
 }
 
