@@ -128,7 +128,8 @@ class PatchAugmentation:
         self._require("histogram_strength", self.histogram_strength, 0, 1)
         for strength, most in zip(self.jitter, (3, 3, 3, 0.5), strict=True):
             self._require("jitter", strength, 0, most)
-        self._require("crop", self.crop, 0, 1)
+        if not 0 < self.crop <= 1:
+            raise ValueError(f"crop: expected above 0 and at most 1, got {self.crop}")
         self._require("fill", self.fill, 0, 255)
 
     @staticmethod
