@@ -14,6 +14,7 @@
 #include "logistic_mixture/cpu.cpp"
 #include "masked_conv/cpu.cpp"
 #include "patches/cpu.cpp"
+#include "pixel_steps/cpu.cpp"
 
 namespace cpc {
 namespace {
@@ -183,6 +184,38 @@ void masked_conv() {
   masked_conv::cpu::CPC_ISA::weight_grad(gradient);
 }
 
+// Two steps that read what steps of other pixels wrote, with work enough for all threads.
+void pixel_steps_kernel() {
+  constexpr int64_t kBatch = 7, kFeatures = 64, kSide = 8, kHigh = kSide + pixel_steps::kAbove,
+                    kWide = kSide + 2 * pixel_steps::kBeside;
+  std::vector<float> raw(kBatch * kHigh * kWide * kFeatures), elu(2 * raw.size()),
+      weight(8 * kFeatures * 2 * kFeatures, 0.01f), bias(2 * kFeatures, 0.1f);
+  const auto map = [&](std::vector<float>& values, int64_t channels) {
+    return dense(values.data(), DType::f32, {kBatch, kHigh, kWide, channels});
+  };
+  pixel_steps::Network network;
+  network.batch = kBatch;
+  network.height = network.width = kSide;
+  for (const bool gated : {false, true}) {
+    pixel_steps::Step step;
+    step.sources.push_back({map(elu, 2 * kFeatures), 1, {{-1, -1}, {-1, 0}, {-1, 1}, {0, -1}}});
+    const int64_t outputs = gated ? 2 * kFeatures : kFeatures;
+    step.weight = dense(weight.data(), DType::f32, {8 * kFeatures, outputs});
+    step.bias = dense(bias.data(), DType::f32, {outputs});
+    step.raw = map(raw, kFeatures);
+    step.elu = map(elu, 2 * kFeatures);
+    if (gated) step.residual = step.raw;
+    network.steps.push_back(std::move(step));
+  }
+  pixel_steps::check(network);
+  pixel_steps::cpu::CPC_ISA::pack(network);
+  for (int64_t row = 0; row < kSide; ++row) {
+    if (row % 2) pixel_steps::cpu::CPC_ISA::run({.network = network, .row = row, .whole_row = true});
+    for (int64_t col = 0; row % 2 == 0 && col < kSide; ++col)
+      pixel_steps::cpu::CPC_ISA::run({.network = network, .row = row, .col = col});
+  }
+}
+
 // What a race looks like: all iterations add to one number.
 void planted_race() {
   int64_t total = 0;
@@ -195,6 +228,7 @@ const std::map<std::string, std::function<void()>> checks = {{"augment", augment
                                                              {"logistic_mixture", logistic_mixture},
                                                              {"masked_conv", masked_conv},
                                                              {"patches", patches},
+                                                             {"pixel_steps", pixel_steps_kernel},
                                                              {"planted_race", planted_race}};
 
 }  // namespace

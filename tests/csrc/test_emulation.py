@@ -91,7 +91,9 @@ def test_an_error_reaches_python_and_the_next_launch_works(emulated_native):
         emulated_native.emulate_cuda(False)
 
 
-@pytest.mark.parametrize("kernels", ["augment", "info_nce", "logistic_mixture", "masked_conv", "patches"])
+@pytest.mark.parametrize(
+    "kernels", ["augment", "info_nce", "logistic_mixture", "masked_conv", "patches", "pixel_steps"]
+)
 def test_parallel_kernels_have_no_races(emulation, kernels):
     """ThreadSanitizer, over the CPU kernels with threads that it understands instead of OpenMP's."""
     done = run(emulation / "race_check", kernels)
