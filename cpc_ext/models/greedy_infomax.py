@@ -158,6 +158,9 @@ class _GreedyModel(nn.Module, ABC):
         super().train(mode)
         for index, module in enumerate(self.encoder_modules):
             module.train(mode and index >= self.frozen)
+        for name in self.encoder.stem_layers:
+            # Whoever replaces layers, as for synchronised batch norm, replaces the encoder's.
+            getattr(self.encoder, name).train(mode and self.frozen == 0)
         return self
 
     def encode(self, patches_or_images: Tensor) -> Tensor:

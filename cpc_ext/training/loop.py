@@ -82,7 +82,7 @@ class Trainer:
         if ranks.pipeline and len(self._parts) != ranks.world_size:
             raise TrainingError(
                 f"--pipeline needs a process for each of {len(self._parts)} modules: start it by torchrun "
-                f"--standalone --nproc-per-node {len(self._parts)}, not with {ranks.world_size}"
+                f"--standalone --nproc-per-node {len(self._parts)}, not with {ranks.world_size}, or give --no-pipeline"
             )
         mine = [ranks.rank] if ranks.pipeline else range(len(self._parts))
         self._learners = [Learner(index, self._parts[index], config, ranks) for index in mine]

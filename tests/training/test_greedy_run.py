@@ -320,7 +320,7 @@ def noise(tmp_path, monkeypatch) -> list[str]:
     ]
 
 
-def start_pipeline(start, *arguments: str | Path) -> list[subprocess.Popen[str]]:
+def start_two(start, *arguments: str | Path) -> list[subprocess.Popen[str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -339,7 +339,7 @@ def start_pipeline(start, *arguments: str | Path) -> list[subprocess.Popen[str]]
 
 def test_a_pipeline_is_all_at_once(start, noise, tmp_path):
     """Two processes with a module each end up with what one process with both does, also when one goes on later."""
-    processes = start_pipeline(start, "--out-dir", tmp_path / "pipeline", *noise, "--pipeline", "--steps", "7")
+    processes = start_two(start, "--out-dir", tmp_path / "pipeline", *noise, "--pipeline", "--steps", "7")
     assert program.main(["--out-dir", str(tmp_path / "one"), *noise, "--steps", "7"]) == 0
     outputs = [process.communicate(timeout=PATIENCE_SECONDS)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
@@ -368,9 +368,22 @@ def test_a_pipeline_is_all_at_once(start, noise, tmp_path):
     compare()
 
 
+def test_processes_that_share_batches_are_one(start, noise, tmp_path):
+    """Without --pipeline each process trains all modules on its part of a batch."""
+    processes = start_two(start, "--out-dir", tmp_path / "several", *noise, "--steps", "4")
+    assert program.main(["--out-dir", str(tmp_path / "one"), *noise, "--steps", "4"]) == 0
+    outputs = [process.communicate(timeout=PATIENCE_SECONDS)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    several, one = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("several", "one"))
+    assert len(several) == 2
+    for mine, theirs in zip(several, one, strict=True):
+        for name in ("loss", "grad_norm_module_0", "grad_norm_module_1", "loss_module_1", "mutual_information"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-3), name
+
+
 def test_a_dead_process_ends_the_pipeline(start, noise, tmp_path):
     run = tmp_path / "pipeline"
-    first, second = start_pipeline(start, "--out-dir", run, *noise, "--pipeline", "--steps", "100000")
+    first, second = start_two(start, "--out-dir", run, *noise, "--pipeline", "--steps", "100000")
     deadline = time.monotonic() + PATIENCE_SECONDS
     while len(read_metrics(run / "metrics.jsonl")) < 3 and time.monotonic() < deadline and first.poll() is None:
         time.sleep(0.01)
@@ -384,7 +397,7 @@ def test_a_dead_process_ends_the_pipeline(start, noise, tmp_path):
 
 def test_a_stopped_pipeline_saves_and_goes_on(start, noise, tmp_path):
     run = tmp_path / "pipeline"
-    processes = start_pipeline(start, "--out-dir", run, *noise, "--pipeline", "--steps", "100000")
+    processes = start_two(start, "--out-dir", run, *noise, "--pipeline", "--steps", "100000")
     deadline = time.monotonic() + PATIENCE_SECONDS
     while len(read_metrics(run / "metrics.jsonl")) < 3 and time.monotonic() < deadline and processes[0].poll() is None:
         time.sleep(0.01)
@@ -392,7 +405,7 @@ def test_a_stopped_pipeline_saves_and_goes_on(start, noise, tmp_path):
     outputs = [process.communicate(timeout=PATIENCE_SECONDS)[0] for process in processes]
     assert [process.returncode for process in processes] == [143, 143], "\n".join(outputs)
     reached = load_checkpoint(run / "checkpoint.pt")["step"]
-    processes = start_pipeline(start, "--out-dir", run, "--resume", "--steps", str(reached + 3))
+    processes = start_two(start, "--out-dir", run, "--resume", "--steps", str(reached + 3))
     outputs = [process.communicate(timeout=PATIENCE_SECONDS)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     assert load_checkpoint(run / "checkpoint.pt")["step"] == reached + 3
