@@ -34,9 +34,8 @@ def context_size(state: Mapping[str, Tensor]) -> tuple[int, int]:
 
 def is_unused_in_context(name: str, layers: int) -> bool:
     """Whether a tensor there feeds nothing: masks, which ours knows, and the last layer's vertical residual."""
-    return _MASK.fullmatch(name) is not None or (
-        layers > 1 and name.startswith(f"stack.layers.{layers - 1}.residual_vertical.")
-    )
+    residual = f"stack.layers.{layers - 1}.residual_vertical."
+    return _MASK.fullmatch(name) is not None or (layers > 1 and name in (residual + "weight", residual + "bias"))
 
 
 def context_to_ours(state: Mapping[str, Tensor], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -6,7 +6,6 @@ prefix. The encoder's "classifier" is kept beside the model: it belongs to the l
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -297,13 +296,19 @@ def _view(stem: str, settings: Settings, least: int | None) -> tuple[dict[str, i
         crop = settings.image_size
     else:
         # The nearest below that half-overlapping patches fill.
-        unit = (grid + 1) // math.gcd(2, grid + 1)
-        crop = crop - crop % unit or unit
+        crop = crop - crop % (grid + 1) or grid + 1
         assumed.append(f"image_size {crop}")
-    patch = settings.patch_size
-    if patch is None:
-        patch = 2 * crop // (grid + 1)
-    stride = patch // 2 if settings.stride is None else settings.stride
+    if settings.patch_size is None and crop % (grid + 1):
+        raise ValueError(
+            f"image_size {crop} does not divide into half-overlapping patches on a {grid} x {grid} grid: use a "
+            f"multiple of {grid + 1}, or give patch_size"
+        )
+    patch = settings.patch_size or 2 * crop // (grid + 1)
+    stride = settings.stride or max(1, (crop - patch) // (grid - 1))
+    if patch + stride * (grid - 1) != crop:
+        raise ValueError(
+            f"image_size {crop} is not filled by {grid} patches a side of {patch} pixels with a stride of {stride}"
+        )
     return {"image_size": crop, "grid_size": grid, "patch_size": patch, "stride": stride}, tuple(assumed)
 
 

@@ -6,6 +6,7 @@ around a state dict is taken off: wrapping dictionaries, and the prefixes of Dat
 
 from __future__ import annotations
 
+import argparse
 import pickle
 import re
 import zipfile
@@ -161,6 +162,7 @@ def _unwrapped(content: Any, name: str) -> tuple[dict[str, Tensor], dict[str, An
     options: dict[str, Any] = {}
     while isinstance(content, Mapping):
         hyper = content.get("hyper_parameters", content.get("hparams"))
+        hyper = vars(hyper) if isinstance(hyper, _Namespace | argparse.Namespace) else hyper
         if isinstance(hyper, Mapping):
             options |= {str(key): value for key, value in hyper.items()}
         inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)

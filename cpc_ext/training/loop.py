@@ -111,11 +111,6 @@ class Trainer:
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint. TrainingError where it does not fit this run."""
-        if "optimizer" not in state:
-            raise TrainingError(
-                f"--resume: {self._run.checkpoint} holds a model and no training to go on with; start from it with "
-                f"--resume-from {self._run.path}"
-            )
         try:
             self._task.model.load_state_dict(state["model"])
             self._task.load_state_dict(state.get("task", {}))

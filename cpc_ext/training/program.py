@@ -131,6 +131,11 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
     ranks.say(f"cpc_ext {cpc_ext.__version__}, run in {run.path}\n{describe(config)}")
     state = load_checkpoint(run.checkpoint) if resume else None
     if state is not None:
+        if "optimizer" not in state:
+            raise TrainingError(
+                f"--resume: {run.checkpoint} holds a model and no training to go on with; start from it with "
+                f"--resume-from {run.path}"
+            )
         _check_same_run(validate_config(state["config"]), config)
     with _timed(phases, "data"):
         dataset = load_data(config)

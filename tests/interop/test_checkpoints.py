@@ -1,0 +1,394 @@
+"""The forms that checkpoints come in, and what is said of files that are none or another program's."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import pickle
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from cpc_ext.interop import CheckpointError, export_reference, load_reference, read_reference
+from cpc_ext.models import (
+    CPC,
+    GatedPixelCNNContext,
+    GreedyInfoMax,
+    GreedySupervised,
+    MobileNetV2Encoder,
+    PixelCNNPP,
+    ResidualContext,
+    ResNetV2Encoder,
+    TimmEncoder,
+    WideResNetEncoder,
+)
+from cpc_ext.nn import TargetInfoNCE
+
+
+def assert_same_weights(left, right):
+    left, right = left.state_dict(), right.state_dict()
+    assert left.keys() == right.keys()
+    assert all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+def small_resnet(**arguments):
+    return ResNetV2Encoder(blocks=(1, 1, 1), channels=(4, 8, 8), stem_channels=4, **arguments)
+
+
+def small_greedy(modules=3):
+    encoder = small_resnet(in_channels=1)
+    context = GatedPixelCNNContext(encoder.out_channels, 2) if modules == 1 else None
+    return GreedyInfoMax(encoder, modules, context=context, pred_steps=2)
+
+
+@pytest.fixture
+def cpc():
+    """Weights and model of CPCV2-PyTorch's CPC in two directions."""
+    encoder = small_resnet(norm="layer", stem="cifar")
+    model = CPC(encoder, GatedPixelCNNContext(encoder.out_channels, 2), pred_steps=2, pred_directions=2)
+    return export_reference(model, "cpcv2-pytorch"), model
+
+
+def ours(source):
+    """A model of every kind that a program has."""
+    bolts = {"target_channels": 3, "reduction": "lightning-bolts"}
+    if source == "cpcv2-pytorch":
+        return [
+            small_resnet(),
+            small_resnet(norm="batch", stem="imagenet"),
+            small_resnet(in_channels=1, bottleneck=True, norm="layer", stem="cifar"),
+            ResNetV2Encoder(14, stem="cifar"),
+            WideResNetEncoder(10, 2, norm="none"),
+            MobileNetV2Encoder(1, width=0.25, norm="batch"),
+            MobileNetV2Encoder(1, width=0.25, norm="none"),
+            GatedPixelCNNContext(4),
+        ]
+    if source == "greedy-infomax":
+        return [
+            small_greedy(),
+            small_greedy(1),
+            GreedyInfoMax(small_resnet(bottleneck=True), (1,), pred_steps=1),
+            GreedySupervised(small_resnet(), 3, classes=4),
+        ]
+    if source == "lightning-bolts":
+        return [
+            ResidualContext(4, 5, 2, padding="lightning-bolts"),
+            CPC(
+                TimmEncoder("resnet18"),
+                ResidualContext(TimmNetwork.num_features, 5, 1, padding="lightning-bolts"),
+                TargetInfoNCE(TimmNetwork.num_features, **bolts),
+            ),
+        ]
+    return [PixelCNNPP(1, channels=4, blocks=1, mixtures=2), PixelCNNPP(3, channels=4, blocks=2, mixtures=1)]
+
+
+class TimmNetwork(nn.Module):
+    """Has the parameter names of the library's ResNet-18, with few channels."""
+
+    num_features = 4
+
+    def __init__(self, in_chans):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(in_chans, 4, 7, bias=False), nn.BatchNorm2d(4)
+        for stack in range(1, 5):
+            blocks = nn.Sequential(*(nn.Module() for _ in range(2)))
+            for block in blocks:
+                block.conv1, block.bn1 = nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4)
+                block.conv2, block.bn2 = nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4)
+            setattr(self, f"layer{stack}", blocks)
+
+    def forward(self, patches):
+        return self.bn1(self.conv1(patches)).mean((2, 3))
+
+
+@pytest.fixture
+def timm(monkeypatch):
+    """Stands in for the library, which is not installed everywhere; names are what matters here."""
+    library = argparse.Namespace(create_model=lambda name, in_chans, **options: TimmNetwork(in_chans))
+    monkeypatch.setitem(__import__("sys").modules, "timm", library)
+
+
+@pytest.mark.parametrize("source", ["cpcv2-pytorch", "greedy-infomax", "lightning-bolts", "pixel-cnn-pp"])
+def test_models_of_ours_go_there_and_come_back(timm, source):
+    for model in ours(source):
+        state = export_reference(model, source)
+        assert all(type(value) is torch.Tensor for value in state.values())
+        back = load_reference(state, source)
+        assert type(back) is type(model)
+        assert_same_weights(back, model)
+
+
+def test_models_that_come_back_compute_the_same():
+    model = small_greedy().eval()
+    images = torch.randn(2, 1, 64, 64)
+    back = load_reference(export_reference(model, "greedy-infomax"), "greedy-infomax").eval()
+    for mine, theirs in zip(back.encodings_by_module(images), model.encodings_by_module(patches(images)), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def patches(images):
+    return images.unfold(2, 16, 8).unfold(3, 16, 8).permute(0, 2, 3, 1, 4, 5)
+
+
+def prefixed(state, prefix):
+    return {prefix + name: value for name, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: prefixed(state, "module."),
+        lambda state: prefixed(state, "_orig_mod.module."),
+        lambda state: {name.replace("enc.", "enc.module."): value for name, value in state.items()},
+        lambda state: {
+            "state_dict": prefixed(state, "module."),
+            "epoch": 3,
+            "optimizer": {"state": {0: torch.ones(1)}},
+        },
+        lambda state: {"model": state, "ema": prefixed(state, "x."), "optimizer_states": [torch.ones(2)]},
+        lambda state: state | prefixed(state, "ema."),
+        lambda state: collections.OrderedDict(state, note="trained for long"),
+        lambda state: {name: value for name, value in state.items() if not name.startswith("enc.classifier")},
+        lambda state: state | {"enc.classifier.weight": torch.ones(10, 8), "enc.classifier.bias": torch.ones(10)},
+    ],
+)
+def test_what_is_put_around_weights_does_not_matter(cpc, wrap, tmp_path):
+    state, model = cpc
+    assert_same_weights(load_reference(wrap(state), "cpcv2-pytorch"), model)
+    torch.save(wrap(state), tmp_path / "checkpoint.tar")
+    assert_same_weights(load_reference(str(tmp_path / "checkpoint.tar"), "cpcv2-pytorch"), model)
+
+
+def test_kinds_of_files(cpc, tmp_path):
+    state, model = cpc
+    torch.save(state, tmp_path / "old", _use_new_zipfile_serialization=False)
+    save_file({name: value.clone() for name, value in state.items()}, tmp_path / "named.anyhow")
+    for name in ("old", "named.anyhow"):
+        assert_same_weights(load_reference(tmp_path / name, "cpcv2-pytorch"), model)
+
+
+def test_lightning_with_its_options(timm, tmp_path):
+    *_, model = ours("lightning-bolts")
+    state = export_reference(model, "lightning-bolts")
+    evaluator = {"non_linear_evaluator.block_forward.1.weight": torch.ones(3)}
+    torch.save(
+        {
+            "state_dict": state | evaluator,
+            "hyper_parameters": argparse.Namespace(patch_size=16, patch_overlap=12),
+            "pytorch-lightning_version": "1.9.0",
+            "callbacks": {"ModelCheckpoint{'monitor': None}": {"best_model_path": "there"}},
+            "optimizer_states": [{"state": {0: {"step": torch.tensor(1.0)}}}],
+        },
+        tmp_path / "epoch=3.ckpt",
+    )
+    reference = read_reference(tmp_path / "epoch=3.ckpt", "lightning-bolts")
+    assert_same_weights(reference.model, model)
+    assert [reference.configuration[name] for name in ("patch_size", "stride", "image_size")] == [16, 4, 40]
+    again = export_reference(reference.model, "lightning-bolts", form=reference.form)
+    assert again.keys() == (state | evaluator).keys()
+
+
+def by_file(state):
+    """The state dict of every module, and of the context network where there is one."""
+    parts = {}
+    for name, value in state.items():
+        for whole, short in (("encoder.", ""), ("autoregressor.", "context.")):
+            if name.startswith(whole):
+                part, _, rest = (short + name.removeprefix(whole)).partition(".")
+                parts.setdefault(part, {})[rest] = value
+    return list(parts.values())
+
+
+@pytest.mark.parametrize("modules", [1, 3])
+def test_greedy_infomax_in_one_file_or_many(modules, tmp_path):
+    model = small_greedy(modules)
+    state = export_reference(model, "greedy-infomax")
+    files = []
+    for index, part in enumerate(by_file(state)):
+        files.append(tmp_path / f"model_{index}.ckpt")
+        torch.save(prefixed(part, "module."), files[-1])
+    reference = read_reference(files, "greedy-infomax")
+    assert_same_weights(reference.model, model)
+    assert reference.form.layout == "files"
+
+    again = export_reference(reference.model, "greedy-infomax", form=reference.form)
+    expected = {name.removeprefix("encoder."): value for name, value in state.items() if not name.startswith("model.")}
+    assert again.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in again.items())
+
+    whole = read_reference(state, "greedy-infomax")
+    assert whole.form.layout == "full"
+    again = export_reference(whole.model, "greedy-infomax", form=whole.form)
+    assert again.keys() == state.keys()
+
+
+def test_first_module_alone():
+    first, *_ = by_file(export_reference(small_greedy(), "greedy-infomax"))
+    model = load_reference(first, "greedy-infomax")
+    assert len(model.encoder_modules) == 1
+    assert model.encoder.out_channels == 4
+
+
+def test_settings(cpc):
+    state, _ = cpc
+    configuration = read_reference(
+        state, "cpcv2-pytorch", grid_size=7, image_size=64, norm="instance", skip=2, neg_samples="all"
+    ).configuration
+    assert configuration["encoder"]["arguments"]["norm"] == "instance"
+    names = ("grid_size", "patch_size", "stride", "skip", "neg_samples")
+    assert [configuration[name] for name in names] == [7, 16, 8, 2, "all"]
+    with pytest.raises(ValueError, match="grid_size must be at least 4 for this checkpoint, got 3"):
+        load_reference(state, "cpcv2-pytorch", grid_size=3)
+    with pytest.raises(ValueError, match="neg_samples must be an int of at least 1"):
+        load_reference(state, "cpcv2-pytorch", neg_samples=0)
+    with pytest.raises(TypeError, match=r"settings are grid_size, .*, got colour"):
+        load_reference(state, "cpcv2-pytorch", colour=True)
+    with pytest.raises(ValueError, match=r"source must be one of cpcv2-pytorch, .*, got 'torchvision'"):
+        load_reference(state, "torchvision")
+    with pytest.raises(TypeError, match="must be a path, a mapping or a sequence"):
+        load_reference(3, "cpcv2-pytorch")
+
+
+class Executes:
+    """Runs when it is unpickled, unless nothing is."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_no_code_is_run(tmp_path, cpc, zipped):
+    path, trace = tmp_path / "evil.pt", tmp_path / "ran"
+    torch.save({**cpc[0], "more": Executes(trace)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"more than tensors and plain values: .*open"):
+        load_reference(path, "cpcv2-pytorch")
+    path.write_bytes(pickle.dumps(Executes(trace), protocol=2))
+    with pytest.raises(CheckpointError):
+        load_reference(path, "cpcv2-pytorch")
+    torch.save(nn.Linear(2, 2), path)
+    with pytest.raises(CheckpointError, match="Linear"):
+        load_reference(path, "cpcv2-pytorch")
+    assert not trace.exists()
+
+
+def test_damaged_files(tmp_path, cpc):
+    state, _ = cpc
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(CheckpointError, match=r"cannot read .*checkpoint.pt: No such file"):
+        load_reference(path, "cpcv2-pytorch")
+    path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="is empty"):
+        load_reference(path, "cpcv2-pytorch")
+    path.write_bytes(b"epoch,loss\n1,2.0\n")
+    with pytest.raises(CheckpointError, match="neither a checkpoint of PyTorch nor a safetensors file"):
+        load_reference(path, "cpcv2-pytorch")
+    for zipped in (True, False):
+        torch.save(state, path, _use_new_zipfile_serialization=zipped)
+        content = path.read_bytes()
+        for size in (20, len(content) // 2, len(content) - 30):
+            path.write_bytes(content[:size])
+            with pytest.raises(CheckpointError, match="damaged"):
+                load_reference(path, "cpcv2-pytorch")
+    save_file(dict(state), path)
+    content = path.read_bytes()
+    for size in (9, 100, len(content) - 1):
+        path.write_bytes(content[:size])
+        with pytest.raises(CheckpointError, match="damaged"):
+            load_reference(path, "cpcv2-pytorch")
+
+
+def test_a_flipped_bit_is_noticed(tmp_path, cpc):
+    path = tmp_path / "checkpoint.pt"
+    torch.save(cpc[0], path)
+    with zipfile.ZipFile(path) as archive:
+        member = max(archive.infolist(), key=lambda info: info.file_size)
+    content = bytearray(path.read_bytes())
+    content[member.header_offset + len(member.FileHeader()) + 200] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_reference(path, "cpcv2-pytorch")
+
+
+def test_other_programs_and_other_names(cpc, timm):
+    state, _ = cpc
+    greedy = export_reference(small_greedy(), "greedy-infomax")
+    with pytest.raises(CheckpointError, match="It looks like greedy-infomax, which has"):
+        load_reference(greedy, "cpcv2-pytorch")
+    with pytest.raises(CheckpointError, match="It looks like cpcv2-pytorch"):
+        load_reference(state, "pixel-cnn-pp")
+    with pytest.raises(CheckpointError, match=r"2 of its names do not fit \(a.weight, a.bias\).*\n.*None of cpcv2-py"):
+        load_reference({f"a.{part}": torch.ones(2) for part in ("weight", "bias")}, "cpcv2-pytorch")
+    with pytest.raises(CheckpointError, match=r"1 of its names do not fit \(momentum_queue\)"):
+        load_reference(state | {"momentum_queue": torch.ones(3)}, "cpcv2-pytorch")
+    with pytest.raises(CheckpointError, match="holds no tensors by name; it holds epoch"):
+        load_reference({"epoch": 3}, "cpcv2-pytorch")
+    with pytest.raises(CheckpointError, match=r"no\s.*context network"):
+        load_reference({name: value for name, value in state.items() if not name.startswith("ar.")}, "cpcv2-pytorch")
+
+
+def test_missing_and_misshapen_tensors_are_named(cpc):
+    state, _ = cpc
+    without = {name: value for name, value in state.items() if name != "enc.layers.1.0.conv2.weight"}
+    with pytest.raises(CheckpointError, match=r"enc\.layers\.1\.0\.conv2\.weight is missing"):
+        load_reference(without, "cpcv2-pytorch")
+    narrow = state | {"enc.layers.1.0.conv2.weight": torch.ones(8, 7, 3, 3)}
+    with pytest.raises(CheckpointError, match=r"conv2\.weight is \[8, 7, 3, 3\], expected \[8, 8, 3, 3\]"):
+        load_reference(narrow, "cpcv2-pytorch")
+    hidden = state | {"ar.stack.layers.0.vertical_conv.mask": torch.ones(16, 8, 3, 3)}
+    with pytest.raises(CheckpointError, match=r"ar\.stack\.layers\.0\.vertical_conv\.mask hides other places"):
+        load_reference(hidden, "cpcv2-pytorch")
+    no_matrices = {name: value for name, value in state.items() if name != "pred_loss.1.W_k.0.weight"}
+    with pytest.raises(CheckpointError, match=r"pred_loss\.1: expected W_k\.0\.weight"):
+        load_reference(no_matrices, "cpcv2-pytorch")
+
+
+@pytest.mark.parametrize("source", ["cpcv2-pytorch", "greedy-infomax", "lightning-bolts", "pixel-cnn-pp"])
+def test_any_tensor_missing_scrambled_or_renamed_is_an_error_and_no_crash(timm, source):
+    generator = torch.Generator().manual_seed(0)
+    for model in ours(source)[:2]:
+        state = export_reference(model, source)
+        names = [name for name in state if not name.endswith((".mask", "num_batches_tracked"))]
+        for index in torch.randint(len(names), (8,), generator=generator):
+            name = names[int(index)]
+            rest = {other: value for other, value in state.items() if other != name}
+            for changed in (rest | {f"{name}x": state[name]}, rest | {name: state[name].reshape(-1)[None]}):
+                with pytest.raises(CheckpointError):
+                    load_reference(changed, source)
+
+
+def test_models_that_a_program_does_not_have(cpc):
+    _, model = cpc
+    with pytest.raises(CheckpointError, match="has no model like a CPC"):
+        export_reference(model, "greedy-infomax")
+    with pytest.raises(CheckpointError, match="no stem of 5x5 with stride 2"):
+        export_reference(small_resnet(stem="strided"), "cpcv2-pytorch")
+    with pytest.raises(CheckpointError, match="cut inside"):
+        export_reference(
+            GreedyInfoMax(ResNetV2Encoder(blocks=(2,), channels=(4,)), (1,), pred_steps=1), "greedy-infomax"
+        )
+    with pytest.raises(CheckpointError, match="ResNets without norm"):
+        export_reference(GreedyInfoMax(small_resnet(norm="layer"), pred_steps=1), "greedy-infomax")
+    with pytest.raises(CheckpointError, match="pads its context network in a way of its own"):
+        export_reference(ResidualContext(4), "lightning-bolts")
+    with pytest.raises(CheckpointError, match="no models of classes"):
+        export_reference(PixelCNNPP(1, channels=4, blocks=1, num_classes=3), "pixel-cnn-pp")
+
+
+def test_newer_names_of_normalised_weights():
+    model = PixelCNNPP(1, channels=4, blocks=1, mixtures=2)
+    state = export_reference(model, "pixel-cnn-pp")
+    newer = {
+        name.replace("weight_g", "parametrizations.weight.original0").replace(
+            "weight_v", "parametrizations.weight.original1"
+        ): value
+        for name, value in state.items()
+    }
+    reference = read_reference(newer, "pixel-cnn-pp")
+    assert_same_weights(reference.model, model)
+    assert export_reference(reference.model, "pixel-cnn-pp", form=reference.form).keys() == newer.keys()
