@@ -180,9 +180,11 @@ class PixelCNNPP(PixelModel):
         """
         training = self.training
         self.eval()
-        with initialize_from_data(self):
-            self(images, labels)
-        self.train(training)
+        try:
+            with initialize_from_data(self):
+                self(images, labels)
+        finally:
+            self.train(training)
 
     def _sampler(self, images: Tensor, labels: Tensor | None, *, temperature: float, cached: bool) -> PixelSampler:
         return MixtureSampler(self, images, labels, temperature=temperature, cached=cached)
