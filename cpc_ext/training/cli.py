@@ -84,10 +84,15 @@ def parse(arguments: Sequence[str]) -> Command:
         defaults = load_config(Path(chosen.config))
     elif chosen.resume_from is not None:
         defaults = load_config(RunDir(Path(chosen.resume_from)).config, option_name="--resume-from")
+        if chosen.model not in (None, defaults.model):
+            raise TrainingError(
+                f"--resume-from: {chosen.resume_from} is a run of {defaults.model}, not of --model {chosen.model}"
+            )
     else:
-        names = (chosen.model, chosen.dataset)
+        standard = next(iter(PRESETS))
+        names = (chosen.model or standard[0], chosen.dataset or standard[1])
         # Names that do not exist are refused in the second pass, which knows all that do.
-        defaults = preset(*(names if names in PRESETS else next(iter(PRESETS))), device=chosen.device)
+        defaults = preset(*(names if names in PRESETS else standard), device=chosen.device)
     arguments = _with_values(arguments)
     if (chosen.epochs is None) != (chosen.steps is None):
         # The one that is given replaces whichever the defaults have.
@@ -135,11 +140,8 @@ def _refuse(message: str) -> NoReturn:
 
 def _first_pass(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    default_model, default_dataset = next(iter(PRESETS))
     # A missing value is for the second pass to complain about.
-    parser.add_argument("--model", nargs="?", default=default_model)
-    parser.add_argument("--dataset", nargs="?", default=default_dataset)
-    for name in ("--device", "--config", "--resume-from", "--out-dir", "--epochs", "--steps"):
+    for name in ("--model", "--dataset", "--device", "--config", "--resume-from", "--out-dir", "--epochs", "--steps"):
         parser.add_argument(name, nargs="?")
     parser.add_argument("--resume", action="store_true")
     # The second pass takes --out_dir as well.

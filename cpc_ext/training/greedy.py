@@ -70,16 +70,10 @@ class GreedyTask(CPCv1Task):
             total = {name: total.get(name, 0) + value for name, value in values.items()}
         return total
 
-    def start(self, weights: dict[str, Tensor], trained: RunConfig) -> None:
-        """Of another run of Greedy InfoMax; where modules are frozen, one that trained them on the same patches."""
-        if self.model.frozen > 0:
-            self._check_trained(trained)
-        super().start(weights, trained)
-
-    def _check_trained(self, trained: RunConfig) -> None:
-        """TrainingError where a run did not train the modules that are frozen in this one."""
-        if not isinstance(trained, GreedyConfig):
-            raise TrainingError(f"--resume-from: that is a run of {trained.model}, expected {self._config.model}")
+    def check_start(self, trained: RunConfig) -> None:
+        """Modules that are frozen have to be trained, on patches like these."""
+        if self.model.frozen == 0 or not isinstance(trained, GreedyConfig):
+            return
         different = [
             f"{option(name)} is {theirs[name]} there, {value} here"
             for theirs, mine in zip(_shape(trained), _shape(self._config), strict=True)

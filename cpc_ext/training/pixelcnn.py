@@ -21,7 +21,7 @@ from cpc_ext.models import GatedPixelCNN, PixelCNN, PixelCNNPP
 from cpc_ext.models.pixel_model import PixelModel
 from cpc_ext.training import figures
 from cpc_ext.training.atomic_file import atomic_file
-from cpc_ext.training.config import PixelCNNConfig, RunConfig
+from cpc_ext.training.config import PixelCNNConfig
 from cpc_ext.training.pixel_histogram import static_histogram_bits_per_dim
 from cpc_ext.training.precision import autocast
 from cpc_ext.training.random_streams import RandomStreams
@@ -94,8 +94,8 @@ class PixelCNNTask(Task):
         bits = self.model.bits_per_dim(images, labels if self._config.pixelcnn.class_conditional else None)
         return {"loss": bits * math.log(2), "bits_per_dim": bits}
 
-    def start(self, weights: dict[str, Tensor], trained: RunConfig) -> None:
-        super().start(weights, trained)
+    def start(self, weights: dict[str, Tensor]) -> None:
+        super().start(weights)
         self._average = self._new_average()
 
     def updated(self) -> None:

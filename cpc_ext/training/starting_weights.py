@@ -31,6 +31,7 @@ def take_weights(task: Task, run: RunDir) -> None:
     except (KeyError, ValidationError) as error:
         reason = explain(error) if isinstance(error, ValidationError) else f"it has no {error.args[0]}"
         raise TrainingError(f"--resume-from: {run.checkpoint} does not fit this run: {reason}") from None
+    task.check_start(saved)
     mine = task.model.state_dict()
     different = [f"{name} is missing there" for name in mine if name not in weights]
     different += [f"{name} is missing here" for name in weights if name not in mine]
@@ -46,4 +47,4 @@ def take_weights(task: Task, run: RunDir) -> None:
             + "; ".join(different[:_SHOWN])
             + more
         )
-    task.start(weights, saved)
+    task.start(weights)

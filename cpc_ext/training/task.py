@@ -76,11 +76,11 @@ class Task(ABC):
         """Compile with torch.compile what the steps run. Called once, before :meth:`parts`."""
         self.model.compile()
 
-    def start(self, weights: dict[str, Tensor], trained: RunConfig) -> None:
-        """Let a new run start from these weights, which have the names and shapes of the model's.
+    def check_start(self, trained: RunConfig) -> None:  # noqa: B027 - names and shapes of the weights are compared.
+        """TrainingError where the weights of a run with this config are none to start from."""
 
-        trained: the config of the run that they are of. TrainingError where it had something else in mind.
-        """
+    def start(self, weights: dict[str, Tensor]) -> None:
+        """Let a new run start from these weights, which have the names and shapes of the model's."""
         self.model.load_state_dict(weights)
 
     def prepare(self, ranks: Ranks, *, resumed: bool) -> None:  # noqa: B027 - there may be nothing to do.

@@ -104,8 +104,8 @@ def test_delta_orthogonal_start(greedy, tmp_path):
 def test_one_after_another(greedy, tmp_path):
     first, second, third = (tmp_path / name for name in "012")
     assert greedy("--out-dir", first, "--train-module", "0") == 0
-    assert greedy("--out-dir", second, "--train-module", "1", "--init-from", first) == 0
-    assert greedy("--out-dir", third, "--train-module", "2", "--init-from", second) == 0
+    assert greedy("--out-dir", second, "--train-module", "1", "--resume-from", first) == 0
+    assert greedy("--out-dir", third, "--train-module", "2", "--resume-from", second) == 0
     states = [weights(run) for run in (first, second, third)]
     assert_equal(
         of_module(states[0], 0),
@@ -120,7 +120,7 @@ def test_one_after_another(greedy, tmp_path):
 
 def test_a_frozen_run_resumes_without_the_one_it_began_with(greedy, tmp_path):
     assert greedy("--out-dir", tmp_path / "first", "--train-module", "0") == 0
-    options = ("--train-module", "1", "--init-from", tmp_path / "first")
+    options = ("--train-module", "1", "--resume-from", tmp_path / "first")
     assert greedy("--out-dir", tmp_path / "whole", *options, "--steps", "8") == 0
     assert greedy("--out-dir", tmp_path / "parts", *options, "--steps", "4") == 0
     (tmp_path / "first").rename(tmp_path / "gone")
@@ -144,7 +144,7 @@ def test_cached_outputs(greedy, tmp_path):
     """With crops that leave no choice, training from the disk is training as without it."""
     fixed = ("--crop", "32", "--grid-size", "7", "--no-flip", "--lr", "1e-4")
     assert greedy("--out-dir", tmp_path / "first", "--train-module", "0", *fixed) == 0
-    options = ("--train-module", "1", "--init-from", tmp_path / "first", *fixed)
+    options = ("--train-module", "1", "--resume-from", tmp_path / "first", *fixed)
     cached = ("--cache-outputs", tmp_path / "cache")
     assert greedy("--out-dir", tmp_path / "live", *options) == 0
     assert greedy("--out-dir", tmp_path / "cached", *options, *cached) == 0
@@ -158,7 +158,7 @@ def test_cached_outputs(greedy, tmp_path):
     assert_equal(weights(tmp_path / "again"), weights(tmp_path / "cached"))
     # Of other weights, or incomplete, it is computed anew.
     assert greedy("--out-dir", tmp_path / "other", "--train-module", "0", *fixed, "--seed", "1") == 0
-    others = ("--train-module", "1", "--init-from", tmp_path / "other", *fixed, *cached)
+    others = ("--train-module", "1", "--resume-from", tmp_path / "other", *fixed, *cached)
     assert greedy("--out-dir", tmp_path / "stale", *others) == 0
     assert file.stat().st_mtime_ns > written
     content = file.read_bytes()
@@ -212,7 +212,7 @@ def test_cache_needs_room(monkeypatch, greedy, tmp_path, capsys):
     usage = type("Usage", (), {"free": 100})
     monkeypatch.setattr("cpc_ext.training.output_cache.shutil.disk_usage", lambda path: usage)
     monkeypatch.setattr(RunDir, "check_space", lambda *arguments: None)
-    options = ("--train-module", "1", "--init-from", tmp_path / "first", "--cache-outputs", tmp_path / "cache")
+    options = ("--train-module", "1", "--resume-from", tmp_path / "first", "--cache-outputs", tmp_path / "cache")
     assert greedy("--out-dir", tmp_path / "second", *options) == 1
     assert "MiB left, the outputs need" in capsys.readouterr().err
     assert list((tmp_path / "cache").iterdir()) == []
@@ -222,8 +222,7 @@ def test_cache_needs_room(monkeypatch, greedy, tmp_path, capsys):
     ("options", "message"),
     [
         (["--train-module", "3"], "--train-module 3: there are 3 modules, counted from 0"),
-        (["--train-module", "1"], "--train-module 1 needs --init-from"),
-        (["--init-from", "x"], "--init-from needs --train-module 1 or higher"),
+        (["--train-module", "1"], "--train-module 1 needs --resume-from"),
         (["--cache-outputs", "x"], "--cache-outputs needs --train-module 1 or higher"),
         (["--pipeline", "--modules", "1"], "--pipeline trains several modules at a time"),
         (["--pipeline", "--train-module", "0"], "--pipeline trains several modules at a time"),
@@ -245,7 +244,7 @@ def test_wrong_options(capsys, options, message):
         (("--split-at", "2", "1"), "modules must begin with rising blocks"),
         (("--encoder", "mobilenetv2", "--init", "delta-orthogonal"), "--init delta-orthogonal is for ResNets"),
         (("--pipeline",), "--pipeline needs a process for each of 3 modules"),
-        (("--train-module", "1", "--init-from", "nowhere"), "--init-from: there is no checkpoint at nowhere"),
+        (("--train-module", "1", "--resume-from", "nowhere"), "--resume-from: cannot read nowhere/config.yaml"),
     ],
 )
 def test_runs_that_cannot_start(greedy, tmp_path, capsys, options, message):
@@ -260,10 +259,10 @@ def test_runs_that_do_not_fit_each_other(greedy, train, tmp_path, capsys):
         (tmp_path / "first", ("--norm", "batch"), "--norm is layer there, batch here"),
         (tmp_path / "first", ("--modules", "2"), "--modules is 3 there, 2 here"),
         (tmp_path / "first", ("--train-module", "2"), "trained module 0; --train-module 2 needs the run that"),
-        (tmp_path / "cpc", (), "is a run of cpc-v1, expected greedy-infomax"),
+        (tmp_path / "cpc", (), "is a run of cpc-v1, not of --model greedy-infomax"),
     ):
         capsys.readouterr()
-        assert greedy("--out-dir", tmp_path / "second", "--train-module", "1", "--init-from", run, *options) == 1
+        assert greedy("--out-dir", tmp_path / "second", "--train-module", "1", "--resume-from", run, *options) == 1
         assert message in capsys.readouterr().err
 
 
