@@ -19,6 +19,7 @@ from cpc_ext.training.atomic_file import atomic_file
 
 __all__ = [
     "AccuracyLine",
+    "augmentation_sheet",
     "confusion",
     "curves",
     "label_efficiency",
@@ -282,6 +283,29 @@ def nearest_patches(
                 axes.set_title("nearest by learned code, of other images", fontsize=10, loc="left")
     framing = "" if same_class is None else "; framed green: same class, red: another"
     figure.text(0.5, 0.02, f"below each: cosine similarity of the centred encodings{framing}", ha="center", fontsize=9)
+    return figure
+
+
+def augmentation_sheet(rows: Sequence[tuple[str, np.ndarray, Sequence[str]]], *, blocks: int = 2) -> Figure:
+    """What each transform makes of a patch: a row a transform, its patches side by side.
+
+    rows: of each, a title, patches [M, C, p, p] in 0..1 and what to write below each. blocks: columns of rows.
+    """
+    side, gap, below, label, apart, margin = 0.62, 0.06, 0.2, 1.25, 0.25, 0.15
+    per_block = -(-len(rows) // blocks)
+    most = max(len(patches) for _, patches, _ in rows)
+    block_width = label + most * (side + gap) + apart
+    width, height = blocks * block_width - apart + 2 * margin, per_block * (side + below) + 2 * margin
+    figure = Figure(figsize=(width, height))
+    for number, (title, patches, captions) in enumerate(rows):
+        block, line = divmod(number, per_block)
+        left, top = margin + block * block_width, height - margin - line * (side + below)
+        figure.text((left + label - 0.1) / width, (top - side / 2) / height, title, ha="right", va="center", fontsize=9)
+        for column, (patch, caption) in enumerate(zip(patches, captions, strict=True)):
+            x = left + label + column * (side + gap)
+            axes = figure.add_axes((x / width, (top - side) / height, side / width, side / height))
+            _show(axes, _as_image(patch))
+            axes.set_xlabel(caption, fontsize=6.5, labelpad=1.5)
     return figure
 
 
