@@ -291,7 +291,7 @@ def augmentation_sheet(rows: Sequence[tuple[str, np.ndarray, Sequence[str]]], *,
 
     rows: of each, a title, patches [M, C, p, p] in 0..1 and what to write below each. blocks: columns of rows.
     """
-    side, gap, below, label, apart, margin = 0.62, 0.06, 0.2, 1.25, 0.25, 0.15
+    side, gap, below, label, apart, margin = 0.64, 0.06, 0.2, 1.25, 0.25, 0.15
     per_block = -(-len(rows) // blocks)
     most = max(len(patches) for _, patches, _ in rows)
     block_width = label + most * (side + gap) + apart
