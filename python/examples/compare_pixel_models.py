@@ -1,8 +1,9 @@
 """PixelCNN, gated PixelCNN and PixelCNN++ at equal parameters: bits per dimension over steps and over time.
 
 Trains the three by `python -m cpc_ext.train`, one after the other on the same images, and writes comparison.json,
-comparison.md and comparison.png. Widths are chosen so that all have about as many parameters; depths and optimisation
-are the presets' of the data set. Stopped by Ctrl-C, it goes on where it was when it is started again.
+comparison.md and comparison.png. Widths are chosen so that all have about as many parameters; depths are the presets'
+of the data set, learning rate and average of the weights the same for all. Stopped by Ctrl-C, it goes on where it was
+when it is started again.
 """
 
 from __future__ import annotations
@@ -53,6 +54,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     length.add_argument("--minutes", type=float, metavar="M", help="training time of each model, at a constant rate")
     parser.add_argument("--parameters", type=int, default=300_000, metavar="P", help="of each model (default 300000)")
     parser.add_argument("--batch-size", type=int, default=16, metavar="B", help="images in an update (default 16)")
+    parser.add_argument(
+        "--lr", type=float, default=1e-3, metavar="X", help="learning rate at its highest (default 1e-3)"
+    )
+    parser.add_argument("--warmup-steps", type=int, default=50, metavar="N", help="until it is reached (default 50)")
     parser.add_argument("--seed", type=int, default=0, help="determines the runs (default 0)")
     parser.add_argument(
         "--device", metavar="cpu|cuda", help="where to train (default: the accelerator of this machine)"
@@ -61,7 +66,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parsed = parser.parse_args(arguments)
     if parsed.steps is None and parsed.minutes is None:
         parsed.steps = 600
-    for name in ("steps", "minutes", "parameters", "batch_size"):
+    for name in ("steps", "minutes", "parameters", "batch_size", "lr"):
         value = getattr(parsed, name)
         if value is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')}: more than 0, got {value}")
@@ -99,7 +104,8 @@ def options_of(model: str, arguments: argparse.Namespace) -> tuple[list[str], di
     layers = preset(model, dataset).pixelcnn.layers
     width, parameters = width_for(model, layers, arguments.parameters)
     options = ["--model", model, "--dataset", dataset, "--layers", str(layers), "--hidden-channels", str(width)]
-    # The same average of the weights for all: in the first steps it forgets faster.
+    options += ["--lr", str(arguments.lr), "--warmup-steps", str(arguments.warmup_steps)]
+    # In the first steps the average forgets faster.
     options += ["--ema-decay", "0.999", "--batch-size", str(arguments.batch_size), "--seed", str(arguments.seed)]
     if arguments.data_dir is not None:
         options += ["--data-dir", str(arguments.data_dir)]
@@ -123,6 +129,8 @@ def check_same(run: RunDir, options: list[str]) -> None:
         "--layers": config.pixelcnn.layers,
         "--hidden-channels": config.pixelcnn.hidden_channels,
         "--batch-size": config.optimization.batch_size,
+        "--lr": config.optimization.lr,
+        "--warmup-steps": config.optimization.warmup_steps,
         "--seed": config.compute.seed,
         "--image-size": config.data.image_size,
         "--data-dir": config.data.data_dir,
