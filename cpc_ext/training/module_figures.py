@@ -44,7 +44,7 @@ def curves_by_module(metrics: Sequence[dict[str, float]], modules: Sequence[int]
         if name == "accuracy":
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.legend(frameon=False, loc="lower right")
+    figure.axes[0].legend(frameon=False, loc="upper right")
     return figure
 
 
