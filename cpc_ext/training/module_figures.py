@@ -55,7 +55,7 @@ def accuracy_by_depth(
 
     accuracies: fractions by the name of the run, one a module. untrained: of an encoder with initial weights.
     """
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     for place, (name, values) in enumerate(accuracies.items()):
         axes.plot(
@@ -83,5 +83,6 @@ def accuracy_by_depth(
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, title="all modules")
+    # Beside the lines, which may run anywhere.
+    figure.legend(frameon=False, title="after all modules", loc="outside right upper")
     return figure
