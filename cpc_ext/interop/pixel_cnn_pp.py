@@ -55,13 +55,11 @@ class PixelCNNPPProgram(Program):
     def _arguments(self, checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> dict[str, int]:
         first, last = weights.get("u_init.weight_v"), weights.get("nin_out.weight_v")
         blocks = {int(m[1]) for name in weights if (m := re.match(r"up_layers\.0\.u_stream\.(\d+)\.", name))}
-        missing = [
-            name
-            for name, there in (("u_init", first is not None), ("nin_out", last is not None), ("up_layers", blocks))
-            if not there
-        ]
-        if missing:
-            raise self.refuse(checkpoint, missing, "are missing")
+        if not blocks or last is None or first is None or first.ndim != 4:
+            raise CheckpointError(
+                f"{checkpoint.origin} is not a checkpoint of {self.source}, which begins with u_init.conv.weight_v of "
+                "four dimensions, has up_layers.0.u_stream and ends with nin_out.lin_a.weight_v"
+            )
         filters, channels = first.shape[:2]
         outputs, colors = len(last), channels - 1
         each = {1: 3, 3: 10}.get(colors, 0)

@@ -138,11 +138,11 @@ class Program(ABC):
         CheckpointError where the program has no such model.
         """
 
-    def refuse(self, checkpoint: Checkpoint, names: Sequence[str], why: str = "do not fit") -> CheckpointError:
-        """The error of a checkpoint with names that this program does not have, or lacks."""
+    def refuse(self, checkpoint: Checkpoint, names: Sequence[str]) -> CheckpointError:
+        """The error of a checkpoint with names that this program does not have."""
         total = sum(map(len, checkpoint.parts))
         return CheckpointError(
-            f"{checkpoint.origin} is not a checkpoint of {self.source}: {len(names)} of its names {why} "
+            f"{checkpoint.origin} is not a checkpoint of {self.source}: {len(names)} of its names do not fit "
             f"({listed(names)}), of {total} in all"
         )
 
