@@ -37,16 +37,28 @@ class _Namespace:
     """Stands in for argparse's, which holds options in many checkpoints; it only keeps attributes."""
 
 
-class _AttributeDict(dict):
-    """Stands in for Lightning's dictionary of hyper-parameters."""
+class _Ignored:
+    """Stands in for NumPy's numbers and the names of Lightning's callbacks: what trainers note of the best epoch."""
+
+    def __init__(self, *arguments: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
 
 
+# What is made in place of a class of that name; Lightning's dictionaries of hyper-parameters are plain ones then.
 _STAND_INS = [
     (_Namespace, "argparse.Namespace"),
-    (_AttributeDict, "pytorch_lightning.utilities.parsing.AttributeDict"),
-    (_AttributeDict, "lightning.pytorch.utilities.parsing.AttributeDict"),
-    (_AttributeDict, "lightning_fabric.utilities.data.AttributeDict"),
-    (_AttributeDict, "lightning.fabric.utilities.data.AttributeDict"),
+    (dict, "pytorch_lightning.utilities.parsing.AttributeDict"),
+    (dict, "lightning.pytorch.utilities.parsing.AttributeDict"),
+    (dict, "lightning_fabric.utilities.data.AttributeDict"),
+    (dict, "lightning.fabric.utilities.data.AttributeDict"),
+    (_Ignored, "numpy.dtype"),
+    (_Ignored, "numpy.core.multiarray.scalar"),
+    (_Ignored, "numpy._core.multiarray.scalar"),
+    (_Ignored, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
+    (_Ignored, "pytorch_lightning.callbacks.early_stopping.EarlyStopping"),
 ]
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import collections
 import pickle
+import sys
+import types
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -108,7 +111,7 @@ class TimmNetwork(nn.Module):
 def timm(monkeypatch):
     """Stands in for the library, which is not installed everywhere; names are what matters here."""
     library = argparse.Namespace(create_model=lambda name, in_chans, **options: TimmNetwork(in_chans))
-    monkeypatch.setitem(__import__("sys").modules, "timm", library)
+    monkeypatch.setitem(sys.modules, "timm", library)
 
 
 @pytest.mark.parametrize("source", ["cpcv2-pytorch", "greedy-infomax", "lightning-bolts", "pixel-cnn-pp"])
@@ -189,6 +192,31 @@ def test_lightning_with_its_options(timm, tmp_path):
     assert [reference.configuration[name] for name in ("patch_size", "stride", "image_size")] == [16, 4, 40]
     again = export_reference(reference.model, "lightning-bolts", form=reference.form)
     assert again.keys() == (state | evaluator).keys()
+
+
+def test_what_trainers_note_beside_the_weights(cpc, tmp_path, monkeypatch):
+    """Classes that are not there when it is read, and numbers of NumPy."""
+    state, model = cpc
+    library = types.ModuleType("pytorch_lightning.utilities.parsing")
+    library.AttributeDict = type("AttributeDict", (dict,), {"__module__": library.__name__})
+    callbacks = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
+    callbacks.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": callbacks.__name__})
+    with monkeypatch.context() as patch:
+        for package in ("pytorch_lightning", "pytorch_lightning.utilities", "pytorch_lightning.callbacks"):
+            patch.setitem(sys.modules, package, types.ModuleType(package))
+        for module in (library, callbacks):
+            patch.setitem(sys.modules, module.__name__, module)
+        noted = {
+            "state_dict": state,
+            "hyper_parameters": library.AttributeDict(grid=6, neg_samples=3),
+            "callbacks": {callbacks.ModelCheckpoint: {"best": np.float64(0.5), "count": np.int64(3)}},
+        }
+        for zipped, name in ((True, "new"), (False, "old")):
+            torch.save(noted, tmp_path / name, _use_new_zipfile_serialization=zipped)
+    for name in ("new", "old"):
+        reference = read_reference(tmp_path / name, "cpcv2-pytorch")
+        assert_same_weights(reference.model, model)
+        assert [reference.configuration[option] for option in ("grid_size", "neg_samples")] == [6, 3]
 
 
 def by_file(state):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,23 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 from cpc_ext.interop import export_reference, load_reference
-from cpc_ext.models import GatedPixelCNNContext, GreedyInfoMax, GreedySupervised, ResNetV2Encoder
+from cpc_ext.models import (
+    CPC,
+    GatedPixelCNNContext,
+    GreedyInfoMax,
+    GreedySupervised,
+    ResidualContext,
+    ResNetV2Encoder,
+    TimmEncoder,
+)
+from cpc_ext.nn import TargetInfoNCE
 from cpc_ext.training import converting, pixelcnn, program, sampling
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.config import load_config
+from cpc_ext.training.run_log import read_metrics
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RUNS = {
@@ -182,6 +194,48 @@ def test_other_forms_of_greedy_infomax(tmp_path, kind):
         torch.load(tmp_path / "back.ckpt", weights_only=True),
         torch.load(tmp_path / "model.ckpt", weights_only=True),
     )
+
+
+class TimmNetwork(nn.Module):
+    """Has the parameter names of the library's ResNet-18, with few channels."""
+
+    num_features = 4
+
+    def __init__(self, in_chans):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(in_chans, 4, 7, padding=3, bias=False), nn.BatchNorm2d(4)
+        for stack in range(1, 5):
+            blocks = nn.Sequential(nn.Module(), nn.Module())
+            for block in blocks:
+                block.conv1, block.conv2 = (nn.Conv2d(4, 4, 3, bias=False) for _ in range(2))
+            setattr(self, f"layer{stack}", blocks)
+
+    def forward(self, patches):
+        return self.bn1(self.conv1(patches)).mean((2, 3))
+
+
+def test_lightning_bolts(train_fully, monkeypatch, tmp_path):
+    """Its whole model, with a stand-in for timm, which is not installed everywhere."""
+    library = types.SimpleNamespace(create_model=lambda name, in_chans, **options: TimmNetwork(in_chans))
+    monkeypatch.setitem(sys.modules, "timm", library)
+    context = ResidualContext(4, 6, 2, padding="lightning-bolts")
+    objective = TargetInfoNCE(4, target_channels=3, reduction="lightning-bolts")
+    model = CPC(TimmEncoder("resnet18"), context, objective)
+    state = export_reference(model, "lightning-bolts") | {"encoder.fc.weight": torch.ones(2, 4)}
+    torch.save({"state_dict": state, "hyper_parameters": {"patch_size": 8}}, tmp_path / "bolts.ckpt")
+
+    assert convert(tmp_path / "bolts.ckpt", "--source", "lightning-bolts", "--out", tmp_path / "run") == 0
+    config = load_config(tmp_path / "run" / "config.yaml")
+    assert (config.model, config.cpc.encoder, config.cpc.variant) == ("cpc-v2", "timm:resnet18", "lightning-bolts")
+    assert (config.view.crop, config.view.patch, config.view.stride, config.data.dataset) == (32, 8, 4, "cifar10")
+    assert_equal_states(load_checkpoint(tmp_path / "run" / "checkpoint.pt")["model"], model.state_dict())
+    assert convert(tmp_path / "run", "--to", "lightning-bolts", "--out", tmp_path / "back.ckpt") == 0
+    assert_equal_states(torch.load(tmp_path / "back.ckpt", weights_only=True), state)
+
+    options = ("--batch-size", "4", "--steps", "1", "--precision", "fp32", "--no-patch-augmentation")
+    assert program.main(["--resume-from", str(tmp_path / "run"), "--out-dir", str(tmp_path / "new"), *options]) == 0
+    metrics = read_metrics(tmp_path / "new" / "metrics.jsonl")
+    assert np.isfinite(metrics[-1]["loss"])
 
 
 def test_a_trained_run_goes_to_the_program_and_back(train, tmp_path):
