@@ -31,7 +31,7 @@ def load_reference(
 ) -> nn.Module:
     """The model of ours that computes what another program's checkpoint does, with its weights.
 
-    What it is, is recognised from names and shapes. The model is in the precision of the weights and in training mode.
+    What it is, is recognised from names and shapes. The model has the precision of the weights, in evaluation mode.
 
     ================= ==================================================================================
     source            what comes out, by what the checkpoint holds
@@ -85,9 +85,11 @@ def read_reference(
     checkpoint = read_checkpoint(path_or_state_dict)
     chosen = Settings.of(settings, checkpoint.options)
     try:
-        return program.load(checkpoint, chosen)
+        reference = program.load(checkpoint, chosen)
     except CheckpointError as error:
         raise CheckpointError(f"{error}\n{_looks_like(checkpoint, source)}") from None
+    reference.model.eval()
+    return reference
 
 
 def export_reference(model: nn.Module, source: str, *, form: Form | None = None) -> dict[str, Tensor]:

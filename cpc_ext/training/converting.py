@@ -104,6 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     command = tyro.cli(_Command, prog=_PROGRAM, description=_DESCRIPTION, args=arguments)
     try:
+        if not command.checkpoint:
+            raise TrainingError("give the file of a checkpoint, or with --to the folder of a run")
         if (command.source is None) == (command.to is None):
             raise TrainingError(
                 f"give either --source, the program that the checkpoint is of ({', '.join(SOURCES)}), or --to, the "

@@ -37,7 +37,8 @@ def load(problem, name):
     source, kind = CHECKPOINTS[name]
     model = load_reference(given.path, source)
     assert type(model) is kind
-    return model.eval(), given.tensors
+    assert not model.training
+    return model, given.tensors
 
 
 def draws(tensors, prefix, count, samples):

@@ -28,7 +28,9 @@ from cpc_ext.models import (
 from cpc_ext.nn import TargetInfoNCE
 from cpc_ext.training import converting, pixelcnn, program, sampling
 from cpc_ext.training.checkpoint import load_checkpoint
+from cpc_ext.training.cli import parse
 from cpc_ext.training.config import load_config
+from cpc_ext.training.cpc_v2 import CPCv2Task
 from cpc_ext.training.run_log import read_metrics
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -214,7 +216,7 @@ class TimmNetwork(nn.Module):
         return self.bn1(self.conv1(patches)).mean((2, 3))
 
 
-def test_lightning_bolts(train_fully, monkeypatch, tmp_path):
+def test_lightning_bolts(train_fully, tiny_dataset, monkeypatch, tmp_path):
     """Its whole model, with a stand-in for timm, which is not installed everywhere."""
     library = types.SimpleNamespace(create_model=lambda name, in_chans, **options: TimmNetwork(in_chans))
     monkeypatch.setitem(sys.modules, "timm", library)
@@ -232,10 +234,24 @@ def test_lightning_bolts(train_fully, monkeypatch, tmp_path):
     assert convert(tmp_path / "run", "--to", "lightning-bolts", "--out", tmp_path / "back.ckpt") == 0
     assert_equal_states(torch.load(tmp_path / "back.ckpt", weights_only=True), state)
 
+    task = CPCv2Task(config, tiny_dataset, torch.device("cpu"))
+    task.model.load_state_dict(model.state_dict())
+    patches = torch.randn(2, 7, 7, 3, 8, 8)
+    assert torch.equal(task.model.eval()(patches).loss, model.eval()(patches).loss)
+
     options = ("--batch-size", "4", "--steps", "1", "--precision", "fp32", "--no-patch-augmentation")
     assert program.main(["--resume-from", str(tmp_path / "run"), "--out-dir", str(tmp_path / "new"), *options]) == 0
     metrics = read_metrics(tmp_path / "new" / "metrics.jsonl")
     assert np.isfinite(metrics[-1]["loss"])
+
+
+def test_the_variant_of_lightning_bolts_predicts_all_steps(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--model", "cpc-v2", "--device", "cpu", "--variant", "lightning-bolts"])
+    message = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "it needs --pred-directions 1 --pred-steps 4" in message
+    options = ("--model", "cpc-v2", "--device", "cpu", "--pred-directions", "1", "--pred-steps", "4")
+    assert parse([*options, "--variant", "lightning-bolts"]).run.cpc.variant == "lightning-bolts"
 
 
 def test_a_trained_run_goes_to_the_program_and_back(train, tmp_path):
@@ -253,6 +269,7 @@ def test_what_cannot_be_converted_is_said(tmp_path, capsys, train):
         return capsys.readouterr().err
 
     golden = GOLDEN / "cpcv2_pytorch.resnet_none.safetensors"
+    assert "give the file of a checkpoint" in error("--source", "cpcv2-pytorch", "--out", tmp_path / "run")
     assert "give either --source" in error(golden, "--out", tmp_path / "run")
     assert "give either --source" in error(golden, "--source", "cpcv2-pytorch", "--to", "pixel-cnn-pp", "--out", "x")
     assert "It looks like cpcv2-pytorch" in error(golden, "--source", "greedy-infomax", "--out", tmp_path / "run")
