@@ -136,7 +136,11 @@ class Patch {
     for (int64_t i = 0; i < 2 * kNodes * kNodes; ++i) (&nodes[0][0][0])[i] = displacement_of(displacements[i]);
     const int32_t *const columns = axis_.node.data(), *const weights = axis_.weight.data();
     // Of a row of pixels: the first of the four that each comes from, the steps to the others, and the weights.
-    int32_t* __restrict const first = places_, * __restrict const right = first + side, * __restrict const below = right + side, * __restrict const weight_x = below + side, * __restrict const weight_y = weight_x + side;
+    int32_t* __restrict const first = places_;
+    int32_t* __restrict const right = first + side;
+    int32_t* __restrict const below = right + side;
+    int32_t* __restrict const weight_x = below + side;
+    int32_t* __restrict const weight_y = weight_x + side;
     auto* const corners = reinterpret_cast<uint32_t*>(weight_y + side);  // A row a channel: four pixels in 32 bits.
     for (int32_t y = 0; y < side; ++y) {
       int32_t row[2][kNodes];
@@ -241,8 +245,9 @@ class Patch {
 
   void contrast(int32_t factor) {
     int32_t sum = 0;
-    const uint8_t *const r = plane(pixels_, 0), *const g = plane(pixels_, layout_.channels / 2),
-                         *const b = plane(pixels_, layout_.channels - 1);
+    const uint8_t* const r = plane(pixels_, 0);
+    const uint8_t* const g = plane(pixels_, layout_.channels / 2);  // All the same where there is one channel.
+    const uint8_t* const b = plane(pixels_, layout_.channels - 1);
 #pragma omp simd reduction(+ : sum)
     for (int32_t i = 0; i < layout_.area; ++i) sum += luma(r[i], g[i], b[i]);
     const int32_t mean = mean_level(sum, layout_.area);
@@ -252,7 +257,9 @@ class Patch {
   // Blends each pixel with its luma; a factor of 0 leaves only that.
   void color(int32_t factor) {
     if (layout_.channels != 3) return;
-    uint8_t* __restrict const r = plane(pixels_, 0), * __restrict const g = plane(pixels_, 1), * __restrict const b = plane(pixels_, 2);
+    uint8_t* __restrict const r = plane(pixels_, 0);
+    uint8_t* __restrict const g = plane(pixels_, 1);
+    uint8_t* __restrict const b = plane(pixels_, 2);
 #pragma omp simd
     for (int32_t i = 0; i < layout_.area; ++i) {
       const int32_t gray = luma(r[i], g[i], b[i]);
@@ -264,7 +271,9 @@ class Patch {
 
   void hue(int32_t shift) {
     if (layout_.channels != 3) return;
-    uint8_t* __restrict const r = plane(pixels_, 0), * __restrict const g = plane(pixels_, 1), * __restrict const b = plane(pixels_, 2);
+    uint8_t* __restrict const r = plane(pixels_, 0);
+    uint8_t* __restrict const g = plane(pixels_, 1);
+    uint8_t* __restrict const b = plane(pixels_, 2);
     uint8_t* __restrict const unsure = plane(other_, 0);
     uint8_t* __restrict const hues = plane(other_, 1);
     uint8_t* __restrict const saturations = plane(other_, 2);

@@ -118,8 +118,7 @@ CPC_HOST_DEVICE inline int32_t hue_shift(float turns) {
 // Hue and saturation in 0..255, as Pillow's "HSV" holds them; value is the largest of the three.
 struct Color {
   int32_t hue, saturation, value;
-  int32_t unsure;  // Not 0: the hue is a whole number, which Pillow's arithmetic may end up just below: hue_as_pillow()
-                   // tells.
+  int32_t unsure;  // Not 0 where the hue is whole; Pillow's may be just below it, and hue_as_pillow() tells.
 };
 
 CPC_HOST_DEVICE inline Color color_of(int32_t red, int32_t green, int32_t blue) {

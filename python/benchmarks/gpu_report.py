@@ -29,7 +29,7 @@ SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # Graphs cannot be recorded without the caching allocator; large outputs and finite differences take minutes under a
 # sanitizer.
 SANITIZER_TESTS = (
-    "(extract_patches or masked_conv2d or info_nce or logistic_mixture)"
+    "(augment_patches or extract_patches or masked_conv2d or info_nce or logistic_mixture)"
     " and not graph and not large and not gradcheck and not finite"
 )
 SANITIZER_STATUS = 99
