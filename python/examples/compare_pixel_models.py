@@ -35,7 +35,7 @@ COLORS = {"pixelcnn": "#0072b2", "gated-pixelcnn": "#d55e00", "pixelcnn++": "#00
 # Looks at held-out images in a run of a given number of steps.
 LOOKS = 10
 # Steps between them where it is given a time.
-LOOK_EVERY = 100
+LOOK_EVERY = 50
 # Steps without end, for runs that are given a time.
 ENDLESS = 10**9
 POLL_SECONDS = 1.0
@@ -209,16 +209,22 @@ def last_checkpoint_step(run: RunDir) -> int:
 # --- Results ---
 
 
-def curve(run: RunDir) -> dict[str, list[float]]:
-    """Bits per dimension of held-out images where the run looked at them: steps, seconds of training, bits."""
+def curves(run: RunDir) -> dict[str, dict[str, list[float]]]:
+    """Bits per dimension of the images trained on, and of held-out images where the run looked at them.
+
+    Each as steps, seconds of training and bits.
+    """
     records = read_metrics(run.metrics)
-    logged = [(record["step"], record["seconds"]) for record in records if "seconds" in record]
-    observed = [
-        (record["step"], record["heldout_bits_per_dim"]) for record in records if "heldout_bits_per_dim" in record
-    ]
-    steps = [step for step, _ in observed]
-    seconds = np.interp(steps, *zip((0, 0.0), *logged, strict=True)).round(2).tolist() if steps else []
-    return {"steps": steps, "seconds": seconds, "bits_per_dim": [bits for _, bits in observed]}
+    logged = [record for record in records if "seconds" in record]
+    observed = [record for record in records if "heldout_bits_per_dim" in record]
+    known = [(0, 0.0), *((record["step"], record["seconds"]) for record in logged)]
+
+    def points(records: list[dict[str, float]], name: str) -> dict[str, list[float]]:
+        steps = [record["step"] for record in records]
+        seconds = np.interp(steps, *zip(*known, strict=True)).round(2).tolist() if steps else []
+        return {"steps": steps, "seconds": seconds, "bits_per_dim": [record[name] for record in records]}
+
+    return {"training": points(logged, "bits_per_dim"), "heldout": points(observed, "heldout_bits_per_dim")}
 
 
 def result_of(model: str, shape: dict[str, int], run: RunDir) -> dict[str, Any]:
@@ -229,7 +235,7 @@ def result_of(model: str, shape: dict[str, int], run: RunDir) -> dict[str, Any]:
         **shape,
         **{name: summary[name] for name in names},
         "static_histogram_bits_per_dim": summary["static_histogram_bits_per_dim"],
-        "curve": curve(run),
+        "curves": curves(run),
     }
 
 
@@ -254,15 +260,19 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for result in results:
-        curve = result["curve"]
-        look = {"color": COLORS[result["model"]], "marker": "o", "markersize": 4, "linewidth": 1.8}
-        left.plot(
-            curve["steps"], curve["bits_per_dim"], label=f"{result['model']} ({result['bits_per_dim']:.2f})", **look
-        )
-        right.plot(np.array(curve["seconds"]) / 60, curve["bits_per_dim"], **look)
+        color = COLORS[result["model"]]
+        label = f"{result['model']} ({result['bits_per_dim']:.2f})"
+        for name, look in (
+            ("training", {"linewidth": 1, "alpha": 0.35}),
+            ("heldout", {"linewidth": 1.8, "marker": "o", "markersize": 4, "label": label}),
+        ):
+            curve = result["curves"][name]
+            left.plot(curve["steps"], curve["bits_per_dim"], color=color, **look)
+            right.plot(np.array(curve["seconds"]) / 60, curve["bits_per_dim"], color=color, **look)
     left.set_xlabel("step (parameter updates)")
     right.set_xlabel("training time (minutes)")
-    left.set_ylabel("bits per dimension, held-out images")
+    left.set_ylabel("bits per dimension")
+    right.set_title("thin: training; dots: held-out images, a part", fontsize=9, loc="right")
     for axes in (left, right):
         axes.set_xlim(left=0)
         axes.grid(alpha=0.25)

@@ -74,9 +74,11 @@ def test_comparison(started, tmp_path, capsys):
     results = document["results"]
     assert [result["model"] for result in results] == MODELS
     for result in results:
-        assert result["curve"]["steps"] == [1, 2, 3]
-        assert result["curve"]["seconds"] == sorted(result["curve"]["seconds"])
-        assert result["curve"]["bits_per_dim"][-1] == pytest.approx(result["bits_per_dim"])  # All 10 are looked at.
+        assert result["curves"]["training"]["steps"] == [3]
+        heldout = result["curves"]["heldout"]
+        assert heldout["steps"] == [1, 2, 3]
+        assert 0 < heldout["seconds"][0] < heldout["seconds"][-1] == result["curves"]["training"]["seconds"][-1]
+        assert heldout["bits_per_dim"][-1] == pytest.approx(result["bits_per_dim"])  # All 10 are looked at.
         summary = json.loads((tmp_path / result["model"] / "summary.json").read_text())
         assert result["steps"] == summary["steps"] == 3
         assert f"| {result['bits_per_dim']:.3f} |" in (tmp_path / "comparison.md").read_text()
