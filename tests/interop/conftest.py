@@ -1,14 +1,16 @@
-"""Golden problems as checkpoints of the programs that computed them."""
+"""Golden problems as checkpoints of the programs that computed them, and a stand-in for the timm library."""
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -33,3 +35,32 @@ def problem() -> Callable[[str], Problem]:
         return Problem(path, tensors, state)
 
     return read
+
+
+class TimmNetwork(nn.Module):
+    """Has the parameter names of the library's ResNet-18, with few channels."""
+
+    num_features = 4
+
+    def __init__(self, in_chans):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(in_chans, 4, 7, padding=3, bias=False), nn.BatchNorm2d(4)
+        for stack in range(1, 5):
+            blocks = nn.Sequential(*(nn.Module() for _ in range(2)))
+            for block in blocks:
+                block.conv1, block.bn1 = nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4)
+                block.conv2, block.bn2 = nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4)
+            setattr(self, f"layer{stack}", blocks)
+
+    def forward(self, patches):
+        return self.bn1(self.conv1(patches)).mean((2, 3))
+
+
+# In place of the library, which is not installed everywhere; its names are what matters.
+TIMM = types.SimpleNamespace(create_model=lambda name, in_chans, **options: TimmNetwork(in_chans))
+
+
+@pytest.fixture
+def timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets TimmEncoder have the stand-in."""
+    monkeypatch.setitem(sys.modules, "timm", TIMM)

@@ -29,6 +29,7 @@ from cpc_ext.models import (
     WideResNetEncoder,
 )
 from cpc_ext.nn import TargetInfoNCE
+from tests.interop.conftest import TimmNetwork
 
 
 def assert_same_weights(left, right):
@@ -86,32 +87,6 @@ def ours(source):
             ),
         ]
     return [PixelCNNPP(1, channels=4, blocks=1, mixtures=2), PixelCNNPP(3, channels=4, blocks=2, mixtures=1)]
-
-
-class TimmNetwork(nn.Module):
-    """Has the parameter names of the library's ResNet-18, with few channels."""
-
-    num_features = 4
-
-    def __init__(self, in_chans):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(in_chans, 4, 7, bias=False), nn.BatchNorm2d(4)
-        for stack in range(1, 5):
-            blocks = nn.Sequential(*(nn.Module() for _ in range(2)))
-            for block in blocks:
-                block.conv1, block.bn1 = nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4)
-                block.conv2, block.bn2 = nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4)
-            setattr(self, f"layer{stack}", blocks)
-
-    def forward(self, patches):
-        return self.bn1(self.conv1(patches)).mean((2, 3))
-
-
-@pytest.fixture
-def timm(monkeypatch):
-    """Stands in for the library, which is not installed everywhere; names are what matters here."""
-    library = argparse.Namespace(create_model=lambda name, in_chans, **options: TimmNetwork(in_chans))
-    monkeypatch.setitem(sys.modules, "timm", library)
 
 
 @pytest.mark.parametrize("source", ["cpcv2-pytorch", "greedy-infomax", "lightning-bolts", "pixel-cnn-pp"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import nn
 
 from cpc_ext.interop import export_reference, load_reference
 from cpc_ext.models import (
@@ -26,12 +24,13 @@ from cpc_ext.models import (
     TimmEncoder,
 )
 from cpc_ext.nn import TargetInfoNCE
-from cpc_ext.training import converting, pixelcnn, program, sampling
+from cpc_ext.training import converting, evaluation, pixelcnn, program, sampling
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.cli import parse
 from cpc_ext.training.config import load_config
 from cpc_ext.training.cpc_v2 import CPCv2Task
 from cpc_ext.training.run_log import read_metrics
+from tests.interop.conftest import TIMM
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RUNS = {
@@ -107,7 +106,7 @@ def test_options_say_what_a_checkpoint_does_not(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["cpcv2_pytorch.cpc_1dir", "cpcv2_pytorch.wide_resnet", "greedy_infomax.modules"])
-def test_training_starts_from_a_converted_checkpoint(train_fully, tiny_dataset, tmp_path, capsys, name):
+def test_converted_checkpoints_are_trained_on_and_evaluated(train_fully, tiny_dataset, tmp_path, capsys, name):
     run, new = tmp_path / "run", tmp_path / "new"
     small = {"greedy_infomax.modules": ("--patch-size", "8", "--grid-size", "5")}
     checkpoint = GOLDEN / f"{name}.safetensors"
@@ -123,6 +122,11 @@ def test_training_starts_from_a_converted_checkpoint(train_fully, tiny_dataset, 
         torch.testing.assert_close(after["model"][key], value.to(after["model"][key].dtype), atol=1e-6, rtol=1e-5)
     assert (new / "encoder.safetensors").is_file()
     assert load_config(new / "config.yaml").cpc.encoder == load_config(run / "config.yaml").cpc.encoder
+    labels = ("--labels", "1", "--repeats", "1", "--finetune-steps", "2", "--finetune-epochs", "1")
+    assert evaluation.main([str(run), "--mode", "knn,finetune", *labels, "--device", "cpu"]) == 0
+    assert (run / "evaluation" / "evaluation.json").is_file()
+
+    capsys.readouterr()
     assert program.main(["--resume", "--out-dir", str(run)]) == 1
     assert "start from it with --resume-from" in capsys.readouterr().err
 
@@ -198,28 +202,9 @@ def test_other_forms_of_greedy_infomax(tmp_path, kind):
     )
 
 
-class TimmNetwork(nn.Module):
-    """Has the parameter names of the library's ResNet-18, with few channels."""
-
-    num_features = 4
-
-    def __init__(self, in_chans):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(in_chans, 4, 7, padding=3, bias=False), nn.BatchNorm2d(4)
-        for stack in range(1, 5):
-            blocks = nn.Sequential(nn.Module(), nn.Module())
-            for block in blocks:
-                block.conv1, block.conv2 = (nn.Conv2d(4, 4, 3, bias=False) for _ in range(2))
-            setattr(self, f"layer{stack}", blocks)
-
-    def forward(self, patches):
-        return self.bn1(self.conv1(patches)).mean((2, 3))
-
-
 def test_lightning_bolts(train_fully, tiny_dataset, monkeypatch, tmp_path):
     """Its whole model, with a stand-in for timm, which is not installed everywhere."""
-    library = types.SimpleNamespace(create_model=lambda name, in_chans, **options: TimmNetwork(in_chans))
-    monkeypatch.setitem(sys.modules, "timm", library)
+    monkeypatch.setitem(sys.modules, "timm", TIMM)
     context = ResidualContext(4, 6, 2, padding="lightning-bolts")
     objective = TargetInfoNCE(4, target_channels=3, reduction="lightning-bolts")
     model = CPC(TimmEncoder("resnet18"), context, objective)
