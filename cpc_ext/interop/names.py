@@ -52,4 +52,5 @@ def under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def with_prefix(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries with ``prefix`` in front of their names."""
     return {prefix + name: value for name, value in state.items()}

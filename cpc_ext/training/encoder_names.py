@@ -32,10 +32,11 @@ _RESNETS: dict[str, dict[str, Any]] = {
 _WIDE_RESNET = re.compile(r"wrn-(\d{1,4})-(\d{1,4})")
 _TIMM = "timm:"
 
-# What is allowed: names, and patterns of names.
-ENCODERS = (*_RESNETS, "wrn-DEPTH-WIDTH", "mobilenetv2", "timm:NAME")
-# What may follow a name, as in resnet14:stem=cifar: arguments of the class, by how their values are written.
+# A ResNet that has no name of its own.
 _OWN = "resnet"
+
+# What is allowed: names, and patterns of names.
+ENCODERS = (*_RESNETS, f"{_OWN}:blocks=N-N-N", "wrn-DEPTH-WIDTH", "mobilenetv2", "timm:NAME")
 
 
 def _whole(text: str) -> int:
@@ -69,6 +70,7 @@ def _one_of(*words: str) -> Callable[[str], str]:
     return check
 
 
+# Arguments of the classes that may follow a name, as in resnet14:stem=cifar, by how their values are read.
 _RESNET_ARGUMENTS: dict[str, Callable[[str], Any]] = {
     "blocks": _wholes,
     "bottleneck": _yes,
@@ -77,9 +79,9 @@ _RESNET_ARGUMENTS: dict[str, Callable[[str], Any]] = {
     "stem": _one_of("stl10", "cifar", "imagenet", "strided"),
     "stem_channels": _whole,
 }
+_MOBILENET_ARGUMENTS: dict[str, Callable[[str], Any]] = {"width": _positive, "strides": _one_of("imagenet", "cifar")}
 # Their defaults need not be written.
 _DEFAULTS = {"bottleneck": False, "stem_channels": 64, "width": 1.0}
-_MOBILENET_ARGUMENTS: dict[str, Callable[[str], Any]] = {"width": _positive, "strides": _one_of("imagenet", "cifar")}
 
 
 class EncoderSpec(NamedTuple):
