@@ -223,13 +223,10 @@ void planted_race() {
   std::printf("%ld\n", static_cast<long>(total));
 }
 
-const std::map<std::string, std::function<void()>> checks = {{"augment", augment_kernels},
-                                                             {"info_nce", info_nce_kernels},
-                                                             {"logistic_mixture", logistic_mixture},
-                                                             {"masked_conv", masked_conv},
-                                                             {"patches", patches},
-                                                             {"pixel_steps", pixel_steps_kernel},
-                                                             {"planted_race", planted_race}};
+const std::map<std::string, std::function<void()>> checks = {
+    {"augment", augment_kernels},  {"info_nce", info_nce_kernels}, {"logistic_mixture", logistic_mixture},
+    {"masked_conv", masked_conv},  {"patches", patches},           {"pixel_steps", pixel_steps_kernel},
+    {"planted_race", planted_race}};
 
 }  // namespace
 }  // namespace cpc
