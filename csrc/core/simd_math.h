@@ -11,6 +11,7 @@
 namespace cpc::CPC_ISA {
 
 using Ints = int32_t __attribute__((vector_size(kRegisterBytes)));
+using Bits = uint32_t __attribute__((vector_size(kRegisterBytes)));  // Of any number: their sums may wrap.
 
 // e^x below this is subnormal, and taken for zero.
 constexpr float kLowestExponent = -87.3f;
@@ -72,7 +73,7 @@ inline Register<float> exp_below_zero(Register<float> x) {
   using R = Register<float>;
   const Power power = power_of_e(x < kLowestExponent ? R{} + kLowestExponent : x);
   // The integer is added to the mantissa's exponent; all that is above it is shifted out.
-  const R scaled = (R)((Ints)power.mantissa + (power.exponent_bits << 23));
+  const R scaled = (R)((Bits)power.mantissa + (Bits)(power.exponent_bits << 23));
   return x < kLowestExponent ? R{} : x == x ? scaled : x;
 #endif
 }
@@ -96,7 +97,7 @@ inline Register<float> log(Register<float> x) {
   using R = Register<float>;
   // x = m * 2^n with m between the square roots of 1/2 and 2.
   constexpr int32_t kRootOfHalf = 0x3f3504f3, kOne = 0x3f800000;
-  const Ints bits = (Ints)x + (kOne - kRootOfHalf);
+  const Ints bits = (Ints)((Bits)x + (kOne - kRootOfHalf));
   const R n = __builtin_convertvector((bits >> 23) - 127, R), f = (R)((bits & 0x7fffff) + kRootOfHalf) - 1.f;
   // log(1 + f) = f - f^2 / 2 + s * (f^2 / 2 + r(s^2)), s = f / (2 + f).
   const R s = f / (2.f + f), z = s * s, w = z * z, half_square = 0.5f * f * f;

@@ -103,7 +103,7 @@ void pack_as(const Packing& problem) {
         const auto place = [columns](int64_t k) {
           return k / kDepthStep<E> * kDepthStep<E> * columns + k % kDepthStep<E>;
         };
-        const Storage* const from = tap + n * out_step + first * in_step;
+        const Storage* const from = tap + std::max<int64_t>(n, 0) * out_step + first * in_step;
         for (int64_t k = 0; k < given; ++k) to[place(k)] = to_element<E>(from[k * in_step]);
         for (int64_t k = given; k < count; ++k) to[place(k)] = E{};
         if (mask.ndim == 4)
@@ -580,11 +580,15 @@ class WeightGradient {
         for (int64_t index = 0; index < kh * kw; ++index) {
           const int64_t o = panel.first + column, t = place[index], i = index / kw, j = index % kw;
           Storage* const to = out.as<Storage>() + o * out.strides[0] + i * out.strides[2] + j * out.strides[3];
+          if (t < 0) {
+            for (int64_t c = first; c < end; ++c) to[c * out.strides[1]] = Storage{};
+            continue;
+          }
           const S* const from = sums + (p * taps_ + t) * tiles_ * kTileRows * kTileColumns<E> + column;
+          for (int64_t c = first; c < end; ++c) to[c * out.strides[1]] = narrow<Storage>(from[c * kTileColumns<E>]);
+          if (mask.ndim == 2) continue;  // The tap is visible to all channels.
           const bool* const visible = mask.as<bool>() + o * mask_out + i * mask_y + j * mask_x;
           for (int64_t c = first; c < end; ++c)
-            to[c * out.strides[1]] = t < 0 ? Storage{} : narrow<Storage>(from[c * kTileColumns<E>]);
-          for (int64_t c = first; t >= 0 && mask.ndim == 4 && c < end; ++c)
             if (!visible[c * mask_in]) to[c * out.strides[1]] = Storage{};
         }
     });
