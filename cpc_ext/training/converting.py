@@ -6,8 +6,6 @@ weights. What the checkpoint had besides is kept in it, so that the way back giv
 
 from __future__ import annotations
 
-import signal
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +26,7 @@ from cpc_ext.training.checkpoint import load_checkpoint, save_checkpoint
 from cpc_ext.training.cli import describe
 from cpc_ext.training.config import DatasetName, RunConfig, explain, load_config, option, validate_config
 from cpc_ext.training.encoder_names import encoder_name
-from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.errors import TrainingError, exit_status
 from cpc_ext.training.presets import preset
 from cpc_ext.training.program import TASKS
 from cpc_ext.training.run_dir import RunDir
@@ -103,25 +101,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     130: Ctrl-C.
     """
     command = tyro.cli(_Command, prog=_PROGRAM, description=_DESCRIPTION, args=arguments)
-    try:
-        if not command.checkpoint:
-            raise TrainingError("give the file of a checkpoint, or with --to the folder of a run")
-        if (command.source is None) == (command.to is None):
-            raise TrainingError(
-                f"give either --source, the program that the checkpoint is of ({', '.join(SOURCES)}), or --to, the "
-                "program that is to load a run's model"
-            )
-        if command.source is not None:
-            _take_over(command, command.source)
-        else:
-            _hand_over(command, str(command.to))
-    except (CheckpointError, TrainingError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
+    return exit_status(lambda: _convert(command), errors=(CheckpointError, TrainingError, ImportError))
+
+
+def _convert(command: _Command) -> None:
+    if not command.checkpoint:
+        raise TrainingError("give the file of a checkpoint, or with --to the folder of a run")
+    if (command.source is None) == (command.to is None):
+        raise TrainingError(
+            f"give either --source, the program that the checkpoint is of ({', '.join(SOURCES)}), or --to, the "
+            "program that is to load a run's model"
+        )
+    if command.source is not None:
+        _take_over(command, command.source)
+    else:
+        _hand_over(command, str(command.to))
 
 
 def _take_over(command: _Command, source: str) -> None:

@@ -7,8 +7,6 @@ not at all.
 from __future__ import annotations
 
 import json
-import signal
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -28,7 +26,7 @@ from cpc_ext.data.folder import image_files
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.config import DatasetName
 from cpc_ext.training.encoder_run import EncoderRun
-from cpc_ext.training.errors import TrainingError, warn
+from cpc_ext.training.errors import TrainingError, exit_status, warn
 from cpc_ext.training.precision import check_device, default_device
 
 __all__ = ["main"]
@@ -89,15 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args=arguments,
         default=_Command(run=tyro.MISSING, device=default_device()),
     )
-    try:
-        _embed(command)
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
+    return exit_status(lambda: _embed(command))
 
 
 def _embed(command: _Command) -> None:

@@ -5,11 +5,13 @@ Everything else that is raised is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Callable
 
 from tqdm import tqdm
 
-__all__ = ["TrainingError", "warn"]
+__all__ = ["TrainingError", "exit_status", "warn"]
 
 
 class TrainingError(Exception):
@@ -19,3 +21,21 @@ class TrainingError(Exception):
 def warn(message: str) -> None:
     """Print a warning, on a line of its own also where a progress bar is being drawn."""
     tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def exit_status(
+    work: Callable[[], None],
+    *,
+    errors: tuple[type[Exception], ...] = (TrainingError,),
+    interrupted: str = "interrupted",
+) -> int:
+    """Run a program's work: 0 if it is done, 1 after printing one of these errors, 130 after Ctrl-C."""
+    try:
+        work()
+    except errors as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0

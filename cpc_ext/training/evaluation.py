@@ -7,8 +7,6 @@ all test images are classified. Frozen encodings are computed once and kept in t
 from __future__ import annotations
 
 import copy
-import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +23,7 @@ import cpc_ext
 from cpc_ext.training import figures
 from cpc_ext.training.encoder_run import EncoderRun, weights_digest
 from cpc_ext.training.encodings_cache import cached_encodings, images_digest
-from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.errors import TrainingError, exit_status
 from cpc_ext.training.evaluation_record import EvaluationRecord, as_table, measured
 from cpc_ext.training.finetuning import FineTuning, fine_tune
 from cpc_ext.training.knn import NEIGHBOURS, TEMPERATURE, knn_scores
@@ -121,15 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args=arguments,
         default=_Command(runs=tyro.MISSING, device=default_device()),
     )
-    try:
-        _evaluate(command)
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; results so far are kept", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
+    return exit_status(lambda: _evaluate(command), interrupted="interrupted; results so far are kept")
 
 
 def _evaluate(command: _Command) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ from cpc_ext.models.pixel_model import PixelModel
 from cpc_ext.training import figures
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.config import load_config
-from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.errors import TrainingError, exit_status
 from cpc_ext.training.pixelcnn import PIXEL_MODELS, build_pixel_model
 from cpc_ext.training.precision import check_device, default_device
 from cpc_ext.training.run_dir import RunDir
@@ -85,15 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args=arguments,
         default=_Command(run=tyro.MISSING, device=default_device()),
     )
-    try:
-        _sample(command)
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
+    return exit_status(lambda: _sample(command))
 
 
 def _sample(command: _Command) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +28,6 @@ from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.run_log import read_metrics
 
 PATIENCE_SECONDS = 90
-ROOT = Path(__file__).parents[2]
 GREEDY = ("--model", "greedy-infomax", "--warmup-steps", "0", "--schedule", "constant")
 
 
@@ -276,30 +273,6 @@ def test_supervised_needs_labels(tiny_dataset):
 def test_divergence_in_one_module_ends_the_run(greedy, tmp_path, capsys):
     assert greedy("--out-dir", tmp_path, "--lr", "10", "--steps", "60", "--norm", "none") == 1
     assert "training diverged" in capsys.readouterr().err
-
-
-@pytest.fixture
-def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """start(*arguments of Python, **environment) → the process, which does not outlive the test."""
-    started = []
-
-    def run(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        started.append(process)
-        return process
-
-    yield run
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
 
 
 @pytest.fixture
