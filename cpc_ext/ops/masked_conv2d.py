@@ -40,7 +40,9 @@ def masked_conv2d(
 
     Equals ``F.conv2d(input, weight * mask, bias, padding="same", dilation=dilation) + condition`` followed by the
     activation. A kernel of even side k looks k / 2 - 1 taps back and k / 2 ahead, as PyTorch pads it. Sums are in
-    float32, in float64 where the tensors are.
+    float32, in float64 where the tensors are. In float32 the CPU computes images that are large enough in pairs of
+    pixels (F(2, 3) of Lavin and Gray 2016, arXiv 1509.09308, along the rows): up to a third fewer multiplications,
+    rounding errors of the same size.
 
     Args:
         input: [B, C, H, W], floating; B may be 0.
@@ -241,11 +243,13 @@ def _before(size: int, dilation: int) -> int:
     return dilation * (size - 1) // 2
 
 
-def _pack(weight: Tensor, mask: Tensor, taps: list[int], *, transposed: bool, gated: bool) -> Tensor:
+def _pack(
+    weight: Tensor, mask: Tensor, taps: list[int], *, transposed: bool, gated: bool, pairs: bool = False
+) -> Tensor:
     """Weights in the kernel's own order, hidden ones as zeros."""
-    size = native.masked_conv2d_packed_bytes(weight, len(taps), transposed, gated)
+    size = native.masked_conv2d_packed_bytes(weight, taps, transposed, gated, pairs)
     packed = torch.empty(size, dtype=torch.uint8, device=weight.device)
-    native.masked_conv2d_pack(weight, mask, packed, taps, transposed, gated)
+    native.masked_conv2d_pack(weight, mask, packed, taps, transposed, gated, pairs)
     return packed
 
 
@@ -270,9 +274,10 @@ def _kernel(input, weight, bias, mask, condition, dilation, activation, keep) ->
         return output, preactivation
     visible = _visible(mask)
     taps = _reaching(visible.taps, weight, input.shape[2:], dilation)
+    pairs = native.masked_conv2d_in_pairs(weight, visible.mask, output, dilation)
     native.masked_conv2d(
         _channels_last(input),
-        _pack(weight, visible.mask, taps, transposed=False, gated=activation == "gated"),
+        _pack(weight, visible.mask, taps, transposed=False, gated=activation == "gated", pairs=pairs),
         None if bias is None else bias.contiguous(),
         condition,
         None,
@@ -285,6 +290,7 @@ def _kernel(input, weight, bias, mask, condition, dilation, activation, keep) ->
         False,
         activation,
         _tf32(),
+        pairs,
     )
     return output, preactivation
 
@@ -372,9 +378,10 @@ def _backward_kernel(
     visible = _visible(mask)
     taps = _reaching(visible.taps, weight, grad.shape[2:], dilation)
     if needs[0]:
+        pairs = native.masked_conv2d_in_pairs(weight, visible.mask, grad, dilation)
         native.masked_conv2d(
             grad,
-            _pack(weight, visible.mask, taps, transposed=True, gated=False),
+            _pack(weight, visible.mask, taps, transposed=True, gated=False, pairs=pairs),
             *[None] * 3,
             grad_input,
             None,
@@ -385,6 +392,7 @@ def _backward_kernel(
             True,
             "none",
             _tf32(),
+            pairs,
         )
     if needs[1]:
         problem = _channels_last(input), grad, visible.mask, grad_weight
@@ -450,8 +458,8 @@ _masked_conv2d_backward = register(
 class PixelConvolution:
     """A masked convolution of fixed weights that computes one pixel of a batch at a time, as sampling needs it.
 
-    Costs what one pixel costs, and gives bit for bit what :func:`masked_conv2d` gives at that pixel. Weights are packed
-    when it is made: later changes of them do not count.
+    Costs what one pixel costs, and gives bit for bit what :func:`masked_conv2d` gives at that pixel, except where that
+    computes pairs of pixels. Weights are packed when it is made: later changes of them do not count.
 
     Args:
         weight, bias, mask, dilation, activation: as of :func:`masked_conv2d`.
@@ -506,6 +514,7 @@ class PixelConvolution:
             self.dilation,
             False,
             self.activation or "none",
+            False,
             False,
         )
 

@@ -3,6 +3,7 @@
 
 #include "bindings/dispatch.h"
 #include "bindings/ops.h"
+#include "masked_conv/terms.h"
 
 namespace cpc::bindings {
 namespace {
@@ -16,41 +17,63 @@ Activation activation_of(const std::string& name) {
   throw std::invalid_argument("activation must be none, relu or gated, got " + name);
 }
 
-int64_t packed_bytes([[maybe_unused]] DLDevice device, int64_t outputs, int64_t inputs, int64_t taps, DType dtype,
-                     bool gated) {
-#if defined(CPC_WITH_CUDA)
-  if (on_cuda(device)) return masked_conv::cuda::packed_bytes(outputs, inputs, taps, dtype, gated);
-#endif
-  return masked_conv::cpu::packed_bytes(outputs, inputs, taps, dtype, gated);
+// Images with fewer pixels do not pay for the packing's additions.
+constexpr int64_t kPairsPixels = 256;
+// Nor do fewer channels for the pixels'.
+constexpr int64_t kPairsChannels = 16;
+
+// Whether to compute neighbouring pixels together (masked_conv/terms.h): of float, so that double stays what the sum
+// says; where all channels see the same, so that what a mask hides does not come back as a rounding error; and where it
+// is faster.
+bool in_pairs(const TensorArg& weight, const TensorArg& mask, const TensorArg& output, int64_t dilation) {
+  const TensorView &filter = weight.view, &images = output.view;
+  if (filter.ndim != 4 || images.ndim != 4) throw std::invalid_argument("weight and output must have 4 dimensions");
+  return !on_cuda(weight.device) && filter.dtype == DType::f32 && mask.view.ndim == 2 && dilation == 1 &&
+         filter.shape[3] > 1 && images.shape[3] > 1 && std::min(filter.shape[0], filter.shape[1]) >= kPairsChannels &&
+         images.shape[0] * images.shape[2] * images.shape[3] >= kPairsPixels;
 }
 
-int64_t packed_bytes_of(const TensorArg& weight, int64_t taps, bool transposed, bool gated) {
+int64_t packed_bytes(DLDevice device, int64_t outputs, int64_t inputs, const std::vector<masked_conv::Tap>& taps,
+                     DType dtype, bool gated, bool pairs) {
+  if (on_cuda(device)) {
+    if (pairs) throw std::invalid_argument("pairs of pixels are computed on the CPU");
+#if defined(CPC_WITH_CUDA)
+    return masked_conv::cuda::packed_bytes(outputs, inputs, static_cast<int64_t>(taps.size()), dtype, gated);
+#endif
+  }
+  const auto terms = static_cast<int64_t>(masked_conv::terms_of(taps, pairs).size());
+  return masked_conv::cpu::packed_bytes(outputs, inputs, terms, dtype, gated);
+}
+
+int64_t packed_bytes_of(const TensorArg& weight, const std::vector<int64_t>& taps, bool transposed, bool gated,
+                        bool pairs) {
   if (weight.view.ndim != 4) throw std::invalid_argument("weight must be [O, C, kh, kw]");
   const int64_t* shape = weight.view.shape;
-  return packed_bytes(weight.device, shape[transposed ? 1 : 0], shape[transposed ? 0 : 1], taps, weight.view.dtype,
-                      gated);
+  return packed_bytes(weight.device, shape[transposed ? 1 : 0], shape[transposed ? 0 : 1],
+                      masked_conv::taps_of(taps, shape[2], shape[3], 1, transposed), weight.view.dtype, gated, pairs);
 }
 
 void pack(const TensorArg& weight, const TensorArg& mask, const TensorArg& packed, const std::vector<int64_t>& taps,
-          bool transposed, bool gated) {
+          bool transposed, bool gated, bool pairs) {
   common_device({&weight, &mask}, {&packed});
   if (weight.view.ndim != 4) throw std::invalid_argument("weight must be [O, C, kh, kw]");
   const int64_t* shape = weight.view.shape;
-  // Where they read does not matter here.
+  // Pairs read pixels that lie side by side, and for all else it does not matter here where they read.
   const masked_conv::Packing problem{.weight = weight.view,
                                      .mask = mask.view,
                                      .packed = packed.view,
                                      .taps = masked_conv::taps_of(taps, shape[2], shape[3], 1, transposed),
                                      .transposed = transposed,
-                                     .gated = gated};
-  masked_conv::check(problem, packed_bytes_of(weight, problem.taps_count(), transposed, gated));
+                                     .gated = gated,
+                                     .pairs = pairs};
+  masked_conv::check(problem, packed_bytes_of(weight, taps, transposed, gated, pairs));
   run(problem, packed, masked_conv::cpu::pack, masked_conv::cuda::pack);
 }
 
 void convolve(const TensorArg& input, const TensorArg& packed, const OptionalTensor& bias,
               const OptionalTensor& condition, const OptionalTensor& position, const TensorArg& output,
               const OptionalTensor& preactivation, int64_t outputs, const std::vector<int64_t>& taps, int64_t kh,
-              int64_t kw, int64_t dilation, bool negated, const std::string& activation, bool tf32) {
+              int64_t kw, int64_t dilation, bool negated, const std::string& activation, bool tf32, bool pairs) {
   std::vector<const TensorArg*> written = {&output};
   if (preactivation) written.push_back(&*preactivation);
   const DLDevice device =
@@ -65,11 +88,13 @@ void convolve(const TensorArg& input, const TensorArg& packed, const OptionalTen
                                          .taps = masked_conv::taps_of(taps, kh, kw, dilation, negated),
                                          .activation = activation_of(activation),
                                          .outputs = outputs,
-                                         .tf32 = tf32};
+                                         .tf32 = tf32,
+                                         .pairs = pairs};
   if (input.view.ndim != 4) throw std::invalid_argument("input must be [B, C, H, W]");
+  if (pairs && dilation != 1) throw std::invalid_argument("pairs of pixels need a dilation of 1");
   masked_conv::check(problem,
-                     packed_bytes(device, outputs, problem.inputs(), static_cast<int64_t>(problem.taps.size()),
-                                  input.view.dtype, problem.activation == Activation::gated),
+                     packed_bytes(device, outputs, problem.inputs(), problem.taps, input.view.dtype,
+                                  problem.activation == Activation::gated, pairs),
                      readable(device));
   run(problem, output, masked_conv::cpu::convolve, masked_conv::cuda::convolve);
 }
@@ -137,14 +162,16 @@ void weight_grad(const TensorArg& input, const TensorArg& grad, const TensorArg&
 }  // namespace
 
 void bind_masked_conv(py::module_& module) {
+  module.def("masked_conv2d_in_pairs", &in_pairs, py::arg("weight"), py::arg("mask"), py::arg("output"),
+             py::arg("dilation"), "Whether a convolution is to be computed in pairs of pixels.");
   module.def("masked_conv2d_packed_bytes", &packed_bytes_of, py::arg("weight"), py::arg("taps"), py::arg("transposed"),
-             py::arg("gated"), "Size of a packing's result.");
+             py::arg("gated"), py::arg("pairs"), "Size of a packing's result.");
   module.def("masked_conv2d_pack", &pack, py::arg("weight"), py::arg("mask"), py::arg("packed"), py::arg("taps"),
-             py::arg("transposed"), py::arg("gated"), "Fills packed.");
+             py::arg("transposed"), py::arg("gated"), py::arg("pairs"), "Fills packed.");
   module.def("masked_conv2d", &convolve, py::arg("input"), py::arg("packed"), py::arg("bias"), py::arg("condition"),
              py::arg("position"), py::arg("output"), py::arg("preactivation"), py::arg("outputs"), py::arg("taps"),
              py::arg("kh"), py::arg("kw"), py::arg("dilation"), py::arg("negated"), py::arg("activation"),
-             py::arg("tf32"), "Fills output and preactivation.");
+             py::arg("tf32"), py::arg("pairs"), "Fills output and preactivation.");
   module.def("masked_conv2d_activation_grad", &activation_grad, py::arg("grad"), py::arg("saved"), py::arg("result"),
              py::arg("bias_grad"), py::arg("workspace"), py::arg("activation"), "Fills result and bias_grad.");
   module.def("masked_conv2d_weight_grad_workspace", &weight_grad_workspace, py::arg("input"), py::arg("grad"),

@@ -55,6 +55,8 @@ void check(const Packing& problem, int64_t packed_bytes) {
   require(is_floating(weight.dtype), "weight must be floating");
   require_mask(problem.mask, weight);
   require(!problem.gated || problem.outputs() % 2 == 0, "gated outputs must be even in number");
+  require(!problem.pairs || (weight.dtype == DType::f32 && problem.mask.ndim == 2),
+          "pairs of pixels are computed in float, with one mask for all channels");
   require_packed(problem.packed, packed_bytes);
 }
 
@@ -65,6 +67,8 @@ void check(const Convolution& problem, int64_t packed_bytes, bool position_on_ho
   require_packed(problem.packed, packed_bytes);
   const int64_t batch = problem.batch(), height = problem.height(), width = problem.width(), n = problem.outputs;
   const bool gated = problem.activation == Activation::gated;
+  require(!problem.pairs || (input.dtype == DType::f32 && problem.position.ndim == 0),
+          "pairs of pixels are computed in float, of whole images");
   require(!gated || n % 2 == 0, "gated outputs must be even in number");
   if (problem.bias.ndim != 0) {
     require_shape("bias", problem.bias, {n});

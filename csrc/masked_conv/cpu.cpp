@@ -1,7 +1,8 @@
-// Masked convolution on the CPU: from channels-last input to output through one matrix product over the visible taps.
-// Nothing is gathered: a tile of the product broadcasts straight from the input's pixels, wherever their taps lie, and
-// padding is a row of zeros. Pixels are taken position by position over the batch, so that at an image's edge whole
-// tiles read only padding and skip the tap. The weight's gradient packs slices of both operands, pixels again position
+// Masked convolution on the CPU: from channels-last input to output through one matrix product over the visible taps,
+// in pairs of pixels over fewer terms (terms.h). A tile of the product broadcasts straight from the input's pixels,
+// wherever their taps lie, unless they must be converted or are differences of two; padding is a row of zeros. Pixels
+// are taken position by position over the batch, so that at an image's edge whole tiles read only padding and skip the
+// term. The weight's gradient packs slices of both operands, pixels again position
 // by position, in which a tap is nothing but an offset.
 #include <algorithm>
 #include <vector>
@@ -14,6 +15,7 @@
 #include "core/simd_math.h"
 #include "core/workspace.h"
 #include "masked_conv/masked_conv.h"
+#include "masked_conv/terms.h"
 
 namespace cpc::masked_conv::cpu::CPC_ISA {
 namespace {
@@ -26,8 +28,10 @@ constexpr int64_t kBlockRows = 16 * kTileRows;
 // Depth that a tile goes through at a time: the panel's part of it stays in the cache while all tiles of a block use
 // it.
 constexpr int64_t kDepthBlock = 320;
+// Pixels of a block that had to be gathered.
+constexpr int64_t kGatheredBytes = int64_t{512} << 10;
 // Channels that are transposed at a time: their part of a panel stays in the first-level cache.
-constexpr int64_t kTransposed = 16;
+constexpr int64_t kTransposed = 64;
 // Products smaller than this are not worth waking other threads for.
 constexpr int64_t kParallelFlops = 1 << 20;
 
@@ -75,80 +79,125 @@ inline E to_element(Storage v) {
     return widen(v);
 }
 
+// Calls use(read) with the function read(at) that gives a term's weight: of one tap, or of two or three, added up.
+template <class E, class Storage, class Use>
+void with_weight(const Term& term, const Packing& problem, const Use& use) {
+  const TensorView& weight = problem.weight;
+  const Storage* taps[3] = {};
+  for (size_t part = 0; part < term.weight.size(); ++part) {
+    const int64_t index = term.weight[part].index, kw = weight.shape[3];
+    taps[part] = weight.as<Storage>() + index / kw * weight.strides[2] + index % kw * weight.strides[3];
+  }
+  if constexpr (std::is_same_v<Storage, float>) {
+    const auto sum_of = [&](auto parts) {
+      float factors[parts];
+      for (int part = 0; part < parts; ++part) factors[part] = term.weight[part].factor;
+      use([&](int64_t at) {
+        float v = 0;
+        for (int part = 0; part < parts; ++part) v += factors[part] * taps[part][at];
+        return v;
+      });
+    };
+    if (term.weight.size() == 2) return sum_of(std::integral_constant<int, 2>{});
+    if (term.weight.size() == 3) return sum_of(std::integral_constant<int, 3>{});
+  }
+  use([tap = taps[0]](int64_t at) { return to_element<E>(tap[at]); });
+}
+
 template <class Storage>
 void pack_as(const Packing& problem) {
   using E = Element<Storage>;
+  constexpr int64_t kLanes = kLaneColumns<E>;
   const TensorView &weight = problem.weight, &mask = problem.mask;
   const Panels<E> panels(problem.outputs(), problem.gated);
-  const int64_t inputs = problem.inputs(), depth = padded_depth<E>(inputs), taps = problem.taps_count();
-  const int64_t out_dim = problem.transposed ? 1 : 0, kw = weight.shape[3];
+  const std::vector<Term> terms = terms_of(problem.taps, problem.pairs);
+  const int64_t inputs = problem.inputs(), depth = padded_depth<E>(inputs), terms_count = std::ssize(terms);
+  const int64_t out_dim = problem.transposed ? 1 : 0;
   const int64_t out_step = weight.strides[out_dim], in_step = weight.strides[1 - out_dim];
-  // Those of a mask [kh, kw] are the same for all channels.
-  const int64_t mask_out = mask.ndim == 4 ? mask.strides[out_dim] : 0,
-                mask_in = mask.ndim == 4 ? mask.strides[1 - out_dim] : 0;
-  const int64_t mask_y = mask.strides[mask.ndim - 2], mask_x = mask.strides[mask.ndim - 1];
-  parallel_for(panels.count() * taps, [&](int64_t task, int) {
-    const int64_t p = task / taps, t = task % taps;
+  parallel_for(panels.count() * terms_count, [&](int64_t task, int) {
+    const int64_t p = task / terms_count, t = task % terms_count;
     const Panel panel = panels[p];
-    const int64_t columns = panel.vectors * kLaneColumns<E>, i = problem.taps[t].index / kw,
-                  j = problem.taps[t].index % kw;
-    E* out = problem.packed.as<E>() + panels.offset(p, taps * depth) + t * depth * columns;
-    const Storage* const tap = weight.as<Storage>() + i * weight.strides[2] + j * weight.strides[3];
-    const bool* const visible = mask.as<bool>() + i * mask_y + j * mask_x;
+    const int64_t columns = panel.vectors * kLanes;
+    E* const out = problem.packed.as<E>() + panels.offset(p, terms_count * depth) + t * depth * columns;
+    E block[kTransposed][kLanes];
     for (int64_t first = 0; first < depth; first += kTransposed)
-      for (int64_t column = 0; column < columns; ++column) {
-        const int64_t n = panels.channel(panel, column);
-        const int64_t count = std::min(kTransposed, depth - first), given = n < 0 ? 0 : std::min(count, inputs - first);
-        E* const to = out + first * columns + column * kDepthStep<E>;
-        const auto place = [columns](int64_t k) {
-          return k / kDepthStep<E> * kDepthStep<E> * columns + k % kDepthStep<E>;
-        };
-        const Storage* const from = tap + std::max<int64_t>(n, 0) * out_step + first * in_step;
-        for (int64_t k = 0; k < given; ++k) to[place(k)] = to_element<E>(from[k * in_step]);
-        for (int64_t k = given; k < count; ++k) to[place(k)] = E{};
-        if (mask.ndim == 4)
+      for (int64_t begin = 0; begin < columns; begin += kLanes) {
+        const int64_t rows = std::min(kTransposed, depth - first), given = std::min(rows, inputs - first);
+        const int64_t n = panels.channel(panel, begin);
+        int64_t channels = kLanes;
+        while (panels.channel(panel, begin + channels - 1) < 0) --channels;
+        if (given < rows || channels < kLanes) std::fill_n(block[0], kTransposed * kLanes, E{});
+        with_weight<E, Storage>(terms[t], problem, [&](const auto& read) {
+          const int64_t at = n * out_step + first * in_step;
+          // In the order in which they lie in memory.
+          if (in_step <= out_step)
+            for (int64_t c = 0; c < channels; ++c)
+              for (int64_t k = 0; k < given; ++k) block[k][c] = read(at + c * out_step + k * in_step);
+          else
+            for (int64_t k = 0; k < given; ++k)
+              for (int64_t c = 0; c < channels; ++c) block[k][c] = read(at + c * out_step + k * in_step);
+        });
+        if (mask.ndim == 4) {  // Else it is the same for all channels.
+          const int64_t index = terms[t].weight[0].index, kw = weight.shape[3];
+          const bool* const visible = mask.as<bool>() + index / kw * mask.strides[2] + index % kw * mask.strides[3] +
+                                      n * mask.strides[out_dim] + first * mask.strides[1 - out_dim];
           for (int64_t k = 0; k < given; ++k)
-            if (!visible[n * mask_out + (first + k) * mask_in]) to[place(k)] = E{};
+            for (int64_t c = 0; c < channels; ++c)
+              if (!visible[c * mask.strides[out_dim] + k * mask.strides[1 - out_dim]]) block[k][c] = E{};
+        }
+        E* const to = out + first * columns + begin * kDepthStep<E>;
+        for (int64_t k = 0; k < rows; ++k)
+          for (int64_t c = 0; c < kLanes; ++c)
+            to[k / kDepthStep<E> * kDepthStep<E> * columns + c * kDepthStep<E> + k % kDepthStep<E>] = block[k][c];
       }
   });
 }
 
 // --- Forward ---
 
-// A part of the product's depth: channels [first, first + depth) of a tap.
+// A part of the product's depth: channels [first, first + depth) of a term.
 struct Run {
-  int64_t tap, first, depth;
-  bool ends_group;  // A tile's sums stay in registers from the end of one group to the end of the next.
+  int64_t term, first, depth;
+};
+
+// Runs whose sum stays in registers from the first to the last. Groups of one sum follow one another.
+struct Group {
+  int sum;
+  bool begins;  // It is the sum's first.
+  std::vector<Run> runs;
 };
 
 template <class E>
-std::vector<Run> runs_of(int64_t taps, int64_t inputs) {
-  std::vector<Run> runs;
-  int64_t in_group = 0;
-  for (int64_t t = 0; t < taps; ++t)
-    for (int64_t k = 0; k < inputs; k += kDepthBlock) {
-      const int64_t depth = padded_depth<E>(std::min(kDepthBlock, inputs - k));
-      if (in_group + depth > kDepthBlock && !runs.empty()) {
-        runs.back().ends_group = true;
-        in_group = 0;
+std::vector<Group> groups_of(const std::vector<Term>& terms, int sums, int64_t inputs) {
+  std::vector<Group> groups;
+  for (int sum = 0; sum < sums; ++sum) {
+    groups.push_back({sum, true, {}});
+    int64_t in_group = 0;
+    for (int64_t t = 0; t < std::ssize(terms); ++t)
+      for (int64_t k = 0; terms[t].sum == sum && k < inputs; k += kDepthBlock) {
+        const int64_t depth = padded_depth<E>(std::min(kDepthBlock, inputs - k));
+        if (in_group > 0 && in_group + depth > kDepthBlock) {
+          groups.push_back({sum, false, {}});
+          in_group = 0;
+        }
+        in_group += depth;
+        groups.back().runs.push_back({t, k, depth});
       }
-      in_group += depth;
-      runs.push_back({t, k, depth, false});
-    }
-  if (!runs.empty()) runs.back().ends_group = true;
-  return runs;
+  }
+  return groups;
 }
 
-// The rows of the product: pixel by pixel over the batch, all pixels or a single one.
+// The rows of the product: pixel by pixel over the batch, all pixels or a single one; of pairs, the left pixel.
 class Rows {
  public:
-  explicit Rows(const Convolution& problem) : problem_(problem) {
+  explicit Rows(const Convolution& problem)
+      : problem_(problem), step_(problem.pairs ? 2 : 1), across_(divide_up(problem.width(), step_)) {
     if (problem.position.ndim != 0) {
       y_ = problem.position.as<int64_t>()[0];
       x_ = problem.position.as<int64_t>()[1];
       count_ = problem.batch();
     } else {
-      count_ = problem.batch() * problem.height() * problem.width();
+      count_ = problem.batch() * problem.height() * across_;
     }
   }
   struct Pixel {
@@ -156,13 +205,15 @@ class Rows {
     int64_t in(const TensorView& view) const { return b * view.strides[0] + y * view.strides[2] + x * view.strides[3]; }
   };
   int64_t count() const { return count_; }
+  int64_t step() const { return step_; }
   Pixel operator[](int64_t m) const {
     const int64_t at = m / problem_.batch();
-    return {m % problem_.batch(), y_ + at / problem_.width(), x_ + at % problem_.width()};
+    return {m % problem_.batch(), y_ + at / across_, x_ + at % across_ * step_};
   }
 
  private:
   const Convolution& problem_;
+  int64_t step_, across_;
   int64_t y_ = 0, x_ = 0, count_ = 0;
 };
 
@@ -177,16 +228,17 @@ class Convolver {
  public:
   explicit Convolver(const Convolution& problem)
       : problem_(problem),
-        taps_(static_cast<int64_t>(problem.taps.size())),
+        terms_(terms_of(problem.taps, problem.pairs)),
         depth_(padded_depth<E>(problem.inputs())),
         panels_(problem.outputs, problem.activation == Activation::gated),
-        runs_(runs_of<E>(taps_, problem.inputs())),
+        sums_(problem.pairs ? kPairSums : 1),
+        groups_(groups_of<E>(terms_, sums_, problem.inputs())),
         rows_(problem),
-        gathers_(!kInPlace || depth_ != problem.inputs()) {
+        converts_(!kInPlace || depth_ != problem.inputs()) {
     block_rows_ = kBlockRows;
-    if (gathers_)  // Its pixels are to stay in the cache too.
+    if (gathers())  // Its pixels are to stay in the cache too.
       block_rows_ = std::clamp<int64_t>(
-          (int64_t{512} << 10) / std::max<int64_t>(taps_ * depth_ * sizeof(E), 1) / kTileRows * kTileRows, kTileRows,
+          kGatheredBytes / std::max<int64_t>(terms() * depth_ * sizeof(E), 1) / kTileRows * kTileRows, kTileRows,
           kBlockRows);
   }
 
@@ -195,9 +247,10 @@ class Convolver {
       if (result->ndim != 0 && problem_.position.ndim == 0 && is_dense(*result, {0, 2, 3, 1}))
         advise_huge_pages(result->data, result->numel() * static_cast<int64_t>(sizeof(Storage)));
     const int64_t blocks = divide_up(rows_.count(), block_rows_), panels = panels_.count();
-    const bool parallel = 2 * rows_.count() * taps_ * depth_ * problem_.outputs > kParallelFlops;
-    // Few blocks are shared out by panels as well, so that all workers end at about the same time.
-    const int64_t groups = std::clamp<int64_t>(divide_up(32 * workers(), blocks), 1, panels);
+    const bool parallel = 2 * rows_.count() * terms() * depth_ * problem_.outputs > kParallelFlops;
+    // Few blocks are shared out by panels as well, so that all workers end at about the same time; not too often where
+    // each must gather the block again.
+    const int64_t groups = std::clamp<int64_t>(divide_up((gathers() ? 16 : 32) * workers(), blocks), 1, panels);
     const std::vector<E> zeros(depth_);
     const Scratch scratch(bytes());
     const auto body = [&](int64_t task, int worker) {
@@ -209,6 +262,7 @@ class Convolver {
       for (int64_t p = group * panels / groups; p < (group + 1) * panels / groups; ++p) {
         read_bias(buffers, p);
         multiply(buffers, p, count);
+        if (problem_.pairs) separate(buffers, p, count);
         finish(buffers, p, first, count);
       }
     };
@@ -219,22 +273,25 @@ class Convolver {
   }
 
  private:
+  int64_t terms() const { return std::ssize(terms_); }
+  bool gathers() const { return converts_ || problem_.pairs; }
+
   // A worker's memory.
   struct Buffers {
-    S* sums;           // [block rows, kTileColumns]
+    S* sums;           // [sums, block rows, kTileColumns]
     S* bias;           // [kTileColumns] of the panel
     S* condition;      // [kTileColumns] of a row
-    const E** pixels;  // [taps, block rows]: where the tap's values of a row lie.
-    bool* reaches;     // [taps, tiles]: whether a row of the tile reads more than padding.
-    E* gathered;       // [taps, block rows, depth], if they must be converted.
+    const E** pixels;  // [terms, block rows]: where the term's values of a row lie.
+    bool* reaches;     // [terms, tiles]: whether a row of the tile reads more than padding.
+    E* gathered;       // [terms, block rows, depth], if they must be computed.
 
     Buffers(Parts& parts, const Convolver& c)
-        : sums(parts.take<S>(c.block_rows_ * kTileColumns<E>)),
+        : sums(parts.take<S>(c.sums_ * c.block_rows_ * kTileColumns<E>)),
           bias(parts.take<S>(kTileColumns<E>)),
           condition(parts.take<S>(kTileColumns<E>)),
-          pixels(parts.take<const E*>(c.taps_ * c.block_rows_)),
-          reaches(parts.take<bool>(c.taps_ * c.block_rows_ / kTileRows)),
-          gathered(parts.take<E>(c.gathers_ ? c.taps_ * c.block_rows_ * c.depth_ : 0)) {}
+          pixels(parts.take<const E*>(c.terms() * c.block_rows_)),
+          reaches(parts.take<bool>(c.terms() * c.block_rows_ / kTileRows)),
+          gathered(parts.take<E>(c.gathers() ? c.terms() * c.block_rows_ * c.depth_ : 0)) {}
   };
   int64_t bytes() const {
     Parts parts(nullptr);
@@ -242,34 +299,54 @@ class Convolver {
     return parts.used();
   }
 
-  // Finds the pixels that a block's rows read through each tap.
+  // Finds the pixels that a block's rows read for each term.
   void locate(Buffers& buffers, const E* zeros, int64_t first, int64_t count) const {
-    const TensorView& input = problem_.input;
-    std::fill_n(buffers.reaches, taps_ * block_rows_ / kTileRows, false);
+    std::fill_n(buffers.reaches, terms() * block_rows_ / kTileRows, false);
     for (int64_t r = 0; r < count; ++r) {
       const Rows::Pixel pixel = rows_[first + r];
-      for (int64_t t = 0; t < taps_; ++t) {
-        const Tap& tap = problem_.taps[t];
-        const Rows::Pixel read{pixel.b, pixel.y + tap.dy, pixel.x + tap.dx};
+      for (int64_t t = 0; t < terms(); ++t) {
+        const Term& term = terms_[t];
+        const int64_t y = pixel.y + term.dy;
+        const Storage* from = read({pixel.b, y, pixel.x + term.dx});
+        const Storage* other = term.sign == 0 ? nullptr : read({pixel.b, y, pixel.x + term.other_dx});
+        // The last sum is the right pixel's alone, which an image of odd width ends without.
+        if (problem_.pairs && term.sum == kPairSums - 1 && pixel.x + 1 == problem_.width()) from = other = nullptr;
         const E*& at = buffers.pixels[t * block_rows_ + r];
-        if (read.y < 0 || read.y >= problem_.height() || read.x < 0 || read.x >= problem_.width()) {
-          at = zeros;
-          continue;
-        }
+        at = zeros;
+        if (!from && !other) continue;
         buffers.reaches[(t * block_rows_ + r) / kTileRows] = true;
-        const Storage* from = input.as<Storage>() + read.in(input);
+        E* const gathered = buffers.gathered + (t * block_rows_ + r) * depth_;
         if constexpr (kInPlace) {
-          if (!gathers_) {
+          if (!converts_ && !other) {
             at = from;
             continue;
           }
         }
-        E* const gathered = buffers.gathered + (t * block_rows_ + r) * depth_;
+        at = gathered;
+        if constexpr (std::is_same_v<Storage, float>) {
+          if (other) {
+            if (!from) from = zeros;
+            add(gathered, from, other, term.sign);
+            continue;
+          }
+        }
         for (int64_t k = 0; k < problem_.inputs(); ++k) gathered[k] = to_element<E>(from[k]);
         std::fill(gathered + problem_.inputs(), gathered + depth_, E{});
-        at = gathered;
       }
     }
+  }
+
+  // A pixel of the input, or null outside.
+  const Storage* read(const Rows::Pixel& pixel) const {
+    if (pixel.y < 0 || pixel.y >= problem_.height() || pixel.x < 0 || pixel.x >= problem_.width()) return nullptr;
+    return problem_.input.template as<Storage>() + pixel.in(problem_.input);
+  }
+
+  void add(E* __restrict to, const E* one, const E* other, int sign) const {
+    if (sign > 0)
+      for (int64_t k = 0; k < depth_; ++k) to[k] = one[k] + other[k];
+    else
+      for (int64_t k = 0; k < depth_; ++k) to[k] = one[k] - other[k];
   }
 
   void read_bias(Buffers& buffers, int64_t p) const {
@@ -280,33 +357,46 @@ class Convolver {
     }
   }
 
-  // Sums over all taps, beginning with the bias.
+  S* row_of(const Buffers& buffers, int64_t sum, int64_t r) const {
+    return buffers.sums + (sum * block_rows_ + r) * kTileColumns<E>;
+  }
+
+  // Sums over all terms, beginning with the bias.
   void multiply(Buffers& buffers, int64_t p, int64_t count) const {
     const int64_t vectors = panels_[p].vectors, columns = vectors * kLaneColumns<E>;
-    const E* const panel = problem_.packed.template as<E>() + panels_.offset(p, taps_ * depth_);
-    for (int64_t r = 0; runs_.empty() && r < count; ++r)
-      std::copy_n(buffers.bias, columns, buffers.sums + r * kTileColumns<E>);
-    for (size_t begin = 0, end; begin < runs_.size(); begin = end) {
-      for (end = begin; !runs_[end].ends_group;) ++end;
-      ++end;
+    const E* const panel = problem_.packed.template as<E>() + panels_.offset(p, terms() * depth_);
+    for (const Group& group : groups_)
       for (int64_t r = 0; r < count; r += kTileRows)
         with_tile(std::min<int64_t>(kTileRows, count - r), vectors, [&](auto tile_rows, auto tile_vectors) {
           Tile<E, tile_rows, tile_vectors> tile;
-          S* const sums = buffers.sums + r * kTileColumns<E>;
-          if (begin == 0)
+          S* const sums = row_of(buffers, group.sum, r);
+          if (!group.begins)
+            tile.load(sums, kTileColumns<E>);
+          else if (group.sum == (problem_.pairs ? kSharedSum : 0))
             tile.load(buffers.bias, 0);
           else
-            tile.load(sums, kTileColumns<E>);
-          for (size_t i = begin; i < end; ++i) {
-            const Run& run = runs_[i];
-            if (!buffers.reaches[(run.tap * block_rows_ + r) / kTileRows]) continue;
+            tile.clear();
+          for (const Run& run : group.runs) {
+            if (!buffers.reaches[(run.term * block_rows_ + r) / kTileRows]) continue;
             const E* left[tile_rows];
-            for (int j = 0; j < tile_rows; ++j) left[j] = buffers.pixels[run.tap * block_rows_ + r + j] + run.first;
+            for (int j = 0; j < tile_rows; ++j) left[j] = buffers.pixels[run.term * block_rows_ + r + j] + run.first;
             tile.multiply([&left](int j, int64_t k) { return left[j] + k; },
-                          panel + (run.tap * depth_ + run.first) * columns, run.depth);
+                          panel + (run.term * depth_ + run.first) * columns, run.depth);
           }
           tile.store(sums, kTileColumns<E>);
         });
+  }
+
+  // From the sums of pairs to those of their left and right pixels, the first two.
+  void separate(Buffers& buffers, int64_t p, int64_t count) const {
+    for (int64_t r = 0; r < count; ++r) {
+      S* m[kPairSums];
+      for (int sum = 0; sum < kPairSums; ++sum) m[sum] = row_of(buffers, sum, r);
+      each_register(panels_[p].vectors * kLaneColumns<E>, [&](int64_t i) {
+        const R m1 = load_register(m[1] + i), m2 = load_register(m[2] + i);
+        store_register(m[0] + i, load_register(m[0] + i) + m1 + m2);
+        store_register(m[1] + i, m1 - m2 + load_register(m[3] + i));
+      });
     }
   }
 
@@ -317,9 +407,12 @@ class Convolver {
     const int64_t columns = panel.vectors * kLaneColumns<E>, half = columns / 2, gates = problem_.outputs / 2;
     const TensorView &condition = problem_.condition, &kept = problem_.preactivation;
     std::fill_n(buffers.condition, columns, S{});
-    for (int64_t r = 0; r < count; ++r) {
-      const Rows::Pixel pixel = rows_[first + r];
-      S* const sums = buffers.sums + r * kTileColumns<E>;
+    for (int64_t at = 0; at < count * rows_.step(); ++at) {
+      const int64_t r = at / rows_.step(), right = at % rows_.step();
+      Rows::Pixel pixel = rows_[first + r];
+      pixel.x += right;
+      if (pixel.x == problem_.width()) continue;
+      S* const sums = row_of(buffers, right, r);
       if (condition.ndim != 0) {
         const auto read = [&](S* to, int64_t channel) {
           const Storage* from = condition.as<Storage>() + pixel.in(condition) + channel * condition.strides[1];
@@ -357,11 +450,13 @@ class Convolver {
   }
 
   const Convolution& problem_;
-  int64_t taps_, depth_, block_rows_;
+  std::vector<Term> terms_;
+  int64_t depth_, block_rows_;
   Panels<E> panels_;
-  std::vector<Run> runs_;
+  int sums_;
+  std::vector<Group> groups_;
   Rows rows_;
-  bool gathers_;
+  bool converts_;
 };
 
 // --- Gradients ---

@@ -7,7 +7,8 @@
 //   + dx] output[n] = a[n], max(a[n], 0), or tanh(a[n]) * sigmoid(a[n + N / 2]) for n < N / 2 where gated.
 // Only the taps in `taps` are summed: those that a mask leaves visible to some channel and that reach the input. Where
 // the mask differs between channels, it has been multiplied into the packed weights. Sums run over taps in their order
-// and over channels within, in one chain of additions, so that a pixel computed alone is bit for bit the same.
+// and over channels within, in one chain of additions, so that a pixel computed alone is bit for bit the same; not so
+// in pairs of pixels (terms.h), which take fewer multiplications.
 //
 // Gradients. In the input: the same convolution with the weight transposed and dy, dx negated. In the weight: for each
 // tap the product of shifted input and output gradient, times the mask, zero for taps not in `taps`. All sums are in
@@ -39,6 +40,7 @@ struct Packing {
   std::vector<Tap> taps;
   bool transposed = false;  // From O to C channels, for the gradient in the input. Else from C to O.
   bool gated = false;       // Outputs n and n + N / 2 are needed together.
+  bool pairs = false;       // For a convolution in pairs.
 
   int64_t outputs() const { return weight.shape[transposed ? 1 : 0]; }
   int64_t inputs() const { return weight.shape[transposed ? 0 : 1]; }
@@ -57,6 +59,9 @@ struct Convolution {
   Activation activation = Activation::none;
   int64_t outputs = 0;  // N.
   bool tf32 = false;    // Whether CUDA may round float operands to TF32.
+  // Whether neighbouring pixels of a row are computed in pairs: on the CPU, of float, all pixels, with taps of a
+  // dilation of 1 and a mask [kh, kw].
+  bool pairs = false;
 
   int64_t batch() const { return input.shape[0]; }
   int64_t inputs() const { return input.shape[1]; }
