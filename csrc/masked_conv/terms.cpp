@@ -37,9 +37,8 @@ std::vector<Term> terms_of(const std::vector<Tap>& taps, bool pairs) {
     return terms;
   }
   std::vector<Tap> ordered = taps;  // Those of a gradient go from right to left.
-  std::stable_sort(ordered.begin(), ordered.end(), [](const Tap& a, const Tap& b) {
-    return a.dy < b.dy || (a.dy == b.dy && a.dx < b.dx);
-  });
+  std::stable_sort(ordered.begin(), ordered.end(),
+                   [](const Tap& a, const Tap& b) { return a.dy < b.dy || (a.dy == b.dy && a.dx < b.dx); });
   for (size_t begin = 0, end; begin < ordered.size(); begin = end) {
     for (end = begin + 1; end < ordered.size() && end - begin < 3; ++end)
       if (ordered[end].dy != ordered[begin].dy || ordered[end].dx != ordered[end - 1].dx + 1) break;

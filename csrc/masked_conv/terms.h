@@ -17,7 +17,7 @@
 
 namespace cpc::masked_conv {
 
-constexpr int kPairSums = 4;  // m0 to m3
+constexpr int kPairSums = 4;   // m0 to m3
 constexpr int kSharedSum = 1;  // m1, which both outputs hold once.
 
 struct Term {

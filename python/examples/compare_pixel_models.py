@@ -34,8 +34,8 @@ from cpc_ext.training.run_log import read_metrics
 COLORS = {"pixelcnn": "#0072b2", "gated-pixelcnn": "#d55e00", "pixelcnn++": "#009e73"}
 # Looks at held-out images in a run of a given number of steps.
 LOOKS = 10
-# Steps between them where it is given a time.
-LOOK_EVERY = 50
+# Steps between them for each minute that it is given.
+LOOK_EVERY = 8
 # Steps without end, for runs that are given a time.
 ENDLESS = 10**9
 POLL_SECONDS = 1.0
@@ -49,6 +49,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, metavar="D", help="a folder of images; default: generated textures")
     parser.add_argument("--image-size", type=int, metavar="N", help="side of the images (default: the preset's)")
+    parser.add_argument(
+        "--models", nargs="+", choices=list(PIXEL_MODELS), default=list(PIXEL_MODELS), help="which (default: all three)"
+    )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, metavar="N", help="parameter updates of each model (default 600)")
     length.add_argument("--minutes", type=float, metavar="M", help="training time of each model, at a constant rate")
@@ -107,12 +110,15 @@ def options_of(model: str, arguments: argparse.Namespace) -> tuple[list[str], di
     options += ["--lr", str(arguments.lr), "--warmup-steps", str(arguments.warmup_steps)]
     # In the first steps the average forgets faster.
     options += ["--ema-decay", "0.999", "--batch-size", str(arguments.batch_size), "--seed", str(arguments.seed)]
+    if model == "pixelcnn++":
+        options += ["--dropout", "0"]  # Models so small underfit.
     if arguments.data_dir is not None:
         options += ["--data-dir", str(arguments.data_dir)]
     if arguments.image_size is not None:
         options += ["--image-size", str(arguments.image_size)]
     if arguments.minutes is not None:
-        options += ["--schedule", "constant", "--log-every", "5", "--sample-every", str(LOOK_EVERY)]
+        looks = max(1, round(LOOK_EVERY * arguments.minutes))
+        options += ["--schedule", "constant", "--log-every", "5", "--sample-every", str(looks)]
     if arguments.device is not None:
         options += ["--device", arguments.device]
     return options, {"layers": layers, "width": width, "parameters": parameters}
@@ -283,7 +289,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
 def write(results: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     asked = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
-    document = {"arguments": asked, "complete": len(results) == len(PIXEL_MODELS), "results": results}
+    document = {"arguments": asked, "complete": len(results) == len(arguments.models), "results": results}
     (arguments.out / "comparison.json").write_text(json.dumps(document, indent=1) + "\n")
     (arguments.out / "comparison.md").write_text(table(results))
     draw(results, arguments.out / "comparison.png")
@@ -292,7 +298,7 @@ def write(results: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
 def main(arguments: argparse.Namespace) -> int:
     results: list[dict[str, Any]] = []
     try:
-        for model in PIXEL_MODELS:
+        for model in arguments.models:
             options, shape = options_of(model, arguments)
             run = RunDir(arguments.out / model)
             check_same(run, options)
