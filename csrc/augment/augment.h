@@ -39,7 +39,7 @@ struct Problem {
 void check(const Problem& problem, bool on_host);
 
 namespace cpu {
-CPC_DECLARE_AT_EACH_ISA(void augment(const Problem& problem))
+CPC_DECLARE_WITHOUT_BFLOAT16(void augment(const Problem& problem))
 inline void augment(const Problem& problem) { CPC_CALL_AT_ISA(augment, problem) }
 }  // namespace cpu
 

@@ -7,8 +7,8 @@
 namespace cpc::bindings {
 namespace {
 
-int64_t workspace_of([[maybe_unused]] const TensorArg& images, [[maybe_unused]] const TensorArg& patches,
-                     [[maybe_unused]] int64_t patch_size) {
+int64_t augment_workspace([[maybe_unused]] const TensorArg& images, [[maybe_unused]] const TensorArg& patches,
+                          [[maybe_unused]] int64_t patch_size) {
 #if defined(CPC_WITH_CUDA)
   if (on_cuda(patches.device)) {
     patches::Problem extraction;
@@ -45,7 +45,7 @@ void augment_patches(const TensorArg& images, const TensorArg& patches, int64_t 
       .fill = fill,
       .workspace = workspace.view};
   augment::check(problem, readable(device));
-  if (workspace.view.dtype != DType::u8 || workspace.view.numel() < workspace_of(images, patches, patch_size))
+  if (workspace.view.dtype != DType::u8 || workspace.view.numel() < augment_workspace(images, patches, patch_size))
     throw std::invalid_argument("workspace must be uint8 of the size that augment_patches_workspace tells");
   run(problem, patches, augment::cpu::augment, augment::cuda::augment);
 }
@@ -53,8 +53,8 @@ void augment_patches(const TensorArg& images, const TensorArg& patches, int64_t 
 }  // namespace
 
 void bind_augment(py::module_& module) {
-  module.def("augment_patches_workspace", &workspace_of, py::arg("images"), py::arg("patches"), py::arg("patch_size"),
-             "Size of the workspace that augment_patches needs.");
+  module.def("augment_patches_workspace", &augment_workspace, py::arg("images"), py::arg("patches"),
+             py::arg("patch_size"), "Size of the workspace that augment_patches needs.");
   module.def("augment_patches", &augment_patches, py::arg("images"), py::arg("patches"), py::arg("patch_size"),
              py::arg("stride"), py::arg("height"), py::arg("width"), py::arg("offsets"), py::arg("flip"),
              py::arg("gray"), py::arg("patch_norm"), py::arg("channels_last"), py::arg("scale"), py::arg("shift"),

@@ -1,7 +1,7 @@
 // The instruction sets that the CPU kernels are compiled for, from one source each, and which of them this machine
 // runs. CMake compiles every OP/cpu.cpp once per level with CPC_ISA set to the level's name, which is also the
-// namespace that keeps the copies apart. With CPC_ONE_ISA there is one level, the baseline, whatever it is compiled
-// for.
+// namespace that keeps the copies apart; at the last level, those that have use for its products of bfloat16. With
+// CPC_ONE_ISA there is one level, the baseline, whatever it is compiled for.
 #pragma once
 
 namespace cpc {
@@ -12,20 +12,26 @@ enum class Isa { baseline, avx2, avx512, avx512_bf16 };
 Isa isa();
 const char* isa_name();
 
-// Declares a kernel at each level. A macro, because the same declaration goes into several namespaces.
+// Declare a kernel at each level, or one without products of bfloat16. Macros, because the same declaration goes into
+// several namespaces.
 #if defined(__x86_64__) && !defined(CPC_ONE_ISA)
-#define CPC_DECLARE_AT_EACH_ISA(...) \
-  namespace baseline {               \
-  __VA_ARGS__;                       \
-  }                                  \
-  namespace avx2 {                   \
-  __VA_ARGS__;                       \
-  }                                  \
-  namespace avx512 {                 \
-  __VA_ARGS__;                       \
-  }                                  \
-  namespace avx512_bf16 {            \
-  __VA_ARGS__;                       \
+#define CPC_DECLARE_AT_EACH_ISA(...)    \
+  CPC_DECLARE_UP_TO_AVX512(__VA_ARGS__) \
+  namespace avx512_bf16 {               \
+  __VA_ARGS__;                          \
+  }
+#define CPC_DECLARE_WITHOUT_BFLOAT16(...) \
+  CPC_DECLARE_UP_TO_AVX512(__VA_ARGS__)   \
+  namespace avx512_bf16 = avx512;
+#define CPC_DECLARE_UP_TO_AVX512(...) \
+  namespace baseline {                \
+  __VA_ARGS__;                        \
+  }                                   \
+  namespace avx2 {                    \
+  __VA_ARGS__;                        \
+  }                                   \
+  namespace avx512 {                  \
+  __VA_ARGS__;                        \
   }
 #define CPC_CALL_AT_ISA(function, ...)                                       \
   switch (::cpc::isa()) {                                                    \
@@ -40,6 +46,7 @@ const char* isa_name();
   namespace baseline {               \
   __VA_ARGS__;                       \
   }
+#define CPC_DECLARE_WITHOUT_BFLOAT16 CPC_DECLARE_AT_EACH_ISA
 #define CPC_CALL_AT_ISA(function, ...) return baseline::function(__VA_ARGS__);
 #endif
 

@@ -82,8 +82,8 @@ void check(const Likelihood& problem, Pass pass, bool on_cuda);
 void check(const Sampling& problem);
 
 namespace cpu {
-CPC_DECLARE_AT_EACH_ISA(void nll(const Likelihood& problem); void nll_backward(const Likelihood& problem);
-                        void sample(const Sampling& problem))
+CPC_DECLARE_WITHOUT_BFLOAT16(void nll(const Likelihood& problem); void nll_backward(const Likelihood& problem);
+                             void sample(const Sampling& problem))
 inline void nll(const Likelihood& problem) { CPC_CALL_AT_ISA(nll, problem) }
 inline void nll_backward(const Likelihood& problem) { CPC_CALL_AT_ISA(nll_backward, problem) }
 inline void sample(const Sampling& problem) { CPC_CALL_AT_ISA(sample, problem) }

@@ -58,7 +58,7 @@ constexpr double luma(int64_t channel) { return channel == 0 ? 0.299 : channel =
 void check(const Problem& problem, bool backward, bool offsets_on_host);
 
 namespace cpu {
-CPC_DECLARE_AT_EACH_ISA(void extract(const Problem& problem); void extract_backward(const Problem& problem))
+CPC_DECLARE_WITHOUT_BFLOAT16(void extract(const Problem& problem); void extract_backward(const Problem& problem))
 inline void extract(const Problem& problem) { CPC_CALL_AT_ISA(extract, problem) }
 inline void extract_backward(const Problem& problem) { CPC_CALL_AT_ISA(extract_backward, problem) }
 }  // namespace cpu

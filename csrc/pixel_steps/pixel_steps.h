@@ -80,7 +80,7 @@ void check(const Network& network);
 void check(const Place& place);
 
 namespace cpu {
-CPC_DECLARE_AT_EACH_ISA(void pack(Network& network); void run(const Place& place))
+CPC_DECLARE_WITHOUT_BFLOAT16(void pack(Network& network); void run(const Place& place))
 inline void pack(Network& network) { CPC_CALL_AT_ISA(pack, network) }
 inline void run(const Place& place) { CPC_CALL_AT_ISA(run, place) }
 }  // namespace cpu
