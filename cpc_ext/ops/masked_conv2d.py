@@ -377,8 +377,8 @@ def _backward_kernel(
         grad = grad_preactivation
     visible = _visible(mask)
     taps = _reaching(visible.taps, weight, grad.shape[2:], dilation)
+    pairs = native.masked_conv2d_in_pairs(weight, visible.mask, grad, dilation)
     if needs[0]:
-        pairs = native.masked_conv2d_in_pairs(weight, visible.mask, grad, dilation)
         native.masked_conv2d(
             grad,
             _pack(weight, visible.mask, taps, transposed=True, gated=False, pairs=pairs),
@@ -398,7 +398,7 @@ def _backward_kernel(
         problem = _channels_last(input), grad, visible.mask, grad_weight
         size = native.masked_conv2d_weight_grad_workspace(*problem, taps, dilation, _tf32())
         workspace = grad.new_empty(size, dtype=torch.uint8) if size else None
-        native.masked_conv2d_weight_grad(*problem, workspace, taps, dilation, _tf32())
+        native.masked_conv2d_weight_grad(*problem, workspace, taps, dilation, _tf32(), pairs)
     return results
 
 

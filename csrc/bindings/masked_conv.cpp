@@ -33,14 +33,18 @@ bool in_pairs(const TensorArg& weight, const TensorArg& mask, const TensorArg& o
          images.shape[0] * images.shape[2] * images.shape[3] >= kPairsPixels;
 }
 
+void require_pairs(DLDevice device, int64_t dilation) {
+  if (on_cuda(device)) throw std::invalid_argument("pairs of pixels are computed on the CPU");
+  if (dilation != 1) throw std::invalid_argument("pairs of pixels need a dilation of 1");
+}
+
 int64_t packed_bytes(DLDevice device, int64_t outputs, int64_t inputs, const std::vector<masked_conv::Tap>& taps,
                      DType dtype, bool gated, bool pairs) {
-  if (on_cuda(device)) {
-    if (pairs) throw std::invalid_argument("pairs of pixels are computed on the CPU");
+  if (pairs) require_pairs(device, 1);
 #if defined(CPC_WITH_CUDA)
+  if (on_cuda(device))
     return masked_conv::cuda::packed_bytes(outputs, inputs, static_cast<int64_t>(taps.size()), dtype, gated);
 #endif
-  }
   const auto terms = static_cast<int64_t>(masked_conv::terms_of(taps, pairs).size());
   return masked_conv::cpu::packed_bytes(outputs, inputs, terms, dtype, gated);
 }
@@ -91,7 +95,7 @@ void convolve(const TensorArg& input, const TensorArg& packed, const OptionalTen
                                          .tf32 = tf32,
                                          .pairs = pairs};
   if (input.view.ndim != 4) throw std::invalid_argument("input must be [B, C, H, W]");
-  if (pairs && dilation != 1) throw std::invalid_argument("pairs of pixels need a dilation of 1");
+  if (pairs) require_pairs(device, dilation);
   masked_conv::check(problem,
                      packed_bytes(device, outputs, problem.inputs(), problem.taps, input.view.dtype,
                                   problem.activation == Activation::gated, pairs),
@@ -119,7 +123,7 @@ void activation_grad(const TensorArg& grad, const OptionalTensor& saved, const O
 
 masked_conv::WeightGrad weight_grad_problem(const TensorArg& input, const TensorArg& grad, const TensorArg& mask,
                                             const TensorArg& weight_grad, const std::vector<int64_t>& taps,
-                                            int64_t dilation, bool tf32) {
+                                            int64_t dilation, bool tf32, bool pairs) {
   if (weight_grad.view.ndim != 4) throw std::invalid_argument("weight_grad must be [O, C, kh, kw]");
   masked_conv::WeightGrad problem{
       .input = input.view,
@@ -128,7 +132,9 @@ masked_conv::WeightGrad weight_grad_problem(const TensorArg& input, const Tensor
       .weight_grad = weight_grad.view,
       .workspace = {},
       .taps = masked_conv::taps_of(taps, weight_grad.view.shape[2], weight_grad.view.shape[3], dilation, false),
-      .tf32 = tf32};
+      .tf32 = tf32,
+      .pairs = pairs};
+  if (pairs) require_pairs(input.device, dilation);
   masked_conv::check(problem);
   return problem;
 }
@@ -140,17 +146,18 @@ int64_t weight_grad_workspace([[maybe_unused]] const TensorArg& input, [[maybe_u
 #if defined(CPC_WITH_CUDA)
   if (on_cuda(input.device))
     return masked_conv::cuda::weight_grad_workspace(
-        weight_grad_problem(input, grad, mask, weight_grad, taps, dilation, tf32));
+        weight_grad_problem(input, grad, mask, weight_grad, taps, dilation, tf32, /*pairs=*/false));
 #endif
   return 0;
 }
 
 void weight_grad(const TensorArg& input, const TensorArg& grad, const TensorArg& mask, const TensorArg& weight_grad,
-                 const OptionalTensor& workspace, const std::vector<int64_t>& taps, int64_t dilation, bool tf32) {
+                 const OptionalTensor& workspace, const std::vector<int64_t>& taps, int64_t dilation, bool tf32,
+                 bool pairs) {
   std::vector<const TensorArg*> written = {&weight_grad};
   if (workspace) written.push_back(&*workspace);
   common_device({&input, &grad, &mask}, written);
-  masked_conv::WeightGrad problem = weight_grad_problem(input, grad, mask, weight_grad, taps, dilation, tf32);
+  masked_conv::WeightGrad problem = weight_grad_problem(input, grad, mask, weight_grad, taps, dilation, tf32, pairs);
   const int64_t needed = weight_grad_workspace(input, grad, mask, weight_grad, taps, dilation, tf32);
   problem.workspace = view(workspace);
   if (needed > 0 && (problem.workspace.dtype != DType::u8 || problem.workspace.numel() < needed ||
@@ -179,7 +186,7 @@ void bind_masked_conv(py::module_& module) {
              "Size of the workspace that weight_grad needs.");
   module.def("masked_conv2d_weight_grad", &weight_grad, py::arg("input"), py::arg("grad"), py::arg("mask"),
              py::arg("weight_grad"), py::arg("workspace"), py::arg("taps"), py::arg("dilation"), py::arg("tf32"),
-             "Fills weight_grad.");
+             py::arg("pairs"), "Fills weight_grad.");
 }
 
 }  // namespace cpc::bindings

@@ -130,6 +130,8 @@ void check(const WeightGrad& problem) {
                 {problem.outputs(), problem.channels(), weight_grad.shape[2], weight_grad.shape[3]});
   require_type("weight_grad", weight_grad, problem.input.dtype);
   require_mask(problem.mask, weight_grad);
+  require(!problem.pairs || (weight_grad.dtype == DType::f32 && problem.mask.ndim == 2),
+          "pairs of pixels are computed in float, with one mask for all channels");
 }
 
 }  // namespace cpc::masked_conv

@@ -2,25 +2,21 @@
 // in pairs of pixels over fewer terms (terms.h). A tile of the product broadcasts straight from the input's pixels,
 // wherever their taps lie, unless they must be converted or are differences of two; padding is a row of zeros. Pixels
 // are taken position by position over the batch, so that at an image's edge whole tiles read only padding and skip the
-// term. The weight's gradient packs slices of both operands, pixels again position
-// by position, in which a tap is nothing but an offset.
+// term.
 #include <algorithm>
 #include <vector>
 
-#include "core/gemm.h"
 #include "core/huge_pages.h"
 #include "core/parallel.h"
 #include "core/require.h"
-#include "core/simd.h"
 #include "core/simd_math.h"
-#include "core/workspace.h"
 #include "masked_conv/masked_conv.h"
+#include "masked_conv/panels.h"
 #include "masked_conv/terms.h"
+#include "masked_conv/weight_grad.h"
 
 namespace cpc::masked_conv::cpu::CPC_ISA {
 namespace {
-
-using namespace cpc::CPC_ISA;
 
 // Rows of the product that a task takes through all of its panels: their pixels and sums stay in the second-level
 // cache.
@@ -34,50 +30,6 @@ constexpr int64_t kGatheredBytes = int64_t{512} << 10;
 constexpr int64_t kTransposed = 64;
 // Products smaller than this are not worth waking other threads for.
 constexpr int64_t kParallelFlops = 1 << 20;
-
-// --- Output channels in panels of tile columns ---
-
-// The output channels of a panel. Gated, its vectors are two halves: `count` channels from `first` on, and the ones
-// that gate them.
-struct Panel {
-  int64_t first, count;
-  int64_t vectors;
-};
-
-template <class E>
-class Panels {
- public:
-  Panels(int64_t outputs, bool gated)
-      : halves_(gated ? 2 : 1), channels_(outputs / halves_), width_(kTileColumns<E> / halves_) {}
-
-  int64_t count() const { return divide_up(channels_, width_); }
-  Panel operator[](int64_t i) const {
-    const int64_t first = i * width_, count = std::min(width_, channels_ - first);
-    return {first, count, halves_ * divide_up(count, kLaneColumns<E>)};
-  }
-  // Elements in all panels before i, for products of some (padded) depth.
-  int64_t offset(int64_t i, int64_t depth) const {
-    if (i < count()) return i * kTileColumns<E> * depth;
-    return (i - 1) * kTileColumns<E> * depth + (*this)[i - 1].vectors * kLaneColumns<E> * depth;
-  }
-  // The output channel of a panel's column, or -1 for a column of padding.
-  int64_t channel(const Panel& panel, int64_t column) const {
-    const int64_t half_width = panel.vectors / halves_ * kLaneColumns<E>;
-    const int64_t half = column / half_width, within = column % half_width;
-    return within < panel.count ? half * channels_ + panel.first + within : -1;
-  }
-
- private:
-  int64_t halves_, channels_, width_;
-};
-
-template <class E, class Storage>
-inline E to_element(Storage v) {
-  if constexpr (std::is_same_v<E, Storage>)
-    return v;
-  else
-    return widen(v);
-}
 
 // Calls use(read) with the function read(at) that gives a term's weight: of one tap, or of two or three, added up.
 template <class E, class Storage, class Use>
@@ -527,184 +479,14 @@ void activation_grad_as(const ActivationGrad& problem) {
   }
 }
 
-// What the weight's gradient packs of its operands at a time: some rows of some images.
-constexpr int64_t kSliceBytes = int64_t{1} << 20;
-// Depth that a tile goes through between being loaded and stored.
-constexpr int64_t kSliceDepth = 128;
-// Tiles of a task: enough to use a slice of the right operand often, few enough to share out.
-constexpr int64_t kTaskTiles = 8;
-
-template <class Storage>
-class WeightGradient {
-  using E = Element<Storage>;
-  using S = Sum<E>;
-
- public:
-  explicit WeightGradient(const WeightGrad& problem)
-      : problem_(problem),
-        taps_(static_cast<int64_t>(problem.taps.size())),
-        panels_(problem.outputs(), false),
-        tiles_(divide_up(problem.channels(), kTileRows)) {
-    // Pairs of pixels that are multiplied together are of two images.
-    const int64_t batch = padded_depth<E>(problem.batch());
-    images_ = std::min(batch, padded_depth<E>(divide_up(kSliceDepth, problem.width())));
-    for (const Tap& tap : problem.taps) {
-      above_ = std::max(above_, -tap.dy);
-      below_ = std::max(below_, tap.dy);
-    }
-    const int64_t row_bytes = images_ * problem.width() * (problem.channels() + problem.outputs()) * sizeof(E);
-    slice_rows_ = std::clamp<int64_t>(kSliceBytes / row_bytes, 1, problem.height());
-    read_rows_ = std::min(slice_rows_ + above_ + below_, problem.height());
-  }
-
-  void run() const {
-    const int64_t left_size = tiles_ * read_rows_ * row_pixels() * kTileRows,
-                  right_size = panels_.count() * slice_rows_ * row_pixels() * kTileColumns<E>,
-                  sums_size = panels_.count() * taps_ * tiles_ * kTileRows * kTileColumns<E>;
-    std::vector<S> sums(sums_size);
-    Parts counted(nullptr);
-    counted.take<E>(left_size), counted.take<E>(right_size);
-    const Scratch scratch = Scratch::shared(counted.used());
-    Parts parts(scratch.of<char>(0));
-    E* const left = parts.take<E>(left_size);
-    E* const right = parts.take<E>(right_size);
-    for (int64_t b = 0; b < problem_.batch(); b += images_)
-      for (int64_t y = 0; y < problem_.height(); y += slice_rows_) {
-        const Slice slice = slice_at(b, y);
-        parallel_for((slice.read_end - slice.read_begin + slice.end - slice.begin) * problem_.width(),
-                     [&](int64_t task, int) { pack(slice, left, right, task); });
-        const int64_t tasks = divide_up(tiles_, kTaskTiles);
-        parallel_for(panels_.count() * tasks, [&](int64_t task, int) {
-          const int64_t first = task % tasks * kTaskTiles;
-          multiply(slice, left, right, sums.data(), task / tasks, first, std::min(first + kTaskTiles, tiles_));
-        });
-      }
-    write(sums.data());
-  }
-
- private:
-  // Rows [begin, end) of the output's gradient for images b, b + 1, …, and the input's rows that their taps read.
-  struct Slice {
-    int64_t b, begin, end, read_begin, read_end;
-  };
-  Slice slice_at(int64_t b, int64_t y) const {
-    const int64_t end = std::min(y + slice_rows_, problem_.height());
-    return {b, y, end, std::clamp<int64_t>(y - above_, 0, problem_.height() - 1),
-            std::clamp<int64_t>(end + below_, 1, problem_.height())};
-  }
-  int64_t row_pixels() const { return problem_.width() * images_; }
-
-  // Packs one position of the slice, over its images: of the input for the first tasks, then of the gradient. The
-  // depth's order is (y, x, image); left lies as [tile][depth][kTileRows], right as [panel][depth][columns], both with
-  // kDepthStep steps of depth side by side.
-  void pack(const Slice& slice, E* left, E* right, int64_t task) const {
-    const int64_t width = problem_.width(), reads = (slice.read_end - slice.read_begin) * width;
-    const bool of_input = task < reads;
-    const int64_t at = of_input ? task : task - reads;
-    const TensorView& from = of_input ? problem_.input : problem_.grad;
-    const int64_t channels = from.shape[1], y = (of_input ? slice.read_begin : slice.begin) + at / width;
-    const Storage* const position = from.as<Storage>() + y * from.strides[2] + at % width * from.strides[3];
-    const auto copy = [&](E* to, int64_t first, int64_t count, int64_t columns, int64_t i) {
-      const int64_t b = slice.b + i;
-      if (b >= problem_.batch()) count = 0;
-      const Storage* const values = position + b * from.strides[0] + first;
-      E* const out = to + i / kDepthStep<E> * kDepthStep<E> * columns + i % kDepthStep<E>;
-      for (int64_t c = 0; c < count; ++c) out[c * kDepthStep<E>] = to_element<E>(values[c]);
-      for (int64_t c = count; c < columns; ++c) out[c * kDepthStep<E>] = E{};
-    };
-    for (int64_t i = 0; i < images_; ++i) {
-      if (of_input) {
-        const int64_t pitch = read_rows_ * row_pixels() * kTileRows;
-        for (int64_t tile = 0; tile < tiles_; ++tile) {
-          const int64_t first = tile * kTileRows;
-          copy(left + tile * pitch + at * images_ * kTileRows, first, std::min<int64_t>(kTileRows, channels - first),
-               kTileRows, i);
-        }
-      } else {
-        const int64_t pitch = slice_rows_ * row_pixels() * kTileColumns<E>;
-        for (int64_t p = 0; p < panels_.count(); ++p) {
-          const int64_t columns = panels_[p].vectors * kLaneColumns<E>;
-          copy(right + p * pitch + at * images_ * columns, panels_[p].first, panels_[p].count, columns, i);
-        }
-      }
-    }
-  }
-
-  // Adds a slice's part of tiles [first, last) of a panel, for every tap.
-  void multiply(const Slice& slice, const E* left, const E* right, S* sums, int64_t p, int64_t first,
-                int64_t last) const {
-    const int64_t vectors = panels_[p].vectors, columns = vectors * kLaneColumns<E>, width = problem_.width();
-    const int64_t left_pitch = read_rows_ * row_pixels() * kTileRows;
-    const E* const panel = right + p * slice_rows_ * row_pixels() * kTileColumns<E>;
-    for (int64_t t = 0; t < taps_; ++t) {
-      const Tap& tap = problem_.taps[t];
-      const int64_t x_begin = std::max<int64_t>(0, -tap.dx), x_end = std::min(width, width - tap.dx);
-      const int64_t depth = (x_end - x_begin) * images_;
-      const int64_t y_begin = std::max(slice.begin, -tap.dy), y_end = std::min(slice.end, problem_.height() - tap.dy);
-      if (depth <= 0 || y_begin >= y_end) continue;
-      for (int64_t i = first; i < last; ++i) {
-        S* const tile_sums = sums + ((p * taps_ + t) * tiles_ + i) * kTileRows * kTileColumns<E>;
-        with_tile(kTileRows, vectors, [&](auto, auto tile_vectors) {
-          Tile<E, kTileRows, tile_vectors> tile;
-          tile.load(tile_sums, kTileColumns<E>);
-          for (int64_t y = y_begin; y < y_end; ++y) {
-            const int64_t reads = ((y + tap.dy - slice.read_begin) * width + x_begin + tap.dx) * images_;
-            const int64_t gives = ((y - slice.begin) * width + x_begin) * images_;
-            const E* const from = left + i * left_pitch + reads * kTileRows;
-            tile.multiply([from](int r, int64_t k) { return from + k * kTileRows + r * kDepthStep<E>; },
-                          panel + gives * columns, depth);
-          }
-          tile.store(tile_sums, kTileColumns<E>);
-        });
-      }
-    }
-  }
-
-  void write(const S* sums) const {
-    const TensorView &out = problem_.weight_grad, &mask = problem_.mask;
-    const int64_t kh = out.shape[2], kw = out.shape[3], channels = problem_.channels();
-    std::vector<int64_t> place(kh * kw, -1);
-    for (int64_t t = 0; t < taps_; ++t) place[problem_.taps[t].index] = t;
-    const int64_t mask_out = mask.ndim == 4 ? mask.strides[0] : 0, mask_in = mask.ndim == 4 ? mask.strides[1] : 0;
-    const int64_t mask_y = mask.strides[mask.ndim - 2], mask_x = mask.strides[mask.ndim - 1];
-    const int64_t parts = divide_up(channels, kTransposed);
-    parallel_for(panels_.count() * parts, [&](int64_t task, int) {
-      const int64_t p = task / parts, first = task % parts * kTransposed, end = std::min(channels, first + kTransposed);
-      const Panel panel = panels_[p];
-      for (int64_t column = 0; column < panel.count; ++column)
-        for (int64_t index = 0; index < kh * kw; ++index) {
-          const int64_t o = panel.first + column, t = place[index], i = index / kw, j = index % kw;
-          Storage* const to = out.as<Storage>() + o * out.strides[0] + i * out.strides[2] + j * out.strides[3];
-          if (t < 0) {
-            for (int64_t c = first; c < end; ++c) to[c * out.strides[1]] = Storage{};
-            continue;
-          }
-          const S* const from = sums + (p * taps_ + t) * tiles_ * kTileRows * kTileColumns<E> + column;
-          for (int64_t c = first; c < end; ++c) to[c * out.strides[1]] = narrow<Storage>(from[c * kTileColumns<E>]);
-          if (mask.ndim == 2) continue;  // The tap is visible to all channels.
-          const bool* const visible = mask.as<bool>() + o * mask_out + i * mask_y + j * mask_x;
-          for (int64_t c = first; c < end; ++c)
-            if (!visible[c * mask_in]) to[c * out.strides[1]] = Storage{};
-        }
-    });
-  }
-
-  const WeightGrad& problem_;
-  int64_t taps_;
-  Panels<E> panels_;
-  int64_t tiles_;                  // Of input channels.
-  int64_t above_ = 0, below_ = 0;  // Rows that taps reach beyond a row.
-  int64_t images_, slice_rows_, read_rows_;
-};
-
 }  // namespace
 
-int64_t packed_bytes(int64_t outputs, int64_t inputs, int64_t taps, DType dtype, bool gated) {
+int64_t packed_bytes(int64_t outputs, int64_t inputs, int64_t terms, DType dtype, bool gated) {
   int64_t bytes = 0;
   with_floating(dtype, [&](auto storage) {
     using E = Element<decltype(storage)>;
     const Panels<E> panels(outputs, gated);
-    bytes = panels.offset(panels.count(), taps * padded_depth<E>(inputs)) * sizeof(E);
+    bytes = panels.offset(panels.count(), terms * padded_depth<E>(inputs)) * sizeof(E);
   });
   return bytes;
 }

@@ -90,6 +90,7 @@ struct WeightGrad {
   TensorView workspace;    // CUDA only: [weight_grad_workspace(...)] u8, aligned to 64 bytes.
   std::vector<Tap> taps;
   bool tf32 = false;
+  bool pairs = false;  // As of the convolution.
 
   int64_t batch() const { return input.shape[0]; }
   int64_t channels() const { return input.shape[1]; }
@@ -108,12 +109,12 @@ void check(const ActivationGrad& problem);
 void check(const WeightGrad& problem);
 
 namespace cpu {
-CPC_DECLARE_AT_EACH_ISA(int64_t packed_bytes(int64_t outputs, int64_t inputs, int64_t taps, DType dtype, bool gated);
+CPC_DECLARE_AT_EACH_ISA(int64_t packed_bytes(int64_t outputs, int64_t inputs, int64_t terms, DType dtype, bool gated);
                         void pack(const Packing& problem); void convolve(const Convolution& problem);
                         void activation_grad(const ActivationGrad& problem);
                         void weight_grad(const WeightGrad& problem))
-inline int64_t packed_bytes(int64_t outputs, int64_t inputs, int64_t taps, DType dtype, bool gated) {
-  CPC_CALL_AT_ISA(packed_bytes, outputs, inputs, taps, dtype, gated)
+inline int64_t packed_bytes(int64_t outputs, int64_t inputs, int64_t terms, DType dtype, bool gated) {
+  CPC_CALL_AT_ISA(packed_bytes, outputs, inputs, terms, dtype, gated)
 }
 inline void pack(const Packing& problem) { CPC_CALL_AT_ISA(pack, problem) }
 inline void convolve(const Convolution& problem) { CPC_CALL_AT_ISA(convolve, problem) }

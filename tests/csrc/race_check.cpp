@@ -13,6 +13,7 @@
 #include "info_nce/cpu.cpp"
 #include "logistic_mixture/cpu.cpp"
 #include "masked_conv/cpu.cpp"
+#include "masked_conv/terms.h"
 #include "patches/cpu.cpp"
 #include "pixel_steps/cpu.cpp"
 
@@ -142,7 +143,7 @@ void logistic_mixture() {
 }
 
 // A convolution and its gradients, with more blocks, panels and slices than threads.
-void masked_conv() {
+void masked_conv_of(bool pairs) {
   constexpr int64_t kBatch = 7, kIn = 20, kOut = 70, kSize = 9;
   const auto floats = [](int64_t n) { return std::vector<float>(n, 0.5f); };
   std::vector<float> input = floats(kBatch * kIn * kSize * kSize), output = floats(kBatch * kOut * kSize * kSize),
@@ -158,7 +159,9 @@ void masked_conv() {
   packing.weight = dense(weight.data(), DType::f32, {kOut, kIn, 3, 3});
   packing.mask = dense(const_cast<bool*>(visible), DType::boolean, {3, 3});
   packing.taps = masked_conv::taps_of({0, 1, 2, 3, 4}, 3, 3, 1, false);
-  std::vector<char> packed(masked_conv::cpu::CPC_ISA::packed_bytes(kOut, kIn, 5, DType::f32, false));
+  packing.pairs = pairs;
+  const auto terms = static_cast<int64_t>(masked_conv::terms_of(packing.taps, pairs).size());
+  std::vector<char> packed(masked_conv::cpu::CPC_ISA::packed_bytes(kOut, kIn, terms, DType::f32, false));
   packing.packed = dense(packed.data(), DType::u8, {static_cast<int64_t>(packed.size())});
   masked_conv::cpu::CPC_ISA::pack(packing);
   masked_conv::Convolution convolution;
@@ -167,6 +170,7 @@ void masked_conv() {
   convolution.output = images(output, kOut);
   convolution.taps = packing.taps;
   convolution.outputs = kOut;
+  convolution.pairs = pairs;
   masked_conv::cpu::CPC_ISA::convolve(convolution);
   masked_conv::ActivationGrad activation;
   activation.grad = images(output, kOut);
@@ -181,7 +185,12 @@ void masked_conv() {
   gradient.mask = packing.mask;
   gradient.weight_grad = packing.weight;
   gradient.taps = packing.taps;
+  gradient.pairs = pairs;
   masked_conv::cpu::CPC_ISA::weight_grad(gradient);
+}
+
+void masked_conv() {
+  for (const bool pairs : {false, true}) masked_conv_of(pairs);
 }
 
 // Two steps that read what steps of other pixels wrote, with work enough for all threads.

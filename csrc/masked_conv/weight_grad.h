@@ -1,0 +1,273 @@
+// The gradient in the weight on the CPU: for each term (terms.h) the product of what it reads and the gradient in the
+// outputs, summed over all pixels. Slices of both operands are packed, pixels position by position over the batch, in
+// which a tap is nothing but an offset. Included only by cpu.cpp, once per instruction set level.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "core/parallel.h"
+#include "masked_conv/masked_conv.h"
+#include "masked_conv/panels.h"
+#include "masked_conv/terms.h"
+
+namespace cpc::masked_conv::cpu::CPC_ISA {
+
+// What the weight's gradient packs of its operands at a time: some rows of some images.
+constexpr int64_t kSliceBytes = int64_t{1} << 20;
+// Depth that a tile goes through between being loaded and stored.
+constexpr int64_t kSliceDepth = 128;
+// Channels that a task writes the gradients of.
+constexpr int64_t kWritten = 16;
+// Tiles of a task: enough to use a slice of the right operand often, few enough to share out.
+constexpr int64_t kTaskTiles = 8;
+
+template <class Storage>
+class WeightGradient {
+  using E = Element<Storage>;
+  using S = Sum<E>;
+
+ public:
+  explicit WeightGradient(const WeightGrad& problem)
+      : problem_(problem),
+        terms_(terms_of(problem.taps, problem.pairs)),
+        panels_(problem.outputs(), false),
+        tiles_(divide_up(problem.channels(), kTileRows)),
+        step_(problem.pairs ? 2 : 1),
+        across_(divide_up(problem.width(), step_)),
+        zeros_(std::max(problem.channels(), problem.outputs())) {
+    // Steps of depth that are multiplied together are of two images.
+    const int64_t batch = padded_depth<E>(problem.batch());
+    images_ = std::min(batch, padded_depth<E>(divide_up(kSliceDepth, problem.width())));
+    for (const Term& term : terms_) {
+      above_ = std::max(above_, -term.dy);
+      below_ = std::max(below_, term.dy);
+    }
+    if (problem.pairs) {
+      // What the outputs' sums pass on: to m0 to m3, from y0 = m0 + m1 + m2 and y1 = m1 - m2 + m3.
+      of_grad_ = {{0, 0, 0}, {0, 1, 1}, {0, 1, -1}, {1, 0, 0}};
+      for (const Term& term : terms_) {
+        const Form form{term.dx, term.other_dx, term.sign};
+        const auto known = std::find(of_input_.begin(), of_input_.end(), form);
+        form_of_.push_back(known - of_input_.begin());
+        if (known == of_input_.end()) of_input_.push_back(form);
+      }
+    } else {
+      of_grad_ = of_input_ = {{0, 0, 0}};
+      form_of_.assign(terms_.size(), 0);
+    }
+    const int64_t row_bytes = row_pixels() * sizeof(E) *
+                              (std::ssize(of_input_) * problem.channels() + std::ssize(of_grad_) * problem.outputs());
+    slice_rows_ = std::clamp<int64_t>((problem.pairs ? 2 : 1) * kSliceBytes / row_bytes, 1, problem.height());
+    read_rows_ = std::min(slice_rows_ + above_ + below_, problem.height());
+  }
+
+  void run() const {
+    const int64_t left_size = std::ssize(of_input_) * tiles_ * left_pitch(),
+                  right_size = std::ssize(of_grad_) * panels_.count() * right_pitch(),
+                  sums_size = panels_.count() * terms() * tiles_ * kTileRows * kTileColumns<E>;
+    std::vector<S> sums(sums_size);
+    Parts counted(nullptr);
+    counted.take<E>(left_size), counted.take<E>(right_size);
+    const Scratch scratch = Scratch::shared(counted.used());
+    Parts parts(scratch.of<char>(0));
+    E* const left = parts.take<E>(left_size);
+    E* const right = parts.take<E>(right_size);
+    std::vector<E> values(workers() * images_ * zeros_.size());
+    for (int64_t b = 0; b < problem_.batch(); b += images_)
+      for (int64_t y = 0; y < problem_.height(); y += slice_rows_) {
+        const Slice slice = slice_at(b, y);
+        parallel_for((slice.read_end - slice.read_begin + slice.end - slice.begin) * across_,
+                     [&](int64_t task, int worker) {
+                       pack(slice, left, right, values.data() + worker * images_ * zeros_.size(), task);
+                     });
+        const int64_t tasks = divide_up(tiles_, kTaskTiles);
+        parallel_for(panels_.count() * tasks, [&](int64_t task, int) {
+          const int64_t first = task % tasks * kTaskTiles;
+          multiply(slice, left, right, sums.data(), task / tasks, first, std::min(first + kTaskTiles, tiles_));
+        });
+      }
+    write(sums.data());
+  }
+
+ private:
+  // Rows [begin, end) of the output's gradient for images b, b + 1, …, and the input's rows that their taps read.
+  struct Slice {
+    int64_t b, begin, end, read_begin, read_end;
+  };
+  Slice slice_at(int64_t b, int64_t y) const {
+    const int64_t end = std::min(y + slice_rows_, problem_.height());
+    return {b, y, end, std::clamp<int64_t>(y - above_, 0, problem_.height() - 1),
+            std::clamp<int64_t>(end + below_, 1, problem_.height())};
+  }
+  int64_t terms() const { return std::ssize(terms_); }
+  int64_t row_pixels() const { return across_ * images_; }
+  // Of a tile of the left operand, and of a panel of the right one.
+  int64_t left_pitch() const { return read_rows_ * row_pixels() * kTileRows; }
+  int64_t right_pitch() const { return slice_rows_ * row_pixels() * kTileColumns<E>; }
+
+  // What is multiplied: the pixel `dx` away plus `sign` times the one `other_dx` away.
+  struct Form {
+    int64_t dx, other_dx;
+    int sign;
+    bool operator==(const Form&) const = default;
+  };
+
+  // Packs one position of the slice, over its images: of the input for the first tasks, then of the gradient. The
+  // depth's order is (y, x, image); left lies as [form][tile][depth][kTileRows], right as
+  // [form][panel][depth][columns], both with kDepthStep steps of depth side by side.
+  void pack(const Slice& slice, E* left, E* right, E* memory, int64_t task) const {
+    const int64_t reads = (slice.read_end - slice.read_begin) * across_;
+    const bool of_input = task < reads;
+    const int64_t at = of_input ? task : task - reads, x = at % across_ * step_;
+    const int64_t y = (of_input ? slice.read_begin : slice.begin) + at / across_;
+    const TensorView& from = of_input ? problem_.input : problem_.grad;
+    const std::vector<Form>& forms = of_input ? of_input_ : of_grad_;
+    for (int64_t f = 0; f < std::ssize(forms); ++f) {
+      const E* values[kSliceDepth];
+      for (int64_t i = 0; i < images_; ++i)
+        values[i] = values_of(from, slice.b + i, y, x, forms[f], memory + i * std::ssize(zeros_));
+      // Image by image for each tile, so that what is written lies together.
+      const auto place = [&](E* to, int64_t first, int64_t count, auto columns) {
+        for (int64_t i = 0; i < images_; ++i) {
+          E* const out = to + i / kDepthStep<E> * kDepthStep<E> * columns + i % kDepthStep<E>;
+          const E* const given = values[i] + first;
+          if (count == columns)  // Known to the compiler.
+            for (int64_t c = 0; c < columns; ++c) out[c * kDepthStep<E>] = given[c];
+          else
+            for (int64_t c = 0; c < columns; ++c) out[c * kDepthStep<E>] = c < count ? given[c] : E{};
+        }
+      };
+      if (of_input) {
+        for (int64_t tile = 0, first = 0; tile < tiles_; ++tile, first += kTileRows)
+          place(left + (f * tiles_ + tile) * left_pitch() + at * images_ * kTileRows, first,
+                std::min<int64_t>(kTileRows, from.shape[1] - first), std::integral_constant<int64_t, kTileRows>{});
+      } else {
+        for (int64_t p = 0; p < panels_.count(); ++p) {
+          E* const panel = right + (f * panels_.count() + p) * right_pitch();
+          with_tile(1, panels_[p].vectors, [&](auto, auto vectors) {
+            constexpr int64_t kColumns = vectors * kLaneColumns<E>;
+            place(panel + at * images_ * kColumns, panels_[p].first, panels_[p].count,
+                  std::integral_constant<int64_t, kColumns>{});
+          });
+        }
+      }
+    }
+  }
+
+  // A form's values at a pixel: where they lie, or in `memory`.
+  const E* values_of(const TensorView& from, int64_t b, int64_t y, int64_t x, const Form& form, E* memory) const {
+    const auto read = [&](int64_t dx) -> const Storage* {
+      if (b >= problem_.batch() || x + dx < 0 || x + dx >= problem_.width()) return nullptr;
+      return from.as<Storage>() + b * from.strides[0] + y * from.strides[2] + (x + dx) * from.strides[3];
+    };
+    const Storage* const one = read(form.dx);
+    const Storage* const other = form.sign == 0 ? nullptr : read(form.other_dx);
+    const int64_t channels = from.shape[1];
+    if (!one && !other) return zeros_.data();
+    if constexpr (std::is_same_v<Storage, float>) {
+      if (other) {
+        const float* const left = one ? one : zeros_.data();
+        if (form.sign > 0)
+          for (int64_t c = 0; c < channels; ++c) memory[c] = left[c] + other[c];
+        else
+          for (int64_t c = 0; c < channels; ++c) memory[c] = left[c] - other[c];
+        return memory;
+      }
+    }
+    if constexpr (std::is_same_v<E, Storage>) return one;
+    for (int64_t c = 0; c < channels; ++c) memory[c] = to_element<E>(one[c]);
+    return memory;
+  }
+
+  // Adds a slice's part of tiles [first, last) of a panel, for every term.
+  void multiply(const Slice& slice, const E* left, const E* right, S* sums, int64_t p, int64_t first,
+                int64_t last) const {
+    const int64_t vectors = panels_[p].vectors, columns = vectors * kLaneColumns<E>;
+    for (int64_t t = 0; t < terms(); ++t) {
+      const Term& term = terms_[t];
+      // Forms of pairs are of where they read.
+      const int64_t dx = problem_.pairs ? 0 : term.dx;
+      int64_t x_begin = std::max<int64_t>(0, -dx), x_end = std::min(across_, across_ - dx);
+      // The last sum is the right pixel's alone, which an image of odd width ends without.
+      if (problem_.pairs && term.sum == kPairSums - 1) x_end = problem_.width() / 2;
+      const int64_t depth = (x_end - x_begin) * images_;
+      const int64_t y_begin = std::max(slice.begin, -term.dy), y_end = std::min(slice.end, problem_.height() - term.dy);
+      if (depth <= 0 || y_begin >= y_end) continue;
+      const E* const panel = right + (term.sum * panels_.count() + p) * right_pitch();
+      for (int64_t i = first; i < last; ++i) {
+        S* const tile_sums = sums + ((p * terms() + t) * tiles_ + i) * kTileRows * kTileColumns<E>;
+        with_tile(kTileRows, vectors, [&](auto, auto tile_vectors) {
+          Tile<E, kTileRows, tile_vectors> tile;
+          tile.load(tile_sums, kTileColumns<E>);
+          for (int64_t y = y_begin; y < y_end; ++y) {
+            const int64_t reads = ((y + term.dy - slice.read_begin) * across_ + x_begin + dx) * images_;
+            const int64_t gives = ((y - slice.begin) * across_ + x_begin) * images_;
+            const E* const from = left + (form_of_[t] * tiles_ + i) * left_pitch() + reads * kTileRows;
+            tile.multiply([from](int r, int64_t k) { return from + k * kTileRows + r * kDepthStep<E>; },
+                          panel + gives * columns, depth);
+          }
+          tile.store(tile_sums, kTileColumns<E>);
+        });
+      }
+    }
+  }
+
+  // From the terms' sums to the taps' gradients: a term's weight was made of taps.
+  void write(const S* sums) const {
+    const TensorView &out = problem_.weight_grad, &mask = problem_.mask;
+    const int64_t kh = out.shape[2], kw = out.shape[3], channels = problem_.channels();
+    struct Share {
+      int64_t term;
+      float factor;
+    };
+    std::vector<std::vector<Share>> shares(kh * kw);  // By tap.
+    for (int64_t t = 0; t < terms(); ++t)
+      for (const Term::Part& part : terms_[t].weight) shares[part.index].push_back({t, part.factor});
+    const int64_t mask_out = mask.ndim == 4 ? mask.strides[0] : 0, mask_in = mask.ndim == 4 ? mask.strides[1] : 0;
+    const int64_t mask_y = mask.strides[mask.ndim - 2], mask_x = mask.strides[mask.ndim - 1];
+    const int64_t parts = divide_up(channels, kWritten);
+    parallel_for(panels_.count() * parts, [&](int64_t task, int) {
+      const int64_t p = task / parts, first = task % parts * kWritten, end = std::min(channels, first + kWritten);
+      const Panel panel = panels_[p];
+      const auto of_term = [&](int64_t t, int64_t column) {
+        return sums + (p * terms() + t) * tiles_ * kTileRows * kTileColumns<E> + column;
+      };
+      for (int64_t column = 0; column < panel.count; ++column)
+        for (int64_t index = 0; index < kh * kw; ++index) {
+          const int64_t o = panel.first + column, i = index / kw, j = index % kw;
+          Storage* const to = out.as<Storage>() + o * out.strides[0] + i * out.strides[2] + j * out.strides[3];
+          if (shares[index].empty()) {
+            for (int64_t c = first; c < end; ++c) to[c * out.strides[1]] = Storage{};
+          } else if (shares[index].size() == 1) {
+            const S* const from = of_term(shares[index][0].term, column);
+            for (int64_t c = first; c < end; ++c) to[c * out.strides[1]] = narrow<Storage>(from[c * kTileColumns<E>]);
+          } else {
+            S total[kWritten] = {};
+            for (const Share& share : shares[index]) {
+              const S* const from = of_term(share.term, column);
+              for (int64_t c = first; c < end; ++c) total[c - first] += share.factor * from[c * kTileColumns<E>];
+            }
+            for (int64_t c = first; c < end; ++c) to[c * out.strides[1]] = narrow<Storage>(total[c - first]);
+          }
+          if (mask.ndim == 2 || shares[index].empty()) continue;  // The tap is visible to all channels, or to none.
+          const bool* const visible = mask.as<bool>() + o * mask_out + i * mask_y + j * mask_x;
+          for (int64_t c = first; c < end; ++c)
+            if (!visible[c * mask_in]) to[c * out.strides[1]] = Storage{};
+        }
+    });
+  }
+
+  const WeightGrad& problem_;
+  std::vector<Term> terms_;
+  Panels<E> panels_;
+  int64_t tiles_;  // Of input channels.
+  int64_t step_, across_;
+  std::vector<E> zeros_;
+  std::vector<Form> of_input_, of_grad_;  // The latter by the sums they go to.
+  std::vector<int64_t> form_of_;          // Of the input, by term.
+  int64_t above_ = 0, below_ = 0;         // Rows that taps reach beyond a row.
+  int64_t images_, slice_rows_, read_rows_;
+};
+
+}  // namespace cpc::masked_conv::cpu::CPC_ISA
