@@ -110,7 +110,7 @@ class PixelCNNTask(Task):
             self._average.load_state_dict(state)
 
     def observe(self, step: int, run: RunDir) -> dict[str, float]:
-        """Bits per dimension of the first held-out images, and samples as samples/step-NUMBER.png."""
+        """Bits per dimension of some held-out images, and samples as samples/step-NUMBER.png."""
         bits = self._bits_per_dim(self._test, _HELD_OUT_IMAGES)
         run.samples.mkdir(exist_ok=True)
         figures.save_images(run.samples / f"step-{step:06d}.png", self._samples())
@@ -180,14 +180,15 @@ class PixelCNNTask(Task):
 
     @torch.no_grad()
     def _bits_per_dim(self, images: ImageSet, count: int) -> float:
-        """Mean over the first ``count`` images."""
+        """Mean over ``count`` images, from all of the set: a folder's are sorted by class."""
         model = self._evaluated.eval()
         count = min(count, len(images))
+        chosen = np.arange(count) * len(images) // count
         fetch = ImageFetcher(images, self._device, resident=False)
         batch_size = self._config.optimization.batch_size
         nats = torch.zeros((), dtype=torch.float64)
         for start in range(0, count, batch_size):
-            indices = np.arange(start, min(start + batch_size, count))
+            indices = chosen[start : start + batch_size]
             labels = fetch.labels(indices) if self._config.pixelcnn.class_conditional else None
             with autocast(self._device, self._config.compute.precision):
                 # Sums of thousands of terms: their own sum is taken in double.

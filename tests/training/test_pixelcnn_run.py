@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from cpc_ext.data import Dataset, ImageSet, make_textures
 from cpc_ext.models import GatedPixelCNN, PixelCNNPP
@@ -69,6 +70,17 @@ def train(monkeypatch, small_images):
     monkeypatch.setattr(program, "load_dataset", lambda *arguments, **options: small_images)
     monkeypatch.setattr(pixelcnn, "_SAMPLES", 3)
     return lambda *options: program.main([*TINY, *map(str, options)])
+
+
+def test_a_part_of_the_images_is_of_all_of_them(train, small_images, tmp_path, monkeypatch):
+    monkeypatch.setattr(pixelcnn, "_HELD_OUT_IMAGES", 10)
+    assert train("--model", "pixelcnn", "--out-dir", tmp_path) == 0
+    task = PixelCNNTask(load_config(tmp_path / "config.yaml"), small_images, torch.device("cpu"))
+    task.model.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    every_third = torch.from_numpy(small_images.test.images[::3])
+    with torch.no_grad():
+        bits = task.model.bits_per_dim(every_third).item()
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["heldout_bits_per_dim"] == pytest.approx(bits, rel=1e-5)
 
 
 @pytest.mark.parametrize("model", MODELS)
