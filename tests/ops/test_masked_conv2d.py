@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cpc_ext._native import native
 from cpc_ext.ops import masked_conv2d
 from cpc_ext.ops.masked_conv2d import (
     PixelConvolution,
     _masked_conv2d,
+    _pack,
     gated_activation,
     masked_conv2d_reference,
 )
@@ -513,3 +515,31 @@ def test_wrong_arguments(change, error, message):
     arguments = {"input": torch.zeros(1, 3, 4, 4), "weight": torch.zeros(4, 3, 3, 3), "mask": torch.ones(3, 3)}
     with pytest.raises(error, match=message):
         masked_conv2d(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": torch.float64}, "computed in float"),
+        ({"mask": torch.ones(16, 16, 3, 3, dtype=torch.bool)}, "one mask for all channels"),
+        ({"dilation": 2}, "dilation of 1"),
+        ({"position": torch.tensor([0, 0])}, "of whole images"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_pairs_where_there_are_none(change, message):
+    given = {"dtype": torch.float32, "mask": torch.ones(3, 3, dtype=torch.bool), "dilation": 1, "position": None}
+    given |= change
+    input, weight = (torch.ones(*shape, dtype=given["dtype"]) for shape in ((9, 16, 16, 16), (16, 16, 3, 3)))
+    input, output, taps = input.permute(0, 3, 1, 2), torch.zeros_like(input).permute(0, 3, 1, 2), list(range(9))
+    assert not native.masked_conv2d_in_pairs(weight, given["mask"], output, given["dilation"]) or "position" in change
+
+    def convolve():
+        packed = _pack(weight, given["mask"], taps, transposed=False, gated=False, pairs=True)
+        native.masked_conv2d(
+            *(input, packed, None, None, given["position"], output, None, 16, taps, 3, 3, given["dilation"]),
+            *(False, "none", False, True),
+        )
+
+    with pytest.raises(ValueError, match=message):
+        convolve()
