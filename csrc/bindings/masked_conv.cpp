@@ -20,7 +20,7 @@ Activation activation_of(const std::string& name) {
 // Images with fewer pixels do not pay for the packing's additions.
 constexpr int64_t kPairsPixels = 256;
 // Nor do fewer channels for the pixels'.
-constexpr int64_t kPairsChannels = 16;
+constexpr int64_t kPairsChannels = 32;
 
 // Whether to compute neighbouring pixels together (masked_conv/terms.h): of float, so that double stays what the sum
 // says; where all channels see the same, so that what a mask hides does not come back as a rounding error; and where it

@@ -82,7 +82,8 @@ class WeightGradient {
                        pack(slice, left, right, values.data() + worker * images_ * zeros_.size(), task);
                      });
         const int64_t tasks = divide_up(tiles_, kTaskTiles);
-        parallel_for(panels_.count() * tasks, [&](int64_t task, int) {
+        // The last panel may be narrow and the last tiles few.
+        parallel_tasks(panels_.count() * tasks, [&](int64_t task, int) {
           const int64_t first = task % tasks * kTaskTiles;
           multiply(slice, left, right, sums.data(), task / tasks, first, std::min(first + kTaskTiles, tiles_));
         });

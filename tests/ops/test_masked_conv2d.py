@@ -119,15 +119,15 @@ CASES = [
     Case(9, 40, 8, (5, 5), "raster", dilation=3),
     Case(2, 3, 4, (4, 4), "nothing", activation="gated", condition=(-1, 1, 1)),
     # In float32 the CPU computes these in pairs of pixels.
-    Case(9, 17, 68, (5, 7), "raster", activation="gated", condition=(-1, -1, -1, -1)),
-    Case(35, 16, 16, (1, 8), "wide"),
-    Case(35, 20, 33, (4, 2), "all"),
+    Case(9, 33, 68, (5, 7), "raster", activation="gated", condition=(-1, -1, -1, -1)),
+    Case(35, 32, 32, (1, 8), "wide"),
+    Case(35, 38, 33, (4, 2), "all"),
 ]
 
 
 def in_pairs(device, case, dtype):
     pixels = case.batch * case.size[0] * case.size[1]
-    enough = pixels >= 256 and min(case.channels, case.out_channels) >= 16
+    enough = pixels >= 256 and min(case.channels, case.out_channels) >= 32
     return device.type == "cpu" and dtype == torch.float32 and enough and case.mask in MASKS and case.dilation == 1
 
 
@@ -253,8 +253,8 @@ def test_sums_of_whole_numbers_are_exact(device, name, size):
         return torch.randint(-4, 5, shape, generator=generator).float()
 
     batch = -(-256 // (size[0] * size[1]))
-    tensors = whole(batch, 16, *size), whole(18, 16, *mask.shape), whole(18)
-    output = whole(batch, 18, *size)
+    tensors = whole(batch, 32, *size), whole(35, 32, *mask.shape), whole(35)
+    output = whole(batch, 35, *size)
     results = []
     for function, place in ((masked_conv2d, device), (masked_conv2d_reference, torch.device("cpu"))):
         placed = [tensor.to(place, copy=True).requires_grad_() for tensor in tensors]
@@ -264,9 +264,9 @@ def test_sums_of_whole_numbers_are_exact(device, name, size):
         assert actual.cpu().equal(expected)
 
 
-@pytest.mark.parametrize(("batch", "channels", "width"), [(2, 3, 6), (10, 16, 6), (10, 16, 7)])
+@pytest.mark.parametrize(("batch", "channels", "width"), [(2, 3, 6), (10, 32, 6), (10, 32, 7)])
 def test_nan_reaches_only_what_sees_it(device, batch, channels, width):
-    case = Case(batch, channels, 16, (5, width), activation="relu")
+    case = Case(batch, channels, 32, (5, width), activation="relu")
     input, weight, bias, _ = (tensor if tensor is None else tensor.to(device) for tensor in case.tensors(torch.float32))
     mask = case.mask_tensor()
     clean = masked_conv2d(input, weight, bias, mask=mask.to(device), activation="relu")
@@ -521,7 +521,7 @@ def test_wrong_arguments(change, error, message):
     ("change", "message"),
     [
         ({"dtype": torch.float64}, "computed in float"),
-        ({"mask": torch.ones(16, 16, 3, 3, dtype=torch.bool)}, "one mask for all channels"),
+        ({"mask": torch.ones(32, 32, 3, 3, dtype=torch.bool)}, "one mask for all channels"),
         ({"dilation": 2}, "dilation of 1"),
         ({"position": torch.tensor([0, 0])}, "of whole images"),
     ],
@@ -530,14 +530,14 @@ def test_wrong_arguments(change, error, message):
 def test_pairs_where_there_are_none(change, message):
     given = {"dtype": torch.float32, "mask": torch.ones(3, 3, dtype=torch.bool), "dilation": 1, "position": None}
     given |= change
-    input, weight = (torch.ones(*shape, dtype=given["dtype"]) for shape in ((9, 16, 16, 16), (16, 16, 3, 3)))
+    input, weight = (torch.ones(*shape, dtype=given["dtype"]) for shape in ((9, 16, 16, 32), (32, 32, 3, 3)))
     input, output, taps = input.permute(0, 3, 1, 2), torch.zeros_like(input).permute(0, 3, 1, 2), list(range(9))
     assert not native.masked_conv2d_in_pairs(weight, given["mask"], output, given["dilation"]) or "position" in change
 
     def convolve():
         packed = _pack(weight, given["mask"], taps, transposed=False, gated=False, pairs=True)
         native.masked_conv2d(
-            *(input, packed, None, None, given["position"], output, None, 16, taps, 3, 3, given["dilation"]),
+            *(input, packed, None, None, given["position"], output, None, 32, taps, 3, 3, given["dilation"]),
             *(False, "none", False, True),
         )
 
