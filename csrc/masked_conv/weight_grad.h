@@ -19,7 +19,7 @@ constexpr int64_t kSliceBytes = int64_t{1} << 20;
 constexpr int64_t kSliceDepth = 128;
 // Channels that a task writes the gradients of.
 constexpr int64_t kWritten = 16;
-// Tiles of a task: enough to use a slice of the right operand often, few enough to share out.
+// Tiles of a task, at most: enough to use a slice of the right operand often, few enough to share out.
 constexpr int64_t kTaskTiles = 8;
 
 template <class Storage>
@@ -73,6 +73,8 @@ class WeightGradient {
     Parts parts(scratch.of<char>(0));
     E* const left = parts.take<E>(left_size);
     E* const right = parts.take<E>(right_size);
+    const int64_t task_tiles = std::clamp<int64_t>(panels_.count() * tiles_ / (4 * workers()), 1, kTaskTiles),
+                  tasks = divide_up(tiles_, task_tiles);
     std::vector<E> values(workers() * images_ * zeros_.size());
     for (int64_t b = 0; b < problem_.batch(); b += images_)
       for (int64_t y = 0; y < problem_.height(); y += slice_rows_) {
@@ -81,11 +83,10 @@ class WeightGradient {
                      [&](int64_t task, int worker) {
                        pack(slice, left, right, values.data() + worker * images_ * zeros_.size(), task);
                      });
-        const int64_t tasks = divide_up(tiles_, kTaskTiles);
         // The last panel may be narrow and the last tiles few.
         parallel_tasks(panels_.count() * tasks, [&](int64_t task, int) {
-          const int64_t first = task % tasks * kTaskTiles;
-          multiply(slice, left, right, sums.data(), task / tasks, first, std::min(first + kTaskTiles, tiles_));
+          const int64_t first = task % tasks * task_tiles;
+          multiply(slice, left, right, sums.data(), task / tasks, first, std::min(first + task_tiles, tiles_));
         });
       }
     write(sums.data());
