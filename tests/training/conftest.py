@@ -51,9 +51,9 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     yield run
     for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+        process.kill()  # Nothing, where it has ended.
+        process.wait()
+        process.stdout.close()
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,36 +18,17 @@ PATIENCE_SECONDS = 60
 
 
 @pytest.fixture
-def start(tmp_path):
+def start(start, tmp_path):
     """start(*options) → a running `python -m cpc_ext.train` on a folder of noise."""
     rng = np.random.default_rng(0)
     for index in range(20):
         path = tmp_path / "images" / f"class{index % 2}" / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(path)
-    started = []
-
-    def run(*options: str | Path) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "cpc_ext.train", "--out-dir", str(tmp_path / "run")),
-                *map(str, options),
-            ],
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CPC_EXT_CACHE": str(tmp_path / "cache")},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        started.append(process)
-        return process
-
-    yield run
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        process.stdout.close()
+    cache = str(tmp_path / "cache")
+    return lambda *options: start(
+        *("-m", "cpc_ext.train", "--out-dir", tmp_path / "run", *options), CPC_EXT_CACHE=cache
+    )
 
 
 def options(tmp_path: Path) -> tuple[str | Path, ...]:
