@@ -1,6 +1,8 @@
+// Makes the terms of terms.h: run by run of neighbouring taps, the longest three.
 #include "masked_conv/terms.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace cpc::masked_conv {
 namespace {

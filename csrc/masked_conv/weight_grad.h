@@ -1,6 +1,7 @@
 // The gradient in the weight on the CPU: for each term (terms.h) the product of what it reads and the gradient in the
-// outputs, summed over all pixels. Slices of both operands are packed, pixels position by position over the batch, in
-// which a tap is nothing but an offset. Included only by cpu.cpp, once per instruction set level.
+// outputs, summed over all pixels. Slices of both operands are packed, pixels position by position over the batch: a
+// tap is nothing but an offset in them, and pairs of pixels are packed as the sums and differences that terms multiply.
+// Included only by cpu.cpp, once per instruction set level.
 #pragma once
 
 #include <algorithm>
