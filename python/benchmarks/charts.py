@@ -104,12 +104,12 @@ def draw_training(document: dict[str, Any], path: Path) -> None:
     if figure is None:
         return
     speed, memory, stages = figure.subplots(1, 3, width_ratios=(1, 1, 2.4))
-    names = ("plain", "ours")
+    names = ("plain", "tuned", "ours")
     for axes, values, label, format_ in (
         (speed, [document["images_per_second"][name] for name in names], "images a second", "{:.1f}"),
         (memory, [document["peak_extra_bytes"][name] / 2**20 for name in names], "peak extra memory, MiB", "{:.0f}"),
     ):
-        axes.bar_label(axes.bar(names, values, color=(GRAY, COLORS[0])), fmt=format_)
+        axes.bar_label(axes.bar(names, values, color=(GRAY, GRAY, COLORS[0])), fmt=format_)
         axes.set_ylabel(label)
     left: dict[str, float] = defaultdict(float)
     for color, (stage, passes) in zip(COLORS, document["stages"].items(), strict=True):
