@@ -66,15 +66,32 @@ def _settled(work: Callable[[], int]) -> int:
         try:
             return work()
         finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()  # At the end of the process it would be too late to say anything about errors.
+            sys.stdout.flush()  # When the process ends it is too late to say anything about errors.
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:
-        # What Python still holds goes nowhere, as it would else complain when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if not _output_fails():
+            raise
+        _discard_output()
+        print(f"error: cannot write the output: {error.strerror}", file=sys.stderr)
+        return 1
+
+
+def _output_fails() -> bool:
+    try:
+        print(flush=True)
+    except OSError:
+        return True
+    return False
+
+
+def _discard_output() -> None:
+    """Let what Python still holds go nowhere, as it would else complain when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print_in_any_encoding() -> None:
@@ -83,4 +100,4 @@ def _print_in_any_encoding() -> None:
         encoding = getattr(stream, "encoding", None) or "utf-8"
         if not encoding.lower().replace("-", "").startswith("utf"):
             stream.reconfigure(errors="replace")
-            os.environ.setdefault("PYTHON_TYRO_UTF8_BOXES", "0")
+            os.environ.setdefault("PYTHON_TYRO_UTF8_BOXES", "False")
