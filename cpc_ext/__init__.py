@@ -1,6 +1,27 @@
-"""Contrastive predictive coding for PyTorch, with its hot paths in C++ and CUDA."""
+"""Contrastive predictive coding for PyTorch, with its hot paths in C++ and CUDA.
+
+Importing this imports nothing else: the parts, and with them PyTorch, are imported when they are first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from cpc_ext._version import __version__
 from cpc_ext.build_info import build_info
 
-__all__ = ["__version__", "build_info"]
+if TYPE_CHECKING:
+    from cpc_ext import data, interop, models, nn, ops, training
+
+__all__ = ["__version__", "build_info", "data", "interop", "models", "nn", "ops", "training"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

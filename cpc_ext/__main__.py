@@ -1,5 +1,8 @@
-"""``python -m cpc_ext`` prints what to put into a bug report."""
+"""``python -m cpc_ext`` is ``cpc-ext``; without arguments it prints what to put into a bug report."""
 
-from cpc_ext.build_info import report
+import sys
 
-print(report())
+from cpc_ext.programs.entry import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:] or ["info"], prog="python -m cpc_ext"))

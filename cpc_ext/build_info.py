@@ -5,10 +5,6 @@ from __future__ import annotations
 import platform
 from typing import Any
 
-import torch
-
-from cpc_ext._native import native
-
 __all__ = ["build_info", "report"]
 
 
@@ -20,11 +16,15 @@ def build_info() -> dict[str, Any]:
         toolkit, None in a build without), ``cuda_architectures`` (None likewise), ``openmp_threads``, ``module`` (its
         file).
     """
+    from cpc_ext._native import native
+
     return {**native.build_info(), "module": native.__file__}
 
 
 def report() -> str:
     """Build, PyTorch and device facts, one a line."""
+    import torch
+
     facts = {f"cpc_ext {name}": value for name, value in build_info().items()}
     facts["python"] = f"{platform.python_version()} on {platform.platform()}"
     facts["torch"] = torch.__version__

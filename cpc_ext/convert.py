@@ -5,7 +5,7 @@ The work is done in cpc_ext.training and cpc_ext.interop.
 
 import sys
 
-from cpc_ext.training.converting import main
+from cpc_ext.programs.entry import run_program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("convert"))

@@ -2,7 +2,7 @@
 
 import sys
 
-from cpc_ext.training.sampling import main
+from cpc_ext.programs.entry import run_program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("sample"))

@@ -54,7 +54,7 @@ def test_any_other_folder_works(tmp_path):
 def test_a_stale_module_is_an_error_that_says_what_to_do(tmp_path):
     folder = copy_of_the_sources(tmp_path)
     (folder / "cpc_ext" / "_version.py").write_text('__version__ = "99.0"\n')
-    done = run("import cpc_ext", folder)
+    done = run("import cpc_ext.ops", folder)
     assert done.returncode != 0
     assert f"is cpc_ext {cpc_ext.__version__}" in done.stderr
     assert "is 99.0" in done.stderr
@@ -64,7 +64,7 @@ def test_a_stale_module_is_an_error_that_says_what_to_do(tmp_path):
 def test_a_missing_module_is_an_error_that_says_what_to_do(tmp_path):
     folder = copy_of_the_sources(tmp_path)
     hide = "import importlib.metadata as m; m.distributions = lambda **_: []; import sys; sys.meta_path = [f for f in "
-    hide += "sys.meta_path if 'ScikitBuild' not in type(f).__name__]; import cpc_ext"
+    hide += "sys.meta_path if 'ScikitBuild' not in type(f).__name__]; import cpc_ext.ops"
     done = run(hide, folder)
     assert "has no compiled module" in done.stderr
     assert "pip install" in done.stderr
@@ -115,7 +115,7 @@ print(cpc_ext.build_info()['simd'])
 
 
 def test_an_unknown_simd_level_is_refused(tmp_path):
-    done = run("import cpc_ext", tmp_path, CPC_EXT_ISA="sse9", PYTHONPATH=str(CHECKOUT.parent))
+    done = run("import cpc_ext.ops", tmp_path, CPC_EXT_ISA="sse9", PYTHONPATH=str(CHECKOUT.parent))
     assert "CPC_EXT_ISA must be one of baseline, avx2, avx512, avx512_bf16, got sse9" in done.stderr
 
 

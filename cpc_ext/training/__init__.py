@@ -1,9 +1,35 @@
-"""Training runs: configuration, loop, checkpoints, logging and evaluation."""
+"""Training runs: configuration, loop, checkpoints, logging and evaluation.
 
-from cpc_ext.training.config import RunConfig
-from cpc_ext.training.errors import TrainingError
-from cpc_ext.training.presets import preset
-from cpc_ext.training.program import main
-from cpc_ext.training.task import Task
+Names are imported when they are first asked for: the command lines need the options, but not what they are for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cpc_ext.training.config import RunConfig
+    from cpc_ext.training.errors import TrainingError
+    from cpc_ext.training.presets import preset
+    from cpc_ext.training.program import main
+    from cpc_ext.training.task import Task
 
 __all__ = ["RunConfig", "Task", "TrainingError", "main", "preset"]
+
+_MODULES = {"RunConfig": "config", "Task": "task", "TrainingError": "errors", "main": "program", "preset": "presets"}
+
+
+def __getattr__(name: str) -> Any:
+    module = f"{__name__}.{_MODULES.get(name, name)}"
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    return getattr(found, name) if name in _MODULES else found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

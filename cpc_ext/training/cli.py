@@ -17,14 +17,15 @@ from typing import Annotated, NoReturn
 
 import tyro
 
+from cpc_ext.training.command_line import VersionOption, parse_command
 from cpc_ext.training.config import OptionError, RunConfig, load_config, option, options_of_other_models
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.presets import PRESETS, preset
 from cpc_ext.training.run_dir import RunDir
 
-__all__ = ["Command", "describe", "parse"]
+__all__ = ["PROGRAM", "Command", "describe", "parse"]
 
-_PROGRAM = "python -m cpc_ext.train"
+PROGRAM = "python -m cpc_ext.train"
 _DESCRIPTION = (
     "Train a model of images without labels: by default an encoder by contrastive predictive coding, measured with a "
     "linear probe; or a PixelCNN, measured in bits per dimension. Without options it trains on generated textures in "
@@ -40,8 +41,8 @@ class Command:
     run: what determines it. The others are described where the command line describes them.
     """
 
-    # Without a name of its own it leaves its sections' names to the groups of the help.
-    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    # Without a name of its own it leaves its sections' names to the groups of the help; it has no text there either.
+    run: Annotated[RunConfig, tyro.conf.arg(name="", help="")]
     out_dir: Annotated[
         Path | None,
         tyro.conf.arg(help="Folder of the run's files. None: the first free runs/MODEL-DATASET-NUMBER."),
@@ -58,13 +59,14 @@ class Command:
         Path | None,
         tyro.conf.arg(help="Repeat a run: its config.yaml gives the defaults of all options."),
     ] = None
+    version: VersionOption = False
 
 
-def parse(arguments: Sequence[str]) -> Command:
-    """Turn command line arguments into a command.
+def parse(arguments: Sequence[str], *, prog: str = PROGRAM) -> Command:
+    """Turn command line arguments into a command, of a program that messages call ``prog``.
 
     Raises TrainingError where a config file is missing or wrong, and SystemExit, with status 2 after telling what is
-    allowed, for wrong options, or with 0 after showing the help.
+    allowed, for wrong options, or with 0 after showing the help or the version.
     """
     chosen = _first_pass(arguments)
     if chosen.resume and chosen.config is not None:
@@ -98,19 +100,19 @@ def parse(arguments: Sequence[str]) -> Command:
         # The one that is given replaces whichever the defaults have.
         optimization = defaults.optimization.model_copy(update={"epochs": None, "steps": None})
         defaults = defaults.model_copy(update={"optimization": optimization})
-    _refuse_options_of_other_models(arguments, defaults)
+    _refuse_options_of_other_models(arguments, defaults, prog)
     try:
-        return tyro.cli(
+        return parse_command(
             Command,
-            prog=_PROGRAM,
+            arguments,
+            prog=prog,
             description=_DESCRIPTION,
-            args=list(arguments),
             default=Command(run=defaults),
             config=(tyro.conf.OmitArgPrefixes,),
         )
     except OptionError as error:
         # Those of a section are shown by the parser; those between sections arrive here.
-        _refuse(str(error))
+        _refuse(str(error), prog)
 
 
 def _with_values(arguments: Sequence[str]) -> list[str]:
@@ -123,18 +125,18 @@ def _with_values(arguments: Sequence[str]) -> list[str]:
     return given
 
 
-def _refuse_options_of_other_models(arguments: Sequence[str], defaults: RunConfig) -> None:
+def _refuse_options_of_other_models(arguments: Sequence[str], defaults: RunConfig, prog: str) -> None:
     others = options_of_other_models(type(defaults))
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
         name = name if name in others else name.removeprefix("no_")
         if argument.startswith("--") and name in others:
             models = ", ".join(others[name])
-            _refuse(f"{option(name)} is an option of --model {models}; {defaults.model} has no such option")
+            _refuse(f"{option(name)} is an option of --model {models}; {defaults.model} has no such option", prog)
 
 
-def _refuse(message: str) -> NoReturn:
-    print(f"error: {message}\nFor full helptext, see {_PROGRAM} --help", file=sys.stderr)
+def _refuse(message: str, prog: str) -> NoReturn:
+    print(f"error: {message}\nFor full helptext, see {prog} --help", file=sys.stderr)
     raise SystemExit(2) from None
 
 

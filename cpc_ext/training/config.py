@@ -9,12 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cpc_ext.training.encoder_names import check_encoder_name
 from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.machine import check_device_name
 
 __all__ = [
     "CPCConfig",
@@ -59,7 +58,10 @@ class OptionError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    # Built when it is first filled: a program needs the sections of one model.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), defer_build=True
+    )
 
     def __init__(self, **values: Any) -> None:
         # The command line shows the error's own words; they are to name options, not pydantic's internals.
@@ -422,10 +424,7 @@ class DeviceSection(_Section):
 
     @model_validator(mode="after")
     def _device_exists(self) -> DeviceSection:
-        try:
-            torch.device(self.device)
-        except RuntimeError:
-            raise ValueError(f"--device: expected a name like cpu, cuda or cuda:1, got {self.device!r}") from None
+        check_device_name(self.device)
         return self
 
 
@@ -458,6 +457,13 @@ class RunConfig(_Section):
     compute: DeviceSection = Field(default_factory=DeviceSection)
     output: OutputSection = Field(default_factory=OutputSection)
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        # The command line would find the same words by parsing this file, at the price of an import of NumPy.
+        for field in cls.model_fields.values():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
+                field.description = field.annotation.__doc__
+
     @model_validator(mode="after")
     def _sections_are_the_models(self) -> RunConfig:
         if type(self) is not config_class(self.model):
@@ -473,6 +479,8 @@ class RunConfig(_Section):
 
     def to_yaml(self) -> str:
         """As the text of a config.yaml, which :func:`load_config` reads back to an equal config."""
+        import yaml
+
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
@@ -609,6 +617,8 @@ def load_config(path: Path, *, option_name: str = "--config") -> RunConfig:
 
     option_name: the option that asks for it, for messages.
     """
+    import yaml
+
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The program `python -m cpc_ext.convert`: from another program's checkpoint to a run's folder, or from a run to one.
+"""What `python -m cpc_ext.convert` does: from another program's checkpoint to a run's folder, or from a run to one.
 
 The run is as training leaves it after no step at all: a config that describes the model, and a checkpoint with its
 weights. What the checkpoint had besides is kept in it, so that the way back gives the same file.
@@ -7,43 +7,33 @@ weights. What the checkpoint had besides is kept in it, so that the way back giv
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from pydantic import ValidationError
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from cpc_ext.data import Dataset, ImageSet
-from cpc_ext.interop import SOURCES, CheckpointError, Form, Reference, export_reference, read_reference
+from cpc_ext.interop import CheckpointError, Form, Reference, export_reference, read_reference
 from cpc_ext.models.greedy_infomax import module_starts
+from cpc_ext.programs.convert import Command, main
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.checkpoint import load_checkpoint, save_checkpoint
 from cpc_ext.training.cli import describe
-from cpc_ext.training.config import DatasetName, RunConfig, explain, load_config, option, validate_config
+from cpc_ext.training.config import RunConfig, explain, load_config, option, validate_config
 from cpc_ext.training.encoder_names import encoder_name
-from cpc_ext.training.errors import TrainingError, exit_status
+from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.presets import preset
 from cpc_ext.training.program import TASKS
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.task import Task
 from cpc_ext.training.weight_average import averaged_weights
 
-__all__ = ["main"]
+__all__ = ["convert", "main"]
 
-_PROGRAM = "python -m cpc_ext.convert"
-_DESCRIPTION = (
-    "Turn a checkpoint of another program into a run's folder, for python -m cpc_ext.evaluate, sample and train "
-    "--resume-from (with --source and a new folder as --out); or write a run's model as a checkpoint that such a "
-    "program loads (with --to and a file as --out). What a checkpoint is of, is recognised from names and shapes; no "
-    "code from it is run."
-)
-
-_Source = Literal["cpcv2-pytorch", "greedy-infomax", "lightning-bolts", "pixel-cnn-pp"]
 
 # The data set that is trained on next if none is named, by the size of the patches, or that of images.
 _BY_PATCH = {8: "cifar10", 10: "cifar10", 16: "stl10"}
@@ -52,73 +42,15 @@ _BY_IMAGE = {32: "cifar10", 96: "stl10"}
 _KEPT = "reference"
 
 
-@dataclass(frozen=True)
-class _Command:
-    checkpoint: Annotated[
-        tuple[Path, ...],
-        tyro.conf.Positional,
-        tyro.conf.arg(
-            metavar="CHECKPOINT [CHECKPOINT ...]",
-            help="The file, or the files of all modules, first to last. With --to the folder of a run.",
-        ),
-    ]
-    out: Annotated[
-        Path,
-        tyro.conf.arg(
-            help="Folder of the new run. With --to the file: safetensors by its ending, otherwise PyTorch's."
-        ),
-    ]
-    source: Annotated[_Source | None, tyro.conf.arg(help="The program that the checkpoint is of.")] = None
-    to: Annotated[_Source | None, tyro.conf.arg(help="The program that is to load the run's model.")] = None
-    dataset: Annotated[
-        DatasetName | None,
-        tyro.conf.arg(help="The run's images. None: those that the program has for patches or images of this size."),
-    ] = None
-    data_dir: Annotated[Path | None, tyro.conf.arg(help="Folder of their files.")] = None
-    grid_size: Annotated[
-        int | None, tyro.conf.arg(help="Patches along a side of the grid. None: as in the program's examples.")
-    ] = None
-    image_size: Annotated[
-        int | None,
-        tyro.conf.arg(
-            help="Side in pixels of the crop that is cut into patches, or of a pixel-cnn-pp's images. None: as in the "
-            "program's examples."
-        ),
-    ] = None
-    patch_size: Annotated[
-        int | None, tyro.conf.arg(help="Side of a patch in pixels. None: as in the program's examples.")
-    ] = None
-    norm: Annotated[
-        Literal["layer", "instance"] | None,
-        tyro.conf.arg(help="Which of the two an encoder has whose weights fit both. None: layer."),
-    ] = None
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program with these arguments (default: those of the process); returns the exit status.
-
-    0: done. 1: it could not be done, for a reason that was printed. 2 (raised as SystemExit): wrong options.
-    130: Ctrl-C.
-    """
-    command = tyro.cli(_Command, prog=_PROGRAM, description=_DESCRIPTION, args=arguments)
-    return exit_status(lambda: _convert(command), errors=(CheckpointError, TrainingError, ImportError))
-
-
-def _convert(command: _Command) -> None:
-    if not command.checkpoint:
-        raise TrainingError("give the file of a checkpoint, or with --to the folder of a run")
-    if (command.source is None) == (command.to is None):
-        raise TrainingError(
-            f"give either --source, the program that the checkpoint is of ({', '.join(SOURCES)}), or --to, the "
-            "program that is to load a run's model"
-        )
+def convert(command: Command) -> None:
+    """Do what the command says. TrainingError where that cannot be done."""
     if command.source is not None:
         _take_over(command, command.source)
     else:
         _hand_over(command, str(command.to))
 
 
-def _take_over(command: _Command, source: str) -> None:
+def _take_over(command: Command, source: str) -> None:
     """A checkpoint as a new run."""
     given = {name: getattr(command, name) for name in ("grid_size", "image_size", "patch_size", "norm")}
     try:
@@ -244,7 +176,7 @@ def _pixelcnn_options(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _hand_over(command: _Command, target: str) -> None:
+def _hand_over(command: Command, target: str) -> None:
     """A run's model as a checkpoint of another program."""
     if len(command.checkpoint) != 1:
         raise TrainingError(f"--to takes one run, got {len(command.checkpoint)}")

@@ -1,4 +1,4 @@
-"""The program `python -m cpc_ext.embed`: from a run's folder and images to a file of their encodings.
+"""What `python -m cpc_ext.embed` does: from a run's folder and images to a file of their encodings.
 
 Images of a folder are decoded by threads, a batch ahead of the encoder, and never kept. The file appears complete or
 not at all.
@@ -7,15 +7,12 @@ not at all.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, BinaryIO, Literal
+from typing import BinaryIO
 
 import numpy as np
 import torch
-import tyro
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from tqdm import tqdm
@@ -23,78 +20,21 @@ from tqdm import tqdm
 from cpc_ext.data import ImageFetcher, ImageSet, load_dataset
 from cpc_ext.data.decode import decode_stream
 from cpc_ext.data.folder import image_files
+from cpc_ext.programs.embed import Command, main
 from cpc_ext.training.atomic_file import atomic_file
-from cpc_ext.training.config import DatasetName
 from cpc_ext.training.encoder_run import EncoderRun
-from cpc_ext.training.errors import TrainingError, exit_status, warn
-from cpc_ext.training.precision import check_device, default_device
+from cpc_ext.training.errors import TrainingError, warn
+from cpc_ext.training.precision import check_device
 
-__all__ = ["main"]
+__all__ = ["embed", "main"]
 
-_PROGRAM = "python -m cpc_ext.embed"
-_DESCRIPTION = (
-    "Write the encodings of images by the encoder of a run: float32, one row an image, in the order of the sorted file "
-    "names. A .npy file holds the encodings, and NAME.names.json beside it the file names; a .safetensors file holds "
-    'both, the encodings as "features" and the file names as JSON under "names" in its metadata.'
-)
-_SUFFIXES = (".npy", ".safetensors")
 _BATCH = 50
 
 
-@dataclass(frozen=True)
-class _Command:
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="Folder of the run.")]
-    data_dir: Annotated[
-        Path | None,
-        tyro.conf.arg(help="Folder of images, at any depth; or of another --dataset's files. None: the user's cache."),
-    ] = None
-    dataset: Annotated[DatasetName, tyro.conf.arg(help="Where the images come from.")] = "folder"
-    split: Annotated[
-        Literal["pretrain", "train", "test"],
-        tyro.conf.arg(help="Which images of a --dataset other than folder; they are named SPLIT/NUMBER."),
-    ] = "train"
-    image_size: Annotated[
-        int | None,
-        tyro.conf.arg(
-            help="Side in pixels that a folder's images are resized to, their middle cut out, before the run's crop. "
-            "None: height and width of the run's own images."
-        ),
-    ] = None
-    per_patch: Annotated[
-        bool,
-        tyro.conf.arg(
-            help="An encoding of every patch, [N, D, rows, cols], in place of their mean, [N, D]. Models of whole "
-            "images have one patch."
-        ),
-    ] = False
-    device: Annotated[str, tyro.conf.arg(help="Where to compute: cpu, cuda, cuda:1, mps.")] = "cpu"
-    out: Annotated[
-        Path | None,
-        tyro.conf.arg(help="File to write, .npy or .safetensors. None: features.npy in the run's folder."),
-    ] = None
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program with these arguments (default: those of the process); returns the exit status.
-
-    0: done. 1: it could not be done, for a reason that was printed. 2 (raised as SystemExit): wrong options.
-    130: Ctrl-C.
-    """
-    command = tyro.cli(
-        _Command,
-        prog=_PROGRAM,
-        description=_DESCRIPTION,
-        args=arguments,
-        default=_Command(run=tyro.MISSING, device=default_device()),
-    )
-    return exit_status(lambda: _embed(command))
-
-
-def _embed(command: _Command) -> None:
+def embed(command: Command) -> None:
+    """Do what the command says. TrainingError where that cannot be done."""
     device = check_device(command.device)
     out = command.out or command.run / "features.npy"
-    if out.suffix not in _SUFFIXES:
-        raise TrainingError(f"--out: expected a name that ends in {' or '.join(_SUFFIXES)}, got {out.name}")
     run = EncoderRun.open(command.run, device)
     names = out.with_suffix(".names.json") if out.suffix == ".npy" else None
     images = _FolderImages(command, run) if command.dataset == "folder" else _DatasetImages(command)
@@ -113,7 +53,7 @@ def _embed(command: _Command) -> None:
     )
 
 
-def _encode(command: _Command, run: EncoderRun, images: _FolderImages | _DatasetImages, device: torch.device) -> Tensor:
+def _encode(command: Command, run: EncoderRun, images: _FolderImages | _DatasetImages, device: torch.device) -> Tensor:
     """Encodings of all images that can be read, float32 [N, D] or [N, D, rows, cols] on the CPU."""
     task = run.trained(run.stand_in(images.source, images.sample))
     encode = task.encodings if command.per_patch else task.features
@@ -135,11 +75,8 @@ class _FolderImages:
     that could be read, known when :meth:`batches` is through.
     """
 
-    def __init__(self, command: _Command, run: EncoderRun) -> None:
-        if command.data_dir is None:
-            raise TrainingError("--data-dir: name the folder of images")
-        if command.image_size is not None and command.image_size < 1:
-            raise TrainingError(f"--image-size: at least 1, got {command.image_size}")
+    def __init__(self, command: Command, run: EncoderRun) -> None:
+        assert command.data_dir is not None  # The command line sees to it.
         self._root = command.data_dir.expanduser()
         self.source = str(self._root)
         try:
@@ -173,9 +110,7 @@ class _FolderImages:
 class _DatasetImages:
     """The images of a split of a data set; as :class:`_FolderImages`."""
 
-    def __init__(self, command: _Command) -> None:
-        if command.image_size is not None and command.dataset != "textures":
-            raise TrainingError(f"--image-size: the images of {command.dataset} have a size of their own")
+    def __init__(self, command: Command) -> None:
         try:
             dataset = load_dataset(command.dataset, command.data_dir, image_size=command.image_size)
         except (OSError, ValueError) as error:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
-from cpc_ext.models import MobileNetV2Encoder, PatchEncoder, ResNetV2Encoder, TimmEncoder, WideResNetEncoder
-from cpc_ext.models.resnet_v2 import published_shape
 from cpc_ext.training.errors import TrainingError
+
+if TYPE_CHECKING:
+    from cpc_ext.models import PatchEncoder
 
 __all__ = ["ENCODERS", "EncoderSpec", "check_encoder_name", "encoder_name", "encoder_spec"]
 
@@ -100,6 +99,10 @@ class EncoderSpec(NamedTuple):
         TrainingError, ValueError where timm is not installed, does not know the name, or its backbone takes no such
         patches; our own take all.
         """
+        import torch
+
+        from cpc_ext.models import TimmEncoder
+
         try:
             encoder = self.kind(**self.arguments)
         except ImportError as error:
@@ -144,6 +147,8 @@ def encoder_spec(name: str, *, norm: str, in_channels: int, stem: str) -> Encode
     norm: its normalisation; timm's backbones have their own. in_channels: channels of a patch. stem: of a
     :class:`ResNetV2Encoder`, whose names may imply their own; others take its hint at the size of a patch.
     """
+    from cpc_ext.models import MobileNetV2Encoder, ResNetV2Encoder, TimmEncoder, WideResNetEncoder
+
     if name.startswith(_TIMM):
         return EncoderSpec(TimmEncoder, {"name": name.removeprefix(_TIMM), "in_channels": in_channels})
     plain, given = _parsed(name)
@@ -167,6 +172,8 @@ def encoder_name(kind: str, arguments: Mapping[str, Any]) -> str:
         return _TIMM + arguments["name"]
     if kind == "WideResNetEncoder":
         return f"wrn-{arguments['depth']}-{arguments['width']}"
+    from cpc_ext.models.resnet_v2 import published_shape
+
     plain, known = {
         "ResNetV2Encoder": (_OWN, _RESNET_ARGUMENTS),
         "MobileNetV2Encoder": ("mobilenetv2", _MOBILENET_ARGUMENTS),

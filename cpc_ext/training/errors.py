@@ -5,13 +5,12 @@ Everything else that is raised is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
 
-from tqdm import tqdm
-
-__all__ = ["TrainingError", "exit_status", "warn"]
+__all__ = ["TrainingError", "exit_status", "speaker", "warn"]
 
 
 class TrainingError(Exception):
@@ -20,7 +19,14 @@ class TrainingError(Exception):
 
 def warn(message: str) -> None:
     """Print a warning, on a line of its own also where a progress bar is being drawn."""
+    from tqdm import tqdm
+
     tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def speaker() -> str:
+    """Which of several processes speaks."""
+    return f"[rank {os.environ.get('RANK', '0')}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
 
 
 def exit_status(

@@ -1,4 +1,4 @@
-"""The program `python -m cpc_ext.evaluate`: from runs' folders to how well their encoders do with few labels.
+"""What `python -m cpc_ext.evaluate` does: from runs' folders to how well their encoders do with few labels.
 
 Subsets of the labelled training images are drawn from a seed, a classifier learns from each in one of several ways, and
 all test images are classified. Frozen encodings are computed once and kept in the run's folder, as is every result.
@@ -8,138 +8,46 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 
 import cpc_ext
+from cpc_ext.programs.evaluate import MODES, Command, main, parse_modes
 from cpc_ext.training import figures
 from cpc_ext.training.encoder_run import EncoderRun, weights_digest
 from cpc_ext.training.encodings_cache import cached_encodings, images_digest
-from cpc_ext.training.errors import TrainingError, exit_status
+from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.evaluation_record import EvaluationRecord, as_table, measured
 from cpc_ext.training.finetuning import FineTuning, fine_tune
-from cpc_ext.training.knn import NEIGHBOURS, TEMPERATURE, knn_scores
+from cpc_ext.training.knn import TEMPERATURE, knn_scores
 from cpc_ext.training.label_subsets import LabelBudget, parse_label_budgets
 from cpc_ext.training.per_module import evaluate_per_module
-from cpc_ext.training.precision import check_device, default_device
+from cpc_ext.training.precision import check_device
 from cpc_ext.training.probe import encode, fit_linear_classifier
 
-__all__ = ["MODES", "main"]
+__all__ = ["MODES", "evaluate", "main"]
 
-_PROGRAM = "python -m cpc_ext.evaluate"
-_DESCRIPTION = (
-    "Measure the encoder of a run with few labels: top-1 and top-5 accuracy on all test images after learning from "
-    "random subsets of the labelled training images. The results are printed as a table and kept, with figures, in "
-    "evaluation/ in the run's folder; what is already there for the same weights, images and settings is taken as it "
-    "is. Several runs are also drawn into one figure."
-)
-MODES = {
-    "linear": "logistic regression on frozen encodings, its regularisation chosen on held-out parts of the subset",
-    "knn": "weighted nearest neighbours of frozen encodings, with the cosine and temperature 0.07",
-    "finetune": "encoder and linear classifier trained together from the run's weights",
-    "supervised": "the same from fresh initial weights",
-    "untrained": "linear on the encodings of the run's initial weights",
-}
 # Weights that have learnt something are moved less than new ones: the encoder's share of the run's learning rate.
 _FINETUNE_SHARE = 0.5
 
 
-@dataclass(frozen=True)
-class _Command:
-    runs: Annotated[
-        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help="Folders of runs.")
-    ]
-    labels: Annotated[
-        str,
-        tyro.conf.arg(
-            help="Labels to learn from, with commas between them: a number of every class, such as 10, or a share of "
-            "every class's, such as 1%, of which each class gets at least one."
-        ),
-    ] = "1%,10%,100%"
-    mode: Annotated[
-        str,
-        tyro.conf.arg(
-            help="Ways to learn, with commas between them, or all. "
-            + "; ".join(f"{name}: {what}" for name, what in MODES.items())
-            + "."
-        ),
-    ] = "linear,knn"
-    repeats: Annotated[int, tyro.conf.arg(help="Random subsets of each size; of all labels there is only one.")] = 3
-    seed: Annotated[int, tyro.conf.arg(help="Determines the subsets, and what training draws.")] = 0
-    neighbours: Annotated[int, tyro.conf.arg(help="Nearest neighbours that vote; all where there are fewer.")] = (
-        NEIGHBOURS
-    )
-    finetune_epochs: Annotated[
-        int,
-        tyro.conf.arg(
-            help="Passes over the labelled images, in batches of at most 32, of finetune and supervised alike."
-        ),
-    ] = 10
-    finetune_steps: Annotated[
-        int, tyro.conf.arg(help="Updates of finetune and supervised that there are at least, however few the labels.")
-    ] = 300
-    per_module: Annotated[
-        bool,
-        tyro.conf.arg(
-            help="Instead: a linear probe, of all labels, after every module of Greedy InfoMax, or stack of another "
-            "encoder, drawn by depth for all runs side by side."
-        ),
-    ] = False
-    data_dir: Annotated[
-        Path | None, tyro.conf.arg(help="Folder of the run's data set. None: where it was when the run was trained.")
-    ] = None
-    device: Annotated[str, tyro.conf.arg(help="Where to compute: cpu, cuda, cuda:1, mps.")] = "cpu"
-    out: Annotated[
-        Path | None,
-        tyro.conf.arg(
-            help="The PNG that several runs are compared in. None: evaluation/comparison.png in the first run's folder "
-            "(with --per-module accuracy_by_depth.png)."
-        ),
-    ] = None
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program with these arguments (default: those of the process); returns the exit status.
-
-    0: done. 1: it could not be done, for a reason that was printed. 2 (raised as SystemExit): wrong options.
-    130: Ctrl-C; what was finished is kept.
-    """
-    command = tyro.cli(
-        _Command,
-        prog=_PROGRAM,
-        description=_DESCRIPTION,
-        args=arguments,
-        default=_Command(runs=tyro.MISSING, device=default_device()),
-    )
-    return exit_status(lambda: _evaluate(command), interrupted="interrupted; results so far are kept")
-
-
-def _evaluate(command: _Command) -> None:
+def evaluate(command: Command) -> None:
+    """Do what the command says. TrainingError where that cannot be done."""
     device = check_device(command.device)
     if command.per_module:
         runs = [EncoderRun.open(path, device, data_dir=command.data_dir) for path in command.runs]
-        if not runs:
-            raise TrainingError("give at least one RUN")
         out = command.out or command.runs[0] / "evaluation" / "accuracy_by_depth.png"
         evaluate_per_module(runs, out, lambda steps, name: _progress(steps, f"encoding ({name})", "batch"))
         return
-    modes = _modes(command.mode)
+    modes = parse_modes(command.mode)
     budgets = parse_label_budgets(command.labels)
-    for name, least in (("repeats", 1), ("neighbours", 1), ("finetune_epochs", 0), ("finetune_steps", 1), ("seed", 0)):
-        if getattr(command, name) < least:
-            raise TrainingError(f"--{name.replace('_', '-')}: at least {least}, got {getattr(command, name)}")
-    if command.out is not None and len(command.runs) == 1:
-        raise TrainingError("--out is the figure that several runs are compared in; give more than one RUN")
-    if not command.runs:
-        raise TrainingError("give at least one RUN")
     records = {}
     for path in command.runs:
         evaluator = _Evaluator(command, EncoderRun.open(path, device, data_dir=command.data_dir))
@@ -157,21 +65,13 @@ def _evaluate(command: _Command) -> None:
         print(f"the runs are compared in {out}")
 
 
-def _modes(text: str) -> list[str]:
-    names = list(MODES) if text == "all" else [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in MODES:
-            raise TrainingError(f"--mode: expected all, or some of {', '.join(MODES)}, got {name!r}")
-    return list(dict.fromkeys(names))
-
-
 class _Evaluator:
     """One run: its images, encodings and results.
 
     Raises TrainingError where its data set has no labels to learn from and to test with.
     """
 
-    def __init__(self, command: _Command, run: EncoderRun) -> None:
+    def __init__(self, command: Command, run: EncoderRun) -> None:
         self._command = command
         self._run = run
         self._dataset = run.dataset()

@@ -6,9 +6,10 @@ From frozen encodings [N, D] to a score of every class: each of the k nearest vo
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["NEIGHBOURS", "TEMPERATURE", "knn_scores"]
 
@@ -32,6 +33,9 @@ def knn_scores(
     neighbours: k; all N vote where there are fewer. Votes are divided by the largest that one neighbour could give,
     exp(1 / temperature).
     """
+    import torch
+    import torch.nn.functional as F
+
     keys = F.normalize(labelled.double(), dim=1)
     votes = []
     for chunk in queries.double().split(_CHUNK):

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from cpc_ext.training.errors import TrainingError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["LabelBudget", "parse_label_budgets"]
 
@@ -36,6 +38,8 @@ class LabelBudget:
 
         Raises TrainingError where a class has fewer labels than asked for, or none.
         """
+        import numpy as np
+
         members = [np.flatnonzero(labels == label) for label in range(len(classes))]
         smallest = min(range(len(classes)), key=lambda label: len(members[label]))
         needed = self.per_class or 1

@@ -1,42 +1,29 @@
-"""Number formats of a run: which one a device computes natively, and the autocast and loss scaling that each takes."""
+"""Number formats of a run, the autocast and loss scaling that each takes; and whether a device is there at all."""
 
 from __future__ import annotations
 
 import torch
 
 from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.machine import check_device_name, default_device, default_precision
 
 __all__ = ["autocast", "check_device", "default_device", "default_precision", "grad_scaler", "patch_dtype"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def default_device() -> str:
-    """The accelerator of this machine, else "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-
-
 def check_device(name: str) -> torch.device:
-    """The device of that name. TrainingError where this machine does not have it."""
-    device = torch.device(name)
+    """The device of that name. TrainingError where there is no such name or this machine does not have it."""
+    try:
+        device = torch.device(check_device_name(name))
+    except ValueError as error:
+        raise TrainingError(str(error)) from None
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise TrainingError(f"--device {name} is not available here ({reason}); --device cpu always is") from None
     return device
-
-
-def default_precision(device: str) -> str:
-    """ "bf16" where the device has instructions for it (emulated, it is slower than fp32), else "fp32"."""
-    kind = device.partition(":")[0]
-    if kind == "cuda" and torch.cuda.is_available():
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif kind == "cpu":
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        native = False
-    return "bf16" if native else "fp32"
 
 
 def patch_dtype(precision: str) -> torch.dtype:

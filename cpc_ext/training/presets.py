@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from cpc_ext.training.config import RunConfig, validate_config
-from cpc_ext.training.precision import default_device, default_precision
+from cpc_ext.training.machine import default_device, default_precision
 
 __all__ = ["PRESETS", "preset"]
 

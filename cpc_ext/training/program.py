@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import resource
 import signal
@@ -26,7 +25,7 @@ from cpc_ext.training.config import RunConfig, option, validate_config
 from cpc_ext.training.cpc_v1 import CPCv1Task
 from cpc_ext.training.cpc_v2 import CPCv2Task
 from cpc_ext.training.distribution import Ranks, joined_ranks, lost_contact
-from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.errors import TrainingError, speaker
 from cpc_ext.training.greedy import GreedyTask
 from cpc_ext.training.loop import Trainer
 from cpc_ext.training.pixelcnn import PixelCNNTask
@@ -65,26 +64,25 @@ _MAY_CHANGE = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | Command | None = None) -> int:
     """Run `python -m cpc_ext.train` with these arguments (default: those of the process); returns the exit status.
+
+    They may also be given as what :func:`cpc_ext.training.cli.parse` makes of them.
 
     0: the run is complete. 1: it could not start or go on, for a reason that was printed. 2 (raised as SystemExit):
     wrong options. 130, 143: stopped by Ctrl-C or SIGTERM, after saving. Under torchrun every process runs it.
     """
     try:
-        return _run(parse(sys.argv[1:] if arguments is None else arguments))
+        if not isinstance(arguments, Command):
+            arguments = parse(sys.argv[1:] if arguments is None else arguments)
+        return _run(arguments)
     except TrainingError as error:
-        print(f"{_speaker()}error: {error}", file=sys.stderr)
+        print(f"{speaker()}error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         # While training, Ctrl-C is a request and no exception; before and after there is nothing to save.
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-
-
-def _speaker() -> str:
-    """Which of several processes speaks."""
-    return f"[rank {os.environ.get('RANK', '0')}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
 
 
 def _lost(error: RuntimeError, path: Path | None) -> str:
@@ -177,7 +175,7 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
                 if not lost_contact(error):
                     raise
                 # Said here, where SIGTERM is only noted: it is what torchrun sends next.
-                print(f"\n{_speaker()}error: {_lost(error, run.path)}", file=sys.stderr, flush=True)
+                print(f"\n{speaker()}error: {_lost(error, run.path)}", file=sys.stderr, flush=True)
                 raise SystemExit(1) from None
         if stopped:
             ranks.say(

@@ -6,8 +6,6 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.errors import TrainingError
 
@@ -28,6 +26,8 @@ class RunDir:
     """
 
     def __init__(self, path: Path) -> None:
+        from filelock import FileLock
+
         self.path = path
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
@@ -95,6 +95,8 @@ class RunDir:
                 self.path.rmdir()
 
     def _hold(self) -> None:
+        from filelock import Timeout
+
         try:
             self._lock.acquire(timeout=0)
         except Timeout:

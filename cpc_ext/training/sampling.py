@@ -1,16 +1,13 @@
-"""The program `python -m cpc_ext.sample`: from a run's folder to a PNG of images drawn from its model."""
+"""What `python -m cpc_ext.sample` does: from a run's folder to a PNG of images drawn from its model."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -18,80 +15,26 @@ from tqdm import tqdm
 
 from cpc_ext.data.decode import decode_image
 from cpc_ext.models.pixel_model import PixelModel
+from cpc_ext.programs.sample import Command, main
 from cpc_ext.training import figures
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.config import load_config
-from cpc_ext.training.errors import TrainingError, exit_status
+from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.pixelcnn import PIXEL_MODELS, build_pixel_model
-from cpc_ext.training.precision import check_device, default_device
+from cpc_ext.training.precision import check_device
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.weight_average import averaged_weights
 
-__all__ = ["main"]
+__all__ = ["main", "sample"]
 
-_PROGRAM = "python -m cpc_ext.sample"
-_DESCRIPTION = (
-    "Draw images from a PixelCNN that python -m cpc_ext.train has trained, or complete the lower part of an image. "
-    "Every value is drawn given all before it, at the cost of what it adds."
-)
 
 # Drawn together: what is kept of an image takes some megabytes a layer.
 _BATCH = 16
 
 
-@dataclass(frozen=True)
-class _Command:
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="Folder of the run.")]
-    n: Annotated[int, tyro.conf.arg(help="Images to draw.")] = 64
-    class_index: Annotated[
-        int | None,
-        tyro.conf.arg(
-            name="class",
-            help="Class to draw, a number from 0; of a model trained with --class-conditional. None: each "
-            "class in turn.",
-        ),
-    ] = None
-    temperature: Annotated[
-        float,
-        tyro.conf.arg(help="Below 1 the probable becomes more so; 0 always takes the most probable value."),
-    ] = 1.0
-    complete: Annotated[
-        Path | None,
-        tyro.conf.arg(
-            help="Image whose first --rows are kept and the rest drawn, n times. It is resized, and its middle cut "
-            "out, to the size of the run's images; it comes first in the result."
-        ),
-    ] = None
-    rows: Annotated[int | None, tyro.conf.arg(help="Rows of --complete to keep. None: the upper half.")] = None
-    seed: Annotated[int, tyro.conf.arg(help="Determines the draws.")] = 0
-    device: Annotated[str, tyro.conf.arg(help="Where to compute: cpu, cuda, cuda:1, mps.")] = "cpu"
-    out: Annotated[
-        Path | None, tyro.conf.arg(help="The PNG to write. None: sampled.png or completed.png in the run's folder.")
-    ] = None
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program with these arguments (default: those of the process); returns the exit status.
-
-    0: done. 1: it could not be done, for a reason that was printed. 2 (raised as SystemExit): wrong options.
-    130: Ctrl-C.
-    """
-    command = tyro.cli(
-        _Command,
-        prog=_PROGRAM,
-        description=_DESCRIPTION,
-        args=arguments,
-        default=_Command(run=tyro.MISSING, device=default_device()),
-    )
-    return exit_status(lambda: _sample(command))
-
-
-def _sample(command: _Command) -> None:
+def sample(command: Command) -> None:
+    """Do what the command says. TrainingError where that cannot be done."""
     device = check_device(command.device)
-    if command.n < 1:
-        raise TrainingError(f"--n: at least 1, got {command.n}")
-    if not 0 <= command.temperature < float("inf"):
-        raise TrainingError(f"--temperature: at least 0 and finite, got {command.temperature:g}")
     run = RunDir(command.run)
     model, description = _load(run)
     model.to(device).eval()
@@ -164,7 +107,7 @@ def _read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise TrainingError(f"{path} is damaged") from None
 
 
-def _labels(command: _Command, model: PixelModel, description: dict[str, Any]) -> Tensor | None:
+def _labels(command: Command, model: PixelModel, description: dict[str, Any]) -> Tensor | None:
     if model.num_classes is None:
         if command.class_index is not None:
             raise TrainingError("--class: the model was trained without classes (--class-conditional)")
@@ -177,12 +120,10 @@ def _labels(command: _Command, model: PixelModel, description: dict[str, Any]) -
     return torch.full((command.n,), command.class_index)
 
 
-def _image_to_complete(command: _Command, shape: tuple[int, int, int]) -> tuple[Tensor | None, int]:
+def _image_to_complete(command: Command, shape: tuple[int, int, int]) -> tuple[Tensor | None, int]:
     """The image, uint8 [C, H, W], and how many of its rows are kept; None and 0 where none is given."""
     channels, height, width = shape
     if command.complete is None:
-        if command.rows is not None:
-            raise TrainingError("--rows needs --complete, the image whose rows are kept")
         return None, 0
     rows = height // 2 if command.rows is None else command.rows
     if not 0 <= rows <= height:

@@ -1,0 +1,103 @@
+"""The program `python -m cpc_ext.convert`: its options, and which of them are refused at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+import tyro
+
+from cpc_ext.training.command_line import VersionOption, parse_command
+from cpc_ext.training.config import DatasetName
+from cpc_ext.training.errors import TrainingError, exit_status
+
+__all__ = ["Command", "Source", "main"]
+
+_PROGRAM = "python -m cpc_ext.convert"
+_DESCRIPTION = (
+    "Turn a checkpoint of another program into a run's folder, for python -m cpc_ext.evaluate, sample and train "
+    "--resume-from (with --source and a new folder as --out); or write a run's model as a checkpoint that such a "
+    "program loads (with --to and a file as --out). What a checkpoint is of, is recognised from names and shapes; no "
+    "code from it is run."
+)
+Source = Literal["cpcv2-pytorch", "greedy-infomax", "lightning-bolts", "pixel-cnn-pp"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the options say; each is described where the command line describes it."""
+
+    checkpoint: Annotated[
+        tuple[Path, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(
+            metavar="CHECKPOINT [CHECKPOINT ...]",
+            help="The file, or the files of all modules, first to last. With --to the folder of a run.",
+        ),
+    ]
+    out: Annotated[
+        Path,
+        tyro.conf.arg(
+            help="Folder of the new run. With --to the file: safetensors by its ending, otherwise PyTorch's."
+        ),
+    ]
+    source: Annotated[Source | None, tyro.conf.arg(help="The program that the checkpoint is of.")] = None
+    to: Annotated[Source | None, tyro.conf.arg(help="The program that is to load the run's model.")] = None
+    dataset: Annotated[
+        DatasetName | None,
+        tyro.conf.arg(help="The run's images. None: those that the program has for patches or images of this size."),
+    ] = None
+    data_dir: Annotated[Path | None, tyro.conf.arg(help="Folder of their files.")] = None
+    grid_size: Annotated[
+        int | None, tyro.conf.arg(help="Patches along a side of the grid. None: as in the program's examples.")
+    ] = None
+    image_size: Annotated[
+        int | None,
+        tyro.conf.arg(
+            help="Side in pixels of the crop that is cut into patches, or of a pixel-cnn-pp's images. None: as in the "
+            "program's examples."
+        ),
+    ] = None
+    patch_size: Annotated[
+        int | None, tyro.conf.arg(help="Side of a patch in pixels. None: as in the program's examples.")
+    ] = None
+    norm: Annotated[
+        Literal["layer", "instance"] | None,
+        tyro.conf.arg(help="Which of the two an encoder has whose weights fit both. None: layer."),
+    ] = None
+    version: VersionOption = False
+
+
+def main(arguments: Sequence[str] | None = None, *, prog: str = _PROGRAM) -> int:
+    """Run the program with these arguments (default: those of the process); returns the exit status.
+
+    0: done. 1: it could not be done, for a reason that was printed. 2 (raised as SystemExit): wrong options.
+    130: Ctrl-C.
+    """
+    command = parse_command(Command, arguments, prog=prog, description=_DESCRIPTION)
+    return exit_status(lambda: _run(command))
+
+
+def _run(command: Command) -> None:
+    _check(command)
+    from cpc_ext.interop import CheckpointError
+    from cpc_ext.training.converting import convert
+
+    try:
+        convert(command)
+    except (CheckpointError, ImportError) as error:
+        # An encoder of timm's needs timm.
+        raise TrainingError(str(error)) from None
+
+
+def _check(command: Command) -> None:
+    """TrainingError for options that do not go together."""
+    if not command.checkpoint:
+        raise TrainingError("give the file of a checkpoint, or with --to the folder of a run")
+    if (command.source is None) == (command.to is None):
+        raise TrainingError(
+            f"give either --source, the program that the checkpoint is of ({', '.join(get_args(Source))}), or --to, "
+            "the program that is to load a run's model"
+        )

@@ -1,0 +1,97 @@
+"""The program `python -m cpc_ext.embed`: its options, and which of them are refused at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from cpc_ext.training.command_line import VersionOption, parse_command
+from cpc_ext.training.config import DatasetName
+from cpc_ext.training.errors import TrainingError, exit_status
+from cpc_ext.training.machine import default_device
+
+__all__ = ["Command", "main"]
+
+_PROGRAM = "python -m cpc_ext.embed"
+_DESCRIPTION = (
+    "Write the encodings of images by the encoder of a run: float32, one row an image, in the order of the sorted file "
+    "names. A .npy file holds the encodings, and NAME.names.json beside it the file names; a .safetensors file holds "
+    'both, the encodings as "features" and the file names as JSON under "names" in its metadata.'
+)
+_SUFFIXES = (".npy", ".safetensors")
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the options say; each is described where the command line describes it."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="Folder of the run.")]
+    data_dir: Annotated[
+        Path | None,
+        tyro.conf.arg(help="Folder of images, at any depth; or of another --dataset's files. None: the user's cache."),
+    ] = None
+    dataset: Annotated[DatasetName, tyro.conf.arg(help="Where the images come from.")] = "folder"
+    split: Annotated[
+        Literal["pretrain", "train", "test"],
+        tyro.conf.arg(help="Which images of a --dataset other than folder; they are named SPLIT/NUMBER."),
+    ] = "train"
+    image_size: Annotated[
+        int | None,
+        tyro.conf.arg(
+            help="Side in pixels that a folder's images are resized to, their middle cut out, before the run's crop. "
+            "None: height and width of the run's own images."
+        ),
+    ] = None
+    per_patch: Annotated[
+        bool,
+        tyro.conf.arg(
+            help="An encoding of every patch, [N, D, rows, cols], in place of their mean, [N, D]. Models of whole "
+            "images have one patch."
+        ),
+    ] = False
+    device: Annotated[str, tyro.conf.arg(help="Where to compute: cpu, cuda, cuda:1, mps.")] = "cpu"
+    out: Annotated[
+        Path | None,
+        tyro.conf.arg(help="File to write, .npy or .safetensors. None: features.npy in the run's folder."),
+    ] = None
+    version: VersionOption = False
+
+
+def main(arguments: Sequence[str] | None = None, *, prog: str = _PROGRAM) -> int:
+    """Run the program with these arguments (default: those of the process); returns the exit status.
+
+    0: done. 1: it could not be done, for a reason that was printed. 2 (raised as SystemExit): wrong options.
+    130: Ctrl-C.
+    """
+    command = parse_command(
+        Command,
+        arguments,
+        prog=prog,
+        description=_DESCRIPTION,
+        default=Command(run=tyro.MISSING, device=default_device()),
+    )
+    return exit_status(lambda: _run(command))
+
+
+def _run(command: Command) -> None:
+    _check(command)
+    from cpc_ext.training.embedding import embed
+
+    embed(command)
+
+
+def _check(command: Command) -> None:
+    """TrainingError for values that cannot be right, whatever the run is."""
+    if command.out is not None and command.out.suffix not in _SUFFIXES:
+        raise TrainingError(f"--out: expected a name that ends in {' or '.join(_SUFFIXES)}, got {command.out.name}")
+    if command.dataset == "folder":
+        if command.data_dir is None:
+            raise TrainingError("--data-dir: name the folder of images")
+        if command.image_size is not None and command.image_size < 1:
+            raise TrainingError(f"--image-size: at least 1, got {command.image_size}")
+    elif command.image_size is not None and command.dataset != "textures":
+        raise TrainingError(f"--image-size: the images of {command.dataset} have a size of their own")

@@ -1,0 +1,103 @@
+"""The one way into all programs: `cpc-ext NAME`, `python -m cpc_ext NAME` and `python -m cpc_ext.NAME`.
+
+It sees to what has to be settled before anything is imported, and to ends that are no errors: Ctrl-C, and a reader of
+the output who has seen enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from cpc_ext._threads import spin_briefly
+from cpc_ext._version import __version__
+
+__all__ = ["PROGRAMS", "main", "run_program"]
+
+PROGRAMS = {
+    "train": "train a model of images without labels",
+    "evaluate": "measure a run's encoder with few labels",
+    "sample": "draw images from a run's PixelCNN",
+    "embed": "write the encodings of images by a run's encoder",
+    "convert": "turn checkpoints of other programs into runs, and back",
+    "info": "show what this build holds and what it runs on, for bug reports",
+}
+
+
+def main(arguments: Sequence[str] | None = None, *, prog: str = "cpc-ext") -> int:
+    """The program that the first argument names, with the others; returns its exit status.
+
+    Raises SystemExit with status 2, after listing the programs, where there is no such program.
+    """
+    return _settled(lambda: _dispatch(list(sys.argv[1:] if arguments is None else arguments), prog))
+
+
+def run_program(name: str) -> int:
+    """One program with the arguments of the process, as `python -m cpc_ext.NAME`; returns its exit status."""
+    return _settled(lambda: _run(name, sys.argv[1:], f"python -m cpc_ext.{name}"))
+
+
+def _dispatch(arguments: list[str], prog: str) -> int:
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Contrastive predictive coding for PyTorch.", epilog=f"{prog} NAME --help tells more."
+    )
+    parser.add_argument("--version", action="version", version=f"cpc_ext {__version__}")
+    programs = parser.add_subparsers(dest="name", required=True, title="programs")
+    for name, what in PROGRAMS.items():
+        programs.add_parser(name, help=what, add_help=False)
+    # The other arguments are for the program itself.
+    name = parser.parse_args(arguments[:1]).name
+    return _run(name, arguments[1:], f"{prog} {name}")
+
+
+def _run(name: str, arguments: list[str], prog: str) -> int:
+    return importlib.import_module(f"cpc_ext.programs.{name}").main(arguments, prog=prog)
+
+
+def _settled(work: Callable[[], int]) -> int:
+    """The status of a program that finds the process as it should be, and leaves it without a traceback."""
+    spin_briefly()
+    _print_in_any_encoding()
+    try:
+        try:
+            return work()
+        finally:
+            sys.stdout.flush()  # When the process ends it is too late to say anything about errors.
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        _discard_output()
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if not _output_fails():
+            raise
+        _discard_output()
+        print(f"error: cannot write the output: {error.strerror}", file=sys.stderr)
+        return 1
+
+
+def _output_fails() -> bool:
+    try:
+        print(flush=True)
+    except OSError:
+        return True
+    return False
+
+
+def _discard_output() -> None:
+    """Let what Python still holds go nowhere, as it would else complain when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _print_in_any_encoding() -> None:
+    """Let names and frames be printed where the output's encoding, such as ASCII, lacks their letters."""
+    for stream in (sys.stdout, sys.stderr):
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        if not encoding.lower().replace("-", "").startswith("utf"):
+            stream.reconfigure(errors="replace")
+            os.environ.setdefault("PYTHON_TYRO_UTF8_BOXES", "False")

@@ -1,0 +1,20 @@
+"""The program `cpc-ext info`: what this build holds and what it runs on, for bug reports; `python -m cpc_ext` alone."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from cpc_ext._version import __version__
+from cpc_ext.build_info import report
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None, *, prog: str = "cpc-ext info") -> int:
+    """Run the program; returns the exit status 0, or raises SystemExit with 2 for wrong options."""
+    parser = argparse.ArgumentParser(prog=prog, description="Show what this build holds and what it runs on.")
+    parser.add_argument("--version", action="version", version=f"cpc_ext {__version__}")
+    parser.parse_args(arguments)
+    print(report())
+    return 0

@@ -1,0 +1,89 @@
+"""The program `python -m cpc_ext.sample`: its options, and which of them are refused at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from cpc_ext.training.command_line import VersionOption, parse_command
+from cpc_ext.training.errors import TrainingError, exit_status
+from cpc_ext.training.machine import default_device
+
+__all__ = ["Command", "main"]
+
+_PROGRAM = "python -m cpc_ext.sample"
+_DESCRIPTION = (
+    "Draw images from a PixelCNN that python -m cpc_ext.train has trained, or complete the lower part of an image. "
+    "Every value is drawn given all before it, at the cost of what it adds."
+)
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the options say; each is described where the command line describes it."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="Folder of the run.")]
+    n: Annotated[int, tyro.conf.arg(help="Images to draw.")] = 64
+    class_index: Annotated[
+        int | None,
+        tyro.conf.arg(
+            name="class",
+            help="Class to draw, a number from 0; of a model trained with --class-conditional. None: each "
+            "class in turn.",
+        ),
+    ] = None
+    temperature: Annotated[
+        float,
+        tyro.conf.arg(help="Below 1 the probable becomes more so; 0 always takes the most probable value."),
+    ] = 1.0
+    complete: Annotated[
+        Path | None,
+        tyro.conf.arg(
+            help="Image whose first --rows are kept and the rest drawn, n times. It is resized, and its middle cut "
+            "out, to the size of the run's images; it comes first in the result."
+        ),
+    ] = None
+    rows: Annotated[int | None, tyro.conf.arg(help="Rows of --complete to keep. None: the upper half.")] = None
+    seed: Annotated[int, tyro.conf.arg(help="Determines the draws.")] = 0
+    device: Annotated[str, tyro.conf.arg(help="Where to compute: cpu, cuda, cuda:1, mps.")] = "cpu"
+    out: Annotated[
+        Path | None, tyro.conf.arg(help="The PNG to write. None: sampled.png or completed.png in the run's folder.")
+    ] = None
+    version: VersionOption = False
+
+
+def main(arguments: Sequence[str] | None = None, *, prog: str = _PROGRAM) -> int:
+    """Run the program with these arguments (default: those of the process); returns the exit status.
+
+    0: done. 1: it could not be done, for a reason that was printed. 2 (raised as SystemExit): wrong options.
+    130: Ctrl-C.
+    """
+    command = parse_command(
+        Command,
+        arguments,
+        prog=prog,
+        description=_DESCRIPTION,
+        default=Command(run=tyro.MISSING, device=default_device()),
+    )
+    return exit_status(lambda: _run(command))
+
+
+def _run(command: Command) -> None:
+    _check(command)
+    from cpc_ext.training.sampling import sample
+
+    sample(command)
+
+
+def _check(command: Command) -> None:
+    """TrainingError for values that cannot be right, whatever the run is."""
+    if command.n < 1:
+        raise TrainingError(f"--n: at least 1, got {command.n}")
+    if not 0 <= command.temperature < float("inf"):
+        raise TrainingError(f"--temperature: at least 0 and finite, got {command.temperature:g}")
+    if command.rows is not None and command.complete is None:
+        raise TrainingError("--rows needs --complete, the image whose rows are kept")
