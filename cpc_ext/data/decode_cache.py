@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 from filelock import FileLock
 
 from cpc_ext.data.cache import cache_dir, sync_folder
@@ -32,8 +33,8 @@ FORMAT = 2
 _BLOCKS, _BLOCK_BYTES = 1024, 4096
 
 
-class _Damaged(Exception):
-    """A cache is not as it was written."""
+class _Unusable(Exception):
+    """A cache is not as it was written, or another Pillow may make more of the files."""
 
 
 @dataclass(frozen=True)
@@ -65,31 +66,33 @@ def decoded_images(root: Path, files: Sequence[ImageFile], train_count: int, ima
         if directory.is_dir():
             try:
                 return _open(directory)
-            except _Damaged:
+            except _Unusable:
                 pass
         parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{parent}.lock"):
             if directory.is_dir():
                 try:
                     return _open(directory)  # Another process has just decoded them.
-                except _Damaged as damage:
-                    tell(directory, [f"the images kept here are damaged ({damage}), so they are decoded again"])
+                except _Unusable as reason:
+                    again = f"the images kept here do not serve ({reason}), so they are decoded again"
+                    tell(directory, [again], found_by_all=False)
             # Whatever else is here belongs to an earlier state of the tree or to a run that was cut short.
             for stale in parent.iterdir():
                 shutil.rmtree(stale, ignore_errors=True)
             _build(root, files, train_count, image_size, directory)
         return _open(directory)
-    except (OSError, NotImplementedError, _Damaged) as error:
+    except (OSError, NotImplementedError, _Unusable) as error:
         # NotImplementedError: the file system has no locks.
-        raise OSError(
-            getattr(error, "errno", None),
+        problem = (
             f"cannot keep the decoded images of {root} in {parent} ({getattr(error, 'strerror', None) or error}); "
-            "CPC_EXT_CACHE names another cache folder",
-        ) from error
+            "CPC_EXT_CACHE names another cache folder"
+        )
+        number = getattr(error, "errno", None)
+        raise (OSError(problem) if number is None else OSError(number, problem)) from error
 
 
 def _open(directory: Path) -> DecodedImages:
-    """Map the images of a cache. Raises _Damaged, OSError where it may not be read."""
+    """Map the images of a cache. Raises _Unusable, OSError where it may not be read."""
     file = directory / "images.bin"
     try:
         index = json.loads((directory / "index.json").read_bytes())
@@ -97,9 +100,11 @@ def _open(directory: Path) -> DecodedImages:
         shape = (index["count"], 3, index["height"], index["width"])
         size, expected = file.stat().st_size, int(np.prod(shape))
         if size != expected:
-            raise _Damaged(f"images.bin has {size} bytes, not {expected}")
+            raise _Unusable(f"images.bin has {size} bytes, not {expected}")
         if _digest(index, file) != digest:
-            raise _Damaged("their checksum is wrong")
+            raise _Unusable("their checksum is wrong")
+        if index["reasons"] and index["pillow"] != PIL.__version__:
+            raise _Unusable(f"Pillow {index['pillow']} could not read all of them, this is {PIL.__version__}")
         statistics = index["statistics"]
         return DecodedImages(
             np.memmap(file, dtype=np.uint8, mode="r", shape=shape),
@@ -112,9 +117,9 @@ def _open(directory: Path) -> DecodedImages:
             None if statistics is None else _statistics(statistics),
         )
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise _Damaged(f"{os.path.basename(error.filename or 'a file')} is missing") from None
+        raise _Unusable(f"{os.path.basename(error.filename or 'a file')} is missing") from None
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise _Damaged("index.json holds something else") from None
+        raise _Unusable("index.json holds something else") from None
 
 
 def _build(root: Path, files: Sequence[ImageFile], train_count: int, image_size: int | None, directory: Path) -> None:
@@ -138,6 +143,7 @@ def _build(root: Path, files: Sequence[ImageFile], train_count: int, image_size:
             "width": decoded.width,
             "reasons": numbers,
             "several": decoded.several,
+            "pillow": PIL.__version__,
             "statistics": asdict(pixel_statistics(images[:train])) if train else None,
         }
         index["digest"] = _digest(index, aside / "images.bin")

@@ -115,9 +115,10 @@ class _Candidate:
 
 @dataclass(frozen=True)
 class _Listing:
-    """What a folder holds, sorted: the entries named as images, and folders; hidden and foreign ones left out."""
+    """What a folder holds, sorted: entries named as images, each with why its kind cannot be read ("" where it can),
+    and folders; hidden and foreign ones left out."""
 
-    images: list[os.DirEntry[str]]
+    images: list[tuple[os.DirEntry[str], str]]
     folders: list[os.DirEntry[str]]
 
 
@@ -308,24 +309,25 @@ class _Walk:
                             self._skipped.append(_Folder(folder).below(entry.name))
                         else:
                             folders.append(entry)
-                    elif self._kind(entry.name) is not None:
+                    elif (problem := self._kind(entry.name)) is not None:
                         if entry.name.startswith("."):
                             self._skipped.append(_Folder(folder).below(entry.name))
                         else:
-                            images.append(entry)
+                            images.append((entry, problem))
             self._listings[folder] = _Listing(images, folders)
         return self._listings[folder]
 
     def _kind(self, name: str) -> str | None:
         """None for the name of no image, "" for an image's, else why such an image cannot be read."""
-        suffix = os.path.splitext(name)[1].lower()
+        dot = name.rfind(".")
+        suffix = name[dot:].lower() if dot > 0 else ""
         if suffix not in self._kinds:
             named = suffix in _IMAGES or (mimetypes.guess_type(f"name{suffix}")[0] or "").startswith("image/")
             self._kinds[suffix] = f"{suffix} is not read by Pillow {PIL.__version__} here" if named else None
         return self._kinds[suffix]
 
-    def _candidates(self, folder: _Folder, entries: Iterable[os.DirEntry[str]]) -> Iterator[_Candidate]:
-        for entry in entries:
+    def _candidates(self, folder: _Folder, entries: Iterable[tuple[os.DirEntry[str], str]]) -> Iterator[_Candidate]:
+        for entry, problem in entries:
             path = folder.below(entry.name)
             try:
                 status = entry.stat()
@@ -333,7 +335,7 @@ class _Walk:
                 # Such as a link to nowhere.
                 self._tree.left_out.add(path, error.strerror or str(error))
                 continue
-            if problem := self._kind(entry.name):
+            if problem:
                 self._tree.left_out.add(path, problem)
             elif not stat.S_ISREG(status.st_mode):
                 self._tree.left_out.add(path, "no file but a FIFO, a socket or a device")

@@ -41,11 +41,11 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
-def tell(source: object, lines: list[str]) -> None:
+def tell(source: object, lines: list[str], *, found_by_all: bool = True) -> None:
     """Warn of what was found in a source (a folder), if anything was.
 
-    Of the processes that torchrun starts, all of which open the data, the one of rank 0 says it.
+    found_by_all: by every process that torchrun starts, as each opens the data; then the one of rank 0 says it.
     """
-    speaks = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
-    if lines and speaks:
+    alone = os.environ.get("WORLD_SIZE", "1") == "1" or not found_by_all
+    if lines and (alone or os.environ.get("RANK", "0") == "0"):
         warnings.warn("\n  ".join([f"{source}:", *lines]), stacklevel=3)

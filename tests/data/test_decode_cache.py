@@ -121,7 +121,7 @@ def test_a_damaged_cache_is_told_and_made_again(root, cache, builds, damage, mes
     before = load_folder(root)
     (images,) = cache.rglob("images.bin")
     damage(images.parent)
-    with pytest.warns(UserWarning, match=f"are damaged \\({message}\\), so they are decoded again"):
+    with pytest.warns(UserWarning, match=f"do not serve \\({message}\\), so they are decoded again"):
         after = load_folder(root)
     assert after.pretrain.images[:, 0].mean((1, 2)).tolist() == EXPECTED
     assert (after.mean, after.std) == (before.mean, before.std)
@@ -146,6 +146,20 @@ def test_what_is_kept_is_what_was_decoded(root, builds):
     assert said[0] == said[1]
     assert "took the first of several images or frames in 1 files: train/99.tif" in said[0][0]
     assert builds == [46]
+
+
+def test_another_pillow_tries_what_one_could_not_read(root, builds, monkeypatch):
+    load_folder(root)
+    monkeypatch.setattr("PIL.__version__", "99.0")
+    load_folder(root)
+    assert builds == [45]
+    (root / "train" / "10.bmp").write_bytes(b"")
+    load_folder(root)
+    monkeypatch.setattr("PIL.__version__", "99.1")
+    with pytest.warns(UserWarning, match=r"Pillow 99\.0 could not read all of them, this is 99\.1"):
+        load_folder(root)
+    load_folder(root)
+    assert builds == [45, 45, 45]
 
 
 def test_content_is_on_disk_before_its_name(root, cache, monkeypatch):
@@ -251,9 +265,14 @@ def test_long_and_strange_names_of_the_tree(root):
 
 
 @pytest.mark.parametrize(("rank", "world", "speaks"), [("0", "4", True), ("3", "4", False), ("3", "1", True)])
-def test_one_process_says_what_was_found(root, monkeypatch, recwarn, rank, world, speaks):
+def test_one_process_says_what_was_found(root, cache, monkeypatch, recwarn, rank, world, speaks):
     (root / "train" / "broken.png").write_text("text")
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world)
     load_folder(root)
     assert bool([warning for warning in recwarn if "broken.png" in str(warning.message)]) == speaks
+    # That a cache is made again is said by whoever makes it, as no other process knows.
+    (images,) = cache.rglob("images.bin")
+    damage_short(images.parent)
+    load_folder(root)
+    assert [warning for warning in recwarn if "do not serve" in str(warning.message)]

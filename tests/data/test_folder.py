@@ -363,8 +363,13 @@ def _load_and_report(root: Path, report: Path) -> None:
         out.write(json.dumps(len(dataset.pretrain)) + "\n")
 
 
-def test_two_processes_decode_once(root, tmp_path):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_two_processes_decode_once(root, tmp_path, cache, damaged):
     write_class(root, 10)
+    if damaged:
+        load(root)
+        (images,) = cache.rglob("images.bin")
+        os.truncate(images, 100)
     report = tmp_path / "report"
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=_load_and_report, args=(root, report)) for _ in range(2)]
