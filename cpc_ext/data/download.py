@@ -255,7 +255,7 @@ def _unpack(file: Path, archive: Archive, root: Path) -> None:
         if not (aside / folder).is_dir():
             raise DownloadError(f"{file}: expected a folder {folder!r} inside, found none")
         for path in (aside / folder).rglob("*"):
-            sync_folder(path) if path.is_dir() else sync_file(path)
+            (sync_folder if path.is_dir() else sync_file)(path)
         sync_folder(aside / folder)
         (aside / folder).rename(root / folder)
         sync_folder(root)
