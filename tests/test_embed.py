@@ -119,7 +119,8 @@ def test_file_that_is_no_image_is_left_out(runs, images, dataset, tmp_path, caps
     (images / "notes.txt").write_text("not looked at")
     (images / ".hidden.png").write_bytes(b"neither")
     assert embed(runs / "cpc", "--data-dir", images, "--out", tmp_path / "x.npy") == 0
-    assert "left out 1 images that could not be read: a/0.jpg" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "left out 1 images:\n    1: holds no image that Pillow recognises (a/0.jpg)" in errors
     names = json.loads((tmp_path / "x.names.json").read_text())
     assert names == sorted(NAMES)
     assert np.allclose(np.load(tmp_path / "x.npy"), expected(runs / "cpc", dataset, names), atol=1e-5)

@@ -23,7 +23,10 @@ def open_records(path: Path, count: int, record_bytes: int) -> np.ndarray:
 
 def read_names(path: Path, count: int) -> tuple[str, ...]:
     """The `count` class names of a text file with one name a line. ValueError where there are more or fewer."""
-    names = tuple(require_file(path).read_text(encoding="utf-8").split())
+    try:
+        names = tuple(require_file(path).read_text(encoding="utf-8").split())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected {count} class names, found no text: {error}") from None
     if len(names) != count:
         raise ValueError(f"{path}: expected {count} class names, found {len(names)}")
     return names

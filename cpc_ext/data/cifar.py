@@ -16,18 +16,24 @@ from cpc_ext.data.dataset import Dataset, ImageSet
 from cpc_ext.data.download import Archive, require_folder
 from cpc_ext.data.statistics import pixel_statistics
 
+SHAPE = (3, 32, 32)
+BATCH, TRAIN, TEST = 10_000, 50_000, 10_000
+IMAGE_BYTES = (TRAIN + TEST) * 3 * 32 * 32
+# SHA-256 and sizes are those with which TensorFlow Datasets fetches the files (tensorflow_datasets/url_checksums).
 CIFAR10 = Archive(
     url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-    md5="c32a1d4ab5d03f1284b67883e8d87530",
+    sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+    size=170_052_171,
+    unpacked=IMAGE_BYTES,
     folder="cifar-10-batches-bin",
 )
 CIFAR100 = Archive(
     url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
-    md5="03b5dce01913d631647c71ecec9e9cb8",
+    sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
+    size=168_513_733,
+    unpacked=IMAGE_BYTES,
     folder="cifar-100-binary",
 )
-SHAPE = (3, 32, 32)
-BATCH, TRAIN, TEST = 10_000, 50_000, 10_000
 
 
 def load_cifar10(data_dir: str | Path | None = None, *, download: bool = False) -> Dataset:

@@ -1,7 +1,7 @@
 """Image files to rows of one uint8 file: decoded once, by threads, since Pillow lets go of the interpreter meanwhile.
 
 Rows are appended in the order of the files with plain writes, so that no more than a few hundred images are in memory
-and a full disk is an error instead of a crash. What cannot be decoded is left out and reported.
+and a full disk is an error instead of a crash. What cannot be decoded is left out, with the reason.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 # Decoded ahead of writing; enough that the threads seldom wait for the slowest image of a batch.
@@ -25,103 +27,211 @@ AHEAD = 512
 # they would fill a disk with what no crop for training is large enough to use.
 KEPT_SIZE = 256
 
+# What Pillow opens, or takes a name for, that is no picture: drawings that other programs have to render, films,
+# containers it only knows the names of, and measurements without a range to show.
+_NO_PICTURES = {"EPS", "WMF", "FLI", "MPEG", "BUFR", "GRIB", "HDF5", "FITS", "IPTC"}
+
+# Formats whose further frames are images of their own; in others they are previews, layers or sizes.
+_OF_FRAMES = {"AVIF", "DCX", "GIF", "PNG", "TIFF", "WEBP"}
+
+# TIFF's tags, and a value of the second.
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+_WHITE_IS_ZERO, _SIGNED = 0, 2
+
 
 class SizeNotKept(Exception):
     """The images were to keep their size, and it is not the same for all or too large."""
 
 
+@dataclass
+class Decoded:
+    """What became of files.
+
+    height, width: of every image; 0 where none could be decoded. reasons: why a file has no image, by its index.
+    several: indices of files that hold several images or frames, of which the first was taken.
+    """
+
+    height: int = 0
+    width: int = 0
+    reasons: dict[int, str] = field(default_factory=dict)
+    several: list[int] = field(default_factory=list)
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """The endings, such as ".png", of the still images that this Pillow reads."""
+    by_suffix = Image.registered_extensions()
+    readable = set(Image.OPEN) - _NO_PICTURES | {"MPO"}  # A kind of JPEG, which opens it.
+    return frozenset(suffix for suffix, name in by_suffix.items() if name in readable)
+
+
+@cache
+def _formats(suffix: str) -> tuple[str, ...]:
+    """What a file of this ending may hold: by its first bytes any picture, as names are often wrong.
+
+    Formats without such a mark would take anything for theirs, so they count by their name alone.
+    """
+    named = Image.registered_extensions().get(suffix)
+    marked = [name for name, (_, accept) in Image.OPEN.items() if accept is not None or name == named]
+    pictures = [name for name in marked if name not in _NO_PICTURES]
+    return tuple(sorted(pictures, key=lambda name: (name != named, name not in ("JPEG", "PNG"))))
+
+
 def decode_stream(
     files: Sequence[Path], image_size: tuple[int, int], batch_size: int
-) -> Iterator[tuple[np.ndarray, list[int]]]:
+) -> Iterator[tuple[np.ndarray, list[int], dict[int, str]]]:
     """Decode images a batch at a time, while those before are being used.
 
     image_size: height and width that every image is resized to and its middle cut out.
 
-    Yields, for every batch_size files in their order, uint8 [B, 3, H, W] and the indices of the files that these are;
-    those that could not be decoded are missing in both.
+    Yields, for every batch_size files in their order, uint8 [B, 3, H, W], the indices of the files that these are, and
+    the reasons why the others of the batch could not be decoded, by their index.
     """
     pool = ThreadPoolExecutor(_cores())
     starts = range(0, len(files), batch_size)
     try:
         ahead = deque(_submit(pool, files, start, batch_size, image_size) for start in starts[:2])
         for number, start in enumerate(starts):
-            decoded = [future.result() for future in ahead.popleft()]
+            decoded = {start + i: future.result()[0] for i, future in enumerate(ahead.popleft())}
             if number + 2 < len(starts):
                 ahead.append(_submit(pool, files, starts[number + 2], batch_size, image_size))
-            indices = [start + i for i, pixels in enumerate(decoded) if pixels is not None]
-            pixels = (
-                np.stack([decoded[i - start] for i in indices]) if indices else np.empty((0, *image_size, 3), np.uint8)
-            )
-            yield pixels.transpose(0, 3, 1, 2), indices
+            images = {i: pixels for i, pixels in decoded.items() if not isinstance(pixels, str)}
+            reasons = {i: reason for i, reason in decoded.items() if isinstance(reason, str)}
+            pixels = np.stack(list(images.values())) if images else np.empty((0, *image_size, 3), np.uint8)
+            yield pixels.transpose(0, 3, 1, 2), list(images), reasons
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _submit(
     pool: ThreadPoolExecutor, files: Sequence[Path], start: int, count: int, image_size: tuple[int, int]
-) -> list[Future[np.ndarray | None]]:
-    return [pool.submit(_decode_or_none, path, image_size) for path in files[start : start + count]]
+) -> list[Future[tuple[np.ndarray | str, bool]]]:
+    return [pool.submit(_decode_or_reason, path, image_size) for path in files[start : start + count]]
 
 
-def decode_all(files: Sequence[Path], out: BinaryIO, image_size: int | None) -> tuple[tuple[int, int], list[int]]:
-    """Append every image to `out` as uint8 [3, H, W], RGB.
+def decode_all(files: Sequence[Path], out: BinaryIO, image_size: int | None) -> Decoded:
+    """Append every image that can be decoded to `out` as uint8 [3, H, W], RGB.
 
     image_size: the shorter side is brought to it and the middle square kept. None keeps the images as they are and
     raises SizeNotKept where they differ or have a shorter side above KEPT_SIZE.
-
-    Returns (H, W) and the indices of the files that could not be decoded, which have no row; (0, 0) where none could.
     """
-    shape: tuple[int, int] | None = None
-    broken: list[int] = []
+    done = Decoded()
     pool = ThreadPoolExecutor(_cores())
     try:
         with tqdm(desc="decoding images", total=len(files), unit="image", disable=None) as bar:
             for start in range(0, len(files), AHEAD):
-                decoded = pool.map(partial(_decode_or_none, image_size=image_size), files[start : start + AHEAD])
-                for index, pixels in enumerate(decoded, start):
+                decoded = pool.map(partial(_decode_or_reason, image_size=image_size), files[start : start + AHEAD])
+                for index, (pixels, several) in enumerate(decoded, start):
                     bar.update()
-                    if pixels is None:
-                        broken.append(index)
+                    if isinstance(pixels, str):
+                        done.reasons[index] = pixels
                         continue
-                    if shape is None:
-                        shape = pixels.shape[:2]
-                    if pixels.shape[:2] != shape or (image_size is None and min(shape) > KEPT_SIZE):
+                    if several:
+                        done.several.append(index)
+                    height, width = pixels.shape[:2]
+                    if not done.height:
+                        done.height, done.width = height, width
+                    if (height, width) != (done.height, done.width) or (
+                        image_size is None and min(height, width) > KEPT_SIZE
+                    ):
                         raise SizeNotKept
                     out.write(np.ascontiguousarray(pixels.transpose(2, 0, 1)).data)
     finally:
         # Not `with`: on Ctrl-C that would first finish what is queued.
         pool.shutdown(cancel_futures=True)
-    return shape or (0, 0), broken
+    return done
 
 
 def decode_image(path: Path, image_size: int | tuple[int, int] | None = None) -> np.ndarray:
-    """One image as uint8 [H, W, 3], RGB, the right way up by its EXIF orientation. Raises what Pillow raises.
+    """One image as uint8 [H, W, 3], RGB, the right way up by its EXIF orientation.
 
     image_size: height and width, or both in one, that it is resized to and its middle cut out; None keeps its own.
+
+    Grey of more than 8 bits is scaled by the range of its type, floating point from 0..1. Transparency is dropped: a
+    pixel has the colour that is stored, as torchvision's loader has it. CMYK becomes RGB without colour profiles. Of
+    several frames or pages the first is taken.
+
+    Raises ValueError where the range of the values is unknown, and whatever else Pillow raises.
     """
+    return _decode(path, image_size)[0]
+
+
+def _decode(path: Path, image_size: int | tuple[int, int] | None) -> tuple[np.ndarray, bool]:
+    """The image as decode_image has it, and whether the file holds further ones."""
     height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
-    with Image.open(path) as image:
+    with Image.open(path, formats=_formats(path.suffix.lower())) as image:
         if width is not None:
-            # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, never below what is asked for.
-            image.draft(None, (width, height))
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I;16"):
-            # Pillow would clip 16-bit grey at 255 instead of scaling it.
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, never below what is asked for either way up.
+            image.draft(None, (max(width, height),) * 2)
+        several = image.format in _OF_FRAMES and getattr(image, "is_animated", False)
+        image.load()
+        with suppress(Exception):  # What is written beside the pixels may be damaged; they are not.
+            ImageOps.exif_transpose(image, in_place=True)
+        if image.mode == "F" or image.mode.startswith("I"):
+            image = Image.fromarray(_to_levels(image))
+        elif _tags(image).get(_SAMPLE_FORMAT, (1,))[0] == _SIGNED:
+            raise ValueError(f"mode {image.mode} of signed values, whose range is not known")
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")
+        if image.mode in ("La", "RGBa"):
+            image = image.convert(image.mode.upper())
         image = image.convert("RGB")
         if width is not None and image.size != (width, height):
             image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-        return np.asarray(image)
+        return np.asarray(image), several
 
 
-def _decode_or_none(path: Path, image_size: int | tuple[int, int] | None) -> np.ndarray | None:
+def _to_levels(image: Image.Image) -> np.ndarray:
+    """Grey of 16 or 32 bits, or floating point, as uint8 [H, W]. ValueError where nothing tells its range.
+
+    Pillow itself would clip it at 255.
+    """
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    tags = _tags(image)
+    if image.mode == "F":
+        # Half a level beyond, which resampling can leave, is cut off. Not a number is in no range.
+        if not (low >= -1 / 510 and high <= 1 + 1 / 510):
+            raise ValueError(f"mode F, floating point, has values of {low:g} to {high:g}, which are to be 0 to 1")
+        levels = (values.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+    else:
+        top = 65535
+        if image.mode != "I":
+            top = (1 << tags.get(_BITS_PER_SAMPLE, (16,))[0]) - 1
+        elif low < 0 or high > top or (0 < high <= 255 and image.format not in ("PNG", "PPM")):
+            # These two formats have 16 bits. Elsewhere integers of 32 bits may have been of 8 or 16, or of any number.
+            raise ValueError(
+                f"mode I, 32-bit integers, has values of {low} to {high}, whose range is not known; 16 bits are"
+            )
+        levels = ((values.astype(np.uint32) * 255 + top // 2) // top).astype(np.uint8)
+    return 255 - levels if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else levels
+
+
+def _tags(image: Image.Image) -> dict[int, tuple[int, ...]]:
+    """Those of a TIFF file, else none."""
+    return getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+
+
+def _decode_or_reason(path: Path, image_size: int | tuple[int, int] | None) -> tuple[np.ndarray | str, bool]:
     # A damaged file makes Pillow's readers raise nearly anything (OSError, SyntaxError, struct.error, ...).
     try:
-        return decode_image(path, image_size)
-    except Exception:
-        return None
+        return _decode(path, image_size)
+    except Exception as error:
+        return _reason(path, error), False
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Why a file could not be decoded, without its name."""
+    with suppress(OSError):
+        if path.stat().st_size == 0:
+            return "the file is empty"
+    if isinstance(error, UnidentifiedImageError):
+        return "holds no image that Pillow recognises"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels, the limit of Pillow (PIL.Image.MAX_IMAGE_PIXELS)"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join((str(error) or type(error).__name__).split())[:200]
 
 
 def _cores() -> int:

@@ -1,43 +1,64 @@
 """Published archives of images: fetched, verified and unpacked, once.
 
 Nothing that looks finished is ever unfinished: bytes arrive in a ".partial" file that a later run resumes, the archive
-gets its name when its checksum is right, and its folder appears by a rename when it is unpacked. A file lock lets one
-process do this while others wait for the result.
+gets its name when its checksum is right, and its folder appears by a rename when it is unpacked and on disk. Nothing a
+server sends makes either larger than is known of the archive. A file lock lets one process do this while others wait
+for the result.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import http.client
+import io
+import re
 import shutil
+import ssl
 import tarfile
 import time
 import urllib.error
 import urllib.request
 import zlib
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
+from typing import BinaryIO
 
 from filelock import FileLock
 from tqdm import tqdm
 
-from cpc_ext.data.cache import cache_dir
+from cpc_ext.data.cache import cache_dir, sync_file, sync_folder
 
 ATTEMPTS = 4
 TIMEOUT_SECONDS = 60
 CHUNK_BYTES = 1 << 20
+# Answers below 500 that the same request may not get the next time.
+PASSING = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
+GZIP_MARK = b"\x1f\x8b"
+# Room for tar's headers and the small text files beside the images.
+UNPACKED_SLACK = 4 << 20
 
 
 class DownloadError(OSError):
     """An archive could not be fetched, did not have its published checksum, or could not be unpacked."""
 
 
+class _Broken(Exception):
+    """A transfer ended early or cannot be gone on with: another attempt may succeed."""
+
+
 @dataclass(frozen=True)
 class Archive:
-    """A published .tar.gz with the one folder it unpacks to. md5 in hexadecimal."""
+    """A published .tar.gz with the one folder it unpacks to.
+
+    sha256: in hexadecimal. size: of the archive, in bytes. unpacked: bytes of the images in it.
+    """
 
     url: str
-    md5: str
+    sha256: str
+    size: int
+    unpacked: int
     folder: str
 
     @property
@@ -80,12 +101,12 @@ def download_archive(archive: Archive, root: Path) -> Path:
                 return folder
             if not file.exists():
                 partial = file.with_name(file.name + ".partial")
-                _fetch(archive.url, partial)
-                _verify(partial, archive.md5)
+                _fetch(archive, partial)
+                _verify(partial, archive)
                 partial.rename(file)
             else:
-                _verify(file, archive.md5)
-            _unpack(file, archive.folder, root)
+                _verify(file, archive)
+            _unpack(file, archive, root)
             file.unlink()
     except DownloadError:
         raise
@@ -94,70 +115,130 @@ def download_archive(archive: Archive, root: Path) -> Path:
     return folder
 
 
-def _fetch(url: str, partial: Path) -> None:
-    """Append to `partial` what it lacks of the file at url, trying again where the connection breaks off."""
+def _fetch(archive: Archive, partial: Path) -> None:
+    """Append to `partial` what it lacks of the archive, trying again where the connection breaks off."""
+    url = archive.url
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(2**attempt)
         try:
-            if _fetch_rest(url, partial):
-                return
-            problem = "the connection closed early"
+            _fetch_rest(archive, partial)
+            return
         except urllib.error.HTTPError as error:
-            if error.code < 500:
-                raise DownloadError(f"{url}: HTTP {error.code} {error.reason}") from error
             problem = f"HTTP {error.code} {error.reason}"
-        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
-            problem = str(getattr(error, "reason", error))
-    kept = partial.stat().st_size if partial.exists() else 0
-    raise DownloadError(f"{url}: {problem} ({ATTEMPTS} attempts; {kept} bytes kept in {partial} to resume from)")
+            if error.code < 500 and error.code not in PASSING:
+                raise DownloadError(f"{url}: {problem}") from error
+        except urllib.error.URLError as error:
+            problem = str(error.reason)
+        except _Broken as error:
+            problem = str(error)
+    raise DownloadError(
+        f"{url}: {problem} ({ATTEMPTS} attempts; {_size(partial)} bytes kept in {partial} to resume from)"
+    )
 
 
-def _fetch_rest(url: str, partial: Path) -> bool:
-    """One request for the bytes that `partial` lacks. True when the file is as long as the server says."""
-    have = partial.stat().st_size if partial.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+def _fetch_rest(archive: Archive, partial: Path) -> None:
+    """One request for the bytes that `partial` lacks. Raises _Broken where some are still missing."""
+    have = _size(partial)
+    if have > archive.size:
+        partial.unlink()  # No part of this archive.
+        have = 0
+    if have == archive.size:
+        return
+    request = urllib.request.Request(archive.url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
-        if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+        if error.code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or not have:
             raise
-        # Nothing lies beyond what we have: it is complete, or no prefix of this file and to be fetched anew.
-        if error.headers.get("Content-Range") == f"bytes */{have}":
-            return True
+        # The server's file ends before what we have: ours is to be fetched anew, if it is the server's that is right.
         partial.unlink()
-        return False
+        raise _Broken(f"HTTP {error.code} {error.reason}") from error
+    except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
+        raise _Broken(str(error) or type(error).__name__) from error
     with response:
-        resumed = response.status == http.HTTPStatus.PARTIAL_CONTENT
-        if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            raise DownloadError(f"{url}: asked for bytes from {have}, got {response.headers.get('Content-Range')}")
-        start = have if resumed else 0
-        length = response.headers.get("Content-Length")
-        total = start + int(length) if length else None
+        start = _start(archive, response, have)
         with (
-            partial.open("ab" if resumed else "wb") as out,
+            partial.open("ab" if start else "wb") as out,
             tqdm(
-                desc=url.rsplit("/", 1)[-1], total=total, initial=start, unit="B", unit_scale=True, disable=None
+                desc=archive.file_name, total=archive.size, initial=start, unit="B", unit_scale=True, disable=None
             ) as bar,
         ):
-            while chunk := response.read(CHUNK_BYTES):
+            while chunk := _read(response):
+                if not start and not out.tell() and not chunk.startswith(GZIP_MARK[: len(chunk)]):
+                    raise DownloadError(f"{archive.url}: expected a .tar.gz, got something that begins {chunk[:40]!r}")
+                if out.tell() + len(chunk) > archive.size:
+                    raise DownloadError(f"{archive.url}: expected {archive.size} bytes, got more")
                 out.write(chunk)
                 bar.update(len(chunk))
-            return total is None or out.tell() == total
+            if out.tell() < archive.size:
+                raise _Broken("the connection closed early")
 
 
-def _verify(file: Path, md5: str) -> None:
-    digest = hashlib.md5(usedforsecurity=False)
+def _start(archive: Archive, response: http.client.HTTPResponse, have: int) -> int:
+    """Where in the archive the bytes of an answer belong: at `have`, or at its beginning."""
+    if response.status == HTTPStatus.PARTIAL_CONTENT:
+        found = response.headers.get("Content-Range", "")
+        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", found.strip())
+        if match is None or int(match[1]) != have or match[2] not in (str(archive.size), "*"):
+            raise DownloadError(f"{archive.url}: expected bytes from {have} of {archive.size}, got {found!r}")
+        return have
+    # 200 also where a range was asked for: the server does not know ranges and sends all of it.
+    if response.status != HTTPStatus.OK:
+        raise _Broken(f"HTTP {response.status} {response.reason}")
+    length = response.headers.get("Content-Length", "").strip()
+    # One that is no number says nothing; the bytes are counted in any case.
+    if re.fullmatch(r"\d{1,18}", length) and int(length) != archive.size:
+        raise DownloadError(f"{archive.url}: expected {archive.size} bytes, the server has {length}")
+    return 0
+
+
+def _read(response: http.client.HTTPResponse) -> bytes:
+    try:
+        return response.read(CHUNK_BYTES)
+    except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
+        raise _Broken(str(error) or type(error).__name__) from error
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+def _verify(file: Path, archive: Archive) -> None:
+    digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(CHUNK_BYTES):
             digest.update(chunk)
-    if digest.hexdigest() != md5:
+    if digest.hexdigest() != archive.sha256:
+        size = _size(file)
         file.unlink()
-        raise DownloadError(f"{file}: expected MD5 {md5}, found {digest.hexdigest()}; the file has been deleted")
+        raise DownloadError(
+            f"{file}: expected {archive.size} bytes of SHA-256 {archive.sha256}, found {size} bytes of "
+            f"{digest.hexdigest()}; the file has been deleted"
+        )
 
 
-def _unpack(file: Path, folder: str, root: Path) -> None:
+class _Bounded(io.RawIOBase):
+    """A stream that is an error beyond so many bytes."""
+
+    def __init__(self, stream: BinaryIO, limit: int) -> None:
+        self._stream = stream
+        self._left = limit
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        chunk = self._stream.read(min(size if size >= 0 else CHUNK_BYTES, self._left + 1))
+        self._left -= len(chunk)
+        if self._left < 0:
+            raise tarfile.ReadError("it holds more than its images")
+        return chunk
+
+
+def _unpack(file: Path, archive: Archive, root: Path) -> None:
     """Unpack next to the final place, then rename, so that a half-unpacked folder never has the final name."""
+    folder = archive.folder
     aside = root / f".{folder}.unpacking"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
@@ -167,13 +248,25 @@ def _unpack(file: Path, folder: str, root: Path) -> None:
             tqdm.wrapattr(
                 stream, "read", desc=f"unpacking {file.name}", total=file.stat().st_size, disable=None
             ) as read,
-            tarfile.open(fileobj=read, mode="r|gz") as archive,
+            gzip.GzipFile(fileobj=read, mode="rb") as plain,
+            tarfile.open(fileobj=_Bounded(plain, archive.unpacked + UNPACKED_SLACK), mode="r|") as members,
         ):
-            archive.extractall(aside, filter="data")
+            members.extractall(aside, filter=_plain)
         if not (aside / folder).is_dir():
             raise DownloadError(f"{file}: expected a folder {folder!r} inside, found none")
+        for path in (aside / folder).rglob("*"):
+            (sync_folder if path.is_dir() else sync_file)(path)
+        sync_folder(aside / folder)
         (aside / folder).rename(root / folder)
-    except (tarfile.TarError, zlib.error, EOFError) as error:
+        sync_folder(root)
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DownloadError(f"{file}: cannot be unpacked: {error}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _plain(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
+    """tarfile's filter for archives of data, which here hold no links and nothing but files and folders."""
+    if not (member.isreg() or member.isdir()) or member.issparse():
+        raise tarfile.SpecialFileError(member)
+    return tarfile.data_filter(member, path)

@@ -14,13 +14,17 @@ from cpc_ext.data.binary import open_records, read_names, require_file, require_
 from cpc_ext.data.dataset import Dataset, ImageSet
 from cpc_ext.data.download import Archive, require_folder
 
-ARCHIVE = Archive(
-    url="http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz",
-    md5="91f7769df0f17e558f3565bffb0c7dfb",
-    folder="stl10_binary",
-)
 SIZE = 96
 UNLABELED, TRAIN, TEST = 100_000, 5_000, 8_000
+# The published checksum is an MD5, too weak for an address without encryption. SHA-256 and size are those with which
+# TensorFlow Datasets fetches the file (tensorflow_datasets/url_checksums/stl10.txt).
+ARCHIVE = Archive(
+    url="http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz",
+    sha256="f31fd99273a1acb8609c8db427cebb1de3f71de77758cdc0e22956e1289b9866",
+    size=2_640_397_119,
+    unpacked=(UNLABELED + TRAIN + TEST) * 3 * SIZE * SIZE,
+    folder="stl10_binary",
+)
 CLASSES = 10
 FOLDS, FOLD_SIZE = 10, 1_000
 
@@ -62,8 +66,8 @@ def _labelled(folder: Path, split: str, count: int) -> ImageSet:
 def _folds(path: Path) -> tuple[np.ndarray, ...]:
     """Ten lines of 1000 indices into the training images, counted from 0."""
     try:
-        folds = tuple(np.array(line.split(), np.int64) for line in require_file(path).read_text().splitlines())
-    except ValueError as error:
+        folds = tuple(np.array(line.split(), np.int64) for line in require_file(path).read_text("utf-8").splitlines())
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{path}: expected lines of indices: {error}") from error
     if [len(fold) for fold in folds] != [FOLD_SIZE] * FOLDS:
         raise ValueError(f"{path}: expected {FOLDS} lines of {FOLD_SIZE} indices, found {[len(f) for f in folds]}")

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from cpc_ext.data import ImageFetcher, ImageSet, load_dataset
 from cpc_ext.data.decode import decode_stream
 from cpc_ext.data.folder import image_files
+from cpc_ext.data.notice import LeftOut
 from cpc_ext.programs.embed import Command, main
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.encoder_run import EncoderRun
@@ -96,15 +97,17 @@ class _FolderImages:
     def batches(self, device: torch.device) -> Iterator[tuple[Tensor, int]]:
         """Batches of images, uint8 [B, C, H, W] on the device, with the number of files that each is of."""
         start = 0
-        for pixels, indices in decode_stream([self._root / path for path in self._paths], self._size, _BATCH):
+        files = [self._root / path for path in self._paths]
+        left_out = LeftOut()
+        for pixels, indices, reasons in decode_stream(files, self._size, _BATCH):
             self.names += [self._paths[index] for index in indices]
-            files = min(_BATCH, self.count - start)
-            start += files
-            yield torch.from_numpy(pixels).to(device), files
-        broken = sorted(set(self._paths) - set(self.names))
-        if broken:
-            shown = ", ".join(broken[:5]) + (", ..." if len(broken) > 5 else "")
-            warn(f"{self.source}: left out {len(broken)} images that could not be read: {shown}")
+            for index, reason in reasons.items():
+                left_out.add(self._paths[index], reason)
+            done = min(_BATCH, self.count - start)
+            start += done
+            yield torch.from_numpy(pixels).to(device), done
+        if left_out:
+            warn("\n  ".join([f"{self.source}:", *left_out.lines()]))
 
 
 class _DatasetImages:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from cpc_ext.data import DownloadError
+from cpc_ext.data import DownloadError, cifar, stl10
 from cpc_ext.data.download import Archive, download_archive, require_folder
 
 CONTENT = bytes(range(256)) * 4000
@@ -36,12 +36,23 @@ class Site:
     break_after: list[int] = field(default_factory=list)
     ignore_range: bool = False
     status: int | None = None
+    statuses: list[int] = field(default_factory=list)
+    length: str | None = None
+    no_length: bool = False
+    surplus: bytes = b""
+    content_range: str | None = None
+    redirects: int = 0
     asked: list[str | None] = field(default_factory=list)
     port: int = 0
 
-    def archive(self, md5: str | None = None) -> Archive:
-        digest = md5 or hashlib.md5(self.payload).hexdigest()
-        return Archive(url=f"http://127.0.0.1:{self.port}/data.tar.gz", md5=digest, folder="data")
+    def archive(self, sha256: str | None = None, size: int | None = None, unpacked: int = len(CONTENT)) -> Archive:
+        return Archive(
+            url=f"http://127.0.0.1:{self.port}/data.tar.gz",
+            sha256=sha256 or hashlib.sha256(self.payload).hexdigest(),
+            size=len(self.payload) if size is None else size,
+            unpacked=unpacked,
+            folder="data",
+        )
 
 
 @pytest.fixture
@@ -53,8 +64,16 @@ def site(monkeypatch):
         def do_GET(self):
             asked = self.headers.get("Range")
             site.asked.append(asked)
-            if site.status:
-                self.send_error(site.status)
+            if site.redirects:
+                site.redirects -= 1
+                self.send_response(302)
+                self.send_header("Location", "/elsewhere/data.tar.gz")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            status = site.statuses.pop(0) if site.statuses else site.status
+            if status:
+                self.send_error(status)
                 return
             start = 0
             if asked and not site.ignore_range:
@@ -65,13 +84,18 @@ def site(monkeypatch):
                     self.end_headers()
                     return
                 self.send_response(206)
-                self.send_header("Content-Range", f"bytes {start}-{len(site.payload) - 1}/{len(site.payload)}")
+                whole = f"bytes {start}-{len(site.payload) - 1}/{len(site.payload)}"
+                self.send_header("Content-Range", site.content_range or whole)
             else:
                 self.send_response(200)
             body = site.payload[start:]
-            self.send_header("Content-Length", str(len(body)))
+            if not site.no_length:
+                self.send_header("Content-Length", site.length or str(len(body)))
             self.end_headers()
-            self.wfile.write(body[: site.break_after.pop(0)] if site.break_after else body)
+            if site.break_after:
+                self.wfile.write(body[: site.break_after.pop(0)])
+                return
+            self.wfile.write(body + site.surplus)
 
         def log_message(self, *_):
             pass
@@ -148,9 +172,11 @@ def test_a_partial_file_that_is_too_long_is_fetched_anew(site, tmp_path):
 
 
 def test_wrong_checksum_deletes_and_tells(site, tmp_path):
-    found = hashlib.md5(site.payload).hexdigest()
-    with pytest.raises(DownloadError, match=f"expected MD5 {'0' * 32}, found {found}"):
-        download_archive(site.archive(md5="0" * 32), tmp_path)
+    found = hashlib.sha256(site.payload).hexdigest()
+    size = len(site.payload)
+    message = f"expected {size} bytes of SHA-256 {'0' * 64}, found {size} bytes of {found}; the file has been deleted"
+    with pytest.raises(DownloadError, match=message):
+        download_archive(site.archive(sha256="0" * 64), tmp_path)
     assert visible(tmp_path) == []
 
 
@@ -183,7 +209,7 @@ def test_an_archive_without_its_folder_is_an_error(site, tmp_path):
         download_archive(site.archive(), tmp_path)
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"no archive at all"])
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b[:20] + b"no archive at all"])
 def test_a_damaged_archive_leaves_no_folder(site, tmp_path, damage):
     site.payload = damage(site.payload)
     with pytest.raises(DownloadError, match="cannot be unpacked"):
@@ -219,7 +245,7 @@ def test_server_trouble_is_tried_again(site, tmp_path):
 
 
 def test_no_server(tmp_path, site):
-    archive = Archive(url="http://127.0.0.1:1/data.tar.gz", md5="", folder="data")
+    archive = Archive(url="http://127.0.0.1:1/data.tar.gz", sha256="", size=1, unpacked=1, folder="data")
     with pytest.raises(DownloadError, match=r"127\.0\.0\.1:1.*refused"):
         download_archive(archive, tmp_path)
 
@@ -254,3 +280,118 @@ def test_two_processes_fetch_once(site, tmp_path):
     assert [process.exitcode for process in processes] == [0, 0]
     assert len(site.asked) == 1
     assert visible(tmp_path) == ["data"]
+
+
+def test_an_answer_of_416_at_once_is_an_error(site, tmp_path):
+    site.status = 416
+    with pytest.raises(DownloadError, match="HTTP 416"):
+        download_archive(site.archive(), tmp_path)
+    assert len(site.asked) == 1
+
+
+def test_a_server_whose_file_is_shorter_than_what_is_there_is_asked_anew(site, tmp_path):
+    """The part at hand is no part of the server's file; the server's has another length than published."""
+    whole, site.payload = site.archive(), site.payload[:500]
+    (tmp_path / "data.tar.gz.partial").write_bytes(b"x" * 600)
+    with pytest.raises(DownloadError, match=rf"expected {whole.size} bytes, the server has 500"):
+        download_archive(whole, tmp_path)
+    assert site.asked == ["bytes=600-", None]
+
+
+@pytest.mark.parametrize("length", ["lots", "-5", "1e3", "", "9" * 40])
+def test_a_content_length_that_is_no_number_is_passed_over(site, tmp_path, length):
+    site.length, site.no_length = length, not length
+    folder = download_archive(site.archive(), tmp_path)
+    assert (folder / "images.bin").read_bytes() == CONTENT
+
+
+def test_another_length_is_an_error_before_anything_is_fetched(site, tmp_path):
+    size = len(site.payload)
+    with pytest.raises(DownloadError, match=rf"expected {size - 1} bytes, the server has {size}"):
+        download_archive(site.archive(size=size - 1), tmp_path)
+    assert visible(tmp_path) == []
+
+
+def test_nothing_is_written_beyond_the_size(site, tmp_path, monkeypatch):
+    monkeypatch.setattr("cpc_ext.data.download.CHUNK_BYTES", 1000)
+    site.no_length, site.surplus = True, b"z" * 100_000
+    size = len(site.payload)
+    with pytest.raises(DownloadError, match=f"expected {size} bytes, got more"):
+        download_archive(site.archive(), tmp_path)
+    assert (tmp_path / "data.tar.gz.partial").stat().st_size <= size
+    site.surplus = b""
+    download_archive(site.archive(), tmp_path)
+    assert visible(tmp_path) == ["data"]
+
+
+def test_a_page_in_place_of_the_archive_is_told(site, tmp_path):
+    archive, site.payload, site.no_length = site.archive(), b"<!DOCTYPE html><title>Log in</title>", True
+    with pytest.raises(DownloadError, match=r"expected a \.tar\.gz, got something that begins b'<!DOCTYPE"):
+        download_archive(archive, tmp_path)
+    assert len(site.asked) == 1
+
+
+@pytest.mark.parametrize("found", ["bytes 0-99/100", "bytes 99-500/501", "nonsense", "bytes 100-199/200"])
+def test_another_range_than_asked_for_is_an_error(site, tmp_path, found):
+    site.content_range = found
+    (tmp_path / "data.tar.gz.partial").write_bytes(site.payload[:100])
+    with pytest.raises(DownloadError, match=rf"expected bytes from 100 of {len(site.payload)}, got '{found}'"):
+        download_archive(site.archive(), tmp_path)
+    assert (tmp_path / "data.tar.gz.partial").read_bytes() == site.payload[:100]
+
+
+@pytest.mark.parametrize("status", [408, 429, 500])
+def test_what_passes_is_tried_again(site, tmp_path, status):
+    site.statuses = [status, status]
+    download_archive(site.archive(), tmp_path)
+    assert len(site.asked) == 3
+
+
+def test_a_redirect_is_followed_and_a_circle_of_them_is_an_error(site, tmp_path):
+    site.redirects = 1
+    download_archive(site.archive(), tmp_path / "one")
+    assert visible(tmp_path / "one") == ["data"]
+    site.redirects = 100
+    with pytest.raises(DownloadError, match="HTTP 302"):
+        download_archive(site.archive(), tmp_path / "many")
+
+
+def test_a_resumed_part_of_something_else_is_told_by_the_checksum(site, tmp_path):
+    (tmp_path / "data.tar.gz.partial").write_bytes(b"x" * 100)
+    with pytest.raises(DownloadError, match="of SHA-256"):
+        download_archive(site.archive(), tmp_path)
+    assert visible(tmp_path) == []
+    download_archive(site.archive(), tmp_path)
+    assert visible(tmp_path) == ["data"]
+
+
+def test_unpacking_is_bounded(site, tmp_path):
+    """Zeros pack a thousand times: what unpacks to more than the images is stopped on the way."""
+    site.payload = tar_gz(("data/images.bin", bytes(40 << 20)))
+    with pytest.raises(DownloadError, match=r"cannot be unpacked: .*more than its images"):
+        download_archive(site.archive(unpacked=1 << 20), tmp_path)
+    assert visible(tmp_path) == ["data.tar.gz"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
+def test_members_that_are_no_files_are_refused(site, tmp_path, kind):
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        first = tarfile.TarInfo("data/images.bin")
+        archive.addfile(first)
+        other = tarfile.TarInfo("data/other")
+        other.type, other.linkname = kind, "data/images.bin"
+        archive.addfile(other)
+    site.payload = packed.getvalue()
+    with pytest.raises(DownloadError, match="cannot be unpacked"):
+        download_archive(site.archive(), tmp_path)
+    assert visible(tmp_path) == ["data.tar.gz"]
+
+
+def test_published_archives_hold_their_files():
+    """Bytes of the files that the loaders open, by the formats' own arithmetic."""
+    assert stl10.ARCHIVE.unpacked == 113_000 * 96 * 96 * 3
+    assert cifar.CIFAR10.unpacked == cifar.CIFAR100.unpacked == 60_000 * 32 * 32 * 3
+    for archive in (stl10.ARCHIVE, cifar.CIFAR10, cifar.CIFAR100):
+        assert re.fullmatch("[0-9a-f]{64}", archive.sha256)
+        assert archive.size < archive.unpacked

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cpc_ext.data import folder as folder_module
-from cpc_ext.data import load_dataset
+from cpc_ext.data import decode_cache, load_dataset
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +19,10 @@ def cache(tmp_path, monkeypatch):
     place = tmp_path / "cache"
     monkeypatch.setenv("CPC_EXT_CACHE", str(place))
     return place
+
+
+# What is said of a folder is tested where it is said, and where nothing is to be said.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 @pytest.fixture
@@ -44,13 +47,13 @@ def load(root: Path, **options):
 def builds(monkeypatch) -> list[int]:
     """A list that grows by each decoding of a whole tree."""
     decoded = []
-    original = folder_module.decode_all
+    original = decode_cache.decode_all
 
     def counted(files, *rest):
         decoded.append(len(files))
         return original(files, *rest)
 
-    monkeypatch.setattr(folder_module, "decode_all", counted)
+    monkeypatch.setattr(decode_cache, "decode_all", counted)
     return decoded
 
 
@@ -112,6 +115,35 @@ def test_a_test_class_without_training_images_is_an_error(root):
     for name in ("train/a", "train/b", "test/a", "test/c"):
         write_class(root / name, 2)
     with pytest.raises(ValueError, match="training images lack: c"):
+        load(root)
+
+
+def test_the_test_set_is_told(root):
+    write_class(root / "a", 20)
+    write_class(root / "b", 20)
+    with pytest.warns(UserWarning, match=r"no folder of test images: 4 of 40 images, a tenth of each class, are held"):
+        load(root)
+
+
+def test_one_image_is_trained_on(root):
+    write(root / "0.png", (1, 2, 3))
+    dataset = load(root)
+    assert (len(dataset.pretrain), dataset.test, dataset.train) == (1, None, None)
+
+
+def test_a_test_class_of_another_case_is_told(root):
+    for name in ("train/Cat", "train/Dog", "test/cat", "test/Dog"):
+        write_class(root / name, 2)
+    with pytest.raises(ValueError, match=r"training images lack: cat \(training: Cat, Dog; upper and lower case count"):
+        load(root)
+
+
+def test_training_images_that_cannot_be_read_are_told_with_their_reasons(root):
+    for number in range(3):
+        write(root / "test" / f"{number}.png")
+    (root / "train").mkdir()
+    (root / "train" / "0.png").touch()
+    with pytest.raises(ValueError, match=r"none of the 1 training images .*\n.*\n.*the file is empty \(train/0\.png"):
         load(root)
 
 
@@ -198,8 +230,16 @@ def test_broken_images_are_left_out_and_named(root):
     (root / "test/a/001.png").write_text("text")
     (root / "test/a/004.png").symlink_to("nowhere")
     for _ in range(2):  # decoded, and from the cache
-        with pytest.warns(UserWarning, match=r"left out 4 images .*: train/a/000\.png, train/b/002\.png, test/a/001"):
+        with pytest.warns(UserWarning, match=str(root)) as said:
             dataset = load(root)
+        (message,) = said
+        assert str(message.message).splitlines() == [
+            f"{root}:",
+            "  left out 4 images:",
+            "    1: No such file or directory (test/a/004.png)",
+            "    2: holds no image that Pillow recognises (train/a/000.png, test/a/001.png)",
+            "    1: the file is empty (train/b/002.png)",
+        ]
         assert (len(dataset.train), len(dataset.test)) == (4, 5)
         for part in (dataset.train, dataset.test):
             np.testing.assert_array_equal(part.labels, part.images[:, 0, 0, 0])
@@ -210,7 +250,7 @@ def test_nothing_readable_is_an_error(root, cache):
     root.mkdir()
     (root / "0.png").write_text("text")
     (root / "1.jpg").write_text("text")
-    with pytest.raises(ValueError, match="none of the 2 images could be read"):
+    with pytest.raises(ValueError, match=r"none of the 2 images could be read, first 1\.jpg: holds no image"):
         load(root)
     assert not list(cache.rglob("images.bin"))
 
@@ -271,7 +311,7 @@ def test_an_interrupted_build_leaves_nothing(root, cache, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(folder_module, "decode_all", interrupt)
+        patch.setattr(decode_cache, "decode_all", interrupt)
         with pytest.raises(KeyboardInterrupt):
             load(root)
     assert not [path for path in cache.rglob("*") if path.suffix != ".lock" and path.is_file()]
@@ -309,7 +349,7 @@ def test_a_cache_that_cannot_be_made_is_told(root, cache):
 
 
 def _load_and_report(root: Path, report: Path) -> None:
-    original = folder_module.decode_all
+    original = decode_cache.decode_all
 
     def slow(*arguments):
         with report.open("a") as out:
@@ -317,14 +357,19 @@ def _load_and_report(root: Path, report: Path) -> None:
         time.sleep(0.3)
         return original(*arguments)
 
-    folder_module.decode_all = slow
+    decode_cache.decode_all = slow
     dataset = load(root)
     with report.open("a") as out:
         out.write(json.dumps(len(dataset.pretrain)) + "\n")
 
 
-def test_two_processes_decode_once(root, tmp_path):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_two_processes_decode_once(root, tmp_path, cache, damaged):
     write_class(root, 10)
+    if damaged:
+        load(root)
+        (images,) = cache.rglob("images.bin")
+        os.truncate(images, 100)
     report = tmp_path / "report"
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=_load_and_report, args=(root, report)) for _ in range(2)]
@@ -339,7 +384,7 @@ def test_more_images_than_are_decoded_ahead(root, monkeypatch):
     monkeypatch.setattr("cpc_ext.data.decode.AHEAD", 8)
     write_class(root, 30)
     (root / "017.png").write_text("text")
-    with pytest.warns(UserWarning, match=r"left out 1 images .*: 017\.png"):
+    with pytest.warns(UserWarning, match=r"left out 1 images:\n.*recognises \(017\.png\)"):
         dataset = load(root)
     assert [int(Path(p).stem) for p in dataset.pretrain.paths] == dataset.pretrain.images[:, 1, 0, 0].tolist()
     assert len(dataset.pretrain) + len(dataset.test) == 29

@@ -68,6 +68,15 @@ def test_seed_decides_the_order():
     assert not np.array_equal(same[0], same[2])
 
 
+def test_seeds_and_epochs_share_no_order():
+    """Not even those whose sum is the same: runs of neighbouring seeds would repeat each other's epochs."""
+    orders = set()
+    for seed in range(6):
+        sampler = EpochSampler(100, 100, seed=seed)
+        orders.update(tuple(batch.tolist()) for batch in epochs(sampler, 6))
+    assert len(orders) == 36
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -121,6 +121,19 @@ def test_windows_lie_in_the_image_and_have_the_areas_and_ratios_asked_for():
     assert ratio.max() <= 4 / 3 + 1e-4
 
 
+def test_aspect_ratios_are_drawn_evenly_on_a_logarithmic_scale():
+    """As in SimCLR and torchvision's RandomResizedCrop, so that wide and tall windows are equally frequent."""
+    view = SimCLRView(16, min_area=0.08)
+    *_, height, width = view._draw_box(40_000, 100, 100, torch.Generator().manual_seed(0)).unbind(1)
+    # No window of at most 70 % of the area is cut, whatever its ratio.
+    ratio = (width / height)[height * width < 7000].double().sort().values
+    low, high = math.log(3 / 4), math.log(4 / 3)
+    share = (ratio.log() - low) / (high - low)
+    # Kolmogorov's distance from evenly spread, beyond 1.95 / sqrt(N) in one of a thousand cases; drawn linearly: 0.07.
+    distance = (share - torch.linspace(0, 1, len(share), dtype=torch.float64)).abs().max()
+    assert distance < 1.95 / math.sqrt(len(share)) < 0.013
+
+
 @pytest.mark.parametrize("share", ["flip", "gray", "jitter"])
 def test_shares_of_views_that_change(share):
     """Of whole images, with all else turned off, how many views differ from the image."""

@@ -81,7 +81,13 @@ def test_missing_file_is_named(folder, name):
         ("train_y.bin", bytes(5000), r"expected labels 1\.\.10, found 0\.\.0"),
         ("class_names.txt", b"cat dog", "expected 10 class names, found 2"),
         ("fold_indices.txt", b"1 2 3\n", r"expected 10 lines of 1000 indices, found \[3\]"),
+        ("train_y.bin", bytes([11]) * 5000, r"expected labels 1\.\.10, found 11\.\.11"),
+        ("class_names.txt", b"\xff\xfe", "expected 10 class names, found no text"),
+        ("fold_indices.txt", b"", r"expected 10 lines of 1000 indices, found \[\]"),
         ("fold_indices.txt", b"one two\n", "expected lines of indices"),
+        ("fold_indices.txt", b"\xff\xfe\n", "expected lines of indices"),
+        ("fold_indices.txt", b"99999999999999999999\n", "expected lines of indices"),
+        ("fold_indices.txt", b"-1 " * 1000 + b"\n" + (b"0 " * 1000 + b"\n") * 9, r"expected indices 0\.\.4999"),
         ("fold_indices.txt", b"5000 " * 1000 + b"\n" + (b"0 " * 1000 + b"\n") * 9, r"expected indices 0\.\.4999"),
     ],
 )
