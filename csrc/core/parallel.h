@@ -50,18 +50,26 @@ inline int workers_for(double nanoseconds) {
   return static_cast<int>(std::clamp(nanoseconds / kThreadNanoseconds, 1., static_cast<double>(workers())));
 }
 
+// A parallel region of one thread costs most of a microsecond, as much as a pixel of a small network.
+template <class Body>
+void in_turn(int64_t n, const Body& body) {
+  for (int64_t i = 0; i < n; ++i) body(i, 0);
+}
+
 // Calls body(i, worker) for every i in [0, n), in any order, on up to `threads` workers; worker is in [0, workers()).
 // The body must not throw.
 template <class Body>
 void parallel_for(int64_t n, const Body& body, int threads = workers()) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (n > 1 && threads > 1)
+  if (n <= 1 || threads <= 1) return in_turn(n, body);
+#pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < n; ++i) body(i, omp_in_parallel() ? omp_get_thread_num() : 0);
 }
 
 // The same for large bodies of unequal work: whoever is done takes the next.
 template <class Body>
 void parallel_tasks(int64_t n, const Body& body, int threads = workers()) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (n > 1 && threads > 1)
+  if (n <= 1 || threads <= 1) return in_turn(n, body);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t i = 0; i < n; ++i) body(i, omp_in_parallel() ? omp_get_thread_num() : 0);
 }
 
