@@ -20,6 +20,9 @@ namespace {
 namespace rows = patches::cpu::CPC_ISA;
 using patches::Window;
 
+// Nanoseconds that a byte of a patch takes to be transformed, or cut and normalised.
+constexpr double kStepNanoseconds = 1;
+
 // The bytes of a patch: planes of side x side pixels, `plane` apart, with room for one pixel after each, the fill.
 struct Layout {
   explicit Layout(const patches::Problem& problem)
@@ -457,7 +460,7 @@ void augment_as(const Problem& problem) {
   const int64_t values = finish[0].values();
   advise_huge_pages(extraction.patches.data, extraction.patches.numel() * int64_t{sizeof(Out)});
 
-  parallel_for(problem.count(), [&](int64_t i, int worker) {
+  const auto augment_patch = [&](int64_t i, int worker) {
     uint8_t* const first = scratch.of<uint8_t>(worker);
     auto* const places = reinterpret_cast<int32_t*>(first + byte_buffers);
     auto* const reals = reinterpret_cast<Real*>(first + divide_up(byte_buffers + place_bytes, 64) * 64);
@@ -467,7 +470,9 @@ void augment_as(const Problem& problem) {
       apply(patch, problem, cutter, layout, i, static_cast<Transform>(problem.codes.as<uint8_t>()[t]),
             problem.parameters.as<float>() + t * kParameters);
     finish[patch.pixels() != first].finish(extraction.patches.as<Out>() + i * values, reals, worker);
-  });
+  };
+  const auto bytes = static_cast<double>(problem.count() * layout.channels * layout.area);
+  parallel_for(problem.count(), augment_patch, workers_for(kStepNanoseconds * bytes * static_cast<double>(steps + 1)));
 }
 
 }  // namespace

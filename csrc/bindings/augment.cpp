@@ -27,9 +27,14 @@ void augment_patches(const TensorArg& images, const TensorArg& patches, int64_t 
                      std::vector<double> shift, const TensorArg& codes, const TensorArg& parameters,
                      const OptionalTensor& partners, const OptionalTensor& displacements, int64_t fill,
                      const TensorArg& workspace) {
-  const DLDevice device = common_device(
-      {&images, pointer(offsets), pointer(flip), &codes, &parameters, pointer(partners), pointer(displacements)},
-      {&patches, &workspace});
+  const DLDevice device = common_device({{"images", images},
+                                         {"offsets", offsets},
+                                         {"flip", flip},
+                                         {"codes", codes},
+                                         {"parameters", parameters},
+                                         {"partners", partners},
+                                         {"displacements", displacements}},
+                                        {{"patches", patches}, {"workspace", workspace}});
   augment::Problem problem{
       .extraction = {.geometry = {patch_size, stride, height, width, gray, patch_norm, channels_last},
                      .images = images.view,
@@ -45,8 +50,8 @@ void augment_patches(const TensorArg& images, const TensorArg& patches, int64_t 
       .fill = fill,
       .workspace = workspace.view};
   augment::check(problem, readable(device));
-  if (workspace.view.dtype != DType::u8 || workspace.view.numel() < augment_workspace(images, patches, patch_size))
-    throw std::invalid_argument("workspace must be uint8 of the size that augment_patches_workspace tells");
+  if (!is_workspace(workspace.view, augment_workspace(images, patches, patch_size)))
+    throw std::invalid_argument("workspace must be dense uint8 of the size that augment_patches_workspace tells");
   run(problem, patches, augment::cpu::augment, augment::cuda::augment);
 }
 

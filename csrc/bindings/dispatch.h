@@ -1,15 +1,11 @@
-// What the bindings of all ops share: one device a call, and the kernel for it.
+// What the bindings of all ops share: the kernel for the device of a call.
 #pragma once
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "bindings/tensor_arg.h"
+#include "bindings/arguments.h"
 #if defined(CPC_WITH_CUDA)
 #include "core/cuda/device.h"
 #endif
@@ -29,19 +25,6 @@ inline bool on_cuda(DLDevice device) { return device.device_type == kDLCUDA || e
 
 // Whether the host may look at a tensor's values: asking a GPU would stall its stream, and the emulation is one.
 inline bool readable(DLDevice device) { return !on_cuda(device); }
-
-// All tensors of a call (null: absent) on one device; kernels write only to what may be written.
-inline DLDevice common_device(const std::vector<const TensorArg*>& read, const std::vector<const TensorArg*>& written) {
-  const DLDevice device = written.front()->device;
-  for (const auto* list : {&read, &written})
-    for (const TensorArg* arg : *list)
-      if (arg != nullptr &&
-          (arg->device.device_type != device.device_type || arg->device.device_id != device.device_id))
-        throw std::invalid_argument("all tensors must be on one device");
-  for (const TensorArg* arg : written)
-    if (arg->readonly) throw std::invalid_argument("the output is read-only");
-  return device;
-}
 
 // Runs a problem's kernel for the device of its output, on the stream of the output's framework, without the GIL.
 template <class Problem>
@@ -67,9 +50,12 @@ void run(const Problem& problem, const TensorArg& output, void (*cpu)(const Prob
   }
 }
 
-using OptionalTensor = std::optional<TensorArg>;
+// Whether a tensor is some bytes in a row, at least so many.
+inline bool is_workspace(const TensorView& view, int64_t bytes) {
+  return view.dtype == DType::u8 && view.ndim == 1 && view.shape[0] >= bytes &&
+         (view.shape[0] <= 1 || view.strides[0] == 1);
+}
 
-inline const TensorArg* pointer(const OptionalTensor& arg) { return arg ? &*arg : nullptr; }
 inline TensorView view(const OptionalTensor& arg) { return arg ? arg->view : TensorView{}; }
 
 }  // namespace cpc::bindings

@@ -51,12 +51,19 @@ void contrast(const TensorArg& queries, const TensorArg& keys, const OptionalTen
               const OptionalTensor& losses, const OptionalTensor& right, const OptionalTensor& grad_queries,
               const OptionalTensor& grad_keys, double scale, double factor, bool tf32, const TensorArg& workspace,
               const OptionalTensor& order, const OptionalTensor& segments) {
-  std::vector<const TensorArg*> written = {&workspace};
-  for (const OptionalTensor* result : {&losses, &right, &grad_queries, &grad_keys})
-    if (*result) written.push_back(&**result);
-  const DLDevice device = common_device({&queries, &keys, pointer(targets), pointer(negatives), pointer(exclude),
-                                         pointer(row_weights), pointer(order), pointer(segments)},
-                                        written);
+  const DLDevice device = common_device({{"queries", queries},
+                                         {"keys", keys},
+                                         {"targets", targets},
+                                         {"negatives", negatives},
+                                         {"exclude", exclude},
+                                         {"row_weights", row_weights},
+                                         {"order", order},
+                                         {"segments", segments}},
+                                        {{"losses", losses},
+                                         {"right", right},
+                                         {"grad_queries", grad_queries},
+                                         {"grad_keys", grad_keys},
+                                         {"workspace", workspace}});
   info_nce::Problem problem = problem_of(queries, keys, targets, negatives, exclude, row_weights, losses, right,
                                          grad_queries, grad_keys, scale, factor, tf32);
   problem.workspace = workspace.view;

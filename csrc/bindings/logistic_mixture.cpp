@@ -9,9 +9,8 @@ namespace {
 
 void nll(const TensorArg& images, const TensorArg& params, const TensorArg& nll, const OptionalTensor& normalisers,
          const TensorArg& parts) {
-  std::vector<const TensorArg*> written = {&nll, &parts};
-  if (normalisers) written.push_back(&*normalisers);
-  const DLDevice device = common_device({&images, &params}, written);
+  const DLDevice device = common_device({{"images", images}, {"params", params}},
+                                        {{"nll", nll}, {"normalisers", normalisers}, {"parts", parts}});
   const logistic_mixture::Likelihood problem{.images = images.view,
                                              .params = params.view,
                                              .normalisers = view(normalisers),
@@ -23,7 +22,9 @@ void nll(const TensorArg& images, const TensorArg& params, const TensorArg& nll,
 
 void nll_backward(const TensorArg& grad, const TensorArg& images, const TensorArg& params, const TensorArg& normalisers,
                   const TensorArg& params_grad) {
-  const DLDevice device = common_device({&grad, &images, &params, &normalisers}, {&params_grad});
+  const DLDevice device =
+      common_device({{"grad", grad}, {"images", images}, {"params", params}, {"normalisers", normalisers}},
+                    {{"params_grad", params_grad}});
   const logistic_mixture::Likelihood problem{.images = images.view,
                                              .params = params.view,
                                              .normalisers = normalisers.view,
@@ -34,7 +35,7 @@ void nll_backward(const TensorArg& grad, const TensorArg& images, const TensorAr
 }
 
 void sample(const TensorArg& params, const TensorArg& noise, const TensorArg& images, double temperature) {
-  common_device({&params, &noise}, {&images});
+  common_device({{"params", params}, {"noise", noise}}, {{"images", images}});
   const logistic_mixture::Sampling problem{
       .params = params.view, .noise = noise.view, .images = images.view, .temperature = temperature};
   logistic_mixture::check(problem);

@@ -59,7 +59,7 @@ int64_t packed_bytes_of(const TensorArg& weight, const std::vector<int64_t>& tap
 
 void pack(const TensorArg& weight, const TensorArg& mask, const TensorArg& packed, const std::vector<int64_t>& taps,
           bool transposed, bool gated, bool pairs) {
-  common_device({&weight, &mask}, {&packed});
+  common_device({{"weight", weight}, {"mask", mask}}, {{"packed", packed}});
   if (weight.view.ndim != 4) throw std::invalid_argument("weight must be [O, C, kh, kw]");
   const int64_t* shape = weight.view.shape;
   // Pairs read pixels that lie side by side, and for all else it does not matter here where they read.
@@ -78,10 +78,9 @@ void convolve(const TensorArg& input, const TensorArg& packed, const OptionalTen
               const OptionalTensor& condition, const OptionalTensor& position, const TensorArg& output,
               const OptionalTensor& preactivation, int64_t outputs, const std::vector<int64_t>& taps, int64_t kh,
               int64_t kw, int64_t dilation, bool negated, const std::string& activation, bool tf32, bool pairs) {
-  std::vector<const TensorArg*> written = {&output};
-  if (preactivation) written.push_back(&*preactivation);
-  const DLDevice device =
-      common_device({&input, &packed, pointer(bias), pointer(condition), pointer(position)}, written);
+  const DLDevice device = common_device(
+      {{"input", input}, {"packed", packed}, {"bias", bias}, {"condition", condition}, {"position", position}},
+      {{"output", output}, {"preactivation", preactivation}});
   const masked_conv::Convolution problem{.input = input.view,
                                          .packed = packed.view,
                                          .bias = view(bias),
@@ -105,11 +104,9 @@ void convolve(const TensorArg& input, const TensorArg& packed, const OptionalTen
 
 void activation_grad(const TensorArg& grad, const OptionalTensor& saved, const OptionalTensor& result,
                      const OptionalTensor& bias_grad, const OptionalTensor& workspace, const std::string& activation) {
-  std::vector<const TensorArg*> written;
-  for (const OptionalTensor* each : {&result, &bias_grad, &workspace})
-    if (*each) written.push_back(&**each);
-  if (written.empty()) return;
-  const DLDevice device = common_device({&grad, pointer(saved)}, written);
+  if (!result && !bias_grad) return;
+  const DLDevice device = common_device({{"grad", grad}, {"saved", saved}},
+                                        {{"result", result}, {"bias_grad", bias_grad}, {"workspace", workspace}});
   const masked_conv::ActivationGrad problem{.grad = grad.view,
                                             .saved = view(saved),
                                             .result = view(result),
@@ -118,7 +115,7 @@ void activation_grad(const TensorArg& grad, const OptionalTensor& saved, const O
                                             .activation = activation_of(activation)};
   masked_conv::check(problem);
   if (on_cuda(device) && bias_grad && !workspace) throw std::invalid_argument("bias_grad needs a workspace on CUDA");
-  run(problem, *written.front(), masked_conv::cpu::activation_grad, masked_conv::cuda::activation_grad);
+  run(problem, grad, masked_conv::cpu::activation_grad, masked_conv::cuda::activation_grad);
 }
 
 masked_conv::WeightGrad weight_grad_problem(const TensorArg& input, const TensorArg& grad, const TensorArg& mask,
@@ -154,15 +151,14 @@ int64_t weight_grad_workspace([[maybe_unused]] const TensorArg& input, [[maybe_u
 void weight_grad(const TensorArg& input, const TensorArg& grad, const TensorArg& mask, const TensorArg& weight_grad,
                  const OptionalTensor& workspace, const std::vector<int64_t>& taps, int64_t dilation, bool tf32,
                  bool pairs) {
-  std::vector<const TensorArg*> written = {&weight_grad};
-  if (workspace) written.push_back(&*workspace);
-  common_device({&input, &grad, &mask}, written);
+  common_device({{"input", input}, {"grad", grad}, {"mask", mask}},
+                {{"weight_grad", weight_grad}, {"workspace", workspace}});
   masked_conv::WeightGrad problem = weight_grad_problem(input, grad, mask, weight_grad, taps, dilation, tf32, pairs);
   const int64_t needed = weight_grad_workspace(input, grad, mask, weight_grad, taps, dilation, tf32);
   problem.workspace = view(workspace);
-  if (needed > 0 && (problem.workspace.dtype != DType::u8 || problem.workspace.numel() < needed ||
-                     reinterpret_cast<uintptr_t>(problem.workspace.data) % 64 != 0))
-    throw std::invalid_argument("workspace must be " + std::to_string(needed) + " bytes of uint8");
+  if (needed > 0 &&
+      (!is_workspace(problem.workspace, needed) || reinterpret_cast<uintptr_t>(problem.workspace.data) % 64 != 0))
+    throw std::invalid_argument("workspace must be " + std::to_string(needed) + " bytes of dense uint8");
   run(problem, weight_grad, masked_conv::cpu::weight_grad, masked_conv::cuda::weight_grad);
 }
 

@@ -11,7 +11,8 @@ void extract_patches(const TensorArg& images, const TensorArg& patches, int64_t 
                      int64_t height, int64_t width, const OptionalTensor& offsets, const OptionalTensor& flip,
                      bool gray, bool patch_norm, bool channels_last, std::vector<double> scale,
                      std::vector<double> shift) {
-  const DLDevice device = common_device({&images, pointer(offsets), pointer(flip)}, {&patches});
+  const DLDevice device =
+      common_device({{"images", images}, {"offsets", offsets}, {"flip", flip}}, {{"patches", patches}});
   const patches::Problem problem{.geometry = {patch_size, stride, height, width, gray, patch_norm, channels_last},
                                  .images = images.view,
                                  .offsets = view(offsets),
@@ -28,8 +29,9 @@ void extract_patches_backward(const TensorArg& patches_grad, const TensorArg& im
                               int64_t width, const OptionalTensor& offsets, const OptionalTensor& flip, bool gray,
                               bool patch_norm, bool channels_last, std::vector<double> scale,
                               std::vector<double> shift) {
-  const DLDevice device = common_device(
-      {&patches_grad, pointer(images), pointer(norm_slopes), pointer(offsets), pointer(flip)}, {&images_grad});
+  const DLDevice device =
+      common_device({{"patches_grad", patches_grad}, {"images", images}, {"offsets", offsets}, {"flip", flip}},
+                    {{"images_grad", images_grad}, {"norm_slopes", norm_slopes}});
   if (patch_norm && !images) throw std::invalid_argument("the backward of patch_norm needs the images");
   const patches::Problem problem{.geometry = {patch_size, stride, height, width, gray, patch_norm, channels_last},
                                  // Without patch_norm only their shape counts.

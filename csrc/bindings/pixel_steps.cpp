@@ -2,6 +2,7 @@
 // tensor operations does the same.
 #include "pixel_steps/pixel_steps.h"
 
+#include <cstring>
 #include <tuple>
 #include <utility>
 
@@ -16,10 +17,10 @@ using SourceArg = std::tuple<TensorArg, int64_t, std::vector<std::pair<int64_t, 
 using StepArg = std::tuple<int64_t, std::vector<SourceArg>, TensorArg, TensorArg, OptionalTensor, OptionalTensor,
                            OptionalTensor, OptionalTensor, int64_t, std::pair<int64_t, int64_t>>;
 
-// A network, with the tensors that it reads and writes kept alive.
+// A network, with the tensors that it reads and writes at every pixel kept alive.
 class PixelSteps {
  public:
-  PixelSteps(const py::list& steps, int64_t batch, int64_t height, int64_t width) : tensors_(steps.attr("copy")()) {
+  PixelSteps(const py::list& steps, int64_t batch, int64_t height, int64_t width) {
     network_.batch = batch;
     network_.height = height;
     network_.width = width;
@@ -33,19 +34,23 @@ class PixelSteps {
   void run_row(int64_t row) const { run({.network = network_, .row = row, .whole_row = true}); }
 
  private:
-  static void run(const pixel_steps::Place& place) {
+  void run(const pixel_steps::Place& place) const {
     pixel_steps::check(place);
+    for (const Kept& kept : kept_) require_same(kept);
     const py::gil_scoped_release unlocked;
     pixel_steps::cpu::run(place);
   }
 
   void add(const StepArg& arg) {
     const auto& [level, sources, weight, bias, image_bias, residual, raw, elu, output_scale, offset] = arg;
-    std::vector<const TensorArg*> read = {&weight, &bias, pointer(image_bias), pointer(residual)}, written;
-    for (const SourceArg& source : sources) read.push_back(&std::get<0>(source));
-    for (const OptionalTensor* each : {&raw, &elu})
-      if (*each) written.push_back(&**each);
-    if (written.empty()) throw std::invalid_argument("a step must have raw or elu to write to");
+    std::vector<Argument> read = {{"image_bias", image_bias}, {"residual", residual}};
+    for (const SourceArg& source : sources) read.push_back({"a source's map", std::get<0>(source)});
+    const std::vector<Argument> written = {{"raw", raw}, {"elu", elu}};
+    if (!raw && !elu) throw std::invalid_argument("a step must have raw or elu to write to");
+    for (const Argument& argument : read) keep(argument);
+    for (const Argument& argument : written) keep(argument);
+    read.push_back({"weight", weight});
+    read.push_back({"bias", bias});
     if (common_device(read, written).device_type != kDLCPU) throw std::invalid_argument("tensors must be on the CPU");
     pixel_steps::Step step{.level = level,
                            .sources = {},
@@ -66,7 +71,32 @@ class PixelSteps {
     network_.steps.push_back(std::move(step));
   }
 
-  py::object tensors_;
+  // A tensor as it was when the network was made. Python can give it other memory, and lists of steps other tensors.
+  struct Kept {
+    const char* name;
+    py::object object;
+    TensorArg tensor;
+  };
+
+  void keep(const Argument& argument) {
+    if (argument.tensor == nullptr) return;
+    const py::handle object = argument.tensor->object;
+    for (const Kept& kept : kept_)
+      if (kept.object.is(object)) return;
+    kept_.push_back({argument.name, py::reinterpret_borrow<py::object>(object), *argument.tensor});
+  }
+
+  static void require_same(const Kept& kept) {
+    if (kept.tensor.owner) return;  // Its producer holds the memory until the capsule is gone.
+    const TensorView &then = kept.tensor.view, now = tensor_from(kept.object).view;
+    const size_t sizes = then.ndim * sizeof(int64_t);
+    if (now.data != then.data || now.ndim != then.ndim || std::memcmp(now.shape, then.shape, sizes) != 0 ||
+        std::memcmp(now.strides, then.strides, sizes) != 0)
+      throw std::invalid_argument(std::string(kept.name) +
+                                  " has another shape or other memory than when the network was made of it");
+  }
+
+  std::vector<Kept> kept_;
   pixel_steps::Network network_;
 };
 

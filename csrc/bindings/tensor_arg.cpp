@@ -1,6 +1,7 @@
 // Reads tensors through DLPack, see tensor_arg.h.
 #include "bindings/tensor_arg.h"
 
+#include <algorithm>
 #include <array>
 #include <string>
 
@@ -68,6 +69,19 @@ DType dtype_of(const DLDataType& type) {
                        ", " + std::to_string(type.bits) + " bits, " + std::to_string(type.lanes) + " lanes");
 }
 
+// More than any memory holds, and so few that the products of such sizes with what kernels multiply them by stay within
+// 64 bits.
+constexpr int64_t kMostElements = int64_t{1} << 48;
+// No program is linked, and no memory handed out, below this. A tensor whose storage was freed begins at its offset
+// from address 0.
+constexpr uintptr_t kLowestAddress = uintptr_t{4} << 20;
+
+std::string list_of(const int64_t* values, int count) {
+  std::string text = "[";
+  for (int i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(values[i]);
+  return text + "]";
+}
+
 void describe(TensorArg& arg, const DLTensor& tensor) {
   if (tensor.ndim > TensorView::kMaxDims)
     throw py::type_error("a tensor has " + std::to_string(tensor.ndim) + " dimensions, at most " +
@@ -77,12 +91,35 @@ void describe(TensorArg& arg, const DLTensor& tensor) {
   view.dtype = dtype_of(tensor.dtype);
   view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
   view.ndim = tensor.ndim;
-  int64_t dense = 1;  // Producers may leave the strides of dense tensors out.
+  int64_t dense = 1;              // Producers may leave the strides of dense tensors out.
+  int64_t before = 0, after = 0;  // Elements that lie before and after the first.
+  bool empty = false, fits = true;
   for (int d = tensor.ndim - 1; d >= 0; --d) {
-    view.shape[d] = tensor.shape[d];
-    view.strides[d] = tensor.strides != nullptr ? tensor.strides[d] : dense;
-    dense *= tensor.shape[d];
+    const int64_t size = tensor.shape[d], stride = tensor.strides != nullptr ? tensor.strides[d] : dense;
+    view.shape[d] = size;
+    view.strides[d] = stride;
+    if (size <= 0) {
+      empty = true;
+      fits &= size == 0;
+      continue;
+    }
+    int64_t reach;
+    fits &= !__builtin_mul_overflow(size - 1, stride, &reach) && !__builtin_mul_overflow(dense, size, &dense) &&
+            dense <= kMostElements;
+    if (!fits) break;
+    (reach < 0 ? before : after) += std::clamp(reach, -kMostElements, kMostElements);
   }
+  if (!fits || before <= -kMostElements || after >= kMostElements)
+    throw py::value_error("a tensor of sizes " + list_of(tensor.shape, tensor.ndim) +
+                          (tensor.strides ? " and strides " + list_of(tensor.strides, tensor.ndim) : "") +
+                          " reaches further than memory does");
+  if (empty) return;
+  const auto first = reinterpret_cast<uintptr_t>(view.data), size = static_cast<uintptr_t>(size_of(view.dtype));
+  if (first < kLowestAddress)
+    throw py::type_error("a tensor of sizes " + list_of(tensor.shape, tensor.ndim) +
+                         " has no memory: its storage was freed");
+  arg.begin = first + static_cast<uintptr_t>(before) * size;
+  arg.end = first + static_cast<uintptr_t>(after + 1) * size;
 }
 
 // Asks __dlpack__, in its current form and then, of older producers, in its first.
@@ -100,6 +137,7 @@ py::object dlpack_capsule(py::handle object) {
 
 TensorArg tensor_from(py::handle object) {
   TensorArg arg;
+  arg.object = object;
   arg.api = exchange_api(Py_TYPE(object.ptr()));
   if (arg.api != nullptr) {
     DLTensor tensor;

@@ -13,12 +13,16 @@ namespace cpc::bindings {
 struct TensorArg {
   TensorView view;
   DLDevice device{kDLCPU, 0};
+  // Its elements' memory, from the lowest to behind the highest; nothing where it is empty.
+  uintptr_t begin = 0, end = 0;
   bool readonly = false;
+  pybind11::handle object;                 // Whose caller keeps it.
   const DLPackExchangeAPI* api = nullptr;  // Null for producers without the table.
   pybind11::object owner;                  // The capsule of such a producer.
 };
 
-// Throws TypeError for an object that is no tensor, or a tensor that no kernel could read.
+// Throws TypeError for an object that is no tensor, or a tensor that no kernel could read, and ValueError for one whose
+// sizes or strides reach further than memory does. Products of a tensor's sizes are thus far from overflowing.
 TensorArg tensor_from(pybind11::handle object);
 
 // The CUDA stream that the tensor's framework is working on, for the tensor's device.

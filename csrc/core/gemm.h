@@ -26,6 +26,8 @@ constexpr int64_t kRegisterBytes = 16;
 constexpr int kTileVectors = 2;
 #endif
 constexpr int kTileRows = 6;
+// Multiplications and additions of a nanosecond on one thread, roughly: what a loop's worth in threads is judged by.
+constexpr double kFlopsPerNanosecond = 32;
 
 #if defined(__AVX512BF16__)
 constexpr bool kMultipliesBFloat16 = true;

@@ -2,6 +2,7 @@
 // these loops too.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #if defined(__SANITIZE_THREAD__)
@@ -18,9 +19,10 @@ namespace cpc {
 // ThreadSanitizer does not see OpenMP's own synchronisation; of these threads it sees all. For
 // tests/csrc/race_check.cpp.
 inline int workers() { return 4; }
+inline int workers_for(double) { return workers(); }
 
 template <class Body>
-void parallel_for(int64_t n, const Body& body) {
+void parallel_for(int64_t n, const Body& body, int = workers()) {
   std::vector<std::thread> threads;
   for (int worker = 0; worker < workers(); ++worker)
     threads.emplace_back([&body, n, worker] {
@@ -30,7 +32,7 @@ void parallel_for(int64_t n, const Body& body) {
 }
 
 template <class Body>
-void parallel_tasks(int64_t n, const Body& body) {
+void parallel_tasks(int64_t n, const Body& body, int = workers()) {
   parallel_for(n, body);
 }
 
@@ -39,17 +41,35 @@ void parallel_tasks(int64_t n, const Body& body) {
 // Workers that a parallel loop started here runs on.
 inline int workers() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
 
-// Calls body(i, worker) for every i in [0, n), in any order; worker is in [0, workers()). The body must not throw.
+// Work that a thread must get of a loop to be worth waking, in nanoseconds. A thread that sleeps needs 5 to 10 us to
+// begin, and where other processes keep the cores busy the loop ends when the last thread has had its turn.
+constexpr double kThreadNanoseconds = 50'000;
+
+// Workers for a loop that takes one thread about so long.
+inline int workers_for(double nanoseconds) {
+  return static_cast<int>(std::clamp(nanoseconds / kThreadNanoseconds, 1., static_cast<double>(workers())));
+}
+
+// A parallel region of one thread costs most of a microsecond, as much as a pixel of a small network.
 template <class Body>
-void parallel_for(int64_t n, const Body& body) {
-#pragma omp parallel for schedule(static) num_threads(workers()) if (n > 1)
+void in_turn(int64_t n, const Body& body) {
+  for (int64_t i = 0; i < n; ++i) body(i, 0);
+}
+
+// Calls body(i, worker) for every i in [0, n), in any order, on up to `threads` workers; worker is in [0, workers()).
+// The body must not throw.
+template <class Body>
+void parallel_for(int64_t n, const Body& body, int threads = workers()) {
+  if (n <= 1 || threads <= 1) return in_turn(n, body);
+#pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < n; ++i) body(i, omp_in_parallel() ? omp_get_thread_num() : 0);
 }
 
 // The same for large bodies of unequal work: whoever is done takes the next.
 template <class Body>
-void parallel_tasks(int64_t n, const Body& body) {
-#pragma omp parallel for schedule(dynamic) num_threads(workers()) if (n > 1)
+void parallel_tasks(int64_t n, const Body& body, int threads = workers()) {
+  if (n <= 1 || threads <= 1) return in_turn(n, body);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t i = 0; i < n; ++i) body(i, omp_in_parallel() ? omp_get_thread_num() : 0);
 }
 

@@ -27,14 +27,16 @@ using namespace cpc::CPC_ISA;
 template <class Storage>
 using SumOf = std::conditional_t<std::is_same_v<Storage, double>, double, float>;
 
-// Work smaller than this is not worth waking other threads for, in multiplications and additions.
-constexpr int64_t kParallelFlops = 1 << 20;
+// Multiplications and additions of a nanosecond with the powers between the products, and of rows that are gathered.
+constexpr double kContrastFlops = 24, kSampledFlops = 6;
+// Nanoseconds that a query's feature takes to be packed, and a value to be converted.
+constexpr double kPackNanoseconds = 1, kConvertNanoseconds = 0.25;
 
-// Calls body(i) for every i in [0, n), on all workers where `parallel`.
+// Calls body(i) for every i in [0, n), on up to so many workers.
 template <class Body>
-void each(bool parallel, int64_t n, const Body& body) {
-  if (parallel)
-    parallel_for(n, [&](int64_t i, int) { body(i); });
+void each(int threads, int64_t n, const Body& body) {
+  if (threads > 1)
+    parallel_for(n, [&](int64_t i, int) { body(i); }, threads);
   else
     for (int64_t i = 0; i < n; ++i) body(i);
 }
@@ -112,16 +114,30 @@ class AllKeys {
     return parts.used();
   }
 
+  // Nanoseconds that a batch entry takes.
+  double nanoseconds() const {
+    const int products = 1 + wants_queries() + wants_keys();
+    return products * 2. * static_cast<double>(m_ * d_) * static_cast<double>(n_) / kContrastFlops;
+  }
+
   // Contrasts a batch entry.
   void run(int64_t entry, char* memory, bool parallel) const {
     Parts parts(memory);
-    Call call{entry, parallel && 2 * m_ * n_ * d_ > kParallelFlops, Buffers(parts, *this), nullptr, nullptr};
+    const auto threads = [&](double nanoseconds) { return parallel ? workers_for(nanoseconds) : 1; };
+    const auto rows = static_cast<double>(std::min(rows_, m_)), values = static_cast<double>(n_ * d_);
+    Call call{.entry = entry,
+              .threads = threads(2 * rows * values / kContrastFlops),
+              .packers = threads((wants_keys() ? 2 : 1) * kPackNanoseconds * rows * static_cast<double>(d_)),
+              .converters = threads(kConvertNanoseconds * values),
+              .buffers = Buffers(parts, *this),
+              .keys = nullptr,
+              .grad_keys = nullptr};
     const Storage* const keys = problem_.keys.template as<Storage>() + entry * n_ * d_;
     if constexpr (kInPlace) {
       call.keys = keys;
       if (wants_keys()) call.grad_keys = problem_.grad_keys.template as<S>() + entry * n_ * d_;
     } else {
-      each(call.parallel, blocks_, [&](int64_t block) {
+      each(call.converters, blocks_, [&](int64_t block) {
         const int64_t first = block * kBlockKeys * d_, count = keys_of(block) * d_;
         widen_run(call.buffers.keys + first, keys + first, count);
       });
@@ -134,7 +150,7 @@ class AllKeys {
     if (!wants_keys()) return;
     if (m_ == 0) std::fill_n(problem_.grad_keys.template as<Storage>() + entry * n_ * d_, n_ * d_, Storage{});
     if constexpr (!kInPlace)
-      each(call.parallel, m_ == 0 ? 0 : blocks_, [&](int64_t block) {
+      each(call.converters, m_ == 0 ? 0 : blocks_, [&](int64_t block) {
         const int64_t at = block * kBlockKeys * d_;
         narrow(problem_.grad_keys.template as<Storage>() + entry * n_ * d_ + at, call.grad_keys + at,
                keys_of(block) * d_);
@@ -178,7 +194,8 @@ class AllKeys {
 
   struct Call {
     int64_t entry;
-    bool parallel;
+    int threads;              // For a product of a superblock.
+    int packers, converters;  // To pack its queries, to convert all keys.
     Buffers buffers;
     const S* keys;
     S* grad_keys;
@@ -202,26 +219,26 @@ class AllKeys {
   void superblock(const Call& call, const Rows& rows, const Rows& next) const {
     for (int64_t chunk = 0; chunk < blocks_; chunk += chunk_blocks_) score(call, rows, chunk);
     // Little work, not worth another loop but for many.
-    each(call.parallel && workers() > kFewWorkers, rows.panels(),
+    each(workers() > kFewWorkers ? call.threads : 1, rows.panels(),
          [&](int64_t panel) { finish_rows(call, rows, panel); });
     if (!problem_.wants_gradients()) return pack_queries(call, next);
     for (int64_t chunk = 0; chunk < blocks_; chunk += chunk_blocks_) {
       if (chunk_blocks_ < blocks_) score(call, rows, chunk);
       const int64_t end = std::min(blocks_, chunk + chunk_blocks_);
-      each(call.parallel, end - chunk, [&](int64_t i) {
+      each(call.threads, end - chunk, [&](int64_t i) {
         weigh(call, rows, chunk, chunk + i);
         if (wants_keys()) add_to_keys(call, rows, chunk, chunk + i);
       });
       // A tile's part of the keys serves all panels while it is in the cache, unless that leaves workers idle.
       const int64_t tiles = divide_up(d_, kTileRows), groups = divide_up(tiles, kTaskTiles);
-      const int64_t shares = groups >= 2 * workers() || !call.parallel ? 1 : rows.panels();
+      const int64_t shares = groups >= 2 * call.threads || call.threads == 1 ? 1 : rows.panels();
       if (!wants_queries()) {
         if (end == blocks_) pack_queries(call, next);
         continue;
       }
       // Every task takes its part of both, as the first workers get the first tasks.
       const int64_t tasks = groups * shares, packs = end == blocks_ ? next.panels() : 0;
-      each(call.parallel, tasks, [&](int64_t task) {
+      each(call.threads, tasks, [&](int64_t task) {
         const int64_t group = task % groups, share = task / groups;
         add_to_queries(call, rows, chunk, end, group * tiles / groups, (group + 1) * tiles / groups,
                        share * rows.panels() / shares, (share + 1) * rows.panels() / shares);
@@ -232,7 +249,7 @@ class AllKeys {
   }
 
   void pack_queries(const Call& call, const Rows& rows) const {
-    each(call.parallel, rows.panels(), [&](int64_t panel) { pack_queries(call, rows, panel); });
+    each(call.packers, rows.panels(), [&](int64_t panel) { pack_queries(call, rows, panel); });
   }
 
   void pack_queries(const Call& call, const Rows& rows, int64_t panel) const {
@@ -264,7 +281,7 @@ class AllKeys {
   // Scores of a chunk's blocks as powers relative to their largest.
   void score(const Call& call, const Rows& rows, int64_t chunk) const {
     const int64_t count = std::min(blocks_, chunk + chunk_blocks_) - chunk, panels = rows.panels();
-    each(call.parallel, count * panels, [&](int64_t task) {
+    each(call.threads, count * panels, [&](int64_t task) {
       const int64_t block = chunk + task / panels, panel = task % panels, keys = keys_of(block);
       const int64_t columns = rows.columns(panel);
       S* const scores = scores_of(call, rows, chunk, block, panel);
@@ -513,26 +530,28 @@ class Sampled {
   void run(char* memory) const {
     Parts parts(memory);
     Buffers b(parts, *this);
-    const bool parallel = 2 * queries_ * pairs_ * d_ > kParallelFlops;
+    const int threads =
+                  workers_for(2. * static_cast<double>(queries_ * pairs_) * static_cast<double>(d_) / kSampledFlops),
+              converters = workers_for(kConvertNanoseconds * static_cast<double>(std::max(queries_, keys_) * d_));
     const S *queries, *keys;
     if constexpr (kInPlace) {
       queries = problem_.queries.template as<S>();
       keys = problem_.keys.template as<S>();
     } else {
-      each(parallel, queries_,
+      each(converters, queries_,
            [&](int64_t i) { widen_run(b.queries + i * d_, problem_.queries.template as<Storage>() + i * d_, d_); });
-      each(parallel, keys_,
+      each(converters, keys_,
            [&](int64_t i) { widen_run(b.keys + i * d_, problem_.keys.template as<Storage>() + i * d_, d_); });
       queries = b.queries;
       keys = b.keys;
     }
-    each(parallel, divide_up(queries_, kTaskRows), [&](int64_t task) {
+    each(threads, divide_up(queries_, kTaskRows), [&](int64_t task) {
       for (int64_t row = task * kTaskRows; row < std::min(queries_, (task + 1) * kTaskRows); ++row)
         contrast(b, queries, keys, row);
     });
     if (problem_.grad_keys.ndim == 0) return;
     sort(b);
-    each(parallel, divide_up(keys_, kTaskRows), [&](int64_t task) {
+    each(threads, divide_up(keys_, kTaskRows), [&](int64_t task) {
       for (int64_t key = task * kTaskRows; key < std::min(keys_, (task + 1) * kTaskRows); ++key) {
         const int64_t begin = b.segments[key], count = b.segments[key + 1] - begin;
         sum_rows(problem_.grad_keys.template as<Storage>() + key * d_, count, [&](int64_t i) {
@@ -687,9 +706,10 @@ void contrast(const Problem& problem) {
     char* const memory = problem.workspace.as<char>();
     if (problem.sampled()) return Sampled<Storage>(problem).run(memory);
     const AllKeys<Storage> all(problem);
-    if (shares_entries(problem))
-      return parallel_for(problem.batch(),
-                          [&](int64_t entry, int worker) { all.run(entry, memory + worker * all.workspace(), false); });
+    if (shares_entries(problem)) {
+      const auto run = [&](int64_t entry, int worker) { all.run(entry, memory + worker * all.workspace(), false); };
+      return parallel_for(problem.batch(), run, workers_for(static_cast<double>(problem.batch()) * all.nanoseconds()));
+    }
     for (int64_t entry = 0; entry < problem.batch(); ++entry) all.run(entry, memory, true);
   });
 }

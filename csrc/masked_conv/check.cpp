@@ -11,6 +11,9 @@ void require_type(const char* name, const TensorView& view, DType dtype) {
   require(view.dtype == dtype, std::string(name) + " must have the type of the other tensors");
 }
 
+// Of a kernel's side, and between its taps: products of two stay far from 64 bits.
+constexpr int64_t kMostPixels = int64_t{1} << 28;
+
 // [B, C, H, W] with the channels innermost and nothing between.
 void require_channels_last(const char* name, const TensorView& view) {
   require(view.ndim == 4, std::string(name) + " must be [B, C, H, W], got " + shape_of(view));
@@ -35,7 +38,11 @@ void require_packed(const TensorView& packed, int64_t bytes) {
 }  // namespace
 
 std::vector<Tap> taps_of(const std::vector<int64_t>& indices, int64_t kh, int64_t kw, int64_t dilation, bool negated) {
-  require(dilation >= 1, "dilation must be at least 1, got " + std::to_string(dilation));
+  require(dilation >= 1 && dilation <= kMostPixels,
+          "dilation must be in 1.." + std::to_string(kMostPixels) + ", got " + std::to_string(dilation));
+  require(kh >= 0 && kh <= kMostPixels && kw >= 0 && kw <= kMostPixels,
+          "the kernel's sides must be in 0.." + std::to_string(kMostPixels) + ", got " + std::to_string(kh) + "x" +
+              std::to_string(kw));
   std::vector<Tap> taps;
   for (const int64_t index : indices) {
     require(index >= 0 && index < kh * kw,
@@ -63,7 +70,8 @@ void check(const Packing& problem, int64_t packed_bytes) {
 void check(const Convolution& problem, int64_t packed_bytes, bool position_on_host) {
   const TensorView& input = problem.input;
   require_channels_last("input", input);
-  require(problem.outputs > 0, "there must be outputs, got " + std::to_string(problem.outputs));
+  require(problem.outputs > 0 && problem.outputs <= kMostPixels,
+          "outputs must be in 1.." + std::to_string(kMostPixels) + ", got " + std::to_string(problem.outputs));
   require_packed(problem.packed, packed_bytes);
   const int64_t batch = problem.batch(), height = problem.height(), width = problem.width(), n = problem.outputs;
   const bool gated = problem.activation == Activation::gated;
@@ -116,6 +124,12 @@ void check(const ActivationGrad& problem) {
     require_shape("bias_grad", problem.bias_grad, {n});
     require_type("bias_grad", problem.bias_grad, grad.dtype);
     require(is_dense(problem.bias_grad, {0}), "bias_grad must be dense");
+  }
+  if (problem.bias_grad.ndim != 0 && problem.workspace.ndim != 0) {
+    require_shape("workspace", problem.workspace, {cuda::kBiasParts, n});
+    require(problem.workspace.dtype == (grad.dtype == DType::f64 ? DType::f64 : DType::f32),
+            "workspace must have the computing type");
+    require(is_dense(problem.workspace, {0, 1}) || n == 0, "workspace must be dense");
   }
 }
 

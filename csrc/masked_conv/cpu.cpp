@@ -28,8 +28,8 @@ constexpr int64_t kDepthBlock = 320;
 constexpr int64_t kGatheredBytes = int64_t{512} << 10;
 // Channels that are transposed at a time: their part of a panel stays in the first-level cache.
 constexpr int64_t kTransposed = 64;
-// Products smaller than this are not worth waking other threads for.
-constexpr int64_t kParallelFlops = 1 << 20;
+// Nanoseconds that a weight takes to be packed for a term, and a value of an activation's gradient.
+constexpr double kPackNanoseconds = 0.7, kGradNanoseconds = 0.3, kGatedGradNanoseconds = 2;
 
 // Calls use(read) with the function read(at) that gives a term's weight: of one tap, or of two or three, added up.
 template <class E, class Storage, class Use>
@@ -66,7 +66,8 @@ void pack_as(const Packing& problem) {
   const int64_t inputs = problem.inputs(), depth = padded_depth<E>(inputs), terms_count = std::ssize(terms);
   const int64_t out_dim = problem.transposed ? 1 : 0;
   const int64_t out_step = weight.strides[out_dim], in_step = weight.strides[1 - out_dim];
-  parallel_for(panels.count() * terms_count, [&](int64_t task, int) {
+  const double nanoseconds = kPackNanoseconds * static_cast<double>(problem.outputs() * inputs) * terms_count;
+  const auto pack_panel = [&](int64_t task, int) {
     const int64_t p = task / terms_count, t = task % terms_count;
     const Panel panel = panels[p];
     const int64_t columns = panel.vectors * kLanes;
@@ -102,7 +103,8 @@ void pack_as(const Packing& problem) {
           for (int64_t c = 0; c < kLanes; ++c)
             to[k / kDepthStep<E> * kDepthStep<E> * columns + c * kDepthStep<E> + k % kDepthStep<E>] = block[k][c];
       }
-  });
+  };
+  parallel_for(panels.count() * terms_count, pack_panel, workers_for(nanoseconds));
 }
 
 // --- Forward ---
@@ -199,10 +201,12 @@ class Convolver {
       if (result->ndim != 0 && problem_.position.ndim == 0 && is_dense(*result, {0, 2, 3, 1}))
         advise_huge_pages(result->data, result->numel() * static_cast<int64_t>(sizeof(Storage)));
     const int64_t blocks = divide_up(rows_.count(), block_rows_), panels = panels_.count();
-    const bool parallel = 2 * rows_.count() * terms() * depth_ * problem_.outputs > kParallelFlops;
+    const double flops =
+        2. * static_cast<double>(rows_.count() * depth_) * static_cast<double>(terms() * problem_.outputs);
+    const int threads = workers_for(flops / kFlopsPerNanosecond);
     // Few blocks are shared out by panels as well, so that all workers end at about the same time; not too often where
     // each must gather the block again.
-    const int64_t groups = std::clamp<int64_t>(divide_up((gathers() ? 16 : 32) * workers(), blocks), 1, panels);
+    const int64_t groups = std::clamp<int64_t>(divide_up((gathers() ? 16 : 32) * threads, blocks), 1, panels);
     const std::vector<E> zeros(depth_);
     const Scratch scratch(bytes());
     const auto body = [&](int64_t task, int worker) {
@@ -218,10 +222,7 @@ class Convolver {
         finish(buffers, p, first, count);
       }
     };
-    if (parallel)
-      parallel_tasks(blocks * groups, body);  // At the images' edges there is less to do.
-    else
-      for (int64_t task = 0; task < blocks * groups; ++task) body(task, 0);
+    parallel_tasks(blocks * groups, body, threads);  // At the images' edges there is less to do.
   }
 
  private:
@@ -430,7 +431,8 @@ void activation_grad_as(const ActivationGrad& problem) {
   const int64_t padded = divide_up(given, kLanes) * kLanes;
   std::vector<S> partial(sums_bias ? parts * n : 0);
   const Scratch scratch(5 * padded * sizeof(S));
-  parallel_for(parts, [&](int64_t part, int worker) {
+  const double each_value = problem.activation == Activation::gated ? kGatedGradNanoseconds : kGradNanoseconds;
+  const auto differentiate = [&](int64_t part, int worker) {
     // A pixel's gradients and saved values, and the gradients in a: two of each where gated.
     S* const in = scratch.of<S>(worker);
     S *const saved = in + padded, *const result = saved + 2 * padded;
@@ -471,12 +473,24 @@ void activation_grad_as(const ActivationGrad& problem) {
       finish(a, 0);
       if (problem.activation == Activation::gated) finish(a + padded, gates);
     }
-  });
+  };
+  parallel_for(parts, differentiate, workers_for(each_value * static_cast<double>(grad.numel())));
   for (int64_t i = 0; sums_bias && i < n; ++i) {
     S total = 0;
     for (int64_t part = 0; part < parts; ++part) total += partial[part * n + i];
     problem.bias_grad.as<Storage>()[i] = narrow<Storage>(total);
   }
+}
+
+// Of four dimensions.
+template <class Storage>
+void fill_with_zeros(const TensorView& view) {
+  const int64_t *const n = view.shape, *const step = view.strides;
+  for (int64_t i = 0; i < n[0]; ++i)
+    for (int64_t j = 0; j < n[1]; ++j)
+      for (int64_t k = 0; k < n[2]; ++k)
+        for (int64_t l = 0; l < n[3]; ++l)
+          view.as<Storage>()[i * step[0] + j * step[1] + k * step[2] + l * step[3]] = Storage{};
 }
 
 }  // namespace
@@ -496,7 +510,7 @@ void pack(const Packing& problem) {
 }
 
 void convolve(const Convolution& problem) {
-  if (problem.batch() == 0) return;
+  if (problem.output.numel() == 0) return;
   with_floating(problem.input.dtype, [&](auto storage) { Convolver<decltype(storage)>(problem).run(); });
 }
 
@@ -505,7 +519,11 @@ void activation_grad(const ActivationGrad& problem) {
 }
 
 void weight_grad(const WeightGrad& problem) {
-  with_floating(problem.input.dtype, [&](auto storage) { WeightGradient<decltype(storage)>(problem).run(); });
+  if (problem.weight_grad.numel() == 0) return;
+  with_floating(problem.input.dtype, [&](auto storage) {
+    if (problem.grad.numel() == 0) return fill_with_zeros<decltype(storage)>(problem.weight_grad);
+    WeightGradient<decltype(storage)>(problem).run();
+  });
 }
 
 }  // namespace cpc::masked_conv::cpu::CPC_ISA

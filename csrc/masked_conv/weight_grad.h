@@ -20,6 +20,8 @@ constexpr int64_t kSliceBytes = int64_t{1} << 20;
 constexpr int64_t kSliceDepth = 128;
 // Channels that a task writes the gradients of.
 constexpr int64_t kWritten = 16;
+// Nanoseconds that a value takes to be packed, and a weight's gradient to be written.
+constexpr double kSliceNanoseconds = 0.5, kWriteNanoseconds = 1;
 // Tiles of a task, at most: enough to use a slice of the right operand often, few enough to share out.
 constexpr int64_t kTaskTiles = 8;
 
@@ -74,21 +76,31 @@ class WeightGradient {
     Parts parts(scratch.of<char>(0));
     E* const left = parts.take<E>(left_size);
     E* const right = parts.take<E>(right_size);
-    const int64_t task_tiles = std::clamp<int64_t>(panels_.count() * tiles_ / (4 * workers()), 1, kTaskTiles),
+    // Of a slice.
+    const double slices = static_cast<double>(divide_up(problem_.batch(), images_) *
+                                              divide_up(problem_.height(), slice_rows_)),
+                 positions = static_cast<double>(problem_.batch() * problem_.height() * across_) / slices,
+                 packed = positions * static_cast<double>(std::ssize(of_input_) * problem_.channels() +
+                                                          std::ssize(of_grad_) * problem_.outputs()),
+                 flops = 2 * positions * static_cast<double>(problem_.channels() * problem_.outputs()) *
+                         static_cast<double>(terms());
+    const int packers = workers_for(packed * kSliceNanoseconds), threads = workers_for(flops / kFlopsPerNanosecond);
+    const int64_t task_tiles = std::clamp<int64_t>(panels_.count() * tiles_ / (4 * threads), 1, kTaskTiles),
                   tasks = divide_up(tiles_, task_tiles);
     std::vector<E> values(workers() * images_ * zeros_.size());
     for (int64_t b = 0; b < problem_.batch(); b += images_)
       for (int64_t y = 0; y < problem_.height(); y += slice_rows_) {
         const Slice slice = slice_at(b, y);
-        parallel_for((slice.read_end - slice.read_begin + slice.end - slice.begin) * across_,
-                     [&](int64_t task, int worker) {
-                       pack(slice, left, right, values.data() + worker * images_ * zeros_.size(), task);
-                     });
-        // The last panel may be narrow and the last tiles few.
-        parallel_tasks(panels_.count() * tasks, [&](int64_t task, int) {
+        const auto pack_position = [&](int64_t task, int worker) {
+          pack(slice, left, right, values.data() + worker * images_ * zeros_.size(), task);
+        };
+        parallel_for((slice.read_end - slice.read_begin + slice.end - slice.begin) * across_, pack_position, packers);
+        const auto multiply_tiles = [&](int64_t task, int) {
           const int64_t first = task % tasks * task_tiles;
           multiply(slice, left, right, sums.data(), task / tasks, first, std::min(first + task_tiles, tiles_));
-        });
+        };
+        // The last panel may be narrow and the last tiles few.
+        parallel_tasks(panels_.count() * tasks, multiply_tiles, threads);
       }
     write(sums.data());
   }
@@ -230,7 +242,7 @@ class WeightGradient {
     const int64_t mask_out = mask.ndim == 4 ? mask.strides[0] : 0, mask_in = mask.ndim == 4 ? mask.strides[1] : 0;
     const int64_t mask_y = mask.strides[mask.ndim - 2], mask_x = mask.strides[mask.ndim - 1];
     const int64_t parts = divide_up(channels, kWritten);
-    parallel_for(panels_.count() * parts, [&](int64_t task, int) {
+    const auto write_part = [&](int64_t task, int) {
       const int64_t p = task / parts, first = task % parts * kWritten, end = std::min(channels, first + kWritten);
       const Panel panel = panels_[p];
       const auto of_term = [&](int64_t t, int64_t column) {
@@ -258,7 +270,9 @@ class WeightGradient {
           for (int64_t c = first; c < end; ++c)
             if (!visible[c * mask_in]) to[c * out.strides[1]] = Storage{};
         }
-    });
+    };
+    parallel_for(panels_.count() * parts, write_part,
+                 workers_for(kWriteNanoseconds * static_cast<double>(out.numel())));
   }
 
   const WeightGrad& problem_;

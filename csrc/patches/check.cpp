@@ -50,8 +50,17 @@ void check(const Problem& problem, bool backward, bool offsets_on_host) {
   }
   if (backward) {
     require_shape("images_grad", problem.images_grad, {batch, channels, images.shape[2], images.shape[3]});
-    require(is_floating(problem.images_grad.dtype) && is_dense(problem.images_grad, {0, 1, 2, 3}),
+    require(is_floating(problem.images_grad.dtype) &&
+                (is_dense(problem.images_grad, {0, 1, 2, 3}) || problem.images_grad.numel() == 0),
             "images_grad must be floating and dense");
+    if (problem.norm_slopes.ndim != 0) {
+      const bool in_double = problem.images_grad.dtype == DType::f64 || patches.dtype == DType::f64;
+      require_shape("norm_slopes", problem.norm_slopes, {batch, problem.rows(), problem.cols(), 3});
+      require(problem.norm_slopes.dtype == (in_double ? DType::f64 : DType::f32),
+              "norm_slopes must have the computing type");
+      require(is_dense(problem.norm_slopes, {0, 1, 2, 3}) || problem.norm_slopes.numel() == 0,
+              "norm_slopes must be dense");
+    }
   }
 }
 

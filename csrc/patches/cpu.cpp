@@ -20,6 +20,9 @@ constexpr int64_t kBufferBytes = 128 << 10;
 // Results larger than this are not found in the cache by whoever reads them next, so they are written past it.
 constexpr int64_t kStreamBytes = int64_t{32} << 20;
 
+// Nanoseconds that a value of a patch takes, and one that is normalised by its patch: forward and backward.
+constexpr double kNanoseconds = 0.25, kNormNanoseconds = 0.75, kGradNanoseconds = 0.7, kNormGradNanoseconds = 3;
+
 // --- Forward ---
 
 // A task: patch rows [first, last) of image b.
@@ -27,14 +30,14 @@ struct Task {
   int64_t b, first, last;
 };
 
-// Splits the patch rows of every image into runs whose window rows fit the buffer, and into enough of them for all
-// workers.
+// Splits the patch rows of every image into runs whose window rows fit the buffer, and into enough of them for the
+// threads.
 class Tasks {
  public:
-  Tasks(const Problem& problem, int64_t window_row_bytes) : rows_(problem.rows()) {
+  Tasks(const Problem& problem, int64_t window_row_bytes, int threads) : rows_(problem.rows()) {
     const Geometry& g = problem.geometry;
     const int64_t fitting = (kBufferBytes / window_row_bytes - g.patch) / g.stride + 1;
-    const int64_t balanced = problem.batch() * rows_ / (4 * workers());
+    const int64_t balanced = problem.batch() * rows_ / (4 * threads);
     per_task_ = std::clamp(std::min(fitting, balanced), int64_t{1}, rows_);
     per_image_ = (rows_ + per_task_ - 1) / per_task_;
     window_rows_ = (per_task_ - 1) * g.stride + g.patch;
@@ -147,7 +150,9 @@ void extract_as(const Problem& problem) {
   const Runs runs(problem);
   const PlaneReader<Real> reader(problem);
   const int64_t cols = problem.cols();
-  const Tasks tasks(problem, runs.planes * runs.row * sizeof(Real));
+  const int threads =
+      workers_for((g.patch_norm ? kNormNanoseconds : kNanoseconds) * static_cast<double>(problem.patches.numel()));
+  const Tasks tasks(problem, runs.planes * runs.row * sizeof(Real), threads);
   // Pixels as read; the same cast, where patches are plain copies of another type; the reader's and a run's temporary.
   const bool casts = !g.patch_norm && !std::is_same_v<Out, Real>;
   const int64_t pixel_values = runs.planes * tasks.window_rows() * runs.row;
@@ -160,7 +165,7 @@ void extract_as(const Problem& problem) {
       bytes > kStreamBytes && run_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(problem.patches.data) % 16 == 0;
   advise_huge_pages(problem.patches.data, bytes);
 
-  parallel_for(tasks.count(), [&](int64_t i, int worker) {
+  const auto extract_task = [&](int64_t i, int worker) {
     const Task task = tasks[i];
     Real* const temporary = scratch.of<Real>(worker);
     Real* const pixels = temporary + temporary_values;
@@ -211,7 +216,8 @@ void extract_as(const Problem& problem) {
         }
     }
     if (streams) stream_fence();
-  });
+  };
+  parallel_for(tasks.count(), extract_task, threads);
 }
 
 // --- Backward ---
@@ -245,7 +251,7 @@ void extract_backward_as(const Problem& problem) {
   const int64_t pixel_values = g.patch_norm ? g.height * row_values : 0;
   const Scratch scratch((reader.temporary() + row_values + slope_values + pixel_values) * sizeof(Real));
 
-  parallel_for(problem.batch(), [&](int64_t image, int worker) {
+  const auto sum_image = [&](int64_t image, int worker) {
     Real* const temporary = scratch.of<Real>(worker);
     Real* const total = temporary + reader.temporary();
     auto* const slopes = reinterpret_cast<NormSlopes<Real>*>(total + row_values);
@@ -308,7 +314,9 @@ void extract_backward_as(const Problem& problem) {
           row[window.flip ? g.width - 1 - x : x] = narrow<Out>(scale * sums[x * runs.pixel]);
       }
     }
-  });
+  };
+  const double nanoseconds = g.patch_norm ? kNormGradNanoseconds : kGradNanoseconds;
+  parallel_for(problem.batch(), sum_image, workers_for(nanoseconds * static_cast<double>(problem.patches.numel())));
 }
 
 }  // namespace

@@ -66,7 +66,11 @@ AlignedMemory aligned_memory(int64_t bytes) { return AlignedMemory(new (std::ali
 
 void check(const Network& network) {
   require(network.dtype == DType::f32 || network.dtype == DType::f64, "maps must be float32 or float64");
+  constexpr int64_t kMost = int64_t{1} << 31;  // The kernel multiplies sides by scales, and adds borders.
   require(network.batch >= 0 && network.height > 0 && network.width > 0, "images must have rows and columns");
+  require(network.height <= kMost && network.width <= kMost,
+          "images must have at most " + std::to_string(kMost) + " rows and columns, got " +
+              std::to_string(network.height) + "x" + std::to_string(network.width));
   for (const Step& step : network.steps) check_step(network, step);
 }
 

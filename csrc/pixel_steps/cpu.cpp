@@ -17,8 +17,8 @@ using namespace cpc::CPC_ISA;
 
 // Rows of the product that are finished together: their sums stay in the cache.
 constexpr int64_t kBlockRows = 8 * kTileRows;
-// Less work than this is not worth waking other threads for.
-constexpr int64_t kParallelFlops = 1 << 20;
+// Of kFlopsPerNanosecond, the share of products with so few rows, which wait for their weights.
+constexpr double kFewRows = 0.5;
 
 // Columns of a product, filled up to whole registers.
 template <class E>
@@ -76,10 +76,12 @@ class Runner {
   explicit Runner(const Place& place) : place_(place), network_(place.network) {}
 
   void run() const {
-    int64_t flops = 0;
+    double flops = 0;
     for (const Step& step : network_.steps)
-      if (due(step)) flops += 2 * network_.batch * columns(step) * step.depth() * step.outputs();
-    const int64_t groups = flops > kParallelFlops ? std::min<int64_t>(workers(), network_.batch) : 1;
+      if (due(step))
+        flops += 2. * static_cast<double>(network_.batch * columns(step)) *
+                 static_cast<double>(step.depth() * step.outputs());
+    const int64_t groups = std::min<int64_t>(workers_for(flops / (kFewRows * kFlopsPerNanosecond)), network_.batch);
     Parts counted(nullptr);
     Buffers<E>(counted, network_);
     const Scratch scratch(counted.used());

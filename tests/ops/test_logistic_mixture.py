@@ -209,8 +209,9 @@ def test_colors_see_those_before_them():
 
 
 def test_results_do_not_vary_between_runs_nor_with_threads():
-    images = make_images(batch=3, size=(20, 11))
-    params = make_params(batch=3, size=(20, 11)).to(memory_format=torch.channels_last)
+    # Large enough for three threads.
+    images = make_images(batch=3, size=(40, 11))
+    params = make_params(batch=3, size=(40, 11)).to(memory_format=torch.channels_last)
 
     def with_threads(threads):
         torch.set_num_threads(threads)

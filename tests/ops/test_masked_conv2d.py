@@ -363,7 +363,7 @@ def test_channels_last_stays(device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 def test_results_do_not_vary(device, dtype):
-    case = Case(9, 17, 34, (7, 7), activation="gated")
+    case = Case(24, 17, 34, (7, 7), activation="gated")  # Large enough for three threads.
     mask = case.mask_tensor().to(device)
 
     def run(threads):
