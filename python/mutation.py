@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 _TRAINING = "cpc_ext/training"
-_EVALUATION = tuple(
-    f"{_TRAINING}/{name}.py"
-    for name in (*("evaluation", "evaluation_record", "finetuning", "probe", "knn", "label_subsets", "per_module"),)
-)
-# Processes of their own run these, where mutmut does not look; figures are judged by eye.
-_UNSEEN = tuple(f"{_TRAINING}/{name}.py" for name in ("distribution", "pipeline", "figures", "module_figures"))
+
+
+def _named(folder: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{folder}/{name}.py" for name in names)
+
+
 # The emulation checks kernels; the others start processes, whose code mutmut does not see.
 _DESELECTED = "not emulated and not processes and not dead_process and not pipeline and not entry_point"
 # The text of messages, which tests are free to quote in part.
@@ -30,19 +30,46 @@ _MESSAGES = (r"^\s*raise ", r"^\s*warn\(", r"^\s*print\(")
 
 
 class Room(NamedTuple):
-    """files: patterns of what is mutated. tests: what is run. without: files that are not mutated after all."""
+    """files: patterns of what is mutated. tests: what is run: direct tests, as whole runs take seconds a mutant."""
 
     files: tuple[str, ...]
     tests: tuple[str, ...]
-    without: tuple[str, ...] = ()
 
 
+_OPTIONS = _named("tests/training", "test_every_option", "test_learner", "test_parts", "test_options")
 ROOMS = {
-    "training": Room((f"{_TRAINING}/*.py",), ("tests/training",), (*_EVALUATION, *_UNSEEN)),
-    "evaluation": Room(_EVALUATION, ("tests/training",)),
-    "nn": Room(("cpc_ext/nn/*.py",), ("tests/nn", "tests/golden")),
-    "ops": Room(("cpc_ext/ops/*.py",), ("tests/ops", "tests/nn")),
-    "models": Room(("cpc_ext/models/*.py",), ("tests/models", "tests/golden")),
+    # What one step does, and how long and fast it is done.
+    "steps": Room(
+        _named(
+            _TRAINING,
+            *("learner", "schedule", "weight_average", "precision", "meter", "random_streams"),
+        ),
+        _named("tests/training", "test_learner", "test_steps", "test_parts"),
+    ),
+    # From options to models, batches and files.
+    "training": Room(
+        _named(
+            _TRAINING,
+            *("config", "presets", "cli", "encoder_names", "encoders", "task", "loop", "learner", "schedule"),
+            *("weight_average", "precision", "meter", "random_streams"),
+            *("cpc_v1", "cpc_v2", "greedy", "simclr", "pixelcnn"),
+        ),
+        (*_OPTIONS, *_named("tests/training", "test_steps", "test_encoder_names")),
+    ),
+    "evaluation": Room(
+        _named(
+            _TRAINING,
+            *("evaluation", "evaluation_record", "finetuning", "probe", "knn", "label_subsets", "per_module"),
+        ),
+        _named("tests/training", "test_evaluation", "test_probe", "test_judges", "test_per_module"),
+    ),
+    "judges": Room(
+        _named(_TRAINING, "probe", "knn", "label_subsets"),
+        _named("tests/training", "test_probe", "test_judges"),
+    ),
+    "nn": Room(("cpc_ext/nn/*.py",), ("tests/nn",)),
+    "ops": Room(("cpc_ext/ops/*.py",), ("tests/ops",)),
+    "models": Room(("cpc_ext/models/*.py",), ("tests/models",)),
 }
 
 
@@ -104,7 +131,6 @@ def _enter(room: str) -> None:
         "source_paths": ["cpc_ext"],
         "also_copy": ["python"],
         "only_mutate": list(ROOMS[room].files),
-        "do_not_mutate": list(ROOMS[room].without),
         "do_not_mutate_patterns": list(_MESSAGES),
         "pytest_add_cli_args": ["-p", "no:cacheprovider", "--import-mode=importlib", "-k", _DESELECTED],
         "pytest_add_cli_args_test_selection": list(ROOMS[room].tests),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -145,7 +146,7 @@ def test_the_state_goes_on(precision):
     for _ in range(3):
         update(first)
     second.part.load_state_dict(first.part.state_dict())
-    second.load_state_dict(first.state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
     assert second.state_dict()["optimizer"]["state"][1]["step"].item() == 3
     assert second.state_dict()["scaler"] == first.state_dict()["scaler"]
     for learner in learners:
