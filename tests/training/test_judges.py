@@ -97,13 +97,13 @@ def test_neighbours_are_as_many_as_told_and_by_default_those_of_the_paper():
     labels = torch.tensor([0, 1, 1, 2])
     query = torch.tensor([[5.0, 0.0]])
     one, two, many = (
-        knn_scores(labelled, labels, query, classes=4, neighbours=number, temperature=1.0) for number in (1, 2, 9)
+        knn_scores(labelled, labels, query, classes=4, neighbours=number, temperature=0.5) for number in (1, 2, 9)
     )
     assert (one > 0).tolist() == [[True, False, False, False]]
     assert (two > 0).tolist() == [[True, True, False, False]]
     assert (many > 0).tolist() == [[True, True, True, False]]
     assert one[0, 0].item() == pytest.approx(1.0)
-    assert many[0, 2].item() == pytest.approx(np.exp(-2.0))
+    assert many[0, 2].item() == pytest.approx(np.exp(-2 / 0.5))
     assert (knn.NEIGHBOURS, knn.TEMPERATURE) == (200, 0.07)
     assert torch.equal(
         knn_scores(labelled, labels, query, classes=4),
@@ -168,7 +168,8 @@ def test_a_class_without_enough_labels_is_named():
         LabelBudget(per_class=2).subset(labels, ("cat", "dog", "owl"), seed=0, draw=0)
     with pytest.raises(TrainingError, match=r"^--labels 50%: class fox has 0 labelled training images$"):
         LabelBudget(share=0.5).subset(labels, ("cat", "dog", "owl", "fox"), seed=0, draw=0)
-    assert len(LabelBudget(per_class=1).subset(labels, ("cat", "dog", "owl"), seed=0, draw=0)) == 3
+    for budget in (LabelBudget(per_class=1), LabelBudget(share=0.1)):  # One is enough for a share.
+        assert len(budget.subset(labels, ("cat", "dog", "owl"), seed=0, draw=0)) == 3
 
 
 # How long fine-tuning takes.
