@@ -54,7 +54,10 @@ ROOMS = {
             *("weight_average", "precision", "meter", "random_streams"),
             *("cpc_v1", "cpc_v2", "greedy", "simclr", "pixelcnn"),
         ),
-        (*_OPTIONS, *_named("tests/training", "test_steps", "test_encoder_names")),
+        (
+            *_OPTIONS,
+            *_named("tests/training", "test_steps", "test_encoder_names", "test_resume", "test_trouble", "test_run"),
+        ),
     ),
     "evaluation": Room(
         _named(

@@ -9,17 +9,9 @@ import torch
 from torch import nn
 
 from cpc_ext.data import BatchShare
-from cpc_ext.training import precision
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.meter import FiniteGuard, Meter
-from cpc_ext.training.precision import (
-    autocast,
-    check_device,
-    default_device,
-    default_precision,
-    grad_scaler,
-    patch_dtype,
-)
+from cpc_ext.training.precision import autocast, check_device, grad_scaler, patch_dtype
 from cpc_ext.training.random_streams import RandomStreams
 from cpc_ext.training.schedule import learning_rate
 from cpc_ext.training.weight_average import WeightAverage, averaged_weights
@@ -74,56 +66,10 @@ def test_number_formats(name):
     assert grad_scaler(CPU, name).is_enabled() == (name == "fp16")
 
 
-@pytest.mark.parametrize(
-    ("cuda", "mps", "expected"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]
-)
-def test_default_device(monkeypatch, cuda, mps, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert default_device() == expected
-
-
-@pytest.mark.parametrize(
-    ("avx512", "amx", "native"), [(False, False, False), (True, False, True), (False, True, True), (True, True, True)]
-)
-def test_default_precision_of_a_cpu(monkeypatch, avx512, amx, native):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert default_precision("cpu") == ("bf16" if native else "fp32")
-    assert default_precision("mps") == "fp32"
-
-
-@pytest.mark.parametrize(
-    ("there", "emulated", "native"), [(True, True, True), (True, False, False), (False, True, True)]
-)
-def test_default_precision_of_a_gpu(monkeypatch, there, emulated, native):
-    """Emulated bfloat16 does not count."""
-    asked = []
-
-    def supported(including_emulation=True):
-        asked.append(including_emulation)
-        return native
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    for name in ("cuda", "cuda:1"):
-        assert default_precision(name) == ("bf16" if there and native else "fp32")
-    assert asked == ([False] * 2 if there else [])
-
-
 def test_devices_that_are_there_and_not():
     assert check_device("cpu") == CPU
     with pytest.raises(TrainingError, match=r"^--device cuda:99 is not available here \(.+\); --device cpu always is$"):
         check_device("cuda:99")
-
-
-def test_a_device_that_has_no_backend(monkeypatch):
-    def empty(*size, device):
-        raise NotImplementedError("no kernel\nand more")
-
-    monkeypatch.setattr(precision.torch, "empty", empty)
-    with pytest.raises(TrainingError, match=r"^--device cpu is not available here \(no kernel\)"):
-        check_device("cpu")
 
 
 # Random numbers.
