@@ -54,17 +54,16 @@ ROOMS = {
             *("weight_average", "precision", "meter", "random_streams"),
             *("cpc_v1", "cpc_v2", "greedy", "simclr", "pixelcnn"),
         ),
-        (
-            *_OPTIONS,
-            *_named("tests/training", "test_steps", "test_encoder_names", "test_resume", "test_trouble", "test_run"),
-        ),
+        (*_OPTIONS, *_named("tests/training", "test_steps", "test_encoder_names")),
     ),
     "evaluation": Room(
         _named(
             _TRAINING,
             *("evaluation", "evaluation_record", "finetuning", "probe", "knn", "label_subsets", "per_module"),
         ),
-        _named("tests/training", "test_evaluation", "test_probe", "test_judges", "test_per_module"),
+        _named(
+            "tests/training", *("test_evaluation", "test_finetuning", "test_probe", "test_judges", "test_per_module")
+        ),
     ),
     "judges": Room(
         _named(_TRAINING, "probe", "knn", "label_subsets"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 
 import pytest
@@ -39,7 +40,9 @@ class TwoWeights(nn.Module):
         return {"loss": loss, "other": torch.tensor(7.0)}, Handover(given.features + 1, "draws")
 
 
-def learner_of(part: nn.Module, *, precision: str = "fp32", index: int = 0, **optimization: object) -> Learner:
+def learner_of(
+    part: nn.Module, *, precision: str = "fp32", index: int = 0, ranks: Ranks | None = None, **optimization: object
+) -> Learner:
     config = validate_config(
         {
             "cpc": {"pred_steps": 2},
@@ -47,7 +50,7 @@ def learner_of(part: nn.Module, *, precision: str = "fp32", index: int = 0, **op
             "compute": {"precision": precision},
         }
     )
-    return Learner(index, part, config, Ranks(CPU))
+    return Learner(index, part, config, ranks or Ranks(CPU))
 
 
 def update(learner: Learner, *, step: int = 1, rate: float = 0.5, guard: FiniteGuard | None = None):
@@ -154,3 +157,32 @@ def test_the_state_goes_on(precision):
         update(learner)
     for one, other in zip(first.part.weights, second.part.weights, strict=True):
         assert torch.equal(one, other)
+
+
+def test_the_optimizer_is_fused_so_that_overflows_do_not_wait_for_the_host():
+    for decay in (0.0, 0.1):
+        (group,) = learner_of(TwoWeights(), weight_decay=decay).state_dict()["optimizer"]["param_groups"]
+        assert (group["fused"], group["weight_decay"]) == (True, decay)
+
+
+@pytest.mark.parametrize("name", ["forward_sync_buffers", "broadcast_buffers"])
+def test_processes_share_gradients_and_no_buffers(monkeypatch, name):
+    """PyTorch calls the option one or the other; with a single process there is nothing around the part."""
+    made = []
+
+    class Wrapped(nn.Module):
+        def __init__(self, module, **options):
+            super().__init__()
+            made.append((module, options))
+
+    parameters = [inspect.Parameter("module", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+    parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)]
+    Wrapped.__signature__ = inspect.Signature(parameters)
+    monkeypatch.setattr("cpc_ext.training.learner.DistributedDataParallel", Wrapped)
+    learner_of(TwoWeights())
+    assert made == []
+    part = TwoWeights()
+    learner_of(part, ranks=Ranks(CPU, rank=1, world_size=2))
+    assert made == [(part, {name: False})]
+    learner_of(part, ranks=Ranks(CPU, rank=1, world_size=2, pipeline=True))  # Each has a part and whole batches.
+    assert len(made) == 1

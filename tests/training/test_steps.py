@@ -98,6 +98,20 @@ def test_streams_of_another_kind_of_device_draw_negatives_anew():
     assert all(map(torch.equal, expected, [torch.rand(3, generator=other.views), torch.rand(3)]))
 
 
+def test_streams_keep_what_a_gpus_own_layers_draw(monkeypatch):
+    kept = []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: f"of {device}")
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: kept.append((state, device)))
+    streams = RandomStreams(5, CPU)
+    monkeypatch.setattr(streams, "_device", torch.device("cuda:1"))
+    state = streams.state_dict()
+    assert (state["device"], state["torch_device"]) == ("cuda", "of cuda:1")
+    streams.load_state_dict(state)
+    assert kept == [("of cuda:1", torch.device("cuda:1"))]
+    streams.load_state_dict({**state, "device": "cpu"})
+    assert len(kept) == 1
+
+
 # Means.
 
 
