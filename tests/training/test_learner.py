@@ -126,6 +126,18 @@ def test_a_gradient_that_is_not_finite_is_remembered(gradients, bad):
     assert guard.first_bad_step() == (6 if bad else None)
 
 
+def test_a_gradient_may_be_infinite_where_the_loss_is_not():
+    class Root(TwoWeights):
+        def forward(self, given, labels, streams):
+            return {"loss": self.weights[0].sqrt().sum()}, given
+
+    part, guard = Root(), FiniteGuard(CPU)
+    nn.init.zeros_(part.weights[0])
+    values, _ = update(learner_of(part), step=3, guard=guard)
+    assert values["loss"].item() == 0
+    assert guard.first_bad_step() == 3
+
+
 def test_loss_scaling_overflows_without_an_update():
     """Such a gradient is expected: the weights stay, and the next step has a smaller factor."""
     part, guard = TwoWeights((1e38, 1.0)), FiniteGuard(CPU)
