@@ -583,7 +583,7 @@ def ema_decay(model: str) -> None:
         if kept is None:
             assert state == {}
         else:
-            averaged = next(value for key, value in state.items() if key.endswith(name))
+            (averaged,) = (value for key, value in state.items() if key.endswith(name))
             torch.testing.assert_close(averaged, before + 1 - kept)
 
 
@@ -721,8 +721,23 @@ def weight_decay(model: str, tmp_path: Path) -> None:
     assert trained(tmp_path / "none", factor=0.0, lr=0.5).weights == [100.0] * 5
 
 
-def resume_from(model: str) -> None:
-    """See test_starting_weights.py, which runs the program."""
+def resume_from(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a learning rate of next to nothing a run ends with the weights that it starts from."""
+    monkeypatch.setattr(program, "load_dataset", lambda *arguments, **options: dataset_of(noise()))
+    monkeypatch.setattr(program.TASKS[model], "evaluate", lambda task: {})
+    monkeypatch.setattr(program.TASKS[model], "save", lambda task, run: None)
+    config = tmp_path / "config.yaml"
+    config.write_text(config_of(model, lr=1e-12, steps=1).to_yaml())
+    ends = {}
+    for name, options in (
+        ("first", ["--config", config, "--seed", "1"]),
+        ("started", ["--resume-from", tmp_path / "first", "--seed", "2"]),
+        ("plain", ["--config", config, "--seed", "2"]),
+    ):
+        assert program.main([*map(str, options), "--out-dir", str(tmp_path / name)]) == 0
+        ends[name] = load_checkpoint(tmp_path / name / "checkpoint.pt")["model"]["encoder.conv1.weight"]
+    torch.testing.assert_close(ends["started"], ends["first"], atol=1e-6, rtol=0)
+    assert (ends["plain"] - ends["first"]).abs().max() > 0.01
 
 
 def device(model: str) -> None:
@@ -861,9 +876,25 @@ OPTIONS = [
 @pytest.mark.parametrize(("model", "name"), OPTIONS)
 def test_option_has_its_effect(model, name, tmp_path, monkeypatch):
     assert name in EFFECTS, f"{option(name)} needs a test here that fails when it does nothing"
-    check = EFFECTS[name]
-    fixtures = {"tmp_path": tmp_path, "monkeypatch": monkeypatch}
-    check(model, **{key: fixtures[key] for key in fixtures if key in check.__annotations__})
+    look(EFFECTS[name], model, tmp_path=tmp_path, monkeypatch=monkeypatch)
+
+
+def look(check: Callable[..., None], model: str, **fixtures: object) -> None:
+    check(model, **{name: fixture for name, fixture in fixtures.items() if name in check.__annotations__})
+
+
+@pytest.mark.parametrize(("model", "name"), [each for each in OPTIONS if each[1] != "resume_from"])
+def test_an_option_that_does_nothing_is_noticed(model, name, tmp_path, monkeypatch):
+    """The test above fails where the option never reaches the config; that of --resume-from runs the program."""
+    given = config_of
+
+    def ignored(model: str, **options: Any) -> RunConfig:
+        return given(model, **{each: value for each, value in options.items() if each != name})
+
+    monkeypatch.setitem(globals(), "config_of", ignored)
+    failures = (AssertionError, pytest.fail.Exception, TrainingError, ValueError, TypeError, LookupError)
+    with pytest.raises(failures):
+        look(EFFECTS[name], model, tmp_path=tmp_path, monkeypatch=monkeypatch)
 
 
 def test_no_entry_is_left_over():
