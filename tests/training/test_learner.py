@@ -178,7 +178,7 @@ def test_the_optimizer_is_fused_so_that_overflows_do_not_wait_for_the_host():
 
 
 @pytest.mark.parametrize("name", ["forward_sync_buffers", "broadcast_buffers"])
-def test_processes_share_gradients_and_no_buffers(monkeypatch, name):
+def test_what_is_shared_is_gradients_and_no_buffers(monkeypatch, name):
     """PyTorch calls the option one or the other; with a single process there is nothing around the part."""
     made = []
 

@@ -56,6 +56,7 @@ def test_the_floor_is_zero_unless_given():
 # Number formats.
 
 
+@pytest.mark.filterwarnings("error")  # As PyTorch gives where autocast is asked for float32.
 @pytest.mark.parametrize("name", DTYPES)
 def test_number_formats(name):
     assert patch_dtype(name) == DTYPES[name]
