@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from cpc_ext.data import ImageSet
-from cpc_ext.training import knn
+from cpc_ext.training import knn, probe
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.finetuning import FineTuning
 from cpc_ext.training.knn import knn_scores
@@ -44,6 +44,19 @@ def test_classifier_is_at_the_minimum_of_the_regularised_loss():
     assert weights.grad.abs().max() < 1e-4
     torch.testing.assert_close(classifier.logits(features), logits.detach())
     assert classifier.strength in (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
+
+
+def test_features_that_are_nearly_the_same_are_fitted_to_the_end(monkeypatch):
+    """Of hardly any regularisation: the minimum lies in a long and narrow valley."""
+    monkeypatch.setattr(probe, "_STRENGTHS", (1e-4,))
+    features, labels = clouds(60, 0, distance=1.0)
+    features = torch.cat([features, features + 0.05 * clouds(60, 1, distance=0.0)[0]], dim=1)
+    classifier = fit_linear_classifier(features, labels, classes=3)
+    weights = classifier.weights.clone().requires_grad_()
+    standardised = (features.double() - classifier.mean) / classifier.deviation
+    logits = standardised @ weights[:, :-1].T + weights[:, -1]
+    (F.cross_entropy(logits, labels) + 1e-4 / 2 * weights[:, :-1].square().sum()).backward()
+    assert weights.grad.abs().max() < 1e-5
 
 
 def test_of_equally_good_strengths_the_stronger_is_taken():
