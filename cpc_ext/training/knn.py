@@ -42,4 +42,4 @@ def knn_scores(
         similarity, nearest = (F.normalize(chunk, dim=1) @ keys.T).topk(min(neighbours, len(keys)), dim=1)
         weights = ((similarity - 1) / temperature).exp()
         votes.append(weights.new_zeros(len(chunk), classes).scatter_add_(1, labels[nearest], weights))
-    return torch.cat(votes) if votes else keys.new_zeros(0, classes)
+    return torch.cat(votes)

@@ -241,7 +241,7 @@ def test_the_variant_of_lightning_bolts_predicts_all_steps(capsys):
 
 def test_a_trained_run_goes_to_the_program_and_back(train, tmp_path):
     """Not of a converted checkpoint: nothing is known but the run."""
-    options = ("--encoder", "resnet:blocks=1-1,channels=4-8,stem=cifar,stem_channels=4", "--context-layers", "2")
+    options = ("--encoder", "resnet:blocks=1-1,channels=8-16,stem=cifar,stem_channels=8", "--context-layers", "2")
     assert train("--out-dir", tmp_path / "run", *options, "--steps", "1") == 0
     assert convert(tmp_path / "run", "--to", "cpcv2-pytorch", "--out", tmp_path / "cpc.pt") == 0
     assert convert(tmp_path / "cpc.pt", "--source", "cpcv2-pytorch", "--out", tmp_path / "back") == 0

@@ -1,0 +1,169 @@
+"""Mutation testing of a room of the package: small changes of its code, one at a time, that its tests ought to find.
+
+From a room and a seed to the share of a random sample of mutants that the room's tests kill, and the survivors as
+diffs. mutmut makes the mutants, learns which tests run which function, and forks a process a mutant, which has all
+modules already and runs those tests, the quickest first. CONTRIBUTING.md tells how to run it and what it taught.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+_TRAINING = "cpc_ext/training"
+
+
+def _named(folder: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{folder}/{name}.py" for name in names)
+
+
+# The emulation checks kernels; the others start processes, whose code mutmut does not see.
+_DESELECTED = "not emulated and not processes and not dead_process and not pipeline and not entry_point"
+# The text of messages, which tests are free to quote in part.
+_MESSAGES = (r"^\s*raise ", r"^\s*warn\(", r"^\s*print\(")
+
+
+class Room(NamedTuple):
+    """files: patterns of what is mutated. tests: what is run: direct tests, as whole runs take seconds a mutant."""
+
+    files: tuple[str, ...]
+    tests: tuple[str, ...]
+
+
+_OPTIONS = _named("tests/training", "test_every_option", "test_learner", "test_parts", "test_options")
+ROOMS = {
+    # What one step does, and how long and fast it is done.
+    "steps": Room(
+        _named(
+            _TRAINING,
+            *("learner", "schedule", "weight_average", "precision", "meter", "random_streams"),
+        ),
+        _named("tests/training", "test_learner", "test_steps", "test_parts"),
+    ),
+    # From options to models, batches and files.
+    "training": Room(
+        _named(
+            _TRAINING,
+            *("config", "presets", "cli", "encoder_names", "encoders", "task", "loop", "learner", "schedule"),
+            *("weight_average", "precision", "meter", "random_streams"),
+            *("cpc_v1", "cpc_v2", "greedy", "simclr", "pixelcnn"),
+        ),
+        (*_OPTIONS, *_named("tests/training", "test_steps", "test_encoder_names")),
+    ),
+    "evaluation": Room(
+        _named(
+            _TRAINING,
+            *("evaluation", "evaluation_record", "finetuning", "probe", "knn", "label_subsets", "per_module"),
+        ),
+        _named(
+            "tests/training", *("test_evaluation", "test_finetuning", "test_probe", "test_judges", "test_per_module")
+        ),
+    ),
+    "judges": Room(
+        _named(_TRAINING, "probe", "knn", "label_subsets"),
+        _named("tests/training", "test_probe", "test_judges"),
+    ),
+    "nn": Room(("cpc_ext/nn/*.py",), ("tests/nn",)),
+    "ops": Room(("cpc_ext/ops/*.py",), ("tests/ops",)),
+    "models": Room(("cpc_ext/models/*.py",), ("tests/models",)),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("room", choices=ROOMS)
+    parser.add_argument("--sample", type=int, default=300, help="mutants to try")
+    parser.add_argument("--seed", type=int, default=0, help="determines the sample")
+    parser.add_argument("--processes", type=int, default=1, help="mutants tried at a time")
+    parser.add_argument("--seconds", type=float, default=30, help="of tests that a mutant is tried on, quickest first")
+    parser.add_argument("--survivors", action="store_true", help="try only those that the last run left alive")
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # No thread survives a fork.
+    _enter(options.room)
+    # It reads its configuration in the folder that it is imported in.
+    from mutmut import __main__ as mutmut
+    from mutmut.state import state
+    from mutmut.workers.isolation import ForkRunner
+
+    submit = ForkRunner.submit
+
+    def submit_quick(runner: ForkRunner, name: str, tests: list[str], limit: int, estimated: float) -> None:
+        durations = state().duration_by_test
+        tests = sorted(tests, key=durations.__getitem__)
+        ends = accumulate(map(durations.__getitem__, tests))
+        quick = [test for test, end in zip(tests, ends, strict=True) if end <= options.seconds]
+        submit(runner, name, quick or tests[:1], limit, estimated)
+
+    ForkRunner.submit = submit_quick
+    # The run that tells which tests there are has shown that they pass.
+    ForkRunner.run_clean_tests = lambda runner, tests: 0
+    mutmut.run_forced_fail_test = lambda runner: None
+
+    Path("mutants").mkdir(exist_ok=True)
+    mutmut.copy_src_dir()
+    mutmut.copy_also_copy_files()
+    mutmut.setup_source_paths()
+    mutmut.create_mutants(options.processes)
+    statuses = _statuses(mutmut)
+    sample = sorted(random.Random(options.seed).sample(sorted(statuses), min(options.sample, len(statuses))))
+    alive = [name for name in sample if statuses[name] in _ALIVE]
+    mutmut._run(alive if options.survivors else sample, options.processes)
+    _report(mutmut, sample)
+
+
+# All else that may become of a mutant has been noticed.
+_ALIVE = ("survived", "no tests", "not checked")
+
+
+def _enter(room: str) -> None:
+    """Go to a folder of the room's own, build/mutation/ROOM, which is configured and looks like the repository."""
+    folder = ROOT / "build" / "mutation" / room
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)
+    for name in ("cpc_ext", "tests", "python"):
+        if not Path(name).is_symlink():
+            Path(name).symlink_to(ROOT / name)
+    settings = {
+        "source_paths": ["cpc_ext"],
+        "also_copy": ["python"],
+        "only_mutate": list(ROOMS[room].files),
+        "do_not_mutate_patterns": list(_MESSAGES),
+        "pytest_add_cli_args": ["-p", "no:cacheprovider", "--import-mode=importlib", "-k", _DESELECTED],
+        "pytest_add_cli_args_test_selection": list(ROOMS[room].tests),
+        "use_git_change_detection": False,
+        "track_dependencies": False,
+        # The mutant before may have kept the machine busy.
+        "timeout_constant": 5.0,
+    }
+    # Lists and strings are written in TOML as in JSON.
+    lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
+    Path("pyproject.toml").write_text("\n".join(["[tool.mutmut]", *lines, ""]))
+
+
+def _statuses(mutmut: Any) -> dict[str, str]:
+    """Every mutant with what became of it."""
+    found = {}
+    for path in mutmut.walk_mutatable_files():
+        data = mutmut.SourceFileMutationData(path=path)
+        data.load()
+        found |= {name: mutmut.status_by_exit_code[code] for name, code in data.exit_code_by_key.items()}
+    return found
+
+
+def _report(mutmut: Any, sample: list[str]) -> None:
+    statuses = _statuses(mutmut)
+    alive = [name for name in sample if statuses[name] in _ALIVE]
+    for name in alive:
+        print(f"# {name}: {statuses[name]}\n{mutmut.get_diff_for_mutant(name)}")
+    killed = len(sample) - len(alive)
+    print(f"{killed} of {len(sample)} mutants were killed ({killed / len(sample):.1%}), of {len(statuses)} in the room")
+
+
+if __name__ == "__main__":
+    main()
