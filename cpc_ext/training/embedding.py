@@ -7,6 +7,7 @@ not at all.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Annotated, BinaryIO, Literal
 import numpy as np
 import torch
 import tyro
+from filelock import FileLock
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from tqdm import tqdm
@@ -39,6 +41,8 @@ _DESCRIPTION = (
 )
 _SUFFIXES = (".npy", ".safetensors")
 _BATCH = 50
+# For another process to put its two files in place, which takes it milliseconds.
+_PATIENCE_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -101,10 +105,17 @@ def _embed(command: _Command) -> None:
     try:
         # Opened first: that nothing can be written here is better known before the work than after it.
         with ExitStack() as files:
-            file = files.enter_context(atomic_file(out))
+            lock = FileLock(out.with_name(f".{out.name}.lock"), timeout=_PATIENCE_SECONDS)
+            files.callback(lock.release)
+            # What is entered last is the first to appear.
             names_file = files.enter_context(atomic_file(names)) if names else None
+            file = files.enter_context(atomic_file(out))
             features = _encode(command, run, images, device)
             _write(file, names_file, features, images.names)
+            if names:
+                # Encodings without names are no harm, encodings with those of others are.
+                lock.acquire()
+                names.unlink(missing_ok=True)
     except OSError as error:
         raise TrainingError(f"--out: cannot write {out}: {error.strerror or error}") from None
     shape = " x ".join(map(str, features.shape))
@@ -207,5 +218,6 @@ def _write(file: BinaryIO, names_file: BinaryIO | None, features: Tensor, names:
         file.write(array.data)
         names_file.write(listed.encode())
         # While both can still be taken back: neither is to appear without the other.
-        file.flush()
-        names_file.flush()
+        for each in (file, names_file):
+            each.flush()
+            os.fsync(each.fileno())
