@@ -38,9 +38,14 @@ def test_what_killed_processes_left_is_removed_and_what_is_in_use_is_not(tmp_pat
 def test_a_failure_leaves_what_was_there(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"before")
-    with pytest.raises(ValueError, match="stop"), atomic_file(path) as file:
-        file.write(b"after")
-        raise ValueError("stop")
+
+    def fail():
+        with atomic_file(path) as file:
+            file.write(b"after")
+            raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        fail()
     assert path.read_bytes() == b"before"
     assert os.listdir(tmp_path) == ["file"]
 
