@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -130,14 +131,15 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier(group=self._patient)
 
-    def wake(self) -> None:
-        """Let siblings that were stopped (SIGSTOP, a debugger) go on; for when they are to end.
+    def end_stopped(self) -> None:
+        """End siblings that were stopped (SIGSTOP, a debugger), for when the others end.
 
-        A stopped process takes no notice of torchrun's SIGTERM, and torchrun then waits 30 s for it.
+        They take no notice of torchrun's SIGTERM, and torchrun would wait 30 s for each before it does this itself.
         """
         for process in self.siblings:
             with suppress(OSError):
-                os.kill(process, signal.SIGCONT)
+                if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t"):
+                    os.kill(process, signal.SIGKILL)
 
     def on_main(self, action: Callable[[], T]) -> T:
         """What ``action`` returns, which must pickle, in the main process; the others wait for it.

@@ -131,7 +131,7 @@ def _run(command: Command) -> int:
         except RuntimeError as error:
             if not lost_contact(error):
                 raise
-            ranks.wake()
+            ranks.end_stopped()
             raise TrainingError(_lost(error, path)) from None
         finally:
             for run in held:
@@ -196,7 +196,7 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
             except RuntimeError as error:
                 if not lost_contact(error):
                     raise
-                ranks.wake()
+                ranks.end_stopped()
                 # Said here, where SIGTERM is only noted: it is what torchrun sends next.
                 print(f"\n{_speaker()}error: {_lost(error, run.path)}", file=sys.stderr, flush=True)
                 raise SystemExit(1) from None

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from contextlib import suppress
 from dataclasses import replace
@@ -288,26 +287,18 @@ def test_signal_while_the_data_is_read(train, monkeypatch, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_stopped_sibling_is_woken():
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+def test_siblings_that_are_stopped_are_ended_and_others_are_not():
+    stopped, running = (subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) for _ in range(2))
     try:
-        process.send_signal(signal.SIGSTOP)
-
-        def state():
-            return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-        def wait_for(stopped):
-            deadline = time.monotonic() + 30
-            while (state() == "T") != stopped and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert (state() == "T") == stopped
-
-        wait_for(True)
-        Ranks(torch.device("cpu"), siblings=(process.pid, 2**22 + 1)).wake()
-        wait_for(False)
+        stopped.send_signal(signal.SIGSTOP)
+        os.waitpid(stopped.pid, os.WUNTRACED)  # Until it is.
+        Ranks(torch.device("cpu"), siblings=(stopped.pid, 2**22 + 1, running.pid)).end_stopped()
+        assert stopped.wait(60) == -signal.SIGKILL
+        assert running.poll() is None
     finally:
-        process.kill()
-        process.wait()
+        for process in (stopped, running):
+            process.kill()
+            process.wait()
 
 
 def test_siblings_are_those_of_the_same_torchrun(monkeypatch):
