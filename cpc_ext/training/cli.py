@@ -79,8 +79,7 @@ def parse(arguments: Sequence[str], *, prog: str = PROGRAM) -> Command:
         if chosen.out_dir is None:
             raise TrainingError("--resume needs --out-dir, the folder of the run to go on with")
         run = RunDir(Path(chosen.out_dir))
-        if not run.checkpoint.exists():
-            raise TrainingError(f"--resume: there is no checkpoint at {run.checkpoint}; without --resume a run starts")
+        run.check_resumable()
         defaults = load_config(run.config)
     elif chosen.config is not None:
         defaults = load_config(Path(chosen.config))

@@ -21,7 +21,7 @@ from cpc_ext.interop import CheckpointError, Form, Reference, export_reference, 
 from cpc_ext.models.greedy_infomax import module_starts
 from cpc_ext.programs.convert import Command, main
 from cpc_ext.training.atomic_file import atomic_file
-from cpc_ext.training.checkpoint import load_checkpoint, save_checkpoint
+from cpc_ext.training.checkpoint import load_checkpoint, load_weights, save_checkpoint, write_tensors
 from cpc_ext.training.cli import describe
 from cpc_ext.training.config import RunConfig, explain, load_config, option, validate_config
 from cpc_ext.training.encoder_names import encoder_name
@@ -72,9 +72,7 @@ def _take_over(command: Command, source: str) -> None:
         "model": task.model.state_dict(),
         _KEPT: {"source": source, "part": part, "layout": reference.form.layout, "unused": reference.form.unused},
     }
-    if (command.out / "config.yaml").exists() or (command.out / "checkpoint.pt").exists():
-        raise TrainingError(f"--out: {command.out} already holds a run")
-    run = RunDir.create(command.out, model=config.model, dataset=config.data.dataset)
+    run = RunDir.create(command.out, model=config.model, dataset=config.data.dataset, option_name="--out")
     try:
         with atomic_file(run.config) as file:
             file.write(config.to_yaml().encode())
@@ -195,17 +193,20 @@ def _hand_over(command: Command, target: str) -> None:
     # Of a supervised module.
     classifier = weights.get("objectives.0.bias")
     description = state.get("description", {})
-    classes = len(description.get("classes", ())) or (0 if classifier is None else len(classifier))
-    task = _task(config, description.get("image_shape"), classes)
     try:
+        classes = len(description.get("classes", ())) or (0 if classifier is None else len(classifier))
+        task = _task(config, description.get("image_shape"), classes)
         _load(task.model, weights)
-    except RuntimeError:
+    except (AttributeError, LookupError, TypeError, RuntimeError):
         raise TrainingError(f"{run.checkpoint} is of another model than {run.config} describes") from None
     kept = state.get(_KEPT, {})
     model, form = task.model, None
     if kept.get("source") == target:
         # As it came: it has not been trained since.
-        model, form = model.get_submodule(kept["part"]), Form(kept["layout"], kept["unused"])
+        try:
+            model, form = model.get_submodule(kept["part"]), Form(kept["layout"], kept["unused"])
+        except (AttributeError, LookupError, TypeError) as error:
+            raise TrainingError(f"{run.checkpoint} does not tell what of {target} it came from ({error})") from None
     exported = export_reference(model, target, form=form)
     files = {command.out: exported}
     if form is not None and form.layout == "files":
@@ -234,7 +235,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
             if path.suffix == ".safetensors":
                 file.write(to_safetensors(own, {"format": "pt"}))
             else:
-                torch.save(own, file)
+                write_tensors(file, own)
     except OSError as error:
         raise TrainingError(f"--out: cannot write {path}: {error.strerror or error}") from None
 
@@ -269,4 +270,4 @@ def _task(config: RunConfig, image_shape: Sequence[int] | None, classes: int) ->
 def _load(model: nn.Module, weights: Mapping[str, Tensor], part: str = "") -> None:
     """Put weights into a part of a model, which takes on their precision. RuntimeError where they do not fit."""
     dtype = next((value.dtype for value in weights.values() if value.is_floating_point()), torch.float32)
-    model.to(dtype).get_submodule(part).load_state_dict(dict(weights))
+    load_weights(model.to(dtype).get_submodule(part), dict(weights))

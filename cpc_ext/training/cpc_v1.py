@@ -82,7 +82,7 @@ class CPCv1Task(EncoderTask):
 
     def save(self, run: RunDir) -> None:
         save_encoder(run, self.model.encoder, self._encoder_spec(), self._view, self._config)
-        metrics = read_metrics(run.metrics)
+        metrics = read_metrics(run.metrics, having=("loss", "accuracy"))
         if metrics:
             figures.save(run.path / "curves.png", figures.curves(metrics, self._guessing()))
         self._save_inputs(run)

@@ -7,11 +7,14 @@ are taken by all alike, and only the main process writes files and talks. A proc
 from __future__ import annotations
 
 import os
+import platform
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -43,12 +46,14 @@ class Ranks:
         world_size: number of processes.
         device: where this one computes.
         pipeline: each process trains a part of the model on whole batches, instead of all of it on a part of each.
+        siblings: the others that the same torchrun started, by their process numbers.
     """
 
     device: torch.device
     rank: int = 0
     world_size: int = 1
     pipeline: bool = False
+    siblings: tuple[int, ...] = ()
     _control: Any = None
     _patient: Any = None
 
@@ -126,6 +131,16 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier(group=self._patient)
 
+    def end_stopped(self) -> None:
+        """End siblings that were stopped (SIGSTOP, a debugger), for when the others end.
+
+        They take no notice of torchrun's SIGTERM, and torchrun would wait 30 s for each before it does this itself.
+        """
+        for process in self.siblings:
+            with suppress(OSError):
+                if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t"):
+                    os.kill(process, signal.SIGKILL)
+
     def on_main(self, action: Callable[[], T]) -> T:
         """What ``action`` returns, which must pickle, in the main process; the others wait for it.
 
@@ -175,11 +190,20 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         dist.init_process_group("gloo" if mine.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=_STEP_TIMEOUT)
         control = dist.new_group(backend="gloo", timeout=_STEP_TIMEOUT)
         patient = dist.new_group(backend="gloo", timeout=_PATIENT_TIMEOUT)
+        siblings = _siblings(world_size, control)
     except (RuntimeError, ValueError) as error:
         raise TrainingError(f"the {world_size} processes of this run did not find each other: {error}") from None
-    yield Ranks(mine, rank, world_size, control, patient)
+    yield Ranks(mine, rank, world_size, siblings=siblings, _control=control, _patient=patient)
     # Not after an error: taking leave of processes that are gone may wait for them.
     dist.destroy_process_group()
+
+
+def _siblings(world_size: int, group: Any) -> tuple[int, ...]:
+    """The other processes of this machine that have the same parent."""
+    mine = (platform.node(), os.getppid(), os.getpid())
+    found: list[Any] = [None] * world_size
+    dist.all_gather_object(found, mine, group=group)
+    return tuple(each[2] for each in found if each[:2] == mine[:2] and each != mine)
 
 
 def lost_contact(error: Exception) -> bool:

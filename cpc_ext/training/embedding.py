@@ -7,12 +7,14 @@ not at all.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import BinaryIO
 
 import numpy as np
 import torch
+from filelock import FileLock
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from tqdm import tqdm
@@ -30,6 +32,8 @@ from cpc_ext.training.precision import check_device
 __all__ = ["embed", "main"]
 
 _BATCH = 50
+# For another process to put its two files in place, which takes it milliseconds.
+_PATIENCE_SECONDS = 60
 
 
 def embed(command: Command) -> None:
@@ -42,10 +46,17 @@ def embed(command: Command) -> None:
     try:
         # Opened first: that nothing can be written here is better known before the work than after it.
         with ExitStack() as files:
-            file = files.enter_context(atomic_file(out))
+            lock = FileLock(out.with_name(f".{out.name}.lock"), timeout=_PATIENCE_SECONDS)
+            files.callback(lock.release)
+            # What is entered last is the first to appear.
             names_file = files.enter_context(atomic_file(names)) if names else None
+            file = files.enter_context(atomic_file(out))
             features = _encode(command, run, images, device)
             _write(file, names_file, features, images.names)
+            if names:
+                # Encodings without names are no harm, encodings with those of others are.
+                lock.acquire()
+                names.unlink(missing_ok=True)
     except OSError as error:
         raise TrainingError(f"--out: cannot write {out}: {error.strerror or error}") from None
     shape = " x ".join(map(str, features.shape))
@@ -145,5 +156,6 @@ def _write(file: BinaryIO, names_file: BinaryIO | None, features: Tensor, names:
         file.write(array.data)
         names_file.write(listed.encode())
         # While both can still be taken back: neither is to appear without the other.
-        file.flush()
-        names_file.flush()
+        for each in (file, names_file):
+            each.flush()
+            os.fsync(each.fileno())

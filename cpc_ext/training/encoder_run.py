@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from cpc_ext.data import Dataset, ImageSet
-from cpc_ext.training.checkpoint import load_checkpoint
+from cpc_ext.training.checkpoint import load_checkpoint, load_weights
 from cpc_ext.training.config import RunConfig, load_config
 from cpc_ext.training.encoders import EncoderTask
 from cpc_ext.training.errors import TrainingError
@@ -73,6 +73,8 @@ class EncoderRun:
         """Shape and pixel statistics of the images that the run was trained on, as EncoderTask.description has them."""
         description = self.state.get("description", {})
         if "mean" in description:
+            if not _describes_images(description):
+                raise TrainingError(f"the checkpoint {self.dir.checkpoint} describes no images: got {description}")
             return description
         # A checkpoint of before they were kept.
         dataset = self.dataset()
@@ -103,7 +105,7 @@ class EncoderRun:
         """The task with the checkpoint's weights. TrainingError where these are of another model."""
         task = self.untrained(dataset, seed=self.config.compute.seed)
         try:
-            task.model.load_state_dict(self.state.get("model", {}))
+            load_weights(task.model, self.state.get("model", {}))
         except RuntimeError:
             raise TrainingError(f"{self.dir.checkpoint} is of another model than {self.dir.config} describes") from None
         return task
@@ -116,6 +118,17 @@ class EncoderRun:
             return TASKS[config.model](config, dataset, torch.device(compute.device))  # type: ignore[call-arg,return-value]
         except ValueError as error:
             raise TrainingError(str(error)) from None
+
+
+def _describes_images(description: dict[str, Any]) -> bool:
+    """Whether a description has shape and statistics of images, of the right types."""
+    try:
+        shape, mean, std = (list(description[name]) for name in ("image_shape", "mean", "std"))
+        numbers = [*mean, *std, description["gray_mean"], description["gray_std"]]
+    except (KeyError, TypeError):
+        return False
+    sides = len(shape) == 3 and all(type(side) is int and side > 0 for side in shape)
+    return sides and len(mean) == len(std) == shape[0] and all(type(value) in (int, float) for value in numbers)
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from typing import Any
 
-__all__ = ["TrainingError", "exit_status", "speaker", "warn"]
+__all__ = ["TrainingError", "exit_status", "speaker", "unfailing_output", "warn"]
 
 
 class TrainingError(Exception):
@@ -27,6 +29,32 @@ def warn(message: str) -> None:
 def speaker() -> str:
     """Which of several processes speaks."""
     return f"[rank {os.environ.get('RANK', '0')}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+
+
+@contextmanager
+def unfailing_output() -> Iterator[None]:
+    """In the block, what cannot be printed is lost, and nothing else: the disk of a log may be full, a pipe closed."""
+    with redirect_stdout(_Unfailing(sys.stdout)), redirect_stderr(_Unfailing(sys.stderr)):
+        yield
+
+
+class _Unfailing:
+    """A text stream that takes no notice of errors of the one that it writes to."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def exit_status(

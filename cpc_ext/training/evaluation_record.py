@@ -11,12 +11,30 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.errors import TrainingError
 
 __all__ = ["EvaluationRecord", "as_table"]
 
 Row = dict[str, Any]
+
+# What every row has, besides what was measured, which has names of its own.
+_ENTRIES = {
+    "mode": str,
+    "labels": str,
+    "labels_per_class": (int, float),
+    "label_count": int,
+    "repeats": int,
+    "top1_mean": float,
+    "top1_std": float,
+    "seconds": (int, float),
+    "settings": dict,
+    "confusion": list,
+}
+# For another process to put its row there, which takes it milliseconds.
+_PATIENCE_SECONDS = 60
 
 
 class EvaluationRecord:
@@ -27,6 +45,7 @@ class EvaluationRecord:
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         self._path = path
+        self._lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=_PATIENCE_SECONDS)
         self.header = header
         self.rows: list[Row] = []
         self._read()
@@ -45,6 +64,15 @@ class EvaluationRecord:
 
         Raises TrainingError where the file cannot be written.
         """
+        try:
+            with self._lock:
+                self._add(row)
+        except Timeout:
+            raise TrainingError(f"cannot write {self._path}: another process keeps it locked") from None
+        except OSError as error:
+            raise TrainingError(f"cannot write {self._path}: {error.strerror or error}") from None
+
+    def _add(self, row: Row) -> None:
         self._read()  # Another process may have added to it.
         same = (row["mode"], row["labels"])
         self.rows = [other for other in self.rows if (other["mode"], other["labels"]) != same] + [row]
@@ -53,11 +81,8 @@ class EvaluationRecord:
         head = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in self.header.items()]
         rows = ",\n".join(f"    {json.dumps(each)}" for each in self.rows)
         text = "{\n" + ",\n".join([*head, f'  "rows": [\n{rows}\n  ]']) + "\n}\n"
-        try:
-            with atomic_file(self._path) as file:
-                file.write(text.encode())
-        except OSError as error:
-            raise TrainingError(f"cannot write {self._path}: {error.strerror or error}") from None
+        with atomic_file(self._path) as file:
+            file.write(text.encode())
 
     def lines(self) -> dict[str, list[Row]]:
         """Rows by mode, of few labels first."""
@@ -70,10 +95,13 @@ class EvaluationRecord:
         try:
             kept = json.loads(self._path.read_text(encoding="utf-8"))
             rows = kept["rows"] if kept["images"] == self.header["images"] else []
+            for row in rows:
+                if not all(isinstance(row[name], kind) for name, kind in _ENTRIES.items()):
+                    raise ValueError
             self.rows = [row for row in rows if row["settings"]["weights"] in (None, self.header["weights"])]
         except FileNotFoundError:
             self.rows = []
-        except (OSError, ValueError, LookupError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             raise TrainingError(f"{self._path} is damaged: remove it, and its results are computed again") from None
 
 

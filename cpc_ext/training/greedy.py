@@ -126,7 +126,8 @@ class GreedyTask(CPCv1Task):
 
     def save(self, run: RunDir) -> None:
         save_encoder(run, self.model.encoder, self._encoder_spec(), self._view, self._config)
-        metrics = read_metrics(run.metrics)
+        suffixes = [""] if len(self._learning) == 1 else [f"_module_{module}" for module in self._learning]
+        metrics = read_metrics(run.metrics, having=[name + end for name in ("loss", "accuracy") for end in suffixes])
         if metrics:
             figures.save(
                 run.path / "curves.png", module_figures.curves_by_module(metrics, self._learning, self._guessing())

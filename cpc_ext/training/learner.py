@@ -92,5 +92,16 @@ class Learner:
         return {"optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``. An exception, of nearly any type, where it is not of this part."""
         self._optimizer.load_state_dict(state["optimizer"])
+        for group in self._optimizer.param_groups:
+            # Those of this run, on this device.
+            group.update(self._optimizer.defaults)
+        for parameter, values in self._optimizer.state.items():
+            for name, value in values.items():
+                expected = torch.Size() if name == "step" else parameter.shape
+                if value.shape != expected or not value.is_floating_point():
+                    raise ValueError(f"optimizer: expected {name} {list(expected)}, got {list(value.shape)}")
+        if any(type(value) not in (int, float) for value in state["scaler"].values()):
+            raise TypeError("scaler: expected numbers")
         self._scaler.load_state_dict(state["scaler"])

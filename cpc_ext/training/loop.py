@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from cpc_ext.data import EpochSampler
 from cpc_ext.training.atomic_file import replace_with_link
-from cpc_ext.training.checkpoint import save_checkpoint
+from cpc_ext.training.checkpoint import load_weights, save_checkpoint
 from cpc_ext.training.config import RunConfig
+from cpc_ext.training.data_record import data_record, differences
 from cpc_ext.training.distribution import Ranks
 from cpc_ext.training.errors import TrainingError, warn
 from cpc_ext.training.learner import Learner
@@ -73,6 +74,7 @@ class Trainer:
             )
         except ValueError as error:
             raise TrainingError(f"--batch-size: {error}") from None
+        self._data = data_record(task.images)
         self._streams = RandomStreams(config.compute.seed, device, ranks.share)
         if ranks.share.world_size > 1:
             self._share_batch_norm()
@@ -110,15 +112,18 @@ class Trainer:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint. TrainingError where it does not fit this run."""
+        """Go on from a checkpoint. TrainingError where it does not fit this run, or is of other images."""
         try:
-            self._task.model.load_state_dict(state["model"])
+            self._check_data(state)
+            load_weights(self._task.model, state["model"])
             self._task.load_state_dict(state.get("task", {}))
             for learner in self._learners:
                 learner.load_state_dict(
                     {name: self._of_part(state[name], learner.index) for name in ("optimizer", "scaler")}
                 )
             self._streams.load_state_dict(state["streams"])
+            if any(type(value) is not int for value in state["sampler"].values()):
+                raise TypeError(f"sampler: expected whole numbers, got {state['sampler']}")
             self._sampler.load_state_dict(state["sampler"])
             self._since_log.load_state_dict(self._of_this_process(state["since_log"]))
             self._since_best.load_state_dict(self._of_this_process(state["since_best"]))
@@ -126,11 +131,28 @@ class Trainer:
             self.seconds = state["seconds"]
             self.last_metrics = state["last_metrics"]
             self.step = self._saved_step = state["step"]
-        except (IndexError, KeyError, ValueError, RuntimeError) as error:
-            raise TrainingError(f"--resume: {self._run.checkpoint} does not fit this run: {error}") from None
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise TrainingError(f"--resume: {self._run.checkpoint} does not fit this run: {reason}") from None
         if self.total_steps < self.step:
             raise TrainingError(
                 f"--resume: the run is already at step {self.step}, past the {self.total_steps} asked for"
+            )
+
+    def _check_data(self, state: dict[str, Any]) -> None:
+        """TrainingError where the images are others than those that the run was trained on so far."""
+        # A checkpoint of before there was a record knows their number.
+        then = state.get("data") or {"images": state["sampler"]["count"]}
+        changed = differences(then, self._data)
+        said = f"the data changed since step {state['step']} was saved: {', '.join(changed)}"
+        if changed == ["other pixels"]:
+            # Also another version of the decoder makes other pixels of the same files.
+            if self._ranks.main:
+                warn(f"--resume: {said}")
+        elif changed:
+            raise TrainingError(
+                f"--resume: {said}. Go on with the images as they were, or start a new run from its weights with "
+                f"--resume-from {self._run.path}"
             )
 
     def train(self, log: RunLog | None, stop: StopRequest) -> None:
@@ -138,7 +160,8 @@ class Trainer:
 
         log: of the main process; None in the others.
 
-        Raises TrainingError where a loss or gradient is not finite, with the checkpoints before that as they were.
+        Raises TrainingError where a loss or gradient is not finite, with the checkpoints before that as they were, and
+        where the last step cannot be saved.
         """
         options = self._config.output
         self._task.model.train()
@@ -171,10 +194,28 @@ class Trainer:
                     self._observe(log)
                 if self.step % options.checkpoint_every == 0 or self.step == self.total_steps:
                     self._save(log, complete_interval=True)
-            if self.step < self.total_steps and self.step % options.checkpoint_every != 0:
-                self._save(log, complete_interval=False)
+            error = None
+            if self._saved_step != self.step:
+                # Where that failed a moment ago, there may be room again.
+                error = self._save(log, complete_interval=False)
+        if error is not None:
+            if not self._ranks.main:
+                raise SystemExit(1)  # The main process says why.
+            raise TrainingError(
+                f"step {self.step} of {self.total_steps} could not be saved ({error}): make room; {self.on_disk()}"
+            )
         if self._line is not None:
             self._line.finish()
+
+    def on_disk(self) -> str:
+        """What there is of the run, and how to go on with it."""
+        if not self._run.checkpoint.is_file():
+            gone = "is gone" if not self._run.path.is_dir() else "holds no checkpoint any more"
+            return f"{self._run.path} {gone}, and with it the training"
+        return (
+            f"{self._run.checkpoint} holds step {self._saved_step}, from which "
+            f"--resume --out-dir {self._run.path} goes on"
+        )
 
     def _stopping(self, asked: bool) -> bool:
         """Whether all processes are to stop before the next step, as any of them was asked to."""
@@ -295,34 +336,45 @@ class Trainer:
         self._task.model.train()
         self._start_clock()
 
-    def _save(self, log: RunLog | None, *, complete_interval: bool) -> None:
+    def _save(self, log: RunLog | None, *, complete_interval: bool) -> str | None:
         """Write the last checkpoint, and let it be the best one too if its interval's mean loss is the lowest.
 
         An interval cut short by a stop does not count: a mean over few steps is low by luck.
+
+        Returns, in all processes, why that could not be done, which a warning says as well; None where it was.
         """
         self._stop_clock()
         self._check_finite(parameters=True)
-        best = False
+        before = self._best_loss
         if complete_interval:
-            loss = self._means(self._since_best).get("loss", float("inf"))
+            self._best_loss = min(before, self._means(self._since_best).get("loss", float("inf")))
             self._since_best.reset()
-            best = loss < self._best_loss
-            self._best_loss = min(loss, self._best_loss)
         state = self._state()
-        if log is not None:
-            # A checkpoint never knows of logged steps that are not on the disk.
-            log.sync()
-            try:
-                save_checkpoint(self._run.checkpoint, state)
-                self._saved_step = self.step
-                if best:
-                    replace_with_link(self._run.checkpoint, self._run.best)
-            except OSError as error:
-                warn(
-                    f"could not save step {self.step} ({error}); training goes on, the last checkpoint is "
-                    + (f"that of step {self._saved_step}" if self._saved_step is not None else "missing")
-                )
+        error = self._ranks.on_main(lambda: self._write(log, state, best=self._best_loss < before))
+        if error is None:
+            self._saved_step = self.step
+        else:
+            self._best_loss = before
         self._start_clock()
+        return error
+
+    def _write(self, log: RunLog | None, state: dict[str, Any], *, best: bool) -> str | None:
+        """The writing itself, in the main process."""
+        assert log is not None
+        # A checkpoint never knows of logged steps that are not on the disk.
+        log.sync()
+        try:
+            if best:
+                # First, as after a kill in between the run finds its best interval again; a last checkpoint that is
+                # written first would know of a best one that is not there.
+                save_checkpoint(self._run.best, state)
+                replace_with_link(self._run.best, self._run.checkpoint)
+            else:
+                save_checkpoint(self._run.checkpoint, state)
+        except OSError as error:
+            warn(f"could not save step {self.step} ({error}); the last checkpoint is that of step {self._saved_step}")
+            return str(error)
+        return None
 
     def _check_finite(self, *, parameters: bool) -> None:
         """Stop where a loss or gradient since the start, or a parameter now, is not finite."""
@@ -374,6 +426,7 @@ class Trainer:
             },
             "streams": self._streams.state_dict(),
             "sampler": self._sampler.state_dict(),
+            "data": self._data,
             **meters,
             "best_loss": self._best_loss,
             "last_metrics": self.last_metrics,

@@ -43,7 +43,10 @@ class Meter:
         return {"sums": dict(self._sums), "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._sums = {name: value.to(self._device) for name, value in state["sums"].items()}
+        """Go on from ``state``. KeyError, TypeError, AttributeError or RuntimeError where it is none."""
+        if type(state["count"]) is not int or state["count"] < 0:
+            raise TypeError(f"expected a number of steps, got {state['count']!r}")
+        self._sums = {name: value.to(self._device, torch.float32).reshape(()) for name, value in state["sums"].items()}
         self.count = state["count"]
 
 

@@ -12,11 +12,13 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
@@ -55,20 +57,23 @@ class OutputCache:
     """
 
     def __init__(self, path: Path, key: str, images: ImageSet, device: torch.device, streams: RandomStreams) -> None:
-        header = _read_header(path)
-        if header is None or header["key"] != key:
-            raise TrainingError(f"--cache-outputs: {path} was changed by another run; give each a folder of its own")
         self._labels = ImageFetcher(images, device, resident=False)
         self._device = device
         self._streams = streams
-        self._views, self._shape, self._dtype = header["views"], header["shape"], _DTYPES[header["dtype"]]
-        self._rows = np.memmap(
-            path,
-            dtype=np.uint8,
-            mode="r",
-            offset=_HEADER_BYTES,
-            shape=(len(images) * self._views, math.prod(self._shape) * self._dtype.itemsize),
-        )
+        # Opened once: what is read stays the file that was checked, also where another run puts its own in its place.
+        with suppress(FileNotFoundError), open(path, "rb") as file:
+            header = _read_header(file)
+            if header is not None and header["key"] == key and header["images"] == len(images):
+                self._views, self._shape, self._dtype = header["views"], header["shape"], _DTYPES[header["dtype"]]
+                self._rows = np.memmap(
+                    file,
+                    dtype=np.uint8,
+                    mode="r",
+                    offset=_HEADER_BYTES,
+                    shape=(len(images) * self._views, math.prod(self._shape) * self._dtype.itemsize),
+                )
+                return
+        raise TrainingError(f"--cache-outputs: {path} was changed by another run; give each a folder of its own")
 
     def __call__(self, indices: np.ndarray) -> Tensor:
         """The outputs at ``indices``, [B, *shape of one image's] on the device."""
@@ -94,19 +99,26 @@ class OutputCache:
         *,
         views: int,
     ) -> None:
-        """Compute the file unless it is there.
+        """Compute the file unless it is there, or another process computes it already, which is waited for.
 
         outputs: uint8 images [B, C, H, W] on the device → [B, ...] of a random view of each.
 
         Raises:
             TrainingError: a disk without room for it, or that cannot be written to.
         """
-        header = _read_header(path)
-        if header is not None and header["key"] == key:
+        if _key(path) == key:
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, key, images, outputs, device, views)
+            lock = FileLock(path.with_name(f".{path.name}.lock"))
+            try:
+                held = lock.acquire(timeout=0)
+            except Timeout:
+                print(f"waiting for the process that computes {path}", flush=True)
+                held = lock.acquire()
+            with held:
+                if _key(path) != key:
+                    _write(path, key, images, outputs, device, views)
         except OSError as error:
             raise TrainingError(f"--cache-outputs: cannot write {path}: {error.strerror or error}") from None
 
@@ -140,13 +152,25 @@ def _check_space(path: Path, needed: int) -> None:
         )
 
 
-def _read_header(path: Path) -> dict[str, Any] | None:
-    """What a file says of itself; None where it is none of ours, or not complete."""
+def _key(path: Path) -> str | None:
+    """What the file at a path was computed from; None where there is none, or none of ours that is complete."""
     try:
         with open(path, "rb") as file:
-            header = json.loads(file.read(_HEADER_BYTES))
-            size = os.fstat(file.fileno()).st_size
+            header = _read_header(file)
+    except OSError:
+        return None
+    return None if header is None else header["key"]
+
+
+def _read_header(file: BinaryIO) -> dict[str, Any] | None:
+    """What a file says of itself; None where it is none of ours, or not complete."""
+    try:
+        header = json.loads(file.read(_HEADER_BYTES))
+        size = os.fstat(file.fileno()).st_size
+        numbers = [header["images"], header["views"], *header["shape"]]
+        if not isinstance(header["key"], str) or any(type(number) is not int or number < 0 for number in numbers):
+            return None
         row = math.prod(header["shape"]) * _DTYPES[header["dtype"]].itemsize
         return header if size == _HEADER_BYTES + header["images"] * header["views"] * row else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

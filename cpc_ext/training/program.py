@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 import cpc_ext
 from cpc_ext.data import Dataset, load_dataset
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.cli import Command, describe, parse
-from cpc_ext.training.config import RunConfig, option, validate_config
+from cpc_ext.training.config import RunConfig, explain, option, validate_config
 from cpc_ext.training.cpc_v1 import CPCv1Task
 from cpc_ext.training.cpc_v2 import CPCv2Task
 from cpc_ext.training.distribution import Ranks, joined_ranks, lost_contact
-from cpc_ext.training.errors import TrainingError, speaker
+from cpc_ext.training.errors import TrainingError, speaker, unfailing_output
 from cpc_ext.training.greedy import GreedyTask
 from cpc_ext.training.loop import Trainer
 from cpc_ext.training.pixelcnn import PixelCNNTask
@@ -34,7 +35,7 @@ from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.run_log import RunLog
 from cpc_ext.training.simclr import SimCLRTask
 from cpc_ext.training.starting_weights import take_weights
-from cpc_ext.training.stop_request import StopRequest
+from cpc_ext.training.stop_request import EndedBySignal, StopRequest, signals_raise
 from cpc_ext.training.task import Task
 
 __all__ = ["TASKS", "load_data", "main"]
@@ -70,12 +71,17 @@ def main(arguments: Sequence[str] | Command | None = None) -> int:
     They may also be given as what :func:`cpc_ext.training.cli.parse` makes of them.
 
     0: the run is complete. 1: it could not start or go on, for a reason that was printed. 2 (raised as SystemExit):
-    wrong options. 130, 143: stopped by Ctrl-C or SIGTERM, after saving. Under torchrun every process runs it.
+    wrong options. 128 + its number: stopped by a signal (Ctrl-C 130, SIGTERM 143, SIGUSR1 138 ...), in training after
+    saving. Under torchrun every process runs it.
     """
+    with unfailing_output():
+        return _main(sys.argv[1:] if arguments is None else arguments)
+
+
+def _main(arguments: Sequence[str] | Command) -> int:
     try:
-        if not isinstance(arguments, Command):
-            arguments = parse(sys.argv[1:] if arguments is None else arguments)
-        return _run(arguments)
+        with signals_raise():
+            return _run(arguments if isinstance(arguments, Command) else parse(arguments))
     except TrainingError as error:
         print(f"{speaker()}error: {error}", file=sys.stderr)
         return 1
@@ -83,6 +89,9 @@ def main(arguments: Sequence[str] | Command | None = None) -> int:
         # While training, Ctrl-C is a request and no exception; before and after there is nothing to save.
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+    except EndedBySignal as ended:
+        print(f"{speaker()}ended by {ended}", file=sys.stderr)
+        return 128 + ended.signal
 
 
 def _lost(error: RuntimeError, path: Path | None) -> str:
@@ -118,6 +127,7 @@ def _run(command: Command) -> int:
         except RuntimeError as error:
             if not lost_contact(error):
                 raise
+            ranks.end_stopped()
             raise TrainingError(_lost(error, path)) from None
         finally:
             for run in held:
@@ -127,14 +137,16 @@ def _run(command: Command) -> int:
 def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int:
     phases: dict[str, float] = {}
     ranks.say(f"cpc_ext {cpc_ext.__version__}, run in {run.path}\n{describe(config)}")
-    state = load_checkpoint(run.checkpoint) if resume else None
+    state = load_checkpoint(run.checkpoint) if resume and run.checkpoint.exists() else None
+    if resume and state is None:
+        ranks.say("this run ended before its first checkpoint: it starts from its beginning")
     if state is not None:
         if "optimizer" not in state:
             raise TrainingError(
                 f"--resume: {run.checkpoint} holds a model and no training to go on with; start from it with "
                 f"--resume-from {run.path}"
             )
-        _check_same_run(validate_config(state["config"]), config)
+        _check_same_run(_saved_config(run, state), config)
     with _timed(phases, "data"):
         dataset = load_data(config)
     try:
@@ -151,20 +163,26 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
     with _timed(phases, "data"):
         task.prepare(ranks, resumed=state is not None)
 
+    logs: list[RunLog] = []
+
     def prepare() -> None:
         run.check_space(trainer.checkpoint_bytes)
-        _write(run.config, config.to_yaml())
+        try:
+            _write(run.config, config.to_yaml())
+            logs.append(RunLog(run, after_step=trainer.step))
+        except OSError as error:
+            raise TrainingError(f"--out-dir: cannot write to {run.path}: {error}") from None
 
     ranks.on_main(prepare)
+    log = logs[0] if logs else None  # Of the main process.
     ranks.say(
         f"{len(task.images)} images of {dataset.name}, {sum(p.numel() for p in task.model.parameters()):,} parameters, "
         f"{trainer.total_steps} steps"
         + (f", {ranks.world_size} processes" if ranks.world_size > 1 else "")
-        + (f", going on after step {trainer.step}" if resume else "")
-        + (f", from the weights of {start}" if start is not None and not resume else "")
+        + (f", going on after step {trainer.step}" if state is not None else "")
+        + (f", from the weights of {start}" if start is not None and state is None else "")
     )
 
-    log = RunLog(run, after_step=trainer.step) if ranks.main else None
     try:
         several = ranks.world_size > 1
         with StopRequest(again_ends=not several, talk=ranks.main) as stop, _timed(phases, "training"):
@@ -174,6 +192,7 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
             except RuntimeError as error:
                 if not lost_contact(error):
                     raise
+                ranks.end_stopped()
                 # Said here, where SIGTERM is only noted: it is what torchrun sends next.
                 print(f"\n{speaker()}error: {_lost(error, run.path)}", file=sys.stderr, flush=True)
                 raise SystemExit(1) from None
@@ -193,15 +212,25 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
         summary = _summary(config, trainer, results, phases, ranks)
         _write(run.summary, json.dumps(summary, indent=2) + "\n")
     except OSError as error:
-        raise TrainingError(
-            f"could not write to {run.path}: {error}. The training is saved up to its last checkpoint: "
-            f"make room and go on with --resume --out-dir {run.path}"
-        ) from None
+        raise TrainingError(f"could not write to {run.path} ({error}): make room; {trainer.on_disk()}") from None
+    except (EndedBySignal, KeyboardInterrupt):
+        # Of the evaluation or the figures.
+        print(f"\nthe training is complete, what comes after it is not; {trainer.on_disk()}", file=sys.stderr)
+        raise
     finally:
         if log is not None:
             log.close()
     _report(results, phases, run)
     return 0
+
+
+def _saved_config(run: RunDir, state: dict[str, Any]) -> RunConfig:
+    """The config in a checkpoint. TrainingError where it has none, or one that is not valid."""
+    try:
+        return validate_config(state["config"])
+    except (KeyError, ValidationError) as error:
+        reason = explain(error) if isinstance(error, ValidationError) else "it has no config"
+        raise TrainingError(f"--resume: {run.checkpoint} does not fit this run: {reason}") from None
 
 
 def _check_same_run(saved: RunConfig, wanted: RunConfig) -> None:

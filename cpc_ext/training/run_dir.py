@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from contextlib import suppress
 from pathlib import Path
 
 from cpc_ext.training.atomic_file import atomic_file
-from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.config import load_config
+from cpc_ext.training.errors import TrainingError, warn
 
 __all__ = ["RunDir"]
 
@@ -42,10 +44,12 @@ class RunDir:
         self._lock = FileLock(path / ".lock")
 
     @classmethod
-    def create(cls, path: Path | None, *, model: str, dataset: str) -> RunDir:
+    def create(cls, path: Path | None, *, model: str, dataset: str, option_name: str = "--out-dir") -> RunDir:
         """A folder for a new run, by default the first free runs/MODEL-DATASET-NUMBER.
 
-        Raises TrainingError where it cannot be written to or already holds a run.
+        option_name: the option that asks for it, for messages.
+
+        Raises TrainingError where it cannot be written to or already holds a run, unless that was not :attr:`begun`.
         """
         try:
             if path is None:
@@ -54,24 +58,51 @@ class RunDir:
             run = cls(path)
             run._hold()
         except OSError as error:
-            raise TrainingError(f"--out-dir: cannot write to {path or _DEFAULT_PARENT}: {error.strerror}") from None
-        if run.config.exists() or run.checkpoint.exists():
             raise TrainingError(
-                f"--out-dir: {path} already holds a run; give --resume to go on with it, or another --out-dir"
-            )
+                f"{option_name}: cannot write to {path or _DEFAULT_PARENT}: {error.strerror or error}"
+            ) from None
+        if run.begun:
+            run.release()
+            go_on = "" if option_name != "--out-dir" else "give --resume to go on with it, or "
+            raise TrainingError(f"{option_name}: {path} already holds a run; {go_on}another {option_name}")
         return run
 
     @classmethod
     def reopen(cls, path: Path) -> RunDir:
         """The folder of a run to resume. TrainingError where there is none or it cannot be written to."""
         run = cls(path)
-        if not run.checkpoint.is_file():
-            raise TrainingError(f"--resume: there is no checkpoint at {run.checkpoint}; without --resume a run starts")
+        run.check_resumable()
         try:
             run._hold()
         except OSError as error:
-            raise TrainingError(f"--out-dir: cannot write to {path}: {error.strerror}") from None
+            raise TrainingError(f"--out-dir: cannot write to {path}: {error.strerror or error}") from None
         return run
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a run that a new one would destroy.
+
+        One that ended before its first checkpoint is none: its config, as we write it, is all that it leaves.
+        """
+        made = (self.checkpoint, self.best, self.diverged, self.encoder, self.model, self.summary)
+        if any(path.exists() for path in made) or (self.metrics.exists() and self.metrics.stat().st_size > 0):
+            return True
+        return self.config.exists() and not self._config_is_ours()
+
+    def check_resumable(self) -> None:
+        """TrainingError where there is neither a checkpoint nor the config of a run that ended before its first."""
+        if self.checkpoint.is_file() or (self.config.is_file() and not self.begun):
+            return
+        other = f"; {self.best} is there: copy it to {self.checkpoint.name}" if self.best.is_file() else ""
+        raise TrainingError(
+            f"--resume: there is no checkpoint at {self.checkpoint}{other or '; without --resume a run starts'}"
+        )
+
+    def _config_is_ours(self) -> bool:
+        try:
+            return load_config(self.config).to_yaml() == self.config.read_text(encoding="utf-8")
+        except (OSError, ValueError, TrainingError):
+            return False
 
     def check_space(self, checkpoint_bytes: int) -> None:
         """TrainingError where the disk has no room for the run's files.
@@ -79,7 +110,10 @@ class RunDir:
         Besides the last and the best checkpoint there is, while one is written, a third.
         """
         needed = 3 * checkpoint_bytes + _OTHER_FILES_BYTES
-        free = shutil.disk_usage(self.path).free
+        try:
+            free = shutil.disk_usage(self.path).free
+        except OSError as error:
+            raise TrainingError(f"--out-dir: cannot write to {self.path}: {error.strerror or error}") from None
         if free < needed:
             raise TrainingError(
                 f"--out-dir: {self.path} has {free / 2**20:.0f} MiB left, the run needs about {needed / 2**20:.0f} MiB "
@@ -88,11 +122,12 @@ class RunDir:
 
     def release(self) -> None:
         """Let other processes resume the run. The folder of a run that never wrote anything is removed."""
-        self._lock.release()
-        if {file.name for file in self.path.iterdir()} <= {".lock"}:
-            with suppress(OSError):
+        # While it is still held, so that it is no other's. The folder may be gone, if someone removed it.
+        with suppress(OSError):
+            if {file.name for file in self.path.iterdir()} <= {".lock"}:
                 (self.path / ".lock").unlink(missing_ok=True)
                 self.path.rmdir()
+        self._lock.release()
 
     def _hold(self) -> None:
         from filelock import Timeout
@@ -101,6 +136,10 @@ class RunDir:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise TrainingError(f"--out-dir: another process is training in {self.path}") from None
+        except (NotImplementedError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+                raise
+            warn(f"{self.path} cannot be locked ({error}): see to it that no other process trains there")
         # Being allowed to create a file and having room for its content are two things.
         probe = self.path / ".probe"
         with atomic_file(probe) as file:

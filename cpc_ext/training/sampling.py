@@ -17,7 +17,7 @@ from cpc_ext.data.decode import decode_image
 from cpc_ext.models.pixel_model import PixelModel
 from cpc_ext.programs.sample import Command, main
 from cpc_ext.training import figures
-from cpc_ext.training.checkpoint import load_checkpoint
+from cpc_ext.training.checkpoint import load_checkpoint, load_weights
 from cpc_ext.training.config import load_config
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.pixelcnn import PIXEL_MODELS, build_pixel_model
@@ -38,7 +38,7 @@ def sample(command: Command) -> None:
     run = RunDir(command.run)
     model, description = _load(run)
     model.to(device).eval()
-    shape = tuple(description["image_shape"])
+    shape = _image_shape(description)
     labels = _labels(command, model, description)
     image, rows = _image_to_complete(command, shape)
     generator = torch.Generator(device).manual_seed(command.seed)
@@ -90,8 +90,9 @@ def _load(run: RunDir) -> tuple[PixelModel, dict[str, Any]]:
         )
     try:
         model = build_pixel_model(description)
-        model.load_state_dict(weights)
-    except (KeyError, TypeError, ValueError, RuntimeError):
+        load_weights(model, weights)
+        model.check_size(*_image_shape(description)[1:])
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError):
         raise TrainingError(f"{source} is of another model than {name}") from None
     return model, description
 
@@ -103,8 +104,16 @@ def _read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             return json.loads((file.metadata() or {}).get("description", "{}")), weights
     except OSError as error:
         raise TrainingError(f"cannot read {path}: {error.strerror or error}") from None
-    except (SafetensorError, ValueError):
+    except (SafetensorError, ValueError, RecursionError):
         raise TrainingError(f"{path} is damaged") from None
+
+
+def _image_shape(description: dict[str, Any]) -> tuple[int, int, int]:
+    """KeyError, TypeError or ValueError where a description has none."""
+    channels, height, width = description["image_shape"]
+    if any(type(side) is not int or side < 1 for side in (channels, height, width)):
+        raise ValueError(f"image_shape: expected [C, H, W], got {description['image_shape']}")
+    return channels, height, width
 
 
 def _labels(command: Command, model: PixelModel, description: dict[str, Any]) -> Tensor | None:

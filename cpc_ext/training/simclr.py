@@ -63,7 +63,7 @@ class SimCLRTask(EncoderTask):
 
     def save(self, run: RunDir) -> None:
         save_encoder(run, self.model.encoder, self._encoder_spec(), self._view, self._config)
-        metrics = read_metrics(run.metrics)
+        metrics = read_metrics(run.metrics, having=("loss", "accuracy"))
         if metrics:
             keys = 2 * self._config.optimization.batch_size - 1
             guessing = {"loss": math.log(keys), "accuracy": 1 / keys}

@@ -40,6 +40,11 @@ def take_weights(task: Task, run: RunDir) -> None:
         for name, value in mine.items()
         if name in weights and weights[name].shape != value.shape
     ]
+    different += [
+        f"{name} is {weights[name].dtype} there, {value.dtype} here"
+        for name, value in mine.items()
+        if name in weights and weights[name].is_floating_point() != value.is_floating_point()
+    ]
     if different:
         more = f"; and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
         raise TrainingError(

@@ -49,7 +49,9 @@ class WeightAverage(Generic[Model]):
         return {_UPDATES: self._updates} | {_PREFIX + name: value for name, value in weights.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """KeyError or RuntimeError where ``state`` is not of such a model."""
+        """KeyError, TypeError or RuntimeError where ``state`` is not of such a model."""
+        if type(state[_UPDATES]) is not int or state[_UPDATES] < 0:
+            raise TypeError(f"expected a number of updates, got {state[_UPDATES]!r}")
         self._updates = state[_UPDATES]
         self.model.load_state_dict(averaged_weights(state))
 

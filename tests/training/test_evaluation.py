@@ -8,6 +8,7 @@ import math
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from cpc_ext.training.checkpoint import load_checkpoint, save_checkpoint
 from cpc_ext.training.encoder_run import EncoderRun, weights_digest
 from cpc_ext.training.encodings_cache import images_digest
 from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.evaluation_record import EvaluationRecord
 from cpc_ext.training.finetuning import FineTuning, fine_tune
 from cpc_ext.training.knn import knn_scores
 from cpc_ext.training.label_subsets import LabelBudget, parse_label_budgets
@@ -375,3 +377,51 @@ def test_program():
     )
     for name in ("RUN", "--labels", "--mode", "--repeats", "--seed", "--neighbours", "--finetune-steps", "--out"):
         assert name in done.stdout
+
+
+# ---- Several processes at once ----
+
+
+def test_rows_of_several_writers_are_all_kept(tmp_path):
+    """Each reads the file, adds its row and writes it, with what the others put there in the meantime."""
+    header = {"weights": "w", "images": {"test": "t"}}
+
+    def row(writer, number):
+        return {
+            "mode": f"mode{writer}",
+            "labels": str(number),
+            "labels_per_class": number,
+            "label_count": number,
+            "repeats": 1,
+            "top1_mean": 0.5,
+            "top1_std": 0.0,
+            "seconds": 0.1,
+            "confusion": [[1]],
+            "settings": {"weights": None},
+        }
+
+    def write(writer):
+        record = EvaluationRecord(tmp_path / "evaluation.json", header)
+        for number in range(8):
+            record.add(row(writer, number))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    kept = EvaluationRecord(tmp_path / "evaluation.json", header).rows
+    assert {(each["mode"], each["labels"]) for each in kept} == {
+        (f"mode{w}", str(n)) for w in range(4) for n in range(8)
+    }
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "7", '{"rows": []}', '{"images": {"test": "t"}, "rows": {"a": 1}}', "[" * 100_000),
+        '{"images": {"test": "t"}, "rows": [[]]}',
+        '{"images": {"test": "t"}, "rows": [{"settings": {"weights": "w"}}]}',
+    ],
+)
+def test_a_record_that_is_none(tmp_path, text):
+    (tmp_path / "evaluation.json").write_text(text)
+    with pytest.raises(TrainingError, match=r"evaluation.json is damaged: remove it"):
+        EvaluationRecord(tmp_path / "evaluation.json", {"weights": "w", "images": {"test": "t"}})
