@@ -69,11 +69,13 @@ class Checkpoint:
     parts: a state dict a file, in the order in which the files were given.
     origin: the files, or what was given instead of a file, for messages.
     options: what the file knows of the options that the program was run with.
+    files: those that were given; dictionaries have none.
     """
 
     parts: list[dict[str, Tensor]]
     origin: str
     options: dict[str, Any] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
 
     def merged(self) -> dict[str, Tensor]:
         """All parts as one. CheckpointError where two have a name in common."""
@@ -112,7 +114,8 @@ def read_checkpoint(source: str | Path | Mapping[str, Any] | Sequence[Any]) -> C
         parts.append(state)
         options |= found
     names = ["the state dict" if isinstance(one, Mapping) else str(one) for one in source]
-    return Checkpoint(parts, ", ".join(dict.fromkeys(names)), options)
+    files = tuple(Path(one) for one in source if not isinstance(one, Mapping))
+    return Checkpoint(parts, ", ".join(dict.fromkeys(names)), options, files)
 
 
 def _read_file(path: Path) -> Any:

@@ -171,8 +171,9 @@ class _ContrastiveSection(_Section):
         description="Network that encodes a patch, or of simclr an image. resnet-small, resnetN: a pre-activation "
         "ResNet; 14, 28, 41, 92 and 143 without the last stack, as published for CPC, 161 that of CPC v2, 18, 34, 50, "
         "101 and 152 whole, small with one narrow block a stack. wrn-DEPTH-WIDTH: a wide ResNet, such as wrn-28-2. "
-        "mobilenetv2. timm:NAME: any backbone of the timm library, if installed (cpc_ext[timm]), such as "
-        "timm:convnext_atto. What a ResNet's name leaves open may follow it, as in resnet14:stem=cifar.",
+        "mobilenetv2. ln-resnet101: Lightning Bolts' cpc_encoder. timm:NAME: any backbone of the timm library, if "
+        "installed (cpc_ext[timm]), such as timm:convnext_atto. What a name leaves open may follow it, as in "
+        "resnet14:stem=cifar or timm:vit_tiny_patch16_224:patch_size=4.",
     )
     norm: Norm = Field("none", description=f"{_NORM} The published CPC v1 uses none.")
     gather_negatives: GatherNegatives = Field(

@@ -90,7 +90,10 @@ class _Command:
     ] = None
     norm: Annotated[
         Literal["layer", "instance"] | None,
-        tyro.conf.arg(help="Which of the two an encoder has whose weights fit both. None: layer."),
+        tyro.conf.arg(
+            help="Which of the two an encoder has whose weights fit both. None: the one that the checkpoint or its "
+            "file's name tells."
+        ),
     ] = None
 
 
@@ -156,8 +159,11 @@ def _take_over(command: _Command, source: str) -> None:
     print(describe(config))
     if part:
         print("the checkpoint holds an encoder alone: context network and predictions start from the seed")
-    if reference.assumed:
-        print(f"not told by the checkpoint, and assumed: {'; '.join(reference.assumed)}")
+    assumed = list(reference.assumed)
+    if command.dataset is None and "dataset" not in reference.configuration:
+        assumed.append(f"--dataset {config.data.dataset}, whose mean and deviation images are normalised by")
+    if assumed:
+        print(f"not told by the checkpoint, and assumed: {'; '.join(assumed)}")
 
 
 def _config(reference: Reference, dataset: str | None, data_dir: Path | None) -> RunConfig:
@@ -170,6 +176,7 @@ def _config(reference: Reference, dataset: str | None, data_dir: Path | None) ->
             "cpc_ext.interop.load_reference loads it"
         )
     model = {"cpc": "cpc-v1", "encoder": "cpc-v1", "greedy": "greedy-infomax"}.get(kind, kind)
+    dataset = dataset or found.get("dataset")
     if dataset is None:
         dataset = (
             _BY_IMAGE.get(found["image_shape"][1], "folder")
@@ -196,12 +203,14 @@ def _patch_model_options(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     halves = 2 * crop == patch * (grid + 1)
     view = {
         "crop": crop,
-        "pad": 0,
+        "pad": found.get("pad", 0),
         "grid_size": grid,
         "patch_size": None if halves else patch,
         "gray": arguments["in_channels"] == 1,
         "patch_norm": False,
     }
+    if "patch_augmentation" in found:
+        view["patch_augmentation"] = found["patch_augmentation"]
     names = ("context_layers", "context_channels", "target_channels", "pred_steps", "pred_directions", "skip")
     cpc = {name: found[name] for name in (*names, "neg_samples") if name in found}
     cpc["encoder"] = encoder_name(found["encoder"]["class"], arguments)

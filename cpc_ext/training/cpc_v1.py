@@ -185,4 +185,5 @@ class CPCv1Task(EncoderTask):
             in_channels=1 if self._config.view.gray else self._dataset.image_shape[0],
             # A stem sees a good part of a patch, not all of it.
             stem="cifar" if patch <= 12 else "stl10" if patch <= 32 else "imagenet",
+            patch_size=patch,
         )

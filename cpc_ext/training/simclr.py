@@ -104,4 +104,5 @@ class SimCLRTask(EncoderTask):
             in_channels=self._dataset.image_shape[0],
             # Small images keep all their pixels, as in the paper's CIFAR-10 experiments.
             stem="cifar" if options.view_size <= 40 else "imagenet",
+            patch_size=options.view_size,
         )
