@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import tyro
 from pydantic import ValidationError
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from cpc_ext.data import Dataset, ImageSet
@@ -30,6 +29,7 @@ from cpc_ext.training.errors import TrainingError, exit_status
 from cpc_ext.training.presets import preset
 from cpc_ext.training.program import TASKS
 from cpc_ext.training.run_dir import RunDir
+from cpc_ext.training.safetensors_file import write_safetensors
 from cpc_ext.training.task import Task
 from cpc_ext.training.weight_average import averaged_weights
 
@@ -309,7 +309,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         with atomic_file(path) as file:
             if path.suffix == ".safetensors":
-                file.write(to_safetensors(own, {"format": "pt"}))
+                write_safetensors(file, own, {"format": "pt"})
             else:
                 torch.save(own, file)
     except OSError as error:

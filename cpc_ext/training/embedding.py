@@ -16,7 +16,6 @@ from typing import Annotated, BinaryIO, Literal
 import numpy as np
 import torch
 import tyro
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,6 +27,7 @@ from cpc_ext.training.config import DatasetName
 from cpc_ext.training.encoder_run import EncoderRun
 from cpc_ext.training.errors import TrainingError, exit_status, warn
 from cpc_ext.training.precision import check_device, default_device
+from cpc_ext.training.safetensors_file import write_safetensors
 
 __all__ = ["main"]
 
@@ -199,7 +199,7 @@ def _write(file: BinaryIO, names_file: BinaryIO | None, features: Tensor, names:
     # ASCII, as a file name may hold bytes that are no text in any encoding.
     listed = json.dumps(names)
     if names_file is None:
-        file.write(to_safetensors({"features": features.contiguous()}, {"format": "pt", "names": listed}))
+        write_safetensors(file, {"features": features.contiguous()}, {"format": "pt", "names": listed})
     else:
         # As numpy.save does, which however takes no notice of a disk that is full.
         array = np.ascontiguousarray(features.numpy())
