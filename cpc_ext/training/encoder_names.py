@@ -6,21 +6,12 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
-from cpc_ext.models import (
-    LayerNormResNetEncoder,
-    MobileNetV2Encoder,
-    PatchEncoder,
-    ResNetV2Encoder,
-    TimmEncoder,
-    WideResNetEncoder,
-)
-from cpc_ext.models.resnet_v2 import published_shape
-from cpc_ext.models.timm_encoder import has_image_size
 from cpc_ext.training.errors import TrainingError
+
+if TYPE_CHECKING:
+    from cpc_ext.models import PatchEncoder
 
 __all__ = ["ENCODERS", "EncoderSpec", "check_encoder_name", "encoder_name", "encoder_spec", "has_own_norm"]
 
@@ -126,6 +117,10 @@ class EncoderSpec(NamedTuple):
         TrainingError, ValueError where timm is not installed, does not know the name, or its backbone takes no such
         patches; our own take all.
         """
+        import torch
+
+        from cpc_ext.models import TimmEncoder
+
         try:
             encoder = self.kind(**self.arguments)
         except ImportError as error:
@@ -181,6 +176,15 @@ def encoder_spec(name: str, *, norm: str, in_channels: int, stem: str, patch_siz
     :class:`ResNetV2Encoder`, whose names may imply their own; others take its hint at the size of a patch. patch_size:
     its side in pixels, for encoders that take patches of one size.
     """
+    from cpc_ext.models import (
+        LayerNormResNetEncoder,
+        MobileNetV2Encoder,
+        ResNetV2Encoder,
+        TimmEncoder,
+        WideResNetEncoder,
+    )
+    from cpc_ext.models.timm_encoder import has_image_size
+
     if name.startswith(_TIMM):
         backbone, given = _timm_parsed(name)
         settings = {"backbone_patch_size" if key == "patch_size" else key: value for key, value in given.items()}
@@ -214,6 +218,9 @@ def encoder_name(kind: str, arguments: Mapping[str, Any]) -> str:
         return _TIMM + arguments["name"] + (f":{text}" if text else "")
     if kind == "WideResNetEncoder":
         return f"wrn-{arguments['depth']}-{arguments['width']}"
+    from cpc_ext.models import LayerNormResNetEncoder
+    from cpc_ext.models.resnet_v2 import published_shape
+
     plain, known = {
         "ResNetV2Encoder": (_OWN, _RESNET_ARGUMENTS),
         "MobileNetV2Encoder": ("mobilenetv2", _MOBILENET_ARGUMENTS),
