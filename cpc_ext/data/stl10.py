@@ -63,7 +63,7 @@ def _folds(path: Path) -> tuple[np.ndarray, ...]:
     """Ten lines of 1000 indices into the training images, counted from 0."""
     try:
         folds = tuple(np.array(line.split(), np.int64) for line in require_file(path).read_text().splitlines())
-    except ValueError as error:
+    except (OverflowError, ValueError) as error:
         raise ValueError(f"{path}: expected lines of indices: {error}") from error
     if [len(fold) for fold in folds] != [FOLD_SIZE] * FOLDS:
         raise ValueError(f"{path}: expected {FOLDS} lines of {FOLD_SIZE} indices, found {[len(f) for f in folds]}")

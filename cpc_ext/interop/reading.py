@@ -27,6 +27,8 @@ __all__ = ["Checkpoint", "read_checkpoint"]
 _WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network")
 # Stored problems keep the weights under this prefix, beside inputs and results.
 _PROBLEM_PREFIX = "state."
+# PyTorch does not compress what it saves; what others have compressed is weights, which hardly become smaller.
+_MOST_EXPANSION = 100
 # Parts of names that wrappers of modules add, wherever in the tree they wrap.
 _WRAPPING = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")
 # Moving averages of the weights, beside the weights themselves.
@@ -136,6 +138,9 @@ def _read_file(path: Path) -> Any:
         if start.startswith(b"PK"):
             # PyTorch does not compare the checksums it writes; a flipped bit would become a wrong weight.
             with zipfile.ZipFile(path) as archive:
+                size = sum(entry.file_size for entry in archive.infolist())
+                if size > _MOST_EXPANSION * path.stat().st_size:
+                    raise CheckpointError(f"{path} would expand to {size:,} bytes, far more than a checkpoint can")
                 damaged = archive.testzip()
             if damaged is not None:
                 raise CheckpointError(f"{path} is damaged: {damaged} in it has a wrong checksum")

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -52,7 +53,8 @@ def _read(path: Path, key: str, count: int) -> Tensor | None:
             features = file.get_tensor("features")
     except (OSError, SafetensorError):
         return None
-    return features if features.ndim == 2 and len(features) == count else None
+    sound = features.ndim == 2 and len(features) == count and features.dtype == torch.float32
+    return features if sound else None
 
 
 def images_digest(images: ImageSet) -> str:

@@ -232,8 +232,8 @@ def load_data(config: RunConfig) -> Dataset:
     options = config.data
     try:
         return load_dataset(options.dataset, options.data_dir, download=options.download, image_size=options.image_size)
-    except (OSError, ValueError) as error:
-        # Both say which file or option is at fault.
+    except (MemoryError, OSError, ValueError) as error:
+        # They say which file or option is at fault.
         raise TrainingError(f"--dataset {options.dataset}: {error}") from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,8 @@ def _sample(command: _Command) -> None:
     device = check_device(command.device)
     if command.n < 1:
         raise TrainingError(f"--n: at least 1, got {command.n}")
+    if not 0 <= command.seed < 2**63:
+        raise TrainingError(f"--seed: from 0 to below 2**63, got {command.seed}")
     if not 0 <= command.temperature < float("inf"):
         raise TrainingError(f"--temperature: at least 0 and finite, got {command.temperature:g}")
     run = RunDir(command.run)
@@ -148,7 +151,10 @@ def _load(run: RunDir) -> tuple[PixelModel, dict[str, Any]]:
     try:
         model = build_pixel_model(description)
         model.load_state_dict(weights)
-    except (KeyError, TypeError, ValueError, RuntimeError):
+        channels, height, width = map(operator.index, description["image_shape"])
+        if channels != model.in_channels or min(height, width) < 1:
+            raise ValueError
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
         raise TrainingError(f"{source} is of another model than {name}") from None
     return model, description
 
@@ -160,7 +166,7 @@ def _read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             return json.loads((file.metadata() or {}).get("description", "{}")), weights
     except OSError as error:
         raise TrainingError(f"cannot read {path}: {error.strerror or error}") from None
-    except (SafetensorError, ValueError):
+    except (SafetensorError, ValueError, RecursionError):
         raise TrainingError(f"{path} is damaged") from None
 
 
