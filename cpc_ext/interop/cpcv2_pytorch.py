@@ -1,7 +1,9 @@
 """CPCV2-PyTorch (https://github.com/rschwarz15/CPCV2-PyTorch): its checkpoints to models, and back.
 
 A file holds the whole model, under "enc.", "ar." and "pred_loss.", or its encoder or context network alone, without a
-prefix. The encoder's "classifier" is kept beside the model: it belongs to the labels that it was trained with.
+prefix. The encoder's "classifier" is kept beside the model: it belongs to the labels that it was trained with. What the
+weights do not show, the program writes into the file's name: DATASET/trained_encoder_resnet14_crop64-0_colour_grid7_
+instanceNorm_1dir_augFalse_300.pt.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from cpc_ext.interop.matrices import matrices_from_ours, matrices_to_ours
 from cpc_ext.interop.names import NameMap, under, with_prefix
 from cpc_ext.interop.reading import Checkpoint
 from cpc_ext.interop.reference import Form, Program, Reference, Settings, put_weights
-from cpc_ext.interop.resnets import resnet_arguments, wide_resnet_arguments
+from cpc_ext.interop.resnets import norm_of, resnet_arguments, wide_resnet_arguments
 from cpc_ext.models import CPC, GatedPixelCNNContext, MobileNetV2Encoder, PatchEncoder, ResNetV2Encoder
 from cpc_ext.models.wide_resnet import WideResNetEncoder
 from cpc_ext.nn import GridInfoNCE
@@ -76,11 +78,22 @@ _WIDTHS = (1.0, 0.75, 0.5, 0.35, 0.25, 1.4, 1.3, 1.25, 1.5, 2.0)
 
 # Crop in pixels and patches along a side of the program's own examples, by what the stem is made for.
 _EXAMPLES = {"cifar": (30, 5), "stl10": (64, 7), "imagenet": (256, 7)}
-_DEFAULT_SKIP = 1
+
+# What the program writes into names, after trained_cpc_ or trained_encoder_, and how it is read.
+_IN_NAMES = {
+    "image_size": (re.compile(r"_crop(\d{1,4})(?:-\d{1,4})?(?=_)"), int),
+    "pad": (re.compile(r"_crop\d{1,4}-(\d{1,4})(?=_)"), int),
+    "grid_size": (re.compile(r"_grid(\d{1,4})(?=_)"), int),
+    "norm": (re.compile(r"_(none|batch|layer|instance)Norm(?=_)"), str),
+    "pred_directions": (re.compile(r"_(\d)dir(?=_)"), int),
+    "patch_augmentation": (re.compile(r"_aug(True|False)(?=_)"), lambda word: word == "True"),
+}
+_BIASES = "biases"
+_DATASETS = ("stl10", "cifar10", "cifar100")
 
 
 class CPCV2PyTorch(Program):
-    """See the module. A form's layout is not used: what the model is decides it."""
+    """See the module. A form's layout is "biases" where a MobileNetV2 without norm has some, and else not used."""
 
     source = "cpcv2-pytorch"
 
@@ -94,6 +107,21 @@ class CPCV2PyTorch(Program):
 
     def _knows_in_encoder(self, name: str) -> bool:
         return _CLASSIFIER.fullmatch(name) is not None or any(names.ours(name) for names in _NAMES.values())
+
+    def noted_in_name(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        if len(checkpoint.files) != 1:
+            return {}
+        (path,) = checkpoint.files
+        found = {
+            option: read(match[1])
+            for option, (pattern, read) in _IN_NAMES.items()
+            if (match := pattern.search(path.stem + "_"))
+        }
+        if "image_size" in found:
+            found["gray"] = "_colour_" not in path.stem
+        if found and path.absolute().parent.name in _DATASETS:
+            found["dataset"] = path.absolute().parent.name
+        return found
 
     def load(self, checkpoint: Checkpoint, settings: Settings) -> Reference:
         state = checkpoint.merged()
@@ -126,6 +154,9 @@ class CPCV2PyTorch(Program):
             raise CheckpointError(f"{checkpoint.origin}: pred_loss: {error}") from None
         context_weights, unused_context = context_to_ours(under(state, "ar."), "ar.")
         steps = matrices.shape[1]
+        told = self._told(checkpoint, arguments, unused)
+        if told.pop("pred_directions", len(directions)) != len(directions):
+            raise _misnamed(checkpoint, f"{len(directions)} directions")
         view, assumed = _view(_stem(kind, arguments), settings, steps + settings.skip + 1)
         encoder = _built(kind, arguments, view)
         model = CPC(
@@ -155,18 +186,36 @@ class CPCV2PyTorch(Program):
             "skip": settings.skip,
             "neg_samples": settings.neg_samples,
             **view,
+            **told,
         }
-        form = Form(unused={**with_prefix("enc.", unused), **with_prefix("ar.", unused_context)})
-        return Reference(self.source, model, configuration, (*assumed, *_assumed_norm(arguments, settings)), form)
+        form = Form(
+            _layout(kind, arguments, state),
+            unused={**with_prefix("enc.", unused), **with_prefix("ar.", unused_context)},
+        )
+        return Reference(self.source, model, configuration, assumed, form)
 
     def _load_encoder(self, checkpoint: Checkpoint, state: dict[str, Tensor], settings: Settings) -> Reference:
         kind, arguments, weights, unused = self._recognised_encoder(checkpoint, state, settings)
+        told = self._told(checkpoint, arguments, unused)
         view, assumed = _view(_stem(kind, arguments), settings, None)
         encoder = _built(kind, arguments, view)
         put_weights(encoder, weights, _NAMES[kind].theirs, checkpoint.origin)
-        configuration = {"kind": "encoder", "encoder": {"class": kind.__name__, "arguments": arguments}, **view}
-        assumed = (*assumed, *_assumed_norm(arguments, settings))
-        return Reference(self.source, encoder, configuration, assumed, Form(unused=unused))
+        configuration = {"kind": "encoder", "encoder": {"class": kind.__name__, "arguments": arguments}, **view, **told}
+        return Reference(self.source, encoder, configuration, assumed, Form(_layout(kind, arguments, state), unused))
+
+    def _told(
+        self, checkpoint: Checkpoint, arguments: Mapping[str, Any], unused: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """What a file's name and its classifier tell of the images. CheckpointError where the weights are of others."""
+        named = self.noted_in_name(checkpoint)
+        told = {
+            name: named[name] for name in ("pad", "patch_augmentation", "pred_directions", "dataset") if name in named
+        }
+        if named.get("gray", arguments["in_channels"] == 1) != (arguments["in_channels"] == 1):
+            raise _misnamed(checkpoint, f"images of {arguments['in_channels']} channels")
+        if any(name.endswith("bias") and len(value) == 100 for name, value in unused.items()):
+            told.setdefault("dataset", "cifar100")
+        return told
 
     def _load_context(self, checkpoint: Checkpoint, state: dict[str, Tensor]) -> Reference:
         channels, layers = context_size(state)
@@ -202,9 +251,11 @@ class CPCV2PyTorch(Program):
         except CheckpointError as error:
             raise CheckpointError(f"{checkpoint.origin} is not an encoder of {self.source}: {error}") from None
         if kind is MobileNetV2Encoder and arguments["norm"] == "none":
-            # There convolutions have no biases with or without a norm.
-            for name, value in list(weights.items()):
-                weights.setdefault(name.removesuffix("weight") + "bias", value.new_zeros(len(value)))
+            # There convolutions have no biases with or without a norm; in versions derived from it they may.
+            for name, value in theirs.items():
+                if name.endswith(".weight"):
+                    bias = str(_MOBILENET.ours(name)).removesuffix("weight") + "bias"
+                    weights.setdefault(bias, value.new_zeros(len(value)))
         return kind, arguments, weights, unused
 
     def _their_name(self, kind: type[PatchEncoder], name: str) -> str | None:
@@ -217,8 +268,9 @@ class CPCV2PyTorch(Program):
 
     def export(self, model: nn.Module, form: Form | None) -> dict[str, Tensor]:
         unused = {} if form is None else form.unused
+        biases = form is not None and form.layout == _BIASES
         if isinstance(model, PatchEncoder):
-            return self._export_encoder(model) | unused
+            return self._export_encoder(model, biases) | unused
         if isinstance(model, GatedPixelCNNContext):
             return context_from_ours(model, complete=form is None) | unused
         if not isinstance(model, CPC) or not isinstance(model.context, GatedPixelCNNContext):
@@ -232,13 +284,14 @@ class CPCV2PyTorch(Program):
             )
         if not isinstance(model.encoder, PatchEncoder):
             raise CheckpointError(f"{self.source} has no model without an encoder")
-        state = with_prefix("enc.", self._export_encoder(model.encoder))
+        state = with_prefix("enc.", self._export_encoder(model.encoder, biases))
         state |= with_prefix("ar.", context_from_ours(model.context, complete=form is None))
         for direction, matrices in enumerate(model.objective.weight):
             state |= with_prefix(f"pred_loss.{direction}.", matrices_from_ours(matrices))
         return state | unused
 
-    def _export_encoder(self, encoder: PatchEncoder) -> dict[str, Tensor]:
+    def _export_encoder(self, encoder: PatchEncoder, biases: bool) -> dict[str, Tensor]:
+        """biases: the convolutions of a MobileNetV2 have some there, as they did in the checkpoint that it is of."""
         names = _NAMES.get(type(encoder))
         if names is None:
             raise CheckpointError(f"{self.source} has no encoder like {_described(encoder)}")
@@ -249,7 +302,7 @@ class CPCV2PyTorch(Program):
         state = {}
         for name, value in encoder.state_dict().items():
             theirs = str(names.theirs(name))
-            if isinstance(encoder, MobileNetV2Encoder) and name.endswith("bias") and "conv" in name.split(".")[-2]:
+            if _is_bias(encoder, name) and not biases:
                 if value.any():
                     raise CheckpointError(f"{self.source} has no biases in MobileNetV2's convolutions, {name} is not 0")
                 continue
@@ -258,11 +311,7 @@ class CPCV2PyTorch(Program):
 
 
 def _mobilenet_arguments(weights: Mapping[str, Tensor], norm: str | None) -> dict[str, Any]:
-    first, batch = weights.get("norm1.weight"), "norm1.running_mean" in weights
-    arguments = {
-        "in_channels": weights["conv1.weight"].shape[1],
-        "norm": "none" if first is None else "batch" if batch else norm or "layer",
-    }
+    arguments = {"in_channels": weights["conv1.weight"].shape[1], "norm": norm_of(weights, "norm1", norm)}
     for width in _WIDTHS:
         with torch.device("meta"):
             shapes = MobileNetV2Encoder(**arguments, width=width).state_dict()
@@ -312,10 +361,19 @@ def _view(stem: str, settings: Settings, least: int | None) -> tuple[dict[str, i
     return {"image_size": crop, "grid_size": grid, "patch_size": patch, "stride": stride}, tuple(assumed)
 
 
-def _assumed_norm(arguments: Mapping[str, Any], settings: Settings) -> tuple[str, ...]:
-    if arguments["norm"] == "layer" and settings.norm is None:
-        return ("norm layer, which has the same weights as instance",)
-    return ()
+def _misnamed(checkpoint: Checkpoint, holds: str) -> CheckpointError:
+    return CheckpointError(f"{checkpoint.origin} holds a model of {holds}, its name says otherwise: rename the file")
+
+
+def _layout(kind: type[PatchEncoder], arguments: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
+    """Of a form: whether the convolutions of a MobileNetV2, by its names there, have biases."""
+    without_norm = kind is MobileNetV2Encoder and arguments["norm"] == "none"
+    return _BIASES if without_norm and any(re.search(r"features\..+\.bias$", name) for name in state) else ""
+
+
+def _is_bias(encoder: PatchEncoder, name: str) -> bool:
+    """Whether a name of ours is of a bias that no MobileNetV2 has in the program."""
+    return isinstance(encoder, MobileNetV2Encoder) and name.endswith("bias") and "conv" in name.split(".")[-2]
 
 
 def _built(kind: type[PatchEncoder], arguments: Mapping[str, Any], view: Mapping[str, int]) -> PatchEncoder:

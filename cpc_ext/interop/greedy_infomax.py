@@ -19,7 +19,7 @@ from cpc_ext.interop.errors import CheckpointError
 from cpc_ext.interop.matrices import matrices_from_ours, matrices_to_ours
 from cpc_ext.interop.names import NameMap, under, with_prefix
 from cpc_ext.interop.reading import Checkpoint
-from cpc_ext.interop.reference import Encodings, Form, Program, Reference, Settings, put_weights
+from cpc_ext.interop.reference import Encodings, Form, Program, Reference, Settings, grid_view, put_weights
 from cpc_ext.interop.resnets import resnet_arguments, stack_sizes
 from cpc_ext.models import CPC, GatedPixelCNNContext, GreedyInfoMax, GreedySupervised, ResNetV2Encoder
 from cpc_ext.nn import GridInfoNCE
@@ -193,7 +193,7 @@ class GreedyInfoMaxProgram(Program):
             if configuration["grid_size"] < needed:
                 raise ValueError(f"grid_size must be at least {needed} for this checkpoint, got {view['grid_size']}")
         put_weights(model, ours, lambda name: self._their_name(name, starts), checkpoint.origin)
-        assumed = () if settings.grid_size else (f"grid_size {view['grid_size']}",)
+        assumed = () if settings.grid_size or settings.image_size else (f"grid_size {view['grid_size']}",)
         assumed += () if settings.patch_size else (f"patch_size {view['patch_size']}",)
         return Reference(self.source, model, configuration, assumed, Form(layout, unused))
 
@@ -326,8 +326,4 @@ class GreedyInfoMaxProgram(Program):
 def _view(settings: Settings) -> dict[str, int]:
     """Crop, grid and patches: as given, else as published, 7 x 7 patches of 16 pixels that overlap by half."""
     patch = settings.patch_size or _PATCH
-    stride = settings.stride or patch // 2
-    grid = settings.grid_size or _GRID
-    if settings.image_size is not None and settings.grid_size is None:
-        grid = (settings.image_size - patch) // stride + 1
-    return {"image_size": patch + stride * (grid - 1), "grid_size": grid, "patch_size": patch, "stride": stride}
+    return grid_view(settings, patch, settings.stride or patch // 2, _GRID)

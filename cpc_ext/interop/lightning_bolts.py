@@ -1,8 +1,9 @@
 """Lightning Bolts (https://github.com/Lightning-Universe/lightning-bolts), CPC_v2: its checkpoints to models, and back.
 
 A file holds the whole model, "encoder." and "contrastive_task."; the task without an encoder, "context_cnn.",
-"target_cnn." and "pred_cnn."; or its context network, "blocks.". Encoders are torchvision's ResNets, whose networks and
-names the timm library shares. The online evaluator and the encoder's "fc" are kept beside the model.
+"target_cnn." and "pred_cnn."; or its context network, "blocks.". Encoders are the program's own, "cpc_encoder", or
+torchvision's ResNets, whose networks and names the timm library shares. The online evaluator and the encoder's "fc" are
+kept beside the model.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from cpc_ext.interop.errors import CheckpointError
 from cpc_ext.interop.names import NameMap, under, with_prefix
 from cpc_ext.interop.reading import Checkpoint
-from cpc_ext.interop.reference import Encodings, Form, Program, Reference, Settings, put_weights
-from cpc_ext.models import CPC, ResidualContext, TimmEncoder
+from cpc_ext.interop.reference import Encodings, Form, Program, Reference, Settings, grid_view, put_weights
+from cpc_ext.interop.resnets import stack_sizes
+from cpc_ext.models import CPC, LayerNormResNetEncoder, PatchEncoder, ResidualContext, TimmEncoder
 from cpc_ext.nn import TargetInfoNCE
 
 __all__ = ["LightningBolts"]
@@ -34,6 +36,15 @@ _TASK = NameMap(
         ("pred_cnn.{parameter}", "objective.prediction_projection.{parameter}"),
     ]
 )
+# Of the program's own encoder; the layer is what ours has inside of "layers".
+_OWN = NameMap(
+    [
+        (f"layer{stack + 1}.{{block}}.{theirs}.{{parameter}}", f"layers.{stack}.{{block}}.{ours}.{{parameter}}")
+        for stack in range(4)
+        for theirs, ours in (("downsample.{index}", "downsample.{index}"), ("{layer}", "{layer}"))
+    ]
+    + [(f"{layer}.{{parameter}}", f"{layer}.{{parameter}}") for layer in ("conv1", "ln1")]
+)
 _UNUSED = re.compile(r"(encoder\.fc|non_linear_evaluator)\..+")
 # torchvision's ResNets by blocks per stack, for two or three convolutions in a block.
 _BASIC = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34"}
@@ -46,6 +57,7 @@ class LightningBolts(Program):
     """See the module. A form's layout is not used: what the model is decides it."""
 
     source = "lightning-bolts"
+    settings = frozenset(("grid_size", "image_size", "patch_size", "stride", "skip"))
 
     def knows(self, name: str) -> bool:
         task = name.removeprefix("contrastive_task.")
@@ -53,7 +65,7 @@ class LightningBolts(Program):
             _UNUSED.fullmatch(name) is not None
             or _TASK.ours(task) is not None
             or _CONTEXT.ours(task.removeprefix("context_cnn.")) is not None
-            or re.match(r"encoder\.(conv1|bn1|layer[1-4]\.\d+)\.", name) is not None
+            or re.match(r"encoder\.(conv1|bn1|ln1|layer[1-4]\.\d+)\.", name) is not None
         )
 
     def load(self, checkpoint: Checkpoint, settings: Settings) -> Reference:
@@ -73,19 +85,19 @@ class LightningBolts(Program):
         ours |= with_prefix("context.", self._renamed(checkpoint, network, _CONTEXT))
         channels = configuration["channels"]
         encoder: nn.Module = Encodings(channels)
+        assumed: tuple[str, ...] = (f"scale {_SCALE}",)
         if whole:
             backbone = under(state, "encoder.")
             others = [name for name in state if not name.startswith(("encoder.", "contrastive_task."))]
             if others:
                 raise self.refuse(checkpoint, others)
-            arguments = self._backbone(checkpoint, backbone)
-            view = _view(settings, checkpoint.options)
-            encoder = TimmEncoder(**arguments, patch_size=view["patch_size"], stride=view["stride"])
-            ours |= with_prefix("encoder.backbone.", backbone)
+            encoder, arguments, weights, view, guessed = self._encoder(checkpoint, backbone, settings)
+            ours |= with_prefix("encoder.", weights)
+            assumed += guessed
             needed = settings.skip + 2
             if view["grid_size"] < needed:
                 raise ValueError(f"grid_size must be at least {needed} to predict a step, got {view['grid_size']}")
-            configuration |= {"encoder": {"class": "TimmEncoder", "arguments": arguments}, **view}
+            configuration |= {"encoder": {"class": type(encoder).__name__, "arguments": arguments}, **view}
         target = heads.get("target_cnn.weight")
         if target is None or target.ndim != 4:
             raise CheckpointError(f"{checkpoint.origin} has no target_cnn.weight of four dimensions")
@@ -100,7 +112,7 @@ class LightningBolts(Program):
         put_weights(model, ours, self._their_name, checkpoint.origin)
         kind = "cpc-v2" if whole else "part"
         configuration = {"kind": kind, **configuration, "target_channels": len(target), "skip": settings.skip}
-        return Reference(self.source, model, configuration, (f"scale {_SCALE}",), Form(unused=unused))
+        return Reference(self.source, model, configuration, assumed, Form(unused=unused))
 
     def _renamed(self, checkpoint: Checkpoint, state: Mapping[str, Tensor], names: NameMap) -> dict[str, Tensor]:
         unknown = [name for name in state if names.ours(name) is None]
@@ -119,15 +131,55 @@ class LightningBolts(Program):
         context = ResidualContext(channels, hidden, max(blocks) + 1, padding="lightning-bolts")
         return context, {"channels": channels, "context_channels": hidden, "context_layers": max(blocks) + 1}
 
+    def _encoder(
+        self, checkpoint: Checkpoint, state: dict[str, Tensor], settings: Settings
+    ) -> tuple[PatchEncoder, dict[str, Any], dict[str, Tensor], dict[str, int], tuple[str, ...]]:
+        """The encoder, its arguments, its weights by our names, what it sees, and what of that is assumed."""
+        if "ln1.weight" not in state:
+            arguments = self._backbone(checkpoint, state)
+            view, assumed = _view(settings, checkpoint.options, None)
+            encoder = TimmEncoder(**arguments, patch_size=view["patch_size"], stride=view["stride"])
+            return encoder, arguments, with_prefix("backbone.", state), view, assumed
+        weights = self._renamed(checkpoint, state, _OWN)
+        arguments = self._own(checkpoint, weights)
+        view, assumed = _view(settings, checkpoint.options, weights["ln1.weight"].shape[-1])
+        arguments = {"patch_size": view["patch_size"], **arguments}
+        return LayerNormResNetEncoder(**arguments, stride=view["stride"]), arguments, weights, view, assumed
+
+    def _own(self, checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Arguments of the :class:`LayerNormResNetEncoder` that has these names and shapes, all but the patches."""
+        sizes = stack_sizes(weights)
+        convs = {
+            name: weights.get(name)
+            for name in (
+                "conv1.weight",
+                *(f"layers.{stack}.0.conv{conv}.weight" for stack in range(len(sizes)) for conv in (1, 3)),
+            )
+        }
+        wrong = [name for name, value in convs.items() if value is None or value.ndim != 4 or 0 in value.shape]
+        if wrong or weights["ln1.weight"].ndim != 3:
+            name = (wrong or ["ln1.weight"])[0]
+            raise CheckpointError(
+                f"{checkpoint.origin}: {_OWN.theirs(name)} of its encoder is missing or of no such shape"
+            )
+        inside, outside = ([len(convs[f"layers.{s}.0.conv{c}.weight"]) for s in range(len(sizes))] for c in (1, 3))
+        return {
+            "in_channels": convs["conv1.weight"].shape[1],
+            "blocks": sizes,
+            "channels": inside,
+            "expansions": [max(1, out // channels) for out, channels in zip(outside, inside, strict=True)],
+            "stem_channels": len(convs["conv1.weight"]),
+        }
+
     def _backbone(self, checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> dict[str, Any]:
         """Arguments of the TimmEncoder that has these names and shapes."""
         stem, first = state.get("conv1.weight"), state.get("layer1.0.conv2.weight")
         found = {(int(m[1]), int(m[2])) for name in state if (m := re.match(r"layer(\d)\.(\d+)\.", name))}
         sizes = tuple(1 + max(block for stack, block in found if stack == at) for at in sorted({s for s, _ in found}))
-        if stem is None or first is None:
+        if stem is None or first is None or stem.ndim != 4 or first.ndim != 4:
             raise CheckpointError(
-                f"{checkpoint.origin}: its encoder is none of torchvision's ResNets. That of encoder_name "
-                "cpc_encoder is not known here; what is under contrastive_task. loads without it"
+                f"{checkpoint.origin}: its encoder is neither the program's own nor one of torchvision's ResNets; what "
+                "is under contrastive_task. loads without it"
             )
         name = _BASIC.get(sizes)
         if "layer1.0.conv3.weight" in state:
@@ -146,6 +198,8 @@ class LightningBolts(Program):
         part, _, rest = name.partition(".")
         if part == "context":
             return f"context_cnn.{_CONTEXT.theirs(rest) or rest}"
+        if part == "encoder" and not rest.startswith("backbone."):
+            return f"encoder.{_OWN.theirs(rest) or rest}"
         return _TASK.theirs(name) or name.replace("encoder.backbone.", "encoder.")
 
     def export(self, model: nn.Module, form: Form | None) -> dict[str, Tensor]:
@@ -167,11 +221,15 @@ class LightningBolts(Program):
             task[str(_TASK.theirs(f"objective.{name}"))] = value
         if isinstance(model.encoder, Encodings):
             return task | unused
-        if not isinstance(model.encoder, TimmEncoder):
+        if isinstance(model.encoder, LayerNormResNetEncoder):
+            backbone = {str(_OWN.theirs(name)): value for name, value in model.encoder.state_dict().items()}
+        elif isinstance(model.encoder, TimmEncoder):
+            backbone = model.encoder.backbone.state_dict()
+        else:
             raise CheckpointError(
-                f"{self.source} has torchvision's ResNets as encoders, not {type(model.encoder).__name__}"
+                f"{self.source} has its own encoder and torchvision's ResNets, not {type(model.encoder).__name__}"
             )
-        state = with_prefix("encoder.", model.encoder.backbone.state_dict())
+        state = with_prefix("encoder.", backbone)
         return state | with_prefix("contrastive_task.", task) | unused
 
     def _export_context(self, context: ResidualContext) -> dict[str, Tensor]:
@@ -182,14 +240,35 @@ class LightningBolts(Program):
         return {str(_CONTEXT.theirs(name)): value for name, value in context.state_dict().items()}
 
 
-def _view(settings: Settings, options: Mapping[str, Any]) -> dict[str, int]:
-    """Crop, grid and patches: as given, else as the checkpoint's options have them, else the program's for CIFAR-10."""
+def _view(settings: Settings, options: Mapping[str, Any], half: int | None) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Crop, grid and patches, and what of them is assumed: as given, else as noted, else the program's for CIFAR-10.
 
-    def chosen(given: int | None, name: str, default: int) -> int:
-        noted = options.get(name)
-        return given or (noted if isinstance(noted, int) and noted > 0 else default)
+    half: side of the map behind the first convolution, of stride 2, where the weights tell it.
 
-    patch = chosen(settings.patch_size, "patch_size", _PATCH)
-    stride = settings.stride or patch - chosen(None, "patch_overlap", patch // 2)
-    grid = settings.grid_size or _GRID
-    return {"image_size": patch + stride * (grid - 1), "grid_size": grid, "patch_size": patch, "stride": stride}
+    The overlap that a checkpoint notes counts unless it is the program's default for patches of 8 pixels beside other
+    patches: images are cut by a part of the program that takes its own, half of a patch.
+    """
+    noted = {name: options[name] for name in ("patch_size", "patch_overlap") if _is_size(options.get(name))}
+    patch = settings.patch_size or noted.get("patch_size")
+    assumed = []
+    if half is not None:
+        if patch is None:
+            patch = 2 * half
+        elif (patch + 1) // 2 != half:
+            raise ValueError(f"patch_size {patch}: by its weights the encoder takes patches of {2 * half} pixels")
+    elif patch is None:
+        patch = _PATCH
+        assumed.append(f"patch_size {patch}")
+    overlap = noted.get("patch_overlap", 0)
+    stride = settings.stride or patch - overlap
+    if settings.stride is None and (not 0 < overlap < patch or (overlap == _PATCH // 2 and patch != _PATCH)):
+        stride = patch // 2
+        assumed.append(f"stride {stride}")
+    view = grid_view(settings, patch, stride, _GRID)
+    if settings.grid_size is None and settings.image_size is None:
+        assumed.append(f"grid_size {_GRID}")
+    return view, tuple(assumed)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

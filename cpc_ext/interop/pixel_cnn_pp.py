@@ -31,6 +31,7 @@ class PixelCNNPPProgram(Program):
     """See the module. Layouts of a form: "weight_norm", the names of most checkpoints, or "parametrizations"."""
 
     source = "pixel-cnn-pp"
+    settings = frozenset(("image_size",))
 
     def knows(self, name: str) -> bool:
         return _THEIRS.fullmatch(_old_name(name)) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,20 +62,26 @@ def load_reference(
               grid needs (greedy-infomax, lightning-bolts). Of pixel-cnn-pp that of images, 32, or 28 of grey ones.
             - ``patch_size``, ``stride``: in pixels. Default: neighbours overlap by half; 16 (greedy-infomax), what the
               checkpoint notes or 8 (lightning-bolts). With them models take images, too; patches they always take.
-            - ``norm``: "layer" or "instance", whose weights look alike. Default: "layer".
+            - ``norm``: "layer" or "instance", whose weights look alike. No default: one of the two must be known.
             - ``skip``: rows between a context and its first target. Default: 1.
             - ``neg_samples``: negatives of each prediction, or "all". Default: 16.
 
-            What a file notes of the options that its program was run with counts before these defaults.
+            What a file notes of the options that its program was run with counts before these defaults, and so does
+            what CPCV2-PyTorch writes into a file's name. A warning tells which defaults were taken that decide what
+            images are encoded as.
 
     Raises:
         CheckpointError: a ValueError; the file is missing or damaged, or not a checkpoint of this program; the message
             says what it looks like and which names did not fit.
-        ValueError: a source that is not known, or a setting that does not fit the checkpoint.
+        ValueError: a source that is not known, a setting that does not fit the checkpoint or is of no use for it, or a
+            norm that has to be given.
         TypeError: no path or dictionary, or a setting that does not exist.
         ImportError: timm is needed and not installed.
     """
-    return read_reference(path_or_state_dict, source, **settings).model
+    reference = read_reference(path_or_state_dict, source, **settings)
+    if reference.assumed and "grid_size" in reference.configuration:
+        warnings.warn(f"not told by the checkpoint, and assumed: {'; '.join(reference.assumed)}", stacklevel=2)
+    return reference.model
 
 
 def read_reference(
@@ -83,7 +90,10 @@ def read_reference(
     """:func:`load_reference` with what was recognised, and what is needed to write the checkpoint again as it was."""
     program = _program(source)
     checkpoint = read_checkpoint(path_or_state_dict)
-    chosen = Settings.of(settings, checkpoint.options)
+    idle = [name for name, value in settings.items() if value is not None and name not in program.settings]
+    if Settings.__dataclass_fields__.keys() >= settings.keys() and idle:
+        raise ValueError(f"{', '.join(idle)}: checkpoints of {source} have no use for it")
+    chosen = Settings.of(settings, {**program.noted_in_name(checkpoint), **checkpoint.options})
     try:
         reference = program.load(checkpoint, chosen)
     except CheckpointError as error:

@@ -27,6 +27,8 @@ __all__ = ["Checkpoint", "read_checkpoint"]
 _WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network")
 # Stored problems keep the weights under this prefix, beside inputs and results.
 _PROBLEM_PREFIX = "state."
+# PyTorch does not compress what it saves; what others have compressed is weights, which hardly become smaller.
+_MOST_EXPANSION = 100
 # Parts of names that wrappers of modules add, wherever in the tree they wrap.
 _WRAPPING = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")
 # Moving averages of the weights, beside the weights themselves.
@@ -69,11 +71,13 @@ class Checkpoint:
     parts: a state dict a file, in the order in which the files were given.
     origin: the files, or what was given instead of a file, for messages.
     options: what the file knows of the options that the program was run with.
+    files: those that were given; dictionaries have none.
     """
 
     parts: list[dict[str, Tensor]]
     origin: str
     options: dict[str, Any] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
 
     def merged(self) -> dict[str, Tensor]:
         """All parts as one. CheckpointError where two have a name in common."""
@@ -112,7 +116,8 @@ def read_checkpoint(source: str | Path | Mapping[str, Any] | Sequence[Any]) -> C
         parts.append(state)
         options |= found
     names = ["the state dict" if isinstance(one, Mapping) else str(one) for one in source]
-    return Checkpoint(parts, ", ".join(dict.fromkeys(names)), options)
+    files = tuple(Path(one) for one in source if not isinstance(one, Mapping))
+    return Checkpoint(parts, ", ".join(dict.fromkeys(names)), options, files)
 
 
 def _read_file(path: Path) -> Any:
@@ -133,6 +138,9 @@ def _read_file(path: Path) -> Any:
         if start.startswith(b"PK"):
             # PyTorch does not compare the checksums it writes; a flipped bit would become a wrong weight.
             with zipfile.ZipFile(path) as archive:
+                size = sum(entry.file_size for entry in archive.infolist())
+                if size > _MOST_EXPANSION * path.stat().st_size:
+                    raise CheckpointError(f"{path} would expand to {size:,} bytes, far more than a checkpoint can")
                 damaged = archive.testzip()
             if damaged is not None:
                 raise CheckpointError(f"{path} is damaged: {damaged} in it has a wrong checksum")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cpc_ext.interop.errors import CheckpointError
 from cpc_ext.interop.reading import Checkpoint
 
-__all__ = ["Encodings", "Form", "Program", "Reference", "Settings", "listed", "put_weights"]
+__all__ = ["Encodings", "Form", "Program", "Reference", "Settings", "grid_view", "listed", "put_weights"]
 
 
 @dataclass(frozen=True)
@@ -116,13 +116,19 @@ class Program(ABC):
 
     Attributes:
         source: its name.
+        settings: those that its checkpoints leave open.
     """
 
     source: ClassVar[str]
+    settings: ClassVar[frozenset[str]] = frozenset(Settings.__dataclass_fields__)
 
     @abstractmethod
     def knows(self, name: str) -> bool:
         """Whether it has tensors of such a name."""
+
+    def noted_in_name(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """What the name of a checkpoint's file tells of the options that the program was run with."""
+        return {}
 
     @abstractmethod
     def load(self, checkpoint: Checkpoint, settings: Settings) -> Reference:
@@ -162,6 +168,25 @@ def listed(names: Sequence[str], most: int = 6) -> str:
     """The first few names, and how many there are besides."""
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def grid_view(settings: Settings, patch: int, stride: int, grid: int) -> dict[str, int]:
+    """Crop and grid of patches of a size and distance in pixels.
+
+    grid: patches along a side, unless the settings say it or the crop's size does.
+
+    ValueError where patches do not fill the crop that the settings ask for.
+    """
+    size = settings.image_size
+    if settings.grid_size is not None:
+        grid = settings.grid_size
+    elif size is not None:
+        grid = (size - patch) // stride + 1
+    if size is not None and (grid < 1 or size != patch + stride * (grid - 1)):
+        raise ValueError(
+            f"image_size {size} is not filled by {grid} patches a side of {patch} pixels with a stride of {stride}"
+        )
+    return {"image_size": patch + stride * (grid - 1), "grid_size": grid, "patch_size": patch, "stride": stride}
 
 
 def put_weights(

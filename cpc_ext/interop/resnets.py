@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cpc_ext.interop.errors import CheckpointError
 
-__all__ = ["resnet_arguments", "stack_sizes", "wide_resnet_arguments"]
+__all__ = ["norm_of", "resnet_arguments", "stack_sizes", "wide_resnet_arguments"]
 
 _STEMS = {5: "stl10", 3: "cifar", 7: "imagenet"}
 
@@ -17,9 +17,9 @@ _STEMS = {5: "stl10", 3: "cifar", 7: "imagenet"}
 def resnet_arguments(state: Mapping[str, Tensor], norm: str | None) -> dict[str, Any]:
     """Arguments of a :class:`cpc_ext.models.ResNetV2Encoder` whose weights these are, by its own names.
 
-    norm: "layer" or "instance", whose weights look alike. Default: "layer".
+    norm: "layer" or "instance", whose weights look alike; None where neither is known.
 
-    CheckpointError where they are of none.
+    CheckpointError where they are of none, ValueError where they have such a norm and it is not known which.
     """
     sizes = stack_sizes(state)
     stem = _tensor(state, "conv1.weight", 4)
@@ -33,7 +33,7 @@ def resnet_arguments(state: Mapping[str, Tensor], norm: str | None) -> dict[str,
         "blocks": sizes,
         "bottleneck": bottleneck,
         "channels": inside,
-        "norm": _norm(state, "layers.0.0.norm1", norm),
+        "norm": norm_of(state, "layers.0.0.norm1", norm),
         "stem": _STEMS[kernel],
         "stem_channels": stem.shape[0],
     }
@@ -52,7 +52,7 @@ def wide_resnet_arguments(state: Mapping[str, Tensor], norm: str | None) -> dict
         "depth": 6 * sizes[0] + 4,
         "width": max(1, _tensor(state, "layers.0.0.conv1.weight", 4).shape[0] // 16),
         "in_channels": _tensor(state, "conv1.weight", 4).shape[1],
-        "norm": _norm(state, "layers.0.0.norm1", norm),
+        "norm": norm_of(state, "layers.0.0.norm1", norm),
     }
 
 
@@ -68,12 +68,19 @@ def stack_sizes(state: Mapping[str, Tensor]) -> list[int]:
     return [sizes[stack] for stack in sorted(sizes)]
 
 
-def _norm(state: Mapping[str, Tensor], place: str, told: str | None) -> str:
-    if f"{place}.weight" not in state:
-        return "none"
-    if f"{place}.running_mean" in state:
-        return "batch"
-    return told or "layer"
+def norm_of(state: Mapping[str, Tensor], place: str, told: str | None) -> str:
+    """The normalisation of the layer at ``place``. ValueError where its weights fit two and none of them is told."""
+    if f"{place}.weight" not in state or f"{place}.running_mean" in state:
+        found = "batch" if f"{place}.running_mean" in state else "none"
+        if told is not None:
+            raise ValueError(f"norm: by its weights the encoder has {found} norm, got {told}")
+        return found
+    if told is None:
+        raise ValueError(
+            "norm: the encoder has layer or instance norm, whose weights look alike, and neither the checkpoint nor "
+            'its file\'s name (such as ..._layerNorm_...) tells which: give norm="layer" or norm="instance" (--norm)'
+        )
+    return told
 
 
 def _tensor(state: Mapping[str, Tensor], name: str, ndim: int) -> Tensor:

@@ -4,6 +4,7 @@ from cpc_ext.models.cpc import CPC
 from cpc_ext.models.gated_pixelcnn import GatedPixelCNN
 from cpc_ext.models.gated_pixelcnn_context import GatedPixelCNNContext
 from cpc_ext.models.greedy_infomax import GreedyInfoMax, GreedySupervised
+from cpc_ext.models.layer_norm_resnet import LayerNormResNetEncoder
 from cpc_ext.models.mobilenet_v2 import MobileNetV2Encoder
 from cpc_ext.models.patch_encoder import PatchEncoder
 from cpc_ext.models.pixelcnn import PixelCNN
@@ -20,6 +21,7 @@ __all__ = [
     "GatedPixelCNNContext",
     "GreedyInfoMax",
     "GreedySupervised",
+    "LayerNormResNetEncoder",
     "MobileNetV2Encoder",
     "PatchEncoder",
     "PixelCNN",

@@ -124,6 +124,8 @@ def _check(command: Command) -> None:
     for name, least in (("repeats", 1), ("neighbours", 1), ("finetune_epochs", 0), ("finetune_steps", 1), ("seed", 0)):
         if getattr(command, name) < least:
             raise TrainingError(f"--{name.replace('_', '-')}: at least {least}, got {getattr(command, name)}")
+    if command.seed >= 2**32:
+        raise TrainingError(f"--seed: below 2**32, got {command.seed}")
     if command.out is not None and len(command.runs) == 1:
         raise TrainingError("--out is the figure that several runs are compared in; give more than one RUN")
 

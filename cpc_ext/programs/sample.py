@@ -83,6 +83,8 @@ def _check(command: Command) -> None:
     """TrainingError for values that cannot be right, whatever the run is."""
     if command.n < 1:
         raise TrainingError(f"--n: at least 1, got {command.n}")
+    if not 0 <= command.seed < 2**63:
+        raise TrainingError(f"--seed: from 0 to below 2**63, got {command.seed}")
     if not 0 <= command.temperature < float("inf"):
         raise TrainingError(f"--temperature: at least 0 and finite, got {command.temperature:g}")
     if command.rows is not None and command.complete is None:

@@ -20,6 +20,7 @@ import tyro
 from cpc_ext.training.command_line import VersionOption, parse_command
 from cpc_ext.training.config import OptionError, RunConfig, load_config, option, options_of_other_models
 from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.idle_options import idle_options
 from cpc_ext.training.presets import PRESETS, preset
 from cpc_ext.training.run_dir import RunDir
 
@@ -101,7 +102,7 @@ def parse(arguments: Sequence[str], *, prog: str = PROGRAM) -> Command:
         defaults = defaults.model_copy(update={"optimization": optimization})
     _refuse_options_of_other_models(arguments, defaults, prog)
     try:
-        return parse_command(
+        command = parse_command(
             Command,
             arguments,
             prog=prog,
@@ -112,6 +113,8 @@ def parse(arguments: Sequence[str], *, prog: str = PROGRAM) -> Command:
     except OptionError as error:
         # Those of a section are shown by the parser; those between sections arrive here.
         _refuse(str(error), prog)
+    _refuse_idle_options(arguments, command.run, prog)
+    return command
 
 
 def _with_values(arguments: Sequence[str]) -> list[str]:
@@ -134,6 +137,15 @@ def _refuse_options_of_other_models(arguments: Sequence[str], defaults: RunConfi
             _refuse(f"{option(name)} is an option of --model {models}; {defaults.model} has no such option", prog)
 
 
+def _refuse_idle_options(arguments: Sequence[str], run: RunConfig, prog: str) -> None:
+    idle = idle_options(run)
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
+        name = name if name in idle else name.removeprefix("no_")
+        if argument.startswith("--") and name in idle:
+            _refuse(f"{option(name)} would have no effect: {idle[name]}", prog)
+
+
 def _refuse(message: str, prog: str) -> NoReturn:
     print(f"error: {message}\nFor full helptext, see {prog} --help", file=sys.stderr)
     raise SystemExit(2) from None
@@ -151,11 +163,12 @@ def _first_pass(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def describe(config: RunConfig) -> str:
-    """The config as the options that would give it, a line a section."""
+    """The config as the options that would give it, a line a section; those that decide nothing are left out."""
+    idle = idle_options(config)
     lines = [f"  {'model':<14}--model {config.model}"]
     for section, values in config:
         if section != "model":
-            options = (_as_option(name, value) for name, value in values if value is not None)
+            options = (_as_option(name, value) for name, value in values if value is not None and name not in idle)
             lines.append(f"  {section:<14}{' '.join(options)}")
     return "\n".join(lines)
 

@@ -50,6 +50,10 @@ Schedule = Literal["cosine", "constant"]
 GatherNegatives = Literal["none", "gather", "ring"]
 Norm = Literal["none", "layer", "batch", "instance"]
 
+# Sides and channels up to which a network, or an image, can be meant.
+_MOST = 2**16
+# Characters of a wrong value that a message has room for.
+_SHOWN = 200
 _NORM = "Normalisation inside the encoder; a backbone of timm has its own."
 
 
@@ -86,10 +90,13 @@ def explain(error: ValidationError) -> str:
         if entry["type"] == "value_error":
             lines.append(message)
         elif entry["type"] == "extra_forbidden":
-            lines.append(f"{'.'.join(names)}: there is no such option")
+            place = ".".join(map(str, entry["loc"]))
+            lines.append(f"{place}: there is no such option")
         else:
             field = next((name for name in reversed(names) if name in _FIELDS), names[-1] if names else "config")
-            lines.append(f"{option(field)}: {message[0].lower()}{message[1:]}, got {entry['input']!r}")
+            came = repr(entry["input"])
+            came = came if len(came) <= _SHOWN else f"{came[:_SHOWN]}..."
+            lines.append(f"{option(field)}: {message[0].lower()}{message[1:]}, got {came}")
     return "\n".join(dict.fromkeys(lines))
 
 
@@ -106,7 +113,7 @@ class DataSection(_Section):
         description="Folder of the data set's files, or of your images for --dataset folder. None: the user's cache.",
     )
     download: bool = Field(False, description="Fetch the data set's published files where they are missing.")
-    image_size: Annotated[int, Field(ge=16)] | None = Field(
+    image_size: Annotated[int, Field(ge=16, le=_MOST)] | None = Field(
         None,
         description="Side in pixels that textures are drawn at or a folder's images are resized to. None: the data "
         "set's own size.",
@@ -116,9 +123,11 @@ class DataSection(_Section):
 class ViewSection(_Section):
     """What the model sees of an image: a crop, cut into a grid of overlapping patches."""
 
-    crop: int = Field(56, ge=4, description="Side in pixels of the square cut out of an image at a random place.")
-    pad: int = Field(0, ge=0, description="Black pixels put around an image before it is cropped.")
-    grid_size: int = Field(6, ge=2, description="Patches along a side of the grid.")
+    crop: int = Field(
+        56, ge=4, le=_MOST, description="Side in pixels of the square cut out of an image at a random place."
+    )
+    pad: int = Field(0, ge=0, le=_MOST, description="Black pixels put around an image before it is cropped.")
+    grid_size: int = Field(6, ge=2, le=_MOST, description="Patches along a side of the grid.")
     patch_size: Annotated[int, Field(ge=2)] | None = Field(
         None, description="Side of a patch in pixels. None: neighbours overlap by half, 2 * crop / (grid size + 1)."
     )
@@ -173,8 +182,9 @@ class _ContrastiveSection(_Section):
         description="Network that encodes a patch, or of simclr an image. resnet-small, resnetN: a pre-activation "
         "ResNet; 14, 28, 41, 92 and 143 without the last stack, as published for CPC, 161 that of CPC v2, 18, 34, 50, "
         "101 and 152 whole, small with one narrow block a stack. wrn-DEPTH-WIDTH: a wide ResNet, such as wrn-28-2. "
-        "mobilenetv2. timm:NAME: any backbone of the timm library, if installed (cpc_ext[timm]), such as "
-        "timm:convnext_atto. What a ResNet's name leaves open may follow it, as in resnet14:stem=cifar.",
+        "mobilenetv2. ln-resnet101: Lightning Bolts' cpc_encoder. timm:NAME: any backbone of the timm library, if "
+        "installed (cpc_ext[timm]), such as timm:convnext_atto. What a name leaves open may follow it, as in "
+        "resnet14:stem=cifar or timm:vit_tiny_patch16_224:patch_size=4.",
     )
     norm: Norm = Field("none", description=f"{_NORM} The published CPC v1 uses none.")
     gather_negatives: GatherNegatives = Field(
@@ -188,7 +198,9 @@ class _ContrastiveSection(_Section):
 class _PredictionSection(_ContrastiveSection):
     """What both versions of contrastive predictive coding share."""
 
-    context_layers: int = Field(4, ge=1, description="Layers of the context network; each sees one row further up.")
+    context_layers: int = Field(
+        4, ge=1, le=1000, description="Layers of the context network; each sees one row further up."
+    )
     pred_steps: int = Field(5, ge=1, description="Rows ahead that are predicted, nearest to farthest.")
     pred_directions: int = Field(
         1, ge=1, le=4, description="Directions predicted in: 1 is down, 2 to 4 add the grid turned by 90 degrees each."
@@ -219,9 +231,9 @@ class CPCv2Section(_PredictionSection):
 
     norm: Norm = Field("layer", description=f"{_NORM} CPC v2 has layer norm.")
     context_layers: int = Field(
-        5, ge=1, description="Residual blocks of a context network; each sees one row further up."
+        5, ge=1, le=1000, description="Residual blocks of a context network; each sees one row further up."
     )
-    context_channels: int = Field(256, ge=1, description="Channels inside a block of a context network.")
+    context_channels: int = Field(256, ge=1, le=_MOST, description="Channels inside a block of a context network.")
     shared_context: bool = Field(
         False,
         description="One context network for all directions, as in CPCV2-PyTorch; otherwise each has its own.",
@@ -230,7 +242,10 @@ class CPCv2Section(_PredictionSection):
         4, ge=1, le=4, description="Directions predicted in: 1 is down, 2 to 4 add the grid turned by 90 degrees each."
     )
     target_channels: int = Field(
-        64, ge=1, description="Channels of the projections that are predicted and contrasted with all of the batch."
+        64,
+        ge=1,
+        le=_MOST,
+        description="Channels of the projections that are predicted and contrasted with all of the batch.",
     )
     prediction_scale: float = Field(
         0.1, gt=0, le=100, description="Factor of the predictions, and so of the logits at the start."
@@ -248,6 +263,7 @@ class GreedySection(_Section):
     modules: int = Field(
         3,
         ge=1,
+        le=1000,
         description="Modules that the encoder's stacks are shared among, each with a loss of its own. 1 is the encoder "
         "end to end, with a context network: CPC.",
     )
@@ -303,15 +319,18 @@ class GreedySection(_Section):
 class SimCLRSection(_ContrastiveSection):
     """The networks, the views and the loss of SimCLR."""
 
-    view_size: int = Field(96, ge=8, description="Side in pixels of the two views of an image.")
+    view_size: int = Field(96, ge=8, le=_MOST, description="Side in pixels of the two views of an image.")
     min_crop_area: float = Field(
         0.08, gt=0, le=1, description="Smallest share of an image's area that a view shows; the largest is all of it."
     )
     blur_kernel: int = Field(
-        9, ge=0, description="Taps of the Gaussian blur of a view, an odd number, about a tenth of its side. 0: none."
+        9,
+        ge=0,
+        le=_MOST,
+        description="Taps of the Gaussian blur of a view, an odd number, about a tenth of its side. 0: none.",
     )
     projection_channels: int = Field(
-        128, ge=1, description="Features that the loss compares, behind a hidden layer of four times as many."
+        128, ge=1, le=_MOST, description="Features that the loss compares, behind a hidden layer of four times as many."
     )
     temperature: float = Field(0.07, gt=0, le=100, description="Divisor of the cosine similarities.")
 
@@ -320,11 +339,15 @@ class PixelCNNSection(_Section):
     """The network that predicts every value of an image from those before it, and what is looked at on the way."""
 
     layers: int = Field(
-        12, ge=1, description="Residual blocks of a PixelCNN, layers of a gated one; each sees one pixel further."
+        12,
+        ge=1,
+        le=1000,
+        description="Residual blocks of a PixelCNN, layers of a gated one; each sees one pixel further.",
     )
     hidden_channels: int = Field(
         96,
         ge=1,
+        le=_MOST,
         description="Channels, a multiple of the colours: h of a PixelCNN, which carries 2h between its blocks, or p "
         "of each stack of a gated one.",
     )
@@ -351,9 +374,11 @@ class PixelCNNSection(_Section):
 class PixelCNNPPSection(PixelCNNSection):
     """The network that predicts every pixel of an image from those before it, and what is looked at on the way."""
 
-    layers: int = Field(2, ge=1, description="Gated blocks of a stream at each of three resolutions. Published: 5.")
-    hidden_channels: int = Field(96, ge=1, description="Channels of each of the two streams. Published: 160.")
-    mixtures: int = Field(10, ge=1, description="Logistic distributions that are mixed for a pixel.")
+    layers: int = Field(
+        2, ge=1, le=1000, description="Gated blocks of a stream at each of three resolutions. Published: 5."
+    )
+    hidden_channels: int = Field(96, ge=1, le=_MOST, description="Channels of each of the two streams. Published: 160.")
+    mixtures: int = Field(10, ge=1, le=1000, description="Logistic distributions that are mixed for a pixel.")
     dropout: float = Field(
         0.5, ge=0, lt=1, description="Probability of leaving a channel out of a gated block while training."
     )
@@ -617,14 +642,14 @@ def load_config(path: Path, *, option_name: str = "--config") -> RunConfig:
 
     option_name: the option that asks for it, for messages.
     """
-    import yaml
+    from cpc_ext.training.yaml_file import YAMLError, read_yaml
 
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path)
     except OSError as error:
         raise TrainingError(f"{option_name}: cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise TrainingError(f"{option_name}: {path} is not a YAML file: {error}") from None
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise TrainingError(f"{option_name}: {path} is not a YAML file of options: {error}") from None
     if not isinstance(tree, dict):
         raise TrainingError(f"{option_name}: {path} does not hold a run's options (expected a mapping)")
     try:

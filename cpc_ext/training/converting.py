@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import ValidationError
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from cpc_ext.data import Dataset, ImageSet
@@ -29,6 +28,7 @@ from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.presets import preset
 from cpc_ext.training.program import TASKS
 from cpc_ext.training.run_dir import RunDir
+from cpc_ext.training.safetensors_file import write_safetensors
 from cpc_ext.training.task import Task
 from cpc_ext.training.weight_average import averaged_weights
 
@@ -86,8 +86,11 @@ def _take_over(command: Command, source: str) -> None:
     print(describe(config))
     if part:
         print("the checkpoint holds an encoder alone: context network and predictions start from the seed")
-    if reference.assumed:
-        print(f"not told by the checkpoint, and assumed: {'; '.join(reference.assumed)}")
+    assumed = list(reference.assumed)
+    if command.dataset is None and "dataset" not in reference.configuration:
+        assumed.append(f"--dataset {config.data.dataset}, whose mean and deviation images are normalised by")
+    if assumed:
+        print(f"not told by the checkpoint, and assumed: {'; '.join(assumed)}")
 
 
 def _config(reference: Reference, dataset: str | None, data_dir: Path | None) -> RunConfig:
@@ -100,6 +103,7 @@ def _config(reference: Reference, dataset: str | None, data_dir: Path | None) ->
             "cpc_ext.interop.load_reference loads it"
         )
     model = {"cpc": "cpc-v1", "encoder": "cpc-v1", "greedy": "greedy-infomax"}.get(kind, kind)
+    dataset = dataset or found.get("dataset")
     if dataset is None:
         dataset = (
             _BY_IMAGE.get(found["image_shape"][1], "folder")
@@ -126,12 +130,14 @@ def _patch_model_options(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     halves = 2 * crop == patch * (grid + 1)
     view = {
         "crop": crop,
-        "pad": 0,
+        "pad": found.get("pad", 0),
         "grid_size": grid,
         "patch_size": None if halves else patch,
         "gray": arguments["in_channels"] == 1,
         "patch_norm": False,
     }
+    if "patch_augmentation" in found:
+        view["patch_augmentation"] = found["patch_augmentation"]
     names = ("context_layers", "context_channels", "target_channels", "pred_steps", "pred_directions", "skip")
     cpc = {name: found[name] for name in (*names, "neg_samples") if name in found}
     cpc["encoder"] = encoder_name(found["encoder"]["class"], arguments)
@@ -233,7 +239,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         with atomic_file(path) as file:
             if path.suffix == ".safetensors":
-                file.write(to_safetensors(own, {"format": "pt"}))
+                write_safetensors(file, own, {"format": "pt"})
             else:
                 write_tensors(file, own)
     except OSError as error:

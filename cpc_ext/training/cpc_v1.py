@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cpc_ext.data import Dataset, ImageFetcher, ImageSet, PatchAugmentation, PatchView
+from cpc_ext.data.spread import spread
 from cpc_ext.models import CPC, GatedPixelCNNContext, PatchEncoder
 from cpc_ext.nn.grid_info_nce import GridInfoNCEOutput
 from cpc_ext.training import figures
@@ -106,9 +106,9 @@ class CPCv1Task(EncoderTask):
         # What all patches share would make all of them alike.
         encodings = F.normalize(encodings - encodings.mean((0, 2), keepdim=True), dim=1)
         middle = encodings.shape[2] // 2 + self._config.view.grid_size // 2
-        queries = torch.arange(_NEIGHBOUR_QUERIES, device=encodings.device)
+        queries = torch.from_numpy(spread(_NEIGHBOUR_QUERIES, len(images))).to(encodings.device)
         similarity, patch = torch.einsum("qd,ndp->qnp", encodings[queries, :, middle], encodings).max(2)
-        similarity[queries, queries] = -torch.inf
+        similarity[torch.arange(len(queries), device=queries.device), queries] = -torch.inf
         similarity, image = similarity.topk(_NEIGHBOURS, dim=1)
         patch = patch.gather(1, image)
 
@@ -118,7 +118,8 @@ class CPCv1Task(EncoderTask):
         labels = self._shown_set.labels
         same_class = None
         if labels is not None:
-            same_class = labels[: len(queries), None] == labels[image.cpu().numpy()]
+            labels = labels[spread(_NEIGHBOUR_IMAGES, len(self._shown_set))]
+            same_class = labels[queries.cpu().numpy(), None] == labels[image.cpu().numpy()]
         figures.save(
             run.path / "neighbours.png",
             figures.nearest_patches(
@@ -134,9 +135,9 @@ class CPCv1Task(EncoderTask):
         return self._dataset.pretrain if self._dataset.test is None else self._dataset.test
 
     def _shown_images(self, count: int) -> Tensor:
-        """The first images that were not trained on, uint8 [N, C, H, W] on the device."""
+        """Images from all of those that were not trained on, uint8 [N, C, H, W] on the device."""
         fetch = ImageFetcher(self._shown_set, self._device, resident=False)
-        return fetch(np.arange(min(count, len(self._shown_set))))
+        return fetch(spread(count, len(self._shown_set)))
 
     def _guessing(self) -> dict[str, float]:
         """Loss and accuracy of a model that finds all keys equally likely."""
@@ -185,4 +186,5 @@ class CPCv1Task(EncoderTask):
             in_channels=1 if self._config.view.gray else self._dataset.image_shape[0],
             # A stem sees a good part of a patch, not all of it.
             stem="cifar" if patch <= 12 else "stl10" if patch <= 32 else "imagenet",
+            patch_size=patch,
         )

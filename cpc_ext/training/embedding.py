@@ -15,7 +15,6 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from filelock import FileLock
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,6 +27,7 @@ from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.encoder_run import EncoderRun
 from cpc_ext.training.errors import TrainingError, warn
 from cpc_ext.training.precision import check_device
+from cpc_ext.training.safetensors_file import write_safetensors
 
 __all__ = ["embed", "main"]
 
@@ -148,7 +148,7 @@ def _write(file: BinaryIO, names_file: BinaryIO | None, features: Tensor, names:
     # ASCII, as a file name may hold bytes that are no text in any encoding.
     listed = json.dumps(names)
     if names_file is None:
-        file.write(to_safetensors({"features": features.contiguous()}, {"format": "pt", "names": listed}))
+        write_safetensors(file, {"features": features.contiguous()}, {"format": "pt", "names": listed})
     else:
         # As numpy.save does, which however takes no notice of a disk that is full.
         array = np.ascontiguousarray(features.numpy())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cpc_ext.training.errors import TrainingError
@@ -11,7 +13,7 @@ from cpc_ext.training.errors import TrainingError
 if TYPE_CHECKING:
     from cpc_ext.models import PatchEncoder
 
-__all__ = ["ENCODERS", "EncoderSpec", "check_encoder_name", "encoder_name", "encoder_spec"]
+__all__ = ["ENCODERS", "EncoderSpec", "check_encoder_name", "encoder_name", "encoder_spec", "has_own_norm"]
 
 # Arguments of ResNetV2Encoder by name.
 _RESNETS: dict[str, dict[str, Any]] = {
@@ -30,12 +32,23 @@ _RESNETS: dict[str, dict[str, Any]] = {
 }
 _WIDE_RESNET = re.compile(r"wrn-(\d{1,4})-(\d{1,4})")
 _TIMM = "timm:"
+# What may follow the name of a backbone, which may hold colons itself.
+_TIMM_SETTINGS = re.compile(r":((?:img_size|patch_size)=[^,:]*(?:,.*)?)$")
+# Arguments of LayerNormResNetEncoder by name.
+_LAYER_NORM_RESNETS: dict[str, dict[str, Any]] = {"ln-resnet101": {}, "ln-resnet50": {"blocks": [3, 4, 6, 3]}}
 
 # A ResNet that has no name of its own.
 _OWN = "resnet"
 
 # What is allowed: names, and patterns of names.
-ENCODERS = (*_RESNETS, f"{_OWN}:blocks=N-N-N", "wrn-DEPTH-WIDTH", "mobilenetv2", "timm:NAME")
+ENCODERS = (
+    *_RESNETS,
+    f"{_OWN}:blocks=N-N-N",
+    *_LAYER_NORM_RESNETS,
+    "wrn-DEPTH-WIDTH",
+    "mobilenetv2",
+    "timm:NAME",
+)
 
 
 def _whole(text: str) -> int:
@@ -79,6 +92,11 @@ _RESNET_ARGUMENTS: dict[str, Callable[[str], Any]] = {
     "stem_channels": _whole,
 }
 _MOBILENET_ARGUMENTS: dict[str, Callable[[str], Any]] = {"width": _positive, "strides": _one_of("imagenet", "cifar")}
+_LAYER_NORM_ARGUMENTS: dict[str, Callable[[str], Any]] = {
+    name: _RESNET_ARGUMENTS[name] for name in ("blocks", "channels", "expansions", "stem_channels")
+}
+# Of a backbone of timm, as timm calls them.
+_TIMM_ARGUMENTS: dict[str, Callable[[str], Any]] = {"img_size": _whole, "patch_size": _whole}
 # Their defaults need not be written.
 _DEFAULTS = {"bottleneck": False, "stem_channels": 64, "width": 1.0}
 
@@ -111,7 +129,8 @@ class EncoderSpec(NamedTuple):
             try:
                 with torch.no_grad():
                     encoder.eval()(torch.zeros(1, 1, 1, encoder.in_channels, patch_size, patch_size))
-            except (RuntimeError, ValueError) as error:
+            except Exception as error:
+                # Each of the library's models refuses what it does not take in its own way.
                 raise ValueError(
                     f"--encoder: {self.arguments['name']} of timm does not take patches of {patch_size} pixels: {error}"
                 ) from None
@@ -123,9 +142,11 @@ def check_encoder_name(name: str) -> str:
     """The name itself. ValueError for one that is none of those in ``ENCODERS``, or followed by what it does not take.
 
     A ResNet's name may be followed by arguments of its class, "resnet14:stem=cifar"; "resnet" is one of which
-    ``blocks`` and all else is given so: "resnet:blocks=1-1-2,bottleneck=yes,channels=8-16-32".
+    ``blocks`` and all else is given so: "resnet:blocks=1-1-2,bottleneck=yes,channels=8-16-32". A backbone of timm may
+    be followed by its ``img_size`` and ``patch_size``: "timm:vit_tiny_patch16_224:patch_size=4".
     """
     if name.startswith(_TIMM) and len(name) > len(_TIMM):
+        _timm_parsed(name)
         return name
     plain, arguments = _parsed(name)
     wide = _WIDE_RESNET.fullmatch(plain)
@@ -136,22 +157,45 @@ def check_encoder_name(name: str) -> str:
                 f"--encoder: the depth of a wide ResNet is 4 plus a positive multiple of 6, its width at least 1, as "
                 f"in wrn-28-2, got {name!r}"
             )
-    elif plain not in (*_RESNETS, "mobilenetv2") and not (plain == _OWN and "blocks" in arguments):
+    elif plain not in (*_RESNETS, *_LAYER_NORM_RESNETS, "mobilenetv2") and not (
+        plain == _OWN and "blocks" in arguments
+    ):
         raise ValueError(f"--encoder: expected one of {', '.join(ENCODERS)} (such as wrn-28-2), got {name!r}")
     return name
 
 
-def encoder_spec(name: str, *, norm: str, in_channels: int, stem: str) -> EncoderSpec:
+def has_own_norm(name: str) -> bool:
+    """Whether the encoder of a name has a normalisation of its own, which none can take the place of."""
+    return name.startswith((_TIMM, *_LAYER_NORM_RESNETS))
+
+
+def encoder_spec(name: str, *, norm: str, in_channels: int, stem: str, patch_size: int | None = None) -> EncoderSpec:
     """The encoder of a name that :func:`check_encoder_name` has accepted.
 
-    norm: its normalisation; timm's backbones have their own. in_channels: channels of a patch. stem: of a
-    :class:`ResNetV2Encoder`, whose names may imply their own; others take its hint at the size of a patch.
+    norm: its normalisation, unless it :func:`has_own_norm`. in_channels: channels of a patch. stem: of a
+    :class:`ResNetV2Encoder`, whose names may imply their own; others take its hint at the size of a patch. patch_size:
+    its side in pixels, for encoders that take patches of one size.
     """
-    from cpc_ext.models import MobileNetV2Encoder, ResNetV2Encoder, TimmEncoder, WideResNetEncoder
+    from cpc_ext.models import (
+        LayerNormResNetEncoder,
+        MobileNetV2Encoder,
+        ResNetV2Encoder,
+        TimmEncoder,
+        WideResNetEncoder,
+    )
+    from cpc_ext.models.timm_encoder import has_image_size
 
     if name.startswith(_TIMM):
-        return EncoderSpec(TimmEncoder, {"name": name.removeprefix(_TIMM), "in_channels": in_channels})
+        backbone, given = _timm_parsed(name)
+        settings = {"backbone_patch_size" if key == "patch_size" else key: value for key, value in given.items()}
+        if patch_size is not None and "img_size" not in settings:
+            with suppress(ImportError):  # Building the encoder says so.
+                settings |= {"img_size": patch_size} if has_image_size(backbone) else {}
+        return EncoderSpec(TimmEncoder, {"name": backbone, "in_channels": in_channels, **settings})
     plain, given = _parsed(name)
+    if plain in _LAYER_NORM_RESNETS:
+        arguments = {"patch_size": patch_size, "in_channels": in_channels, **_LAYER_NORM_RESNETS[plain], **given}
+        return EncoderSpec(LayerNormResNetEncoder, arguments)
     arguments = {"in_channels": in_channels, "norm": norm}
     wide = _WIDE_RESNET.fullmatch(plain)
     if wide is not None:
@@ -169,14 +213,18 @@ def encoder_name(kind: str, arguments: Mapping[str, Any]) -> str:
     KeyError for a class that no name stands for.
     """
     if kind == "TimmEncoder":
-        return _TIMM + arguments["name"]
+        keys = {"img_size": "img_size", "backbone_patch_size": "patch_size"}
+        text = ",".join(f"{keys[key]}={value}" for key, value in arguments.items() if key in keys)
+        return _TIMM + arguments["name"] + (f":{text}" if text else "")
     if kind == "WideResNetEncoder":
         return f"wrn-{arguments['depth']}-{arguments['width']}"
+    from cpc_ext.models import LayerNormResNetEncoder
     from cpc_ext.models.resnet_v2 import published_shape
 
     plain, known = {
         "ResNetV2Encoder": (_OWN, _RESNET_ARGUMENTS),
         "MobileNetV2Encoder": ("mobilenetv2", _MOBILENET_ARGUMENTS),
+        "LayerNormResNetEncoder": ("ln-resnet101", _LAYER_NORM_ARGUMENTS),
     }[kind]
     given = {name: arguments[name] for name in known if name in arguments}
     for name, preset in _RESNETS.items():
@@ -186,6 +234,9 @@ def encoder_name(kind: str, arguments: Mapping[str, Any]) -> str:
                 plain = name
                 given = {key: value for key, value in given.items() if key not in shape}
                 break
+    if kind == "LayerNormResNetEncoder":
+        defaults = {name: parameter.default for name, parameter in signature(LayerNormResNetEncoder).parameters.items()}
+        given = {key: value for key, value in given.items() if _written(value) != _written(defaults[key])}
     text = ",".join(f"{key}={_written(value)}" for key, value in given.items() if value != _DEFAULTS.get(key))
     return f"{plain}:{text}" if text else plain
 
@@ -193,7 +244,27 @@ def encoder_name(kind: str, arguments: Mapping[str, Any]) -> str:
 def _parsed(name: str) -> tuple[str, dict[str, Any]]:
     """The name before a colon, and the arguments after it. ValueError where it takes no such arguments."""
     plain, _, rest = name.partition(":")
-    known = _RESNET_ARGUMENTS if plain in (*_RESNETS, _OWN) else _MOBILENET_ARGUMENTS if plain == "mobilenetv2" else {}
+    known: dict[str, Callable[[str], Any]] = {}
+    if plain in (*_RESNETS, _OWN):
+        known = _RESNET_ARGUMENTS
+    elif plain in _LAYER_NORM_RESNETS:
+        known = _LAYER_NORM_ARGUMENTS
+    elif plain == "mobilenetv2":
+        known = _MOBILENET_ARGUMENTS
+    return plain, _arguments(plain, rest, known)
+
+
+def _timm_parsed(name: str) -> tuple[str, dict[str, Any]]:
+    """The backbone's name in timm, and the settings after it."""
+    name = name.removeprefix(_TIMM)
+    found = _TIMM_SETTINGS.search(name)
+    if found is None:
+        return name, {}
+    return name[: found.start()], _arguments(name[: found.start()], found[1], _TIMM_ARGUMENTS)
+
+
+def _arguments(plain: str, rest: str, known: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
+    """The arguments in what follows a name. ValueError where it takes no such arguments."""
     arguments = {}
     for entry in filter(None, rest.split(",")):
         key, _, value = entry.partition("=")
@@ -204,7 +275,7 @@ def _parsed(name: str) -> tuple[str, dict[str, Any]]:
             arguments[key] = known[key](value)
         except ValueError as error:
             raise ValueError(f"--encoder: {key} is {error}") from None
-    return plain, arguments
+    return arguments
 
 
 def _written(value: Any) -> str:

@@ -12,7 +12,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from cpc_ext import __version__
@@ -23,6 +22,7 @@ from cpc_ext.training.encoder_names import EncoderSpec
 from cpc_ext.training.precision import autocast
 from cpc_ext.training.probe import encode, linear_probe
 from cpc_ext.training.run_dir import RunDir
+from cpc_ext.training.safetensors_file import write_safetensors
 from cpc_ext.training.task import Task
 
 __all__ = ["EncoderTask", "save_encoder"]
@@ -134,4 +134,4 @@ def save_encoder(
         "config": json.dumps(config.model_dump(mode="json")),
     }
     with atomic_file(run.encoder) as file:
-        file.write(to_safetensors(weights, metadata))
+        write_safetensors(file, weights, metadata)

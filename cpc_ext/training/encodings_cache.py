@@ -12,13 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from cpc_ext.data import ImageSet
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.errors import warn
+from cpc_ext.training.safetensors_file import write_safetensors
 
 __all__ = ["cached_encodings", "images_digest"]
 
@@ -38,7 +39,7 @@ def cached_encodings(path: Path, origin: dict[str, str], count: int, compute: Ca
     encodings = compute()
     try:
         with atomic_file(path) as file:
-            file.write(to_safetensors({"features": encodings.contiguous()}, {"format": "pt", "origin": key}))
+            write_safetensors(file, {"features": encodings.contiguous()}, {"format": "pt", "origin": key})
     except OSError as error:
         warn(f"could not keep the encodings in {path} ({error.strerror or error})")
     return encodings
@@ -52,7 +53,8 @@ def _read(path: Path, key: str, count: int) -> Tensor | None:
             features = file.get_tensor("features")
     except (OSError, SafetensorError):
         return None
-    return features if features.ndim == 2 and len(features) == count else None
+    sound = features.ndim == 2 and len(features) == count and features.dtype == torch.float32
+    return features if sound else None
 
 
 def images_digest(images: ImageSet) -> str:

@@ -32,7 +32,7 @@ from cpc_ext.training.per_module import evaluate_per_module
 from cpc_ext.training.precision import check_device
 from cpc_ext.training.probe import encode, fit_linear_classifier
 
-__all__ = ["MODES", "evaluate", "main"]
+__all__ = ["MODES", "evaluate", "judged", "main"]
 
 # Weights that have learnt something are moved less than new ones: the encoder's share of the run's learning rate.
 _FINETUNE_SHARE = 0.5
@@ -126,16 +126,14 @@ class _Evaluator:
             return
         started = time.perf_counter()
         top1, top5 = [], []
-        confusion = torch.zeros(self._classes**2, dtype=torch.int64)
+        confusion = torch.zeros(self._classes, self._classes, dtype=torch.int64)
         for draw, chosen in enumerate(drawn):
             name = f"{mode}, {budget} of the labels" if budget.share is not None else f"{mode}, {budget} labels a class"
             scores = self._scores(mode, chosen, draw, f"{name}, {draw + 1} of {len(drawn)}")
-            ranked = scores.topk(min(5, self._classes), dim=1).indices
-            hits = ranked == self._test_labels[:, None]
-            top1.append(hits[:, 0].double().mean().item())
-            top5.append(hits.any(1).double().mean().item())
-            pairs = self._test_labels * self._classes + ranked[:, 0]
-            confusion += torch.bincount(pairs, minlength=self._classes**2)
+            one, five, counts = judged(scores, self._test_labels)
+            top1.append(one)
+            top5.append(five)
+            confusion += counts
         self.record.add(
             {
                 "mode": mode,
@@ -147,7 +145,7 @@ class _Evaluator:
                 **(measured("top5", top5) if self._classes > 5 else {}),
                 "seconds": round(time.perf_counter() - started, 2),
                 "settings": settings,
-                "confusion": confusion.view(self._classes, self._classes).tolist(),
+                "confusion": confusion.tolist(),
             }
         )
 
@@ -255,6 +253,18 @@ class _Evaluator:
                 ),
             )
         return self._kept[state, split]
+
+
+def judged(scores: Tensor, labels: Tensor) -> tuple[float, float, Tensor]:
+    """Top-1 and top-5 accuracy of scores [N, classes], and how often which class was named for which.
+
+    Returns fractions of the images, and int64 [classes, classes], true class by row, named class by column.
+    """
+    classes = scores.shape[1]
+    ranked = scores.topk(min(5, classes), dim=1).indices
+    hits = ranked == labels[:, None]
+    counts = torch.bincount(labels * classes + ranked[:, 0], minlength=classes**2).view(classes, classes)
+    return hits[:, 0].double().mean().item(), hits.any(1).double().mean().item(), counts
 
 
 def _progress(steps: range, name: str, unit: str) -> Iterator[int]:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cpc_ext.data import EpochSampler, ImageFetcher, ImageSet
+from cpc_ext.data.spread import spread
 from cpc_ext.training.encoders import EncoderTask
 from cpc_ext.training.precision import autocast, grad_scaler
 from cpc_ext.training.probe import encode
@@ -145,7 +146,7 @@ def _statistics(
     task: EncoderTask, model: nn.Module, images: ImageSet, chosen: np.ndarray, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Mean and deviation of the features, [D] each, as the model has them before it learns."""
-    some = chosen[np.linspace(0, len(chosen) - 1, min(len(chosen), _STATISTICS_IMAGES)).astype(np.int64)]
+    some = chosen[spread(_STATISTICS_IMAGES, len(chosen))]
     features = encode(ImageSet(images=images.images[some]), lambda batch: task.features(model, batch), device)
     return features.mean(0), features.std(0).clamp(min=1e-6)
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from cpc_ext import __version__
 from cpc_ext.data import Dataset, ImageFetcher, ImageSet
+from cpc_ext.data.spread import spread
 from cpc_ext.models import GatedPixelCNN, PixelCNN, PixelCNNPP
 from cpc_ext.models.pixel_model import PixelModel
 from cpc_ext.training import figures
@@ -27,6 +27,7 @@ from cpc_ext.training.precision import autocast
 from cpc_ext.training.random_streams import RandomStreams
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.run_log import read_metrics
+from cpc_ext.training.safetensors_file import write_safetensors
 from cpc_ext.training.task import Task
 from cpc_ext.training.weight_average import WeightAverage
 
@@ -133,7 +134,7 @@ class PixelCNNTask(Task):
         }
         weights = {name: value.contiguous() for name, value in self._evaluated.state_dict().items()}
         with atomic_file(run.model) as file:
-            file.write(to_safetensors(weights, metadata))
+            write_safetensors(file, weights, metadata)
         metrics = read_metrics(run.metrics)
         if metrics:
             figures.save(run.path / "curves.png", figures.likelihood_curves(metrics, self._baseline()))
@@ -180,10 +181,10 @@ class PixelCNNTask(Task):
 
     @torch.no_grad()
     def _bits_per_dim(self, images: ImageSet, count: int) -> float:
-        """Mean over ``count`` images, from all of the set: a folder's are sorted by class."""
+        """Mean over ``count`` images, from all of the set."""
         model = self._evaluated.eval()
-        count = min(count, len(images))
-        chosen = np.arange(count) * len(images) // count
+        chosen = spread(count, len(images))
+        count = len(chosen)
         fetch = ImageFetcher(images, self._device, resident=False)
         batch_size = self._config.optimization.batch_size
         nats = torch.zeros((), dtype=torch.float64)

@@ -122,9 +122,9 @@ _CPC_V1_FOLDER = {
 
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("cpc-v1", "textures"): _CPC_V1_TEXTURES,
-    # The example settings of CPCV2-PyTorch.
+    # The example settings of CPCV2-PyTorch, which keeps colours unless it is told not to.
     ("cpc-v1", "stl10"): {
-        "view": {"crop": 64, "grid_size": 7},
+        "view": {"crop": 64, "grid_size": 7, "gray": False},
         "cpc": {"encoder": "resnet14", "pred_steps": 5, "neg_samples": 16},
         "optimization": {"epochs": 300, "batch_size": 16},
     },

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -259,8 +259,8 @@ def load_data(config: RunConfig) -> Dataset:
     options = config.data
     try:
         return load_dataset(options.dataset, options.data_dir, download=options.download, image_size=options.image_size)
-    except (OSError, ValueError) as error:
-        # Both say which file or option is at fault.
+    except (MemoryError, OSError, ValueError) as error:
+        # They say which file or option is at fault.
         raise TrainingError(f"--dataset {options.dataset}: {error}") from None
 
 
@@ -292,6 +292,11 @@ def _peak_memory_bytes(device: torch.device) -> int:
     """Of the device's memory on CUDA, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):
+        # What getrusage tells includes the peak of the process that this one was started by.
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

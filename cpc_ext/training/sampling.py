@@ -91,7 +91,10 @@ def _load(run: RunDir) -> tuple[PixelModel, dict[str, Any]]:
     try:
         model = build_pixel_model(description)
         load_weights(model, weights)
-        model.check_size(*_image_shape(description)[1:])
+        channels, height, width = _image_shape(description)
+        if channels != model.in_channels:
+            raise ValueError(f"images of {channels} channels, a model of {model.in_channels}")
+        model.check_size(height, width)
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError):
         raise TrainingError(f"{source} is of another model than {name}") from None
     return model, description

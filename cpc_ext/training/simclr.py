@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cpc_ext.data import Dataset, ImageFetcher, SimCLRView
+from cpc_ext.data.spread import spread
 from cpc_ext.models import SimCLR
 from cpc_ext.training import figures
 from cpc_ext.training.config import SimCLRConfig
@@ -73,7 +73,7 @@ class SimCLRTask(EncoderTask):
     def _save_inputs(self, run: RunDir) -> None:
         """Images, each above its two views."""
         shown = self._dataset.pretrain if self._dataset.test is None else self._dataset.test
-        images = ImageFetcher(shown, self._device, resident=False)(np.arange(min(_FIGURE_INPUTS, len(shown))))
+        images = ImageFetcher(shown, self._device, resident=False)(spread(_FIGURE_INPUTS, len(shown)))
         plain = SimCLRView(
             self._view.size, min_area=self._view.min_area, blur_kernel=self._view.blur_kernel, mean=None, std=None
         )
@@ -104,4 +104,5 @@ class SimCLRTask(EncoderTask):
             in_channels=self._dataset.image_shape[0],
             # Small images keep all their pixels, as in the paper's CIFAR-10 experiments.
             stem="cifar" if options.view_size <= 40 else "imagenet",
+            patch_size=options.view_size,
         )

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from cpc_ext.data import AugmentationPlan, PatchAugmentation, make_textures
+from cpc_ext.data.spread import spread
 from cpc_ext.ops import Transform, augment_patches
 from cpc_ext.training import figures
 
@@ -67,7 +68,7 @@ def make_patches(folder: Path | None, count: int, side: int, seed: int) -> Tenso
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if len(paths) < count:
         raise SystemExit(f"--images: expected a folder of at least {count} JPEGs or PNGs, found {len(paths)}")
-    chosen = paths[:: len(paths) // count][:count]
+    chosen = [paths[index] for index in spread(count, len(paths))]
     pixels = [np.array(ImageOps.fit(Image.open(path).convert("RGB"), (side, side))) for path in chosen]
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
 

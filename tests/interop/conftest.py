@@ -57,7 +57,10 @@ class TimmNetwork(nn.Module):
 
 
 # In place of the library, which is not installed everywhere; its names are what matters.
-TIMM = types.SimpleNamespace(create_model=lambda name, in_chans, **options: TimmNetwork(in_chans))
+TIMM = types.SimpleNamespace(
+    create_model=lambda name, in_chans, **options: TimmNetwork(in_chans),
+    get_pretrained_cfg_value=lambda name, key: None,
+)
 
 
 @pytest.fixture

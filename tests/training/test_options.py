@@ -70,7 +70,7 @@ def test_encoders_by_name(name, kind, arguments):
 @pytest.mark.parametrize("name", [name for name in ENCODERS if name.islower()])
 def test_encoders_without_numbers_of_their_own_are_built(name):
     with torch.device("meta"):
-        assert encoder_spec(name, norm="batch", in_channels=3, stem="stl10").build(16).out_channels > 0
+        assert encoder_spec(name, norm="batch", in_channels=3, stem="stl10", patch_size=16).build(16).out_channels > 0
 
 
 def test_stl10_is_the_published_example():
@@ -80,15 +80,15 @@ def test_stl10_is_the_published_example():
     assert (config.cpc.pred_steps, config.cpc.neg_samples, config.cpc.skip) == (5, 16, 1)
     assert (config.optimization.lr, config.optimization.batch_size, config.optimization.epochs) == (2e-4, 16, 300)
     assert (config.optimization.schedule, config.optimization.clip_grad) == ("constant", None)
-    assert config.view.gray
+    assert not config.view.gray
     assert config.view.flip
     assert not config.view.patch_norm
 
 
 def test_options_replace_the_preset():
-    run = parse(["--dataset", "stl10", "--neg-samples", "all", "--no-gray", "--clip-grad", "2.5"]).run
+    run = parse(["--dataset", "stl10", "--neg-samples", "all", "--gray", "--clip-grad", "2.5"]).run
     assert run.cpc.neg_samples == "all"
-    assert run.view.gray is False
+    assert run.view.gray is True
     assert run.optimization.clip_grad == 2.5
     assert run.optimization.epochs == 300
 
