@@ -444,9 +444,7 @@ int64_t patch_bytes(const patches::Problem& extraction) {
 }
 
 bool fits_shared(const patches::Problem& extraction) {
-  // Beside the pixels: the tables, what block sums take, and what the device keeps for itself.
-  constexpr int64_t kBeside = static_cast<int64_t>(sizeof(Tables)) + 2048;
-  return patch_bytes(extraction) + kBeside <= shared_bytes_limit();
+  return patch_bytes(extraction) <= dynamic_shared_limit(&augment_patches);
 }
 
 int64_t workspace_blocks(int64_t count) { return std::min(count, kWorkspaceBlocks * multiprocessors()); }
@@ -497,7 +495,7 @@ void augment(const Problem& problem, void* stream) {
   a.by_out_channels = FastDivide(a.out_channels);
   const bool shared = fits_shared(extraction);
   a.workspace = shared ? nullptr : problem.workspace.as<uint8_t>();
-  launch("augment_patches", augment_patches,
+  launch("augment_patches", &augment_patches,
          {shared ? a.count : workspace_blocks(a.count), kThreads, shared ? patch_bytes(extraction) : 0}, stream, a);
 }
 

@@ -15,7 +15,7 @@ int64_t augment_workspace([[maybe_unused]] const TensorArg& images, [[maybe_unus
     extraction.images = images.view;
     extraction.patches = patches.view;
     extraction.geometry.patch = patch_size;
-    return augment::cuda::workspace_bytes(extraction);
+    return on_device_of(patches.device, [&] { return augment::cuda::workspace_bytes(extraction); });
   }
 #endif
   return 0;

@@ -31,7 +31,7 @@ info_nce::Problem problem_of(const TensorArg& queries, const TensorArg& keys, co
 
 int64_t workspace_bytes([[maybe_unused]] DLDevice device, const info_nce::Problem& problem) {
 #if defined(CPC_WITH_CUDA)
-  if (on_cuda(device)) return info_nce::cuda::workspace_bytes(problem);
+  if (on_cuda(device)) return on_device_of(device, [&] { return info_nce::cuda::workspace_bytes(problem); });
 #endif
   return info_nce::cpu::workspace_bytes(problem);
 }

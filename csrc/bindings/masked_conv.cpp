@@ -43,7 +43,9 @@ int64_t packed_bytes(DLDevice device, int64_t outputs, int64_t inputs, const std
   if (pairs) require_pairs(device, 1);
 #if defined(CPC_WITH_CUDA)
   if (on_cuda(device))
-    return masked_conv::cuda::packed_bytes(outputs, inputs, static_cast<int64_t>(taps.size()), dtype, gated);
+    return on_device_of(device, [&] {
+      return masked_conv::cuda::packed_bytes(outputs, inputs, static_cast<int64_t>(taps.size()), dtype, gated);
+    });
 #endif
   const auto terms = static_cast<int64_t>(masked_conv::terms_of(taps, pairs).size());
   return masked_conv::cpu::packed_bytes(outputs, inputs, terms, dtype, gated);
@@ -141,9 +143,10 @@ int64_t weight_grad_workspace([[maybe_unused]] const TensorArg& input, [[maybe_u
                               [[maybe_unused]] const std::vector<int64_t>& taps, [[maybe_unused]] int64_t dilation,
                               [[maybe_unused]] bool tf32) {
 #if defined(CPC_WITH_CUDA)
-  if (on_cuda(input.device))
-    return masked_conv::cuda::weight_grad_workspace(
-        weight_grad_problem(input, grad, mask, weight_grad, taps, dilation, tf32, /*pairs=*/false));
+  if (on_cuda(input.device)) {
+    const auto problem = weight_grad_problem(input, grad, mask, weight_grad, taps, dilation, tf32, /*pairs=*/false);
+    return on_device_of(input.device, [&] { return masked_conv::cuda::weight_grad_workspace(problem); });
+  }
 #endif
   return 0;
 }

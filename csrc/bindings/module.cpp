@@ -31,7 +31,32 @@ PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info);
 
 #if defined(CPC_CUDA_EMULATION)
-  module.def("emulate_cuda", [](bool on) { emulate_cuda = on; }, py::arg("on"));
+  using Devices = std::optional<std::vector<std::pair<size_t, int>>>;
+  module.def(
+      "emulate_cuda",
+      [](bool on, const Devices& devices, int device) {
+        std::vector<cuda::emulation::Device> there(devices ? 0 : 1);
+        for (const auto& [shared_bytes, multiprocessors] : devices.value_or(Devices::value_type{}))
+          there.push_back({shared_bytes, multiprocessors});
+        if (device < 0 || device >= static_cast<int>(there.size())) throw std::out_of_range("there is no such device");
+        cuda::emulation::set_devices(there);
+        emulate_cuda = on;
+        emulated_device = device;
+      },
+      py::arg("on"), py::arg("devices") = py::none(), py::arg("device") = 0,
+      "Whether tensors of the CPU go to the CUDA kernels, as those of one of some devices. Of each: the bytes of\n"
+      "shared memory that a block may have, and the multiprocessors. The first is current, none has a context.");
+  module.def(
+      "emulated_contexts",
+      [] {
+        std::vector<int> found;
+        for (int i = 0; i < cuda::emulation::device_count(); ++i)
+          if (cuda::emulation::has_context(i)) found.push_back(i);
+        return found;
+      },
+      "The emulated devices that have been used.");
+  module.def("emulated_device", &cuda::emulation::current_device, "The emulated device that is current.");
+  module.def("emulated_set_device", &cuda::emulation::set_current_device, py::arg("device"), "Makes a device current.");
 #endif
 
   bind_augment(module);

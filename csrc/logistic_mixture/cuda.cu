@@ -167,23 +167,24 @@ void launch_tiles(const Likelihood& problem, void* stream) {
   constexpr int64_t kMostSharedBytes = 64 << 10;
   const int64_t bytes = problem.params.shape[1] * size_of(problem.params.dtype);
   const int64_t words = bytes / int64_t{sizeof(Word)}, pitch = words | 1;
-  int64_t shared_bytes = kTilePixels * pitch * int64_t{sizeof(Word)};
+  const int64_t shared_bytes = kTilePixels * pitch * int64_t{sizeof(Word)};
   const auto may_stage = [](const TensorView& view) {
     return is_by_pixel(view) && reinterpret_cast<uintptr_t>(view.data) % sizeof(Word) == 0;
   };
-  if (bytes % sizeof(Word) == 0 && may_stage(a.params) && (kPass == Pass::forward || may_stage(a.params_grad)) &&
-      shared_bytes <= std::min(kMostSharedBytes, shared_bytes_limit())) {
-    a.words = static_cast<int>(words);
-    a.pitch = static_cast<int>(pitch);
-  } else {
-    shared_bytes = 0;
-  }
-  const LaunchShape shape{a.batch * a.tiles, dim3(kTilePixels), shared_bytes};
+  const bool by_words =
+      bytes % sizeof(Word) == 0 && may_stage(a.params) && (kPass == Pass::forward || may_stage(a.params_grad));
   const char* const name = kPass == Pass::forward ? "mixture_nll" : "mixture_nll_backward";
+  const auto launch_kernel = [&](auto* kernel) {
+    const bool staged = by_words && shared_bytes <= std::min(kMostSharedBytes, dynamic_shared_limit(kernel));
+    if (staged) {
+      a.words = static_cast<int>(words);
+      a.pitch = static_cast<int>(pitch);
+    }
+    launch(name, kernel, {a.batch * a.tiles, dim3(kTilePixels), staged ? shared_bytes : 0}, stream, a);
+  };
   const auto with_channels = [&](auto value) {
     using T = decltype(value);
-    problem.channels() == 3 ? launch(name, &run_tiles<T, 3, kPass>, shape, stream, a)
-                            : launch(name, &run_tiles<T, 1, kPass>, shape, stream, a);
+    problem.channels() == 3 ? launch_kernel(&run_tiles<T, 3, kPass>) : launch_kernel(&run_tiles<T, 1, kPass>);
   };
   switch (problem.params.dtype) {
     case DType::f16: return with_channels(Half{});

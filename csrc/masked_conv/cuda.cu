@@ -383,7 +383,8 @@ template <class Math, class Tile>
 void launch_convolve(ConvolveArguments<typename Math::Value>& a, void* stream) {
   a.panel_tiles = divide_up(a.panels, Tile::kPanels);
   launch("convolve_tile", &convolve_tile<Math, Tile>,
-         {divide_up(a.rows, Tile::kRows) * a.panel_tiles, dim3(Tile::kThreads), Tile::kStages * Tile::kStageBytes},
+         {blocks_of(divide_up(a.rows, Tile::kRows) * a.panel_tiles), dim3(Tile::kThreads),
+          Tile::kStages * Tile::kStageBytes},
          stream, a);
 }
 
@@ -473,7 +474,7 @@ void pack(const Packing& problem, void* stream) {
                              .inputs = static_cast<int>(problem.inputs()),
                              .taps = static_cast<int>(problem.taps_count()),
                              .slices = static_cast<int>(divide_up(depth, kDepth<T>)),
-                             .kernel_width = static_cast<int>(problem.weight.shape[3]),
+                             .kernel_width = kernel_width_of(problem.weight),
                              .gated = problem.gated,
                              .by_inputs = FastDivide(static_cast<uint32_t>(problem.inputs())),
                              .indices = indices_of(problem.taps)};

@@ -3,8 +3,9 @@
 // Forward. With `before(k) = dilation * (k - 1) / 2` rows (or columns) of padding before the first, tap (i, j) of the
 // kernel reads the input's pixel (y + dy, x + dx), dy = i * dilation - before(kh) and dx likewise; zero outside. For
 // image b, pixel (y, x) and output channel n of N:
-//   a[n] = bias[n] + condition[b, n, y, x] + sum over taps and channels k of weight[n, k, i, j] * input[b, k, y + dy, x
-//   + dx] output[n] = a[n], max(a[n], 0), or tanh(a[n]) * sigmoid(a[n + N / 2]) for n < N / 2 where gated.
+//   a[n] = bias[n] + condition[b, n, y, x]
+//          + sum over taps and channels k of weight[n, k, i, j] * input[b, k, y + dy, x + dx],
+//   output[n] = a[n], or max(a[n], 0) where relu, or tanh(a[n]) * sigmoid(a[n + N / 2]) for n < N / 2 where gated.
 // Only the taps in `taps` are summed: those that a mask leaves visible to some channel and that reach the input. Where
 // the mask differs between channels, it has been multiplied into the packed weights. Sums run over taps in their order
 // and over channels within, in one chain of additions, so that a pixel computed alone is bit for bit the same; not so

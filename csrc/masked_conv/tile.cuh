@@ -71,6 +71,22 @@ inline TapIndices indices_of(const std::vector<Tap>& taps) {
   return indices;
 }
 
+// The width of a filter of the given shape, whose indices are of 32 bits.
+inline int kernel_width_of(const TensorView& filter) {
+  if (filter.shape[2] * filter.shape[3] > kMaxCount)
+    throw std::invalid_argument("the CUDA kernels take filters of at most 2^30 taps, got " +
+                                std::to_string(filter.shape[2]) + "x" + std::to_string(filter.shape[3]));
+  return static_cast<int>(filter.shape[3]);
+}
+
+// Blocks of a kernel that takes one tile a block.
+inline int64_t blocks_of(int64_t tiles) {
+  if (tiles > kMaxBlocks)
+    throw std::invalid_argument("the CUDA kernels take at most 2^31 - 1 tiles of outputs, got " +
+                                std::to_string(tiles));
+  return tiles;
+}
+
 // The depth of the product: taps times channels.
 inline int depth_of(int64_t taps, int64_t channels) {
   if (std::max(taps, int64_t{1}) * channels > kMaxCount)

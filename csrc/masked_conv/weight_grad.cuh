@@ -203,7 +203,7 @@ void launch_weight_grad(const WeightGrad& problem, const GradPlan& plan, void* s
                                     .whole_input_chunks = plan.whole_input_chunks,
                                     .whole_grad_chunks = plan.whole_grad_chunks,
                                     .taps = offsets_of(problem.taps)};
-  const int64_t blocks = plan.parts * plan.output_tiles * plan.depth_tiles;
+  const int64_t blocks = blocks_of(plan.parts * plan.output_tiles * plan.depth_tiles);
   const auto launch_tiles = [&]<class Tile>(Tile) {
     launch("sum_weight_grad", &sum_weight_grad<Math, Tile>,
            {blocks, dim3(Tile::kThreads), Tile::kStages * Tile::kStageBytes}, stream, a);
@@ -221,7 +221,7 @@ void launch_weight_grad(const WeightGrad& problem, const GradPlan& plan, void* s
                             .outputs = outputs,
                             .channels = a.channels,
                             .depth = plan.depth,
-                            .kernel_width = static_cast<int>(problem.weight_grad.shape[3]),
+                            .kernel_width = kernel_width_of(problem.weight_grad),
                             .indices = indices_of(problem.taps)};
   strides_of_mask(problem.mask, finish.mask_strides);
   launch("finish_weight_grad", &finish_weight_grad<T>, {divide_up(outputs * plan.depth, kThreads), dim3(kThreads)},

@@ -329,7 +329,11 @@ void launch_extract(const Problem& problem, void* stream) {
 
   // Float64 images cast to a narrower type are not worth a staged kernel of their own.
   constexpr bool staged = sizeof(Real) == 4 || std::is_same_v<Real, Out>;
-  if (!staged || shared_bytes(1) > shared_bytes_limit())
+  const auto fits = [&] {
+    if constexpr (staged) return shared_bytes(1) <= dynamic_shared_limit(&extract_staged<Real, Out>);
+    return false;
+  };
+  if (!fits())
     return launch("extract_direct", &extract_direct<Real, Out>,
                   {problem.batch() * problem.rows() * problem.cols(), dim3(kThreads)}, stream, common,
                   problem.patches.data);

@@ -1,6 +1,6 @@
 // Small kernels for what csrc/core/cuda provides, some right and some with a planted fault, run by test_emulation.py:
-//   emulation_check NAME    prints "right" or "wrong" and exits with 0; an error of the kernel is printed and exits
-//   with 1.
+//   emulation_check NAME    prints "right" or "wrong" and exits with 0;
+//                           an error of the kernel is printed and exits with 1.
 // Compiled for the emulation and, where there is a GPU, by nvcc: the right ones must be right on both.
 #include <cstdio>
 #include <functional>
@@ -153,6 +153,81 @@ bool run_copy_packs(int from) {
   return holds(out.size(), [&](size_t i) { return out[i] == in[i + from]; });
 }
 
+// --- What a device has ---
+
+struct Large {
+  unsigned char bytes[8 << 10];
+};
+
+// Each thread's number, through static and through dynamic shared memory.
+__global__ void __launch_bounds__(kThreads / 2) static_and_dynamic(float* out, int dynamic_bytes) {
+  auto& in_static = static_shared<Large, struct OfBlock>();
+  unsigned char* const in_dynamic = dynamic_shared() + dynamic_bytes - kThreads;
+  const unsigned i = threadIdx.x, other = blockDim.x - 1 - i;
+  in_static.bytes[sizeof(Large) - kThreads + i] = in_dynamic[i] = static_cast<unsigned char>(i);
+  __syncthreads();
+  out[i] = in_static.bytes[sizeof(Large) - kThreads + other] == other && in_dynamic[other] == other ? 1 : 0;
+}
+
+bool run_static_and_dynamic(int64_t dynamic_bytes, unsigned threads = kThreads / 2) {
+  const Buffer<float> out(threads);
+  launch("static_and_dynamic", &static_and_dynamic, {1, dim3(threads), dynamic_bytes}, nullptr, out.get(),
+         static_cast<int>(dynamic_bytes));
+  return holds(out.size(), [&](size_t i) { return out[i] == 1; });
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) write_ones(T* out) {
+  out[threadIdx.x] = 1;
+}
+
+// A launch as it is given, without what launch() does for it.
+template <class... Params, class... Args>
+void launch_as_given(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, int64_t shared_bytes,
+                     void* stream, Args... args) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+#if defined(CPC_CUDA_EMULATION)
+  check(emulation::launch(name, config, kernel, args...), name);
+#else
+  check(cudaLaunchKernelEx(&config, kernel, args...), name);
+#endif
+}
+
+bool run_as_given(dim3 grid, dim3 block, void* stream = nullptr) {
+  const Buffer<float> out(kThreads);
+  launch_as_given("write_ones", &write_ones<float>, grid, block, 0, stream, out.get());
+  return holds(out.size(), [&](size_t i) { return out[i] == 1; });
+}
+
+bool run_without_asking(int64_t dynamic_bytes) {
+  const Buffer<float> out(kThreads / 2);
+  launch_as_given("static_and_dynamic", &static_and_dynamic, dim3(1), dim3(kThreads / 2), dynamic_bytes, nullptr,
+                  out.get(), static_cast<int>(dynamic_bytes));
+  return holds(out.size(), [&](size_t i) { return out[i] == 1; });
+}
+
+// Asks for all that there is, forgetting static variables.
+bool run_asking_for_too_much() {
+  const int limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(&static_and_dynamic),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, limit),
+        "asking for shared memory");
+  return run_without_asking(limit);
+}
+
+bool run_on_a_stream_of_another_device() {
+#if defined(CPC_CUDA_EMULATION)
+  emulation::set_devices({{}, {}});
+  return run_as_given(dim3(1), dim3(kThreads), emulation::stream_of(1));
+#else
+  return false;
+#endif
+}
+
 // --- Warps ---
 
 __global__ void shuffles(int* out) {
@@ -287,6 +362,20 @@ const std::map<std::string, std::function<bool()>> checks = {
     {"shared_write_past_the_end", [] { return run_shared_write(64); }},
     {"packs", [] { return run_copy_packs(4); }},
     {"misaligned_pack", [] { return run_copy_packs(1); }},
+    {"static_and_dynamic", [] { return run_static_and_dynamic(kDefaultSharedBytes); }},
+    {"static_and_dynamic_within_the_default",
+     [] { return run_without_asking(kDefaultSharedBytes - int64_t{sizeof(Large)}); }},
+    {"all_shared_memory", [] { return run_static_and_dynamic(dynamic_shared_limit(&static_and_dynamic)); }},
+    {"shared_memory_refused", [] { return run_static_and_dynamic(dynamic_shared_limit(&static_and_dynamic) + 1); }},
+    {"shared_memory_not_asked_for",
+     [] { return run_without_asking(kDefaultSharedBytes - int64_t{sizeof(Large)} + 1); }},
+    {"shared_memory_over_the_limit", run_asking_for_too_much},
+    {"more_threads_than_the_launch_bounds", [] { return run_static_and_dynamic(1024, kThreads); }},
+    {"more_threads_than_a_templates_launch_bounds", [] { return run_as_given(dim3(1), dim3(kThreads + 1)); }},
+    {"grid_too_high", [] { return run_as_given(dim3(1, 1 << 16), dim3(kThreads)); }},
+    {"block_too_large", [] { return run_as_given(dim3(1), dim3(1024, 2)); }},
+    {"block_too_deep", [] { return run_as_given(dim3(1), dim3(1, 1, kThreads)); }},
+    {"stream_of_another_device", run_on_a_stream_of_another_device},
     {"shuffles", run_shuffles},
     {"shuffle_from_inactive_lanes", [] { return run_plain("shuffle_in_a_branch", &shuffle_in_a_branch); }},
     {"async_copy", [] { return run_staged_copy(true); }},

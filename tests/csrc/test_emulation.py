@@ -1,6 +1,7 @@
 """The emulation of CUDA finds what a GPU would punish: planted faults are caught, right kernels are right."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,13 +12,14 @@ HERE = Path(__file__).parent
 RIGHT = [
     *("reverse", "block_sum", "shift_by_none", "shared_write", "packs", "shuffles", "async_copy"),
     *("mma_bf16", "mma_f16", "mma_tf32"),
+    *("static_and_dynamic", "static_and_dynamic_within_the_default", "all_shared_memory"),
 ]
 # Planted faults that only show in the result, whatever order the threads run in.
 WRONG_RESULTS = [
     *("dropped_barrier", "dropped_second_barrier", "shared_memory_not_written", "async_copy_not_waited_for"),
     *("wrong_row_of_a_fragment", "wrong_half_of_a_fragment"),
 ]
-# Planted faults and what is said of them: always the kernel, the block and the thread.
+# Planted faults and what is said of them: the kernel, and the block and the thread where it is one's.
 ERRORS = {
     "divergent_barrier": [
         "kernel barrier_in_a_branch, block (0, 0, 0), thread (0, 0, 0): __syncthreads in emulation_check.cu:",
@@ -33,13 +35,34 @@ ERRORS = {
     ],
     "misaligned_pack": ["kernel copy_packs, block (0, 0, 0), thread (", "16 bytes at a misaligned address"],
     "read_past_the_end": ["heap-buffer-overflow", "in kernel shift_left, block (0, 0, 0), thread (99, 0, 0)"],
+    "shared_memory_not_asked_for": [
+        "kernel static_and_dynamic, block (0, 0, 0), thread (",
+        "8192 bytes of static and 40961 of dynamic shared memory are more than the 49152 that a block has unless",
+    ],
+    "more_threads_than_the_launch_bounds": [
+        "kernel static_and_dynamic: a block of 128 threads; its launch bounds allow 64"
+    ],
+    "more_threads_than_a_templates_launch_bounds": [
+        "kernel write_ones: a block of 129 threads; its launch bounds allow 128"
+    ],
+    "grid_too_high": ["kernel write_ones: a grid of (1, 65536, 1) blocks; it has 1 to (2147483647, 65535, 65535)"],
+    "block_too_large": ["kernel write_ones: a block of (1024, 2, 1) threads; it has 1 to 1024"],
+    "block_too_deep": [
+        "kernel write_ones: a block of (1, 1, 128) threads; it has 1 to 1024, at most 64 of them along z"
+    ],
+    "stream_of_another_device": ["kernel write_ones: a stream of device 1, but device 0 is current"],
     "shared_write_past_the_end": ["heap-buffer-overflow", "in kernel shared_write, block (0, 0, 0), thread (64, 0, 0)"],
+}
+# What is said of a block that wants more shared memory than there is, whatever there is.
+TOO_LARGE = {
+    "shared_memory_refused": "CUDA: static_and_dynamic: a block needs {more} bytes of shared memory, beside static",
+    "shared_memory_over_the_limit": "8192 bytes of static and {limit} of dynamic shared memory are more than the",
 }
 SEEDS = [0, 1, 2]
 
 
-def run(program: Path, name: str = "", seed: int = 0) -> subprocess.CompletedProcess:
-    environment = os.environ | {"CPC_EMULATION_SEED": str(seed)}
+def run(program: Path, name: str = "", seed: int = 0, **variables: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"CPC_EMULATION_SEED": str(seed)} | variables
     # Its own sanitizer, not one that this process may run under.
     environment.pop("LD_PRELOAD", None)
     return subprocess.run([program, name], capture_output=True, text=True, env=environment, timeout=60)
@@ -67,9 +90,22 @@ def test_a_planted_fault_is_named(emulation, name):
         assert words in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("kib", [99, 163, 227])
+def test_shared_memory_ends_where_the_device_says(emulation, kib):
+    limit = kib << 10
+    program = emulation / "emulation_check"
+    assert run(program, "all_shared_memory", CPC_EMULATION_SHARED_KIB=str(kib)).stdout == "right\n"
+    for name, words in TOO_LARGE.items():
+        done = run(program, name, CPC_EMULATION_SHARED_KIB=str(kib))
+        assert done.returncode == 1
+        # The emulation takes the static variables of all kernels for each one's.
+        static = re.search(r"static variables of (\d+)", done.stdout)
+        assert words.format(limit=limit, more=limit + 1 - int(static[1]) if static else 0) in done.stdout
+
+
 def test_every_check_is_run(emulation):
     names = run(emulation / "emulation_check").stdout.split()
-    assert sorted(names) == sorted([*RIGHT, *WRONG_RESULTS, *ERRORS])
+    assert sorted(names) == sorted([*RIGHT, *WRONG_RESULTS, *ERRORS, *TOO_LARGE])
 
 
 def test_an_error_reaches_python_and_the_next_launch_works(emulated_native):

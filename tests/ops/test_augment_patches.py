@@ -411,6 +411,20 @@ def test_patches_larger_than_shared_memory(device):
     assert torch.equal(ours, (reference(images, 350, 40, plan) * 255).round().long().flatten(0, 2))
 
 
+@pytest.mark.parametrize(
+    ("channels", "patch_size"),
+    [(3, side) for side in (87, 88, 89, 90, 91)] + [(1, side) for side in (151, 152, 154, 156, 157)],
+)
+def test_patches_around_the_shared_memory_that_a_block_has_without_asking(device, channels, patch_size):
+    """48 KiB, of which the transforms' tables take 3."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, channels, patch_size, patch_size), dtype=torch.uint8, generator=generator)
+    codes = torch.tensor([Transform.ROTATE, Transform.EQUALIZE, Transform.CONTRAST])
+    plan = random_plan((2, 1, 1), 3, patch_size, codes=codes.expand(2, 1, 1, 3))
+    ours = augmented_bytes(images, patch_size, 1, plan, device)
+    assert torch.equal(ours, (reference(images, patch_size, 1, plan) * 255).round().long().flatten(0, 2))
+
+
 def test_results_do_not_vary_with_threads(photos):
     plan = random_plan(grid(photos, 16, 8), 3, 16)
 

@@ -2,8 +2,13 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#if !defined(CPC_CUDA_EMULATION)
+#include <cuda.h>
+#endif
 
+#include <algorithm>
 #include <cstdint>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -15,7 +20,33 @@ inline void check(cudaError_t status, const char* doing) {
     throw std::runtime_error(std::string("CUDA: ") + doing + ": " + cudaGetErrorString(status));
 }
 
-// Makes a device current for the calling thread and the previous one again at the end.
+// Whether this process has a context on a device. The runtime creates one, of hundreds of megabytes, on every device
+// that is made current.
+inline bool has_context(int device) {
+#if defined(CPC_CUDA_EMULATION)
+  return emulation::has_context(device);
+#else
+  static const auto state_of = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+    constexpr const char* kName = "cuDevicePrimaryCtxGetState";
+#if CUDART_VERSION >= 12050
+    constexpr unsigned kSince = 7000;  // The version of CUDA that its signature is of.
+    const cudaError_t status = cudaGetDriverEntryPointByVersion(kName, &found, kSince, cudaEnableDefault, &result);
+#else
+    const cudaError_t status = cudaGetDriverEntryPoint(kName, &found, cudaEnableDefault, &result);
+#endif
+    const bool there = status == cudaSuccess && result == cudaDriverEntryPointSuccess;
+    return reinterpret_cast<decltype(&cuDevicePrimaryCtxGetState)>(there ? found : nullptr);
+  }();
+  unsigned flags = 0;
+  int active = 0;
+  return state_of == nullptr || (state_of(device, &flags, &active) == CUDA_SUCCESS && active != 0);
+#endif
+}
+
+// Makes a device current for the calling thread and the previous one again at the end; as PyTorch does, unless this
+// process has not used that one: then nobody can have meant it.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -24,7 +55,7 @@ class DeviceGuard {
     changed_ = device != previous_;
   }
   ~DeviceGuard() {
-    if (changed_) cudaSetDevice(previous_);
+    if (changed_ && has_context(previous_)) cudaSetDevice(previous_);
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
@@ -41,11 +72,32 @@ inline int attribute(cudaDeviceAttr which) {
   return value;
 }
 
-// Shared memory that every kernel may use without asking.
+// Shared memory, static and dynamic, that every kernel may use without asking.
 constexpr int64_t kDefaultSharedBytes = 48 << 10;
 
-// What a block may use at most after asking.
-inline int64_t shared_bytes_limit() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+// What a kernel's static variables take of shared memory. The answer is kept: dynamic shared memory depends on it.
+template <class... Params>
+int64_t static_shared_bytes(void (*kernel)(Params...)) {
+  const auto* const address = reinterpret_cast<const void*>(kernel);
+  int device = 0;
+  check(cudaGetDevice(&device), "asking for the current device");
+  thread_local std::map<std::pair<const void*, int>, int64_t> known;
+  const auto [found, is_new] = known.try_emplace({address, device}, 0);
+  if (is_new) {
+    cudaFuncAttributes attributes;
+    const cudaError_t status = cudaFuncGetAttributes(&attributes, address);
+    if (status != cudaSuccess) known.erase(found);
+    check(status, "asking for a kernel's shared memory");
+    found->second = static_cast<int64_t>(attributes.sharedSizeBytes);
+  }
+  return found->second;
+}
+
+// The dynamic shared memory that a kernel may use at most, which launch() asks for where it is needed.
+template <class... Params>
+int64_t dynamic_shared_limit(void (*kernel)(Params...)) {
+  return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - static_shared_bytes(kernel);
+}
 
 inline int64_t multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
 
@@ -55,8 +107,10 @@ inline void fill_with_zeros(void* data, int64_t bytes, void* stream) {
           "filling with zeros");
 }
 
+constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
+
 struct LaunchShape {
-  int64_t blocks;  // Kernels loop over more work than there are blocks, so this may be cut to what a grid allows.
+  int64_t blocks;  // Kernels loop over more work than there are blocks, so this may be cut to kMaxBlocks.
   dim3 threads;
   int64_t shared_bytes = 0;
 };
@@ -65,13 +119,20 @@ struct LaunchShape {
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), const LaunchShape& shape, void* stream, Args&&... args) {
   if (shape.blocks == 0) return;
-  if (shape.shared_bytes > kDefaultSharedBytes)
+  if (shape.shared_bytes > 0 && shape.shared_bytes + static_shared_bytes(kernel) > kDefaultSharedBytes) {
+    // All that there is, so that launches of other sizes by other threads need no more than this.
+    const int64_t limit = dynamic_shared_limit(kernel);
+    if (shape.shared_bytes > limit)
+      throw std::runtime_error(std::string("CUDA: ") + name + ": a block needs " + std::to_string(shape.shared_bytes) +
+                               " bytes of shared memory, beside static variables of " +
+                               std::to_string(static_shared_bytes(kernel)) + "; this device has room for " +
+                               std::to_string(std::max<int64_t>(limit, 0)));
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shape.shared_bytes)),
+                               static_cast<int>(limit)),
           name);
-  constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
+  }
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(shape.blocks < kMaxBlocks ? shape.blocks : kMaxBlocks));
+  config.gridDim = dim3(static_cast<unsigned>(std::min(shape.blocks, kMaxBlocks)));
   config.blockDim = shape.threads;
   config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);

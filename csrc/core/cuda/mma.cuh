@@ -1,11 +1,24 @@
 // Matrix products on tensor cores: D += A B for tiles of 16 x 8, and the loads of their operands from shared memory.
 // A warp holds each tile in fragments. With g = lane / 4 and t = lane % 4 (PTX ISA, "Matrix fragments for mma"):
-//   D, 16 x 8 float:           d[0], d[1] = D[g][2t], D[g][2t + 1];  d[2], d[3] = D[g + 8][2t], D[g + 8][2t + 1].
-//   A, 16 x 16 of 16 bits:     a[0] = A[g][2t .. 2t + 1], a[1] = A[g + 8][the same], a[2] = A[g][2t + 8 .. 2t + 9],
-//                              a[3] = A[g + 8][the same], the lower column in the lower half of the register.
-//   B, 16 x 8 of 16 bits:      b[0] = B[2t .. 2t + 1][g], b[1] = B[2t + 8 .. 2t + 9][g], the lower row in the lower
-//   half. A, 16 x 8 of tf32:         a[0] = A[g][t], a[1] = A[g + 8][t], a[2] = A[g][t + 4], a[3] = A[g + 8][t + 4]. B,
-//   8 x 8 of tf32:          b[0] = B[t][g], b[1] = B[t + 4][g].
+//   D, 16 x 8 float:
+//     d[0], d[1] = D[g][2t], D[g][2t + 1],
+//     d[2], d[3] = D[g + 8][2t], D[g + 8][2t + 1].
+//   A, 16 x 16 of 16 bits, the lower column in the lower half of the register:
+//     a[0] = A[g][2t .. 2t + 1],
+//     a[1] = A[g + 8][2t .. 2t + 1],
+//     a[2] = A[g][2t + 8 .. 2t + 9],
+//     a[3] = A[g + 8][2t + 8 .. 2t + 9].
+//   B, 16 x 8 of 16 bits, the lower row in the lower half:
+//     b[0] = B[2t .. 2t + 1][g],
+//     b[1] = B[2t + 8 .. 2t + 9][g].
+//   A, 16 x 8 of tf32:
+//     a[0] = A[g][t],
+//     a[1] = A[g + 8][t],
+//     a[2] = A[g][t + 4],
+//     a[3] = A[g + 8][t + 4].
+//   B, 8 x 8 of tf32:
+//     b[0] = B[t][g],
+//     b[1] = B[t + 4][g].
 #pragma once
 
 #include <cstdint>

@@ -21,8 +21,7 @@ __device__ inline unsigned char* dynamic_shared() {
 template <class T, class Tag>
 __device__ inline T& static_shared() {
 #if defined(CPC_CUDA_EMULATION)
-  static const size_t offset = emulation::reserve_static_shared(sizeof(T), alignof(T));
-  return *reinterpret_cast<T*>(emulation::static_shared(offset));
+  return *reinterpret_cast<T*>(emulation::static_shared(emulation::StaticShared<T, Tag>::variable));
 #else
   __shared__ T memory;
   return memory;

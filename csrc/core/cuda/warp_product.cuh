@@ -1,9 +1,11 @@
 // A warp's product of two tiles in shared memory, D += A B with D of 16 * kRowTiles x 32, by tensor cores or by
 // multiply-adds on the ordinary units. A tile has kSliceBytes of depth; it lies in shared memory with its depth either
 // innermost (rows of kSliceBytes) or outermost, in chunks of 16 bytes that are permuted so that neither the copies into
-// it nor the reads out of it meet in a bank. Both ways of multiplying leave D in the lanes as in mma.cuh: with g = lane
-// / 4 and t = lane % 4, d[i][j][r] is D[16 i + 8 (r / 2) + g][8 j + 2 t + r % 2]. Depth is summed in order, one chain
-// of additions an element.
+// it nor the reads out of it meet in a bank. Both ways of multiplying leave D in the lanes as in mma.cuh: with
+//   g = lane / 4,
+//   t = lane % 4,
+//   d[i][j][r] = D[16 i + 8 (r / 2) + g][8 j + 2 t + r % 2].
+// Depth is summed in order, one chain of additions an element.
 #pragma once
 
 #include "core/cuda/kernel.cuh"

@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <map>
 #include <stdexcept>
 #include <string>
 
@@ -17,7 +16,9 @@
 #define __host__
 #define __forceinline__ inline
 #define __grid_constant__
-#define __launch_bounds__(...)
+// Instructions that do nothing, which the emulator counts: see emulation::launch_bounds. GCC 12 does not take the name
+// of a constant for its value here in a template, but it takes sizeof.
+#define __launch_bounds__(threads, ...) __attribute__((patchable_function_entry(sizeof(char[threads]))))
 
 // --- Vector types ---
 struct alignas(8) float2 {
@@ -189,44 +190,54 @@ using std::sqrt;
 using std::tanh;
 
 // --- The runtime ---
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidDevice };
 using cudaStream_t = void*;
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
 };
 
-inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "invalid value"; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : error == cudaErrorInvalidValue ? "invalid value" : "invalid device";
+}
+inline cudaError_t cudaGetDeviceCount(int* count) {
+  *count = cpc::cuda::emulation::device_count();
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = cpc::cuda::emulation::current_device();
   return cudaSuccess;
 }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= cpc::cuda::emulation::device_count()) return cudaErrorInvalidDevice;
+  cpc::cuda::emulation::set_current_device(device);
+  return cudaSuccess;
+}
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-  *value = which == cudaDevAttrMultiProcessorCount ? cpc::cuda::emulation::kMultiprocessors
-                                                   : static_cast<int>(cpc::cuda::emulation::kSharedBytesLimit);
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device) {
+  if (device < 0 || device >= cpc::cuda::emulation::device_count()) return cudaErrorInvalidDevice;
+  const cpc::cuda::emulation::Device& of = cpc::cuda::emulation::device(device);
+  *value = which == cudaDevAttrMultiProcessorCount ? of.multiprocessors : static_cast<int>(of.shared_bytes);
   return cudaSuccess;
 }
-inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
+inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream) {
+  cpc::cuda::emulation::use_stream("filling memory", stream);
   std::memset(data, value, bytes);
   return cudaSuccess;
 }
-
-namespace cpc::cuda::emulation {
-inline std::map<const void*, size_t>& asked_shared_bytes() {
-  static std::map<const void*, size_t> bytes;
-  return bytes;
-}
-}  // namespace cpc::cuda::emulation
-
-inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
-  if (bytes > static_cast<int>(cpc::cuda::emulation::kSharedBytesLimit)) return cudaErrorInvalidValue;
-  cpc::cuda::emulation::asked_shared_bytes()[kernel] = static_cast<size_t>(bytes);
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  *attributes = {cpc::cuda::emulation::static_shared_bytes()};
   return cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  const bool allowed = bytes >= 0 && cpc::cuda::emulation::allow_dynamic_shared(kernel, static_cast<size_t>(bytes));
+  return allowed ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 namespace cpc::cuda::emulation {
@@ -235,10 +246,9 @@ namespace cpc::cuda::emulation {
 template <class... Params, class... Args>
 cudaError_t launch(const char* name, const cudaLaunchConfig_t& config, void (*kernel)(Params...), const Args&... args) {
   static_assert((sizeof(Params) + ... + 0) <= 4096, "more than the parameters of a kernel may take");
-  const auto asked = asked_shared_bytes().find(reinterpret_cast<const void*>(kernel));
-  const size_t limit = asked == asked_shared_bytes().end() ? kSharedBytes : std::max(kSharedBytes, asked->second);
-  if (config.dynamicSmemBytes > limit) return cudaErrorInvalidValue;
-  run(name, config.gridDim, config.blockDim, config.dynamicSmemBytes, [&] { kernel(args...); });
+  run({name, reinterpret_cast<const void*>(kernel), config.gridDim, config.blockDim, config.dynamicSmemBytes,
+       config.stream},
+      [&] { kernel(args...); });
   return cudaSuccess;
 }
 

@@ -10,6 +10,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -29,7 +31,6 @@ namespace {
 
 constexpr unsigned char kPoison = 0xff;
 constexpr size_t kStackBytes = 64 << 10, kPage = 4 << 10;
-constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kSharedAlignment = 128;
 
 enum class State { ready, at_barrier, at_collective, done };
@@ -93,23 +94,61 @@ class Stacks {
 };
 
 // Static shared variables lie here for all kernels, each with a gap behind it that may not be touched.
-struct StaticShared {
+struct StaticMemory {
   static constexpr size_t kBytes = 1 << 20;
+  struct Variable {
+    size_t offset, bytes, alignment;
+  };
   alignas(kSharedAlignment) unsigned char memory[kBytes];
   size_t used = 0;
-  std::vector<std::pair<size_t, size_t>> variables;  // Offset and size.
+  std::vector<Variable> variables;
+  size_t total = 0;  // Bytes that a kernel which reached all of them would take.
 };
-StaticShared& static_memory() {
-  static StaticShared* const memory = new StaticShared;
+StaticMemory& static_memory() {
+  static StaticMemory* const memory = new StaticMemory;
   return *memory;
 }
+size_t with_variable(size_t bytes, const StaticMemory::Variable& variable) {
+  return (bytes + variable.alignment - 1) / variable.alignment * variable.alignment + variable.bytes;
+}
+
+// What is known of a kernel.
+struct Kernel {
+  std::vector<bool> reached;      // Static shared variables, and
+  size_t static_bytes = 0;        // what they take.
+  std::map<int, size_t> allowed;  // Dynamic shared memory that was asked for, of each device.
+};
+std::map<const void*, Kernel>& kernels() {
+  static std::map<const void*, Kernel> all;
+  return all;
+}
+// Of kernels and of the machine.
+std::mutex& machine_lock() {
+  static std::mutex lock;
+  return lock;
+}
+
+struct Devices {
+  struct Stream {
+    int device;
+  };
+  std::vector<Device> all{Device{}};
+  std::vector<char> contexts{0};
+  std::deque<Stream> streams{{0}};  // Whose addresses stay.
+};
+Devices& devices() {
+  static Devices there;
+  return there;
+}
+thread_local int current = 0;
 
 struct AlignedDelete {
   void operator()(unsigned char* p) const { ::operator delete[](p, std::align_val_t{kSharedAlignment}); }
 };
 
 struct Machine {
-  const char* kernel = nullptr;
+  const Launch* launch = nullptr;
+  Kernel* kernel = nullptr;
   const std::function<void()>* thread = nullptr;
   Context scheduler;
   std::vector<Fiber> fibers;
@@ -128,7 +167,7 @@ std::string text(Where where) {
   return file.substr(file.rfind('/') + 1) + ":" + std::to_string(where.line());
 }
 std::string at_thread(const Fiber& fiber) {
-  return std::string("kernel ") + machine->kernel + ", block " + text(blockIdx) + ", thread " + text(fiber.index);
+  return std::string("kernel ") + machine->launch->name + ", block " + text(blockIdx) + ", thread " + text(fiber.index);
 }
 std::string waits(const Fiber& fiber) {
   if (fiber.state == State::done) return "thread " + text(fiber.index) + " has left the kernel";
@@ -195,8 +234,42 @@ void open_barrier() {
 
 void poison_shared(size_t shared_bytes) {
   std::memset(machine->shared.get(), kPoison, shared_bytes);
-  StaticShared& memory = static_memory();
-  for (const auto& [offset, bytes] : memory.variables) std::memset(memory.memory + offset, kPoison, bytes);
+  StaticMemory& memory = static_memory();
+  for (const auto& variable : memory.variables) std::memset(memory.memory + variable.offset, kPoison, variable.bytes);
+}
+
+// What is wrong with a block's shared memory, or nothing.
+std::string too_much_shared(const Launch& launch, const Kernel& kernel) {
+  const size_t dynamic = launch.shared_bytes, total = kernel.static_bytes + dynamic;
+  const auto text = [&](size_t most, const char* why) {
+    return std::to_string(kernel.static_bytes) + " bytes of static and " + std::to_string(dynamic) +
+           " of dynamic shared memory are more than the " + std::to_string(most) + why;
+  };
+  const size_t limit = device(current).shared_bytes;
+  if (total > limit) return text(limit, " that a block of this device may have");
+  const auto allowed = kernel.allowed.find(current);
+  if (total > kSharedBytes && (allowed == kernel.allowed.end() || dynamic > allowed->second))
+    return text(kSharedBytes, " that a block has unless cudaFuncSetAttribute allows for more");
+  return "";
+}
+
+// Throws for what no device launches.
+void require_launchable(const Launch& launch, const Kernel& kernel) {
+  const auto require = [&](bool holds, const std::string& otherwise) {
+    if (!holds) throw std::runtime_error(std::string("kernel ") + launch.name + ": " + otherwise);
+  };
+  const dim3 grid = launch.grid, block = launch.block;
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
+  const std::string of_grid = text(uint3{grid.x, grid.y, grid.z}), of_block = text(uint3{block.x, block.y, block.z});
+  require(grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.x < 1u << 31 && grid.y < 1u << 16 && grid.z < 1u << 16,
+          "a grid of " + of_grid + " blocks; it has 1 to (2147483647, 65535, 65535)");
+  require(threads > 0 && threads <= kMaxThreads && block.z <= 64,
+          "a block of " + of_block + " threads; it has 1 to 1024, at most 64 of them along z");
+  require(threads <= launch_bounds(launch.kernel), "a block of " + std::to_string(threads) +
+                                                       " threads; its launch bounds allow " +
+                                                       std::to_string(launch_bounds(launch.kernel)));
+  const std::string wrong = too_much_shared(launch, kernel);
+  require(wrong.empty(), wrong);
 }
 
 void make_fibers(dim3 block) {
@@ -247,22 +320,57 @@ unsigned seed() {
 
 }  // namespace
 
-void run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread) {
-  static std::mutex one_at_a_time;
+size_t Device::default_shared_bytes() {
+  const char* const kib = std::getenv("CPC_EMULATION_SHARED_KIB");
+  return (kib != nullptr ? std::strtoul(kib, nullptr, 10) : 99) << 10;
+}
+
+void set_devices(std::vector<Device> to) {
+  Devices& there = devices();
+  there.contexts.assign(to.size(), 0);
+  while (there.streams.size() < to.size()) there.streams.push_back({static_cast<int>(there.streams.size())});
+  there.all = std::move(to);
+  for (auto& [address, kernel] : kernels()) kernel.allowed.clear();
+  current = 0;
+}
+
+int device_count() { return static_cast<int>(devices().all.size()); }
+const Device& device(int index) { return devices().all.at(static_cast<size_t>(index)); }
+int current_device() { return current; }
+bool has_context(int index) { return devices().contexts.at(static_cast<size_t>(index)) != 0; }
+void set_current_device(int index) {
+  devices().contexts.at(static_cast<size_t>(index)) = 1;
+  current = index;
+}
+
+void* stream_of(int index) { return &devices().streams.at(static_cast<size_t>(index)); }
+
+void use_stream(const char* doing, void* stream) {
+  const int of = stream != nullptr ? static_cast<const Devices::Stream*>(stream)->device : current;
+  if (of != current)
+    throw std::runtime_error(std::string(doing) + ": a stream of device " + std::to_string(of) + ", but device " +
+                             std::to_string(current) + " is current");
+  set_current_device(current);
+}
+
+void run(const Launch& launch, const std::function<void()>& thread) {
   static unsigned launches = 0;
-  const std::lock_guard lock(one_at_a_time);
-  if (block.x * block.y * block.z > kMaxThreads || block.x * block.y * block.z == 0)
-    throw std::runtime_error(std::string("kernel ") + kernel + ": a block cannot have " +
-                             std::to_string(block.x * block.y * block.z) + " threads");
-  Machine current;
-  current.kernel = kernel;
-  current.thread = &thread;
+  const std::lock_guard lock(machine_lock());
+  use_stream((std::string("kernel ") + launch.name).c_str(), launch.stream);
+  Kernel& kernel = kernels()[launch.kernel];
+  kernel.reached.resize(static_memory().variables.size());
+  require_launchable(launch, kernel);
+  const dim3 grid = launch.grid;
+  Machine current_machine;
+  current_machine.launch = &launch;
+  current_machine.kernel = &kernel;
+  current_machine.thread = &thread;
   // Of the very size, so that AddressSanitizer knows where it ends.
-  current.shared.reset(new (std::align_val_t{kSharedAlignment}) unsigned char[shared_bytes]);
-  machine = &current;
-  make_fibers(block);
+  current_machine.shared.reset(new (std::align_val_t{kSharedAlignment}) unsigned char[launch.shared_bytes]);
+  machine = &current_machine;
+  make_fibers(launch.block);
   gridDim = grid;
-  blockDim = block;
+  blockDim = launch.block;
   std::mt19937 random(seed() * 1000003u + launches++);
   std::vector<uint64_t> blocks(uint64_t{grid.x} * grid.y * grid.z);
   std::iota(blocks.begin(), blocks.end(), 0);
@@ -271,7 +379,7 @@ void run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, const s
     for (const uint64_t b : blocks) {
       blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                   static_cast<unsigned>(b / grid.x / grid.y)};
-      poison_shared(shared_bytes);
+      poison_shared(launch.shared_bytes);
       run_block(random);
     }
   } catch (...) {
@@ -279,6 +387,34 @@ void run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, const s
     throw;
   }
   machine = nullptr;
+}
+
+unsigned launch_bounds(const void* kernel) {
+#if defined(__x86_64__)
+  constexpr unsigned char kBranchTarget[] = {0xf3, 0x0f, 0x1e, 0xfa};  // endbr64
+  constexpr unsigned char kNothing[] = {0x90};                         // nop
+#elif defined(__aarch64__)
+  constexpr unsigned char kBranchTarget[] = {0x5f, 0x24, 0x03, 0xd5};  // bti c
+  constexpr unsigned char kNothing[] = {0x1f, 0x20, 0x03, 0xd5};       // nop
+#else
+#error "The emulation must know what this processor's instructions that do nothing look like."
+#endif
+  const auto* at = static_cast<const unsigned char*>(kernel);
+  if (std::memcmp(at, kBranchTarget, sizeof kBranchTarget) == 0) at += sizeof kBranchTarget;
+  unsigned count = 0;
+  while (count < kMaxThreads && std::memcmp(at + count * sizeof kNothing, kNothing, sizeof kNothing) == 0) ++count;
+  return count == 0 ? kMaxThreads : count;
+}
+
+size_t static_shared_bytes() { return static_memory().total; }
+
+bool allow_dynamic_shared(const void* kernel, size_t bytes) {
+  const std::lock_guard lock(machine_lock());
+  Kernel& asks = kernels()[kernel];
+  if (asks.static_bytes + bytes > device(current).shared_bytes) return false;
+  asks.allowed[current] = bytes;
+  set_current_device(current);
+  return true;
 }
 
 std::string position() {
@@ -326,20 +462,30 @@ void collective(const char* name, uint32_t mask, void* arguments, Combine combin
 
 unsigned char* dynamic_shared() { return machine->shared.get(); }
 
-size_t reserve_static_shared(size_t bytes, size_t alignment) {
-  StaticShared& memory = static_memory();
+size_t add_static_shared(size_t bytes, size_t alignment) {
+  StaticMemory& memory = static_memory();
   const size_t step = std::max(alignment, kSharedAlignment), offset = (memory.used + step - 1) / step * step;
   memory.used = offset + bytes + kSharedAlignment;
-  if (memory.used > StaticShared::kBytes) throw std::runtime_error("emulation: too much static shared memory");
-  memory.variables.emplace_back(offset, bytes);
-  std::memset(memory.memory + offset, kPoison, bytes);
+  if (memory.used > StaticMemory::kBytes) throw std::runtime_error("emulation: too much static shared memory");
+  memory.variables.push_back({offset, bytes, alignment});
+  memory.total = with_variable(memory.total, memory.variables.back());
 #if defined(__SANITIZE_ADDRESS__)
   ASAN_POISON_MEMORY_REGION(memory.memory + offset + bytes, kSharedAlignment);
 #endif
-  return offset;
+  return memory.variables.size() - 1;
 }
 
-unsigned char* static_shared(size_t offset) { return static_memory().memory + offset; }
+unsigned char* static_shared(size_t variable) {
+  const StaticMemory::Variable& reached = static_memory().variables[variable];
+  Kernel& kernel = *machine->kernel;
+  if (!kernel.reached[variable]) {
+    kernel.reached[variable] = true;
+    kernel.static_bytes = with_variable(kernel.static_bytes, reached);
+    const std::string wrong = too_much_shared(*machine->launch, kernel);
+    if (!wrong.empty()) fail(wrong);
+  }
+  return static_memory().memory + reached.offset;
+}
 
 void copy_async(void* to, const void* from, size_t bytes, size_t valid, Where where) {
   for (const void* p : {static_cast<const void*>(to), from})

@@ -9,6 +9,7 @@
 #include <functional>
 #include <source_location>
 #include <string>
+#include <vector>
 
 struct uint3 {
   unsigned x, y, z;
@@ -28,13 +29,60 @@ using Where = std::source_location;
 
 constexpr unsigned kWarp = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
-// Of the smallest current GPUs (compute capability 8.6, 8.9, 12.0): what a block has without asking, and at most.
-constexpr size_t kSharedBytes = 48 << 10, kSharedBytesLimit = 99 << 10;
-constexpr int kMultiprocessors = 2;  // So few that small problems fill them.
+constexpr size_t kSharedBytes = 48 << 10;  // What a block has without asking.
 
-// Runs thread() for every thread of every block. Throws std::runtime_error for what a kernel does wrong. The order of
-// blocks and threads follows from the environment variable CPC_EMULATION_SEED (0) and the number of launches before.
-void run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
+// --- Devices ---
+
+struct Device {
+  // What a block has at most. KiB in the environment variable CPC_EMULATION_SHARED_KIB; else 99, of compute
+  // capability 8.6, 8.9 and 12.0. It is 163 of 8.0, and 227 of 9.0 and 10.0.
+  size_t shared_bytes = default_shared_bytes();
+  int multiprocessors = 2;  // So few that small problems fill them.
+
+  static size_t default_shared_bytes();
+};
+
+// Puts these devices in place of those before, none of them with a context. The first is the calling thread's current.
+// At the beginning there is one.
+void set_devices(std::vector<Device> devices);
+int device_count();
+const Device& device(int index);  // Throws std::out_of_range for one that there is not.
+
+// As of the runtime: of the calling thread, and what makes a device current, or works on it, creates its context.
+int current_device();
+void set_current_device(int index);
+bool has_context(int index);
+
+// A stream of a device. The null stream is that of the current device.
+void* stream_of(int device);
+// Throws std::runtime_error unless a stream is the current device's, whose context this creates.
+void use_stream(const char* doing, void* stream);
+
+// --- Kernels ---
+
+struct Launch {
+  const char* name;
+  const void* kernel;
+  dim3 grid, block;
+  size_t shared_bytes;  // Dynamic.
+  void* stream;
+};
+
+// Runs thread() for every thread of every block. Throws std::runtime_error for what a launch asks that a device does
+// not have, or a kernel does wrong. The order of blocks and threads follows from the environment variable
+// CPC_EMULATION_SEED (0) and the number of launches before.
+void run(const Launch& launch, const std::function<void()>& thread);
+
+// Threads that a kernel's launch bounds allow, kMaxThreads where it has none: __launch_bounds__ puts as many
+// instructions that do nothing before a kernel's first.
+constexpr unsigned kMaxThreads = 1024;
+unsigned launch_bounds(const void* kernel);
+
+// At least what a kernel takes of static shared memory: what all variables of the program do, because which of them a
+// kernel reaches shows only when it runs. Launches count those that it has reached so far.
+size_t static_shared_bytes();
+// Lets a kernel have as much dynamic shared memory on the current device. False where a block cannot have it.
+bool allow_dynamic_shared(const void* kernel, size_t bytes);
 
 // "kernel NAME, block (x, y, z), thread (x, y, z)" of the running thread.
 std::string position();
@@ -55,8 +103,13 @@ unsigned lane();
 
 // Shared memory, full of 0xff (NaN, -1) when a block starts.
 unsigned char* dynamic_shared();
-size_t reserve_static_shared(size_t bytes, size_t alignment);  // Once for each variable: its offset.
-unsigned char* static_shared(size_t offset);
+size_t add_static_shared(size_t bytes, size_t alignment);  // Once for each variable, before any launch: its number.
+unsigned char* static_shared(size_t variable);
+// A variable is known when the program starts, if a function that uses it is in the program.
+template <class T, class Tag>
+struct StaticShared {
+  static inline const size_t variable = add_static_shared(sizeof(T), alignof(T));
+};
 
 // Asynchronous copies of the running thread. The bytes arrive when their group is waited for, and until then the
 // destination holds 0xff.
