@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from cpc_ext.data.decode import decode_image
 from cpc_ext.models.pixel_model import PixelModel
+from cpc_ext.models.pixel_sampler import NotFiniteError
 from cpc_ext.training import figures
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.config import load_config
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args=arguments,
         default=_Command(run=tyro.MISSING, device=default_device()),
     )
-    return exit_status(lambda: _sample(command))
+    return exit_status(lambda: _sample(command), errors=(TrainingError, NotFiniteError))
 
 
 def _sample(command: _Command) -> None:
