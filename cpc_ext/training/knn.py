@@ -7,8 +7,9 @@ From frozen encodings [N, D] to a score of every class: each of the k nearest vo
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from cpc_ext.nn.unit_length import unit_length
 
 __all__ = ["NEIGHBOURS", "TEMPERATURE", "knn_scores"]
 
@@ -32,10 +33,10 @@ def knn_scores(
     neighbours: k; all N vote where there are fewer. Votes are divided by the largest that one neighbour could give,
     exp(1 / temperature).
     """
-    keys = F.normalize(labelled.double(), dim=1)
+    keys = unit_length(labelled.double())
     votes = []
     for chunk in queries.double().split(_CHUNK):
-        similarity, nearest = (F.normalize(chunk, dim=1) @ keys.T).topk(min(neighbours, len(keys)), dim=1)
+        similarity, nearest = (unit_length(chunk) @ keys.T).topk(min(neighbours, len(keys)), dim=1)
         weights = ((similarity - 1) / temperature).exp()
         votes.append(weights.new_zeros(len(chunk), classes).scatter_add_(1, labels[nearest], weights))
     return torch.cat(votes) if votes else keys.new_zeros(0, classes)
