@@ -480,8 +480,7 @@ class AllKeys {
       Storage* const to =
           problem_.grad_queries.template as<Storage>() + (call.entry * m_ + rows.first + panel * kColumns + c) * d_;
       const bool counts = weight_of(call.entry * m_ + rows.first + panel * kColumns + c) != 0;
-      for (int64_t k = begin; k < end; ++k)
-        to[k] = counts ? narrow<Storage>(scale * sums[k * columns + c]) : Storage{};
+      for (int64_t k = begin; k < end; ++k) to[k] = counts ? narrow<Storage>(scale * sums[k * columns + c]) : Storage{};
     }
   }
 
