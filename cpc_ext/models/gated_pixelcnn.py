@@ -100,7 +100,8 @@ class _GatedLayer(nn.Module):
         last: bool,
     ) -> None:
         super().__init__()
-        above = (torch.arange(kernel_size) < kernel_size // 2).unsqueeze(1).expand(kernel_size, kernel_size)
+        rows = torch.arange(kernel_size, device="cpu")
+        above = (rows < kernel_size // 2).unsqueeze(1).expand(kernel_size, kernel_size)
         self.vertical = MaskedConv2d(in_channels, 2 * channels, kernel_size, mask=above if first else "vertical")
         self.vertical_gate = None if last else PixelActivation(2 * channels, "gated")
         self.vertical_to_horizontal = MaskedConv2d(2 * channels, 2 * channels, 1, mask="vertical")

@@ -130,6 +130,7 @@ class PixelModel(nn.Module, ABC):
 
         Raises:
             TypeError, ValueError: an argument of the wrong type, shape or range.
+            RuntimeError: the network's outputs were not finite; looked at once, after the last pixel.
         """
         height, width = (size, size) if isinstance(size, int) else size
         if count < 0:

@@ -14,21 +14,45 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from cpc_ext.nn.fixed_mask import FixedMask
 from cpc_ext.nn.masked_conv2d import MaskedConv2d
 from cpc_ext.ops.masked_conv2d import PixelConvolution, masked_conv2d
 
 __all__ = [
     "VALUES",
     "Convolve",
+    "NotFiniteError",
     "PixelActivation",
     "PixelNetwork",
     "Sampler",
     "captured",
+    "check_outputs",
     "convolve_images",
     "scale_values",
 ]
 
 VALUES = 256
+
+
+class NotFiniteError(RuntimeError):
+    """A network's outputs are not finite, so nothing can be drawn from them."""
+
+
+def check_outputs(model: nn.Module, trace: Tensor) -> None:
+    """NotFiniteError where outputs were not finite; the one look at them, after all pixels.
+
+    trace: zeros, to which the outputs for every pixel have been added times 0, images first.
+    """
+    broken = trace.isnan().flatten(1).any(1)
+    if not bool(broken.any()):
+        return
+    culprits = (name for name, value in model.named_parameters() if not bool(value.isfinite().all()))
+    culprit = next(culprits, None)
+    reason = "its weights are finite, so they grew too large on the way" if culprit is None else f"{culprit} is not"
+    raise NotFiniteError(
+        f"the network's outputs are not finite for {int(broken.sum())} of {len(broken)} images, which cannot be drawn: "
+        f"{reason}"
+    )
 
 
 class Convolve(Protocol):
@@ -64,7 +88,7 @@ def convolve_images(
     return layer(input) if condition is None else layer(input, condition)
 
 
-class PixelActivation(nn.Module):
+class PixelActivation(FixedMask):
     """A ReLU or gate of its own, where a feature map is needed before and after it.
 
     It is a masked convolution that sees nothing but its condition, so that whole images and single pixels go through
@@ -83,7 +107,10 @@ class PixelActivation(nn.Module):
         self.channels = channels
         self.activation = activation
         self.color_groups = color_groups
-        self.register_buffer("mask", torch.zeros(1, 1, dtype=torch.bool), persistent=False)
+        self._register_mask()
+
+    def _mask_values(self) -> Tensor:
+        return torch.zeros(1, 1, dtype=torch.bool)
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, channels, H, W] → the same shape, or half of the channels where gated."""
@@ -91,7 +118,14 @@ class PixelActivation(nn.Module):
             return torch.relu(input)
         weight = input.new_zeros((self.channels, 1, 1, 1))
         unseen = input[:, :1].detach()
-        return masked_conv2d(unseen, weight, mask=self.mask, activation=self.activation, condition=input)
+        mask = self.mask_on(input.device)
+        return masked_conv2d(unseen, weight, mask=mask, activation=self.activation, condition=input)
+
+    def mask_on(self, device: torch.device) -> Tensor:
+        """The mask. Without parameters, a layer is not told when others get theirs instead of those on meta."""
+        if self.mask.is_meta and device.type != "meta":
+            self.mask = self._values_on_cpu().to(device, copy=True)
+        return self.mask
 
     def extra_repr(self) -> str:
         return f"{self.channels}, {self.activation}"
@@ -263,7 +297,9 @@ def _convolution_of(layer: MaskedConv2d, rows: Tensor) -> PixelConvolution:
 
 
 def _activation_of(layer: PixelActivation, channels: int, image: Tensor) -> PixelConvolution:
-    return PixelConvolution(image.new_zeros((channels, 1, 1, 1)), mask=layer.mask, activation=layer.activation)
+    return PixelConvolution(
+        image.new_zeros((channels, 1, 1, 1)), mask=layer.mask_on(image.device), activation=layer.activation
+    )
 
 
 # --- Sampling ---
@@ -322,6 +358,7 @@ class Sampler:
         self._pixel = torch.zeros(1, dtype=torch.int64, device=device)
         self._subpixels = torch.zeros(channels, dtype=torch.int64, device=device)
         self._noise = torch.zeros((batch, channels, VALUES), dtype=dtype, device=device)
+        self._trace = torch.zeros((batch, VALUES), dtype=dtype, device=device)
         pixels = torch.arange(height * width, device=device)
         self._positions = torch.stack([pixels // width, pixels % width], dim=1)
         self._pixels = pixels.unsqueeze(1)
@@ -339,6 +376,9 @@ class Sampler:
 
         noise: [B, C, H, W, 256], or what fills a [B, C, 256] tensor for the next pixel in raster order.
         progress: goes through the range of rows; draws a bar if it likes.
+
+        Raises:
+            NotFiniteError: logits that are not finite.
         """
         height, width = self._shape
         if known_rows:
@@ -360,6 +400,7 @@ class Sampler:
                 elif self._temperature > 0:
                     noise(self._noise)
                 step()
+        check_outputs(self._model, self._trace)
         # Back from the scale; what it rounded off is less than half a value.
         return (self._image.double() + 1).mul(127.5).round().to(torch.uint8).contiguous()
 
@@ -381,6 +422,7 @@ class Sampler:
         """One pixel."""
         for color in range(self._model.in_channels):
             scores = self._features.logits(color, self._position, self._pixel)
+            self._trace.add_(scores, alpha=0)  # Of a number 0, of all else NaN.
             if self._temperature > 0:
                 scores = torch.add(self._noise[:, color], scores, alpha=1 / self._temperature)
             values = self._scaled[scores.argmax(1, keepdim=True)]

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpc_ext._native import native
-from cpc_ext.models.pixel_sampler import captured, scale_values
+from cpc_ext.models.pixel_sampler import captured, check_outputs, scale_values
 from cpc_ext.nn.shifted_conv2d import ChannelMix, ShiftedConv2d, ShiftedConvTranspose2d
-from cpc_ext.ops.logistic_mixture import sample_logistic_mixture
+from cpc_ext.ops.logistic_mixture import _sample_logistic_mixture
 
 __all__ = ["MixtureNetwork", "MixtureSampler"]
 
@@ -434,6 +434,7 @@ class MixtureSampler:
         self._positions = _Positions(height, width, image.device)
         self._features = (_KeptFeatures if cached else _WholeNetwork)(model, self._image, labels, self._positions)
         self._noise = like.new_zeros((batch, model.mixtures + channels, 1, 1))
+        self._trace = like.new_zeros((batch, model.nin_out.bias.shape[0], 1, 1))
 
     def run(
         self,
@@ -446,6 +447,9 @@ class MixtureSampler:
 
         noise: [B, K + C, H, W], or what fills a [B, K + C, 1, 1] tensor for the next pixel in raster order.
         progress: goes through the range of rows; draws a bar if it likes.
+
+        Raises:
+            NotFiniteError: parameters of the mixture that are not finite.
         """
         channels, height, width = self._start.shape[1:]
         start_row, step = self._features.start_row, self._step
@@ -465,6 +469,7 @@ class MixtureSampler:
                 elif self._temperature > 0:
                     noise(self._noise)
                 step(row, col, _levels(row, col))
+        check_outputs(self._model, self._trace)
         drawn = self._pixels[..., :channels].permute(0, 3, 1, 2)
         # Back from the scale; what it rounded off is less than half a value.
         return (drawn.double() + 1).mul(127.5).round().to(torch.uint8).contiguous()
@@ -472,9 +477,8 @@ class MixtureSampler:
     def _step(self, row: int, col: int, levels: int) -> None:
         """One pixel, where the positions are."""
         params = self._features.params(row, col, levels)
-        values = sample_logistic_mixture(
-            params, channels=self._start.shape[1], noise=self._noise, temperature=self._temperature
-        )
+        self._trace.add_(params, alpha=0)  # Of a number 0, of all else NaN.
+        values = _sample_logistic_mixture(params, self._noise, self._start.shape[1], float(self._temperature))
         values = scale_values(values, self._image.dtype)
         self._flat.index_copy_(1, self._positions.pixel[0], values.flatten(2).transpose(1, 2))
 

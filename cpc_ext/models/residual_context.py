@@ -77,7 +77,11 @@ class _Block(nn.Module):
         self.reduce = MaskedConv2d(channels, hidden_channels, 1, mask="vertical", activation="relu")
         self.sideways = MaskedConv2d(hidden_channels, hidden_channels, (1, 3), mask="vertical")
         self.upwards = MaskedConv2d(
-            hidden_channels, hidden_channels, (2, 1), mask=torch.ones(2, 1, dtype=torch.bool), activation="relu"
+            hidden_channels,
+            hidden_channels,
+            (2, 1),
+            mask=torch.ones(2, 1, dtype=torch.bool, device="cpu"),
+            activation="relu",
         )
         self.expand = MaskedConv2d(hidden_channels, channels, 1, mask="vertical")
         self.padding = padding

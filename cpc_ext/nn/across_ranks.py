@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cpc_ext.ops._library import differentiable_once, without_autocast
+
 __all__ = ["EXCHANGES", "RingOutput", "gather_from_ranks", "position_in_world", "ring_info_nce"]
 
 EXCHANGES = ("none", "gather", "ring")
@@ -31,7 +33,8 @@ def gather_from_ranks(values: Tensor, dim: int = 0) -> Tensor:
     """The values of all ranks along ``dim``, in the order of the ranks; of equal shape on each.
 
     The gradient of a rank's values is the sum of the gradients that all ranks have for them. So with a loss that is a
-    mean over a rank's own queries, gradients averaged over the ranks are those of the mean over all queries.
+    mean over a rank's own queries, gradients averaged over the ranks are those of the mean over all queries. The same
+    holds of further derivatives, each of which takes all ranks.
     """
     return values if position_in_world()[1] == 1 else _Gather.apply(values, dim)
 
@@ -46,10 +49,23 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _SumForOwner.apply(gradient, ctx.dim, ctx.size), None
+
+
+class _SumForOwner(torch.autograd.Function):
+    """The transpose of _Gather: a rank's part of what all ranks together have for the parts of each."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, dim: int, size: int) -> Tensor:
+        ctx.dim = dim
         # Not in place: the gradient may be shared with other parts of the graph.
         total = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
-        return total.narrow(ctx.dim, dist.get_rank() * ctx.size, ctx.size), None
+        return total.narrow(dim, dist.get_rank() * size, size)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _Gather.apply(gradient, ctx.dim), None, None
 
 
 class RingOutput(NamedTuple):
@@ -74,6 +90,7 @@ def ring_info_nce(
     Loss terms of chunks are merged by their log-sum-exp; backward sends the keys round once more, and with them their
     gradient, to which each rank adds its part. As that takes every rank, all must call both, in the same order. Where
     there is no other, a rank's own keys are all there are. Logits are float32 (float64 for float64) under autocast too.
+    Differentiable once; differentiating the gradient is a RuntimeError.
 
     Args:
         queries: [*, M, D].
@@ -84,7 +101,7 @@ def ring_info_nce(
     """
     dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
     # Autocast would round the logits of the forward pass, and not those of the backward pass.
-    with torch.autocast(queries.device.type, enabled=False):
+    with without_autocast(queries.device):
         queries, keys = queries.to(dtype), keys.to(dtype)
         positive = (queries * _take(keys, targets)).sum(-1) * scale
         log_sum, rank = _RingLogSumExp.apply(queries, keys, positive.detach(), targets, scale, exclude)
@@ -124,8 +141,9 @@ class _RingLogSumExp(torch.autograd.Function):
         return log_sum, rank
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        queries, passing, log_sum, exclude = ctx.saved_tensors
+    @differentiable_once("ring_info_nce")
+    def backward(ctx: Any, saved: tuple[Tensor, ...], gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        queries, passing, log_sum, exclude = saved
         query_gradient = torch.zeros_like(queries)
         # The gradient travels one turn further than its keys: with the last of them it comes home.
         passing_gradient = torch.zeros_like(passing)

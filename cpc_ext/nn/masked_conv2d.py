@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from cpc_ext.nn.fixed_mask import FixedMask
 from cpc_ext.ops.masked_conv2d import masked_conv2d
 
 __all__ = ["MaskedConv2d", "causal_mask"]
@@ -15,7 +16,7 @@ __all__ = ["MaskedConv2d", "causal_mask"]
 _MASKS = ("A", "B", "vertical", "horizontal")
 
 
-class MaskedConv2d(nn.Module):
+class MaskedConv2d(FixedMask):
     """Convolution at stride 1 with zero padding and hidden taps.
 
     ============== ============================================ ===================================================
@@ -46,7 +47,9 @@ class MaskedConv2d(nn.Module):
         bias: whether to add a learned bias.
         activation: None, "relu" or "gated", as in :func:`cpc_ext.ops.masked_conv2d`.
 
-    Weights and bias start as those of :class:`torch.nn.Conv2d`. The mask is a buffer outside of the state dict.
+    Weights and bias start as those of :class:`torch.nn.Conv2d`. The mask is a buffer outside of the state dict, whose
+    values stay through ``to_empty`` and come back to layers made on the meta device. When it is changed is a matter of
+    :func:`cpc_ext.ops.masked_conv2d`.
     """
 
     mask: Tensor
@@ -69,22 +72,31 @@ class MaskedConv2d(nn.Module):
         self.dilation = dilation
         self.activation = activation
         self.color_groups = color_groups
-        if isinstance(mask, str):
-            halves = 2 if activation == "gated" and color_groups > 1 else 1
-            mask = causal_mask(mask, kernel_size, out_channels // halves, in_channels, color_groups)
-            mask = torch.cat([mask] * halves)
-        elif not isinstance(mask, Tensor):
+        self._given_mask: Tensor | None = None
+        if isinstance(mask, Tensor):
+            if color_groups != 1:
+                raise ValueError(f'color_groups needs mask "A" or "B", got {color_groups} with a tensor')
+            shape = (out_channels, in_channels, *kernel_size)
+            if tuple(mask.shape) not in (kernel_size, shape):
+                raise ValueError(f"mask must have shape {kernel_size} or {shape}, got {tuple(mask.shape)}")
+            if mask.is_meta:
+                raise ValueError('mask must hold values, got one on the meta device: make it with device="cpu"')
+            self._given_mask = mask.detach().to("cpu", copy=True)
+        elif not isinstance(mask, str):
             raise TypeError(f"mask must be a tensor or one of {', '.join(_MASKS)}, got {type(mask).__name__}")
-        elif color_groups != 1:
-            raise ValueError(f'color_groups needs mask "A" or "B", got {color_groups} with a tensor')
-        shape = (out_channels, in_channels, *kernel_size)
-        if tuple(mask.shape) not in (kernel_size, shape):
-            raise ValueError(f"mask must have shape {kernel_size} or {shape}, got {tuple(mask.shape)}")
         # nn.Conv2d initialises the parameters (and checks the sizes).
         conv = nn.Conv2d(in_channels, out_channels, kernel_size, bias=bias)
         self.weight = conv.weight
         self.bias = conv.bias
-        self.register_buffer("mask", mask.detach().clone(), persistent=False)
+        self._register_mask()
+
+    def _mask_values(self) -> Tensor:
+        if self._given_mask is not None:
+            return self._given_mask
+        out_channels, in_channels, *kernel_size = self.weight.shape
+        halves = 2 if self.activation == "gated" and self.color_groups > 1 else 1
+        mask = causal_mask(self.mask_name, tuple(kernel_size), out_channels // halves, in_channels, self.color_groups)
+        return torch.cat([mask] * halves)
 
     def forward(self, input: Tensor, condition: Tensor | None = None) -> Tensor:
         """input [B, C, H, W] → [B, O, H, W], or [B, O / 2, H, W] where gated.

@@ -10,10 +10,11 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cpc_ext.nn.across_ranks import EXCHANGES, gather_from_ranks, position_in_world, ring_info_nce
+from cpc_ext.nn.unit_length import unit_length
+from cpc_ext.ops._library import without_autocast
 from cpc_ext.ops.info_nce import info_nce
 
 __all__ = ["NTXentLoss", "NTXentOutput"]
@@ -28,16 +29,17 @@ class NTXentOutput(NamedTuple):
     Attributes:
         loss: mean over views, in nats.
         accuracy: fraction of views whose other view is more similar than any other image's.
-        top5_accuracy: fraction of views whose other view is among the five most similar.
-        mean_position: mean place of the other view in the order of similarity; 1 is the most similar.
+        top5_accuracy: fraction of views whose other view is among the five most similar; None without statistics.
+        mean_position: mean place of the other view in the order of similarity; 1 is the most similar; None without
+            statistics.
         mutual_information: log of the number of keys contrasted minus the loss, a lower bound on the mutual information
             of two views, in nats.
     """
 
     loss: Tensor
     accuracy: Tensor
-    top5_accuracy: Tensor
-    mean_position: Tensor
+    top5_accuracy: Tensor | None
+    mean_position: Tensor | None
     mutual_information: Tensor
 
 
@@ -51,12 +53,15 @@ class NTXentLoss(nn.Module):
         temperature: τ.
         gather_negatives: where there are several processes: "none" contrasts with the process's own images, "gather"
             with those of all, whose keys are gathered, "ring" with the same, without holding them all at once.
+        statistics: whether the positions of the positives are found as well, for ``top5_accuracy`` and
+            ``mean_position``. They take all similarities once more, about half of the loss's time with its gradient;
+            in a ring they come with the loss.
 
     Raises:
         ValueError: an argument that is none of those above.
     """
 
-    def __init__(self, temperature: float = 0.07, *, gather_negatives: str = "none") -> None:
+    def __init__(self, temperature: float = 0.07, *, gather_negatives: str = "none", statistics: bool = True) -> None:
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
@@ -64,12 +69,13 @@ class NTXentLoss(nn.Module):
             raise ValueError(f"gather_negatives must be one of {', '.join(EXCHANGES)}, got {gather_negatives!r}")
         self.temperature = temperature
         self.gather_negatives = gather_negatives
+        self.statistics = statistics
 
     def forward(self, first: Tensor, second: Tensor) -> NTXentOutput:
         """The loss of two views of N images.
 
         Args:
-            first, second: floating [N, D], of any length; row n of both is of image n.
+            first, second: floating [N, D], of any finite length, 0 included; row n of both is of image n.
 
         Raises:
             ValueError: views of different shapes, or fewer than one image.
@@ -79,35 +85,34 @@ class NTXentLoss(nn.Module):
                 f"first and second must both be [N, D], got {tuple(first.shape)} and {tuple(second.shape)}"
             )
         # In float32 at least, under autocast too: the temperature multiplies a rounding of the similarity by 14.
-        with torch.autocast(first.device.type, enabled=False):
+        with without_autocast(first.device):
             return self._contrast(torch.cat([first, second]).to(torch.promote_types(first.dtype, torch.float32)))
 
     def _contrast(self, views: Tensor) -> NTXentOutput:
         """views: [2 N, D], the second views after the first."""
         rank, world = position_in_world() if self.gather_negatives != "none" else (0, 1)
         images, dtype = len(views) // 2, views.dtype
-        queries = F.normalize(views, dim=1)
+        queries = unit_length(views)
         own = torch.arange(2 * images, device=queries.device)
         targets = (own + images) % (2 * images)
         scale = 1 / self.temperature
         if world > 1 and self.gather_negatives == "ring":
-            loss, positions = ring_info_nce(queries, queries, targets, scale=scale, exclude=own)
-            loss = loss.mean()
+            losses, positions = ring_info_nce(queries, queries, targets, scale=scale, exclude=own)
+            loss, accuracy = losses.mean(), None
         else:
             keys = gather_from_ranks(queries) if world > 1 else queries
             own, targets = own + rank * 2 * images, targets + rank * 2 * images
-            loss = info_nce(queries, keys, targets, scale=scale, exclude=own).loss
-            positions = _positions(queries.detach(), keys.detach(), targets, own)
-        return NTXentOutput(
-            loss,
-            (positions == 0).to(dtype).mean(),
-            (positions < 5).to(dtype).mean(),
-            positions.to(dtype).mean() + 1,
-            math.log(2 * images * world - 1) - loss.detach(),
-        )
+            loss, accuracy = info_nce(queries, keys, targets, scale=scale, exclude=own)
+            positions = _positions(queries.detach(), keys.detach(), targets, own) if self.statistics else None
+        top5_accuracy = mean_position = None
+        if positions is not None:
+            accuracy, top5_accuracy = ((positions < count).to(dtype).mean() for count in (1, 5))
+            mean_position = positions.to(dtype).mean() + 1
+        mutual_information = math.log(2 * images * world - 1) - loss.detach()
+        return NTXentOutput(loss, accuracy, top5_accuracy, mean_position, mutual_information)
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, gather_negatives={self.gather_negatives}"
+        return f"temperature={self.temperature}, gather_negatives={self.gather_negatives}, statistics={self.statistics}"
 
 
 def _positions(queries: Tensor, keys: Tensor, targets: Tensor, exclude: Tensor) -> Tensor:

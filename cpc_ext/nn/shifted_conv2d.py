@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cpc_ext.nn.fixed_mask import FixedMask
 from cpc_ext.ops.masked_conv2d import masked_conv2d
 
 __all__ = ["ChannelMix", "ShiftedConv2d", "ShiftedConvTranspose2d", "initialize_from_data"]
@@ -104,7 +105,7 @@ def _check_kernel(kernel_size: tuple[int, int], shift: str) -> None:
         raise ValueError(f"a kernel shifted down must have an odd width, got {kernel_size}")
 
 
-class ShiftedConv2d(_WeightNorm):
+class ShiftedConv2d(FixedMask, _WeightNorm):
     """Convolution with zero padding whose kernel ends at the output's row, and where shifted right at its column.
 
     Shifted down, tap (i, j) of a kh x kw kernel reads the pixel kh - 1 - i rows above and j - (kw - 1) / 2 columns to
@@ -120,6 +121,7 @@ class ShiftedConv2d(_WeightNorm):
     """
 
     visible: Tensor
+    _mask_buffer = "visible"
 
     def __init__(
         self,
@@ -140,7 +142,10 @@ class ShiftedConv2d(_WeightNorm):
         kh, kw = kernel_size
         # The kernel as part of one that is centred at the output's pixel: what is added below and to the right.
         self._hidden = (0, kw - 1 if shift == "down-right" else 0, 0, kh - 1)
-        self.register_buffer("visible", F.pad(torch.ones(kh, kw, dtype=torch.bool), self._hidden), persistent=False)
+        self._register_mask()
+
+    def _mask_values(self) -> Tensor:
+        return F.pad(torch.ones(self.kernel_size, dtype=torch.bool), self._hidden)
 
     @property
     def taps(self) -> list[tuple[int, int]]:
@@ -206,7 +211,7 @@ class ShiftedConvTranspose2d(_WeightNorm):
         return f"{in_channels}, {out_channels}, kernel_size={tuple(kernel_size)}, {self.shift}"
 
 
-class ChannelMix(_WeightNorm):
+class ChannelMix(FixedMask, _WeightNorm):
     """A matrix [O, C] applied at every pixel ("network in network"), to the channels of one or more features.
 
     Args:
@@ -217,12 +222,16 @@ class ChannelMix(_WeightNorm):
     """
 
     visible: Tensor
+    _mask_buffer = "visible"
 
     def __init__(self, in_channels: int, out_channels: int, *, sources: int = 1) -> None:
         linear = nn.Linear(in_channels, out_channels)
         super().__init__(linear.weight, linear.bias, 1.0)
         self.sources = sources
-        self.register_buffer("visible", torch.ones(1, 1, dtype=torch.bool), persistent=False)
+        self._register_mask()
+
+    def _mask_values(self) -> Tensor:
+        return torch.ones(1, 1, dtype=torch.bool)
 
     def of_sources(self, weight: Tensor) -> list[Tensor]:
         """The part of a matrix [O, C] that each of the features is multiplied with: [O, C / sources] each."""

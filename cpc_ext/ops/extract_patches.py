@@ -63,12 +63,12 @@ def extract_patches(
 
     Returns:
         Patches [B, rows, cols, C', p, p] with rows = (h - p) // stride + 1, cols likewise, C' = 1 if ``gray`` else C.
-        Differentiable once in floating images, backwards.
+        Differentiable in floating images, backwards, any number of times.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range. Offsets that leave the image are an error
             on the CPU; elsewhere, where looking would stall the stream, they are clamped to the image.
-        NotImplementedError, RuntimeError: forward-mode derivatives, second derivatives.
+        NotImplementedError: forward-mode derivatives.
     """
     return _extract_patches(
         *checked_arguments(
@@ -316,13 +316,19 @@ def _kernel(
 
 
 def _backward_reference(grad, images, size, images_dtype, *options) -> Tensor:
-    """The gradient in the images. Only ``patch_norm`` is not linear and needs the images themselves."""
+    """The gradient in the images. Only ``patch_norm`` is not linear and needs the images themselves.
+
+    Differentiable where gradients are enabled.
+    """
     *options, channels_last = options
-    pixels = torch.zeros(size, dtype=images_dtype, device=grad.device) if images is None else images.detach()
+    differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
-        pixels = pixels.requires_grad_()
+        if images is None:
+            pixels = torch.zeros(size, dtype=images_dtype, device=grad.device, requires_grad=True)
+        else:
+            pixels = images.view_as(images) if differentiable else images.detach().requires_grad_()
         patches = extract_patches_reference(pixels, *options, grad.dtype, channels_last)
-    return torch.autograd.grad(patches, pixels, grad)[0].contiguous()
+    return torch.autograd.grad(patches, pixels, grad, create_graph=differentiable)[0].contiguous()
 
 
 def _empty_images_grad(grad, images, size, images_dtype, *_: object) -> Tensor:
@@ -385,9 +391,9 @@ def _backward(ctx, grad: Tensor):
     images, offsets, flip = ctx.saved_tensors
     images_grad = None
     if ctx.needs_input_grad[0]:
-        images_grad = _extract_patches_backward(
-            grad, images, ctx.size, ctx.images_dtype, *ctx.window, offsets, flip, *ctx.transform
-        )
+        # The op's gradient has none of its own.
+        backward = _backward_reference if torch.is_grad_enabled() else _extract_patches_backward
+        images_grad = backward(grad, images, ctx.size, ctx.images_dtype, *ctx.window, offsets, flip, *ctx.transform)
     return images_grad, *[None] * 12
 
 

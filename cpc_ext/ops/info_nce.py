@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpc_ext._native import native
-from cpc_ext.ops._library import refuse_forward_mode, register
+from cpc_ext.ops._library import autocast_dtype, differentiable_once, refuse_forward_mode, register, tf32_allowed
 
 __all__ = ["InfoNCEOutput", "info_nce", "info_nce_reference"]
 
@@ -68,7 +68,8 @@ def info_nce(
         targets: [*, M] integers, the index of each query's positive key. Default: key m for query m.
         negatives: [*, M, S] integers, the keys each query is contrasted with besides its positive. Default: all keys.
         scale: factor of the dot products, an inverse temperature.
-        weights: [*, M] non-negative weights of the queries. Default: all 1.
+        weights: [*, M] non-negative weights of the queries. Default: all 1. A query of weight 0 is absent: whatever it
+            and its keys hold, NaN too, it adds nothing to the loss, the accuracy and the gradients, and gets none.
         exclude: [*, M] integers, one key to leave out of each query's contrast (itself, say); not its positive.
         reduction: "mean" (sum of w * loss over sum of w; 0 where the weights sum to 0 or M is 0), "sum" (of w * loss)
             or "none" (w * loss of every query).
@@ -76,14 +77,16 @@ def info_nce(
     Returns:
         :class:`InfoNCEOutput` (loss, accuracy). The loss is differentiable once, backwards, in queries, keys and
         weights. Under autocast queries and keys are rounded to its type, as for a matrix product; sums are not. On CUDA
-        float32 products are exact unless ``torch.backends.cuda.matmul.allow_tf32`` is set.
+        float32 products are exact unless ``torch.backends.cuda.matmul.fp32_precision`` is "tf32", or an older switch
+        that it reflects says the same.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, device or range.
         IndexError: an index that names no key. Only the CPU looks at indices and weights, since looking would stall
             another device's stream; there such a query's loss is NaN and so is its gradient, it counts as wrong, and
             it gives nothing to the keys' gradient. The same holds of a query whose ``exclude`` names its positive.
-        NotImplementedError, RuntimeError: forward-mode derivatives, second derivatives.
+        NotImplementedError: forward-mode derivatives.
+        RuntimeError: second derivatives, when the gradient is differentiated.
     """
     _check_arguments(queries, keys, targets, negatives, scale, weights, exclude, reduction)
     refuse_forward_mode(queries, keys, weights)
@@ -130,10 +133,22 @@ def info_nce_reference(
     reduction: str = "mean",
 ) -> InfoNCEOutput:
     """:func:`info_nce` with its logits in memory ([*, M, N], or gathered keys [*, M, S, D]), arguments unchecked."""
+    return _reduce(*_each_query(queries, keys, targets, negatives, exclude, scale), weights, reduction)
+
+
+def _each_query(
+    queries: Tensor,
+    keys: Tensor,
+    targets: Tensor | None,
+    negatives: Tensor | None,
+    exclude: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Loss and correctness of every query, [*, M]."""
     dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
     queries, keys = queries.to(dtype) * scale, keys.to(dtype)
     if targets is None:
-        targets = torch.arange(queries.shape[-2], device=queries.device).expand(queries.shape[:-1])
+        targets = _default_targets(queries)
     if negatives is None:
         logits = queries @ keys.mT
         positive = logits.gather(-1, targets.unsqueeze(-1))
@@ -147,7 +162,11 @@ def info_nce_reference(
     losses = torch.logsumexp(logits, dim=-1) - positive.squeeze(-1)
     with torch.no_grad():
         right = ((positive > logits) | (contrasted == targets.unsqueeze(-1))).all(-1).to(dtype)
-    return _reduce(losses, right, weights, reduction)
+    return losses, right
+
+
+def _default_targets(queries: Tensor) -> Tensor:
+    return torch.arange(queries.shape[-2], device=queries.device).expand(queries.shape[:-1])
 
 
 def _gather_keys(keys: Tensor, indices: Tensor) -> Tensor:
@@ -161,13 +180,22 @@ def _gather_keys(keys: Tensor, indices: Tensor) -> Tensor:
 
 def _reduce(losses: Tensor, right: Tensor, weights: Tensor | None, reduction: str) -> InfoNCEOutput:
     weights = torch.ones_like(right) if weights is None else weights.to(losses.dtype)
-    weighted = weights * losses
+    weighted = _weighted(weights, losses)
     if reduction == "none":
         return InfoNCEOutput(weighted, right)
     total = weights.sum()
     total = torch.where(total > 0, total, torch.ones_like(total))
     accuracy = (weights * right).sum().detach() / total.detach()
     return InfoNCEOutput(weighted.sum() / total if reduction == "mean" else weighted.sum(), accuracy)
+
+
+def _weighted(weights: Tensor, losses: Tensor) -> Tensor:
+    return weights * torch.where(_absent(weights, losses), 0, losses)
+
+
+def _absent(weights: Tensor, losses: Tensor) -> Tensor:
+    """Which queries of weight 0 are absent because their loss is no number; a finite one has a slope in its weight."""
+    return (weights == 0) & ~losses.isfinite()
 
 
 def _check_arguments(
@@ -253,9 +281,8 @@ def _check_weights(weights: Tensor | None) -> None:
 def _common_dtype(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Queries and keys of one dtype: that which both are promoted to, or autocast's as of a matrix product."""
     dtype = torch.promote_types(queries.dtype, keys.dtype)
-    device = queries.device.type
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    if dtype != torch.float64:
+        dtype = autocast_dtype(queries.device) or dtype
     return queries.to(dtype), keys.to(dtype)
 
 
@@ -284,13 +311,13 @@ def _results(
 ) -> tuple[Tensor, Tensor]:
     """Loss and accuracy, which share no memory with the losses."""
     if reduction == "none":
-        return losses.clone() if weights is None else weights.to(losses.dtype) * losses, right
+        return losses.clone() if weights is None else _weighted(weights.to(losses.dtype), losses), right
     if weights is None:
         share = 1 / max(queries.shape[:2].numel(), 1)
         return losses.sum() * (share if reduction == "mean" else 1.0), right.sum() * share
     weights = weights.to(losses.dtype)
     total = _total(weights)
-    loss = (weights * losses).sum()
+    loss = _weighted(weights, losses).sum()
     return loss / total if reduction == "mean" else loss, (weights * right).sum() / total
 
 
@@ -340,7 +367,7 @@ def _run(
         None if tensor is None else tensor.contiguous() for tensor in (targets, negatives, exclude)
     )
     results = losses, right, *(gradient if need else None for gradient, need in zip(gradients, needs[:2], strict=True))
-    tf32 = queries.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    tf32 = tf32_allowed(queries, "product")
     arguments = queries, keys, targets, negatives, exclude, row_weights, *results, scale, factor, tf32
     workspace = queries.new_empty(native.info_nce_workspace(*arguments), dtype=torch.uint8)
     order = segments = None
@@ -361,11 +388,10 @@ def _by_key(keys: Tensor, targets: Tensor | None, negatives: Tensor) -> tuple[Te
     return order, torch.searchsorted(in_order, torch.arange(batch * num_keys + 1, device=keys.device))
 
 
-def _losses_reference(queries, keys, targets, negatives, exclude, scale) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses, correctness and validity [B, M]; indices that name no key are as the docstring of info_nce says."""
+def _checked_indices(queries, keys, targets, negatives, exclude) -> tuple[list[Tensor | None], Tensor]:
+    """Targets, negatives and exclude with indices of keys only, and which queries [B, M] named no others."""
     num_keys = keys.shape[1]
-    positives = torch.arange(queries.shape[1], device=queries.device).expand(queries.shape[:2])
-    positives = positives if targets is None else targets
+    positives = _default_targets(queries) if targets is None else targets
     valid = torch.ones_like(positives, dtype=torch.bool) if exclude is None else exclude != positives
     clamped = []
     for indices in (positives, negatives, exclude):
@@ -373,15 +399,13 @@ def _losses_reference(queries, keys, targets, negatives, exclude, scale) -> tupl
             within = (indices >= 0) & (indices < num_keys)
             valid = valid & (within if within.ndim == 2 else within.all(-1))
         clamped.append(None if indices is None else indices.clamp(0, max(num_keys - 1, 0)))
-    losses, right = info_nce_reference(
-        queries, keys, clamped[0], negatives=clamped[1], exclude=clamped[2], scale=scale, reduction="none"
-    )
-    return torch.where(valid, losses, math.nan), right * valid, valid
+    return clamped, valid
 
 
 def _reference_op(queries, keys, targets, negatives, exclude, weights, scale, reduction, needs):
-    with torch.no_grad():
-        losses, right, _ = _losses_reference(queries, keys, targets, negatives, exclude, scale)
+    indices, valid = _checked_indices(queries, keys, targets, negatives, exclude)
+    losses, right = _each_query(queries, keys, *indices, scale)
+    losses, right = torch.where(valid, losses, math.nan), right * valid
     row_weights, factor = _row_weights(queries, weights, reduction)
     row_weights = torch.full_like(losses, factor) if row_weights is None else row_weights * factor
     gradients = _gradients_reference(queries, keys, targets, negatives, exclude, row_weights, scale, needs)
@@ -392,18 +416,42 @@ def _reference_op(queries, keys, targets, negatives, exclude, weights, scale, re
 def _gradients_reference(
     queries, keys, targets, negatives, exclude, row_weights, scale, needs
 ) -> tuple[Tensor, Tensor]:
+    # Written out, as an op's forward pass, which forms gradients too, is out of autograd's reach.
     if not (needs[0] or needs[1]):
         return queries.new_empty(0), keys.new_empty(0)
-    with torch.enable_grad():
-        leaves = [queries.detach().requires_grad_(), keys.detach().requires_grad_()]
-        losses, _, valid = _losses_reference(*leaves, targets, negatives, exclude, scale)
-        total = (row_weights * torch.where(valid, losses, 0)).sum()
-    grad_queries, grad_keys = torch.autograd.grad(total, leaves)
-    grad_queries = torch.where(valid.unsqueeze(-1), grad_queries, math.nan)
-    return (
-        grad_queries.contiguous() if needs[0] else queries.new_empty(0),
-        grad_keys.contiguous() if needs[1] else keys.new_empty(0),
-    )
+    (targets, negatives, exclude), valid = _checked_indices(queries, keys, targets, negatives, exclude)
+    present = row_weights != 0
+    counts = (valid & present).unsqueeze(-1)
+    q, k = (tensor.to(row_weights.dtype) for tensor in (queries, keys))
+    q = torch.where(counts, q, 0)
+    contrasted = torch.arange(keys.shape[1], device=keys.device)
+    if negatives is not None:
+        contrasted = torch.cat([targets.unsqueeze(-1), negatives], dim=-1)
+        k = _gather_keys(k, contrasted)
+        logits = (k @ (scale * q).unsqueeze(-1)).squeeze(-1)
+    else:
+        logits = (scale * q) @ k.mT
+    if exclude is not None:
+        logits = logits.masked_fill(contrasted == exclude.unsqueeze(-1), -math.inf)
+    # Of the loss in the logits: probabilities, less 1 at the positive.
+    positive = targets.unsqueeze(-1) if negatives is None else torch.zeros_like(targets).unsqueeze(-1)
+    slopes = logits.softmax(-1)
+    slopes = slopes.scatter_add(-1, positive, -torch.ones_like(slopes[..., :1]))
+    slopes = torch.where(counts, slopes * row_weights.unsqueeze(-1) * scale, 0)
+    grad_queries, grad_keys = queries.new_empty(0), keys.new_empty(0)
+    if needs[0]:
+        grad_queries = slopes @ k if negatives is None else (slopes.unsqueeze(-2) @ k).squeeze(-2)
+        grad_queries = torch.where(counts, grad_queries, 0)
+        grad_queries = torch.where(counts | ~present.unsqueeze(-1), grad_queries, math.nan).to(queries.dtype)
+    if needs[1] and negatives is None:
+        grad_keys = (slopes.mT @ q).to(keys.dtype)
+    elif needs[1]:
+        of_pairs = slopes.unsqueeze(-1) * q.unsqueeze(-2)
+        first = torch.arange(len(keys), device=keys.device).mul_(keys.shape[1]).view(-1, 1, 1)
+        sums = of_pairs.new_zeros((keys.shape[:2].numel(), keys.shape[2]))
+        sums.index_add_(0, (contrasted + first).flatten(), of_pairs.flatten(0, 2))
+        grad_keys = sums.view(keys.shape).to(keys.dtype)
+    return grad_queries, grad_keys
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -412,15 +460,16 @@ def _setup_context(ctx, inputs, output) -> None:
     # What was not formed with the loss is computed when the gradient of each row is known.
     ctx.later = any(wanted and not need for wanted, need in zip(ctx.needs_input_grad[:2], needs[:2], strict=True))
     kept = (queries, keys, targets, negatives, exclude) if ctx.later else (None,) * 5
-    ctx.save_for_backward(*kept, weights, *((loss, losses) if needs[2] else (None, None)), *gradients)
+    ctx.save_for_backward(*kept, weights, loss, losses if needs[2] else None, *gradients)
     ctx.num_rows, ctx.scale, ctx.reduction = queries.shape[:2], scale, reduction
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, *_):
+@differentiable_once("info_nce")
+def _backward(ctx, saved, grad, *_):
     if grad is None:
         return (None,) * 9
-    *kept, weights, loss, losses, grad_queries, grad_keys = ctx.saved_tensors
+    *kept, weights, loss, losses, grad_queries, grad_keys = saved
     needs_queries, needs_keys, *_ = ctx.needs_input_grad
     if ctx.later:
         row_weights, factor = _row_weights(kept[0], weights, ctx.reduction)
@@ -434,6 +483,7 @@ def _backward(ctx, grad, *_):
         if ctx.reduction == "mean":
             total = weights.to(losses.dtype).sum()
             slope = torch.where(total > 0, (losses - loss) / total, losses)
+        slope = torch.where(_absent(weights, losses), 0, slope)
         grad_weights = (grad * slope).to(weights.dtype)
     return (
         grad_queries if needs_queries else None,

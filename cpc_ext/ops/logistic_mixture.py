@@ -8,13 +8,14 @@ reading what the forward pass would have had to write, all but two numbers a pix
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cpc_ext._native import native
-from cpc_ext.ops._library import refuse_forward_mode, register
+from cpc_ext.ops._library import differentiable_once, refuse_forward_mode, register
 
 __all__ = [
     "logistic_mixture_nll",
@@ -96,7 +97,9 @@ def sample_logistic_mixture(
     and for every layout of the same params.
 
     Args:
-        params: [B, P, H, W] as of :func:`logistic_mixture_nll`.
+        params: [B, P, H, W] as of :func:`logistic_mixture_nll`, finite. uint8 has no NaN: a pixel whose params are not
+            finite gets values that mean nothing, mostly 0. The CPU gives a RuntimeWarning then, unless compiled;
+            elsewhere, looking would stall the stream. To sample such values from a model is an error.
         generator: of the noise, on the params' device. Default: PyTorch's own.
         channels: C, 1 or 3.
         noise: [B, K + C, H, W] float32 or float64, uniform in 0..1 and clamped to 1e-5..1 - 1e-5: for each of the K
@@ -119,6 +122,10 @@ def sample_logistic_mixture(
         raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be finite and not negative, got {temperature}")
+    looks = params.device.type == "cpu" and not torch.compiler.is_compiling()
+    # A sum is the cheaper look; that of numbers may overflow, too.
+    if looks and not math.isfinite(params.detach().sum().item()) and not bool(params.isfinite().all()):
+        warnings.warn("params are not finite at some pixels, whose samples mean nothing", RuntimeWarning, stacklevel=2)
     batch, _, height, width = params.shape
     shape = (batch, _components(params, channels) + channels, height, width)
     if noise is None:
@@ -302,10 +309,11 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, _):
+@differentiable_once("logistic_mixture_nll")
+def _backward(ctx, saved, grad, _):
     if grad is None:
         return None, None, None
-    return None, _logistic_mixture_nll_backward(grad, *ctx.saved_tensors), None
+    return None, _logistic_mixture_nll_backward(grad, *saved), None
 
 
 _logistic_mixture_nll = register(

@@ -7,16 +7,17 @@ Bias, an added condition, and a ReLU or tanh-sigmoid gate are applied before a r
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from cpc_ext._native import KERNEL_DEVICES, native
-from cpc_ext.ops._library import refuse_forward_mode, register
+from cpc_ext.ops._library import autocast_dtype, refuse_forward_mode, register, tf32_allowed, without_autocast
 
 __all__ = ["PixelConvolution", "gated_activation", "masked_conv2d", "masked_conv2d_reference"]
 
@@ -48,7 +49,12 @@ def masked_conv2d(
         input: [B, C, H, W], floating; B may be 0.
         weight: [O, C, kh, kw], of the input's dtype unless autocast brings both to one.
         bias: [O], likewise, or None.
-        mask: [kh, kw] for all channels alike, or [O, C, kh, kw]; bool, or numbers 0 and 1. True keeps a tap.
+        mask: [kh, kw] for all channels alike, or [O, C, kh, kw]; bool, or numbers 0 and 1. True keeps a tap. The CPU
+            looks at its values in every call. Looking would stall another device's stream, so there the first call
+            looks which taps no channel sees, and later ones do again where the mask has been changed in place, but not
+            where that passed PyTorch by (through ``mask.data`` or foreign memory): such a change may reveal a tap that
+            stays hidden. While a CUDA graph is captured, and of masks made in inference mode, no call looks: the result
+            is the same, without skipping taps that no earlier call found hidden.
         dilation: distance of neighbouring taps in pixels.
         activation: None, "relu", or "gated": tanh of the first half of the output channels times sigmoid of the
             second half, which leaves O / 2 channels (van den Oord et al. 2016, arXiv 1606.05328, equation 2).
@@ -56,13 +62,13 @@ def masked_conv2d(
 
     Returns:
         [B, O, H, W], or [B, O / 2, H, W] where gated, with the channels innermost in memory (``channels_last``)
-        whatever the input's layout; an input of that layout is not copied. Differentiable once, backwards; the weight's
-        gradient is exactly zero where the mask hides it.
+        whatever the input's layout; an input of that layout is not copied. Differentiable backwards, any number of
+        times; the weight's gradient is exactly zero where the mask hides it.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, device or range. Only the CPU looks for numbers in
             the mask that are neither 0 nor 1, since looking would stall another device's stream.
-        NotImplementedError, RuntimeError: forward-mode derivatives, second derivatives.
+        NotImplementedError: forward-mode derivatives.
     """
     _check_arguments(input, weight, bias, mask, dilation, activation, condition)
     refuse_forward_mode(input, weight, bias, condition)
@@ -112,10 +118,9 @@ def _activate(output: Tensor, activation: str | None) -> Tensor:
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """All in autocast's type where it is on, except float64, which it leaves alone."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+    dtype = autocast_dtype(tensors[0].device)
+    if dtype is None or tensors[0].dtype == torch.float64:
         return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
     return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
@@ -185,7 +190,7 @@ def _check_dtypes(input: Tensor, weight: Tensor, bias: Tensor | None, condition:
             continue
         dtypes = {value.dtype, input.dtype}
         # Autocast brings all but float64 to its own type.
-        if torch.float64 in dtypes or not dtypes.issubset(_DTYPES) or not torch.is_autocast_enabled(input.device.type):
+        if torch.float64 in dtypes or not dtypes.issubset(_DTYPES) or autocast_dtype(input.device) is None:
             raise TypeError(f"{name} must have the input's dtype {input.dtype}, got {value.dtype}")
 
 
@@ -211,20 +216,50 @@ class _Visible(NamedTuple):
     taps: list[int]  # Indices i * kw + j of the taps that some channel sees, in order.
 
 
-_visible_taps: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# What was seen of masks on devices where looking stalls the stream, by the mask's id. A value must not hold its mask.
+_looked_at: dict[int, tuple[weakref.ref, int, Tensor | None, list[int]]] = {}
 
 
 def _visible(mask: Tensor) -> _Visible:
-    """Look at a mask once: on CUDA looking stalls the stream, so the answer is kept for as long as the mask lives."""
-    version = None if mask.is_inference() else mask._version
-    kept = _visible_taps.get(mask)
-    if kept is not None and kept[0] == version and version is not None:
-        return kept[1]
+    """Look at a mask; where that would stall a stream only once, unless it has been changed since."""
+    if mask.device.type == "cpu":
+        seen = mask if mask.dtype == torch.bool else mask.ne(0)
+        return _Visible(seen, _taps_on_cpu(seen))
+    key = id(mask)
+    kept = _looked_at.get(key)
+    if kept is not None and kept[0]() is mask and not mask.is_inference() and kept[1] == mask._version:
+        return _Visible(mask if kept[2] is None else kept[2], kept[3])
     seen = mask if mask.dtype == torch.bool else mask.ne(0)
+    if mask.is_inference() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        # CUDA's kernels, unlike the CPU's, read hidden weights as zeros whichever taps they are told of.
+        return _Visible(seen, list(range(mask.shape[-2:].numel())))
     taps = seen.reshape(-1, *seen.shape[-2:]).any(0).flatten().nonzero().flatten().tolist()
-    visible = _Visible(seen, taps)
-    _visible_taps[mask] = version, visible
-    return visible
+    mask_lives = weakref.ref(mask, lambda _: _looked_at.pop(key, None))
+    _looked_at[key] = mask_lives, mask._version, None if seen is mask else seen, taps
+    return _Visible(seen, taps)
+
+
+# Channels whose taps are looked at as one row of words; so many are a whole number of words for any kernel.
+_ROW_CHANNELS = 64
+# Bools that are sooner looked at one by one.
+_FEW = 4096
+
+
+def _taps_on_cpu(seen: Tensor) -> list[int]:
+    """The taps that some channel sees, of a bool mask on the CPU."""
+    if seen.ndim == 2:
+        return [tap for tap, sees in enumerate(value for row in seen.tolist() for value in row) if sees]
+    # By NumPy, whose bitwise or of words is thirty times faster than PyTorch's any of bools.
+    taps, bits = seen.shape[-2:].numel(), seen.contiguous().numpy().reshape(-1)
+    if taps == 1:
+        return [0] if bits.any() else []
+    row = _ROW_CHANNELS * taps
+    whole = 0 if len(bits) < _FEW else len(bits) // row * row
+    visible = np.bitwise_or.reduce(bits[whole:].reshape(-1, taps), axis=0)
+    if whole:
+        words = bits[:whole].view(np.uint64).reshape(-1, row // 8)
+        visible |= np.bitwise_or.reduce(words, axis=0).view(np.bool_).reshape(-1, taps).any(0)
+    return visible.nonzero()[0].tolist()
 
 
 def _reaching(taps: list[int], weight: Tensor, size: Sequence[int], dilation: int) -> list[int]:
@@ -251,10 +286,6 @@ def _pack(
     packed = torch.empty(size, dtype=torch.uint8, device=weight.device)
     native.masked_conv2d_pack(weight, mask, packed, taps, transposed, gated, pairs)
     return packed
-
-
-def _tf32() -> bool:
-    return torch.backends.cudnn.allow_tf32
 
 
 def _empty_results(input, weight, bias, mask, condition, dilation, activation, keep) -> tuple[Tensor, Tensor]:
@@ -289,7 +320,7 @@ def _kernel(input, weight, bias, mask, condition, dilation, activation, keep) ->
         dilation,
         False,
         activation,
-        _tf32(),
+        tf32_allowed(input, "convolution"),
         pairs,
     )
     return output, preactivation
@@ -378,6 +409,7 @@ def _backward_kernel(
     visible = _visible(mask)
     taps = _reaching(visible.taps, weight, grad.shape[2:], dilation)
     pairs = native.masked_conv2d_in_pairs(weight, visible.mask, grad, dilation)
+    tf32 = tf32_allowed(grad, "convolution")
     if needs[0]:
         native.masked_conv2d(
             grad,
@@ -391,14 +423,14 @@ def _backward_kernel(
             dilation,
             True,
             "none",
-            _tf32(),
+            tf32,
             pairs,
         )
     if needs[1]:
         problem = _channels_last(input), grad, visible.mask, grad_weight
-        size = native.masked_conv2d_weight_grad_workspace(*problem, taps, dilation, _tf32())
+        size = native.masked_conv2d_weight_grad_workspace(*problem, taps, dilation, tf32)
         workspace = grad.new_empty(size, dtype=torch.uint8) if size else None
-        native.masked_conv2d_weight_grad(*problem, workspace, taps, dilation, _tf32(), pairs)
+        native.masked_conv2d_weight_grad(*problem, workspace, taps, dilation, tf32, pairs)
     return results
 
 
@@ -411,11 +443,20 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, _):
-    if grad is None:
+def _backward(ctx, grad, grad_preactivation):
+    if grad is None and grad_preactivation is None:
         return (None,) * 8
     input, weight, mask, saved = ctx.saved_tensors
     needs_input, needs_weight, needs_bias, _, needs_condition, *_ = ctx.needs_input_grad
+    # Nothing but second derivatives depends on what the gate's gradient is made of.
+    if grad_preactivation is not None or torch.is_grad_enabled():
+        with without_autocast(input.device):
+            grad = _differentiable_activation_grad(grad, saved, ctx.activation, grad_preactivation)
+            grad_input, grad_weight = _Gradients.apply(
+                grad, input, weight, mask, ctx.dilation, [needs_input, needs_weight]
+            )
+            grad_bias = grad.sum((0, 2, 3)) if needs_bias else None
+        return grad_input, grad_weight, grad_bias, None, grad if needs_condition else None, None, None, None
     grad_preactivation, grad_input, grad_weight, grad_bias = _masked_conv2d_backward(
         grad, input, weight, mask, saved, ctx.dilation, ctx.activation, [needs_input, needs_weight, needs_bias]
     )
@@ -432,6 +473,65 @@ def _backward(ctx, grad, _):
         None,
         None,
     )
+
+
+def _differentiable_activation_grad(
+    grad: Tensor | None, saved: Tensor | None, activation: str, more: Tensor | None
+) -> Tensor:
+    """The gradient in what goes into the activation, in plain PyTorch; ``more`` is what else came back to that."""
+    if grad is None:
+        return more
+    compute = torch.promote_types(grad.dtype, torch.float32)
+    dtype, grad = grad.dtype, grad.to(compute)
+    if activation == "relu":
+        grad = grad * (saved > 0)
+    if activation == "gated":
+        features, gate = saved.to(compute).chunk(2, dim=1)
+        features, gate = torch.tanh(features), torch.sigmoid(gate)
+        grad = torch.cat([grad * gate * (1 - features.square()), grad * features * gate * (1 - gate)], dim=1)
+    return (grad if more is None else grad + more).to(dtype)
+
+
+class _Gradients(torch.autograd.Function):
+    """Gradients of the convolution alone in input and weight, as functions of grad, input and weight.
+
+    With <grad, convolution(input, weight)>, which is linear in each of the three, derivatives of its derivatives are
+    its derivatives with other tensors in their places.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, grad: Tensor, input: Tensor, weight: Tensor, mask: Tensor, dilation: int, needs: list[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        ctx.save_for_backward(grad, input, weight, mask)
+        ctx.dilation = dilation
+        ctx.set_materialize_grads(False)
+        _, grad_input, grad_weight, _ = _masked_conv2d_backward(
+            grad, input, weight, mask, None, dilation, "none", [*needs, False]
+        )
+        return grad_input if needs[0] else None, grad_weight if needs[1] else None
+
+    @staticmethod
+    def backward(ctx: Any, as_input: Tensor | None, as_weight: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad, input, weight, mask = ctx.saved_tensors
+
+        def convolved(input: Tensor, weight: Tensor) -> Tensor:
+            return _masked_conv2d(input, weight, None, mask, None, ctx.dilation, "none", False)[0]
+
+        def gradients(input: Tensor, weight: Tensor, *needs: bool) -> tuple[Tensor | None, Tensor | None]:
+            return _Gradients.apply(grad, input, weight, mask, ctx.dilation, list(needs))
+
+        of_grad = of_input = of_weight = None
+        with without_autocast(grad.device):
+            if as_input is not None:
+                of_grad = convolved(as_input, weight) if ctx.needs_input_grad[0] else None
+                of_weight = gradients(as_input, weight, False, True)[1] if ctx.needs_input_grad[2] else None
+            if as_weight is not None:
+                if ctx.needs_input_grad[0]:
+                    of_both = convolved(input, as_weight)
+                    of_grad = of_both if of_grad is None else of_grad + of_both
+                of_input = gradients(input, as_weight, True, False)[0] if ctx.needs_input_grad[1] else None
+        return of_grad, of_input, of_weight, None, None, None
 
 
 _masked_conv2d = register(
@@ -514,7 +614,7 @@ class PixelConvolution:
             self.dilation,
             False,
             self.activation or "none",
-            False,
+            tf32_allowed(input, "convolution"),
             False,
         )
 

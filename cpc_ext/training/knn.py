@@ -34,12 +34,13 @@ def knn_scores(
     exp(1 / temperature).
     """
     import torch
-    import torch.nn.functional as F
 
-    keys = F.normalize(labelled.double(), dim=1)
+    from cpc_ext.nn.unit_length import unit_length
+
+    keys = unit_length(labelled.double())
     votes = []
     for chunk in queries.double().split(_CHUNK):
-        similarity, nearest = (F.normalize(chunk, dim=1) @ keys.T).topk(min(neighbours, len(keys)), dim=1)
+        similarity, nearest = (unit_length(chunk) @ keys.T).topk(min(neighbours, len(keys)), dim=1)
         weights = ((similarity - 1) / temperature).exp()
         votes.append(weights.new_zeros(len(chunk), classes).scatter_add_(1, labels[nearest], weights))
     return torch.cat(votes)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from cpc_ext.data.decode import decode_image
 from cpc_ext.models.pixel_model import PixelModel
+from cpc_ext.models.pixel_sampler import NotFiniteError
 from cpc_ext.programs.sample import Command, main
 from cpc_ext.training import figures
 from cpc_ext.training.checkpoint import load_checkpoint, load_weights
@@ -46,8 +47,8 @@ def sample(command: Command) -> None:
     for first in range(0, command.n, _BATCH):
         count = min(_BATCH, command.n - first)
         name = f"images {first + 1} to {first + count} of {command.n}"
-        batches.append(
-            model.sample(
+        try:
+            drawn = model.sample(
                 count,
                 shape[1:],
                 labels=None if labels is None else labels[first : first + count],
@@ -56,8 +57,10 @@ def sample(command: Command) -> None:
                 known_rows=rows,
                 generator=generator,
                 progress=lambda rows, name=name: tqdm(rows, desc=name, unit="row", dynamic_ncols=True),
-            ).cpu()
-        )
+            )
+        except NotFiniteError as error:
+            raise TrainingError(f"{command.run}: {error}") from None
+        batches.append(drawn.cpu())
     images = torch.cat(batches)
     if image is not None:
         images = torch.cat([image.unsqueeze(0).cpu(), images])

@@ -265,10 +265,11 @@ class AllKeys {
       const Storage* const query = problem_.queries.template as<Storage>() + (call.entry * m_ + rows.first + row) * d_;
       for (int64_t k = 0; k < d_; ++k) by_feature[k * columns + c] = scale * widen(query[k]);
       if (!wants_keys()) continue;
+      const bool counts = weight_of(call.entry * m_ + rows.first + row) != 0;
       for (int64_t k = 0; k < d_; k += kColumns) {
         const int64_t width = divide_up(std::min(kColumns, d_ - k), kLane) * kLane;
         S* const out = call.buffers.by_query + k * rows_ + row * width;
-        for (int64_t j = 0; j < width; ++j) out[j] = k + j < d_ ? scale * widen(query[k + j]) : S{};
+        for (int64_t j = 0; j < width; ++j) out[j] = counts && k + j < d_ ? scale * widen(query[k + j]) : S{};
       }
     }
   }
@@ -376,7 +377,8 @@ class AllKeys {
           problem_.losses.template as<S>()[row] = outcome.loss;
           problem_.right.template as<S>()[row] = outcome.right;
         }
-        inverse[i] = outcome.inverse * weight_of(row);
+        const S weight = weight_of(row);
+        inverse[i] = weight == 0 ? S{} : outcome.inverse * weight;
       }
       if (!problem_.wants_gradients()) continue;
       for (int64_t i = 0; i < kLane; ++i) b.targets_weight[at + i] = inverse[i] == 0 ? S{} : -sum[i] * inverse[i];
@@ -412,9 +414,12 @@ class AllKeys {
       S* const scores = scores_of(call, rows, chunk, block, panel);
       for (int64_t c = 0; c < columns; c += kLane) {
         const R factor = load_register(call.buffers.factors + block * panels_ * kColumns + at + c);
+        bool zeros = false;  // The powers of such rows may be anything.
+        for (int64_t i = 0; i < kLane; ++i) zeros |= factor[i] == 0;
         for (int64_t key = 0; key < keys; ++key) {
           S* const score = scores + key * columns + c;
-          store_register(score, load_register(score) * factor);
+          const R weight = load_register(score) * factor;
+          store_register(score, zeros ? (factor != R{} ? weight : R{}) : weight);
         }
       }
       for (int64_t c = 0; c < rows.in(panel); ++c) {
@@ -491,7 +496,8 @@ class AllKeys {
     for (int64_t c = 0; c < rows.in(panel); ++c) {
       Storage* const to =
           problem_.grad_queries.template as<Storage>() + (call.entry * m_ + rows.first + panel * kColumns + c) * d_;
-      for (int64_t k = begin; k < end; ++k) to[k] = narrow<Storage>(scale * sums[k * columns + c]);
+      const bool counts = weight_of(call.entry * m_ + rows.first + panel * kColumns + c) != 0;
+      for (int64_t k = begin; k < end; ++k) to[k] = counts ? narrow<Storage>(scale * sums[k * columns + c]) : Storage{};
     }
   }
 
@@ -596,13 +602,14 @@ class Sampled {
     return total;
   }
 
-  // out = sum over i < count of weight * row, of row_of(i) = (weight, row).
+  // out = sum over i < count of weight * row, of row_of(i) = (weight, row); rows of weight 0 may hold anything.
   template <class RowOf>
   void sum_rows(Storage* out, int64_t count, const RowOf& row_of) const {
     const auto columns = [&](auto vectors, int64_t k, int64_t width) {
       R sums[vectors] = {};
       for (int64_t i = 0; i < count; ++i) {
         const auto [weight, row] = row_of(i);
+        if (weight == 0) continue;
         for (int v = 0; v < vectors; ++v) sums[v] += weight * load_register(row + k + v * kLane);
       }
       S narrowed[vectors * kLane];
@@ -617,7 +624,7 @@ class Sampled {
       S sum = 0;
       for (int64_t i = 0; i < count; ++i) {
         const auto [weight, row] = row_of(i);
-        sum += weight * row[k];
+        if (weight != 0) sum += weight * row[k];
       }
       out[k] = narrow<Storage>(sum);
     }
@@ -661,7 +668,7 @@ class Sampled {
     if (problem_.row_weights.ndim != 0) factor *= problem_.row_weights.template as<S>()[row];
     const S inverse = factor == 0 ? 0 : outcome.inverse * factor * scale;
     weights[0] = inverse == 0 ? 0 : -sum * inverse;
-    for (int64_t s = 1; s < pairs_; ++s) weights[s] *= inverse;
+    for (int64_t s = 1; s < pairs_; ++s) weights[s] = inverse == 0 ? S{} : weights[s] * inverse;
     if (problem_.grad_queries.ndim != 0)
       sum_rows(problem_.grad_queries.template as<Storage>() + row * d_, pairs_,
                [&](int64_t i) { return std::pair(weights[i], keys + named[i] * d_); });

@@ -271,6 +271,10 @@ struct Arguments {
   __device__ int64_t left_out(int64_t entry, int64_t row) const {
     return exclude != nullptr ? key(exclude[row_index(entry, row)]) : -1;
   }
+  // Whether a row has a weight; what is in one that has none does not matter.
+  __device__ bool counts(int64_t entry, int64_t row) const {
+    return row_weights == nullptr || row_weights[row_index(entry, row)] != 0;
+  }
   __device__ int64_t stat(int64_t entry, int64_t tile, int64_t row) const {
     return (entry * key_tiles + tile) * pitch_rows + row;
   }
@@ -456,7 +460,7 @@ __global__ void __launch_bounds__(kThreads) finish_queries(const __grid_constant
     for (int64_t part = 0; part < a.query_parts; ++part)
       total += a.query_sums[((entry * a.query_parts + part) * a.pitch_rows + row) * a.d + column];
     a.grad_queries[a.row_index(entry, row) * a.d + column] =
-        Narrow<T>::from(total * a.row_factors[entry * a.pitch_rows + row]);
+        Narrow<T>::from(a.counts(entry, row) ? total * a.row_factors[entry * a.pitch_rows + row] : Sum(0));
   }
 }
 
@@ -472,7 +476,10 @@ __global__ void __launch_bounds__(kThreads) add_to_keys(const __grid_constant__ 
     Sums<Math> sums = {};
     multiply<Math, false, false>(
         sums, a.rows, [&](int64_t row, int64_t key) { return load_weights(a, entry, row, first_key + key); },
-        [&](int64_t row, int64_t k) { return load_chunk<Math>(queries, row, a.rows, first + k, a.d, a.whole); });
+        [&](int64_t row, int64_t k) {
+          const bool counts = row < a.rows && a.counts(entry, row);
+          return load_chunk<Math>(queries, row, counts ? a.rows : 0, first + k, a.d, a.whole);
+        });
     each_sum<Math>(sums, [&](int key, int k, Sum v) {
       const int64_t in_chunk = first_key + key, column = first + k;
       if (in_chunk >= a.key_count || column >= a.d) return;
@@ -709,7 +716,7 @@ __global__ void __launch_bounds__(kThreads) contrast_sampled(const __grid_consta
     if (a.grad_queries == nullptr) continue;
     for (int64_t first = lane; first < a.d; first += kWarp * kLaneColumns) {
       Sum sums[kLaneColumns] = {};
-      for (int64_t pair = 0; valid && pair < a.pairs; ++pair) {
+      for (int64_t pair = 0; inverse != 0 && pair < a.pairs; ++pair) {
         const Sum by = weights[pair];
         const T* const from = keys + a.key(row, pair) * a.d;
 #pragma unroll
@@ -719,7 +726,7 @@ __global__ void __launch_bounds__(kThreads) contrast_sampled(const __grid_consta
 #pragma unroll
       for (int i = 0; i < kLaneColumns; ++i)
         if (first + i * kWarp < a.d)
-          a.grad_queries[row * a.d + first + i * kWarp] = Narrow<T>::from(valid ? sums[i] : kNan);
+          a.grad_queries[row * a.d + first + i * kWarp] = Narrow<T>::from(valid || weight == 0 ? sums[i] : kNan);
     }
   }
 }

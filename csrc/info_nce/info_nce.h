@@ -11,6 +11,9 @@
 // Sums are in float, in double where the tensors are, in an order that depends on the sizes only: results are the same
 // for any number of threads. The matrix of scores is never in memory: tiles of it stay in the cache or in registers.
 //
+// A row of weight 0 is absent from both gradients, whatever its query and the keys it is contrasted with hold: it gives
+// nothing to grad_keys, and its grad_queries[m] is 0.
+//
 // An index that names no key, or exclude[m] = t: std::out_of_range or std::invalid_argument on the CPU. On CUDA
 // losses[m] is NaN, right[m] 0, grad_queries[m] NaN, and the row gives nothing to grad_keys.
 //

@@ -16,6 +16,7 @@ from cpc_ext.models import (
 )
 from cpc_ext.models.greedy_infomax import module_starts, pooled, split_encoder
 from cpc_ext.nn import delta_orthogonal_
+from cpc_ext.nn.grid_info_nce import turned_grids
 
 BLOCKS = {"blocks": (1, 2, 1), "channels": (4, 6, 8), "stem_channels": 4, "stem": "cifar", "patch_size": 8}
 
@@ -302,3 +303,24 @@ def test_wrong_arguments(images):
         ResNetV2Encoder(**BLOCKS).reset_parameters("normal")
     with pytest.raises(ValueError, match=r"weight must be \[O, I, kh, kw\] with odd kernel sizes"):
         delta_orthogonal_(torch.zeros(2, 2, 2, 3))
+
+
+def test_only_the_last_module_has_the_context_network():
+    torch.manual_seed(0)
+    encoder = ResNetV2Encoder(
+        blocks=(1, 1), channels=(6, 6), stem_channels=4, in_channels=1, norm="layer", stem="cifar"
+    )
+    context = GatedPixelCNNContext(6, 1)
+    model = GreedyInfoMax(encoder, 2, context=context, pred_steps=2, neg_samples="all").double().eval()
+    patches = torch.rand(2, 5, 5, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    first, last = (turned_grids(encodings, 1) for encodings in model.encodings_by_module(patches))
+    outputs = model(patches)
+    expected = [
+        model.objectives[0](first, first),
+        model.objectives[1](last, context(last[0])[None]),
+        model.objectives[0](first, context(first[0])[None]),
+        model.objectives[1](last, last),
+    ]
+    losses = [output.loss.item() for output in (*outputs, *expected)]
+    assert losses[:2] == pytest.approx(losses[2:4], rel=1e-10)
+    assert all(abs(loss - other) > 1e-4 for loss, other in zip(losses[:2], losses[4:], strict=True))

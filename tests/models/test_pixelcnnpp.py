@@ -7,9 +7,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cpc_ext.models import PixelCNNPP
 from cpc_ext.nn import ChannelMix, ShiftedConv2d, ShiftedConvTranspose2d
+from cpc_ext.nn.shifted_conv2d import initialize_from_data
 from cpc_ext.ops import logistic_mixture_nll
 
 
@@ -226,3 +228,24 @@ def test_wrong_layers():
         ShiftedConvTranspose2d(1, 1, (2, 5), "down")
     with pytest.raises(ValueError, match="labels are for a model with num_classes"):
         model_of()(GOOD, torch.tensor([0, 0]))
+
+
+@pytest.mark.parametrize(("kernel_size", "shift"), [((2, 3), "down"), ((2, 2), "down-right")])
+@torch.no_grad()
+def test_transposed_convolutions_are_normalised_and_initialised_by_input_channel(kernel_size, shift):
+    torch.manual_seed(0)
+    layer = ShiftedConvTranspose2d(3, 4, kernel_size, shift).double()
+    layer.weight_g.uniform_(0.5, 2)
+    norms = layer.weight_v.square().sum((1, 2, 3), keepdim=True).sqrt()
+    torch.testing.assert_close(layer.weight, layer.weight_v / norms * layer.weight_g, rtol=1e-12, atol=0)
+
+    features = torch.randn(5, 3, 4, 4, dtype=torch.float64)
+    sides = 1 if shift == "down" else 0
+    options = {"stride": 2, "padding": (0, sides), "output_padding": (0, sides)}
+    unit = F.conv_transpose2d(features, layer.weight_v / norms, **options)
+    with initialize_from_data(layer):
+        outputs = layer(features)
+    # One scale for all: the mean of what the output channels want.
+    scale = (1 / unit.std((0, 2, 3), correction=0)).mean()
+    torch.testing.assert_close(layer.weight_g, scale.expand(3, 1, 1, 1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(outputs, (unit - unit.mean((0, 2, 3), keepdim=True)) * scale, rtol=1e-9, atol=1e-12)

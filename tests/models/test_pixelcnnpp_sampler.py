@@ -45,13 +45,13 @@ def test_kept_features_are_those_of_the_whole_network(runner, colors, classes, k
     model = model_of(colors, classes, blocks=2)
     labels, size = labels_of(model, 3), (8, 12)
     seen = []
-    sample = pixelcnnpp_sampler.sample_logistic_mixture
+    sample = pixelcnnpp_sampler._sample_logistic_mixture
 
-    def spy(params, **options):
+    def spy(params, *options):
         seen.append(params.clone())
-        return sample(params, **options)
+        return sample(params, *options)
 
-    monkeypatch.setattr(pixelcnnpp_sampler, "sample_logistic_mixture", spy)
+    monkeypatch.setattr(pixelcnnpp_sampler, "_sample_logistic_mixture", spy)
     images = torch.randint(0, 256, (3, colors, *size), dtype=torch.uint8)
     drawn = model.sample(
         3, size, labels=labels, images=images, known_rows=known_rows, noise=uniform(model, 3, *size), temperature=0.5

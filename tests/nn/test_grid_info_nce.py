@@ -166,3 +166,21 @@ def test_wrong_inputs():
     objective.neg_samples = "all"
     with pytest.raises(ValueError, match='neg_samples is "all"'):
         objective(z, c, negatives=draws)
+
+
+def test_every_direction_and_step_draws_negatives_of_its_own():
+    objective = GridInfoNCE(3, pred_steps=2, pred_directions=4, neg_samples=5).double()
+    encodings = torch.randn(4, 2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    contexts = encodings.flip(1)
+    drawn = objective.draw_negatives(encodings, torch.Generator().manual_seed(1))
+    assert len(drawn) == 8
+    for step in range(2):
+        of_step = drawn[step::2]
+        assert not any(torch.equal(of_step[one], of_step[other]) for one in range(4) for other in range(one))
+    # Drawn or replayed, direction by direction.
+    losses = objective(encodings, contexts, generator=torch.Generator().manual_seed(1)).step_losses
+    assert torch.equal(losses, objective(encodings, contexts, negatives=drawn).step_losses)
+    same = [drawn[step] for _ in range(4) for step in range(2)]
+    others = objective(encodings, contexts, negatives=same).step_losses
+    assert torch.equal(others[0], losses[0])
+    assert not torch.isclose(others[1:], losses[1:]).any()

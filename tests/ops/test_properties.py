@@ -475,16 +475,10 @@ def test_strides_beyond_64_bits(device):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")
-@pytest.mark.parametrize("derivative", ["second", "forward"])
-def test_derivatives_that_extract_patches_lacks_are_refused(device, derivative):
-    images = torch.rand(1, 1, 4, 4, dtype=torch.float64, device=device, requires_grad=True)
-    if derivative == "second":
-        (grad,) = torch.autograd.grad(extract_patches(images, 2, 2).square().sum(), images, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiate twice"):
-            grad.sum().backward()
-    else:
-        with pytest.raises(NotImplementedError, match="forward-mode"):
-            torch.func.jvp(lambda x: extract_patches(x, 2, 2), (images.detach(),), (torch.ones_like(images),))
+def test_derivatives_that_extract_patches_lacks_are_refused(device):
+    images = torch.rand(1, 1, 4, 4, dtype=torch.float64, device=device)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda x: extract_patches(x, 2, 2), (images,), (torch.ones_like(images),))
 
 
 # --- augment_patches ---

@@ -40,7 +40,7 @@ def cpc_v2(exchange: str) -> nn.Module:
     network = encoder()
     channels = network.out_channels
     objective = TargetInfoNCE(
-        channels, pred_steps=2, pred_directions=2, target_channels=5, scale=1.0, gather_negatives=exchange
+        channels, pred_steps=2, pred_directions=2, target_channels=5, scale=0.3, gather_negatives=exchange
     )
     return CPC(network, [ResidualContext(channels, 4, 1) for _ in range(2)], objective)
 

@@ -1,0 +1,231 @@
+"""What runs on a device that has no kernels: every op's plain PyTorch, forwards and backwards, and shapes on meta."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch.autograd import grad, gradcheck, gradgradcheck
+
+from cpc_ext import nn as cpc_nn
+from cpc_ext.ops import (
+    AugmentationPlan,
+    augment_patches,
+    extract_patches,
+    info_nce,
+    logistic_mixture_nll,
+    masked_conv2d,
+    sample_logistic_mixture,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operators")
+
+MODULES = {name: sys.modules[f"cpc_ext.ops.{name}"] for name in (
+    "augment_patches", "extract_patches", "info_nce", "logistic_mixture", "masked_conv2d"
+)}  # fmt: skip
+REFERENCES = {
+    "augment_patches": ("augment_patches", "augment_patches_reference"),
+    "extract_patches": ("extract_patches", "extract_patches_reference"),
+    "extract_patches_backward": ("extract_patches", "_backward_reference"),
+    "info_nce": ("info_nce", "_reference_op"),
+    "info_nce_gradients": ("info_nce", "_gradients_reference"),
+    "logistic_mixture_nll": ("logistic_mixture", "_nll_reference"),
+    "logistic_mixture_nll_backward": ("logistic_mixture", "_backward_reference"),
+    "sample_logistic_mixture": ("logistic_mixture", "sample_logistic_mixture_reference"),
+    "masked_conv2d": ("masked_conv2d", "_reference_op"),
+    "masked_conv2d_backward": ("masked_conv2d", "_backward_reference"),
+}
+
+
+@pytest.fixture
+def without_kernels():
+    """The CPU as a device without kernels; holds the names of the references that have run."""
+    ran = set()
+
+    def noted(name, reference):
+        def run(*arguments):
+            ran.add(name)
+            return reference(*arguments)
+
+        return run
+
+    library = torch.library.Library("cpc_ext", "IMPL")
+    for name, (module, reference) in REFERENCES.items():
+        library.impl(name, noted(name, getattr(MODULES[module], reference)), "CPU", allow_override=True)
+    yield ran
+    library._destroy()
+
+
+def draw(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def agree(actual, expected, tolerance=1e-10):
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=tolerance, atol=tolerance)
+
+
+def test_every_op_has_a_reference_here():
+    ops = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("cpc_ext::")}
+    assert ops == set(REFERENCES)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gated"])
+@pytest.mark.parametrize("mask", ["plane", "channels", "numbers"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_masked_conv2d(without_kernels, mask, activation, dtype, tolerance):
+    mask = {
+        "plane": torch.tensor([[1, 1, 1], [1, 0, 0]]).bool(),
+        "channels": torch.rand(6, 3, 2, 3, generator=torch.Generator().manual_seed(1)) < 0.5,
+        "numbers": torch.tensor([[0.0, 1, 1], [1, 0, 0]]),
+    }[mask]
+    shapes = (2, 3, 5, 4), (6, 3, 2, 3), (6,), (2, 6, 5, 1)
+    tensors = [draw(*shape, seed=seed, dtype=dtype).requires_grad_() for seed, shape in enumerate(shapes)]
+    output = masked_conv2d(*tensors[:3], mask=mask, dilation=2, activation=activation, condition=tensors[3])
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    expected = MODULES["masked_conv2d"].masked_conv2d_reference(
+        *exact[:3], mask=mask, dilation=2, activation=activation, condition=exact[3]
+    )
+    agree([output], [expected], tolerance)
+    upstream = draw(*output.shape, seed=7)
+    agree(grad(output, tensors, upstream.to(dtype)), grad(expected, exact, upstream), 10 * tolerance)
+    assert without_kernels == {"masked_conv2d", "masked_conv2d_backward"}
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gated"])
+def test_derivatives_of_masked_conv2d_by_finite_differences(without_kernels, activation):
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 0, 0]]).bool()
+    tensors = [
+        draw(*shape, seed=seed).requires_grad_() for seed, shape in enumerate([(1, 2, 3, 3), (2, 2, 3, 3), (2,)])
+    ]
+
+    def convolve(*tensors):
+        return masked_conv2d(*tensors, mask=mask, activation=activation)
+
+    assert gradcheck(convolve, tensors)
+    assert gradgradcheck(convolve, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("samples", [None, 3])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_info_nce(without_kernels, reduction, samples, dtype):
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = draw(2, 5, 4, seed=1).to(dtype), draw(2, 6, 4, seed=2).to(dtype)
+    weights = torch.tensor([[0.0, 1, 2, 0.5, 1], [1, 1, 3, 0, 0]], dtype=torch.float64)
+    targets = torch.randint(6, (2, 5), generator=generator)
+    options = {"targets": targets, "exclude": (targets + 1) % 6, "scale": 0.7, "reduction": reduction}
+    if samples:
+        options["negatives"] = torch.randint(6, (2, 5, samples), generator=generator)
+    tensors = [tensor.requires_grad_() for tensor in (queries, keys, weights)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    results = info_nce(queries, keys, weights=weights, **options)
+    expected = MODULES["info_nce"].info_nce_reference(*exact[:2], weights=exact[2], **options)
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3}[dtype]
+    agree(results, expected, tolerance)
+    upstream = torch.linspace(0.5, 1.5, results.loss.numel(), dtype=torch.float64).view(results.loss.shape)
+    actual = grad(results.loss, tensors, upstream.to(results.loss))
+    agree(actual, grad(expected.loss, exact, upstream), tolerance)
+    assert "info_nce" in without_kernels
+    assert ("info_nce_gradients" in without_kernels) == (reduction == "none" or dtype == torch.float16)
+
+
+def test_info_nce_of_absent_queries(without_kernels):
+    queries, keys, weights = draw(3, 4), draw(5, 4, seed=1), torch.tensor([1.0, 0, 2])
+    negatives = torch.tensor([[2], [4], [0]])
+    keys[[1, 4]], queries[1] = torch.nan, torch.nan
+    tensors = [tensor.requires_grad_() for tensor in (queries, keys, weights)]
+    loss = info_nce(queries, keys, weights=weights, negatives=negatives).loss
+    present = torch.tensor([0, 2])
+    exact = [queries.detach()[present].requires_grad_(), keys.detach().requires_grad_()]
+    expected = MODULES["info_nce"].info_nce_reference(
+        *exact, present, weights=weights.detach()[present], negatives=negatives[present]
+    )
+    agree([loss], [expected.loss])
+    of_queries, of_keys, of_weights = grad(loss, tensors)
+    wanted = grad(expected.loss, exact)
+    agree([of_queries[present], of_keys], wanted)
+    assert not of_queries[1].any()
+    assert of_weights[1] == 0
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_logistic_mixture(without_kernels, channels, layout):
+    images = torch.randint(0, 256, (2, channels, 3, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    params = draw(2, 2 * (10 if channels == 3 else 3), 3, 4).contiguous(memory_format=layout).requires_grad_()
+    exact = params.detach().clone().requires_grad_()
+    nll = logistic_mixture_nll(images, params)
+    expected = MODULES["logistic_mixture"].logistic_mixture_nll_reference(images, exact)
+    agree([nll], [expected])
+    upstream = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    agree(grad(nll, params, upstream), grad(expected, exact, upstream))
+    noise = torch.rand(2, 2 + channels, 3, 4, generator=torch.Generator().manual_seed(1))
+    drawn = sample_logistic_mixture(params, channels=channels, noise=noise)
+    assert len(drawn.unique()) > 4
+    assert without_kernels == {
+        *("logistic_mixture_nll", "logistic_mixture_nll_backward"),
+        "sample_logistic_mixture",
+    }
+
+
+@pytest.mark.parametrize("patch_norm", [False, True])
+def test_extract_patches(without_kernels, patch_norm):
+    images = torch.rand(2, 3, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    options = {"gray": True, "mean": [0.4], "std": [0.3], "patch_norm": patch_norm, "channels_last": True}
+    flip = torch.tensor([True, False])
+    patches = extract_patches(images, 3, 2, flip=flip, **options)
+    assert gradcheck(lambda images: extract_patches(images, 3, 2, flip=flip, **options), (images,), fast_mode=True)
+    assert gradgradcheck(lambda images: extract_patches(images, 3, 2, flip=flip, **options), (images,), fast_mode=True)
+    exact = images.detach().clone().requires_grad_()
+    gray = (exact * torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64).view(3, 1, 1)).sum(1)
+    gray = (torch.stack([gray[0].flip(1), gray[1]]) - 0.4) / 0.3
+    expected = gray.unfold(1, 3, 2).unfold(2, 3, 2)
+    if patch_norm:
+        centred = expected - expected.mean((3, 4), keepdim=True)
+        expected = centred / (centred.square().mean((3, 4), keepdim=True).sqrt() + 0.1)
+    agree([patches[:, :, :, 0]], [expected])
+    upstream = draw(*expected.shape)
+    agree(grad(patches, images, upstream.unsqueeze(3)), grad(expected, exact, upstream))
+    assert without_kernels == {"extract_patches", "extract_patches_backward"}
+
+
+def test_augment_patches(without_kernels):
+    images = torch.randint(0, 256, (2, 3, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    patches = augment_patches(images, 3, 3, AugmentationPlan.empty(2, 2, 2))
+    assert torch.equal(patches, extract_patches(images, 3, 3))
+    assert "augment_patches" in without_kernels
+
+
+# --- The meta device, which has no values and no autocast ---
+
+
+def test_every_op_on_meta_gives_the_cpus_shapes():
+    def results(device):
+        def empty(*shape, dtype=torch.float32):
+            return torch.zeros(shape, dtype=dtype, device=device).requires_grad_(dtype == torch.float32)
+
+        queries, keys, images, weight = empty(4, 3), empty(5, 3), empty(2, 3, 8, 8), empty(4, 3, 3, 3)
+        bytes_ = empty(2, 3, 8, 8, dtype=torch.uint8)
+        mask = torch.ones(3, 3, dtype=torch.bool, device=device)
+        grids = empty(1, 2, 3, 5, 5), empty(1, 2, 3, 5, 5)
+        outputs = [
+            *info_nce(queries, keys),
+            *info_nce(queries, keys, reduction="none", negatives=empty(4, 2, dtype=torch.int64)),
+            masked_conv2d(images, weight, mask=mask),
+            masked_conv2d(images, weight, mask=mask, activation="gated", condition=empty(2, 4, 1, 1)),
+            extract_patches(images, 4, 2),
+            logistic_mixture_nll(bytes_, empty(2, 20, 8, 8)),
+            sample_logistic_mixture(empty(2, 20, 8, 8)),
+            augment_patches(bytes_, 4, 4, AugmentationPlan.empty(2, 2, 2, device=device)),
+            *cpc_nn.NTXentLoss()(queries, queries),
+            *cpc_nn.GridInfoNCE(3, pred_steps=2, neg_samples="all").to(device)(*grids),
+            *cpc_nn.TargetInfoNCE(3, pred_steps=2).to(device)(*grids),
+        ]
+        loss = sum(output.float().sum() for output in outputs if output.requires_grad)
+        return [*outputs, *grad(loss, (queries, keys, images, weight, *grids))]
+
+    for meta, cpu in zip(results("meta"), results("cpu"), strict=True):
+        assert meta.device.type == "meta"
+        assert (meta.shape, meta.dtype, meta.stride()) == (cpu.shape, cpu.dtype, cpu.stride())
