@@ -95,10 +95,13 @@ def contrast(m, *, batch=2, rows=3, keys=4, dim=5, samples=None, gradients=True,
     m.info_nce(*arguments, workspace, order, segments)
     # With all scores 0 every key, or every negative beside the positive, is as likely as the other.
     others = keys if samples is None else samples + 1
-    expected = {"losses": (losses, lambda shape: torch.full(shape, float(np.log(max(others, 1)))))}
+    # On CUDA, which cannot look at indices, a target that names no key gives NaN.
+    loss = float(np.log(others)) if keys else float("nan")
+    expected = {"losses": (losses, lambda shape: torch.full(shape, loss))}
     for name, tensor in zip(("grad_queries", "grad_keys"), gradient, strict=True):
         if tensor is not None:
-            expected[name] = (tensor, torch.zeros)
+            value = 0.0 if keys or name == "grad_keys" else float("nan")
+            expected[name] = (tensor, lambda shape, value=value: torch.full(shape, value))
     return expected
 
 
@@ -280,6 +283,8 @@ def module(request):
 @pytest.mark.parametrize("name", CALLS)
 def test_nothing_in_a_dimension(module, name):
     call, always, edges = CALLS[name]
+    if always.get("pairs") and hasattr(module, "emulate_cuda"):
+        pytest.skip("pairs of pixels are computed on the CPU")
     variants = [{}, *({size: value} for size, values in edges.items() for value in values)]
     # Two edges at once, such as no images of no rows.
     variants += [a | b for a in variants[1:] for b in variants[1:] if next(iter(a)) < next(iter(b))]
@@ -297,7 +302,9 @@ def test_nothing_in_a_dimension(module, name):
         answers += 1
         for result, (tensor, expected) in written.items():
             values = expected(tensor.shape).to(tensor.dtype)
-            torch.testing.assert_close(tensor, values, msg=lambda text, s=sizes, r=result: f"{s}, {r}: {text}")
+            torch.testing.assert_close(
+                tensor, values, equal_nan=True, msg=lambda text, s=sizes, r=result: f"{s}, {r}: {text}"
+            )
     assert answers > 1
 
 
