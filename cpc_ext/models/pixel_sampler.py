@@ -228,6 +228,11 @@ class _Features:
             features = full[step] if step.paired == 1 else full[step][:, _paired_rows(full[step].shape[1], step.paired)]
             self._buffers[step][:, :, :rows] = features
 
+    @property
+    def starts_rows(self) -> bool:
+        """Whether anything depends on rows above only."""
+        return bool(self._row_calls)
+
     def start_row(self, positions: Sequence[Tensor]) -> None:
         """Compute what depends on rows above only. positions: all of the row's, each [2] int64."""
         for call in self._row_calls:
@@ -386,8 +391,9 @@ class Sampler:
         start_row, step = self._start_row, self._step
         if self._image.device.type == "cuda" and isinstance(self._features, _Features) and known_rows < height:
             with torch.cuda.device(self._image.device):
-                self._go_to_row(known_rows)
-                start_row = captured(start_row)
+                if self._features.starts_rows:  # A graph of nothing is a warning.
+                    self._go_to_row(known_rows)
+                    start_row = captured(start_row)
                 self._go_to(known_rows * width)
                 step = captured(step)
         for row in progress(range(known_rows, height)):

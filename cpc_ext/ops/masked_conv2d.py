@@ -435,15 +435,17 @@ def _backward_kernel(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    input, weight, _, mask, _, dilation, activation, _ = inputs
+    input, weight, _, mask, _, dilation, activation, keep = inputs
     result, preactivation = output
     saved = {"none": None, "relu": result, "gated": preactivation}[activation]
     ctx.save_for_backward(input, weight, mask, saved)
-    ctx.dilation, ctx.activation = dilation, activation
+    ctx.dilation, ctx.activation, ctx.keep = dilation, activation, keep
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, grad_preactivation):
+    if not ctx.keep:  # Nothing was kept; PyTorch 2.11 may still come with a gradient of that empty tensor.
+        grad_preactivation = None
     if grad is None and grad_preactivation is None:
         return (None,) * 8
     input, weight, mask, saved = ctx.saved_tensors

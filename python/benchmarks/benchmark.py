@@ -62,9 +62,10 @@ class Problem:
         all; one that gives None is not compared.
     work: bytes that must be read and written at least in a memory-bound op, floating-point operations that must be
         done at least in a compute-bound one.
-    headline: the one of ours that the share of the ceiling and the fair comparison are about.
+    headline: the alternative that the share of the ceiling is about.
     fair: the alternative that somebody writes who knows the problem and the machine as well as we do. Where it cannot
         run, eager stands in.
+    compared: the one of ours that is compared with it.
     copied_bytes: size of the copy that is a memory-bound op's ceiling. Default: as much traffic as ``work``.
     product: precision of the matrix product that is a compute-bound op's ceiling. Default: the case's dtype.
     tolerance: difference that the alternatives may have, as a share of a result's largest value.
@@ -75,6 +76,7 @@ class Problem:
     work: float
     headline: str = OURS
     fair: str = COMPILED
+    compared: str = OURS
     copied_bytes: int | None = None
     product: str | None = None
     tolerance: float = 2e-2
@@ -147,7 +149,8 @@ def measure(op: Op, case: Case, device: str, repeats: int) -> dict[str, Any]:
         "ceiling_per_second": ceiling,
         "headline": problem.headline,
         "fair": fair,
-        "against_fair": times[fair].median / times[problem.headline].median,
+        "compared": problem.compared,
+        "against_fair": times[fair].median / times[problem.compared].median,
         "repeats": plan.repeats,
         "alternatives": {
             name: _figures(value, times.get(BASELINE), problem.work, ceiling, peaks[name])

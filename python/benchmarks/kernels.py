@@ -62,7 +62,7 @@ def print_row(row: dict[str, Any]) -> None:
             f"{figures['peak_extra_bytes'] / 2**20:>10.1f} MiB",
             flush=True,
         )
-    print(f"  {row['headline']} is {row['against_fair']:.2f} times as fast as {row['fair']}")
+    print(f"  {row['compared']} is {row['against_fair']:.2f} times as fast as {row['fair']}")
     for name, reason in row["failed"].items():
         print(f"  {name:<26}not measured: {reason}", flush=True)
 

@@ -93,7 +93,7 @@ def prepare(case: ConvCase, device: torch.device) -> Problem:
         },
         2 * positions * fan_in * case.out_channels * (3 if case.backward else 1),
         fair="eager, visible rows",
-        headline="ours, channels last",
+        compared="ours, channels last",
         # cuDNN multiplies float32 as TF32 unless told otherwise.
         product="tfloat32"
         if device.type == "cuda" and dtype == torch.float32 and torch.backends.cudnn.allow_tf32
