@@ -8,6 +8,7 @@ tensor by tensor, on CUDA as one graph for each of the resolutions that a pixel 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -26,6 +27,8 @@ __all__ = ["MixtureNetwork", "MixtureSampler"]
 _LEVELS = 3
 # Zeros around a map's pixels, so that no tap has to ask where it is: as csrc/pixel_steps/pixel_steps.h has them.
 _ABOVE, _BESIDE = 2, 1
+# Elements of a block of maps, and of what a map begins at a multiple of: a cache line of float32.
+_BLOCK, _ALIGNED = 1 << 22, 16
 
 
 class MixtureNetwork(Protocol):
@@ -105,6 +108,7 @@ class _Notes:
 
     def __init__(self, image: _Map, labels: Tensor | None) -> None:
         self.steps: list[_Step] = []
+        self.memory = _Memory(image.data)
         self._image = image
         self._labels = labels
         batch, height, width, _ = image.data.shape
@@ -209,12 +213,32 @@ class _Notes:
 
     def _map(self, channels: int, level: int | None) -> _Map:
         height, width = (1, 1) if level is None else (size >> level for size in self._size)
-        return _Map(new_map(self._image.data, self._batch, channels, height, width), level)
+        return _Map(self.memory.zeros(_map_shape(self._batch, channels, height, width)), level)
 
 
-def new_map(like: Tensor, batch: int, channels: int, height: int, width: int) -> Tensor:
-    """Zeros [B, H, W, C] with room around, of the type and on the device of ``like``."""
-    return like.new_zeros((batch, _ABOVE + height, width + 2 * _BESIDE, channels))
+def _map_shape(batch: int, channels: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """[B, H, W, C] with room around."""
+    return batch, _ABOVE + height, width + 2 * _BESIDE, channels
+
+
+class _Memory:
+    """Zeros cut from a few blocks, of the type and on the device of ``like``.
+
+    The kernel makes sure at every pixel that its memory is still there; it does so of the blocks, not of every map.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._rest = like.new_empty(0)
+        self.blocks: list[Tensor] = []
+
+    def zeros(self, shape: tuple[int, ...]) -> Tensor:
+        size = math.prod(shape)
+        if size > len(self._rest):
+            self._rest = self._like.new_zeros(max(size, _BLOCK))
+            self.blocks.append(self._rest)
+        values, self._rest = self._rest[:size], self._rest[-(-size // _ALIGNED) * _ALIGNED :]
+        return values.view(shape)
 
 
 def _matrix(layer: ShiftedConv2d) -> Tensor:
@@ -311,7 +335,7 @@ class _TensorSteps:
 class _KernelSteps:
     """Runs steps by the kernel, all of them in one call."""
 
-    def __init__(self, steps: list[_Step], shape: tuple[int, int, int]) -> None:
+    def __init__(self, steps: list[_Step], shape: tuple[int, int, int], memory: list[Tensor]) -> None:
         kernel = native.PixelSteps(
             [
                 (
@@ -329,6 +353,7 @@ class _KernelSteps:
                 for step in steps
             ],
             *shape,
+            memory,
         )
         self.run_pixel, self.run_row = kernel.run_pixel, kernel.run_row
 
@@ -351,7 +376,7 @@ class _KeptFeatures:
         batch, height, width, _ = image.shape
         shape = batch, height - _ABOVE, width - 2 * _BESIDE
         self._row_steps, self._pixel_steps = (
-            _KernelSteps(steps, shape) if self._kernels else _TensorSteps(steps) for steps in parts
+            _KernelSteps(steps, shape, notes.memory.blocks) if self._kernels else _TensorSteps(steps) for steps in parts
         )
 
     def fill(self, rows: int) -> None:
@@ -427,7 +452,7 @@ class MixtureSampler:
         dtype = torch.float64 if model.nin_out.bias.dtype == torch.float64 else torch.float32
         like = torch.empty(0, dtype=dtype, device=image.device)
         # The last channel is of ones, within the image.
-        self._image = new_map(like, batch, channels + 1, height, width)
+        self._image = like.new_zeros(_map_shape(batch, channels + 1, height, width))
         self._pixels = self._image[:, _ABOVE:, _BESIDE:-_BESIDE]
         self._pixels[..., -1] = 1
         self._flat = self._image.flatten(1, 2)[..., :channels]

@@ -20,7 +20,12 @@ using StepArg = std::tuple<int64_t, std::vector<SourceArg>, TensorArg, TensorArg
 // A network, with the tensors that it reads and writes at every pixel kept alive.
 class PixelSteps {
  public:
-  PixelSteps(const py::list& steps, int64_t batch, int64_t height, int64_t width) {
+  // Tensors that lie in `memory` are as safe as that is; every call looks at it alone, which small networks feel.
+  PixelSteps(const py::list& steps, int64_t batch, int64_t height, int64_t width, const py::list& memory) {
+    for (const py::handle block : memory) {
+      const auto tensor = block.cast<TensorArg>();
+      keep({"memory", tensor});
+    }
     network_.batch = batch;
     network_.height = height;
     network_.width = width;
@@ -80,10 +85,10 @@ class PixelSteps {
 
   void keep(const Argument& argument) {
     if (argument.tensor == nullptr) return;
-    const py::handle object = argument.tensor->object;
+    const TensorArg& tensor = *argument.tensor;
     for (const Kept& kept : kept_)
-      if (kept.object.is(object)) return;
-    kept_.push_back({argument.name, py::reinterpret_borrow<py::object>(object), *argument.tensor});
+      if (kept.object.is(tensor.object) || (kept.tensor.begin <= tensor.begin && tensor.end <= kept.tensor.end)) return;
+    kept_.push_back({argument.name, py::reinterpret_borrow<py::object>(tensor.object), tensor});
   }
 
   static void require_same(const Kept& kept) {
@@ -104,8 +109,8 @@ class PixelSteps {
 
 void bind_pixel_steps(py::module_& module) {
   py::class_<PixelSteps>(module, "PixelSteps", "A network that is run a pixel or a row at a time.")
-      .def(py::init<const py::list&, int64_t, int64_t, int64_t>(), py::arg("steps"), py::arg("batch"),
-           py::arg("height"), py::arg("width"))
+      .def(py::init<const py::list&, int64_t, int64_t, int64_t, const py::list&>(), py::arg("steps"), py::arg("batch"),
+           py::arg("height"), py::arg("width"), py::arg("memory") = py::list())
       .def("run_pixel", &PixelSteps::run_pixel, py::arg("row"), py::arg("col"), "All steps due at a pixel.")
       .def("run_row", &PixelSteps::run_row, py::arg("row"), "All steps due in a row, each at all of its pixels.");
 }
