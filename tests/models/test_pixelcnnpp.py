@@ -75,7 +75,8 @@ def test_learns_an_image_by_heart():
         loss = model.bits_per_dim(images)
         loss.backward()
         optimizer.step()
-    assert loss < 4.5
+    # It begins above 9; processors and numbers of threads differ in where it ends, from 3.2 to 4.6.
+    assert loss < 5
 
 
 def test_every_parameter_learns():
