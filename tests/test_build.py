@@ -37,7 +37,7 @@ def find(tmp_path):
     """Runs find_nvcc of csrc/nvcc.cmake in one cmake, once for each setting of variables; gives what that says."""
 
     def run(*settings: dict[str, str], path: Path | None = None, seconds: int = 60) -> list[str]:
-        lines = [f"include({REPOSITORY}/csrc/nvcc.cmake)"]
+        lines = [f"include({REPOSITORY}/csrc/nvcc.cmake)", f"set(CPC_EXT_NVCC_SECONDS {seconds})"]
         for setting in settings:
             for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
                 lines.append(f'set(ENV{{{name}}} "{setting.get(name, "")}")')

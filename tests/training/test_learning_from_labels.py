@@ -198,7 +198,7 @@ def test_features_are_standardised_before_they_are_learnt_from(tuned, monkeypatc
 
 
 def test_recipes_of_evaluate():
-    command = evaluation._Command(runs=(), finetune_epochs=7, finetune_steps=9)
+    command = evaluation.Command(runs=(), finetune_epochs=7, finetune_steps=9)
     evaluator = object.__new__(evaluation._Evaluator)
     evaluator._command = command
     evaluator._run = SimpleNamespace(config=SimpleNamespace(optimization=SimpleNamespace(lr=4e-3)))
