@@ -1,9 +1,9 @@
 """One training step of CPC v1 end to end: our default against the plain formulation, and where our time goes.
 
 The model and batch of CPCV2-PyTorch's STL-10 example, but in grey: ResNet-14 without norm, 64x64 crops, a 7x7 grid of
-16x16 patches, batch 16, 5 steps, 16 negatives, Adam. Plain is what such programs do: float32, NCHW, ``unfold``, convolutions
-with masked weights, gathered negatives. Tuned is the same program in the hands of somebody who knows PyTorch:
-channels-last, bfloat16 where it is native, the fused Adam; it is the fair rival. Ours is what
+16x16 patches, batch 16, 5 steps, 16 negatives, Adam. Plain is what such programs do: float32, NCHW, ``unfold``,
+convolutions with masked weights, gathered negatives. Tuned is the same program in the hands of somebody who knows
+PyTorch: channels-last, bfloat16 where it is native, the fused Adam; it is the fair rival. Ours is what
 ``python -m cpc_ext.train`` does on this machine: our ops, and the same three. Prints images a second and peak memory of
 all, and the stages of our step.
 """
