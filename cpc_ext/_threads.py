@@ -10,7 +10,10 @@ import os
 
 __all__ = ["spin_briefly"]
 
-# Rounds that a thread looks for work before it sleeps. libgomp's own are 300 000 (1000 with more threads than cores).
+# Rounds that a thread looks for work before it sleeps. libgomp's own are 300 000 (1000 with more threads than cores):
+# four processes of two threads on two cores then got 6 to 11 times less done than they should. With these rounds it is
+# mostly 1.3 to 2.6 times, and drawing four small images, in short loops, is no slower on two threads than on one,
+# as it is with 1000 rounds (python/benchmarks/oversubscription.py, AMD EPYC without AVX-512).
 SPIN_COUNT = 10000
 
 

@@ -98,16 +98,17 @@ def precision(request, device):
         kind.fp32_precision = value
 
 
-def rounds(device):
-    """Whether a device's kernels round at all."""
-    return device.type == "cuda" or hasattr(library.native, "emulate_cuda")
+@pytest.fixture
+def rounds(request, device):
+    """Whether a device's kernels round at all: those of CUDA do, emulated ones too."""
+    return request.node.callspec.params["device"] != "cpu"
 
 
 def draw(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_ops_round_where_they_may(device, precision):
+def test_ops_round_where_they_may(device, rounds, precision):
     mask = torch.ones(3, 3, dtype=torch.bool, device=device)
     input, weight = draw(2, 16, 6, 6), draw(16, 16, 3, 3, seed=1)
     queries, keys = draw(64, 32), draw(64, 32, seed=1)
@@ -122,14 +123,14 @@ def test_ops_round_where_they_may(device, precision):
         ),
     ):
         error = ((actual - exact).abs().max() / exact.abs().max()).item()
-        if precision == "tf32" and rounds(device):
+        if precision == "tf32" and rounds:
             assert 2**-16 < error < 2**-8
         else:
             assert error < 2**-19
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "gated"])
-def test_a_pixel_alone_is_that_of_the_whole_image(device, precision, activation):
+def test_a_pixel_alone_is_that_of_the_whole_image(device, rounds, precision, activation):
     mask = torch.tensor([[True, True, True], [True, True, False], [False, False, False]], device=device)
     input = draw(2, 16, 5, 4).to(device).contiguous(memory_format=torch.channels_last)
     weight, bias = draw(32, 16, 3, 3, seed=1).to(device), draw(32, seed=2).to(device)
@@ -138,7 +139,7 @@ def test_a_pixel_alone_is_that_of_the_whole_image(device, precision, activation)
     convolution = PixelConvolution(weight, bias, mask=mask, activation=activation)
     for row, col in itertools.product(range(5), range(4)):
         convolution(input, alone, torch.tensor([row, col], device=device))
-    if rounds(device):
+    if rounds:
         assert torch.equal(alone, whole)  # No pairs of pixels there.
     torch.testing.assert_close(alone, whole, rtol=1e-5, atol=1e-5)
 
