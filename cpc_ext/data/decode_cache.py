@@ -170,7 +170,7 @@ def _decode(target: Path, files: list[Path], image_size: int | None) -> Decoded:
 
 
 def _digest(index: dict[str, Any], file: Path) -> str:
-    """Of what a cache says of its images, and of blocks spread over these, first and last among them."""
+    """The digest of what a cache says of its images, and of blocks spread over these, first and last among them."""
     digest = hashlib.blake2b(json.dumps(index, sort_keys=True).encode(), digest_size=16)
     with file.open("rb", buffering=0) as stream:
         end = max(os.fstat(stream.fileno()).st_size - _BLOCK_BYTES, 0)

@@ -366,7 +366,7 @@ def _misnamed(checkpoint: Checkpoint, holds: str) -> CheckpointError:
 
 
 def _layout(kind: type[PatchEncoder], arguments: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
-    """Of a form: whether the convolutions of a MobileNetV2, by its names there, have biases."""
+    """What a form says of biases: that the convolutions of a MobileNetV2 have them, by its names there; else ""."""
     without_norm = kind is MobileNetV2Encoder and arguments["norm"] == "none"
     return _BIASES if without_norm and any(re.search(r"features\..+\.bias$", name) for name in state) else ""
 

@@ -36,7 +36,7 @@ _TASK = NameMap(
         ("pred_cnn.{parameter}", "objective.prediction_projection.{parameter}"),
     ]
 )
-# Of the program's own encoder; the layer is what ours has inside of "layers".
+# Names in the program's own encoder; its layers are what ours has inside of "layers".
 _OWN = NameMap(
     [
         (f"layer{stack + 1}.{{block}}.{theirs}.{{parameter}}", f"layers.{stack}.{{block}}.{ours}.{{parameter}}")

@@ -433,7 +433,7 @@ def _gradients_reference(
         logits = (scale * q) @ k.mT
     if exclude is not None:
         logits = logits.masked_fill(contrasted == exclude.unsqueeze(-1), -math.inf)
-    # Of the loss in the logits: probabilities, less 1 at the positive.
+    # The slope of the loss in the logits is their probabilities, less 1 at the positive.
     positive = targets.unsqueeze(-1) if negatives is None else torch.zeros_like(targets).unsqueeze(-1)
     slopes = logits.softmax(-1)
     slopes = slopes.scatter_add(-1, positive, -torch.ones_like(slopes[..., :1]))

@@ -95,7 +95,7 @@ _MOBILENET_ARGUMENTS: dict[str, Callable[[str], Any]] = {"width": _positive, "st
 _LAYER_NORM_ARGUMENTS: dict[str, Callable[[str], Any]] = {
     name: _RESNET_ARGUMENTS[name] for name in ("blocks", "channels", "expansions", "stem_channels")
 }
-# Of a backbone of timm, as timm calls them.
+# Arguments of a backbone of timm, as timm calls them.
 _TIMM_ARGUMENTS: dict[str, Callable[[str], Any]] = {"img_size": _whole, "patch_size": _whole}
 # Their defaults need not be written.
 _DEFAULTS = {"bottleneck": False, "stem_channels": 64, "width": 1.0}

@@ -17,7 +17,7 @@ from types import ModuleType
 __all__ = ["check_device_name", "default_device", "default_precision"]
 
 _DEVICE_NAME = re.compile(r"(cpu|cuda|mps)(:\d)?")
-# Of the driver's interface: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR.
+# The driver's number for CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR.
 _CAPABILITY_MAJOR = 75
 # The first compute capability with instructions for bfloat16.
 _BF16_CAPABILITY = 8

@@ -214,7 +214,7 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
     except OSError as error:
         raise TrainingError(f"could not write to {run.path} ({error}): make room; {trainer.on_disk()}") from None
     except (EndedBySignal, KeyboardInterrupt):
-        # Of the evaluation or the figures.
+        # A signal came during the evaluation or the figures.
         print(f"\nthe training is complete, what comes after it is not; {trainer.on_disk()}", file=sys.stderr)
         raise
     finally:

@@ -11,7 +11,7 @@ void require_type(const char* name, const TensorView& view, DType dtype) {
   require(view.dtype == dtype, std::string(name) + " must have the type of the other tensors");
 }
 
-// Of a kernel's side, and between its taps: products of two stay far from 64 bits.
+// The longest side of a kernel and distance of its taps: products of two stay far from 64 bits.
 constexpr int64_t kMostPixels = int64_t{1} << 28;
 
 // [B, C, H, W] with the channels innermost and nothing between.

@@ -76,7 +76,7 @@ class WeightGradient {
     Parts parts(scratch.of<char>(0));
     E* const left = parts.take<E>(left_size);
     E* const right = parts.take<E>(right_size);
-    // Of a slice.
+    // Work of one slice.
     const double slices = static_cast<double>(divide_up(problem_.batch(), images_) *
                                               divide_up(problem_.height(), slice_rows_)),
                  positions = static_cast<double>(problem_.batch() * problem_.height() * across_) / slices,
