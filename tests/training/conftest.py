@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from cpc_ext.data import Dataset, make_textures
-from cpc_ext.training import program
+from cpc_ext.training import probe, program
+from cpc_ext.training.checkpoint import save_checkpoint
+from cpc_ext.training.config import RunConfig
 from cpc_ext.training.cpc_v1 import CPCv1Task
 
 TINY = (
@@ -71,6 +73,24 @@ def tiny_dataset() -> Dataset:
         gray_mean=0.5,
         gray_std=0.2,
     )
+
+
+def new_run(folder: Path, config: RunConfig, dataset: Dataset) -> Path:
+    """The folder, with a run in it that has taken no step; its weights are the initial ones of another seed."""
+    other = config.model_copy(update={"compute": config.compute.model_copy(update={"seed": config.compute.seed + 1})})
+    task = program.TASKS[config.model](other, dataset, torch.device("cpu"))
+    folder.mkdir()
+    (folder / "config.yaml").write_text(config.to_yaml())
+    state = {"step": 0, "description": task.description(), "model": task.model.state_dict()}
+    save_checkpoint(folder / "checkpoint.pt", state)
+    return folder
+
+
+@pytest.fixture
+def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear probes of one regularisation and a few iterations, where it is not they that are tested."""
+    monkeypatch.setattr(probe, "_STRENGTHS", (0.1,))
+    monkeypatch.setattr(probe, "_MAX_ITERATIONS", 8)
 
 
 @pytest.fixture

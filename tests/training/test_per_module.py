@@ -17,22 +17,20 @@ from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.greedy import GreedyTask
 from cpc_ext.training.per_module import accuracies_by_module, features_by_module
 from cpc_ext.training.program import TASKS
+from tests.training.conftest import TINY, new_run
+from tests.training.test_every_option import ENCODER
 
 SMALL = ("--crop", "28", "--device", "cpu", "--precision", "fp32")
+pytestmark = pytest.mark.usefixtures("quick_probe")
 
 
 @pytest.fixture
-def runs(tmp_path, monkeypatch, train, tiny_dataset) -> Callable[..., Path]:
-    """runs(name, *options) → the folder of a finished tiny run."""
-    monkeypatch.setattr(GreedyTask, "evaluate", lambda task: {})
-    monkeypatch.setattr(GreedyTask, "save", lambda task, run: None)
+def runs(tmp_path, monkeypatch, tiny_dataset) -> Callable[..., Path]:
+    """runs(name, *options) → the folder of a tiny run."""
     monkeypatch.setattr(EncoderRun, "dataset", lambda run: tiny_dataset)
-
-    def make(name: str, *options: str) -> Path:
-        assert train("--out-dir", tmp_path / name, "--steps", "2", *options) == 0
-        return tmp_path / name
-
-    return make
+    return lambda name, *options: new_run(
+        tmp_path / name, parse([*TINY, "--encoder", ENCODER, *options]).run, tiny_dataset
+    )
 
 
 @pytest.mark.parametrize("options", [(), ("--modules", "2"), ("--split-at", "1"), ("--objective", "supervised")])
