@@ -62,7 +62,9 @@ ROOMS = {
             *("evaluation", "evaluation_record", "finetuning", "probe", "knn", "label_subsets", "per_module"),
         ),
         _named(
-            "tests/training", *("test_evaluation", "test_finetuning", "test_probe", "test_judges", "test_per_module")
+            "tests/training",
+            *("test_evaluator", "test_evaluation", "test_finetuning", "test_probe", "test_judges", "test_per_module"),
+            "test_every_program_option",
         ),
     ),
     "judges": Room(
