@@ -148,6 +148,7 @@ def test_header_and_row(tmp_path, measure, monkeypatch):
     found = measure()
     (row,) = found.pop("rows")
     dataset = data()
+    assert {type(count) for counts in row["confusion"] for count in counts} == {int}
     assert found == {
         "run": str(tmp_path / "run"),
         "model": "cpc-v1",
