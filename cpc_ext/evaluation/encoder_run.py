@@ -16,11 +16,11 @@ from torch import nn
 
 from cpc_ext.data import Dataset, ImageSet
 from cpc_ext.tasks.encoder_task import EncoderTask
-from cpc_ext.tasks.registry import TASKS
 from cpc_ext.training.checkpoint import load_checkpoint, load_weights
 from cpc_ext.training.config import RunConfig, load_config
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.precision import default_precision
+from cpc_ext.training.registry import MODELS, task_class
 from cpc_ext.training.run_data import load_data
 from cpc_ext.training.run_dir import RunDir
 
@@ -53,8 +53,8 @@ class EncoderRun:
         if not run.config.is_file():
             raise TrainingError(f"{path} is not a run's folder: there is no {run.config.name}")
         config = load_config(run.config)
-        if not issubclass(TASKS[config.model], EncoderTask):
-            having = ", ".join(name for name, task in TASKS.items() if issubclass(task, EncoderTask))
+        if not issubclass(task_class(config.model), EncoderTask):
+            having = ", ".join(name for name in MODELS if issubclass(task_class(name), EncoderTask))
             raise TrainingError(f"{path} is a run of {config.model}, which learns no encoder; {having} do")
         if not run.checkpoint.is_file():
             raise TrainingError(f"there is no {run.checkpoint.name} in {path}")
@@ -116,7 +116,7 @@ class EncoderRun:
         compute = self.config.compute.model_copy(update={"seed": seed})
         config = self.config.model_copy(update={"compute": compute})
         try:
-            return TASKS[config.model](config, dataset, torch.device(compute.device))  # type: ignore[call-arg,return-value]
+            return task_class(config.model)(config, dataset, torch.device(compute.device))  # type: ignore[call-arg,return-value]
         except ValueError as error:
             raise TrainingError(str(error)) from None
 

@@ -23,12 +23,9 @@ from cpc_ext.models.encoders.stacked_encoder import StackedEncoder
 from cpc_ext.models.greedy_infomax import module_starts
 from cpc_ext.tasks.encoder_task import EncoderTask
 from cpc_ext.training.atomic_file import atomic_file
-from cpc_ext.training.config import GreedyConfig, RunConfig
 from cpc_ext.training.errors import TrainingError
 
 __all__ = ["accuracies_by_module", "evaluate_per_module", "features_by_module"]
-
-_NAMES = {"cpc-v1": "CPC", "cpc-v2": "CPC v2", "simclr": "SimCLR"}
 
 Progress = Callable[[range, str], Iterator[int]]
 
@@ -103,7 +100,7 @@ def features_by_module(task: EncoderTask, images: Tensor) -> list[Tensor]:
     def keep(block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         found.append(output.float().mean((2, 3)).unflatten(0, (len(images), -1)).mean(1))
 
-    starts = module_starts([len(stack) for stack in stacks], _modules(task.config, len(stacks)))
+    starts = module_starts([len(stack) for stack in stacks], task.modules(len(stacks)))
     ends = [*starts[1:], len(blocks)]
     hooks = [blocks[end - 1].register_forward_hook(keep) for end in ends]
     try:
@@ -143,30 +140,9 @@ def _labelled(dataset: Dataset) -> list[tuple[ImageSet, Tensor]]:
     return sets
 
 
-def _modules(config: RunConfig, stacks: int) -> int | Sequence[int]:
-    """The modules of a run, as :func:`cpc_ext.models.greedy_infomax.module_starts` takes them."""
-    if not isinstance(config, GreedyConfig):
-        return stacks
-    options = config.greedy
-    if options.split_at is not None:
-        return options.split_at
-    # Trained end to end it has stacks like any other encoder.
-    return stacks if options.modules == 1 else options.modules
-
-
 def _names(runs: Sequence[EncoderRun]) -> list[str]:
     """What each run is, with its folder's name where several are the same."""
-    names = []
-    for run in runs:
-        config = run.config
-        if isinstance(config, GreedyConfig):
-            greedy = config.greedy.count > 1
-            if config.greedy.objective == "supervised":
-                names.append("supervised, greedy" if greedy else "supervised, end to end")
-            else:
-                names.append("Greedy InfoMax" if greedy else "CPC")
-        else:
-            names.append(_NAMES.get(config.model, config.model))
+    names = [run.config.title for run in runs]
     counts = Counter(names)
     return [
         f"{name} ({run.dir.path.name})" if counts[name] > 1 else name for name, run in zip(names, runs, strict=True)

@@ -16,17 +16,18 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from cpc_ext.data import Dataset, ImageSet
+from cpc_ext.data_sets import origin
 from cpc_ext.interop import CheckpointError, Form, Reference, export_reference, read_reference
 from cpc_ext.models.greedy_infomax import module_starts
 from cpc_ext.programs.convert import Command
 from cpc_ext.programs.train import describe
 from cpc_ext.tasks.encoder_names import encoder_name
-from cpc_ext.tasks.presets import preset
-from cpc_ext.tasks.registry import TASKS
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.checkpoint import load_checkpoint, load_weights, save_checkpoint, write_tensors
 from cpc_ext.training.config import RunConfig, explain, load_config, option, validate_config
 from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.presets import preset
+from cpc_ext.training.registry import task_class
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.safetensors_file import write_safetensors
 from cpc_ext.training.task import Task
@@ -111,7 +112,7 @@ def _config(reference: Reference, dataset: str | None, data_dir: Path | None) ->
         )
     changes = _pixelcnn_options(found) if kind == "pixelcnn++" else _patch_model_options(found)
     changes["data"] = {"data_dir": data_dir}
-    if kind == "pixelcnn++" and dataset in ("folder", "textures"):
+    if kind == "pixelcnn++" and origin(dataset).sized:
         changes["data"]["image_size"] = found["image_shape"][1]
     tree = preset(model, dataset).model_dump()
     for section, values in changes.items():
@@ -267,7 +268,7 @@ def _task(config: RunConfig, image_shape: Sequence[int] | None, classes: int) ->
         gray_std=0.5,
     )
     try:
-        return TASKS[config.model](config, dataset, torch.device("cpu"))
+        return task_class(config.model)(config, dataset, torch.device("cpu"))
     except ValueError as error:
         raise TrainingError(str(error)) from None
 

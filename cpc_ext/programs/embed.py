@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from cpc_ext.data_sets import origin
 from cpc_ext.programs.command_line import VersionOption, parse_command
 from cpc_ext.training.config import DatasetName
 from cpc_ext.training.errors import TrainingError, exit_status
@@ -93,5 +94,5 @@ def _check(command: Command) -> None:
             raise TrainingError("--data-dir: name the folder of images")
         if command.image_size is not None and command.image_size < 1:
             raise TrainingError(f"--image-size: at least 1, got {command.image_size}")
-    elif command.image_size is not None and command.dataset != "textures":
+    elif command.image_size is not None and not origin(command.dataset).sized:
         raise TrainingError(f"--image-size: the images of {command.dataset} have a size of their own")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from cpc_ext.data import ImageFetcher, ImageSet, load_dataset
 from cpc_ext.data.images.decode import decode_stream
-from cpc_ext.data.images.folder import image_files
+from cpc_ext.data.images.folders.folder import image_files
 from cpc_ext.data.notice import LeftOut
 from cpc_ext.evaluation.encoder_run import EncoderRun
 from cpc_ext.programs.embed import Command

@@ -18,11 +18,12 @@ from cpc_ext.data.images.decode import decode_image
 from cpc_ext.models.pixels.pixel_model import PixelModel
 from cpc_ext.models.pixels.pixel_sampler import NotFiniteError
 from cpc_ext.programs.sample import Command
-from cpc_ext.tasks.pixelcnn.task import PIXEL_MODELS, build_pixel_model
+from cpc_ext.tasks.pixel_task import PixelTask, build_pixel_model
 from cpc_ext.training.checkpoint import load_checkpoint, load_weights
 from cpc_ext.training.config import load_config
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.precision import check_device
+from cpc_ext.training.registry import MODELS, task_class
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.weight_average import averaged_weights
 
@@ -76,8 +77,9 @@ def _load(run: RunDir) -> tuple[PixelModel, dict[str, Any]]:
     if not run.config.is_file():
         raise TrainingError(f"{run.path} is not a run's folder: there is no {run.config.name}")
     name = load_config(run.config).model
-    if name not in PIXEL_MODELS:
-        raise TrainingError(f"{run.path} is a run of {name}; samples are drawn from {' or '.join(PIXEL_MODELS)}")
+    if not issubclass(task_class(name), PixelTask):
+        having = " or ".join(each for each in MODELS if issubclass(task_class(each), PixelTask))
+        raise TrainingError(f"{run.path} is a run of {name}; samples are drawn from {having}")
     if run.model.is_file():
         source = run.model
         description, weights = _read_model(run.model)

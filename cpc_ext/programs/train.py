@@ -17,11 +17,12 @@ from typing import Annotated, NoReturn
 
 import tyro
 
+from cpc_ext.data_sets import DATASETS
 from cpc_ext.programs.command_line import VersionOption, parse_command
-from cpc_ext.tasks.idle_options import idle_options
-from cpc_ext.tasks.presets import PRESETS, preset
-from cpc_ext.training.config import OptionError, RunConfig, load_config, option, options_of_other_models
+from cpc_ext.training.config import DataSection, OptionError, RunConfig, load_config, option, options_of_other_models
 from cpc_ext.training.errors import TrainingError, speaker
+from cpc_ext.training.presets import preset
+from cpc_ext.training.registry import MODELS
 from cpc_ext.training.run_dir import RunDir
 
 __all__ = ["PROGRAM", "Command", "describe", "main", "parse"]
@@ -103,10 +104,10 @@ def parse(arguments: Sequence[str], *, prog: str = PROGRAM) -> Command:
                 f"--resume-from: {chosen.resume_from} is a run of {defaults.model}, not of --model {chosen.model}"
             )
     else:
-        standard = next(iter(PRESETS))
-        names = (chosen.model or standard[0], chosen.dataset or standard[1])
-        # Names that do not exist are refused in the second pass, which knows all that do.
-        defaults = preset(*(names if names in PRESETS else standard), device=chosen.device)
+        # Names that do not exist are refused in the second pass, as are values that are missing.
+        model = chosen.model if chosen.model in MODELS else RunConfig.model_fields["model"].default
+        dataset = chosen.dataset if chosen.dataset in DATASETS else DataSection.model_fields["dataset"].default
+        defaults = preset(model, dataset, device=chosen.device)
     arguments = _with_values(arguments)
     if (chosen.epochs is None) != (chosen.steps is None):
         # The one that is given replaces whichever the defaults have.
@@ -150,7 +151,7 @@ def _refuse_options_of_other_models(arguments: Sequence[str], defaults: RunConfi
 
 
 def _refuse_idle_options(arguments: Sequence[str], run: RunConfig, prog: str) -> None:
-    idle = idle_options(run)
+    idle = run.idle()
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
         name = name if name in idle else name.removeprefix("no_")
@@ -176,7 +177,7 @@ def _first_pass(arguments: Sequence[str]) -> argparse.Namespace:
 
 def describe(config: RunConfig) -> str:
     """The config as the options that would give it, a line a section; those that decide nothing are left out."""
-    idle = idle_options(config)
+    idle = config.idle()
     lines = [f"  {'model':<14}--model {config.model}"]
     for section, values in config:
         if section != "model":

@@ -19,14 +19,14 @@ from pydantic import ValidationError
 
 import cpc_ext
 from cpc_ext.programs.train import Command, describe, parse
-from cpc_ext.tasks.registry import TASKS
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.checkpoint import load_checkpoint
-from cpc_ext.training.config import RunConfig, explain, option, validate_config
+from cpc_ext.training.config import RunConfig, explain, option, options_that_may_change, validate_config
 from cpc_ext.training.distribution import Ranks, joined_ranks, lost_contact
 from cpc_ext.training.errors import TrainingError, speaker, unfailing_output
 from cpc_ext.training.loop import Trainer
 from cpc_ext.training.precision import check_device
+from cpc_ext.training.registry import task_class
 from cpc_ext.training.run_data import load_data
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.run_log import RunLog
@@ -34,20 +34,6 @@ from cpc_ext.training.starting_weights import take_weights
 from cpc_ext.training.stop_request import EndedBySignal, StopRequest, signals_raise
 
 __all__ = ["main"]
-
-# What a resumed run may do differently: none of it changes what the steps so far were.
-_MAY_CHANGE = {
-    "data_dir",
-    "download",
-    "epochs",
-    "steps",
-    "device",
-    "compile",
-    "log_every",
-    "checkpoint_every",
-    "sample_every",
-    "pipeline",
-}
 
 
 def main(arguments: Sequence[str] | Command | None = None) -> int:
@@ -135,7 +121,7 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
     with _timed(phases, "data"):
         dataset = load_data(config)
     try:
-        task = TASKS[config.model](config, dataset, ranks.device)
+        task = task_class(config.model)(config, dataset, ranks.device)
     except ValueError as error:
         raise TrainingError(str(error)) from None
     start = config.optimization.resume_from
@@ -220,17 +206,17 @@ def _saved_config(run: RunDir, state: dict[str, Any]) -> RunConfig:
 
 def _check_same_run(saved: RunConfig, wanted: RunConfig) -> None:
     """TrainingError where an option differs that would make the rest another run than the beginning."""
-    before, now = _by_option(saved), _by_option(wanted)
+    before, now, free = _by_option(saved), _by_option(wanted), options_that_may_change()
     changed = [
         f"  {option(name)} is {before[name]} in the checkpoint, {now[name]} now"
         for name in before
-        if name not in _MAY_CHANGE and before[name] != now[name]
+        if name not in free and before[name] != now[name]
     ]
     if changed:
         raise TrainingError(
             "--resume goes on with the same run, but\n"
             + "\n".join(changed)
-            + f"\nonly these may change: {', '.join(sorted(map(option, _MAY_CHANGE)))}"
+            + f"\nonly these may change: {', '.join(map(option, free))}"
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -76,6 +77,10 @@ class EncoderTask(Task):
             encodings = self.encode(model, images)
         model.train(was_training)
         return encodings.float()
+
+    def modules(self, stacks: int) -> int | Sequence[int]:
+        """What the stacks of the encoder are probed as, see :func:`module_starts`; by default each by itself."""
+        return stacks
 
     def features(self, model: nn.Module, images: Tensor) -> Tensor:
         """uint8 [B, C, H, W] on the device → what a probe sees of them, float32 [B, D]: the mean over the patches."""

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cpc_ext.programs.training import main
-    from cpc_ext.tasks.presets import preset
     from cpc_ext.training.config import RunConfig
     from cpc_ext.training.errors import TrainingError
+    from cpc_ext.training.presets import preset
     from cpc_ext.training.task import Task
 
 __all__ = ["RunConfig", "Task", "TrainingError", "main", "preset"]
@@ -23,7 +23,7 @@ _MODULES = {
     "TrainingError": "cpc_ext.training.errors",
     # Of what is built on this package.
     "main": "cpc_ext.programs.training",
-    "preset": "cpc_ext.tasks.presets",
+    "preset": "cpc_ext.training.presets",
 }
 
 

@@ -27,11 +27,11 @@ from cpc_ext.measures.knn import knn_scores
 from cpc_ext.measures.label_subsets import LabelBudget, parse_label_budgets
 from cpc_ext.programs import training as program
 from cpc_ext.programs.evaluate import main
-from cpc_ext.tasks.presets import preset
 from cpc_ext.tasks.simclr.task import SimCLRTask
 from cpc_ext.training import run_data
 from cpc_ext.training.checkpoint import load_checkpoint, save_checkpoint
 from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.presets import preset
 from tests.training.conftest import TINY
 
 SIMCLR = (

@@ -15,8 +15,8 @@ from cpc_ext.evaluation.per_module import accuracies_by_module, features_by_modu
 from cpc_ext.programs import evaluate
 from cpc_ext.programs.train import parse
 from cpc_ext.tasks.greedy_infomax.task import GreedyTask
-from cpc_ext.tasks.registry import TASKS
 from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.registry import task_class
 
 SMALL = ("--crop", "28", "--device", "cpu", "--precision", "fp32")
 
@@ -62,7 +62,7 @@ def test_features_after_each_module(tiny_dataset, options):
 def test_other_models_are_probed_after_their_stacks(tiny_dataset, model, options):
     size = ("--view-size", "32", *SMALL[2:]) if model == "simclr" else SMALL
     config = parse(["--model", model, *size, *options]).run
-    task = TASKS[model](config, tiny_dataset, torch.device("cpu"))
+    task = task_class(model)(config, tiny_dataset, torch.device("cpu"))
     images = torch.from_numpy(tiny_dataset.test.images[:3])
     found = features_by_module(task, images)
     assert [len(part) for part in found] == [3] * 3

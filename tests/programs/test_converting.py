@@ -28,8 +28,8 @@ from cpc_ext.programs import evaluate, sample
 from cpc_ext.programs import training as program
 from cpc_ext.programs.convert import main
 from cpc_ext.programs.train import parse
+from cpc_ext.tasks import pixel_task
 from cpc_ext.tasks.cpc_v2.task import CPCv2Task
-from cpc_ext.tasks.pixelcnn import task as pixelcnn
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.config import load_config
 from cpc_ext.training.run_log import read_metrics
@@ -145,12 +145,12 @@ def test_images_are_drawn_from_a_converted_checkpoint(tmp_path, name):
 
 
 def test_pixelcnnpp_trains_on(train_fully, monkeypatch, tmp_path, tiny_dataset):
-    monkeypatch.setattr(pixelcnn, "_SAMPLES", 1)
-    monkeypatch.setattr(pixelcnn.PixelCNNTask, "evaluate", lambda task: {})
+    monkeypatch.setattr(pixel_task, "_SAMPLES", 1)
+    monkeypatch.setattr(pixel_task.PixelTask, "evaluate", lambda task: {})
     checkpoint = GOLDEN / "pixel_cnn_pp.model_3ch.safetensors"
     assert convert(checkpoint, "--source", "pixel-cnn-pp", "--out", tmp_path / "run") == 0
     options = ("--batch-size", "4", "--steps", "1", "--lr", "1e-9", "--precision", "fp32", "--sample-every", "9")
-    monkeypatch.setattr(pixelcnn.PixelCNNTask, "observe", lambda *arguments: {})
+    monkeypatch.setattr(pixel_task.PixelTask, "observe", lambda *arguments: {})
     arguments = ["--resume-from", str(tmp_path / "run"), "--out-dir", str(tmp_path / "new"), *options]
     assert program.main(arguments) == 0
     after = load_checkpoint(tmp_path / "new" / "checkpoint.pt")

@@ -15,11 +15,10 @@ import pytest
 import cpc_ext
 from cpc_ext._threads import SPIN_COUNT
 from cpc_ext.programs.entry import PROGRAMS
-from cpc_ext.tasks.presets import PRESETS
+from cpc_ext.training.registry import MODELS
 
 ROOT = Path(cpc_ext.__file__).parents[1]
 OF_RUNS = [name for name in PROGRAMS if name != "info"]
-MODELS = list(dict.fromkeys(model for model, _ in PRESETS))
 
 # Runs the program for every list of arguments that it is given, and tells what came out of each.
 CALLS = """

@@ -11,16 +11,16 @@ import torch
 from cpc_ext.data import DATASETS
 from cpc_ext.programs.train import describe, parse
 from cpc_ext.tasks.encoder_names import ENCODERS, encoder_spec
-from cpc_ext.tasks.presets import PRESETS, preset
-from cpc_ext.tasks.registry import TASKS
+from cpc_ext.training import presets
 from cpc_ext.training.config import (
     DataSection,
     RunConfig,
-    config_class,
     load_config,
     options_of_other_models,
 )
 from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.presets import preset
+from cpc_ext.training.registry import MODELS, config_class, model_presets
 
 
 def refuse(capsys, *arguments):
@@ -41,15 +41,24 @@ def help_text(capsys, *arguments):
     return re.sub(r"[\s│]+", " ", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize(("model", "dataset"), PRESETS)
+@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("model", MODELS)
 def test_presets_are_valid_and_what_the_command_line_starts_from(model, dataset):
     assert parse(["--model", model, "--dataset", dataset]).run == preset(model, dataset)
 
 
+def test_a_data_set_without_presets_has_those_of_any_images(monkeypatch):
+    known = model_presets("cpc-v2")
+    monkeypatch.setattr(presets, "model_presets", lambda model: {"folder": known["folder"]})
+    folder, stl10 = preset("cpc-v2", "folder"), preset("cpc-v2", "stl10")
+    assert (folder.data.image_size, stl10.data.image_size) == (300, None)  # Published images have their own size.
+    assert stl10.data.dataset == "stl10"
+    assert (stl10.view, stl10.cpc, stl10.optimization) == (folder.view, folder.cpc, folder.optimization)
+
+
 def test_names_on_the_command_line_are_those_there_are():
     assert get_args(DataSection.model_fields["dataset"].annotation) == DATASETS
-    assert get_args(RunConfig.model_fields["model"].annotation) == tuple(TASKS)
-    assert {dataset for _, dataset in PRESETS} == set(DATASETS)
+    assert get_args(RunConfig.model_fields["model"].annotation) == MODELS
 
 
 @pytest.mark.parametrize(
@@ -125,7 +134,7 @@ def test_length_in_epochs_or_steps_replaces_the_other(dataset, given, other):
         (["--neg-samples", "0"], "--neg-samples: input should be greater than or equal to 1, got 0"),
         (
             ["--model", "cpc-v9"],
-            "'cpc-v9' for argument '--model'. Expected one of ('cpc-v1', 'cpc-v2', 'pixelcnn', 'gated-pixelcnn', ",
+            "'cpc-v9' for argument '--model'. Expected one of ('cpc-v1', 'cpc-v2', 'gated-pixelcnn', ",
         ),
         (["--dataset", "mnist"], "'mnist' for argument '--dataset'"),
         (["--encoder", "vgg"], "--encoder: expected one of resnet-small, resnet14,"),
@@ -150,7 +159,7 @@ def test_length_in_epochs_or_steps_replaces_the_other(dataset, given, other):
         (["--model", "gated-pixelcnn", "--no-gray"], "--gray is an option of --model cpc-v1, cpc-v2"),
         (
             ["--layers", "3"],
-            "--layers is an option of --model pixelcnn, gated-pixelcnn, pixelcnn++; cpc-v1 has no such option",
+            "--layers is an option of --model gated-pixelcnn, pixelcnn, pixelcnn++; cpc-v1 has no such option",
         ),
         (["--model", "pixelcnn", "--layers", "0"], "--layers: input should be greater than or equal to 1, got 0"),
         (["--model", "pixelcnn", "--class-conditional"], "--class-conditional needs --model gated-pixelcnn or"),
@@ -167,7 +176,7 @@ def test_help_shows_the_defaults_of_the_data_set(capsys):
     assert "at a random place. (default: 64)" in help_text(capsys, "--dataset", "stl10")
 
 
-@pytest.mark.parametrize("model", TASKS)
+@pytest.mark.parametrize("model", MODELS)
 def test_help_explains_every_option_of_a_model(capsys, model):
     text = help_text(capsys, "--model", model)
     for name in options_of_other_models(config_class(model)):
@@ -178,7 +187,7 @@ def test_help_explains_every_option_of_a_model(capsys, model):
             assert " ".join(field.description.split()) in text
 
 
-@pytest.mark.parametrize("model", TASKS)
+@pytest.mark.parametrize("model", MODELS)
 def test_description_gives_the_same_run_again(model):
     config = preset(model, "cifar10")
     lines = describe(config).splitlines()

@@ -15,9 +15,9 @@ from PIL import Image
 from cpc_ext.data import Dataset, make_textures
 from cpc_ext.programs import training as program
 from cpc_ext.programs.sample import main
-from cpc_ext.tasks.pixelcnn import task as pixelcnn
-from cpc_ext.tasks.presets import preset
+from cpc_ext.tasks import pixel_task
 from cpc_ext.training import run_data
+from cpc_ext.training.presets import preset
 
 SIDE = 16
 # Of figures.save_images, for 16 pixels a side.
@@ -40,7 +40,7 @@ def runs(tmp_path_factory):
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_data, "load_dataset", lambda *arguments, **kwargs: dataset)
-        patch.setattr(pixelcnn, "_SAMPLES", 1)
+        patch.setattr(pixel_task, "_SAMPLES", 1)
         for name, more in (
             ("plain", ("--model", "pixelcnn")),
             ("classes", ("--model", "gated-pixelcnn", "--class-conditional")),

@@ -17,10 +17,10 @@ from cpc_ext import models
 from cpc_ext.programs import training as program
 from cpc_ext.programs.train import describe, parse
 from cpc_ext.tasks.cpc_v2.task import CPCv2Task
-from cpc_ext.tasks.presets import preset
 from cpc_ext.training import run_data
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.config import load_config
+from cpc_ext.training.presets import preset
 from cpc_ext.training.run_log import read_metrics
 
 TINY = (

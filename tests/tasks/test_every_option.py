@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from cpc_ext.data import Dataset, ImageSet
+from cpc_ext.data import DATASETS, Dataset, ImageSet
 from cpc_ext.models import (
     CPC,
     GatedPixelCNN,
@@ -36,8 +36,6 @@ from cpc_ext.models import (
 from cpc_ext.nn import GridInfoNCE, NTXentLoss, TargetInfoNCE
 from cpc_ext.programs import training as program
 from cpc_ext.programs.train import parse
-from cpc_ext.tasks.presets import PRESETS
-from cpc_ext.tasks.registry import TASKS
 from cpc_ext.training import run_data
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.config import RunConfig, config_class, option, validate_config
@@ -45,6 +43,7 @@ from cpc_ext.training.distribution import Ranks, joined_ranks
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.loop import Trainer
 from cpc_ext.training.random_streams import RandomStreams
+from cpc_ext.training.registry import MODELS, task_class
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.run_log import RunLog, read_metrics
 from cpc_ext.training.stop_request import StopRequest
@@ -122,7 +121,7 @@ def columns(count: int = 16, side: int = 32) -> np.ndarray:
 
 
 def task_of(model: str, images: np.ndarray | None = None, **options: Any) -> Task:
-    return TASKS[model](config_of(model, **options), dataset_of(noise() if images is None else images), CPU)
+    return task_class(model)(config_of(model, **options), dataset_of(noise() if images is None else images), CPU)
 
 
 def step(task: Task, *, seed: int = 0) -> dict[str, Tensor]:
@@ -393,7 +392,7 @@ def objective(model: str) -> None:
         assert isinstance(task.model, GreedySupervised if number else GreedyInfoMax)
     supervised = config_of(model, objective="supervised")
     with pytest.raises(ValueError, match="--objective supervised: the images of textures have no labels"):
-        TASKS[model](supervised, dataset_of(noise(), labels=None), CPU)
+        task_class(model)(supervised, dataset_of(noise(), labels=None), CPU)
 
 
 def init(model: str) -> None:
@@ -726,8 +725,8 @@ def weight_decay(model: str, tmp_path: Path) -> None:
 def resume_from(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a learning rate of next to nothing a run ends with the weights that it starts from."""
     monkeypatch.setattr(run_data, "load_dataset", lambda *arguments, **options: dataset_of(noise()))
-    monkeypatch.setattr(TASKS[model], "evaluate", lambda task: {})
-    monkeypatch.setattr(TASKS[model], "save", lambda task, run: None)
+    monkeypatch.setattr(task_class(model), "evaluate", lambda task: {})
+    monkeypatch.setattr(task_class(model), "save", lambda task, run: None)
     config = tmp_path / "config.yaml"
     config.write_text(config_of(model, lr=1e-12, steps=1).to_yaml())
     ends = {}
@@ -781,7 +780,7 @@ def compile(model: str, tmp_path: Path) -> None:
 
 def seed(model: str, tmp_path: Path) -> None:
     """Weights, order, crops and negatives."""
-    for each in TASKS:
+    for each in MODELS:
         first, again, other = (next(task_of(each, seed=number).model.parameters()) for number in (1, 1, 2))
         assert torch.equal(first, again)
         assert not torch.equal(first, other)
@@ -827,7 +826,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, Any]:
 
 
 def dataset(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in dict.fromkeys(name for _, name in PRESETS):
+    for name in DATASETS:
         assert loaded(monkeypatch, dataset=name)["name"] == name
 
 
@@ -869,7 +868,7 @@ EFFECTS: dict[str, Callable[..., None]] = {
 # Options of the shared sections are the loop's and the data's, and looked at once.
 OPTIONS = [
     (model, name)
-    for model in TASKS
+    for model in MODELS
     for name, section in sections_of(model).items()
     if section not in SHARED or model == "cpc-v1"
 ]
@@ -900,10 +899,10 @@ def test_an_option_that_does_nothing_is_noticed(model, name, tmp_path, monkeypat
 
 
 def test_no_entry_is_left_over():
-    assert set(EFFECTS) == {name for model in TASKS for name in sections_of(model)}
+    assert set(EFFECTS) == {name for model in MODELS for name in sections_of(model)}
 
 
-MODELS = {
+KINDS = {
     "cpc-v1": (CPC, GridInfoNCE),
     "cpc-v2": (CPC, TargetInfoNCE),
     "greedy-infomax": (GreedyInfoMax, GridInfoNCE),
@@ -914,9 +913,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("model", TASKS)
+@pytest.mark.parametrize("model", MODELS)
 def test_model_is_the_one_named(model):
-    kind, contrast = MODELS[model]
+    kind, contrast = KINDS[model]
     task = task_of(model)
     assert type(task.model) is kind
     assert {type(module) for module in contrasts(task)} == ({contrast} if contrast else set())
@@ -981,10 +980,10 @@ ALONE = {
 ELSEWHERE = {"resume_from", "cache_outputs", "pipeline"}
 
 
-@pytest.mark.parametrize("model", TASKS)
+@pytest.mark.parametrize("model", MODELS)
 def test_command_line_fills_every_option(model, monkeypatch):
     # Some decide nothing beside others, and are refused then: test_idle_options.py.
-    monkeypatch.setattr("cpc_ext.programs.train.idle_options", lambda run: {})
+    monkeypatch.setattr("cpc_ext.programs.train._refuse_idle_options", lambda *arguments: None)
     sections = sections_of(model)
     defaults = parse(["--model", model, "--dataset", "folder"]).run
     arguments, expected = ["--model", model], {}

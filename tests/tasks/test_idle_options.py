@@ -13,7 +13,6 @@ from torch import nn
 from cpc_ext.models import TimmEncoder
 from cpc_ext.programs.train import describe, parse
 from cpc_ext.tasks.encoder_names import check_encoder_name, encoder_name, encoder_spec
-from cpc_ext.tasks.idle_options import idle_options
 
 TIMM_NORM = "--norm would have no effect: --encoder timm:resnet18 has a normalisation of its own"
 
@@ -58,7 +57,7 @@ def test_what_a_run_shows_of_itself_can_be_given(options):
     run = parse(["--device", "cpu", *options]).run
     shown = " ".join(line.split(None, 1)[1] for line in describe(run).splitlines() if len(line.split(None, 1)) > 1)
     assert parse(shown.split()).run == run or "timm" in shown  # Whose norm is nobody's.
-    assert idle_options(parse(shown.split()).run).keys() == idle_options(run).keys()
+    assert parse(shown.split()).run.idle().keys() == run.idle().keys()
 
 
 # ---- timm ----

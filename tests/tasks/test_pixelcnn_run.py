@@ -20,8 +20,11 @@ from cpc_ext.data.spread import spread
 from cpc_ext.measures.pixel_histogram import static_histogram_bits_per_dim
 from cpc_ext.models import GatedPixelCNN, PixelCNNPP
 from cpc_ext.programs import training as program
-from cpc_ext.tasks.pixelcnn import task as pixelcnn
+from cpc_ext.tasks import pixel_task
+from cpc_ext.tasks.gated_pixelcnn.task import GatedPixelCNNTask
+from cpc_ext.tasks.pixel_task import PixelTask
 from cpc_ext.tasks.pixelcnn.task import PixelCNNTask
+from cpc_ext.tasks.pixelcnn_plus_plus.task import PixelCNNPPTask
 from cpc_ext.training import run_data
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.config import load_config
@@ -71,12 +74,12 @@ def small_images():
 @pytest.fixture
 def train(monkeypatch, small_images):
     monkeypatch.setattr(run_data, "load_dataset", lambda *arguments, **options: small_images)
-    monkeypatch.setattr(pixelcnn, "_SAMPLES", 3)
+    monkeypatch.setattr(pixel_task, "_SAMPLES", 3)
     return lambda *options: program.main([*TINY, *map(str, options)])
 
 
 def test_a_part_of_the_images_is_of_all_of_them(train, small_images, tmp_path, monkeypatch):
-    monkeypatch.setattr(pixelcnn, "_HELD_OUT_IMAGES", 10)
+    monkeypatch.setattr(pixel_task, "_HELD_OUT_IMAGES", 10)
     assert train("--model", "pixelcnn", "--out-dir", tmp_path) == 0
     task = PixelCNNTask(load_config(tmp_path / "config.yaml"), small_images, torch.device("cpu"))
     task.model.load_state_dict(load_file(tmp_path / "model.safetensors"))
@@ -146,11 +149,11 @@ def test_model_file_rebuilds_the_model(train, tmp_path, small_images):
     ],
 )
 def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(train, tmp_path, monkeypatch, options):
-    monkeypatch.setattr(PixelCNNTask, "evaluate", lambda task: {})
-    monkeypatch.setattr(PixelCNNTask, "save", lambda task, run: None)
+    monkeypatch.setattr(PixelTask, "evaluate", lambda task: {})
+    monkeypatch.setattr(PixelTask, "save", lambda task, run: None)
     assert train("--out-dir", tmp_path / "whole", *options) == 0
 
-    original, steps = PixelCNNTask.losses, []
+    original, steps = PixelTask.losses, []
 
     def losses(self, *arguments):
         steps.append(1)
@@ -158,7 +161,7 @@ def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(train, tmp_path, monke
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, *arguments)
 
-    monkeypatch.setattr(PixelCNNTask, "losses", losses)
+    monkeypatch.setattr(PixelTask, "losses", losses)
     assert train("--out-dir", tmp_path / "parts", *options) == 130
     torch.manual_seed(12345)
     assert train("--out-dir", tmp_path / "parts", *options, "--resume") == 0
@@ -214,10 +217,10 @@ def test_weight_average_is_the_plain_formula():
 def test_initialization_from_data(small_images, data_init):
     option = "--data-init" if data_init else "--no-data-init"
     config = program.parse(["--model", "pixelcnn++", option, "--device", "cpu", "--batch-size", "8"]).run
-    tasks = [PixelCNNTask(config, small_images, torch.device("cpu")) for _ in range(2)]
+    tasks = [PixelCNNPPTask(config, small_images, torch.device("cpu")) for _ in range(2)]
     weights, again = (task.model.state_dict() for task in tasks)
     assert all(torch.equal(value, again[name]) for name, value in weights.items())
-    plain = PixelCNNTask(
+    plain = PixelCNNPPTask(
         program.parse(["--model", "pixelcnn++", "--no-data-init", "--device", "cpu"]).run,
         small_images,
         torch.device("cpu"),
@@ -237,12 +240,12 @@ def test_images_of_an_odd_size(train, tmp_path, capsys, monkeypatch, small_image
 
 
 def test_samples_that_cannot_be_written_do_not_end_the_run(train, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(PixelCNNTask, "save", lambda task, run: None)
+    monkeypatch.setattr(PixelTask, "save", lambda task, run: None)
 
     def fail(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pixelcnn.figures, "save_images", fail)
+    monkeypatch.setattr(pixel_task.figures, "save_images", fail)
     assert train("--model", "pixelcnn", "--out-dir", tmp_path) == 0
     assert "could not write what was observed at step 3" in capsys.readouterr().err
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 8
@@ -270,7 +273,7 @@ def test_what_does_not_fit_the_data_set(train, tmp_path, capsys, monkeypatch, sm
 def test_class_conditional_trains_on_labelled_images(small_images):
     unlabelled = replace(small_images, pretrain=ImageSet(small_images.pretrain.images))
     config = program.parse(["--model", "gated-pixelcnn", "--class-conditional", "--device", "cpu"]).run
-    assert PixelCNNTask(config, unlabelled, torch.device("cpu")).images is small_images.train
+    assert GatedPixelCNNTask(config, unlabelled, torch.device("cpu")).images is small_images.train
 
 
 # --- The model to beat ---

@@ -17,9 +17,9 @@ from cpc_ext import figures
 from cpc_ext.data import ImageSet, SimCLRView
 from cpc_ext.data.spread import spread
 from cpc_ext.tasks.cpc_v1.task import CPCv1Task
-from cpc_ext.tasks.presets import preset
 from cpc_ext.tasks.simclr.task import SimCLRTask
 from cpc_ext.training import run_data
+from cpc_ext.training.presets import preset
 from cpc_ext.training.run_dir import RunDir
 
 

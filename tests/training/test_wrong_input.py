@@ -10,14 +10,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cpc_ext.data.images.stl10 import _folds
+from cpc_ext.data.images.published.stl10 import _folds
+from cpc_ext.data_sets import DATASETS
 from cpc_ext.evaluation.encodings_cache import cached_encodings
 from cpc_ext.interop import CheckpointError, load_reference
 from cpc_ext.programs import sample
 from cpc_ext.programs.train import parse
-from cpc_ext.tasks.presets import PRESETS, preset
 from cpc_ext.training.config import load_config
 from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.presets import preset
+from cpc_ext.training.registry import MODELS
 
 # ---- config.yaml ----
 
@@ -74,9 +76,10 @@ def test_a_folder_and_no_file(tmp_path):
             load_config(path)
 
 
-@pytest.mark.parametrize("names", PRESETS)
-def test_what_a_run_writes_is_read(tmp_path, names):
-    config = preset(*names, device="cpu")
+@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("model", MODELS)
+def test_what_a_run_writes_is_read(tmp_path, model, dataset):
+    config = preset(model, dataset, device="cpu")
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     assert load_config(tmp_path / "config.yaml") == config
 

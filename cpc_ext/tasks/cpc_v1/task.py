@@ -18,15 +18,15 @@ from cpc_ext.data import Dataset, ImageFetcher, ImageSet, PatchAugmentation, Pat
 from cpc_ext.data.spread import spread
 from cpc_ext.models import CPC, GatedPixelCNNContext, PatchEncoder
 from cpc_ext.nn.grid_info_nce import GridInfoNCEOutput
+from cpc_ext.tasks.cpc_v1.options import CPCConfig
 from cpc_ext.tasks.encoder_names import EncoderSpec, encoder_spec
 from cpc_ext.tasks.encoder_task import EncoderTask, save_encoder
-from cpc_ext.training.config import CPCConfig
 from cpc_ext.training.precision import patch_dtype
 from cpc_ext.training.random_streams import RandomStreams
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.run_log import read_metrics
 
-__all__ = ["CPCv1Task"]
+__all__ = ["TASK", "CPCv1Task"]
 
 # Images the figures are drawn from.
 _FIGURE_INPUTS = 4
@@ -188,3 +188,6 @@ class CPCv1Task(EncoderTask):
             stem="cifar" if patch <= 12 else "stl10" if patch <= 32 else "imagenet",
             patch_size=patch,
         )
+
+
+TASK = CPCv1Task

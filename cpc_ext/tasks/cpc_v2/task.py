@@ -13,10 +13,10 @@ from cpc_ext.models import CPC, PatchEncoder, ResidualContext
 from cpc_ext.nn import TargetInfoNCE
 from cpc_ext.nn.grid_info_nce import GridInfoNCEOutput
 from cpc_ext.tasks.cpc_v1.task import CPCv1Task
-from cpc_ext.training.config import CPCv2Config
+from cpc_ext.tasks.cpc_v2.options import CPCv2Config
 from cpc_ext.training.random_streams import RandomStreams
 
-__all__ = ["CPCv2Task"]
+__all__ = ["TASK", "CPCv2Task"]
 
 
 class CPCv2Task(CPCv1Task):
@@ -61,3 +61,6 @@ class CPCv2Task(CPCv1Task):
                 gather_negatives=options.gather_negatives,
             ),
         )
+
+
+TASK = CPCv2Task

@@ -1,1 +1,1 @@
-"""Greedy InfoMax, and the supervised encoders that it is compared with."""
+"""Greedy InfoMax: Löwe et al. 2019, arXiv 1905.11786."""

@@ -7,6 +7,7 @@ may come from the disk. The supervised encoders of the paper's comparison are tr
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from cpc_ext.models.encoders.stacked_encoder import StackedEncoder
 from cpc_ext.models.greedy_infomax import pooled
 from cpc_ext.tasks.cpc_v1.task import CPCv1Task
 from cpc_ext.tasks.encoder_task import save_encoder
+from cpc_ext.tasks.greedy_infomax.options import GreedyConfig
 from cpc_ext.tasks.greedy_infomax.output_cache import OutputCache
-from cpc_ext.training.config import GreedyConfig, RunConfig, option
+from cpc_ext.training.config import RunConfig, option
 from cpc_ext.training.data_record import fingerprint
 from cpc_ext.training.distribution import Ranks
 from cpc_ext.training.errors import TrainingError
@@ -30,7 +32,7 @@ from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.run_log import read_metrics
 from cpc_ext.training.task import Fetcher, Handover
 
-__all__ = ["GreedyTask"]
+__all__ = ["TASK", "GreedyTask"]
 
 
 class GreedyTask(CPCv1Task):
@@ -125,6 +127,12 @@ class GreedyTask(CPCv1Task):
         patches = self._view.center(images) if generator is None else self._view.random(images, generator)
         return model.encodings_by_module(patches, self._learning[-1] + 1)[-1]
 
+    def modules(self, stacks: int) -> int | Sequence[int]:
+        if self._options.split_at is not None:
+            return self._options.split_at
+        # Trained end to end it has stacks like any other encoder.
+        return stacks if self._options.modules == 1 else self._options.modules
+
     def save(self, run: RunDir) -> None:
         save_encoder(run, self.model.encoder, self._encoder_spec(), self._view, self._config)
         suffixes = [""] if len(self._learning) == 1 else [f"_module_{module}" for module in self._learning]
@@ -203,6 +211,9 @@ class GreedyTask(CPCv1Task):
             seed=config.compute.seed,
             precision=config.compute.precision,
         )
+
+
+TASK = GreedyTask
 
 
 def _shape(config: GreedyConfig) -> list[dict[str, Any]]:

@@ -1,1 +1,1 @@
-"""SimCLR."""
+"""SimCLR: Chen et al. 2020, arXiv 2002.05709."""

@@ -17,13 +17,13 @@ from cpc_ext.data.spread import spread
 from cpc_ext.models import SimCLR
 from cpc_ext.tasks.encoder_names import EncoderSpec, encoder_spec
 from cpc_ext.tasks.encoder_task import EncoderTask, save_encoder
-from cpc_ext.training.config import SimCLRConfig
+from cpc_ext.tasks.simclr.options import SimCLRConfig
 from cpc_ext.training.precision import patch_dtype
 from cpc_ext.training.random_streams import RandomStreams
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.run_log import read_metrics
 
-__all__ = ["SimCLRTask"]
+__all__ = ["TASK", "SimCLRTask"]
 
 _FIGURE_INPUTS = 6
 
@@ -106,3 +106,6 @@ class SimCLRTask(EncoderTask):
             stem="cifar" if options.view_size <= 40 else "imagenet",
             patch_size=options.view_size,
         )
+
+
+TASK = SimCLRTask

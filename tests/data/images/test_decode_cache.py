@@ -11,7 +11,7 @@ from PIL import Image
 
 from cpc_ext.data import cache as cache_module
 from cpc_ext.data.images import decode_cache
-from cpc_ext.data.images.folder import load_folder
+from cpc_ext.data.images.folders.folder import load as load_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no folder of test images:UserWarning")
 

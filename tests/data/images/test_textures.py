@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cpc_ext.data import load_dataset
-from cpc_ext.data.images.textures import FAMILIES, SPLIT_SIZES, make_textures
+from cpc_ext.data.images.drawn.textures import FAMILIES, SPLIT_SIZES, make_textures
 
 GRAY = np.array([0.299, 0.587, 0.114], np.float32)
 

@@ -185,7 +185,7 @@ def make_textures(count: int, *, split: str = "pretrain", size: int = 96, seed: 
     return ImageSet(images=images, labels=np.arange(count, dtype=np.int64) % families)
 
 
-def load_textures(*, size: int = 96, seed: int = 0) -> Dataset:
+def load(*, size: int = 96, seed: int = 0) -> Dataset:
     """The texture dataset: 4000 images to pretrain on, 2000 and 1000 more to train and test probes with."""
     splits = {split: make_textures(count, split=split, size=size, seed=seed) for split, count in SPLIT_SIZES.items()}
     statistics = pixel_statistics(splits["pretrain"].images)

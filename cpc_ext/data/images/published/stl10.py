@@ -33,7 +33,7 @@ MEAN, STD = (0.4313, 0.4156, 0.3663), (0.2683, 0.2610, 0.2687)
 GRAY_MEAN, GRAY_STD = 0.4120, 0.2570
 
 
-def load_stl10(data_dir: str | Path | None = None, *, download: bool = False) -> Dataset:
+def load(data_dir: str | Path | None = None, *, download: bool = False) -> Dataset:
     """Open STL-10: pretrain is the unlabelled split, `folds` the ten published subsets of 1000 training images.
 
     Raises FileNotFoundError where files are missing, ValueError where one is damaged, DownloadError.

@@ -18,7 +18,7 @@ from cpc_ext.data.notice import some, tell
 HELD_OUT = 0.1
 
 
-def load_folder(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
+def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
     """Open a tree of images.
 
     A training and a test folder beside each other, in any case and the usual spellings (train, training, trn; test,
