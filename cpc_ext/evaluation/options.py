@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +10,7 @@ import tyro
 
 from cpc_ext.measures.knn import NEIGHBOURS
 from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.machine import default_device
 
 __all__ = ["MODES", "EvaluationOptions", "parse_modes"]
 
@@ -68,7 +69,9 @@ class EvaluationOptions:
     data_dir: Annotated[
         Path | None, tyro.conf.arg(help="Folder of the run's data set. None: where it was when the run was trained.")
     ] = None
-    device: Annotated[str, tyro.conf.arg(help="Where to compute: cpu, cuda, cuda:1, mps.")] = "cpu"
+    device: Annotated[str, tyro.conf.arg(help="Where to compute: cpu, cuda, cuda:1, mps.")] = field(
+        default_factory=default_device
+    )
     out: Annotated[
         Path | None,
         tyro.conf.arg(

@@ -44,10 +44,14 @@ _KEPT = "reference"
 
 def convert(command: Command) -> None:
     """Do what the command says. TrainingError where that cannot be done."""
-    if command.source is not None:
-        _take_over(command, command.source)
-    else:
-        _hand_over(command, str(command.to))
+    try:
+        if command.source is not None:
+            _take_over(command, command.source)
+        else:
+            _hand_over(command, str(command.to))
+    except (CheckpointError, ImportError) as error:
+        # An encoder of timm's needs timm.
+        raise TrainingError(str(error)) from None
 
 
 def _take_over(command: Command, source: str) -> None:

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import tyro
-
 from cpc_ext.evaluation.options import EvaluationOptions, parse_modes
 from cpc_ext.measures.label_subsets import parse_label_budgets
-from cpc_ext.programs.command_line import VersionOption, parse_command
-from cpc_ext.training.errors import TrainingError, exit_status
-from cpc_ext.training.machine import default_device
+from cpc_ext.programs.command_line import Program
+from cpc_ext.training.errors import TrainingError
 
-__all__ = ["Command", "main"]
+__all__ = ["main"]
 
-_PROGRAM = "python -m cpc_ext.evaluate"
 _DESCRIPTION = (
     "Measure the encoder of a run with few labels: top-1 and top-5 accuracy on all test images after learning from "
     "random subsets of the labelled training images. The results are printed as a table and kept, with figures, in "
@@ -24,37 +17,7 @@ _DESCRIPTION = (
 )
 
 
-@dataclass(frozen=True)
-class Command(EvaluationOptions):
-    """What the options say."""
-
-    version: VersionOption = False
-
-
-def main(arguments: Sequence[str] | None = None, *, prog: str = _PROGRAM) -> int:
-    """Run the program with these arguments (default: those of the process); returns the exit status.
-
-    0: done. 1: it could not be done, for a reason that was printed. 2 (raised as SystemExit): wrong options.
-    130: Ctrl-C; what was finished is kept.
-    """
-    command = parse_command(
-        Command,
-        arguments,
-        prog=prog,
-        description=_DESCRIPTION,
-        default=Command(runs=tyro.MISSING, device=default_device()),
-    )
-    return exit_status(lambda: _run(command), interrupted="interrupted; results so far are kept")
-
-
-def _run(command: Command) -> None:
-    _check(command)
-    from cpc_ext.evaluation.evaluator import evaluate
-
-    evaluate(command)
-
-
-def _check(command: Command) -> None:
+def _check(command: EvaluationOptions) -> None:
     """TrainingError for values that cannot be right, whatever the runs are."""
     if not command.runs:
         raise TrainingError("give at least one RUN")
@@ -69,3 +32,13 @@ def _check(command: Command) -> None:
         raise TrainingError(f"--seed: below 2**32, got {command.seed}")
     if command.out is not None and len(command.runs) == 1:
         raise TrainingError("--out is the figure that several runs are compared in; give more than one RUN")
+
+
+main = Program(
+    name="evaluate",
+    description=_DESCRIPTION,
+    command=EvaluationOptions,
+    check=_check,
+    work="cpc_ext.evaluation.evaluator:evaluate",
+    interrupted="interrupted; results so far are kept",
+).main

@@ -18,9 +18,9 @@ from typing import Annotated, NoReturn
 import tyro
 
 from cpc_ext.data_sets import DATASETS
-from cpc_ext.programs.command_line import VersionOption, parse_command
+from cpc_ext.programs.command_line import exit_status, parse_command
 from cpc_ext.training.config import DataSection, OptionError, RunConfig, load_config, option, options_of_other_models
-from cpc_ext.training.errors import TrainingError, speaker
+from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.presets import preset
 from cpc_ext.training.registry import MODELS
 from cpc_ext.training.run_dir import RunDir
@@ -61,19 +61,18 @@ class Command:
         Path | None,
         tyro.conf.arg(help="Repeat a run: its config.yaml gives the defaults of all options."),
     ] = None
-    version: VersionOption = False
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = PROGRAM) -> int:
     """As :func:`cpc_ext.programs.training.main`, which is imported only once the options are found to be right."""
-    try:
-        command = parse(sys.argv[1:] if arguments is None else arguments, prog=prog)
-    except TrainingError as error:
-        print(f"{speaker()}error: {error}", file=sys.stderr)
-        return 1
-    from cpc_ext.programs import training
 
-    return training.main(command)
+    def train() -> int:
+        command = parse(sys.argv[1:] if arguments is None else arguments, prog=prog)
+        from cpc_ext.programs import training
+
+        return training.main(command)
+
+    return exit_status(train)
 
 
 def parse(arguments: Sequence[str], *, prog: str = PROGRAM) -> Command:

@@ -18,6 +18,7 @@ import torch
 from pydantic import ValidationError
 
 import cpc_ext
+from cpc_ext.programs.command_line import exit_status
 from cpc_ext.programs.train import Command, describe, parse
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.checkpoint import load_checkpoint
@@ -45,24 +46,14 @@ def main(arguments: Sequence[str] | Command | None = None) -> int:
     wrong options. 128 + its number: stopped by a signal (Ctrl-C 130, SIGTERM 143, SIGUSR1 138 ...), in training after
     saving. Under torchrun every process runs it.
     """
-    with unfailing_output():
-        return _main(sys.argv[1:] if arguments is None else arguments)
 
-
-def _main(arguments: Sequence[str] | Command) -> int:
-    try:
+    def train() -> int:
         with signals_raise():
-            return _run(arguments if isinstance(arguments, Command) else parse(arguments))
-    except TrainingError as error:
-        print(f"{speaker()}error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        # While training, Ctrl-C is a request and no exception; before and after there is nothing to save.
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except EndedBySignal as ended:
-        print(f"{speaker()}ended by {ended}", file=sys.stderr)
-        return 128 + ended.signal
+            return _run(given if isinstance(given, Command) else parse(given))
+
+    given = sys.argv[1:] if arguments is None else arguments
+    with unfailing_output():
+        return exit_status(train)
 
 
 def _lost(error: RuntimeError, path: Path | None) -> str:

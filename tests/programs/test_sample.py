@@ -153,7 +153,7 @@ def test_run_of_another_kind(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text(preset("cpc-v1", "textures").to_yaml())
     assert sample(tmp_path) == 1
     assert (
-        "is a run of cpc-v1; samples are drawn from pixelcnn or gated-pixelcnn or pixelcnn++" in capsys.readouterr().err
+        "is a run of cpc-v1; samples are drawn from gated-pixelcnn or pixelcnn or pixelcnn++" in capsys.readouterr().err
     )
     assert sample(tmp_path / "nowhere") == 1
     assert f"{tmp_path / 'nowhere'} is not a run's folder" in capsys.readouterr().err
