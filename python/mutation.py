@@ -52,7 +52,7 @@ ROOMS = {
         (
             *_named(_TRAINING, "config", "task", "loop", "learner", "schedule"),
             *_named(_TRAINING, "weight_average", "precision", "meter", "random_streams"),
-            *_named("cpc_ext/programs", "train"),
+            *_named("cpc_ext/programs", "train_options"),
             *_TASKS,
         ),
         (

@@ -20,7 +20,7 @@ from cpc_ext.data_sets import origin
 from cpc_ext.interop import CheckpointError, Form, Reference, export_reference, read_reference
 from cpc_ext.models.greedy_infomax import module_starts
 from cpc_ext.programs.convert import Command
-from cpc_ext.programs.train import describe
+from cpc_ext.programs.train_options import describe
 from cpc_ext.tasks.encoder_names import encoder_name
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.checkpoint import load_checkpoint, load_weights, save_checkpoint, write_tensors

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 import cpc_ext
 from cpc_ext.programs.command_line import exit_status
-from cpc_ext.programs.train import Command, describe, parse
+from cpc_ext.programs.train_options import Command, describe, parse
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.config import RunConfig, explain, option, options_that_may_change, validate_config
@@ -40,7 +40,7 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | Command | None = None) -> int:
     """Run `python -m cpc_ext.train` with these arguments (default: those of the process); returns the exit status.
 
-    They may also be given as what :func:`cpc_ext.programs.train.parse` makes of them.
+    They may also be given as what :func:`cpc_ext.programs.train_options.parse` makes of them.
 
     0: the run is complete. 1: it could not start or go on, for a reason that was printed. 2 (raised as SystemExit):
     wrong options. 128 + its number: stopped by a signal (Ctrl-C 130, SIGTERM 143, SIGUSR1 138 ...), in training after

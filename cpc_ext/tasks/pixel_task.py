@@ -20,7 +20,7 @@ from cpc_ext.data import Dataset, ImageFetcher, ImageSet
 from cpc_ext.data.spread import spread
 from cpc_ext.measures.pixel_histogram import static_histogram_bits_per_dim
 from cpc_ext.models.pixels.pixel_model import PixelModel
-from cpc_ext.tasks.pixelcnn.options import PixelCNNConfig
+from cpc_ext.tasks.pixel_options import PixelConfig
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.precision import autocast
 from cpc_ext.training.random_streams import RandomStreams
@@ -58,7 +58,7 @@ class PixelTask(Task):
 
     model: PixelModel
 
-    def __init__(self, config: PixelCNNConfig, dataset: Dataset, device: torch.device) -> None:
+    def __init__(self, config: PixelConfig, dataset: Dataset, device: torch.device) -> None:
         if dataset.test is None:
             raise ValueError(f"--dataset {dataset.name} has no test images to measure the model on")
         self.images = dataset.pretrain

@@ -13,7 +13,7 @@ from cpc_ext.data import Dataset, ImageSet
 from cpc_ext.evaluation.encoder_run import EncoderRun
 from cpc_ext.evaluation.per_module import accuracies_by_module, features_by_module
 from cpc_ext.programs import evaluate
-from cpc_ext.programs.train import parse
+from cpc_ext.programs.train_options import parse
 from cpc_ext.tasks.greedy_infomax.task import GreedyTask
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.registry import task_class

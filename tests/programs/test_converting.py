@@ -27,7 +27,7 @@ from cpc_ext.nn import TargetInfoNCE
 from cpc_ext.programs import evaluate, sample
 from cpc_ext.programs import training as program
 from cpc_ext.programs.convert import main
-from cpc_ext.programs.train import parse
+from cpc_ext.programs.train_options import parse
 from cpc_ext.tasks import pixel_task
 from cpc_ext.tasks.cpc_v2.task import CPCv2Task
 from cpc_ext.training.checkpoint import load_checkpoint

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cpc_ext.data import DATASETS
-from cpc_ext.programs.train import describe, parse
+from cpc_ext.programs.train_options import describe, parse
 from cpc_ext.tasks.encoder_names import ENCODERS, encoder_spec
 from cpc_ext.training import presets
 from cpc_ext.training.config import (

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from cpc_ext import models
 from cpc_ext.programs import training as program
-from cpc_ext.programs.train import describe, parse
+from cpc_ext.programs.train_options import describe, parse
 from cpc_ext.tasks.cpc_v2.task import CPCv2Task
 from cpc_ext.training import run_data
 from cpc_ext.training.checkpoint import load_checkpoint

@@ -35,7 +35,7 @@ from cpc_ext.models import (
 )
 from cpc_ext.nn import GridInfoNCE, NTXentLoss, TargetInfoNCE
 from cpc_ext.programs import training as program
-from cpc_ext.programs.train import parse
+from cpc_ext.programs.train_options import parse
 from cpc_ext.training import run_data
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.config import RunConfig, config_class, option, validate_config
@@ -983,7 +983,7 @@ ELSEWHERE = {"resume_from", "cache_outputs", "pipeline"}
 @pytest.mark.parametrize("model", MODELS)
 def test_command_line_fills_every_option(model, monkeypatch):
     # Some decide nothing beside others, and are refused then: test_idle_options.py.
-    monkeypatch.setattr("cpc_ext.programs.train._refuse_idle_options", lambda *arguments: None)
+    monkeypatch.setattr("cpc_ext.programs.train_options._refuse_idle_options", lambda *arguments: None)
     sections = sections_of(model)
     defaults = parse(["--model", model, "--dataset", "folder"]).run
     arguments, expected = ["--model", model], {}

@@ -16,7 +16,7 @@ from PIL import Image
 
 from cpc_ext.data import Dataset, ImageSet
 from cpc_ext.programs import training as program
-from cpc_ext.programs.train import parse
+from cpc_ext.programs.train_options import parse
 from cpc_ext.tasks.greedy_infomax.output_cache import OutputCache
 from cpc_ext.tasks.greedy_infomax.task import GreedyTask
 from cpc_ext.training.checkpoint import load_checkpoint

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from cpc_ext.models import TimmEncoder
-from cpc_ext.programs.train import describe, parse
+from cpc_ext.programs.train_options import describe, parse
 from cpc_ext.tasks.encoder_names import check_encoder_name, encoder_name, encoder_spec
 
 TIMM_NORM = "--norm would have no effect: --encoder timm:resnet18 has a normalisation of its own"

@@ -15,7 +15,7 @@ from cpc_ext.data_sets import DATASETS
 from cpc_ext.evaluation.encodings_cache import cached_encodings
 from cpc_ext.interop import CheckpointError, load_reference
 from cpc_ext.programs import sample
-from cpc_ext.programs.train import parse
+from cpc_ext.programs.train_options import parse
 from cpc_ext.training.config import load_config
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.presets import preset

@@ -1,5 +1,8 @@
-"""The options of a gated PixelCNN: those of the other."""
+"""The options of a gated PixelCNN."""
 
-from cpc_ext.tasks.pixelcnn.options import CONFIG, PRESETS
+from cpc_ext.tasks.pixel_options import PIXEL_PRESETS, PixelConfig
 
 __all__ = ["CONFIG", "PRESETS"]
+
+CONFIG = PixelConfig
+PRESETS = PIXEL_PRESETS

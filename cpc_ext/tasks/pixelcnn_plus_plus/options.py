@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from cpc_ext.tasks.pixelcnn import options as pixelcnn
+from cpc_ext.tasks.pixel_options import PIXEL_PRESETS, PixelConfig, PixelSection
 from cpc_ext.training.config import MOST, Presets
 
 __all__ = ["CONFIG", "PRESETS", "PixelCNNPPConfig", "PixelCNNPPSection"]
 
 
-class PixelCNNPPSection(pixelcnn.PixelCNNSection):
+class PixelCNNPPSection(PixelSection):
     """The network that predicts every pixel of an image from those before it, and what is looked at on the way."""
 
     layers: int = Field(
@@ -28,7 +28,7 @@ class PixelCNNPPSection(pixelcnn.PixelCNNSection):
     )
 
 
-class PixelCNNPPConfig(pixelcnn.PixelCNNConfig):
+class PixelCNNPPConfig(PixelConfig):
     """A run of PixelCNN++."""
 
     pixelcnn: PixelCNNPPSection = Field(default_factory=PixelCNNPPSection)
@@ -43,17 +43,17 @@ CONFIG = PixelCNNPPConfig
 # Three fifths of the published channels and blocks: a quarter of the parameters, 12 million.
 _CIFAR = {
     "pixelcnn": {"layers": 3, "hidden_channels": 96, "sample_every": 2000, "ema_decay": 0.9995},
-    "optimization": {**pixelcnn.PRESETS["cifar10"]["optimization"], "lr": 1e-3},
+    "optimization": {**PIXEL_PRESETS["cifar10"]["optimization"], "lr": 1e-3},
 }
 _STL10 = {
     "pixelcnn": {**_CIFAR["pixelcnn"], "sample_every": 5000},
-    "optimization": {**pixelcnn.PRESETS["stl10"]["optimization"], "lr": 1e-3},
+    "optimization": {**PIXEL_PRESETS["stl10"]["optimization"], "lr": 1e-3},
 }
 # Minutes on two CPU cores. Textures without end need no dropout.
 _TEXTURES = {
     "data": {"image_size": 32},
     "pixelcnn": {"layers": 1, "hidden_channels": 24, "dropout": 0.0, "sample_every": 250, "ema_decay": 0.99},
-    "optimization": pixelcnn.PRESETS["textures"]["optimization"],
+    "optimization": PIXEL_PRESETS["textures"]["optimization"],
 }
 
 PRESETS: Presets = {
