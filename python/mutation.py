@@ -50,7 +50,7 @@ ROOMS = {
     # From options to models, batches and files.
     "training": Room(
         (
-            *_named(_TRAINING, "config", "task", "loop", "learner", "schedule"),
+            *_named(_TRAINING, "config", "presets", "registry", "task", "loop", "parts", "learner", "schedule"),
             *_named(_TRAINING, "weight_average", "precision", "meter", "random_streams"),
             *_named("cpc_ext/programs", "train_options"),
             *_TASKS,
