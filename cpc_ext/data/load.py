@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cpc_ext.data.cifar import load_cifar10, load_cifar100
-from cpc_ext.data.dataset import Dataset
-from cpc_ext.data.folder import load_folder
-from cpc_ext.data.stl10 import load_stl10
-from cpc_ext.data.textures import load_textures
+from cpc_ext.data.images.cifar import load_cifar10, load_cifar100
+from cpc_ext.data.images.dataset import Dataset
+from cpc_ext.data.images.folder import load_folder
+from cpc_ext.data.images.stl10 import load_stl10
+from cpc_ext.data.images.textures import load_textures
 
 _PUBLISHED = {"stl10": load_stl10, "cifar10": load_cifar10, "cifar100": load_cifar100}
 DATASETS = ("textures", *_PUBLISHED, "folder")

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, get_args
 
 import tyro
 
-from cpc_ext.training.command_line import VersionOption, parse_command
+from cpc_ext.programs.command_line import VersionOption, parse_command
 from cpc_ext.training.config import DatasetName
 from cpc_ext.training.errors import TrainingError, exit_status
 
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = _PROGRAM) -> int
 def _run(command: Command) -> None:
     _check(command)
     from cpc_ext.interop import CheckpointError
-    from cpc_ext.training.converting import convert
+    from cpc_ext.programs.converting import convert
 
     try:
         convert(command)

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from cpc_ext.training.command_line import VersionOption, parse_command
+from cpc_ext.programs.command_line import VersionOption, parse_command
 from cpc_ext.training.config import DatasetName
 from cpc_ext.training.errors import TrainingError, exit_status
 from cpc_ext.training.machine import default_device
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = _PROGRAM) -> int
 
 def _run(command: Command) -> None:
     _check(command)
-    from cpc_ext.training.embedding import embed
+    from cpc_ext.programs.embedding import embed
 
     embed(command)
 

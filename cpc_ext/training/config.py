@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cpc_ext.training.encoder_names import check_encoder_name
+from cpc_ext.tasks.encoder_names import check_encoder_name
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.machine import check_device_name
 

@@ -22,11 +22,11 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from cpc_ext.tasks.pixelcnn.task import PIXEL_MODELS, build_pixel_model
+from cpc_ext.tasks.presets import preset
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.config import load_config
 from cpc_ext.training.errors import TrainingError
-from cpc_ext.training.pixelcnn import PIXEL_MODELS, build_pixel_model
-from cpc_ext.training.presets import preset
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.run_log import read_metrics
 

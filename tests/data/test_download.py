@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from cpc_ext.data import DownloadError, cifar, stl10
+from cpc_ext.data import DownloadError
 from cpc_ext.data.download import Archive, download_archive, require_folder
+from cpc_ext.data.images import cifar, stl10
 
 CONTENT = bytes(range(256)) * 4000
 

@@ -13,8 +13,10 @@ import pytest
 from PIL import Image
 
 from cpc_ext.data import Dataset, make_textures
-from cpc_ext.training import pixelcnn, program
-from cpc_ext.training.pixelcnn import PixelCNNTask
+from cpc_ext.programs import training as program
+from cpc_ext.tasks.pixelcnn import task as pixelcnn
+from cpc_ext.tasks.pixelcnn.task import PixelCNNTask
+from cpc_ext.training import run_data
 
 MODELS = ["pixelcnn", "gated-pixelcnn", "pixelcnn++"]
 
@@ -46,7 +48,7 @@ def started(monkeypatch):
             monkeypatch.setattr(program.Trainer, "_observe", lambda trainer, log: os.kill(os.getpid(), signal.SIGINT))
         return program.main(arguments)
 
-    monkeypatch.setattr(program, "load_dataset", lambda *arguments, **options: images)
+    monkeypatch.setattr(run_data, "load_dataset", lambda *arguments, **options: images)
     monkeypatch.setattr(pixelcnn, "_SAMPLES", 1)
     monkeypatch.setattr(comparison, "run_program", run_program)
     return starts

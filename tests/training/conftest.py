@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from cpc_ext.data import Dataset, make_textures
-from cpc_ext.training import program
-from cpc_ext.training.cpc_v1 import CPCv1Task
+from cpc_ext.programs import training as program
+from cpc_ext.tasks.cpc_v1.task import CPCv1Task
+from cpc_ext.training import run_data
 
 TINY = (
     *("--crop", "24", "--grid-size", "5", "--pred-steps", "2", "--pred-directions", "1", "--batch-size", "8"),
@@ -76,7 +77,7 @@ def tiny_dataset() -> Dataset:
 @pytest.fixture
 def train_fully(monkeypatch: pytest.MonkeyPatch, tiny_dataset: Dataset) -> Callable[..., int]:
     """The program with tiny options, in this process: train_fully(*more options) → exit status."""
-    monkeypatch.setattr(program, "load_dataset", lambda *arguments, **options: tiny_dataset)
+    monkeypatch.setattr(run_data, "load_dataset", lambda *arguments, **options: tiny_dataset)
 
     def run(*options: str | Path) -> int:
         return program.main([*TINY, *map(str, options)])

@@ -1,0 +1,1 @@
+"""Greedy InfoMax, and the supervised encoders that it is compared with."""

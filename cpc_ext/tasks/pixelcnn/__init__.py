@@ -1,0 +1,1 @@
+"""PixelCNNs, plain, gated and ++."""
