@@ -1,6 +1,6 @@
 """`python -m cpc_ext.convert`: checkpoints of other programs to runs, and back; see --help.
 
-The work is done in cpc_ext.training and cpc_ext.interop.
+The work is done in cpc_ext.programs and cpc_ext.interop.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""`python -m cpc_ext.embed RUN --data-dir D`: encodings of images; see --help. The work is in cpc_ext.training."""
+"""`python -m cpc_ext.embed RUN --data-dir D`: encodings of images; see --help. The work is in cpc_ext.programs."""
 
 import sys
 

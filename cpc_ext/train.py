@@ -1,4 +1,4 @@
-"""`python -m cpc_ext.train`: train an encoder; see --help. The work is done in cpc_ext.training."""
+"""`python -m cpc_ext.train`: train an encoder; see --help. The work is done in cpc_ext.programs."""
 
 import sys
 

@@ -36,7 +36,8 @@ class Room(NamedTuple):
     tests: tuple[str, ...]
 
 
-_OPTIONS = _named("tests/training", "test_every_option", "test_learner", "test_parts", "test_options")
+_OPTIONS = (*_named("tests/tasks", "test_every_option"), *_named("tests/training", "test_learner", "test_parts"))
+_TASKS = ("cpc_ext/tasks/*.py", "cpc_ext/tasks/*/*.py")
 ROOMS = {
     # What one step does, and how long and fast it is done.
     "steps": Room(
@@ -48,32 +49,34 @@ ROOMS = {
     ),
     # From options to models, batches and files.
     "training": Room(
-        _named(
-            _TRAINING,
-            *("config", "presets", "cli", "encoder_names", "encoders", "task", "loop", "learner", "schedule"),
-            *("weight_average", "precision", "meter", "random_streams"),
-            *("cpc_v1", "cpc_v2", "greedy", "simclr", "pixelcnn"),
+        (
+            *_named(_TRAINING, "config", "presets", "registry", "task", "loop", "parts", "learner", "schedule"),
+            *_named(_TRAINING, "weight_average", "precision", "meter", "random_streams"),
+            *_named("cpc_ext/programs", "train_options"),
+            *_TASKS,
         ),
-        (*_OPTIONS, *_named("tests/training", "test_steps", "test_encoder_names")),
+        (
+            *_OPTIONS,
+            *_named("tests/programs", "test_options"),
+            *_named("tests/training", "test_steps"),
+            *_named("tests/tasks", "test_encoder_names"),
+        ),
     ),
     "evaluation": Room(
-        _named(
-            _TRAINING,
-            *("evaluation", "evaluation_record", "finetuning", "probe", "knn", "label_subsets", "per_module"),
-        ),
-        _named(
-            "tests/training",
-            *("test_evaluator", "test_evaluation", "test_finetuning", "test_probe", "test_judges", "test_per_module"),
-            "test_every_program_option",
+        ("cpc_ext/evaluation/*.py", "cpc_ext/measures/*.py"),
+        (
+            *_named("tests/evaluation", "test_evaluator", "test_evaluation", "test_finetuning", "test_per_module"),
+            *_named("tests/measures", "test_probe", "test_judges"),
+            *_named("tests/programs", "test_every_program_option"),
         ),
     ),
     "judges": Room(
-        _named(_TRAINING, "probe", "knn", "label_subsets"),
-        _named("tests/training", "test_probe", "test_judges"),
+        _named("cpc_ext/measures", "probe", "knn", "label_subsets"),
+        _named("tests/measures", "test_probe", "test_judges"),
     ),
     "nn": Room(("cpc_ext/nn/*.py",), ("tests/nn",)),
     "ops": Room(("cpc_ext/ops/*.py",), ("tests/ops",)),
-    "models": Room(("cpc_ext/models/*.py",), ("tests/models",)),
+    "models": Room(("cpc_ext/models/*.py", "cpc_ext/models/*/*.py"), ("tests/models",)),
 }
 
 

@@ -1,17 +1,12 @@
-"""Datasets by name: the one place that knows which there are and where each comes from."""
+"""Data sets by name: from a name and the options of the command line to the images."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
-from cpc_ext.data.cifar import load_cifar10, load_cifar100
-from cpc_ext.data.dataset import Dataset
-from cpc_ext.data.folder import load_folder
-from cpc_ext.data.stl10 import load_stl10
-from cpc_ext.data.textures import load_textures
-
-_PUBLISHED = {"stl10": load_stl10, "cifar10": load_cifar10, "cifar100": load_cifar100}
-DATASETS = ("textures", *_PUBLISHED, "folder")
+from cpc_ext.data.images.dataset import Dataset
+from cpc_ext.data_sets import DATASETS, module_of, origin
 
 
 def load_dataset(
@@ -24,25 +19,29 @@ def load_dataset(
 ) -> Dataset:
     """Open a dataset by its name.
 
-    name: "textures" (generated, needs nothing), "stl10", "cifar10", "cifar100" (published binary files) or "folder".
+    name: one of DATASETS, such as "textures" (drawn, needs nothing), "stl10" (published files) or "folder".
     data_dir: for "folder" the tree of images; for the published ones the folder they lie or are to be put in
         (default: "datasets" in the cache folder).
     download: fetch a published dataset that is not there.
-    image_size: side in pixels of "textures" (default 96) and of "folder" (see load_folder); others have their own.
-    seed: of "textures".
+    image_size: side in pixels of those that are drawn (default 96) and of "folder" (see its module); others have their
+        own.
+    seed: of those that are drawn.
 
     Raises ValueError for an unknown name, an argument the dataset has no use for, or damaged files; FileNotFoundError
     where there are none; DownloadError, an OSError, where fetching fails.
     """
     if name not in DATASETS:
         raise ValueError(f"dataset: expected one of {', '.join(DATASETS)}, got {name!r}")
-    if name == "textures":
-        return load_textures(size=96 if image_size is None else image_size, seed=seed)
-    if name == "folder":
+    load, kind = import_module(module_of(name)).load, origin(name)
+    if kind.folder == "drawn":
+        drawn: Dataset = load(size=96 if image_size is None else image_size, seed=seed)
+        return drawn
+    if kind.folder == "folders":
         if data_dir is None:
-            raise ValueError("dataset 'folder': expected --data-dir with the folder of images, got none")
-        return load_folder(data_dir, image_size=image_size)
-    dataset = _PUBLISHED[name](data_dir, download=download)
+            raise ValueError(f"dataset {name!r}: expected --data-dir with the folder of images, got none")
+        found: Dataset = load(data_dir, image_size=image_size)
+        return found
+    dataset: Dataset = load(data_dir, download=download)
     side = dataset.image_shape[-1]
     if image_size not in (None, side):
         raise ValueError(f"image_size: the images of {name} have {side} pixels a side, got {image_size}")

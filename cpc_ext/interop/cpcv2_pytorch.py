@@ -28,7 +28,7 @@ from cpc_ext.interop.reading import Checkpoint
 from cpc_ext.interop.reference import Form, Program, Reference, Settings, put_weights
 from cpc_ext.interop.resnets import norm_of, resnet_arguments, wide_resnet_arguments
 from cpc_ext.models import CPC, GatedPixelCNNContext, MobileNetV2Encoder, PatchEncoder, ResNetV2Encoder
-from cpc_ext.models.wide_resnet import WideResNetEncoder
+from cpc_ext.models.encoders.wide_resnet import WideResNetEncoder
 from cpc_ext.nn import GridInfoNCE
 
 __all__ = ["CPCV2PyTorch"]

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpc_ext.models.stacked_encoder import StackedEncoder
+from cpc_ext.models.encoders.stacked_encoder import StackedEncoder
 from cpc_ext.nn.grid_info_nce import GridInfoNCE, GridInfoNCEOutput, turned_grids
 
 __all__ = [

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import tyro
 
-from cpc_ext.training.command_line import VersionOption, parse_command
+from cpc_ext.programs.command_line import Program
 from cpc_ext.training.config import DatasetName
-from cpc_ext.training.errors import TrainingError, exit_status
+from cpc_ext.training.errors import TrainingError
 
 __all__ = ["Command", "Source", "main"]
 
-_PROGRAM = "python -m cpc_ext.convert"
 _DESCRIPTION = (
     "Turn a checkpoint of another program into a run's folder, for python -m cpc_ext.evaluate, sample and train "
     "--resume-from (with --source and a new folder as --out); or write a run's model as a checkpoint that such a "
     "program loads (with --to and a file as --out). What a checkpoint is of, is recognised from names and shapes; no "
     "code from it is run."
 )
+
 Source = Literal["cpcv2-pytorch", "greedy-infomax", "lightning-bolts", "pixel-cnn-pp"]
 
 
@@ -67,29 +66,6 @@ class Command:
         Literal["layer", "instance"] | None,
         tyro.conf.arg(help="Which of the two an encoder has whose weights fit both. None: layer."),
     ] = None
-    version: VersionOption = False
-
-
-def main(arguments: Sequence[str] | None = None, *, prog: str = _PROGRAM) -> int:
-    """Run the program with these arguments (default: those of the process); returns the exit status.
-
-    0: done. 1: it could not be done, for a reason that was printed. 2 (raised as SystemExit): wrong options.
-    130: Ctrl-C.
-    """
-    command = parse_command(Command, arguments, prog=prog, description=_DESCRIPTION)
-    return exit_status(lambda: _run(command))
-
-
-def _run(command: Command) -> None:
-    _check(command)
-    from cpc_ext.interop import CheckpointError
-    from cpc_ext.training.converting import convert
-
-    try:
-        convert(command)
-    except (CheckpointError, ImportError) as error:
-        # An encoder of timm's needs timm.
-        raise TrainingError(str(error)) from None
 
 
 def _check(command: Command) -> None:
@@ -101,3 +77,12 @@ def _check(command: Command) -> None:
             f"give either --source, the program that the checkpoint is of ({', '.join(get_args(Source))}), or --to, "
             "the program that is to load a run's model"
         )
+
+
+main = Program(
+    name="convert",
+    description=_DESCRIPTION,
+    command=Command,
+    check=_check,
+    work="cpc_ext.programs.converting:convert",
+).main

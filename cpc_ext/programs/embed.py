@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from cpc_ext.training.command_line import VersionOption, parse_command
+from cpc_ext.data_sets import origin
+from cpc_ext.programs.command_line import Program
 from cpc_ext.training.config import DatasetName
-from cpc_ext.training.errors import TrainingError, exit_status
+from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.machine import default_device
 
 __all__ = ["Command", "main"]
 
-_PROGRAM = "python -m cpc_ext.embed"
 _DESCRIPTION = (
     "Write the encodings of images by the encoder of a run: float32, one row an image, in the order of the sorted file "
     "names. A .npy file holds the encodings, and NAME.names.json beside it the file names; a .safetensors file holds "
     'both, the encodings as "features" and the file names as JSON under "names" in its metadata.'
 )
+
 _SUFFIXES = (".npy", ".safetensors")
 
 
@@ -53,35 +53,13 @@ class Command:
             "images have one patch."
         ),
     ] = False
-    device: Annotated[str, tyro.conf.arg(help="Where to compute: cpu, cuda, cuda:1, mps.")] = "cpu"
+    device: Annotated[str, tyro.conf.arg(help="Where to compute: cpu, cuda, cuda:1, mps.")] = field(
+        default_factory=default_device
+    )
     out: Annotated[
         Path | None,
         tyro.conf.arg(help="File to write, .npy or .safetensors. None: features.npy in the run's folder."),
     ] = None
-    version: VersionOption = False
-
-
-def main(arguments: Sequence[str] | None = None, *, prog: str = _PROGRAM) -> int:
-    """Run the program with these arguments (default: those of the process); returns the exit status.
-
-    0: done. 1: it could not be done, for a reason that was printed. 2 (raised as SystemExit): wrong options.
-    130: Ctrl-C.
-    """
-    command = parse_command(
-        Command,
-        arguments,
-        prog=prog,
-        description=_DESCRIPTION,
-        default=Command(run=tyro.MISSING, device=default_device()),
-    )
-    return exit_status(lambda: _run(command))
-
-
-def _run(command: Command) -> None:
-    _check(command)
-    from cpc_ext.training.embedding import embed
-
-    embed(command)
 
 
 def _check(command: Command) -> None:
@@ -93,5 +71,14 @@ def _check(command: Command) -> None:
             raise TrainingError("--data-dir: name the folder of images")
         if command.image_size is not None and command.image_size < 1:
             raise TrainingError(f"--image-size: at least 1, got {command.image_size}")
-    elif command.image_size is not None and command.dataset != "textures":
+    elif command.image_size is not None and not origin(command.dataset).sized:
         raise TrainingError(f"--image-size: the images of {command.dataset} have a size of their own")
+
+
+main = Program(
+    name="embed",
+    description=_DESCRIPTION,
+    command=Command,
+    check=_check,
+    work="cpc_ext.programs.embedding:embed",
+).main

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from cpc_ext.training.command_line import VersionOption, parse_command
-from cpc_ext.training.errors import TrainingError, exit_status
+from cpc_ext.programs.command_line import Program
+from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.machine import default_device
 
 __all__ = ["Command", "main"]
 
-_PROGRAM = "python -m cpc_ext.sample"
 _DESCRIPTION = (
     "Draw images from a PixelCNN that python -m cpc_ext.train has trained, or complete the lower part of an image. "
     "Every value is drawn given all before it, at the cost of what it adds."
@@ -49,34 +47,12 @@ class Command:
     ] = None
     rows: Annotated[int | None, tyro.conf.arg(help="Rows of --complete to keep. None: the upper half.")] = None
     seed: Annotated[int, tyro.conf.arg(help="Determines the draws.")] = 0
-    device: Annotated[str, tyro.conf.arg(help="Where to compute: cpu, cuda, cuda:1, mps.")] = "cpu"
+    device: Annotated[str, tyro.conf.arg(help="Where to compute: cpu, cuda, cuda:1, mps.")] = field(
+        default_factory=default_device
+    )
     out: Annotated[
         Path | None, tyro.conf.arg(help="The PNG to write. None: sampled.png or completed.png in the run's folder.")
     ] = None
-    version: VersionOption = False
-
-
-def main(arguments: Sequence[str] | None = None, *, prog: str = _PROGRAM) -> int:
-    """Run the program with these arguments (default: those of the process); returns the exit status.
-
-    0: done. 1: it could not be done, for a reason that was printed. 2 (raised as SystemExit): wrong options.
-    130: Ctrl-C.
-    """
-    command = parse_command(
-        Command,
-        arguments,
-        prog=prog,
-        description=_DESCRIPTION,
-        default=Command(run=tyro.MISSING, device=default_device()),
-    )
-    return exit_status(lambda: _run(command))
-
-
-def _run(command: Command) -> None:
-    _check(command)
-    from cpc_ext.training.sampling import sample
-
-    sample(command)
 
 
 def _check(command: Command) -> None:
@@ -89,3 +65,12 @@ def _check(command: Command) -> None:
         raise TrainingError(f"--temperature: at least 0 and finite, got {command.temperature:g}")
     if command.rows is not None and command.complete is None:
         raise TrainingError("--rows needs --complete, the image whose rows are kept")
+
+
+main = Program(
+    name="sample",
+    description=_DESCRIPTION,
+    command=Command,
+    check=_check,
+    work="cpc_ext.programs.sampling:sample",
+).main

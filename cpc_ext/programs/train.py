@@ -1,23 +1,23 @@
-"""The program `python -m cpc_ext.train`: a model and its training. The options are those of cpc_ext.training.cli."""
+"""The program `python -m cpc_ext.train`: a model and its training."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-from cpc_ext.training.cli import PROGRAM, parse
-from cpc_ext.training.errors import TrainingError, speaker
+from cpc_ext.programs.command_line import exit_status
+from cpc_ext.programs.train_options import PROGRAM, parse
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = PROGRAM) -> int:
-    """As :func:`cpc_ext.training.program.main`, which is imported only once the options are found to be right."""
-    try:
-        command = parse(sys.argv[1:] if arguments is None else arguments, prog=prog)
-    except TrainingError as error:
-        print(f"{speaker()}error: {error}", file=sys.stderr)
-        return 1
-    from cpc_ext.training import program
+    """As :func:`cpc_ext.programs.training.main`, which is imported only once the options are found to be right."""
 
-    return program.main(command)
+    def train() -> int:
+        command = parse(sys.argv[1:] if arguments is None else arguments, prog=prog)
+        from cpc_ext.programs import training
+
+        return training.main(command)
+
+    return exit_status(train)

@@ -1,4 +1,4 @@
-"""Training runs: configuration, loop, checkpoints, logging and evaluation.
+"""Training runs: options, loop, checkpoints and logging.
 
 Names are imported when they are first asked for: the command lines need the options, but not what they are for.
 """
@@ -9,19 +9,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cpc_ext.programs.training import main
     from cpc_ext.training.config import RunConfig
     from cpc_ext.training.errors import TrainingError
     from cpc_ext.training.presets import preset
-    from cpc_ext.training.program import main
     from cpc_ext.training.task import Task
 
 __all__ = ["RunConfig", "Task", "TrainingError", "main", "preset"]
 
-_MODULES = {"RunConfig": "config", "Task": "task", "TrainingError": "errors", "main": "program", "preset": "presets"}
+_MODULES = {
+    "RunConfig": "cpc_ext.training.config",
+    "Task": "cpc_ext.training.task",
+    "TrainingError": "cpc_ext.training.errors",
+    # Of what is built on this package.
+    "main": "cpc_ext.programs.training",
+    "preset": "cpc_ext.training.presets",
+}
 
 
 def __getattr__(name: str) -> Any:
-    module = f"{__name__}.{_MODULES.get(name, name)}"
+    module = _MODULES.get(name, f"{__name__}.{name}")
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -5,10 +5,16 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from cpc_ext.data import ImageSet
-from cpc_ext.training.output_cache import fingerprint
+import numpy as np
+import torch
+from torch import Tensor
 
-__all__ = ["data_record", "differences"]
+from cpc_ext.data import ImageSet
+
+__all__ = ["data_record", "differences", "fingerprint"]
+
+# Images whose pixels count in a data set's fingerprint, evenly spread: all would take as long as a pass over them.
+_SAMPLED_IMAGES = 256
 
 
 def data_record(images: ImageSet) -> dict[str, Any]:
@@ -40,3 +46,14 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
                 said.append(f"other {name}")
     # All else follows from it.
     return said[:1] if "images" in now and then.get("images") != now["images"] else said
+
+
+def fingerprint(images: ImageSet, weights: dict[str, Tensor], **others: object) -> str:
+    """A digest of what outputs depend on: images (their number, shape, and a sample), weights, and whatever else."""
+    digest = hashlib.sha256(repr((images.images.shape, sorted(others.items()))).encode())
+    for index in np.linspace(0, max(len(images) - 1, 0), min(_SAMPLED_IMAGES, len(images)), dtype=np.int64):
+        digest.update(np.ascontiguousarray(images.images[index]).data)
+    for name, value in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

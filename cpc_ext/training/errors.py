@@ -6,13 +6,12 @@ Everything else that is raised is a bug and keeps its traceback.
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any
 
-__all__ = ["TrainingError", "exit_status", "speaker", "unfailing_output", "warn"]
+__all__ = ["TrainingError", "speaker", "unfailing_output", "warn"]
 
 
 class TrainingError(Exception):
@@ -55,21 +54,3 @@ class _Unfailing:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-
-def exit_status(
-    work: Callable[[], None],
-    *,
-    errors: tuple[type[Exception], ...] = (TrainingError,),
-    interrupted: str = "interrupted",
-) -> int:
-    """Run a program's work: 0 if it is done, 1 after printing one of these errors, 130 after Ctrl-C."""
-    try:
-        work()
-    except errors as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0

@@ -24,15 +24,15 @@ from cpc_ext.training.config import RunConfig
 from cpc_ext.training.data_record import data_record, differences
 from cpc_ext.training.distribution import Ranks
 from cpc_ext.training.errors import TrainingError, warn
-from cpc_ext.training.learner import Learner
 from cpc_ext.training.meter import FiniteGuard, Meter
-from cpc_ext.training.pipeline import PipelineLink, to_cpu
+from cpc_ext.training.parts import Parts
+from cpc_ext.training.pipeline import Pipeline
 from cpc_ext.training.random_streams import RandomStreams
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.run_log import RunLog
 from cpc_ext.training.schedule import learning_rate
 from cpc_ext.training.stop_request import StopRequest
-from cpc_ext.training.task import Fetcher, Handover, Task
+from cpc_ext.training.task import Fetcher, Task
 
 __all__ = ["Trainer"]
 
@@ -80,19 +80,12 @@ class Trainer:
             self._share_batch_norm()
         if config.compute.compile:
             task.compile()
-        self._parts = task.parts()
-        if ranks.pipeline and len(self._parts) != ranks.world_size:
-            raise TrainingError(
-                f"--pipeline needs a process for each of {len(self._parts)} modules: start it by torchrun "
-                f"--standalone --nproc-per-node {len(self._parts)}, not with {ranks.world_size}, or give --no-pipeline"
-            )
-        mine = [ranks.rank] if ranks.pipeline else range(len(self._parts))
-        self._learners = [Learner(index, self._parts[index], config, ranks) for index in mine]
-        self._parameters = [parameter for learner in self._learners for parameter in learner.parameters]
-        self._line = PipelineLink(ranks) if ranks.pipeline else None
+        self._parts = (Pipeline if ranks.pipeline else Parts)(task, config, ranks)
+        self._parameters = [parameter for learner in self._parts.learners for parameter in learner.parameters]
         self._guard = FiniteGuard(device)
         self._since_log = Meter(device)
         self._since_best = Meter(device)
+        self._meters = {"since_log": self._since_log, "since_best": self._since_best}
         self._best_loss = float("inf")
         self._saved_step: int | None = None
         self.step = 0
@@ -106,7 +99,7 @@ class Trainer:
     @property
     def checkpoint_bytes(self) -> int:
         """Size of a checkpoint: parameters and buffers, Adam's two moments of each parameter, the task's own state."""
-        trained = [parameter for part in self._parts for parameter in part.parameters()]
+        trained = [parameter for part in self._parts.modules for parameter in part.parameters()]
         tensors = [*trained, *trained, *self._task.model.state_dict().values()]
         tensors += [value for value in self._task.state_dict().values() if isinstance(value, Tensor)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -117,16 +110,11 @@ class Trainer:
             self._check_data(state)
             load_weights(self._task.model, state["model"])
             self._task.load_state_dict(state.get("task", {}))
-            for learner in self._learners:
-                learner.load_state_dict(
-                    {name: self._of_part(state[name], learner.index) for name in ("optimizer", "scaler")}
-                )
+            self._parts.load_state_dict(state, self._meters)
             self._streams.load_state_dict(state["streams"])
             if any(type(value) is not int for value in state["sampler"].values()):
                 raise TypeError(f"sampler: expected whole numbers, got {state['sampler']}")
             self._sampler.load_state_dict(state["sampler"])
-            self._since_log.load_state_dict(self._of_this_process(state["since_log"]))
-            self._since_best.load_state_dict(self._of_this_process(state["since_best"]))
             self._best_loss = state["best_loss"]
             self.seconds = state["seconds"]
             self.last_metrics = state["last_metrics"]
@@ -184,7 +172,7 @@ class Trainer:
             dynamic_ncols=True,
             disable=not self._ranks.main,
         ) as bar:
-            while self.step < self.total_steps and not self._stopping(stop.signal is not None):
+            while self.step < self.total_steps and not self._parts.any(stop.signal is not None):
                 self._update(next(batches), fetch)
                 bar.update()
                 if self.step % options.log_every == 0 or self.step == self.total_steps:
@@ -204,8 +192,7 @@ class Trainer:
             raise TrainingError(
                 f"step {self.step} of {self.total_steps} could not be saved ({error}): make room; {self.on_disk()}"
             )
-        if self._line is not None:
-            self._line.finish()
+        self._parts.finish()
 
     def on_disk(self) -> str:
         """What there is of the run, and how to go on with it."""
@@ -216,10 +203,6 @@ class Trainer:
             f"{self._run.checkpoint} holds step {self._saved_step}, from which "
             f"--resume --out-dir {self._run.path} goes on"
         )
-
-    def _stopping(self, asked: bool) -> bool:
-        """Whether all processes are to stop before the next step, as any of them was asked to."""
-        return self._ranks.any(asked) if self._line is None else self._line.any(asked)
 
     def _save_first(self, state: dict[str, Any]) -> None:
         try:
@@ -240,54 +223,19 @@ class Trainer:
             yield from self._sampler
 
     def _update(self, batch: np.ndarray, fetch: Fetcher) -> None:
-        """One step: an update of every part; nothing here waits for the device."""
+        """One step; nothing here waits for the device."""
         self.step += 1
-        labels = fetch.labels(batch)
-        first = self._learners[0].index == 0
-        handed = Handover(fetch(batch) if first or self._line is None else self._line.receive())
-        measured = {}
-        for learner in self._learners:
-            values, handed = learner.update(
-                self.step,
-                handed,
-                labels,
-                self._streams,
-                learning_rate=self._learning_rate(self.step),
-                guard=self._guard,
-            )
-            measured |= {self._named(name, learner.index): value for name, value in values.items()}
+        measured = self._parts.update(
+            self.step,
+            batch,
+            fetch,
+            self._streams,
+            learning_rate=self._learning_rate(self.step),
+            guard=self._guard,
+        )
         self._task.updated()
-        if self._line is not None:
-            self._line.send(handed.features)
         self._since_log.add(measured)
-        losses = [self._named("loss", learner.index) for learner in self._learners]
-        self._since_best.add({name: measured[name] for name in losses})
-
-    def _named(self, name: str, part: int) -> str:
-        """What a part's value is called where there are several parts."""
-        return name if len(self._parts) == 1 else f"{name}_module_{part}"
-
-    def _means(self, meter: Meter) -> dict[str, float]:
-        """A meter's means of all parts, and where there are several also over them, which come first."""
-        means = meter.means()
-        if self._line is not None:
-            means = {name: value for found in self._ranks.gather(means) for name, value in found.items()}
-        if len(self._parts) == 1:
-            return means
-        names = [name.removesuffix("_module_0") for name in means if name.endswith("_module_0")]
-        count = len(self._parts)
-        over_parts = {name: sum(means[self._named(name, part)] for part in range(count)) / count for name in names}
-        return over_parts | means
-
-    def _of_this_process(self, meter: dict[str, Any]) -> dict[str, Any]:
-        """A meter's state with the values that this process measures: in a pipeline those of its part."""
-        if self._line is None:
-            return meter
-        mine = self._named("", self._ranks.rank)
-        return {**meter, "sums": {name: value for name, value in meter["sums"].items() if name.endswith(mine)}}
-
-    def _of_part(self, states: Any, part: int) -> Any:
-        return states if len(self._parts) == 1 else states[part]
+        self._since_best.add({name: measured[name] for name in self._parts.losses})
 
     def _learning_rate(self, step: int) -> float:
         options = self._config.optimization
@@ -301,7 +249,7 @@ class Trainer:
         )
 
     def _log(self, log: RunLog | None, bar: tqdm[NoReturn]) -> None:
-        means = self._means(self._since_log)
+        means = self._parts.means(self._since_log)
         self._since_log.reset()
         self._check_finite(parameters=False)
         self._stop_clock()
@@ -347,7 +295,7 @@ class Trainer:
         self._check_finite(parameters=True)
         before = self._best_loss
         if complete_interval:
-            self._best_loss = min(before, self._means(self._since_best).get("loss", float("inf")))
+            self._best_loss = min(before, self._parts.means(self._since_best).get("loss", float("inf")))
             self._since_best.reset()
         state = self._state()
         error = self._ranks.on_main(lambda: self._write(log, state, best=self._best_loss < before))
@@ -409,42 +357,21 @@ class Trainer:
 
     def _state(self) -> dict[str, Any]:
         """All that a checkpoint holds; complete in the main process. All processes call it."""
-        learners = [learner.state_dict() for learner in self._learners]
-        meters = {"since_log": self._since_log.state_dict(), "since_best": self._since_best.state_dict()}
-        if self._line is not None:
-            learners, meters = self._collect(learners[0], meters)
-        single = len(self._parts) == 1
+        learned = self._parts.state_dict(self._meters)  # In a pipeline it brings the weights of all parts.
         return {
             "step": self.step,
             "config": self._config.model_dump(mode="json"),
             "description": self._task.description(),
             "model": self._task.model.state_dict(),
             "task": self._task.state_dict(),
-            **{
-                name: learners[0][name] if single else [learner[name] for learner in learners]
-                for name in ("optimizer", "scaler")
-            },
+            **learned,
             "streams": self._streams.state_dict(),
             "sampler": self._sampler.state_dict(),
             "data": self._data,
-            **meters,
             "best_loss": self._best_loss,
             "last_metrics": self.last_metrics,
             "seconds": self.seconds,
         }
-
-    def _collect(self, learner: dict[str, Any], meters: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """In the main process of a pipeline: all parts' learners and meters, their weights going into its own model."""
-        part = self._parts[self._ranks.rank].state_dict()
-        found = self._ranks.gather_on_main(to_cpu((part, learner, meters)))
-        if found is None:
-            return [learner], meters
-        for module, (weights, _, _) in zip(self._parts[1:], found[1:], strict=True):
-            module.load_state_dict(weights)
-        for name, meter in meters.items():
-            for _, _, others in found:
-                meter["sums"] |= others[name]["sums"]
-        return [learner for _, learner, _ in found], meters
 
     def _start_clock(self) -> None:
         self._started = time.perf_counter()

@@ -7,15 +7,21 @@ between the first process and the last, and they only wait for each other where 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cpc_ext.training.config import RunConfig
 from cpc_ext.training.distribution import Ranks
+from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.parts import Parts
+from cpc_ext.training.task import Fetcher, Handover, Task
 
-__all__ = ["PipelineLink", "to_cpu"]
+__all__ = ["Pipeline"]
 
 # Features of so many steps may be on their way to the next process, for as much memory.
 _UNDER_WAY = 2
@@ -23,7 +29,61 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HEADER = 2 + 4
 
 
-class PipelineLink:
+class Pipeline(Parts):
+    """The parts of a task, each trained by a process of its own on whole batches; this one has one of them.
+
+    Raises:
+        TrainingError: another number of processes than of parts.
+    """
+
+    def __init__(self, task: Task, config: RunConfig, ranks: Ranks) -> None:
+        super().__init__(task, config, ranks)
+        self._link = _Link(ranks)
+
+    def any(self, flag: bool) -> bool:
+        return self._link.any(flag)
+
+    def finish(self) -> None:
+        self._link.finish()
+
+    def _mine(self) -> Sequence[int]:
+        count = len(self.modules)
+        if count != self._ranks.world_size:
+            raise TrainingError(
+                f"--pipeline needs a process for each of {count} modules: start it by torchrun --standalone "
+                f"--nproc-per-node {count}, not with {self._ranks.world_size}, or give --no-pipeline"
+            )
+        return [self._ranks.rank]
+
+    def _take(self, batch: np.ndarray, fetch: Fetcher) -> Handover:
+        return super()._take(batch, fetch) if self._ranks.rank == 0 else Handover(self._link.receive())
+
+    def _give(self, handed: Handover) -> None:
+        self._link.send(handed.features)
+
+    def _gathered(self, means: dict[str, float]) -> dict[str, float]:
+        return {name: value for found in self._ranks.gather(means) for name, value in found.items()}
+
+    def _collected(
+        self, learners: list[dict[str, Any]], meters: dict[str, dict[str, Any]]
+    ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+        (learner,) = learners
+        found = self._ranks.gather_on_main(_to_cpu((self.modules[self._ranks.rank].state_dict(), learner, meters)))
+        if found is None:
+            return learners, meters
+        for module, (weights, _, _) in zip(self.modules[1:], found[1:], strict=True):
+            module.load_state_dict(weights)
+        for name, meter in meters.items():
+            for _, _, others in found:
+                meter["sums"] |= others[name]["sums"]
+        return [learner for _, learner, _ in found], meters
+
+    def _measured_here(self, meter: dict[str, Any]) -> dict[str, Any]:
+        mine = self._named("", self._ranks.rank)
+        return {**meter, "sums": {name: value for name, value in meter["sums"].items() if name.endswith(mine)}}
+
+
+class _Link:
     """A process's connections to the one before it and the one after it."""
 
     def __init__(self, ranks: Ranks) -> None:
@@ -81,14 +141,14 @@ class PipelineLink:
         self._flags.clear()
 
 
-def to_cpu(tree: Any) -> Any:
+def _to_cpu(tree: Any) -> Any:
     """Dicts, lists and tuples with all tensors in them on the CPU."""
     if isinstance(tree, Tensor):
         return tree.cpu()
     if isinstance(tree, dict):
-        return {name: to_cpu(value) for name, value in tree.items()}
+        return {name: _to_cpu(value) for name, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(to_cpu(value) for value in tree)
+        return type(tree)(_to_cpu(value) for value in tree)
     return tree
 
 

@@ -15,10 +15,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from cpc_ext import figures
 from cpc_ext.data import AugmentationPlan, PatchAugmentation, make_textures
 from cpc_ext.data.spread import spread
 from cpc_ext.ops import Transform, augment_patches
-from cpc_ext.training import figures
 
 # Rows of whole draws, and patches in each.
 DRAWS, COLUMNS = 3, 7

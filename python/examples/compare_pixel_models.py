@@ -22,14 +22,15 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from cpc_ext.models import GatedPixelCNN, PixelCNN, PixelCNNPP
+from cpc_ext.training import preset
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.config import load_config
 from cpc_ext.training.errors import TrainingError
-from cpc_ext.training.pixelcnn import PIXEL_MODELS, build_pixel_model
-from cpc_ext.training.presets import preset
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.run_log import read_metrics
 
+MODELS = {"pixelcnn": PixelCNN, "gated-pixelcnn": GatedPixelCNN, "pixelcnn++": PixelCNNPP}
 # Colour-blind safe.
 COLORS = {"pixelcnn": "#0072b2", "gated-pixelcnn": "#d55e00", "pixelcnn++": "#009e73"}
 # Looks at held-out images in a run of a given number of steps.
@@ -50,7 +51,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, metavar="D", help="a folder of images; default: generated textures")
     parser.add_argument("--image-size", type=int, metavar="N", help="side of the images (default: the preset's)")
     parser.add_argument(
-        "--models", nargs="+", choices=list(PIXEL_MODELS), default=list(PIXEL_MODELS), help="which (default: all three)"
+        "--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="which (default: all three)"
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, metavar="N", help="parameter updates of each model (default 600)")
@@ -89,8 +90,7 @@ def width_for(model: str, layers: int, parameters: int) -> tuple[int, int]:
             arguments["hidden_channels"] = arguments.pop("channels")
         if model == "pixelcnn++":
             arguments["blocks"] = arguments.pop("layers")
-        description = {"model": PIXEL_MODELS[model], "arguments": arguments}
-        return sum(parameter.numel() for parameter in build_pixel_model(description).parameters())
+        return sum(parameter.numel() for parameter in MODELS[model](**arguments).parameters())
 
     low, high = step, step
     while count(high) < parameters:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from cpc_ext.data import DownloadError, cifar, stl10
+from cpc_ext.data import DownloadError
 from cpc_ext.data.download import Archive, download_archive, require_folder
+from cpc_ext.data.images.published import cifar10, cifar100, stl10
 
 CONTENT = bytes(range(256)) * 4000
 
@@ -391,7 +392,7 @@ def test_members_that_are_no_files_are_refused(site, tmp_path, kind):
 def test_published_archives_hold_their_files():
     """Bytes of the files that the loaders open, by the formats' own arithmetic."""
     assert stl10.ARCHIVE.unpacked == 113_000 * 96 * 96 * 3
-    assert cifar.CIFAR10.unpacked == cifar.CIFAR100.unpacked == 60_000 * 32 * 32 * 3
-    for archive in (stl10.ARCHIVE, cifar.CIFAR10, cifar.CIFAR100):
+    assert cifar10.ARCHIVE.unpacked == cifar100.ARCHIVE.unpacked == 60_000 * 32 * 32 * 3
+    for archive in (stl10.ARCHIVE, cifar10.ARCHIVE, cifar100.ARCHIVE):
         assert re.fullmatch("[0-9a-f]{64}", archive.sha256)
         assert archive.size < archive.unpacked

@@ -13,8 +13,10 @@ import pytest
 from PIL import Image
 
 from cpc_ext.data import Dataset, make_textures
-from cpc_ext.training import pixelcnn, program
-from cpc_ext.training.pixelcnn import PixelCNNTask
+from cpc_ext.programs import training as program
+from cpc_ext.tasks import pixel_task
+from cpc_ext.tasks.pixel_task import PixelTask
+from cpc_ext.training import run_data
 
 MODELS = ["pixelcnn", "gated-pixelcnn", "pixelcnn++"]
 
@@ -46,8 +48,8 @@ def started(monkeypatch):
             monkeypatch.setattr(program.Trainer, "_observe", lambda trainer, log: os.kill(os.getpid(), signal.SIGINT))
         return program.main(arguments)
 
-    monkeypatch.setattr(program, "load_dataset", lambda *arguments, **options: images)
-    monkeypatch.setattr(pixelcnn, "_SAMPLES", 1)
+    monkeypatch.setattr(run_data, "load_dataset", lambda *arguments, **options: images)
+    monkeypatch.setattr(pixel_task, "_SAMPLES", 1)
     monkeypatch.setattr(comparison, "run_program", run_program)
     return starts
 
@@ -97,7 +99,7 @@ def test_comparison(started, tmp_path, capsys):
 
 
 def test_stopped_comparison_goes_on(started, tmp_path, capsys, monkeypatch):
-    original, steps = PixelCNNTask.losses, []
+    original, steps = PixelTask.losses, []
 
     def losses(self, *arguments):
         steps.append(1)
@@ -105,7 +107,7 @@ def test_stopped_comparison_goes_on(started, tmp_path, capsys, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, *arguments)
 
-    monkeypatch.setattr(PixelCNNTask, "losses", losses)
+    monkeypatch.setattr(PixelTask, "losses", losses)
     assert compare(tmp_path) == 130
     assert "the same command goes on with it" in capsys.readouterr().err
     document = json.loads((tmp_path / "comparison.json").read_text())
@@ -119,7 +121,7 @@ def test_stopped_comparison_goes_on(started, tmp_path, capsys, monkeypatch):
 
 def test_a_time_instead_of_steps(started, tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "trained_seconds", lambda run: 0.0 if not run.metrics.is_file() else 61.0)
-    monkeypatch.setattr(PixelCNNTask, "observe", lambda task, step, run: {})
+    monkeypatch.setattr(PixelTask, "observe", lambda task, step, run: {})
     monkeypatch.setattr(comparison, "ENDLESS", 1000)
     monkeypatch.setattr(comparison, "LOOK_EVERY", 2)
     assert compare(tmp_path, length=("--minutes", "1")) == 0

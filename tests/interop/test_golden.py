@@ -7,7 +7,7 @@ import torch
 
 from cpc_ext.interop import CheckpointError, export_reference, load_reference, read_reference
 from cpc_ext.models import CPC, GatedPixelCNNContext, GreedyInfoMax, PixelCNNPP, ResidualContext, ResNetV2Encoder
-from cpc_ext.models.wide_resnet import WideResNetEncoder
+from cpc_ext.models.encoders.wide_resnet import WideResNetEncoder
 from cpc_ext.nn import GridInfoNCE
 
 EXACT = {"atol": 1e-10, "rtol": 0}

@@ -19,7 +19,7 @@ from cpc_ext.models import (
     ResNetV2Encoder,
 )
 from cpc_ext.nn import TargetInfoNCE
-from cpc_ext.training import converting
+from cpc_ext.programs import convert
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.config import load_config
 
@@ -69,15 +69,15 @@ def test_a_norm_that_nothing_tells_is_refused(problem, named, name, tmp_path, ca
         with pytest.raises(ValueError, match=message):
             load_reference(source, "cpcv2-pytorch")
     arguments = [str(named(name, "encoder.pt")), "--source", "cpcv2-pytorch", "--out", str(tmp_path / "run")]
-    assert converting.main(arguments) == 1
+    assert convert.main(arguments) == 1
     assert "--norm" in capsys.readouterr().err
-    assert converting.main([*arguments, "--norm", "instance"]) == 0
+    assert convert.main([*arguments, "--norm", "instance"]) == 0
     assert load_config(tmp_path / "run" / "config.yaml").cpc.norm == "instance"
 
 
 def test_convert_reads_the_name(named, tmp_path, capsys):
     path = named("cpcv2_pytorch.resnet_layer", ENCODER.format("instance"))
-    assert converting.main([str(path), "--source", "cpcv2-pytorch", "--out", str(tmp_path / "run")]) == 0
+    assert convert.main([str(path), "--source", "cpcv2-pytorch", "--out", str(tmp_path / "run")]) == 0
     assert "assumed" not in capsys.readouterr().out
     config = load_config(tmp_path / "run" / "config.yaml")
     assert (config.data.dataset, config.cpc.norm) == ("cifar100", "instance")
@@ -247,13 +247,13 @@ def test_the_own_encoder_becomes_a_run_and_comes_back(bolts, tmp_path):
     torch.save({"state_dict": bolts(16), "hyper_parameters": {"patch_size": 16}}, tmp_path / "bolts.ckpt")
     run = tmp_path / "run"
     arguments = [str(tmp_path / "bolts.ckpt"), "--source", "lightning-bolts", "--out", str(run)]
-    assert converting.main(arguments) == 0
+    assert convert.main(arguments) == 0
     config = load_config(run / "config.yaml")
     assert config.cpc.encoder == ("ln-resnet101:blocks=1-2-2-1,channels=4-4-6-4,expansions=4-4-8-2,stem_channels=4")
     assert (config.view.crop, config.view.patch, config.data.dataset) == (64, 16, "stl10")
     saved = load_checkpoint(run / "checkpoint.pt")["model"]
     assert torch.equal(saved["encoder.layers.2.1.ln3.weight"], bolts(16)["encoder.layer3.1.ln3.weight"])
-    assert converting.main([str(run), "--to", "lightning-bolts", "--out", str(tmp_path / "back.pt")]) == 0
+    assert convert.main([str(run), "--to", "lightning-bolts", "--out", str(tmp_path / "back.pt")]) == 0
     back = torch.load(tmp_path / "back.pt", weights_only=True)
     assert back.keys() == bolts(16).keys()
     assert all(torch.equal(back[name], value) for name, value in bolts(16).items())

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import grad
 
+from cpc_ext.measures.knn import knn_scores
 from cpc_ext.nn import NTXentLoss
 from cpc_ext.nn.unit_length import unit_length
-from cpc_ext.training.knn import knn_scores
 
 LENGTHS = (1e-30, 1e-20, 1e-6, 1.0, 1e6, 1e20, 1e30)
 

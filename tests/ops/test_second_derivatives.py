@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cpc_ext import nn as cpc_nn
 from cpc_ext.models import GatedPixelCNN
-from cpc_ext.models import pixel_sampler as pixel_sampler_module
+from cpc_ext.models.pixels import pixel_sampler as pixel_sampler_module
 from cpc_ext.nn import masked_conv2d as layer_module
 from cpc_ext.nn import unit_length as unit_length_module
 from cpc_ext.nn.across_ranks import ring_info_nce

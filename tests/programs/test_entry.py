@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
@@ -16,11 +15,10 @@ import pytest
 import cpc_ext
 from cpc_ext._threads import SPIN_COUNT
 from cpc_ext.programs.entry import PROGRAMS
-from cpc_ext.training.presets import PRESETS
+from cpc_ext.training.registry import MODELS
 
 ROOT = Path(cpc_ext.__file__).parents[1]
 OF_RUNS = [name for name in PROGRAMS if name != "info"]
-MODELS = list(dict.fromkeys(model for model, _ in PRESETS))
 
 # Runs the program for every list of arguments that it is given, and tells what came out of each.
 CALLS = """
@@ -138,19 +136,6 @@ def test_info_is_what_the_module_prints_alone():
     assert info.stdout == python("-m", "cpc_ext").stdout
 
 
-def test_the_same_work_by_every_path():
-    for name, path in {
-        "train": "cpc_ext.training.cli.parse",
-        "evaluate": "cpc_ext.training.evaluation.main",
-        "sample": "cpc_ext.training.sampling.main",
-        "embed": "cpc_ext.training.embedding.main",
-        "convert": "cpc_ext.training.converting.main",
-    }.items():
-        module, _, attribute = path.rpartition(".")
-        found = getattr(importlib.import_module(module), attribute)
-        assert getattr(importlib.import_module(f"cpc_ext.programs.{name}"), attribute) is found
-
-
 def test_sources_of_checkpoints_are_those_there_are():
     from cpc_ext.interop import SOURCES
     from cpc_ext.programs.convert import Source
@@ -170,7 +155,7 @@ for name in parts:
     assert getattr(cpc_ext, name) is sys.modules["cpc_ext." + name], name
 for name in cpc_ext.training.__all__:
     assert name in dir(cpc_ext.training) and callable(getattr(cpc_ext.training, name)), name
-assert cpc_ext.training.main is cpc_ext.training.program.main
+assert cpc_ext.training.main is cpc_ext.programs.training.main
 assert cpc_ext.build_info()["version"] == cpc_ext.__version__
 for module in (cpc_ext, cpc_ext.training):
     try:

@@ -12,10 +12,13 @@ import pytest
 import torch
 
 from cpc_ext.data import Dataset, make_textures
-from cpc_ext.training import probe, program
+from cpc_ext.measures import probe
+from cpc_ext.programs import training as program
+from cpc_ext.tasks.cpc_v1.task import CPCv1Task
+from cpc_ext.training import run_data
 from cpc_ext.training.checkpoint import save_checkpoint
 from cpc_ext.training.config import RunConfig
-from cpc_ext.training.cpc_v1 import CPCv1Task
+from cpc_ext.training.registry import task_class
 
 TINY = (
     *("--crop", "24", "--grid-size", "5", "--pred-steps", "2", "--pred-directions", "1", "--batch-size", "8"),
@@ -78,7 +81,7 @@ def tiny_dataset() -> Dataset:
 def new_run(folder: Path, config: RunConfig, dataset: Dataset) -> Path:
     """The folder, with a run in it that has taken no step; its weights are the initial ones of another seed."""
     other = config.model_copy(update={"compute": config.compute.model_copy(update={"seed": config.compute.seed + 1})})
-    task = program.TASKS[config.model](other, dataset, torch.device("cpu"))
+    task = task_class(config.model)(other, dataset, torch.device("cpu"))
     folder.mkdir()
     (folder / "config.yaml").write_text(config.to_yaml())
     state = {"step": 0, "description": task.description(), "model": task.model.state_dict()}
@@ -96,7 +99,7 @@ def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def train_fully(monkeypatch: pytest.MonkeyPatch, tiny_dataset: Dataset) -> Callable[..., int]:
     """The program with tiny options, in this process: train_fully(*more options) → exit status."""
-    monkeypatch.setattr(program, "load_dataset", lambda *arguments, **options: tiny_dataset)
+    monkeypatch.setattr(run_data, "load_dataset", lambda *arguments, **options: tiny_dataset)
 
     def run(*options: str | Path) -> int:
         return program.main([*TINY, *map(str, options)])

@@ -17,10 +17,12 @@ from dataclasses import replace
 import torch
 
 from cpc_ext.data import Dataset, make_textures
-from cpc_ext.training import converting, program
-from cpc_ext.training.cpc_v1 import CPCv1Task
+from cpc_ext.programs import convert
+from cpc_ext.programs import training as program
+from cpc_ext.tasks.cpc_v1.task import CPCv1Task
+from cpc_ext.training import run_data
 
-PROGRAMS: dict[str, Callable[[Sequence[str]], int]] = {"train": program.main, "convert": converting.main}
+PROGRAMS: dict[str, Callable[[Sequence[str]], int]] = {"train": program.main, "convert": convert.main}
 EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.truncate"}
 
 
@@ -55,7 +57,7 @@ def main() -> None:
     dataset = Dataset(
         "textures", images, images, replace(images), tuple(map(str, range(10))), (0.5,) * 3, (0.2,) * 3, 0.5, 0.2
     )
-    program.load_dataset = lambda *arguments, **options: dataset
+    run_data.load_dataset = lambda *arguments, **options: dataset
     CPCv1Task.evaluate = lambda task: {}
     CPCv1Task.save = lambda task, run: None
     for line in sys.stdin:

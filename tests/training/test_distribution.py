@@ -16,10 +16,10 @@ from PIL import Image
 
 from cpc_ext.nn import InfoNCELoss
 from cpc_ext.nn.across_ranks import gather_from_ranks, ring_info_nce
-from cpc_ext.training import program
+from cpc_ext.programs import training as program
+from cpc_ext.programs.train_options import parse
+from cpc_ext.tasks.cpc_v1.task import CPCv1Task
 from cpc_ext.training.checkpoint import load_checkpoint
-from cpc_ext.training.cli import parse
-from cpc_ext.training.cpc_v1 import CPCv1Task
 from cpc_ext.training.distribution import Ranks, joined_ranks
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.loop import Trainer

@@ -19,9 +19,11 @@ import numpy as np
 import pytest
 import torch
 
-from cpc_ext.training import converting, distribution, evaluation, loop, program
+from cpc_ext.programs import convert, evaluate
+from cpc_ext.programs import training as program
+from cpc_ext.tasks.cpc_v1.task import CPCv1Task
+from cpc_ext.training import distribution, loop, run_data
 from cpc_ext.training.checkpoint import load_checkpoint, save_checkpoint
-from cpc_ext.training.cpc_v1 import CPCv1Task
 from cpc_ext.training.distribution import Ranks
 from tests.training.conftest import TINY
 from tests.training.test_resume import assert_equal_trees
@@ -281,7 +283,7 @@ def test_signal_while_evaluating(train_fully, monkeypatch, tmp_path, capsys, num
 
 
 def test_signal_while_the_data_is_read(train, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(program, "load_dataset", lambda *a, **o: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(run_data, "load_dataset", lambda *a, **o: os.kill(os.getpid(), signal.SIGTERM))
     assert train("--out-dir", tmp_path / "run") == 143
     assert "ended by SIGTERM" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -317,7 +319,7 @@ def test_siblings_are_those_of_the_same_torchrun(monkeypatch):
 def trained_once(tmp_path_factory, tiny_dataset):
     run = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program, "load_dataset", lambda *arguments, **options: tiny_dataset)
+        patch.setattr(run_data, "load_dataset", lambda *arguments, **options: tiny_dataset)
         patch.setattr(CPCv1Task, "evaluate", lambda task: {})
         patch.setattr(CPCv1Task, "save", lambda task, run: None)
         assert program.main([*TINY, "--out-dir", str(run), "--steps", "4"]) == 0
@@ -332,7 +334,7 @@ def trained(trained_once, tmp_path):
 
 def with_images(monkeypatch, dataset, **changes):
     changed = replace(dataset, pretrain=replace(dataset.pretrain, **changes))
-    monkeypatch.setattr(program, "load_dataset", lambda *arguments, **options: changed)
+    monkeypatch.setattr(run_data, "load_dataset", lambda *arguments, **options: changed)
 
 
 @pytest.mark.parametrize("recorded", [True, False])
@@ -467,9 +469,9 @@ def test_other_uses_of_a_wrong_checkpoint(trained, train, tmp_path, capsys, name
     if name != "description list":
         assert train("--resume-from", trained, "--out-dir", tmp_path / "new", "--steps", "1") == 1
         assert_told(capsys, trained)
-    assert evaluation.main([str(trained), "--device", "cpu"]) == 1
+    assert evaluate.main([str(trained), "--device", "cpu"]) == 1
     assert_told(capsys, trained)
-    assert converting.main([str(trained), "--to", "cpcv2-pytorch", "--out", str(tmp_path / "out.pt")]) == 1
+    assert convert.main([str(trained), "--to", "cpcv2-pytorch", "--out", str(tmp_path / "out.pt")]) == 1
     assert_told(capsys, trained)
 
 

@@ -13,13 +13,14 @@ import torch
 from safetensors import safe_open
 
 import cpc_ext.models
+from cpc_ext import figures
 from cpc_ext.data import ImageSet, SimCLRView
 from cpc_ext.data.spread import spread
-from cpc_ext.training import figures, program
-from cpc_ext.training.cpc_v1 import CPCv1Task
+from cpc_ext.tasks.cpc_v1.task import CPCv1Task
+from cpc_ext.tasks.simclr.task import SimCLRTask
+from cpc_ext.training import run_data
 from cpc_ext.training.presets import preset
 from cpc_ext.training.run_dir import RunDir
-from cpc_ext.training.simclr import SimCLRTask
 
 
 @pytest.mark.parametrize(("count", "total"), [(4, 40), (6, 500), (500, 500), (7, 3), (5, 0), (200, 8000)])
@@ -54,7 +55,7 @@ def classes_of(images):
 
 
 def test_figures_show_all_classes(train_fully, by_class, monkeypatch, tmp_path):
-    monkeypatch.setattr(program, "load_dataset", lambda *arguments, **options: by_class)
+    monkeypatch.setattr(run_data, "load_dataset", lambda *arguments, **options: by_class)
     monkeypatch.setattr(CPCv1Task, "evaluate", lambda task: {})
     shown = {}
     for name in ("model_inputs", "nearest_patches"):
@@ -122,7 +123,7 @@ def test_equal_runs_leave_equal_files(train_fully, tmp_path, monkeypatch):
 
 def test_peak_memory_is_not_that_of_the_process_that_started_it():
     child = (
-        "import torch; from cpc_ext.training.program import _peak_memory_bytes as peak; "
+        "import torch; from cpc_ext.programs.training import _peak_memory_bytes as peak; "
         "before = peak(torch.device('cpu')); held = torch.ones(64 << 18); "
         "print(before, peak(torch.device('cpu')))"
     )

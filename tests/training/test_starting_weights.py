@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cpc_ext.training import program
+from cpc_ext.programs import training as program
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.config import load_config
 

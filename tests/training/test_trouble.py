@@ -7,8 +7,8 @@ import resource
 import pytest
 import torch
 
+from cpc_ext.tasks.cpc_v1.task import CPCv1Task
 from cpc_ext.training.checkpoint import load_checkpoint
-from cpc_ext.training.cpc_v1 import CPCv1Task
 from cpc_ext.training.run_log import read_metrics
 
 

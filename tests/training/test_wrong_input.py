@@ -10,14 +10,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cpc_ext.data.stl10 import _folds
+from cpc_ext.data.images.published.stl10 import _folds
+from cpc_ext.data_sets import DATASETS
+from cpc_ext.evaluation.encodings_cache import cached_encodings
 from cpc_ext.interop import CheckpointError, load_reference
-from cpc_ext.training import sampling
-from cpc_ext.training.cli import parse
+from cpc_ext.programs import sample
+from cpc_ext.programs.train_options import parse
 from cpc_ext.training.config import load_config
-from cpc_ext.training.encodings_cache import cached_encodings
 from cpc_ext.training.errors import TrainingError
-from cpc_ext.training.presets import PRESETS, preset
+from cpc_ext.training.presets import preset
+from cpc_ext.training.registry import MODELS
 
 # ---- config.yaml ----
 
@@ -74,9 +76,10 @@ def test_a_folder_and_no_file(tmp_path):
             load_config(path)
 
 
-@pytest.mark.parametrize("names", PRESETS)
-def test_what_a_run_writes_is_read(tmp_path, names):
-    config = preset(*names, device="cpu")
+@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("model", MODELS)
+def test_what_a_run_writes_is_read(tmp_path, model, dataset):
+    config = preset(model, dataset, device="cpu")
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     assert load_config(tmp_path / "config.yaml") == config
 
@@ -142,7 +145,7 @@ def test_files_of_tensors(tmp_path, capsys, content):
     run.mkdir()
     (run / "config.yaml").write_text(preset("pixelcnn", "textures", device="cpu").to_yaml())
     (run / "model.safetensors").write_bytes(content)
-    assert sampling.main([str(run), "--device", "cpu"]) == 1
+    assert sample.main([str(run), "--device", "cpu"]) == 1
     assert "model.safetensors" in capsys.readouterr().err
     with pytest.raises(CheckpointError):
         load_reference(run / "model.safetensors", "cpcv2-pytorch")
@@ -177,5 +180,5 @@ def test_fold_files(tmp_path, content):
 
 @pytest.mark.parametrize("option", [("--seed", str(2**70)), ("--seed", "-1"), ("--temperature", "nan"), ("--n", "0")])
 def test_numbers_of_sample(tmp_path, capsys, option):
-    assert sampling.main([str(tmp_path), "--device", "cpu", *option]) == 1
+    assert sample.main([str(tmp_path), "--device", "cpu", *option]) == 1
     assert f"error: {option[0]}: " in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""Data sets of images, and the views of them that a model trains on."""

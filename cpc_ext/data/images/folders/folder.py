@@ -1,0 +1,131 @@
+"""Any tree of image files as a dataset, decoded once into a memory-mapped cache.
+
+A sub-folder is a class, folders called train and test or validation are splits (see image_tree). The cache is found by
+what tells that a file changed, so a changed tree is decoded anew (see decode_cache).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from cpc_ext.data.images.dataset import Dataset, ImageSet
+from cpc_ext.data.images.decode_cache import decoded_images
+from cpc_ext.data.images.image_tree import ImageFile, ImageTree, read_tree
+from cpc_ext.data.notice import some, tell
+
+HELD_OUT = 0.1
+
+
+def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
+    """Open a tree of images.
+
+    A training and a test folder beside each other, in any case and the usual spellings (train, training, trn; test,
+    testing, tst; val, valid, validation, eval, dev; also train_set, testB, val2017), are the splits, at the top, below
+    folders that hold nothing else, or within each class; a test folder comes before a validation folder. Without
+    either, every tenth image of each class is held out for testing, drawn the same way on every run, so that runs with
+    different seeds compare. Labels exist where every image lies in one of at least two class folders; otherwise
+    `train` is None and the test images have no labels.
+
+    image_size: side in pixels; the shorter side is resized to it and the middle square kept. Default: the images' own
+    size where it is the same for all and the shorter side has at most 256 pixels, else 96.
+
+    Every file and folder counts once, whatever links lead to it. Hidden files and folders, and those that other
+    programs leave (@eaDir, __MACOSX), are passed over. A warning says what was taken for what where that had to be
+    guessed, and which images were left out and why; of several processes that of rank 0 says it.
+
+    Decoding needs the cache folder (see cache_dir) to have room for N * 3 * H * W bytes. Raises FileNotFoundError,
+    NotADirectoryError or PermissionError for the tree, ValueError where it holds no readable image, OSError where the
+    cache cannot be written.
+    """
+    root = Path(data_dir).expanduser()
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size: expected at least 1 pixel, got {image_size}")
+    tree = read_tree(root)
+    training, testing = tree.train, tree.test
+    if not testing:
+        training, testing = _hold_out(tree.train)
+        tree.notes.append(
+            f"no folder of test images: {len(testing)} of {len(tree.train)} images, a tenth of each class, are held out"
+        )
+    files = training + testing
+    cached = decoded_images(root, files, len(training), image_size)
+    for number, reason in cached.decoded.reasons.items():
+        tree.left_out.add(files[number].path, reason)
+    kept = [number for number in range(len(files)) if number not in cached.decoded.reasons]
+    train_count = sum(number < len(training) for number in kept)
+    if cached.statistics is None:
+        raise ValueError(
+            "\n  ".join([f"{root}: none of the {len(training)} training images could be read", *tree.left_out.lines()])
+        )
+    classes = _classes(root, training, testing, tree.notes)
+    tell(root, _findings(tree, [files[number].path for number in cached.decoded.several]))
+    labels = np.array([classes.index(files[number].label) for number in kept], np.int64) if classes else None
+    paths = [files[number].path for number in kept]
+
+    def part(rows: slice) -> ImageSet:
+        return ImageSet(images=cached.images[rows], labels=None if labels is None else labels[rows], paths=paths[rows])
+
+    train, test = part(slice(train_count)), part(slice(train_count, None))
+    return Dataset(
+        name="folder",
+        pretrain=train,
+        train=train if classes else None,
+        test=test if len(test) else None,
+        classes=classes,
+        mean=cached.statistics.mean,
+        std=cached.statistics.std,
+        gray_mean=cached.statistics.gray_mean,
+        gray_std=cached.statistics.gray_std,
+    )
+
+
+def image_files(data_dir: str | Path) -> list[str]:
+    """Paths, relative to data_dir, with / and sorted, of all images below it; a warning says what is left out.
+
+    Raises FileNotFoundError, NotADirectoryError or PermissionError for the tree, ValueError where it holds no image.
+    """
+    root = Path(data_dir).expanduser()
+    tree = read_tree(root, splits=False)
+    tell(root, [*tree.notes, *tree.left_out.lines()])
+    return sorted(file.path for file in tree.train)
+
+
+def _findings(tree: ImageTree, several: list[str]) -> list[str]:
+    frames = [f"took the first of several images or frames in {len(several)} files: {some(several)}"] if several else []
+    return [*tree.notes, *frames, *tree.left_out.lines()]
+
+
+def _hold_out(files: list[ImageFile]) -> tuple[list[ImageFile], list[ImageFile]]:
+    """Divide files into training and a tenth of every class for testing (none of a class of one)."""
+    by_class: dict[str, list[int]] = {}
+    for i, file in enumerate(files):
+        by_class.setdefault(file.label, []).append(i)
+    rng = np.random.default_rng(0)
+    held_out: set[int] = set()
+    for members in by_class.values():
+        count = max(round(len(members) * HELD_OUT), min(1, len(members) - 1))
+        held_out.update(rng.permutation(members)[:count].tolist())
+    return (
+        [file for i, file in enumerate(files) if i not in held_out],
+        [file for i, file in enumerate(files) if i in held_out],
+    )
+
+
+def _classes(root: Path, training: list[ImageFile], testing: list[ImageFile], notes: list[str]) -> tuple[str, ...]:
+    """The class names, or none where the images have no labels."""
+    classes = sorted({file.label for file in training})
+    if len(classes) < 2:
+        return ()
+    stray = [file.path for file in (*training, *testing) if not file.label]
+    if stray:
+        notes.append(f"{some(stray)} is in no class folder, so the images have no labels")
+        return ()
+    unknown = sorted({file.label for file in testing} - set(classes))
+    if unknown:
+        raise ValueError(
+            f"{root}: the test images have classes that the training images lack: {', '.join(unknown)} (training: "
+            f"{some(classes)}; upper and lower case count)"
+        )
+    return tuple(classes)

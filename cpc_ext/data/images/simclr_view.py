@@ -1,0 +1,243 @@
+"""Two random views of every image of a batch, as SimCLR contrasts them, made on the device that holds the images.
+
+Cropping with resizing and blurring are products with two small matrices an image, one for its rows and one for its
+columns, and colours change by arithmetic on the whole batch: a view takes a few dozen kernels whatever the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cpc_ext.data.batch_share import BatchShare
+from cpc_ext.data.images.dataset import Dataset
+
+__all__ = ["SimCLRView", "adjust_hue", "blend", "blur", "crop_and_resize", "luma"]
+
+_ASPECT_RATIOS = (3 / 4, 4 / 3)
+_BLUR_SIGMAS = (0.1, 2.0)
+_LUMA = (0.299, 0.587, 0.114)
+_WHOLE = BatchShare()
+
+
+@dataclass(frozen=True)
+class SimCLRView:
+    """What SimCLR does to an image (Chen et al. 2020, arXiv 2002.05709, appendix A; tutorial 17's numbers).
+
+    In this order: a window of random area, aspect ratio and place, resized; mirrored in half of the cases; brightness,
+    contrast, saturation and hue changed by random amounts of each image, in an order that is drawn for the batch;
+    turned to grey; blurred. A view is brought to zero mean and unit deviation of the data set last.
+
+    size: side of a view in pixels.
+    min_area: smallest share of an image's area that a window covers; the largest is all of it.
+    jitter: factors of brightness, contrast and saturation are within 1 ± these; hue turns by up to ± the last, in
+        turns of the colour circle.
+    jitter_probability, gray_probability: shares of views whose colours change, or go.
+    blur_kernel: taps of the Gaussian blur, an odd number; its deviation is drawn from 0.1 to 2 pixels. 0: no blur.
+    mean, std: one value a channel, with pixels in 0..1; None leaves them so.
+    dtype, channels_last: of the views.
+    """
+
+    size: int
+    min_area: float = 0.08
+    jitter: tuple[float, float, float, float] = (0.5, 0.5, 0.5, 0.1)
+    jitter_probability: float = 0.8
+    gray_probability: float = 0.2
+    blur_kernel: int = 9
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.blur_kernel and (self.blur_kernel % 2 == 0 or self.blur_kernel // 2 >= self.size):
+            raise ValueError(f"blur_kernel: expected an odd number below 2 * {self.size}, got {self.blur_kernel}")
+
+    @classmethod
+    def of(
+        cls,
+        dataset: Dataset,
+        size: int,
+        *,
+        min_area: float = 0.08,
+        blur_kernel: int = 9,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+    ) -> SimCLRView:
+        """A view that normalises by the dataset's statistics."""
+        return cls(
+            size=size,
+            min_area=min_area,
+            blur_kernel=blur_kernel,
+            mean=dataset.mean,
+            std=dataset.std,
+            dtype=dtype,
+            channels_last=channels_last,
+        )
+
+    def random_pair(
+        self, images: Tensor, generator: torch.Generator | None = None, *, share: BatchShare = _WHOLE
+    ) -> Tensor:
+        """Two views [2, B, C, size, size] of uint8 images [B, C, H, W].
+
+        generator: on the CPU, so that a seed gives the same views on every device; None takes PyTorch's own.
+        share: the part of the batch that the images are; numbers are drawn for all of it.
+        """
+        return torch.stack([self.random(images, generator, share=share) for _ in range(2)])
+
+    def random(self, images: Tensor, generator: torch.Generator | None = None, *, share: BatchShare = _WHOLE) -> Tensor:
+        """One such view, [B, C, size, size]."""
+        batch = share.whole(len(images))
+        box = self._draw_box(batch, *images.shape[2:], generator)
+        flip = torch.rand(batch, generator=generator) < 0.5
+        factors = 1 + (2 * torch.rand(batch, 4, generator=generator) - 1) * torch.tensor(self.jitter)
+        jittered = torch.rand(batch, 1, generator=generator) < self.jitter_probability
+        factors = torch.where(jittered, factors, 1.0)
+        gray = torch.rand(batch, generator=generator) < self.gray_probability
+        low, high = _BLUR_SIGMAS
+        sigma = low + (high - low) * torch.rand(batch, generator=generator)
+        order = torch.randperm(4, generator=generator).tolist()
+        numbers = torch.cat([box, flip[:, None], factors, gray[:, None], sigma[:, None]], dim=1)
+        # One copy to the device, of which everything below is a part.
+        box, flip, factors, gray, sigma = _to(share.part(numbers), images.device).split([4, 1, 4, 1, 1], dim=1)
+
+        view = crop_and_resize(_unit(images), box, self.size, flip=flip[:, 0] > 0)
+        if images.shape[1] == 3:
+            view = _jitter(view, factors, order)
+            view = torch.where(gray[..., None, None] > 0, luma(view), view)
+        else:
+            view = _jitter(view, factors, [change for change in order if change < 2])
+        if self.blur_kernel:
+            view = blur(view, sigma[:, 0], self.blur_kernel)
+        return self._finished(view)
+
+    def cropping(self) -> SimCLRView:
+        """The view that only crops, resizes and mirrors."""
+        return replace(self, jitter_probability=0.0, gray_probability=0.0, blur_kernel=0)
+
+    def center(self, images: Tensor) -> Tensor:
+        """Whole uint8 images [B, C, H, W] resized and normalised, for evaluation: [B, C, size, size]."""
+        height, width = images.shape[2:]
+        box = torch.tensor([[0.0, 0.0, height, width]], device=images.device).expand(len(images), 4)
+        return self._finished(crop_and_resize(_unit(images), box, self.size))
+
+    def _draw_box(self, batch: int, height: int, width: int, generator: torch.Generator | None) -> Tensor:
+        """Windows [batch, 4]: top, left, height, width in pixels."""
+        area = height * width * (self.min_area + (1 - self.min_area) * torch.rand(batch, generator=generator))
+        low, high = map(math.log, _ASPECT_RATIOS)
+        ratio = torch.exp(low + (high - low) * torch.rand(batch, generator=generator))
+        # A window that would not fit is cut to the image.
+        size = torch.stack([(area / ratio).sqrt().clamp(max=height), (area * ratio).sqrt().clamp(max=width)], dim=1)
+        corner = (torch.tensor([height, width]) - size) * torch.rand(batch, 2, generator=generator)
+        return torch.cat([corner, size], dim=1)
+
+    def _finished(self, view: Tensor) -> Tensor:
+        if self.mean is not None and self.std is not None:
+            # By numbers of the host: a tensor of them would wait for the device before it is copied there.
+            channels = zip(view.unbind(1), self.mean, self.std, strict=True)
+            view = torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return view.to(self.dtype).contiguous(memory_format=layout)
+
+
+def crop_and_resize(images: Tensor, box: Tensor, size: int, *, flip: Tensor | None = None) -> Tensor:
+    """Windows of images [B, C, H, W], resized to [B, C, size, size] by a triangle filter as Pillow's BILINEAR.
+
+    box: [B, 4], top, left, height and width of each window in pixels, not necessarily whole. flip: bool [B], mirrors
+    left to right.
+    """
+    top, left, height, width = box.unbind(1)
+    rows = _resize_matrix(top, height, images.shape[2], size)
+    columns = _resize_matrix(left, width, images.shape[3], size)
+    if flip is not None:
+        columns = torch.where(flip[:, None, None], columns.flip(1), columns)
+    return rows[:, None] @ images @ columns.mT[:, None]
+
+
+def _resize_matrix(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:
+    """Weights [B, size, pixels] of the source pixels in every pixel of a window resized to ``size``."""
+    step = (length / size)[:, None]
+    centers = start[:, None] + step * (torch.arange(size, device=start.device) + 0.5)
+    places = torch.arange(pixels, device=start.device) + 0.5
+    # Where pixels are merged, the filter widens to cover all that fall into one.
+    distance = (places - centers[..., None]).abs() / step.clamp(min=1)[..., None]
+    weights = (1 - distance).clamp(min=0)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def luma(images: Tensor) -> Tensor:
+    """RGB [B, 3, H, W] → grey by ITU-R BT.601, [B, 1, H, W]."""
+    red, green, blue = images.unbind(1)
+    return (_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue).unsqueeze(1)
+
+
+def blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    """factor [B] of the images and the rest of another: 0 is the other, 1 the images, kept within 0..1."""
+    factor = factor[:, None, None, None]
+    return (factor * images + (1 - factor) * other).clamp(0, 1)
+
+
+def adjust_hue(images: Tensor, turn: Tensor) -> Tensor:
+    """RGB [B, 3, H, W] in 0..1 with hue turned by ``turn`` [B] of the colour circle; saturation and value stay."""
+    red, green, blue = images.unbind(1)
+    value, most = images.max(1)
+    chroma = value - images.amin(1)
+    span = torch.where(chroma > 0, chroma, 1)
+    # Hue in sixths of the circle, from red.
+    hue = torch.where(
+        most == 0, (green - blue) / span, torch.where(most == 1, 2 + (blue - red) / span, 4 + (red - green) / span)
+    )
+    hue = hue + 6 * turn[:, None, None]
+    channels = []
+    for offset in (5, 3, 1):
+        place = (offset + hue) % 6
+        channels.append(value - chroma * torch.minimum(place, 4 - place).clamp(0, 1))
+    return torch.stack(channels, dim=1)
+
+
+def blur(images: Tensor, sigma: Tensor, taps: int) -> Tensor:
+    """Images [B, C, H, W] under a Gaussian of deviation ``sigma`` [B] cut to ``taps`` x ``taps``, edges mirrored."""
+    offsets = torch.arange(taps, device=images.device) - taps // 2
+    kernel = torch.exp(-0.5 * (offsets / sigma[:, None]).square())
+    kernel = kernel / kernel.sum(1, keepdim=True)
+    rows, columns = (_blur_matrix(kernel, offsets, size) for size in images.shape[2:])
+    return rows[:, None] @ images @ columns.mT[:, None]
+
+
+def _blur_matrix(kernel: Tensor, offsets: Tensor, size: int) -> Tensor:
+    """Kernels [B, taps] as matrices [B, size, size]."""
+    places = (torch.arange(size, device=kernel.device)[:, None] + offsets).abs()
+    places = size - 1 - (size - 1 - places).abs()
+    weights = kernel[:, None].expand(-1, size, -1)
+    return kernel.new_zeros(len(kernel), size, size).scatter_add_(2, places.expand(len(kernel), -1, -1), weights)
+
+
+def _jitter(images: Tensor, factors: Tensor, order: list[int]) -> Tensor:
+    """Images with brightness, contrast, saturation and hue changed in this order; factors [B, 4], 1 for none."""
+    for change in order:
+        factor = factors[:, change]
+        if change == 0:
+            images = (images * factor[:, None, None, None]).clamp(0, 1)
+        elif change == 1:
+            gray = luma(images) if images.shape[1] == 3 else images
+            images = blend(images, gray.mean((1, 2, 3), keepdim=True), factor)
+        elif change == 2:
+            images = blend(images, luma(images), factor)
+        else:
+            images = adjust_hue(images, factor - 1)
+    return images
+
+
+def _unit(images: Tensor) -> Tensor:
+    """uint8 → float32 in 0..1."""
+    return images.float() / 255
+
+
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a small CPU tensor without making the CPU wait for what the device is doing."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -1,0 +1,141 @@
+"""From a run's folder to the task that trained its encoder, with the weights of the last checkpoint.
+
+The task knows how images become encodings; what it is given here is a device, and images other than those of the run
+where they are wanted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cpc_ext.data import Dataset, ImageSet
+from cpc_ext.tasks.encoder_task import EncoderTask
+from cpc_ext.training.checkpoint import load_checkpoint, load_weights
+from cpc_ext.training.config import RunConfig, load_config
+from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.precision import default_precision
+from cpc_ext.training.registry import MODELS, task_class
+from cpc_ext.training.run_data import load_data
+from cpc_ext.training.run_dir import RunDir
+
+__all__ = ["EncoderRun", "weights_digest"]
+
+
+@dataclass(frozen=True)
+class EncoderRun:
+    """A run of a model that learns an encoder.
+
+    dir: its folder. config: its own, but for device, precision and place of the data, which are this machine's.
+    state: its checkpoint.
+    """
+
+    dir: RunDir
+    config: RunConfig
+    state: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path, device: torch.device, *, data_dir: Path | None = None) -> EncoderRun:
+        """Read a run's folder.
+
+        device: where to compute. On another kind of device than the run's, in the precision that is best there.
+        data_dir: where the run's data set is now, if not where it was.
+
+        Raises TrainingError where it is no run's folder, the run learns no encoder, or the checkpoint is missing or
+        damaged.
+        """
+        run = RunDir(path)
+        if not run.config.is_file():
+            raise TrainingError(f"{path} is not a run's folder: there is no {run.config.name}")
+        config = load_config(run.config)
+        if not issubclass(task_class(config.model), EncoderTask):
+            having = ", ".join(name for name in MODELS if issubclass(task_class(name), EncoderTask))
+            raise TrainingError(f"{path} is a run of {config.model}, which learns no encoder; {having} do")
+        if not run.checkpoint.is_file():
+            raise TrainingError(f"there is no {run.checkpoint.name} in {path}")
+        state = load_checkpoint(run.checkpoint)
+        precision = config.compute.precision
+        if torch.device(config.compute.device).type != device.type:
+            precision = default_precision(str(device))
+        compute = config.compute.model_copy(update={"device": str(device), "precision": precision})
+        data = config.data if data_dir is None else config.data.model_copy(update={"data_dir": data_dir})
+        return cls(run, config.model_copy(update={"compute": compute, "data": data}), state)
+
+    def dataset(self) -> Dataset:
+        """The data set that the run was trained on. TrainingError where it is not there."""
+        return load_data(self.config)
+
+    def statistics(self) -> dict[str, Any]:
+        """Shape and pixel statistics of the images that the run was trained on, as EncoderTask.description has them."""
+        description = self.state.get("description", {})
+        if "mean" in description:
+            if not _describes_images(description):
+                raise TrainingError(f"the checkpoint {self.dir.checkpoint} describes no images: got {description}")
+            return description
+        # A checkpoint of before they were kept.
+        dataset = self.dataset()
+        return {
+            "image_shape": dataset.image_shape,
+            "mean": dataset.mean,
+            "std": dataset.std,
+            "gray_mean": dataset.gray_mean,
+            "gray_std": dataset.gray_std,
+        }
+
+    def stand_in(self, name: str, images: ImageSet) -> Dataset:
+        """Other images in place of the run's data set, with its statistics, which its encoder is used to."""
+        statistics = self.statistics()
+        return Dataset(
+            name=name,
+            pretrain=images,
+            train=None,
+            test=None,
+            classes=(),
+            mean=tuple(statistics["mean"]),
+            std=tuple(statistics["std"]),
+            gray_mean=statistics["gray_mean"],
+            gray_std=statistics["gray_std"],
+        )
+
+    def trained(self, dataset: Dataset) -> EncoderTask:
+        """The task with the checkpoint's weights. TrainingError where these are of another model."""
+        task = self.untrained(dataset, seed=self.config.compute.seed)
+        try:
+            load_weights(task.model, self.state.get("model", {}))
+        except RuntimeError:
+            raise TrainingError(f"{self.dir.checkpoint} is of another model than {self.dir.config} describes") from None
+        return task
+
+    def untrained(self, dataset: Dataset, *, seed: int) -> EncoderTask:
+        """The task with the initial weights of a seed. TrainingError where the images are too small for it."""
+        compute = self.config.compute.model_copy(update={"seed": seed})
+        config = self.config.model_copy(update={"compute": compute})
+        try:
+            return task_class(config.model)(config, dataset, torch.device(compute.device))  # type: ignore[call-arg,return-value]
+        except ValueError as error:
+            raise TrainingError(str(error)) from None
+
+
+def _describes_images(description: dict[str, Any]) -> bool:
+    """Whether a description has shape and statistics of images, of the right types."""
+    try:
+        shape, mean, std = (list(description[name]) for name in ("image_shape", "mean", "std"))
+        numbers = [*mean, *std, description["gray_mean"], description["gray_std"]]
+    except (KeyError, TypeError):
+        return False
+    sides = len(shape) == 3 and all(type(side) is int and side > 0 for side in shape)
+    return sides and len(mean) == len(std) == shape[0] and all(type(value) in (int, float) for value in numbers)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A number, in hexadecimal, that two models share only if all their weights and buffers are equal."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]

@@ -1,0 +1,156 @@
+"""Training an encoder with labels, from what it has learnt without or from nothing.
+
+A linear classifier sits on the encodings' mean over the patches, and both learn by cross-entropy from the run's random
+crops and flips. Fine-tuning and the supervised baseline differ only in where they start and in the encoder's learning
+rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cpc_ext.data import EpochSampler, ImageFetcher, ImageSet
+from cpc_ext.data.spread import spread
+from cpc_ext.measures.probe import encode
+from cpc_ext.tasks.encoder_task import EncoderTask
+from cpc_ext.training.precision import autocast, grad_scaler
+from cpc_ext.training.schedule import learning_rate
+
+__all__ = ["FineTuning", "fine_tune"]
+
+_BATCH = 32
+_WARMUP = 0.1
+_WEIGHT_DECAY = 1e-4
+_CLIP_GRAD = 1.0
+# Images that tell how features are standardised.
+_STATISTICS_IMAGES = 500
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """How long and how fast to learn; the learning rates follow a cosine to zero.
+
+    epochs: passes over the labelled images. min_steps: updates there are at least, however few the images.
+    encoder_lr, head_lr: learning rates of AdamW, at their highest.
+    """
+
+    epochs: int
+    min_steps: int
+    encoder_lr: float
+    head_lr: float
+
+    def steps(self, images: int) -> int:
+        """Updates that so many labelled images take, each of at most 32 of them."""
+        return max(self.min_steps, self.epochs * -(-images // _BATCH))
+
+
+class _Classifier(nn.Module):
+    """uint8 images [B, C, H, W] → logits [B, classes], at first equal ones.
+
+    mean, deviation: [D], that features are standardised by.
+    """
+
+    def __init__(
+        self, task: EncoderTask, model: nn.Module, mean: Tensor, deviation: Tensor, classes: int, precision: str
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.head = nn.Linear(len(mean), classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.register_buffer("mean", mean)
+        self.register_buffer("deviation", deviation)
+        self._task = task
+        self._precision = precision
+
+    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        with autocast(images.device, self._precision):
+            encodings = self._task.encode(self.model, images, generator)
+        return self.head((encodings.float().mean((2, 3)) - self.mean) / self.deviation)
+
+
+def fine_tune(
+    task: EncoderTask,
+    model: nn.Module,
+    images: ImageSet,
+    chosen: np.ndarray,
+    test: ImageSet,
+    recipe: FineTuning,
+    *,
+    classes: int,
+    precision: str,
+    seed: int,
+    progress: Callable[[range], Iterable[int]],
+) -> Tensor:
+    """Train a model of this task, in place, together with a linear classifier.
+
+    Args:
+        task: whose crops and encoder are used.
+        model: one of the task's.
+        images: with labels.
+        chosen: indices of those to learn from.
+        test: images to classify afterwards.
+        recipe: how long and how fast to learn.
+        classes: number of classes.
+        precision: of convolutions and products.
+        seed: determines order, crops and flips.
+        progress: wraps the range of updates, as tqdm does.
+
+    Returns:
+        Logits of the test images, float32 [N, classes] on the CPU.
+    """
+    device = next(model.parameters()).device
+    mean, deviation = _statistics(task, model, images, chosen, device)
+    classifier = _Classifier(task, model, mean, deviation, classes, precision).to(device).train()
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": list(model.parameters()), "peak": recipe.encoder_lr},
+            {"params": list(classifier.head.parameters()), "peak": recipe.head_lr},
+        ],
+        weight_decay=_WEIGHT_DECAY,
+    )
+    scaler = grad_scaler(device, precision)
+    sampler = EpochSampler(len(chosen), min(_BATCH, len(chosen)), seed=seed, drop_last=False)
+    fetch = ImageFetcher(images, device)
+    crops = torch.Generator().manual_seed(seed)
+    total = recipe.steps(len(chosen))
+    batches = _forever(sampler)
+    for step in progress(range(1, total + 1)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(
+                step,
+                peak=group["peak"],
+                total_steps=total,
+                warmup_steps=round(_WARMUP * total),
+                schedule="cosine",
+            )
+        batch = chosen[next(batches)]
+        optimizer.zero_grad()
+        loss = F.cross_entropy(classifier(fetch(batch), crops), fetch.labels(batch))
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(classifier.parameters(), _CLIP_GRAD)
+        scaler.step(optimizer)
+        scaler.update()
+    classifier.eval()
+    return encode(test, classifier, device)
+
+
+def _statistics(
+    task: EncoderTask, model: nn.Module, images: ImageSet, chosen: np.ndarray, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the features, [D] each, as the model has them before it learns."""
+    some = chosen[spread(_STATISTICS_IMAGES, len(chosen))]
+    features = encode(ImageSet(images=images.images[some]), lambda batch: task.features(model, batch), device)
+    return features.mean(0), features.std(0).clamp(min=1e-6)
+
+
+def _forever(sampler: EpochSampler) -> Iterator[np.ndarray]:
+    while True:
+        yield from sampler

@@ -1,0 +1,90 @@
+"""What an evaluation is asked for, as its command line takes it. Importing this does not import PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from cpc_ext.measures.knn import NEIGHBOURS
+from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.machine import default_device
+
+__all__ = ["MODES", "EvaluationOptions", "parse_modes"]
+
+MODES = {
+    "linear": "logistic regression on frozen encodings, its regularisation chosen on held-out parts of the subset",
+    "knn": "weighted nearest neighbours of frozen encodings, with the cosine and temperature 0.07",
+    "finetune": "encoder and linear classifier trained together from the run's weights",
+    "supervised": "the same from fresh initial weights",
+    "untrained": "linear on the encodings of the run's initial weights",
+}
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What the options say; each is described where the command line describes it."""
+
+    runs: Annotated[
+        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help="Folders of runs.")
+    ]
+    labels: Annotated[
+        str,
+        tyro.conf.arg(
+            help="Labels to learn from, with commas between them: a number of every class, such as 10, or a share of "
+            "every class's, such as 1%, of which each class gets at least one."
+        ),
+    ] = "1%,10%,100%"
+    mode: Annotated[
+        str,
+        tyro.conf.arg(
+            help="Ways to learn, with commas between them, or all. "
+            + "; ".join(f"{name}: {what}" for name, what in MODES.items())
+            + "."
+        ),
+    ] = "linear,knn"
+    repeats: Annotated[int, tyro.conf.arg(help="Random subsets of each size; of all labels there is only one.")] = 3
+    seed: Annotated[int, tyro.conf.arg(help="Determines the subsets, and what training draws.")] = 0
+    neighbours: Annotated[int, tyro.conf.arg(help="Nearest neighbours that vote; all where there are fewer.")] = (
+        NEIGHBOURS
+    )
+    finetune_epochs: Annotated[
+        int,
+        tyro.conf.arg(
+            help="Passes over the labelled images, in batches of at most 32, of finetune and supervised alike."
+        ),
+    ] = 10
+    finetune_steps: Annotated[
+        int, tyro.conf.arg(help="Updates of finetune and supervised that there are at least, however few the labels.")
+    ] = 300
+    per_module: Annotated[
+        bool,
+        tyro.conf.arg(
+            help="Instead: a linear probe, of all labels, after every module of Greedy InfoMax, or stack of another "
+            "encoder, drawn by depth for all runs side by side."
+        ),
+    ] = False
+    data_dir: Annotated[
+        Path | None, tyro.conf.arg(help="Folder of the run's data set. None: where it was when the run was trained.")
+    ] = None
+    device: Annotated[str, tyro.conf.arg(help="Where to compute: cpu, cuda, cuda:1, mps.")] = field(
+        default_factory=default_device
+    )
+    out: Annotated[
+        Path | None,
+        tyro.conf.arg(
+            help="The PNG that several runs are compared in. None: evaluation/comparison.png in the first run's folder "
+            "(with --per-module accuracy_by_depth.png)."
+        ),
+    ] = None
+
+
+def parse_modes(text: str) -> list[str]:
+    """ "linear,knn" → its parts, each once; "all" → all. TrainingError for a name that does not exist."""
+    names = list(MODES) if text == "all" else [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in MODES:
+            raise TrainingError(f"--mode: expected all, or some of {', '.join(MODES)}, got {name!r}")
+    return list(dict.fromkeys(names))

@@ -1,0 +1,88 @@
+"""Figures of encoders in modules: how the loss of each went, and how far a linear probe gets after each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from cpc_ext.figures.drawing import smoothed
+
+__all__ = ["accuracy_by_depth", "curves_by_module"]
+
+# By module, or by run.
+_COLORS = ("#1f5fa8", "#2e8b57", "#c0392b", "#8e5ea2", "#d08a1d", "#4a4a4a")
+_MARKERS = "osD^vP"
+_GRAY = "#8a8a8a"
+
+
+def curves_by_module(metrics: Sequence[dict[str, float]], modules: Sequence[int], guessing: dict[str, float]) -> Figure:
+    """Loss and accuracy of every module over the run.
+
+    metrics: logged steps with "step", and "loss" and "accuracy" of one module or "loss_module_0" and so on of several.
+    modules: those that were trained. guessing: both for a model that guesses, drawn as lines.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    steps = np.array([record["step"] for record in metrics])
+    panels = zip(figure.subplots(1, 2), (("loss", "loss (nats)"), ("accuracy", "accuracy")), strict=True)
+    for axes, (name, label) in panels:
+        for place, module in enumerate(modules):
+            key = name if len(modules) == 1 else f"{name}_module_{module}"
+            values = np.array([record[key] for record in metrics])
+            color = _COLORS[place % len(_COLORS)]
+            marker = "o" if len(steps) < 10 else None
+            axes.plot(steps, values, color=color, alpha=0.25, linewidth=1, marker=marker)
+            axes.plot(steps, smoothed(values), color=color, linewidth=2, label=f"module {module}")
+        axes.axhline(guessing[name], color=_GRAY, linestyle="--", linewidth=1, label="guessing")
+        axes.set_xlabel("step (parameter updates)")
+        axes.set_ylabel(label)
+        axes.set_xlim(0, steps[-1])
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if name == "accuracy":
+            axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    figure.axes[0].legend(frameon=False, loc="upper right")
+    return figure
+
+
+def accuracy_by_depth(
+    accuracies: dict[str, Sequence[float]], untrained: Sequence[float], chance: float, dataset: str
+) -> Figure:
+    """Accuracy of a linear probe after each module, a line a run.
+
+    accuracies: fractions by the name of the run, one a module. untrained: of an encoder with initial weights.
+    """
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for place, (name, values) in enumerate(accuracies.items()):
+        axes.plot(
+            np.arange(1, len(values) + 1),
+            values,
+            color=_COLORS[place % len(_COLORS)],
+            marker=_MARKERS[place % len(_MARKERS)],
+            linewidth=2,
+            label=f"{name}: {values[-1]:.1%}",
+        )
+    axes.plot(
+        np.arange(1, len(untrained) + 1),
+        untrained,
+        color=_GRAY,
+        marker=".",
+        linewidth=1.5,
+        label=f"untrained: {untrained[-1]:.1%}",
+    )
+    axes.axhline(chance, color=_GRAY, linestyle="--", linewidth=1, label=f"chance: {chance:.1%}")
+    axes.set_xlabel("modules of the encoder below the probe")
+    axes.set_ylabel("linear probe, test accuracy")
+    axes.set_title(f"What is linearly readable at each depth: {dataset}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    # Beside the lines, which may run anywhere.
+    figure.legend(frameon=False, title="after all modules", loc="outside right upper")
+    return figure

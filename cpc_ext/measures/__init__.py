@@ -1,0 +1,1 @@
+"""Measures of what an encoder or a model of pixels is worth."""

@@ -1,0 +1,1 @@
+"""Encoders: each patch of an image, or an image, to one feature vector."""

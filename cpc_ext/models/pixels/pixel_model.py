@@ -1,0 +1,271 @@
+"""What PixelCNNs share: images to the probability of every value given those before it, and images drawn from it.
+
+:class:`PixelModel` is what all of them offer. :class:`SoftmaxPixelModel` is a network of masked convolutions and a
+softmax over 256 values for every colour of every pixel: its probabilities come from one pass over whole images, its
+samples from :mod:`cpc_ext.models.pixels.pixel_sampler`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cpc_ext.models.pixels.pixel_sampler import VALUES, Convolve, Sampler, convolve_images, scale_values
+from cpc_ext.nn.masked_conv2d import MaskedConv2d
+
+__all__ = ["PixelModel", "PixelSampler", "SoftmaxPixelModel"]
+
+
+class PixelSampler(Protocol):
+    """Draws a batch of images of one model, whose first rows may be known."""
+
+    def run(
+        self,
+        *,
+        known_rows: int,
+        noise: Tensor | Callable[[Tensor], Any],
+        progress: Callable[[range], Iterable[int]],
+    ) -> Tensor:
+        """Draw all rows after the first ``known_rows``; returns uint8 [B, C, H, W].
+
+        noise: of all images as of :attr:`PixelModel.sample`, or what fills a tensor with that of one pixel.
+        progress: goes through the range of rows; draws a bar if it likes.
+        """
+
+
+class PixelModel(nn.Module, ABC):
+    """An autoregressive model of images of C colours with values 0..255.
+
+    Pixels come in raster order, and within a pixel the colours in theirs. Networks see values scaled to -1..1.
+
+    Attributes:
+        in_channels: C.
+        num_classes: how many classes condition it; None where it takes no labels.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int | None, **sizes: int) -> None:
+        super().__init__()
+        for name, value in {"in_channels": in_channels, **sizes}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if num_classes is not None and num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, or None, got {num_classes}")
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+
+    @abstractmethod
+    def nats(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Negative log-likelihood of each image in nats, [B], float32 (float64 of a float64 model).
+
+        Args:
+            images: [B, C, H, W], uint8, or whole numbers 0..255 of another type.
+            labels: [B], integers in 0..num_classes-1; for a model with classes only.
+
+        Raises:
+            TypeError, ValueError: images or labels of another type, shape or range. Only the CPU looks at the values,
+                and not while compiling; elsewhere, where looking would stall the stream, they are clamped.
+        """
+
+    @abstractmethod
+    def _sampler(self, images: Tensor, labels: Tensor | None, *, temperature: float, cached: bool) -> PixelSampler:
+        """Of images like these, uint8 [B, C, H, W]."""
+
+    @abstractmethod
+    def _noise_shape(self, shape: tuple[int, int, int, int]) -> tuple[int, ...]:
+        """Of the noise of images [B, C, H, W]."""
+
+    @abstractmethod
+    def _draw_noise(self, into: Tensor, generator: torch.Generator | None) -> Any:
+        """Fill a tensor with noise of its own, of the kind that the sampler wants."""
+
+    @abstractmethod
+    def check_size(self, height: int, width: int) -> None:
+        """ValueError where there are no images of so many pixels."""
+
+    def bits_per_dim(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Mean negative log-likelihood in bits a value, the loss: a scalar. Arguments and errors as of :meth:`nats`.
+
+        NaN of an empty batch, as the mean of nothing.
+        """
+        return self.nats(images, labels).mean() / (math.prod(images.shape[1:]) * math.log(2))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        count: int,
+        size: int | tuple[int, int],
+        *,
+        labels: Tensor | int | None = None,
+        temperature: float = 1.0,
+        images: Tensor | None = None,
+        known_rows: int = 0,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        cached: bool = True,
+        progress: Callable[[range], Iterable[int]] = iter,
+    ) -> Tensor:
+        """Draw images, or complete some.
+
+        Args:
+            count: B, how many.
+            size: (H, W) in pixels, or one side for both.
+            labels: [B] integers or one for all; for a model with classes only.
+            temperature: below 1 the probable becomes more so, 0 always takes the most probable.
+            images: uint8 [B, C, H, W], whose first ``known_rows`` rows are kept and the rest drawn.
+            known_rows: see ``images``; 0 to H.
+            noise: decides the draws; of which shape and kind is the model's matter. Default: drawn pixel by pixel.
+            generator: on the model's device, draws the noise. Default: PyTorch's own.
+            cached: keep features from pixel to pixel. Otherwise the whole network runs for every value: the same
+                images, slower by orders of magnitude.
+            progress: goes through the rows as they are drawn; ``tqdm.tqdm`` draws a bar.
+
+        Returns:
+            uint8 [B, C, H, W].
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type, shape or range.
+            RuntimeError: the network's outputs were not finite; looked at once, after the last pixel.
+        """
+        height, width = (size, size) if isinstance(size, int) else size
+        if count < 0:
+            raise ValueError(f"count must be at least 0, got {count}")
+        self.check_size(height, width)
+        if not (temperature >= 0 and math.isfinite(temperature)):
+            raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
+        device = next(self.parameters()).device
+        if isinstance(labels, int):
+            labels = torch.full((count,), labels, device=device)
+        labels = self._check_labels(labels, count)
+        shape = (count, self.in_channels, height, width)
+        start = torch.zeros(shape, dtype=torch.uint8, device=device)
+        if images is not None:
+            if images.dtype != torch.uint8 or images.shape != shape:
+                raise ValueError(f"images must be uint8 {shape}, got {images.dtype} {tuple(images.shape)}")
+            start[:, :, :known_rows] = images[:, :, :known_rows].to(device)
+        if not 0 <= known_rows <= height:
+            raise ValueError(f"known_rows must be 0 to {height}, got {known_rows}")
+        if known_rows and images is None:
+            raise ValueError(f"known_rows={known_rows} needs images")
+        if noise is not None and noise.shape != self._noise_shape(shape):
+            raise ValueError(f"noise must have shape {self._noise_shape(shape)}, got {tuple(noise.shape)}")
+        if count == 0:
+            return start
+
+        sampler = self._sampler(start, labels, temperature=temperature, cached=cached)
+        return sampler.run(
+            known_rows=known_rows,
+            noise=(lambda into: self._draw_noise(into, generator)) if noise is None else noise.to(device),
+            progress=progress,
+        )
+
+    def _check_images(self, images: Tensor) -> Tensor:
+        """images, their values known to be good or brought to their range."""
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a tensor, got {type(images).__name__}")
+        if images.ndim != 4 or images.shape[1] != self.in_channels or 0 in images.shape[2:]:
+            raise ValueError(f"images must be [B, {self.in_channels}, H, W], got shape {tuple(images.shape)}")
+        if images.dtype == torch.uint8:
+            return images
+        if images.dtype == torch.bool or images.is_complex():
+            raise TypeError(f"images must be uint8 or other whole numbers 0..255, got {images.dtype}")
+        if not _may_look(images):
+            return _whole(images)
+        if images.numel() and not bool(((images >= 0) & (images <= 255)).all()):
+            raise ValueError(f"images must hold values 0..255, got {images.min().item():g}..{images.max().item():g}")
+        if images.is_floating_point() and not torch.equal(images, images.round()):
+            raise ValueError("images must hold whole numbers 0..255, got fractions: are they scaled already?")
+        return images
+
+    def _check_labels(self, labels: Tensor | None, count: int) -> Tensor | None:
+        if self.num_classes is None:
+            if labels is not None:
+                raise ValueError("labels are for a model with num_classes; this one takes none")
+            return None
+        if labels is None:
+            raise ValueError(f"labels must be given: the model is conditioned on {self.num_classes} classes")
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(f"labels must be integers, got {labels.dtype}")
+        if labels.shape != (count,):
+            raise ValueError(f"labels must have shape ({count},), got {tuple(labels.shape)}")
+        last = self.num_classes - 1
+        if _may_look(labels) and count and not bool(((labels >= 0) & (labels <= last)).all()):
+            raise ValueError(f"labels must be in 0..{last}, got {labels.min().item()}..{labels.max().item()}")
+        return labels.to(next(self.parameters()).device, torch.int64).clamp(0, last)
+
+
+class SoftmaxPixelModel(PixelModel):
+    """A model whose every value has the softmax of 256 logits.
+
+    Noise of :meth:`sample` is standard Gumbel noise [B, C, H, W, 256]; the temperature divides the logits.
+
+    Attributes:
+        logits_layer: the last layer, whose channels are (colour, value).
+    """
+
+    logits_layer: MaskedConv2d
+
+    @abstractmethod
+    def network(self, convolve: Convolve, image: Any, labels: Tensor | None) -> Any:
+        """The scaled image to the features that ``logits_layer`` takes; ``convolve`` runs every layer."""
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits of every value given all earlier ones.
+
+        Args:
+            images: [B, C, H, W], uint8, or whole numbers 0..255 of another type.
+            labels: [B], integers in 0..num_classes-1; for a model with classes only.
+
+        Returns:
+            [B, C, 256, H, W] of the parameters' type, or of autocast's.
+
+        Raises:
+            TypeError, ValueError: images or labels of another type, shape or range. Only the CPU looks at the values,
+                and not while compiling; elsewhere, where looking would stall the stream, they are clamped.
+        """
+        images, labels = self._check_images(images), self._check_labels(labels, len(images))
+        image = scale_values(images, self.logits_layer.weight.dtype)
+        logits = self.logits_layer(self.network(convolve_images, image, labels))
+        return logits.unflatten(1, (self.in_channels, VALUES))
+
+    def nats(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Negative log-likelihood of each image in nats, [B], float32 (float64 of a float64 model).
+
+        Arguments and errors as of :meth:`PixelModel.nats`.
+        """
+        logits = self(images, labels)
+        # The values innermost, as they are in memory.
+        logits = logits.permute(0, 3, 4, 1, 2).flatten(0, 3)
+        targets = _whole(images).permute(0, 2, 3, 1).flatten()
+        if logits.dtype != torch.float64:
+            logits = logits.float()
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        return losses.view(len(images), math.prod(images.shape[1:])).sum(1)
+
+    def _sampler(self, images: Tensor, labels: Tensor | None, *, temperature: float, cached: bool) -> PixelSampler:
+        return Sampler(self, images, labels, temperature=temperature, cached=cached)
+
+    def _noise_shape(self, shape: tuple[int, int, int, int]) -> tuple[int, ...]:
+        return (*shape, VALUES)
+
+    def _draw_noise(self, into: Tensor, generator: torch.Generator | None) -> Any:
+        into.exponential_(generator=generator).log_().neg_()
+
+    def check_size(self, height: int, width: int) -> None:
+        if min(height, width) < 1:
+            raise ValueError(f"size must be at least 1 pixel, got {height} x {width}")
+
+
+def _may_look(values: Tensor) -> bool:
+    """Whether values can be looked at without stalling a stream or breaking a graph that is being compiled."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _whole(images: Tensor) -> Tensor:
+    """Values as class indices."""
+    return images.long() if images.dtype == torch.uint8 else images.long().clamp(0, VALUES - 1)

@@ -1,0 +1,303 @@
+"""PixelCNN++: uint8 images [B, C, H, W] to a mixture of logistics at every pixel, and images drawn from it.
+
+Two streams of features, one of the rows above a pixel and one of those and the pixels to its left, go down to a quarter
+of the resolution and up again, joined by skip connections. A feature's concatenated ELU is made once for all that take
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cpc_ext.models.pixels.pixel_model import PixelModel, PixelSampler
+from cpc_ext.models.pixels.pixel_sampler import scale_values
+from cpc_ext.models.pixels.pixelcnnpp_sampler import MixtureSampler
+from cpc_ext.nn.shifted_conv2d import (
+    ChannelMix,
+    ShiftedConv2d,
+    ShiftedConvTranspose2d,
+    initialize_from_data,
+)
+from cpc_ext.ops.logistic_mixture import logistic_mixture_nll
+
+__all__ = ["GatedResNet", "PixelCNNPP", "StreamLayers"]
+
+_LEVELS = 3
+# A pixel of the lowest resolution is so many of the image's across.
+_MULTIPLE = 2 ** (_LEVELS - 1)
+
+
+class StreamLayers(Protocol):
+    """How a network runs its layers: on whole images, or noted down for one pixel at a time.
+
+    What it takes and gives as features is its own matter.
+    """
+
+    def start_u(self, layer: ShiftedConv2d) -> Any:
+        """The first features of the upper stream, from the image: one row shifted down."""
+
+    def start_ul(self, above: ShiftedConv2d, left: ShiftedConv2d) -> Any:
+        """Those of the upper left stream: one row shifted down plus one column shifted right."""
+
+    def block(self, block: GatedResNet, features: Any, skips: Sequence[Any]) -> Any:
+        """``features`` after a gated block; ``skips`` join in."""
+
+    def downsize(self, layer: ShiftedConv2d, features: Any) -> Any:
+        """Half the resolution."""
+
+    def upsize(self, layer: ShiftedConvTranspose2d, features: Any) -> Any:
+        """Twice the resolution."""
+
+
+class PixelCNNPP(PixelModel):
+    """PixelCNN++ as published (Salimans et al. 2017, arXiv 1701.05517), with the names of its PyTorch port.
+
+    The stream u sees the rows above a pixel (2x3 kernels), ul those and the pixels to its left (2x2 kernels), which
+    take u as a skip connection. Three levels of gated blocks, a strided convolution between them, keep every feature
+    map; three more, with transposed convolutions, take them again, last first. All weights are normalised.
+
+    Noise of :meth:`sample` is uniform in 0..1, [B, K + C, H, W], as of :func:`cpc_ext.ops.sample_logistic_mixture`, of
+    which the temperature is a factor.
+
+    Args:
+        in_channels: C, 3 for colour and 1 for grey.
+        channels: F, of each stream. Published: 160.
+        blocks: gated blocks of a level. Published: 5.
+        mixtures: K, components of the mixture at a pixel. Published: 10.
+        dropout: probability with which a channel between a block's convolutions is left out in training. Published:
+            0.5.
+        num_classes: condition the model on so many classes: a learned bias in each gate, zero at the start.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        *,
+        channels: int = 96,
+        blocks: int = 2,
+        mixtures: int = 10,
+        dropout: float = 0.5,
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__(in_channels, num_classes, channels=channels, blocks=blocks, mixtures=mixtures)
+        if in_channels not in (1, 3):
+            raise ValueError(f"in_channels must be 1 or 3, got {in_channels}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+        self.mixtures = mixtures
+        options = {"dropout": dropout, "num_classes": num_classes}
+        # The image comes with a channel of ones, which tells it from the padding.
+        self.u_init = ShiftedConv2d(in_channels + 1, channels, (2, 3), "down")
+        self.ul_init = nn.ModuleList(
+            [
+                ShiftedConv2d(in_channels + 1, channels, (1, 3), "down"),
+                ShiftedConv2d(in_channels + 1, channels, (2, 1), "down-right"),
+            ]
+        )
+        self.up_layers = nn.ModuleList(_Level(channels, blocks, 0, **options) for _ in range(_LEVELS))
+        self.down_layers = nn.ModuleList(
+            _Level(channels, blocks + (level > 0), 1, **options) for level in range(_LEVELS)
+        )
+
+        def resizing(layer: Any, kernel_size: tuple[int, int], shift: str, **stride: int) -> nn.ModuleList:
+            return nn.ModuleList(layer(channels, channels, kernel_size, shift, **stride) for _ in range(_LEVELS - 1))
+
+        self.downsize_u_stream = resizing(ShiftedConv2d, (2, 3), "down", stride=2)
+        self.downsize_ul_stream = resizing(ShiftedConv2d, (2, 2), "down-right", stride=2)
+        self.upsize_u_stream = resizing(ShiftedConvTranspose2d, (2, 3), "down")
+        self.upsize_ul_stream = resizing(ShiftedConvTranspose2d, (2, 2), "down-right")
+        self.nin_out = ChannelMix(channels, mixtures * (10 if in_channels == 3 else 3))
+
+    def network(self, layers: StreamLayers) -> Any:
+        """The features that ``nin_out`` takes, after an ELU; ``layers`` runs every layer."""
+        u, ul = layers.start_u(self.u_init), layers.start_ul(*self.ul_init)
+        kept = [(u, ul)]
+        for level, blocks in enumerate(self.up_layers):
+            for u_block, ul_block in blocks.pairs():
+                u = layers.block(u_block, u, [])
+                ul = layers.block(ul_block, ul, [u])
+                kept.append((u, ul))
+            if level < _LEVELS - 1:
+                u = layers.downsize(self.downsize_u_stream[level], u)
+                ul = layers.downsize(self.downsize_ul_stream[level], ul)
+                kept.append((u, ul))
+        u, ul = kept.pop()
+        for level, blocks in enumerate(self.down_layers):
+            for u_block, ul_block in blocks.pairs():
+                kept_u, kept_ul = kept.pop()
+                u = layers.block(u_block, u, [kept_u])
+                ul = layers.block(ul_block, ul, [u, kept_ul])
+            if level < _LEVELS - 1:
+                u = layers.upsize(self.upsize_u_stream[level], u)
+                ul = layers.upsize(self.upsize_ul_stream[level], ul)
+        return ul
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Parameters of the mixture of logistics of every pixel given all earlier ones.
+
+        Args:
+            images: [B, C, H, W], uint8, or whole numbers 0..255 of another type; H and W multiples of 4.
+            labels: [B], integers in 0..num_classes-1; for a model with classes only.
+
+        Returns:
+            [B, P, H, W] as :func:`cpc_ext.ops.logistic_mixture_nll` takes them, of the parameters' type, or of
+            autocast's.
+
+        Raises:
+            TypeError, ValueError: as of :meth:`PixelModel.nats`; also where 4 does not divide the size.
+        """
+        images, labels = self._check_images(images), self._check_labels(labels, len(images))
+        self.check_size(*images.shape[2:])
+        return self.mixture(scale_values(images, self.nin_out.bias.dtype), labels)
+
+    def mixture(self, image: Tensor, labels: Tensor | None) -> Tensor:
+        """:meth:`forward` of an image whose values are scaled to -1..1, unchecked."""
+        features = self.network(_WholeImages(image, labels))
+        # The first half of a concatenated ELU is the ELU.
+        return self.nin_out(features.elu[:, : features.raw.shape[1]])
+
+    def nats(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Negative log-likelihood of each image in nats, [B], float32 (float64 of a float64 model).
+
+        Arguments and errors as of :meth:`forward`.
+        """
+        params = self(images, labels)
+        return logistic_mixture_nll(images if images.dtype == torch.uint8 else images.clamp(0, 255).byte(), params)
+
+    @torch.no_grad()
+    def initialize(self, images: Tensor, labels: Tensor | None = None) -> None:
+        """Set scales and biases so that on these images every layer's outputs have mean 0 and deviation 1.
+
+        Of a block's last layer it is a deviation of 0.1. Without dropout. Arguments and errors as of :meth:`forward`.
+        """
+        training = self.training
+        self.eval()
+        try:
+            with initialize_from_data(self):
+                self(images, labels)
+        finally:
+            self.train(training)
+
+    def _sampler(self, images: Tensor, labels: Tensor | None, *, temperature: float, cached: bool) -> PixelSampler:
+        return MixtureSampler(self, images, labels, temperature=temperature, cached=cached)
+
+    def _noise_shape(self, shape: tuple[int, int, int, int]) -> tuple[int, ...]:
+        batch, channels, height, width = shape
+        return batch, self.mixtures + channels, height, width
+
+    def _draw_noise(self, into: Tensor, generator: torch.Generator | None) -> Any:
+        into.uniform_(generator=generator)
+
+    def check_size(self, height: int, width: int) -> None:
+        if min(height, width) < 1 or height % _MULTIPLE or width % _MULTIPLE:
+            raise ValueError(
+                f"size must be a multiple of {_MULTIPLE} pixels each way, as the lowest of {_LEVELS} resolutions has a "
+                f"{_MULTIPLE}th, got {height} x {width}"
+            )
+
+
+class _Level(nn.Module):
+    """The gated blocks of one resolution, of both streams.
+
+    kept: whether they take what an earlier level kept, 0 or 1 feature maps of each stream.
+    """
+
+    def __init__(self, channels: int, blocks: int, kept: int, **options: Any) -> None:
+        super().__init__()
+        self.u_stream = nn.ModuleList(GatedResNet(channels, "down", kept, **options) for _ in range(blocks))
+        # These take u, too.
+        self.ul_stream = nn.ModuleList(GatedResNet(channels, "down-right", kept + 1, **options) for _ in range(blocks))
+
+    def pairs(self) -> list[tuple[GatedResNet, GatedResNet]]:
+        """The blocks of u and ul, in the order in which they are run."""
+        return list(zip(self.u_stream, self.ul_stream, strict=True))
+
+
+class GatedResNet(nn.Module):
+    """A residual block with a gate: [B, F, H, W] to the same.
+
+    A convolution of the input's concatenated ELU, plus a matrix applied to that of the skip connections; ELU; dropout;
+    a convolution to 2F channels, of which one half times the sigmoid of the other is added to the input.
+
+    Args:
+        channels: F.
+        shift: "down" for 2x3 kernels, "down-right" for 2x2 kernels.
+        skips: number of skip connections.
+        dropout: probability of leaving a channel out.
+        num_classes: of the bias that each class adds before the gate; None for none.
+    """
+
+    def __init__(self, channels: int, shift: str, skips: int, *, dropout: float, num_classes: int | None) -> None:
+        super().__init__()
+        kernel_size = (2, 3) if shift == "down" else (2, 2)
+        self.conv_input = ShiftedConv2d(2 * channels, channels, kernel_size, shift)
+        self.nin_skip = ChannelMix(2 * channels * skips, channels, sources=skips) if skips else None
+        # Published: a small gain, so that at first a block changes little.
+        self.conv_out = ShiftedConv2d(2 * channels, 2 * channels, kernel_size, shift, gain=0.1)
+        self.dropout = nn.Dropout2d(dropout)
+        self.class_bias: nn.Embedding | None = None
+        if num_classes is not None:
+            self.class_bias = nn.Embedding(num_classes, 2 * channels)
+            nn.init.zeros_(self.class_bias.weight)
+
+    def forward(self, features: Features, skips: Sequence[Features], labels: Tensor | None) -> Tensor:
+        skipped = None if self.nin_skip is None else self.nin_skip(*(skip.elu for skip in skips))
+        hidden = self.dropout(_concat_elu(self.conv_input(features.elu, skipped)))
+        bias = None if self.class_bias is None else self.class_bias(labels)[..., None, None].to(hidden.dtype)
+        return features.raw + F.glu(self.conv_out(hidden, bias), dim=1)
+
+
+class Features(NamedTuple):
+    """A feature map of whole images, [B, F, H, W], and its concatenated ELU, [B, 2F, H, W]."""
+
+    raw: Tensor
+    elu: Tensor
+
+
+def _concat_elu(raw: Tensor) -> Tensor:
+    """ELU of a map and of its negative, [B, 2F, H, W] (Shang et al. 2016, arXiv 1603.05201, for the ReLU)."""
+    return F.elu(torch.cat([raw, -raw], dim=1), inplace=True)
+
+
+def _features(raw: Tensor) -> Features:
+    return Features(raw, _concat_elu(raw))
+
+
+class _WholeImages:
+    """Runs a network's layers on whole images, [B, C, H, W] scaled to -1..1."""
+
+    def __init__(self, image: Tensor, labels: Tensor | None) -> None:
+        self._image = torch.cat([image, torch.ones_like(image[:, :1])], dim=1)
+        self._labels = labels
+
+    def start_u(self, layer: ShiftedConv2d) -> Features:
+        return _features(_shift_down(layer(self._image)))
+
+    def start_ul(self, above: ShiftedConv2d, left: ShiftedConv2d) -> Features:
+        return _features(_shift_down(above(self._image)) + _shift_right(left(self._image)))
+
+    def block(self, block: GatedResNet, features: Features, skips: Sequence[Features]) -> Features:
+        return _features(block(features, skips, self._labels))
+
+    def downsize(self, layer: ShiftedConv2d, features: Features) -> Features:
+        return _features(layer(features.raw))
+
+    def upsize(self, layer: ShiftedConvTranspose2d, features: Features) -> Features:
+        return _features(layer(features.raw))
+
+
+def _shift_down(features: Tensor) -> Tensor:
+    """Every row one lower, and zeros in the first."""
+    return F.pad(features, (0, 0, 1, -1))
+
+
+def _shift_right(features: Tensor) -> Tensor:
+    return F.pad(features, (1, -1))

@@ -1,0 +1,283 @@
+"""What `python -m cpc_ext.convert` does: from another program's checkpoint to a run's folder, or from a run to one.
+
+The run is as training leaves it after no step at all: a config that describes the model, and a checkpoint with its
+weights. What the checkpoint had besides is kept in it, so that the way back gives the same file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from cpc_ext.data import Dataset, ImageSet
+from cpc_ext.data_sets import origin
+from cpc_ext.interop import CheckpointError, Form, Reference, export_reference, read_reference
+from cpc_ext.models.greedy_infomax import module_starts
+from cpc_ext.programs.convert import Command
+from cpc_ext.programs.train_options import describe
+from cpc_ext.tasks.encoder_names import encoder_name
+from cpc_ext.training.atomic_file import atomic_file
+from cpc_ext.training.checkpoint import load_checkpoint, load_weights, save_checkpoint, write_tensors
+from cpc_ext.training.config import RunConfig, explain, load_config, option, validate_config
+from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.presets import preset
+from cpc_ext.training.registry import task_class
+from cpc_ext.training.run_dir import RunDir
+from cpc_ext.training.safetensors_file import write_safetensors
+from cpc_ext.training.task import Task
+from cpc_ext.training.weight_average import averaged_weights
+
+__all__ = ["convert"]
+
+# The data set that is trained on next if none is named, by the size of the patches, or that of images.
+_BY_PATCH = {8: "cifar10", 10: "cifar10", 16: "stl10"}
+_BY_IMAGE = {32: "cifar10", 96: "stl10"}
+# What a checkpoint of ours keeps of the other program's beside the model.
+_KEPT = "reference"
+
+
+def convert(command: Command) -> None:
+    """Do what the command says. TrainingError where that cannot be done."""
+    try:
+        if command.source is not None:
+            _take_over(command, command.source)
+        else:
+            _hand_over(command, str(command.to))
+    except (CheckpointError, ImportError) as error:
+        # An encoder of timm's needs timm.
+        raise TrainingError(str(error)) from None
+
+
+def _take_over(command: Command, source: str) -> None:
+    """A checkpoint as a new run."""
+    given = {name: getattr(command, name) for name in ("grid_size", "image_size", "patch_size", "norm")}
+    try:
+        reference = read_reference(list(command.checkpoint), source, **given)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise TrainingError(str(error)) from None
+    config = _config(reference, command.dataset, command.data_dir)
+    task = _task(config, reference.configuration.get("image_shape"), reference.configuration.get("classes", 0))
+    # The part of the run's model that the checkpoint is of: all of it, or its encoder.
+    part = "encoder" if reference.configuration["kind"] == "encoder" else ""
+    _load(task.model, reference.model.state_dict(), part)
+    state = {
+        "step": 0,
+        "config": config.model_dump(mode="json"),
+        # What images are like, a data set knows; only models of pixels are built from it.
+        "description": task.description() if config.model == "pixelcnn++" else {},
+        "model": task.model.state_dict(),
+        _KEPT: {"source": source, "part": part, "layout": reference.form.layout, "unused": reference.form.unused},
+    }
+    run = RunDir.create(command.out, model=config.model, dataset=config.data.dataset, option_name="--out")
+    try:
+        with atomic_file(run.config) as file:
+            file.write(config.to_yaml().encode())
+        save_checkpoint(run.checkpoint, state)
+    except OSError as error:
+        raise TrainingError(f"--out: cannot write to {command.out}: {error.strerror or error}") from None
+    finally:
+        run.release()
+    parameters = sum(parameter.numel() for parameter in reference.model.parameters())
+    print(f"{type(reference.model).__name__} of {source}, {parameters:,} parameters, is a run in {command.out}")
+    print(describe(config))
+    if part:
+        print("the checkpoint holds an encoder alone: context network and predictions start from the seed")
+    assumed = list(reference.assumed)
+    if command.dataset is None and "dataset" not in reference.configuration:
+        assumed.append(f"--dataset {config.data.dataset}, whose mean and deviation images are normalised by")
+    if assumed:
+        print(f"not told by the checkpoint, and assumed: {'; '.join(assumed)}")
+
+
+def _config(reference: Reference, dataset: str | None, data_dir: Path | None) -> RunConfig:
+    """The config of a run with the reference's model. TrainingError where no run has such a model."""
+    found = reference.configuration
+    kind = found["kind"]
+    if kind == "part":
+        raise TrainingError(
+            f"the checkpoint holds a {type(reference.model).__name__} without an encoder, of which no run can be made; "
+            "cpc_ext.interop.load_reference loads it"
+        )
+    model = {"cpc": "cpc-v1", "encoder": "cpc-v1", "greedy": "greedy-infomax"}.get(kind, kind)
+    dataset = dataset or found.get("dataset")
+    if dataset is None:
+        dataset = (
+            _BY_IMAGE.get(found["image_shape"][1], "folder")
+            if kind == "pixelcnn++"
+            else _BY_PATCH.get(found["patch_size"], "folder")
+        )
+    changes = _pixelcnn_options(found) if kind == "pixelcnn++" else _patch_model_options(found)
+    changes["data"] = {"data_dir": data_dir}
+    if kind == "pixelcnn++" and origin(dataset).sized:
+        changes["data"]["image_size"] = found["image_shape"][1]
+    tree = preset(model, dataset).model_dump()
+    for section, values in changes.items():
+        tree[section] = {**tree[section], **values}
+    try:
+        return validate_config(tree)
+    except ValidationError as error:
+        raise TrainingError(explain(error)) from None
+
+
+def _patch_model_options(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Sections of a config, of a model of patches."""
+    arguments = found["encoder"]["arguments"]
+    grid, patch, crop = found["grid_size"], found["patch_size"], found["image_size"]
+    halves = 2 * crop == patch * (grid + 1)
+    view = {
+        "crop": crop,
+        "pad": found.get("pad", 0),
+        "grid_size": grid,
+        "patch_size": None if halves else patch,
+        "gray": arguments["in_channels"] == 1,
+        "patch_norm": False,
+    }
+    if "patch_augmentation" in found:
+        view["patch_augmentation"] = found["patch_augmentation"]
+    names = ("context_layers", "context_channels", "target_channels", "pred_steps", "pred_directions", "skip")
+    cpc = {name: found[name] for name in (*names, "neg_samples") if name in found}
+    cpc["encoder"] = encoder_name(found["encoder"]["class"], arguments)
+    if "norm" in arguments:
+        cpc["norm"] = arguments["norm"]
+    options = {"view": view, "cpc": cpc}
+    skip = cpc.setdefault("skip", 1)
+    if found["kind"] == "cpc-v2":
+        # Its one context network is that of the only direction.
+        cpc |= {"variant": "lightning-bolts", "shared_context": True, "pred_directions": 1}
+        cpc["pred_steps"] = grid - 1 - skip
+    else:
+        cpc.setdefault("pred_steps", max(1, grid - 1 - skip))
+        cpc.setdefault("pred_directions", 1)
+    if found["kind"] == "greedy":
+        starts = found["module_starts"]
+        options["greedy"] = {
+            "modules": len(starts),
+            "split_at": None if _is_even(starts, arguments["blocks"]) else tuple(starts[1:]),
+            "objective": found["objective"],
+        }
+    return options
+
+
+def _is_even(starts: Sequence[int], blocks: Sequence[int]) -> bool:
+    """Whether modules that begin with these blocks are what their number alone gives."""
+    return len(starts) <= len(blocks) and list(starts) == module_starts(blocks, len(starts))
+
+
+def _pixelcnn_options(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    arguments = found["arguments"]
+    return {
+        "pixelcnn": {
+            "layers": arguments["blocks"],
+            "hidden_channels": arguments["channels"],
+            "mixtures": arguments["mixtures"],
+            "dropout": 0.5,
+            "data_init": False,
+        }
+    }
+
+
+def _hand_over(command: Command, target: str) -> None:
+    """A run's model as a checkpoint of another program."""
+    if len(command.checkpoint) != 1:
+        raise TrainingError(f"--to takes one run, got {len(command.checkpoint)}")
+    given = [
+        name
+        for name in ("dataset", "data_dir", "grid_size", "image_size", "patch_size", "norm")
+        if getattr(command, name) is not None
+    ]
+    if given:
+        raise TrainingError(f"{', '.join(map(option, given))}: the run of --to has its own")
+    run = RunDir(command.checkpoint[0])
+    if not run.config.is_file() or not run.checkpoint.is_file():
+        raise TrainingError(f"{run.path} is not a run's folder: there is no {run.config.name} or {run.checkpoint.name}")
+    config, state = load_config(run.config), load_checkpoint(run.checkpoint)
+    weights = averaged_weights(state.get("task", {})) or state.get("model", {})
+    # Of a supervised module.
+    classifier = weights.get("objectives.0.bias")
+    description = state.get("description", {})
+    try:
+        classes = len(description.get("classes", ())) or (0 if classifier is None else len(classifier))
+        task = _task(config, description.get("image_shape"), classes)
+        _load(task.model, weights)
+    except (AttributeError, LookupError, TypeError, RuntimeError):
+        raise TrainingError(f"{run.checkpoint} is of another model than {run.config} describes") from None
+    kept = state.get(_KEPT, {})
+    model, form = task.model, None
+    if kept.get("source") == target:
+        # As it came: it has not been trained since.
+        try:
+            model, form = model.get_submodule(kept["part"]), Form(kept["layout"], kept["unused"])
+        except (AttributeError, LookupError, TypeError) as error:
+            raise TrainingError(f"{run.checkpoint} does not tell what of {target} it came from ({error})") from None
+    exported = export_reference(model, target, form=form)
+    files = {command.out: exported}
+    if form is not None and form.layout == "files":
+        files = _by_module(command.out, exported)
+    for path, tensors in files.items():
+        _write(path, tensors)
+        print(f"{len(tensors)} tensors of {target} are in {path}")
+
+
+def _by_module(path: Path, state: Mapping[str, Tensor]) -> dict[Path, dict[str, Tensor]]:
+    """What was in a file a module: PATH_0, PATH_1 ... before the ending; one module is a file by itself."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, value in state.items():
+        module, _, rest = name.partition(".")
+        if not (module.isdecimal() or module == "autoregressor"):
+            return {path: dict(state)}
+        parts.setdefault(module, {})[rest] = value
+    return {path.with_name(f"{path.stem}_{module}{path.suffix}"): part for module, part in parts.items()}
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    # A tensor may be there under two names; files hold it twice.
+    own = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+    try:
+        with atomic_file(path) as file:
+            if path.suffix == ".safetensors":
+                write_safetensors(file, own, {"format": "pt"})
+            else:
+                write_tensors(file, own)
+    except OSError as error:
+        raise TrainingError(f"--out: cannot write {path}: {error.strerror or error}") from None
+
+
+def _task(config: RunConfig, image_shape: Sequence[int] | None, classes: int) -> Task:
+    """The task of a config on the CPU, on an image that stands in for a data set. TrainingError where it has none.
+
+    image_shape: (C, H, W). None: colour, of the size that the config needs.
+    """
+    view = getattr(config, "view", None)
+    shape = tuple(image_shape or (3, *[32 if view is None else view.crop] * 2))
+    if view is not None:
+        shape = (shape[0], *(max(side, view.crop) for side in shape[1:]))
+    images = ImageSet(np.zeros((2, *shape), dtype=np.uint8), np.zeros(2, dtype=np.int64))
+    dataset = Dataset(
+        name=config.data.dataset,
+        pretrain=images,
+        train=images,
+        test=images,
+        classes=tuple(map(str, range(classes))),
+        mean=(0.5,) * shape[0],
+        std=(0.5,) * shape[0],
+        gray_mean=0.5,
+        gray_std=0.5,
+    )
+    try:
+        return task_class(config.model)(config, dataset, torch.device("cpu"))
+    except ValueError as error:
+        raise TrainingError(str(error)) from None
+
+
+def _load(model: nn.Module, weights: Mapping[str, Tensor], part: str = "") -> None:
+    """Put weights into a part of a model, which takes on their precision. RuntimeError where they do not fit."""
+    dtype = next((value.dtype for value in weights.values() if value.is_floating_point()), torch.float32)
+    load_weights(model.to(dtype).get_submodule(part), dict(weights))

@@ -1,0 +1,161 @@
+"""What `python -m cpc_ext.embed` does: from a run's folder and images to a file of their encodings.
+
+Images of a folder are decoded by threads, a batch ahead of the encoder, and never kept. The file appears complete or
+not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+from tqdm import tqdm
+
+from cpc_ext.data import ImageFetcher, ImageSet, load_dataset
+from cpc_ext.data.images.decode import decode_stream
+from cpc_ext.data.images.folders.folder import image_files
+from cpc_ext.data.notice import LeftOut
+from cpc_ext.evaluation.encoder_run import EncoderRun
+from cpc_ext.programs.embed import Command
+from cpc_ext.training.atomic_file import atomic_file
+from cpc_ext.training.errors import TrainingError, warn
+from cpc_ext.training.precision import check_device
+from cpc_ext.training.safetensors_file import write_safetensors
+
+__all__ = ["embed"]
+
+_BATCH = 50
+# For another process to put its two files in place, which takes it milliseconds.
+_PATIENCE_SECONDS = 60
+
+
+def embed(command: Command) -> None:
+    """Do what the command says. TrainingError where that cannot be done."""
+    device = check_device(command.device)
+    out = command.out or command.run / "features.npy"
+    run = EncoderRun.open(command.run, device)
+    names = out.with_suffix(".names.json") if out.suffix == ".npy" else None
+    images = _FolderImages(command, run) if command.dataset == "folder" else _DatasetImages(command)
+    try:
+        # Opened first: that nothing can be written here is better known before the work than after it.
+        with ExitStack() as files:
+            lock = FileLock(out.with_name(f".{out.name}.lock"), timeout=_PATIENCE_SECONDS)
+            files.callback(lock.release)
+            # What is entered last is the first to appear.
+            names_file = files.enter_context(atomic_file(names)) if names else None
+            file = files.enter_context(atomic_file(out))
+            features = _encode(command, run, images, device)
+            _write(file, names_file, features, images.names)
+            if names:
+                # Encodings without names are no harm, encodings with those of others are.
+                lock.acquire()
+                names.unlink(missing_ok=True)
+    except OSError as error:
+        raise TrainingError(f"--out: cannot write {out}: {error.strerror or error}") from None
+    shape = " x ".join(map(str, features.shape))
+    print(
+        f"encodings of {len(features)} images, {shape}, are in {out}" + (f", their names in {names}" if names else "")
+    )
+
+
+def _encode(command: Command, run: EncoderRun, images: _FolderImages | _DatasetImages, device: torch.device) -> Tensor:
+    """Encodings of all images that can be read, float32 [N, D] or [N, D, rows, cols] on the CPU."""
+    task = run.trained(run.stand_in(images.source, images.sample))
+    encode = task.encodings if command.per_patch else task.features
+    with tqdm(total=images.count, unit="image", dynamic_ncols=True) as bar:
+        features = []
+        for batch, done in images.batches(device):
+            if len(batch):
+                features.append(encode(task.model, batch).cpu())
+            bar.update(done)
+    if not features:
+        raise TrainingError(f"{images.source}: none of the {images.count} images could be read")
+    return torch.cat(features)
+
+
+class _FolderImages:
+    """All images below a folder, resized to one size.
+
+    source: where they come from. sample: images of the same shape. count: how many files there are. names: of those
+    that could be read, known when :meth:`batches` is through.
+    """
+
+    def __init__(self, command: Command, run: EncoderRun) -> None:
+        assert command.data_dir is not None  # The command line sees to it.
+        self._root = command.data_dir.expanduser()
+        self.source = str(self._root)
+        try:
+            self._paths = image_files(self._root)
+        except (OSError, ValueError) as error:
+            raise TrainingError(f"--data-dir: {error}") from None
+        self.count = len(self._paths)
+        self.names: list[str] = []
+        channels, height, width = run.statistics()["image_shape"]
+        if channels != 3:
+            raise TrainingError(
+                f"{run.dir.path} was trained on images of {channels} channels, those of a folder have 3"
+            )
+        self._size = (height, width) if command.image_size is None else (command.image_size, command.image_size)
+        self.sample = ImageSet(images=np.empty((0, channels, *self._size), np.uint8))
+
+    def batches(self, device: torch.device) -> Iterator[tuple[Tensor, int]]:
+        """Batches of images, uint8 [B, C, H, W] on the device, with the number of files that each is of."""
+        start = 0
+        files = [self._root / path for path in self._paths]
+        left_out = LeftOut()
+        for pixels, indices, reasons in decode_stream(files, self._size, _BATCH):
+            self.names += [self._paths[index] for index in indices]
+            for index, reason in reasons.items():
+                left_out.add(self._paths[index], reason)
+            done = min(_BATCH, self.count - start)
+            start += done
+            yield torch.from_numpy(pixels).to(device), done
+        if left_out:
+            warn("\n  ".join([f"{self.source}:", *left_out.lines()]))
+
+
+class _DatasetImages:
+    """The images of a split of a data set; as :class:`_FolderImages`."""
+
+    def __init__(self, command: Command) -> None:
+        try:
+            dataset = load_dataset(command.dataset, command.data_dir, image_size=command.image_size)
+        except (OSError, ValueError) as error:
+            raise TrainingError(f"--dataset {command.dataset}: {error}") from None
+        images = getattr(dataset, command.split)
+        if images is None:
+            raise TrainingError(f"--split: {command.dataset} has no {command.split} images")
+        self.source = command.dataset
+        self.sample: ImageSet = images
+        self.count = len(images)
+        self.names = [f"{command.split}/{number}" for number in range(self.count)]
+
+    def batches(self, device: torch.device) -> Iterator[tuple[Tensor, int]]:
+        fetch = ImageFetcher(self.sample, device, resident=False)
+        for start in range(0, self.count, _BATCH):
+            indices = np.arange(start, min(start + _BATCH, self.count))
+            yield fetch(indices), len(indices)
+
+
+def _write(file: BinaryIO, names_file: BinaryIO | None, features: Tensor, names: list[str]) -> None:
+    # ASCII, as a file name may hold bytes that are no text in any encoding.
+    listed = json.dumps(names)
+    if names_file is None:
+        write_safetensors(file, {"features": features.contiguous()}, {"format": "pt", "names": listed})
+    else:
+        # As numpy.save does, which however takes no notice of a disk that is full.
+        array = np.ascontiguousarray(features.numpy())
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)
+        names_file.write(listed.encode())
+        # While both can still be taken back: neither is to appear without the other.
+        for each in (file, names_file):
+            each.flush()
+            os.fsync(each.fileno())

@@ -1,0 +1,181 @@
+"""The command line of `python -m cpc_ext.train`: options to a run's config.
+
+Parsing takes two passes. The first only looks for the options that choose the defaults: the model, the data set and the
+device, or an earlier run. The second is the real one and starts from those, so that the help shows, and every option
+replaces, the value that the run would have had.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import tyro
+
+from cpc_ext.data_sets import DATASETS
+from cpc_ext.programs.command_line import parse_command
+from cpc_ext.training.config import DataSection, OptionError, RunConfig, load_config, option, options_of_other_models
+from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.presets import preset
+from cpc_ext.training.registry import MODELS
+from cpc_ext.training.run_dir import RunDir
+
+__all__ = ["PROGRAM", "Command", "describe", "parse"]
+
+PROGRAM = "python -m cpc_ext.train"
+_DESCRIPTION = (
+    "Train a model of images without labels: by default an encoder by contrastive predictive coding, measured with a "
+    "linear probe; or a PixelCNN, measured in bits per dimension. Without options it trains on generated textures in "
+    "minutes on two CPU cores. Options and defaults shown are those of the model chosen by --model and the data set "
+    "chosen by --dataset, on this machine."
+)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A run to start or to resume.
+
+    run: what determines it. The others are described where the command line describes them.
+    """
+
+    # Without a name of its own it leaves its sections' names to the groups of the help; it has no text there either.
+    run: Annotated[RunConfig, tyro.conf.arg(name="", help="")]
+    out_dir: Annotated[
+        Path | None,
+        tyro.conf.arg(help="Folder of the run's files. None: the first free runs/MODEL-DATASET-NUMBER."),
+    ] = None
+    resume: Annotated[
+        bool,
+        tyro.conf.arg(
+            help="Go on with the run in --out-dir from its last checkpoint, with the run's own options. Only length, "
+            "logging, device, compiling and the place of the data may be given anew; a longer run follows the schedule "
+            "of its new length."
+        ),
+    ] = False
+    config: Annotated[
+        Path | None,
+        tyro.conf.arg(help="Repeat a run: its config.yaml gives the defaults of all options."),
+    ] = None
+
+
+def parse(arguments: Sequence[str], *, prog: str = PROGRAM) -> Command:
+    """Turn command line arguments into a command, of a program that messages call ``prog``.
+
+    Raises TrainingError where a config file is missing or wrong, and SystemExit, with status 2 after telling what is
+    allowed, for wrong options, or with 0 after showing the help or the version.
+    """
+    chosen = _first_pass(arguments)
+    if chosen.resume and chosen.config is not None:
+        raise TrainingError("--resume takes the run's own config.yaml: give either --resume or --config")
+    if chosen.resume and chosen.resume_from is not None:
+        raise TrainingError(
+            "--resume goes on with a run, --resume-from starts a new one from another's weights: give either"
+        )
+    if chosen.resume:
+        if chosen.out_dir is None:
+            raise TrainingError("--resume needs --out-dir, the folder of the run to go on with")
+        run = RunDir(Path(chosen.out_dir))
+        run.check_resumable()
+        defaults = load_config(run.config)
+    elif chosen.config is not None:
+        defaults = load_config(Path(chosen.config))
+    elif chosen.resume_from is not None:
+        defaults = load_config(RunDir(Path(chosen.resume_from)).config, option_name="--resume-from")
+        if chosen.model not in (None, defaults.model):
+            raise TrainingError(
+                f"--resume-from: {chosen.resume_from} is a run of {defaults.model}, not of --model {chosen.model}"
+            )
+    else:
+        # Names that do not exist are refused in the second pass, as are values that are missing.
+        model = chosen.model if chosen.model in MODELS else RunConfig.model_fields["model"].default
+        dataset = chosen.dataset if chosen.dataset in DATASETS else DataSection.model_fields["dataset"].default
+        defaults = preset(model, dataset, device=chosen.device)
+    arguments = _with_values(arguments)
+    if (chosen.epochs is None) != (chosen.steps is None):
+        # The one that is given replaces whichever the defaults have.
+        optimization = defaults.optimization.model_copy(update={"epochs": None, "steps": None})
+        defaults = defaults.model_copy(update={"optimization": optimization})
+    _refuse_options_of_other_models(arguments, defaults, prog)
+    try:
+        command = parse_command(
+            Command,
+            arguments,
+            prog=prog,
+            description=_DESCRIPTION,
+            default=Command(run=defaults),
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+    except OptionError as error:
+        # Those of a section are shown by the parser; those between sections arrive here.
+        _refuse(str(error), prog)
+    _refuse_idle_options(arguments, command.run, prog)
+    return command
+
+
+def _with_values(arguments: Sequence[str]) -> list[str]:
+    """--gather-negatives alone asks for what the word says."""
+    given = list(arguments)
+    for index, argument in enumerate(given):
+        alone = index + 1 == len(given) or given[index + 1].startswith("--")
+        if argument.replace("_", "-") == "--gather-negatives" and alone:
+            given[index] = f"{argument}=gather"
+    return given
+
+
+def _refuse_options_of_other_models(arguments: Sequence[str], defaults: RunConfig, prog: str) -> None:
+    others = options_of_other_models(type(defaults))
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
+        name = name if name in others else name.removeprefix("no_")
+        if argument.startswith("--") and name in others:
+            models = ", ".join(others[name])
+            _refuse(f"{option(name)} is an option of --model {models}; {defaults.model} has no such option", prog)
+
+
+def _refuse_idle_options(arguments: Sequence[str], run: RunConfig, prog: str) -> None:
+    idle = run.idle()
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
+        name = name if name in idle else name.removeprefix("no_")
+        if argument.startswith("--") and name in idle:
+            _refuse(f"{option(name)} would have no effect: {idle[name]}", prog)
+
+
+def _refuse(message: str, prog: str) -> NoReturn:
+    print(f"error: {message}\nFor full helptext, see {prog} --help", file=sys.stderr)
+    raise SystemExit(2) from None
+
+
+def _first_pass(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    # A missing value is for the second pass to complain about.
+    for name in ("--model", "--dataset", "--device", "--config", "--resume-from", "--out-dir", "--epochs", "--steps"):
+        parser.add_argument(name, nargs="?")
+    parser.add_argument("--resume", action="store_true")
+    # The second pass takes --out_dir as well.
+    spelled = [argument.replace("_", "-") if argument.startswith("--") else argument for argument in arguments]
+    return parser.parse_known_args(spelled)[0]
+
+
+def describe(config: RunConfig) -> str:
+    """The config as the options that would give it, a line a section; those that decide nothing are left out."""
+    idle = config.idle()
+    lines = [f"  {'model':<14}--model {config.model}"]
+    for section, values in config:
+        if section != "model":
+            options = (_as_option(name, value) for name, value in values if value is not None and name not in idle)
+            lines.append(f"  {section:<14}{' '.join(options)}")
+    return "\n".join(lines)
+
+
+def _as_option(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        return option(name) if value else option(f"no_{name}")
+    if isinstance(value, tuple):
+        return " ".join([option(name), *map(str, value)])
+    return f"{option(name)} {shlex.quote(f'{value:g}' if isinstance(value, float) else str(value))}"

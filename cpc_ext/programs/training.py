@@ -1,0 +1,282 @@
+"""A run from the command line to its results: config, data, training, evaluation, and the files that remain."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+import cpc_ext
+from cpc_ext.programs.command_line import exit_status
+from cpc_ext.programs.train_options import Command, describe, parse
+from cpc_ext.training.atomic_file import atomic_file
+from cpc_ext.training.checkpoint import load_checkpoint
+from cpc_ext.training.config import RunConfig, explain, option, options_that_may_change, validate_config
+from cpc_ext.training.distribution import Ranks, joined_ranks, lost_contact
+from cpc_ext.training.errors import TrainingError, speaker, unfailing_output
+from cpc_ext.training.loop import Trainer
+from cpc_ext.training.precision import check_device
+from cpc_ext.training.registry import task_class
+from cpc_ext.training.run_data import load_data
+from cpc_ext.training.run_dir import RunDir
+from cpc_ext.training.run_log import RunLog
+from cpc_ext.training.starting_weights import take_weights
+from cpc_ext.training.stop_request import EndedBySignal, StopRequest, signals_raise
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | Command | None = None) -> int:
+    """Run `python -m cpc_ext.train` with these arguments (default: those of the process); returns the exit status.
+
+    They may also be given as what :func:`cpc_ext.programs.train_options.parse` makes of them.
+
+    0: the run is complete. 1: it could not start or go on, for a reason that was printed. 2 (raised as SystemExit):
+    wrong options. 128 + its number: stopped by a signal (Ctrl-C 130, SIGTERM 143, SIGUSR1 138 ...), in training after
+    saving. Under torchrun every process runs it.
+    """
+
+    def train() -> int:
+        with signals_raise():
+            return _run(given if isinstance(given, Command) else parse(given))
+
+    given = sys.argv[1:] if arguments is None else arguments
+    with unfailing_output():
+        return exit_status(train)
+
+
+def _lost(error: RuntimeError, path: Path | None) -> str:
+    """What to say where other processes are gone."""
+    return (
+        "another process of this run has ended or no longer answers, so this one ends as well. The training is saved "
+        f"up to its last checkpoint: go on with --resume --out-dir {path}, on any number of processes "
+        f"({str(error).splitlines()[0]})"
+    )
+
+
+def _run(command: Command) -> int:
+    config = command.run
+    with joined_ranks(config.compute.device) as ranks:
+        ranks = replace(ranks, pipeline=config.pipeline)
+        check_device(str(ranks.device))
+        if ranks.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # All batches have one shape, so the search pays once.
+        held: list[RunDir] = []
+        path = command.out_dir
+
+        def hold() -> Path:
+            if command.resume:
+                assert command.out_dir is not None  # parse() saw to it.
+                held.append(RunDir.reopen(command.out_dir))
+            else:
+                held.append(RunDir.create(command.out_dir, model=config.model, dataset=config.data.dataset))
+            return held[0].path
+
+        try:
+            path = ranks.on_main(hold)
+            return _train(config, held[0] if held else RunDir(path), ranks, resume=command.resume)
+        except RuntimeError as error:
+            if not lost_contact(error):
+                raise
+            ranks.end_stopped()
+            raise TrainingError(_lost(error, path)) from None
+        finally:
+            for run in held:
+                run.release()
+
+
+def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int:
+    phases: dict[str, float] = {}
+    ranks.say(f"cpc_ext {cpc_ext.__version__}, run in {run.path}\n{describe(config)}")
+    state = load_checkpoint(run.checkpoint) if resume and run.checkpoint.exists() else None
+    if resume and state is None:
+        ranks.say("this run ended before its first checkpoint: it starts from its beginning")
+    if state is not None:
+        if "optimizer" not in state:
+            raise TrainingError(
+                f"--resume: {run.checkpoint} holds a model and no training to go on with; start from it with "
+                f"--resume-from {run.path}"
+            )
+        _check_same_run(_saved_config(run, state), config)
+    with _timed(phases, "data"):
+        dataset = load_data(config)
+    try:
+        task = task_class(config.model)(config, dataset, ranks.device)
+    except ValueError as error:
+        raise TrainingError(str(error)) from None
+    start = config.optimization.resume_from
+    if start is not None and state is None:
+        take_weights(task, RunDir(start))
+    ranks.wait()  # Where data had to be fetched or decoded, some took longer.
+    trainer = Trainer(task, config, run, ranks)
+    if state is not None:
+        trainer.resume(state)
+    with _timed(phases, "data"):
+        task.prepare(ranks, resumed=state is not None)
+
+    logs: list[RunLog] = []
+
+    def prepare() -> None:
+        run.check_space(trainer.checkpoint_bytes)
+        try:
+            _write(run.config, config.to_yaml())
+            logs.append(RunLog(run, after_step=trainer.step))
+        except OSError as error:
+            raise TrainingError(f"--out-dir: cannot write to {run.path}: {error}") from None
+
+    ranks.on_main(prepare)
+    log = logs[0] if logs else None  # Of the main process.
+    ranks.say(
+        f"{len(task.images)} images of {dataset.name}, {sum(p.numel() for p in task.model.parameters()):,} parameters, "
+        f"{trainer.total_steps} steps"
+        + (f", {ranks.world_size} processes" if ranks.world_size > 1 else "")
+        + (f", going on after step {trainer.step}" if state is not None else "")
+        + (f", from the weights of {start}" if start is not None and state is None else "")
+    )
+
+    try:
+        several = ranks.world_size > 1
+        with StopRequest(again_ends=not several, talk=ranks.main) as stop, _timed(phases, "training"):
+            try:
+                trainer.train(log, stop)
+                stopped = ranks.any(stop.signal is not None)
+            except RuntimeError as error:
+                if not lost_contact(error):
+                    raise
+                ranks.end_stopped()
+                # Said here, where SIGTERM is only noted: it is what torchrun sends next.
+                print(f"\n{speaker()}error: {_lost(error, run.path)}", file=sys.stderr, flush=True)
+                raise SystemExit(1) from None
+        if stopped:
+            ranks.say(
+                f"stopped at step {trainer.step} of {trainer.total_steps}; go on with:\n"
+                f"  python -m cpc_ext.train --resume --out-dir {run.path}"
+            )
+            return stop.exit_code or 128 + signal.SIGTERM
+        if log is None:
+            return 0  # What is left is for one process.
+        with _timed(phases, "evaluation"):
+            results = task.evaluate()
+        log.scalars(trainer.step, results)
+        with _timed(phases, "figures"):
+            task.save(run)
+        summary = _summary(config, trainer, results, phases, ranks)
+        _write(run.summary, json.dumps(summary, indent=2) + "\n")
+    except OSError as error:
+        raise TrainingError(f"could not write to {run.path} ({error}): make room; {trainer.on_disk()}") from None
+    except (EndedBySignal, KeyboardInterrupt):
+        # A signal came during the evaluation or the figures.
+        print(f"\nthe training is complete, what comes after it is not; {trainer.on_disk()}", file=sys.stderr)
+        raise
+    finally:
+        if log is not None:
+            log.close()
+    _report(results, phases, run)
+    return 0
+
+
+def _saved_config(run: RunDir, state: dict[str, Any]) -> RunConfig:
+    """The config in a checkpoint. TrainingError where it has none, or one that is not valid."""
+    try:
+        return validate_config(state["config"])
+    except (KeyError, ValidationError) as error:
+        reason = explain(error) if isinstance(error, ValidationError) else "it has no config"
+        raise TrainingError(f"--resume: {run.checkpoint} does not fit this run: {reason}") from None
+
+
+def _check_same_run(saved: RunConfig, wanted: RunConfig) -> None:
+    """TrainingError where an option differs that would make the rest another run than the beginning."""
+    before, now, free = _by_option(saved), _by_option(wanted), options_that_may_change()
+    changed = [
+        f"  {option(name)} is {before[name]} in the checkpoint, {now[name]} now"
+        for name in before
+        if name not in free and before[name] != now[name]
+    ]
+    if changed:
+        raise TrainingError(
+            "--resume goes on with the same run, but\n"
+            + "\n".join(changed)
+            + f"\nonly these may change: {', '.join(map(option, free))}"
+        )
+
+
+def _by_option(config: RunConfig) -> dict[str, Any]:
+    tree = config.model_dump(mode="json")
+    return {"model": tree.pop("model")} | {name: value for section in tree.values() for name, value in section.items()}
+
+
+def _summary(
+    config: RunConfig, trainer: Trainer, results: dict[str, float], phases: dict[str, float], ranks: Ranks
+) -> dict[str, Any]:
+    device = ranks.device
+    final = {
+        f"final_{name}": trainer.last_metrics[name] for name in ("loss", "accuracy") if name in trainer.last_metrics
+    }
+    return {
+        "model": config.model,
+        "dataset": config.data.dataset,
+        **results,
+        **final,
+        "steps": trainer.step,
+        "images_per_second": round(trainer.step * config.optimization.batch_size / max(trainer.seconds, 1e-9), 2),
+        "peak_memory_bytes": _peak_memory_bytes(device),
+        "training_seconds": round(trainer.seconds, 3),
+        "phase_seconds": {name: round(seconds, 3) for name, seconds in phases.items()},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type,
+        "processes": ranks.world_size,
+        "threads": torch.get_num_threads(),
+        "versions": {"cpc_ext": cpc_ext.__version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    """Of the device's memory on CUDA, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):
+        # What getrusage tells includes the peak of the process that this one was started by.
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _report(results: dict[str, float], phases: dict[str, float], run: RunDir) -> None:
+    if "probe_accuracy" in results:
+        print(
+            f"linear probe: {results['probe_accuracy']:.1%} of the test images "
+            f"(the same encoder untrained {results['untrained_probe_accuracy']:.1%}, "
+            f"always the same class {results['chance_accuracy']:.1%})"
+        )
+    if "bits_per_dim" in results:
+        print(
+            f"bits per dimension: {results['bits_per_dim']:.3f} of the held-out images "
+            f"(training images {results['train_bits_per_dim']:.3f}, "
+            f"best static histogram {results['static_histogram_bits_per_dim']:.3f})"
+        )
+    print(", ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.items()))
+    print(f"model, figures and metrics are in {run.path}")
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def _timed(phases: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    phases[name] = phases.get(name, 0.0) + time.perf_counter() - started

@@ -1,0 +1,79 @@
+"""The options of CPC, version 1."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from cpc_ext.tasks.patch_options import PredictionConfig, PredictionSection
+from cpc_ext.training.config import Presets
+
+__all__ = ["CONFIG", "PRESETS", "CPCConfig", "CPCSection"]
+
+
+class CPCSection(PredictionSection):
+    """The networks and the prediction task of contrastive predictive coding."""
+
+    neg_samples: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
+        16, description="Negatives sampled for each prediction, or all: every other target in the batch."
+    )
+
+    @model_validator(mode="after")
+    def _ring_holds_all(self) -> CPCSection:
+        if self.gather_negatives == "ring" and self.neg_samples != "all":
+            raise ValueError("--gather-negatives ring needs --neg-samples all: samples may be keys of any process")
+        return self
+
+
+class CPCConfig(PredictionConfig):
+    """A run of contrastive predictive coding."""
+
+    cpc: CPCSection = Field(default_factory=CPCSection)
+
+
+CONFIG = CPCConfig
+
+# Small images: half-overlapping patches of 10 pixels of which a small network sees enough.
+_CIFAR = {
+    "view": {"crop": 30, "grid_size": 5, "patch_norm": True},
+    "cpc": {"encoder": "resnet14", "norm": "layer", "pred_steps": 3, "neg_samples": "all"},
+    "optimization": {"epochs": 100, "batch_size": 64, "schedule": "cosine", "warmup_steps": 500, "clip_grad": 10.0},
+}
+
+PRESETS: Presets = {
+    # Minutes on two CPU cores. Grey patches of their own mean and contrast share nothing with their neighbours but the
+    # structure that runs through both.
+    "textures": {
+        "view": {"crop": 56, "grid_size": 6, "patch_norm": True},
+        "cpc": {
+            "encoder": "resnet-small",
+            "norm": "layer",
+            "context_layers": 1,
+            "pred_steps": 3,
+            "pred_directions": 2,
+            "neg_samples": "all",
+        },
+        "optimization": {
+            "steps": 1200,
+            "batch_size": 16,
+            "lr": 1e-3,
+            "schedule": "cosine",
+            "warmup_steps": 50,
+            "clip_grad": 10.0,
+        },
+    },
+    # The example settings of CPCV2-PyTorch, which keeps colours unless it is told not to.
+    "stl10": {
+        "view": {"crop": 64, "grid_size": 7, "gray": False},
+        "cpc": {"encoder": "resnet14", "pred_steps": 5, "neg_samples": 16},
+        "optimization": {"epochs": 300, "batch_size": 16},
+    },
+    "cifar10": _CIFAR,
+    "cifar100": _CIFAR,
+    "folder": {
+        "view": {"crop": 64, "grid_size": 7, "patch_norm": True},
+        "cpc": {"encoder": "resnet14", "norm": "layer", "pred_steps": 5, "neg_samples": "all"},
+        "optimization": {"epochs": 100, "batch_size": 32, "schedule": "cosine", "warmup_steps": 500, "clip_grad": 10.0},
+    },
+}

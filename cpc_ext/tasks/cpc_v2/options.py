@@ -1,0 +1,107 @@
+"""The options of CPC, version 2."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from cpc_ext.tasks.encoder_options import NORM_HELP, Norm
+from cpc_ext.tasks.patch_options import PredictionConfig, PredictionSection
+from cpc_ext.training.config import MOST, Presets
+
+__all__ = ["CONFIG", "PRESETS", "CPCv2Config", "CPCv2Section"]
+
+
+class CPCv2Section(PredictionSection):
+    """The networks and the prediction task of contrastive predictive coding, version 2."""
+
+    norm: Norm = Field("layer", description=f"{NORM_HELP} CPC v2 has layer norm.")
+    context_layers: int = Field(
+        5, ge=1, le=1000, description="Residual blocks of a context network; each sees one row further up."
+    )
+    context_channels: int = Field(256, ge=1, le=MOST, description="Channels inside a block of a context network.")
+    shared_context: bool = Field(
+        False,
+        description="One context network for all directions, as in CPCV2-PyTorch; otherwise each has its own.",
+    )
+    pred_directions: int = Field(
+        4, ge=1, le=4, description="Directions predicted in: 1 is down, 2 to 4 add the grid turned by 90 degrees each."
+    )
+    target_channels: int = Field(
+        64,
+        ge=1,
+        le=MOST,
+        description="Channels of the projections that are predicted and contrasted with all of the batch.",
+    )
+    prediction_scale: float = Field(
+        0.1, gt=0, le=100, description="Factor of the predictions, and so of the logits at the start."
+    )
+    variant: Literal["paper", "lightning-bolts"] = Field(
+        "paper",
+        description="lightning-bolts: as that program's CPC_v2, which pads context networks in its own way, predicts "
+        "all steps by one convolution and weighs step k by k; for one direction and all steps that the grid has.",
+    )
+
+
+class CPCv2Config(PredictionConfig):
+    """A run of contrastive predictive coding, version 2."""
+
+    cpc: CPCv2Section = Field(default_factory=CPCv2Section)
+
+    @model_validator(mode="after")
+    def _variant_predicts_all(self) -> CPCv2Config:
+        options, steps = self.cpc, self.view.grid_size - 1 - self.cpc.skip
+        if options.variant == "lightning-bolts" and (options.pred_directions, options.pred_steps) != (1, steps):
+            raise ValueError(
+                f"--variant lightning-bolts predicts in one direction, and all {steps} steps that --grid-size "
+                f"{self.view.grid_size} has: it needs --pred-directions 1 --pred-steps {steps}"
+            )
+        return self
+
+
+CONFIG = CPCv2Config
+
+_VIEW = {"gray": False, "patch_augmentation": True}
+# CPCV2-PyTorch's example: half-overlapping patches of 10 pixels in colour.
+_CIFAR = {
+    "view": {"crop": 30, "pad": 2, "grid_size": 5, **_VIEW},
+    "cpc": {"encoder": "wrn-28-2", "pred_steps": 3},
+    "optimization": {"epochs": 500, "batch_size": 64, "schedule": "cosine", "warmup_steps": 500, "clip_grad": 10.0},
+}
+
+PRESETS: Presets = {
+    # Minutes on two CPU cores, with larger logits than published, which a short run learns from sooner.
+    "textures": {
+        "view": {"crop": 56, "grid_size": 6, **_VIEW},
+        "cpc": {
+            "encoder": "resnet-small",
+            "context_layers": 1,
+            "context_channels": 64,
+            "pred_steps": 3,
+            "prediction_scale": 1.0,
+        },
+        "optimization": {
+            "steps": 1000,
+            "batch_size": 16,
+            "lr": 1e-3,
+            "schedule": "cosine",
+            "warmup_steps": 50,
+            "clip_grad": 10.0,
+        },
+    },
+    "stl10": {
+        "view": {"crop": 64, "grid_size": 7, **_VIEW},
+        "cpc": {"encoder": "resnet28", "pred_steps": 5},
+        "optimization": {"epochs": 300, "batch_size": 32, "schedule": "cosine", "warmup_steps": 500, "clip_grad": 10.0},
+    },
+    "cifar10": _CIFAR,
+    "cifar100": _CIFAR,
+    # As published for ImageNet.
+    "folder": {
+        "data": {"image_size": 300},
+        "view": {"crop": 260, "grid_size": 6, "patch_size": 80, **_VIEW},
+        "cpc": {"encoder": "resnet161", "pred_steps": 3},
+        "optimization": {"epochs": 200, "batch_size": 16, "schedule": "cosine", "warmup_steps": 500, "clip_grad": 10.0},
+    },
+}

@@ -1,0 +1,53 @@
+"""Options of all models that learn an encoder by contrast: the encoder, and which processes' keys it is told from."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from cpc_ext.tasks.encoder_names import check_encoder_name, has_own_norm
+from cpc_ext.training.config import RunConfig, Section
+
+__all__ = ["NORM_HELP", "EncoderConfig", "EncoderSection"]
+
+Encoder = Annotated[str, AfterValidator(check_encoder_name)]
+GatherNegatives = Literal["none", "gather", "ring"]
+Norm = Literal["none", "layer", "batch", "instance"]
+
+NORM_HELP = "Normalisation inside the encoder; a backbone of timm has its own."
+
+
+class EncoderSection(Section):
+    """What all models that learn an encoder by contrast share."""
+
+    encoder: Encoder = Field(
+        "resnet14",
+        description="Network that encodes a patch, or of simclr an image. resnet-small, resnetN: a pre-activation "
+        "ResNet; 14, 28, 41, 92 and 143 without the last stack, as published for CPC, 161 that of CPC v2, 18, 34, 50, "
+        "101 and 152 whole, small with one narrow block a stack. wrn-DEPTH-WIDTH: a wide ResNet, such as wrn-28-2. "
+        "mobilenetv2. ln-resnet101: Lightning Bolts' cpc_encoder. timm:NAME: any backbone of the timm library, if "
+        "installed (cpc_ext[timm]), such as timm:convnext_atto. What a name leaves open may follow it, as in "
+        "resnet14:stem=cifar or timm:vit_tiny_patch16_224:patch_size=4.",
+    )
+    norm: Norm = Field("none", description=f"{NORM_HELP} The published CPC v1 uses none.")
+    gather_negatives: GatherNegatives = Field(
+        "gather",
+        description="Negatives of a run of several processes (torchrun). gather, also without a value: of all "
+        "processes, as a single one with the whole batch has them; ring: the same, but no process holds the keys of "
+        "more than one other at a time; none: each process's own.",
+    )
+
+
+class EncoderConfig(RunConfig):
+    """A run that learns an encoder by contrast."""
+
+    @property
+    def encoder_section(self) -> EncoderSection:
+        """The section with the options of the encoder."""
+        raise NotImplementedError
+
+    def idle(self) -> dict[str, str]:
+        encoder = self.encoder_section.encoder
+        own = {"norm": f"--encoder {encoder} has a normalisation of its own"} if has_own_norm(encoder) else {}
+        return super().idle() | own

@@ -1,0 +1,8 @@
+"""The options of a gated PixelCNN."""
+
+from cpc_ext.tasks.pixel_options import PIXEL_PRESETS, PixelConfig
+
+__all__ = ["CONFIG", "PRESETS"]
+
+CONFIG = PixelConfig
+PRESETS = PIXEL_PRESETS

@@ -1,0 +1,127 @@
+"""The options of Greedy InfoMax, and of the supervised encoders that it is compared with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from cpc_ext.tasks.cpc_v1 import options as cpc_v1
+from cpc_ext.training.config import MAY_CHANGE, Presets, Section
+from cpc_ext.training.registry import title
+
+__all__ = ["CONFIG", "PRESETS", "GreedyConfig", "GreedySection"]
+
+
+class GreedySection(Section):
+    """The modules of Greedy InfoMax, what they learn by, and in which order or place."""
+
+    modules: int = Field(
+        3,
+        ge=1,
+        le=1000,
+        description="Modules that the encoder's stacks are shared among, each with a loss of its own. 1 is the encoder "
+        "end to end, with a context network: CPC.",
+    )
+    split_at: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        None,
+        description="Blocks that all modules but the first begin with, counted from 0 over all stacks; replaces "
+        "--modules.",
+    )
+    objective: Literal["infonce", "supervised"] = Field(
+        "infonce",
+        description="What a module learns by: InfoNCE, or the labels through a linear classifier of its own (with "
+        "--modules 1 a supervised encoder end to end).",
+    )
+    init: Literal["he", "delta-orthogonal"] = Field(
+        "he",
+        description="Initial weights of the encoder: He et al.'s, or Xiao et al. 2018's, arXiv 1806.05393.",
+    )
+    train_module: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="Train this module alone, counted from 0; those before it are frozen, as the run of --resume-from "
+        "has trained them. None: all at once.",
+    )
+    cache_outputs: Path | None = Field(
+        None,
+        description="Folder to keep the outputs of the frozen modules in, computed once and read from the disk. It "
+        "fixes the crops: --cache-views of each image. None: they are computed in every step, for new crops.",
+    )
+    cache_views: int = Field(
+        1, ge=1, description="Random crops of each image whose outputs are kept with --cache-outputs."
+    )
+    pipeline: Annotated[bool, MAY_CHANGE] = Field(
+        False,
+        description="Under torchrun: a process, and GPU, for every module, which gets the features of the one before. "
+        "Otherwise each process trains all modules on its part of a batch.",
+    )
+
+    @property
+    def count(self) -> int:
+        """Number of modules."""
+        return self.modules if self.split_at is None else len(self.split_at) + 1
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> GreedySection:
+        if self.train_module is not None and self.train_module >= self.count:
+            raise ValueError(f"--train-module {self.train_module}: there are {self.count} modules, counted from 0")
+        if self.cache_outputs is not None and not self.train_module:
+            raise ValueError("--cache-outputs needs --train-module 1 or higher: only frozen modules are cached")
+        if self.pipeline and (self.train_module is not None or self.count == 1):
+            raise ValueError("--pipeline trains several modules at a time: it needs --modules and no --train-module")
+        return self
+
+
+class GreedyConfig(cpc_v1.CPCConfig):
+    """A run of Greedy InfoMax, or of the supervised encoders it is compared with."""
+
+    greedy: GreedySection = Field(default_factory=GreedySection)
+
+    @model_validator(mode="after")
+    def _modules_before_are_trained(self) -> GreedyConfig:
+        module = self.greedy.train_module
+        if module and self.optimization.resume_from is None:
+            raise ValueError(
+                f"--train-module {module} needs --resume-from, the folder of the run that trained module {module - 1}"
+            )
+        return self
+
+    @property
+    def pipeline(self) -> bool:
+        return self.greedy.pipeline
+
+    @property
+    def title(self) -> str:
+        """What the run's model is called in figures: the end-to-end encoder is that of CPC."""
+        several = self.greedy.count > 1
+        if self.greedy.objective == "supervised":
+            return "supervised, greedy" if several else "supervised, end to end"
+        return super().title if several else title("cpc-v1")
+
+    def idle(self) -> dict[str, str]:
+        greedy, idle = self.greedy, super().idle()
+        if greedy.split_at is not None:
+            idle["modules"] = "--split-at tells how many there are"
+        if greedy.cache_outputs is None:
+            idle["cache_views"] = "it needs --cache-outputs"
+        if greedy.count > 1:
+            idle["context_layers"] = "only a single module has a context network"
+        if greedy.pipeline:
+            idle["gather_negatives"] = "each process of a --pipeline has the whole batch"
+        if self.optimization.resume_from is not None:
+            idle["init"] = "--resume-from brings the weights"
+        return idle
+
+
+CONFIG = GreedyConfig
+
+PRESETS: Presets = {
+    **cpc_v1.PRESETS,
+    # The published settings: ResNet-50 v2 without its last stack and without norm.
+    "stl10": {
+        "view": {"crop": 64, "grid_size": 7},
+        "cpc": {"encoder": "resnet41", "pred_steps": 5, "neg_samples": 16},
+        "optimization": {"epochs": 300, "batch_size": 32, "lr": 1.5e-4},
+    },
+}

@@ -1,0 +1,102 @@
+"""Options of the models that predict patches of an image from others: the grid of patches, and what is predicted."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from cpc_ext.tasks.encoder_options import EncoderConfig, EncoderSection
+from cpc_ext.training.config import MOST, Section
+
+__all__ = ["PredictionConfig", "PredictionSection", "ViewSection"]
+
+
+class ViewSection(Section):
+    """What the model sees of an image: a crop, cut into a grid of overlapping patches."""
+
+    crop: int = Field(
+        56, ge=4, le=MOST, description="Side in pixels of the square cut out of an image at a random place."
+    )
+    pad: int = Field(0, ge=0, le=MOST, description="Black pixels put around an image before it is cropped.")
+    grid_size: int = Field(6, ge=2, le=MOST, description="Patches along a side of the grid.")
+    patch_size: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="Side of a patch in pixels. None: neighbours overlap by half, 2 * crop / (grid size + 1)."
+    )
+    flip: bool = Field(True, description="Mirror half of the crops left to right.")
+    gray: bool = Field(True, description="Reduce colours to grey, which closes the short cut of matching colours.")
+    patch_norm: bool = Field(
+        False,
+        description="Bring each patch to its own zero mean and unit contrast, which closes the short cut of matching "
+        "brightness; otherwise pixels are normalised by the data set's mean and deviation.",
+    )
+    patch_augmentation: bool = Field(
+        False,
+        description="Change each patch on its own while training, as CPC v2 does it: two of AutoAugment's transforms, "
+        "then, with the paper's probabilities, elastic deformation, another colour histogram, colour jitter and grey, "
+        "then a crop padded back.",
+    )
+
+    @property
+    def patch(self) -> int:
+        """Side of a patch in pixels."""
+        return 2 * self.crop // (self.grid_size + 1) if self.patch_size is None else self.patch_size
+
+    @property
+    def stride(self) -> int:
+        """Distance of neighbouring patches in pixels."""
+        return (self.crop - self.patch) // (self.grid_size - 1)
+
+    @model_validator(mode="after")
+    def _grid_fills_crop(self) -> ViewSection:
+        if self.patch_size is None and 2 * self.crop % (self.grid_size + 1):
+            fitting = self.crop - self.crop % (self.grid_size + 1)
+            raise ValueError(
+                f"--crop {self.crop} does not divide into half-overlapping patches on a {self.grid_size} x "
+                f"{self.grid_size} grid: use a multiple of {self.grid_size + 1} such as "
+                f"{fitting or self.grid_size + 1}, or give --patch-size"
+            )
+        if self.patch > self.crop:
+            raise ValueError(f"--patch-size {self.patch} is larger than --crop {self.crop}")
+        if self.stride < 1 or self.patch + self.stride * (self.grid_size - 1) != self.crop:
+            raise ValueError(
+                f"--patch-size {self.patch} on a {self.grid_size} x {self.grid_size} grid does not fill --crop "
+                f"{self.crop}: crop - patch size must be a positive multiple of grid size - 1 = {self.grid_size - 1}"
+            )
+        return self
+
+
+class PredictionSection(EncoderSection):
+    """What both versions of contrastive predictive coding share."""
+
+    context_layers: int = Field(
+        4, ge=1, le=1000, description="Layers of the context network; each sees one row further up."
+    )
+    pred_steps: int = Field(5, ge=1, description="Rows ahead that are predicted, nearest to farthest.")
+    pred_directions: int = Field(
+        1, ge=1, le=4, description="Directions predicted in: 1 is down, 2 to 4 add the grid turned by 90 degrees each."
+    )
+    skip: int = Field(
+        1,
+        ge=0,
+        description="Rows left out between a context and its first target, whose patches overlap the context's.",
+    )
+
+
+class PredictionConfig(EncoderConfig):
+    view: ViewSection = Field(default_factory=ViewSection)
+    cpc: PredictionSection
+
+    @model_validator(mode="after")
+    def _predictions_fit_grid(self) -> PredictionConfig:
+        farthest, last = self.cpc.pred_steps + self.cpc.skip, self.view.grid_size - 1
+        if farthest > last:
+            raise ValueError(
+                f"--pred-steps {self.cpc.pred_steps} with --skip {self.cpc.skip} predicts {farthest} rows ahead, but "
+                f"--grid-size {self.view.grid_size} has only {last} rows below the first: they may sum to {last}"
+            )
+        return self
+
+    @property
+    def encoder_section(self) -> EncoderSection:
+        return self.cpc

@@ -1,0 +1,102 @@
+"""Options that models of pixels share, and those of a PixelCNN, gated or not."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from cpc_ext.training.config import MAY_CHANGE, MOST, Presets, RunConfig, Section
+
+__all__ = ["PIXEL_PRESETS", "PixelConfig", "PixelSection"]
+
+
+class PixelSection(Section):
+    """The network that predicts every value of an image from those before it, and what is looked at on the way."""
+
+    layers: int = Field(
+        12,
+        ge=1,
+        le=1000,
+        description="Residual blocks of a PixelCNN, layers of a gated one; each sees one pixel further.",
+    )
+    hidden_channels: int = Field(
+        96,
+        ge=1,
+        le=MOST,
+        description="Channels, a multiple of the colours: h of a PixelCNN, which carries 2h between its blocks, or p "
+        "of each stack of a gated one.",
+    )
+    class_conditional: bool = Field(
+        False,
+        description="Tell the network the class of an image; of gated-pixelcnn and pixelcnn++, and for images with "
+        "labels.",
+    )
+    mirror: bool = Field(False, description="Mirror half of the training images left to right.")
+    sample_every: Annotated[int, MAY_CHANGE] = Field(
+        500,
+        ge=1,
+        description="Updates between looks at the model: bits per dimension of held-out images, and samples as PNG.",
+    )
+    ema_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Evaluate, draw from and save a running average of the weights in which an update keeps this share "
+        "of it, less in the first updates; published for PixelCNN++: 0.9995. 0: the weights themselves.",
+    )
+
+
+class PixelConfig(RunConfig):
+    """A run of a PixelCNN, gated or not."""
+
+    pixelcnn: PixelSection = Field(default_factory=PixelSection)
+
+    @model_validator(mode="after")
+    def _model_takes_classes(self) -> PixelConfig:
+        if self.pixelcnn.class_conditional and self.model == "pixelcnn":
+            raise ValueError("--class-conditional needs --model gated-pixelcnn or pixelcnn++, got pixelcnn")
+        return self
+
+    def idle(self) -> dict[str, str]:
+        return super().idle() | {"channels_last": f"--model {self.model} lays its features out by itself"}
+
+
+# The number of updates matters more than their size: small batches.
+_CIFAR = {
+    "pixelcnn": {"layers": 15, "hidden_channels": 96, "sample_every": 2000},
+    "optimization": {
+        "epochs": 50,
+        "batch_size": 16,
+        "lr": 4e-4,
+        "schedule": "cosine",
+        "warmup_steps": 500,
+        "clip_grad": 1.0,
+    },
+}
+# Whole 96x96 images: a ninth of the batch that small ones allow.
+_STL10 = {
+    "pixelcnn": {"layers": 15, "hidden_channels": 96, "sample_every": 5000},
+    "optimization": {**_CIFAR["optimization"], "epochs": 5, "batch_size": 4},
+}
+# Minutes on two CPU cores.
+_TEXTURES = {
+    "data": {"image_size": 32},
+    "pixelcnn": {"layers": 5, "hidden_channels": 24, "sample_every": 250},
+    "optimization": {
+        "steps": 1000,
+        "batch_size": 16,
+        "lr": 2e-3,
+        "schedule": "cosine",
+        "warmup_steps": 50,
+        "clip_grad": 1.0,
+    },
+}
+
+PIXEL_PRESETS: Presets = {
+    "textures": _TEXTURES,
+    "stl10": _STL10,
+    "cifar10": _CIFAR,
+    "cifar100": _CIFAR,
+    "folder": {**_CIFAR, "data": {"image_size": 32}},
+}

@@ -1,0 +1,1 @@
+"""PixelCNN++: Salimans et al. 2017, arXiv 1701.05517."""

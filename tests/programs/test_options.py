@@ -1,0 +1,242 @@
+"""The command line and config files: what they accept, which defaults they show, how they refuse."""
+
+from __future__ import annotations
+
+import re
+from typing import get_args
+
+import pytest
+import torch
+
+from cpc_ext.data import DATASETS
+from cpc_ext.programs.train_options import describe, parse
+from cpc_ext.tasks.encoder_names import ENCODERS, encoder_spec
+from cpc_ext.training import presets
+from cpc_ext.training.config import (
+    DataSection,
+    RunConfig,
+    load_config,
+    options_of_other_models,
+)
+from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.presets import preset
+from cpc_ext.training.registry import MODELS, config_class, model_presets
+
+
+def refuse(capsys, *arguments):
+    """What the program says, in one line, when it refuses these arguments."""
+    with pytest.raises(SystemExit) as exit_:
+        parse(arguments)
+    assert exit_.value.code == 2
+    captured = capsys.readouterr()
+    text = captured.err + captured.out
+    assert "Traceback" not in text
+    return re.sub(r"[\s│]+", " ", text)
+
+
+def help_text(capsys, *arguments):
+    with pytest.raises(SystemExit) as exit_:
+        parse([*arguments, "--help"])
+    assert exit_.value.code == 0
+    return re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("model", MODELS)
+def test_presets_are_valid_and_what_the_command_line_starts_from(model, dataset):
+    assert parse(["--model", model, "--dataset", dataset]).run == preset(model, dataset)
+
+
+def test_a_data_set_without_presets_has_those_of_any_images(monkeypatch):
+    known = model_presets("cpc-v2")
+    monkeypatch.setattr(presets, "model_presets", lambda model: {"folder": known["folder"]})
+    folder, stl10 = preset("cpc-v2", "folder"), preset("cpc-v2", "stl10")
+    assert (folder.data.image_size, stl10.data.image_size) == (300, None)  # Published images have their own size.
+    assert stl10.data.dataset == "stl10"
+    assert (stl10.view, stl10.cpc, stl10.optimization) == (folder.view, folder.cpc, folder.optimization)
+
+
+def test_names_on_the_command_line_are_those_there_are():
+    assert get_args(DataSection.model_fields["dataset"].annotation) == DATASETS
+    assert get_args(RunConfig.model_fields["model"].annotation) == MODELS
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "arguments"),
+    [
+        ("resnet161", "ResNetV2Encoder", {"depth": 161, "norm": "layer", "in_channels": 1, "stem": "imagenet"}),
+        ("wrn-28-2", "WideResNetEncoder", {"depth": 28, "width": 2, "norm": "layer", "in_channels": 1}),
+        ("mobilenetv2", "MobileNetV2Encoder", {"norm": "layer", "in_channels": 1, "strides": "imagenet"}),
+        ("timm:resnet18.a1_in1k", "TimmEncoder", {"name": "resnet18.a1_in1k", "in_channels": 1}),
+    ],
+)
+def test_encoders_by_name(name, kind, arguments):
+    assert parse(["--encoder", name]).run.cpc.encoder == name
+    spec = encoder_spec(name, norm="layer", in_channels=1, stem="imagenet")
+    assert (spec.kind.__name__, spec.arguments) == (kind, arguments)
+
+
+@pytest.mark.parametrize("name", [name for name in ENCODERS if name.islower()])
+def test_encoders_without_numbers_of_their_own_are_built(name):
+    with torch.device("meta"):
+        assert encoder_spec(name, norm="batch", in_channels=3, stem="stl10", patch_size=16).build(16).out_channels > 0
+
+
+def test_stl10_is_the_published_example():
+    config = preset("cpc-v1", "stl10")
+    assert (config.view.crop, config.view.patch, config.view.stride, config.view.grid_size) == (64, 16, 8, 7)
+    assert (config.cpc.encoder, config.cpc.norm) == ("resnet14", "none")
+    assert (config.cpc.pred_steps, config.cpc.neg_samples, config.cpc.skip) == (5, 16, 1)
+    assert (config.optimization.lr, config.optimization.batch_size, config.optimization.epochs) == (2e-4, 16, 300)
+    assert (config.optimization.schedule, config.optimization.clip_grad) == ("constant", None)
+    assert not config.view.gray
+    assert config.view.flip
+    assert not config.view.patch_norm
+
+
+def test_options_replace_the_preset():
+    run = parse(["--dataset", "stl10", "--neg-samples", "all", "--gray", "--clip-grad", "2.5"]).run
+    assert run.cpc.neg_samples == "all"
+    assert run.view.gray is True
+    assert run.optimization.clip_grad == 2.5
+    assert run.optimization.epochs == 300
+
+
+@pytest.mark.parametrize("arguments", [["--gather-negatives"], ["--gather-negatives", "--seed", "3"]])
+def test_gather_negatives_needs_no_value(tmp_path, arguments):
+    config = parse(["--dataset", "textures", "--gather-negatives", "ring"]).run
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert config.cpc.gather_negatives == "ring"
+    assert parse(["--config", str(tmp_path / "config.yaml"), *arguments]).run.cpc.gather_negatives == "gather"
+
+
+def test_underscores_do_as_well():
+    assert parse(["--dataset=stl10", "--batch_size", "7"]).run.optimization.batch_size == 7
+
+
+@pytest.mark.parametrize(("given", "other"), [("epochs", "steps"), ("steps", "epochs")])
+@pytest.mark.parametrize("dataset", ["textures", "stl10"])
+def test_length_in_epochs_or_steps_replaces_the_other(dataset, given, other):
+    optimization = parse(["--dataset", dataset, f"--{given}", "7"]).run.optimization
+    assert getattr(optimization, given) == 7
+    assert getattr(optimization, other) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--epochs", "1", "--steps", "1"], "give either --epochs or --steps, not both"),
+        (["--batch-size", "0"], "--batch-size: input should be greater than or equal to 1, got 0"),
+        (["--batch-size", "many"], "--batch-size: invalid literal for int() with base 10: 'many'"),
+        (["--lr", "-1"], "--lr: input should be greater than 0, got -1.0"),
+        (["--lr", "nan"], "--lr: input should be"),
+        (["--pred-directions", "5"], "--pred-directions: input should be less than or equal to 4, got 5"),
+        (["--neg-samples", "0"], "--neg-samples: input should be greater than or equal to 1, got 0"),
+        (
+            ["--model", "cpc-v9"],
+            "'cpc-v9' for argument '--model'. Expected one of ('cpc-v1', 'cpc-v2', 'gated-pixelcnn', ",
+        ),
+        (["--dataset", "mnist"], "'mnist' for argument '--dataset'"),
+        (["--encoder", "vgg"], "--encoder: expected one of resnet-small, resnet14,"),
+        (
+            ["--encoder", "wrn-27-2"],
+            "is 4 plus a positive multiple of 6, its width at least 1, as in wrn-28-2, got",
+        ),
+        (["--encoder", "wrn-28-0"], "its width at least 1, as in wrn-28-2, got 'wrn-28-0'"),
+        (["--encoder", "timm:"], "mobilenetv2, timm:NAME (such as wrn-28-2), got 'timm:'"),
+        (["--precision", "fp8"], "Expected one of ('fp32', 'bf16', 'fp16')"),
+        (["--device", "toaster"], "--device: expected a name like cpu, cuda or cuda:1, got 'toaster'"),
+        (["--crop", "50", "--grid-size", "6"], "use a multiple of 7 such as 49, or give --patch-size"),
+        (["--patch-size", "17"], "crop - patch size must be a positive multiple of grid size - 1 = 5"),
+        (["--patch-size", "90"], "--patch-size 90 is larger than --crop 56"),
+        (["--pred-steps", "5"], "--grid-size 6 has only 5 rows below the first"),
+        (["--bacth-size", "3"], "--batch-size"),
+        (["--steps"], "--steps"),
+        (
+            ["--model", "pixelcnn", "--crop=30"],
+            "--crop is an option of --model cpc-v1, cpc-v2, greedy-infomax; pixelcnn has no such option",
+        ),
+        (["--model", "gated-pixelcnn", "--no-gray"], "--gray is an option of --model cpc-v1, cpc-v2"),
+        (
+            ["--layers", "3"],
+            "--layers is an option of --model gated-pixelcnn, pixelcnn, pixelcnn++; cpc-v1 has no such option",
+        ),
+        (["--model", "pixelcnn", "--layers", "0"], "--layers: input should be greater than or equal to 1, got 0"),
+        (["--model", "pixelcnn", "--class-conditional"], "--class-conditional needs --model gated-pixelcnn or"),
+    ],
+)
+def test_wrong_options_name_the_option_and_what_is_allowed(capsys, arguments, expected):
+    assert expected in refuse(capsys, *arguments)
+
+
+def test_help_shows_the_defaults_of_the_data_set(capsys):
+    assert "--crop INT Side in pixels of the square cut out of an image at a random place. (default: 56)" in help_text(
+        capsys
+    )
+    assert "at a random place. (default: 64)" in help_text(capsys, "--dataset", "stl10")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_help_explains_every_option_of_a_model(capsys, model):
+    text = help_text(capsys, "--model", model)
+    for name in options_of_other_models(config_class(model)):
+        assert f"--{name.replace('_', '-')} " not in text
+    for section in config_class(model).model_fields.values():
+        for name, field in getattr(section.annotation, "model_fields", {}).items():
+            assert f"--{name.replace('_', '-')}" in text
+            assert " ".join(field.description.split()) in text
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_description_gives_the_same_run_again(model):
+    config = preset(model, "cifar10")
+    lines = describe(config).splitlines()
+    assert [line.split()[0] for line in lines] == list(type(config).model_fields)
+    options = [word for line in lines for word in line.split()[1:]]
+    assert parse(options).run == config
+
+
+def test_config_file_round_trip(tmp_path):
+    config = preset("cpc-v1", "stl10")
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "config.yaml") == config
+    changed = parse(["--config", str(tmp_path / "config.yaml"), "--lr", "0.01", "--steps", "9"]).run
+    assert changed.optimization.lr == 0.01
+    assert changed.optimization.steps == 9
+    assert changed.optimization.epochs is None
+    assert changed.cpc == config.cpc
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, "cannot read"),
+        ("a: [", "is not a YAML file"),
+        ("just text", "does not hold a run's options"),
+        ("optimization: {steps: 3}\nfoo: 1", "foo: there is no such option"),
+        ("optimization: {steps: 3, speed: 9}", "speed: there is no such option"),
+        ("optimization: {steps: 3, lr: fast}", "--lr: input should be a valid number"),
+        ("optimization: {steps: 3}\ncpc: {pred_steps: 0}", "--pred-steps: input should be greater than or equal to 1"),
+        ("optimization: {lr: 0.1}", "give either --epochs or --steps"),
+    ],
+)
+def test_wrong_config_files(tmp_path, text, expected):
+    path = tmp_path / "config.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(TrainingError, match=re.escape(expected)):
+        parse(["--config", str(path)])
+
+
+def test_config_file_of_another_model(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(preset("pixelcnn", "textures").to_yaml())
+    assert "--model cpc-v1 has other options" in refuse(
+        capsys, "--config", str(tmp_path / "config.yaml"), "--model", "cpc-v1"
+    )
+    run = parse(["--config", str(tmp_path / "config.yaml"), "--model", "gated-pixelcnn"]).run
+    assert run.pixelcnn == preset("pixelcnn", "textures").pixelcnn
+
+
+def test_config_and_resume_exclude_each_other(tmp_path):
+    with pytest.raises(TrainingError, match="either --resume or --config"):
+        parse(["--config", str(tmp_path), "--resume"])
