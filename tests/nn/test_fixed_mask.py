@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cpc_ext import models
-from cpc_ext.models.pixel_sampler import PixelActivation
+from cpc_ext.models.masked_features import PixelActivation
 from cpc_ext.nn import ChannelMix, GridInfoNCE, MaskedConv2d, ShiftedConv2d, ShiftedConvTranspose2d, TargetInfoNCE
 from cpc_ext.nn.fixed_mask import FixedMask
 
