@@ -15,7 +15,7 @@ import torch
 from torch.autograd import grad
 
 from cpc_ext.nn import GridInfoNCE, NTXentLoss, TargetInfoNCE, across_ranks
-from cpc_ext.nn.across_ranks import gather_from_ranks, position_in_world, ring_info_nce
+from cpc_ext.nn.across_ranks import EXCHANGES, exchange_with, gather_from_ranks, ring_info_nce
 from cpc_ext.ops import info_nce
 
 EXACT = {"atol": 1e-12, "rtol": 0}
@@ -105,10 +105,17 @@ def normal(*shape, seed=0):
 def test_there_is_one_rank_where_there_is_no_group(monkeypatch):
     values = torch.ones(3)
     assert gather_from_ranks(values) is values
-    assert position_in_world() == (0, 1)
+    assert {exchange_with(name) for name in EXCHANGES} == {(0, 1, False)}
     # A build of PyTorch without torch.distributed has only this of it.
     monkeypatch.setattr(across_ranks, "dist", type("Unavailable", (), {"is_available": lambda: False}))
-    assert position_in_world() == (0, 1)
+    assert {exchange_with(name) for name in EXCHANGES} == {(0, 1, False)}
+
+
+def test_whose_keys_are_contrasted(ranks):
+    world = ranks.world
+    for rank, exchanges in enumerate(ranks.run(lambda rank: [exchange_with(name) for name in EXCHANGES])):
+        passing = (0, world, True) if world > 1 else (0, 1, False)
+        assert exchanges == [(0, 1, False), (rank, world, False), passing]
 
 
 @pytest.mark.parametrize("dim", [None, 0, 1])
@@ -210,13 +217,27 @@ OBJECTIVES = {
 }
 
 
+def batches_of(name):
+    """What an objective takes, and the dimension of images in it."""
+    shape, dim = ((6, 4), 0) if "nt-xent" in name else ((2, 6, 3, 5, 5), 1)
+    return [normal(*shape, seed=seed) for seed in range(2)], dim
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_without_an_exchange_nobody_is_asked(name, monkeypatch):
+    monkeypatch.setattr(across_ranks, "dist", None)
+    objective, (batches, _) = OBJECTIVES[name]().double(), batches_of(name)
+    assert objective(*batches).loss.isfinite()
+    if "sampled" in name:
+        assert len(objective.draw_negatives(batches[0])) == 4
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives_of_ranks_are_those_of_the_whole_batch(ranks, name):
     torch.manual_seed(0)
     world, sampled = ranks.world, "sampled" in name
     objective = OBJECTIVES[name]().double()
-    shape, dim = ((6, 4), 0) if "nt-xent" in name else ((2, 6, 3, 5, 5), 1)
-    batches = [normal(*shape, seed=seed) for seed in range(2)]
+    batches, dim = batches_of(name)
     options = [{"generator": torch.Generator().manual_seed(1)} if sampled else {} for _ in range(world)]
     whole = objective(*batches, **options[0])
     gradients = grad(whole.loss, [*batches, *objective.parameters()])
