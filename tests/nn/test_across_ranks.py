@@ -116,6 +116,7 @@ def test_whose_keys_are_contrasted(ranks):
     for rank, exchanges in enumerate(ranks.run(lambda rank: [exchange_with(name) for name in EXCHANGES])):
         passing = (0, world, True) if world > 1 else (0, 1, False)
         assert exchanges == [(0, 1, False), (rank, world, False), passing]
+        assert exchanges[1].own_of(5) == slice(5 * rank, 5 * rank + 5)
 
 
 @pytest.mark.parametrize("dim", [None, 0, 1])
@@ -196,6 +197,12 @@ def test_a_ring_computes_in_float32_or_more(query_type, key_type):
     assert loss.dtype == wide
     expected = torch.nn.functional.cross_entropy(queries.double() @ keys.double().T, targets, reduction="none")
     torch.testing.assert_close(loss.double(), expected, atol=1e-6 if wide == torch.float32 else 1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(("rows", "most", "ends"), [(7, 36, [2, 4, 6, 7]), (7, 35, [*range(1, 8)]), (4, 99, [4])])
+def test_blocks_have_as_many_logits_as_may_be(rows, most, ends):
+    blocks = across_ranks.row_blocks(torch.empty(2, rows, 4), torch.empty(2, 9, 4), most)
+    assert blocks == [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def test_a_ring_counts_ties_and_takes_rows_without_keys_to_spare(monkeypatch):
