@@ -142,6 +142,7 @@ class PixelPlace:
         self.index = self._now[2:3]
         self.at = self._now[3:].split(1)
         self._columns = [torch.arange(width >> level, device=device) for level in range(levels)]
+        self._along = self._all[:width, :2].clone()
         self.go_to(0)
 
     def go_to(self, row: int, col: int = 0) -> None:
@@ -154,14 +155,17 @@ class PixelPlace:
         both = self.row | self.col
         return next(level for level in range(self._levels, 0, -1) if both % (1 << (level - 1)) == 0)
 
+    def rows_of_levels(self) -> list[int]:
+        """For every number of levels, a row in whose first pixel so many begin."""
+        return [0, *(1 << level for level in range(self._levels - 1))]
+
     def row_at(self) -> list[Tensor]:
         """By level, [W of the level], the indices of a row's pixels, from its first pixel's on, at which this is."""
         return [first + columns for first, columns in zip(self.at, self._columns, strict=True)]
 
     def row_positions(self) -> tuple[Tensor, ...]:
         """The positions of a row's pixels, from its first pixel's on, at which this is."""
-        columns = self._columns[0]
-        return (self.position + torch.stack([torch.zeros_like(columns), columns], dim=1)).unbind()
+        return (self.position + self._along).unbind()
 
 
 class PixelSteps(ABC):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cpc_ext import models
-from cpc_ext.models.pixels.pixel_sampler import PixelActivation
+from cpc_ext.models.pixels.masked_features import PixelActivation
 from cpc_ext.nn import ChannelMix, GridInfoNCE, MaskedConv2d, ShiftedConv2d, ShiftedConvTranspose2d, TargetInfoNCE
 from cpc_ext.nn.fixed_mask import FixedMask
 
