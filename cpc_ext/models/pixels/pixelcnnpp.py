@@ -203,8 +203,8 @@ class PixelCNNPP(PixelModel):
         return WholeNetwork(run, pixels, 1, len(bias))
 
     def draw(self, outputs: Tensor, noise: Tensor, turn: int, temperature: float) -> Tensor:
-        params, noise = (values[..., None, None] for values in (outputs, noise))
-        return _sample_logistic_mixture(params, noise, self.in_channels, temperature)[..., 0, 0].long()
+        params, noise = (values.view(*values.shape, 1, 1) for values in (outputs, noise))
+        return _sample_logistic_mixture(params, noise, self.in_channels, temperature).flatten(1).long()
 
     def noise_shape(self, shape: tuple[int, int, int, int]) -> tuple[int, ...]:
         batch, channels, height, width = shape
