@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 
 from cpc_ext.data import Dataset, ImageSet, make_textures
 from cpc_ext.data.spread import spread
-from cpc_ext.measures.pixel_histogram import static_histogram_bits_per_dim
 from cpc_ext.models import GatedPixelCNN, PixelCNNPP
 from cpc_ext.programs import training as program
 from cpc_ext.tasks import pixel_task
@@ -274,44 +273,3 @@ def test_class_conditional_trains_on_labelled_images(small_images):
     unlabelled = replace(small_images, pretrain=ImageSet(small_images.pretrain.images))
     config = program.parse(["--model", "gated-pixelcnn", "--class-conditional", "--device", "cpu"]).run
     assert GatedPixelCNNTask(config, unlabelled, torch.device("cpu")).images is small_images.train
-
-
-# --- The model to beat ---
-
-
-def test_static_histogram_knows_places():
-    rng = np.random.default_rng(0)
-    # Each place has a value of its own, one of 8 at random: 3 bits, where a histogram of all places needs more.
-    places = rng.integers(0, 31, (3, 5, 6)) * 8
-    train, test = (places + rng.integers(0, 8, (count, 3, 5, 6)) for count in (2000, 500))
-    bits = static_histogram_bits_per_dim(train.astype(np.uint8), test.astype(np.uint8))
-    assert 3 <= bits < 3.05
-
-
-def test_static_histogram_of_few_images_is_that_of_a_colour():
-    rng = np.random.default_rng(0)
-    # Nothing depends on the place, and three images tell little of one: 4 bits for every colour.
-    shift = np.array([0, 64, 128])[:, None, None]
-    train, test = (rng.integers(0, 16, (count, 3, 32, 32)) + shift for count in (3, 50))
-    bits = static_histogram_bits_per_dim(train.astype(np.uint8), test.astype(np.uint8))
-    assert 4 <= bits < 4.15  # Some probability is left for values that never occurred.
-
-
-def test_static_histogram_is_the_plain_formula():
-    rng = np.random.default_rng(0)
-    train, test = (rng.integers(0, 4, (count, 1, 2, 3)).astype(np.uint8) for count in (20, 5))
-    overall = (np.bincount(train.ravel(), minlength=256) + 1) / (train.size + 256)
-
-    def bits(strength, images, leave_out):
-        total = 0.0
-        for index, image in enumerate(images):
-            kept = np.delete(train, index, 0) if leave_out else train
-            for row in range(2):
-                for col in range(3):
-                    value = image[0, row, col]
-                    count = (kept[:, 0, row, col] == value).sum()
-                    total -= math.log2((count + strength * overall[value]) / (len(kept) + strength))
-        return total / images.size
-
-    best = min((1, 3, 10, 30, 100, 300, 1e3, 1e4, 1e6), key=lambda each: bits(each, train, leave_out=True))
-    assert static_histogram_bits_per_dim(train, test) == pytest.approx(bits(best, test, leave_out=False))

@@ -1,0 +1,181 @@
+"""Runs as they are opened again: where they compute, what their images were like; and encodings that are kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cpc_ext.data import ImageSet
+from cpc_ext.evaluation import encoder_run, encodings_cache
+from cpc_ext.evaluation.encoder_run import EncoderRun, weights_digest
+from cpc_ext.evaluation.encodings_cache import cached_encodings, images_digest
+from cpc_ext.training.checkpoint import load_checkpoint
+from cpc_ext.training.errors import TrainingError
+from tests.tasks.test_every_option import config_of, dataset_of, noise
+from tests.training.conftest import new_run
+
+CPU = torch.device("cpu")
+DATA = replace(
+    dataset_of(noise()), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), gray_mean=0.7, gray_std=0.8, name="textures"
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return new_run(tmp_path / "run", config_of("cpc-v1", precision="bf16", device="cpu", data_dir="there"), DATA)
+
+
+def test_a_run_is_moved_to_a_device_and_its_data(folder, tmp_path, monkeypatch):
+    run = EncoderRun.open(folder, CPU)
+    assert (run.config.compute.device, run.config.compute.precision) == ("cpu", "bf16")
+    assert str(run.config.data.data_dir) == "there"
+    assert run.dir.path == folder
+    assert run.state["step"] == 0
+    monkeypatch.setattr(encoder_run, "default_precision", {"meta": "fp16"}.__getitem__)
+    moved = EncoderRun.open(folder, torch.device("meta"), data_dir=tmp_path)
+    assert (moved.config.compute.device, moved.config.compute.precision) == ("meta", "fp16")
+    assert moved.config.data.data_dir == tmp_path
+    assert moved.config.view == run.config.view
+    asked = []
+    monkeypatch.setattr(encoder_run, "load_data", lambda config: asked.append(config) or DATA)
+    assert (moved.dataset(), asked) == (DATA, [moved.config])
+
+
+def test_weights_of_the_checkpoint_and_of_seeds(folder):
+    run = EncoderRun.open(folder, CPU)
+    trained = run.trained(DATA)
+    saved = load_checkpoint(folder / "checkpoint.pt")["model"]
+    assert all(torch.equal(value, saved[name]) for name, value in trained.model.state_dict().items())
+    digests = [weights_digest(run.untrained(DATA, seed=seed).model) for seed in (0, 1, 1, 2)]
+    assert digests[1] == digests[2] == weights_digest(trained.model)  # The run's weights are those of seed 1.
+    assert len(set(digests)) == 3
+    with pytest.raises(TrainingError, match=r"^--crop 24 is larger than the images of textures, 8 pixels$"):
+        run.untrained(dataset_of(noise(2, 8)), seed=0)
+    run.state["model"] = {}
+    with pytest.raises(TrainingError, match=r"checkpoint\.pt is of another model than .*config\.yaml describes$"):
+        run.trained(DATA)
+
+
+def test_digest_of_weights():
+    """Names, types, shapes and values count."""
+    models = [torch.nn.Linear(2, 3), torch.nn.Linear(3, 2), torch.nn.Linear(2, 3).half()]
+    models += [torch.nn.Linear(2, 3, bias=False), torch.nn.Sequential(torch.nn.Linear(2, 3)), torch.nn.Linear(2, 3)]
+    for model in models:
+        for parameter in model.parameters():
+            torch.nn.init.zeros_(parameter)
+    models[-1].bias.data[2] = 1
+    digests = [weights_digest(model) for model in models]
+    assert len(set(digests)) == len(models)
+    assert {len(digest) for digest in digests} == {32}
+    assert all(set(digest) <= set("0123456789abcdef") for digest in digests)
+    assert weights_digest(models[0].to(memory_format=torch.preserve_format)) == digests[0]
+
+
+def test_other_images_get_the_statistics_of_the_runs(folder, monkeypatch):
+    run = EncoderRun.open(folder, CPU)
+    images = ImageSet(noise(1, 40))
+    expected = {"image_shape": [3, 32, 32], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    assert run.statistics() == {**expected, "gray_mean": 0.7, "gray_std": 0.8}
+    stand_in = run.stand_in("folder", images)
+    other = replace(DATA, name="folder", pretrain=images, train=None, test=None, classes=())
+    assert vars(stand_in) == vars(other)
+    # A checkpoint of before they were kept.
+    monkeypatch.setattr(EncoderRun, "dataset", lambda run: DATA)
+    del run.state["description"]
+    found = run.statistics()
+    assert {name: list(value) if name in expected else value for name, value in found.items()} == {
+        **expected,
+        "gray_mean": 0.7,
+        "gray_std": 0.8,
+    }
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"image_shape": [3, 32]}, {"image_shape": [3, 32, 0]}, {"image_shape": [3, 32.0, 32]}, {"image_shape": 3}),
+        *({"mean": [0.1]}, {"std": [0.1]}, {"mean": [0.1, 0.2, "0.3"]}, {"gray_std": None}, {"image_shape": None}),
+        *({"mean": [0.1], "std": [0.1]}, {"std": [0.1, 0.2, True]}),
+    ],
+)
+def test_descriptions_of_no_images(folder, wrong):
+    run = EncoderRun.open(folder, CPU)
+    run.state["description"] |= wrong
+    with pytest.raises(TrainingError, match=r"^the checkpoint .*checkpoint\.pt describes no images: got "):
+        run.statistics()
+    for name in ("image_shape", "std", "gray_mean", "gray_std"):
+        run = EncoderRun.open(folder, CPU)
+        del run.state["description"][name]
+        with pytest.raises(TrainingError, match="describes no images"):
+            run.statistics()
+
+
+def test_one_pixel_is_an_image(folder):
+    run = EncoderRun.open(folder, CPU)
+    run.state["description"] |= {"image_shape": [3, 1, 1], "gray_mean": 1}
+    assert run.statistics()["image_shape"] == [3, 1, 1]
+
+
+# Encodings that are kept.
+
+
+def test_encodings_are_kept_with_their_origin(tmp_path):
+    path, calls = tmp_path / "x.safetensors", []
+
+    def encodings(origin, count=4, value=1.0):
+        def compute():
+            calls.append(origin)
+            return torch.full((6, count), value).T  # Not contiguous.
+
+        return cached_encodings(path, origin, count, compute)
+
+    first = encodings({"a": "1", "b": "2"})
+    assert torch.equal(encodings({"b": "2", "a": "1"}, value=2.0), first)
+    assert len(calls) == 1
+    assert torch.equal(load_file(path)["features"], first)
+    assert encodings({"a": "1", "b": "3"}, value=2.0)[0, 0] == 2
+    assert encodings({"a": "1", "b": "3"}, count=5, value=3.0).shape == (5, 6)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    "features", [torch.zeros(4), torch.zeros(3, 2), torch.zeros(4, 2, dtype=torch.float64), torch.zeros(4, 2, 1)]
+)
+def test_encodings_of_another_kind_are_made_anew(tmp_path, features):
+    path = tmp_path / "x.safetensors"
+    cached_encodings(path, {}, 4, lambda: torch.ones(4, 2))
+    save_file({"features": features}, path, {"origin": "{}"})
+    assert torch.equal(cached_encodings(path, {}, 4, lambda: torch.ones(4, 2)), torch.ones(4, 2))
+    assert torch.equal(load_file(path)["features"], torch.ones(4, 2))
+    save_file({"features": torch.zeros(4, 2)}, path)  # Without metadata.
+    assert torch.equal(cached_encodings(path, {}, 4, lambda: torch.ones(4, 2)), torch.ones(4, 2))
+
+
+def test_encodings_that_cannot_be_kept_are_there(tmp_path, capsys):
+    path = tmp_path / "no" / "x.safetensors"
+    assert torch.equal(cached_encodings(path, {}, 1, lambda: torch.ones(1, 2)), torch.ones(1, 2))
+    assert f"warning: could not keep the encodings in {path} (No such file or directory)" in capsys.readouterr().err
+
+
+def test_digest_of_images(monkeypatch):
+    monkeypatch.setattr(encodings_cache, "_CHUNK", 2)
+    pixels = noise(5, 4)
+    images = ImageSet(pixels, np.arange(5))
+    digests = {
+        images_digest(images),
+        images_digest(ImageSet(pixels)),
+        images_digest(ImageSet(pixels, np.arange(5) % 4)),
+    }
+    for number in range(5):
+        other = pixels.copy()
+        other[number, 2, 3, 3] ^= 1
+        digests.add(images_digest(ImageSet(other)))
+    digests.add(images_digest(ImageSet(pixels.reshape(5, 3, 2, 8))))
+    assert len(digests) == 9
+    assert {len(digest) for digest in digests} == {32}
+    monkeypatch.setattr(encodings_cache, "_CHUNK", 100)
+    assert images_digest(images) in digests
