@@ -24,7 +24,7 @@ from cpc_ext.evaluation.encoder_run import weights_digest
 from cpc_ext.evaluation.encodings_cache import images_digest
 from cpc_ext.evaluation.evaluation_record import EvaluationRecord, as_table, measured
 from cpc_ext.evaluation.finetuning import FineTuning
-from cpc_ext.evaluation.options import EvaluationOptions
+from cpc_ext.evaluation.options import MODES, EvaluationOptions, parse_modes
 from cpc_ext.measures.label_subsets import LabelBudget
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.run_dir import RunDir
@@ -410,6 +410,19 @@ def test_program_of_modules(tmp_path, bars, monkeypatch):
 def test_a_figure_that_cannot_be_written(tmp_path):
     with pytest.raises(TrainingError, match=r"cannot write .*/no/x\.png: No such file or directory"):
         evaluator._save_figure(tmp_path / "no" / "x.png", Figure())
+
+
+@pytest.mark.parametrize(
+    ("text", "modes"), [("all", list(MODES)), ("knn", ["knn"]), ("untrained, knn,untrained", ["untrained", "knn"])]
+)
+def test_modes_by_name(text, modes):
+    assert parse_modes(text) == modes
+
+
+@pytest.mark.parametrize("text", ["", "All", "knn,", "knn linear"])
+def test_modes_that_there_are_not(text):
+    with pytest.raises(TrainingError, match=r"^--mode: expected all, or some of linear, knn, finetune, "):
+        parse_modes(text)
 
 
 # The record.

@@ -157,11 +157,15 @@ def test_learning_ends_near_zero():
     assert 0 < (again.weight - before).abs().max() <= 3 * last
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_precision_is_that_of_the_encoder(precision):
-    task = Eyes()
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_precision_is_that_of_the_encoder(precision, monkeypatch):
+    task, scaled, original = Eyes(), [], torch.amp.GradScaler.scale
+    monkeypatch.setattr(
+        torch.amp.GradScaler, "scale", lambda scaler, loss: scaled.append(scaler.is_enabled()) or original(scaler, loss)
+    )
     tune(task, Scaled(), precision=precision)
-    assert task.autocast[1] == (precision == "bf16")
+    assert task.autocast[1] == (precision != "fp32")
+    assert scaled == [precision == "fp16"] * 2
 
 
 def test_classes_are_learnt():

@@ -192,7 +192,10 @@ def test_what_is_told_of_the_runs(tmp_path, tiny_dataset, stubs, capsys):
         "SimCLR           12.5%  100.0%",
         "untrained         4.0%    4.0%",
     ]
-    evaluate_per_module(runs[1:1] + runs[:1], figure, lambda steps, name: None)  # Again, in the folders that are there.
+    evaluate_per_module(runs[:1], figure, lambda steps, name: None)  # Again, in the folders that are there.
+    capsys.readouterr()
+    evaluate_per_module([Run(tmp_path / "three", dataset, "cpc-v1", [0.5])], figure, lambda steps, name: None)
+    assert capsys.readouterr().out.splitlines()[:2] == ["CPC         50.0%", "untrained    4.0%"]
 
 
 def test_what_cannot_be_written_is_said(tmp_path, tiny_dataset, stubs, monkeypatch):
