@@ -155,12 +155,13 @@ def _window(images: Tensor, patch_size: int, stride: int, crop: tuple[int, int] 
     if crop is None:
         height, width = size
     else:
-        if len(crop) != 2:
-            raise ValueError(f"crop must be (h, w), got {tuple(crop)}")
-        for side in crop:
+        try:
+            height, width = crop
+        except (TypeError, ValueError):
+            raise ValueError(f"crop must be (h, w), got {crop}") from None
+        for side in (height, width):
             _check_integer("crop", side)
-        height, width = crop
-        if height > size[0] or width > size[1]:
+        if not (0 < height <= size[0] and 0 < width <= size[1]):
             raise ValueError(f"crop must lie within images of {size[0]}x{size[1]}, got {height}x{width}")
     if patch_size > min(height, width):
         raise ValueError(
@@ -183,12 +184,15 @@ def _output_channels(images: Tensor, gray: bool) -> int:
 def _per_channel(name: str, values: Sequence[float] | None, channels: int) -> list[float] | None:
     if values is None:
         return None
-    if len(values) != channels:
-        raise ValueError(f"{name} must have one value for each of {channels} output channels, got {len(values)}")
     try:
-        return [float(value) for value in values]
+        numbers = [float(value) for value in values]
     except OverflowError:
         raise ValueError(f"{name} must hold what a float can, got {values}") from None
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a sequence of numbers, got {values!r}") from None
+    if len(numbers) != channels:
+        raise ValueError(f"{name} must have one value for each of {channels} output channels, got {len(numbers)}")
+    return numbers
 
 
 def _check_tensor(name: str, value: Tensor) -> None:

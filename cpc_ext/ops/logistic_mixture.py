@@ -8,6 +8,7 @@ reading what the forward pass would have had to write, all but two numbers a pix
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 
 import torch
@@ -120,7 +121,8 @@ def sample_logistic_mixture(
     _check_params(params, channels)
     if isinstance(temperature, bool) or not isinstance(temperature, int | float):
         raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
-    if not 0 <= temperature < math.inf:
+    # An integer may be below infinity and beyond what a float holds.
+    if not 0 <= temperature <= sys.float_info.max:
         raise ValueError(f"temperature must be finite and not negative, got {temperature}")
     looks = params.device.type == "cpu" and not torch.compiler.is_compiling()
     # A sum is the cheaper look; that of numbers may overflow, too.

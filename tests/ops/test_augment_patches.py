@@ -453,9 +453,13 @@ def test_part_of_a_plan_is_the_plan_of_some_images(device, photos):
     whole = augmented_bytes(photos, 16, 8, plan, device)
     part = augmented_bytes(photos[4:6], 16, 8, plan.narrow(4, 2), device)
     assert torch.equal(part, whole[36:54])
-    others = plan.narrow(0, 2).partners
+    others = plan.narrow(3, 2).partners  # Of 18 patches from the 27th on.
+    assert torch.equal(others, (plan.partners[3:5] - 27) % 18)
     assert others.min() >= 0
-    assert others.max() < 18
+    bare = plan._replace(partners=None, displacements=None).narrow(3, 2)
+    assert torch.equal(bare.codes, plan.codes[3:5])
+    assert bare[2:] == (None, None, FILL)
+    assert plan.narrow(8, 0).partners.shape == (0, 3, 3)
 
 
 # --- As a PyTorch op ---

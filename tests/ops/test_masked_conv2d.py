@@ -1,5 +1,6 @@
 """masked_conv2d against a plain convolution with the masked weight."""
 
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -16,6 +17,8 @@ from cpc_ext.ops.masked_conv2d import (
     masked_conv2d_reference,
 )
 
+# The module, whose name in the package is the function's.
+module = sys.modules["cpc_ext.ops.masked_conv2d"]
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
 MASKS = {
@@ -296,6 +299,24 @@ def test_a_pixel_alone_is_the_same(device, dtype, case):
         tolerance = 4e-6 if in_pairs(device, case, dtype) else 0
         torch.testing.assert_close(output[:, :, row, col], expected[:, :, row, col], rtol=0, atol=tolerance)
         output[:, :, row, col] = 7
+        assert output.eq(7).all()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.channels}-{case.out_channels}-{case.mask}")
+def test_a_pixel_alone_without_kernels(monkeypatch, case):
+    input, weight, bias, condition = case.tensors(torch.float64)
+    mask = case.mask_tensor()
+    options = {"mask": mask, "dilation": case.dilation, "activation": case.activation}
+    expected = masked_conv2d(input, weight, bias, condition=condition, **options)
+    monkeypatch.setattr(module, "KERNEL_DEVICES", ())
+    convolution = PixelConvolution(weight, bias, **options | {"mask": mask.double()})
+    output = torch.full_like(expected, 7)
+    rows, cols = case.size
+    for position in {(0, 0), (rows // 2, cols // 2), (rows - 1, 0), (rows - 1, cols - 1), (0, cols - 1)}:
+        convolution(input, output, torch.tensor(position), condition=condition)
+        pixel = (..., *position)
+        torch.testing.assert_close(output[pixel], expected[pixel], rtol=0, atol=1e-12)
+        output[pixel] = 7
         assert output.eq(7).all()
 
 

@@ -187,6 +187,11 @@ def some_wrong(draw, wrong: dict[str, st.SearchStrategy]) -> dict[str, Any]:
     return {name: draw(wrong[name]) for name in names}
 
 
+def refused(*names: str) -> Any:
+    """What comes of wrong arguments: an error that names one of them."""
+    return pytest.raises((TypeError, ValueError), match=rf"\b({'|'.join(names)})\b")
+
+
 # --- extract_patches ---
 
 
@@ -436,7 +441,7 @@ WRONG_PATCH_ARGUMENTS = {
 def extract_with(device: torch.device, wrong: dict[str, Any]) -> None:
     arguments = right_patch_arguments(device) | {name: on(device, value) for name, value in wrong.items()}
     images, patch_size, stride = (arguments.pop(name) for name in ("images", "patch_size", "stride"))
-    with pytest.raises((TypeError, ValueError)):
+    with refused(*wrong):
         extract_patches(images, patch_size, stride, **arguments)
 
 
@@ -614,7 +619,7 @@ def test_wrong_arguments_of_augment_patches(device, for_examples):
         arguments = {"images": torch.zeros(2, 3, 6, 7, dtype=torch.uint8), "plan": plan}
         arguments |= {name: value for name, value in wrong.items() if name not in fields}
         arguments = {name: on(device, value) for name, value in arguments.items()}
-        with pytest.raises((TypeError, ValueError)):
+        with refused(*wrong):
             augment_patches(arguments.pop("images"), 3, 2, arguments.pop("plan"), **arguments)
 
 
@@ -812,7 +817,7 @@ def test_wrong_arguments_of_masked_conv2d(device, for_examples):
             "bias": torch.zeros(4),
             "mask": torch.ones(3, 3),
         }
-        with pytest.raises((TypeError, ValueError)):
+        with refused(*wrong):
             masked_conv2d(**{name: on(device, value) for name, value in (arguments | wrong).items()})
 
 
@@ -1071,7 +1076,7 @@ def test_wrong_arguments_of_info_nce(device, for_examples):
     @for_examples(wrong=some_wrong(WRONG_CONTRAST_ARGUMENTS))
     def holds(wrong):
         arguments = {"queries": torch.zeros(3, 2), "keys": torch.zeros(4, 2)} | wrong
-        with pytest.raises((TypeError, ValueError)):
+        with refused(*wrong):
             info_nce(**{name: on(device, value) for name, value in arguments.items()})
 
 
@@ -1199,7 +1204,7 @@ def test_wrong_arguments_of_logistic_mixture_nll(device, for_examples):
         # Images and params that are both of another size may fit each other.
         shapes = [tuple(value.shape) if isinstance(value, Tensor) else None for value in arguments.values()]
         assume(len(wrong) == 1 or None in shapes or shapes[0][:1] + shapes[0][2:] != shapes[1][:1] + shapes[1][2:])
-        with pytest.raises((TypeError, ValueError)):
+        with refused("params", *wrong):  # Which the others are measured by.
             logistic_mixture_nll(**{name: on(device, value) for name, value in arguments.items()})
 
 
@@ -1217,5 +1222,5 @@ def test_wrong_arguments_of_sample_logistic_mixture(device, for_examples):
     @for_examples(wrong=some_wrong(WRONG_SAMPLING_ARGUMENTS))
     def holds(wrong):
         arguments = {"params": torch.zeros(2, 10, 4, 5), "noise": torch.zeros(2, 4, 4, 5)} | wrong
-        with pytest.raises((TypeError, ValueError)):
+        with refused("params", *wrong):  # Which the others are measured by.
             sample_logistic_mixture(**{name: on(device, value) for name, value in arguments.items()})
