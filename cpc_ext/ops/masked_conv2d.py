@@ -627,7 +627,8 @@ class PixelConvolution:
             for at, size in zip(position, (kh, kw), strict=True)
         )
         inside = ((rows >= 0) & (rows < input.shape[2]))[:, None] & ((cols >= 0) & (cols < input.shape[3]))
-        seen = input[:, :, rows.clamp(0, input.shape[2] - 1)][..., cols.clamp(0, input.shape[3] - 1)] * inside
+        seen = input[:, :, rows.clamp(0, input.shape[2] - 1)][..., cols.clamp(0, input.shape[3] - 1)]
+        seen = torch.where(inside, seen, 0)  # A product would let NaN through.
         pixel = F.conv2d(seen, self.weight * self.mask.to(self.weight.dtype), self.bias)
         if condition is not None:
             pixel = pixel + condition[:, :, position[0], position[1]][..., None, None]

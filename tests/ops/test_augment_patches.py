@@ -453,8 +453,8 @@ def test_part_of_a_plan_is_the_plan_of_some_images(device, photos):
     whole = augmented_bytes(photos, 16, 8, plan, device)
     part = augmented_bytes(photos[4:6], 16, 8, plan.narrow(4, 2), device)
     assert torch.equal(part, whole[36:54])
-    others = plan.narrow(3, 2).partners  # Of 18 patches from the 27th on.
-    assert torch.equal(others, (plan.partners[3:5] - 27) % 18)
+    others = plan.narrow(4, 3).partners  # Of 27 patches from the 36th on.
+    assert torch.equal(others, (plan.partners[4:7] - 36) % 27)
     assert others.min() >= 0
     bare = plan._replace(partners=None, displacements=None).narrow(3, 2)
     assert torch.equal(bare.codes, plan.codes[3:5])

@@ -803,6 +803,16 @@ WRONG_CONVOLUTION_ARGUMENTS = {
         [torch.complex64, torch.complex128],
         fits=lambda shape: shape in ((3, 3), (4, 3, 3, 3)),
     ),
+    "condition": NOT_TENSORS
+    | other_layouts((2, 4, 4, 5), torch.float32)
+    | tensors(
+        (2, 4, 4, 5),
+        torch.float32,
+        [*NOT_FLOATING, torch.float8_e4m3fn, *FLOATING[1:]],
+        fits=lambda shape: (
+            len(shape) <= 4 and all(n in (1, m) for n, m in zip(shape[::-1], (5, 4, 4, 2), strict=False))
+        ),
+    ),
     "dilation": st.none() | NOT_NUMBERS | st.sampled_from([0, -1, -(2**70), 1.0, math.nan, True]),
     "activation": st.sampled_from(["", "tanh", "RELU", 1, True, [], {}, torch.zeros(3), object()]),
 }

@@ -223,7 +223,10 @@ def problems(dtype):
         draw(*shape, seed=seed, dtype=dtype)
         for seed, shape in enumerate([(2, 3, 5, 4), (6, 3, 2, 3), (6,), (2, 6, 5, 4)])
     )
-    plane, channels = torch.tensor([[1, 1, 1], [1, 0, 0]]), torch.rand(6, 3, 2, 3, generator=generator) < 0.5
+    plane, channels = (
+        torch.tensor([[1.0, 1, 1], [1, 0, 0]], dtype=torch.float64),
+        torch.rand(6, 3, 2, 3, generator=generator) < 0.5,
+    )
     for activation, keep in itertools.product(("none", "relu", "gated"), (False, True)):
         yield "masked_conv2d", (input, weight, bias, channels, condition, 2, activation, keep)
         yield "masked_conv2d", (input, weight, None, plane, None, 1, activation, keep)
@@ -272,28 +275,25 @@ def test_references_make_tensors_where_the_arguments_are():
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", REFERENCES)
 @torch.no_grad()
-def test_kernels_references_and_fakes_agree(dtype):
-    tolerance = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 4e-2}[dtype]
-
+def test_kernels_references_and_fakes_agree(name, dtype):
     def form(tensor):
-        return (
-            tensor.shape,
-            tensor.dtype,
-            [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1],
-        )
+        steps = zip(tensor.stride(), tensor.shape, strict=True)
+        return tensor.shape, tensor.dtype, [step for step, size in steps if size > 1]
 
-    seen = set()
-    for name, arguments in problems(dtype):
-        op = getattr(torch.ops.cpc_ext, name).default
+    tolerance = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 4e-2}[dtype]
+    op = getattr(torch.ops.cpc_ext, name).default
+    compared = 0
+    for arguments in (arguments for one, arguments in problems(dtype) if one == name):
         on_meta = [value.to("meta") if isinstance(value, torch.Tensor) else value for value in arguments]
         results = op(*arguments), op.redispatch(XPU, *arguments), op(*on_meta)
         for kernel, plain, fake in zip(*(r if isinstance(r, list | tuple) else [r] for r in results), strict=True):
-            assert form(kernel) == form(plain) == form(fake), name
+            assert form(kernel) == form(plain) == form(fake)
             if name != "logistic_mixture_nll" or kernel.ndim == 1:  # Normalisers are the kernel's own affair.
                 torch.testing.assert_close(plain, kernel, rtol=tolerance, atol=tolerance, equal_nan=True)
-        seen.add(name)
-    assert seen == set(REFERENCES)
+            compared += 1
+    assert compared
 
 
 # --- The meta device, which has no values and no autocast ---
