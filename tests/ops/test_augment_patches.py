@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
 from cpc_ext.ops import AugmentationPlan, Transform, augment_patches, extract_patches
+from cpc_ext.ops._patch_options import PatchOptions
 from cpc_ext.ops.augment_patches import _augment_patches, augment_patches_reference
 
 PHOTOS = Path(__file__).parents[1] / "data" / "photos"
@@ -88,13 +89,9 @@ def random_plan(cells, steps, patch_size, seed=0, codes=None) -> AugmentationPla
 
 def reference(images, patch_size, stride, plan, *, crop=None, offsets=None, flip=None, gray=False, **rest):
     """The oracle: bytes as the op has them, normalised in float64."""
-    height, width = crop or images.shape[2:]
-    values = {"mean": None, "std": None, "patch_norm": False, "channels_last": False}
-    values |= {name: value for name, value in rest.items() if name != "dtype"}
-    return augment_patches_reference(
-        *(images, patch_size, stride, height, width, offsets, flip, gray, values["mean"], values["std"]),
-        *(values["patch_norm"], torch.float64, values["channels_last"], *plan),
-    )
+    window = *(crop or images.shape[2:]), offsets, flip
+    options = PatchOptions(patch_size, stride, *window, gray, **rest | {"dtype": torch.float64})
+    return augment_patches_reference(images, options, plan)
 
 
 # --- Each transform is Pillow's ---

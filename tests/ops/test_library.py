@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -24,9 +25,9 @@ def draw(*shape, dtype=torch.float64):
 
 def test_an_op_runs_its_kernel_its_reference_or_its_fake(monkeypatch):
     def twice(name):
-        def run(x, y):
-            ran.append(name)
-            return x * 2
+        def run(op):
+            ran.append((name, op))
+            return op.x * op.options.factor
 
         return run
 
@@ -34,21 +35,41 @@ def test_an_op_runs_its_kernel_its_reference_or_its_fake(monkeypatch):
     with torch.library._scoped_library("cpc_ext", "FRAGMENT") as library:
         monkeypatch.setattr(_library, "_library", library)
         op = _library.register(
-            "test_twice(Tensor x, Tensor? y) -> Tensor",
+            "test_twice",
+            Twice,
+            Tensor,
             reference=twice("reference"),
             kernel=twice("kernel"),
             fake=twice("fake"),
-            setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
-            backward=lambda ctx, gradient: (gradient * ctx.saved_tensors[0] * 7, None),
+            setup_context=lambda ctx, op, result: ctx.save_for_backward(op.x, result),
+            backward=lambda ctx, saved, gradient: {"y": None, "x": gradient * saved[0] + saved[1]},
         )
         assert op is torch.ops.cpc_ext.test_twice.default
+        assert str(op._schema) == (
+            "cpc_ext::test_twice(Tensor x, SymInt[] size, float factor, bool? flag, Tensor? y) -> Tensor"
+        )
         assert torch.Tag.pt2_compliant_tag in op.tags
         x = draw(3).requires_grad_()
-        assert torch.equal(op(x, None), x * 2)
-        op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.XPU), x, None)
-        op(x.detach().to("meta"), None)
-        assert ran == ["kernel", "reference", "fake"]
-        assert torch.equal(grad(op(x, None).sum(), x)[0], x * 7)
+        typed = Twice(x, Options([1], 2.0, None), None)
+        result = op(typed.x, *typed.options, typed.y)
+        op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.XPU), x, [1], 2.0, None, None)
+        op(x.detach().to("meta"), [1], 2.0, None, None)
+        assert [name for name, _ in ran] == ["kernel", "reference", "fake"]
+        assert all(type(given) is Twice and given.options == typed.options for _, given in ran)
+        assert torch.equal(result, x * 2)
+        assert torch.equal(grad(result, x, torch.full_like(x, 5))[0], x * 5 + x * 2)
+
+
+class Options(NamedTuple):
+    size: list[int]
+    factor: float
+    flag: bool | None
+
+
+class Twice(NamedTuple):
+    x: Tensor
+    options: Options
+    y: Tensor | None
 
 
 class Square(torch.autograd.Function):

@@ -530,6 +530,15 @@ def test_gated_activation():
         ({"bias": torch.zeros(3)}, ValueError, r"bias must have shape \(4,\), got \(3,\)"),
         ({"mask": [[1]]}, TypeError, "mask must be a tensor, got list"),
         ({"mask": torch.ones(2, 2)}, ValueError, r"mask must have shape \(3, 3\) or \(4, 3, 3, 3\), got \(2, 2\)"),
+        *(
+            (
+                {name: torch.ones(shape).to_sparse()},
+                TypeError,
+                f"^{name} must be a dense tensor, got layout torch.sparse",
+            )
+            for name, shape in (("input", (1, 3, 4, 4)), ("weight", (4, 3, 3, 3)), ("bias", 4), ("mask", (3, 3)))
+        ),
+        ({"condition": torch.ones(4, 1, 1).to_sparse()}, TypeError, "^condition must be a dense tensor"),
         ({"dilation": 0}, ValueError, "dilation must be at least 1, got 0"),
         ({"dilation": 1.0}, TypeError, "dilation must be an int, got float"),
         ({"activation": "tanh"}, ValueError, 'activation must be None, "relu" or "gated", got \'tanh\''),
