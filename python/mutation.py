@@ -71,8 +71,9 @@ ROOMS = {
     "evaluation": Room(
         ("cpc_ext/evaluation/*.py", "cpc_ext/measures/*.py"),
         (
-            *_named("tests/evaluation", "test_evaluation", "test_finetuning", "test_per_module"),
+            *_named("tests/evaluation", "test_evaluator", "test_evaluation", "test_finetuning", "test_per_module"),
             *_named("tests/measures", "test_probe", "test_judges"),
+            *_named("tests/programs", "test_every_program_option"),
         ),
     ),
     "judges": Room(
