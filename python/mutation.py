@@ -120,6 +120,8 @@ def main() -> None:
     mutmut.run_forced_fail_test = lambda runner: None
 
     Path("mutants").mkdir(exist_ok=True)
+    # What an earlier run learned is only added to for tests that are new, not for functions that are.
+    Path("mutants/mutmut-stats.json").unlink(missing_ok=True)
     mutmut.copy_src_dir()
     mutmut.copy_also_copy_files()
     mutmut.setup_source_paths()

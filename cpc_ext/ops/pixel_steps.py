@@ -210,7 +210,7 @@ class _KernelSteps(PixelSteps):
                     None if step.residual is None else step.residual.data,
                     None if step.raw is None else step.raw.data,
                     None if step.elu is None else step.elu.data,
-                    0 if (output := step.raw or step.elu) is None else _scale(step, output),
+                    _scale(step, step.raw or step.elu),
                     step.offset,
                 )
                 for step in steps
@@ -228,9 +228,9 @@ class _KernelSteps(PixelSteps):
         self._kernel.run_row(place.row)
 
 
-def _scale(step: PixelStep, map: PixelMap) -> int:
-    """By how much a step's row and column are multiplied in a map; 0 where that has only one pixel."""
-    return 0 if map.level is None else 1 << (step.level - map.level)
+def _scale(step: PixelStep, map: PixelMap | None) -> int:
+    """By how much a step's row and column are multiplied in a map; 0 where that has only one pixel, or is missing."""
+    return 0 if map is None or map.level is None else 1 << (step.level - map.level)
 
 
 class _ReferenceSteps(PixelSteps):

@@ -13,7 +13,7 @@ from cpc_ext._native import native
 from cpc_ext.ops import PixelMaps, PixelPlace, PixelSource, PixelStep, pixel_steps
 from cpc_ext.ops.pixel_steps import _KernelSteps, _ReferenceSteps
 
-BATCH, HEIGHT, WIDTH = 3, 8, 12
+BATCH, HEIGHT, WIDTH = 2, 4, 8
 RUNNERS = [_ReferenceSteps, *([_KernelSteps] if hasattr(native, "PixelSteps") else [])]
 
 
@@ -41,7 +41,7 @@ def network(maps):
     image = filled(maps, 3)
     fine, fine_elu, gated = maps.make(6, 0), maps.make(12, 0), maps.make(6, 0)
     coarse, coarser, last = maps.make(5, 1), maps.make(4, 2), maps.make(2, None)
-    back = maps.make(4, 1)
+    back, only_elu = maps.make(4, 1), maps.make(8, 0)
     return [
         step_of(maps, 0, [(image, [(-2, 1), (-1, -1), (0, -1)])], 6, raw=fine, elu=fine_elu),
         step_of(
@@ -53,6 +53,7 @@ def network(maps):
             residual=fine,
             raw=gated,
         ),
+        step_of(maps, 0, [(fine_elu, [(0, 0)])], 4, elu=only_elu),
         step_of(maps, 1, [(gated, [(-1, 1), (0, 0)])], 5, raw=coarse),
         step_of(maps, 2, [(coarse, [(0, -1), (0, 0)])], 4, raw=coarser),
         *(
@@ -91,17 +92,18 @@ def test_every_step_is_its_formula_at_every_pixel(runner, by_row):
             continue
         own = row // side, col // side
         expected = plain(step, *own)
-        scale = 1 << (step.level - step.raw.level)
-        found = step.raw.pixels[:, own[0] * scale + step.offset[0], own[1] * scale + step.offset[1]]
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        scale = 1 << (step.level - (step.raw or step.elu).level)
+        at = slice(None), own[0] * scale + step.offset[0], own[1] * scale + step.offset[1]
+        if step.raw is not None:
+            torch.testing.assert_close(step.raw.pixels[at], expected, rtol=1e-12, atol=1e-12)
         if step.elu is not None:
-            elu = step.elu.pixels[:, own[0], own[1]]
-            torch.testing.assert_close(elu, F.elu(torch.cat([expected, -expected], 1)), rtol=1e-12, atol=1e-12)
+            elu = F.elu(torch.cat([expected, -expected], 1))
+            torch.testing.assert_close(step.elu.pixels[at], elu, rtol=1e-12, atol=1e-12)
     if not by_row:  # The map of one pixel holds the latest.
         torch.testing.assert_close(steps[-1].raw.pixels[:, 0, 0], plain(steps[-1], HEIGHT - 1, WIDTH - 1))
-    for step in steps:  # Nothing is written beside the pixels.
-        step.raw.pixels.zero_()
-        assert not step.raw.data.any()
+    for map in (map for step in steps for map in (step.raw, step.elu) if map is not None):
+        map.pixels.zero_()
+        assert not map.data.any()  # Nothing is written beside the pixels.
 
 
 @pytest.mark.skipif(len(RUNNERS) == 1, reason="the compiled module is missing")
@@ -115,7 +117,7 @@ def test_the_kernel_is_its_reference(dtype):
         for row, col in itertools.product(range(HEIGHT), range(WIDTH)):
             place.go_to(row, col)
             run.run_pixel(place)
-        results.append([step.raw.data for step in steps])
+        results.append([(step.raw or step.elu).data for step in steps])
     torch.testing.assert_close(*results)
 
 
@@ -124,10 +126,9 @@ def test_who_runs_steps():
     maps = random_maps()
     assert type(pixel_steps(network(maps), maps)) is RUNNERS[-1]
     maps = PixelMaps(BATCH, HEIGHT, WIDTH, torch.empty(0, device="meta"))
-    with torch.device("meta"):
-        run = pixel_steps(network(maps), maps)
-        assert type(run) is _ReferenceSteps
-        run.run_row(PixelPlace(HEIGHT, WIDTH, torch.device("meta"), levels=3))
+    run = pixel_steps(network(maps), maps)
+    assert type(run) is _ReferenceSteps
+    assert all(offset.is_meta for offsets in run._offsets for offset in offsets)
 
 
 def test_wrong_steps_are_refused():
@@ -135,6 +136,9 @@ def test_wrong_steps_are_refused():
     (step,) = network(maps)[:1]
     step.weight = step.weight[1:]
     with pytest.raises(ValueError, match="weight must be"):
+        pixel_steps([step], maps)
+    step.raw = step.elu = None
+    with pytest.raises(ValueError, match="a step must have raw or elu to write to"):
         pixel_steps([step], maps)
 
 
@@ -158,20 +162,26 @@ def test_places():
     for level, (map, at) in enumerate(zip(numbers, place.row_at(), strict=True)):
         assert map.flat[0, at, 0].tolist() == map.pixels[0, 4 >> level, :, 0].tolist()
     assert PixelPlace(2, 3, torch.device("cpu")).levels == 1
+    levels = []
+    for row in place.rows_of_levels():
+        place.go_to(row)
+        levels.append(place.levels)
+    assert levels == [3, 1, 2]
 
 
 def test_maps_are_cut_from_blocks_and_aligned(monkeypatch):
-    monkeypatch.setattr(sys.modules["cpc_ext.ops.pixel_steps"], "_BLOCK", 1000)
+    monkeypatch.setattr(sys.modules["cpc_ext.ops.pixel_steps"], "_BLOCK", 1008)
     maps = PixelMaps(2, 3, 4, torch.empty(0, dtype=torch.float64))
-    made = [maps.make(channels, level) for channels, level in ((3, 0), (5, 0), (1, 1), (40, None), (200, 0))]
+    made = [maps.make(channels, level) for channels, level in ((3, 0), (5, 0), (1, 1), (40, None), (12, 1), (200, 0))]
     assert [tuple(map.pixels.shape) for map in made] == [
         (2, 3, 4, 3),
         (2, 3, 4, 5),
         (2, 1, 2, 1),
         (2, 1, 1, 40),
+        (2, 1, 2, 12),
         (2, 3, 4, 200),
     ]
-    assert [len(block) for block in maps.blocks] == [1000, 1000, 2 * 5 * 6 * 200]
+    assert [len(block) for block in maps.blocks] == [1008, 1008, 2 * 5 * 6 * 200]
     assert not any(map.data.any() for map in made)
     for index, map in enumerate(made):
         assert map.data.dtype == torch.float64
