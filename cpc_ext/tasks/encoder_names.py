@@ -1,54 +1,31 @@
-"""Encoders by their names on the command line: which names there are, and the class and arguments each stands for."""
+"""Encoders by their names on the command line: which names there are, and the class and arguments each stands for.
+
+The encoders of a class are a family, which says all that there is to say of their names.
+"""
 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from inspect import signature
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from cpc_ext.training.errors import TrainingError
 
 if TYPE_CHECKING:
     from cpc_ext.models import PatchEncoder
 
-__all__ = ["ENCODERS", "EncoderSpec", "check_encoder_name", "encoder_name", "encoder_spec", "has_own_norm"]
-
-# Arguments of ResNetV2Encoder by name.
-_RESNETS: dict[str, dict[str, Any]] = {
-    "resnet-small": {"blocks": (1, 1, 1), "channels": (32, 64, 128), "stem_channels": 32, "stem": "strided"},
-    "resnet14": {"depth": 14},
-    "resnet28": {"depth": 28},
-    "resnet41": {"depth": 41},
-    "resnet92": {"depth": 92},
-    "resnet143": {"depth": 143},
-    "resnet161": {"depth": 161},
-    "resnet18": {"depth": 18},
-    "resnet34": {"depth": 34},
-    "resnet50": {"depth": 50},
-    "resnet101": {"depth": 101},
-    "resnet152": {"depth": 152},
-}
-_WIDE_RESNET = re.compile(r"wrn-(\d{1,4})-(\d{1,4})")
-_TIMM = "timm:"
-# What may follow the name of a backbone, which may hold colons itself.
-_TIMM_SETTINGS = re.compile(r":((?:img_size|patch_size)=[^,:]*(?:,.*)?)$")
-# Arguments of LayerNormResNetEncoder by name.
-_LAYER_NORM_RESNETS: dict[str, dict[str, Any]] = {"ln-resnet101": {}, "ln-resnet50": {"blocks": [3, 4, 6, 3]}}
-
-# A ResNet that has no name of its own.
-_OWN = "resnet"
-
-# What is allowed: names, and patterns of names.
-ENCODERS = (
-    *_RESNETS,
-    f"{_OWN}:blocks=N-N-N",
-    *_LAYER_NORM_RESNETS,
-    "wrn-DEPTH-WIDTH",
-    "mobilenetv2",
-    "timm:NAME",
-)
+__all__ = [
+    "ENCODERS",
+    "ENCODER_HELP",
+    "EncoderSpec",
+    "check_encoder_name",
+    "encoder_name",
+    "encoder_spec",
+    "has_own_norm",
+]
 
 
 def _whole(text: str) -> int:
@@ -80,25 +57,6 @@ def _one_of(*words: str) -> Callable[[str], str]:
         return text
 
     return check
-
-
-# Arguments of the classes that may follow a name, as in resnet14:stem=cifar, by how their values are read.
-_RESNET_ARGUMENTS: dict[str, Callable[[str], Any]] = {
-    "blocks": _wholes,
-    "bottleneck": _yes,
-    "channels": _wholes,
-    "expansions": _wholes,
-    "stem": _one_of("stl10", "cifar", "imagenet", "strided"),
-    "stem_channels": _whole,
-}
-_MOBILENET_ARGUMENTS: dict[str, Callable[[str], Any]] = {"width": _positive, "strides": _one_of("imagenet", "cifar")}
-_LAYER_NORM_ARGUMENTS: dict[str, Callable[[str], Any]] = {
-    name: _RESNET_ARGUMENTS[name] for name in ("blocks", "channels", "expansions", "stem_channels")
-}
-# Arguments of a backbone of timm, as timm calls them.
-_TIMM_ARGUMENTS: dict[str, Callable[[str], Any]] = {"img_size": _whole, "patch_size": _whole}
-# Their defaults need not be written.
-_DEFAULTS = {"bottleneck": False, "stem_channels": 64, "width": 1.0}
 
 
 class EncoderSpec(NamedTuple):
@@ -138,6 +96,224 @@ class EncoderSpec(NamedTuple):
         return encoder
 
 
+class _Seen(NamedTuple):
+    """What an encoder gets to see, and what the options say of it; as of :func:`encoder_spec`."""
+
+    norm: str
+    in_channels: int
+    stem: str
+    patch_size: int | None
+
+
+class _Family(ABC):
+    """The names of the encoders of one class.
+
+    Attributes:
+        kind: the class, of :mod:`cpc_ext.models`.
+        shown: names, and patterns of names, as messages show them.
+        help: what they stand for.
+        takes: arguments of the class that may follow a name, as in resnet14:stem=cifar, by how their values are read.
+        own_norm: whether the class has a normalisation of its own, which none can take the place of.
+    """
+
+    kind: ClassVar[str]
+    shown: ClassVar[tuple[str, ...]]
+    help: ClassVar[str]
+    takes: ClassVar[dict[str, Callable[[str], Any]]] = {}
+    own_norm: ClassVar[bool] = False
+
+    def parsed(self, name: str) -> tuple[str, dict[str, Any]] | None:
+        """The name before a colon and the arguments after it; None for the name of another family.
+
+        ValueError where it takes no such arguments.
+        """
+        plain, _, rest = name.partition(":")
+        return (plain, _arguments(plain, rest, self.takes)) if self.has(plain) else None
+
+    @abstractmethod
+    def has(self, plain: str) -> bool:
+        """Whether a name without arguments is one of the family's."""
+
+    @abstractmethod
+    def arguments(self, plain: str, given: dict[str, Any], seen: _Seen) -> dict[str, Any]:
+        """The arguments of the class."""
+
+    @abstractmethod
+    def name(self, arguments: Mapping[str, Any]) -> str:
+        """The name of the encoder with these arguments, of which norm and channels are left out."""
+
+
+class _ResNets(_Family):
+    _OWN = "resnet"  # One that has no name of its own.
+    _PUBLISHED: ClassVar[dict[str, dict[str, Any]]] = {
+        "resnet-small": {"blocks": (1, 1, 1), "channels": (32, 64, 128), "stem_channels": 32, "stem": "strided"},
+        **{f"resnet{depth}": {"depth": depth} for depth in (14, 28, 41, 92, 143, 161, 18, 34, 50, 101, 152)},
+    }
+
+    kind = "ResNetV2Encoder"
+    shown = (*_PUBLISHED, f"{_OWN}:blocks=N-N-N")
+    help = (
+        "resnet-small, resnetN: a pre-activation ResNet; 14, 28, 41, 92 and 143 without the last stack, as published "
+        "for CPC, 161 that of CPC v2, 18, 34, 50, 101 and 152 whole, small with one narrow block a stack."
+    )
+    takes: ClassVar = {
+        "blocks": _wholes,
+        "bottleneck": _yes,
+        "channels": _wholes,
+        "expansions": _wholes,
+        "stem": _one_of("stl10", "cifar", "imagenet", "strided"),
+        "stem_channels": _whole,
+    }
+
+    def has(self, plain: str) -> bool:
+        return plain in (*self._PUBLISHED, self._OWN)
+
+    def parsed(self, name: str) -> tuple[str, dict[str, Any]] | None:
+        found = super().parsed(name)
+        if found is not None and found[0] == self._OWN and "blocks" not in found[1]:
+            raise _no_such(name)
+        return found
+
+    def arguments(self, plain: str, given: dict[str, Any], seen: _Seen) -> dict[str, Any]:
+        known = self._PUBLISHED.get(plain, {})
+        return {"in_channels": seen.in_channels, "norm": seen.norm, "stem": seen.stem, **known, **given}
+
+    def name(self, arguments: Mapping[str, Any]) -> str:
+        from cpc_ext.models.encoders.resnet_v2 import published_shape
+
+        given = {name: arguments[name] for name in self.takes if name in arguments}
+        for name, known in self._PUBLISHED.items():
+            shape = published_shape(known["depth"]) if "depth" in known else None
+            if shape is not None and all(given.get(key, value) == value for key, value in shape.items()):
+                return _with_arguments(name, {key: value for key, value in given.items() if key not in shape})
+        return _with_arguments(self._OWN, given)
+
+
+class _LayerNormResNets(_Family):
+    _PUBLISHED: ClassVar[dict[str, dict[str, Any]]] = {"ln-resnet101": {}, "ln-resnet50": {"blocks": [3, 4, 6, 3]}}
+
+    kind = "LayerNormResNetEncoder"
+    shown = tuple(_PUBLISHED)
+    help = "ln-resnet101: Lightning Bolts' cpc_encoder."
+    takes: ClassVar = {name: _ResNets.takes[name] for name in ("blocks", "channels", "expansions", "stem_channels")}
+    own_norm = True
+
+    def has(self, plain: str) -> bool:
+        return plain in self._PUBLISHED
+
+    def arguments(self, plain: str, given: dict[str, Any], seen: _Seen) -> dict[str, Any]:
+        return {"patch_size": seen.patch_size, "in_channels": seen.in_channels, **self._PUBLISHED[plain], **given}
+
+    def name(self, arguments: Mapping[str, Any]) -> str:
+        from cpc_ext.models import LayerNormResNetEncoder
+
+        defaults = {name: parameter.default for name, parameter in signature(LayerNormResNetEncoder).parameters.items()}
+        given = {name: arguments[name] for name in self.takes if name in arguments}
+        other = {key: value for key, value in given.items() if _written(value) != _written(defaults[key])}
+        return _with_arguments("ln-resnet101", other)
+
+
+class _WideResNets(_Family):
+    _NAME = re.compile(r"wrn-(\d{1,4})-(\d{1,4})")
+
+    kind = "WideResNetEncoder"
+    shown = ("wrn-DEPTH-WIDTH",)
+    help = "wrn-DEPTH-WIDTH: a wide ResNet, such as wrn-28-2."
+
+    def has(self, plain: str) -> bool:
+        return self._NAME.fullmatch(plain) is not None
+
+    def parsed(self, name: str) -> tuple[str, dict[str, Any]] | None:
+        found = super().parsed(name)
+        if found is not None:
+            depth, width = self._sizes(found[0])
+            if depth < 10 or (depth - 4) % 6 or width < 1:
+                raise ValueError(
+                    "--encoder: the depth of a wide ResNet is 4 plus a positive multiple of 6, its width at least 1, "
+                    f"as in wrn-28-2, got {name!r}"
+                )
+        return found
+
+    def arguments(self, plain: str, given: dict[str, Any], seen: _Seen) -> dict[str, Any]:
+        depth, width = self._sizes(plain)
+        return {"depth": depth, "width": width, "in_channels": seen.in_channels, "norm": seen.norm}
+
+    def name(self, arguments: Mapping[str, Any]) -> str:
+        return f"wrn-{arguments['depth']}-{arguments['width']}"
+
+    def _sizes(self, plain: str) -> tuple[int, int]:
+        _, depth, width = plain.split("-")
+        return int(depth), int(width)
+
+
+class _MobileNets(_Family):
+    _ONE = "mobilenetv2"
+
+    kind = "MobileNetV2Encoder"
+    shown = (_ONE,)
+    help = "mobilenetv2."
+    takes: ClassVar = {"width": _positive, "strides": _one_of("imagenet", "cifar")}
+
+    def has(self, plain: str) -> bool:
+        return plain == self._ONE
+
+    def arguments(self, plain: str, given: dict[str, Any], seen: _Seen) -> dict[str, Any]:
+        strides = "imagenet" if seen.stem == "imagenet" else "cifar"
+        return {"in_channels": seen.in_channels, "norm": seen.norm, "strides": strides, **given}
+
+    def name(self, arguments: Mapping[str, Any]) -> str:
+        return _with_arguments(self._ONE, {name: arguments[name] for name in self.takes if name in arguments})
+
+
+class _Timm(_Family):
+    _PREFIX = "timm:"
+    # What may follow the name of a backbone, which may hold colons itself.
+    _SETTINGS = re.compile(r":((?:img_size|patch_size)=[^,:]*(?:,.*)?)$")
+    # What timm calls them, and the class.
+    _KEYS: ClassVar = {"img_size": "img_size", "patch_size": "backbone_patch_size"}
+
+    kind = "TimmEncoder"
+    shown = (f"{_PREFIX}NAME",)
+    help = "timm:NAME: any backbone of the timm library, if installed (cpc_ext[timm]), such as timm:convnext_atto."
+    takes: ClassVar = {"img_size": _whole, "patch_size": _whole}
+    own_norm = True
+
+    def has(self, plain: str) -> bool:
+        return plain.startswith(self._PREFIX) and plain != self._PREFIX
+
+    def parsed(self, name: str) -> tuple[str, dict[str, Any]] | None:
+        if not self.has(name):
+            return None
+        backbone = name.removeprefix(self._PREFIX)
+        found = self._SETTINGS.search(backbone)
+        if found is None:
+            return backbone, {}
+        backbone = backbone[: found.start()]
+        return backbone, _arguments(backbone, found[1], self.takes)
+
+    def arguments(self, plain: str, given: dict[str, Any], seen: _Seen) -> dict[str, Any]:
+        from cpc_ext.models.encoders.timm_encoder import has_image_size
+
+        settings = {self._KEYS[key]: value for key, value in given.items()}
+        if seen.patch_size is not None and "img_size" not in settings:
+            with suppress(ImportError):  # Building the encoder says so.
+                settings |= {"img_size": seen.patch_size} if has_image_size(plain) else {}
+        return {"name": plain, "in_channels": seen.in_channels, **settings}
+
+    def name(self, arguments: Mapping[str, Any]) -> str:
+        # In the order that they were given in.
+        keys = {ours: theirs for theirs, ours in self._KEYS.items()}
+        given = {keys[key]: value for key, value in arguments.items() if key in keys}
+        return _with_arguments(self._PREFIX + arguments["name"], given)
+
+
+_FAMILIES = (_ResNets(), _LayerNormResNets(), _WideResNets(), _MobileNets(), _Timm())
+
+# What is allowed: names, and patterns of names.
+ENCODERS = tuple(name for family in _FAMILIES for name in family.shown)
+ENCODER_HELP = " ".join(family.help for family in _FAMILIES)
+
+
 def check_encoder_name(name: str) -> str:
     """The name itself. ValueError for one that is none of those in ``ENCODERS``, or followed by what it does not take.
 
@@ -145,28 +321,13 @@ def check_encoder_name(name: str) -> str:
     ``blocks`` and all else is given so: "resnet:blocks=1-1-2,bottleneck=yes,channels=8-16-32". A backbone of timm may
     be followed by its ``img_size`` and ``patch_size``: "timm:vit_tiny_patch16_224:patch_size=4".
     """
-    if name.startswith(_TIMM) and len(name) > len(_TIMM):
-        _timm_parsed(name)
-        return name
-    plain, arguments = _parsed(name)
-    wide = _WIDE_RESNET.fullmatch(plain)
-    if wide is not None:
-        depth, width = map(int, wide.groups())
-        if depth < 10 or (depth - 4) % 6 or width < 1:
-            raise ValueError(
-                f"--encoder: the depth of a wide ResNet is 4 plus a positive multiple of 6, its width at least 1, as "
-                f"in wrn-28-2, got {name!r}"
-            )
-    elif plain not in (*_RESNETS, *_LAYER_NORM_RESNETS, "mobilenetv2") and not (
-        plain == _OWN and "blocks" in arguments
-    ):
-        raise ValueError(f"--encoder: expected one of {', '.join(ENCODERS)} (such as wrn-28-2), got {name!r}")
+    _parsed(name)
     return name
 
 
 def has_own_norm(name: str) -> bool:
-    """Whether the encoder of a name has a normalisation of its own, which none can take the place of."""
-    return name.startswith((_TIMM, *_LAYER_NORM_RESNETS))
+    """Whether the encoder of an accepted name has a normalisation of its own, which none can take the place of."""
+    return _parsed(name)[0].own_norm
 
 
 def encoder_spec(name: str, *, norm: str, in_channels: int, stem: str, patch_size: int | None = None) -> EncoderSpec:
@@ -176,35 +337,11 @@ def encoder_spec(name: str, *, norm: str, in_channels: int, stem: str, patch_siz
     :class:`ResNetV2Encoder`, whose names may imply their own; others take its hint at the size of a patch. patch_size:
     its side in pixels, for encoders that take patches of one size.
     """
-    from cpc_ext.models import (
-        LayerNormResNetEncoder,
-        MobileNetV2Encoder,
-        ResNetV2Encoder,
-        TimmEncoder,
-        WideResNetEncoder,
-    )
-    from cpc_ext.models.encoders.timm_encoder import has_image_size
+    from cpc_ext import models
 
-    if name.startswith(_TIMM):
-        backbone, given = _timm_parsed(name)
-        settings = {"backbone_patch_size" if key == "patch_size" else key: value for key, value in given.items()}
-        if patch_size is not None and "img_size" not in settings:
-            with suppress(ImportError):  # Building the encoder says so.
-                settings |= {"img_size": patch_size} if has_image_size(backbone) else {}
-        return EncoderSpec(TimmEncoder, {"name": backbone, "in_channels": in_channels, **settings})
-    plain, given = _parsed(name)
-    if plain in _LAYER_NORM_RESNETS:
-        arguments = {"patch_size": patch_size, "in_channels": in_channels, **_LAYER_NORM_RESNETS[plain], **given}
-        return EncoderSpec(LayerNormResNetEncoder, arguments)
-    arguments = {"in_channels": in_channels, "norm": norm}
-    wide = _WIDE_RESNET.fullmatch(plain)
-    if wide is not None:
-        depth, width = map(int, wide.groups())
-        return EncoderSpec(WideResNetEncoder, {"depth": depth, "width": width, **arguments})
-    if plain == "mobilenetv2":
-        strides = "imagenet" if stem == "imagenet" else "cifar"
-        return EncoderSpec(MobileNetV2Encoder, {**arguments, "strides": strides, **given})
-    return EncoderSpec(ResNetV2Encoder, {**arguments, "stem": stem, **_RESNETS.get(plain, {}), **given})
+    family, plain, given = _parsed(name)
+    arguments = family.arguments(plain, given, _Seen(norm, in_channels, stem, patch_size))
+    return EncoderSpec(getattr(models, family.kind), arguments)
 
 
 def encoder_name(kind: str, arguments: Mapping[str, Any]) -> str:
@@ -212,55 +349,22 @@ def encoder_name(kind: str, arguments: Mapping[str, Any]) -> str:
 
     KeyError for a class that no name stands for.
     """
-    if kind == "TimmEncoder":
-        keys = {"img_size": "img_size", "backbone_patch_size": "patch_size"}
-        text = ",".join(f"{keys[key]}={value}" for key, value in arguments.items() if key in keys)
-        return _TIMM + arguments["name"] + (f":{text}" if text else "")
-    if kind == "WideResNetEncoder":
-        return f"wrn-{arguments['depth']}-{arguments['width']}"
-    from cpc_ext.models import LayerNormResNetEncoder
-    from cpc_ext.models.encoders.resnet_v2 import published_shape
-
-    plain, known = {
-        "ResNetV2Encoder": (_OWN, _RESNET_ARGUMENTS),
-        "MobileNetV2Encoder": ("mobilenetv2", _MOBILENET_ARGUMENTS),
-        "LayerNormResNetEncoder": ("ln-resnet101", _LAYER_NORM_ARGUMENTS),
-    }[kind]
-    given = {name: arguments[name] for name in known if name in arguments}
-    for name, preset in _RESNETS.items():
-        if kind == "ResNetV2Encoder" and "depth" in preset:
-            shape = published_shape(preset["depth"])
-            if all(given.get(key, value) == value for key, value in shape.items()):
-                plain = name
-                given = {key: value for key, value in given.items() if key not in shape}
-                break
-    if kind == "LayerNormResNetEncoder":
-        defaults = {name: parameter.default for name, parameter in signature(LayerNormResNetEncoder).parameters.items()}
-        given = {key: value for key, value in given.items() if _written(value) != _written(defaults[key])}
-    text = ",".join(f"{key}={_written(value)}" for key, value in given.items() if value != _DEFAULTS.get(key))
-    return f"{plain}:{text}" if text else plain
+    return {family.kind: family for family in _FAMILIES}[kind].name(arguments)
 
 
-def _parsed(name: str) -> tuple[str, dict[str, Any]]:
-    """The name before a colon, and the arguments after it. ValueError where it takes no such arguments."""
+def _parsed(name: str) -> tuple[_Family, str, dict[str, Any]]:
+    """A name's family, the name before a colon, and the arguments after it. ValueError as of check_encoder_name."""
+    for family in _FAMILIES:
+        found = family.parsed(name)
+        if found is not None:
+            return (family, *found)
     plain, _, rest = name.partition(":")
-    known: dict[str, Callable[[str], Any]] = {}
-    if plain in (*_RESNETS, _OWN):
-        known = _RESNET_ARGUMENTS
-    elif plain in _LAYER_NORM_RESNETS:
-        known = _LAYER_NORM_ARGUMENTS
-    elif plain == "mobilenetv2":
-        known = _MOBILENET_ARGUMENTS
-    return plain, _arguments(plain, rest, known)
+    _arguments(plain, rest, {})
+    raise _no_such(name)
 
 
-def _timm_parsed(name: str) -> tuple[str, dict[str, Any]]:
-    """The backbone's name in timm, and the settings after it."""
-    name = name.removeprefix(_TIMM)
-    found = _TIMM_SETTINGS.search(name)
-    if found is None:
-        return name, {}
-    return name[: found.start()], _arguments(name[: found.start()], found[1], _TIMM_ARGUMENTS)
+def _no_such(name: str) -> ValueError:
+    return ValueError(f"--encoder: expected one of {', '.join(ENCODERS)} (such as wrn-28-2), got {name!r}")
 
 
 def _arguments(plain: str, rest: str, known: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
@@ -276,6 +380,15 @@ def _arguments(plain: str, rest: str, known: Mapping[str, Callable[[str], Any]])
         except ValueError as error:
             raise ValueError(f"--encoder: {key} is {error}") from None
     return arguments
+
+
+# They need not be written.
+_DEFAULTS = {"bottleneck": False, "stem_channels": 64, "width": 1.0}
+
+
+def _with_arguments(plain: str, given: Mapping[str, Any]) -> str:
+    text = ",".join(f"{key}={_written(value)}" for key, value in given.items() if value != _DEFAULTS.get(key))
+    return f"{plain}:{text}" if text else plain
 
 
 def _written(value: Any) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from cpc_ext.tasks.encoder_names import check_encoder_name, has_own_norm
+from cpc_ext.tasks.encoder_names import ENCODER_HELP, check_encoder_name, has_own_norm
 from cpc_ext.training.config import RunConfig, Section
 
 __all__ = ["NORM_HELP", "EncoderConfig", "EncoderSection"]
@@ -23,12 +23,9 @@ class EncoderSection(Section):
 
     encoder: Encoder = Field(
         "resnet14",
-        description="Network that encodes a patch, or of simclr an image. resnet-small, resnetN: a pre-activation "
-        "ResNet; 14, 28, 41, 92 and 143 without the last stack, as published for CPC, 161 that of CPC v2, 18, 34, 50, "
-        "101 and 152 whole, small with one narrow block a stack. wrn-DEPTH-WIDTH: a wide ResNet, such as wrn-28-2. "
-        "mobilenetv2. ln-resnet101: Lightning Bolts' cpc_encoder. timm:NAME: any backbone of the timm library, if "
-        "installed (cpc_ext[timm]), such as timm:convnext_atto. What a name leaves open may follow it, as in "
-        "resnet14:stem=cifar or timm:vit_tiny_patch16_224:patch_size=4.",
+        description="Network that encodes a patch, or of simclr an image. "
+        f"{ENCODER_HELP} What a name leaves open may follow it, as in resnet14:stem=cifar or "
+        "timm:vit_tiny_patch16_224:patch_size=4.",
     )
     norm: Norm = Field("none", description=f"{NORM_HELP} The published CPC v1 uses none.")
     gather_negatives: GatherNegatives = Field(
