@@ -72,7 +72,7 @@ class EncoderRun:
 
     def statistics(self) -> dict[str, Any]:
         """Shape and pixel statistics of the images that the run was trained on, as EncoderTask.description has them."""
-        description = self.state.get("description", {})
+        description: dict[str, Any] = self.state.get("description", {})
         if "mean" in description:
             if not _describes_images(description):
                 raise TrainingError(f"the checkpoint {self.dir.checkpoint} describes no images: got {description}")
@@ -116,7 +116,7 @@ class EncoderRun:
         compute = self.config.compute.model_copy(update={"seed": seed})
         config = self.config.model_copy(update={"compute": compute})
         try:
-            return task_class(config.model)(config, dataset, torch.device(compute.device))  # type: ignore[call-arg,return-value]
+            return task_class(config.model)(config, dataset, torch.device(compute.device))  # type: ignore[return-value]
         except ValueError as error:
             raise TrainingError(str(error)) from None
 
