@@ -78,12 +78,13 @@ def parse_command(command: type[T], arguments: Sequence[str] | None, *, prog: st
     version = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     version.add_argument("--version", action="version", version=f"cpc_ext {__version__}")
     version.parse_known_args(given)
-    parsed: T = tyro.cli(_with_version(command), prog=prog, args=given, **options)
+    kind: type[Any] = command
+    parsed: T = tyro.cli(_with_version(kind), prog=prog, args=given, **options)
     return parsed
 
 
 @cache
-def _with_version(command: type[T]) -> type[T]:
+def _with_version(command: type[Any]) -> type[Any]:
     return make_dataclass(command.__name__, [("version", _VERSION, False)], bases=(command,), frozen=True)
 
 
