@@ -1,14 +1,15 @@
 """The data sets there are: modules found by their names, in folders of cpc_ext.data that tell where data come from.
 
-A data set is called as its module is, with "-" for "_". Where its data come from decides what the module's ``load``
-takes, and which options of the command lines have nothing to decide. Importing this does not import NumPy.
+Where its data come from decides what the module's ``load`` takes, and which options of the command lines have nothing
+to decide. Importing this does not import NumPy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
+
+from cpc_ext._found import found_in
 
 __all__ = ["DATASETS", "Origin", "idle_of_dataset", "module_of", "origin"]
 
@@ -31,12 +32,11 @@ _ORIGINS = (
     Origin("published", sized=False),
     Origin("folders", sized=True, idle={"download": "is of your own images"}),
 )
-_ROOT = Path(__file__).parent
 _FOUND = {
-    path.stem.replace("_", "-"): (origin, path)
+    dataset: (origin, module)
     for origin in _ORIGINS
-    for path in sorted(_ROOT.glob(f"data/*/{origin.folder}/*.py"))
-    if path.stem != "__init__"
+    for medium in found_in("cpc_ext.data", packages=True).values()
+    for dataset, module in found_in(f"{medium}.{origin.folder}").items()
 }
 DATASETS = tuple(_FOUND)
 
@@ -48,7 +48,7 @@ def origin(dataset: str) -> Origin:
 
 def module_of(dataset: str) -> str:
     """The name of the module that loads a data set."""
-    return ".".join(["cpc_ext", *_FOUND[dataset][1].relative_to(_ROOT).with_suffix("").parts])
+    return _FOUND[dataset][1]
 
 
 def idle_of_dataset(dataset: str) -> dict[str, str]:

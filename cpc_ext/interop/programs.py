@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from cpc_ext.interop.cpcv2_pytorch import CPCV2PyTorch
+from cpc_ext._found import found_in
 from cpc_ext.interop.errors import CheckpointError
-from cpc_ext.interop.greedy_infomax import GreedyInfoMaxProgram
-from cpc_ext.interop.lightning_bolts import LightningBolts
-from cpc_ext.interop.pixel_cnn_pp import PixelCNNPPProgram
 from cpc_ext.interop.reading import Checkpoint, read_checkpoint
 from cpc_ext.interop.reference import Form, Program, Reference, Settings, listed
 
 __all__ = ["SOURCES", "export_reference", "load_reference", "read_reference"]
 
 _PROGRAMS: dict[str, Program] = {
-    program.source: program
-    for program in (CPCV2PyTorch(), GreedyInfoMaxProgram(), LightningBolts(), PixelCNNPPProgram())
+    source: import_module(module).PROGRAM for source, module in found_in("cpc_ext.interop.sources").items()
 }
 
 SOURCES = tuple(_PROGRAMS)

@@ -51,7 +51,10 @@ class CPC(EncoderModel):
         **settings: Any,
     ) -> None:
         super().__init__()
-        contexts = context if isinstance(context, (nn.ModuleList, Sequence)) else [context]
+        if isinstance(context, nn.Module) and not isinstance(context, nn.ModuleList):
+            shared, contexts = True, [context]
+        else:
+            shared, contexts = False, list(context)
         if objective is not None and settings:
             raise TypeError(f"give either objective or the settings of a GridInfoNCE, got both: {', '.join(settings)}")
         if not contexts:
@@ -60,13 +63,13 @@ class CPC(EncoderModel):
             objective = GridInfoNCE(out_channels(encoder), out_channels(contexts[0]), **settings)
         if not 1 <= objective.pred_directions <= 4:
             raise ValueError(f"pred_directions must be 1 to 4, got {objective.pred_directions}")
-        if contexts is context and len(contexts) != objective.pred_directions:
+        if not shared and len(contexts) != objective.pred_directions:
             raise ValueError(
                 f"context must be one network, or one for each of {objective.pred_directions} directions, got "
                 f"{len(contexts)}"
             )
         self.encoder = encoder
-        self.context = nn.ModuleList(contexts) if contexts is context else contexts[0]
+        self.context = contexts[0] if shared else nn.ModuleList(contexts)
         self.objective = objective
 
     def forward(self, patches_or_images: Tensor, **draws: Any) -> GridInfoNCEOutput:

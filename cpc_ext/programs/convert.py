@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import tyro
 
+from cpc_ext._found import found_in
 from cpc_ext.programs.command_line import Program
 from cpc_ext.training.config import DatasetName
 from cpc_ext.training.errors import TrainingError
@@ -21,7 +22,10 @@ _DESCRIPTION = (
     "code from it is run."
 )
 
-Source = Literal["cpcv2-pytorch", "greedy-infomax", "lightning-bolts", "pixel-cnn-pp"]
+if TYPE_CHECKING:
+    Source = str
+else:
+    Source = Literal[tuple(found_in("cpc_ext.interop.sources"))]
 
 
 @dataclass(frozen=True)

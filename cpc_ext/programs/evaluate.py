@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from cpc_ext.evaluation.options import EvaluationOptions, parse_modes
+from cpc_ext.evaluation.options import EvaluationOptions as Command
+from cpc_ext.evaluation.options import parse_modes
 from cpc_ext.measures.label_subsets import parse_label_budgets
 from cpc_ext.programs.command_line import Program
 from cpc_ext.training.errors import TrainingError
 
-__all__ = ["main"]
+__all__ = ["Command", "main"]
 
 _DESCRIPTION = (
     "Measure the encoder of a run with few labels: top-1 and top-5 accuracy on all test images after learning from "
@@ -17,7 +18,7 @@ _DESCRIPTION = (
 )
 
 
-def _check(command: EvaluationOptions) -> None:
+def _check(command: Command) -> None:
     """TrainingError for values that cannot be right, whatever the runs are."""
     if not command.runs:
         raise TrainingError("give at least one RUN")
@@ -37,7 +38,7 @@ def _check(command: EvaluationOptions) -> None:
 main = Program(
     name="evaluate",
     description=_DESCRIPTION,
-    command=EvaluationOptions,
+    command=Command,
     check=_check,
     work="cpc_ext.evaluation.evaluator:evaluate",
     interrupted="interrupted; results so far are kept",

@@ -94,7 +94,7 @@ def explain(error: ValidationError) -> str:
     """A validation error as one line an option: which, what is allowed, what came."""
     lines = []
     known = set(RunConfig.model_fields).union(*(_fields_of(config_class(model)) for model in MODELS))
-    for entry in error.errors(include_url=False):
+    for entry in error.errors():
         # Fields are unique over all sections, so the innermost field name is the option; branches of a union follow it.
         names = [str(part) for part in entry["loc"] if str(part).isidentifier()]
         message = entry["msg"].removeprefix("Value error, ")

@@ -1,17 +1,16 @@
 """The models that can be trained: the packages of cpc_ext.tasks, found by their names.
 
-A package is called as its model is, with "_" for "-" and "_plus" for "+": pixelcnn_plus_plus is pixelcnn++. Its
-docstring says what the model is called and where it was published. Its module ``options`` has CONFIG, the class of the
-model's configs, and PRESETS, by data set what differs from that class's defaults; its module ``task`` has TASK, how the
-model learns. Only the last imports PyTorch.
+The docstring of a package says what the model is called and where it was published. Its module ``options`` has CONFIG,
+the class of the model's configs, and PRESETS, by data set what differs from that class's defaults; its module ``task``
+has TASK, how the model learns. Only the last imports PyTorch.
 """
 
 from __future__ import annotations
 
-import pkgutil
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from cpc_ext._found import found_in
 
 if TYPE_CHECKING:
     from cpc_ext.training.config import Presets, RunConfig
@@ -19,11 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MODELS", "config_class", "model_presets", "published", "task_class", "title"]
 
-_PACKAGES = {
-    info.name.replace("_plus", "+").replace("_", "-"): f"cpc_ext.tasks.{info.name}"
-    for info in pkgutil.iter_modules([str(Path(__file__).parents[1] / "tasks")])
-    if info.ispkg
-}
+_PACKAGES = found_in("cpc_ext.tasks", packages=True)
 MODELS = tuple(_PACKAGES)
 
 

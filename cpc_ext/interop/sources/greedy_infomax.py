@@ -24,7 +24,7 @@ from cpc_ext.interop.resnets import resnet_arguments, stack_sizes
 from cpc_ext.models import CPC, GatedPixelCNNContext, GreedyInfoMax, GreedySupervised, ResNetV2Encoder
 from cpc_ext.nn import GridInfoNCE
 
-__all__ = ["GreedyInfoMaxProgram"]
+__all__ = ["PROGRAM", "GreedyInfoMaxProgram"]
 
 _PATCH, _GRID = 16, 7
 _CONTEXT = "autoregressor"
@@ -327,6 +327,9 @@ class GreedyInfoMaxProgram(Program):
             for place in ("model.1", _CONTEXT) if part == _CONTEXT else (f"model.0.{part}", f"encoder.{part}"):
                 full[f"{place}.{rest}"] = value
         return full
+
+
+PROGRAM = GreedyInfoMaxProgram()
 
 
 def _view(settings: Settings) -> dict[str, int]:

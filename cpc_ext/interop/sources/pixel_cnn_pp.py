@@ -16,7 +16,7 @@ from cpc_ext.interop.reading import Checkpoint
 from cpc_ext.interop.reference import Form, Program, Reference, Settings, put_weights
 from cpc_ext.models import PixelCNNPP
 
-__all__ = ["PixelCNNPPProgram"]
+__all__ = ["PROGRAM", "PixelCNNPPProgram"]
 
 # The parametrisation of PyTorch from 2.0 on, in the order of the old names.
 _NEW_NAMES = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
@@ -81,6 +81,9 @@ class PixelCNNPPProgram(Program):
             new = {old: name for name, old in _NEW_NAMES.items()}
             return {re.sub(r"weight_[gv]$", lambda found: new[found[0]], name): value for name, value in state.items()}
         return state
+
+
+PROGRAM = PixelCNNPPProgram()
 
 
 def _old_name(name: str) -> str:

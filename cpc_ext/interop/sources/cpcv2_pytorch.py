@@ -31,7 +31,7 @@ from cpc_ext.models import CPC, GatedPixelCNNContext, MobileNetV2Encoder, PatchE
 from cpc_ext.models.encoders.wide_resnet import WideResNetEncoder
 from cpc_ext.nn import GridInfoNCE
 
-__all__ = ["CPCV2PyTorch"]
+__all__ = ["PROGRAM", "CPCV2PyTorch"]
 
 _RESNET = NameMap(
     [
@@ -308,6 +308,9 @@ class CPCV2PyTorch(Program):
                 continue
             state[theirs] = value
         return state
+
+
+PROGRAM = CPCV2PyTorch()
 
 
 def _mobilenet_arguments(weights: Mapping[str, Tensor], norm: str | None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from cpc_ext.interop.resnets import stack_sizes
 from cpc_ext.models import CPC, LayerNormResNetEncoder, PatchEncoder, ResidualContext, TimmEncoder
 from cpc_ext.nn import TargetInfoNCE
 
-__all__ = ["LightningBolts"]
+__all__ = ["PROGRAM", "LightningBolts"]
 
 # A block's convolutions by their places there, between ReLUs and padding.
 _CONTEXT = NameMap(
@@ -238,6 +238,9 @@ class LightningBolts(Program):
                 f"{self.source} pads its context network in a way of its own, this one {context.padding}"
             )
         return {str(_CONTEXT.theirs(name)): value for name, value in context.state_dict().items()}
+
+
+PROGRAM = LightningBolts()
 
 
 def _view(settings: Settings, options: Mapping[str, Any], half: int | None) -> tuple[dict[str, int], tuple[str, ...]]:

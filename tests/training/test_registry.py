@@ -1,0 +1,55 @@
+"""Models and data sets that are found by their names: every one has all that is asked of it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from inspect import signature
+
+import pytest
+
+from cpc_ext.data_sets import DATASETS, idle_of_dataset, module_of, origin
+from cpc_ext.training import registry
+from cpc_ext.training.config import RunConfig, options_that_may_change
+from cpc_ext.training.task import Task
+
+
+def test_models_are_called_as_their_packages():
+    assert {"cpc-v1", "greedy-infomax", "pixelcnn++"} <= set(registry.MODELS)
+    assert registry.config_class("pixelcnn++").__module__ == "cpc_ext.tasks.pixelcnn_plus_plus.options"
+    assert (registry.title("cpc-v2"), registry.published("cpc-v2")) == (
+        "CPC v2",
+        "Hénaff et al. 2019, arXiv 1905.09272.",
+    )
+
+
+@pytest.mark.parametrize("model", registry.MODELS)
+def test_a_model_has_all_that_is_asked_of_it(model):
+    assert registry.title(model)
+    assert "arXiv" in registry.published(model)
+    assert issubclass(registry.config_class(model), RunConfig)
+    assert issubclass(registry.task_class(model), Task)
+    presets = registry.model_presets(model)
+    assert "folder" in presets
+    assert set(presets) <= set(DATASETS)
+
+
+LOADED = {"drawn": ["size", "seed"], "published": ["data_dir", "download"], "folders": ["data_dir", "image_size"]}
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_a_data_set_is_loaded_by_what_its_origin_has(name):
+    assert list(signature(import_module(module_of(name)).load).parameters) == LOADED[origin(name).folder]
+
+
+def test_where_images_come_from_decides_what_is_idle():
+    assert [origin(name).sized for name in ("textures", "stl10", "folder")] == [True, False, True]
+    assert set(idle_of_dataset("textures")) == {"data_dir", "download"}
+    assert idle_of_dataset("folder") == {"download": "--dataset folder is of your own images"}
+    assert idle_of_dataset("cifar10") == {}
+
+
+def test_what_a_resumed_run_may_have_anew():
+    logs = ["checkpoint_every", "log_every", "sample_every"]
+    assert options_that_may_change() == sorted(
+        [*logs, "compile", "data_dir", "device", "download", "epochs", "pipeline", "steps"]
+    )
