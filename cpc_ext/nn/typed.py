@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         def forward(self, *args: P.args, **kwargs: P.kwargs) -> Result: ...
 
     class Module(nn.Module):
-        # PyTorch declares an attribute that could be assigned to.
+        # PyTorch declares an attribute, which could be assigned to.
         @property
         def __call__(self: _Runs[P, Result]) -> Callable[P, Result]: ...  # type: ignore[override]
 
