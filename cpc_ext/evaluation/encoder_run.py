@@ -116,9 +116,11 @@ class EncoderRun:
         compute = self.config.compute.model_copy(update={"seed": seed})
         config = self.config.model_copy(update={"compute": compute})
         try:
-            return task_class(config.model)(config, dataset, torch.device(compute.device))  # type: ignore[return-value]
+            task = task_class(config.model)(config, dataset, torch.device(compute.device))
         except ValueError as error:
             raise TrainingError(str(error)) from None
+        assert isinstance(task, EncoderTask)  # Runs of others are not read.
+        return task
 
 
 def _describes_images(description: dict[str, Any]) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, make_dataclass
 from functools import cache
 from importlib import import_module
@@ -22,7 +22,7 @@ from cpc_ext.training.stop_request import EndedBySignal
 
 __all__ = ["Program", "exit_status", "parse_command"]
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Hashable)
 
 # The field lists the option in the help; :func:`parse_command` answers it.
 _VERSION = Annotated[
@@ -78,8 +78,7 @@ def parse_command(command: type[T], arguments: Sequence[str] | None, *, prog: st
     version = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     version.add_argument("--version", action="version", version=f"cpc_ext {__version__}")
     version.parse_known_args(given)
-    kind: type[Any] = command
-    parsed: T = tyro.cli(_with_version(kind), prog=prog, args=given, **options)
+    parsed: T = tyro.cli(_with_version(command), prog=prog, args=given, **options)
     return parsed
 
 

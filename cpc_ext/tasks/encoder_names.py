@@ -215,7 +215,7 @@ def encoder_name(kind: str, arguments: Mapping[str, Any]) -> str:
     if kind == "TimmEncoder":
         keys = {"img_size": "img_size", "backbone_patch_size": "patch_size"}
         text = ",".join(f"{keys[key]}={value}" for key, value in arguments.items() if key in keys)
-        return _TIMM + arguments["name"] + (f":{text}" if text else "")
+        return f"{_TIMM}{arguments['name']}" + (f":{text}" if text else "")
     if kind == "WideResNetEncoder":
         return f"wrn-{arguments['depth']}-{arguments['width']}"
     from cpc_ext.models import LayerNormResNetEncoder

@@ -168,7 +168,8 @@ class CPCv1Task(EncoderTask):
             model = self._cpc(encoder)
         if config.compute.channels_last:
             # Only the encoder: the other four-dimensional parameters are not filters over images.
-            encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch declares it together with a device only.
+            # PyTorch declares it beside a device only.
+            encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model.to(self._device)
 
     def _cpc(self, encoder: PatchEncoder) -> EncoderModel:

@@ -98,7 +98,8 @@ class SimCLRTask(EncoderTask):
                 gather_negatives=options.gather_negatives,
             )
         if self._config.compute.channels_last:
-            model.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch declares it together with a device only.
+            # PyTorch declares it beside a device only.
+            model.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model.to(self._device)
 
     def _encoder_spec(self) -> EncoderSpec:
