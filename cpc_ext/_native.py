@@ -42,6 +42,8 @@ def _load() -> ModuleType:
     else:
         # Beside this file, or where the import hook of an editable install says.
         spec = importlib.util.find_spec(_NAME) or importlib.util.spec_from_file_location(_NAME, _find_installed())
+    if spec is None or spec.loader is None:
+        raise ImportError(f"CPC_EXT_NATIVE={named} is no compiled module of Python's")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if module.__version__ != __version__:

@@ -70,6 +70,11 @@ def test_a_missing_module_is_an_error_that_says_what_to_do(tmp_path):
     assert "pip install" in done.stderr
 
 
+def test_a_file_that_is_no_module_is_an_error_that_names_it(tmp_path):
+    done = run("import cpc_ext.ops", tmp_path, PYTHONPATH=str(CHECKOUT.parent), CPC_EXT_NATIVE="module.txt")
+    assert "ImportError: CPC_EXT_NATIVE=module.txt is no compiled module" in done.stderr
+
+
 def test_build_info_tells_what_is_in():
     info = cpc_ext.build_info()
     assert info["version"] == cpc_ext.__version__ == native.__version__

@@ -248,7 +248,7 @@ def _unpack(file: Path, archive: Archive, root: Path) -> None:
             tqdm.wrapattr(
                 stream, "read", desc=f"unpacking {file.name}", total=file.stat().st_size, disable=None
             ) as read,
-            gzip.GzipFile(fileobj=read, mode="rb") as plain,
+            gzip.GzipFile(fileobj=read, mode="rb") as plain,  # type: ignore[call-overload]  # It is the stream, wrapped.
             tarfile.open(fileobj=_Bounded(plain, archive.unpacked + UNPACKED_SLACK), mode="r|") as members,
         ):
             members.extractall(aside, filter=_plain)

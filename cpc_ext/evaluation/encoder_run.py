@@ -72,7 +72,7 @@ class EncoderRun:
 
     def statistics(self) -> dict[str, Any]:
         """Shape and pixel statistics of the images that the run was trained on, as EncoderTask.description has them."""
-        description = self.state.get("description", {})
+        description: dict[str, Any] = self.state.get("description", {})
         if "mean" in description:
             if not _describes_images(description):
                 raise TrainingError(f"the checkpoint {self.dir.checkpoint} describes no images: got {description}")
@@ -116,9 +116,11 @@ class EncoderRun:
         compute = self.config.compute.model_copy(update={"seed": seed})
         config = self.config.model_copy(update={"compute": compute})
         try:
-            return task_class(config.model)(config, dataset, torch.device(compute.device))  # type: ignore[call-arg,return-value]
+            task = task_class(config.model)(config, dataset, torch.device(compute.device))
         except ValueError as error:
             raise TrainingError(str(error)) from None
+        assert isinstance(task, EncoderTask)  # Runs of others are not read.
+        return task
 
 
 def _describes_images(description: dict[str, Any]) -> bool:

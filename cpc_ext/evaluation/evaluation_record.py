@@ -21,7 +21,7 @@ __all__ = ["EvaluationRecord", "as_table"]
 Row = dict[str, Any]
 
 # What every row has, besides what was measured, which has names of its own.
-_ENTRIES = {
+_ENTRIES: dict[str, type | tuple[type, ...]] = {
     "mode": str,
     "labels": str,
     "labels_per_class": (int, float),

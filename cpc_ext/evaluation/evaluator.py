@@ -110,7 +110,9 @@ class _Evaluator:
         """The draws of a budget: indices of training images; only one where that is all of them."""
         drawn = []
         for draw in range(self._command.repeats):
-            subset = budget.subset(self._train.labels, self._dataset.classes, seed=self._command.seed, draw=draw)
+            subset = budget.subset(
+                self._train_labels.numpy(), self._dataset.classes, seed=self._command.seed, draw=draw
+            )
             if len(subset) < 2:
                 raise TrainingError(f"--labels {budget}: {len(subset)} label is too few to learn from")
             drawn.append(subset)

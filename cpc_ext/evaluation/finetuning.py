@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from cpc_ext.data import EpochSampler, ImageFetcher, ImageSet
 from cpc_ext.data.spread import spread
 from cpc_ext.measures.probe import encode
+from cpc_ext.models.encoder_model import EncoderModel
+from cpc_ext.nn.typed import Module
 from cpc_ext.tasks.encoder_task import EncoderTask
 from cpc_ext.training.precision import autocast, grad_scaler
 from cpc_ext.training.schedule import learning_rate
@@ -50,14 +52,17 @@ class FineTuning:
         return max(self.min_steps, self.epochs * -(-images // _BATCH))
 
 
-class _Classifier(nn.Module):
+class _Classifier(Module):
     """uint8 images [B, C, H, W] → logits [B, classes], at first equal ones.
 
     mean, deviation: [D], that features are standardised by.
     """
 
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(
-        self, task: EncoderTask, model: nn.Module, mean: Tensor, deviation: Tensor, classes: int, precision: str
+        self, task: EncoderTask, model: EncoderModel, mean: Tensor, deviation: Tensor, classes: int, precision: str
     ) -> None:
         super().__init__()
         self.model = model
@@ -72,12 +77,13 @@ class _Classifier(nn.Module):
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         with autocast(images.device, self._precision):
             encodings = self._task.encode(self.model, images, generator)
-        return self.head((encodings.float().mean((2, 3)) - self.mean) / self.deviation)
+        logits: Tensor = self.head((encodings.float().mean((2, 3)) - self.mean) / self.deviation)
+        return logits
 
 
 def fine_tune(
     task: EncoderTask,
-    model: nn.Module,
+    model: EncoderModel,
     images: ImageSet,
     chosen: np.ndarray,
     test: ImageSet,
@@ -132,7 +138,7 @@ def fine_tune(
             )
         batch = chosen[next(batches)]
         optimizer.zero_grad()
-        loss = F.cross_entropy(classifier(fetch(batch), crops), fetch.labels(batch))
+        loss = F.cross_entropy(classifier(fetch(batch), crops), fetch.known_labels(batch))
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(classifier.parameters(), _CLIP_GRAD)
@@ -143,7 +149,7 @@ def fine_tune(
 
 
 def _statistics(
-    task: EncoderTask, model: nn.Module, images: ImageSet, chosen: np.ndarray, device: torch.device
+    task: EncoderTask, model: EncoderModel, images: ImageSet, chosen: np.ndarray, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Mean and deviation of the features, [D] each, as the model has them before it learns."""
     some = chosen[spread(_STATISTICS_IMAGES, len(chosen))]

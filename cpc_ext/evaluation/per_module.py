@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,10 @@ def evaluate_per_module(runs: Sequence[EncoderRun], figure: Path, progress: Prog
     test_labels = _labelled(dataset)[1][1]
     chance = torch.bincount(test_labels).max().item() / len(test_labels)
     untrained = accuracies_by_module(
-        runs[0].untrained(dataset, seed=runs[0].config.compute.seed), dataset, lambda s: progress(s, "untrained")
+        runs[0].untrained(dataset, seed=runs[0].config.compute.seed), dataset, partial(_named, progress, "untrained")
     )
     for name, run in zip(names, runs, strict=True):
-        lines[name] = accuracies_by_module(run.trained(dataset), dataset, lambda s, n=name: progress(s, n))
+        lines[name] = accuracies_by_module(run.trained(dataset), dataset, partial(_named, progress, name))
         record = {
             "run": str(run.dir.path),
             "model": name,
@@ -68,6 +69,10 @@ def evaluate_per_module(runs: Sequence[EncoderRun], figure: Path, progress: Prog
     except OSError as error:
         raise TrainingError(f"cannot write {figure}: {error.strerror or error}") from None
     print(f"accuracy after each module; drawn in {figure}")
+
+
+def _named(progress: Progress, name: str, steps: range) -> Iterator[int]:
+    return progress(steps, name)
 
 
 def accuracies_by_module(
@@ -98,7 +103,7 @@ def features_by_module(task: EncoderTask, images: Tensor) -> list[Tensor]:
     found: list[Tensor] = []
 
     def keep(block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        found.append(output.float().mean((2, 3)).unflatten(0, (len(images), -1)).mean(1))
+        found.append(torch.unflatten(output.float().mean((2, 3)), 0, (len(images), -1)).mean(1))
 
     starts = module_starts([len(stack) for stack in stacks], task.modules(len(stacks)))
     ends = [*starts[1:], len(blocks)]
@@ -125,7 +130,7 @@ def _features(
         return torch.cat(parts, dim=1)
 
     arguments = {} if progress is None else {"progress": progress}
-    return list(encode(images, together, device, **arguments).split(sizes, dim=1))
+    return list(torch.split(encode(images, together, device, **arguments), sizes, dim=1))
 
 
 def _labelled(dataset: Dataset) -> list[tuple[ImageSet, Tensor]]:

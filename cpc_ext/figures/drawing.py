@@ -50,7 +50,7 @@ _SHOWN_SIDE = 96
 def save(path: Path, figure: Figure) -> None:
     """Write a figure as PNG. OSError where that fails."""
     with atomic_file(path) as file:
-        FigureCanvasAgg(figure).print_png(file)
+        FigureCanvasAgg(figure).print_png(file)  # type: ignore[no-untyped-call]  # Matplotlib has no annotations there.
 
 
 def curves(metrics: Sequence[dict[str, float]], guessing: dict[str, float]) -> Figure:
@@ -315,7 +315,8 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     sums = np.cumsum(np.concatenate([[0.0], values]))
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - window, 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    means: np.ndarray = (sums[ends] - sums[starts]) / (ends - starts)
+    return means
 
 
 def _show(axes: Axes, image: np.ndarray) -> None:
@@ -326,7 +327,8 @@ def _show(axes: Axes, image: np.ndarray) -> None:
 
 def _as_image(pixels: np.ndarray) -> np.ndarray:
     """[C, H, W] in 0..1 as imshow takes it."""
-    return pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
+    image: np.ndarray = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
+    return image
 
 
 def _tiled(patches: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -49,7 +49,7 @@ def curves_by_module(metrics: Sequence[dict[str, float]], modules: Sequence[int]
 
 
 def accuracy_by_depth(
-    accuracies: dict[str, Sequence[float]], untrained: Sequence[float], chance: float, dataset: str
+    accuracies: Mapping[str, Sequence[float]], untrained: Sequence[float], chance: float, dataset: str
 ) -> Figure:
     """Accuracy of a linear probe after each module, a line a run.
 

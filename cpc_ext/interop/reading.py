@@ -10,7 +10,7 @@ import argparse
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ class _Ignored:
 
 
 # What is made in place of a class of that name; Lightning's dictionaries of hyper-parameters are plain ones then.
-_STAND_INS = [
+_STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (_Namespace, "argparse.Namespace"),
     (dict, "pytorch_lightning.utilities.parsing.AttributeDict"),
     (dict, "lightning.pytorch.utilities.parsing.AttributeDict"),
@@ -108,7 +108,8 @@ def read_checkpoint(source: str | Path | Mapping[str, Any] | Sequence[Any]) -> C
         raise TypeError(f"path_or_state_dict must be a path, a mapping or a sequence of these, got {source!r:.80}")
     if not source:
         raise CheckpointError("path_or_state_dict holds no file")
-    parts, options = [], {}
+    parts: list[dict[str, Tensor]] = []
+    options: dict[str, Any] = {}
     for one in source:
         name = "the state dict" if isinstance(one, Mapping) else str(one)
         content = one if isinstance(one, Mapping) else _read_file(Path(one))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cpc_ext.interop.errors import CheckpointError
 from cpc_ext.interop.reading import Checkpoint
+from cpc_ext.nn.typed import Module
 
 __all__ = ["Encodings", "Form", "Program", "Reference", "Settings", "grid_view", "listed", "put_weights"]
 
@@ -153,7 +154,7 @@ class Program(ABC):
         )
 
 
-class Encodings(nn.Module):
+class Encodings(Module):
     """An encoder that takes encodings [B, D, rows, cols] for what they are: of a checkpoint that holds no encoder."""
 
     def __init__(self, channels: int) -> None:

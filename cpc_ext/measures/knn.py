@@ -39,7 +39,7 @@ def knn_scores(
 
     keys = unit_length(labelled.double())
     votes = []
-    for chunk in queries.double().split(_CHUNK):
+    for chunk in torch.split(queries.double(), _CHUNK):
         similarity, nearest = (unit_length(chunk) @ keys.T).topk(min(neighbours, len(keys)), dim=1)
         weights = ((similarity - 1) / temperature).exp()
         votes.append(weights.new_zeros(len(chunk), classes).scatter_add_(1, labels[nearest], weights))

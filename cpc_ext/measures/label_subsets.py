@@ -49,7 +49,7 @@ class LabelBudget:
             )
         chosen = []
         for label, indices in enumerate(members):
-            count = self.per_class or max(1, round(self.share * len(indices)))
+            count = self.per_class or max(1, round((self.share or 0) * len(indices)))
             # A generator of its own: how many images another class has does not change which ones are drawn.
             chosen.append(np.random.default_rng((seed, draw, label)).permutation(indices)[:count])
         return np.sort(np.concatenate(chosen))
@@ -62,11 +62,11 @@ def parse_label_budgets(text: str) -> list[LabelBudget]:
         part = part.strip()
         try:
             if part.endswith("%"):
-                budget = LabelBudget(share=float(part[:-1]) / 100)
-                sound = 0 < budget.share <= 1
+                share = float(part[:-1]) / 100
+                budget, sound = LabelBudget(share=share), 0 < share <= 1
             else:
-                budget = LabelBudget(per_class=int(part))
-                sound = budget.per_class >= 1
+                count = int(part)
+                budget, sound = LabelBudget(per_class=count), count >= 1
         except ValueError:
             sound = False
         if not sound:

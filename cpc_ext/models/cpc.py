@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cpc_ext.models.encoder_model import EncoderModel
+from cpc_ext.models.out_channels import out_channels
 from cpc_ext.nn.grid_info_nce import GridInfoNCE, GridInfoNCEOutput, turned_grids
 from cpc_ext.nn.target_info_nce import TargetInfoNCE
 
 __all__ = ["CPC"]
 
 
-class CPC(nn.Module):
+class CPC(EncoderModel):
     """Contrastive predictive coding of both versions: which one, context network and objective decide.
 
     CPC v1 (van den Oord et al. 2018, arXiv 1807.03748, section 3.3) predicts encodings by a matrix a step, CPC v2
@@ -49,14 +51,16 @@ class CPC(nn.Module):
         **settings: Any,
     ) -> None:
         super().__init__()
-        shared = isinstance(context, nn.Module) and not isinstance(context, nn.ModuleList)
-        contexts = [context] if shared else list(context)
+        if isinstance(context, nn.Module) and not isinstance(context, nn.ModuleList):
+            shared, contexts = True, [context]
+        else:
+            shared, contexts = False, list(context)
         if objective is not None and settings:
             raise TypeError(f"give either objective or the settings of a GridInfoNCE, got both: {', '.join(settings)}")
         if not contexts:
             raise ValueError("context must be a network, or one for each direction, got none")
         if objective is None:
-            objective = GridInfoNCE(encoder.out_channels, contexts[0].out_channels, **settings)
+            objective = GridInfoNCE(out_channels(encoder), out_channels(contexts[0]), **settings)
         if not 1 <= objective.pred_directions <= 4:
             raise ValueError(f"pred_directions must be 1 to 4, got {objective.pred_directions}")
         if not shared and len(contexts) != objective.pred_directions:
@@ -65,7 +69,7 @@ class CPC(nn.Module):
                 f"{len(contexts)}"
             )
         self.encoder = encoder
-        self.context = context if shared else nn.ModuleList(contexts)
+        self.context = contexts[0] if shared else nn.ModuleList(contexts)
         self.objective = objective
 
     def forward(self, patches_or_images: Tensor, **draws: Any) -> GridInfoNCEOutput:
@@ -84,7 +88,8 @@ class CPC(nn.Module):
 
     def encode(self, patches_or_images: Tensor) -> Tensor:
         """Encodings z, [B, D, rows, cols]."""
-        return self.encoder(patches_or_images)
+        encodings: Tensor = self.encoder(patches_or_images)
+        return encodings
 
     def contextualize(self, encodings: Tensor) -> Tensor:
         """encodings [B, D, rows, cols] → contexts c of each direction's turned grid, [directions, B, E, rows, cols]."""
@@ -96,4 +101,4 @@ class CPC(nn.Module):
     def _contexts(self, grids: Tensor) -> Tensor:
         if isinstance(self.context, nn.ModuleList):
             return torch.stack([context(grid) for context, grid in zip(self.context, grids, strict=True)])
-        return self.context(grids.flatten(0, 1)).unflatten(0, grids.shape[:2])
+        return torch.unflatten(self.context(grids.flatten(0, 1)), 0, grids.shape[:2])

@@ -7,17 +7,20 @@ may learn one after another or in different processes.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpc_ext.models.encoders.stacked_encoder import StackedEncoder
+from cpc_ext.models.encoder_model import EncoderModel
+from cpc_ext.models.encoders.stacked_encoder import EncoderBlock, StackedEncoder
+from cpc_ext.models.out_channels import out_channels
 from cpc_ext.nn.grid_info_nce import GridInfoNCE, GridInfoNCEOutput, turned_grids
+from cpc_ext.nn.typed import Module, ModuleList, Sequential
 
 __all__ = [
     "EncoderModule",
@@ -31,7 +34,7 @@ __all__ = [
 ]
 
 
-class EncoderModule(nn.Module):
+class EncoderModule(Module):
     """Consecutive blocks of an encoder, with its stem before the first and its head after the last.
 
     It shares the encoder's layers: training it trains the encoder.
@@ -40,14 +43,14 @@ class EncoderModule(nn.Module):
         out_channels: of its feature maps.
     """
 
-    def __init__(self, encoder: StackedEncoder, blocks: Sequence[nn.Module], *, first: bool, last: bool) -> None:
+    def __init__(self, encoder: StackedEncoder, blocks: Sequence[EncoderBlock], *, first: bool, last: bool) -> None:
         super().__init__()
         for name in (*(encoder.stem_layers if first else ()), *(encoder.head_layers if last else ())):
             setattr(self, name, getattr(encoder, name))
         # Methods, not layers: all of the encoder's would be layers of this module.
         self._stem = encoder.stem if first else None
         self._head = encoder.head if last else None
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = Sequential(*blocks)
         self.out_channels: int = encoder.out_channels if last else blocks[-1].out_channels
 
     def forward(self, features: Tensor) -> Tensor:
@@ -115,10 +118,10 @@ def encodings_by_module(
 
 def pooled(features: Tensor, grid: Sequence[int]) -> Tensor:
     """Feature maps [B·rows·cols, D, h, w] of a grid (B, rows, cols) → their means over space, [B, D, rows, cols]."""
-    return features.mean((2, 3)).unflatten(0, tuple(grid)).permute(0, 3, 1, 2)
+    return torch.unflatten(features.mean((2, 3)), 0, tuple(grid)).permute(0, 3, 1, 2)
 
 
-class _GreedyModel(nn.Module, ABC):
+class _GreedyModel(EncoderModel):
     """An encoder in modules, with the objective of each.
 
     Attributes:
@@ -128,16 +131,19 @@ class _GreedyModel(nn.Module, ABC):
         frozen: modules at the beginning that do not learn, see :meth:`freeze`.
     """
 
+    encoder: StackedEncoder
+    objectives: ModuleList[nn.Module]
+
     def __init__(self, encoder: StackedEncoder, modules: int | Sequence[int]) -> None:
         super().__init__()
         self.encoder = encoder
         # A tuple is not registered: its parameters are the encoder's.
         self.encoder_modules = tuple(split_encoder(encoder, modules))
-        self.objectives = nn.ModuleList()
+        self.objectives = ModuleList()
         self.frozen = 0
 
     @abstractmethod
-    def loss(self, index: int, encodings: Tensor, **arguments: object) -> NamedTuple:
+    def loss(self, index: int, encodings: Tensor, *args: Any, **arguments: Any) -> NamedTuple:
         """What module ``index`` learns by, "loss" among it, of its encodings [B, D, rows, cols]."""
 
     def freeze(self, modules: int) -> None:
@@ -208,6 +214,8 @@ class GreedyInfoMax(_GreedyModel):
         TypeError, ValueError: an argument of the wrong type or range.
     """
 
+    objectives: ModuleList[GridInfoNCE]
+
     def __init__(
         self,
         encoder: StackedEncoder,
@@ -229,7 +237,7 @@ class GreedyInfoMax(_GreedyModel):
             self.objectives.append(
                 GridInfoNCE(
                     module.out_channels,
-                    context.out_channels if context is not None and index == last else None,
+                    out_channels(context) if context is not None and index == last else None,
                     pred_steps=pred_steps,
                     pred_directions=pred_directions,
                     skip=skip,
@@ -291,7 +299,7 @@ class GreedyInfoMax(_GreedyModel):
         grids = turned_grids(encodings, objective.pred_directions)
         contexts = grids
         if self.context is not None and index == len(self.encoder_modules) - 1:
-            contexts = self.context(grids.flatten(0, 1)).unflatten(0, grids.shape[:2])
+            contexts = torch.unflatten(self.context(grids.flatten(0, 1)), 0, grids.shape[:2])
         return objective(grids, contexts, negatives=negatives)
 
 
@@ -312,6 +320,8 @@ class GreedySupervised(_GreedyModel):
         classes: number of classes; each module has a linear classifier of its own.
     """
 
+    objectives: ModuleList[nn.Linear]
+
     def __init__(self, encoder: StackedEncoder, modules: int | Sequence[int] = 3, *, classes: int) -> None:
         super().__init__(encoder, modules)
         if classes < 2:
@@ -330,7 +340,7 @@ class GreedySupervised(_GreedyModel):
 
     def loss(self, index: int, encodings: Tensor, *, labels: Tensor) -> SupervisedOutput:
         """Cross-entropy of module ``index`` on its encodings [B, D, rows, cols]; labels: int64 [B]."""
-        logits = self.objectives[index](encodings.mean((2, 3)))
+        logits: Tensor = self.objectives[index](encodings.mean((2, 3)))
         right = (logits.detach().argmax(1) == labels).to(torch.promote_types(logits.dtype, torch.float32))
         images = max(len(labels), 1)
         return SupervisedOutput(F.cross_entropy(logits, labels, reduction="sum") / images, right.sum() / images)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from cpc_ext.models.encoder_model import EncoderModel
+from cpc_ext.models.out_channels import out_channels
 from cpc_ext.nn.nt_xent_loss import NTXentLoss, NTXentOutput
+from cpc_ext.nn.typed import Sequential
 
 __all__ = ["SimCLR"]
 
 
-class SimCLR(nn.Module):
+class SimCLR(EncoderModel):
     """SimCLR (Chen et al. 2020, arXiv 2002.05709) on an encoder of patches, whose one patch is the image.
 
     The head is ``linear(4 P) → ReLU → linear(P)``, as in the University of Amsterdam's tutorial 17.
@@ -41,8 +44,8 @@ class SimCLR(nn.Module):
         if projection_channels < 1:
             raise ValueError(f"projection_channels must be at least 1, got {projection_channels}")
         self.encoder = encoder
-        self.head = nn.Sequential(
-            nn.Linear(encoder.out_channels, 4 * projection_channels),
+        self.head = Sequential(
+            nn.Linear(out_channels(encoder), 4 * projection_channels),
             nn.ReLU(),
             nn.Linear(4 * projection_channels, projection_channels),
         )
@@ -58,4 +61,5 @@ class SimCLR(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Features of whole images, floating [B, C, H, W] → [B, D]: averaged over space, before the head."""
-        return self.encoder(images[:, None, None]).mean((2, 3))
+        encodings: Tensor = self.encoder(images[:, None, None])
+        return encodings.mean((2, 3))

@@ -6,7 +6,8 @@ than one other. Both give gradients back to the keys' owners.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,14 @@ __all__ = ["EXCHANGES", "Exchange", "RingOutput", "exchange_with", "gather_from_
 EXCHANGES = ("none", "gather", "ring")
 # Logits of the ring that are in memory at a time.
 _BLOCK_LOGITS = 1 << 24
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _uncompiled(function: Function) -> Function:
+    """:func:`torch.compiler.disable`, with a type."""
+    disabled: Function = torch.compiler.disable(function)
+    return disabled
 
 
 def _position_in_world() -> tuple[int, int]:
@@ -57,7 +66,7 @@ def exchange_with(name: str) -> Exchange:
     return Exchange(0 if ring else rank, world, ring)
 
 
-@torch.compiler.disable
+@_uncompiled
 def gather_from_ranks(values: Tensor, dim: int = 0) -> Tensor:
     """The values of all ranks along ``dim``, in the order of the ranks; of equal shape on each.
 
@@ -65,7 +74,7 @@ def gather_from_ranks(values: Tensor, dim: int = 0) -> Tensor:
     mean over a rank's own queries, gradients averaged over the ranks are those of the mean over all queries. The same
     holds of further derivatives, each of which takes all ranks.
     """
-    return values if _position_in_world()[1] == 1 else _Gather.apply(values, dim)
+    return values if _position_in_world()[1] == 1 else _gather(values, dim)
 
 
 class _Gather(torch.autograd.Function):
@@ -78,7 +87,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _SumForOwner.apply(gradient, ctx.dim, ctx.size), None
+        return _sum_for_owner(gradient, ctx.dim, ctx.size), None
 
 
 class _SumForOwner(torch.autograd.Function):
@@ -94,7 +103,11 @@ class _SumForOwner(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _Gather.apply(gradient, ctx.dim), None, None
+        return _gather(gradient, ctx.dim), None, None
+
+
+_gather: Callable[[Tensor, int], Tensor] = _Gather.apply
+_sum_for_owner: Callable[[Tensor, int, int], Tensor] = _SumForOwner.apply
 
 
 class RingOutput(NamedTuple):
@@ -109,7 +122,7 @@ class RingOutput(NamedTuple):
     rank: Tensor
 
 
-@torch.compiler.disable
+@_uncompiled
 def ring_info_nce(
     queries: Tensor, keys: Tensor, targets: Tensor, *, scale: float = 1.0, exclude: Tensor | None = None
 ) -> RingOutput:
@@ -133,7 +146,7 @@ def ring_info_nce(
     with without_autocast(queries.device):
         queries, keys = queries.to(dtype), keys.to(dtype)
         positive = (queries * _take(keys, targets)).sum(-1) * scale
-        log_sum, rank = _RingLogSumExp.apply(queries, keys, positive.detach(), targets, scale, exclude)
+        log_sum, rank = _ring_log_sum_exp(queries, keys, positive.detach(), targets, scale, exclude)
         return RingOutput(log_sum - positive, rank)
 
 
@@ -192,6 +205,9 @@ class _RingLogSumExp(torch.autograd.Function):
                 passing_gradient = arriving_gradient
             passing = arriving
         return query_gradient, passing_gradient, None, None, None, None
+
+
+_ring_log_sum_exp: Callable[..., tuple[Tensor, Tensor]] = _RingLogSumExp.apply
 
 
 def _take(keys: Tensor, indices: Tensor) -> Tensor:

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from cpc_ext.nn.typed import Module
 
 __all__ = ["FixedMask"]
 
 
-class FixedMask(nn.Module, ABC):
+class FixedMask(Module, ABC):
     """A layer with one mask, which subclasses define by :meth:`_mask_values` and register by :meth:`_register_mask`."""
 
     # The buffer's name.
@@ -36,18 +38,20 @@ class FixedMask(nn.Module, ABC):
             return self._mask_values()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FixedMask:
-        before = self._buffers[self._mask_buffer]
-        super()._apply(fn, recurse)
-        after = self._buffers[self._mask_buffer]
+        before = self.get_buffer(self._mask_buffer)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # PyTorch has no annotations there.
+        after = self.get_buffer(self._mask_buffer)
         # What fn does not copy, as to_empty's does not, would be gone.
         if after is not before and not after.is_meta:
             after.copy_(self._values_on_cpu() if before.is_meta else before)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         # What assign=True replaces on the meta device are parameters, and buffers of the state dict.
         assigned = local_metadata.get("assign_to_params_buffers", False)
-        if assigned and self._buffers[self._mask_buffer].is_meta and state_dict:
+        if assigned and self.get_buffer(self._mask_buffer).is_meta and state_dict:
             device = next(iter(state_dict.values())).device
             self._buffers[self._mask_buffer] = self._values_on_cpu().to(device, copy=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cpc_ext.nn.across_ranks import EXCHANGES, exchange_with, ring_info_nce
+from cpc_ext.nn.typed import Module
 from cpc_ext.ops.info_nce import info_nce
 
 __all__ = [
@@ -68,7 +69,7 @@ def turned_grids(encodings: Tensor, directions: int) -> Tensor:
     return torch.stack([torch.rot90(encodings, -turns, (2, 3)) for turns in range(directions)])
 
 
-class GridInfoNCE(nn.Module):
+class GridInfoNCE(Module):
     """Predict encodings from contexts and contrast them (van den Oord et al. 2018, arXiv 1807.03748, section 3.3).
 
     For step k = 1..K the context c at row r scores the encoding z at row r + k + skip, same column and image, by
@@ -169,7 +170,7 @@ class GridInfoNCE(nn.Module):
         firsts = [(rows * cols - count) * images for count in places]
         queries = [contexts[:, :size] @ self.weight[:, step] for step, size in enumerate(sizes)]
         targets = step_targets(places, rows * cols, images, own, keys.device).expand(len(keys), -1)
-        if self.neg_samples == "all":
+        if isinstance(self.neg_samples, str):  # "all"
             if negatives is not None:
                 raise ValueError('negatives replays sampled negatives, but neg_samples is "all"')
             losses, rights = _contrast_all(queries, keys, targets, firsts, ring=exchange.ring)
@@ -177,12 +178,12 @@ class GridInfoNCE(nn.Module):
         else:
             whole = [count * images for count in places]
             if negatives is None:
-                negatives = self._draw(whole, keys.device, generator)
+                negatives = self._draw(whole, self.neg_samples, keys.device, generator)
             else:
                 negatives = self._replayed(negatives, whole)
             # Drawn for all processes on each of them, so that it does not matter how many there are.
             negatives = [
-                (draw + first).unflatten(1, (count, images))[:, :, own].flatten(1, 2)
+                torch.unflatten(draw + first, 1, (count, images))[:, :, own].flatten(1, 2)
                 for draw, first, count in zip(negatives, firsts, places, strict=True)
             ]
             losses, rights = info_nce(
@@ -200,12 +201,12 @@ class GridInfoNCE(nn.Module):
         For several losses of one grid that are to contrast at the same places. encodings: [B, D, rows, cols] or
         [directions, B, D, rows, cols], of which only the shape and the device count. None where ``neg_samples="all"``.
         """
-        if self.neg_samples == "all":
+        if isinstance(self.neg_samples, str):
             return None
         images, (rows, cols) = encodings.shape[-4], encodings.shape[-2:]
         images *= exchange_with(self.gather_negatives).world
         sizes = [max(rows - step - self.skip, 0) * cols * images for step in range(1, self.pred_steps + 1)]
-        drawn = self._draw(sizes, encodings.device, generator)
+        drawn = self._draw(sizes, self.neg_samples, encodings.device, generator)
         return [draw[direction] for direction in range(self.pred_directions) for draw in drawn]
 
     def extra_repr(self) -> str:
@@ -215,13 +216,15 @@ class GridInfoNCE(nn.Module):
             f"skip={self.skip}, neg_samples={self.neg_samples}"
         )
 
-    def _draw(self, sizes: list[int], device: torch.device, generator: torch.Generator | None) -> list[Tensor]:
+    def _draw(
+        self, sizes: list[int], samples: int, device: torch.device, generator: torch.Generator | None
+    ) -> list[Tensor]:
         """Negatives of every step, [directions, M, S] indices into the step's M targets."""
         draws_on = device if generator is None else generator.device
         return [
             torch.randint(
                 max(size, 1),
-                (self.pred_directions, size, self.neg_samples),
+                (self.pred_directions, size, samples),
                 generator=generator,
                 device=draws_on,
             ).to(device)
@@ -316,7 +319,7 @@ def _contrast_all(
 
 def step_means(values: Tensor, sizes: list[int]) -> Tensor:
     """Means over the positions [directions, M] of each step → [directions, steps]; 0 of an empty batch."""
-    return torch.stack([part.sum(1) / max(part.shape[1], 1) for part in values.split(sizes, 1)], 1)
+    return torch.stack([part.sum(1) / max(part.shape[1], 1) for part in torch.split(values, sizes, 1)], 1)
 
 
 def check_at_least(name: str, value: int, least: int) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from cpc_ext.nn.typed import Module
 from cpc_ext.ops.info_nce import InfoNCEOutput, info_nce
 
 __all__ = ["InfoNCELoss"]
 
 
-class InfoNCELoss(nn.Module):
+class InfoNCELoss(Module):
     """InfoNCE with a fixed temperature; see :func:`cpc_ext.ops.info_nce`.
 
     Args:

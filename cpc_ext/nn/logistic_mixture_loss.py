@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from cpc_ext.nn.typed import Module
 from cpc_ext.ops.logistic_mixture import logistic_mixture_nll
 
 __all__ = ["LogisticMixtureLoss"]
 
 
-class LogisticMixtureLoss(nn.Module):
+class LogisticMixtureLoss(Module):
     """Mean bits per dimension under a mixture of logistics; see :func:`cpc_ext.ops.logistic_mixture_nll`.
 
     A dimension is one colour of one pixel; uniform values cost 8 bits each.

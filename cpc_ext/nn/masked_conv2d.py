@@ -67,7 +67,8 @@ class MaskedConv2d(FixedMask):
         activation: str | None = None,
     ) -> None:
         super().__init__()
-        kernel_size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        height, width = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        kernel_size = height, width
         self.mask_name = mask if isinstance(mask, str) else "custom"
         self.dilation = dilation
         self.activation = activation
@@ -93,9 +94,9 @@ class MaskedConv2d(FixedMask):
     def _mask_values(self) -> Tensor:
         if self._given_mask is not None:
             return self._given_mask
-        out_channels, in_channels, *kernel_size = self.weight.shape
+        out_channels, in_channels, height, width = self.weight.shape
         halves = 2 if self.activation == "gated" and self.color_groups > 1 else 1
-        mask = _causal_mask(self.mask_name, tuple(kernel_size), out_channels // halves, in_channels, self.color_groups)
+        mask = _causal_mask(self.mask_name, (height, width), out_channels // halves, in_channels, self.color_groups)
         return torch.cat([mask] * halves)
 
     def forward(self, input: Tensor, condition: Tensor | None = None) -> Tensor:

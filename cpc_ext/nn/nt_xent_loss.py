@@ -10,9 +10,10 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cpc_ext.nn.across_ranks import EXCHANGES, exchange_with, ring_info_nce, row_blocks
+from cpc_ext.nn.typed import Module
 from cpc_ext.nn.unit_length import unit_length
 from cpc_ext.ops._library import without_autocast
 from cpc_ext.ops.info_nce import info_nce
@@ -43,7 +44,7 @@ class NTXentOutput(NamedTuple):
     mutual_information: Tensor
 
 
-class NTXentLoss(nn.Module):
+class NTXentLoss(Module):
     """Normalised temperature-scaled cross-entropy (Chen et al. 2020, arXiv 2002.05709, equation 1).
 
     ``-log(exp(sim(i, j) / τ) / Σ_{k≠i} exp(sim(i, k) / τ))`` for both views j of every image, sim the cosine
@@ -91,6 +92,7 @@ class NTXentLoss(nn.Module):
     def _contrast(self, views: Tensor) -> NTXentOutput:
         """views: [2 N, D], the second views after the first."""
         exchange = exchange_with(self.gather_negatives)
+        positions: Tensor | None
         images, dtype = len(views) // 2, views.dtype
         queries = unit_length(views)
         own = torch.arange(2 * images, device=queries.device)
@@ -98,22 +100,29 @@ class NTXentLoss(nn.Module):
         scale = 1 / self.temperature
         if exchange.ring:
             losses, positions = ring_info_nce(queries, queries, targets, scale=scale, exclude=own)
-            loss, accuracy = losses.mean(), None
+            loss, accuracy = losses.mean(), _share_below(1, positions, dtype)
         else:
             keys = exchange.gathered(queries)
             first = exchange.own_of(2 * images).start
             own, targets = own + first, targets + first
             loss, accuracy = info_nce(queries, keys, targets, scale=scale, exclude=own)
-            positions = _positions(queries.detach(), keys.detach(), targets, own) if self.statistics else None
+            positions = None
+            if self.statistics:
+                positions = _positions(queries.detach(), keys.detach(), targets, own)
+                accuracy = _share_below(1, positions, dtype)
         top5_accuracy = mean_position = None
         if positions is not None:
-            accuracy, top5_accuracy = ((positions < count).to(dtype).mean() for count in (1, 5))
+            top5_accuracy = _share_below(5, positions, dtype)
             mean_position = positions.to(dtype).mean() + 1
         mutual_information = math.log(2 * images * exchange.world - 1) - loss.detach()
         return NTXentOutput(loss, accuracy, top5_accuracy, mean_position, mutual_information)
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, gather_negatives={self.gather_negatives}, statistics={self.statistics}"
+
+
+def _share_below(count: int, positions: Tensor, dtype: torch.dtype) -> Tensor:
+    return (positions < count).to(dtype).mean()
 
 
 def _positions(queries: Tensor, keys: Tensor, targets: Tensor, exclude: Tensor) -> Tensor:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from cpc_ext.nn.typed import Module
 from cpc_ext.ops.extract_patches import extract_patches
 
 __all__ = ["Patchify"]
 
 
-class Patchify(nn.Module):
+class Patchify(Module):
     """Cut images into a grid of overlapping square patches; see :func:`cpc_ext.ops.extract_patches`.
 
     Args:

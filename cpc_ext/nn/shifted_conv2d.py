@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cpc_ext.nn.fixed_mask import FixedMask
+from cpc_ext.nn.typed import Module
 from cpc_ext.ops.masked_conv2d import masked_conv2d
 
 __all__ = ["ChannelMix", "ShiftedConv2d", "ShiftedConvTranspose2d", "initialize_from_data"]
@@ -27,7 +28,7 @@ _CONSTANT = 1e-8
 Shift = Literal["down", "down-right"]
 
 
-class _WeightNorm(nn.Module, ABC):
+class _WeightNorm(Module, ABC):
     """A layer whose weight is weight_g * weight_v / |weight_v| (Salimans & Kingma 2016, arXiv 1602.07868).
 
     The norm is of each entry of the weight's first dimension.
@@ -38,8 +39,9 @@ class _WeightNorm(nn.Module, ABC):
         gain: standard deviation that :func:`initialize_from_data` gives the outputs.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, gain: float) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, gain: float) -> None:
         super().__init__()
+        assert bias is not None  # PyTorch's layers have one unless told otherwise.
         self.weight_v = nn.Parameter(weight.detach().clone())
         self.weight_g = nn.Parameter(self._norm().detach().clone())
         self.bias = nn.Parameter(bias.detach().clone())
@@ -52,7 +54,9 @@ class _WeightNorm(nn.Module, ABC):
         return self.weight_v * (self.weight_g / self._norm())
 
     def _norm(self) -> Tensor:
-        return torch.linalg.vector_norm(self.weight_v, dim=tuple(range(1, self.weight_v.ndim)), keepdim=True)
+        dims = tuple(range(1, self.weight_v.ndim))
+        norm: Tensor = torch.linalg.vector_norm(self.weight_v, dim=dims, keepdim=True)
+        return norm
 
     @abstractmethod
     def _convolve(self, inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, added: Tensor | None) -> Tensor:
@@ -237,17 +241,18 @@ class ChannelMix(FixedMask, _WeightNorm):
         """The part of a matrix [O, C] that each of the features is multiplied with: [O, C / sources] each."""
         if self.sources == 1:
             return [weight]
-        return [part.flatten(1) for part in weight.unflatten(1, (2, self.sources, -1)).unbind(2)]
+        return [part.flatten(1) for part in torch.unflatten(weight, 1, (2, self.sources, -1)).unbind(2)]
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Features [B, C / sources, H, W] → [B, O, H, W]."""
         return self._run(inputs, None)
 
     def _convolve(self, inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, added: Tensor | None) -> Tensor:
-        for input, part in zip(inputs, self.of_sources(weight), strict=True):
-            added = masked_conv2d(input, part[..., None, None], bias, mask=self.visible, condition=added)
-            bias = None
-        return added
+        (first, matrix), *others = zip(inputs, self.of_sources(weight), strict=True)
+        output = masked_conv2d(first, matrix[..., None, None], bias, mask=self.visible, condition=added)
+        for input, part in others:
+            output = masked_conv2d(input, part[..., None, None], mask=self.visible, condition=output)
+        return output
 
     def extra_repr(self) -> str:
         return f"{self.weight_v.shape[1]}, {self.weight_v.shape[0]}, sources={self.sources}"

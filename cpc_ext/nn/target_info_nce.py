@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cpc_ext.nn.across_ranks import EXCHANGES, exchange_with, ring_info_nce
 from cpc_ext.nn.grid_info_nce import GridInfoNCEOutput, check_at_least, check_grids, step_means, step_targets
+from cpc_ext.nn.typed import Module
 from cpc_ext.ops.info_nce import info_nce
 
 __all__ = ["TargetInfoNCE"]
@@ -21,7 +22,7 @@ __all__ = ["TargetInfoNCE"]
 _REDUCTIONS = ("mean", "sum", "lightning-bolts")
 
 
-class TargetInfoNCE(nn.Module):
+class TargetInfoNCE(Module):
     """Predict projected encodings, all targets of the batch being negatives (Hénaff et al. 2019, arXiv 1905.09272).
 
     Targets are a 1x1 convolution of the encodings. The context at row r predicts the target at row r + k + skip, same
@@ -71,12 +72,12 @@ class TargetInfoNCE(nn.Module):
             ("target_channels", target_channels, 1),
         ):
             check_at_least(name, value, least)
-        for name, value, allowed in (
+        for name, choice, allowed in (
             ("reduction", reduction, _REDUCTIONS),
             ("gather_negatives", gather_negatives, EXCHANGES),
         ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+            if choice not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {choice!r}")
         self.pred_steps = pred_steps
         self.pred_directions = pred_directions
         self.skip = skip
@@ -117,7 +118,7 @@ class TargetInfoNCE(nn.Module):
         own_images, (rows, cols) = encodings.shape[1], encodings.shape[3:]
         keys = exchange.gathered(_project(self.target_projection, encodings), dim=1)
         images = keys.shape[1]
-        predictions = _project(self.prediction_projection, contexts).unflatten(2, (self.pred_steps or 1, -1))
+        predictions = torch.unflatten(_project(self.prediction_projection, contexts), 2, (self.pred_steps or 1, -1))
         # In (row, column, image) order a step's contexts are the first and its targets the last: slices, no copies.
         keys = keys.permute(0, 3, 4, 1, 2).flatten(1, 3)
         predictions = predictions.permute(2, 0, 4, 5, 1, 3).flatten(2, 4)
@@ -166,4 +167,4 @@ class TargetInfoNCE(nn.Module):
 def _project(projection: nn.Conv2d, grids: Tensor) -> Tensor:
     """Every direction's own 1x1 convolution: [directions, B, C, rows, cols] → [directions, B, C', rows, cols]."""
     projected = projection(grids.transpose(0, 1).flatten(1, 2))
-    return projected.unflatten(1, (len(grids), -1)).transpose(0, 1)
+    return torch.unflatten(projected, 1, (len(grids), -1)).transpose(0, 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, make_dataclass
 from functools import cache
 from importlib import import_module
@@ -22,7 +22,7 @@ from cpc_ext.training.stop_request import EndedBySignal
 
 __all__ = ["Program", "exit_status", "parse_command"]
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Hashable)
 
 # The field lists the option in the help; :func:`parse_command` answers it.
 _VERSION = Annotated[
@@ -83,7 +83,7 @@ def parse_command(command: type[T], arguments: Sequence[str] | None, *, prog: st
 
 
 @cache
-def _with_version(command: type[T]) -> type[T]:
+def _with_version(command: type[Any]) -> type[Any]:
     return make_dataclass(command.__name__, [("version", _VERSION, False)], bases=(command,), frozen=True)
 
 

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 
 from cpc_ext._threads import spin_briefly
 from cpc_ext._version import __version__
@@ -55,7 +56,8 @@ def _dispatch(arguments: list[str], prog: str) -> int:
 
 
 def _run(name: str, arguments: list[str], prog: str) -> int:
-    return importlib.import_module(f"cpc_ext.programs.{name}").main(arguments, prog=prog)
+    status: int = importlib.import_module(f"cpc_ext.programs.{name}").main(arguments, prog=prog)
+    return status
 
 
 def _settled(work: Callable[[], int]) -> int:
@@ -98,6 +100,6 @@ def _print_in_any_encoding() -> None:
     """Let names and frames be printed where the output's encoding, such as ASCII, lacks their letters."""
     for stream in (sys.stdout, sys.stderr):
         encoding = getattr(stream, "encoding", None) or "utf-8"
-        if not encoding.lower().replace("-", "").startswith("utf"):
+        if isinstance(stream, TextIOWrapper) and not encoding.lower().replace("-", "").startswith("utf"):
             stream.reconfigure(errors="replace")
             os.environ.setdefault("PYTHON_TYRO_UTF8_BOXES", "False")

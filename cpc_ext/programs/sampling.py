@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def sample(command: Command) -> None:
                 images=None if image is None else image.expand(count, *shape),
                 known_rows=rows,
                 generator=generator,
-                progress=lambda rows, name=name: tqdm(rows, desc=name, unit="row", dynamic_ncols=True),
+                progress=partial(tqdm, desc=name, unit="row", dynamic_ncols=True),
             )
         except NotFiniteError as error:
             raise TrainingError(f"{command.run}: {error}") from None

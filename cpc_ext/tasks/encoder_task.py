@@ -10,6 +10,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from cpc_ext import __version__
 from cpc_ext.data import Dataset, PatchView, SimCLRView
 from cpc_ext.measures.probe import encode, linear_probe
+from cpc_ext.models.encoder_model import EncoderModel
 from cpc_ext.tasks.encoder_names import EncoderSpec
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.config import RunConfig
@@ -42,6 +44,7 @@ class EncoderTask(Task):
         _device: where features are computed.
     """
 
+    model: EncoderModel
     _config: RunConfig
     _dataset: Dataset
     _device: torch.device
@@ -52,11 +55,11 @@ class EncoderTask(Task):
         return self._config
 
     @abstractmethod
-    def _build(self) -> nn.Module:
+    def _build(self) -> EncoderModel:
         """The model with the initial weights of the config's seed."""
 
     @abstractmethod
-    def encode(self, model: nn.Module, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode(self, model: EncoderModel, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """What the model's encoder makes of images, differentiable in its weights.
 
         Args:
@@ -69,7 +72,7 @@ class EncoderTask(Task):
         """
 
     @torch.no_grad()
-    def encodings(self, model: nn.Module, images: Tensor) -> Tensor:
+    def encodings(self, model: EncoderModel, images: Tensor) -> Tensor:
         """uint8 [B, C, H, W] on the device → encodings of the central crop's patches, float32 [B, D, rows, cols]."""
         was_training = model.training
         model.eval()
@@ -82,7 +85,7 @@ class EncoderTask(Task):
         """What the stacks of the encoder are probed as, see :func:`module_starts`; by default each by itself."""
         return stacks
 
-    def features(self, model: nn.Module, images: Tensor) -> Tensor:
+    def features(self, model: EncoderModel, images: Tensor) -> Tensor:
         """uint8 [B, C, H, W] on the device → what a probe sees of them, float32 [B, D]: the mean over the patches."""
         return self.encodings(model, images).mean((2, 3))
 
@@ -109,7 +112,7 @@ class EncoderTask(Task):
         results = {}
         for name, model in (("probe", self.model), ("untrained_probe", self._build())):
             train_features, test_features = (
-                encode(images, lambda batch, m=model: self.features(m, batch), self._device) for images in (train, test)
+                encode(images, partial(self.features, model), self._device) for images in (train, test)
             )
             train_labels, test_labels = torch.from_numpy(train.labels), torch.from_numpy(test.labels)
             results[f"{name}_accuracy"] = linear_probe(

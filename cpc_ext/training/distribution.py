@@ -156,6 +156,7 @@ class Ranks:
                 dist.broadcast_object_list([(False, None)], src=0, group=self._patient)
                 raise
         dist.broadcast_object_list(answer, src=0, group=self._patient)
+        result: T
         succeeded, result = answer[0]
         if not succeeded:
             raise SystemExit(1)

@@ -42,6 +42,7 @@ class Learner:
         self._ranks = ranks
         # Fused, it also unscales fp16 gradients and skips overflowed steps without asking the host.
         fused = device.type in ("cpu", "cuda")
+        self._optimizer: torch.optim.Optimizer
         if options.weight_decay:
             self._optimizer = torch.optim.AdamW(
                 self.parameters, lr=options.lr, weight_decay=options.weight_decay, fused=fused
@@ -54,7 +55,8 @@ class Learner:
             # Buffers are masks, and the running statistics of batch norm, which nothing in training reads.
             known = inspect.signature(DistributedDataParallel).parameters
             name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-            self._run = DistributedDataParallel(part, **{name: False})
+            unshared: dict[str, Any] = {name: False}
+            self._run = DistributedDataParallel(part, **unshared)
 
     def update(
         self,

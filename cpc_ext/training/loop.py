@@ -89,7 +89,7 @@ class Trainer:
         self._best_loss = float("inf")
         self._saved_step: int | None = None
         self.step = 0
-        self.total_steps = options.steps or options.epochs * len(self._sampler)
+        self.total_steps = options.steps or (options.epochs or 0) * len(self._sampler)
         self.seconds = 0.0
         self._started = 0.0
         self._logged_step = 0
@@ -273,6 +273,7 @@ class Trainer:
         """Log what the task finds when it looks at the model; that is no part of the time spent in steps."""
 
         def observe() -> None:
+            assert log is not None  # The main process has one.
             try:
                 log.log({"step": self.step, **self._task.observe(self.step, self._run)}, group="observed")
             except OSError as error:

@@ -13,6 +13,7 @@ import sys
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 __all__ = ["check_device_name", "default_device", "default_precision"]
 
@@ -28,7 +29,7 @@ def default_device() -> str:
     return "cuda" if _cuda_capability() else "mps" if _has_mps() else "cpu"
 
 
-def default_precision(device: str) -> str:
+def default_precision(device: str) -> Literal["bf16", "fp32"]:
     """ "bf16" where the device has instructions for it (emulated, it is slower than fp32), else "fp32"."""
     kind = device.partition(":")[0]
     native = (kind == "cuda" and _cuda_capability() >= _BF16_CAPABILITY) or (kind == "cpu" and _cpu_has_bf16())

@@ -42,7 +42,7 @@ def signals_raise() -> Iterator[None]:
         raise EndedBySignal(number)
 
     handled = [number for number in (*_DEMANDS, *_WARNINGS) if number != signal.SIGINT and _wanted(number)]
-    previous = {number: signal.signal(number, handle) for number in handled}
+    previous: dict[signal.Signals, Any] = {number: signal.signal(number, handle) for number in handled}
     try:
         yield
     finally:

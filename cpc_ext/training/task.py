@@ -7,13 +7,14 @@ is the task's business, one class a model. A model may consist of parts that lea
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cpc_ext.data import ImageFetcher, ImageSet
+from cpc_ext.data import Dataset, ImageFetcher, ImageSet
+from cpc_ext.nn.typed import Module
 from cpc_ext.training.config import RunConfig
 from cpc_ext.training.distribution import Ranks
 from cpc_ext.training.random_streams import RandomStreams
@@ -53,6 +54,11 @@ class Task(ABC):
     model: nn.Module
     images: ImageSet
     observe_every: int | None = None
+
+    if TYPE_CHECKING:
+
+        def __init__(self, config: Any, dataset: Dataset, device: torch.device) -> None:
+            """config: of a run of the task's model."""
 
     @abstractmethod
     def losses(self, images: Tensor, labels: Tensor | None, streams: RandomStreams) -> dict[str, Tensor]:
@@ -123,7 +129,7 @@ class Task(ABC):
         """Write what others use the trained model by, and its figures. OSError where that fails."""
 
 
-class _Whole(nn.Module):
+class _Whole(Module):
     """A task's forward pass as the only part of its model."""
 
     def __init__(self, task: Task) -> None:

@@ -32,7 +32,7 @@ def read_yaml(path: Path) -> Any:
 class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
+            event = self.peek_event()  # type: ignore[no-untyped-call]  # PyYAML's stubs have no annotation there.
             raise YAMLError(f"it refers to another place by *{event.anchor}, write the value{event.start_mark}")
         return super().compose_node(parent, index)
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cpc_ext.interop import CheckpointError, export_reference, load_reference, read_reference
+from cpc_ext.interop.reference import Encodings
 from cpc_ext.models import (
     CPC,
     GatedPixelCNNContext,
@@ -372,6 +373,8 @@ def test_models_that_a_program_does_not_have(cpc):
     _, model = cpc
     with pytest.raises(CheckpointError, match="has no model like a CPC"):
         export_reference(model, "greedy-infomax")
+    with pytest.raises(CheckpointError, match="has no model like a CPC"):
+        export_reference(CPC(Encodings(4), ResidualContext(4, 4, 1), pred_steps=1), "greedy-infomax")
     with pytest.raises(CheckpointError, match="no stem of 5x5 with stride 2"):
         export_reference(small_resnet(stem="strided"), "cpcv2-pytorch")
     with pytest.raises(CheckpointError, match="cut inside"):

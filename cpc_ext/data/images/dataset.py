@@ -40,6 +40,13 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def known_labels(self) -> np.ndarray:
+        """The labels; ValueError where there are none."""
+        if self.labels is None:
+            raise ValueError("the images have no labels")
+        return self.labels
+
     def __repr__(self) -> str:
         labelled = "labelled" if self.labels is not None else "no labels"
         return f"ImageSet({list(self.images.shape)}, {labelled})"

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -158,11 +158,11 @@ def decode_image(path: Path, image_size: int | tuple[int, int] | None = None) ->
 
 def _decode(path: Path, image_size: int | tuple[int, int] | None) -> tuple[np.ndarray, bool]:
     """The image as decode_image has it, and whether the file holds further ones."""
-    height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
     with Image.open(path, formats=_formats(path.suffix.lower())) as image:
-        if width is not None:
+        if size is not None:
             # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, never below what is asked for either way up.
-            image.draft(None, (max(width, height),) * 2)
+            image.draft(None, (max(size),) * 2)
         several = image.format in _OF_FRAMES and getattr(image, "is_animated", False)
         image.load()
         with suppress(Exception):  # What is written beside the pixels may be damaged; they are not.
@@ -176,8 +176,8 @@ def _decode(path: Path, image_size: int | tuple[int, int] | None) -> tuple[np.nd
         if image.mode in ("La", "RGBa"):
             image = image.convert(image.mode.upper())
         image = image.convert("RGB")
-        if width is not None and image.size != (width, height):
-            image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+        if size is not None and image.size != size[::-1]:
+            image = ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
         return np.asarray(image), several
 
 
@@ -207,7 +207,7 @@ def _to_levels(image: Image.Image) -> np.ndarray:
     return 255 - levels if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else levels
 
 
-def _tags(image: Image.Image) -> dict[int, tuple[int, ...]]:
+def _tags(image: Image.Image) -> dict[int, Any]:
     """Those of a TIFF file, else none."""
     return getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
 

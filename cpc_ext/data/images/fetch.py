@@ -72,9 +72,11 @@ class ImageFetcher:
 
     def labels(self, indices: np.ndarray) -> Tensor | None:
         """The labels at `indices`, int64 [B] on the device; None where the set has none."""
-        if self.image_set.labels is None:
-            return None
-        labels = torch.from_numpy(self.image_set.labels[indices])
+        return None if self.image_set.labels is None else self.known_labels(indices)
+
+    def known_labels(self, indices: np.ndarray) -> Tensor:
+        """The same; ValueError where the set has none."""
+        labels = torch.from_numpy(self.image_set.known_labels[indices])
         if self.device.type == "cuda":
             labels = labels.pin_memory()
         return labels.to(self.device, non_blocking=True)
@@ -83,7 +85,7 @@ class ImageFetcher:
         if self.device.type != "cuda":
             return False
         free, _ = torch.cuda.mem_get_info(self.device)
-        return self._array.nbytes <= RESIDENT_SHARE * free
+        return bool(self._array.nbytes <= RESIDENT_SHARE * free)
 
     def _upload(self) -> Tensor:
         resident = torch.empty(self._array.shape, dtype=torch.uint8, device=self.device)

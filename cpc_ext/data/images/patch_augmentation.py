@@ -116,7 +116,8 @@ class PatchAugmentation:
         for field in fields(self):
             if field.name.endswith("_probability"):
                 self._require(field.name, getattr(self, field.name), 0, 1)
-        limits = {"shear": 4, "elastic_shear": 4, "translate": 1, "rotate": 360, "solarize": 256, "posterize": 8}
+        limits: dict[str, float] = {"shear": 4, "elastic_shear": 4, "translate": 1, "rotate": 360}
+        limits |= {"solarize": 256, "posterize": 8}
         limits |= dict.fromkeys(("contrast", "color", "brightness", "sharpness"), FACTOR_LIMIT)
         limits |= dict.fromkeys(("cutout", "sample_pairing"), 1)
         for name, most in limits.items():
@@ -168,16 +169,19 @@ class PatchAugmentation:
             corner = [draw.whole(patch_size - side + 1) for _ in range(2)]
             steps.append(draw.step(Transform.CROP, *corner, torch.full_like(corner[0], side)))
         if not steps:
-            return AugmentationPlan.empty(batch, rows, cols, device=device or draw.device)._replace(fill=self.fill)
+            empty = AugmentationPlan.empty(batch, rows, cols, device=torch.device(device or draw.device))
+            return empty._replace(fill=self.fill)
 
         grid = batch, rows, cols
-        codes, parameters = (torch.stack(values, dim=1).unflatten(0, grid) for values in zip(*steps, strict=True))
+        codes, parameters = (
+            torch.unflatten(torch.stack(values, dim=1), 0, grid) for values in zip(*steps, strict=True)
+        )
         partners = displacements = None
         if "sample_pairing" in self.transforms and self.num_transforms > 0:
             partners = draw.whole(max(draw.count, 1)).view(grid)
         if self.elastic_probability > 0:
             reach = self.elastic_displacement * patch_size
-            displacements = draw.between(-reach, reach, 2, NODES, NODES).unflatten(0, grid)
+            displacements = torch.unflatten(draw.between(-reach, reach, 2, NODES, NODES), 0, grid)
         plan = AugmentationPlan(codes, parameters, partners, displacements, self.fill)
         if device is None or torch.device(device).type == draw.device.type == "cpu":
             return plan

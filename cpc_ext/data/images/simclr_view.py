@@ -91,7 +91,8 @@ class SimCLRView:
     def random(self, images: Tensor, generator: torch.Generator | None = None, *, share: BatchShare = _WHOLE) -> Tensor:
         """One such view, [B, C, size, size]."""
         batch = share.whole(len(images))
-        box = self._draw_box(batch, *images.shape[2:], generator)
+        height, width = images.shape[2:]
+        box = self._draw_box(batch, height, width, generator)
         flip = torch.rand(batch, generator=generator) < 0.5
         factors = 1 + (2 * torch.rand(batch, 4, generator=generator) - 1) * torch.tensor(self.jitter)
         jittered = torch.rand(batch, 1, generator=generator) < self.jitter_probability
@@ -102,7 +103,7 @@ class SimCLRView:
         order = torch.randperm(4, generator=generator).tolist()
         numbers = torch.cat([box, flip[:, None], factors, gray[:, None], sigma[:, None]], dim=1)
         # One copy to the device, of which everything below is a part.
-        box, flip, factors, gray, sigma = _to(share.part(numbers), images.device).split([4, 1, 4, 1, 1], dim=1)
+        box, flip, factors, gray, sigma = torch.split(_to(share.part(numbers), images.device), [4, 1, 4, 1, 1], dim=1)
 
         view = crop_and_resize(_unit(images), box, self.size, flip=flip[:, 0] > 0)
         if images.shape[1] == 3:

@@ -9,7 +9,7 @@ instanceNorm_1dir_augFalse_300.pt.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ _WIDTHS = (1.0, 0.75, 0.5, 0.35, 0.25, 1.4, 1.3, 1.25, 1.5, 2.0)
 _EXAMPLES = {"cifar": (30, 5), "stl10": (64, 7), "imagenet": (256, 7)}
 
 # What the program writes into names, after trained_cpc_ or trained_encoder_, and how it is read.
-_IN_NAMES = {
+_IN_NAMES: dict[str, tuple[re.Pattern[str], Callable[[str], Any]]] = {
     "image_size": (re.compile(r"_crop(\d{1,4})(?:-\d{1,4})?(?=_)"), int),
     "pad": (re.compile(r"_crop\d{1,4}-(\d{1,4})(?=_)"), int),
     "grid_size": (re.compile(r"_grid(\d{1,4})(?=_)"), int),
@@ -208,7 +208,7 @@ class CPCV2PyTorch(Program):
     ) -> dict[str, Any]:
         """What a file's name and its classifier tell of the images. CheckpointError where the weights are of others."""
         named = self.noted_in_name(checkpoint)
-        told = {
+        told: dict[str, Any] = {
             name: named[name] for name in ("pad", "patch_augmentation", "pred_directions", "dataset") if name in named
         }
         if named.get("gray", arguments["in_channels"] == 1) != (arguments["in_channels"] == 1):
@@ -314,7 +314,10 @@ PROGRAM = CPCV2PyTorch()
 
 
 def _mobilenet_arguments(weights: Mapping[str, Tensor], norm: str | None) -> dict[str, Any]:
-    arguments = {"in_channels": weights["conv1.weight"].shape[1], "norm": norm_of(weights, "norm1", norm)}
+    arguments: dict[str, Any] = {
+        "in_channels": weights["conv1.weight"].shape[1],
+        "norm": norm_of(weights, "norm1", norm),
+    }
     for width in _WIDTHS:
         with torch.device("meta"):
             shapes = MobileNetV2Encoder(**arguments, width=width).state_dict()
@@ -329,7 +332,8 @@ def _mobilenet_arguments(weights: Mapping[str, Tensor], norm: str | None) -> dic
 def _stem(kind: type[PatchEncoder], arguments: Mapping[str, Any]) -> str:
     """What images an encoder is made for."""
     if kind is ResNetV2Encoder:
-        return arguments["stem"]
+        stem: str = arguments["stem"]
+        return stem
     return "cifar" if kind is WideResNetEncoder else "stl10"
 
 

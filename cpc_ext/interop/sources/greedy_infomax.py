@@ -117,9 +117,12 @@ class GreedyInfoMaxProgram(Program):
             raise CheckpointError(
                 f"{checkpoint.origin}: the first module has no model.Conv1; give the files of all modules, in order"
             )
-        weights, losses, starts, stack = {}, [], [], 0
+        weights: dict[str, Tensor] = {}
+        losses: list[dict[str, Tensor]] = []
+        starts: list[int] = []
+        stack = 0
         for index, module in enumerate(modules):
-            stacks = len({found[1] for name in module if (found := _STACK.match(name))})
+            stacks = len({match[1] for name in module if (match := _STACK.match(name))})
             names = _module_names(stack, stacks)
             unknown = [name for name in module if names.ours(name) is None and not name.startswith("loss.")]
             if unknown:
@@ -193,7 +196,8 @@ class GreedyInfoMaxProgram(Program):
             if configuration["grid_size"] < needed:
                 raise ValueError(f"grid_size must be at least {needed} for this checkpoint, got {view['grid_size']}")
         put_weights(model, ours, lambda name: self._their_name(name, starts), checkpoint.origin)
-        assumed = () if settings.grid_size or settings.image_size else (f"grid_size {view['grid_size']}",)
+        assumed: tuple[str, ...] = ()
+        assumed += () if settings.grid_size or settings.image_size else (f"grid_size {view['grid_size']}",)
         assumed += () if settings.patch_size else (f"patch_size {view['patch_size']}",)
         return Reference(self.source, model, configuration, assumed, Form(layout, unused))
 
@@ -257,8 +261,9 @@ class GreedyInfoMaxProgram(Program):
             return self._matrices(model) | unused
         if isinstance(model, GatedPixelCNNContext):
             return context_from_ours(model, complete=form is None) | unused
-        if isinstance(model, CPC) and isinstance(model.encoder, Encodings):
-            state = context_from_ours(model.context, complete=form is None)
+        context = model.context if isinstance(model, CPC) and isinstance(model.encoder, Encodings) else None
+        if isinstance(model, CPC) and isinstance(context, GatedPixelCNNContext):
+            state = context_from_ours(context, complete=form is None)
             return state | with_prefix("loss.", self._matrices(model.objective)) | unused
         if isinstance(model, ResNetV2Encoder):
             state = with_prefix("0.", self._module(model, 0, 0, len(model.stacks)))
@@ -272,7 +277,8 @@ class GreedyInfoMaxProgram(Program):
         encoder = model.encoder
         if not isinstance(encoder, ResNetV2Encoder):
             raise CheckpointError(f"{self.source} has no encoder like a {type(encoder).__name__}")
-        sizes, stack, state = [len(blocks) for blocks in encoder.stacks], 0, {}
+        sizes, stack = [len(blocks) for blocks in encoder.stacks], 0
+        state: dict[str, Tensor] = {}
         for index, module in enumerate(model.encoder_modules):
             blocks, stacks = len(module.blocks), 0
             while blocks > 0 and stack + stacks < len(sizes):

@@ -47,8 +47,8 @@ _OWN = NameMap(
 )
 _UNUSED = re.compile(r"(encoder\.fc|non_linear_evaluator)\..+")
 # torchvision's ResNets by blocks per stack, for two or three convolutions in a block.
-_BASIC = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34"}
-_BOTTLENECK = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
+_BASIC: dict[tuple[int, ...], str] = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34"}
+_BOTTLENECK: dict[tuple[int, ...], int] = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 _PATCH, _GRID = 8, 7
 _SCALE = 0.1
 
@@ -162,13 +162,13 @@ class LightningBolts(Program):
             raise CheckpointError(
                 f"{checkpoint.origin}: {_OWN.theirs(name)} of its encoder is missing or of no such shape"
             )
-        inside, outside = ([len(convs[f"layers.{s}.0.conv{c}.weight"]) for s in range(len(sizes))] for c in (1, 3))
+        inside, outside = ([len(weights[f"layers.{s}.0.conv{c}.weight"]) for s in range(len(sizes))] for c in (1, 3))
         return {
-            "in_channels": convs["conv1.weight"].shape[1],
+            "in_channels": weights["conv1.weight"].shape[1],
             "blocks": sizes,
             "channels": inside,
             "expansions": [max(1, out // channels) for out, channels in zip(outside, inside, strict=True)],
-            "stem_channels": len(convs["conv1.weight"]),
+            "stem_channels": len(weights["conv1.weight"]),
         }
 
     def _backbone(self, checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -189,7 +189,7 @@ class LightningBolts(Program):
             elif first.shape[0] == 128:
                 name = f"wide_resnet{depth}_2"
             else:
-                name = depth and f"resnet{depth}"
+                name = f"resnet{depth}" if depth else None
         if name is None:
             raise CheckpointError(f"{checkpoint.origin}: torchvision has no ResNet of {sizes} blocks")
         return {"name": name, "in_channels": stem.shape[1]}

@@ -6,15 +6,16 @@ and its own row, the horizontal stack adds its own row again and makes the outpu
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from cpc_ext.nn.masked_conv2d import MaskedConv2d
+from cpc_ext.nn.typed import Module, ModuleList
 from cpc_ext.ops.masked_conv2d import gated_activation
 
 __all__ = ["GatedPixelCNNContext"]
 
 
-class GatedPixelCNNContext(nn.Module):
+class GatedPixelCNNContext(Module):
     """Context network of Greedy InfoMax and CPCV2-PyTorch.
 
     Layers of the gated PixelCNN (van den Oord et al. 2016, arXiv 1606.05328, figure 2) as Löwe et al. 2019 (arXiv
@@ -38,7 +39,7 @@ class GatedPixelCNNContext(nn.Module):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.out_channels = channels
-        self.layers = nn.ModuleList(
+        self.layers = ModuleList(
             _GatedLayer(channels, first=index == 0, last=index == layers - 1) for index in range(layers)
         )
         self.stack_out = MaskedConv2d(channels, channels, 1, mask="vertical")
@@ -59,7 +60,7 @@ class GatedPixelCNNContext(nn.Module):
         return self.stack_out(horizontal)
 
 
-class _GatedLayer(nn.Module):
+class _GatedLayer(Module):
     """One layer of the vertical and the horizontal stack, both [B, D, rows, cols]."""
 
     def __init__(self, channels: int, *, first: bool, last: bool) -> None:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cpc_ext.nn.masked_conv2d import MaskedConv2d
+from cpc_ext.nn.typed import Module, ModuleList
 
 __all__ = ["ResidualContext"]
 
 _PADDINGS = ("zeros", "lightning-bolts")
 
 
-class ResidualContext(nn.Module):
+class ResidualContext(Module):
     """Context network of CPC v2 (Hénaff et al. 2019, arXiv 1905.09272, appendix A.2).
 
     A block is 1x1, ReLU, 1x3, one row on top, 2x1, ReLU, 1x1, added to its input; a ReLU follows the last. Each block
@@ -49,7 +50,7 @@ class ResidualContext(nn.Module):
             raise ValueError(f"padding must be one of {', '.join(_PADDINGS)}, got {padding!r}")
         self.out_channels = channels
         self.padding = padding
-        self.blocks = nn.ModuleList(_Block(channels, hidden_channels, padding) for _ in range(blocks))
+        self.blocks = ModuleList(_Block(channels, hidden_channels, padding) for _ in range(blocks))
 
     def forward(self, encodings: Tensor) -> Tensor:
         """encodings [B, D, rows, cols] → contexts [B, D, rows, cols].
@@ -69,7 +70,7 @@ class ResidualContext(nn.Module):
         return torch.relu(contexts)
 
 
-class _Block(nn.Module):
+class _Block(Module):
     """One residual block, [B, D, rows, cols] to the same; arguments as of :class:`ResidualContext`."""
 
     def __init__(self, channels: int, hidden_channels: int, padding: str) -> None:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpc_ext.models.encoders.stacked_encoder import StackedEncoder
+from cpc_ext.models.encoders.stacked_encoder import EncoderBlock, StackedEncoder
+from cpc_ext.nn.typed import Sequential
 
 __all__ = ["LayerNormResNetEncoder"]
 
@@ -42,6 +43,8 @@ class LayerNormResNetEncoder(StackedEncoder):
 
     stem_layers = ("conv1", "ln1", "pool")
 
+    layers: Sequential[Sequential[_Bottleneck]]
+
     def __init__(
         self,
         patch_size: int,
@@ -67,14 +70,15 @@ class LayerNormResNetEncoder(StackedEncoder):
         self.ln1 = nn.LayerNorm([stem_channels, side, side])
         self.pool = nn.MaxPool2d(3, stride=2, padding=1)
         side = _halved(side)
-        stacks, width = [], stem_channels
+        stacks: list[Sequential[_Bottleneck]] = []
+        width = stem_channels
         for stack, (count, inside, expansion) in enumerate(zip(blocks, channels, expansions, strict=True)):
-            stacks.append(nn.Sequential())
+            stacks.append(Sequential())
             for position in range(count):
                 step = 2 if stack > 0 and position == 0 else 1
                 stacks[-1].append(_Bottleneck(side, width, inside, inside * expansion, step))
                 width, side = inside * expansion, _halved(side) if step == 2 else side
-        self.layers = nn.Sequential(*stacks)
+        self.layers = Sequential(*stacks)
         self.out_channels = width
         self.reset_parameters()
 
@@ -92,10 +96,11 @@ class LayerNormResNetEncoder(StackedEncoder):
                 f"the encoder's layer norms are of patches of {self.patch_size} pixels, got patches of "
                 f"{patches.shape[-2]}x{patches.shape[-1]}"
             )
-        return self.pool(F.relu(self.ln1(self.conv1(patches))))
+        features: Tensor = self.pool(F.relu(self.ln1(self.conv1(patches))))
+        return features
 
 
-class _Bottleneck(nn.Module):
+class _Bottleneck(EncoderBlock):
     """[N, in, h, h] → [N, out, h / stride, h / stride]. side: h."""
 
     def __init__(self, side: int, in_channels: int, inside: int, out_channels: int, stride: int) -> None:
@@ -108,10 +113,10 @@ class _Bottleneck(nn.Module):
         self.ln2 = nn.LayerNorm([inside, after, after])
         self.conv3 = nn.Conv2d(inside, out_channels, 1, bias=False)
         self.ln3 = nn.LayerNorm([out_channels, after, after])
-        self.downsample: nn.Sequential | None = None
+        self.downsample: Sequential[nn.Module] | None = None
         if stride > 1 or in_channels != out_channels:
             shortcut = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
-            self.downsample = nn.Sequential(shortcut, nn.LayerNorm([out_channels, after, after]))
+            self.downsample = Sequential(shortcut, nn.LayerNorm([out_channels, after, after]))
 
     def forward(self, input: Tensor) -> Tensor:
         features = F.relu(self.ln1(self.conv1(input)))

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cpc_ext.models.encoders.layers import NORMS, check_norm, conv, reset_layers
-from cpc_ext.models.encoders.stacked_encoder import StackedEncoder
+from cpc_ext.models.encoders.stacked_encoder import EncoderBlock, StackedEncoder
+from cpc_ext.nn.typed import Sequential
 
 __all__ = ["MobileNetV2Encoder"]
 
@@ -76,6 +77,8 @@ class MobileNetV2Encoder(StackedEncoder):
     stem_layers = ("conv1", "norm1")
     head_layers = ("conv2", "norm2")
 
+    layers: Sequential[Sequential[_InvertedResidual]]
+
     def __init__(
         self,
         in_channels: int = 3,
@@ -96,15 +99,15 @@ class MobileNetV2Encoder(StackedEncoder):
         before = _rounded(_STEM_CHANNELS * width)
         self.conv1 = conv(in_channels, before, 3, 1 if -1 in unstrided else 2, norm)
         self.norm1 = NORMS[norm](before)
-        stacks = []
+        stacks: list[Sequential[_InvertedResidual]] = []
         for index, stack in enumerate(_STACKS):
-            stacks.append(nn.Sequential())
+            stacks.append(Sequential())
             after = _rounded(stack.channels * width)
             for position in range(stack.blocks):
                 block_stride = 1 if index in unstrided or position > 0 else stack.stride
                 stacks[-1].append(_InvertedResidual(before, after, stack.expansion, block_stride, norm))
                 before = after
-        self.layers = nn.Sequential(*stacks)
+        self.layers = Sequential(*stacks)
         self.out_channels = _rounded(_LAST_CHANNELS * max(1.0, width))
         self.conv2 = conv(before, self.out_channels, 1, 1, norm)
         self.norm2 = NORMS[norm](self.out_channels)
@@ -126,7 +129,7 @@ class MobileNetV2Encoder(StackedEncoder):
         return F.relu6(self.norm2(self.conv2(features)))
 
 
-class _InvertedResidual(nn.Module):
+class _InvertedResidual(EncoderBlock):
     """1x1, 3x3 by channel and 1x1 convolutions: [N, in, h, w] → [N, out, h / stride, w / stride].
 
     expansion: how many times as many channels the 3x3 convolution has as the input; with 1 there is no first 1x1.
@@ -147,7 +150,7 @@ class _InvertedResidual(nn.Module):
         self.norm3 = NORMS[norm](out_channels)
 
     def forward(self, input: Tensor) -> Tensor:
-        features = F.relu6(self.norm1(self.conv1(input))) if self.widens else input
+        features: Tensor = F.relu6(self.norm1(self.conv1(input))) if self.widens else input
         features = self.norm3(self.conv3(F.relu6(self.norm2(self.conv2(features)))))
         return input + features if self.adds_input else features
 

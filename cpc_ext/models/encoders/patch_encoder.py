@@ -9,14 +9,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cpc_ext.nn.patchify import Patchify
+from cpc_ext.nn.typed import Module
 
 __all__ = ["PatchEncoder"]
 
 
-class PatchEncoder(nn.Module, ABC):
+class PatchEncoder(Module, ABC):
     """An encoder of patches; subclasses are its network, :meth:`feature_maps`.
 
     Args:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from cpc_ext.models.encoders.layers import NORMS, check_norm, conv, reset_layers
-from cpc_ext.models.encoders.stacked_encoder import StackedEncoder
+from cpc_ext.models.encoders.stacked_encoder import EncoderBlock, StackedEncoder
 from cpc_ext.nn.delta_orthogonal import delta_orthogonal_
+from cpc_ext.nn.typed import Sequential
 
 __all__ = ["ResNetV2Encoder", "published_shape"]
 
@@ -93,6 +94,8 @@ class ResNetV2Encoder(StackedEncoder):
 
     stem_layers = ("conv1", "norm1", "pool")
 
+    layers: Sequential[Sequential[_BasicBlock | _BottleneckBlock]]
+
     def __init__(
         self,
         depth: int | None = None,
@@ -128,11 +131,11 @@ class ResNetV2Encoder(StackedEncoder):
         self.pool: nn.Module = nn.Identity()
         if stem == "imagenet":
             self.norm1 = NORMS[norm](stem_channels)
-            self.pool = nn.Sequential(nn.ReLU(), nn.MaxPool2d(3, stride=2, padding=1))
-        stacks = []
+            self.pool = Sequential(nn.ReLU(), nn.MaxPool2d(3, stride=2, padding=1))
+        stacks: list[Sequential[_BasicBlock | _BottleneckBlock]] = []
         width = stem_channels
         for stack, (count, inside, expansion) in enumerate(zip(blocks, channels, expansions, strict=True)):
-            stacks.append(nn.Sequential())
+            stacks.append(Sequential())
             for position in range(count):
                 stack_stride = 2 if stack > 0 and position == 0 else 1
                 stacks[-1].append(
@@ -141,7 +144,7 @@ class ResNetV2Encoder(StackedEncoder):
                     else _BasicBlock(width, inside, stack_stride, norm)
                 )
                 width = inside * expansion
-        self.layers = nn.Sequential(*stacks)
+        self.layers = Sequential(*stacks)
         self.out_channels = width
         self.reset_parameters()
 
@@ -168,7 +171,8 @@ class ResNetV2Encoder(StackedEncoder):
                         block.last_conv.weight.mul_(len(stack) ** -0.5)
 
     def stem(self, patches: Tensor) -> Tensor:
-        return self.pool(self.norm1(self.conv1(patches)))
+        features: Tensor = self.pool(self.norm1(self.conv1(patches)))
+        return features
 
 
 def published_shape(depth: int) -> dict[str, Any]:
@@ -178,11 +182,12 @@ def published_shape(depth: int) -> dict[str, Any]:
     return shape | ({"expansions": list(expansions)} if bottleneck else {})
 
 
-class _BasicBlock(nn.Module):
+class _BasicBlock(EncoderBlock):
     """Two 3x3 convolutions, each behind norm, ReLU: [N, in, h, w] → [N, channels, h / stride, w / stride]."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, norm: str) -> None:
         super().__init__()
+        self.out_channels = channels
         self.norm1 = NORMS[norm](in_channels)
         self.conv1 = conv(in_channels, channels, 3, stride, norm)
         self.norm2 = NORMS[norm](channels)
@@ -193,17 +198,13 @@ class _BasicBlock(nn.Module):
     def last_conv(self) -> nn.Conv2d:
         return self.conv2
 
-    @property
-    def out_channels(self) -> int:
-        return self.conv2.out_channels
-
     def forward(self, input: Tensor) -> Tensor:
         activated = torch.relu(self.norm1(input))
-        residual = self.conv2(torch.relu(self.norm2(self.conv1(activated))))
+        residual: Tensor = self.conv2(torch.relu(self.norm2(self.conv1(activated))))
         return residual + (input if self.shortcut is None else self.shortcut(activated))
 
 
-class _BottleneckBlock(nn.Module):
+class _BottleneckBlock(EncoderBlock):
     """1x1, 3x3, 1x1 convolutions, each behind norm, ReLU.
 
     [N, in, h, w] → [N, expansion * channels, h / stride, w / stride].
@@ -211,6 +212,7 @@ class _BottleneckBlock(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, expansion: int, stride: int, norm: str) -> None:
         super().__init__()
+        self.out_channels = channels * expansion
         self.norm1 = NORMS[norm](in_channels)
         self.conv1 = conv(in_channels, channels, 1, 1, norm)
         self.norm2 = NORMS[norm](channels)
@@ -223,13 +225,9 @@ class _BottleneckBlock(nn.Module):
     def last_conv(self) -> nn.Conv2d:
         return self.conv3
 
-    @property
-    def out_channels(self) -> int:
-        return self.conv3.out_channels
-
     def forward(self, input: Tensor) -> Tensor:
         activated = torch.relu(self.norm1(input))
-        residual = self.conv2(torch.relu(self.norm2(self.conv1(activated))))
+        residual: Tensor = self.conv2(torch.relu(self.norm2(self.conv1(activated))))
         residual = self.conv3(torch.relu(self.norm3(residual)))
         return residual + (input if self.shortcut is None else self.shortcut(activated))
 

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from cpc_ext.models.encoders.patch_encoder import PatchEncoder
+from cpc_ext.nn.typed import Module, Sequential
 
-__all__ = ["StackedEncoder"]
+__all__ = ["EncoderBlock", "StackedEncoder"]
+
+
+class EncoderBlock(Module, ABC):
+    """A block of a stack: feature maps [N, in, h, w] → [N, out_channels, h / stride, w / stride]."""
+
+    out_channels: int
+
+    @abstractmethod
+    def forward(self, input: Tensor) -> Tensor: ...
 
 
 class StackedEncoder(PatchEncoder):
     """An encoder of patches whose feature maps are ``head(layers(stem(patches)))``.
 
     Attributes:
-        layers: the stacks, of blocks that have ``out_channels`` each; subclasses set it.
+        layers: the stacks, of blocks; subclasses set it.
         stem_layers, head_layers: names of the layers that :meth:`stem` and :meth:`head` use.
     """
 
-    layers: nn.Sequential
+    layers: Sequential[Sequential[EncoderBlock]]
     stem_layers: tuple[str, ...] = ("conv1",)
     head_layers: tuple[str, ...] = ()
 
@@ -35,6 +45,6 @@ class StackedEncoder(PatchEncoder):
         return self.head(self.layers(self.stem(patches)))
 
     @property
-    def stacks(self) -> list[list[nn.Module]]:
+    def stacks(self) -> list[list[EncoderBlock]]:
         """The blocks of every stack, in their order."""
         return [list(stack) for stack in self.layers]

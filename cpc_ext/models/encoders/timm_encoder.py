@@ -6,6 +6,7 @@ features that the backbone's classifier would see, pooled as the backbone does i
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 
 from torch import Tensor
@@ -62,10 +63,11 @@ class TimmEncoder(PatchEncoder):
 
     def feature_maps(self, patches: Tensor) -> Tensor:
         try:
-            return self.backbone(patches)[..., None, None]
+            features: Tensor = self.backbone(patches)
         except AssertionError as error:
             size = "x".join(map(str, patches.shape[2:]))
             raise ValueError(f"the backbone takes no patches of {size} pixels: {error}") from None
+        return features[..., None, None]
 
 
 def has_image_size(name: str) -> bool:
@@ -82,7 +84,7 @@ def has_image_size(name: str) -> bool:
 
 def _timm() -> ModuleType:
     try:
-        import timm
+        return importlib.import_module("timm")
     except ModuleNotFoundError as error:
         raise ImportError(f"timm's backbones need the timm library: pip install cpc_ext[timm] ({error})") from error
     except Exception as error:
@@ -91,4 +93,3 @@ def _timm() -> ModuleType:
             "timm's backbones need the timm library, which is installed but cannot be imported, often as its "
             f"torchvision is not the one that fits PyTorch: {type(error).__name__}: {error}"
         ) from error
-    return timm

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from cpc_ext.models.encoders.layers import NORMS, check_norm, conv, reset_layers
-from cpc_ext.models.encoders.stacked_encoder import StackedEncoder
+from cpc_ext.models.encoders.stacked_encoder import EncoderBlock, StackedEncoder
+from cpc_ext.nn.typed import Sequential
 
 __all__ = ["WideResNetEncoder"]
 
@@ -46,6 +47,8 @@ class WideResNetEncoder(StackedEncoder):
 
     head_layers = ("norm1",)
 
+    layers: Sequential[Sequential[_Block]]
+
     def __init__(
         self,
         depth: int,
@@ -63,14 +66,14 @@ class WideResNetEncoder(StackedEncoder):
         if width < 1:
             raise ValueError(f"width must be at least 1, got {width}")
         self.conv1 = conv(in_channels, _CHANNELS[0], 3, 1, norm)
-        stacks = []
+        stacks: list[Sequential[_Block]] = []
         before = _CHANNELS[0]
         for stack, base in enumerate(_CHANNELS):
-            stacks.append(nn.Sequential())
+            stacks.append(Sequential())
             for position in range((depth - 4) // 6):
                 stacks[-1].append(_Block(before, base * width, 2 if stack > 0 and position == 0 else 1, norm))
                 before = base * width
-        self.layers = nn.Sequential(*stacks)
+        self.layers = Sequential(*stacks)
         self.norm1 = NORMS[norm](before)
         self.out_channels = before
         self.reset_parameters()
@@ -85,13 +88,14 @@ class WideResNetEncoder(StackedEncoder):
                         block.conv2.weight.mul_(len(stack) ** -0.5)
 
     def stem(self, patches: Tensor) -> Tensor:
-        return self.conv1(patches)
+        features: Tensor = self.conv1(patches)
+        return features
 
     def head(self, features: Tensor) -> Tensor:
         return torch.relu(self.norm1(features))
 
 
-class _Block(nn.Module):
+class _Block(EncoderBlock):
     """Two 3x3 convolutions, each behind norm, ReLU: [N, in, h, w] → [N, channels, h / stride, w / stride]."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, norm: str) -> None:
@@ -106,6 +110,6 @@ class _Block(nn.Module):
             self.shortcut = conv(in_channels, channels, 1, stride, norm)
 
     def forward(self, input: Tensor) -> Tensor:
-        residual = self.conv1(torch.relu(self.norm1(input)))
+        residual: Tensor = self.conv1(torch.relu(self.norm1(input)))
         residual = self.conv2(torch.relu(self.norm2(residual)))
         return residual + (input if self.shortcut is None else self.shortcut(input))

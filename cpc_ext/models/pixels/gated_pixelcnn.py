@@ -15,6 +15,7 @@ from cpc_ext.models.pixels.masked_features import Convolve, PixelActivation
 from cpc_ext.models.pixels.pixel_model import SoftmaxPixelModel
 from cpc_ext.models.pixels.pixel_sampler import VALUES
 from cpc_ext.nn.masked_conv2d import MaskedConv2d
+from cpc_ext.nn.typed import Module, ModuleList
 
 __all__ = ["GatedPixelCNN"]
 
@@ -60,7 +61,7 @@ class GatedPixelCNN(SoftmaxPixelModel):
                 raise ValueError(f"{name} must be a multiple of the {in_channels} colours, got {value}")
         if kernel_size < 3 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd and at least 3, got {kernel_size}")
-        self.layers = nn.ModuleList(
+        self.layers = ModuleList(
             _GatedLayer(
                 channels if index else in_channels,
                 channels,
@@ -83,7 +84,7 @@ class GatedPixelCNN(SoftmaxPixelModel):
         return convolve(self.head, convolve(self.relu, horizontal))
 
 
-class _GatedLayer(nn.Module):
+class _GatedLayer(Module):
     """One layer of both stacks: [B, in_channels, H, W] each to [B, channels, H, W].
 
     first: the layer that must not see the pixel itself. last: the layer whose vertical features go no further.
@@ -116,9 +117,9 @@ class _GatedLayer(nn.Module):
         )
         self.horizontal_output = MaskedConv2d(channels, channels, 1, mask="B", color_groups=colors)
         self.first = first
-        self.class_biases: nn.ModuleList | None = None
+        self.class_biases: ModuleList[nn.Embedding] | None = None
         if num_classes is not None:
-            self.class_biases = nn.ModuleList(nn.Embedding(num_classes, 2 * channels) for _ in range(2))
+            self.class_biases = ModuleList(nn.Embedding(num_classes, 2 * channels) for _ in range(2))
             for embedding in self.class_biases:
                 nn.init.zeros_(embedding.weight)
 

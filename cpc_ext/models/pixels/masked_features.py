@@ -24,7 +24,9 @@ __all__ = ["Convolve", "MaskedFeatures", "PixelActivation", "PixelNetwork", "con
 class Convolve(Protocol):
     """How a network runs its layers: on whole images, or noted down for one pixel at a time."""
 
-    def __call__(self, layer: nn.Module, input: Any, condition: Any = None, *, rows_above: bool = False) -> Any:
+    def __call__(
+        self, layer: MaskedConv2d | PixelActivation, input: Any, condition: Any = None, *, rows_above: bool = False
+    ) -> Any:
         """The features of ``layer`` on ``input``, with ``condition`` (features, or a [B, O, 1, 1] tensor) added.
 
         rows_above: they depend on rows above their own only, though through features anywhere in their own.
@@ -45,7 +47,8 @@ def convolve_images(
     layer: nn.Module, input: Tensor, condition: Tensor | None = None, *, rows_above: bool = False
 ) -> Tensor:
     """Run a layer on whole images, [B, C, H, W]."""
-    return layer(input) if condition is None else layer(input, condition)
+    features: Tensor = layer(input) if condition is None else layer(input, condition)
+    return features
 
 
 class PixelActivation(FixedMask):
@@ -113,7 +116,11 @@ def _note_down(model: PixelNetwork, labels: Tensor | None) -> tuple[list[_Step],
     steps: list[_Step] = []
 
     def note(
-        layer: nn.Module, input: _Step | None, condition: _Step | Tensor | None = None, *, rows_above: bool = False
+        layer: MaskedConv2d | PixelActivation,
+        input: _Step | None,
+        condition: _Step | Tensor | None = None,
+        *,
+        rows_above: bool = False,
     ) -> _Step:
         if layer.color_groups > 1 and layer.activation == "gated" and isinstance(condition, _Step):
             # Of such a condition a colour needs two stretches of channels; sorted by colours they are one.

@@ -14,16 +14,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cpc_ext.models.pixels.masked_features import Convolve, MaskedFeatures, convolve_images
 from cpc_ext.models.pixels.pixel_sampler import VALUES, PixelFeatures, Sampler, WholeNetwork, scale_values
 from cpc_ext.nn.masked_conv2d import MaskedConv2d
+from cpc_ext.nn.typed import Module
 
 __all__ = ["PixelModel", "SoftmaxPixelModel"]
 
 
-class PixelModel(nn.Module, ABC):
+class PixelModel(Module, ABC):
     """An autoregressive model of images of C colours with values 0..255.
 
     Pixels come in raster order, and within a pixel the colours in theirs. Networks see values scaled to -1..1.
@@ -219,7 +220,7 @@ class SoftmaxPixelModel(PixelModel):
         images, labels = self._check_images(images), self._check_labels(labels, len(images))
         image = scale_values(images, self.logits_layer.weight.dtype)
         logits = self.logits_layer(self.network(convolve_images, image, labels))
-        return logits.unflatten(1, (self.in_channels, VALUES))
+        return torch.unflatten(logits, 1, (self.in_channels, VALUES))
 
     def nats(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Negative log-likelihood of each image in nats, [B], float32 (float64 of a float64 model).

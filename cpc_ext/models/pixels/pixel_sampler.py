@@ -8,11 +8,11 @@ one pixel are captured once and replayed as a graph.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cpc_ext.ops.pixel_steps import PixelPlace
 
@@ -25,7 +25,7 @@ class NotFiniteError(RuntimeError):
     """A network's outputs are not finite, so nothing can be drawn from them."""
 
 
-def _check_outputs(model: nn.Module, trace: Tensor) -> None:
+def _check_outputs(model: SampledModel, trace: Tensor) -> None:
     """NotFiniteError where outputs were not finite; the one look at them, after all pixels.
 
     trace: zeros, to which the outputs for every pixel have been added times 0, images first.
@@ -102,7 +102,8 @@ class WholeNetwork(PixelFeatures):
     starts_rows = False
 
     def __init__(self, run: Callable[[Tensor], Tensor], pixels: Tensor, turns: int, width: int) -> None:
-        place = PixelPlace(*pixels.shape[1:3], pixels.device)
+        _, rows, cols, _ = pixels.shape
+        place = PixelPlace(rows, cols, pixels.device)
         super().__init__(place, pixels, turns, width, pixels.flatten(1, 2), place.index)
         self._run = run
 
@@ -119,6 +120,9 @@ class WholeNetwork(PixelFeatures):
 
 class SampledModel(Protocol):
     """What the sampler asks of a model, whose parameters it looks at where outputs are not finite."""
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """As of :class:`torch.nn.Module`."""
 
     def pixel_features(self, shape: tuple[int, int, int, int], labels: Tensor | None, *, cached: bool) -> PixelFeatures:
         """Those of images [B, C, H, W], all zeros; not cached, from the whole network."""
@@ -144,9 +148,9 @@ class Sampler:
     def __init__(
         self, model: SampledModel, start: Tensor, labels: Tensor | None, *, temperature: float, cached: bool
     ) -> None:
-        batch, channels = start.shape[:2]
+        batch, channels, height, width = start.shape
         self._model, self._start, self._temperature = model, start, float(temperature)
-        self._features = model.pixel_features(tuple(start.shape), labels, cached=cached)
+        self._features = model.pixel_features((batch, channels, height, width), labels, cached=cached)
         self._place = self._features.place
         pixels = self._features.pixels
         self._noise = pixels.new_zeros(model.noise_shape((batch, channels, 1, 1)))[:, :, 0, 0]

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from cpc_ext.models.pixels.masked_features import Convolve, PixelActivation
 from cpc_ext.models.pixels.pixel_model import SoftmaxPixelModel
 from cpc_ext.models.pixels.pixel_sampler import VALUES
 from cpc_ext.nn.masked_conv2d import MaskedConv2d
+from cpc_ext.nn.typed import Module, ModuleList
 
 __all__ = ["PixelCNN"]
 
@@ -46,7 +47,7 @@ class PixelCNN(SoftmaxPixelModel):
                 raise ValueError(f"{name} must be a multiple of the {in_channels} colours, got {value}")
         colors, features = in_channels, 2 * hidden_channels
         self.first = MaskedConv2d(in_channels, features, 7, mask="A", color_groups=colors)
-        self.blocks = nn.ModuleList(_ResidualBlock(features, colors) for _ in range(layers))
+        self.blocks = ModuleList(_ResidualBlock(features, colors) for _ in range(layers))
         self.relu = PixelActivation(features, "relu", colors)
         self.head = MaskedConv2d(features, head_channels, 1, mask="B", color_groups=colors, activation="relu")
         self.logits_layer = MaskedConv2d(head_channels, colors * VALUES, 1, mask="B", color_groups=colors)
@@ -58,17 +59,16 @@ class PixelCNN(SoftmaxPixelModel):
         return convolve(self.head, convolve(self.relu, features))
 
 
-class _ResidualBlock(nn.Module):
+class _ResidualBlock(Module):
     """features [B, 2h, H, W] to the same (figure 5 of the paper)."""
 
     def __init__(self, features: int, colors: int) -> None:
         super().__init__()
         hidden = features // 2
-        options = {"mask": "B", "color_groups": colors}
         self.relu = PixelActivation(features, "relu", colors)
-        self.reduce = MaskedConv2d(features, hidden, 1, **options, activation="relu")
-        self.conv = MaskedConv2d(hidden, hidden, 3, **options, activation="relu")
-        self.expand = MaskedConv2d(hidden, features, 1, **options)
+        self.reduce = MaskedConv2d(features, hidden, 1, "B", color_groups=colors, activation="relu")
+        self.conv = MaskedConv2d(hidden, hidden, 3, "B", color_groups=colors, activation="relu")
+        self.expand = MaskedConv2d(hidden, features, 1, "B", color_groups=colors)
 
     def run(self, convolve: Convolve, features: Any) -> Any:
         hidden = convolve(self.conv, convolve(self.reduce, convolve(self.relu, features)))

@@ -7,8 +7,8 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,12 @@ from cpc_ext.models.pixels.pixel_sampler import PixelFeatures, WholeNetwork, sca
 from cpc_ext.models.pixels.stream_features import StreamFeatures
 from cpc_ext.nn.shifted_conv2d import (
     ChannelMix,
+    Shift,
     ShiftedConv2d,
     ShiftedConvTranspose2d,
     initialize_from_data,
 )
+from cpc_ext.nn.typed import Module, ModuleList
 from cpc_ext.ops.logistic_mixture import _sample_logistic_mixture, logistic_mixture_nll
 
 __all__ = ["GatedResNet", "PixelCNNPP", "StreamLayers"]
@@ -30,6 +32,9 @@ __all__ = ["GatedResNet", "PixelCNNPP", "StreamLayers"]
 _LEVELS = 3
 # A pixel of the lowest resolution is so many of the image's across.
 _MULTIPLE = 2 ** (_LEVELS - 1)
+
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class StreamLayers(Protocol):
@@ -96,19 +101,19 @@ class PixelCNNPP(PixelModel):
         options = {"dropout": dropout, "num_classes": num_classes}
         # The image comes with a channel of ones, which tells it from the padding.
         self.u_init = ShiftedConv2d(in_channels + 1, channels, (2, 3), "down")
-        self.ul_init = nn.ModuleList(
+        self.ul_init = ModuleList(
             [
                 ShiftedConv2d(in_channels + 1, channels, (1, 3), "down"),
                 ShiftedConv2d(in_channels + 1, channels, (2, 1), "down-right"),
             ]
         )
-        self.up_layers = nn.ModuleList(_Level(channels, blocks, 0, **options) for _ in range(_LEVELS))
-        self.down_layers = nn.ModuleList(
-            _Level(channels, blocks + (level > 0), 1, **options) for level in range(_LEVELS)
-        )
+        self.up_layers = ModuleList(_Level(channels, blocks, 0, **options) for _ in range(_LEVELS))
+        self.down_layers = ModuleList(_Level(channels, blocks + (level > 0), 1, **options) for level in range(_LEVELS))
 
-        def resizing(layer: Any, kernel_size: tuple[int, int], shift: str, **stride: int) -> nn.ModuleList:
-            return nn.ModuleList(layer(channels, channels, kernel_size, shift, **stride) for _ in range(_LEVELS - 1))
+        def resizing(
+            layer: Callable[..., Layer], kernel_size: tuple[int, int], shift: Shift, **stride: int
+        ) -> ModuleList[Layer]:
+            return ModuleList(layer(channels, channels, kernel_size, shift, **stride) for _ in range(_LEVELS - 1))
 
         self.downsize_u_stream = resizing(ShiftedConv2d, (2, 3), "down", stride=2)
         self.downsize_ul_stream = resizing(ShiftedConv2d, (2, 2), "down-right", stride=2)
@@ -221,7 +226,7 @@ class PixelCNNPP(PixelModel):
             )
 
 
-class _Level(nn.Module):
+class _Level(Module):
     """The gated blocks of one resolution, of both streams.
 
     kept: whether they take what an earlier level kept, 0 or 1 feature maps of each stream.
@@ -229,16 +234,16 @@ class _Level(nn.Module):
 
     def __init__(self, channels: int, blocks: int, kept: int, **options: Any) -> None:
         super().__init__()
-        self.u_stream = nn.ModuleList(GatedResNet(channels, "down", kept, **options) for _ in range(blocks))
+        self.u_stream = ModuleList(GatedResNet(channels, "down", kept, **options) for _ in range(blocks))
         # These take u, too.
-        self.ul_stream = nn.ModuleList(GatedResNet(channels, "down-right", kept + 1, **options) for _ in range(blocks))
+        self.ul_stream = ModuleList(GatedResNet(channels, "down-right", kept + 1, **options) for _ in range(blocks))
 
     def pairs(self) -> list[tuple[GatedResNet, GatedResNet]]:
         """The blocks of u and ul, in the order in which they are run."""
         return list(zip(self.u_stream, self.ul_stream, strict=True))
 
 
-class GatedResNet(nn.Module):
+class GatedResNet(Module):
     """A residual block with a gate: [B, F, H, W] to the same.
 
     A convolution of the input's concatenated ELU, plus a matrix applied to that of the skip connections; ELU; dropout;
@@ -252,7 +257,7 @@ class GatedResNet(nn.Module):
         num_classes: of the bias that each class adds before the gate; None for none.
     """
 
-    def __init__(self, channels: int, shift: str, skips: int, *, dropout: float, num_classes: int | None) -> None:
+    def __init__(self, channels: int, shift: Shift, skips: int, *, dropout: float, num_classes: int | None) -> None:
         super().__init__()
         kernel_size = (2, 3) if shift == "down" else (2, 2)
         self.conv_input = ShiftedConv2d(2 * channels, channels, kernel_size, shift)

@@ -64,8 +64,12 @@ class StreamFeatures(PixelFeatures):
 
 
 class _Features(NamedTuple):
+    level: int
     raw: PixelMap  # F channels.
     elu: PixelMap  # Its concatenated ELU, 2F channels.
+
+    def maps(self) -> dict[str, Any]:
+        return {"raw": self.raw, "elu": self.elu}
 
 
 class _Notes:
@@ -88,7 +92,7 @@ class _Notes:
         return self._start("down-right", (above, -1, 0), (left, 0, -1))
 
     def block(self, block: Any, features: _Features, skips: Sequence[_Features]) -> _Features:
-        level, channels, shift = features.raw.level, features.raw.data.shape[3], block.conv_input.shift
+        level, channels, shift = features.level, features.raw.data.shape[3], block.conv_input.shift
         sources, weights = [PixelSource(features.elu, block.conv_input.taps)], [_rows(block.conv_input.weight)]
         bias = block.conv_input.bias
         if block.nin_skip is not None:
@@ -106,19 +110,19 @@ class _Notes:
             block.conv_out.bias,
             image_bias=None if block.class_bias is None else block.class_bias(self._labels),
             residual=features.raw,
-            **output._asdict(),
+            **output.maps(),
         )
         return output
 
     def downsize(self, layer: ShiftedConv2d, features: _Features) -> _Features:
-        level = features.raw.level + 1
+        level = features.level + 1
         output = self._features(layer.weight_v.shape[0], level)
         sources = [PixelSource(features.raw, layer.taps)]
-        self._note(layer.shift, level, sources, _rows(layer.weight), layer.bias, **output._asdict())
+        self._note(layer.shift, level, sources, _rows(layer.weight), layer.bias, **output.maps())
         return output
 
     def upsize(self, layer: ShiftedConvTranspose2d, features: _Features) -> _Features:
-        level, weight = features.raw.level, layer.weight
+        level, weight = features.level, layer.weight
         output = self._features(layer.weight_v.shape[1], level - 1)
         for row, col in itertools.product(range(2), range(2)):
             # Where it reads, and the kernel's column there: even columns see one of three, odd ones the others.
@@ -127,13 +131,13 @@ class _Notes:
                 taps = {(0, 0): 2, (0, 1): 0} if col else {(0, 0): 1}
             sources = [PixelSource(features.raw, list(taps))]
             matrix = torch.cat([weight[:, :, row, at] for at in taps.values()])
-            self._note(layer.shift, level, sources, matrix, layer.bias, offset=(row, col), **output._asdict())
+            self._note(layer.shift, level, sources, matrix, layer.bias, offset=(row, col), **output.maps())
         return output
 
     def output(self, layer: ChannelMix, features: _Features) -> PixelMap:
         """Where the last layer's result for the latest pixel will be."""
         # The first half of a concatenated ELU is the ELU.
-        elu = PixelMap(features.elu.data[..., : features.raw.data.shape[3]], features.elu.level)
+        elu = PixelMap(features.elu.data[..., : features.raw.data.shape[3]], features.level)
         output = self._maps.make(layer.weight_v.shape[0], None)
         self._note("down-right", 0, [PixelSource(elu, [(0, 0)])], layer.weight.T, layer.bias, raw=output)
         return output
@@ -151,7 +155,7 @@ class _Notes:
             weights.append(_rows(weight))
         output = self._features(weights[0].shape[1], 0)
         weight = torch.cat(weights)
-        self._note(shift, 0, sources, weight, weight.new_zeros(weight.shape[1]), **output._asdict())
+        self._note(shift, 0, sources, weight, weight.new_zeros(weight.shape[1]), **output.maps())
         return output
 
     def _note(
@@ -164,15 +168,16 @@ class _Notes:
         image_bias: Tensor | None = None,
         **options: Any,
     ) -> None:
-        weight, bias, image_bias = (
-            None if value is None else value.detach().to(self._image.data.dtype).contiguous()
-            for value in (weight, bias, image_bias)
-        )
+        weight, bias = self._constant(weight), self._constant(bias)
+        image_bias = None if image_bias is None else self._constant(image_bias)
         steps = self.row_steps if shift == "down" else self.pixel_steps
         steps.append(PixelStep(level, sources, weight, bias, image_bias, **options))
 
+    def _constant(self, value: Tensor) -> Tensor:
+        return value.detach().to(self._image.data.dtype).contiguous()
+
     def _features(self, channels: int, level: int) -> _Features:
-        return _Features(self._maps.make(channels, level), self._maps.make(2 * channels, level))
+        return _Features(level, self._maps.make(channels, level), self._maps.make(2 * channels, level))
 
 
 def _rows(weight: Tensor) -> Tensor:

@@ -17,10 +17,12 @@ from cpc_ext import figures
 from cpc_ext.data import Dataset, ImageFetcher, ImageSet, PatchAugmentation, PatchView
 from cpc_ext.data.spread import spread
 from cpc_ext.models import CPC, GatedPixelCNNContext, PatchEncoder
+from cpc_ext.models.encoder_model import EncoderModel
 from cpc_ext.nn.grid_info_nce import GridInfoNCEOutput
 from cpc_ext.tasks.cpc_v1.options import CPCConfig
 from cpc_ext.tasks.encoder_names import EncoderSpec, encoder_spec
 from cpc_ext.tasks.encoder_task import EncoderTask, save_encoder
+from cpc_ext.tasks.patch_options import PredictionConfig
 from cpc_ext.training.precision import patch_dtype
 from cpc_ext.training.random_streams import RandomStreams
 from cpc_ext.training.run_dir import RunDir
@@ -42,6 +44,8 @@ class CPCv1Task(EncoderTask):
         ValueError: images smaller than the crop.
     """
 
+    _config: PredictionConfig
+
     def __init__(self, config: CPCConfig, dataset: Dataset, device: torch.device) -> None:
         side = min(dataset.image_shape[1:])
         if config.view.crop > side + 2 * config.view.pad:
@@ -50,6 +54,7 @@ class CPCv1Task(EncoderTask):
                 + (f" and --pad {config.view.pad} around them" if config.view.pad else "")
             )
         self._config = config
+        self._options_of_cpc = config.cpc
         self._dataset = dataset
         self._device = device
         self.images = dataset.pretrain
@@ -74,9 +79,10 @@ class CPCv1Task(EncoderTask):
         return {"loss": output.loss, "accuracy": output.accuracy, "mutual_information": output.mutual_information}
 
     def _contrast(self, patches: Tensor, streams: RandomStreams) -> GridInfoNCEOutput:
-        return self.model(patches, generator=streams.negatives)
+        output: GridInfoNCEOutput = self.model(patches, generator=streams.negatives)
+        return output
 
-    def encode(self, model: CPC, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode(self, model: EncoderModel, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         patches = self._view.center(images) if generator is None else self._view.random(images, generator)
         return model.encode(patches)
 
@@ -141,19 +147,19 @@ class CPCv1Task(EncoderTask):
 
     def _guessing(self) -> dict[str, float]:
         """Loss and accuracy of a model that finds all keys equally likely."""
-        config = self._config
-        if config.cpc.neg_samples == "all":
+        config, options = self._config, self._options_of_cpc
+        if isinstance(options.neg_samples, str):  # "all"
             row = config.view.grid_size * config.optimization.batch_size
-            rows = [config.view.grid_size - config.cpc.skip - step for step in range(1, config.cpc.pred_steps + 1)]
+            rows = [config.view.grid_size - options.skip - step for step in range(1, options.pred_steps + 1)]
             keys = [row * count for count in rows]
         else:
-            keys = [config.cpc.neg_samples + 1]
+            keys = [options.neg_samples + 1]
         return {
             "loss": sum(math.log(count) for count in keys) / len(keys),
             "accuracy": sum(1 / count for count in keys) / len(keys),
         }
 
-    def _build(self) -> CPC:
+    def _build(self) -> EncoderModel:
         """The model with the initial weights of the config's seed."""
         config = self._config
         with torch.random.fork_rng(devices=[]):
@@ -162,12 +168,13 @@ class CPCv1Task(EncoderTask):
             model = self._cpc(encoder)
         if config.compute.channels_last:
             # Only the encoder: the other four-dimensional parameters are not filters over images.
-            encoder.to(memory_format=torch.channels_last)
+            # PyTorch declares it beside a device only.
+            encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model.to(self._device)
 
-    def _cpc(self, encoder: PatchEncoder) -> CPC:
+    def _cpc(self, encoder: PatchEncoder) -> EncoderModel:
         """The whole model around an encoder."""
-        options = self._config.cpc
+        options = self._options_of_cpc
         return CPC(
             encoder,
             GatedPixelCNNContext(encoder.out_channels, options.context_layers),

@@ -28,7 +28,8 @@ class CPCv2Task(CPCv1Task):
     _config: CPCv2Config
 
     def _contrast(self, patches: Tensor, streams: RandomStreams) -> GridInfoNCEOutput:
-        return self.model(patches)
+        output: GridInfoNCEOutput = self.model(patches)
+        return output
 
     def _guessing(self) -> dict[str, float]:
         keys = self._config.view.grid_size**2 * self._config.optimization.batch_size

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from cpc_ext.data import Dataset
 from cpc_ext.models import GatedPixelCNNContext, GreedyInfoMax, GreedySupervised, PatchEncoder, ResNetV2Encoder
 from cpc_ext.models.encoders.stacked_encoder import StackedEncoder
 from cpc_ext.models.greedy_infomax import pooled
+from cpc_ext.nn.typed import Module
 from cpc_ext.tasks.cpc_v1.task import CPCv1Task
 from cpc_ext.tasks.encoder_task import save_encoder
 from cpc_ext.tasks.greedy_infomax.options import GreedyConfig
@@ -122,10 +124,11 @@ class GreedyTask(CPCv1Task):
             return patches.flatten(0, 2)
         return self._frozen_outputs(patches).flatten(0, 1)
 
-    def encode(self, model: nn.Module, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Of the last module that is trained; those after it are not run."""
+    def encode(self, model: Any, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Of the last module that is trained; those after it are not run. model: one in modules."""
         patches = self._view.center(images) if generator is None else self._view.random(images, generator)
-        return model.encodings_by_module(patches, self._learning[-1] + 1)[-1]
+        encodings: list[Tensor] = model.encodings_by_module(patches, self._learning[-1] + 1)
+        return encodings[-1]
 
     def modules(self, stacks: int) -> int | Sequence[int]:
         if self._options.split_at is not None:
@@ -159,7 +162,7 @@ class GreedyTask(CPCv1Task):
         with autocast(self._device, self._config.compute.precision):
             for module in self.model.encoder_modules[: self.model.frozen]:
                 features = module(features)
-        return features.unflatten(0, (len(patches), -1))
+        return torch.unflatten(features, 0, (len(patches), -1))
 
     def _guessing(self) -> dict[str, float]:
         if not self._supervised:
@@ -193,7 +196,8 @@ class GreedyTask(CPCv1Task):
         )
 
     @property
-    def _cache_path(self) -> Any:
+    def _cache_path(self) -> Path:
+        assert self._options.cache_outputs is not None  # Who asks has a cache.
         return self._options.cache_outputs / f"module-{self.model.frozen - 1}.bin"
 
     def _cache_key(self) -> str:
@@ -225,7 +229,7 @@ def _shape(config: GreedyConfig) -> list[dict[str, Any]]:
     ]
 
 
-class _ModuleStep(nn.Module):
+class _ModuleStep(Module):
     """What one module does in a step: its outputs from those of the module before, and its loss."""
 
     def __init__(self, task: GreedyTask, index: int) -> None:

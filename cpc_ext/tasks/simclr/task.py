@@ -15,6 +15,8 @@ from cpc_ext import figures
 from cpc_ext.data import Dataset, ImageFetcher, SimCLRView
 from cpc_ext.data.spread import spread
 from cpc_ext.models import SimCLR
+from cpc_ext.models.encoder_model import EncoderModel
+from cpc_ext.nn import NTXentOutput
 from cpc_ext.tasks.encoder_names import EncoderSpec, encoder_spec
 from cpc_ext.tasks.encoder_task import EncoderTask, save_encoder
 from cpc_ext.tasks.simclr.options import SimCLRConfig
@@ -35,6 +37,8 @@ class SimCLRTask(EncoderTask):
         ValueError: a blur that does not fit the views.
     """
 
+    _config: SimCLRConfig
+
     def __init__(self, config: SimCLRConfig, dataset: Dataset, device: torch.device) -> None:
         self._config = config
         self._dataset = dataset
@@ -53,9 +57,10 @@ class SimCLRTask(EncoderTask):
     def losses(self, images: Tensor, labels: Tensor | None, streams: RandomStreams) -> dict[str, Tensor]:
         with torch.autocast(self._device.type, enabled=False):  # Views are float32 until they are finished.
             views = self._view.random_pair(images, streams.views, share=streams.share)
-        return self.model(views)._asdict()
+        output: NTXentOutput = self.model(views)
+        return output._asdict()
 
-    def encode(self, model: SimCLR, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode(self, model: EncoderModel, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         with torch.autocast(self._device.type, enabled=False):
             # Colours stay, which tell classes apart; the paper, too, only crops and mirrors where there are labels.
             view = self._view.center(images) if generator is None else self._view.cropping().random(images, generator)
@@ -93,7 +98,8 @@ class SimCLRTask(EncoderTask):
                 gather_negatives=options.gather_negatives,
             )
         if self._config.compute.channels_last:
-            model.encoder.to(memory_format=torch.channels_last)
+            # PyTorch declares it beside a device only.
+            model.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model.to(self._device)
 
     def _encoder_spec(self) -> EncoderSpec:

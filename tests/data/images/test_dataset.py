@@ -22,6 +22,13 @@ def test_image_set_refuses_what_does_not_fit(arguments, named):
         ImageSet(**arguments)
 
 
+def test_labels_that_are_not_there_cannot_be_had():
+    images, labels = np.zeros((2, 3, 4, 4), np.uint8), np.arange(2)
+    assert ImageSet(images, labels).known_labels is labels
+    with pytest.raises(ValueError, match="no labels"):
+        ImageSet(images).known_labels  # noqa: B018
+
+
 def test_an_image_set_is_shown_in_a_line():
     images = np.zeros((2, 3, 4, 4), np.uint8)
     assert repr(ImageSet(images)) == "ImageSet([2, 3, 4, 4], no labels)"

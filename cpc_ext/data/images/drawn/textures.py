@@ -27,7 +27,8 @@ BLOCK = 100
 
 def _to_line(t: np.ndarray) -> np.ndarray:
     """Distance from t to the nearest integer, 0..0.5: a triangle wave, the distance to lines one period apart."""
-    return np.abs(t - np.rint(t))
+    distance: np.ndarray = np.abs(t - np.rint(t))
+    return distance
 
 
 def _stripes(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -47,17 +48,20 @@ def _rings(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray
 def _checks(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     # Positive in one colour's squares, negative in the other's, by the distance to the nearest side.
     a, b = _to_line(u / 1.5) - np.float32(0.25), _to_line(v / 1.5) - np.float32(0.25)
-    return np.copysign(np.minimum(np.abs(a), np.abs(b)), a * b)
+    height: np.ndarray = np.copysign(np.minimum(np.abs(a), np.abs(b)), a * b)
+    return height
 
 
 def _grid(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return np.minimum(_to_line(u), _to_line(v))
+    height: np.ndarray = np.minimum(_to_line(u), _to_line(v))
+    return height
 
 
 def _bricks(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     course = v / 0.8
     shift = (np.floor(course).astype(np.int32) & 1) * np.float32(0.5)
-    return np.minimum(0.8 * _to_line(course), 2 * _to_line(u / 2 + shift))
+    height: np.ndarray = np.minimum(0.8 * _to_line(course), 2 * _to_line(u / 2 + shift))
+    return height
 
 
 def _dots(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -65,14 +69,16 @@ def _dots(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     w = v / np.float32(3**0.5)
     corner = _to_line(u) ** 2 + 3 * _to_line(w) ** 2
     middle = _to_line(u + 0.5) ** 2 + 3 * _to_line(w + 0.5) ** 2
-    return np.minimum(corner, middle)
+    height: np.ndarray = np.minimum(corner, middle)
+    return height
 
 
 def _triangles(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     # Three sets of lines 60° apart whose coordinates sum to zero, so that they always cross three at a point.
     a = u / 1.2
     b = np.float32(3**0.5 / 2) * v / 1.2 - a / 2
-    return np.minimum(np.minimum(_to_line(a), _to_line(b)), _to_line(a + b))
+    height: np.ndarray = np.minimum(np.minimum(_to_line(a), _to_line(b)), _to_line(a + b))
+    return height
 
 
 def _cells(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -91,14 +97,16 @@ def _cells(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray
             distance = (du - dx - jitter[0].ravel()[entry]) ** 2 + (dv - dy - jitter[1].ravel()[entry]) ** 2
             second = np.minimum(second, np.maximum(nearest, distance))
             nearest = np.minimum(nearest, distance)
-    return np.sqrt(second) - np.sqrt(nearest)
+    height: np.ndarray = np.sqrt(second) - np.sqrt(nearest)
+    return height
 
 
 def _weave(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     # Square tiles with two strands each, running across and down in turn.
     u, v = u / 1.25, v / 1.25
     across = ((np.floor(u).astype(np.int32) + np.floor(v).astype(np.int32)) & 1).astype(bool)
-    return np.where(across, _to_line(2 * u), _to_line(2 * v))
+    height: np.ndarray = np.where(across, _to_line(2 * u), _to_line(2 * v))
+    return height
 
 
 FAMILIES: dict[str, Field] = {
@@ -191,7 +199,9 @@ def load(*, size: int = 96, seed: int = 0) -> Dataset:
     statistics = pixel_statistics(splits["pretrain"].images)
     return Dataset(
         name="textures",
-        **splits,
+        pretrain=splits["pretrain"],
+        train=splits["train"],
+        test=splits["test"],
         classes=tuple(FAMILIES),
         mean=statistics.mean,
         std=statistics.std,

@@ -37,7 +37,7 @@ def load(data_dir: str | Path | None = None, *, download: bool = False) -> Datas
     for number in range(1, 6):
         part = slice((number - 1) * BATCH, number * BATCH)
         batch = cifar_records(folder / f"data_batch_{number}.bin", BATCH, label_bytes=1, classes=10)
-        images[part], labels[part] = batch.images, batch.labels
+        images[part], labels[part] = batch.images, batch.known_labels
     return cifar_dataset(
         "cifar10",
         train=ImageSet(images=images, labels=labels),

@@ -54,7 +54,8 @@ def load(data_dir: str | Path | None = None, *, download: bool = False) -> Datas
 
 
 def _images(path: Path, count: int) -> np.ndarray:
-    return open_records(path, count, 3 * SIZE * SIZE).reshape(count, 3, SIZE, SIZE).transpose(0, 1, 3, 2)
+    images: np.ndarray = open_records(path, count, 3 * SIZE * SIZE).reshape(count, 3, SIZE, SIZE).transpose(0, 1, 3, 2)
+    return images
 
 
 def _labelled(folder: Path, split: str, count: int) -> ImageSet:
