@@ -18,7 +18,7 @@ from cpc_ext.ops._checks import check_dense, dtype_name
 from cpc_ext.ops._library import register, workspace_of
 from cpc_ext.ops._patch_options import PatchOptions, checked_options
 from cpc_ext.ops._patch_transforms import NODES, Patches, Transform, transform_patches
-from cpc_ext.ops.extract_patches import crop_and_flip, empty_patches, extract_patches_reference, for_kernels
+from cpc_ext.ops.extract_patches import crop_and_flip, empty_patches, extract_patches_reference
 
 __all__ = ["PARAMETERS", "AugmentationPlan", "augment_patches", "augment_patches_reference"]
 
@@ -214,7 +214,8 @@ class _Augmentation(NamedTuple):
 def _kernel(augmentation: _Augmentation) -> Tensor:
     images, options, plan = augmentation
     patches = empty_patches(images, options)
-    problem = images, patches, *for_kernels(options, images.dtype, patches.shape[3]), *plan._each(Tensor.contiguous)
+    for_kernels = options.for_kernels(images.dtype, patches.shape[3])
+    problem = images, patches, *for_kernels, *plan._each(Tensor.contiguous)
     native.augment_patches(*problem, workspace_of(images, native.augment_patches_workspace(*problem)))
     return patches
 

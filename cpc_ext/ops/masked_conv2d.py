@@ -332,6 +332,8 @@ def _reference_op(op: _Convolution) -> _Results:
 
 def _channels_last(tensor: Tensor) -> Tensor:
     """The same values with the channels innermost in memory and nothing between."""
+    if tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor
     return tensor.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
