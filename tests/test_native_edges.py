@@ -56,8 +56,8 @@ def extract(m, *, batch=2, channels=3, side=8, patch=4, stride=2, backward=False
     if not backward:
         m.extract_patches(images, filled(patches), *options)
         return {"patches": (patches, torch.zeros if norm else torch.ones)}
-    slopes = torch.empty(*patches.shape[:3], 3) if norm else None
-    m.extract_patches_backward(patches, filled(images), images.clone() if norm else None, slopes, *options)
+    problem = filled(images), patches, images.clone() if norm else None, *options
+    m.extract_patches_backward(*problem, aligned(m.extract_patches_backward_workspace(*problem)))
     return {}
 
 
@@ -69,12 +69,11 @@ def augment(m, *, batch=2, channels=3, side=8, patch=4, stride=2, steps=2):
         bytes_of(batch, grid, grid, steps),
         (batch, grid, grid),
     )
-    workspace = bytes_of(m.augment_patches_workspace(images, patches, patch))
     options = patch, stride, side, side, None, None, False, False, False, [1.0] * channels, [0.0] * channels
     partners, displacements = indices(*places), torch.zeros(*places, 2, 4, 4)
-    m.augment_patches(
-        images, patches, *options, codes, torch.zeros(*places, steps, 3), partners, displacements, 0, workspace
-    )
+    parameters = torch.zeros(*places, steps, 3)
+    problem = images, patches, *options, codes, parameters, partners, displacements, 0
+    m.augment_patches(*problem, aligned(m.augment_patches_workspace(*problem)))
     return {"patches": (patches, torch.zeros)}
 
 
@@ -110,11 +109,11 @@ def likelihood(m, *, batch=2, channels=3, components=2, height=3, width=4, backw
     images, normalisers = bytes_of(batch, channels, height, width), torch.ones(batch, 2, height, width)
     if backward:
         gradient = filled(torch.empty_like(params))
-        m.logistic_mixture_nll_backward(torch.zeros(batch), images, params, normalisers, gradient)
+        m.logistic_mixture_nll_backward(images, params, normalisers, torch.zeros(batch), gradient)
         return {"params_grad": (gradient, torch.zeros)}
-    nll, tile = filled(torch.empty(batch)), m.logistic_mixture_tile_pixels
-    parts = torch.empty(batch, -(-height * width // tile))
-    m.logistic_mixture_nll(images, params, nll, normalisers, parts)
+    nll = filled(torch.empty(batch))
+    problem = images, params, nll, normalisers
+    m.logistic_mixture_nll(*problem, aligned(m.logistic_mixture_nll_workspace(*problem)))
     return {"nll": (nll, torch.zeros)} if height * width == 0 else {}
 
 
@@ -126,40 +125,42 @@ def draw(m, *, batch=2, channels=3, components=2, height=3, width=4):
     return {"images": (images, lambda shape: torch.full(shape, 128.0))}
 
 
-def convolve(m, *, batch=2, inputs=3, outputs=4, height=3, width=5, kh=3, kw=3, taps=(0, 1), position=False, keep=True):
-    weight, mask, taps = torch.ones(outputs, inputs, kh, kw), torch.ones(kh, kw, dtype=torch.bool), list(taps)
-    packed = aligned(m.masked_conv2d_packed_bytes(weight, taps, False, False, False))
-    m.masked_conv2d_pack(weight, mask, packed, taps, False, False, False)
+def convolve(m, *, batch=2, inputs=3, outputs=4, height=3, width=5, kh=3, kw=3, taps=(0, 1), keep=True):
+    weight, mask = torch.ones(outputs, inputs, kh, kw), torch.ones(kh, kw, dtype=torch.bool)
     output, preactivation = (filled(channels_last(batch, outputs, height, width)) for _ in range(2))
-    input, bias = channels_last(batch, inputs, height, width), torch.zeros(outputs)
-    at = indices(2) if position else None
-    if not position:
-        m.masked_conv2d_in_pairs(weight, mask, output, 1)
-    m.masked_conv2d(
-        *(input, packed, bias, None, at, output, preactivation if keep else None),
-        *(outputs, taps, kh, kw, 1, False, "relu", False, False),
-    )
-    return {} if position else {"output": (output, torch.zeros)}
+    tensors = weight, mask, channels_last(batch, inputs, height, width), torch.zeros(outputs), None, output
+    problem = *tensors, preactivation if keep else None, list(taps), 1, "relu", False
+    m.masked_conv2d(*problem, aligned(m.masked_conv2d_workspace(*problem)))
+    return {"output": (output, torch.zeros)}
 
 
-def activation_gradient(m, *, batch=2, outputs=4, height=3, width=5, activation="gated"):
-    given = outputs // 2 if activation == "gated" else outputs
-    grad, saved = channels_last(batch, given, height, width), channels_last(batch, outputs, height, width)
-    result, bias_grad = filled(saved.clone()), filled(torch.empty(outputs))
+def convolve_a_pixel(m, *, batch=2, inputs=3, outputs=4, height=3, width=5, kh=3, kw=3, taps=(0, 1)):
+    weight, mask, taps = torch.ones(outputs, inputs, kh, kw), torch.ones(kh, kw, dtype=torch.bool), list(taps)
+    packing = weight, mask, taps, 1, height, width, False
+    packed = aligned(m.masked_conv2d_packed_bytes(*packing))
+    m.masked_conv2d_pack(*packing, packed)
+    tensors = channels_last(batch, inputs, height, width), packed, torch.zeros(outputs), None, indices(2)
+    output = filled(channels_last(batch, outputs, height, width))
+    m.masked_conv2d_packed(*tensors, output, outputs, taps, kh, kw, 1, "relu", False)
+    return {}
+
+
+def convolution_gradients(
+    m, *, batch=2, inputs=3, outputs=4, height=3, width=5, kh=3, kw=3, taps=(0, 1), activation="gated"
+):
+    weight, mask = torch.ones(outputs, inputs, kh, kw), torch.ones(kh, kw, dtype=torch.bool)
+    grad = channels_last(batch, outputs // 2 if activation == "gated" else outputs, height, width)
+    input, saved = channels_last(batch, inputs, height, width), channels_last(batch, outputs, height, width)
+    before, grad_input = filled(saved.clone()), filled(input.clone())
+    grad_weight, grad_bias = filled(weight.clone()), filled(torch.empty(outputs))
     plain = activation == "none"
-    m.masked_conv2d_activation_grad(
-        grad, None if plain else saved, None if plain else result, bias_grad, torch.empty(128, outputs), activation
-    )
-    return {"bias_grad": (bias_grad, torch.zeros)} | ({} if plain else {"result": (result, torch.zeros)})
-
-
-def weight_gradient(m, *, batch=2, inputs=3, outputs=4, height=3, width=5, kh=3, kw=3, taps=(0, 1), pairs=False):
-    tensors = channels_last(batch, inputs, height, width), channels_last(batch, outputs, height, width)
-    mask, gradient = torch.ones(kh, kw, dtype=torch.bool), filled(torch.empty(outputs, inputs, kh, kw))
-    problem, taps = (*tensors, mask, gradient), list(taps)
-    size = m.masked_conv2d_weight_grad_workspace(*problem, taps, 1, False)
-    m.masked_conv2d_weight_grad(*problem, aligned(size) if size else None, taps, 1, False, pairs)
-    return {"weight_grad": (gradient, torch.zeros)}
+    kept = (None, None) if plain else (saved, before)
+    tensors = weight, mask, grad, input, *kept, grad_input, grad_weight, grad_bias
+    problem = *tensors, list(taps), 1, activation, False
+    m.masked_conv2d_backward(*problem, aligned(m.masked_conv2d_backward_workspace(*problem)))
+    results = {"grad_input": grad_input, "grad_weight": grad_weight, "grad_bias": grad_bias}
+    results |= {} if plain else {"grad_preactivation": before}
+    return {name: (tensor, torch.zeros) for name, tensor in results.items()}
 
 
 def steps(m, *, batch=2, height=4, width=4, channels=3, outputs=4, taps=((0, 0),), count=1):
@@ -220,29 +221,20 @@ CALLS: dict[str, tuple[Callable, dict, dict]] = {
         {name: [0] for name in ("batch", "inputs", "outputs", "height", "width", "kh", "kw")} | {"taps": [()]},
     ),
     "masked_conv2d at a position": (
-        convolve,
-        {"position": True},
+        convolve_a_pixel,
+        {},
         {name: [0] for name in ("batch", "inputs", "height", "width")} | {"taps": [()]},
     ),
-    "masked_conv2d_activation_grad": (
-        activation_gradient,
+    "masked_conv2d_backward": (
+        convolution_gradients,
         {},
-        {name: [0] for name in ("batch", "outputs", "height", "width")} | {"activation": ["relu", "none"]},
+        {name: [0] for name in ("batch", "inputs", "outputs", "height", "width", "kh", "kw")}
+        | {"taps": [()], "activation": ["relu", "none"]},
     ),
-    "masked_conv2d_activation_grad none": (
-        activation_gradient,
-        {"activation": "none"},
-        {name: [0] for name in ("batch", "outputs", "height", "width")},
-    ),
-    "masked_conv2d_weight_grad": (
-        weight_gradient,
-        {},
-        {name: [0] for name in ("batch", "inputs", "outputs", "height", "width", "kh", "kw")} | {"taps": [()]},
-    ),
-    "masked_conv2d_weight_grad in pairs": (
-        weight_gradient,
-        {"pairs": True},
-        {name: [0] for name in ("batch", "inputs", "outputs", "height", "width")} | {"taps": [()]},
+    "masked_conv2d_backward in pairs": (
+        convolution_gradients,
+        {"inputs": 32, "outputs": 32, "height": 16, "width": 16, "activation": "none"},
+        {name: [0] for name in ("batch", "height", "width")} | {"taps": [()]},
     ),
     "PixelSteps": (
         steps,
@@ -255,14 +247,14 @@ ERRORS = {
     ("patch", 0): "patch_size must be at least 1",
     ("stride", 0): "stride must be at least 1",
     ("side", 0): "must hold a patch",
-    ("channels", 0): "channels|weight must be|\\[B, 1, H, W\\]|scale and shift|gray needs",
+    ("channels", 0): "channels|weight must|\\[B, 1, H, W\\]|scale and shift|gray needs",
     ("components", 0): "params must be",
     ("keys", 0): "targets|must be in 0..-1",
     ("rows", 4): "",
-    ("outputs", 0): "weight must be|there must be outputs",
-    ("inputs", 0): "weight must be",
-    ("kh", 0): "weight must be|taps must be in",
-    ("kw", 0): "weight must be|taps must be in",
+    ("outputs", 0): "weight must|there must be outputs",
+    ("inputs", 0): "weight must",
+    ("kh", 0): "weight must|taps must be in",
+    ("kw", 0): "weight must|taps must be in",
     ("height", 0): "position must lie|rows and columns",
     ("width", 0): "position must lie|rows and columns",
     ("taps", ()): "weight must",
@@ -283,8 +275,6 @@ def module(request):
 @pytest.mark.parametrize("name", CALLS)
 def test_nothing_in_a_dimension(module, name):
     call, always, edges = CALLS[name]
-    if always.get("pairs") and hasattr(module, "emulate_cuda"):
-        pytest.skip("pairs of pixels are computed on the CPU")
     variants = [{}, *({size: value} for size, values in edges.items() for value in values)]
     # Two edges at once, such as no images of no rows.
     variants += [a | b for a in variants[1:] for b in variants[1:] if next(iter(a)) < next(iter(b))]
@@ -312,10 +302,10 @@ def test_an_empty_batch_has_a_gradient_of_zeros_in_the_weight(module):
     """In weights of any layout, and where nothing is left of the images."""
     for shape in ((0, 3, 2, 2), (2, 3, 0, 2), (2, 3, 2, 0)):
         gradient = filled(torch.empty(3, 3, 3, 4)).permute(3, 0, 1, 2)
-        problem = channels_last(*shape), channels_last(shape[0], 4, *shape[2:]), torch.ones(3, 3, dtype=torch.bool)
-        size = module.masked_conv2d_weight_grad_workspace(*problem, gradient, [0, 4], 1, False)
-        workspace = aligned(size) if size else None
-        module.masked_conv2d_weight_grad(*problem, gradient, workspace, [0, 4], 1, False, False)
+        grad, mask = channels_last(shape[0], 4, *shape[2:]), torch.ones(3, 3, dtype=torch.bool)
+        tensors = torch.ones(4, 3, 3, 3), mask, grad, channels_last(*shape), None, None, None, gradient, None
+        problem = *tensors, [0, 4], 1, "none", False
+        module.masked_conv2d_backward(*problem, aligned(module.masked_conv2d_backward_workspace(*problem)))
         assert not gradient.any()
 
 
@@ -445,10 +435,8 @@ def in_place(output: Tensor, condition: Tensor) -> None:
     """A convolution that only adds its condition."""
     batch, channels, height, width = output.shape
     weight = torch.ones(channels, 1, 1, 1)
-    packed = aligned(native.masked_conv2d_packed_bytes(weight, [], False, False, False))
-    input = channels_last(batch, 1, height, width)
-    options = channels, [], 1, 1, 1, False, "none", False, False
-    native.masked_conv2d(input, packed, None, condition, None, output, None, *options)
+    mask, input = torch.zeros(1, 1, dtype=torch.bool), channels_last(batch, 1, height, width)
+    native.masked_conv2d(weight, mask, input, None, condition, output, None, [], 1, "none", False, aligned(0))
 
 
 @pytest.mark.parametrize(
@@ -580,7 +568,7 @@ def test_numbers_that_no_image_has_are_refused(name, value):
     numbers = {"kh": 3, "kw": 3, "dilation": 1} | {name: value}
     output = channels_last(1, 4, 3, 3)
     with pytest.raises(ValueError, match=r"dilation must be in|the kernel's sides must be in"):
-        native.masked_conv2d(
-            *(channels_last(1, 4, 3, 3), bytes_of(0), None, None, None, output, None, 4, [0]),
-            *(numbers["kh"], numbers["kw"], numbers["dilation"], False, "none", False, False),
+        native.masked_conv2d_packed(
+            *(channels_last(1, 4, 3, 3), bytes_of(0), None, None, None, output, 4, [0]),
+            *(numbers["kh"], numbers["kw"], numbers["dilation"], "none", False),
         )

@@ -14,18 +14,47 @@ from torch import Tensor
 
 from cpc_ext.ops._library import differentiable_once, without_autocast
 
-__all__ = ["EXCHANGES", "RingOutput", "gather_from_ranks", "position_in_world", "ring_info_nce"]
+__all__ = ["EXCHANGES", "Exchange", "RingOutput", "exchange_with", "gather_from_ranks", "ring_info_nce", "row_blocks"]
 
 EXCHANGES = ("none", "gather", "ring")
 # Logits of the ring that are in memory at a time.
 _BLOCK_LOGITS = 1 << 24
 
 
-def position_in_world() -> tuple[int, int]:
+def _position_in_world() -> tuple[int, int]:
     """(rank, number of ranks) of the default process group; (0, 1) where there is none."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
+
+
+class Exchange(NamedTuple):
+    """Whose keys a loss contrasts its queries with: see :func:`exchange_with`.
+
+    Attributes:
+        first: how many ranks' keys come before the rank's own in what :meth:`gathered` gives.
+        world: how many ranks' keys are contrasted.
+        ring: whether they pass by instead of being gathered.
+    """
+
+    first: int
+    world: int
+    ring: bool
+
+    def gathered(self, keys: Tensor, dim: int = 0) -> Tensor:
+        """Keys of all ranks that are contrasted, in the order of the ranks; where they pass by, the own ones."""
+        return keys if self.ring or self.world == 1 else gather_from_ranks(keys, dim)
+
+    def own_of(self, size: int) -> slice:
+        """Where the rank's own are in what :meth:`gathered` gives, if each has so many."""
+        return slice(self.first * size, (self.first + 1) * size)
+
+
+def exchange_with(name: str) -> Exchange:
+    """The exchange of this name in ``EXCHANGES``: with no rank, all by gathering, or all in a ring."""
+    rank, world = (0, 1) if name == "none" else _position_in_world()
+    ring = name == "ring" and world > 1
+    return Exchange(0 if ring else rank, world, ring)
 
 
 @torch.compiler.disable
@@ -36,7 +65,7 @@ def gather_from_ranks(values: Tensor, dim: int = 0) -> Tensor:
     mean over a rank's own queries, gradients averaged over the ranks are those of the mean over all queries. The same
     holds of further derivatives, each of which takes all ranks.
     """
-    return values if position_in_world()[1] == 1 else _Gather.apply(values, dim)
+    return values if _position_in_world()[1] == 1 else _Gather.apply(values, dim)
 
 
 class _Gather(torch.autograd.Function):
@@ -119,11 +148,11 @@ class _RingLogSumExp(torch.autograd.Function):
         passing = own
         log_sum = torch.full_like(positive, -torch.inf)
         rank = torch.zeros_like(targets)
-        world = position_in_world()[1]
+        world = _position_in_world()[1]
         for turn in range(world):
             # The next keys travel while these are used.
             arriving, transfers = _pass_on(passing) if turn < world - 1 else (passing, [])
-            for rows in _blocks(queries, keys):
+            for rows in row_blocks(queries, keys, _BLOCK_LOGITS):
                 logits = queries[..., rows, :] @ passing.mT * scale
                 reached = logits >= positive[..., rows, None]
                 if turn == 0:
@@ -147,10 +176,10 @@ class _RingLogSumExp(torch.autograd.Function):
         query_gradient = torch.zeros_like(queries)
         # The gradient travels one turn further than its keys: with the last of them it comes home.
         passing_gradient = torch.zeros_like(passing)
-        world = position_in_world()[1]
+        world = _position_in_world()[1]
         for turn in range(world):
             arriving, transfers = _pass_on(passing) if turn < world - 1 else (passing, [])
-            for rows in _blocks(queries, passing):
+            for rows in row_blocks(queries, passing, _BLOCK_LOGITS):
                 share = (queries[..., rows, :] @ passing.mT * ctx.scale - log_sum[..., rows, None]).exp()
                 if turn == 0 and exclude is not None:
                     share.scatter_(-1, exclude[..., rows, None], 0)
@@ -170,16 +199,16 @@ def _take(keys: Tensor, indices: Tensor) -> Tensor:
     return keys.gather(-2, indices.unsqueeze(-1).expand(*indices.shape, keys.shape[-1]))
 
 
-def _blocks(queries: Tensor, keys: Tensor) -> list[slice]:
-    """Rows of queries whose logits against the keys are few enough."""
+def row_blocks(queries: Tensor, keys: Tensor, most: int) -> list[slice]:
+    """Rows of queries [*, M, D] that have at most so many logits against the keys [*, N, D], or are one row."""
     count = queries.shape[-2]
-    size = max(1, _BLOCK_LOGITS // max(1, keys.shape[:-1].numel()))
+    size = max(1, most // max(1, keys.shape[:-1].numel()))
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _pass_on(values: Tensor) -> tuple[Tensor, list[dist.Work]]:
     """Send values to the next rank while the previous one's arrive: where they will be, and what to wait for."""
-    rank, world = position_in_world()
+    rank, world = _position_in_world()
     arriving = torch.empty_like(values)
     transfers = dist.batch_isend_irecv(
         [

@@ -14,10 +14,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cpc_ext.nn.across_ranks import EXCHANGES, gather_from_ranks, position_in_world, ring_info_nce
+from cpc_ext.nn.across_ranks import EXCHANGES, exchange_with, ring_info_nce
 from cpc_ext.ops.info_nce import info_nce
 
-__all__ = ["GridInfoNCE", "GridInfoNCEOutput", "turned_grids"]
+__all__ = [
+    "GridInfoNCE",
+    "GridInfoNCEOutput",
+    "check_at_least",
+    "check_grids",
+    "step_means",
+    "step_targets",
+    "turned_grids",
+]
 
 # Its square is what logits of keys that are not contrasted are lowered by; float16 holds the number itself.
 _LOW = 2.0**15
@@ -96,16 +104,16 @@ class GridInfoNCE(nn.Module):
         gather_negatives: str = "none",
     ) -> None:
         super().__init__()
-        _check_at_least("encoding_channels", encoding_channels, 1)
+        check_at_least("encoding_channels", encoding_channels, 1)
         context_channels = encoding_channels if context_channels is None else context_channels
-        _check_at_least("context_channels", context_channels, 1)
-        _check_at_least("pred_steps", pred_steps, 1)
-        _check_at_least("pred_directions", pred_directions, 1)
-        _check_at_least("skip", skip, 0)
+        check_at_least("context_channels", context_channels, 1)
+        check_at_least("pred_steps", pred_steps, 1)
+        check_at_least("pred_directions", pred_directions, 1)
+        check_at_least("skip", skip, 0)
         if neg_samples != "all":
             if isinstance(neg_samples, str):
                 raise ValueError(f'neg_samples must be an int or "all", got {neg_samples!r}')
-            _check_at_least("neg_samples", neg_samples, 1)
+            check_at_least("neg_samples", neg_samples, 1)
         if gather_negatives not in EXCHANGES:
             raise ValueError(f"gather_negatives must be one of {', '.join(EXCHANGES)}, got {gather_negatives!r}")
         if gather_negatives == "ring" and neg_samples != "all":
@@ -145,13 +153,13 @@ class GridInfoNCE(nn.Module):
                 wrong number or shape, or given although ``neg_samples="all"``.
             IndexError: on the CPU, a negative that names no target.
         """
-        self._check_grids(encodings, contexts)
-        rank, world = position_in_world() if self.gather_negatives != "none" else (0, 1)
-        ring = world > 1 and self.gather_negatives == "ring"
+        directions, steps, context_channels, encoding_channels = self.weight.shape
+        check_grids(encodings, contexts, directions, (encoding_channels, context_channels), steps, self.skip)
+        exchange = exchange_with(self.gather_negatives)
         own_images, (rows, cols) = encodings.shape[1], encodings.shape[-2:]
-        candidates = gather_from_ranks(encodings, dim=1) if world > 1 and not ring else encodings
+        candidates = exchange.gathered(encodings, dim=1)
         images = candidates.shape[1]
-        first_image = 0 if images == own_images else rank * own_images
+        own = exchange.own_of(own_images)
         # Places of the grid below a step's first target row, counted along its rows.
         places = [(rows - step - self.skip) * cols for step in range(1, self.pred_steps + 1)]
         # In (row, column, image) order a step's contexts are the first, its targets the last: slices, no copies.
@@ -160,16 +168,12 @@ class GridInfoNCE(nn.Module):
         sizes = [count * own_images for count in places]
         firsts = [(rows * cols - count) * images for count in places]
         queries = [contexts[:, :size] @ self.weight[:, step] for step, size in enumerate(sizes)]
-        targets = torch.cat(
-            [_targets(first, count, images, keys.device) for count, first in zip(places, firsts, strict=True)]
-        )
-        own = slice(first_image, first_image + own_images)
-        targets = targets[:, own].flatten().expand(keys.shape[0], -1)
+        targets = step_targets(places, rows * cols, images, own, keys.device).expand(len(keys), -1)
         if self.neg_samples == "all":
             if negatives is not None:
                 raise ValueError('negatives replays sampled negatives, but neg_samples is "all"')
-            losses, rights = _contrast_all(queries, keys, targets, firsts, ring=ring)
-            contrasted = [count * images * (world if ring else 1) for count in places]
+            losses, rights = _contrast_all(queries, keys, targets, firsts, ring=exchange.ring)
+            contrasted = [size * exchange.world for size in sizes]
         else:
             whole = [count * images for count in places]
             if negatives is None:
@@ -185,9 +189,7 @@ class GridInfoNCE(nn.Module):
                 torch.cat(queries, dim=1), keys, targets, negatives=torch.cat(negatives, dim=1), reduction="none"
             )
             contrasted = [self.neg_samples + 1] * self.pred_steps
-        step_losses, step_rights = (
-            torch.stack([_mean(rows) for rows in values.split(sizes, dim=1)], dim=1) for values in (losses, rights)
-        )
+        step_losses, step_rights = (step_means(values, sizes) for values in (losses, rights))
         loss = step_losses.mean()
         most = sum(math.log(max(count, 1)) for count in contrasted) / len(contrasted)
         return GridInfoNCEOutput(loss, step_rights.mean(), most - loss.detach(), step_losses.detach(), step_rights)
@@ -200,8 +202,8 @@ class GridInfoNCE(nn.Module):
         """
         if self.neg_samples == "all":
             return None
-        world = position_in_world()[1] if self.gather_negatives == "gather" else 1
-        images, (rows, cols) = encodings.shape[-4] * world, encodings.shape[-2:]
+        images, (rows, cols) = encodings.shape[-4], encodings.shape[-2:]
+        images *= exchange_with(self.gather_negatives).world
         sizes = [max(rows - step - self.skip, 0) * cols * images for step in range(1, self.pred_steps + 1)]
         drawn = self._draw(sizes, encodings.device, generator)
         return [draw[direction] for direction in range(self.pred_directions) for draw in drawn]
@@ -243,33 +245,41 @@ class GridInfoNCE(nn.Module):
                 raise IndexError(f"negatives[{index}] must be in 0..{expected[0] - 1}, got {int(draw.min())}")
         return [torch.stack([negatives[d * steps + step] for d in range(directions)]) for step in range(steps)]
 
-    def _check_grids(self, encodings: Tensor, contexts: Tensor) -> None:
-        directions, _, context_channels, encoding_channels = self.weight.shape
-        for name, grid, channels in (
-            ("encodings", encodings, encoding_channels),
-            ("contexts", contexts, context_channels),
-        ):
-            if grid.ndim != 5 or grid.shape[0] != directions or grid.shape[2] != channels:
-                raise ValueError(
-                    f"{name} must be [{directions} directions, B, {channels} channels, rows, cols], "
-                    f"got shape {tuple(grid.shape)}"
-                )
-        if encodings.shape[1] != contexts.shape[1] or encodings.shape[3:] != contexts.shape[3:]:
+
+def check_grids(
+    encodings: Tensor,
+    contexts: Tensor,
+    directions: int,
+    channels: Sequence[int],
+    pred_steps: int | None,
+    skip: int,
+) -> None:
+    """Raise a ValueError unless these are grids with so many channels that leave rows for the steps; None: for one."""
+    for name, grid, count in zip(("encodings", "contexts"), (encodings, contexts), channels, strict=True):
+        if grid.ndim != 5 or grid.shape[0] != directions or grid.shape[2] != count:
             raise ValueError(
-                f"contexts must have the batch and grid of encodings {tuple(encodings.shape)}, "
-                f"got {tuple(contexts.shape)}"
+                f"{name} must be [{directions} directions, B, {count} channels, rows, cols], "
+                f"got shape {tuple(grid.shape)}"
             )
-        rows = encodings.shape[3]
-        if rows <= self.pred_steps + self.skip:
-            raise ValueError(
-                f"a grid of {rows} rows is too small to predict pred_steps={self.pred_steps} steps with "
-                f"skip={self.skip}: it needs more than {self.pred_steps + self.skip} rows"
-            )
+    if encodings.shape[1] != contexts.shape[1] or encodings.shape[3:] != contexts.shape[3:]:
+        raise ValueError(
+            f"contexts must have the batch and grid of encodings {tuple(encodings.shape)}, got {tuple(contexts.shape)}"
+        )
+    rows, steps = encodings.shape[3], 1 if pred_steps is None else pred_steps
+    if rows <= steps + skip:
+        raise ValueError(
+            f"a grid of {rows} rows is too small to predict pred_steps={pred_steps} steps with skip={skip}: it needs "
+            f"more than {steps + skip} rows"
+        )
 
 
-def _targets(first: int, places: int, images: int, device: torch.device) -> Tensor:
-    """Keys that are a step's targets, [places, images]."""
-    return torch.arange(first, first + places * images, device=device).view(places, images)
+def step_targets(places: list[int], cells: int, images: int, own: slice, device: torch.device) -> Tensor:
+    """Indices [M] of the own images' targets, step by step, among the keys of all images in (cell, image) order.
+
+    The targets of a step are in the last of a grid's cells, as many as ``places`` says.
+    """
+    index = torch.arange(cells * images, device=device).view(cells, images)[:, own]
+    return torch.cat([index[-count:].flatten() for count in places])
 
 
 def _contrast_all(
@@ -304,12 +314,12 @@ def _contrast_all(
     return info_nce(joined, keys, targets, reduction="none")
 
 
-def _mean(values: Tensor) -> Tensor:
-    """Mean over positions [directions, M] → [directions]; 0 of an empty batch."""
-    return values.sum(1) / max(values.shape[1], 1)
+def step_means(values: Tensor, sizes: list[int]) -> Tensor:
+    """Means over the positions [directions, M] of each step → [directions, steps]; 0 of an empty batch."""
+    return torch.stack([part.sum(1) / max(part.shape[1], 1) for part in values.split(sizes, 1)], 1)
 
 
-def _check_at_least(name: str, value: int, least: int) -> None:
+def check_at_least(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < least:

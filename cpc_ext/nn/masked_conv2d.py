@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cpc_ext.nn.fixed_mask import FixedMask
 from cpc_ext.ops.masked_conv2d import masked_conv2d
 
-__all__ = ["MaskedConv2d", "causal_mask"]
+__all__ = ["MaskedConv2d"]
 
 _MASKS = ("A", "B", "vertical", "horizontal")
 
@@ -95,7 +95,7 @@ class MaskedConv2d(FixedMask):
             return self._given_mask
         out_channels, in_channels, *kernel_size = self.weight.shape
         halves = 2 if self.activation == "gated" and self.color_groups > 1 else 1
-        mask = causal_mask(self.mask_name, tuple(kernel_size), out_channels // halves, in_channels, self.color_groups)
+        mask = _causal_mask(self.mask_name, tuple(kernel_size), out_channels // halves, in_channels, self.color_groups)
         return torch.cat([mask] * halves)
 
     def forward(self, input: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -118,8 +118,8 @@ class MaskedConv2d(FixedMask):
         return f"{in_channels}, {out_channels}, kernel_size={tuple(kernel_size)}, mask={self.mask_name}"
 
 
-def causal_mask(
-    name: str, kernel_size: tuple[int, int], out_channels: int = 1, in_channels: int = 1, color_groups: int = 1
+def _causal_mask(
+    name: str, kernel_size: tuple[int, int], out_channels: int, in_channels: int, color_groups: int
 ) -> Tensor:
     """The mask that :class:`MaskedConv2d` tables under ``name``: bool [kh, kw], or [O, C, kh, kw] with colour groups.
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cpc_ext.nn.across_ranks import EXCHANGES, gather_from_ranks, position_in_world, ring_info_nce
+from cpc_ext.nn.across_ranks import EXCHANGES, exchange_with, ring_info_nce, row_blocks
 from cpc_ext.nn.unit_length import unit_length
 from cpc_ext.ops._library import without_autocast
 from cpc_ext.ops.info_nce import info_nce
@@ -90,25 +90,26 @@ class NTXentLoss(nn.Module):
 
     def _contrast(self, views: Tensor) -> NTXentOutput:
         """views: [2 N, D], the second views after the first."""
-        rank, world = position_in_world() if self.gather_negatives != "none" else (0, 1)
+        exchange = exchange_with(self.gather_negatives)
         images, dtype = len(views) // 2, views.dtype
         queries = unit_length(views)
         own = torch.arange(2 * images, device=queries.device)
         targets = (own + images) % (2 * images)
         scale = 1 / self.temperature
-        if world > 1 and self.gather_negatives == "ring":
+        if exchange.ring:
             losses, positions = ring_info_nce(queries, queries, targets, scale=scale, exclude=own)
             loss, accuracy = losses.mean(), None
         else:
-            keys = gather_from_ranks(queries) if world > 1 else queries
-            own, targets = own + rank * 2 * images, targets + rank * 2 * images
+            keys = exchange.gathered(queries)
+            first = exchange.own_of(2 * images).start
+            own, targets = own + first, targets + first
             loss, accuracy = info_nce(queries, keys, targets, scale=scale, exclude=own)
             positions = _positions(queries.detach(), keys.detach(), targets, own) if self.statistics else None
         top5_accuracy = mean_position = None
         if positions is not None:
             accuracy, top5_accuracy = ((positions < count).to(dtype).mean() for count in (1, 5))
             mean_position = positions.to(dtype).mean() + 1
-        mutual_information = math.log(2 * images * world - 1) - loss.detach()
+        mutual_information = math.log(2 * images * exchange.world - 1) - loss.detach()
         return NTXentOutput(loss, accuracy, top5_accuracy, mean_position, mutual_information)
 
     def extra_repr(self) -> str:
@@ -121,7 +122,7 @@ def _positions(queries: Tensor, keys: Tensor, targets: Tensor, exclude: Tensor) 
     Similarities are formed for a block of queries at a time, so memory stays far below M times N.
     """
     counts = []
-    for rows in torch.arange(len(queries), device=queries.device).split(max(1, _BLOCK_SIMILARITIES // len(keys))):
+    for rows in row_blocks(queries, keys, _BLOCK_SIMILARITIES):
         similarities = queries[rows] @ keys.mT
         positive = similarities.gather(1, targets[rows, None])
         # The positive reaches itself; the excluded key, which is the query, would as well.

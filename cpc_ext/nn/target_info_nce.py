@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from cpc_ext.nn.across_ranks import EXCHANGES, gather_from_ranks, position_in_world, ring_info_nce
-from cpc_ext.nn.grid_info_nce import GridInfoNCEOutput
+from cpc_ext.nn.across_ranks import EXCHANGES, exchange_with, ring_info_nce
+from cpc_ext.nn.grid_info_nce import GridInfoNCEOutput, check_at_least, check_grids, step_means, step_targets
 from cpc_ext.ops.info_nce import info_nce
 
 __all__ = ["TargetInfoNCE"]
@@ -70,8 +70,7 @@ class TargetInfoNCE(nn.Module):
             ("skip", skip, 0),
             ("target_channels", target_channels, 1),
         ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            check_at_least(name, value, least)
         for name, value, allowed in (
             ("reduction", reduction, _REDUCTIONS),
             ("gather_negatives", gather_negatives, EXCHANGES),
@@ -109,22 +108,22 @@ class TargetInfoNCE(nn.Module):
         Raises:
             ValueError: grids of the wrong shape, or with too few rows for ``pred_steps + skip``.
         """
-        self._check_grids(encodings, contexts)
-        rank, world = position_in_world() if self.gather_negatives != "none" else (0, 1)
-        ring = world > 1 and self.gather_negatives == "ring"
+        channels = [
+            projection.in_channels // self.pred_directions
+            for projection in (self.target_projection, self.prediction_projection)
+        ]
+        check_grids(encodings, contexts, self.pred_directions, channels, self.pred_steps, self.skip)
+        exchange = exchange_with(self.gather_negatives)
         own_images, (rows, cols) = encodings.shape[1], encodings.shape[3:]
-        keys = _project(self.target_projection, encodings)
-        keys = gather_from_ranks(keys, dim=1) if world > 1 and not ring else keys
+        keys = exchange.gathered(_project(self.target_projection, encodings), dim=1)
         images = keys.shape[1]
-        first_image = 0 if images == own_images else rank * own_images
         predictions = _project(self.prediction_projection, contexts).unflatten(2, (self.pred_steps or 1, -1))
         # In (row, column, image) order a step's contexts are the first and its targets the last: slices, no copies.
         keys = keys.permute(0, 3, 4, 1, 2).flatten(1, 3)
         predictions = predictions.permute(2, 0, 4, 5, 1, 3).flatten(2, 4)
         places = [(rows - first) * cols for first in range(1 + self.skip, 1 + self.skip + self._steps(rows))]
-        index = torch.arange(rows * cols * images, device=keys.device).view(rows * cols, images)
-        index = index[:, first_image : first_image + own_images]
-        targets = torch.cat([index[-count:].flatten() for count in places]).expand(len(keys), -1)
+        own = exchange.own_of(own_images)
+        targets = step_targets(places, rows * cols, images, own, keys.device).expand(len(keys), -1)
         queries = torch.cat(
             [
                 predictions[step if len(predictions) > 1 else 0, :, : count * own_images]
@@ -132,18 +131,15 @@ class TargetInfoNCE(nn.Module):
             ],
             dim=1,
         )
-        if ring:
+        if exchange.ring:
             losses, positions = ring_info_nce(queries, keys, targets, scale=self.scale)
             rights = (positions == 0).to(losses.dtype)
         else:
             losses, rights = info_nce(queries, keys, targets, scale=self.scale, reduction="none")
         step_losses, step_rights = (
-            torch.stack(
-                [part.sum(1) / max(part.shape[1], 1) for part in values.split([n * own_images for n in places], 1)], 1
-            )
-            for values in (losses, rights)
+            step_means(values, [count * own_images for count in places]) for values in (losses, rights)
         )
-        weights = torch.ones(len(places), dtype=step_losses.dtype, device=keys.device)
+        weights = torch.ones_like(step_losses[0])
         if self.reduction == "lightning-bolts":
             weights = weights.cumsum(0)
         # Not as a product with the weights, which autocast would round.
@@ -151,7 +147,7 @@ class TargetInfoNCE(nn.Module):
         return GridInfoNCEOutput(
             mean if self.reduction == "mean" else mean * weights.sum(),
             accuracy,
-            math.log(max(keys.shape[1] * (world if ring else 1), 1)) - mean.detach(),
+            math.log(max(rows * cols * own_images * exchange.world, 1)) - mean.detach(),
             step_losses.detach(),
             step_rights,
         )
@@ -165,30 +161,6 @@ class TargetInfoNCE(nn.Module):
     def _steps(self, rows: int) -> int:
         """How many steps are predicted in a grid of so many rows."""
         return rows - 1 - self.skip if self.pred_steps is None else self.pred_steps
-
-    def _check_grids(self, encodings: Tensor, contexts: Tensor) -> None:
-        directions = self.pred_directions
-        for name, grid, projection in (
-            ("encodings", encodings, self.target_projection),
-            ("contexts", contexts, self.prediction_projection),
-        ):
-            channels = projection.in_channels // directions
-            if grid.ndim != 5 or grid.shape[0] != directions or grid.shape[2] != channels:
-                raise ValueError(
-                    f"{name} must be [{directions} directions, B, {channels} channels, rows, cols], "
-                    f"got shape {tuple(grid.shape)}"
-                )
-        if encodings.shape[1] != contexts.shape[1] or encodings.shape[3:] != contexts.shape[3:]:
-            raise ValueError(
-                f"contexts must have the batch and grid of encodings {tuple(encodings.shape)}, "
-                f"got {tuple(contexts.shape)}"
-            )
-        rows, needed = encodings.shape[3], (self.pred_steps or 1) + self.skip
-        if rows <= needed:
-            raise ValueError(
-                f"a grid of {rows} rows is too small to predict {self.pred_steps or 1} steps with skip={self.skip}: it "
-                f"needs more than {needed} rows"
-            )
 
 
 def _project(projection: nn.Conv2d, grids: Tensor) -> Tensor:

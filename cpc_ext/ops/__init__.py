@@ -6,15 +6,23 @@ from cpc_ext.ops.extract_patches import extract_patches
 from cpc_ext.ops.info_nce import InfoNCEOutput, info_nce
 from cpc_ext.ops.logistic_mixture import logistic_mixture_nll, sample_logistic_mixture
 from cpc_ext.ops.masked_conv2d import masked_conv2d
+from cpc_ext.ops.pixel_steps import PixelMap, PixelMaps, PixelPlace, PixelSource, PixelStep, PixelSteps, pixel_steps
 
 __all__ = [
     "AugmentationPlan",
     "InfoNCEOutput",
+    "PixelMap",
+    "PixelMaps",
+    "PixelPlace",
+    "PixelSource",
+    "PixelStep",
+    "PixelSteps",
     "Transform",
     "augment_patches",
     "extract_patches",
     "info_nce",
     "logistic_mixture_nll",
     "masked_conv2d",
+    "pixel_steps",
     "sample_logistic_mixture",
 ]

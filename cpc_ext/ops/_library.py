@@ -24,6 +24,7 @@ __all__ = [
     "register",
     "tf32_allowed",
     "without_autocast",
+    "workspace_of",
 ]
 
 _library = torch.library.Library("cpc_ext", "DEF")
@@ -129,6 +130,11 @@ def tf32_allowed(tensor: Tensor, work: str) -> bool:
     them (``torch.backends.fp32_precision``). The CPU's kernels never round, emulated ones of CUDA do.
     """
     return (tensor.is_cuda or hasattr(native, "emulate_cuda")) and _FP32_PRECISIONS[work].fp32_precision == "tf32"
+
+
+def workspace_of(tensor: Tensor, size: int) -> Tensor | None:
+    """Memory of ``size`` bytes on a tensor's device, as a kernel asks for it; None for none."""
+    return tensor.new_empty(size, dtype=torch.uint8) if size else None
 
 
 def refuse_forward_mode(*inputs: Tensor | None) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cpc_ext._native import native
-from cpc_ext.ops._library import register
+from cpc_ext.ops._library import register, workspace_of
 from cpc_ext.ops._patch_transforms import NODES, Patches, Transform, transform_patches
 from cpc_ext.ops.extract_patches import (
     _affine,
@@ -260,8 +260,7 @@ def _kernel(
         images, patch_size, stride, height, width, offsets, flip, gray, mean, std, patch_norm, dtype, channels_last
     )
     scale, shift = _affine(images.dtype, patches.shape[3], mean, std)
-    workspace = images.new_empty(native.augment_patches_workspace(images, patches, patch_size))
-    native.augment_patches(
+    problem = (
         images,
         patches,
         patch_size,
@@ -280,8 +279,8 @@ def _kernel(
         None if partners is None else partners.contiguous(),
         None if displacements is None else displacements.contiguous(),
         fill,
-        workspace,
     )
+    native.augment_patches(*problem, workspace_of(images, native.augment_patches_workspace(*problem)))
     return patches
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cpc_ext._native import native
-from cpc_ext.ops._library import refuse_forward_mode, register
+from cpc_ext.ops._library import refuse_forward_mode, register, workspace_of
 
 __all__ = ["extract_patches", "extract_patches_reference"]
 
@@ -354,16 +354,11 @@ def _backward_kernel(
 ) -> Tensor:
     grad = grad.permute(0, 1, 2, 4, 5, 3).contiguous().permute(0, 1, 2, 5, 3, 4) if channels_last else grad.contiguous()
     scale, shift = _affine(images_dtype, grad.shape[3], mean, std)
-    norm_slopes = None
-    if patch_norm:  # Workspace of the CUDA kernel, a trifle beside the gradient.
-        compute = torch.float64 if torch.float64 in (images_dtype, grad.dtype) else torch.float32
-        norm_slopes = grad.new_empty((*grad.shape[:3], 3), dtype=compute)
     images_grad = grad.new_empty(size, dtype=images_dtype)
-    native.extract_patches_backward(
-        grad,
+    problem = (
         images_grad,
+        grad,
         images,
-        norm_slopes,
         patch_size,
         stride,
         height,
@@ -376,6 +371,8 @@ def _backward_kernel(
         scale,
         shift,
     )
+    workspace = workspace_of(grad, native.extract_patches_backward_workspace(*problem))
+    native.extract_patches_backward(*problem, workspace)
     return images_grad
 
 

@@ -17,7 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpc_ext._native import native
-from cpc_ext.ops._library import autocast_dtype, differentiable_once, refuse_forward_mode, register, tf32_allowed
+from cpc_ext.ops._library import (
+    autocast_dtype,
+    differentiable_once,
+    refuse_forward_mode,
+    register,
+    tf32_allowed,
+    workspace_of,
+)
 
 __all__ = ["InfoNCEOutput", "info_nce", "info_nce_reference"]
 
@@ -369,7 +376,7 @@ def _run(
     results = losses, right, *(gradient if need else None for gradient, need in zip(gradients, needs[:2], strict=True))
     tf32 = tf32_allowed(queries, "product")
     arguments = queries, keys, targets, negatives, exclude, row_weights, *results, scale, factor, tf32
-    workspace = queries.new_empty(native.info_nce_workspace(*arguments), dtype=torch.uint8)
+    workspace = workspace_of(queries, native.info_nce_workspace(*arguments))
     order = segments = None
     if negatives is not None and needs[1] and not native.info_nce_sorts(queries):
         order, segments = _by_key(keys, targets, negatives)

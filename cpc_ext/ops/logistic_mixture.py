@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpc_ext._native import native
-from cpc_ext.ops._library import differentiable_once, refuse_forward_mode, register
+from cpc_ext.ops._library import differentiable_once, refuse_forward_mode, register, workspace_of
 
 __all__ = [
     "logistic_mixture_nll",
@@ -269,10 +269,8 @@ def _kernel(images, params, keep) -> tuple[Tensor, Tensor]:
     if params.dtype == torch.float64:
         return _nll_reference(images, params, keep)
     nll, normalisers = _empty_nll(images, params, keep)
-    # Partial sums of the CUDA kernel.
-    tiles = math.ceil(params.shape[2] * params.shape[3] / native.logistic_mixture_tile_pixels)
-    parts = nll.new_empty((len(nll), tiles))
-    native.logistic_mixture_nll(images, params, nll, normalisers if keep else None, parts)
+    problem = images, params, nll, normalisers if keep else None
+    native.logistic_mixture_nll(*problem, workspace_of(nll, native.logistic_mixture_nll_workspace(*problem)))
     return nll, normalisers
 
 
@@ -297,7 +295,7 @@ def _backward_kernel(grad, images, params, normalisers) -> Tensor:
     if params.dtype == torch.float64:
         return _backward_reference(grad, images, params, normalisers)
     gradient = _empty_gradient(grad, images, params, normalisers)
-    native.logistic_mixture_nll_backward(grad.contiguous(), images, params, normalisers, gradient)
+    native.logistic_mixture_nll_backward(images, params, normalisers, grad.contiguous(), gradient)
     return gradient
 
 

@@ -8,23 +8,26 @@ Bias, an added condition, and a ReLU or tanh-sigmoid gate are applied before a r
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cpc_ext._native import KERNEL_DEVICES, native
-from cpc_ext.ops._library import autocast_dtype, refuse_forward_mode, register, tf32_allowed, without_autocast
+from cpc_ext.ops._library import (
+    autocast_dtype,
+    refuse_forward_mode,
+    register,
+    tf32_allowed,
+    without_autocast,
+    workspace_of,
+)
 
 __all__ = ["PixelConvolution", "gated_activation", "masked_conv2d", "masked_conv2d_reference"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ACTIVATIONS = (None, "relu", "gated")
-# Rows of the workspace that the CUDA kernel sums a bias's gradient in: kBiasParts of csrc/masked_conv/masked_conv.h.
-_BIAS_PARTS = 128
 
 
 def masked_conv2d(
@@ -213,7 +216,7 @@ class _Visible(NamedTuple):
     """A mask as the kernels take it."""
 
     mask: Tensor  # bool, of the mask's shape
-    taps: list[int]  # Indices i * kw + j of the taps that some channel sees, in order.
+    taps: list[int] | None  # Indices i * kw + j of the taps that some channel sees, in order; None: the kernel looks.
 
 
 # What was seen of masks on devices where looking stalls the stream, by the mask's id. A value must not hold its mask.
@@ -221,10 +224,9 @@ _looked_at: dict[int, tuple[weakref.ref, int, Tensor | None, list[int]]] = {}
 
 
 def _visible(mask: Tensor) -> _Visible:
-    """Look at a mask; where that would stall a stream only once, unless it has been changed since."""
+    """Look at a mask where that would stall a stream, only once unless it has been changed since."""
     if mask.device.type == "cpu":
-        seen = mask if mask.dtype == torch.bool else mask.ne(0)
-        return _Visible(seen, _taps_on_cpu(seen))
+        return _Visible(mask if mask.dtype == torch.bool else mask.ne(0), None)
     key = id(mask)
     kept = _looked_at.get(key)
     if kept is not None and kept[0]() is mask and not mask.is_inference() and kept[1] == mask._version:
@@ -237,55 +239,6 @@ def _visible(mask: Tensor) -> _Visible:
     mask_lives = weakref.ref(mask, lambda _: _looked_at.pop(key, None))
     _looked_at[key] = mask_lives, mask._version, None if seen is mask else seen, taps
     return _Visible(seen, taps)
-
-
-# Channels whose taps are looked at as one row of words; so many are a whole number of words for any kernel.
-_ROW_CHANNELS = 64
-# Bools that are sooner looked at one by one.
-_FEW = 4096
-
-
-def _taps_on_cpu(seen: Tensor) -> list[int]:
-    """The taps that some channel sees, of a bool mask on the CPU."""
-    if seen.ndim == 2:
-        return [tap for tap, sees in enumerate(value for row in seen.tolist() for value in row) if sees]
-    # By NumPy, whose bitwise or of words is thirty times faster than PyTorch's any of bools.
-    taps, bits = seen.shape[-2:].numel(), seen.contiguous().numpy().reshape(-1)
-    if taps == 1:
-        return [0] if bits.any() else []
-    row = _ROW_CHANNELS * taps
-    whole = 0 if len(bits) < _FEW else len(bits) // row * row
-    visible = np.bitwise_or.reduce(bits[whole:].reshape(-1, taps), axis=0)
-    if whole:
-        words = bits[:whole].view(np.uint64).reshape(-1, row // 8)
-        visible |= np.bitwise_or.reduce(words, axis=0).view(np.bool_).reshape(-1, taps).any(0)
-    return visible.nonzero()[0].tolist()
-
-
-def _reaching(taps: list[int], weight: Tensor, size: Sequence[int], dilation: int) -> list[int]:
-    """The taps that read more than padding."""
-    kh, kw = weight.shape[2:]
-    return [
-        tap
-        for tap in taps
-        if abs(tap // kw * dilation - _before(kh, dilation)) < size[0]
-        and abs(tap % kw * dilation - _before(kw, dilation)) < size[1]
-    ]
-
-
-def _before(size: int, dilation: int) -> int:
-    """How far before the output's pixel the first of ``size`` taps looks."""
-    return dilation * (size - 1) // 2
-
-
-def _pack(
-    weight: Tensor, mask: Tensor, taps: list[int], *, transposed: bool, gated: bool, pairs: bool = False
-) -> Tensor:
-    """Weights in the kernel's own order, hidden ones as zeros."""
-    size = native.masked_conv2d_packed_bytes(weight, taps, transposed, gated, pairs)
-    packed = torch.empty(size, dtype=torch.uint8, device=weight.device)
-    native.masked_conv2d_pack(weight, mask, packed, taps, transposed, gated, pairs)
-    return packed
 
 
 def _empty_results(input, weight, bias, mask, condition, dilation, activation, keep) -> tuple[Tensor, Tensor]:
@@ -304,25 +257,20 @@ def _kernel(input, weight, bias, mask, condition, dilation, activation, keep) ->
     if output.numel() == 0:
         return output, preactivation
     visible = _visible(mask)
-    taps = _reaching(visible.taps, weight, input.shape[2:], dilation)
-    pairs = native.masked_conv2d_in_pairs(weight, visible.mask, output, dilation)
-    native.masked_conv2d(
+    problem = (
+        weight,
+        visible.mask,
         _channels_last(input),
-        _pack(weight, visible.mask, taps, transposed=False, gated=activation == "gated", pairs=pairs),
         None if bias is None else bias.contiguous(),
         condition,
-        None,
         output,
         preactivation if keep else None,
-        weight.shape[0],
-        taps,
-        *weight.shape[2:],
+        visible.taps,
         dilation,
-        False,
         activation,
         tf32_allowed(input, "convolution"),
-        pairs,
     )
+    native.masked_conv2d(*problem, workspace_of(output, native.masked_conv2d_workspace(*problem)))
     return output, preactivation
 
 
@@ -390,47 +338,23 @@ def _backward_kernel(
         for result in results:
             result.zero_()
         return results
-    grad = _channels_last(grad)
-    if activation != "none" or needs[2]:
-        workspace = None
-        if needs[2]:  # Partial sums of the CUDA kernel.
-            compute = torch.float64 if grad.dtype == torch.float64 else torch.float32
-            workspace = grad.new_empty((_BIAS_PARTS, weight.shape[0]), dtype=compute)
-        native.masked_conv2d_activation_grad(
-            grad,
-            saved,
-            grad_preactivation if activation != "none" else None,
-            grad_bias if needs[2] else None,
-            workspace,
-            activation,
-        )
-    if activation != "none":
-        grad = grad_preactivation
     visible = _visible(mask)
-    taps = _reaching(visible.taps, weight, grad.shape[2:], dilation)
-    pairs = native.masked_conv2d_in_pairs(weight, visible.mask, grad, dilation)
-    tf32 = tf32_allowed(grad, "convolution")
-    if needs[0]:
-        native.masked_conv2d(
-            grad,
-            _pack(weight, visible.mask, taps, transposed=True, gated=False, pairs=pairs),
-            *[None] * 3,
-            grad_input,
-            None,
-            weight.shape[1],
-            taps,
-            *weight.shape[2:],
-            dilation,
-            True,
-            "none",
-            tf32,
-            pairs,
-        )
-    if needs[1]:
-        problem = _channels_last(input), grad, visible.mask, grad_weight
-        size = native.masked_conv2d_weight_grad_workspace(*problem, taps, dilation, tf32)
-        workspace = grad.new_empty(size, dtype=torch.uint8) if size else None
-        native.masked_conv2d_weight_grad(*problem, workspace, taps, dilation, tf32, pairs)
+    problem = (
+        weight,
+        visible.mask,
+        _channels_last(grad),
+        _channels_last(input) if needs[1] else None,
+        saved,
+        grad_preactivation if activation != "none" else None,
+        grad_input if needs[0] else None,
+        grad_weight if needs[1] else None,
+        grad_bias if needs[2] else None,
+        visible.taps,
+        dilation,
+        activation,
+        tf32_allowed(grad, "convolution"),
+    )
+    native.masked_conv2d_backward(*problem, workspace_of(grad, native.masked_conv2d_backward_workspace(*problem)))
     return results
 
 
@@ -580,7 +504,8 @@ class PixelConvolution:
         _check_arguments(weight.new_empty((0, weight.shape[1], 1, 1)), weight, bias, mask, dilation, activation, None)
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach().contiguous()
         self.mask, self.dilation, self.activation = mask, dilation, activation
-        self._visible = _visible(mask)
+        self._mask, taps = _visible(mask)
+        self._taps = native.masked_conv2d_taps(self._mask) if taps is None else taps
         self._packed: dict[tuple[int, ...], Tensor] = {}
 
     @torch.no_grad()
@@ -598,32 +523,30 @@ class PixelConvolution:
         if input.device.type not in KERNEL_DEVICES:
             self._reference(input, output, position, condition)
             return
-        taps = tuple(_reaching(self._visible.taps, self.weight, input.shape[2:], self.dilation))
-        if taps not in self._packed:
-            gated = self.activation == "gated"
-            self._packed[taps] = _pack(self.weight, self._visible.mask, list(taps), transposed=False, gated=gated)
-        native.masked_conv2d(
+        taps, size = self._taps, tuple(input.shape[2:])
+        if size not in self._packed:
+            problem = self.weight, self._mask, taps, self.dilation, *size, self.activation == "gated"
+            self._packed[size] = input.new_empty(native.masked_conv2d_packed_bytes(*problem), dtype=torch.uint8)
+            native.masked_conv2d_pack(*problem, self._packed[size])
+        native.masked_conv2d_packed(
             input,
-            self._packed[taps],
+            self._packed[size],
             self.bias,
             condition,
             position,
             output,
-            None,
             self.weight.shape[0],
             taps,
             *self.weight.shape[2:],
             self.dilation,
-            False,
             self.activation or "none",
             tf32_allowed(input, "convolution"),
-            False,
         )
 
     def _reference(self, input: Tensor, output: Tensor, position: Tensor, condition: Tensor | None) -> None:
         kh, kw = self.weight.shape[2:]
         rows, cols = (
-            at + torch.arange(size, device=input.device) * self.dilation - _before(size, self.dilation)
+            at + torch.arange(size, device=input.device) * self.dilation - self.dilation * (size - 1) // 2
             for at, size in zip(position, (kh, kw), strict=True)
         )
         inside = ((rows >= 0) & (rows < input.shape[2]))[:, None] & ((cols >= 0) & (cols < input.shape[3]))

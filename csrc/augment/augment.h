@@ -20,23 +20,38 @@ constexpr int64_t kNodes = 4;  // A side of an elastic deformation's grid.
 constexpr int64_t kMaxPatch = 1024;
 
 struct Problem {
-  // What is read and written, images u8 of 1 or 3 channels.
-  patches::Problem extraction = {};
-  TensorView codes = {};          // [B, rows, cols, T] u8, dense.
-  TensorView parameters = {};     // [B, rows, cols, T, kParameters] f32, dense.
-  TensorView partners = {};       // [B, rows, cols] i64, dense, or absent: the patch that sample pairing mixes in.
-  TensorView displacements = {};  // [B, rows, cols, 2, kNodes, kNodes] f32, dense, or absent: y then x, in pixels.
+  patches::Problem extraction = {};  // What is read and written, images of 1 or 3 channels.
+  TensorView codes = {};
+  TensorView parameters = {};
+  TensorView partners = {};       // The patch that sample pairing mixes in.
+  TensorView displacements = {};  // y then x, in pixels.
   int64_t fill = 0;               // The pixel from outside of a patch.
-  TensorView workspace = {};      // [workspace_bytes] u8.
+  TensorView workspace = {};
 
   int64_t count() const { return extraction.batch() * extraction.rows() * extraction.cols(); }
   int64_t steps() const { return codes.shape[3]; }
 };
 
-// Throws std::invalid_argument naming the argument where a shape, type or layout is not as above, and, if the plan can
-// be read from here, where a code or a partner stands for nothing, or a transform lacks partners or displacements. What
-// cannot be read is harmless: such codes do nothing, such partners are clamped.
-void check(const Problem& problem, bool on_host);
+static_assert(kParameters == 3 && kNodes == 4, "as the table says");
+
+void complete(Problem& problem, Sizes& sizes);
+
+constexpr auto kAugmentation = fields_of<Problem>(
+    complete, reads<&Problem::extraction, &patches::Problem::images>("images", Type::u8, "B C H W"),
+    writes<&Problem::extraction, &patches::Problem::patches>("patches", Type::floating, "B R Q K p p"),
+    patches::patch_fields<&Problem::extraction>(), reads<&Problem::codes>("codes", Type::u8, "B R Q T", Layout::dense),
+    reads<&Problem::parameters>("parameters", Type::f32, "B R Q T 3", Layout::dense),
+    may_read<&Problem::partners>("partners", Type::i64, "B R Q", Layout::dense),
+    may_read<&Problem::displacements>("displacements", Type::f32, "B R Q 2 4 4", Layout::dense),
+    value<&Problem::fill>("fill"), workspace<&Problem::workspace>("workspace", "augment_patches_workspace"));
+
+// Throws std::invalid_argument where a size is not as above, and, on the host, where a code or a partner stands for
+// nothing, or a transform lacks partners or displacements. On CUDA that is harmless: such codes do nothing, such
+// partners are clamped.
+void check(const Problem& problem, Where where);
+
+// On CUDA memory that patches too large for shared memory are transformed in.
+int64_t workspace_bytes(const Problem& problem, Where where);
 
 namespace cpu {
 CPC_DECLARE_WITHOUT_BFLOAT16(void augment(const Problem& problem))
@@ -45,7 +60,6 @@ inline void augment(const Problem& problem) { CPC_CALL_AT_ISA(augment, problem) 
 
 namespace cuda {
 #if defined(CPC_WITH_CUDA)
-// Memory that patches too large for shared memory are transformed in.
 int64_t workspace_bytes(const patches::Problem& extraction);
 void augment(const Problem& problem, void* stream);
 #else

@@ -1,4 +1,4 @@
-// Checks an augmentation problem against the contract in augment.h before a kernel touches memory.
+// What the table of augment.h leaves open: bounds, and what the plan says.
 #include <string>
 
 #include "augment/augment.h"
@@ -30,38 +30,27 @@ void check_plan(const Problem& problem) {
 
 }  // namespace
 
-void check(const Problem& problem, bool on_host) {
-  const patches::Problem& extraction = problem.extraction;
-  patches::check(extraction, /*backward=*/false, on_host);
-  const int64_t channels = extraction.images.shape[1], side = extraction.geometry.patch;
-  require(extraction.images.dtype == DType::u8, "images must be uint8");
-  require(channels == 1 || channels == 3, "images must have 1 or 3 channels, got " + std::to_string(channels));
+void complete(Problem& problem, Sizes& sizes) {
+  const int64_t side = problem.extraction.geometry.patch;
   require(side <= kMaxPatch,
           "patch_size must be at most " + std::to_string(kMaxPatch) + ", got " + std::to_string(side));
+  patches::complete(problem.extraction, sizes);
+}
+
+void check(const Problem& problem, Where where) {
+  const int64_t channels = problem.extraction.images.shape[1];
+  require(channels == 1 || channels == 3, "images must have 1 or 3 channels, got " + std::to_string(channels));
   require(problem.fill >= 0 && problem.fill <= 255,
           "plan.fill must be in [0, 255], got " + std::to_string(problem.fill));
+  patches::check(problem.extraction, where);
+  if (where == Where::host) check_plan(problem);
+}
 
-  const int64_t batch = extraction.batch(), rows = extraction.rows(), cols = extraction.cols();
-  require(problem.codes.ndim == 4 && problem.codes.dtype == DType::u8, "plan.codes must be uint8 of 4 dimensions");
-  require_shape("plan.codes", problem.codes, {batch, rows, cols, problem.steps()});
-  require_shape("plan.parameters", problem.parameters, {batch, rows, cols, problem.steps(), kParameters});
-  require(problem.parameters.dtype == DType::f32, "plan.parameters must be float32");
-  const auto dense = [](const TensorView& view, std::initializer_list<int> order) {
-    return view.numel() == 0 || is_dense(view, order);
-  };
-  require(dense(problem.codes, {0, 1, 2, 3}), "plan.codes must be dense");
-  require(dense(problem.parameters, {0, 1, 2, 3, 4}), "plan.parameters must be dense");
-  if (problem.partners.ndim != 0) {
-    require_shape("plan.partners", problem.partners, {batch, rows, cols});
-    require(problem.partners.dtype == DType::i64, "plan.partners must be int64");
-    require(dense(problem.partners, {0, 1, 2}), "plan.partners must be dense");
-  }
-  if (problem.displacements.ndim != 0) {
-    require_shape("plan.displacements", problem.displacements, {batch, rows, cols, 2, kNodes, kNodes});
-    require(problem.displacements.dtype == DType::f32, "plan.displacements must be float32");
-    require(dense(problem.displacements, {0, 1, 2, 3, 4, 5}), "plan.displacements must be dense");
-  }
-  if (on_host) check_plan(problem);
+int64_t workspace_bytes([[maybe_unused]] const Problem& problem, [[maybe_unused]] Where where) {
+#if defined(CPC_WITH_CUDA)
+  if (where == Where::cuda) return cuda::workspace_bytes(problem.extraction);
+#endif
+  return 0;
 }
 
 }  // namespace cpc::augment

@@ -20,22 +20,22 @@
 // Who owns memory: the caller, all of it. Kernels allocate only bounded scratch memory.
 #pragma once
 
+#include "core/fields.h"
 #include "core/isa.h"
 #include "core/tensor_view.h"
 
 namespace cpc::info_nce {
 
 struct Problem {
-  TensorView queries, keys;            // [B, M, D] and [B, N, D], floating, of one type, dense.
-  TensorView targets, exclude;         // [B, M] i64, dense, or absent.
-  TensorView negatives;                // [B, M, S] i64, dense, or absent: all keys.
-  TensorView row_weights;              // [B, M] of the computing type, dense, or absent: 1.
-  TensorView losses, right;            // [B, M] of the computing type, dense; absent where only gradients are wanted.
-  TensorView grad_queries, grad_keys;  // Like queries and keys, each absent where it is not wanted.
-  // [workspace_bytes(...)] u8, aligned to 64 bytes.
+  TensorView queries, keys;
+  TensorView targets, exclude;
+  TensorView negatives;                // Absent: all keys.
+  TensorView row_weights;              // Absent: 1.
+  TensorView losses, right;            // Absent where only gradients are wanted.
+  TensorView grad_queries, grad_keys;  // Each absent where it is not wanted.
   TensorView workspace;
-  // CUDA only, sampled and with grad_keys: [B * M * (S + 1)] i64, what sorts the keys that the positives and negatives
-  // name, b * N + index, in the order of [B, M, 1 + S]; and [B * N + 1] i64, where each key's begin in it.
+  // CUDA only, sampled and with grad_keys: [B * M * (S + 1)], what sorts the keys that the positives and negatives
+  // name, b * N + index, in the order of [B, M, 1 + S]; and [B * N + 1], where each key's begin in it.
   TensorView order, segments;
   double scale = 1, factor = 1;
   bool tf32 = false;  // Whether CUDA may round float operands to TF32.
@@ -49,10 +49,27 @@ struct Problem {
   bool wants_gradients() const { return grad_queries.ndim != 0 || grad_keys.ndim != 0; }
 };
 
-// Throws std::invalid_argument naming the argument where a shape, type or layout is not as above.
-void check(const Problem& problem, int64_t workspace_bytes);
-// Looks at the indices: see above.
-void check_indices(const Problem& problem);
+constexpr auto kContrast =
+    fields_of<Problem>(reads<&Problem::queries>("queries", Type::floating, "B M D", Layout::dense),
+                       reads<&Problem::keys>("keys", Type::same, "B N D", Layout::dense),
+                       may_read<&Problem::targets>("targets", Type::i64, "B M", Layout::dense),
+                       may_read<&Problem::negatives>("negatives", Type::i64, "B M S", Layout::dense),
+                       may_read<&Problem::exclude>("exclude", Type::i64, "B M", Layout::dense),
+                       may_read<&Problem::row_weights>("row_weights", Type::sums, "B M", Layout::dense),
+                       may_write<&Problem::losses>("losses", Type::sums, "B M", Layout::dense),
+                       may_write<&Problem::right>("right", Type::sums, "B M", Layout::dense),
+                       may_write<&Problem::grad_queries>("grad_queries", Type::same, "B M D", Layout::dense),
+                       may_write<&Problem::grad_keys>("grad_keys", Type::same, "B N D", Layout::dense),
+                       value<&Problem::scale>("scale"), value<&Problem::factor>("factor"),
+                       value<&Problem::tf32>("tf32"), workspace<&Problem::workspace>("workspace", "info_nce_workspace"),
+                       may_read<&Problem::order>("order", Type::i64, "L", Layout::dense),
+                       may_read<&Problem::segments>("segments", Type::i64, "G", Layout::dense));
+
+// Throws std::invalid_argument where the fields do not fit each other, and, on the host, std::out_of_range or
+// std::invalid_argument where an index is not as above.
+void check(const Problem& problem, Where where);
+
+int64_t workspace_bytes(const Problem& problem, Where where);
 
 namespace cpu {
 CPC_DECLARE_WITHOUT_BFLOAT16(int64_t workspace_bytes(const Problem& problem); void contrast(const Problem& problem))

@@ -279,7 +279,7 @@ void forward(const Likelihood& problem) {
 }
 
 template <class T, int Channels>
-void backward(const Likelihood& problem) {
+void backward(const Gradient& problem) {
   const TensorView& gradients = problem.params_grad;
   const int64_t pixels = problem.pixels(), components = problem.components();
   advise_huge_pages(gradients.data, gradients.numel() * int64_t{sizeof(T)});
@@ -329,7 +329,7 @@ void nll(const Likelihood& problem) {
   with_type(problem, [&](auto value, auto channels) { forward<decltype(value), decltype(channels)::value>(problem); });
 }
 
-void nll_backward(const Likelihood& problem) {
+void nll_backward(const Gradient& problem) {
   with_type(problem, [&](auto value, auto channels) { backward<decltype(value), decltype(channels)::value>(problem); });
 }
 

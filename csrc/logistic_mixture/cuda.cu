@@ -148,14 +148,15 @@ bool is_by_pixel(const TensorView& view) {
   return true;
 }
 
-template <Pass kPass>
-void launch_tiles(const Likelihood& problem, void* stream) {
+template <class Problem>
+void launch_tiles(const Problem& problem, void* stream) {
+  constexpr Pass kPass = std::is_same_v<Problem, Gradient> ? Pass::backward : Pass::forward;
   Arguments a{.images = problem.images,
               .params = problem.params,
-              .params_grad = problem.params_grad,
-              .normalisers = problem.normalisers.as<float>(),
-              .parts = problem.parts.as<float>(),
-              .grad = problem.grad.as<float>(),
+              .params_grad = {},
+              .normalisers = problem.normalisers.template as<float>(),
+              .parts = problem.workspace.template as<float>(),
+              .grad = nullptr,
               .batch = problem.batch(),
               .pixels = problem.pixels(),
               .width = problem.width(),
@@ -163,6 +164,10 @@ void launch_tiles(const Likelihood& problem, void* stream) {
               .tiles = parts(problem.pixels()),
               .words = 0,
               .pitch = 0};
+  if constexpr (kPass == Pass::backward) {
+    a.params_grad = problem.params_grad;
+    a.grad = problem.grad.template as<float>();
+  }
   // An odd pitch, so that the threads of a warp do not share banks. Several blocks should fit a multiprocessor.
   constexpr int64_t kMostSharedBytes = 64 << 10;
   const int64_t bytes = problem.params.shape[1] * size_of(problem.params.dtype);
@@ -211,12 +216,12 @@ __global__ void __launch_bounds__(kSampleThreads) sample_pixels(const __grid_con
 }  // namespace
 
 void nll(const Likelihood& problem, void* stream) {
-  launch_tiles<Pass::forward>(problem, stream);
-  launch("sum_parts", &sum_parts, {problem.batch(), dim3(kSumThreads)}, stream, problem.parts.as<float>(),
+  launch_tiles(problem, stream);
+  launch("sum_parts", &sum_parts, {problem.batch(), dim3(kSumThreads)}, stream, problem.workspace.as<float>(),
          problem.nll.as<float>(), problem.batch(), parts(problem.pixels()));
 }
 
-void nll_backward(const Likelihood& problem, void* stream) { launch_tiles<Pass::backward>(problem, stream); }
+void nll_backward(const Gradient& problem, void* stream) { launch_tiles(problem, stream); }
 
 void sample(const Sampling& problem, void* stream) {
   const int64_t pixels = problem.batch() * problem.pixels();

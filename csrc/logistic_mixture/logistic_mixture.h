@@ -13,7 +13,7 @@
 // count as either.
 // nll[b] = - sum over pixels of log(sum over k of softmax(logits)[k] * product over colours of the mass).
 //
-// normalisers keep, for the backward pass, two numbers a pixel: a peak and a total such that the logarithm of the sum
+// normalisers keep, for the backward pass, where they are not absent, two numbers a pixel: a peak and a total such that the logarithm of the sum
 // over k of e^(logit - largest logit) * product of masses is peak + log(total).
 //
 // Gradient. In the parameters, times grad[b]; none in log-scales below -7.
@@ -26,6 +26,7 @@
 // order: results are the same on every run and for any number of threads.
 #pragma once
 
+#include "core/fields.h"
 #include "core/isa.h"
 #include "core/tensor_view.h"
 
@@ -35,15 +36,11 @@ namespace cpc::logistic_mixture {
 constexpr int64_t params_of_component(int64_t channels) { return channels == 3 ? 10 : 3; }
 
 struct Likelihood {
-  TensorView images = {};  // [B, C, H, W] u8, any strides.
-  TensorView params = {};  // [B, P, H, W] f16, bf16 or f32, any strides.
-  // [B, 2, H, W] f32, dense. Written by the forward pass where it is not absent, read by the backward pass.
+  TensorView images = {};
+  TensorView params = {};  // Not double.
   TensorView normalisers = {};
-  TensorView nll = {};    // Forward: [B] f32, dense.
-  TensorView parts = {};  // Forward on CUDA: [B, parts(H * W)] f32, dense, workspace.
-  TensorView grad = {};   // Backward: [B] f32, dense.
-  // Backward: [B, P, H, W] of the type of params, dense with the channels last or in the order of the dimensions.
-  TensorView params_grad = {};
+  TensorView nll = {};
+  TensorView workspace = {};
 
   CPC_HOST_DEVICE int64_t batch() const { return images.shape[0]; }
   CPC_HOST_DEVICE int64_t channels() const { return images.shape[1]; }
@@ -52,10 +49,15 @@ struct Likelihood {
   CPC_HOST_DEVICE int64_t components() const { return params.shape[1] / params_of_component(channels()); }
 };
 
+struct Gradient : Likelihood {
+  TensorView grad = {};
+  TensorView params_grad = {};  // Dense with the channels last or in the order of the dimensions.
+};
+
 struct Sampling {
-  TensorView params = {};  // [B, P, H, W] floating, any strides.
-  TensorView noise = {};   // [B, K + C, H, W] f32 or f64, any strides: uniforms of the components, then of the colours.
-  TensorView images = {};  // [B, C, H, W] u8, dense.
+  TensorView params = {};
+  TensorView noise = {};  // Uniforms of the K components, then of the C colours.
+  TensorView images = {};
   double temperature = 1;
 
   CPC_HOST_DEVICE int64_t batch() const { return images.shape[0]; }
@@ -77,15 +79,38 @@ CPC_HOST_DEVICE inline int64_t pixel_offset(const TensorView& view, int64_t widt
 
 enum class Pass { forward, backward };
 
-// Throw std::invalid_argument naming the argument where a shape, type or layout is not as above.
-void check(const Likelihood& problem, Pass pass, bool on_cuda);
-void check(const Sampling& problem);
+constexpr auto kLikelihood =
+    fields_of<Likelihood>(reads<&Likelihood::images>("images", Type::u8, "B C H W"),
+                          reads<&Likelihood::params>("params", Type::floating, "B P H W"),
+                          writes<&Likelihood::nll>("nll", Type::f32, "B", Layout::dense),
+                          may_write<&Likelihood::normalisers>("normalisers", Type::f32, "B 2 H W", Layout::dense),
+                          workspace<&Likelihood::workspace>("workspace", "logistic_mixture_nll_workspace"));
+
+constexpr auto kGradient =
+    fields_of<Gradient>(reads<&Gradient::images>("images", Type::u8, "B C H W"),
+                        reads<&Gradient::params>("params", Type::floating, "B P H W"),
+                        reads<&Gradient::normalisers>("normalisers", Type::f32, "B 2 H W", Layout::dense),
+                        reads<&Gradient::grad>("grad", Type::f32, "B", Layout::dense),
+                        writes<&Gradient::params_grad>("params_grad", Type::same, "B P H W"));
+
+constexpr auto kSampling = fields_of<Sampling>(reads<&Sampling::params>("params", Type::floating, "B P H W"),
+                                               reads<&Sampling::noise>("noise", Type::f32_or_f64, "B U H W"),
+                                               writes<&Sampling::images>("images", Type::u8, "B C H W", Layout::dense),
+                                               value<&Sampling::temperature>("temperature"));
+
+// Throw std::invalid_argument where the channels do not fit each other, or a layout is not as above.
+void check(const Likelihood& problem, Where where);
+void check(const Gradient& problem, Where where);
+void check(const Sampling& problem, Where where);
+
+// On CUDA a partial sum of each tile of an image.
+int64_t workspace_bytes(const Likelihood& problem, Where where);
 
 namespace cpu {
-CPC_DECLARE_WITHOUT_BFLOAT16(void nll(const Likelihood& problem); void nll_backward(const Likelihood& problem);
+CPC_DECLARE_WITHOUT_BFLOAT16(void nll(const Likelihood& problem); void nll_backward(const Gradient& problem);
                              void sample(const Sampling& problem))
 inline void nll(const Likelihood& problem) { CPC_CALL_AT_ISA(nll, problem) }
-inline void nll_backward(const Likelihood& problem) { CPC_CALL_AT_ISA(nll_backward, problem) }
+inline void nll_backward(const Gradient& problem) { CPC_CALL_AT_ISA(nll_backward, problem) }
 inline void sample(const Sampling& problem) { CPC_CALL_AT_ISA(sample, problem) }
 }  // namespace cpu
 
@@ -95,11 +120,11 @@ constexpr int kTilePixels = 128;
 constexpr int64_t parts(int64_t pixels) { return (pixels + kTilePixels - 1) / kTilePixels; }
 #if defined(CPC_WITH_CUDA)
 void nll(const Likelihood& problem, void* stream);
-void nll_backward(const Likelihood& problem, void* stream);
+void nll_backward(const Gradient& problem, void* stream);
 void sample(const Sampling& problem, void* stream);
 #else
 constexpr void (*nll)(const Likelihood&, void*) = nullptr;
-constexpr void (*nll_backward)(const Likelihood&, void*) = nullptr;
+constexpr void (*nll_backward)(const Gradient&, void*) = nullptr;
 constexpr void (*sample)(const Sampling&, void*) = nullptr;
 #endif
 }  // namespace cuda

@@ -20,12 +20,24 @@ namespace {
 //
 // [panel][slice][kWarpColumns][kSliceBytes]: the outputs of a warp, a panel, by a slice of the depth at a time, zeros
 // where there are no more outputs, taps or channels. A panel is two runs of 16 outputs. They follow each other, or
-// where gated are 16 features and their gates, N / 2 apart. Within a run the outputs are permuted so that the sums that
-// a lane is left with, columns 8 j + 2 t + e, are 4 neighbouring outputs t * 4 + j % 2 * 2 + e of run j / 2: a gate
-// meets its feature in one lane, and lanes load and store neighbours together.
+// where gated are 16 features and their gates, N / 2 apart. Within a run the outputs are permuted (output_in_run), so that
+// the sums that a lane is left with are 4 neighbouring outputs: a gate meets its feature in one lane, and lanes load and
+// store neighbours together.
 
 constexpr int kRun = 16;
 constexpr int kPanelSliceBytes = kWarpColumns * kSliceBytes;
+
+// The output of a run that a column of a warp's product holds. Lane t is left with columns 8 j + 2 t and 8 j + 2 t + 1
+// of every tile j of 8 columns (core/cuda/mma.cuh), and has outputs 4 t to 4 t + 3 of both runs:
+//
+//   column   0  1 |  2  3 |  4  5 |  6  7 ||  8  9 | 10 11 | 12 13 | 14 15 || 16 17 ...
+//   lane t     0  |   1   |   2   |   3   ||   0   |   1   |   2   |   3   ||   0   ...
+//   output   0  1 |  4  5 |  8  9 | 12 13 ||  2  3 |  6  7 | 10 11 | 14 15 ||  0  1 ... of the second run
+constexpr int output_in_run(int column) {
+  const int j = column / 8, t = column % 8 / 2, e = column % 2;
+  return 4 * t + 2 * (j % 2) + e;
+}
+static_assert(output_in_run(2) == 4 && output_in_run(8) == 2 && output_in_run(15) == 15 && output_in_run(16) == 0);
 
 int64_t panels_of(int64_t outputs, bool gated) {
   return gated ? divide_up(outputs / 2, kRun) : divide_up(outputs, kWarpColumns);
@@ -60,8 +72,8 @@ __global__ void __launch_bounds__(kThreads) pack_weights(const __grid_constant__
     const int64_t panel = block / a.slices;
     const auto slice = static_cast<uint32_t>(block % a.slices);
     for (int e = threadIdx.x; e < kValues; e += kThreads) {
-      const int column = e / kDepth<T>, j = column / 8;
-      const int64_t output = output_of(panel, j / 2, column % 8 / 2 * 4 + j % 2 * 2 + column % 2, a.outputs, a.gated);
+      const int column = e / kDepth<T>;
+      const int64_t output = output_of(panel, column / kRun, output_in_run(column), a.outputs, a.gated);
       uint32_t channel;
       const auto tap = static_cast<int>(a.by_inputs(slice * kDepth<T> + e % kDepth<T>, channel));
       T value = {};

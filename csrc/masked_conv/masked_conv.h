@@ -18,9 +18,11 @@
 // Who owns memory: the caller, all of it. Kernels allocate only bounded scratch memory.
 #pragma once
 
-#include <string>
+#include <array>
+#include <optional>
 #include <vector>
 
+#include "core/fields.h"
 #include "core/isa.h"
 #include "core/tensor_view.h"
 
@@ -32,12 +34,13 @@ struct Tap {
 };
 
 enum class Activation { none, relu, gated };
+constexpr auto names_of(Activation) { return std::array{"none", "relu", "gated"}; }
 
 // Weights to the order in which a kernel reads them, which is the device's own. Kernels read nothing but this.
 struct Packing {
   TensorView weight;  // [O, C, kh, kw], floating, any strides.
   TensorView mask;    // [kh, kw] or [O, C, kh, kw], boolean, any strides.
-  TensorView packed;  // [packed_bytes(...)] u8, aligned to 64 bytes.
+  TensorView packed;  // packed_bytes(...), aligned to 64.
   std::vector<Tap> taps;
   bool transposed = false;  // From O to C channels, for the gradient in the input. Else from C to O.
   bool gated = false;       // Outputs n and n + N / 2 are needed together.
@@ -76,7 +79,7 @@ struct ActivationGrad {
   TensorView saved;      // The output where relu, a where gated; like grad. Absent where there is no activation.
   TensorView result;     // [B, N, H, W] like grad. Absent where there is no activation: it would be grad.
   TensorView bias_grad;  // [N], dense, of grad's type, or absent.
-  // CUDA only: partial sums, [kBiasParts, N] of the computing type; absent without bias_grad.
+  // CUDA only: partial sums, kBiasParts * N of the computing type; absent without bias_grad.
   TensorView workspace;
   Activation activation = Activation::none;
 
@@ -88,7 +91,7 @@ struct WeightGrad {
   TensorView grad;         // In a: [B, O, H, W], of the input's type, likewise.
   TensorView mask;         // As of the packing.
   TensorView weight_grad;  // [O, C, kh, kw] of the input's type, dense in any order of the dimensions.
-  TensorView workspace;    // CUDA only: [weight_grad_workspace(...)] u8, aligned to 64 bytes.
+  TensorView workspace;    // CUDA only: weight_grad_workspace(...) bytes, aligned to 64.
   std::vector<Tap> taps;
   bool tf32 = false;
   bool pairs = false;  // As of the convolution.
@@ -100,14 +103,102 @@ struct WeightGrad {
   int64_t width() const { return input.shape[3]; }
 };
 
-// The taps of a kernel by their indices. Throws std::invalid_argument for one that there is not.
-std::vector<Tap> taps_of(const std::vector<int64_t>& indices, int64_t kh, int64_t kw, int64_t dilation, bool negated);
+// --- What Python calls: the kernels above, one after another on one workspace, as plan.cpp decides ---
 
-// Throw std::invalid_argument naming the argument where a shape, type or layout is not as above.
-void check(const Packing& problem, int64_t packed_bytes);
-void check(const Convolution& problem, int64_t packed_bytes, bool position_on_host);
-void check(const ActivationGrad& problem);
-void check(const WeightGrad& problem);
+// A convolution of weights as they are.
+struct Layer {
+  TensorView weight, mask, input, bias, condition, output, preactivation, workspace;
+  // The taps to sum, by their indices. Absent, the host looks at the mask.
+  std::optional<std::vector<int64_t>> visible;
+  int64_t dilation = 1;
+  Activation activation = Activation::none;
+  bool tf32 = false;
+};
+
+// Its gradients, those that are not absent.
+struct LayerGrad {
+  TensorView weight, mask, grad, input;
+  TensorView saved, grad_preactivation;  // As saved and result of an activation's gradient.
+  TensorView grad_input, grad_weight, grad_bias, workspace;
+  std::optional<std::vector<int64_t>> visible;
+  int64_t dilation = 1;
+  Activation activation = Activation::none;
+  bool tf32 = false;
+};
+
+// A packing for pixels alone of images of a size, and a convolution with it.
+struct PixelPacking : Packing {
+  std::vector<int64_t> visible;
+  int64_t dilation = 1, height = 0, width = 0;
+};
+struct PixelConvolution : Convolution {
+  std::vector<int64_t> visible;
+  int64_t kernel_height = 0, kernel_width = 0, dilation = 1;
+};
+
+// Set the sizes of results, and the taps. Throw std::invalid_argument for taps that there are not.
+void complete(Layer& problem, Sizes& sizes);
+void complete_grad(LayerGrad& problem, Sizes& sizes);
+void complete_packing(PixelPacking& problem, Sizes& sizes);
+void complete_pixel(PixelConvolution& problem, Sizes& sizes);
+
+constexpr auto kLayer = fields_of<Layer>(
+    complete, reads<&Layer::weight>("weight", Type::floating, "O C kh kw"),
+    reads<&Layer::mask>("mask", Type::boolean, "kh kw | O C kh kw"),
+    reads<&Layer::input>("input", Type::same, "B C H W", Layout::channels_last),
+    may_read<&Layer::bias>("bias", Type::same, "O", Layout::dense),
+    may_read<&Layer::condition>("condition", Type::same, "B O H W"),
+    writes<&Layer::output>("output", Type::same, "B R H W", Layout::channels_innermost),
+    may_write<&Layer::preactivation>("preactivation", Type::same, "B O H W", Layout::channels_innermost),
+    value<&Layer::visible>("taps"), value<&Layer::dilation>("dilation"), value<&Layer::activation>("activation"),
+    value<&Layer::tf32>("tf32"), workspace<&Layer::workspace>("workspace", "masked_conv2d_workspace"));
+
+constexpr auto kLayerGrad = fields_of<LayerGrad>(
+    complete_grad, reads<&LayerGrad::weight>("weight", Type::floating, "O C kh kw"),
+    reads<&LayerGrad::mask>("mask", Type::boolean, "kh kw | O C kh kw"),
+    reads<&LayerGrad::grad>("grad", Type::same, "B R H W", Layout::channels_last),
+    may_read<&LayerGrad::input>("input", Type::same, "B C H W", Layout::channels_last),
+    may_read<&LayerGrad::saved>("saved", Type::same, "B O H W", Layout::channels_last),
+    may_write<&LayerGrad::grad_preactivation>("grad_preactivation", Type::same, "B O H W", Layout::channels_last),
+    may_write<&LayerGrad::grad_input>("grad_input", Type::same, "B C H W", Layout::channels_innermost),
+    may_write<&LayerGrad::grad_weight>("grad_weight", Type::same, "O C kh kw", Layout::dense_in_any_order),
+    may_write<&LayerGrad::grad_bias>("grad_bias", Type::same, "O", Layout::dense), value<&LayerGrad::visible>("taps"),
+    value<&LayerGrad::dilation>("dilation"), value<&LayerGrad::activation>("activation"),
+    value<&LayerGrad::tf32>("tf32"), workspace<&LayerGrad::workspace>("workspace", "masked_conv2d_backward_workspace"));
+
+constexpr auto kPixelPacking = fields_of<PixelPacking>(
+    complete_packing, reads<&PixelPacking::weight>("weight", Type::floating, "O C kh kw"),
+    reads<&PixelPacking::mask>("mask", Type::boolean, "kh kw | O C kh kw"), value<&PixelPacking::visible>("taps"),
+    value<&PixelPacking::dilation>("dilation"), value<&PixelPacking::height>("height"),
+    value<&PixelPacking::width>("width"), value<&PixelPacking::gated>("gated"),
+    workspace<&PixelPacking::packed>("packed", "masked_conv2d_packed_bytes"));
+
+constexpr auto kPixelConvolution = fields_of<PixelConvolution>(
+    complete_pixel, reads<&PixelConvolution::input>("input", Type::floating, "B C H W", Layout::channels_last),
+    reads<&PixelConvolution::packed>("packed", Type::u8, "P", Layout::dense),
+    may_read<&PixelConvolution::bias>("bias", Type::same, "O", Layout::dense),
+    may_read<&PixelConvolution::condition>("condition", Type::same, "B O H W"),
+    may_read<&PixelConvolution::position>("position", Type::i64, "2", Layout::dense),
+    writes<&PixelConvolution::output>("output", Type::same, "B R H W", Layout::channels_innermost),
+    value<&PixelConvolution::outputs>("outputs"), value<&PixelConvolution::visible>("taps"),
+    value<&PixelConvolution::kernel_height>("kh"), value<&PixelConvolution::kernel_width>("kw"),
+    value<&PixelConvolution::dilation>("dilation"), value<&PixelConvolution::activation>("activation"),
+    value<&PixelConvolution::tf32>("tf32"));
+
+// Throw std::invalid_argument where fields do not fit each other, or a position is not in the image.
+void check(const Layer& problem, Where where);
+void check(const LayerGrad& problem, Where where);
+void check(const PixelPacking& problem, Where where);
+void check(const PixelConvolution& problem, Where where);
+
+int64_t workspace_bytes(const Layer& problem, Where where);
+int64_t workspace_bytes(const LayerGrad& problem, Where where);
+int64_t workspace_bytes(const PixelPacking& problem, Where where);
+
+// The taps of a kernel by their indices, but for those that see nothing but padding in images of a size. Throws
+// std::invalid_argument for one that there is not.
+std::vector<Tap> taps_of(const std::vector<int64_t>& indices, int64_t kh, int64_t kw, int64_t dilation, bool negated,
+                         int64_t height, int64_t width);
 
 namespace cpu {
 CPC_DECLARE_AT_EACH_ISA(int64_t packed_bytes(int64_t outputs, int64_t inputs, int64_t terms, DType dtype, bool gated);
@@ -121,6 +212,8 @@ inline void pack(const Packing& problem) { CPC_CALL_AT_ISA(pack, problem) }
 inline void convolve(const Convolution& problem) { CPC_CALL_AT_ISA(convolve, problem) }
 inline void activation_grad(const ActivationGrad& problem) { CPC_CALL_AT_ISA(activation_grad, problem) }
 inline void weight_grad(const WeightGrad& problem) { CPC_CALL_AT_ISA(weight_grad, problem) }
+void layer(const Layer& problem);
+void layer_grad(const LayerGrad& problem);
 }  // namespace cpu
 
 namespace cuda {
@@ -132,13 +225,13 @@ void pack(const Packing& problem, void* stream);
 void convolve(const Convolution& problem, void* stream);
 void activation_grad(const ActivationGrad& problem, void* stream);
 void weight_grad(const WeightGrad& problem, void* stream);
+void layer(const Layer& problem, void* stream);
+void layer_grad(const LayerGrad& problem, void* stream);
 #else
-constexpr int64_t (*packed_bytes)(int64_t, int64_t, int64_t, DType, bool) = nullptr;
-constexpr int64_t (*weight_grad_workspace)(const WeightGrad&) = nullptr;
 constexpr void (*pack)(const Packing&, void*) = nullptr;
 constexpr void (*convolve)(const Convolution&, void*) = nullptr;
-constexpr void (*activation_grad)(const ActivationGrad&, void*) = nullptr;
-constexpr void (*weight_grad)(const WeightGrad&, void*) = nullptr;
+constexpr void (*layer)(const Layer&, void*) = nullptr;
+constexpr void (*layer_grad)(const LayerGrad&, void*) = nullptr;
 #endif
 }  // namespace cuda
 

@@ -332,7 +332,7 @@ void extract(const Problem& problem) {
   });
 }
 
-void extract_backward(const Problem& problem) {
+void extract_backward(const Gradient& problem) {
   if (problem.images_grad.numel() == 0) return;
   with_floating(problem.images_grad.dtype, [&](auto out) {
     with_floating(problem.patches.dtype, [&](auto grad) {

@@ -447,9 +447,7 @@ void launch_backward(const Problem& problem, void* stream) {
   NormSlopes<Real>* slopes = nullptr;
   if (problem.geometry.patch_norm) {
     const int64_t patches = problem.batch() * problem.rows() * problem.cols();
-    if (problem.norm_slopes.numel() != 3 * patches || size_of(problem.norm_slopes.dtype) != sizeof(Real))
-      throw std::invalid_argument("norm_slopes must hold three values of the computing type for each patch");
-    slopes = problem.norm_slopes.as<NormSlopes<Real>>();
+    slopes = problem.workspace.as<NormSlopes<Real>>();
     launch("find_norm_slopes", &find_norm_slopes<Real>, {patches, dim3(kThreads)}, stream, common, grads,
            problem.patches.dtype, slopes);
   }
@@ -472,10 +470,9 @@ void extract(const Problem& problem, void* stream) {
   });
 }
 
-void extract_backward(const Problem& problem, void* stream) {
+void extract_backward(const Gradient& problem, void* stream) {
   if (problem.images_grad.numel() == 0) return;
-  const bool in_double = problem.images_grad.dtype == DType::f64 || problem.patches.dtype == DType::f64;
-  in_double ? launch_backward<double>(problem, stream) : launch_backward<float>(problem, stream);
+  problem.in_double() ? launch_backward<double>(problem, stream) : launch_backward<float>(problem, stream);
 }
 
 }  // namespace cpc::patches::cuda

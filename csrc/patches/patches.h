@@ -15,6 +15,7 @@
 
 #include <vector>
 
+#include "core/fields.h"
 #include "core/isa.h"
 #include "core/tensor_view.h"
 
@@ -31,15 +32,12 @@ struct Geometry {
 
 struct Problem {
   Geometry geometry = {};
-  // [B, C, H, W], u8 or floating, any strides. Backward: the pixels are read only with patch_norm.
-  TensorView images = {};
-  TensorView offsets = {};  // [B, 2] i64, or absent.
-  TensorView flip = {};     // [B] boolean, or absent.
-  // [B, rows, cols, K, p, p], floating, dense in the order that channels_last tells. Backward: the gradient.
-  TensorView patches = {};
-  TensorView images_grad = {};  // Backward only: [B, C, H, W], floating, dense.
-  // Backward with patch_norm on CUDA only: [B, rows, cols, 3] of the computing type, workspace.
-  TensorView norm_slopes = {};
+  TensorView images = {};  // Backward: the pixels are read only with patch_norm, and may be absent without.
+  TensorView offsets = {};
+  TensorView flip = {};
+  TensorView patches = {};           // Dense in the order that channels_last tells. Backward: the gradient.
+  TensorView images_grad = {};       // Backward only.
+  TensorView workspace = {};         // Backward only.
   std::vector<double> scale, shift;  // K each.
 
   int64_t batch() const { return patches.shape[0]; }
@@ -53,14 +51,52 @@ constexpr double kContrastFloor = 0.1;
 // The share of red, green and blue in BT.601 luma, as Pillow's convert("L") uses it.
 constexpr double luma(int64_t channel) { return channel == 0 ? 0.299 : channel == 1 ? 0.587 : 0.114; }
 
-// Throws std::invalid_argument naming the argument where a shape, type or layout is not as above, and, if the offsets
-// can be read from here, where one leaves its image.
-void check(const Problem& problem, bool backward, bool offsets_on_host);
+struct Gradient : Problem {
+  bool in_double() const { return images_grad.dtype == DType::f64 || patches.dtype == DType::f64; }
+};
+
+// What determines the patches of an image; the path leads to a Problem.
+template <auto... path>
+constexpr auto patch_fields() {
+  return std::tuple(value<path..., &Problem::geometry, &Geometry::patch>("patch_size"),
+                    value<path..., &Problem::geometry, &Geometry::stride>("stride"),
+                    value<path..., &Problem::geometry, &Geometry::height>("height"),
+                    value<path..., &Problem::geometry, &Geometry::width>("width"),
+                    may_read<path..., &Problem::offsets>("offsets", Type::i64, "B 2"),
+                    may_read<path..., &Problem::flip>("flip", Type::boolean, "B"),
+                    value<path..., &Problem::geometry, &Geometry::gray>("gray"),
+                    value<path..., &Problem::geometry, &Geometry::patch_norm>("patch_norm"),
+                    value<path..., &Problem::geometry, &Geometry::channels_last>("channels_last"),
+                    value<path..., &Problem::scale>("scale"), value<path..., &Problem::shift>("shift"));
+}
+
+// Set the sizes of the grid, the patches and their channels. Throw std::invalid_argument where the window does not hold
+// a patch or leaves the images.
+void complete(Problem& problem, Sizes& sizes);
+void complete_gradient(Gradient& problem, Sizes& sizes);
+
+constexpr auto kExtraction =
+    fields_of<Problem>(complete, reads<&Problem::images>("images", Type::u8_or_floating, "B C H W"),
+                       writes<&Problem::patches>("patches", Type::floating, "B R Q K p p"), patch_fields<>());
+
+constexpr auto kGradient = fields_of<Gradient>(
+    complete_gradient, writes<&Problem::images_grad>("images_grad", Type::floating, "B C H W", Layout::dense),
+    reads<&Problem::patches>("patches_grad", Type::floating, "B R Q K p p"),
+    may_read<&Problem::images>("images", Type::u8_or_floating, "B C H W"), patch_fields<>(),
+    workspace<&Problem::workspace>("workspace", "extract_patches_backward_workspace"));
+
+// Throw std::invalid_argument where a layout or the number of channels is not as above, and, on the host, where an
+// offset leaves its image.
+void check(const Problem& problem, Where where);
+void check(const Gradient& problem, Where where);
+
+// On CUDA with patch_norm three values of the computing type a patch.
+int64_t workspace_bytes(const Gradient& problem, Where where);
 
 namespace cpu {
-CPC_DECLARE_WITHOUT_BFLOAT16(void extract(const Problem& problem); void extract_backward(const Problem& problem))
+CPC_DECLARE_WITHOUT_BFLOAT16(void extract(const Problem& problem); void extract_backward(const Gradient& problem))
 inline void extract(const Problem& problem) { CPC_CALL_AT_ISA(extract, problem) }
-inline void extract_backward(const Problem& problem) { CPC_CALL_AT_ISA(extract_backward, problem) }
+inline void extract_backward(const Gradient& problem) { CPC_CALL_AT_ISA(extract_backward, problem) }
 }  // namespace cpu
 
 namespace cuda {
@@ -68,10 +104,10 @@ namespace cuda {
 constexpr int kMaxChannels = 64;
 #if defined(CPC_WITH_CUDA)
 void extract(const Problem& problem, void* stream);
-void extract_backward(const Problem& problem, void* stream);
+void extract_backward(const Gradient& problem, void* stream);
 #else
 constexpr void (*extract)(const Problem&, void*) = nullptr;
-constexpr void (*extract_backward)(const Problem&, void*) = nullptr;
+constexpr void (*extract_backward)(const Gradient&, void*) = nullptr;
 #endif
 }  // namespace cuda
 

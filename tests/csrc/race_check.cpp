@@ -42,7 +42,7 @@ void patches() {
       for (const DType dtype : {DType::f32, DType::bf16}) {
         const int64_t channels = gray ? 1 : kChannels;
         std::vector<float> memory(kBatch * kGrid * kGrid * channels * kPatch * kPatch);
-        patches::Problem problem;
+        patches::Gradient problem;
         problem.geometry = {kPatch, kStride, kSize, kSize, gray, patch_norm, false};
         problem.images = dense(bytes.data(), DType::u8, {kBatch, kChannels, kSize, kSize});
         problem.patches = dense(memory.data(), dtype, {kBatch, kGrid, kGrid, channels, kPatch, kPatch});
@@ -125,7 +125,7 @@ void logistic_mixture() {
       if (channels_last) view.strides[1] = 1, view.strides[2] = kSize * kParams, view.strides[3] = kParams;
       return view;
     };
-    logistic_mixture::Likelihood problem;
+    logistic_mixture::Gradient problem;
     problem.images = dense(bytes.data(), DType::u8, {kBatch, kChannels, kSize, kSize});
     problem.params = parameters(params);
     problem.normalisers = dense(normalisers.data(), DType::f32, {kBatch, 2, kSize, kSize});
@@ -158,7 +158,7 @@ void masked_conv_of(bool pairs) {
   masked_conv::Packing packing;
   packing.weight = dense(weight.data(), DType::f32, {kOut, kIn, 3, 3});
   packing.mask = dense(const_cast<bool*>(visible), DType::boolean, {3, 3});
-  packing.taps = masked_conv::taps_of({0, 1, 2, 3, 4}, 3, 3, 1, false);
+  packing.taps = masked_conv::taps_of({0, 1, 2, 3, 4}, 3, 3, 1, false, kSize, kSize);
   packing.pairs = pairs;
   const auto terms = static_cast<int64_t>(masked_conv::terms_of(packing.taps, pairs).size());
   std::vector<char> packed(masked_conv::cpu::CPC_ISA::packed_bytes(kOut, kIn, terms, DType::f32, false));

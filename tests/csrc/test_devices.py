@@ -51,7 +51,10 @@ def right_augment(pixels: torch.Tensor, plan: AugmentationPlan) -> torch.Tensor:
 
 def workspace_bytes(native, pixels: torch.Tensor) -> int:
     side = pixels.shape[2]
-    return native.augment_patches_workspace(pixels, torch.empty(2, 1, 1, 3, side, side), side)
+    codes, parameters = torch.zeros(2, 1, 1, 1, dtype=torch.uint8), torch.zeros(2, 1, 1, 1, 3)
+    options = side, 1, side, side, None, None, False, False, False, [1.0] * 3, [0.0] * 3
+    patches = torch.empty(2, 1, 1, 3, side, side)
+    return native.augment_patches_workspace(pixels, patches, *options, codes, parameters, None, None, 0)
 
 
 # --- What fits ---

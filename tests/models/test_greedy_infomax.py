@@ -15,7 +15,6 @@ from cpc_ext.models import (
     WideResNetEncoder,
 )
 from cpc_ext.models.greedy_infomax import module_starts, pooled, split_encoder
-from cpc_ext.nn import delta_orthogonal_
 from cpc_ext.nn.grid_info_nce import turned_grids
 
 BLOCKS = {"blocks": (1, 2, 1), "channels": (4, 6, 8), "stem_channels": 4, "stem": "cifar", "patch_size": 8}
@@ -250,16 +249,6 @@ def test_empty_batch():
     assert [output.loss.item() for output in outputs] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("shape", [(5, 3, 3, 3), (3, 5, 1, 3), (4, 4, 5, 5)])
-def test_delta_orthogonal(shape):
-    weight = delta_orthogonal_(torch.randn(shape, dtype=torch.float64), 2.0, generator())
-    middle = weight[:, :, shape[2] // 2, shape[3] // 2].clone()
-    weight[:, :, shape[2] // 2, shape[3] // 2] = 0
-    assert not weight.any()
-    small = middle if shape[0] < shape[1] else middle.T
-    torch.testing.assert_close(small @ small.T, 4 * torch.eye(len(small), dtype=torch.float64))
-
-
 def test_delta_orthogonal_encoder_keeps_norms():
     """A linear encoder of one block per stack would keep the norm of every pixel's channels."""
     torch.manual_seed(0)
@@ -301,8 +290,6 @@ def test_wrong_arguments(images):
         GreedySupervised(ResNetV2Encoder(**BLOCKS), classes=1)
     with pytest.raises(ValueError, match="init must be he or delta-orthogonal, got 'normal'"):
         ResNetV2Encoder(**BLOCKS).reset_parameters("normal")
-    with pytest.raises(ValueError, match=r"weight must be \[O, I, kh, kw\] with odd kernel sizes"):
-        delta_orthogonal_(torch.zeros(2, 2, 2, 3))
 
 
 def test_only_the_last_module_has_the_context_network():

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cpc_ext import models
-from cpc_ext.models.pixels.pixel_sampler import PixelActivation
+from cpc_ext.models.pixels.masked_features import PixelActivation
 from cpc_ext.nn import ChannelMix, GridInfoNCE, MaskedConv2d, ShiftedConv2d, ShiftedConvTranspose2d, TargetInfoNCE
 from cpc_ext.nn.fixed_mask import FixedMask
 
@@ -219,6 +219,26 @@ def test_the_given_mask_is_copied():
     assert torch.equal(layer.mask, PATTERN)
     layer.mask.fill_(False)
     assert torch.equal(layer._mask_values(), PATTERN)
+
+
+def test_masks_that_come_back_are_copies_and_only_where_weights_come():
+    with torch.device("meta"):
+        layer = MaskedConv2d(2, 3, (2, 3), PATTERN)
+    weights = MaskedConv2d(2, 3, (2, 3), PATTERN).state_dict()
+    with pytest.warns(UserWarning, match="no-op"):
+        layer.load_state_dict(weights)
+    assert layer.mask.is_meta
+    layer.load_state_dict(weights, assign=True)
+    layer.mask.fill_(False)
+    assert torch.equal(layer._mask_values(), PATTERN)
+
+
+def test_emptying_a_layer_alone_leaves_its_children():
+    layer = MaskedConv2d(2, 3, 3, "B")
+    layer.child = nn.Linear(2, 2)
+    layer.to_empty(device="meta", recurse=False)
+    assert layer.mask.is_meta
+    assert not layer.child.weight.is_meta
 
 
 def test_a_mask_without_values_is_refused():

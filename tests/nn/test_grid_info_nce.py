@@ -111,13 +111,72 @@ def test_draws_follow_the_generator_and_stay_within_the_step():
     assert z.grad[..., 2:, :].all()
 
 
-def test_empty_batch():
-    objective = GridInfoNCE(3, 4, pred_steps=2, neg_samples=2).double()
+@pytest.mark.parametrize(("neg_samples", "bound"), [(2, math.log(3)), ("all", 0)])
+def test_empty_batch(neg_samples, bound):
+    objective = GridInfoNCE(3, 4, pred_steps=2, neg_samples=neg_samples).double()
     z, c = grids(directions=1, batch=0)
     output = objective(z, c)
     output.loss.backward()
     assert output.loss == 0
+    assert output.mutual_information.item() == pytest.approx(bound)
     assert not objective.weight.grad.any()
+    assert objective(z, c, negatives=objective.draw_negatives(z)).loss == 0
+
+
+def test_the_least_of_everything():
+    """One target, which is also the only negative."""
+    objective = GridInfoNCE(1, 1, pred_steps=1, pred_directions=1, skip=0, neg_samples=1)
+    grid = torch.randn(1, 1, 1, 2, 1)
+    assert objective(grid, grid).loss.item() == pytest.approx(math.log(2))
+    objective.neg_samples = 64
+    (draw,) = objective.draw_negatives(grid)
+    assert torch.equal(draw, torch.zeros(1, 64, dtype=torch.int64))
+    # A grid without rows to predict has no targets, whatever forward says to it.
+    (draw,) = objective.draw_negatives(grid[..., :1, :])
+    assert draw.shape == (0, 64)
+    alone = GridInfoNCE(1, pred_steps=1, skip=0, neg_samples="all", gather_negatives="ring")
+    assert alone(grid, grid).loss == 0
+    assert alone.draw_negatives(grid) is None
+
+
+def test_weights_start_within_the_bound_of_a_linear_layer():
+    weight = GridInfoNCE(9, 40, pred_steps=2).weight
+    assert weight.shape == (1, 2, 40, 9)
+    assert 0.32 < weight.max() <= 1 / 3
+    assert -0.32 > weight.min() >= -1 / 3
+    assert GridInfoNCE(9, pred_steps=2).gather_negatives == "none"
+
+
+def test_grids_are_turned_clockwise():
+    grid = torch.arange(4.0).view(1, 1, 2, 2)
+    turned = grid_info_nce.turned_grids(grid, 4)
+    assert turned[:, 0, 0].tolist() == [[[0, 1], [2, 3]], [[2, 0], [3, 1]], [[3, 2], [1, 0]], [[1, 3], [0, 2]]]
+    uneven = torch.zeros(2, 3, 4, 5)
+    assert grid_info_nce.turned_grids(uneven, 1).shape == (1, 2, 3, 4, 5)
+    with pytest.raises(ValueError, match="pred_directions=2 needs a square grid, got 4 x 5"):
+        grid_info_nce.turned_grids(uneven, 2)
+
+
+@pytest.mark.parametrize(("channels", "aligned"), [(6, 8), (7, 8), (8, 16), (9, 16)])
+def test_features_with_marks_are_aligned(monkeypatch, channels, aligned):
+    def keys_of(queries, keys, targets, **_):
+        assert queries.shape[2] == keys.shape[2] == aligned
+        return torch.zeros(targets.shape), torch.zeros(targets.shape)
+
+    monkeypatch.setattr(grid_info_nce, "info_nce", keys_of)
+    GridInfoNCE(channels, 4, pred_steps=2, pred_directions=2, neg_samples="all").double()(*grids(channels=channels))
+
+
+@pytest.mark.parametrize("neg_samples", [3, "all"])
+def test_everything_stays_on_its_device(neg_samples):
+    objective = GridInfoNCE(3, 4, pred_steps=2, pred_directions=2, neg_samples=neg_samples).to("meta")
+    before = torch.get_rng_state()
+    output = objective(*(grid.float().to("meta") for grid in grids()))
+    assert all(value.is_meta for value in output)
+    assert torch.equal(torch.get_rng_state(), before)
+    if neg_samples != "all":
+        drawn = objective.draw_negatives(torch.empty(2, 2, 3, 4, 3, device="meta"), torch.Generator().manual_seed(0))
+        assert all(draw.is_meta for draw in drawn)
 
 
 def test_autocast():
@@ -131,6 +190,9 @@ def test_autocast():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
+        ({"encoding_channels": 0}, ValueError, "encoding_channels must be at least 1, got 0"),
+        ({"context_channels": 0}, ValueError, "context_channels must be at least 1, got 0"),
+        ({"pred_steps": True}, TypeError, "pred_steps must be an int, got bool"),
         ({"pred_steps": 0}, ValueError, "pred_steps must be at least 1, got 0"),
         ({"pred_steps": 1.0}, TypeError, "pred_steps must be an int, got float"),
         ({"skip": -1}, ValueError, "skip must be at least 0, got -1"),
@@ -143,7 +205,7 @@ def test_autocast():
 )
 def test_wrong_settings(arguments, error, message):
     with pytest.raises(error, match=message):
-        GridInfoNCE(3, **{"pred_steps": 1, **arguments})
+        GridInfoNCE(**{"encoding_channels": 3, "pred_steps": 1, **arguments})
 
 
 def test_wrong_inputs():
@@ -152,6 +214,12 @@ def test_wrong_inputs():
     draws = [torch.zeros(size, 2, dtype=torch.int64) for size in (12, 6)] * 2
     with pytest.raises(ValueError, match=r"encodings must be \[2 directions, B, 3 channels, rows, cols\], got shape"):
         objective(c, c)
+    with pytest.raises(ValueError, match=r"encodings must be \[2 directions, B, 3 channels, rows, cols\], got shape"):
+        objective(z[0], c)
+    with pytest.raises(ValueError, match=r"contexts must be \[2 directions, B, 4 channels, rows, cols\], got shape"):
+        objective(z, c[:1])
+    with pytest.raises(ValueError, match="contexts must have the batch and grid of encodings"):
+        objective(z, c[:, :1])
     with pytest.raises(ValueError, match="contexts must have the batch and grid of encodings"):
         objective(z, c[..., :2])
     with pytest.raises(ValueError, match="grid of 3 rows is too small to predict pred_steps=2 steps with skip=1"):

@@ -17,6 +17,9 @@ from cpc_ext.nn import MaskedConv2d
         ("horizontal", 3, [[1, 1, 0]] * 3),
         ("vertical", (1, 3), [[1, 1, 1]]),
         ("B", 2, [[1, 0], [0, 0]]),
+        ("A", (1, 4), [[1, 0, 0, 0]]),
+        ("vertical", 4, [[1] * 4] * 2 + [[0] * 4] * 2),
+        ("horizontal", (1, 4), [[1, 1, 0, 0]]),
     ],
 )
 def test_named_masks(name, size, expected):
@@ -25,9 +28,10 @@ def test_named_masks(name, size, expected):
 
 
 @pytest.mark.parametrize("name", ["A", "B"])
-def test_color_groups_order_the_centre(name):
-    layer = MaskedConv2d(6, 3, 3, mask=name, color_groups=3)
-    sees = [[int(c // 2 < o if name == "A" else c // 2 <= o) for c in range(6)] for o in range(3)]
+@pytest.mark.parametrize("groups", [2, 3])
+def test_color_groups_order_the_centre(name, groups):
+    layer = MaskedConv2d(2 * groups, groups, 3, mask=name, color_groups=groups)
+    sees = [[int(c // 2 < o if name == "A" else c // 2 <= o) for c in range(2 * groups)] for o in range(groups)]
     assert layer.mask[:, :, 1, 1].int().tolist() == sees
     assert layer.mask[:, :, 0].all()
     assert not layer.mask[:, :, 2].any()
@@ -58,6 +62,10 @@ def test_is_a_convolution_with_the_masked_weight():
     expected = F.conv2d(image, layer.weight * mask, layer.bias, padding=2, dilation=2).relu()
     torch.testing.assert_close(layer(image), expected)
     assert set(layer.state_dict()) == {"weight", "bias"}
+    gated = MaskedConv2d(3, 4, (1, 3), mask=mask[0, 0, :1], activation="gated")
+    condition = torch.randn(2, 4, 6, 6)
+    first, second = (F.conv2d(image, gated.weight * gated.mask, gated.bias, padding=(0, 1)) + condition).chunk(2, 1)
+    torch.testing.assert_close(gated(image, condition), first.tanh() * second.sigmoid())
     assert MaskedConv2d(3, 4, 3, mask="A", bias=False).bias is None
 
 
@@ -68,10 +76,12 @@ def test_is_a_convolution_with_the_masked_weight():
         ({"mask": 1}, TypeError, "mask must be a tensor or one of A, B, vertical, horizontal, got int"),
         ({"mask": torch.ones(2, 3)}, ValueError, r"mask must have shape \(3, 3\) or \(3, 6, 3, 3\), got \(2, 3\)"),
         ({"mask": "A", "color_groups": 2}, ValueError, "color_groups must divide in_channels 6 and out_channels 3"),
+        ({"mask": "A", "color_groups": 0}, ValueError, "color_groups must divide in_channels 6 and out_channels 3"),
+        ({"mask": "A", "color_groups": 3, "in_channels": 4}, ValueError, "color_groups must divide in_channels 4"),
         ({"mask": "vertical", "color_groups": 3}, ValueError, 'color_groups needs mask "A" or "B", got 3 with \'ver'),
         ({"mask": torch.ones(3, 3), "color_groups": 3}, ValueError, "color_groups needs mask"),
     ],
 )
 def test_wrong_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
-        MaskedConv2d(6, 3, 3, **arguments)
+        MaskedConv2d(**{"in_channels": 6, "out_channels": 3, "kernel_size": 3, **arguments})

@@ -40,6 +40,16 @@ def test_loss_and_ranks_are_those_of_the_similarity_matrix(monkeypatch):
     assert output.mutual_information == pytest.approx(math.log(11) - output.loss.item())
 
 
+def test_one_image_has_nothing_to_be_taken_for():
+    output = NTXentLoss()(torch.randn(1, 3), torch.randn(1, 3))
+    assert output.loss == output.mutual_information == 0
+    assert output.accuracy == output.top5_accuracy == output.mean_position == 1
+
+
+def test_everything_stays_on_its_device():
+    assert all(value.is_meta for value in NTXentLoss()(*torch.empty(2, 4, 3, device="meta")))
+
+
 def test_collapsed_features_come_last():
     same = torch.ones(4, 3)
     output = NTXentLoss()(same, same)
@@ -68,6 +78,7 @@ def test_wrong_arguments(arguments, expected):
         NTXentLoss(**arguments)
 
 
-def test_wrong_shapes():
+@pytest.mark.parametrize("shapes", [((2, 3), (3, 3)), ((2,), (2,)), ((0, 3), (0, 3)), ((2, 3, 1), (2, 3, 1))])
+def test_wrong_shapes(shapes):
     with pytest.raises(ValueError, match="first and second must both be"):
-        NTXentLoss()(torch.ones(2, 3), torch.ones(3, 3))
+        NTXentLoss()(*map(torch.ones, shapes))

@@ -17,5 +17,14 @@ def test_is_the_op():
     assert torch.equal(patches, expected)
 
 
+def test_is_the_op_with_other_settings():
+    images = torch.rand(2, 3, 20, 24)
+    settings = {"patch_norm": True, "dtype": torch.bfloat16, "channels_last": True}
+    patches = Patchify(8, **settings)(images)
+    assert patches.stride(3) == 1
+    assert torch.equal(patches, extract_patches(images, 8, 4, **settings))
+    assert Patchify(8)(images).is_contiguous()
+
+
 def test_stride():
     assert Patchify(8, 6)(torch.zeros(1, 1, 20, 20)).shape == (1, 3, 3, 1, 8, 8)

@@ -100,8 +100,20 @@ def test_empty_batch():
     z, c = grids(batch=0)
     output = TargetInfoNCE(3, 4, pred_steps=2, pred_directions=2).double()(z, c)
     output.loss.backward()
-    assert output.loss == 0
-    assert output.accuracy == 0
+    assert output.loss == output.accuracy == output.mutual_information == 0
+
+
+def test_the_least_of_everything():
+    objective = TargetInfoNCE(1, 1, pred_steps=1, pred_directions=1, skip=0, target_channels=1, scale=1.0).double()
+    tensors = grids(directions=1, batch=1, channels=1, context_channels=1, rows=2, cols=1)
+    torch.testing.assert_close(objective(*tensors).loss, by_definition(objective, *tensors).mean(), **EXACT)
+
+
+def test_defaults():
+    default = TargetInfoNCE(3)
+    assert default.target_projection.weight.shape == default.prediction_projection.weight.shape == (64, 3, 1, 1)
+    assert default.gather_negatives == "none"
+    assert all(value.is_meta for value in default.to("meta")(*torch.empty(2, 1, 2, 3, 4, 4, device="meta")))
 
 
 @pytest.mark.parametrize(
@@ -109,6 +121,8 @@ def test_empty_batch():
     [
         ({"reduction": "max"}, "reduction must be one of mean, sum, lightning-bolts, got 'max'"),
         ({"gather_negatives": "some"}, "gather_negatives must be one of none, gather, ring, got 'some'"),
+        ({"encoding_channels": 0}, "encoding_channels must be at least 1, got 0"),
+        ({"context_channels": 0}, "context_channels must be at least 1, got 0"),
         ({"pred_steps": 0}, "pred_steps must be at least 1, got 0"),
         ({"pred_directions": 0}, "pred_directions must be at least 1, got 0"),
         ({"skip": -1}, "skip must be at least 0, got -1"),
@@ -117,7 +131,7 @@ def test_empty_batch():
 )
 def test_wrong_settings(settings, message):
     with pytest.raises(ValueError, match=message):
-        TargetInfoNCE(3, **settings)
+        TargetInfoNCE(**{"encoding_channels": 3, **settings})
 
 
 def test_wrong_grids():
@@ -129,7 +143,7 @@ def test_wrong_grids():
         objective(z, z)
     with pytest.raises(ValueError, match="contexts must have the batch and grid of encodings"):
         objective(z, c[:, :1])
-    with pytest.raises(ValueError, match="a grid of 2 rows is too small to predict 1 steps with skip=1"):
+    with pytest.raises(ValueError, match="a grid of 2 rows is too small to predict pred_steps=None steps with skip=1"):
         objective(z[..., :2, :], c[..., :2, :])
-    with pytest.raises(ValueError, match="a grid of 5 rows is too small to predict 4 steps with skip=1"):
+    with pytest.raises(ValueError, match="a grid of 5 rows is too small to predict pred_steps=4 steps with skip=1"):
         TargetInfoNCE(3, 4, pred_steps=4, pred_directions=2).double()(z, c)

@@ -11,7 +11,6 @@ from cpc_ext.ops import masked_conv2d
 from cpc_ext.ops.masked_conv2d import (
     PixelConvolution,
     _masked_conv2d,
-    _pack,
     gated_activation,
     masked_conv2d_reference,
 )
@@ -518,28 +517,29 @@ def test_wrong_arguments(change, error, message):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "change",
     [
-        ({"dtype": torch.float64}, "computed in float"),
-        ({"mask": torch.ones(32, 32, 3, 3, dtype=torch.bool)}, "one mask for all channels"),
-        ({"dilation": 2}, "dilation of 1"),
-        ({"position": torch.tensor([0, 0])}, "of whole images"),
+        {"dtype": torch.float64},
+        {"mask": torch.ones(32, 32, 3, 3, dtype=torch.bool)},
+        {"dilation": 2},
+        {"channels": 31},
+        {"batch": 1, "width": 15},
+        {"batch": 256, "width": 1},
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+    ids=lambda change: " ".join(change),
 )
-def test_pairs_where_there_are_none(change, message):
-    given = {"dtype": torch.float32, "mask": torch.ones(3, 3, dtype=torch.bool), "dilation": 1, "position": None}
-    given |= change
-    input, weight = (torch.ones(*shape, dtype=given["dtype"]) for shape in ((9, 16, 16, 32), (32, 32, 3, 3)))
-    input, output, taps = input.permute(0, 3, 1, 2), torch.zeros_like(input).permute(0, 3, 1, 2), list(range(9))
-    assert not native.masked_conv2d_in_pairs(weight, given["mask"], output, given["dilation"]) or "position" in change
+def test_where_pixels_are_computed_in_pairs(change):
+    """Pairs take 12 weights of three rows of three taps, in place of 9."""
 
-    def convolve():
-        packed = _pack(weight, given["mask"], taps, transposed=False, gated=False, pairs=True)
-        native.masked_conv2d(
-            *(input, packed, None, None, given["position"], output, None, 32, taps, 3, 3, given["dilation"]),
-            *(False, "none", False, True),
+    def weights_packed(dtype=torch.float32, mask=None, dilation=1, channels=32, batch=1, width=16):
+        weight = torch.ones(32, channels, 3, 3, dtype=dtype)
+        mask = torch.ones(3, 3, dtype=torch.bool) if mask is None else mask
+        input, output = (torch.zeros(batch, 16, width, n, dtype=dtype).permute(0, 3, 1, 2) for n in (channels, 32))
+        size = native.masked_conv2d_workspace(
+            weight, mask, input, None, None, output, None, None, dilation, "none", False
         )
+        return size // (32 * channels * weight.element_size())
 
-    with pytest.raises(ValueError, match=message):
-        convolve()
+    assert weights_packed() == 12
+    # Of a single column only the middle taps reach the image.
+    assert weights_packed(**change) == (3 if change.get("width") == 1 else 9)

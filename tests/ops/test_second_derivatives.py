@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cpc_ext import nn as cpc_nn
 from cpc_ext.models import GatedPixelCNN
-from cpc_ext.models.pixels import pixel_sampler as pixel_sampler_module
+from cpc_ext.models.pixels import masked_features
 from cpc_ext.nn import masked_conv2d as layer_module
 from cpc_ext.nn import unit_length as unit_length_module
 from cpc_ext.nn.across_ranks import ring_info_nce
@@ -110,7 +110,7 @@ def test_gradient_penalty_through_a_pixel_model(monkeypatch):
         return grad(sum(part.square().sum() for part in first), weights, allow_unused=True)
 
     ours = of_weights()
-    for module in (layer_module, pixel_sampler_module):
+    for module in (layer_module, masked_features):
         monkeypatch.setattr(module, "masked_conv2d", masked_conv2d_reference)
     for one, other in zip(ours, of_weights(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)

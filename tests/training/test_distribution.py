@@ -14,8 +14,6 @@ import pytest
 import torch
 from PIL import Image
 
-from cpc_ext.nn import InfoNCELoss
-from cpc_ext.nn.across_ranks import gather_from_ranks, ring_info_nce
 from cpc_ext.programs import training as program
 from cpc_ext.programs.train_options import parse
 from cpc_ext.tasks.cpc_v1.task import CPCv1Task
@@ -60,36 +58,6 @@ def test_processes_have_the_loss_and_gradients_of_one(differences, case):
     assert found.pop("largest_gradient") > 1e-3
     assert set(found) >= {"loss", "accuracy", "mutual_information", "gradients"}
     assert max(found.values()) < 1e-10, found
-
-
-@pytest.mark.parametrize("excluded", [False, True])
-def test_ring_of_one_is_the_op(excluded, monkeypatch):
-    monkeypatch.setattr("cpc_ext.nn.across_ranks._BLOCK_LOGITS", 40)
-    generator = torch.Generator().manual_seed(0)
-    queries, keys = (
-        torch.randn(2, size, 4, dtype=torch.float64, generator=generator).requires_grad_() for size in (7, 9)
-    )
-    targets = torch.randint(4, (2, 7), generator=generator)
-    exclude = torch.randint(4, 9, (2, 7), generator=generator) if excluded else None
-
-    with torch.autocast("cpu", torch.bfloat16):
-        ring = ring_info_nce(queries, keys, targets, scale=1 / 0.7, exclude=exclude)
-    expected = InfoNCELoss(0.7, reduction="none")(queries, keys, targets, exclude=exclude)
-
-    torch.testing.assert_close(ring.loss, expected.loss, atol=1e-12, rtol=0)
-    assert torch.equal((ring.rank == 0).double(), expected.accuracy)
-    weights = torch.rand(2, 7, dtype=torch.float64, generator=generator)
-    for one, other in zip(
-        torch.autograd.grad((ring.loss * weights).sum(), (queries, keys)),
-        torch.autograd.grad((expected.loss * weights).sum(), (queries, keys)),
-        strict=True,
-    ):
-        torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
-
-
-def test_nothing_to_gather_without_other_processes():
-    values = torch.ones(3)
-    assert gather_from_ranks(values) is values
 
 
 @pytest.fixture

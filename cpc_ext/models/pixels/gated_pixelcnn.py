@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cpc_ext.models.pixels.masked_features import Convolve, PixelActivation
 from cpc_ext.models.pixels.pixel_model import SoftmaxPixelModel
-from cpc_ext.models.pixels.pixel_sampler import VALUES, Convolve, PixelActivation
+from cpc_ext.models.pixels.pixel_sampler import VALUES
 from cpc_ext.nn.masked_conv2d import MaskedConv2d
 
 __all__ = ["GatedPixelCNN"]

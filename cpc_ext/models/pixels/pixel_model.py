@@ -10,33 +10,17 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpc_ext.models.pixels.pixel_sampler import VALUES, Convolve, Sampler, convolve_images, scale_values
+from cpc_ext.models.pixels.masked_features import Convolve, MaskedFeatures, convolve_images
+from cpc_ext.models.pixels.pixel_sampler import VALUES, PixelFeatures, Sampler, WholeNetwork, scale_values
 from cpc_ext.nn.masked_conv2d import MaskedConv2d
 
-__all__ = ["PixelModel", "PixelSampler", "SoftmaxPixelModel"]
-
-
-class PixelSampler(Protocol):
-    """Draws a batch of images of one model, whose first rows may be known."""
-
-    def run(
-        self,
-        *,
-        known_rows: int,
-        noise: Tensor | Callable[[Tensor], Any],
-        progress: Callable[[range], Iterable[int]],
-    ) -> Tensor:
-        """Draw all rows after the first ``known_rows``; returns uint8 [B, C, H, W].
-
-        noise: of all images as of :attr:`PixelModel.sample`, or what fills a tensor with that of one pixel.
-        progress: goes through the range of rows; draws a bar if it likes.
-        """
+__all__ = ["PixelModel", "SoftmaxPixelModel"]
 
 
 class PixelModel(nn.Module, ABC):
@@ -73,16 +57,20 @@ class PixelModel(nn.Module, ABC):
         """
 
     @abstractmethod
-    def _sampler(self, images: Tensor, labels: Tensor | None, *, temperature: float, cached: bool) -> PixelSampler:
-        """Of images like these, uint8 [B, C, H, W]."""
+    def pixel_features(self, shape: tuple[int, int, int, int], labels: Tensor | None, *, cached: bool) -> PixelFeatures:
+        """What the network gives at one pixel after the other: see the sampler's SampledModel."""
 
     @abstractmethod
-    def _noise_shape(self, shape: tuple[int, int, int, int]) -> tuple[int, ...]:
-        """Of the noise of images [B, C, H, W]."""
+    def noise_shape(self, shape: tuple[int, int, int, int]) -> tuple[int, ...]:
+        """The shape of the noise of images [B, C, H, W], with H and W at 2 and 3."""
+
+    @abstractmethod
+    def draw(self, outputs: Tensor, noise: Tensor, turn: int, temperature: float) -> Tensor:
+        """Values from a pixel's outputs and noise: see the sampler's SampledModel."""
 
     @abstractmethod
     def _draw_noise(self, into: Tensor, generator: torch.Generator | None) -> Any:
-        """Fill a tensor with noise of its own, of the kind that the sampler wants."""
+        """Fill a tensor with noise of the kind that :meth:`draw` takes."""
 
     @abstractmethod
     def check_size(self, height: int, width: int) -> None:
@@ -152,12 +140,12 @@ class PixelModel(nn.Module, ABC):
             raise ValueError(f"known_rows must be 0 to {height}, got {known_rows}")
         if known_rows and images is None:
             raise ValueError(f"known_rows={known_rows} needs images")
-        if noise is not None and noise.shape != self._noise_shape(shape):
-            raise ValueError(f"noise must have shape {self._noise_shape(shape)}, got {tuple(noise.shape)}")
+        if noise is not None and noise.shape != self.noise_shape(shape):
+            raise ValueError(f"noise must have shape {self.noise_shape(shape)}, got {tuple(noise.shape)}")
         if count == 0:
             return start
 
-        sampler = self._sampler(start, labels, temperature=temperature, cached=cached)
+        sampler = Sampler(self, start, labels, temperature=temperature, cached=cached)
         return sampler.run(
             known_rows=known_rows,
             noise=(lambda into: self._draw_noise(into, generator)) if noise is None else noise.to(device),
@@ -247,10 +235,25 @@ class SoftmaxPixelModel(PixelModel):
         losses = F.cross_entropy(logits, targets, reduction="none")
         return losses.view(len(images), math.prod(images.shape[1:])).sum(1)
 
-    def _sampler(self, images: Tensor, labels: Tensor | None, *, temperature: float, cached: bool) -> PixelSampler:
-        return Sampler(self, images, labels, temperature=temperature, cached=cached)
+    def pixel_features(self, shape: tuple[int, int, int, int], labels: Tensor | None, *, cached: bool) -> PixelFeatures:
+        if cached:
+            return MaskedFeatures(self, shape, labels)
+        batch, channels, height, width = shape
+        pixels = self.logits_layer.weight.new_zeros((batch, height, width, channels))
+        return WholeNetwork(
+            lambda image: self.logits_layer(self.network(convolve_images, image, labels)), pixels, channels, VALUES
+        )
 
-    def _noise_shape(self, shape: tuple[int, int, int, int]) -> tuple[int, ...]:
+    def draw(self, outputs: Tensor, noise: Tensor, turn: int, temperature: float) -> Tensor:
+        """The argmax of logits / temperature + Gumbel noise (Gumbel 1954; Maddison et al. 2014, arXiv 1411.0030).
+
+        That draws from the softmax of logits / temperature; at a temperature of 0 it is the most probable value.
+        """
+        if temperature > 0:
+            outputs = torch.add(noise[:, turn], outputs, alpha=1 / temperature)
+        return outputs.argmax(1, keepdim=True)
+
+    def noise_shape(self, shape: tuple[int, int, int, int]) -> tuple[int, ...]:
         return (*shape, VALUES)
 
     def _draw_noise(self, into: Tensor, generator: torch.Generator | None) -> Any:

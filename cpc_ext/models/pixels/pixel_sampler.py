@@ -1,35 +1,22 @@
 """Sampling images pixel by pixel from a model whose outputs see only earlier pixels and colours.
 
-Every feature map of the network is kept from pixel to pixel; a new value costs what it adds to them, one
-:class:`cpc_ext.ops.PixelConvolution` a layer, instead of the whole network. A step's work is the same at every pixel
-but for a position in device memory, so that on CUDA the steps of one pixel are captured once and replayed as a graph.
+A network's feature maps are kept from pixel to pixel, so that a new value costs what it adds to them instead of the
+whole network. A step's work is the same at every pixel but for a place in device memory, so that on CUDA the steps of
+one pixel are captured once and replayed as a graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from cpc_ext.nn.fixed_mask import FixedMask
-from cpc_ext.nn.masked_conv2d import MaskedConv2d
-from cpc_ext.ops.masked_conv2d import PixelConvolution, masked_conv2d
+from cpc_ext.ops.pixel_steps import PixelPlace
 
-__all__ = [
-    "VALUES",
-    "Convolve",
-    "NotFiniteError",
-    "PixelActivation",
-    "PixelNetwork",
-    "Sampler",
-    "captured",
-    "check_outputs",
-    "convolve_images",
-    "scale_values",
-]
+__all__ = ["VALUES", "NotFiniteError", "PixelFeatures", "SampledModel", "Sampler", "WholeNetwork", "scale_values"]
 
 VALUES = 256
 
@@ -38,7 +25,7 @@ class NotFiniteError(RuntimeError):
     """A network's outputs are not finite, so nothing can be drawn from them."""
 
 
-def check_outputs(model: nn.Module, trace: Tensor) -> None:
+def _check_outputs(model: nn.Module, trace: Tensor) -> None:
     """NotFiniteError where outputs were not finite; the one look at them, after all pixels.
 
     trace: zeros, to which the outputs for every pixel have been added times 0, images first.
@@ -55,320 +42,116 @@ def check_outputs(model: nn.Module, trace: Tensor) -> None:
     )
 
 
-class Convolve(Protocol):
-    """How a network runs its layers: on whole images, or noted down for one pixel at a time."""
-
-    def __call__(self, layer: nn.Module, input: Any, condition: Any = None, *, rows_above: bool = False) -> Any:
-        """The features of ``layer`` on ``input``, with ``condition`` (features, or a [B, O, 1, 1] tensor) added.
-
-        rows_above: they depend on rows above their own only, though through features anywhere in their own.
-        """
-
-
-class PixelNetwork(Protocol):
-    """What the sampler asks of a model: a network of :class:`MaskedConv2d` and :class:`PixelActivation` layers."""
-
-    in_channels: int
-    logits_layer: MaskedConv2d
-
-    def network(self, convolve: Convolve, image: Any, labels: Tensor | None) -> Any:
-        """The features that ``logits_layer`` takes; all layers are run by ``convolve``."""
-
-
 def scale_values(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Values 0..255 as networks see them, -1..1."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     return (values.to(compute) / 127.5 - 1).to(dtype)
 
 
-def convolve_images(
-    layer: nn.Module, input: Tensor, condition: Tensor | None = None, *, rows_above: bool = False
-) -> Tensor:
-    """Run a layer on whole images, [B, C, H, W]."""
-    return layer(input) if condition is None else layer(input, condition)
-
-
-class PixelActivation(FixedMask):
-    """A ReLU or gate of its own, where a feature map is needed before and after it.
-
-    It is a masked convolution that sees nothing but its condition, so that whole images and single pixels go through
-    the same arithmetic, and a gate costs one pass over memory.
+class PixelFeatures(ABC):
+    """What a network gives at one pixel after the other of images that are being drawn.
 
     Args:
-        channels: of the input.
-        activation: "relu", or "gated", which leaves half of the channels.
-        color_groups: colours that the channels of a "relu" belong to.
+        place: the pixel whose turn it is.
+        pixels: [B, H, W, C], the scaled images, in memory that is read; later pixels must be finite, but do not count.
+        turns: how many times a pixel's outputs are asked for, each time with more of its values known.
+        width: P, how many outputs there are at a turn.
+        flat: the memory of the pixels as [B, N, C].
+        index: where in it the place is, [1] int64.
+
+    Attributes:
+        kept: whether the work at a pixel is the same at all of them, but for where the place is and which levels begin
+            there.
+        starts_rows: whether there is anything to compute when a row starts.
     """
 
-    mask: Tensor
+    kept = True
+    starts_rows = True
 
-    def __init__(self, channels: int, activation: str, color_groups: int = 1) -> None:
-        super().__init__()
-        self.channels = channels
-        self.activation = activation
-        self.color_groups = color_groups
-        self._register_mask()
+    def __init__(self, place: PixelPlace, pixels: Tensor, turns: int, width: int, flat: Tensor, index: Tensor) -> None:
+        self.place, self.pixels, self.turns, self.width = place, pixels, turns, width
+        self._flat, self._index = flat, index
 
-    def _mask_values(self) -> Tensor:
-        return torch.zeros(1, 1, dtype=torch.bool)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[B, channels, H, W] → the same shape, or half of the channels where gated."""
-        if self.activation == "relu":
-            return torch.relu(input)
-        weight = input.new_zeros((self.channels, 1, 1, 1))
-        unseen = input[:, :1].detach()
-        mask = self.mask_on(input.device)
-        return masked_conv2d(unseen, weight, mask=mask, activation=self.activation, condition=input)
-
-    def mask_on(self, device: torch.device) -> Tensor:
-        """The mask. Without parameters, a layer is not told when others get theirs instead of those on meta."""
-        if self.mask.is_meta and device.type != "meta":
-            self.mask = self._values_on_cpu().to(device, copy=True)
-        return self.mask
-
-    def extra_repr(self) -> str:
-        return f"{self.channels}, {self.activation}"
-
-
-# --- A network as steps ---
-
-
-@dataclass(eq=False)
-class _Step:
-    """One layer of a network that was noted down.
-
-    input: the step whose features it takes; None for the image.
-    condition: the step whose features it adds, or a [B, O, 1, 1] tensor.
-    rows_above: whether it is due for a whole row before the row's first pixel.
-    paired: into how many colours the channels are sorted, both halves of each one's gate together.
-    """
-
-    layer: MaskedConv2d | PixelActivation
-    input: _Step | None
-    condition: _Step | Tensor | None
-    rows_above: bool
-    paired: int = 1
-
-
-def _note_down(model: PixelNetwork, labels: Tensor | None) -> tuple[list[_Step], _Step]:
-    """The steps of a model's network in order, and the one that its last layer takes."""
-    steps: list[_Step] = []
-
-    def note(
-        layer: nn.Module, input: _Step | None, condition: _Step | Tensor | None = None, *, rows_above: bool = False
-    ) -> _Step:
-        if layer.color_groups > 1 and layer.activation == "gated" and isinstance(condition, _Step):
-            # Of such a condition a colour needs two stretches of channels; sorted by colours they are one.
-            condition.paired = layer.color_groups
-        steps.append(_Step(layer, input, condition, rows_above))
-        return steps[-1]
-
-    return steps, model.network(note, None, labels)
-
-
-def _rows(channels: int, groups: int, group: int, halves: int) -> Tensor:
-    """The channels, of ``channels``, of one colour; with two halves those of both halves of its gate."""
-    return torch.arange(channels).view(halves, groups, -1)[:, group].flatten()
-
-
-def _paired_rows(channels: int, groups: int) -> Tensor:
-    """All channels, sorted by colour, both halves of each one's gate together."""
-    return torch.cat([_rows(channels, groups, group, 2) for group in range(groups)])
-
-
-class _Call(NamedTuple):
-    """What a convolution of one pixel is called with, but for the pixel."""
-
-    convolution: PixelConvolution
-    input: Tensor
-    output: Tensor
-    condition: Tensor | None
-
-    def at(self, position: Tensor) -> None:
-        self.convolution(self.input, self.output, position, condition=self.condition)
-
-
-class _Features:
-    """Feature maps of a batch that grow by a pixel at a time.
-
-    image: [B, C, H, W], scaled, channels innermost; its later pixels are read, and must be finite, but do not count.
-    """
-
-    def __init__(self, model: PixelNetwork, image: Tensor, labels: Tensor | None) -> None:
-        self._image = image
-        self._steps, last = _note_down(model, labels)
-        self._buffers: dict[_Step | None, Tensor] = {None: image}
-        # Input of the layers that see nothing of it.
-        self._nothing = _channels_last(image, 1)
-        # What is due before a row, and by the colour whose turn it is.
-        self._row_calls: list[_Call] = []
-        self._calls: list[list[_Call]] = [[] for _ in range(model.in_channels)]
-        for step in self._steps:
-            self._place(step)
-        # A colour's logits are wanted at one pixel only, so its features are taken out as an image of one pixel.
-        features = self._buffers[last]
-        batch, channels, height, width = features.shape
-        self._flat = features.permute(0, 2, 3, 1).view(batch, height * width, channels)
-        self._pixel = image.new_empty((batch, 1, channels))
-        self._corner = torch.zeros(2, dtype=torch.int64, device=image.device)
-        layer = model.logits_layer
-        self._logits_layers = [
-            _convolution_of(layer, _rows(layer.weight.shape[0], model.in_channels, color, 1))
-            for color in range(model.in_channels)
-        ]
-        self._logits = image.new_empty((batch, VALUES, 1, 1))
-
+    @abstractmethod
     def fill(self, rows: int) -> None:
-        """Compute the first rows of all maps at once, from the image's."""
-        full: dict[_Step | None, Tensor] = {None: self._image[:, :, :rows]}
-        for step in self._steps:
-            condition = full[step.condition] if isinstance(step.condition, _Step) else step.condition
-            full[step] = convolve_images(step.layer, full[step.input], condition)
-            features = full[step] if step.paired == 1 else full[step][:, _paired_rows(full[step].shape[1], step.paired)]
-            self._buffers[step][:, :, :rows] = features
+        """Compute all that is kept of the first rows, whose pixels are known."""
 
-    @property
-    def starts_rows(self) -> bool:
-        """Whether anything depends on rows above only."""
-        return bool(self._row_calls)
+    @abstractmethod
+    def start_row(self) -> None:
+        """Compute what depends on rows above only; the place is at the row's first pixel. Rows come in their order."""
 
-    def start_row(self, positions: Sequence[Tensor]) -> None:
-        """Compute what depends on rows above only. positions: all of the row's, each [2] int64."""
-        for call in self._row_calls:
-            for position in positions:
-                call.at(position)
+    @abstractmethod
+    def outputs(self, turn: int) -> Tensor:
+        """[B, P] for the pixel that the place is at, overwritten by the next call. Pixels come in their order."""
 
-    def logits(self, color: int, position: Tensor, pixel: Tensor) -> Tensor:
-        """Logits [B, 256] of a colour, the image's earlier values given. Overwritten by the next call.
-
-        Rows must be started, and each pixel's colours asked for, in their order.
-
-        position: row and column, [2] int64. pixel: row * W + column, [1] int64.
-        """
-        for call in self._calls[color]:
-            call.at(position)
-        torch.index_select(self._flat, 1, pixel, out=self._pixel)
-        one_pixel = self._pixel.unsqueeze(1).permute(0, 3, 1, 2)
-        self._logits_layers[color](one_pixel, self._logits, self._corner)
-        return self._logits[:, :, 0, 0]
-
-    def _place(self, step: _Step) -> None:
-        """Allocate a step's features and note which of them are computed at which colour's turn."""
-        layer, groups = step.layer, step.layer.color_groups
-        halves = 2 if layer.activation == "gated" else 1
-        outputs = layer.channels if isinstance(layer, PixelActivation) else layer.weight.shape[0]
-        buffer = self._buffers[step] = _channels_last(self._image, outputs // halves)
-        for group in range(groups):
-            rows = _rows(outputs, groups, group, halves)
-            if step.paired > 1:
-                rows = _paired_rows(outputs, step.paired)
-            input, condition = self._buffers[step.input], step.condition
-            if isinstance(layer, PixelActivation):
-                convolution = _activation_of(layer, len(rows), self._image)
-                input, condition = self._nothing, step.input
-            else:
-                convolution = _convolution_of(layer, rows)
-            width = outputs // halves // groups
-            output = buffer[:, group * width : (group + 1) * width]
-            call = _Call(convolution, input, output, self._condition(condition, rows, group, groups))
-            (self._row_calls if step.rows_above else self._calls[group]).append(call)
-
-    def _condition(self, condition: _Step | Tensor | None, rows: Tensor, group: int, groups: int) -> Tensor | None:
-        if condition is None:
-            return None
-        if isinstance(condition, Tensor):
-            return condition[:, rows.to(condition.device)]
-        width = self._buffers[condition].shape[1] // groups
-        return self._buffers[condition][:, group * width : (group + 1) * width]
+    def write(self, values: Tensor, channel: int) -> None:
+        """Scaled values [B, c] of channels from this one on, of the pixel that the place is at."""
+        self._flat[..., channel : channel + values.shape[1]].index_copy_(1, self._index, values.unsqueeze(1))
 
 
-def _channels_last(image: Tensor, channels: int) -> Tensor:
-    """Zeros, as what is not computed yet is multiplied by masked weights."""
-    batch, _, height, width = image.shape
-    return image.new_zeros((batch, height, width, channels)).permute(0, 3, 1, 2)
+class WholeNetwork(PixelFeatures):
+    """The same outputs by running the network on all of the image for each of them.
 
+    Args:
+        run: images [B, C, H, W] to outputs [B, turns * P, H, W].
+        pixels: see :class:`PixelFeatures`.
+        turns, width: likewise.
+    """
 
-def _convolution_of(layer: MaskedConv2d, rows: Tensor) -> PixelConvolution:
-    """The part of a layer that makes some of its output channels."""
-    rows = rows.to(layer.weight.device)
-    return PixelConvolution(
-        layer.weight.detach()[rows],
-        None if layer.bias is None else layer.bias.detach()[rows],
-        mask=layer.mask if layer.mask.ndim == 2 else layer.mask[rows],
-        dilation=layer.dilation,
-        activation=layer.activation,
-    )
+    kept = False
+    starts_rows = False
 
-
-def _activation_of(layer: PixelActivation, channels: int, image: Tensor) -> PixelConvolution:
-    return PixelConvolution(
-        image.new_zeros((channels, 1, 1, 1)), mask=layer.mask_on(image.device), activation=layer.activation
-    )
-
-
-# --- Sampling ---
-
-
-class _WholeNetwork:
-    """The same logits by running the network on all of the image for each of them."""
-
-    def __init__(self, model: PixelNetwork, image: Tensor, labels: Tensor | None) -> None:
-        self._model, self._image, self._labels = model, image, labels
+    def __init__(self, run: Callable[[Tensor], Tensor], pixels: Tensor, turns: int, width: int) -> None:
+        place = PixelPlace(*pixels.shape[1:3], pixels.device)
+        super().__init__(place, pixels, turns, width, pixels.flatten(1, 2), place.index)
+        self._run = run
 
     def fill(self, rows: int) -> None:
         pass
 
-    def start_row(self, positions: Sequence[Tensor]) -> None:
+    def start_row(self) -> None:
         pass
 
-    def logits(self, color: int, position: Tensor, pixel: Tensor) -> Tensor:
-        features = self._model.network(convolve_images, self._image, self._labels)
-        logits = self._model.logits_layer(features)
-        batch, channels, height, width = logits.shape
-        chosen = logits.permute(0, 2, 3, 1).reshape(batch, height * width, channels).index_select(1, pixel)
-        return chosen[:, 0, color * VALUES : (color + 1) * VALUES]
+    def outputs(self, turn: int) -> Tensor:
+        outputs = self._run(self.pixels.permute(0, 3, 1, 2))[:, :, self.place.row, self.place.col]
+        return outputs[:, turn * self.width : (turn + 1) * self.width]
+
+
+class SampledModel(Protocol):
+    """What the sampler asks of a model, whose parameters it looks at where outputs are not finite."""
+
+    def pixel_features(self, shape: tuple[int, int, int, int], labels: Tensor | None, *, cached: bool) -> PixelFeatures:
+        """Those of images [B, C, H, W], all zeros; not cached, from the whole network."""
+
+    def noise_shape(self, shape: tuple[int, int, int, int]) -> tuple[int, ...]:
+        """The shape of the noise of images [B, C, H, W], with H and W at 2 and 3."""
+
+    def draw(self, outputs: Tensor, noise: Tensor, turn: int, temperature: float) -> Tensor:
+        """Values 0..255, int64 [B, c], from outputs [B, P] and a pixel's noise; a turn's begin at its channel."""
 
 
 class Sampler:
-    """Draws a batch of images, one value after another in raster order, a pixel's colours in theirs.
-
-    A value is the argmax of logits / temperature + Gumbel noise (Gumbel 1954; Maddison et al. 2014, arXiv 1411.0030),
-    which draws from the softmax of logits / temperature.
+    """Draws a batch of images, one pixel after another in raster order.
 
     Args:
         model: whose network it is.
-        image: uint8 [B, C, H, W] on the model's device, whose first rows may be known.
+        start: uint8 [B, C, H, W] on the model's device, whose first rows may be known.
         labels: int64 [B], or None.
-        temperature: above 0; or 0 for the most probable value.
+        temperature: at least 0; what it does is the model's matter.
         cached: keep features from pixel to pixel; otherwise the whole network runs for every value.
     """
 
     def __init__(
-        self, model: PixelNetwork, image: Tensor, labels: Tensor | None, *, temperature: float, cached: bool
+        self, model: SampledModel, start: Tensor, labels: Tensor | None, *, temperature: float, cached: bool
     ) -> None:
-        batch, channels, height, width = image.shape
-        device = image.device
-        self._model = model
-        self._temperature = temperature
-        self._shape = height, width
-        dtype = model.logits_layer.weight.dtype
-        self._image = scale_values(image, dtype).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-        self._values = self._image.permute(0, 2, 3, 1).view(batch, height * width * channels)
-        self._features = (_Features if cached else _WholeNetwork)(model, self._image, labels)
-        # Where the steps are, in memory that they read: they are the same for every pixel.
-        self._row = torch.zeros((width, 2), dtype=torch.int64, device=device)
-        self._row_positions = self._row.unbind()
-        self._position = torch.zeros(2, dtype=torch.int64, device=device)
-        self._pixel = torch.zeros(1, dtype=torch.int64, device=device)
-        self._subpixels = torch.zeros(channels, dtype=torch.int64, device=device)
-        self._noise = torch.zeros((batch, channels, VALUES), dtype=dtype, device=device)
-        self._trace = torch.zeros((batch, VALUES), dtype=dtype, device=device)
-        pixels = torch.arange(height * width, device=device)
-        self._positions = torch.stack([pixels // width, pixels % width], dim=1)
-        self._pixels = pixels.unsqueeze(1)
-        self._all_subpixels = (pixels * channels).unsqueeze(1) + torch.arange(channels, device=device)
-        self._scaled = scale_values(torch.arange(VALUES, device=device), dtype)
+        batch, channels = start.shape[:2]
+        self._model, self._start, self._temperature = model, start, float(temperature)
+        self._features = model.pixel_features(tuple(start.shape), labels, cached=cached)
+        self._place = self._features.place
+        pixels = self._features.pixels
+        self._noise = pixels.new_zeros(model.noise_shape((batch, channels, 1, 1)))[:, :, 0, 0]
+        self._trace = pixels.new_zeros((batch, self._features.width))
+        self._scaled = scale_values(torch.arange(VALUES, device=start.device), pixels.dtype)
 
     def run(
         self,
@@ -379,63 +162,62 @@ class Sampler:
     ) -> Tensor:
         """Draw all rows after the first ``known_rows``; returns uint8 [B, C, H, W].
 
-        noise: [B, C, H, W, 256], or what fills a [B, C, 256] tensor for the next pixel in raster order.
+        noise: of all images, as the model wants it; or what fills a tensor with that of the next pixel in raster order.
         progress: goes through the range of rows; draws a bar if it likes.
 
         Raises:
-            NotFiniteError: logits that are not finite.
+            NotFiniteError: outputs that are not finite.
         """
-        height, width = self._shape
-        if known_rows:
-            self._features.fill(known_rows)
-        start_row, step = self._start_row, self._step
-        if self._image.device.type == "cuda" and isinstance(self._features, _Features) and known_rows < height:
-            with torch.cuda.device(self._image.device):
+        height, width = self._start.shape[2:]
+        start_row, step = self._features.start_row, self._step
+        if self._start.device.type == "cuda" and self._features.kept and known_rows < height:
+            with torch.cuda.device(self._start.device):
                 if self._features.starts_rows:  # A graph of nothing is a warning.
-                    self._go_to_row(known_rows)
-                    start_row = captured(start_row)
-                self._go_to(known_rows * width)
-                step = captured(step)
+                    start_row = self._graphs(start_row)
+                step = self._graphs(step)
+        self._begin(known_rows)
         for row in progress(range(known_rows, height)):
-            self._go_to_row(row)
+            self._place.go_to(row)
             start_row()
             for col in range(width):
-                self._go_to(row * width + col)
+                self._place.go_to(row, col)
                 if isinstance(noise, Tensor):
                     self._noise.copy_(noise[:, :, row, col])
                 elif self._temperature > 0:
                     noise(self._noise)
                 step()
-        check_outputs(self._model, self._trace)
-        # Back from the scale; what it rounded off is less than half a value.
-        return (self._image.double() + 1).mul(127.5).round().to(torch.uint8).contiguous()
+        _check_outputs(self._model, self._trace)
+        return self._drawn()
 
-    def _go_to_row(self, row: int) -> None:
-        width = self._shape[1]
-        self._row.copy_(self._positions[row * width : (row + 1) * width])
-
-    def _go_to(self, pixel: int) -> None:
-        self._position.copy_(self._positions[pixel])
-        self._pixel.copy_(self._pixels[pixel])
-        self._subpixels.copy_(self._all_subpixels[pixel])
-
-    # Both read where they are from the device only.
-
-    def _start_row(self) -> None:
-        self._features.start_row(self._row_positions)
+    def _begin(self, known_rows: int) -> None:
+        """Put the images where the network reads them, and compute what is known; what was there does not count."""
+        self._trace.zero_()
+        self._features.pixels.copy_(scale_values(self._start, self._trace.dtype).permute(0, 2, 3, 1))
+        if known_rows:
+            self._features.fill(known_rows)
 
     def _step(self) -> None:
-        """One pixel."""
-        for color in range(self._model.in_channels):
-            scores = self._features.logits(color, self._position, self._pixel)
-            self._trace.add_(scores, alpha=0)  # Of a number 0, of all else NaN.
-            if self._temperature > 0:
-                scores = torch.add(self._noise[:, color], scores, alpha=1 / self._temperature)
-            values = self._scaled[scores.argmax(1, keepdim=True)]
-            self._values.index_copy_(1, self._subpixels[color : color + 1], values)
+        """Draw the pixel that the place is at. It reads where that is from the device only."""
+        for turn in range(self._features.turns):
+            outputs = self._features.outputs(turn)
+            self._trace.add_(outputs, alpha=0)  # Of a number 0, of all else NaN.
+            values = self._model.draw(outputs, self._noise, turn, self._temperature)
+            self._features.write(self._scaled[values], turn)
+
+    def _drawn(self) -> Tensor:
+        # Back from the scale; what it rounded off is less than half a value.
+        return (self._features.pixels.permute(0, 3, 1, 2).double() + 1).mul(127.5).round().to(torch.uint8).contiguous()
+
+    def _graphs(self, work: Callable[[], None]) -> Callable[[], None]:
+        """The same work as CUDA graphs, one for each number of levels that may begin at a pixel."""
+        graphs = {}
+        for row in self._place.rows_of_levels():
+            self._place.go_to(row)  # What is computed there is computed again.
+            graphs[self._place.levels] = _captured(work)
+        return lambda: graphs[self._place.levels]()
 
 
-def captured(step: Callable[[], None]) -> Callable[[], None]:
+def _captured(step: Callable[[], None]) -> Callable[[], None]:
     """The same work as one CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -14,16 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpc_ext.models.pixels.pixel_model import PixelModel, PixelSampler
-from cpc_ext.models.pixels.pixel_sampler import scale_values
-from cpc_ext.models.pixels.pixelcnnpp_sampler import MixtureSampler
+from cpc_ext.models.pixels.pixel_model import PixelModel
+from cpc_ext.models.pixels.pixel_sampler import PixelFeatures, WholeNetwork, scale_values
+from cpc_ext.models.pixels.stream_features import StreamFeatures
 from cpc_ext.nn.shifted_conv2d import (
     ChannelMix,
     ShiftedConv2d,
     ShiftedConvTranspose2d,
     initialize_from_data,
 )
-from cpc_ext.ops.logistic_mixture import logistic_mixture_nll
+from cpc_ext.ops.logistic_mixture import _sample_logistic_mixture, logistic_mixture_nll
 
 __all__ = ["GatedResNet", "PixelCNNPP", "StreamLayers"]
 
@@ -186,10 +186,27 @@ class PixelCNNPP(PixelModel):
         finally:
             self.train(training)
 
-    def _sampler(self, images: Tensor, labels: Tensor | None, *, temperature: float, cached: bool) -> PixelSampler:
-        return MixtureSampler(self, images, labels, temperature=temperature, cached=cached)
+    def pixel_features(self, shape: tuple[int, int, int, int], labels: Tensor | None, *, cached: bool) -> PixelFeatures:
+        if cached:
+            return StreamFeatures(self, shape, labels)
+        bias = self.nin_out.bias
+        batch, channels, height, width = shape
+        pixels = bias.new_zeros((batch, height, width, channels), dtype=torch.promote_types(bias.dtype, torch.float32))
 
-    def _noise_shape(self, shape: tuple[int, int, int, int]) -> tuple[int, ...]:
+        def run(image: Tensor) -> Tensor:
+            training = self.training
+            self.eval()  # Dropout is for training.
+            params = self.mixture(image.to(bias.dtype), labels)
+            self.train(training)
+            return params
+
+        return WholeNetwork(run, pixels, 1, len(bias))
+
+    def draw(self, outputs: Tensor, noise: Tensor, turn: int, temperature: float) -> Tensor:
+        params, noise = (values.view(*values.shape, 1, 1) for values in (outputs, noise))
+        return _sample_logistic_mixture(params, noise, self.in_channels, temperature).flatten(1).long()
+
+    def noise_shape(self, shape: tuple[int, int, int, int]) -> tuple[int, ...]:
         batch, channels, height, width = shape
         return batch, self.mixtures + channels, height, width
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from benchmark import Case, Op, Problem, both_passes, compiled
 from torch import Tensor
 
-from cpc_ext.nn.masked_conv2d import causal_mask
+from cpc_ext.nn import MaskedConv2d
 from cpc_ext.ops import masked_conv2d
 
 
@@ -55,7 +55,7 @@ class ConvCase(Case):
 
 def prepare(case: ConvCase, device: torch.device) -> Problem:
     dtype = getattr(torch, case.dtype)
-    mask = causal_mask(case.mask, (case.kernel, case.kernel)).to(device)
+    mask = MaskedConv2d(1, 1, case.kernel, case.mask).mask.to(device)
     fan_in = case.in_channels * int(mask.sum())
     input = torch.randn(case.batch, case.in_channels, case.side, case.side, device=device, dtype=dtype)
     shape = case.out_channels, case.in_channels, case.kernel, case.kernel

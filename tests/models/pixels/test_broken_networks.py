@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from cpc_ext.models import GatedPixelCNN, PixelCNN, PixelCNNPP
-from cpc_ext.models.pixels import pixelcnnpp_sampler
+from cpc_ext.models.pixels import stream_features
 from cpc_ext.ops import sample_logistic_mixture
+from cpc_ext.ops.pixel_steps import _ReferenceSteps
 
 MODELS = {
     "pixelcnn": lambda: PixelCNN(3, hidden_channels=6, layers=1),
@@ -22,7 +23,7 @@ MODELS = {
 def runner(request, monkeypatch):
     """PixelCNN++'s steps by the CPU's kernel and tensor by tensor, as on other devices."""
     if request.param == "tensors":
-        monkeypatch.setattr(pixelcnnpp_sampler, "_uses_kernel", lambda image: False)
+        monkeypatch.setattr(stream_features, "pixel_steps", _ReferenceSteps)
 
 
 def model_of(name):

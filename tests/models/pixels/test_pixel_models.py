@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cpc_ext.models import GatedPixelCNN, PixelCNN
-from cpc_ext.models.pixels.pixel_sampler import convolve_images
+from cpc_ext.models.pixels.masked_features import convolve_images
 
 
 def model_of(kind, colors, layers=2, **arguments):

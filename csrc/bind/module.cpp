@@ -1,11 +1,10 @@
 // The Python module cpc_ext._C: argument conversion, device dispatch and errors. C++ exceptions become Python's:
 // invalid_argument ValueError, out_of_range IndexError, bad_alloc MemoryError.
-#include "bindings/dispatch.h"
-#include "bindings/ops.h"
+#include "bind/op.h"
 #include "core/isa.h"
 #include "core/parallel.h"
 
-namespace cpc::bindings {
+namespace cpc::bind {
 namespace {
 
 py::dict build_info() {
@@ -59,15 +58,10 @@ PYBIND11_MODULE(_C, module) {
   module.def("emulated_set_device", &cuda::emulation::set_current_device, py::arg("device"), "Makes a device current.");
 #endif
 
-  bind_augment(module);
-  bind_info_nce(module);
-  bind_logistic_mixture(module);
-  bind_masked_conv(module);
-  bind_patches(module);
-  bind_pixel_steps(module);
+  for (const Ops::Bind bind : Ops::all()) bind(module);
   module.def(
       "probe", [](const TensorArg&) {}, py::arg("tensor"),
       "Only reads a tensor's description: the cost of a crossing.");
 }
 
-}  // namespace cpc::bindings
+}  // namespace cpc::bind

@@ -8,7 +8,7 @@
 #include "core/tensor_view.h"
 #include "third_party/dlpack/dlpack.h"
 
-namespace cpc::bindings {
+namespace cpc::bind {
 
 struct TensorArg {
   TensorView view;
@@ -28,13 +28,13 @@ TensorArg tensor_from(pybind11::handle object);
 // The CUDA stream that the tensor's framework is working on, for the tensor's device.
 void* current_stream(const TensorArg& tensor);
 
-}  // namespace cpc::bindings
+}  // namespace cpc::bind
 
 template <>
-struct pybind11::detail::type_caster<cpc::bindings::TensorArg> {
-  PYBIND11_TYPE_CASTER(cpc::bindings::TensorArg, const_name("Tensor"));
+struct pybind11::detail::type_caster<cpc::bind::TensorArg> {
+  PYBIND11_TYPE_CASTER(cpc::bind::TensorArg, const_name("Tensor"));
   bool load(handle source, bool) {
-    value = cpc::bindings::tensor_from(source);
+    value = cpc::bind::tensor_from(source);
     return true;
   }
 };

@@ -1,15 +1,13 @@
 // Binds networks that are run pixel by pixel; see csrc/pixel_steps/pixel_steps.h. On the CPU only: on CUDA a graph of
 // tensor operations does the same.
-#include "pixel_steps/pixel_steps.h"
-
 #include <cstring>
 #include <tuple>
 #include <utility>
 
-#include "bindings/dispatch.h"
-#include "bindings/ops.h"
+#include "bind/op.h"
+#include "pixel_steps/pixel_steps.h"
 
-namespace cpc::bindings {
+namespace cpc::bind {
 namespace {
 
 using SourceArg = std::tuple<TensorArg, int64_t, std::vector<std::pair<int64_t, int64_t>>>;
@@ -105,14 +103,13 @@ class PixelSteps {
   pixel_steps::Network network_;
 };
 
-}  // namespace
-
-void bind_pixel_steps(py::module_& module) {
+const Ops ops([](py::module_& module) {
   py::class_<PixelSteps>(module, "PixelSteps", "A network that is run a pixel or a row at a time.")
       .def(py::init<const py::list&, int64_t, int64_t, int64_t, const py::list&>(), py::arg("steps"), py::arg("batch"),
            py::arg("height"), py::arg("width"), py::arg("memory") = py::list())
       .def("run_pixel", &PixelSteps::run_pixel, py::arg("row"), py::arg("col"), "All steps due at a pixel.")
       .def("run_row", &PixelSteps::run_row, py::arg("row"), "All steps due in a row, each at all of its pixels.");
-}
+});
 
-}  // namespace cpc::bindings
+}  // namespace
+}  // namespace cpc::bind

@@ -5,12 +5,12 @@
 #include <string>
 #include <vector>
 
-#include "bindings/arguments.h"
+#include "bind/arguments.h"
 #if defined(CPC_WITH_CUDA)
 #include "core/cuda/device.h"
 #endif
 
-namespace cpc::bindings {
+namespace cpc::bind {
 
 namespace py = pybind11;
 
@@ -43,21 +43,22 @@ inline void* cuda_stream(const TensorArg& tensor) {
 }
 #endif
 
-// Whether the host may look at a tensor's values: asking a GPU would stall its stream, and the emulation is one.
-inline bool readable(DLDevice device) { return !on_cuda(device); }
+// Where a call's tensors are. The host may look at values that a GPU does not hold: asking that would stall its stream,
+// and the emulation is one.
+inline Where where_is(DLDevice device) { return on_cuda(device) ? Where::cuda : Where::host; }
 
-// Runs a problem's kernel for the device of its output, on the stream of the output's framework, without the GIL.
+// Runs a problem's kernel for the device of its tensors, on the stream of one's framework, without the GIL.
 template <class Problem>
-void run(const Problem& problem, const TensorArg& output, void (*cpu)(const Problem&),
+void run(const Problem& problem, const TensorArg& tensor, void (*cpu)(const Problem&),
          [[maybe_unused]] void (*cuda)(const Problem&, void* stream)) {
 #if defined(CPC_WITH_CUDA)
-  if (on_cuda(output.device)) {
-    void* const stream = cuda_stream(output);
+  if (on_cuda(tensor.device)) {
+    void* const stream = cuda_stream(tensor);
     const py::gil_scoped_release unlocked;
-    return on_device_of(output.device, [&] { cuda(problem, stream); });
+    return on_device_of(tensor.device, [&] { cuda(problem, stream); });
   }
 #endif
-  switch (output.device.device_type) {
+  switch (tensor.device.device_type) {
     case kDLCPU:
     case kDLCUDAHost: {
       const py::gil_scoped_release unlocked;
@@ -65,16 +66,8 @@ void run(const Problem& problem, const TensorArg& output, void (*cpu)(const Prob
     }
     default:
       throw std::invalid_argument("this build has no kernels for DLPack device type " +
-                                  std::to_string(output.device.device_type));
+                                  std::to_string(tensor.device.device_type));
   }
 }
 
-// Whether a tensor is some bytes in a row, at least so many.
-inline bool is_workspace(const TensorView& view, int64_t bytes) {
-  return view.dtype == DType::u8 && view.ndim == 1 && view.shape[0] >= bytes &&
-         (view.shape[0] <= 1 || view.strides[0] == 1);
-}
-
-inline TensorView view(const OptionalTensor& arg) { return arg ? arg->view : TensorView{}; }
-
-}  // namespace cpc::bindings
+}  // namespace cpc::bind

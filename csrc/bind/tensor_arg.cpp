@@ -1,5 +1,5 @@
 // Reads tensors through DLPack, see tensor_arg.h.
-#include "bindings/tensor_arg.h"
+#include "bind/tensor_arg.h"
 
 #include <algorithm>
 #include <array>
@@ -7,7 +7,7 @@
 
 namespace py = pybind11;
 
-namespace cpc::bindings {
+namespace cpc::bind {
 namespace {
 
 std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
@@ -171,4 +171,4 @@ void* current_stream(const TensorArg& tensor) {
   return stream;
 }
 
-}  // namespace cpc::bindings
+}  // namespace cpc::bind

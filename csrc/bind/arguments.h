@@ -8,19 +8,21 @@
 #include <optional>
 #include <span>
 
-#include "bindings/tensor_arg.h"
+#include "bind/tensor_arg.h"
 
-namespace cpc::bindings {
+namespace cpc::bind {
 
 using OptionalTensor = std::optional<TensorArg>;
+inline TensorView view(const OptionalTensor& tensor) { return tensor ? tensor->view : TensorView{}; }
 
 // A tensor by the name of its argument; absent where it is null.
 struct Argument {
+  Argument() = default;
   Argument(const char* name, const TensorArg& tensor) : name(name), tensor(&tensor) {}
   Argument(const char* name, const OptionalTensor& tensor) : name(name), tensor(tensor ? &*tensor : nullptr) {}
 
-  const char* name;
-  const TensorArg* tensor;
+  const char* name = nullptr;
+  const TensorArg* tensor = nullptr;
 };
 
 // The device that all of them are on. Throws std::invalid_argument where there are several, or where what is written
@@ -30,4 +32,4 @@ inline DLDevice common_device(std::initializer_list<Argument> read, std::initial
   return common_device(std::span(read.begin(), read.size()), std::span(written.begin(), written.size()));
 }
 
-}  // namespace cpc::bindings
+}  // namespace cpc::bind

@@ -1,12 +1,12 @@
 // Checks the tensors of a call against one another, see arguments.h. Every call pays for this, so what is nearly always
 // so comes first: tensors lie apart, and outputs are dense.
-#include "bindings/arguments.h"
+#include "bind/arguments.h"
 
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
-namespace cpc::bindings {
+namespace cpc::bind {
 namespace {
 
 // Whether every dimension steps over all that those of smaller strides reach, so that no two elements share memory.
@@ -90,4 +90,4 @@ DLDevice common_device(std::span<const Argument> read, std::span<const Argument>
   return first->device;
 }
 
-}  // namespace cpc::bindings
+}  // namespace cpc::bind

@@ -1,0 +1,280 @@
+"""Networks that are run a pixel or a row at a time: lists of matrix products over feature maps that are kept.
+
+From maps whose earlier pixels are computed to the next pixel of all of them. The CPU goes through the list in one call
+of a kernel. Other devices take it step by step and tensor by tensor, and read where they are from their own memory, so
+that the work at a pixel can be captured as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cpc_ext._native import native
+
+__all__ = ["PixelMap", "PixelMaps", "PixelPlace", "PixelSource", "PixelStep", "PixelSteps", "pixel_steps"]
+
+# Zeros around a map's pixels, so that no tap has to ask where it is: as csrc/pixel_steps/pixel_steps.h has them.
+_ABOVE, _BESIDE = 2, 1
+# Elements of a block of maps, and of what a map begins at a multiple of: a cache line of float32.
+_BLOCK, _ALIGNED = 1 << 22, 16
+
+
+@dataclass(eq=False, frozen=True)
+class PixelMap:
+    """A feature map that is kept: see :class:`PixelMaps`.
+
+    Attributes:
+        data: [B, above + H, beside + W + beside, C], channels dense, zeros around the pixels.
+        level: how often its resolution is halved; None for a map of one pixel that is written anew each time.
+    """
+
+    data: Tensor
+    level: int | None
+
+    @property
+    def pixels(self) -> Tensor:
+        """[B, H, W, C], the same memory."""
+        return self.data[:, _ABOVE:, _BESIDE:-_BESIDE]
+
+    @property
+    def flat(self) -> Tensor:
+        """[B, pixels with those around, C], the same memory."""
+        return self.data.flatten(1, 2)
+
+
+class PixelSource(NamedTuple):
+    """What a step reads: pixels of a map relative to its own, at the map's resolution.
+
+    Attributes:
+        map: of the step's level or the next higher resolution.
+        taps: rows below, -2 to 0, and columns to the right, -1 to 1.
+    """
+
+    map: PixelMap
+    taps: list[tuple[int, int]]
+
+
+@dataclass(eq=False)
+class PixelStep:
+    """output = activation(read values @ weight + bias + image_bias) at one pixel of a resolution.
+
+    Attributes:
+        level: its resolution, at whose pixels it is due.
+        sources: in the order of the weight's rows.
+        weight: [K, N], rows by source, tap and channel.
+        bias: [N].
+        image_bias: [B, N], or None.
+        residual: where the output is gated, one half of it times the sigmoid of the other, what is added to it.
+        raw, elu: where the output and its concatenated ELU go; of this level or the next higher resolution.
+        offset: row and column in the 2x2 pixels of a higher resolution.
+    """
+
+    level: int
+    sources: list[PixelSource]
+    weight: Tensor
+    bias: Tensor
+    image_bias: Tensor | None = None
+    residual: PixelMap | None = None
+    raw: PixelMap | None = None
+    elu: PixelMap | None = None
+    offset: tuple[int, int] = (0, 0)
+
+
+class PixelMaps:
+    """Makes the maps of a batch of images, all zeros.
+
+    They are cut from a few blocks of memory: the kernel makes sure at every pixel that its memory is still there, and
+    does so of the blocks, not of every map.
+
+    Args:
+        batch, height, width: of the images.
+        like: what gives the type, float32 or float64, and the device.
+    """
+
+    def __init__(self, batch: int, height: int, width: int, like: Tensor) -> None:
+        self.batch, self.height, self.width = batch, height, width
+        self.blocks: list[Tensor] = []
+        self._like = like
+        self._rest = like.new_empty(0)
+
+    def make(self, channels: int, level: int | None) -> PixelMap:
+        """A map of a resolution that is halved so often, or of one pixel."""
+        height, width = (1, 1) if level is None else (self.height >> level, self.width >> level)
+        shape = self.batch, _ABOVE + height, width + 2 * _BESIDE, channels
+        size = math.prod(shape)
+        if size > len(self._rest):
+            self._rest = self._like.new_zeros(max(size, _BLOCK))
+            self.blocks.append(self._rest)
+        values, self._rest = self._rest[:size], self._rest[-(-size // _ALIGNED) * _ALIGNED :]
+        return PixelMap(values.view(shape), level)
+
+
+class PixelPlace:
+    """The pixel whose turn it is, for the host and in the memory of a device.
+
+    Attributes:
+        row, col: of the image.
+        position: the same, [2] int64.
+        index: row * W + col, [1] int64.
+        at: by level, [1] int64: the index, in a flat map of the level, of its pixel that begins here, if one does.
+    """
+
+    def __init__(self, height: int, width: int, device: torch.device, levels: int = 1) -> None:
+        self._width, self._levels = width, levels
+        index = torch.arange(height * width, device=device)
+        row, col = index // width, index % width
+        flat = [
+            ((row >> level) + _ABOVE) * ((width >> level) + 2 * _BESIDE) + (col >> level) + _BESIDE
+            for level in range(levels)
+        ]
+        # All side by side, so that going to a pixel is one copy.
+        self._all = torch.stack([row, col, index, *flat], dim=1)
+        self._now = self._all[0].clone()
+        self.position = self._now[:2]
+        self.index = self._now[2:3]
+        self.at = self._now[3:].split(1)
+        self._columns = [torch.arange(width >> level, device=device) for level in range(levels)]
+        self._along = self._all[:width, :2].clone()
+        self.go_to(0)
+
+    def go_to(self, row: int, col: int = 0) -> None:
+        self.row, self.col = row, col
+        self._now.copy_(self._all[row * self._width + col])
+
+    @property
+    def levels(self) -> int:
+        """In how many resolutions a pixel begins with this one."""
+        both = self.row | self.col
+        return next(level for level in range(self._levels, 0, -1) if both % (1 << (level - 1)) == 0)
+
+    def rows_of_levels(self) -> list[int]:
+        """For every number of levels, a row in whose first pixel so many begin."""
+        return [0, *(1 << level for level in range(self._levels - 1))]
+
+    def row_at(self) -> list[Tensor]:
+        """By level, [W of the level], the indices of a row's pixels, from its first pixel's on, at which this is."""
+        return [first + columns for first, columns in zip(self.at, self._columns, strict=True)]
+
+    def row_positions(self) -> tuple[Tensor, ...]:
+        """The positions of a row's pixels, from its first pixel's on, at which this is."""
+        return (self.position + self._along).unbind()
+
+
+class PixelSteps(ABC):
+    """Steps that are run in their order. What they write is there for the next; what they read must be there."""
+
+    @abstractmethod
+    def run_pixel(self, place: PixelPlace) -> None:
+        """Run the steps that are due at a pixel: those at whose resolution one begins."""
+
+    @abstractmethod
+    def run_row(self, place: PixelPlace) -> None:
+        """Run the steps that are due in a row, each at all of its pixels; the place is at the row's first pixel."""
+
+
+def pixel_steps(steps: Sequence[PixelStep], maps: PixelMaps) -> PixelSteps:
+    """A network of steps, ready to be run; tensors are read and written where they are now.
+
+    Sums are one chain of additions in the maps' type, on the CPU the same at a pixel, in a row and for any number of
+    threads. There is no gradient.
+
+    Args:
+        steps: in the order in which they are run. Of their tensors those that maps did not make must stay as they are.
+        maps: where the maps of the steps come from.
+
+    Raises:
+        ValueError: on the CPU, shapes, types or layouts other than :class:`PixelStep` says.
+    """
+    on_cpu = maps._like.device.type == "cpu" and hasattr(native, "PixelSteps")
+    return (_KernelSteps if on_cpu else _ReferenceSteps)(steps, maps)
+
+
+class _KernelSteps(PixelSteps):
+    def __init__(self, steps: Sequence[PixelStep], maps: PixelMaps) -> None:
+        self._kernel = native.PixelSteps(
+            [
+                (
+                    step.level,
+                    [(source.map.data, _scale(step, source.map), source.taps) for source in step.sources],
+                    step.weight,
+                    step.bias,
+                    step.image_bias,
+                    None if step.residual is None else step.residual.data,
+                    None if step.raw is None else step.raw.data,
+                    None if step.elu is None else step.elu.data,
+                    0 if (output := step.raw or step.elu) is None else _scale(step, output),
+                    step.offset,
+                )
+                for step in steps
+            ],
+            maps.batch,
+            maps.height,
+            maps.width,
+            maps.blocks,
+        )
+
+    def run_pixel(self, place: PixelPlace) -> None:
+        self._kernel.run_pixel(place.row, place.col)
+
+    def run_row(self, place: PixelPlace) -> None:
+        self._kernel.run_row(place.row)
+
+
+def _scale(step: PixelStep, map: PixelMap) -> int:
+    """By how much a step's row and column are multiplied in a map; 0 where that has only one pixel."""
+    return 0 if map.level is None else 1 << (step.level - map.level)
+
+
+class _ReferenceSteps(PixelSteps):
+    """Plain PyTorch. The work depends on where it is only by values on the device, and by which levels begin there."""
+
+    def __init__(self, steps: Sequence[PixelStep], maps: PixelMaps) -> None:
+        self._steps = steps
+        self._offsets = [[self._tap_offsets(source) for source in step.sources] for step in steps]
+
+    def run_pixel(self, place: PixelPlace) -> None:
+        self._run(place.at, place.levels)
+
+    def run_row(self, place: PixelPlace) -> None:
+        self._run(place.row_at(), place.levels)
+
+    def _run(self, at: Sequence[Tensor], levels: int) -> None:
+        """At these pixels of each level; only steps of the first so many levels."""
+        for step, offsets in zip(self._steps, self._offsets, strict=True):
+            if step.level < levels:
+                self._run_step(step, offsets, at)
+
+    @staticmethod
+    def _tap_offsets(source: PixelSource) -> Tensor:
+        pitch = source.map.data.shape[2]
+        return torch.tensor([row * pitch + col for row, col in source.taps], device=source.map.data.device)
+
+    @staticmethod
+    def _run_step(step: PixelStep, offsets: list[Tensor], at: Sequence[Tensor]) -> None:
+        def indices_in(map: PixelMap) -> Tensor:
+            if map.level is None:
+                return torch.full_like(at[0], _ABOVE * map.data.shape[2] + _BESIDE)
+            return at[map.level][:: _scale(step, map)]
+
+        read = []
+        for source, taps in zip(step.sources, offsets, strict=True):
+            indices = (indices_in(source.map)[:, None] + taps).flatten()
+            values = source.map.flat.index_select(1, indices)
+            read.append(values.unflatten(1, (-1, len(taps))).flatten(2))
+        output = torch.cat(read, dim=2) @ step.weight + step.bias
+        if step.image_bias is not None:
+            output = output + step.image_bias[:, None]
+        if step.residual is not None:
+            output = step.residual.flat.index_select(1, indices_in(step.residual)) + F.glu(output, dim=2)
+        for map, values in ((step.raw, output), (step.elu, F.elu(torch.cat([output, -output], dim=2)))):
+            if map is not None:
+                indices = indices_in(map) + (step.offset[0] * map.data.shape[2] + step.offset[1])
+                map.flat.index_copy_(1, indices, values)

@@ -1,0 +1,205 @@
+// Ops as Python functions: from a problem's table of fields (core/fields.h) and its kernels to a function of the module,
+// with an argument for each field. What it does in a call: fill in the problem, check its tensors, have the op check
+// what no table says, and run the kernel for the device of the tensors.
+#pragma once
+
+#include <array>
+#include <functional>
+#include <string>
+#include <utility>
+
+#include "bind/dispatch.h"
+#include "core/fields.h"
+
+namespace cpc::bind {
+
+// The ops of a file, which adds them to the module once it is loaded: a new file has to be listed nowhere.
+class Ops {
+ public:
+  using Bind = void (*)(py::module_& module);
+  explicit Ops(Bind bind) { all().push_back(bind); }
+
+  static std::vector<Bind>& all() {
+    static std::vector<Bind> registered;
+    return registered;
+  }
+};
+
+// --- Fields as arguments ---
+
+template <class Field>
+struct ArgumentOf;
+template <auto... path>
+struct ArgumentOf<TensorAt<path...>> {
+  using type = OptionalTensor;
+};
+template <auto... path>
+struct ArgumentOf<WorkspaceAt<path...>> {
+  using type = OptionalTensor;
+};
+template <class Problem, class Field>
+using ValueOf = std::decay_t<decltype(Field::in(std::declval<Problem&>()))>;
+
+template <class Problem, class Field, class = void>
+struct PythonArgument {
+  using Value = ValueOf<Problem, Field>;
+  // Enumerations come by the names that names_of(value) lists.
+  using type = std::conditional_t<std::is_enum_v<Value>, std::string, Value>;
+};
+template <class Problem, class Field>
+struct PythonArgument<Problem, Field, std::void_t<typename ArgumentOf<Field>::type>> : ArgumentOf<Field> {};
+template <class Problem, class Field>
+using PythonArgumentOf = typename PythonArgument<Problem, Field>::type;
+
+// The value of an enumeration by its name.
+template <class Value>
+Value by_name(const char* argument, const std::string& name) {
+  std::string known;
+  int i = 0;
+  for (const char* other : names_of(Value{})) {
+    if (name == other) return static_cast<Value>(i);
+    known += (i++ ? ", " : "") + std::string(other);
+  }
+  throw std::invalid_argument(std::string(argument) + " must be one of " + known + ", got " + name);
+}
+
+// What a call has read of its tensors: their views into the problem, their memory for the checks of overlap.
+class Tensors {
+ public:
+  static constexpr size_t kMost = 24;
+
+  void add(const char* name, Access access, const TensorArg& tensor) {
+    if (first_ == nullptr) first_ = &tensor;
+    if (access == Access::write) {
+      written_[written_count_++] = {name, tensor};
+    } else {
+      read_[read_count_++] = {name, tensor};
+    }
+  }
+  // Throws where they are on several devices, or what is written shares memory with another.
+  DLDevice device() const { return common_device({read_, read_count_}, {written_, written_count_}); }
+  // Its framework knows the stream.
+  const TensorArg& any() const { return *first_; }
+
+ private:
+  Argument read_[kMost], written_[kMost];
+  size_t read_count_ = 0, written_count_ = 0;
+  const TensorArg* first_ = nullptr;
+};
+
+template <class Problem, auto... path>
+void fill_in(const TensorAt<path...>& field, Problem& problem, const OptionalTensor& given, Tensors& tensors) {
+  if (!given) {
+    if (!field.optional) throw py::type_error(std::string(field.name) + " must be a tensor, got None");
+    return;
+  }
+  if (field.optional && given->view.ndim == 0)  // Would count as absent.
+    throw std::invalid_argument(std::string(field.name) + " must not be without dimensions");
+  field.in(problem) = given->view;
+  tensors.add(field.name, field.access, *given);
+}
+template <class Problem, auto... path>
+void fill_in(const WorkspaceAt<path...>& field, Problem& problem, const OptionalTensor& given, Tensors& tensors) {
+  if (!given) return;
+  field.in(problem) = given->view;
+  tensors.add(field.name, Access::write, *given);
+}
+template <class Problem, auto... path, class Value>
+void fill_in(const ValueAt<path...>& field, Problem& problem, Value& given, Tensors&) {
+  using Field = std::decay_t<decltype(field.in(problem))>;
+  if constexpr (std::is_enum_v<Field>)
+    field.in(problem) = by_name<Field>(field.name, given);
+  else
+    field.in(problem) = std::move(given);
+}
+
+// --- A call ---
+
+template <class Problem, class... Fields>
+void check_fields(const Table<Problem, Fields...>& table, Problem& problem) {
+  FieldCheck check;
+  bool completed = table.complete == nullptr;
+  const auto look = [&](const auto& field) {
+    if constexpr (std::is_base_of_v<TensorField, std::decay_t<decltype(field)>>) {
+      const TensorView& view = field.in(problem);
+      if (!field.optional || view.ndim != 0) check.tensor(field, view);
+      if (!completed) table.complete(problem, check.sizes);
+      completed = true;
+    }
+  };
+  std::apply([&](const auto&... field) { (look(field), ...); }, table.fields);
+}
+
+// What the op itself has to say; see the functions of these names beside its problems.
+template <class Problem>
+void check_rest(const Problem& problem, Where where) {
+  if constexpr (requires { check(problem, where); }) check(problem, where);
+}
+
+template <class Problem>
+int64_t workspace_bytes_on(const Problem& problem, [[maybe_unused]] DLDevice device) {
+#if defined(CPC_WITH_CUDA)
+  if (on_cuda(device)) return on_device_of(device, [&] { return workspace_bytes(problem, where_is(device)); });
+#endif
+  return workspace_bytes(problem, where_is(device));
+}
+
+// Fills in a problem and checks it, but for the size of its workspace.
+template <class Problem, class... Fields, class... Given>
+DLDevice take(const Table<Problem, Fields...>& table, Problem& problem, Tensors& tensors, Given&... given) {
+  [&]<size_t... i>(std::index_sequence<i...>) {
+    (fill_in(std::get<i>(table.fields), problem, given, tensors), ...);
+  }(std::index_sequence_for<Given...>());
+  const DLDevice device = tensors.device();
+  check_fields(table, problem);
+  check_rest(problem, where_is(device));
+  return device;
+}
+
+template <class Problem, class... Fields, size_t... i>
+void bind_workspace(py::module_& module, const char* name, const Table<Problem, Fields...>& table,
+                    std::index_sequence<i...>) {
+  module.def(
+      name,
+      [&table](PythonArgumentOf<Problem, std::tuple_element_t<i, std::tuple<Fields...>>>... given) {
+        Problem problem;
+        Tensors tensors;
+        return workspace_bytes_on(problem, take(table, problem, tensors, given...));
+      },
+      py::arg(std::get<i>(table.fields).name)..., "Bytes that the problem's workspace must have.");
+}
+
+template <class Field>
+constexpr bool is_workspace = false;
+template <auto... path>
+constexpr bool is_workspace<WorkspaceAt<path...>> = true;
+
+// Adds a function to the module. `table` must live as long as that.
+template <class Problem, class... Fields>
+void op(py::module_& module, const char* name, const char* doc, const Table<Problem, Fields...>& table,
+        std::type_identity_t<void (*)(const Problem&)> cpu,
+        std::type_identity_t<void (*)(const Problem&, void* stream)> cuda) {
+  const auto ask_for_workspace = [&]<size_t... i>(std::index_sequence<i...>) {
+    const auto ask = [&]<size_t at>(std::integral_constant<size_t, at>) {
+      using Field = std::tuple_element_t<at, std::tuple<Fields...>>;
+      if constexpr (is_workspace<Field>)
+        bind_workspace(module, std::get<at>(table.fields).ask, table, std::make_index_sequence<at>());
+    };
+    (ask(std::integral_constant<size_t, i>()), ...);
+  };
+  ask_for_workspace(std::index_sequence_for<Fields...>());
+  const auto call = [&table, cpu, cuda](PythonArgumentOf<Problem, Fields>... given) {
+    Problem problem;
+    Tensors tensors;
+    const DLDevice device = take(table, problem, tensors, given...);
+    const auto look_at_workspace = [&](const auto& field) {
+      if constexpr (is_workspace<std::decay_t<decltype(field)>>)
+        FieldCheck::workspace(field.name, field.in(problem), workspace_bytes_on(problem, device));
+    };
+    std::apply([&](const auto&... field) { (look_at_workspace(field), ...); }, table.fields);
+    run(problem, tensors.any(), cpu, cuda);
+  };
+  std::apply([&](const auto&... field) { module.def(name, call, py::arg(field.name)..., doc); }, table.fields);
+}
+
+}  // namespace cpc::bind

@@ -1,0 +1,15 @@
+// Binds InfoNCE's kernels; see info_nce.h.
+#include "bind/op.h"
+#include "info_nce/info_nce.h"
+
+namespace cpc::info_nce {
+
+const bind::Ops ops([](pybind11::module_& module) {
+  bind::op(module, "info_nce", "Fills losses, right, grad_queries and grad_keys.", kContrast, cpu::contrast,
+           cuda::contrast);
+  module.def(
+      "info_nce_sorts", [](const bind::TensorArg& queries) { return !bind::on_cuda(queries.device); },
+      pybind11::arg("queries"), "Whether the kernel for this device finds order and segments by itself.");
+});
+
+}  // namespace cpc::info_nce

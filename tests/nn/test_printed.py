@@ -1,0 +1,48 @@
+"""Printed, layers and losses say what they were made with, and what they are by default."""
+
+import pytest
+import torch
+
+from cpc_ext import nn
+
+CASES = {
+    "grid": (lambda: nn.GridInfoNCE(3, pred_steps=2), "3, 3, pred_steps=2, pred_directions=1, skip=1, neg_samples=16"),
+    "grid-given": (
+        lambda: nn.GridInfoNCE(3, 4, pred_steps=2, pred_directions=5, skip=0, neg_samples=7),
+        "3, 4, pred_steps=2, pred_directions=5, skip=0, neg_samples=7",
+    ),
+    "target": (lambda: nn.TargetInfoNCE(3), "pred_steps=None, pred_directions=1, skip=1, scale=0.1, reduction=mean"),
+    "target-given": (
+        lambda: nn.TargetInfoNCE(3, pred_steps=2, pred_directions=5, skip=0, scale=0.3, reduction="sum"),
+        "pred_steps=2, pred_directions=5, skip=0, scale=0.3, reduction=sum",
+    ),
+    "info-nce": (lambda: nn.InfoNCELoss(), "temperature=1.0, reduction=mean"),
+    "info-nce-given": (lambda: nn.InfoNCELoss(0.2, reduction="sum"), "temperature=0.2, reduction=sum"),
+    "nt-xent": (lambda: nn.NTXentLoss(), "temperature=0.07, gather_negatives=none, statistics=True"),
+    "nt-xent-given": (
+        lambda: nn.NTXentLoss(0.2, gather_negatives="ring", statistics=False),
+        "temperature=0.2, gather_negatives=ring, statistics=False",
+    ),
+    "patchify": (lambda: nn.Patchify(5), "patch_size=5, stride=2, gray=False"),
+    "patchify-least": (lambda: nn.Patchify(1), "patch_size=1, stride=1, gray=False"),
+    "patchify-given": (lambda: nn.Patchify(8, 6, gray=True), "patch_size=8, stride=6, gray=True"),
+    "masked": (lambda: nn.MaskedConv2d(3, 4, (1, 5), "A"), "3, 4, kernel_size=(1, 5), mask=A"),
+    "masked-tensor": (lambda: nn.MaskedConv2d(3, 4, 3, torch.ones(3, 3)), "3, 4, kernel_size=(3, 3), mask=custom"),
+    "shifted": (lambda: nn.ShiftedConv2d(3, 4, (2, 3), "down"), "3, 4, kernel_size=(2, 3), down, stride=1"),
+    "shifted-half": (
+        lambda: nn.ShiftedConv2d(3, 4, (2, 2), "down-right", stride=2),
+        "3, 4, kernel_size=(2, 2), down-right, stride=2",
+    ),
+    "transposed": (
+        lambda: nn.ShiftedConvTranspose2d(3, 4, (2, 2), "down-right"),
+        "3, 4, kernel_size=(2, 2), down-right",
+    ),
+    "mix": (lambda: nn.ChannelMix(8, 3), "8, 3, sources=1"),
+    "mix-given": (lambda: nn.ChannelMix(8, 3, sources=2), "8, 3, sources=2"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_printed(name):
+    make, text = CASES[name]
+    assert make().extra_repr() == text

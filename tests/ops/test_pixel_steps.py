@@ -1,0 +1,179 @@
+"""Networks run a pixel at a time: the kernel and its reference against the formula, and where they say they are."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cpc_ext._native import native
+from cpc_ext.ops import PixelMaps, PixelPlace, PixelSource, PixelStep, pixel_steps
+from cpc_ext.ops.pixel_steps import _KernelSteps, _ReferenceSteps
+
+BATCH, HEIGHT, WIDTH = 3, 8, 12
+RUNNERS = [_ReferenceSteps, *([_KernelSteps] if hasattr(native, "PixelSteps") else [])]
+
+
+def random_maps(dtype=torch.float64):
+    torch.manual_seed(0)
+    return PixelMaps(BATCH, HEIGHT, WIDTH, torch.empty(0, dtype=dtype))
+
+
+def filled(maps, channels, level=0):
+    """A map with random pixels."""
+    map = maps.make(channels, level)
+    map.pixels.normal_()
+    return map
+
+
+def step_of(maps, level, sources, outputs, **options):
+    sources = [PixelSource(map, taps) for map, taps in sources]
+    depth = sum(source.map.data.shape[3] * len(source.taps) for source in sources)
+    weight, bias = torch.randn(depth, outputs) / depth**0.5, torch.randn(outputs)
+    return PixelStep(level, sources, *(value.to(sources[0].map.data.dtype) for value in (weight, bias)), **options)
+
+
+def network(maps):
+    """Steps of every kind: to half the resolution and back, gated and not, of one source and several."""
+    image = filled(maps, 3)
+    fine, fine_elu, gated = maps.make(6, 0), maps.make(12, 0), maps.make(6, 0)
+    coarse, coarser, last = maps.make(5, 1), maps.make(4, 2), maps.make(2, None)
+    back = maps.make(4, 1)
+    return [
+        step_of(maps, 0, [(image, [(-2, 1), (-1, -1), (0, -1)])], 6, raw=fine, elu=fine_elu),
+        step_of(
+            maps,
+            0,
+            [(fine_elu, [(-1, 0), (0, 0)]), (image, [(-1, 1)])],
+            12,
+            image_bias=torch.randn(BATCH, 12, dtype=fine.data.dtype),
+            residual=fine,
+            raw=gated,
+        ),
+        step_of(maps, 1, [(gated, [(-1, 1), (0, 0)])], 5, raw=coarse),
+        step_of(maps, 2, [(coarse, [(0, -1), (0, 0)])], 4, raw=coarser),
+        *(
+            step_of(maps, 2, [(coarser, [(0, 0)])], 4, raw=back, offset=(row, col))
+            for row, col in itertools.product(range(2), range(2))
+        ),
+        step_of(maps, 0, [(gated, [(0, 0)])], 2, raw=last),
+    ]
+
+
+def plain(step, row, col):
+    """A step's value at its own pixel, [B, N], by the formula."""
+
+    def at(map, dy=0, dx=0):
+        scale = 1 << (step.level - map.level)
+        return F.pad(map.pixels, (0, 0, 2, 2, 2, 2))[:, row * scale + dy + 2, col * scale + dx + 2]
+
+    read = [at(source.map, *tap) for source in step.sources for tap in source.taps]
+    value = torch.cat(read, 1) @ step.weight + step.bias
+    value = value if step.image_bias is None else value + step.image_bias
+    return value if step.residual is None else at(step.residual) + F.glu(value, 1)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("by_row", [False, True])
+def test_every_step_is_its_formula_at_every_pixel(runner, by_row):
+    maps = random_maps()
+    steps, place = network(maps), PixelPlace(HEIGHT, WIDTH, torch.device("cpu"), levels=3)
+    run = runner(steps, maps)
+    for row, col in itertools.product(range(HEIGHT), range(1 if by_row else WIDTH)):
+        place.go_to(row, col)
+        (run.run_row if by_row else run.run_pixel)(place)
+    for step, (row, col) in itertools.product(steps[:-1], itertools.product(range(HEIGHT), range(WIDTH))):
+        side = 1 << step.level
+        if row % side or col % side:
+            continue
+        own = row // side, col // side
+        expected = plain(step, *own)
+        scale = 1 << (step.level - step.raw.level)
+        found = step.raw.pixels[:, own[0] * scale + step.offset[0], own[1] * scale + step.offset[1]]
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        if step.elu is not None:
+            elu = step.elu.pixels[:, own[0], own[1]]
+            torch.testing.assert_close(elu, F.elu(torch.cat([expected, -expected], 1)), rtol=1e-12, atol=1e-12)
+    if not by_row:  # The map of one pixel holds the latest.
+        torch.testing.assert_close(steps[-1].raw.pixels[:, 0, 0], plain(steps[-1], HEIGHT - 1, WIDTH - 1))
+    for step in steps:  # Nothing is written beside the pixels.
+        step.raw.pixels.zero_()
+        assert not step.raw.data.any()
+
+
+@pytest.mark.skipif(len(RUNNERS) == 1, reason="the compiled module is missing")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_kernel_is_its_reference(dtype):
+    results = []
+    for runner in RUNNERS:
+        maps = random_maps(dtype)
+        steps, place = network(maps), PixelPlace(HEIGHT, WIDTH, torch.device("cpu"), levels=3)
+        run = runner(steps, maps)
+        for row, col in itertools.product(range(HEIGHT), range(WIDTH)):
+            place.go_to(row, col)
+            run.run_pixel(place)
+        results.append([step.raw.data for step in steps])
+    torch.testing.assert_close(*results)
+
+
+def test_who_runs_steps():
+    """The kernel on the CPU, the reference where there is none, as on meta."""
+    maps = random_maps()
+    assert type(pixel_steps(network(maps), maps)) is RUNNERS[-1]
+    maps = PixelMaps(BATCH, HEIGHT, WIDTH, torch.empty(0, device="meta"))
+    with torch.device("meta"):
+        run = pixel_steps(network(maps), maps)
+        assert type(run) is _ReferenceSteps
+        run.run_row(PixelPlace(HEIGHT, WIDTH, torch.device("meta"), levels=3))
+
+
+def test_wrong_steps_are_refused():
+    maps = random_maps()
+    (step,) = network(maps)[:1]
+    step.weight = step.weight[1:]
+    with pytest.raises(ValueError, match="weight must be"):
+        pixel_steps([step], maps)
+
+
+def test_places():
+    place = PixelPlace(8, 12, torch.device("cpu"), levels=3)
+    maps = PixelMaps(1, 8, 12, torch.empty(0))
+    numbers = [maps.make(1, level) for level in range(3)]
+    for map in numbers:
+        map.pixels.copy_(torch.arange(map.pixels.numel()).view_as(map.pixels))
+    for row, col in itertools.product(range(8), range(12)):
+        place.go_to(row, col)
+        assert (place.row, place.col) == (row, col) == tuple(place.position.tolist())
+        assert place.index.tolist() == [row * 12 + col]
+        begins = [row % side == col % side == 0 for side in (1, 2, 4)]
+        assert place.levels == sum(begins)
+        for level, map in enumerate(numbers[: place.levels]):
+            found = map.flat[0, place.at[level], 0].tolist()
+            assert found == [(row >> level) * (12 >> level) + (col >> level)]
+    place.go_to(4)
+    assert [position.tolist() for position in place.row_positions()] == [[4, col] for col in range(12)]
+    for level, (map, at) in enumerate(zip(numbers, place.row_at(), strict=True)):
+        assert map.flat[0, at, 0].tolist() == map.pixels[0, 4 >> level, :, 0].tolist()
+    assert PixelPlace(2, 3, torch.device("cpu")).levels == 1
+
+
+def test_maps_are_cut_from_blocks_and_aligned(monkeypatch):
+    monkeypatch.setitem(PixelMaps.make.__globals__, "_BLOCK", 1000)
+    maps = PixelMaps(2, 3, 4, torch.empty(0, dtype=torch.float64))
+    made = [maps.make(channels, level) for channels, level in ((3, 0), (5, 0), (1, 1), (40, None), (200, 0))]
+    assert [tuple(map.pixels.shape) for map in made] == [
+        (2, 3, 4, 3),
+        (2, 3, 4, 5),
+        (2, 1, 2, 1),
+        (2, 1, 1, 40),
+        (2, 3, 4, 200),
+    ]
+    assert [len(block) for block in maps.blocks] == [1000, 1000, 2 * 5 * 6 * 200]
+    assert not any(map.data.any() for map in made)
+    for index, map in enumerate(made):
+        assert map.data.dtype == torch.float64
+        assert map.data.storage_offset() % 16 == 0
+        map.data.fill_(index)  # None has memory of another.
+    assert all((map.data == index).all() for index, map in enumerate(made))
