@@ -36,7 +36,6 @@ class Room(NamedTuple):
     tests: tuple[str, ...]
 
 
-_OPTIONS = _named("tests/training", "test_every_option", "test_learner", "test_parts", "test_options")
 ROOMS = {
     # What one step does, and how long and fast it is done.
     "steps": Room(
@@ -54,7 +53,11 @@ ROOMS = {
             *("weight_average", "precision", "meter", "random_streams"),
             *("cpc_v1", "cpc_v2", "greedy", "simclr", "pixelcnn"),
         ),
-        (*_OPTIONS, *_named("tests/training", "test_steps", "test_encoder_names")),
+        _named(
+            "tests/training",
+            *("test_every_option", "test_learner", "test_loop", "test_tasks", "test_parts", "test_steps"),
+            *("test_options", "test_idle_options", "test_encoder_names"),
+        ),
     ),
     "evaluation": Room(
         _named(
