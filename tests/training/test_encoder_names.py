@@ -20,6 +20,7 @@ from cpc_ext.training.encoder_names import check_encoder_name, encoder_name, enc
             {"blocks": [1, 2], "bottleneck": True, "channels": [4, 8], "expansions": [2, 2], "stem": "imagenet"}
             | {"stem_channels": 16},
         ),
+        ("resnet14:bottleneck=no", {"depth": 14, "stem": "stl10", "bottleneck": False}),
         ("mobilenetv2:width=0.25,strides=imagenet", {"width": 0.25, "strides": "imagenet"}),
         ("wrn-10-1", {"depth": 10, "width": 1}),
     ],
@@ -65,6 +66,10 @@ def test_published_shapes_have_their_own_names(depth):
         ("resnet14:stem", "stem is stl10 or cifar or imagenet or strided, got ''"),
         ("resnet:blocks=1-0", "blocks is a positive number, got '0'"),
         ("resnet:blocks=1,bottleneck=maybe", "bottleneck is yes or no, got 'maybe'"),
+        ("resnet14:bottleneck=NO", "bottleneck is yes or no, got 'NO'"),
+        ("resnet14:blocks=1234567", "blocks is a positive number, got '1234567'"),
+        ("resnet14:blocks=01", "blocks is a positive number, got '01'"),
+        ("timm:vit:patch_size=4,foo=3", "^--encoder: expected img_size, patch_size after vit:, got 'foo=3'$"),
         ("wrn-28-2:width=3", "expected nothing after wrn-28-2, got 'width=3'"),
         ("mobilenetv2:width=0", "width is a positive number, got '0'"),
     ],

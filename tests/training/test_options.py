@@ -7,6 +7,7 @@ from typing import get_args
 
 import pytest
 import torch
+import yaml
 
 from cpc_ext.data import DATASETS
 from cpc_ext.training.cli import describe, parse
@@ -187,8 +188,47 @@ def test_description_gives_the_same_run_again(model):
     assert parse(options).run == config
 
 
+def test_refusals_name_the_program(capsys):
+    """Of options of other models, without effect, and that do not go together."""
+    for options in (["--layers", "3"], ["--download"], ["--pred-steps", "5"]):
+        with pytest.raises(SystemExit):
+            parse(options, prog="another program")
+        said = capsys.readouterr().err
+        assert said.startswith("error: --")
+        assert said.endswith("\nFor full helptext, see another program --help\n")
+
+
+def test_the_first_pass_takes_underscores_and_leaves_values(tmp_path):
+    for name in ("out_dir", "out-dir"):
+        with pytest.raises(TrainingError, match=r"--resume: there is no checkpoint at .*/a_run/checkpoint\.pt"):
+            parse(["--resume", f"--{name}", str(tmp_path / "a_run")])
+
+
+def test_groups_of_the_help_are_told_by_their_sections(capsys):
+    class Mine(RunConfig):
+        """A section of one's own beside those of any run."""
+
+        more: DataSection
+
+    assert Mine.model_fields["more"].description == DataSection.__doc__
+    text = help_text(capsys)
+    for field in config_class("cpc-v1").model_fields.values():
+        if hasattr(field.annotation, "model_fields"):
+            assert field.annotation.__doc__ in text
+    assert "in minutes on two CPU cores. Options and defaults shown are those of the model" in text
+
+
+def test_long_values_are_cut_in_messages(tmp_path):
+    for length, shown in ((198, f"got '{198 * 'x'}'"), (199, f"got '{199 * 'x'}...")):
+        (tmp_path / "config.yaml").write_text(f"optimization: {{steps: {length * 'x'}}}")
+        with pytest.raises(TrainingError) as caught:
+            load_config(tmp_path / "config.yaml")
+        assert str(caught.value).endswith(shown)
+
+
 def test_config_file_round_trip(tmp_path):
     config = preset("cpc-v1", "stl10")
+    assert list(yaml.safe_load(config.to_yaml())) == list(type(config).model_fields)
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     assert load_config(tmp_path / "config.yaml") == config
     changed = parse(["--config", str(tmp_path / "config.yaml"), "--lr", "0.01", "--steps", "9"]).run
