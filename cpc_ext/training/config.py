@@ -83,7 +83,7 @@ def option(name: str) -> str:
 def explain(error: ValidationError) -> str:
     """A validation error as one line an option: which, what is allowed, what came."""
     lines = []
-    for entry in error.errors(include_url=False):
+    for entry in error.errors():
         # Fields are unique over all sections, so the innermost field name is the option; branches of a union follow it.
         names = [str(part) for part in entry["loc"] if str(part).isidentifier()]
         message = entry["msg"].removeprefix("Value error, ")
@@ -632,9 +632,10 @@ def options_of_other_models(config: type[RunConfig]) -> dict[str, list[str]]:
 
 def validate_config(tree: dict[str, Any]) -> RunConfig:
     """A config from its dump. ValidationError where it is not valid."""
-    model = tree.get("model", RunConfig.model_fields["model"].default)
-    # A model that does not exist is refused by whichever class reads it.
-    return _CONFIGS.get(model if isinstance(model, str) else "", CPCConfig).model_validate(tree)
+    model = tree.get("model")
+    # That of the default model also reads, and refuses, models that do not exist.
+    config = _CONFIGS.get(model, CPCConfig) if isinstance(model, str) else CPCConfig
+    return config.model_validate(tree)
 
 
 def load_config(path: Path, *, option_name: str = "--config") -> RunConfig:

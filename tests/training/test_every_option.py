@@ -528,7 +528,9 @@ def layers(model: str) -> None:
 def hidden_channels(model: str) -> None:
     for channels in (6, 12):
         assert numbers(task_of(model, hidden_channels=channels).model) == numbers(pixel_model(model, 1, channels))
-    if model != "pixelcnn++":
+    if model == "pixelcnn++":
+        assert task_of(model, hidden_channels=8)
+    else:
         with pytest.raises(ValueError, match="--hidden-channels 8 is not a multiple of the images' 3 colours"):
             task_of(model, hidden_channels=8)
 

@@ -249,6 +249,8 @@ def test_config_file_round_trip(tmp_path):
         ("optimization: {steps: 3, lr: fast}", "--lr: input should be a valid number"),
         ("optimization: {steps: 3}\ncpc: {pred_steps: 0}", "--pred-steps: input should be greater than or equal to 1"),
         ("optimization: {lr: 0.1}", "give either --epochs or --steps"),
+        ("model: cpc-v9\noptimization: {steps: 3}", "--model: input should be 'cpc-v1', "),
+        ("model: 3\noptimization: {steps: 3}", "--model: input should be 'cpc-v1', "),
     ],
 )
 def test_wrong_config_files(tmp_path, text, expected):

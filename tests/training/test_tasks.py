@@ -85,7 +85,8 @@ def write_metrics(run: RunDir, *records: dict[str, float]) -> None:
 @pytest.mark.parametrize("model", CONTRASTIVE)
 def test_an_encoders_file_tells_how_to_build_and_to_feed_it(model, tmp_path, drawn):
     run = RunDir(tmp_path)
-    task = task_of(model, norm="batch", precision="bf16")
+    options = {"norm": "batch", "precision": "bf16", "data_dir": Path("images")}
+    task = task_of(model, **options)
     # Weights of a channels-last model are not contiguous in memory.
     task.save(run)
     with safe_open(run.encoder, "pt") as file:
@@ -105,7 +106,7 @@ def test_an_encoders_file_tells_how_to_build_and_to_feed_it(model, tmp_path, dra
         "norm": "batch",
         "in_channels": 3 if model == "simclr" else 1,
     }
-    assert json.loads(metadata["config"]) == config_of(model, norm="batch", precision="bf16").model_dump(mode="json")
+    assert json.loads(metadata["config"]) == config_of(model, **options).model_dump(mode="json")
     view = json.loads(metadata["view"])
     assert not {"dtype", "augmentation"} & set(view)
     names = ("size", "min_area", "channels_last") if model == "simclr" else ("patch_size", "stride", "crop", "gray")
@@ -247,7 +248,7 @@ def test_figure_of_the_two_views(has_test, tmp_path, drawn):
     view = replace(task._view, mean=None, std=None, channels_last=False)
     images = torch.from_numpy(test.images[spread(6, 9)])
     views = view.random_pair(images, torch.Generator().manual_seed(7))
-    expected = torch.cat([view.center(images), *views]).clamp(0, 1) * 255
+    expected = torch.cat([view.center(images), *views]) * 255
     assert layout == {"columns": 6}
     assert pictures.dtype == np.uint8
     assert np.array_equal(pictures, expected.round().numpy().astype(np.uint8))
@@ -356,6 +357,46 @@ def test_views_are_made_in_full_precision(model):
     assert seen[0][1] is streams.share
     if model == "simclr":
         assert [enabled for enabled, _ in seen] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "stem"),
+    [
+        ("cpc-v1", {"crop": 24, "patch_size": 12}, "cifar"),
+        ("cpc-v1", {"crop": 17, "patch_size": 13, "gray": False}, "stl10"),
+        ("cpc-v1", {"crop": 36, "patch_size": 32}, "stl10"),
+        ("cpc-v1", {"crop": 37, "patch_size": 33}, "imagenet"),
+        ("simclr", {"view_size": 40}, "cifar"),
+        ("simclr", {"view_size": 41}, "imagenet"),
+    ],
+)
+def test_stems_fit_the_size_of_what_an_encoder_sees(model, options, stem):
+    encoder = ENCODER.replace(",stem=cifar", "")
+    task = program.TASKS[model](config_of(model, encoder=encoder, **options), dataset_of(images_of(2, 40)), CPU)
+    arguments = task._encoder_spec().arguments
+    colours = 3 if model == "simclr" or not options.get("gray", True) else 1
+    assert (arguments["stem"], arguments["in_channels"]) == (stem, colours)
+    # Which takes patches of one size.
+    task._config = config_of(model, encoder="ln-resnet50", **options)
+    assert task._encoder_spec().arguments["patch_size"] == options.get("patch_size", options.get("view_size"))
+
+
+@pytest.mark.parametrize("model", program.TASKS)
+def test_models_are_on_the_device_and_leave_random_numbers_alone(model):
+    state = torch.get_rng_state()
+    task = program.TASKS[model](config_of(model), dataset_of(images_of(4, 32)), torch.device("meta"))
+    assert {tensor.device.type for tensor in task.model.state_dict().values()} == {"meta"}
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("height", "width"), [(23, 40), (40, 23)])
+def test_crops_fit_both_sides_of_an_image(height, width):
+    images = noise(2, 40)[:, :, :height, :width]
+    with pytest.raises(ValueError, match=r"^--crop 24 is larger than the images of textures, 23 pixels$"):
+        program.TASKS["cpc-v1"](config_of("cpc-v1"), dataset_of(images), CPU)
+    with pytest.raises(ValueError, match=r", 23 pixels and --pad 1 around them$"):
+        program.TASKS["cpc-v1"](config_of("cpc-v1", crop=30, pad=1), dataset_of(images), CPU)
+    assert program.TASKS["cpc-v1"](config_of("cpc-v1", pad=1), dataset_of(images), CPU)
 
 
 # Greedy InfoMax.
@@ -564,7 +605,7 @@ PIXEL_RUNS = [(model, conditional) for model in PIXELS for conditional in (False
 @pytest.mark.parametrize(("model", "conditional"), PIXEL_RUNS)
 def test_pixel_models_are_judged_by_all_images_of_the_test(model, conditional, few_samples, tmp_path, drawn):
     test = ImageSet(images_of(5, 4, seed=2) // 8, np.array([0, 1, 1, 0, 1]))
-    task = task_of(model, test=test, ema_decay=0.5, class_conditional=conditional)
+    task = task_of(model, test=test, ema_decay=0.5, class_conditional=conditional, data_dir=Path("images"))
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in task.model.parameters():
