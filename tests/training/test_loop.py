@@ -488,12 +488,18 @@ def test_a_checkpoint_that_does_not_fit_says_why(tmp_path):
         ({"sampler": {**state["sampler"], "batch": 1.0}}, "sampler: expected whole numbers, got"),
         ({"sampler": {**state["sampler"], "seed": 7}}, "sampler state: expected seed 0, got 7"),
         ({"model": {}}, "Error.s. in loading state_dict"),
+        ({"task": {}}, "it has no 'updates'"),
     ):
         with pytest.raises(TrainingError, match=f"^--resume: {path} does not fit this run: {reason}"):
             trainer_of(tmp_path).resume({**copy.deepcopy(state), **change})
     for name in ("model", "optimizer", "scaler", "streams", "since_log", "since_best", "best_loss", "seconds", "step"):
         with pytest.raises(TrainingError, match=f"does not fit this run: it has no '{name}'$"):
             trainer_of(tmp_path).resume({key: value for key, value in state.items() if key != name})
+    # Checkpoints of before tasks had a state of their own.
+    del state["task"]
+    with pytest.raises(TrainingError, match=r"it has no 'updates'$"):
+        trainer_of(tmp_path).resume(state)
+    state["task"] = {"updates": 2}
     with pytest.raises(TrainingError, match=r"^--resume: the run is already at step 2, past the 1 asked for$"):
         trainer_of(tmp_path, steps=1).resume(state)
     trainer_of(tmp_path, steps=2).resume(state)

@@ -155,6 +155,7 @@ def test_finite_guard_watches_every_value_and_element():
         assert guard.first_bad_step() == 5
         guard.watch(6, torch.tensor(math.nan))
         assert guard.first_bad_step() == 5
+    assert FiniteGuard(torch.device("meta"))._first.device.type == "meta"
     guard = FiniteGuard(CPU)
     guard.watch(0, torch.tensor(math.nan))
     guard.watch(1, torch.tensor(math.nan))

@@ -55,7 +55,18 @@ def task_of(model: str, *, test: ImageSet | None = None, **options: Any) -> Task
 
 
 @pytest.fixture
-def drawn(monkeypatch):
+def roomy(monkeypatch):
+    """A device that would have room for all images, which what is done once must not take."""
+
+    def upload(self):
+        raise AssertionError
+
+    monkeypatch.setattr(ImageFetcher, "_fits", lambda self: True)
+    monkeypatch.setattr(ImageFetcher, "_upload", upload)
+
+
+@pytest.fixture
+def drawn(monkeypatch, roomy):
     """What figures are made of, by the name of the function, and which is written where, by the name of the file."""
     found: dict[str, Any] = {}
     for module, name in (
@@ -229,9 +240,10 @@ def test_figure_of_the_nearest_patches(grid, labels, tmp_path, drawn, monkeypatc
     assert (len(queries), same is None) == (6, not labels)
 
 
+@pytest.mark.parametrize("model", ["cpc-v1", "greedy-infomax"])
 @pytest.mark.parametrize(("count", "shown"), [(13, False), (14, True)])
-def test_neighbours_need_as_many_images(count, shown, tmp_path, drawn):
-    task_of("cpc-v1", test=ImageSet(images_of(count))).save(RunDir(tmp_path))
+def test_neighbours_need_as_many_images(model, count, shown, tmp_path, drawn):
+    task_of(model, test=ImageSet(images_of(count))).save(RunDir(tmp_path))
     assert ("neighbours.png" in drawn) == shown
 
 
@@ -399,6 +411,20 @@ def test_crops_fit_both_sides_of_an_image(height, width):
     assert program.TASKS["cpc-v1"](config_of("cpc-v1", pad=1), dataset_of(images), CPU)
 
 
+@pytest.mark.parametrize("model", program.TASKS)
+def test_steps_draw_from_the_streams_of_the_run_alone(model):
+    """PyTorch's own generator is left to layers such as dropout."""
+    options = {"pixelcnn++": {"dropout": 0.0}, "cpc-v2": {"patch_augmentation": True}}.get(model, {})
+    task = task_of(model, **options, **({"flip": True} if model.startswith(("cpc", "greedy")) else {}))
+    images, labels = torch.from_numpy(task.images.images), torch.from_numpy(task.images.labels)
+    losses = []
+    for seed in (0, 1):
+        streams = RandomStreams(5, CPU)
+        torch.manual_seed(seed)
+        losses.append(task.losses(images, labels, streams)["loss"].item())
+    assert losses[0] == losses[1]
+
+
 # Greedy InfoMax.
 
 
@@ -411,7 +437,7 @@ def test_the_modules_of_a_step_take_what_those_before_made():
     task = greedy(neg_samples=3)
     images = torch.from_numpy(noise())
     streams = RandomStreams(0, CPU)
-    handed, losses, grids = Handover(images), [], 25 * 4
+    handed, losses, grids, draws = Handover(images), [], 25 * 4, None
     again = task._view.random(images, RandomStreams(0, CPU).views).flatten(0, 2)
     for part, module in zip(task.parts(), task.model.encoder_modules, strict=True):
         values, handed = part(handed, None, streams)
@@ -420,7 +446,9 @@ def test_the_modules_of_a_step_take_what_those_before_made():
         torch.testing.assert_close(handed.features, again)
         assert not handed.features.requires_grad
         assert len(handed.features) == grids
-        assert handed.draws is not None
+        draws = handed.draws if draws is None else draws
+        assert draws is not None
+        assert handed.draws is draws
         assert set(values) == {"loss", "accuracy", "mutual_information"}
     total = task.losses(images, None, RandomStreams(0, CPU))
     for name, value in total.items():
@@ -554,6 +582,15 @@ def test_supervised_modules_learn_from_the_labelled_images():
         assert task.images is images
     supervised = program.TASKS["greedy-infomax"](config_of("greedy-infomax", objective="supervised"), dataset, CPU)
     assert [objective.out_features for objective in supervised.model.objectives] == [3, 3, 3]
+    handed, labels = Handover(torch.from_numpy(labelled.images)), torch.from_numpy(labelled.labels)
+    for index, part in enumerate(supervised.parts()):
+        values, handed = part(handed, labels, RandomStreams(0, CPU))
+        means = handed.features.unflatten(0, (5, 25)).mean((1, 3, 4))
+        expected = F.cross_entropy(supervised.model.objectives[index](means), labels)
+        torch.testing.assert_close(values["loss"], expected)
+        assert (set(values), handed.draws) == ({"loss", "accuracy"}, None)
+    two = config_of("greedy-infomax", objective="supervised", split_at=(1,))
+    assert len(program.TASKS["greedy-infomax"](two, dataset, CPU).model.objectives) == 2
     with pytest.raises(ValueError, match="--objective supervised: the images of textures have no labels"):
         program.TASKS["greedy-infomax"](supervised.config, replace(dataset, train=None), CPU)
 
@@ -704,7 +741,7 @@ def test_a_pixel_model_starts_from_weights_and_goes_on_with_its_average():
 
 
 @pytest.mark.parametrize("conditional", [False, True])
-def test_a_model_that_starts_from_the_data_sees_a_batch_of_the_seed(conditional, monkeypatch):
+def test_a_model_that_starts_from_the_data_sees_a_batch_of_the_seed(conditional, monkeypatch, roomy):
     given = []
     monkeypatch.setattr(pixelcnn.PixelCNNPP, "initialize", lambda self, images, labels: given.append((images, labels)))
     for seed, size in ((3, 4), (3, 9)):
