@@ -280,6 +280,9 @@ def test_long_values_are_cut_in_messages(tmp_path):
 def test_config_file_round_trip(tmp_path):
     config = preset("cpc-v1", "stl10")
     assert list(yaml.safe_load(config.to_yaml())) == list(type(config).model_fields)
+    of_files = parse(["--dataset", "folder", "--data-dir", "my images"]).run
+    (tmp_path / "files.yaml").write_text(of_files.to_yaml())
+    assert load_config(tmp_path / "files.yaml") == of_files
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     assert load_config(tmp_path / "config.yaml") == config
     changed = parse(["--config", str(tmp_path / "config.yaml"), "--lr", "0.01", "--steps", "9"]).run
