@@ -1,1 +1,1 @@
-"""The programs' command lines: options, and what is refused at once. What they do is imported only after that."""
+"""The programs: their command lines, one main, and what they do, which is imported once the options are right."""

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from cpc_ext.training.config import MAY_CHANGE, MOST, Presets, RunConfig, Section
+from cpc_ext.training.config import MAY_CHANGE, MOST, Preset, Presets, RunConfig, Section
 
 __all__ = ["PIXEL_PRESETS", "PixelConfig", "PixelSection"]
 
@@ -63,7 +63,7 @@ class PixelConfig(RunConfig):
 
 
 # The number of updates matters more than their size: small batches.
-_CIFAR = {
+_CIFAR: Preset = {
     "pixelcnn": {"layers": 15, "hidden_channels": 96, "sample_every": 2000},
     "optimization": {
         "epochs": 50,
@@ -75,12 +75,12 @@ _CIFAR = {
     },
 }
 # Whole 96x96 images: a ninth of the batch that small ones allow.
-_STL10 = {
+_STL10: Preset = {
     "pixelcnn": {"layers": 15, "hidden_channels": 96, "sample_every": 5000},
     "optimization": {**_CIFAR["optimization"], "epochs": 5, "batch_size": 4},
 }
 # Minutes on two CPU cores.
-_TEXTURES = {
+_TEXTURES: Preset = {
     "data": {"image_size": 32},
     "pixelcnn": {"layers": 5, "hidden_channels": 24, "sample_every": 250},
     "optimization": {

@@ -28,6 +28,7 @@ __all__ = [
     "OptimizationSection",
     "OptionError",
     "OutputSection",
+    "Preset",
     "Presets",
     "RunConfig",
     "Section",
@@ -47,8 +48,9 @@ else:
     DatasetName = Literal[DATASETS]
 Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "constant"]
-# By data set, what differs from the defaults of a model's configs, by section.
-Presets = Mapping[str, Mapping[str, Mapping[str, Any]]]
+# What differs from the defaults of a model's configs, by section; and that by data set.
+Preset = Mapping[str, Mapping[str, Any]]
+Presets = Mapping[str, Preset]
 
 # Sides and channels up to which a network, or an image, can be meant.
 MOST = 2**16

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from cpc_ext.tasks.patch_options import PredictionConfig, PredictionSection
-from cpc_ext.training.config import Presets
+from cpc_ext.training.config import Preset, Presets
 
 __all__ = ["CONFIG", "PRESETS", "CPCConfig", "CPCSection"]
 
@@ -35,7 +35,7 @@ class CPCConfig(PredictionConfig):
 CONFIG = CPCConfig
 
 # Small images: half-overlapping patches of 10 pixels of which a small network sees enough.
-_CIFAR = {
+_CIFAR: Preset = {
     "view": {"crop": 30, "grid_size": 5, "patch_norm": True},
     "cpc": {"encoder": "resnet14", "norm": "layer", "pred_steps": 3, "neg_samples": "all"},
     "optimization": {"epochs": 100, "batch_size": 64, "schedule": "cosine", "warmup_steps": 500, "clip_grad": 10.0},

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from cpc_ext.tasks.encoder_options import NORM_HELP, Norm
 from cpc_ext.tasks.patch_options import PredictionConfig, PredictionSection
-from cpc_ext.training.config import MOST, Presets
+from cpc_ext.training.config import MOST, Preset, Presets
 
 __all__ = ["CONFIG", "PRESETS", "CPCv2Config", "CPCv2Section"]
 
@@ -64,7 +64,7 @@ CONFIG = CPCv2Config
 
 _VIEW = {"gray": False, "patch_augmentation": True}
 # CPCV2-PyTorch's example: half-overlapping patches of 10 pixels in colour.
-_CIFAR = {
+_CIFAR: Preset = {
     "view": {"crop": 30, "pad": 2, "grid_size": 5, **_VIEW},
     "cpc": {"encoder": "wrn-28-2", "pred_steps": 3},
     "optimization": {"epochs": 500, "batch_size": 64, "schedule": "cosine", "warmup_steps": 500, "clip_grad": 10.0},

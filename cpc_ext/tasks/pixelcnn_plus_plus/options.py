@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from cpc_ext.tasks.pixel_options import PIXEL_PRESETS, PixelConfig, PixelSection
-from cpc_ext.training.config import MOST, Presets
+from cpc_ext.training.config import MOST, Preset, Presets
 
 __all__ = ["CONFIG", "PRESETS", "PixelCNNPPConfig", "PixelCNNPPSection"]
 
@@ -41,16 +41,16 @@ class PixelCNNPPConfig(PixelConfig):
 CONFIG = PixelCNNPPConfig
 
 # Three fifths of the published channels and blocks: a quarter of the parameters, 12 million.
-_CIFAR = {
+_CIFAR: Preset = {
     "pixelcnn": {"layers": 3, "hidden_channels": 96, "sample_every": 2000, "ema_decay": 0.9995},
     "optimization": {**PIXEL_PRESETS["cifar10"]["optimization"], "lr": 1e-3},
 }
-_STL10 = {
+_STL10: Preset = {
     "pixelcnn": {**_CIFAR["pixelcnn"], "sample_every": 5000},
     "optimization": {**PIXEL_PRESETS["stl10"]["optimization"], "lr": 1e-3},
 }
 # Minutes on two CPU cores. Textures without end need no dropout.
-_TEXTURES = {
+_TEXTURES: Preset = {
     "data": {"image_size": 32},
     "pixelcnn": {"layers": 1, "hidden_channels": 24, "dropout": 0.0, "sample_every": 250, "ema_decay": 0.99},
     "optimization": PIXEL_PRESETS["textures"]["optimization"],

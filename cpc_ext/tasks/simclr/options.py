@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from cpc_ext.tasks.encoder_options import EncoderConfig, EncoderSection
-from cpc_ext.training.config import MOST, Presets
+from cpc_ext.training.config import MOST, Preset, Presets
 
 __all__ = ["CONFIG", "PRESETS", "SimCLRConfig", "SimCLRSection"]
 
@@ -50,11 +50,11 @@ _OPTIMIZATION = {
     "final_lr": 0.02,
     "weight_decay": 1e-4,
 }
-_STL10 = {
+_STL10: Preset = {
     "simclr": {"encoder": "resnet18", "norm": "batch", "view_size": 96},
     "optimization": _OPTIMIZATION,
 }
-_CIFAR = {
+_CIFAR: Preset = {
     "simclr": {"encoder": "resnet18", "norm": "batch", "view_size": 32, "blur_kernel": 0},
     "optimization": _OPTIMIZATION,
 }
