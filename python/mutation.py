@@ -8,6 +8,7 @@ modules already and runs those tests, the quickest first. CONTRIBUTING.md tells 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -23,8 +24,13 @@ def _named(folder: str, *names: str) -> tuple[str, ...]:
     return tuple(f"{folder}/{name}.py" for name in names)
 
 
-# The emulation checks kernels; the others start processes, whose code mutmut does not see.
-_DESELECTED = "not emulated and not processes and not dead_process and not pipeline and not entry_point"
+# The emulation checks kernels. Others start processes, whose code mutmut does not see; or want one graph of functions,
+# whose mutants it chooses among in ways that torch.compile cannot follow; or several threads, which no fork inherits,
+# and which libgomp waits for all the same.
+_DESELECTED = (
+    "not emulated and not processes and not dead_process and not pipeline and not entry_point"
+    " and not compiles_ and not compiled_functions and not threads"
+)
 # The text of messages, which tests are free to quote in part.
 _MESSAGES = (r"^\s*raise ", r"^\s*warn\(", r"^\s*print\(")
 
@@ -63,8 +69,9 @@ ROOMS = {
     "evaluation": Room(
         ("cpc_ext/evaluation/*.py", "cpc_ext/measures/*.py"),
         (
-            *_named("tests/evaluation", "test_evaluation", "test_finetuning", "test_per_module"),
+            *_named("tests/evaluation", "test_evaluator", "test_evaluation", "test_finetuning", "test_per_module"),
             *_named("tests/measures", "test_probe", "test_judges"),
+            *_named("tests/programs", "test_every_program_option"),
         ),
     ),
     "judges": Room(
@@ -88,6 +95,8 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # No thread survives a fork.
     _enter(options.room)
+    # PyTorch puts off importing it, ten seconds, until a fork needs it.
+    importlib.import_module("torch._dynamo")
     # It reads its configuration in the folder that it is imported in.
     from mutmut import __main__ as mutmut
     from mutmut.state import state

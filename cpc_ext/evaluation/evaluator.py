@@ -90,7 +90,6 @@ class _Evaluator:
         self._images = {"train": images_digest(train), "test": images_digest(test)}
         self._weights = weights_digest(self._task.model)
         self._kept: dict[tuple[str, str], Tensor] = {}
-        counts = torch.bincount(self._test_labels, minlength=self._classes)
         self.record = EvaluationRecord(
             self._folder / "evaluation.json",
             {
@@ -102,7 +101,7 @@ class _Evaluator:
                 "images": self._images,
                 "train_images": len(train),
                 "test_images": len(test),
-                "chance_accuracy": counts.max().item() / len(test),
+                "chance_accuracy": torch.bincount(self._test_labels).max().item() / len(test),
                 "classes": list(self._dataset.classes),
             },
         )

@@ -131,7 +131,7 @@ def fine_tune(
                 schedule="cosine",
             )
         batch = chosen[next(batches)]
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         loss = F.cross_entropy(classifier(fetch(batch), crops), fetch.labels(batch))
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)

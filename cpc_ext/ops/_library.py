@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -30,37 +31,109 @@ __all__ = [
 _library = torch.library.Library("cpc_ext", "DEF")
 
 
+_Arguments = TypeVar("_Arguments", bound="tuple[Any, ...]")
+_Result = TypeVar("_Result", bound="Tensor | tuple[Tensor, ...]")
+
+
 def register(
-    schema: str,
+    name: str,
+    arguments: type[_Arguments],
+    result: type[_Result],
     *,
-    reference: Callable,
-    kernel: Callable,
-    fake: Callable,
-    backward: Callable | None = None,
-    setup_context: Callable | None = None,
-) -> torch._ops.OpOverload:
-    """Define ``cpc_ext::NAME(...)`` and return it.
+    reference: Callable[[_Arguments], _Result],
+    kernel: Callable[[_Arguments], _Result],
+    fake: Callable[[_Arguments], _Result],
+    setup_context: Callable[[Any, _Arguments, _Result], None] | None = None,
+    backward: Callable[..., dict[str, Tensor | None]] | None = None,
+    once: bool = False,
+) -> torch._ops.OpOverload[..., _Result]:
+    """Define ``cpc_ext::NAME(...)`` and return it, a function of the flat arguments.
 
     Args:
-        schema: name, arguments and results, as of ``torch.library.Library.define``. Results alias no argument.
+        name: of the op.
+        arguments: a NamedTuple of the op's arguments, whose types give its schema. A field that is a NamedTuple itself
+            stands for the fields of that.
+        result: Tensor, or a NamedTuple of tensors. Results alias no argument.
         reference: plain PyTorch; runs on devices without a kernel.
         kernel: runs on the devices that this build has kernels for.
         fake: gives empty results, for tracing.
-        backward, setup_context: the gradient, as of ``torch.library.register_autograd``. What backward gives is
-            differentiated in turn where a graph of it is asked for, so it must be made of differentiable operations
-            then, or be :func:`differentiable_once`.
+        setup_context: ``setup_context(ctx, arguments, result)``, as of ``torch.library.register_autograd``.
+        backward: ``backward(ctx, saved, *gradients)`` gives gradients by the arguments' names, where ``saved`` is
+            ``ctx.saved_tensors``; those that it does not name get none. What it gives is differentiated in turn where a
+            graph of it is asked for, so it must be made of differentiable operations then.
+        once: what backward gives cannot be differentiated: see :func:`differentiable_once`.
     """
-    name = _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, reference, "CompositeExplicitAutograd")
+    kinds = dict(_leaves(arguments))
+    _library.define(f"{name}{_schema(kinds, result)}", tags=(torch.Tag.pt2_compliant_tag,))
+    typed = _typed(arguments)
+
+    def of_values(function: Callable[[_Arguments], _Result]) -> Callable[..., _Result]:
+        return lambda *values: function(typed(values))
+
+    _library.impl(name, of_values(reference), "CompositeExplicitAutograd")
     for device in KERNEL_DEVICES:
-        _library.impl(name, kernel, device.upper())
-    torch.library.register_fake(f"cpc_ext::{name}", fake, lib=_library)
-    if backward is not None:
-        torch.library.register_autograd(f"cpc_ext::{name}", backward, setup_context=setup_context, lib=_library)
-    return getattr(torch.ops.cpc_ext, name).default
+        _library.impl(name, of_values(kernel), device.upper())
+    torch.library.register_fake(f"cpc_ext::{name}", of_values(fake), lib=_library)
+    if backward is not None and setup_context is not None:
+
+        def in_order(ctx: Any, saved: tuple[Any, ...], *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+            by_name = backward(ctx, saved, *gradients)
+            return tuple(by_name.get(name) for name in kinds)
+
+        def set_up(ctx: Any, inputs: tuple[Any, ...], output: _Result) -> None:
+            setup_context(ctx, typed(inputs), output)
+
+        def backwards(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+            return in_order(ctx, ctx.saved_tensors, *gradients)
+
+        torch.library.register_autograd(
+            f"cpc_ext::{name}",
+            differentiable_once(name)(in_order) if once else backwards,
+            setup_context=set_up,
+            lib=_library,
+        )
+    op: torch._ops.OpOverload[..., _Result] = getattr(torch.ops.cpc_ext, name).default
+    return op
 
 
-def differentiable_once(name: str) -> Callable[[Callable], Callable]:
+def _leaves(kind: type) -> Iterator[tuple[str, Any]]:
+    """Names and types of a NamedTuple's fields, those that are NamedTuples replaced by theirs."""
+    for name, field in get_type_hints(kind).items():
+        if hasattr(field, "_fields"):
+            yield from _leaves(field)
+        else:
+            yield name, field
+
+
+def _schema(kinds: dict[str, Any], result: type) -> str:
+    def prototype() -> None: ...
+
+    returned: Any = Tensor if result is Tensor else tuple[(Tensor,) * len(get_type_hints(result))]  # type: ignore[misc]
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
+        for name, kind in kinds.items()
+    ]
+    vars(prototype)["__signature__"] = inspect.Signature(parameters, return_annotation=returned)
+    return torch.library.infer_schema(prototype, mutates_args=())
+
+
+def _typed(kind: type[_Arguments]) -> Callable[[tuple[Any, ...]], _Arguments]:
+    """What makes an op's flat arguments a NamedTuple again."""
+    new: Callable[[Iterable[Any]], _Arguments] = functools.partial(tuple.__new__, kind)
+    parts: list[tuple[int | slice, Callable[[Any], Any] | None]] = []
+    end = 0
+    for field in get_type_hints(kind).values():
+        size = len(list(_leaves(field))) if hasattr(field, "_fields") else None
+        parts.append((end, None) if size is None else (slice(end, end + size), _typed(field)))
+        end += size or 1
+    if all(of_part is None for _, of_part in parts):
+        return new
+    return lambda values: new([values[at] if of_part is None else of_part(values[at]) for at, of_part in parts])
+
+
+def differentiable_once(
+    name: str,
+) -> Callable[[Callable[..., tuple[Tensor | None, ...]]], Callable[..., tuple[Tensor | None, ...]]]:
     """Decorator of a backward function: differentiating what it gives is a RuntimeError that names the op.
 
     PyTorch's own ``once_differentiable`` raises only where the incoming gradient requires one, and only where all of
@@ -71,7 +144,7 @@ def differentiable_once(name: str) -> Callable[[Callable], Callable]:
     must be arguments or results of the op that require a gradient, through which the refusal is found.
     """
 
-    def decorate(backward: Callable) -> Callable:
+    def decorate(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
         @functools.wraps(backward)
         def wrapper(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
             saved = ctx.saved_tensors  # Once, as activation checkpointing asks for.
@@ -80,7 +153,8 @@ def differentiable_once(name: str) -> Callable[[Callable], Callable]:
             with torch.no_grad():
                 results = backward(ctx, saved, *gradients)
             sources = [tensor for tensor in (*gradients, *saved) if tensor is not None and tensor.requires_grad]
-            return tuple(result if result is None else _Refusal.apply(name, result, *sources) for result in results)
+            refuse: Callable[..., Tensor] = _Refusal.apply
+            return tuple(result if result is None else refuse(name, result, *sources) for result in results)
 
         return wrapper
 
@@ -111,7 +185,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """A context in which autocast is off for a device."""
     if not torch.amp.is_autocast_available(device.type):
         return contextlib.nullcontext()
@@ -119,7 +193,10 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 # Objects of which PyTorch has one each; looking them up anew costs some microseconds.
-_FP32_PRECISIONS = {"convolution": torch.backends.cudnn.conv, "product": torch.backends.cuda.matmul}
+_FP32_PRECISIONS: dict[str, Any] = {
+    "convolution": torch.backends.cudnn.conv,  # type: ignore[attr-defined]
+    "product": torch.backends.cuda.matmul,
+}
 
 
 def tf32_allowed(tensor: Tensor, work: str) -> bool:

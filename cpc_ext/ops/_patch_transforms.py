@@ -97,7 +97,7 @@ def _luma(pixels: Tensor) -> Tensor:
     """[N, 1, p, p], ITU-R BT.601 as Pillow's convert("L")."""
     if pixels.shape[1] != 3:
         return pixels
-    red, green, blue = pixels.split(1, dim=1)
+    red, green, blue = pixels.chunk(3, dim=1)
     return (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
 
 

@@ -7,24 +7,18 @@ memory, so that nothing but the finished patches is written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cpc_ext._native import native
+from cpc_ext.ops._checks import check_dense, dtype_name
 from cpc_ext.ops._library import register, workspace_of
+from cpc_ext.ops._patch_options import PatchOptions, checked_options
 from cpc_ext.ops._patch_transforms import NODES, Patches, Transform, transform_patches
-from cpc_ext.ops.extract_patches import (
-    _affine,
-    _check_tensor,
-    _crop_and_flip,
-    _empty_patches,
-    _name,
-    checked_arguments,
-    extract_patches_reference,
-)
+from cpc_ext.ops.extract_patches import crop_and_flip, empty_patches, extract_patches_reference, for_kernels
 
 __all__ = ["PARAMETERS", "AugmentationPlan", "augment_patches", "augment_patches_reference"]
 
@@ -75,9 +69,14 @@ class AugmentationPlan(NamedTuple):
         first = start * part.partners[0].numel()
         return part._replace(partners=(part.partners - first) % part.partners.numel())
 
-    def _each(self, function) -> AugmentationPlan:
-        *tensors, fill = self
-        return AugmentationPlan(*(None if tensor is None else function(tensor) for tensor in tensors), fill)
+    def _each(self, function: Callable[[Tensor], Tensor]) -> AugmentationPlan:
+        return AugmentationPlan(
+            function(self.codes),
+            function(self.parameters),
+            None if self.partners is None else function(self.partners),
+            None if self.displacements is None else function(self.displacements),
+            self.fill,
+        )
 
 
 def augment_patches(
@@ -124,10 +123,7 @@ def augment_patches(
             partners that are no patch, and transforms whose partners or displacements the plan lacks are errors on the
             CPU; elsewhere, where looking would stall the stream, no transform happens, and partners are clamped.
     """
-    _check_tensor("images", images)
-    if images.dtype != torch.uint8:
-        raise TypeError(f"images must be uint8, got {_name(images.dtype)}")
-    arguments = checked_arguments(
+    options = checked_options(
         images,
         patch_size,
         stride,
@@ -140,21 +136,20 @@ def augment_patches(
         patch_norm=patch_norm,
         dtype=dtype,
         channels_last=channels_last,
+        images_dtypes=(torch.uint8,),
     )
     if images.shape[1] not in (1, 3):
         raise ValueError(f"images must have 1 or 3 channels, got {images.shape[1]}")
     if patch_size > MAX_PATCH_SIZE:
         raise ValueError(f"patch_size must be at most {MAX_PATCH_SIZE}, got {patch_size}")
-    _, _, stride, height, width, *_ = arguments
-    grid = images.shape[0], (height - patch_size) // stride + 1, (width - patch_size) // stride + 1
-    _check_plan(plan, grid, images.device)
-    return _augment_patches(*arguments, *plan)
+    _check_plan(plan, (images.shape[0], *options.grid()), images.device)
+    return _augment_patches(images, *options, *plan)
 
 
 def _check_plan(plan: AugmentationPlan, grid: tuple[int, int, int], device: torch.device) -> None:
     if not isinstance(plan, AugmentationPlan):
         raise TypeError(f"plan must be an AugmentationPlan, got {type(plan).__name__}")
-    _check_tensor("plan.codes", plan.codes)
+    check_dense("plan.codes", plan.codes)
     if plan.codes.ndim != 4 or tuple(plan.codes.shape[:3]) != grid:
         raise ValueError(f"plan.codes must be {[*grid, 'T']} for these patches, got shape {tuple(plan.codes.shape)}")
     for name, value, shape, dtype in (
@@ -165,58 +160,35 @@ def _check_plan(plan: AugmentationPlan, grid: tuple[int, int, int], device: torc
     ):
         if value is None and name in ("partners", "displacements"):
             continue
-        _check_tensor(f"plan.{name}", value)
-        if tuple(value.shape) != tuple(shape):
-            raise ValueError(f"plan.{name} must be {list(shape)}, got shape {tuple(value.shape)}")
-        if value.dtype != dtype:
-            raise TypeError(f"plan.{name} must be {_name(dtype)}, got {_name(value.dtype)}")
-        if value.device != device:
-            raise ValueError(f"plan.{name} must be on {device} like the images, got {value.device}")
+        tensor = check_dense(f"plan.{name}", value)
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"plan.{name} must be {list(shape)}, got shape {tuple(tensor.shape)}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"plan.{name} must be {dtype_name(dtype)}, got {dtype_name(tensor.dtype)}")
+        if tensor.device != device:
+            raise ValueError(f"plan.{name} must be on {device} like the images, got {tensor.device}")
     if isinstance(plan.fill, bool) or not isinstance(plan.fill, int):
         raise TypeError(f"plan.fill must be an integer, got {type(plan.fill).__name__}")
     if not 0 <= plan.fill <= 255:
         raise ValueError(f"plan.fill must be in [0, 255], got {plan.fill}")
 
 
-def augment_patches_reference(
-    images: Tensor,
-    patch_size: int,
-    stride: int,
-    height: int,
-    width: int,
-    offsets: Tensor | None,
-    flip: Tensor | None,
-    gray: bool,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    patch_norm: bool,
-    dtype: torch.dtype,
-    channels_last: bool,
-    codes: Tensor,
-    parameters: Tensor,
-    partners: Tensor | None,
-    displacements: Tensor | None,
-    fill: int,
-) -> Tensor:
+def augment_patches_reference(images: Tensor, options: PatchOptions, plan: AugmentationPlan) -> Tensor:
     """The op in plain PyTorch: oracle, and what runs where there is no kernel."""
-    windows = _crop_and_flip(images, height, width, offsets, flip)
-    cut = windows.unfold(2, patch_size, stride).unfold(3, patch_size, stride).permute(0, 2, 3, 1, 4, 5)
+    size, stride = options.patch_size, options.stride
+    windows = crop_and_flip(images, options)
+    cut = windows.unfold(2, size, stride).unfold(3, size, stride).permute(0, 2, 3, 1, 4, 5)
     grid, cut = cut.shape[:3], cut.flatten(0, 2)
-    plan = AugmentationPlan(
-        *(None if t is None else t.flatten(0, 2) for t in (codes, parameters, partners, displacements))
-    )
+    plan = plan._each(lambda tensor: tensor.flatten(0, 2))
     if images.device.type == "mps":  # Has no float64.
-        pixels = _transformed(cut.cpu(), plan.to("cpu"), fill).to(images.device)
+        pixels = _transformed(cut.cpu(), plan.to("cpu")).to(images.device)
     else:
-        pixels = _transformed(cut, plan, fill)
-    patches = extract_patches_reference(
-        *(pixels, patch_size, patch_size, patch_size, patch_size, None, None),
-        *(gray, mean, std, patch_norm, dtype, channels_last),
-    )
-    return patches[:, 0, 0].unflatten(0, grid)
+        pixels = _transformed(cut, plan)
+    of_pixels = options._replace(stride=size, height=size, width=size, offsets=None, flip=None)
+    return torch.unflatten(extract_patches_reference(pixels, of_pixels)[:, 0, 0], 0, grid)
 
 
-def _transformed(cut: Tensor, plan: AugmentationPlan, fill: int) -> Tensor:
+def _transformed(cut: Tensor, plan: AugmentationPlan) -> Tensor:
     """uint8 patches [N, C, p, p] after a plan whose tensors have N in place of [B, rows, cols]."""
     pixels = cut.long()
     for codes, parameters in zip(plan.codes.unbind(1), plan.parameters.unbind(1), strict=True):
@@ -226,69 +198,32 @@ def _transformed(cut: Tensor, plan: AugmentationPlan, fill: int) -> Tensor:
                 continue
             partners = None if plan.partners is None else cut[plan.partners[chosen].clamp(0, len(cut) - 1)].long()
             displacements = None if plan.displacements is None else plan.displacements[chosen].double()
-            patches = Patches(pixels[chosen], parameters[chosen].double(), displacements, partners, fill)
+            patches = Patches(pixels[chosen], parameters[chosen].double(), displacements, partners, plan.fill)
             pixels[chosen] = transform_patches(transform, patches)
     return pixels.to(torch.uint8)
 
 
-def _empty(*arguments) -> Tensor:
-    *arguments, _, _, _, _, _ = arguments
-    return _empty_patches(*arguments)
+class _Augmentation(NamedTuple):
+    """The op's arguments."""
+
+    images: Tensor
+    options: PatchOptions
+    plan: AugmentationPlan
 
 
-def _kernel(
-    images,
-    patch_size,
-    stride,
-    height,
-    width,
-    offsets,
-    flip,
-    gray,
-    mean,
-    std,
-    patch_norm,
-    dtype,
-    channels_last,
-    codes,
-    parameters,
-    partners,
-    displacements,
-    fill,
-) -> Tensor:
-    patches = _empty_patches(
-        images, patch_size, stride, height, width, offsets, flip, gray, mean, std, patch_norm, dtype, channels_last
-    )
-    scale, shift = _affine(images.dtype, patches.shape[3], mean, std)
-    problem = (
-        images,
-        patches,
-        patch_size,
-        stride,
-        height,
-        width,
-        offsets,
-        flip,
-        gray,
-        patch_norm,
-        channels_last,
-        scale,
-        shift,
-        codes.contiguous(),
-        parameters.contiguous(),
-        None if partners is None else partners.contiguous(),
-        None if displacements is None else displacements.contiguous(),
-        fill,
-    )
+def _kernel(augmentation: _Augmentation) -> Tensor:
+    images, options, plan = augmentation
+    patches = empty_patches(images, options)
+    problem = images, patches, *for_kernels(options, images.dtype, patches.shape[3]), *plan._each(Tensor.contiguous)
     native.augment_patches(*problem, workspace_of(images, native.augment_patches_workspace(*problem)))
     return patches
 
 
 _augment_patches = register(
-    "augment_patches(Tensor images, SymInt patch_size, SymInt stride, SymInt height, SymInt width, Tensor? offsets, "
-    "Tensor? flip, bool gray, float[]? mean, float[]? std, bool patch_norm, ScalarType dtype, bool channels_last, "
-    "Tensor codes, Tensor parameters, Tensor? partners, Tensor? displacements, int fill) -> Tensor",
-    reference=augment_patches_reference,
+    "augment_patches",
+    _Augmentation,
+    Tensor,
+    reference=lambda augmentation: augment_patches_reference(*augmentation),
     kernel=_kernel,
-    fake=_empty,
+    fake=lambda augmentation: empty_patches(augmentation.images, augmentation.options),
 )

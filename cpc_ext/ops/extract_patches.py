@@ -8,13 +8,14 @@ memory. The backward pass sums the overlapping patch gradients of every pixel in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cpc_ext._native import native
-from cpc_ext.ops._library import refuse_forward_mode, register, workspace_of
+from cpc_ext.ops._library import register, workspace_of
+from cpc_ext.ops._patch_options import KernelOptions, PatchOptions, checked_options
 
 __all__ = ["extract_patches", "extract_patches_reference"]
 
@@ -22,8 +23,6 @@ __all__ = ["extract_patches", "extract_patches_reference"]
 LUMA = (0.299, 0.587, 0.114)
 # Added to a patch's standard deviation, so that flat patches stay flat instead of becoming amplified noise.
 CONTRAST_FLOOR = 0.1
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def extract_patches(
@@ -70,189 +69,56 @@ def extract_patches(
             on the CPU; elsewhere, where looking would stall the stream, they are clamped to the image.
         NotImplementedError: forward-mode derivatives.
     """
-    return _extract_patches(
-        *checked_arguments(
-            images,
-            patch_size,
-            stride,
-            crop=crop,
-            offsets=offsets,
-            flip=flip,
-            gray=gray,
-            mean=mean,
-            std=std,
-            patch_norm=patch_norm,
-            dtype=dtype,
-            channels_last=channels_last,
-        )
+    options = checked_options(
+        images,
+        patch_size,
+        stride,
+        crop=crop,
+        offsets=offsets,
+        flip=flip,
+        gray=gray,
+        mean=mean,
+        std=std,
+        patch_norm=patch_norm,
+        dtype=dtype,
+        channels_last=channels_last,
     )
+    return _extract_patches(images, *options)
 
 
-def checked_arguments(
-    images: Tensor,
-    patch_size: int,
-    stride: int,
-    *,
-    crop: tuple[int, int] | None,
-    offsets: Tensor | None,
-    flip: Tensor | None,
-    gray: bool,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    patch_norm: bool,
-    dtype: torch.dtype | None,
-    channels_last: bool,
-) -> tuple[Any, ...]:
-    """extract_patches' arguments as its op's schema has them. TypeError or ValueError where one is wrong."""
-    _check_tensor("images", images)
-    refuse_forward_mode(images)
-    if images.dtype != torch.uint8 and images.dtype not in _DTYPES:
-        raise TypeError(f"images must be uint8, {', '.join(map(_name, _DTYPES))}, got {_name(images.dtype)}")
-    if images.ndim != 4:
-        raise ValueError(f"images must be [B, C, H, W], got shape {tuple(images.shape)}")
-    if dtype is None:
-        dtype = images.dtype if images.is_floating_point() else torch.get_default_dtype()
-    if dtype not in _DTYPES:
-        raise TypeError(f"dtype must be one of {', '.join(map(_name, _DTYPES))}, got {_name(dtype)}")
-    for name, value in (("gray", gray), ("patch_norm", patch_norm), ("channels_last", channels_last)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
-    height, width = _window(images, patch_size, stride, crop)
-    # Beyond the window all strides are alike; the op's schema knows 64 bits.
-    stride = min(stride, max(height, width))
-    channels = _output_channels(images, gray)
-    mean = _per_channel("mean", mean, channels)
-    std = _per_channel("std", std, channels)
-    if std is not None and not all(value > 0 for value in std):
-        raise ValueError(f"std must be positive, got {tuple(std)}")
-    if offsets is not None:
-        if crop is None:
-            raise ValueError("offsets place a crop: give crop=(h, w) with them")
-        _check_per_image("offsets", offsets, (images.shape[0], 2), images)
-        if offsets.dtype == torch.bool or offsets.is_floating_point() or offsets.is_complex():
-            raise TypeError(f"offsets must be integers, got {_name(offsets.dtype)}")
-        offsets = offsets.to(torch.int64)
-    if flip is not None:
-        _check_per_image("flip", flip, (images.shape[0],), images)
-        if flip.dtype != torch.bool:
-            raise TypeError(f"flip must be bool, got {_name(flip.dtype)}")
-    return (
-        *(images, patch_size, stride, height, width, offsets, flip),
-        *(gray, mean, std, patch_norm, dtype, channels_last),
-    )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _window(images: Tensor, patch_size: int, stride: int, crop: tuple[int, int] | None) -> tuple[int, int]:
-    for name, value in (("patch_size", patch_size), ("stride", stride)):
-        _check_integer(name, value)
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    size = tuple(images.shape[2:])
-    if crop is None:
-        height, width = size
-    else:
-        if len(crop) != 2:
-            raise ValueError(f"crop must be (h, w), got {tuple(crop)}")
-        for side in crop:
-            _check_integer("crop", side)
-        height, width = crop
-        if height > size[0] or width > size[1]:
-            raise ValueError(f"crop must lie within images of {size[0]}x{size[1]}, got {height}x{width}")
-    if patch_size > min(height, width):
-        raise ValueError(
-            f"patch_size must be at most {min(height, width)} for a {height}x{width} window, got {patch_size}"
-        )
-    return height, width
-
-
-def _output_channels(images: Tensor, gray: bool) -> int:
-    channels = images.shape[1]
-    if not gray:
-        if channels == 0:
-            raise ValueError("images must have at least one channel, got none")
-        return channels
-    if channels not in (1, 3):
-        raise ValueError(f"gray needs images of 1 or 3 channels, got {channels}")
-    return 1
-
-
-def _per_channel(name: str, values: Sequence[float] | None, channels: int) -> list[float] | None:
-    if values is None:
-        return None
-    if len(values) != channels:
-        raise ValueError(f"{name} must have one value for each of {channels} output channels, got {len(values)}")
-    try:
-        return [float(value) for value in values]
-    except OverflowError:
-        raise ValueError(f"{name} must hold what a float can, got {values}") from None
-
-
-def _check_tensor(name: str, value: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.layout != torch.strided or value.is_nested:
-        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
-
-
-def _check_integer(name: str, value: int) -> None:
-    # torch.compile traces sizes that vary as SymInt.
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-
-
-def _check_per_image(name: str, value: Tensor, shape: tuple[int, ...], images: Tensor) -> None:
-    _check_tensor(name, value)
-    if tuple(value.shape) != shape:
-        raise ValueError(f"{name} must be {list(shape)} for {shape[0]} images, got shape {tuple(value.shape)}")
-    if value.device != images.device:
-        raise ValueError(f"{name} must be on {images.device} like the images, got {value.device}")
-
-
-def extract_patches_reference(
-    images: Tensor,
-    patch_size: int,
-    stride: int,
-    height: int,
-    width: int,
-    offsets: Tensor | None,
-    flip: Tensor | None,
-    gray: bool,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    patch_norm: bool,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> Tensor:
+def extract_patches_reference(images: Tensor, options: PatchOptions) -> Tensor:
     """The op in plain PyTorch, step by step: oracle, baseline, and what runs where there is no kernel."""
-    compute = torch.float64 if torch.float64 in (images.dtype, dtype) else torch.float32
-    x = _crop_and_flip(images, height, width, offsets, flip).to(compute)
+    compute = torch.float64 if torch.float64 in (images.dtype, options.dtype) else torch.float32
+    x = crop_and_flip(images, options).to(compute)
     if images.dtype == torch.uint8:
         x = x / 255
-    if gray and images.shape[1] == 3:
+    if options.gray and images.shape[1] == 3:
         x = torch.einsum("bchw,c->bhw", x, x.new_tensor(LUMA)).unsqueeze(1)
-    if mean is not None:
-        x = x - x.new_tensor(mean).view(1, -1, 1, 1)
-    if std is not None:
-        x = x / x.new_tensor(std).view(1, -1, 1, 1)
-    patches = x.unfold(2, patch_size, stride).unfold(3, patch_size, stride).permute(0, 2, 3, 1, 4, 5)
-    if patch_norm:
+    if options.mean is not None:
+        x = x - x.new_tensor(options.mean).view(1, -1, 1, 1)
+    if options.std is not None:
+        x = x / x.new_tensor(options.std).view(1, -1, 1, 1)
+    size, stride = options.patch_size, options.stride
+    patches = x.unfold(2, size, stride).unfold(3, size, stride).permute(0, 2, 3, 1, 4, 5)
+    if options.patch_norm:
         centred = patches - patches.mean((3, 4, 5), keepdim=True)
         variance = centred.square().mean((3, 4, 5), keepdim=True)
         # The square root has no slope at zero; a flat patch has no gradient through its contrast.
         flat = variance == 0
         contrast = torch.where(flat, 0.0, torch.where(flat, 1.0, variance).sqrt())
         patches = centred / (contrast + CONTRAST_FLOOR)
-    patches = patches.to(dtype)
-    if channels_last:
-        return patches.permute(0, 1, 2, 4, 5, 3).contiguous().permute(0, 1, 2, 5, 3, 4)
-    return patches.contiguous()
+    patches = patches.to(options.dtype)
+    return _channels_last(patches) if options.channels_last else patches.contiguous()
 
 
-def _crop_and_flip(images: Tensor, height: int, width: int, offsets: Tensor | None, flip: Tensor | None) -> Tensor:
+def _channels_last(patches: Tensor) -> Tensor:
+    """The same values with the channels of each patch innermost in memory."""
+    return patches.permute(0, 1, 2, 4, 5, 3).contiguous().permute(0, 1, 2, 5, 3, 4)
+
+
+def crop_and_flip(images: Tensor, options: PatchOptions) -> Tensor:
+    """The images' windows, [B, C, height, width]."""
+    height, width, offsets, flip = options.height, options.width, options.offsets, options.flip
     limit_y, limit_x = images.shape[2] - height, images.shape[3] - width
     if offsets is None and flip is None:
         y, x = limit_y // 2, limit_x // 2
@@ -270,14 +136,13 @@ def _crop_and_flip(images: Tensor, height: int, width: int, offsets: Tensor | No
     return images[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def _empty_patches(
-    images, patch_size, stride, height, width, offsets, flip, gray, mean, std, patch_norm, dtype, channels_last
-) -> Tensor:
-    rows, cols = (height - patch_size) // stride + 1, (width - patch_size) // stride + 1
-    grid, channels = (images.shape[0], rows, cols), 1 if gray else images.shape[1]
-    if not channels_last:
-        return images.new_empty((*grid, channels, patch_size, patch_size), dtype=dtype)
-    return images.new_empty((*grid, patch_size, patch_size, channels), dtype=dtype).permute(0, 1, 2, 5, 3, 4)
+def empty_patches(images: Tensor, options: PatchOptions) -> Tensor:
+    """What the op returns, without values."""
+    size, grid = options.patch_size, (images.shape[0], *options.grid())
+    channels = 1 if options.gray else images.shape[1]
+    if not options.channels_last:
+        return images.new_empty((*grid, channels, size, size), dtype=options.dtype)
+    return images.new_empty((*grid, size, size, channels), dtype=options.dtype).permute(0, 1, 2, 5, 3, 4)
 
 
 def _affine(
@@ -290,126 +155,111 @@ def _affine(
     return [unit / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
 
 
-def _kernel(
-    images, patch_size, stride, height, width, offsets, flip, gray, mean, std, patch_norm, dtype, channels_last
-) -> Tensor:
-    patches = _empty_patches(
-        images, patch_size, stride, height, width, offsets, flip, gray, mean, std, patch_norm, dtype, channels_last
+def for_kernels(options: PatchOptions, images_dtype: torch.dtype, channels: int) -> KernelOptions:
+    """The options for images of a type and patches of so many channels."""
+    scale, shift = _affine(images_dtype, channels, options.mean, options.std)
+    return KernelOptions(
+        patch_size=options.patch_size,
+        stride=options.stride,
+        height=options.height,
+        width=options.width,
+        offsets=options.offsets,
+        flip=options.flip,
+        gray=options.gray,
+        patch_norm=options.patch_norm,
+        channels_last=options.channels_last,
+        scale=scale,
+        shift=shift,
     )
-    scale, shift = _affine(images.dtype, patches.shape[3], mean, std)
-    native.extract_patches(
-        images,
-        patches,
-        patch_size,
-        stride,
-        height,
-        width,
-        offsets,
-        flip,
-        gray,
-        patch_norm,
-        channels_last,
-        scale,
-        shift,
-    )
+
+
+class _Extraction(NamedTuple):
+    """The op's arguments."""
+
+    images: Tensor
+    options: PatchOptions
+
+
+class _Gradient(NamedTuple):
+    """The arguments of the gradient in the images, whose size and type it has."""
+
+    grad: Tensor
+    images: Tensor | None  # For patch_norm, which alone is not linear.
+    size: list[int]
+    images_dtype: torch.dtype
+    options: PatchOptions
+
+
+def _kernel(extraction: _Extraction) -> Tensor:
+    images, options = extraction
+    patches = empty_patches(images, options)
+    native.extract_patches(images, patches, *for_kernels(options, images.dtype, patches.shape[3]))
     return patches
 
 
-def _backward_reference(grad, images, size, images_dtype, *options) -> Tensor:
-    """The gradient in the images. Only ``patch_norm`` is not linear and needs the images themselves.
-
-    Differentiable where gradients are enabled.
-    """
-    *options, channels_last = options
+def _backward_reference(gradient: _Gradient) -> Tensor:
+    """Differentiable where gradients are enabled."""
+    grad, images = gradient.grad, gradient.images
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         if images is None:
-            pixels = torch.zeros(size, dtype=images_dtype, device=grad.device, requires_grad=True)
+            pixels = grad.new_zeros(gradient.size, dtype=gradient.images_dtype).requires_grad_()
         else:
             pixels = images.view_as(images) if differentiable else images.detach().requires_grad_()
-        patches = extract_patches_reference(pixels, *options, grad.dtype, channels_last)
+        patches = extract_patches_reference(pixels, gradient.options)
     return torch.autograd.grad(patches, pixels, grad, create_graph=differentiable)[0].contiguous()
 
 
-def _empty_images_grad(grad, images, size, images_dtype, *_: object) -> Tensor:
-    return grad.new_empty(size, dtype=images_dtype)
+def _empty_images_grad(gradient: _Gradient) -> Tensor:
+    return gradient.grad.new_empty(gradient.size, dtype=gradient.images_dtype)
 
 
-def _backward_kernel(
-    grad,
-    images,
-    size,
-    images_dtype,
-    patch_size,
-    stride,
-    height,
-    width,
-    offsets,
-    flip,
-    gray,
-    mean,
-    std,
-    patch_norm,
-    channels_last,
-) -> Tensor:
-    grad = grad.permute(0, 1, 2, 4, 5, 3).contiguous().permute(0, 1, 2, 5, 3, 4) if channels_last else grad.contiguous()
-    scale, shift = _affine(images_dtype, grad.shape[3], mean, std)
-    images_grad = grad.new_empty(size, dtype=images_dtype)
-    problem = (
-        images_grad,
-        grad,
-        images,
-        patch_size,
-        stride,
-        height,
-        width,
-        offsets,
-        flip,
-        gray,
-        patch_norm,
-        channels_last,
-        scale,
-        shift,
-    )
-    workspace = workspace_of(grad, native.extract_patches_backward_workspace(*problem))
-    native.extract_patches_backward(*problem, workspace)
+def _backward_kernel(gradient: _Gradient) -> Tensor:
+    grad, options = gradient.grad, gradient.options
+    grad = _channels_last(grad) if options.channels_last else grad.contiguous()
+    images_grad = _empty_images_grad(gradient)
+    kernel_options = for_kernels(options, gradient.images_dtype, grad.shape[3])
+    problem = images_grad, grad, gradient.images, *kernel_options
+    native.extract_patches_backward(*problem, workspace_of(grad, native.extract_patches_backward_workspace(*problem)))
     return images_grad
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    images, *window, offsets, flip, gray, mean, std, patch_norm, _, channels_last = inputs
-    ctx.save_for_backward(images if patch_norm else None, offsets, flip)
+def _setup_context(ctx: Any, extraction: _Extraction, result: Tensor) -> None:
+    images, options = extraction
+    ctx.save_for_backward(images if options.patch_norm else None, options.offsets, options.flip)
     ctx.size, ctx.images_dtype = images.shape, images.dtype
-    ctx.window = window
-    ctx.transform = gray, mean, std, patch_norm, channels_last
+    # Tensors are kept by PyTorch alone.
+    ctx.options = options._replace(offsets=None, flip=None)
 
 
-def _backward(ctx, grad: Tensor):
-    images, offsets, flip = ctx.saved_tensors
-    images_grad = None
-    if ctx.needs_input_grad[0]:
-        # The op's gradient has none of its own.
-        backward = _backward_reference if torch.is_grad_enabled() else _extract_patches_backward
-        images_grad = backward(grad, images, ctx.size, ctx.images_dtype, *ctx.window, offsets, flip, *ctx.transform)
-    return images_grad, *[None] * 12
+def _backward(ctx: Any, saved: Sequence[Tensor | None], grad: Tensor) -> dict[str, Tensor | None]:
+    if not ctx.needs_input_grad[0]:
+        return {}
+    images, offsets, flip = saved
+    gradient = _Gradient(
+        grad, images, ctx.size, ctx.images_dtype, ctx.options._replace(offsets=offsets, flip=flip, dtype=grad.dtype)
+    )
+    # The op's gradient has none of its own.
+    if torch.is_grad_enabled():
+        return {"images": _backward_reference(gradient)}
+    *rest, options = gradient
+    return {"images": _extract_patches_backward(*rest, *options)}
 
-
-_OPTIONS = (
-    "SymInt patch_size, SymInt stride, SymInt height, SymInt width, Tensor? offsets, Tensor? flip, bool gray, "
-    "float[]? mean, float[]? std, bool patch_norm"
-)
 
 _extract_patches = register(
-    f"extract_patches(Tensor images, {_OPTIONS}, ScalarType dtype, bool channels_last) -> Tensor",
-    reference=extract_patches_reference,
+    "extract_patches",
+    _Extraction,
+    Tensor,
+    reference=lambda extraction: extract_patches_reference(*extraction),
     kernel=_kernel,
-    fake=_empty_patches,
-    backward=_backward,
+    fake=lambda extraction: empty_patches(*extraction),
     setup_context=_setup_context,
+    backward=_backward,
 )
 _extract_patches_backward = register(
-    "extract_patches_backward(Tensor grad, Tensor? images, SymInt[] size, ScalarType images_dtype, "
-    f"{_OPTIONS}, bool channels_last) -> Tensor",
+    "extract_patches_backward",
+    _Gradient,
+    Tensor,
     reference=_backward_reference,
     kernel=_backward_kernel,
     fake=_empty_images_grad,

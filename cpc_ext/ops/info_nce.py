@@ -10,21 +10,15 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cpc_ext._native import native
-from cpc_ext.ops._library import (
-    autocast_dtype,
-    differentiable_once,
-    refuse_forward_mode,
-    register,
-    tf32_allowed,
-    workspace_of,
-)
+from cpc_ext.ops._library import autocast_dtype, refuse_forward_mode, register, tf32_allowed, workspace_of
 
 __all__ = ["InfoNCEOutput", "info_nce", "info_nce_reference"]
 
@@ -328,59 +322,136 @@ def _results(
     return loss / total if reduction == "mean" else loss, (weights * right).sum() / total
 
 
-def _empty_op(
-    queries, keys, targets, negatives, exclude, weights, scale, reduction, needs
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def empty(*shape) -> Tensor:
-        return queries.new_empty(shape, dtype=_sums_dtype(queries))
+class _Contrast(NamedTuple):
+    """Queries [B, M, D], keys [B, N, D], and indices of keys [B, M], [B, M, S] and [B, M], as :func:`info_nce`'s."""
 
-    shape = queries.shape[:2] if reduction == "none" else ()
-    return (
-        empty(*shape),
-        empty(*shape),
-        empty(*queries.shape[:2]) if needs[2] else empty(0),
-        *_empty_gradients(queries, keys, targets, negatives, exclude, None, scale, needs),
-    )
+    queries: Tensor
+    keys: Tensor
+    targets: Tensor | None
+    negatives: Tensor | None
+    exclude: Tensor | None
 
 
-def _empty_gradients(queries, keys, targets, negatives, exclude, row_weights, scale, needs) -> tuple[Tensor, Tensor]:
-    return tuple(
+class _Forward(NamedTuple):
+    """The op's arguments."""
+
+    contrast: _Contrast
+    weights: Tensor | None
+    scale: float
+    reduction: str
+    needs: list[bool]  # Of queries and keys: their gradients are formed. Of weights: the losses are kept.
+
+
+class _Backward(NamedTuple):
+    """Arguments of the op that forms gradients of the sum of the losses times the row weights [B, M]."""
+
+    contrast: _Contrast
+    row_weights: Tensor
+    scale: float
+    needs: list[bool]  # Of queries and keys.
+
+
+class _Gradients(NamedTuple):
+    """Empty where they are not formed."""
+
+    queries: Tensor
+    keys: Tensor
+
+
+class _Results(NamedTuple):
+    """The first two are :class:`InfoNCEOutput`, the others empty where they are not needed."""
+
+    loss: Tensor
+    accuracy: Tensor
+    losses: Tensor
+    grad_queries: Tensor
+    grad_keys: Tensor
+
+
+class _Kernel(NamedTuple):
+    """What native.info_nce takes, in its order."""
+
+    queries: Tensor
+    keys: Tensor
+    targets: Tensor | None
+    negatives: Tensor | None
+    exclude: Tensor | None
+    row_weights: Tensor | None
+    losses: Tensor | None
+    right: Tensor | None
+    grad_queries: Tensor | None
+    grad_keys: Tensor | None
+    scale: float
+    factor: float
+    tf32: bool
+
+
+def _empty_gradients(contrast: _Contrast, needs: Sequence[bool]) -> _Gradients:
+    queries, keys = (
         torch.empty_like(tensor, memory_format=torch.contiguous_format) if need else tensor.new_empty(0)
-        for tensor, need in zip((queries, keys), needs[:2], strict=True)
+        for tensor, need in zip(contrast[:2], needs, strict=False)
+    )
+    return _Gradients(queries, keys)
+
+
+def _empty_results(op: _Forward) -> _Results:
+    queries = op.contrast.queries
+    rows, dtype = queries.shape[:2], _sums_dtype(queries)
+    shape = rows if op.reduction == "none" else ()
+    return _Results(
+        queries.new_empty(shape, dtype=dtype),
+        queries.new_empty(shape, dtype=dtype),
+        queries.new_empty(rows if op.needs[2] else 0, dtype=dtype),
+        *_empty_gradients(op.contrast, op.needs),
     )
 
 
-def _kernel(queries, keys, targets, negatives, exclude, weights, scale, reduction, needs):
-    row_weights, factor = _row_weights(queries, weights, reduction)
+def _kernel(op: _Forward) -> _Results:
+    queries = op.contrast.queries
+    row_weights, factor = _row_weights(queries, op.weights, op.reduction)
     losses, right = (queries.new_empty(queries.shape[:2], dtype=_sums_dtype(queries)) for _ in range(2))
-    gradients = _empty_gradients(queries, keys, targets, negatives, exclude, row_weights, scale, needs)
-    _run(queries, keys, targets, negatives, exclude, row_weights, factor, scale, losses, right, gradients, needs)
-    loss, accuracy = _results(queries, losses, right, weights, reduction)
-    return loss, accuracy, losses if needs[2] else losses.new_empty(0), *gradients
+    gradients = _empty_gradients(op.contrast, op.needs)
+    _run(op, gradients, row_weights, factor, losses, right)
+    loss, accuracy = _results(queries, losses, right, op.weights, op.reduction)
+    return _Results(loss, accuracy, losses if op.needs[2] else losses.new_empty(0), *gradients)
 
 
-def _gradients_kernel(queries, keys, targets, negatives, exclude, row_weights, scale, needs) -> tuple[Tensor, Tensor]:
-    gradients = _empty_gradients(queries, keys, targets, negatives, exclude, row_weights, scale, needs)
-    row_weights = row_weights.contiguous()
-    _run(queries, keys, targets, negatives, exclude, row_weights, 1.0, scale, None, None, gradients, needs)
+def _gradients_kernel(op: _Backward) -> _Gradients:
+    gradients = _empty_gradients(op.contrast, op.needs)
+    _run(op, gradients, op.row_weights.contiguous())
     return gradients
 
 
 def _run(
-    queries, keys, targets, negatives, exclude, row_weights, factor, scale, losses, right, gradients, needs
+    op: _Forward | _Backward,
+    gradients: _Gradients,
+    row_weights: Tensor | None,
+    factor: float = 1.0,
+    losses: Tensor | None = None,
+    right: Tensor | None = None,
 ) -> None:
-    queries, keys = queries.contiguous(), keys.contiguous()
-    targets, negatives, exclude = (
-        None if tensor is None else tensor.contiguous() for tensor in (targets, negatives, exclude)
+    queries, keys = op.contrast.queries.contiguous(), op.contrast.keys.contiguous()
+    targets, negatives, exclude = (None if tensor is None else tensor.contiguous() for tensor in op.contrast[2:])
+    kernel = _Kernel(
+        queries=queries,
+        keys=keys,
+        targets=targets,
+        negatives=negatives,
+        exclude=exclude,
+        row_weights=row_weights,
+        losses=losses,
+        right=right,
+        grad_queries=gradients.queries if op.needs[0] else None,
+        grad_keys=gradients.keys if op.needs[1] else None,
+        scale=op.scale,
+        factor=factor,
+        tf32=tf32_allowed(queries, "product"),
     )
-    results = losses, right, *(gradient if need else None for gradient, need in zip(gradients, needs[:2], strict=True))
-    tf32 = tf32_allowed(queries, "product")
-    arguments = queries, keys, targets, negatives, exclude, row_weights, *results, scale, factor, tf32
-    workspace = workspace_of(queries, native.info_nce_workspace(*arguments))
+    workspace = workspace_of(queries, native.info_nce_workspace(*kernel))
     order = segments = None
-    if negatives is not None and needs[1] and not native.info_nce_sorts(queries):
+    if negatives is not None and op.needs[1] and not native.info_nce_sorts(queries):
         order, segments = _by_key(keys, targets, negatives)
-    native.info_nce(*arguments, workspace, order, segments)
+    native.info_nce(*kernel, workspace, order, segments)
 
 
 def _by_key(keys: Tensor, targets: Tensor | None, negatives: Tensor) -> tuple[Tensor, Tensor]:
@@ -395,38 +466,42 @@ def _by_key(keys: Tensor, targets: Tensor | None, negatives: Tensor) -> tuple[Te
     return order, torch.searchsorted(in_order, torch.arange(batch * num_keys + 1, device=keys.device))
 
 
-def _checked_indices(queries, keys, targets, negatives, exclude) -> tuple[list[Tensor | None], Tensor]:
+def _checked_indices(contrast: _Contrast) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """Targets, negatives and exclude with indices of keys only, and which queries [B, M] named no others."""
+    queries, keys, targets, negatives, exclude = contrast
     num_keys = keys.shape[1]
     positives = _default_targets(queries) if targets is None else targets
     valid = torch.ones_like(positives, dtype=torch.bool) if exclude is None else exclude != positives
-    clamped = []
+    last = max(num_keys - 1, 0)
     for indices in (positives, negatives, exclude):
         if indices is not None:
             within = (indices >= 0) & (indices < num_keys)
             valid = valid & (within if within.ndim == 2 else within.all(-1))
-        clamped.append(None if indices is None else indices.clamp(0, max(num_keys - 1, 0)))
-    return clamped, valid
+    negatives, exclude = (None if indices is None else indices.clamp(0, last) for indices in (negatives, exclude))
+    return positives.clamp(0, last), negatives, exclude, valid
 
 
-def _reference_op(queries, keys, targets, negatives, exclude, weights, scale, reduction, needs):
-    indices, valid = _checked_indices(queries, keys, targets, negatives, exclude)
-    losses, right = _each_query(queries, keys, *indices, scale)
+def _reference_op(op: _Forward) -> _Results:
+    queries = op.contrast.queries
+    targets, negatives, exclude, valid = _checked_indices(op.contrast)
+    losses, right = _each_query(queries, op.contrast.keys, targets, negatives, exclude, op.scale)
     losses, right = torch.where(valid, losses, math.nan), right * valid
-    row_weights, factor = _row_weights(queries, weights, reduction)
-    row_weights = torch.full_like(losses, factor) if row_weights is None else row_weights * factor
-    gradients = _gradients_reference(queries, keys, targets, negatives, exclude, row_weights, scale, needs)
-    loss, accuracy = _results(queries, losses, right, weights, reduction)
-    return loss, accuracy, losses if needs[2] else losses.new_empty(0), *gradients
+    weights, factor = _row_weights(queries, op.weights, op.reduction)
+    row_weights = torch.full_like(losses, factor) if weights is None else weights * factor
+    gradients = _gradients_reference(_Backward(op.contrast, row_weights, op.scale, op.needs))
+    loss, accuracy = _results(queries, losses, right, op.weights, op.reduction)
+    return _Results(loss, accuracy, losses if op.needs[2] else losses.new_empty(0), *gradients)
 
 
-def _gradients_reference(
-    queries, keys, targets, negatives, exclude, row_weights, scale, needs
-) -> tuple[Tensor, Tensor]:
+def _gradients_reference(op: _Backward) -> _Gradients:
     # Written out, as an op's forward pass, which forms gradients too, is out of autograd's reach.
-    if not (needs[0] or needs[1]):
-        return queries.new_empty(0), keys.new_empty(0)
-    (targets, negatives, exclude), valid = _checked_indices(queries, keys, targets, negatives, exclude)
+    queries, keys, *_ = op.contrast
+    needs_queries, needs_keys = op.needs[:2]
+    grad_queries, grad_keys = queries.new_empty(0), keys.new_empty(0)
+    if not (needs_queries or needs_keys):
+        return _Gradients(grad_queries, grad_keys)
+    targets, negatives, exclude, valid = _checked_indices(op.contrast)
+    row_weights, scale = op.row_weights, op.scale
     present = row_weights != 0
     counts = (valid & present).unsqueeze(-1)
     q, k = (tensor.to(row_weights.dtype) for tensor in (queries, keys))
@@ -445,37 +520,34 @@ def _gradients_reference(
     slopes = logits.softmax(-1)
     slopes = slopes.scatter_add(-1, positive, -torch.ones_like(slopes[..., :1]))
     slopes = torch.where(counts, slopes * row_weights.unsqueeze(-1) * scale, 0)
-    grad_queries, grad_keys = queries.new_empty(0), keys.new_empty(0)
-    if needs[0]:
+    if needs_queries:
         grad_queries = slopes @ k if negatives is None else (slopes.unsqueeze(-2) @ k).squeeze(-2)
         grad_queries = torch.where(counts, grad_queries, 0)
         grad_queries = torch.where(counts | ~present.unsqueeze(-1), grad_queries, math.nan).to(queries.dtype)
-    if needs[1] and negatives is None:
+    if needs_keys and negatives is None:
         grad_keys = (slopes.mT @ q).to(keys.dtype)
-    elif needs[1]:
+    elif needs_keys:
         of_pairs = slopes.unsqueeze(-1) * q.unsqueeze(-2)
         first = torch.arange(len(keys), device=keys.device).mul_(keys.shape[1]).view(-1, 1, 1)
         sums = of_pairs.new_zeros((keys.shape[:2].numel(), keys.shape[2]))
         sums.index_add_(0, (contrasted + first).flatten(), of_pairs.flatten(0, 2))
         grad_keys = sums.view(keys.shape).to(keys.dtype)
-    return grad_queries, grad_keys
+    return _Gradients(grad_queries, grad_keys)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    queries, keys, targets, negatives, exclude, weights, scale, reduction, needs = inputs
+def _setup_context(ctx: Any, op: _Forward, output: _Results) -> None:
     loss, _, losses, *gradients = output
     # What was not formed with the loss is computed when the gradient of each row is known.
-    ctx.later = any(wanted and not need for wanted, need in zip(ctx.needs_input_grad[:2], needs[:2], strict=True))
-    kept = (queries, keys, targets, negatives, exclude) if ctx.later else (None,) * 5
-    ctx.save_for_backward(*kept, weights, loss, losses if needs[2] else None, *gradients)
-    ctx.num_rows, ctx.scale, ctx.reduction = queries.shape[:2], scale, reduction
+    ctx.later = any(wanted and not need for wanted, need in zip(ctx.needs_input_grad[:2], op.needs[:2], strict=True))
+    kept = op.contrast if ctx.later else (None,) * len(op.contrast)
+    ctx.save_for_backward(*kept, op.weights, loss, losses if op.needs[2] else None, *gradients)
+    ctx.num_rows, ctx.scale, ctx.reduction = op.contrast.queries.shape[:2], op.scale, op.reduction
     ctx.set_materialize_grads(False)
 
 
-@differentiable_once("info_nce")
-def _backward(ctx, saved, grad, *_):
+def _backward(ctx: Any, saved: Sequence[Any], grad: Tensor | None, *_: Tensor | None) -> dict[str, Tensor | None]:
     if grad is None:
-        return (None,) * 9
+        return {}
     *kept, weights, loss, losses, grad_queries, grad_keys = saved
     needs_queries, needs_keys, *_ = ctx.needs_input_grad
     if ctx.later:
@@ -492,26 +564,29 @@ def _backward(ctx, saved, grad, *_):
             slope = torch.where(total > 0, (losses - loss) / total, losses)
         slope = torch.where(_absent(weights, losses), 0, slope)
         grad_weights = (grad * slope).to(weights.dtype)
-    return (
-        grad_queries if needs_queries else None,
-        grad_keys if needs_keys else None,
-        *(None, None, None, grad_weights, None, None, None),
-    )
+    return {
+        "queries": grad_queries if needs_queries else None,
+        "keys": grad_keys if needs_keys else None,
+        "weights": grad_weights,
+    }
 
 
 _info_nce = register(
-    "info_nce(Tensor queries, Tensor keys, Tensor? targets, Tensor? negatives, Tensor? exclude, Tensor? weights, "
-    "float scale, str reduction, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "info_nce",
+    _Forward,
+    _Results,
     reference=_reference_op,
     kernel=_kernel,
-    fake=_empty_op,
-    backward=_backward,
+    fake=_empty_results,
     setup_context=_setup_context,
+    backward=_backward,
+    once=True,
 )
 _info_nce_gradients = register(
-    "info_nce_gradients(Tensor queries, Tensor keys, Tensor? targets, Tensor? negatives, Tensor? exclude, "
-    "Tensor row_weights, float scale, bool[] needs) -> (Tensor, Tensor)",
+    "info_nce_gradients",
+    _Backward,
+    _Gradients,
     reference=_gradients_reference,
     kernel=_gradients_kernel,
-    fake=_empty_gradients,
+    fake=lambda op: _empty_gradients(op.contrast, op.needs),
 )

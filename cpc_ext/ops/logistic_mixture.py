@@ -8,14 +8,18 @@ reading what the forward pass would have had to write, all but two numbers a pix
 from __future__ import annotations
 
 import math
+import sys
 import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cpc_ext._native import native
-from cpc_ext.ops._library import differentiable_once, refuse_forward_mode, register, workspace_of
+from cpc_ext.ops._checks import check_dense, dtype_name
+from cpc_ext.ops._library import refuse_forward_mode, register, workspace_of
 
 __all__ = [
     "logistic_mixture_nll",
@@ -62,9 +66,9 @@ def logistic_mixture_nll(images: Tensor, params: Tensor) -> Tensor:
         TypeError, ValueError: an argument of the wrong type, shape or device.
         NotImplementedError, RuntimeError: forward-mode derivatives, second derivatives.
     """
-    _check_tensor("images", images)
+    check_dense("images", images)
     if images.dtype != torch.uint8:
-        raise TypeError(f"images must be uint8, got {_name(images.dtype)}")
+        raise TypeError(f"images must be uint8, got {dtype_name(images.dtype)}")
     if images.ndim != 4 or images.shape[1] not in _PARAMS_OF_COMPONENT:
         raise ValueError(f"images must be [B, 1, H, W] or [B, 3, H, W], got shape {tuple(images.shape)}")
     _check_params(params, images.shape[1])
@@ -120,7 +124,8 @@ def sample_logistic_mixture(
     _check_params(params, channels)
     if isinstance(temperature, bool) or not isinstance(temperature, int | float):
         raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
-    if not 0 <= temperature < math.inf:
+    # An integer may be below infinity and beyond what a float holds.
+    if not 0 <= temperature <= sys.float_info.max:
         raise ValueError(f"temperature must be finite and not negative, got {temperature}")
     looks = params.device.type == "cpu" and not torch.compiler.is_compiling()
     # A sum is the cheaper look; that of numbers may overflow, too.
@@ -133,9 +138,9 @@ def sample_logistic_mixture(
     elif generator is not None:
         raise ValueError("give either a generator or noise, not both")
     else:
-        _check_tensor("noise", noise)
+        check_dense("noise", noise)
         if noise.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"noise must be float32 or float64, got {_name(noise.dtype)}")
+            raise TypeError(f"noise must be float32 or float64, got {dtype_name(noise.dtype)}")
         if tuple(noise.shape) != shape:
             raise ValueError(f"noise must be {list(shape)} for these params, got shape {tuple(noise.shape)}")
         if noise.device != params.device:
@@ -143,21 +148,10 @@ def sample_logistic_mixture(
     return _sample_logistic_mixture(params.detach(), noise.detach(), channels, float(temperature))
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _check_tensor(name: str, value: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.layout != torch.strided or value.is_nested:
-        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
-
-
 def _check_params(params: Tensor, channels: int) -> None:
-    _check_tensor("params", params)
+    check_dense("params", params)
     if params.dtype not in _DTYPES:
-        raise TypeError(f"params must be one of {', '.join(map(_name, _DTYPES))}, got {_name(params.dtype)}")
+        raise TypeError(f"params must be one of {', '.join(map(dtype_name, _DTYPES))}, got {dtype_name(params.dtype)}")
     if params.ndim != 4:
         raise ValueError(f"params must be [B, P, H, W], got shape {tuple(params.shape)}")
     of_component = _PARAMS_OF_COMPONENT[channels]
@@ -180,7 +174,7 @@ def _split(params: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     """Logits [B, K, H, W]; means, log-scales and coefficients through tanh [B, C, K, H, W], the latter for C = 3."""
     components = _components(params, channels)
     logits, rest = params[:, :components], params[:, components:]
-    means, log_scales, *coefficients = rest.unflatten(1, (channels, -1, components)).unbind(2)
+    means, log_scales, *coefficients = torch.unflatten(rest, 1, (channels, -1, components)).unbind(2)
     log_scales = log_scales.clamp(min=LEAST_LOG_SCALE)
     return logits, means, log_scales, coefficients[0].tanh() if coefficients else None
 
@@ -190,17 +184,9 @@ def _split(params: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 def logistic_mixture_nll_reference(images: Tensor, params: Tensor) -> Tensor:
     """The likelihood in plain PyTorch: oracle, and what runs in float64 and where there is no kernel."""
-    joint, logits = _log_joint(images, params)
-    return (logits.logsumexp(1) - joint.logsumexp(1)).sum((1, 2))
-
-
-def _log_joint(images: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-    """logit + log-mass of the pixel's value, and the logit, of every component: [B, K, H, W] twice.
-
-    Logits are given above the largest one, beside which masses could be lost.
-    """
     params = params.to(_compute_dtype(params))
     logits, means, log_scales, coefficients = _split(params, images.shape[1])
+    # Beside the largest logit masses could be lost.
     logits = logits - logits.detach().amax(1, keepdim=True)
     levels = images.unsqueeze(2)
     x = levels.to(params.dtype) / 127.5 - 1
@@ -219,7 +205,8 @@ def _log_joint(images: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
     log_mass = torch.where(is_bin, log_mass, log_density)
     log_mass = torch.where(levels == 0, F.logsigmoid(centre + half), log_mass)
     log_mass = torch.where(levels == 255, F.logsigmoid(half - centre), log_mass)
-    return logits + log_mass.sum(1), logits
+    joint = logits + log_mass.sum(1)
+    return (logits.logsumexp(1) - joint.logsumexp(1)).sum((1, 2))
 
 
 def sample_logistic_mixture_reference(params: Tensor, noise: Tensor, channels: int, temperature: float) -> Tensor:
@@ -250,32 +237,62 @@ def sample_logistic_mixture_reference(params: Tensor, noise: Tensor, channels: i
 # --- The ops ---
 
 
-def _empty_nll(images, params, keep) -> tuple[Tensor, Tensor]:
-    batch, _, height, width = params.shape
-    nll = params.new_empty(batch, dtype=_compute_dtype(params))
-    return nll, nll.new_empty((batch, 2, height, width) if keep else 0)
+class _Likelihood(NamedTuple):
+    """The op's arguments."""
+
+    images: Tensor
+    params: Tensor
+    keep: bool  # The normalisers, for the gradient.
 
 
-def _nll_reference(images, params, keep) -> tuple[Tensor, Tensor]:
-    joint, logits = _log_joint(images, params)
-    nll = (logits.logsumexp(1) - joint.logsumexp(1)).sum((1, 2))
-    if not keep:
-        return nll, nll.new_empty(0)
-    peak = joint.amax(1, keepdim=True)
-    return nll, torch.cat([peak, torch.exp(joint - peak).sum(1, keepdim=True)], 1)
+class _Nats(NamedTuple):
+    """Nats per image, [B], and [B, 2, H, W]: each pixel's largest term and the sum of all relative to it."""
+
+    nll: Tensor
+    normalisers: Tensor  # Empty where they are not kept.
 
 
-def _kernel(images, params, keep) -> tuple[Tensor, Tensor]:
+class _Gradient(NamedTuple):
+    """Arguments of the gradient in params."""
+
+    grad: Tensor
+    images: Tensor
+    params: Tensor
+    normalisers: Tensor
+
+
+class _Sampling(NamedTuple):
+    """Arguments of the op that samples."""
+
+    params: Tensor
+    noise: Tensor
+    channels: int
+    temperature: float
+
+
+def _empty_nll(op: _Likelihood) -> _Nats:
+    batch, _, height, width = op.params.shape
+    nll = op.params.new_empty(batch, dtype=_compute_dtype(op.params))
+    return _Nats(nll, nll.new_empty((batch, 2, height, width) if op.keep else 0))
+
+
+def _nll_reference(op: _Likelihood) -> _Nats:
+    # Its gradient has no use for normalisers.
+    return _Nats(logistic_mixture_nll_reference(op.images, op.params), _empty_nll(op).normalisers.zero_())
+
+
+def _kernel(op: _Likelihood) -> _Nats:
+    images, params, keep = op
     if params.dtype == torch.float64:
-        return _nll_reference(images, params, keep)
-    nll, normalisers = _empty_nll(images, params, keep)
+        return _nll_reference(op)
+    nll, normalisers = _empty_nll(op)
     problem = images, params, nll, normalisers if keep else None
     native.logistic_mixture_nll(*problem, workspace_of(nll, native.logistic_mixture_nll_workspace(*problem)))
-    return nll, normalisers
+    return _Nats(nll, normalisers)
 
 
-def _empty_gradient(grad, images, params, normalisers) -> Tensor:
-    return torch.empty_like(params, memory_format=_memory_format(params))
+def _empty_gradient(op: _Gradient) -> Tensor:
+    return torch.empty_like(op.params, memory_format=_memory_format(op.params))
 
 
 def _memory_format(params: Tensor) -> torch.memory_format:
@@ -283,67 +300,71 @@ def _memory_format(params: Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _backward_reference(grad, images, params, normalisers) -> Tensor:
+def _backward_reference(op: _Gradient) -> Tensor:
     with torch.enable_grad():
-        leaf = params.detach().requires_grad_()
-        nll = logistic_mixture_nll_reference(images, leaf)
-    (gradient,) = torch.autograd.grad(nll, leaf, grad)
-    return gradient.contiguous(memory_format=_memory_format(params))
+        leaf = op.params.detach().requires_grad_()
+        nll = logistic_mixture_nll_reference(op.images, leaf)
+    (gradient,) = torch.autograd.grad(nll, leaf, op.grad)
+    return gradient.contiguous(memory_format=_memory_format(op.params))
 
 
-def _backward_kernel(grad, images, params, normalisers) -> Tensor:
-    if params.dtype == torch.float64:
-        return _backward_reference(grad, images, params, normalisers)
-    gradient = _empty_gradient(grad, images, params, normalisers)
-    native.logistic_mixture_nll_backward(images, params, normalisers, grad.contiguous(), gradient)
+def _backward_kernel(op: _Gradient) -> Tensor:
+    grad, *rest = op
+    if op.params.dtype == torch.float64:
+        return _backward_reference(op)
+    gradient = _empty_gradient(op)
+    native.logistic_mixture_nll_backward(*rest, grad.contiguous(), gradient)
     return gradient
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    images, params, _ = inputs
+def _setup_context(ctx: Any, op: _Likelihood, output: _Nats) -> None:
     _, normalisers = output
-    ctx.save_for_backward(images, params, normalisers)
+    ctx.save_for_backward(op.images, op.params, normalisers)
     ctx.mark_non_differentiable(normalisers)
     ctx.set_materialize_grads(False)
 
 
-@differentiable_once("logistic_mixture_nll")
-def _backward(ctx, saved, grad, _):
-    if grad is None:
-        return None, None, None
-    return None, _logistic_mixture_nll_backward(grad, *saved), None
+def _backward(ctx: Any, saved: Sequence[Tensor], grad: Tensor | None, _: None) -> dict[str, Tensor | None]:
+    return {} if grad is None else {"params": _logistic_mixture_nll_backward(grad, *saved)}
 
 
 _logistic_mixture_nll = register(
-    "logistic_mixture_nll(Tensor images, Tensor params, bool keep) -> (Tensor, Tensor)",
+    "logistic_mixture_nll",
+    _Likelihood,
+    _Nats,
     reference=_nll_reference,
     kernel=_kernel,
     fake=_empty_nll,
-    backward=_backward,
     setup_context=_setup_context,
+    backward=_backward,
+    once=True,
 )
 _logistic_mixture_nll_backward = register(
-    "logistic_mixture_nll_backward(Tensor grad, Tensor images, Tensor params, Tensor normalisers) -> Tensor",
+    "logistic_mixture_nll_backward",
+    _Gradient,
+    Tensor,
     reference=_backward_reference,
     kernel=_backward_kernel,
     fake=_empty_gradient,
 )
 
 
-def _empty_samples(params, noise, channels, temperature) -> Tensor:
-    batch, _, height, width = params.shape
-    return params.new_empty((batch, channels, height, width), dtype=torch.uint8)
+def _empty_samples(op: _Sampling) -> Tensor:
+    batch, _, height, width = op.params.shape
+    return op.params.new_empty((batch, op.channels, height, width), dtype=torch.uint8)
 
 
-def _sample_kernel(params, noise, channels, temperature) -> Tensor:
-    images = _empty_samples(params, noise, channels, temperature)
-    native.sample_logistic_mixture(params, noise, images, temperature)
+def _sample_kernel(op: _Sampling) -> Tensor:
+    images = _empty_samples(op)
+    native.sample_logistic_mixture(op.params, op.noise, images, op.temperature)
     return images
 
 
 _sample_logistic_mixture = register(
-    "sample_logistic_mixture(Tensor params, Tensor noise, int channels, float temperature) -> Tensor",
-    reference=sample_logistic_mixture_reference,
+    "sample_logistic_mixture",
+    _Sampling,
+    Tensor,
+    reference=lambda op: sample_logistic_mixture_reference(*op),
     kernel=_sample_kernel,
     fake=_empty_samples,
 )

@@ -8,6 +8,7 @@ Bias, an added condition, and a ReLU or tanh-sigmoid gate are applied before a r
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpc_ext._native import KERNEL_DEVICES, native
+from cpc_ext.ops._checks import check_dense
 from cpc_ext.ops._library import (
     autocast_dtype,
     refuse_forward_mode,
@@ -119,12 +121,15 @@ def _activate(output: Tensor, activation: str | None) -> Tensor:
     return gated_activation(output) if activation == "gated" else output
 
 
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+def _autocast(
+    input: Tensor, weight: Tensor, bias: Tensor | None, condition: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """All in autocast's type where it is on, except float64, which it leaves alone."""
-    dtype = autocast_dtype(tensors[0].device)
-    if dtype is None or tensors[0].dtype == torch.float64:
-        return list(tensors)
-    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+    dtype = autocast_dtype(input.device)
+    if dtype is None or input.dtype == torch.float64:
+        return input, weight, bias, condition
+    bias, condition = (None if tensor is None else tensor.to(dtype) for tensor in (bias, condition))
+    return input.to(dtype), weight.to(dtype), bias, condition
 
 
 def _check_arguments(
@@ -139,13 +144,13 @@ def _check_arguments(
     for name, value in (("input", input), ("weight", weight), ("mask", mask)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    for name, value in (("bias", bias), ("condition", condition)):
-        if value is not None and not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor or None, got {type(value).__name__}")
-    optional = (("weight", weight), ("bias", bias), ("mask", mask), ("condition", condition))
-    for name, value in (("input", input), *optional):
-        if value is not None and (value.layout != torch.strided or value.is_nested):
-            raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+    for name, tensor in (("bias", bias), ("condition", condition)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor or None, got {type(tensor).__name__}")
+    others = (("weight", weight), ("bias", bias), ("mask", mask), ("condition", condition))
+    for name, tensor in (("input", input), *others):
+        if tensor is not None:
+            check_dense(name, tensor)
     for name, value in (("input", input), ("weight", weight)):
         if not value.is_floating_point():
             raise TypeError(f"{name} must be floating, got {value.dtype}")
@@ -170,9 +175,9 @@ def _check_arguments(
         sizes = zip(reversed(condition.shape), reversed(shape), strict=False)
         if condition.ndim > 4 or any(size not in (1, wanted) for size, wanted in sizes):
             raise ValueError(f"condition must broadcast to {shape}, got shape {tuple(condition.shape)}")
-    for name, value in optional:
-        if value is not None and value.device != input.device:
-            raise ValueError(f"{name} must be on the input's device {input.device}, got {value.device}")
+    for name, tensor in others:
+        if tensor is not None and tensor.device != input.device:
+            raise ValueError(f"{name} must be on the input's device {input.device}, got {tensor.device}")
     _check_dtypes(input, weight, bias, condition)
     _check_mask_values(mask)
     if isinstance(dilation, bool) or not isinstance(dilation, int):
@@ -220,7 +225,7 @@ class _Visible(NamedTuple):
 
 
 # What was seen of masks on devices where looking stalls the stream, by the mask's id. A value must not hold its mask.
-_looked_at: dict[int, tuple[weakref.ref, int, Tensor | None, list[int]]] = {}
+_looked_at: dict[int, tuple[weakref.ref[Tensor], int, Tensor | None, list[int]]] = {}
 
 
 def _visible(mask: Tensor) -> _Visible:
@@ -241,46 +246,88 @@ def _visible(mask: Tensor) -> _Visible:
     return _Visible(seen, taps)
 
 
-def _empty_results(input, weight, bias, mask, condition, dilation, activation, keep) -> tuple[Tensor, Tensor]:
-    batch, _, height, width = input.shape
-    channels = weight.shape[0]
+class _Convolution(NamedTuple):
+    """The op's arguments, those of :func:`masked_conv2d` after the checks."""
 
-    def channels_last(n: int) -> Tensor:
-        return input.new_empty((batch, height, width, n)).permute(0, 3, 1, 2)
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    mask: Tensor
+    condition: Tensor | None
+    dilation: int
+    activation: str  # "none", "relu" or "gated".
+    keep: bool  # What goes into the activation.
 
-    output = channels_last(channels // 2 if activation == "gated" else channels)
-    return output, channels_last(channels) if keep else input.new_empty(0)
+
+class _Results(NamedTuple):
+    output: Tensor
+    preactivation: Tensor  # Empty where it is not kept.
 
 
-def _kernel(input, weight, bias, mask, condition, dilation, activation, keep) -> tuple[Tensor, Tensor]:
-    output, preactivation = _empty_results(input, weight, bias, mask, condition, dilation, activation, keep)
+class _Gradient(NamedTuple):
+    """Arguments of the op's gradient. saved: the output of a ReLU, what went into a gate."""
+
+    grad: Tensor
+    input: Tensor
+    weight: Tensor
+    mask: Tensor
+    saved: Tensor | None
+    dilation: int
+    activation: str
+    needs: list[bool]  # Of input, weight and bias.
+
+
+class _GradientResults(NamedTuple):
+    """Empty where they are not needed, that of what goes into the activation where there is none."""
+
+    preactivation: Tensor
+    input: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+def _empty_results(op: _Convolution) -> _Results:
+    input, channels = op.input, op.weight.shape[0]
+    output = _empty_like_image(input, channels // 2 if op.activation == "gated" else channels)
+    return _Results(output, _empty_like_image(input, channels) if op.keep else input.new_empty(0))
+
+
+def _empty_like_image(image: Tensor, channels: int) -> Tensor:
+    """As many channels for each pixel of an image, innermost in memory."""
+    batch, _, height, width = image.shape
+    return image.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2)
+
+
+def _kernel(op: _Convolution) -> _Results:
+    results = output, preactivation = _empty_results(op)
     if output.numel() == 0:
-        return output, preactivation
-    visible = _visible(mask)
-    problem = (
-        weight,
-        visible.mask,
-        _channels_last(input),
-        None if bias is None else bias.contiguous(),
-        condition,
-        output,
-        preactivation if keep else None,
-        visible.taps,
-        dilation,
-        activation,
-        tf32_allowed(input, "convolution"),
-    )
-    native.masked_conv2d(*problem, workspace_of(output, native.masked_conv2d_workspace(*problem)))
-    return output, preactivation
+        return results
+    visible = _visible(op.mask)
+    problem = {
+        "weight": op.weight,
+        "mask": visible.mask,
+        "input": _channels_last(op.input),
+        "bias": None if op.bias is None else op.bias.contiguous(),
+        "condition": op.condition,
+        "output": output,
+        "preactivation": preactivation if op.keep else None,
+        "taps": visible.taps,
+        "dilation": op.dilation,
+        "activation": op.activation,
+        "tf32": tf32_allowed(op.input, "convolution"),
+    }
+    native.masked_conv2d(**problem, workspace=workspace_of(output, native.masked_conv2d_workspace(**problem)))
+    return results
 
 
-def _reference_op(input, weight, bias, mask, condition, dilation, activation, keep) -> tuple[Tensor, Tensor]:
-    preactivation = F.conv2d(input, weight * mask.to(weight.dtype), bias, padding="same", dilation=dilation)
-    if condition is not None:
-        preactivation = preactivation + condition
-    output = _channels_last(_activate(preactivation, activation))
+def _reference_op(op: _Convolution) -> _Results:
+    masked = op.weight * op.mask.to(op.weight.dtype)
+    preactivation = F.conv2d(op.input, masked, op.bias, padding="same", dilation=op.dilation)
+    if op.condition is not None:
+        preactivation = preactivation + op.condition
+    output = _channels_last(_activate(preactivation, op.activation))
     # An op's results must not share memory.
-    return output, _channels_last(preactivation).clone() if keep else input.new_empty(0)
+    return _Results(output, _channels_last(preactivation).clone() if op.keep else op.input.new_empty(0))
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
@@ -288,117 +335,114 @@ def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
-def _backward_reference(
-    grad, input, weight, mask, saved, dilation, activation, needs
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if activation == "relu":
-        grad = grad * (saved > 0)
-    if activation == "gated":
-        features, gate = saved.chunk(2, dim=1)
-        features, gate = torch.tanh(features), torch.sigmoid(gate)
-        grad = torch.cat([grad * gate * (1 - features.square()), grad * features * gate * (1 - gate)], dim=1)
+def _backward_reference(op: _Gradient) -> _GradientResults:
+    needs_input, needs_weight, needs_bias = op.needs
+    grad = _activation_grad(op.grad, op.saved, op.activation)
     none = grad.new_empty(0)
-    grad_preactivation = _channels_last(grad).clone() if activation != "none" else none
     grad_input = grad_weight = none
-    if needs[0] or needs[1]:
+    if needs_input or needs_weight:
         with torch.enable_grad():
-            leaves = [input.detach().requires_grad_(), weight.detach().requires_grad_()]
-            masked = leaves[1] * mask.to(weight.dtype)
-            output = F.conv2d(leaves[0], masked, padding="same", dilation=dilation)
+            leaves = [op.input.detach().requires_grad_(), op.weight.detach().requires_grad_()]
+            masked = leaves[1] * op.mask.to(op.weight.dtype)
+            output = F.conv2d(leaves[0], masked, padding="same", dilation=op.dilation)
         grad_input, grad_weight = torch.autograd.grad(output, leaves, grad)
-    return (
-        grad_preactivation,
-        _channels_last(grad_input) if needs[0] else none,
-        grad_weight.contiguous() if needs[1] else none,
-        grad.sum((0, 2, 3)) if needs[2] else none,
+    return _GradientResults(
+        preactivation=_channels_last(grad).clone() if op.activation != "none" else none,
+        input=_channels_last(grad_input) if needs_input else none,
+        weight=grad_weight.contiguous() if needs_weight else none,
+        bias=grad.sum((0, 2, 3)) if needs_bias else none,
     )
 
 
-def _empty_gradients(
-    grad, input, weight, mask, saved, dilation, activation, needs
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def channels_last(n: int) -> Tensor:
-        return grad.new_empty((grad.shape[0], *grad.shape[2:], n)).permute(0, 3, 1, 2)
+def _activation_grad(grad: Tensor, saved: Tensor | None, activation: str) -> Tensor:
+    """The gradient in what goes into an activation."""
+    if saved is None:
+        return grad
+    if activation == "relu":
+        return grad * (saved > 0)
+    features, gate = saved.chunk(2, dim=1)
+    features, gate = torch.tanh(features), torch.sigmoid(gate)
+    return torch.cat([grad * gate * (1 - features.square()), grad * features * gate * (1 - gate)], dim=1)
 
+
+def _empty_gradients(op: _Gradient) -> _GradientResults:
+    grad, weight = op.grad, op.weight
+    needs_input, needs_weight, needs_bias = op.needs
     none = grad.new_empty(0)
-    return (
-        channels_last(weight.shape[0]) if activation != "none" else none,
-        channels_last(weight.shape[1]) if needs[0] else none,
-        grad.new_empty(weight.shape) if needs[1] else none,
-        grad.new_empty(weight.shape[0]) if needs[2] else none,
+    return _GradientResults(
+        preactivation=_empty_like_image(grad, weight.shape[0]) if op.activation != "none" else none,
+        input=_empty_like_image(grad, weight.shape[1]) if needs_input else none,
+        weight=grad.new_empty(weight.shape) if needs_weight else none,
+        bias=grad.new_empty(weight.shape[0]) if needs_bias else none,
     )
 
 
-def _backward_kernel(
-    grad, input, weight, mask, saved, dilation, activation, needs
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    results = _empty_gradients(grad, input, weight, mask, saved, dilation, activation, needs)
-    grad_preactivation, grad_input, grad_weight, grad_bias = results
-    if grad.numel() == 0:
+def _backward_kernel(op: _Gradient) -> _GradientResults:
+    results, weight = _empty_gradients(op), op.weight
+    needs_input, needs_weight, needs_bias = op.needs
+    if op.grad.numel() == 0:
         for result in results:
             result.zero_()
         return results
-    visible = _visible(mask)
-    problem = (
-        weight,
-        visible.mask,
-        _channels_last(grad),
-        _channels_last(input) if needs[1] else None,
-        saved,
-        grad_preactivation if activation != "none" else None,
-        grad_input if needs[0] else None,
-        grad_weight if needs[1] else None,
-        grad_bias if needs[2] else None,
-        visible.taps,
-        dilation,
-        activation,
-        tf32_allowed(grad, "convolution"),
-    )
-    native.masked_conv2d_backward(*problem, workspace_of(grad, native.masked_conv2d_backward_workspace(*problem)))
+    visible = _visible(op.mask)
+    problem = {
+        "weight": weight,
+        "mask": visible.mask,
+        "grad": _channels_last(op.grad),
+        "input": _channels_last(op.input) if needs_weight else None,
+        "saved": op.saved,
+        "grad_preactivation": results.preactivation if op.activation != "none" else None,
+        "grad_input": results.input if needs_input else None,
+        "grad_weight": results.weight if needs_weight else None,
+        "grad_bias": results.bias if needs_bias else None,
+        "taps": visible.taps,
+        "dilation": op.dilation,
+        "activation": op.activation,
+        "tf32": tf32_allowed(op.grad, "convolution"),
+    }
+    size = native.masked_conv2d_backward_workspace(**problem)
+    native.masked_conv2d_backward(**problem, workspace=workspace_of(op.grad, size))
     return results
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    input, weight, _, mask, _, dilation, activation, keep = inputs
-    result, preactivation = output
-    saved = {"none": None, "relu": result, "gated": preactivation}[activation]
-    ctx.save_for_backward(input, weight, mask, saved)
-    ctx.dilation, ctx.activation, ctx.keep = dilation, activation, keep
+def _setup_context(ctx: Any, op: _Convolution, results: _Results) -> None:
+    output, preactivation = results
+    saved = {"none": None, "relu": output, "gated": preactivation}[op.activation]
+    ctx.save_for_backward(op.input, op.weight, op.mask, saved)
+    ctx.dilation, ctx.activation, ctx.keep = op.dilation, op.activation, op.keep
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, grad_preactivation):
+def _backward(
+    ctx: Any, kept: Sequence[Any], grad: Tensor | None, grad_preactivation: Tensor | None
+) -> dict[str, Tensor | None]:
     if not ctx.keep:  # Nothing was kept; PyTorch 2.11 may still come with a gradient of that empty tensor.
         grad_preactivation = None
     if grad is None and grad_preactivation is None:
-        return (None,) * 8
-    input, weight, mask, saved = ctx.saved_tensors
+        return {}
+    input, weight, mask, saved = kept
     needs_input, needs_weight, needs_bias, _, needs_condition, *_ = ctx.needs_input_grad
     # Nothing but second derivatives depends on what the gate's gradient is made of.
-    if grad_preactivation is not None or torch.is_grad_enabled():
+    if grad is None or grad_preactivation is not None or torch.is_grad_enabled():
         with without_autocast(input.device):
             grad = _differentiable_activation_grad(grad, saved, ctx.activation, grad_preactivation)
-            grad_input, grad_weight = _Gradients.apply(
-                grad, input, weight, mask, ctx.dilation, [needs_input, needs_weight]
-            )
-            grad_bias = grad.sum((0, 2, 3)) if needs_bias else None
-        return grad_input, grad_weight, grad_bias, None, grad if needs_condition else None, None, None, None
-    grad_preactivation, grad_input, grad_weight, grad_bias = _masked_conv2d_backward(
-        grad, input, weight, mask, saved, ctx.dilation, ctx.activation, [needs_input, needs_weight, needs_bias]
-    )
-    grad_condition = None
-    if needs_condition:
-        grad_condition = grad if ctx.activation == "none" else grad_preactivation
-    return (
-        grad_input if needs_input else None,
-        grad_weight if needs_weight else None,
-        grad_bias if needs_bias else None,
-        None,
-        grad_condition,
-        None,
-        None,
-        None,
-    )
+            grad_input, grad_weight = _gradients(grad, input, weight, mask, ctx.dilation, needs_input, needs_weight)
+            return {
+                "input": grad_input,
+                "weight": grad_weight,
+                "bias": grad.sum((0, 2, 3)) if needs_bias else None,
+                "condition": grad if needs_condition else None,
+            }
+    needs = [needs_input, needs_weight, needs_bias]
+    gradient = _Gradient(grad, input, weight, mask, saved, ctx.dilation, ctx.activation, needs)
+    of_preactivation, of_input, of_weight, of_bias = _masked_conv2d_backward(*gradient)
+    of_condition = grad if ctx.activation == "none" else of_preactivation
+    return {
+        "input": of_input if needs_input else None,
+        "weight": of_weight if needs_weight else None,
+        "bias": of_bias if needs_bias else None,
+        "condition": of_condition if needs_condition else None,
+    }
 
 
 def _differentiable_activation_grad(
@@ -406,16 +450,11 @@ def _differentiable_activation_grad(
 ) -> Tensor:
     """The gradient in what goes into the activation, in plain PyTorch; ``more`` is what else came back to that."""
     if grad is None:
+        assert more is not None
         return more
     compute = torch.promote_types(grad.dtype, torch.float32)
-    dtype, grad = grad.dtype, grad.to(compute)
-    if activation == "relu":
-        grad = grad * (saved > 0)
-    if activation == "gated":
-        features, gate = saved.to(compute).chunk(2, dim=1)
-        features, gate = torch.tanh(features), torch.sigmoid(gate)
-        grad = torch.cat([grad * gate * (1 - features.square()), grad * features * gate * (1 - gate)], dim=1)
-    return (grad if more is None else grad + more).to(dtype)
+    inner = _activation_grad(grad.to(compute), None if saved is None else saved.to(compute), activation)
+    return (inner if more is None else inner + more).to(grad.dtype)
 
 
 class _Gradients(torch.autograd.Function):
@@ -444,34 +483,51 @@ class _Gradients(torch.autograd.Function):
         def convolved(input: Tensor, weight: Tensor) -> Tensor:
             return _masked_conv2d(input, weight, None, mask, None, ctx.dilation, "none", False)[0]
 
-        def gradients(input: Tensor, weight: Tensor, *needs: bool) -> tuple[Tensor | None, Tensor | None]:
-            return _Gradients.apply(grad, input, weight, mask, ctx.dilation, list(needs))
-
         of_grad = of_input = of_weight = None
         with without_autocast(grad.device):
             if as_input is not None:
                 of_grad = convolved(as_input, weight) if ctx.needs_input_grad[0] else None
-                of_weight = gradients(as_input, weight, False, True)[1] if ctx.needs_input_grad[2] else None
+                of_weight = (
+                    _gradients(grad, as_input, weight, mask, ctx.dilation, False, True)[1]
+                    if ctx.needs_input_grad[2]
+                    else None
+                )
             if as_weight is not None:
                 if ctx.needs_input_grad[0]:
                     of_both = convolved(input, as_weight)
                     of_grad = of_both if of_grad is None else of_grad + of_both
-                of_input = gradients(input, as_weight, True, False)[0] if ctx.needs_input_grad[1] else None
+                of_input = (
+                    _gradients(grad, input, as_weight, mask, ctx.dilation, True, False)[0]
+                    if ctx.needs_input_grad[1]
+                    else None
+                )
         return of_grad, of_input, of_weight, None, None, None
 
 
+def _gradients(
+    grad: Tensor, input: Tensor, weight: Tensor, mask: Tensor, dilation: int, *needs: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those in input and weight, differentiable."""
+    results: tuple[Tensor | None, Tensor | None] = _Gradients.apply(  # type: ignore[no-untyped-call]
+        grad, input, weight, mask, dilation, list(needs)
+    )
+    return results
+
+
 _masked_conv2d = register(
-    "masked_conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor mask, Tensor? condition, SymInt dilation, "
-    "str activation, bool keep) -> (Tensor, Tensor)",
+    "masked_conv2d",
+    _Convolution,
+    _Results,
     reference=_reference_op,
     kernel=_kernel,
     fake=_empty_results,
-    backward=_backward,
     setup_context=_setup_context,
+    backward=_backward,
 )
 _masked_conv2d_backward = register(
-    "masked_conv2d_backward(Tensor grad, Tensor input, Tensor weight, Tensor mask, Tensor? saved, SymInt dilation, "
-    "str activation, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    "masked_conv2d_backward",
+    _Gradient,
+    _GradientResults,
     reference=_backward_reference,
     kernel=_backward_kernel,
     fake=_empty_gradients,
@@ -523,24 +579,35 @@ class PixelConvolution:
         if input.device.type not in KERNEL_DEVICES:
             self._reference(input, output, position, condition)
             return
-        taps, size = self._taps, tuple(input.shape[2:])
+        size = tuple(input.shape[2:])
         if size not in self._packed:
-            problem = self.weight, self._mask, taps, self.dilation, *size, self.activation == "gated"
-            self._packed[size] = input.new_empty(native.masked_conv2d_packed_bytes(*problem), dtype=torch.uint8)
-            native.masked_conv2d_pack(*problem, self._packed[size])
+            packing = {
+                "weight": self.weight,
+                "mask": self._mask,
+                "taps": self._taps,
+                "dilation": self.dilation,
+                "height": size[0],
+                "width": size[1],
+                "gated": self.activation == "gated",
+            }
+            packed = input.new_empty(native.masked_conv2d_packed_bytes(**packing), dtype=torch.uint8)
+            native.masked_conv2d_pack(**packing, packed=packed)
+            self._packed[size] = packed
+        outputs, _, kh, kw = self.weight.shape
         native.masked_conv2d_packed(
-            input,
-            self._packed[size],
-            self.bias,
-            condition,
-            position,
-            output,
-            self.weight.shape[0],
-            taps,
-            *self.weight.shape[2:],
-            self.dilation,
-            self.activation or "none",
-            tf32_allowed(input, "convolution"),
+            input=input,
+            packed=self._packed[size],
+            bias=self.bias,
+            condition=condition,
+            position=position,
+            output=output,
+            outputs=outputs,
+            taps=self._taps,
+            kh=kh,
+            kw=kw,
+            dilation=self.dilation,
+            activation=self.activation or "none",
+            tf32=tf32_allowed(input, "convolution"),
         )
 
     def _reference(self, input: Tensor, output: Tensor, position: Tensor, condition: Tensor | None) -> None:
@@ -550,7 +617,8 @@ class PixelConvolution:
             for at, size in zip(position, (kh, kw), strict=True)
         )
         inside = ((rows >= 0) & (rows < input.shape[2]))[:, None] & ((cols >= 0) & (cols < input.shape[3]))
-        seen = input[:, :, rows.clamp(0, input.shape[2] - 1)][..., cols.clamp(0, input.shape[3] - 1)] * inside
+        seen = input[:, :, rows.clamp(0, input.shape[2] - 1)][..., cols.clamp(0, input.shape[3] - 1)]
+        seen = torch.where(inside, seen, 0)  # A product would let NaN through.
         pixel = F.conv2d(seen, self.weight * self.mask.to(self.weight.dtype), self.bias)
         if condition is not None:
             pixel = pixel + condition[:, :, position[0], position[1]][..., None, None]

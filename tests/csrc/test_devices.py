@@ -15,6 +15,7 @@ from cpc_ext.ops import (
     masked_conv2d,
     sample_logistic_mixture,
 )
+from cpc_ext.ops._patch_options import PatchOptions
 from cpc_ext.ops.augment_patches import augment_patches_reference
 from cpc_ext.ops.extract_patches import extract_patches_reference
 from cpc_ext.ops.logistic_mixture import logistic_mixture_nll_reference
@@ -44,9 +45,7 @@ def augment(pixels: torch.Tensor, plan: AugmentationPlan) -> torch.Tensor:
 
 def right_augment(pixels: torch.Tensor, plan: AugmentationPlan) -> torch.Tensor:
     side = pixels.shape[2]
-    return augment_patches_reference(
-        *(pixels, side, 1, side, side, None, None, False, None, None, False, torch.float32, False, *plan)
-    )
+    return augment_patches_reference(pixels, PatchOptions(side, 1, side, side), plan)
 
 
 def workspace_bytes(native, pixels: torch.Tensor) -> int:
@@ -79,9 +78,8 @@ def test_extracted_patches_around_all_that_a_block_may_have(device, emulated_nat
     last = math.isqrt((kib << 10) // 12)  # Of three channels of floats.
     for side in range(last - 6, last + 2):
         pixels = images(3, side)
-        right = extract_patches_reference(
-            *(pixels, side, 1, side, side, None, None, False, None, None, patch_norm, torch.float64, False)
-        )
+        options = PatchOptions(side, 1, side, side, patch_norm=patch_norm, dtype=torch.float64)
+        right = extract_patches_reference(pixels, options)
         assert (extract_patches(pixels, side, 1, patch_norm=patch_norm) - right).abs().max() < 4e-6, side
 
 

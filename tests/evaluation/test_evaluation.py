@@ -25,14 +25,14 @@ from cpc_ext.evaluation.finetuning import FineTuning, fine_tune
 from cpc_ext.evaluation.options import MODES
 from cpc_ext.measures.knn import knn_scores
 from cpc_ext.measures.label_subsets import LabelBudget, parse_label_budgets
-from cpc_ext.programs import training as program
 from cpc_ext.programs.evaluate import main
-from cpc_ext.tasks.simclr.task import SimCLRTask
+from cpc_ext.programs.train_options import parse
 from cpc_ext.training import run_data
 from cpc_ext.training.checkpoint import load_checkpoint, save_checkpoint
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.presets import preset
-from tests.training.conftest import TINY
+from tests.tasks.test_every_option import ENCODER
+from tests.training.conftest import TINY, new_run
 
 SIMCLR = (
     *("--model", "simclr", "--view-size", "24", "--projection-channels", "8", "--batch-size", "8", "--steps", "4"),
@@ -40,21 +40,15 @@ SIMCLR = (
 )
 CPU = torch.device("cpu")
 PNG = b"\x89PNG\r\n\x1a\n"
+pytestmark = pytest.mark.usefixtures("quick_probe")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_dataset):
-    """Folders of finished runs: "cpc" and "simclr"."""
+    """Folders of runs: "cpc" and "simclr"."""
     folder = tmp_path_factory.mktemp("runs")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_data, "load_dataset", lambda *arguments, **options: tiny_dataset)
-        assert program.main([*TINY, "--out-dir", str(folder / "cpc")]) == 0
-        patch.setattr(SimCLRTask, "evaluate", lambda task: {})
-        patch.setattr(SimCLRTask, "save", lambda task, run: None)
-        assert program.main([*SIMCLR, "--out-dir", str(folder / "simclr")]) == 0
-    torch.set_num_threads(threads)
+    for name, options in (("cpc", (*TINY, "--context-layers", "1")), ("simclr", SIMCLR)):
+        new_run(folder / name, parse([*options, "--encoder", ENCODER]).run, tiny_dataset)
     return folder
 
 
@@ -194,8 +188,8 @@ def test_evaluation_leaves_everything(run, capsys):
         assert np.trace(confusion) == pytest.approx(30 * sum(row["top1"]))
         assert all(five >= one for one, five in zip(row["top1"], row["top5"], strict=True))
         assert f"{100 * row['top1_mean']:.1f}" in table
-    # The probe of the run itself, which learnt from all labels.
-    summary = json.loads((folder / "summary.json").read_text())
+    # The probe that a run ends with, which learns from all labels.
+    summary = opened(folder)[2].evaluate()
     assert rows(folder)["linear", "100%"]["top1_mean"] == summary["probe_accuracy"]
     assert rows(folder)["untrained", "100%"]["top1_mean"] == summary["untrained_probe_accuracy"]
     for figure in ("label_efficiency", *(f"confusion_{mode}" for mode in MODES)):

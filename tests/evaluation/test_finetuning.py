@@ -19,9 +19,9 @@ COUNT = 40
 class Scaled(nn.Module):
     """Encodings of an image: its first pixel and the square of it, times a weight."""
 
-    def __init__(self) -> None:
+    def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(2))
+        self.weight = nn.Parameter(torch.full((2,), weight))
 
 
 class Eyes:
@@ -106,15 +106,23 @@ def test_the_classifier_starts_at_zero_and_the_model_is_judged_in_evaluation_mod
     assert task.modes[-2] is True
 
 
-def test_first_update_of_the_classifier():
+@pytest.mark.parametrize("scale", [1.0, 1e-4])
+def test_first_update_of_the_classifier(scale):
     """Adam's is the learning rate, of which a warm-up of 10 updates gives a tenth; features are standardised."""
     rate = 0.5 / 10
-    logits = tune(Eyes(), Scaled(), chosen=range(30), least=100, steps=1, encoder_lr=0.0, head_lr=0.5)
+    model = Scaled(scale)
+    logits = tune(Eyes(), model, chosen=range(30), least=100, steps=1, encoder_lr=0.0, head_lr=0.5)
     train, test = (np.stack([x, x**2], axis=1) for x in (np.arange(30.0), np.array([3.0, 33.0, 200.0])))
     standardised = torch.from_numpy((test - train.mean(0)) / train.std(0, ddof=1)).float()
     # Class 1 has the larger pixels, and a third of the images.
     torch.testing.assert_close(logits[:, 1], rate * standardised.sum(1) - rate, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(logits[:, 0], -logits[:, 1])
+
+
+def test_features_that_never_vary_carry_nothing():
+    """They are zero, and the offset alone is learnt."""
+    logits = tune(Eyes(), Scaled(0.0), chosen=range(30), least=100, steps=1, encoder_lr=0.0, head_lr=0.5)
+    torch.testing.assert_close(logits, torch.tensor([0.05, -0.05]).expand(3, 2))
 
 
 def test_the_encoder_stays_where_its_learning_rate_is_zero():
@@ -123,11 +131,12 @@ def test_the_encoder_stays_where_its_learning_rate_is_zero():
     assert model.weight.tolist() == [1.0, 1.0]
 
 
-def test_gradients_are_cut_to_norm_one_together():
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_gradients_are_cut_to_norm_one_together(precision):
+    """After those of fp16, which are scaled so that they do not vanish, are as they were."""
     task, model = Eyes(), Scaled()
-    tune(task, model, least=100, steps=5, encoder_lr=0.0, head_lr=50.0)
-    assert model.weight.grad is not None
-    assert model.weight.grad.norm() <= 1 + 1e-5
+    tune(task, model, least=100, steps=5, encoder_lr=0.0, head_lr=50.0, precision=precision)
+    assert 0.5 < model.weight.grad.norm() <= 1 + 1e-5
 
 
 def test_weights_of_the_encoder_decay_with_its_learning_rate():

@@ -64,6 +64,13 @@ def test_of_equally_good_strengths_the_stronger_is_taken():
     assert fit_linear_classifier(features, labels, classes=3).strength == 1.0
 
 
+def test_the_strength_is_taken_that_is_right_more_often(monkeypatch):
+    """The first leaves nothing but biases, which name the commonest class."""
+    monkeypatch.setattr(probe, "_STRENGTHS", (1e4, 1e-2, 1e3))
+    features, labels = clouds(60, 0, distance=50.0)
+    assert fit_linear_classifier(features, labels, classes=3).strength == 1e-2
+
+
 def test_accuracy_is_the_share_of_right_answers_and_the_strength_is_told():
     features, labels = clouds(60, 0, distance=50.0)
     wrong = labels.clone()

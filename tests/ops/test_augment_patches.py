@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
 from cpc_ext.ops import AugmentationPlan, Transform, augment_patches, extract_patches
+from cpc_ext.ops._patch_options import PatchOptions
 from cpc_ext.ops.augment_patches import _augment_patches, augment_patches_reference
 
 PHOTOS = Path(__file__).parents[1] / "data" / "photos"
@@ -88,13 +89,9 @@ def random_plan(cells, steps, patch_size, seed=0, codes=None) -> AugmentationPla
 
 def reference(images, patch_size, stride, plan, *, crop=None, offsets=None, flip=None, gray=False, **rest):
     """The oracle: bytes as the op has them, normalised in float64."""
-    height, width = crop or images.shape[2:]
-    values = {"mean": None, "std": None, "patch_norm": False, "channels_last": False}
-    values |= {name: value for name, value in rest.items() if name != "dtype"}
-    return augment_patches_reference(
-        *(images, patch_size, stride, height, width, offsets, flip, gray, values["mean"], values["std"]),
-        *(values["patch_norm"], torch.float64, values["channels_last"], *plan),
-    )
+    window = *(crop or images.shape[2:]), offsets, flip
+    options = PatchOptions(patch_size, stride, *window, gray, **rest | {"dtype": torch.float64})
+    return augment_patches_reference(images, options, plan)
 
 
 # --- Each transform is Pillow's ---
@@ -453,9 +450,13 @@ def test_part_of_a_plan_is_the_plan_of_some_images(device, photos):
     whole = augmented_bytes(photos, 16, 8, plan, device)
     part = augmented_bytes(photos[4:6], 16, 8, plan.narrow(4, 2), device)
     assert torch.equal(part, whole[36:54])
-    others = plan.narrow(0, 2).partners
+    others = plan.narrow(4, 3).partners  # Of 27 patches from the 36th on.
+    assert torch.equal(others, (plan.partners[4:7] - 36) % 27)
     assert others.min() >= 0
-    assert others.max() < 18
+    bare = plan._replace(partners=None, displacements=None).narrow(3, 2)
+    assert torch.equal(bare.codes, plan.codes[3:5])
+    assert bare[2:] == (None, None, FILL)
+    assert plan.narrow(8, 0).partners.shape == (0, 3, 3)
 
 
 # --- As a PyTorch op ---

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from cpc_ext.ops import extract_patches
+from cpc_ext.ops._patch_options import PatchOptions
 from cpc_ext.ops.extract_patches import _extract_patches, extract_patches_reference
 
 FLOATING = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -23,10 +24,9 @@ def make_images(dtype=torch.uint8, shape=(3, 3, 33, 40), seed=0):
 def reference(images, patch_size, stride, *, crop=None, offsets=None, flip=None, gray=False, **rest):
     """The oracle in float64."""
     in_double = images.double() / 255 if images.dtype == torch.uint8 else images.double()
-    height, width = crop or images.shape[2:]
-    values = {"mean": None, "std": None, "patch_norm": False, "dtype": torch.float64, "channels_last": False}
-    values |= {name: value for name, value in rest.items() if name != "dtype"}
-    return extract_patches_reference(in_double, patch_size, stride, height, width, offsets, flip, gray, **values)
+    window = *(crop or images.shape[2:]), offsets, flip
+    options = PatchOptions(patch_size, stride, *window, gray, **rest | {"dtype": torch.float64})
+    return extract_patches_reference(in_double, options)
 
 
 def assert_close(actual, expected, tolerance):

@@ -105,6 +105,8 @@ def test_reductions_and_weights():
     torch.testing.assert_close(rows.loss, weights * losses)
     torch.testing.assert_close(rows.accuracy, rights)
     torch.testing.assert_close(info_nce(queries, keys, targets).loss, losses.mean())
+    for contrast in (info_nce, info_nce_reference):  # Weights that sum to less than one.
+        torch.testing.assert_close(contrast(queries, keys, targets, weights=weights / 16), mean)
 
 
 def test_ties_are_wrong_but_copies_of_the_positive_do_not_count():
@@ -453,10 +455,11 @@ def test_without_kernels(samples, reduction, weighted):
     negatives = drawn.options["negatives"][None] if samples else None
     weights = weights.float() if weighted else None
     arguments = queries, keys, targets, negatives, exclude, weights, 0.7, reduction, [True, True, True]
-    for one, other in zip(ops._reference_op(*arguments), ops._info_nce(*arguments), strict=True):
+    op = ops._Forward(ops._Contrast(*arguments[:5]), *arguments[5:])
+    for one, other in zip(ops._reference_op(op), ops._info_nce(*arguments), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
     targets[0, 4] = 11
-    loss, accuracy, losses, grad_queries, grad_keys = ops._reference_op(*arguments)
+    loss, accuracy, losses, grad_queries, grad_keys = ops._reference_op(op)
     assert loss.isnan().any()
     assert accuracy.isfinite().all()
     assert losses.isnan().nonzero().tolist() == [[0, 4]]

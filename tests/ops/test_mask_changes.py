@@ -116,6 +116,10 @@ class OnGPU:
             raise RuntimeError("Inference tensors do not track version counter.")
         return self.mask._version
 
+    def ne(self, other):
+        self.looks += 1
+        return self.mask.ne(other)
+
     def is_inference(self):
         return self.inference
 
@@ -149,6 +153,20 @@ def test_a_gpus_mask_is_looked_at_once_and_after_changes(capturing):
     another = OnGPU(torch.tensor([[True, True], [False, False]]))
     assert visible_taps(another) == [0, 1]
     assert visible_taps(mask) == [0, 2]
+
+
+def test_numbers_in_a_gpus_mask_are_brought_to_bools_once(capturing):
+    mask = OnGPU(torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
+    first = ops._visible(mask)
+    assert torch.equal(first.mask, torch.tensor([[False, True], [False, False]]))
+    assert first.taps == [1]
+    assert ops._visible(mask).mask is first.mask
+    assert mask.looks == 1
+    mask.mask[1] = 1
+    assert ops._visible(mask).mask.tolist() == [[False, True], [True, True]]
+    plain = OnGPU(torch.ones(2, 2, dtype=torch.bool))
+    assert ops._visible(plain).mask is plain
+    assert ops._visible(plain).mask is plain
 
 
 def test_no_look_while_a_graph_is_captured(capturing):

@@ -1,5 +1,6 @@
 """masked_conv2d against a plain convolution with the masked weight."""
 
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -15,6 +16,8 @@ from cpc_ext.ops.masked_conv2d import (
     masked_conv2d_reference,
 )
 
+# The module, whose name in the package is the function's.
+module = sys.modules["cpc_ext.ops.masked_conv2d"]
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
 MASKS = {
@@ -298,6 +301,27 @@ def test_a_pixel_alone_is_the_same(device, dtype, case):
         assert output.eq(7).all()
 
 
+@pytest.mark.parametrize(
+    "case", [*CASES, Case(1, 2, 2, (1, 1), "above", dilation=3)], ids=lambda case: f"{case.channels}-{case.mask}"
+)
+def test_a_pixel_alone_without_kernels(monkeypatch, case):
+    input, weight, bias, condition = case.tensors(torch.float64)
+    input[0, 0, 0, 0] = torch.nan  # Also for what reaches beyond the corner.
+    mask = case.mask_tensor()
+    options = {"mask": mask, "dilation": case.dilation, "activation": case.activation}
+    expected = masked_conv2d_reference(input, weight, bias, condition=condition, **options)
+    monkeypatch.setattr(module, "KERNEL_DEVICES", ())
+    convolution = PixelConvolution(weight, bias, **options | {"mask": mask.double()})
+    output = torch.full_like(expected, 7)
+    rows, cols = case.size
+    for position in {(0, 0), (rows // 2, cols // 2), (rows - 1, 0), (rows - 1, cols - 1), (0, cols - 1)}:
+        convolution(input, output, torch.tensor(position), condition=condition)
+        pixel = (..., *position)
+        torch.testing.assert_close(output[pixel], expected[pixel], rtol=0, atol=1e-12, equal_nan=True)
+        output[pixel] = 7
+        assert output.eq(7).all()
+
+
 @pytest.mark.parametrize(("position", "nearest"), [((-1, 9), (0, 5)), ((2**40, -(2**40)), (4, 0))])
 def test_a_pixel_outside_the_image(device, request, position, nearest):
     case = Case(2, 3, 4, (5, 6))
@@ -505,6 +529,15 @@ def test_gated_activation():
         ({"bias": torch.zeros(3)}, ValueError, r"bias must have shape \(4,\), got \(3,\)"),
         ({"mask": [[1]]}, TypeError, "mask must be a tensor, got list"),
         ({"mask": torch.ones(2, 2)}, ValueError, r"mask must have shape \(3, 3\) or \(4, 3, 3, 3\), got \(2, 2\)"),
+        *(
+            (
+                {name: torch.ones(shape).to_sparse()},
+                TypeError,
+                f"^{name} must be a dense tensor, got layout torch.sparse",
+            )
+            for name, shape in (("input", (1, 3, 4, 4)), ("weight", (4, 3, 3, 3)), ("bias", 4), ("mask", (3, 3)))
+        ),
+        ({"condition": torch.ones(4, 1, 1).to_sparse()}, TypeError, "^condition must be a dense tensor"),
         ({"dilation": 0}, ValueError, "dilation must be at least 1, got 0"),
         ({"dilation": 1.0}, TypeError, "dilation must be an int, got float"),
         ({"activation": "tanh"}, ValueError, 'activation must be None, "relu" or "gated", got \'tanh\''),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -160,7 +161,7 @@ def test_places():
 
 
 def test_maps_are_cut_from_blocks_and_aligned(monkeypatch):
-    monkeypatch.setitem(PixelMaps.make.__globals__, "_BLOCK", 1000)
+    monkeypatch.setattr(sys.modules["cpc_ext.ops.pixel_steps"], "_BLOCK", 1000)
     maps = PixelMaps(2, 3, 4, torch.empty(0, dtype=torch.float64))
     made = [maps.make(channels, level) for channels, level in ((3, 0), (5, 0), (1, 1), (40, None), (200, 0))]
     assert [tuple(map.pixels.shape) for map in made] == [

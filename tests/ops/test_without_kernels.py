@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import pytest
@@ -24,35 +25,29 @@ pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operat
 MODULES = {name: sys.modules[f"cpc_ext.ops.{name}"] for name in (
     "augment_patches", "extract_patches", "info_nce", "logistic_mixture", "masked_conv2d"
 )}  # fmt: skip
-REFERENCES = {
-    "augment_patches": ("augment_patches", "augment_patches_reference"),
-    "extract_patches": ("extract_patches", "extract_patches_reference"),
-    "extract_patches_backward": ("extract_patches", "_backward_reference"),
-    "info_nce": ("info_nce", "_reference_op"),
-    "info_nce_gradients": ("info_nce", "_gradients_reference"),
-    "logistic_mixture_nll": ("logistic_mixture", "_nll_reference"),
-    "logistic_mixture_nll_backward": ("logistic_mixture", "_backward_reference"),
-    "sample_logistic_mixture": ("logistic_mixture", "sample_logistic_mixture_reference"),
-    "masked_conv2d": ("masked_conv2d", "_reference_op"),
-    "masked_conv2d_backward": ("masked_conv2d", "_backward_reference"),
-}
+OPS = [name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("cpc_ext::")]
+
+# A device without kernels.
+XPU = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
 
 
 @pytest.fixture
 def without_kernels():
-    """The CPU as a device without kernels; holds the names of the references that have run."""
+    """The CPU as a device without kernels; holds the names of the ops that have run."""
     ran = set()
 
-    def noted(name, reference):
+    def elsewhere(name):
+        op = getattr(torch.ops.cpc_ext, name).default
+
         def run(*arguments):
             ran.add(name)
-            return reference(*arguments)
+            return op.redispatch(XPU, *arguments)
 
         return run
 
     library = torch.library.Library("cpc_ext", "IMPL")
-    for name, (module, reference) in REFERENCES.items():
-        library.impl(name, noted(name, getattr(MODULES[module], reference)), "CPU", allow_override=True)
+    for name in OPS:
+        library.impl(name, elsewhere(name), "CPU", allow_override=True)
     yield ran
     library._destroy()
 
@@ -64,11 +59,6 @@ def draw(*shape, seed=0, dtype=torch.float64):
 def agree(actual, expected, tolerance=1e-10):
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one.double(), other.double(), rtol=tolerance, atol=tolerance)
-
-
-def test_every_op_has_a_reference_here():
-    ops = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("cpc_ext::")}
-    assert ops == set(REFERENCES)
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "gated"])
@@ -196,6 +186,102 @@ def test_augment_patches(without_kernels):
     patches = augment_patches(images, 3, 3, AugmentationPlan.empty(2, 2, 2))
     assert torch.equal(patches, extract_patches(images, 3, 3))
     assert "augment_patches" in without_kernels
+
+
+# --- Kernels, references and fakes of an op give the same, argument by argument ---
+
+
+def problems(dtype):
+    """Ops by name with arguments, among them every choice of what is needed."""
+    generator = torch.Generator().manual_seed(0)
+    sums = torch.promote_types(dtype, torch.float32)
+    choices = list(itertools.product([False, True], repeat=3))
+
+    queries, keys = draw(2, 3, 4, dtype=dtype), draw(2, 5, 4, seed=1, dtype=dtype)
+    targets = torch.tensor([[0, 4, 2], [3, 3, 1]])
+    contrast = queries, keys, targets, torch.tensor([[[1, 2], [4, 3], [0, 0]], [[4, 3], [2, 0], [0, 4]]])
+    exclude, weights = (targets + 1) % 5, torch.tensor([[0.0, 1, 2], [3, 0.5, 1]], dtype=torch.float64)
+    for needs, reduction in itertools.product(choices, ("mean", "sum", "none")):
+        yield "info_nce", (*contrast, None, weights, 0.7, reduction, [*needs])
+        yield "info_nce", (queries, keys, None, None, None, None, 0.7, reduction, [*needs])
+    for needs in choices[::2]:
+        for arguments in ((*contrast, exclude), (queries, keys, None, None, None)):
+            yield "info_nce_gradients", (*arguments, weights.to(sums), 0.7, [*needs[:2]])
+
+    input, weight, bias, condition = (
+        draw(*shape, seed=seed, dtype=dtype)
+        for seed, shape in enumerate([(2, 3, 5, 4), (6, 3, 2, 3), (6,), (2, 6, 5, 4)])
+    )
+    plane, channels = (
+        torch.tensor([[1.0, 1, 1], [1, 0, 0]], dtype=torch.float64),
+        torch.rand(6, 3, 2, 3, generator=generator) < 0.5,
+    )
+    for activation, keep in itertools.product(("none", "relu", "gated"), (False, True)):
+        yield "masked_conv2d", (input, weight, bias, channels, condition, 2, activation, keep)
+        yield "masked_conv2d", (input, weight, None, plane, None, 1, activation, keep)
+        grad = draw(2, 3 if activation == "gated" else 6, 5, 4, seed=9, dtype=dtype)
+        saved = {"none": None, "relu": condition.clamp(min=0), "gated": condition}[activation]
+        saved = None if saved is None else saved.contiguous(memory_format=torch.channels_last)
+        for needs, mask in itertools.product(choices, (plane, channels)):
+            yield "masked_conv2d_backward", (grad, input, weight, mask, saved, 2, activation, [*needs])
+
+    images = torch.randint(0, 256, (2, 3, 6, 7), dtype=torch.uint8, generator=generator)
+    params = draw(2, 20, 6, 7, dtype=dtype)
+    for keep, layout in itertools.product((False, True), (torch.contiguous_format, torch.channels_last)):
+        laid_out = params.contiguous(memory_format=layout)
+        yield "logistic_mixture_nll", (images, laid_out, keep)
+        yield "logistic_mixture_nll", (images[:, :1], laid_out[:, :6], keep)
+        normalisers = torch.ops.cpc_ext.logistic_mixture_nll(images, laid_out, True)[1]
+        yield "logistic_mixture_nll_backward", (draw(2, seed=3, dtype=sums), images, laid_out, normalisers)
+    yield "sample_logistic_mixture", (params, torch.rand(2, 5, 6, 7, generator=generator), 3, 0.5)
+    yield "sample_logistic_mixture", (params[:, :6], torch.rand(2, 3, 6, 7, generator=generator), 1, 1.0)
+
+    window = 3, 2, 5, 6, torch.tensor([[0, 1], [1, 0]]), torch.tensor([True, False])
+    for options in ((False, None, None, False), (True, [0.4], [0.3], True), (False, [0.1, 0.2, 0.3], None, True)):
+        norm, size = options[-1], (2, 3, 6, 7)
+        for last, pixels in itertools.product((False, True), (images, images.to(dtype) / 255)):
+            yield "extract_patches", (pixels, *window, *options, dtype, last)
+            plan = AugmentationPlan.empty(2, 2, 2)
+            yield "augment_patches", (images, *window, *options, dtype, last, *plan)
+            grad = draw(2, 2, 2, 1 if options[0] else 3, 3, 3, dtype=dtype)
+            floating = images.to(dtype) / 255
+            yield (
+                "extract_patches_backward",
+                (grad, floating if norm else None, size, dtype, *window, *options, dtype, last),
+            )
+
+
+@torch.no_grad()
+def test_references_make_tensors_where_the_arguments_are():
+    some = [*problems(torch.float32)]
+    for name, arguments in (*dict(some).items(), *dict(reversed(some)).items()):
+        if name != "augment_patches":  # It looks at values, which meta has not.
+            on_meta = [value.to("meta") if isinstance(value, torch.Tensor) else value for value in arguments]
+            results = getattr(torch.ops.cpc_ext, name).default.redispatch(XPU, *on_meta)
+            assert all(one.is_meta for one in (results if isinstance(results, list | tuple) else [results])), name
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OPS)
+@torch.no_grad()
+def test_kernels_references_and_fakes_agree(name, dtype):
+    def form(tensor):
+        steps = zip(tensor.stride(), tensor.shape, strict=True)
+        return tensor.shape, tensor.dtype, [step for step, size in steps if size > 1]
+
+    tolerance = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 4e-2}[dtype]
+    op = getattr(torch.ops.cpc_ext, name).default
+    compared = 0
+    for arguments in (arguments for one, arguments in problems(dtype) if one == name):
+        on_meta = [value.to("meta") if isinstance(value, torch.Tensor) else value for value in arguments]
+        results = op(*arguments), op.redispatch(XPU, *arguments), op(*on_meta)
+        for kernel, plain, fake in zip(*(r if isinstance(r, list | tuple) else [r] for r in results), strict=True):
+            assert form(kernel) == form(plain) == form(fake)
+            if name != "logistic_mixture_nll" or kernel.ndim == 1:  # Normalisers are the kernel's own affair.
+                torch.testing.assert_close(plain, kernel, rtol=tolerance, atol=tolerance, equal_nan=True)
+            compared += 1
+    assert compared
 
 
 # --- The meta device, which has no values and no autocast ---

@@ -12,9 +12,13 @@ import pytest
 import torch
 
 from cpc_ext.data import Dataset, make_textures
+from cpc_ext.measures import probe
 from cpc_ext.programs import training as program
 from cpc_ext.tasks.cpc_v1.task import CPCv1Task
 from cpc_ext.training import run_data
+from cpc_ext.training.checkpoint import save_checkpoint
+from cpc_ext.training.config import RunConfig
+from cpc_ext.training.registry import task_class
 
 TINY = (
     *("--crop", "24", "--grid-size", "5", "--pred-steps", "2", "--pred-directions", "1", "--batch-size", "8"),
@@ -72,6 +76,24 @@ def tiny_dataset() -> Dataset:
         gray_mean=0.5,
         gray_std=0.2,
     )
+
+
+def new_run(folder: Path, config: RunConfig, dataset: Dataset) -> Path:
+    """The folder, with a run in it that has taken no step; its weights are the initial ones of another seed."""
+    other = config.model_copy(update={"compute": config.compute.model_copy(update={"seed": config.compute.seed + 1})})
+    task = task_class(config.model)(other, dataset, torch.device("cpu"))
+    folder.mkdir()
+    (folder / "config.yaml").write_text(config.to_yaml())
+    state = {"step": 0, "description": task.description(), "model": task.model.state_dict()}
+    save_checkpoint(folder / "checkpoint.pt", state)
+    return folder
+
+
+@pytest.fixture
+def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear probes of one regularisation and a few iterations, where it is not they that are tested."""
+    monkeypatch.setattr(probe, "_STRENGTHS", (0.1,))
+    monkeypatch.setattr(probe, "_MAX_ITERATIONS", 8)
 
 
 @pytest.fixture

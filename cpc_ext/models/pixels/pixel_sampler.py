@@ -170,11 +170,10 @@ class Sampler:
         """
         height, width = self._start.shape[2:]
         start_row, step = self._features.start_row, self._step
-        if self._start.device.type == "cuda" and self._features.kept and known_rows < height:
-            with torch.cuda.device(self._start.device):
-                if self._features.starts_rows:  # A graph of nothing is a warning.
-                    start_row = self._graphs(start_row)
-                step = self._graphs(step)
+        if self._uses_graphs and known_rows < height:
+            if self._features.starts_rows:  # A graph of nothing is a warning.
+                start_row = self._graphs(start_row)
+            step = self._graphs(step)
         self._begin(known_rows)
         for row in progress(range(known_rows, height)):
             self._place.go_to(row)
@@ -208,23 +207,28 @@ class Sampler:
         # Back from the scale; what it rounded off is less than half a value.
         return (self._features.pixels.permute(0, 3, 1, 2).double() + 1).mul(127.5).round().to(torch.uint8).contiguous()
 
+    @property
+    def _uses_graphs(self) -> bool:
+        return self._start.device.type == "cuda" and self._features.kept
+
     def _graphs(self, work: Callable[[], None]) -> Callable[[], None]:
         """The same work as CUDA graphs, one for each number of levels that may begin at a pixel."""
         graphs = {}
         for row in self._place.rows_of_levels():
             self._place.go_to(row)  # What is computed there is computed again.
-            graphs[self._place.levels] = _captured(work)
+            graphs[self._place.levels] = _captured(work, self._start.device)
         return lambda: graphs[self._place.levels]()
 
 
-def _captured(step: Callable[[], None]) -> Callable[[], None]:
+def _captured(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """The same work as one CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()  # What is prepared at a first call, such as packed weights, is not to be part of the graph.
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            work()  # What is prepared at a first call, such as packed weights, is not to be part of the graph.
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
     return graph.replay

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cpc_ext.data import PatchAugmentation
 from cpc_ext.ops import AugmentationPlan, Transform, augment_patches
+from cpc_ext.ops._patch_options import PatchOptions
 from cpc_ext.ops.augment_patches import augment_patches_reference
 
 MEAN, STD = (0.4313, 0.4156, 0.3663), (0.2683, 0.2610, 0.2687)
@@ -76,8 +77,8 @@ def prepare(case: AugmentCase, device: torch.device) -> Problem:
             torch.set_num_threads(threads)
 
     def reference() -> Tensor:
-        window = case.patch, case.stride, case.side, case.side, None, None
-        return augment_patches_reference(images, *window, False, MEAN, STD, False, dtype, False, *plan)
+        options = PatchOptions(case.patch, case.stride, case.side, case.side, mean=[*MEAN], std=[*STD], dtype=dtype)
+        return augment_patches_reference(images, options, plan)
 
     def pillow() -> None:
         # Not compared: where one transform is a level off, the next may be more. The tests compare each.

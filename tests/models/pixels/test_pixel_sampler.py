@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
 from cpc_ext._native import native
 from cpc_ext.models import GatedPixelCNN, PixelCNN, PixelCNNPP
-from cpc_ext.models.pixels import masked_features, stream_features
+from cpc_ext.models.pixels import masked_features, pixel_sampler, stream_features
 from cpc_ext.models.pixels.pixel_sampler import Sampler
 from cpc_ext.ops import logistic_mixture_nll
 from cpc_ext.ops.pixel_steps import _ReferenceSteps
@@ -233,44 +231,42 @@ def test_progress_goes_through_the_rows(kind):
     assert seen == [1, 2, 3]
 
 
-@of("gated", "++ by tensors")
-def test_steps_do_not_know_where_they_are(kind):
-    """As in a CUDA graph: what the host does in a step may differ by the levels that begin, but not otherwise."""
+@pytest.mark.parametrize("known_rows", [0, 5])
+@of("pixelcnn", "gated of classes", "++ of classes by tensors")
+@torch.no_grad()
+def test_work_of_one_pixel_is_that_of_others(kind, known_rows, monkeypatch):
+    """As of CUDA graphs: where the host was when work was captured is all that it knows when that is replayed."""
     model, size = model_of(kind), (8, 4)
-    sampler = Sampler(model, torch.zeros(2, 3, *size, dtype=torch.uint8), None, temperature=1.0, cached=True)
-    noise = noise_of(model, 2, *size)
-    sampler._begin(0)
-    place, captured_at, done = sampler._place, {}, {}
-    for row in place.rows_of_levels():
-        place.go_to(row)
-        captured_at[place.levels] = row
+    images, labels, noise = images_of(model, 2, *size), labels_of(model, 2), noise_of(model, 2, *size)
+    options = {"labels": labels, "images": images, "known_rows": known_rows, "noise": noise}
+    expected = model.sample(2, size, cached=False, **options)
+    sampler = Sampler(model, images, labels, temperature=1.0, cached=True)
+    place, done = sampler._place, {}
 
-    def as_replayed(name, work, row, col):
-        place.go_to(row, col)
-        levels = place.levels
-        place.row, place.col = captured_at[levels], 0  # What the host says does not count.
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            work()
-        done.setdefault((name, levels), []).append([event.name for event in profile.events()])
+    def captured(work, device):
+        captured_at = place.row, place.col
+        work()
 
-    for row, col in itertools.product(*map(range, size)):
-        if col == 0:
-            as_replayed("row", sampler._features.start_row, row, col)
-        sampler._noise.copy_(noise[:, :, row, col])
-        as_replayed("pixel", sampler._step, row, col)
-    counts = {key: len(events) for key, events in done.items()}
-    if kind in SOFTMAX:
-        assert counts == {("row", 1): 8, ("pixel", 1): 32}
-    else:
-        by_row, by_pixel = {1: 4, 2: 2, 3: 2}, {1: 24, 2: 6, 3: 2}
-        assert counts == {
-            **{("row", levels): count for levels, count in by_row.items()},
-            **{("pixel", levels): count for levels, count in by_pixel.items()},
-        }
+        def replay():
+            now, (place.row, place.col) = (place.row, place.col), captured_at
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                work()
+            place.row, place.col = now
+            done.setdefault((work.__name__, captured_at), []).append([event.name for event in profile.events()])
+
+        return replay
+
+    monkeypatch.setattr(pixel_sampler, "_captured", captured)
+    monkeypatch.setattr(Sampler, "_uses_graphs", True)
+    assert torch.equal(sampler.run(known_rows=known_rows, noise=noise, progress=iter), expected)
+    rows = range(known_rows, 8)
+    assert sum(len(events) for (name, _), events in done.items() if name == "_step") == 4 * len(rows)
+    assert sum(len(events) for (name, _), events in done.items() if name == "start_row") == (
+        0 if kind == "pixelcnn" else len(rows)
+    )
     if BIT_FOR_BIT or kind in MIXTURE:  # The reference looks at the position; kernels pack their weights at first.
         for events in done.values():
-            assert all(each == events[1] for each in events[1:])
-    assert torch.equal(sampler._drawn(), model.sample(2, size, noise=noise))
+            assert all(each == events[-1] for each in events[1:])
 
 
 @pytest.mark.cuda

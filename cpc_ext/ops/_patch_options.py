@@ -1,0 +1,184 @@
+"""How patches are cut out of images and normalised: what extract_patches and augment_patches share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cpc_ext.ops._checks import check_dense, dtype_name
+from cpc_ext.ops._library import refuse_forward_mode
+
+__all__ = ["KernelOptions", "PatchOptions", "checked_options"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class PatchOptions(NamedTuple):
+    """Arguments of extract_patches beside the images, as the ops' schemas have them.
+
+    height, width: of the window that is cut into patches; ``offsets`` [B, 2] int64 place it, in the centre by default.
+    All else is as extract_patches' arguments of these names.
+    """
+
+    patch_size: int
+    stride: int
+    height: int
+    width: int
+    offsets: Tensor | None = None
+    flip: Tensor | None = None
+    gray: bool = False
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    patch_norm: bool = False
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return (self.height - self.patch_size) // self.stride + 1, (self.width - self.patch_size) // self.stride + 1
+
+
+class KernelOptions(NamedTuple):
+    """The same as the kernels take it, in their order: pixels become ``scale * x + shift``, a value a channel."""
+
+    patch_size: int
+    stride: int
+    height: int
+    width: int
+    offsets: Tensor | None
+    flip: Tensor | None
+    gray: bool
+    patch_norm: bool
+    channels_last: bool
+    scale: list[float]
+    shift: list[float]
+
+
+def checked_options(
+    images: Tensor,
+    patch_size: int,
+    stride: int,
+    *,
+    crop: tuple[int, int] | None,
+    offsets: Tensor | None,
+    flip: Tensor | None,
+    gray: bool,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    patch_norm: bool,
+    dtype: torch.dtype | None,
+    channels_last: bool,
+    images_dtypes: tuple[torch.dtype, ...] = (torch.uint8, *_DTYPES),
+) -> PatchOptions:
+    """extract_patches' arguments as its op has them. TypeError or ValueError where one is wrong."""
+    check_dense("images", images)
+    refuse_forward_mode(images)
+    if images.dtype not in images_dtypes:
+        raise TypeError(f"images must be {', '.join(map(dtype_name, images_dtypes))}, got {dtype_name(images.dtype)}")
+    if images.ndim != 4:
+        raise ValueError(f"images must be [B, C, H, W], got shape {tuple(images.shape)}")
+    if dtype is None:
+        dtype = images.dtype if images.is_floating_point() else torch.get_default_dtype()
+    if dtype not in _DTYPES:
+        raise TypeError(f"dtype must be one of {', '.join(map(dtype_name, _DTYPES))}, got {dtype_name(dtype)}")
+    for name, value in (("gray", gray), ("patch_norm", patch_norm), ("channels_last", channels_last)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    height, width = _window(images, patch_size, stride, crop)
+    # Beyond the window all strides are alike; the op's schema knows 64 bits.
+    stride = min(stride, max(height, width))
+    channels = _output_channels(images, gray)
+    means, stds = _per_channel("mean", mean, channels), _per_channel("std", std, channels)
+    if stds is not None and not all(value > 0 for value in stds):
+        raise ValueError(f"std must be positive, got {tuple(stds)}")
+    if offsets is not None:
+        if crop is None:
+            raise ValueError("offsets place a crop: give crop=(h, w) with them")
+        _check_per_image("offsets", offsets, (images.shape[0], 2), images)
+        if offsets.dtype == torch.bool or offsets.is_floating_point() or offsets.is_complex():
+            raise TypeError(f"offsets must be integers, got {dtype_name(offsets.dtype)}")
+        offsets = offsets.to(torch.int64)
+    if flip is not None:
+        _check_per_image("flip", flip, (images.shape[0],), images)
+        if flip.dtype != torch.bool:
+            raise TypeError(f"flip must be bool, got {dtype_name(flip.dtype)}")
+    return PatchOptions(
+        patch_size=patch_size,
+        stride=stride,
+        height=height,
+        width=width,
+        offsets=offsets,
+        flip=flip,
+        gray=gray,
+        mean=means,
+        std=stds,
+        patch_norm=patch_norm,
+        dtype=dtype,
+        channels_last=channels_last,
+    )
+
+
+def _window(images: Tensor, patch_size: int, stride: int, crop: tuple[int, int] | None) -> tuple[int, int]:
+    for name, value in (("patch_size", patch_size), ("stride", stride)):
+        _check_integer(name, value)
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    size = tuple(images.shape[2:])
+    if crop is None:
+        height, width = size
+    else:
+        try:
+            height, width = crop
+        except (TypeError, ValueError):
+            raise ValueError(f"crop must be (h, w), got {crop}") from None
+        for side in (height, width):
+            _check_integer("crop", side)
+        if not (0 < height <= size[0] and 0 < width <= size[1]):
+            raise ValueError(f"crop must lie within images of {size[0]}x{size[1]}, got {height}x{width}")
+    if patch_size > min(height, width):
+        raise ValueError(
+            f"patch_size must be at most {min(height, width)} for a {height}x{width} window, got {patch_size}"
+        )
+    return height, width
+
+
+def _output_channels(images: Tensor, gray: bool) -> int:
+    channels = images.shape[1]
+    if not gray:
+        if channels == 0:
+            raise ValueError("images must have at least one channel, got none")
+        return channels
+    if channels not in (1, 3):
+        raise ValueError(f"gray needs images of 1 or 3 channels, got {channels}")
+    return 1
+
+
+def _per_channel(name: str, values: Sequence[float] | None, channels: int) -> list[float] | None:
+    if values is None:
+        return None
+    try:
+        numbers = [float(value) for value in values]
+    except OverflowError:
+        raise ValueError(f"{name} must hold what a float can, got {values}") from None
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a sequence of numbers, got {values!r}") from None
+    if len(numbers) != channels:
+        raise ValueError(f"{name} must have one value for each of {channels} output channels, got {len(numbers)}")
+    return numbers
+
+
+def _check_integer(name: str, value: int) -> None:
+    # torch.compile traces sizes that vary as SymInt.
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+
+
+def _check_per_image(name: str, value: Tensor, shape: tuple[int, ...], images: Tensor) -> None:
+    check_dense(name, value)
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} must be {list(shape)} for {shape[0]} images, got shape {tuple(value.shape)}")
+    if value.device != images.device:
+        raise ValueError(f"{name} must be on {images.device} like the images, got {value.device}")

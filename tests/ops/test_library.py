@@ -1,0 +1,256 @@
+"""What the ops share: how they are registered, what they refuse, and what is given to kernels that only CUDA runs."""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad, grad
+
+from cpc_ext._native import native
+from cpc_ext.ops import _library, extract_patches, info_nce, logistic_mixture_nll, masked_conv2d
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")
+
+
+def draw(*shape, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+# --- Registering ---
+
+
+def test_an_op_runs_its_kernel_its_reference_or_its_fake(monkeypatch):
+    def twice(name):
+        def run(op):
+            ran.append((name, op))
+            return op.x * op.options.factor
+
+        return run
+
+    ran = []
+    with torch.library._scoped_library("cpc_ext", "FRAGMENT") as library:
+        monkeypatch.setattr(_library, "_library", library)
+        op = _library.register(
+            "test_twice",
+            Twice,
+            Tensor,
+            reference=twice("reference"),
+            kernel=twice("kernel"),
+            fake=twice("fake"),
+            setup_context=lambda ctx, op, result: ctx.save_for_backward(op.x, result),
+            backward=lambda ctx, saved, gradient: {"y": None, "x": gradient * saved[0] + saved[1]},
+        )
+        assert op is torch.ops.cpc_ext.test_twice.default
+        assert str(op._schema) == (
+            "cpc_ext::test_twice(Tensor x, SymInt[] size, float factor, bool? flag, Tensor? y) -> Tensor"
+        )
+        assert torch.Tag.pt2_compliant_tag in op.tags
+        x = draw(3).requires_grad_()
+        typed = Twice(x, Options([1], 2.0, None), None)
+        result = op(typed.x, *typed.options, typed.y)
+        op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.XPU), x, [1], 2.0, None, None)
+        op(x.detach().to("meta"), [1], 2.0, None, None)
+        assert [name for name, _ in ran] == ["kernel", "reference", "fake"]
+        assert all(type(given) is Twice and given.options == typed.options for _, given in ran)
+        assert torch.equal(result, x * 2)
+        assert torch.equal(grad(result, x, torch.full_like(x, 5))[0], x * 5 + x * 2)
+
+
+class Options(NamedTuple):
+    size: list[int]
+    factor: float
+    flag: bool | None
+
+
+class Twice(NamedTuple):
+    x: Tensor
+    options: Options
+    y: Tensor | None
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x, None)
+        return x * x
+
+    @staticmethod
+    @_library.differentiable_once("square")
+    def backward(ctx, saved, gradient):
+        """Of a square."""
+        assert not torch.is_grad_enabled()
+        x, nothing = saved
+        assert nothing is None
+        return (2 * x * gradient,)
+
+
+def test_what_is_differentiable_once():
+    assert (Square.backward.__name__, Square.backward.__doc__) == ("backward", "Of a square.")
+    x = draw(3).requires_grad_()
+    for create_graph in (False, True):
+        (gradient,) = grad(Square.apply(x).sum(), x, create_graph=create_graph)
+        assert torch.equal(gradient, 2 * x)
+        assert gradient.requires_grad == create_graph
+    with pytest.raises(RuntimeError, match="square has no second derivatives"):
+        grad(gradient.sum(), x)
+    upstream = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    (gradient,) = grad(Square.apply(x), x, upstream, create_graph=True)
+    with pytest.raises(RuntimeError, match="square has no second derivatives"):
+        grad(gradient.sum(), upstream)
+
+
+def test_autocast_as_seen_by_the_ops():
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    assert _library.autocast_dtype(cpu) is _library.autocast_dtype(meta) is None
+    with torch.autocast("cpu", torch.float16):
+        assert _library.autocast_dtype(cpu) == torch.float16
+        assert _library.autocast_dtype(meta) is None
+        with _library.without_autocast(cpu):
+            assert _library.autocast_dtype(cpu) is None
+        with _library.without_autocast(meta):
+            assert _library.autocast_dtype(cpu) == torch.float16
+
+
+MASK = torch.ones(1, 1, dtype=torch.bool)
+IMAGES = torch.zeros(1, 1, 2, 2, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("op", "shapes"),
+    [
+        (lambda q, k, w: info_nce(q, k, weights=w), [(2, 3), (2, 3), (2,)]),
+        (
+            lambda x, w, b, c: masked_conv2d(x, w, b, mask=MASK, condition=c),
+            [(1, 1, 2, 2), (2, 1, 1, 1), (2,), (2, 1, 1)],
+        ),
+        (lambda x: extract_patches(x, 1, 1), [(1, 1, 2, 2)]),
+        (lambda params: logistic_mixture_nll(IMAGES, params), [(1, 3, 2, 2)]),
+    ],
+    ids=["info_nce", "masked_conv2d", "extract_patches", "logistic_mixture_nll"],
+)
+def test_tangents_are_refused_in_each_argument(op, shapes):
+    tensors = [draw(*shape).abs() for shape in shapes]
+    for i, tensor in enumerate(tensors):
+        with forward_ad.dual_level():
+            op(*tensors)
+            dual = forward_ad.make_dual(tensor, torch.ones_like(tensor))
+            with pytest.raises(NotImplementedError, match="the ops of cpc_ext have no forward-mode derivatives"):
+                op(*tensors[:i], dual, *tensors[i + 1 :])
+
+
+# --- What is given to kernels of CUDA, and the CPU's do not look at ---
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """Sets a module's kernels under watch; gives the list of names and arguments that they were called with."""
+    calls = []
+
+    class Watched:
+        def __init__(self, **answers):
+            self.answers = answers
+
+        def __getattr__(self, name):
+            if name in self.answers:
+                return lambda *_: self.answers[name]
+            kernel = getattr(native, name)
+
+            def run(*arguments):
+                calls.append((name, arguments))
+                return kernel(*arguments)
+
+            return run if callable(kernel) else kernel
+
+    def watch(module, **answers):
+        monkeypatch.setattr(sys.modules[f"cpc_ext.ops.{module}"], "native", Watched(**answers))
+        return calls
+
+    return watch
+
+
+def of(calls, kernel):
+    (arguments,) = [arguments for name, arguments in calls if name == kernel]
+    return [(tuple(a.shape), a.dtype) if isinstance(a, Tensor) else a for a in arguments]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "patches", "sums"),
+    [
+        (torch.bfloat16, torch.float16, torch.float32),
+        (torch.float64, torch.float32, torch.float64),
+        (torch.float32, torch.float64, torch.float64),
+    ],
+)
+def test_slopes_of_normalised_patches(given, dtype, patches, sums):
+    calls = given("extract_patches")
+    images = draw(2, 3, 6, 8, dtype=dtype).requires_grad_()
+    extract_patches(images, 3, 2, patch_norm=True, dtype=patches).sum().backward()
+    assert of(calls, "extract_patches_backward")[:4] == [
+        *(((2, 2, 3, 3, 3, 3), patches), ((2, 3, 6, 8), dtype), ((2, 3, 6, 8), dtype), ((2, 2, 3, 3), sums))
+    ]
+    calls.clear()
+    extract_patches(images, 3, 2).sum().backward()
+    assert of(calls, "extract_patches_backward")[2:4] == [None, None]
+
+
+@pytest.mark.parametrize(("dtype", "sums"), [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)])
+def test_partial_sums_of_a_biass_gradient(given, dtype, sums):
+    calls = given("masked_conv2d")
+    input, weight, bias = draw(2, 3, 4, 4, dtype=dtype), draw(6, 3, 1, 1, dtype=dtype), draw(6, dtype=dtype)
+    masked_conv2d(input, weight.requires_grad_(), bias.requires_grad_(), mask=MASK, activation="relu").sum().backward()
+    assert of(calls, "masked_conv2d_activation_grad")[2:] == [
+        *(((2, 6, 4, 4), dtype), ((6,), dtype), ((128, 6), sums), "relu")
+    ]
+    calls.clear()
+    masked_conv2d(input, weight, bias, mask=MASK).sum().backward()
+    assert of(calls, "masked_conv2d_activation_grad")[1:] == [None, None, ((6,), dtype), ((128, 6), sums), "none"]
+    calls.clear()
+    masked_conv2d(input, weight, bias.detach(), mask=MASK, activation="gated").sum().backward()
+    assert of(calls, "masked_conv2d_activation_grad")[2:] == [((2, 6, 4, 4), dtype), None, None, "gated"]
+    calls.clear()
+    masked_conv2d(input, weight, bias.detach(), mask=MASK).sum().backward()
+    assert "masked_conv2d_activation_grad" not in [name for name, _ in calls]
+
+
+@pytest.mark.parametrize(("size", "tiles"), [((5, 7), 1), ((8, 16), 1), ((3, 43), 2), ((16, 17), 3)])
+def test_partial_sums_of_an_images_nats(given, size, tiles):
+    assert native.logistic_mixture_tile_pixels == 128
+    calls = given("logistic_mixture")
+    images, params = torch.zeros(2, 1, *size, dtype=torch.uint8), draw(2, 3, *size, dtype=torch.float32)
+    for keep in (False, True):
+        calls.clear()
+        logistic_mixture_nll(images, params.requires_grad_(keep))
+        normalisers = ((2, 2, *size), torch.float32) if keep else None
+        assert of(calls, "logistic_mixture_nll")[3:] == [normalisers, ((2, tiles), torch.float32)]
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_order_of_positives_and_negatives_by_key(given, targeted):
+    calls = given("info_nce", info_nce_sorts=False)
+    queries, keys = draw(2, 3, 4), draw(2, 5, 4)
+    targets = torch.tensor([[0, 4, 2], [3, 3, 0]]) if targeted else torch.arange(3).expand(2, 3)
+    negatives = torch.tensor([[[1, 4], [4, 0], [0, 3]], [[4, 4], [2, 0], [0, 4]]])
+    options = {"targets": targets} if targeted else {}
+    info_nce(queries, keys.requires_grad_(), negatives=negatives, **options)
+    (*_, order, segments) = next(arguments for name, arguments in calls if name == "info_nce")
+    named = torch.cat([targets[..., None], negatives], -1) + torch.tensor([[[0]], [[5]]])
+    expected = [(named.flatten() == key).nonzero().flatten() for key in range(10)]
+    assert torch.equal(order, torch.cat(expected))
+    assert segments.tolist() == [sum(map(len, expected[:key])) for key in range(11)]
+    calls.clear()
+    info_nce(queries, keys, targets)
+    info_nce(queries.requires_grad_(), keys.detach(), targets, negatives=negatives)
+    unsorted = [arguments[-2:] for name, arguments in calls if name == "info_nce"]
+    assert unsorted == [(None, None)] * 2
+
+
+def test_positives_and_negatives_that_name_no_key_come_last():
+    by_key = sys.modules["cpc_ext.ops.info_nce"]._by_key
+    targets, negatives = torch.tensor([[0, 2]]), torch.tensor([[[-1, 1, 3], [0, 2**40, 2]]])
+    order, segments = by_key(torch.zeros(1, 3, 2), targets, negatives)
+    assert order.tolist() == [0, 5, 2, 4, 7, 1, 3, 6]
+    assert segments.tolist() == [0, 2, 3, 5]
