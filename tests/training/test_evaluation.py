@@ -28,7 +28,7 @@ from cpc_ext.training.knn import knn_scores
 from cpc_ext.training.label_subsets import LabelBudget, parse_label_budgets
 from cpc_ext.training.presets import preset
 from cpc_ext.training.simclr import SimCLRTask
-from tests.training.conftest import TINY
+from tests.training.conftest import SMALL, TINY
 
 SIMCLR = (
     *("--model", "simclr", "--view-size", "24", "--projection-channels", "8", "--batch-size", "8", "--steps", "4"),
@@ -46,10 +46,10 @@ def runs(tmp_path_factory, tiny_dataset):
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program, "load_dataset", lambda *arguments, **options: tiny_dataset)
-        assert program.main([*TINY, "--out-dir", str(folder / "cpc")]) == 0
+        assert program.main([*SMALL, *TINY, "--out-dir", str(folder / "cpc")]) == 0
         patch.setattr(SimCLRTask, "evaluate", lambda task: {})
         patch.setattr(SimCLRTask, "save", lambda task, run: None)
-        assert program.main([*SIMCLR, "--out-dir", str(folder / "simclr")]) == 0
+        assert program.main([*SMALL, *SIMCLR, "--out-dir", str(folder / "simclr")]) == 0
     torch.set_num_threads(threads)
     return folder
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 import cpc_ext.models
 from cpc_ext.data import ImageSet, SimCLRView
 from cpc_ext.data.spread import spread
-from cpc_ext.training import figures, program
+from cpc_ext.training import cpc_v1, figures, program
 from cpc_ext.training.cpc_v1 import CPCv1Task
 from cpc_ext.training.presets import preset
 from cpc_ext.training.run_dir import RunDir
@@ -56,6 +56,7 @@ def classes_of(images):
 def test_figures_show_all_classes(train_fully, by_class, monkeypatch, tmp_path):
     monkeypatch.setattr(program, "load_dataset", lambda *arguments, **options: by_class)
     monkeypatch.setattr(CPCv1Task, "evaluate", lambda task: {})
+    monkeypatch.setattr(cpc_v1, "_NEIGHBOUR_QUERIES", 6)
     shown = {}
     for name in ("model_inputs", "nearest_patches"):
         original = getattr(figures, name)
@@ -95,7 +96,7 @@ def test_files_of_tensors_do_not_depend_on_the_process(tmp_path):
         "{name: name for name in ('zeta', 'class', 'encoder', 'format', 'view', 'config', 'ä')})"
     )
     contents = set()
-    for number in range(3):
+    for number in range(2):
         path = tmp_path / str(number)
         subprocess.run([sys.executable, "-c", code, str(path)], check=True)
         contents.add(path.read_bytes())
