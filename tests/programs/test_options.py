@@ -13,7 +13,7 @@ from cpc_ext.data import DATASETS
 from cpc_ext.programs.train_options import describe, parse
 from cpc_ext.tasks.encoder_names import ENCODERS, encoder_spec
 from cpc_ext.training import presets
-from cpc_ext.training.config import DataSection, RunConfig, load_config, options_of_other_models
+from cpc_ext.training.config import DataSection, OptionError, RunConfig, load_config, options_of_other_models
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.presets import preset
 from cpc_ext.training.registry import MODELS, config_class, model_presets
@@ -273,6 +273,14 @@ def test_groups_of_the_help_are_told_by_their_sections(capsys):
     assert "in minutes on two CPU cores. Options and defaults shown are those of the model" in text
 
 
+def test_a_field_of_several_types_is_named_once_each():
+    class Several(DataSection):
+        image_size: int | bool = 16
+
+    with pytest.raises(OptionError, match=r"^--image-size: .*\n--image-size: .*$"):
+        Several(image_size="large")
+
+
 def test_long_values_are_cut_in_messages(tmp_path):
     for length, shown in ((198, f"got '{198 * 'x'}'"), (199, f"got '{199 * 'x'}...")):
         (tmp_path / "config.yaml").write_text(f"optimization: {{steps: {length * 'x'}}}")
@@ -306,7 +314,6 @@ def test_config_file_round_trip(tmp_path):
         ("optimization: {steps: 3, speed: 9}", "speed: there is no such option"),
         ("optimization: {steps: 3, lr: fast}", "--lr: input should be a valid number"),
         ("optimization: {steps: 3}\ncpc: {pred_steps: 0}", "--pred-steps: input should be greater than or equal to 1"),
-        ("optimization: {steps: 3}\ncpc: {neg_samples: 0}", ":\n--neg-samples: input should be greater than or equal"),
         ("optimization: {lr: 0.1}", "give either --epochs or --steps"),
         ("model: cpc-v9\noptimization: {steps: 3}", "--model: input should be 'cpc-v1', "),
         ("model: 3\noptimization: {steps: 3}", "--model: input should be 'cpc-v1', "),

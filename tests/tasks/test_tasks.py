@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import nn
 
 import cpc_ext
-from cpc_ext import figures
+from cpc_ext import figures, models
 from cpc_ext.data import ImageFetcher, ImageSet
 from cpc_ext.data.spread import spread
 from cpc_ext.measures.pixel_histogram import static_histogram_bits_per_dim
@@ -126,6 +126,27 @@ def test_an_encoders_file_tells_how_to_build_and_to_feed_it(model, tmp_path, dra
     names = ("size", "min_area", "channels_last") if model == "simclr" else ("patch_size", "stride", "crop", "gray")
     expected = (32, 0.08, True) if model == "simclr" else (8, 4, 24, True)
     assert tuple(view[name] for name in names) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("wrn-10-1", models.WideResNetEncoder),
+        ("mobilenetv2:width=0.25", models.MobileNetV2Encoder),
+        ("ln-resnet101:blocks=1-1,channels=8-16,expansions=2-2,stem_channels=8", models.LayerNormResNetEncoder),
+    ],
+)
+def test_an_encoders_file_rebuilds_the_encoder(name, kind, tmp_path, drawn):
+    run = RunDir(tmp_path)
+    task = task_of("cpc-v1", encoder=name)
+    task.save(run)
+    with safe_open(run.encoder, "pt") as file:
+        assert file.metadata()["class"] == kind.__name__
+        encoder = kind(**json.loads(file.metadata()["encoder"]))
+        encoder.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - not a dict
+    patches = torch.randn(1, 2, 2, 1, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.eval()(patches), task.model.encoder.eval()(patches))
 
 
 KEYS = {

@@ -350,6 +350,16 @@ def test_the_best_checkpoint_is_of_the_interval_with_the_lowest_mean_loss(tmp_pa
     assert (state["step"], state["best_loss"], state["since_best"]["count"]) == (9, 0.0, 0)
 
 
+def test_a_resumed_run_knows_its_best_checkpoint(tmp_path):
+    losses = [1.0, 1.0, 2.0, 2.0, 1.5, 1.5, 0.5, 0.5]
+    for steps, best in ((4, 2), (6, 2), (8, 8)):
+        trainer = of_losses(tmp_path, losses[:steps], checkpoint_every=2)
+        if steps > 4:
+            trainer.resume(load_checkpoint(trainer._run.checkpoint))
+        train(trainer)
+        assert load_checkpoint(trainer._run.best)["step"] == best
+
+
 def test_an_interval_cut_short_is_not_the_best(tmp_path):
     trainer = of_losses(tmp_path, [5.0, 5.0, 0.0, 0.0], checkpoint_every=2, log_every=100)
     train(trainer, stop_after=3)
