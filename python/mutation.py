@@ -42,7 +42,6 @@ class Room(NamedTuple):
     tests: tuple[str, ...]
 
 
-_OPTIONS = (*_named("tests/tasks", "test_every_option"), *_named("tests/training", "test_learner", "test_parts"))
 _TASKS = ("cpc_ext/tasks/*.py", "cpc_ext/tasks/*/*.py")
 ROOMS = {
     # What one step does, and how long and fast it is done.
@@ -62,10 +61,9 @@ ROOMS = {
             *_TASKS,
         ),
         (
-            *_OPTIONS,
+            *_named("tests/tasks", "test_every_option", "test_tasks", "test_idle_options", "test_encoder_names"),
+            *_named("tests/training", "test_learner", "test_loop", "test_parts", "test_steps"),
             *_named("tests/programs", "test_options"),
-            *_named("tests/training", "test_steps"),
-            *_named("tests/tasks", "test_encoder_names"),
         ),
     ),
     "evaluation": Room(

@@ -102,7 +102,7 @@ class Learner:
         for parameter, values in self._optimizer.state.items():
             for name, value in values.items():
                 expected = torch.Size() if name == "step" else parameter.shape
-                if value.shape != expected or not value.is_floating_point():
+                if value.shape != expected:
                     raise ValueError(f"optimizer: expected {name} {list(expected)}, got {list(value.shape)}")
         if any(type(value) not in (int, float) for value in state["scaler"].values()):
             raise TypeError("scaler: expected numbers")

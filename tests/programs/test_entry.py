@@ -68,45 +68,52 @@ def test_help_imports_nothing_that_it_does_not_need():
         assert heavy == [], call
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status", "message"),
-    [
-        (["train", "--bogus"], 2, "Unrecognized options: --bogus"),
-        (["train", "--lr", "-1"], 2, "--lr: input should be greater than 0, got -1.0"),
-        (["train", "--encoder", "vgg"], 2, "--encoder: expected one of resnet-small"),
-        (["train", "--crop", "50"], 2, "use a multiple of 7 such as 49"),
-        (["train", "--layers", "3"], 2, "cpc-v1 has no such option\nFor full helptext, see cpc-ext train --help"),
-        (["train", "--resume"], 1, "--resume needs --out-dir"),
-        (["train", "--config", "/nowhere"], 1, "--config: cannot read /nowhere"),
-        (["evaluate", "RUN", "--bogus"], 2, "Unrecognized options: --bogus"),
-        (["evaluate", "RUN", "--mode", "guess"], 1, "--mode: expected all, or some of linear, knn"),
-        (["evaluate", "RUN", "--labels", "0"], 1, "--labels: expected labels per class such as 10"),
-        (["evaluate", "RUN", "--repeats", "0"], 1, "--repeats: at least 1, got 0"),
-        (["evaluate", "RUN", "--out", "one.png"], 1, "give more than one RUN"),
-        (["evaluate"], 1, "give at least one RUN"),
-        (["evaluate", "--per-module"], 1, "give at least one RUN"),
-        (["sample", "RUN", "--bogus"], 2, "Unrecognized options: --bogus"),
-        (["sample", "RUN", "--n", "0"], 1, "--n: at least 1, got 0"),
-        (["sample", "RUN", "--temperature", "nan"], 1, "--temperature: at least 0 and finite, got nan"),
-        (["sample", "RUN", "--rows", "3"], 1, "--rows needs --complete"),
-        (["embed", "RUN", "--bogus"], 2, "Unrecognized options: --bogus"),
-        (["embed", "RUN"], 1, "--data-dir: name the folder of images"),
-        (["embed", "RUN", "--data-dir", ".", "--out", "a.txt"], 1, "--out: expected a name that ends in .npy or"),
-        (["embed", "RUN", "--data-dir", ".", "--image-size", "0"], 1, "--image-size: at least 1, got 0"),
-        (
-            ["embed", "RUN", "--dataset", "stl10", "--image-size", "9"],
-            1,
-            "the images of stl10 have a size of their own",
-        ),
-        (["convert", "FILE", "--out", "RUN", "--bogus"], 2, "Unrecognized options: --bogus"),
-        (["convert", "FILE", "--out", "RUN"], 1, "give either --source"),
-        (["info", "--bogus"], 2, "unrecognized arguments: --bogus"),
-        (["information"], 2, "'train', 'evaluate', 'sample', 'embed', 'convert', 'info'"),
-        ([], 2, "usage: cpc-ext [-h] [--version] {train,evaluate,sample,embed,convert,info}"),
-    ],
-)
-def test_wrong_options_are_refused_without_pytorch(arguments, status, message):
-    ((got, output, heavy),) = outcomes([arguments])
+WRONG = [
+    (["train", "--bogus"], 2, "Unrecognized options: --bogus"),
+    (["train", "--lr", "-1"], 2, "--lr: input should be greater than 0, got -1.0"),
+    (["train", "--encoder", "vgg"], 2, "--encoder: expected one of resnet-small"),
+    (["train", "--crop", "50"], 2, "use a multiple of 7 such as 49"),
+    (["train", "--layers", "3"], 2, "cpc-v1 has no such option\nFor full helptext, see cpc-ext train --help"),
+    (["train", "--resume"], 1, "--resume needs --out-dir"),
+    (["train", "--config", "/nowhere"], 1, "--config: cannot read /nowhere"),
+    (["evaluate", "RUN", "--bogus"], 2, "Unrecognized options: --bogus"),
+    (["evaluate", "RUN", "--mode", "guess"], 1, "--mode: expected all, or some of linear, knn"),
+    (["evaluate", "RUN", "--labels", "0"], 1, "--labels: expected labels per class such as 10"),
+    (["evaluate", "RUN", "--repeats", "0"], 1, "--repeats: at least 1, got 0"),
+    (["evaluate", "RUN", "--out", "one.png"], 1, "give more than one RUN"),
+    (["evaluate"], 1, "give at least one RUN"),
+    (["evaluate", "--per-module"], 1, "give at least one RUN"),
+    (["sample", "RUN", "--bogus"], 2, "Unrecognized options: --bogus"),
+    (["sample", "RUN", "--n", "0"], 1, "--n: at least 1, got 0"),
+    (["sample", "RUN", "--temperature", "nan"], 1, "--temperature: at least 0 and finite, got nan"),
+    (["sample", "RUN", "--rows", "3"], 1, "--rows needs --complete"),
+    (["embed", "RUN", "--bogus"], 2, "Unrecognized options: --bogus"),
+    (["embed", "RUN"], 1, "--data-dir: name the folder of images"),
+    (["embed", "RUN", "--data-dir", ".", "--out", "a.txt"], 1, "--out: expected a name that ends in .npy or"),
+    (["embed", "RUN", "--data-dir", ".", "--image-size", "0"], 1, "--image-size: at least 1, got 0"),
+    (
+        ["embed", "RUN", "--dataset", "stl10", "--image-size", "9"],
+        1,
+        "the images of stl10 have a size of their own",
+    ),
+    (["convert", "FILE", "--out", "RUN", "--bogus"], 2, "Unrecognized options: --bogus"),
+    (["convert", "FILE", "--out", "RUN"], 1, "give either --source"),
+    (["info", "--bogus"], 2, "unrecognized arguments: --bogus"),
+    (["information"], 2, "'train', 'evaluate', 'sample', 'embed', 'convert', 'info'"),
+    ([], 2, "usage: cpc-ext [-h] [--version] {train,evaluate,sample,embed,convert,info}"),
+]
+
+
+@pytest.fixture(scope="module")
+def refusals() -> list[tuple[int, str, list[str]]]:
+    """What came out of each of the calls, one after another in a process."""
+    return outcomes([arguments for arguments, _, _ in WRONG])
+
+
+@pytest.mark.parametrize("number", range(len(WRONG)), ids=[" ".join(arguments) for arguments, _, _ in WRONG])
+def test_wrong_options_are_refused_without_pytorch(refusals, number):
+    _, status, message = WRONG[number]
+    got, output, heavy = refusals[number]
     assert (got, heavy) == (status, [])
     assert message in " ".join(output.split()) or message in output
     assert "Traceback" not in output

@@ -7,17 +7,13 @@ from typing import get_args
 
 import pytest
 import torch
+import yaml
 
 from cpc_ext.data import DATASETS
 from cpc_ext.programs.train_options import describe, parse
 from cpc_ext.tasks.encoder_names import ENCODERS, encoder_spec
 from cpc_ext.training import presets
-from cpc_ext.training.config import (
-    DataSection,
-    RunConfig,
-    load_config,
-    options_of_other_models,
-)
+from cpc_ext.training.config import DataSection, OptionError, RunConfig, load_config, options_of_other_models
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.presets import preset
 from cpc_ext.training.registry import MODELS, config_class, model_presets
@@ -44,7 +40,11 @@ def help_text(capsys, *arguments):
 @pytest.mark.parametrize("dataset", DATASETS)
 @pytest.mark.parametrize("model", MODELS)
 def test_presets_are_valid_and_what_the_command_line_starts_from(model, dataset):
-    assert parse(["--model", model, "--dataset", dataset]).run == preset(model, dataset)
+    config = preset(model, dataset)
+    assert parse(["--model", model, "--dataset", dataset]).run == config
+    assert (config.model, config.data.dataset) == (model, dataset)
+    for section, values in model_presets(model)[dataset].items():
+        assert values.items() <= getattr(config, section).model_dump().items()
 
 
 def test_a_data_set_without_presets_has_those_of_any_images(monkeypatch):
@@ -102,7 +102,7 @@ def test_options_replace_the_preset():
     assert run.optimization.epochs == 300
 
 
-@pytest.mark.parametrize("arguments", [["--gather-negatives"], ["--gather-negatives", "--seed", "3"]])
+@pytest.mark.parametrize("arguments", [["--gather-negatives"], ["--gather_negatives", "--seed", "3"]])
 def test_gather_negatives_needs_no_value(tmp_path, arguments):
     config = parse(["--dataset", "textures", "--gather-negatives", "ring"]).run
     (tmp_path / "config.yaml").write_text(config.to_yaml())
@@ -194,10 +194,107 @@ def test_description_gives_the_same_run_again(model):
     assert [line.split()[0] for line in lines] == list(type(config).model_fields)
     options = [word for line in lines for word in line.split()[1:]]
     assert parse(options).run == config
+    assert lines[0] == f"  model         --model {model}"
+    assert [len(line) - len(line.lstrip()) for line in lines] == [2] * len(lines)
+
+
+def test_values_are_described_as_a_shell_takes_them():
+    options = ["--model", "greedy-infomax", "--split-at", "1", "2", "--dataset", "folder", "--data-dir", "my images"]
+    text = describe(parse([*options, "--lr", "0.00020", "--no-flip", "--device", "cpu"]).run)
+    for words in ("--split-at 1 2", "--data-dir 'my images'", "--lr 0.0002 ", "--no-flip", "--device cpu"):
+        assert words in text
+    assert "None" not in text
+
+
+def test_earlier_runs_give_the_options_of_those_that_go_on_or_start_from_them(tmp_path):
+    config = preset("cpc-v2", "cifar10", device="cpu")
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+
+    def changed(**optimization):
+        return config.model_copy(update={"optimization": config.optimization.model_copy(update=optimization)})
+
+    resumed = parse(["--resume", "--out-dir", str(tmp_path), "--epochs", "7"])
+    assert (resumed.resume, resumed.out_dir, resumed.config) == (True, tmp_path, None)
+    assert resumed.run == changed(epochs=7)
+    for model in ([], ["--model", "cpc-v2"]):
+        started = parse(["--resume-from", str(tmp_path), "--lr", "0.5", *model])
+        assert (started.resume, started.out_dir) == (False, None)
+        assert started.run == changed(resume_from=tmp_path, lr=0.5)
+    for options, message in (
+        (["--resume-from", str(tmp_path), "--model", "cpc-v1"], "is a run of cpc-v2, not of --model cpc-v1"),
+        (["--resume-from", str(tmp_path / "none")], "^--resume-from: cannot read .*/none/config.yaml"),
+        (["--resume", "--resume-from", str(tmp_path)], "starts a new one from another's weights: give either$"),
+        (["--resume"], "^--resume needs --out-dir"),
+    ):
+        with pytest.raises(TrainingError, match=message):
+            parse(options)
+
+
+def test_the_device_of_the_command_line_decides_the_precision(monkeypatch):
+    monkeypatch.setattr("cpc_ext.training.presets.default_device", lambda: "cuda")
+    monkeypatch.setattr("cpc_ext.training.presets.default_precision", {"cuda": "bf16", "cpu": "fp32"}.get)
+    for options, device, precision in (([], "cuda", "bf16"), (["--device", "cpu"], "cpu", "fp32")):
+        compute = parse(options).run.compute
+        assert (compute.device, compute.precision) == (device, precision)
+
+
+def test_values_that_are_called_like_options_are_values():
+    for name in ("layers", "download", "no_gray", "gather-negatives"):
+        assert str(parse(["--out-dir", name]).out_dir) == name
+
+
+def test_refusals_name_the_program(capsys):
+    """Of options of other models, without effect, and that do not go together."""
+    for options in (["--layers", "3"], ["--download"], ["--pred-steps", "5"]):
+        with pytest.raises(SystemExit):
+            parse(options, prog="another program")
+        said = capsys.readouterr().err
+        assert said.startswith("error: --")
+        assert said.endswith("\nFor full helptext, see another program --help\n")
+
+
+def test_the_first_pass_takes_underscores_and_leaves_values(tmp_path):
+    for name in ("out_dir", "out-dir"):
+        with pytest.raises(TrainingError, match=r"--resume: there is no checkpoint at .*/a_run/checkpoint\.pt"):
+            parse(["--resume", f"--{name}", str(tmp_path / "a_run")])
+
+
+def test_groups_of_the_help_are_told_by_their_sections(capsys):
+    class Mine(RunConfig):
+        """A section of one's own beside those of any run."""
+
+        more: DataSection
+
+    assert Mine.model_fields["more"].description == DataSection.__doc__
+    text = help_text(capsys)
+    for field in config_class("cpc-v1").model_fields.values():
+        if hasattr(field.annotation, "model_fields"):
+            assert field.annotation.__doc__ in text
+    assert "in minutes on two CPU cores. Options and defaults shown are those of the model" in text
+
+
+def test_a_field_of_several_types_is_named_once_each():
+    class Several(DataSection):
+        image_size: int | bool = 16
+
+    with pytest.raises(OptionError, match=r"^--image-size: .*\n--image-size: .*$"):
+        Several(image_size="large")
+
+
+def test_long_values_are_cut_in_messages(tmp_path):
+    for length, shown in ((198, f"got '{198 * 'x'}'"), (199, f"got '{199 * 'x'}...")):
+        (tmp_path / "config.yaml").write_text(f"optimization: {{steps: {length * 'x'}}}")
+        with pytest.raises(TrainingError) as caught:
+            load_config(tmp_path / "config.yaml")
+        assert str(caught.value).endswith(shown)
 
 
 def test_config_file_round_trip(tmp_path):
     config = preset("cpc-v1", "stl10")
+    assert list(yaml.safe_load(config.to_yaml())) == list(type(config).model_fields)
+    of_files = parse(["--dataset", "folder", "--data-dir", "my images"]).run
+    (tmp_path / "files.yaml").write_text(of_files.to_yaml())
+    assert load_config(tmp_path / "files.yaml") == of_files
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     assert load_config(tmp_path / "config.yaml") == config
     changed = parse(["--config", str(tmp_path / "config.yaml"), "--lr", "0.01", "--steps", "9"]).run
@@ -218,6 +315,8 @@ def test_config_file_round_trip(tmp_path):
         ("optimization: {steps: 3, lr: fast}", "--lr: input should be a valid number"),
         ("optimization: {steps: 3}\ncpc: {pred_steps: 0}", "--pred-steps: input should be greater than or equal to 1"),
         ("optimization: {lr: 0.1}", "give either --epochs or --steps"),
+        ("model: cpc-v9\noptimization: {steps: 3}", "--model: input should be 'cpc-v1', "),
+        ("model: 3\noptimization: {steps: 3}", "--model: input should be 'cpc-v1', "),
     ],
 )
 def test_wrong_config_files(tmp_path, text, expected):

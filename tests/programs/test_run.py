@@ -57,19 +57,15 @@ def test_run_leaves_everything(train_fully, tmp_path, capsys):
     assert f"linear probe: {summary['probe_accuracy']:.1%}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [("resnet-small", "ResNetV2Encoder"), ("wrn-10-1", "WideResNetEncoder"), ("mobilenetv2", "MobileNetV2Encoder")],
-)
-def test_encoder_file_rebuilds_the_encoder(train_fully, tmp_path, monkeypatch, name, kind):
+def test_encoder_file_rebuilds_the_encoder(train_fully, tmp_path, monkeypatch):
     monkeypatch.setattr(CPCv1Task, "evaluate", lambda task: {})
-    assert train_fully("--out-dir", tmp_path, "--encoder", name, "--steps", "2") == 0
+    assert train_fully("--out-dir", tmp_path, "--encoder", "wrn-10-1", "--steps", "2") == 0
 
     file = safe_open(tmp_path / "encoder.safetensors", "pt")
     encoder = getattr(models, file.metadata()["class"])(**json.loads(file.metadata()["encoder"]))
     encoder.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - not a dict
 
-    assert type(encoder).__name__ == kind
+    assert type(encoder) is models.WideResNetEncoder
     trained = load_checkpoint(tmp_path / "checkpoint.pt")["model"]
     for parameter, value in encoder.state_dict().items():
         assert torch.equal(value, trained[f"encoder.{parameter}"]), parameter
@@ -124,10 +120,10 @@ def test_folder_that_cannot_be_written_is_told_first(train, tmp_path, capsys):
 
 
 def test_full_disk_is_told_first(train, tmp_path, capsys, monkeypatch):
-    usage = type("Usage", (), {"free": 40 * 2**20})
+    usage = type("Usage", (), {"free": 32 * 2**20})
     monkeypatch.setattr("cpc_ext.training.run_dir.shutil.disk_usage", lambda path: usage)
     assert train("--out-dir", tmp_path / "run") == 1
-    assert "has 40 MiB left" in capsys.readouterr().err
+    assert "has 32 MiB left" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()  # Nothing was written, so nothing remains.
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 
-from cpc_ext.models import MobileNetV2Encoder, ResNetV2Encoder
+from cpc_ext.models import LayerNormResNetEncoder, MobileNetV2Encoder, ResNetV2Encoder
 from cpc_ext.models.encoders.resnet_v2 import published_shape
 from cpc_ext.tasks.encoder_names import check_encoder_name, encoder_name, encoder_spec
 
@@ -20,6 +22,7 @@ from cpc_ext.tasks.encoder_names import check_encoder_name, encoder_name, encode
             {"blocks": [1, 2], "bottleneck": True, "channels": [4, 8], "expansions": [2, 2], "stem": "imagenet"}
             | {"stem_channels": 16},
         ),
+        ("resnet14:bottleneck=no", {"depth": 14, "stem": "stl10", "bottleneck": False}),
         ("mobilenetv2:width=0.25,strides=imagenet", {"width": 0.25, "strides": "imagenet"}),
         ("wrn-10-1", {"depth": 10, "width": 1}),
     ],
@@ -48,6 +51,37 @@ def test_names_of_what_is_built(kind, arguments, name):
     assert encoder_name(kind, arguments) == check_encoder_name(name)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ln-resnet101",
+        "ln-resnet101:blocks=3-4-6-3",
+        "ln-resnet101:blocks=1-1,channels=8-16,expansions=2-2,stem_channels=16",
+        "mobilenetv2:width=0.5,strides=cifar",
+        "resnet:blocks=1-1,bottleneck=yes,channels=8-16,expansions=2-2,stem=strided,stem_channels=16",
+        "wrn-16-4",
+    ],
+)
+def test_names_are_those_of_what_they_build(name):
+    kind, arguments = encoder_spec(name, norm="batch", in_channels=3, stem="stl10", patch_size=16)
+    assert encoder_name(kind.__name__, arguments) == name
+
+
+def test_names_that_stand_for_others():
+    short = encoder_spec("ln-resnet50", norm="batch", in_channels=3, stem="stl10", patch_size=16)
+    assert short.arguments == {"patch_size": 16, "in_channels": 3, "blocks": [3, 4, 6, 3]}
+    assert encoder_name(short.kind.__name__, short.arguments) == "ln-resnet101:blocks=3-4-6-3"
+    # What is as ever need not be said.
+    known = ("blocks", "channels", "expansions", "stem_channels")
+    parameters = inspect.signature(LayerNormResNetEncoder).parameters
+    assert encoder_name(short.kind.__name__, {name: parameters[name].default for name in known}) == "ln-resnet101"
+    with pytest.raises(KeyError):
+        encoder_name("PatchEncoder", {})
+    for stem, strides in (("imagenet", "imagenet"), ("stl10", "cifar"), ("cifar", "cifar")):
+        spec = encoder_spec("mobilenetv2", norm="none", in_channels=3, stem=stem)
+        assert spec.arguments["strides"] == strides
+
+
 @pytest.mark.parametrize("depth", [14, 28, 41, 92, 143, 161, 18, 34, 50, 101, 152])
 def test_published_shapes_have_their_own_names(depth):
     shape = published_shape(depth)
@@ -65,6 +99,10 @@ def test_published_shapes_have_their_own_names(depth):
         ("resnet14:stem", "stem is stl10 or cifar or imagenet or strided, got ''"),
         ("resnet:blocks=1-0", "blocks is a positive number, got '0'"),
         ("resnet:blocks=1,bottleneck=maybe", "bottleneck is yes or no, got 'maybe'"),
+        ("resnet14:bottleneck=NO", "bottleneck is yes or no, got 'NO'"),
+        ("resnet14:blocks=1234567", "blocks is a positive number, got '1234567'"),
+        ("resnet14:blocks=01", "blocks is a positive number, got '01'"),
+        ("timm:vit:patch_size=4,foo=3", "^--encoder: expected img_size, patch_size after vit:, got 'foo=3'$"),
         ("wrn-28-2:width=3", "expected nothing after wrn-28-2, got 'width=3'"),
         ("mobilenetv2:width=0", "width is a positive number, got '0'"),
     ],

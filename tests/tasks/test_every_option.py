@@ -38,12 +38,12 @@ from cpc_ext.programs import training as program
 from cpc_ext.programs.train_options import parse
 from cpc_ext.training import run_data
 from cpc_ext.training.checkpoint import load_checkpoint
-from cpc_ext.training.config import RunConfig, config_class, option, validate_config
+from cpc_ext.training.config import RunConfig, option, validate_config
 from cpc_ext.training.distribution import Ranks, joined_ranks
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.loop import Trainer
 from cpc_ext.training.random_streams import RandomStreams
-from cpc_ext.training.registry import MODELS, task_class
+from cpc_ext.training.registry import MODELS, config_class, task_class
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.run_log import RunLog, read_metrics
 from cpc_ext.training.stop_request import StopRequest
@@ -529,7 +529,9 @@ def layers(model: str) -> None:
 def hidden_channels(model: str) -> None:
     for channels in (6, 12):
         assert numbers(task_of(model, hidden_channels=channels).model) == numbers(pixel_model(model, 1, channels))
-    if model != "pixelcnn++":
+    if model == "pixelcnn++":
+        assert task_of(model, hidden_channels=8)
+    else:
         with pytest.raises(ValueError, match="--hidden-channels 8 is not a multiple of the images' 3 colours"):
             task_of(model, hidden_channels=8)
 

@@ -106,6 +106,7 @@ def test_a_vision_transformer_is_told_its_sizes(timm, name, image, token):
     encoder = spec.build(16)
     assert (encoder.backbone.img_size, encoder.backbone.patch_size) == (image, token)
     assert encoder(torch.zeros(1, 2, 2, 1, 16, 16)).shape == (1, 6, 2, 2)
+    assert encoder.training
     # As encoder.safetensors and convert have it.
     assert TimmEncoder(**spec.arguments).backbone.patch_size == token
     again = encoder_spec(encoder_name("TimmEncoder", spec.arguments), norm="none", in_channels=1, stem="stl10")

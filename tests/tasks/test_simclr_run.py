@@ -17,8 +17,10 @@ from cpc_ext.training import run_data
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.config import load_config
 from cpc_ext.training.run_log import read_metrics
+from tests.training.conftest import SMALL
 
 TINY = (
+    *SMALL,
     *("--model", "simclr", "--view-size", "24", "--projection-channels", "8", "--batch-size", "8", "--steps", "8"),
     *("--log-every", "3", "--checkpoint-every", "4", "--warmup-steps", "2", "--device", "cpu", "--precision", "fp32"),
 )
@@ -27,7 +29,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture
-def train(monkeypatch, tiny_dataset):
+def train(monkeypatch, tiny_dataset, quick_ends):
     """The program with tiny options, in this process: train(*more options) → exit status."""
     monkeypatch.setattr(run_data, "load_dataset", lambda *arguments, **options: tiny_dataset)
     return lambda *options: program.main([*TINY, *map(str, options)])

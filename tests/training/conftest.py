@@ -14,12 +14,15 @@ import torch
 from cpc_ext.data import Dataset, make_textures
 from cpc_ext.measures import probe
 from cpc_ext.programs import training as program
+from cpc_ext.tasks.cpc_v1 import task as cpc_v1
 from cpc_ext.tasks.cpc_v1.task import CPCv1Task
 from cpc_ext.training import run_data
 from cpc_ext.training.checkpoint import save_checkpoint
 from cpc_ext.training.config import RunConfig
 from cpc_ext.training.registry import task_class
 
+# resnet-small with a quarter of the channels, which are multiples of 8: see test_every_option.py.
+SMALL = ("--encoder", "resnet:blocks=1-1-1,channels=8-16-32,stem_channels=8,stem=strided")
 TINY = (
     *("--crop", "24", "--grid-size", "5", "--pred-steps", "2", "--pred-directions", "1", "--batch-size", "8"),
     *("--steps", "8", "--log-every", "3", "--checkpoint-every", "4", "--device", "cpu", "--precision", "fp32"),
@@ -97,12 +100,23 @@ def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def train_fully(monkeypatch: pytest.MonkeyPatch, tiny_dataset: Dataset) -> Callable[..., int]:
+def quick_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of a run its probe has fewer strengths to choose from, and its figure of neighbours shows fewer."""
+    monkeypatch.setattr(probe, "_STRENGTHS", (1.0, 0.1))
+    monkeypatch.setattr(cpc_v1, "_NEIGHBOUR_QUERIES", 2)
+    monkeypatch.setattr(cpc_v1, "_NEIGHBOURS", 3)
+
+
+@pytest.fixture
+def train_fully(monkeypatch: pytest.MonkeyPatch, tiny_dataset: Dataset, quick_ends: None) -> Callable[..., int]:
     """The program with tiny options, in this process: train_fully(*more options) → exit status."""
     monkeypatch.setattr(run_data, "load_dataset", lambda *arguments, **options: tiny_dataset)
 
     def run(*options: str | Path) -> int:
-        return program.main([*TINY, *map(str, options)])
+        given = [*TINY, *map(str, options)]
+        # Another run's options are those of its model, too.
+        of_another = {"--config", "--resume", "--resume-from"} & set(given)
+        return program.main(given if of_another else [*SMALL, *given])
 
     return run
 

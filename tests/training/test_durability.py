@@ -25,7 +25,7 @@ from cpc_ext.tasks.cpc_v1.task import CPCv1Task
 from cpc_ext.training import distribution, loop, run_data
 from cpc_ext.training.checkpoint import load_checkpoint, save_checkpoint
 from cpc_ext.training.distribution import Ranks
-from tests.training.conftest import TINY
+from tests.training.conftest import SMALL, TINY
 from tests.training.test_resume import assert_equal_trees
 
 UNLIMITED = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -110,52 +110,6 @@ def test_a_stop_that_cannot_be_saved_is_an_error(train, in_steps, full_disk, tmp
     said = capsys.readouterr()
     assert f"step {step} of 8 could not be saved" in said.err
     assert "stopped at step" not in said.out
-
-
-def test_the_last_save_is_tried_again(train, monkeypatch, tmp_path):
-    original, calls = loop.save_checkpoint, []
-
-    def save(path, state):
-        calls.append(state["step"])
-        if calls.count(8) == 1 and state["step"] == 8:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        original(path, state)
-
-    monkeypatch.setattr(loop, "save_checkpoint", save)
-    assert train("--out-dir", tmp_path) == 0
-    assert calls.count(8) == 2
-    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 8
-
-
-def test_the_best_checkpoint_is_that_of_the_lowest_loss(train, with_losses, tmp_path):
-    with_losses(2, 2, 1, 1, 1.5, 1.5, 1.2, 1.2)
-    assert train("--out-dir", tmp_path, "--checkpoint-every", "2") == 0
-    assert steps_in(tmp_path) == {"checkpoint.pt": 8, "best.pt": 4}
-    assert load_checkpoint(tmp_path / "checkpoint.pt")["best_loss"] == pytest.approx(1)
-
-
-def test_a_resumed_run_knows_its_best_checkpoint(train, with_losses, tmp_path):
-    with_losses(1, 1, 2, 2)
-    assert train("--out-dir", tmp_path, "--checkpoint-every", "2", "--steps", "4") == 0
-    with_losses(1.5, 1.5, 0.5, 0.5)
-    assert train("--out-dir", tmp_path, "--resume", "--steps", "6") == 0
-    assert steps_in(tmp_path) == {"checkpoint.pt": 6, "best.pt": 2}
-    assert train("--out-dir", tmp_path, "--resume", "--steps", "8") == 0
-    assert steps_in(tmp_path) == {"checkpoint.pt": 8, "best.pt": 8}
-
-
-def test_a_best_checkpoint_that_could_not_be_saved_is_no_record(train, with_losses, monkeypatch, tmp_path):
-    with_losses(1, 1, 2, 2)
-    original = loop.save_checkpoint
-
-    def save(path, state):
-        if state["step"] == 2:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        original(path, state)
-
-    monkeypatch.setattr(loop, "save_checkpoint", save)
-    assert train("--out-dir", tmp_path, "--checkpoint-every", "2", "--steps", "4") == 0
-    assert steps_in(tmp_path) == {"checkpoint.pt": 4, "best.pt": 4}
 
 
 def test_a_kill_between_best_and_last_checkpoint_loses_neither(train, monkeypatch, tmp_path):
@@ -322,7 +276,7 @@ def trained_once(tmp_path_factory, tiny_dataset):
         patch.setattr(run_data, "load_dataset", lambda *arguments, **options: tiny_dataset)
         patch.setattr(CPCv1Task, "evaluate", lambda task: {})
         patch.setattr(CPCv1Task, "save", lambda task, run: None)
-        assert program.main([*TINY, "--out-dir", str(run), "--steps", "4"]) == 0
+        assert program.main([*SMALL, *TINY, "--out-dir", str(run), "--steps", "4"]) == 0
     return run
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.run_log import read_metrics
-from tests.training.conftest import ROOT, TINY
+from tests.training.conftest import ROOT, SMALL, TINY
 
 GOLDEN = ROOT / "tests" / "golden" / "cpcv2_pytorch.resnet_layer.safetensors"
 
@@ -60,7 +60,7 @@ def killed_states(start, name, tmp_path, *arguments):
 
 
 def test_a_run_killed_before_its_first_checkpoint_can_be_started_and_resumed(start_killed, tmp_path):
-    options = (*TINY, "--steps", "1")
+    options = (*SMALL, *TINY, "--steps", "1")
     resumed = 0
     for folder in killed_states(start_killed, "train", tmp_path, *options, "--out-dir"):
         if (folder / "config.yaml").exists():

@@ -171,6 +171,39 @@ def test_the_state_goes_on(precision):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("exp_avg", torch.ones(2), r"expected exp_avg \[1\], got \[2\]"),
+        ("step", torch.ones(1), r"expected step \[\], got \[1\]"),
+    ],
+)
+def test_states_of_another_part_are_refused(name, value, said):
+    learner = learner_of(TwoWeights())
+    update(learner)
+    state = copy.deepcopy(learner.state_dict())
+    learner.load_state_dict(copy.deepcopy(state))
+    state["optimizer"]["state"][1][name] = value
+    with pytest.raises(ValueError, match=f"^optimizer: {said}$"):
+        learner.load_state_dict(state)
+
+
+def test_what_is_no_number_is_no_scaler():
+    learner = learner_of(TwoWeights(), precision="fp16")
+    state = learner.state_dict()
+    for value in ("1", True, torch.tensor(1.0)):
+        with pytest.raises(TypeError, match="scaler: expected numbers"):
+            learner.load_state_dict({**state, "scaler": {**state["scaler"], "scale": value}})
+
+
+def test_the_options_of_the_optimizer_are_those_of_this_run():
+    state = learner_of(TwoWeights(), weight_decay=0.5, lr=0.1).state_dict()
+    learner = learner_of(TwoWeights(), weight_decay=0.25, lr=0.2)
+    learner.load_state_dict(state)
+    (group,) = learner.state_dict()["optimizer"]["param_groups"]
+    assert (group["weight_decay"], group["lr"], group["fused"]) == (0.25, 0.2, True)
+
+
 def test_the_optimizer_is_fused_so_that_overflows_do_not_wait_for_the_host():
     for decay in (0.0, 0.1):
         (group,) = learner_of(TwoWeights(), weight_decay=decay).state_dict()["optimizer"]["param_groups"]

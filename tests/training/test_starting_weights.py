@@ -53,7 +53,7 @@ def test_weights_of_another_model_are_refused_by_name(train, tmp_path, capsys):
     assert "of another model" in error
     assert "context.layers.1.vertical_conv.weight is missing there" in error
     assert train("--resume-from", first, "--out-dir", tmp_path / "second", "--no-gray") == 1
-    assert "encoder.conv1.weight is [32, 1, 5, 5] there, [32, 3, 5, 5] here" in capsys.readouterr().err
+    assert "encoder.conv1.weight is [8, 1, 5, 5] there, [8, 3, 5, 5] here" in capsys.readouterr().err
     assert not (tmp_path / "second").exists()
 
 

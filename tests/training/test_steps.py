@@ -136,6 +136,16 @@ def test_meter_means_are_of_the_steps_since_the_last_reset():
     assert (meter.count, meter.means()) == (4, {"loss": 3.0})
 
 
+def test_meter_states_come_from_any_device_and_type():
+    meter = Meter(torch.device("meta"))
+    meter.load_state_dict({"sums": {"loss": torch.ones(1, dtype=torch.float64)}, "count": 0})
+    (value,) = meter.state_dict()["sums"].values()
+    assert (value.device.type, value.dtype, value.shape) == ("meta", torch.float32, ())
+    for count in (-1, 1.0, True):
+        with pytest.raises(TypeError, match=f"expected a number of steps, got {count}"):
+            meter.load_state_dict({"sums": {}, "count": count})
+
+
 def test_finite_guard_watches_every_value_and_element():
     for values in ([math.nan, 1.0], [1.0, -math.inf]):
         guard = FiniteGuard(CPU)
@@ -145,6 +155,7 @@ def test_finite_guard_watches_every_value_and_element():
         assert guard.first_bad_step() == 5
         guard.watch(6, torch.tensor(math.nan))
         assert guard.first_bad_step() == 5
+    assert FiniteGuard(torch.device("meta"))._first.device.type == "meta"
     guard = FiniteGuard(CPU)
     guard.watch(0, torch.tensor(math.nan))
     guard.watch(1, torch.tensor(math.nan))
@@ -187,3 +198,13 @@ def test_average_goes_on_where_it_was():
     assert averaged_weights({"step": 3}) == {}
     with pytest.raises(KeyError):
         other.load_state_dict({})
+
+
+def test_average_of_no_updates_is_one_and_other_numbers_are_none():
+    average = WeightAverage(nn.Linear(1, 1), 0.9)
+    state = average.state_dict()
+    average.load_state_dict(state)
+    assert average.state_dict()["average_updates"] == 0
+    for number in (-1, 1.0, True):
+        with pytest.raises(TypeError, match=f"expected a number of updates, got {number}"):
+            average.load_state_dict({**state, "average_updates": number})

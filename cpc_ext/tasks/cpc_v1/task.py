@@ -111,7 +111,7 @@ class CPCv1Task(EncoderTask):
         encodings = self.encodings(self.model, images).flatten(2)  # [N, D, patches]
         # What all patches share would make all of them alike.
         encodings = F.normalize(encodings - encodings.mean((0, 2), keepdim=True), dim=1)
-        middle = encodings.shape[2] // 2 + self._config.view.grid_size // 2
+        middle = self._config.view.grid_size // 2 * (self._config.view.grid_size + 1)
         queries = torch.from_numpy(spread(_NEIGHBOUR_QUERIES, len(images))).to(encodings.device)
         similarity, patch = torch.einsum("qd,ndp->qnp", encodings[queries, :, middle], encodings).max(2)
         similarity[torch.arange(len(queries), device=queries.device), queries] = -torch.inf

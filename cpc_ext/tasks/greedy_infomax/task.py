@@ -213,7 +213,6 @@ class GreedyTask(CPCv1Task):
             view=repr(self._view),
             views=self._options.cache_views,
             seed=config.compute.seed,
-            precision=config.compute.precision,
         )
 
 

@@ -79,11 +79,9 @@ class SimCLRTask(EncoderTask):
         """Images, each above its two views."""
         shown = self._dataset.pretrain if self._dataset.test is None else self._dataset.test
         images = ImageFetcher(shown, self._device, resident=False)(spread(_FIGURE_INPUTS, len(shown)))
-        plain = SimCLRView(
-            self._view.size, min_area=self._view.min_area, blur_kernel=self._view.blur_kernel, mean=None, std=None
-        )
+        plain = SimCLRView(self._view.size, min_area=self._view.min_area, blur_kernel=self._view.blur_kernel)
         views = plain.random_pair(images, torch.Generator().manual_seed(self._config.compute.seed))
-        pixels = torch.cat([plain.center(images), *views]).clamp(0, 1) * 255
+        pixels = torch.cat([plain.center(images), *views]) * 255
         figures.save_images(run.path / "inputs.png", pixels.round().byte().cpu().numpy(), columns=len(images))
 
     def _build(self) -> SimCLR:
