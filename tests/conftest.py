@@ -18,6 +18,10 @@ from cpc_ext._version import __version__
 
 REPOSITORY = Path(__file__).parents[1]
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Side by side, threads that wait awake keep the other workers from their work.
+    torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def emulation() -> Path:
