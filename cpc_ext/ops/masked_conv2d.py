@@ -270,11 +270,9 @@ def _taps_on_cpu(seen: Tensor) -> list[int]:
 def _reaching(taps: list[int], weight: Tensor, size: Sequence[int], dilation: int) -> list[int]:
     """The taps that read more than padding."""
     kh, kw = weight.shape[2:]
+    (height, width), above, left = size, _before(kh, dilation), _before(kw, dilation)
     return [
-        tap
-        for tap in taps
-        if abs(tap // kw * dilation - _before(kh, dilation)) < size[0]
-        and abs(tap % kw * dilation - _before(kw, dilation)) < size[1]
+        tap for tap in taps if abs(tap // kw * dilation - above) < height and abs(tap % kw * dilation - left) < width
     ]
 
 
