@@ -99,10 +99,7 @@ def register(
 def _leaves(kind: type) -> Iterator[tuple[str, Any]]:
     """Names and types of a NamedTuple's fields, those that are NamedTuples replaced by theirs."""
     for name, field in get_type_hints(kind).items():
-        if hasattr(field, "_fields"):
-            yield from _leaves(field)
-        else:
-            yield name, field
+        yield from get_type_hints(field).items() if hasattr(field, "_fields") else [(name, field)]
 
 
 def _schema(kinds: dict[str, Any], result: type) -> str:
@@ -119,16 +116,18 @@ def _schema(kinds: dict[str, Any], result: type) -> str:
 
 def _typed(kind: type[_Arguments]) -> Callable[[tuple[Any, ...]], _Arguments]:
     """What makes an op's flat arguments a NamedTuple again."""
-    parts: list[tuple[int | slice, Callable[[Any], Any] | None]] = []
+    parts: list[tuple[int | slice, Any]] = []
     end = 0
     for field in get_type_hints(kind).values():
-        size = len(list(_leaves(field))) if hasattr(field, "_fields") else None
-        parts.append((end, None) if size is None else (slice(end, end + size), _typed(field)))
+        size = len(field._fields) if hasattr(field, "_fields") else None
+        parts.append((end, None) if size is None else (slice(end, end + size), field))
         end += size or 1
-    new: Callable[[type[_Arguments], Iterable[Any]], _Arguments] = tuple.__new__  # Without the checks of _make.
+    new: Callable[[Any, Iterable[Any]], _Arguments] = tuple.__new__  # Without the checks of _make.
     if all(of_part is None for _, of_part in parts):
         return lambda values: new(kind, values)
-    return lambda values: new(kind, [values[at] if of_part is None else of_part(values[at]) for at, of_part in parts])
+    return lambda values: new(
+        kind, [values[at] if of_part is None else new(of_part, values[at]) for at, of_part in parts]
+    )
 
 
 def differentiable_once(
