@@ -77,7 +77,7 @@ def register(
 
         def in_order(ctx: Any, saved: tuple[Any, ...], *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
             by_name = backward(ctx, saved, *gradients)
-            return tuple(by_name.get(name) for name in kinds)
+            return tuple(map(by_name.get, kinds))
 
         def set_up(ctx: Any, inputs: tuple[Any, ...], output: _Result) -> None:
             setup_context(ctx, typed(inputs), output)
@@ -98,10 +98,7 @@ def register(
 def _leaves(kind: type) -> Iterator[tuple[str, Any]]:
     """Names and types of a NamedTuple's fields, those that are NamedTuples replaced by theirs."""
     for name, field in get_type_hints(kind).items():
-        if hasattr(field, "_fields"):
-            yield from _leaves(field)
-        else:
-            yield name, field
+        yield from get_type_hints(field).items() if hasattr(field, "_fields") else [(name, field)]
 
 
 def _schema(kinds: dict[str, Any], result: type) -> str:
@@ -118,16 +115,18 @@ def _schema(kinds: dict[str, Any], result: type) -> str:
 
 def _typed(kind: type[_Arguments]) -> Callable[[tuple[Any, ...]], _Arguments]:
     """What makes an op's flat arguments a NamedTuple again."""
-    new: Callable[[Iterable[Any]], _Arguments] = functools.partial(tuple.__new__, kind)
-    parts: list[tuple[int | slice, Callable[[Any], Any] | None]] = []
+    parts: list[tuple[int | slice, Any]] = []
     end = 0
     for field in get_type_hints(kind).values():
-        size = len(list(_leaves(field))) if hasattr(field, "_fields") else None
-        parts.append((end, None) if size is None else (slice(end, end + size), _typed(field)))
+        size = len(field._fields) if hasattr(field, "_fields") else None
+        parts.append((end, None) if size is None else (slice(end, end + size), field))
         end += size or 1
+    new: Callable[[Any, Iterable[Any]], _Arguments] = tuple.__new__  # Without the checks of _make.
     if all(of_part is None for _, of_part in parts):
-        return new
-    return lambda values: new([values[at] if of_part is None else of_part(values[at]) for at, of_part in parts])
+        return lambda values: new(kind, values)
+    return lambda values: new(
+        kind, [values[at] if of_part is None else new(of_part, values[at]) for at, of_part in parts]
+    )
 
 
 def differentiable_once(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from cpc_ext.ops._checks import check_dense, dtype_name
 from cpc_ext.ops._library import refuse_forward_mode
 
-__all__ = ["KernelOptions", "PatchOptions", "checked_options"]
+__all__ = ["PatchOptions", "checked_options", "scale_and_shift"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -40,21 +40,20 @@ class PatchOptions(NamedTuple):
         """Rows and columns of patches."""
         return (self.height - self.patch_size) // self.stride + 1, (self.width - self.patch_size) // self.stride + 1
 
+    def for_kernels(self, images_dtype: torch.dtype, channels: int) -> tuple[Any, ...]:
+        """What the kernels take from patch_size to shift, in their order, for patches of so many channels."""
+        scale, shift = scale_and_shift(images_dtype, channels, self.mean, self.std)
+        return (*self[:7], self.patch_norm, self.channels_last, scale, shift)
 
-class KernelOptions(NamedTuple):
-    """The same as the kernels take it, in their order: pixels become ``scale * x + shift``, a value a channel."""
 
-    patch_size: int
-    stride: int
-    height: int
-    width: int
-    offsets: Tensor | None
-    flip: Tensor | None
-    gray: bool
-    patch_norm: bool
-    channels_last: bool
-    scale: list[float]
-    shift: list[float]
+def scale_and_shift(
+    images_dtype: torch.dtype, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[list[float], list[float]]:
+    """Scaling by 1/255 and normalising as ``scale * x + shift``, a value a channel."""
+    unit = 1 / 255 if images_dtype == torch.uint8 else 1.0
+    std = std or [1.0] * channels
+    mean = mean or [0.0] * channels
+    return [unit / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
 
 
 def checked_options(
@@ -105,28 +104,19 @@ def checked_options(
         _check_per_image("flip", flip, (images.shape[0],), images)
         if flip.dtype != torch.bool:
             raise TypeError(f"flip must be bool, got {dtype_name(flip.dtype)}")
-    return PatchOptions(
-        patch_size=patch_size,
-        stride=stride,
-        height=height,
-        width=width,
-        offsets=offsets,
-        flip=flip,
-        gray=gray,
-        mean=means,
-        std=stds,
-        patch_norm=patch_norm,
-        dtype=dtype,
-        channels_last=channels_last,
-    )
+    # By position, which takes half the time of names.
+    window = patch_size, stride, height, width, offsets, flip
+    return PatchOptions(*window, gray, means, stds, patch_norm, dtype, channels_last)
 
 
 def _window(images: Tensor, patch_size: int, stride: int, crop: tuple[int, int] | None) -> tuple[int, int]:
-    for name, value in (("patch_size", patch_size), ("stride", stride)):
-        _check_integer(name, value)
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    size = tuple(images.shape[2:])
+    _check_integer("patch_size", patch_size)
+    _check_integer("stride", stride)
+    if patch_size < 1:
+        raise ValueError(f"patch_size must be at least 1, got {patch_size}")
+    if stride < 1:
+        raise ValueError(f"stride must be at least 1, got {stride}")
+    size = images.shape[2:]
     if crop is None:
         height, width = size
     else:
@@ -171,6 +161,8 @@ def _per_channel(name: str, values: Sequence[float] | None, channels: int) -> li
 
 
 def _check_integer(name: str, value: int) -> None:
+    if type(value) is int:  # Nearly always.
+        return
     # torch.compile traces sizes that vary as SymInt.
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")

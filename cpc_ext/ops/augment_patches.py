@@ -18,7 +18,7 @@ from cpc_ext.ops._checks import check_dense, dtype_name
 from cpc_ext.ops._library import register
 from cpc_ext.ops._patch_options import PatchOptions, checked_options
 from cpc_ext.ops._patch_transforms import NODES, Patches, Transform, transform_patches
-from cpc_ext.ops.extract_patches import crop_and_flip, empty_patches, extract_patches_reference, for_kernels
+from cpc_ext.ops.extract_patches import crop_and_flip, empty_patches, extract_patches_reference
 
 __all__ = ["PARAMETERS", "AugmentationPlan", "augment_patches", "augment_patches_reference"]
 
@@ -216,8 +216,8 @@ def _kernel(augmentation: _Augmentation) -> Tensor:
     patches = empty_patches(images, options)
     *tensors, fill = plan._each(Tensor.contiguous)
     workspace = images.new_empty(native.augment_patches_workspace(images, patches, options.patch_size))
-    kernel_options = for_kernels(options, images.dtype, patches.shape[3])
-    native.augment_patches(images, patches, *kernel_options, *tensors, fill, workspace)
+    for_kernels = options.for_kernels(images.dtype, patches.shape[3])
+    native.augment_patches(images, patches, *for_kernels, *tensors, fill, workspace)
     return patches
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cpc_ext._native import native
 from cpc_ext.ops._library import register
-from cpc_ext.ops._patch_options import KernelOptions, PatchOptions, checked_options
+from cpc_ext.ops._patch_options import PatchOptions, checked_options
 
 __all__ = ["extract_patches", "extract_patches_reference"]
 
@@ -145,34 +145,6 @@ def empty_patches(images: Tensor, options: PatchOptions) -> Tensor:
     return images.new_empty((*grid, size, size, channels), dtype=options.dtype).permute(0, 1, 2, 5, 3, 4)
 
 
-def _affine(
-    images_dtype: torch.dtype, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> tuple[list[float], list[float]]:
-    """Scaling by 1/255 and normalising as ``scale * x + shift``."""
-    unit = 1 / 255 if images_dtype == torch.uint8 else 1.0
-    std = std or [1.0] * channels
-    mean = mean or [0.0] * channels
-    return [unit / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
-
-
-def for_kernels(options: PatchOptions, images_dtype: torch.dtype, channels: int) -> KernelOptions:
-    """The options for images of a type and patches of so many channels."""
-    scale, shift = _affine(images_dtype, channels, options.mean, options.std)
-    return KernelOptions(
-        patch_size=options.patch_size,
-        stride=options.stride,
-        height=options.height,
-        width=options.width,
-        offsets=options.offsets,
-        flip=options.flip,
-        gray=options.gray,
-        patch_norm=options.patch_norm,
-        channels_last=options.channels_last,
-        scale=scale,
-        shift=shift,
-    )
-
-
 class _Extraction(NamedTuple):
     """The op's arguments."""
 
@@ -193,7 +165,7 @@ class _Gradient(NamedTuple):
 def _kernel(extraction: _Extraction) -> Tensor:
     images, options = extraction
     patches = empty_patches(images, options)
-    native.extract_patches(images, patches, *for_kernels(options, images.dtype, patches.shape[3]))
+    native.extract_patches(images, patches, *options.for_kernels(images.dtype, patches.shape[3]))
     return patches
 
 
@@ -222,8 +194,8 @@ def _backward_kernel(gradient: _Gradient) -> Tensor:
         compute = torch.float64 if torch.float64 in (gradient.images_dtype, grad.dtype) else torch.float32
         norm_slopes = grad.new_empty((*grad.shape[:3], 3), dtype=compute)
     images_grad = _empty_images_grad(gradient)
-    kernel_options = for_kernels(options, gradient.images_dtype, grad.shape[3])
-    native.extract_patches_backward(grad, images_grad, gradient.images, norm_slopes, *kernel_options)
+    for_kernels = options.for_kernels(gradient.images_dtype, grad.shape[3])
+    native.extract_patches_backward(grad, images_grad, gradient.images, norm_slopes, *for_kernels)
     return images_grad
 
 
@@ -232,21 +204,22 @@ def _setup_context(ctx: Any, extraction: _Extraction, result: Tensor) -> None:
     ctx.save_for_backward(images if options.patch_norm else None, options.offsets, options.flip)
     ctx.size, ctx.images_dtype = images.shape, images.dtype
     # Tensors are kept by PyTorch alone.
-    ctx.options = options._replace(offsets=None, flip=None)
+    placed = options.offsets is not None or options.flip is not None
+    ctx.options = options._replace(offsets=None, flip=None) if placed else options
 
 
 def _backward(ctx: Any, saved: Sequence[Tensor | None], grad: Tensor) -> dict[str, Tensor | None]:
     if not ctx.needs_input_grad[0]:
         return {}
     images, offsets, flip = saved
-    gradient = _Gradient(
-        grad, images, ctx.size, ctx.images_dtype, ctx.options._replace(offsets=offsets, flip=flip, dtype=grad.dtype)
-    )
+    options: PatchOptions = ctx.options
+    if offsets is not None or flip is not None:
+        options = options._replace(offsets=offsets, flip=flip)
+    gradient = _Gradient(grad, images, ctx.size, ctx.images_dtype, options)
     # The op's gradient has none of its own.
     if torch.is_grad_enabled():
         return {"images": _backward_reference(gradient)}
-    *rest, options = gradient
-    return {"images": _extract_patches_backward(*rest, *options)}
+    return {"images": _extract_patches_backward(*gradient[:4], *options)}
 
 
 _extract_patches = register(

@@ -314,8 +314,9 @@ def _results(
     if reduction == "none":
         return losses.clone() if weights is None else _weighted(weights.to(losses.dtype), losses), right
     if weights is None:
-        share = 1 / max(queries.shape[:2].numel(), 1)
-        return losses.sum() * (share if reduction == "mean" else 1.0), right.sum() * share
+        if losses.numel() == 0:  # Whose mean is no number.
+            return losses.sum(), right.sum()
+        return losses.mean() if reduction == "mean" else losses.sum(), right.mean()
     weights = weights.to(losses.dtype)
     total = _total(weights)
     loss = _weighted(weights, losses).sum()
@@ -387,11 +388,11 @@ class _Kernel(NamedTuple):
 
 
 def _empty_gradients(contrast: _Contrast, needs: Sequence[bool]) -> _Gradients:
-    queries, keys = (
-        torch.empty_like(tensor, memory_format=torch.contiguous_format) if need else tensor.new_empty(0)
-        for tensor, need in zip(contrast[:2], needs, strict=False)
-    )
-    return _Gradients(queries, keys)
+    return _Gradients(_empty_gradient(contrast.queries, needs[0]), _empty_gradient(contrast.keys, needs[1]))
+
+
+def _empty_gradient(tensor: Tensor, need: bool) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format) if need else tensor.new_empty(0)
 
 
 def _empty_results(op: _Forward) -> _Results:
@@ -538,7 +539,8 @@ def _gradients_reference(op: _Backward) -> _Gradients:
 def _setup_context(ctx: Any, op: _Forward, output: _Results) -> None:
     loss, _, losses, *gradients = output
     # What was not formed with the loss is computed when the gradient of each row is known.
-    ctx.later = any(wanted and not need for wanted, need in zip(ctx.needs_input_grad[:2], op.needs[:2], strict=True))
+    needs_queries, needs_keys, *_ = ctx.needs_input_grad
+    ctx.later = (needs_queries and not op.needs[0]) or (needs_keys and not op.needs[1])
     kept = op.contrast if ctx.later else (None,) * len(op.contrast)
     ctx.save_for_backward(*kept, op.weights, loss, losses if op.needs[2] else None, *gradients)
     ctx.num_rows, ctx.scale, ctx.reduction = op.contrast.queries.shape[:2], op.scale, op.reduction

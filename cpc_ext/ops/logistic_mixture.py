@@ -71,9 +71,9 @@ def logistic_mixture_nll(images: Tensor, params: Tensor) -> Tensor:
         raise TypeError(f"images must be uint8, got {dtype_name(images.dtype)}")
     if images.ndim != 4 or images.shape[1] not in _PARAMS_OF_COMPONENT:
         raise ValueError(f"images must be [B, 1, H, W] or [B, 3, H, W], got shape {tuple(images.shape)}")
-    _check_params(params, images.shape[1])
-    if params.shape[0] != images.shape[0] or params.shape[2:] != images.shape[2:]:
-        batch, _, height, width = images.shape
+    batch, channels, height, width = images.shape
+    _check_params(params, channels)
+    if params.shape != (batch, params.shape[1], height, width):
         raise ValueError(
             f"params must be [{batch}, P, {height}, {width}] for images {tuple(images.shape)}, "
             f"got shape {tuple(params.shape)}"

@@ -270,11 +270,9 @@ def _taps_on_cpu(seen: Tensor) -> list[int]:
 def _reaching(taps: list[int], weight: Tensor, size: Sequence[int], dilation: int) -> list[int]:
     """The taps that read more than padding."""
     kh, kw = weight.shape[2:]
+    (height, width), above, left = size, _before(kh, dilation), _before(kw, dilation)
     return [
-        tap
-        for tap in taps
-        if abs(tap // kw * dilation - _before(kh, dilation)) < size[0]
-        and abs(tap % kw * dilation - _before(kw, dilation)) < size[1]
+        tap for tap in taps if abs(tap // kw * dilation - above) < height and abs(tap % kw * dilation - left) < width
     ]
 
 
@@ -409,6 +407,8 @@ def _reference_op(op: _Convolution) -> _Results:
 
 def _channels_last(tensor: Tensor) -> Tensor:
     """The same values with the channels innermost in memory and nothing between."""
+    if tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor
     return tensor.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
@@ -665,7 +665,8 @@ class PixelConvolution:
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach().contiguous()
         self.mask, self.dilation, self.activation = mask, dilation, activation
         self._visible = _visible(mask)
-        self._packed: dict[tuple[int, ...], Tensor] = {}
+        self._taps: dict[tuple[int, ...], tuple[int, ...]] = {}  # By the image's size.
+        self._packed: dict[tuple[int, ...], Tensor] = {}  # By taps.
 
     @torch.no_grad()
     def __call__(self, input: Tensor, output: Tensor, position: Tensor, *, condition: Tensor | None = None) -> None:
@@ -682,7 +683,10 @@ class PixelConvolution:
         if input.device.type not in KERNEL_DEVICES:
             self._reference(input, output, position, condition)
             return
-        taps = tuple(_reaching(self._visible.taps, self.weight, input.shape[2:], self.dilation))
+        size = input.shape[2:]
+        taps = self._taps.get(size)
+        if taps is None:
+            taps = self._taps[size] = tuple(_reaching(self._visible.taps, self.weight, size, self.dilation))
         if taps not in self._packed:
             gated = self.activation == "gated"
             self._packed[taps] = _pack(self.weight, self._visible.mask, list(taps), transposed=False, gated=gated)

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad, grad
 
 from cpc_ext._native import native
 from cpc_ext.ops import _library, extract_patches, info_nce, logistic_mixture_nll, masked_conv2d
+from cpc_ext.ops.masked_conv2d import PixelConvolution
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")
 
@@ -254,3 +255,27 @@ def test_positives_and_negatives_that_name_no_key_come_last():
     order, segments = by_key(torch.zeros(1, 3, 2), targets, negatives)
     assert order.tolist() == [0, 5, 2, 4, 7, 1, 3, 6]
     assert segments.tolist() == [0, 2, 3, 5]
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_each_kernel_is_told_whether_it_may_round(given, monkeypatch, allowed):
+    of_module = {"info_nce": "product", "masked_conv2d": "convolution"}
+    for module, work in of_module.items():
+        calls = given(module)
+        monkeypatch.setattr(
+            sys.modules[f"cpc_ext.ops.{module}"],
+            "tf32_allowed",
+            lambda tensor, kind, work=work: allowed if kind == work and isinstance(tensor, Tensor) else None,
+        )
+    input, weight = (draw(2, 2, 3, 3, dtype=torch.float32).requires_grad_() for _ in range(2))
+    info_nce(input[0, 0], weight[0, 0], reduction="none").loss.sum().backward()
+    masked_conv2d(input, weight, mask=torch.ones(3, 3, dtype=torch.bool)).sum().backward()
+    pixel = PixelConvolution(weight, mask=torch.ones(3, 3, dtype=torch.bool))
+    image = input.detach().contiguous(memory_format=torch.channels_last)
+    pixel(image, torch.empty_like(image), torch.tensor([1, 2]))
+    at = {"info_nce_workspace": 12, "info_nce": 12, "masked_conv2d": 14, "masked_conv2d_weight_grad_workspace": 6}
+    at["masked_conv2d_weight_grad"] = 7
+    told = [(name, arguments[at[name]]) for name, arguments in calls if name in at]
+    assert {name for name, _ in told} == set(at)
+    assert len(told) == 2 * 2 + 3 + 2
+    assert all(value is allowed for _, value in told)

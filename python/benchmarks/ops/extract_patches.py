@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cpc_ext._native import KERNEL_DEVICES, native
 from cpc_ext.ops import extract_patches
-from cpc_ext.ops.extract_patches import _affine
+from cpc_ext.ops._patch_options import scale_and_shift
 
 MEAN, STD = (0.4313, 0.4156, 0.3663), (0.2683, 0.2610, 0.2687)
 
@@ -60,7 +60,7 @@ def _forward(case: PatchCase, shape: tuple[int, ...], dtype: torch.dtype, device
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     plain_compiled = compiled(plain_patches)
     patches = extract_patches(images, case.patch, case.stride, mean=MEAN, std=STD, dtype=dtype)
-    scale, shift = _affine(images.dtype, 3, MEAN, STD)
+    scale, shift = scale_and_shift(images.dtype, 3, MEAN, STD)
 
     def ours() -> Tensor:
         return extract_patches(images, case.patch, case.stride, mean=MEAN, std=STD, dtype=dtype)
