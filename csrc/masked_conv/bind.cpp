@@ -12,7 +12,8 @@ const bind::Ops ops([](pybind11::module_& module) {
       "masked_conv2d_taps",
       [](const bind::TensorArg& mask) {
         FieldCheck().tensor({"mask", Access::read, false, Type::boolean, "kh kw | O C kh kw", Layout::any}, mask.view);
-        if (bind::on_cuda(mask.device)) throw std::invalid_argument("the host must be able to look at the mask");
+        if (!readable(bind::where_is(mask.device)))
+          throw std::invalid_argument("the host must be able to look at the mask");
         return visible_taps(mask.view);
       },
       pybind11::arg("mask"), "The taps that some channel sees, in order.");
