@@ -25,6 +25,6 @@ class BatchShare:
         return images * self.world_size
 
     def part(self, values: Tensor) -> Tensor:
-        """Of values [whole batch, ...], those of this process's images."""
+        """Those of values [whole batch, ...] that belong to this process's images."""
         size = len(values) // self.world_size
         return values[self.rank * size : (self.rank + 1) * size]

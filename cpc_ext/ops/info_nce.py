@@ -340,7 +340,7 @@ class _Forward(NamedTuple):
     weights: Tensor | None
     scale: float
     reduction: str
-    needs: list[bool]  # Of queries and keys: their gradients are formed. Of weights: the losses are kept.
+    needs: list[bool]  # Whether queries and keys need gradients, and whether weights do, for which the losses are kept.
 
 
 class _Backward(NamedTuple):
@@ -349,7 +349,7 @@ class _Backward(NamedTuple):
     contrast: _Contrast
     row_weights: Tensor
     scale: float
-    needs: list[bool]  # Of queries and keys.
+    needs: list[bool]  # Whether queries and keys need gradients.
 
 
 class _Gradients(NamedTuple):

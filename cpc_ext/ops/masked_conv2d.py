@@ -274,7 +274,7 @@ class _Gradient(NamedTuple):
     saved: Tensor | None
     dilation: int
     activation: str
-    needs: list[bool]  # Of input, weight and bias.
+    needs: list[bool]  # Whether the gradients of input, weight and bias are needed.
 
 
 class _GradientResults(NamedTuple):

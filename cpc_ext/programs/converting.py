@@ -200,7 +200,7 @@ def _hand_over(command: Command, target: str) -> None:
         raise TrainingError(f"{run.path} is not a run's folder: there is no {run.config.name} or {run.checkpoint.name}")
     config, state = load_config(run.config), load_checkpoint(run.checkpoint)
     weights = averaged_weights(state.get("task", {})) or state.get("model", {})
-    # Of a supervised module.
+    # The classifier of a supervised module.
     classifier = weights.get("objectives.0.bias")
     description = state.get("description", {})
     try:

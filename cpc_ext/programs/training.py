@@ -136,7 +136,7 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
             raise TrainingError(f"--out-dir: cannot write to {run.path}: {error}") from None
 
     ranks.on_main(prepare)
-    log = logs[0] if logs else None  # Of the main process.
+    log = logs[0] if logs else None  # The main process's.
     ranks.say(
         f"{len(task.images)} images of {dataset.name}, {sum(p.numel() for p in task.model.parameters()):,} parameters, "
         f"{trainer.total_steps} steps"
@@ -241,7 +241,7 @@ def _summary(
 
 
 def _peak_memory_bytes(device: torch.device) -> int:
-    """Of the device's memory on CUDA, else of the process."""
+    """The peak of the device's memory on CUDA, else of the process's, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError):

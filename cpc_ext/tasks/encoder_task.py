@@ -31,7 +31,7 @@ from cpc_ext.training.task import Task
 __all__ = ["EncoderTask", "save_encoder"]
 
 
-# Of a view, what those who feed an encoder have no use for.
+# What those who feed an encoder have no use for in a view.
 _OF_TRAINING = ("dtype", "augmentation")
 
 
@@ -51,7 +51,7 @@ class EncoderTask(Task):
 
     @property
     def config(self) -> RunConfig:
-        """Of the run."""
+        """The run's config."""
         return self._config
 
     @abstractmethod

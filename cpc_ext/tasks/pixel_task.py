@@ -166,7 +166,7 @@ class PixelTask(Task):
         return len(self._dataset.classes) if self._config.pixelcnn.class_conditional else None
 
     def _new_average(self) -> WeightAverage[PixelModel] | None:
-        """Of the weights as they are, where the run keeps one."""
+        """A running average that begins with the weights as they are, where the run keeps one."""
         decay = self._config.pixelcnn.ema_decay
         return WeightAverage(self.model, decay) if decay else None
 

@@ -21,7 +21,7 @@ _MODULES = {
     "RunConfig": "cpc_ext.training.config",
     "Task": "cpc_ext.training.task",
     "TrainingError": "cpc_ext.training.errors",
-    # Of what is built on this package.
+    # Names of what is built on this package.
     "main": "cpc_ext.programs.training",
     "preset": "cpc_ext.training.presets",
 }

@@ -36,7 +36,7 @@ from cpc_ext.training.task import Fetcher, Task
 
 __all__ = ["Trainer"]
 
-# Of what is logged, what the progress bar has room for.
+# What the progress bar has room for, among what is logged.
 _SHOWN = ("loss", "accuracy", "bits_per_dim")
 
 

@@ -92,7 +92,7 @@ class _Link:
         self._next = ranks.rank + 1 if ranks.rank + 1 < ranks.world_size else None
         self._sending: deque[tuple[Any, Tensor]] = deque()
         self._flags: deque[tuple[Any, Tensor]] = deque()
-        # Of the features that arrive: all steps have the same.
+        # The shape of the features that arrive: all steps have the same.
         self._form: tuple[torch.dtype, bool, list[int]] | None = None
         self._announced = False
 

@@ -31,7 +31,7 @@ struct Layout {
         area(side * side),
         plane(divide_up(area + 1, 64) * 64),
         bytes(channels * plane) {}
-  // Of the table of places: one a pixel, or eight a pixel of one row.
+  // Entries of the table of places: one a pixel, or eight a pixel of one row.
   int64_t places() const { return std::max(area, 8 * side); }
   int channels;
   int32_t side, area;
@@ -138,7 +138,7 @@ class Patch {
     int32_t nodes[2][kNodes][kNodes];
     for (int64_t i = 0; i < 2 * kNodes * kNodes; ++i) (&nodes[0][0][0])[i] = displacement_of(displacements[i]);
     const int32_t *const columns = axis_.node.data(), *const weights = axis_.weight.data();
-    // Of a row of pixels: the first of the four that each comes from, the steps to the others, and the weights.
+    // For a row of pixels, the first of the four that each comes from, the steps to the others, and the weights.
     int32_t* __restrict const first = places_;
     int32_t* __restrict const right = first + side;
     int32_t* __restrict const below = right + side;
@@ -450,7 +450,7 @@ void augment_as(const Problem& problem) {
   const int64_t byte_buffers = 2 * layout.bytes;
   const Axis axis(layout.side);
 
-  // Of each worker: two buffers of bytes, the places, the temporary of the finish.
+  // Each worker's: two buffers of bytes, the places, the temporary of the finish.
   const int64_t temporary = Finish<Out, Real>(extraction, layout, nullptr, 0).temporary();
   const int64_t pitch = divide_up(byte_buffers + place_bytes, 64) * 64 + divide_up(temporary * sizeof(Real), 64) * 64;
   const Scratch scratch(pitch);

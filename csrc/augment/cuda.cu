@@ -45,7 +45,7 @@ struct Arguments {
   uint8_t* workspace;
   int64_t count, rows, cols, steps;
   int32_t channels, out_channels, side, area, plane;  // Planes of bytes begin `plane` apart.
-  int32_t values;                                     // Of a finished patch.
+  int32_t values;                                     // Values of a finished patch.
   uint8_t fill;
   double scale[3], shift[3];
   float float_scale[3], float_shift[3];  // The same: converting costs more than multiplying.
@@ -251,7 +251,7 @@ class Patch {
     const int lane = threadIdx.x % kWarp, channel = threadIdx.x / kWarp;
     if (channel < a_.channels) {
       int32_t* const mine = tables_.histogram[channel] + lane * kShare;
-      int32_t total = 0, last = 0;  // Of this lane's levels: pixels, and those of the largest level that has any.
+      int32_t total = 0, last = 0;  // Pixels of this lane's levels, and of the largest level that has any.
       for (int j = 0; j < kShare; ++j) {
         total += mine[j];
         last = mine[j] > 0 ? mine[j] : last;

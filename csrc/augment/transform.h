@@ -89,7 +89,7 @@ CPC_HOST_DEVICE inline int32_t stretch(int32_t v, int32_t low, float inverse) {
   return static_cast<int32_t>((static_cast<float>((v - low) * 255) + 0.5f) * inverse);
 }
 
-// Of a histogram made even: the level of pixels that `before` others are darker than.
+// In a histogram made even, the level of pixels that `before` others are darker than.
 CPC_HOST_DEVICE inline int32_t even_level(int32_t before, int32_t step) {
   const int32_t level = (step / 2 + before) / step;
   return level > 255 ? 255 : level;
@@ -188,7 +188,7 @@ CPC_HOST_DEVICE inline Affine affine_of(double a, double b, double c, double d, 
           fixed(d, kPlaceBits), fixed(e, kPlaceBits), fixed(f + d * 0.5 + e * 0.5, kPlaceBits)};
 }
 
-// Of the transforms from shear_x to rotate.
+// For the transforms from shear_x to rotate.
 CPC_HOST_DEVICE inline Affine affine_of(Transform transform, float parameter, int32_t side) {
   const double shear = clamp(parameter, -kShearLimit, kShearLimit);
   const double shift = clamp(parameter, -kShiftLimit, kShiftLimit);

@@ -11,7 +11,7 @@
 namespace cpc::CPC_ISA {
 
 using Ints = int32_t __attribute__((vector_size(kRegisterBytes)));
-using Bits = uint32_t __attribute__((vector_size(kRegisterBytes)));  // Of any number: their sums may wrap.
+using Bits = uint32_t __attribute__((vector_size(kRegisterBytes)));  // The bits of any number: their sums may wrap.
 
 // e^x below this is subnormal, and taken for zero.
 constexpr float kLowestExponent = -87.3f;

@@ -51,7 +51,7 @@ void widen_run(S* to, const Storage* from, int64_t n) {
 template <class S>
 struct Outcome {
   S loss, right;
-  S inverse;  // Of the sum of all powers relative to the largest of the others.
+  S inverse;  // The inverse of the sum of all powers, relative to the largest of the others.
 
   Outcome(S positive, S largest, S sum) {
     constexpr S kInfinity = std::numeric_limits<S>::infinity();
@@ -343,7 +343,7 @@ class AllKeys {
         const R v = load_register(scores + key * columns + c);
         largest = v > largest ? v : largest;
       }
-      // Of infinite scores sums are infinite, and not a number only of such.
+      // Infinite scores have infinite sums, and only such have sums that are not numbers.
       const R finite = largest > kLargest ? R{} + kLargest : largest < -kLargest ? R{} - kLargest : largest;
       for (int64_t key = 0; key < keys; ++key) {
         const R v = exp_below_zero(load_register(scores + key * columns + c) - finite);
@@ -369,7 +369,7 @@ class AllKeys {
       }
       for (int64_t block = 0; block < blocks_; ++block)
         sum += load_register(b.sums + block * pitch + at) * exp(load_register(b.maxima + block * pitch + at) - largest);
-      R inverse = {};  // Of the sum with the positive, times the row's weight.
+      R inverse = {};  // The inverse of the sum with the positive, times the row's weight.
       for (int64_t i = 0; i < kLane && c + i < in; ++i) {
         const int64_t row = call.entry * m_ + rows.first + at + i;
         const Outcome<S> outcome(b.positives[at + i], largest[i], sum[i]);
@@ -503,7 +503,7 @@ class AllKeys {
 
   const Problem& problem_;
   int64_t m_, n_, d_, blocks_;
-  int64_t rows_, panels_, chunk_blocks_;  // Of a superblock; a chunk is the blocks of keys it takes at a time.
+  int64_t rows_, panels_, chunk_blocks_;  // Sizes of a superblock; a chunk is the blocks of keys it takes at a time.
 };
 
 // --- Sampled negatives ---

@@ -24,7 +24,7 @@ using namespace cpc::cuda;
 // --- A block's product: a tile of 64 x 64, by warps of 32 x 32 ---
 
 constexpr int kTile = 64, kThreads = 128, kWarpTile = 32, kWarpsAcross = kTile / kWarpTile;
-constexpr int kSliceBytes = 64;  // Of a row of depth that the block holds at a time.
+constexpr int kSliceBytes = 64;  // The bytes of a row's depth that the block holds at a time.
 constexpr int kChunkBytes = 16;
 
 // How operands are multiplied: Value is what shared memory holds, Sum what products are summed in.
@@ -36,7 +36,7 @@ struct InDouble {
   using Value = double;
   using Sum = double;
 };
-struct InTf32 {  // Of float, and of float16, whose values it holds exactly and whose small weights it does not lose.
+struct InTf32 {  // For float, and for float16, whose values it holds exactly and whose small weights it does not lose.
   using Value = float;
   using Sum = float;
 };
@@ -62,7 +62,7 @@ struct Slice {
   static constexpr int kPitch = kColumns + kPadding / static_cast<int>(sizeof(Value));
   static constexpr int kBytes = kRows * kPitch * static_cast<int>(sizeof(Value));
   static constexpr int kChunksOfRow = kColumns / kChunk<Value>;
-  static constexpr int kChunks = kRows * kChunksOfRow / kThreads;  // Of a thread.
+  static constexpr int kChunks = kRows * kChunksOfRow / kThreads;  // Chunks of a thread.
 
   // Element `i` of the tile's side at depth k.
   __device__ static int at(int i, int k) { return kAlong ? i * kPitch + k : k * kPitch + i; }
@@ -94,7 +94,7 @@ __device__ void multiply_slice(Sums<Math>& sums, const typename Math::Value* a, 
   if constexpr (std::is_same_v<Math, InBFloat16>) {
 #pragma unroll
     for (int k = 0; k < kSlice<Math>; k += 16) {
-      uint32_t left[2][4], right[2][4];  // Of two tiles of columns each.
+      uint32_t left[2][4], right[2][4];  // Operands of two tiles of columns each.
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         load_fragments<Math, kAAlong>(left[i], a, row + 16 * i, k, true);
@@ -236,7 +236,7 @@ __device__ Chunk<typename Math::Value> load_chunk(const T* matrix, int64_t row, 
 
 // --- All keys ---
 
-// Of some entries of the batch the queries [first_row, first_row + rows) and the keys [first_key, first_key + keys).
+// In some entries of the batch, the queries [first_row, first_row + rows) and the keys [first_key, first_key + keys).
 template <class T, class Math>
 struct Arguments {
   using Value = typename Math::Value;
@@ -250,7 +250,7 @@ struct Arguments {
   Sum *maxima, *sums, *factors;                   // [entries][all key tiles][pitch_rows]
   Sum *positives, *target_weights, *row_factors;  // [entries][pitch_rows]
   Sum *query_sums, *key_sums;                     // [entries][parts][pitch_rows][D], [entries][N][D], where needed.
-  int64_t m, n, d, key_tiles;                     // Of an entry.
+  int64_t m, n, d, key_tiles;                     // Sizes of an entry.
   int64_t first_entry, entries, first_row, rows, first_key, key_count;
   int64_t pitch_rows, pitch_keys;
   // The depth of the queries' gradient is summed in parts, for enough blocks.
@@ -320,7 +320,7 @@ __global__ void __launch_bounds__(kThreads) score(const __grid_constant__ Argume
     }
     const Sum other = __shfl_xor_sync(0xffffffffu, largest, 1);
     largest = other > largest ? other : largest;
-    // Of infinite scores sums are infinite, and not a number only of such.
+    // Infinite scores have infinite sums, and only such have sums that are not numbers.
     largest = largest > kLargest<Sum> ? kLargest<Sum> : largest < -kLargest<Sum> ? -kLargest<Sum> : largest;
     for (int key = half; key < kTile; key += 2) {
       Sum& v = scores[row * kPitch + key];
@@ -494,7 +494,7 @@ __global__ void __launch_bounds__(kThreads) add_to_keys(const __grid_constant__ 
   }
 }
 
-// Of tensors that no block reaches.
+// For tensors that no block reaches.
 template <class T>
 __global__ void __launch_bounds__(kThreads) fill_zeros(T* values, int64_t n) {
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < n; i += int64_t{gridDim.x} * kThreads)
@@ -630,7 +630,7 @@ class AllKeys {
 
   const Problem& problem_;
   int64_t m_, n_, d_;
-  int64_t rows_, keys_, entries_;  // Of a group of queries, of a chunk of its keys, of the batch at a time.
+  int64_t rows_, keys_, entries_;  // A group of queries, a chunk of its keys, and what is taken of the batch at a time.
   int64_t part_keys_;
 };
 

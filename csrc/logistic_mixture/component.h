@@ -60,7 +60,7 @@ struct Mass {
   using Real = typename Math::Real;
   // t is m between 0 and 255, and what the sigmoid is of at them; u = e^-|t|.
   Real t, u, half, inverse_scale;
-  Real numerator, denominator;  // Of the quotient: S, and what it is divided by.
+  Real numerator, denominator;  // The quotient's: S, and what it is divided by.
   Real spread;                  // 4 sinh^2(half / 2) where the mass is that of a bin between two others, else 0.
   Real exponent;
 
@@ -141,7 +141,7 @@ struct Pixel {
   struct Masses {
     Coefficient<Real> coefficients[Channels];
     Mass<Math> of_color[Channels];
-    Real exponent;  // Of the joint mass, with the logit above the largest one.
+    Real exponent;  // The joint mass's, with the logit above the largest one.
   };
   template <class Params>
   CPC_HOST_DEVICE Masses masses(const Params& params, int64_t components, int64_t k, Real largest_logit) const {
@@ -194,7 +194,7 @@ struct Pixel {
     for (int64_t k = 0; k < components; ++k) {
       const Masses m = masses(params, components, k, prior.peak);
       typename Mass<Math>::Slopes slopes[Channels];
-      // Of the component in all, times the scale.
+      // The component's share in all, times the scale.
       Real share = per_joint * Math::exp(m.exponent - sum.peak);
       unrolled<Channels>([&](int c) {
         slopes[c] = m.of_color[c].slopes(values[c], params(at(components, k, c, 1)));

@@ -20,7 +20,7 @@
 //
 // Sampling. The component is the one of the largest logit + temperature * gumbel, the first of equal ones; then colour
 // by colour the nearest value to mean + temperature * e^s * logistic, with means shifted as above by the values drawn.
-// Of a uniform u, clamped to [1e-5, 1 - 1e-5], gumbel is -log(-log(u)) and logistic log(u / (1 - u)). In double.
+// From a uniform u, clamped to [1e-5, 1 - 1e-5], gumbel is -log(-log(u)) and logistic log(u / (1 - u)). In double.
 //
 // Who owns memory: the caller, all of it. Kernels allocate only bounded scratch memory. No atomics, and sums in a fixed
 // order: results are the same on every run and for any number of threads.

@@ -19,7 +19,7 @@ struct ActivationGradArguments {
   T* result;       // Null where it would be grad.
   SumOf<T>* sums;  // [parts, N], or null.
   int64_t rows, parts, rows_of_part;
-  int64_t channels;  // Of grad.
+  int64_t channels;  // Channels of grad.
   int64_t column_blocks;
   Activation activation;
 };

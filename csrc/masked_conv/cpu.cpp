@@ -482,7 +482,7 @@ void activation_grad_as(const ActivationGrad& problem) {
   }
 }
 
-// Of four dimensions.
+// Fills a view of four dimensions.
 template <class Storage>
 void fill_with_zeros(const TensorView& view) {
   const int64_t *const n = view.shape, *const step = view.strides;

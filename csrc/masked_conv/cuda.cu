@@ -98,7 +98,7 @@ struct ConvolveArguments {
   const T* bias;
   const int64_t* position;
   TensorView condition, output, preactivation;
-  int64_t rows;  // Of the product: the pixels to compute.
+  int64_t rows;  // Rows of the product: the pixels to compute.
   int64_t batch, outputs, panels, panel_tiles;
   int height, width, channels, slices;
   Activation activation;

@@ -53,7 +53,7 @@ struct Packing {
 
 struct Convolution {
   TensorView input;          // [B, K, H, W], floating, channels innermost and dense.
-  TensorView packed;         // Of a packing with N outputs and K inputs, in the input's type.
+  TensorView packed;         // What a packing with N outputs and K inputs made, in the input's type.
   TensorView bias;           // [N] of the input's type, dense, or absent.
   TensorView condition;      // [B, N, H, W] of the input's type, any strides, 0 among them; or absent.
   TensorView position;       // [2] i64, dense: row and column of the only pixel to compute. Absent: all of them.

@@ -20,7 +20,7 @@ namespace cpc::masked_conv::cuda {
 
 using namespace cpc::cuda;
 
-constexpr int kThreads = 256;  // Of blocks that have no tile.
+constexpr int kThreads = 256;  // Threads of blocks that have no tile.
 
 template <class T>
 using SumOf = std::conditional_t<std::is_same_v<T, double>, double, float>;

@@ -117,7 +117,7 @@ class WeightGradient {
   }
   int64_t terms() const { return std::ssize(terms_); }
   int64_t row_pixels() const { return across_ * images_; }
-  // Of a tile of the left operand, and of a panel of the right one.
+  // Sizes of a tile of the left operand, and of a panel of the right one.
   int64_t left_pitch() const { return read_rows_ * row_pixels() * kTileRows; }
   int64_t right_pitch() const { return slice_rows_ * row_pixels() * kTileColumns<E>; }
 
@@ -278,11 +278,11 @@ class WeightGradient {
   const WeightGrad& problem_;
   std::vector<Term> terms_;
   Panels<E> panels_;
-  int64_t tiles_;  // Of input channels.
+  int64_t tiles_;  // Tiles of input channels.
   int64_t step_, across_;
   std::vector<E> zeros_;
   std::vector<Form> of_input_, of_grad_;  // The latter by the sums they go to.
-  std::vector<int64_t> form_of_;          // Of the input, by term.
+  std::vector<int64_t> form_of_;          // The input's form, by term.
   int64_t above_ = 0, below_ = 0;         // Rows that taps reach beyond a row.
   int64_t images_, slice_rows_, read_rows_;
 };

@@ -28,7 +28,7 @@ struct Common {
   Geometry geometry;
   TensorView images, offsets, flip;
   int64_t batch, rows, cols, channels;
-  int64_t values;  // Of a patch.
+  int64_t values;  // Values of a patch.
   Real scale[kMaxChannels], shift[kMaxChannels];
 
   explicit Common(const Problem& problem)
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kThreads) extract_staged(const __grid_constant
   const int64_t tiles = p.batch * p.rows * a.tiles_per_row;
 
   for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
-    const int64_t patch_row = t / a.tiles_per_row;  // Of all images.
+    const int64_t patch_row = t / a.tiles_per_row;  // The patch row among those of all images.
     const int64_t b = patch_row / p.rows, r = patch_row % p.rows;
     const int64_t first_col = t % a.tiles_per_row * a.tile;
     const int cols = static_cast<int>(p.cols - first_col < a.tile ? p.cols - first_col : a.tile);

@@ -17,7 +17,7 @@ using namespace cpc::CPC_ISA;
 
 // Rows of the product that are finished together: their sums stay in the cache.
 constexpr int64_t kBlockRows = 8 * kTileRows;
-// Of kFlopsPerNanosecond, the share of products with so few rows, which wait for their weights.
+// The share of kFlopsPerNanosecond that is left to products with so few rows, which wait for their weights.
 constexpr double kFewRows = 0.5;
 
 // Columns of a product, filled up to whole registers.

@@ -39,7 +39,7 @@ AUTO_AUGMENT = (
     "cutout",
     "sample_pairing",
 )
-# Of colour: nothing to do in images of one channel.
+# Transforms of colour, which have nothing to do in images of one channel.
 _COLORFUL = {"color"}
 # The field that holds the range of a transform's magnitude.
 _RANGES = {

@@ -166,7 +166,7 @@ class GreedyInfoMaxProgram(Program):
             if context:
                 if len(modules) > 1:
                     raise CheckpointError(f"{checkpoint.origin}: a context network belongs to one module, not several")
-                # Of one module followed by a context network, the program never uses the module's own matrices.
+                # Where one module is followed by a context network, the program never uses the module's own matrices.
                 unused = with_prefix("0.loss.", losses[0])
                 losses = [under(context, "loss.")]
                 context = {name: value for name, value in context.items() if not name.startswith("loss.")}

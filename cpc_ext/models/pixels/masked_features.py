@@ -123,7 +123,7 @@ def _note_down(model: PixelNetwork, labels: Tensor | None) -> tuple[list[_Step],
         rows_above: bool = False,
     ) -> _Step:
         if layer.color_groups > 1 and layer.activation == "gated" and isinstance(condition, _Step):
-            # Of such a condition a colour needs two stretches of channels; sorted by colours they are one.
+            # In such a condition a colour needs two stretches of channels; sorted by colours they are one.
             condition.paired = layer.color_groups
         steps.append(_Step(layer, input, condition, rows_above))
         return steps[-1]

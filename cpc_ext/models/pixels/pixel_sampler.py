@@ -203,7 +203,7 @@ class Sampler:
         """Draw the pixel that the place is at. It reads where that is from the device only."""
         for turn in range(self._features.turns):
             outputs = self._features.outputs(turn)
-            self._trace.add_(outputs, alpha=0)  # Of a number 0, of all else NaN.
+            self._trace.add_(outputs, alpha=0)  # A number times 0 is 0, all else NaN.
             values = self._model.draw(outputs, self._noise, turn, self._temperature)
             self._features.write(self._scaled[values], turn)
 

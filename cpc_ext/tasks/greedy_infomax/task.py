@@ -67,7 +67,7 @@ class GreedyTask(CPCv1Task):
             module.compile()
 
     def losses(self, images: Tensor, labels: Tensor | None, streams: RandomStreams) -> dict[str, Tensor]:
-        """Of all modules that learn, summed; the steps take them one by one, see :meth:`parts`."""
+        """The loss of all modules that learn, summed; the steps take them one by one, see :meth:`parts`."""
         total: dict[str, Tensor] = {}
         handed = Handover(images)
         for part in self.parts():
@@ -125,7 +125,7 @@ class GreedyTask(CPCv1Task):
         return self._frozen_outputs(patches).flatten(0, 1)
 
     def encode(self, model: Any, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Of the last module that is trained; those after it are not run. model: one in modules."""
+        """The output of the last module that is trained; those after it are not run. model: one in modules."""
         patches = self._view.center(images) if generator is None else self._view.random(images, generator)
         encodings: list[Tensor] = model.encodings_by_module(patches, self._learning[-1] + 1)
         return encodings[-1]

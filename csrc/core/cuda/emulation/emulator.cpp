@@ -122,7 +122,7 @@ std::map<const void*, Kernel>& kernels() {
   static std::map<const void*, Kernel> all;
   return all;
 }
-// Of kernels and of the machine.
+// Guards the kernels and the machine.
 std::mutex& machine_lock() {
   static std::mutex lock;
   return lock;
@@ -152,7 +152,7 @@ struct Machine {
   const std::function<void()>* thread = nullptr;
   Context scheduler;
   std::vector<Fiber> fibers;
-  std::vector<std::vector<std::unique_ptr<Collective>>> collectives;  // Of each warp.
+  std::vector<std::vector<std::unique_ptr<Collective>>> collectives;  // Each warp's.
   Fiber* running = nullptr;
   std::string error;
   std::unique_ptr<unsigned char[], AlignedDelete> shared;
@@ -365,7 +365,7 @@ void run(const Launch& launch, const std::function<void()>& thread) {
   current_machine.launch = &launch;
   current_machine.kernel = &kernel;
   current_machine.thread = &thread;
-  // Of the very size, so that AddressSanitizer knows where it ends.
+  // It has the very size, so that AddressSanitizer knows where it ends.
   current_machine.shared.reset(new (std::align_val_t{kSharedAlignment}) unsigned char[launch.shared_bytes]);
   machine = &current_machine;
   make_fibers(launch.block);
