@@ -223,7 +223,7 @@ def test_interrupted_unpacking_leaves_no_folder(site, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tarfile.TarFile, "extractall", interrupt)
+        patch.setattr(tarfile.TarFile, "extractfile", interrupt)
         with pytest.raises(KeyboardInterrupt):
             download_archive(site.archive(), tmp_path)
     assert visible(tmp_path) == ["data.tar.gz"]
