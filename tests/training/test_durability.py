@@ -195,11 +195,14 @@ def test_a_run_that_lost_its_checkpoint_is_not_begun_anew(train, tmp_path, capsy
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP])
 def test_other_signals_save_as_well(train, at_step, tmp_path, capsys, number):
-    before = signal.getsignal(number)
-    at_step(2, lambda values: os.kill(os.getpid(), number))
-    assert train("--out-dir", tmp_path) == 128 + number
-    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 2
-    assert signal.getsignal(number) == before
+    before = signal.signal(number, signal.SIG_DFL)  # Under nohup it would be ignored.
+    try:
+        at_step(2, lambda values: os.kill(os.getpid(), number))
+        assert train("--out-dir", tmp_path) == 128 + number
+        assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 2
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
     assert f"--resume --out-dir {tmp_path}" in capsys.readouterr().out
 
 
