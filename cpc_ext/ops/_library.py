@@ -53,7 +53,8 @@ def register(
         name: of the op.
         arguments: a NamedTuple of the op's arguments, whose types give its schema. A field that is a NamedTuple itself
             stands for the fields of that.
-        result: Tensor, or a NamedTuple of tensors. Results alias no argument.
+        result: Tensor, or a NamedTuple of tensors, which a caller of the op gets as a plain tuple. Results alias no
+            argument.
         reference: plain PyTorch; runs on devices without a kernel.
         kernel: runs on the devices that this build has kernels for.
         fake: gives empty results, for tracing.
@@ -80,8 +81,12 @@ def register(
             by_name = backward(ctx, saved, *gradients)
             return tuple(map(by_name.get, kinds))
 
-        def set_up(ctx: Any, inputs: tuple[Any, ...], output: _Result) -> None:
-            setup_context(ctx, typed(inputs), output)
+        kind: Any = result
+        # PyTorch gives results as a plain tuple.
+        named: Callable[[Any], Any] = (lambda x: x) if kind is Tensor else functools.partial(tuple.__new__, kind)
+
+        def set_up(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            setup_context(ctx, typed(inputs), named(output))
 
         def backwards(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
             return in_order(ctx, ctx.saved_tensors, *gradients)

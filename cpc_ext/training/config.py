@@ -128,7 +128,7 @@ class DataSection(Section):
     )
     image_size: Annotated[int, Field(ge=16, le=MOST)] | None = Field(
         None,
-        description="Side in pixels that textures are drawn at or a folder's images are resized to. None: the data "
+        description="Side in pixels that images are drawn at or a folder's images are resized to. None: the data "
         "set's own size.",
     )
 
