@@ -179,6 +179,7 @@ template <class Problem, class... Fields>
 void op(py::module_& module, const char* name, const char* doc, const Table<Problem, Fields...>& table,
         std::type_identity_t<void (*)(const Problem&)> cpu,
         std::type_identity_t<void (*)(const Problem&, void* stream)> cuda) {
+  static_assert(sizeof...(Fields) <= Tensors::kMost);
   const auto ask_for_workspace = [&]<size_t... i>(std::index_sequence<i...>) {
     const auto ask = [&]<size_t at>(std::integral_constant<size_t, at>) {
       using Field = std::tuple_element_t<at, std::tuple<Fields...>>;
