@@ -252,6 +252,15 @@ bool is_of_emulation(const std::string& position) {
 
 }  // namespace
 
+std::string name_of_function(const void* function) {
+  Dl_info info;
+  if (dladdr(function, &info) == 0) return "";
+  // As if behind a call in it.
+  const void* const inside = static_cast<const char*>(function) + 1;
+  const auto names = names_in({info.dli_fname, reinterpret_cast<uintptr_t>(info.dli_fbase)}, {inside});
+  return names.empty() ? "" : names.begin()->second.back().first;
+}
+
 std::vector<std::string> describe(const std::vector<Place>& asked) {
   std::map<std::string, std::pair<Module, std::vector<const void*>>> modules;
   for (const Place place : asked)

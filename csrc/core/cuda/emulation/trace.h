@@ -31,6 +31,9 @@ using Place = uint32_t;
 // all places, because the program itself knows only addresses.
 std::vector<std::string> describe(const std::vector<Place>& places);
 
+// A function's name with its arguments' types, as the program knows it.
+std::string name_of_function(const void* function);
+
 // "byte 12 of dynamic shared memory", of the launch that runs.
 std::string name_of_address(const void* address);
 
