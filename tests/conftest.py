@@ -23,19 +23,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
-def emulation() -> Path:
-    """The folder with the CUDA kernels built for the host: see CPC_EXT_EMULATION in CMakeLists.txt."""
+def built(name: str, *options: str) -> Path:
+    """The folder with the CUDA kernels built for the host, by options of CMakeLists.txt."""
     search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     cmake, ninja = (shutil.which(name, path=search) for name in ("cmake", "ninja"))
     if not (cmake and ninja and importlib.util.find_spec("pybind11") and shutil.which("c++")):
         pytest.skip("the emulation needs a C++ compiler, and cmake, ninja and pybind11 of cpc_ext[test]")
-    folder = REPOSITORY / "build" / f"emulation-{sys.implementation.cache_tag}"
+    folder = REPOSITORY / "build" / f"{name}-{sys.implementation.cache_tag}"
     folder.mkdir(parents=True, exist_ok=True)
     configure = [
         *(cmake, "-S", REPOSITORY, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"),
         # Quick to build, and fast enough for small problems.
-        *("-DCPC_EXT_EMULATION=ON", "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1"),
+        *(*options, "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1"),
         f"-DSKBUILD_PROJECT_VERSION={__version__}",
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={Path(importlib.util.find_spec('pybind11').origin).parent / 'share' / 'cmake' / 'pybind11'}",
@@ -47,16 +46,47 @@ def emulation() -> Path:
     return folder
 
 
+def module_in(folder: Path, name: str):
+    (path,) = folder.glob("_C.*.so")
+    spec = importlib.util.spec_from_file_location(f"{name}._C", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def use_emulation(module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the ops call a module's CUDA kernels with tensors of the CPU, once `module.emulate_cuda(True)` says so."""
+    for info in pkgutil.iter_modules(cpc_ext.ops.__path__, "cpc_ext.ops."):
+        op = importlib.import_module(info.name)
+        if hasattr(op, "native"):
+            monkeypatch.setattr(op, "native", module)
+
+
+@pytest.fixture(scope="session")
+def emulation() -> Path:
+    return built("emulation", "-DCPC_EXT_EMULATION=ON")
+
+
 @pytest.fixture(scope="session")
 def emulated_native(request: pytest.FixtureRequest):
     """A compiled module whose CUDA kernels take tensors of the CPU."""
     if hasattr(native, "emulate_cuda"):  # CPC_EXT_NATIVE names one already.
         return native
-    (path,) = request.getfixturevalue("emulation").glob("_C.*.so")
-    spec = importlib.util.spec_from_file_location("emulation._C", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_in(request.getfixturevalue("emulation"), "emulation")
+
+
+@pytest.fixture(scope="session")
+def trace() -> Path:
+    """Built so that observers are told what kernels do to memory: csrc/core/cuda/emulation/trace.h."""
+    return built("trace", "-DCPC_EXT_TRACE=ON")
+
+
+@pytest.fixture(scope="session")
+def traced_native(request: pytest.FixtureRequest):
+    """A compiled module like `emulated_native`, with `begin_trace` and `end_trace`."""
+    if hasattr(native, "begin_trace"):
+        return native
+    return module_in(request.getfixturevalue("trace"), "trace")
 
 
 @pytest.fixture(
@@ -75,10 +105,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
         yield torch.device(request.param)
         return
     emulated = request.getfixturevalue("emulated_native")
-    for info in pkgutil.iter_modules(cpc_ext.ops.__path__, "cpc_ext.ops."):
-        module = importlib.import_module(info.name)
-        if hasattr(module, "native"):
-            monkeypatch.setattr(module, "native", emulated)
+    use_emulation(emulated, monkeypatch)
     emulated.emulate_cuda(True)
     yield torch.device("cpu")
     emulated.emulate_cuda(False)

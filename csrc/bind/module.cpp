@@ -3,6 +3,9 @@
 #include "bind/op.h"
 #include "core/isa.h"
 #include "core/parallel.h"
+#if defined(CPC_CUDA_TRACE)
+#include "core/cuda/emulation/trace.h"
+#endif
 
 namespace cpc::bind {
 namespace {
@@ -22,6 +25,36 @@ py::dict build_info() {
   info["openmp_threads"] = workers();
   return info;
 }
+
+#if defined(CPC_CUDA_TRACE)
+py::object to_python(const cuda::emulation::Value& value) {
+  using cuda::emulation::Dict, cuda::emulation::List;
+  if (const auto* list = std::get_if<List>(&value)) {
+    py::list out;
+    for (const auto& item : *list) out.append(to_python(item));
+    return out;
+  }
+  if (const auto* dict = std::get_if<Dict>(&value)) {
+    py::dict out;
+    for (const auto& [key, item] : *dict) out[py::str(key)] = to_python(item);
+    return out;
+  }
+  if (const auto* text = std::get_if<std::string>(&value)) return py::str(*text);
+  if (const auto* number = std::get_if<int64_t>(&value)) return py::int_(*number);
+  if (const auto* number = std::get_if<double>(&value)) return py::float_(*number);
+  return py::none();
+}
+
+void bind_trace(py::module_& module) {
+  module.def(
+      "begin_trace", &cuda::emulation::begin_trace, py::arg("observers"), py::arg("blocks") = 0,
+      "From now on launches are observed; `observers` has the options of each by its name. A launch runs at most\n"
+      "so many of its blocks, evenly spread, where that is not 0: its results are then incomplete.");
+  module.def(
+      "end_trace", [] { return to_python(cuda::emulation::end_trace()); },
+      "What each observer saw, by name; none observes any more.");
+}
+#endif
 
 }  // namespace
 
@@ -56,6 +89,9 @@ PYBIND11_MODULE(_C, module) {
       "The emulated devices that have been used.");
   module.def("emulated_device", &cuda::emulation::current_device, "The emulated device that is current.");
   module.def("emulated_set_device", &cuda::emulation::set_current_device, py::arg("device"), "Makes a device current.");
+#endif
+#if defined(CPC_CUDA_TRACE)
+  bind_trace(module);
 #endif
 
   for (const Ops::Bind bind : Ops::all()) bind(module);

@@ -50,6 +50,8 @@ struct MmaLane {
 template <class T>
 void multiply_tiles(void* const (&lanes)[kWarp]) {
   constexpr int kPerRegister = 4 / sizeof(T), kDepth = 8 * kPerRegister;
+  if constexpr (kTraced)
+    tell_of_product(std::is_same_v<T, BFloat16> ? "bf16" : std::is_same_v<T, Half> ? "f16" : "tf32", kDepth);
   float a[16][kDepth], b[kDepth][8];
   for (unsigned l = 0; l < kWarp; ++l) {
     const auto& lane = *static_cast<const MmaLane*>(lanes[l]);
@@ -78,6 +80,11 @@ struct LoadLane {
 
 template <bool kTransposed>
 void load_tiles(void* const (&lanes)[kWarp]) {
+  if constexpr (kTraced) {
+    const void* rows[kWarp];
+    for (unsigned l = 0; l < kWarp; ++l) rows[l] = static_cast<const LoadLane*>(lanes[l])->row;
+    tell_of_matrices(rows, kTransposed);
+  }
   for (unsigned l = 0; l < kWarp; ++l)
     for (unsigned m = 0; m < 4; ++m) {
       const auto element = [&](unsigned row, unsigned column) {

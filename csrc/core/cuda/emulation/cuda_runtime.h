@@ -9,6 +9,7 @@
 #include <string>
 
 #include "core/cuda/emulation/emulator.h"
+#include "core/cuda/emulation/trace.h"
 
 // --- Keywords ---
 #define __global__
@@ -142,35 +143,39 @@ inline int __all_sync(unsigned mask, int predicate,
 }
 
 // --- Atomics on integers: threads run one at a time ---
+namespace cpc::cuda::emulation {
+
+// Puts update(old) in the place of what is there, and returns that.
+template <class T, class Update>
+CPC_UNTRACED T atomic(T* address, const Update& update) {
+  trace_atomic(address, sizeof(T), __builtin_return_address(0));
+  const Untraced own;
+  const T old = *address;
+  *address = update(old);
+  return old;
+}
+
+}  // namespace cpc::cuda::emulation
+
 template <class T>
 T atomicAdd(T* address, T value) {
-  const T old = *address;
-  *address = old + value;
-  return old;
+  return cpc::cuda::emulation::atomic(address, [=](T old) { return static_cast<T>(old + value); });
 }
 template <class T>
 T atomicMax(T* address, T value) {
-  const T old = *address;
-  if (value > old) *address = value;
-  return old;
+  return cpc::cuda::emulation::atomic(address, [=](T old) { return value > old ? value : old; });
 }
 template <class T>
 T atomicMin(T* address, T value) {
-  const T old = *address;
-  if (value < old) *address = value;
-  return old;
+  return cpc::cuda::emulation::atomic(address, [=](T old) { return value < old ? value : old; });
 }
 template <class T>
 T atomicExch(T* address, T value) {
-  const T old = *address;
-  *address = value;
-  return old;
+  return cpc::cuda::emulation::atomic(address, [=](T) { return value; });
 }
 template <class T>
 T atomicCAS(T* address, T compare, T value) {
-  const T old = *address;
-  if (old == compare) *address = value;
-  return old;
+  return cpc::cuda::emulation::atomic(address, [=](T old) { return old == compare ? value : old; });
 }
 
 // --- Arithmetic ---
@@ -228,6 +233,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int 
 }
 inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream) {
   cpc::cuda::emulation::use_stream("filling memory", stream);
+  cpc::cuda::emulation::tell([&](cpc::cuda::emulation::Observer& o) { o.fill(data, bytes); });
   std::memset(data, value, bytes);
   return cudaSuccess;
 }

@@ -19,6 +19,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include "core/cuda/emulation/trace.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #endif
@@ -66,6 +68,7 @@ struct Fiber {
   uint3 index;
   const char* operation;  // What it waits at.
   Where where;
+  Place place;
   std::vector<std::vector<AsyncCopy>> copies;  // Groups; the last is open.
 };
 
@@ -87,11 +90,20 @@ class Stacks {
     for (unsigned i = 0; i < kMaxThreads; ++i) mprotect(memory_ + i * kPitch, kPage, PROT_NONE);
   }
   char* operator[](unsigned i) const { return memory_ + i * kPitch + kPage; }
+  Range range() const {
+    const auto begin = reinterpret_cast<uintptr_t>(memory_);
+    return {begin, begin + kMaxThreads * kPitch};
+  }
 
  private:
   static constexpr size_t kPitch = kStackBytes + kPage;
   char* memory_;
 };
+
+const Stacks& stacks() {
+  static const Stacks all;
+  return all;
+}
 
 // Static shared variables lie here for all kernels, each with a gap behind it that may not be touched.
 struct StaticMemory {
@@ -179,7 +191,18 @@ void finish(const AsyncCopy& copy) {
   std::memset(static_cast<char*>(copy.to) + copy.valid, 0, copy.bytes - copy.valid);
 }
 
+// Lets the oldest groups of the running thread's copies arrive, until at most so many closed ones are left.
+void finish_copies(size_t pending_groups) {
+  auto& groups = machine->running->copies;
+  while (groups.size() > pending_groups + 1) {
+    for (const AsyncCopy& copy : groups.front()) finish(copy);
+    groups.erase(groups.begin());
+  }
+}
+
 void back_to_scheduler() { switch_context(machine->running->context, machine->scheduler); }
+
+unsigned running_thread() { return static_cast<unsigned>(machine->running - machine->fibers.data()); }
 
 void wait(State state, const char* operation, Where where) {
   Fiber& fiber = *machine->running;
@@ -193,7 +216,8 @@ void wait(State state, const char* operation, Where where) {
 void fiber_main() {
   for (;;) {
     (*machine->thread)();
-    wait_for_copies(0);
+    const Untraced own;
+    finish_copies(0);
     for (const AsyncCopy& copy : machine->running->copies.back()) finish(copy);
     machine->running->state = State::done;
     back_to_scheduler();
@@ -203,7 +227,9 @@ void fiber_main() {
 void resume(Fiber& fiber) {
   machine->running = &fiber;
   threadIdx = fiber.index;
+  trace_thread(running_thread());
   switch_context(machine->scheduler, fiber.context);
+  trace_no_thread();
   machine->running = nullptr;
   if (!machine->error.empty()) throw std::runtime_error(machine->error);
 }
@@ -230,6 +256,7 @@ void open_barrier() {
                                " is not reached by all: " + waits(fiber));
   }
   for (Fiber& fiber : fibers) fiber.state = State::ready;
+  tell([&](Observer& o) { o.barrier(waiting.place); });
 }
 
 void poison_shared(size_t shared_bytes) {
@@ -273,14 +300,13 @@ void require_launchable(const Launch& launch, const Kernel& kernel) {
 }
 
 void make_fibers(dim3 block) {
-  static const Stacks stacks;
   machine->fibers.resize(block.x * block.y * block.z);
   for (unsigned i = 0; i < machine->fibers.size(); ++i) {
     Fiber& fiber = machine->fibers[i];
     fiber.index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
     ucontext_t& begin = fiber.context.begin;
     getcontext(&begin);
-    begin.uc_stack.ss_sp = stacks[i];
+    begin.uc_stack.ss_sp = stacks()[i];
     begin.uc_stack.ss_size = kStackBytes;
     begin.uc_link = nullptr;
     makecontext(&begin, fiber_main, 0);
@@ -311,6 +337,24 @@ void run_block(std::mt19937& random) {
     if (done) return;
     if (!ran) open_barrier();
   }
+}
+
+Range range_of(const void* memory, size_t bytes) {
+  const auto begin = reinterpret_cast<uintptr_t>(memory);
+  return {begin, begin + bytes};
+}
+
+// The blocks to run, in the order to run them in. Of a sample there is one from each of as many equal parts of the grid,
+// not always the same of a part, or all might be of one column.
+std::vector<uint64_t> choose_blocks(uint64_t in_grid, std::mt19937& random) {
+  const uint64_t count = most_blocks() == 0 ? in_grid : std::min(in_grid, most_blocks());
+  std::vector<uint64_t> blocks(count);
+  for (uint64_t i = 0; i < count; ++i) {
+    const uint64_t first = in_grid * i / count, end = in_grid * (i + 1) / count;
+    blocks[i] = end - first == 1 ? first : first + random() % (end - first);
+  }
+  std::shuffle(blocks.begin(), blocks.end(), random);
+  return blocks;
 }
 
 unsigned seed() {
@@ -372,21 +416,28 @@ void run(const Launch& launch, const std::function<void()>& thread) {
   gridDim = grid;
   blockDim = launch.block;
   std::mt19937 random(seed() * 1000003u + launches++);
-  std::vector<uint64_t> blocks(uint64_t{grid.x} * grid.y * grid.z);
-  std::iota(blocks.begin(), blocks.end(), 0);
-  std::shuffle(blocks.begin(), blocks.end(), random);
+  const uint64_t in_grid = uint64_t{grid.x} * grid.y * grid.z;
+  const std::vector<uint64_t> blocks = choose_blocks(in_grid, random);
+  trace_launch({stacks().range(), range_of(current_machine.shared.get(), launch.shared_bytes),
+                range_of(static_memory().memory, StaticMemory::kBytes)},
+               static_cast<unsigned>(current_machine.fibers.size()));
+  tell([&](Observer& o) { o.launch_begins(launch, {in_grid, blocks.size()}); });
   try {
     for (const uint64_t b : blocks) {
       blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                   static_cast<unsigned>(b / grid.x / grid.y)};
       poison_shared(launch.shared_bytes);
+      trace_block(b);
+      tell([&](Observer& o) { o.block_begins(b); });
       run_block(random);
+      tell([](Observer& o) { o.block_ends(); });
     }
   } catch (...) {
     machine = nullptr;
     throw;
   }
   machine = nullptr;
+  tell([](Observer& o) { o.launch_ends(); });
 }
 
 unsigned launch_bounds(const void* kernel) {
@@ -429,12 +480,18 @@ void fail(const std::string& what) {
   std::abort();  // A failed thread is not resumed.
 }
 
-void barrier(Where where) { wait(State::at_barrier, "__syncthreads", where); }
+void barrier(Where where) {
+  machine->running->place = place_of(__builtin_return_address(0));
+  const Untraced own;
+  wait(State::at_barrier, "__syncthreads", where);
+}
 
-unsigned lane() { return static_cast<unsigned>(machine->running - machine->fibers.data()) % kWarp; }
+unsigned lane() { return running_thread() % kWarp; }
 
 void collective(const char* name, uint32_t mask, void* arguments, Combine combine, Where where) {
-  const auto self = static_cast<unsigned>(machine->running - machine->fibers.data());
+  const Place place = place_of(__builtin_return_address(0));
+  const Untraced own;
+  const unsigned self = running_thread();
   const unsigned first = self / kWarp * kWarp;
   const auto threads = static_cast<unsigned>(machine->fibers.size());
   // A last warp may be a part of one; a mask may name lanes that it does not have.
@@ -455,7 +512,9 @@ void collective(const char* name, uint32_t mask, void* arguments, Combine combin
   if (joined.arrived != mask) return wait(State::at_collective, name, where);
   const auto complete = std::move(*found);
   open.erase(found);
+  machine->running->place = place;
   combine(complete->lanes);
+  tell([&](Observer& o) { o.collective({name, self / kWarp, mask, place}); });
   for (unsigned l = 0; l < kWarp; ++l)
     if (mask >> l & 1) machine->fibers[first + l].state = State::ready;
 }
@@ -475,7 +534,18 @@ size_t add_static_shared(size_t bytes, size_t alignment) {
   return memory.variables.size() - 1;
 }
 
+void tell_of_matrices(const void* const (&rows)[kWarp], bool transposed) {
+  MatrixLoad load{{}, transposed, running_thread() / kWarp, machine->running->place};
+  std::copy(std::begin(rows), std::end(rows), load.rows);
+  tell([&](Observer& o) { o.load_matrices(load); });
+}
+
+void tell_of_product(const char* type, unsigned depth) {
+  tell([&](Observer& o) { o.multiply_add({type, 16, 8, depth, running_thread() / kWarp, machine->running->place}); });
+}
+
 unsigned char* static_shared(size_t variable) {
+  const Untraced own;
   const StaticMemory::Variable& reached = static_memory().variables[variable];
   Kernel& kernel = *machine->kernel;
   if (!kernel.reached[variable]) {
@@ -490,18 +560,24 @@ unsigned char* static_shared(size_t variable) {
 void copy_async(void* to, const void* from, size_t bytes, size_t valid, Where where) {
   for (const void* p : {static_cast<const void*>(to), from})
     if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail("asynchronous copy at a misaligned address", where);
+  const Place place = place_of(__builtin_return_address(0));
+  const Untraced own;
+  tell([&](Observer& o) { o.copy_async({to, from, bytes, valid, running_thread(), place}); });
   std::memset(to, kPoison, bytes);
   machine->running->copies.back().push_back({to, from, bytes, valid});
 }
 
-void commit_copies() { machine->running->copies.emplace_back(); }
+void commit_copies() {
+  const Untraced own;
+  tell([](Observer& o) { o.commit_copies(running_thread()); });
+  machine->running->copies.emplace_back();
+}
 
 void wait_for_copies(size_t pending_groups) {
-  auto& groups = machine->running->copies;
-  while (groups.size() > pending_groups + 1) {
-    for (const AsyncCopy& copy : groups.front()) finish(copy);
-    groups.erase(groups.begin());
-  }
+  const Place place = place_of(__builtin_return_address(0));
+  const Untraced own;
+  tell([&](Observer& o) { o.wait_for_copies(running_thread(), pending_groups, place); });
+  finish_copies(pending_groups);
 }
 
 }  // namespace cpc::cuda::emulation
@@ -512,6 +588,7 @@ extern "C" __attribute__((visibility("default"))) void __asan_on_error() {
   std::fprintf(stderr, "in %s\n", cpc::cuda::emulation::position().c_str());
 }
 
+#if !defined(CPC_CUDA_TRACE)
 extern "C" void __ubsan_get_current_report_data(const char** kind, const char** message, const char** file,
                                                 unsigned* line, unsigned* column, char** address);
 extern "C" __attribute__((visibility("default"))) void __ubsan_on_report() {
@@ -523,3 +600,4 @@ extern "C" __attribute__((visibility("default"))) void __ubsan_on_report() {
   __ubsan_get_current_report_data(&kind, &message, &file, &line, &column, &address);
   machine->error = cpc::cuda::emulation::position() + ": " + message;
 }
+#endif
