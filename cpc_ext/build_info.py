@@ -12,9 +12,9 @@ def build_info() -> dict[str, Any]:
     """How the compiled module was built and what of it is in use.
 
     Returns:
-        ``version``, ``compiler``, ``simd`` (the level in use: baseline, avx2 or avx512), ``cuda`` (version of the CUDA
-        toolkit, None in a build without), ``cuda_architectures`` (None likewise), ``openmp_threads``, ``module`` (its
-        file).
+        ``version``, ``compiler``, ``simd`` (the level in use: baseline, avx2, avx512 or avx512_bf16; native in a build
+        for one processor), ``cuda`` (version of the CUDA toolkit, None in a build without), ``cuda_architectures``
+        (None likewise), ``openmp_threads``, ``module`` (its file).
     """
     from cpc_ext._native import native
 

@@ -122,21 +122,13 @@ def fine_tune(
         weight_decay=_WEIGHT_DECAY,
     )
     scaler = grad_scaler(device, precision)
-    sampler = EpochSampler(len(chosen), min(_BATCH, len(chosen)), seed=seed, drop_last=False)
     fetch = ImageFetcher(images, device)
     crops = torch.Generator().manual_seed(seed)
     total = recipe.steps(len(chosen))
-    batches = _forever(sampler)
+    batches = _batches(chosen, seed)
     for step in progress(range(1, total + 1)):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(
-                step,
-                peak=group["peak"],
-                total_steps=total,
-                warmup_steps=round(_WARMUP * total),
-                schedule="cosine",
-            )
-        batch = chosen[next(batches)]
+        _set_learning_rates(optimizer, step, total)
+        batch = next(batches)
         optimizer.zero_grad()
         loss = F.cross_entropy(classifier(fetch(batch), crops), fetch.known_labels(batch))
         scaler.scale(loss).backward()
@@ -157,6 +149,17 @@ def _statistics(
     return features.mean(0), features.std(0).clamp(min=1e-6)
 
 
-def _forever(sampler: EpochSampler) -> Iterator[np.ndarray]:
+def _batches(chosen: np.ndarray, seed: int) -> Iterator[np.ndarray]:
+    """Batches of the chosen indices, epoch after epoch."""
+    sampler = EpochSampler(len(chosen), min(_BATCH, len(chosen)), seed=seed, drop_last=False)
     while True:
-        yield from sampler
+        for batch in sampler:
+            yield chosen[batch]
+
+
+def _set_learning_rates(optimizer: torch.optim.Optimizer, step: int, total: int) -> None:
+    """Give every group its share of its peak at a step of so many."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(
+            step, peak=group["peak"], total_steps=total, warmup_steps=round(_WARMUP * total), schedule="cosine"
+        )

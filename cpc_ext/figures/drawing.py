@@ -53,16 +53,15 @@ def save(path: Path, figure: Figure) -> None:
         FigureCanvasAgg(figure).print_png(file)  # type: ignore[no-untyped-call]  # Matplotlib has no annotations there.
 
 
-def curves(metrics: Sequence[dict[str, float]], guessing: dict[str, float]) -> Figure:
-    """Loss and contrastive accuracy over the run.
+def curves(metrics: Sequence[dict[str, float]], guessing: dict[str, float], *, loss: str, accuracy: str) -> Figure:
+    """Loss and accuracy over the run.
 
     metrics: logged steps with "step", "loss" and "accuracy". guessing: both for a model that guesses, drawn as lines.
+    loss, accuracy: what they are called on the axes.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     steps = np.array([record["step"] for record in metrics])
-    panels = zip(
-        figure.subplots(1, 2), (("loss", "InfoNCE loss (nats)"), ("accuracy", "contrastive accuracy")), strict=True
-    )
+    panels = zip(figure.subplots(1, 2), (("loss", f"{loss} (nats)"), ("accuracy", accuracy)), strict=True)
     for axes, (name, label) in panels:
         values = np.array([record[name] for record in metrics])
         smooth = smoothed(values)

@@ -18,15 +18,23 @@ _MARKERS = "osD^vP"
 _GRAY = "#8a8a8a"
 
 
-def curves_by_module(metrics: Sequence[dict[str, float]], modules: Sequence[int], guessing: dict[str, float]) -> Figure:
+def curves_by_module(
+    metrics: Sequence[dict[str, float]],
+    modules: Sequence[int],
+    guessing: dict[str, float],
+    *,
+    loss: str,
+    accuracy: str,
+) -> Figure:
     """Loss and accuracy of every module over the run.
 
     metrics: logged steps with "step", and "loss" and "accuracy" of one module or "loss_module_0" and so on of several.
-    modules: those that were trained. guessing: both for a model that guesses, drawn as lines.
+    modules: those that were trained. guessing: both for a model that guesses, drawn as lines. loss, accuracy: what they
+    are called on the axes.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     steps = np.array([record["step"] for record in metrics])
-    panels = zip(figure.subplots(1, 2), (("loss", "loss (nats)"), ("accuracy", "accuracy")), strict=True)
+    panels = zip(figure.subplots(1, 2), (("loss", f"{loss} (nats)"), ("accuracy", accuracy)), strict=True)
     for axes, (name, label) in panels:
         for place, module in enumerate(modules):
             key = name if len(modules) == 1 else f"{name}_module_{module}"

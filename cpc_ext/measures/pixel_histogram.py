@@ -34,7 +34,9 @@ def static_histogram_bits_per_dim(train: np.ndarray, test: np.ndarray) -> float:
                 left_out[index] -= (counts * np.log(np.maximum(counts - 1, 0) + prior)).sum()
                 left_out[index] += counts.sum() * math.log(max(count - 1, 0) + strength)
                 nats[index] -= (tested * np.log(counts + prior)).sum() - tested.sum() * math.log(count + strength)
-    return float(nats[left_out.argmin()]) / (test.size * math.log(2))
+    # Beside no other image all strengths are as good, and rounding must not choose: all is known of the colour alone.
+    chosen = left_out.argmin() if count > 1 else len(_STRENGTHS) - 1
+    return float(nats[chosen]) / (test.size * math.log(2))
 
 
 def _counts(values: np.ndarray) -> np.ndarray:

@@ -178,17 +178,11 @@ class GridInfoNCE(Module):
         else:
             whole = [count * images for count in places]
             if negatives is None:
-                negatives = self._draw(whole, self.neg_samples, keys.device, generator)
+                draws = self._draw(whole, self.neg_samples, keys.device, generator)
             else:
-                negatives = self._replayed(negatives, whole)
-            # Drawn for all processes on each of them, so that it does not matter how many there are.
-            negatives = [
-                torch.unflatten(draw + first, 1, (count, images))[:, :, own].flatten(1, 2)
-                for draw, first, count in zip(negatives, firsts, places, strict=True)
-            ]
-            losses, rights = info_nce(
-                torch.cat(queries, dim=1), keys, targets, negatives=torch.cat(negatives, dim=1), reduction="none"
-            )
+                draws = self._replayed(negatives, whole)
+            sampled = _own_negatives(draws, firsts, places, images, own)
+            losses, rights = info_nce(torch.cat(queries, dim=1), keys, targets, negatives=sampled, reduction="none")
             contrasted = [self.neg_samples + 1] * self.pred_steps
         step_losses, step_rights = (step_means(values, sizes) for values in (losses, rights))
         loss = step_losses.mean()
@@ -283,6 +277,20 @@ def step_targets(places: list[int], cells: int, images: int, own: slice, device:
     """
     index = torch.arange(cells * images, device=device).view(cells, images)[:, own]
     return torch.cat([index[-count:].flatten() for count in places])
+
+
+def _own_negatives(draws: Sequence[Tensor], firsts: list[int], places: list[int], images: int, own: slice) -> Tensor:
+    """Draws of all processes among each step's targets → those of the own images among all keys, [directions, M, S].
+
+    They are drawn for all processes on each of them, so that it does not matter how many there are.
+    """
+    return torch.cat(
+        [
+            torch.unflatten(draw + first, 1, (count, images))[:, :, own].flatten(1, 2)
+            for draw, first, count in zip(draws, firsts, places, strict=True)
+        ],
+        dim=1,
+    )
 
 
 def _contrast_all(

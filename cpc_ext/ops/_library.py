@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar, get_type_hints
 
 import torch
@@ -76,29 +76,42 @@ def register(
         _library.impl(name, of_values(kernel), device.upper())
     torch.library.register_fake(f"cpc_ext::{name}", of_values(fake), lib=_library)
     if backward is not None and setup_context is not None:
-
-        def in_order(ctx: Any, saved: tuple[Any, ...], *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-            by_name = backward(ctx, saved, *gradients)
-            return tuple(map(by_name.get, kinds))
-
-        kind: Any = result
-        # PyTorch gives results as a plain tuple.
-        named: Callable[[Any], Any] = (lambda x: x) if kind is Tensor else functools.partial(tuple.__new__, kind)
-
-        def set_up(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            setup_context(ctx, typed(inputs), named(output))
-
-        def backwards(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-            return in_order(ctx, ctx.saved_tensors, *gradients)
-
-        torch.library.register_autograd(
-            f"cpc_ext::{name}",
-            differentiable_once(name)(in_order) if once else backwards,
-            setup_context=set_up,
-            lib=_library,
-        )
+        _register_gradient(name, list(kinds), typed, result, setup_context, backward, once=once)
     op: torch._ops.OpOverload[..., _Result] = getattr(torch.ops.cpc_ext, name).default
     return op
+
+
+def _register_gradient(
+    name: str,
+    arguments: Sequence[str],
+    typed: Callable[[tuple[Any, ...]], Any],
+    result: type,
+    setup_context: Callable[[Any, Any, Any], None],
+    backward: Callable[..., dict[str, Tensor | None]],
+    *,
+    once: bool,
+) -> None:
+    """The part of :func:`register` for autograd. typed: what makes the op's flat arguments a NamedTuple again."""
+
+    def in_order(ctx: Any, saved: tuple[Any, ...], *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        by_name = backward(ctx, saved, *gradients)
+        return tuple(map(by_name.get, arguments))
+
+    # PyTorch gives results as a plain tuple.
+    named: Callable[[Any], Any] = (lambda x: x) if result is Tensor else functools.partial(tuple.__new__, result)
+
+    def set_up(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        setup_context(ctx, typed(inputs), named(output))
+
+    def backwards(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return in_order(ctx, ctx.saved_tensors, *gradients)
+
+    torch.library.register_autograd(
+        f"cpc_ext::{name}",
+        differentiable_once(name)(in_order) if once else backwards,
+        setup_context=set_up,
+        lib=_library,
+    )
 
 
 def _leaves(kind: type) -> Iterator[tuple[str, Any]]:

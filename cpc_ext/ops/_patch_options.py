@@ -11,7 +11,7 @@ from torch import Tensor
 from cpc_ext.ops._checks import check_dense, dtype_name
 from cpc_ext.ops._library import refuse_forward_mode
 
-__all__ = ["PatchOptions", "checked_options", "scale_and_shift"]
+__all__ = ["PatchOptions", "check_images", "checked_options", "scale_and_shift"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -56,11 +56,20 @@ def scale_and_shift(
     return [unit / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
 
 
+def check_images(images: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.uint8, *_DTYPES)) -> None:
+    """TypeError or ValueError where images are not [B, C, H, W] of one of these types."""
+    check_dense("images", images)
+    refuse_forward_mode(images)
+    if images.dtype not in dtypes:
+        raise TypeError(f"images must be {', '.join(map(dtype_name, dtypes))}, got {dtype_name(images.dtype)}")
+    if images.ndim != 4:
+        raise ValueError(f"images must be [B, C, H, W], got shape {tuple(images.shape)}")
+
+
 def checked_options(
     images: Tensor,
     patch_size: int,
     stride: int,
-    *,
     crop: tuple[int, int] | None,
     offsets: Tensor | None,
     flip: Tensor | None,
@@ -70,15 +79,11 @@ def checked_options(
     patch_norm: bool,
     dtype: torch.dtype | None,
     channels_last: bool,
-    images_dtypes: tuple[torch.dtype, ...] = (torch.uint8, *_DTYPES),
 ) -> PatchOptions:
-    """extract_patches' arguments as its op has them. TypeError or ValueError where one is wrong."""
-    check_dense("images", images)
-    refuse_forward_mode(images)
-    if images.dtype not in images_dtypes:
-        raise TypeError(f"images must be {', '.join(map(dtype_name, images_dtypes))}, got {dtype_name(images.dtype)}")
-    if images.ndim != 4:
-        raise ValueError(f"images must be [B, C, H, W], got shape {tuple(images.shape)}")
+    """extract_patches' arguments, in their order, as its op has them. TypeError or ValueError where one is wrong.
+
+    The images are those that :func:`check_images` has found to be right.
+    """
     if dtype is None:
         dtype = images.dtype if images.is_floating_point() else torch.get_default_dtype()
     if dtype not in _DTYPES:

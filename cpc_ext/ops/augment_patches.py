@@ -16,7 +16,7 @@ from torch import Tensor
 from cpc_ext._native import native
 from cpc_ext.ops._checks import check_dense, dtype_name
 from cpc_ext.ops._library import register, workspace_of
-from cpc_ext.ops._patch_options import PatchOptions, checked_options
+from cpc_ext.ops._patch_options import PatchOptions, check_images, checked_options
 from cpc_ext.ops._patch_transforms import NODES, Patches, Transform, transform_patches
 from cpc_ext.ops.extract_patches import crop_and_flip, empty_patches, extract_patches_reference
 
@@ -123,20 +123,9 @@ def augment_patches(
             partners that are no patch, and transforms whose partners or displacements the plan lacks are errors on the
             CPU; elsewhere, where looking would stall the stream, no transform happens, and partners are clamped.
     """
+    check_images(images, (torch.uint8,))
     options = checked_options(
-        images,
-        patch_size,
-        stride,
-        crop=crop,
-        offsets=offsets,
-        flip=flip,
-        gray=gray,
-        mean=mean,
-        std=std,
-        patch_norm=patch_norm,
-        dtype=dtype,
-        channels_last=channels_last,
-        images_dtypes=(torch.uint8,),
+        images, patch_size, stride, crop, offsets, flip, gray, mean, std, patch_norm, dtype, channels_last
     )
     if images.shape[1] not in (1, 3):
         raise ValueError(f"images must have 1 or 3 channels, got {images.shape[1]}")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cpc_ext._native import native
 from cpc_ext.ops._library import register, workspace_of
-from cpc_ext.ops._patch_options import PatchOptions, checked_options
+from cpc_ext.ops._patch_options import PatchOptions, check_images, checked_options
 
 __all__ = ["extract_patches", "extract_patches_reference"]
 
@@ -69,19 +69,9 @@ def extract_patches(
             on the CPU; elsewhere, where looking would stall the stream, they are clamped to the image.
         NotImplementedError: forward-mode derivatives.
     """
+    check_images(images)
     options = checked_options(
-        images,
-        patch_size,
-        stride,
-        crop=crop,
-        offsets=offsets,
-        flip=flip,
-        gray=gray,
-        mean=mean,
-        std=std,
-        patch_norm=patch_norm,
-        dtype=dtype,
-        channels_last=channels_last,
+        images, patch_size, stride, crop, offsets, flip, gray, mean, std, patch_norm, dtype, channels_last
     )
     return _extract_patches(images, *options)
 

@@ -93,32 +93,17 @@ def info_nce(
     refuse_forward_mode(queries, keys, weights)
     _check_weights(weights)
     queries, keys = _common_dtype(queries, keys)
-    leading, (num_queries, dim), num_keys = queries.shape[:-2], queries.shape[-2:], keys.shape[-2]
-    batch = leading.numel()
-    rows = (batch, num_queries)
-
-    def indices(value: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
-        return None if value is None else value.to(torch.int64).reshape(shape)
-
-    # Half-precision gradients are formed once their scale is known, lest a mean's vanish before a GradScaler's scale.
-    forms = torch.is_grad_enabled() and reduction != "none" and queries.dtype != torch.float16
+    contrast = _flat(queries, keys, targets, negatives, exclude)
+    rows = contrast.queries.shape[:2]
     loss, accuracy, *_ = _info_nce(
-        queries.reshape(*rows, dim),
-        keys.reshape(batch, num_keys, dim),
-        indices(targets, rows),
-        None if negatives is None else indices(negatives, (*rows, negatives.shape[-1])),
-        indices(exclude, rows),
+        *contrast,
         None if weights is None else weights.reshape(rows),
         float(scale),
         reduction,
-        [
-            forms and queries.requires_grad,
-            forms and keys.requires_grad,
-            torch.is_grad_enabled() and weights is not None and weights.requires_grad,
-        ],
+        _needed(queries, keys, weights, reduction),
     )
     if reduction == "none":
-        loss, accuracy = loss.view(*leading, num_queries), accuracy.view(*leading, num_queries)
+        loss, accuracy = loss.view(queries.shape[:-1]), accuracy.view(queries.shape[:-1])
     return InfoNCEOutput(loss, accuracy.detach())
 
 
@@ -385,6 +370,38 @@ class _Kernel(NamedTuple):
     scale: float
     factor: float
     tf32: bool
+
+
+def _flat(
+    queries: Tensor, keys: Tensor, targets: Tensor | None, negatives: Tensor | None, exclude: Tensor | None
+) -> _Contrast:
+    """:func:`info_nce`'s arguments with one leading dimension in place of any."""
+    leading, (num_queries, dim) = queries.shape[:-2], queries.shape[-2:]
+    rows = (leading.numel(), num_queries)
+
+    def indices(value: Tensor | None, *shape: int) -> Tensor | None:
+        return None if value is None else value.to(torch.int64).reshape(shape)
+
+    return _Contrast(
+        queries.reshape(*rows, dim),
+        keys.reshape(rows[0], keys.shape[-2], dim),
+        indices(targets, *rows),
+        None if negatives is None else indices(negatives, *rows, negatives.shape[-1]),
+        indices(exclude, *rows),
+    )
+
+
+def _needed(queries: Tensor, keys: Tensor, weights: Tensor | None, reduction: str) -> list[bool]:
+    """What :class:`_Forward` has as ``needs``."""
+    if not torch.is_grad_enabled():
+        return [False, False, False]
+    # Half-precision gradients are formed once their scale is known, lest a mean's vanish before a GradScaler's scale.
+    forms = reduction != "none" and queries.dtype != torch.float16
+    return [
+        forms and queries.requires_grad,
+        forms and keys.requires_grad,
+        weights is not None and weights.requires_grad,
+    ]
 
 
 def _empty_gradients(contrast: _Contrast, needs: Sequence[bool]) -> _Gradients:

@@ -191,7 +191,8 @@ def pixel_steps(steps: Sequence[PixelStep], maps: PixelMaps) -> PixelSteps:
         maps: where the maps of the steps come from.
 
     Raises:
-        ValueError: on the CPU, shapes, types or layouts other than :class:`PixelStep` says.
+        ValueError: shapes, types, taps or offsets other than :class:`PixelStep` says, or a step that writes what it
+            reads; on the CPU also layouts.
     """
     on_cpu = maps._like.device.type == "cpu" and hasattr(native, "PixelSteps")
     return (_KernelSteps if on_cpu else _ReferenceSteps)(steps, maps)
@@ -233,10 +234,74 @@ def _scale(step: PixelStep, map: PixelMap | None) -> int:
     return 0 if map is None or map.level is None else 1 << (step.level - map.level)
 
 
+def _check_step(step: PixelStep, maps: PixelMaps) -> None:
+    """What csrc/pixel_steps/check.cpp asks of a step, layouts aside, in its words."""
+    _require(step.raw is not None or step.elu is not None, "a step must have raw or elu to write to")
+    read = [("residual", step.residual), *(("a source's map", source.map) for source in step.sources)]
+    for written, map, others in (("raw", step.raw, [*read, ("elu", step.elu)]), ("elu", step.elu, read)):
+        for name, other in others:
+            _require(map is None or map is not other, f"{written} must not share memory with {name}")
+    _require(
+        all(side % (1 << step.level) == 0 for side in (maps.height, maps.width)),
+        f"level must be one that the images' sides can be halved to, got {step.level}",
+    )
+    weight = step.weight
+    _require(weight.ndim == 2 and weight.numel() > 0, f"weight must be [K, N], got {list(weight.shape)}")
+    outputs = features = weight.shape[1]
+    _check_tensor("weight", weight, maps, _checked_depth(step, maps), outputs)
+    _check_tensor("bias", step.bias, maps, outputs)
+    if step.image_bias is not None:
+        _check_tensor("image_bias", step.image_bias, maps, maps.batch, outputs)
+    if step.residual is not None:
+        _require(outputs % 2 == 0, f"gated outputs must be even in number, got {outputs}")
+        features = outputs // 2
+        _check_map("residual", step.residual, step, maps, 1, features)
+    scale = _scale(step, step.raw or step.elu)
+    _require(0 <= scale <= 2, f"output_scale must be 0, 1 or 2, got {scale}")
+    _require(
+        all(0 <= place < max(scale, 1) for place in step.offset),
+        "offset must be within the output_scale x output_scale pixels",
+    )
+    for name, map, channels in (("raw", step.raw, features), ("elu", step.elu, 2 * features)):
+        if map is not None:
+            _check_map(name, map, step, maps, scale, channels)
+
+
+def _checked_depth(step: PixelStep, maps: PixelMaps) -> int:
+    """How many values a step reads."""
+    depth = 0
+    for map, taps in step.sources:
+        scale, channels = _scale(step, map), map.data.shape[3]
+        _require(scale in (1, 2), "a source's scale must be 1 or 2")
+        _check_map("a source's map", map, step, maps, scale, channels)
+        for row, col in taps:
+            within = -_ABOVE <= row <= 0 and -_BESIDE <= col <= _BESIDE
+            _require(within, f"taps must be within the map's border, got ({row}, {col})")
+        depth += channels * len(taps)
+    return depth
+
+
+def _check_map(name: str, map: PixelMap, step: PixelStep, maps: PixelMaps, scale: int, channels: int) -> None:
+    height, width = ((side >> step.level) * scale if scale else 1 for side in (maps.height, maps.width))
+    _check_tensor(name, map.data, maps, maps.batch, _ABOVE + height, width + 2 * _BESIDE, channels)
+
+
+def _check_tensor(name: str, tensor: Tensor, maps: PixelMaps, *shape: int) -> None:
+    _require(tensor.dtype == maps._like.dtype, f"{name} must have the type of the other tensors")
+    _require(tensor.shape == shape, f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
 class _ReferenceSteps(PixelSteps):
     """Plain PyTorch. The work depends on where it is only by values on the device, and by which levels begin there."""
 
     def __init__(self, steps: Sequence[PixelStep], maps: PixelMaps) -> None:
+        for step in steps:
+            _check_step(step, maps)
         self._steps = steps
         self._offsets = [[self._tap_offsets(source) for source in step.sources] for step in steps]
 

@@ -25,6 +25,7 @@ PROGRAMS = {
     "sample": "draw images from a run's PixelCNN",
     "embed": "write the encodings of images by a run's encoder",
     "convert": "turn checkpoints of other programs into runs, and back",
+    "check": "compare every op with its reference on this machine, for bug reports",
     "info": "show what this build holds and what it runs on, for bug reports",
 }
 

@@ -99,16 +99,7 @@ def _run(command: Command) -> int:
 def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int:
     phases: dict[str, float] = {}
     ranks.say(f"cpc_ext {cpc_ext.__version__}, run in {run.path}\n{describe(config)}")
-    state = load_checkpoint(run.checkpoint) if resume and run.checkpoint.exists() else None
-    if resume and state is None:
-        ranks.say("this run ended before its first checkpoint: it starts from its beginning")
-    if state is not None:
-        if "optimizer" not in state:
-            raise TrainingError(
-                f"--resume: {run.checkpoint} holds a model and no training to go on with; start from it with "
-                f"--resume-from {run.path}"
-            )
-        _check_same_run(_saved_config(run, state), config)
+    state = _checkpoint_to_resume(config, run, ranks) if resume else None
     with _timed(phases, "data"):
         dataset = load_data(config)
     try:
@@ -124,19 +115,7 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
         trainer.resume(state)
     with _timed(phases, "data"):
         task.prepare(ranks, resumed=state is not None)
-
-    logs: list[RunLog] = []
-
-    def prepare() -> None:
-        run.check_space(trainer.checkpoint_bytes)
-        try:
-            _write(run.config, config.to_yaml())
-            logs.append(RunLog(run, after_step=trainer.step))
-        except OSError as error:
-            raise TrainingError(f"--out-dir: cannot write to {run.path}: {error}") from None
-
-    ranks.on_main(prepare)
-    log = logs[0] if logs else None  # The main process's.
+    log = _opened_log(config, run, trainer, ranks)
     ranks.say(
         f"{len(task.images)} images of {dataset.name}, {sum(p.numel() for p in task.model.parameters()):,} parameters, "
         f"{trainer.total_steps} steps"
@@ -144,26 +123,11 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
         + (f", going on after step {trainer.step}" if state is not None else "")
         + (f", from the weights of {start}" if start is not None and state is None else "")
     )
-
     try:
-        several = ranks.world_size > 1
-        with StopRequest(again_ends=not several, talk=ranks.main) as stop, _timed(phases, "training"):
-            try:
-                trainer.train(log, stop)
-                stopped = ranks.any(stop.signal is not None)
-            except RuntimeError as error:
-                if not lost_contact(error):
-                    raise
-                ranks.end_stopped()
-                # Said here, where SIGTERM is only noted: it is what torchrun sends next.
-                print(f"\n{speaker()}error: {_lost(error, run.path)}", file=sys.stderr, flush=True)
-                raise SystemExit(1) from None
-        if stopped:
-            ranks.say(
-                f"stopped at step {trainer.step} of {trainer.total_steps}; go on with:\n"
-                f"  python -m cpc_ext.train --resume --out-dir {run.path}"
-            )
-            return stop.exit_code or 128 + signal.SIGTERM
+        with _timed(phases, "training"):
+            stopped = _take_steps(trainer, log, run, ranks)
+        if stopped is not None:
+            return stopped
         if log is None:
             return 0  # What is left is for one process.
         with _timed(phases, "evaluation"):
@@ -184,6 +148,62 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
             log.close()
     _report(results, phases, run)
     return 0
+
+
+def _checkpoint_to_resume(config: RunConfig, run: RunDir, ranks: Ranks) -> dict[str, Any] | None:
+    """The run's checkpoint; None where it ended before the first. TrainingError where it is of another run."""
+    if not run.checkpoint.exists():
+        ranks.say("this run ended before its first checkpoint: it starts from its beginning")
+        return None
+    state = load_checkpoint(run.checkpoint)
+    if "optimizer" not in state:
+        raise TrainingError(
+            f"--resume: {run.checkpoint} holds a model and no training to go on with; start from it with "
+            f"--resume-from {run.path}"
+        )
+    _check_same_run(_saved_config(run, state), config)
+    return state
+
+
+def _opened_log(config: RunConfig, run: RunDir, trainer: Trainer, ranks: Ranks) -> RunLog | None:
+    """The log of the main process, when the run's config is written; None in other processes.
+
+    TrainingError where the folder cannot be written to or lacks the room.
+    """
+    logs: list[RunLog] = []
+
+    def prepare() -> None:
+        run.check_space(trainer.checkpoint_bytes)
+        try:
+            _write(run.config, config.to_yaml())
+            logs.append(RunLog(run, after_step=trainer.step))
+        except OSError as error:
+            raise TrainingError(f"--out-dir: cannot write to {run.path}: {error}") from None
+
+    ranks.on_main(prepare)
+    return logs[0] if logs else None
+
+
+def _take_steps(trainer: Trainer, log: RunLog | None, run: RunDir, ranks: Ranks) -> int | None:
+    """Train to the end, or until a signal: then the exit status."""
+    with StopRequest(again_ends=ranks.world_size == 1, talk=ranks.main) as stop:
+        try:
+            trainer.train(log, stop)
+            stopped = ranks.any(stop.signal is not None)
+        except RuntimeError as error:
+            if not lost_contact(error):
+                raise
+            ranks.end_stopped()
+            # Said here, where SIGTERM is only noted: it is what torchrun sends next.
+            print(f"\n{speaker()}error: {_lost(error, run.path)}", file=sys.stderr, flush=True)
+            raise SystemExit(1) from None
+    if not stopped:
+        return None
+    ranks.say(
+        f"stopped at step {trainer.step} of {trainer.total_steps}; go on with:\n"
+        f"  python -m cpc_ext.train --resume --out-dir {run.path}"
+    )
+    return stop.exit_code or 128 + signal.SIGTERM
 
 
 def _saved_config(run: RunDir, state: dict[str, Any]) -> RunConfig:

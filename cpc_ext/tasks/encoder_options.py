@@ -1,4 +1,4 @@
-"""Options of all models that learn an encoder by contrast: the encoder, and which processes' keys it is told from."""
+"""Options of models that learn an encoder, and of those that do so by contrast."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field
 from cpc_ext.tasks.encoder_names import ENCODER_HELP, check_encoder_name, has_own_norm
 from cpc_ext.training.config import RunConfig, Section
 
-__all__ = ["NORM_HELP", "EncoderConfig", "EncoderSection"]
+__all__ = ["NORM_HELP", "ContrastSection", "EncoderConfig", "EncoderSection"]
 
 Encoder = Annotated[str, AfterValidator(check_encoder_name)]
 GatherNegatives = Literal["none", "gather", "ring"]
@@ -19,7 +19,7 @@ NORM_HELP = "Normalisation inside the encoder; a backbone of timm has its own."
 
 
 class EncoderSection(Section):
-    """What all models that learn an encoder by contrast share."""
+    """The encoder."""
 
     encoder: Encoder = Field(
         "resnet14",
@@ -28,6 +28,11 @@ class EncoderSection(Section):
         "timm:vit_tiny_patch16_224:patch_size=4.",
     )
     norm: Norm = Field("none", description=f"{NORM_HELP} The published CPC v1 uses none.")
+
+
+class ContrastSection(Section):
+    """What an encoding is told from."""
+
     gather_negatives: GatherNegatives = Field(
         "gather",
         description="Negatives of a run of several processes (torchrun). gather, also without a value: of all "
@@ -37,7 +42,7 @@ class EncoderSection(Section):
 
 
 class EncoderConfig(RunConfig):
-    """A run that learns an encoder by contrast."""
+    """A run that learns an encoder."""
 
     @property
     def encoder_section(self) -> EncoderSection:

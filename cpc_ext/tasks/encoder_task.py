@@ -1,4 +1,4 @@
-"""What runs that learn an encoder share: its file and its linear probe.
+"""What runs that learn an encoder share: its initial weights, its file, its curves and its linear probe.
 
 From a trained encoder to encoder.safetensors, and to its accuracies beside those of the same encoder untrained, whose
 weights the seed brings back.
@@ -7,29 +7,33 @@ weights the seed brings back.
 from __future__ import annotations
 
 import json
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cpc_ext import __version__
-from cpc_ext.data import Dataset, PatchView, SimCLRView
+from cpc_ext import __version__, figures
+from cpc_ext.data import Dataset, ImageFetcher, PatchView, SimCLRView
+from cpc_ext.data.spread import spread
 from cpc_ext.measures.probe import encode, linear_probe
 from cpc_ext.models.encoder_model import EncoderModel
 from cpc_ext.tasks.encoder_names import EncoderSpec
+from cpc_ext.tasks.encoder_options import EncoderConfig
 from cpc_ext.training.atomic_file import atomic_file
-from cpc_ext.training.config import RunConfig
 from cpc_ext.training.precision import autocast
+from cpc_ext.training.random_streams import seeded
 from cpc_ext.training.run_dir import RunDir
+from cpc_ext.training.run_log import read_metrics
 from cpc_ext.training.safetensors_file import write_safetensors
 from cpc_ext.training.task import Task
 
-__all__ = ["EncoderTask", "save_encoder"]
-
+__all__ = ["EncoderTask", "guessing", "save_curves"]
 
 # What those who feed an encoder have no use for in a view.
 _OF_TRAINING = ("dtype", "augmentation")
@@ -38,25 +42,40 @@ _OF_TRAINING = ("dtype", "augmentation")
 class EncoderTask(Task):
     """A model whose encoder is judged by a linear probe.
 
-    Attributes of subclasses:
-        _config: of the run.
-        _dataset: with the labels that the probe is trained and tested with, if any.
-        _device: where features are computed.
+    Args:
+        config: of the run.
+        dataset: with the labels that the probe is trained and tested with, if any.
+        device: where the model is.
+        view: how images become what the encoder sees.
+        encoder: what the encoder is built from.
     """
 
     model: EncoderModel
-    _config: RunConfig
-    _dataset: Dataset
-    _device: torch.device
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        dataset: Dataset,
+        device: torch.device,
+        view: PatchView | SimCLRView,
+        encoder: EncoderSpec,
+    ) -> None:
+        self._config = config
+        self._dataset = dataset
+        self._device = device
+        self._view = view
+        self._encoder_spec = encoder
+        self.images = dataset.pretrain
+        self.model = self.initial_model()
 
     @property
-    def config(self) -> RunConfig:
+    def config(self) -> EncoderConfig:
         """The run's config."""
         return self._config
 
     @abstractmethod
     def _build(self) -> EncoderModel:
-        """The model with the initial weights of the config's seed."""
+        """A new model on the CPU, with weights that PyTorch's own generator draws."""
 
     @abstractmethod
     def encode(self, model: EncoderModel, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -70,6 +89,20 @@ class EncoderTask(Task):
         Returns:
             Encodings of the patches, floating [B, D, rows, cols]; of a model of whole images [B, D, 1, 1].
         """
+
+    @abstractmethod
+    def _save_figures(self, run: RunDir) -> None:
+        """Draw how the run went and what the model got. OSError where writing fails."""
+
+    def initial_model(self) -> EncoderModel:
+        """The model with the initial weights of the config's seed."""
+        with seeded(self._config.compute.seed):
+            model = self._build()
+        if self._config.compute.channels_last:
+            # Only the encoder: the other four-dimensional parameters are not filters over images.
+            # PyTorch declares it beside a device only.
+            model.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model.to(self._device)
 
     @torch.no_grad()
     def encodings(self, model: EncoderModel, images: Tensor) -> Tensor:
@@ -110,7 +143,7 @@ class EncoderTask(Task):
             return {}
         classes = len(self._dataset.classes)
         results = {}
-        for name, model in (("probe", self.model), ("untrained_probe", self._build())):
+        for name, model in (("probe", self.model), ("untrained_probe", self.initial_model())):
             train_features, test_features = (
                 encode(images, partial(self.features, model), self._device) for images in (train, test)
             )
@@ -122,24 +155,48 @@ class EncoderTask(Task):
         results["chance_accuracy"] = counts.max().item() / counts.sum().item()
         return results
 
+    def save(self, run: RunDir) -> None:
+        """Write the figures, and the encoder's weights with what is needed to build it and to feed it in the header.
 
-def save_encoder(
-    run: RunDir, encoder: nn.Module, spec: EncoderSpec, view: PatchView | SimCLRView, config: RunConfig
-) -> None:
-    """Write the encoder's weights, with what is needed to build it and to feed it in the file's header.
+        "class" there is its name in :mod:`cpc_ext.models`, "encoder" that class's keyword arguments as JSON.
+        """
+        weights = {name: value.contiguous() for name, value in self.model.encoder.state_dict().items()}
+        view = {name: value for name, value in asdict(self._view).items() if name not in _OF_TRAINING}
+        metadata = {
+            "format": "pt",
+            "cpc_ext": __version__,
+            "class": self._encoder_spec.kind.__name__,
+            "encoder": json.dumps(self._encoder_spec.arguments),
+            "view": json.dumps(view),
+            "config": json.dumps(self._config.model_dump(mode="json")),
+        }
+        with atomic_file(run.encoder) as file:
+            write_safetensors(file, weights, metadata)
+        self._save_figures(run)
 
-    "class" there is its name in :mod:`cpc_ext.models`, "encoder" that class's keyword arguments as JSON.
+    def _shown(self, count: int) -> tuple[Tensor, np.ndarray | None]:
+        """At most ``count`` images for a figure, from all of those that were not trained on, where there are any.
 
-    OSError where that fails.
-    """
-    weights = {name: value.contiguous() for name, value in encoder.state_dict().items()}
-    metadata = {
-        "format": "pt",
-        "cpc_ext": __version__,
-        "class": spec.kind.__name__,
-        "encoder": json.dumps(spec.arguments),
-        "view": json.dumps({name: value for name, value in asdict(view).items() if name not in _OF_TRAINING}),
-        "config": json.dumps(config.model_dump(mode="json")),
+        Returns:
+            uint8 [N, C, H, W] on the device, and labels [N] where they have any.
+        """
+        shown = self._dataset.pretrain if self._dataset.test is None else self._dataset.test
+        chosen = spread(count, len(shown))
+        images = ImageFetcher(shown, self._device, resident=False)(chosen)
+        return images, None if shown.labels is None else shown.labels[chosen]
+
+
+def guessing(*keys: int) -> dict[str, float]:
+    """Loss and accuracy where all keys are found equally likely, the mean over predictions with so many keys each."""
+    return {
+        "loss": sum(math.log(count) for count in keys) / len(keys),
+        "accuracy": sum(1 / count for count in keys) / len(keys),
     }
-    with atomic_file(run.encoder) as file:
-        write_safetensors(file, weights, metadata)
+
+
+def save_curves(run: RunDir, guess: dict[str, float], *, loss: str) -> None:
+    """Draw what was logged of a contrastive loss, called ``loss``, beside that of guessing."""
+    metrics = read_metrics(run.metrics, having=("loss", "accuracy"))
+    if metrics:
+        figure = figures.curves(metrics, guess, loss=loss, accuracy="contrastive accuracy")
+        figures.save(run.path / "curves.png", figure)

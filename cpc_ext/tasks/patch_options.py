@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from cpc_ext.tasks.encoder_options import EncoderConfig, EncoderSection
+from cpc_ext.tasks.encoder_options import ContrastSection, EncoderConfig, EncoderSection
 from cpc_ext.training.config import MOST, Section
 
 __all__ = ["PredictionConfig", "PredictionSection", "ViewSection"]
@@ -66,7 +66,7 @@ class ViewSection(Section):
         return self
 
 
-class PredictionSection(EncoderSection):
+class PredictionSection(ContrastSection, EncoderSection):  # Fields of the last come first.
     """What both versions of contrastive predictive coding share."""
 
     context_layers: int = Field(
@@ -84,6 +84,8 @@ class PredictionSection(EncoderSection):
 
 
 class PredictionConfig(EncoderConfig):
+    """A run of a model that predicts patches."""
+
     view: ViewSection = Field(default_factory=ViewSection)
     cpc: PredictionSection
 

@@ -23,7 +23,7 @@ from cpc_ext.models.pixels.pixel_model import PixelModel
 from cpc_ext.tasks.pixel_options import PixelConfig
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.precision import autocast
-from cpc_ext.training.random_streams import RandomStreams
+from cpc_ext.training.random_streams import RandomStreams, seeded
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.run_log import read_metrics
 from cpc_ext.training.safetensors_file import write_safetensors
@@ -73,8 +73,7 @@ class PixelTask(Task):
         self._test = dataset.test
         self._device = device
         self._check_options()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.compute.seed)
+        with seeded(config.compute.seed):
             self.model = build_pixel_model(self.description()).to(device)
         try:
             self.model.check_size(*dataset.image_shape[1:])

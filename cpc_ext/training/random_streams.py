@@ -7,13 +7,23 @@ among them: it follows from the seed and the epoch's number.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from cpc_ext.data import BatchShare
 
-__all__ = ["RandomStreams"]
+__all__ = ["RandomStreams", "seeded"]
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """PyTorch's own generator draws the numbers of a seed, as for initial weights, and is then as it was before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 class RandomStreams:

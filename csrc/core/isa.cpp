@@ -43,6 +43,12 @@ Isa isa() {
   return chosen;
 }
 
-const char* isa_name() { return kNames[static_cast<int>(isa())]; }
+const char* isa_name() {
+  const char* name = kNames[static_cast<int>(isa())];
+#ifdef CPC_ONE_ISA
+  name = "native";
+#endif
+  return name;
+}
 
 }  // namespace cpc

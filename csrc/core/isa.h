@@ -10,6 +10,7 @@ enum class Isa { baseline, avx2, avx512, avx512_bf16 };
 
 // The best level this processor has; the environment variable CPC_EXT_ISA=NAME lowers it.
 Isa isa();
+// What the kernels in use are compiled for: the level's name, or "native" with CPC_ONE_ISA.
 const char* isa_name();
 
 // Declare a kernel at each level, or one without products of bfloat16. Macros, because the same declaration goes into

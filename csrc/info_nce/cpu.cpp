@@ -18,6 +18,7 @@
 #include "core/simd_math.h"
 #include "core/workspace.h"
 #include "info_nce/info_nce.h"
+#include "info_nce/outcome.h"
 
 namespace cpc::info_nce::cpu::CPC_ISA {
 namespace {
@@ -45,25 +46,6 @@ template <class S, class Storage>
 void widen_run(S* to, const Storage* from, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
 }
-
-// What a row's scores come to: of the positive's score, and of the largest of the others' and the sum of their powers
-// of e relative to it.
-template <class S>
-struct Outcome {
-  S loss, right;
-  S inverse;  // The inverse of the sum of all powers, relative to the largest of the others.
-
-  Outcome(S positive, S largest, S sum) {
-    constexpr S kInfinity = std::numeric_limits<S>::infinity();
-    // How far the others lie above the positive: small losses keep their precision.
-    const double above = largest + std::log(double{sum}) - positive;
-    loss = static_cast<S>(above > 0 ? above + std::log1p(std::exp(-above)) : std::log1p(std::exp(above)));
-    if (positive == kInfinity) loss = std::numeric_limits<S>::quiet_NaN();
-    const bool others = sum > 0 || largest > -std::numeric_limits<S>::max();
-    right = sum < kInfinity && (positive > largest || !others);
-    inverse = 1 / (sum + std::exp(positive - largest));
-  }
-};
 
 // --- All keys ---
 
@@ -265,7 +247,7 @@ class AllKeys {
       const Storage* const query = problem_.queries.template as<Storage>() + (call.entry * m_ + rows.first + row) * d_;
       for (int64_t k = 0; k < d_; ++k) by_feature[k * columns + c] = scale * widen(query[k]);
       if (!wants_keys()) continue;
-      const bool counts = weight_of(call.entry * m_ + rows.first + row) != 0;
+      const bool counts = weight_of_row(call.entry * m_ + rows.first + row) != 0;
       for (int64_t k = 0; k < d_; k += kColumns) {
         const int64_t width = divide_up(std::min(kColumns, d_ - k), kLane) * kLane;
         S* const out = call.buffers.by_query + k * rows_ + row * width;
@@ -324,72 +306,68 @@ class AllKeys {
       const int64_t target = target_of(call, rows.first + row) - begin;
       if (target >= 0 && target < keys) {
         call.buffers.positives[row] = scores[target * columns + c];
-        scores[target * columns + c] = -std::numeric_limits<S>::infinity();
+        scores[target * columns + c] = -kInfinity<S>;
       }
       if (problem_.exclude.ndim == 0) continue;
       const int64_t left_out = problem_.exclude.template as<int64_t>()[call.entry * m_ + rows.first + row] - begin;
-      if (left_out >= 0 && left_out < keys) scores[left_out * columns + c] = -std::numeric_limits<S>::infinity();
+      if (left_out >= 0 && left_out < keys) scores[left_out * columns + c] = -kInfinity<S>;
     }
   }
 
   // Scores to powers of e relative to the largest, and their sums.
   void exponentiate(const Call& call, const Rows& rows, int64_t block, int64_t panel, S* scores) const {
-    constexpr S kLargest = std::numeric_limits<S>::max();
     const int64_t keys = keys_of(block), columns = rows.columns(panel);
     const int64_t stats = block * panels_ * kColumns + panel * kColumns;
     for (int64_t c = 0; c < columns; c += kLane) {
-      R largest = R{} - std::numeric_limits<S>::infinity(), sum = {};
+      R largest = R{} - kInfinity<S>, sum = {};
       for (int64_t key = 0; key < keys; ++key) {
         const R v = load_register(scores + key * columns + c);
         largest = v > largest ? v : largest;
       }
-      // Infinite scores have infinite sums, and only such have sums that are not numbers.
-      const R finite = largest > kLargest ? R{} + kLargest : largest < -kLargest ? R{} - kLargest : largest;
+      largest = finite<S>(largest);
       for (int64_t key = 0; key < keys; ++key) {
-        const R v = exp_below_zero(load_register(scores + key * columns + c) - finite);
+        const R v = exp_below_zero(load_register(scores + key * columns + c) - largest);
         sum += v;
         store_register(scores + key * columns + c, v);
       }
-      store_register(call.buffers.maxima + stats + c, finite);
+      store_register(call.buffers.maxima + stats + c, largest);
       store_register(call.buffers.sums + stats + c, sum);
     }
   }
 
   // From the blocks' maxima and sums to losses, and to the factors between powers and the gradients' weights.
   void finish_rows(const Call& call, const Rows& rows, int64_t panel) const {
-    constexpr S kNone = -std::numeric_limits<S>::max();
     const Buffers& b = call.buffers;
     const int64_t pitch = panels_ * kColumns, in = rows.in(panel);
     for (int64_t c = 0; c < rows.columns(panel); c += kLane) {
       const int64_t at = panel * kColumns + c;
-      R largest = R{} + kNone, sum = {};
+      R largest = R{} - kLargest<S>, sum = {};
       for (int64_t block = 0; block < blocks_; ++block) {
         const R v = load_register(b.maxima + block * pitch + at);
         largest = v > largest ? v : largest;
       }
       for (int64_t block = 0; block < blocks_; ++block)
         sum += load_register(b.sums + block * pitch + at) * exp(load_register(b.maxima + block * pitch + at) - largest);
-      R inverse = {};  // The inverse of the sum with the positive, times the row's weight.
+      R factors = {};  // From powers relative to the largest of all blocks to weights.
       for (int64_t i = 0; i < kLane && c + i < in; ++i) {
         const int64_t row = call.entry * m_ + rows.first + at + i;
-        const Outcome<S> outcome(b.positives[at + i], largest[i], sum[i]);
+        const Outcome<S> outcome{b.positives[at + i], largest[i], sum[i]};
         if (problem_.losses.ndim != 0) {
-          problem_.losses.template as<S>()[row] = outcome.loss;
-          problem_.right.template as<S>()[row] = outcome.right;
+          problem_.losses.template as<S>()[row] = outcome.loss();
+          problem_.right.template as<S>()[row] = outcome.right();
         }
-        const S weight = weight_of(row);
-        inverse[i] = weight == 0 ? S{} : outcome.inverse * weight;
+        factors[i] = outcome.factor_of_others(weight_of_row(row));
+        b.targets_weight[at + i] = outcome.weight_of_positive(factors[i]);
       }
       if (!problem_.wants_gradients()) continue;
-      for (int64_t i = 0; i < kLane; ++i) b.targets_weight[at + i] = inverse[i] == 0 ? S{} : -sum[i] * inverse[i];
       // What all blocks below this leave out together is less than the sums resolve.
       const R small = sum * (std::numeric_limits<S>::epsilon() / 8 / static_cast<S>(blocks_));
       for (int64_t block = 0; block < blocks_; ++block) {
         const R share = exp(load_register(b.maxima + block * pitch + at) - largest);
-        store_register(b.factors + block * pitch + at, share * inverse);
+        store_register(b.factors + block * pitch + at, share * factors);
         const R mass = load_register(b.sums + block * pitch + at) * share;
         char needed = 0;
-        for (int64_t i = 0; i < kLane && c + i < in; ++i) needed |= !(mass[i] <= small[i]) && inverse[i] != 0;
+        for (int64_t i = 0; i < kLane && c + i < in; ++i) needed |= !(mass[i] <= small[i]) && factors[i] != 0;
         char& of_panel = b.needed[block * panels_ + panel];
         of_panel = c == 0 ? needed : of_panel | needed;
       }
@@ -400,9 +378,8 @@ class AllKeys {
     }
   }
 
-  S weight_of(int64_t row) const {
-    const S factor = static_cast<S>(problem_.factor);
-    return problem_.row_weights.ndim == 0 ? factor : factor * problem_.row_weights.template as<S>()[row];
+  S weight_of_row(int64_t row) const {
+    return weight_of(row, static_cast<S>(problem_.factor), problem_.row_weights.template as<const S>());
   }
 
   // Powers to weights of the gradients.
@@ -496,7 +473,7 @@ class AllKeys {
     for (int64_t c = 0; c < rows.in(panel); ++c) {
       Storage* const to =
           problem_.grad_queries.template as<Storage>() + (call.entry * m_ + rows.first + panel * kColumns + c) * d_;
-      const bool counts = weight_of(call.entry * m_ + rows.first + panel * kColumns + c) != 0;
+      const bool counts = weight_of_row(call.entry * m_ + rows.first + panel * kColumns + c) != 0;
       for (int64_t k = begin; k < end; ++k) to[k] = counts ? narrow<Storage>(scale * sums[k * columns + c]) : Storage{};
     }
   }
@@ -631,7 +608,6 @@ class Sampled {
   }
 
   void contrast(const Buffers& b, const S* queries, const S* keys, int64_t row) const {
-    constexpr S kLowest = -std::numeric_limits<S>::max(), kInfinity = std::numeric_limits<S>::infinity();
     const int64_t samples = pairs_ - 1, m = problem_.rows(), first = row / m * problem_.keys_count();
     const int64_t target = problem_.targets.ndim == 0 ? row % m : problem_.targets.template as<int64_t>()[row];
     const int64_t left_out = problem_.exclude.ndim == 0 ? -1 : problem_.exclude.template as<int64_t>()[row];
@@ -642,33 +618,25 @@ class Sampled {
     int64_t* const named = b.named + row * pairs_;
     named[0] = first + target;
     const S positive = scale * dot(query, keys + named[0] * d_);
-    // The largest of all negatives' scores, and of those of other keys than the positive.
-    S largest = kLowest, rival = kLowest;
-    bool rivals = false, nan = false;
+    Negatives<S> scores;
     for (int64_t s = 0; s < samples; ++s) {
       named[s + 1] = first + negatives[s];
-      S score = scale * dot(query, keys + named[s + 1] * d_);
-      if (negatives[s] == left_out) score = -kInfinity;
-      weights[s + 1] = score;
-      largest = std::max(largest, std::min(score, std::numeric_limits<S>::max()));
-      if (negatives[s] == target || negatives[s] == left_out) continue;
-      rivals = true;
-      nan |= score != score;
-      rival = std::max(rival, score);
+      S& score = weights[s + 1];
+      score = negatives[s] == left_out ? -kInfinity<S> : scale * dot(query, keys + named[s + 1] * d_);
+      scores.add(score, negatives[s] != target && negatives[s] != left_out);
     }
     S sum = 0;
-    for (int64_t s = 1; s < pairs_; ++s) sum += weights[s] = std::exp(weights[s] - largest);
-    const Outcome<S> outcome(positive, largest, sum);
+    for (int64_t s = 1; s < pairs_; ++s) sum += weights[s] = std::exp(weights[s] - scores.largest);
+    const Outcome<S> outcome{positive, scores.largest, sum};
     if (problem_.losses.ndim != 0) {
-      problem_.losses.template as<S>()[row] = outcome.loss;
-      problem_.right.template as<S>()[row] = !nan && (positive > rival || !rivals);
+      problem_.losses.template as<S>()[row] = outcome.loss();
+      problem_.right.template as<S>()[row] = scores.right(positive);
     }
     if (!problem_.wants_gradients()) return;
-    S factor = static_cast<S>(problem_.factor);
-    if (problem_.row_weights.ndim != 0) factor *= problem_.row_weights.template as<S>()[row];
-    const S inverse = factor == 0 ? 0 : outcome.inverse * factor * scale;
-    weights[0] = inverse == 0 ? 0 : -sum * inverse;
-    for (int64_t s = 1; s < pairs_; ++s) weights[s] = inverse == 0 ? S{} : weights[s] * inverse;
+    const auto* const row_weights = problem_.row_weights.template as<const S>();
+    const S factor = outcome.factor_of_others(weight_of(row, static_cast<S>(problem_.factor), row_weights)) * scale;
+    weights[0] = outcome.weight_of_positive(factor);
+    for (int64_t s = 1; s < pairs_; ++s) weights[s] = factor == 0 ? S{} : weights[s] * factor;
     if (problem_.grad_queries.ndim != 0)
       sum_rows(problem_.grad_queries.template as<Storage>() + row * d_, pairs_,
                [&](int64_t i) { return std::pair(weights[i], keys + named[i] * d_); });

@@ -10,11 +10,13 @@
 #include <stdexcept>
 #include <type_traits>
 
+#include "core/cuda/async_copy.cuh"
 #include "core/cuda/device.h"
 #include "core/cuda/kernel.cuh"
-#include "core/cuda/mma.cuh"
+#include "core/cuda/warp_product.cuh"
 #include "core/workspace.h"
 #include "info_nce/info_nce.h"
+#include "info_nce/outcome.h"
 
 namespace cpc::info_nce::cuda {
 namespace {
@@ -23,214 +25,93 @@ using namespace cpc::cuda;
 
 // --- A block's product: a tile of 64 x 64, by warps of 32 x 32 ---
 
-constexpr int kTile = 64, kThreads = 128, kWarpTile = 32, kWarpsAcross = kTile / kWarpTile;
-constexpr int kSliceBytes = 64;  // The bytes of a row's depth that the block holds at a time.
-constexpr int kChunkBytes = 16;
+constexpr int kTile = 64, kThreads = 128, kRowTiles = 2, kWarpsAcross = kTile / kWarpColumns;
+// While one slice is multiplied, the next is in shared memory and the one after that on its way to registers.
+constexpr int kStages = 2, kTileBytes = kTile * kSliceBytes, kStageBytes = 2 * kTileBytes;
 
-// How operands are multiplied: Value is what shared memory holds, Sum what products are summed in.
-struct InFloat {
-  using Value = float;
-  using Sum = float;
-};
-struct InDouble {
-  using Value = double;
-  using Sum = double;
-};
-struct InTf32 {  // For float, and for float16, whose values it holds exactly and whose small weights it does not lose.
-  using Value = float;
-  using Sum = float;
-};
-struct InBFloat16 {
-  using Value = BFloat16;
-  using Sum = float;
-};
-
-template <class Math>
-constexpr int kSlice = kSliceBytes / sizeof(typename Math::Value);
-template <class Value>
-constexpr int kChunk = kChunkBytes / sizeof(Value);
 template <class Value>
 using Chunk = Pack<Value, kChunk<Value>>;
+template <class Math>
+using Sums = WarpSums<Math, kRowTiles>;
+template <class T>
+constexpr T kNan = std::numeric_limits<T>::quiet_NaN();
 
-// An operand's slice in shared memory. Along: [64 rows or columns][depth], else [depth][64]. Rows are padded so that
-// the lanes of a fragment meet different banks.
-template <class Math, bool kAlong>
-struct Slice {
-  using Value = typename Math::Value;
-  static constexpr int kPadding = kAlong || sizeof(Value) == 2 ? 16 : 32;
-  static constexpr int kRows = kAlong ? kTile : kSlice<Math>, kColumns = kAlong ? kSlice<Math> : kTile;
-  static constexpr int kPitch = kColumns + kPadding / static_cast<int>(sizeof(Value));
-  static constexpr int kBytes = kRows * kPitch * static_cast<int>(sizeof(Value));
-  static constexpr int kChunksOfRow = kColumns / kChunk<Value>;
-  static constexpr int kChunks = kRows * kChunksOfRow / kThreads;  // Chunks of a thread.
+// A thread's share of an operand's slices on their way through registers. load(i, k) gives the chunk of the operand's
+// layout that begins at element i of the tile's side and depth k.
+template <class Operand, class Chunk, class Load>
+class Slices {
+ public:
+  __device__ explicit Slices(const Load& load) : load_(load) {}
+  __device__ void fetch(int64_t depth) {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) held_[c] = load_(place(c).side, depth + place(c).depth);
+  }
+  __device__ void store(unsigned char* tile) const {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) *reinterpret_cast<Chunk*>(tile + place(c).at) = held_[c];
+  }
 
-  // Element `i` of the tile's side at depth k.
-  __device__ static int at(int i, int k) { return kAlong ? i * kPitch + k : k * kPitch + i; }
+ private:
+  static constexpr int kChunks = kTileBytes / kChunkBytes / kThreads;
+  __device__ static ChunkPlace place(int c) { return Operand::chunk(static_cast<int>(threadIdx.x) + c * kThreads); }
+
+  const Load& load_;
+  Chunk held_[kChunks];
 };
 
-// Sums of a lane, of the warp's 2 x 4 tiles of 16 x 8: see mma.cuh.
-template <class Math>
-using Sums = typename Math::Sum[2][4][4];
+__device__ inline int warp_row() { return threadIdx.x / kWarp / kWarpsAcross * (16 * kRowTiles); }
+__device__ inline int warp_column() { return threadIdx.x / kWarp % kWarpsAcross * kWarpColumns; }
 
-// Four 8 x 8 matrices from a slice, whose elements lie (i, k), (i + 8 * i_step, k + 8 * k_step) and so on.
-template <class Math, bool kAlong>
-__device__ void load_fragments(uint32_t (&r)[4], const BFloat16* slice, int i, int k, bool i_first) {
-  using S = Slice<Math, kAlong>;
-  const int lane = threadIdx.x % kWarp, row = lane % 8, matrix = lane / 8;
-  i += (i_first ? matrix % 2 : matrix / 2) * 8;
-  k += (i_first ? matrix / 2 : matrix % 2) * 8;
-  if constexpr (kAlong)
-    load_matrices<false>(r, slice + S::at(i + row, k));
-  else
-    load_matrices<true>(r, slice + S::at(i, k + row));
-}
-
-template <class Math, bool kAAlong, bool kBAlong>
-__device__ void multiply_slice(Sums<Math>& sums, const typename Math::Value* a, const typename Math::Value* b) {
-  using A = Slice<Math, kAAlong>;
-  using B = Slice<Math, kBAlong>;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
-  const int row = warp / kWarpsAcross * kWarpTile, column = warp % kWarpsAcross * kWarpTile;
-  if constexpr (std::is_same_v<Math, InBFloat16>) {
-#pragma unroll
-    for (int k = 0; k < kSlice<Math>; k += 16) {
-      uint32_t left[2][4], right[2][4];  // Operands of two tiles of columns each.
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        load_fragments<Math, kAAlong>(left[i], a, row + 16 * i, k, true);
-        load_fragments<Math, kBAlong>(right[i], b, column + 16 * i, k, false);
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const uint32_t pair[2] = {right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]};
-          multiply_add<BFloat16>(sums[i][j], left[i], pair);
-        }
-    }
-  } else if constexpr (std::is_same_v<Math, InTf32>) {
-    const auto bits = [](float v) { return static_cast<uint32_t>(__float_as_int(v)); };
-#pragma unroll
-    for (int k = 0; k < kSlice<Math>; k += 8) {
-      uint32_t left[2][4], right[4][2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) left[i][e] = bits(a[A::at(row + 16 * i + e % 2 * 8 + g, k + e / 2 * 4 + t)]);
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) right[j][e] = bits(b[B::at(column + 8 * j + g, k + 4 * e + t)]);
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) multiply_add<float>(sums[i][j], left[i], right[j]);
-    }
-  } else {
-#pragma unroll
-    for (int k = 0; k < kSlice<Math>; ++k) {
-      typename Math::Value left[4], right[8];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) left[i] = a[A::at(row + 8 * i + g, k)];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) right[j] = b[B::at(column + j / 2 * 8 + 2 * t + j % 2, k)];
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int j = 0; j < 8; ++j) sums[i / 2][j / 2][i % 2 * 2 + j % 2] += left[i] * right[j];
-    }
-  }
-}
-
-// sums += A B over `depth`. load_a(row, column) and load_b give the chunk of a slice's layout that begins there, rows
-// or columns that go along the depth counted from its beginning. The next slice is on its way while one is multiplied.
-template <class Math, bool kAAlong, bool kBAlong, class LoadA, class LoadB>
+// sums += A B over `depth`, of operands that load_a and load_b give, chunk by chunk.
+template <class Math, class A, class B, class LoadA, class LoadB>
 __device__ void multiply(Sums<Math>& sums, int64_t depth, const LoadA& load_a, const LoadB& load_b) {
   using Value = typename Math::Value;
-  using A = Slice<Math, kAAlong>;
-  using B = Slice<Math, kBAlong>;
-  auto* const a = reinterpret_cast<Value*>(dynamic_shared());
-  auto* const b = reinterpret_cast<Value*>(dynamic_shared() + A::kBytes);
-  Chunk<Value> next_a[A::kChunks], next_b[B::kChunks];
-  const auto load = [&](int64_t k) {
-#pragma unroll
-    for (int c = 0; c < A::kChunks; ++c) {
-      const int chunk = static_cast<int>(threadIdx.x) + c * kThreads;
-      const int row = chunk / A::kChunksOfRow, column = chunk % A::kChunksOfRow * kChunk<Value>;
-      next_a[c] = load_a(row + (kAAlong ? 0 : k), column + (kAAlong ? k : 0));
-    }
-#pragma unroll
-    for (int c = 0; c < B::kChunks; ++c) {
-      const int chunk = static_cast<int>(threadIdx.x) + c * kThreads;
-      const int row = chunk / B::kChunksOfRow, column = chunk % B::kChunksOfRow * kChunk<Value>;
-      next_b[c] = load_b(row + (kBAlong ? 0 : k), column + (kBAlong ? k : 0));
-    }
+  Slices<A, Chunk<Value>, LoadA> a(load_a);
+  Slices<B, Chunk<Value>, LoadB> b(load_b);
+  int64_t begin = 0;
+  const auto fetch = [&] {
+    if (begin >= depth) return;
+    a.fetch(begin);
+    b.fetch(begin);
   };
-  const auto store = [&](auto slice, Value* to, const auto& chunks) {
-    using S = decltype(slice);
-#pragma unroll
-    for (int c = 0; c < S::kChunks; ++c) {
-      const int chunk = static_cast<int>(threadIdx.x) + c * kThreads;
-      pack_at<kChunk<Value>>(to + chunk / S::kChunksOfRow * S::kPitch + chunk % S::kChunksOfRow * kChunk<Value>) =
-          chunks[c];
-    }
-  };
-  if (depth > 0) load(0);
-  for (int64_t k = 0; k < depth; k += kSlice<Math>) {
-    __syncthreads();  // The last slice has been multiplied.
-    store(A{}, a, next_a);
-    store(B{}, b, next_b);
-    __syncthreads();
-    if (k + kSlice<Math> < depth) load(k + kSlice<Math>);
-    multiply_slice<Math, kAAlong, kBAlong>(sums, a, b);
-  }
+  fetch();
+  pipeline<kStages>(
+      [&](int stage) {
+        if (begin >= depth) return false;
+        unsigned char* const tiles = dynamic_shared() + stage * kStageBytes;
+        a.store(tiles);
+        b.store(tiles + kTileBytes);
+        begin += kDepth<Value>;
+        fetch();
+        return true;
+      },
+      [&](int stage) {
+        const unsigned char* const tiles = dynamic_shared() + stage * kStageBytes;
+        add_product<Math, kRowTiles>(sums, A(tiles, warp_row()), B(tiles + kTileBytes, warp_column()));
+      });
+  __syncthreads();  // Shared memory is free again.
 }
 
 // Calls use(row, column, value) for each sum of the lane.
 template <class Math, class Use>
 __device__ void each_sum(const Sums<Math>& sums, const Use& use) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
+  const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
 #pragma unroll
-  for (int i = 0; i < 2; ++i)
+  for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
     for (int j = 0; j < 4; ++j)
 #pragma unroll
-      for (int e = 0; e < 4; ++e)
-        use(warp / kWarpsAcross * kWarpTile + 16 * i + e / 2 * 8 + g,
-            warp % kWarpsAcross * kWarpTile + 8 * j + 2 * t + e % 2, sums[i][j][e]);
-}
-
-template <class Math, class Real>
-__device__ typename Math::Value to_value(Real v) {
-  if constexpr (std::is_same_v<Math, InTf32>)
-    return __int_as_float(static_cast<int>(to_tf32(static_cast<float>(v))));
-  else
-    return Narrow<typename Math::Value>::from(v);
+      for (int r = 0; r < 4; ++r)
+        use(warp_row() + 16 * i + 8 * (r / 2) + g, warp_column() + 8 * j + 2 * t + r % 2, sums[i][j][r]);
 }
 
 // Columns from `column` on of a row of [rows, d], zeros outside.
-template <class Math, class T>
-__device__ Chunk<typename Math::Value> load_chunk(const T* matrix, int64_t row, int64_t rows, int64_t column, int64_t d,
-                                                  bool whole) {
-  using Value = typename Math::Value;
-  constexpr bool kAsIs = std::is_same_v<T, Value> && !std::is_same_v<Math, InTf32>;
+template <class Value, class T>
+__device__ Chunk<Value> load_chunk(const T* matrix, int64_t row, int64_t rows, int64_t column, int64_t d) {
+  constexpr int kCount = kChunk<Value>;
   Chunk<Value> chunk = {};
-  if (row >= rows) return chunk;
-  const T* const from = matrix + row * d + column;
-  if (whole) {
-    if (column >= d) return chunk;
-    const auto& values = pack_at<kChunk<Value>>(from);
-    if constexpr (kAsIs) {
-      return values;
-    } else {
-#pragma unroll
-      for (int i = 0; i < kChunk<Value>; ++i) chunk.v[i] = to_value<Math>(widen<typename Math::Sum>(values.v[i]));
-      return chunk;
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kChunk<Value>; ++i)
-    if (column + i < d) chunk.v[i] = to_value<Math>(widen<typename Math::Sum>(from[i]));
+  const int64_t left = d - column;
+  if (row < rows) load_run(chunk.v, matrix + row * d + column, 1, static_cast<int>(left < kCount ? left : kCount));
   return chunk;
 }
 
@@ -256,7 +137,6 @@ struct Arguments {
   // The depth of the queries' gradient is summed in parts, for enough blocks.
   int64_t query_parts, part_keys;
   Sum scale, factor;
-  bool whole;  // Chunks of rows of D are whole and aligned.
   bool gradients;
   bool adds_queries, adds_keys, ends_keys;  // To what is in memory; to the tensor.
 
@@ -271,101 +151,96 @@ struct Arguments {
   __device__ int64_t left_out(int64_t entry, int64_t row) const {
     return exclude != nullptr ? key(exclude[row_index(entry, row)]) : -1;
   }
-  // Whether a row has a weight; what is in one that has none does not matter.
-  __device__ bool counts(int64_t entry, int64_t row) const {
-    return row_weights == nullptr || row_weights[row_index(entry, row)] != 0;
+  __device__ Sum weight(int64_t entry, int64_t row) const {
+    return weight_of(row_index(entry, row), factor, row_weights);
   }
   __device__ int64_t stat(int64_t entry, int64_t tile, int64_t row) const {
     return (entry * key_tiles + tile) * pitch_rows + row;
   }
 };
 
-template <class Real>
-constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
-template <class Real>
-constexpr Real kLargest = std::numeric_limits<Real>::max();
+// Scores of a tile, in shared memory.
+template <class Sum>
+class TileScores {
+  static constexpr int kPitch = kTile + 2;
 
-// A tile of scores: powers relative to the largest of each row, with the positives and the excluded left out.
+ public:
+  static constexpr int64_t kBytes = kTile * kPitch * sizeof(Sum);
+  __device__ Sum& operator()(int row, int key) const {
+    return reinterpret_cast<Sum*>(dynamic_shared())[row * kPitch + key];
+  }
+};
+
+// Turns scores into powers relative to the largest of each row, with the positives and the excluded left out. The tile
+// begins at row `first_row` of the group and key `first_key` of the chunk.
+template <class T, class Math, class Sum = typename Math::Sum>
+__device__ void exponentiate(const Arguments<T, Math>& a, const TileScores<Sum>& scores, int64_t entry,
+                             int64_t first_row, int64_t first_key) {
+  // Two threads a row, each every other key.
+  const int row = threadIdx.x / 2, half = threadIdx.x % 2;
+  const bool exists = first_row + row < a.rows;
+  const int64_t begin = a.first_key + first_key;
+  const int64_t target = exists ? a.target(entry, first_row + row) - begin : -1;
+  const int64_t left_out = exists ? a.left_out(entry, first_row + row) - begin : -1;
+  Sum largest = -kInfinity<Sum>, sum = 0;
+  for (int key = half; key < kTile; key += 2) {
+    Sum& v = scores(row, key);
+    if (key == target && first_key + key < a.key_count) a.positives[entry * a.pitch_rows + first_row + row] = v;
+    if (key == target || key == left_out || first_key + key >= a.key_count) v = -kInfinity<Sum>;
+    largest = v > largest ? v : largest;
+  }
+  const Sum other = __shfl_xor_sync(0xffffffffu, largest, 1);
+  largest = finite<Sum>(other > largest ? other : largest);
+  for (int key = half; key < kTile; key += 2) {
+    Sum& v = scores(row, key);
+    v = exp(v - largest);
+    sum += v;
+  }
+  sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+  if (half == 0 && exists) {
+    const int64_t at = a.stat(entry, begin / kTile, first_row + row);
+    a.maxima[at] = largest;
+    a.sums[at] = sum;
+  }
+}
+
+// A tile of scores as powers, which the gradients need, and the tile's maxima and sums.
 template <class T, class Math>
 __global__ void __launch_bounds__(kThreads) score(const __grid_constant__ Arguments<T, Math> a) {
   using Sum = typename Math::Sum;
   using Value = typename Math::Value;
-  constexpr int kPitch = kTile + 2;
-  auto* const scores = reinterpret_cast<Sum*>(dynamic_shared());
+  constexpr int kChunksAcross = kTile / kChunk<Value>;
+  constexpr TileScores<Sum> scores{};
   const int64_t row_tiles = divide_up(a.rows, kTile), key_tiles = divide_up(a.key_count, kTile);
   for (int64_t block = blockIdx.x; block < a.entries * row_tiles * key_tiles; block += gridDim.x) {
     const int64_t entry = block / (row_tiles * key_tiles), first_row = block / key_tiles % row_tiles * kTile,
                   first_key = block % key_tiles * kTile;
     const T *const queries = a.query_rows(entry), *const keys = a.key_rows(entry);
     Sums<Math> sums = {};
-    multiply<Math, true, true>(
-        sums, a.d,
-        [&](int64_t row, int64_t k) { return load_chunk<Math>(queries, first_row + row, a.rows, k, a.d, a.whole); },
-        [&](int64_t key, int64_t k) { return load_chunk<Math>(keys, first_key + key, a.key_count, k, a.d, a.whole); });
-    __syncthreads();  // Scores take the slices' place.
-    each_sum<Math>(sums, [&](int row, int key, Sum v) { scores[row * kPitch + key] = a.scale * v; });
+    multiply<Math, DepthInnermost<Value>, DepthInnermost<Value>>(
+        sums, a.d, [&](int64_t row, int64_t k) { return load_chunk<Value>(queries, first_row + row, a.rows, k, a.d); },
+        [&](int64_t key, int64_t k) { return load_chunk<Value>(keys, first_key + key, a.key_count, k, a.d); });
+    each_sum<Math>(sums, [&](int row, int key, Sum v) { scores(row, key) = a.scale * v; });
     __syncthreads();
-    // Two threads a row, each every other key.
-    const int row = threadIdx.x / 2, half = threadIdx.x % 2;
-    const bool exists = first_row + row < a.rows;
-    const int64_t begin = a.first_key + first_key;
-    const int64_t target = exists ? a.target(entry, first_row + row) - begin : -1;
-    const int64_t left_out = exists ? a.left_out(entry, first_row + row) - begin : -1;
-    Sum largest = -kInfinity<Sum>, sum = 0;
-    for (int key = half; key < kTile; key += 2) {
-      Sum& v = scores[row * kPitch + key];
-      if (key == target && first_key + key < a.key_count) a.positives[entry * a.pitch_rows + first_row + row] = v;
-      if (key == target || key == left_out || first_key + key >= a.key_count) v = -kInfinity<Sum>;
-      largest = v > largest ? v : largest;
-    }
-    const Sum other = __shfl_xor_sync(0xffffffffu, largest, 1);
-    largest = other > largest ? other : largest;
-    // Infinite scores have infinite sums, and only such have sums that are not numbers.
-    largest = largest > kLargest<Sum> ? kLargest<Sum> : largest < -kLargest<Sum> ? -kLargest<Sum> : largest;
-    for (int key = half; key < kTile; key += 2) {
-      Sum& v = scores[row * kPitch + key];
-      v = exp(v - largest);
-      sum += v;
-    }
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    if (half == 0 && exists) {
-      const int64_t at = a.stat(entry, begin / kTile, first_row + row);
-      a.maxima[at] = largest;
-      a.sums[at] = sum;
-    }
+    exponentiate(a, scores, entry, first_row, first_key);
     __syncthreads();
-    if (a.gradients)
-      for (int chunk = threadIdx.x; chunk < kTile * kTile / kChunk<Value>; chunk += kThreads) {
-        const int in_row = chunk / (kTile / kChunk<Value>), key = chunk % (kTile / kChunk<Value>)*kChunk<Value>;
-        if (first_row + in_row >= a.rows) continue;
-        Chunk<Value> powers;
+    for (int chunk = threadIdx.x; a.gradients && chunk < kTile * kChunksAcross; chunk += kThreads) {
+      const int row = chunk / kChunksAcross, key = chunk % kChunksAcross * kChunk<Value>;
+      if (first_row + row >= a.rows) continue;
+      Chunk<Value> powers;
 #pragma unroll
-        for (int i = 0; i < kChunk<Value>; ++i) powers.v[i] = Narrow<Value>::from(scores[in_row * kPitch + key + i]);
-        pack_at<kChunk<Value>>(a.powers + (entry * a.pitch_rows + first_row + in_row) * a.pitch_keys + first_key +
-                               key) = powers;
-      }
+      for (int i = 0; i < kChunk<Value>; ++i) powers.v[i] = Narrow<Value>::from(scores(row, key + i));
+      pack_at<kChunk<Value>>(a.powers + (entry * a.pitch_rows + first_row + row) * a.pitch_keys + first_key + key) =
+          powers;
+    }
     __syncthreads();  // The next tile overwrites shared memory.
   }
-}
-
-// What a row's scores come to: see Outcome in cpu.cpp.
-template <class Real>
-__device__ Real loss_of(Real positive, Real largest, Real sum) {
-  const double above = largest + log(static_cast<double>(sum)) - positive;
-  if (positive == kInfinity<Real>) return std::numeric_limits<Real>::quiet_NaN();
-  return static_cast<Real>(above > 0 ? above + log1p(exp(-above)) : log1p(exp(above)));
-}
-template <class Real>
-__device__ bool is_right(Real positive, Real largest, Real sum) {
-  const bool others = sum > 0 || largest > -kLargest<Real>;
-  return sum < kInfinity<Real> && (positive > largest || !others);
 }
 
 // From the tiles' maxima and sums to losses, and to the factors between powers and the gradients' weights.
 template <class T, class Math>
 __global__ void __launch_bounds__(kThreads) finish_rows(const __grid_constant__ Arguments<T, Math> a) {
   using Sum = typename Math::Sum;
-  constexpr Sum kNan = std::numeric_limits<Sum>::quiet_NaN();
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < a.entries * a.rows;
        i += int64_t{gridDim.x} * kThreads) {
     const int64_t entry = i / a.rows, row = i % a.rows, index = a.row_index(entry, row);
@@ -381,22 +256,18 @@ __global__ void __launch_bounds__(kThreads) finish_rows(const __grid_constant__ 
       sum += a.sums[at] * exp(a.maxima[at] - largest);
     }
     const int64_t of_row = entry * a.pitch_rows + row;
-    const Sum positive = valid ? a.positives[of_row] : Sum(0);
+    const Outcome<Sum> outcome{valid ? a.positives[of_row] : Sum(0), largest, sum};
     if (a.losses != nullptr) {
-      a.losses[index] = valid ? loss_of(positive, largest, sum) : kNan;
-      a.right[index] = valid && is_right(positive, largest, sum) ? Sum(1) : Sum(0);
+      a.losses[index] = valid ? outcome.loss() : kNan<Sum>;
+      a.right[index] = valid && outcome.right() ? Sum(1) : Sum(0);
     }
     if (!a.gradients) continue;
-    Sum inverse = 0;
-    if (valid) {
-      const Sum weight = a.row_weights != nullptr ? a.factor * a.row_weights[index] : a.factor;
-      inverse = weight == 0 ? Sum(0) : weight / (sum + exp(positive - largest));
-    }
-    a.target_weights[of_row] = inverse == 0 ? Sum(0) : -sum * inverse;
-    a.row_factors[of_row] = valid ? a.scale : kNan;
+    const Sum factor = valid ? outcome.factor_of_others(a.weight(entry, row)) : Sum(0);
+    a.target_weights[of_row] = outcome.weight_of_positive(factor);
+    a.row_factors[of_row] = valid ? a.scale : kNan<Sum>;
     for (int64_t tile = 0; tile < a.key_tiles; ++tile) {
       const int64_t at = a.stat(entry, tile, row);
-      a.factors[at] = inverse == 0 ? Sum(0) : exp(a.maxima[at] - largest) * inverse;
+      a.factors[at] = exp(a.maxima[at] - largest) * factor;
     }
   }
 }
@@ -410,15 +281,15 @@ __device__ Chunk<typename Math::Value> load_weights(const Arguments<T, Math>& a,
   if (row >= a.rows || key >= a.pitch_keys) return chunk;
   const auto factor = a.factors[a.stat(entry, (a.first_key + key) / kTile, row)];
   if (factor != 0) {  // Else the powers may be anything.
-    const auto& powers = pack_at<kChunk<Value>>(a.powers + (entry * a.pitch_rows + row) * a.pitch_keys + key);
+    const auto powers = pack_at<kChunk<Value>>(a.powers + (entry * a.pitch_rows + row) * a.pitch_keys + key);
 #pragma unroll
     for (int i = 0; i < kChunk<Value>; ++i)
-      chunk.v[i] = to_value<Math>(factor * widen<typename Math::Sum>(powers.v[i]));
+      chunk.v[i] = Narrow<Value>::from(factor * widen<typename Math::Sum>(powers.v[i]));
   }
   const int64_t target = a.target(entry, row) - (a.first_key + key);
 #pragma unroll
   for (int i = 0; i < kChunk<Value>; ++i)
-    if (target == i) chunk.v[i] = to_value<Math>(a.target_weights[entry * a.pitch_rows + row]);
+    if (target == i) chunk.v[i] = Narrow<Value>::from(a.target_weights[entry * a.pitch_rows + row]);
   return chunk;
 }
 
@@ -426,6 +297,7 @@ __device__ Chunk<typename Math::Value> load_weights(const Arguments<T, Math>& a,
 template <class T, class Math>
 __global__ void __launch_bounds__(kThreads) add_to_queries(const __grid_constant__ Arguments<T, Math> a) {
   using Sum = typename Math::Sum;
+  using Value = typename Math::Value;
   const int64_t row_tiles = divide_up(a.rows, kTile), columns = divide_up(a.d, kTile);
   const int64_t tiles = row_tiles * columns, blocks = a.entries * a.query_parts * tiles;
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
@@ -434,12 +306,10 @@ __global__ void __launch_bounds__(kThreads) add_to_queries(const __grid_constant
     const int64_t first_key = part * a.part_keys, left = a.key_count - first_key;
     const T* const keys = a.key_rows(entry);
     Sums<Math> sums = {};
-    multiply<Math, true, false>(
+    multiply<Math, DepthInnermost<Value>, DepthOutermost<Value, kTile>>(
         sums, left < a.part_keys ? left : a.part_keys,
         [&](int64_t row, int64_t key) { return load_weights(a, entry, first_row + row, first_key + key); },
-        [&](int64_t key, int64_t k) {
-          return load_chunk<Math>(keys, first_key + key, a.key_count, first + k, a.d, a.whole);
-        });
+        [&](int64_t k, int64_t key) { return load_chunk<Value>(keys, first_key + key, a.key_count, first + k, a.d); });
     each_sum<Math>(sums, [&](int row, int k, Sum v) {
       const int64_t in_rows = first_row + row, column = first + k;
       if (in_rows >= a.rows || column >= a.d) return;
@@ -460,7 +330,7 @@ __global__ void __launch_bounds__(kThreads) finish_queries(const __grid_constant
     for (int64_t part = 0; part < a.query_parts; ++part)
       total += a.query_sums[((entry * a.query_parts + part) * a.pitch_rows + row) * a.d + column];
     a.grad_queries[a.row_index(entry, row) * a.d + column] =
-        Narrow<T>::from(a.counts(entry, row) ? total * a.row_factors[entry * a.pitch_rows + row] : Sum(0));
+        Narrow<T>::from(a.weight(entry, row) != 0 ? total * a.row_factors[entry * a.pitch_rows + row] : Sum(0));
   }
 }
 
@@ -468,17 +338,18 @@ __global__ void __launch_bounds__(kThreads) finish_queries(const __grid_constant
 template <class T, class Math>
 __global__ void __launch_bounds__(kThreads) add_to_keys(const __grid_constant__ Arguments<T, Math> a) {
   using Sum = typename Math::Sum;
+  using Value = typename Math::Value;
   const int64_t key_tiles = divide_up(a.key_count, kTile), columns = divide_up(a.d, kTile);
   for (int64_t block = blockIdx.x; block < a.entries * key_tiles * columns; block += gridDim.x) {
     const int64_t entry = block / (key_tiles * columns), first_key = block / columns % key_tiles * kTile,
                   first = block % columns * kTile;
     const T* const queries = a.query_rows(entry);
     Sums<Math> sums = {};
-    multiply<Math, false, false>(
-        sums, a.rows, [&](int64_t row, int64_t key) { return load_weights(a, entry, row, first_key + key); },
-        [&](int64_t row, int64_t k) {
-          const bool counts = row < a.rows && a.counts(entry, row);
-          return load_chunk<Math>(queries, row, counts ? a.rows : 0, first + k, a.d, a.whole);
+    multiply<Math, DepthOutermost<Value, kTile>, DepthOutermost<Value, kTile>>(
+        sums, a.rows, [&](int64_t key, int64_t row) { return load_weights(a, entry, row, first_key + key); },
+        [&](int64_t k, int64_t row) {
+          const bool counts = row < a.rows && a.weight(entry, row) != 0;
+          return load_chunk<Value>(queries, row, counts ? a.rows : 0, first + k, a.d);
         });
     each_sum<Math>(sums, [&](int key, int k, Sum v) {
       const int64_t in_chunk = first_key + key, column = first + k;
@@ -492,13 +363,6 @@ __global__ void __launch_bounds__(kThreads) add_to_keys(const __grid_constant__ 
         *sum = v;
     });
   }
-}
-
-// For tensors that no block reaches.
-template <class T>
-__global__ void __launch_bounds__(kThreads) fill_zeros(T* values, int64_t n) {
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < n; i += int64_t{gridDim.x} * kThreads)
-    values[i] = T{};
 }
 
 // Powers of a group of queries: what the second-level cache of an A100 or H100, 40 or 50 MB, holds beside the rest.
@@ -537,11 +401,9 @@ class AllKeys {
   }
 
   void run(void* stream) const {
-    if (m_ == 0) {
-      const int64_t count = problem_.grad_keys.ndim != 0 ? problem_.grad_keys.numel() : 0;
-      return launch("fill_zeros", &fill_zeros<T>, {divide_up(count, kThreads), dim3(kThreads)}, stream,
-                    problem_.grad_keys.as<T>(), count);
-    }
+    const TensorView& grad_keys = problem_.grad_keys;
+    if (m_ == 0)  // No block reaches them.
+      return fill_with_zeros(grad_keys.data, grad_keys.ndim == 0 ? 0 : grad_keys.numel() * int64_t{sizeof(T)}, stream);
     Parts parts(problem_.workspace.as<char>());
     Arguments<T, Math> a = arguments(parts);
     for (a.first_entry = 0; a.first_entry < problem_.batch(); a.first_entry += entries_)
@@ -578,9 +440,6 @@ class AllKeys {
     a.scale = static_cast<Sum>(p.scale);
     a.factor = static_cast<Sum>(p.factor);
     a.gradients = p.wants_gradients();
-    constexpr int64_t kAlignment = kChunk<Value> * sizeof(T);
-    const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kAlignment == 0; };
-    a.whole = d_ % kChunk<Value> == 0 && aligned(a.queries) && aligned(a.keys);
     const int64_t stats = entries_ * a.key_tiles * rows_, of_rows = entries_ * rows_;
     a.powers = parts.take<Value>(a.gradients ? entries_ * rows_ * keys_ : 0);
     a.maxima = parts.take<Sum>(stats);
@@ -596,9 +455,7 @@ class AllKeys {
 
   void group(Arguments<T, Math>& a, void* stream) const {
     const int64_t row_tiles = divide_up(a.rows, kTile), columns = divide_up(d_, kTile);
-    constexpr int64_t kSlices = 2 * Slice<Math, true>::kBytes;
-    static_assert(Slice<Math, false>::kBytes <= Slice<Math, true>::kBytes);
-    constexpr int64_t kScoreBytes = std::max<int64_t>(kSlices, kTile * (kTile + 2) * sizeof(Sum));
+    constexpr int64_t kSlices = kStages * kStageBytes, kScoreBytes = std::max(kSlices, TileScores<Sum>::kBytes);
     const auto each_chunk = [&](const auto& work) {
       for (a.first_key = 0; a.first_key < n_; a.first_key += keys_) {
         a.key_count = std::min(keys_, n_ - a.first_key);
@@ -659,100 +516,103 @@ struct SampledArguments {
 // Columns of a row that a lane sums at a time.
 constexpr int kLaneColumns = 4;
 
+// A warp's sum over i in [0, count) of weight * row, of row_of(i) = (weight, row), and of `sum`, which is 0 or NaN. Rows
+// of weight 0 may hold anything.
+template <class T, class Sum>
+struct WeightedRow {
+  Sum weight;
+  const T* row;
+};
+template <class T, class Sum, class RowOf>
+__device__ void sum_rows(T* to, int64_t d, Sum sum, int64_t count, const RowOf& row_of) {
+  for (int64_t first = threadIdx.x % kWarp; first < d; first += kWarp * kLaneColumns) {
+    Sum sums[kLaneColumns];
+#pragma unroll
+    for (int i = 0; i < kLaneColumns; ++i) sums[i] = sum;
+    for (int64_t n = 0; n < count; ++n) {
+      const WeightedRow<T, Sum> from = row_of(n);
+      if (from.weight == 0) continue;
+#pragma unroll
+      for (int i = 0; i < kLaneColumns; ++i)
+        if (first + i * kWarp < d) sums[i] += from.weight * widen<Sum>(from.row[first + i * kWarp]);
+    }
+#pragma unroll
+    for (int i = 0; i < kLaneColumns; ++i)
+      if (first + i * kWarp < d) to[first + i * kWarp] = Narrow<T>::from(sums[i]);
+  }
+}
+
+// A warp scores a query's pairs; false where an index names no key. The scores of the negatives also go to a.weights,
+// that of pair i from lane i % kWarp.
+template <class T, class Sum>
+__device__ bool score_pairs(const SampledArguments<T, Sum>& a, int64_t row, Sum& positive, Negatives<Sum>& negatives) {
+  const int lane = threadIdx.x % kWarp;
+  const T *const query = a.queries + row * a.d, *const keys = a.keys + row / a.rows * a.n * a.d;
+  const int64_t target = a.key(row, 0), left_out = a.exclude != nullptr ? a.exclude[row] : -1;
+  bool valid = a.exclude == nullptr || (left_out >= 0 && left_out < a.n && left_out != target);
+  for (int64_t pair = 0; pair < a.pairs; ++pair) {
+    const int64_t key = a.key(row, pair);
+    const bool exists = key >= 0 && key < a.n;
+    valid = valid && exists;
+    Sum score = 0;
+    if (exists)
+      for (int64_t k = lane; k < a.d; k += kWarp) score += widen<Sum>(query[k]) * widen<Sum>(keys[key * a.d + k]);
+    score = a.scale * warp_sum(score);
+    if (pair == 0) {
+      positive = score;
+      continue;
+    }
+    if (key == left_out) score = -kInfinity<Sum>;
+    negatives.add(score, key != target && key != left_out);
+    if (lane == pair % kWarp) a.weights[row * a.pairs + pair] = score;
+  }
+  return valid;
+}
+
 // A warp a query.
 template <class T, class Sum>
 __global__ void __launch_bounds__(kThreads) contrast_sampled(const __grid_constant__ SampledArguments<T, Sum> a) {
-  constexpr Sum kNan = std::numeric_limits<Sum>::quiet_NaN();
-  const int lane = threadIdx.x % kWarp;
+  const int lane = threadIdx.x % kWarp, first = lane == 0 ? kWarp : lane;  // Of the lane's negatives.
   for (int64_t row = int64_t{blockIdx.x} * (kThreads / kWarp) + threadIdx.x / kWarp; row < a.all_rows;
        row += int64_t{gridDim.x} * (kThreads / kWarp)) {
-    const T *const query = a.queries + row * a.d, *const keys = a.keys + row / a.rows * a.n * a.d;
-    const int64_t target = a.key(row, 0), left_out = a.exclude != nullptr ? a.exclude[row] : -1;
     Sum* const weights = a.weights + row * a.pairs;
-    bool valid = a.exclude == nullptr || (left_out >= 0 && left_out < a.n && left_out != target);
-    // The largest of all negatives' scores, and of those of other keys than the positive.
-    Sum positive = 0, largest = -kLargest<Sum>, rival = -kLargest<Sum>, sum = 0;
-    bool rivals = false, nan = false;
-    for (int64_t pair = 0; pair < a.pairs; ++pair) {
-      const int64_t key = a.key(row, pair);
-      const bool exists = key >= 0 && key < a.n;
-      valid = valid && exists;
-      Sum score = 0;
-      if (exists)
-        for (int64_t k = lane; k < a.d; k += kWarp) score += widen<Sum>(query[k]) * widen<Sum>(keys[key * a.d + k]);
-      score = a.scale * warp_sum(score);
-      if (pair == 0) {
-        positive = score;
-        continue;
-      }
-      if (key == left_out) score = -kInfinity<Sum>;
-      const Sum finite = score > kLargest<Sum> ? kLargest<Sum> : score;
-      largest = finite > largest ? finite : largest;
-      if (key != target && key != left_out) {
-        rivals = true;
-        nan = nan || score != score;
-        rival = score > rival ? score : rival;
-      }
-      if (lane == pair % kWarp) weights[pair] = score;
-    }
-    for (int64_t pair = lane == 0 ? kWarp : lane; pair < a.pairs; pair += kWarp) {
-      const Sum power = exp(weights[pair] - largest);
+    Negatives<Sum> negatives;
+    Sum positive, sum = 0;
+    const bool valid = score_pairs(a, row, positive, negatives);
+    for (int64_t pair = first; pair < a.pairs; pair += kWarp) {
+      const Sum power = exp(weights[pair] - negatives.largest);
       weights[pair] = power;
       sum += power;
     }
-    sum = warp_sum(sum);
+    const Outcome<Sum> outcome{positive, negatives.largest, warp_sum(sum)};
     if (a.losses != nullptr && lane == 0) {
-      a.losses[row] = valid ? loss_of(positive, largest, sum) : kNan;
-      a.right[row] = valid && !nan && (positive > rival || !rivals) ? Sum(1) : Sum(0);
+      a.losses[row] = valid ? outcome.loss() : kNan<Sum>;
+      a.right[row] = valid && negatives.right(positive) ? Sum(1) : Sum(0);
     }
     if (!a.gradients) continue;
-    const Sum weight = a.row_weights != nullptr ? a.factor * a.row_weights[row] : a.factor;
-    Sum inverse = 0;
-    if (valid && weight != 0) inverse = weight * a.scale / (sum + exp(positive - largest));
-    if (lane == 0) weights[0] = inverse == 0 ? Sum(0) : -sum * inverse;
-    for (int64_t pair = lane == 0 ? kWarp : lane; pair < a.pairs; pair += kWarp)
-      weights[pair] = inverse == 0 ? Sum(0) : weights[pair] * inverse;
+    const Sum weight = weight_of(row, a.factor, a.row_weights);
+    const Sum factor = valid ? outcome.factor_of_others(weight) * a.scale : Sum(0);
+    if (lane == 0) weights[0] = outcome.weight_of_positive(factor);
+    for (int64_t pair = first; pair < a.pairs; pair += kWarp)
+      weights[pair] = factor == 0 ? Sum(0) : weights[pair] * factor;
     __syncwarp();
     if (a.grad_queries == nullptr) continue;
-    for (int64_t first = lane; first < a.d; first += kWarp * kLaneColumns) {
-      Sum sums[kLaneColumns] = {};
-      for (int64_t pair = 0; inverse != 0 && pair < a.pairs; ++pair) {
-        const Sum by = weights[pair];
-        const T* const from = keys + a.key(row, pair) * a.d;
-#pragma unroll
-        for (int i = 0; i < kLaneColumns; ++i)
-          if (first + i * kWarp < a.d) sums[i] += by * widen<Sum>(from[first + i * kWarp]);
-      }
-#pragma unroll
-      for (int i = 0; i < kLaneColumns; ++i)
-        if (first + i * kWarp < a.d)
-          a.grad_queries[row * a.d + first + i * kWarp] = Narrow<T>::from(valid || weight == 0 ? sums[i] : kNan);
-    }
+    const T* const keys = a.keys + row / a.rows * a.n * a.d;
+    sum_rows(a.grad_queries + row * a.d, a.d, valid || weight == 0 ? Sum(0) : kNan<Sum>, factor == 0 ? 0 : a.pairs,
+             [&](int64_t pair) { return WeightedRow<T, Sum>{weights[pair], keys + a.key(row, pair) * a.d}; });
   }
 }
 
 // A warp a key: the queries of its pairs, in order.
 template <class T, class Sum>
 __global__ void __launch_bounds__(kThreads) sum_sampled_keys(const __grid_constant__ SampledArguments<T, Sum> a) {
-  const int lane = threadIdx.x % kWarp;
   for (int64_t key = int64_t{blockIdx.x} * (kThreads / kWarp) + threadIdx.x / kWarp; key < a.all_keys;
        key += int64_t{gridDim.x} * (kThreads / kWarp)) {
-    const int64_t begin = a.segments[key], end = a.segments[key + 1];
-    for (int64_t first = lane; first < a.d; first += kWarp * kLaneColumns) {
-      Sum sums[kLaneColumns] = {};
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t pair = a.order[i];
-        const Sum by = a.weights[pair];
-        if (by == 0) continue;
-        const T* const from = a.queries + pair / a.pairs * a.d;
-#pragma unroll
-        for (int j = 0; j < kLaneColumns; ++j)
-          if (first + j * kWarp < a.d) sums[j] += by * widen<Sum>(from[first + j * kWarp]);
-      }
-#pragma unroll
-      for (int j = 0; j < kLaneColumns; ++j)
-        if (first + j * kWarp < a.d) a.grad_keys[key * a.d + first + j * kWarp] = Narrow<T>::from(sums[j]);
-    }
+    const int64_t begin = a.segments[key];
+    sum_rows(a.grad_keys + key * a.d, a.d, Sum(0), a.segments[key + 1] - begin, [&](int64_t i) {
+      const int64_t pair = a.order[begin + i];
+      return WeightedRow<T, Sum>{a.weights[pair], a.queries + pair / a.pairs * a.d};
+    });
   }
 }
 
@@ -792,12 +652,12 @@ void launch_sampled(const Problem& p, void* stream) {
 template <class Work>
 void with_all_keys(const Problem& problem, const Work& work) {
   switch (problem.queries.dtype) {
-    case DType::bf16: return work(AllKeys<BFloat16, InBFloat16>(problem));
-    case DType::f16: return work(AllKeys<Half, InTf32>(problem));
+    case DType::bf16: return work(AllKeys<BFloat16, TensorCores<BFloat16>>(problem));
+    case DType::f16: return work(AllKeys<Half, TensorCores<float>>(problem));  // TF32 keeps small weights.
     case DType::f32:
-      if (problem.tf32) return work(AllKeys<float, InTf32>(problem));
-      return work(AllKeys<float, InFloat>(problem));
-    default: return work(AllKeys<double, InDouble>(problem));
+      if (problem.tf32) return work(AllKeys<float, TensorCores<float>>(problem));
+      return work(AllKeys<float, MultiplyAdds<float>>(problem));
+    default: return work(AllKeys<double, MultiplyAdds<double>>(problem));
   }
 }
 

@@ -385,8 +385,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
       },
       [&](int stage) {
         const unsigned char* const tiles = stages + stage * Tile::kStageBytes;
-        add_product_of_rows<Math, Tile::kRowTiles>(sums, tiles, warp_row, tiles + Tile::kABytes,
-                                                   warp_panel * kWarpColumns);
+        add_product<Math, Tile::kRowTiles>(sums, DepthInnermost<T>(tiles, warp_row),
+                                           DepthInnermost<T>(tiles + Tile::kABytes, warp_panel * kWarpColumns));
       });
   finish_outputs<Math, Tile::kRowTiles>(a, sums, pixels, warp_row, rows, first_panel + warp_panel);
 }

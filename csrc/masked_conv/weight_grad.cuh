@@ -131,8 +131,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
       },
       [&](int stage) {
         const unsigned char* const tiles = stages + stage * Tile::kStageBytes;
-        add_product_of_columns<Math, Tile::kRowTiles, kWidth, kWidth>(sums, tiles, warp_row, tiles + Tile::kABytes,
-                                                                      warp_column);
+        using Operand = DepthOutermost<T, kWidth>;
+        add_product<Math, Tile::kRowTiles>(sums, Operand(tiles, warp_row), Operand(tiles + Tile::kABytes, warp_column));
       });
 
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;

@@ -82,6 +82,7 @@ def make_stages(out: Path, build: Path, architecture: str, *, quick: bool) -> li
             [(*install, *options, "."), (python, "-c", CHECK_BUILD, str(build))],
             least=30,
         ),
+        Stage("check", [(python, "-m", "cpc_ext", "check")], least=20, most=300, needs=needs),
         Stage(
             "tests",
             [(*pytest, "-q", "--continue-on-collection-errors", f"--junit-xml={junit}")],

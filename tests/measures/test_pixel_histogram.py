@@ -28,6 +28,15 @@ def test_static_histogram_of_few_images_is_that_of_a_colour():
     assert 4 <= bits < 4.15  # Some probability is left for values that never occurred.
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_static_histogram_of_one_image_knows_no_places(seed):
+    rng = np.random.default_rng(seed)
+    train, test = (rng.integers(0, 16, (1, 1, 16, 16)).astype(np.uint8) for _ in range(2))
+    overall = (np.bincount(train.ravel(), minlength=256) + 1) / (train.size + 256)
+    expected = -np.log2(overall[test]).mean()
+    assert static_histogram_bits_per_dim(train, test) == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize(("train_count", "colors"), [(20, 1), (6, 3)])
 def test_static_histogram_is_the_plain_formula(train_count, colors):
     rng = np.random.default_rng(0)

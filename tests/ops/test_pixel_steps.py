@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 
 import pytest
@@ -131,15 +132,60 @@ def test_who_runs_steps():
     assert all(offset.is_meta for offsets in run._offsets for offset in offsets)
 
 
-def test_wrong_steps_are_refused():
+def put(**values):
+    """Changes a step: values are attributes, or functions of the step and its maps that give them."""
+
+    def change(step, maps):
+        for name, value in values.items():
+            setattr(step, name, value(step, maps) if callable(value) else value)
+
+    return change
+
+
+def tap(row, col):
+    return put(sources=lambda step, maps: [step.sources[0]._replace(taps=[(-1, 0), (row, col), (0, -1)])])
+
+
+WRONG = {
+    "level must be one that the images' sides can be halved to, got 3": put(level=3),
+    "weight must be [K, N], got [9]": put(weight=lambda step, maps: step.weight[:, 0]),
+    "weight must be [9, 6], got [8, 6]": put(weight=lambda step, maps: step.weight[1:]),
+    "bias must be [6], got [5]": put(bias=lambda step, maps: step.bias[1:]),
+    "bias must have the type of the other tensors": put(bias=lambda step, maps: step.bias.float()),
+    "image_bias must be [2, 6], got [1, 6]": put(image_bias=lambda step, maps: step.bias[None]),
+    "residual must be [2, 6, 10, 3], got [2, 6, 10, 6]": put(residual=lambda step, maps: maps.make(6, 0)),
+    "gated outputs must be even in number, got 5": put(
+        weight=lambda step, maps: step.weight[:, 1:].contiguous(),
+        bias=lambda step, maps: step.bias[1:].contiguous(),
+        residual=lambda step, maps: maps.make(2, 0),
+    ),
+    "taps must be within the map's border, got (1, 0)": tap(1, 0),
+    "taps must be within the map's border, got (-3, 0)": tap(-3, 0),
+    "taps must be within the map's border, got (0, 2)": tap(0, 2),
+    "a source's scale must be 1 or 2": put(level=2, raw=lambda step, maps: maps.make(6, 2), elu=None),
+    "output_scale must be 0, 1 or 2, got 4": put(
+        level=2,
+        sources=lambda step, maps: [step.sources[0]._replace(map=maps.make(3, 2))],
+    ),
+    "offset must be within the output_scale x output_scale pixels": put(offset=(0, 1)),
+    "a step must have raw or elu to write to": put(raw=None, elu=None),
+    "raw must be [2, 6, 10, 6], got [2, 6, 10, 12]": put(raw=lambda step, maps: maps.make(12, 0)),
+    "elu must be [2, 6, 10, 12], got [2, 6, 10, 6]": put(elu=lambda step, maps: maps.make(6, 0)),
+    "raw must not share memory with elu": put(raw=lambda step, maps: step.elu),
+    "raw must not share memory with residual": put(residual=lambda step, maps: step.raw),
+    "elu must not share memory with a source's map": put(elu=lambda step, maps: step.sources[0].map),
+}
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_steps_are_refused(runner, message):
     maps = random_maps()
-    (step,) = network(maps)[:1]
-    step.weight = step.weight[1:]
-    with pytest.raises(ValueError, match="weight must be"):
-        pixel_steps([step], maps)
-    step.raw = step.elu = None
-    with pytest.raises(ValueError, match="a step must have raw or elu to write to"):
-        pixel_steps([step], maps)
+    step = network(maps)[0]
+    runner([step], maps)
+    WRONG[message](step, maps)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        runner([step], maps)
 
 
 def test_places():

@@ -99,8 +99,8 @@ WRONG = [
     (["convert", "FILE", "--out", "RUN", "--bogus"], 2, "Unrecognized options: --bogus"),
     (["convert", "FILE", "--out", "RUN"], 1, "give either --source"),
     (["info", "--bogus"], 2, "unrecognized arguments: --bogus"),
-    (["information"], 2, "'train', 'evaluate', 'sample', 'embed', 'convert', 'info'"),
-    ([], 2, "usage: cpc-ext [-h] [--version] {train,evaluate,sample,embed,convert,info}"),
+    (["information"], 2, "'train', 'evaluate', 'sample', 'embed', 'convert', 'check', 'info'"),
+    ([], 2, "usage: cpc-ext [-h] [--version] {train,evaluate,sample,embed,convert,check,info}"),
 ]
 
 

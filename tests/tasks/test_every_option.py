@@ -422,12 +422,12 @@ def cache_outputs(model: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir())
     streams = RandomStreams(0, CPU)
     fetch = task.fetcher(CPU, streams)
-    first, second = (task.first_features(fetch(np.arange(8)), streams) for _ in range(2))
+    first, second = (task.inputs(fetch(np.arange(8)), streams) for _ in range(2))
     assert first.shape[:2] == (8 * 25, 8)
     assert torch.equal(first, second)
     uncached = task_of(model, columns(8), train_module=1, resume_from="run", flip=True)
     fetch = uncached.fetcher(CPU, streams)
-    assert not torch.equal(*(uncached.first_features(fetch(np.arange(8)), streams) for _ in range(2)))
+    assert not torch.equal(*(uncached.inputs(fetch(np.arange(8)), streams) for _ in range(2)))
 
 
 def cache_views(model: str, tmp_path: Path) -> None:

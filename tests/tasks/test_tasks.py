@@ -23,7 +23,6 @@ from cpc_ext.data.spread import spread
 from cpc_ext.measures.pixel_histogram import static_histogram_bits_per_dim
 from cpc_ext.tasks import encoder_task as encoders
 from cpc_ext.tasks import pixel_task as pixelcnn
-from cpc_ext.tasks.cpc_v1.task import CPCv1Task
 from cpc_ext.tasks.pixel_task import build_pixel_model
 from cpc_ext.training.distribution import Ranks
 from cpc_ext.training.errors import TrainingError
@@ -183,17 +182,26 @@ def test_curves_of_what_was_logged_beside_guessing(model, options, keys, tmp_pat
     task.save(run)
     name = "curves_by_module" if modules else "curves"
     assert drawn["curves.png"] == name
-    (records, *learning, guessing), _ = drawn[name]
+    (records, *learning, guessing), words = drawn[name]
     assert [record["step"] for record in records] == [0, len(partly) + 2]
     assert learning == ([modules] if modules else [])
     assert guessing == pytest.approx(
         {"loss": np.mean([math.log(key) for key in keys]), "accuracy": np.mean([1 / key for key in keys])}
     )
+    contrastive = {"loss": "NT-Xent loss" if model == "simclr" else "InfoNCE loss", "accuracy": "contrastive accuracy"}
+    assert words == ({"loss": "cross-entropy", "accuracy": "accuracy"} if "objective" in options else contrastive)
     drawn.clear()
     run.metrics.unlink()
     task.save(run)
     assert name not in drawn
     assert drawn["inputs.png"]
+
+
+def test_curves_are_called_what_they_are():
+    records = [{"step": step, "loss": 1.0, "accuracy": 0.5} for step in (1, 2)]
+    guess, words = {"loss": 2.0, "accuracy": 0.1}, {"loss": "entropy", "accuracy": "share found"}
+    for figure in (figures.curves(records, guess, **words), figures.curves_by_module(records, [1], guess, **words)):
+        assert [axes.get_ylabel() for axes in figure.axes] == ["entropy (nats)", "share found"]
 
 
 # Encoders: their figures.
@@ -229,7 +237,7 @@ def test_figures_are_of_the_training_images_where_there_are_no_others(tmp_path, 
 @pytest.mark.parametrize(("grid", "labels"), [(5, True), (4, False)])
 def test_figure_of_the_nearest_patches(grid, labels, tmp_path, drawn, monkeypatch):
     """By the plain formula: of every other image its patch of the largest cosine, and of these images the nearest."""
-    monkeypatch.setattr("cpc_ext.tasks.cpc_v1.task._NEIGHBOUR_IMAGES", 15)
+    monkeypatch.setattr("cpc_ext.tasks.patches._NEIGHBOUR_IMAGES", 15)
     test = ImageSet(images_of(20), np.arange(20) % 2 if labels else None)
     options = {"grid_size": grid, "crop": {5: 24, 4: 20}[grid], "patch_norm": True}
     task = task_of("cpc-v1", test=test, **options)
@@ -308,7 +316,7 @@ def test_encoders_are_judged_beside_their_untrained_selves(monkeypatch):
         return types.SimpleNamespace(accuracy=0.25 * len(seen))
 
     monkeypatch.setattr(encoders, "linear_probe", probe)
-    untrained = task._build()
+    untrained = task.initial_model()
     nn.init.normal_(task.model.encoder.conv1.weight)
     assert task.evaluate() == {
         "probe_accuracy": 0.25,
@@ -385,6 +393,8 @@ def test_views_are_made_in_full_precision(model):
         }
     )
     task._original, task._view = task._view, task_view
+    if model == "greedy-infomax":
+        task.inputs._view = task_view
     streams = RandomStreams(0, CPU)
     images = torch.from_numpy(noise())
     with torch.autocast("cpu", torch.bfloat16):
@@ -409,12 +419,13 @@ def test_views_are_made_in_full_precision(model):
 def test_stems_fit_the_size_of_what_an_encoder_sees(model, options, stem):
     encoder = ENCODER.replace(",stem=cifar", "")
     task = task_class(model)(config_of(model, encoder=encoder, **options), dataset_of(images_of(2, 40)), CPU)
-    arguments = task._encoder_spec().arguments
+    arguments = task._encoder_spec.arguments
     colours = 3 if model == "simclr" or not options.get("gray", True) else 1
     assert (arguments["stem"], arguments["in_channels"]) == (stem, colours)
-    # Which takes patches of one size.
-    task._config = config_of(model, encoder="ln-resnet50", **options)
-    assert task._encoder_spec().arguments["patch_size"] == options.get("patch_size", options.get("view_size"))
+    # One that takes patches of one size.
+    encoder = "ln-resnet101:blocks=1-1,channels=8-16,expansions=2-2,stem_channels=8"
+    task = task_class(model)(config_of(model, encoder=encoder, **options), dataset_of(images_of(2, 40)), CPU)
+    assert task._encoder_spec.arguments["patch_size"] == options.get("patch_size", options.get("view_size"))
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -547,7 +558,7 @@ def test_runs_that_a_frozen_module_can_start_from():
 def test_outputs_are_cached_of_the_seeds_views_by_one_process(tmp_path, monkeypatch):
     filled = []
     monkeypatch.setattr(
-        "cpc_ext.tasks.greedy_infomax.task.OutputCache.fill",
+        "cpc_ext.tasks.greedy_infomax.module_inputs.OutputCache.fill",
         lambda *arguments, **options: filled.append((arguments, options)),
     )
     options = {"train_module": 1, "cache_outputs": tmp_path, "cache_views": 3, "seed": 4, "flip": True}
@@ -566,20 +577,20 @@ def test_outputs_are_cached_of_the_seeds_views_by_one_process(tmp_path, monkeypa
         torch.testing.assert_close(outputs(batch), expected.detach())
 
     def key_of(**changes: Any) -> str:
-        return greedy(trained=True, **{**options, **changes})._cache_key()
+        return greedy(trained=True, **{**options, **changes}).inputs._cache_key()
 
     assert key == key_of() == key_of(lr=0.5, cache_outputs=tmp_path / "other")
     changed = [key_of(**each) for each in ({"seed": 5}, {"cache_views": 2}, {"flip": False}, {"precision": "bf16"})]
     other = greedy(trained=True, **options)
     nn.init.zeros_(other.model.encoder_modules[0].blocks[0].conv1.weight)
-    more = [other._cache_key()]
+    more = [other.inputs._cache_key()]
     other = greedy(trained=True, **options)
     nn.init.zeros_(other.model.encoder_modules[1].blocks[0].conv1.weight)
-    assert other._cache_key() == key
-    other.images = ImageSet(images_of(4))
-    assert len({key, *changed, *more, other._cache_key()}) == 7
+    assert other.inputs._cache_key() == key
+    other.inputs._images = ImageSet(images_of(4))
+    assert len({key, *changed, *more, other.inputs._cache_key()}) == 7
     last = greedy(trained=True, **{**options, "train_module": 2})
-    assert last._cache_path == tmp_path / "module-1.bin"
+    assert last.inputs._cache_path == tmp_path / "module-1.bin"
     # Without a folder there is nothing to get ready.
     greedy().prepare(Ranks(CPU), resumed=False)
     assert len(filled) == 1
@@ -589,13 +600,13 @@ def test_what_the_first_learning_module_gets():
     images, share = torch.from_numpy(noise()), RandomStreams(0, CPU)
     plain = greedy()
     patches = plain._view.random(images, RandomStreams(0, CPU).views)
-    assert torch.equal(plain.first_features(images, share), patches.flatten(0, 2))
+    assert torch.equal(plain.inputs(images, share), patches.flatten(0, 2))
     frozen = greedy(trained=True, train_module=2)
     expected = frozen.model.encoder_modules[1](frozen.model.encoder_modules[0](patches.flatten(0, 2)))
-    found = frozen.first_features(images, RandomStreams(0, CPU))
+    found = frozen.inputs(images, RandomStreams(0, CPU))
     torch.testing.assert_close(found, expected.detach())
-    frozen._cached = True
-    assert torch.equal(frozen.first_features(expected.unflatten(0, (4, 25)), share), expected)
+    frozen.inputs._cached = True
+    assert torch.equal(frozen.inputs(expected.unflatten(0, (4, 25)), share), expected)
 
 
 def test_supervised_modules_learn_from_the_labelled_images():
@@ -633,7 +644,7 @@ def test_encoders_that_modules_cannot_be_made_of(options, message, monkeypatch):
     assert greedy(encoder="mobilenetv2:width=0.25", modules=2)
     if "timm" in options["encoder"]:
         spec = types.SimpleNamespace(build=lambda size: nn.Flatten())
-        monkeypatch.setattr(CPCv1Task, "_encoder_spec", lambda self: spec)
+        monkeypatch.setattr("cpc_ext.tasks.greedy_infomax.task.patch_encoder", lambda config, dataset: spec)
     with pytest.raises(ValueError, match=message):
         greedy(**options)
 

@@ -14,7 +14,7 @@ import torch
 from cpc_ext.data import Dataset, make_textures
 from cpc_ext.measures import probe
 from cpc_ext.programs import training as program
-from cpc_ext.tasks.cpc_v1 import task as cpc_v1
+from cpc_ext.tasks import patches
 from cpc_ext.tasks.cpc_v1.task import CPCv1Task
 from cpc_ext.training import run_data
 from cpc_ext.training.checkpoint import save_checkpoint
@@ -103,8 +103,8 @@ def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
 def quick_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """At the end of a run its probe has fewer strengths to choose from, and its figure of neighbours shows fewer."""
     monkeypatch.setattr(probe, "_STRENGTHS", (1.0, 0.1))
-    monkeypatch.setattr(cpc_v1, "_NEIGHBOUR_QUERIES", 2)
-    monkeypatch.setattr(cpc_v1, "_NEIGHBOURS", 3)
+    monkeypatch.setattr(patches, "_NEIGHBOUR_QUERIES", 2)
+    monkeypatch.setattr(patches, "_NEIGHBOURS", 3)
 
 
 @pytest.fixture

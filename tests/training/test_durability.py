@@ -465,8 +465,7 @@ def test_what_is_to_be_decompressed_is_bounded_by_the_file(trained, train, monke
 
 def test_wrong_metrics_do_not_stop_a_run(train_fully, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(CPCv1Task, "evaluate", lambda task: {})
-    monkeypatch.setattr(CPCv1Task, "_save_inputs", lambda task, run: None)
-    monkeypatch.setattr(CPCv1Task, "_save_neighbours", lambda task, run: None)
+    monkeypatch.setattr("cpc_ext.tasks.cpc_v1.task.save_patch_figures", lambda *arguments: None)
     assert train_fully("--out-dir", tmp_path, "--steps", "4") == 0
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write(b'[]\n{"step": "5"}\n{"step": 4, "other": 1}\n\0\0\0')

@@ -16,7 +16,7 @@ import cpc_ext.models
 from cpc_ext import figures
 from cpc_ext.data import ImageSet, SimCLRView
 from cpc_ext.data.spread import spread
-from cpc_ext.tasks.cpc_v1 import task as cpc_v1
+from cpc_ext.tasks import patches
 from cpc_ext.tasks.cpc_v1.task import CPCv1Task
 from cpc_ext.tasks.simclr.task import SimCLRTask
 from cpc_ext.training import run_data
@@ -58,7 +58,7 @@ def classes_of(images):
 def test_figures_show_all_classes(train_fully, by_class, monkeypatch, tmp_path):
     monkeypatch.setattr(run_data, "load_dataset", lambda *arguments, **options: by_class)
     monkeypatch.setattr(CPCv1Task, "evaluate", lambda task: {})
-    monkeypatch.setattr(cpc_v1, "_NEIGHBOUR_QUERIES", 6)
+    monkeypatch.setattr(patches, "_NEIGHBOUR_QUERIES", 6)
     shown = {}
     for name in ("model_inputs", "nearest_patches"):
         original = getattr(figures, name)

@@ -143,20 +143,12 @@ class CPCV2PyTorch(Program):
                 f"{checkpoint.origin} holds an encoder under enc. but no "
                 + ("context network under ar." if not layers else "W_k under pred_loss.")
             )
-        directions = sorted({name.split(".")[0] for name in losses}, key=lambda name: (len(name), name))
-        if directions != [str(index) for index in range(min(len(directions), 4))]:
-            raise self.refuse(checkpoint, [f"pred_loss.{name}" for name in directions])
-        try:
-            matrices = torch.stack(
-                [matrices_to_ours(under(losses, f"{name}."), f"pred_loss.{name}") for name in directions]
-            )
-        except RuntimeError as error:
-            raise CheckpointError(f"{checkpoint.origin}: pred_loss: {error}") from None
+        matrices = self._matrices(checkpoint, losses)
+        directions, steps = matrices.shape[:2]
         context_weights, unused_context = context_to_ours(under(state, "ar."), "ar.")
-        steps = matrices.shape[1]
         told = self._told(checkpoint, arguments, unused)
-        if told.pop("pred_directions", len(directions)) != len(directions):
-            raise _misnamed(checkpoint, f"{len(directions)} directions")
+        if told.pop("pred_directions", directions) != directions:
+            raise _misnamed(checkpoint, f"{directions} directions")
         view, assumed = _view(_stem(kind, arguments), settings, steps + settings.skip + 1)
         encoder = _built(kind, arguments, view)
         model = CPC(
@@ -166,7 +158,7 @@ class CPCV2PyTorch(Program):
                 matrices.shape[3],
                 matrices.shape[2],
                 pred_steps=steps,
-                pred_directions=len(directions),
+                pred_directions=directions,
                 skip=settings.skip,
                 neg_samples=settings.neg_samples,
             ),
@@ -182,7 +174,7 @@ class CPCV2PyTorch(Program):
             "encoder": {"class": kind.__name__, "arguments": arguments},
             "context_layers": layers,
             "pred_steps": steps,
-            "pred_directions": len(directions),
+            "pred_directions": directions,
             "skip": settings.skip,
             "neg_samples": settings.neg_samples,
             **view,
@@ -193,6 +185,18 @@ class CPCV2PyTorch(Program):
             unused={**with_prefix("enc.", unused), **with_prefix("ar.", unused_context)},
         )
         return Reference(self.source, model, configuration, assumed, form)
+
+    def _matrices(self, checkpoint: Checkpoint, losses: Mapping[str, Tensor]) -> Tensor:
+        """The W_k of every direction, [directions, steps, E, D]."""
+        directions = sorted({name.split(".")[0] for name in losses}, key=lambda name: (len(name), name))
+        if directions != [str(index) for index in range(min(len(directions), 4))]:
+            raise self.refuse(checkpoint, [f"pred_loss.{name}" for name in directions])
+        try:
+            return torch.stack(
+                [matrices_to_ours(under(losses, f"{name}."), f"pred_loss.{name}") for name in directions]
+            )
+        except RuntimeError as error:
+            raise CheckpointError(f"{checkpoint.origin}: pred_loss: {error}") from None
 
     def _load_encoder(self, checkpoint: Checkpoint, state: dict[str, Tensor], settings: Settings) -> Reference:
         kind, arguments, weights, unused = self._recognised_encoder(checkpoint, state, settings)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,32 @@ def _module_names(first_stack: int, stacks: int) -> NameMap:
                 )
             )
     return NameMap(pairs)
+
+
+class _Joined(NamedTuple):
+    """The modules of a checkpoint put together to one encoder.
+
+    arguments: of ResNetV2Encoder. weights: by its names. losses: each module's, by names there without "loss.".
+    first_stacks, first_blocks: what each module begins with.
+    """
+
+    arguments: dict[str, Any]
+    weights: dict[str, Tensor]
+    losses: list[dict[str, Tensor]]
+    first_stacks: list[int]
+    first_blocks: list[int]
+
+
+class _Built(NamedTuple):
+    """A model, the weights that it is to get, what of its configuration is its own, and what a checkpoint has beside.
+
+    unused: by names there.
+    """
+
+    model: nn.Module
+    weights: dict[str, Tensor]
+    configuration: dict[str, Any]
+    unused: dict[str, Tensor]
 
 
 class GreedyInfoMaxProgram(Program):
@@ -113,6 +139,37 @@ class GreedyInfoMaxProgram(Program):
         layout: str,
         settings: Settings,
     ) -> Reference:
+        joined = self._joined(checkpoint, modules, settings)
+        view = _view(settings)
+        encoder = ResNetV2Encoder(**joined.arguments, patch_size=view["patch_size"], stride=view["stride"])
+        if not any(joined.losses) and not context:
+            built = _Built(encoder, joined.weights, {"kind": "encoder"}, {})
+        elif any(name.startswith("linear_classifier.") for name in joined.losses[0]):
+            built = self._supervised(checkpoint, encoder, joined)
+        else:
+            built = self._contrastive(checkpoint, encoder, joined, context, settings)
+            needed = built.configuration["pred_steps"] + settings.skip + 1
+            if view["grid_size"] < needed:
+                raise ValueError(f"grid_size must be at least {needed} for this checkpoint, got {view['grid_size']}")
+        configuration: dict[str, Any] = {
+            "kind": "greedy",
+            "encoder": {"class": "ResNetV2Encoder", "arguments": joined.arguments},
+            "module_starts": joined.first_blocks,
+            "skip": settings.skip,
+            "neg_samples": settings.neg_samples,
+            **view,
+            **built.configuration,
+        }
+        put_weights(
+            built.model, built.weights, lambda name: self._their_name(name, joined.first_stacks), checkpoint.origin
+        )
+        assumed: tuple[str, ...] = ()
+        assumed += () if settings.grid_size or settings.image_size else (f"grid_size {view['grid_size']}",)
+        assumed += () if settings.patch_size else (f"patch_size {view['patch_size']}",)
+        return Reference(self.source, built.model, configuration, assumed, Form(layout, built.unused))
+
+    def _joined(self, checkpoint: Checkpoint, modules: list[dict[str, Tensor]], settings: Settings) -> _Joined:
+        """The encoder that modules are of."""
         if "model.Conv1.weight" not in modules[0]:
             raise CheckpointError(
                 f"{checkpoint.origin}: the first module has no model.Conv1; give the files of all modules, in order"
@@ -136,70 +193,61 @@ class GreedyInfoMaxProgram(Program):
             sizes = stack_sizes(weights)
         except CheckpointError as error:
             raise CheckpointError(f"{checkpoint.origin} is not an encoder of {self.source}: {error}") from None
-        first_blocks = [sum(sizes[:start]) for start in starts]
+        return _Joined(arguments, weights, losses, starts, [sum(sizes[:start]) for start in starts])
 
-        view = _view(settings)
-        encoder = ResNetV2Encoder(**arguments, patch_size=view["patch_size"], stride=view["stride"])
-        configuration: dict[str, Any] = {
-            "kind": "greedy",
-            "encoder": {"class": "ResNetV2Encoder", "arguments": arguments},
-            "module_starts": first_blocks,
-            "skip": settings.skip,
-            "neg_samples": settings.neg_samples,
-            **view,
-        }
-        ours = with_prefix("encoder.", weights)
+    def _supervised(self, checkpoint: Checkpoint, encoder: ResNetV2Encoder, joined: _Joined) -> _Built:
+        """Modules that learn from labels."""
+        found = [under(loss, "linear_classifier.0.") for loss in joined.losses]
+        self._check_all(checkpoint, joined.losses, [set(with_prefix("linear_classifier.0.", one)) for one in found])
+        classes = len(found[0].get("bias", ()))
+        ours = with_prefix("encoder.", joined.weights)
+        for index, classifier in enumerate(found):
+            ours |= with_prefix(f"objectives.{index}.", classifier)
+        model = GreedySupervised(encoder, joined.first_blocks[1:] or 1, classes=classes)
+        return _Built(model, ours, {"objective": "supervised", "classes": classes}, {})
+
+    def _contrastive(
+        self,
+        checkpoint: Checkpoint,
+        encoder: ResNetV2Encoder,
+        joined: _Joined,
+        context: dict[str, Tensor],
+        settings: Settings,
+    ) -> _Built:
+        """Modules that learn by InfoNCE, or a single one behind which a context network does."""
+        ours = with_prefix("encoder.", joined.weights)
+        configuration: dict[str, Any] = {}
         unused: dict[str, Tensor] = {}
-        model: nn.Module
-        if not any(losses) and not context:
-            configuration["kind"] = "encoder"
-            model, ours = encoder, weights
-        elif any(name.startswith("linear_classifier.") for name in losses[0]):
-            found = [under(loss, "linear_classifier.0.") for loss in losses]
-            self._check_all(checkpoint, losses, [set(with_prefix("linear_classifier.0.", one)) for one in found])
-            classes = len(found[0].get("bias", ()))
-            model = GreedySupervised(encoder, first_blocks[1:] or 1, classes=classes)
-            configuration |= {"objective": "supervised", "classes": classes}
-            for index, classifier in enumerate(found):
-                ours |= with_prefix(f"objectives.{index}.", classifier)
-        else:
-            if context:
-                if len(modules) > 1:
-                    raise CheckpointError(f"{checkpoint.origin}: a context network belongs to one module, not several")
-                # Where one module is followed by a context network, the program never uses the module's own matrices.
-                unused = with_prefix("0.loss.", losses[0])
-                losses = [under(context, "loss.")]
-                context = {name: value for name, value in context.items() if not name.startswith("loss.")}
-            matrices = [matrices_to_ours(loss, f"loss of module {index}") for index, loss in enumerate(losses)]
-            steps = {len(one) for one in matrices}
-            if len(steps) > 1:
-                raise CheckpointError(f"{checkpoint.origin}: modules of different numbers of steps, {sorted(steps)}")
-            network = None
-            if context:
-                channels, layers = context_size(context)
-                network = GatedPixelCNNContext(channels, layers) if layers else None
-                context_weights, unused_context = context_to_ours(context, f"{_CONTEXT}.")
-                unused |= with_prefix(f"{_CONTEXT}.", unused_context)
-                ours |= with_prefix("context.", context_weights)
-                configuration["context_layers"] = layers
-            model = GreedyInfoMax(
-                encoder,
-                first_blocks[1:] or 1,
-                context=network,
-                pred_steps=steps.pop(),
-                skip=settings.skip,
-                neg_samples=settings.neg_samples,
-            )
-            configuration |= {"objective": "infonce", "pred_steps": len(matrices[0])}
-            ours |= {f"objectives.{index}.weight": one[None] for index, one in enumerate(matrices)}
-            needed = len(matrices[0]) + settings.skip + 1
-            if configuration["grid_size"] < needed:
-                raise ValueError(f"grid_size must be at least {needed} for this checkpoint, got {view['grid_size']}")
-        put_weights(model, ours, lambda name: self._their_name(name, starts), checkpoint.origin)
-        assumed: tuple[str, ...] = ()
-        assumed += () if settings.grid_size or settings.image_size else (f"grid_size {view['grid_size']}",)
-        assumed += () if settings.patch_size else (f"patch_size {view['patch_size']}",)
-        return Reference(self.source, model, configuration, assumed, Form(layout, unused))
+        losses, network = joined.losses, None
+        if context:
+            if len(losses) > 1:
+                raise CheckpointError(f"{checkpoint.origin}: a context network belongs to one module, not several")
+            # Where one module is followed by a context network, the program never uses the module's own matrices.
+            unused = with_prefix("0.loss.", losses[0])
+            losses = [under(context, "loss.")]
+            context = {name: value for name, value in context.items() if not name.startswith("loss.")}
+        matrices = [matrices_to_ours(loss, f"loss of module {index}") for index, loss in enumerate(losses)]
+        steps = {len(one) for one in matrices}
+        if len(steps) > 1:
+            raise CheckpointError(f"{checkpoint.origin}: modules of different numbers of steps, {sorted(steps)}")
+        if context:
+            channels, layers = context_size(context)
+            network = GatedPixelCNNContext(channels, layers) if layers else None
+            context_weights, unused_context = context_to_ours(context, f"{_CONTEXT}.")
+            unused |= with_prefix(f"{_CONTEXT}.", unused_context)
+            ours |= with_prefix("context.", context_weights)
+            configuration["context_layers"] = layers
+        (pred_steps,) = steps
+        model = GreedyInfoMax(
+            encoder,
+            joined.first_blocks[1:] or 1,
+            context=network,
+            pred_steps=pred_steps,
+            skip=settings.skip,
+            neg_samples=settings.neg_samples,
+        )
+        ours |= {f"objectives.{index}.weight": one[None] for index, one in enumerate(matrices)}
+        return _Built(model, ours, configuration | {"objective": "infonce", "pred_steps": pred_steps}, unused)
 
     def _check_all(self, checkpoint: Checkpoint, losses: list[dict[str, Tensor]], taken: list[set[str]]) -> None:
         left = [

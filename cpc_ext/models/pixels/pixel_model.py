@@ -132,20 +132,11 @@ class PixelModel(Module, ABC):
             labels = torch.full((count,), labels, device=device)
         labels = self._check_labels(labels, count)
         shape = (count, self.in_channels, height, width)
-        start = torch.zeros(shape, dtype=torch.uint8, device=device)
-        if images is not None:
-            if images.dtype != torch.uint8 or images.shape != shape:
-                raise ValueError(f"images must be uint8 {shape}, got {images.dtype} {tuple(images.shape)}")
-            start[:, :, :known_rows] = images[:, :, :known_rows].to(device)
-        if not 0 <= known_rows <= height:
-            raise ValueError(f"known_rows must be 0 to {height}, got {known_rows}")
-        if known_rows and images is None:
-            raise ValueError(f"known_rows={known_rows} needs images")
+        start = _with_known_rows(images, known_rows, shape, device)
         if noise is not None and noise.shape != self.noise_shape(shape):
             raise ValueError(f"noise must have shape {self.noise_shape(shape)}, got {tuple(noise.shape)}")
         if count == 0:
             return start
-
         sampler = Sampler(self, start, labels, temperature=temperature, cached=cached)
         return sampler.run(
             known_rows=known_rows,
@@ -263,6 +254,22 @@ class SoftmaxPixelModel(PixelModel):
     def check_size(self, height: int, width: int) -> None:
         if min(height, width) < 1:
             raise ValueError(f"size must be at least 1 pixel, got {height} x {width}")
+
+
+def _with_known_rows(
+    images: Tensor | None, known_rows: int, shape: tuple[int, int, int, int], device: torch.device
+) -> Tensor:
+    """The first rows of images, black below: what is drawn upon."""
+    start = torch.zeros(shape, dtype=torch.uint8, device=device)
+    if images is not None:
+        if images.dtype != torch.uint8 or images.shape != shape:
+            raise ValueError(f"images must be uint8 {shape}, got {images.dtype} {tuple(images.shape)}")
+        start[:, :, :known_rows] = images[:, :, :known_rows].to(device)
+    if not 0 <= known_rows <= shape[2]:
+        raise ValueError(f"known_rows must be 0 to {shape[2]}, got {known_rows}")
+    if known_rows and images is None:
+        raise ValueError(f"known_rows={known_rows} needs images")
+    return start
 
 
 def _may_look(values: Tensor) -> bool:

@@ -1,42 +1,45 @@
-"""The task of training CPC v2: patches each augmented on its own, four directions, targets out of all of the batch.
-
-Crops, figures and the probe are those of CPC v1; what differs is the model that stands around the encoder.
-"""
+"""The task of training CPC v2: patches each augmented on its own, four directions, targets out of all of the batch."""
 
 from __future__ import annotations
 
-import math
+from functools import partial
 
+import torch
 from torch import Tensor
 
-from cpc_ext.models import CPC, PatchEncoder, ResidualContext
+from cpc_ext.data import Dataset, PatchView
+from cpc_ext.models import CPC, ResidualContext
+from cpc_ext.models.encoder_model import EncoderModel
 from cpc_ext.nn import TargetInfoNCE
 from cpc_ext.nn.grid_info_nce import GridInfoNCEOutput
-from cpc_ext.tasks.cpc_v1.task import CPCv1Task
 from cpc_ext.tasks.cpc_v2.options import CPCv2Config
+from cpc_ext.tasks.encoder_task import EncoderTask, guessing, save_curves
+from cpc_ext.tasks.patches import center_or_random, patch_encoder, patch_view, save_patch_figures
 from cpc_ext.training.random_streams import RandomStreams
+from cpc_ext.training.run_dir import RunDir
 
 __all__ = ["TASK", "CPCv2Task"]
 
 
-class CPCv2Task(CPCv1Task):
+class CPCv2Task(EncoderTask):
     """CPC v2 (Hénaff et al. 2019, arXiv 1905.09272) on a data set.
 
     The loss is the mean over steps where the paper has their sum, which leaves Adam's updates nearly the same.
+
+    Raises:
+        ValueError: images smaller than the crop.
     """
 
+    model: CPC
     _config: CPCv2Config
+    _view: PatchView
 
-    def _contrast(self, patches: Tensor, streams: RandomStreams) -> GridInfoNCEOutput:
-        output: GridInfoNCEOutput = self.model(patches)
-        return output
+    def __init__(self, config: CPCv2Config, dataset: Dataset, device: torch.device) -> None:
+        super().__init__(config, dataset, device, patch_view(config, dataset), patch_encoder(config, dataset))
 
-    def _guessing(self) -> dict[str, float]:
-        keys = self._config.view.grid_size**2 * self._config.optimization.batch_size
-        return {"loss": math.log(keys), "accuracy": 1 / keys}
-
-    def _cpc(self, encoder: PatchEncoder) -> CPC:
+    def _build(self) -> CPC:
         options = self._config.cpc
+        encoder = self._encoder_spec.build(self._view.patch_size)
         channels = encoder.out_channels
         as_bolts = options.variant == "lightning-bolts"
         contexts = [
@@ -62,6 +65,20 @@ class CPCv2Task(CPCv1Task):
                 gather_negatives=options.gather_negatives,
             ),
         )
+
+    def losses(self, images: Tensor, labels: Tensor | None, streams: RandomStreams) -> dict[str, Tensor]:
+        patches = self._view.random(images, streams.views, share=streams.share)
+        output: GridInfoNCEOutput = self.model(patches)
+        return {"loss": output.loss, "accuracy": output.accuracy, "mutual_information": output.mutual_information}
+
+    def encode(self, model: EncoderModel, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return model.encode(center_or_random(self._view, images, generator))
+
+    def _save_figures(self, run: RunDir) -> None:
+        patches_of_batch = self._config.view.grid_size**2 * self._config.optimization.batch_size
+        save_curves(run, guessing(patches_of_batch), loss="InfoNCE loss")
+        encodings = partial(self.encodings, self.model)
+        save_patch_figures(run, self._view, self._shown, encodings, self._config.compute.seed)
 
 
 TASK = CPCv2Task

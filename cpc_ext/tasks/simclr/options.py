@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from cpc_ext.tasks.encoder_options import EncoderConfig, EncoderSection
+from cpc_ext.tasks.encoder_options import ContrastSection, EncoderConfig, EncoderSection
 from cpc_ext.training.config import MOST, Preset, Presets
 
 __all__ = ["CONFIG", "PRESETS", "SimCLRConfig", "SimCLRSection"]
 
 
-class SimCLRSection(EncoderSection):
+class SimCLRSection(ContrastSection, EncoderSection):  # Fields of the last come first.
     """The networks, the views and the loss of SimCLR."""
 
     view_size: int = Field(96, ge=8, le=MOST, description="Side in pixels of the two views of an image.")

@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "core/cuda/shared.cuh"
 #include "core/tensor_view.h"
@@ -14,7 +15,7 @@ namespace cpc::cuda {
 
 constexpr int kWarp = 32;
 
-// --- Storage types to the computing type, and back rounding to nearest even ---
+// --- Storage types to the computing type or themselves, and back rounding to nearest even ---
 
 template <class Real>
 __device__ inline Real widen(uint8_t v) {
@@ -30,11 +31,17 @@ __device__ inline Real widen(double v) {
 }
 template <class Real>
 __device__ inline Real widen(Half v) {
-  return static_cast<Real>(__half2float(__ushort_as_half(v.bits)));
+  if constexpr (std::is_same_v<Real, Half>)
+    return v;
+  else
+    return static_cast<Real>(__half2float(__ushort_as_half(v.bits)));
 }
 template <class Real>
 __device__ inline Real widen(BFloat16 v) {
-  return static_cast<Real>(__bfloat162float(__ushort_as_bfloat16(v.bits)));
+  if constexpr (std::is_same_v<Real, BFloat16>)
+    return v;
+  else
+    return static_cast<Real>(__bfloat162float(__ushort_as_bfloat16(v.bits)));
 }
 
 template <class Out>

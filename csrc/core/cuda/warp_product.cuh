@@ -1,7 +1,8 @@
 // A warp's product of two tiles in shared memory, D += A B with D of 16 * kRowTiles x 32, by tensor cores or by
 // multiply-adds on the ordinary units. A tile has kSliceBytes of depth; it lies in shared memory with its depth either
 // innermost (rows of kSliceBytes) or outermost, in chunks of 16 bytes that are permuted so that neither the copies into
-// it nor the reads out of it meet in a bank. Both ways of multiplying leave D in the lanes as in mma.cuh: with
+// it nor the reads out of it meet in a bank. A and B may lie either way. Both ways of multiplying leave D in the lanes
+// as in mma.cuh: with
 //   g = lane / 4,
 //   t = lane % 4,
 //   d[i][j][r] = D[16 i + 8 (r / 2) + g][8 j + 2 t + r % 2].
@@ -56,139 +57,172 @@ __device__ int chunk_of_depth(int depth, int chunk) {
   const int permuted = chunk ^ (sizeof(T) == 2 ? depth % 8 : depth % 4 * 2);
   return depth * kWidth * int{sizeof(T)} + permuted * kChunkBytes;
 }
-template <class T, int kWidth>
-__device__ const T* value_of_depth(const unsigned char* tile, int depth, int i) {
-  return reinterpret_cast<const T*>(tile + chunk_of_depth<T, kWidth>(depth, i / kChunk<T>)) + i % kChunk<T>;
+
+// --- Operands ---
+//
+// What a lane reads of a tile whose side, A's rows or B's columns, begins at `first`, a multiple of 8:
+//   load_fragments<kOfA> for tensor cores, one fragment of A or two neighbouring ones of B: the side from 16 i on;
+//   load_row and load_pair for multiply-adds, N successive depths of side 8 i + g, and of 8 j + 2 t and the next.
+// kStep is how many successive depths lie together.
+
+// Whether matrix m of such fragments holds the upper 8 of its 16 of the side, and the upper half of its depth.
+template <bool kOfA>
+__device__ constexpr int upper_side(int m) {
+  return kOfA ? m % 2 : m / 2;
+}
+template <bool kOfA>
+__device__ constexpr int upper_depth(int m) {
+  return kOfA ? m / 2 : m % 2;
 }
 
-// --- Products ---
+// Where a chunk of a tile lies: which elements it holds, going along side or depth, and its place in bytes.
+struct ChunkPlace {
+  int side, depth, at;
+};
 
-// Operands as tensor cores take them.
-template <class T, int N>
-__device__ void round_operands([[maybe_unused]] uint32_t (&r)[N]) {
+template <class T>
+class DepthInnermost {
+ public:
+  static constexpr int kStep = kChunk<T>;
+
+  __device__ static ChunkPlace chunk(int n) {
+    const int side = n / kChunksOfSlice, of_row = n % kChunksOfSlice;
+    return {side, of_row * kChunk<T>, chunk_of_row(side, of_row)};
+  }
+
+  // Chunks lie alike in every 8 rows, so that a lane's addresses differ by constants.
+  __device__ DepthInnermost(const unsigned char* tile, int first)
+      : tile_(tile + first * kSliceBytes), lane_(threadIdx.x % kWarp) {}
+
+  template <bool kOfA>
+  __device__ void load_fragments(uint32_t (&r)[4], int i, int depth) const {
+    const int row = upper_side<kOfA>(lane_ / 8) * 8 + lane_ % 8;
+    load_matrices(r, at(2 * i, row, depth / kStep + upper_depth<kOfA>(lane_ / 8)));
+  }
+  __device__ void load_row(Pack<T, kStep>& v, int i, int depth) const { v = values(i, lane_ / 4, depth); }
+  __device__ void load_pair(Pack<T, kStep> (&v)[2], int j, int depth) const {
+    v[0] = values(j, lane_ % 4 * 2, depth);
+    v[1] = values(j, lane_ % 4 * 2 + 1, depth);
+  }
+
+ private:
+  __device__ const unsigned char* at(int eighth, int row, int chunk) const {
+    return tile_ + 8 * eighth * kSliceBytes + chunk_of_row(row, chunk);
+  }
+  __device__ Pack<T, kStep> values(int eighth, int row, int depth) const {
+    return pack_at<kStep>(reinterpret_cast<const T*>(at(eighth, row, depth / kStep)));
+  }
+
+  const unsigned char* tile_;
+  int lane_;
+};
+
+template <class T, int kWidth>
+class DepthOutermost {
+ public:
+  static constexpr int kStep = 1;
+
+  __device__ static ChunkPlace chunk(int n) {
+    constexpr int kAcross = kWidth / kChunk<T>;
+    const int depth = n / kAcross, of_row = n % kAcross;
+    return {of_row * kChunk<T>, depth, chunk_of_depth<T, kWidth>(depth, of_row)};
+  }
+
+  __device__ DepthOutermost(const unsigned char* tile, int first)
+      : tile_(tile), first_(first), lane_(threadIdx.x % kWarp) {}
+
+  template <bool kOfA>
+  __device__ void load_fragments(uint32_t (&r)[4], int i, int depth) const {
+    if constexpr (sizeof(T) == 2) {
+      const int row = depth + upper_depth<kOfA>(lane_ / 8) * 8 + lane_ % 8;
+      load_matrices<true>(
+          r, tile_ + chunk_of_depth<T, kWidth>(row, first_ / kChunk<T> + 2 * i + upper_side<kOfA>(lane_ / 8)));
+    } else {  // ldmatrix transposes no wider values.
+#pragma unroll
+      for (int m = 0; m < 4; ++m)
+        r[m] = static_cast<uint32_t>(__float_as_int(
+            *value(depth + upper_depth<kOfA>(m) * 4 + lane_ % 4, 16 * i + upper_side<kOfA>(m) * 8 + lane_ / 4)));
+    }
+  }
+  template <int N>
+  __device__ void load_row(Pack<T, N>& v, int i, int depth) const {
+#pragma unroll
+    for (int k = 0; k < N; ++k) v.v[k] = *value(depth + k, 8 * i + lane_ / 4);
+  }
+  template <int N>
+  __device__ void load_pair(Pack<T, N> (&v)[2], int j, int depth) const {
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const auto pair = pack_at<2>(value(depth + k, 8 * j + lane_ % 4 * 2));
+      v[0].v[k] = pair.v[0];
+      v[1].v[k] = pair.v[1];
+    }
+  }
+
+ private:
+  __device__ const T* value(int depth, int i) const {
+    const int at = first_ + i;
+    return reinterpret_cast<const T*>(tile_ + chunk_of_depth<T, kWidth>(depth, at / kChunk<T>)) + at % kChunk<T>;
+  }
+
+  const unsigned char* tile_;
+  int first_, lane_;
+};
+
+// --- The product ---
+
+// Fragments as tensor cores take them.
+template <class T, class Operand, bool kOfA>
+__device__ void load_rounded(uint32_t (&r)[4], const Operand& operand, int i, int depth) {
+  operand.template load_fragments<kOfA>(r, i, depth);
   if constexpr (sizeof(T) == 4) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) r[i] = to_tf32(__int_as_float(static_cast<int>(r[i])));
+    for (int m = 0; m < 4; ++m) r[m] = to_tf32(__int_as_float(static_cast<int>(r[m])));
   }
 }
 
-// D += A B, of tiles with depth innermost: A from its row `a_row` on, B, transposed, from `b_row` on, both multiples
-// of 8.
-template <class Math, int kRowTiles>
-__device__ void add_product_of_rows(WarpSums<Math, kRowTiles>& d, const unsigned char* a, int a_row,
-                                    const unsigned char* b, int b_row) {
+// D += A B over a tile's depth.
+template <class Math, int kRowTiles, class A, class B>
+__device__ void add_product(WarpSums<Math, kRowTiles>& d, const A& a, const B& b) {
   using T = typename Math::Value;
-  const int lane = threadIdx.x % kWarp;
-  // Chunks lie alike in every 8 rows, so that a lane's addresses differ by constants.
-  a += a_row * kSliceBytes;
-  b += b_row * kSliceBytes;
   if constexpr (Math::kTensorCores) {
-    // An mma is two chunks deep, and a matrix of ldmatrix is 8 rows of one.
 #pragma unroll
-    for (int chunk = 0; chunk < kChunksOfSlice; chunk += 2) {
-      uint32_t of_b[4][2];
+    for (int depth = 0; depth < kDepth<T>; depth += 2 * kChunk<T>) {
+      uint32_t of_b[2][4];
 #pragma unroll
-      for (int j = 0; j < 4; j += 2) {
-        uint32_t r[4];
-        load_matrices(r, b + 8 * j * kSliceBytes + chunk_of_row(lane / 16 * 8 + lane % 8, chunk + lane / 8 % 2));
-        round_operands<T>(r);
-        of_b[j][0] = r[0], of_b[j][1] = r[1], of_b[j + 1][0] = r[2], of_b[j + 1][1] = r[3];
-      }
+      for (int j = 0; j < 2; ++j) load_rounded<T, B, false>(of_b[j], b, j, depth);
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {
         uint32_t of_a[4];
-        load_matrices(of_a, a + 16 * i * kSliceBytes + chunk_of_row(lane % 16, chunk + lane / 16));
-        round_operands<T>(of_a);
+        load_rounded<T, A, true>(of_a, a, i, depth);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) multiply_add<T>(d[i][j], of_a, of_b[j]);
+        for (int j = 0; j < 4; ++j) {
+          const uint32_t of_tile[2] = {of_b[j / 2][j % 2 * 2], of_b[j / 2][j % 2 * 2 + 1]};
+          multiply_add<T>(d[i][j], of_a, of_tile);
+        }
       }
     }
   } else {
-    const int g = lane / 4, t = lane % 4;
-#pragma unroll 1
-    for (int chunk = 0; chunk < kChunksOfSlice; ++chunk) {
-      Pack<T, kChunk<T>> of_a[2 * kRowTiles];
+    constexpr int kStep = A::kStep > B::kStep ? A::kStep : B::kStep;
+    [[maybe_unused]] constexpr int kUnroll = kStep == 1 ? 2 : 1;
+#pragma unroll kUnroll
+    for (int depth = 0; depth < kDepth<T>; depth += kStep) {
+      Pack<T, kStep> of_a[2 * kRowTiles];
 #pragma unroll
-      for (int i = 0; i < 2 * kRowTiles; ++i)
-        of_a[i] = pack_at<kChunk<T>>(reinterpret_cast<const T*>(a + 8 * i * kSliceBytes + chunk_of_row(g, chunk)));
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const auto of_b = pack_at<kChunk<T>>(
-            reinterpret_cast<const T*>(b + j / 2 * 8 * kSliceBytes + chunk_of_row(2 * t + j % 2, chunk)));
-#pragma unroll
-        for (int k = 0; k < kChunk<T>; ++k)
-#pragma unroll
-          for (int i = 0; i < 2 * kRowTiles; ++i) {
-            T& sum = d[i / 2][j / 2][i % 2 * 2 + j % 2];
-            sum = fma(of_a[i].v[k], of_b.v[k], sum);
-          }
-      }
-    }
-  }
-}
-
-// D += A^T B, of tiles with depth outermost, kAWidth and kBWidth wide: A from its column `a_column` on, B from
-// `b_column` on.
-template <class Math, int kRowTiles, int kAWidth, int kBWidth>
-__device__ void add_product_of_columns(WarpSums<Math, kRowTiles>& d, const unsigned char* a, int a_column,
-                                       const unsigned char* b, int b_column) {
-  using T = typename Math::Value;
-  const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  if constexpr (sizeof(T) == 2) {
-#pragma unroll
-    for (int depth = 0; depth < kDepth<T>; depth += 16) {
-      uint32_t of_b[4][2];
-#pragma unroll
-      for (int j = 0; j < 4; j += 2) {
-        uint32_t r[4];
-        load_matrices<true>(r, b + chunk_of_depth<T, kBWidth>(depth + lane % 16, b_column / kChunk<T> + j + lane / 16));
-        of_b[j][0] = r[0], of_b[j][1] = r[1], of_b[j + 1][0] = r[2], of_b[j + 1][1] = r[3];
-      }
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) {
-        uint32_t of_a[4];
-        load_matrices<true>(of_a, a + chunk_of_depth<T, kAWidth>(depth + lane / 16 * 8 + lane % 8,
-                                                                 a_column / kChunk<T> + 2 * i + lane / 8 % 2));
-#pragma unroll
-        for (int j = 0; j < 4; ++j) multiply_add<T>(d[i][j], of_a, of_b[j]);
-      }
-    }
-  } else if constexpr (Math::kTensorCores) {
-    const auto operand = [](const float* v) { return to_tf32(*v); };
-#pragma unroll
-    for (int depth = 0; depth < kDepth<T>; depth += 8) {
-      uint32_t of_b[4][2];
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-          of_b[j][r] = operand(value_of_depth<T, kBWidth>(b, depth + 4 * r + t, b_column + 8 * j + g));
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) {
-        uint32_t of_a[4];
-#pragma unroll
-        for (int r = 0; r < 4; ++r)
-          of_a[r] = operand(value_of_depth<T, kAWidth>(a, depth + r / 2 * 4 + t, a_column + 16 * i + r % 2 * 8 + g));
-#pragma unroll
-        for (int j = 0; j < 4; ++j) multiply_add<T>(d[i][j], of_a, of_b[j]);
-      }
-    }
-  } else {
-#pragma unroll 2
-    for (int depth = 0; depth < kDepth<T>; ++depth) {
-      T of_a[2 * kRowTiles];
-#pragma unroll
-      for (int i = 0; i < 2 * kRowTiles; ++i) of_a[i] = *value_of_depth<T, kAWidth>(a, depth, a_column + 8 * i + g);
+      for (int i = 0; i < 2 * kRowTiles; ++i) a.load_row(of_a[i], i, depth);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const auto of_b = pack_at<2>(value_of_depth<T, kBWidth>(b, depth, b_column + 8 * j + 2 * t));
+        Pack<T, kStep> of_b[2];
+        b.load_pair(of_b, j, depth);
 #pragma unroll
-        for (int i = 0; i < 2 * kRowTiles; ++i)
+        for (int k = 0; k < kStep; ++k)
 #pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            T& sum = d[i / 2][j][i % 2 * 2 + r];
-            sum = fma(of_a[i], of_b.v[r], sum);
-          }
+          for (int i = 0; i < 2 * kRowTiles; ++i)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+              T& sum = d[i / 2][j][i % 2 * 2 + r];
+              sum = fma(of_a[i].v[k], of_b[r].v[k], sum);
+            }
       }
     }
   }

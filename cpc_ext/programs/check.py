@@ -1,0 +1,36 @@
+"""The program `cpc-ext check`: its options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from cpc_ext.programs.command_line import Program
+
+__all__ = ["Command", "main"]
+
+_DESCRIPTION = (
+    "Compare every op, forward and backward and in every type, with its plain PyTorch reference on this machine's "
+    "devices. Prints a table and what the build and the machine are, which is what a bug report should contain. The "
+    "exit status is 0 where all agree."
+)
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the options say; each is described where the command line describes it."""
+
+    device: Annotated[
+        Literal["all", "cpu", "cuda"], tyro.conf.arg(help="Where to run the ops. all: the CPU and every CUDA device.")
+    ] = "all"
+
+
+main = Program(
+    name="check",
+    description=_DESCRIPTION,
+    command=Command,
+    check=lambda command: None,
+    work="cpc_ext.programs.checking:check",
+).main

@@ -1,0 +1,111 @@
+"""What the first module that learns gets: patches, or what the frozen modules before it make of them.
+
+The latter is computed in every step, or once for all steps and read from the disk.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cpc_ext.data import ImageSet, PatchView
+from cpc_ext.models import GreedyInfoMax, GreedySupervised
+from cpc_ext.tasks.greedy_infomax.options import GreedyConfig
+from cpc_ext.tasks.greedy_infomax.output_cache import OutputCache
+from cpc_ext.training.data_record import fingerprint
+from cpc_ext.training.distribution import Ranks
+from cpc_ext.training.precision import autocast
+from cpc_ext.training.random_streams import RandomStreams
+from cpc_ext.training.task import Fetcher
+
+__all__ = ["ModuleInputs"]
+
+
+class ModuleInputs:
+    """The inputs of the first module that learns.
+
+    Args:
+        model: whose modules they are for, of which some may be frozen.
+        images: that are trained on.
+        view: how they become patches.
+    """
+
+    def __init__(
+        self,
+        model: GreedyInfoMax | GreedySupervised,
+        images: ImageSet,
+        view: PatchView,
+        config: GreedyConfig,
+        device: torch.device,
+    ) -> None:
+        self._model = model
+        self._images = images
+        self._view = view
+        self._config = config
+        self._device = device
+        self._cached = False
+
+    def __call__(self, batch: Tensor, streams: RandomStreams) -> Tensor:
+        """Feature maps [N, D, h, w] of uint8 images [B, C, H, W], or of what :meth:`cached_fetcher` gives."""
+        if self._cached:
+            return batch.flatten(0, 1)
+        patches = self._view.random(batch, streams.views, share=streams.share)
+        if self._model.frozen == 0:
+            return patches.flatten(0, 2)
+        return self._frozen_outputs(patches).flatten(0, 1)
+
+    def prepare(self, ranks: Ranks) -> None:
+        """Fill the cache, where the run keeps one. TrainingError where it cannot be written."""
+        options = self._config.greedy
+        if options.cache_outputs is None:
+            return
+        key = self._cache_key()
+        generator = torch.Generator().manual_seed(self._config.compute.seed)
+        ranks.on_main(
+            lambda: OutputCache.fill(
+                self._cache_path,
+                key,
+                self._images,
+                lambda images: self._frozen_outputs(self._view.random(images, generator)),
+                self._device,
+                views=options.cache_views,
+            )
+        )
+        self._cached = True
+
+    def cached_fetcher(self, device: torch.device, streams: RandomStreams) -> Fetcher | None:
+        """What gives the steps' batches from the cache; None where there is none."""
+        if not self._cached:
+            return None
+        return OutputCache(self._cache_path, self._cache_key(), self._images, device, streams)
+
+    @torch.no_grad()
+    def _frozen_outputs(self, patches: Tensor) -> Tensor:
+        """Patches [B, rows, cols, C, p, p] → feature maps of the last frozen module, [B, rows·cols, D, h, w]."""
+        features = patches.flatten(0, 2)
+        with autocast(self._device, self._config.compute.precision):
+            for module in self._model.encoder_modules[: self._model.frozen]:
+                features = module(features)
+        return torch.unflatten(features, 0, (len(patches), -1))
+
+    @property
+    def _cache_path(self) -> Path:
+        folder = self._config.greedy.cache_outputs
+        assert folder is not None  # Who asks has a cache.
+        return folder / f"module-{self._model.frozen - 1}.bin"
+
+    def _cache_key(self) -> str:
+        weights = {
+            f"{index}.{name}": value
+            for index, module in enumerate(self._model.encoder_modules[: self._model.frozen])
+            for name, value in module.state_dict().items()
+        }
+        return fingerprint(
+            self._images,
+            weights,
+            view=repr(self._view),
+            views=self._config.greedy.cache_views,
+            seed=self._config.compute.seed,
+        )

@@ -1,0 +1,129 @@
+"""The patches that models predict from others: how images become them, what encodes them, and figures of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cpc_ext import figures
+from cpc_ext.data import Dataset, PatchAugmentation, PatchView
+from cpc_ext.data.spread import spread
+from cpc_ext.tasks.encoder_names import EncoderSpec, encoder_spec
+from cpc_ext.tasks.patch_options import PredictionConfig
+from cpc_ext.training.precision import patch_dtype
+from cpc_ext.training.run_dir import RunDir
+
+__all__ = ["center_or_random", "patch_encoder", "patch_view", "save_patch_figures"]
+
+# Images the figures are drawn from.
+_FIGURE_INPUTS = 4
+_NEIGHBOUR_IMAGES = 500
+_NEIGHBOUR_QUERIES = 6
+_NEIGHBOURS = 8
+
+
+def patch_view(config: PredictionConfig, dataset: Dataset) -> PatchView:
+    """How a run's images become patches. ValueError where they are smaller than the crop."""
+    options = config.view
+    side = min(dataset.image_shape[1:])
+    if options.crop > side + 2 * options.pad:
+        raise ValueError(
+            f"--crop {options.crop} is larger than the images of {dataset.name}, {side} pixels"
+            + (f" and --pad {options.pad} around them" if options.pad else "")
+        )
+    return PatchView.of(
+        dataset,
+        options.patch,
+        options.stride,
+        crop=options.crop,
+        pad=options.pad,
+        flip=options.flip,
+        gray=options.gray,
+        patch_norm=options.patch_norm,
+        augmentation=PatchAugmentation() if options.patch_augmentation else None,
+        dtype=patch_dtype(config.compute.precision),
+        channels_last=config.compute.channels_last,
+    )
+
+
+def patch_encoder(config: PredictionConfig, dataset: Dataset) -> EncoderSpec:
+    """What a run's encoder of patches is built from."""
+    patch = config.view.patch
+    return encoder_spec(
+        config.cpc.encoder,
+        norm=config.cpc.norm,
+        in_channels=1 if config.view.gray else dataset.image_shape[0],
+        # A stem sees a good part of a patch, not all of it.
+        stem="cifar" if patch <= 12 else "stl10" if patch <= 32 else "imagenet",
+        patch_size=patch,
+    )
+
+
+def center_or_random(view: PatchView, images: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The patches [B, rows, cols, C', p, p] of uint8 images [B, C, H, W] that an encoder is judged by.
+
+    generator: on the CPU, of random crops and flips; None takes the central crop.
+    """
+    return view.center(images) if generator is None else view.random(images, generator)
+
+
+def save_patch_figures(
+    run: RunDir,
+    view: PatchView,
+    shown: Callable[[int], tuple[Tensor, np.ndarray | None]],
+    encodings: Callable[[Tensor], Tensor],
+    seed: int,
+) -> None:
+    """Draw what a model gets of some images, and which patches it finds alike. OSError where writing fails.
+
+    shown: from a number to as many images at most, uint8 [N, C, H, W], with their labels where they have any.
+    encodings: from such images to [N, D, rows, cols]. seed: of augmentations.
+    """
+    images, _ = shown(_FIGURE_INPUTS)
+    _save_inputs(run, view, images, seed)
+    images, labels = shown(_NEIGHBOUR_IMAGES)
+    if len(images) >= _NEIGHBOUR_QUERIES + _NEIGHBOURS:
+        _save_neighbours(run, view, images, labels, encodings(images))
+
+
+def _save_inputs(run: RunDir, view: PatchView, images: Tensor, seed: int) -> None:
+    assert isinstance(view.crop, int)  # The options have squares alone.
+    patches = view.augmented(images, torch.Generator().manual_seed(seed)).float().cpu().numpy()
+    figures.save(run.path / "inputs.png", figures.model_inputs(images.cpu().numpy(), patches, crop=view.crop))
+
+
+def _save_neighbours(
+    run: RunDir, view: PatchView, images: Tensor, labels: np.ndarray | None, encodings: Tensor
+) -> None:
+    """For the middle patch of a few images, the nearest patch of each of the images nearest to it."""
+    rows, columns = encodings.shape[2:]
+    middle = rows // 2 * columns + columns // 2
+    encodings = encodings.flatten(2)  # [N, D, patches]
+    # What all patches share would make all of them alike.
+    encodings = F.normalize(encodings - encodings.mean((0, 2), keepdim=True), dim=1)
+    queries = torch.from_numpy(spread(_NEIGHBOUR_QUERIES, len(images))).to(encodings.device)
+    similarity, patch = torch.einsum("qd,ndp->qnp", encodings[queries, :, middle], encodings).max(2)
+    similarity[torch.arange(len(queries), device=queries.device), queries] = -torch.inf
+    similarity, image = similarity.topk(_NEIGHBOURS, dim=1)
+    patch = patch.gather(1, image)
+
+    # Shown in colour and without normalisation, so that one sees what the encoding does not depend on.
+    plain = replace(view, gray=False, mean=None, std=None, patch_norm=False, dtype=torch.float32)
+    patches = plain.center(images).flatten(1, 2)
+    same_class = None
+    if labels is not None:
+        same_class = labels[queries.cpu().numpy(), None] == labels[image.cpu().numpy()]
+    figures.save(
+        run.path / "neighbours.png",
+        figures.nearest_patches(
+            patches[queries, middle].cpu().numpy(),
+            patches[image, patch].cpu().numpy(),
+            similarity.cpu().numpy(),
+            same_class,
+        ),
+    )

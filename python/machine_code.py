@@ -1,0 +1,436 @@
+"""What the compiler made of the CUDA kernels: a table of the machine code in the compiled module, kernel by kernel.
+
+    python python/machine_code.py                           # the installed module, compute capability 9.0
+    python python/machine_code.py --kernel score --loops    # these kernels, and every loop of theirs
+    python python/machine_code.py --write                   # today's figures become the budgets, machine_code.csv
+
+The kernels are read out of the module that was built (``CPC_EXT_NATIVE``, else the installed one), by cuobjdump and
+nvdisasm of the ``test`` extra, so nothing is compiled again. ``tests/csrc/test_machine_code.py`` holds every kernel to
+its line in machine_code.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+
+BUDGETS = Path(__file__).with_suffix(".csv")
+ARCHITECTURES = (80, 90, 120)
+# From 9.0 on, what the system keeps for itself of every block's shared memory counts as the kernel's.
+RESERVED_SHARED_BYTES = 1024
+
+
+# --- Instructions, as cuobjdump prints them ---
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction, with the compiler's schedule: bits 105 to 125 of the 128 that encode it.
+
+    A load names one of six barriers, which holds until its value is there; whoever needs it waits for that barrier.
+    """
+
+    address: int
+    guard: str
+    opcode: str
+    operands: str
+    schedule: int
+
+    @cached_property
+    def name(self) -> str:
+        return self.opcode.partition(".")[0]
+
+    @property
+    def is_tensor(self) -> bool:
+        """A product on tensor cores."""
+        return self.name in ("HMMA", "IMMA", "DMMA", "QMMA", "OMMA", "HGMMA", "IGMMA", "QGMMA")
+
+    @property
+    def is_global_load(self) -> bool:
+        """A load from global memory, into registers or (LDGSTS) shared memory."""
+        return self.name in ("LDG", "LDGSTS")
+
+    @property
+    def width(self) -> int:
+        """Bytes a thread moves."""
+        found = re.search(r"\.(?:[US](8|16)|(64|128))(?:\.|$)", self.opcode)
+        return int(found[1] or found[2]) // 8 if found else 4
+
+    @property
+    def barrier(self) -> int | None:
+        """The barrier that holds until this instruction's result is there."""
+        number = self.schedule >> 5 & 7
+        return None if number == 7 else number
+
+    def waits_for(self, barrier: int) -> bool:
+        if self.name == "DEPBAR":
+            return self.operands.startswith(f"SB{barrier}, 0x0")
+        return bool(self.schedule >> 11 >> barrier & 1)
+
+    @property
+    def target(self) -> int | None:
+        """Where a branch leads."""
+        found = re.search(r"\b0x([0-9a-f]+)$", self.operands) if self.name == "BRA" else None
+        return int(found[1], 16) if found else None
+
+
+@dataclass
+class Kernel:
+    """A kernel for one architecture. name: as in the sources, without namespaces but the op's."""
+
+    name: str
+    architecture: int
+    registers: int
+    shared: int
+    stack: int
+    code: list[Instruction] = field(default_factory=list)
+
+    @cached_property
+    def loops(self) -> list[Sequence[Instruction]]:
+        """Code between the target of each branch backwards and the branch; of nested loops the outer one first."""
+        index = {instruction.address: i for i, instruction in enumerate(self.code)}
+        ends: dict[int, int] = {}
+        for i, instruction in enumerate(self.code):
+            first = index.get(-1 if instruction.target is None else instruction.target, i)
+            if first < i:
+                ends[first] = i  # Of several branches to one place, the last ends the loop.
+        return [self.code[first : last + 1] for first, last in sorted(ends.items())]
+
+    @cached_property
+    def main_loop(self) -> Sequence[Instruction]:
+        """The smallest loop with most products on tensor cores, or multiply-adds; else the one with most loads."""
+
+        for count, least in ((_products, 1), (_multiplies, 64)):
+            most = max(map(count, self.loops), default=0)
+            if most >= least:
+                return min((loop for loop in self.loops if count(loop) >= 0.9 * most), key=len)
+        innermost = [loop for loop in self.loops if not any(_within(other, loop) for other in self.loops)]
+        return max(innermost, key=lambda loop: (sum(i.is_global_load for i in loop), len(loop)), default=[])
+
+
+def _products(code: Sequence[Instruction]) -> int:
+    return sum(instruction.is_tensor for instruction in code)
+
+
+def _multiplies(code: Sequence[Instruction]) -> int:
+    return sum(instruction.name in ("FFMA", "DFMA") for instruction in code)
+
+
+def _within(inner: Sequence[Instruction], outer: Sequence[Instruction]) -> bool:
+    return outer[0].address <= inner[0].address and inner[-1].address <= outer[-1].address and inner is not outer
+
+
+def find_tool(name: str) -> str | None:
+    """The path of a program of CUDA's, that of the wheel first."""
+    spec = importlib.util.find_spec("nvidia")
+    places = (spec.submodule_search_locations if spec else None) or ()
+    folders = [str(folder) for place in places for folder in Path(place).glob("*/bin")]
+    return shutil.which(name, path=os.pathsep.join([*folders, os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
+
+
+def _output(command: Sequence[str], **options: object) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, **options).stdout  # type: ignore[call-overload]
+
+
+def _cuobjdump(*arguments: str) -> str:
+    program, disassembler = find_tool("cuobjdump"), find_tool("nvdisasm")
+    if program is None or disassembler is None:
+        raise FileNotFoundError("cuobjdump and nvdisasm are missing: pip install -c constraints.txt '.[test]'")
+    path = os.pathsep.join([str(Path(disassembler).parent), os.environ.get("PATH", "")])
+    return _output([program, *arguments], env={**os.environ, "PATH": path})
+
+
+def short_names(mangled: Iterable[str]) -> dict[str, str]:
+    """Kernels' names by their mangled ones: ``info_nce::score<float, InTf32>``."""
+    mangled = list(mangled)
+    demangled = _output(["c++filt"], input="\n".join(mangled)).splitlines()
+    return {raw: _short_name(whole) for raw, whole in zip(mangled, demangled, strict=True)}
+
+
+def _short_name(demangled: str) -> str:
+    name = demangled.replace("(anonymous namespace)::", "").removeprefix("void ")
+    name = re.sub(r"\((?:int|bool|cpc::[\w:]+)\)", "", name)  # Casts of template arguments.
+    op = re.match(r"cpc::(\w+)::cuda::", name)
+    depth, end = 0, len(name)
+    for i, character in enumerate(name):  # The parameters begin at the first parenthesis outside of template arguments.
+        depth += {"<": 1, ">": -1}.get(character, 0)
+        if character == "(" and depth == 0:
+            end = i
+            break
+    short = re.sub(r"\b(?:\w+::)+", "", name[:end]).replace(" >", ">")
+    return f"{op[1]}::{short}" if op else short
+
+
+INSTRUCTION = re.compile(
+    r"\s+/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:@(?P<guard>!?\w+)\s+)?"
+    r"(?P<opcode>[A-Z][\w.]*)\s*(?P<operands>.*?)\s*;\s+/\* 0x"
+)
+ENCODING = re.compile(r"\s+/\* 0x([0-9a-f]{16}) \*/")
+
+
+def parse_code(lines: Iterable[str]) -> Iterator[tuple[str, Instruction]]:
+    """Instructions with the mangled names of their functions, from what ``cuobjdump -sass`` prints."""
+    function, pending = "", None
+    for line in lines:
+        if found := INSTRUCTION.match(line):
+            pending = found
+        elif pending and (found := ENCODING.match(line)):
+            schedule = int(found[1], 16) >> 41 & 0x1FFFFF
+            address, guard = int(pending["address"], 16), pending["guard"] or ""
+            yield function, Instruction(address, guard, pending["opcode"], pending["operands"], schedule)
+            pending = None
+        elif found := re.match(r"\s+Function : (\S+)", line):
+            function = found[1]
+
+
+def read_kernels(module: Path, architecture: int, select: str = "") -> dict[str, Kernel]:
+    """The kernels of a compiled module or cubin by their short names; ``select`` is part of a name."""
+    arguments = ("-arch", f"sm_{architecture}", str(module))
+    usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", _cuobjdump("-res-usage", *arguments))
+    names = short_names(name for name, *_ in usage)
+    reserved = RESERVED_SHARED_BYTES if architecture >= 90 else 0
+    kernels = {
+        name: Kernel(names[name], architecture, int(registers), int(shared) - reserved, int(stack))
+        for name, registers, stack, shared in usage
+        if select in names[name]
+    }
+    if kernels:
+        chosen = () if not select else ("-fun", ",".join(kernels))
+        for name, instruction in parse_code(_cuobjdump("-sass", *chosen, *arguments).splitlines()):
+            kernels[name].code.append(instruction)
+    return {kernel.name: kernel for kernel in sorted(kernels.values(), key=lambda kernel: kernel.name)}
+
+
+# --- What a kernel is held to ---
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Of all of a kernel's code, then of its main loop.
+
+    registers: of a thread. shared: bytes of static shared memory. stack: bytes of a thread in local memory.
+    local: instructions that access local memory, for what was spilled or is indexed by variables.
+    generic: accesses whose memory is known only when they run. calls: calls of functions, such as long divisions.
+    split: global loads in fours or more of neighbouring narrow values, which one wide load would do.
+    loop: instructions. tensor: products on tensor cores. multiplies: multiply-adds on the ordinary units.
+    barriers: __syncthreads and the like.
+    loads: loads from global memory. load_bytes: what a thread loads with them.
+    waits: places that wait for such a load. early: loads that are waited for before any product on tensor cores has
+    begun, so that nothing hides them. ahead: groups of asynchronous copies that need not have arrived yet.
+    """
+
+    registers: int
+    shared: int
+    stack: int
+    local: int
+    generic: int
+    calls: int
+    split: int
+    loop: int
+    tensor: int
+    multiplies: int
+    barriers: int
+    loads: int
+    load_bytes: int
+    waits: int
+    early: int
+    ahead: int
+
+
+def measure(kernel: Kernel) -> Measures:
+    names = Counter(instruction.name for instruction in kernel.code)
+    loop = kernel.main_loop
+    loads = [instruction for instruction in loop if instruction.is_global_load]
+    tensor = _products(loop)
+    pending = (re.search(r", 0x([0-9a-f]+)$", i.operands) for i in loop if i.name == "DEPBAR")
+    waits = [wait for i, load in enumerate(loop) if load.name == "LDG" and (wait := _wait_for(loop, i)) is not None]
+    return Measures(
+        registers=kernel.registers,
+        shared=kernel.shared,
+        stack=kernel.stack,
+        local=names["LDL"] + names["STL"],
+        generic=names["LD"] + names["ST"] + names["ATOM"],
+        calls=names["CALL"],
+        split=sum(len(run) for run in split_loads(kernel.code)),
+        loop=len(loop),
+        tensor=tensor,
+        multiplies=_multiplies(loop),
+        barriers=sum(instruction.name == "BAR" for instruction in loop),
+        loads=len(loads),
+        load_bytes=sum(load.width for load in loads),
+        waits=len({place for place, _ in waits}),
+        early=sum(hidden == 0 for _, hidden in waits) if tensor else 0,
+        ahead=max((int(groups[1], 16) for groups in pending if groups), default=0),
+    )
+
+
+def _wait_for(loop: Sequence[Instruction], load: int) -> tuple[int, int] | None:
+    """The place that waits for a load, in this turn of the loop or the next, and the tensor products between."""
+    barrier = loop[load].barrier
+    if barrier is None:
+        return None
+    hidden = 0
+    for step in range(1, len(loop)):
+        place = (load + step) % len(loop)
+        if loop[place].waits_for(barrier):
+            return place, hidden
+        hidden += loop[place].is_tensor
+    return None
+
+
+def split_loads(code: Sequence[Instruction]) -> list[list[Instruction]]:
+    """Runs of at least four global loads of one width and guard from neighbouring addresses, in a basic block."""
+    starts = {instruction.target for instruction in code}
+    runs: dict[tuple[str, int, str], list[list[tuple[int, Instruction]]]] = {}
+    found = []
+
+    def close() -> None:
+        for values in runs.values():
+            found.extend([load for _, load in run] for run in values if len(run) >= 4)
+        runs.clear()
+
+    for instruction in code:
+        if instruction.address in starts:
+            close()
+        address = re.search(r"\[(R\d+)(?:\.64)?(?:\+(-?0x[0-9a-f]+))?\]", instruction.operands)
+        if instruction.name == "LDG" and instruction.width < 16 and address:
+            offset, width = int(address[2] or "0", 16), instruction.width
+            of_base = runs.setdefault((address[1], width, instruction.guard), [])
+            for run in of_base:
+                if offset in (run[-1][0] + width, run[0][0] - width):
+                    run.insert(len(run) if offset > run[-1][0] else 0, (offset, instruction))
+                    break
+            else:
+                of_base.append([(offset, instruction)])
+        if instruction.name in ("BRA", "EXIT", "CALL", "RET"):
+            close()
+    close()
+    return found
+
+
+# --- Budgets ---
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What each kernel had when the budgets were written, by architecture and name, and the nvcc that compiled it."""
+
+    nvcc: str
+    measures: dict[tuple[int, str], Measures]
+
+    @classmethod
+    def load(cls, path: Path = BUDGETS) -> Budgets:
+        with path.open(newline="") as file:
+            nvcc = file.readline().removeprefix("# nvcc ").strip()
+            rows = list(csv.DictReader(file))
+        names = [field.name for field in fields(Measures)]
+        return cls(
+            nvcc,
+            {(int(row["sm"]), row["kernel"]): Measures(**{name: int(row[name]) for name in names}) for row in rows},
+        )
+
+    def save(self, path: Path = BUDGETS) -> None:
+        with path.open("w", newline="") as file:
+            file.write(f"# nvcc {self.nvcc}\n")
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["sm", "kernel", *(field.name for field in fields(Measures))])
+            for (architecture, name), measures in sorted(self.measures.items(), key=lambda item: (item[0][1], item[0])):
+                writer.writerow([architecture, name, *astuple(measures)])
+
+
+def worse_than(budget: Measures, now: Measures) -> list[str]:
+    """What a kernel has lost. Registers are handed out in eights; a loop may grow by a twentieth."""
+
+    def eights(registers: int) -> int:
+        return (registers + 7) // 8 * 8
+
+    allowed = {**asdict(budget), "registers": eights(budget.registers), "loop": int(budget.loop * 1.05)}
+    # These are no loss in themselves; shares of the loop and of the loads are compared below.
+    for name in ("tensor", "multiplies", "load_bytes", "ahead"):
+        del allowed[name]
+    lost = [
+        f"{name} {value}, budget {getattr(budget, name)}"
+        for name, value in asdict(now).items()
+        if value > allowed.get(name, value)
+    ]
+    for name in ("tensor", "multiplies"):
+        products, wanted = getattr(now, name), getattr(budget, name)
+        if products * budget.loop < 0.95 * wanted * now.loop:
+            lost.append(f"{name} {products} in a loop of {now.loop}, budget {wanted} in {budget.loop}")
+    if now.ahead < budget.ahead:
+        lost.append(f"ahead {now.ahead}, budget {budget.ahead}")
+    if now.load_bytes * budget.loads < 0.95 * budget.load_bytes * now.loads:
+        lost.append(f"{now.loads} loads of {now.load_bytes} bytes, budget {budget.loads} of {budget.load_bytes}")
+    return lost
+
+
+# --- The program ---
+
+
+def compiled_module() -> tuple[Path, str | None]:
+    """The compiled module that cpc_ext uses, and the nvcc that compiled its kernels, None where it has none."""
+    from cpc_ext._native import native
+
+    cuda = native.build_info()["cuda"]
+    return Path(native.__file__), None if cuda in (None, "emulated") else cuda
+
+
+def widths(code: Iterable[Instruction]) -> str:
+    """How many accesses of how many bytes, such as ``LDG 4x16 32x2``."""
+    moving = ("LDG", "LDGSTS", "STG", "LDS", "LDSM", "STS", "LDL", "STL", "LD", "ST")
+    counts = Counter((moving.index(i.name), i.width) for i in code if i.name in moving)
+    found: dict[str, list[str]] = {}
+    for (kind, width), count in sorted(counts.items(), reverse=True):
+        found.setdefault(moving[kind], []).append(f"{count}x{width}" if moving[kind] != "LDSM" else str(count))
+    return ", ".join(f"{name} {' '.join(found[name])}" for name in moving if name in found)
+
+
+def print_kernels(kernels: Iterable[Kernel], *, loops: bool) -> None:
+    header = f"{'sm':>4}" + "".join(f"{field.name:>11}" for field in fields(Measures))
+    for kernel in kernels:
+        print(f"\n{kernel.name}\n{header}")
+        print(f"{kernel.architecture:>4}" + "".join(f"{value:>11}" for value in astuple(measure(kernel))))
+        print(f"     main loop: {widths(kernel.main_loop) or 'no access to memory'}")
+        for loop in kernel.loops if loops else ():
+            names = Counter(instruction.name for instruction in loop)
+            print(
+                f"     {loop[0].address:05x}-{loop[-1].address:05x} {len(loop)} instructions, {_products(loop)} tensor,"
+                f" {_multiplies(loop)} multiply-adds, {names['BAR']} barriers; {widths(loop)}"
+            )
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=[90], metavar="SM", help="as 80 or 120 (default 90)")
+    parser.add_argument("--kernel", default="", metavar="PART", help="only kernels with this in their names")
+    parser.add_argument("--loops", action="store_true", help="every loop, with its accesses")
+    parser.add_argument("--module", type=Path, help="another compiled module, or a cubin")
+    parser.add_argument("--write", action="store_true", help=f"write the budgets for {ARCHITECTURES}")
+    return parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
+    module, nvcc = (arguments.module, None) if arguments.module else compiled_module()
+    if arguments.write:
+        if nvcc is None:
+            raise SystemExit(f"{module} has no CUDA code")
+        kernels = [kernel for sm in ARCHITECTURES for kernel in read_kernels(module, sm).values()]
+        Budgets(nvcc, {(kernel.architecture, kernel.name): measure(kernel) for kernel in kernels}).save()
+        print(f"written: {BUDGETS}, {len(kernels)} kernels")
+        return
+    for architecture in arguments.arch:
+        print_kernels(read_kernels(module, architecture, arguments.kernel).values(), loops=arguments.loops)
+
+
+if __name__ == "__main__":
+    main(parse_arguments())

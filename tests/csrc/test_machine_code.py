@@ -1,0 +1,260 @@
+"""The machine code of the CUDA kernels: no fault of a known kind, and nothing lost against the budgets."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import machine_code
+import pytest
+from machine_code import (
+    ARCHITECTURES,
+    Budgets,
+    Instruction,
+    Kernel,
+    Measures,
+    find_tool,
+    measure,
+    read_kernels,
+    split_loads,
+)
+
+REPOSITORY = Path(__file__).parents[2]
+
+# What no kernel may have. Registers that do not fit and arrays indexed by variables both go through local memory.
+RULES = {
+    "local": "goes through local memory",
+    "generic": "accesses memory whose kind is known only when it runs",
+    "split": "loads in pieces what one wide load would do",
+    "early": "waits for loads before the tensor cores have work that would hide them",
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A known fault: the rule that kernels (a pattern of names) break today, and why."""
+
+    rule: str
+    kernels: str
+    reason: str
+    architectures: tuple[int, ...] = ARCHITECTURES
+
+
+AMPERE, HOPPER, BLACKWELL = ARCHITECTURES
+
+FAULTS = (
+    # A power's chunk is used by reference and value by value, so it is never loaded as a whole.
+    Fault("split", "info_nce::add_to_*<BFloat16, InBFloat16>", "load_weights keeps its chunk by reference"),
+    Fault("split", "info_nce::add_to_*<Half, InTf32>", "load_weights and load_chunk keep their chunks by reference"),
+    Fault("split", "info_nce::add_to_*<float, In*>", "load_weights and load_chunk keep their chunks by reference"),
+    Fault("split", "info_nce::score<*, InTf32>", "load_chunk keeps its chunk by reference"),
+    # The next slice is converted, scaled and chosen among zeros as it arrives, not when it is stored.
+    Fault("early", "info_nce::score<*, In[TB]*>", "what is loaded ahead is worked on at once"),
+    Fault("early", "info_nce::add_to_*<*, In[TB]*>", "what is loaded ahead is worked on at once"),
+    Fault("local", "info_nce::add_to_queries<BFloat16, InBFloat16>", "one register too many", (HOPPER,)),
+    Fault("local", "info_nce::contrast_sampled<*, float>", "registers", (HOPPER, BLACKWELL)),
+    Fault("local", "info_nce::sum_sampled_keys<*, float>", "registers", (AMPERE, HOPPER)),
+    Fault("generic", "info_nce::contrast_sampled<*>", "ptxas merges addresses of parameters and keys", (BLACKWELL,)),
+    Fault("local", "patches::extract_staged<*>", "pixels of a group and values of a chunk are indexed by variables"),
+    Fault("local", "patches::sum_patches<double>", "registers", (AMPERE,)),
+    Fault("local", "patches::sum_patches<float>", "registers", (HOPPER, BLACKWELL)),
+    Fault(
+        "split",
+        "patches::sum_patches<*>",
+        "slopes of neighbouring patches are 3 values each, which no load is as wide as",
+    ),
+    Fault("local", "masked_conv::convolve_tile<MultiplyAdds<float>, Tile<4,*", "registers", (AMPERE, HOPPER)),
+    Fault("local", "masked_conv::sum_weight_grad<MultiplyAdds<double>,*", "registers"),
+    # Channels that are no whole chunks of 16 bytes are copied value by value, through registers where a value has two.
+    Fault("early", "masked_conv::convolve_tile<TensorCores<BFloat16>, Tile<2,*", "odd numbers of channels"),
+    Fault("early", "masked_conv::convolve_tile<TensorCores<Half>, Tile<2,*", "odd numbers of channels"),
+    Fault("early", "masked_conv::sum_weight_grad<TensorCores<BFloat16>, Tile<2,*", "odd numbers of channels"),
+    Fault("early", "masked_conv::sum_weight_grad<TensorCores<Half>, Tile<2,*", "odd numbers of channels"),
+    Fault("generic", "logistic_mixture::run_tiles<*>", "one code for parameters in shared memory and in global"),
+    Fault("local", "logistic_mixture::sample_pixels", "a pixel's values are indexed by its channel"),
+    Fault("generic", "augment::augment_patches", "one kernel for patches in shared memory and in the workspace"),
+    Fault("local", "augment::augment_patches", "a pixel's three bytes are indexed by their channel"),
+)
+
+
+@pytest.fixture
+def tools() -> None:
+    if missing := [name for name in ("cuobjdump", "nvdisasm") if find_tool(name) is None]:
+        pytest.skip(f"no {' and no '.join(missing)}: cpc_ext[test] has them on Linux")
+    if shutil.which("c++filt") is None:
+        pytest.skip("no c++filt")
+
+
+def broken_rules(kernels: dict[str, Kernel], architecture: int) -> list[str]:
+    """Faults that are not known, and known ones that are no more."""
+    measures = {name: measure(kernel) for name, kernel in kernels.items()}
+    known = [fault for fault in FAULTS if architecture in fault.architectures]
+
+    def covers(fault: Fault, rule: str, name: str) -> bool:
+        return fault.rule == rule and fnmatchcase(name, fault.kernels)
+
+    found = [(rule, name) for name in measures for rule in RULES if getattr(measures[name], rule) > 0]
+    complaints = [
+        f"{name} {RULES[rule]}: {rule} {getattr(measures[name], rule)}"
+        for rule, name in found
+        if not any(covers(fault, rule, name) for fault in known)
+    ]
+    mended = [fault for fault in known if not any(covers(fault, rule, name) for rule, name in found)]
+    return complaints + [f"mended, take it out of FAULTS: {fault.rule} of {fault.kernels}" for fault in mended]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_kernel_has_a_known_fault_or_is_over_budget(architecture, tools):
+    module, nvcc = machine_code.compiled_module()
+    if nvcc is None:
+        pytest.skip(f"{module} has no CUDA code: built without nvcc")
+    kernels = read_kernels(module, architecture)
+    if not kernels:
+        pytest.skip(f"{module} has no code for compute capability {architecture}")
+    complaints = broken_rules(kernels, architecture)
+    budgets = Budgets.load()
+    if nvcc != budgets.nvcc:
+        pytest.skip(f"the budgets are of nvcc {budgets.nvcc}, this is {nvcc}; without them: {complaints}")
+    of_these = {name: budget for (sm, name), budget in budgets.measures.items() if sm == architecture}
+    for name, kernel in kernels.items():
+        lost = machine_code.worse_than(of_these[name], measure(kernel)) if name in of_these else ["no budget"]
+        complaints += [f"{name}: {what}" for what in lost]
+    complaints += [f"{name} has a budget and is gone" for name in of_these.keys() - kernels.keys()]
+    assert not complaints, f"sm_{architecture}, see CONTRIBUTING.md, Machine code:\n" + "\n".join(complaints)
+
+
+# --- The measures themselves ---
+
+
+def test_planted_faults_are_found(tools, tmp_path):
+    nvcc = find_tool("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    cubin = tmp_path / "planted.cubin"
+    options = ("-std=c++20", "--expt-relaxed-constexpr", f"-I{REPOSITORY / 'csrc'}", "-arch=sm_90", "-cubin")
+    subprocess.run([nvcc, *options, Path(__file__).with_name("planted_faults.cu"), "-o", cubin], check=True)
+    found = {name: measure(kernel) for name, kernel in read_kernels(cubin, 90).items()}
+    broken = {(name, rule) for name, measures in found.items() for rule in RULES if getattr(measures, rule) > 0}
+    assert broken == {
+        ("split_by_reference", "split"),
+        ("local_array", "local"),
+        ("generic_access", "generic"),
+        ("prefetch<true>", "early"),
+    }
+    assert found["split_by_reference"].split % 8 == 0
+    assert found["whole_by_value"].load_bytes == 16 * found["whole_by_value"].loads
+    assert found["local_array"].stack == 64
+    assert {name for name, measures in found.items() if measures.calls} == {"long_division"}
+    for name, early in (("prefetch<true>", 1), ("prefetch<false>", 0)):
+        one = found[name]
+        assert (one.tensor, one.loads, one.waits, one.early) == (4, 1, 1, early)
+
+
+def instruction(opcode, operands="", *, address=0, guard="", barrier=7, waits=0):
+    return Instruction(address, guard, opcode, operands, barrier << 5 | waits << 11)
+
+
+def code_of(*instructions):
+    return [replace(given, address=16 * i) for i, given in enumerate(instructions)]
+
+
+@pytest.mark.parametrize(
+    ("opcode", "width"),
+    [("LDG.E", 4), ("LDG.E.U16.CONSTANT", 2), ("LDG.E.S8", 1), ("LDGSTS.E.BYPASS.128", 16), ("STS.64", 8)],
+)
+def test_widths_of_accesses(opcode, width):
+    assert instruction(opcode).width == width
+
+
+def test_loads_are_early_unless_products_lie_between():
+    hidden = instruction("LDG.E", "R1, [R2.64]", barrier=0)
+    shown = instruction("LDG.E", "R3, [R4.64]", barrier=1)
+    loop = code_of(
+        instruction("FADD", "R5, R1, R1", waits=0b01),  # For what the turn before has loaded.
+        hidden,
+        instruction("HMMA.16816.F32", ""),
+        shown,
+        instruction("FADD", "R5, R3, R3", waits=0b10),
+        instruction("DEPBAR.LE", "SB0, 0x2"),
+        instruction("BRA", "0x0"),
+    )
+    measures = measure(Kernel("made", 90, 20, 0, 0, loop))
+    assert (measures.loads, measures.waits, measures.early, measures.tensor, measures.ahead) == (2, 2, 1, 1, 2)
+
+
+def test_a_wait_for_fewer_copies_is_no_wait_for_a_load():
+    assert instruction("DEPBAR.LE", "SB1, 0x0").waits_for(1)
+    assert not instruction("DEPBAR.LE", "SB1, 0x2").waits_for(1)
+    assert not instruction("DEPBAR.LE", "SB1, 0x0").waits_for(0)
+
+
+def test_the_main_loop_is_the_smallest_around_the_products():
+    nop, product = instruction("NOP"), instruction("HMMA.16816.F32", "")
+    code = code_of(
+        nop,
+        instruction("LDG.E", "R1, [R2.64]"),  # 0x10: a loop that only loads.
+        instruction("BRA", "0x10"),
+        nop,  # 0x30: around the products, and around the loop inside.
+        product,
+        instruction("BRA", "0x40"),
+        nop,
+        instruction("BRA", "0x30"),
+        instruction("BRA", "0x80"),  # Where kernels end: it goes nowhere.
+    )
+    kernel = Kernel("made", 90, 20, 0, 0, code)
+    assert [(loop[0].address, loop[-1].address) for loop in kernel.loops] == [(0x10, 0x20), (0x30, 0x70), (0x40, 0x50)]
+    assert (kernel.main_loop[0].address, kernel.main_loop[-1].address) == (0x40, 0x50)
+
+
+def test_split_loads_are_neighbours_of_one_guard_in_one_block():
+    def loads(*offsets, guard="", base="R2"):
+        return [instruction("LDG.E.U16", f"R1, [{base}.64+{hex(at)}]", guard=guard) for at in offsets]
+
+    assert [len(run) for run in split_loads(code_of(*loads(2, 0, 4, 6)))] == [4]
+    assert not split_loads(code_of(*loads(0, 2, 4)))
+    assert not split_loads(code_of(*loads(0, 2), *loads(4, 6, guard="P0")))
+    assert not split_loads(code_of(*loads(0, 2), *loads(4, 6, base="R8")))
+    assert not split_loads(code_of(*loads(0, 2), instruction("BRA", "0x500", guard="P0"), *loads(4, 6)))
+    assert not split_loads(code_of(*loads(0, 4, 8, 12)))
+
+
+MEASURES = Measures(40, 1024, 0, 0, 0, 0, 0, 100, 16, 0, 2, 4, 64, 1, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "lost"),
+    [
+        ({"registers": 33}, ""),
+        ({"registers": 41}, "registers 41, budget 40"),
+        ({"loop": 105}, ""),
+        ({"loop": 106}, "loop 106, budget 100"),
+        ({"loop": 200, "tensor": 32, "loads": 8}, "loop 200, budget 100"),
+        ({"tensor": 15}, "tensor 15 in a loop of 100, budget 16 in 100"),
+        ({"loads": 4, "load_bytes": 32}, "4 loads of 32 bytes, budget 4 of 64"),
+        ({"ahead": 1}, "ahead 1, budget 2"),
+        ({"barriers": 3}, "barriers 3, budget 2"),
+        ({"early": 1}, "early 1, budget 0"),
+        ({"loop": 50, "barriers": 1, "loads": 2, "load_bytes": 32, "tensor": 8}, ""),
+    ],
+)
+def test_what_is_worse_than_a_budget(change, lost):
+    complaints = machine_code.worse_than(MEASURES, replace(MEASURES, **change))
+    assert (lost in complaints) if lost else not complaints
+
+
+def test_budgets_come_back_as_they_were_saved(tmp_path):
+    budgets = Budgets("13.0", {(90, "op::kernel<float, Tile<2, 2>>"): MEASURES, (80, "op::other"): MEASURES})
+    budgets.save(tmp_path / "budgets.csv")
+    assert Budgets.load(tmp_path / "budgets.csv") == budgets
+
+
+def test_names_are_as_in_the_sources(tools):
+    mangled = (
+        "_ZN3cpc11masked_conv4cuda15sum_weight_gradINS_4cuda11TensorCoresINS_4HalfEEENS1_4TileILi4ELi2ELb1EEEEEvPKT_"
+    )
+    assert machine_code.short_names([mangled]) == {
+        mangled: "masked_conv::sum_weight_grad<TensorCores<Half>, Tile<4, 2, true>>"
+    }
