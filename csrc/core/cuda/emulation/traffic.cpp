@@ -11,11 +11,12 @@ constexpr size_t kSector = 32, kWord = 4, kBanks = 32, kWidest = 16;
 // Sectors of memory that lie closer together than this are given back as one stretch.
 constexpr uintptr_t kGapSectors = (4 << 10) / kSector;
 
-const bool added = ObserverKind::add(
-    {"traffic", [](const Options& options) -> std::unique_ptr<Observer> {
-       if (!options.empty()) throw std::invalid_argument("traffic has no option " + options.begin()->first);
-       return std::make_unique<Traffic>();
-     }});
+const bool added =
+    ObserverKind::add({"traffic", [](const Options& options) -> std::unique_ptr<Observer> {
+                         if (!options.empty())
+                           throw std::invalid_argument("traffic has no option " + options.begin()->first);
+                         return std::make_unique<Traffic>();
+                       }});
 
 // How many different units of so many bytes some lanes touch.
 template <class Range>
