@@ -1,6 +1,7 @@
-"""The tool that reads machine code is a program beside the package, imported from its own folder."""
+"""The tools that judge CUDA code are programs beside the package, imported from their own folders."""
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[2] / "python"))
+PYTHON = Path(__file__).parents[2] / "python"
+sys.path += [str(PYTHON), str(PYTHON / "benchmarks")]

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from cuda_counts import Launch, Problem
+from traffic_budgets import FAULTS, Fault, Place, Traced, broken, check, excess
+
+BENCHMARKS = Path(__file__).parents[2] / "python" / "benchmarks"
 
 
 def counted(trace: Path, probe: str, *options: str) -> dict:
@@ -97,3 +104,77 @@ def test_launches_and_places_have_names(trace):
 def test_every_probe_is_run(trace):
     names = subprocess.run([trace / "traffic_probes"], capture_output=True, text=True, check=False).stdout.split()
     assert sorted(names) == sorted([*EXPECTED, "copies", "blocks_share"])
+
+
+# --- Budgets ---
+
+GOOD = Place("store (cuda.cu:1)", "write", "global", requests=8, lanes=256, bytes=1024, units=32, ideal=32)
+LAUNCH = Launch(kernel="op::kernel<float>", grid=1, block=32, unique_read_bytes=1000, unique_written_bytes=500)
+PROBLEM = Problem(
+    op="op", label="[1]", dtype="float32", passes="forward", source="traced", minimum_bytes=1000, launches=(LAUNCH,)
+)
+
+
+def rules(*places: Place) -> list[str]:
+    return [rule for rule, _ in broken(Traced(LAUNCH, places))]
+
+
+def test_places_that_ask_for_more_sectors_or_conflict_break_a_rule():
+    shared = replace(GOOD, space="shared")
+    assert rules(GOOD, shared) == []
+    assert rules(replace(GOOD, units=33), replace(GOOD, units=34)) == ["sectors"]  # 3 and 6 % too many.
+    assert rules(replace(shared, units=33)) == ["conflicts"]
+    # A tenth of what the kernel asks of this memory does not matter, whatever it asks of the other.
+    small = replace(GOOD, units=40, ideal=10)
+    assert rules(replace(GOOD, units=1000, ideal=1000), small) == []
+    assert rules(replace(shared, units=1000, ideal=1000), small) == ["sectors"]
+
+
+def checked(places: list[Place], *faults: Fault, problem: Problem = PROBLEM, budget: float = 1.5) -> list[str]:
+    return check([(problem, [Traced(LAUNCH, tuple(places))])], {PROBLEM.key: budget}, faults)
+
+
+def test_a_broken_rule_is_wrong_unless_it_is_a_known_fault():
+    bad = replace(GOOD, units=64)
+    assert checked([GOOD]) == []
+    assert checked([bad]) == [
+        "op::kernel<float>: sectors: write global takes 64 where 32 would do, in store (cuda.cu:1)"
+    ]
+    known = Fault("sectors", "op::kernel<*>", "rows are odd", "store")
+    assert checked([bad], known) == []
+    assert len(checked([bad], replace(known, place="load"))) == 2  # It explains nothing, and is not needed.
+    assert len(checked([bad], replace(known, rule="conflicts"))) == 2
+    assert checked([GOOD], known) == ["op::kernel<*>: sectors (rows are odd): mended, so remove it from the faults"]
+    # Of a kernel that did not run, nothing is known.
+    assert checked([GOOD], replace(known, kernels="op::other")) == []
+
+
+def test_a_problem_that_touches_more_than_its_budget_is_wrong():
+    assert excess(PROBLEM) == 1.5
+    assert checked([GOOD], budget=1.4) == []  # Within a tenth.
+    assert checked([GOOD], budget=1.3) == ["op [1] float32 forward: touches 1.50 times its bytes, its budget is 1.3"]
+    (missing,) = checked([GOOD], problem=replace(PROBLEM, dtype="float16"))
+    assert missing == "op [1] float16 forward: no budget; --update makes one"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_kernel_asks_for_more_than_it_may(trace, tmp_path, dtype):
+    (module,) = trace.glob("_C.*.so")
+    counts = tmp_path / "counts.json"
+    environment = os.environ | {"CPC_EXT_NATIVE": str(module), "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, BENCHMARKS / "cuda_traffic.py", "--quick", "--check", "--dtype", dtype, "--out", counts]
+    done = subprocess.run(program, capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stdout[done.stdout.find("\nunique:") :] + done.stderr
+    problems = json.loads(counts.read_text())["problems"]
+    assert {problem["op"] for problem in problems} == {*OPS_WITH_KERNELS}
+    assert all(problem["launches"] for problem in problems)
+
+
+OPS_WITH_KERNELS = (
+    *("augment_patches", "extract_patches", "info_nce_all", "info_nce_sampled", "logistic_mixture_nll"),
+    *("masked_conv2d", "shifted_conv2d"),
+)
+
+
+def test_reasons_are_given_for_known_faults():
+    assert all(fault.reason and fault.rule in ("sectors", "conflicts") for fault in FAULTS)

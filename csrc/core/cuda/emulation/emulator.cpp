@@ -369,6 +369,11 @@ size_t Device::default_shared_bytes() {
   return (kib != nullptr ? std::strtoul(kib, nullptr, 10) : 99) << 10;
 }
 
+int Device::default_multiprocessors() {
+  const char* const count = std::getenv("CPC_EMULATION_MULTIPROCESSORS");
+  return count != nullptr ? std::atoi(count) : 2;
+}
+
 void set_devices(std::vector<Device> to) {
   Devices& there = devices();
   there.contexts.assign(to.size(), 0);

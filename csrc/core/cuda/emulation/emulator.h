@@ -37,9 +37,10 @@ struct Device {
   // What a block has at most. KiB in the environment variable CPC_EMULATION_SHARED_KIB; else 99, of compute
   // capability 8.6, 8.9 and 12.0. It is 163 of 8.0, and 227 of 9.0 and 10.0.
   size_t shared_bytes = default_shared_bytes();
-  int multiprocessors = 2;  // So few that small problems fill them.
+  int multiprocessors = default_multiprocessors();
 
   static size_t default_shared_bytes();
+  static int default_multiprocessors();  // CPC_EMULATION_MULTIPROCESSORS; else 2, which small problems fill.
 };
 
 // Puts these devices in place of those before, none of them with a context. The first is the calling thread's current.

@@ -1,0 +1,142 @@
+"""How much our CUDA kernels may ask of a GPU's memory: rules for all, and a budget of bytes for each problem.
+
+In the places that make up a kernel, requests to device memory take hardly more sectors than their bytes fill, and banks
+of shared memory do not conflict. What breaks a rule today is listed with its reason; an entry that is no longer needed
+is an error too. What the launches of a problem touch together, as a multiple of its arguments and results, may not grow
+beyond traffic_budgets.csv.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from cuda_counts import Launch, Problem
+
+__all__ = ["BUDGETS", "FAULTS", "Fault", "Place", "Traced", "check", "excess", "ratio", "read_budgets", "write_budgets"]
+
+BUDGETS = Path(__file__).with_name("traffic_budgets.csv")
+# A place is looked at that makes up this share of what its kernel asks of its memory.
+MAIN = 0.1
+# By how much sectors may exceed the fewest, and bytes their budget.
+SECTORS, BYTES = 1.05, 1.1
+
+
+@dataclass(frozen=True)
+class Place:
+    """What one place of a kernel asks for, in the blocks that were run.
+
+    place: function, file and line, with its callers. way: read, write, atomic, copied_from, copied_to (both of
+    asynchronous copies) or matrix (ldmatrix). space: "global" or "shared". units: sectors of 32 bytes, or wavefronts of
+    shared memory; ideal: how few would do for these bytes.
+    """
+
+    place: str
+    way: str
+    space: str
+    requests: int
+    lanes: int
+    bytes: int
+    units: int
+    ideal: int
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A launch: counts of the whole grid, and its places."""
+
+    launch: Launch
+    places: tuple[Place, ...]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A known fault: the rule that kernels (a pattern of names) break today, and why.
+
+    rule: "sectors" or "conflicts". place: a part of the place's function and lines; "" for any.
+    """
+
+    rule: str
+    kernels: str
+    reason: str
+    place: str = ""
+
+
+FAULTS: tuple[Fault, ...] = ()
+
+
+def ratio(places: Sequence[Place], space: str) -> float:
+    """Sectors or wavefronts as a multiple of how few would do."""
+    of_space = [one for one in places if one.space == space]
+    return sum(one.units for one in of_space) / max(sum(one.ideal for one in of_space), 1)
+
+
+def excess(problem: Problem) -> float:
+    """Bytes that the launches touch as a multiple of the problem's arguments and results."""
+    touched = sum(launch.unique_read_bytes + launch.unique_written_bytes for launch in problem.launches)
+    return touched / max(problem.minimum_bytes, 1)
+
+
+def broken(traced: Traced) -> Iterable[tuple[str, Place]]:
+    """The rules that a launch breaks, and where."""
+    for space, rule, most in (("global", "sectors", SECTORS), ("shared", "conflicts", 1.0)):
+        of_space = [place for place in traced.places if place.space == space]
+        total = sum(place.units for place in of_space)
+        for place in of_space:
+            if place.units > most * place.ideal and place.units >= MAIN * total:
+                yield rule, place
+
+
+def check(
+    results: Iterable[tuple[Problem, Sequence[Traced]]],
+    budgets: dict[tuple[str, ...], float],
+    faults: Sequence[Fault] = FAULTS,
+) -> list[str]:
+    """What is wrong, one a line: rules broken for no listed reason, budgets exceeded, faults that are mended."""
+    wrong: dict[str, None] = {}
+    kernels, needed = set(), set()
+    for problem, launches in results:
+        budget = budgets.get(problem.key)
+        if budget is None:
+            wrong[f"{' '.join(problem.key)}: no budget; --update makes one"] = None
+        elif excess(problem) > BYTES * budget:
+            wrong[f"{' '.join(problem.key)}: touches {excess(problem):.2f} times its bytes, its budget is {budget}"] = (
+                None
+            )
+        for traced in launches:
+            kernels.add(traced.launch.kernel)
+            for rule, place in broken(traced):
+                known = [fault for fault in faults if _explains(fault, rule, traced, place)]
+                needed.update(known)
+                if not known:
+                    wrong[
+                        f"{traced.launch.kernel}: {rule}: {place.way} {place.space} takes {place.units} where "
+                        f"{place.ideal} would do, in {place.place}"
+                    ] = None
+    for fault in faults:
+        if fault not in needed and any(fnmatchcase(kernel, fault.kernels) for kernel in kernels):
+            wrong[f"{fault.kernels}: {fault.rule} ({fault.reason}): mended, so remove it from the faults"] = None
+    return list(wrong)
+
+
+def _explains(fault: Fault, rule: str, traced: Traced, place: Place) -> bool:
+    return fault.rule == rule and fnmatchcase(traced.launch.kernel, fault.kernels) and fault.place in place.place
+
+
+def read_budgets() -> dict[tuple[str, ...], float]:
+    """Multiples of a problem's bytes by op, label, dtype and passes."""
+    with BUDGETS.open(newline="") as file:
+        return {(row[0], row[1], row[2], row[3]): float(row[4]) for row in list(csv.reader(file))[1:]}
+
+
+def write_budgets(results: Iterable[tuple[Problem, Sequence[Traced]]]) -> None:
+    """Make what these problems touch their budgets; those of others stay."""
+    budgets = read_budgets() if BUDGETS.exists() else {}
+    budgets |= {problem.key: round(excess(problem), 2) for problem, _ in results}
+    with BUDGETS.open("w", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["op", "label", "dtype", "passes", "excess"])
+        rows.writerows([*key, budget] for key, budget in sorted(budgets.items()))
