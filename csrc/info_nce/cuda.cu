@@ -34,7 +34,9 @@ template <class Math>
 using Sums = WarpSums<Math, kRowTiles>;
 // Blocks of a multiprocessor, at least, of scores and of gradients: bounds the registers.
 template <class Math>
-constexpr int kScoreBlocks = Math::kTensorCores ? 5 : 2;
+constexpr int kScoreBlocks = !Math::kTensorCores                 ? 2
+                             : sizeof(typename Math::Value) == 2 ? 4
+                                                                 : 5;
 template <class Math>
 constexpr int kGradBlocks = Math::kTensorCores ? 4 : 2;
 template <class T>
