@@ -219,7 +219,7 @@ __device__ Chunk<typename Math::Value> load_chunk(const T* matrix, int64_t row, 
   const T* const from = matrix + row * d + column;
   if (whole) {
     if (column >= d) return chunk;
-    const auto& values = pack_at<kChunk<Value>>(from);
+    const auto values = pack_at<kChunk<Value>>(from);
     if constexpr (kAsIs) {
       return values;
     } else {
@@ -410,7 +410,7 @@ __device__ Chunk<typename Math::Value> load_weights(const Arguments<T, Math>& a,
   if (row >= a.rows || key >= a.pitch_keys) return chunk;
   const auto factor = a.factors[a.stat(entry, (a.first_key + key) / kTile, row)];
   if (factor != 0) {  // Else the powers may be anything.
-    const auto& powers = pack_at<kChunk<Value>>(a.powers + (entry * a.pitch_rows + row) * a.pitch_keys + key);
+    const auto powers = pack_at<kChunk<Value>>(a.powers + (entry * a.pitch_rows + row) * a.pitch_keys + key);
 #pragma unroll
     for (int i = 0; i < kChunk<Value>; ++i)
       chunk.v[i] = to_value<Math>(factor * widen<typename Math::Sum>(powers.v[i]));
