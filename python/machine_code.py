@@ -110,9 +110,9 @@ class Kernel:
     def main_loop(self) -> Sequence[Instruction]:
         """The smallest loop with most products on tensor cores, or multiply-adds; else the one with most loads."""
 
-        for count, least in ((_products, 1), (_multiplies, 64)):
+        for count in (_products, _multiplies):
             most = max(map(count, self.loops), default=0)
-            if most >= least:
+            if most > 0:
                 return min((loop for loop in self.loops if count(loop) >= 0.9 * most), key=len)
         innermost = [loop for loop in self.loops if not any(_within(other, loop) for other in self.loops)]
         return max(innermost, key=lambda loop: (sum(i.is_global_load for i in loop), len(loop)), default=[])
@@ -123,7 +123,9 @@ def _products(code: Sequence[Instruction]) -> int:
 
 
 def _multiplies(code: Sequence[Instruction]) -> int:
-    return sum(instruction.name in ("FFMA", "DFMA") for instruction in code)
+    """Multiply-adds of a matrix product: at least a quarter of the code, more than divisions and exponentials have."""
+    count = sum(instruction.name in ("FFMA", "DFMA") for instruction in code)
+    return count if 4 * count >= len(code) else 0
 
 
 def _within(inner: Sequence[Instruction], outer: Sequence[Instruction]) -> bool:
@@ -225,8 +227,9 @@ class Measures:
     loop: instructions. tensor: products on tensor cores. multiplies: multiply-adds on the ordinary units.
     barriers: __syncthreads and the like.
     loads: loads from global memory. load_bytes: what a thread loads with them.
-    waits: places that wait for such a load. early: loads that are waited for before any product on tensor cores has
-    begun, so that nothing hides them. ahead: groups of asynchronous copies that need not have arrived yet.
+    waits: places that wait for such a load. ahead: groups of asynchronous copies that need not have arrived yet.
+    early: loads, in loops that multiply what they share, which are waited for before anything is multiplied, so that
+    nothing hides them.
     """
 
     registers: int
@@ -251,7 +254,8 @@ def measure(kernel: Kernel) -> Measures:
     names = Counter(instruction.name for instruction in kernel.code)
     loop = kernel.main_loop
     loads = [instruction for instruction in loop if instruction.is_global_load]
-    tensor = _products(loop)
+    tensor, multiplies = _products(loop), _multiplies(loop)
+    barriers = sum(instruction.name == "BAR" for instruction in loop)
     pending = (re.search(r", 0x([0-9a-f]+)$", i.operands) for i in loop if i.name == "DEPBAR")
     waits = [wait for i, load in enumerate(loop) if load.name == "LDG" and (wait := _wait_for(loop, i)) is not None]
     return Measures(
@@ -264,27 +268,25 @@ def measure(kernel: Kernel) -> Measures:
         split=sum(len(run) for run in split_loads(kernel.code)),
         loop=len(loop),
         tensor=tensor,
-        multiplies=_multiplies(loop),
-        barriers=sum(instruction.name == "BAR" for instruction in loop),
+        multiplies=multiplies,
+        barriers=barriers,
         loads=len(loads),
         load_bytes=sum(load.width for load in loads),
         waits=len({place for place, _ in waits}),
-        early=sum(hidden == 0 for _, hidden in waits) if tensor else 0,
+        early=sum(not hidden for _, hidden in waits) if tensor or (multiplies and barriers) else 0,
         ahead=max((int(groups[1], 16) for groups in pending if groups), default=0),
     )
 
 
-def _wait_for(loop: Sequence[Instruction], load: int) -> tuple[int, int] | None:
-    """The place that waits for a load, in this turn of the loop or the next, and the tensor products between."""
+def _wait_for(loop: Sequence[Instruction], load: int) -> tuple[int, bool] | None:
+    """The place that waits for a load, in this turn of the loop or the next, and whether products lie between."""
     barrier = loop[load].barrier
-    if barrier is None:
-        return None
-    hidden = 0
-    for step in range(1, len(loop)):
+    hidden = False
+    for step in range(1, len(loop) if barrier is not None else 0):
         place = (load + step) % len(loop)
-        if loop[place].waits_for(barrier):
+        if loop[place].waits_for(barrier or 0):
             return place, hidden
-        hidden += loop[place].is_tensor
+        hidden = hidden or loop[place].is_tensor or loop[place].name in ("FFMA", "DFMA")
     return None
 
 
@@ -400,7 +402,8 @@ def print_kernels(kernels: Iterable[Kernel], *, loops: bool) -> None:
     for kernel in kernels:
         print(f"\n{kernel.name}\n{header}")
         print(f"{kernel.architecture:>4}" + "".join(f"{value:>11}" for value in astuple(measure(kernel))))
-        print(f"     main loop: {widths(kernel.main_loop) or 'no access to memory'}")
+        share = _products(kernel.main_loop) / max(len(kernel.main_loop), 1)
+        print(f"     main loop: {share:.1%} on tensor cores; {widths(kernel.main_loop) or 'no access to memory'}")
         for loop in kernel.loops if loops else ():
             names = Counter(instruction.name for instruction in loop)
             print(

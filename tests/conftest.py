@@ -47,6 +47,7 @@ def built(name: str, *options: str) -> Path:
 
 
 def module_in(folder: Path, name: str):
+    """The compiled module in a folder. pybind11 keeps one for each name, so none may be used twice."""
     (path,) = folder.glob("_C.*.so")
     spec = importlib.util.spec_from_file_location(f"{name}._C", path)
     module = importlib.util.module_from_spec(spec)

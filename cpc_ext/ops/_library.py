@@ -134,18 +134,24 @@ def _schema(kinds: dict[str, Any], result: type) -> str:
 
 def _typed(kind: type[_Arguments]) -> Callable[[tuple[Any, ...]], _Arguments]:
     """What makes an op's flat arguments a NamedTuple again."""
-    parts: list[tuple[int | slice, Any]] = []
+    parts: list[tuple[slice, Any]] = []
     end = 0
     for field in get_type_hints(kind).values():
-        size = len(field._fields) if hasattr(field, "_fields") else None
-        parts.append((end, None) if size is None else (slice(end, end + size), field))
-        end += size or 1
+        size = len(field._fields) if hasattr(field, "_fields") else 1
+        if hasattr(field, "_fields"):
+            parts.insert(0, (slice(end, end + size), field))  # The last comes first, so that the others stay in place.
+        end += size
     new: Callable[[Any, Iterable[Any]], _Arguments] = tuple.__new__  # Without the checks of _make.
-    if all(of_part is None for _, of_part in parts):
+    if not parts:
         return lambda values: new(kind, values)
-    return lambda values: new(
-        kind, [values[at] if of_part is None else new(of_part, values[at]) for at, of_part in parts]
-    )
+
+    def typed(values: tuple[Any, ...]) -> _Arguments:
+        nested = list(values)
+        for at, part in parts:
+            nested[at] = (new(part, nested[at]),)
+        return new(kind, nested)
+
+    return typed
 
 
 def differentiable_once(

@@ -94,10 +94,9 @@ def info_nce(
     _check_weights(weights)
     queries, keys = _common_dtype(queries, keys)
     contrast = _flat(queries, keys, targets, negatives, exclude)
-    rows = contrast.queries.shape[:2]
     loss, accuracy, *_ = _info_nce(
         *contrast,
-        None if weights is None else weights.reshape(rows),
+        None if weights is None else weights.reshape(contrast.queries.shape[:2]),
         float(scale),
         reduction,
         _needed(queries, keys, weights, reduction),

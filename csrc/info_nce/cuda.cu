@@ -10,7 +10,6 @@
 #include <stdexcept>
 #include <type_traits>
 
-#include "core/cuda/async_copy.cuh"
 #include "core/cuda/device.h"
 #include "core/cuda/kernel.cuh"
 #include "core/cuda/warp_product.cuh"
@@ -33,62 +32,52 @@ template <class Value>
 using Chunk = Pack<Value, kChunk<Value>>;
 template <class Math>
 using Sums = WarpSums<Math, kRowTiles>;
+// Blocks of a multiprocessor, at least, of scores and of gradients: bounds the registers.
+template <class Math>
+constexpr int kScoreBlocks = !Math::kTensorCores                 ? 2
+                             : sizeof(typename Math::Value) == 2 ? 4
+                                                                 : 5;
+template <class Math>
+constexpr int kGradBlocks = Math::kTensorCores ? 4 : 2;
 template <class T>
 constexpr T kNan = std::numeric_limits<T>::quiet_NaN();
-
-// A thread's share of an operand's slices on their way through registers. load(i, k) gives the chunk of the operand's
-// layout that begins at element i of the tile's side and depth k.
-template <class Operand, class Chunk, class Load>
-class Slices {
- public:
-  __device__ explicit Slices(const Load& load) : load_(load) {}
-  __device__ void fetch(int64_t depth) {
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) held_[c] = load_(place(c).side, depth + place(c).depth);
-  }
-  __device__ void store(unsigned char* tile) const {
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) *reinterpret_cast<Chunk*>(tile + place(c).at) = held_[c];
-  }
-
- private:
-  static constexpr int kChunks = kTileBytes / kChunkBytes / kThreads;
-  __device__ static ChunkPlace place(int c) { return Operand::chunk(static_cast<int>(threadIdx.x) + c * kThreads); }
-
-  const Load& load_;
-  Chunk held_[kChunks];
-};
 
 __device__ inline int warp_row() { return threadIdx.x / kWarp / kWarpsAcross * (16 * kRowTiles); }
 __device__ inline int warp_column() { return threadIdx.x / kWarp % kWarpsAcross * kWarpColumns; }
 
-// sums += A B over `depth`, of operands that load_a and load_b give, chunk by chunk.
+// sums += A B over `depth`. load_a(i, k) and load_b give the chunk of the operand's layout that begins at element i of the
+// tile's side and depth k.
 template <class Math, class A, class B, class LoadA, class LoadB>
 __device__ void multiply(Sums<Math>& sums, int64_t depth, const LoadA& load_a, const LoadB& load_b) {
   using Value = typename Math::Value;
-  Slices<A, Chunk<Value>, LoadA> a(load_a);
-  Slices<B, Chunk<Value>, LoadB> b(load_b);
-  int64_t begin = 0;
-  const auto fetch = [&] {
-    if (begin >= depth) return;
-    a.fetch(begin);
-    b.fetch(begin);
+  constexpr int kChunks = kTileBytes / kChunkBytes / kThreads;
+  Chunk<Value> of_a[kChunks], of_b[kChunks];  // A thread's.
+  const auto each_chunk = [&](const auto& work) {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const int chunk = static_cast<int>(threadIdx.x) + c * kThreads;
+      work(of_a[c], A::chunk(chunk), of_b[c], B::chunk(chunk));
+    }
   };
-  fetch();
-  pipeline<kStages>(
-      [&](int stage) {
-        if (begin >= depth) return false;
-        unsigned char* const tiles = dynamic_shared() + stage * kStageBytes;
-        a.store(tiles);
-        b.store(tiles + kTileBytes);
-        begin += kDepth<Value>;
-        fetch();
-        return true;
-      },
-      [&](int stage) {
-        const unsigned char* const tiles = dynamic_shared() + stage * kStageBytes;
-        add_product<Math, kRowTiles>(sums, A(tiles, warp_row()), B(tiles + kTileBytes, warp_column()));
-      });
+  const auto fetch = [&](int64_t begin) {
+    if (begin >= depth) return;
+    each_chunk([&](Chunk<Value>& a, const ChunkPlace& in_a, Chunk<Value>& b, const ChunkPlace& in_b) {
+      a = load_a(in_a.side, begin + in_a.depth);
+      b = load_b(in_b.side, begin + in_b.depth);
+    });
+  };
+  fetch(0);
+  unsigned char* tiles = dynamic_shared();
+  for (int64_t begin = 0; begin < depth; begin += kDepth<Value>) {
+    each_chunk([&](const Chunk<Value>& a, const ChunkPlace& in_a, const Chunk<Value>& b, const ChunkPlace& in_b) {
+      *reinterpret_cast<Chunk<Value>*>(tiles + in_a.at) = a;
+      *reinterpret_cast<Chunk<Value>*>(tiles + kTileBytes + in_b.at) = b;
+    });
+    fetch(begin + kDepth<Value>);
+    __syncthreads();  // This stage is there for all, and the other, which is stored to next, is free.
+    add_product<Math, kRowTiles>(sums, A(tiles, warp_row()), B(tiles + kTileBytes, warp_column()));
+    tiles = dynamic_shared() + (tiles == dynamic_shared() ? kStageBytes : 0);
+  }
   __syncthreads();  // Shared memory is free again.
 }
 
@@ -206,7 +195,7 @@ __device__ void exponentiate(const Arguments<T, Math>& a, const TileScores<Sum>&
 
 // A tile of scores as powers, which the gradients need, and the tile's maxima and sums.
 template <class T, class Math>
-__global__ void __launch_bounds__(kThreads) score(const __grid_constant__ Arguments<T, Math> a) {
+__global__ void __launch_bounds__(kThreads, kScoreBlocks<Math>) score(const __grid_constant__ Arguments<T, Math> a) {
   using Sum = typename Math::Sum;
   using Value = typename Math::Value;
   constexpr int kChunksAcross = kTile / kChunk<Value>;
@@ -295,7 +284,8 @@ __device__ Chunk<typename Math::Value> load_weights(const Arguments<T, Math>& a,
 
 // A tile of [rows, D] of a part of the queries' gradient: weights times keys.
 template <class T, class Math>
-__global__ void __launch_bounds__(kThreads) add_to_queries(const __grid_constant__ Arguments<T, Math> a) {
+__global__ void __launch_bounds__(kThreads, kGradBlocks<Math>)
+    add_to_queries(const __grid_constant__ Arguments<T, Math> a) {
   using Sum = typename Math::Sum;
   using Value = typename Math::Value;
   const int64_t row_tiles = divide_up(a.rows, kTile), columns = divide_up(a.d, kTile);
@@ -336,7 +326,8 @@ __global__ void __launch_bounds__(kThreads) finish_queries(const __grid_constant
 
 // A tile of [keys, D] of the keys' gradient: transposed weights times queries.
 template <class T, class Math>
-__global__ void __launch_bounds__(kThreads) add_to_keys(const __grid_constant__ Arguments<T, Math> a) {
+__global__ void __launch_bounds__(kThreads, kGradBlocks<Math>)
+    add_to_keys(const __grid_constant__ Arguments<T, Math> a) {
   using Sum = typename Math::Sum;
   using Value = typename Math::Value;
   const int64_t key_tiles = divide_up(a.key_count, kTile), columns = divide_up(a.d, kTile);
@@ -578,7 +569,7 @@ __global__ void __launch_bounds__(kThreads) contrast_sampled(const __grid_consta
     Sum* const weights = a.weights + row * a.pairs;
     Negatives<Sum> negatives;
     Sum positive, sum = 0;
-    const bool valid = score_pairs(a, row, positive, negatives);
+    const bool valid = score_pairs(a, row, positive, negatives), right = valid && negatives.right(positive);
     for (int64_t pair = first; pair < a.pairs; pair += kWarp) {
       const Sum power = exp(weights[pair] - negatives.largest);
       weights[pair] = power;
@@ -587,7 +578,7 @@ __global__ void __launch_bounds__(kThreads) contrast_sampled(const __grid_consta
     const Outcome<Sum> outcome{positive, negatives.largest, warp_sum(sum)};
     if (a.losses != nullptr && lane == 0) {
       a.losses[row] = valid ? outcome.loss() : kNan<Sum>;
-      a.right[row] = valid && negatives.right(positive) ? Sum(1) : Sum(0);
+      a.right[row] = right ? Sum(1) : Sum(0);
     }
     if (!a.gradients) continue;
     const Sum weight = weight_of(row, a.factor, a.row_weights);

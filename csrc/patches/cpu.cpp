@@ -144,6 +144,30 @@ bool convert([[maybe_unused]] const Problem& problem, [[maybe_unused]] const Tas
 #endif
 }
 
+// Patches that are plain copies of `pixels`, the rows of a task, whose planes are `plane` values apart.
+template <class Out>
+void copy_patches(const Problem& problem, const Task& task, const Runs& runs, Out* out, const Out* pixels,
+                  int64_t plane, bool streams) {
+  const auto in_bytes = [](int64_t values) { return values * int64_t{sizeof(Out)}; };
+  const int64_t stride = problem.geometry.stride, run_bytes = in_bytes(runs.run);
+  const Cut cut{.count = task.last - task.first,
+                .cols = problem.cols(),
+                .planes = runs.planes,
+                .height = runs.height,
+                .run = run_bytes,
+                .row_pitch = in_bytes(runs.row),
+                .plane_pitch = in_bytes(plane),
+                .step_y = in_bytes(stride * runs.row),
+                .step_x = in_bytes(stride * runs.pixel)};
+  const auto run = [&](const auto& copy) {
+    cut_patches(reinterpret_cast<char*>(out), reinterpret_cast<const char*>(pixels), cut, copy);
+  };
+  if (streams)
+    run([run_bytes](char* to, const char* from) { stream_run(to, from, run_bytes); });
+  else
+    with_copy(run_bytes, run);
+}
+
 template <class Out, class Real>
 void extract_as(const Problem& problem) {
   const Geometry& g = problem.geometry;
@@ -183,21 +207,7 @@ void extract_as(const Problem& problem) {
 
     if (!g.patch_norm) {
       if (casts) narrow(cast, pixels, runs.planes * plane);
-      const Cut cut{.count = task.last - task.first,
-                    .cols = cols,
-                    .planes = runs.planes,
-                    .height = runs.height,
-                    .run = run_bytes,
-                    .row_pitch = in_bytes(runs.row),
-                    .plane_pitch = in_bytes(plane),
-                    .step_y = in_bytes(g.stride * runs.row),
-                    .step_x = in_bytes(g.stride * runs.pixel)};
-      const auto* rows = casts ? reinterpret_cast<const char*>(cast) : reinterpret_cast<const char*>(pixels);
-      const auto run = [&](const auto& copy) { cut_patches(reinterpret_cast<char*>(out), rows, cut, copy); };
-      if (streams)
-        run([run_bytes](char* to, const char* from) { stream_run(to, from, run_bytes); });
-      else
-        with_copy(run_bytes, run);
+      copy_patches(problem, task, runs, out, casts ? cast : reinterpret_cast<const Out*>(pixels), plane, streams);
     } else {
       for (int64_t r = 0; r < task.last - task.first; ++r)
         for (int64_t c = 0; c < cols; ++c) {
@@ -231,11 +241,40 @@ struct NormSlopes {
 // With d = v - mu, s = sigma + 0.1 and n values, y = d / s has the gradient
 //   (g - mean(g)) / s - d * sum(g * d) / (n * sigma * s^2);
 // a flat patch has d = 0 throughout and loses the second term.
-template <class Real>
-NormSlopes<Real> norm_slopes(const Moments<Real>& m, Real grad_mean, Real grad_dot, int64_t values) {
-  const Real inverse = 1 / (m.deviation + Real(kContrastFloor));
-  const Real b = m.deviation == 0 ? 0 : -grad_dot * inverse * inverse / (static_cast<Real>(values) * m.deviation);
-  return {inverse, b, -inverse * grad_mean - b * m.mean};
+template <class Grad, class Real>
+NormSlopes<Real> norm_slopes(const PatchIn<Real>& patch, const Runs& runs, const Grad* grad) {
+  const Moments<Real> m = moments(patch, runs);
+  Real grad_sum = 0, grad_dot = 0;
+  for_each_run(patch, runs, [&](const Real* row) {
+    for (int64_t x = 0; x < runs.run; ++x) {
+      const Real value = static_cast<Real>(widen(grad[x]));
+      grad_sum += value;
+      grad_dot += value * (row[x] - m.mean);
+    }
+    grad += runs.run;
+  });
+  const Real n = static_cast<Real>(runs.values), inverse = 1 / (m.deviation + Real(kContrastFloor));
+  const Real b = m.deviation == 0 ? 0 : -grad_dot * inverse * inverse / (n * m.deviation);
+  return {inverse, b, -inverse * (grad_sum / n) - b * m.mean};
+}
+
+// From the sums of a window's row, in patch order, to the image: undoes interleaving, mirror, scale and grey.
+template <class Out, class Real>
+void write_row(const Problem& problem, const Runs& runs, const Window& window, int64_t image, int64_t y,
+               const Real* total) {
+  const Geometry& g = problem.geometry;
+  const TensorView& images = problem.images_grad;
+  const int64_t channels = images.shape[1];
+  for (int64_t channel = 0; channel < channels; ++channel) {
+    const bool to_gray = g.gray && channels == 3;
+    const int64_t k = to_gray ? 0 : channel;
+    const Real scale = static_cast<Real>(problem.scale[k] * (to_gray ? luma(channel) : 1.0));
+    const Real* sums = total + (g.channels_last ? k : k * runs.row);
+    Out* row =
+        images.as<Out>() + ((image * channels + channel) * images.shape[2] + window.y + y) * images.shape[3] + window.x;
+    for (int64_t x = 0; x < g.width; ++x)
+      row[window.flip ? g.width - 1 - x : x] = narrow<Out>(scale * sums[x * runs.pixel]);
+  }
 }
 
 template <class Out, class Grad, class Real>
@@ -245,7 +284,6 @@ void extract_backward_as(const Problem& problem) {
   const Runs runs(problem);
   const PlaneReader<Real> reader(problem);
   const int64_t rows = problem.rows(), cols = problem.cols(), row_values = runs.planes * runs.row;
-  const int64_t height = images.shape[2], width = images.shape[3];
   // A task is an image: it keeps the slopes of all its patches, and with patch_norm the window's pixels.
   const int64_t slope_values = g.patch_norm ? 3 * rows * cols : 0;
   const int64_t pixel_values = g.patch_norm ? g.height * row_values : 0;
@@ -266,23 +304,12 @@ void extract_backward_as(const Problem& problem) {
       for (int64_t i = 0; i < rows * cols; ++i) {
         const int64_t at = i / cols * g.stride * runs.row + i % cols * g.stride * runs.pixel;
         const PatchIn<Real> patch{pixels + at, plane};
-        const Moments<Real> m = moments(patch, runs);
-        const Grad* grad = grads + i * runs.values;
-        Real grad_sum = 0, grad_dot = 0;
-        for_each_run(patch, runs, [&](const Real* row) {
-          for (int64_t x = 0; x < runs.run; ++x) {
-            const Real value = static_cast<Real>(widen(grad[x]));
-            grad_sum += value;
-            grad_dot += value * (row[x] - m.mean);
-          }
-          grad += runs.run;
-        });
-        slopes[i] = norm_slopes(m, grad_sum / static_cast<Real>(runs.values), grad_dot, runs.values);
+        slopes[i] = norm_slopes(patch, runs, grads + i * runs.values);
       }
     }
 
-    Out* const out = images.as<Out>() + image * images.shape[1] * height * width;
-    std::fill_n(out, images.shape[1] * height * width, Out{});
+    const int64_t values = images.shape[1] * images.shape[2] * images.shape[3];
+    std::fill_n(images.as<Out>() + image * values, values, Out{});
     for (int64_t y = 0; y < g.height; ++y) {
       std::fill_n(total, row_values, Real(0));
       const Covering covers = covering(y, g.patch, g.stride, rows);
@@ -302,17 +329,7 @@ void extract_backward_as(const Problem& problem) {
             }
           }
         }
-      // From patch order back to the image: undo interleaving, mirror, scale and grey.
-      const int64_t channels = images.shape[1];
-      for (int64_t channel = 0; channel < channels; ++channel) {
-        const bool to_gray = g.gray && channels == 3;
-        const int64_t k = to_gray ? 0 : channel;
-        const Real scale = static_cast<Real>(problem.scale[k] * (to_gray ? luma(channel) : 1.0));
-        const Real* sums = total + (g.channels_last ? k : k * runs.row);
-        Out* row = out + (channel * height + window.y + y) * width + window.x;
-        for (int64_t x = 0; x < g.width; ++x)
-          row[window.flip ? g.width - 1 - x : x] = narrow<Out>(scale * sums[x * runs.pixel]);
-      }
+      write_row<Out>(problem, runs, window, image, y, total);
     }
   };
   const double nanoseconds = g.patch_norm ? kNormGradNanoseconds : kGradNanoseconds;

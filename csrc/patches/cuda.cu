@@ -21,6 +21,7 @@ constexpr int kThreads = 256;
 constexpr int kGroup = 4;
 // A block's share that leaves room for several blocks on a multiprocessor, whose loads and stores then overlap.
 constexpr int64_t kPreferredSharedBytes = 32 << 10;
+constexpr int kStagedBlocks = 4;  // At least: bounds the registers.
 
 // What both kernels know of the problem, by value.
 template <class Real>
@@ -77,7 +78,8 @@ __device__ void load_group(Real (&out)[kGroup], const In* row, int64_t step, int
   if (count == kGroup && (step == 1 || step == -1) && reinterpret_cast<uintptr_t>(first) % (kGroup * sizeof(In)) == 0) {
     const auto group = pack_at<kGroup>(first);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) out[i] = widen<Real>(group.v[step < 0 ? kGroup - 1 - i : i]);
+    for (int i = 0; i < kGroup; ++i)  // A register is indexed by constants only.
+      out[i] = widen<Real>(step < 0 ? group.v[kGroup - 1 - i] : group.v[i]);
     return;
   }
 #pragma unroll
@@ -133,129 +135,156 @@ __device__ void load_shared(Real (&out)[N], const Real* from) {
   }
 }
 
+// The neighbouring patches that a block is on.
+struct Tile {
+  int64_t b, r;  // Image and patch row.
+  int64_t first_col;
+  int cols;
+};
+template <class Real>
+__device__ Tile tile_at(const ForwardArguments<Real>& a, int64_t t) {
+  const int64_t patch_row = t / a.tiles_per_row;  // Among those of all images.
+  const int64_t first_col = t % a.tiles_per_row * a.tile, left = a.common.cols - first_col;
+  return {patch_row / a.common.rows, patch_row % a.common.rows, first_col,
+          static_cast<int>(left < a.tile ? left : a.tile)};
+}
+
+// A group of pixels of one channel of an image.
+template <class Real>
+__device__ void load_channel(Real (&out)[kGroup], const TensorView& images, bool flip, int64_t source, int x,
+                             int count) {
+  const int64_t step = flip ? -images.strides[3] : images.strides[3];
+  const auto load = [&](auto type) { load_group(out, images.template as<decltype(type)>() + source, step, x, count); };
+  switch (images.dtype) {
+    case DType::u8: return load(uint8_t{});
+    case DType::f16: return load(Half{});
+    case DType::bf16: return load(BFloat16{});
+    case DType::f32: return load(float{});
+    default: return load(double{});
+  }
+}
+
+// From the image to transformed pixels in shared memory.
+template <class Real>
+__device__ void stage_pixels(const ForwardArguments<Real>& a, const Tile& tile, Real* pixels) {
+  const Common<Real>& p = a.common;
+  const int patch = static_cast<int>(p.geometry.patch), stride = static_cast<int>(p.geometry.stride);
+  const int width = (tile.cols - 1) * stride + patch;
+  const Window window = p.window(tile.b);
+  const uint32_t groups_per_row = ((a.tile - 1) * stride + patch + kGroup - 1) / kGroup;
+  const uint32_t groups = static_cast<uint32_t>(p.channels) * patch * groups_per_row;
+  for (uint32_t i = threadIdx.x; i < groups; i += kThreads) {
+    uint32_t group, y;
+    const uint32_t k = a.by_patch(a.by_groups(i, group), y);
+    const int x = static_cast<int>(group) * kGroup;
+    const int count = width - x < kGroup ? width - x : kGroup;
+    if (count <= 0) continue;
+    const auto load = [&](int64_t channel, Real(&out)[kGroup]) {
+      const int64_t row = p.source(tile.b, window, channel, tile.r * stride + y, tile.first_col * stride);
+      load_channel(out, p.images, window.flip, row, x, count);
+    };
+    Real v[kGroup] = {};
+    if (p.to_gray()) {
+      for (int c = 0; c < 3; ++c) {
+        Real colour[kGroup] = {};
+        load(c, colour);
+#pragma unroll
+        for (int j = 0; j < kGroup; ++j) v[j] += Real(luma(c)) * colour[j];
+      }
+    } else {
+      load(k, v);
+    }
+    const int plane = a.planes == 1 ? 0 : static_cast<int>(k), within = a.planes == 1 ? static_cast<int>(k) : 0;
+    Real* out = pixels + (plane * patch + static_cast<int>(y)) * a.row + x * a.step + within;
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j)
+      if (j < count) out[j * a.step] = p.scale[k] * v[j] + p.shift[k];
+  }
+}
+
+// Each patch's own mean and contrast: a warp a patch.
+template <class Real>
+__device__ void find_moments(const ForwardArguments<Real>& a, const Tile& tile, const Real* pixels,
+                             Moments<Real>* moments) {
+  const Common<Real>& p = a.common;
+  const int lane = threadIdx.x % kWarp;
+  for (int j = threadIdx.x / kWarp; j < tile.cols; j += kThreads / kWarp) {
+    const Real* const first = pixels + j * static_cast<int>(p.geometry.stride) * a.step;
+    Real total = 0, squares = 0;
+    for_each_value(a, lane, [&](int at) { total += first[at]; });
+    const Real mean = warp_sum(total) / static_cast<Real>(p.values);
+    for_each_value(a, lane, [&](int at) { squares += (first[at] - mean) * (first[at] - mean); });
+    const Real deviation = sqrt(warp_sum(squares) / static_cast<Real>(p.values));
+    if (lane == 0) moments[j] = {mean, 1 / (deviation + Real(kContrastFloor))};
+  }
+}
+
+// From shared memory to the patches: chunks of kVector values that start at 16-byte boundaries. Those that stick out of
+// the tile at either end are stored value by value.
 template <class Real, class Out>
-__global__ void __launch_bounds__(kThreads) extract_staged(const __grid_constant__ ForwardArguments<Real> a) {
+__device__ void store_patches(const ForwardArguments<Real>& a, const Tile& tile, const Real* pixels,
+                              const Moments<Real>* moments) {
   constexpr int kVector = 16 / sizeof(Out);
   const Common<Real>& p = a.common;
   const int patch = static_cast<int>(p.geometry.patch), stride = static_cast<int>(p.geometry.stride);
+  Out* const out = static_cast<Out*>(a.patches) + ((tile.b * p.rows + tile.r) * p.cols + tile.first_col) * p.values;
+  const int before = static_cast<int>(reinterpret_cast<uintptr_t>(out) / sizeof(Out) % kVector);
+  const int count = tile.cols * static_cast<int>(p.values);
+  for (int e = static_cast<int>(threadIdx.x) * kVector - before; e < count; e += kThreads * kVector) {
+    const int begin = e < 0 ? 0 : e, end = e + kVector < count ? e + kVector : count;
+    uint32_t in_patch, in_plane, x;
+    uint32_t j = a.by_values(begin, in_patch);
+    uint32_t plane = a.by_plane(in_patch, in_plane), y = a.by_run(in_plane, x);
+    const auto position = [&] {
+      return static_cast<int>((plane * patch + y) * a.row + x) + static_cast<int>(j) * stride * a.step;
+    };
+    const auto finish = [&](Real v) {
+      return Narrow<Out>::from(p.geometry.patch_norm ? (v - moments[j].mean) * moments[j].inverse : v);
+    };
+    Pack<Out, kVector> chunk;
+    if (end - begin == kVector && static_cast<int>(x) + kVector <= a.run) {  // All within one run.
+      Real v[kVector];
+      load_shared(v, pixels + position());
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) chunk.v[i] = finish(v[i]);
+    } else {
+#pragma unroll
+      for (int s = 0; s < kVector; ++s) {  // A register is indexed by constants only.
+        if (e + s < begin || e + s >= end) continue;
+        chunk.v[s] = finish(pixels[position()]);
+        if (++x < static_cast<uint32_t>(a.run)) continue;
+        x = 0;
+        if (++y < static_cast<uint32_t>(patch)) continue;
+        y = 0;
+        if (++plane < static_cast<uint32_t>(a.planes)) continue;
+        plane = 0;
+        ++j;
+      }
+    }
+    if (end - begin == kVector) {
+      pack_at<kVector>(out + e) = chunk;
+    } else {
+#pragma unroll
+      for (int s = 0; s < kVector; ++s)
+        if (e + s >= begin && e + s < end) out[e + s] = chunk.v[s];
+    }
+  }
+}
+
+template <class Real, class Out>
+__global__ void __launch_bounds__(kThreads, kStagedBlocks)
+    extract_staged(const __grid_constant__ ForwardArguments<Real> a) {
   Real* const pixels = reinterpret_cast<Real*>(dynamic_shared());
   auto* const moments = reinterpret_cast<Moments<Real>*>(pixels + a.shared_values);
-  const int64_t tiles = p.batch * p.rows * a.tiles_per_row;
-
-  for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
-    const int64_t patch_row = t / a.tiles_per_row;  // The patch row among those of all images.
-    const int64_t b = patch_row / p.rows, r = patch_row % p.rows;
-    const int64_t first_col = t % a.tiles_per_row * a.tile;
-    const int cols = static_cast<int>(p.cols - first_col < a.tile ? p.cols - first_col : a.tile);
-    const int width = (cols - 1) * stride + patch;
-    const Window window = p.window(b);
-
-    // Image to shared memory.
-    const uint32_t groups_per_row = ((a.tile - 1) * stride + patch + kGroup - 1) / kGroup;
-    const uint32_t groups = static_cast<uint32_t>(p.channels) * patch * groups_per_row;
-    for (uint32_t i = threadIdx.x; i < groups; i += kThreads) {
-      uint32_t group, y;
-      const uint32_t k = a.by_patch(a.by_groups(i, group), y);
-      const int x = static_cast<int>(group) * kGroup;
-      const int count = width - x < kGroup ? width - x : kGroup;
-      if (count <= 0) continue;
-      Real v[kGroup] = {};
-      const auto load = [&](auto type, int64_t channel, Real(&out)[kGroup]) {
-        using In = decltype(type);
-        const In* row = p.images.template as<In>() + p.source(b, window, channel, r * stride + y, first_col * stride);
-        load_group(out, row, window.flip ? -p.images.strides[3] : p.images.strides[3], x, count);
-      };
-      const auto load_any = [&](int64_t channel, Real(&out)[kGroup]) {
-        switch (p.images.dtype) {
-          case DType::u8: return load(uint8_t{}, channel, out);
-          case DType::f16: return load(Half{}, channel, out);
-          case DType::bf16: return load(BFloat16{}, channel, out);
-          case DType::f32: return load(float{}, channel, out);
-          default: return load(double{}, channel, out);
-        }
-      };
-      if (p.to_gray()) {
-        for (int c = 0; c < 3; ++c) {
-          Real colour[kGroup] = {};
-          load_any(c, colour);
-#pragma unroll
-          for (int j = 0; j < kGroup; ++j) v[j] += Real(luma(c)) * colour[j];
-        }
-      } else {
-        load_any(k, v);
-      }
-      const int plane = a.planes == 1 ? 0 : static_cast<int>(k), within = a.planes == 1 ? static_cast<int>(k) : 0;
-      Real* out = pixels + (plane * patch + static_cast<int>(y)) * a.row + x * a.step + within;
-#pragma unroll
-      for (int j = 0; j < kGroup; ++j)
-        if (j < count) out[j * a.step] = p.scale[k] * v[j] + p.shift[k];
-    }
+  for (int64_t t = blockIdx.x; t < a.common.batch * a.common.rows * a.tiles_per_row; t += gridDim.x) {
+    const Tile tile = tile_at(a, t);
+    stage_pixels(a, tile, pixels);
     __syncthreads();
-
-    // Each patch's own mean and contrast: a warp a patch.
-    if (p.geometry.patch_norm) {
-      const int lane = threadIdx.x % kWarp;
-      for (int j = threadIdx.x / kWarp; j < cols; j += kThreads / kWarp) {
-        const Real* const first = pixels + j * stride * a.step;
-        Real total = 0, squares = 0;
-        for_each_value(a, lane, [&](int at) { total += first[at]; });
-        const Real mean = warp_sum(total) / static_cast<Real>(p.values);
-        for_each_value(a, lane, [&](int at) { squares += (first[at] - mean) * (first[at] - mean); });
-        const Real deviation = sqrt(warp_sum(squares) / static_cast<Real>(p.values));
-        if (lane == 0) moments[j] = {mean, 1 / (deviation + Real(kContrastFloor))};
-      }
+    if (a.common.geometry.patch_norm) {
+      find_moments(a, tile, pixels, moments);
       __syncthreads();
     }
-
-    // Shared memory to the patches: chunks of kVector values that start at 16-byte boundaries. Those that stick out of
-    // the tile at either end are stored value by value.
-    Out* const out = static_cast<Out*>(a.patches) + (patch_row * p.cols + first_col) * p.values;
-    const int before = static_cast<int>(reinterpret_cast<uintptr_t>(out) / sizeof(Out) % kVector);
-    const int count = cols * static_cast<int>(p.values);
-    for (int e = static_cast<int>(threadIdx.x) * kVector - before; e < count; e += kThreads * kVector) {
-      const int begin = e < 0 ? 0 : e, end = e + kVector < count ? e + kVector : count;
-      uint32_t in_patch, in_plane, x, y;
-      uint32_t j = a.by_values(begin, in_patch);
-      uint32_t plane = a.by_plane(in_patch, in_plane);
-      y = a.by_run(in_plane, x);
-      const auto normalised = [&](Real v) {
-        return p.geometry.patch_norm ? (v - moments[j].mean) * moments[j].inverse : v;
-      };
-      const auto position = [&] {
-        return static_cast<int>((plane * patch + y) * a.row + x) + static_cast<int>(j) * stride * a.step;
-      };
-      Pack<Out, kVector> chunk;
-      if (end - begin == kVector && static_cast<int>(x) + kVector <= a.run) {  // All within one run.
-        Real v[kVector];
-        load_shared(v, pixels + position());
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) chunk.v[i] = Narrow<Out>::from(normalised(v[i]));
-      } else {
-        for (int i = begin; i < end; ++i) {
-          const Out v = Narrow<Out>::from(normalised(pixels[position()]));
-#pragma unroll
-          for (int s = 0; s < kVector; ++s)  // A register is indexed by constants only.
-            if (s == i - e) chunk.v[s] = v;
-          if (++x == static_cast<uint32_t>(a.run)) {
-            x = 0;
-            if (++y == static_cast<uint32_t>(patch)) {
-              y = 0;
-              if (++plane == static_cast<uint32_t>(a.planes)) {
-                plane = 0;
-                ++j;
-              }
-            }
-          }
-        }
-      }
-      if (end - begin == kVector) {
-        pack_at<kVector>(out + e) = chunk;
-      } else {
-#pragma unroll
-        for (int s = 0; s < kVector; ++s)
-          if (e + s >= begin && e + s < end) out[e + s] = chunk.v[s];
-      }
-    }
+    store_patches<Real, Out>(a, tile, pixels, moments);
     __syncthreads();  // The next tile overwrites shared memory.
   }
 }

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from cuda_machines import MACHINES
 from stage_runner import Examined, Outcome, Stage, run_stages
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -60,8 +61,8 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def make_stages(out: Path, build: Path, architecture: str, *, quick: bool) -> list[Stage]:
-    """All stages, the most valuable first."""
+def make_stages(out: Path, build: Path, architecture: str, *, quick: bool, device: str = "") -> list[Stage]:
+    """All stages, the most valuable first. device: the GPU's name, for the predictions that there are of it."""
     python = sys.executable
     junit = out / "tests.xml"
     install = (python, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--target", str(build))
@@ -97,13 +98,37 @@ def make_stages(out: Path, build: Path, architecture: str, *, quick: bool) -> li
         *(sanitizer_stage(tool, pytest, needs) for tool in SANITIZER_TOOLS[: 1 if quick else None]),
     ]
     if quick:
-        return [*stages, Stage("training", [benchmark("training.py", "training.json", "--quick")], needs=needs)]
+        return [
+            *stages,
+            Stage("training", [benchmark("training.py", "training.json", "--quick")], needs=needs),
+            prediction_stage(device, out / "kernels-quick.json", "kernels quick"),
+        ]
     dtypes = ("--dtype", "float32", "bfloat16")
     return [
         *stages,
         Stage("kernels", [benchmark("kernels.py", "kernels.json", *dtypes)], least=90, needs=needs),
         Stage("training", [benchmark("training.py", "training.json")], least=20, needs=needs),
+        prediction_stage(device, out / "kernels.json", "kernels"),
     ]
+
+
+def prediction_stage(device: str, result: Path, measured_by: str) -> Stage:
+    """Sets the predicted times of this GPU beside those just measured."""
+    names = [name for name in MACHINES if name in device]
+    return Stage(
+        "predictions",
+        [(sys.executable, str(BENCHMARKS / "cuda_model.py"), "--machine", *names, "--against", str(result))],
+        needs=("build", measured_by),
+        skip=None if names else "cuda_machines.py does not have this GPU",
+        examine=examine_predictions,
+    )
+
+
+def examine_predictions(returned: int, log: Path) -> Examined:
+    """Prints the comparison; its last line is the note."""
+    text = log.read_text(errors="replace").rstrip()
+    print(text, flush=True)
+    return Examined(returned == 0, text.rpartition("\n")[2])
 
 
 def sanitizer_stage(tool: str, pytest: Sequence[str], needs: Sequence[str]) -> Stage:
@@ -202,7 +227,7 @@ def main(arguments: argparse.Namespace) -> int:
     if importlib.util.find_spec("matplotlib") is None:
         print("matplotlib is not installed, so there will be no charts")
     with tempfile.TemporaryDirectory(prefix="cpc_ext-") as build:
-        stages = make_stages(out, Path(build), architecture, quick=arguments.quick)
+        stages = make_stages(out, Path(build), architecture, quick=arguments.quick, device=name)
         search_path = [build, *filter(None, [os.environ.get("PYTHONPATH")])]
         outcomes = run_stages(
             stages,

@@ -26,9 +26,31 @@ def test_stages_are_ordered_by_worth_and_need_the_build(tmp_path):
     stages = gpu_report.make_stages(tmp_path, tmp_path / "build", "90", quick=False)
     names = [stage.name for stage in stages]
     assert names[:4] == ["build", "check", "tests", "kernels quick"]
-    assert names[4:] == ["memcheck", "racecheck", "synccheck", "initcheck", "kernels", "training"]
-    assert all(stage.needs == ("build",) for stage in stages[1:])
+    assert names[4:] == ["memcheck", "racecheck", "synccheck", "initcheck", "kernels", "training", "predictions"]
+    assert all(stage.needs == ("build",) for stage in stages[1:-1])
     assert "cmake.define.CMAKE_CUDA_ARCHITECTURES=90" in stages[0].commands[0]
+
+
+@pytest.mark.parametrize(
+    ("device", "machine"), [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA GeForce RTX 4090", "RTX 4090"), ("T4", None)]
+)
+@pytest.mark.parametrize("quick", [False, True])
+def test_measurements_are_set_beside_predictions_of_this_gpu(tmp_path, device, machine, quick):
+    *_, stage = gpu_report.make_stages(tmp_path, tmp_path / "build", "90", quick=quick, device=device)
+    assert (stage.skip is None) == (machine is not None)
+    assert stage.needs == ("build", "kernels quick" if quick else "kernels")
+    assert stage.commands[0][-1] == str(tmp_path / ("kernels-quick.json" if quick else "kernels.json"))
+    if machine is not None:
+        assert stage.commands[0][2:4] == ("--machine", machine)
+
+
+def test_the_comparison_is_printed_and_summed_up(tmp_path, capsys):
+    (tmp_path / "log").write_text("op ours 1.0 2.0 0.50\npredicted / measured: ours 0.50\n")
+    assert gpu_report.examine_predictions(0, tmp_path / "log") == gpu_report.Examined(
+        True, "predicted / measured: ours 0.50"
+    )
+    assert "op ours 1.0 2.0 0.50" in capsys.readouterr().out
+    assert not gpu_report.examine_predictions(1, tmp_path / "log").passed
 
 
 def junit(folder, cases):

@@ -44,7 +44,9 @@ __global__ void generic_access(int* memory, int* to, bool shared) {
   to[threadIdx.x] = at[threadIdx.x ^ 1];
 }
 
-__global__ void long_division(const int64_t* from, int64_t* to, int64_t by) { to[threadIdx.x] = from[threadIdx.x] / by; }
+__global__ void long_division(const int64_t* from, int64_t* to, int64_t by) {
+  to[threadIdx.x] = from[threadIdx.x] / by;
+}
 
 // The next operand is on its way while one is multiplied, unless something is done with it at once.
 template <bool kAtOnce>

@@ -174,7 +174,7 @@ __global__ void read_before_wait(int* data) {
   copy_async<16>(&values[threadIdx.x], data + 4 * threadIdx.x);  // RACE
   commit_copies();
   if (kOrdered) wait_for_copies<0>();
-  data[4 * threadIdx.x] = values[threadIdx.x].v[1];  // RACE
+  data[4 * kThreads + threadIdx.x] = values[threadIdx.x].v[1];  // RACE
   wait_for_copies<0>();
 }
 

@@ -1,10 +1,28 @@
 """No kernel has a race: csrc/core/cuda/emulation/races.h finds those that are planted, and none in the ops."""
 
+import os
 import re
+import shutil
 import subprocess
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+
+from cpc_ext.ops import (
+    AugmentationPlan,
+    augment_patches,
+    extract_patches,
+    info_nce,
+    logistic_mixture_nll,
+    masked_conv2d,
+    sample_logistic_mixture,
+)
+from cpc_ext.ops._patch_transforms import Transform
+from cpc_ext.ops.masked_conv2d import PixelConvolution
+from tests.conftest import REPOSITORY, module_in, use_emulation
 
 PROBES = Path(__file__).parent / "race_probes.cu"
 # Each planted race, and what races: the kinds of accesses, as the report calls them, of any of its races.
@@ -26,14 +44,14 @@ RACES = {
     "read_before_wait": {("asynchronous write", "read")},
     "read_of_later_group": {("asynchronous write", "read")},
     "read_of_others_copy": {("write", "read"), ("read", "asynchronous write"), ("asynchronous write", "read")},
-    "barrier_without_wait": {("asynchronous write", "read")},
+    "barrier_without_wait": {("asynchronous write", "read"), ("write", "read")},
     "source_overwritten": {("asynchronous read", "write")},
     "destination_overwritten": {("asynchronous write", "write")},
     "two_copies_to_one_place": {("asynchronous write", "asynchronous write")},
     "pipeline_of_two": {("read", "asynchronous write"), ("asynchronous write", "read"), ("write", "read")},
     "update_by_blocks": {("write", "read"), ("write", "write"), ("read", "write")},
     "read_by_blocks": {("read", "write"), ("write", "read")},
-    "copied_by_blocks": {("read", "write"), ("write", "asynchronous read"), ("asynchronous read", "write")},
+    "copied_by_blocks": {("read", "write"), ("write", "asynchronous read"), ("write", "write")},
 }
 ACCESS = re.compile(r"(?:: |  and )([a-z ]+) by block \d+, thread \d+ in (.*)")
 
@@ -58,8 +76,9 @@ def test_a_planted_race_is_found_where_it_is(trace, name):
     assert done.stdout.startswith(f"kernel {name}: ")
     found = ACCESS.findall(done.stdout)
     kinds = [kind for kind, _ in found]
-    assert found and set(zip(kinds[::2], kinds[1::2])) <= RACES[name]
-    lines = {int(line) for _, place in found for line in re.findall(r"race_probes\.cu:(\d+)", place)}
+    assert found
+    assert set(zip(kinds[::2], kinds[1::2], strict=True)) <= RACES[name]
+    lines = {int(re.search(r"race_probes\.cu:(\d+)", place)[1]) for _, place in found}  # The innermost.
     assert lines == marked_lines(name)
 
 
@@ -71,3 +90,244 @@ def test_no_race_is_found_where_something_orders_the_accesses(trace, name):
 
 def test_every_probe_is_run(trace):
     assert sorted(probe(trace).stdout.split()) == sorted(RACES)
+
+
+# --- The ops: nothing races, whatever a kernel is asked for ---
+
+
+@pytest.fixture
+def traced(traced_native, monkeypatch):
+    """The module that the ops call, where a race is an error of the launch."""
+    use_emulation(traced_native, monkeypatch)
+    traced_native.emulate_cuda(True)
+    traced_native.begin_trace({"races": {}})
+    yield traced_native
+    traced_native.end_trace()
+    traced_native.emulate_cuda(False)
+
+
+def normal(*shape, dtype=torch.float64, seed=0):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return values.to(dtype).requires_grad_()
+
+
+def integers(end, *shape, dtype=torch.int64, seed=0):
+    return torch.randint(end, shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def contrast(dtype, queries, keys, dim, batch=(), samples=None, options=True, reduction="mean"):
+    rows = (*batch, queries)
+    named = {}
+    if options:
+        targets = integers(keys, *rows)
+        named = {"targets": targets, "exclude": (targets + 1) % keys, "weights": integers(3, *rows).double()}
+    if samples is not None:
+        named["negatives"] = integers(keys, *rows, samples, seed=1)
+    tensors = normal(*rows, dim, dtype=dtype), normal(*batch, keys, dim, dtype=dtype, seed=1)
+    info_nce(*tensors, **named, reduction=reduction).loss.sum().backward()
+
+
+def convolve(dtype, batch, channels, outputs, size, mask, layout=torch.channels_last, **options):
+    mask = torch.as_tensor(mask, dtype=torch.bool)
+    input = normal(batch, channels, *size, dtype=dtype).detach().contiguous(memory_format=layout).requires_grad_()
+    weight = normal(outputs, channels, *mask.shape[-2:], dtype=dtype, seed=1)
+    bias = normal(outputs, dtype=dtype, seed=2)
+    masked_conv2d(input, weight, bias, mask=mask, **options).sum().backward()
+
+
+def convolve_pixels(dtype):
+    weight, mask = normal(24, 16, 3, 3, dtype=dtype), torch.tensor(RASTER, dtype=torch.bool)
+    input, output = (
+        normal(3, channels, 4, 5, dtype=dtype).detach().contiguous(memory_format=torch.channels_last)
+        for channels in (16, 12)
+    )
+    one = PixelConvolution(weight.detach(), mask=mask, activation="gated")
+    for position in ((0, 0), (2, 3), (3, 4)):
+        one(input, output, torch.tensor(position))
+
+
+def extract(dtype, shape, patch_size, stride, **options):
+    images = integers(256, *shape, dtype=torch.uint8)
+    extract_patches(images, patch_size, stride, dtype=dtype, **options)
+    images = (images.double() / 255).to(dtype).requires_grad_()
+    extract_patches(images, patch_size, stride, dtype=dtype, **options).sum().backward()
+
+
+def augment(dtype, side, patch_size, stride, steps, channels=3, **options):
+    images = integers(256, 1, channels, side, side, dtype=torch.uint8)
+    cells = 1, *2 * ((side - patch_size) // stride + 1,)
+    count = cells[1] * cells[2]
+    # Each transform in turn, whatever of it a patch of one channel knows.
+    codes = (torch.arange(count * steps) % len(Transform)).view(*cells, steps).to(torch.uint8)
+    parameters = torch.rand(*cells, steps, 3, generator=torch.Generator().manual_seed(2))
+    displacements = normal(*cells, 2, 4, 4, dtype=torch.float32).detach()
+    plan = AugmentationPlan(codes, parameters, integers(count, *cells), displacements, 77)
+    augment_patches(images, patch_size, stride, plan, dtype=dtype, **options)
+
+
+def mix(dtype, channels, layout, components=3):
+    images = integers(256, 2, channels, 9, 15, dtype=torch.uint8)
+    params = normal(2, components * (10 if channels == 3 else 3), 9, 15, dtype=dtype)
+    params = params.detach().contiguous(memory_format=layout).requires_grad_()
+    logistic_mixture_nll(images, params).sum().backward()
+    noise = torch.rand(2, components + channels, 9, 15, generator=torch.Generator().manual_seed(3))
+    sample_logistic_mixture(params.detach(), channels=channels, noise=noise)
+
+
+RASTER = [[1, 1, 1], [1, 0, 0], [0, 0, 0]]
+ABOVE = [[1, 1, 1], [1, 1, 1], [0, 0, 0]]
+OF_CHANNELS = torch.rand(130, 32, 2, 3, generator=torch.Generator().manual_seed(0)) < 0.3
+ALL_KEYS = {"score", "finish_rows", "add_to_queries", "add_to_keys", "finish_queries"}
+SAMPLED = {"contrast_sampled", "sum_sampled_keys"}
+CONVOLUTION = {"pack_weights", "convolve_tile", "sum_weight_grad", "finish_weight_grad"}
+ACTIVATED = CONVOLUTION | {"differentiate_activation", "sum_bias_parts"}
+PATCHES = {"extract_staged", "sum_patches"}
+NORMED = {*PATCHES, "find_norm_slopes"}
+IN_FLOAT = {"mixture_nll", "mixture_nll_backward", "sum_parts"}  # Of float64 there is a reference only.
+MIXTURE = {*IN_FLOAT, "sample_pixels"}
+IMAGES = {"offsets": torch.tensor([[0, 1], [3, 2]]), "flip": torch.tensor([True, False]), "crop": (12, 11)}
+
+
+# What is asked of the kernels, for a type, and which of them do it.
+PROBLEMS = {
+    "all keys": (lambda dtype: contrast(dtype, 67, 90, 20, batch=(2,)), ALL_KEYS),
+    "all keys, plain": (lambda dtype: contrast(dtype, 130, 130, 33, options=False, reduction="none"), ALL_KEYS),
+    "all keys, in parts": (lambda dtype: contrast(dtype, 65, 1100, 8, options=False), ALL_KEYS),
+    "all keys, in chunks": (lambda dtype: contrast(dtype, 3, 8200, 4), ALL_KEYS),
+    "all keys, few": (lambda dtype: contrast(dtype, 1, 2, 1), ALL_KEYS),
+    "all keys, no queries": (lambda dtype: contrast(dtype, 0, 5, 70, options=False), {"fill_zeros"}),
+    "sampled": (lambda dtype: contrast(dtype, 13, 17, 70, batch=(2,), samples=37), SAMPLED),
+    "sampled, plain": (lambda dtype: contrast(dtype, 9, 9, 130, samples=0, options=False, reduction="sum"), SAMPLED),
+    "convolution": (lambda dtype: convolve(dtype, 2, 3, 6, (5, 6), RASTER), CONVOLUTION),
+    "convolution of no tap": (lambda dtype: convolve(dtype, 2, 3, 4, (4, 4), [[0, 0, 0]]), {"convolve_tile"}),
+    "convolution, relu": (
+        lambda dtype: convolve(dtype, 1, 17, 6, (5, 6), [[1, 1], [0, 1]], torch.contiguous_format, activation="relu"),
+        ACTIVATED,
+    ),
+    "convolution, gated": (
+        lambda dtype: convolve(
+            dtype, 9, 24, 136, (5, 6), ABOVE, activation="gated", condition=normal(9, 136, 1, 1, dtype=dtype)
+        ),
+        ACTIVATED,
+    ),
+    "convolution, mask of channels": (
+        lambda dtype: convolve(dtype, 5, 32, 130, (8, 8), OF_CHANNELS, activation="relu"),
+        ACTIVATED,
+    ),
+    "convolution, dilated": (lambda dtype: convolve(dtype, 3, 40, 8, (7, 7), RASTER, dilation=3), CONVOLUTION),
+    "convolution of a pixel": (convolve_pixels, {"pack_weights", "convolve_tile"}),
+    "patches": (lambda dtype: extract(dtype, (2, 3, 17, 15), 5, 3, **IMAGES), PATCHES),
+    "patches, normed": (
+        lambda dtype: extract(dtype, (2, 3, 17, 15), 4, 2, gray=True, patch_norm=True, mean=[0.4], std=[0.2]),
+        NORMED,
+    ),
+    "patches, channels last": (
+        lambda dtype: extract(dtype, (2, 3, 17, 15), 8, 4, patch_norm=True, channels_last=True, **IMAGES),
+        NORMED,
+    ),
+    "patches of many values": (lambda dtype: extract(dtype, (1, 3, 34, 33), 16, 8), PATCHES),
+    "large patches": (
+        lambda dtype: extract(dtype, (1, 3, 100, 100), 96, 4, patch_norm=True),
+        {"extract_direct", "find_norm_slopes", "sum_patches"},
+    ),
+    "augmented": (lambda dtype: augment(dtype, 40, 8, 8, steps=5), {"augment_patches"}),
+    "augmented, normed": (
+        lambda dtype: augment(dtype, 33, 15, 9, steps=11, patch_norm=True, channels_last=True),
+        {"augment_patches"},
+    ),
+    "augmented, of one channel": (lambda dtype: augment(dtype, 24, 8, 8, steps=5, channels=1), {"augment_patches"}),
+    "augmented, large": (lambda dtype: augment(dtype, 132, 131, 1, steps=6), {"augment_patches"}),
+    "mixture": (lambda dtype: mix(dtype, 3, torch.channels_last), MIXTURE),
+    "mixture, by channels": (lambda dtype: mix(dtype, 3, torch.contiguous_format), MIXTURE),
+    "mixture of one channel": (lambda dtype: mix(dtype, 1, torch.channels_last, components=2), MIXTURE),
+}  # fmt: skip
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@contextmanager
+def float32_as(precision):
+    kinds = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [kind.fp32_precision for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.fp32_precision = precision
+        yield
+    finally:
+        for kind, setting in zip(kinds, before, strict=True):
+            kind.fp32_precision = setting
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_no_kernel_races(traced, problem, dtype):
+    ask, kernels = PROBLEMS[problem]
+    with float32_as("tf32" if dtype == "tf32" else "ieee"):
+        ask(DTYPES[dtype])
+    launches = traced.end_trace()["races"]["launches"]
+    assert kernels - (IN_FLOAT if dtype == "float64" else set()) <= set(launches)
+
+
+def test_every_kernel_is_asked_for_something():
+    sources = [path.read_text() for path in (PROBES.parents[2] / "csrc").glob("*/*.cu*")]
+    names = [re.findall(r'launch\(\s*"(\w+)"|name = .*"(\w+)" : "(\w+)"', source) for source in sources]
+    known = {name for found in names for groups in found for name in groups if name}
+    assert known == set().union(*(kernels for _, kernels in PROBLEMS.values()))
+
+
+# --- A barrier taken out of a kernel is missed ---
+
+
+def module_without(trace: Path, barrier: str, header: str, kernels: str, folder: Path) -> Path:
+    """The folder with the traced module of sources in which one line is left out."""
+    sources, copy = REPOSITORY / "csrc", folder / "csrc"
+    shutil.copytree(sources, copy)
+    text = (copy / header).read_text()
+    assert text.count(barrier) == 1
+    (copy / header).write_text(text.replace(barrier, ""))
+    ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    (library,) = trace.glob("_C.*.so")
+    commands = subprocess.run([ninja, "-C", trace, "-t", "commands", library.name], capture_output=True, text=True)
+    *compile_commands, link = commands.stdout.strip().split("\n")
+    made, mine = f"CMakeFiles/emulated_kernels.dir/csrc/{kernels}.o", f"{folder}/kernels.o"
+    (compile_kernels,) = (command for command in compile_commands if f" -o {made} " in command)
+    compile_kernels = compile_kernels.replace(str(sources), str(copy)).replace(made, mine)
+    link = link.replace(made, mine).replace(f"-o {library.name}", f"-o {folder / library.name}")
+    for command in (compile_kernels, link):
+        done = subprocess.run(command, shell=True, cwd=trace, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("barrier", "header", "kernels", "problem", "kernel"),
+    [
+        (
+            "__syncthreads();  // Scores take the slices' place.",
+            *("info_nce/cuda.cu", "info_nce/cuda.cu", "all keys", "score"),
+        ),
+        (
+            "__syncthreads();  // This slice is there for all, and the stage of the one before is free.",
+            *("core/cuda/async_copy.cuh", "masked_conv/cuda.cu", "convolution", "convolve_tile"),
+        ),
+    ],
+    ids=["score", "pipeline"],
+)
+def test_a_barrier_left_out_of_a_kernel_is_missed(
+    trace, tmp_path, monkeypatch, barrier, header, kernels, problem, kernel
+):
+    module = module_in(module_without(trace, barrier, header, kernels, tmp_path), f"without_{kernel}")
+    use_emulation(module, monkeypatch)
+    module.emulate_cuda(True)
+    module.begin_trace({"races": {}})
+    ask, _ = PROBLEMS[problem]
+    with float32_as("ieee"):
+        for dtype in DTYPES.values():
+            with pytest.raises(RuntimeError, match=f"kernel {kernel}: .* races?\n"):
+                ask(dtype)

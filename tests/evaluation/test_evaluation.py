@@ -32,14 +32,13 @@ from cpc_ext.training.checkpoint import load_checkpoint, save_checkpoint
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.presets import preset
 from tests.tasks.test_every_option import ENCODER
-from tests.training.conftest import TINY, new_run
+from tests.training.conftest import PNG, TINY, new_run
 
 SIMCLR = (
     *("--model", "simclr", "--view-size", "24", "--projection-channels", "8", "--batch-size", "8", "--steps", "4"),
     *("--warmup-steps", "2", "--device", "cpu", "--precision", "fp32"),
 )
 CPU = torch.device("cpu")
-PNG = b"\x89PNG\r\n\x1a\n"
 pytestmark = pytest.mark.usefixtures("quick_probe")
 
 

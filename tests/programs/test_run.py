@@ -16,12 +16,7 @@ from cpc_ext.tasks.cpc_v1.task import CPCv1Task
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.config import load_config
 from cpc_ext.training.run_log import read_metrics
-
-PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def without_times(records):
-    return [{k: v for k, v in record.items() if k not in ("images_per_second", "seconds")} for record in records]
+from tests.training.conftest import PNG, logged
 
 
 def test_run_leaves_everything(train_fully, tmp_path, capsys):
@@ -77,13 +72,13 @@ def test_encoder_file_rebuilds_the_encoder(train_fully, tmp_path, monkeypatch):
 def test_config_file_repeats_the_run(train, tmp_path):
     assert train("--out-dir", tmp_path / "a", "--seed", "3", "--lr", "0.003") == 0
     assert train("--out-dir", tmp_path / "b", "--config", tmp_path / "a" / "config.yaml") == 0
-    first, second = (without_times(read_metrics(tmp_path / name / "metrics.jsonl")) for name in "ab")
+    first, second = (logged(tmp_path / name) for name in "ab")
     assert first == second
     assert (tmp_path / "a" / "config.yaml").read_text() == (tmp_path / "b" / "config.yaml").read_text()
 
     assert train("--out-dir", tmp_path / "c", "--config", tmp_path / "a" / "config.yaml", "--seed", "4") == 0
     assert load_config(tmp_path / "c" / "config.yaml").optimization.lr == 0.003
-    assert without_times(read_metrics(tmp_path / "c" / "metrics.jsonl")) != first
+    assert logged(tmp_path / "c") != first
 
 
 def test_training_does_not_depend_on_what_ran_before(train, tmp_path):
@@ -91,9 +86,7 @@ def test_training_does_not_depend_on_what_ran_before(train, tmp_path):
     assert train("--out-dir", tmp_path / "a", "--steps", "2", "--log-every", "1") == 0
     torch.manual_seed(2)
     assert train("--out-dir", tmp_path / "b", "--steps", "2", "--log-every", "1") == 0
-    assert without_times(read_metrics(tmp_path / "a/metrics.jsonl")) == without_times(
-        read_metrics(tmp_path / "b/metrics.jsonl")
-    )
+    assert logged(tmp_path / "a") == logged(tmp_path / "b")
 
 
 def test_folders_are_numbered_by_default(train, tmp_path, monkeypatch):

@@ -6,43 +6,34 @@ import json
 import math
 import os
 import re
-import signal
 import sys
+from functools import partial
 
 import pytest
 import torch
 from safetensors import safe_open
 
 from cpc_ext import models
-from cpc_ext.programs import training as program
 from cpc_ext.programs.train_options import describe, parse
 from cpc_ext.tasks.cpc_v2.task import CPCv2Task
-from cpc_ext.training import run_data
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.config import load_config
 from cpc_ext.training.presets import preset
 from cpc_ext.training.run_log import read_metrics
-from tests.training.conftest import SMALL
+from tests.training.conftest import PNG, SHORT, SMALL
 
 TINY = (
     *SMALL,
-    *("--model", "cpc-v2", "--crop", "24", "--grid-size", "5", "--pred-steps", "2", "--batch-size", "8"),
-    *("--context-layers", "1", "--context-channels", "8", "--target-channels", "6", "--steps", "8"),
-    *("--log-every", "3", "--checkpoint-every", "4", "--warmup-steps", "2", "--device", "cpu", "--precision", "fp32"),
+    *("--model", "cpc-v2", "--crop", "24", "--grid-size", "5", "--pred-steps", "2"),
+    *("--context-layers", "1", "--context-channels", "8", "--target-channels", "6"),
+    *SHORT,
 )
-TIMES = ("images_per_second", "seconds")
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture
-def train(monkeypatch, tiny_dataset, quick_ends):
+def train(train_with):
     """The program with tiny options, in this process: train(*more options) → exit status."""
-    monkeypatch.setattr(run_data, "load_dataset", lambda *arguments, **options: tiny_dataset)
-    return lambda *options: program.main([*TINY, *map(str, options)])
-
-
-def without_times(records):
-    return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
+    return partial(train_with, *TINY)
 
 
 def test_run_leaves_everything(train, tmp_path, capsys):
@@ -93,27 +84,8 @@ def test_shared_context(train, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_resumed_run_is_the_uninterrupted_one(train, tmp_path, monkeypatch, precision):
-    monkeypatch.setattr(CPCv2Task, "evaluate", lambda task: {})
-    monkeypatch.setattr(CPCv2Task, "save", lambda task, run: None)
-    original, count = CPCv2Task.losses, 0
-
-    def losses(self, *arguments):
-        nonlocal count
-        count += 1
-        if count == 13:  # The fifth step of the second run.
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *arguments)
-
-    monkeypatch.setattr(CPCv2Task, "losses", losses)
-    options = ("--precision", precision, "--pad", "2", "--patch-augmentation")
-    assert train("--out-dir", tmp_path / "whole", *options) == 0
-    assert train("--out-dir", tmp_path / "parts", *options) == 130
-    assert train("--out-dir", tmp_path / "parts", *options, "--resume") == 0
-    whole, parts = (without_times(read_metrics(tmp_path / name / "metrics.jsonl")) for name in ("whole", "parts"))
-    assert whole == parts
-    states = [load_checkpoint(tmp_path / name / "checkpoint.pt")["model"] for name in ("whole", "parts")]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+def test_resumed_run_is_the_uninterrupted_one(train, interrupted_as_whole, precision):
+    interrupted_as_whole(train, CPCv2Task, "--precision", precision, "--pad", "2", "--patch-augmentation")
 
 
 def test_a_padded_image_may_be_smaller_than_the_crop(train, tmp_path, capsys, monkeypatch):

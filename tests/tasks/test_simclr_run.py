@@ -3,40 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
+from functools import partial
 
 import pytest
 import torch
 from safetensors import safe_open
 
 from cpc_ext.models import ResNetV2Encoder
-from cpc_ext.programs import training as program
 from cpc_ext.tasks.simclr.task import SimCLRTask
-from cpc_ext.training import run_data
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.config import load_config
 from cpc_ext.training.run_log import read_metrics
-from tests.training.conftest import SMALL
+from tests.training.conftest import PNG, SHORT, SMALL
 
 TINY = (
     *SMALL,
-    *("--model", "simclr", "--view-size", "24", "--projection-channels", "8", "--batch-size", "8", "--steps", "8"),
-    *("--log-every", "3", "--checkpoint-every", "4", "--warmup-steps", "2", "--device", "cpu", "--precision", "fp32"),
+    *("--model", "simclr", "--view-size", "24", "--projection-channels", "8"),
+    *SHORT,
 )
-TIMES = ("images_per_second", "seconds")
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture
-def train(monkeypatch, tiny_dataset, quick_ends):
+def train(train_with):
     """The program with tiny options, in this process: train(*more options) → exit status."""
-    monkeypatch.setattr(run_data, "load_dataset", lambda *arguments, **options: tiny_dataset)
-    return lambda *options: program.main([*TINY, *map(str, options)])
-
-
-def without_times(records):
-    return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
+    return partial(train_with, *TINY)
 
 
 def test_run_leaves_everything(train, tmp_path, capsys):
@@ -70,26 +60,8 @@ def test_run_leaves_everything(train, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resumed_run_is_the_uninterrupted_one(train, tmp_path, monkeypatch, precision):
-    monkeypatch.setattr(SimCLRTask, "evaluate", lambda task: {})
-    monkeypatch.setattr(SimCLRTask, "save", lambda task, run: None)
-    original, count = SimCLRTask.losses, 0
-
-    def losses(self, *arguments):
-        nonlocal count
-        count += 1
-        if count == 13:  # The fifth step of the second run.
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *arguments)
-
-    monkeypatch.setattr(SimCLRTask, "losses", losses)
-    assert train("--out-dir", tmp_path / "whole", "--precision", precision) == 0
-    assert train("--out-dir", tmp_path / "parts", "--precision", precision) == 130
-    assert train("--out-dir", tmp_path / "parts", "--precision", precision, "--resume") == 0
-    whole, parts = (without_times(read_metrics(tmp_path / name / "metrics.jsonl")) for name in ("whole", "parts"))
-    assert whole == parts
-    states = [load_checkpoint(tmp_path / name / "checkpoint.pt")["model"] for name in ("whole", "parts")]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+def test_resumed_run_is_the_uninterrupted_one(train, interrupted_as_whole, precision):
+    interrupted_as_whole(train, SimCLRTask, "--precision", precision)
 
 
 def test_blur_that_does_not_fit(train, tmp_path, capsys):

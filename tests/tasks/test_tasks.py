@@ -31,9 +31,9 @@ from cpc_ext.training.registry import MODELS, task_class
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.task import Handover, Task
 from tests.tasks.test_every_option import (
-    CONTRASTIVE,
     CPU,
     ENCODER,
+    WITH_ENCODER,
     OneWeight,
     config_of,
     dataset_of,
@@ -95,7 +95,7 @@ def write_metrics(run: RunDir, *records: dict[str, float]) -> None:
 # Encoders: their files.
 
 
-@pytest.mark.parametrize("model", CONTRASTIVE)
+@pytest.mark.parametrize("model", WITH_ENCODER)
 def test_an_encoders_file_tells_how_to_build_and_to_feed_it(model, tmp_path, drawn):
     run = RunDir(tmp_path)
     options = {"norm": "batch", "precision": "bf16", "data_dir": Path("images")}
@@ -340,7 +340,7 @@ def test_without_labels_there_is_no_judgement(missing):
     assert task.evaluate() == {}
 
 
-@pytest.mark.parametrize("model", CONTRASTIVE)
+@pytest.mark.parametrize("model", WITH_ENCODER)
 def test_what_is_told_of_the_images(model):
     task = task_of(model)
     task._dataset = replace(task._dataset, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), gray_mean=0.7, gray_std=0.8)
@@ -353,7 +353,7 @@ def test_what_is_told_of_the_images(model):
     }
 
 
-@pytest.mark.parametrize("model", CONTRASTIVE)
+@pytest.mark.parametrize("model", WITH_ENCODER)
 def test_encodings_of_the_centre_and_of_random_views(model):
     """In evaluation mode whatever the model was in, without gradients, in float32."""
     task = task_of(model, norm="batch", precision="bf16", **({"patch_norm": True} if model != "simclr" else {}))
@@ -377,7 +377,7 @@ def test_encodings_of_the_centre_and_of_random_views(model):
     assert found.shape[2:] == ((1, 1) if model == "simclr" else (5, 5))
 
 
-@pytest.mark.parametrize("model", CONTRASTIVE)
+@pytest.mark.parametrize("model", WITH_ENCODER)
 def test_views_are_made_in_full_precision(model):
     """Only then are they what the network computes in; those of a step are drawn for all of a batch."""
     task = task_of(model, precision="bf16")

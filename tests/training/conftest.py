@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,17 +19,25 @@ from cpc_ext.programs import training as program
 from cpc_ext.tasks import patches
 from cpc_ext.tasks.cpc_v1.task import CPCv1Task
 from cpc_ext.training import run_data
-from cpc_ext.training.checkpoint import save_checkpoint
+from cpc_ext.training.checkpoint import load_checkpoint, save_checkpoint
 from cpc_ext.training.config import RunConfig
 from cpc_ext.training.registry import task_class
+from cpc_ext.training.run_log import read_metrics
+from cpc_ext.training.task import Task
 
 # resnet-small with a quarter of the channels, which are multiples of 8: see test_every_option.py.
 SMALL = ("--encoder", "resnet:blocks=1-1-1,channels=8-16-32,stem_channels=8,stem=strided")
-TINY = (
-    *("--crop", "24", "--grid-size", "5", "--pred-steps", "2", "--pred-directions", "1", "--batch-size", "8"),
-    *("--steps", "8", "--log-every", "3", "--checkpoint-every", "4", "--device", "cpu", "--precision", "fp32"),
-    *("--warmup-steps", "2", "--neg-samples", "16"),
+SHORT = (
+    *("--batch-size", "8", "--steps", "8", "--log-every", "3", "--checkpoint-every", "4", "--warmup-steps", "2"),
+    *("--device", "cpu", "--precision", "fp32"),
 )
+TINY = (
+    *("--crop", "24", "--grid-size", "5", "--pred-steps", "2", "--pred-directions", "1", "--neg-samples", "16"),
+    *SHORT,
+)
+# What equal runs log differently.
+TIMES = ("images_per_second", "seconds")
+PNG = b"\x89PNG\r\n\x1a\n"
 ROOT = Path(__file__).parents[2]
 
 
@@ -81,6 +91,12 @@ def tiny_dataset() -> Dataset:
     )
 
 
+def logged(run: Path) -> list[dict[str, float]]:
+    """The lines of a run's log without what equal runs log differently."""
+    records = read_metrics(run / "metrics.jsonl")
+    return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
+
+
 def new_run(folder: Path, config: RunConfig, dataset: Dataset) -> Path:
     """The folder, with a run in it that has taken no step; its weights are the initial ones of another seed."""
     other = config.model_copy(update={"compute": config.compute.model_copy(update={"seed": config.compute.seed + 1})})
@@ -108,15 +124,20 @@ def quick_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def train_fully(monkeypatch: pytest.MonkeyPatch, tiny_dataset: Dataset, quick_ends: None) -> Callable[..., int]:
-    """The program with tiny options, in this process: train_fully(*more options) → exit status."""
+def train_with(monkeypatch: pytest.MonkeyPatch, tiny_dataset: Dataset, quick_ends: None) -> Callable[..., int]:
+    """The program on the tiny data set, in this process: train_with(*options) → exit status."""
     monkeypatch.setattr(run_data, "load_dataset", lambda *arguments, **options: tiny_dataset)
+    return lambda *options: program.main([*map(str, options)])
+
+
+@pytest.fixture
+def train_fully(train_with: Callable[..., int]) -> Callable[..., int]:
+    """The same with tiny options of CPC v1: train_fully(*more options) → exit status."""
 
     def run(*options: str | Path) -> int:
-        given = [*TINY, *map(str, options)]
         # Another run's options are those of its model, too.
-        of_another = {"--config", "--resume", "--resume-from"} & set(given)
-        return program.main(given if of_another else [*SMALL, *given])
+        of_another = {"--config", "--resume", "--resume-from"} & set(options)
+        return train_with(*(() if of_another else SMALL), *TINY, *options)
 
     return run
 
@@ -127,6 +148,33 @@ def train(monkeypatch: pytest.MonkeyPatch, train_fully: Callable[..., int]) -> C
     monkeypatch.setattr(CPCv1Task, "evaluate", lambda task: {})
     monkeypatch.setattr(CPCv1Task, "save", lambda task, run: None)
     return train_fully
+
+
+@pytest.fixture
+def interrupted_as_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """interrupted_as_whole(train, kind of task, *options): a run of 8 steps goes on as if nothing had stopped it."""
+
+    def check(train: Callable[..., int], kind: type[Task], *options: str) -> None:
+        monkeypatch.setattr(kind, "evaluate", lambda task: {})
+        monkeypatch.setattr(kind, "save", lambda task, run: None)
+        assert train("--out-dir", tmp_path / "whole", *options) == 0
+        original, count = kind.losses, 0
+
+        def losses(self: Task, *arguments: Any) -> dict[str, torch.Tensor]:
+            nonlocal count
+            count += 1
+            if count == 5:  # Within an epoch, between two log lines and between two checkpoints.
+                os.kill(os.getpid(), signal.SIGINT)
+            return original(self, *arguments)
+
+        monkeypatch.setattr(kind, "losses", losses)
+        assert train("--out-dir", tmp_path / "parts", *options) == 130
+        assert train("--out-dir", tmp_path / "parts", *options, "--resume") == 0
+        assert logged(tmp_path / "whole") == logged(tmp_path / "parts")
+        whole, parts = (load_checkpoint(tmp_path / name / "checkpoint.pt")["model"] for name in ("whole", "parts"))
+        assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+    return check
 
 
 @pytest.fixture

@@ -21,6 +21,8 @@
 //     b[1] = B[t + 4][g].
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 
@@ -41,6 +43,26 @@ inline float tensor_core_operand(uint32_t bits, int half, Half) {
 }
 // The units do not see the lower 13 bits of a float.
 inline float tensor_core_operand(uint32_t bits, int, float) { return std::bit_cast<float>(bits & 0xffffe000u); }
+
+// sum + the products a[i] * b[i * b_pitch] of one step of a tensor core, cut off as it cuts them: all are brought to the
+// largest exponent among them with one digit more than a float has, and neither they nor the result are rounded (Fasi,
+// Higham, Mikaitis and Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021).
+inline float cut_off_sum(float sum, const float* a, const float* b, int b_pitch, int count) {
+  double terms[9] = {sum};
+  double largest = std::fabs(sum), plain = sum;
+  for (int i = 0; i < count; ++i) {
+    terms[i + 1] = double{a[i]} * b[i * b_pitch];
+    largest = std::fmax(largest, std::fabs(terms[i + 1]));
+    plain += terms[i + 1];
+  }
+  if (!std::isfinite(plain) || largest == 0) return static_cast<float>(plain);
+  const int digits = std::max(std::ilogb(largest), -126) - 24;
+  double total = 0;
+  for (int i = 0; i <= count; ++i) total += std::trunc(std::ldexp(terms[i], -digits));
+  total = std::ldexp(total, digits);
+  const float nearest = static_cast<float>(total);
+  return std::fabs(nearest) > std::fabs(total) ? std::nextafter(nearest, 0.0f) : nearest;
+}
 
 struct MmaLane {
   float* d;
@@ -66,8 +88,14 @@ void multiply_tiles(void* const (&lanes)[kWarp]) {
   for (unsigned l = 0; l < kWarp; ++l) {
     auto& lane = *static_cast<MmaLane*>(lanes[l]);
     for (unsigned i = 0; i < 4; ++i) {
+      const unsigned row = l / 4 + i / 2 * 8, column = l % 4 * 2 + i % 2;
+      if (freedom().gpu_math) {
+        constexpr int kStep = kDepth / 2;  // As on an A100.
+        for (int k = 0; k < kDepth; k += kStep) lane.d[i] = cut_off_sum(lane.d[i], a[row] + k, &b[k][column], 8, kStep);
+        continue;
+      }
       double sum = lane.d[i];
-      for (int k = 0; k < kDepth; ++k) sum += double{a[l / 4 + i / 2 * 8][k]} * b[k][l % 4 * 2 + i % 2];
+      for (int k = 0; k < kDepth; ++k) sum += double{a[row][k]} * b[k][column];
       lane.d[i] = static_cast<float>(sum);
     }
   }

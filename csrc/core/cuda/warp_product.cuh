@@ -129,11 +129,13 @@ class DepthOutermost {
   }
 
   __device__ DepthOutermost(const unsigned char* tile, int first)
-      : tile_(tile), first_(first), lane_(threadIdx.x % kWarp) {}
+      : tile_(sizeof(T) == 4 ? tile + first * 4 : tile),
+        first_(sizeof(T) == 4 ? 0 : first),
+        lane_(threadIdx.x % kWarp) {}
 
   template <bool kOfA>
   __device__ void load_fragments(uint32_t (&r)[4], int i, int depth) const {
-    if constexpr (sizeof(T) == 2) {
+    if constexpr (kNarrow) {
       const int row = depth + upper_depth<kOfA>(lane_ / 8) * 8 + lane_ % 8;
       load_matrices<true>(
           r, tile_ + chunk_of_depth<T, kWidth>(row, first_ / kChunk<T> + 2 * i + upper_side<kOfA>(lane_ / 8)));
@@ -165,6 +167,7 @@ class DepthOutermost {
     return reinterpret_cast<const T*>(tile_ + chunk_of_depth<T, kWidth>(depth, at / kChunk<T>)) + at % kChunk<T>;
   }
 
+  static constexpr bool kNarrow = sizeof(T) == 2;
   const unsigned char* tile_;
   int first_, lane_;
 };

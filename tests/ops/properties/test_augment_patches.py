@@ -15,23 +15,7 @@ from cpc_ext.ops import (
 )
 from cpc_ext.ops._patch_options import PatchOptions
 from cpc_ext.ops.augment_patches import augment_patches_reference
-from tests.ops.properties.conftest import (
-    FLOATING,
-    HUGE,
-    NOT_NUMBERS,
-    NOT_TENSORS,
-    TOLERANCE,
-    Layout,
-    assert_within,
-    integers_below,
-    layouts,
-    normal,
-    on,
-    other_layouts,
-    refused,
-    some_wrong,
-    tensors,
-)
+from tests.ops.properties.conftest import *
 from tests.ops.properties.test_extract_patches import WRONG_PATCH_ARGUMENTS, grid
 
 

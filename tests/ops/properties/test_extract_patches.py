@@ -10,31 +10,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cpc_ext.ops import (
-    extract_patches,
-)
+from cpc_ext.ops import extract_patches
 from cpc_ext.ops._patch_options import PatchOptions
 from cpc_ext.ops.extract_patches import extract_patches_reference
-from tests.ops.properties.conftest import (
-    ENORMOUS,
-    FLOATING,
-    HUGE,
-    INTEGERS,
-    NOT_FLOATING,
-    NOT_INDICES,
-    NOT_NUMBERS,
-    NOT_TENSORS,
-    TOLERANCE,
-    Layout,
-    assert_within,
-    integers_below,
-    layouts,
-    normal,
-    on,
-    refused,
-    some_wrong,
-    tensors,
-)
+from tests.ops.properties.conftest import *
 
 
 @dataclass(frozen=True)

@@ -10,30 +10,8 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cpc_ext.ops import (
-    info_nce,
-)
-from tests.ops.properties.conftest import (
-    ENORMOUS,
-    FLOATING,
-    INTEGERS,
-    NOT_FLOATING,
-    NOT_INDICES,
-    NOT_NUMBERS,
-    NOT_TENSORS,
-    TOLERANCE,
-    Layout,
-    assert_within,
-    integers_below,
-    layouts,
-    normal,
-    on,
-    other_layouts,
-    refused,
-    small_integers,
-    some_wrong,
-    tensors,
-)
+from cpc_ext.ops import info_nce
+from tests.ops.properties.conftest import *
 
 
 @dataclass(frozen=True)

@@ -13,23 +13,7 @@ from cpc_ext.ops import (
     sample_logistic_mixture,
 )
 from cpc_ext.ops.logistic_mixture import logistic_mixture_nll_reference, sample_logistic_mixture_reference
-from tests.ops.properties.conftest import (
-    ENORMOUS,
-    FLOATING,
-    NOT_FLOATING,
-    NOT_NUMBERS,
-    NOT_TENSORS,
-    TOLERANCE,
-    Layout,
-    assert_within,
-    layouts,
-    normal,
-    on,
-    other_layouts,
-    refused,
-    some_wrong,
-    tensors,
-)
+from tests.ops.properties.conftest import *
 
 
 @dataclass(frozen=True)

@@ -8,26 +8,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cpc_ext.ops import (
-    masked_conv2d,
-)
-from tests.ops.properties.conftest import (
-    FLOATING,
-    HUGE,
-    NOT_FLOATING,
-    NOT_NUMBERS,
-    NOT_TENSORS,
-    TOLERANCE,
-    Layout,
-    assert_within,
-    layouts,
-    normal,
-    on,
-    other_layouts,
-    refused,
-    some_wrong,
-    tensors,
-)
+from cpc_ext.ops import masked_conv2d
+from tests.ops.properties.conftest import *
 
 
 @dataclass(frozen=True)

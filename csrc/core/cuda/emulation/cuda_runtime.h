@@ -185,14 +185,54 @@ inline int __popc(unsigned v) { return std::popcount(v); }
 inline int __ffs(int v) { return v == 0 ? 0 : std::countr_zero(static_cast<unsigned>(v)) + 1; }
 inline float __int_as_float(int v) { return std::bit_cast<float>(v); }
 inline int __float_as_int(float v) { return std::bit_cast<int>(v); }
-inline float rsqrtf(float v) { return 1 / std::sqrt(v); }
-inline float __expf(float v) { return std::exp(v); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline float __logf(float v) { return std::log(v); }
 using std::exp;
 using std::fma;
 using std::sqrt;
 using std::tanh;
+
+namespace cpc::cuda {
+namespace emulation {
+
+// A result as a GPU may give it that is off by at most so many units in the last place: the same for the same result.
+// Without Freedom::gpu_math, the result itself.
+inline float off_by(unsigned ulps, float result) {
+  const uint32_t bits = std::bit_cast<uint32_t>(result), magnitude = bits & 0x7fffffff;
+  if (!freedom().gpu_math || !std::isfinite(result) || magnitude <= ulps) return result;
+  const uint32_t chance = (bits ^ bits >> 15) * 0x9e3779b1u >> 8;
+  return std::bit_cast<float>(bits - ulps + chance % (2 * ulps + 1));
+}
+
+// What CUDA gives exactly stays: 1 for exp(0). And no exponential of a negative number is beyond 1.
+inline float exp_off_by(unsigned ulps, float v) {
+  const float exact = std::exp(v), near = v == 0 ? exact : off_by(ulps, exact);
+  return v < 0 && near > 1 ? 1 : near;
+}
+
+}  // namespace emulation
+
+// Here, kernels find these before the host's. Errors are those of the CUDA C++ Programming Guide, "Mathematical
+// Functions".
+inline float exp(float v) { return emulation::exp_off_by(2, v); }
+inline double exp(double v) { return std::exp(v); }
+inline float tanh(float v) {
+  const float near = emulation::off_by(2, std::tanh(v));
+  return std::fabs(near) > 1 ? std::copysign(1.0f, v) : near;
+}
+inline double tanh(double v) { return std::tanh(v); }
+
+}  // namespace cpc::cuda
+
+inline float rsqrtf(float v) { return cpc::cuda::emulation::off_by(2, 1 / std::sqrt(v)); }
+inline float __expf(float v) {
+  return cpc::cuda::emulation::exp_off_by(2 + static_cast<unsigned>(std::fmin(std::fabs(1.173f * v), 200.0f)), v);
+}
+inline float __fdividef(float a, float b) { return cpc::cuda::emulation::off_by(2, a / b); }
+inline float __logf(float v) {
+  // Near 1 the error is an absolute one, 2^-21.41.
+  const float exact = std::log(v), above = 1 + std::fabs(exact);
+  if (v < 0.5f || v > 2) return cpc::cuda::emulation::off_by(3, exact);
+  return exact + (cpc::cuda::emulation::off_by(2, above) - above);
+}
 
 // --- The runtime ---
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidDevice };

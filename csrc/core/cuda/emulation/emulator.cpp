@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <initializer_list>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -313,6 +314,36 @@ void make_fibers(dim3 block) {
   }
 }
 
+Freedom freedom_of_launch;
+
+// One of the values of an environment variable, by its place among them; the first where it is not set.
+size_t choice(const char* variable, std::initializer_list<const char*> values) {
+  const char* const text = std::getenv(variable);
+  if (text == nullptr) return 0;
+  const auto found =
+      std::find_if(values.begin(), values.end(), [&](const char* v) { return std::strcmp(text, v) == 0; });
+  if (found == values.end()) throw std::runtime_error(std::string(variable) + " has no value " + text);
+  return static_cast<size_t>(found - values.begin());
+}
+
+Freedom read_freedom() {
+  return {static_cast<Freedom::Order>(choice("CPC_EMULATION_ORDER", {"rounds", "forward", "backward", "greedy"})),
+          choice("CPC_EMULATION_COPIES", {"late", "early"}) == 1, choice("CPC_EMULATION_MATH", {"exact", "gpu"}) == 1};
+}
+
+// Warps in any order, and the lanes of each.
+std::vector<unsigned> warp_by_warp(unsigned threads, std::mt19937& random) {
+  std::vector<unsigned> order(threads);
+  std::iota(order.begin(), order.end(), 0);
+  std::vector<unsigned> warps((threads + kWarp - 1) / kWarp);
+  std::iota(warps.begin(), warps.end(), 0);
+  std::shuffle(order.begin(), order.end(), random);
+  std::shuffle(warps.begin(), warps.end(), random);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](unsigned a, unsigned b) { return warps[a / kWarp] < warps[b / kWarp]; });
+  return order;
+}
+
 void run_block(std::mt19937& random) {
   const auto threads = static_cast<unsigned>(machine->fibers.size());
   machine->collectives.clear();
@@ -321,20 +352,23 @@ void run_block(std::mt19937& random) {
     fiber.state = State::ready;
     fiber.copies.assign(1, {});
   }
-  std::vector<unsigned> order(threads);
-  std::iota(order.begin(), order.end(), 0);
+  const bool greedy = freedom().order == Freedom::Order::greedy;
+  std::vector<unsigned> order = warp_by_warp(threads, random);
+  if (!greedy) std::sort(order.begin(), order.end());
+  if (freedom().order == Freedom::Order::backward) std::reverse(order.begin(), order.end());
   for (;;) {
-    std::shuffle(order.begin(), order.end(), random);
+    if (freedom().order == Freedom::Order::rounds) std::shuffle(order.begin(), order.end(), random);
     bool ran = false, done = true;
-    for (const unsigned i : order) {
-      Fiber& fiber = machine->fibers[i];
+    for (size_t i = 0; i < order.size(); ++i) {
+      Fiber& fiber = machine->fibers[order[i]];
       if (fiber.state == State::ready) {
         resume(fiber);
         ran = true;
+        if (greedy) break;  // The first that can go on does.
       }
       done &= fiber.state == State::done;
     }
-    if (done) return;
+    if (done && !(greedy && ran)) return;
     if (!ran) open_barrier();
   }
 }
@@ -405,6 +439,7 @@ void use_stream(const char* doing, void* stream) {
 void run(const Launch& launch, const std::function<void()>& thread) {
   static unsigned launches = 0;
   const std::lock_guard lock(machine_lock());
+  freedom_of_launch = read_freedom();
   use_stream((std::string("kernel ") + launch.name).c_str(), launch.stream);
   Kernel& kernel = kernels()[launch.kernel];
   kernel.reached.resize(static_memory().variables.size());
@@ -444,6 +479,8 @@ void run(const Launch& launch, const std::function<void()>& thread) {
   machine = nullptr;
   tell([](Observer& o) { o.launch_ends(); });
 }
+
+const Freedom& freedom() { return freedom_of_launch; }
 
 unsigned launch_bounds(const void* kernel) {
 #if defined(__x86_64__)
@@ -568,8 +605,10 @@ void copy_async(void* to, const void* from, size_t bytes, size_t valid, Where wh
   const Place place = place_of(__builtin_return_address(0));
   const Untraced own;
   tell([&](Observer& o) { o.copy_async({to, from, bytes, valid, running_thread(), place}); });
+  const AsyncCopy copy{to, from, bytes, valid};
+  if (freedom().early_copies) return finish(copy);
   std::memset(to, kPoison, bytes);
-  machine->running->copies.back().push_back({to, from, bytes, valid});
+  machine->running->copies.back().push_back(copy);
 }
 
 void commit_copies() {

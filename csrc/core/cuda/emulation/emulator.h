@@ -69,9 +69,26 @@ struct Launch {
   void* stream;
 };
 
+// What a GPU may do one way or the other, from environment variables. Right kernels are right whatever it does.
+struct Freedom {
+  // CPC_EMULATION_ORDER: in which order threads run.
+  //   rounds    (where it is not set) each round of all threads in another order
+  //   forward   the first of the block first, in each round
+  //   backward  the last first
+  //   greedy    a warp as far as it comes before the next may begin, and of its lanes one as far as it comes
+  enum class Order { rounds, forward, backward, greedy } order = Order::rounds;
+  // CPC_EMULATION_COPIES: "late" (where it is not set), asynchronous copies take place when they are waited for; "early",
+  // at once.
+  bool early_copies = false;
+  // CPC_EMULATION_MATH: "exact" (where it is not set) computes as the host does. "gpu" moves results of functions that
+  // CUDA rounds worse by as much as its programming guide allows, and sums on tensor cores cut digits off, as they do.
+  bool gpu_math = false;
+};
+const Freedom& freedom();  // Of the launch that runs.
+
 // Runs thread() for every thread of every block. Throws std::runtime_error for what a launch asks that a device does
 // not have, or a kernel does wrong. The order of blocks and threads follows from the environment variable
-// CPC_EMULATION_SEED (0) and the number of launches before.
+// CPC_EMULATION_SEED (0), the number of launches before, and Freedom.
 void run(const Launch& launch, const std::function<void()>& thread);
 
 // Threads that a kernel's launch bounds allow, kMaxThreads where it has none: __launch_bounds__ puts as many
@@ -112,8 +129,8 @@ struct StaticShared {
   static inline const size_t variable = add_static_shared(sizeof(T), alignof(T));
 };
 
-// Asynchronous copies of the running thread. The bytes arrive when their group is waited for, and until then the
-// destination holds 0xff.
+// Asynchronous copies of the running thread. The bytes arrive when their group is waited for, which is the latest that
+// they may, and until then the destination holds 0xff; or at once, see Freedom.
 void copy_async(void* to, const void* from, size_t bytes, size_t valid, Where where);
 void commit_copies();
 void wait_for_copies(size_t pending_groups);

@@ -35,9 +35,10 @@ const char* name_of(Races::Kind kind) {
 
 void Races::launch_begins(const Launch& launch, const Sample&) {
   kernel_ = launch.name;
+  ++launches_[kernel_];
   threads_.resize(size_t{launch.block.x} * launch.block.y * launch.block.z);
   global_.clear();
-  reported_ = races_.size();
+  of_launch_.clear();
 }
 
 void Races::block_begins(uint64_t block) {
@@ -262,14 +263,16 @@ void Races::found(Space space, uintptr_t address, const Party& first, const Part
     races_.push_back({kernel_, first, second, space, name_of_address(reinterpret_cast<const void*>(address))});
   else
     ++races_[at->second].times;
+  of_launch_.insert(at->second);
 }
 
 void Races::launch_ends() {
-  if (collect_ || races_.size() == reported_) return;
-  constexpr size_t kMost = 5;
-  const size_t count = races_.size() - reported_;
-  std::string text = "kernel " + kernel_ + ": " + std::to_string(count) + (count == 1 ? " race" : " races");
-  for (size_t i = reported_; i < std::min(races_.size(), reported_ + kMost); ++i) {
+  if (collect_ || of_launch_.empty()) return;
+  size_t left_to_name = 5;
+  std::string text =
+      "kernel " + kernel_ + ": " + std::to_string(of_launch_.size()) + (of_launch_.size() == 1 ? " race" : " races");
+  for (const size_t i : of_launch_) {
+    if (left_to_name-- == 0) break;
     const Race& race = races_[i];
     const std::vector<std::string> places = describe({race.first.place, race.second.place});
     const auto one = [&](const Party& party, const std::string& place) {
@@ -298,7 +301,9 @@ Value Races::results() {
                        {"second", one(race.second, places[1])},
                        {"times", static_cast<int64_t>(race.times)}});
   }
-  return all;
+  Dict launches;
+  for (const auto& [kernel, number] : launches_) launches.emplace_back(kernel, number);
+  return Dict{{"launches", launches}, {"races", all}};
 }
 
 }  // namespace cpc::cuda::emulation

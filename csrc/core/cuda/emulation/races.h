@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <tuple>
 #include <unordered_map>
@@ -55,6 +56,7 @@ class Races : public Observer {
   void commit_copies(unsigned thread) override { thread_state(thread).groups.emplace_back(); }
   void wait_for_copies(unsigned thread, size_t pending_groups, Place) override;
   void launch_ends() override;
+  // {"launches": {kernel: number}, "races": [...]}
   Value results() override;
 
  private:
@@ -116,13 +118,14 @@ class Races : public Observer {
 
   const bool collect_;
   std::string kernel_;
+  std::map<std::string, int64_t> launches_;
   uint64_t block_ = 0, block_number_ = 0;
   uint32_t epoch_ = 0, copies_ = 0;
   std::vector<ThreadState> threads_;
   Shadow shared_, global_;
   std::vector<Race> races_;
   std::map<std::tuple<std::string, Kind, Place, Kind, Place, bool>, size_t> known_;  // Where each is in races_.
-  size_t reported_ = 0;
+  std::set<size_t> of_launch_;  // Those that the launch has, in races_.
 };
 
 }  // namespace cpc::cuda::emulation

@@ -122,6 +122,7 @@ struct Trace {
     const auto at = reinterpret_cast<uintptr_t>(address);
     const bool shared = is_shared(at);
     if (bytes == 0 || (!shared && is_private(at))) return;
+    const Untraced own;  // Observers may call functions of the standard library that tell, too.
     const Access access{
         address,      bytes, write, atomic, shared ? Space::shared : Space::global, places().number(from, thread.stack),
         thread.index, block};

@@ -1,0 +1,405 @@
+"""The predicted time of every kernel and benchmark problem on GPUs that nobody here has, against eager PyTorch's.
+
+    python python/benchmarks/cuda_model.py                           # every problem whose counts are known, on an H100
+    python python/benchmarks/cuda_model.py --machine A100 --kernels  # and each of its launches
+    python python/benchmarks/cuda_model.py --against results/2026-11-25-nvidia-h100-80gb-hbm3/kernels.json
+
+Everything it prints is predicted, from three things: what the launches do (cuda_counts.py; worked out by hand in
+cuda_analytic.py unless ``--counts`` names a file), what the compiler made of the kernels (machine_code.csv), and the
+table of machines (cuda_machines.py). No constant is fitted to our kernels.
+
+A launch takes the largest of three times, and the pause before it:
+
+- device memory: different bytes, or none where they fit the second-level cache, at the rate of a copy;
+- the second-level cache: the sectors of all requests;
+- the busiest multiprocessor: its blocks, as many at a time as registers, threads and shared memory allow. The warps of
+  a scheduler queue for its tensor core, ordinary and special units, issue slots and its share of shared memory, and
+  wait for loads and barriers in between. Mean value analysis (Reiser and Lavenberg, 1980) of this closed network
+  gives their throughput: near the busiest unit's limit with many warps, near that of one warp's chain with few.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from statistics import median as median_of
+from typing import Any
+
+from cuda_counts import Launch, Problem, Product, Sweep, load
+from cuda_machines import MACHINES, Machine
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from machine_code import Budgets, Measures
+
+__all__ = ["Code", "Predicted", "confront", "predict", "predict_eager", "predict_launch"]
+
+# Of the second-level cache, what one launch's bytes may take and still be there when they are read again.
+RESIDENT_SHARE = 0.6
+# Instructions of a warp outside of its main loop, where nobody has counted them.
+OTHER_INSTRUCTIONS = 300
+
+
+# --- One launch ---
+
+
+@dataclass(frozen=True)
+class Code:
+    """What the machine code of a kernel says: see Measures in machine_code.py."""
+
+    registers: int = 32
+    shared: int = 0
+    loop: int = 0
+    tensor: int = 0
+    multiplies: int = 0
+    barriers: int = 0
+    loads: int = 0
+    waits: int = 0
+    early: int = 0
+    ahead: int = 0
+
+    @classmethod
+    def of(cls, measures: Measures) -> Code:
+        return cls(**{name: value for name, value in asdict(measures).items() if name in cls.__dataclass_fields__})
+
+
+@cache
+def _codes() -> dict[tuple[int, str], Code]:
+    return {key: Code.of(measures) for key, measures in Budgets.load().measures.items()}
+
+
+def code_of(kernel: str, machine: Machine) -> Code:
+    """KeyError for a kernel that is neither in machine_code.csv nor the runtime's."""
+    return Code() if "::" not in kernel else _codes()[machine.sm, kernel]
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """seconds: with the pause before the launch. terms: what each limit alone would take. bound: the largest, or
+    "latency" where no limit comes near."""
+
+    seconds: float
+    terms: dict[str, float]
+    bound: str
+
+
+def blocks_at_once(machine: Machine, launch: Launch, code: Code) -> int:
+    """Blocks that a multiprocessor holds; registers are handed out to warps in 256."""
+    warps = -(-launch.block // 32)
+    registers = -(-code.registers * 32 // 256) * 256 * warps
+    shared = launch.dynamic_shared_bytes + code.shared + 1024
+    return max(
+        1,
+        min(
+            machine.blocks,
+            machine.threads // (32 * warps),
+            machine.registers // registers,
+            machine.shared_size // shared,
+        ),
+    )
+
+
+def flops_of(mma: str) -> float:
+    """Floating-point operations of a warp's product, from its name, such as m16n8k16.bf16."""
+    m, n, k = map(int, re.search(r"m(\d+)n(\d+)k(\d+)", mma).groups())  # type: ignore[union-attr]
+    return 2 * m * n * k
+
+
+def _share(machine: Machine, mma: str) -> float:
+    """Hopper's products of four warps, as wgmma.m64n256k16.bf16, reach the whole peak."""
+    return 1 if mma.startswith("wgmma") else machine.mma_share
+
+
+MMA_TYPES = {"bf16": "bfloat16", "f16": "float16", "tf32": "tf32"}
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How a warp goes through its main loop: how often, and what it issues in all."""
+
+    count: float
+    instructions: float
+
+
+def turns_of(launch: Launch, code: Code) -> Turns:
+    """From the products, else the multiply-adds, else the loads; instructions from the loop's length where not given.
+
+    The loop's length counts all of its branches, also those not taken: too many rather than too few.
+    """
+    warps = launch.warps
+    products, multiplies = sum(launch.mma.values()) / warps, sum(launch.multiplies.values()) / 32 / warps
+    if code.tensor and products:
+        count = products / code.tensor
+    elif code.multiplies and multiplies and not products:
+        count = multiplies / code.multiplies
+    else:
+        count = launch.read_requests / warps / code.loads if code.loads else 1
+    if launch.instructions is not None:
+        return Turns(count, launch.instructions / warps)
+    return Turns(count, max(count * code.loop, products + multiplies) + OTHER_INSTRUCTIONS)
+
+
+def demands_of(machine: Machine, launch: Launch, turns: Turns) -> dict[str, float]:
+    """Clocks that a warp takes of each unit of its scheduler, of which a multiprocessor has four."""
+    warps, share = launch.warps, machine.issue
+    copied = sum(int(size) * count for size, count in launch.copies.items())
+    moved = max(0, 32 * launch.read_sectors - copied) + 32 * launch.written_sectors
+    by_sm = {
+        "tensor": sum(
+            count * flops_of(name) / (machine.tensor[MMA_TYPES[name.rpartition(".")[2]]] * _share(machine, name))
+            for name, count in launch.mma.items()
+        ),
+        "multiply": sum(count / machine.ordinary[name] for name, count in launch.multiplies.items()),
+        "special": launch.transcendentals / machine.special,
+        # What comes from global memory passes the same data path; asynchronous copies are among the wavefronts.
+        "shared": (launch.shared_wavefronts * 128 + moved) / machine.shared_bytes,
+    }
+    return {**{name: clocks * share / warps for name, clocks in by_sm.items()}, "issue": turns.instructions}
+
+
+def waits_of(machine: Machine, launch: Launch, code: Code, turns: Turns, busy: float) -> float:
+    """Clocks that a warp waits for memory and barriers. busy: those of a turn of its loop, with the other warps."""
+    read = launch.read_sectors * 32
+    resident = launch.unique_read_bytes < RESIDENT_SHARE * machine.l2_bytes
+    from_dram = 0 if resident or not read else min(1, launch.unique_read_bytes / read)
+    latency = from_dram * machine.latency_dram + (1 - from_dram) * machine.latency_l2
+    copies = sum(launch.copies.values()) / 32 / launch.warps / max(turns.count, 1)
+    loads = launch.read_requests / launch.warps / max(turns.count, 1) - copies
+    of_turn = code.barriers * 2 * machine.latency_shared
+    if loads > 0 and code.loads:
+        waits = min(code.waits, loads, max(1, code.waits * loads / code.loads))
+        hidden = (code.tensor or code.multiplies) and not code.early
+        of_turn += max(0, latency - busy) if hidden else waits * latency
+    if copies > 0:
+        of_turn += max(0, latency - (code.ahead + 1) * busy)
+    return latency + turns.count * of_turn  # The first is before the loop.
+
+
+def throughput(demands: Sequence[float], waiting: float, warps: float) -> float:
+    """Jobs a clock of a closed network: units with a queue each, a wait, and so many jobs (mean value analysis)."""
+    if warps < 1:
+        return warps * throughput(demands, waiting, 1)
+    queues = [0.0] * len(demands)
+    rate = 0.0
+    for jobs in range(1, int(warps) + 1):
+        times = [demand * (1 + queue) for demand, queue in zip(demands, queues, strict=True)]
+        rate = jobs / (waiting + sum(times))
+        queues = [rate * time for time in times]
+    more = warps - int(warps)
+    if more > 0:
+        times = [demand * (1 + queue) for demand, queue in zip(demands, queues, strict=True)]
+        rate += more * ((int(warps) + 1) / (waiting + sum(times)) - rate)
+    return rate
+
+
+def predict_launch(machine: Machine, launch: Launch, code: Code) -> Predicted:
+    turns = turns_of(launch, code)
+    demands = demands_of(machine, launch, turns)
+    at_once = blocks_at_once(machine, launch, code)
+    blocks = -(-launch.grid // machine.multiprocessors)  # Of the busiest multiprocessor.
+    warps_of_block = -(-launch.block // 32) / machine.issue  # On a scheduler.
+    # A product or multiply-add takes its issue slot while its unit is free for it, so the two are not added.
+    own = (sum(launch.mma.values()) + sum(launch.multiplies.values()) / 32) / launch.warps
+    queued = [*(demands[name] for name in demands if name != "issue"), max(0, demands["issue"] - own)]
+    limit = max(demands.values())
+
+    def clocks(blocks: int, at_once: int) -> float:
+        warps = at_once * warps_of_block
+        busy = max(sum(queued), warps * limit) / max(turns.count, 1)
+        rate = throughput(queued, waits_of(machine, launch, code, turns, busy), warps)
+        return blocks * warps_of_block / min(rate, 1 / max(limit, 1e-9))
+
+    whole = blocks // min(at_once, blocks) * min(at_once, blocks)
+    rest = blocks - whole  # The last wave.
+    total = clocks(whole, min(at_once, blocks)) + (clocks(rest, rest) if rest else 0)
+    different = launch.unique_read_bytes + launch.unique_written_bytes
+    sectors = launch.read_sectors + launch.written_sectors
+    terms = {
+        **{name: value * blocks * warps_of_block / machine.clock for name, value in demands.items()},
+        "dram": 0.0
+        if different < RESIDENT_SHARE * machine.l2_bytes
+        else different / (machine.dram * machine.copy_share),
+        "l2": sectors * 32 / machine.l2,
+    }
+    seconds = max(total / machine.clock, terms["dram"], terms["l2"])
+    largest = max(terms, key=lambda name: terms[name])
+    pause = machine.launch
+    bound = "launch" if pause > seconds else largest if terms[largest] > 0.7 * seconds else "latency"
+    return Predicted(seconds + pause, terms, bound)
+
+
+# --- A problem, and the same in eager PyTorch ---
+
+
+def _memory(machine: Machine, size: float) -> float:
+    """Seconds to move so many bytes, from where they are after the call before."""
+    fits = size < RESIDENT_SHARE * machine.l2_bytes
+    return size / (machine.l2 if fits else machine.dram * machine.copy_share)
+
+
+def predict_eager(machine: Machine, steps: Iterable[Product | Sweep]) -> float:
+    """Seconds on the device. A product reaches cuBLAS's usual share, less what its last wave of tiles leaves idle."""
+    seconds = 0.0
+    for step in steps:
+        if isinstance(step, Sweep):
+            seconds += _memory(machine, step.bytes) + step.kernels * machine.launch
+            continue
+        # Tiles of 128 x 128, or 64 x 64 where these are too few; products deeper than wide are split along the depth.
+        tile = 128 if -(-step.m // 128) * -(-step.n // 128) >= machine.multiprocessors else 64
+        tiles = -(-step.m // tile) * -(-step.n // tile)
+        split = max(1, min(machine.multiprocessors // tiles, step.k // 512))
+        waves = -(-tiles * split // machine.multiprocessors)
+        full = waves * machine.multiprocessors * tile * tile * 2 * step.k / split
+        multiply = full / (machine.peak(step.math) * machine.product_share)
+        moved = step.size * (step.m * step.k + step.k * step.n + step.m * step.n)
+        seconds += max(multiply, _memory(machine, moved)) + machine.launch
+    return seconds
+
+
+@dataclass(frozen=True)
+class Row:
+    """A problem on a machine, in predicted seconds. floor: the minimum's bytes or operations at the machine's peak."""
+
+    problem: Problem
+    launches: tuple[Predicted, ...]
+    ours: float
+    floor: float
+    eager: float | None
+
+    @property
+    def bound(self) -> str:
+        """What bounds most of the time."""
+        shares: dict[str, float] = {}
+        for launch in self.launches:
+            shares[launch.bound] = shares.get(launch.bound, 0) + launch.seconds
+        return max(shares, key=lambda name: shares[name], default="nothing")
+
+
+def predict(machine: Machine, problem: Problem, eager: Iterable[Product | Sweep] | None = None) -> Row:
+    launches = tuple(predict_launch(machine, each, code_of(each.kernel, machine)) for each in problem.launches)
+    of_pass = problem.minimum_bytes / (2 if "backward" in problem.passes else 1)
+    memory = machine.l2 if of_pass < RESIDENT_SHARE * machine.l2_bytes else machine.dram
+    floor = max(problem.minimum_bytes / memory, problem.minimum_flops / machine.peak(problem.math))
+    return Row(
+        problem,
+        launches,
+        sum(launch.seconds for launch in launches),
+        floor,
+        None if eager is None else predict_eager(machine, eager),
+    )
+
+
+# --- The program ---
+
+HEAD = f"{'':58}{'ours':>9}{'floor':>9}{'ours/floor':>11}{'eager':>9}{'eager/ours':>11}  bound by"
+
+
+def describe(row: Row) -> str:
+    problem = row.problem
+    name = f"{problem.op}  {problem.label}  {problem.dtype}  {'both' if 'backward' in problem.passes else 'forward'}"
+    eager = (f"{row.eager * 1e6:>9.1f}", f"{row.eager / row.ours:>10.2f}x") if row.eager else (f"{'-':>9}", f"{'':>11}")
+    return (
+        f"{name:<100}\n{'':58}{row.ours * 1e6:>9.1f}{row.floor * 1e6:>9.1f}{row.ours / row.floor:>10.1f}x"
+        f"{eager[0]}{eager[1]}  {row.bound}"
+    )
+
+
+def describe_launches(row: Row) -> Iterable[str]:
+    for launch, time in zip(row.problem.launches, row.launches, strict=True):
+        terms = ", ".join(f"{name} {seconds * 1e6:.1f}" for name, seconds in time.terms.items() if seconds > 5e-8)
+        shape = f"{launch.kernel}  {launch.grid} x {launch.block}"
+        yield f"    {shape:<84}{time.seconds * 1e6:>8.1f} us  {time.bound:<8} ({terms})"
+
+
+def confront(rows: Sequence[Row], measured: dict[str, Any]) -> list[str]:
+    """Lines with predicted and measured times of the problems in a result file of kernels.py, their ratio, a summary.
+
+    Queueing a call takes the host some time, whatever the size. Where a case took less than 1.3 times what the op's
+    quickest one took, that is what was measured, and the line says so.
+    """
+    results = {(row["op"], row["label"], row["dtype"], row["passes"]): row for row in measured["results"]}
+
+    def median(result: dict[str, Any], name: str) -> float:
+        return result["alternatives"].get(name, {}).get("seconds", {}).get("median", float("nan"))
+
+    quickest: dict[tuple[str, str, str], float] = {}
+    for result in results.values():
+        for name in (result["compared"], "eager"):
+            key = result["op"], result["passes"], name
+            quickest[key] = min(quickest.get(key, float("inf")), median(result, name))
+    lines = [f"{'predicted, then measured, in us; their ratio':<100}{'ours':>25}{'eager':>27}"]
+    ratios: dict[bool, list[float]] = {True: [], False: []}  # Whether they are ours.
+    for row in rows:
+        result = results.get(row.problem.key)
+        if result is None:
+            continue
+        line = f"{' '.join(row.problem.key):<100}"
+        for name, predicted in ((result["compared"], row.ours), ("eager", row.eager)):
+            seconds = median(result, name)
+            by_host = seconds < 1.3 * quickest[result["op"], result["passes"], name]
+            ratio = "  host" if by_host else f"{predicted / seconds:>6.2f}" if predicted else f"{'':>6}"
+            line += f"{(predicted or 0) * 1e6:>10.1f}{seconds * 1e6:>10.1f}{ratio}"
+            if predicted and not by_host:
+                ratios[name == result["compared"]].append(predicted / seconds)
+        lines.append(line)
+    medians = (
+        f"{who} {median_of(ratios[key]):.2f} of {len(ratios[key])}"
+        for who, key in (("ours", True), ("eager", False))
+        if ratios[key]
+    )
+    return [*lines, f"predicted / measured, median where the device was the limit: {', '.join(medians) or 'nowhere'}"]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--machine", nargs="+", default=["H100"], choices=[*MACHINES], help="default H100")
+    parser.add_argument("--op", nargs="+", metavar="NAME", help="only these")
+    parser.add_argument("--counts", type=Path, metavar="FILE", help="counts of launches (default: the analytic ones)")
+    parser.add_argument("--kernels", action="store_true", help="each launch, with what every limit alone would take")
+    parser.add_argument("--against", type=Path, metavar="FILE", help="a result of kernels.py on the (first) machine")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the predictions there")
+    return parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
+    from cuda_analytic import analytic_problems, eager_steps
+
+    problems = load(arguments.counts) if arguments.counts else analytic_problems()
+    if arguments.op:
+        problems = [problem for problem in problems if problem.op in arguments.op]
+    document: dict[str, Any] = {"what": "predicted seconds, not measured", "results": []}
+    for machine in (MACHINES[name] for name in arguments.machine):
+        rows = [predict(machine, problem, eager_steps(problem.key)) for problem in problems]
+        print(f"\n{machine.name}: predicted microseconds on the device; counts {problems[0].source}\n{HEAD}")
+        for row in rows:
+            print(describe(row))
+            if arguments.kernels:
+                print("\n".join(describe_launches(row)))
+        if arguments.against and machine.name == arguments.machine[0]:
+            print()
+            print("\n".join(confront(rows, json.loads(arguments.against.read_text()))))
+        document["results"] += [
+            {
+                "machine": machine.name,
+                **dict(zip(("op", "label", "dtype", "passes"), row.problem.key, strict=True)),
+                "counts": row.problem.source,
+                "predicted": {"ours": row.ours, "floor": row.floor, "eager": row.eager, "bound": row.bound},
+                "launches": [
+                    {"kernel": launch.kernel, **asdict(time)}
+                    for launch, time in zip(row.problem.launches, row.launches, strict=True)
+                ],
+            }
+            for row in rows
+        ]
+    if arguments.out:
+        arguments.out.write_text(json.dumps(document, indent=1) + "\n")
+        print(f"written: {arguments.out}")
+
+
+if __name__ == "__main__":
+    main(parse_arguments())

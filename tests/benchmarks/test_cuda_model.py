@@ -1,0 +1,302 @@
+"""The predicted times: against published figures of other people's kernels, and what the model is made of."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import cuda_model
+import pytest
+from cuda_analytic import analytic_problems, eager_steps
+from cuda_counts import Launch, Problem, Product, Sweep, load, save
+from cuda_machines import MACHINES
+from cuda_model import Code, blocks_at_once, confront, predict, predict_eager, predict_launch, throughput
+
+A100, H100, RTX_4090 = MACHINES["A100"], MACHINES["H100"], MACHINES["RTX 4090"]
+
+
+# --- What is known: counts by hand, from each algorithm's tiles ---
+
+
+def product_of_ampere(n):
+    """n x n x n in bfloat16 as ampere_bf16_s16816gemm_128x256_stages_64x3: 8 warps of 64 x 64, steps of 64 in depth.
+
+    For 16 of depth a warp multiplies 4 x 8 tiles of 16 x 8 x 16, and loads 4 + 4 times four matrices of 8 x 8 (16 by 16
+    values), each in 4 passes. A block copies (128 + 256) * 64 values a step, in 16 bytes: 12 a thread.
+    """
+    blocks, steps = (n // 128) * (n // 256), n // 64
+    warps = 8 * blocks * steps * 4  # And 16s of depth.
+    copied = blocks * steps * (128 + 256) * 64 * 2
+    launch = Launch(
+        kernel="gemm",
+        grid=blocks,
+        block=256,
+        dynamic_shared_bytes=3 * (128 + 256) * 64 * 2,
+        mma={"m16n8k16.bf16": warps * 4 * 8},
+        shared_wavefronts=warps * (4 + 4) * 4 + copied / 128,
+        copies={"16": copied / 16},
+        read_requests=copied / 512,
+        read_sectors=copied / 32,
+        unique_read_bytes=2 * n * n * 2,
+        unique_written_bytes=n * n * 2,
+        written_sectors=n * n * 2 / 32,
+    )
+    loop = 4 * (32 + 8) + 12 + 20  # Products, loads, copies, and what counts and jumps.
+    return launch, Code(registers=230, loop=loop, tensor=4 * 32, barriers=1, loads=12, ahead=1)
+
+
+def product_of_hopper(n):
+    """The same on Hopper, as 128 x 256 x 64 in clusters of 2 x 1: 2 groups of 4 warps, wgmma of 64 x 256 x 16.
+
+    A group's product reads its 64 + 256 rows of 32 bytes from shared memory. Two blocks share what they copy of B, so
+    that a block's share is (128 + 128) * 64 values a step.
+    """
+    blocks, steps = (n // 128) * (n // 256), n // 64
+    products = blocks * steps * 4 * 2
+    copied, stored = blocks * steps * (128 + 128) * 128, blocks * steps * (128 + 256) * 128
+    launch = Launch(
+        kernel="gemm",
+        grid=blocks,
+        block=256,
+        dynamic_shared_bytes=4 * (128 + 256) * 64 * 2,
+        mma={"wgmma.m64n256k16.bf16": products},
+        shared_wavefronts=(products * (64 + 256) * 32 + stored) / 128,
+        copies={"16": copied / 16},
+        read_requests=copied / 512,
+        read_sectors=copied / 32,
+        unique_read_bytes=2 * n * n * 2,
+        unique_written_bytes=n * n * 2,
+        written_sectors=n * n * 2 / 32,
+        instructions=products * 4 * 4,  # Each of the 4 warps issues it, and a few that wait.
+    )
+    return launch, Code(registers=168, tensor=1, ahead=2)
+
+
+def flash_attention_2(length, batch, heads, dim):
+    """The forward pass of 2307.08691: blocks of 128 queries by 64 keys, 4 warps of 32 queries, no causal mask.
+
+    For 64 keys a warp multiplies 2 x 8 tiles of 16 x 8 for scores, each dim / 16 deep, and 2 x dim / 8 for outputs,
+    each 64 / 16 deep; queries stay in registers, and keys and values are each loaded as 64 / 16 x dim / 16 times 16 by
+    16 values. A score takes a multiply-add to scale and subtract, one exponential, a maximum, a sum and half a
+    conversion; an output is rescaled once for 64 keys. 16 kB of keys and values are copied by 128 threads.
+    """
+    blocks, turns = length // 128 * batch * heads, length // 64
+    warps = 4 * blocks * turns
+    scores, outputs = 32 * 64, 32 * dim  # Of a warp and turn.
+    tiles = 2 * 8 * (dim // 16) + 2 * (dim // 8) * 4
+    loads = 2 * 4 * (dim // 16)
+    copied = blocks * turns * 2 * 64 * dim * 2
+    tensor = batch * heads * length * dim * 2
+    launch = Launch(
+        kernel="attention",
+        grid=blocks,
+        block=128,
+        dynamic_shared_bytes=128 * dim * 2 + 2 * 64 * dim * 2,
+        mma={"m16n8k16.bf16": warps * tiles},
+        shared_wavefronts=warps * loads * 4 + copied / 128,
+        copies={"16": copied / 16},
+        read_requests=copied / 512,
+        read_sectors=copied / 32,
+        unique_read_bytes=3 * tensor,
+        unique_written_bytes=tensor,
+        written_sectors=tensor / 32,
+        multiplies={"float32": warps * (3 * scores + outputs)},
+        transcendentals=warps * scores,
+        instructions=warps * (tiles + loads + (4.5 * scores + outputs) / 32 + 2 * 64 * dim * 2 / 16 / 128 + 20),
+    )
+    return launch, Code(registers=255, tensor=tiles, barriers=2, loads=16, ahead=0)
+
+
+def copy(size):
+    """16 bytes a thread."""
+    blocks = size // 16 // 256
+    launch = Launch(
+        kernel="copy",
+        grid=blocks,
+        block=256,
+        read_requests=blocks * 8,
+        read_sectors=size / 32,
+        written_sectors=size / 32,
+        unique_read_bytes=size,
+        unique_written_bytes=size,
+        instructions=blocks * 8 * 20,
+    )
+    return launch, Code(registers=16, loads=1, waits=1)
+
+
+PRODUCT, ATTENTION, COPIED = 2 * 8192**3, 4 * 8192**2 * 128 * 2 * 16, 2 * (1 << 30)
+
+
+@pytest.mark.parametrize(
+    ("machine", "counted", "work", "published"),
+    [
+        # cuBLAS: about 255 TFLOP/s on an A100; on an H100 807, as our own run of 8192 x 8192 measured.
+        (A100, product_of_ampere(8192), PRODUCT, 255e12),
+        (H100, product_of_hopper(8192), PRODUCT, 807e12),
+        # FlashAttention-2, arXiv 2307.08691: up to 230 and 335 TFLOP/s.
+        (A100, flash_attention_2(8192, 2, 16, 128), ATTENTION, 230e12),
+        (H100, flash_attention_2(8192, 2, 16, 128), ATTENTION, 335e12),
+        # A copy of 1 GiB, read and written: BabelStream, our own run, and what reviews measure.
+        (A100, copy(1 << 30), COPIED, 1.75e12),
+        (H100, copy(1 << 30), COPIED, 2.93e12),
+        (RTX_4090, copy(1 << 30), COPIED, 0.93e12),
+    ],
+    ids=["cuBLAS A100", "cuBLAS H100", "attention A100", "attention H100", "copy A100", "copy H100", "copy RTX 4090"],
+)
+def test_published_figures_are_met_within_a_quarter(machine, counted, work, published):
+    predicted = work / predict_launch(machine, *counted).seconds
+    assert 0.75 <= predicted / published <= 1.25, f"{predicted:.3g} predicted, {published:.3g} published"
+
+
+# --- What the model is made of ---
+
+
+def test_queues_between_one_job_and_very_many():
+    demands, waiting = [3.0, 1.0, 2.0], 4.0
+    assert throughput(demands, waiting, 1) == pytest.approx(1 / 10)
+    # Two jobs, by hand: the second finds the first at each unit for its share of the time.
+    second = 2 / (4 + 3 * 1.3 + 1 * 1.1 + 2 * 1.2)
+    assert throughput(demands, waiting, 2) == pytest.approx(second)
+    assert throughput(demands, waiting, 1.5) == pytest.approx((1 / 10 + second) / 2)
+    assert throughput(demands, waiting, 0.25) == pytest.approx(1 / 40)
+    assert throughput(demands, waiting, 500) == pytest.approx(1 / 3, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("machine", "block", "registers", "shared", "dynamic", "blocks"),
+    [
+        (H100, 128, 128, 0, 0, 4),
+        (H100, 128, 132, 0, 0, 3),  # Registers come in eights.
+        (H100, 256, 32, 0, 0, 8),
+        (RTX_4090, 256, 32, 0, 0, 6),
+        (H100, 32, 16, 0, 0, 32),
+        (H100, 256, 128, 0, 64 << 10, 2),
+        (A100, 128, 40, 1024, 52 << 10, 3),  # Of 164 KiB, each takes 54.
+        (H100, 1024, 128, 0, 0, 1),  # More registers than there are: such a launch would fail.
+    ],
+)
+def test_blocks_at_once_are_those_of_the_occupancy_calculator(machine, block, registers, shared, dynamic, blocks):
+    launch = Launch(kernel="made", grid=1, block=block, dynamic_shared_bytes=dynamic)
+    assert blocks_at_once(machine, launch, Code(registers=registers, shared=shared)) == blocks
+
+
+def product_launch(grid):
+    return Launch(kernel="made", grid=grid, block=128, mma={"m16n8k16.bf16": grid * 4 * 1000}, instructions=grid * 8000)
+
+
+def test_the_last_wave_costs_a_whole_one():
+    code = Code(registers=128, tensor=16)
+    times = [predict_launch(A100, product_launch(108 * 4 * 5 + more), code).seconds for more in (0, 1, 108)]
+    assert times[0] < times[1] == times[2]
+
+
+def test_terms_and_what_bounds():
+    many = predict_launch(A100, product_launch(108 * 40), Code(registers=64, tensor=16))
+    assert many.bound == "tensor"
+    assert many.terms["tensor"] == pytest.approx(108 * 40 * 4 * 1000 * 4096 / 312e12, rel=2e-3)
+    # A warp a multiprocessor cannot keep its tensor core busy while it waits for each of its loads.
+    waiting = replace(product_launch(108), block=32, read_requests=108 * 1000, read_sectors=108 * 16000)
+    slow = predict_launch(A100, waiting, Code(registers=64, tensor=4, loads=1, waits=1, early=1))
+    assert slow.bound == "latency"
+    hidden = predict_launch(A100, waiting, Code(registers=64, tensor=4, loads=1, waits=1))
+    assert hidden.seconds < 0.9 * slow.seconds
+    assert predict_launch(A100, Launch(kernel="empty", grid=1, block=32), Code()).bound == "launch"
+
+
+def test_small_data_stay_in_the_second_level_cache():
+    def rate(size):
+        return 2 * size / (predict_launch(H100, *copy(size)).seconds - H100.launch)
+
+    assert rate(1 << 30) == pytest.approx(H100.dram * H100.copy_share, rel=0.05)
+    assert rate(10 << 20) > H100.dram
+
+
+def test_eager_products_and_passes():
+    large = predict_eager(H100, [Product(8192, 8192, 8192, "bfloat16", 2)])
+    assert PRODUCT / large == pytest.approx(807e12, rel=0.1)
+    # 12 x 11 tiles are one wave of 132 multiprocessors, 12 x 12 are two.
+    one, two = (predict_eager(H100, [Product(12 * 128, n, 8192, "bfloat16", 2)]) for n in (11 * 128, 11 * 128 + 1))
+    assert two - H100.launch == pytest.approx(2 * (one - H100.launch))
+    assert predict_eager(H100, [Sweep(0, kernels=3)]) == pytest.approx(3 * H100.launch)
+    assert predict_eager(H100, [Sweep(1e9)]) == pytest.approx(1e9 / (0.87 * 3.352e12), rel=0.01)
+
+
+@pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
+def test_peaks_are_those_of_the_datasheets(machine):
+    published = {
+        "A100": (312e12, 156e12, 19.5e12),
+        "H100": (989e12, 495e12, None),
+        "H200": (989e12, 495e12, None),
+        "RTX 4090": (165e12, 82.6e12, 82.6e12),
+        "RTX 5090": (209.5e12, 104.8e12, 104.8e12),
+    }[machine.name]
+    for math, peak in zip(("bfloat16", "tf32", "float32"), published, strict=True):
+        assert peak is None or machine.peak(math) == pytest.approx(peak, rel=0.01)
+
+
+# --- Counts, and the benchmark's problems ---
+
+
+def test_counts_come_back_as_they_were_saved(tmp_path):
+    problems = analytic_problems()[:5]
+    save(tmp_path / "counts.json", problems)
+    assert load(tmp_path / "counts.json") == problems
+    text = (tmp_path / "counts.json").read_text()
+    (tmp_path / "counts.json").write_text(text.replace('"grid"', '"grids"'))
+    with pytest.raises(TypeError, match="grids"):
+        load(tmp_path / "counts.json")
+
+
+def test_our_kernels_multiply_at_least_what_they_must():
+    for problem in analytic_problems():
+        multiplied = sum(
+            sum(count * cuda_model.flops_of(name) for name, count in launch.mma.items())
+            + 2 * sum(launch.multiplies.values())
+            for launch in problem.launches
+        )
+        # Taps that fall on the padding count in the minimum, and are left out.
+        assert multiplied >= 0.6 * problem.minimum_flops, problem.key
+        if problem.op == "info_nce_all":
+            assert multiplied >= problem.minimum_flops, problem.key
+
+
+@pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
+def test_every_problem_is_predicted_and_no_faster_than_its_floor(machine):
+    for problem in analytic_problems():
+        row = predict(machine, problem, eager_steps(problem.key))
+        assert row.floor < row.ours < 1
+        assert row.eager > 0
+
+
+RESULT = {"op": "op", "label": "label", "dtype": "float32", "passes": "forward", "compared": "ours"}
+
+
+def test_predictions_are_confronted_with_measurements():
+    def result(label, ours, eager):
+        seconds = {"ours": {"seconds": {"median": ours}}, "eager": {"seconds": {"median": eager}}}
+        return {**RESULT, "label": label, "alternatives": seconds}
+
+    def problem(label):
+        return Problem(op="op", label=label, dtype="float32", passes="forward", source="analytic", minimum_bytes=1)
+
+    rows = [
+        replace(predict(H100, problem(label), []), ours=4e-5, eager=6e-5) for label in ("small", "large", "unmeasured")
+    ]
+    lines = confront(rows, {"results": [result("small", 1e-5, 2e-5), result("large", 8e-5, 3e-5)]})
+    assert "predicted" in lines[0]
+    assert len(lines) == 4
+    assert lines[1].split()[-6:] == ["40.0", "10.0", "host", "60.0", "20.0", "host"]
+    assert lines[2].split()[-6:] == ["40.0", "80.0", "0.50", "60.0", "30.0", "2.00"]
+    assert lines[3].endswith("ours 0.50 of 1, eager 2.00 of 1")
+
+
+def test_the_program_says_predicted(tmp_path):
+    out = tmp_path / "predicted.json"
+    command = [sys.executable, cuda_model.__file__, "--op", "info_nce_all", "--machine", "A100", "--out", str(out)]
+    done = subprocess.run([*command, "--kernels"], capture_output=True, text=True, check=True)
+    assert "A100: predicted microseconds" in done.stdout
+    assert "info_nce::score<float, InFloat>" in done.stdout
+    document = json.loads(out.read_text())
+    assert document["what"].startswith("predicted")
+    assert {result["machine"] for result in document["results"]} == {"A100"}
+    assert all(result["predicted"]["ours"] > result["predicted"]["floor"] for result in document["results"])
