@@ -156,10 +156,10 @@ def short_names(mangled: Iterable[str]) -> dict[str, str]:
     """Kernels' names by their mangled ones: ``info_nce::score<float, InTf32>``."""
     mangled = list(mangled)
     demangled = _output(["c++filt"], input="\n".join(mangled)).splitlines()
-    return {raw: _short_name(whole) for raw, whole in zip(mangled, demangled, strict=True)}
+    return {raw: short_name(whole) for raw, whole in zip(mangled, demangled, strict=True)}
 
 
-def _short_name(demangled: str) -> str:
+def short_name(demangled: str) -> str:
     name = demangled.replace("(anonymous namespace)::", "").removeprefix("void ")
     name = re.sub(r"\((?:int|bool|cpc::[\w:]+)\)", "", name)  # Casts of template arguments.
     op = re.match(r"cpc::(\w+)::cuda::", name)

@@ -13,7 +13,6 @@ import contextlib
 import importlib
 import os
 import pkgutil
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,10 +29,13 @@ from kernels import DTYPES, chosen_cases
 from ops import all_ops
 from traffic_budgets import BUDGETS, Place, Traced, check, excess, ratio, read_budgets, write_budgets
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from machine_code import short_name
+
 import cpc_ext.ops
 from cpc_ext._native import native
 
-__all__ = ["short_name", "trace", "trace_case"]
+__all__ = ["trace", "trace_case"]
 
 SECTOR = 32
 # Blocks of a launch that are run: enough to meet edges and the middle, few enough for thousands of rows.
@@ -96,25 +98,6 @@ def trace(call: Callable[[], Any], *, blocks: int = BLOCKS) -> tuple[list[Traced
     tensors = list(recorder.tensors.values())
     ranges = [(one.untyped_storage().data_ptr(), one.untyped_storage().nbytes()) for one in tensors]
     return [_traced(launch, ranges) for launch in launches], tensors
-
-
-def short_name(function: str) -> str:
-    """A kernel's name as machine_code.py has it, from that of its function."""
-    name = re.sub(r"\(anonymous namespace\)::|\bcpc::(?:cuda::)?", "", function)
-    name = re.sub(r"(\w+)::cuda::", r"\1::", name.removeprefix("void "))
-    name = name[: _end_of_name(name)]
-    op, _, rest = name.partition("::")
-    return f"{op}::{rest.replace(f'{op}::', '')}"
-
-
-def _end_of_name(text: str) -> int:
-    """Where the arguments of a function begin."""
-    depth = 0
-    for index, letter in enumerate(text):
-        depth += (letter == "<") - (letter == ">")
-        if letter == "(" and depth == 0:
-            return index
-    return len(text)
 
 
 def _traced(counted: dict[str, Any], ranges: Sequence[tuple[int, int]]) -> Traced:
