@@ -94,97 +94,125 @@ IN_TF32 = TileProduct("InTf32", 4, {"m16n8k8.tf32": 16}, {}, 2 * 16)
 IN_FLOAT = TileProduct("InFloat", 4, {}, {"float32": 512}, 48)
 
 
-def contrast_all(rows: int, dim: int, dtype: str, backward: bool) -> list[Launch]:
-    """AllKeys::run: as many keys as rows, one entry."""
-    product = {"float32": IN_FLOAT, "bfloat16": IN_BFLOAT16, "float16": IN_TF32}[dtype]
-    size, value = SIZES[dtype], product.value
-    arguments = f"<{TYPES[dtype]}, {product.math}>"
-    padded = _up(rows, 64) * 64
-    group_rows = 1024 if rows > 8192 else max((32 << 20) // (padded * value), 64)
-    group_rows = min(group_rows // 64 * 64, padded)
-    chunk_keys = min((32 << 20) // (1024 * value) // 64 * 64 if rows > 8192 else padded, padded)
-    columns = _up(dim, 64)
-    parts = max(1, min(256 // (_up(group_rows, 64) * columns), max(chunk_keys // 512, 1)))
-    part_keys = max(_up(_up(chunk_keys, parts), 64) * 64, 64)
-    parts = _up(chunk_keys, part_keys)
-    launches = []
-    for first in range(0, rows, group_rows):
-        m = min(group_rows, rows - first)
-        row_tiles = _up(m, 64)
-        chunks = [min(chunk_keys, rows - key) for key in range(0, rows, chunk_keys)]
+@dataclass(frozen=True)
+class AllKeys:
+    """The class of that name: as many keys as rows, one entry."""
 
-        def score(keys: int, m: int = m, row_tiles: int = row_tiles) -> Launch:
-            blocks = row_tiles * _up(keys, 64)
-            counts = product.of(blocks, dim / product.depth)
-            powers = blocks * 64 * 64 * value if backward else 0
-            # Scores go through shared memory: written once, read for the maximum and for the powers, and to leave.
-            counts["shared_wavefronts"] += blocks * 64 * 64 * (5 if backward else 4) / 32
-            return Launch(
-                kernel=f"info_nce::score{arguments}",
-                grid=blocks,
-                block=128,
-                dynamic_shared_bytes=64 * 66 * 4,
-                transcendentals=blocks * 64 * 64,
-                unique_read_bytes=(m + keys) * dim * size,
-                unique_written_bytes=powers,
-                written_bytes=powers,
-                written_sectors=powers / 32,
-                **counts,
-            )
+    rows: int
+    dim: int
+    dtype: str
+    backward: bool
 
-        launches += [score(keys) for keys in chunks]
-        tiles = _up(rows, 64)
-        launches.append(
-            _elementwise(
-                f"info_nce::finish_rows{arguments}",
-                m,
-                block=128,
-                reads=m * tiles * 4 * (4 if backward else 3),
-                writes=m * tiles * 4 if backward else m * 8,
-                requests=tiles * (4 if backward else 3),
-                transcendentals=m * tiles * (2 if backward else 1),
-                instructions=_up(m, 128) * 4 * tiles * (60 if backward else 40),
-            )
+    @property
+    def product(self) -> TileProduct:
+        return {"float32": IN_FLOAT, "bfloat16": IN_BFLOAT16, "float16": IN_TF32}[self.dtype]
+
+    @property
+    def arguments(self) -> str:
+        return f"<{TYPES[self.dtype]}, {self.product.math}>"
+
+    @property
+    def group(self) -> int:
+        """Queries of a group, whose powers stay in the second-level cache."""
+        padded = _up(self.rows, 64) * 64
+        rows = 1024 if self.rows > 8192 else max((32 << 20) // (padded * self.product.value), 64)
+        return min(rows // 64 * 64, padded)
+
+    @property
+    def chunk(self) -> int:
+        """Keys that a group's powers are of at a time."""
+        padded = _up(self.rows, 64) * 64
+        return min((32 << 20) // (1024 * self.product.value) // 64 * 64 if self.rows > 8192 else padded, padded)
+
+    @property
+    def parts(self) -> int:
+        """Parts that the queries' gradient is summed in."""
+        wanted = 256 // (_up(self.group, 64) * _up(self.dim, 64))
+        parts = max(1, min(wanted, max(self.chunk // 512, 1)))
+        return _up(self.chunk, max(_up(_up(self.chunk, parts), 64) * 64, 64))
+
+    def launches(self) -> list[Launch]:
+        launches = []
+        chunks = [min(self.chunk, self.rows - key) for key in range(0, self.rows, self.chunk)]
+        for first in range(0, self.rows, self.group):
+            m = min(self.group, self.rows - first)
+            launches += [*(self.score(m, keys) for keys in chunks), self.finish_rows(m)]
+            if not self.backward:
+                continue
+            for keys in chunks:
+                launches += [self.score(m, keys)] if len(chunks) > 1 else []
+                launches += [self.add_to_queries(m, keys), self.add_to_keys(m, keys, ends=len(chunks) == 1)]
+            launches.append(self.finish_queries(m))
+        return launches
+
+    def score(self, m: int, keys: int) -> Launch:
+        blocks = _up(m, 64) * _up(keys, 64)
+        counts = self.product.of(blocks, self.dim / self.product.depth)
+        powers = blocks * 64 * 64 * self.product.value if self.backward else 0
+        # Scores go through shared memory: written once, read for the maximum and for the powers, and to leave.
+        counts["shared_wavefronts"] += blocks * 64 * 64 * (5 if self.backward else 4) / 32
+        return Launch(
+            kernel=f"info_nce::score{self.arguments}",
+            grid=blocks,
+            block=128,
+            dynamic_shared_bytes=64 * 66 * 4,
+            transcendentals=blocks * 64 * 64,
+            unique_read_bytes=(m + keys) * self.dim * SIZES[self.dtype],
+            unique_written_bytes=powers,
+            written_bytes=powers,
+            written_sectors=powers / 32,
+            **counts,
         )
-        if not backward:
-            continue
-        for index, keys in enumerate(chunks):
-            if len(chunks) > 1:
-                launches.append(score(keys))
-            for name, blocks, depth, sums in (
-                ("add_to_queries", row_tiles * columns * parts, keys / parts, m * dim * 4 * parts),
-                ("add_to_keys", _up(keys, 64) * columns, m, keys * dim * (4 if len(chunks) > 1 else size)),
-            ):
-                counts = product.of(blocks, depth / product.depth)
-                # Beside each chunk of powers its factor is read.
-                counts["read_requests"] *= 1.5
-                counts["read_sectors"] *= 1.25
-                launches.append(
-                    Launch(
-                        kernel=f"info_nce::{name}{arguments}",
-                        grid=int(blocks),
-                        block=128,
-                        dynamic_shared_bytes=2 * 64 * 80,
-                        unique_read_bytes=m * keys * value + (keys if name == "add_to_queries" else m) * dim * size,
-                        unique_written_bytes=sums,
-                        written_bytes=sums,
-                        written_sectors=2 * sums / 32,  # 4 bytes at a time, every other.
-                        **counts,
-                    )
-                )
-            del index
-        launches.append(
-            _elementwise(
-                f"info_nce::finish_queries{arguments}",
-                m * dim,
-                block=128,
-                reads=m * dim * 4 * parts,
-                writes=m * dim * size,
-                requests=parts + 1,
-                instructions=m * dim / 32 * (60 + 20 * parts),  # Long divisions for the place.
-            )
+
+    def finish_rows(self, m: int) -> Launch:
+        tiles = _up(self.rows, 64)
+        return _elementwise(
+            f"info_nce::finish_rows{self.arguments}",
+            m,
+            block=128,
+            reads=m * tiles * 4 * (4 if self.backward else 3),
+            writes=m * tiles * 4 if self.backward else m * 8,
+            requests=tiles * (4 if self.backward else 3),
+            transcendentals=m * tiles * (2 if self.backward else 1),
+            instructions=_up(m, 128) * 4 * tiles * (60 if self.backward else 40),
         )
-    return launches
+
+    def add_to_queries(self, m: int, keys: int) -> Launch:
+        blocks = _up(m, 64) * _up(self.dim, 64) * self.parts
+        sums = m * self.dim * 4 * self.parts
+        return self._gradient("add_to_queries", blocks, keys / self.parts, keys, m * keys, sums)
+
+    def add_to_keys(self, m: int, keys: int, *, ends: bool) -> Launch:
+        sums = keys * self.dim * (SIZES[self.dtype] if ends else 4)
+        return self._gradient("add_to_keys", _up(keys, 64) * _up(self.dim, 64), m, m, m * keys, sums)
+
+    def _gradient(self, name: str, blocks: int, depth: float, others: int, powers: int, sums: float) -> Launch:
+        counts = self.product.of(blocks, depth / self.product.depth)
+        # Beside each chunk of powers its factor is read.
+        counts["read_requests"] *= 1.5
+        counts["read_sectors"] *= 1.25
+        return Launch(
+            kernel=f"info_nce::{name}{self.arguments}",
+            grid=blocks,
+            block=128,
+            dynamic_shared_bytes=2 * 64 * 80,
+            unique_read_bytes=powers * self.product.value + others * self.dim * SIZES[self.dtype],
+            unique_written_bytes=sums,
+            written_bytes=sums,
+            written_sectors=2 * sums / 32,  # 4 bytes at a time, every other.
+            **counts,
+        )
+
+    def finish_queries(self, m: int) -> Launch:
+        return _elementwise(
+            f"info_nce::finish_queries{self.arguments}",
+            m * self.dim,
+            block=128,
+            reads=m * self.dim * 4 * self.parts,
+            writes=m * self.dim * SIZES[self.dtype],
+            requests=self.parts + 1,
+            instructions=m * self.dim / 32 * (60 + 20 * self.parts),  # Long divisions for the place.
+        )
 
 
 # --- info_nce with sampled keys ---
@@ -533,7 +561,7 @@ def _all_keys(case: Any) -> Worked:
         2 * m * d * size * (2 if case.backward else 1),
         2 * m * m * d * passes,
         math,
-        contrast_all(m, d, case.dtype, case.backward),
+        AllKeys(m, d, case.dtype, case.backward).launches(),
         eager,
     )
 

@@ -155,6 +155,28 @@ def code_of(*instructions):
     return [replace(given, address=16 * i) for i, given in enumerate(instructions)]
 
 
+# What cuobjdump prints for 9.0: two loads, which barriers 2 and 3 hold, and an addition that waits for both.
+PRINTED = """
+\t\tFunction : _Z3addPKfPf
+\t.headerflags\t@"EF_CUDA_SM90 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM90)"
+        /*0080*/                   LDG.E R0, desc[UR4][R2.64] ;          /* 0x0000000402007981 */
+                                                                         /* 0x000ea8000c1e1900 */
+        /*0090*/              @!P0 LDG.E R9, desc[UR4][R4.64+0x10] ;     /* 0x0000100404098981 */
+                                                                         /* 0x000ee2000c1e1900 */
+        /*00a0*/                   FADD R9, R0, R9 ;                     /* 0x0000000900097221 */
+                                                                         /* 0x00cfca0000000000 */
+"""
+
+
+def test_instructions_and_their_schedule_are_read():
+    (function, first), (_, second), (_, add) = machine_code.parse_code(PRINTED.splitlines())
+    assert function == "_Z3addPKfPf"
+    assert (first.address, first.guard, first.name, first.operands) == (0x80, "", "LDG", "R0, desc[UR4][R2.64]")
+    assert (second.guard, second.opcode) == ("!P0", "LDG.E")
+    assert (first.barrier, second.barrier, add.barrier) == (2, 3, None)
+    assert [barrier for barrier in range(6) if add.waits_for(barrier)] == [2, 3]
+
+
 @pytest.mark.parametrize(
     ("opcode", "width"),
     [("LDG.E", 4), ("LDG.E.U16.CONSTANT", 2), ("LDG.E.S8", 1), ("LDGSTS.E.BYPASS.128", 16), ("STS.64", 8)],
@@ -224,6 +246,8 @@ def test_split_loads_are_neighbours_of_one_guard_in_one_block():
     assert not split_loads(code_of(*loads(0, 2), *loads(4, 6, base="R8")))
     assert not split_loads(code_of(*loads(0, 2), instruction("BRA", "0x500", guard="P0"), *loads(4, 6)))
     assert not split_loads(code_of(*loads(0, 4, 8, 12)))
+    jumps = instruction("BRA", "0x20", guard="P0")  # To the third load, where another block begins.
+    assert not split_loads(code_of(*loads(0, 2), *loads(4, 6), jumps))
 
 
 MEASURES = Measures(40, 1024, 0, 0, 0, 0, 0, 100, 16, 0, 2, 4, 64, 1, 0, 2)
@@ -248,6 +272,10 @@ MEASURES = Measures(40, 1024, 0, 0, 0, 0, 0, 100, 16, 0, 2, 4, 64, 1, 0, 2)
 def test_what_is_worse_than_a_budget(change, lost):
     complaints = machine_code.worse_than(MEASURES, replace(MEASURES, **change))
     assert (lost in complaints) if lost else not complaints
+
+
+def test_registers_are_handed_out_in_eights():
+    assert not machine_code.worse_than(replace(MEASURES, registers=33), MEASURES)
 
 
 def test_budgets_come_back_as_they_were_saved(tmp_path):
