@@ -45,8 +45,8 @@ constexpr T kNan = std::numeric_limits<T>::quiet_NaN();
 __device__ inline int warp_row() { return threadIdx.x / kWarp / kWarpsAcross * (16 * kRowTiles); }
 __device__ inline int warp_column() { return threadIdx.x / kWarp % kWarpsAcross * kWarpColumns; }
 
-// sums += A B over `depth`. load_a(i, k) and load_b give the chunk of the operand's layout that begins at element i of the
-// tile's side and depth k.
+// sums += A B over `depth`. load_a(i, k) and load_b give the chunk of the operand's layout that begins at element i of
+// the tile's side and depth k.
 template <class Math, class A, class B, class LoadA, class LoadB>
 __device__ void multiply(Sums<Math>& sums, int64_t depth, const LoadA& load_a, const LoadB& load_b) {
   using Value = typename Math::Value;
@@ -507,7 +507,7 @@ struct SampledArguments {
 // Columns of a row that a lane sums at a time.
 constexpr int kLaneColumns = 4;
 
-// A warp's sum over i in [0, count) of weight * row, of row_of(i) = (weight, row), and of `sum`, which is 0 or NaN. Rows
+// A warp's sum over i in [0, count) of weight * row, of row_of(i) = (weight, row), and of `sum`, 0 or NaN. Rows
 // of weight 0 may hold anything.
 template <class T, class Sum>
 struct WeightedRow {
