@@ -2,6 +2,8 @@
 //   emulation_check NAME    prints "right" or "wrong" and exits with 0;
 //                           an error of the kernel is printed and exits with 1.
 // Compiled for the emulation and, where there is a GPU, by nvcc: the right ones must be right on both.
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <functional>
 #include <map>
@@ -348,7 +350,96 @@ bool run_product_of_floats() {
   return right_product(d, 8);
 }
 
+// --- What a GPU may do one way or the other ---
+
+// The number of each thread among all that came this far, and again behind two barriers of its warp.
+__global__ void count_threads(int* out) {
+  out[threadIdx.x] = atomicAdd(out + 2 * kThreads, 1);
+  __syncwarp();
+  __syncwarp();
+  out[kThreads + threadIdx.x] = atomicAdd(out + 2 * kThreads, 1);
+}
+
+bool run_count_threads(const std::function<bool(const int* out, size_t thread)>& right) {
+  const Buffer<int> out(2 * kThreads + 1);
+  launch("count_threads", &count_threads, {1, dim3(kThreads)}, nullptr, out.get());
+  return holds(kThreads, [&](size_t i) { return right(out.get(), i); });
+}
+
+bool first_lane_first(const int* out, size_t thread) { return thread % kWarp == 0 || out[thread] > out[thread - 1]; }
+// The numbers of a warp follow each other.
+bool warps_one_by_one(const int* out, size_t thread) {
+  int first = out[thread], last = first;
+  for (size_t i = thread / kWarp * kWarp; i < (thread / kWarp + 1) * kWarp; ++i) {
+    first = std::min({first, out[i], out[kThreads + i]});
+    last = std::max({last, out[i], out[kThreads + i]});
+  }
+  return last - first == 2 * kWarp - 1;
+}
+
+// What arrives where the source, or the destination, is written between a copy's start and its end: what the source had
+// at the start, as long as nothing of the kind happens.
+__global__ void copy_between(float* data, float* out, bool write_source, bool write_destination) {
+  auto* const values = reinterpret_cast<float*>(dynamic_shared());
+  const unsigned i = 4 * threadIdx.x;
+  copy_async<16>(values + i, data + i);
+  commit_copies();
+  if (write_source) data[i] = -1;
+  if (write_destination) values[i] = -1;
+  wait_for_copies<0>();
+  out[threadIdx.x] = values[i];
+}
+
+bool run_copy_between(bool write_source, bool write_destination) {
+  const Buffer<float> in(4 * kThreads, [](size_t i) { return static_cast<float>(i); }), out(kThreads);
+  launch("copy_between", &copy_between, {1, dim3(kThreads), 4 * kThreads * sizeof(float)}, nullptr, in.get(), out.get(),
+         write_source, write_destination);
+  return holds(out.size(), [&](size_t i) { return out[i] == static_cast<float>(4 * i); });
+}
+
+__global__ void small_products(float* out) {
+  // 1, and eight products of 2^-25, all of one step of a tensor core.
+  const uint32_t halves = 0x39003900, a[4] = {halves, halves, 0, 0};  // bfloat16: 2^-13.
+  const uint32_t b[2] = {0x39803980, 0};                              // 2^-12.
+  float sums[4] = {1, 1, 1, 1};
+  multiply_add<BFloat16>(sums, a, b);
+  out[threadIdx.x] = sums[0];
+}
+
+bool run_small_products() {
+  const Buffer<float> out(kWarp);
+  launch("small_products", &small_products, {1, dim3(kWarp)}, nullptr, out.get());
+  return holds(out.size(), [&](size_t i) { return out[i] == 1 + 0x1p-22f; });
+}
+
+__global__ void exponentials(float* out) {
+  const float v = static_cast<float>(threadIdx.x) / 8 - 8;
+  out[threadIdx.x] = __expf(v);
+  out[kThreads + threadIdx.x] = exp(v);
+}
+
+// The largest errors of __expf and exp, in units in the last place, are within some.
+bool run_exponentials(double least, double most) {
+  const Buffer<float> out(2 * kThreads);
+  launch("exponentials", &exponentials, {1, dim3(kThreads)}, nullptr, out.get());
+  check(cudaDeviceSynchronize(), "running a kernel");
+  double worst[2] = {};
+  for (size_t i = 0; i < 2 * kThreads; ++i) {
+    const double exact = std::exp(static_cast<double>(i % kThreads) / 8 - 8);
+    const double unit = std::ldexp(1, std::ilogb(exact) - 23);
+    worst[i / kThreads] = std::max(worst[i / kThreads], std::fabs(static_cast<double>(out[i]) - exact) / unit);
+  }
+  return worst[0] >= least && worst[0] <= most && worst[1] >= least && worst[1] <= 2.5;
+}
+
 const std::map<std::string, std::function<bool()>> checks = {
+    {"first_lane_first", [] { return run_count_threads(first_lane_first); }},
+    {"warps_one_by_one", [] { return run_count_threads(warps_one_by_one); }},
+    {"source_of_a_copy_written", [] { return run_copy_between(true, false); }},
+    {"destination_of_a_copy_written", [] { return run_copy_between(false, true); }},
+    {"small_products", run_small_products},
+    {"exact_exponentials", [] { return run_exponentials(0, 0.6); }},
+    {"inexact_exponentials", [] { return run_exponentials(1, 12); }},
     {"reverse", [] { return run_reverse(true, true); }},
     {"dropped_barrier", [] { return run_reverse(false, true); }},
     {"dropped_second_barrier", [] { return run_reverse(true, false); }},

@@ -58,6 +58,22 @@ TOO_LARGE = {
     "shared_memory_refused": "CUDA: static_and_dynamic: a block needs {more} bytes of shared memory, beside static",
     "shared_memory_over_the_limit": "8192 bytes of static and {limit} of dynamic shared memory are more than the",
 }
+# What a GPU may do one way or the other: where each of these is what it does, and elsewhere not.
+FREEDOM = [
+    {},
+    *({"CPC_EMULATION_ORDER": order} for order in ("forward", "backward", "greedy")),
+    {"CPC_EMULATION_COPIES": "early"},
+    {"CPC_EMULATION_MATH": "gpu"},
+]
+DONE_WHERE = {
+    "first_lane_first": {"forward"},
+    "warps_one_by_one": {"greedy"},
+    "source_of_a_copy_written": {"early"},
+    "destination_of_a_copy_written": {"rounds", "forward", "backward", "greedy", "gpu"},
+    "small_products": {"rounds", "forward", "backward", "greedy", "early"},
+    "exact_exponentials": {"rounds", "forward", "backward", "greedy", "early"},
+    "inexact_exponentials": {"gpu"},
+}
 SEEDS = [0, 1, 2]
 
 
@@ -73,6 +89,27 @@ def run(program: Path, name: str = "", seed: int = 0, **variables: str) -> subpr
 def test_right_kernels_are_right(emulation, name, seed):
     done = run(emulation / "emulation_check", name, seed)
     assert (done.returncode, done.stdout) == (0, "right\n")
+
+
+@pytest.mark.parametrize("freedom", FREEDOM[1:], ids=str)
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_kernels_are_right_whatever_a_gpu_does(emulation, name, freedom):
+    done = run(emulation / "emulation_check", name, **freedom)
+    assert (done.returncode, done.stdout) == (0, "right\n")
+
+
+@pytest.mark.parametrize("freedom", FREEDOM, ids=str)
+@pytest.mark.parametrize("name", DONE_WHERE)
+def test_what_a_gpu_may_do_is_done_where_it_is_asked_for(emulation, name, freedom):
+    done = run(emulation / "emulation_check", name, **freedom)
+    asked = next(iter(freedom.values()), "rounds")
+    assert (done.returncode, done.stdout) == (0, "right\n" if asked in DONE_WHERE[name] else "wrong\n")
+
+
+def test_choices_that_there_are_not_are_refused(emulation):
+    for variable in ("CPC_EMULATION_ORDER", "CPC_EMULATION_COPIES", "CPC_EMULATION_MATH"):
+        done = run(emulation / "emulation_check", "packs", **{variable: "nonsense"})
+        assert (done.returncode, done.stdout) == (1, f"{variable} has no value nonsense\n")
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -105,7 +142,7 @@ def test_shared_memory_ends_where_the_device_says(emulation, kib):
 
 def test_every_check_is_run(emulation):
     names = run(emulation / "emulation_check").stdout.split()
-    assert sorted(names) == sorted([*RIGHT, *WRONG_RESULTS, *ERRORS, *TOO_LARGE])
+    assert sorted(names) == sorted([*RIGHT, *WRONG_RESULTS, *ERRORS, *TOO_LARGE, *DONE_WHERE])
 
 
 def test_an_error_reaches_python_and_the_next_launch_works(emulated_native):

@@ -281,6 +281,25 @@ def test_every_kernel_is_asked_for_something():
     assert known == set().union(*(kernels for _, kernels in PROBLEMS.values()))
 
 
+# --- A sample of a launch's blocks ---
+
+
+@pytest.mark.parametrize(("blocks", "parts"), [(0, 12), (4, 4), (5, 5), (100, 12)])
+def test_a_sample_is_one_block_of_each_part(traced, blocks, parts):
+    traced.begin_trace({"races": {}}, blocks)
+    images, patches = torch.ones(12, 1, 4, 4), torch.zeros(12, 1, 1, 1, 4, 4)
+    traced.extract_patches(images, patches, 4, 4, 4, 4, None, None, False, False, False, [1.0], [0.0])
+    run = patches.flatten(1).any(1)  # A block an image.
+    assert [int(run[12 * i // parts : 12 * (i + 1) // parts].sum()) for i in range(parts)] == [1] * parts
+
+
+def test_observers_and_their_options_are_known_by_name(traced):
+    with pytest.raises(ValueError, match="there is no observer nonsense"):
+        traced.begin_trace({"nonsense": {}})
+    with pytest.raises(ValueError, match="races has no option nonsense"):
+        traced.begin_trace({"races": {"nonsense": 1}})
+
+
 # --- A barrier taken out of a kernel is missed ---
 
 

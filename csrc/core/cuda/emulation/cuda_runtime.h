@@ -214,6 +214,7 @@ inline float exp_off_by(unsigned ulps, float v) {
 // Functions".
 inline float exp(float v) { return emulation::exp_off_by(2, v); }
 inline double exp(double v) { return std::exp(v); }
+inline float logf(float v) { return emulation::off_by(1, std::log(v)); }
 inline float tanh(float v) {
   const float near = emulation::off_by(2, std::tanh(v));
   return std::fabs(near) > 1 ? std::copysign(1.0f, v) : near;

@@ -144,14 +144,17 @@ std::vector<ObserverKind>& ObserverKind::all() {
 }
 
 void begin_trace(const std::map<std::string, Options>& observers, uint64_t blocks) {
-  end_trace();
+  std::vector<std::unique_ptr<Observer>> made;
+  std::vector<std::string> names;
   for (const auto& [name, options] : observers) {
     const auto& kinds = ObserverKind::all();
     const auto kind = std::find_if(kinds.begin(), kinds.end(), [&](const ObserverKind& k) { return name == k.name; });
     if (kind == kinds.end()) throw std::invalid_argument("there is no observer " + name);
-    trace.observers.push_back(kind->make(options));
-    trace.names.push_back(name);
+    made.push_back(kind->make(options));
+    names.push_back(name);
   }
+  trace.observers = std::move(made);
+  trace.names = std::move(names);
   trace.most_blocks = blocks;
 }
 
@@ -293,6 +296,7 @@ std::vector<std::string> describe(const std::vector<Place>& asked) {
 }  // namespace cpc::cuda::emulation
 
 // --- What the compiler calls ---
+// It calls nothing for memcpy and memset, which kernels therefore must not use on memory that they share.
 
 using cpc::cuda::emulation::running;
 using cpc::cuda::emulation::trace;
