@@ -224,7 +224,7 @@ def contrast_sampled(queries: int, keys: int, dim: int, samples: int, dtype: str
     arguments = f"<{TYPES[dtype]}, float>"
     passes = pairs * (2 if backward else 1)
     warp_loads = dim / 32 * passes
-    read = queries * passes * dim * size + queries * dim * size * pairs
+    read = queries * (passes + 1) * dim * size  # The query itself is read again for each pair, from the first level.
     launches = [
         Launch(
             kernel=f"info_nce::contrast_sampled{arguments}",

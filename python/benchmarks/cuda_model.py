@@ -41,8 +41,8 @@ __all__ = ["Code", "Predicted", "confront", "predict", "predict_eager", "predict
 
 # Of the second-level cache, what one launch's bytes may take and still be there when they are read again.
 RESIDENT_SHARE = 0.6
-# Instructions of a warp outside of its main loop, where nobody has counted them.
-OTHER_INSTRUCTIONS = 300
+# Instructions of a warp outside of its main loop, where nobody has counted them; and of one of PyTorch's kernels.
+OTHER_INSTRUCTIONS, ELEMENTWISE_INSTRUCTIONS = 300, 40
 # See confront.
 HOST_SHARE = 1.6
 
@@ -143,7 +143,8 @@ def turns_of(launch: Launch, code: Code) -> Turns:
         count = launch.read_requests / warps / code.loads if code.loads else 1
     if launch.instructions is not None:
         return Turns(count, launch.instructions / warps)
-    return Turns(count, max(count * code.loop, products + multiplies) + OTHER_INSTRUCTIONS)
+    other = OTHER_INSTRUCTIONS if code.loop else ELEMENTWISE_INSTRUCTIONS
+    return Turns(count, max(count * code.loop, products + multiplies) + other)
 
 
 def demands_of(machine: Machine, launch: Launch, turns: Turns) -> dict[str, float]:
