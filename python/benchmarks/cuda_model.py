@@ -346,7 +346,7 @@ def confront(rows: Sequence[Row], measured: dict[str, Any]) -> list[str]:
             seconds = median(result, name)
             by_host = seconds < HOST_SHARE * quickest[result["op"], result["passes"], name]
             ratio = "  host" if by_host else f"{predicted / seconds:>6.2f}" if predicted else f"{'':>6}"
-            line += f"{(predicted or 0) * 1e6:>10.1f}{seconds * 1e6:>10.1f}{ratio}"
+            line += f"{'-' if predicted is None else f'{predicted * 1e6:.1f}':>10}{seconds * 1e6:>10.1f}{ratio}"
             if predicted and not by_host:
                 ratios[name == result["compared"]].append(predicted / seconds)
         lines.append(line)

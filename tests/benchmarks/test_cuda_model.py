@@ -282,7 +282,7 @@ def test_every_problem_is_predicted_and_no_faster_than_its_floor(machine):
     for problem in analytic_problems():
         row = predict(machine, problem, eager_steps(problem.key))
         assert row.floor < row.ours < 1
-        assert row.eager > 0
+        assert problem.op == "augment_patches" if row.eager is None else row.eager > 0
 
 
 RESULT = {"op": "op", "label": "label", "dtype": "float32", "passes": "forward", "compared": "ours"}
