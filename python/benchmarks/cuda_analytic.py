@@ -2,7 +2,8 @@
 
 They stand in until launches are watched in the emulation, and check what that counts. Each function follows the host
 code and the main loop of one ``csrc/OP/cuda.cu``; what happens once a row, such as exponentials, is there where it
-counts. Not here: augment_patches, whose work depends on the drawn plan, and what PyTorch does around our kernels.
+counts. Not here: what PyTorch does around our kernels, but for the sort by keys; and the eager formulation of
+augment_patches, thousands of small launches.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import torch
 from benchmark import Case
 from cuda_counts import Launch, Problem, Product, Sweep
 from ops import all_ops
+from ops.augment_patches import AUGMENTATIONS
 
 from cpc_ext.nn import MaskedConv2d, ShiftedConv2d
+from cpc_ext.ops import Transform
 
 __all__ = ["analytic_problems", "eager_steps"]
 
@@ -224,7 +227,7 @@ def contrast_sampled(queries: int, keys: int, dim: int, samples: int, dtype: str
     arguments = f"<{TYPES[dtype]}, float>"
     passes = pairs * (2 if backward else 1)
     warp_loads = dim / 32 * passes
-    read = queries * passes * dim * size + queries * dim * size * pairs
+    read = queries * (passes + 1) * dim * size  # The query itself is read again for each pair, from the first level.
     launches = [
         Launch(
             kernel=f"info_nce::contrast_sampled{arguments}",
@@ -528,6 +531,32 @@ def mixture(
     return [forward, nats, *([tiles(1, 15 + 467 * by_colour, 1 + 3 * 6 * by_colour)] if backward else [])]
 
 
+def augmented(batch: int, side: int, patch: int, stride: int, transforms: float, dtype: str) -> Launch:
+    """augment_patches: a block of 128 threads a patch, bytes in shared memory; so many transforms of a patch."""
+    size = SIZES[dtype]
+    cells = (side - patch) // stride + 1
+    count, area = batch * cells**2, patch**2
+    images, out = batch * 3 * side**2, count * 3 * area * size
+    places = count * area
+    # A place of a transform takes about 20 instructions, each of its three pixels 15; a value that is written 25.
+    return Launch(
+        kernel="augment::augment_patches",
+        grid=count,
+        block=128,
+        dynamic_shared_bytes=2 * 3 * _up(area, 16) * 16,
+        read_requests=3 * places / 32,
+        read_bytes=3 * places,
+        read_sectors=3 * places / min(patch, 32),
+        unique_read_bytes=images,
+        unique_written_bytes=out,
+        written_bytes=out,
+        written_sectors=out / 32,
+        shared_wavefronts=3 * places / 32 * (1 + 2 * transforms + 1),
+        barriers=count * 4 * (2 + 2 * transforms),
+        instructions=places / 32 * ((1 + transforms) * (20 + 3 * 15) + 3 * 25) + count * 4 * 300,
+    )
+
+
 # --- Problems and their eager formulations ---
 
 
@@ -539,7 +568,7 @@ class Worked:
     minimum_flops: float
     math: str
     launches: Sequence[Launch]
-    eager: Sequence[Product | Sweep]
+    eager: Sequence[Product | Sweep] | None
 
 
 def _math(dtype: str, float32: str) -> str:
@@ -651,7 +680,20 @@ def _mixture(case: Any) -> Worked:
     return Worked(moved, 0, "float32", mixture(*arguments), eager)
 
 
+def _augmented(case: Any) -> Worked:
+    cells = (case.side - case.patch) // case.stride + 1
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        plan = AUGMENTATIONS[case.augmentation].plan(16, cells, cells, case.patch, channels=3)
+    given = sum(tensor.nbytes for tensor in plan if isinstance(tensor, torch.Tensor)) / 16 * case.batch
+    transforms = (plan.codes != Transform.NONE).sum().item() / (16 * cells**2)
+    launch = augmented(case.batch, case.side, case.patch, case.stride, transforms, case.dtype)
+    moved = launch.unique_read_bytes + launch.unique_written_bytes + given
+    return Worked(moved, 0, "float32", [launch], None)
+
+
 WORKED: dict[str, Callable[[Any], Worked]] = {
+    "augment_patches": _augmented,
     "info_nce_all": _all_keys,
     "info_nce_sampled": _sampled,
     "masked_conv2d": _masked,

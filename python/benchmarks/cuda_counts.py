@@ -24,8 +24,8 @@ __all__ = ["Launch", "Problem", "Product", "Sweep", "load", "save"]
 class Launch:
     """One launch.
 
-    kernel: its name as in machine_code.csv, such as ``info_nce::score<float, InTf32>``; "memset" and "copy" are
-        PyTorch's or the runtime's.
+    kernel: its name as in machine_code.csv, such as ``info_nce::score<float, InTf32>``, which ``short_names`` of
+        machine_code.py makes of a symbol; without colons, such as "memset", it is PyTorch's or the runtime's.
     grid, block: blocks, and threads of one. dynamic_shared_bytes: of a block.
     sampled_blocks: blocks that were watched; 0 where the counts are analytic.
     requests, bytes, sectors: of global memory, those of asynchronous copies among the reads: instructions of warps,

@@ -41,8 +41,8 @@ __all__ = ["Code", "Predicted", "confront", "predict", "predict_eager", "predict
 
 # Of the second-level cache, what one launch's bytes may take and still be there when they are read again.
 RESIDENT_SHARE = 0.6
-# Instructions of a warp outside of its main loop, where nobody has counted them.
-OTHER_INSTRUCTIONS = 300
+# Instructions of a warp outside of its main loop, where nobody has counted them; and of one of PyTorch's kernels.
+OTHER_INSTRUCTIONS, ELEMENTWISE_INSTRUCTIONS = 300, 40
 # See confront.
 HOST_SHARE = 1.6
 
@@ -143,7 +143,8 @@ def turns_of(launch: Launch, code: Code) -> Turns:
         count = launch.read_requests / warps / code.loads if code.loads else 1
     if launch.instructions is not None:
         return Turns(count, launch.instructions / warps)
-    return Turns(count, max(count * code.loop, products + multiplies) + OTHER_INSTRUCTIONS)
+    other = OTHER_INSTRUCTIONS if code.loop else ELEMENTWISE_INSTRUCTIONS
+    return Turns(count, max(count * code.loop, products + multiplies) + other)
 
 
 def demands_of(machine: Machine, launch: Launch, turns: Turns) -> dict[str, float]:
@@ -345,7 +346,7 @@ def confront(rows: Sequence[Row], measured: dict[str, Any]) -> list[str]:
             seconds = median(result, name)
             by_host = seconds < HOST_SHARE * quickest[result["op"], result["passes"], name]
             ratio = "  host" if by_host else f"{predicted / seconds:>6.2f}" if predicted else f"{'':>6}"
-            line += f"{(predicted or 0) * 1e6:>10.1f}{seconds * 1e6:>10.1f}{ratio}"
+            line += f"{'-' if predicted is None else f'{predicted * 1e6:.1f}':>10}{seconds * 1e6:>10.1f}{ratio}"
             if predicted and not by_host:
                 ratios[name == result["compared"]].append(predicted / seconds)
         lines.append(line)
