@@ -77,7 +77,7 @@ __device__ void load_group(Real (&out)[kGroup], const In* row, int64_t step, int
   if (count == kGroup && (step == 1 || step == -1) && reinterpret_cast<uintptr_t>(first) % (kGroup * sizeof(In)) == 0) {
     const auto group = pack_at<kGroup>(first);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) out[i] = widen<Real>(group.v[step < 0 ? kGroup - 1 - i : i]);
+    for (int i = 0; i < kGroup; ++i) out[i] = widen<Real>(step < 0 ? group.v[kGroup - 1 - i] : group.v[i]);
     return;
   }
 #pragma unroll
@@ -134,7 +134,7 @@ __device__ void load_shared(Real (&out)[N], const Real* from) {
 }
 
 template <class Real, class Out>
-__global__ void __launch_bounds__(kThreads) extract_staged(const __grid_constant__ ForwardArguments<Real> a) {
+__global__ void __launch_bounds__(kThreads, 4) extract_staged(const __grid_constant__ ForwardArguments<Real> a) {
   constexpr int kVector = 16 / sizeof(Out);
   const Common<Real>& p = a.common;
   const int patch = static_cast<int>(p.geometry.patch), stride = static_cast<int>(p.geometry.stride);
