@@ -47,8 +47,9 @@ def product_of_ampere(n):
 def product_of_hopper(n):
     """The same on Hopper, as 128 x 256 x 64 in clusters of 2 x 1: 2 groups of 4 warps, wgmma of 64 x 256 x 16.
 
-    What cuBLAS does is not published; these are CUTLASS's usual tiles. A group's product reads its 64 + 256 rows of 32 bytes from shared memory. Two blocks share what they copy of B, so
-    that a block's share is (128 + 128) * 64 values a step.
+    What cuBLAS does is not published; these are CUTLASS's usual tiles. A group's product reads its 64 + 256 rows of 32
+    bytes from shared memory. Two blocks share what they copy of B, so that a block's share is (128 + 128) * 64 values a
+    step.
     """
     blocks, steps = (n // 128) * (n // 256), n // 64
     products = blocks * steps * 4 * 2
