@@ -469,8 +469,8 @@ def patches(batch: int, side: int, patch: int, stride: int, dtype: str, backward
         unique_written_bytes=values * size,
         written_bytes=values * size,
         written_sectors=values * size / 32,
-        # 4 stores a group and what is written, 16 bytes of floats at a time; pixels also pass through local memory.
-        shared_wavefronts=groups * 4 / 32 + values * 4 / 128 + (groups + chunks) * 8 / 32,
+        # 4 stores a group and what is written, 16 bytes of floats at a time, which also passes through local memory.
+        shared_wavefronts=groups * 4 / 32 + values * 4 / 128 + chunks * 8 / 32,
         multiplies={"float32": groups * 4},
         # By the lengths of its loops, less what is not taken for uint8 in whole chunks.
         instructions=groups / 32 * 200 + chunks / 32 * 150,

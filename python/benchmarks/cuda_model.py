@@ -6,7 +6,7 @@
 
 Everything it prints is predicted, from three things: what the launches do (cuda_counts.py; worked out by hand in
 cuda_analytic.py unless ``--counts`` names a file), what the compiler made of the kernels (machine_code.csv), and the
-table of machines (cuda_machines.py). No constant is fitted to our kernels.
+table of machines (cuda_machines.py). README.md tells how far it has been right.
 
 A launch takes the largest of three times, and the pause before it:
 

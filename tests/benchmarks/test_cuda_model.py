@@ -47,8 +47,9 @@ def product_of_ampere(n):
 def product_of_hopper(n):
     """The same on Hopper, as 128 x 256 x 64 in clusters of 2 x 1: 2 groups of 4 warps, wgmma of 64 x 256 x 16.
 
-    A group's product reads its 64 + 256 rows of 32 bytes from shared memory. Two blocks share what they copy of B, so
-    that a block's share is (128 + 128) * 64 values a step.
+    What cuBLAS does is not published; these are CUTLASS's usual tiles. A group's product reads its 64 + 256 rows of 32
+    bytes from shared memory. Two blocks share what they copy of B, so that a block's share is (128 + 128) * 64 values a
+    step.
     """
     blocks, steps = (n // 128) * (n // 256), n // 64
     products = blocks * steps * 4 * 2
@@ -132,10 +133,11 @@ PRODUCT, ATTENTION, COPIED = 2 * 8192**3, 4 * 8192**2 * 128 * 2 * 16, 2 * (1 << 
         # cuBLAS: about 255 TFLOP/s on an A100; on an H100 807, as our own run of 8192 x 8192 measured.
         (A100, product_of_ampere(8192), PRODUCT, 255e12),
         (H100, product_of_hopper(8192), PRODUCT, 807e12),
-        # FlashAttention-2, arXiv 2307.08691: up to 230 and 335 TFLOP/s.
+        # FlashAttention-2, arXiv 2307.08691, as it is quoted: up to 230 and 335 TFLOP/s.
         (A100, flash_attention_2(8192, 2, 16, 128), ATTENTION, 230e12),
         (H100, flash_attention_2(8192, 2, 16, 128), ATTENTION, 335e12),
-        # A copy of 1 GiB, read and written: BabelStream, our own run, and what reviews measure.
+        # A copy of 1 GiB, read and written: BabelStream, our own run, and what reviews measure. The table of machines
+        # has these shares; this says that nothing else comes to bound a copy.
         (A100, copy(1 << 30), COPIED, 1.75e12),
         (H100, copy(1 << 30), COPIED, 2.93e12),
         (RTX_4090, copy(1 << 30), COPIED, 0.93e12),

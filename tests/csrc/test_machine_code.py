@@ -52,7 +52,7 @@ FAULTS = (
     Fault("local", "info_nce::contrast_sampled<*, float>", "registers", (HOPPER, BLACKWELL)),
     Fault("local", "info_nce::sum_sampled_keys<*, float>", "registers", (AMPERE, HOPPER)),
     Fault("generic", "info_nce::contrast_sampled<*>", "ptxas merges addresses of parameters and keys", (BLACKWELL,)),
-    Fault("local", "patches::extract_staged<*>", "pixels of a group and values of a chunk are indexed by variables"),
+    Fault("local", "patches::extract_staged<*>", "values of a chunk that sticks out are indexed by variables"),
     Fault("local", "patches::sum_patches<double>", "registers", (AMPERE,)),
     Fault("local", "patches::sum_patches<float>", "registers", (HOPPER, BLACKWELL)),
     Fault(
