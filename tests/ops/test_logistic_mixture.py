@@ -1,6 +1,7 @@
 """The mixture of logistics: kernels against the reference in float64, the reference against its definition, samples."""
 
 import itertools
+import os
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from cpc_ext.ops.logistic_mixture import (
 FLOATING = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Of gradients, as a share of the largest: the rounding to their type, or that of float32 arithmetic.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+# CUDA's __expf gives the inverse of a scale, up to e^7, with an error of up to 10 units in the last place. That times a
+# distance of some hundred scales is an exponent.
+FAST_EXPONENTIALS = {torch.float32: 1e-4}
 # Of nats: the arithmetic is the same for all types but float64.
 NATS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
 
@@ -60,7 +64,9 @@ def assert_agrees(device, images, params, dtype, view=lambda x: x):
     assert gradient.dtype == dtype
     torch.testing.assert_close(nll, exact_nll, rtol=NATS[dtype], atol=NATS[dtype])
     error = (gradient.cpu().double() - exact_gradient).abs().max()
-    assert error <= TOLERANCE[dtype] * exact_gradient.abs().max()
+    fast = device.type == "cuda" or os.environ.get("CPC_EMULATION_MATH") == "gpu"
+    tolerance = TOLERANCE | (FAST_EXPONENTIALS if fast else {})
+    assert error <= tolerance[dtype] * exact_gradient.abs().max()
     return gradient
 
 
