@@ -47,12 +47,14 @@ AMPERE, HOPPER, BLACKWELL = ARCHITECTURES
 
 FAULTS = (
     # The next slice is converted, scaled and chosen among zeros as it arrives, not when it is stored.
-    Fault("early", "info_nce::score<*, In[TB]*>", "what is loaded ahead is worked on at once"),
+    Fault("early", "info_nce::score<*, TensorCores<*>>", "what is loaded ahead is worked on at once"),
     Fault("early", "info_nce::add_to_*", "what is loaded ahead is worked on at once"),
-    Fault("local", "info_nce::contrast_sampled<*, float>", "registers", (HOPPER, BLACKWELL)),
-    Fault("local", "info_nce::sum_sampled_keys<*, float>", "registers", (AMPERE, HOPPER)),
+    Fault("local", "info_nce::contrast_sampled<*, float>", "registers", (BLACKWELL,)),
+    Fault("local", "info_nce::contrast_sampled<double, double>", "registers", (HOPPER,)),
+    Fault("local", "info_nce::sum_sampled_keys<*, float>", "registers", (BLACKWELL,)),
+    Fault("local", "info_nce::sum_sampled_keys<double, double>", "registers", (AMPERE,)),
     Fault("generic", "info_nce::contrast_sampled<*>", "ptxas merges addresses of parameters and keys", (BLACKWELL,)),
-    Fault("local", "patches::extract_staged<*>", "values of a chunk that sticks out are indexed by variables"),
+    Fault("local", "patches::extract_staged<float, *>", "registers", (HOPPER,)),
     Fault("local", "patches::sum_patches<double>", "registers", (AMPERE,)),
     Fault("local", "patches::sum_patches<float>", "registers", (HOPPER, BLACKWELL)),
     Fault(
@@ -60,7 +62,8 @@ FAULTS = (
         "patches::sum_patches<*>",
         "slopes of neighbouring patches are 3 values each, which no load is as wide as",
     ),
-    Fault("local", "masked_conv::convolve_tile<MultiplyAdds<float>, Tile<4,*", "registers", (AMPERE, HOPPER)),
+    Fault("local", "masked_conv::convolve_tile<MultiplyAdds<float>, Tile<4,*", "registers"),
+    Fault("local", "masked_conv::sum_weight_grad<MultiplyAdds<float>, Tile<4,*", "registers", (AMPERE,)),
     Fault("local", "masked_conv::sum_weight_grad<MultiplyAdds<double>,*", "registers"),
     # Channels that are no whole chunks of 16 bytes are copied value by value, through registers where a value has two.
     Fault("early", "masked_conv::convolve_tile<TensorCores<BFloat16>, Tile<2,*", "odd numbers of channels"),
