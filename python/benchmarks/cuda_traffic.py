@@ -130,6 +130,8 @@ def _traced(counted: dict[str, Any], ranges: Sequence[tuple[int, int]]) -> Trace
             mma={shape: scale * count for shape, count in counted["mma"].items()},
             ldmatrix=total("requests", ("matrix",), "shared"),
             copies={size: scale * count for size, count in counted["copies"].items()},
+            multiplies={kind: scale * count for kind, count in counted["multiplies"].items() if count},
+            transcendentals=scale * counted["special"],
             barriers=scale * counted["barriers"],
             shuffles=scale * counted["shuffles"],
             accesses=total("lanes", everything, "shared") + total("lanes", everything, "global"),

@@ -74,6 +74,12 @@ def test_products_are_counted_by_shape(trace):
     assert counted(trace, "matrices_80")["mma"] == {"m16n8k16.bf16": 1, "m16n8k8.tf32": 1}
 
 
+def test_arithmetic_is_counted_by_unit(trace):
+    launch = counted(trace, "arithmetic")
+    assert launch["multiplies"] == {"float32": 3 * 64, "float64": 64}
+    assert launch["special"] == 2 * 64
+
+
 def test_what_blocks_and_the_launch_read_for_the_first_time(trace):
     launch = counted(trace, "blocks_share")
     assert (launch["grid"], launch["blocks_run"], launch["block"], launch["shared_bytes"]) == (16, 16, 256, 8192)
@@ -103,7 +109,7 @@ def test_launches_and_places_have_names(trace):
 
 def test_every_probe_is_run(trace):
     names = subprocess.run([trace / "traffic_probes"], capture_output=True, text=True, check=False).stdout.split()
-    assert sorted(names) == sorted([*EXPECTED, "copies", "blocks_share"])
+    assert sorted(names) == sorted([*EXPECTED, "arithmetic", "copies", "blocks_share"])
 
 
 # --- Budgets ---

@@ -71,6 +71,11 @@ __global__ void matrices(float* values) {
   multiply_add<float>(d, r, b);
   values[threadIdx.x] = d[0];
 }
+__global__ void arithmetic(float* values) {
+  float sum = values[threadIdx.x];
+  for (int i = 0; i < 3; ++i) sum = fma(sum, sum, 1.0f);
+  values[threadIdx.x] = exp(sum) + __logf(sum) + static_cast<float>(fma(1.0, 2.0, 3.0));
+}
 // The last eight lanes' values do not exist.
 __global__ void copies(float* values) {
   auto* const memory = reinterpret_cast<float*>(dynamic_shared());
@@ -107,6 +112,7 @@ const std::map<std::string, Probe> probes = {
     {"wide_16_apart", {&wide<4, 2>, 1, 32}},
     {"matrices_80", {&matrices<80>, 1, 32}},
     {"matrices_64", {&matrices<64>, 1, 32}},
+    {"arithmetic", {&arithmetic, 1, 64}},
     {"copies", {&copies, 1, 64}},
 };
 

@@ -186,7 +186,6 @@ inline int __ffs(int v) { return v == 0 ? 0 : std::countr_zero(static_cast<unsig
 inline float __int_as_float(int v) { return std::bit_cast<float>(v); }
 inline int __float_as_int(float v) { return std::bit_cast<int>(v); }
 using std::exp;
-using std::fma;
 using std::sqrt;
 using std::tanh;
 
@@ -196,6 +195,7 @@ namespace emulation {
 // A result as a GPU may give it that is off by at most so many units in the last place: the same for the same result.
 // Without Freedom::gpu_math, the result itself.
 inline float off_by(unsigned ulps, float result) {
+  trace_arithmetic(Arithmetic::special);
   const uint32_t bits = std::bit_cast<uint32_t>(result), magnitude = bits & 0x7fffffff;
   if (!freedom().gpu_math || !std::isfinite(result) || magnitude <= ulps) return result;
   const uint32_t chance = (bits ^ bits >> 15) * 0x9e3779b1u >> 8;
@@ -204,7 +204,7 @@ inline float off_by(unsigned ulps, float result) {
 
 // What CUDA gives exactly stays: 1 for exp(0). And no exponential of a negative number is beyond 1.
 inline float exp_off_by(unsigned ulps, float v) {
-  const float exact = std::exp(v), near = v == 0 ? exact : off_by(ulps, exact);
+  const float exact = std::exp(v), off = off_by(ulps, exact), near = v == 0 ? exact : off;
   return v < 0 && near > 1 ? 1 : near;
 }
 
@@ -212,6 +212,14 @@ inline float exp_off_by(unsigned ulps, float v) {
 
 // Here, kernels find these before the host's. Errors are those of the CUDA C++ Programming Guide, "Mathematical
 // Functions".
+inline float fma(float a, float b, float c) {
+  emulation::trace_arithmetic(emulation::Arithmetic::multiply_add_32);
+  return std::fma(a, b, c);
+}
+inline double fma(double a, double b, double c) {
+  emulation::trace_arithmetic(emulation::Arithmetic::multiply_add_64);
+  return std::fma(a, b, c);
+}
 inline float exp(float v) { return emulation::exp_off_by(2, v); }
 inline double exp(double v) { return std::exp(v); }
 inline float logf(float v) { return emulation::off_by(1, std::log(v)); }

@@ -191,6 +191,11 @@ void trace_atomic(const void* address, size_t bytes, const void* from) {
   if (running != nullptr) trace.access(*running, address, bytes, true, true, from);
 }
 
+void trace_arithmetic(Arithmetic what) {
+  if (running == nullptr) return;
+  for (const auto& observer : trace.observers) observer->arithmetic(what);
+}
+
 // --- Names ---
 
 std::string name_of_address(const void* address) {

@@ -86,6 +86,10 @@ struct CopyAsync {
   Place place;
 };
 
+// What a thread computes outside of the tensor cores, as far as kernels call a function for it: a fused multiply-add, or
+// what the special function units do, such as exponentials, logarithms and reciprocals.
+enum class Arithmetic : uint8_t { multiply_add_32, multiply_add_64, special };
+
 // How much of a launch is run.
 struct Sample {
   uint64_t blocks_of_grid, blocks_run;
@@ -112,6 +116,7 @@ class Observer {
   virtual void collective(const CollectiveEvent&) {}
   virtual void load_matrices(const MatrixLoad&) {}
   virtual void multiply_add(const MultiplyAdd&) {}
+  virtual void arithmetic(Arithmetic) {}
   virtual void copy_async(const CopyAsync&) {}  // Into the thread's open group.
   virtual void commit_copies(unsigned /*thread*/) {}
   // The thread goes on when at most so many of its closed groups are under way.
@@ -181,6 +186,7 @@ class Untraced {
 
 // Atomic operations tell of one access; what they consist of is not told.
 void trace_atomic(const void* address, size_t bytes, const void* from);
+void trace_arithmetic(Arithmetic what);
 #define CPC_UNTRACED __attribute__((no_sanitize("thread"), noinline))
 
 #else
@@ -195,6 +201,7 @@ struct Untraced {
   Untraced() {}
 };
 inline void trace_atomic(const void*, size_t, const void*) {}
+inline void trace_arithmetic(Arithmetic) {}
 #define CPC_UNTRACED inline
 
 #endif

@@ -187,22 +187,25 @@ Dict Traffic::results_of(const Counted& launch, const std::map<Place, std::strin
   Dict products, copies;
   for (const auto& [shape, count] : launch.products) products.emplace_back(shape, number(count));
   for (const auto& [bytes, count] : launch.copies) copies.emplace_back(std::to_string(bytes), number(count));
-  return Dict{{"kernel", launch.kernel},
-              {"function", name_of_function(launch.function)},
-              {"grid", number(launch.grid)},
-              {"block", number(launch.block)},
-              {"shared_bytes", number(launch.shared_bytes)},
-              {"blocks_run", number(launch.blocks_run)},
-              {"places", std::move(of_places)},
-              {"stretches", std::move(stretches)},
-              {"block_sectors_read", number(launch.block_sectors_read)},
-              {"block_sectors_written", number(launch.block_sectors_written)},
-              {"mma", std::move(products)},
-              {"copies", std::move(copies)},
-              {"barriers", number(launch.barriers)},
-              {"warp_barriers", number(launch.warp_barriers)},
-              {"shuffles", number(launch.shuffles)},
-              {"votes", number(launch.votes)}};
+  return Dict{
+      {"kernel", launch.kernel},
+      {"function", name_of_function(launch.function)},
+      {"grid", number(launch.grid)},
+      {"block", number(launch.block)},
+      {"shared_bytes", number(launch.shared_bytes)},
+      {"blocks_run", number(launch.blocks_run)},
+      {"places", std::move(of_places)},
+      {"stretches", std::move(stretches)},
+      {"block_sectors_read", number(launch.block_sectors_read)},
+      {"block_sectors_written", number(launch.block_sectors_written)},
+      {"mma", std::move(products)},
+      {"copies", std::move(copies)},
+      {"multiplies", Dict{{"float32", number(launch.arithmetic[0])}, {"float64", number(launch.arithmetic[1])}}},
+      {"special", number(launch.arithmetic[2])},
+      {"barriers", number(launch.barriers)},
+      {"warp_barriers", number(launch.warp_barriers)},
+      {"shuffles", number(launch.shuffles)},
+      {"votes", number(launch.votes)}};
 }
 
 Value Traffic::results() {

@@ -30,6 +30,7 @@ class Traffic : public Observer {
   void collective(const CollectiveEvent& event) override;
   void load_matrices(const MatrixLoad& load) override;
   void multiply_add(const MultiplyAdd& product) override;
+  void arithmetic(Arithmetic what) override { ++launches_.back().arithmetic[static_cast<size_t>(what)]; }
   void copy_async(const CopyAsync& copy) override;
   void block_ends() override;
   Value results() override;
@@ -76,6 +77,7 @@ class Traffic : public Observer {
     size_t shared_bytes;
     std::unordered_map<Key, At, HashOfKey> at;
     std::map<std::string, uint64_t> products;
+    std::array<uint64_t, 3> arithmetic{};
     uint64_t shuffles = 0, votes = 0, warp_barriers = 0, barriers = 0;
     std::map<size_t, uint64_t> copies;
     std::unordered_set<uintptr_t> read, written;  // Sectors.
