@@ -359,16 +359,18 @@ void run_block(std::mt19937& random) {
   for (;;) {
     if (freedom().order == Freedom::Order::rounds) std::shuffle(order.begin(), order.end(), random);
     bool ran = false, done = true;
-    for (size_t i = 0; i < order.size(); ++i) {
+    for (size_t i = 0; i < order.size();) {
       Fiber& fiber = machine->fibers[order[i]];
-      if (fiber.state == State::ready) {
-        resume(fiber);
-        ran = true;
-        if (greedy) break;  // The first that can go on does.
-      }
+      const bool runs = fiber.state == State::ready;
+      if (runs) resume(fiber);
+      ran |= runs;
       done &= fiber.state == State::done;
+      if (greedy && runs)  // Another lane of the warp may go on now, before any thread of the next.
+        while (i > 0 && order[i - 1] / kWarp == order[i] / kWarp) --i;
+      else
+        ++i;
     }
-    if (done && !(greedy && ran)) return;
+    if (done) return;
     if (!ran) open_barrier();
   }
 }
