@@ -12,6 +12,7 @@
 #include <cstring>
 #include <deque>
 #include <initializer_list>
+#include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -478,6 +479,11 @@ void run(const Launch& launch, const std::function<void()>& thread) {
 }
 
 const Freedom& freedom() { return freedom_of_launch; }
+
+int64_t largest_grid() {
+  const char* const text = std::getenv("CPC_EMULATION_GRID");
+  return text != nullptr ? std::strtoll(text, nullptr, 10) : std::numeric_limits<int64_t>::max();
+}
 
 unsigned launch_bounds(const void* kernel) {
 #if defined(__x86_64__)
