@@ -266,7 +266,10 @@ def float32_as(precision):
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_no_kernel_races(traced, problem, dtype):
+@pytest.mark.parametrize("blocks", [None, 3])  # Few have more than one share of the work each.
+def test_no_kernel_races(traced, monkeypatch, blocks, problem, dtype):
+    if blocks is not None:
+        monkeypatch.setenv("CPC_EMULATION_GRID", str(blocks))
     ask, kernels = PROBLEMS[problem]
     with float32_as("tf32" if dtype == "tf32" else "ieee"):
         ask(DTYPES[dtype])

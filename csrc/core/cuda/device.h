@@ -132,7 +132,12 @@ void launch(const char* name, void (*kernel)(Params...), const LaunchShape& shap
           name);
   }
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(std::min(shape.blocks, kMaxBlocks)));
+#if defined(CPC_CUDA_EMULATION)
+  const int64_t most = std::min(emulation::largest_grid(), kMaxBlocks);
+#else
+  const int64_t most = kMaxBlocks;
+#endif
+  config.gridDim = dim3(static_cast<unsigned>(std::min(shape.blocks, most)));
   config.blockDim = shape.threads;
   config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);

@@ -52,16 +52,17 @@ inline float cut_off_sum(float sum, const float* a, const float* b, int b_pitch,
   double largest = std::fabs(sum), plain = sum;
   for (int i = 0; i < count; ++i) {
     terms[i + 1] = double{a[i]} * b[i * b_pitch];
-    largest = std::fmax(largest, std::fabs(terms[i + 1]));
+    largest = std::max(largest, std::fabs(terms[i + 1]));
     plain += terms[i + 1];
   }
   if (!std::isfinite(plain) || largest == 0) return static_cast<float>(plain);
-  const int digits = std::max(std::ilogb(largest), -126) - 24;
-  double total = 0;
-  for (int i = 0; i <= count; ++i) total += std::trunc(std::ldexp(terms[i], -digits));
-  total = std::ldexp(total, digits);
-  const float nearest = static_cast<float>(total);
-  return std::fabs(nearest) > std::fabs(total) ? std::nextafter(nearest, 0.0f) : nearest;
+  const int last_digit = std::max(std::ilogb(largest), -126) - 24;
+  const double units = std::ldexp(1.0, -last_digit);
+  int64_t total = 0;  // Terms are at most 2^25 units.
+  for (int i = 0; i <= count; ++i) total += static_cast<int64_t>(terms[i] * units);
+  const double exact = static_cast<double>(total) / units;
+  const float nearest = static_cast<float>(exact);
+  return std::fabs(nearest) > std::fabs(exact) ? std::nextafter(nearest, 0.0f) : nearest;
 }
 
 struct MmaLane {

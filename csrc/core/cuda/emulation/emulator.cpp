@@ -12,6 +12,7 @@
 #include <cstring>
 #include <deque>
 #include <initializer_list>
+#include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -359,16 +360,18 @@ void run_block(std::mt19937& random) {
   for (;;) {
     if (freedom().order == Freedom::Order::rounds) std::shuffle(order.begin(), order.end(), random);
     bool ran = false, done = true;
-    for (size_t i = 0; i < order.size(); ++i) {
+    for (size_t i = 0; i < order.size();) {
       Fiber& fiber = machine->fibers[order[i]];
-      if (fiber.state == State::ready) {
-        resume(fiber);
-        ran = true;
-        if (greedy) break;  // The first that can go on does.
-      }
+      const bool runs = fiber.state == State::ready;
+      if (runs) resume(fiber);
+      ran |= runs;
       done &= fiber.state == State::done;
+      if (greedy && runs)  // Another lane of the warp may go on now, before any thread of the next.
+        while (i > 0 && order[i - 1] / kWarp == order[i] / kWarp) --i;
+      else
+        ++i;
     }
-    if (done && !(greedy && ran)) return;
+    if (done) return;
     if (!ran) open_barrier();
   }
 }
@@ -481,6 +484,11 @@ void run(const Launch& launch, const std::function<void()>& thread) {
 }
 
 const Freedom& freedom() { return freedom_of_launch; }
+
+int64_t largest_grid() {
+  const char* const text = std::getenv("CPC_EMULATION_GRID");
+  return text != nullptr ? std::strtoll(text, nullptr, 10) : std::numeric_limits<int64_t>::max();
+}
 
 unsigned launch_bounds(const void* kernel) {
 #if defined(__x86_64__)

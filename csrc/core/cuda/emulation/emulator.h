@@ -86,6 +86,10 @@ struct Freedom {
 };
 const Freedom& freedom();  // Of the launch that runs.
 
+// How many blocks a grid has at most, from the environment variable CPC_EMULATION_GRID. Few let the loops of kernels over
+// more work than there are blocks go round more than once on small problems.
+int64_t largest_grid();
+
 // Runs thread() for every thread of every block. Throws std::runtime_error for what a launch asks that a device does
 // not have, or a kernel does wrong. The order of blocks and threads follows from the environment variable
 // CPC_EMULATION_SEED (0), the number of launches before, and Freedom.
