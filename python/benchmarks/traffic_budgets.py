@@ -66,9 +66,7 @@ class Fault:
 
 
 FAULTS = (
-    Fault(
-        "sectors", "augment::augment_patches", "lanes take a byte each, and rows of patches are short"
-    ),
+    Fault("sectors", "augment::augment_patches", "lanes take a byte each, and rows of patches are short"),
     Fault("conflicts", "augment::augment_patches", "pixels are bytes that transforms move to any place", "operator()"),
     Fault("conflicts", "augment::augment_patches", "a lane sums 8 neighbouring levels of a histogram", "equalize"),
     Fault("conflicts", "augment::augment_patches", "a lane reads 8 neighbouring pixels one by one", "value_at"),
