@@ -338,8 +338,12 @@ def module_without(trace: Path, barrier: str, header: str, kernels: str, folder:
             "__syncthreads();  // This slice is there for all, and the stage of the one before is free.",
             *("core/cuda/async_copy.cuh", "masked_conv/cuda.cu", "convolution", "convolve_tile"),
         ),
+        (  # Only where a block has more than one tile.
+            "__syncthreads();  // The next tile overwrites shared memory.",
+            *("patches/cuda.cu", "patches/cuda.cu", "patches", "extract_staged"),
+        ),
     ],
-    ids=["score", "pipeline"],
+    ids=["score", "pipeline", "tiles"],
 )
 def test_a_barrier_left_out_of_a_kernel_is_missed(
     trace, tmp_path, monkeypatch, barrier, header, kernels, problem, kernel
@@ -348,6 +352,7 @@ def test_a_barrier_left_out_of_a_kernel_is_missed(
     use_emulation(module, monkeypatch)
     module.emulate_cuda(True)
     module.begin_trace({"races": {}})
+    monkeypatch.setenv("CPC_EMULATION_GRID", "1")
     ask, _ = PROBLEMS[problem]
     with float32_as("ieee"):
         for dtype in DTYPES.values():
