@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import cpc_ext.ops  # noqa: F401 (registers the ops)
 from cpc_ext._native import native
 
 REFUSED = (ValueError, TypeError, IndexError)
@@ -270,6 +271,12 @@ def module(request):
     emulated.emulate_cuda(True)
     yield emulated
     emulated.emulate_cuda(False)
+
+
+def test_every_op_is_called():
+    ops = {name.removeprefix("cpc_ext::") for name in torch._C._dispatch_get_all_op_names() if "cpc_ext::" in name}
+    # The gradients of info_nce are results of its own function.
+    assert ops - {"info_nce_gradients"} <= {name.split()[0] for name in CALLS}
 
 
 @pytest.mark.parametrize("name", CALLS)

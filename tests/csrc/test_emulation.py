@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
 RIGHT = [
     *("reverse", "block_sum", "shift_by_none", "shared_write", "packs", "shuffles", "async_copy"),
     *("mma_bf16", "mma_f16", "mma_tf32"),
@@ -164,9 +165,7 @@ def test_an_error_reaches_python_and_the_next_launch_works(emulated_native):
         emulated_native.emulate_cuda(False)
 
 
-@pytest.mark.parametrize(
-    "kernels", ["augment", "info_nce", "logistic_mixture", "masked_conv", "patches", "pixel_steps"]
-)
+@pytest.mark.parametrize("kernels", sorted(path.parent.name for path in CSRC.glob("*/cpu.cpp")))
 def test_parallel_kernels_have_no_races(emulation, kernels):
     """ThreadSanitizer, over the CPU kernels with threads that it understands instead of OpenMP's."""
     done = run(emulation / "race_check", kernels)
@@ -188,7 +187,7 @@ def test_right_kernels_are_right_on_the_gpu(tmp_path):
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     program, source = tmp_path / "emulation_check", HERE / "emulation_check.cu"
     major, minor = torch.cuda.get_device_capability()
-    options = ["-std=c++20", f"-arch=sm_{major}{minor}", "--expt-relaxed-constexpr", f"-I{HERE.parents[1] / 'csrc'}"]
+    options = ["-std=c++20", f"-arch=sm_{major}{minor}", "--expt-relaxed-constexpr", f"-I{CSRC}"]
     subprocess.run([nvcc, *options, source, "-o", program], check=True)
     for name in RIGHT:
         assert run(program, name).stdout == "right\n", name
