@@ -24,7 +24,7 @@ os.environ.setdefault("CPC_EMULATION_MULTIPROCESSORS", "132")
 
 import torch
 from benchmark import OURS, Case, Op
-from cuda_counts import Launch, Problem, save
+from cuda_counts import MATH, Launch, Problem, save
 from kernels import DTYPES, chosen_cases
 from ops import all_ops
 from traffic_budgets import BUDGETS, Place, Traced, check, excess, ratio, read_budgets, write_budgets
@@ -175,7 +175,7 @@ def trace_case(op: Op, case: Case, *, blocks: int = BLOCKS) -> tuple[Problem, li
         source="traced",
         minimum_bytes=float(sum(one.nbytes for one in proper)),
         minimum_flops=problem.work if op.bound == "compute" else 0,
-        math=min(products).partition(".")[2] if products else case.dtype,
+        math=MATH[min(products).partition(".")[2]] if products else case.dtype,
         launches=tuple(one.launch for one in traced),
     )
     return counts, traced
