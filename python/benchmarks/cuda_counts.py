@@ -2,22 +2,28 @@
 
 A file is ``{"problems": [...]}``. A problem is named as a row of kernels.py: op, label, dtype and passes. It has
 
-- ``source``: "traced" where the kernels ran in the emulation and were watched, "analytic" where somebody worked the
-  counts out from the kernels' tiles;
+- ``source``: "traced" where the kernels ran in the emulation and were watched;
 - ``minimum_bytes``: each input read once and each output written once; ``minimum_flops`` and ``math``, the type they
   are multiplied in (a key of ``Machine.tensor`` or ``Machine.ordinary``);
 - ``launches`` in their order, each with the counts below, of the whole grid. A producer that watches some blocks gives
   their number as ``sampled_blocks`` and scales what it counted to the grid.
+
+Fields that have their default are left out. Where launches are the same, ``launches`` has each once and ``order`` says
+which follows which. cuda_counts.json has every benchmark case; cuda_traffic.py makes it.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Launch", "Problem", "Product", "Sweep", "load", "save"]
+__all__ = ["COUNTS", "MATH", "Launch", "Problem", "Product", "Sweep", "load", "save"]
+
+COUNTS = Path(__file__).with_name("cuda_counts.json")
+# What the types in the names of products, such as m16n8k16.bf16, are elsewhere.
+MATH = {"bf16": "bfloat16", "f16": "float16", "tf32": "tf32"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +33,7 @@ class Launch:
     kernel: its name as in machine_code.csv, such as ``info_nce::score<float, InTf32>``, which ``short_names`` of
         machine_code.py makes of a symbol; without colons, such as "memset", it is PyTorch's or the runtime's.
     grid, block: blocks, and threads of one. dynamic_shared_bytes: of a block.
-    sampled_blocks: blocks that were watched; 0 where the counts are analytic.
+    sampled_blocks: blocks that were watched; 0 where the counts were worked out by hand.
     requests, bytes, sectors: of global memory, those of asynchronous copies among the reads: instructions of warps,
         bytes that threads ask for, and sectors of 32 bytes that each request touches.
     unique bytes: different ones, in whole sectors: what must come from and go to device memory at least.
@@ -113,14 +119,41 @@ class Sweep:
 
 
 def save(path: Path, problems: list[Problem]) -> None:
-    path.write_text(json.dumps({"problems": [asdict(problem) for problem in problems]}, indent=1) + "\n")
+    """Counts become whole numbers. A problem and each of its launches take a line, so that differences can be read."""
+    texts = []
+    for problem in problems:
+        every = [json.dumps(_changed(launch)) for launch in problem.launches]
+        different = list(dict.fromkeys(every))
+        order = [different.index(launch) for launch in every]
+        head = _changed(problem) | ({"order": order} if len(every) > len(different) else {})
+        launches = ",\n  ".join(different)
+        texts.append(f'{json.dumps(head)[:-1]}, "launches": [\n  {launches}]}}')
+    path.write_text('{"problems": [\n' + ",\n".join(texts) + "\n]}\n")
+
+
+def _changed(counts: Launch | Problem) -> dict[str, Any]:
+    """Fields without their default, launches apart."""
+    changed = {}
+    for each in fields(counts):
+        default = each.default if each.default_factory is MISSING else each.default_factory()
+        value = _rounded(getattr(counts, each.name))
+        if each.name != "launches" and value != default:
+            changed[each.name] = value
+    return changed
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(count) for name, count in value.items()}
+    return round(value) if isinstance(value, float) else value
 
 
 def load(path: Path) -> list[Problem]:
-    """ValueError or TypeError for what is not as above."""
+    """ValueError, TypeError or IndexError for what is not as above."""
 
     def problem(values: dict[str, Any]) -> Problem:
-        launches = tuple(Launch(**launch) for launch in values.pop("launches"))
-        return Problem(**values, launches=launches)
+        launches = [Launch(**launch) for launch in values.pop("launches")]
+        order = values.pop("order", range(len(launches)))
+        return Problem(**values, launches=tuple(launches[i] for i in order))
 
     return [problem(values) for values in json.loads(path.read_text())["problems"]]

@@ -1,11 +1,12 @@
 """The predicted time of every kernel and benchmark problem on GPUs that nobody here has, against eager PyTorch's.
 
-    python python/benchmarks/cuda_model.py                           # every problem whose counts are known, on an H100
+    python python/benchmarks/cuda_model.py                           # every benchmark case, on an H100
     python python/benchmarks/cuda_model.py --machine A100 --kernels  # and each of its launches
     python python/benchmarks/cuda_model.py --against results/2026-11-25-nvidia-h100-80gb-hbm3/kernels.json
 
-Everything it prints is predicted, from three things: what the launches do (cuda_counts.py; worked out by hand in
-cuda_analytic.py unless ``--counts`` names a file), what the compiler made of the kernels (machine_code.csv), and the
+Everything it prints is predicted, from four things: what our kernels do, as they were counted in the emulation
+(cuda_counts.json, which cuda_traffic.py makes, unless ``--counts`` names another file), what PyTorch launches around
+them and in the eager formulations (cuda_pytorch.py), what the compiler made of the kernels (machine_code.csv), and the
 table of machines (cuda_machines.py). README.md tells how far it has been right.
 
 A launch takes the largest of three times, and the pause before it:
@@ -25,14 +26,16 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from statistics import median as median_of
 from typing import Any
 
-from cuda_counts import Launch, Problem, Product, Sweep, load
+from cuda_counts import COUNTS, MATH, Launch, Problem, Product, Sweep, load
 from cuda_machines import MACHINES, Machine
+from cuda_pytorch import eager_steps, surrounding_launches
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from machine_code import Budgets, Measures
@@ -43,6 +46,24 @@ __all__ = ["Code", "Predicted", "confront", "predict", "predict_eager", "predict
 RESIDENT_SHARE = 0.6
 # Instructions of a warp outside of its main loop, where nobody has counted them; and of one of PyTorch's kernels.
 OTHER_INSTRUCTIONS, ELEMENTWISE_INSTRUCTIONS = 300, 40
+# Instructions of a warp for each of its requests to memory, and for each of its exponentials, logarithms, reciprocals
+# and roots, by patterns of kernels' names, where the main loop in machine_code.csv is not where the kernel spends its
+# time. They are estimates, from the loops that machine_code.py --loops lists for 9.0.
+INSTRUCTIONS = {
+    # The loop over a patch's transforms: 6721 for 600 accesses. Which transforms run decides.
+    "augment::augment_patches": (11, 0),
+    # Between a dot product's loop, 60 for 32 loads, and that of weighted sums, 279 for 24 accesses.
+    "info_nce::contrast_sampled<*>": (6, 0),
+    # Staging takes 104 for 16 accesses. A component of three colours takes 267 forward and 467 backward, and 15 in the
+    # mixture's sum, with 15 and 18 special functions; some of these are accesses.
+    "logistic_mixture::run_tiles<*, 0>": (6.5, 13),
+    "logistic_mixture::run_tiles<*, 1>": (6.5, 17),
+    # Without branches that are not taken, about 200 for the load and 4 stores of 4 pixels, and 100 to 150 for the load
+    # and the store of 16 bytes that leave.
+    "patches::extract_staged<*>": (43, 0),
+    # 350 a pixel, 100 a row of patches and 55 a patch, with about 10 requests where 3 patches share a pixel.
+    "patches::sum_patches<*>": (50, 0),
+}
 # See confront.
 HOST_SHARE = 1.6
 
@@ -117,9 +138,6 @@ def _share(machine: Machine, mma: str) -> float:
     return 1 if mma.startswith("wgmma") else machine.mma_share
 
 
-MMA_TYPES = {"bf16": "bfloat16", "f16": "float16", "tf32": "tf32"}
-
-
 @dataclass(frozen=True)
 class Turns:
     """How a warp goes through its main loop: how often, and what it issues in all."""
@@ -129,9 +147,10 @@ class Turns:
 
 
 def turns_of(launch: Launch, code: Code) -> Turns:
-    """From the products, else the multiply-adds, else the loads; instructions from the loop's length where not given.
+    """From the products, else the multiply-adds, else the loads; instructions are the launch's, else by INSTRUCTIONS.
 
-    The loop's length counts all of its branches, also those not taken: too many rather than too few.
+    Else they come from the loop's length, which counts all of its branches, also those not taken: too many rather than
+    too few.
     """
     warps = launch.warps
     products, multiplies = sum(launch.mma.values()) / warps, sum(launch.multiplies.values()) / 32 / warps
@@ -143,6 +162,11 @@ def turns_of(launch: Launch, code: Code) -> Turns:
         count = launch.read_requests / warps / code.loads if code.loads else 1
     if launch.instructions is not None:
         return Turns(count, launch.instructions / warps)
+    estimate = next((INSTRUCTIONS[name] for name in INSTRUCTIONS if fnmatchcase(launch.kernel, name)), None)
+    if estimate is not None:
+        requests = launch.read_requests + launch.write_requests + launch.shared_requests
+        every = estimate[0] * requests + estimate[1] * launch.transcendentals / 32
+        return Turns(count, every / warps + OTHER_INSTRUCTIONS)
     other = OTHER_INSTRUCTIONS if code.loop else ELEMENTWISE_INSTRUCTIONS
     return Turns(count, max(count * code.loop, products + multiplies) + other)
 
@@ -154,7 +178,7 @@ def demands_of(machine: Machine, launch: Launch, turns: Turns) -> dict[str, floa
     moved = max(0, 32 * launch.read_sectors - copied) + 32 * launch.written_sectors
     by_sm = {
         "tensor": sum(
-            count * flops_of(name) / (machine.tensor[MMA_TYPES[name.rpartition(".")[2]]] * _share(machine, name))
+            count * flops_of(name) / (machine.tensor[MATH[name.rpartition(".")[2]]] * _share(machine, name))
             for name, count in launch.mma.items()
         ),
         "multiply": sum(count / machine.ordinary[name] for name, count in launch.multiplies.items()),
@@ -283,6 +307,11 @@ class Row:
         return max(shares, key=lambda name: shares[name], default="nothing")
 
 
+def completed(problem: Problem) -> Problem:
+    """The problem with what PyTorch launches around our kernels."""
+    return replace(problem, launches=(*problem.launches, *surrounding_launches(problem.key)))
+
+
 def predict(machine: Machine, problem: Problem, eager: Iterable[Product | Sweep] | None = None) -> Row:
     launches = tuple(predict_launch(machine, each, code_of(each.kernel, machine)) for each in problem.launches)
     of_pass = problem.minimum_bytes / (2 if "backward" in problem.passes else 1)
@@ -362,7 +391,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--machine", nargs="+", default=["H100"], choices=[*MACHINES], help="default H100")
     parser.add_argument("--op", nargs="+", metavar="NAME", help="only these")
-    parser.add_argument("--counts", type=Path, metavar="FILE", help="counts of launches (default: the analytic ones)")
+    parser.add_argument("--counts", type=Path, metavar="FILE", default=COUNTS, help=f"default: {COUNTS.name}")
     parser.add_argument("--kernels", action="store_true", help="each launch, with what every limit alone would take")
     parser.add_argument("--against", type=Path, metavar="FILE", help="a result of kernels.py on the (first) machine")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the predictions there")
@@ -370,9 +399,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    from cuda_analytic import analytic_problems, eager_steps
-
-    problems = load(arguments.counts) if arguments.counts else analytic_problems()
+    problems = [completed(problem) for problem in load(arguments.counts)]
     if arguments.op:
         problems = [problem for problem in problems if problem.op in arguments.op]
     document: dict[str, Any] = {"what": "predicted seconds, not measured", "results": []}

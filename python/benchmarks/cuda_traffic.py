@@ -24,7 +24,7 @@ os.environ.setdefault("CPC_EMULATION_MULTIPROCESSORS", "132")
 
 import torch
 from benchmark import OURS, Case, Op
-from cuda_counts import Launch, Problem, save
+from cuda_counts import MATH, Launch, Problem, save
 from kernels import DTYPES, chosen_cases
 from ops import all_ops
 from traffic_budgets import BUDGETS, Place, Traced, check, excess, ratio, read_budgets, write_budgets
@@ -40,12 +40,23 @@ __all__ = ["trace", "trace_case"]
 SECTOR = 32
 # Blocks of a launch that are run: enough to meet edges and the middle, few enough for thousands of rows.
 BLOCKS = 4
+# A byte that makes any number of such bytes a small one: 0.0115 in float32 and bfloat16, 1.06 in float16.
+FILL = 0x3C
 # Where each way of access goes.
 READS, WRITES = ("read", "copied_from"), ("write", "atomic")
 
 
+def _is_workspace(tensor: torch.Tensor) -> bool:
+    """A workspace is bytes in a row; everything else goes in or comes out."""
+    return tensor.dtype == torch.uint8 and tensor.ndim == 1
+
+
 class _Recorder:
-    """The compiled module, and the memory of all tensors that its functions were given."""
+    """The compiled module, and the memory of all tensors that its functions were given.
+
+    Workspaces are filled first: kernels that skip what another kernel found to be zero must not skip what blocks that
+    were not run would have written.
+    """
 
     def __init__(self) -> None:
         self.tensors: dict[int, torch.Tensor] = {}
@@ -59,6 +70,8 @@ class _Recorder:
             for one in (*arguments, *named.values()):
                 if isinstance(one, torch.Tensor) and one.numel():
                     self.tensors[one.untyped_storage().data_ptr()] = one
+                    if _is_workspace(one):
+                        one.fill_(FILL)
             return value(*arguments, **named)
 
         return call
@@ -164,8 +177,7 @@ def trace_case(op: Op, case: Case, *, blocks: int = BLOCKS) -> tuple[Problem, li
     torch.manual_seed(0)
     problem = op.prepare(case, torch.device("cpu"))
     traced, tensors = trace(problem.alternatives[OURS], blocks=blocks)
-    # A workspace is bytes in a row; everything else goes in or comes out.
-    proper = [one for one in tensors if not (one.dtype == torch.uint8 and one.ndim == 1)]
+    proper = [one for one in tensors if not _is_workspace(one)]
     products = {math for one in traced for math in one.launch.mma}
     counts = Problem(
         op=op.name,
@@ -175,7 +187,7 @@ def trace_case(op: Op, case: Case, *, blocks: int = BLOCKS) -> tuple[Problem, li
         source="traced",
         minimum_bytes=float(sum(one.nbytes for one in proper)),
         minimum_flops=problem.work if op.bound == "compute" else 0,
-        math=min(products).partition(".")[2] if products else case.dtype,
+        math=MATH[min(products).partition(".")[2]] if products else case.dtype,
         launches=tuple(one.launch for one in traced),
     )
     return counts, traced

@@ -1,0 +1,218 @@
+"""What PyTorch itself launches in the benchmarks' problems, worked out by hand as no GPU is here to watch it.
+
+These are the steps of the eager formulations, and the launches around our kernels: the sort of sampled keys, sums,
+gradients times the loss's gradient, and memory filled with zeros. What our own kernels do is counted in the emulation
+(cuda_traffic.py) and not here. The eager formulation of augment_patches, thousands of small launches, is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+from benchmark import Case
+from cuda_counts import Launch, Product, Sweep
+from ops import all_ops
+
+__all__ = ["Key", "cases_by_key", "eager_steps", "surrounding_launches"]
+
+# What a row of kernels.py and a problem of cuda_counts.json are found by: op, label, dtype, passes.
+Key = tuple[str, str, str, str]
+Steps = list[Product | Sweep]
+SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def _math(dtype: str, float32: str) -> str:
+    return float32 if dtype == "float32" else dtype
+
+
+# --- Eager formulations ---
+
+
+def _eager_all_keys(case: Any) -> Steps:
+    m, d, size = case.rows, case.dim, SIZES[case.dtype]
+    math = _math(case.dtype, "float32")
+    as_float = [] if size == 4 else [Sweep(m * m * (size + 4))]
+    # The product, log-softmax (which reads twice), the loss; backward the softmax's gradient and two products.
+    steps: Steps = [Product(m, m, d, math, size), *as_float, Sweep(3 * m * m * 4), Sweep(m * 12, 3)]
+    if case.backward:
+        steps += [Sweep(m * m * 4), Sweep(3 * m * m * 4), *as_float]
+        steps += [Product(m, d, m, math, size), Product(m, d, m, math, size)]
+    return steps
+
+
+def _eager_sampled(case: Any) -> Steps:
+    pairs, row = case.queries * (16 + 1), 256 * SIZES[case.dtype]
+    gathered = pairs * row
+    # Gather, batched product with one column, softmax; backward outer products, and adding up by index.
+    steps: Steps = [Sweep(pairs * 16), Sweep(2 * gathered), Sweep(gathered + case.queries * row), Sweep(pairs * 12, 3)]
+    if case.backward:
+        steps += [Sweep(pairs * 12, 3), Sweep(gathered), Sweep(gathered), Sweep(3 * gathered, 6)]
+    return steps
+
+
+def _eager_convolution(case: Any, inputs: int, taps: int, *, bias: bool, around: Sequence[Sweep]) -> Steps:
+    """around: what else is read and written, such as to mask weights or to pad images; as much again backward."""
+    pixels, outputs, size = case.batch * case.side**2, case.out_channels, SIZES[case.dtype]
+    math = _math(case.dtype, "tf32")
+    steps: Steps = [*around, Product(pixels, outputs, taps * inputs, math, size)]
+    if case.backward:
+        steps += [Product(pixels, inputs, taps * outputs, math, size)]
+        steps += [Product(outputs, taps * inputs, pixels, math, size), *around]
+        steps += [Sweep(pixels * outputs * size)] if bias else []
+    return steps
+
+
+def _eager_masked(case: Any) -> Steps:
+    taps, size = case.kernel**2, SIZES[case.dtype]
+    weight, image = taps * case.in_channels * case.out_channels, case.batch * case.side**2 * case.in_channels
+    around = [Sweep(3 * weight * size), Sweep(2 * image * size)]
+    return _eager_convolution(case, case.in_channels, taps, bias=True, around=around)
+
+
+def _eager_shifted(case: Any) -> Steps:
+    inputs = 2 * case.features
+    padded = Sweep(2 * case.batch * case.side**2 * inputs * SIZES[case.dtype])
+    taps = 6 if case.shift == "down" else 4
+    return _eager_convolution(case, inputs, taps, bias=False, around=[padded])
+
+
+def _eager_patches(case: Any) -> Steps:
+    size, images = SIZES[case.dtype], case.batch * 3 * case.side**2
+    cells = (case.side - case.patch) // case.stride + 1
+    out = case.batch * cells**2 * 3 * case.patch**2 * size
+    # To float, scale, subtract, divide, cast, and one copy of the patches; backward the unfolds and the division.
+    steps: Steps = [] if case.backward else [Sweep(images * 5), Sweep(images * 8)]
+    steps += [] if size == 4 else [Sweep(images * 6)]
+    steps += [Sweep(images * 8), Sweep(images * 8), Sweep(2 * out)]
+    if case.backward:
+        steps += [Sweep(2 * out), Sweep(2 * out), Sweep(out + images * 4), Sweep(images * 8)]
+    return steps
+
+
+def _eager_mixture(case: Any) -> Steps:
+    one = case.batch * case.side**2 * case.components * case.channels * 4  # What every intermediate result takes.
+    # About 45 elementwise kernels over colours and components, most with two operands; twice as many backward.
+    return [Sweep(2.5 * one)] * (45 + (95 if case.backward else 0))
+
+
+EAGER: dict[str, Callable[[Any], Steps]] = {
+    "info_nce_all": _eager_all_keys,
+    "info_nce_sampled": _eager_sampled,
+    "masked_conv2d": _eager_masked,
+    "shifted_conv2d": _eager_shifted,
+    "extract_patches": _eager_patches,
+    "logistic_mixture_nll": _eager_mixture,
+}
+
+
+# --- Around our kernels ---
+
+
+def _elementwise(name: str, *, reads: float, writes: float) -> Launch:
+    """A kernel whose neighbouring threads access neighbouring memory, 16 bytes each; reads and writes are bytes."""
+    grid = max(1, -int(-max(reads, writes) // (16 * 256)))
+    return Launch(
+        kernel=name,
+        grid=grid,
+        block=256,
+        read_requests=grid * 8 if reads else 0,
+        write_requests=grid * 8,
+        read_bytes=reads,
+        written_bytes=writes,
+        read_sectors=reads / 32,
+        written_sectors=writes / 32,
+        unique_read_bytes=reads,
+        unique_written_bytes=writes,
+    )
+
+
+def _small(name: str, count: int = 1) -> list[Launch]:
+    """Launches on a few values, whose pause is what they cost."""
+    return [_elementwise(name, reads=32, writes=32)] * count
+
+
+def _around_contrast(case: Any, queries: int, keys: int, dim: int) -> list[Launch]:
+    """The means of losses and of right answers; the gradients times the loss's, which is filled with a one."""
+    means = [_elementwise("PyTorch's mean", reads=4 * queries, writes=4)] * 2
+    if not case.backward:
+        return means
+    sizes = [count * dim * SIZES[case.dtype] for count in (queries, keys)]
+    scaled = [_elementwise("PyTorch's product with a scalar", reads=size, writes=size) for size in sizes]
+    return [*means, *_small("PyTorch's fill"), *scaled]
+
+
+def _around_all_keys(case: Any) -> list[Launch]:
+    return _around_contrast(case, case.rows, case.rows, case.dim)
+
+
+def _around_sampled(case: Any) -> list[Launch]:
+    """Backward the pairs are sorted by their key: 64 bits and their places, 8 bits a pass."""
+    launches = _around_contrast(case, case.queries, case.keys, 256)
+    if not case.backward:
+        return launches
+    indices = 8 * case.queries * (16 + 1)
+    named = [_elementwise("PyTorch's elementwise on indices", reads=indices, writes=indices)] * 6
+    ranges = _small("PyTorch's range", 3)
+    passes = [_elementwise("PyTorch's sort", reads=2 * indices, writes=2 * indices)] * 8
+    found = [_elementwise("PyTorch's search", reads=indices, writes=8 * case.keys)]
+    return [*ranges, *named, *_small("PyTorch's sort, counts", 2), *passes, *found, *launches]
+
+
+def _zeros(case: Any, inputs: int) -> list[Launch]:
+    """The weight's gradient, which kernels write only where the mask shows it."""
+    size = case.out_channels * inputs * 9 * SIZES[case.dtype]
+    return [_elementwise("memset", reads=0, writes=size)] if case.backward else []
+
+
+def _around_masked(case: Any) -> list[Launch]:
+    return _zeros(case, case.in_channels)
+
+
+def _around_shifted(case: Any) -> list[Launch]:
+    """The weight is padded to 3 x 3: zeros, and a copy into them; its gradient is cut out again."""
+    inputs = 2 * case.features
+    weight = (6 if case.shift == "down" else 4) * inputs * case.out_channels * SIZES[case.dtype]
+    copied = _elementwise("PyTorch's copy", reads=weight, writes=weight)
+    padded = [_elementwise("PyTorch's fill", reads=0, writes=weight * 9 / (6 if case.shift == "down" else 4)), copied]
+    return [*padded, *_zeros(case, inputs), *([copied] if case.backward else [])]
+
+
+def _around_mixture(case: Any) -> list[Launch]:
+    """The benchmark sums the images' nats, so that the gradient is a one, repeated."""
+    return [*_small("PyTorch's sum"), *_small("PyTorch's fill"), *_small("PyTorch's copy")] if case.backward else []
+
+
+AROUND: dict[str, Callable[[Any], list[Launch]]] = {
+    "info_nce_all": _around_all_keys,
+    "info_nce_sampled": _around_sampled,
+    "masked_conv2d": _around_masked,
+    "shifted_conv2d": _around_shifted,
+    "logistic_mixture_nll": _around_mixture,
+}
+
+
+# --- By case ---
+
+
+@cache
+def cases_by_key() -> dict[Key, Case]:
+    """Every benchmark case."""
+    return {
+        (op.name, case.label, case.dtype, "forward+backward" if case.backward else "forward"): case
+        for op in all_ops().values()
+        for case in op.cases
+    }
+
+
+def eager_steps(key: Key) -> Sequence[Product | Sweep] | None:
+    """The eager formulation of a benchmark case, None where it is not worked out."""
+    case = cases_by_key().get(key)
+    return None if case is None or key[0] not in EAGER else EAGER[key[0]](case)
+
+
+def surrounding_launches(key: Key) -> Sequence[Launch]:
+    """What PyTorch and the runtime launch around our kernels in a benchmark case."""
+    case = cases_by_key().get(key)
+    return () if case is None or key[0] not in AROUND else AROUND[key[0]](case)
