@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, kScoreBlocks<Math>) score(const __gr
         sums, a.d, [&](int64_t row, int64_t k) { return load_chunk<Value>(queries, first_row + row, a.rows, k, a.d); },
         [&](int64_t key, int64_t k) { return load_chunk<Value>(keys, first_key + key, a.key_count, k, a.d); });
     each_sum<Math>(sums, [&](int row, int key, Sum v) { scores(row, key) = a.scale * v; });
-    __syncthreads();
+    __syncthreads();  // A row's scores are there, whoever multiplied them.
     exponentiate(a, scores, entry, first_row, first_key);
     __syncthreads();
     for (int chunk = threadIdx.x; a.gradients && chunk < kTile * kChunksAcross; chunk += kThreads) {

@@ -41,7 +41,7 @@ def on(device, values):
 
 @pytest.mark.parametrize("out_dtype", FLOATING)
 @pytest.mark.parametrize("in_dtype", [torch.uint8, *FLOATING])
-def test_every_type_and_transform_agrees_with_the_reference(device, in_dtype, out_dtype):
+def test_every_type_and_transform_agrees_with_the_reference(request, device, in_dtype, out_dtype):
     placed = {"crop": (21, 26), "offsets": torch.tensor([[0, 14], [12, 0], [5, 7]])}
     cases = itertools.product(
         ({}, {"flip": torch.tensor([True, False, True])}, placed | {"flip": torch.tensor([False, True, True])}),
@@ -50,8 +50,10 @@ def test_every_type_and_transform_agrees_with_the_reference(device, in_dtype, ou
         (False, True),  # channels_last
         ((16, 8), (5, 3), (7, 9), (10, 5), (21, 1)),
     )
+    # Emulated, one in seven, a number that divides none of those of the choices: each is met with each other.
+    step = 7 if request.node.callspec.params["device"] == "emulated" else 1
     images = make_images(in_dtype)
-    for window, gray, patch_norm, channels_last, (patch_size, stride) in cases:
+    for window, gray, patch_norm, channels_last, (patch_size, stride) in itertools.islice(cases, 0, None, step):
         channels = 1 if gray else 3
         options = window | {
             "gray": gray,
