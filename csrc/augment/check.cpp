@@ -13,9 +13,10 @@ void check_plan(const Problem& problem) {
   const auto* codes = problem.codes.as<uint8_t>();
   bool pairs = false, deforms = false;
   for (int64_t i = 0; i < count * steps; ++i) {
-    require(codes[i] < static_cast<uint8_t>(Transform::count),
-            "plan.codes must be below " + std::to_string(static_cast<int>(Transform::count)) + ", got " +
-                std::to_string(codes[i]) + " for patch " + std::to_string(i / steps));
+    // Messages are made only where they are needed: there are as many codes as patches and steps.
+    if (codes[i] >= static_cast<uint8_t>(Transform::count))
+      require(false, "plan.codes must be below " + std::to_string(static_cast<int>(Transform::count)) + ", got " +
+                         std::to_string(codes[i]) + " for patch " + std::to_string(i / steps));
     pairs |= codes[i] == static_cast<uint8_t>(Transform::sample_pairing);
     deforms |= codes[i] == static_cast<uint8_t>(Transform::elastic);
   }
@@ -23,8 +24,9 @@ void check_plan(const Problem& problem) {
   require(!deforms || problem.displacements.ndim != 0, "plan.displacements must be given for elastic deformation");
   for (int64_t i = 0; problem.partners.ndim != 0 && i < count; ++i) {
     const int64_t partner = problem.partners.as<int64_t>()[i];
-    require(partner >= 0 && partner < count, "plan.partners must be in [0, " + std::to_string(count) + "), got " +
-                                                 std::to_string(partner) + " for patch " + std::to_string(i));
+    if (partner < 0 || partner >= count)
+      require(false, "plan.partners must be in [0, " + std::to_string(count) + "), got " + std::to_string(partner) +
+                         " for patch " + std::to_string(i));
   }
 }
 

@@ -32,8 +32,8 @@ void check_indices(const Problem& problem) {
   const auto* const exclude = problem.exclude.as<int64_t>();
   const auto* const targets = problem.targets.ndim != 0 ? problem.targets.as<int64_t>() : nullptr;
   for (int64_t i = 0; i < problem.batch() * rows; ++i)
-    require(exclude[i] != (targets != nullptr ? targets[i] : i % rows),
-            "exclude must not name the positive key of a query");
+    if (exclude[i] == (targets != nullptr ? targets[i] : i % rows))
+      require(false, "exclude must not name the positive key of a query");
 }
 
 }  // namespace

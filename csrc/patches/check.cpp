@@ -41,10 +41,10 @@ void check(const Problem& problem, Where where) {
   for (int64_t b = 0; b < problem.batch(); ++b)
     for (int64_t d = 0; d < 2; ++d) {
       const int64_t value = offsets.as<int64_t>()[b * offsets.strides[0] + d * offsets.strides[1]];
-      require(value >= 0 && value <= limit[d], "offsets must be in [0, " + std::to_string(limit[0]) + "] x [0, " +
-                                                   std::to_string(limit[1]) + "] for this crop, got " +
-                                                   std::to_string(value) + " for " + (d ? "x" : "y") + " of image " +
-                                                   std::to_string(b));
+      if (value < 0 || value > limit[d])
+        require(false, "offsets must be in [0, " + std::to_string(limit[0]) + "] x [0, " + std::to_string(limit[1]) +
+                           "] for this crop, got " + std::to_string(value) + " for " + (d ? "x" : "y") + " of image " +
+                           std::to_string(b));
     }
 }
 
