@@ -218,7 +218,7 @@ def read_kernels(module: Path, architecture: int, select: str = "") -> dict[str,
 
 @dataclass(frozen=True)
 class Measures:
-    """Of all of a kernel's code, then of its main loop.
+    """What a kernel's code comes to, first all of it, then its main loop.
 
     registers: of a thread. shared: bytes of static shared memory. stack: bytes of a thread in local memory.
     local: instructions that access local memory, for what was spilled or is indexed by variables.

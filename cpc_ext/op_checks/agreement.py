@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cpc_ext._found import found_in
 
-__all__ = ["KINDS", "Difference", "Problem", "all_problems", "differences", "kinds_of"]
+__all__ = ["KINDS", "Difference", "Problem", "all_problems", "differences", "fp32_precision", "kinds_of"]
 
 
 class Kind(NamedTuple):
@@ -102,8 +102,8 @@ def kinds_of(device: torch.device, *, rounds: bool | None = None) -> list[str]:
 
 
 @contextlib.contextmanager
-def _fp32_precision(value: str) -> Iterator[None]:
-    """PyTorch's switches for products and convolutions of float32 on CUDA."""
+def fp32_precision(value: str) -> Iterator[None]:
+    """A context with PyTorch's switches for products and convolutions of float32 on CUDA at "ieee" or "tf32"."""
     switches: tuple[Any, ...] = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     before = [switch.fp32_precision for switch in switches]
     try:
@@ -122,7 +122,7 @@ def differences(problem: Problem, device: torch.device, kind: str) -> list[Diffe
     """
     dtype, tolerance = KINDS[kind]
     rounded = {name: value.to(dtype) for name, value in problem.differentiable.items()}
-    with _fp32_precision("tf32" if kind == "tf32" else "ieee"):
+    with fp32_precision("tf32" if kind == "tf32" else "ieee"):
         actual = _results(problem, problem.call, rounded, device, dtype)
     exact = {name: value.double() for name, value in rounded.items()}
     with warnings.catch_warnings():

@@ -42,7 +42,7 @@ from machine_code import Budgets, Measures
 
 __all__ = ["Code", "Predicted", "confront", "predict", "predict_eager", "predict_launch"]
 
-# Of the second-level cache, what one launch's bytes may take and still be there when they are read again.
+# The share of the second-level cache that one launch's bytes may take and still be there when they are read again.
 RESIDENT_SHARE = 0.6
 # Instructions of a warp outside of its main loop, where nobody has counted them; and of one of PyTorch's kernels.
 OTHER_INSTRUCTIONS, ELEMENTWISE_INSTRUCTIONS = 300, 40

@@ -6,12 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
+from cpc_ext.op_checks.agreement import KINDS, fp32_precision
 from cpc_ext.ops import (
     AugmentationPlan,
     augment_patches,
@@ -242,15 +242,7 @@ PROBLEMS = {
     "mixture, by channels": (lambda dtype: mix(dtype, 3, torch.contiguous_format), MIXTURE),
     "mixture of one channel": (lambda dtype: mix(dtype, 1, torch.channels_last, components=2), MIXTURE),
 }  # fmt: skip
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "tf32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-
-
+DTYPES = {name: kind.dtype for name, kind in KINDS.items()}
 # Few blocks have more than one share of the work each; they and what is large have two of the types.
 CASES = [
     (blocks, problem, dtype)
@@ -259,26 +251,13 @@ CASES = [
 ]
 
 
-@contextmanager
-def float32_as(precision):
-    kinds = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = [kind.fp32_precision for kind in kinds]
-    try:
-        for kind in kinds:
-            kind.fp32_precision = precision
-        yield
-    finally:
-        for kind, setting in zip(kinds, before, strict=True):
-            kind.fp32_precision = setting
-
-
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize(("blocks", "problem", "dtype"), CASES)
 def test_no_kernel_races(traced, monkeypatch, blocks, problem, dtype):
     if blocks is not None:
         monkeypatch.setenv("CPC_EMULATION_GRID", str(blocks))
     ask, kernels = PROBLEMS[problem]
-    with float32_as("tf32" if dtype == "tf32" else "ieee"):
+    with fp32_precision("tf32" if dtype == "tf32" else "ieee"):
         ask(DTYPES[dtype])
     launches = traced.end_trace()["races"]["launches"]
     assert kernels - (IN_FLOAT if dtype == "float64" else set()) <= set(launches)
@@ -361,7 +340,7 @@ def test_a_barrier_left_out_of_a_kernel_is_missed(
     module.begin_trace({"races": {}})
     monkeypatch.setenv("CPC_EMULATION_GRID", "1")
     ask, _ = PROBLEMS[problem]
-    with float32_as("ieee"):
+    with fp32_precision("ieee"):
         for dtype in DTYPES.values():
             with pytest.raises(RuntimeError, match=f"kernel {kernel}: .* races?\n"):
                 ask(dtype)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from cuda_counts import Launch, Problem
+from ops import all_ops
 from traffic_budgets import FAULTS, Fault, Place, Traced, broken, check, excess
 
 BENCHMARKS = Path(__file__).parents[2] / "python" / "benchmarks"
@@ -151,7 +152,7 @@ def test_a_broken_rule_is_wrong_unless_it_is_a_known_fault():
     assert len(checked([bad], replace(known, place="load"))) == 2  # It explains nothing, and is not needed.
     assert len(checked([bad], replace(known, rule="conflicts"))) == 2
     assert checked([GOOD], known) == ["op::kernel<*>: sectors (rows are odd): mended, so remove it from the faults"]
-    # Of a kernel that did not run, nothing is known.
+    # Nothing is known about a kernel that did not run.
     assert checked([GOOD], replace(known, kernels="op::other")) == []
 
 
@@ -172,14 +173,8 @@ def test_no_kernel_asks_for_more_than_it_may(trace, tmp_path):
     done = subprocess.run([*program, *options], capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stdout[done.stdout.find("\nunique:") :] + done.stderr
     problems = json.loads(counts.read_text())["problems"]
-    assert {problem["op"] for problem in problems} == {*OPS_WITH_KERNELS}
+    assert {problem["op"] for problem in problems} == {*all_ops()}
     assert all(problem["launches"] for problem in problems)
-
-
-OPS_WITH_KERNELS = (
-    *("augment_patches", "extract_patches", "info_nce_all", "info_nce_sampled", "logistic_mixture_nll"),
-    *("masked_conv2d", "shifted_conv2d"),
-)
 
 
 def test_reasons_are_given_for_known_faults():

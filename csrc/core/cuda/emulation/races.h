@@ -27,7 +27,7 @@ namespace cpc::cuda::emulation {
 
 class Races : public Observer {
  public:
-  // Of two accesses to a byte.
+  // What each of two accesses to a byte does.
   enum class Kind : uint8_t { read, write, atomic, copied_from, copied_to };
   struct Party {
     Kind kind;

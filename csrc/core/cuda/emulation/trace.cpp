@@ -79,7 +79,7 @@ std::vector<Range> image_ranges() {
   return ranges;
 }
 
-// Of the thread that launches: the arguments of the kernel are there until they are copied.
+// The stack of the thread that launches, where the arguments of the kernel are until they are copied.
 Range own_stack() {
   pthread_attr_t attributes;
   void* begin = nullptr;
@@ -333,7 +333,7 @@ void __tsan_func_exit() {
   if (running != nullptr) running->stack.leave();
 }
 void __tsan_init() {}
-// Of C++'s atomic operations only this one, which comes before the initialization of a static variable: kernels have
+// The only one of C++'s atomic operations that is needed: it comes before the initialization of a static variable: kernels have
 // CUDA's. Others do not link.
 uint8_t __tsan_atomic8_load(const volatile uint8_t* at, int) { return __atomic_load_n(at, __ATOMIC_ACQUIRE); }
 }
