@@ -7,6 +7,8 @@ from cpc_ext.ops.info_nce import InfoNCEOutput, info_nce
 from cpc_ext.ops.logistic_mixture import logistic_mixture_nll, sample_logistic_mixture
 from cpc_ext.ops.masked_conv2d import masked_conv2d
 from cpc_ext.ops.pixel_steps import PixelMap, PixelMaps, PixelPlace, PixelSource, PixelStep, PixelSteps, pixel_steps
+from cpc_ext.ops.scores_logsumexp import scores_logsumexp
+from cpc_ext.ops.sigmoid_contrast import sigmoid_contrast
 
 __all__ = [
     "AugmentationPlan",
@@ -25,4 +27,6 @@ __all__ = [
     "masked_conv2d",
     "pixel_steps",
     "sample_logistic_mixture",
+    "scores_logsumexp",
+    "sigmoid_contrast",
 ]

@@ -24,6 +24,7 @@ __all__ = [
     "refuse_forward_mode",
     "register",
     "tf32_allowed",
+    "values_at_hand",
     "without_autocast",
     "workspace_of",
 ]
@@ -230,6 +231,15 @@ def tf32_allowed(tensor: Tensor, work: str) -> bool:
     them (``torch.backends.fp32_precision``). The CPU's kernels never round, emulated ones of CUDA do.
     """
     return (tensor.is_cuda or hasattr(native, "emulate_cuda")) and _FP32_PRECISIONS[work].fp32_precision == "tf32"
+
+
+def values_at_hand(tensor: Tensor) -> bool:
+    """Whether a tensor's values may be looked at, which would stall a GPU's stream and break what is traced."""
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
 
 
 def workspace_of(tensor: Tensor, size: int) -> Tensor | None:

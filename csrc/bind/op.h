@@ -66,7 +66,7 @@ Value by_name(const char* argument, const std::string& name) {
 // What a call has read of its tensors: their views into the problem, their memory for the checks of overlap.
 class Tensors {
  public:
-  static constexpr size_t kMost = 24;
+  static constexpr size_t kMost = 32;
 
   void add(const char* name, Access access, const TensorArg& tensor) {
     if (first_ == nullptr) first_ = &tensor;

@@ -5,7 +5,7 @@
 namespace cpc::info_nce {
 
 const bind::Ops ops([](pybind11::module_& module) {
-  bind::op(module, "info_nce", "Fills losses, right, grad_queries and grad_keys.", kContrast, cpu::contrast,
+  bind::op(module, "info_nce", "Fills losses, ranks, slopes, bests and the gradients.", kContrast, cpu::contrast,
            cuda::contrast);
   module.def(
       "info_nce_sorts", [](const bind::TensorArg& queries) { return !bind::on_cuda(queries.device); },

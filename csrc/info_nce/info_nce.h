@@ -1,24 +1,42 @@
-// InfoNCE: how well each query tells its positive key from others; the contract of the CPU and CUDA kernels.
+// InfoNCE and its kin: how well each query tells its positive keys from others; the contract of the CPU and CUDA kernels.
 //
-// For query m of M of a batch entry, with key t = targets[m] (m itself without targets) and the others o it is
-// contrasted with (all keys but t, or those that negatives[m] names, t counted once more where it is among them; never
-// exclude[m]), scores s[n] = scale * queries[m] . keys[n] give
-//   losses[m] = log(sum over o of exp(s[o]) + exp(s[t])) - s[t],
-//   right[m] = 1 where s[t] is above the scores of all keys other than t, else 0,
-// and with p = softmax of the scores and r = row_weights[m] * factor the gradients of the sum of r * losses:
-//   grad_queries[m] = scale * r * (sum over o of p[o] keys[o] - (1 - p[t]) keys[t]),
-//   grad_keys[n] = sum over m of the same weights times scale * queries[m].
-// Sums are in float, in double where the tensors are, in an order that depends on the sizes only: results are the same
-// for any number of threads. The matrix of scores is never in memory: tiles of it stay in the cache or in registers.
+// Query m of M of a batch entry has scores s[n] = scale * queries[m] . keys[n] + key_bias[n], positives P, the keys that
+// targets[m] names (key m without targets; -1 names none, and no key is named twice), and rivals C: all keys but those
+// in P, or the keys that negatives[m] names, as often as it does. Of them only those count that lie in the
+// key_range[m] = [begin, end), that exclude[m] does not name (-1 names none), and whose group is, or is not, that of the
+// query, as `contrast` says. Sampled keys that are among the positives count as rivals but in ranks[m]. What is
+// measured, with C and P together written D:
+//   softmax: losses[m] = log(sum over D of exp(s)) - (mean over P of s);
+//   log_sum: losses[m] = log(sum over C of exp(s)), of no positives; -inf where C is empty;
+//   sigmoid: losses[m] = sum over C of log(1 + exp(s)) + sum over P of log(1 + exp(-s)).
+// Further ranks[m], how many of C (but not of P) do not score below the threshold, which is the best of the positives'
+// scores, or thresholds[m] where there are none; bests[m], that best score; slopes[m], the derivative of losses[m] in
+// the scale. With w[n] the derivative of losses[m] in s[n], and r = row_weights[m] * factor, the gradients of the sum of
+// r * losses are
+//   grad_queries[m] = scale * r * sum of w[n] keys[n],
+//   grad_keys[n] = scale * sum over m of r * w[n] * queries[m],
+//   grad_bias[n] = sum over m of r * w[n].
 //
-// A row of weight 0 is absent from both gradients, whatever its query and the keys it is contrasted with hold: it gives
-// nothing to grad_keys, and its grad_queries[m] is 0.
+// `symmetric`, with softmax of all keys and the positives on the diagonal, M = N: losses[m] is the mean of the above and
+// of that of the transposed scores, in which key m is told the query m from the queries that are contrasted with it.
 //
-// An index that names no key, or exclude[m] = t: std::out_of_range or std::invalid_argument on the CPU. On CUDA
-// losses[m] is NaN, right[m] 0, grad_queries[m] NaN, and the row gives nothing to grad_keys.
+// Scores of all keys are sums over the features in an order that only the number of features decides, so equal keys have
+// equal scores. Sums are in float, in double where the tensors are, in an order that depends on the sizes only: results
+// are the same for any number of threads. The matrix of scores is not in memory: tiles of it stay in the cache or in
+// registers. Only `symmetric` keeps some, at most kKeptBytes of them, so as not to compute them again.
+//
+// A row of weight 0 is absent from all gradients, whatever its query and the keys it is contrasted with hold: it gives
+// nothing to grad_keys and grad_bias, and its grad_queries[m] is 0. A symmetric contrast leaves it out of all columns.
+// A row without positives, where such are measured, has a loss of 0 and no gradient.
+//
+// An index that names no key, a range that is none, or a positive in exclude[m]: std::out_of_range or
+// std::invalid_argument on the CPU. On CUDA losses[m] and slopes[m] are NaN, ranks[m] is -1, grad_queries[m] NaN, and the
+// row gives nothing to the gradients of keys.
 //
 // Who owns memory: the caller, all of it. Kernels allocate only bounded scratch memory.
 #pragma once
+
+#include <array>
 
 #include "core/fields.h"
 #include "core/isa.h"
@@ -26,18 +44,34 @@
 
 namespace cpc::info_nce {
 
+enum class Measure : uint8_t { softmax, log_sum, sigmoid };
+constexpr auto names_of(Measure) { return std::array{"softmax", "log_sum", "sigmoid"}; }
+
+// Which keys are contrasted, by their groups.
+enum class Groups : uint8_t { all, same, other };
+constexpr auto names_of(Groups) { return std::array{"all", "same", "other"}; }
+
 struct Problem {
   TensorView queries, keys;
-  TensorView targets, exclude;
-  TensorView negatives;                // Absent: all keys.
-  TensorView row_weights;              // Absent: 1.
-  TensorView losses, right;            // Absent where only gradients are wanted.
-  TensorView grad_queries, grad_keys;  // Each absent where it is not wanted.
+  TensorView targets;    // Absent: the diagonal.
+  TensorView negatives;  // Absent: all keys.
+  TensorView exclude, key_range;
+  TensorView query_groups, key_groups;  // Absent where contrast is Groups::all.
+  TensorView key_bias;                  // Absent: 0.
+  TensorView scales;                    // A factor of `scale` where it is known on the device only.
+  TensorView row_weights;               // Absent: 1.
+  TensorView thresholds;
+  TensorView losses, ranks;                       // Absent where only gradients are wanted.
+  TensorView slopes, bests;                       // Each absent where it is not wanted, or where there are no losses.
+  TensorView grad_queries, grad_keys, grad_bias;  // Each absent where it is not wanted.
   TensorView workspace;
-  // CUDA only, sampled and with grad_keys: [B * M * (S + 1)], what sorts the keys that the positives and negatives
-  // name, b * N + index, in the order of [B, M, 1 + S]; and [B * N + 1], where each key's begin in it.
+  // CUDA only, sampled and with grad_keys or grad_bias: [B * M * (P + S)], what sorts the keys that the positives and
+  // negatives name, b * N + index, in the order of [B, M, P + S]; and [B * N + 1], where each key's begin in it.
   TensorView order, segments;
   double scale = 1, factor = 1;
+  Measure measure = Measure::softmax;
+  Groups contrast = Groups::all;
+  bool symmetric = false;
   bool tf32 = false;  // Whether CUDA may round float operands to TF32.
 
   int64_t batch() const { return queries.shape[0]; }
@@ -46,22 +80,36 @@ struct Problem {
   int64_t dim() const { return queries.shape[2]; }
   bool sampled() const { return negatives.ndim != 0; }
   int64_t samples() const { return negatives.shape[2]; }
-  bool wants_gradients() const { return grad_queries.ndim != 0 || grad_keys.ndim != 0; }
+  // Places for positives of each row.
+  int64_t positives() const { return targets.ndim != 0 ? targets.shape[2] : measure == Measure::log_sum ? 0 : 1; }
+  int64_t excluded() const { return exclude.ndim != 0 ? exclude.shape[2] : 0; }
+  bool wants_gradients() const { return grad_queries.ndim != 0 || grad_keys.ndim != 0 || grad_bias.ndim != 0; }
 };
 
 constexpr auto kContrast =
     fields_of<Problem>(reads<&Problem::queries>("queries", Type::floating, "B M D", Layout::dense),
                        reads<&Problem::keys>("keys", Type::same, "B N D", Layout::dense),
-                       may_read<&Problem::targets>("targets", Type::i64, "B M", Layout::dense),
+                       may_read<&Problem::targets>("targets", Type::i64, "B M P", Layout::dense),
                        may_read<&Problem::negatives>("negatives", Type::i64, "B M S", Layout::dense),
-                       may_read<&Problem::exclude>("exclude", Type::i64, "B M", Layout::dense),
+                       may_read<&Problem::exclude>("exclude", Type::i64, "B M E", Layout::dense),
+                       may_read<&Problem::key_range>("key_range", Type::i64, "B M 2", Layout::dense),
+                       may_read<&Problem::query_groups>("query_groups", Type::i64, "B M", Layout::dense),
+                       may_read<&Problem::key_groups>("key_groups", Type::i64, "B N", Layout::dense),
+                       may_read<&Problem::key_bias>("key_bias", Type::sums, "B N", Layout::dense),
+                       may_read<&Problem::scales>("scales", Type::sums, "1", Layout::dense),
                        may_read<&Problem::row_weights>("row_weights", Type::sums, "B M", Layout::dense),
+                       may_read<&Problem::thresholds>("thresholds", Type::sums, "B M", Layout::dense),
                        may_write<&Problem::losses>("losses", Type::sums, "B M", Layout::dense),
-                       may_write<&Problem::right>("right", Type::sums, "B M", Layout::dense),
+                       may_write<&Problem::ranks>("ranks", Type::i64, "B M", Layout::dense),
+                       may_write<&Problem::slopes>("slopes", Type::sums, "B M", Layout::dense),
+                       may_write<&Problem::bests>("bests", Type::sums, "B M", Layout::dense),
                        may_write<&Problem::grad_queries>("grad_queries", Type::same, "B M D", Layout::dense),
                        may_write<&Problem::grad_keys>("grad_keys", Type::same, "B N D", Layout::dense),
+                       may_write<&Problem::grad_bias>("grad_bias", Type::sums, "B N", Layout::dense),
                        value<&Problem::scale>("scale"), value<&Problem::factor>("factor"),
-                       value<&Problem::tf32>("tf32"), workspace<&Problem::workspace>("workspace", "info_nce_workspace"),
+                       value<&Problem::measure>("measure"), value<&Problem::contrast>("contrast"),
+                       value<&Problem::symmetric>("symmetric"), value<&Problem::tf32>("tf32"),
+                       workspace<&Problem::workspace>("workspace", "info_nce_workspace"),
                        may_read<&Problem::order>("order", Type::i64, "L", Layout::dense),
                        may_read<&Problem::segments>("segments", Type::i64, "G", Layout::dense));
 

@@ -1,6 +1,6 @@
 // What the scores of a row come to: the arithmetic that the CPU and CUDA kernels share.
 //
-// Powers of e are taken relative to the largest of the others' scores, which is kept finite: infinite scores then have
+// Powers of e are taken relative to the largest of the rivals' scores, which is kept finite: infinite scores then have
 // infinite sums, and only such have sums that are not numbers. A row of weight 0 has no gradients, whatever its scores.
 #pragma once
 
@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "core/tensor_view.h"
+#include "info_nce/info_nce.h"
 
 namespace cpc::info_nce {
 
@@ -16,6 +17,8 @@ template <class Real>
 constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
 template <class Real>
 constexpr Real kLargest = std::numeric_limits<Real>::max();
+template <class Real>
+constexpr Real kNan = std::numeric_limits<Real>::quiet_NaN();
 
 // The finite number that is nearest to a score, or to each of a register's; NaN stays.
 template <class Real, class Scores>
@@ -31,53 +34,116 @@ CPC_HOST_DEVICE inline Real weight_of(int64_t row, Real factor, const Real* row_
   return row_weights != nullptr ? factor * row_weights[row] : factor;
 }
 
+// log(1 + exp(x)), in double lest small losses lose their precision.
+CPC_HOST_DEVICE inline double softplus(double x) { return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
+
 template <class Real>
-struct Outcome {
-  Real positive;  // The positive's score.
-  Real largest;   // The largest of the others', finite.
-  Real sum;       // The sum of the others' powers.
+CPC_HOST_DEVICE inline Real logistic(Real x) {
+  return x < 0 ? std::exp(x) / (1 + std::exp(x)) : 1 / (1 + std::exp(-x));
+}
 
-  CPC_HOST_DEVICE Real loss() const {
-    if (positive == kInfinity<Real>) return std::numeric_limits<Real>::quiet_NaN();
-    // How far the others lie above the positive: small losses keep their precision.
-    const double above = largest + std::log(static_cast<double>(sum)) - positive;
-    return static_cast<Real>(above > 0 ? above + std::log1p(std::exp(-above)) : std::log1p(std::exp(above)));
-  }
-
-  // Whether the positive is above all others, where no other is the positive's own key.
-  CPC_HOST_DEVICE bool right() const {
-    const bool others = sum > 0 || largest > -kLargest<Real>;
-    return sum < kInfinity<Real> && (positive > largest || !others);
-  }
-
-  // What turns the others' powers into their weights in the gradients, of a row with the given weight.
-  CPC_HOST_DEVICE Real factor_of_others(Real weight) const {
-    return weight == 0 ? Real(0) : 1 / (sum + std::exp(positive - largest)) * weight;
-  }
-  // The positive's weight in the gradients.
-  CPC_HOST_DEVICE Real weight_of_positive(Real factor_of_others) const {
-    return factor_of_others == 0 ? Real(0) : -sum * factor_of_others;
-  }
+// What is known of a row's rivals. A score is scale * dot + bias.
+template <class Real>
+struct Rivals {
+  Real largest = -kLargest<Real>;  // What powers of e are relative to: the largest score, finite.
+  Real sum = 0;                    // Of the powers; of the rivals' losses, for the sigmoid measure.
+  Real moment = 0;                 // Sum of the powers times the dots; of the logistic function times them.
 };
 
-// The scores of sampled negatives, one after another. The positive's key may be among them, and then is no rival.
-template <class Real>
-struct Negatives {
-  Real largest = -kLargest<Real>;  // Of all.
-
-  CPC_HOST_DEVICE void add(Real score, bool is_rival) {
-    const Real bounded = finite<Real>(score);
-    largest = bounded > largest ? bounded : largest;
-    if (!is_rival) return;
-    rivals_ = true;
-    nan_ = nan_ || score != score;
-    rival_ = score > rival_ ? score : rival_;
+// What a row comes to: its loss and what gives its gradients. Positives has places for positives,
+//   int64_t places, bool present(j), Real score(j), Real dot(j),
+// of which those that are not present have no score and no dot.
+template <class Real, class Positives>
+class Outcome {
+ public:
+  CPC_HOST_DEVICE Outcome(Measure measure, const Rivals<Real>& rivals, const Positives& positives)
+      : measure_(measure), rivals_(rivals), positives_(positives) {
+    for (int64_t j = 0; j < positives.places; ++j) {
+      if (!positives.present(j)) continue;
+      const Real score = positives.score(j);
+      ++count_;
+      best_ = best_ != best_ || score <= best_ ? best_ : score;
+      scores_ += score;
+      dots_ += positives.dot(j);
+    }
+    if (measure == Measure::sigmoid) return;
+    const Real bounded = finite<Real>(best_);
+    top_ = count_ > 0 && bounded > rivals.largest ? bounded : rivals.largest;
+    powers_ = rivals.sum * std::exp(rivals.largest - top_);
+    if (count_ > 0) each([&](int64_t j) { powers_ += std::exp(positives_.score(j) - top_); });
   }
-  CPC_HOST_DEVICE bool right(Real positive) const { return !nan_ && (positive > rival_ || !rivals_); }
+
+  // The best positive's score; NaN where one is NaN, -inf where there is none.
+  CPC_HOST_DEVICE Real best() const { return best_; }
+  CPC_HOST_DEVICE bool lacks_positives() const { return count_ == 0 && measure_ != Measure::log_sum; }
+
+  CPC_HOST_DEVICE Real loss() const {
+    if (lacks_positives()) return 0;
+    if (measure_ == Measure::log_sum) return static_cast<Real>(log_sum_of_rivals());
+    if (measure_ == Measure::sigmoid) {
+      double sum = rivals_.sum;
+      each([&](int64_t j) { sum += softplus(-static_cast<double>(positives_.score(j))); });
+      return static_cast<Real>(sum);
+    }
+    if (count_ > 1) return static_cast<Real>(top_ + std::log(powers_) - scores_ / static_cast<double>(count_));
+    if (best_ == kInfinity<Real>) return kNan<Real>;
+    // How far the rivals lie above the positive: small losses keep their precision.
+    return static_cast<Real>(softplus(log_sum_of_rivals() - best_));
+  }
+
+  // The derivative of the loss in the scale.
+  CPC_HOST_DEVICE Real slope() const {
+    if (lacks_positives()) return 0;
+    if (measure_ == Measure::sigmoid) {
+      double sum = rivals_.moment;
+      each([&](int64_t j) { sum -= logistic(-static_cast<double>(positives_.score(j))) * positives_.dot(j); });
+      return static_cast<Real>(sum);
+    }
+    if (powers_ == 0) return 0;
+    const double share = std::exp(rivals_.largest - top_) / powers_;
+    // Differences of dots, lest large ones leave nothing of a small slope.
+    if (count_ == 1) return static_cast<Real>((rivals_.moment - rivals_.sum * dots_) * share);
+    double sum = rivals_.moment * share;
+    each([&](int64_t j) { sum += std::exp(positives_.score(j) - top_) / powers_ * positives_.dot(j); });
+    return static_cast<Real>(count_ == 0 ? sum : sum - dots_ / static_cast<double>(count_));
+  }
+
+  // What turns the rivals' powers into their weights in the gradients, of a row with the given weight.
+  CPC_HOST_DEVICE Real factor_of_rivals(Real weight) const {
+    if (weight == 0 || lacks_positives()) return 0;
+    if (measure_ == Measure::sigmoid) return weight;
+    return powers_ == 0 ? Real(0) : static_cast<Real>(std::exp(rivals_.largest - top_) / powers_ * weight);
+  }
+  // A present positive's weight in the gradients.
+  CPC_HOST_DEVICE Real weight_of_positive(int64_t j, Real weight) const {
+    if (weight == 0) return 0;
+    if (measure_ == Measure::sigmoid) return -logistic(-positives_.score(j)) * weight;
+    if (count_ == 1) {
+      const Real factor = factor_of_rivals(weight);
+      return factor == 0 ? Real(0) : -rivals_.sum * factor;
+    }
+    const double share = std::exp(positives_.score(j) - top_) / powers_;
+    return static_cast<Real>((share - 1 / static_cast<double>(count_)) * weight);
+  }
 
  private:
-  Real rival_ = -kLargest<Real>;  // The largest of the rivals.
-  bool rivals_ = false, nan_ = false;
+  template <class Use>
+  CPC_HOST_DEVICE void each(const Use& use) const {
+    for (int64_t j = 0; j < positives_.places; ++j)
+      if (positives_.present(j)) use(j);
+  }
+  CPC_HOST_DEVICE double log_sum_of_rivals() const {
+    return rivals_.largest + std::log(static_cast<double>(rivals_.sum));
+  }
+
+  Measure measure_;
+  Rivals<Real> rivals_;
+  const Positives& positives_;
+  int64_t count_ = 0;
+  Real best_ = -kInfinity<Real>;
+  double scores_ = 0, dots_ = 0;  // Sums.
+  double top_ = 0;                // What all powers are relative to, the positives' too: not below any score.
+  double powers_ = 0;             // Their sum.
 };
 
 }  // namespace cpc::info_nce

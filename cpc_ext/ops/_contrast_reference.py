@@ -1,0 +1,243 @@
+"""The contrast in plain PyTorch, with its scores in memory: [B, M, N], or gathered keys [B, M, P + S, D]."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cpc_ext.ops._contrast_problem import Contrast, Gradients, default_targets, sums_dtype
+
+__all__ = ["each_query", "gradients", "losses_and_ranks"]
+
+
+class _Scores(NamedTuple):
+    """Scores of a column for each key, or for each key that positives and negatives name.
+
+    Attributes:
+        dots, scores: [B, M, C].
+        keys: [B, M, C, D] gathered, or [B, N, D].
+        named: [B, M, C] the keys of sampled columns; None where the columns are the keys.
+        positives: which columns are a query's positives.
+        rivals: which are contrasted with them.
+        counted: which rivals count in the rank.
+        valid: [B, M], which queries name keys only.
+    """
+
+    dots: Tensor
+    scores: Tensor
+    keys: Tensor
+    named: Tensor | None
+    positives: Tensor
+    rivals: Tensor
+    counted: Tensor
+    valid: Tensor
+
+
+def losses_and_ranks(problem: Contrast, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Loss and rank of every query, [B, M]; differentiable as often as one likes.
+
+    present: [B, M], which queries the columns of a symmetric contrast have; None: all.
+    """
+    s = _scores(problem, present)
+    return _losses(problem, s), _ranks(s)
+
+
+def each_query(
+    problem: Contrast, thresholds: Tensor | None, present: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, rank, the loss's slope in the scale and the best positive's score of every query, [B, M]."""
+    s = _scores(problem, present)
+    losses = torch.where(s.valid, _losses(problem, s), math.nan)
+    slopes = torch.where(s.valid, _slopes_in_scale(problem, s), math.nan)
+    return losses, torch.where(s.valid, _ranks(s, thresholds), -1), slopes, _best(s)
+
+
+def gradients(problem: Contrast, row_weights: Tensor, needs: Sequence[bool]) -> Gradients:
+    """Gradients of the sum of the losses times the row weights [B, M]; of queries, keys and biases that need them.
+
+    Written out, as an op's forward pass, which forms gradients too, is out of autograd's reach.
+    """
+    queries, keys = problem.queries, problem.keys
+    results = [queries.new_empty(0), keys.new_empty(0), keys.new_empty(0, dtype=sums_dtype(queries))]
+    if not any(needs):
+        return Gradients(*results)
+    present = row_weights != 0
+    # Rows that are absent may hold anything.
+    problem = problem._replace(queries=torch.where(present.unsqueeze(-1), queries, 0))
+    s = _scores(problem, present)
+    counts = (s.valid & present).unsqueeze(-1)
+    slopes = torch.where(counts, _slopes(problem, s, torch.where(counts.squeeze(-1), row_weights, 0)), 0)
+    scale = _scale(problem)
+    q = torch.where(counts, problem.queries.to(slopes.dtype), 0)
+    if needs[0]:
+        of_queries = slopes @ s.keys if s.named is None else (slopes.unsqueeze(-2) @ s.keys).squeeze(-2)
+        of_queries = torch.where(counts, of_queries * scale, 0)
+        results[0] = torch.where(counts | ~present.unsqueeze(-1), of_queries, math.nan).to(queries.dtype)
+    if s.named is None:
+        if needs[1]:
+            results[1] = (slopes.mT @ q * scale).to(keys.dtype)
+        if needs[2]:
+            results[2] = slopes.sum(1)
+        return Gradients(*results)
+    first = torch.arange(len(keys), device=keys.device).mul_(keys.shape[1]).view(-1, 1, 1)
+    places = (s.named + first).flatten()
+    if needs[1]:
+        of_pairs = slopes.unsqueeze(-1) * q.unsqueeze(-2)
+        sums = of_pairs.new_zeros((keys.shape[:2].numel(), keys.shape[2]))
+        results[1] = (sums.index_add_(0, places, of_pairs.flatten(0, 2)) * scale).view(keys.shape).to(keys.dtype)
+    if needs[2]:
+        results[2] = (
+            slopes.new_zeros(keys.shape[:2].numel()).index_add_(0, places, slopes.flatten()).view(keys.shape[:2])
+        )
+    return Gradients(*results)
+
+
+def _scale(problem: Contrast) -> Tensor | float:
+    return problem.scale if problem.scales is None else problem.scale * problem.scales.squeeze(0)
+
+
+def _scores(problem: Contrast, present: Tensor | None = None) -> _Scores:
+    queries, keys = (tensor.to(sums_dtype(problem.queries)) for tensor in (problem.queries, problem.keys))
+    num_keys = keys.shape[1]
+    last = max(num_keys - 1, 0)
+    targets, exclude = problem.targets, problem.exclude
+    if targets is None:
+        targets = default_targets(queries)
+        if problem.measure == "log_sum":
+            targets = targets[..., :0]
+    valid = torch.ones(queries.shape[:2], dtype=torch.bool, device=queries.device)
+    for indices, least in ((targets, -1), (problem.negatives, 0), (exclude, -1)):
+        if indices is not None:
+            valid = valid & ((indices >= least) & (indices < num_keys)).all(-1)
+    if exclude is not None:
+        valid = valid & ~((targets.unsqueeze(-1) == exclude.unsqueeze(-2)) & (targets >= 0).unsqueeze(-1)).any((-2, -1))
+    if problem.key_range is not None:
+        begin, end = problem.key_range.unbind(-1)
+        valid = valid & (begin >= 0) & (begin <= end) & (end <= num_keys)
+    there = (targets >= 0) & (targets < num_keys)
+    within = targets.clamp(0, last)
+    named = None
+    if problem.negatives is None:
+        dots = queries @ keys.mT
+        contrasted = torch.arange(num_keys, device=keys.device).expand(dots.shape)
+        # Absent positives go to a column of their own, which is cut off.
+        places = dots.new_zeros((*dots.shape[:2], num_keys + 1), dtype=torch.bool)
+        positives = places.scatter(2, torch.where(there, within, num_keys), torch.ones_like(there))[..., :num_keys]
+        rivals = ~positives
+        counted = rivals
+    else:
+        named = torch.cat([within, problem.negatives.clamp(0, last)], dim=-1)
+        keys = _gather_keys(keys, named) if num_keys else keys.new_zeros(*named.shape, keys.shape[2])
+        dots = (keys @ queries.unsqueeze(-1)).squeeze(-1)
+        contrasted = named
+        positives = torch.cat([there, torch.zeros_like(problem.negatives, dtype=torch.bool)], dim=-1)
+        rivals = torch.cat([torch.zeros_like(there), torch.ones_like(problem.negatives, dtype=torch.bool)], dim=-1)
+        own = ((named.unsqueeze(-1) == within.unsqueeze(-2)) & there.unsqueeze(-2)).any(-1)
+        counted = rivals & ~own
+    allowed = _allowed(problem, contrasted)
+    if problem.symmetric and present is not None:
+        allowed = allowed & present.unsqueeze(-1)
+    bias: Tensor | float = 0.0
+    if problem.key_bias is not None:
+        bias = problem.key_bias.to(dots.dtype).unsqueeze(1).expand(*queries.shape[:2], num_keys)
+        bias = bias if named is None else bias.gather(2, named)
+    return _Scores(
+        dots, dots * _scale(problem) + bias, keys, named, positives, rivals & allowed, counted & allowed, valid
+    )
+
+
+def _allowed(problem: Contrast, contrasted: Tensor) -> Tensor:
+    """Which keys [B, M, C] range, exclusions and groups leave."""
+    allowed = torch.ones_like(contrasted, dtype=torch.bool)
+    if problem.exclude is not None:
+        for one in problem.exclude.unbind(-1):
+            allowed = allowed & (contrasted != one.unsqueeze(-1))
+    if problem.key_range is not None:
+        begin, end = problem.key_range.unsqueeze(-2).unbind(-1)
+        allowed = allowed & (contrasted >= begin) & (contrasted < end)
+    if problem.query_groups is not None and problem.key_groups is not None:
+        of_keys = problem.key_groups.unsqueeze(1).expand(*contrasted.shape[:2], problem.key_groups.shape[1])
+        of_keys = of_keys if problem.negatives is None else of_keys.gather(2, contrasted)
+        same = of_keys == problem.query_groups.unsqueeze(-1)
+        allowed = allowed & (same if problem.contrast == "same" else ~same)
+    return allowed
+
+
+def _gather_keys(keys: Tensor, indices: Tensor) -> Tensor:
+    """keys [B, N, D] at indices [B, M, S] → [B, M, S, D]."""
+    batch, num_keys, dim = keys.shape
+    first = torch.arange(batch, device=keys.device).mul_(num_keys).view(batch, 1, 1)
+    # An embedding look-up, because its backward sums the gradients of repeated keys far faster than indexing's.
+    return F.embedding(indices + first, keys.reshape(batch * num_keys, dim))
+
+
+def _log_sum(scores: Tensor, of: Tensor, dim: int) -> Tensor:
+    """The log of the sum of the powers of some scores; -inf, without a gradient that is no number, of none."""
+    some = of.any(dim, keepdim=True)
+    total = torch.where(of | ~some, torch.where(some, scores, 0), -math.inf).logsumexp(dim)
+    return torch.where(some.squeeze(dim), total, -math.inf)
+
+
+def _losses(problem: Contrast, s: _Scores) -> Tensor:
+    count = s.positives.sum(-1)
+    if problem.measure == "log_sum":
+        return _log_sum(s.scores, s.rivals, -1)
+    if problem.measure == "sigmoid":
+        losses = F.softplus(torch.where(s.positives, -s.scores, s.scores))
+        losses = torch.where(s.positives | s.rivals, losses, 0).sum(-1)
+        return torch.where(count > 0, losses, 0)
+    positive = torch.where(s.positives, s.scores, 0).sum(-1) / count.clamp_min(1)
+    losses = _log_sum(s.scores, s.positives | s.rivals, -1) - positive
+    if problem.symmetric:
+        losses = (losses + _log_sum(s.scores, s.positives | s.rivals, 1) - positive) / 2
+    return torch.where(count > 0, losses, 0)
+
+
+def _slopes(problem: Contrast, s: _Scores, row_weights: Tensor) -> Tensor:
+    """The derivative of the losses [B, M] times the row weights in the scores, [B, M, C]."""
+    weights = row_weights.unsqueeze(-1)
+    contrasted = s.positives | s.rivals
+    if problem.measure == "sigmoid":
+        return torch.where(contrasted, weights * (s.scores.sigmoid() - s.positives.to(s.scores.dtype)), 0)
+    count = s.positives.sum(-1, keepdim=True)
+    scores = torch.where(contrasted, s.scores, -math.inf)
+    pulls = torch.where(s.positives, weights / count.clamp_min(1), 0)
+    slopes = torch.where(contrasted.any(-1, keepdim=True), scores.softmax(-1), 0) * weights - pulls
+    if problem.symmetric:
+        columns = scores.softmax(1) * row_weights.unsqueeze(-2) - torch.where(s.positives, weights, 0)
+        slopes = (slopes + torch.where(contrasted.any(1, keepdim=True), columns, 0)) / 2
+    return slopes if problem.measure == "log_sum" else torch.where(count > 0, slopes, 0)
+
+
+def _slopes_in_scale(problem: Contrast, s: _Scores) -> Tensor:
+    """The derivative of every query's loss in the scale, [B, M]."""
+    ones = s.scores.new_ones(s.scores.shape[:2])
+    one_way = problem._replace(symmetric=False)
+
+    def of_rows(s: _Scores) -> Tensor:
+        slopes = _slopes(one_way, s, ones)
+        return torch.where(slopes == 0, 0, slopes * s.dots).sum(-1)
+
+    if not problem.symmetric:
+        return of_rows(s)
+    turned = s._replace(dots=s.dots.mT, scores=s.scores.mT, positives=s.positives.mT, rivals=s.rivals.mT)
+    return (of_rows(s) + of_rows(turned)) / 2
+
+
+def _best(s: _Scores) -> Tensor:
+    lowest = s.scores.new_full((*s.scores.shape[:2], 1), -math.inf)
+    return torch.cat([lowest, torch.where(s.positives, s.scores, -math.inf)], -1).amax(-1)
+
+
+@torch.no_grad()
+def _ranks(s: _Scores, thresholds: Tensor | None = None) -> Tensor:
+    best = _best(s)
+    if thresholds is not None:
+        best = torch.where(s.positives.any(-1), best, thresholds.to(best.dtype))
+    # A score that is no number is not below the best.
+    return (s.counted & ~(s.scores < best.unsqueeze(-1))).sum(-1)

@@ -1,0 +1,58 @@
+"""The log-sum-exp of each query's scores against many keys, from which other contrastive losses are made.
+
+From queries [*, M, D] and keys [*, N, D] to [*, M], without the scores in memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cpc_ext.ops import _contrast_reference as plain
+from cpc_ext.ops._contrast import ContrastOptions, flat_problem
+from cpc_ext.ops._contrast import contrast as run_contrast
+
+__all__ = ["scores_logsumexp", "scores_logsumexp_reference"]
+
+
+def scores_logsumexp(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    exclude: Tensor | None = None,
+    key_range: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    groups: tuple[Tensor, Tensor] | None = None,
+    contrast: str = "all",
+) -> Tensor:
+    """``log(sum of exp(scale * q_m . k_n + key_bias_n))`` of every query m, over the keys that it contrasts.
+
+    Arguments and errors are those of :func:`cpc_ext.ops.info_nce`; queries and keys may be of any number.
+
+    Returns:
+        [*, M]; float32, float64 for float64. -inf, without a gradient, for a query that no key is left for.
+        Differentiable once, backwards, with any upstream gradient, in queries, keys, scale and key_bias. Backward
+        computes the scores once more.
+    """
+    options = ContrastOptions(scale, None, None, None, exclude, key_range, key_bias, groups, contrast)
+    result = run_contrast(queries, keys, options, measure="log_sum", reduction="none")
+    return result.loss.view(queries.shape[:-1])
+
+
+def scores_logsumexp_reference(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    exclude: Tensor | None = None,
+    key_range: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    groups: tuple[Tensor, Tensor] | None = None,
+    contrast: str = "all",
+) -> Tensor:
+    """:func:`scores_logsumexp` with its scores [*, M, N] in memory, arguments unchecked."""
+    options = ContrastOptions(scale, None, None, None, exclude, key_range, key_bias, groups, contrast)
+    dtype = torch.promote_types(queries.dtype, keys.dtype)
+    problem, _ = flat_problem(queries.to(dtype), keys.to(dtype), options, "log_sum")
+    return plain.losses_and_ranks(problem)[0].view(queries.shape[:-1])

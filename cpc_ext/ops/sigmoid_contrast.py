@@ -1,0 +1,86 @@
+"""SigLIP's loss: whether a query and a key belong together, asked of every pair by itself.
+
+From queries [*, M, D] and keys [*, N, D] to a scalar, without the scores in memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cpc_ext.ops import _contrast_reference as plain
+from cpc_ext.ops._contrast import ContrastOptions, flat_problem, reduced
+from cpc_ext.ops._contrast import contrast as run_contrast
+
+__all__ = ["sigmoid_contrast", "sigmoid_contrast_reference"]
+
+
+def sigmoid_contrast(
+    queries: Tensor,
+    keys: Tensor,
+    targets: Tensor | None = None,
+    *,
+    scale: float | Tensor = 1.0,
+    bias: float | Tensor = 0.0,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The pairwise sigmoid loss (Zhai et al. 2023, arXiv 2303.15343, equation 1).
+
+    ``loss_m = -sum of log sigmoid(z_mn * (scale * q_m . k_n + bias)) over all n``, where z_mn is 1 for the keys n that
+    are positives of query m, and -1 for all others. The mean over queries is the published loss.
+
+    Args:
+        queries: [*, M, D], floating.
+        keys: [*, N, D].
+        targets: [*, M] or [*, M, P] integers, the indices of each query's positive keys, -1 for none; a query without
+            positives counts as one of weight 0. Default: key m for query m.
+        scale: number or tensor without dimensions, with or without gradient.
+        bias: the same; added to all scores. The published start is -10.
+        weights: [*, M] non-negative weights of the queries; see :func:`cpc_ext.ops.info_nce`.
+        reduction: "mean" over queries, "sum", or "none" for one value a query, [*, M].
+
+    Returns:
+        The loss, float32 or float64 for float64; differentiable once, backwards.
+
+    Raises:
+        TypeError, ValueError, IndexError: as :func:`cpc_ext.ops.info_nce`.
+    """
+    options = _options(queries, keys, targets, scale, bias, weights)
+    loss = run_contrast(queries, keys, options, measure="sigmoid", reduction=reduction).loss
+    return loss.view(queries.shape[:-1]) if reduction == "none" else loss
+
+
+def _options(
+    queries: Tensor,
+    keys: Tensor,
+    targets: Tensor | None,
+    scale: float | Tensor,
+    bias: float | Tensor,
+    weights: Tensor | None,
+) -> ContrastOptions:
+    if isinstance(bias, Tensor) and bias.ndim != 0:
+        raise ValueError(f"bias must be a number or a tensor without dimensions, got shape {tuple(bias.shape)}")
+    key_bias = None
+    if isinstance(keys, Tensor) and keys.ndim >= 2 and (isinstance(bias, Tensor) or bias != 0):
+        dtype = torch.promote_types(keys.dtype, torch.float32)
+        key_bias = torch.as_tensor(bias, dtype=dtype, device=keys.device).expand(keys.shape[:-1])
+    return ContrastOptions(scale, targets, None, weights, key_bias=key_bias)
+
+
+def sigmoid_contrast_reference(
+    queries: Tensor,
+    keys: Tensor,
+    targets: Tensor | None = None,
+    *,
+    scale: float | Tensor = 1.0,
+    bias: float | Tensor = 0.0,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """:func:`sigmoid_contrast` with its scores [*, M, N] in memory, arguments unchecked."""
+    options = _options(queries, keys, targets, scale, bias, weights)
+    dtype = torch.promote_types(queries.dtype, keys.dtype)
+    problem, weights = flat_problem(queries.to(dtype), keys.to(dtype), options, "sigmoid")
+    loss, _ = reduced(*plain.losses_and_ranks(problem), weights, reduction)
+    return loss.view(queries.shape[:-1]) if reduction == "none" else loss
