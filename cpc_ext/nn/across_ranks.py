@@ -28,8 +28,8 @@ from cpc_ext.ops._library import differentiable_once, values_at_hand, without_au
 __all__ = ["EXCHANGES", "Exchange", "RingOutput", "exchange_with", "gather_from_ranks", "ring_info_nce", "row_blocks"]
 
 EXCHANGES = ("none", "gather", "ring")
-# Logits of the ring that are in memory at a time.
-_BLOCK_LOGITS = 1 << 24
+# Dimensions whose sizes ranks compare.
+_DIMS = 7
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -78,13 +78,41 @@ def exchange_with(name: str) -> Exchange:
 
 @_uncompiled
 def gather_from_ranks(values: Tensor, dim: int = 0) -> Tensor:
-    """The values of all ranks along ``dim``, in the order of the ranks; of equal shape on each.
+    """The values of all ranks along ``dim``, in the order of the ranks.
 
     The gradient of a rank's values is the sum of the gradients that all ranks have for them. So with a loss that is a
     mean over a rank's own queries, gradients averaged over the ranks are those of the mean over all queries. The same
     holds of further derivatives, each of which takes all ranks.
+
+    Args:
+        values: [..., n, ...], of one shape and type on all ranks of the default process group, all of which must call
+            this, and must call backward, in the same order.
+        dim: the dimension that grows from n to n times the number of ranks.
+
+    Returns:
+        [..., n * ranks, ...], a rank's own from ``rank * n`` on. Without a group, or with one rank, ``values``.
+
+    Raises:
+        IndexError: a dim that values do not have.
+        ValueError: on the CPU, shapes that differ. Other devices would have to wait for the answer; there
+            ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` makes PyTorch find it.
     """
-    return values if _position_in_world()[1] == 1 else _gather(values, dim)
+    if _position_in_world()[1] == 1:
+        return values
+    _check_alike("values", values)
+    return _gather(values, dim)
+
+
+def _check_alike(name: str, values: Tensor) -> None:
+    """Raise a ValueError where the CPU's values have another shape on another rank, on which gloo ends the process."""
+    if values.device.type != "cpu":
+        return
+    mine = torch.tensor([values.ndim, *values.shape[:_DIMS], *[0] * (_DIMS - values.ndim)])
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, mine)
+    if not all(torch.equal(one, mine) for one in every):
+        shapes = ", ".join(str(tuple(one[1 : 1 + int(one[0])].tolist())) for one in every)
+        raise ValueError(f"{name} must have one shape on all ranks, got {shapes}")
 
 
 class _Gather(torch.autograd.Function):
@@ -173,6 +201,7 @@ def ring_info_nce(
             result = contrast(queries, keys, options, reduction="none")
             loss, rank = result.loss, result.rank
         else:
+            _check_alike("keys", keys)
             queries = queries.to(torch.promote_types(queries.dtype, keys.dtype))
             problem, _ = flat_problem(queries, keys, options, "softmax")
             loss, rank = _ring(

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.autograd import grad
 
-from cpc_ext.nn import GridInfoNCE, NTXentLoss, TargetInfoNCE, across_ranks
+from cpc_ext.nn import GridInfoNCE, MultipleNegativesRankingLoss, NTXentLoss, TargetInfoNCE, across_ranks
 from cpc_ext.nn.across_ranks import EXCHANGES, exchange_with, gather_from_ranks, ring_info_nce
 from cpc_ext.ops import info_nce
 
@@ -139,6 +139,27 @@ def test_gathered_values_and_their_derivatives(ranks, dim):
         for one, other in zip(derivatives[:2], (first, second), strict=True):
             torch.testing.assert_close(one, other.chunk(world, dim or 0)[rank], **EXACT)
         torch.testing.assert_close(derivatives[2], of_upstream, **EXACT)
+
+
+@pytest.mark.parametrize("dims", [2, 9])
+def test_shapes_that_differ_are_told(monkeypatch, dims):
+    ranks = Threads(3)
+    monkeypatch.setattr(across_ranks, "dist", ranks)
+
+    def program(rank):
+        values = torch.zeros(2 + rank // 2, *[1] * (dims - 1))
+        with pytest.raises(
+            ValueError, match=r"values must have one shape on all ranks, got \(2, 1.*\), \(2, .*\), \(3, "
+        ):
+            gather_from_ranks(values)
+        if dims == 2:
+            with pytest.raises(
+                ValueError, match=r"keys must have one shape on all ranks, got \(2, 1\), \(2, 1\), \(3, 1"
+            ):
+                ring_info_nce(values[:2], values, torch.arange(2))
+        return True
+
+    assert all(ranks.run(program))
 
 
 OPTIONS = {
@@ -362,3 +383,36 @@ def test_objectives_of_ranks_are_those_of_the_whole_batch(ranks, name):
         # An own image's gradient is of the sum of the losses, a parameter's of its rank's.
         together = torch.cat(parts, dim) if index < 2 else sum(parts)
         torch.testing.assert_close(together / world, expected, **EXACT)
+
+
+DIRECTIONS = ("query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc")
+
+
+@pytest.mark.parametrize(
+    ("exchange", "count", "partition"),
+    [
+        *(
+            (exchange, *of)
+            for exchange in ("gather", "ring")
+            for of in ((1, "joint"), (2, "joint"), (2, "per_direction"))
+        ),
+        ("gather", 4, "joint"),
+    ],
+)
+def test_texts_of_all_ranks(ranks, exchange, count, partition):
+    world = ranks.world
+    embeddings = [normal(6, 4, seed=seed) for seed in range(3)]
+    options = {"scale": 3.0, "directions": DIRECTIONS[:count], "partition_mode": partition}
+    loss = MultipleNegativesRankingLoss(**options)(*embeddings)
+    gradients = grad(loss, embeddings)
+    of_ranks = MultipleNegativesRankingLoss(**options, gather_negatives=exchange)
+
+    def program(rank):
+        parts = [one.chunk(world)[rank].detach().requires_grad_() for one in embeddings]
+        value = of_ranks(*parts)
+        return value, *grad(value, parts)
+
+    values, *found = zip(*ranks.run(program), strict=True)
+    torch.testing.assert_close(sum(values) / world, loss, **EXACT)
+    for parts, expected in zip(found, gradients, strict=True):
+        torch.testing.assert_close(torch.cat(parts) / world, expected, **EXACT)
