@@ -25,6 +25,7 @@ class _Scores(NamedTuple):
         positives: which columns are a query's positives.
         rivals: which are contrasted with them.
         counted: which rivals count in the rank.
+        told: which pairs the columns of a symmetric contrast have: queries of weight 0 are no rivals in any.
         valid: [B, M], which queries name keys only.
     """
 
@@ -35,6 +36,7 @@ class _Scores(NamedTuple):
     positives: Tensor
     rivals: Tensor
     counted: Tensor
+    told: Tensor
     valid: Tensor
 
 
@@ -140,15 +142,14 @@ def _scores(problem: Contrast, present: Tensor | None = None) -> _Scores:
         own = ((named.unsqueeze(-1) == within.unsqueeze(-2)) & there.unsqueeze(-2)).any(-1)
         counted = rivals & ~own
     allowed = _allowed(problem, contrasted)
-    if problem.symmetric and present is not None:
-        allowed = allowed & present.unsqueeze(-1)
+    rivals = rivals & allowed
+    told = positives | (rivals if present is None else rivals & present.unsqueeze(-1))
     bias: Tensor | float = 0.0
     if problem.key_bias is not None:
         bias = problem.key_bias.to(dots.dtype).unsqueeze(1).expand(*queries.shape[:2], num_keys)
         bias = bias if named is None else bias.gather(2, named)
-    return _Scores(
-        dots, dots * _scale(problem) + bias, keys, named, positives, rivals & allowed, counted & allowed, valid
-    )
+    scores = dots * _scale(problem) + bias
+    return _Scores(dots, scores, keys, named, positives, rivals, counted & allowed, told, valid)
 
 
 def _allowed(problem: Contrast, contrasted: Tensor) -> Tensor:
@@ -188,13 +189,14 @@ def _losses(problem: Contrast, s: _Scores) -> Tensor:
     if problem.measure == "log_sum":
         return _log_sum(s.scores, s.rivals, -1)
     if problem.measure == "sigmoid":
-        losses = F.softplus(torch.where(s.positives, -s.scores, s.scores))
+        # Exact for all scores, which softplus is not beyond its threshold.
+        losses = -F.logsigmoid(torch.where(s.positives, s.scores, -s.scores))
         losses = torch.where(s.positives | s.rivals, losses, 0).sum(-1)
         return torch.where(count > 0, losses, 0)
     positive = torch.where(s.positives, s.scores, 0).sum(-1) / count.clamp_min(1)
     losses = _log_sum(s.scores, s.positives | s.rivals, -1) - positive
     if problem.symmetric:
-        losses = (losses + _log_sum(s.scores, s.positives | s.rivals, 1) - positive) / 2
+        losses = (losses + _log_sum(s.scores, s.told, 1) - positive) / 2
     return torch.where(count > 0, losses, 0)
 
 
@@ -203,14 +205,16 @@ def _slopes(problem: Contrast, s: _Scores, row_weights: Tensor) -> Tensor:
     weights = row_weights.unsqueeze(-1)
     contrasted = s.positives | s.rivals
     if problem.measure == "sigmoid":
-        return torch.where(contrasted, weights * (s.scores.sigmoid() - s.positives.to(s.scores.dtype)), 0)
+        slopes = torch.where(s.positives, -(-s.scores).sigmoid(), s.scores.sigmoid())
+        return torch.where(contrasted, weights * slopes, 0)
     count = s.positives.sum(-1, keepdim=True)
     scores = torch.where(contrasted, s.scores, -math.inf)
     pulls = torch.where(s.positives, weights / count.clamp_min(1), 0)
     slopes = torch.where(contrasted.any(-1, keepdim=True), scores.softmax(-1), 0) * weights - pulls
     if problem.symmetric:
-        columns = scores.softmax(1) * row_weights.unsqueeze(-2) - torch.where(s.positives, weights, 0)
-        slopes = (slopes + torch.where(contrasted.any(1, keepdim=True), columns, 0)) / 2
+        columns = torch.where(s.told, s.scores, -math.inf).softmax(1) * row_weights.unsqueeze(-2)
+        columns = columns - torch.where(s.positives, weights, 0)
+        slopes = (slopes + torch.where(s.told.any(1, keepdim=True), columns, 0)) / 2
     return slopes if problem.measure == "log_sum" else torch.where(count > 0, slopes, 0)
 
 
@@ -225,7 +229,8 @@ def _slopes_in_scale(problem: Contrast, s: _Scores) -> Tensor:
 
     if not problem.symmetric:
         return of_rows(s)
-    turned = s._replace(dots=s.dots.mT, scores=s.scores.mT, positives=s.positives.mT, rivals=s.rivals.mT)
+    rivals = (s.told & ~s.positives).mT
+    turned = s._replace(dots=s.dots.mT, scores=s.scores.mT, positives=s.positives.mT, rivals=rivals)
     return (of_rows(s) + of_rows(turned)) / 2
 
 
