@@ -55,7 +55,7 @@ class _Entry:
         self.queries, self.keys, self.measure, self.unsure, self.options = queries, keys, measure, unsure, options
         given: Callable[[str], Any] = options.get
         self.lists = {
-            name: None if given(name) is None else given(name).reshape(len(queries), -1).tolist()
+            name: None if given(name) is None else [row.reshape(-1).tolist() for row in given(name)]
             for name in ("targets", "negatives", "exclude", "key_range")
         }
         self.groups = None if given("groups") is None else [side.tolist() for side in given("groups")]

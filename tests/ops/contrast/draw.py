@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cpc_ext.ops import info_nce, scores_logsumexp, sigmoid_contrast
+from cpc_ext.ops.info_nce import info_nce_reference
 from tests.ops.contrast.by_hand import ByHand, contrast_by_hand
 
 __all__ = ["DTYPES", "TOLERANCE", "Problem", "Results", "assert_same_bits", "draw", "on"]
@@ -68,10 +69,12 @@ class Problem:
         gradients = torch.autograd.grad(loss, list(inputs.values()), _upstream(loss).to(loss))
         return Results(loss.detach(), accuracy, rank, dict(zip(inputs, gradients, strict=True)))
 
-    def exactly(self, reduction: str = "mean") -> tuple[Results, ByHand]:
-        """What comes of it by hand in float64."""
+    def exactly(self, reduction: str = "mean", *, by_reference: bool = False) -> tuple[Results, ByHand]:
+        """What comes of it by hand in float64, or by the reference, where loops would take long."""
         exact = {name: tensor.detach().double().requires_grad_() for name, tensor in self.learns.items()}
         options = self.given | exact
+        if by_reference:
+            return _by_reference(options, exact, reduction)
         queries, keys = options.pop("queries"), options.pop("keys")
         if "bias" in options:  # One for all keys.
             options["key_bias"] = torch.as_tensor(options.pop("bias")).double().expand(keys.shape[:-1])
@@ -80,20 +83,14 @@ class Problem:
         loss = result.losses
         if self.measure != "log_sum":
             loss = _reduced(result, options.get("weights"), reduction)
-        gradients = [None] * len(exact)
-        if loss.requires_grad:  # Without queries it has nothing of them.
-            gradients = torch.autograd.grad(loss, list(exact.values()), _upstream(loss), allow_unused=True)
-        by_name = {
-            name: torch.zeros_like(exact[name]) if gradient is None else gradient
-            for name, gradient in zip(exact, gradients, strict=True)
-        }
-        return Results(loss.detach(), None, None, by_name), result
+        return Results(loss.detach(), None, None, _gradients(loss, exact)), result
 
-    def check(self, device: torch.device, reduction: str = "mean", tolerance: float | None = None) -> None:
-        """The op's results are those by hand; ``tolerance`` is that of losses."""
-        actual, (expected, by_hand) = self.run(device, reduction), self.exactly(reduction)
+    def check(self, device: torch.device, reduction: str = "mean", *, by_reference: bool = False) -> None:
+        """The op's results are those by hand."""
+        actual = self.run(device, reduction)
+        expected, by_hand = self.exactly(reduction, by_reference=by_reference)
         double = self.learns["queries"].dtype == torch.float64
-        precise = tolerance or (1e-12 if double else 1e-5)
+        precise = 1e-12 if double else 1e-5
         assert actual.loss.dtype == (torch.float64 if double else torch.float32)
         torch.testing.assert_close(actual.loss.double().cpu(), expected.loss, atol=precise, rtol=precise)
         if actual.rank is not None and actual.accuracy is not None:
@@ -121,6 +118,27 @@ class Problem:
             rtol=allowed,
             msg=lambda text: f"gradient of {name}: {text}",
         )
+
+
+def _gradients(loss: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    if not loss.requires_grad:  # Without queries it has nothing of them.
+        return {name: torch.zeros_like(tensor) for name, tensor in inputs.items()}
+    gradients = torch.autograd.grad(loss, list(inputs.values()), _upstream(loss), allow_unused=True)
+    return {
+        name: torch.zeros_like(inputs[name]) if gradient is None else gradient
+        for name, gradient in zip(inputs, gradients, strict=True)
+    }
+
+
+def _by_reference(arguments: dict[str, Any], inputs: dict[str, Tensor], reduction: str) -> tuple[Results, ByHand]:
+    result = info_nce_reference(**arguments, reduction=reduction)
+    targets = arguments.get("targets")
+    present = torch.ones_like(result.rank, dtype=torch.bool)
+    if targets is not None:
+        present = (targets.unsqueeze(-1).flatten(result.rank.ndim) >= 0).any(-1)
+    # A key in some thousands is so near the best that it may count or not.
+    by_hand = ByHand(result.loss, result.rank - 1, result.rank + 1, present)
+    return Results(result.loss.detach(), None, None, _gradients(result.loss, inputs)), by_hand
 
 
 def _weights(by_hand: ByHand, weights: Tensor | None) -> Tensor:
