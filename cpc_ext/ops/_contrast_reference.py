@@ -25,7 +25,7 @@ class _Scores(NamedTuple):
         positives: which columns are a query's positives.
         rivals: which are contrasted with them.
         counted: which rivals count in the rank.
-        told: which pairs the columns of a symmetric contrast have: queries of weight 0 are no rivals in any.
+        in_columns: which are contrasted with the positive of their column in a symmetric contrast, and the positives.
         valid: [B, M], which queries name keys only.
     """
 
@@ -36,7 +36,7 @@ class _Scores(NamedTuple):
     positives: Tensor
     rivals: Tensor
     counted: Tensor
-    told: Tensor
+    in_columns: Tensor
     valid: Tensor
 
 
@@ -143,13 +143,13 @@ def _scores(problem: Contrast, present: Tensor | None = None) -> _Scores:
         counted = rivals & ~own
     allowed = _allowed(problem, contrasted)
     rivals = rivals & allowed
-    told = positives | (rivals if present is None else rivals & present.unsqueeze(-1))
+    in_columns = positives | (rivals if present is None else rivals & present.unsqueeze(-1))
     bias: Tensor | float = 0.0
     if problem.key_bias is not None:
         bias = problem.key_bias.to(dots.dtype).unsqueeze(1).expand(*queries.shape[:2], num_keys)
         bias = bias if named is None else bias.gather(2, named)
     scores = dots * _scale(problem) + bias
-    return _Scores(dots, scores, keys, named, positives, rivals, counted & allowed, told, valid)
+    return _Scores(dots, scores, keys, named, positives, rivals, counted & allowed, in_columns, valid)
 
 
 def _allowed(problem: Contrast, contrasted: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ def _losses(problem: Contrast, s: _Scores) -> Tensor:
     positive = torch.where(s.positives, s.scores, 0).sum(-1) / count.clamp_min(1)
     losses = _log_sum(s.scores, s.positives | s.rivals, -1) - positive
     if problem.symmetric:
-        losses = (losses + _log_sum(s.scores, s.told, 1) - positive) / 2
+        losses = (losses + _log_sum(s.scores, s.in_columns, 1) - positive) / 2
     return torch.where(count > 0, losses, 0)
 
 
@@ -204,17 +204,16 @@ def _slopes(problem: Contrast, s: _Scores, row_weights: Tensor) -> Tensor:
     """The derivative of the losses [B, M] times the row weights in the scores, [B, M, C]."""
     weights = row_weights.unsqueeze(-1)
     contrasted = s.positives | s.rivals
+    count = s.positives.sum(-1, keepdim=True)
     if problem.measure == "sigmoid":
         slopes = torch.where(s.positives, -(-s.scores).sigmoid(), s.scores.sigmoid())
-        return torch.where(contrasted, weights * slopes, 0)
-    count = s.positives.sum(-1, keepdim=True)
+        return torch.where(contrasted & (count > 0), weights * slopes, 0)
     scores = torch.where(contrasted, s.scores, -math.inf)
     pulls = torch.where(s.positives, weights / count.clamp_min(1), 0)
     slopes = torch.where(contrasted.any(-1, keepdim=True), scores.softmax(-1), 0) * weights - pulls
     if problem.symmetric:
-        columns = torch.where(s.told, s.scores, -math.inf).softmax(1) * row_weights.unsqueeze(-2)
-        columns = columns - torch.where(s.positives, weights, 0)
-        slopes = (slopes + torch.where(s.told.any(1, keepdim=True), columns, 0)) / 2
+        columns = torch.where(s.in_columns, s.scores, -math.inf).softmax(1) * row_weights.unsqueeze(-2)
+        slopes = (slopes + columns - torch.where(s.positives, weights, 0)) / 2
     return slopes if problem.measure == "log_sum" else torch.where(count > 0, slopes, 0)
 
 
@@ -229,8 +228,7 @@ def _slopes_in_scale(problem: Contrast, s: _Scores) -> Tensor:
 
     if not problem.symmetric:
         return of_rows(s)
-    rivals = (s.told & ~s.positives).mT
-    turned = s._replace(dots=s.dots.mT, scores=s.scores.mT, positives=s.positives.mT, rivals=rivals)
+    turned = s._replace(dots=s.dots.mT, scores=s.scores.mT, positives=s.positives.mT, rivals=s.in_columns.mT)
     return (of_rows(s) + of_rows(turned)) / 2
 
 

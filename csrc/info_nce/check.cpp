@@ -76,8 +76,8 @@ void check(const Problem& problem, Where where) {
   require(!log_sums || problem.targets.ndim == 0, "log_sum measures no positives");
   require((problem.contrast == Groups::all) == (problem.query_groups.ndim == 0), "groups and contrast go together");
   require((problem.query_groups.ndim == 0) == (problem.key_groups.ndim == 0), "queries and keys need groups together");
-  require(!problem.symmetric || (problem.measure == Measure::softmax && !problem.sampled() &&
-                                 problem.targets.ndim == 0 && rows == keys),
+  require(!problem.symmetric ||
+              (problem.measure == Measure::softmax && !problem.sampled() && problem.targets.ndim == 0 && rows == keys),
           "symmetric is softmax of all keys, as many as queries, with the positives on the diagonal");
   if (problem.order.ndim != 0) {
     require_shape("order", problem.order, {batch * rows * (problem.samples() + problem.positives())});

@@ -44,6 +44,9 @@
 
 namespace cpc::info_nce {
 
+// Scores of a symmetric contrast that are kept at most: those of 4096 queries and keys in float.
+constexpr int64_t kKeptBytes = int64_t{64} << 20;
+
 enum class Measure : uint8_t { softmax, log_sum, sigmoid };
 constexpr auto names_of(Measure) { return std::array{"softmax", "log_sum", "sigmoid"}; }
 
@@ -86,32 +89,31 @@ struct Problem {
   bool wants_gradients() const { return grad_queries.ndim != 0 || grad_keys.ndim != 0 || grad_bias.ndim != 0; }
 };
 
-constexpr auto kContrast =
-    fields_of<Problem>(reads<&Problem::queries>("queries", Type::floating, "B M D", Layout::dense),
-                       reads<&Problem::keys>("keys", Type::same, "B N D", Layout::dense),
-                       may_read<&Problem::targets>("targets", Type::i64, "B M P", Layout::dense),
-                       may_read<&Problem::negatives>("negatives", Type::i64, "B M S", Layout::dense),
-                       may_read<&Problem::exclude>("exclude", Type::i64, "B M E", Layout::dense),
-                       may_read<&Problem::key_range>("key_range", Type::i64, "B M 2", Layout::dense),
-                       may_read<&Problem::query_groups>("query_groups", Type::i64, "B M", Layout::dense),
-                       may_read<&Problem::key_groups>("key_groups", Type::i64, "B N", Layout::dense),
-                       may_read<&Problem::key_bias>("key_bias", Type::sums, "B N", Layout::dense),
-                       may_read<&Problem::scales>("scales", Type::sums, "1", Layout::dense),
-                       may_read<&Problem::row_weights>("row_weights", Type::sums, "B M", Layout::dense),
-                       may_read<&Problem::thresholds>("thresholds", Type::sums, "B M", Layout::dense),
-                       may_write<&Problem::losses>("losses", Type::sums, "B M", Layout::dense),
-                       may_write<&Problem::ranks>("ranks", Type::i64, "B M", Layout::dense),
-                       may_write<&Problem::slopes>("slopes", Type::sums, "B M", Layout::dense),
-                       may_write<&Problem::bests>("bests", Type::sums, "B M", Layout::dense),
-                       may_write<&Problem::grad_queries>("grad_queries", Type::same, "B M D", Layout::dense),
-                       may_write<&Problem::grad_keys>("grad_keys", Type::same, "B N D", Layout::dense),
-                       may_write<&Problem::grad_bias>("grad_bias", Type::sums, "B N", Layout::dense),
-                       value<&Problem::scale>("scale"), value<&Problem::factor>("factor"),
-                       value<&Problem::measure>("measure"), value<&Problem::contrast>("contrast"),
-                       value<&Problem::symmetric>("symmetric"), value<&Problem::tf32>("tf32"),
-                       workspace<&Problem::workspace>("workspace", "info_nce_workspace"),
-                       may_read<&Problem::order>("order", Type::i64, "L", Layout::dense),
-                       may_read<&Problem::segments>("segments", Type::i64, "G", Layout::dense));
+constexpr auto kContrast = fields_of<Problem>(
+    reads<&Problem::queries>("queries", Type::floating, "B M D", Layout::dense),
+    reads<&Problem::keys>("keys", Type::same, "B N D", Layout::dense),
+    may_read<&Problem::targets>("targets", Type::i64, "B M P", Layout::dense),
+    may_read<&Problem::negatives>("negatives", Type::i64, "B M S", Layout::dense),
+    may_read<&Problem::exclude>("exclude", Type::i64, "B M E", Layout::dense),
+    may_read<&Problem::key_range>("key_range", Type::i64, "B M 2", Layout::dense),
+    may_read<&Problem::query_groups>("query_groups", Type::i64, "B M", Layout::dense),
+    may_read<&Problem::key_groups>("key_groups", Type::i64, "B N", Layout::dense),
+    may_read<&Problem::key_bias>("key_bias", Type::sums, "B N", Layout::dense),
+    may_read<&Problem::scales>("scales", Type::sums, "1", Layout::dense),
+    may_read<&Problem::row_weights>("row_weights", Type::sums, "B M", Layout::dense),
+    may_read<&Problem::thresholds>("thresholds", Type::sums, "B M", Layout::dense),
+    may_write<&Problem::losses>("losses", Type::sums, "B M", Layout::dense),
+    may_write<&Problem::ranks>("ranks", Type::i64, "B M", Layout::dense),
+    may_write<&Problem::slopes>("slopes", Type::sums, "B M", Layout::dense),
+    may_write<&Problem::bests>("bests", Type::sums, "B M", Layout::dense),
+    may_write<&Problem::grad_queries>("grad_queries", Type::same, "B M D", Layout::dense),
+    may_write<&Problem::grad_keys>("grad_keys", Type::same, "B N D", Layout::dense),
+    may_write<&Problem::grad_bias>("grad_bias", Type::sums, "B N", Layout::dense), value<&Problem::scale>("scale"),
+    value<&Problem::factor>("factor"), value<&Problem::measure>("measure"), value<&Problem::contrast>("contrast"),
+    value<&Problem::symmetric>("symmetric"), value<&Problem::tf32>("tf32"),
+    workspace<&Problem::workspace>("workspace", "info_nce_workspace"),
+    may_read<&Problem::order>("order", Type::i64, "L", Layout::dense),
+    may_read<&Problem::segments>("segments", Type::i64, "G", Layout::dense));
 
 // Throws std::invalid_argument where the fields do not fit each other, and, on the host, std::out_of_range or
 // std::invalid_argument where an index is not as above.

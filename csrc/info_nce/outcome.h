@@ -35,7 +35,9 @@ CPC_HOST_DEVICE inline Real weight_of(int64_t row, Real factor, const Real* row_
 }
 
 // log(1 + exp(x)), in double lest small losses lose their precision.
-CPC_HOST_DEVICE inline double softplus(double x) { return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
+CPC_HOST_DEVICE inline double softplus(double x) {
+  return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x));
+}
 
 template <class Real>
 CPC_HOST_DEVICE inline Real logistic(Real x) {

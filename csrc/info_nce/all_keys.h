@@ -1,0 +1,766 @@
+// InfoNCE on the CPU, all keys contrasted: from queries and keys to losses and, formed at once, all gradients.
+// The scores of some hundred queries against all keys stay in the cache, transposed, a query a lane of a register. So the
+// softmax needs no sums across lanes, and all three matrix products read keys and write their gradient where they lie;
+// only the few queries are packed. Scores become powers relative to the largest of a block of keys at once, and
+// probabilities when all blocks are known. Where the keys are too many for that, the scores of a part of them are
+// computed again for the gradients. A symmetric contrast knows its probabilities only when all queries are through: then
+// their dot products are taken up again, from memory as far as they may be kept there, or computed once more.
+// Included only by sources that are compiled once per instruction set level.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <utility>
+
+#include "core/gemm.h"
+#include "core/parallel.h"
+#include "core/workspace.h"
+#include "info_nce/info_nce.h"
+#include "info_nce/outcome.h"
+#include "info_nce/scores.h"
+
+namespace cpc::info_nce::cpu::CPC_ISA {
+
+template <class Storage>
+using SumOf = std::conditional_t<std::is_same_v<Storage, double>, double, float>;
+
+// Nanoseconds that a query's feature takes to be packed, and a value to be converted.
+constexpr double kPackNanoseconds = 1, kConvertNanoseconds = 0.25;
+// Multiplications and additions of a nanosecond with the powers between the products.
+constexpr double kContrastFlops = 24;
+
+// Calls body(i) for every i in [0, n), on up to so many workers.
+template <class Body>
+void each(int threads, int64_t n, const Body& body) {
+  if (threads > 1)
+    parallel_for(n, [&](int64_t i, int) { body(i); }, threads);
+  else
+    for (int64_t i = 0; i < n; ++i) body(i);
+}
+
+template <class S, class Storage>
+void widen_run(S* to, const Storage* from, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
+}
+
+// What the scale comes to where it is known on the device only in part.
+template <class S>
+S scale_of(const Problem& problem) {
+  const auto* const factor = problem.scales.as<const S>();
+  return static_cast<S>(problem.scale) * (factor != nullptr ? *factor : S(1));
+}
+
+// A row's places for positives, for Outcome.
+template <class S>
+struct PositivesOfRow {
+  int64_t places;
+  const int64_t* targets;  // Null: one, the key `own`.
+  int64_t own;
+  const S* dots;
+  S scale;
+  const S* bias;  // Of all keys; null: 0.
+
+  int64_t key(int64_t j) const { return targets != nullptr ? targets[j] : own; }
+  bool present(int64_t j) const { return key(j) >= 0; }
+  S dot(int64_t j) const { return dots[j]; }
+  // The very arithmetic of TileOfScores, so that equal keys have equal scores.
+  S score(int64_t j) const {
+    const S added = bias != nullptr ? bias[key(j)] : S(0);
+    return dots[j] * scale + added;
+  }
+};
+
+// Keys whose scores are brought to one maximum, and which a task takes.
+constexpr int64_t kBlockKeys = 8 * kTileRows;
+// Blocks of keys that a tile of the queries' gradient goes through at a time, and features that one of scores does.
+constexpr int64_t kSliceBlocks = 6, kDepthBlock = 320;
+// Scores of a superblock of queries: what the cache that all cores share holds beside the keys.
+constexpr int64_t kScoresBytes = int64_t{6} << 20;
+// Queries of a superblock, at most, and where there are so many keys that it takes them part by part.
+constexpr int64_t kMaxRows = 384, kMinRows = 96;
+// Workers whom the rows' sums are not shared out to.
+constexpr int64_t kFewWorkers = 4;
+// Tiles of the queries' gradient that a task takes: three cache lines of a key.
+constexpr int64_t kTaskTiles = 8;
+
+template <class Storage>
+class AllKeys {
+  using S = SumOf<Storage>;
+  using E = S;
+  using R = Register<S>;
+  static constexpr int64_t kLane = kLaneColumns<E>, kColumns = kTileColumns<E>;
+  static constexpr bool kInPlace = std::is_same_v<S, Storage>;
+
+ public:
+  explicit AllKeys(const Problem& problem)
+      : problem_(problem),
+        m_(problem.rows()),
+        n_(problem.keys_count()),
+        d_(problem.dim()),
+        places_(problem.positives()),
+        scale_(scale_of<S>(problem)),
+        blocks_(divide_up(n_, kBlockKeys)) {
+    const int64_t row_bytes = n_ * static_cast<int64_t>(sizeof(S));
+    rows_ = std::min(kScoresBytes / std::max<int64_t>(row_bytes, 1), kMaxRows);
+    chunk_blocks_ = blocks_;
+    if (rows_ < kMinRows) {
+      rows_ = kMaxRows;
+      chunk_blocks_ =
+          kScoresBytes / (rows_ * kBlockKeys * static_cast<int64_t>(sizeof(S))) / kSliceBlocks * kSliceBlocks;
+    }
+    rows_ = std::max(rows_ / kColumns * kColumns, kColumns);
+    rows_ = std::min(rows_, divide_up(m_, kLane) * kLane);
+    panels_ = divide_up(rows_, kColumns);
+    // Whole superblocks are kept, and none where the keys are taken in parts.
+    if (problem.symmetric && chunk_blocks_ == blocks_ && problem.wants_gradients())
+      kept_rows_ = std::min(kKeptBytes / std::max<int64_t>(row_bytes, 1), divide_up(m_, kColumns) * kColumns);
+  }
+
+  int64_t workspace() const {
+    Parts parts(nullptr);
+    Buffers(parts, *this);
+    return parts.used();
+  }
+
+  // Nanoseconds that a batch entry takes.
+  double nanoseconds() const {
+    const int products = 1 + wants_queries() + wants_keys();
+    return products * 2. * static_cast<double>(m_ * d_) * static_cast<double>(n_) / kContrastFlops;
+  }
+
+  // Contrasts a batch entry.
+  void run(int64_t entry, char* memory, bool parallel) const {
+    Parts parts(memory);
+    const auto threads = [&](double nanoseconds) { return parallel ? workers_for(nanoseconds) : 1; };
+    const auto rows = static_cast<double>(std::min(rows_, m_)), values = static_cast<double>(n_ * d_);
+    Call call{.entry = entry,
+              .threads = threads(2 * rows * values / kContrastFlops),
+              .packers = threads((wants_keys() ? 2 : 1) * kPackNanoseconds * rows * static_cast<double>(d_)),
+              .converters = threads(kConvertNanoseconds * values),
+              .buffers = Buffers(parts, *this),
+              .keys = nullptr,
+              .grad_keys = nullptr};
+    const Storage* const keys = problem_.keys.template as<Storage>() + entry * n_ * d_;
+    if constexpr (kInPlace) {
+      call.keys = keys;
+      if (wants_keys()) call.grad_keys = problem_.grad_keys.template as<S>() + entry * n_ * d_;
+    } else {
+      each(call.converters, blocks_, [&](int64_t block) {
+        const int64_t first = block * kBlockKeys * d_, count = keys_of(block) * d_;
+        widen_run(call.buffers.keys + first, keys + first, count);
+      });
+      call.keys = call.buffers.keys;
+      call.grad_keys = call.buffers.grad_keys;
+    }
+    const auto rows_at = [&](int64_t first) { return Rows{first, std::clamp<int64_t>(m_ - first, 0, rows_)}; };
+    pack_queries(call, rows_at(0));
+    for (int64_t first = 0; first < m_; first += rows_) superblock(call, rows_at(first), rows_at(first + rows_));
+    if (problem_.symmetric) {
+      finish_columns(call);
+      if (problem_.wants_gradients()) pack_queries(call, rows_at(0));
+      for (int64_t first = 0; problem_.wants_gradients() && first < m_; first += rows_)
+        differentiate(call, rows_at(first), rows_at(first + rows_));
+    }
+    if (m_ == 0 && wants_bias()) std::fill_n(problem_.grad_bias.template as<S>() + entry * n_, n_, S{});
+    if (!wants_keys()) return;
+    if (m_ == 0) std::fill_n(problem_.grad_keys.template as<Storage>() + entry * n_ * d_, n_ * d_, Storage{});
+    if constexpr (!kInPlace)
+      each(call.converters, m_ == 0 ? 0 : blocks_, [&](int64_t block) {
+        const int64_t at = block * kBlockKeys * d_;
+        narrow(problem_.grad_keys.template as<Storage>() + entry * n_ * d_ + at, call.grad_keys + at,
+               keys_of(block) * d_);
+      });
+  }
+
+ private:
+  bool wants_queries() const { return problem_.grad_queries.ndim != 0; }
+  bool wants_keys() const { return problem_.grad_keys.ndim != 0; }
+  bool wants_bias() const { return problem_.grad_bias.ndim != 0; }
+  bool sigmoid() const { return problem_.measure == Measure::sigmoid; }
+  int64_t keys_of(int64_t block) const { return std::min(kBlockKeys, n_ - block * kBlockKeys); }
+
+  struct Buffers {
+    S* scores;             // [panels][keys of a chunk][columns]: dots, then powers, then weights of the gradients.
+    S* kept;               // The same of the first kept_rows_ queries, [n][columns] after one another: dots.
+    S* by_feature;         // [panels][D][columns]: queries, to multiply keys with.
+    S* by_query;           // [panels of features][rows][columns]: scaled queries, to multiply weights with.
+    S* grad_queries;       // [panels][D][columns]
+    RowSums<S> stats;      // [blocks][rows]: of a block's rivals.
+    S* factors;            // [blocks][rows]: from powers to weights.
+    S *dots, *weights;     // [rows][places]: the positives' dot products and their weights in the gradients.
+    S* bests;              // [rows]: what a rival must not be below to count in the rank.
+    char* needed;          // [blocks][panels]: whether weights are more than zeros to the sums' precision.
+    S *keys, *grad_keys;   // [N][D], where the tensors are of another type.
+    S *largest, *of_rows;  // [M], symmetric: what a row's powers are relative to, and from them to weights.
+    S* present;            // [M]: whether the query is contrasted in the columns.
+    RowSums<S> of_panels;  // [panels][N]: sums of the columns.
+    RowSums<S> columns;    // [N]: the same of all panels up to now; in the end `sums` turns powers to weights.
+
+    Buffers(Parts& parts, const AllKeys& a) {
+      const bool gradients = a.problem_.wants_gradients(), symmetric = a.problem_.symmetric;
+      scores = parts.take<S>(a.panels_ * kColumns * std::min(a.chunk_blocks_ * kBlockKeys, a.n_));
+      kept = parts.take<S>(a.kept_rows_ * a.n_);
+      by_feature = parts.take<S>(a.panels_ * kColumns * a.d_);
+      by_query = parts.take<S>(a.wants_keys() ? divide_up(a.d_, kColumns) * kColumns * a.rows_ : 0);
+      grad_queries = parts.take<S>(a.wants_queries() ? a.panels_ * kColumns * a.d_ : 0);
+      const int64_t padded = a.panels_ * kColumns;
+      for (S** part : {&stats.maxima, &stats.sums, &stats.moments, &stats.counts})
+        *part = parts.take<S>(a.blocks_ * padded);
+      factors = parts.take<S>(gradients ? a.blocks_ * padded : 0);
+      const int64_t all_rows = symmetric ? divide_up(a.m_, kColumns) * kColumns : padded;
+      dots = parts.take<S>(all_rows * a.places_);
+      weights = parts.take<S>(all_rows * a.places_);
+      bests = parts.take<S>(padded);
+      needed = parts.take<char>(a.blocks_ * a.panels_);
+      keys = parts.take<S>(kInPlace ? 0 : a.n_ * a.d_);
+      grad_keys = parts.take<S>(kInPlace || !a.wants_keys() ? 0 : a.n_ * a.d_);
+      for (S** part : {&largest, &of_rows, &present}) *part = parts.take<S>(symmetric ? all_rows : 0);
+      const int64_t all_keys = symmetric ? a.padded_keys() : 0;
+      for (S** part : {&of_panels.maxima, &of_panels.sums, &of_panels.moments})
+        *part = parts.take<S>(all_keys * a.panels_);
+      for (S** part : {&columns.maxima, &columns.sums, &columns.moments}) *part = parts.take<S>(all_keys);
+      of_panels.counts = columns.counts = nullptr;
+    }
+  };
+
+  struct Call {
+    int64_t entry;
+    int threads;              // For a product of a superblock.
+    int packers, converters;  // To pack its queries, to convert all keys.
+    Buffers buffers;
+    const S* keys;
+    S* grad_keys;
+  };
+
+  // Some queries: `count` of them from `first` on.
+  struct Rows {
+    int64_t first, count;
+    int64_t panels() const { return divide_up(count, kColumns); }
+    int64_t in(int64_t panel) const { return std::min(kColumns, count - panel * kColumns); }
+    int64_t vectors(int64_t panel) const { return divide_up(in(panel), kLane); }
+    int64_t columns(int64_t panel) const { return vectors(panel) * kLane; }
+  };
+
+  // Keys, filled up to whole blocks.
+  int64_t padded_keys() const { return blocks_ * kBlockKeys; }
+  // A row of a superblock among those that positives are kept of.
+  int64_t kept_row(const Rows& rows, int64_t row) const { return (problem_.symmetric ? rows.first : 0) + row; }
+  bool is_kept(const Rows& rows) const { return rows.first + rows.count <= kept_rows_; }
+
+  // The row of all that is of queries.
+  int64_t index(const Call& call, const Rows& rows, int64_t row) const { return call.entry * m_ + rows.first + row; }
+  const S* bias_of(const Call& call) const {
+    return problem_.key_bias.ndim == 0 ? nullptr : problem_.key_bias.template as<const S>() + call.entry * n_;
+  }
+  PositivesOfRow<S> positives(const Call& call, const Rows& rows, int64_t row) const {
+    const auto* const targets = problem_.targets.template as<const int64_t>();
+    return {.places = places_,
+            .targets = targets == nullptr ? nullptr : targets + index(call, rows, row) * places_,
+            .own = rows.first + row,
+            .dots = call.buffers.dots + kept_row(rows, row) * places_,
+            .scale = scale_,
+            .bias = bias_of(call)};
+  }
+
+  // Few parallel loops, as at the end of each all workers wait for the last. The next queries are packed beside the
+  // last product of these, which does not need what these were packed to.
+  void superblock(const Call& call, const Rows& rows, const Rows& next) const {
+    each(call.packers, rows.panels(), [&](int64_t panel) { score_positives(call, rows, panel); });
+    for (int64_t chunk = 0; chunk < blocks_; chunk += chunk_blocks_) {
+      score(call, rows, chunk, Pass::first);
+      if (problem_.symmetric)
+        each(call.threads, chunk_end(chunk) - chunk, [&](int64_t i) { merge_columns_of(call, rows, chunk + i); });
+    }
+    // Little work, not worth another loop but for many.
+    each(workers() > kFewWorkers ? call.threads : 1, rows.panels(),
+         [&](int64_t panel) { finish_rows(call, rows, panel); });
+    if (problem_.symmetric || !problem_.wants_gradients()) return pack_queries(call, next);
+    differentiate(call, rows, next);
+  }
+
+  int64_t chunk_end(int64_t chunk) const { return std::min(blocks_, chunk + chunk_blocks_); }
+
+  // The gradients' part of a superblock whose rows, and columns, are finished.
+  void differentiate(const Call& call, const Rows& rows, const Rows& next) const {
+    for (int64_t chunk = 0; chunk < blocks_; chunk += chunk_blocks_) {
+      if (problem_.symmetric ? !is_kept(rows) : chunk_blocks_ < blocks_) score(call, rows, chunk, Pass::again);
+      const int64_t end = chunk_end(chunk);
+      each(call.threads, end - chunk, [&](int64_t i) {
+        weigh(call, rows, chunk, chunk + i);
+        if (wants_bias()) add_to_bias(call, rows, chunk, chunk + i);
+        if (wants_keys()) add_to_keys(call, rows, chunk, chunk + i);
+      });
+      // A tile's part of the keys serves all panels while it is in the cache, unless that leaves workers idle.
+      const int64_t tiles = divide_up(d_, kTileRows), groups = divide_up(tiles, kTaskTiles);
+      const int64_t shares = groups >= 2 * call.threads || call.threads == 1 ? 1 : rows.panels();
+      if (!wants_queries()) {
+        if (end == blocks_) pack_queries(call, next);
+        continue;
+      }
+      // Every task takes its part of both, as the first workers get the first tasks.
+      const int64_t tasks = groups * shares, packs = end == blocks_ ? next.panels() : 0;
+      each(call.threads, tasks, [&](int64_t task) {
+        const int64_t group = task % groups, share = task / groups;
+        add_to_queries(call, rows, chunk, end, group * tiles / groups, (group + 1) * tiles / groups,
+                       share * rows.panels() / shares, (share + 1) * rows.panels() / shares);
+        for (int64_t panel = task * packs / tasks; panel < (task + 1) * packs / tasks; ++panel)
+          pack_queries(call, next, panel);
+      });
+    }
+  }
+
+  void pack_queries(const Call& call, const Rows& rows) const {
+    each(call.packers, rows.panels(), [&](int64_t panel) { pack_queries(call, rows, panel); });
+  }
+
+  void pack_queries(const Call& call, const Rows& rows, int64_t panel) const {
+    const int64_t columns = rows.columns(panel), in = rows.in(panel);
+    S* const by_feature = call.buffers.by_feature + panel * kColumns * d_;
+    for (int64_t c = 0; c < columns; ++c) {
+      if (c >= in) {
+        for (int64_t k = 0; k < d_; ++k) by_feature[k * columns + c] = 0;
+        continue;
+      }
+      const int64_t row = panel * kColumns + c;
+      const Storage* const query = problem_.queries.template as<Storage>() + (call.entry * m_ + rows.first + row) * d_;
+      for (int64_t k = 0; k < d_; ++k) by_feature[k * columns + c] = widen(query[k]);
+      if (!wants_keys()) continue;
+      const bool counts = weight_of_row(call.entry * m_ + rows.first + row) != 0;
+      for (int64_t k = 0; k < d_; k += kColumns) {
+        const int64_t width = divide_up(std::min(kColumns, d_ - k), kLane) * kLane;
+        S* const out = call.buffers.by_query + k * rows_ + row * width;
+        for (int64_t j = 0; j < width; ++j) out[j] = counts && k + j < d_ ? scale_ * widen(query[k + j]) : S{};
+      }
+    }
+  }
+
+  S* scores_of(const Call& call, const Rows& rows, int64_t chunk, int64_t block, int64_t panel) const {
+    const int64_t keys = std::min(chunk_blocks_ * kBlockKeys, n_);
+    S* const first = is_kept(rows) ? call.buffers.kept + rows.first * n_ : call.buffers.scores;
+    return first + panel * kColumns * keys + (block - chunk) * kBlockKeys * rows.columns(panel);
+  }
+  TileOfScores<S> tile_of(const Call& call, const Rows& rows, int64_t chunk, int64_t block, int64_t panel) const {
+    const S* const bias = bias_of(call);
+    return {.values = scores_of(call, rows, chunk, block, panel),
+            .keys = keys_of(block),
+            .columns = rows.columns(panel),
+            .scale = scale_,
+            .bias = bias == nullptr ? nullptr : bias + block * kBlockKeys};
+  }
+  // Where the numbers of a block and panel begin in those of all blocks.
+  RowSums<S> stats_of(const Call& call, int64_t block, int64_t panel) const {
+    const int64_t at = (block * panels_ + panel) * kColumns;
+    const RowSums<S>& all = call.buffers.stats;
+    return {all.maxima + at, all.sums + at, all.moments + at, all.counts + at};
+  }
+  RowSums<S> column_stats_of(const Call& call, int64_t block, int64_t panel) const {
+    const int64_t at = panel * padded_keys() + block * kBlockKeys;
+    const RowSums<S>& all = call.buffers.of_panels;
+    return {all.maxima + at, all.sums + at, all.moments + at, nullptr};
+  }
+
+  // Dot products of a panel's queries with their positives, a query a lane, summed in the order of score().
+  void score_positives(const Call& call, const Rows& rows, int64_t panel) const {
+    const int64_t columns = rows.columns(panel), parts = std::max<int64_t>(divide_up(d_, kDepthBlock), 1);
+    const S* const by_feature = call.buffers.by_feature + panel * kColumns * d_;
+    const auto* const thresholds = problem_.thresholds.template as<const S>();
+    for (int64_t c = 0; c < columns; c += kLane) {
+      const int64_t first = panel * kColumns + c, count = std::clamp<int64_t>(rows.count - first, 0, kLane);
+      for (int64_t j = 0; n_ > 0 && j < places_; ++j) {
+        const S* lanes[kLane];
+        for (int64_t i = 0; i < kLane; ++i)  // Lanes without a positive compute what nobody reads.
+          lanes[i] = call.keys + std::max<int64_t>(i < count ? positives(call, rows, first + i).key(j) : 0, 0) * d_;
+        R total = {};
+        for (int64_t part = 0; part < parts; ++part) {
+          R sum = {};
+          for (int64_t k = part * d_ / parts; k < (part + 1) * d_ / parts; ++k) {
+            R right = {};
+            for (int64_t i = 0; i < kLane; ++i) right[i] = lanes[i][k];
+            sum = multiply_add<E>(sum, right, load_register(by_feature + k * columns + c));
+          }
+          total = part > 0 ? total + sum : sum;
+        }
+        for (int64_t i = 0; i < count; ++i) call.buffers.dots[kept_row(rows, first + i) * places_ + j] = total[i];
+      }
+      for (int64_t i = 0; i < kLane; ++i) {
+        S& best = call.buffers.bests[first + i];
+        best = i >= count ? kInfinity<S> : outcome(call, rows, first + i, {}).best();
+        if (i < count && thresholds != nullptr && places_ == 0) best = thresholds[index(call, rows, first + i)];
+        if (i < count && problem_.symmetric) {
+          call.buffers.present[rows.first + first + i] = weight_of_row(index(call, rows, first + i)) != 0;
+        } else if (problem_.symmetric) {
+          call.buffers.present[rows.first + first + i] = 0;
+        }
+      }
+    }
+  }
+
+  enum class Pass { first, again };
+
+  // Scores of a chunk's blocks, marked where keys are left out, as powers relative to their largest.
+  void score(const Call& call, const Rows& rows, int64_t chunk, Pass pass) const {
+    const int64_t count = chunk_end(chunk) - chunk, panels = rows.panels();
+    each(call.threads, count * panels, [&](int64_t task) {
+      const int64_t block = chunk + task / panels, panel = task % panels;
+      const TileOfScores<S> tile = tile_of(call, rows, chunk, block, panel);
+      if (is_out_of_range(call, rows, block, panel)) {
+        std::fill_n(tile.values, tile.keys * tile.columns, kLeftOut<S>);
+      } else {
+        multiply(call, rows, block, panel, tile.values);
+        leave_out(call, rows, block, panel, tile);
+      }
+      sum_up(call, rows, block, panel, tile, pass);
+    });
+  }
+
+  void multiply(const Call& call, const Rows& rows, int64_t block, int64_t panel, S* scores) const {
+    const int64_t keys = keys_of(block), columns = rows.columns(panel);
+    const S* const by_feature = call.buffers.by_feature + panel * kColumns * d_;
+    const int64_t parts = std::max<int64_t>(divide_up(d_, kDepthBlock), 1);
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t begin = part * d_ / parts, depth = (part + 1) * d_ / parts - begin;
+      for (int64_t key = 0; key < keys; key += kTileRows)
+        with_tile(std::min<int64_t>(kTileRows, keys - key), rows.vectors(panel), [&](auto count, auto vectors) {
+          Tile<E, count, vectors> tile;
+          tile.clear();
+          const S* const left = call.keys + (block * kBlockKeys + key) * d_ + begin;
+          tile.multiply([left, d = d_](int r, int64_t k) { return left + r * d + k; }, by_feature + begin * columns,
+                        depth);
+          S* const to = scores + key * columns;
+          if (part > 0) add(tile, to, columns);
+          tile.store(to, columns);
+        });
+    }
+  }
+
+  void sum_up(const Call& call, const Rows& rows, int64_t block, int64_t panel, const TileOfScores<S>& tile,
+              Pass pass) const {
+    const RowSums<S> stats = stats_of(call, block, panel);
+    const S* const bests = call.buffers.bests + panel * kColumns;
+    const bool first = pass == Pass::first;
+    if (problem_.symmetric && first)
+      sum_columns(tile, call.buffers.present + rows.first + panel * kColumns, column_stats_of(call, block, panel));
+    for (int64_t c = 0; c < tile.columns; c += kLane) {
+      if (problem_.symmetric) {
+        if (first) exponentiate<true, false>(tile, c, bests, stats);
+      } else if (sigmoid()) {
+        first ? logistics<true>(tile, c, bests, stats) : logistics<false>(tile, c, bests, stats);
+      } else {
+        first ? exponentiate<true, true>(tile, c, bests, stats) : exponentiate<false, true>(tile, c, bests, stats);
+      }
+    }
+  }
+
+  // Adds what is in memory to a tile.
+  template <int Count, int Vectors>
+  static void add(Tile<E, Count, Vectors>& tile, const S* from, int64_t pitch) {
+#pragma GCC unroll 8
+    for (int r = 0; r < Count; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) tile.sums[r][v] += load_register(from + r * pitch + v * kLane);
+  }
+
+  // --- Which keys are left out ---
+
+  // Whether no query of a panel contrasts a key of a block, by their ranges.
+  bool is_out_of_range(const Call& call, const Rows& rows, int64_t block, int64_t panel) const {
+    if (problem_.key_range.ndim == 0) return false;
+    const int64_t first = block * kBlockKeys, last = first + keys_of(block);
+    const int64_t* const ranges = problem_.key_range.template as<int64_t>() + 2 * index(call, rows, panel * kColumns);
+    for (int64_t c = 0; c < rows.in(panel); ++c)
+      if (std::max(ranges[2 * c], first) < std::min(ranges[2 * c + 1], last)) return false;
+    return true;
+  }
+
+  void leave_out(const Call& call, const Rows& rows, int64_t block, int64_t panel, const TileOfScores<S>& tile) const {
+    const int64_t begin = block * kBlockKeys, in = rows.in(panel);
+    const int64_t row = index(call, rows, panel * kColumns);
+    for (int64_t c = 0; c < in; c += kLane) {
+      const int64_t count = std::min(kLane, in - c);
+      if (problem_.key_range.ndim != 0) {
+        const int64_t* const ranges = problem_.key_range.template as<int64_t>() + 2 * (row + c);
+        int64_t begins[kLane] = {}, ends[kLane] = {};
+        for (int64_t i = 0; i < count; ++i) {
+          begins[i] = ranges[2 * i] - begin;
+          ends[i] = ranges[2 * i + 1] - begin;
+        }
+        leave_out_of_range(tile, c, begins, ends);
+      }
+      if (problem_.contrast != Groups::all)
+        leave_out_groups(tile, c, LaneGroups<S>(problem_.query_groups.template as<int64_t>() + row + c, count),
+                         problem_.key_groups.template as<int64_t>() + call.entry * n_ + begin,
+                         problem_.contrast == Groups::other);
+    }
+    const int64_t excluded = problem_.excluded();
+    const auto* const exclude = problem_.exclude.template as<const int64_t>();
+    for (int64_t c = 0; c < in; ++c) {
+      const auto mark = [&](int64_t key) {
+        if (key >= begin && key < begin + tile.keys) tile.values[(key - begin) * tile.columns + c] = kLeftOut<S>;
+      };
+      const PositivesOfRow<S> own = positives(call, rows, panel * kColumns + c);
+      for (int64_t j = 0; j < places_; ++j) mark(own.key(j));
+      for (int64_t j = 0; j < excluded; ++j) mark(exclude[(row + c) * excluded + j]);
+    }
+  }
+
+  // --- From sums to losses and weights ---
+
+  Outcome<S, PositivesOfRow<S>> outcome(const Call& call, const Rows& rows, int64_t row,
+                                        const Rivals<S>& rivals) const {
+    return {problem_.measure, rivals, positives(call, rows, row)};
+  }
+
+  // From the blocks' sums to losses, and to the factors between powers and the gradients' weights.
+  void finish_rows(const Call& call, const Rows& rows, int64_t panel) const {
+    const Buffers& b = call.buffers;
+    const int64_t pitch = panels_ * kColumns;
+    for (int64_t c = 0; c < rows.columns(panel); c += kLane) {
+      const int64_t at = panel * kColumns + c;
+      R largest = R{} - kLargest<S>, sum = {}, moment = {}, reached_by = {};
+      for (int64_t block = 0; block < blocks_; ++block) {
+        const R v = load_register(b.stats.maxima + block * pitch + at);
+        largest = v > largest ? v : largest;
+      }
+      for (int64_t block = 0; block < blocks_; ++block) {
+        const int64_t i = block * pitch + at;
+        const R share = exp(load_register(b.stats.maxima + i) - largest);
+        sum += load_register(b.stats.sums + i) * share;
+        moment += load_register(b.stats.moments + i) * share;
+        reached_by += load_register(b.stats.counts + i);
+      }
+      R factors = {};  // From powers relative to the largest of all blocks to weights.
+      for (int64_t i = 0; i < kLane && at + i < rows.count; ++i)
+        factors[i] = finish_row(call, rows, at + i, {largest[i], sum[i], moment[i]}, reached_by[i]);
+      if (problem_.wants_gradients() && !problem_.symmetric)
+        share_out(call, panel, c, largest, sum, factors, rows.in(panel) - c);
+    }
+    for (int64_t c = 0; problem_.wants_gradients() && !problem_.symmetric && c < rows.in(panel); ++c) {
+      const PositivesOfRow<S> own = positives(call, rows, panel * kColumns + c);
+      for (int64_t j = 0; j < places_; ++j)
+        if (own.present(j) && b.weights[(panel * kColumns + c) * places_ + j] != 0)
+          b.needed[own.key(j) / kBlockKeys * panels_ + panel] = 1;
+    }
+  }
+
+  // The factor between a row's powers and its weights.
+  S finish_row(const Call& call, const Rows& rows, int64_t row, const Rivals<S>& rivals, S reached_by) const {
+    const Buffers& b = call.buffers;
+    const int64_t i = index(call, rows, row), kept = kept_row(rows, row);
+    const PositivesOfRow<S> own = positives(call, rows, row);
+    const Outcome<S, PositivesOfRow<S>> outcome{problem_.measure, rivals, own};
+    if (problem_.losses.ndim != 0) {
+      problem_.losses.template as<S>()[i] = outcome.loss();
+      problem_.ranks.template as<int64_t>()[i] = static_cast<int64_t>(reached_by);
+    }
+    if (problem_.slopes.ndim != 0) problem_.slopes.template as<S>()[i] = outcome.slope();
+    if (problem_.bests.ndim != 0) problem_.bests.template as<S>()[i] = outcome.best();
+    const S weight = weight_of_row(i), factor = outcome.factor_of_rivals(weight);
+    for (int64_t j = 0; j < places_; ++j)
+      b.weights[kept * places_ + j] = own.present(j) ? outcome.weight_of_positive(j, weight) : S{};
+    if (problem_.symmetric) {
+      b.largest[kept] = rivals.largest;
+      b.of_rows[kept] = factor;
+    }
+    return factor;
+  }
+
+  // Factors of a register's rows to the blocks, and which of these are needed: what all blocks below a bound leave out
+  // together is less than the sums resolve.
+  void share_out(const Call& call, int64_t panel, int64_t c, R largest, R sum, R factors, int64_t count) const {
+    const Buffers& b = call.buffers;
+    const R small = sigmoid() ? R{} : sum * (std::numeric_limits<S>::epsilon() / 8 / static_cast<S>(blocks_));
+    for (int64_t block = 0; block < blocks_; ++block) {
+      const int64_t at = (block * panels_ + panel) * kColumns + c;
+      const R share = exp(load_register(b.stats.maxima + at) - largest);
+      store_register(b.factors + at, share * factors);
+      const R mass = load_register(b.stats.sums + at) * share;
+      char needed = 0;
+      for (int64_t i = 0; i < std::min(kLane, count); ++i) needed |= !(mass[i] <= small[i]) && factors[i] != 0;
+      char& of_panel = b.needed[block * panels_ + panel];
+      of_panel = c == 0 ? needed : of_panel | needed;
+    }
+  }
+
+  // --- Columns of a symmetric contrast ---
+
+  void merge_columns_of(const Call& call, const Rows& rows, int64_t block) const {
+    const RowSums<S>& all = call.buffers.columns;
+    const int64_t at = block * kBlockKeys;
+    const RowSums<S> to{all.maxima + at, all.sums + at, all.moments + at, nullptr};
+    if (rows.first == 0) {
+      std::fill_n(to.maxima, kBlockKeys, -kLargest<S>);
+      std::fill_n(to.sums, kBlockKeys, S{});
+      std::fill_n(to.moments, kBlockKeys, S{});
+    }
+    for (int64_t panel = 0; panel < rows.panels(); ++panel)
+      merge_columns(kBlockKeys, column_stats_of(call, block, panel), to);
+  }
+
+  // Adds the columns' half to losses and slopes, and turns their sums into factors between powers and weights.
+  void finish_columns(const Call& call) const {
+    const Buffers& b = call.buffers;
+    for (int64_t key = 0; key < n_; ++key) {
+      const Rows one{key, 1};
+      const int64_t i = call.entry * m_ + key;
+      const Outcome<S, PositivesOfRow<S>> column =
+          outcome(call, one, 0, {b.columns.maxima[key], b.columns.sums[key], b.columns.moments[key]});
+      const auto halve = [&](const TensorView& of_rows, S of_column) {
+        if (of_rows.ndim == 0) return;
+        S& value = of_rows.template as<S>()[i];
+        value = (value + of_column) / 2;
+      };
+      halve(problem_.losses, column.loss());
+      halve(problem_.slopes, column.slope());
+      const S half = weight_of_row(i) / 2;
+      b.columns.sums[key] = column.factor_of_rivals(half);
+      b.weights[key] = b.weights[key] / 2 + column.weight_of_positive(0, half);
+      b.of_rows[key] /= 2;
+    }
+  }
+
+  S weight_of_row(int64_t row) const {
+    return weight_of(row, static_cast<S>(problem_.factor), problem_.row_weights.template as<const S>());
+  }
+
+  // Powers, or dot products of a symmetric contrast, to weights of the gradients.
+  void weigh(const Call& call, const Rows& rows, int64_t chunk, int64_t block) const {
+    for (int64_t panel = 0; panel < rows.panels(); ++panel) {
+      char& needed = call.buffers.needed[block * panels_ + panel];
+      if (problem_.symmetric) needed = 1;
+      if (!needed) continue;
+      const TileOfScores<S> tile = tile_of(call, rows, chunk, block, panel);
+      for (int64_t c = 0; c < tile.columns; c += kLane)
+        problem_.symmetric ? weigh_both_ways(call, rows, block, panel, tile, c)
+                           : weigh_powers(call, block, panel, tile, c);
+      for (int64_t c = 0; c < rows.in(panel); ++c) {
+        const PositivesOfRow<S> own = positives(call, rows, panel * kColumns + c);
+        for (int64_t j = 0; j < places_; ++j) {
+          const int64_t key = own.key(j) - block * kBlockKeys;
+          if (key >= 0 && key < tile.keys)
+            tile.values[key * tile.columns + c] =
+                call.buffers.weights[kept_row(rows, panel * kColumns + c) * places_ + j];
+        }
+      }
+    }
+  }
+
+  void weigh_powers(const Call& call, int64_t block, int64_t panel, const TileOfScores<S>& tile, int64_t c) const {
+    const R factor = load_register(call.buffers.factors + (block * panels_ + panel) * kColumns + c);
+    bool zeros = false;  // The powers of such rows may be anything.
+    for (int64_t i = 0; i < kLane; ++i) zeros |= factor[i] == 0;
+    for (int64_t key = 0; key < tile.keys; ++key) {
+      S* const score = tile.values + key * tile.columns + c;
+      const R weight = load_register(score) * factor;
+      store_register(score, zeros ? (factor != R{} ? weight : R{}) : weight);
+    }
+  }
+
+  void weigh_both_ways(const Call& call, const Rows& rows, int64_t block, int64_t panel, const TileOfScores<S>& tile,
+                       int64_t c) const {
+    const Buffers& b = call.buffers;
+    const int64_t row = rows.first + panel * kColumns + c, first = block * kBlockKeys;
+    const R largest = load_register(b.largest + row), of_row = load_register(b.of_rows + row),
+            present = load_register(b.present + row);
+    for (int64_t key = 0; key < tile.keys; ++key) {
+      const R score = tile.score(tile.dots(key, c), key);
+      const R weight = exp_below_zero(score - largest) * of_row +
+                       exp_below_zero(score - b.columns.maxima[first + key]) * b.columns.sums[first + key];
+      store_register(tile.values + key * tile.columns + c, present != R{} ? weight : R{});
+    }
+  }
+
+  void add_to_bias(const Call& call, const Rows& rows, int64_t chunk, int64_t block) const {
+    S* const to = problem_.grad_bias.template as<S>() + call.entry * n_ + block * kBlockKeys;
+    for (int64_t key = 0; key < keys_of(block); ++key) {
+      R sum = {};
+      for (int64_t panel = 0; panel < rows.panels(); ++panel) {
+        if (!call.buffers.needed[block * panels_ + panel]) continue;
+        const TileOfScores<S> tile = tile_of(call, rows, chunk, block, panel);
+        for (int64_t c = 0; c < tile.columns; c += kLane) sum += tile.dots(key, c);
+      }
+      to[key] = (rows.first == 0 ? S{} : to[key]) + across_lanes<S>(sum, [](R a, R b) { return a + b; });
+    }
+  }
+
+  // The part of a block's keys' gradient that comes from some queries.
+  void add_to_keys(const Call& call, const Rows& rows, int64_t chunk, int64_t block) const {
+    const int64_t keys = keys_of(block);
+    for (int64_t k = 0; k < d_; k += kColumns) {
+      const int64_t width = std::min(kColumns, d_ - k), vectors = divide_up(width, kLane);
+      const S* const by_query = call.buffers.by_query + k * rows_;
+      for (int64_t key = 0; key < keys; key += kTileRows)
+        with_tile(std::min<int64_t>(kTileRows, keys - key), vectors, [&](auto count, auto of_width) {
+          Tile<E, count, of_width> tile;
+          tile.clear();
+          for (int64_t panel = 0; panel < rows.panels(); ++panel) {
+            if (!call.buffers.needed[block * panels_ + panel]) continue;
+            const int64_t columns = rows.columns(panel);
+            const S* const left = scores_of(call, rows, chunk, block, panel) + key * columns;
+            tile.multiply([left, columns](int r, int64_t i) { return left + r * columns + i; },
+                          by_query + panel * kColumns * of_width * kLane, rows.in(panel));
+          }
+          S* const to = call.grad_keys + (block * kBlockKeys + key) * d_ + k;
+          const bool first = rows.first == 0;
+          if (width == of_width * kLane) {
+            if (!first) add(tile, to, d_);
+            tile.store(to, d_);
+          } else {
+            S sums[kTileRows * kColumns];
+            tile.store(sums, kColumns);
+            for (int r = 0; r < count; ++r)
+              for (int64_t j = 0; j < width; ++j)
+                to[r * d_ + j] = (first ? S{} : to[r * d_ + j]) + sums[r * kColumns + j];
+          }
+        });
+    }
+  }
+
+  // The part of the queries' gradient, transposed, that comes from a chunk: tiles of features [first, last) of some
+  // panels.
+  void add_to_queries(const Call& call, const Rows& rows, int64_t chunk, int64_t end, int64_t first, int64_t last,
+                      int64_t first_panel, int64_t last_panel) const {
+    for (int64_t slice = chunk; slice < end; slice += kSliceBlocks)
+      for (int64_t i = first; i < last; ++i)
+        for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+          const int64_t k = i * kTileRows, columns = rows.columns(panel);
+          S* const sums = call.buffers.grad_queries + panel * kColumns * d_ + k * columns;
+          with_tile(std::min<int64_t>(kTileRows, d_ - k), rows.vectors(panel), [&](auto count, auto vectors) {
+            Tile<E, count, vectors> tile;
+            tile.clear();
+            for (int64_t block = slice; block < std::min(end, slice + kSliceBlocks); ++block) {
+              if (!call.buffers.needed[block * panels_ + panel]) continue;
+              const S* const left = call.keys + block * kBlockKeys * d_ + k;
+              tile.multiply([left, d = d_](int r, int64_t key) { return left + key * d + r; },
+                            scores_of(call, rows, chunk, block, panel), keys_of(block));
+            }
+            if (slice > 0) add(tile, sums, columns);
+            tile.store(sums, columns);
+          });
+        }
+    if (end < blocks_) return;
+    for (int64_t panel = first_panel; panel < last_panel; ++panel)
+      write_queries(call, rows, panel, first * kTileRows, std::min(d_, last * kTileRows));
+  }
+
+  void write_queries(const Call& call, const Rows& rows, int64_t panel, int64_t begin, int64_t end) const {
+    const int64_t columns = rows.columns(panel);
+    const S* const sums = call.buffers.grad_queries + panel * kColumns * d_;
+    for (int64_t c = 0; c < rows.in(panel); ++c) {
+      Storage* const to =
+          problem_.grad_queries.template as<Storage>() + (call.entry * m_ + rows.first + panel * kColumns + c) * d_;
+      const bool counts = weight_of_row(call.entry * m_ + rows.first + panel * kColumns + c) != 0;
+      for (int64_t k = begin; k < end; ++k)
+        to[k] = counts ? narrow<Storage>(scale_ * sums[k * columns + c]) : Storage{};
+    }
+  }
+
+  const Problem& problem_;
+  int64_t m_, n_, d_, places_;
+  S scale_;
+  int64_t blocks_;
+  int64_t kept_rows_ = 0;
+  int64_t rows_, panels_, chunk_blocks_;  // Sizes of a superblock; a chunk is the blocks of keys it takes at a time.
+};
+
+}  // namespace cpc::info_nce::cpu::CPC_ISA
