@@ -6,8 +6,8 @@ forms the gradients with the scores at hand, and the backward pass only scales t
 
 from __future__ import annotations
 
+import math
 import numbers
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from cpc_ext.ops._library import (
     workspace_of,
 )
 
-__all__ = ["ContrastOptions", "Results", "check_arguments", "contrast", "flat_problem", "reduced"]
+__all__ = ["ContrastOptions", "Results", "check_arguments", "check_number", "contrast", "flat_problem", "reduced"]
 
 _INTEGERS = (
     *(torch.int64, torch.int32, torch.int16, torch.int8),
@@ -144,7 +144,7 @@ def check_arguments(queries: Tensor, keys: Tensor, options: ContrastOptions, mea
     _check_given("weights", options.weights, (rows,), device, floating=True)
     _check_given("key_bias", options.key_bias, ((*leading, num_keys),), device, floating=True)
     _check_groups(options, rows, (*leading, num_keys), device)
-    _check_scale(options.scale)
+    check_number("scale", options.scale)
     if options.symmetric:
         if options.negatives is not None:
             raise ValueError("symmetric contrasts all keys and queries: it takes no negatives")
@@ -207,20 +207,23 @@ def _check_layout(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
 
 
-def _check_scale(scale: float | Tensor) -> None:
-    if isinstance(scale, Tensor):
-        if scale.is_complex() or scale.dtype == torch.bool:
-            raise TypeError(f"scale must be a real number, got {scale.dtype}")
-        if scale.ndim != 0:
-            raise ValueError(f"scale must be a number or a tensor without dimensions, got shape {tuple(scale.shape)}")
-        if values_at_hand(scale) and not bool(torch.isfinite(scale)):
-            raise ValueError(f"scale must be finite, got {scale.item()}")
+def check_number(name: str, value: float | Tensor) -> None:
+    if isinstance(value, Tensor):
+        if value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"{name} must be a real number, got {value.dtype}")
+        if value.ndim != 0:
+            raise ValueError(f"{name} must be a number or a tensor without dimensions, got shape {tuple(value.shape)}")
+        if values_at_hand(value) and not bool(torch.isfinite(value)):
+            raise ValueError(f"{name} must be finite, got {value.item()}")
         return
-    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
-        raise TypeError(f"scale must be a number or a tensor, got {type(scale).__name__}")
-    # Unlike math.isfinite, which cannot take integers beyond a float's range, also comparable with those.
-    if not abs(scale) <= sys.float_info.max:
-        raise ValueError(f"scale must be finite, got {scale}")
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # An integer beyond a float's range.
+        finite = False
+    if not finite:
+        raise ValueError(f"{name} must be finite, got {value}")
 
 
 def _check_weights(weights: Tensor | None) -> None:
