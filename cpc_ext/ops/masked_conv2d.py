@@ -19,6 +19,7 @@ from cpc_ext._native import KERNEL_DEVICES, native
 from cpc_ext.ops._checks import check_dense
 from cpc_ext.ops._library import (
     autocast_dtype,
+    may_need_gradients,
     refuse_forward_mode,
     register,
     tf32_allowed,
@@ -83,11 +84,7 @@ def masked_conv2d(
     if condition is not None:
         condition = condition.expand(input.shape[0], weight.shape[0], *input.shape[2:])
     # The gate's gradient needs what went into it.
-    keep = (
-        activation == "gated"
-        and torch.is_grad_enabled()
-        and any(tensor is not None and tensor.requires_grad for tensor in (input, weight, bias, condition))
-    )
+    keep = activation == "gated" and may_need_gradients(input, weight, bias, condition)
     return _masked_conv2d(input, weight, bias, mask, condition, dilation, activation or "none", keep)[0]
 
 
