@@ -16,7 +16,7 @@ from cpc_ext._native import native
 from cpc_ext.ops import _contrast_reference as plain
 from cpc_ext.ops._contrast_arguments import ContrastOptions, check_arguments, common_dtype, flat_problem
 from cpc_ext.ops._contrast_problem import Contrast, Gradients, absent_queries, default_targets, sums_dtype, weighted
-from cpc_ext.ops._library import register, tf32_allowed, workspace_of
+from cpc_ext.ops._library import may_need_gradients, register, tf32_allowed, workspace_of
 
 __all__ = ["Results", "contrast", "reduced"]
 
@@ -81,15 +81,12 @@ def _needed(problem: Contrast, weights: Tensor | None, reduction: str, *, bests:
     # Half-precision gradients are formed once their scale is known, lest a mean's vanish before a GradScaler's scale.
     forms = reduction != "none" and problem.queries.dtype != torch.float16
 
-    def requires(tensor: Tensor | None) -> bool:
-        return tensor is not None and tensor.requires_grad
-
     return [
         forms and problem.queries.requires_grad,
         forms and problem.keys.requires_grad,
-        forms and requires(problem.key_bias),
-        requires(weights),
-        requires(problem.scales),
+        forms and problem.key_bias is not None and problem.key_bias.requires_grad,
+        may_need_gradients(weights),
+        may_need_gradients(problem.scales),
         bests,
     ]
 

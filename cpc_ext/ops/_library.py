@@ -21,6 +21,7 @@ from cpc_ext._native import KERNEL_DEVICES, native
 __all__ = [
     "autocast_dtype",
     "differentiable_once",
+    "may_need_gradients",
     "refuse_forward_mode",
     "register",
     "tf32_allowed",
@@ -30,6 +31,8 @@ __all__ = [
 ]
 
 _library = torch.library.Library("cpc_ext", "DEF")
+
+_NO_FORWARD_MODE = "the ops of cpc_ext have no forward-mode derivatives"
 
 
 _Arguments = TypeVar("_Arguments", bound="tuple[Any, ...]")
@@ -127,6 +130,10 @@ def _with_gradient(
         def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
             return refusing(ctx, *gradients) if once else in_order(ctx, ctx.saved_tensors, *gradients)
 
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+            raise NotImplementedError(_NO_FORWARD_MODE)
+
     def differentiated(keys: torch._C.DispatchKeySet, *values: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*values):
             return Differentiated.apply(*values, keys)
@@ -135,12 +142,30 @@ def _with_gradient(
     _library.impl(name, differentiated, "Autograd", with_keyset=True)
 
     def call(*values: Any) -> Any:
-        # Transforms act on functions, not on what the dispatcher calls.
-        if torch._C._functorch.maybe_current_level() is not None and not torch.compiler.is_compiling():
+        # Transforms act on functions, not on what the dispatcher calls; that which only traces wants it the other way.
+        if _transforming() and torch._C._functorch.peek_interpreter_stack().key() != _FUNCTIONALIZE:
             return Differentiated.apply(*values, None)
         return op(*values)
 
     return call
+
+
+_FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize
+
+
+def _transforming() -> bool:
+    """Whether a transform of ``torch.func`` is at work."""
+    return torch._C._functorch.maybe_current_level() is not None and not torch.compiler.is_compiling()
+
+
+def may_need_gradients(*tensors: Tensor | None) -> bool:
+    """Whether a gradient in one of some tensors may be asked for.
+
+    ``torch.func.vmap`` hides whether one outside of it will be, so that every tensor counts then.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    return any(tensor is not None and (tensor.requires_grad or _transforming()) for tensor in tensors)
 
 
 def _leaves(kind: type) -> Iterator[tuple[str, Any]]:
@@ -286,4 +311,4 @@ def refuse_forward_mode(*inputs: Tensor | None) -> None:
         return
     for tensor in inputs:
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise NotImplementedError("the ops of cpc_ext have no forward-mode derivatives")
+            raise NotImplementedError(_NO_FORWARD_MODE)

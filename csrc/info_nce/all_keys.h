@@ -162,6 +162,8 @@ class AllKeys {
       for (int64_t first = 0; problem_.wants_gradients() && first < m_; first += rows_)
         differentiate(call, rows_at(first), rows_at(first + rows_));
     }
+    if (n_ == 0 && wants_queries())  // No block of keys reaches them.
+      std::fill_n(problem_.grad_queries.template as<Storage>() + entry * m_ * d_, m_ * d_, Storage{});
     if (m_ == 0 && wants_bias()) std::fill_n(problem_.grad_bias.template as<S>() + entry * n_, n_, S{});
     if (!wants_keys()) return;
     if (m_ == 0) std::fill_n(problem_.grad_keys.template as<Storage>() + entry * n_ * d_, n_ * d_, Storage{});
