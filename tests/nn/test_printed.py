@@ -18,10 +18,10 @@ CASES = {
     ),
     "info-nce": (lambda: nn.InfoNCELoss(), "temperature=1.0, reduction=mean"),
     "info-nce-given": (lambda: nn.InfoNCELoss(0.2, reduction="sum"), "temperature=0.2, reduction=sum"),
-    "nt-xent": (lambda: nn.NTXentLoss(), "temperature=0.07, gather_negatives=none, statistics=True"),
+    "nt-xent": (lambda: nn.NTXentLoss(), "temperature=0.5, gather_negatives=none"),
     "nt-xent-given": (
-        lambda: nn.NTXentLoss(0.2, gather_negatives="ring", statistics=False),
-        "temperature=0.2, gather_negatives=ring, statistics=False",
+        lambda: nn.NTXentLoss(0.2, gather_negatives="ring"),
+        "temperature=0.2, gather_negatives=ring",
     ),
     "patchify": (lambda: nn.Patchify(5), "patch_size=5, stride=2, gray=False"),
     "patchify-least": (lambda: nn.Patchify(1), "patch_size=1, stride=1, gray=False"),

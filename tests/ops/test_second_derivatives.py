@@ -205,7 +205,7 @@ LOSSES = {
     "sampled": lambda a, b: info_nce(a, b, negatives=INDICES[:, None]).loss,
     "ring": lambda a, b: ring_info_nce(a, b, INDICES).loss.mean(),
     "ring-uneven": lambda a, b: ring_info_nce(a, b.T.contiguous().T, INDICES).loss.mean(),
-    "nt-xent": lambda a, b: cpc_nn.NTXentLoss(0.5)(a, b).loss,
+    "nt-xent": lambda a, b: cpc_nn.NTXentLoss(0.5)(a, b),
     "module": lambda a, b: cpc_nn.InfoNCELoss(0.5)(a, b).loss,
     "grid": grid_loss,
     "grid-all": lambda a, b: grid_loss(a, b, neg_samples="all"),
