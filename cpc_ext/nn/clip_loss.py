@@ -90,7 +90,8 @@ class CLIPLoss(Module):
             loss = self._loss(image_features, text_features, logit_scale)
             if logit_bias is not None:
                 # DistributedDataParallel waits for the gradient of every parameter.
-                loss = loss + 0 * one_value("logit_bias", logit_bias)
+                bias = one_value("logit_bias", logit_bias)
+                loss = loss + 0 * (bias.to(loss) if isinstance(bias, Tensor) else bias)
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _loss(self, images: Tensor, texts: Tensor, scale: float | Tensor) -> Tensor:
