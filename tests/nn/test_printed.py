@@ -43,6 +43,23 @@ CASES = {
         "temperature=0.2, weight_fn=<built-in function max>, gather_distributed=True",
     ),
     "moco": (lambda: nn.MoCoLoss(3, 5), "temperature=0.07, normalize=True, gather_negatives=gather"),
+    "labelled": (lambda: nn.LabelledNTXentLoss(), "temperature=0.07"),
+    "labelled-given": (lambda: nn.LabelledNTXentLoss(0.2), "temperature=0.2"),
+    "ranking": (
+        lambda: nn.MultipleNegativesRankingLoss(),
+        "scale=20.0, similarity_fct=cos_sim, directions=('query_to_doc',), partition_mode=joint, gather_negatives=none",
+    ),
+    "ranking-given": (
+        lambda: nn.MultipleNegativesRankingLoss(
+            5.0,
+            "dot_score",
+            directions=("doc_to_query", "query_to_doc"),
+            partition_mode="per_direction",
+            gather_negatives="ring",
+        ),
+        "scale=5.0, similarity_fct=dot_score, directions=('doc_to_query', 'query_to_doc'), "
+        "partition_mode=per_direction, gather_negatives=ring",
+    ),
     "patchify": (lambda: nn.Patchify(5), "patch_size=5, stride=2, gray=False"),
     "patchify-least": (lambda: nn.Patchify(1), "patch_size=1, stride=1, gray=False"),
     "patchify-given": (lambda: nn.Patchify(8, 6, gray=True), "patch_size=8, stride=6, gray=True"),
