@@ -27,7 +27,7 @@ class DecoupledContrastiveLoss(Module):
     Args:
         temperature: τ.
         weight_fn: w, from two tensors [N, D] of views of length 1 to [N]. None: 1. It is asked both ways round.
-        gather_distributed: whether views of all processes are contrasted.
+        gather_distributed: whether views of all processes are contrasted, which are gathered.
 
     Raises:
         ValueError: a temperature that is not positive.
@@ -44,7 +44,7 @@ class DecoupledContrastiveLoss(Module):
             raise ValueError(f"temperature must be positive, got {temperature}")
         self.temperature = temperature
         self.weight_fn = weight_fn
-        self.gather_distributed = gather_distributed
+        self.gather_negatives = "gather" if gather_distributed else "none"
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """The loss of two views of N images, a scalar in float32, or float64 for float64.
@@ -63,7 +63,7 @@ class DecoupledContrastiveLoss(Module):
 
     def _negatives(self, views: Tensor) -> Tensor:
         """The mean log-sum-exp of views [2 N, D], the second views after the first."""
-        exchange = exchange_with("gather" if self.gather_distributed else "none")
+        exchange = exchange_with(self.gather_negatives)
         count = len(views)
         if count * exchange.world < 4:
             raise ValueError("first and second must be of at least two images, which are contrasted")
@@ -84,4 +84,4 @@ class DecoupledContrastiveLoss(Module):
 
     def extra_repr(self) -> str:
         weighted = "" if self.weight_fn is None else f", weight_fn={self.weight_fn}"
-        return f"temperature={self.temperature}{weighted}, gather_distributed={self.gather_distributed}"
+        return f"temperature={self.temperature}{weighted}, gather_negatives={self.gather_negatives}"

@@ -37,10 +37,10 @@ CASES = {
     "siglip-given": (lambda: nn.SigLIPLoss(gather_negatives="gather"), "gather_negatives=gather"),
     "siglip-ranks": (lambda: nn.SigLIPLoss(rank=1, world_size=2), "rank=1, world_size=2"),
     "sup-con": (lambda: nn.SupConLoss(), "temperature=0.07, contrast_mode=all, base_temperature=0.07"),
-    "dcl": (lambda: nn.DecoupledContrastiveLoss(), "temperature=0.1, gather_distributed=False"),
+    "dcl": (lambda: nn.DecoupledContrastiveLoss(), "temperature=0.1, gather_negatives=none"),
     "dcl-given": (
         lambda: nn.DecoupledContrastiveLoss(0.2, max, True),
-        "temperature=0.2, weight_fn=<built-in function max>, gather_distributed=True",
+        "temperature=0.2, weight_fn=<built-in function max>, gather_negatives=gather",
     ),
     "moco": (lambda: nn.MoCoLoss(3, 5), "temperature=0.07, normalize=True, gather_negatives=gather"),
     "labelled": (lambda: nn.LabelledNTXentLoss(), "temperature=0.07"),
