@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cpc_ext.models import CPC, GatedPixelCNNContext, ResidualContext, ResNetV2Encoder, SimCLR
-from cpc_ext.nn import TargetInfoNCE, across_ranks
+from cpc_ext.nn import TargetInfoNCE
 
 IMAGES = 6
 
@@ -72,7 +72,6 @@ def run(model: nn.Module, batch: Tensor, scalars: list[str]) -> tuple[dict[str, 
 
 def main(rank: int, world: int, meeting: str, answer: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
-    across_ranks._BLOCK_LOGITS = 64  # Rows in blocks.
     results = {}
     for name, (build, dim, exchange) in CASES.items():
         torch.manual_seed(0)
