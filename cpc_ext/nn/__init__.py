@@ -4,6 +4,7 @@ from cpc_ext.nn.across_ranks import gather_from_ranks
 from cpc_ext.nn.clip_loss import CLIPLoss
 from cpc_ext.nn.decoupled_contrastive_loss import DecoupledContrastiveLoss
 from cpc_ext.nn.delta_orthogonal import delta_orthogonal_
+from cpc_ext.nn.grad_cache import grad_cache
 from cpc_ext.nn.grid_info_nce import GridInfoNCE, GridInfoNCEOutput
 from cpc_ext.nn.info_nce_loss import InfoNCELoss
 from cpc_ext.nn.labelled_nt_xent_loss import LabelledNTXentLoss
@@ -40,4 +41,5 @@ __all__ = [
     "TargetInfoNCE",
     "delta_orthogonal_",
     "gather_from_ranks",
+    "grad_cache",
 ]
