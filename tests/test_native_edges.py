@@ -78,29 +78,57 @@ def augment(m, *, batch=2, channels=3, side=8, patch=4, stride=2, steps=2):
     return {"patches": (patches, torch.zeros)}
 
 
-def contrast(m, *, batch=2, rows=3, keys=4, dim=5, samples=None, gradients=True, targets=True):
+def contrast(
+    m, *, batch=2, rows=3, keys=4, dim=5, samples=None, positives=1, excluded=0, gradients=True, targets=True,
+    measure="softmax", symmetric=False, masked=False
+):  # fmt: skip
     queries, key_tensor = torch.zeros(batch, rows, dim), torch.zeros(batch, keys, dim)
-    named = indices(batch, rows) if targets else None
-    negatives = None if samples is None else indices(batch, rows, samples)
-    losses, right = (filled(torch.empty(batch, rows)) for _ in range(2))
-    gradient = [filled(torch.empty_like(tensor)) if gradients else None for tensor in (queries, key_tensor)]
-    arguments = queries, key_tensor, named, negatives, None, None, losses, right, *gradient, 1.0, 1.0, False
+    named = torch.full((batch, rows, positives), -1)
+    named[..., :1] = 0
+    tensors = {
+        "queries": queries,
+        "keys": key_tensor,
+        "targets": named if targets else None,
+        "negatives": None if samples is None else indices(batch, rows, samples),
+        "exclude": torch.full((batch, rows, excluded), -1) if masked else None,
+        "key_range": torch.tensor([0, keys]).repeat(batch, rows, 1) if masked else None,
+        "query_groups": indices(batch, rows) if masked else None,
+        "key_groups": indices(batch, keys) if masked else None,
+        "key_bias": torch.zeros(batch, keys) if masked else None,
+        "scales": torch.ones(1) if masked else None,
+        "row_weights": torch.ones(batch, rows) if masked else None,
+        "thresholds": torch.zeros(batch, rows) if measure == "log_sum" else None,
+    }
+    losses, slopes, bests = (filled(torch.empty(batch, rows)) for _ in range(3))
+    ranks = filled(indices(batch, rows))
+    shapes = queries.shape, key_tensor.shape, (batch, keys)
+    gradient = [filled(torch.empty(shape)) if gradients else None for shape in shapes]
+    options = 1.0, 1.0, measure, "same" if masked else "all", symmetric, False
+    arguments = *tensors.values(), losses, ranks, slopes, bests, *gradient, *options
     workspace = aligned(m.info_nce_workspace(*arguments))
     order = segments = None
-    if samples is not None and not m.info_nce_sorts(queries):
-        count = batch * rows * (samples + 1)
-        first = torch.arange(batch).repeat_interleave(rows * (samples + 1)) * keys
-        order = torch.arange(count)
+    if samples is not None and gradients and not m.info_nce_sorts(queries):
+        places = samples + (positives if targets else 1)
+        wanted = torch.cat([named if targets else torch.arange(rows).expand(batch, rows)[..., None],
+                            indices(batch, rows, samples)], -1)  # fmt: skip
+        wanted = torch.where(wanted >= 0, wanted + torch.arange(batch).view(-1, 1, 1) * keys, batch * keys).flatten()
+        assert len(wanted) == batch * rows * places
+        first, order = wanted.sort(stable=True)
         segments = torch.searchsorted(first, torch.arange(batch * keys + 1))
     m.info_nce(*arguments, workspace, order, segments)
     # With all scores 0 every key, or every negative beside the positive, is as likely as the other.
     others = keys if samples is None else samples + 1
+    loss = float(np.log(others)) if others else -np.inf
+    if measure == "sigmoid":
+        loss = keys * np.log(2)
+    present = measure == "log_sum" or not targets or positives > 0
     # On CUDA, which cannot look at indices, a target that names no key gives NaN.
-    loss = float(np.log(others)) if keys else float("nan")
+    wrong = keys == 0 and measure != "log_sum" and present
+    loss = float("nan") if wrong else loss if present else 0.0
     expected = {"losses": (losses, lambda shape: torch.full(shape, loss))}
-    for name, tensor in zip(("grad_queries", "grad_keys"), gradient, strict=True):
+    for name, tensor in zip(("grad_queries", "grad_keys"), gradient[:2], strict=True):
         if tensor is not None:
-            value = 0.0 if keys or name == "grad_keys" else float("nan")
+            value = float("nan") if wrong and name == "grad_queries" else 0.0
             expected[name] = (tensor, lambda shape, value=value: torch.full(shape, value))
     return expected
 
@@ -193,13 +221,38 @@ CALLS: dict[str, tuple[Callable, dict, dict]] = {
         {"batch": [0], "channels": [0], "side": [0], "patch": [0]},
     ),
     "augment_patches": (augment, {}, {"batch": [0], "channels": [0, 1], "side": [0], "patch": [0, 8], "steps": [0]}),
-    "info_nce": (contrast, {}, {"batch": [0], "rows": [0], "keys": [0, 1], "dim": [0]}),
+    "info_nce": (contrast, {}, {"batch": [0], "rows": [0], "keys": [0, 1], "dim": [0], "positives": [0, 3]}),
     "info_nce without targets": (contrast, {"targets": False}, {"batch": [0], "rows": [0, 4], "keys": [0], "dim": [0]}),
     "info_nce losses only": (contrast, {"gradients": False}, {"batch": [0], "rows": [0], "keys": [0], "dim": [0]}),
     "info_nce sampled": (
         contrast,
         {"samples": 2},
-        {"batch": [0], "rows": [0], "keys": [0, 1], "dim": [0], "samples": [0]},
+        {"batch": [0], "rows": [0], "keys": [0, 1], "dim": [0], "samples": [0], "positives": [0, 2]},
+    ),
+    "info_nce masked": (
+        contrast,
+        {"masked": True},
+        {"batch": [0], "rows": [0], "keys": [0, 1], "dim": [0], "positives": [0, 3], "excluded": [2]},
+    ),
+    "info_nce sampled and masked": (
+        contrast,
+        {"masked": True, "samples": 3},
+        {"batch": [0], "rows": [0], "keys": [0, 1], "dim": [0], "positives": [0, 3], "excluded": [2]},
+    ),
+    "info_nce both ways": (
+        contrast,
+        {"symmetric": True, "targets": False, "rows": 4},
+        {"batch": [0], "rows": [0], "keys": [0], "dim": [0], "masked": [True]},
+    ),
+    "info_nce of log-sums": (
+        contrast,
+        {"measure": "log_sum", "targets": False},
+        {"batch": [0], "rows": [0, 9], "keys": [0, 1], "dim": [0], "masked": [True]},
+    ),
+    "info_nce of sigmoids": (
+        contrast,
+        {"measure": "sigmoid"},
+        {"batch": [0], "rows": [0], "keys": [0, 1], "dim": [0], "positives": [0, 3]},
     ),
     "logistic_mixture_nll": (
         likelihood,
@@ -250,7 +303,8 @@ ERRORS = {
     ("side", 0): "must hold a patch",
     ("channels", 0): "channels|weight must|\\[B, 1, H, W\\]|scale and shift|gray needs",
     ("components", 0): "params must be",
-    ("keys", 0): "targets|must be in 0..-1",
+    ("keys", 0): "targets|must be in 0..-1|as many as queries|key_range",
+    ("rows", 0): "as many as queries",
     ("rows", 4): "",
     ("outputs", 0): "weight must|there must be outputs",
     ("inputs", 0): "weight must",
@@ -425,15 +479,16 @@ def test_an_output_that_overlaps_an_input_is_refused_by_name():
     with pytest.raises(ValueError, match="patches must not share memory with images"):
         native.extract_patches(*arguments_of(images, patches))
     native.extract_patches(*arguments_of(images, memory[64:208].view(1, 3, 3, 1, 4, 4)))
-    losses, tensors = torch.empty(1, 4), [torch.randn(1, 4, 8) for _ in range(4)]
+    losses, ranks, tensors = torch.empty(1, 4), indices(1, 4), [torch.randn(1, 4, 8) for _ in range(4)]
 
-    def info_nce(queries, keys, right, grad_queries, grad_keys):
-        problem = queries, keys, None, None, None, None, losses, right, grad_queries, grad_keys, 1.0, 1.0, False
+    def info_nce(queries, keys, slopes, grad_queries, grad_keys):
+        tensors = *(queries, keys), *[None] * 10, *(losses, ranks, slopes, None, grad_queries, grad_keys, None)
+        problem = *tensors, 1.0, 1.0, "softmax", "all", False, False
         native.info_nce(*problem, aligned(native.info_nce_workspace(*problem)), None, None)
 
     with pytest.raises(ValueError, match="grad_keys must not share memory with queries"):
         info_nce(tensors[0], tensors[1], torch.empty(1, 4), tensors[2], tensors[0])
-    with pytest.raises(ValueError, match="losses must not share memory with right"):
+    with pytest.raises(ValueError, match=r"(losses|slopes) must not share memory with (losses|slopes)"):
         info_nce(*tensors[:2], losses, *tensors[2:])
     info_nce(tensors[0], tensors[0], torch.empty(1, 4), *tensors[2:])  # What is read may be one tensor twice.
 

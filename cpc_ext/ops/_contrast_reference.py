@@ -189,7 +189,8 @@ def _losses(problem: Contrast, s: _Scores) -> Tensor:
     if problem.measure == "log_sum":
         return _log_sum(s.scores, s.rivals, -1)
     if problem.measure == "sigmoid":
-        losses = F.softplus(torch.where(s.positives, -s.scores, s.scores))
+        # Exact for all scores, which softplus is not beyond its threshold.
+        losses = -F.logsigmoid(torch.where(s.positives, s.scores, -s.scores))
         losses = torch.where(s.positives | s.rivals, losses, 0).sum(-1)
         return torch.where(count > 0, losses, 0)
     positive = torch.where(s.positives, s.scores, 0).sum(-1) / count.clamp_min(1)
@@ -205,7 +206,7 @@ def _slopes(problem: Contrast, s: _Scores, row_weights: Tensor) -> Tensor:
     contrasted = s.positives | s.rivals
     count = s.positives.sum(-1, keepdim=True)
     if problem.measure == "sigmoid":
-        slopes = s.scores.sigmoid() - s.positives.to(s.scores.dtype)
+        slopes = torch.where(s.positives, -(-s.scores).sigmoid(), s.scores.sigmoid())
         return torch.where(contrasted & (count > 0), weights * slopes, 0)
     scores = torch.where(contrasted, s.scores, -math.inf)
     pulls = torch.where(s.positives, weights / count.clamp_min(1), 0)

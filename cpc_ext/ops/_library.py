@@ -21,6 +21,7 @@ from cpc_ext._native import KERNEL_DEVICES, native
 __all__ = [
     "autocast_dtype",
     "differentiable_once",
+    "may_need_gradients",
     "refuse_forward_mode",
     "register",
     "tf32_allowed",
@@ -30,6 +31,8 @@ __all__ = [
 ]
 
 _library = torch.library.Library("cpc_ext", "DEF")
+
+_NO_FORWARD_MODE = "the ops of cpc_ext have no forward-mode derivatives"
 
 
 _Arguments = TypeVar("_Arguments", bound="tuple[Any, ...]")
@@ -47,8 +50,8 @@ def register(
     setup_context: Callable[[Any, _Arguments, _Result], None] | None = None,
     backward: Callable[..., dict[str, Tensor | None]] | None = None,
     once: bool = False,
-) -> torch._ops.OpOverload[..., _Result]:
-    """Define ``cpc_ext::NAME(...)`` and return it, a function of the flat arguments.
+) -> Callable[..., _Result]:
+    """Define ``cpc_ext::NAME(...)`` and return what calls it, a function of the flat arguments.
 
     Args:
         name: of the op.
@@ -76,14 +79,15 @@ def register(
     for device in KERNEL_DEVICES:
         _library.impl(name, of_values(kernel), device.upper())
     torch.library.register_fake(f"cpc_ext::{name}", of_values(fake), lib=_library)
-    if backward is not None and setup_context is not None:
-        _register_gradient(name, list(kinds), typed, result, setup_context, backward, once=once)
-    op: torch._ops.OpOverload[..., _Result] = getattr(torch.ops.cpc_ext, name).default
-    return op
+    op: Callable[..., _Result] = getattr(torch.ops.cpc_ext, name).default
+    if backward is None or setup_context is None:
+        return op
+    return _with_gradient(name, op, list(kinds), typed, result, setup_context, backward, once=once)
 
 
-def _register_gradient(
+def _with_gradient(
     name: str,
+    op: Any,
     arguments: Sequence[str],
     typed: Callable[[tuple[Any, ...]], Any],
     result: type,
@@ -91,28 +95,77 @@ def _register_gradient(
     backward: Callable[..., dict[str, Tensor | None]],
     *,
     once: bool,
-) -> None:
-    """The part of :func:`register` for autograd. typed: what makes the op's flat arguments a NamedTuple again."""
+) -> Callable[..., Any]:
+    """The part of :func:`register` for autograd. typed: what makes the op's flat arguments a NamedTuple again.
+
+    The same as ``torch.library.register_autograd``, but that ``torch.func``'s transforms take the function that this
+    gives, and that nobody looks up the defaults of arguments, which takes longer than a small batch's kernel.
+    """
 
     def in_order(ctx: Any, saved: tuple[Any, ...], *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         by_name = backward(ctx, saved, *gradients)
-        return tuple(map(by_name.get, arguments))
+        return (*map(by_name.get, arguments), None)
 
     # PyTorch gives results as a plain tuple.
     named: Callable[[Any], Any] = (lambda x: x) if result is Tensor else functools.partial(tuple.__new__, result)
+    refusing = differentiable_once(name)(in_order)
 
-    def set_up(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        setup_context(ctx, typed(inputs), named(output))
+    def below(keys: torch._C.DispatchKeySet, values: Sequence[Any]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keys & torch._C._after_autograd_keyset, *values)
 
-    def backwards(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return in_order(ctx, ctx.saved_tensors, *gradients)
+    class Differentiated(torch.autograd.Function):
+        generate_vmap_rule = True
 
-    torch.library.register_autograd(
-        f"cpc_ext::{name}",
-        differentiable_once(name)(in_order) if once else backwards,
-        setup_context=set_up,
-        lib=_library,
-    )
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            *values, keys = arguments  # The last, so that ctx.needs_input_grad is of the op's own arguments.
+            return op(*values) if keys is None else below(keys, values)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            setup_context(ctx, typed(inputs[:-1]), named(output))
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+            return refusing(ctx, *gradients) if once else in_order(ctx, ctx.saved_tensors, *gradients)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+            raise NotImplementedError(_NO_FORWARD_MODE)
+
+    def differentiated(keys: torch._C.DispatchKeySet, *values: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*values):
+            return Differentiated.apply(*values, keys)
+        return below(keys, values)
+
+    _library.impl(name, differentiated, "Autograd", with_keyset=True)
+
+    def call(*values: Any) -> Any:
+        # Transforms act on functions, not on what the dispatcher calls; that which only traces wants it the other way.
+        if _transforming() and torch._C._functorch.peek_interpreter_stack().key() != _FUNCTIONALIZE:
+            return Differentiated.apply(*values, None)
+        return op(*values)
+
+    return call
+
+
+_FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize
+
+
+def _transforming() -> bool:
+    """Whether a transform of ``torch.func`` is at work."""
+    return torch._C._functorch.maybe_current_level() is not None and not torch.compiler.is_compiling()
+
+
+def may_need_gradients(*tensors: Tensor | None) -> bool:
+    """Whether a gradient in one of some tensors may be asked for.
+
+    ``torch.func.vmap`` hides whether one outside of it will be, so that every tensor counts then.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    return any(tensor is not None and (tensor.requires_grad or _transforming()) for tensor in tensors)
 
 
 def _leaves(kind: type) -> Iterator[tuple[str, Any]]:
@@ -188,10 +241,15 @@ def differentiable_once(
 class _Refusal(torch.autograd.Function):
     """A gradient as it is, in whose place in the graph there is an error."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, name: str, gradient: Tensor, *sources: Tensor) -> Tensor:
-        ctx.name = name
+    def forward(name: str, gradient: Tensor, *sources: Tensor) -> Tensor:
         return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.name = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
@@ -253,4 +311,4 @@ def refuse_forward_mode(*inputs: Tensor | None) -> None:
         return
     for tensor in inputs:
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise NotImplementedError("the ops of cpc_ext have no forward-mode derivatives")
+            raise NotImplementedError(_NO_FORWARD_MODE)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cpc_ext._native import native
 from cpc_ext.ops._checks import check_dense, dtype_name
-from cpc_ext.ops._library import refuse_forward_mode, register, workspace_of
+from cpc_ext.ops._library import may_need_gradients, refuse_forward_mode, register, workspace_of
 
 __all__ = [
     "logistic_mixture_nll",
@@ -81,7 +81,7 @@ def logistic_mixture_nll(images: Tensor, params: Tensor) -> Tensor:
     if params.device != images.device:
         raise ValueError(f"params must be on {images.device} like the images, got {params.device}")
     refuse_forward_mode(params)
-    return _logistic_mixture_nll(images, params, torch.is_grad_enabled() and params.requires_grad)[0]
+    return _logistic_mixture_nll(images, params, may_need_gradients(params))[0]
 
 
 def sample_logistic_mixture(

@@ -19,6 +19,7 @@ from cpc_ext._native import KERNEL_DEVICES, native
 from cpc_ext.ops._checks import check_dense
 from cpc_ext.ops._library import (
     autocast_dtype,
+    may_need_gradients,
     refuse_forward_mode,
     register,
     tf32_allowed,
@@ -83,11 +84,7 @@ def masked_conv2d(
     if condition is not None:
         condition = condition.expand(input.shape[0], weight.shape[0], *input.shape[2:])
     # The gate's gradient needs what went into it.
-    keep = (
-        activation == "gated"
-        and torch.is_grad_enabled()
-        and any(tensor is not None and tensor.requires_grad for tensor in (input, weight, bias, condition))
-    )
+    keep = activation == "gated" and may_need_gradients(input, weight, bias, condition)
     return _masked_conv2d(input, weight, bias, mask, condition, dilation, activation or "none", keep)[0]
 
 
@@ -466,17 +463,22 @@ class _Gradients(torch.autograd.Function):
     its derivatives with other tensors in their places.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any, grad: Tensor, input: Tensor, weight: Tensor, mask: Tensor, dilation: int, needs: list[bool]
+        grad: Tensor, input: Tensor, weight: Tensor, mask: Tensor, dilation: int, of_input: bool, of_weight: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        ctx.save_for_backward(grad, input, weight, mask)
-        ctx.dilation = dilation
-        ctx.set_materialize_grads(False)
         _, grad_input, grad_weight, _ = _masked_conv2d_backward(
-            grad, input, weight, mask, None, dilation, "none", [*needs, False]
+            grad, input, weight, mask, None, dilation, "none", [of_input, of_weight, False]
         )
-        return grad_input if needs[0] else None, grad_weight if needs[1] else None
+        return grad_input if of_input else None, grad_weight if of_weight else None
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.dilation, _, _ = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, as_input: Tensor | None, as_weight: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -503,7 +505,7 @@ class _Gradients(torch.autograd.Function):
                     if ctx.needs_input_grad[1]
                     else None
                 )
-        return of_grad, of_input, of_weight, None, None, None
+        return of_grad, of_input, of_weight, None, None, None, None
 
 
 def _gradients(
@@ -511,7 +513,7 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Those in input and weight, differentiable."""
     results: tuple[Tensor | None, Tensor | None] = _Gradients.apply(  # type: ignore[no-untyped-call]
-        grad, input, weight, mask, dilation, list(needs)
+        grad, input, weight, mask, dilation, *needs
     )
     return results
 

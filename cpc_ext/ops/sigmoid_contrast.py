@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from cpc_ext.ops import _contrast_reference as plain
-from cpc_ext.ops._contrast import ContrastOptions, flat_problem, reduced
 from cpc_ext.ops._contrast import contrast as run_contrast
+from cpc_ext.ops._contrast import reduced
+from cpc_ext.ops._contrast_arguments import ContrastOptions, check_number, flat_problem
 
 __all__ = ["sigmoid_contrast", "sigmoid_contrast_reference"]
 
@@ -46,6 +47,7 @@ def sigmoid_contrast(
     Raises:
         TypeError, ValueError, IndexError: as :func:`cpc_ext.ops.info_nce`.
     """
+    check_number("bias", bias)
     options = _options(queries, keys, targets, scale, bias, weights)
     loss = run_contrast(queries, keys, options, measure="sigmoid", reduction=reduction).loss
     return loss.view(queries.shape[:-1]) if reduction == "none" else loss
@@ -59,8 +61,6 @@ def _options(
     bias: float | Tensor,
     weights: Tensor | None,
 ) -> ContrastOptions:
-    if isinstance(bias, Tensor) and bias.ndim != 0:
-        raise ValueError(f"bias must be a number or a tensor without dimensions, got shape {tuple(bias.shape)}")
     key_bias = None
     if isinstance(keys, Tensor) and keys.ndim >= 2 and (isinstance(bias, Tensor) or bias != 0):
         dtype = torch.promote_types(keys.dtype, torch.float32)

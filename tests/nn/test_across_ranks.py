@@ -6,10 +6,6 @@ tests/training/test_distribution.py.
 
 from __future__ import annotations
 
-import queue
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 from torch.autograd import grad
@@ -19,83 +15,6 @@ from cpc_ext.nn.across_ranks import EXCHANGES, exchange_with, gather_from_ranks,
 from cpc_ext.ops import info_nce
 
 EXACT = {"atol": 1e-12, "rtol": 0}
-PATIENCE_SECONDS = 5
-
-
-class Received:
-    def __init__(self, mail, values):
-        self.mail, self.values = mail, values
-
-    def wait(self):
-        self.values.copy_(self.mail.get(timeout=PATIENCE_SECONDS))
-
-
-class Threads:
-    """What the package asks of ``torch.distributed``, for ranks that are threads."""
-
-    isend, irecv = "isend", "irecv"
-
-    def __init__(self, world):
-        self.world, self.mine = world, threading.local()
-        self.meeting = threading.Barrier(world, timeout=PATIENCE_SECONDS)
-        self.brought, self.messages = [None] * world, 0
-        self.mail = {(one, other): queue.Queue() for one in range(world) for other in range(world)}
-
-    def run(self, program):
-        """What the program gives on every rank."""
-
-        def as_rank(rank):
-            self.mine.rank = rank
-            return program(rank)
-
-        with ThreadPoolExecutor(self.world) as threads:
-            return list(threads.map(as_rank, range(self.world)))
-
-    def is_available(self):
-        return True
-
-    def is_initialized(self):
-        return True
-
-    def get_rank(self):
-        return self.mine.rank
-
-    def get_world_size(self):
-        return self.world
-
-    def all_gather(self, parts, values):
-        assert values.is_contiguous()
-        self.brought[self.mine.rank] = values.clone()
-        self.meeting.wait()
-        for part, value in zip(parts, self.brought, strict=True):
-            assert part.is_contiguous()
-            part.copy_(value)
-        self.meeting.wait()
-
-    def all_reduce(self, values):
-        parts = [torch.empty_like(values) for _ in range(self.world)]
-        self.all_gather(parts, values)
-        values.copy_(sum(parts))
-
-    def P2POp(self, operation, values, peer):
-        return operation, values, peer
-
-    def batch_isend_irecv(self, operations):
-        received = []
-        for operation, values, peer in operations:
-            if operation == self.isend:
-                self.messages += 1
-                self.mail[self.mine.rank, peer].put(values)
-            else:
-                received.append(Received(self.mail[peer, self.mine.rank], values.fill_(torch.nan)))
-        return received
-
-
-@pytest.fixture(params=[1, 2, 3])
-def ranks(request, monkeypatch):
-    threads = Threads(request.param)
-    monkeypatch.setattr(across_ranks, "dist", threads)
-    return threads
 
 
 def normal(*shape, seed=0):
@@ -142,9 +61,8 @@ def test_gathered_values_and_their_derivatives(ranks, dim):
 
 
 @pytest.mark.parametrize("dims", [2, 9])
-def test_shapes_that_differ_are_told(monkeypatch, dims):
-    ranks = Threads(3)
-    monkeypatch.setattr(across_ranks, "dist", ranks)
+@pytest.mark.parametrize("ranks", [3], indirect=True)
+def test_shapes_that_differ_are_told(ranks, dims):
 
     def program(rank):
         values = torch.zeros(2 + rank // 2, *[1] * (dims - 1))
@@ -333,6 +251,11 @@ OBJECTIVES = {
 }
 
 
+def output_of(objective, *batches, **options):
+    """What an objective's call gives, with its statistics."""
+    return getattr(objective, "contrast", objective)(*batches, **options)
+
+
 def batches_of(name):
     """What an objective takes, and the dimension of images in it."""
     shape, dim = ((6, 4), 0) if "nt-xent" in name else ((2, 6, 3, 5, 5), 1)
@@ -343,7 +266,7 @@ def batches_of(name):
 def test_without_an_exchange_nobody_is_asked(name, monkeypatch):
     monkeypatch.setattr(across_ranks, "dist", None)
     objective, (batches, _) = OBJECTIVES[name]().double(), batches_of(name)
-    assert objective(*batches).loss.isfinite()
+    assert output_of(objective, *batches).loss.isfinite()
     if "sampled" in name:
         assert len(objective.draw_negatives(batches[0])) == 4
 
@@ -355,18 +278,16 @@ def test_objectives_of_ranks_are_those_of_the_whole_batch(ranks, name):
     objective = OBJECTIVES[name]().double()
     batches, dim = batches_of(name)
     options = [{"generator": torch.Generator().manual_seed(1)} if sampled else {} for _ in range(world)]
-    whole = objective(*batches, **options[0])
+    whole = output_of(objective, *batches, **options[0])
     gradients = grad(whole.loss, [*batches, *objective.parameters()])
     if sampled:
         options[0]["generator"].manual_seed(1)
         drawn = objective.draw_negatives(batches[0], torch.Generator().manual_seed(1))
     objective.gather_negatives = name.rpartition("-")[2]
-    if name == "nt-xent-ring" and world > 1:
-        objective.statistics = False  # They come with the loss.
 
     def program(rank):
         parts = [batch.chunk(world, dim)[rank].detach().requires_grad_() for batch in batches]
-        output = objective(*parts, **options[rank])
+        output = output_of(objective, *parts, **options[rank])
         if sampled:
             replayed = objective(*parts, negatives=drawn)
             assert torch.equal(replayed.loss, output.loss)

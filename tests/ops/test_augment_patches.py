@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
 from cpc_ext.ops import AugmentationPlan, Transform, augment_patches, extract_patches
 from cpc_ext.ops._patch_options import PatchOptions
-from cpc_ext.ops.augment_patches import _augment_patches, augment_patches_reference
+from cpc_ext.ops.augment_patches import augment_patches_reference
 
 PHOTOS = Path(__file__).parents[1] / "data" / "photos"
 FLOATING = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -473,7 +473,7 @@ def test_opcheck(device, photos):
     ):
         if options[-2] is None:
             options = (*options[:8], options[8] % 10, *options[9:])
-        torch.library.opcheck(_augment_patches, (images, *window, *options))
+        torch.library.opcheck(torch.ops.cpc_ext.augment_patches.default, (images, *window, *options))
 
 
 def test_compiles_into_one_graph(device, photos):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from cpc_ext.ops import extract_patches
 from cpc_ext.ops._patch_options import PatchOptions
-from cpc_ext.ops.extract_patches import _extract_patches, extract_patches_reference
+from cpc_ext.ops.extract_patches import extract_patches_reference
 
 FLOATING = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Patches are of order one: the error is that of rounding to the patches' type, or of float32 arithmetic.
@@ -214,9 +214,9 @@ def test_opcheck(device):
     options = (None, None, True, [0.5], [0.25], True, torch.float32, True)
     floating = make_images(torch.float32, shape=(2, 3, 12, 12)).to(device).requires_grad_()
     offsets, flip = torch.tensor([[0, 1], [2, 2]], device=device), torch.tensor([True, False], device=device)
-    torch.library.opcheck(_extract_patches, (floating, 4, 2, 12, 12, *options))
+    torch.library.opcheck(torch.ops.cpc_ext.extract_patches.default, (floating, 4, 2, 12, 12, *options))
     torch.library.opcheck(
-        _extract_patches,
+        torch.ops.cpc_ext.extract_patches.default,
         (
             make_images(shape=(2, 3, 12, 12)).to(device),
             4,

@@ -11,7 +11,16 @@ from torch import Tensor
 from torch.autograd import forward_ad, grad
 
 from cpc_ext._native import native
-from cpc_ext.ops import _library, extract_patches, info_nce, logistic_mixture_nll, masked_conv2d
+from cpc_ext.ops import (
+    _contrast,
+    _library,
+    extract_patches,
+    info_nce,
+    logistic_mixture_nll,
+    masked_conv2d,
+    scores_logsumexp,
+    sigmoid_contrast,
+)
 from cpc_ext.ops.masked_conv2d import PixelConvolution
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")
@@ -123,7 +132,12 @@ IMAGES = torch.zeros(1, 1, 2, 2, dtype=torch.uint8)
 @pytest.mark.parametrize(
     ("op", "shapes"),
     [
-        (lambda q, k, w: info_nce(q, k, weights=w), [(2, 3), (2, 3), (2,)]),
+        (
+            lambda q, k, w, b, s: info_nce(q, k, weights=w, key_bias=b, scale=s),
+            [(2, 3), (2, 3), (2,), (2,), ()],
+        ),
+        (lambda q, k, b, s: scores_logsumexp(q, k, key_bias=b, scale=s), [(2, 3), (2, 3), (2,), ()]),
+        (lambda q, k, w, b, s: sigmoid_contrast(q, k, weights=w, bias=b, scale=s), [(2, 3), (2, 3), (2,), (), ()]),
         (
             lambda x, w, b, c: masked_conv2d(x, w, b, mask=MASK, condition=c),
             [(1, 1, 2, 2), (2, 1, 1, 1), (2,), (2, 1, 1)],
@@ -131,7 +145,14 @@ IMAGES = torch.zeros(1, 1, 2, 2, dtype=torch.uint8)
         (lambda x: extract_patches(x, 1, 1), [(1, 1, 2, 2)]),
         (lambda params: logistic_mixture_nll(IMAGES, params), [(1, 3, 2, 2)]),
     ],
-    ids=["info_nce", "masked_conv2d", "extract_patches", "logistic_mixture_nll"],
+    ids=[
+        "info_nce",
+        "scores_logsumexp",
+        "sigmoid_contrast",
+        "masked_conv2d",
+        "extract_patches",
+        "logistic_mixture_nll",
+    ],
 )
 def test_tangents_are_refused_in_each_argument(op, shapes):
     tensors = [draw(*shape).abs() for shape in shapes]
@@ -175,7 +196,7 @@ def given(monkeypatch):
 
 @pytest.mark.parametrize("targeted", [False, True])
 def test_order_of_positives_and_negatives_by_key(given, targeted):
-    calls = given("info_nce", info_nce_sorts=False)
+    calls = given("_contrast", info_nce_sorts=False)
     queries, keys = draw(2, 3, 4), draw(2, 5, 4)
     targets = torch.tensor([[0, 4, 2], [3, 3, 0]]) if targeted else torch.arange(3).expand(2, 3)
     negatives = torch.tensor([[[1, 4], [4, 0], [0, 3]], [[4, 4], [2, 0], [0, 4]]])
@@ -194,16 +215,30 @@ def test_order_of_positives_and_negatives_by_key(given, targeted):
 
 
 def test_positives_and_negatives_that_name_no_key_come_last():
-    by_key = sys.modules["cpc_ext.ops.info_nce"]._by_key
-    targets, negatives = torch.tensor([[0, 2]]), torch.tensor([[[-1, 1, 3], [0, 2**40, 2]]])
-    order, segments = by_key(torch.zeros(1, 3, 2), targets, negatives)
+    targets, negatives = torch.tensor([[[0], [2]]]), torch.tensor([[[-1, 1, 3], [0, 2**40, 2]]])
+    options = _contrast.ContrastOptions(targets=targets, negatives=negatives)
+    problem, _ = _contrast.flat_problem(torch.zeros(1, 2, 2), torch.zeros(1, 3, 2), options, "softmax")
+    order, segments = _contrast._by_key(problem)
     assert order.tolist() == [0, 5, 2, 4, 7, 1, 3, 6]
     assert segments.tolist() == [0, 2, 3, 5]
 
 
+def test_order_of_several_positives_and_of_none():
+    targets = torch.tensor([[[0, 2], [-1, 1]]])
+    negatives = torch.tensor([[[2], [0]]])
+    zeros = torch.zeros(1, 2, 2), torch.zeros(1, 3, 2)
+    options = _contrast.ContrastOptions(targets=targets, negatives=negatives)
+    order, segments = _contrast._by_key(_contrast.flat_problem(*zeros, options, "softmax")[0])
+    assert order.tolist() == [0, 5, 4, 1, 2, 3]
+    assert segments.tolist() == [0, 2, 3, 5]
+    order, segments = _contrast._by_key(_contrast.flat_problem(*zeros, options._replace(targets=None), "log_sum")[0])
+    assert order.tolist() == [1, 0]
+    assert segments.tolist() == [0, 1, 1, 2]
+
+
 @pytest.mark.parametrize("allowed", [False, True])
 def test_each_kernel_is_told_whether_it_may_round(given, monkeypatch, allowed):
-    of_module = {"info_nce": "product", "masked_conv2d": "convolution"}
+    of_module = {"_contrast": "product", "masked_conv2d": "convolution"}
     for module, work in of_module.items():
         calls = given(module)
         monkeypatch.setattr(
@@ -218,6 +253,9 @@ def test_each_kernel_is_told_whether_it_may_round(given, monkeypatch, allowed):
     image = input.detach().contiguous(memory_format=torch.channels_last)
     pixel(image, torch.empty_like(image), torch.tensor([1, 2]))
     names = ("info_nce", "masked_conv2d", "masked_conv2d_backward", "masked_conv2d_packed")
-    told = [(name, given["tf32"] if isinstance(given, dict) else given[12]) for name, given in calls if name in names]
+    place = _contrast._Kernel._fields.index("tf32")
+    told = [
+        (name, given["tf32"] if isinstance(given, dict) else given[place]) for name, given in calls if name in names
+    ]
     assert {name for name, _ in told} == set(names)
     assert all(value is allowed for _, value in told)

@@ -11,7 +11,6 @@ from cpc_ext._native import native
 from cpc_ext.ops import masked_conv2d
 from cpc_ext.ops.masked_conv2d import (
     PixelConvolution,
-    _masked_conv2d,
     gated_activation,
     masked_conv2d_reference,
 )
@@ -423,8 +422,10 @@ def test_opcheck(device):
     case = Case(2, 3, 4, (3, 4), activation="gated", condition=(-1, -1, -1, -1))
     input, weight, bias, condition = (tensor.to(device).requires_grad_() for tensor in case.tensors(torch.float32))
     mask = case.mask_tensor().to(device)
-    torch.library.opcheck(_masked_conv2d, (input, weight, bias, mask, condition, 1, "gated", True))
-    torch.library.opcheck(_masked_conv2d, (input, weight, None, mask, None, 2, "relu", False))
+    torch.library.opcheck(
+        torch.ops.cpc_ext.masked_conv2d.default, (input, weight, bias, mask, condition, 1, "gated", True)
+    )
+    torch.library.opcheck(torch.ops.cpc_ext.masked_conv2d.default, (input, weight, None, mask, None, 2, "relu", False))
 
 
 def test_compiles_into_one_graph():

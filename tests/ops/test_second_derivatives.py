@@ -14,7 +14,14 @@ from cpc_ext.models.pixels import masked_features
 from cpc_ext.nn import masked_conv2d as layer_module
 from cpc_ext.nn import unit_length as unit_length_module
 from cpc_ext.nn.across_ranks import ring_info_nce
-from cpc_ext.ops import extract_patches, info_nce, logistic_mixture_nll, masked_conv2d
+from cpc_ext.ops import (
+    extract_patches,
+    info_nce,
+    logistic_mixture_nll,
+    masked_conv2d,
+    scores_logsumexp,
+    sigmoid_contrast,
+)
 from cpc_ext.ops.info_nce import info_nce_reference
 from cpc_ext.ops.masked_conv2d import masked_conv2d_reference
 
@@ -203,9 +210,13 @@ LOSSES = {
     "sum": lambda a, b: info_nce(a, b, weights=WEIGHTS, reduction="sum").loss,
     "none": lambda a, b: info_nce(a, b, reduction="none").loss.sum(),
     "sampled": lambda a, b: info_nce(a, b, negatives=INDICES[:, None]).loss,
+    "scaled": lambda a, b: info_nce(a, b, scale=a[0, 0].exp(), key_bias=b[:, 0]).loss,
+    "symmetric": lambda a, b: info_nce(a, b, INDICES, symmetric=True).loss,
+    "log-sum": lambda a, b: scores_logsumexp(a, b, exclude=INDICES).sum(),
+    "sigmoid": lambda a, b: sigmoid_contrast(a, b, scale=b[0, 0].exp(), bias=a[0, 1]),
     "ring": lambda a, b: ring_info_nce(a, b, INDICES).loss.mean(),
     "ring-uneven": lambda a, b: ring_info_nce(a, b.T.contiguous().T, INDICES).loss.mean(),
-    "nt-xent": lambda a, b: cpc_nn.NTXentLoss(0.5)(a, b).loss,
+    "nt-xent": lambda a, b: cpc_nn.NTXentLoss(0.5)(a, b),
     "module": lambda a, b: cpc_nn.InfoNCELoss(0.5)(a, b).loss,
     "grid": grid_loss,
     "grid-all": lambda a, b: grid_loss(a, b, neg_samples="all"),
@@ -257,14 +268,14 @@ def test_first_derivatives_of_contrast_are_as_ever(name):
     loss(first - a_step.detach(), second).backward()
 
 
-def test_second_derivatives_in_weights_and_in_the_upstream_gradient_are_refused():
+def test_second_derivatives_in_weights_scales_biases_and_in_the_upstream_gradient_are_refused():
     queries, keys = (draw(4, 3, seed=seed).requires_grad_() for seed in range(2))
-    weights = WEIGHTS.clone().requires_grad_()
-    upstream = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    loss = info_nce(queries, keys, weights=weights, reduction="sum").loss
-    for by in (queries, weights):
+    weights, bias = WEIGHTS.clone().requires_grad_(), draw(4, seed=2).requires_grad_()
+    upstream, scale = (torch.tensor(2.0, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    loss = info_nce(queries, keys, weights=weights, scale=scale, key_bias=bias, reduction="sum").loss
+    for by in (queries, weights, scale, bias):
         (gradient,) = grad(loss, by, upstream, create_graph=True)
-        for other in (queries, keys, weights, upstream):
+        for other in (queries, keys, weights, scale, bias, upstream):
             with refused():
                 grad(gradient.sum(), other, retain_graph=True)
 

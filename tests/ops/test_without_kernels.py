@@ -18,7 +18,10 @@ from cpc_ext.ops import (
     logistic_mixture_nll,
     masked_conv2d,
     sample_logistic_mixture,
+    scores_logsumexp,
+    sigmoid_contrast,
 )
+from cpc_ext.ops._contrast import ContrastOptions, flat_problem
 
 pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 
@@ -191,22 +194,50 @@ def test_augment_patches(without_kernels):
 # --- Kernels, references and fakes of an op give the same, argument by argument ---
 
 
+def contrasts(dtype):
+    """Problems of info_nce with weights and thresholds: of all keys, sampled, in both directions, of each measure."""
+    queries, keys = draw(2, 3, 4, dtype=dtype), draw(2, 5, 4, seed=1, dtype=dtype)
+    targets = torch.tensor([[[0, 1], [4, -1], [2, 2]], [[3, 0], [-1, -1], [1, 4]]])
+    others = {
+        "exclude": torch.tensor([[[2, 4], [0, -1], [-1, 1]], [[1, -1], [2, 3], [0, 0]]]),
+        "key_range": torch.tensor([[[0, 5], [2, 2], [1, 4]], [[0, 5], [0, 3], [2, 5]]]),
+        "key_bias": draw(2, 5, seed=2),
+        "groups": (torch.tensor([[0, 1, 2], [0, 0, 3]]), torch.tensor([[0, 1, 0, 1, 2], [0, 1, 1, 0, 2]])),
+        "contrast": "other",
+        "scale": torch.tensor(0.7, requires_grad=True),
+    }
+    negatives = torch.tensor([[[1, 2], [4, 3], [0, 0]], [[4, 3], [2, 0], [0, 4]]])
+    weights = torch.tensor([[0.0, 1, 2], [3, 0.5, 1]], dtype=torch.float64)
+    thresholds = torch.tensor([[0.1, -1, 1], [0, 0.5, 2]])
+    for num_keys, measure, given in (
+        (5, "softmax", {"scale": 0.7}),
+        (5, "softmax", {"targets": targets, "weights": weights, **others}),
+        (5, "softmax", {"targets": targets, "weights": weights, "negatives": negatives, **others}),
+        (3, "softmax", {"symmetric": True, "weights": weights, "scale": others["scale"]}),
+        (5, "sigmoid", {"targets": targets, "weights": weights, "key_bias": others["key_bias"]}),
+        (5, "log_sum", {"thresholds": thresholds, **others}),
+    ):
+        options = ContrastOptions(**given)
+        problem, of_present = flat_problem(queries, keys[:, :num_keys], options, measure)
+        problem = problem._replace(scales=None if problem.scales is None else problem.scales.detach())
+        yield problem, of_present, options.thresholds
+
+
 def problems(dtype):
     """Ops by name with arguments, among them every choice of what is needed."""
     generator = torch.Generator().manual_seed(0)
     sums = torch.promote_types(dtype, torch.float32)
     choices = list(itertools.product([False, True], repeat=3))
 
-    queries, keys = draw(2, 3, 4, dtype=dtype), draw(2, 5, 4, seed=1, dtype=dtype)
-    targets = torch.tensor([[0, 4, 2], [3, 3, 1]])
-    contrast = queries, keys, targets, torch.tensor([[[1, 2], [4, 3], [0, 0]], [[4, 3], [2, 0], [0, 4]]])
-    exclude, weights = (targets + 1) % 5, torch.tensor([[0.0, 1, 2], [3, 0.5, 1]], dtype=torch.float64)
-    for needs, reduction in itertools.product(choices, ("mean", "sum", "none")):
-        yield "info_nce", (*contrast, None, weights, 0.7, reduction, [*needs])
-        yield "info_nce", (queries, keys, None, None, None, None, 0.7, reduction, [*needs])
-    for needs in choices[::2]:
-        for arguments in ((*contrast, exclude), (queries, keys, None, None, None)):
-            yield "info_nce_gradients", (*arguments, weights.to(sums), 0.7, [*needs[:2]])
+    for problem, weights, thresholds in contrasts(dtype):
+        kept = [True, True, problem.key_bias is not None, weights is not None, problem.scales is not None, True]
+        needed = list(itertools.product(*([False, True] if need else [False] for need in kept)))
+        for reduction, some in (("mean", needed), ("sum", needed[::3]), ("none", needed[::5])):
+            for needs in some:
+                yield "info_nce", (*problem, weights, thresholds, reduction, [*needs])
+        row_weights = torch.tensor([[0.0, 1, 2], [3, 0.5, 1]], dtype=sums)
+        for needs in choices:
+            yield "info_nce_gradients", (*problem, row_weights, [*needs])
 
     input, weight, bias, condition = (
         draw(*shape, seed=seed, dtype=dtype)
@@ -299,13 +330,16 @@ def test_every_op_on_meta_gives_the_cpus_shapes():
         outputs = [
             *info_nce(queries, keys),
             *info_nce(queries, keys, reduction="none", negatives=empty(4, 2, dtype=torch.int64)),
+            *info_nce(queries, keys[:4], empty(4, dtype=torch.int64), symmetric=True, scale=empty()),
+            sigmoid_contrast(queries, keys, bias=empty()),
+            scores_logsumexp(queries, keys, key_bias=empty(5)),
             masked_conv2d(images, weight, mask=mask),
             masked_conv2d(images, weight, mask=mask, activation="gated", condition=empty(2, 4, 1, 1)),
             extract_patches(images, 4, 2),
             logistic_mixture_nll(bytes_, empty(2, 20, 8, 8)),
             sample_logistic_mixture(empty(2, 20, 8, 8)),
             augment_patches(bytes_, 4, 4, AugmentationPlan.empty(2, 2, 2, device=device)),
-            *cpc_nn.NTXentLoss()(queries, queries),
+            *cpc_nn.NTXentLoss().contrast(queries, queries),
             *cpc_nn.GridInfoNCE(3, pred_steps=2, neg_samples="all").to(device)(*grids),
             *cpc_nn.TargetInfoNCE(3, pred_steps=2).to(device)(*grids),
         ]
