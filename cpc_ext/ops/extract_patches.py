@@ -164,7 +164,7 @@ def _backward_reference(gradient: _Gradient) -> Tensor:
     grad, images, options = gradient.grad, gradient.images, gradient.options
     pixels = grad.new_zeros(gradient.size, dtype=gradient.images_dtype) if images is None else images
     if torch.is_grad_enabled():
-        _, pull = torch.func.vjp(lambda pixels: extract_patches_reference(pixels, options), pixels)
+        pull = torch.func.vjp(lambda pixels: extract_patches_reference(pixels, options), pixels)[1]
         of_images: Tensor = pull(grad)[0]
         return of_images.contiguous()
     with torch.enable_grad():
