@@ -57,7 +57,7 @@ class SimCLR(EncoderModel):
             raise ValueError(f"views must be [2, B, C, H, W], got {tuple(views.shape)}")
         # All views in one batch, so that batch norm sees them alike.
         projections = self.head(self.encode(views.flatten(0, 1)))
-        return self.objective(*projections.chunk(2))
+        return self.objective.contrast(*projections.chunk(2))
 
     def encode(self, images: Tensor) -> Tensor:
         """Features of whole images, floating [B, C, H, W] → [B, D]: averaged over space, before the head."""

@@ -13,13 +13,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cpc_ext.ops._library import differentiable_once, without_autocast
+from cpc_ext.ops._contrast import (
+    ContrastOptions,
+    Results,
+    _gradients,
+    _info_nce,
+    check_arguments,
+    contrast,
+    flat_problem,
+)
+from cpc_ext.ops._contrast_problem import Contrast, Gradients
+from cpc_ext.ops._library import differentiable_once, values_at_hand, without_autocast
 
 __all__ = ["EXCHANGES", "Exchange", "RingOutput", "exchange_with", "gather_from_ranks", "ring_info_nce", "row_blocks"]
 
 EXCHANGES = ("none", "gather", "ring")
-# Logits of the ring that are in memory at a time.
-_BLOCK_LOGITS = 1 << 24
+# Dimensions whose sizes ranks compare.
+_DIMS = 7
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -68,13 +78,41 @@ def exchange_with(name: str) -> Exchange:
 
 @_uncompiled
 def gather_from_ranks(values: Tensor, dim: int = 0) -> Tensor:
-    """The values of all ranks along ``dim``, in the order of the ranks; of equal shape on each.
+    """The values of all ranks along ``dim``, in the order of the ranks.
 
     The gradient of a rank's values is the sum of the gradients that all ranks have for them. So with a loss that is a
     mean over a rank's own queries, gradients averaged over the ranks are those of the mean over all queries. The same
     holds of further derivatives, each of which takes all ranks.
+
+    Args:
+        values: [..., n, ...], of one shape and type on all ranks of the default process group, all of which must call
+            this, and must call backward, in the same order.
+        dim: the dimension that grows from n to n times the number of ranks.
+
+    Returns:
+        [..., n * ranks, ...], a rank's own from ``rank * n`` on. Without a group, or with one rank, ``values``.
+
+    Raises:
+        IndexError: a dim that values do not have.
+        ValueError: on the CPU, shapes that differ. Other devices would have to wait for the answer; there
+            ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` makes PyTorch find it.
     """
-    return values if _position_in_world()[1] == 1 else _gather(values, dim)
+    if _position_in_world()[1] == 1:
+        return values
+    _check_alike("values", values)
+    return _gather(values, dim)
+
+
+def _check_alike(name: str, values: Tensor) -> None:
+    """Raise a ValueError where the CPU's values have another shape on another rank, on which gloo ends the process."""
+    if values.device.type != "cpu":
+        return
+    mine = torch.tensor([values.ndim, *values.shape[:_DIMS], *[0] * (_DIMS - values.ndim)])
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, mine)
+    if not all(torch.equal(one, mine) for one in every):
+        shapes = ", ".join(str(tuple(one[1 : 1 + int(one[0])].tolist())) for one in every)
+        raise ValueError(f"{name} must have one shape on all ranks, got {shapes}")
 
 
 class _Gather(torch.autograd.Function):
@@ -124,95 +162,165 @@ class RingOutput(NamedTuple):
 
 @_uncompiled
 def ring_info_nce(
-    queries: Tensor, keys: Tensor, targets: Tensor, *, scale: float = 1.0, exclude: Tensor | None = None
+    queries: Tensor,
+    keys: Tensor,
+    targets: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    exclude: Tensor | None = None,
+    key_range: Tensor | None = None,
 ) -> RingOutput:
     """InfoNCE of this rank's queries against the keys of all ranks, which pass by one rank's at a time.
 
-    Equal to :func:`cpc_ext.ops.info_nce` with gathered keys, in memory that does not grow with the number of ranks.
-    Loss terms of chunks are merged by their log-sum-exp; backward sends the keys round once more, and with them their
-    gradient, to which each rank adds its part. As that takes every rank, all must call both, in the same order. Where
-    there is no other, a rank's own keys are all there are. Logits are float32 (float64 for float64) under autocast too.
-    Differentiable once; differentiating the gradient is a RuntimeError.
+    Equal to :func:`cpc_ext.ops.info_nce` with gathered keys. No logits are in memory, nor keys of more than two other
+    ranks; what grows with the number of ranks is one number a query. Backward sends the keys round once more, and with
+    them their gradient, to which each rank adds its part. As that takes every rank, all must call both, in the same
+    order. Where there is no other, a rank's own keys are all there are. Autocast rounds nothing. Differentiable once;
+    differentiating the gradient is a RuntimeError.
 
     Args:
         queries: [*, M, D].
-        keys: [*, N, D], of one shape on all ranks.
-        targets: int64 [*, M], indices of the positive keys, which are this rank's own.
-        scale: factor of the dot products.
-        exclude: int64 [*, M], one of this rank's own keys to leave out of each row.
+        keys: [*, N, D], of one shape and type on all ranks. They travel in their own type.
+        targets: integers [*, M], indices of the positive keys, which are this rank's own.
+        scale: factor of the dot products, a number or a tensor without dimensions, which may have a gradient.
+        exclude: integers [*, M] or [*, M, E], this rank's own keys to leave out of each row, -1 for none.
+        key_range: integers [*, M, 2], begin and end of the keys of every rank that a row contrasts.
+
+    Raises:
+        TypeError, ValueError, IndexError: as :func:`cpc_ext.ops.info_nce`; a target of -1 is an IndexError on the CPU.
     """
-    dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
-    # Autocast would round the logits of the forward pass, and not those of the backward pass.
+    options = ContrastOptions(scale, targets, exclude=exclude, key_range=key_range)
+    check_arguments(queries, keys, options, "softmax", "none")
+    if targets.ndim != queries.ndim - 1:
+        raise ValueError(f"targets must be one positive a query, got shape {tuple(targets.shape)}")
+    if values_at_hand(targets) and targets.numel() and int(targets.min()) < 0:
+        raise IndexError(f"targets must be in 0..{keys.shape[-2] - 1}, got {int(targets.min())}")
+    # Autocast would round queries and keys once more.
     with without_autocast(queries.device):
-        queries, keys = queries.to(dtype), keys.to(dtype)
-        positive = (queries * _take(keys, targets)).sum(-1) * scale
-        log_sum, rank = _ring_log_sum_exp(queries, keys, positive.detach(), targets, scale, exclude)
-        return RingOutput(log_sum - positive, rank)
+        if _position_in_world()[1] == 1:
+            result = contrast(queries, keys, options, reduction="none")
+            loss, rank = result.loss, result.rank
+        else:
+            _check_alike("keys", keys)
+            queries = queries.to(torch.promote_types(queries.dtype, keys.dtype))
+            problem, _ = flat_problem(queries, keys, options, "softmax")
+            loss, rank = _ring(
+                problem.queries,
+                problem.keys,
+                problem.scales,
+                problem.targets,
+                problem.exclude,
+                problem.key_range,
+                problem.scale,
+            )
+        return RingOutput(loss.view(targets.shape), rank.view(targets.shape))
 
 
-class _RingLogSumExp(torch.autograd.Function):
-    """Log-sum-exp of every query's logits over the keys of all ranks, and how many reach the positive's."""
+class _Ring(torch.autograd.Function):
+    """Losses and ranks [B, M] of queries [B, M, D] against a rank's own keys [B, N, D] and those of all others.
+
+    The loss against the own keys is log(sum of exp(s - positive)). The other ranks' keys add exp(log-sum - positive) to
+    that sum, and the gradients against each rank's keys count in the whole by its share of the sum.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, queries: Tensor, keys: Tensor, positive: Tensor, targets: Tensor, scale: float, exclude: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, scales: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+        wants_slopes = ctx.needs_input_grad[2]
         own = keys.contiguous()
+
+        def part(hop: int, passing: Tensor, positive: Tensor | None) -> Results:
+            needs = [False, False, False, False, wants_slopes, positive is None]
+            problem = _of_hop(hop, queries, passing, scales, *options)
+            return Results(*_info_nce(*problem, None, positive, "none", needs))
+
         passing = own
-        log_sum = torch.full_like(positive, -torch.inf)
-        rank = torch.zeros_like(targets)
         world = _position_in_world()[1]
-        for turn in range(world):
+        parts: list[Results] = []
+        for hop in range(world):
             # The next keys travel while these are used.
-            arriving, transfers = _pass_on(passing) if turn < world - 1 else (passing, [])
-            for rows in row_blocks(queries, keys, _BLOCK_LOGITS):
-                logits = queries[..., rows, :] @ passing.mT * scale
-                reached = logits >= positive[..., rows, None]
-                if turn == 0:
-                    reached.scatter_(-1, targets[..., rows, None], False)
-                    if exclude is not None:
-                        logits.scatter_(-1, exclude[..., rows, None], -torch.inf)
-                        reached.scatter_(-1, exclude[..., rows, None], False)
-                rank[..., rows] += reached.sum(-1)
-                log_sum[..., rows] = torch.logaddexp(log_sum[..., rows], logits.logsumexp(-1))
+            arriving, transfers = _pass_on(passing) if hop < world - 1 else (passing, [])
+            parts.append(part(hop, passing, parts[0].bests if parts else None))
             _wait(transfers)
             passing = arriving
-        ctx.save_for_backward(queries, own, log_sum, exclude)
-        ctx.scale = scale
+        first, others = parts[0], parts[1:]
+        logs = torch.stack([first.loss, *(other.loss - first.bests for other in others)])
+        loss = logs.logsumexp(0)
+        shares = (logs - loss).exp()
+        # The kernels give a row whose indices are wrong the rank -1.
+        rank = torch.where(first.rank < 0, -1, torch.stack([one.rank for one in parts]).sum(0))
+        slope = None
+        if wants_slopes:
+            of_positive = (queries.to(loss.dtype) * own.gather(1, _places(own, options[0]))).sum(-1)
+            slope = (shares * torch.stack([one.slopes for one in parts])).sum(0) - shares[1:].sum(0) * of_positive
+        ctx.save_for_backward(queries, own, scales, shares, rank, slope, *options[:-1])
+        ctx.scale = options[-1]
         ctx.mark_non_differentiable(rank)
-        return log_sum, rank
+        return loss, rank
 
     @staticmethod
     @differentiable_once("ring_info_nce")
-    def backward(ctx: Any, saved: tuple[Tensor, ...], gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        queries, passing, log_sum, exclude = saved
-        query_gradient = torch.zeros_like(queries)
+    def backward(ctx: Any, saved: tuple[Any, ...], gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        queries, own, scales, shares, rank, slope, targets, exclude, key_range = saved
+        # Rows whose indices are wrong are for the op with the own keys to refuse; the other keys have no part in them.
+        of_others = torch.where(rank < 0, 0, gradient * shares)
+        weights = torch.cat([(gradient * shares[0]).unsqueeze(0), of_others[1:]])
+        # The positive's own slope counts in full, of which the first op's has its share only.
+        pull = (of_others[1:].sum(0) * ctx.scale * (1 if scales is None else scales)).unsqueeze(-1)
+        places = _places(own, targets)
+        query_gradient = -pull * own.gather(1, places)
         # The gradient travels one turn further than its keys: with the last of them it comes home.
-        passing_gradient = torch.zeros_like(passing)
+        key_gradient = torch.zeros_like(own, dtype=pull.dtype).scatter_add_(1, places, -pull * queries)
+        passing = own
         world = _position_in_world()[1]
-        for turn in range(world):
-            arriving, transfers = _pass_on(passing) if turn < world - 1 else (passing, [])
-            for rows in row_blocks(queries, passing, _BLOCK_LOGITS):
-                share = (queries[..., rows, :] @ passing.mT * ctx.scale - log_sum[..., rows, None]).exp()
-                if turn == 0 and exclude is not None:
-                    share.scatter_(-1, exclude[..., rows, None], 0)
-                share *= gradient[..., rows, None] * ctx.scale
-                query_gradient[..., rows, :] += share @ passing
-                passing_gradient += share.mT @ queries[..., rows, :]
-            if world > 1:
-                arriving_gradient, more = _pass_on(passing_gradient)
-                _wait([*transfers, *more])
-                passing_gradient = arriving_gradient
-            passing = arriving
-        return query_gradient, passing_gradient, None, None, None, None
+        for hop in range(world):
+            arriving, transfers = _pass_on(passing) if hop < world - 1 else (passing, [])
+            problem = _of_hop(hop, queries, passing, scales, targets, exclude, key_range, ctx.scale)
+            part = Gradients(*_gradients(*problem, weights[hop], [True, True, False]))
+            query_gradient += part.queries
+            key_gradient += part.keys
+            arriving_gradient, more = _pass_on(key_gradient)
+            _wait([*transfers, *more])
+            passing, key_gradient = arriving, arriving_gradient
+        scale_gradient = None if slope is None else torch.where(gradient == 0, 0, gradient * slope).sum().reshape(1)
+        return query_gradient.to(queries.dtype), key_gradient.to(own.dtype), scale_gradient, None, None, None, None
 
 
-_ring_log_sum_exp: Callable[..., tuple[Tensor, Tensor]] = _RingLogSumExp.apply
+_ring: Callable[..., tuple[Tensor, Tensor]] = _Ring.apply
 
 
-def _take(keys: Tensor, indices: Tensor) -> Tensor:
-    """keys [*, N, D] at indices [*, M] → [*, M, D]."""
-    return keys.gather(-2, indices.unsqueeze(-1).expand(*indices.shape, keys.shape[-1]))
+def _of_hop(
+    hop: int,
+    queries: Tensor,
+    keys: Tensor,
+    scales: Tensor | None,
+    targets: Tensor,
+    exclude: Tensor | None,
+    key_range: Tensor | None,
+    scale: float,
+) -> Contrast:
+    """The contrast with the keys that are here after so many hops; positives and exclusions are of the own ones."""
+    own = hop == 0
+    return Contrast(
+        queries=queries,
+        keys=keys.to(queries.dtype),
+        targets=targets if own else None,
+        negatives=None,
+        exclude=exclude if own else None,
+        key_range=key_range,
+        query_groups=None,
+        key_groups=None,
+        key_bias=None,
+        scales=scales,
+        scale=scale,
+        measure="softmax" if own else "log_sum",
+        contrast="all",
+        symmetric=False,
+    )
+
+
+def _places(keys: Tensor, targets: Tensor) -> Tensor:
+    """Where in keys [B, N, D] the features of targets [B, M, 1] are, [B, M, D]; of wrong ones somewhere."""
+    return targets.clamp(0, keys.shape[1] - 1).expand(-1, -1, keys.shape[2])
 
 
 def row_blocks(queries: Tensor, keys: Tensor, most: int) -> list[slice]:

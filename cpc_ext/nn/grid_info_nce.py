@@ -28,11 +28,6 @@ __all__ = [
     "turned_grids",
 ]
 
-# Its square is what logits of keys that are not contrasted are lowered by; float16 holds the number itself.
-_LOW = 2.0**15
-# Features are filled up to a multiple of this, for kernels that read 16 bytes at a time.
-_ALIGNMENT = 8
-
 
 class GridInfoNCEOutput(NamedTuple):
     """What :class:`GridInfoNCE` returns.
@@ -173,7 +168,7 @@ class GridInfoNCE(Module):
         if isinstance(self.neg_samples, str):  # "all"
             if negatives is not None:
                 raise ValueError('negatives replays sampled negatives, but neg_samples is "all"')
-            losses, rights = _contrast_all(queries, keys, targets, firsts, ring=exchange.ring)
+            losses, ranks = _contrast_all(queries, keys, targets, firsts, ring=exchange.ring)
             contrasted = [size * exchange.world for size in sizes]
         else:
             whole = [count * images for count in places]
@@ -182,8 +177,9 @@ class GridInfoNCE(Module):
             else:
                 draws = self._replayed(negatives, whole)
             sampled = _own_negatives(draws, firsts, places, images, own)
-            losses, rights = info_nce(torch.cat(queries, dim=1), keys, targets, negatives=sampled, reduction="none")
+            losses, _, ranks = info_nce(torch.cat(queries, dim=1), keys, targets, negatives=sampled, reduction="none")
             contrasted = [self.neg_samples + 1] * self.pred_steps
+        rights = (ranks == 0).to(losses.dtype)
         step_losses, step_rights = (step_means(values, sizes) for values in (losses, rights))
         loss = step_losses.mean()
         most = sum(math.log(max(count, 1)) for count in contrasted) / len(contrasted)
@@ -296,33 +292,16 @@ def _own_negatives(draws: Sequence[Tensor], firsts: list[int], places: list[int]
 def _contrast_all(
     queries: list[Tensor], keys: Tensor, targets: Tensor, firsts: list[int], *, ring: bool
 ) -> tuple[Tensor, Tensor]:
-    """Losses and correctness [directions, M] of every step against the keys from its first on, in one call.
-
-    A step is not to see keys before its first. An additional feature of each later step is huge in its queries and
-    negatively so in those keys, and zero elsewhere: it adds nothing to the logits that count, and lowers the others so
-    far that their part of the sum is exactly zero. The call also scores them, which is little: a grid of 7 rows whose
-    steps contrast 5, 4, 3, 2 and 1 of them takes 75 blocks of logits instead of 55.
-    """
-    start = firsts[0]
-    keys, targets = keys[:, start:], targets - start
+    """Losses and ranks [directions, M] of every step against the keys from its first on, in one call."""
+    begins = torch.cat(
+        [targets.new_full((query.shape[1],), first) for query, first in zip(queries, firsts, strict=True)]
+    )
+    key_range = torch.stack([begins, torch.full_like(begins, keys.shape[1])], 1).expand(len(keys), -1, -1)
     joined = torch.cat(queries, dim=1)
-    if len(firsts) > 1:
-        channels = keys.shape[2]
-        marks = -(-(channels + len(firsts) - 1) // _ALIGNMENT) * _ALIGNMENT - channels
-        key_marks, query_marks = (values.new_zeros(values.shape[1], marks) for values in (keys, joined))
-        end = queries[0].shape[1]
-        for mark, (first, query) in enumerate(zip(firsts[1:], queries[1:], strict=True)):
-            key_marks[: first - start, mark] = -_LOW
-            query_marks[end : end + query.shape[1], mark] = _LOW
-            end += query.shape[1]
-        keys, joined = (
-            torch.cat([values, marks.expand(len(values), -1, -1)], dim=2)
-            for values, marks in ((keys, key_marks), (joined, query_marks))
-        )
     if ring:
-        losses, ranks = ring_info_nce(joined, keys, targets)
-        return losses, (ranks == 0).to(losses.dtype)
-    return info_nce(joined, keys, targets, reduction="none")
+        return ring_info_nce(joined, keys, targets, key_range=key_range)
+    losses, _, ranks = info_nce(joined, keys, targets, key_range=key_range, reduction="none")
+    return losses, ranks
 
 
 def step_means(values: Tensor, sizes: list[int]) -> Tensor:

@@ -1,8 +1,11 @@
-"""InfoNCE as a module: queries [*, M, D] and keys [*, N, D] to a scalar loss and an accuracy."""
+"""InfoNCE as a module: queries [*, M, D] and keys [*, N, D] to a scalar loss, an accuracy and ranks."""
 
 from __future__ import annotations
 
-from torch import Tensor
+import math
+
+import torch
+from torch import Tensor, nn
 
 from cpc_ext.nn.typed import Module
 from cpc_ext.ops.info_nce import InfoNCEOutput, info_nce
@@ -11,19 +14,38 @@ __all__ = ["InfoNCELoss"]
 
 
 class InfoNCELoss(Module):
-    """InfoNCE with a fixed temperature; see :func:`cpc_ext.ops.info_nce`.
+    """InfoNCE at a temperature, fixed or learnt; see :func:`cpc_ext.ops.info_nce`.
 
     Args:
-        temperature: positive divisor of the dot products.
+        temperature: positive divisor of the dot products; the first one where it is learnt.
         reduction: "mean", "sum" or "none".
+        learnable: whether the temperature is learnt, by the log of its inverse, ``log_scale``, as CLIP's is.
+        max_scale: of the inverse of a temperature that is learnt. Beyond it the parameter is set back to it in the
+            next call, as CLIP does.
+
+    Raises:
+        ValueError: a temperature that is not positive, or lower than ``max_scale`` allows.
     """
 
-    def __init__(self, temperature: float = 1.0, *, reduction: str = "mean") -> None:
+    log_scale: nn.Parameter | None
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        *,
+        reduction: str = "mean",
+        learnable: bool = False,
+        max_scale: float = 100.0,
+    ) -> None:
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
+        if learnable and not max_scale * temperature >= 1:
+            raise ValueError(f"temperature must be at least 1 / max_scale = {1 / max_scale}, got {temperature}")
         self.temperature = temperature
         self.reduction = reduction
+        self.max_scale = max_scale
+        self.register_parameter("log_scale", nn.Parameter(torch.tensor(-math.log(temperature))) if learnable else None)
 
     def forward(
         self,
@@ -34,6 +56,11 @@ class InfoNCELoss(Module):
         negatives: Tensor | None = None,
         weights: Tensor | None = None,
         exclude: Tensor | None = None,
+        key_range: Tensor | None = None,
+        key_bias: Tensor | None = None,
+        groups: tuple[Tensor, Tensor] | None = None,
+        contrast: str = "all",
+        symmetric: bool = False,
     ) -> InfoNCEOutput:
         """Arguments and result as of :func:`cpc_ext.ops.info_nce`."""
         return info_nce(
@@ -41,11 +68,25 @@ class InfoNCELoss(Module):
             keys,
             targets,
             negatives=negatives,
-            scale=1 / self.temperature,
+            scale=self.scale(),
             weights=weights,
             exclude=exclude,
+            key_range=key_range,
+            key_bias=key_bias,
+            groups=groups,
+            contrast=contrast,
+            symmetric=symmetric,
             reduction=self.reduction,
         )
 
+    def scale(self) -> float | Tensor:
+        """The inverse of the temperature: a tensor without dimensions, with a gradient, where it is learnt."""
+        if self.log_scale is None:
+            return 1 / self.temperature
+        with torch.no_grad():
+            self.log_scale.clamp_(max=math.log(self.max_scale))
+        return self.log_scale.exp()
+
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, reduction={self.reduction}"
+        learnt = "" if self.log_scale is None else f", learnable=True, max_scale={self.max_scale}"
+        return f"temperature={self.temperature}, reduction={self.reduction}{learnt}"

@@ -1,46 +1,44 @@
 """NT-Xent, the loss of SimCLR: each view of an image picks out its other view among all views of the batch.
 
 It is InfoNCE whose queries are also its keys: the positive of a row is the same image's other view, and the row's own
-key is left out.
+key is left out. With a memory bank, negatives are second views of earlier batches instead.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cpc_ext.nn.across_ranks import EXCHANGES, exchange_with, ring_info_nce, row_blocks
+from cpc_ext.nn.across_ranks import EXCHANGES, exchange_with, ring_info_nce
+from cpc_ext.nn.key_queue import KeyQueue
 from cpc_ext.nn.typed import Module
 from cpc_ext.nn.unit_length import unit_length
 from cpc_ext.ops._library import without_autocast
 from cpc_ext.ops.info_nce import info_nce
 
-__all__ = ["NTXentLoss", "NTXentOutput"]
-
-# Similarities in memory while positives are ranked.
-_BLOCK_SIMILARITIES = 1 << 22
+__all__ = ["NTXentLoss", "NTXentOutput", "check_views"]
 
 
 class NTXentOutput(NamedTuple):
-    """What :class:`NTXentLoss` returns: scalars, all but the loss without gradient.
+    """What :meth:`NTXentLoss.contrast` returns: scalars, all but the loss without gradient.
 
     Attributes:
         loss: mean over views, in nats.
         accuracy: fraction of views whose other view is more similar than any other image's.
-        top5_accuracy: fraction of views whose other view is among the five most similar; None without statistics.
-        mean_position: mean place of the other view in the order of similarity; 1 is the most similar; None without
-            statistics.
+        top5_accuracy: fraction of views whose other view is among the five most similar.
+        mean_position: mean place of the other view in the order of similarity; 1 is the most similar.
         mutual_information: log of the number of keys contrasted minus the loss, a lower bound on the mutual information
             of two views, in nats.
     """
 
     loss: Tensor
     accuracy: Tensor
-    top5_accuracy: Tensor | None
-    mean_position: Tensor | None
+    top5_accuracy: Tensor
+    mean_position: Tensor
     mutual_information: Tensor
 
 
@@ -49,31 +47,48 @@ class NTXentLoss(Module):
 
     ``-log(exp(sim(i, j) / τ) / Σ_{k≠i} exp(sim(i, k) / τ))`` for both views j of every image, sim the cosine
     similarity. Where several processes share a batch, each passes its own images; the loss is that of its own views.
+    It is called as lightly's ``NTXentLoss`` is, and gives the same.
 
     Args:
         temperature: τ.
+        memory_bank_size: 0, or (size, D): first views alone are contrasted, each with its second view and with the last
+            ``size`` second views of earlier batches. At first these are random; a batch enters after its loss where
+            that has a gradient in the first views. When the bank is full its oldest are replaced from the start, and
+            what of a batch goes beyond its end is dropped.
+        gather_distributed: another word for ``gather_negatives="gather"``.
         gather_negatives: where there are several processes: "none" contrasts with the process's own images, "gather"
-            with those of all, whose keys are gathered, "ring" with the same, without holding them all at once.
-        statistics: whether the positions of the positives are found as well, for ``top5_accuracy`` and
-            ``mean_position``. They take all similarities once more, which is 40 % of the time of loss and gradient at
-            2048 views; in a ring they come with the loss.
+            with those of all, whose keys are gathered, "ring" with the same, without holding them all at once. Of a
+            memory bank, "gather" enters the second views of all processes.
 
     Raises:
         ValueError: an argument that is none of those above.
     """
 
-    def __init__(self, temperature: float = 0.07, *, gather_negatives: str = "none", statistics: bool = True) -> None:
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        memory_bank_size: int | Sequence[int] = 0,
+        gather_distributed: bool = False,
+        *,
+        gather_negatives: str | None = None,
+    ) -> None:
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
-        if gather_negatives not in EXCHANGES:
+        if gather_negatives is None:
+            gather_negatives = "gather" if gather_distributed else "none"
+        elif gather_negatives not in EXCHANGES:
             raise ValueError(f"gather_negatives must be one of {', '.join(EXCHANGES)}, got {gather_negatives!r}")
+        elif gather_distributed and gather_negatives != "gather":
+            raise ValueError(f'gather_distributed means gather_negatives="gather", got {gather_negatives!r}')
         self.temperature = temperature
         self.gather_negatives = gather_negatives
-        self.statistics = statistics
+        self.memory_bank = _memory_bank(memory_bank_size)
+        if self.memory_bank is not None and gather_negatives == "ring":
+            raise ValueError('gather_negatives must be "none" or "gather" with a memory bank, got "ring"')
 
-    def forward(self, first: Tensor, second: Tensor) -> NTXentOutput:
-        """The loss of two views of N images.
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """The loss of two views of N images, a scalar in float32, or float64 for float64.
 
         Args:
             first, second: floating [N, D], of any finite length, 0 included; row n of both is of image n.
@@ -81,60 +96,59 @@ class NTXentLoss(Module):
         Raises:
             ValueError: views of different shapes, or fewer than one image.
         """
-        if first.ndim != 2 or first.shape != second.shape or len(first) == 0:
-            raise ValueError(
-                f"first and second must both be [N, D], got {tuple(first.shape)} and {tuple(second.shape)}"
-            )
+        return self.contrast(first, second).loss
+
+    def contrast(self, first: Tensor, second: Tensor) -> NTXentOutput:
+        """The loss, and how well views are told from others, which is known with it. Takes what a call takes."""
+        check_views(first, second)
         # In float32 at least, under autocast too: the temperature multiplies a rounding of the similarity by 14.
         with without_autocast(first.device):
-            return self._contrast(torch.cat([first, second]).to(torch.promote_types(first.dtype, torch.float32)))
+            views = unit_length(torch.cat([first, second]).to(torch.promote_types(first.dtype, torch.float32)))
+            return self._contrast(views) if self.memory_bank is None else self._contrast_bank(*views.chunk(2))
 
-    def _contrast(self, views: Tensor) -> NTXentOutput:
-        """views: [2 N, D], the second views after the first."""
+    def _contrast(self, queries: Tensor) -> NTXentOutput:
+        """queries: [2 N, D] of length 1, the second views after the first."""
         exchange = exchange_with(self.gather_negatives)
-        positions: Tensor | None
-        images, dtype = len(views) // 2, views.dtype
-        queries = unit_length(views)
-        own = torch.arange(2 * images, device=queries.device)
-        targets = (own + images) % (2 * images)
+        views = len(queries)
+        own = torch.arange(views, device=queries.device)
+        targets = (own + views // 2) % views
         scale = 1 / self.temperature
         if exchange.ring:
-            losses, positions = ring_info_nce(queries, queries, targets, scale=scale, exclude=own)
-            loss, accuracy = losses.mean(), _share_below(1, positions, dtype)
+            losses, rank = ring_info_nce(queries, queries, targets, scale=scale, exclude=own)
+            loss = losses.mean()
         else:
             keys = exchange.gathered(queries)
-            first = exchange.own_of(2 * images).start
-            own, targets = own + first, targets + first
-            loss, accuracy = info_nce(queries, keys, targets, scale=scale, exclude=own)
-            positions = None
-            if self.statistics:
-                positions = _positions(queries.detach(), keys.detach(), targets, own)
-                accuracy = _share_below(1, positions, dtype)
-        top5_accuracy = mean_position = None
-        if positions is not None:
-            top5_accuracy = _share_below(5, positions, dtype)
-            mean_position = positions.to(dtype).mean() + 1
-        mutual_information = math.log(2 * images * exchange.world - 1) - loss.detach()
-        return NTXentOutput(loss, accuracy, top5_accuracy, mean_position, mutual_information)
+            first = exchange.own_of(views).start
+            loss, _, rank = info_nce(queries, keys, targets + first, scale=scale, exclude=own + first)
+        return _output(loss, rank, views * exchange.world - 1)
+
+    def _contrast_bank(self, queries: Tensor, keys: Tensor) -> NTXentOutput:
+        bank = self.memory_bank
+        assert bank is not None
+        loss, rank = bank.contrast(queries, keys, 1 / self.temperature)
+        if queries.requires_grad:
+            bank.push(exchange_with(self.gather_negatives).gathered(keys.detach()), wrap=False)
+        return _output(loss, rank, bank.size + 1)
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, gather_negatives={self.gather_negatives}, statistics={self.statistics}"
+        return f"temperature={self.temperature}, gather_negatives={self.gather_negatives}"
 
 
-def _share_below(count: int, positions: Tensor, dtype: torch.dtype) -> Tensor:
-    return (positions < count).to(dtype).mean()
+def check_views(first: Tensor, second: Tensor) -> None:
+    if first.ndim != 2 or first.shape != second.shape or len(first) == 0:
+        raise ValueError(f"first and second must both be [N, D], got {tuple(first.shape)} and {tuple(second.shape)}")
 
 
-def _positions(queries: Tensor, keys: Tensor, targets: Tensor, exclude: Tensor) -> Tensor:
-    """How many keys, besides the excluded one, are at least as similar to a query as its positive: int64 [M].
+def _memory_bank(size: int | Sequence[int]) -> KeyQueue | None:
+    if isinstance(size, int) and size == 0:
+        return None
+    if isinstance(size, int) or len(size) != 2 or any(one < 1 for one in size):
+        raise ValueError(f"memory_bank_size must be 0, or (number of features, D), each at least 1, got {size}")
+    # It is not saved, as lightly's is not.
+    return KeyQueue(size[0], size[1], persistent=False)
 
-    Similarities are formed for a block of queries at a time, so memory stays far below M times N.
-    """
-    counts = []
-    for rows in row_blocks(queries, keys, _BLOCK_SIMILARITIES):
-        similarities = queries[rows] @ keys.mT
-        positive = similarities.gather(1, targets[rows, None])
-        # The positive reaches itself; the excluded key, which is the query, would as well.
-        similarities.scatter_(1, exclude[rows, None], -torch.inf)
-        counts.append((similarities >= positive).sum(1) - 1)
-    return torch.cat(counts)
+
+def _output(loss: Tensor, rank: Tensor, keys: int) -> NTXentOutput:
+    """The output of views with so many keys each, of which ``rank`` are as similar as the positive one."""
+    top1, top5 = ((rank < count).to(loss.dtype).mean() for count in (1, 5))
+    return NTXentOutput(loss, top1, top5, rank.to(loss.dtype).mean() + 1, math.log(keys) - loss.detach())

@@ -133,10 +133,10 @@ class TargetInfoNCE(Module):
             dim=1,
         )
         if exchange.ring:
-            losses, positions = ring_info_nce(queries, keys, targets, scale=self.scale)
-            rights = (positions == 0).to(losses.dtype)
+            losses, ranks = ring_info_nce(queries, keys, targets, scale=self.scale)
         else:
-            losses, rights = info_nce(queries, keys, targets, scale=self.scale, reduction="none")
+            losses, _, ranks = info_nce(queries, keys, targets, scale=self.scale, reduction="none")
+        rights = (ranks == 0).to(losses.dtype)
         step_losses, step_rights = (
             step_means(values, [count * own_images for count in places]) for values in (losses, rights)
         )

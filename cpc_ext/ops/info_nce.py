@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from cpc_ext.ops import _contrast_reference as plain
-from cpc_ext.ops._contrast import ContrastOptions, check_arguments, flat_problem, reduced
 from cpc_ext.ops._contrast import contrast as run_contrast
+from cpc_ext.ops._contrast import reduced
+from cpc_ext.ops._contrast_arguments import ContrastOptions, check_arguments, flat_problem
 from cpc_ext.ops._library import values_at_hand
 
 __all__ = ["InfoNCEOutput", "info_nce", "info_nce_reference"]
@@ -145,9 +146,12 @@ def _permuted(queries: Tensor, keys: Tensor, options: ContrastOptions, reduction
         index = order.reshape(*order.shape, *[1] * (values.ndim - order.ndim)).expand(values.shape)
         return values.gather(order.ndim - 1, index)
 
-    groups = None if options.groups is None else (in_order(options.groups[0]), options.groups[1])
+    groups = options.groups
+    if groups is not None:
+        groups = groups[0].gather(-1, order), groups[1]
+    rows = order.unsqueeze(-1).expand(queries.shape)
     result = info_nce(
-        torch.where(right, in_order(queries), torch.nan),
+        torch.where(right, queries.gather(-2, rows), torch.nan),
         keys,
         scale=options.scale,
         weights=in_order(options.weights),

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cpc_ext.ops import _contrast_reference as plain
-from cpc_ext.ops._contrast import ContrastOptions, flat_problem
 from cpc_ext.ops._contrast import contrast as run_contrast
+from cpc_ext.ops._contrast_arguments import ContrastOptions, flat_problem
 
 __all__ = ["scores_logsumexp", "scores_logsumexp_reference"]
 

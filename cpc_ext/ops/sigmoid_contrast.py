@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from cpc_ext.ops import _contrast_reference as plain
-from cpc_ext.ops._contrast import ContrastOptions, check_number, flat_problem, reduced
 from cpc_ext.ops._contrast import contrast as run_contrast
+from cpc_ext.ops._contrast import reduced
+from cpc_ext.ops._contrast_arguments import ContrastOptions, check_number, flat_problem
 
 __all__ = ["sigmoid_contrast", "sigmoid_contrast_reference"]
 

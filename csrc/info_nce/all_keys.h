@@ -162,6 +162,8 @@ class AllKeys {
       for (int64_t first = 0; problem_.wants_gradients() && first < m_; first += rows_)
         differentiate(call, rows_at(first), rows_at(first + rows_));
     }
+    if (n_ == 0 && wants_queries())  // No block of keys reaches them.
+      std::fill_n(problem_.grad_queries.template as<Storage>() + entry * m_ * d_, m_ * d_, Storage{});
     if (m_ == 0 && wants_bias()) std::fill_n(problem_.grad_bias.template as<S>() + entry * n_, n_, S{});
     if (!wants_keys()) return;
     if (m_ == 0) std::fill_n(problem_.grad_keys.template as<Storage>() + entry * n_ * d_, n_ * d_, Storage{});
@@ -360,40 +362,51 @@ class AllKeys {
     return {all.maxima + at, all.sums + at, all.moments + at, nullptr};
   }
 
-  // Dot products of a panel's queries with their positives, a query a lane, summed in the order of score().
+  // Dot products of a panel's queries with their positives, and what a rival must not be below to count in the rank.
   void score_positives(const Call& call, const Rows& rows, int64_t panel) const {
-    const int64_t columns = rows.columns(panel), parts = std::max<int64_t>(divide_up(d_, kDepthBlock), 1);
-    const S* const by_feature = call.buffers.by_feature + panel * kColumns * d_;
     const auto* const thresholds = problem_.thresholds.template as<const S>();
-    for (int64_t c = 0; c < columns; c += kLane) {
+    for (int64_t c = 0; c < rows.columns(panel); c += kLane) {
       const int64_t first = panel * kColumns + c, count = std::clamp<int64_t>(rows.count - first, 0, kLane);
-      for (int64_t j = 0; n_ > 0 && j < places_; ++j) {
-        const S* lanes[kLane];
-        for (int64_t i = 0; i < kLane; ++i)  // Lanes without a positive compute what nobody reads.
-          lanes[i] = call.keys + std::max<int64_t>(i < count ? positives(call, rows, first + i).key(j) : 0, 0) * d_;
-        R total = {};
-        for (int64_t part = 0; part < parts; ++part) {
-          R sum = {};
-          for (int64_t k = part * d_ / parts; k < (part + 1) * d_ / parts; ++k) {
-            R right = {};
-            for (int64_t i = 0; i < kLane; ++i) right[i] = lanes[i][k];
-            sum = multiply_add<E>(sum, right, load_register(by_feature + k * columns + c));
-          }
-          total = part > 0 ? total + sum : sum;
-        }
-        for (int64_t i = 0; i < count; ++i) call.buffers.dots[kept_row(rows, first + i) * places_ + j] = total[i];
-      }
+      for (int64_t j = 0; n_ > 0 && j < places_; ++j)
+        for (int64_t lane = 0; lane < count; lane += kTileRows)
+          multiply_positives(call, rows, first, lane, std::min<int64_t>(kTileRows, count - lane), j);
       for (int64_t i = 0; i < kLane; ++i) {
         S& best = call.buffers.bests[first + i];
-        best = i >= count ? kInfinity<S> : outcome(call, rows, first + i, {}).best();
-        if (i < count && thresholds != nullptr && places_ == 0) best = thresholds[index(call, rows, first + i)];
-        if (i < count && problem_.symmetric) {
-          call.buffers.present[rows.first + first + i] = weight_of_row(index(call, rows, first + i)) != 0;
-        } else if (problem_.symmetric) {
-          call.buffers.present[rows.first + first + i] = 0;
-        }
+        best = kInfinity<S>;
+        if (i < count)
+          best = thresholds != nullptr && places_ == 0 ? thresholds[index(call, rows, first + i)]
+                                                       : outcome(call, rows, first + i, {}).best();
+        if (problem_.symmetric)
+          call.buffers.present[rows.first + first + i] = i < count && weight_of_row(index(call, rows, first + i)) != 0;
       }
     }
+  }
+
+  // Dot products of a register's queries from `lane` on with their positives at place j. The keys of some are multiplied
+  // with the whole register, of which each needs its own lane: so equal keys have the scores that multiply() gives them.
+  void multiply_positives(const Call& call, const Rows& rows, int64_t first, int64_t lane, int64_t count,
+                          int64_t j) const {
+    const int64_t panel = first / kColumns, columns = rows.columns(panel);
+    const S* const by_feature = call.buffers.by_feature + panel * kColumns * d_ + first % kColumns;
+    const int64_t parts = std::max<int64_t>(divide_up(d_, kDepthBlock), 1);
+    const S* keys[kTileRows];
+    for (int64_t r = 0; r < count; ++r)  // Where there is no positive, the product is not read.
+      keys[r] = call.keys + std::max<int64_t>(positives(call, rows, first + lane + r).key(j), 0) * d_;
+    S queries[kDepthBlock * kLane], sums[kTileRows * kLane];
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t begin = part * d_ / parts, depth = (part + 1) * d_ / parts - begin;
+      for (int64_t k = 0; k < depth; ++k)
+        store_register(queries + k * kLane, load_register(by_feature + (begin + k) * columns));
+      with_tile(count, 1, [&](auto height, auto width) {
+        Tile<E, height, width> tile;
+        tile.clear();
+        tile.multiply([&](int r, int64_t k) { return keys[r] + begin + k; }, queries, depth);
+        if (part > 0) add(tile, sums, kLane);
+        tile.store(sums, kLane);
+      });
+    }
+    for (int64_t r = 0; r < count; ++r)
+      call.buffers.dots[kept_row(rows, first + lane + r) * places_ + j] = sums[r * kLane + lane + r];
   }
 
   enum class Pass { first, again };

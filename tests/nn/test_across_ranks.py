@@ -6,96 +6,15 @@ tests/training/test_distribution.py.
 
 from __future__ import annotations
 
-import queue
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 from torch.autograd import grad
 
-from cpc_ext.nn import GridInfoNCE, NTXentLoss, TargetInfoNCE, across_ranks
+from cpc_ext.nn import GridInfoNCE, MultipleNegativesRankingLoss, NTXentLoss, TargetInfoNCE, across_ranks
 from cpc_ext.nn.across_ranks import EXCHANGES, exchange_with, gather_from_ranks, ring_info_nce
 from cpc_ext.ops import info_nce
 
 EXACT = {"atol": 1e-12, "rtol": 0}
-PATIENCE_SECONDS = 5
-
-
-class Received:
-    def __init__(self, mail, values):
-        self.mail, self.values = mail, values
-
-    def wait(self):
-        self.values.copy_(self.mail.get(timeout=PATIENCE_SECONDS))
-
-
-class Threads:
-    """What the package asks of ``torch.distributed``, for ranks that are threads."""
-
-    isend, irecv = "isend", "irecv"
-
-    def __init__(self, world):
-        self.world, self.mine = world, threading.local()
-        self.meeting = threading.Barrier(world, timeout=PATIENCE_SECONDS)
-        self.brought, self.messages = [None] * world, 0
-        self.mail = {(one, other): queue.Queue() for one in range(world) for other in range(world)}
-
-    def run(self, program):
-        """What the program gives on every rank."""
-
-        def as_rank(rank):
-            self.mine.rank = rank
-            return program(rank)
-
-        with ThreadPoolExecutor(self.world) as threads:
-            return list(threads.map(as_rank, range(self.world)))
-
-    def is_available(self):
-        return True
-
-    def is_initialized(self):
-        return True
-
-    def get_rank(self):
-        return self.mine.rank
-
-    def get_world_size(self):
-        return self.world
-
-    def all_gather(self, parts, values):
-        assert values.is_contiguous()
-        self.brought[self.mine.rank] = values.clone()
-        self.meeting.wait()
-        for part, value in zip(parts, self.brought, strict=True):
-            assert part.is_contiguous()
-            part.copy_(value)
-        self.meeting.wait()
-
-    def all_reduce(self, values):
-        parts = [torch.empty_like(values) for _ in range(self.world)]
-        self.all_gather(parts, values)
-        values.copy_(sum(parts))
-
-    def P2POp(self, operation, values, peer):
-        return operation, values, peer
-
-    def batch_isend_irecv(self, operations):
-        received = []
-        for operation, values, peer in operations:
-            if operation == self.isend:
-                self.messages += 1
-                self.mail[self.mine.rank, peer].put(values)
-            else:
-                received.append(Received(self.mail[peer, self.mine.rank], values.fill_(torch.nan)))
-        return received
-
-
-@pytest.fixture(params=[1, 2, 3])
-def ranks(request, monkeypatch):
-    threads = Threads(request.param)
-    monkeypatch.setattr(across_ranks, "dist", threads)
-    return threads
 
 
 def normal(*shape, seed=0):
@@ -141,50 +60,149 @@ def test_gathered_values_and_their_derivatives(ranks, dim):
         torch.testing.assert_close(derivatives[2], of_upstream, **EXACT)
 
 
-@pytest.mark.parametrize("excluded", [False, True])
-def test_a_ring_is_the_op_with_all_keys(ranks, excluded, monkeypatch):
-    monkeypatch.setattr(across_ranks, "_BLOCK_LOGITS", 40)  # Two rows at a time.
+@pytest.mark.parametrize("dims", [2, 9])
+@pytest.mark.parametrize("ranks", [3], indirect=True)
+def test_shapes_that_differ_are_told(ranks, dims):
+
+    def program(rank):
+        values = torch.zeros(2 + rank // 2, *[1] * (dims - 1))
+        with pytest.raises(
+            ValueError, match=r"values must have one shape on all ranks, got \(2, 1.*\), \(2, .*\), \(3, "
+        ):
+            gather_from_ranks(values)
+        if dims == 2:
+            with pytest.raises(
+                ValueError, match=r"keys must have one shape on all ranks, got \(2, 1\), \(2, 1\), \(3, 1"
+            ):
+                ring_info_nce(values[:2], values, torch.arange(2))
+        return True
+
+    assert all(ranks.run(program))
+
+
+OPTIONS = {
+    "plain": {},
+    "excluded": {"exclude": (7,)},
+    "several excluded": {"exclude": (7, 2)},
+    "ranges": {"key_range": (7, 2)},
+}
+
+
+def drawn_options(name, world, generator):
+    """Options of every rank: keys 4 to 8 are excluded or none (-1), ranges begin at 0 to 5 and end at 4 to 9."""
+    parts = []
+    for _ in range(world):
+        exclude, begins, ends = (
+            torch.randint(low, high, (2, 7, 2), generator=generator) for low, high in ((4, 9), (0, 6), (0, 6))
+        )
+        exclude[:, 0] = -1
+        key_range = torch.stack([begins[..., 0], torch.maximum(begins, ends + 4)[..., 0]], -1)
+        drawn = {"exclude": exclude if name == "several excluded" else exclude[..., 0], "key_range": key_range}
+        parts.append({option: drawn[option] for option in OPTIONS[name]})
+    return parts
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_ring_is_the_op_with_all_keys(ranks, name):
     world = ranks.world
     generator = torch.Generator().manual_seed(0)
     queries = [normal(2, 7, 4, seed=rank) for rank in range(world)]
     keys = [normal(2, 4, 9, seed=10 + rank).mT for rank in range(world)]
     targets = torch.randint(4, (world, 2, 7), generator=generator)
-    exclude = torch.randint(4, 9, (world, 2, 7), generator=generator) if excluded else [None] * world
+    options = drawn_options(name, world, generator)
     weights = torch.rand(world, 2, 7, dtype=torch.float64, generator=generator)
+    scales = [torch.tensor(1.4, dtype=torch.float64, requires_grad=True) for _ in range(world)]
 
     def program(rank):
         # Autocast, which is a thread's own, rounds nothing.
         with torch.autocast("cpu", torch.bfloat16):
-            output = ring_info_nce(queries[rank], keys[rank], targets[rank], scale=1.4, exclude=exclude[rank])
+            output = ring_info_nce(queries[rank], keys[rank], targets[rank], scale=scales[rank], **options[rank])
         assert not output.rank.requires_grad
-        return *output, *grad((output.loss * weights[rank]).sum(), [queries[rank], keys[rank]])
+        return *output, *grad((output.loss * weights[rank]).sum(), [queries[rank], keys[rank], scales[rank]])
 
     every = torch.cat(keys, 1)
-    expected = [
-        info_nce(
-            queries[rank],
-            every,
-            targets[rank] + 9 * rank,
-            scale=1.4,
-            exclude=exclude[rank] + 9 * rank if excluded else None,
-            reduction="none",
-        )
-        for rank in range(world)
-    ]
-    total = sum((output.loss * weight).sum() for output, weight in zip(expected, weights, strict=True))
-    gradients = grad(total, [*queries, *keys])
+    visible = [visible_keys(rank, world, options[rank]) for rank in range(world)]
+    expected = []
+    for rank in range(world):
+        scores = scales[rank] * queries[rank] @ every.mT
+        own = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, targets[rank][..., None] + 9 * rank, True)
+        scores = scores.masked_fill(~(visible[rank] | own), -torch.inf)
+        positive = scores.where(own, -torch.inf).amax(-1)
+        expected.append((scores.logsumexp(-1) - positive, (scores >= positive[..., None]).sum(-1) - 1))
+    total = sum((loss * weight).sum() for (loss, _), weight in zip(expected, weights, strict=True))
+    gradients = grad(total, [*queries, *keys, *scales])
     results = ranks.run(program)
     # Keys visit the other ranks once forward and once backward, where their gradient comes home as well.
     assert ranks.messages == world * (3 * world - 2 if world > 1 else 0)
-    for rank, (loss, positions, of_queries, of_keys) in enumerate(results):
-        torch.testing.assert_close(loss, expected[rank].loss, **EXACT)
-        scores = queries[rank] @ every.mT
-        if excluded:
-            scores = scores.scatter(-1, exclude[rank][..., None] + 9 * rank, -torch.inf)
-        own = scores.gather(-1, targets[rank][..., None] + 9 * rank)
-        assert torch.equal(positions, (scores >= own).sum(-1) - 1)
-        torch.testing.assert_close(of_queries, gradients[rank], **EXACT)
-        torch.testing.assert_close(of_keys, gradients[world + rank], **EXACT)
+    for rank, (loss, positions, *of_rank) in enumerate(results):
+        torch.testing.assert_close(loss, expected[rank][0], **EXACT)
+        assert torch.equal(positions, expected[rank][1])
+        for found, known in zip(of_rank, gradients[rank::world], strict=True):
+            torch.testing.assert_close(found, known, **EXACT)
+
+
+def visible_keys(rank, world, options):
+    """Which of all ranks' keys [2, 7, 9 world] a rank's queries contrast."""
+    index = torch.arange(9)
+    every = torch.ones(2, 7, 9, dtype=torch.bool)
+    begin, end = options.get("key_range", torch.tensor([0, 9])).split(1, -1)
+    of_each = every & (index >= begin) & (index < end)
+    parts = [of_each] * world
+    if "exclude" in options:
+        parts[rank] = of_each & ~(index == options["exclude"].view(2, 7, -1, 1)).any(-2)
+    return torch.cat(parts, -1)
+
+
+@pytest.mark.parametrize("exchange", ["ring", "gather"])
+def test_a_scale_that_learns_across_ranks(ranks, exchange):
+    """Every rank's gradient of the scale is that of its own rows; their mean is that of the whole batch."""
+    world = ranks.world
+    queries, keys = normal(6, 4), normal(6, 4, seed=1)
+    scale = torch.tensor(0.0, dtype=torch.float64, requires_grad=True)  # Where nothing can be divided by it.
+    own = torch.arange(6)
+
+    def program(rank):
+        rows, keys_of_rank = queries.chunk(world)[rank], keys.chunk(world)[rank].detach().requires_grad_()
+        places = torch.arange(6 // world)
+        if exchange == "ring":
+            losses = ring_info_nce(rows, keys_of_rank, places, scale=scale).loss
+        else:
+            every = gather_from_ranks(keys_of_rank)
+            losses = info_nce(rows, every, places + rank * len(places), scale=scale, reduction="none").loss
+        return losses.mean(), *grad(losses.mean(), [scale, keys_of_rank])
+
+    loss = torch.nn.functional.cross_entropy(scale * queries @ keys.T, own)
+    of_scale, of_keys = grad(loss, [scale, keys])
+    losses, of_scales, of_parts = zip(*ranks.run(program), strict=True)
+    torch.testing.assert_close(sum(losses) / world, loss, **EXACT)
+    torch.testing.assert_close(sum(of_scales) / world, of_scale, **EXACT)
+    torch.testing.assert_close(torch.cat(of_parts) / world, of_keys, **EXACT)
+
+
+@pytest.mark.parametrize("query_type", [torch.bfloat16, torch.float32])
+def test_keys_travel_in_their_own_type(ranks, query_type):
+    world = ranks.world
+    queries = [normal(5, 4, seed=rank).detach().to(query_type).requires_grad_() for rank in range(world)]
+    keys = [normal(6, 4, seed=10 + rank).detach().bfloat16().requires_grad_() for rank in range(world)]
+    targets = torch.arange(5)
+
+    def program(rank):
+        loss = ring_info_nce(queries[rank], keys[rank], targets, scale=2).loss
+        assert loss.dtype == torch.float32
+        return loss, *grad(loss.sum(), [queries[rank], keys[rank]])
+
+    results = ranks.run(program)
+    every = torch.cat(keys).double()
+    losses = [
+        torch.nn.functional.cross_entropy(2 * queries[rank].double() @ every.T, targets + 6 * rank, reduction="none")
+        for rank in range(world)
+    ]
+    gradients = grad(sum(loss.sum() for loss in losses), [*queries, *keys])
+    for rank, (loss, *found) in enumerate(results):
+        torch.testing.assert_close(loss.double(), losses[rank], atol=1e-5, rtol=1e-5)
+        for one, other in zip(found, gradients[rank::world], strict=True):
+            assert one.dtype == other.dtype
+            torch.testing.assert_close(one, other, atol=0.05, rtol=0.02)
 
 
 @pytest.mark.parametrize("query_type", [torch.float16, torch.float64])
@@ -199,18 +217,27 @@ def test_a_ring_computes_in_float32_or_more(query_type, key_type):
     torch.testing.assert_close(loss.double(), expected, atol=1e-6 if wide == torch.float32 else 1e-12, rtol=0)
 
 
-@pytest.mark.parametrize(("rows", "most", "ends"), [(7, 36, [2, 4, 6, 7]), (7, 35, [*range(1, 8)]), (4, 99, [4])])
-def test_blocks_have_as_many_logits_as_may_be(rows, most, ends):
-    blocks = across_ranks.row_blocks(torch.empty(2, rows, 4), torch.empty(2, 9, 4), most)
-    assert blocks == [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+def test_a_ring_says_what_is_wrong():
+    queries, keys = normal(2, 5, 4), normal(2, 6, 4)
+    targets = torch.zeros(2, 5, dtype=torch.int64)
+    with pytest.raises(ValueError, match="keys must have the leading dimensions and the D of queries"):
+        ring_info_nce(queries, keys[:1], targets)
+    with pytest.raises(ValueError, match=r"targets must be one positive a query, got shape \(2, 5, 1\)"):
+        ring_info_nce(queries, keys, targets[..., None])
+    for index in (-1, 6):
+        with pytest.raises(IndexError, match=f"targets must be in 0..5, got {index}|{index}"):
+            ring_info_nce(queries, keys, targets + index)
 
 
-def test_a_ring_counts_ties_and_takes_rows_without_keys_to_spare(monkeypatch):
-    monkeypatch.setattr(across_ranks, "_BLOCK_LOGITS", 0)  # A row at a time is the least.
-    same = torch.ones(3, 2)
-    assert ring_info_nce(same, same, torch.arange(3)).rank.tolist() == [2, 2, 2]
-    assert ring_info_nce(same[:0], same, torch.arange(0)).loss.shape == (0,)
-    assert ring_info_nce(same[:0], same[:0], torch.arange(0)).loss.shape == (0,)
+def test_a_ring_counts_ties_and_takes_rows_without_keys_to_spare(ranks):
+    def program(_):
+        same = torch.ones(3, 2)
+        assert ring_info_nce(same, same, torch.arange(3)).rank.tolist() == [3 * ranks.world - 1] * 3
+        assert ring_info_nce(same[:0], same, torch.arange(0)).loss.shape == (0,)
+        assert ring_info_nce(same[:0], same[:0], torch.arange(0)).loss.shape == (0,)
+        return True
+
+    assert all(ranks.run(program))
 
 
 OBJECTIVES = {
@@ -224,6 +251,11 @@ OBJECTIVES = {
 }
 
 
+def output_of(objective, *batches, **options):
+    """What an objective's call gives, with its statistics."""
+    return getattr(objective, "contrast", objective)(*batches, **options)
+
+
 def batches_of(name):
     """What an objective takes, and the dimension of images in it."""
     shape, dim = ((6, 4), 0) if "nt-xent" in name else ((2, 6, 3, 5, 5), 1)
@@ -234,7 +266,7 @@ def batches_of(name):
 def test_without_an_exchange_nobody_is_asked(name, monkeypatch):
     monkeypatch.setattr(across_ranks, "dist", None)
     objective, (batches, _) = OBJECTIVES[name]().double(), batches_of(name)
-    assert objective(*batches).loss.isfinite()
+    assert output_of(objective, *batches).loss.isfinite()
     if "sampled" in name:
         assert len(objective.draw_negatives(batches[0])) == 4
 
@@ -246,18 +278,16 @@ def test_objectives_of_ranks_are_those_of_the_whole_batch(ranks, name):
     objective = OBJECTIVES[name]().double()
     batches, dim = batches_of(name)
     options = [{"generator": torch.Generator().manual_seed(1)} if sampled else {} for _ in range(world)]
-    whole = objective(*batches, **options[0])
+    whole = output_of(objective, *batches, **options[0])
     gradients = grad(whole.loss, [*batches, *objective.parameters()])
     if sampled:
         options[0]["generator"].manual_seed(1)
         drawn = objective.draw_negatives(batches[0], torch.Generator().manual_seed(1))
     objective.gather_negatives = name.rpartition("-")[2]
-    if name == "nt-xent-ring" and world > 1:
-        objective.statistics = False  # They come with the loss.
 
     def program(rank):
         parts = [batch.chunk(world, dim)[rank].detach().requires_grad_() for batch in batches]
-        output = objective(*parts, **options[rank])
+        output = output_of(objective, *parts, **options[rank])
         if sampled:
             replayed = objective(*parts, negatives=drawn)
             assert torch.equal(replayed.loss, output.loss)
@@ -274,3 +304,36 @@ def test_objectives_of_ranks_are_those_of_the_whole_batch(ranks, name):
         # An own image's gradient is of the sum of the losses, a parameter's of its rank's.
         together = torch.cat(parts, dim) if index < 2 else sum(parts)
         torch.testing.assert_close(together / world, expected, **EXACT)
+
+
+DIRECTIONS = ("query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc")
+
+
+@pytest.mark.parametrize(
+    ("exchange", "count", "partition"),
+    [
+        *(
+            (exchange, *of)
+            for exchange in ("gather", "ring")
+            for of in ((1, "joint"), (2, "joint"), (2, "per_direction"))
+        ),
+        ("gather", 4, "joint"),
+    ],
+)
+def test_texts_of_all_ranks(ranks, exchange, count, partition):
+    world = ranks.world
+    embeddings = [normal(6, 4, seed=seed) for seed in range(3)]
+    options = {"scale": 3.0, "directions": DIRECTIONS[:count], "partition_mode": partition}
+    loss = MultipleNegativesRankingLoss(**options)(*embeddings)
+    gradients = grad(loss, embeddings)
+    of_ranks = MultipleNegativesRankingLoss(**options, gather_negatives=exchange)
+
+    def program(rank):
+        parts = [one.chunk(world)[rank].detach().requires_grad_() for one in embeddings]
+        value = of_ranks(*parts)
+        return value, *grad(value, parts)
+
+    values, *found = zip(*ranks.run(program), strict=True)
+    torch.testing.assert_close(sum(values) / world, loss, **EXACT)
+    for parts, expected in zip(found, gradients, strict=True):
+        torch.testing.assert_close(torch.cat(parts) / world, expected, **EXACT)

@@ -1,4 +1,4 @@
-"""NT-Xent against its formula; the objectives of CPC v2 and the one call of the grid against loops over the steps."""
+"""NT-Xent against its formula, with the batch's negatives and with those of a memory bank."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from cpc_ext.nn import NTXentLoss
-from cpc_ext.nn import nt_xent_loss as module
 
 
 def features(seed=0, images=6, dim=5):
@@ -17,10 +16,9 @@ def features(seed=0, images=6, dim=5):
     return [torch.randn(images, dim, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(2)]
 
 
-def test_loss_and_ranks_are_those_of_the_similarity_matrix(monkeypatch):
-    monkeypatch.setattr(module, "_BLOCK_SIMILARITIES", 30)  # Ranks in blocks of two rows.
+def test_loss_and_ranks_are_those_of_the_similarity_matrix():
     first, second = features()
-    output = NTXentLoss(0.3)(first, second)
+    output = NTXentLoss(0.3).contrast(first, second)
 
     views = torch.cat([first, second])
     similarity = F.cosine_similarity(views[:, None], views[None], dim=2).fill_diagonal_(-torch.inf) / 0.3
@@ -41,18 +39,18 @@ def test_loss_and_ranks_are_those_of_the_similarity_matrix(monkeypatch):
 
 
 def test_one_image_has_nothing_to_be_taken_for():
-    output = NTXentLoss()(torch.randn(1, 3), torch.randn(1, 3))
+    output = NTXentLoss().contrast(torch.randn(1, 3), torch.randn(1, 3))
     assert output.loss == output.mutual_information == 0
     assert output.accuracy == output.top5_accuracy == output.mean_position == 1
 
 
 def test_everything_stays_on_its_device():
-    assert all(value.is_meta for value in NTXentLoss()(*torch.empty(2, 4, 3, device="meta")))
+    assert all(value.is_meta for value in NTXentLoss().contrast(*torch.empty(2, 4, 3, device="meta")))
 
 
 def test_collapsed_features_come_last():
     same = torch.ones(4, 3)
-    output = NTXentLoss()(same, same)
+    output = NTXentLoss().contrast(same, same)
     assert output.accuracy == 0
     assert output.mean_position == 7
     assert output.loss.item() == pytest.approx(math.log(7))
@@ -60,10 +58,10 @@ def test_collapsed_features_come_last():
 
 def test_half_precision_is_compared_in_float32():
     first, second = (value.detach().bfloat16() for value in features())
-    output = NTXentLoss()(first, second)
-    assert output.loss.dtype == torch.float32
+    loss = NTXentLoss()(first, second)
+    assert loss.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        assert NTXentLoss()(first, second) == output
+        assert NTXentLoss()(first, second) == loss
 
 
 @pytest.mark.parametrize(

@@ -46,13 +46,13 @@ def test_vectors_of_several_lengths_and_of_none():
 @pytest.mark.parametrize("other", [1.0, 1e15])
 def test_nt_xent_of_views_of_any_length(length, other):
     first, second = views()
-    expected = NTXentLoss(0.3)(first.double().requires_grad_(), second.double())
+    expected = NTXentLoss(0.3).contrast(first.double().requires_grad_(), second.double())
     tensors = (first * length).requires_grad_(), (second * other).requires_grad_()
-    output = NTXentLoss(0.3)(*tensors)
+    output = NTXentLoss(0.3).contrast(*tensors)
     for name, value in output._asdict().items():
         torch.testing.assert_close(value.double(), getattr(expected, name), rtol=1e-5, atol=1e-6)
     exact = first.double().requires_grad_(), second.double().requires_grad_()
-    wanted = grad(NTXentLoss(0.3)(*exact).loss, exact)
+    wanted = grad(NTXentLoss(0.3)(*exact), exact)
     for gradient, factor, of_unit in zip(grad(output.loss, tensors), (length, other), wanted, strict=True):
         torch.testing.assert_close(gradient.double() * factor, of_unit, rtol=1e-4, atol=1e-6)
 
@@ -61,7 +61,7 @@ def test_nt_xent_of_views_of_any_length(length, other):
 def test_bfloat16_views_are_compared_by_their_directions(value):
     first, second = views(torch.bfloat16)
     first[0] *= value
-    loss = NTXentLoss(0.3)(first, second).loss
+    loss = NTXentLoss(0.3)(first, second)
     similar = torch.cat([first, second]).double()
     similar = similar / similar.norm(dim=1, keepdim=True).clamp(min=1e-300)
     logits = (similar @ similar.T / 0.3).fill_diagonal_(-torch.inf)
@@ -76,30 +76,3 @@ def test_votes_of_neighbours_do_not_depend_on_lengths(length):
     torch.testing.assert_close(
         knn_scores(labelled * length, labels, queries / length, classes=3, neighbours=2), expected, rtol=1e-4, atol=1e-8
     )
-
-
-# --- Statistics of NT-Xent ---
-
-
-def test_without_statistics_nothing_else_changes(monkeypatch):
-    first, second = (view.requires_grad_() for view in views())
-    with_, without = NTXentLoss(0.3)(first, second), NTXentLoss(0.3, statistics=False)(first, second)
-    assert without.top5_accuracy is None
-    assert without.mean_position is None
-    for name in ("loss", "accuracy", "mutual_information"):
-        torch.testing.assert_close(getattr(without, name), getattr(with_, name))
-    for one, other in zip(grad(without.loss, (first, second)), grad(with_.loss, (first, second)), strict=True):
-        assert torch.equal(one, other)
-
-    def positions(*_):
-        raise AssertionError("similarities are formed once more")
-
-    monkeypatch.setattr("cpc_ext.nn.nt_xent_loss._positions", positions)
-    NTXentLoss(0.3, statistics=False)(first, second)
-    with pytest.raises(AssertionError):
-        NTXentLoss(0.3)(first, second)
-
-
-def test_a_tie_is_wrong_without_statistics_too():
-    same = torch.ones(4, 3)
-    assert NTXentLoss(statistics=False)(same, same).accuracy == 0

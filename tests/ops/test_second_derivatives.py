@@ -216,7 +216,7 @@ LOSSES = {
     "sigmoid": lambda a, b: sigmoid_contrast(a, b, scale=b[0, 0].exp(), bias=a[0, 1]),
     "ring": lambda a, b: ring_info_nce(a, b, INDICES).loss.mean(),
     "ring-uneven": lambda a, b: ring_info_nce(a, b.T.contiguous().T, INDICES).loss.mean(),
-    "nt-xent": lambda a, b: cpc_nn.NTXentLoss(0.5)(a, b).loss,
+    "nt-xent": lambda a, b: cpc_nn.NTXentLoss(0.5)(a, b),
     "module": lambda a, b: cpc_nn.InfoNCELoss(0.5)(a, b).loss,
     "grid": grid_loss,
     "grid-all": lambda a, b: grid_loss(a, b, neg_samples="all"),

@@ -339,7 +339,7 @@ def test_every_op_on_meta_gives_the_cpus_shapes():
             logistic_mixture_nll(bytes_, empty(2, 20, 8, 8)),
             sample_logistic_mixture(empty(2, 20, 8, 8)),
             augment_patches(bytes_, 4, 4, AugmentationPlan.empty(2, 2, 2, device=device)),
-            *cpc_nn.NTXentLoss()(queries, queries),
+            *cpc_nn.NTXentLoss().contrast(queries, queries),
             *cpc_nn.GridInfoNCE(3, pred_steps=2, neg_samples="all").to(device)(*grids),
             *cpc_nn.TargetInfoNCE(3, pred_steps=2).to(device)(*grids),
         ]

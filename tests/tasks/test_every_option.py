@@ -490,22 +490,19 @@ def blur_kernel(model: str) -> None:
 def projection_channels(model: str) -> None:
     for channels in (8, 12):
         task = task_of(model, projection_channels=channels)
-        (compared, *_) = inputs_of(contrasts(task)[0], lambda t=task: step(t))
-        assert compared.shape == (4, channels)
+        compared = outputs_of(task.model.head, lambda t=task: step(t))
+        assert compared.shape == (8, channels)
         assert task.model.head[0].out_features == 4 * channels
 
 
 def temperature(model: str) -> None:
     for divisor in (0.07, 1.0):
         task = task_of(model, temperature=divisor)
-        found = []
-        contrasts(task)[0].register_forward_pre_hook(
-            lambda module, inputs, found=found: found.append(torch.cat(inputs))
-        )
-        loss = step(task)["loss"]
-        views = F.normalize(found[0], dim=1)
+        losses = []
+        projections = outputs_of(task.model.head, lambda t=task, losses=losses: losses.append(step(t)["loss"]))
+        views = F.normalize(projections, dim=1)
         logits = (views @ views.T / divisor).fill_diagonal_(-torch.inf)
-        torch.testing.assert_close(loss, F.cross_entropy(logits, (torch.arange(8) + 4) % 8), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(losses[0], F.cross_entropy(logits, (torch.arange(8) + 4) % 8), atol=1e-4, rtol=1e-4)
 
 
 # PixelCNN.

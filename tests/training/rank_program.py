@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cpc_ext.models import CPC, GatedPixelCNNContext, ResidualContext, ResNetV2Encoder, SimCLR
-from cpc_ext.nn import TargetInfoNCE, across_ranks
+from cpc_ext.nn import TargetInfoNCE, across_ranks, gather_from_ranks, grad_cache
+from cpc_ext.ops import InfoNCEOutput, info_nce
 
 IMAGES = 6
 
@@ -49,6 +50,27 @@ def simclr(exchange: str) -> nn.Module:
     return SimCLR(encoder(), projection_channels=5, temperature=0.2, gather_negatives=exchange)
 
 
+class Contrast(nn.Module):
+    """Two linear encoders and a scale that learns, of images that are told from those of other processes."""
+
+    def __init__(self, exchange: str) -> None:
+        super().__init__()
+        self.queries, self.keys = nn.Linear(16, 5), nn.Linear(16, 5)
+        self.scale = nn.Parameter(torch.tensor(0.3))
+        self.exchange = exchange
+
+    def forward(self, batch: Tensor) -> InfoNCEOutput:
+        queries, keys = self.queries(batch), self.keys(batch)
+        exchange = across_ranks.exchange_with(self.exchange)
+        own = torch.arange(len(batch)) + exchange.own_of(len(batch)).start
+        if exchange.ring:
+            losses, rank = across_ranks.ring_info_nce(queries, keys, own, scale=self.scale)
+        else:
+            every = exchange.gathered(keys)
+            losses, _, rank = info_nce(queries, every, own, scale=self.scale, reduction="none")
+        return InfoNCEOutput(losses.mean(), (rank == 0).to(losses.dtype).mean(), rank)
+
+
 CASES: dict[str, tuple[Callable[[str], nn.Module], int, str]] = {
     # What builds the model, the dimension of images in its batch, and how keys are exchanged.
     "cpc-sampled-gather": (lambda exchange: cpc(5, exchange), 0, "gather"),
@@ -58,6 +80,8 @@ CASES: dict[str, tuple[Callable[[str], nn.Module], int, str]] = {
     "cpc_v2-ring": (cpc_v2, 0, "ring"),
     "simclr-gather": (simclr, 1, "gather"),
     "simclr-ring": (simclr, 1, "ring"),
+    "contrast-gather": (Contrast, 0, "gather"),
+    "contrast-ring": (Contrast, 0, "ring"),
 }
 
 
@@ -70,14 +94,40 @@ def run(model: nn.Module, batch: Tensor, scalars: list[str]) -> tuple[dict[str, 
     return values, [parameter.grad for parameter in model.parameters()]
 
 
+def in_chunks(rank: int, world: int) -> dict[str, float]:
+    """Encoders that DistributedDataParallel averages, differentiated in chunks, beside those of the whole batch."""
+    torch.manual_seed(0)
+    encoder, other = nn.Linear(16, 5).double(), nn.Linear(16, 5).double()
+    batch = torch.randn(IMAGES, 16, dtype=torch.float64)
+    info_nce(encoder(batch), other(batch)).loss.backward()
+    parameters = [*encoder.parameters(), *other.parameters()]
+    whole = [parameter.grad for parameter in parameters]
+    encoder.zero_grad()
+    other.zero_grad()
+    part = batch.chunk(world)[rank]
+    own = torch.arange(len(part)) + rank * len(part)
+    loss = grad_cache(
+        lambda queries, keys: info_nce(queries, gather_from_ranks(keys), own).loss,
+        [DistributedDataParallel(one) for one in (encoder, other)],
+        [part, part],
+        1,
+    )
+    dist.all_reduce(loss)
+    gradients = zip(parameters, whole, strict=True)
+    return {
+        "loss": abs(loss / world - info_nce(encoder(batch), other(batch)).loss).item(),
+        "gradients": max((one.grad - expected).abs().max().item() for one, expected in gradients),
+        "largest_gradient": max(gradient.abs().max().item() for gradient in whole),
+    }
+
+
 def main(rank: int, world: int, meeting: str, answer: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
-    across_ranks._BLOCK_LOGITS = 64  # Rows in blocks.
     results = {}
     for name, (build, dim, exchange) in CASES.items():
         torch.manual_seed(0)
         model = build("none").double()
-        shape = (2, IMAGES, 1, 8, 8) if dim else (IMAGES, 4, 4, 1, 8, 8)
+        shape = (2, IMAGES, 1, 8, 8) if dim else (IMAGES, 4, 4, 1, 8, 8) if "cpc" in name else (IMAGES, 16)
         batch = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         scalars = ["loss", "accuracy", "mutual_information", "top5_accuracy", "mean_position", name.partition("-")[0]]
         whole_values, whole_gradients = run(model, batch, scalars)
@@ -95,6 +145,7 @@ def main(rank: int, world: int, meeting: str, answer: str) -> None:
             ),
             "largest_gradient": max(gradient.abs().max().item() for gradient in whole_gradients),
         }
+    results["chunks"] = in_chunks(rank, world)
     dist.barrier()
     if rank == 0:
         with open(answer, "w") as file:

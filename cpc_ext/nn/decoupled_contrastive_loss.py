@@ -1,0 +1,87 @@
+"""Decoupled contrastive learning: NT-Xent whose positives are no part of what they are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cpc_ext.nn.across_ranks import exchange_with
+from cpc_ext.nn.nt_xent_loss import check_views
+from cpc_ext.nn.typed import Module
+from cpc_ext.nn.unit_length import unit_length
+from cpc_ext.ops._contrast import ContrastOptions, contrast
+from cpc_ext.ops._library import without_autocast
+
+__all__ = ["DecoupledContrastiveLoss"]
+
+
+class DecoupledContrastiveLoss(Module):
+    """Decoupled contrastive loss (Yeh et al. 2022, arXiv 2110.06848, equation 6).
+
+    ``-w(i, j) sim(i, j) / τ + log Σ_k exp(sim(i, k) / τ)``, the mean over the views i, with their other views j, the
+    sum over all views k of other images, sim the cosine similarity. It is called as lightly's ``DCLLoss`` is, and gives
+    the same. Where several processes share a batch, each passes its own images; the loss is that of its own views.
+
+    Args:
+        temperature: τ.
+        weight_fn: w, from two tensors [N, D] of views of length 1 to [N]. None: 1. It is asked both ways round.
+        gather_distributed: whether views of all processes are contrasted, which are gathered.
+
+    Raises:
+        ValueError: a temperature that is not positive.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        weight_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+        gather_distributed: bool = False,
+    ) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        self.temperature = temperature
+        self.weight_fn = weight_fn
+        self.gather_negatives = "gather" if gather_distributed else "none"
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """The loss of two views of N images, a scalar in float32, or float64 for float64.
+
+        Args:
+            first, second: floating [N, D], of any finite length, 0 included; row n of both is of image n.
+
+        Raises:
+            ValueError: views of different shapes, one image without others, or weights that are not [N].
+        """
+        check_views(first, second)
+        # In float32 at least, under autocast too: the temperature multiplies a rounding of the similarity by 10.
+        with without_autocast(first.device):
+            views = unit_length(torch.cat([first, second]).to(torch.promote_types(first.dtype, torch.float32)))
+            return self._negatives(views) - self._positives(*views.chunk(2))
+
+    def _negatives(self, views: Tensor) -> Tensor:
+        """The mean log-sum-exp of views [2 N, D], the second views after the first."""
+        exchange = exchange_with(self.gather_negatives)
+        count = len(views)
+        if count * exchange.world < 4:
+            raise ValueError("first and second must be of at least two images, which are contrasted")
+        own = torch.arange(count, device=views.device)
+        exclude = torch.stack([own, (own + count // 2) % count], 1) + exchange.own_of(count).start
+        options = ContrastOptions(1 / self.temperature, exclude=exclude)
+        return contrast(views, exchange.gathered(views), options, measure="log_sum", reduction="mean").loss
+
+    def _positives(self, first: Tensor, second: Tensor) -> Tensor:
+        """The mean weighted score of the other view."""
+        scores = (first * second).sum(1) / self.temperature
+        if self.weight_fn is None:
+            return scores.mean()
+        weights = [self.weight_fn(*pair) for pair in ((first, second), (second, first))]
+        if any(weight.shape != scores.shape for weight in weights):
+            raise ValueError(f"weight_fn must give {tuple(scores.shape)}, got {[tuple(w.shape) for w in weights]}")
+        return ((weights[0] + weights[1]) * scores).mean() / 2
+
+    def extra_repr(self) -> str:
+        weighted = "" if self.weight_fn is None else f", weight_fn={self.weight_fn}"
+        return f"temperature={self.temperature}{weighted}, gather_negatives={self.gather_negatives}"

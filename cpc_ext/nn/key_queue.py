@@ -1,0 +1,96 @@
+"""The latest keys of earlier batches, which queries are contrasted with besides their own positive ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cpc_ext.nn.typed import Module
+from cpc_ext.nn.unit_length import unit_length
+from cpc_ext.ops.info_nce import info_nce
+
+__all__ = ["KeyQueue"]
+
+# Rows that are contrasted in one call, and places for their positives behind the queue.
+_ROOM = 1024
+
+
+class KeyQueue(Module):
+    """A queue of keys that are the negatives of InfoNCE. Nothing of its size is copied when keys enter or are used.
+
+    The op takes all keys as one tensor. So behind the queue there is room for the positives of as many rows as a call
+    contrasts; each row contrasts the range of the queue, and its positive, which lies outside of it.
+
+    Args:
+        size: number of keys.
+        dim: D, features of a key.
+        persistent: whether the queue is in the state dict.
+
+    Attributes:
+        keys: [size + room, D]. The queue begins as random directions, as MoCo's does.
+        position: int64, where the next key enters: the oldest is there.
+    """
+
+    keys: Tensor
+    position: Tensor
+
+    def __init__(self, size: int, dim: int, *, persistent: bool = True) -> None:
+        super().__init__()
+        self.size = size
+        keys = torch.cat([unit_length(torch.randn(size, dim)), torch.zeros(_ROOM, dim)])
+        self.register_buffer("keys", keys, persistent=persistent)
+        self.register_buffer("position", torch.zeros((), dtype=torch.int64), persistent=persistent)
+
+    def contrast(self, queries: Tensor, positives: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """InfoNCE of queries [M, D] with a positive key each, [M, D]: mean loss, and each row's rank [M].
+
+        Both may have a gradient, which is formed at once: the queue may change before the backward pass.
+
+        Raises:
+            ValueError: keys that are not as wide as the queue's.
+        """
+        if positives.shape[1] != self.keys.shape[1]:
+            raise ValueError(f"keys must have the queue's {self.keys.shape[1]} features, got {tuple(positives.shape)}")
+        losses, ranks = zip(
+            *(
+                self._contrast_some(*rows, scale)
+                for rows in zip(queries.split(_ROOM), positives.split(_ROOM), strict=True)
+            ),
+            strict=True,
+        )
+        return torch.stack(losses).sum() / len(queries), torch.cat(ranks)
+
+    def _contrast_some(self, queries: Tensor, positives: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """The sum of the losses, and the ranks, of rows that there is room for."""
+        rows = len(queries)
+        self.keys[self.size : self.size + rows] = positives.detach()
+        targets = torch.arange(self.size, self.size + rows, device=queries.device)
+        key_range = (self.size * torch.arange(2, device=queries.device)).expand(rows, 2)
+        loss, _, rank = info_nce(queries, self.keys, targets, scale=scale, key_range=key_range, reduction="sum")
+        if positives.requires_grad:
+            # A row's loss is -log p of its positive, whose score it falls with by 1 - p. The keys as a whole have no
+            # gradient, which would be as large as the queue.
+            with torch.no_grad():
+                losses = info_nce(queries, self.keys, targets, scale=scale, key_range=key_range, reduction="none").loss
+                slopes = scale * torch.expm1(-losses)
+            pull = (slopes.unsqueeze(1) * queries.detach() * positives).sum()
+            loss = loss + (pull - pull.detach())
+        return loss, rank
+
+    @torch.no_grad()
+    def push(self, keys: Tensor, *, wrap: bool) -> None:
+        """Let keys [B, D] replace the oldest.
+
+        wrap: whether keys beyond the queue's end enter at its start. Otherwise they are dropped, and the next enter
+            there.
+        """
+        keys = keys[-self.size :] if wrap else keys
+        places = self.position + torch.arange(len(keys), device=keys.device)
+        # What is dropped goes where positives will be written.
+        places = places % self.size if wrap else places.clamp(max=self.size)
+        self.keys.index_copy_(0, places, keys.to(self.keys.dtype))
+        after = self.position + len(keys)
+        self.position.copy_(after % self.size if wrap else torch.where(after < self.size, after, 0))
+
+    def extra_repr(self) -> str:
+        return f"{self.size}, {self.keys.shape[1]}"

@@ -1,0 +1,86 @@
+"""The loss of MoCo: a query picks its key out of a queue of keys of earlier batches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cpc_ext.nn.across_ranks import exchange_with
+from cpc_ext.nn.key_queue import KeyQueue
+from cpc_ext.nn.typed import Module
+from cpc_ext.nn.unit_length import unit_length
+from cpc_ext.ops._library import without_autocast
+
+__all__ = ["MoCoLoss"]
+
+
+class MoCoLoss(Module):
+    """Momentum contrast (He et al. 2020, arXiv 1911.05722, algorithm 1), with its queue and without its encoders.
+
+    ``-log(exp(q·k₊ / τ) / (exp(q·k₊ / τ) + Σ exp(q·k / τ)))``, the mean over queries q with their keys k₊, the sum over
+    the keys k of the queue. Afterwards, in training mode, the batch's keys replace the oldest of the queue. Batches may
+    be of any size, the last one smaller. Nothing of the size of the queue is copied in a step.
+
+    The queue is in the state dict, and random at first. Where several processes share a batch, each passes its own rows
+    and gets their loss; keys of all enter the queue, which stays the same on all if it began so, as under
+    DistributedDataParallel.
+
+    Args:
+        dim: D, of queries and keys.
+        size: of the queue, in keys.
+        temperature: τ.
+        normalize: whether queries and keys are brought to length 1 first. MoCo's own model does that to what its
+            encoders give.
+        gather_negatives: where there are several processes, "gather" for the above, "none" for a queue of each.
+
+    Raises:
+        ValueError: an argument that is none of those above.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        size: int = 65536,
+        temperature: float = 0.07,
+        *,
+        normalize: bool = True,
+        gather_negatives: str = "gather",
+    ) -> None:
+        super().__init__()
+        for name, value in (("dim", dim), ("size", size)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        if gather_negatives not in ("none", "gather"):
+            raise ValueError(f"gather_negatives must be one of none, gather, got {gather_negatives!r}")
+        self.temperature = temperature
+        self.normalize = normalize
+        self.gather_negatives = gather_negatives
+        self.queue = KeyQueue(size, dim)
+
+    def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """The mean loss, a scalar in float32, or float64 for float64.
+
+        Args:
+            queries: floating [B, D], of the encoder that learns.
+            keys: floating [B, D], of the encoder that follows it; row n of both is of image n. They get no gradient.
+
+        Raises:
+            ValueError: queries and keys of different shapes, fewer than one, or not of the queue's width.
+        """
+        if queries.ndim != 2 or queries.shape != keys.shape or len(queries) == 0:
+            raise ValueError(
+                f"queries and keys must both be [B, D], got {tuple(queries.shape)} and {tuple(keys.shape)}"
+            )
+        with without_autocast(queries.device):
+            queries, keys = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (queries, keys.detach()))
+            if self.normalize:
+                queries, keys = unit_length(queries), unit_length(keys)
+            loss, _ = self.queue.contrast(queries, keys, 1 / self.temperature)
+            if self.training:
+                self.queue.push(exchange_with(self.gather_negatives).gathered(keys), wrap=True)
+            return loss
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, normalize={self.normalize}, gather_negatives={self.gather_negatives}"

@@ -1,0 +1,150 @@
+"""The losses that sentence-transformers trains retrieval with: an anchor finds its text among all texts of the batch.
+
+From embeddings of anchors, of their positives and of hard negatives, [B, D] each, to a scalar.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cpc_ext.nn.across_ranks import EXCHANGES, exchange_with, ring_info_nce
+from cpc_ext.nn.typed import Module
+from cpc_ext.nn.unit_length import unit_length
+from cpc_ext.ops._library import without_autocast
+from cpc_ext.ops.info_nce import info_nce
+from cpc_ext.ops.scores_logsumexp import scores_logsumexp
+
+__all__ = ["MultipleNegativesRankingLoss"]
+
+_SIMILARITIES = ("cos_sim", "dot_score")
+_DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+_PARTITIONS = ("joint", "per_direction")
+
+
+class MultipleNegativesRankingLoss(Module):
+    """sentence-transformers' loss of this name (Henderson et al. 2017, arXiv 1705.00652), and what it has for options.
+
+    With s the scaled similarity, anchor (query) a_i, its positive p_i and all documents of the batch d, which are the
+    positives and then the hard negatives, ``loss_i = log Z_i - s(a_i, p_i)``, and the loss is the mean over i. Z_i sums
+    exp(s) over directions: query_to_doc, s(a_i, d) of all documents; query_to_query, s(a_i, a_j) of all other anchors;
+    doc_to_query, s(a_j, p_i) of all anchors; doc_to_doc, s(p_i, d) of all documents of other anchors. The last three
+    and the first together are GTE's (Li et al. 2023, arXiv 2308.03281); query_to_doc and doc_to_query per direction are
+    what MultipleNegativesSymmetricRankingLoss was.
+
+    Theirs takes sentences through a model; this takes embeddings. To train their models with it::
+
+        class Loss(sentence_transformers.losses.MultipleNegativesRankingLoss):
+            fast = cpc_ext.nn.MultipleNegativesRankingLoss()
+
+            def compute_loss_from_embeddings(self, embeddings, labels):
+                return self.fast(*embeddings)
+
+    Args:
+        scale: factor of similarities, positive.
+        similarity_fct: "cos_sim" or "dot_score".
+        directions: which Z_i sums over, "query_to_doc" among them.
+        partition_mode: "joint", one Z_i of all directions, or "per_direction", the mean of a log Z_i for each; of
+            query_to_doc and doc_to_query only, as the others do not contain the positive.
+        gather_negatives: where several processes share a batch, whose texts are contrasted: "none", the process's own;
+            "gather", those of all, as sentence-transformers' ``gather_across_devices`` does; "ring", the same without
+            holding them all at once, for the directions query_to_doc and doc_to_query. The loss is that of the
+            process's own anchors.
+
+    Raises:
+        ValueError: an argument that is none of those above.
+    """
+
+    def __init__(
+        self,
+        scale: float = 20.0,
+        similarity_fct: str = "cos_sim",
+        *,
+        directions: Sequence[str] = ("query_to_doc",),
+        partition_mode: str = "joint",
+        gather_negatives: str = "none",
+    ) -> None:
+        super().__init__()
+        if not scale > 0:
+            raise ValueError(f"scale must be positive, got {scale}")
+        for name, choice, allowed in (
+            ("similarity_fct", similarity_fct, _SIMILARITIES),
+            *(("directions", direction, _DIRECTIONS) for direction in directions),
+            ("partition_mode", partition_mode, _PARTITIONS),
+            ("gather_negatives", gather_negatives, EXCHANGES),
+        ):
+            if choice not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {choice!r}")
+        if "query_to_doc" not in directions:
+            raise ValueError(f"directions must include query_to_doc, got {tuple(directions)}")
+        if among := sorted({"query_to_query", "doc_to_doc"}.intersection(directions)):
+            if partition_mode == "per_direction":
+                raise ValueError(f'partition_mode="per_direction" has no positive in {" and ".join(among)}')
+            if gather_negatives == "ring":
+                raise ValueError(f'gather_negatives="ring" has no {" and ".join(among)}')
+        self.scale = scale
+        self.similarity_fct = similarity_fct
+        self.directions = tuple(dict.fromkeys(directions))
+        self.partition_mode = partition_mode
+        self.gather_negatives = gather_negatives
+
+    def forward(self, anchors: Tensor, positives: Tensor, *hard_negatives: Tensor) -> Tensor:
+        """The loss, float32 or, for float64, float64; under autocast too.
+
+        Args:
+            anchors: floating [B, D].
+            positives: [B, D], row i is what anchor i is to find.
+            hard_negatives: any number of [B, D], row i of each is wrong for anchor i.
+
+        Raises:
+            ValueError: embeddings of different shapes, or none.
+        """
+        embeddings = (anchors, positives, *hard_negatives)
+        if anchors.ndim != 2 or len(anchors) == 0 or any(one.shape != anchors.shape for one in embeddings):
+            shapes = ", ".join(str(tuple(one.shape)) for one in embeddings)
+            raise ValueError(f"embeddings must all be [B, D] of one shape, got {shapes}")
+        # In float32 at least, under autocast too: the scale multiplies a rounding of the similarity by 20.
+        with without_autocast(anchors.device):
+            wide = [one.to(torch.promote_types(one.dtype, torch.float32)) for one in embeddings]
+            if self.similarity_fct == "cos_sim":
+                wide = [unit_length(one) for one in wide]
+            return self._losses(wide[0], wide[1:]).mean()
+
+    def _losses(self, anchors: Tensor, docs: list[Tensor]) -> Tensor:
+        """The loss of every anchor [B], from anchors [B, D] and their positives and hard negatives."""
+        exchange = exchange_with(self.gather_negatives)
+        positives, batch = docs[0], len(anchors)
+        symmetric = set(self.directions) == {"query_to_doc", "doc_to_query"} and self.partition_mode == "per_direction"
+        if symmetric and len(docs) == 1 and exchange.world == 1:
+            return info_nce(anchors, positives, scale=self.scale, symmetric=True, reduction="none").loss
+        every = torch.cat([exchange.gathered(doc) for doc in docs])
+        queries = exchange.gathered(anchors) if len(self.directions) > 1 else anchors
+        own = torch.arange(batch, device=anchors.device) + exchange.own_of(batch).start
+
+        def find(rows: Tensor, keys: Tensor) -> Tensor:
+            """log Z - s(a, p) where the positive is among the keys."""
+            if exchange.ring:
+                return ring_info_nce(rows, keys, own, scale=self.scale).loss
+            return info_nce(rows, keys, own, scale=self.scale, reduction="none").loss
+
+        logs = []
+        for direction in self.directions:
+            if direction == "query_to_doc":
+                logs.append(find(anchors, every))
+            elif direction == "doc_to_query":
+                logs.append(find(positives, queries))
+            else:
+                rows, keys = (anchors, queries) if direction == "query_to_query" else (positives, every)
+                related = own.unsqueeze(1) + torch.arange(0, len(keys), len(queries), device=own.device)
+                log_sum = scores_logsumexp(rows, keys, scale=self.scale, exclude=related)
+                logs.append(log_sum - self.scale * (anchors * positives).sum(1))
+        stacked = torch.stack(logs)
+        return stacked.mean(0) if self.partition_mode == "per_direction" else stacked.logsumexp(0)
+
+    def extra_repr(self) -> str:
+        return (
+            f"scale={self.scale}, similarity_fct={self.similarity_fct}, directions={self.directions}, "
+            f"partition_mode={self.partition_mode}, gather_negatives={self.gather_negatives}"
+        )

@@ -1,0 +1,140 @@
+"""Supervised contrast: each view picks the views of all samples of its class out of the batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cpc_ext.nn.typed import Module
+from cpc_ext.ops._contrast import ContrastOptions, contrast
+from cpc_ext.ops._library import without_autocast
+
+__all__ = ["SupConLoss"]
+
+
+class SupConLoss(Module):
+    """Supervised contrastive learning (Khosla et al. 2020, arXiv 2004.11362, equation 2, L_out).
+
+    ``(τ / τ_base) (log Σ_{a ∈ A(i)} exp(z_i·z_a / τ) - mean over p ∈ P(i) of z_i·z_p / τ)``, the mean over the anchors
+    i; A(i) are all views but i, and P(i) those of them that are of i's class. An anchor without such counts as 0. It is
+    called as the published program's ``SupConLoss`` is (HobbitLong/SupContrast), and gives the same.
+
+    The mean over positives is linear in their features, so sums over classes are enough, whatever the number of
+    positives: memory is that of the features.
+
+    Args:
+        temperature: τ.
+        contrast_mode: which views are anchors, "all" or only the first, "one".
+        base_temperature: τ_base.
+
+    Raises:
+        ValueError: an argument that is none of those above.
+    """
+
+    def __init__(self, temperature: float = 0.07, contrast_mode: str = "all", base_temperature: float = 0.07) -> None:
+        super().__init__()
+        for name, value in (("temperature", temperature), ("base_temperature", base_temperature)):
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if contrast_mode not in ("all", "one"):
+            raise ValueError(f"contrast_mode must be one of all, one, got {contrast_mode!r}")
+        self.temperature = temperature
+        self.contrast_mode = contrast_mode
+        self.base_temperature = base_temperature
+
+    def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """The loss of a batch, a scalar in float32, or float64 for float64.
+
+        Args:
+            features: floating [B, views, ...], as a rule of length 1 over what is beyond the views.
+            labels: [B], the samples' classes, any numbers.
+            mask: in place of labels, [B, B] of non-negative numbers or bool: how much sample n is a positive of sample
+                m. With neither, a sample is a class of its own, which is the loss of SimCLR.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong shape or type; both labels and mask.
+        """
+        _check(features, labels, mask)
+        # [views * B, D], all first views before all second ones.
+        keys = features.flatten(2).transpose(0, 1).flatten(0, 1)
+        anchors = keys[: len(features)] if self.contrast_mode == "one" else keys
+        with without_autocast(features.device):
+            if mask is None:
+                weights, similar = _of_classes(anchors, keys, _classes(labels, len(features), features.device))
+            else:
+                weights, similar = _of_mask(anchors, keys, mask)
+            options = ContrastOptions(
+                1 / self.temperature, weights=weights, exclude=torch.arange(len(anchors), device=features.device)
+            )
+            # As a sum whose weights are known, it has its gradient formed in the same pass.
+            log_sums = contrast(anchors, keys, options, measure="log_sum", reduction="sum").loss
+            loss = (log_sums - similar / self.temperature) / len(anchors)
+            return loss * (self.temperature / self.base_temperature)
+
+    def extra_repr(self) -> str:
+        return (
+            f"temperature={self.temperature}, contrast_mode={self.contrast_mode}, "
+            f"base_temperature={self.base_temperature}"
+        )
+
+
+def _check(features: Tensor, labels: Tensor | None, mask: Tensor | None) -> None:
+    if not features.is_floating_point():
+        raise TypeError(f"features must be floating, got {features.dtype}")
+    if features.ndim < 3 or features.numel() == 0:
+        raise ValueError(f"features must be [B, views, ...], each at least 1, got {tuple(features.shape)}")
+    if labels is not None and mask is not None:
+        raise ValueError("labels and mask cannot both be given")
+    samples = len(features)
+    if labels is not None and labels.numel() != samples:
+        raise ValueError(f"labels must have shape ({samples},), got {tuple(labels.shape)}")
+    if mask is not None and mask.shape != (samples, samples):
+        raise ValueError(f"mask must have shape ({samples}, {samples}), got {tuple(mask.shape)}")
+
+
+def _classes(labels: Tensor | None, samples: int, device: torch.device) -> Tensor:
+    """Classes numbered from 0, int64 [B]. Not by torch.unique, whose result is of a size that only the device knows."""
+    if labels is None:
+        return torch.arange(samples, device=device)
+    ordered, order = labels.to(device).reshape(-1).sort()
+    new = torch.cat([ordered.new_zeros(1, dtype=torch.int64), (ordered[1:] != ordered[:-1]).long()])
+    return torch.empty_like(order).scatter_(0, order, new.cumsum(0))
+
+
+def _of_classes(anchors: Tensor, keys: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Which anchors have positives, as weights [M]; the sum over anchors of the mean dot product with positives."""
+    samples = len(classes)
+    dtype = torch.promote_types(keys.dtype, torch.float32)
+    anchors, keys = anchors.to(dtype), keys.to(dtype)
+
+    def sums(values: Tensor) -> Tensor:
+        """[views * B, ...] summed over the members of each class, [B, ...]."""
+        per_sample = values.unflatten(0, (-1, samples)).sum(0)
+        return torch.zeros_like(per_sample).index_add(0, classes, per_sample)
+
+    positives = sums(keys.new_ones(len(keys))) - 1
+    of_keys = sums(keys)
+    # All anchors of a class have as many positives: its keys, but for themselves.
+    of_anchors = of_keys if len(anchors) == len(keys) else sums(anchors)
+    similar = (of_anchors * of_keys).sum(1) - sums((anchors * anchors).sum(1))
+    total = torch.where(positives > 0, similar / positives.clamp_min(1), 0).sum()
+    return (positives > 0).to(dtype)[classes].repeat(len(anchors) // samples), total
+
+
+def _of_mask(anchors: Tensor, keys: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, with a weight for each pair of samples."""
+    samples = len(mask)
+    dtype = torch.promote_types(keys.dtype, torch.float32)
+    anchors, keys = anchors.to(dtype), keys.to(dtype)
+    mask = mask.to(keys.device, dtype)
+    views = len(keys) // samples
+    own = mask.diagonal()
+    positives = views * mask.sum(1) - own
+    share = 1 / torch.where(positives < 1e-6, 1, positives)
+    # An anchor is none of its own positives.
+    of_samples = mask @ keys.unflatten(0, (views, samples)).sum(0)
+    similar = (
+        anchors.unflatten(0, (-1, samples)) * of_samples - own.unsqueeze(1) * anchors.unflatten(0, (-1, samples)) ** 2
+    )
+    weights = (positives * share).repeat(len(anchors) // samples)
+    return weights, (similar.sum(2) * share).sum()

@@ -1,0 +1,239 @@
+"""The arguments of contrasts: what is asked of them, and the problem that they pose to the op."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cpc_ext.ops._contrast_problem import Contrast, sums_dtype
+from cpc_ext.ops._library import autocast_dtype, refuse_forward_mode, values_at_hand
+
+__all__ = ["ContrastOptions", "check_arguments", "check_number", "common_dtype", "flat_problem"]
+
+_INTEGERS = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+)
+_REDUCTIONS = ("mean", "sum", "none")
+_CONTRASTS = ("all", "same", "other")
+
+
+class ContrastOptions(NamedTuple):
+    """What all ops of this kind take besides queries and keys, as :func:`cpc_ext.ops.info_nce` describes it."""
+
+    scale: float | Tensor = 1.0
+    targets: Tensor | None = None
+    negatives: Tensor | None = None
+    weights: Tensor | None = None
+    exclude: Tensor | None = None
+    key_range: Tensor | None = None
+    key_bias: Tensor | None = None
+    groups: tuple[Tensor, Tensor] | None = None
+    contrast: str = "all"
+    symmetric: bool = False
+    thresholds: Tensor | None = None  # [*, M], what a rival's score must reach to count in the rank, for log-sums.
+    wants_bests: bool = False  # Whether the best positives' scores are wanted.
+
+
+def flat_problem(
+    queries: Tensor, keys: Tensor, options: ContrastOptions, measure: str
+) -> tuple[Contrast, Tensor | None]:
+    """The problem with one leading dimension in place of any, and its queries' weights [B, M]; None for all 1."""
+    problem = _flat(queries, keys, options, measure)
+    weights = None if options.weights is None else options.weights.reshape(problem.queries.shape[:2])
+    return problem, _weights_of_present(problem.targets, weights, sums_dtype(queries))
+
+
+def _weights_of_present(targets: Tensor | None, weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The weights of queries [B, M], 0 for those that have no positive; None for all 1."""
+    if targets is None or (values_at_hand(targets) and (targets.numel() == 0 or int(targets.min()) >= 0)):
+        return weights if targets is None or targets.shape[-1] > 0 else _zeros(targets, dtype)
+    # Below -1 an index names no key, and says so.
+    present = (targets != -1).any(-1)
+    return present.to(dtype) if weights is None else torch.where(present, weights, 0)
+
+
+def _zeros(targets: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(targets.shape[:2], dtype=dtype, device=targets.device)
+
+
+def check_arguments(queries: Tensor, keys: Tensor, options: ContrastOptions, measure: str, reduction: str) -> None:
+    """Raise an error that names the first argument that is wrong, as :func:`cpc_ext.ops.info_nce` says."""
+    for name, value in (("queries", queries), ("keys", keys)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be floating, got {value.dtype}")
+        if value.dtype.itemsize < 2:
+            raise TypeError(f"{name} must be floating with 16 bits or more, got {value.dtype}")
+        _check_layout(name, value)
+        if value.ndim < 2:
+            size = "M" if name == "queries" else "N"
+            raise ValueError(f"{name} must be [*, {size}, D], got shape {tuple(value.shape)}")
+    if queries.shape[:-2] != keys.shape[:-2] or queries.shape[-1] != keys.shape[-1]:
+        raise ValueError(
+            f"keys must have the leading dimensions and the D of queries {tuple(queries.shape)}, "
+            f"got {tuple(keys.shape)}"
+        )
+    if keys.device != queries.device:
+        raise ValueError(f"keys must be on the queries' device {queries.device}, got {keys.device}")
+    num_queries, num_keys = queries.shape[-2], keys.shape[-2]
+    if options.targets is None and num_queries > num_keys and measure != "log_sum":
+        raise ValueError(f"targets is needed where there are more queries ({num_queries}) than keys ({num_keys})")
+    leading, rows, device = queries.shape[:-2], queries.shape[:-1], queries.device
+    _check_given("targets", options.targets, (rows, (*rows, "P")), device)
+    _check_given("negatives", options.negatives, ((*rows, "S"),), device)
+    _check_given("exclude", options.exclude, (rows, (*rows, "E")), device)
+    _check_given("key_range", options.key_range, ((*rows, 2),), device)
+    _check_given("weights", options.weights, (rows,), device, floating=True)
+    _check_given("key_bias", options.key_bias, ((*leading, num_keys),), device, floating=True)
+    _check_groups(options, rows, (*leading, num_keys), device)
+    check_number("scale", options.scale)
+    if options.symmetric:
+        if options.negatives is not None:
+            raise ValueError("symmetric contrasts all keys and queries: it takes no negatives")
+        if num_queries != num_keys:
+            raise ValueError(f"symmetric needs as many keys as queries, got {num_keys} keys, {num_queries} queries")
+        if options.targets is not None and options.targets.shape != rows:
+            raise ValueError(f"symmetric needs one positive a query, got targets {tuple(options.targets.shape)}")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    scale = options.scale if isinstance(options.scale, Tensor) else None
+    refuse_forward_mode(queries, keys, options.weights, options.key_bias, scale)
+    _check_weights(options.weights)
+
+
+def _check_groups(options: ContrastOptions, rows: tuple[int, ...], keys: tuple[int, ...], device: torch.device) -> None:
+    if options.contrast not in _CONTRASTS:
+        raise ValueError(f'contrast must be "all", "same" or "other", got {options.contrast!r}')
+    if options.groups is None:
+        if options.contrast != "all":
+            raise ValueError(f'contrast="{options.contrast}" needs groups')
+        return
+    if not isinstance(options.groups, Sequence) or isinstance(options.groups, str) or len(options.groups) != 2:
+        raise TypeError(f"groups must be a pair (query_groups, key_groups), got {type(options.groups).__name__}")
+    for name, groups, shape in zip(("query_groups", "key_groups"), options.groups, (rows, keys), strict=True):
+        if groups is None:
+            raise TypeError(f"{name} must be a tensor, got None")
+        _check_given(name, groups, (shape,), device)
+    if options.contrast == "all":
+        raise ValueError('groups needs contrast="same" or "other", as "all" contrasts keys of every group')
+
+
+def _check_given(
+    name: str,
+    value: Tensor | None,
+    shapes: Sequence[Sequence[int | str]],
+    device: torch.device,
+    *,
+    floating: bool = False,
+) -> None:
+    """Check a tensor that may be None. shapes: those that it may have, a letter standing for any size."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor or None, got {type(value).__name__}")
+    if floating and not value.is_floating_point():
+        raise TypeError(f"{name} must be floating, got {value.dtype}")
+    if not floating and value.dtype not in _INTEGERS:
+        raise TypeError(f"{name} must be integers, got {value.dtype}")
+    _check_layout(name, value)
+    if not any(
+        len(shape) == value.ndim
+        and all(isinstance(size, str) or size == actual for size, actual in zip(shape, value.shape, strict=True))
+        for shape in shapes
+    ):
+        wanted = " or ".join(f"({', '.join(map(str, shape))})" for shape in shapes)
+        raise ValueError(f"{name} must have shape {wanted}, got {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on the queries' device {device}, got {value.device}")
+
+
+def _check_layout(name: str, value: Tensor) -> None:
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+
+
+def check_number(name: str, value: float | Tensor) -> None:
+    """Raise an error unless this is a finite number, or a tensor of one."""
+    if isinstance(value, Tensor):
+        if value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"{name} must be a real number, got {value.dtype}")
+        if value.ndim != 0:
+            raise ValueError(f"{name} must be a number or a tensor without dimensions, got shape {tuple(value.shape)}")
+        if values_at_hand(value) and not bool(torch.isfinite(value)):
+            raise ValueError(f"{name} must be finite, got {value.item()}")
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # An integer beyond a float's range.
+        finite = False
+    if not finite:
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def _check_weights(weights: Tensor | None) -> None:
+    if weights is None or not values_at_hand(weights):
+        return
+    # In float64, because not every floating type compares.
+    if weights.numel() and (lowest := weights.detach().double().min().item()) < 0:
+        raise ValueError(f"weights must not be negative, got {lowest}")
+
+
+def common_dtype(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys of one dtype: that which both are promoted to, or autocast's as of a matrix product."""
+    dtype = torch.promote_types(queries.dtype, keys.dtype)
+    if dtype != torch.float64:
+        dtype = autocast_dtype(queries.device) or dtype
+    return queries.to(dtype), keys.to(dtype)
+
+
+def _flat(queries: Tensor, keys: Tensor, options: ContrastOptions, measure: str) -> Contrast:
+    """The arguments with one leading dimension in place of any."""
+    leading, (num_queries, dim), num_keys = queries.shape[:-2], queries.shape[-2:], keys.shape[-2]
+    entries = leading.numel()
+    rows = (entries, num_queries)
+
+    def indices(value: Tensor | None) -> Tensor | None:
+        """[B, M, C] of [*, M] or [*, M, C]."""
+        if value is None:
+            return None
+        columns = value.shape[-1] if value.ndim == queries.ndim else 1
+        return value.to(torch.int64).reshape(*rows, columns)
+
+    query_groups, key_groups = (None, None) if options.groups is None else options.groups
+    scale, scales = options.scale, None
+    if isinstance(scale, Tensor) and (scale.requires_grad or not values_at_hand(scale)):
+        scale, scales = 1.0, scale.to(queries.device, sums_dtype(queries)).reshape(1)
+    return Contrast(
+        queries.reshape(*rows, dim),
+        keys.reshape(entries, num_keys, dim),
+        _each_once(indices(options.targets)),
+        indices(options.negatives),
+        indices(options.exclude),
+        indices(options.key_range),
+        None if query_groups is None else query_groups.to(torch.int64).reshape(rows),
+        None if key_groups is None else key_groups.to(torch.int64).reshape(entries, num_keys),
+        None if options.key_bias is None else options.key_bias.reshape(entries, num_keys),
+        scales,
+        float(scale),
+        measure,
+        options.contrast,
+        options.symmetric,
+    )
+
+
+def _each_once(targets: Tensor | None) -> Tensor | None:
+    """Targets [B, M, P] of which no query's name a key twice, as the kernels ask for."""
+    if targets is None or targets.shape[-1] < 2:
+        return targets
+    targets = targets.sort(-1).values
+    again = targets[..., 1:] == targets[..., :-1]
+    return torch.cat([targets[..., :1], targets[..., 1:].masked_fill(again, -1)], -1)

@@ -1,0 +1,217 @@
+"""What all contrastive losses share: gradients, precision, compiling, memory; and what each says of wrong arguments.
+
+Their values are compared with other libraries' in tests/golden/test_losses.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import grad, gradcheck
+from torch.profiler import ProfilerActivity, profile
+
+from cpc_ext import nn
+
+QUEUE = torch.nn.functional.normalize(torch.randn(5, 3, generator=torch.Generator().manual_seed(9)), dim=1)
+SCALE, BIAS = torch.tensor(1.7, dtype=torch.float64), torch.tensor(-0.4, dtype=torch.float64)
+
+
+class Case(NamedTuple):
+    make: Callable[[], torch.nn.Module]
+    call: Callable[..., Tensor]  # Of the module and two tensors [N, D].
+    rounds: bool = False  # Whether autocast rounds what it compares.
+
+
+def with_queue(loss: torch.nn.Module, queue: torch.nn.Module, *views: Tensor) -> Tensor:
+    """A loss of the same queue in every call."""
+    with torch.no_grad():
+        queue.keys[: queue.size] = QUEUE.repeat(1, queue.keys.shape[1] // 3 + 1)[:, : queue.keys.shape[1]]
+        queue.position.zero_()
+    return loss(*views)
+
+
+def labels_of(features: Tensor) -> Tensor:
+    return torch.arange(len(features)) * 7 % 3
+
+
+CASES = {
+    "clip": Case(nn.CLIPLoss, lambda loss, a, b: loss(a, b, SCALE.to(a.device))),
+    "clip-bias": Case(nn.CLIPLoss, lambda loss, a, b: loss(a, b, 1.7, BIAS)),
+    "siglip": Case(nn.SigLIPLoss, lambda loss, a, b: loss(a, b, SCALE, BIAS)),
+    "siglip-no-bias": Case(nn.SigLIPLoss, lambda loss, a, b: loss(a, b, 1.7)),
+    "sup-con": Case(lambda: nn.SupConLoss(0.7), lambda loss, a, b: loss(torch.stack([a, b], 1), labels_of(a))),
+    "sup-con-one": Case(
+        lambda: nn.SupConLoss(0.7, "one"), lambda loss, a, b: loss(torch.stack([a, b], 1), labels_of(a))
+    ),
+    "sup-con-mask": Case(
+        lambda: nn.SupConLoss(0.7),
+        lambda loss, a, b: loss(torch.stack([a, b], 1), mask=labels_of(a)[:, None] == labels_of(a)),
+    ),
+    "sup-con-views": Case(lambda: nn.SupConLoss(0.7), lambda loss, a, b: loss(torch.stack([a, b], 1))),
+    "nt-xent": Case(nn.NTXentLoss, lambda loss, a, b: loss(a, b)),
+    "nt-xent-bank": Case(
+        lambda: nn.NTXentLoss(0.5, (5, 3)), lambda loss, a, b: with_queue(loss, loss.memory_bank, a, b)
+    ),
+    "moco": Case(lambda: nn.MoCoLoss(3, 5, 0.5), lambda loss, a, b: with_queue(loss, loss.queue, a, b)),
+    "dcl": Case(nn.DecoupledContrastiveLoss, lambda loss, a, b: loss(a, b)),
+    "info-nce": Case(lambda: nn.InfoNCELoss(0.7), lambda loss, a, b: loss(a, b, symmetric=True).loss, rounds=True),
+}
+
+
+def views(images: int = 4, dim: int = 3, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(images, dim, generator=generator).to(dtype).requires_grad_() for _ in range(2)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_by_finite_differences(name):
+    case = CASES[name]
+    loss = case.make().double()
+    first, second = views()
+    # MoCo's keys get no gradient.
+    assert gradcheck(lambda a, b: case.call(loss, a, b), (first, second.requires_grad_(name != "moco")))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_half_precision_and_autocast_compute_in_float32(name):
+    case = CASES[name]
+    loss, given = case.make(), views(6, dtype=torch.bfloat16)
+    value = case.call(loss, *given)
+    exact = case.call(case.make().double(), *(view.double() for view in given))
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.double(), exact, atol=1e-5, rtol=1e-5)
+    assert all(
+        gradient.dtype == torch.bfloat16 for gradient in grad(value, given, allow_unused=True) if gradient is not None
+    )
+    singles = [view.detach().float() * 1.001 for view in given]
+    expected = case.call(loss, *singles)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (case.call(loss, *singles) == expected) != case.rounds
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "sup-con", "nt-xent", "moco", "dcl"])
+def test_compiled(name):
+    case = CASES[name]
+    loss, given = case.make().double(), views()
+    expected = case.call(loss, *given)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda a, b: case.call(loss, a, b), fullgraph=True, backend="aot_eager")(*given)
+    torch.testing.assert_close(compiled, expected)
+    gradients = (grad(loss, given, allow_unused=True) for loss in (compiled, expected))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """What PyTorch's CPU allocator has given at most at any moment of a call."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
+        call()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
+
+
+@pytest.mark.parametrize("name", ["siglip", "sup-con", "nt-xent", "dcl"])
+def test_no_matrix_of_pairs_is_in_memory(name):
+    case, given = CASES[name], views(4096, 16, torch.float32)
+    loss = case.make()
+    # Not even one of a byte a pair.
+    assert peak_bytes(lambda: grad(case.call(loss, *given), given)) < 4096 * 4096
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_queue_is_not_copied(rows):
+    for loss in (nn.MoCoLoss(64, 16384), nn.NTXentLoss(0.1, (16384, 64))):
+        given = views(rows, 64, torch.float32)
+        peak = peak_bytes(lambda loss=loss, given=given: grad(loss(*given), given[0]))
+        assert peak < 4 * 16384 * 64 / 4
+
+
+# --- Wrong arguments ---
+
+ONES = torch.ones(2, 3)
+WRONG = {
+    "clip-horovod": (lambda: nn.CLIPLoss(use_horovod=True), "use_horovod must be False"),
+    "clip-exchange": (
+        lambda: nn.CLIPLoss(gather_negatives="some"),
+        "gather_negatives must be one of none, gather, ring, got 'some'",
+    ),
+    "clip-both": (lambda: nn.CLIPLoss(world_size=2, gather_negatives="ring"), "it takes no world_size 2"),
+    "clip-rank": (lambda: nn.CLIPLoss(rank=2, world_size=2), "rank must be below world_size 2, got 2"),
+    "clip-group": (
+        lambda: nn.CLIPLoss(rank=1, world_size=2)(ONES, ONES, 1.0),
+        "rank and world_size must be the process group's 0 and 1, got 1 and 2",
+    ),
+    "clip-shape": (
+        lambda: nn.CLIPLoss()(ONES, ONES[:1], 1.0),
+        r"image_features and text_features must both be \[B, D\], got \(2, 3\) and \(1, 3\)",
+    ),
+    "clip-scale": (lambda: nn.CLIPLoss()(ONES, ONES, torch.ones(2)), "logit_scale must be a number or a tensor of one"),
+    "clip-bias": (lambda: nn.CLIPLoss()(ONES, ONES, 1.0, torch.ones(2)), "logit_bias must be a number or a tensor of"),
+    "siglip-way": (lambda: nn.SigLIPLoss(dist_impl="ring"), "dist_impl must be None or one of bidir, shift, reduce"),
+    "siglip-exchange": (
+        lambda: nn.SigLIPLoss(gather_negatives="ring"),
+        "gather_negatives must be one of none, gather, got 'ring'",
+    ),
+    "siglip-shape": (lambda: nn.SigLIPLoss()(ONES[0], ONES[0], 1.0), r"must both be \[B, D\], got \(3,\) and \(3,\)"),
+    "siglip-bias": (lambda: nn.SigLIPLoss()(ONES, ONES, 1.0, torch.ones(2)), "logit_bias must be a number"),
+    "sup-con-mode": (lambda: nn.SupConLoss(contrast_mode="two"), "contrast_mode must be one of all, one, got 'two'"),
+    "sup-con-temperature": (lambda: nn.SupConLoss(0), "temperature must be positive, got 0"),
+    "sup-con-base": (lambda: nn.SupConLoss(base_temperature=-1), "base_temperature must be positive, got -1"),
+    "sup-con-shape": (lambda: nn.SupConLoss()(ONES), r"features must be \[B, views, ...\], each at least 1"),
+    "sup-con-both": (lambda: nn.SupConLoss()(ONES[:, None], ONES[:, 0], ONES[:, :2]), "labels and mask cannot both"),
+    "sup-con-labels": (lambda: nn.SupConLoss()(ONES[:, None], ONES), r"labels must have shape \(2,\), got \(2, 3\)"),
+    "sup-con-mask": (lambda: nn.SupConLoss()(ONES[:, None], mask=ONES), r"mask must have shape \(2, 2\), got \(2, 3\)"),
+    "sup-con-negative": (lambda: nn.SupConLoss()(ONES[:, None], mask=-ONES[:, :2]), "must not be negative, got -1"),
+    "nt-xent-bank": (lambda: nn.NTXentLoss(0.5, 8), r"memory_bank_size must be 0, or \(number of features, D\)"),
+    "nt-xent-bank-pair": (lambda: nn.NTXentLoss(0.5, (8, 0)), r"memory_bank_size must be 0, or .*, got \(8, 0\)"),
+    "nt-xent-bank-ring": (
+        lambda: nn.NTXentLoss(0.5, (8, 3), gather_negatives="ring"),
+        'must be "none" or "gather" with a memory bank',
+    ),
+    "nt-xent-two-words": (
+        lambda: nn.NTXentLoss(gather_distributed=True, gather_negatives="ring"),
+        "gather_distributed means gather_negatives=\"gather\", got 'ring'",
+    ),
+    "nt-xent-width": (
+        lambda: nn.NTXentLoss(0.5, (8, 4))(ONES, ONES),
+        r"keys must have the queue's 4 features, got \(2, 3\)",
+    ),
+    "moco-dim": (lambda: nn.MoCoLoss(0), "dim must be at least 1, got 0"),
+    "moco-size": (lambda: nn.MoCoLoss(3, 0), "size must be at least 1, got 0"),
+    "moco-temperature": (lambda: nn.MoCoLoss(3, 5, -0.1), "temperature must be positive, got -0.1"),
+    "moco-exchange": (lambda: nn.MoCoLoss(3, 5, gather_negatives="ring"), "must be one of none, gather, got 'ring'"),
+    "moco-shape": (
+        lambda: nn.MoCoLoss(3, 5)(ONES, ONES[:0]),
+        r"queries and keys must both be \[B, D\], got \(2, 3\) and \(0, 3\)",
+    ),
+    "moco-width": (lambda: nn.MoCoLoss(4, 5)(ONES, ONES), r"keys must have the queue's 4 features, got \(2, 3\)"),
+    "dcl-temperature": (lambda: nn.DecoupledContrastiveLoss(0), "temperature must be positive, got 0"),
+    "dcl-shape": (lambda: nn.DecoupledContrastiveLoss()(ONES, ONES[0]), r"first and second must both be \[N, D\]"),
+    "dcl-one": (lambda: nn.DecoupledContrastiveLoss()(ONES[:1], ONES[:1]), "must be of at least two images"),
+    "dcl-weights": (
+        lambda: nn.DecoupledContrastiveLoss(weight_fn=torch.mul)(ONES, ONES),
+        r"weight_fn must give \(2,\), got \[\(2, 3\), \(2, 3\)\]",
+    ),
+    "info-nce-lowest": (
+        lambda: nn.InfoNCELoss(0.005, learnable=True),
+        "temperature must be at least 1 / max_scale = 0.01, got 0.005",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments(name):
+    call, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_features_must_be_floating():
+    with pytest.raises(TypeError, match=r"features must be floating, got torch\.int64"):
+        nn.SupConLoss()(torch.ones(2, 2, 3, dtype=torch.int64))

@@ -1,0 +1,48 @@
+"""Values are in tests/golden/test_pytorch_metric_learning.py; here is what the loss takes and what it refuses."""
+
+import pytest
+import torch
+
+from cpc_ext.nn import LabelledNTXentLoss
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_temperature_divides_no_rounding(dtype):
+    embeddings = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).bfloat16().to(dtype)
+    labels = torch.arange(9) % 3
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = LabelledNTXentLoss()(embeddings, labels)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, LabelledNTXentLoss()(embeddings.float(), labels))
+
+
+@pytest.mark.parametrize("gap", [1e3, 1e5])
+def test_losses_far_beyond_what_exponentials_hold(gap):
+    """A pair that is as unlike as can be, with a negative that is the anchor: the loss is the gap of the scores."""
+    embeddings = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
+    loss = LabelledNTXentLoss(2 / gap)(embeddings, torch.tensor([0, 0, 1, 1]))
+    assert loss.item() == pytest.approx(gap, rel=1e-12)
+
+
+def test_second_derivatives_are_refused():
+    embeddings = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(
+        LabelledNTXentLoss()(embeddings, torch.arange(6) % 2), embeddings, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="has no second derivatives"):
+        gradient.sum().backward()
+
+
+def test_without_a_gradient_none_is_formed():
+    embeddings = torch.randn(6, 4)
+    assert not LabelledNTXentLoss()(embeddings, torch.arange(6) % 2).requires_grad
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+        LabelledNTXentLoss(0)
+    for embeddings, labels in ((torch.zeros(3), torch.zeros(3).long()), (torch.zeros(3, 2), torch.zeros(2).long())):
+        with pytest.raises(ValueError, match=r"embeddings must be \[N, D\] and labels \[N\], got"):
+            LabelledNTXentLoss()(embeddings, labels)
+    with pytest.raises(TypeError, match="query_groups must be integers"):
+        LabelledNTXentLoss()(torch.zeros(3, 2), torch.zeros(3))
