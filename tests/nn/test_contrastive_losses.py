@@ -6,7 +6,9 @@ Their values are compared with other libraries' in tests/golden/test_losses.py.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -215,3 +217,11 @@ def test_wrong_arguments(name):
 def test_features_must_be_floating():
     with pytest.raises(TypeError, match=r"features must be floating, got torch\.int64"):
         nn.SupConLoss()(torch.ones(2, 2, 3, dtype=torch.int64))
+
+
+def test_the_examples_of_the_documentation_run():
+    text = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
+    examples = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(examples) >= 5
+    for example in examples:
+        exec(compile(example, "docs/losses.md", "exec"), {})
