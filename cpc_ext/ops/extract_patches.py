@@ -160,16 +160,17 @@ def _kernel(extraction: _Extraction) -> Tensor:
 
 
 def _backward_reference(gradient: _Gradient) -> Tensor:
-    """Differentiable where gradients are enabled."""
-    grad, images = gradient.grad, gradient.images
-    differentiable = torch.is_grad_enabled()
+    """Differentiable where gradients are enabled, also by the transforms of ``torch.func``."""
+    grad, images, options = gradient.grad, gradient.images, gradient.options
+    pixels = grad.new_zeros(gradient.size, dtype=gradient.images_dtype) if images is None else images
+    if torch.is_grad_enabled():
+        pull = torch.func.vjp(lambda pixels: extract_patches_reference(pixels, options), pixels)[1]
+        of_images: Tensor = pull(grad)[0]
+        return of_images.contiguous()
     with torch.enable_grad():
-        if images is None:
-            pixels = grad.new_zeros(gradient.size, dtype=gradient.images_dtype).requires_grad_()
-        else:
-            pixels = images.view_as(images) if differentiable else images.detach().requires_grad_()
-        patches = extract_patches_reference(pixels, gradient.options)
-    return torch.autograd.grad(patches, pixels, grad, create_graph=differentiable)[0].contiguous()
+        pixels = pixels.detach().requires_grad_()
+        patches = extract_patches_reference(pixels, options)
+    return torch.autograd.grad(patches, pixels, grad)[0].contiguous()
 
 
 def _empty_images_grad(gradient: _Gradient) -> Tensor:

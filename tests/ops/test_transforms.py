@@ -151,7 +151,7 @@ def test_what_has_no_second_derivatives(name):
 def test_forward_mode_is_refused(case):
     function, arguments = case
     for derive in (
-        lambda: jvp(lambda first: function(first, *arguments[1:]), arguments[:1], arguments[:1]),
+        lambda: jvp(lambda first: function(first, *arguments[1:]), (arguments[0],), (arguments[0],)),
         lambda: jacfwd(function)(*arguments),
         lambda: hessian(function)(*arguments),
     ):
@@ -162,10 +162,9 @@ def test_forward_mode_is_refused(case):
 def test_traced(case):
     function, arguments = case
     torch.testing.assert_close(functionalize(function)(*arguments), function(*arguments))
-    torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", ["info_nce", "symmetric", "masked_conv2d"])
+@pytest.mark.parametrize("name", ["symmetric", "masked_conv2d"])
 def test_compiled(name):
     function, shapes = FUNCTIONS[name]
     arguments = [draw(*shape, seed=seed) for seed, shape in enumerate(shapes)]

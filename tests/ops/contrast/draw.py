@@ -13,7 +13,7 @@ from cpc_ext.ops import info_nce, scores_logsumexp, sigmoid_contrast
 from cpc_ext.ops.info_nce import info_nce_reference
 from tests.ops.contrast.by_hand import ByHand, contrast_by_hand
 
-__all__ = ["DTYPES", "TOLERANCE", "Problem", "Results", "assert_same_bits", "draw", "on"]
+__all__ = ["DTYPES", "TOLERANCE", "Problem", "Results", "assert_same_bits", "draw", "on", "reduced"]
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # Shares of the largest value of a gradient: float32 sums, or a rounding to the gradients' type and, on CUDA, that of
@@ -82,7 +82,7 @@ class Problem:
         result = contrast_by_hand(queries, keys, measure=self.measure, unsure=unsure, **options)
         loss = result.losses
         if self.measure != "log_sum":
-            loss = _reduced(result, options.get("weights"), reduction)
+            loss = reduced(result, options.get("weights"), reduction)
         return Results(loss.detach(), None, None, _gradients(loss, exact)), result
 
     def check(self, device: torch.device, reduction: str = "mean", *, by_reference: bool = False) -> None:
@@ -146,7 +146,7 @@ def _weights(by_hand: ByHand, weights: Tensor | None) -> Tensor:
     return by_hand.present.double() if weights is None else torch.where(by_hand.present, weights.detach().double(), 0)
 
 
-def _reduced(result: ByHand, weights: Tensor | None, reduction: str) -> Tensor:
+def reduced(result: ByHand, weights: Tensor | None, reduction: str) -> Tensor:
     weights = result.present.double() if weights is None else torch.where(result.present, weights, 0)
     counts = (weights != 0) | result.losses.isfinite()
     losses = torch.where(counts, weights, 0) * torch.where(counts, result.losses, 0)
