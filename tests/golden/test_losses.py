@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -161,6 +162,16 @@ def test_as_it_was(golden, library, case):
 def test_as_it_is(library, case):
     pytest.importorskip(CASES[library][case][0].rpartition(".")[0], exc_type=ImportError)
     assert_same(ours(library, case, inputs()), original(library, case))
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_as_they_are(processes):
+    for library in ("open_clip", "lightly"):
+        pytest.importorskip(f"{library}.loss", exc_type=ImportError)
+    program = Path(__file__).with_name("losses_of_ranks.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    done = subprocess.run([*torchrun, program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def write() -> None:
