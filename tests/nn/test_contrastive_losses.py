@@ -38,7 +38,7 @@ def with_queue(loss: torch.nn.Module, queue: torch.nn.Module, *views: Tensor) ->
 
 
 def labels_of(features: Tensor) -> Tensor:
-    return torch.arange(len(features)) * 7 % 3
+    return torch.arange(len(features), device=features.device) * 7 % 3
 
 
 CASES = {
@@ -94,6 +94,16 @@ def test_half_precision_and_autocast_compute_in_float32(name):
     expected = case.call(loss, *singles)
     with torch.autocast("cpu", torch.bfloat16):
         assert (case.call(loss, *singles) == expected) != case.rounds
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_everything_stays_on_its_device(name):
+    case = CASES[name]
+    given = [view.detach().to("meta").requires_grad_() for view in views()]
+    loss = case.call(case.make().double().to("meta"), *given)
+    assert loss.is_meta
+    gradients = grad(loss, given, allow_unused=True)
+    assert all(gradient.is_meta for gradient in gradients if gradient is not None)
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "sup-con", "nt-xent", "moco", "dcl"])
