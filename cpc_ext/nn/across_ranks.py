@@ -13,19 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cpc_ext.ops._contrast import (
-    ContrastOptions,
-    Results,
-    _gradients,
-    _info_nce,
-    check_arguments,
-    contrast,
-    flat_problem,
-)
+from cpc_ext.ops._contrast import Results, _gradients, _info_nce, contrast
+from cpc_ext.ops._contrast_arguments import ContrastOptions, check_arguments, flat_problem
 from cpc_ext.ops._contrast_problem import Contrast, Gradients
 from cpc_ext.ops._library import differentiable_once, values_at_hand, without_autocast
 
-__all__ = ["EXCHANGES", "Exchange", "RingOutput", "exchange_with", "gather_from_ranks", "ring_info_nce", "row_blocks"]
+__all__ = ["EXCHANGES", "Exchange", "RingOutput", "exchange_with", "gather_from_ranks", "ring_info_nce"]
 
 EXCHANGES = ("none", "gather", "ring")
 # Dimensions whose sizes ranks compare.
@@ -321,13 +314,6 @@ def _of_hop(
 def _places(keys: Tensor, targets: Tensor) -> Tensor:
     """Where in keys [B, N, D] the features of targets [B, M, 1] are, [B, M, D]; of wrong ones somewhere."""
     return targets.clamp(0, keys.shape[1] - 1).expand(-1, -1, keys.shape[2])
-
-
-def row_blocks(queries: Tensor, keys: Tensor, most: int) -> list[slice]:
-    """Rows of queries [*, M, D] that have at most so many logits against the keys [*, N, D], or are one row."""
-    count = queries.shape[-2]
-    size = max(1, most // max(1, keys.shape[:-1].numel()))
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _pass_on(values: Tensor) -> tuple[Tensor, list[dist.Work]]:

@@ -34,8 +34,9 @@ CPC_HOST_DEVICE inline Real weight_of(int64_t row, Real factor, const Real* row_
   return row_weights != nullptr ? factor * row_weights[row] : factor;
 }
 
-// log(1 + exp(x)), in double lest small losses lose their precision.
-CPC_HOST_DEVICE inline double softplus(double x) {
+// log(1 + exp(x)).
+template <class Real>
+CPC_HOST_DEVICE inline Real softplus(Real x) {
   return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x));
 }
 
@@ -60,14 +61,13 @@ class Outcome {
  public:
   CPC_HOST_DEVICE Outcome(Measure measure, const Rivals<Real>& rivals, const Positives& positives)
       : measure_(measure), rivals_(rivals), positives_(positives) {
-    for (int64_t j = 0; j < positives.places; ++j) {
-      if (!positives.present(j)) continue;
+    each([&](int64_t j) {
       const Real score = positives.score(j);
       ++count_;
       best_ = best_ != best_ || score <= best_ ? best_ : score;
       scores_ += score;
       dots_ += positives.dot(j);
-    }
+    });
     if (measure == Measure::sigmoid) return;
     const Real bounded = finite<Real>(best_);
     top_ = count_ > 0 && bounded > rivals.largest ? bounded : rivals.largest;
@@ -89,7 +89,7 @@ class Outcome {
     }
     if (count_ > 1) return static_cast<Real>(top_ + std::log(powers_) - scores_ / static_cast<double>(count_));
     if (best_ == kInfinity<Real>) return kNan<Real>;
-    // How far the rivals lie above the positive: small losses keep their precision.
+    // How far the rivals lie above the positive, in double: small losses keep their precision.
     return static_cast<Real>(softplus(log_sum_of_rivals() - best_));
   }
 
@@ -131,6 +131,9 @@ class Outcome {
  private:
   template <class Use>
   CPC_HOST_DEVICE void each(const Use& use) const {
+#if defined(__CUDACC__)
+#pragma unroll 1  // Most often there is one.
+#endif
     for (int64_t j = 0; j < positives_.places; ++j)
       if (positives_.present(j)) use(j);
   }

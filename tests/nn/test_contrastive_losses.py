@@ -6,7 +6,9 @@ Their values are compared with other libraries' in tests/golden/test_losses.py.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -141,7 +143,10 @@ WRONG = {
         lambda: nn.CLIPLoss(gather_negatives="some"),
         "gather_negatives must be one of none, gather, ring, got 'some'",
     ),
-    "clip-both": (lambda: nn.CLIPLoss(world_size=2, gather_negatives="ring"), "it takes no world_size 2"),
+    "clip-both": (
+        lambda: nn.CLIPLoss(world_size=2, gather_negatives="ring"),
+        "asks the process group for its size, got world_size 2",
+    ),
     "clip-rank": (lambda: nn.CLIPLoss(rank=2, world_size=2), "rank must be below world_size 2, got 2"),
     "clip-group": (
         lambda: nn.CLIPLoss(rank=1, world_size=2)(ONES, ONES, 1.0),
@@ -215,3 +220,11 @@ def test_wrong_arguments(name):
 def test_features_must_be_floating():
     with pytest.raises(TypeError, match=r"features must be floating, got torch\.int64"):
         nn.SupConLoss()(torch.ones(2, 2, 3, dtype=torch.int64))
+
+
+def test_the_examples_of_the_documentation_run():
+    text = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
+    examples = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(examples) >= 5
+    for example in examples:
+        exec(compile(example, "docs/losses.md", "exec"), {})
