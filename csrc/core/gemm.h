@@ -92,14 +92,19 @@ inline Register<Sum<E>> multiply_add(Register<Sum<E>> sum, Register<Sum<E>> left
   return sum + left * right;  // Contracted to one instruction where there is one.
 }
 
+// A value in all lanes. Zero is subtracted, which compilers know to change nothing, whereas an addition of it would be
+// carried out, for the sake of -0.
+template <class T>
+inline Register<T> in_all_lanes(T v) {
+  return v - Register<T>{};
+}
 template <class E>
 inline Register<Sum<E>> broadcast(const E* left) {
   Sum<E> v;
   std::memcpy(&v, left, sizeof v);
-  return Register<Sum<E>>{} + v;
+  return in_all_lanes(v);
 }
 #if defined(__AVX512F__)
-// An addition of zero would turn a pair of BFloat16 into another number.
 template <>
 inline Register<float> broadcast<BFloat16>(const BFloat16* left) {
   int32_t pair;

@@ -31,7 +31,7 @@ struct TileOfScores {
   using R = Register<S>;
 
   R dots(int64_t key, int64_t c) const { return load_register(values + key * columns + c); }
-  R bias_of(int64_t key) const { return bias != nullptr ? R{} + bias[key] : R{}; }
+  R bias_of(int64_t key) const { return bias != nullptr ? in_all_lanes(bias[key]) : R{}; }
   // The score of what is left out is -inf.
   R score(R dot, int64_t key) const {
     const R value = dot * scale + bias_of(key);
@@ -54,7 +54,7 @@ void leave_out_of_range(const TileOfScores<S>& tile, int64_t c, const int64_t* b
   }
   if (whole) return;
   for (int64_t key = 0; key < tile.keys; ++key) {
-    const R at = R{} + static_cast<S>(key), dot = tile.dots(key, c);
+    const R at = in_all_lanes(static_cast<S>(key)), dot = tile.dots(key, c);
     const R from_begin = at >= begin ? dot : R{} + kLeftOut<S>;
     store_register(tile.values + key * tile.columns + c, at < end ? from_begin : R{} + kLeftOut<S>);
   }
