@@ -85,16 +85,18 @@ void augment_kernels() {
     }
 }
 
-// All keys and sampled ones, a batch's entries shared by all workers or one each, keys whole and in parts.
+// All keys and sampled ones, a batch's entries shared by all workers or one each, keys whole and in parts, both ways.
 void info_nce_kernels() {
   struct Sizes {
     int64_t batch, rows, keys, dim, samples;
+    bool symmetric = false;
   };
-  for (const Sizes& z :
-       {Sizes{1, 70, 110, 33, 0}, Sizes{1, 3, 8300, 100, 0}, Sizes{5, 20, 30, 8, 0}, Sizes{2, 130, 50, 40, 60}})
+  for (const Sizes& z : {Sizes{1, 70, 110, 33, 0}, Sizes{1, 3, 8300, 100, 0}, Sizes{5, 20, 30, 8, 0},
+                         Sizes{2, 130, 50, 40, 60}, Sizes{1, 150, 150, 33, 0, true}, Sizes{5, 30, 30, 8, 0, true}})
     for (const DType dtype : {DType::f32, DType::bf16}) {
       std::vector<float> queries(z.batch * z.rows * z.dim), keys(z.batch * z.keys * z.dim), grad_queries(queries),
-          grad_keys(keys), losses(z.batch * z.rows), right(losses);
+          grad_keys(keys), losses(z.batch * z.rows), slopes(losses), bias(z.batch * z.keys), grad_bias(bias);
+      std::vector<int64_t> ranks(z.batch * z.rows);
       std::vector<int64_t> indices(z.batch * z.rows * std::max<int64_t>(z.samples, 1));
       for (size_t i = 0; i < indices.size(); ++i) indices[i] = static_cast<int64_t>(i) * 7 % z.keys;
       info_nce::Problem problem;
@@ -103,8 +105,12 @@ void info_nce_kernels() {
       problem.grad_queries = dense(grad_queries.data(), dtype, {z.batch, z.rows, z.dim});
       problem.grad_keys = dense(grad_keys.data(), dtype, {z.batch, z.keys, z.dim});
       problem.losses = dense(losses.data(), DType::f32, {z.batch, z.rows});
-      problem.right = dense(right.data(), DType::f32, {z.batch, z.rows});
-      problem.targets = dense(indices.data(), DType::i64, {z.batch, z.rows});
+      problem.ranks = dense(ranks.data(), DType::i64, {z.batch, z.rows});
+      problem.slopes = dense(slopes.data(), DType::f32, {z.batch, z.rows});
+      problem.key_bias = dense(bias.data(), DType::f32, {z.batch, z.keys});
+      problem.grad_bias = dense(grad_bias.data(), DType::f32, {z.batch, z.keys});
+      problem.symmetric = z.symmetric;
+      if (!z.symmetric) problem.targets = dense(indices.data(), DType::i64, {z.batch, z.rows, 1});
       if (z.samples > 0) problem.negatives = dense(indices.data(), DType::i64, {z.batch, z.rows, z.samples});
       std::vector<double> workspace(info_nce::cpu::CPC_ISA::workspace_bytes(problem) / 8 + 1);
       problem.workspace.data = workspace.data();

@@ -20,6 +20,8 @@ from cpc_ext.ops import (
     logistic_mixture_nll,
     masked_conv2d,
     sample_logistic_mixture,
+    scores_logsumexp,
+    sigmoid_contrast,
 )
 from cpc_ext.ops._patch_transforms import Transform
 from cpc_ext.ops.masked_conv2d import PixelConvolution
@@ -128,6 +130,43 @@ def contrast(dtype, queries, keys, dim, batch=(), samples=None, options=True, re
     info_nce(*tensors, **named, reduction=reduction).loss.sum().backward()
 
 
+def contrast_freely(dtype, queries, keys, batch=(), positives=3, samples=None, reduction="mean"):
+    """A contrast with every option at once, and all gradients."""
+    rows = (*batch, queries)
+    begin = integers(keys // 2, *rows)
+    named = {
+        "targets": integers(keys + 1, *rows, positives) - 1,
+        "exclude": integers(keys + 1, *rows, 2, seed=1) - 1,
+        "key_range": torch.stack([begin, begin + keys // 2], -1),
+        "groups": (integers(3, *rows), integers(3, *batch, keys)),
+        "contrast": "other",
+    }
+    named["exclude"][(named["exclude"].unsqueeze(-1) == named["targets"].unsqueeze(-2)).any(-1)] = -1
+    if samples is not None:
+        named["negatives"] = integers(keys, *rows, samples, seed=2)
+    tensors = normal(*rows, 20, dtype=dtype), normal(*batch, keys, 20, dtype=dtype, seed=1)
+    scale, bias = torch.tensor(0.3, requires_grad=True), normal(*batch, keys, seed=2)
+    info_nce(*tensors, **named, scale=scale, key_bias=bias, reduction=reduction).loss.sum().backward()
+
+
+def contrast_both_ways(dtype, count):
+    scale, bias = torch.tensor(0.3, requires_grad=True), normal(count, seed=2)
+    tensors = normal(count, 20, dtype=dtype), normal(count, 20, dtype=dtype, seed=1)
+    info_nce(*tensors, scale=scale, key_bias=bias, symmetric=True).loss.backward()
+
+
+def sum_scores(dtype, queries, keys):
+    tensors = normal(queries, 20, dtype=dtype), normal(keys, 20, dtype=dtype, seed=1)
+    scores_logsumexp(*tensors, key_bias=normal(keys, seed=2)).sum().backward()
+
+
+def tell_pairs(dtype, count):
+    scale, bias = torch.tensor(0.3, requires_grad=True), torch.tensor(-1.0, requires_grad=True)
+    sigmoid_contrast(
+        normal(count, 20, dtype=dtype), normal(count, 20, dtype=dtype, seed=1), scale=scale, bias=bias
+    ).backward()
+
+
 def convolve(dtype, batch, channels, outputs, size, mask, layout=torch.channels_last, **options):
     mask = torch.as_tensor(mask, dtype=torch.bool)
     input = normal(batch, channels, *size, dtype=dtype).detach().contiguous(memory_format=layout).requires_grad_()
@@ -178,7 +217,8 @@ def mix(dtype, channels, layout, components=3):
 RASTER = [[1, 1, 1], [1, 0, 0], [0, 0, 0]]
 ABOVE = [[1, 1, 1], [1, 1, 1], [0, 0, 0]]
 OF_CHANNELS = torch.rand(130, 32, 2, 3, generator=torch.Generator().manual_seed(0)) < 0.3
-ALL_KEYS = {"score", "finish_rows", "add_to_queries", "add_to_keys", "finish_queries"}
+SCORES = {"score", "finish_rows", "add_to_queries", "add_to_keys", "finish_queries"}
+ALL_KEYS = {*SCORES, "score_positives"}
 SAMPLED = {"contrast_sampled", "sum_sampled_keys"}
 CONVOLUTION = {"pack_weights", "convolve_tile", "sum_weight_grad", "finish_weight_grad"}
 ACTIVATED = CONVOLUTION | {"differentiate_activation", "sum_bias_parts"}
@@ -197,6 +237,17 @@ PROBLEMS = {
     "all keys, in chunks": (lambda dtype: contrast(dtype, 3, 8200, 4), ALL_KEYS),
     "all keys, few": (lambda dtype: contrast(dtype, 1, 2, 1), ALL_KEYS),
     "all keys, no queries": (lambda dtype: contrast(dtype, 0, 5, 70, options=False), set()),
+    "all keys, every option": (
+        lambda dtype: contrast_freely(dtype, 67, 90, batch=(2,)),
+        {*ALL_KEYS, "add_to_bias"},
+    ),
+    "all keys, both ways": (
+        lambda dtype: contrast_both_ways(dtype, 90),
+        {*ALL_KEYS, "add_to_bias", "merge_columns", "finish_columns"},
+    ),
+    "all keys, log-sums": (lambda dtype: sum_scores(dtype, 67, 90), {*SCORES, "add_to_bias"}),
+    "all keys, pairs": (lambda dtype: tell_pairs(dtype, 70), {*ALL_KEYS, "add_to_bias"}),
+    "sampled, every option": (lambda dtype: contrast_freely(dtype, 13, 17, batch=(2,), samples=37), SAMPLED),
     "sampled": (lambda dtype: contrast(dtype, 13, 17, 70, batch=(2,), samples=37), SAMPLED),
     "sampled, plain": (lambda dtype: contrast(dtype, 9, 9, 130, samples=0, options=False, reduction="sum"), SAMPLED),
     "convolution": (lambda dtype: convolve(dtype, 2, 3, 6, (5, 6), RASTER), CONVOLUTION),
@@ -265,7 +316,7 @@ def test_no_kernel_races(traced, monkeypatch, blocks, problem, dtype):
 
 def test_every_kernel_is_asked_for_something():
     sources = [path.read_text() for path in (PROBES.parents[2] / "csrc").glob("*/*.cu*")]
-    names = [re.findall(r'launch\(\s*"(\w+)"|name = .*"(\w+)" : "(\w+)"', source) for source in sources]
+    names = [re.findall(r'launch(?:_each)?\(\s*"(\w+)"|name = .*"(\w+)" : "(\w+)"', source) for source in sources]
     known = {name for found in names for groups in found for name in groups if name}
     assert known == set().union(*(kernels for _, kernels in PROBLEMS.values()))
 
@@ -317,7 +368,7 @@ def module_without(trace: Path, barrier: str, header: str, kernels: str, folder:
     ("barrier", "header", "kernels", "problem", "kernel"),
     [
         (
-            "__syncthreads();  // A row's scores are there, whoever multiplied them.",
+            "__syncthreads();  // A row's dot products are there, whoever multiplied them.",
             *("info_nce/cuda.cu", "info_nce/cuda.cu", "all keys", "score"),
         ),
         (
