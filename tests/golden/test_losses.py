@@ -82,7 +82,8 @@ def single(loss: Any, values: dict[str, Tensor]) -> Tensor:
 
 
 def weigh(first: Tensor, second: Tensor) -> Tensor:
-    return 2 - torch.softmax((first * second).sum(1), 0)
+    """Weights that tell the views apart, with gradients."""
+    return 2 - torch.softmax((first * second).sum(1) + first[:, 0], 0)
 
 
 # By library and case: their module and class, ours, the arguments, and the call.

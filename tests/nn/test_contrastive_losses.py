@@ -77,6 +77,10 @@ def test_gradients_by_finite_differences(name):
     first, second = views()
     # MoCo's keys get no gradient.
     assert gradcheck(lambda a, b: case.call(loss, a, b), (first, second.requires_grad_(name != "moco")))
+    if name not in ("moco", "nt-xent-bank"):  # What changes a queue is no function to be transformed.
+        (expected,) = grad(case.call(loss, first, second), first)
+        transformed = torch.func.grad(lambda first: case.call(loss, first, second.detach()))
+        torch.testing.assert_close(transformed(first.detach()), expected)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -201,6 +205,7 @@ WRONG = {
     "moco-dim": (lambda: nn.MoCoLoss(0), "dim must be at least 1, got 0"),
     "moco-size": (lambda: nn.MoCoLoss(3, 0), "size must be at least 1, got 0"),
     "moco-temperature": (lambda: nn.MoCoLoss(3, 5, -0.1), "temperature must be positive, got -0.1"),
+    "moco-no-temperature": (lambda: nn.MoCoLoss(3, 5, 0), "temperature must be positive, got 0"),
     "moco-exchange": (lambda: nn.MoCoLoss(3, 5, gather_negatives="ring"), "must be one of none, gather, got 'ring'"),
     "moco-shape": (
         lambda: nn.MoCoLoss(3, 5)(ONES, ONES[:0]),
@@ -230,8 +235,22 @@ def test_wrong_arguments(name):
 
 def test_one_pair_has_nothing_to_be_taken_for():
     assert nn.CLIPLoss()(ONES[:1], ONES[:1], 3.0) == 0
-    assert nn.SupConLoss()(ONES[:1, None]) == 0
+    assert nn.SupConLoss()(ONES[:1, None]) == nn.SupConLoss()(ONES[:1, None, :1]) == 0
     torch.testing.assert_close(nn.SigLIPLoss()(ONES[:1], ONES[:1], 1.0), -torch.tensor(3.0).sigmoid().log())
+
+
+def test_a_bias_that_is_added_to_all_logits_gets_a_gradient_of_zero():
+    bias = torch.tensor(0.0, requires_grad=True)
+    loss = nn.CLIPLoss()(*views(), 1.7, bias)
+    assert loss == nn.CLIPLoss()(*views(), 1.7)
+    assert grad(loss, bias)[0] == 0
+
+
+def test_labels_are_any_numbers():
+    features, labels = torch.stack(views(), 1), torch.tensor([2, -1, 2, 7])
+    expected = nn.SupConLoss()(features, labels)
+    for other in (labels.double() / 4, labels.to(torch.int8), labels[:, None]):
+        assert nn.SupConLoss()(features, other) == expected
 
 
 def test_features_must_be_floating():

@@ -55,3 +55,4 @@ def test_a_temperature_is_learnt_within_its_bound():
     torch.testing.assert_close(loss(queries, keys).loss, info_nce(queries, keys, scale=6).loss)
     torch.testing.assert_close(loss.log_scale.exp().item(), 6.0)
     assert not InfoNCELoss().state_dict()
+    assert InfoNCELoss(0.25, learnable=True, max_scale=4).log_scale.exp() == 4

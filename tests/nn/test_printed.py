@@ -23,6 +23,13 @@ CASES = {
         lambda: nn.NTXentLoss(0.2, gather_negatives="ring"),
         "temperature=0.2, gather_negatives=ring",
     ),
+    "nt-xent-distributed": (
+        lambda: nn.NTXentLoss(gather_distributed=True, gather_negatives="gather"),
+        "temperature=0.5, gather_negatives=gather",
+    ),
+    "nt-xent-gather": (lambda: nn.NTXentLoss(0.2, 0, True), "temperature=0.2, gather_negatives=gather"),
+    "queue": (lambda: nn.MoCoLoss(1, 1).queue, "1, 1"),
+    "bank": (lambda: nn.NTXentLoss(0.2, (2, 1)).memory_bank, "2, 1"),
     "info-nce-learnt": (
         lambda: nn.InfoNCELoss(0.2, learnable=True),
         "temperature=0.2, reduction=mean, learnable=True, max_scale=100.0",
