@@ -254,15 +254,17 @@ class _Ring(torch.autograd.Function):
     @differentiable_once("ring_info_nce")
     def backward(ctx: Any, saved: tuple[Any, ...], gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         queries, own, scales, shares, rank, slope, targets, exclude, key_range = saved
+        # A row of gradient 0 is absent, whatever it holds.
+        weights = torch.where(gradient == 0, 0, gradient * shares)
         # Rows whose indices are wrong are for the op with the own keys to refuse; the other keys have no part in them.
-        of_others = torch.where(rank < 0, 0, gradient * shares)
-        weights = torch.cat([(gradient * shares[0]).unsqueeze(0), of_others[1:]])
+        weights[1:].masked_fill_(rank < 0, 0)
         # The positive's own slope counts in full, of which the first op's has its share only.
-        pull = (of_others[1:].sum(0) * ctx.scale * (1 if scales is None else scales)).unsqueeze(-1)
+        pull = (-weights[1:].sum(0) * ctx.scale * (1 if scales is None else scales)).unsqueeze(-1)
         places = _places(own, targets)
-        query_gradient = -pull * own.gather(1, places)
+        query_gradient = torch.where(pull == 0, 0, pull * own.gather(1, places))
         # The gradient travels one turn further than its keys: with the last of them it comes home.
-        key_gradient = torch.zeros_like(own, dtype=pull.dtype).scatter_add_(1, places, -pull * queries)
+        key_gradient = torch.zeros_like(own, dtype=pull.dtype)
+        key_gradient.scatter_add_(1, places, torch.where(pull == 0, 0, pull * queries))
         passing = own
         world = _position_in_world()[1]
         for hop in range(world):

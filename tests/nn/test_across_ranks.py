@@ -63,7 +63,6 @@ def test_gathered_values_and_their_derivatives(ranks, dim):
 @pytest.mark.parametrize("dims", [2, 9])
 @pytest.mark.parametrize("ranks", [3], indirect=True)
 def test_shapes_that_differ_are_told(ranks, dims):
-
     def program(rank):
         values = torch.zeros(2 + rank // 2, *[1] * (dims - 1))
         with pytest.raises(
@@ -215,6 +214,63 @@ def test_a_ring_computes_in_float32_or_more(query_type, key_type):
     assert loss.dtype == wide
     expected = torch.nn.functional.cross_entropy(queries.double() @ keys.double().T, targets, reduction="none")
     torch.testing.assert_close(loss.double(), expected, atol=1e-6 if wide == torch.float32 else 1e-12, rtol=0)
+
+
+def by_reference(op):
+    """An op without its kernel, which refuses no index: like CUDA's, it gives such a row NaN and a rank of -1."""
+    others = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
+    return lambda *arguments: op.default.redispatch(others, *arguments)
+
+
+@pytest.mark.parametrize("wrong", ["index", "absent"])
+@pytest.mark.parametrize("ranks", [2, 3], indirect=True)
+def test_a_row_that_must_not_count_leaves_the_others_alone(ranks, wrong, monkeypatch):
+    """Row 2 of every rank has a target that is no key, or holds NaN and has a gradient of 0."""
+    world = ranks.world
+    if wrong == "index":
+        monkeypatch.setattr(across_ranks, "_info_nce", by_reference(torch.ops.cpc_ext.info_nce))
+        monkeypatch.setattr(across_ranks, "_gradients", by_reference(torch.ops.cpc_ext.info_nce_gradients))
+    queries = [normal(5, 4, seed=rank) for rank in range(world)]
+    keys = [normal(6, 4, seed=10 + rank) for rank in range(world)]
+    counts = torch.arange(5) != 2
+    targets, weights = torch.arange(5), counts.double()
+    if wrong == "index":
+        targets[2], weights[2] = 6, 1
+
+    def program(rank):
+        rows = queries[rank].detach().clone().requires_grad_()
+        if wrong == "absent":
+            rows.data[2] = torch.nan
+        loss, position = ring_info_nce(rows, keys[rank], targets)
+        return loss, position, *grad(loss, [rows, keys[rank]], weights)
+
+    losses = [
+        torch.nn.functional.cross_entropy(
+            queries[rank][counts] @ torch.cat(keys).T, targets[counts] + 6 * rank, reduction="none"
+        )
+        for rank in range(world)
+    ]
+    gradients = grad(sum(loss.sum() for loss in losses), [*queries, *keys])
+    for rank, (loss, position, of_queries, of_keys) in enumerate(ranks.run(program)):
+        torch.testing.assert_close(loss[counts], losses[rank], **EXACT)
+        assert loss[2].isnan()
+        torch.testing.assert_close(of_queries[counts], gradients[rank][counts], **EXACT)
+        torch.testing.assert_close(of_keys, gradients[world + rank], **EXACT)
+        if wrong == "index":
+            assert position[2] == -1
+            assert of_queries[2].isnan().all()
+        else:
+            assert not of_queries[2].any()
+
+
+def test_rows_that_are_all_absent_get_no_gradient_from_keys_that_are_no_numbers(ranks):
+    def program(_):
+        queries, scale = normal(5, 4), torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+        keys = torch.full((6, 4), torch.nan, dtype=torch.float64, requires_grad=True)
+        loss = ring_info_nce(queries, keys, torch.arange(5), scale=scale).loss
+        return grad(loss, [queries, keys, scale], torch.zeros(5, dtype=torch.float64))
+
+    assert not any(gradient.any() for gradients in ranks.run(program) for gradient in gradients)
 
 
 def test_a_ring_says_what_is_wrong():
