@@ -107,8 +107,8 @@ class Problem:
     def _check_gradient(self, name: str, actual: Tensor, expected: Tensor) -> None:
         assert actual.dtype == self.learns[name].dtype, name
         assert actual.shape == expected.shape, name
-        # Sums are in float32 at least, whatever a gradient is rounded to; but those of queries, keys and biases, on CUDA,
-        # are of probabilities in the queries' type.
+        # Sums are in float32 at least, whatever a gradient is rounded to; but those of queries, keys and biases are of
+        # probabilities in the queries' type on CUDA.
         queries = self.learns["queries"].dtype
         of_probabilities = name in ("queries", "keys", "key_bias", "bias")
         rounded = queries if of_probabilities else torch.promote_types(queries, torch.float32)
