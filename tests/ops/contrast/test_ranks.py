@@ -144,7 +144,7 @@ def test_log_sums_and_ranks_of_parts_of_the_keys(device, dtype, options):
         )
         assert (bests.isfinite().sum(0) == 1).all()  # The positive lies in one of them.
         best = bests.amax(0)
-        ranks = total = 0
+        ranks = 0
         sums = []
         for part in parts:
             exclude = positive_of(part)
