@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -159,7 +160,7 @@ def reduced(result: ByHand, weights: Tensor | None, reduction: str) -> Tensor:
 def _upstream(loss: Tensor) -> Tensor:
     """Gradients of a loss: none where it is the log of nothing, else like no other's."""
     upstream = torch.linspace(0.5, 1.5, loss.numel(), dtype=torch.float64, device=loss.device).reshape(loss.shape)
-    return torch.where(loss.detach().isfinite(), upstream, 0)
+    return torch.where(loss.detach() == -math.inf, 0, upstream)
 
 
 def draw(
