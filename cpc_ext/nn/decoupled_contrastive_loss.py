@@ -11,7 +11,8 @@ from cpc_ext.nn.across_ranks import exchange_with
 from cpc_ext.nn.nt_xent_loss import check_views
 from cpc_ext.nn.typed import Module
 from cpc_ext.nn.unit_length import unit_length
-from cpc_ext.ops._contrast import ContrastOptions, contrast
+from cpc_ext.ops._contrast import contrast
+from cpc_ext.ops._contrast_arguments import ContrastOptions
 from cpc_ext.ops._library import without_autocast
 
 __all__ = ["DecoupledContrastiveLoss"]

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from cpc_ext.nn.typed import Module
-from cpc_ext.ops._contrast import ContrastOptions, contrast
+from cpc_ext.ops._contrast import contrast
+from cpc_ext.ops._contrast_arguments import ContrastOptions
 from cpc_ext.ops._library import without_autocast
 
 __all__ = ["SupConLoss"]

@@ -211,7 +211,8 @@ def _flat(queries: Tensor, keys: Tensor, options: ContrastOptions, measure: str)
     query_groups, key_groups = (None, None) if options.groups is None else options.groups
     scale, scales = options.scale, None
     if isinstance(scale, Tensor) and (scale.requires_grad or not values_at_hand(scale)):
-        scale, scales = 1.0, scale.to(queries.device, sums_dtype(queries)).reshape(1)
+        scales = scale.to(queries.device, sums_dtype(queries)).reshape(1)
+        scale = 1.0
     return Contrast(
         queries.reshape(*rows, dim),
         keys.reshape(entries, num_keys, dim),

@@ -134,9 +134,11 @@ def _with_gradient(
         def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
             raise NotImplementedError(_NO_FORWARD_MODE)
 
+    run: Callable[..., Any] = Differentiated.apply
+
     def differentiated(keys: torch._C.DispatchKeySet, *values: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*values):
-            return Differentiated.apply(*values, keys)
+            return run(*values, keys)
         return below(keys, values)
 
     _library.impl(name, differentiated, "Autograd", with_keyset=True)
@@ -144,7 +146,7 @@ def _with_gradient(
     def call(*values: Any) -> Any:
         # Transforms act on functions, not on what the dispatcher calls; that which only traces wants it the other way.
         if _transforming() and torch._C._functorch.peek_interpreter_stack().key() != _FUNCTIONALIZE:
-            return Differentiated.apply(*values, None)
+            return run(*values, None)
         return op(*values)
 
     return call

@@ -143,7 +143,10 @@ WRONG = {
         lambda: nn.CLIPLoss(gather_negatives="some"),
         "gather_negatives must be one of none, gather, ring, got 'some'",
     ),
-    "clip-both": (lambda: nn.CLIPLoss(world_size=2, gather_negatives="ring"), "it takes no world_size 2"),
+    "clip-both": (
+        lambda: nn.CLIPLoss(world_size=2, gather_negatives="ring"),
+        "asks the process group for its size, got world_size 2",
+    ),
     "clip-rank": (lambda: nn.CLIPLoss(rank=2, world_size=2), "rank must be below world_size 2, got 2"),
     "clip-group": (
         lambda: nn.CLIPLoss(rank=1, world_size=2)(ONES, ONES, 1.0),

@@ -330,7 +330,7 @@ def test_every_op_on_meta_gives_the_cpus_shapes():
         outputs = [
             *info_nce(queries, keys),
             *info_nce(queries, keys, reduction="none", negatives=empty(4, 2, dtype=torch.int64)),
-            *info_nce(queries, keys[:4], empty(4, dtype=torch.int64), symmetric=True, scale=empty()),
+            *info_nce(queries, keys[:4], torch.arange(4, device=device), symmetric=True, scale=empty()),
             sigmoid_contrast(queries, keys, bias=empty()),
             scores_logsumexp(queries, keys, key_bias=empty(5)),
             masked_conv2d(images, weight, mask=mask),

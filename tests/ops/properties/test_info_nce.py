@@ -145,7 +145,7 @@ def test_info_nce_and_its_gradients_are_contrasts_by_hand(device, for_examples):
         # The largest absolute value of what is summed to a score, and how far a loss may be off.
         dots = exact["queries"].detach().abs() @ exact["keys"].detach().abs().mT
         biases = [float(exact["key_bias"].detach().abs().max())] if "key_bias" in exact and dots.numel() else []
-        largest = abs(float(case.scale)) * float(dots.max() if dots.numel() else 0) + sum(biases)
+        largest = abs(float(torch.as_tensor(case.scale).detach())) * float(dots.max() if dots.numel() else 0) + sum(biases)
         count = dots.shape[:-1].numel() if weights is None else float(weights.sum())
         bound = 4 * TOLERANCE[dtype] * (1 + largest) * (1 + count)
         # Small integers have exact scores and ties; of others a tie may round either way.

@@ -1,0 +1,126 @@
+"""What losses of images and their texts share: how open_clip calls them, and whose texts are contrasted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from torch import Tensor
+
+from cpc_ext.nn.across_ranks import Exchange, exchange_with
+from cpc_ext.nn.typed import Module
+from cpc_ext.ops._library import without_autocast
+
+__all__ = ["ImageTextLoss"]
+
+
+class ImageTextLoss(Module):
+    """A loss of pairs of an image and a text, whose subclass has the method ``_loss``.
+
+    Args:
+        rank, world_size: of the default process group; a world of 1 contrasts the process's own pairs, whatever there
+            is of a group.
+        gather_negatives: one of ``exchanges`` in place of both, which the process group is asked for.
+        exchanges: what the subclass can do.
+
+    Raises:
+        ValueError: an argument that is none of those above.
+    """
+
+    def __init__(self, rank: int, world_size: int, gather_negatives: str | None, exchanges: Sequence[str]) -> None:
+        super().__init__()
+        if gather_negatives is not None:
+            if gather_negatives not in exchanges:
+                raise ValueError(f"gather_negatives must be one of {', '.join(exchanges)}, got {gather_negatives!r}")
+            if world_size != 1:
+                raise ValueError(f"gather_negatives asks the process group for its size, got world_size {world_size}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be below world_size {world_size}, got {rank}")
+        self.rank = rank
+        self.world_size = world_size
+        self.gather_negatives = gather_negatives
+
+    if TYPE_CHECKING:
+
+        @overload  # type: ignore[override]
+        def __call__(
+            self,
+            image_features: Tensor,
+            text_features: Tensor,
+            logit_scale: float | Tensor,
+            logit_bias: float | Tensor | None = None,
+            output_dict: Literal[False] = False,
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            image_features: Tensor,
+            text_features: Tensor,
+            logit_scale: float | Tensor,
+            logit_bias: float | Tensor | None = None,
+            *,
+            output_dict: Literal[True],
+        ) -> dict[str, Tensor]: ...
+
+        def __call__(self, *args: Any, **options: Any) -> Any: ...
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss, a scalar in float32, or float64 for float64.
+
+        Args:
+            image_features, text_features: floating [B, D], as a rule of length 1; row n of both is of pair n.
+            logit_scale: inverse temperature, a number or a tensor of one value, the exponential of the parameter.
+            logit_bias: added to all logits, a number or a tensor of one value. None: 0.
+            output_dict: whether the loss is the value of "contrastive_loss" in a dict.
+
+        Raises:
+            TypeError, ValueError: features of other shapes, a scale or a bias that is not one number.
+        """
+        images, texts = image_features, text_features
+        if images.ndim != 2 or images.shape != texts.shape or len(images) == 0:
+            raise ValueError(
+                "image_features and text_features must both be [B, D], "
+                f"got {tuple(images.shape)} and {tuple(texts.shape)}"
+            )
+        scale = _one_value("logit_scale", logit_scale)
+        bias = None if logit_bias is None else _one_value("logit_bias", logit_bias)
+        # Features are taken as they are: autocast would round those of float32.
+        with without_autocast(images.device):
+            loss = self._loss(images, texts, scale, bias)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _loss(self, images: Tensor, texts: Tensor, scale: float | Tensor, bias: float | Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def _exchange(self) -> Exchange:
+        if self.gather_negatives is not None or self.world_size == 1:
+            return exchange_with(self.gather_negatives or "none")
+        exchange = exchange_with("gather")
+        if (exchange.first, exchange.world) != (self.rank, self.world_size):
+            raise ValueError(
+                f"rank and world_size must be the process group's {exchange.first} and {exchange.world}, "
+                f"got {self.rank} and {self.world_size}"
+            )
+        return exchange
+
+    def extra_repr(self) -> str:
+        if self.gather_negatives is not None:
+            return f"gather_negatives={self.gather_negatives}"
+        return "" if self.world_size == 1 else f"rank={self.rank}, world_size={self.world_size}"
+
+
+def _one_value(name: str, value: float | Tensor) -> float | Tensor:
+    """A number as it is, a tensor of one value, which open_clip's models may give, without dimensions."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.numel() != 1:
+        raise ValueError(f"{name} must be a number or a tensor of one value, got shape {tuple(value.shape)}")
+    return value.reshape(())
