@@ -79,7 +79,7 @@ ROOMS = {
         _named("cpc_ext/measures", "probe", "knn", "label_subsets"),
         _named("tests/measures", "test_probe", "test_judges"),
     ),
-    "nn": Room(("cpc_ext/nn/*.py",), ("tests/nn",)),
+    "nn": Room(("cpc_ext/nn/*.py",), ("tests/nn", *_named("tests/golden", "test_losses"))),
     "ops": Room(("cpc_ext/ops/*.py",), ("tests/ops",)),
     "models": Room(("cpc_ext/models/*.py", "cpc_ext/models/*/*.py"), ("tests/models",)),
 }
@@ -140,12 +140,12 @@ def _enter(room: str) -> None:
     folder = ROOT / "build" / "mutation" / room
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
-    for name in ("cpc_ext", "tests", "python"):
+    for name in ("cpc_ext", "docs", "tests", "python"):
         if not Path(name).is_symlink():
             Path(name).symlink_to(ROOT / name)
     settings = {
         "source_paths": ["cpc_ext"],
-        "also_copy": ["python"],
+        "also_copy": ["docs", "python"],
         "only_mutate": list(ROOMS[room].files),
         "do_not_mutate_patterns": list(_MESSAGES),
         "pytest_add_cli_args": ["-p", "no:cacheprovider", "--import-mode=importlib", "-k", _DESELECTED],

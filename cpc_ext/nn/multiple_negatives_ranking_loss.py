@@ -110,24 +110,26 @@ class MultipleNegativesRankingLoss(Module):
             wide = [one.to(torch.promote_types(one.dtype, torch.float32)) for one in embeddings]
             if self.similarity_fct == "cos_sim":
                 wide = [unit_length(one) for one in wide]
-            return self._losses(wide[0], wide[1:]).mean()
+            return self._loss(wide[0], wide[1:])
 
-    def _losses(self, anchors: Tensor, docs: list[Tensor]) -> Tensor:
-        """The loss of every anchor [B], from anchors [B, D] and their positives and hard negatives."""
+    def _loss(self, anchors: Tensor, docs: list[Tensor]) -> Tensor:
+        """The loss of anchors [B, D] and their positives and hard negatives."""
         exchange = exchange_with(self.gather_negatives)
         positives, batch = docs[0], len(anchors)
-        symmetric = set(self.directions) == {"query_to_doc", "doc_to_query"} and self.partition_mode == "per_direction"
-        if symmetric and len(docs) == 1 and exchange.world == 1:
-            return info_nce(anchors, positives, scale=self.scale, symmetric=True, reduction="none").loss
+        joint = self.partition_mode == "joint" and len(self.directions) > 1
+        if not joint and len(self.directions) == 2 and len(docs) == 1 and exchange.world == 1:
+            return info_nce(anchors, positives, scale=self.scale, symmetric=True).loss
         every = torch.cat([exchange.gathered(doc) for doc in docs])
         queries = exchange.gathered(anchors) if len(self.directions) > 1 else anchors
         own = torch.arange(batch, device=anchors.device) + exchange.own_of(batch).start
 
         def find(rows: Tensor, keys: Tensor) -> Tensor:
-            """log Z - s(a, p) where the positive is among the keys."""
+            """log Z - s(a, p), or its mean, where the positive is among the keys."""
             if exchange.ring:
-                return ring_info_nce(rows, keys, own, scale=self.scale).loss
-            return info_nce(rows, keys, own, scale=self.scale, reduction="none").loss
+                losses = ring_info_nce(rows, keys, own, scale=self.scale).loss
+                return losses if joint else losses.mean()
+            # Of a mean, gradients are formed with the loss.
+            return info_nce(rows, keys, own, scale=self.scale, reduction="none" if joint else "mean").loss
 
         logs = []
         for direction in self.directions:
@@ -141,7 +143,7 @@ class MultipleNegativesRankingLoss(Module):
                 log_sum = scores_logsumexp(rows, keys, scale=self.scale, exclude=related)
                 logs.append(log_sum - self.scale * (anchors * positives).sum(1))
         stacked = torch.stack(logs)
-        return stacked.mean(0) if self.partition_mode == "per_direction" else stacked.logsumexp(0)
+        return (stacked.logsumexp(0) if joint else stacked).mean()
 
     def extra_repr(self) -> str:
         return (

@@ -57,8 +57,8 @@ class NTXentLoss(Module):
             what of a batch goes beyond its end is dropped.
         gather_distributed: another word for ``gather_negatives="gather"``.
         gather_negatives: where there are several processes: "none" contrasts with the process's own images, "gather"
-            with those of all, whose keys are gathered, "ring" with the same, without holding them all at once. Of a
-            memory bank, "gather" enters the second views of all processes.
+            with those of all, whose keys are gathered, "ring" with the same, without holding them all at once. With
+            a memory bank, "gather" enters the second views of all processes.
 
     Raises:
         ValueError: an argument that is none of those above.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ Call = Callable[[Any, dict[str, Tensor]], Tensor]  # How a loss is called with n
 
 LABELS = torch.tensor([3, 1, 3, -7, 1, 1, 0, 9])
 # How much a sample is another's positive: not symmetric, none for the sample 3, and of some weights.
-MASK = torch.tensor([0.0, 1, 0.5]).repeat(22)[:64].view(8, 8).index_fill(0, torch.tensor(3), 0)
+MASK = torch.tensor([0.0, 1, 0.5, 0, 0.25]).repeat(13)[:64].view(8, 8).index_fill(0, torch.tensor(3), 0)
 
 
 def inputs() -> dict[str, Tensor]:
@@ -161,6 +162,16 @@ def test_as_it_was(golden, library, case):
 def test_as_it_is(library, case):
     pytest.importorskip(CASES[library][case][0].rpartition(".")[0], exc_type=ImportError)
     assert_same(ours(library, case, inputs()), original(library, case))
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_as_they_are(processes):
+    for library in ("open_clip", "lightly"):
+        pytest.importorskip(f"{library}.loss", exc_type=ImportError)
+    program = Path(__file__).with_name("losses_of_ranks.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    done = subprocess.run([*torchrun, program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def write() -> None:

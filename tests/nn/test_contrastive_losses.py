@@ -38,7 +38,7 @@ def with_queue(loss: torch.nn.Module, queue: torch.nn.Module, *views: Tensor) ->
 
 
 def labels_of(features: Tensor) -> Tensor:
-    return torch.arange(len(features)) * 7 % 3
+    return torch.arange(len(features), device=features.device) * 7 % 3
 
 
 CASES = {
@@ -96,8 +96,18 @@ def test_half_precision_and_autocast_compute_in_float32(name):
         assert (case.call(loss, *singles) == expected) != case.rounds
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_everything_stays_on_its_device(name):
+    case = CASES[name]
+    given = [view.detach().to("meta").requires_grad_() for view in views()]
+    loss = case.call(case.make().double().to("meta"), *given)
+    assert loss.is_meta
+    gradients = grad(loss, given, allow_unused=True)
+    assert all(gradient.is_meta for gradient in gradients if gradient is not None)
+
+
 @pytest.mark.parametrize("name", ["clip", "siglip", "sup-con", "nt-xent", "moco", "dcl"])
-def test_compiled(name):
+def test_each_compiles_to_one_graph(name):
     case = CASES[name]
     loss, given = case.make().double(), views()
     expected = case.call(loss, *given)
@@ -156,6 +166,7 @@ WRONG = {
         lambda: nn.CLIPLoss()(ONES, ONES[:1], 1.0),
         r"image_features and text_features must both be \[B, D\], got \(2, 3\) and \(1, 3\)",
     ),
+    "clip-none": (lambda: nn.CLIPLoss()(ONES[:0], ONES[:0], 1.0), r"must both be \[B, D\], got \(0, 3\)"),
     "clip-scale": (lambda: nn.CLIPLoss()(ONES, ONES, torch.ones(2)), "logit_scale must be a number or a tensor of one"),
     "clip-bias": (lambda: nn.CLIPLoss()(ONES, ONES, 1.0, torch.ones(2)), "logit_bias must be a number or a tensor of"),
     "siglip-way": (lambda: nn.SigLIPLoss(dist_impl="ring"), "dist_impl must be None or one of bidir, shift, reduce"),
@@ -215,6 +226,12 @@ def test_wrong_arguments(name):
     call, message = WRONG[name]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_one_pair_has_nothing_to_be_taken_for():
+    assert nn.CLIPLoss()(ONES[:1], ONES[:1], 3.0) == 0
+    assert nn.SupConLoss()(ONES[:1, None]) == 0
+    torch.testing.assert_close(nn.SigLIPLoss()(ONES[:1], ONES[:1], 1.0), -torch.tensor(3.0).sigmoid().log())
 
 
 def test_features_must_be_floating():

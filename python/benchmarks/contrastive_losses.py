@@ -274,7 +274,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     document: dict[str, Any] = {"machine": describe(arguments.device), "complete": False, "results": []}
-    out = None if arguments.out is None else result_file(arguments.out, arguments.device, "losses")
+    out = None if arguments.out is None else result_file(arguments.out, arguments.device, "contrastive-losses")
     for op in LOSSES:
         for case in op.cases:
             if op.name not in arguments.loss or case.quick != arguments.quick:
