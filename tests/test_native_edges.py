@@ -122,8 +122,8 @@ def contrast(
     if measure == "sigmoid":
         loss = keys * np.log(2)
     present = measure == "log_sum" or not targets or positives > 0
-    # On CUDA, which cannot look at indices, a target that names no key gives NaN.
-    wrong = keys == 0 and measure != "log_sum" and present
+    # On CUDA, which cannot look at indices, a target or negative that names no key gives NaN.
+    wrong = keys == 0 and measure != "log_sum" and (present or bool(samples))
     loss = float("nan") if wrong else loss if present else 0.0
     expected = {"losses": (losses, lambda shape: torch.full(shape, loss))}
     for name, tensor in zip(("grad_queries", "grad_keys"), gradient[:2], strict=True):

@@ -305,6 +305,7 @@ struct Arguments : Rows<typename Math::Sum> {
   Sum* row_factors;              // [entries][M], of grad_queries.
   Sum *tops, *rival_factors;     // [entries][M], if `weighs`: rivals' largest scores, and what makes powers weights.
   Stats<Sum> column_parts = {};  // [entries][pitch_rows / kColumnRows][pitch_keys]
+  Sum* bias_parts;               // Likewise: sums of the gradients' weights.
   Stats<Sum> columns = {};       // [entries][N]
   Sum* column_factors;           // [entries][N]
   Sum *query_sums, *key_sums;    // [entries][parts][pitch_rows][D], [entries][N][D], where needed.
@@ -318,7 +319,8 @@ struct Arguments : Rows<typename Math::Sum> {
         grad_queries(p.grad_queries.as<T>()),
         grad_keys(p.grad_keys.as<T>()),
         symmetric(p.symmetric),
-        weighs(this->gradients && (cuts.keys < this->n || p.symmetric || this->places > 1)),
+        weighs(this->gradients &&
+               (cuts.keys < this->n || p.symmetric || this->places > 1 || this->grad_bias != nullptr)),
         pitch_rows(cuts.rows),
         pitch_keys(cuts.keys),
         key_tiles(divide_up(this->n, kTile)),
@@ -339,6 +341,7 @@ struct Arguments : Rows<typename Math::Sum> {
     tops = sums(weighs, of_rows);
     rival_factors = sums(weighs, of_rows);
     column_parts.take(parts, symmetric ? cuts.entries * (cuts.rows / kColumnRows) * cuts.keys : 0, moments);
+    bias_parts = sums(this->grad_bias != nullptr, cuts.entries * (cuts.rows / kColumnRows) * cuts.keys);
     columns.take(parts, of_columns, moments);
     column_factors = sums(this->gradients, of_columns);
     query_sums = sums(p.grad_queries.ndim != 0, cuts.entries * cuts.rows * cuts.query_parts * this->d);
@@ -367,6 +370,7 @@ struct Arguments : Rows<typename Math::Sum> {
   __device__ int64_t stat(int64_t entry, int64_t tile, int64_t row) const {
     return (entry * key_tiles + tile) * pitch_rows + row;
   }
+  __device__ int64_t column_parts_of_group() const { return divide_up(rows, kTile) * (kTile / kColumnRows); }
   __device__ int64_t column_part(int64_t entry, int64_t part, int64_t key) const {
     return (entry * (pitch_rows / kColumnRows) + part) * pitch_keys + key;
   }
@@ -565,6 +569,17 @@ __device__ void weigh(const Arguments<T, Math>& a, const Tile<Sum>& tile, int64_
   });
 }
 
+// Sums half the rows of a tile of weights for each of its keys: as precise as they are before they are rounded.
+template <class T, class Math, class Sum = typename Math::Sum>
+__device__ void sum_weights(const Arguments<T, Math>& a, const Tile<Sum>& tile, int64_t entry, int64_t first_row,
+                            int64_t first_key) {
+  const int column = static_cast<int>(threadIdx.x) % kTile, half = static_cast<int>(threadIdx.x) / kTile;
+  Sum sum = 0;
+  for (int row = half * kColumnRows; row < (half + 1) * kColumnRows; ++row)
+    if (first_row + row < a.rows) sum += tile(row, column);
+  a.bias_parts[a.column_part(entry, first_row / kColumnRows + half, first_key + column)] = sum;
+}
+
 // Copies a tile of powers to memory.
 template <class T, class Math, class Sum = typename Math::Sum>
 __device__ void store_powers(const Arguments<T, Math>& a, const Tile<Sum>& tile, int64_t entry, int64_t first_row,
@@ -606,6 +621,7 @@ __global__ void __launch_bounds__(kThreads, kScoreBlocks<Math>)
       measure_rows(a, tile, entry, first_row, first_key);
     __syncthreads();
     if (a.symmetric && stage == Stage::measure) measure_columns(a, tile, entry, first_row, first_key);
+    if (a.grad_bias != nullptr && stage == Stage::weigh) sum_weights(a, tile, entry, first_row, first_key);
     if (stage == Stage::weigh || a.keeps_powers()) store_powers(a, tile, entry, first_row, first_key);
     __syncthreads();  // The next tile overwrites shared memory.
   }
@@ -655,7 +671,7 @@ __global__ void __launch_bounds__(kThreads) merge_columns(const __grid_constant_
        i += int64_t{gridDim.x} * kThreads) {
     const int64_t entry = i / a.key_count, key = i % a.key_count, column = entry * a.n + a.first_key + key;
     const Rivals<Sum> before = a.first_row > 0 ? a.columns[column] : Rivals<Sum>();
-    a.columns.set(column, merged(before, divide_up(a.rows, kTile) * kTile / kColumnRows,
+    a.columns.set(column, merged(before, a.column_parts_of_group(),
                                  [&](int64_t part) { return a.column_parts[a.column_part(entry, part, key)]; }));
   }
 }
@@ -688,13 +704,16 @@ __device__ Chunk<typename Math::Value> load_weights(const Arguments<T, Math>& a,
   using Sum = typename Math::Sum;
   Chunk<Value> chunk = {};
   if (row >= a.rows || key >= a.pitch_keys) return chunk;
-  const Sum factor = a.weighs ? Sum(1) : a.factors[a.stat(entry, (a.first_key + key) / kTile, row)];
+  const Value* const from = a.powers + (entry * a.pitch_rows + row) * a.pitch_keys + key;
+  if (a.weighs) return pack_at<kChunk<Value>>(from);
+  const Sum factor = a.factors[a.stat(entry, (a.first_key + key) / kTile, row)];
   if (factor != 0) {  // Else the powers may be anything.
-    const auto powers = pack_at<kChunk<Value>>(a.powers + (entry * a.pitch_rows + row) * a.pitch_keys + key);
+    const auto powers = pack_at<kChunk<Value>>(from);
 #pragma unroll
     for (int i = 0; i < kChunk<Value>; ++i) chunk.v[i] = Narrow<Value>::from(factor * widen<Sum>(powers.v[i]));
   }
-  const int64_t target = a.weighs || a.places == 0 ? -1 : a.target(entry, row, 0) - (a.first_key + key);
+  if (a.places == 0) return chunk;
+  const int64_t target = a.target(entry, row, 0) - (a.first_key + key);
 #pragma unroll
   for (int i = 0; i < kChunk<Value>; ++i)
     if (target == i) chunk.v[i] = Narrow<Value>::from(a.target_weights[a.kept(entry, row)]);
@@ -776,35 +795,18 @@ __global__ void __launch_bounds__(kThreads, kGradBlocks<Math>)
   }
 }
 
-// The biases' gradient of 64 keys: their weights, each summed over every kBiasLanes-th row, then over those sums.
+// Adds a group's rows to the biases' gradient of a chunk.
 template <class T, class Math>
 __global__ void __launch_bounds__(kThreads) add_to_bias(const __grid_constant__ Arguments<T, Math> a) {
   using Sum = typename Math::Sum;
-  using Value = typename Math::Value;
-  constexpr int kAcross = kTile / kChunk<Value>, kBiasLanes = kThreads / kAcross;
-  auto& of_lanes = static_shared<Sum[kBiasLanes][kTile], struct BiasesOfLanes>();
-  const int64_t key_tiles = divide_up(a.key_count, kTile);
-  const int lane = static_cast<int>(threadIdx.x) / kAcross,
-            column = static_cast<int>(threadIdx.x) % kAcross * kChunk<Value>;
-  for (int64_t block = blockIdx.x; block < a.entries * key_tiles; block += gridDim.x) {
-    const int64_t entry = block / key_tiles, first_key = block % key_tiles * kTile;
-    Sum sums[kChunk<Value>] = {};
-    for (int64_t row = lane; row < a.rows; row += kBiasLanes) {
-      const Chunk<Value> weights = load_weights(a, entry, row, first_key + column);
-#pragma unroll
-      for (int i = 0; i < kChunk<Value>; ++i) sums[i] += widen<Sum>(weights.v[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < kChunk<Value>; ++i) of_lanes[lane][column + i] = sums[i];
-    __syncthreads();
-    const int64_t key = first_key + threadIdx.x;
-    if (threadIdx.x < kTile && key < a.key_count) {
-      Sum total = 0;
-      for (int from = 0; from < kBiasLanes; ++from) total += of_lanes[from][threadIdx.x];
-      Sum& sum = a.grad_bias[(a.first_entry + entry) * a.n + a.first_key + key];
-      sum = a.adds_keys ? sum + total : total;
-    }
-    __syncthreads();  // The next keys' sums overwrite these.
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < a.entries * a.key_count;
+       i += int64_t{gridDim.x} * kThreads) {
+    const int64_t entry = i / a.key_count, key = i % a.key_count;
+    Sum& gradient = a.grad_bias[(a.first_entry + entry) * a.n + a.first_key + key];
+    Sum sum = a.adds_keys ? gradient : Sum(0);
+    for (int64_t part = 0; part < a.column_parts_of_group(); ++part)
+      sum += a.bias_parts[a.column_part(entry, part, key)];
+    gradient = sum;
   }
 }
 
@@ -902,8 +904,7 @@ class AllKeys {
       if (a.grad_keys != nullptr)
         launch("add_to_keys", &add_to_keys<T, Math>, {a.entries * key_tiles * columns, dim3(kThreads), kSlices}, stream,
                a);
-      if (a.grad_bias != nullptr)
-        launch("add_to_bias", &add_to_bias<T, Math>, {a.entries * key_tiles, dim3(kThreads)}, stream, a);
+      if (a.grad_bias != nullptr) launch_each("add_to_bias", &add_to_bias<T, Math>, a.entries * a.key_count, a, stream);
     });
     if (a.grad_queries != nullptr)
       launch_each("finish_queries", &finish_queries<T, Math>, a.entries * a.rows * a.d, a, stream);

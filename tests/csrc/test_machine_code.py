@@ -47,12 +47,13 @@ AMPERE, HOPPER, BLACKWELL = ARCHITECTURES
 
 FAULTS = (
     # The next slice is converted, scaled and chosen among zeros as it arrives, not when it is stored.
-    Fault("early", "info_nce::score<*, TensorCores<*>>", "what is loaded ahead is worked on at once"),
+    Fault("early", "info_nce::score*<*, TensorCores<*>>", "what is loaded ahead is worked on at once"),
     Fault("early", "info_nce::add_to_*", "what is loaded ahead is worked on at once"),
-    Fault("local", "info_nce::contrast_sampled<*, float>", "registers", (BLACKWELL,)),
-    Fault("local", "info_nce::contrast_sampled<double, double>", "registers", (HOPPER,)),
-    Fault("local", "info_nce::sum_sampled_keys<*, float>", "registers", (BLACKWELL,)),
-    Fault("local", "info_nce::sum_sampled_keys<double, double>", "registers", (AMPERE,)),
+    Fault("local", "info_nce::score<*, TensorCores<float>>", "registers, around the product", (AMPERE,)),
+    Fault("local", "info_nce::contrast_sampled<*>", "registers", (BLACKWELL,)),
+    Fault("local", "info_nce::sum_sampled_keys<*, float>", "registers", (AMPERE,)),
+    Fault("local", "info_nce::finish_rows<double, *>", "registers", (HOPPER,)),
+    Fault("local", "info_nce::finish_rows<*>", "registers", (BLACKWELL,)),
     Fault("generic", "info_nce::contrast_sampled<*>", "ptxas merges addresses of parameters and keys", (BLACKWELL,)),
     Fault("local", "patches::extract_staged<float, *>", "registers", (HOPPER,)),
     Fault("local", "patches::sum_patches<double>", "registers", (AMPERE,)),
