@@ -98,6 +98,7 @@ def contrast(
         "scales": torch.ones(1) if masked else None,
         "row_weights": torch.ones(batch, rows) if masked else None,
         "thresholds": torch.zeros(batch, rows) if measure == "log_sum" else None,
+        "present": torch.ones(batch, rows) if symmetric else None,
     }
     losses, slopes, bests = (filled(torch.empty(batch, rows)) for _ in range(3))
     ranks = filled(indices(batch, rows))
@@ -482,7 +483,7 @@ def test_an_output_that_overlaps_an_input_is_refused_by_name():
     losses, ranks, tensors = torch.empty(1, 4), indices(1, 4), [torch.randn(1, 4, 8) for _ in range(4)]
 
     def info_nce(queries, keys, slopes, grad_queries, grad_keys):
-        tensors = *(queries, keys), *[None] * 10, *(losses, ranks, slopes, None, grad_queries, grad_keys, None)
+        tensors = *(queries, keys), *[None] * 11, *(losses, ranks, slopes, None, grad_queries, grad_keys, None)
         problem = *tensors, 1.0, 1.0, "softmax", "all", False, False
         native.info_nce(*problem, aligned(native.info_nce_workspace(*problem)), None, None)
 

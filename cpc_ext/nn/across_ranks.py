@@ -270,7 +270,7 @@ class _Ring(torch.autograd.Function):
         for hop in range(world):
             arriving, transfers = _pass_on(passing) if hop < world - 1 else (passing, [])
             problem = _of_hop(hop, queries, passing, scales, targets, exclude, key_range, ctx.scale)
-            part = Gradients(*_gradients(*problem, weights[hop], [True, True, False]))
+            part = Gradients(*_gradients(*problem, weights[hop], None, [True, True, False]))
             query_gradient += part.queries
             key_gradient += part.keys
             arriving_gradient, more = _pass_on(key_gradient)

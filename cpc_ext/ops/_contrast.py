@@ -16,7 +16,7 @@ from cpc_ext._native import native
 from cpc_ext.ops import _contrast_reference as plain
 from cpc_ext.ops._contrast_arguments import ContrastOptions, check_arguments, common_dtype, flat_problem
 from cpc_ext.ops._contrast_problem import Contrast, Gradients, absent_queries, default_targets, sums_dtype, weighted
-from cpc_ext.ops._library import may_need_gradients, register, tf32_allowed, workspace_of
+from cpc_ext.ops._library import may_need_gradients, register, tf32_allowed, without_autocast, workspace_of
 
 __all__ = ["Results", "contrast", "reduced"]
 
@@ -63,13 +63,25 @@ class _Backward(NamedTuple):
 
     problem: Contrast
     row_weights: Tensor
+    weights: Tensor | None  # Of the forward pass: a symmetric contrast has no query of weight 0.
     needs: list[bool]  # Whether queries, keys and biases need gradients.
 
 
 # What native.info_nce takes, in its order.
 _KERNEL_ARGUMENTS = (
     *Contrast._fields[: Contrast._fields.index("scale")],
-    *("row_weights", "thresholds", "losses", "ranks", "slopes", "bests", "grad_queries", "grad_keys", "grad_bias"),
+    *(
+        "row_weights",
+        "thresholds",
+        "present",
+        "losses",
+        "ranks",
+        "slopes",
+        "bests",
+        "grad_queries",
+        "grad_keys",
+        "grad_bias",
+    ),
     *("scale", "factor", "measure", "contrast", "symmetric", "tf32"),
 )
 
@@ -162,7 +174,11 @@ def _kernel(op: _Forward) -> Results:
 
 def _gradients_kernel(op: _Backward) -> Gradients:
     gradients = _empty_gradients(op.problem, op.needs)
-    _run(op.problem, gradients, op.needs, {"row_weights": op.row_weights.contiguous(), "factor": 1.0})
+    row_weights = op.row_weights.contiguous()
+    fields: dict[str, Any] = {"row_weights": row_weights, "factor": 1.0}
+    if op.problem.symmetric:
+        fields["present"] = _present(row_weights, op.weights).to(row_weights.dtype)
+    _run(op.problem, gradients, op.needs, fields)
     return gradients
 
 
@@ -199,21 +215,30 @@ def _by_key(problem: Contrast) -> tuple[Tensor, Tensor]:
     return order, torch.searchsorted(in_order, torch.arange(batch * num_keys + 1, device=keys.device))
 
 
-def _present(weights: Tensor | None) -> Tensor | None:
-    return None if weights is None else weights != 0
+def _present(rows: Tensor, weights: Tensor | None) -> Tensor:
+    """Which of the rows [B, M] there are."""
+    return torch.ones_like(rows, dtype=torch.bool) if weights is None else weights != 0
 
 
 def _reference_op(op: _Forward) -> Results:
-    losses, rank, slopes, bests = plain.each_query(op.problem, op.thresholds, _present(op.weights))
-    weights, factor = _row_weights(op.problem.queries, op.weights, op.reduction)
-    row_weights = torch.full_like(losses, factor) if weights is None else weights * factor
-    gradients = plain.gradients(op.problem, row_weights, op.needs[:3])
-    loss, accuracy = reduced(losses, rank, op.weights, op.reduction)
-    losses, slopes, bests = (
-        values if need else values.new_empty(0)
-        for values, need in zip((losses, slopes, bests), op.needs[3:], strict=True)
-    )
-    return Results(loss, accuracy, rank, losses, slopes, bests, *gradients)
+    with without_autocast(op.problem.queries.device):  # It would round the scores.
+        present = None if op.weights is None else op.weights != 0
+        losses, rank, slopes, bests = plain.each_query(op.problem, op.thresholds, present)
+        weights, factor = _row_weights(op.problem.queries, op.weights, op.reduction)
+        row_weights = torch.full_like(losses, factor) if weights is None else weights * factor
+        gradients = plain.gradients(op.problem, row_weights, op.needs[:3])
+        loss, accuracy = reduced(losses, rank, op.weights, op.reduction)
+        losses, slopes, bests = (
+            values if need else values.new_empty(0)
+            for values, need in zip((losses, slopes, bests), op.needs[3:], strict=True)
+        )
+        return Results(loss, accuracy, rank, losses, slopes, bests, *gradients)
+
+
+def _gradients_reference(op: _Backward) -> Gradients:
+    present = _present(op.row_weights, op.weights) if op.problem.symmetric else None
+    with without_autocast(op.problem.queries.device):
+        return plain.gradients(op.problem, op.row_weights, op.needs, present)
 
 
 def _setup_context(ctx: Any, op: _Forward, output: Results) -> None:
@@ -246,7 +271,7 @@ def _backward(ctx: Any, saved: Sequence[Any], grad: Tensor | None, *_: Tensor | 
         row_weights, factor = _row_weights(rows.unsqueeze(-1), weights, ctx.reduction)
         row_grads = grad.expand(ctx.num_rows) * factor if row_weights is None else grad * row_weights
     if ctx.later:
-        gradients = _gradients(*tensors, *ctx.options, row_grads, ctx.requires)
+        gradients = _gradients(*tensors, *ctx.options, row_grads, weights, ctx.requires)
     elif any(ctx.requires):
         gradients = tuple(
             gradient * grad if required else None for gradient, required in zip(gradients, ctx.requires, strict=True)
@@ -289,7 +314,7 @@ _gradients = register(
     "info_nce_gradients",
     _Backward,
     Gradients,
-    reference=lambda op: plain.gradients(op.problem, op.row_weights, op.needs),
+    reference=_gradients_reference,
     kernel=_gradients_kernel,
     fake=lambda op: _empty_gradients(op.problem, op.needs),
 )

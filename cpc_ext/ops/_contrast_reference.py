@@ -56,11 +56,15 @@ def each_query(
     s = _scores(problem, present)
     losses = torch.where(s.valid, _losses(problem, s), math.nan)
     slopes = torch.where(s.valid, _slopes_in_scale(problem, s), math.nan)
-    return losses, torch.where(s.valid, _ranks(s, thresholds), -1), slopes, _best(s)
+    return losses, torch.where(s.valid, _ranks(s, thresholds), -1), slopes, torch.where(s.valid, _best(s), math.nan)
 
 
-def gradients(problem: Contrast, row_weights: Tensor, needs: Sequence[bool]) -> Gradients:
+def gradients(
+    problem: Contrast, row_weights: Tensor, needs: Sequence[bool], present: Tensor | None = None
+) -> Gradients:
     """Gradients of the sum of the losses times the row weights [B, M]; of queries, keys and biases that need them.
+
+    present: [B, M], which queries there are; None: those of a weight other than 0.
 
     Written out, as an op's forward pass, which forms gradients too, is out of autograd's reach.
     """
@@ -68,7 +72,7 @@ def gradients(problem: Contrast, row_weights: Tensor, needs: Sequence[bool]) -> 
     results = [queries.new_empty(0), keys.new_empty(0), keys.new_empty(0, dtype=sums_dtype(queries))]
     if not any(needs):
         return Gradients(*results)
-    present = row_weights != 0
+    present = row_weights != 0 if present is None else present
     # Rows that are absent may hold anything.
     problem = problem._replace(queries=torch.where(present.unsqueeze(-1), queries, 0))
     s = _scores(problem, present)

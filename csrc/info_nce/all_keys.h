@@ -328,7 +328,7 @@ class AllKeys {
       const Storage* const query = problem_.queries.template as<Storage>() + (call.entry * m_ + rows.first + row) * d_;
       for (int64_t k = 0; k < d_; ++k) by_feature[k * columns + c] = widen(query[k]);
       if (!wants_keys()) continue;
-      const bool counts = weight_of_row(call.entry * m_ + rows.first + row) != 0;
+      const bool counts = is_present(index(call, rows, row));
       for (int64_t k = 0; k < d_; k += kColumns) {
         const int64_t width = divide_up(std::min(kColumns, d_ - k), kLane) * kLane;
         S* const out = call.buffers.by_query + k * rows_ + row * width;
@@ -377,7 +377,7 @@ class AllKeys {
           best = thresholds != nullptr && places_ == 0 ? thresholds[index(call, rows, first + i)]
                                                        : outcome(call, rows, first + i, {}).best();
         if (problem_.symmetric)
-          call.buffers.present[rows.first + first + i] = i < count && weight_of_row(index(call, rows, first + i)) != 0;
+          call.buffers.present[rows.first + first + i] = i < count && is_present(index(call, rows, first + i));
       }
     }
   }
@@ -632,6 +632,11 @@ class AllKeys {
     }
   }
 
+  // Whether a row has gradients, and a place in the columns of a symmetric contrast.
+  bool is_present(int64_t row) const {
+    if (problem_.present.ndim != 0) return problem_.present.template as<const S>()[row] != 0;
+    return weight_of_row(row) != 0;
+  }
   S weight_of_row(int64_t row) const {
     return weight_of(row, static_cast<S>(problem_.factor), problem_.row_weights.template as<const S>());
   }
@@ -762,7 +767,7 @@ class AllKeys {
     for (int64_t c = 0; c < rows.in(panel); ++c) {
       Storage* const to =
           problem_.grad_queries.template as<Storage>() + (call.entry * m_ + rows.first + panel * kColumns + c) * d_;
-      const bool counts = weight_of_row(call.entry * m_ + rows.first + panel * kColumns + c) != 0;
+      const bool counts = is_present(index(call, rows, panel * kColumns + c));
       for (int64_t k = begin; k < end; ++k)
         to[k] = counts ? narrow<Storage>(scale_ * sums[k * columns + c]) : Storage{};
     }

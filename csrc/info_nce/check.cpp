@@ -79,6 +79,7 @@ void check(const Problem& problem, Where where) {
   require(!problem.symmetric ||
               (problem.measure == Measure::softmax && !problem.sampled() && problem.targets.ndim == 0 && rows == keys),
           "symmetric is softmax of all keys, as many as queries, with the positives on the diagonal");
+  require(problem.symmetric || problem.present.ndim == 0, "present is for symmetric contrasts");
   if (problem.order.ndim != 0) {
     require_shape("order", problem.order, {batch * rows * (problem.samples() + problem.positives())});
     require_shape("segments", problem.segments, {batch * keys + 1});

@@ -36,7 +36,7 @@ __device__ void each_of(int64_t count, const Use& use) {
 template <class Sum>
 struct Rows {
   const int64_t *targets, *exclude, *key_range, *query_groups, *key_groups;
-  const Sum *key_bias, *scales, *row_weights, *thresholds;
+  const Sum *key_bias, *scales, *row_weights, *thresholds, *present;
   Sum *losses, *slopes, *bests, *grad_bias;
   int64_t* ranks;
   int64_t m, n, d, places, excluded;  // Sizes of an entry, and how many positives and exclusions a row may have.
@@ -54,6 +54,7 @@ struct Rows {
         scales(p.scales.as<const Sum>()),
         row_weights(p.row_weights.as<const Sum>()),
         thresholds(p.thresholds.as<const Sum>()),
+        present(p.present.as<const Sum>()),
         losses(p.losses.as<Sum>()),
         slopes(p.slopes.as<Sum>()),
         bests(p.bests.as<Sum>()),
@@ -72,6 +73,10 @@ struct Rows {
 
   __device__ Sum scale() const { return given_scale * (scales != nullptr ? *scales : Sum(1)); }
   __device__ Sum weight(int64_t index) const { return weight_of(index, factor, row_weights); }
+  // Whether a row has gradients, and a place in the columns of a symmetric contrast.
+  __device__ bool is_present(int64_t index) const {
+    return present != nullptr ? present[index] != 0 : weight(index) != 0;
+  }
   // An index, or -1 for one that names no key.
   __device__ int64_t key(int64_t named) const { return named >= 0 && named < n ? named : -1; }
   __device__ int64_t target(int64_t index, int64_t in_entry, int64_t j) const {
@@ -301,7 +306,7 @@ struct Arguments : Rows<typename Math::Sum> {
   Sum* factors;                  // Likewise, of powers that are kept: what makes them the gradients' weights.
   uint8_t* counts;               // Likewise: how many keys of the tile count in the rank.
   Sum *dots, *target_weights;    // [entries][places][M], of positives.
-  Sum* weights;                  // [entries][M], of the losses, 0 where no gradient depends on them.
+  Sum* weights;                  // [entries][M], of the losses; 0 of rows that are not valid.
   Sum* row_factors;              // [entries][M], of grad_queries.
   Sum *tops, *rival_factors;     // [entries][M], if `weighs`: rivals' largest scores, and what makes powers weights.
   Stats<Sum> column_parts = {};  // [entries][pitch_rows / kColumnRows][pitch_keys]
@@ -366,6 +371,12 @@ struct Arguments : Rows<typename Math::Sum> {
   }
   __device__ Sum score(Sum scale, Sum dot, int64_t entry, int64_t key) const {
     return Rows<Sum>::score(scale, dot, first_entry + entry, key);
+  }
+  // Of a finished row. One of weight 0 may have some by the columns of a symmetric contrast.
+  __device__ bool has_gradients(int64_t entry, int64_t row) const {
+    const int64_t at = kept(entry, row);
+    if (weights[at] != 0) return true;
+    return this->present != nullptr && this->present[index(entry, row)] != 0 && row_factors[at] == row_factors[at];
   }
   __device__ int64_t stat(int64_t entry, int64_t tile, int64_t row) const {
     return (entry * key_tiles + tile) * pitch_rows + row;
@@ -481,8 +492,8 @@ __device__ void measure_rows(const Arguments<T, Math>& a, const Tile<Sum>& tile,
   const int64_t row = first_row + in_tile, begin = a.first_key + first_key;
   const bool exists = row < a.rows;
   const uint32_t left_out = exists ? find_left_out(a, entry, row, begin, odd) : ~uint32_t{0};
-  if (a.symmetric)  // No column has a row of weight 0.
-    tile.left_out(in_tile, odd) = exists && a.weight(a.index(entry, row)) != 0 ? left_out : ~uint32_t{0};
+  if (a.symmetric)  // No column has a row that is absent.
+    tile.left_out(in_tile, odd) = exists && a.is_present(a.index(entry, row)) ? left_out : ~uint32_t{0};
   const Sum scale = a.scale(),
             threshold = exists && a.losses != nullptr
                             ? a.threshold(a.index(entry, row), PositivesOfRow<T, Math>(a, entry, row))
@@ -543,7 +554,7 @@ __device__ void weigh(const Arguments<T, Math>& a, const Tile<Sum>& tile, int64_
   const int64_t row = first_row + in_tile, begin = a.first_key + first_key;
   if (row >= a.rows) return;  // Nobody reads them.
   const int64_t kept = a.kept(entry, row);
-  const bool counts = a.weights[kept] != 0;
+  const bool counts = a.has_gradients(entry, row);
   const uint32_t left_out = counts ? find_left_out(a, entry, row, begin, odd) : ~uint32_t{0};
   const Sum scale = a.scale(), top = a.tops[kept], factor = a.rival_factors[kept];
   // Powers may be anything where their factor is 0.
@@ -647,7 +658,8 @@ __global__ void __launch_bounds__(kThreads) finish_rows(const __grid_constant__ 
     const Sum weight = valid && !outcome.lacks_positives() ? given : Sum(0), factor = outcome.factor_of_rivals(weight);
     if (!a.gradients) continue;
     a.weights[kept] = weight;
-    a.row_factors[kept] = weight != 0 ? a.scale() : given != 0 && !valid ? kNan<Sum> : Sum(0);
+    const bool present = a.is_present(index), counts = valid && present && !outcome.lacks_positives();
+    a.row_factors[kept] = counts ? a.scale() : present && !valid ? kNan<Sum> : Sum(0);
     each_of(a.places, [&](int64_t j) {
       a.target_weights[a.kept(entry, row, j)] = positives.present(j) ? outcome.weight_of_positive(j, weight) : Sum(0);
     });
@@ -777,7 +789,7 @@ __global__ void __launch_bounds__(kThreads, kGradBlocks<Math>)
     multiply<Math, DepthOutermost<Value, kTile>, DepthOutermost<Value, kTile>>(
         sums, a.rows, [&](int64_t key, int64_t row) { return load_weights(a, entry, row, first_key + key); },
         [&](int64_t k, int64_t row) {
-          const bool counts = row < a.rows && a.weights[a.kept(entry, row)] != 0;
+          const bool counts = row < a.rows && a.has_gradients(entry, row);
           return load_chunk<Value>(queries, row, counts ? a.rows : 0, first + k, a.d);
         });
     const Sum scale = a.scale();

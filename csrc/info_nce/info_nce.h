@@ -26,11 +26,12 @@
 // registers. Only `symmetric` keeps some, at most kKeptBytes of them, so as not to compute them again.
 //
 // A row of weight 0 is absent from all gradients, whatever its query and the keys it is contrasted with hold: it gives
-// nothing to grad_keys and grad_bias, and its grad_queries[m] is 0. A symmetric contrast leaves it out of all columns.
+// nothing to grad_keys and grad_bias, and its grad_queries[m] is 0. A symmetric contrast leaves it out of all columns; where
+// `present` is given, that tells instead which rows there are, those of weight 0 among them.
 // A row without positives, where such are measured, has a loss of 0 and no gradient.
 //
 // An index that names no key, a range that is none, or a positive in exclude[m]: std::out_of_range or
-// std::invalid_argument on the CPU. On CUDA losses[m] and slopes[m] are NaN, ranks[m] is -1, grad_queries[m] NaN, and the
+// std::invalid_argument on the CPU. On CUDA losses[m], slopes[m] and bests[m] are NaN, ranks[m] is -1, grad_queries[m] NaN, and the
 // row gives nothing to the gradients of keys.
 //
 // Who owns memory: the caller, all of it. Kernels allocate only bounded scratch memory.
@@ -64,8 +65,9 @@ struct Problem {
   TensorView scales;                    // A factor of `scale` where it is known on the device only.
   TensorView row_weights;               // Absent: 1.
   TensorView thresholds;
-  TensorView losses, ranks;                       // Absent where only gradients are wanted.
-  TensorView slopes, bests;                       // Each absent where it is not wanted, or where there are no losses.
+  TensorView present;        // Symmetric only: 0 for rows that are absent. Absent: those of weight 0 are.
+  TensorView losses, ranks;  // Absent where only gradients are wanted.
+  TensorView slopes, bests;  // Each absent where it is not wanted, or where there are no losses.
   TensorView grad_queries, grad_keys, grad_bias;  // Each absent where it is not wanted.
   TensorView workspace;
   // CUDA only, sampled and with grad_keys or grad_bias: [B * M * (P + S)], what sorts the keys that the positives and
@@ -102,6 +104,7 @@ constexpr auto kContrast = fields_of<Problem>(
     may_read<&Problem::scales>("scales", Type::sums, "1", Layout::dense),
     may_read<&Problem::row_weights>("row_weights", Type::sums, "B M", Layout::dense),
     may_read<&Problem::thresholds>("thresholds", Type::sums, "B M", Layout::dense),
+    may_read<&Problem::present>("present", Type::sums, "B M", Layout::dense),
     may_write<&Problem::losses>("losses", Type::sums, "B M", Layout::dense),
     may_write<&Problem::ranks>("ranks", Type::i64, "B M", Layout::dense),
     may_write<&Problem::slopes>("slopes", Type::sums, "B M", Layout::dense),

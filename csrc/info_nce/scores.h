@@ -161,11 +161,12 @@ void logistics(const TileOfScores<S>& tile, int64_t c, const S* bests, const Row
   R sum = {}, moment = {}, count = {};
   const R best = kFirst ? load_register(bests + c) : R{};
   for (int64_t key = 0; key < tile.keys; ++key) {
-    const R dot = tile.dots(key, c), score = tile.score(dot, key), slope = sigmoid(score);
+    const R dot = tile.dots(key, c), score = tile.score(dot, key);
+    // One power, of what is not above 0, gives both the slope and the loss.
+    const R power = exp_below_zero(score > R{} ? -score : score), share = S(1) / (power + S(1));
+    const R slope = score > R{} ? share : power * share;
     if constexpr (kFirst) {
-      const R below = score < R{} ? score : -score, above = score > R{} ? score : R{};
-      const R loss = above + log1p(exp_below_zero(below));
-      sum += score != score ? score : loss;
+      sum += (score > R{} ? score : R{}) + log1p(power);
       moment += slope * dot;
       count += reached<S>(dot, score, best);
     }

@@ -237,7 +237,7 @@ def problems(dtype):
                 yield "info_nce", (*problem, weights, thresholds, reduction, [*needs])
         row_weights = torch.tensor([[0.0, 1, 2], [3, 0.5, 1]], dtype=sums)
         for needs in choices:
-            yield "info_nce_gradients", (*problem, row_weights, [*needs])
+            yield "info_nce_gradients", (*problem, row_weights, weights, [*needs])
 
     input, weight, bias, condition = (
         draw(*shape, seed=seed, dtype=dtype)

@@ -50,7 +50,7 @@ def test_opcheck(name, reduction):
     row_weights = torch.ones(1, 8) if weights is None else weights.detach()
     with torch.no_grad():
         constants = [value.detach() if isinstance(value, torch.Tensor) else value for value in tensors[:-1]]
-    torch.library.opcheck(torch.ops.cpc_ext.info_nce_gradients, (*constants, row_weights, [True, True, True]))
+    torch.library.opcheck(torch.ops.cpc_ext.info_nce_gradients, (*constants, row_weights, None, [True, True, True]))
 
 
 @pytest.mark.parametrize("name", ["sampled", "both ways", "log-sums", "sigmoids"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cpc_ext.ops import info_nce
+from cpc_ext.ops.info_nce import info_nce_reference
 from tests.ops.contrast.draw import DTYPES, assert_same_bits, draw
 
 SHAPE = 11, 11, 6
@@ -115,6 +116,25 @@ def test_absent_queries_may_hold_anything(device, permuted, reduction, of_absent
         torch.testing.assert_close(actual.gradients[name], expected.gradients[name])
     assert not actual.gradients["queries"][absent].any()
     torch.testing.assert_close(actual.gradients["weights"][~absent], expected.gradients["weights"][~absent])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_pair_whose_loss_nobody_asks_for_is_still_contrasted(device, weighted):
+    """Its upstream gradient is 0, as is that of an absent query, but others' columns have it."""
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = (torch.randn(70, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    upstream = torch.arange(70).remainder(3).bool().double()
+    weights = torch.arange(70).remainder(4).ne(1).double() if weighted else None
+
+    def gradients(contrast, device, dtype):
+        inputs = [tensor.to(device, dtype).requires_grad_() for tensor in (queries, keys)]
+        options = {"weights": None if weights is None else weights.to(device, dtype)}
+        loss = contrast(*inputs, symmetric=True, reduction="none", **options).loss
+        return torch.autograd.grad(loss, inputs, upstream.to(loss))
+
+    expected = gradients(info_nce_reference, "cpu", torch.float64)
+    for one, other in zip(gradients(info_nce, device, torch.float64), expected, strict=True):
+        torch.testing.assert_close(one.cpu(), other, atol=1e-12, rtol=0)
 
 
 def test_pairs_that_agree_in_order_or_not(device):
