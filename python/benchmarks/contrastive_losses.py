@@ -259,7 +259,7 @@ LOSSES = (
     Op("CLIPLoss", "compute", "", _cases(LARGE), prepare_clip),
     Op("SigLIPLoss", "compute", "", _cases(LARGE), prepare_siglip),
     Op("SupConLoss", "compute", "", _cases(LARGE), prepare_sup_con),
-    Op("LabelledNTXentLoss", "compute", "", _cases((512, 128), LARGE), prepare_labelled),
+    Op("LabelledNTXentLoss", "compute", "", _cases((512, 128)), prepare_labelled),
     Op("NTXentLoss", "compute", "", _cases(SMALL, (8192, 128)), prepare_nt_xent),
     Op("DecoupledContrastiveLoss", "compute", "", _cases(SMALL), prepare_decoupled),
 )
