@@ -115,26 +115,36 @@ def _with_gradient(
             return op.redispatch(keys & torch._C._after_autograd_keyset, *values)
 
     class Differentiated(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            *values, keys = arguments  # The last, so that ctx.needs_input_grad is of the op's own arguments.
+            output = below(keys, values)
+            setup_context(ctx, typed(tuple(values)), named(output))
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+            return refusing(ctx, *gradients) if once else in_order(ctx, ctx.saved_tensors, *gradients)
+
+    class Transformed(Differentiated):
+        """The form that transforms take; PyTorch looks up its signature at each call, which takes some time."""
+
         generate_vmap_rule = True
 
         @staticmethod
         def forward(*arguments: Any) -> Any:
-            *values, keys = arguments  # The last, so that ctx.needs_input_grad is of the op's own arguments.
-            return op(*values) if keys is None else below(keys, values)
+            return op(*arguments[:-1])
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             setup_context(ctx, typed(inputs[:-1]), named(output))
 
         @staticmethod
-        def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-            return refusing(ctx, *gradients) if once else in_order(ctx, ctx.saved_tensors, *gradients)
-
-        @staticmethod
         def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
             raise NotImplementedError(_NO_FORWARD_MODE)
 
     run: Callable[..., Any] = Differentiated.apply
+    transformed: Callable[..., Any] = Transformed.apply
 
     def differentiated(keys: torch._C.DispatchKeySet, *values: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*values):
@@ -146,7 +156,7 @@ def _with_gradient(
     def call(*values: Any) -> Any:
         # Transforms act on functions, not on what the dispatcher calls; that which only traces wants it the other way.
         if _transforming() and torch._C._functorch.peek_interpreter_stack().key() != _FUNCTIONALIZE:
-            return run(*values, None)
+            return transformed(*values, None)
         return op(*values)
 
     return call
