@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cpc_ext.ops._contrast import Results, _gradients, _info_nce, contrast
+from cpc_ext.ops._contrast import Results, contrast, contrast_gradients_op, contrast_op
 from cpc_ext.ops._contrast_arguments import ContrastOptions, check_arguments, flat_problem
 from cpc_ext.ops._contrast_problem import Contrast, Gradients
 from cpc_ext.ops._library import differentiable_once, values_at_hand, without_autocast
@@ -224,7 +224,7 @@ class _Ring(torch.autograd.Function):
         def part(hop: int, passing: Tensor, positive: Tensor | None) -> Results:
             needs = [False, False, False, False, wants_slopes, positive is None]
             problem = _of_hop(hop, queries, passing, scales, *options)
-            return Results(*_info_nce(*problem, None, positive, "none", needs))
+            return Results(*contrast_op(*problem, None, positive, "none", needs))
 
         passing = own
         world = _position_in_world()[1]
@@ -270,7 +270,7 @@ class _Ring(torch.autograd.Function):
         for hop in range(world):
             arriving, transfers = _pass_on(passing) if hop < world - 1 else (passing, [])
             problem = _of_hop(hop, queries, passing, scales, targets, exclude, key_range, ctx.scale)
-            part = Gradients(*_gradients(*problem, weights[hop], None, [True, True, False]))
+            part = Gradients(*contrast_gradients_op(*problem, weights[hop], None, [True, True, False]))
             query_gradient += part.queries
             key_gradient += part.keys
             arriving_gradient, more = _pass_on(key_gradient)

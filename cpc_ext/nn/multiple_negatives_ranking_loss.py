@@ -128,7 +128,7 @@ class MultipleNegativesRankingLoss(Module):
             if exchange.ring:
                 losses = ring_info_nce(rows, keys, own, scale=self.scale).loss
                 return losses if joint else losses.mean()
-            # Of a mean, gradients are formed with the loss.
+            # Gradients of a mean are formed with the loss.
             return info_nce(rows, keys, own, scale=self.scale, reduction="none" if joint else "mean").loss
 
         logs = []

@@ -18,7 +18,7 @@ from cpc_ext.ops._contrast_arguments import ContrastOptions, check_arguments, co
 from cpc_ext.ops._contrast_problem import Contrast, Gradients, absent_queries, default_targets, sums_dtype, weighted
 from cpc_ext.ops._library import may_need_gradients, register, tf32_allowed, without_autocast, workspace_of
 
-__all__ = ["Results", "contrast", "reduced"]
+__all__ = ["Results", "contrast", "contrast_gradients_op", "contrast_op", "reduced"]
 
 
 class Results(NamedTuple):
@@ -41,9 +41,7 @@ def contrast(
     """Check the arguments and run the op."""
     check_arguments(queries, keys, options, measure, reduction)
     problem, weights = flat_problem(*common_dtype(queries, keys), options, measure)
-    thresholds = None if options.thresholds is None else options.thresholds.reshape(problem.queries.shape[:2])
-    needs = _needed(problem, weights, reduction, bests=options.wants_bests)
-    return Results._make(_info_nce(*problem, weights, thresholds, reduction, needs))
+    return Results._make(contrast_op(*problem, weights, None, reduction, _needed(problem, weights, reduction)))
 
 
 class _Forward(NamedTuple):
@@ -51,7 +49,7 @@ class _Forward(NamedTuple):
 
     problem: Contrast
     weights: Tensor | None
-    thresholds: Tensor | None
+    thresholds: Tensor | None  # [B, M], what a rival's score must reach to count in the rank, for log-sums.
     reduction: str
     # Whether gradients of queries, keys and biases are formed, and whether losses, slopes and best scores are kept. The
     # gradients of weights and of the scale are made of the first two.
@@ -63,43 +61,33 @@ class _Backward(NamedTuple):
 
     problem: Contrast
     row_weights: Tensor
-    weights: Tensor | None  # Of the forward pass: a symmetric contrast has no query of weight 0.
+    weights: Tensor | None  # Those of the forward pass: a symmetric contrast has no query of weight 0.
     needs: list[bool]  # Whether queries, keys and biases need gradients.
 
 
 # What native.info_nce takes, in its order.
 _KERNEL_ARGUMENTS = (
     *Contrast._fields[: Contrast._fields.index("scale")],
-    *(
-        "row_weights",
-        "thresholds",
-        "present",
-        "losses",
-        "ranks",
-        "slopes",
-        "bests",
-        "grad_queries",
-        "grad_keys",
-        "grad_bias",
-    ),
+    *("row_weights", "thresholds", "present"),
+    *("losses", "ranks", "slopes", "bests"),
+    *("grad_queries", "grad_keys", "grad_bias"),
     *("scale", "factor", "measure", "contrast", "symmetric", "tf32"),
 )
 
 
-def _needed(problem: Contrast, weights: Tensor | None, reduction: str, *, bests: bool) -> list[bool]:
-    """What :class:`_Forward` has as ``needs``."""
+def _needed(problem: Contrast, weights: Tensor | None, reduction: str) -> list[bool]:
+    """What :class:`_Forward` has as ``needs``; only a ring needs best scores."""
     if not torch.is_grad_enabled():
-        return [False, False, False, False, False, bests]
+        return [False] * 6
     # Half-precision gradients are formed once their scale is known, lest a mean's vanish before a GradScaler's scale.
     forms = reduction != "none" and problem.queries.dtype != torch.float16
-
     return [
         forms and problem.queries.requires_grad,
         forms and problem.keys.requires_grad,
         forms and problem.key_bias is not None and problem.key_bias.requires_grad,
         may_need_gradients(weights),
         may_need_gradients(problem.scales),
-        bests,
+        False,
     ]
 
 
@@ -271,7 +259,7 @@ def _backward(ctx: Any, saved: Sequence[Any], grad: Tensor | None, *_: Tensor | 
         row_weights, factor = _row_weights(rows.unsqueeze(-1), weights, ctx.reduction)
         row_grads = grad.expand(ctx.num_rows) * factor if row_weights is None else grad * row_weights
     if ctx.later:
-        gradients = _gradients(*tensors, *ctx.options, row_grads, weights, ctx.requires)
+        gradients = contrast_gradients_op(*tensors, *ctx.options, row_grads, weights, ctx.requires)
     elif any(ctx.requires):
         gradients = tuple(
             gradient * grad if required else None for gradient, required in zip(gradients, ctx.requires, strict=True)
@@ -299,7 +287,7 @@ def _backward(ctx: Any, saved: Sequence[Any], grad: Tensor | None, *_: Tensor | 
     }
 
 
-_info_nce = register(
+contrast_op = register(
     "info_nce",
     _Forward,
     Results,
@@ -310,7 +298,7 @@ _info_nce = register(
     backward=_backward,
     once=True,
 )
-_gradients = register(
+contrast_gradients_op = register(
     "info_nce_gradients",
     _Backward,
     Gradients,

@@ -36,8 +36,6 @@ class ContrastOptions(NamedTuple):
     groups: tuple[Tensor, Tensor] | None = None
     contrast: str = "all"
     symmetric: bool = False
-    thresholds: Tensor | None = None  # [*, M], what a rival's score must reach to count in the rank, for log-sums.
-    wants_bests: bool = False  # Whether the best positives' scores are wanted.
 
 
 def flat_problem(
@@ -51,15 +49,13 @@ def flat_problem(
 
 def _weights_of_present(targets: Tensor | None, weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The weights of queries [B, M], 0 for those that have no positive; None for all 1."""
-    if targets is None or (values_at_hand(targets) and (targets.numel() == 0 or int(targets.min()) >= 0)):
-        return weights if targets is None or targets.shape[-1] > 0 else _zeros(targets, dtype)
+    if targets is None:
+        return weights
+    if targets.numel() and values_at_hand(targets) and int(targets.min()) >= 0:
+        return weights
     # Below -1 an index names no key, and says so.
     present = (targets != -1).any(-1)
     return present.to(dtype) if weights is None else torch.where(present, weights, 0)
-
-
-def _zeros(targets: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(targets.shape[:2], dtype=dtype, device=targets.device)
 
 
 def check_arguments(queries: Tensor, keys: Tensor, options: ContrastOptions, measure: str, reduction: str) -> None:

@@ -8,7 +8,8 @@ contrast's.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,7 +116,8 @@ def info_nce(
         scale, targets, negatives, weights, exclude, key_range, key_bias, groups, contrast, symmetric
     )
     if symmetric and targets is not None:
-        return _permuted(queries, keys, options, reduction)
+        check_arguments(queries, keys, options, "softmax", reduction)
+        return _permuted(info_nce, queries, keys, options, reduction)
     result = run_contrast(queries, keys, options, reduction=reduction)
     return _output(result.loss, result.accuracy, result.rank, queries, reduction)
 
@@ -127,9 +129,10 @@ def _output(loss: Tensor, accuracy: Tensor, rank: Tensor, queries: Tensor, reduc
     return InfoNCEOutput(loss, accuracy.detach(), rank.view(rows))
 
 
-def _permuted(queries: Tensor, keys: Tensor, options: ContrastOptions, reduction: str) -> InfoNCEOutput:
+def _permuted(
+    contrast: Callable[..., InfoNCEOutput], queries: Tensor, keys: Tensor, options: ContrastOptions, reduction: str
+) -> InfoNCEOutput:
     """A symmetric contrast with targets, whose queries are brought into the order of their positives."""
-    check_arguments(queries, keys, options, "softmax", reduction)
     targets = options.targets
     assert targets is not None
     targets = targets.to(torch.int64)
@@ -150,7 +153,7 @@ def _permuted(queries: Tensor, keys: Tensor, options: ContrastOptions, reduction
     if groups is not None:
         groups = groups[0].gather(-1, order), groups[1]
     rows = order.unsqueeze(-1).expand(queries.shape)
-    result = info_nce(
+    result = contrast(
         torch.where(right, queries.gather(-2, rows), torch.nan),
         keys,
         scale=options.scale,
@@ -171,26 +174,13 @@ def _permuted(queries: Tensor, keys: Tensor, options: ContrastOptions, reduction
 
 
 def info_nce_reference(
-    queries: Tensor,
-    keys: Tensor,
-    targets: Tensor | None = None,
-    *,
-    negatives: Tensor | None = None,
-    scale: float | Tensor = 1.0,
-    weights: Tensor | None = None,
-    exclude: Tensor | None = None,
-    key_range: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    groups: tuple[Tensor, Tensor] | None = None,
-    contrast: str = "all",
-    symmetric: bool = False,
-    reduction: str = "mean",
+    queries: Tensor, keys: Tensor, targets: Tensor | None = None, *, reduction: str = "mean", **options: Any
 ) -> InfoNCEOutput:
     """:func:`info_nce` with its scores in memory ([*, M, N], or gathered keys [*, M, S, D]), arguments unchecked."""
-    options = ContrastOptions(
-        scale, targets, negatives, weights, exclude, key_range, key_bias, groups, contrast, symmetric
-    )
+    given = ContrastOptions(targets=targets, **options)
+    if given.symmetric and targets is not None:
+        return _permuted(info_nce_reference, queries, keys, given, reduction)
     dtype = torch.promote_types(queries.dtype, keys.dtype)
-    problem, weights = flat_problem(queries.to(dtype), keys.to(dtype), options, "softmax")
+    problem, weights = flat_problem(queries.to(dtype), keys.to(dtype), given, "softmax")
     losses, rank = plain.losses_and_ranks(problem, None if weights is None else weights != 0)
     return _output(*reduced(losses, rank, weights, reduction), rank, queries, reduction)

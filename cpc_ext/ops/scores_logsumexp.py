@@ -5,6 +5,8 @@ From queries [*, M, D] and keys [*, N, D] to [*, M], without the scores in memor
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,24 +37,15 @@ def scores_logsumexp(
         Differentiable once, backwards, with any upstream gradient, in queries, keys, scale and key_bias. Backward
         computes the scores once more.
     """
-    options = ContrastOptions(scale, None, None, None, exclude, key_range, key_bias, groups, contrast)
+    options = ContrastOptions(
+        scale, exclude=exclude, key_range=key_range, key_bias=key_bias, groups=groups, contrast=contrast
+    )
     result = run_contrast(queries, keys, options, measure="log_sum", reduction="none")
     return result.loss.view(queries.shape[:-1])
 
 
-def scores_logsumexp_reference(
-    queries: Tensor,
-    keys: Tensor,
-    *,
-    scale: float | Tensor = 1.0,
-    exclude: Tensor | None = None,
-    key_range: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    groups: tuple[Tensor, Tensor] | None = None,
-    contrast: str = "all",
-) -> Tensor:
+def scores_logsumexp_reference(queries: Tensor, keys: Tensor, **options: Any) -> Tensor:
     """:func:`scores_logsumexp` with its scores [*, M, N] in memory, arguments unchecked."""
-    options = ContrastOptions(scale, None, None, None, exclude, key_range, key_bias, groups, contrast)
     dtype = torch.promote_types(queries.dtype, keys.dtype)
-    problem, _ = flat_problem(queries.to(dtype), keys.to(dtype), options, "log_sum")
+    problem, _ = flat_problem(queries.to(dtype), keys.to(dtype), ContrastOptions(**options), "log_sum")
     return plain.losses_and_ranks(problem)[0].view(queries.shape[:-1])

@@ -5,6 +5,8 @@ From queries [*, M, D] and keys [*, N, D] to a scalar, without the scores in mem
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,39 +50,31 @@ def sigmoid_contrast(
         TypeError, ValueError, IndexError: as :func:`cpc_ext.ops.info_nce`.
     """
     check_number("bias", bias)
-    options = _options(queries, keys, targets, scale, bias, weights)
+    options = _options(keys, targets, scale, bias, weights)
     loss = run_contrast(queries, keys, options, measure="sigmoid", reduction=reduction).loss
     return loss.view(queries.shape[:-1]) if reduction == "none" else loss
 
 
 def _options(
-    queries: Tensor,
     keys: Tensor,
-    targets: Tensor | None,
-    scale: float | Tensor,
-    bias: float | Tensor,
-    weights: Tensor | None,
+    targets: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    bias: float | Tensor = 0.0,
+    weights: Tensor | None = None,
 ) -> ContrastOptions:
+    """The contrast whose keys all have the same bias."""
     key_bias = None
     if isinstance(keys, Tensor) and keys.ndim >= 2 and (isinstance(bias, Tensor) or bias != 0):
         dtype = torch.promote_types(keys.dtype, torch.float32)
         key_bias = torch.as_tensor(bias, dtype=dtype, device=keys.device).expand(keys.shape[:-1])
-    return ContrastOptions(scale, targets, None, weights, key_bias=key_bias)
+    return ContrastOptions(scale, targets, weights=weights, key_bias=key_bias)
 
 
 def sigmoid_contrast_reference(
-    queries: Tensor,
-    keys: Tensor,
-    targets: Tensor | None = None,
-    *,
-    scale: float | Tensor = 1.0,
-    bias: float | Tensor = 0.0,
-    weights: Tensor | None = None,
-    reduction: str = "mean",
+    queries: Tensor, keys: Tensor, targets: Tensor | None = None, *, reduction: str = "mean", **options: Any
 ) -> Tensor:
     """:func:`sigmoid_contrast` with its scores [*, M, N] in memory, arguments unchecked."""
-    options = _options(queries, keys, targets, scale, bias, weights)
     dtype = torch.promote_types(queries.dtype, keys.dtype)
-    problem, weights = flat_problem(queries.to(dtype), keys.to(dtype), options, "sigmoid")
+    problem, weights = flat_problem(queries.to(dtype), keys.to(dtype), _options(keys, targets, **options), "sigmoid")
     loss, _ = reduced(*plain.losses_and_ranks(problem), weights, reduction)
     return loss.view(queries.shape[:-1]) if reduction == "none" else loss

@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <optional>
 #include <utility>
 
 #include "core/gemm.h"
@@ -59,7 +58,7 @@ struct PositivesOfRow {
   int64_t own;
   const S* dots;
   S scale;
-  const S* bias;  // Of all keys; null: 0.
+  const S* bias;  // All keys' biases; null: 0.
 
   int64_t key(int64_t j) const { return targets != nullptr ? targets[j] : own; }
   bool present(int64_t j) const { return key(j) >= 0; }

@@ -372,7 +372,7 @@ struct Arguments : Rows<typename Math::Sum> {
   __device__ Sum score(Sum scale, Sum dot, int64_t entry, int64_t key) const {
     return Rows<Sum>::score(scale, dot, first_entry + entry, key);
   }
-  // Of a finished row. One of weight 0 may have some by the columns of a symmetric contrast.
+  // Whether a finished row has any. One of weight 0 may have some by the columns of a symmetric contrast.
   __device__ bool has_gradients(int64_t entry, int64_t row) const {
     const int64_t at = kept(entry, row);
     if (weights[at] != 0) return true;

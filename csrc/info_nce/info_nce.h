@@ -4,7 +4,7 @@
 // targets[m] names (key m without targets; -1 names none, and no key is named twice), and rivals C: all keys but those
 // in P, or the keys that negatives[m] names, as often as it does. Of them only those count that lie in the
 // key_range[m] = [begin, end), that exclude[m] does not name (-1 names none), and whose group is, or is not, that of the
-// query, as `contrast` says. Sampled keys that are among the positives count as rivals but in ranks[m]. What is
+// query, as `contrast` says. Sampled keys that are among the positives count as rivals, though not in ranks[m]. What is
 // measured, with C and P together written D:
 //   softmax: losses[m] = log(sum over D of exp(s)) - (mean over P of s);
 //   log_sum: losses[m] = log(sum over C of exp(s)), of no positives; -inf where C is empty;

@@ -49,7 +49,7 @@ CPC_HOST_DEVICE inline Real logistic(Real x) {
 template <class Real>
 struct Rivals {
   Real largest = -kLargest<Real>;  // What powers of e are relative to: the largest score, finite.
-  Real sum = 0;                    // Of the powers; of the rivals' losses, for the sigmoid measure.
+  Real sum = 0;                    // Sum of the powers; of the rivals' losses, for the sigmoid measure.
   Real moment = 0;                 // Sum of the powers times the dots; of the logistic function times them.
 };
 

@@ -25,7 +25,7 @@ struct TileOfScores {
   S* values;
   int64_t keys, columns;
   S scale;
-  const S* bias;  // Of the first key on; null: 0.
+  const S* bias;  // Biases from the first key on; null: 0.
 
   static constexpr int64_t kLane = kRegisterLanes<S>;
   using R = Register<S>;

@@ -228,8 +228,8 @@ def test_a_row_that_must_not_count_leaves_the_others_alone(ranks, wrong, monkeyp
     """Row 2 of every rank has a target that is no key, or holds NaN and has a gradient of 0."""
     world = ranks.world
     if wrong == "index":
-        monkeypatch.setattr(across_ranks, "_info_nce", by_reference(torch.ops.cpc_ext.info_nce))
-        monkeypatch.setattr(across_ranks, "_gradients", by_reference(torch.ops.cpc_ext.info_nce_gradients))
+        monkeypatch.setattr(across_ranks, "contrast_op", by_reference(torch.ops.cpc_ext.info_nce))
+        monkeypatch.setattr(across_ranks, "contrast_gradients_op", by_reference(torch.ops.cpc_ext.info_nce_gradients))
     queries = [normal(5, 4, seed=rank) for rank in range(world)]
     keys = [normal(6, 4, seed=10 + rank) for rank in range(world)]
     counts = torch.arange(5) != 2

@@ -215,12 +215,12 @@ def contrasts(dtype):
         (5, "softmax", {"targets": targets, "weights": weights, "negatives": negatives, **others}),
         (3, "softmax", {"symmetric": True, "weights": weights, "scale": others["scale"]}),
         (5, "sigmoid", {"targets": targets, "weights": weights, "key_bias": others["key_bias"]}),
-        (5, "log_sum", {"thresholds": thresholds, **others}),
+        (5, "log_sum", others),
     ):
         options = ContrastOptions(**given)
         problem, of_present = flat_problem(queries, keys[:, :num_keys], options, measure)
         problem = problem._replace(scales=None if problem.scales is None else problem.scales.detach())
-        yield problem, of_present, options.thresholds
+        yield problem, of_present, thresholds if measure == "log_sum" else None
 
 
 def problems(dtype):

@@ -92,7 +92,7 @@ def _problem(
 
 
 def _exact_ranks(samples: int | None) -> Problem:
-    """Of scores that are small integers in every type, so that many tie."""
+    """A problem whose scores are small integers in every type, so that many tie."""
     others = {"targets": integers(70, 40, seed=4)}
     if samples is not None:
         others["negatives"] = integers(70, 40, samples, seed=5)

@@ -107,10 +107,10 @@ class Problem:
     def _check_gradient(self, name: str, actual: Tensor, expected: Tensor) -> None:
         assert actual.dtype == self.learns[name].dtype, name
         assert actual.shape == expected.shape, name
-        # Sums are in float32 at least, whatever a gradient is rounded to; but those of queries, keys and biases are of
+        # Sums are in float32 at least, whatever a gradient is rounded to; but those of queries and keys are of
         # probabilities in the queries' type on CUDA.
         queries = self.learns["queries"].dtype
-        of_probabilities = name in ("queries", "keys", "key_bias", "bias")
+        of_probabilities = name in ("queries", "keys")
         rounded = queries if of_probabilities else torch.promote_types(queries, torch.float32)
         allowed = max(TOLERANCE[rounded], TOLERANCE[actual.dtype])
         largest = max(float(expected.abs().max()) if expected.numel() else 0.0, 1e-3)

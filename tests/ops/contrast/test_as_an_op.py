@@ -176,7 +176,7 @@ def test_no_gradient_at_all(device, name):
 def test_float16_gradients_survive_a_mean(device):
     """A GradScaler multiplies the loss, not what the forward pass has formed."""
     drawn = draw((2048, 64, 8), torch.float16, targets=True, scale=torch.tensor(0.7, requires_grad=True))
-    exact = drawn.exactly("sum", by_reference=True)[0].gradients  # Of half the sum.
+    exact = drawn.exactly("sum", by_reference=True)[0].gradients  # Those of half the sum.
     arguments = drawn.arguments(device)
     loss = info_nce(**arguments).loss * 2.0**14
     gradients = torch.autograd.grad(loss, [arguments[name] for name in drawn.learns])

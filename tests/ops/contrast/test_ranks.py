@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 
 from cpc_ext.ops import info_nce
+from cpc_ext.ops._contrast import Results, contrast_op
+from cpc_ext.ops._contrast_arguments import ContrastOptions, flat_problem
 from tests.ops.contrast.draw import DTYPES, draw
 
-contrast = importlib.import_module("cpc_ext.ops._contrast")
+
+def run(queries, keys, measure, thresholds=None, **options) -> Results:
+    """The op as a ring has it: with the best positives' scores, and thresholds where there are no positives."""
+    problem, _ = flat_problem(queries, keys, ContrastOptions(**options), measure)
+    thresholds = None if thresholds is None else thresholds.unsqueeze(0)
+    return Results(*contrast_op(*problem, None, thresholds, "none", [False] * 5 + [True]))
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -119,7 +124,7 @@ def test_log_sums_and_ranks_of_parts_of_the_keys(device, dtype, options):
     targets, queries, keys = (arguments.pop(name) for name in ("targets", "queries", "keys"))
     ranges = arguments.pop("key_range", None)
 
-    def of(name, part, **more):
+    def of(name, part, thresholds=None, **more):
         """The op on a part of the keys."""
         begin, end = part
         given = {key: value for key, value in arguments.items() if key not in ("key_bias", "groups")} | more
@@ -129,8 +134,7 @@ def test_log_sums_and_ranks_of_parts_of_the_keys(device, dtype, options):
             given["groups"] = (arguments["groups"][0], arguments["groups"][1][begin:end])
         if ranges is not None:
             given["key_range"] = (ranges - begin).clamp(0, end - begin)
-        options = contrast.ContrastOptions(**given)
-        return contrast.contrast(queries, keys[begin:end], options, measure=name, reduction="none")
+        return run(queries, keys[begin:end], name, thresholds, **given)
 
     def positive_of(part):
         begin, end = part
@@ -139,9 +143,7 @@ def test_log_sums_and_ranks_of_parts_of_the_keys(device, dtype, options):
 
     with torch.no_grad():
         parts = [(0, 7), (7, 8), (8, 20)]
-        bests = torch.stack(
-            [of("softmax", part, targets=positive_of(part), wants_bests=True).bests[0] for part in parts]
-        )
+        bests = torch.stack([of("softmax", part, targets=positive_of(part)).bests[0] for part in parts])
         assert (bests.isfinite().sum(0) == 1).all()  # The positive lies in one of them.
         best = bests.amax(0)
         ranks = 0
@@ -160,6 +162,5 @@ def test_log_sums_and_ranks_of_parts_of_the_keys(device, dtype, options):
 def test_thresholds_count_what_reaches_them(device):
     queries, keys = torch.ones(4, 1, device=device), torch.tensor([[1.0], [5], [3], [4], [2]], device=device)
     thresholds = torch.tensor([3.0, 3.5, -torch.inf, torch.nan], device=device)
-    options = contrast.ContrastOptions(thresholds=thresholds)
-    result = contrast.contrast(queries, keys, options, measure="log_sum", reduction="none")
+    result = run(queries, keys, "log_sum", thresholds)
     assert result.rank.tolist() == [[3, 2, 5, 5]]

@@ -174,7 +174,7 @@ def test_a_positive_that_is_excluded(device, request, samples, place):
 
 
 def assert_one_row_is_no_number(device, request, wrong, right, row, error, message):
-    """Of a wrong problem, as of a right one but for that row."""
+    """A wrong problem's results are those of the right one but for that row, or it is refused by this message."""
     if request.node.callspec.params["device"] == "cpu":
         with pytest.raises(error, match=message):
             wrong.run(device)
