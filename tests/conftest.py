@@ -11,6 +11,7 @@ from pathlib import Path
 import filelock
 import pytest
 import torch
+import torch._functorch.config
 
 import cpc_ext.ops
 from cpc_ext._native import native
@@ -21,6 +22,9 @@ REPOSITORY = Path(__file__).parents[1]
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Side by side, threads that wait awake keep the other workers from their work.
     torch.set_num_threads(1)
+
+# PyTorch only warns of an op's results that share memory, except where the environment names a CI.
+torch._functorch.config.error_on_custom_op_aliasing = True
 
 
 def built(name: str, *options: str) -> Path:

@@ -337,8 +337,7 @@ def _channels_last(tensor: Tensor) -> Tensor:
 def _backward_reference(op: _Gradient) -> _GradientResults:
     needs_input, needs_weight, needs_bias = op.needs
     grad = _activation_grad(op.grad, op.saved, op.activation)
-    none = grad.new_empty(0)
-    grad_input = grad_weight = none
+    grad_input = grad_weight = grad  # Where neither is needed, both are absent below.
     if needs_input or needs_weight:
         with torch.enable_grad():
             leaves = [op.input.detach().requires_grad_(), op.weight.detach().requires_grad_()]
@@ -346,10 +345,10 @@ def _backward_reference(op: _Gradient) -> _GradientResults:
             output = F.conv2d(leaves[0], masked, padding="same", dilation=op.dilation)
         grad_input, grad_weight = torch.autograd.grad(output, leaves, grad)
     return _GradientResults(
-        preactivation=_channels_last(grad).clone() if op.activation != "none" else none,
-        input=_channels_last(grad_input) if needs_input else none,
-        weight=grad_weight.contiguous() if needs_weight else none,
-        bias=grad.sum((0, 2, 3)) if needs_bias else none,
+        preactivation=_channels_last(grad).clone() if op.activation != "none" else grad.new_empty(0),
+        input=_channels_last(grad_input) if needs_input else grad.new_empty(0),
+        weight=grad_weight.contiguous() if needs_weight else grad.new_empty(0),
+        bias=grad.sum((0, 2, 3)) if needs_bias else grad.new_empty(0),
     )
 
 
@@ -367,12 +366,11 @@ def _activation_grad(grad: Tensor, saved: Tensor | None, activation: str) -> Ten
 def _empty_gradients(op: _Gradient) -> _GradientResults:
     grad, weight = op.grad, op.weight
     needs_input, needs_weight, needs_bias = op.needs
-    none = grad.new_empty(0)
     return _GradientResults(
-        preactivation=_empty_like_image(grad, weight.shape[0]) if op.activation != "none" else none,
-        input=_empty_like_image(grad, weight.shape[1]) if needs_input else none,
-        weight=grad.new_empty(weight.shape) if needs_weight else none,
-        bias=grad.new_empty(weight.shape[0]) if needs_bias else none,
+        preactivation=_empty_like_image(grad, weight.shape[0]) if op.activation != "none" else grad.new_empty(0),
+        input=_empty_like_image(grad, weight.shape[1]) if needs_input else grad.new_empty(0),
+        weight=grad.new_empty(weight.shape) if needs_weight else grad.new_empty(0),
+        bias=grad.new_empty(weight.shape[0]) if needs_bias else grad.new_empty(0),
     )
 
 

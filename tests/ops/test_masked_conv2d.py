@@ -1,5 +1,6 @@
 """masked_conv2d against a plain convolution with the masked weight."""
 
+import itertools
 import sys
 from dataclasses import dataclass
 
@@ -217,6 +218,20 @@ def test_gradients_that_nobody_wants_are_not_computed(device):
         masked_conv2d(*tensors, mask=mask, activation="gated").square().sum().backward()
         masked_conv2d_reference(*exact, mask=mask, activation="gated").square().sum().backward()
         torch.testing.assert_close(tensors[wanted].grad, exact[wanted].grad, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3)))
+def test_absent_gradients_share_no_memory(device, wanted, activation):
+    case = Case(2, 3, 4, (5, 6), activation=activation)
+    tensors = [tensor.to(device) for tensor in case.tensors(torch.float64)[:3]]
+    mask = case.mask_tensor().to(device)
+    output = torch.ops.cpc_ext.masked_conv2d(*tensors, mask, None, 1, activation or "none", False)[0]
+    results = torch.ops.cpc_ext.masked_conv2d_backward(
+        torch.ones_like(output), *tensors[:2], mask, output if activation else None, 1, activation or "none", wanted
+    )
+    assert [result.numel() > 0 for result in results] == [activation is not None, *wanted]
+    assert not any(torch._C._is_alias_of(one, other) for one, other in itertools.combinations(results, 2))
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "gated"])
