@@ -80,9 +80,12 @@ def augment(m, *, batch=2, channels=3, side=8, patch=4, stride=2, steps=2):
 
 def contrast(
     m, *, batch=2, rows=3, keys=4, dim=5, samples=None, positives=1, excluded=0, gradients=True, targets=True,
-    measure="softmax", symmetric=False, masked=False
+    measure="softmax", symmetric=False, masked=False, alone=False
 ):  # fmt: skip
-    queries, key_tensor = torch.zeros(batch, rows, dim), torch.zeros(batch, keys, dim)
+    keys = rows if alone else keys
+    queries = torch.zeros(batch, rows, dim)
+    key_tensor = queries if alone else torch.zeros(batch, keys, dim)
+    alone = alone and m.info_nce_on_cpu(queries)
     named = torch.full((batch, rows, positives), -1)
     named[..., :1] = 0
     tensors = {
@@ -104,11 +107,13 @@ def contrast(
     ranks = filled(indices(batch, rows))
     shapes = queries.shape, key_tensor.shape, (batch, keys)
     gradient = [filled(torch.empty(shape)) if gradients else None for shape in shapes]
-    options = 1.0, 1.0, measure, "same" if masked else "all", symmetric, False
+    if alone:
+        gradient[1:] = None, None
+    options = 1.0, 1.0, measure, "same" if masked else "all", symmetric, alone, False
     arguments = *tensors.values(), losses, ranks, slopes, bests, *gradient, *options
     workspace = aligned(m.info_nce_workspace(*arguments))
     order = segments = None
-    if samples is not None and gradients and not m.info_nce_sorts(queries):
+    if samples is not None and gradients and not m.info_nce_on_cpu(queries):
         places = samples + (positives if targets else 1)
         wanted = torch.cat([named if targets else torch.arange(rows).expand(batch, rows)[..., None],
                             indices(batch, rows, samples)], -1)  # fmt: skip
@@ -244,6 +249,11 @@ CALLS: dict[str, tuple[Callable, dict, dict]] = {
         contrast,
         {"symmetric": True, "targets": False, "rows": 4},
         {"batch": [0], "rows": [0], "keys": [0], "dim": [0], "masked": [True]},
+    ),
+    "info_nce of queries alone": (
+        contrast,
+        {"alone": True, "targets": False},
+        {"batch": [0], "rows": [0, 1], "dim": [0], "masked": [True]},
     ),
     "info_nce of log-sums": (
         contrast,
@@ -484,7 +494,7 @@ def test_an_output_that_overlaps_an_input_is_refused_by_name():
 
     def info_nce(queries, keys, slopes, grad_queries, grad_keys):
         tensors = *(queries, keys), *[None] * 11, *(losses, ranks, slopes, None, grad_queries, grad_keys, None)
-        problem = *tensors, 1.0, 1.0, "softmax", "all", False, False
+        problem = *tensors, 1.0, 1.0, "softmax", "all", False, False, False
         native.info_nce(*problem, aligned(native.info_nce_workspace(*problem)), None, None)
 
     with pytest.raises(ValueError, match="grad_keys must not share memory with queries"):

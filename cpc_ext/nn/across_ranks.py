@@ -199,7 +199,7 @@ def ring_info_nce(
             problem, _ = flat_problem(queries, keys, options, "softmax")
             loss, rank = _ring(
                 problem.queries,
-                problem.keys,
+                problem.contrasted(),
                 problem.scales,
                 problem.targets,
                 problem.exclude,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -61,15 +63,15 @@ class SupConLoss(Module):
         anchors = keys[: len(features)] if self.contrast_mode == "one" else keys
         with without_autocast(features.device):
             if mask is None:
-                weights, similar = _of_classes(anchors, keys, _classes(labels, len(features), features.device))
+                weights, similarity = _of_classes(anchors, keys, _classes(labels, len(features), features.device))
             else:
-                weights, similar = _of_mask(anchors, keys, mask)
+                weights, similarity = _of_mask(anchors, keys, mask)
             options = ContrastOptions(
                 1 / self.temperature, weights=weights, exclude=torch.arange(len(anchors), device=features.device)
             )
             # As a sum whose weights are known, it has its gradient formed in the same pass.
             log_sums = contrast(anchors, keys, options, measure="log_sum", reduction="sum").loss
-            loss = (log_sums - similar / self.temperature) / len(anchors)
+            loss = (log_sums - similarity() / self.temperature) / len(anchors)
             return loss * (self.temperature / self.base_temperature)
 
     def extra_repr(self) -> str:
@@ -102,8 +104,11 @@ def _classes(labels: Tensor | None, samples: int, device: torch.device) -> Tenso
     return torch.empty_like(order).scatter_(0, order, new.cumsum(0))
 
 
-def _of_classes(anchors: Tensor, keys: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Which anchors have positives, as weights [M]; the sum over anchors of the mean dot product with positives."""
+def _of_classes(anchors: Tensor, keys: Tensor, classes: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+    """Which anchors have positives, as weights [M]; the sum over anchors of the mean dot product with positives.
+
+    The sum is computed when it is asked for: after the contrast, whose memory is free again by then.
+    """
     samples = len(classes)
     dtype = torch.promote_types(keys.dtype, torch.float32)
     anchors, keys = anchors.to(dtype), keys.to(dtype)
@@ -114,15 +119,25 @@ def _of_classes(anchors: Tensor, keys: Tensor, classes: Tensor) -> tuple[Tensor,
         return torch.zeros_like(per_sample).index_add(0, classes, per_sample)
 
     positives = sums(keys.new_ones(len(keys))) - 1
-    of_keys = sums(keys)
-    # All anchors of a class have as many positives: its keys, but for themselves.
-    of_anchors = of_keys if len(anchors) == len(keys) else sums(anchors)
-    similar = (of_anchors * of_keys).sum(1) - sums((anchors * anchors).sum(1))
-    total = torch.where(positives > 0, similar / positives.clamp_min(1), 0).sum()
-    return (positives > 0).to(dtype)[classes].repeat(len(anchors) // samples), total
+
+    def similarity() -> Tensor:
+        of_keys = sums(keys)
+        # All anchors of a class have as many positives: its keys, but for themselves.
+        of_anchors = of_keys if len(anchors) == len(keys) else sums(anchors)
+        similar = (of_anchors * of_keys).sum(1) - sums(_squared_lengths(anchors))
+        return torch.where(positives > 0, similar / positives.clamp_min(1), 0).sum()
+
+    return (positives > 0).to(dtype)[classes].repeat(len(anchors) // samples), similarity
 
 
-def _of_mask(anchors: Tensor, keys: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _squared_lengths(features: Tensor) -> Tensor:
+    """Squared lengths [M] of features [M, D]. A product with itself would have its gradient formed twice, and added."""
+    constant = features.detach()
+    lengths: Tensor = 2 * (features * constant).sum(1) - (constant * constant).sum(1)
+    return lengths
+
+
+def _of_mask(anchors: Tensor, keys: Tensor, mask: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
     """The same, with a weight for each pair of samples."""
     samples = len(mask)
     dtype = torch.promote_types(keys.dtype, torch.float32)
@@ -132,10 +147,12 @@ def _of_mask(anchors: Tensor, keys: Tensor, mask: Tensor) -> tuple[Tensor, Tenso
     own = mask.diagonal()
     positives = views * mask.sum(1) - own
     share = 1 / torch.where(positives < 1e-6, 1, positives)
-    # An anchor is none of its own positives.
-    of_samples = mask @ keys.unflatten(0, (views, samples)).sum(0)
-    similar = (
-        anchors.unflatten(0, (-1, samples)) * of_samples - own.unsqueeze(1) * anchors.unflatten(0, (-1, samples)) ** 2
-    )
-    weights = (positives * share).repeat(len(anchors) // samples)
-    return weights, (similar.sum(2) * share).sum()
+
+    def similarity() -> Tensor:
+        of_samples = mask @ keys.unflatten(0, (views, samples)).sum(0)
+        of_views = anchors.unflatten(0, (-1, samples))
+        # An anchor is none of its own positives.
+        similar = of_views * of_samples - own.unsqueeze(1) * of_views**2
+        return (similar.sum(2) * share).sum()
+
+    return (positives * share).repeat(len(anchors) // samples), similarity

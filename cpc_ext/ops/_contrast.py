@@ -71,7 +71,7 @@ _KERNEL_ARGUMENTS = (
     *("row_weights", "thresholds", "present"),
     *("losses", "ranks", "slopes", "bests"),
     *("grad_queries", "grad_keys", "grad_bias"),
-    *("scale", "factor", "measure", "contrast", "symmetric", "tf32"),
+    *("scale", "factor", "measure", "contrast", "symmetric", "self_contrast", "tf32"),
 )
 
 
@@ -83,7 +83,7 @@ def _needed(problem: Contrast, weights: Tensor | None, reduction: str) -> list[b
     forms = reduction != "none" and problem.queries.dtype != torch.float16
     return [
         forms and problem.queries.requires_grad,
-        forms and problem.keys.requires_grad,
+        forms and problem.keys is not None and problem.keys.requires_grad,
         forms and problem.key_bias is not None and problem.key_bias.requires_grad,
         may_need_gradients(weights),
         may_need_gradients(problem.scales),
@@ -92,7 +92,7 @@ def _needed(problem: Contrast, weights: Tensor | None, reduction: str) -> list[b
 
 
 def _empty_gradients(problem: Contrast, needs: Sequence[bool]) -> Gradients:
-    queries, keys = problem.queries, problem.keys
+    queries, keys = problem.queries, problem.contrasted()
 
     def empty(tensor: Tensor, need: bool) -> Tensor:
         return torch.empty_like(tensor, memory_format=torch.contiguous_format) if need else tensor.new_empty(0)
@@ -172,9 +172,19 @@ def _gradients_kernel(op: _Backward) -> Gradients:
 
 def _run(problem: Contrast, gradients: Gradients, needs: Sequence[bool], fields: dict[str, Any]) -> None:
     """Call the kernel; fields: those of native.info_nce that the problem and its gradients do not give."""
+    on_cpu = native.info_nce_on_cpu(problem.queries)
+    if problem.keys is None and needs[0] and not on_cpu:
+        # CUDA's kernels give queries and keys a gradient each.
+        of_keys = torch.empty_like(gradients.queries)
+        apart = problem._replace(keys=problem.queries)
+        _run(apart, gradients._replace(keys=of_keys), [True, True, needs[2]], fields)
+        gradients.queries.add_(of_keys)
+        return
     fields |= {
         name: value.contiguous() if isinstance(value, Tensor) else value for name, value in problem._asdict().items()
     }
+    if problem.keys is None:
+        fields |= {"keys": fields["queries"], "self_contrast": on_cpu}
     if problem.key_bias is not None:
         fields["key_bias"] = problem.key_bias.to(sums_dtype(problem.queries)).contiguous()
     for name, gradient, need in zip(("grad_queries", "grad_keys", "grad_bias"), gradients, needs, strict=False):
@@ -183,14 +193,14 @@ def _run(problem: Contrast, gradients: Gradients, needs: Sequence[bool], fields:
     kernel = [fields.get(name) for name in _KERNEL_ARGUMENTS]
     workspace = workspace_of(problem.queries, native.info_nce_workspace(*kernel))
     order = segments = None
-    if problem.negatives is not None and (needs[1] or needs[2]) and not native.info_nce_sorts(problem.queries):
+    if problem.negatives is not None and (needs[1] or needs[2]) and not on_cpu:
         order, segments = _by_key(problem)
     native.info_nce(*kernel, workspace, order, segments)
 
 
 def _by_key(problem: Contrast) -> tuple[Tensor, Tensor]:
     """What sorts positives and negatives, [B, M, P + S] flat, by their key, and where each key's begin in it."""
-    keys, negatives = problem.keys, problem.negatives
+    keys, negatives = problem.contrasted(), problem.negatives
     assert negatives is not None
     batch, num_keys = keys.shape[:2]
     parts = [negatives]

@@ -188,11 +188,12 @@ def common_dtype(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(queries.dtype, keys.dtype)
     if dtype != torch.float64:
         dtype = autocast_dtype(queries.device) or dtype
-    return queries.to(dtype), keys.to(dtype)
+    first = queries.to(dtype)
+    return first, first if keys is queries else keys.to(dtype)
 
 
 def _flat(queries: Tensor, keys: Tensor, options: ContrastOptions, measure: str) -> Contrast:
-    """The arguments with one leading dimension in place of any."""
+    """The arguments with one leading dimension in place of any, and without keys where these are the queries."""
     leading, (num_queries, dim), num_keys = queries.shape[:-2], queries.shape[-2:], keys.shape[-2]
     entries = leading.numel()
     rows = (entries, num_queries)
@@ -211,7 +212,7 @@ def _flat(queries: Tensor, keys: Tensor, options: ContrastOptions, measure: str)
         scale = 1.0
     return Contrast(
         queries.reshape(*rows, dim),
-        keys.reshape(entries, num_keys, dim),
+        None if keys is queries else keys.reshape(entries, num_keys, dim),
         _each_once(indices(options.targets)),
         indices(options.negatives),
         indices(options.exclude),

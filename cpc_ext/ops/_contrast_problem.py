@@ -14,7 +14,8 @@ class Contrast(NamedTuple):
     """A contrast as csrc/info_nce/info_nce.h describes it.
 
     Attributes:
-        queries, keys: [B, M, D] and [B, N, D].
+        queries, keys: [B, M, D] and [B, N, D]. Without keys, the queries are contrasted with each other, and their
+            gradient is that of both.
         targets: [B, M, P], -1 for none; no query's name a key twice. None: key m for query m.
         negatives: [B, M, S]. None: all keys.
         exclude: [B, M, E], -1 for none.
@@ -27,7 +28,7 @@ class Contrast(NamedTuple):
     """
 
     queries: Tensor
-    keys: Tensor
+    keys: Tensor | None
     targets: Tensor | None
     negatives: Tensor | None
     exclude: Tensor | None
@@ -40,6 +41,10 @@ class Contrast(NamedTuple):
     measure: str
     contrast: str
     symmetric: bool
+
+    def contrasted(self) -> Tensor:
+        """What the queries are contrasted with, [B, N, D]."""
+        return self.queries if self.keys is None else self.keys
 
 
 class Gradients(NamedTuple):

@@ -68,6 +68,10 @@ def gradients(
 
     Written out, as an op's forward pass, which forms gradients too, is out of autograd's reach.
     """
+    if problem.keys is None:
+        apart = problem._replace(keys=problem.queries)
+        both = gradients(apart, row_weights, [needs[0], needs[0], needs[2]], present)
+        return both._replace(queries=both.queries + both.keys, keys=both.keys.new_empty(0))
     queries, keys = problem.queries, problem.keys
     results = [queries.new_empty(0), keys.new_empty(0), keys.new_empty(0, dtype=sums_dtype(queries))]
     if not any(needs):
@@ -108,7 +112,7 @@ def _scale(problem: Contrast) -> Tensor | float:
 
 
 def _scores(problem: Contrast, present: Tensor | None = None) -> _Scores:
-    queries, keys = (tensor.to(sums_dtype(problem.queries)) for tensor in (problem.queries, problem.keys))
+    queries, keys = (tensor.to(sums_dtype(problem.queries)) for tensor in (problem.queries, problem.contrasted()))
     num_keys = keys.shape[1]
     last = max(num_keys - 1, 0)
     targets, exclude = problem.targets, problem.exclude

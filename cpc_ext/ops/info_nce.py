@@ -72,7 +72,8 @@ def info_nce(
     Args:
         queries: [*, M, D], floating. M may be 0.
         keys: [*, N, D], the leading dimensions those of the queries: each batch entry contrasts its own keys. Queries
-            and keys of different dtypes are promoted to their common one.
+            and keys of different dtypes are promoted to their common one. Where they are the very same tensor, the CPU
+            computes each pair once for both (docs/info_nce.md says when).
         targets: [*, M] or [*, M, P] integers, the indices of each query's positive keys, -1 for none; a key named twice
             is one. A query without positives counts as one of weight 0. Default: key m for query m.
         negatives: [*, M, S] integers, the keys each query is contrasted with besides its positives. Default: all keys.

@@ -4,7 +4,9 @@
 // only the few queries are packed. Scores become powers relative to the largest of a block of keys at once, and
 // probabilities when all blocks are known. Where the keys are too many for that, the scores of a part of them are
 // computed again for the gradients. A symmetric contrast knows its probabilities only when all queries are through: then
-// their dot products are taken up again, from memory as far as they may be kept there, or computed once more.
+// their dot products are taken up again, from memory as far as they may be kept there, or computed once more. So does a
+// self-contrast, whose scores are those of its columns too: a superblock of queries meets only the keys from its own
+// first on, and what these pairs weigh in both directions is multiplied with the queries and with the keys.
 // Included only by sources that are compiled once per instruction set level.
 #pragma once
 
@@ -90,6 +92,8 @@ class AllKeys {
   using R = Register<S>;
   static constexpr int64_t kLane = kLaneColumns<E>, kColumns = kTileColumns<E>;
   static constexpr bool kInPlace = std::is_same_v<S, Storage>;
+  // So that a superblock's own queries, as keys, are whole blocks.
+  static_assert(kMaxRows % kColumns == 0 && kMaxRows % kBlockKeys == 0);
 
  public:
   explicit AllKeys(const Problem& problem)
@@ -103,17 +107,20 @@ class AllKeys {
     const int64_t row_bytes = n_ * static_cast<int64_t>(sizeof(S));
     rows_ = std::min(kScoresBytes / std::max<int64_t>(row_bytes, 1), kMaxRows);
     chunk_blocks_ = blocks_;
-    if (rows_ < kMinRows) {
+    if (rows_ < kMinRows || problem.self_contrast) {
       rows_ = kMaxRows;
-      chunk_blocks_ =
-          kScoresBytes / (rows_ * kBlockKeys * static_cast<int64_t>(sizeof(S))) / kSliceBlocks * kSliceBlocks;
+      // What is kept, or computed again, need not all be in the cache.
+      const int64_t bytes = problem.self_contrast ? kScoresBytes / 3 : kScoresBytes;
+      chunk_blocks_ = bytes / (rows_ * kBlockKeys * static_cast<int64_t>(sizeof(S))) / kSliceBlocks * kSliceBlocks;
     }
     rows_ = std::max(rows_ / kColumns * kColumns, kColumns);
     rows_ = std::min(rows_, divide_up(m_, kLane) * kLane);
     panels_ = divide_up(rows_, kColumns);
-    // Whole superblocks are kept, and none where the keys are taken in parts.
-    if (problem.symmetric && chunk_blocks_ == blocks_ && problem.wants_gradients())
-      kept_rows_ = std::min(kKeptBytes / std::max<int64_t>(row_bytes, 1), divide_up(m_, kColumns) * kColumns);
+    // Whole superblocks are kept.
+    const int64_t bytes = problem.symmetric ? kKeptBytes : problem.self_contrast ? kKeptOfSelfBytes : 0;
+    const int64_t most = problem.wants_gradients() ? bytes / static_cast<int64_t>(sizeof(S)) : 0;
+    for (int64_t first = 0; first < m_ && kept_before(first + rows_) <= most; first += rows_)
+      kept_rows_ = first + rows_;
   }
 
   int64_t workspace() const {
@@ -124,8 +131,9 @@ class AllKeys {
 
   // Nanoseconds that a batch entry takes.
   double nanoseconds() const {
-    const int products = 1 + wants_queries() + wants_keys();
-    return products * 2. * static_cast<double>(m_ * d_) * static_cast<double>(n_) / kContrastFlops;
+    const double half = problem_.self_contrast ? 0.5 : 1;  // Of the scores.
+    const double products = half + wants_queries() + half * wants_keys();
+    return products * 2 * static_cast<double>(m_ * d_) * static_cast<double>(n_) / kContrastFlops;
   }
 
   // Contrasts a batch entry.
@@ -143,7 +151,7 @@ class AllKeys {
     const Storage* const keys = problem_.keys.template as<Storage>() + entry * n_ * d_;
     if constexpr (kInPlace) {
       call.keys = keys;
-      if (wants_keys()) call.grad_keys = problem_.grad_keys.template as<S>() + entry * n_ * d_;
+      if (wants_keys()) call.grad_keys = grad_keys().template as<S>() + entry * n_ * d_;
     } else {
       each(call.converters, blocks_, [&](int64_t block) {
         const int64_t first = block * kBlockKeys * d_, count = keys_of(block) * d_;
@@ -153,10 +161,19 @@ class AllKeys {
       call.grad_keys = call.buffers.grad_keys;
     }
     const auto rows_at = [&](int64_t first) { return Rows{first, std::clamp<int64_t>(m_ - first, 0, rows_)}; };
+    if (two_ways()) {
+      const int64_t all = divide_up(m_, kColumns) * kColumns;
+      for (S* part : {call.buffers.largest, call.buffers.of_rows}) std::fill_n(part, all, S{});
+    }
+    // Columns are asked for the ranks of queries of which only the keys' side comes up at first.
+    for (int64_t first = 0; problem_.self_contrast && first < m_; first += rows_) {
+      pack_queries(call, rows_at(first));
+      score_positives(call, rows_at(first));
+    }
     pack_queries(call, rows_at(0));
     for (int64_t first = 0; first < m_; first += rows_) superblock(call, rows_at(first), rows_at(first + rows_));
-    if (problem_.symmetric) {
-      finish_columns(call);
+    if (two_ways()) {
+      if (problem_.symmetric) finish_columns(call);
       if (problem_.wants_gradients()) pack_queries(call, rows_at(0));
       for (int64_t first = 0; problem_.wants_gradients() && first < m_; first += rows_)
         differentiate(call, rows_at(first), rows_at(first + rows_));
@@ -165,25 +182,33 @@ class AllKeys {
       std::fill_n(problem_.grad_queries.template as<Storage>() + entry * m_ * d_, m_ * d_, Storage{});
     if (m_ == 0 && wants_bias()) std::fill_n(problem_.grad_bias.template as<S>() + entry * n_, n_, S{});
     if (!wants_keys()) return;
-    if (m_ == 0) std::fill_n(problem_.grad_keys.template as<Storage>() + entry * n_ * d_, n_ * d_, Storage{});
+    if (m_ == 0) std::fill_n(grad_keys().template as<Storage>() + entry * n_ * d_, n_ * d_, Storage{});
     if constexpr (!kInPlace)
       each(call.converters, m_ == 0 ? 0 : blocks_, [&](int64_t block) {
         const int64_t at = block * kBlockKeys * d_;
-        narrow(problem_.grad_keys.template as<Storage>() + entry * n_ * d_ + at, call.grad_keys + at,
-               keys_of(block) * d_);
+        narrow(grad_keys().template as<Storage>() + entry * n_ * d_ + at, call.grad_keys + at, keys_of(block) * d_);
       });
   }
 
  private:
   bool wants_queries() const { return problem_.grad_queries.ndim != 0; }
-  bool wants_keys() const { return problem_.grad_keys.ndim != 0; }
+  bool wants_keys() const { return grad_keys().ndim != 0; }
+  const TensorView& grad_keys() const { return problem_.self_contrast ? problem_.grad_queries : problem_.grad_keys; }
   bool wants_bias() const { return problem_.grad_bias.ndim != 0; }
   bool sigmoid() const { return problem_.measure == Measure::sigmoid; }
+  // Whether a pair's weight depends on what both its row and its column come to.
+  bool two_ways() const { return problem_.symmetric || problem_.self_contrast; }
   int64_t keys_of(int64_t block) const { return std::min(kBlockKeys, n_ - block * kBlockKeys); }
+  // How many dot products of the queries before a superblock's first are kept.
+  int64_t kept_before(int64_t first) const {
+    const int64_t blocks = first / std::max<int64_t>(rows_, 1),
+                  left = problem_.self_contrast ? rows_ * blocks * (blocks - 1) / 2 : 0;
+    return rows_ * (blocks * n_ - left);
+  }
 
   struct Buffers {
     S* scores;             // [panels][keys of a chunk][columns]: dots, then powers, then weights of the gradients.
-    S* kept;               // The same of the first kept_rows_ queries, [n][columns] after one another: dots.
+    S* kept;               // The same of the first kept_rows_ queries, superblock after superblock: dots.
     S* by_feature;         // [panels][D][columns]: queries, to multiply keys with.
     S* by_query;           // [panels of features][rows][columns]: scaled queries, to multiply weights with.
     S* grad_queries;       // [panels][D][columns]
@@ -193,15 +218,15 @@ class AllKeys {
     S* bests;              // [rows]: what a rival must not be below to count in the rank.
     char* needed;          // [blocks][panels]: whether weights are more than zeros to the sums' precision.
     S *keys, *grad_keys;   // [N][D], where the tensors are of another type.
-    S *largest, *of_rows;  // [M], symmetric: what a row's powers are relative to, and from them to weights.
+    S *largest, *of_rows;  // [M], two ways: what a row's powers are relative to, and from them to weights.
     S* present;            // [M]: whether the query is contrasted in the columns.
     RowSums<S> of_panels;  // [panels][N]: sums of the columns.
     RowSums<S> columns;    // [N]: the same of all panels up to now; in the end `sums` turns powers to weights.
 
     Buffers(Parts& parts, const AllKeys& a) {
-      const bool gradients = a.problem_.wants_gradients(), symmetric = a.problem_.symmetric;
+      const bool gradients = a.problem_.wants_gradients(), two_ways = a.two_ways();
       scores = parts.take<S>(a.panels_ * kColumns * std::min(a.chunk_blocks_ * kBlockKeys, a.n_));
-      kept = parts.take<S>(a.kept_rows_ * a.n_);
+      kept = parts.take<S>(a.kept_before(a.kept_rows_));
       by_feature = parts.take<S>(a.panels_ * kColumns * a.d_);
       by_query = parts.take<S>(a.wants_keys() ? divide_up(a.d_, kColumns) * kColumns * a.rows_ : 0);
       grad_queries = parts.take<S>(a.wants_queries() ? a.panels_ * kColumns * a.d_ : 0);
@@ -209,19 +234,20 @@ class AllKeys {
       for (S** part : {&stats.maxima, &stats.sums, &stats.moments, &stats.counts})
         *part = parts.take<S>(a.blocks_ * padded);
       factors = parts.take<S>(gradients ? a.blocks_ * padded : 0);
-      const int64_t all_rows = symmetric ? divide_up(a.m_, kColumns) * kColumns : padded;
+      const int64_t all_rows = two_ways ? divide_up(a.m_, kColumns) * kColumns : padded;
       dots = parts.take<S>(all_rows * a.places_);
       weights = parts.take<S>(all_rows * a.places_);
-      bests = parts.take<S>(padded);
+      bests = parts.take<S>(all_rows);
       needed = parts.take<char>(a.blocks_ * a.panels_);
       keys = parts.take<S>(kInPlace ? 0 : a.n_ * a.d_);
       grad_keys = parts.take<S>(kInPlace || !a.wants_keys() ? 0 : a.n_ * a.d_);
-      for (S** part : {&largest, &of_rows, &present}) *part = parts.take<S>(symmetric ? all_rows : 0);
-      const int64_t all_keys = symmetric ? a.padded_keys() : 0;
-      for (S** part : {&of_panels.maxima, &of_panels.sums, &of_panels.moments})
+      for (S** part : {&largest, &of_rows}) *part = parts.take<S>(two_ways ? all_rows : 0);
+      present = parts.take<S>(a.problem_.symmetric ? all_rows : 0);
+      const int64_t all_keys = two_ways ? a.padded_keys() : 0;
+      for (S** part : {&of_panels.maxima, &of_panels.sums, &of_panels.moments, &of_panels.counts})
         *part = parts.take<S>(all_keys * a.panels_);
-      for (S** part : {&columns.maxima, &columns.sums, &columns.moments}) *part = parts.take<S>(all_keys);
-      of_panels.counts = columns.counts = nullptr;
+      for (S** part : {&columns.maxima, &columns.sums, &columns.moments, &columns.counts})
+        *part = parts.take<S>(all_keys);
     }
   };
 
@@ -246,7 +272,13 @@ class AllKeys {
   // Keys, filled up to whole blocks.
   int64_t padded_keys() const { return blocks_ * kBlockKeys; }
   // A row of a superblock among those that positives are kept of.
-  int64_t kept_row(const Rows& rows, int64_t row) const { return (problem_.symmetric ? rows.first : 0) + row; }
+  int64_t kept_row(const Rows& rows, int64_t row) const { return (two_ways() ? rows.first : 0) + row; }
+  // The keys that a superblock meets begin with this block. In a self-contrast what is before has met it already, and the
+  // blocks before the second bound hold its own queries, which meet each other both ways.
+  int64_t first_block(const Rows& rows) const { return problem_.self_contrast ? rows.first / kBlockKeys : 0; }
+  int64_t end_of_own(const Rows& rows) const {
+    return problem_.self_contrast ? divide_up(rows.first + rows.count, kBlockKeys) : 0;
+  }
   bool is_kept(const Rows& rows) const { return rows.first + rows.count <= kept_rows_; }
 
   // The row of all that is of queries.
@@ -267,16 +299,16 @@ class AllKeys {
   // Few parallel loops, as at the end of each all workers wait for the last. The next queries are packed beside the
   // last product of these, which does not need what these were packed to.
   void superblock(const Call& call, const Rows& rows, const Rows& next) const {
-    each(call.packers, rows.panels(), [&](int64_t panel) { score_positives(call, rows, panel); });
-    for (int64_t chunk = 0; chunk < blocks_; chunk += chunk_blocks_) {
+    if (!problem_.self_contrast) score_positives(call, rows);
+    for (int64_t chunk = first_block(rows); chunk < blocks_; chunk += chunk_blocks_) {
       score(call, rows, chunk, Pass::first);
-      if (problem_.symmetric)
+      if (two_ways())
         each(call.threads, chunk_end(chunk) - chunk, [&](int64_t i) { merge_columns_of(call, rows, chunk + i); });
     }
     // Little work, not worth another loop but for many.
     each(workers() > kFewWorkers ? call.threads : 1, rows.panels(),
          [&](int64_t panel) { finish_rows(call, rows, panel); });
-    if (problem_.symmetric || !problem_.wants_gradients()) return pack_queries(call, next);
+    if (two_ways() || !problem_.wants_gradients()) return pack_queries(call, next);
     differentiate(call, rows, next);
   }
 
@@ -284,13 +316,13 @@ class AllKeys {
 
   // The gradients' part of a superblock whose rows, and columns, are finished.
   void differentiate(const Call& call, const Rows& rows, const Rows& next) const {
-    for (int64_t chunk = 0; chunk < blocks_; chunk += chunk_blocks_) {
-      if (problem_.symmetric ? !is_kept(rows) : chunk_blocks_ < blocks_) score(call, rows, chunk, Pass::again);
+    for (int64_t chunk = first_block(rows); chunk < blocks_; chunk += chunk_blocks_) {
+      if (two_ways() ? !is_kept(rows) : chunk_blocks_ < blocks_) score(call, rows, chunk, Pass::again);
       const int64_t end = chunk_end(chunk);
       each(call.threads, end - chunk, [&](int64_t i) {
         weigh(call, rows, chunk, chunk + i);
         if (wants_bias()) add_to_bias(call, rows, chunk, chunk + i);
-        if (wants_keys()) add_to_keys(call, rows, chunk, chunk + i);
+        if (wants_keys() && chunk + i >= end_of_own(rows)) add_to_keys(call, rows, chunk, chunk + i);
       });
       // A tile's part of the keys serves all panels while it is in the cache, unless that leaves workers idle.
       const int64_t tiles = divide_up(d_, kTileRows), groups = divide_up(tiles, kTaskTiles);
@@ -337,9 +369,11 @@ class AllKeys {
   }
 
   S* scores_of(const Call& call, const Rows& rows, int64_t chunk, int64_t block, int64_t panel) const {
-    const int64_t keys = std::min(chunk_blocks_ * kBlockKeys, n_);
-    S* const first = is_kept(rows) ? call.buffers.kept + rows.first * n_ : call.buffers.scores;
-    return first + panel * kColumns * keys + (block - chunk) * kBlockKeys * rows.columns(panel);
+    const bool kept = is_kept(rows);
+    const int64_t begin = kept ? first_block(rows) : chunk;
+    const int64_t keys = kept ? n_ - begin * kBlockKeys : std::min(chunk_blocks_ * kBlockKeys, n_);
+    S* const first = kept ? call.buffers.kept + kept_before(rows.first) : call.buffers.scores;
+    return first + panel * kColumns * keys + (block - begin) * kBlockKeys * rows.columns(panel);
   }
   TileOfScores<S> tile_of(const Call& call, const Rows& rows, int64_t chunk, int64_t block, int64_t panel) const {
     const S* const bias = bias_of(call);
@@ -358,7 +392,11 @@ class AllKeys {
   RowSums<S> column_stats_of(const Call& call, int64_t block, int64_t panel) const {
     const int64_t at = panel * padded_keys() + block * kBlockKeys;
     const RowSums<S>& all = call.buffers.of_panels;
-    return {all.maxima + at, all.sums + at, all.moments + at, nullptr};
+    return {all.maxima + at, all.sums + at, all.moments + at, all.counts + at};
+  }
+
+  void score_positives(const Call& call, const Rows& rows) const {
+    each(call.packers, rows.panels(), [&](int64_t panel) { score_positives(call, rows, panel); });
   }
 
   // Dot products of a panel's queries with their positives, and what a rival must not be below to count in the rank.
@@ -370,7 +408,7 @@ class AllKeys {
         for (int64_t lane = 0; lane < count; lane += kTileRows)
           multiply_positives(call, rows, first, lane, std::min<int64_t>(kTileRows, count - lane), j);
       for (int64_t i = 0; i < kLane; ++i) {
-        S& best = call.buffers.bests[first + i];
+        S& best = call.buffers.bests[kept_row(rows, first + i)];
         best = kInfinity<S>;
         if (i < count)
           best = thresholds != nullptr && places_ == 0 ? thresholds[index(call, rows, first + i)]
@@ -449,12 +487,15 @@ class AllKeys {
   void sum_up(const Call& call, const Rows& rows, int64_t block, int64_t panel, const TileOfScores<S>& tile,
               Pass pass) const {
     const RowSums<S> stats = stats_of(call, block, panel);
-    const S* const bests = call.buffers.bests + panel * kColumns;
+    const S* const bests = call.buffers.bests + kept_row(rows, panel * kColumns);
     const bool first = pass == Pass::first;
     if (problem_.symmetric && first)
-      sum_columns(tile, call.buffers.present + rows.first + panel * kColumns, column_stats_of(call, block, panel));
+      sum_columns<false>(tile, call.buffers.present + rows.first + panel * kColumns,
+                         column_stats_of(call, block, panel));
+    if (problem_.self_contrast && first && block >= end_of_own(rows))
+      sum_columns<true>(tile, call.buffers.bests + block * kBlockKeys, column_stats_of(call, block, panel));
     for (int64_t c = 0; c < tile.columns; c += kLane) {
-      if (problem_.symmetric) {
+      if (two_ways()) {
         if (first) exponentiate<true, false>(tile, c, bests, stats);
       } else if (sigmoid()) {
         first ? logistics<true>(tile, c, bests, stats) : logistics<false>(tile, c, bests, stats);
@@ -530,24 +571,27 @@ class AllKeys {
     for (int64_t c = 0; c < rows.columns(panel); c += kLane) {
       const int64_t at = panel * kColumns + c;
       R largest = R{} - kLargest<S>, sum = {}, moment = {}, reached_by = {};
-      for (int64_t block = 0; block < blocks_; ++block) {
-        const R v = load_register(b.stats.maxima + block * pitch + at);
+      const auto each_part = [&](const auto& use) {
+        if (problem_.self_contrast) use(b.columns, rows.first + at);
+        for (int64_t block = first_block(rows); block < blocks_; ++block) use(b.stats, block * pitch + at);
+      };
+      each_part([&](const RowSums<S>& part, int64_t i) {
+        const R v = load_register(part.maxima + i);
         largest = v > largest ? v : largest;
-      }
-      for (int64_t block = 0; block < blocks_; ++block) {
-        const int64_t i = block * pitch + at;
-        const R share = exp(load_register(b.stats.maxima + i) - largest);
-        sum += load_register(b.stats.sums + i) * share;
-        moment += load_register(b.stats.moments + i) * share;
-        reached_by += load_register(b.stats.counts + i);
-      }
+      });
+      each_part([&](const RowSums<S>& part, int64_t i) {
+        const R share = exp(load_register(part.maxima + i) - largest);
+        sum += load_register(part.sums + i) * share;
+        moment += load_register(part.moments + i) * share;
+        reached_by += load_register(part.counts + i);
+      });
       R factors = {};  // From powers relative to the largest of all blocks to weights.
       for (int64_t i = 0; i < kLane && at + i < rows.count; ++i)
         factors[i] = finish_row(call, rows, at + i, {largest[i], sum[i], moment[i]}, reached_by[i]);
-      if (problem_.wants_gradients() && !problem_.symmetric)
+      if (problem_.wants_gradients() && !two_ways())
         share_out(call, panel, c, largest, sum, factors, rows.in(panel) - c);
     }
-    for (int64_t c = 0; problem_.wants_gradients() && !problem_.symmetric && c < rows.in(panel); ++c) {
+    for (int64_t c = 0; problem_.wants_gradients() && !two_ways() && c < rows.in(panel); ++c) {
       const PositivesOfRow<S> own = positives(call, rows, panel * kColumns + c);
       for (int64_t j = 0; j < places_; ++j)
         if (own.present(j) && b.weights[(panel * kColumns + c) * places_ + j] != 0)
@@ -570,7 +614,7 @@ class AllKeys {
     const S weight = weight_of_row(i), factor = outcome.factor_of_rivals(weight);
     for (int64_t j = 0; j < places_; ++j)
       b.weights[kept * places_ + j] = own.present(j) ? outcome.weight_of_positive(j, weight) : S{};
-    if (problem_.symmetric) {
+    if (two_ways()) {
       b.largest[kept] = rivals.largest;
       b.of_rows[kept] = factor;
     }
@@ -594,17 +638,17 @@ class AllKeys {
     }
   }
 
-  // --- Columns of a symmetric contrast ---
+  // --- Columns of a symmetric contrast, and of a self-contrast ---
 
   void merge_columns_of(const Call& call, const Rows& rows, int64_t block) const {
     const RowSums<S>& all = call.buffers.columns;
     const int64_t at = block * kBlockKeys;
-    const RowSums<S> to{all.maxima + at, all.sums + at, all.moments + at, nullptr};
+    const RowSums<S> to{all.maxima + at, all.sums + at, all.moments + at, all.counts + at};
     if (rows.first == 0) {
       std::fill_n(to.maxima, kBlockKeys, -kLargest<S>);
-      std::fill_n(to.sums, kBlockKeys, S{});
-      std::fill_n(to.moments, kBlockKeys, S{});
+      for (S* const sums : {to.sums, to.moments, to.counts}) std::fill_n(sums, kBlockKeys, S{});
     }
+    if (block < end_of_own(rows)) return;
     for (int64_t panel = 0; panel < rows.panels(); ++panel)
       merge_columns(kBlockKeys, column_stats_of(call, block, panel), to);
   }
@@ -631,8 +675,9 @@ class AllKeys {
     }
   }
 
-  // Whether a row has gradients, and a place in the columns of a symmetric contrast.
+  // Whether a row has gradients, and a place in the columns of a symmetric contrast. A self-contrast's has those of a key.
   bool is_present(int64_t row) const {
+    if (problem_.self_contrast) return true;
     if (problem_.present.ndim != 0) return problem_.present.template as<const S>()[row] != 0;
     return weight_of_row(row) != 0;
   }
@@ -640,16 +685,21 @@ class AllKeys {
     return weight_of(row, static_cast<S>(problem_.factor), problem_.row_weights.template as<const S>());
   }
 
-  // Powers, or dot products of a symmetric contrast, to weights of the gradients.
+  // Powers, or dot products where weights are of two ways, to weights of the gradients.
   void weigh(const Call& call, const Rows& rows, int64_t chunk, int64_t block) const {
     for (int64_t panel = 0; panel < rows.panels(); ++panel) {
       char& needed = call.buffers.needed[block * panels_ + panel];
-      if (problem_.symmetric) needed = 1;
+      if (two_ways()) needed = 1;
       if (!needed) continue;
       const TileOfScores<S> tile = tile_of(call, rows, chunk, block, panel);
       for (int64_t c = 0; c < tile.columns; c += kLane)
-        problem_.symmetric ? weigh_both_ways(call, rows, block, panel, tile, c)
-                           : weigh_powers(call, block, panel, tile, c);
+        problem_.self_contrast ? weigh_both_directions(call, rows, block, panel, tile, c)
+        : problem_.symmetric   ? weigh_both_ways(call, rows, block, panel, tile, c)
+                               : weigh_powers(call, block, panel, tile, c);
+      if (problem_.self_contrast) {
+        weigh_positives_both_directions(call, rows, block, panel, tile);
+        continue;
+      }
       for (int64_t c = 0; c < rows.in(panel); ++c) {
         const PositivesOfRow<S> own = positives(call, rows, panel * kColumns + c);
         for (int64_t j = 0; j < places_; ++j) {
@@ -685,6 +735,39 @@ class AllKeys {
                        exp_below_zero(score - b.columns.maxima[first + key]) * b.columns.sums[first + key];
       store_register(tile.values + key * tile.columns + c, present != R{} ? weight : R{});
     }
+  }
+
+  // What a pair weighs as query and key, and the other way round.
+  void weigh_both_directions(const Call& call, const Rows& rows, int64_t block, int64_t panel,
+                             const TileOfScores<S>& tile, int64_t c) const {
+    const Buffers& b = call.buffers;
+    const int64_t row = rows.first + panel * kColumns + c, first = block * kBlockKeys;
+    const R largest = load_register(b.largest + row), of_row = load_register(b.of_rows + row);
+    for (int64_t key = 0; key < tile.keys; ++key) {
+      const R score = tile.score(tile.dots(key, c), key), factor = in_all_lanes(b.of_rows[first + key]);
+      // What a factor of 0 would be multiplied with may be anything.
+      const R own = exp_below_zero(score - largest) * of_row;
+      const R other = exp_below_zero(score - b.largest[first + key]) * factor;
+      store_register(tile.values + key * tile.columns + c, (of_row != R{} ? own : R{}) + (factor != R{} ? other : R{}));
+    }
+  }
+
+  // Positives weigh nothing yet, as they are no rivals.
+  void weigh_positives_both_directions(const Call& call, const Rows& rows, int64_t block, int64_t panel,
+                                       const TileOfScores<S>& tile) const {
+    const int64_t first_row = rows.first + panel * kColumns, first_key = block * kBlockKeys;
+    const auto each_pair = [&](int64_t first, int64_t count, int64_t others, int64_t end, const auto& use) {
+      for (int64_t i = 0; i < count; ++i) {
+        const PositivesOfRow<S> own = positives(call, {first, count}, i);
+        for (int64_t j = 0; j < places_; ++j)
+          if (own.key(j) >= others && own.key(j) < end)
+            use(i, own.key(j) - others, call.buffers.weights[(first + i) * places_ + j]);
+      }
+    };
+    each_pair(first_row, rows.in(panel), first_key, first_key + tile.keys,
+              [&](int64_t c, int64_t key, S weight) { tile.values[key * tile.columns + c] += weight; });
+    each_pair(first_key, tile.keys, first_row, first_row + rows.in(panel),
+              [&](int64_t key, int64_t c, S weight) { tile.values[key * tile.columns + c] += weight; });
   }
 
   void add_to_bias(const Call& call, const Rows& rows, int64_t chunk, int64_t block) const {
@@ -751,7 +834,7 @@ class AllKeys {
               tile.multiply([left, d = d_](int r, int64_t key) { return left + key * d + r; },
                             scores_of(call, rows, chunk, block, panel), keys_of(block));
             }
-            if (slice > 0) add(tile, sums, columns);
+            if (slice > first_block(rows)) add(tile, sums, columns);
             tile.store(sums, columns);
           });
         }
@@ -763,7 +846,11 @@ class AllKeys {
   void write_queries(const Call& call, const Rows& rows, int64_t panel, int64_t begin, int64_t end) const {
     const int64_t columns = rows.columns(panel);
     const S* const sums = call.buffers.grad_queries + panel * kColumns * d_;
-    for (int64_t c = 0; c < rows.in(panel); ++c) {
+    for (int64_t c = 0; problem_.self_contrast && c < rows.in(panel); ++c) {
+      S* const to = call.grad_keys + (rows.first + panel * kColumns + c) * d_;
+      for (int64_t k = begin; k < end; ++k) to[k] = (rows.first == 0 ? S{} : to[k]) + scale_ * sums[k * columns + c];
+    }
+    for (int64_t c = 0; !problem_.self_contrast && c < rows.in(panel); ++c) {
       Storage* const to =
           problem_.grad_queries.template as<Storage>() + (call.entry * m_ + rows.first + panel * kColumns + c) * d_;
       const bool counts = is_present(index(call, rows, panel * kColumns + c));

@@ -8,8 +8,8 @@ const bind::Ops ops([](pybind11::module_& module) {
   bind::op(module, "info_nce", "Fills losses, ranks, slopes, bests and the gradients.", kContrast, cpu::contrast,
            cuda::contrast);
   module.def(
-      "info_nce_sorts", [](const bind::TensorArg& queries) { return !bind::on_cuda(queries.device); },
-      pybind11::arg("queries"), "Whether the kernel for this device finds order and segments by itself.");
+      "info_nce_on_cpu", [](const bind::TensorArg& queries) { return !bind::on_cuda(queries.device); },
+      pybind11::arg("queries"), "Whether the CPU's kernel runs, which finds order and segments by itself and takes self-contrasts.");
 });
 
 }  // namespace cpc::info_nce

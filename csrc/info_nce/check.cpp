@@ -80,6 +80,10 @@ void check(const Problem& problem, Where where) {
               (problem.measure == Measure::softmax && !problem.sampled() && problem.targets.ndim == 0 && rows == keys),
           "symmetric is softmax of all keys, as many as queries, with the positives on the diagonal");
   require(problem.symmetric || problem.present.ndim == 0, "present is for symmetric contrasts");
+  require(!problem.self_contrast ||
+              (problem.keys.data == problem.queries.data && rows == keys && problem.grad_keys.ndim == 0),
+          "the keys of a self-contrast are its queries, and it has no grad_keys");
+  require(!problem.self_contrast || where == Where::host, "self_contrast is for the CPU");
   if (problem.order.ndim != 0) {
     require_shape("order", problem.order, {batch * rows * (problem.samples() + problem.positives())});
     require_shape("segments", problem.segments, {batch * keys + 1});

@@ -20,10 +20,15 @@
 // `symmetric`, with softmax of all keys and the positives on the diagonal, M = N: losses[m] is the mean of the above and
 // of that of the transposed scores, in which key m is told the query m from the queries that are contrasted with it.
 //
+// `self_contrast`: the keys are the queries, and grad_queries gets what is due to both, in place of grad_keys. The scores
+// are then those of the transposed matrix, too: where nothing tells a pair from the pair the other way round (a key_range,
+// biases, groups that differ, an index that names m for n but not n for m) the CPU computes them once. A row of weight 0
+// remains a key.
+//
 // Scores of all keys are sums over the features in an order that only the number of features decides, so equal keys have
 // equal scores. Sums are in float, in double where the tensors are, in an order that depends on the sizes only: results
 // are the same for any number of threads. The matrix of scores is not in memory: tiles of it stay in the cache or in
-// registers. Only `symmetric` keeps some, at most kKeptBytes of them, so as not to compute them again.
+// registers. Only `symmetric` and `self_contrast` keep some, of bounded size, so as not to compute them again.
 //
 // A row of weight 0 is absent from all gradients, whatever its query and the keys it is contrasted with hold: it gives
 // nothing to grad_keys and grad_bias, and its grad_queries[m] is 0. A symmetric contrast leaves it out of all columns; where
@@ -45,8 +50,9 @@
 
 namespace cpc::info_nce {
 
-// Scores of a symmetric contrast that are kept at most: those of 4096 queries and keys in float.
-constexpr int64_t kKeptBytes = int64_t{64} << 20;
+// Scores of a symmetric contrast that are kept at most: those of 4096 queries and keys in float. Those of a self-contrast
+// cost half as much to compute again: each pair of 1800 queries once, in float.
+constexpr int64_t kKeptBytes = int64_t{64} << 20, kKeptOfSelfBytes = int64_t{8} << 20;
 
 enum class Measure : uint8_t { softmax, log_sum, sigmoid };
 constexpr auto names_of(Measure) { return std::array{"softmax", "log_sum", "sigmoid"}; }
@@ -77,7 +83,8 @@ struct Problem {
   Measure measure = Measure::softmax;
   Groups contrast = Groups::all;
   bool symmetric = false;
-  bool tf32 = false;  // Whether CUDA may round float operands to TF32.
+  bool self_contrast = false;  // The CPU only.
+  bool tf32 = false;           // Whether CUDA may round float operands to TF32.
 
   int64_t batch() const { return queries.shape[0]; }
   int64_t rows() const { return queries.shape[1]; }
@@ -113,8 +120,8 @@ constexpr auto kContrast = fields_of<Problem>(
     may_write<&Problem::grad_keys>("grad_keys", Type::same, "B N D", Layout::dense),
     may_write<&Problem::grad_bias>("grad_bias", Type::sums, "B N", Layout::dense), value<&Problem::scale>("scale"),
     value<&Problem::factor>("factor"), value<&Problem::measure>("measure"), value<&Problem::contrast>("contrast"),
-    value<&Problem::symmetric>("symmetric"), value<&Problem::tf32>("tf32"),
-    workspace<&Problem::workspace>("workspace", "info_nce_workspace"),
+    value<&Problem::symmetric>("symmetric"), value<&Problem::self_contrast>("self_contrast"),
+    value<&Problem::tf32>("tf32"), workspace<&Problem::workspace>("workspace", "info_nce_workspace"),
     may_read<&Problem::order>("order", Type::i64, "L", Layout::dense),
     may_read<&Problem::segments>("segments", Type::i64, "G", Layout::dense));
 

@@ -191,11 +191,17 @@ S across_lanes(Register<S> v, const Combine& combine) {
   return v[0];
 }
 
-// What the scores of a column, a key's with all queries of the tile that are present, come to.
-template <class S>
-void sum_columns(const TileOfScores<S>& tile, const S* present, const RowSums<S>& to) {
+// What the scores of a column, a key's with the queries of the tile, come to: in a self-contrast with all of them, and
+// counted where they reach `of_each`, the key's best; otherwise with those that are present, for which `of_each` is not 0.
+template <bool kSelf, class S>
+void sum_columns(const TileOfScores<S>& tile, const S* of_each, const RowSums<S>& to) {
   using R = Register<S>;
-  const auto of_present = [&](R dot, int64_t c) { return load_register(present + c) != R{} ? dot : R{} + kLeftOut<S>; };
+  const auto of_present = [&](R dot, int64_t c) {
+    if constexpr (kSelf)
+      return dot;
+    else
+      return load_register(of_each + c) != R{} ? dot : R{} + kLeftOut<S>;
+  };
   for (int64_t key = 0; key < tile.keys; ++key) {
     R most = R{} - kInfinity<S>;
     for (int64_t c = 0; c < tile.columns; c += tile.kLane) {
@@ -203,16 +209,19 @@ void sum_columns(const TileOfScores<S>& tile, const S* present, const RowSums<S>
       most = score > most ? score : most;
     }
     const S largest = finite<S>(across_lanes<S>(most, [](R a, R b) { return a > b ? a : b; }));
-    R sum = {}, moment = {};
+    R sum = {}, moment = {}, count = {};
     for (int64_t c = 0; c < tile.columns; c += tile.kLane) {
-      const R dot = of_present(tile.dots(key, c), c), power = exp_below_zero(tile.score(dot, key) - largest);
+      const R dot = of_present(tile.dots(key, c), c), score = tile.score(dot, key);
+      const R power = exp_below_zero(score - largest);
       sum += power;
       moment += power * dot;
+      if constexpr (kSelf) count += reached<S>(dot, score, in_all_lanes(of_each[key]));
     }
     const auto add = [](R a, R b) { return a + b; };
     to.maxima[key] = largest;
     to.sums[key] = across_lanes<S>(sum, add);
     to.moments[key] = across_lanes<S>(moment, add);
+    to.counts[key] = across_lanes<S>(count, add);
   }
 }
 
@@ -227,6 +236,7 @@ void merge_columns(int64_t count, const RowSums<S>& from, const RowSums<S>& to) 
     store_register(to.maxima + i, largest);
     store_register(to.sums + i, load_register(to.sums + i) * keep + load_register(from.sums + i) * take);
     store_register(to.moments + i, load_register(to.moments + i) * keep + load_register(from.moments + i) * take);
+    store_register(to.counts + i, load_register(to.counts + i) + load_register(from.counts + i));
   }
 }
 

@@ -197,7 +197,7 @@ def given(monkeypatch):
 
 @pytest.mark.parametrize("targeted", [False, True])
 def test_order_of_positives_and_negatives_by_key(given, targeted):
-    calls = given("_contrast", info_nce_sorts=False)
+    calls = given("_contrast", info_nce_on_cpu=False)
     queries, keys = draw(2, 3, 4), draw(2, 5, 4)
     targets = torch.tensor([[0, 4, 2], [3, 3, 0]]) if targeted else torch.arange(3).expand(2, 3)
     negatives = torch.tensor([[[1, 4], [4, 0], [0, 3]], [[4, 4], [2, 0], [0, 4]]])

@@ -47,7 +47,10 @@ class Results:
 
 @dataclass
 class Problem:
-    """Arguments on the CPU: ``learns``, tensors in which gradients are taken, in their own types, and ``given``."""
+    """Arguments on the CPU: ``learns``, tensors in which gradients are taken, in their own types, and ``given``.
+
+    Where no keys learn, the queries are contrasted with each other.
+    """
 
     learns: dict[str, Tensor]
     given: dict[str, Any] = field(default_factory=dict)
@@ -55,7 +58,7 @@ class Problem:
 
     def arguments(self, device: torch.device) -> dict[str, Any]:
         inputs = {name: tensor.detach().to(device).requires_grad_() for name, tensor in self.learns.items()}
-        return inputs | {name: on(device, value) for name, value in self.given.items()}
+        return {"keys": inputs["queries"]} | inputs | {name: on(device, value) for name, value in self.given.items()}
 
     def run(self, device: torch.device, reduction: str = "mean", wanted: tuple[str, ...] | None = None) -> Results:
         """What the op gives; gradients of all that learns, or of what is wanted."""
@@ -72,7 +75,7 @@ class Problem:
     def exactly(self, reduction: str = "mean", *, by_reference: bool = False) -> tuple[Results, ByHand]:
         """What comes of it by hand in float64, or by the reference, where loops would take long."""
         exact = {name: tensor.detach().double().requires_grad_() for name, tensor in self.learns.items()}
-        options = self.given | exact
+        options = {"keys": exact["queries"]} | self.given | exact
         if by_reference:
             return _by_reference(options, exact, reduction)
         queries, keys = options.pop("queries"), options.pop("keys")
@@ -181,6 +184,7 @@ def draw(
     scale: Any = 0.7,
     weights: bool = False,
     permuted: bool = False,
+    alone: bool = False,
     seed: int = 0,
     **given: Any,
 ) -> Problem:
@@ -195,6 +199,7 @@ def draw(
         contrast: with groups of which a query's may have no key; their numbers agree in their low 32 bits.
         bias: the type of biases.
         scale: a tensor learns.
+        alone: the queries are their own keys; ``permuted`` then makes pairs of them, each the other's positive.
     """
     num_queries, num_keys, dim = shape
     generator = torch.Generator().manual_seed(seed + num_queries + 7 * num_keys + 13 * dim)
@@ -217,6 +222,9 @@ def draw(
             named[..., 2, :] = -1
     elif targets:
         given["targets"] = integers(num_keys, *rows)
+        named = given["targets"].unsqueeze(-1)
+    elif permuted and alone:
+        given["targets"] = torch.arange(num_queries).roll(num_queries // 2).expand(rows)
         named = given["targets"].unsqueeze(-1)
     elif permuted:
         given["targets"] = torch.rand(rows, generator=generator).argsort(-1)
@@ -241,6 +249,8 @@ def draw(
         learns["key_bias"] = normal(*batch, num_keys).to(bias)
     if weights:
         learns["weights"] = torch.rand(rows, generator=generator).mul(3).floor()
+    if alone:
+        del learns["keys"]
     (learns if isinstance(scale, Tensor) and scale.requires_grad else given)["scale"] = scale
     return Problem(learns, given, measure)
 

@@ -23,7 +23,7 @@ class Contrast:
     dtypes: tuple[torch.dtype, torch.dtype]
     values: Callable
     queries: Layout
-    keys: Layout
+    keys: Layout | None  # None: the queries are their own keys.
     targets: Layout | None
     negatives: Layout | None
     exclude: Layout | None
@@ -46,7 +46,8 @@ def contrasts(draw) -> Contrast:
     batch = draw(st.sampled_from([(), (), (1,), (2,), (2, 2), (0,), (2, 0)]))
     num_queries, num_keys, dim, samples = (draw(st.integers(low, 6)) for low in (0, 1, 0, 0))
     symmetric = draw(st.integers(0, 4)) == 4
-    if symmetric:
+    alone = draw(st.integers(0, 4)) == 4
+    if symmetric or (alone and num_queries):
         num_keys = num_queries
     elif num_queries == 0:
         num_keys = draw(st.integers(0, 5))
@@ -63,7 +64,7 @@ def contrasts(draw) -> Contrast:
         dtypes=draw(st.tuples(st.sampled_from(FLOATING), st.sampled_from(FLOATING))),
         values=draw(st.sampled_from([normal, small_integers])),
         queries=draw(layouts((*rows, dim))),
-        keys=draw(layouts((*of_keys, dim))),
+        keys=None if alone and num_keys == num_queries else draw(layouts((*of_keys, dim))),
         targets=draw(targets),
         negatives=None if symmetric else draw(st.none() | layouts((*rows, samples))),
         exclude=draw(indices),
@@ -86,7 +87,7 @@ def indices_of(case: Contrast, device: torch.device) -> tuple[dict, dict]:
     """Indices and groups as the op gets them, and densely."""
     options, plain = {}, {}
     *batch, num_queries, _ = case.queries.shape
-    num_keys = case.keys.shape[-2]
+    num_keys = (case.keys or case.queries).shape[-2]
     least = -1 if case.index_dtype.is_signed else 0
 
     def place(layout: Layout, low: int, high: int) -> tuple[Tensor, Tensor]:
@@ -137,13 +138,15 @@ def test_info_nce_and_its_gradients_are_contrasts_by_hand(device, for_examples):
             )
             weights = plain["weights"] = dense_weights.double()
 
-        loss, accuracy, rank = info_nce(**learns, **options, reduction=case.reduction)
-        dtype = torch.float64 if torch.float64 in case.dtypes else torch.float32
+        alone = {"keys": learns["queries"]} if case.keys is None else {}
+        loss, accuracy, rank = info_nce(**learns, **alone, **options, reduction=case.reduction)
+        dtype = torch.float64 if torch.float64 in case.dtypes[: 1 if alone else 2] else torch.float32
         assert loss.dtype == accuracy.dtype == dtype
         assert rank.dtype == torch.int64
 
         # The largest absolute value of what is summed to a score, and how far a loss may be off.
-        dots = exact["queries"].detach().abs() @ exact["keys"].detach().abs().mT
+        exact_keys = exact.get("keys", exact["queries"])
+        dots = exact["queries"].detach().abs() @ exact_keys.detach().abs().mT
         biases = [float(exact["key_bias"].detach().abs().max())] if "key_bias" in exact and dots.numel() else []
         largest = abs(float(torch.as_tensor(case.scale).detach())) * float(dots.max() if dots.numel() else 0) + sum(
             biases
@@ -153,7 +156,7 @@ def test_info_nce_and_its_gradients_are_contrasts_by_hand(device, for_examples):
         # Small integers have exact scores and ties; of others a tie may round either way.
         surely = case.values is small_integers and not biases
         given = {name: value for name, value in exact.items() if name not in ("queries", "keys")}
-        by_hand = contrast_by_hand(exact["queries"], exact["keys"], unsure=0 if surely else bound, **plain, **given)
+        by_hand = contrast_by_hand(exact["queries"], exact_keys, unsure=0 if surely else bound, **plain, **given)
         expected = reduced(by_hand, weights, case.reduction)
         assert_within(loss, expected, bound)
         assert bool(((by_hand.least <= rank.cpu()) & (rank.cpu() <= by_hand.most)).all())
