@@ -133,8 +133,7 @@ def _of_classes(anchors: Tensor, keys: Tensor, classes: Tensor) -> tuple[Tensor,
 def _squared_lengths(features: Tensor) -> Tensor:
     """Squared lengths [M] of features [M, D]. A product with itself would have its gradient formed twice, and added."""
     constant = features.detach()
-    lengths: Tensor = 2 * (features * constant).sum(1) - (constant * constant).sum(1)
-    return lengths
+    return 2 * (features * constant).sum(1) - (constant * constant).sum(1)
 
 
 def _of_mask(anchors: Tensor, keys: Tensor, mask: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
@@ -153,6 +152,6 @@ def _of_mask(anchors: Tensor, keys: Tensor, mask: Tensor) -> tuple[Tensor, Calla
         of_views = anchors.unflatten(0, (-1, samples))
         # An anchor is none of its own positives.
         similar = of_views * of_samples - own.unsqueeze(1) * of_views**2
-        return (similar.sum(2) * share).sum()
+        return torch.vdot(similar.sum(2).sum(0), share)
 
     return (positives * share).repeat(len(anchors) // samples), similarity
