@@ -369,7 +369,7 @@ def module_without(trace: Path, barrier: str, header: str, kernels: str, folder:
     [
         (
             "__syncthreads();  // A row's dot products are there, whoever multiplied them.",
-            *("info_nce/cuda.cu", "info_nce/cuda.cu", "all keys", "score"),
+            *("info_nce/all_keys.cuh", "info_nce/cuda.cu", "all keys", "score"),
         ),
         (
             "__syncthreads();  // This slice is there for all, and the stage of the one before is free.",

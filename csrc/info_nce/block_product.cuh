@@ -1,0 +1,86 @@
+// A block's product on the GPU: a tile of 64 x 64, by warps of 32 x 32.
+#pragma once
+
+#include "core/cuda/warp_product.cuh"
+#include "info_nce/rows.cuh"
+
+namespace cpc::info_nce::cuda {
+
+constexpr int kTile = 64, kRowTiles = 2, kWarpsAcross = kTile / kWarpColumns;
+// While one slice is multiplied, the next is in shared memory and the one after that on its way to registers.
+constexpr int kStages = 2, kTileBytes = kTile * kSliceBytes, kStageBytes = 2 * kTileBytes;
+
+template <class Value>
+using Chunk = Pack<Value, kChunk<Value>>;
+template <class Math>
+using Sums = WarpSums<Math, kRowTiles>;
+// Blocks of a multiprocessor, at least, of scores and of gradients: bounds the registers.
+template <class Math>
+constexpr int kScoreBlocks = !Math::kTensorCores                 ? 2
+                             : sizeof(typename Math::Value) == 2 ? 4
+                                                                 : 5;
+template <class Math>
+constexpr int kGradBlocks = Math::kTensorCores ? 4 : 2;
+__device__ inline int warp_row() { return threadIdx.x / kWarp / kWarpsAcross * (16 * kRowTiles); }
+__device__ inline int warp_column() { return threadIdx.x / kWarp % kWarpsAcross * kWarpColumns; }
+
+// sums += A B over `depth`. load_a(i, k) and load_b give the chunk of the operand's layout that begins at element i of
+// the tile's side and depth k.
+template <class Math, class A, class B, class LoadA, class LoadB>
+__device__ void multiply(Sums<Math>& sums, int64_t depth, const LoadA& load_a, const LoadB& load_b) {
+  using Value = typename Math::Value;
+  constexpr int kChunks = kTileBytes / kChunkBytes / kThreads;
+  Chunk<Value> of_a[kChunks], of_b[kChunks];  // A thread's.
+  const auto each_chunk = [&](const auto& work) {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const int chunk = static_cast<int>(threadIdx.x) + c * kThreads;
+      work(of_a[c], A::chunk(chunk), of_b[c], B::chunk(chunk));
+    }
+  };
+  const auto fetch = [&](int64_t begin) {
+    if (begin >= depth) return;
+    each_chunk([&](Chunk<Value>& a, const ChunkPlace& in_a, Chunk<Value>& b, const ChunkPlace& in_b) {
+      a = load_a(in_a.side, begin + in_a.depth);
+      b = load_b(in_b.side, begin + in_b.depth);
+    });
+  };
+  fetch(0);
+  unsigned char* tiles = dynamic_shared();
+  for (int64_t begin = 0; begin < depth; begin += kDepth<Value>) {
+    each_chunk([&](const Chunk<Value>& a, const ChunkPlace& in_a, const Chunk<Value>& b, const ChunkPlace& in_b) {
+      *reinterpret_cast<Chunk<Value>*>(tiles + in_a.at) = a;
+      *reinterpret_cast<Chunk<Value>*>(tiles + kTileBytes + in_b.at) = b;
+    });
+    fetch(begin + kDepth<Value>);
+    __syncthreads();  // This stage is there for all, and the other, which is stored to next, is free.
+    add_product<Math, kRowTiles>(sums, A(tiles, warp_row()), B(tiles + kTileBytes, warp_column()));
+    tiles = dynamic_shared() + (tiles == dynamic_shared() ? kStageBytes : 0);
+  }
+  __syncthreads();  // Shared memory is free again.
+}
+
+// Calls use(row, column, value) for each sum of the lane.
+template <class Math, class Use>
+__device__ void each_sum(const Sums<Math>& sums, const Use& use) {
+  const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int r = 0; r < 4; ++r)
+        use(warp_row() + 16 * i + 8 * (r / 2) + g, warp_column() + 8 * j + 2 * t + r % 2, sums[i][j][r]);
+}
+
+// Columns from `column` on of a row of [rows, d], zeros outside.
+template <class Value, class T>
+__device__ Chunk<Value> load_chunk(const T* matrix, int64_t row, int64_t rows, int64_t column, int64_t d) {
+  constexpr int kCount = kChunk<Value>;
+  Chunk<Value> chunk = {};
+  const int64_t left = d - column;
+  if (row < rows) load_run(chunk.v, matrix + row * d + column, 1, static_cast<int>(left < kCount ? left : kCount));
+  return chunk;
+}
+
+}  // namespace cpc::info_nce::cuda
