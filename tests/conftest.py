@@ -27,6 +27,30 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 torch._functorch.config.error_on_custom_op_aliasing = True
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--sweep-step", type=int, default=1, help="of a test with many parameters run every n-th choice (default: all)"
+    )
+
+
+@pytest.hookimpl(trylast=True)  # After -k has chosen.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With ``--sweep-step`` leaves choices of parameters out, the same ones in every run.
+
+    A step that divides none of the numbers of choices gives each value its turn. Sweeps of up to eight steps, such as
+    those of sizes at the edges of blocks, run whole. Devices are swept one by one.
+    """
+    step = config.getoption("--sweep-step")
+    sweeps: dict[tuple, list[pytest.Item]] = {}
+    for item in items:
+        device = item.callspec.params.get("device") if hasattr(item, "callspec") else None
+        sweeps.setdefault((item.path, getattr(item, "originalname", item.name), device), []).append(item)
+    left_out = {item for sweep in sweeps.values() if len(sweep) > 8 * step for n, item in enumerate(sweep) if n % step}
+    if left_out:
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
+
+
 def built(name: str, *options: str) -> Path:
     """The folder with the CUDA kernels built for the host, by options of CMakeLists.txt."""
     search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])

@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
+from cpc_ext import figures
 from cpc_ext.evaluation import evaluator
 from cpc_ext.evaluation.encoder_run import EncoderRun, weights_digest
 from cpc_ext.evaluation.encodings_cache import images_digest
@@ -56,6 +58,13 @@ def run(runs, tmp_path, monkeypatch, tiny_dataset):
     """run("cpc") is a copy of a run's folder, whose data set is the tiny one."""
     monkeypatch.setattr(run_data, "load_dataset", lambda *arguments, **options: tiny_dataset)
     return lambda name, copied="": Path(shutil.copytree(runs / name, tmp_path / (copied or name)))
+
+
+@pytest.fixture
+def empty_figures(monkeypatch):
+    """Figures with nothing in them, where it is not they that are tested: drawing is most of an evaluation's work."""
+    for name in ("confusion", "label_efficiency"):
+        monkeypatch.setattr(figures, name, lambda *arguments: Figure((1, 1)))
 
 
 def evaluate(*arguments):
@@ -195,6 +204,7 @@ def test_evaluation_leaves_everything(run, capsys):
         assert (folder / "evaluation" / f"{figure}.png").read_bytes().startswith(PNG), figure
 
 
+@pytest.mark.usefixtures("empty_figures")
 def test_equal_seeds_give_equal_results(run):
     first, second = run("cpc", "first"), run("cpc", "second")
     options = ("--labels", "2", "--mode", "knn,finetune,supervised", "--finetune-steps", 2, "--finetune-epochs", 0)
@@ -205,6 +215,7 @@ def test_equal_seeds_give_equal_results(run):
     assert rows(first)["knn", "2"]["confusion"] != rows(second)["knn", "2"]["confusion"]
 
 
+@pytest.mark.usefixtures("empty_figures")
 def test_encodings_are_computed_once(run, monkeypatch):
     folder = run("cpc")
     encoded = []
@@ -252,6 +263,7 @@ def test_images_digest_depends_on_pixels_and_labels(tiny_dataset):
     assert images_digest(replace(images, labels=images.labels[::-1].copy())) != images_digest(images)
 
 
+@pytest.mark.usefixtures("empty_figures")
 def test_results_are_added_and_not_computed_twice(run, monkeypatch):
     folder = run("cpc")
     assert evaluate(folder, "--labels", "1,2", "--mode", "knn", "--repeats", 1) == 0
@@ -271,6 +283,7 @@ def test_results_are_added_and_not_computed_twice(run, monkeypatch):
     assert len(rows(folder)) == 4
 
 
+@pytest.mark.usefixtures("empty_figures")
 def test_ctrl_c_keeps_what_is_finished(run, monkeypatch, capsys):
     folder = run("cpc")
 
@@ -304,6 +317,7 @@ def test_images_without_labels(run, monkeypatch, tiny_dataset, capsys):
     assert "the images of --dataset textures have no labels" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("empty_figures")
 def test_place_of_the_data(run, monkeypatch, tiny_dataset, tmp_path):
     asked = []
 

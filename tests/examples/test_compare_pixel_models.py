@@ -99,6 +99,7 @@ def test_comparison(started, tmp_path, capsys):
 
 
 def test_stopped_comparison_goes_on(started, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(comparison, "draw", lambda *arguments: None)
     original, steps = PixelTask.losses, []
 
     def losses(self, *arguments):
@@ -120,6 +121,7 @@ def test_stopped_comparison_goes_on(started, tmp_path, capsys, monkeypatch):
 
 
 def test_a_time_instead_of_steps(started, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "draw", lambda *arguments: None)
     monkeypatch.setattr(comparison, "trained_seconds", lambda run: 0.0 if not run.metrics.is_file() else 61.0)
     monkeypatch.setattr(PixelTask, "observe", lambda task, step, run: {})
     monkeypatch.setattr(comparison, "ENDLESS", 1000)

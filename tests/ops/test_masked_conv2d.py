@@ -399,7 +399,7 @@ def test_channels_last_stays(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-def test_results_do_not_vary(device, dtype):
+def test_results_do_not_vary(request, device, dtype):
     case = Case(24, 17, 34, (7, 7), activation="gated")  # Large enough for three threads.
     mask = case.mask_tensor().to(device)
 
@@ -411,7 +411,8 @@ def test_results_do_not_vary(device, dtype):
 
     before = torch.get_num_threads()
     try:
-        first, *others = [run(threads) for threads in ((1, 2, 2, 3) if device.type == "cpu" else (1, 1))]
+        on_threads = request.node.callspec.params["device"] == "cpu"
+        first, *others = [run(threads) for threads in ((1, 2, 2, 3) if on_threads else (1, 1))]
     finally:
         torch.set_num_threads(before)
     for other in others:

@@ -68,13 +68,15 @@ def test_learns_an_image_by_heart():
     model = PixelCNNPP(3, channels=8, blocks=1, mixtures=2, dropout=0.0)
     images = uint8(1, 3, 4, 4)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-2)
-    for _ in range(120):
+    begin = model.bits_per_dim(images)
+    for _ in range(120):  # Processors and numbers of threads differ in when it gets there.
         optimizer.zero_grad()
         loss = model.bits_per_dim(images)
+        if loss < 5:
+            break
         loss.backward()
         optimizer.step()
-    # It begins above 9; processors and numbers of threads differ in where it ends, from 3.2 to 4.6.
-    assert loss < 5
+    assert loss < 5 < 9 < begin
 
 
 def test_every_parameter_learns():
@@ -165,7 +167,8 @@ def test_autocast_keeps_the_likelihood_in_float32():
 def test_compiles_without_breaks():
     model, labels = PixelCNNPP(3, channels=4, blocks=1, mixtures=2, num_classes=3).eval(), torch.tensor([0, 2])
     images = uint8(2, 3, 4, 4)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    # The tracer finds breaks. Differentiating the trace takes twice as long; tests of the ops do that.
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(images, labels), model(images, labels))
 
 
