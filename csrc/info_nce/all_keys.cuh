@@ -508,7 +508,7 @@ __device__ Sum finish_row(const Arguments<T, Math>& a, int64_t entry, int64_t ro
 }
 
 template <class T, class Math>
-__global__ void __launch_bounds__(kFinishThreads) finish_rows(const __grid_constant__ Arguments<T, Math> a) {
+__global__ void __launch_bounds__(kFinishThreads, 2) finish_rows(const __grid_constant__ Arguments<T, Math> a) {
   using Sum = typename Math::Sum;
   auto& factors = static_shared<Sum[kFinishedRows], struct FactorsOfFinishedRows>();
   const int at = threadIdx.x % kFinishedRows, share = threadIdx.x / kFinishedRows;

@@ -52,8 +52,6 @@ FAULTS = (
     Fault("local", "info_nce::score<*, TensorCores<float>>", "registers, around the product", (AMPERE,)),
     Fault("local", "info_nce::contrast_sampled<*>", "registers", (BLACKWELL,)),
     Fault("local", "info_nce::sum_sampled_keys<*, float>", "registers", (AMPERE,)),
-    Fault("local", "info_nce::finish_rows<double, *>", "registers", (HOPPER,)),
-    Fault("local", "info_nce::finish_rows<*>", "registers", (BLACKWELL,)),
     Fault("generic", "info_nce::contrast_sampled<*>", "ptxas merges addresses of parameters and keys", (BLACKWELL,)),
     Fault("local", "patches::extract_staged<float, *>", "registers", (HOPPER,)),
     Fault("local", "patches::sum_patches<double>", "registers", (AMPERE,)),
