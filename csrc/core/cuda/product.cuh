@@ -196,13 +196,14 @@ class MainLoop {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       if constexpr (!kAhead) load(step);
+      const int free = stage_;
       if (step == kSteps - 1) {
         wait_for_copies<Tile::kStages - 2>();
         __syncthreads();  // The next slice is there for all, and all have read this one.
-        start(stage_);
         stage_ = stage_ == Tile::kStages - 1 ? 0 : stage_ + 1;
       }
-      if constexpr (kAhead) load((step + 1) % kSteps);
+      if constexpr (kAhead) load((step + 1) % kSteps);  // Before copies, which the compiler keeps behind it.
+      if (step == kSteps - 1) start(free);
       multiply_fragments<Math, Tile>(sums, fragments_[kAhead ? step % 2 : 0]);
     }
   }

@@ -12,6 +12,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "core/cuda/product.cuh"
 
@@ -80,13 +81,40 @@ struct Rows {
   };
 };
 
+// Values of 32 bits with their depth outermost, as DepthOutermost has them, for whole warps' fragments only. ldmatrix does
+// not transpose them; lanes load each value. Tiles of 8 of the side follow each other in chunks that are permuted among
+// those of 4 tiles, so that all addresses of a lane are one of 4 and a constant.
+template <class T, int kWidth>
+class FragmentsOfColumns {
+ public:
+  static_assert(sizeof(T) == 4);
+  __device__ FragmentsOfColumns(const unsigned char* tile, int first) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      of_tile_[i] = tile + chunk_of_depth<T, kWidth>(lane % 4, (first + 8 * i + lane / 4) / kChunk<T>) + lane / 4 % 4 * 4;
+  }
+  template <bool kOfA>
+  __device__ void load_fragments(uint32_t (&r)[4], int i, int depth) const {
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      const int eighth = 2 * i + upper_side<kOfA>(m), step = depth + 4 * upper_depth<kOfA>(m);
+      const auto* const at = of_tile_[eighth % 4] + step * kWidth * 4 + eighth / 4 * 4 * 8 * 4;
+      r[m] = *reinterpret_cast<const uint32_t*>(at);
+    }
+  }
+
+ private:
+  const unsigned char* of_tile_[4];
+};
+
 // A matrix whose depth is outermost: step k of the depth is the values of all rows of A, or columns of B, from
 // values + k * stride.
 template <class T>
 struct Columns {
   using Value = T;
   template <int kSide>
-  using Operand = DepthOutermost<T, kSide>;
+  using Operand = std::conditional_t<sizeof(T) == 4, FragmentsOfColumns<T, kSide>, DepthOutermost<T, kSide>>;
 
   const T* values;
   int64_t stride, count;

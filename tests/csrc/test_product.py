@@ -1,0 +1,183 @@
+"""The product that kernels share (csrc/core/cuda/product.cuh), by itself: right, without races, without bank conflicts.
+
+What nvcc makes of it, and how long it takes on GPUs by what was counted, is in test_product_speed.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+# Of the results, as a share of the sum of the products' magnitudes: what rounding results and operands leaves.
+TOLERANCES = {
+    ("bfloat16", "square"): 2**-8.9,
+    ("float16", "square"): 2**-11.9,
+    "bfloat16": 2**-21,
+    "tf32": 2**-10,
+    "split_tf32": 2**-19.5,
+}
+PRODUCTS = [
+    f"{math} {tile} {operands}"
+    for math, tile in [
+        *(("bfloat16", tile) for tile in ("square", "wide", "low")),
+        ("float16", "square"),
+        *(("tf32", tile) for tile in ("square", "wide", "low")),
+        ("split_tf32", "square"),
+    ]
+    for operands in ("rows-rows", "rows-columns", "columns-columns")
+]
+# Rows, columns and depth: nothing but edges, odd, several tiles, less depth than there are stages, none.
+SIZES = [(1, 1, 1), (131, 263, 77), (300, 257, 129), (128, 256, 64), (65, 9, 200), (5, 7, 0)]
+
+
+def run(program: Path, product: str, size: tuple[int, int, int], **variables: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"} | variables
+    environment.pop("LD_PRELOAD", None)  # Its own sanitizer, not one that this process may run under.
+    command = [program, *product.split(), *map(str, size)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+
+
+def error_of(program: Path, product: str, size: tuple[int, int, int], **variables: str) -> float:
+    done = run(program, product, size, **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return float(done.stdout)
+
+
+def tolerance_of(product: str) -> float:
+    math, tile, _ = product.split()
+    return TOLERANCES.get((math, tile), TOLERANCES.get(math, 0.0))
+
+
+@pytest.fixture
+def program(emulation: Path) -> Path:
+    return emulation / "product_check"
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_products_are_right(program, product, size):
+    assert error_of(program, product, size) <= tolerance_of(product)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        *({"CPC_EMULATION_SHARED_KIB": str(kib)} for kib in (99, 163, 227)),
+        *({"CPC_EMULATION_GRID": str(blocks)} for blocks in (1, 3)),
+        *({"CPC_EMULATION_ORDER": order} for order in ("forward", "backward", "greedy")),
+        {"CPC_EMULATION_COPIES": "early"},
+        {"CPC_EMULATION_MULTIPROCESSORS": "132"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("product", [name for name in PRODUCTS if name.startswith(("bfloat16", "split"))])
+def test_products_are_the_same_whatever_a_gpu_does(program, product, variables):
+    size = (300, 520, 77)
+    assert error_of(program, product, size, **variables) == error_of(program, product, size)
+
+
+@pytest.mark.parametrize("product", [name for name in PRODUCTS if "square" in name])
+def test_products_are_right_with_a_tensor_cores_sums(program, product):
+    """They cut off what they add, so that errors grow with the depth, also of split products."""
+    assert error_of(program, product, (65, 70, 500), CPC_EMULATION_MATH="gpu") <= tolerance_of(product) + 2**-18
+
+
+def test_split_products_are_more_exact_by_far(program):
+    plain, split = (error_of(program, f"{math} square rows-rows", (65, 70, 200)) for math in ("tf32", "split_tf32"))
+    assert split < plain / 300
+
+
+def test_every_product_is_run(program):
+    names = subprocess.run([program], capture_output=True, text=True, check=False).stdout.split("\n")
+    assert sorted(filter(None, names)) == sorted(PRODUCTS)
+
+
+# --- Accesses ---
+
+
+def traced(program: Path, product: str, size: tuple[int, int, int], **variables: str) -> dict:
+    done = run(program, product, size, **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (launch,) = json.loads(done.stdout)["traffic"]
+    return launch
+
+
+def conflicts(launch: dict) -> int:
+    return sum(place["units"] - place["ideal"] for place in launch["places"] if place["space"] == "shared")
+
+
+@pytest.mark.parametrize("blocks", [None, 1])
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_products_neither_race_nor_conflict(trace, product, blocks):
+    grid = {} if blocks is None else {"CPC_EMULATION_GRID": str(blocks)}
+    launch = traced(trace / "product_check", product, (300, 300, 136), **grid)
+    assert conflicts(launch) == 0
+    assert set(launch["copies"]) == {"16"}
+    reads = [place for place in launch["places"] if place["way"] == "read"]
+    assert all(place["space"] == "shared" for place in reads)  # Of values that ldmatrix does not transpose.
+
+
+@pytest.mark.parametrize("product", [name for name in PRODUCTS if name.startswith(("bfloat16", "tf32"))])
+def test_whole_tiles_ask_for_no_more_sectors_than_they_need(trace, product):
+    launch = traced(trace / "product_check", product, (256, 512, 256))
+    of_global = [place for place in launch["places"] if place["space"] == "global"]
+    assert of_global
+    assert all(place["units"] == place["ideal"] for place in of_global)
+
+
+# --- Faults that are planted are found ---
+
+FAULTS = {
+    "barrier": (
+        "product.cuh",
+        "__syncthreads();  // The next slice is there for all, and all have read this one.",
+        "",
+        "kernel multiply: ",
+    ),
+    "wait": ("product.cuh", "wait_for_copies<Tile::kStages - 2>();", "wait_for_copies<Tile::kStages - 1>();", "kernel multiply: "),
+    "entry": ("product.cuh", "__syncthreads();  // The first slice is there for all.", "", "kernel multiply: "),
+    "stage": ("product.cuh", "if (step == kSteps - 1) start(free);", "if (step == 0) start(free);", "kernel multiply: "),
+    "swizzle": ("warp_product.cuh", "(chunk ^ (row / 2 % kChunksOfSlice))", "chunk", None),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(trace, tmp_path, fault):
+    header, line, instead, message = FAULTS[fault]
+    done = run(program_with(trace, header, line, instead, tmp_path), "bfloat16 square rows-rows", (130, 140, 200))
+    if message is not None:
+        assert done.returncode == 1
+        assert done.stdout.startswith(message)
+        assert " race" in done.stdout
+    else:
+        assert conflicts(json.loads(done.stdout)["traffic"][0]) > 0
+
+
+def program_with(trace: Path, header: str, line: str, instead: str, folder: Path) -> Path:
+    """The traced program, of one product, made of sources in which a line is another."""
+    sources = folder / "csrc"
+    shutil.copytree(REPOSITORY / "csrc", sources)
+    text = (sources / "core" / "cuda" / header).read_text()
+    assert text.count(line) == 1
+    (sources / "core" / "cuda" / header).write_text(text.replace(line, instead))
+    ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    commands = subprocess.run([ninja, "-C", trace, "-t", "commands", "product_check"], capture_output=True, text=True)
+    *compile_commands, link = commands.stdout.strip().split("\n")
+    (command,) = (one for one in compile_commands if "product_check.cu" in one)
+    made, mine = re.search(r" -o (\S+)", command)[1], folder / "product_check.o"
+    command = command.replace(f"-o {made}", f"-DCPC_FEW_PRODUCTS -o {mine}")
+    command = command.replace(str(REPOSITORY / "csrc"), str(sources))
+    link = link.replace(made, str(mine)).replace("-o product_check", f"-o {folder / 'product_check'}")
+    for step in (command, link):
+        done = subprocess.run(step, shell=True, cwd=trace, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    return folder / "product_check"
