@@ -34,7 +34,8 @@ template <class T>
 class Matrix {
  public:
   // Rows are padded to whole chunks, with NaN.
-  Matrix(int64_t rows, int64_t columns) : stride((columns + kChunk<T> - 1) / kChunk<T> * kChunk<T>), rows(rows), columns(columns) {
+  Matrix(int64_t rows, int64_t columns)
+      : stride((columns + kChunk<T> - 1) / kChunk<T> * kChunk<T>), rows(rows), columns(columns) {
 #if defined(CPC_CUDA_EMULATION)
     values = new (std::align_val_t{64}) T[static_cast<size_t>(rows * stride)];
 #else
@@ -114,20 +115,20 @@ double run(const Size& size) {
 using Run = double (*)(const Size&);
 using Runs = std::map<std::string, Run>;
 
+// Only one product, where its arguments are given: "TensorCores<BFloat16>, SquareTile, Rows, Rows".
+#if defined(CPC_ONE_PRODUCT)
+Runs all_runs() { return {{"one of them", &run<CPC_ONE_PRODUCT>}}; }
+#else
 template <class Math, class Tile>
 void add(Runs& runs, const std::string& name) {
   runs[name + " rows-rows"] = &run<Math, Tile, Rows, Rows>;
-#if !defined(CPC_FEW_PRODUCTS)
   runs[name + " rows-columns"] = &run<Math, Tile, Rows, Columns>;
   runs[name + " columns-columns"] = &run<Math, Tile, Columns, Columns>;
-#endif
 }
-
 // How threads copy and read depends on the size of values, and not else on what they are multiplied in.
 Runs all_runs() {
   Runs runs;
   add<TensorCores<BFloat16>, SquareTile>(runs, "bfloat16 square");
-#if !defined(CPC_FEW_PRODUCTS)
   add<TensorCores<BFloat16>, WideTile>(runs, "bfloat16 wide");
   add<TensorCores<BFloat16>, LowTile>(runs, "bfloat16 low");
   add<TensorCores<Half>, SquareTile>(runs, "float16 square");
@@ -135,15 +136,14 @@ Runs all_runs() {
   add<TensorCores<float>, WideTile>(runs, "tf32 wide");
   add<TensorCores<float>, LowTile>(runs, "tf32 low");
   add<SplitTf32, SquareTile>(runs, "split_tf32 square");
-#endif
   return runs;
 }
+#endif
 
 void print_run(Run run, const Size& size) {
 #if defined(CPC_CUDA_TRACE)
   const char* const blocks = std::getenv("BLOCKS");
-  emulation::begin_trace({{"races", {}}, {"traffic", {}}},
-                         blocks != nullptr ? std::strtoull(blocks, nullptr, 10) : 0);
+  emulation::begin_trace({{"races", {}}, {"traffic", {}}}, blocks != nullptr ? std::strtoull(blocks, nullptr, 10) : 0);
   run(size);
   print(emulation::end_trace());
 #else

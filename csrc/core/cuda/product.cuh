@@ -316,8 +316,9 @@ void launch_product(const char* name, const A& a, const B& b, const Epilogue& ep
     throw std::invalid_argument(std::string(name) + ": more than 2^30 tiles of results");
   const int64_t blocks = std::min(row_tiles * column_tiles, product_blocks<Tile>());
   const double square = std::sqrt(static_cast<double>(blocks) * Tile::kColumns / Tile::kRows);
-  const TileOrder order{static_cast<int>(row_tiles), static_cast<int>(column_tiles),
-                        static_cast<int>(std::clamp<int64_t>(std::llround(square), 1, std::max<int64_t>(row_tiles, 1)))};
+  const TileOrder order{
+      static_cast<int>(row_tiles), static_cast<int>(column_tiles),
+      static_cast<int>(std::clamp<int64_t>(std::llround(square), 1, std::max<int64_t>(row_tiles, 1)))};
   constexpr int64_t kSlice = kDepth<typename Math::Value>;
   const int slices = static_cast<int>(std::max<int64_t>((depth + kSlice - 1) / kSlice, 1));
   launch(name, &multiply<Math, Tile, A, B, Epilogue>, {blocks, dim3(Tile::kThreads), Tile::kSharedBytes}, stream,

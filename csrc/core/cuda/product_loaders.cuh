@@ -92,7 +92,8 @@ class FragmentsOfColumns {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      of_tile_[i] = tile + chunk_of_depth<T, kWidth>(lane % 4, (first + 8 * i + lane / 4) / kChunk<T>) + lane / 4 % 4 * 4;
+      of_tile_[i] =
+          tile + chunk_of_depth<T, kWidth>(lane % 4, (first + 8 * i + lane / 4) / kChunk<T>) + lane / 4 % 4 * 4;
   }
   template <bool kOfA>
   __device__ void load_fragments(uint32_t (&r)[4], int i, int depth) const {
