@@ -4,9 +4,12 @@
 //       where accesses are traced, prints what the kernel did, as JSON, and fails where it races
 //   product_check
 //       prints the names of what there is, as "MATH TILE OPERANDS"
+// "taps" in the place of OPERANDS is a convolution of ROWS images of 9 x 11 pixels and DEPTH channels by the visible taps of
+// a filter of 3 x 3, with COLUMNS outputs.
 // OPERANDS tell how the depth of A and of B lies: in "rows", innermost, as queries and keys have it, or in "columns",
 // outermost, as the operands of their gradients have it. BLOCKS in the environment says how many blocks are traced.
 // Compiled for the emulation and by nvcc, whose machine code is looked at.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -17,6 +20,7 @@
 #include "core/cuda/product.cuh"
 #include "core/cuda/product_epilogues.cuh"
 #include "core/cuda/product_loaders.cuh"
+#include "masked_conv/visible_taps.cuh"
 #if defined(CPC_CUDA_TRACE)
 #include "print_value.h"
 #endif
@@ -110,6 +114,51 @@ double run(const Size& size) {
   return worst;
 }
 
+// --- A convolution ---
+
+template <class Math, class Tile>
+double convolve(const Size& size) {
+  namespace conv = masked_conv::cuda;
+  using T = typename Math::Value;
+  constexpr int kHeight = 9, kWidth = 11;
+  const std::vector<conv::Taps::Offset> taps = {{-1, -1}, {-1, 0}, {-1, 1}, {0, -1}, {0, 0}};
+  const auto count = static_cast<int64_t>(taps.size());
+  const int64_t pixels = size.rows * kHeight * kWidth, depth = count * size.depth;
+  Matrix<T> input(pixels, size.depth), weight(size.columns, depth);
+  Matrix<float> d(pixels, size.columns);
+  input.fill(1, true);
+  weight.fill(2, true);
+  conv::VisibleTaps<T> a = {input.values,
+                            pixels,
+                            kHeight,
+                            kWidth,
+                            static_cast<int>(size.depth),
+                            FastDivide(kWidth),
+                            FastDivide(kHeight),
+                            {static_cast<int>(count), {}}};
+  std::copy(taps.begin(), taps.end(), a.taps.at);
+  launch_product<Math, Tile>("convolve", a,
+                             Rows<T>{weight.values, weight.stride, size.columns, static_cast<int>(depth)},
+                             StoreRows<float>{d.values, d.stride, pixels, size.columns}, depth, nullptr);
+  check(cudaDeviceSynchronize(), "convolving");
+#if defined(CPC_CUDA_TRACE)
+  return 0;
+#endif
+  const auto seen = [&](int64_t pixel, int64_t k) {
+    const conv::Taps::Offset by = taps[static_cast<size_t>(k / size.depth)];
+    const int64_t y = pixel / kWidth % kHeight + by.dy, x = pixel % kWidth + by.dx;
+    const bool inside = y >= 0 && y < kHeight && x >= 0 && x < kWidth;
+    return inside ? input.at(pixel + by.dy * kWidth + by.dx, k % size.depth) : 0.0;
+  };
+  double worst = 0;
+  for (int64_t i = 0; i < pixels; ++i)
+    for (int64_t j = 0; j < size.columns; ++j) {
+      const double error = error_of(d, i, j, depth, seen, [&](int64_t o, int64_t k) { return weight.at(o, k); });
+      if (!(error <= worst)) worst = error;
+    }
+  return worst;
+}
+
 // --- The program ---
 
 using Run = double (*)(const Size&);
@@ -136,6 +185,8 @@ Runs all_runs() {
   add<TensorCores<float>, WideTile>(runs, "tf32 wide");
   add<TensorCores<float>, LowTile>(runs, "tf32 low");
   add<SplitTf32, SquareTile>(runs, "split_tf32 square");
+  runs["bfloat16 square taps"] = &convolve<TensorCores<BFloat16>, SquareTile>;
+  runs["tf32 low taps"] = &convolve<TensorCores<float>, LowTile>;
   return runs;
 }
 #endif

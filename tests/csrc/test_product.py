@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ PRODUCTS = [
     ]
     for operands in ("rows-rows", "rows-columns", "columns-columns")
 ]
+CONVOLUTIONS = ["bfloat16 square taps", "tf32 low taps"]
 # Rows, columns and depth: nothing but edges, odd, several tiles, less depth than there are stages, none.
 SIZES = [(1, 1, 1), (131, 263, 77), (300, 257, 129), (128, 256, 64), (65, 9, 200), (5, 7, 0)]
 
@@ -68,6 +70,13 @@ def test_products_are_right(program, product, size):
     assert error_of(program, product, size) <= tolerance_of(product)
 
 
+# Images, outputs and channels: slices of several taps, of parts of two, and taps of several slices.
+@pytest.mark.parametrize("size", [(1, 5, 8), (3, 130, 24), (2, 64, 80)])
+@pytest.mark.parametrize("product", CONVOLUTIONS)
+def test_convolutions_are_right(program, product, size):
+    assert error_of(program, product, size) <= TOLERANCES[product.split()[0]]
+
+
 @pytest.mark.parametrize(
     "variables",
     [
@@ -79,10 +88,23 @@ def test_products_are_right(program, product, size):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("product", [name for name in PRODUCTS if name.startswith(("bfloat16", "split"))])
+@pytest.mark.parametrize(
+    "product",
+    [
+        *("bfloat16 square columns-columns", "bfloat16 wide rows-rows"),
+        *("tf32 low columns-columns", "split_tf32 square rows-rows"),
+    ],
+)
 def test_products_are_the_same_whatever_a_gpu_does(program, product, variables):
-    size = (300, 520, 77)
-    assert error_of(program, product, size, **variables) == error_of(program, product, size)
+    assert error_of(program, product, SEVERAL_TILES, **variables) == usual_error(program, product)
+
+
+SEVERAL_TILES = (260, 270, 77)
+
+
+@cache
+def usual_error(program: Path, product: str) -> float:
+    return error_of(program, product, SEVERAL_TILES)
 
 
 @pytest.mark.parametrize("product", [name for name in PRODUCTS if "square" in name])
@@ -98,7 +120,7 @@ def test_split_products_are_more_exact_by_far(program):
 
 def test_every_product_is_run(program):
     names = subprocess.run([program], capture_output=True, text=True, check=False).stdout.split("\n")
-    assert sorted(filter(None, names)) == sorted(PRODUCTS)
+    assert sorted(filter(None, names)) == sorted([*PRODUCTS, *CONVOLUTIONS])
 
 
 # --- Accesses ---
@@ -116,10 +138,11 @@ def conflicts(launch: dict) -> int:
 
 
 @pytest.mark.parametrize("blocks", [None, 1])
-@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("product", [*PRODUCTS, *CONVOLUTIONS])
 def test_products_neither_race_nor_conflict(trace, product, blocks):
     grid = {} if blocks is None else {"CPC_EMULATION_GRID": str(blocks)}
-    launch = traced(trace / "product_check", product, (300, 300, 136), **grid)
+    size = (4, 136, 24) if product in CONVOLUTIONS else (300, 300, 136)
+    launch = traced(trace / "product_check", product, size, **grid)
     assert conflicts(launch) == 0
     assert set(launch["copies"]) == {"16"}
     reads = [place for place in launch["places"] if place["way"] == "read"]

@@ -27,7 +27,7 @@
 namespace cpc::cuda {
 
 // float32 on tensor cores, nearly as exact as it is: each value is a sum of two of TF32, and of their four products the
-// smallest is left out. What remains differs from exact products by about 2^-21 of each. An infinite value gives NaN.
+// smallest is left out. What remains differs from exact products by at most 2^-20 of each. An infinite value gives NaN.
 struct SplitTf32 {
   using Value = float;
   using Sum = float;
@@ -110,14 +110,14 @@ __device__ uint32_t rounded(uint32_t bits) {
     return bits;
 }
 
-// The upper part of a float that is a value of TF32, and what it lacks.
+// The value of TF32 nearest to a float, and what the float has beyond it.
 struct Split {
   uint32_t large, small;
 };
 __device__ inline Split split(uint32_t bits) {
-  const uint32_t large = bits & 0xffffe000u;
-  const float rest = __int_as_float(static_cast<int>(bits)) - __int_as_float(static_cast<int>(large));
-  return {large, static_cast<uint32_t>(__float_as_int(rest))};
+  const float value = __int_as_float(static_cast<int>(bits));
+  const uint32_t large = to_tf32(value);
+  return {large, static_cast<uint32_t>(__float_as_int(value - __int_as_float(static_cast<int>(large))))};
 }
 
 template <class Math, class Tile>
@@ -306,9 +306,12 @@ int64_t product_blocks() {
   return multiprocessors() * std::clamp<int64_t>(shared / (Tile::kSharedBytes + reserved), 1, Tile::kBlocks);
 }
 
-// Queues D = A B on a stream, as `name` in errors.
+// Queues D = A B on a stream, as `name` in errors. The operands must fit.
 template <class Math, class Tile, class A, class B, class Epilogue>
 void launch_product(const char* name, const A& a, const B& b, const Epilogue& epilogue, int64_t depth, void* stream) {
+  constexpr int64_t kMostDepth = std::numeric_limits<int32_t>::max() / 2;
+  if (!a.fits() || !b.fits() || depth > kMostDepth)
+    throw std::invalid_argument(std::string(name) + ": operands that no product takes");
   const int64_t row_tiles = (a.count + Tile::kRows - 1) / Tile::kRows;
   const int64_t column_tiles = (b.count + Tile::kColumns - 1) / Tile::kColumns;
   constexpr int64_t kMost = 1 << 30;  // So that a step beyond the last tile is a number, too.

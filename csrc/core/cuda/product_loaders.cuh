@@ -7,7 +7,10 @@
 //                    the tile's side begins, start(tile) starts copies of its next slice, and end() makes all that
 //                    follow slices of zeros. Values beyond the depth are zeros, and those beyond the side are any.
 //
-// The loaders here copy chunks of 16 bytes: their matrices must have_chunks and fit_products.
+//   fits()           on the host, whether this can be copied in chunks of 16 bytes, and its places in a tile have 32 bits
+//
+// What lies between the end of a matrix's row and the next multiple of 16 bytes must be memory that can be read, and
+// zeros where the row goes along the depth.
 #pragma once
 
 #include <cstdint>
@@ -18,17 +21,10 @@
 
 namespace cpc::cuda {
 
-// Whether the rows of a matrix begin at multiples of 16 bytes. What lies between a row's end and the next such multiple
-// must be memory that can be read, and zeros where the row goes along the depth.
 template <class T>
-bool has_chunks(const T* values, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(values) % kChunkBytes == 0 && stride % kChunk<T> == 0;
-}
-
-// Whether places in the largest tile of a matrix, and along its depth, are of 32 bits.
-inline bool fits_products(int64_t stride, int64_t depth) {
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  return stride <= kMost / WideTile::kColumns && depth <= kMost / 2;
+bool fits_chunks(const T* values, int64_t stride) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / WideTile::kColumns;
+  return reinterpret_cast<uintptr_t>(values) % kChunkBytes == 0 && stride % kChunk<T> == 0 && stride <= kMost;
 }
 
 // A matrix whose depth is innermost: row i of A, or column i of B, is `depth` values from values + i * stride.
@@ -41,6 +37,8 @@ struct Rows {
   const T* values;
   int64_t stride, count;
   int depth;
+
+  bool fits() const { return fits_chunks(values, stride); }
 
   template <int kSide, int kThreads>
   class Copies {
@@ -120,6 +118,8 @@ struct Columns {
   const T* values;
   int64_t stride, count;
   int depth;
+
+  bool fits() const { return fits_chunks(values, stride); }
 
   template <int kSide, int kThreads>
   class Copies {
