@@ -168,6 +168,27 @@ using Runs = std::map<std::string, Run>;
 #if defined(CPC_ONE_PRODUCT)
 Runs all_runs() { return {{"one of them", &run<CPC_ONE_PRODUCT>}}; }
 #else
+// How many operands are taken that should not be: rows that do not begin at 16 bytes, or that are too far apart.
+double refuse(const Size& size) {
+  using T = BFloat16;
+  Matrix<T> a(size.rows, size.depth + 8), d(size.rows, size.rows);
+  const Rows<T> right = {a.values, a.stride, size.rows, static_cast<int>(size.depth)};
+  Rows<T> shifted = right, narrow = right, far = right;
+  shifted.values += 1;
+  narrow.stride -= 1;
+  far.stride = int64_t{1} << 23;
+  int taken = 0;
+  for (const auto& wrong : {shifted, narrow, far})
+    for (const bool first : {true, false}) try {
+        launch_product<TensorCores<T>, SquareTile>("multiply", first ? wrong : right, first ? right : wrong,
+                                                   StoreRows<T>{d.values, d.stride, size.rows, size.rows}, size.depth,
+                                                   nullptr);
+        ++taken;
+      } catch (const std::invalid_argument&) {
+      }
+  return taken;
+}
+
 template <class Math, class Tile>
 void add(Runs& runs, const std::string& name) {
   runs[name + " rows-rows"] = &run<Math, Tile, Rows, Rows>;
@@ -185,6 +206,7 @@ Runs all_runs() {
   add<TensorCores<float>, WideTile>(runs, "tf32 wide");
   add<TensorCores<float>, LowTile>(runs, "tf32 low");
   add<SplitTf32, SquareTile>(runs, "split_tf32 square");
+  runs["bfloat16 square refused"] = &refuse;
   runs["bfloat16 square taps"] = &convolve<TensorCores<BFloat16>, SquareTile>;
   runs["tf32 low taps"] = &convolve<TensorCores<float>, LowTile>;
   return runs;

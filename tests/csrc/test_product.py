@@ -118,9 +118,13 @@ def test_split_products_are_more_exact_by_far(program):
     assert split < plain / 300
 
 
+def test_operands_that_no_product_takes_are_refused(program):
+    assert error_of(program, "bfloat16 square refused", (16, 16, 24)) == 0
+
+
 def test_every_product_is_run(program):
     names = subprocess.run([program], capture_output=True, text=True, check=False).stdout.split("\n")
-    assert sorted(filter(None, names)) == sorted([*PRODUCTS, *CONVOLUTIONS])
+    assert sorted(filter(None, names)) == sorted([*PRODUCTS, *CONVOLUTIONS, "bfloat16 square refused"])
 
 
 # --- Accesses ---
