@@ -290,6 +290,13 @@ def _wait_for(loop: Sequence[Instruction], load: int) -> tuple[int, bool] | None
     return None
 
 
+def reads_ahead(loop: Sequence[Instruction]) -> bool:
+    """Whether a loop multiplies on tensor cores while most of what it multiplies next comes from shared memory."""
+    loads = [i for i, instruction in enumerate(loop) if instruction.name in ("LDSM", "LDS") and not instruction.guard]
+    waits = [wait for i in loads if (wait := _wait_for(loop, i)) is not None]
+    return sum(hidden for _, hidden in waits) * 2 > len(waits) > 0
+
+
 def split_loads(code: Sequence[Instruction]) -> list[list[Instruction]]:
     """Runs of at least four global loads of one width and guard from neighbouring addresses, in a basic block."""
     starts = {instruction.target for instruction in code}

@@ -10,8 +10,10 @@ Sources, named in the comments below:
 - [L] Luo et al., Benchmarking and Dissecting the Nvidia Hopper GPU Architecture, arXiv 2402.13499: latencies, and
   mma.sync at 63 % of Hopper's peak, which is that of wgmma.
 - [J] Jarmusch et al., Dissecting the NVIDIA Blackwell Architecture with Microbenchmarks, arXiv 2507.10789 (RTX 5080).
-- [C] chipsandcheese.com, 2 July 2023, Nvidia's H100: 5.5 to 6 TB/s from the L2 cache of the PCIe card.
+- [C] chipsandcheese.com, 2 July 2023, Nvidia's H100: 5.5 to 6 TB/s from the L2 cache of the PCIe card, which has 114
+  multiprocessors at 1.755 GHz or less.
 - [M] github.com/smallscientist1/cuda_microbenchmark, analysis_A100.md and analysis_RTX4090.md: sectors a clock.
+- [X] github.com/openxla/xla, gpu_dot_fusion_cost_model.cc: "measured H100 L2 bandwidth", 6.65 TB/s, within a partition.
 - [R] results/ in this folder, copies and products measured with each of our own runs.
 
 Figures of [L] and [J], and shares without a letter, were written down without their texts at hand; look them up before
@@ -102,7 +104,7 @@ H100 = Machine(
     ordinary={"float32": 128, "float64": 64},  # [H]
     dram=3.352e12,  # [H]
     copy_share=0.87,  # [R]: 2.93 TB/s.
-    l2=5.6e12,  # [C]
+    l2=6.65e12,  # [X]; [C] by multiprocessors and clocks: 6.6 to 7.2.
     l2_bytes=50e6,  # [H]
     latency_dram=479,  # [L]
     latency_l2=263,  # [L]

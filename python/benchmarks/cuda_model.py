@@ -16,7 +16,8 @@ A launch takes the largest of three times, and the pause before it:
 - the busiest multiprocessor: its blocks, as many at a time as registers, threads and shared memory allow. The warps of
   a scheduler queue for its tensor core, ordinary and special units, issue slots and its share of shared memory, and
   wait for loads and barriers in between. Mean value analysis (Reiser and Lavenberg, 1980) of this closed network
-  gives their throughput: near the busiest unit's limit with many warps, near that of one warp's chain with few.
+  gives their throughput: near the busiest unit's limit with many warps, near that of one warp's chain with few. A warp
+  that reads the operands of its next products while it multiplies is in two queues at a time, as two warps are.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ class Code:
     waits: int = 0
     early: int = 0
     ahead: int = 0
+    reads_ahead: bool = False  # See reads_ahead in machine_code.py; the kernels in machine_code.csv do not.
 
     @classmethod
     def of(cls, measures: Measures) -> Code:
@@ -236,14 +238,14 @@ def predict_launch(machine: Machine, launch: Launch, code: Code) -> Predicted:
     limit = max(demands.values())
 
     def clocks(blocks: int, at_once: int) -> float:
-        warps = at_once * warps_of_block
+        warps = at_once * warps_of_block * (2 if code.reads_ahead else 1)
         busy = max(sum(queued), warps * limit) / max(turns.count, 1)
         rate = throughput(queued, waits_of(machine, launch, code, turns, busy), warps)
         return blocks * warps_of_block / min(rate, 1 / max(limit, 1e-9))
 
     whole = blocks // min(at_once, blocks) * min(at_once, blocks)
     rest = blocks - whole  # The last wave.
-    total = clocks(whole, min(at_once, blocks)) + (clocks(rest, rest) if rest else 0)
+    total = launch.busiest * (clocks(whole, min(at_once, blocks)) + (clocks(rest, rest) if rest else 0))
     different = launch.unique_read_bytes + launch.unique_written_bytes
     sectors = launch.read_sectors + launch.written_sectors
     terms = {

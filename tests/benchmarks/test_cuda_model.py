@@ -38,7 +38,8 @@ def product_of_ampere(n):
     """n x n x n in bfloat16 as ampere_bf16_s16816gemm_128x256_stages_64x3: 8 warps of 64 x 64, steps of 64 in depth.
 
     For 16 of depth a warp multiplies 4 x 8 tiles of 16 x 8 x 16, and loads 4 + 4 times four matrices of 8 x 8 (16 by 16
-    values), each in 4 passes. A block copies (128 + 256) * 64 values a step, in 16 bytes: 12 a thread.
+    values), each in 4 passes, for the next 16 while it multiplies these. A block copies (128 + 256) * 64 values a step,
+    in 16 bytes: 12 a thread.
     """
     blocks, steps = (n // 128) * (n // 256), n // 64
     warps = 8 * blocks * steps * 4  # And 16s of depth.
@@ -58,7 +59,7 @@ def product_of_ampere(n):
         written_sectors=n * n * 2 / 32,
     )
     loop = 4 * (32 + 8) + 12 + 20  # Products, loads, copies, and what counts and jumps.
-    return launch, Code(registers=230, loop=loop, tensor=4 * 32, barriers=1, loads=12, ahead=1)
+    return launch, Code(registers=230, loop=loop, tensor=4 * 32, barriers=1, loads=12, ahead=1, reads_ahead=True)
 
 
 def product_of_hopper(n):
@@ -86,7 +87,7 @@ def product_of_hopper(n):
         written_sectors=n * n * 2 / 32,
         instructions=products * 4 * 4,  # Each of the 4 warps issues it, and a few that wait.
     )
-    return launch, Code(registers=168, tensor=1, ahead=2)
+    return launch, Code(registers=168, tensor=1, ahead=2, reads_ahead=True)
 
 
 def flash_attention_2(length, batch, heads, dim):
@@ -237,6 +238,19 @@ def test_each_wait_costs_a_latency_and_other_warps_hide_it():
     hidden, none = Code(registers=32, tensor=4, loads=1, waits=1), Code(registers=32, tensor=4)
     with_loads, without = (predict_launch(A100, loading, code).seconds for code in (hidden, none))
     assert with_loads == pytest.approx(without, rel=0.02)
+
+
+def test_warps_that_read_ahead_are_bound_by_the_busiest_unit_alone():
+    launch, code = product_of_ampere(8192)
+    slow, fast = (predict_launch(A100, launch, replace(code, reads_ahead=ahead)) for ahead in (False, True))
+    assert max(slow.terms.values()) < fast.seconds < 0.9 * slow.seconds
+
+
+def test_the_busiest_multiprocessor_decides():
+    launch, code = product_of_ampere(8192)
+    even, uneven = (predict_launch(A100, replace(launch, busiest=busiest), code) for busiest in (1, 1.25))
+    assert uneven.seconds == pytest.approx(1.25 * even.seconds, rel=0.01)
+    assert uneven.terms == even.terms
 
 
 def test_small_data_stay_in_the_second_level_cache():

@@ -10,6 +10,7 @@
 #include "core/cuda/emulation/trace.h"
 #include "core/cuda/kernel.cuh"
 #include "core/cuda/mma.cuh"
+#include "print_value.h"
 
 namespace cpc::cuda {
 namespace {
@@ -115,24 +116,6 @@ const std::map<std::string, Probe> probes = {
     {"arithmetic", {&arithmetic, 1, 64}},
     {"copies", {&copies, 1, 64}},
 };
-
-void print(const emulation::Value& value) {
-  const char* separator = "";
-  if (const auto* list = std::get_if<emulation::List>(&value)) {
-    std::printf("[");
-    for (const auto& item : *list) std::printf("%s", separator), print(item), separator = ",";
-    std::printf("]");
-  } else if (const auto* dict = std::get_if<emulation::Dict>(&value)) {
-    std::printf("{");
-    for (const auto& [key, item] : *dict)
-      std::printf("%s\"%s\":", separator, key.c_str()), print(item), separator = ",";
-    std::printf("}");
-  } else if (const auto* number = std::get_if<int64_t>(&value)) {
-    std::printf("%lld", static_cast<long long>(*number));
-  } else {
-    std::printf("\"%s\"", std::get<std::string>(value).c_str());
-  }
-}
 
 }  // namespace
 }  // namespace cpc::cuda

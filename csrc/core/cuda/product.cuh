@@ -1,0 +1,331 @@
+// The product of two matrices on tensor cores, D = A B, by blocks of threads that stay: each computes one tile of D after
+// another. What it consists of can be exchanged:
+//
+// - a loader of A, and one of B (product_loaders.cuh), say where a block's slices of depth come from and how they lie in
+//   shared memory;
+// - the Math (TensorCores<T> of warp_product.cuh, SplitTf32) says what they are multiplied in;
+// - the ProductTile says how much of D a block and a warp hold;
+// - an epilogue (product_epilogues.cuh) takes a warp's sums.
+//
+// MainLoop is what a main loop for other instructions, such as wgmma, would replace: it begins tiles of the operands,
+// starts copies of slices, and multiplies them; multiply_tiles, the order of tiles, loaders and epilogues stay.
+//
+// Slices pass through kStages stages of shared memory. A stage is filled again as soon as all warps have read it, across
+// the border between two tiles, so that copies are under way while an epilogue works. Warps read a step's fragments
+// while they multiply those of the step before. Depth is summed in order, one chain of additions an element.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+#include "core/cuda/async_copy.cuh"
+#include "core/cuda/device.h"
+#include "core/cuda/warp_product.cuh"
+
+namespace cpc::cuda {
+
+// float32 on tensor cores, nearly as exact as it is: each value is a sum of two of TF32, and of their four products the
+// smallest is left out. What remains differs from exact products by at most 2^-20 of each. An infinite value gives NaN.
+struct SplitTf32 {
+  using Value = float;
+  using Sum = float;
+};
+
+// A block's tile of D, by warps of 64 x 64 or less, with kStages slices of the operands in shared memory. kBlocks: on a
+// multiprocessor, at least: bounds the registers.
+template <int kRows_, int kColumns_, int kWarpRows, int kWarpColumns, int kStages_, int kBlocks_>
+struct ProductTile {
+  static constexpr int kRows = kRows_, kColumns = kColumns_, kStages = kStages_, kBlocks = kBlocks_;
+  static constexpr int kRowTiles = kWarpRows / 16, kColumnTiles = kWarpColumns / 8;  // A warp's.
+  static constexpr int kWarpsAcross = kColumns / kWarpColumns;
+  static constexpr int kThreads = kWarp * kWarpsAcross * (kRows / kWarpRows);
+  static constexpr int kABytes = kRows * kSliceBytes, kStageBytes = kABytes + kColumns * kSliceBytes;
+  static constexpr int kSharedBytes = kStages * kStageBytes;
+
+  // Where the calling warp's part of the tile begins.
+  __device__ static int warp_row() { return static_cast<int>(threadIdx.x) / kWarp / kWarpsAcross * kWarpRows; }
+  __device__ static int warp_column() { return static_cast<int>(threadIdx.x) / kWarp % kWarpsAcross * kWarpColumns; }
+};
+// The fewest bytes from the second-level cache a product: for A100 and H100, whose tensor cores outrun it.
+using WideTile = ProductTile<128, 256, 64, 64, 4, 1>;
+// Two blocks a multiprocessor, one of which multiplies while the other stores; also where there are 100 KiB.
+using SquareTile = ProductTile<128, 128, 64, 64, 3, 2>;
+// For problems that do not fill the GPU with larger ones.
+using LowTile = ProductTile<64, 128, 32, 64, 4, 2>;
+
+// How many of `most` values there are where `left` are left.
+__device__ inline int how_many(int64_t left, int most) {
+  return left < 0 ? 0 : left < most ? static_cast<int>(left) : most;
+}
+
+// A warp's sums: sums[i][j][r] is at row 16 i + 8 (r / 2) + lane / 4 and column 8 j + 2 (lane % 4) + r % 2.
+template <class Tile>
+using WarpTileSums = float[Tile::kRowTiles][Tile::kColumnTiles][4];
+
+// --- The order of tiles ---
+
+// Bands of `band` rows of tiles, each from left to right and in it from top to bottom: blocks that run at a time work on
+// a square of tiles or nearly, which needs the fewest different rows of A and B in the second-level cache.
+struct TileOrder {
+  int row_tiles, column_tiles, band;
+
+  struct Place {
+    int row, column;
+  };
+  __device__ int count() const { return row_tiles * column_tiles; }
+  __device__ Place operator[](int index) const {
+    const int of_band = band * column_tiles;
+    const int above = index / of_band * band, rest = index - above * column_tiles;
+    const int height = row_tiles - above < band ? row_tiles - above : band;
+    const int column = rest / height;
+    return {above + rest - column * height, column};
+  }
+};
+
+// --- One step: 32 bytes of depth ---
+
+template <class Math, class Tile>
+struct Fragments {
+  using T = typename Math::Value;
+  uint32_t a[Tile::kRowTiles][4];
+  uint32_t b[Tile::kColumnTiles / 2][4];  // Two neighbouring tiles each.
+
+  template <class A, class B>
+  __device__ void load(const A& of_a, const B& of_b, int depth) {
+#pragma unroll
+    for (int i = 0; i < Tile::kRowTiles; ++i) of_a.template load_fragments<true>(a[i], i, depth);
+#pragma unroll
+    for (int j = 0; j < Tile::kColumnTiles / 2; ++j) of_b.template load_fragments<false>(b[j], j, depth);
+  }
+};
+
+// A register of a fragment as tensor cores take it.
+template <class T>
+__device__ uint32_t rounded(uint32_t bits) {
+  if constexpr (sizeof(T) == 4)
+    return to_tf32(__int_as_float(static_cast<int>(bits)));
+  else
+    return bits;
+}
+
+// The value of TF32 nearest to a float, and what the float has beyond it.
+struct Split {
+  uint32_t large, small;
+};
+__device__ inline Split split(uint32_t bits) {
+  const float value = __int_as_float(static_cast<int>(bits));
+  const uint32_t large = to_tf32(value);
+  return {large, static_cast<uint32_t>(__float_as_int(value - __int_as_float(static_cast<int>(large))))};
+}
+
+template <class Math, class Tile>
+__device__ void multiply_fragments(WarpTileSums<Tile>& sums, const Fragments<Math, Tile>& f) {
+  using T = typename Math::Value;
+  if constexpr (std::is_same_v<Math, SplitTf32>) {
+    Split a[Tile::kRowTiles][4];
+#pragma unroll
+    for (int i = 0; i < Tile::kRowTiles; ++i)
+#pragma unroll
+      for (int m = 0; m < 4; ++m) a[i][m] = split(f.a[i][m]);
+#pragma unroll
+    for (int j = 0; j < Tile::kColumnTiles; ++j) {
+      const Split b[2] = {split(f.b[j / 2][j % 2 * 2]), split(f.b[j / 2][j % 2 * 2 + 1])};
+      const uint32_t large_b[2] = {b[0].large, b[1].large}, small_b[2] = {b[0].small, b[1].small};
+#pragma unroll
+      for (int i = 0; i < Tile::kRowTiles; ++i) {
+        const uint32_t large_a[4] = {a[i][0].large, a[i][1].large, a[i][2].large, a[i][3].large};
+        const uint32_t small_a[4] = {a[i][0].small, a[i][1].small, a[i][2].small, a[i][3].small};
+        multiply_add<float>(sums[i][j], small_a, large_b);
+        multiply_add<float>(sums[i][j], large_a, small_b);
+        multiply_add<float>(sums[i][j], large_a, large_b);
+      }
+    }
+  } else {
+    uint32_t a[Tile::kRowTiles][4];
+#pragma unroll
+    for (int i = 0; i < Tile::kRowTiles; ++i)
+#pragma unroll
+      for (int m = 0; m < 4; ++m) a[i][m] = rounded<T>(f.a[i][m]);
+#pragma unroll
+    for (int j = 0; j < Tile::kColumnTiles; ++j) {
+      const uint32_t b[2] = {rounded<T>(f.b[j / 2][j % 2 * 2]), rounded<T>(f.b[j / 2][j % 2 * 2 + 1])};
+#pragma unroll
+      for (int i = 0; i < Tile::kRowTiles; ++i) multiply_add<T>(sums[i][j], a[i], b);
+    }
+  }
+}
+
+// --- The main loop ---
+
+template <class Math, class Tile, class A, class B>
+class MainLoop {
+ public:
+  using T = typename Math::Value;
+  static_assert(std::is_same_v<typename A::Value, T> && std::is_same_v<typename B::Value, T>);
+
+  __device__ MainLoop(const A& a, const B& b, unsigned char* shared) : a_(a), b_(b), shared_(shared) {}
+
+  // What copies are started of from now on: slices of these rows of A and columns of B; or nothing.
+  __device__ void begin(TileOrder::Place place) {
+    a_.begin(int64_t{place.row} * Tile::kRows);
+    b_.begin(int64_t{place.column} * Tile::kColumns);
+  }
+  __device__ void end() {
+    a_.end();
+    b_.end();
+  }
+
+  // Starts copies of the next slice into a stage that nobody reads.
+  __device__ void start(int stage) {
+    a_.start(shared_ + stage * Tile::kStageBytes);
+    b_.start(shared_ + stage * Tile::kStageBytes + Tile::kABytes);
+    commit_copies();
+  }
+
+  // Waits for the first of kStages slices that were started.
+  __device__ void enter() {
+    wait_for_copies<Tile::kStages - 1>();
+    __syncthreads();  // The first slice is there for all.
+    if constexpr (kAhead) load(0);
+  }
+
+  // Adds the product of the next slice, and starts copies of another into its stage.
+  __device__ void add_slice(WarpTileSums<Tile>& sums) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      if constexpr (!kAhead) load(step);
+      const int free = stage_;
+      if (step == kSteps - 1) {
+        wait_for_copies<Tile::kStages - 2>();
+        __syncthreads();  // The next slice is there for all, and all have read this one.
+        stage_ = stage_ == Tile::kStages - 1 ? 0 : stage_ + 1;
+      }
+      if constexpr (kAhead) load((step + 1) % kSteps);  // Before copies, which the compiler keeps behind it.
+      if (step == kSteps - 1) start(free);
+      multiply_fragments<Math, Tile>(sums, fragments_[kAhead ? step % 2 : 0]);
+    }
+  }
+
+  __device__ void leave() { wait_for_copies<0>(); }
+
+ private:
+  static constexpr int kStepDepth = 2 * kChunk<T>, kSteps = kDepth<T> / kStepDepth;
+  // Whether fragments are read a step ahead. Split ones leave no registers for that, and their products take long.
+  static constexpr bool kAhead = !std::is_same_v<Math, SplitTf32>;
+  static_assert(kSteps % 2 == 0);
+
+  __device__ void load(int step) {
+    const unsigned char* const tile = shared_ + stage_ * Tile::kStageBytes;
+    const typename A::template Operand<Tile::kRows> a(tile, Tile::warp_row());
+    const typename B::template Operand<Tile::kColumns> b(tile + Tile::kABytes, Tile::warp_column());
+    fragments_[kAhead ? step % 2 : 0].load(a, b, step * kStepDepth);
+  }
+
+  typename A::template Copies<Tile::kRows, Tile::kThreads> a_;
+  typename B::template Copies<Tile::kColumns, Tile::kThreads> b_;
+  unsigned char* shared_;
+  int stage_ = 0;
+  Fragments<Math, Tile> fragments_[kAhead ? 2 : 1];
+};
+
+// --- The kernel ---
+
+template <class A, class B, class Epilogue>
+struct Product {
+  A a;
+  B b;
+  Epilogue epilogue;
+  TileOrder order;
+  int slices;  // At least one, of zeros where there is no depth.
+};
+
+// All tiles of a product that are this block's.
+template <class Math, class Tile, class A, class B, class Epilogue>
+__device__ void multiply_tiles(const Product<A, B, Epilogue>& p) {
+  MainLoop<Math, Tile, A, B> loop(p.a, p.b, dynamic_shared());
+  const int tiles = p.order.count(), step = static_cast<int>(gridDim.x);
+  int tile = static_cast<int>(blockIdx.x), copied = tile;
+  if (tile >= tiles) return;
+  int to_copy = p.slices, to_add = p.slices;
+  loop.begin(p.order[copied]);
+  const auto begin_next = [&] {
+    copied += step;
+    to_copy = copied < tiles ? p.slices : std::numeric_limits<int>::max();
+    if (copied < tiles)
+      loop.begin(p.order[copied]);
+    else
+      loop.end();
+  };
+#pragma unroll 1
+  for (int stage = 0; stage < Tile::kStages; ++stage) {
+    loop.start(stage);
+    if (--to_copy == 0) begin_next();
+  }
+  loop.enter();
+  WarpTileSums<Tile> sums = {};
+#pragma unroll 1
+  for (;;) {
+    const int slices = to_copy < to_add ? to_copy : to_add;
+#pragma unroll 1
+    for (int i = 0; i < slices; ++i) loop.add_slice(sums);
+    to_copy -= slices;
+    to_add -= slices;
+    if (to_copy == 0) begin_next();
+    if (to_add > 0) continue;
+    const TileOrder::Place place = p.order[tile];
+    p.epilogue.template take<Tile>(sums, int64_t{place.row} * Tile::kRows + Tile::warp_row(),
+                                   int64_t{place.column} * Tile::kColumns + Tile::warp_column());
+    tile += step;
+    if (tile >= tiles) break;
+    to_add = p.slices;
+#pragma unroll
+    for (int i = 0; i < Tile::kRowTiles; ++i)
+#pragma unroll
+      for (int j = 0; j < Tile::kColumnTiles; ++j)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) sums[i][j][r] = 0;
+  }
+  loop.leave();
+}
+
+template <class Math, class Tile, class A, class B, class Epilogue>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
+    multiply(const __grid_constant__ Product<A, B, Epilogue> product) {
+  multiply_tiles<Math, Tile>(product);
+}
+
+// --- The launch ---
+
+// The blocks that a GPU holds at a time, of which none waits for another to leave.
+template <class Tile>
+int64_t product_blocks() {
+  const int64_t reserved = 1 << 10;  // Of every block's shared memory, for the system.
+  const int64_t shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) + reserved;  // A multiprocessor's.
+  return multiprocessors() * std::clamp<int64_t>(shared / (Tile::kSharedBytes + reserved), 1, Tile::kBlocks);
+}
+
+// Queues D = A B on a stream, as `name` in errors. The operands must fit.
+template <class Math, class Tile, class A, class B, class Epilogue>
+void launch_product(const char* name, const A& a, const B& b, const Epilogue& epilogue, int64_t depth, void* stream) {
+  constexpr int64_t kMostDepth = std::numeric_limits<int32_t>::max() / 2;
+  if (!a.fits() || !b.fits() || depth > kMostDepth)
+    throw std::invalid_argument(std::string(name) + ": operands that no product takes");
+  const int64_t row_tiles = (a.count + Tile::kRows - 1) / Tile::kRows;
+  const int64_t column_tiles = (b.count + Tile::kColumns - 1) / Tile::kColumns;
+  constexpr int64_t kMost = 1 << 30;  // So that a step beyond the last tile is a number, too.
+  if (row_tiles > 0 && column_tiles > kMost / row_tiles)
+    throw std::invalid_argument(std::string(name) + ": more than 2^30 tiles of results");
+  const int64_t blocks = std::min(row_tiles * column_tiles, product_blocks<Tile>());
+  const double square = std::sqrt(static_cast<double>(blocks) * Tile::kColumns / Tile::kRows);
+  const TileOrder order{
+      static_cast<int>(row_tiles), static_cast<int>(column_tiles),
+      static_cast<int>(std::clamp<int64_t>(std::llround(square), 1, std::max<int64_t>(row_tiles, 1)))};
+  constexpr int64_t kSlice = kDepth<typename Math::Value>;
+  const int slices = static_cast<int>(std::max<int64_t>((depth + kSlice - 1) / kSlice, 1));
+  launch(name, &multiply<Math, Tile, A, B, Epilogue>, {blocks, dim3(Tile::kThreads), Tile::kSharedBytes}, stream,
+         Product<A, B, Epilogue>{a, b, epilogue, order, slices});
+}
+
+}  // namespace cpc::cuda

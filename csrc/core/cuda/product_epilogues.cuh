@@ -1,0 +1,95 @@
+// What becomes of the sums of a product (product.cuh). An epilogue is a small struct that a kernel takes by value, with
+// take<Tile>(sums, row, column), which all lanes of a warp call with its sums and where they begin. They may lie beyond
+// the end.
+#pragma once
+
+#include <cstdint>
+
+#include "core/cuda/kernel.cuh"
+#include "core/cuda/product.cuh"
+
+namespace cpc::cuda {
+
+// Exchanges a 4 x 4 matrix of values among the four lanes that share rows of a warp's tiles: value j of lane t becomes
+// value t of lane j.
+__device__ inline void transpose_quad(uint32_t (&v)[4]) {
+  constexpr unsigned kAll = 0xffffffffu;
+  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t got = __shfl_xor_sync(kAll, odd ? v[i] : v[i + 1], 1);
+    v[i] = odd ? got : v[i];
+    v[i + 1] = odd ? v[i + 1] : got;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t got = __shfl_xor_sync(kAll, upper ? v[i] : v[i + 2], 2);
+    v[i] = upper ? got : v[i];
+    v[i + 2] = upper ? v[i + 2] : got;
+  }
+}
+
+// 16 bytes to an aligned address in global memory. Written in C++, nvcc 13.0 stores them in fours for 8.0 and 9.0.
+__device__ inline void store_chunk(void* to, const uint32_t (&v)[4]) {
+#if defined(CPC_CUDA_EMULATION)
+  const Pack<uint32_t, 4> chunk = {{v[0], v[1], v[2], v[3]}};
+  pack_at<4>(static_cast<uint32_t*>(to)) = chunk;
+#else
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(v[0]), "r"(v[1]),
+               "r"(v[2]), "r"(v[3])
+               : "memory");
+#endif
+}
+
+// The first `count` of 8 values, two a register.
+template <class T>
+__device__ void store_pairs(T* to, const uint32_t (&pairs)[4], int count) {
+  if (count == 8 && reinterpret_cast<uintptr_t>(to) % kChunkBytes == 0) {
+    store_chunk(to, pairs);
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < 8; ++k)
+    if (k < count) to[k] = {static_cast<uint16_t>(pairs[k / 2] >> (16 * (k % 2)))};
+}
+
+// Rows of results, innermost contiguous, rounded to T.
+template <class T>
+struct StoreRows {
+  T* values;
+  int64_t stride, rows, columns;
+
+  template <class Tile>
+  __device__ void take(const WarpTileSums<Tile>& sums, int64_t row, int64_t column) const {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll
+    for (int i = 0; i < 2 * Tile::kRowTiles; ++i) {
+      const int64_t at = row + 8 * i + lane / 4;
+      T* const to = values + at * stride;
+      // Sums of four tiles: 8 neighbouring columns a lane, or 2 of each tile.
+#pragma unroll
+      for (int j = 0; j < Tile::kColumnTiles; j += 4) {
+        if constexpr (sizeof(T) == 2) {
+          uint32_t pairs[4];
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const float* const pair = &sums[i / 2][j + k][i % 2 * 2];
+            pairs[k] = Narrow<T>::from(pair[0]).bits | static_cast<uint32_t>(Narrow<T>::from(pair[1]).bits) << 16;
+          }
+          transpose_quad(pairs);
+          const int64_t first = column + 8 * (j + lane % 4);
+          if (at < rows && first < columns) store_pairs(to + first, pairs, how_many(columns - first, 8));
+        } else {
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const int64_t first = column + 8 * (j + k) + 2 * (lane % 4);
+            const float pair[2] = {sums[i / 2][j + k][i % 2 * 2], sums[i / 2][j + k][i % 2 * 2 + 1]};
+            if (at < rows && first < columns) store_run(to + first, pair, how_many(columns - first, 2));
+          }
+        }
+      }
+    }
+  }
+};
+
+}  // namespace cpc::cuda

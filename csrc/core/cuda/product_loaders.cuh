@@ -1,0 +1,160 @@
+// Where the operands of a product (product.cuh) come from. A loader is a small struct that a kernel takes by value, with
+//
+//   Value            the type of its values
+//   count            rows of A, or columns of B: how many there are of what a tile has a side of
+//   Operand<kSide>   how a slice of a tile lies in shared memory, and how warps read it (warp_product.cuh)
+//   Copies<kSide, kThreads>   a thread's part in copying the slices of one tile after another: begin(first) says where
+//                    the tile's side begins, start(tile) starts copies of its next slice, and end() makes all that
+//                    follow slices of zeros. Values beyond the depth are zeros, and those beyond the side are any.
+//
+//   fits()           on the host, whether this can be copied in chunks of 16 bytes, and its places in a tile have 32 bits
+//
+// What lies between the end of a matrix's row and the next multiple of 16 bytes must be memory that can be read, and
+// zeros where the row goes along the depth.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "core/cuda/product.cuh"
+
+namespace cpc::cuda {
+
+template <class T>
+bool fits_chunks(const T* values, int64_t stride) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / WideTile::kColumns;
+  return reinterpret_cast<uintptr_t>(values) % kChunkBytes == 0 && stride % kChunk<T> == 0 && stride <= kMost;
+}
+
+// A matrix whose depth is innermost: row i of A, or column i of B, is `depth` values from values + i * stride.
+template <class T>
+struct Rows {
+  using Value = T;
+  template <int kSide>
+  using Operand = DepthInnermost<T>;
+
+  const T* values;
+  int64_t stride, count;
+  int depth;
+
+  bool fits() const { return fits_chunks(values, stride); }
+
+  template <int kSide, int kThreads>
+  class Copies {
+   public:
+    __device__ explicit Copies(const Rows& rows)
+        : rows_(rows), row_(threadIdx.x / kChunksOfSlice), chunk_(threadIdx.x % kChunksOfSlice) {}
+
+    __device__ void begin(int64_t first) {
+      from_ = rows_.values + first * rows_.stride + chunk_ * kChunk<T>;
+      left_ = rows_.depth - chunk_ * kChunk<T>;
+      const int64_t last = rows_.count - 1 - first;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const int row = row_ + i * kStep;
+        offset_[i] = static_cast<int>(row < last ? row : last) * static_cast<int>(rows_.stride);
+      }
+    }
+    __device__ void end() { left_ = 0; }
+    __device__ void start(unsigned char* tile) {
+      unsigned char* const to = tile + chunk_of_row(row_, chunk_);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        copy_async<kChunkBytes>(to + i * kStep * kSliceBytes, from_ + offset_[i], left_ > 0);
+      from_ += kDepth<T>;
+      left_ -= kDepth<T>;
+    }
+
+   private:
+    // Chunks lie alike in every 8 rows.
+    static constexpr int kStep = kThreads / kChunksOfSlice, kCount = kSide / kStep;
+    static_assert(kStep % 8 == 0 && kSide % kStep == 0);
+
+    const Rows& rows_;
+    int row_, chunk_;
+    const T* from_;
+    int left_;  // Of the depth, from this thread's chunk of the next slice on.
+    int offset_[kCount];
+  };
+};
+
+// Values of 32 bits with their depth outermost, as DepthOutermost has them, for whole warps' fragments only. ldmatrix does
+// not transpose them; lanes load each value. Tiles of 8 of the side follow each other in chunks that are permuted among
+// those of 4 tiles, so that all addresses of a lane are one of 4 and a constant.
+template <class T, int kWidth>
+class FragmentsOfColumns {
+ public:
+  static_assert(sizeof(T) == 4);
+  __device__ FragmentsOfColumns(const unsigned char* tile, int first) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      of_tile_[i] =
+          tile + chunk_of_depth<T, kWidth>(lane % 4, (first + 8 * i + lane / 4) / kChunk<T>) + lane / 4 % 4 * 4;
+  }
+  template <bool kOfA>
+  __device__ void load_fragments(uint32_t (&r)[4], int i, int depth) const {
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      const int eighth = 2 * i + upper_side<kOfA>(m), step = depth + 4 * upper_depth<kOfA>(m);
+      const auto* const at = of_tile_[eighth % 4] + step * kWidth * 4 + eighth / 4 * 4 * 8 * 4;
+      r[m] = *reinterpret_cast<const uint32_t*>(at);
+    }
+  }
+
+ private:
+  const unsigned char* of_tile_[4];
+};
+
+// A matrix whose depth is outermost: step k of the depth is the values of all rows of A, or columns of B, from
+// values + k * stride.
+template <class T>
+struct Columns {
+  using Value = T;
+  template <int kSide>
+  using Operand = std::conditional_t<sizeof(T) == 4, FragmentsOfColumns<T, kSide>, DepthOutermost<T, kSide>>;
+
+  const T* values;
+  int64_t stride, count;
+  int depth;
+
+  bool fits() const { return fits_chunks(values, stride); }
+
+  template <int kSide, int kThreads>
+  class Copies {
+   public:
+    __device__ explicit Copies(const Columns& columns)
+        : columns_(columns), line_(threadIdx.x / kAcross), chunk_(threadIdx.x % kAcross) {}
+
+    __device__ void begin(int64_t first) {
+      const int64_t side = first + chunk_ * kChunk<T>;
+      from_ = columns_.values + line_ * columns_.stride + (side < columns_.count ? side : 0);
+      left_ = columns_.depth - line_;
+    }
+    __device__ void end() { left_ = 0; }
+    __device__ void start(unsigned char* tile) {
+      const int step = kStep * static_cast<int>(columns_.stride);
+      unsigned char* const to = tile + chunk_of_depth<T, kSide>(line_, chunk_);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        copy_async<kChunkBytes>(to + i * kStep * kSide * static_cast<int>(sizeof(T)), from_ + i * step,
+                                i * kStep < left_);
+      from_ += kDepth<T> * columns_.stride;
+      left_ -= kDepth<T>;
+    }
+
+   private:
+    static constexpr int kAcross = kSide / kChunk<T>;
+    static constexpr int kStep = kThreads / kAcross, kCount = kDepth<T> / kStep;
+    // Chunks lie alike in every 8 steps of the depth, or 4 of wider values.
+    static_assert(kStep % (sizeof(T) == 2 ? 8 : 4) == 0 && kDepth<T> % kStep == 0);
+
+    const Columns& columns_;
+    int line_, chunk_;
+    const T* from_;
+    int left_;  // Of the depth, from this thread's line of the next slice on.
+  };
+};
+
+}  // namespace cpc::cuda

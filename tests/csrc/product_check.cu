@@ -1,0 +1,246 @@
+// The product of core/cuda/product.cuh by itself, for test_product.py.
+//   product_check MATH TILE OPERANDS ROWS COLUMNS DEPTH
+//       multiplies, and prints the largest error, against float64, as a share of the sum of the products' magnitudes;
+//       where accesses are traced, prints what the kernel did, as JSON, and fails where it races
+//   product_check
+//       prints the names of what there is, as "MATH TILE OPERANDS"
+// "taps" in the place of OPERANDS is a convolution of ROWS images of 9 x 11 pixels and DEPTH channels by the visible taps of
+// a filter of 3 x 3, with COLUMNS outputs.
+// OPERANDS tell how the depth of A and of B lies: in "rows", innermost, as queries and keys have it, or in "columns",
+// outermost, as the operands of their gradients have it. BLOCKS in the environment says how many blocks are traced.
+// Compiled for the emulation and by nvcc, whose machine code is looked at.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "core/cuda/product.cuh"
+#include "core/cuda/product_epilogues.cuh"
+#include "core/cuda/product_loaders.cuh"
+#include "masked_conv/visible_taps.cuh"
+#if defined(CPC_CUDA_TRACE)
+#include "print_value.h"
+#endif
+
+namespace cpc::cuda {
+namespace {
+
+struct Size {
+  int64_t rows, columns, depth;
+};
+
+// --- Values that both sides see ---
+
+template <class T>
+class Matrix {
+ public:
+  // Rows are padded to whole chunks, with NaN.
+  Matrix(int64_t rows, int64_t columns)
+      : stride((columns + kChunk<T> - 1) / kChunk<T> * kChunk<T>), rows(rows), columns(columns) {
+#if defined(CPC_CUDA_EMULATION)
+    values = new (std::align_val_t{64}) T[static_cast<size_t>(rows * stride)];
+#else
+    check(cudaMallocManaged(&values, rows * stride * sizeof(T)), "allocating");
+#endif
+    for (int64_t i = 0; i < rows * stride; ++i) values[i] = Narrow<T>::from(std::nanf(""));
+  }
+  ~Matrix() {
+#if defined(CPC_CUDA_EMULATION)
+    ::operator delete[](values, std::align_val_t{64});
+#else
+    cudaFree(values);
+#endif
+  }
+  Matrix(const Matrix&) = delete;
+  void fill(uint32_t seed, bool pad_with_zeros) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < columns; ++j) {
+        seed = seed * 1664525u + 1013904223u;
+        values[i * stride + j] = Narrow<T>::from(static_cast<float>(seed >> 8) / (1 << 24) - 0.5f);
+      }
+      for (int64_t j = columns; pad_with_zeros && j < stride; ++j) values[i * stride + j] = Narrow<T>::from(0.0f);
+    }
+  }
+  double at(int64_t i, int64_t j) const { return static_cast<double>(widen<float>(values[i * stride + j])); }
+
+  T* values;
+  int64_t stride, rows, columns;
+};
+
+// --- A product ---
+
+template <class T>
+double error_of(const Matrix<T>& d, int64_t i, int64_t j, int64_t depth, const auto& a, const auto& b) {
+  double sum = 0, magnitudes = 1e-30;
+  for (int64_t k = 0; k < depth; ++k) {
+    const double product = a(i, k) * b(j, k);
+    sum += product;
+    magnitudes += std::fabs(product);
+  }
+  return std::fabs(d.at(i, j) - sum) / magnitudes;
+}
+
+template <class Math, class Tile, template <class> class A, template <class> class B>
+double run(const Size& size) {
+  using T = typename Math::Value;
+  constexpr bool kRowsOfA = std::is_same_v<A<T>, Rows<T>>, kRowsOfB = std::is_same_v<B<T>, Rows<T>>;
+  using Out = std::conditional_t<std::is_same_v<Tile, SquareTile>, T, float>;
+  const int64_t m = size.rows, n = size.columns, depth = size.depth;
+  Matrix<T> a(kRowsOfA ? m : depth, kRowsOfA ? depth : m), b(kRowsOfB ? n : depth, kRowsOfB ? depth : n);
+  Matrix<Out> d(m, n);
+  a.fill(1, kRowsOfA);
+  b.fill(2, kRowsOfB);
+  launch_product<Math, Tile>("multiply", A<T>{a.values, a.stride, m, static_cast<int>(depth)},
+                             B<T>{b.values, b.stride, n, static_cast<int>(depth)},
+                             StoreRows<Out>{d.values, d.stride, m, n}, depth, nullptr);
+  check(cudaDeviceSynchronize(), "multiplying");
+#if defined(CPC_CUDA_TRACE)
+  return 0;  // Not all blocks may have run.
+#endif
+  const auto of_a = [&](int64_t i, int64_t k) { return kRowsOfA ? a.at(i, k) : a.at(k, i); };
+  const auto of_b = [&](int64_t j, int64_t k) { return kRowsOfB ? b.at(j, k) : b.at(k, j); };
+  double worst = 0;
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      const double error = error_of(d, i, j, depth, of_a, of_b);
+      if (!(error <= worst)) worst = error;
+    }
+    for (int64_t j = n; j < d.stride; ++j)
+      if (!std::isnan(d.at(i, j))) throw std::runtime_error("a result beyond the columns");
+  }
+  return worst;
+}
+
+// --- A convolution ---
+
+template <class Math, class Tile>
+double convolve(const Size& size) {
+  namespace conv = masked_conv::cuda;
+  using T = typename Math::Value;
+  constexpr int kHeight = 9, kWidth = 11;
+  const std::vector<conv::Taps::Offset> taps = {{-1, -1}, {-1, 0}, {-1, 1}, {0, -1}, {0, 0}};
+  const auto count = static_cast<int64_t>(taps.size());
+  const int64_t pixels = size.rows * kHeight * kWidth, depth = count * size.depth;
+  Matrix<T> input(pixels, size.depth), weight(size.columns, depth);
+  Matrix<float> d(pixels, size.columns);
+  input.fill(1, true);
+  weight.fill(2, true);
+  conv::VisibleTaps<T> a = {input.values,
+                            pixels,
+                            kHeight,
+                            kWidth,
+                            static_cast<int>(size.depth),
+                            FastDivide(kWidth),
+                            FastDivide(kHeight),
+                            {static_cast<int>(count), {}}};
+  std::copy(taps.begin(), taps.end(), a.taps.at);
+  launch_product<Math, Tile>("convolve", a,
+                             Rows<T>{weight.values, weight.stride, size.columns, static_cast<int>(depth)},
+                             StoreRows<float>{d.values, d.stride, pixels, size.columns}, depth, nullptr);
+  check(cudaDeviceSynchronize(), "convolving");
+#if defined(CPC_CUDA_TRACE)
+  return 0;
+#endif
+  const auto seen = [&](int64_t pixel, int64_t k) {
+    const conv::Taps::Offset by = taps[static_cast<size_t>(k / size.depth)];
+    const int64_t y = pixel / kWidth % kHeight + by.dy, x = pixel % kWidth + by.dx;
+    const bool inside = y >= 0 && y < kHeight && x >= 0 && x < kWidth;
+    return inside ? input.at(pixel + by.dy * kWidth + by.dx, k % size.depth) : 0.0;
+  };
+  double worst = 0;
+  for (int64_t i = 0; i < pixels; ++i)
+    for (int64_t j = 0; j < size.columns; ++j) {
+      const double error = error_of(d, i, j, depth, seen, [&](int64_t o, int64_t k) { return weight.at(o, k); });
+      if (!(error <= worst)) worst = error;
+    }
+  return worst;
+}
+
+// --- The program ---
+
+using Run = double (*)(const Size&);
+using Runs = std::map<std::string, Run>;
+
+// Only one product, where its arguments are given: "TensorCores<BFloat16>, SquareTile, Rows, Rows".
+#if defined(CPC_ONE_PRODUCT)
+Runs all_runs() { return {{"one of them", &run<CPC_ONE_PRODUCT>}}; }
+#else
+// How many operands are taken that should not be: rows that do not begin at 16 bytes, or that are too far apart.
+double refuse(const Size& size) {
+  using T = BFloat16;
+  Matrix<T> a(size.rows, size.depth + 8), d(size.rows, size.rows);
+  const Rows<T> right = {a.values, a.stride, size.rows, static_cast<int>(size.depth)};
+  Rows<T> shifted = right, narrow = right, far = right;
+  shifted.values += 1;
+  narrow.stride -= 1;
+  far.stride = int64_t{1} << 23;
+  int taken = 0;
+  for (const auto& wrong : {shifted, narrow, far})
+    for (const bool first : {true, false}) try {
+        launch_product<TensorCores<T>, SquareTile>("multiply", first ? wrong : right, first ? right : wrong,
+                                                   StoreRows<T>{d.values, d.stride, size.rows, size.rows}, size.depth,
+                                                   nullptr);
+        ++taken;
+      } catch (const std::invalid_argument&) {
+      }
+  return taken;
+}
+
+template <class Math, class Tile>
+void add(Runs& runs, const std::string& name) {
+  runs[name + " rows-rows"] = &run<Math, Tile, Rows, Rows>;
+  runs[name + " rows-columns"] = &run<Math, Tile, Rows, Columns>;
+  runs[name + " columns-columns"] = &run<Math, Tile, Columns, Columns>;
+}
+// How threads copy and read depends on the size of values, and not else on what they are multiplied in.
+Runs all_runs() {
+  Runs runs;
+  add<TensorCores<BFloat16>, SquareTile>(runs, "bfloat16 square");
+  add<TensorCores<BFloat16>, WideTile>(runs, "bfloat16 wide");
+  add<TensorCores<BFloat16>, LowTile>(runs, "bfloat16 low");
+  add<TensorCores<Half>, SquareTile>(runs, "float16 square");
+  add<TensorCores<float>, SquareTile>(runs, "tf32 square");
+  add<TensorCores<float>, WideTile>(runs, "tf32 wide");
+  add<TensorCores<float>, LowTile>(runs, "tf32 low");
+  add<SplitTf32, SquareTile>(runs, "split_tf32 square");
+  runs["bfloat16 square refused"] = &refuse;
+  runs["bfloat16 square taps"] = &convolve<TensorCores<BFloat16>, SquareTile>;
+  runs["tf32 low taps"] = &convolve<TensorCores<float>, LowTile>;
+  return runs;
+}
+#endif
+
+void print_run(Run run, const Size& size) {
+#if defined(CPC_CUDA_TRACE)
+  const char* const blocks = std::getenv("BLOCKS");
+  emulation::begin_trace({{"races", {}}, {"traffic", {}}}, blocks != nullptr ? std::strtoull(blocks, nullptr, 10) : 0);
+  run(size);
+  print(emulation::end_trace());
+#else
+  std::printf("%.9g\n", run(size));
+#endif
+}
+
+}  // namespace
+}  // namespace cpc::cuda
+
+int main(int argc, char** argv) {
+  using namespace cpc::cuda;
+  const Runs runs = all_runs();
+  const auto found = runs.find(argc == 7 ? std::string(argv[1]) + " " + argv[2] + " " + argv[3] : "");
+  if (found == runs.end()) {
+    for (const auto& [name, run] : runs) std::printf("%s\n", name.c_str());
+    return 2;
+  }
+  const auto number = [&](int i) { return static_cast<int64_t>(std::strtoll(argv[i], nullptr, 10)); };
+  try {
+    print_run(found->second, {number(4), number(5), number(6)});
+    return 0;
+  } catch (const std::exception& error) {
+    std::printf("%s\n", error.what());
+    return 1;
+  }
+}

@@ -1,0 +1,207 @@
+"""The product that kernels share (csrc/core/cuda/product.cuh), by itself: right, without races, without bank conflicts.
+
+What nvcc makes of it, and how long it takes on GPUs by what was counted, is in test_product_speed.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+# Of the results, as a share of the sum of the products' magnitudes: what rounding results and operands leaves.
+TOLERANCES = {
+    ("bfloat16", "square"): 1.001 * 2**-8,
+    ("float16", "square"): 1.001 * 2**-11,
+    "bfloat16": 2**-21,
+    "tf32": 2**-10,
+    "split_tf32": 2**-19.5,
+}
+PRODUCTS = [
+    f"{math} {tile} {operands}"
+    for math, tile in [
+        *(("bfloat16", tile) for tile in ("square", "wide", "low")),
+        ("float16", "square"),
+        *(("tf32", tile) for tile in ("square", "wide", "low")),
+        ("split_tf32", "square"),
+    ]
+    for operands in ("rows-rows", "rows-columns", "columns-columns")
+]
+CONVOLUTIONS = ["bfloat16 square taps", "tf32 low taps"]
+# Rows, columns and depth: nothing but edges, odd, several tiles, less depth than there are stages, none.
+SIZES = [(1, 1, 1), (131, 263, 77), (300, 257, 129), (128, 256, 64), (65, 9, 200), (5, 7, 0)]
+
+
+def run(program: Path, product: str, size: tuple[int, int, int], **variables: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"} | variables
+    environment.pop("LD_PRELOAD", None)  # Its own sanitizer, not one that this process may run under.
+    command = [program, *product.split(), *map(str, size)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+
+
+def error_of(program: Path, product: str, size: tuple[int, int, int], **variables: str) -> float:
+    done = run(program, product, size, **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return float(done.stdout)
+
+
+def tolerance_of(product: str) -> float:
+    math, tile, _ = product.split()
+    return TOLERANCES.get((math, tile), TOLERANCES.get(math, 0.0))
+
+
+@pytest.fixture
+def program(emulation: Path) -> Path:
+    return emulation / "product_check"
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_products_are_right(program, product, size):
+    assert error_of(program, product, size) <= tolerance_of(product)
+
+
+# Images, outputs and channels: slices of several taps, of parts of two, and taps of several slices.
+@pytest.mark.parametrize("size", [(1, 5, 8), (3, 130, 24), (2, 64, 80)])
+@pytest.mark.parametrize("product", CONVOLUTIONS)
+def test_convolutions_are_right(program, product, size):
+    assert error_of(program, product, size) <= TOLERANCES[product.split()[0]]
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        *({"CPC_EMULATION_SHARED_KIB": str(kib)} for kib in (99, 163, 227)),
+        *({"CPC_EMULATION_GRID": str(blocks)} for blocks in (1, 3)),
+        *({"CPC_EMULATION_ORDER": order} for order in ("forward", "backward", "greedy")),
+        {"CPC_EMULATION_COPIES": "early"},
+        {"CPC_EMULATION_MULTIPROCESSORS": "132"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "product",
+    [
+        *("bfloat16 square columns-columns", "bfloat16 wide rows-rows"),
+        *("tf32 low columns-columns", "split_tf32 square rows-rows"),
+    ],
+)
+def test_products_are_the_same_whatever_a_gpu_does(program, product, variables):
+    assert error_of(program, product, SEVERAL_TILES, **variables) == usual_error(program, product)
+
+
+SEVERAL_TILES = (260, 270, 77)
+
+
+@cache
+def usual_error(program: Path, product: str) -> float:
+    return error_of(program, product, SEVERAL_TILES)
+
+
+@pytest.mark.parametrize("product", [name for name in PRODUCTS if "square" in name])
+def test_products_are_right_with_a_tensor_cores_sums(program, product):
+    """They cut off what they add, so that errors grow with the depth, also of split products."""
+    assert error_of(program, product, (65, 70, 500), CPC_EMULATION_MATH="gpu") <= tolerance_of(product) + 2**-18
+
+
+def test_split_products_are_more_exact_by_far(program):
+    plain, split = (error_of(program, f"{math} square rows-rows", (65, 70, 200)) for math in ("tf32", "split_tf32"))
+    assert split < plain / 300
+
+
+def test_operands_that_no_product_takes_are_refused(program):
+    assert error_of(program, "bfloat16 square refused", (16, 16, 24)) == 0
+
+
+def test_every_product_is_run(program):
+    names = subprocess.run([program], capture_output=True, text=True, check=False).stdout.split("\n")
+    assert sorted(filter(None, names)) == sorted([*PRODUCTS, *CONVOLUTIONS, "bfloat16 square refused"])
+
+
+# --- Accesses ---
+
+
+def traced(program: Path, product: str, size: tuple[int, int, int], **variables: str) -> dict:
+    done = run(program, product, size, **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (launch,) = json.loads(done.stdout)["traffic"]
+    return launch
+
+
+def conflicts(launch: dict) -> int:
+    return sum(place["units"] - place["ideal"] for place in launch["places"] if place["space"] == "shared")
+
+
+@pytest.mark.parametrize("blocks", [None, 1])
+@pytest.mark.parametrize("product", [*PRODUCTS, *CONVOLUTIONS])
+def test_products_neither_race_nor_conflict(trace, product, blocks):
+    grid = {} if blocks is None else {"CPC_EMULATION_GRID": str(blocks)}
+    size = (4, 136, 24) if product in CONVOLUTIONS else (300, 300, 136)
+    launch = traced(trace / "product_check", product, size, **grid)
+    assert conflicts(launch) == 0
+    assert set(launch["copies"]) == {"16"}
+    reads = [place for place in launch["places"] if place["way"] == "read"]
+    assert all(place["space"] == "shared" for place in reads)  # Of values that ldmatrix does not transpose.
+
+
+@pytest.mark.parametrize("product", [name for name in PRODUCTS if name.startswith(("bfloat16", "tf32"))])
+def test_whole_tiles_ask_for_no_more_sectors_than_they_need(trace, product):
+    launch = traced(trace / "product_check", product, (256, 512, 256))
+    of_global = [place for place in launch["places"] if place["space"] == "global"]
+    assert of_global
+    assert all(place["units"] == place["ideal"] for place in of_global)
+
+
+# --- Faults that are planted are found ---
+
+ONE = "'-DCPC_ONE_PRODUCT=TensorCores<BFloat16>, SquareTile, Rows, Rows'"
+
+# In a header, a line and what it is replaced by.
+RACES = {
+    "barrier": ("__syncthreads();  // The next slice is there for all, and all have read this one.", ""),
+    "entry": ("__syncthreads();  // The first slice is there for all.", ""),
+    "wait": ("wait_for_copies<Tile::kStages - 2>();", "wait_for_copies<Tile::kStages - 1>();"),
+    "stage": ("if (step == kSteps - 1) start(free);", "if (step == 0) start(free);"),
+}
+
+
+@pytest.mark.parametrize("fault", RACES)
+def test_a_planted_race_is_found(trace, tmp_path, fault):
+    done = run(program_with(trace, "product.cuh", *RACES[fault], tmp_path), "one of them", (130, 140, 200))
+    assert done.returncode == 1
+    assert re.match(r"kernel multiply: \d+ races?\n", done.stdout)
+
+
+def test_planted_conflicts_are_counted(trace, tmp_path):
+    program = program_with(trace, "warp_product.cuh", "(chunk ^ (row / 2 % kChunksOfSlice))", "chunk", tmp_path)
+    assert conflicts(traced(program, "one of them", (130, 140, 200))) > 1000
+
+
+def program_with(trace: Path, header: str, line: str, instead: str, folder: Path) -> Path:
+    """The traced program, of one product, made of sources in which a line is another."""
+    sources = folder / "csrc"
+    shutil.copytree(REPOSITORY / "csrc", sources)
+    text = (sources / "core" / "cuda" / header).read_text()
+    assert text.count(line) == 1
+    (sources / "core" / "cuda" / header).write_text(text.replace(line, instead))
+    ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    commands = subprocess.run([ninja, "-C", trace, "-t", "commands", "product_check"], capture_output=True, text=True)
+    *compile_commands, link = commands.stdout.strip().split("\n")
+    (command,) = (one for one in compile_commands if "product_check.cu" in one)
+    made, mine = re.search(r" -o (\S+)", command)[1], folder / "product_check.o"
+    command = command.replace(f"-o {made}", f"{ONE} -o {mine}")
+    command = command.replace(str(REPOSITORY / "csrc"), str(sources))
+    link = link.replace(made, str(mine)).replace("-o product_check", f"-o {folder / 'product_check'}")
+    for step in (command, link):
+        done = subprocess.run(step, shell=True, cwd=trace, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    return folder / "product_check"
