@@ -270,11 +270,7 @@ class Patch {
         if (Team::rank() < kWarp) even_levels();
         Team::sync();
       } else if (k == 0 || by_channel) {
-        int32_t low = 0, high = 0;
-        if (transform == Transform::autocontrast) find_extremes(k, low, high);
-#pragma unroll 1
-        for (int32_t v = Team::rank(); v < kLevels; v += Team::kSize)
-          tables_.levels[v] = level_of(step, v, k, mean, low, high);
+        make_levels(step, k, mean);
         Team::sync();
       }
       each_group([&](int32_t i) {
@@ -387,19 +383,43 @@ class Patch {
     });
   }
 
-  // What a level becomes in channel k. low, high: the channel's least and greatest.
-  __device__ static int32_t level_of(const Step& step, int32_t v, int k, int32_t mean, int32_t low, int32_t high) {
+  // The table of what levels become in channel k.
+  __device__ void make_levels(const Step& step, int k, int32_t mean) const {
     const float parameter = step.parameters[0];
     switch (step.transform) {
-      case Transform::invert: return 255 - v;
-      case Transform::solarize: return v < solarize_threshold(parameter) ? v : 255 - v;
-      case Transform::posterize: return v & posterize_mask(parameter);
-      case Transform::contrast: return blend(mean, v, factor_of(parameter));
-      case Transform::brightness: return blend(0, v, factor_of(parameter));
-      case Transform::tone_curve:
-        return bend(v, bend_of(k == 0 ? parameter : k == 1 ? step.parameters[1] : step.parameters[2]));
-      default: return high > low ? stretch(v, low, 1.0f / static_cast<float>(high - low)) : v;  // Autocontrast.
+      case Transform::invert: return each_level([](int32_t v) { return 255 - v; });
+      case Transform::solarize: {
+        const int32_t threshold = solarize_threshold(parameter);
+        return each_level([=](int32_t v) { return v < threshold ? v : 255 - v; });
+      }
+      case Transform::posterize: {
+        const int32_t mask = posterize_mask(parameter);
+        return each_level([=](int32_t v) { return v & mask; });
+      }
+      case Transform::contrast:
+      case Transform::brightness: {
+        const int32_t factor = factor_of(parameter), base = step.transform == Transform::contrast ? mean : 0;
+        return each_level([=](int32_t v) { return blend(base, v, factor); });
+      }
+      case Transform::tone_curve: {
+        const int32_t curve = bend_of(k == 0 ? parameter : k == 1 ? step.parameters[1] : step.parameters[2]);
+        return each_level([=](int32_t v) { return bend(v, curve); });
+      }
+      default: {  // Autocontrast.
+        int32_t low, high;
+        find_extremes(k, low, high);
+        const float inverse = 1.0f / static_cast<float>(high - low);
+        return each_level([=](int32_t v) { return high > low ? stretch(v, low, inverse) : v; });
+      }
     }
+  }
+
+  template <class Become>
+  __device__ void each_level(const Become& become) const {
+#pragma unroll 1
+    for (int32_t first = Team::rank() * kGroup; first < kLevels; first += Team::kSize * kGroup)
+      pack_at<kGroup>(tables_.levels + first) =
+          Pack<int32_t, kGroup>{become(first), become(first + 1), become(first + 2), become(first + 3)};
   }
 
   __device__ int32_t mean_luma() const {
@@ -529,14 +549,13 @@ class Patch {
 // All threads of the team take the same branch.
 template <int kWarps>
 __device__ void apply(Patch<kWarps>& patch, const Arguments& a, int32_t index, const Step& step) {
+  const bool pairs = step.transform == Transform::sample_pairing;
+  if (pairs || step.transform == kCut) {
+    if (pairs && a.partners == nullptr) return;
+    const int64_t from = pairs ? patches::clamp(a.partners[index], a.count - 1) : index;
+    return patch.read(static_cast<int32_t>(from), pairs ? factor_of(step.parameters[0], 1) : kWhole);
+  }
   switch (step.transform) {
-    case kCut:
-    case Transform::sample_pairing: {
-      const bool pairs = step.transform != kCut;
-      if (pairs && a.partners == nullptr) return;
-      const int64_t from = pairs ? patches::clamp(a.partners[index], a.count - 1) : index;
-      return patch.read(static_cast<int32_t>(from), pairs ? factor_of(step.parameters[0], 1) : kWhole);
-    }
     case Transform::shear_x:
     case Transform::shear_y:
     case Transform::translate_x:
@@ -568,21 +587,17 @@ __device__ void apply(Patch<kWarps>& patch, const Arguments& a, int32_t index, c
 // Pixels of output channel k, as extraction computes them.
 template <class Real>
 __device__ void values_of(const Arguments& a, const uint8_t* pixels, int32_t i, int k, Real (&v)[kGroup]) {
-  if (!a.to_gray()) {
-    const uint32_t group = group_at(pixels + k * a.plane, i);
+  const bool gray = a.to_gray();
+  Real sum[kGroup] = {};
+#pragma unroll 1
+  for (int c = 0; c < (gray ? kMaxColours : 1); ++c) {
+    const Real share = gray ? Real(patches::luma(c)) : Real(1);
+    const uint32_t group = group_at(pixels + (gray ? c : k) * a.plane, i);
 #pragma unroll
-    for (int j = 0; j < kGroup; ++j) v[j] = a.normalised(static_cast<Real>(pixel_of(group, j)), k);
-    return;
-  }
-  Real gray[kGroup] = {};
-#pragma unroll
-  for (int c = 0; c < kMaxColours; ++c) {
-    const uint32_t group = group_at(pixels + c * a.plane, i);
-#pragma unroll
-    for (int j = 0; j < kGroup; ++j) gray[j] += Real(patches::luma(c)) * static_cast<Real>(pixel_of(group, j));
+    for (int j = 0; j < kGroup; ++j) sum[j] += share * static_cast<Real>(pixel_of(group, j));
   }
 #pragma unroll
-  for (int j = 0; j < kGroup; ++j) v[j] = a.normalised(gray[j], 0);
+  for (int j = 0; j < kGroup; ++j) v[j] = a.normalised(sum[j], k);
 }
 
 // What patch_norm makes of values.
@@ -639,8 +654,10 @@ __device__ void finish(const Arguments& a, const uint8_t* pixels, int32_t index)
       const auto k = static_cast<int32_t>(a.by_groups(group, within)), i = static_cast<int32_t>(within) * kGroup;
       Real v[kGroup];
       values_of(a, pixels, i, k, v);
+      if (a.geometry.patch_norm) {
 #pragma unroll
-      for (int j = 0; j < kGroup; ++j) v[j] = (v[j] - m.mean) * m.inverse;
+        for (int j = 0; j < kGroup; ++j) v[j] = (v[j] - m.mean) * m.inverse;
+      }
       store_group(a, out + k * a.area + i, v, whole ? kGroup : a.area - i);
     }
     return;

@@ -5,6 +5,7 @@
 #include <numeric>
 #include <type_traits>
 
+#include "core/workspace.h"
 #include "patches/extract.cuh"
 #include "patches/gradient.cuh"
 
@@ -15,8 +16,7 @@ namespace {
 constexpr int64_t kPreferredSharedBytes = 32 << 10;
 constexpr int64_t kMaxValue = INT32_MAX;
 
-constexpr int64_t round_up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
-constexpr int64_t divide_up(int64_t v, int64_t by) { return (v + by - 1) / by; }
+constexpr int64_t round_up(int64_t v, int64_t to) { return divide_up(v, to) * to; }
 FastDivide by(int64_t divisor) { return FastDivide(static_cast<uint32_t>(divisor)); }
 
 // How asynchronous copies bring the lines of images to shared memory.
@@ -125,7 +125,7 @@ template <class Real>
 TileArguments<Real> tile_arguments(const Problem& problem, const CopyLayout& copies, const Tiling& tiling,
                                    const TileShape& tile, int64_t staged_size) {
   const Geometry& g = problem.geometry;
-  TileArguments<Real> a{.common = Common<Real>(problem)};
+  TileArguments<Real> a(problem);
   const auto narrow = [](int64_t v) { return static_cast<int32_t>(v); };
   const int64_t out_size = size_of(problem.patches.dtype), run = g.patch * tiling.step();
   const int64_t across = divide_up(problem.cols(), tile.cols), bands = divide_up(g.patch, tile.rows);
@@ -153,6 +153,7 @@ TileArguments<Real> tile_arguments(const Problem& problem, const CopyLayout& cop
   a.channel_bytes = narrow(copies.channel_bytes);
   a.copy_bytes = narrow(copies.bytes);
   a.copies = copies.bytes > 0 ? narrow(copies.lines * tile.rows * (tile.pitch / copies.bytes)) : 0;
+  a.groups = narrow(tile.rows * divide_up(width, kGroup));
   a.image_lines = narrow(copies.lines);
   a.by_across = by(across);
   a.by_bands = by(bands);
@@ -176,7 +177,7 @@ void launch_tiles(const char* name, void (*kernel)(TileArguments<Real>), TileArg
     const int64_t tiles = std::min(part, problem.batch() - first) * of_image;
     a.first_image = first;
     a.tiles = static_cast<int32_t>(tiles);
-    launch(name, kernel, {blocks == 0 ? tiles : std::min(blocks, tiles), dim3(kThreads), shared_bytes}, stream, a);
+    launch(name, kernel, {blocks == 0 ? tiles : std::min(blocks, tiles), dim3(kTileThreads), shared_bytes}, stream, a);
   }
 }
 
@@ -236,7 +237,7 @@ void launch_extract(const Problem& problem, void* stream) {
 template <class Real>
 SumArguments<Real> sum_arguments(const Problem& problem, const Common<Real>& common, const Real* slopes) {
   const Geometry& g = problem.geometry;
-  SumArguments<Real> a{.common = common};
+  SumArguments<Real> a(common);
   const int64_t step = g.channels_last ? problem.channels() : 1;
   const auto narrow = [](int64_t v) { return static_cast<int32_t>(v); };
   a.grads = problem.patches.data;

@@ -14,8 +14,9 @@ namespace cpc::patches::cuda {
 
 // Pixels that a thread transforms at a time.
 constexpr int kGroup = 4;
-constexpr int kStages = 2;  // Tiles in flight.
-constexpr int kBlocks = 4;  // Of a multiprocessor at least: bounds the registers.
+constexpr int kTileThreads = 128;  // Few, as every warp finds out where its tile lies.
+constexpr int kStages = 2;         // Tiles in flight.
+constexpr int kBlocks = 8;         // Of a multiprocessor at least: bounds the registers.
 
 template <class Real>
 struct TileArguments {
@@ -38,12 +39,14 @@ struct TileArguments {
   // and channel. Bytes of a stage; and of the images, from pixel to pixel, row to row and channel to channel.
   int32_t pitch, stage_bytes, pixel_bytes, row_bytes, channel_bytes;
   int32_t copy_bytes, copies;                     // Bytes of a copy, 16 or 4, and how many a stage takes.
+  int32_t groups;                                 // Of pixels of a tile.
   int32_t image_lines;                            // Channels of the image that have lines of their own.
   FastDivide by_across, by_bands, by_patch_rows;  // From a tile's number to its place.
   FastDivide by_chunks, by_run, by_rows;          // From a stored vector to (patch, plane, y, x).
   FastDivide by_run_of_values, by_run_of_fours;   // From a single value, or four, to (plane and y, x).
   FastDivide by_groups, by_pieces;                // From a group of pixels, or a copy, to (line, x).
 
+  explicit TileArguments(const Problem& problem) : common(problem) {}
   __device__ bool interleaved() const { return image_lines == 1 && common.images.shape[1] != 1; }
 };
 
@@ -90,10 +93,10 @@ __device__ Lines copy_lines(const TileArguments<Real>& a, const Tile& tile, unsi
   const auto* first = reinterpret_cast<const char*>(images.as<In>() + tile.image * images.strides[0] +
                                                     (window.y + tile.r * a.stride + tile.y) * images.strides[2] +
                                                     column * images.strides[3]);
-  const auto head = static_cast<int32_t>(reinterpret_cast<uintptr_t>(first) % static_cast<uint32_t>(a.copy_bytes));
+  const auto head = static_cast<int32_t>(reinterpret_cast<uintptr_t>(first) & static_cast<uint32_t>(a.copy_bytes - 1));
   first -= head;
   const int32_t bytes = head + tile.width * a.pixel_bytes;
-  for (uint32_t i = threadIdx.x; i < static_cast<uint32_t>(a.copies); i += kThreads) {
+  for (uint32_t i = threadIdx.x; i < static_cast<uint32_t>(a.copies); i += kTileThreads) {
     uint32_t piece, y;
     const uint32_t line = a.by_pieces(i, piece), channel = a.by_rows(line, y);
     const int32_t at = static_cast<int32_t>(piece) * a.copy_bytes, left_over = bytes - at;
@@ -210,8 +213,7 @@ __device__ void stage_lines(const TileArguments<Real>& a, const Tile& tile, cons
   const bool interleaved = a.interleaved();
   const int32_t channels = kColours == 1 ? static_cast<int32_t>(p.channels) : kColours;
   const int32_t channel_step = interleaved ? 1 : a.rows * pitch, pixel_step = interleaved ? channels : 1;
-  const uint32_t groups = static_cast<uint32_t>((a.cols - 1) * a.stride + a.patch + kGroup - 1) / kGroup;
-  for (uint32_t i = threadIdx.x; i < a.rows * groups; i += kThreads) {
+  for (uint32_t i = threadIdx.x; i < static_cast<uint32_t>(a.groups); i += kTileThreads) {
     uint32_t group;
     const auto y = static_cast<int32_t>(a.by_groups(i, group)), x = static_cast<int32_t>(group) * kGroup;
     if (y >= tile.rows || x >= tile.width) continue;
@@ -256,7 +258,7 @@ __device__ void gather_pixels(const TileArguments<Real>& a, const Tile& tile, Re
   const uint32_t width = static_cast<uint32_t>((a.cols - 1) * a.stride + a.patch);
   const uint32_t values = static_cast<uint32_t>(p.channels) * a.rows * width;
 #pragma unroll 1  // It is long enough.
-  for (uint32_t i = threadIdx.x; i < values; i += kThreads) {
+  for (uint32_t i = threadIdx.x; i < values; i += kTileThreads) {
     uint32_t x, y;
     const auto k = static_cast<int32_t>(a.by_rows(a.by_groups(i, x), y));
     if (static_cast<int32_t>(y) >= tile.rows || static_cast<int32_t>(x) >= tile.width) continue;
@@ -275,7 +277,7 @@ __device__ void find_moments(const TileArguments<Real>& a, const Tile& tile, con
                              Moments<Real>* moments) {
   const auto values = static_cast<uint32_t>(a.common.values);
   const int lane = threadIdx.x % kWarp;
-  for (int j = threadIdx.x / kWarp; j < tile.cols; j += kThreads / kWarp) {
+  for (int j = threadIdx.x / kWarp; j < tile.cols; j += kTileThreads / kWarp) {
     const Real* const first = pixels + j * a.stride * a.step;
     const auto visit = [&](const auto& use) {
       for (uint32_t e = lane; e < values / N; e += kWarp) {
@@ -305,7 +307,7 @@ __device__ void store_vectors(const TileArguments<Real>& a, const Tile& tile, co
       static_cast<Out*>(a.patches) + ((tile.image * p.rows + tile.r) * p.cols + tile.c) * p.values + tile.y * a.run;
   const auto values = static_cast<int32_t>(p.values);
   const uint32_t of_patch = static_cast<uint32_t>(a.planes * a.rows * a.run) / N, count = tile.cols * of_patch;
-  for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
+  for (uint32_t i = threadIdx.x; i < count; i += kTileThreads) {
     uint32_t within, x;
     const auto j = static_cast<int32_t>(a.by_chunks(i, within)), run = static_cast<int32_t>(a.by_run(within, x));
     auto to = static_cast<int32_t>(i) * N;  // Whole patches lie one after another.
@@ -374,7 +376,7 @@ __device__ void finish_patches(const TileArguments<Real>& a, const Tile& tile, c
 
 // Staged: what transformed pixels are kept as: as they are stored, or, with patch_norm, as they are computed.
 template <class In, class Staged, bool kNorm>
-__global__ void __launch_bounds__(kThreads, kBlocks) extract_tiles(const __grid_constant__ TileArguments<float> a) {
+__global__ void __launch_bounds__(kTileThreads, kBlocks) extract_tiles(const __grid_constant__ TileArguments<float> a) {
   unsigned char* const stages = dynamic_shared();
   Staged* const pixels = reinterpret_cast<Staged*>(stages + kStages * a.stage_bytes);
   uint32_t at = blockIdx.x - gridDim.x;  // The tile whose copies were started last.
@@ -403,7 +405,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) extract_tiles(const __grid_
 }
 
 template <class Real>
-__global__ void __launch_bounds__(kThreads) extract_gathered(const __grid_constant__ TileArguments<Real> a) {
+__global__ void __launch_bounds__(kTileThreads) extract_gathered(const __grid_constant__ TileArguments<Real> a) {
   Real* const pixels = reinterpret_cast<Real*>(dynamic_shared());
   for (uint32_t t = blockIdx.x; t < static_cast<uint32_t>(a.tiles); t += gridDim.x) {
     const Tile tile = tile_at(a, t);

@@ -55,6 +55,8 @@ struct SumArguments {
   int32_t patch, stride, grid_rows, grid_cols;
   FastDivide by_groups, by_height, by_planes;  // From a group of values to (image, plane, y, x).
   FastDivide by_stride, by_distance, by_step;
+
+  explicit SumArguments(const Common<Real>& all) : common(all) {}
 };
 
 // The patches along an axis that contain a position, see window.h.
