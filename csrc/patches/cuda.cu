@@ -170,8 +170,8 @@ TileArguments<Real> tile_arguments(const Problem& problem, const CopyLayout& cop
 
 // In as many launches as keep the numbers of tiles in 32 bits. Blocks: 0 for one a tile.
 template <class Real>
-void launch_tiles(const char* name, void (*kernel)(TileArguments<Real>), TileArguments<Real> a, const Problem& problem,
-                  int64_t shared_bytes, int64_t blocks, void* stream) {
+void launch_each(const char* name, void (*kernel)(TileArguments<Real>), TileArguments<Real> a, const Problem& problem,
+                 int64_t shared_bytes, int64_t blocks, void* stream) {
   const int64_t of_image = problem.rows() * a.bands * a.across, part = std::max<int64_t>(1, kMaxItems / of_image);
   for (int64_t first = 0; first < problem.batch(); first += part) {
     const int64_t tiles = std::min(part, problem.batch() - first) * of_image;
@@ -196,8 +196,8 @@ bool launch_copied(const Problem& problem, const CopyLayout& copies, void* strea
   const Tiling tiling(problem, copies, sizeof(Staged), sizeof(float));
   const TileShape tile = tiling.best();
   if (!fits(problem, tile, kernel)) return false;
-  launch_tiles("extract_tiles", kernel, tile_arguments<float>(problem, copies, tiling, tile, sizeof(Staged)), problem,
-               tile.shared_bytes, kBlocks * multiprocessors(), stream);
+  launch_each("extract_tiles", kernel, tile_arguments<float>(problem, copies, tiling, tile, sizeof(Staged)), problem,
+              tile.shared_bytes, kBlocks * multiprocessors(), stream);
   return true;
 }
 
@@ -217,9 +217,9 @@ void launch_gathered(const Problem& problem, void* stream) {
   const Tiling tiling(problem, none, sizeof(Real), sizeof(Real));
   const TileShape tile = tiling.best();
   if (fits(problem, tile, &extract_gathered<Real>))
-    return launch_tiles("extract_gathered", &extract_gathered<Real>,
-                        tile_arguments<Real>(problem, none, tiling, tile, sizeof(Real)), problem, tile.shared_bytes, 0,
-                        stream);
+    return launch_each("extract_gathered", &extract_gathered<Real>,
+                       tile_arguments<Real>(problem, none, tiling, tile, sizeof(Real)), problem, tile.shared_bytes, 0,
+                       stream);
   launch("extract_direct", &extract_direct<Real>, {problem.batch() * problem.rows() * problem.cols(), dim3(kThreads)},
          stream, Common<Real>(problem), problem.patches.data, problem.patches.dtype);
 }

@@ -84,6 +84,8 @@ struct Lines {
   bool flip;
 };
 
+// Starts the copies of a tile's lines. They begin where the first bytes are aligned, before the first pixel if need be,
+// and end with the last.
 template <class In, class Real>
 __device__ Lines copy_lines(const TileArguments<Real>& a, const Tile& tile, unsigned char* stage) {
   const TensorView& images = a.common.images;

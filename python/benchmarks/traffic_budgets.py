@@ -67,7 +67,7 @@ class Fault:
 
 FAULTS = (
     Fault("sectors", "augment::augment_patches<*>", "rows of patches are shorter than a sector"),
-    Fault("conflicts", "augment::augment_patches<*>", "a table of levels is read at any places", "change_levels"),
+    Fault("conflicts", "augment::augment_patches<*>", "pixels and tables of levels are read at any places"),
     Fault("sectors", "patches::sum_patches<*>", "a row of a patch in 16 bits is shorter than a sector", "sum_group"),
     Fault("conflicts", "info_nce::score<*>", "scores are stored as they lie in the tensor cores' fragments", "score"),
     Fault("sectors", "info_nce::add_to_*", "sums are stored as they lie in the tensor cores' fragments"),

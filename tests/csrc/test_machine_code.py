@@ -55,6 +55,9 @@ FAULTS = (
     Fault("local", "info_nce::finish_rows<double, *>", "registers", (HOPPER,)),
     Fault("local", "info_nce::finish_rows<*>", "registers", (BLACKWELL,)),
     Fault("generic", "info_nce::contrast_sampled<*>", "ptxas merges addresses of parameters and keys", (BLACKWELL,)),
+    Fault("local", "patches::extract_direct<double>", "registers", (BLACKWELL,)),
+    Fault("local", "patches::extract_gathered<double>", "registers", (BLACKWELL,)),
+    Fault("generic", "patches::sum_patches<*, void, 1>", "ptxas merges addresses of slopes and gradients", (BLACKWELL,)),
     Fault("local", "masked_conv::convolve_tile<MultiplyAdds<float>, Tile<4,*", "registers"),
     Fault("local", "masked_conv::sum_weight_grad<MultiplyAdds<float>, Tile<4,*", "registers", (AMPERE,)),
     Fault("local", "masked_conv::sum_weight_grad<MultiplyAdds<double>,*", "registers"),
@@ -65,6 +68,7 @@ FAULTS = (
     Fault("early", "masked_conv::sum_weight_grad<TensorCores<Half>, Tile<2,*", "odd numbers of channels"),
     Fault("generic", "logistic_mixture::run_tiles<*>", "one code for parameters in shared memory and in global"),
     Fault("local", "logistic_mixture::sample_pixels", "a pixel's values are indexed by its channel"),
+    Fault("local", "augment::augment_patches<8, false>", "registers, where patches are in the workspace", (BLACKWELL,)),
 )
 
 
