@@ -50,8 +50,8 @@ OTHER_INSTRUCTIONS, ELEMENTWISE_INSTRUCTIONS = 300, 40
 # and roots, by patterns of kernels' names, where the main loop in machine_code.csv is not where the kernel spends its
 # time. They are estimates, from the loops that machine_code.py --loops lists for 9.0.
 INSTRUCTIONS = {
-    # A step takes about 80 to begin, a group of 4 pixels 85 to read, 175 to move, 30 to look up, 75 to store, with 2
-    # requests to read, 15 to move, 6 to look up and 2 to store. Which transforms run decides.
+    # A step takes about 80 to begin; 4 pixels of 3 channels 200 to read, 175 to move, 90 to look up, 180 to store, with 6,
+    # 15, 18 and 6 requests. Which transforms run decides.
     "augment::augment_patches<*>": (13, 0),
     # Between a dot product's loop, 60 for 32 loads, and that of weighted sums, 279 for 24 accesses.
     "info_nce::contrast_sampled<*>": (6, 0),
@@ -59,8 +59,8 @@ INSTRUCTIONS = {
     # mixture's sum, with 15 and 18 special functions; some of these are accesses.
     "logistic_mixture::run_tiles<*, 0>": (6.5, 13),
     "logistic_mixture::run_tiles<*, 1>": (6.5, 17),
-    # Without branches that are not taken, a warp takes about 220 to begin a tile, 44 for a copy, 110 to 140 for 12 values
-    # that it transforms, with 6 requests, and 37 for the load and the store of 16 bytes that leave.
+    # Without branches that are not taken, a warp takes about 220 to begin a tile, 44 for a copy, 110 to 140 for 12
+    # values that it transforms, with 6 requests, and 37 for the load and the store of 16 bytes that leave.
     "patches::extract_tiles<*>": (32, 0),
     # 60 for a value that is gathered, with 2 requests, and 37 to 43 for a load and a store.
     "patches::extract_gathered<*>": (30, 0),

@@ -57,7 +57,9 @@ FAULTS = (
     Fault("generic", "info_nce::contrast_sampled<*>", "ptxas merges addresses of parameters and keys", (BLACKWELL,)),
     Fault("local", "patches::extract_direct<double>", "registers", (BLACKWELL,)),
     Fault("local", "patches::extract_gathered<double>", "registers", (BLACKWELL,)),
-    Fault("generic", "patches::sum_patches<*, void, 1>", "ptxas merges addresses of slopes and gradients", (BLACKWELL,)),
+    Fault(
+        "generic", "patches::sum_patches<*, void, 1>", "ptxas merges addresses of slopes and gradients", (BLACKWELL,)
+    ),
     Fault("local", "masked_conv::convolve_tile<MultiplyAdds<float>, Tile<4,*", "registers"),
     Fault("local", "masked_conv::sum_weight_grad<MultiplyAdds<float>, Tile<4,*", "registers", (AMPERE,)),
     Fault("local", "masked_conv::sum_weight_grad<MultiplyAdds<double>,*", "registers"),
