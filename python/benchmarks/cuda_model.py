@@ -50,8 +50,8 @@ OTHER_INSTRUCTIONS, ELEMENTWISE_INSTRUCTIONS = 300, 40
 # and roots, by patterns of kernels' names, where the main loop in machine_code.csv is not where the kernel spends its
 # time. They are estimates, from the loops that machine_code.py --loops lists for 9.0.
 INSTRUCTIONS = {
-    # A step takes about 80 to begin; 4 pixels of 3 channels 200 to read, 175 to move, 90 to look up, 180 to store, with 6,
-    # 15, 18 and 6 requests. Which transforms run decides.
+    # A step takes about 80 to begin; 4 pixels of 3 channels 200 to read, 175 to move, 90 to look up, 180 to store, with
+    # 6, 15, 18 and 6 requests. Which transforms run decides.
     "augment::augment_patches<*>": (13, 0),
     # Between a dot product's loop, 60 for 32 loads, and that of weighted sums, 279 for 24 accesses.
     "info_nce::contrast_sampled<*>": (6, 0),
