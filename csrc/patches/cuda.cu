@@ -92,16 +92,16 @@ class Tiling {
 
   // As many neighbours as the preferred share holds; and, unless moments need all of a patch, rather fewer rows.
   TileShape best() const {
-    int64_t cols = all_cols_, bands = 1;
-    TileShape tile = shape(cols, g_.patch);
+    int64_t across = 1, bands = 1;
+    TileShape tile = shape(all_cols_, g_.patch);
     while (tile.shared_bytes > kPreferredSharedBytes) {
       if (!g_.patch_norm && tile.rows > 1)
         ++bands;
-      else if (cols > 1)
-        cols = divide_up(all_cols_, divide_up(all_cols_, cols) + 1);
+      else if (tile.cols > 1)
+        ++across;
       else
         break;
-      tile = shape(cols, divide_up(g_.patch, bands));
+      tile = shape(divide_up(all_cols_, across), divide_up(g_.patch, bands));
     }
     return tile;
   }
