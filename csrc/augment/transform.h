@@ -199,8 +199,13 @@ CPC_HOST_DEVICE inline Affine affine_of(Transform transform, float parameter, in
     case Transform::translate_y: return affine_of(1, 0, 0, 0, 1, shift);
     default: break;
   }
-  const double angle = double{clamp(parameter, -kTurnLimit, kTurnLimit)} * (3.14159265358979323846 / 180);
-  const double c = cos(angle), s = sin(angle), middle = side / 2.0;
+  const double degrees = clamp(parameter, -kTurnLimit, kTurnLimit), middle = side / 2.0;
+#if defined(__CUDA_ARCH__)
+  // Unlike these, CUDA's cos and sin are for any argument, and reduce large ones in local memory.
+  const double c = cospi(degrees / 180), s = sinpi(degrees / 180);
+#else
+  const double angle = degrees * (3.14159265358979323846 / 180), c = cos(angle), s = sin(angle);
+#endif
   return affine_of(c, -s, middle - c * middle + s * middle, s, c, middle - (s + c) * middle);
 }
 

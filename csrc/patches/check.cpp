@@ -52,7 +52,7 @@ void check(const Gradient& problem, Where where) { check(static_cast<const Probl
 
 int64_t workspace_bytes(const Gradient& problem, Where where) {
   if (where == Where::host || !problem.geometry.patch_norm) return 0;
-  return 3 * problem.batch() * problem.rows() * problem.cols() * size_of(problem.in_double() ? DType::f64 : DType::f32);
+  return 4 * problem.batch() * problem.rows() * problem.cols() * size_of(problem.in_double() ? DType::f64 : DType::f32);
 }
 
 }  // namespace cpc::patches

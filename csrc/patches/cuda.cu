@@ -1,502 +1,320 @@
-// Patch extraction on the GPU: from images to normalised overlapping patches, and the gradient back.
-// A block takes patches that are neighbours in one row of one image. Its threads transform the image rows those patches
-// share into shared memory, each pixel once; the patches, which lie one after another in memory, are then written from
-// there as a single stream of 16-byte stores. A patch too large for shared memory is read from the image instead.
+// Patch extraction on the GPU: from images to normalised overlapping patches (extract.cuh), and the gradient back
+// (gradient.cuh). Here, for each problem: which kernel, and how it is cut into the work of blocks.
 #include <algorithm>
-#include <stdexcept>
+#include <cstdint>
+#include <numeric>
 #include <type_traits>
 
-#include "core/cuda/device.h"
-#include "core/cuda/kernel.cuh"
-#include "patches/patches.h"
-#include "patches/window.h"
+#include "core/workspace.h"
+#include "patches/extract.cuh"
+#include "patches/gradient.cuh"
 
 namespace cpc::patches::cuda {
 namespace {
 
-using namespace cpc::cuda;
-
-constexpr int kThreads = 256;
-// Pixels that a thread reads at a time: 4 bytes of uint8, 16 of float.
-constexpr int kGroup = 4;
 // A block's share that leaves room for several blocks on a multiprocessor, whose loads and stores then overlap.
 constexpr int64_t kPreferredSharedBytes = 32 << 10;
-constexpr int kStagedBlocks = 4;  // At least: bounds the registers.
+constexpr int64_t kMaxValue = INT32_MAX;
 
-// What both kernels know of the problem, by value.
-template <class Real>
-struct Common {
-  Geometry geometry;
-  TensorView images, offsets, flip;
-  int64_t batch, rows, cols, channels;
-  int64_t values;  // Values of a patch.
-  Real scale[kMaxChannels], shift[kMaxChannels];
+constexpr int64_t round_up(int64_t v, int64_t to) { return divide_up(v, to) * to; }
+FastDivide by(int64_t divisor) { return FastDivide(static_cast<uint32_t>(divisor)); }
 
-  explicit Common(const Problem& problem)
-      : geometry(problem.geometry),
-        images(problem.images),
-        offsets(problem.offsets),
-        flip(problem.flip),
-        batch(problem.batch()),
-        rows(problem.rows()),
-        cols(problem.cols()),
-        channels(problem.channels()),
-        values(channels * geometry.patch * geometry.patch) {
-    if (channels > kMaxChannels)
-      throw std::invalid_argument("the CUDA kernel takes at most " + std::to_string(kMaxChannels) + " channels, got " +
-                                  std::to_string(channels));
-    std::copy(problem.scale.begin(), problem.scale.end(), scale);
-    std::copy(problem.shift.begin(), problem.shift.end(), shift);
-  }
-  __device__ bool to_gray() const { return geometry.gray && images.shape[1] == 3; }
-  __device__ Window window(int64_t b) const { return window_of(geometry, images, offsets, flip, b); }
-
-  // Where the window's pixel (y, x) of a channel of image b lies in the image, in elements.
-  __device__ int64_t source(int64_t b, const Window& window, int64_t channel, int64_t y, int64_t x) const {
-    const int64_t column = window.x + (window.flip ? geometry.width - 1 - x : x);
-    return b * images.strides[0] + channel * images.strides[1] + (window.y + y) * images.strides[2] +
-           column * images.strides[3];
-  }
-
-  // The transformed pixel (y, x) of output channel k.
-  __device__ Real pixel(int64_t b, const Window& window, int64_t k, int64_t y, int64_t x) const {
-    if (!to_gray()) return scale[k] * load_as<Real>(images.data, images.dtype, source(b, window, k, y, x)) + shift[k];
-    Real v = 0;
-    for (int c = 0; c < 3; ++c)
-      v += Real(luma(c)) * load_as<Real>(images.data, images.dtype, source(b, window, c, y, x));
-    return scale[0] * v + shift[0];
-  }
+// How asynchronous copies bring the lines of images to shared memory.
+struct CopyLayout {
+  int64_t bytes = 0;  // Of a copy; 0 where pixels must be gathered one by one.
+  int64_t slack = 0;  // Bytes before a line's first pixel, at most.
+  int64_t pixel_bytes = 0, row_bytes = 0, channel_bytes = 0;
+  int64_t lines = 0;  // For a row: one, or one for each channel.
 };
 
-// --- Forward ---
-
-// Pixels x .. x + kGroup - 1 of a window row, of which `count` exist: in one access where they lie together and
-// aligned.
-template <class In, class Real>
-__device__ void load_group(Real (&out)[kGroup], const In* row, int64_t step, int64_t x, int count) {
-  const In* first = row + (step < 0 ? -(x + kGroup - 1) : x);
-  if (count == kGroup && (step == 1 || step == -1) && reinterpret_cast<uintptr_t>(first) % (kGroup * sizeof(In)) == 0) {
-    const auto group = pack_at<kGroup>(first);
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i)  // A register is indexed by constants only.
-      out[i] = widen<Real>(step < 0 ? group.v[kGroup - 1 - i] : group.v[i]);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kGroup; ++i)
-    if (i < count) out[i] = widen<Real>(row[(x + i) * step]);
-}
-
-template <class Real>
-struct ForwardArguments {
-  Common<Real> common;
-  void* patches;
-  int64_t tiles_per_row;  // Tiles of a patch row.
-  int tile;               // Patches of a tile; the last of a row may have fewer.
-  // How a tile lies in shared memory: planes of `patch` rows of `row` values, one pixel's values `step` apart. A patch
-  // is planes of `patch` runs of `run` values.
-  int planes, row, step, run;
-  FastDivide by_values, by_plane, by_run;  // From a position in the tile's patches to (patch, plane, y, x).
-  FastDivide by_groups, by_patch;          // From a group to (channel, y, group of the row), for a full tile.
-  int64_t shared_values;
-};
-
-template <class Real>
-struct Moments {
-  Real mean, inverse;
-};
-
-// Visits the values of patch j of a tile in shared memory: lane l takes values l, l + 32, ….
-template <class Real, class Visit>
-__device__ void for_each_value(const ForwardArguments<Real>& a, int lane, const Visit& visit) {
-  for (uint32_t e = lane; e < a.common.values; e += kWarp) {
-    uint32_t in_plane, x;
-    const uint32_t plane = a.by_plane(e, in_plane);
-    const uint32_t y = a.by_run(in_plane, x);
-    visit((plane * a.common.geometry.patch + y) * a.row + x);
-  }
-}
-
-// N neighbouring values of shared memory, 16 bytes at a time where they are aligned.
-template <int N, class Real>
-__device__ void load_shared(Real (&out)[N], const Real* from) {
-  constexpr int kWide = 16 / sizeof(Real);
-  if (N % kWide == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
-#pragma unroll
-    for (int i = 0; i < N; i += kWide) {
-      const auto wide = pack_at<kWide>(from + i);
-#pragma unroll
-      for (int s = 0; s < kWide; ++s)
-        if (i + s < N) out[i + s] = wide.v[s];
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; ++i) out[i] = from[i];
-  }
-}
-
-// The neighbouring patches that a block is on.
-struct Tile {
-  int64_t b, r;  // Image and patch row.
-  int64_t first_col;
-  int cols;
-};
-template <class Real>
-__device__ Tile tile_at(const ForwardArguments<Real>& a, int64_t t) {
-  const int64_t patch_row = t / a.tiles_per_row;  // Among those of all images.
-  const int64_t first_col = t % a.tiles_per_row * a.tile, left = a.common.cols - first_col;
-  return {patch_row / a.common.rows, patch_row % a.common.rows, first_col,
-          static_cast<int>(left < a.tile ? left : a.tile)};
-}
-
-// A group of pixels of one channel of an image.
-template <class Real>
-__device__ void load_channel(Real (&out)[kGroup], const TensorView& images, bool flip, int64_t source, int x,
-                             int count) {
-  const int64_t step = flip ? -images.strides[3] : images.strides[3];
-  const auto load = [&](auto type) { load_group(out, images.template as<decltype(type)>() + source, step, x, count); };
-  switch (images.dtype) {
-    case DType::u8: return load(uint8_t{});
-    case DType::f16: return load(Half{});
-    case DType::bf16: return load(BFloat16{});
-    case DType::f32: return load(float{});
-    default: return load(double{});
-  }
-}
-
-// From the image to transformed pixels in shared memory.
-template <class Real>
-__device__ void stage_pixels(const ForwardArguments<Real>& a, const Tile& tile, Real* pixels) {
-  const Common<Real>& p = a.common;
-  const int patch = static_cast<int>(p.geometry.patch), stride = static_cast<int>(p.geometry.stride);
-  const int width = (tile.cols - 1) * stride + patch;
-  const Window window = p.window(tile.b);
-  const uint32_t groups_per_row = ((a.tile - 1) * stride + patch + kGroup - 1) / kGroup;
-  const uint32_t groups = static_cast<uint32_t>(p.channels) * patch * groups_per_row;
-  for (uint32_t i = threadIdx.x; i < groups; i += kThreads) {
-    uint32_t group, y;
-    const uint32_t k = a.by_patch(a.by_groups(i, group), y);
-    const int x = static_cast<int>(group) * kGroup;
-    const int count = width - x < kGroup ? width - x : kGroup;
-    if (count <= 0) continue;
-    const auto load = [&](int64_t channel, Real(&out)[kGroup]) {
-      const int64_t row = p.source(tile.b, window, channel, tile.r * stride + y, tile.first_col * stride);
-      load_channel(out, p.images, window.flip, row, x, count);
-    };
-    Real v[kGroup] = {};
-    if (p.to_gray()) {
-      for (int c = 0; c < 3; ++c) {
-        Real colour[kGroup] = {};
-        load(c, colour);
-#pragma unroll
-        for (int j = 0; j < kGroup; ++j) v[j] += Real(luma(c)) * colour[j];
-      }
-    } else {
-      load(k, v);
-    }
-    const int plane = a.planes == 1 ? 0 : static_cast<int>(k), within = a.planes == 1 ? static_cast<int>(k) : 0;
-    Real* out = pixels + (plane * patch + static_cast<int>(y)) * a.row + x * a.step + within;
-#pragma unroll
-    for (int j = 0; j < kGroup; ++j)
-      if (j < count) out[j * a.step] = p.scale[k] * v[j] + p.shift[k];
-  }
-}
-
-// Each patch's own mean and contrast: a warp a patch.
-template <class Real>
-__device__ void find_moments(const ForwardArguments<Real>& a, const Tile& tile, const Real* pixels,
-                             Moments<Real>* moments) {
-  const Common<Real>& p = a.common;
-  const int lane = threadIdx.x % kWarp;
-  for (int j = threadIdx.x / kWarp; j < tile.cols; j += kThreads / kWarp) {
-    const Real* const first = pixels + j * static_cast<int>(p.geometry.stride) * a.step;
-    Real total = 0, squares = 0;
-    for_each_value(a, lane, [&](int at) { total += first[at]; });
-    const Real mean = warp_sum(total) / static_cast<Real>(p.values);
-    for_each_value(a, lane, [&](int at) { squares += (first[at] - mean) * (first[at] - mean); });
-    const Real deviation = sqrt(warp_sum(squares) / static_cast<Real>(p.values));
-    if (lane == 0) moments[j] = {mean, 1 / (deviation + Real(kContrastFloor))};
-  }
-}
-
-// From shared memory to the patches: chunks of kVector values that start at 16-byte boundaries. Those that stick out of
-// the tile at either end are stored value by value.
-template <class Real, class Out>
-__device__ void store_patches(const ForwardArguments<Real>& a, const Tile& tile, const Real* pixels,
-                              const Moments<Real>* moments) {
-  constexpr int kVector = 16 / sizeof(Out);
-  const Common<Real>& p = a.common;
-  const int patch = static_cast<int>(p.geometry.patch), stride = static_cast<int>(p.geometry.stride);
-  Out* const out = static_cast<Out*>(a.patches) + ((tile.b * p.rows + tile.r) * p.cols + tile.first_col) * p.values;
-  const int before = static_cast<int>(reinterpret_cast<uintptr_t>(out) / sizeof(Out) % kVector);
-  const int count = tile.cols * static_cast<int>(p.values);
-  for (int e = static_cast<int>(threadIdx.x) * kVector - before; e < count; e += kThreads * kVector) {
-    const int begin = e < 0 ? 0 : e, end = e + kVector < count ? e + kVector : count;
-    uint32_t in_patch, in_plane, x;
-    uint32_t j = a.by_values(begin, in_patch);
-    uint32_t plane = a.by_plane(in_patch, in_plane), y = a.by_run(in_plane, x);
-    const auto position = [&] {
-      return static_cast<int>((plane * patch + y) * a.row + x) + static_cast<int>(j) * stride * a.step;
-    };
-    const auto finish = [&](Real v) {
-      return Narrow<Out>::from(p.geometry.patch_norm ? (v - moments[j].mean) * moments[j].inverse : v);
-    };
-    Pack<Out, kVector> chunk;
-    if (end - begin == kVector && static_cast<int>(x) + kVector <= a.run) {  // All within one run.
-      Real v[kVector];
-      load_shared(v, pixels + position());
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) chunk.v[i] = finish(v[i]);
-    } else {
-#pragma unroll
-      for (int s = 0; s < kVector; ++s) {  // A register is indexed by constants only.
-        if (e + s < begin || e + s >= end) continue;
-        chunk.v[s] = finish(pixels[position()]);
-        if (++x < static_cast<uint32_t>(a.run)) continue;
-        x = 0;
-        if (++y < static_cast<uint32_t>(patch)) continue;
-        y = 0;
-        if (++plane < static_cast<uint32_t>(a.planes)) continue;
-        plane = 0;
-        ++j;
-      }
-    }
-    if (end - begin == kVector) {
-      pack_at<kVector>(out + e) = chunk;
-    } else {
-#pragma unroll
-      for (int s = 0; s < kVector; ++s)
-        if (e + s >= begin && e + s < end) out[e + s] = chunk.v[s];
-    }
-  }
-}
-
-template <class Real, class Out>
-__global__ void __launch_bounds__(kThreads, kStagedBlocks)
-    extract_staged(const __grid_constant__ ForwardArguments<Real> a) {
-  Real* const pixels = reinterpret_cast<Real*>(dynamic_shared());
-  auto* const moments = reinterpret_cast<Moments<Real>*>(pixels + a.shared_values);
-  for (int64_t t = blockIdx.x; t < a.common.batch * a.common.rows * a.tiles_per_row; t += gridDim.x) {
-    const Tile tile = tile_at(a, t);
-    stage_pixels(a, tile, pixels);
-    __syncthreads();
-    if (a.common.geometry.patch_norm) {
-      find_moments(a, tile, pixels, moments);
-      __syncthreads();
-    }
-    store_patches<Real, Out>(a, tile, pixels, moments);
-    __syncthreads();  // The next tile overwrites shared memory.
-  }
-}
-
-// The patch that block-wide work is on, where a block takes whole patches.
-struct PatchIndex {
-  int64_t b, r, c;
-};
-template <class Real>
-__device__ PatchIndex patch_at(const Common<Real>& p, int64_t i) {
-  return {i / p.cols / p.rows, i / p.cols % p.rows, i % p.cols};
-}
-
-// The transformed pixel that becomes value e of a patch, in the order of memory.
-template <class Real>
-__device__ Real patch_value(const Common<Real>& p, const PatchIndex& at, const Window& window, int64_t e) {
-  const int64_t patch = p.geometry.patch, area = patch * patch;
-  const int64_t k = p.geometry.channels_last ? e % p.channels : e / area;
-  const int64_t i = p.geometry.channels_last ? e / p.channels : e % area;
-  return p.pixel(at.b, window, k, at.r * p.geometry.stride + i / patch, at.c * p.geometry.stride + i % patch);
-}
-
-// A patch's mean and deviation, found by a whole block.
-template <class Real>
-__device__ void block_moments(const Common<Real>& p, const PatchIndex& at, const Window& window, Real& mean,
-                              Real& deviation) {
-  const Real n = static_cast<Real>(p.values);
-  Real total = 0, squares = 0;
-  for (int64_t e = threadIdx.x; e < p.values; e += kThreads) total += patch_value(p, at, window, e);
-  mean = block_sum<kThreads>(total) / n;
-  for (int64_t e = threadIdx.x; e < p.values; e += kThreads) {
-    const Real d = patch_value(p, at, window, e) - mean;
-    squares += d * d;
-  }
-  deviation = sqrt(block_sum<kThreads>(squares) / n);
-}
-
-// Patches that do not fit shared memory: a block a patch, each value read from the image.
-template <class Real, class Out>
-__global__ void __launch_bounds__(kThreads) extract_direct(const __grid_constant__ Common<Real> p, void* patches) {
-  for (int64_t i = blockIdx.x; i < p.batch * p.rows * p.cols; i += gridDim.x) {
-    const PatchIndex at = patch_at(p, i);
-    const Window window = p.window(at.b);
-    Real mean = 0, inverse = 1;
-    if (p.geometry.patch_norm) {
-      Real deviation;
-      block_moments(p, at, window, mean, deviation);
-      inverse = 1 / (deviation + Real(kContrastFloor));
-    }
-    Out* const out = static_cast<Out*>(patches) + i * p.values;
-    for (int64_t e = threadIdx.x; e < p.values; e += kThreads)
-      out[e] = Narrow<Out>::from((patch_value(p, at, window, e) - mean) * inverse);
-  }
-}
-
-template <class Real, class Out>
-void launch_extract(const Problem& problem, void* stream) {
-  const Common<Real> common(problem);
+CopyLayout copy_layout(const Problem& problem) {
+  const TensorView& images = problem.images;
+  const int64_t channels = images.shape[1], size = size_of(images.dtype);
+  const bool planar = images.strides[3] == 1;
+  const bool interleaved = !planar && channels > 1 && images.strides[1] == 1 && images.strides[3] == channels;
+  if (!(planar || interleaved) || (images.dtype != DType::u8 && images.dtype != DType::f32)) return {};
+  CopyLayout layout;
+  layout.pixel_bytes = images.strides[3] * size;
+  layout.row_bytes = images.strides[2] * size;
+  layout.channel_bytes = planar && channels > 1 ? images.strides[1] * size : 0;
+  layout.lines = planar ? channels : 1;
+  // Lines of a tile begin at the same place among aligned bytes, and their offsets fit 32 bits.
+  const int64_t together = std::gcd(layout.row_bytes, layout.channel_bytes);
+  if (std::abs(layout.row_bytes) * problem.geometry.patch + std::abs(layout.channel_bytes) * channels > kMaxValue)
+    return {};
+  layout.bytes = together % 16 == 0 ? 16 : together % 4 == 0 ? 4 : 0;
+  if (layout.bytes == 0) return {};
+  // Where crops do not move, and a tile is as wide as a row of patches, where lines begin is known.
   const Geometry& g = problem.geometry;
-  const int64_t channels = problem.channels(), planes = g.channels_last ? 1 : channels;
-  const int64_t step = g.channels_last ? channels : 1, run = g.patch * step;
-  // Rows one run further in shared memory, modulo its 32 banks, so that the runs of a patch do not share banks.
-  const auto row_of = [&](int64_t tile) {
-    const int64_t row = ((tile - 1) * g.stride + g.patch) * step;
-    return row + ((run - row) % 32 + 32) % 32;
-  };
-  const auto shared_values = [&](int64_t tile) { return (planes * g.patch * row_of(tile) + 3) / 4 * 4; };
-  const auto shared_bytes = [&](int64_t tile) {
-    return shared_values(tile) * int64_t{sizeof(Real)} + (g.patch_norm ? tile * int64_t{sizeof(Moments<Real>)} : 0);
-  };
+  const int64_t left_over = problem.flip.ndim == 0 ? 0 : (g.width - g.patch) % g.stride;
+  const int64_t first = reinterpret_cast<intptr_t>(images.data) + (images.shape[3] - g.width) / 2 * layout.pixel_bytes;
+  const bool aligned = problem.offsets.ndim == 0 && first % layout.bytes == 0 &&
+                       left_over * layout.pixel_bytes % layout.bytes == 0 &&
+                       images.strides[0] * size % layout.bytes == 0;
+  layout.slack = aligned ? 0 : layout.bytes - size;
+  return layout;
+}
 
-  // Float64 images cast to a narrower type are not worth a staged kernel of their own.
-  constexpr bool staged = sizeof(Real) == 4 || std::is_same_v<Real, Out>;
-  const auto fits = [&] {
-    if constexpr (staged) return shared_bytes(1) <= dynamic_shared_limit(&extract_staged<Real, Out>);
-    return false;
-  };
-  if (!fits())
-    return launch("extract_direct", &extract_direct<Real, Out>,
-                  {problem.batch() * problem.rows() * problem.cols(), dim3(kThreads)}, stream, common,
-                  problem.patches.data);
-  int64_t tile = 1;  // As many neighbours as the preferred share holds.
-  while (tile < problem.cols() && shared_bytes(tile + 1) <= kPreferredSharedBytes) ++tile;
-  ForwardArguments<Real> a{common};
+// A tile's place in shared memory, for tiles of so many patches and rows.
+struct TileShape {
+  int64_t cols, rows;
+  int64_t row;                         // Values.
+  int64_t pitch = 0, stage_bytes = 0;  // Of lines and of a stage.
+  int64_t shared_bytes = 0;
+};
+
+// staged_size, real_size: bytes of a value in shared memory, and of those that are computed.
+class Tiling {
+ public:
+  Tiling(const Problem& problem, const CopyLayout& copies, int64_t staged_size, int64_t real_size)
+      : g_(problem.geometry), copies_(copies), staged_(staged_size), real_(real_size), all_cols_(problem.cols()) {
+    const int64_t channels = problem.channels();
+    planes_ = g_.channels_last ? 1 : channels;
+    step_ = g_.channels_last ? channels : 1;
+  }
+
+  TileShape shape(int64_t cols, int64_t rows) const {
+    TileShape tile{cols, rows, 0};
+    const int64_t width = (cols - 1) * g_.stride + g_.patch, run = g_.patch * step_;
+    tile.row = round_up(round_up(width, kGroup) * step_, 16 / staged_);
+    // Rows one run further, modulo the 32 banks, so that neighbouring runs of a patch do not share banks.
+    const int64_t banks = 128 / staged_;
+    if (run * staged_ % 16 == 0) tile.row += ((run - tile.row) % banks + banks) % banks;
+    if (copies_.bytes > 0) {
+      const int64_t slack = cols == all_cols_ ? copies_.slack : copies_.bytes - 1;
+      tile.pitch = round_up(slack + width * copies_.pixel_bytes, 16);
+      tile.stage_bytes = copies_.lines * rows * tile.pitch;
+    }
+    tile.shared_bytes = kStages * tile.stage_bytes + round_up(planes_ * rows * tile.row * staged_, 16) +
+                        (g_.patch_norm ? cols * 2 * real_ : 0);
+    return tile;
+  }
+
+  // As many neighbours as the preferred share holds; and, unless moments need all of a patch, rather fewer rows.
+  TileShape best() const {
+    int64_t across = 1, bands = 1;
+    TileShape tile = shape(all_cols_, g_.patch);
+    while (tile.shared_bytes > kPreferredSharedBytes) {
+      if (!g_.patch_norm && tile.rows > 1)
+        ++bands;
+      else if (tile.cols > 1)
+        ++across;
+      else
+        break;
+      tile = shape(divide_up(all_cols_, across), divide_up(g_.patch, bands));
+    }
+    return tile;
+  }
+
+  int64_t planes() const { return planes_; }
+  int64_t step() const { return step_; }
+
+ private:
+  const Geometry& g_;
+  const CopyLayout& copies_;
+  int64_t staged_, real_, all_cols_, planes_, step_;
+};
+
+// Values that are stored at a time: 16 bytes, where runs are whole numbers of them, or one.
+int64_t vector_of(const void* patches, int64_t size, int64_t run) {
+  const int64_t vector = 16 / size;
+  return run % vector == 0 && reinterpret_cast<uintptr_t>(patches) % 16 == 0 ? vector : 1;
+}
+
+template <class Real>
+TileArguments<Real> tile_arguments(const Problem& problem, const CopyLayout& copies, const Tiling& tiling,
+                                   const TileShape& tile, int64_t staged_size) {
+  const Geometry& g = problem.geometry;
+  TileArguments<Real> a(problem);
+  const auto narrow = [](int64_t v) { return static_cast<int32_t>(v); };
+  const int64_t out_size = size_of(problem.patches.dtype), run = g.patch * tiling.step();
+  const int64_t across = divide_up(problem.cols(), tile.cols), bands = divide_up(g.patch, tile.rows);
+  const int64_t vector = vector_of(problem.patches.data, out_size, run);
+  const int64_t width = (tile.cols - 1) * g.stride + g.patch;
   a.patches = problem.patches.data;
-  a.tile = static_cast<int>(tile);
-  a.tiles_per_row = (problem.cols() + tile - 1) / tile;
-  a.planes = static_cast<int>(planes);
-  a.row = static_cast<int>(row_of(tile));
-  a.step = static_cast<int>(step);
-  a.run = static_cast<int>(run);
-  a.by_values = FastDivide(static_cast<uint32_t>(common.values));
-  a.by_plane = FastDivide(static_cast<uint32_t>(g.patch * run));
-  a.by_run = FastDivide(static_cast<uint32_t>(run));
-  a.by_groups = FastDivide(static_cast<uint32_t>(((tile - 1) * g.stride + g.patch + kGroup - 1) / kGroup));
-  a.by_patch = FastDivide(static_cast<uint32_t>(g.patch));
-  a.shared_values = shared_values(tile);
-  if constexpr (staged)
-    launch("extract_staged", &extract_staged<Real, Out>,
-           {problem.batch() * problem.rows() * a.tiles_per_row, dim3(kThreads), shared_bytes(tile)}, stream, a);
+  a.patches_dtype = problem.patches.dtype;
+  a.patch = narrow(g.patch);
+  a.stride = narrow(g.stride);
+  a.cols = narrow(tile.cols);
+  a.rows = narrow(tile.rows);
+  a.across = narrow(across);
+  a.bands = narrow(bands);
+  a.planes = narrow(tiling.planes());
+  a.row = narrow(tile.row);
+  a.step = narrow(tiling.step());
+  a.run = narrow(run);
+  a.vector = narrow(vector);
+  a.aligned = g.stride * tiling.step() % std::min(vector, 16 / staged_size) == 0;
+  a.fours = run % kGroup == 0 && g.stride * tiling.step() % kGroup == 0;
+  a.pitch = narrow(tile.pitch);
+  a.stage_bytes = narrow(tile.stage_bytes);
+  a.pixel_bytes = narrow(copies.pixel_bytes);
+  a.row_bytes = narrow(copies.row_bytes);
+  a.channel_bytes = narrow(copies.channel_bytes);
+  a.copy_bytes = narrow(copies.bytes);
+  a.copies = copies.bytes > 0 ? narrow(copies.lines * tile.rows * (tile.pitch / copies.bytes)) : 0;
+  a.groups = narrow(tile.rows * divide_up(width, kGroup));
+  a.image_lines = narrow(copies.lines);
+  a.by_across = by(across);
+  a.by_bands = by(bands);
+  a.by_patch_rows = by(problem.rows());
+  a.by_chunks = by(tiling.planes() * tile.rows * run / vector);
+  a.by_run = by(run / vector);
+  a.by_rows = by(tile.rows);
+  a.by_run_of_values = by(run);
+  a.by_run_of_fours = by(std::max<int64_t>(run / kGroup, 1));
+  a.by_groups = by(copies.bytes > 0 ? divide_up(width, kGroup) : width);
+  a.by_pieces = by(copies.bytes > 0 ? tile.pitch / copies.bytes : 1);
+  return a;
+}
+
+// In as many launches as keep the numbers of tiles in 32 bits. Blocks: 0 for one a tile.
+template <class Real>
+void launch_each(const char* name, void (*kernel)(TileArguments<Real>), TileArguments<Real> a, const Problem& problem,
+                 int64_t shared_bytes, int64_t blocks, void* stream) {
+  const int64_t of_image = problem.rows() * a.bands * a.across, part = std::max<int64_t>(1, kMaxItems / of_image);
+  for (int64_t first = 0; first < problem.batch(); first += part) {
+    const int64_t tiles = std::min(part, problem.batch() - first) * of_image;
+    a.first_image = first;
+    a.tiles = static_cast<int32_t>(tiles);
+    launch(name, kernel, {blocks == 0 ? tiles : std::min(blocks, tiles), dim3(kTileThreads), shared_bytes}, stream, a);
+  }
+}
+
+// Whether 32 bits hold positions in a tile's patches, and shared memory its pixels.
+template <class Kernel>
+bool fits(const Problem& problem, const TileShape& tile, Kernel kernel) {
+  const Geometry& g = problem.geometry;
+  return tile.cols * problem.channels() <= kMaxValue / g.patch / g.patch &&
+         tile.shared_bytes <= dynamic_shared_limit(kernel);
+}
+
+// Staged, kNorm: see extract_tiles.
+template <class In, class Staged, bool kNorm>
+bool launch_copied(const Problem& problem, const CopyLayout& copies, void* stream) {
+  const auto kernel = &extract_tiles<In, Staged, kNorm>;
+  const Tiling tiling(problem, copies, sizeof(Staged), sizeof(float));
+  const TileShape tile = tiling.best();
+  if (!fits(problem, tile, kernel)) return false;
+  launch_each("extract_tiles", kernel, tile_arguments<float>(problem, copies, tiling, tile, sizeof(Staged)), problem,
+              tile.shared_bytes, kBlocks * multiprocessors(), stream);
+  return true;
+}
+
+template <class In>
+bool launch_copied(const Problem& problem, const CopyLayout& copies, void* stream) {
+  if (problem.geometry.patch_norm) return launch_copied<In, float, true>(problem, copies, stream);
+  switch (problem.patches.dtype) {
+    case DType::f16: return launch_copied<In, Half, false>(problem, copies, stream);
+    case DType::bf16: return launch_copied<In, BFloat16, false>(problem, copies, stream);
+    default: return launch_copied<In, float, false>(problem, copies, stream);
+  }
+}
+
+template <class Real>
+void launch_gathered(const Problem& problem, void* stream) {
+  const CopyLayout none;
+  const Tiling tiling(problem, none, sizeof(Real), sizeof(Real));
+  const TileShape tile = tiling.best();
+  if (fits(problem, tile, &extract_gathered<Real>))
+    return launch_each("extract_gathered", &extract_gathered<Real>,
+                       tile_arguments<Real>(problem, none, tiling, tile, sizeof(Real)), problem, tile.shared_bytes, 0,
+                       stream);
+  launch("extract_direct", &extract_direct<Real>, {problem.batch() * problem.rows() * problem.cols(), dim3(kThreads)},
+         stream, Common<Real>(problem), problem.patches.data, problem.patches.dtype);
+}
+
+void launch_extract(const Problem& problem, void* stream) {
+  const CopyLayout copies = copy_layout(problem);
+  const bool launched =
+      copies.bytes > 0 && (problem.images.dtype == DType::u8 ? launch_copied<uint8_t>(problem, copies, stream)
+                                                             : launch_copied<float>(problem, copies, stream));
+  if (!launched) launch_gathered<float>(problem, stream);
 }
 
 // --- Backward ---
 
-// The gradient of a patch's pixel before patch_norm as a * g + b * v + c, of the patch's gradient g and the pixel v:
-// see norm_slopes in cpu.cpp.
 template <class Real>
-struct NormSlopes {
-  Real a, b, c;
-};
+SumArguments<Real> sum_arguments(const Problem& problem, const Common<Real>& common, const Real* slopes) {
+  const Geometry& g = problem.geometry;
+  SumArguments<Real> a(common);
+  const int64_t step = g.channels_last ? problem.channels() : 1;
+  const auto narrow = [](int64_t v) { return static_cast<int32_t>(v); };
+  a.grads = problem.patches.data;
+  a.grad_type = problem.patches.dtype;
+  a.image_type = problem.images_grad.dtype;
+  a.slopes = slopes;
+  a.images_grad = problem.images_grad.data;
+  a.planes = narrow(g.channels_last ? 1 : problem.channels());
+  a.step = narrow(step);
+  a.width = narrow(g.width * step);
+  a.run = narrow(g.patch * step);
+  a.distance = narrow(g.stride * step);
+  a.patch = narrow(g.patch);
+  a.stride = narrow(g.stride);
+  a.grid_rows = narrow(problem.rows());
+  a.grid_cols = narrow(problem.cols());
+  a.by_height = by(g.height);
+  a.by_planes = by(a.planes);
+  a.by_stride = by(g.stride);
+  a.by_distance = by(a.distance);
+  a.by_step = by(step);
+  return a;
+}
 
-template <class Real>
-__global__ void __launch_bounds__(kThreads) find_norm_slopes(const __grid_constant__ Common<Real> p, const void* grads,
-                                                             DType grad_type, NormSlopes<Real>* slopes) {
-  for (int64_t i = blockIdx.x; i < p.batch * p.rows * p.cols; i += gridDim.x) {
-    const PatchIndex at = patch_at(p, i);
-    const Window window = p.window(at.b);
-    Real mean, deviation;
-    block_moments(p, at, window, mean, deviation);
-    Real sum = 0, dot = 0;
-    for (int64_t e = threadIdx.x; e < p.values; e += kThreads) {
-      const Real g = load_as<Real>(grads, grad_type, i * p.values + e);
-      sum += g;
-      dot += g * (patch_value(p, at, window, e) - mean);
-    }
-    const Real n = static_cast<Real>(p.values), grad_mean = block_sum<kThreads>(sum) / n;
-    dot = block_sum<kThreads>(dot);
-    if (threadIdx.x == 0) {
-      const Real inverse = 1 / (deviation + Real(kContrastFloor));
-      const Real b = deviation == 0 ? 0 : -dot * inverse * inverse / (n * deviation);
-      slopes[i] = {inverse, b, -inverse * grad_mean - b * mean};
-    }
+// Grad, N: see sum_patches.
+template <class Real, class Grad, int N>
+void launch_sum(const Problem& problem, SumArguments<Real> a, void* stream) {
+  constexpr int64_t kGroupsOfBlock = 4 * kThreads;
+  const int64_t groups = divide_up(a.width, N), of_image = a.planes * problem.geometry.height;
+  const int64_t part = std::max<int64_t>(1, kMaxItems / of_image);
+  a.by_groups = by(groups);
+  a.rows_of_block = static_cast<int32_t>(std::max<int64_t>(1, kGroupsOfBlock / groups));
+  for (int64_t first = 0; first < problem.batch(); first += part) {
+    const int64_t rows = std::min(part, problem.batch() - first) * of_image;
+    a.first_image = first;
+    a.rows = static_cast<int32_t>(rows);
+    launch("sum_patches", &sum_patches<Real, Grad, N>, {divide_up(rows, a.rows_of_block), dim3(kThreads)}, stream, a);
   }
 }
 
-// A thread sums the patches of one pixel; the threads of a warp lie along an image row, so that they read neighbouring
-// gradients.
-constexpr int kRowThreads = 64, kRowsOfBlock = 4;
-
-template <class Real>
-__global__ void __launch_bounds__(kRowThreads* kRowsOfBlock)
-    sum_patches(const __grid_constant__ Common<Real> p, const void* grads, DType grad_type,
-                const NormSlopes<Real>* slopes, void* images_grad, DType image_type) {
-  const int64_t height = p.images.shape[2], width = p.images.shape[3];
-  const int64_t patch = p.geometry.patch, stride = p.geometry.stride;
-  const int64_t image_rows = p.batch * p.channels * height;
-  for (int64_t i = int64_t{blockIdx.x} * kRowsOfBlock + threadIdx.y; i < image_rows;
-       i += int64_t{gridDim.x} * kRowsOfBlock) {
-    const int64_t image_y = i % height, k = i / height % p.channels, b = i / height / p.channels;
-    const Window window = p.window(b);
-    const int64_t y = image_y - window.y;
-    const bool inside = y >= 0 && y < p.geometry.height;
-    const Covering rows = covering(inside ? y : 0, patch, stride, p.rows);
-    for (int64_t image_x = threadIdx.x; image_x < width; image_x += kRowThreads) {
-      Real total = 0;
-      int64_t x = image_x - window.x;
-      if (inside && x >= 0 && x < p.geometry.width) {
-        if (window.flip) x = p.geometry.width - 1 - x;
-        const Covering cols = covering(x, patch, stride, p.cols);
-        const Real value = slopes != nullptr ? p.pixel(b, window, k, y, x) : Real(0);
-        for (int64_t r = rows.first; r <= rows.last; ++r)
-          for (int64_t c = cols.first; c <= cols.last; ++c) {
-            const int64_t at = (b * p.rows + r) * p.cols + c, area = (y - r * stride) * patch + (x - c * stride);
-            const int64_t e = p.geometry.channels_last ? area * p.channels + k : k * patch * patch + area;
-            const Real g = load_as<Real>(grads, grad_type, at * p.values + e);
-            if (slopes != nullptr) {
-              const NormSlopes<Real> s = slopes[at];
-              total += s.a * g + s.b * value + s.c;
-            } else {
-              total += g;
-            }
-          }
-      }
-      const int channels = p.to_gray() ? 3 : 1;
-      for (int c = 0; c < channels; ++c) {
-        const int64_t channel = p.to_gray() ? c : k;
-        const Real scale = p.to_gray() ? p.scale[0] * Real(luma(c)) : p.scale[k];
-        store_as(images_grad, image_type, ((b * p.images.shape[1] + channel) * height + image_y) * width + image_x,
-                 scale * total);
-      }
-    }
-  }
-}
+// Values of gradients that one access reads and the same patches contain.
+constexpr int kGradVector = 4;
 
 template <class Real>
 void launch_backward(const Problem& problem, void* stream) {
   const Common<Real> common(problem);
-  const void* const grads = problem.patches.data;
-  NormSlopes<Real>* slopes = nullptr;
-  if (problem.geometry.patch_norm) {
-    const int64_t patches = problem.batch() * problem.rows() * problem.cols();
-    slopes = problem.workspace.as<NormSlopes<Real>>();
-    launch("find_norm_slopes", &find_norm_slopes<Real>, {patches, dim3(kThreads)}, stream, common, grads,
+  const Geometry& g = problem.geometry;
+  const TensorView& images_grad = problem.images_grad;
+  if (common.values > kMaxValue || g.width * problem.channels() > kMaxValue)
+    throw std::invalid_argument("the CUDA kernel takes patches of at most 2^31 - 1 values");
+  Real* slopes = nullptr;
+  if (g.patch_norm) {
+    slopes = problem.workspace.as<Real>();
+    launch("find_norm_slopes", &find_norm_slopes<Real>,
+           {problem.batch() * problem.rows() * problem.cols(), dim3(kThreads)}, stream, common, problem.patches.data,
            problem.patches.dtype, slopes);
   }
-  const int64_t image_rows = problem.batch() * problem.channels() * problem.images.shape[2];
-  launch("sum_patches", &sum_patches<Real>,
-         {(image_rows + kRowsOfBlock - 1) / kRowsOfBlock, dim3(kRowThreads, kRowsOfBlock)}, stream, common, grads,
-         problem.patches.dtype, slopes, problem.images_grad.data, problem.images_grad.dtype);
+  if (g.height < images_grad.shape[2] || g.width < images_grad.shape[3])  // Outside of the windows.
+    fill_with_zeros(images_grad.data, images_grad.numel() * size_of(images_grad.dtype), stream);
+  const SumArguments<Real> a = sum_arguments(problem, common, slopes);
+  if constexpr (std::is_same_v<Real, float>) {
+    const bool vectors = a.run % kGradVector == 0 && a.distance % kGradVector == 0 &&
+                         reinterpret_cast<uintptr_t>(a.grads) % (kGradVector * size_of(a.grad_type)) == 0;
+    if (vectors && slopes == nullptr)
+      return with_floating(problem.patches.dtype, [&](auto grad) {
+        using Grad = decltype(grad);
+        if constexpr (!std::is_same_v<Grad, double>) launch_sum<float, Grad, kGradVector>(problem, a, stream);
+      });
+  }
+  launch_sum<Real, void, 1>(problem, a, stream);
 }
 
 }  // namespace
 
 void extract(const Problem& problem, void* stream) {
   if (problem.patches.numel() == 0) return;
-  with_floating(problem.patches.dtype, [&](auto out) {
-    using Out = decltype(out);
-    if (problem.in_double())
-      launch_extract<double, Out>(problem, stream);
-    else if constexpr (!std::is_same_v<Out, double>)
-      launch_extract<float, Out>(problem, stream);
-  });
+  problem.in_double() ? launch_gathered<double>(problem, stream) : launch_extract(problem, stream);
 }
 
 void extract_backward(const Gradient& problem, void* stream) {

@@ -90,7 +90,7 @@ constexpr auto kGradient = fields_of<Gradient>(
 void check(const Problem& problem, Where where);
 void check(const Gradient& problem, Where where);
 
-// On CUDA with patch_norm three values of the computing type a patch.
+// On CUDA with patch_norm four values of the computing type a patch.
 int64_t workspace_bytes(const Gradient& problem, Where where);
 
 namespace cpu {

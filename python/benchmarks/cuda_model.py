@@ -51,19 +51,22 @@ OTHER_INSTRUCTIONS, ELEMENTWISE_INSTRUCTIONS = 300, 40
 # and roots, by patterns of kernels' names, where the main loop in machine_code.csv is not where the kernel spends its
 # time. They are estimates, from the loops that machine_code.py --loops lists for 9.0.
 INSTRUCTIONS = {
-    # The loop over a patch's transforms: 6721 for 600 accesses. Which transforms run decides.
-    "augment::augment_patches": (11, 0),
+    # A step takes about 80 to begin; 4 pixels of 3 channels 200 to read, 175 to move, 90 to look up, 180 to store, with
+    # 6, 15, 18 and 6 requests. Which transforms run decides.
+    "augment::augment_patches<*>": (13, 0),
     # Between a dot product's loop, 60 for 32 loads, and that of weighted sums, 279 for 24 accesses.
     "info_nce::contrast_sampled<*>": (6, 0),
     # Staging takes 104 for 16 accesses. A component of three colours takes 267 forward and 467 backward, and 15 in the
     # mixture's sum, with 15 and 18 special functions; some of these are accesses.
     "logistic_mixture::run_tiles<*, 0>": (6.5, 13),
     "logistic_mixture::run_tiles<*, 1>": (6.5, 17),
-    # Without branches that are not taken, about 200 for the load and 4 stores of 4 pixels, and 100 to 150 for the load
-    # and the store of 16 bytes that leave.
-    "patches::extract_staged<*>": (43, 0),
-    # 350 a pixel, 100 a row of patches and 55 a patch, with about 10 requests where 3 patches share a pixel.
-    "patches::sum_patches<*>": (50, 0),
+    # Without branches that are not taken, a warp takes about 220 to begin a tile, 44 for a copy, 110 to 140 for 12
+    # values that it transforms, with 6 requests, and 37 for the load and the store of 16 bytes that leave.
+    "patches::extract_tiles<*>": (32, 0),
+    # 60 for a value that is gathered, with 2 requests, and 37 to 43 for a load and a store.
+    "patches::extract_gathered<*>": (30, 0),
+    # 400 for 4 pixels, with 4.5 requests where 3 patches share a pixel.
+    "patches::sum_patches<*>": (90, 0),
 }
 # See confront.
 HOST_SHARE = 1.6

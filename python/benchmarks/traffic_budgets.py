@@ -66,13 +66,9 @@ class Fault:
 
 
 FAULTS = (
-    Fault("sectors", "augment::augment_patches", "lanes take a byte each, and rows of patches are short"),
-    Fault("conflicts", "augment::augment_patches", "pixels are bytes that transforms move to any place", "operator()"),
-    Fault("conflicts", "augment::augment_patches", "a lane sums 8 neighbouring levels of a histogram", "equalize"),
-    Fault("conflicts", "augment::augment_patches", "a lane reads 8 neighbouring pixels one by one", "value_at"),
-    Fault("conflicts", "patches::extract_staged<*>", "a lane stores 4 neighbouring pixels one by one", "stage_pixels"),
-    Fault("conflicts", "patches::extract_staged<*>", "lanes read two vectors each, a vector apart", "load_shared"),
-    Fault("sectors", "patches::sum_patches<*>", "a row of a patch in 16 bits is shorter than a sector", "load_as"),
+    Fault("sectors", "augment::augment_patches<*>", "rows of patches are shorter than a sector"),
+    Fault("conflicts", "augment::augment_patches<*>", "pixels and tables of levels are read at any places"),
+    Fault("sectors", "patches::sum_patches<*>", "a row of a patch in 16 bits is shorter than a sector", "sum_group"),
     Fault("conflicts", "info_nce::score<*>", "scores are stored as they lie in the tensor cores' fragments", "score"),
     Fault("sectors", "info_nce::add_to_*", "sums are stored as they lie in the tensor cores' fragments"),
     Fault("conflicts", "logistic_mixture::run_tiles<*>", "pixels have an odd pitch, so words of two share banks"),

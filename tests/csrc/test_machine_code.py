@@ -53,13 +53,10 @@ FAULTS = (
     Fault("local", "info_nce::contrast_sampled<*>", "registers", (BLACKWELL,)),
     Fault("local", "info_nce::sum_sampled_keys<*, float>", "registers", (AMPERE,)),
     Fault("generic", "info_nce::contrast_sampled<*>", "ptxas merges addresses of parameters and keys", (BLACKWELL,)),
-    Fault("local", "patches::extract_staged<float, *>", "registers", (HOPPER,)),
-    Fault("local", "patches::sum_patches<double>", "registers", (AMPERE,)),
-    Fault("local", "patches::sum_patches<float>", "registers", (HOPPER, BLACKWELL)),
+    Fault("local", "patches::extract_direct<double>", "registers", (BLACKWELL,)),
+    Fault("local", "patches::extract_gathered<double>", "registers", (BLACKWELL,)),
     Fault(
-        "split",
-        "patches::sum_patches<*>",
-        "slopes of neighbouring patches are 3 values each, which no load is as wide as",
+        "generic", "patches::sum_patches<*, void, 1>", "ptxas merges addresses of slopes and gradients", (BLACKWELL,)
     ),
     Fault("local", "masked_conv::convolve_tile<MultiplyAdds<float>, Tile<4,*", "registers"),
     Fault("local", "masked_conv::sum_weight_grad<MultiplyAdds<float>, Tile<4,*", "registers", (AMPERE,)),
@@ -71,8 +68,7 @@ FAULTS = (
     Fault("early", "masked_conv::sum_weight_grad<TensorCores<Half>, Tile<2,*", "odd numbers of channels"),
     Fault("generic", "logistic_mixture::run_tiles<*>", "one code for parameters in shared memory and in global"),
     Fault("local", "logistic_mixture::sample_pixels", "a pixel's values are indexed by its channel"),
-    Fault("generic", "augment::augment_patches", "one kernel for patches in shared memory and in the workspace"),
-    Fault("local", "augment::augment_patches", "a pixel's three bytes are indexed by their channel"),
+    Fault("local", "augment::augment_patches<8, false>", "registers, where patches are in the workspace", (BLACKWELL,)),
 )
 
 

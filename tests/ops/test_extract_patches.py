@@ -72,12 +72,27 @@ def test_every_type_and_transform_agrees_with_the_reference(request, device, in_
 
 @pytest.mark.parametrize("channels", [1, 2, 5])
 def test_any_number_of_channels(device, channels):
-    images = make_images(shape=(2, channels, 18, 20))
-    for channels_last, patch_norm in itertools.product((False, True), repeat=2):
-        options = {"channels_last": channels_last, "patch_norm": patch_norm}
+    for channels_last, patch_norm, layout in itertools.product(
+        (False, True), (False, True), (torch.contiguous_format, torch.channels_last)
+    ):
+        images = make_images(shape=(2, channels, 18, 20)).contiguous(memory_format=layout)
+        options = {"channels_last": channels_last, "patch_norm": patch_norm, "flip": torch.tensor([False, True])}
         assert_close(
-            extract_patches(images.to(device), 6, 4, **options).cpu(), reference(images, 6, 4, **options), 4e-6
+            extract_patches(images.to(device), 6, 4, **on(device, options)).cpu(),
+            reference(images, 6, 4, **options),
+            4e-6,
         )
+
+
+@pytest.mark.parametrize("in_dtype", [torch.uint8, torch.float32])
+def test_patches_of_many_rows(device, in_dtype):
+    # More than the share of shared memory that a block prefers: on CUDA some rows at a time, the last of them fewer, or
+    # with patch_norm some patches.
+    images = make_images(in_dtype, shape=(1, 3, 68, 88))
+    for patch_size, channels_last, patch_norm in ((60, False, False), (67, True, False), (44, False, True)):
+        options = {"channels_last": channels_last, "patch_norm": patch_norm, "flip": torch.tensor([True])}
+        actual = extract_patches(images.to(device), patch_size, 11, **on(device, options))
+        assert_close(actual.cpu(), reference(images, patch_size, 11, **options), 1e-5)
 
 
 @pytest.mark.parametrize(
