@@ -70,6 +70,7 @@ FAULTS = (
     Fault("conflicts", "augment::augment_patches<*>", "pixels and tables of levels are read at any places"),
     Fault("sectors", "patches::sum_patches<*>", "a row of a patch in 16 bits is shorter than a sector", "sum_group"),
     Fault("conflicts", "info_nce::score<*>", "scores are stored as they lie in the tensor cores' fragments", "score"),
+    Fault("sectors", "info_nce::finish_rows<*>", "eight rows' counts are a byte each", "merge_tiles"),
     Fault("sectors", "info_nce::add_to_*", "sums are stored as they lie in the tensor cores' fragments"),
     Fault("conflicts", "logistic_mixture::run_tiles<*>", "pixels have an odd pitch, so words of two share banks"),
     Fault("sectors", "masked_conv::pack_weights<*>", "neighbouring lanes take weights of different input channels"),
