@@ -44,6 +44,7 @@ FUNCTIONS = {
         lambda q, k, s: info_nce(q, k, INDICES, symmetric=True, scale=s, exclude=(INDICES + 1) % 3).loss,
         [(3, 2), (3, 2), ()],
     ),
+    "queries alone": (lambda q, s: info_nce(q, q, scale=s).loss, [(3, 2), ()]),
     "scores_logsumexp": (lambda q, k, b: scores_logsumexp(q, k, key_bias=b).tanh().sum(), [(3, 2), (4, 2), (4,)]),
     "sigmoid_contrast": (
         lambda q, k, s, b: sigmoid_contrast(q, k, INDICES, scale=s, bias=b),
