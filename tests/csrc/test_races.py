@@ -224,9 +224,9 @@ CONVOLUTION = {"pack_weights", "convolve_tile", "sum_weight_grad", "finish_weigh
 ACTIVATED = CONVOLUTION | {"differentiate_activation", "sum_bias_parts"}
 PATCHES = {"extract_tiles", "sum_patches"}
 GATHERED = {"extract_gathered", "sum_patches"}  # Rows of 15 bytes are not copied.
-# For float64 there is a reference only, or patches are gathered.
-IN_FLOAT = {"mixture_nll", "mixture_nll_backward", "sum_parts", "extract_tiles"}
-MIXTURE = {*IN_FLOAT, "sample_pixels"}
+LIKELIHOOD = {"mixture_nll", "mixture_nll_backward", "sum_parts"}
+MIXTURE = {*LIKELIHOOD, "sample_pixels"}
+IN_FLOAT = {*LIKELIHOOD, "extract_tiles"}  # For float64 there is a reference only, or patches are gathered.
 IMAGES = {"offsets": torch.tensor([[0, 1], [3, 2]]), "flip": torch.tensor([True, False]), "crop": (12, 11)}
 
 
