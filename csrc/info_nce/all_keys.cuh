@@ -437,16 +437,16 @@ __global__ void __launch_bounds__(kThreads, kScoreBlocks<Math>)
 constexpr int kFinishedRows = 8, kSharers = 32, kFinishThreads = kFinishedRows * kSharers;
 
 template <class Sum>
-struct Shared {
+struct SharesOfRows {
   Sum largest[kSharers][kFinishedRows], sum[kSharers][kFinishedRows], moment[kSharers][kFinishedRows];
   int rank[kSharers][kFinishedRows];
 };
 
-// The rivals of a row and how many of them count in the rank, from those of its tiles; a thread each has all of it where
-// `share` is 0. Summed in an order of its own.
+// The rivals of a row and how many of them count in the rank, from those of its tiles. Threads of the first share get all of
+// it, the others the largest score only. Sums are in an order that the number of tiles decides.
 template <class T, class Math, class Sum = typename Math::Sum>
 __device__ Rivals<Sum> merge_tiles(const Arguments<T, Math>& a, bool exists, int64_t entry, int64_t row, int& rank) {
-  auto& shared = static_shared<Shared<Sum>, struct OfFinishedRows>();
+  auto& shared = static_shared<SharesOfRows<Sum>, struct OfFinishedRows>();
   const int at = threadIdx.x % kFinishedRows, share = threadIdx.x / kFinishedRows;
   const int64_t tiles = exists ? a.key_tiles : 0;
   Rivals<Sum> rivals;
