@@ -35,7 +35,7 @@ struct VisibleTaps {
     __device__ explicit Copies(const VisibleTaps& pixels)
         : pixels_(pixels), row_(threadIdx.x / kChunksOfSlice), chunk_(threadIdx.x % kChunksOfSlice) {}
 
-    __device__ void begin(int64_t first) {
+    __device__ void begin(int, int64_t first) {
       first_ = pixels_.input + first * pixels_.channels;
       const int64_t last = pixels_.count - 1 - first;
 #pragma unroll
@@ -54,7 +54,8 @@ struct VisibleTaps {
       tap_ = pixels_.taps.count;
       seen_ = 0;
     }
-    __device__ void start(unsigned char* tile) {
+    template <class Walk>
+    __device__ void start(unsigned char* tile, const Walk&) {
       unsigned char* const to = tile + chunk_of_row(row_, chunk_);
 #pragma unroll
       for (int i = 0; i < kCount; ++i)

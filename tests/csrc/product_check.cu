@@ -7,7 +7,8 @@
 // "taps" in the place of OPERANDS is a convolution of ROWS images of 9 x 11 pixels and DEPTH channels by the visible taps of
 // a filter of 3 x 3, with COLUMNS outputs.
 // OPERANDS tell how the depth of A and of B lies: in "rows", innermost, as queries and keys have it, or in "columns",
-// outermost, as the operands of their gradients have it. BLOCKS in the environment says how many blocks are traced.
+// outermost, as the operands of their gradients have it. ENTRIES in the environment says how many products of such sizes
+// there are, BLOCKS how many blocks are traced.
 // Compiled for the emulation and by nvcc, whose machine code is looked at.
 #include <algorithm>
 #include <cmath>
@@ -31,6 +32,12 @@ namespace {
 struct Size {
   int64_t rows, columns, depth;
 };
+
+// A number in the environment.
+int64_t variable(const char* name, int64_t otherwise) {
+  const char* const text = std::getenv(name);
+  return text != nullptr ? std::strtoll(text, nullptr, 10) : otherwise;
+}
 
 // --- Values that both sides see ---
 
@@ -88,22 +95,25 @@ double run(const Size& size) {
   using T = typename Math::Value;
   constexpr bool kRowsOfA = std::is_same_v<A<T>, Rows<T>>, kRowsOfB = std::is_same_v<B<T>, Rows<T>>;
   using Out = std::conditional_t<std::is_same_v<Tile, SquareTile>, T, float>;
-  const int64_t m = size.rows, n = size.columns, depth = size.depth;
-  Matrix<T> a(kRowsOfA ? m : depth, kRowsOfA ? depth : m), b(kRowsOfB ? n : depth, kRowsOfB ? depth : n);
-  Matrix<Out> d(m, n);
+  const int64_t m = size.rows, n = size.columns, depth = size.depth, entries = variable("ENTRIES", 1);
+  const int64_t lines_of_a = kRowsOfA ? m : depth, lines_of_b = kRowsOfB ? n : depth;
+  Matrix<T> a(entries * lines_of_a, kRowsOfA ? depth : m), b(entries * lines_of_b, kRowsOfB ? depth : n);
+  Matrix<Out> d(entries * m, n);
   a.fill(1, kRowsOfA);
   b.fill(2, kRowsOfB);
-  launch_product<Math, Tile>("multiply", A<T>{a.values, a.stride, m, static_cast<int>(depth)},
-                             B<T>{b.values, b.stride, n, static_cast<int>(depth)},
-                             StoreRows<Out>{d.values, d.stride, m, n}, depth, nullptr);
+  launch_product<Math, Tile>("multiply", A<T>{a.values, a.stride, m, static_cast<int>(depth), lines_of_a * a.stride},
+                             B<T>{b.values, b.stride, n, static_cast<int>(depth), lines_of_b * b.stride},
+                             WholeDepth(slices_of<T>(depth)), StoreRows<Out>{d.values, d.stride, m, n, m * d.stride},
+                             entries, nullptr);
   check(cudaDeviceSynchronize(), "multiplying");
 #if defined(CPC_CUDA_TRACE)
   return 0;  // Not all blocks may have run.
 #endif
-  const auto of_a = [&](int64_t i, int64_t k) { return kRowsOfA ? a.at(i, k) : a.at(k, i); };
-  const auto of_b = [&](int64_t j, int64_t k) { return kRowsOfB ? b.at(j, k) : b.at(k, j); };
   double worst = 0;
-  for (int64_t i = 0; i < m; ++i) {
+  for (int64_t i = 0; i < entries * m; ++i) {
+    const int64_t entry = i / m, in_a = entry * lines_of_a, in_b = entry * lines_of_b;
+    const auto of_a = [&](int64_t, int64_t k) { return kRowsOfA ? a.at(i, k) : a.at(in_a + k, i - entry * m); };
+    const auto of_b = [&](int64_t j, int64_t k) { return kRowsOfB ? b.at(in_b + j, k) : b.at(in_b + k, j); };
     for (int64_t j = 0; j < n; ++j) {
       const double error = error_of(d, i, j, depth, of_a, of_b);
       if (!(error <= worst)) worst = error;
@@ -137,9 +147,9 @@ double convolve(const Size& size) {
                             FastDivide(kHeight),
                             {static_cast<int>(count), {}}};
   std::copy(taps.begin(), taps.end(), a.taps.at);
-  launch_product<Math, Tile>("convolve", a,
-                             Rows<T>{weight.values, weight.stride, size.columns, static_cast<int>(depth)},
-                             StoreRows<float>{d.values, d.stride, pixels, size.columns}, depth, nullptr);
+  launch_product<Math, Tile>(
+      "convolve", a, Rows<T>{weight.values, weight.stride, size.columns, static_cast<int>(depth)},
+      WholeDepth(slices_of<T>(depth)), StoreRows<float>{d.values, d.stride, pixels, size.columns}, 1, nullptr);
   check(cudaDeviceSynchronize(), "convolving");
 #if defined(CPC_CUDA_TRACE)
   return 0;
@@ -181,8 +191,8 @@ double refuse(const Size& size) {
   for (const auto& wrong : {shifted, narrow, far})
     for (const bool first : {true, false}) try {
         launch_product<TensorCores<T>, SquareTile>("multiply", first ? wrong : right, first ? right : wrong,
-                                                   StoreRows<T>{d.values, d.stride, size.rows, size.rows}, size.depth,
-                                                   nullptr);
+                                                   WholeDepth(slices_of<T>(size.depth)),
+                                                   StoreRows<T>{d.values, d.stride, size.rows, size.rows}, 1, nullptr);
         ++taken;
       } catch (const std::invalid_argument&) {
       }
@@ -215,8 +225,7 @@ Runs all_runs() {
 
 void print_run(Run run, const Size& size) {
 #if defined(CPC_CUDA_TRACE)
-  const char* const blocks = std::getenv("BLOCKS");
-  emulation::begin_trace({{"races", {}}, {"traffic", {}}}, blocks != nullptr ? std::strtoull(blocks, nullptr, 10) : 0);
+  emulation::begin_trace({{"races", {}}, {"traffic", {}}}, static_cast<uint64_t>(variable("BLOCKS", 0)));
   run(size);
   print(emulation::end_trace());
 #else

@@ -70,6 +70,13 @@ def test_products_are_right(program, product, size):
     assert error_of(program, product, size) <= tolerance_of(product)
 
 
+@pytest.mark.parametrize(
+    "product", ["bfloat16 square rows-columns", "bfloat16 low columns-columns", "tf32 wide rows-rows"]
+)
+def test_entries_of_a_batch_are_products_of_their_own(program, product):
+    assert error_of(program, product, (131, 150, 80), ENTRIES="3") <= tolerance_of(product)
+
+
 # Images, outputs and channels: slices of several taps, of parts of two, and taps of several slices.
 @pytest.mark.parametrize("size", [(1, 5, 8), (3, 130, 24), (2, 64, 80)])
 @pytest.mark.parametrize("product", CONVOLUTIONS)

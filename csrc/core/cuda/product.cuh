@@ -5,6 +5,7 @@
 //   shared memory;
 // - the Math (TensorCores<T> of warp_product.cuh, SplitTf32) says what they are multiplied in;
 // - the ProductTile says how much of D a block and a warp hold;
+// - the Depth says which slices a tile needs: all of them, unless it is known that some are zeros;
 // - an epilogue (product_epilogues.cuh) takes a warp's sums.
 //
 // MainLoop is what a main loop for other instructions, such as wgmma, would replace: it begins tiles of the operands,
@@ -68,20 +69,43 @@ using WarpTileSums = float[Tile::kRowTiles][Tile::kColumnTiles][4];
 
 // Bands of `band` rows of tiles, each from left to right and in it from top to bottom: blocks that run at a time work on
 // a square of tiles or nearly, which needs the fewest different rows of A and B in the second-level cache.
+// Where a batch has several entries, each of them is a product of its own, one after another.
 struct TileOrder {
-  int row_tiles, column_tiles, band;
+  int entries, row_tiles, column_tiles, band;
 
   struct Place {
-    int row, column;
+    int entry, row, column;
   };
-  __device__ int count() const { return row_tiles * column_tiles; }
+  __device__ int count() const { return entries * row_tiles * column_tiles; }
   __device__ Place operator[](int index) const {
-    const int of_band = band * column_tiles;
+    const int of_entry = row_tiles * column_tiles, of_band = band * column_tiles;
+    const int entry = index / of_entry;
+    index -= entry * of_entry;
     const int above = index / of_band * band, rest = index - above * column_tiles;
     const int height = row_tiles - above < band ? row_tiles - above : band;
     const int column = rest / height;
-    return {above + rest - column * height, column};
+    return {entry, above + rest - column * height, column};
   }
+};
+
+// --- The depth ---
+//
+// A Depth is a small struct that a kernel takes by value, with count(place), how many slices a tile needs, at least one;
+// and a Walk, which each thread has for the slices of one tile after another: begin(place), and next() after each.
+// Loaders see it, so as to know which slice they copy.
+
+// All slices, of zeros where there is no depth.
+struct WholeDepth {
+  int slices;
+
+  explicit WholeDepth(int64_t slices) : slices(static_cast<int>(std::max<int64_t>(slices, 1))) {}
+  __device__ int count(const TileOrder::Place&) const { return slices; }
+  class Walk {
+   public:
+    __device__ explicit Walk(const WholeDepth&) {}
+    __device__ void begin(const TileOrder::Place&) {}
+    __device__ void next() {}
+  };
 };
 
 // --- One step: 32 bytes of depth ---
@@ -159,18 +183,20 @@ __device__ void multiply_fragments(WarpTileSums<Tile>& sums, const Fragments<Mat
 
 // --- The main loop ---
 
-template <class Math, class Tile, class A, class B>
+template <class Math, class Tile, class A, class B, class Depth>
 class MainLoop {
  public:
   using T = typename Math::Value;
   static_assert(std::is_same_v<typename A::Value, T> && std::is_same_v<typename B::Value, T>);
 
-  __device__ MainLoop(const A& a, const B& b, unsigned char* shared) : a_(a), b_(b), shared_(shared) {}
+  __device__ MainLoop(const A& a, const B& b, const Depth& depth, unsigned char* shared)
+      : a_(a), b_(b), walk_(depth), shared_(shared) {}
 
   // What copies are started of from now on: slices of these rows of A and columns of B; or nothing.
-  __device__ void begin(TileOrder::Place place) {
-    a_.begin(int64_t{place.row} * Tile::kRows);
-    b_.begin(int64_t{place.column} * Tile::kColumns);
+  __device__ void begin(const TileOrder::Place& place) {
+    walk_.begin(place);
+    a_.begin(place.entry, int64_t{place.row} * Tile::kRows);
+    b_.begin(place.entry, int64_t{place.column} * Tile::kColumns);
   }
   __device__ void end() {
     a_.end();
@@ -179,8 +205,9 @@ class MainLoop {
 
   // Starts copies of the next slice into a stage that nobody reads.
   __device__ void start(int stage) {
-    a_.start(shared_ + stage * Tile::kStageBytes);
-    b_.start(shared_ + stage * Tile::kStageBytes + Tile::kABytes);
+    a_.start(shared_ + stage * Tile::kStageBytes, walk_);
+    b_.start(shared_ + stage * Tile::kStageBytes + Tile::kABytes, walk_);
+    walk_.next();
     commit_copies();
   }
 
@@ -225,6 +252,7 @@ class MainLoop {
 
   typename A::template Copies<Tile::kRows, Tile::kThreads> a_;
   typename B::template Copies<Tile::kColumns, Tile::kThreads> b_;
+  typename Depth::Walk walk_;
   unsigned char* shared_;
   int stage_ = 0;
   Fragments<Math, Tile> fragments_[kAhead ? 2 : 1];
@@ -232,36 +260,39 @@ class MainLoop {
 
 // --- The kernel ---
 
-template <class A, class B, class Epilogue>
+template <class A, class B, class Depth, class Epilogue>
 struct Product {
   A a;
   B b;
+  Depth depth;
   Epilogue epilogue;
   TileOrder order;
-  int slices;  // At least one, of zeros where there is no depth.
 };
 
 // All tiles of a product that are this block's.
-template <class Math, class Tile, class A, class B, class Epilogue>
-__device__ void multiply_tiles(const Product<A, B, Epilogue>& p) {
-  MainLoop<Math, Tile, A, B> loop(p.a, p.b, dynamic_shared());
+template <class Math, class Tile, class A, class B, class Depth, class Epilogue>
+__device__ void multiply_tiles(const Product<A, B, Depth, Epilogue>& p) {
+  MainLoop<Math, Tile, A, B, Depth> loop(p.a, p.b, p.depth, dynamic_shared());
   const int tiles = p.order.count(), step = static_cast<int>(gridDim.x);
   int tile = static_cast<int>(blockIdx.x), copied = tile;
   if (tile >= tiles) return;
-  int to_copy = p.slices, to_add = p.slices;
-  loop.begin(p.order[copied]);
-  const auto begin_next = [&] {
-    copied += step;
-    to_copy = copied < tiles ? p.slices : std::numeric_limits<int>::max();
-    if (copied < tiles)
-      loop.begin(p.order[copied]);
-    else
+  int to_copy = 0, to_add = p.depth.count(p.order[tile]);
+  const auto begin_copying = [&] {
+    if (copied < tiles) {
+      const TileOrder::Place place = p.order[copied];
+      loop.begin(place);
+      to_copy = p.depth.count(place);
+    } else {
       loop.end();
+      to_copy = std::numeric_limits<int>::max();
+    }
+    copied += step;
   };
+  begin_copying();
 #pragma unroll 1
   for (int stage = 0; stage < Tile::kStages; ++stage) {
     loop.start(stage);
-    if (--to_copy == 0) begin_next();
+    if (--to_copy == 0) begin_copying();
   }
   loop.enter();
   WarpTileSums<Tile> sums = {};
@@ -272,14 +303,14 @@ __device__ void multiply_tiles(const Product<A, B, Epilogue>& p) {
     for (int i = 0; i < slices; ++i) loop.add_slice(sums);
     to_copy -= slices;
     to_add -= slices;
-    if (to_copy == 0) begin_next();
+    if (to_copy == 0) begin_copying();
     if (to_add > 0) continue;
     const TileOrder::Place place = p.order[tile];
-    p.epilogue.template take<Tile>(sums, int64_t{place.row} * Tile::kRows + Tile::warp_row(),
+    p.epilogue.template take<Tile>(sums, place.entry, int64_t{place.row} * Tile::kRows + Tile::warp_row(),
                                    int64_t{place.column} * Tile::kColumns + Tile::warp_column());
     tile += step;
     if (tile >= tiles) break;
-    to_add = p.slices;
+    to_add = p.depth.count(p.order[tile]);
 #pragma unroll
     for (int i = 0; i < Tile::kRowTiles; ++i)
 #pragma unroll
@@ -290,9 +321,9 @@ __device__ void multiply_tiles(const Product<A, B, Epilogue>& p) {
   loop.leave();
 }
 
-template <class Math, class Tile, class A, class B, class Epilogue>
+template <class Math, class Tile, class A, class B, class Depth, class Epilogue>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
-    multiply(const __grid_constant__ Product<A, B, Epilogue> product) {
+    multiply(const __grid_constant__ Product<A, B, Depth, Epilogue> product) {
   multiply_tiles<Math, Tile>(product);
 }
 
@@ -306,26 +337,29 @@ int64_t product_blocks() {
   return multiprocessors() * std::clamp<int64_t>(shared / (Tile::kSharedBytes + reserved), 1, Tile::kBlocks);
 }
 
-// Queues D = A B on a stream, as `name` in errors. The operands must fit.
-template <class Math, class Tile, class A, class B, class Epilogue>
-void launch_product(const char* name, const A& a, const B& b, const Epilogue& epilogue, int64_t depth, void* stream) {
-  constexpr int64_t kMostDepth = std::numeric_limits<int32_t>::max() / 2;
-  if (!a.fits() || !b.fits() || depth > kMostDepth)
-    throw std::invalid_argument(std::string(name) + ": operands that no product takes");
+// Slices of so much depth.
+template <class T>
+int64_t slices_of(int64_t depth) {
+  return (depth + kDepth<T> - 1) / kDepth<T>;
+}
+
+// Queues D = A B on a stream, for each of some entries, as `name` in errors. The operands must fit.
+template <class Math, class Tile, class A, class B, class Depth, class Epilogue>
+void launch_product(const char* name, const A& a, const B& b, const Depth& depth, const Epilogue& epilogue,
+                    int64_t entries, void* stream) {
+  if (!a.fits() || !b.fits()) throw std::invalid_argument(std::string(name) + ": operands that no product takes");
   const int64_t row_tiles = (a.count + Tile::kRows - 1) / Tile::kRows;
   const int64_t column_tiles = (b.count + Tile::kColumns - 1) / Tile::kColumns;
   constexpr int64_t kMost = 1 << 30;  // So that a step beyond the last tile is a number, too.
-  if (row_tiles > 0 && column_tiles > kMost / row_tiles)
+  if (entries > 0 && row_tiles > 0 && (row_tiles > kMost / entries || column_tiles > kMost / entries / row_tiles))
     throw std::invalid_argument(std::string(name) + ": more than 2^30 tiles of results");
-  const int64_t blocks = std::min(row_tiles * column_tiles, product_blocks<Tile>());
+  const int64_t blocks = std::min(entries * row_tiles * column_tiles, product_blocks<Tile>());
   const double square = std::sqrt(static_cast<double>(blocks) * Tile::kColumns / Tile::kRows);
   const TileOrder order{
-      static_cast<int>(row_tiles), static_cast<int>(column_tiles),
+      static_cast<int>(entries), static_cast<int>(row_tiles), static_cast<int>(column_tiles),
       static_cast<int>(std::clamp<int64_t>(std::llround(square), 1, std::max<int64_t>(row_tiles, 1)))};
-  constexpr int64_t kSlice = kDepth<typename Math::Value>;
-  const int slices = static_cast<int>(std::max<int64_t>((depth + kSlice - 1) / kSlice, 1));
-  launch(name, &multiply<Math, Tile, A, B, Epilogue>, {blocks, dim3(Tile::kThreads), Tile::kSharedBytes}, stream,
-         Product<A, B, Epilogue>{a, b, epilogue, order, slices});
+  launch(name, &multiply<Math, Tile, A, B, Depth, Epilogue>, {blocks, dim3(Tile::kThreads), Tile::kSharedBytes}, stream,
+         Product<A, B, Depth, Epilogue>{a, b, depth, epilogue, order});
 }
 
 }  // namespace cpc::cuda

@@ -1,6 +1,6 @@
 // What becomes of the sums of a product (product.cuh). An epilogue is a small struct that a kernel takes by value, with
-// take<Tile>(sums, row, column), which all lanes of a warp call with its sums and where they begin. They may lie beyond
-// the end.
+// take<Tile>(sums, entry, row, column), which all lanes of a warp call with its sums and where they begin. They may lie
+// beyond the end.
 #pragma once
 
 #include <cstdint>
@@ -57,15 +57,15 @@ __device__ void store_pairs(T* to, const uint32_t (&pairs)[4], int count) {
 template <class T>
 struct StoreRows {
   T* values;
-  int64_t stride, rows, columns;
+  int64_t stride, rows, columns, entry_stride = 0;
 
   template <class Tile>
-  __device__ void take(const WarpTileSums<Tile>& sums, int64_t row, int64_t column) const {
+  __device__ void take(const WarpTileSums<Tile>& sums, int entry, int64_t row, int64_t column) const {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
 #pragma unroll
     for (int i = 0; i < 2 * Tile::kRowTiles; ++i) {
       const int64_t at = row + 8 * i + lane / 4;
-      T* const to = values + at * stride;
+      T* const to = values + entry * entry_stride + at * stride;
       // Sums of four tiles: 8 neighbouring columns a lane, or 2 of each tile.
 #pragma unroll
       for (int j = 0; j < Tile::kColumnTiles; j += 4) {

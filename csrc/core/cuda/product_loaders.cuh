@@ -3,9 +3,10 @@
 //   Value            the type of its values
 //   count            rows of A, or columns of B: how many there are of what a tile has a side of
 //   Operand<kSide>   how a slice of a tile lies in shared memory, and how warps read it (warp_product.cuh)
-//   Copies<kSide, kThreads>   a thread's part in copying the slices of one tile after another: begin(first) says where
-//                    the tile's side begins, start(tile) starts copies of its next slice, and end() makes all that
-//                    follow slices of zeros. Values beyond the depth are zeros, and those beyond the side are any.
+//   Copies<kSide, kThreads>   a thread's part in copying the slices of one tile after another: begin(entry, first) says
+//                    where the tile's side begins, start(tile, walk) starts copies of its next slice, which a Walk
+//                    tells of, and end() makes all that follow slices of zeros. Values beyond the depth are zeros, and
+//                    those beyond the side are any.
 //
 //   fits()           on the host, whether this can be copied in chunks of 16 bytes, and its places in a tile have 32 bits
 //
@@ -37,8 +38,9 @@ struct Rows {
   const T* values;
   int64_t stride, count;
   int depth;
+  int64_t entry_stride = 0;
 
-  bool fits() const { return fits_chunks(values, stride); }
+  bool fits() const { return fits_chunks(values, stride) && entry_stride % kChunk<T> == 0; }
 
   template <int kSide, int kThreads>
   class Copies {
@@ -46,8 +48,8 @@ struct Rows {
     __device__ explicit Copies(const Rows& rows)
         : rows_(rows), row_(threadIdx.x / kChunksOfSlice), chunk_(threadIdx.x % kChunksOfSlice) {}
 
-    __device__ void begin(int64_t first) {
-      from_ = rows_.values + first * rows_.stride + chunk_ * kChunk<T>;
+    __device__ void begin(int entry, int64_t first) {
+      from_ = rows_.values + entry * rows_.entry_stride + first * rows_.stride + chunk_ * kChunk<T>;
       left_ = rows_.depth - chunk_ * kChunk<T>;
       const int64_t last = rows_.count - 1 - first;
 #pragma unroll
@@ -57,7 +59,8 @@ struct Rows {
       }
     }
     __device__ void end() { left_ = 0; }
-    __device__ void start(unsigned char* tile) {
+    template <class Walk>
+    __device__ void start(unsigned char* tile, const Walk&) {
       unsigned char* const to = tile + chunk_of_row(row_, chunk_);
 #pragma unroll
       for (int i = 0; i < kCount; ++i)
@@ -118,8 +121,9 @@ struct Columns {
   const T* values;
   int64_t stride, count;
   int depth;
+  int64_t entry_stride = 0;
 
-  bool fits() const { return fits_chunks(values, stride); }
+  bool fits() const { return fits_chunks(values, stride) && entry_stride % kChunk<T> == 0; }
 
   template <int kSide, int kThreads>
   class Copies {
@@ -127,13 +131,15 @@ struct Columns {
     __device__ explicit Copies(const Columns& columns)
         : columns_(columns), line_(threadIdx.x / kAcross), chunk_(threadIdx.x % kAcross) {}
 
-    __device__ void begin(int64_t first) {
+    __device__ void begin(int entry, int64_t first) {
       const int64_t side = first + chunk_ * kChunk<T>;
-      from_ = columns_.values + line_ * columns_.stride + (side < columns_.count ? side : 0);
+      from_ = columns_.values + entry * columns_.entry_stride + line_ * columns_.stride +
+              (side < columns_.count ? side : 0);
       left_ = columns_.depth - line_;
     }
     __device__ void end() { left_ = 0; }
-    __device__ void start(unsigned char* tile) {
+    template <class Walk>
+    __device__ void start(unsigned char* tile, const Walk&) {
       const int step = kStep * static_cast<int>(columns_.stride);
       unsigned char* const to = tile + chunk_of_depth<T, kSide>(line_, chunk_);
 #pragma unroll
