@@ -53,7 +53,10 @@ struct Packing {
 
 struct Convolution {
   TensorView input;          // [B, K, H, W], floating, channels innermost and dense.
-  TensorView packed;         // What a packing with N outputs and K inputs made, in the input's type.
+  TensorView packed;         // What a packing with N outputs and K inputs made, in the input's type. Absent on CUDA
+                             // where reads_in_place(), which needs the two that follow.
+  TensorView weight;         // As of the packing.
+  TensorView mask;           // [kh, kw], as of the packing.
   TensorView bias;           // [N] of the input's type, dense, or absent.
   TensorView condition;      // [B, N, H, W] of the input's type, any strides, 0 among them; or absent.
   TensorView position;       // [2] i64, dense: row and column of the only pixel to compute. Absent: all of them.
@@ -219,7 +222,9 @@ void layer_grad(const LayerGrad& problem);
 namespace cuda {
 constexpr int64_t kBiasParts = 128;
 #if defined(CPC_WITH_CUDA)
-int64_t packed_bytes(int64_t outputs, int64_t inputs, int64_t taps, DType dtype, bool gated);
+int64_t packed_bytes(int64_t outputs, int64_t inputs, int64_t taps, DType dtype);
+// Whether a convolution from C to O channels takes weights as they are: channels innermost and one mask for all of them.
+bool reads_in_place(const TensorView& weight, const TensorView& mask, int64_t dilation);
 int64_t weight_grad_workspace(const WeightGrad& problem);
 void pack(const Packing& problem, void* stream);
 void convolve(const Convolution& problem, void* stream);

@@ -101,6 +101,7 @@ const TensorView& grad_before_activation(const LayerGrad& problem) {
 // The kernels of a device.
 struct OnHost {
   static constexpr Where kWhere = Where::host;
+  static bool reads_in_place(const Layer&) { return false; }
   static constexpr auto pack = [](const Packing& problem) { cpu::pack(problem); };
   static constexpr auto convolve = [](const Convolution& problem) { cpu::convolve(problem); };
   static constexpr auto activation_grad = [](const ActivationGrad& problem) { cpu::activation_grad(problem); };
@@ -110,6 +111,9 @@ struct OnHost {
 struct OnCuda {
   static constexpr Where kWhere = Where::cuda;
   void* stream;
+  static bool reads_in_place(const Layer& problem) {
+    return cuda::reads_in_place(problem.weight, problem.mask, problem.dilation);
+  }
   void pack(const Packing& problem) const { cuda::pack(problem, stream); }
   void convolve(const Convolution& problem) const { cuda::convolve(problem, stream); }
   void activation_grad(const ActivationGrad& problem) const { cuda::activation_grad(problem, stream); }
@@ -120,14 +124,18 @@ struct OnCuda {
 template <class Device>
 void run(const Layer& problem, const Device& on) {
   const Plan plan = masked_conv::plan(problem, Device::kWhere);
-  on.pack({.weight = problem.weight,
-           .mask = problem.mask,
-           .packed = problem.workspace,
-           .taps = plan.taps,
-           .gated = problem.activation == Activation::gated,
-           .pairs = plan.pairs});
+  const bool in_place = Device::reads_in_place(problem);
+  if (!in_place)
+    on.pack({.weight = problem.weight,
+             .mask = problem.mask,
+             .packed = problem.workspace,
+             .taps = plan.taps,
+             .gated = problem.activation == Activation::gated,
+             .pairs = plan.pairs});
   on.convolve({.input = problem.input,
-               .packed = problem.workspace,
+               .packed = in_place ? TensorView{} : problem.workspace,
+               .weight = problem.weight,
+               .mask = problem.mask,
                .bias = problem.bias,
                .condition = problem.condition,
                .position = {},
@@ -161,6 +169,8 @@ void run(const LayerGrad& problem, const Device& on) {
              .pairs = plan.pairs});
     on.convolve({.input = grad,
                  .packed = problem.workspace,
+                 .weight = {},
+                 .mask = {},
                  .bias = {},
                  .condition = {},
                  .position = {},
@@ -194,14 +204,16 @@ int64_t packed_bytes(const PackedWeight& weight, const std::vector<Tap>& taps, b
                      [[maybe_unused]] Where where) {
 #if defined(CPC_WITH_CUDA)
   if (where == Where::cuda)
-    return cuda::packed_bytes(weight.outputs, weight.inputs, static_cast<int64_t>(taps.size()), weight.dtype,
-                              weight.gated);
+    return cuda::packed_bytes(weight.outputs, weight.inputs, static_cast<int64_t>(taps.size()), weight.dtype);
 #endif
   const auto terms = static_cast<int64_t>(terms_of(taps, pairs).size());
   return cpu::packed_bytes(weight.outputs, weight.inputs, terms, weight.dtype, weight.gated);
 }
 
 int64_t workspace_bytes(const Layer& problem, Where where) {
+#if defined(CPC_WITH_CUDA)
+  if (where == Where::cuda && OnCuda::reads_in_place(problem)) return 0;
+#endif
   const Plan plan = masked_conv::plan(problem, where);
   return packed_bytes(packed_weight(problem.weight, false, problem.activation == Activation::gated), plan.taps,
                       plan.pairs, where);

@@ -1,5 +1,5 @@
 // What the CUDA kernels of the masked convolution share: taps by value, the tiles that blocks of threads compute, and
-// the checks and choices that depend on them.
+// checks.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 
 #include "core/cuda/async_copy.cuh"
 #include "core/cuda/device.h"
-#include "core/cuda/warp_product.cuh"
+#include "core/cuda/product.cuh"
 #include "core/workspace.h"
 #include "masked_conv/masked_conv.h"
 
@@ -79,14 +79,6 @@ inline int kernel_width_of(const TensorView& filter) {
   return static_cast<int>(filter.shape[3]);
 }
 
-// Blocks of a kernel that takes one tile a block.
-inline int64_t blocks_of(int64_t tiles) {
-  if (tiles > kMaxBlocks)
-    throw std::invalid_argument("the CUDA kernels take at most 2^31 - 1 tiles of outputs, got " +
-                                std::to_string(tiles));
-  return tiles;
-}
-
 // The depth of the product: taps times channels.
 inline int depth_of(int64_t taps, int64_t channels) {
   if (std::max(taps, int64_t{1}) * channels > kMaxCount)
@@ -101,6 +93,16 @@ inline void require_image_size(int64_t batch, int64_t height, int64_t width) {
                                 std::to_string(batch) + " of " + std::to_string(height) + "x" + std::to_string(width));
 }
 
+// Images whose values have places of 32 bits.
+inline int64_t images_at_once(int64_t pixels, int64_t channels) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  const int64_t images = std::min(kMaxCount / pixels, kMost / pixels / std::max<int64_t>(channels, 1));
+  if (images == 0)
+    throw std::invalid_argument("the CUDA kernels take images of at most 2^31 - 1 values, got " +
+                                std::to_string(pixels) + " pixels of " + std::to_string(channels) + " channels");
+  return images;
+}
+
 // Strides of a mask over [O, C, kh, kw]: 0 where it is the same for all channels.
 inline void strides_of_mask(const TensorView& mask, int64_t (&strides)[4]) {
   for (int d = 0; d < 4; ++d) strides[d] = mask.ndim == 4 ? mask.strides[d] : d < 2 ? 0 : mask.strides[d - 2];
@@ -108,29 +110,14 @@ inline void strides_of_mask(const TensorView& mask, int64_t (&strides)[4]) {
 
 // --- Tiles ---
 
-// A block's tile of rows x outputs, by warps of kRowTiles * 16 rows x one panel, with kStages slices on their way.
-template <int kRowTiles_, int kWarpRows_, int kPanels_, int kStages_, int kBlocks_, bool kWholeChunks_>
-struct Tile {
-  static constexpr int kRowTiles = kRowTiles_, kWarpRows = kWarpRows_, kPanels = kPanels_, kStages = kStages_;
-  static constexpr int kRows = 16 * kRowTiles * kWarpRows, kColumns = kWarpColumns * kPanels;
-  static constexpr int kThreads = kWarp * kWarpRows * kPanels;
-  static constexpr int kBlocks = kBlocks_;  // On a multiprocessor, at least: bounds the registers.
-  static constexpr int kABytes = kRows * kSliceBytes, kStageBytes = kABytes + kColumns * kSliceBytes;
-  // Whether it only takes pixels of whole chunks of 16 bytes, aligned. Others are copied value by value, which no tile
-  // makes fast.
-  static constexpr bool kWholeChunks = kWholeChunks_;
-};
-using LargeTile = Tile<4, 2, 4, 4, 2, true>;   // 128 x 128: the fewest bytes a product.
-using SmallTile = Tile<2, 2, 2, 4, 4, false>;  // 64 x 64: for problems that do not fill the GPU with large ones.
-// 32 x 32, with many slices on their way: one pixel of a batch, where all that matters is how fast weights arrive.
-using PixelTile = Tile<1, 2, 1, 8, 8, true>;
-
-// Whether large tiles compute at most a third more columns than small ones: what they are faster by.
-inline bool waste_little(int64_t columns) {
-  const int64_t large = divide_up(columns, LargeTile::kColumns) * LargeTile::kColumns;
-  const int64_t small = divide_up(columns, SmallTile::kColumns) * SmallTile::kColumns;
-  return 3 * large <= 4 * small;
-}
+// 128 x 160: widths of 160 and 320 outputs are whole tiles of it.
+using FifthTile = ProductTile<128, 160, 64, 80, 3, 2>;
+// One pixel of a batch, where all that matters is how fast weights arrive, with many slices on their way.
+using PixelTile = ProductTile<32, 32, 16, 32, 8, 8>;
+// In double, of multiply-adds.
+using DoubleTile = ProductTile<64, 64, 32, 32, 4, 2>;
+// How much longer a low tile takes than a square one of the same number of results: it reads more from shared memory.
+constexpr double kLowCost = 1.3;
 
 // Whether the channels of every pixel are whole chunks of 16 bytes, aligned.
 inline bool has_whole_chunks(const TensorView& view, int64_t channels) {

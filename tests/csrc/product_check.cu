@@ -21,6 +21,7 @@
 #include "core/cuda/product.cuh"
 #include "core/cuda/product_epilogues.cuh"
 #include "core/cuda/product_loaders.cuh"
+#include "masked_conv/filters.cuh"
 #include "masked_conv/visible_taps.cuh"
 #if defined(CPC_CUDA_TRACE)
 #include "print_value.h"
@@ -127,29 +128,33 @@ double run(const Size& size) {
 // --- A convolution ---
 
 template <class Math, class Tile>
-double convolve(const Size& size) {
+double convolve(const Size& size, bool images_innermost) {
   namespace conv = masked_conv::cuda;
   using T = typename Math::Value;
+  using A = conv::VisibleTaps<T, true>;
   constexpr int kHeight = 9, kWidth = 11;
   const std::vector<conv::Taps::Offset> taps = {{-1, -1}, {-1, 0}, {-1, 1}, {0, -1}, {0, 0}};
   const auto count = static_cast<int64_t>(taps.size());
-  const int64_t pixels = size.rows * kHeight * kWidth, depth = count * size.depth;
-  Matrix<T> input(pixels, size.depth), weight(size.columns, depth);
+  const int64_t pixels = size.rows * kHeight * kWidth, depth = count * size.depth, slices = slices_of<T>(depth);
+  Matrix<T> input(pixels, size.depth), weight(size.columns, slices * kDepth<T>);
   Matrix<float> d(pixels, size.columns);
   input.fill(1, true);
   weight.fill(2, true);
-  conv::VisibleTaps<T> a = {input.values,
-                            pixels,
-                            kHeight,
-                            kWidth,
-                            static_cast<int>(size.depth),
-                            FastDivide(kWidth),
-                            FastDivide(kHeight),
-                            {static_cast<int>(count), {}}};
+  const conv::Pixels order = {nullptr,
+                              kHeight,
+                              kWidth,
+                              images_innermost,
+                              FastDivide(static_cast<uint32_t>(images_innermost ? size.rows : kHeight * kWidth)),
+                              FastDivide(kWidth)};
+  A a = {input.values, pixels, static_cast<int>(size.depth), order, {static_cast<int>(count), {}}};
   std::copy(taps.begin(), taps.end(), a.taps.at);
-  launch_product<Math, Tile>(
-      "convolve", a, Rows<T>{weight.values, weight.stride, size.columns, static_cast<int>(depth)},
-      WholeDepth(slices_of<T>(depth)), StoreRows<float>{d.values, d.stride, pixels, size.columns}, 1, nullptr);
+  const conv::Filters<T> b = {.packed = weight.values,
+                              .count = size.columns,
+                              .stride = weight.stride,
+                              .outputs = {static_cast<int>(size.columns), false},
+                              .slices = static_cast<int>(slices)};
+  launch_product<Math, Tile>("convolve", a, b, conv::SeenSlices<A>{static_cast<int>(slices), images_innermost},
+                             StoreRows<float>{d.values, d.stride, pixels, size.columns}, 1, nullptr);
   check(cudaDeviceSynchronize(), "convolving");
 #if defined(CPC_CUDA_TRACE)
   return 0;
@@ -163,7 +168,10 @@ double convolve(const Size& size) {
   double worst = 0;
   for (int64_t i = 0; i < pixels; ++i)
     for (int64_t j = 0; j < size.columns; ++j) {
-      const double error = error_of(d, i, j, depth, seen, [&](int64_t o, int64_t k) { return weight.at(o, k); });
+      const int64_t row = images_innermost ? i % (kHeight * kWidth) * size.rows + i / (kHeight * kWidth) : i;
+      const double error = error_of(
+          d, row, j, depth, [&](int64_t, int64_t k) { return seen(i, k); },
+          [&](int64_t o, int64_t k) { return weight.at(o, k); });
       if (!(error <= worst)) worst = error;
     }
   return worst;
@@ -217,8 +225,10 @@ Runs all_runs() {
   add<TensorCores<float>, LowTile>(runs, "tf32 low");
   add<SplitTf32, SquareTile>(runs, "split_tf32 square");
   runs["bfloat16 square refused"] = &refuse;
-  runs["bfloat16 square taps"] = &convolve<TensorCores<BFloat16>, SquareTile>;
-  runs["tf32 low taps"] = &convolve<TensorCores<float>, LowTile>;
+  runs["bfloat16 square taps"] = [](const Size& size) {
+    return convolve<TensorCores<BFloat16>, SquareTile>(size, false);
+  };
+  runs["tf32 low taps"] = [](const Size& size) { return convolve<TensorCores<float>, LowTile>(size, true); };
   return runs;
 }
 #endif

@@ -61,6 +61,7 @@ class Case:
     activation: str | None = None
     condition: tuple[int, ...] | None = None  # Sizes that broadcast, -1 for those of the output.
     layout: str = "nchw"
+    weight_layout: str = "nchw"
 
     def mask_tensor(self):
         if self.mask == "colours":
@@ -89,6 +90,7 @@ class Case:
         tensors = [input, weight, random(self.out_channels), condition]
         tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
         tensors[0] = laid_out(tensors[0], self.layout)
+        tensors[1] = laid_out(tensors[1], self.weight_layout)
         return tensors
 
 
@@ -119,6 +121,11 @@ CASES = [
     Case(5, 32, 130, (8, 8), "random", activation="relu"),
     Case(3, 33, 66, (5, 6), "row", activation="relu"),
     Case(9, 40, 8, (5, 5), "raster", dilation=3),
+    # The widest tiles of the CUDA kernels, and weights that they need not pack; in the last, some slices see nothing.
+    Case(3, 32, 160, (9, 9), "left", condition=(-1, -1, -1, -1)),
+    Case(3, 64, 152, (9, 9), "even", activation="gated", layout="channels_last", weight_layout="channels_last"),
+    Case(34, 32, 90, (3, 5), "raster", activation="gated", layout="channels_last", weight_layout="channels_last"),
+    Case(34, 24, 40, (4, 3), "wide", condition=(1, -1, 1, 1), layout="channels_last"),
     Case(2, 3, 4, (4, 4), "nothing", activation="gated", condition=(-1, 1, 1)),
     # In float32 the CPU computes these in pairs of pixels.
     Case(9, 33, 68, (5, 7), "raster", activation="gated", condition=(-1, -1, -1, -1)),

@@ -3,7 +3,7 @@
 //
 // - a loader of A, and one of B (product_loaders.cuh), say where a block's slices of depth come from and how they lie in
 //   shared memory;
-// - the Math (TensorCores<T> of warp_product.cuh, SplitTf32) says what they are multiplied in;
+// - the Math (TensorCores<T> and MultiplyAdds<T> of warp_product.cuh, SplitTf32) says what they are multiplied in;
 // - the ProductTile says how much of D a block and a warp hold;
 // - the Depth says which slices a tile needs: all of them, unless it is known that some are zeros;
 // - an epilogue (product_epilogues.cuh) takes a warp's sums.
@@ -32,6 +32,7 @@ namespace cpc::cuda {
 struct SplitTf32 {
   using Value = float;
   using Sum = float;
+  static constexpr bool kTensorCores = true;
 };
 
 // A block's tile of D, by warps of 64 x 64 or less, with kStages slices of the operands in shared memory. kBlocks: on a
@@ -62,8 +63,8 @@ __device__ inline int how_many(int64_t left, int most) {
 }
 
 // A warp's sums: sums[i][j][r] is at row 16 i + 8 (r / 2) + lane / 4 and column 8 j + 2 (lane % 4) + r % 2.
-template <class Tile>
-using WarpTileSums = float[Tile::kRowTiles][Tile::kColumnTiles][4];
+template <class Tile, class Sum = float>
+using WarpTileSums = Sum[Tile::kRowTiles][Tile::kColumnTiles][4];
 
 // --- The order of tiles ---
 
@@ -90,21 +91,26 @@ struct TileOrder {
 
 // --- The depth ---
 //
-// A Depth is a small struct that a kernel takes by value, with count(place), how many slices a tile needs, at least one;
-// and a Walk, which each thread has for the slices of one tile after another: begin(place), and next() after each.
-// Loaders see it, so as to know which slice they copy.
+// A Depth is a small struct that a kernel takes by value. count(a, row, rows) is how many slices a tile needs, at least
+// one, of `rows` rows from `row` on of what the loader `a` has. Each thread has a Walk of the slices of one tile after
+// another: begin(row, rows), next() after each slice, and end(), after which it goes on without any. Loaders see it.
 
 // All slices, of zeros where there is no depth.
 struct WholeDepth {
   int slices;
 
   explicit WholeDepth(int64_t slices) : slices(static_cast<int>(std::max<int64_t>(slices, 1))) {}
-  __device__ int count(const TileOrder::Place&) const { return slices; }
+  template <class A>
+  __device__ int count(const A&, int64_t, int) const {
+    return slices;
+  }
   class Walk {
    public:
-    __device__ explicit Walk(const WholeDepth&) {}
-    __device__ void begin(const TileOrder::Place&) {}
+    template <class A>
+    __device__ Walk(const WholeDepth&, const A&) {}
+    __device__ void begin(int64_t, int) {}
     __device__ void next() {}
+    __device__ void end() {}
   };
 };
 
@@ -190,15 +196,16 @@ class MainLoop {
   static_assert(std::is_same_v<typename A::Value, T> && std::is_same_v<typename B::Value, T>);
 
   __device__ MainLoop(const A& a, const B& b, const Depth& depth, unsigned char* shared)
-      : a_(a), b_(b), walk_(depth), shared_(shared) {}
+      : a_(a), b_(b), walk_(depth, a), shared_(shared) {}
 
   // What copies are started of from now on: slices of these rows of A and columns of B; or nothing.
   __device__ void begin(const TileOrder::Place& place) {
-    walk_.begin(place);
+    walk_.begin(int64_t{place.row} * Tile::kRows, Tile::kRows);
     a_.begin(place.entry, int64_t{place.row} * Tile::kRows);
     b_.begin(place.entry, int64_t{place.column} * Tile::kColumns);
   }
   __device__ void end() {
+    walk_.end();
     a_.end();
     b_.end();
   }
@@ -219,20 +226,27 @@ class MainLoop {
   }
 
   // Adds the product of the next slice, and starts copies of another into its stage.
-  __device__ void add_slice(WarpTileSums<Tile>& sums) {
+  __device__ void add_slice(WarpTileSums<Tile, typename Math::Sum>& sums) {
+    if constexpr (!Math::kTensorCores) {
+      static_assert(Tile::kColumnTiles == 4);
+      add_product<Math, Tile::kRowTiles>(sums, of_a(), of_b());
+      start(leave_stage());
+    } else {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      if constexpr (!kAhead) load(step);
-      const int free = stage_;
-      if (step == kSteps - 1) {
-        wait_for_copies<Tile::kStages - 2>();
-        __syncthreads();  // The next slice is there for all, and all have read this one.
-        stage_ = stage_ == Tile::kStages - 1 ? 0 : stage_ + 1;
+      for (int step = 0; step < kSteps; ++step) {
+        if constexpr (!kAhead) load(step);
+        const bool last = step == kSteps - 1;
+        const int free = last ? leave_stage() : 0;
+        if constexpr (kAhead) load((step + 1) % kSteps);  // Before copies, which the compiler keeps behind it.
+        if (last) start(free);
+        multiply_fragments<Math, Tile>(sums, fragments_[kAhead ? step % 2 : 0]);
       }
-      if constexpr (kAhead) load((step + 1) % kSteps);  // Before copies, which the compiler keeps behind it.
-      if (step == kSteps - 1) start(free);
-      multiply_fragments<Math, Tile>(sums, fragments_[kAhead ? step % 2 : 0]);
     }
+  }
+
+  // Reads again what was read ahead, which an epilogue would have to keep in registers.
+  __device__ void go_on() {
+    if constexpr (kAhead) load(0);
   }
 
   __device__ void leave() { wait_for_copies<0>(); }
@@ -240,15 +254,28 @@ class MainLoop {
  private:
   static constexpr int kStepDepth = 2 * kChunk<T>, kSteps = kDepth<T> / kStepDepth;
   // Whether fragments are read a step ahead. Split ones leave no registers for that, and their products take long.
-  static constexpr bool kAhead = !std::is_same_v<Math, SplitTf32>;
-  static_assert(kSteps % 2 == 0);
+  static constexpr bool kAhead =
+      Math::kTensorCores && !std::is_same_v<Math, SplitTf32> && Tile::kRowTiles * Tile::kColumnTiles <= 32;
+  static_assert(!kAhead || kSteps % 2 == 0);
 
-  __device__ void load(int step) {
-    const unsigned char* const tile = shared_ + stage_ * Tile::kStageBytes;
-    const typename A::template Operand<Tile::kRows> a(tile, Tile::warp_row());
-    const typename B::template Operand<Tile::kColumns> b(tile + Tile::kABytes, Tile::warp_column());
-    fragments_[kAhead ? step % 2 : 0].load(a, b, step * kStepDepth);
+  // On to the next stage, once its slice is there for all. Gives the one before, which all have read then.
+  __device__ int leave_stage() {
+    const int free = stage_;
+    wait_for_copies<Tile::kStages - 2>();
+    __syncthreads();
+    stage_ = stage_ == Tile::kStages - 1 ? 0 : stage_ + 1;
+    return free;
   }
+
+  __device__ auto of_a() const {
+    const unsigned char* const tile = shared_ + stage_ * Tile::kStageBytes;
+    return typename A::template Operand<Tile::kRows>(tile, Tile::warp_row());
+  }
+  __device__ auto of_b() const {
+    const unsigned char* const tile = shared_ + stage_ * Tile::kStageBytes + Tile::kABytes;
+    return typename B::template Operand<Tile::kColumns>(tile, Tile::warp_column());
+  }
+  __device__ void load(int step) { fragments_[kAhead ? step % 2 : 0].load(of_a(), of_b(), step * kStepDepth); }
 
   typename A::template Copies<Tile::kRows, Tile::kThreads> a_;
   typename B::template Copies<Tile::kColumns, Tile::kThreads> b_;
@@ -274,49 +301,54 @@ template <class Math, class Tile, class A, class B, class Depth, class Epilogue>
 __device__ void multiply_tiles(const Product<A, B, Depth, Epilogue>& p) {
   MainLoop<Math, Tile, A, B, Depth> loop(p.a, p.b, p.depth, dynamic_shared());
   const int tiles = p.order.count(), step = static_cast<int>(gridDim.x);
-  int tile = static_cast<int>(blockIdx.x), copied = tile;
-  if (tile >= tiles) return;
-  int to_copy = 0, to_add = p.depth.count(p.order[tile]);
-  const auto begin_copying = [&] {
-    if (copied < tiles) {
-      const TileOrder::Place place = p.order[copied];
-      loop.begin(place);
-      to_copy = p.depth.count(place);
-    } else {
-      loop.end();
-      to_copy = std::numeric_limits<int>::max();
-    }
-    copied += step;
+  const auto slices_of = [&](const TileOrder::Place& place) {
+    return p.depth.count(p.a, int64_t{place.row} * Tile::kRows, Tile::kRows);
   };
-  begin_copying();
-#pragma unroll 1
-  for (int stage = 0; stage < Tile::kStages; ++stage) {
-    loop.start(stage);
-    if (--to_copy == 0) begin_copying();
-  }
-  loop.enter();
-  WarpTileSums<Tile> sums = {};
+  int tile = static_cast<int>(blockIdx.x), copied = tile;  // What is added up, and what is copied next.
+  if (tile >= tiles) return;
+  int to_copy = 0, to_add = slices_of(p.order[tile]);
+  int filled = 0;  // Stages.
+  WarpTileSums<Tile, typename Math::Sum> sums = {};
 #pragma unroll 1
   for (;;) {
+    if (to_copy == 0) {
+      if (copied < tiles) {
+        const TileOrder::Place place = p.order[copied];
+        loop.begin(place);
+        to_copy = slices_of(place);
+      } else {
+        loop.end();
+        to_copy = std::numeric_limits<int>::max();
+      }
+      copied += step;
+    }
+    if (filled < Tile::kStages) {
+      const int slices = to_copy < Tile::kStages - filled ? to_copy : Tile::kStages - filled;
+      to_copy -= slices;
+#pragma unroll 1
+      for (int i = 0; i < slices; ++i) loop.start(filled++);
+      if (filled == Tile::kStages) loop.enter();
+      continue;
+    }
     const int slices = to_copy < to_add ? to_copy : to_add;
 #pragma unroll 1
     for (int i = 0; i < slices; ++i) loop.add_slice(sums);
     to_copy -= slices;
     to_add -= slices;
-    if (to_copy == 0) begin_copying();
     if (to_add > 0) continue;
     const TileOrder::Place place = p.order[tile];
     p.epilogue.template take<Tile>(sums, place.entry, int64_t{place.row} * Tile::kRows + Tile::warp_row(),
                                    int64_t{place.column} * Tile::kColumns + Tile::warp_column());
     tile += step;
     if (tile >= tiles) break;
-    to_add = p.depth.count(p.order[tile]);
+    to_add = slices_of(p.order[tile]);
 #pragma unroll
     for (int i = 0; i < Tile::kRowTiles; ++i)
 #pragma unroll
       for (int j = 0; j < Tile::kColumnTiles; ++j)
 #pragma unroll
         for (int r = 0; r < 4; ++r) sums[i][j][r] = 0;
+    loop.go_on();
   }
   loop.leave();
 }

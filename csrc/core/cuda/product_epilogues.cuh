@@ -53,42 +53,66 @@ __device__ void store_pairs(T* to, const uint32_t (&pairs)[4], int count) {
     if (k < count) to[k] = {static_cast<uint16_t>(pairs[k / 2] >> (16 * (k % 2)))};
 }
 
+// Two values in a register.
+template <class T>
+__device__ uint32_t pair_of(const float (&values)[2]) {
+  return Narrow<T>::from(values[0]).bits | static_cast<uint32_t>(Narrow<T>::from(values[1]).bits) << 16;
+}
+
+// Calls use(row, column, sums) for each of the lane's rows of the warp's tile and every kTiles tiles of 8 columns of it, from
+// that column on, with the lane's two sums in each; 0 in tiles that there are not. The loop is not unrolled: the compiler
+// would take minutes over what takes little time.
+template <class Tile, int kTiles, class Sum, class Use>
+__device__ void each_row(const WarpTileSums<Tile, Sum>& sums, const Use& use) {
+  constexpr int kGroups = (Tile::kColumnTiles + kTiles - 1) / kTiles;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll 1
+  for (int n = 0; n < 2 * Tile::kRowTiles * kGroups; ++n) {
+    Sum of_row[kTiles][2] = {};
+#pragma unroll
+    for (int known = 0; known < 2 * Tile::kRowTiles * kGroups; ++known) {  // Registers have no indices.
+      if (known != n) continue;
+      const int i = known / kGroups, first = known % kGroups * kTiles;
+#pragma unroll
+      for (int j = 0; j < kTiles && first + j < Tile::kColumnTiles; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) of_row[j][e] = sums[i / 2][first + j][i % 2 * 2 + e];
+    }
+    use(8 * (n / kGroups) + lane / 4, n % kGroups * kTiles * 8, of_row);
+  }
+}
+
 // Rows of results, innermost contiguous, rounded to T.
 template <class T>
 struct StoreRows {
+  using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
   T* values;
   int64_t stride, rows, columns, entry_stride = 0;
 
   template <class Tile>
-  __device__ void take(const WarpTileSums<Tile>& sums, int entry, int64_t row, int64_t column) const {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
-#pragma unroll
-    for (int i = 0; i < 2 * Tile::kRowTiles; ++i) {
-      const int64_t at = row + 8 * i + lane / 4;
+  __device__ void take(const WarpTileSums<Tile, Sum>& sums, int entry, int64_t row, int64_t column) const {
+    static_assert(Tile::kColumnTiles % 4 == 0);
+    const int in_quad = static_cast<int>(threadIdx.x) % 4;
+    each_row<Tile, 4>(sums, [&](int in_tile, int of_group, const Sum(&v)[4][2]) {
+      const int64_t at = row + in_tile;
       T* const to = values + entry * entry_stride + at * stride;
       // Sums of four tiles: 8 neighbouring columns a lane, or 2 of each tile.
+      if constexpr (sizeof(T) == 2) {
+        uint32_t pairs[4];
 #pragma unroll
-      for (int j = 0; j < Tile::kColumnTiles; j += 4) {
-        if constexpr (sizeof(T) == 2) {
-          uint32_t pairs[4];
+        for (int k = 0; k < 4; ++k) pairs[k] = pair_of<T>(v[k]);
+        transpose_quad(pairs);
+        const int64_t first = column + of_group + 8 * in_quad;
+        if (at < rows && first < columns) store_pairs(to + first, pairs, how_many(columns - first, 8));
+      } else {
 #pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            const float* const pair = &sums[i / 2][j + k][i % 2 * 2];
-            pairs[k] = Narrow<T>::from(pair[0]).bits | static_cast<uint32_t>(Narrow<T>::from(pair[1]).bits) << 16;
-          }
-          transpose_quad(pairs);
-          const int64_t first = column + 8 * (j + lane % 4);
-          if (at < rows && first < columns) store_pairs(to + first, pairs, how_many(columns - first, 8));
-        } else {
-#pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            const int64_t first = column + 8 * (j + k) + 2 * (lane % 4);
-            const float pair[2] = {sums[i / 2][j + k][i % 2 * 2], sums[i / 2][j + k][i % 2 * 2 + 1]};
-            if (at < rows && first < columns) store_run(to + first, pair, how_many(columns - first, 2));
-          }
+        for (int k = 0; k < 4; ++k) {
+          const int64_t first = column + of_group + 8 * k + 2 * in_quad;
+          if (at < rows && first < columns) store_run(to + first, v[k], how_many(columns - first, 2));
         }
       }
-    }
+    });
   }
 };
 

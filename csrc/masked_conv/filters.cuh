@@ -1,0 +1,130 @@
+// A convolution's weights, as an operand of its product (core/cuda/product_loaders.cuh says what a loader is), and how they
+// come to lie as it takes them: [outputs][taps * channels], rows of whole slices, zeros behind the last channel.
+#pragma once
+
+#include <cstdint>
+
+#include "masked_conv/pixels.cuh"
+
+namespace cpc::masked_conv::cuda {
+
+// Outputs that lie together in columns of the product: those that a warp's tile of 8 columns holds.
+constexpr int kTogether = 8;
+
+// Which output is in a column. Gated features and their gates, N / 2 apart, take turns in eights, so that a lane is left with
+// both. What is not below `outputs` is in no output.
+struct OutputOrder {
+  int outputs;
+  bool gated;
+
+  __host__ __device__ int columns() const {
+    return gated ? (outputs / 2 + kTogether - 1) / kTogether * 2 * kTogether : outputs;
+  }
+  __device__ int operator[](int column) const {
+    if (!gated) return column;
+    const int eighth = column / kTogether, feature = eighth / 2 * kTogether + column % kTogether;
+    return feature < outputs / 2 ? eighth % 2 * (outputs / 2) + feature : outputs;
+  }
+};
+
+// Weights as they are, [O, kh, kw, C] in memory, with one mask for all of their channels, which are whole slices.
+template <class T>
+struct WeightsInPlace {
+  const T* centre;   // The first output's weights of the tap that leads nowhere else.
+  const bool* mask;  // Of that tap.
+  int by_row, by_column, mask_by_row, mask_by_column;
+
+  __device__ const T* at(const Taps::Offset& by) const { return centre + by.dy * by_row + by.dx * by_column; }
+  // A mask may hide taps that the host, which did not look, has among those to sum.
+  __device__ bool visible(const Taps::Offset& by) const { return mask[by.dy * mask_by_row + by.dx * mask_by_column]; }
+};
+
+// Packed, or as they are.
+template <class T>
+struct Filters {
+  using Value = T;
+  template <int kSide>
+  using Operand = DepthInnermost<T>;
+
+  const T* packed;        // Null where they are as they are.
+  int64_t count, stride;  // Columns, and from an output to the next.
+  OutputOrder outputs;
+  int slices;
+  WeightsInPlace<T> in_place = {};
+
+  bool fits() const { return outputs.outputs * stride <= std::numeric_limits<int32_t>::max(); }
+
+  template <int kSide, int kThreads>
+  class Copies {
+   public:
+    __device__ explicit Copies(const Filters& b)
+        : b_(b), row_(threadIdx.x / kChunksOfSlice), chunk_(threadIdx.x % kChunksOfSlice) {}
+
+    __device__ void begin(int, int64_t first) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const int output = b_.outputs[static_cast<int>(first) + row_ + i * kStep];
+        offset_[i] = (output < b_.outputs.outputs ? output : 0) * static_cast<int>(b_.stride) + chunk_ * kChunk<T>;
+      }
+    }
+    __device__ void end() {}
+
+    template <class Walk>
+    __device__ void start(unsigned char* tile, const Walk& walk) {
+      unsigned char* const to = tile + chunk_of_row(row_, chunk_);
+      const T* from = b_.packed + int64_t{walk.index()} * kDepth<T>;
+      if (b_.packed == nullptr) {
+        const Taps::Offset by = walk.offset();
+        if (walk.place().channel == 0) visible_ = b_.in_place.visible(by);
+        from = b_.in_place.at(by) + walk.place().channel;
+      }
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        copy_async<kChunkBytes>(to + i * kStep * kSliceBytes, from + offset_[i], visible_ && walk.index() < b_.slices);
+    }
+
+   private:
+    static constexpr int kStep = kThreads / kChunksOfSlice, kCount = kSide / kStep;
+    static_assert(kStep % 8 == 0 && kSide % kStep == 0);  // Chunks lie alike in every 8 rows.
+
+    const Filters& b_;
+    int row_, chunk_;
+    bool visible_ = true;  // What the tap leads to.
+    int offset_[kCount];
+  };
+};
+
+template <class T>
+struct PackArguments {
+  const T* weight;
+  const bool* mask;
+  T* packed;
+  struct Strides {
+    int64_t output, input, row, column;
+  } weight_strides, mask_strides;
+  int64_t outputs;
+  int inputs, taps, stride, kernel_width;
+  FastDivide by_inputs;
+  TapIndices indices;
+};
+
+// A row of packed weights a block.
+template <class T>
+__global__ void __launch_bounds__(kThreads) pack_weights(const __grid_constant__ PackArguments<T> a) {
+  for (int64_t output = blockIdx.x; output < a.outputs; output += gridDim.x)
+    for (int e = threadIdx.x; e < a.stride; e += kThreads) {
+      uint32_t channel;
+      const auto tap = static_cast<int>(a.by_inputs(static_cast<uint32_t>(e), channel));
+      T value = {};
+      if (tap < a.taps) {
+        const int row = a.indices.at[tap] / a.kernel_width, col = a.indices.at[tap] % a.kernel_width;
+        const auto at = [&](const auto& strides) {
+          return output * strides.output + channel * strides.input + row * strides.row + col * strides.column;
+        };
+        if (a.mask[at(a.mask_strides)]) value = a.weight[at(a.weight_strides)];
+      }
+      a.packed[output * a.stride + e] = value;
+    }
+}
+
+}  // namespace cpc::masked_conv::cuda

@@ -1,0 +1,104 @@
+// What becomes of the sums of a convolution (core/cuda/product_epilogues.cuh says what an epilogue is): bias and condition are
+// added, the activation applied, and results stored.
+#pragma once
+
+#include <cstdint>
+
+#include "core/cuda/product_epilogues.cuh"
+#include "masked_conv/filters.cuh"
+
+namespace cpc::masked_conv::cuda {
+
+template <class T>
+__device__ T* channels_of(const TensorView& view, const Pixel& pixel) {
+  return view.as<T>() + pixel.image * view.strides[0] + pixel.y * view.strides[2] + pixel.x * view.strides[3];
+}
+
+template <class T>
+struct FinishOutputs {
+  using Sum = SumOf<T>;
+
+  const T* bias;
+  TensorView condition, output, preactivation;
+  int64_t rows;
+  Pixels pixels;
+  OutputOrder outputs;
+  Activation activation;
+
+  template <class Tile>
+  __device__ void take(const WarpTileSums<Tile, Sum>& sums, int, int64_t row, int64_t column) const {
+    outputs.gated ? take_rows<Tile, 2>(sums, row, static_cast<int>(column))
+                  : take_rows<Tile, 1>(sums, row, static_cast<int>(column));
+  }
+
+ private:
+  // Where there are kHalves = 2, every other tile of 8 outputs is of gates. Four tiles of results at a time, if a warp has as
+  // many, so that lanes of 16-bit values can exchange them for whole chunks.
+  template <class Tile, int kHalves>
+  __device__ void take_rows(const WarpTileSums<Tile, Sum>& sums, int64_t row, int column) const {
+    constexpr int kAll = Tile::kColumnTiles / kHalves, kTiles = kAll < 4 ? kAll : 4;
+    const int end = (column + Tile::kColumnTiles * kTogether) / kHalves;  // Other warps take what follows.
+    each_row<Tile, kHalves * kTiles>(sums, [&](int in_tile, int of_group, const Sum(&v)[kHalves* kTiles][2]) {
+      const int64_t at = row + in_tile;
+      const bool exists = at < rows;
+      finish<kHalves, kTiles>(v, pixels[exists ? at : 0], (column + of_group) / kHalves, end, exists);
+    });
+  }
+
+  // What the four lanes of a row do with its outputs in [from, end).
+  template <int kHalves, int kTiles>
+  __device__ void finish(const Sum (&sums)[kHalves * kTiles][2], const Pixel& pixel, int from, int end,
+                         bool exists) const {
+    const int half = outputs.outputs / kHalves, mine = from + static_cast<int>(threadIdx.x) % 4 * 2;
+    const int last = !exists ? 0 : half < end ? half : end;
+    Sum v[kHalves][kTiles][2];
+#pragma unroll
+    for (int u = 0; u < kHalves; ++u) {
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        const int output = mine + j * kTogether, count = how_many(last - output, 2);
+        Sum of_bias[2] = {}, of_condition[2] = {};
+        if (bias != nullptr) load_run(of_bias, bias + u * half + output, 1, count);
+        if (condition.data != nullptr)
+          load_run(of_condition, channels_of<T>(condition, pixel) + (u * half + output) * condition.strides[1],
+                   condition.strides[1], count);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) v[u][j][e] = sums[j * kHalves + u][e] + (of_bias[e] + of_condition[e]);
+      }
+      if (preactivation.data != nullptr) store(channels_of<T>(preactivation, pixel) + u * half, v[u], from, last);
+    }
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if constexpr (kHalves == 2) v[0][j][e] = tanh(v[0][j][e]) * sigmoid(v[1][j][e]);
+        if (activation == Activation::relu && v[0][j][e] < 0) v[0][j][e] = 0;  // NaN stays.
+      }
+    store(channels_of<T>(output, pixel), v[0], from, last);
+  }
+
+  // Stores what the four lanes of a row hold: outputs from `from` on, those below `count`. All lanes must take part.
+  template <int kTiles>
+  __device__ static void store(T* row, const Sum (&v)[kTiles][2], int from, int count) {
+    const int in_quad = static_cast<int>(threadIdx.x) % 4;
+    constexpr int kWhole = sizeof(T) == 2 ? kTiles / 4 * 4 : 0;
+    if constexpr (sizeof(T) == 2) {  // Lanes exchange four tiles for whole chunks.
+#pragma unroll
+      for (int j = 0; j < kWhole; j += 4) {
+        uint32_t pairs[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) pairs[k] = pair_of<T>(v[j + k]);
+        transpose_quad(pairs);
+        const int first = from + (j + in_quad) * kTogether;
+        if (first < count) store_pairs(row + first, pairs, how_many(count - first, kTogether));
+      }
+    }
+#pragma unroll
+    for (int j = kWhole; j < kTiles; ++j) {
+      const int first = from + j * kTogether + in_quad * 2;
+      if (first < count) store_run(row + first, v[j], how_many(count - first, 2));
+    }
+  }
+};
+
+}  // namespace cpc::masked_conv::cuda

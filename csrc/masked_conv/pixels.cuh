@@ -1,0 +1,149 @@
+// The pixels that are rows of a convolution's product, and the taps that some of them see anything through.
+#pragma once
+
+#include <cstdint>
+
+#include "core/cuda/product.cuh"
+#include "masked_conv/tile.cuh"
+
+namespace cpc::masked_conv::cuda {
+
+struct Pixel {
+  int64_t image;
+  int y, x;
+};
+
+// Row m is image m % B of pixel m / B, or else pixel m % (H * W) of image m / (H * W); where there is a position, image m
+// of the pixel there.
+struct Pixels {
+  const int64_t* position;
+  int height, width;
+  bool images_innermost;  // Also where there is a position.
+  FastDivide by_inner, by_width;
+
+  __device__ Pixel operator[](int64_t row) const {
+    uint32_t inner, x;
+    const uint32_t outer = by_inner(static_cast<uint32_t>(row), inner);
+    uint32_t in_image = images_innermost ? outer : inner;
+    if (position != nullptr)
+      in_image = static_cast<uint32_t>(inside(position[0], height) * width + inside(position[1], width));
+    const uint32_t y = by_width(in_image, x);
+    return {static_cast<int64_t>(images_innermost ? inner : outer), static_cast<int>(y), static_cast<int>(x)};
+  }
+
+ private:
+  __device__ static int inside(int64_t at, int size) {
+    return static_cast<int>(at < 0 ? 0 : at < size ? at : size - 1);
+  }
+};
+
+// Where some successive rows lie, to know the taps that see nothing but padding.
+class Box {
+ public:
+  Box() = default;
+  __device__ Box(const Pixels& pixels, int64_t first_row, int64_t last_row) {
+    const Pixel first = pixels[first_row], last = pixels[last_row];
+    const bool in_order = pixels.images_innermost || first.image == last.image;
+    const bool in_one_row = in_order && first.y == last.y;
+    first_y_ = in_order ? first.y : 0;
+    last_y_ = in_order ? last.y : pixels.height - 1;
+    first_x_ = in_one_row ? first.x : 0;
+    last_x_ = in_one_row ? last.x : pixels.width - 1;
+  }
+  __device__ bool sees(const Pixels& pixels, const Taps::Offset& by) const {
+    return last_y_ + by.dy >= 0 && first_y_ + by.dy < pixels.height && last_x_ + by.dx >= 0 &&
+           first_x_ + by.dx < pixels.width;
+  }
+
+ private:
+  int first_y_, last_y_, first_x_, last_x_;
+};
+
+// A place in the depth of the product, which is the channels of one tap after another.
+struct DepthPlace {
+  int tap, channel;
+  __device__ DepthPlace after(int values, int channels) const {
+    DepthPlace place{tap, channel + values};
+    while (place.channel >= channels) {
+      place.channel -= channels;
+      ++place.tap;
+    }
+    return place;
+  }
+};
+
+// The slices of a convolution's depth (core/cuda/product.cuh says what a Depth is), of the loader A, VisibleTaps. Those
+// whose taps lead all of a tile's pixels out of the image are left out where that is worth looking for.
+template <class A>
+struct SeenSlices {
+  int slices;  // In all.
+  bool looks;
+
+  __device__ int count(const A& a, int64_t row, int rows) const {
+    int count = looks ? 0 : slices;
+    if (looks && a.channels % kDepthOfA == 0) {
+      const Box box(a.pixels, row, a.last_row(row, rows));
+      for (int tap = 0; tap < a.taps.count; ++tap) count += box.sees(a.pixels, a.taps.at[tap]);
+      count *= a.channels / kDepthOfA;
+    } else if (looks) {
+      Walk walk(*this, a);
+      for (walk.begin(row, rows); walk.index() < slices; walk.next()) ++count;
+    }
+    return count > 0 ? count : 1;
+  }
+
+  class Walk {
+   public:
+    __device__ Walk(const SeenSlices& depth, const A& a) : depth_(depth), a_(a) {}
+    __device__ void begin(int64_t row, int rows) {
+      index_ = 0;
+      place_ = {0, 0};
+      if (!depth_.looks) return;
+      box_ = Box(a_.pixels, row, a_.last_row(row, rows));
+      skip();
+    }
+    __device__ void next() {
+      const int tap = place_.tap;
+      step();
+      // A slice that begins with the tap of the one before is needed, as that one was.
+      if (depth_.looks && place_.tap != tap) skip();
+    }
+    __device__ void end() {
+      index_ = depth_.slices;
+      place_ = {a_.taps.count, 0};
+    }
+    __device__ int index() const { return index_; }
+    __device__ const DepthPlace& place() const { return place_; }
+    // Where the tap leads that the slice begins with.
+    __device__ Taps::Offset offset() const {
+      return place_.tap < a_.taps.count ? a_.taps.at[place_.tap] : Taps::Offset{0, 0};
+    }
+
+   private:
+    __device__ void step() {
+      place_ = place_.after(kDepthOfA, a_.channels);
+      ++index_;
+    }
+    __device__ void skip() {
+      while (index_ < depth_.slices && !seen()) step();
+    }
+    // Whether a tap of this slice sees something.
+    __device__ bool seen() const {
+      const int end = place_.after(kDepthOfA - 1, a_.channels).tap;
+      for (int tap = place_.tap; tap <= end && tap < a_.taps.count; ++tap)
+        if (box_.sees(a_.pixels, a_.taps.at[tap])) return true;
+      return false;
+    }
+
+    const SeenSlices& depth_;
+    const A& a_;
+    Box box_;
+    int index_ = 0;
+    DepthPlace place_ = {0, 0};
+  };
+
+ private:
+  static constexpr int kDepthOfA = kDepth<typename A::Value>;
+};
+
+}  // namespace cpc::masked_conv::cuda
