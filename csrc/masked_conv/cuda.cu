@@ -21,64 +21,71 @@ int64_t packed_stride(int64_t depth, int64_t size) {
   return std::max<int64_t>(divide_up(depth * size, kSliceBytes), 1) * kSliceBytes / size;
 }
 
+// The order of a convolution's pixels. One pixel of all images first, so that a tile at a border leaves out what its taps
+// miss: on a grid of 7 x 7, one part in six. Not where a pixel is less than the memory hands out at a time.
+Pixels order_of(const Convolution& problem, int64_t images) {
+  constexpr int64_t kSector = 32;
+  const int64_t height = problem.height(), width = problem.width();
+  const int64_t bytes = std::min(problem.inputs(), problem.output.shape[1]) * size_of(problem.input.dtype);
+  const bool images_innermost = problem.position.data != nullptr || bytes >= kSector;
+  return {.position = problem.position.as<int64_t>(),
+          .height = static_cast<int>(height),
+          .width = static_cast<int>(width),
+          .images_innermost = images_innermost,
+          .by_inner = FastDivide(static_cast<uint32_t>(images_innermost ? images : height * width)),
+          .by_width = FastDivide(static_cast<uint32_t>(width))};
+}
+
+template <class T>
+WeightsInPlace<T> in_place(const TensorView& weight, const TensorView& mask) {
+  const int64_t above = (mask.shape[0] - 1) / 2, before = (mask.shape[1] - 1) / 2;
+  return {.centre = weight.as<T>() + above * weight.strides[2] + before * weight.strides[3],
+          .mask = mask.as<bool>() + above * mask.strides[0] + before * mask.strides[1],
+          .by_row = static_cast<int>(weight.strides[2]),
+          .by_column = static_cast<int>(weight.strides[3]),
+          .mask_by_row = static_cast<int>(mask.strides[0]),
+          .mask_by_column = static_cast<int>(mask.strides[1])};
+}
+
 // A convolution of some images as the operands and the epilogue of a product.
 template <class T, bool kWholeChunks>
 struct Operands {
-  using A = VisibleTaps<T, kWholeChunks>;
-  A pixels;
+  VisibleTaps<T, kWholeChunks> pixels;
   Filters<T> filters;
-  SeenSlices<A> depth;
+  SeenSlices<VisibleTaps<T, kWholeChunks>> depth;
   FinishOutputs<T> outputs;
 
   Operands(const Convolution& problem, int64_t first_image, int64_t images) {
-    const int64_t height = problem.height(), width = problem.width(), inputs = problem.inputs();
-    const bool at_position = problem.position.data != nullptr;
-    // One pixel of all images first, so that a tile at a border leaves out what its taps miss: on a grid of 7 x 7, one
-    // part in six. Not where a pixel is less than the memory hands out at a time.
-    constexpr int64_t kSector = 32, kSmallMap = 256, kManyImages = 32;
-    const bool images_innermost =
-        at_position || std::min(inputs, problem.output.shape[1]) * int64_t{sizeof(T)} >= kSector;
-    const Pixels order{problem.position.as<int64_t>(),
-                       static_cast<int>(height),
-                       static_cast<int>(width),
-                       images_innermost,
-                       FastDivide(static_cast<uint32_t>(images_innermost ? images : height * width)),
-                       FastDivide(static_cast<uint32_t>(width))};
+    constexpr int64_t kSmallMap = 256, kManyImages = 32;  // Where a tile is of so few pixels that taps may miss all.
     const auto from = [&](TensorView view) {
       if (view.data != nullptr)
         view.data = static_cast<char*>(view.data) + first_image * view.strides[0] * size_of(view.dtype);
       return view;
     };
-    const int64_t rows = images * (at_position ? 1 : height * width);
-    pixels = {from(problem.input).template as<T>(), rows, static_cast<int>(inputs), order, offsets_of(problem.taps)};
-    const int depth_values = depth_of(static_cast<int64_t>(problem.taps.size()), inputs);
-    depth = {static_cast<int>(slices_of<T>(depth_values)),
-             images_innermost && height * width <= kSmallMap && images >= kManyImages};
-    const OutputOrder outputs_order{static_cast<int>(problem.outputs), problem.activation == Activation::gated};
+    const int64_t in_image = problem.height() * problem.width();
+    const int values = depth_of(static_cast<int64_t>(problem.taps.size()), problem.inputs());
+    const bool packed = problem.packed.data != nullptr;
+    pixels = {.input = from(problem.input).template as<T>(),
+              .count = images * (problem.position.data != nullptr ? 1 : in_image),
+              .channels = static_cast<int>(problem.inputs()),
+              .pixels = order_of(problem, images),
+              .taps = offsets_of(problem.taps)};
+    depth = {.slices = static_cast<int>(slices_of<T>(values)),
+             .looks = pixels.pixels.images_innermost && in_image <= kSmallMap && images >= kManyImages};
+    outputs = {.bias = problem.bias.as<T>(),
+               .condition = from(problem.condition),
+               .output = from(problem.output),
+               .preactivation = from(problem.preactivation),
+               .rows = pixels.count,
+               .pixels = pixels.pixels,
+               .outputs = {static_cast<int>(problem.outputs), problem.activation == Activation::gated},
+               .activation = problem.activation};
     filters = {.packed = problem.packed.as<T>(),
-               .count = outputs_order.columns(),
-               .stride = packed_stride(depth_values, sizeof(T)),
-               .outputs = outputs_order,
+               .count = outputs.outputs.columns(),
+               .stride = packed ? packed_stride(values, sizeof(T)) : problem.weight.strides[0],
+               .outputs = outputs.outputs,
                .slices = depth.slices};
-    if (problem.packed.data == nullptr) read_in_place(problem);
-    outputs = {
-        problem.bias.as<T>(), from(problem.condition), from(problem.output), from(problem.preactivation), rows, order,
-        outputs_order,        problem.activation};
-  }
-
- private:
-  void read_in_place(const Convolution& problem) {
-    const TensorView &weight = problem.weight, &mask = problem.mask;
-    const auto centre = [](const TensorView& view, int rows, const int64_t* strides) {
-      return (view.shape[rows] - 1) / 2 * strides[0] + (view.shape[rows + 1] - 1) / 2 * strides[1];
-    };
-    filters.stride = weight.strides[0];
-    filters.in_place = {weight.as<T>() + centre(weight, 2, weight.strides + 2),
-                        mask.as<bool>() + centre(mask, 0, mask.strides),
-                        static_cast<int>(weight.strides[2]),
-                        static_cast<int>(weight.strides[3]),
-                        static_cast<int>(mask.strides[0]),
-                        static_cast<int>(mask.strides[1])};
+    if (!packed) filters.in_place = in_place<T>(problem.weight, problem.mask);
   }
 };
 
