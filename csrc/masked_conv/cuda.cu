@@ -117,7 +117,10 @@ void choose_convolve(const Convolution& problem, int64_t first_image, int64_t im
     const double square = cost<SquareTile>(rows, columns), low = cost<LowTile>(rows, columns);
     if constexpr (!std::is_same_v<Math, SplitTf32>)  // Which needs more registers than there are.
       if (cost<FifthTile>(rows, columns) < std::min(square, low)) return launch_convolve<Math, FifthTile>(a, stream);
-    low < square ? launch_convolve<Math, LowTile>(a, stream) : launch_convolve<Math, SquareTile>(a, stream);
+    if (low < square) return launch_convolve<Math, LowTile>(a, stream);
+    const bool single =
+        divide_up(rows, SquareTile::kRows) * divide_up(columns, SquareTile::kColumns) <= multiprocessors();
+    single ? launch_convolve<Math, SingleTile>(a, stream) : launch_convolve<Math, SquareTile>(a, stream);
   }
 }
 
@@ -175,13 +178,14 @@ void pack(const Packing& problem, void* stream) {
                              .weight_strides = strides(problem.weight.strides),
                              .mask_strides = strides(mask_strides),
                              .outputs = problem.outputs(),
-                             .inputs = static_cast<int>(problem.inputs()),
                              .taps = static_cast<int>(problem.taps_count()),
                              .stride = static_cast<int>(packed_stride(depth, sizeof(T))),
                              .kernel_width = kernel_width_of(problem.weight),
                              .by_inputs = FastDivide(static_cast<uint32_t>(problem.inputs())),
                              .indices = indices_of(problem.taps)};
-    launch("pack_weights", &pack_weights<T>, {a.outputs, dim3(kThreads)}, stream, a);
+    launch("pack_weights", &pack_weights<T>,
+           {divide_up(a.outputs, kPacked) * divide_up(a.stride, kPacked), dim3(kThreads), sizeof(PackedTile<T>)},
+           stream, a);
   });
 }
 

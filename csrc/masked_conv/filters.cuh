@@ -80,12 +80,14 @@ struct Filters {
       }
 #pragma unroll
       for (int i = 0; i < kCount; ++i)
-        copy_async<kChunkBytes>(to + i * kStep * kSliceBytes, from + offset_[i], visible_ && walk.index() < b_.slices);
+        if (kSide % kStep == 0 || row_ + i * kStep < kSide)
+          copy_async<kChunkBytes>(to + i * kStep * kSliceBytes, from + offset_[i],
+                                  visible_ && walk.index() < b_.slices);
     }
 
    private:
-    static constexpr int kStep = kThreads / kChunksOfSlice, kCount = kSide / kStep;
-    static_assert(kStep % 8 == 0 && kSide % kStep == 0);  // Chunks lie alike in every 8 rows.
+    static constexpr int kStep = kThreads / kChunksOfSlice, kCount = (kSide + kStep - 1) / kStep;
+    static_assert(kStep % 8 == 0);  // Chunks lie alike in every 8 rows.
 
     const Filters& b_;
     int row_, chunk_;
@@ -103,28 +105,50 @@ struct PackArguments {
     int64_t output, input, row, column;
   } weight_strides, mask_strides;
   int64_t outputs;
-  int inputs, taps, stride, kernel_width;
+  int taps, stride, kernel_width;
   FastDivide by_inputs;
   TapIndices indices;
+
+  // Value `e` of an output's packed weights.
+  __device__ T value(int64_t output, int e) const {
+    uint32_t channel;
+    const auto tap = static_cast<int>(by_inputs(static_cast<uint32_t>(e), channel));
+    if (output >= outputs || tap >= taps) return {};
+    const int row = indices.at[tap] / kernel_width, col = indices.at[tap] % kernel_width;
+    const auto at = [&](const Strides& strides) {
+      return output * strides.output + channel * strides.input + row * strides.row + col * strides.column;
+    };
+    return mask[at(mask_strides)] ? weight[at(weight_strides)] : T{};
+  }
 };
 
-// A row of packed weights a block.
+// A block packs tiles of kPacked outputs by as many values. Threads of a warp read neighbouring outputs where these lie
+// closer together than channels do, and write neighbouring values.
+constexpr int kPacked = 32;
+template <class T>
+using PackedTile = T[kPacked][kPacked + 1];
+
 template <class T>
 __global__ void __launch_bounds__(kThreads) pack_weights(const __grid_constant__ PackArguments<T> a) {
-  for (int64_t output = blockIdx.x; output < a.outputs; output += gridDim.x)
-    for (int e = threadIdx.x; e < a.stride; e += kThreads) {
-      uint32_t channel;
-      const auto tap = static_cast<int>(a.by_inputs(static_cast<uint32_t>(e), channel));
-      T value = {};
-      if (tap < a.taps) {
-        const int row = a.indices.at[tap] / a.kernel_width, col = a.indices.at[tap] % a.kernel_width;
-        const auto at = [&](const auto& strides) {
-          return output * strides.output + channel * strides.input + row * strides.row + col * strides.column;
-        };
-        if (a.mask[at(a.mask_strides)]) value = a.weight[at(a.weight_strides)];
-      }
-      a.packed[output * a.stride + e] = value;
-    }
+  auto& tile = *reinterpret_cast<PackedTile<T>*>(dynamic_shared());
+  const int x = static_cast<int>(threadIdx.x) % kPacked, first_y = static_cast<int>(threadIdx.x) / kPacked;
+  const bool by_outputs = a.weight_strides.output < a.weight_strides.input;
+  const int64_t across = divide_up(a.stride, kPacked), tiles = divide_up(a.outputs, kPacked) * across;
+  for (int64_t block = blockIdx.x; block < tiles; block += gridDim.x) {
+    const int64_t output = block / across * kPacked;
+    const int e = static_cast<int>(block % across) * kPacked;
+#pragma unroll
+    for (int y = first_y; y < kPacked; y += kThreads / kPacked)
+      if (by_outputs)
+        tile[x][y] = a.value(output + x, e + y);
+      else
+        tile[y][x] = a.value(output + y, e + x);
+    __syncthreads();  // The tile is there.
+#pragma unroll
+    for (int y = first_y; y < kPacked; y += kThreads / kPacked)
+      if (output + y < a.outputs && e + x < a.stride) a.packed[(output + y) * a.stride + e + x] = tile[y][x];
+    __syncthreads();  // The next overwrites it.
+  }
 }
 
 }  // namespace cpc::masked_conv::cuda

@@ -44,25 +44,30 @@ struct FinishArguments {
   const bool* mask;
   int64_t mask_strides[4];
   int64_t parts, outputs;
-  int channels, depth, kernel_width;
+  int depth, kernel_width;
+  FastDivide by_channels;
   TapIndices indices;
 };
 
 // The parts' sums, in order, to the weight's gradient where the mask lets it through. The rest is zero already.
 template <class T>
 __global__ void __launch_bounds__(kThreads) finish_weight_grad(const __grid_constant__ FinishArguments<T> a) {
-  const int64_t values = a.outputs * a.depth;
-  for (int64_t e = int64_t{blockIdx.x} * kThreads + threadIdx.x; e < values; e += int64_t{gridDim.x} * kThreads) {
-    const int64_t output = e / a.depth;
-    const int column = static_cast<int>(e - output * a.depth), tap = column / a.channels;
+  const int64_t values = a.outputs * a.depth, blocks_across = divide_up(a.depth, kThreads);
+  for (int64_t block = blockIdx.x; block < a.outputs * blocks_across; block += gridDim.x) {
+    const int64_t output = block / blocks_across;
+    const int column = static_cast<int>(block - output * blocks_across) * kThreads + static_cast<int>(threadIdx.x);
+    if (column >= a.depth) continue;
+    uint32_t channel;
+    const uint32_t tap = a.by_channels(static_cast<uint32_t>(column), channel);
     const int index = a.indices.at[tap], row = index / a.kernel_width, col = index % a.kernel_width;
     const auto at = [&](const int64_t* strides) {
-      return output * strides[0] + (column - tap * a.channels) * strides[1] + row * strides[2] + col * strides[3];
+      return output * strides[0] + channel * strides[1] + row * strides[2] + col * strides[3];
     };
     if (!a.mask[at(a.mask_strides)]) continue;
+    const SumOf<T>* const sums = a.sums + output * a.depth + column;
     SumOf<T> total = 0;
 #pragma unroll 4
-    for (int64_t part = 0; part < a.parts; ++part) total += a.sums[part * values + e];
+    for (int64_t part = 0; part < a.parts; ++part) total += sums[part * values];
     a.weight_grad.template as<T>()[at(a.weight_grad.strides)] = Narrow<T>::from(total);
   }
 }
@@ -111,12 +116,12 @@ void launch_weight_grad(const WeightGrad& problem, const GradPlan& plan, void* s
                             .mask_strides = {},
                             .parts = plan.parts,
                             .outputs = outputs,
-                            .channels = static_cast<int>(channels),
                             .depth = plan.depth,
                             .kernel_width = kernel_width_of(problem.weight_grad),
+                            .by_channels = FastDivide(static_cast<uint32_t>(channels)),
                             .indices = indices_of(problem.taps)};
   strides_of_mask(problem.mask, finish.mask_strides);
-  launch("finish_weight_grad", &finish_weight_grad<T>, {divide_up(outputs * plan.depth, kThreads), dim3(kThreads)},
+  launch("finish_weight_grad", &finish_weight_grad<T>, {outputs * divide_up(plan.depth, kThreads), dim3(kThreads)},
          stream, finish);
 }
 

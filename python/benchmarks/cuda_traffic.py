@@ -23,7 +23,7 @@ os.environ.setdefault("CPC_EMULATION_SHARED_KIB", "227")
 os.environ.setdefault("CPC_EMULATION_MULTIPROCESSORS", "132")
 
 import torch
-from benchmark import OURS, Case, Op
+from benchmark import Case, Op
 from cuda_counts import MATH, Launch, Problem, save
 from kernels import DTYPES, chosen_cases
 from ops import all_ops
@@ -176,7 +176,7 @@ def trace_case(op: Op, case: Case, *, blocks: int = BLOCKS) -> tuple[Problem, li
     """A benchmark's problem as cuda_model.py takes it, and its launches."""
     torch.manual_seed(0)
     problem = op.prepare(case, torch.device("cpu"))
-    traced, tensors = trace(problem.alternatives[OURS], blocks=blocks)
+    traced, tensors = trace(problem.alternatives[problem.compared], blocks=blocks)
     proper = [one for one in tensors if not _is_workspace(one)]
     products = {math for one in traced for math in one.launch.mma}
     counts = Problem(
