@@ -112,16 +112,7 @@ def contrast(
     options = 1.0, 1.0, measure, "same" if masked else "all", symmetric, alone, False
     arguments = *tensors.values(), losses, ranks, slopes, bests, *gradient, *options
     workspace = aligned(m.info_nce_workspace(*arguments))
-    order = segments = None
-    if samples is not None and gradients and not m.info_nce_on_cpu(queries):
-        places = samples + (positives if targets else 1)
-        wanted = torch.cat([named if targets else torch.arange(rows).expand(batch, rows)[..., None],
-                            indices(batch, rows, samples)], -1)  # fmt: skip
-        wanted = torch.where(wanted >= 0, wanted + torch.arange(batch).view(-1, 1, 1) * keys, batch * keys).flatten()
-        assert len(wanted) == batch * rows * places
-        first, order = wanted.sort(stable=True)
-        segments = torch.searchsorted(first, torch.arange(batch * keys + 1))
-    m.info_nce(*arguments, workspace, order, segments)
+    m.info_nce(*arguments, workspace)
     # With all scores 0 every key, or every negative beside the positive, is as likely as the other.
     others = keys if samples is None else samples + 1
     loss = float(np.log(others)) if others else -np.inf

@@ -193,7 +193,7 @@ void launch_as_given(const char* name, void (*kernel)(Params...), dim3 grid, dim
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
 #if defined(CPC_CUDA_EMULATION)
-  check(emulation::launch(name, config, kernel, args...), name);
+  check(emulation::launch(name, config, false, kernel, args...), name);
 #else
   check(cudaLaunchKernelEx(&config, kernel, args...), name);
 #endif

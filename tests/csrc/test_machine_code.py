@@ -50,9 +50,10 @@ FAULTS = (
     Fault("early", "info_nce::score*<*, TensorCores<*>>", "what is loaded ahead is worked on at once"),
     Fault("early", "info_nce::add_to_*", "what is loaded ahead is worked on at once"),
     Fault("local", "info_nce::score<*, TensorCores<float>>", "registers, around the product", (AMPERE,)),
-    Fault("local", "info_nce::contrast_sampled<*>", "registers", (BLACKWELL,)),
-    Fault("local", "info_nce::sum_sampled_keys<*, float>", "registers", (AMPERE,)),
+    Fault("local", "info_nce::contrast_sampled<double, double>", "registers", (AMPERE, HOPPER)),
+    Fault("local", "info_nce::sum_sampled_keys<double, double>", "registers", (BLACKWELL,)),
     Fault("generic", "info_nce::contrast_sampled<*>", "ptxas merges addresses of parameters and keys", (BLACKWELL,)),
+    Fault("generic", "info_nce::count_buckets", "ptxas merges addresses of targets and negatives", (BLACKWELL,)),
     Fault("local", "patches::extract_direct<double>", "registers", (BLACKWELL,)),
     Fault("local", "patches::extract_gathered<double>", "registers", (BLACKWELL,)),
     Fault(

@@ -219,7 +219,7 @@ ABOVE = [[1, 1, 1], [1, 1, 1], [0, 0, 0]]
 OF_CHANNELS = torch.rand(130, 32, 2, 3, generator=torch.Generator().manual_seed(0)) < 0.3
 SCORES = {"score", "finish_rows", "add_to_queries", "add_to_keys", "finish_queries"}
 ALL_KEYS = {*SCORES, "score_positives"}
-SAMPLED = {"contrast_sampled", "sum_sampled_keys"}
+SAMPLED = {"contrast_sampled", "count_buckets", "place_by_bucket", "sort_buckets", "sum_sampled_keys"}
 CONVOLUTION = {"pack_weights", "convolve_tile", "sum_weight_grad", "finish_weight_grad"}
 ACTIVATED = CONVOLUTION | {"differentiate_activation", "sum_bias_parts"}
 PATCHES = {"extract_tiles", "sum_patches"}

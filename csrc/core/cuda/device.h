@@ -113,6 +113,7 @@ struct LaunchShape {
   int64_t blocks;  // Kernels loop over more work than there are blocks, so this may be cut to kMaxBlocks.
   dim3 threads;
   int64_t shared_bytes = 0;
+  bool whole = false;  // Later launches access memory where this one says: an emulation of some of its blocks runs all.
 };
 
 // Queues kernel(args...) on a stream, called `name` in errors. Nothing is launched for zero blocks.
@@ -142,7 +143,7 @@ void launch(const char* name, void (*kernel)(Params...), const LaunchShape& shap
   config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
 #if defined(CPC_CUDA_EMULATION)
-  check(emulation::launch(name, config, kernel, args...), name);
+  check(emulation::launch(name, config, shape.whole, kernel, args...), name);
 #else
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), name);
 #endif

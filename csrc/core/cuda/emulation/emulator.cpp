@@ -383,8 +383,8 @@ Range range_of(const void* memory, size_t bytes) {
 
 // The blocks to run, in the order to run them in. Of a sample there is one from each of as many equal parts of the grid,
 // not always the same of a part, or all might be of one column.
-std::vector<uint64_t> choose_blocks(uint64_t in_grid, std::mt19937& random) {
-  const uint64_t count = most_blocks() == 0 ? in_grid : std::min(in_grid, most_blocks());
+std::vector<uint64_t> choose_blocks(uint64_t in_grid, bool whole, std::mt19937& random) {
+  const uint64_t count = whole || most_blocks() == 0 ? in_grid : std::min(in_grid, most_blocks());
   std::vector<uint64_t> blocks(count);
   for (uint64_t i = 0; i < count; ++i) {
     const uint64_t first = in_grid * i / count, end = in_grid * (i + 1) / count;
@@ -460,7 +460,7 @@ void run(const Launch& launch, const std::function<void()>& thread) {
   blockDim = launch.block;
   std::mt19937 random(seed() * 1000003u + launches++);
   const uint64_t in_grid = uint64_t{grid.x} * grid.y * grid.z;
-  const std::vector<uint64_t> blocks = choose_blocks(in_grid, random);
+  const std::vector<uint64_t> blocks = choose_blocks(in_grid, launch.whole, random);
   trace_launch({stacks().range(), range_of(current_machine.shared.get(), launch.shared_bytes),
                 range_of(static_memory().memory, StaticMemory::kBytes)},
                static_cast<unsigned>(current_machine.fibers.size()));

@@ -67,6 +67,7 @@ struct Launch {
   dim3 grid, block;
   size_t shared_bytes;  // Dynamic.
   void* stream;
+  bool whole;  // Whether all blocks run, even where an observer is told of a sample of each grid.
 };
 
 // What a GPU may do one way or the other, from environment variables. Right kernels are right whatever it does.
