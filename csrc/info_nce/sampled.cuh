@@ -97,15 +97,6 @@ constexpr int kRowsAhead = kWide == 1       ? 1
                            : sizeof(T) == 2 ? 8
                                             : 4;
 
-// N values of a row on their way: 16 bytes in four registers, which the compiler would else take apart as they arrive.
-template <class T, int N>
-using Arriving = std::conditional_t<sizeof(T) * N == sizeof(uint4), uint4, Pack<T, N>>;
-template <int N, class T>
-__device__ Arriving<T, N> arriving(const T* p) {
-  check_alignment<sizeof(T) * N>(p);
-  return *reinterpret_cast<const Arriving<T, N>*>(p);
-}
-
 // A warp's sum over i in [0, count) of weight * rows[index], of row_of(i) = (weight, index), in this order, and of `sum`,
 // 0 or NaN, all times `scale`. Rows of weight 0 may hold anything, and need not exist.
 template <class Sum>

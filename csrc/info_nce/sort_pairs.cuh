@@ -269,7 +269,7 @@ inline void launch_sort(const PairOrder& order, const NamedKeys& named, void* st
   if (order.keys == 0) return;
   // Blocks write where those of the launch before them say.
   const auto shape = [&](uint32_t blocks) {
-    return LaunchShape{blocks, dim3(kSortThreads), Digits::bytes(order.digits()), true};
+    return LaunchShape{blocks, dim3(kSortThreads), Digits::bytes(order.digits()), Blocks::whole};
   };
   launch("count_buckets", &count_buckets, shape(order.parts), stream, order, named);
   launch("place_by_bucket", &place_by_bucket, shape(order.parts), stream, order, named);

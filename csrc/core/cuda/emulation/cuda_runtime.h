@@ -321,11 +321,11 @@ namespace cpc::cuda::emulation {
 
 // As cudaLaunchKernelEx, with the kernel's name for its errors.
 template <class... Params, class... Args>
-cudaError_t launch(const char* name, const cudaLaunchConfig_t& config, bool whole, void (*kernel)(Params...),
+cudaError_t launch(const char* name, const cudaLaunchConfig_t& config, Blocks depend, void (*kernel)(Params...),
                    const Args&... args) {
   static_assert((sizeof(Params) + ... + 0) <= 4096, "more than the parameters of a kernel may take");
   run({name, reinterpret_cast<const void*>(kernel), config.gridDim, config.blockDim, config.dynamicSmemBytes,
-       config.stream, whole},
+       config.stream, depend},
       [&] { kernel(args...); });
   return cudaSuccess;
 }
