@@ -69,6 +69,8 @@ FAULTS = (
     Fault("early", "masked_conv::sum_weight_grad<TensorCores<Half>, Tile<2,*", "odd numbers of channels"),
     Fault("generic", "logistic_mixture::run_tiles<*>", "one code for parameters in shared memory and in global"),
     Fault("local", "logistic_mixture::sample_pixels", "a pixel's values are indexed by its channel"),
+    Fault("early", "pixel_steps::run_steps<float>", "a step reads what is there only once the one before it is done"),
+    Fault("split", "pixel_steps::run_steps<*>", "rows of weights that are no whole vectors are read one by one"),
     Fault("local", "augment::augment_patches<8, false>", "registers, where patches are in the workspace", (BLACKWELL,)),
 )
 
