@@ -37,7 +37,8 @@
 //
 // An index that names no key, a range that is none, or a positive in exclude[m]: std::out_of_range or
 // std::invalid_argument on the CPU. On CUDA losses[m], slopes[m] and bests[m] are NaN, ranks[m] is -1, grad_queries[m] NaN, and the
-// row gives nothing to the gradients of keys.
+// row gives nothing to the gradients of keys. There, sampled keys have gradients where less than 2^31 positives and
+// negatives name less than 2^31 keys; else std::invalid_argument.
 //
 // Who owns memory: the caller, all of it. Kernels allocate only bounded scratch memory.
 #pragma once
