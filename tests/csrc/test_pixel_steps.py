@@ -212,8 +212,8 @@ def test_a_device_is_given_the_plan_and_a_position(emulated_native):
         steps.run_on_device(plan, there, True)
         for wrong, message in (
             ((plan[:-1].clone(), there), "plan must be"),
-            ((plan.short(), there), "plan must be"),
-            ((plan, there.int()), position),
+            ((plan.long(), there), "plan must be"),
+            ((plan, there.double()), position),
             ((plan, there.repeat(2)), position),
             ((plan, there.repeat(2)[::2]), position),
         ):
