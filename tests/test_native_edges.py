@@ -112,16 +112,7 @@ def contrast(
     options = 1.0, 1.0, measure, "same" if masked else "all", symmetric, alone, False
     arguments = *tensors.values(), losses, ranks, slopes, bests, *gradient, *options
     workspace = aligned(m.info_nce_workspace(*arguments))
-    order = segments = None
-    if samples is not None and gradients and not m.info_nce_on_cpu(queries):
-        places = samples + (positives if targets else 1)
-        wanted = torch.cat([named if targets else torch.arange(rows).expand(batch, rows)[..., None],
-                            indices(batch, rows, samples)], -1)  # fmt: skip
-        wanted = torch.where(wanted >= 0, wanted + torch.arange(batch).view(-1, 1, 1) * keys, batch * keys).flatten()
-        assert len(wanted) == batch * rows * places
-        first, order = wanted.sort(stable=True)
-        segments = torch.searchsorted(first, torch.arange(batch * keys + 1))
-    m.info_nce(*arguments, workspace, order, segments)
+    m.info_nce(*arguments, workspace)
     # With all scores 0 every key, or every negative beside the positive, is as likely as the other.
     others = keys if samples is None else samples + 1
     loss = float(np.log(others)) if others else -np.inf
@@ -206,8 +197,13 @@ def steps(m, *, batch=2, height=4, width=4, channels=3, outputs=4, taps=((0, 0),
     weight, bias = torch.ones(channels * len(taps), outputs), torch.ones(outputs)
     step = (0, [(new_map(channels), 1, list(taps))], weight, bias, None, None, raw, None, 1, (0, 0))
     network = m.PixelSteps([step] * count, batch, height, width)
-    network.run_row(0)
-    network.run_pixel(0, 0)
+    if network.on_device:
+        plan = torch.frombuffer(bytearray(network.plan()), dtype=torch.uint8).clone()
+        for whole_row in (True, False):
+            network.run_on_device(plan, torch.zeros(2, dtype=torch.int64), whole_row)
+    else:
+        network.run_row(0)
+        network.run_pixel(0, 0)
     return {"raw": (raw[:, 2, 1:-1], torch.ones if count else torch.zeros)}
 
 
@@ -495,7 +491,7 @@ def test_an_output_that_overlaps_an_input_is_refused_by_name():
     def info_nce(queries, keys, slopes, grad_queries, grad_keys):
         tensors = *(queries, keys), *[None] * 11, *(losses, ranks, slopes, None, grad_queries, grad_keys, None)
         problem = *tensors, 1.0, 1.0, "softmax", "all", False, False, False
-        native.info_nce(*problem, aligned(native.info_nce_workspace(*problem)), None, None)
+        native.info_nce(*problem, aligned(native.info_nce_workspace(*problem)))
 
     with pytest.raises(ValueError, match="grad_keys must not share memory with queries"):
         info_nce(tensors[0], tensors[1], torch.empty(1, 4), tensors[2], tensors[0])

@@ -15,7 +15,7 @@ from torch import Tensor
 from cpc_ext._native import native
 from cpc_ext.ops import _contrast_reference as plain
 from cpc_ext.ops._contrast_arguments import ContrastOptions, check_arguments, common_dtype, flat_problem
-from cpc_ext.ops._contrast_problem import Contrast, Gradients, absent_queries, default_targets, sums_dtype, weighted
+from cpc_ext.ops._contrast_problem import Contrast, Gradients, absent_queries, sums_dtype, weighted
 from cpc_ext.ops._library import may_need_gradients, register, tf32_allowed, without_autocast, workspace_of
 
 __all__ = ["Results", "contrast", "contrast_gradients_op", "contrast_op", "reduced"]
@@ -192,25 +192,7 @@ def _run(problem: Contrast, gradients: Gradients, needs: Sequence[bool], fields:
     fields["tf32"] = tf32_allowed(problem.queries, "product")
     kernel = [fields.get(name) for name in _KERNEL_ARGUMENTS]
     workspace = workspace_of(problem.queries, native.info_nce_workspace(*kernel))
-    order = segments = None
-    if problem.negatives is not None and (needs[1] or needs[2]) and not on_cpu:
-        order, segments = _by_key(problem)
-    native.info_nce(*kernel, workspace, order, segments)
-
-
-def _by_key(problem: Contrast) -> tuple[Tensor, Tensor]:
-    """What sorts positives and negatives, [B, M, P + S] flat, by their key, and where each key's begin in it."""
-    keys, negatives = problem.contrasted(), problem.negatives
-    assert negatives is not None
-    batch, num_keys = keys.shape[:2]
-    parts = [negatives]
-    if problem.measure != "log_sum":
-        parts.insert(0, default_targets(problem.queries) if problem.targets is None else problem.targets)
-    named = torch.cat(parts, dim=-1)
-    first = torch.arange(batch, device=keys.device).mul_(num_keys).view(batch, 1, 1)
-    named = torch.where((named >= 0) & (named < num_keys), named + first, batch * num_keys).flatten()
-    in_order, order = named.sort(stable=True)
-    return order, torch.searchsorted(in_order, torch.arange(batch * num_keys + 1, device=keys.device))
+    native.info_nce(*kernel, workspace)
 
 
 def _present(rows: Tensor, weights: Tensor | None) -> Tensor:

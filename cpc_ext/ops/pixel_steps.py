@@ -1,8 +1,8 @@
 """Networks that are run a pixel or a row at a time: lists of matrix products over feature maps that are kept.
 
-From maps whose earlier pixels are computed to the next pixel of all of them. The CPU goes through the list in one call
-of a kernel. Other devices take it step by step and tensor by tensor, and read where they are from their own memory, so
-that the work at a pixel can be captured as a CUDA graph.
+From maps whose earlier pixels are computed to the next pixel of all of them. The CPU and, in builds with CUDA, GPUs go
+through the list in one call of a kernel. Otherwise PyTorch takes it step by step and tensor by tensor. Devices read
+where they are from their own memory, so that the work at a pixel can be captured as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpc_ext._native import native
+from cpc_ext._native import KERNEL_DEVICES, native
 
 __all__ = ["PixelMap", "PixelMaps", "PixelPlace", "PixelSource", "PixelStep", "PixelSteps", "pixel_steps"]
 
@@ -183,8 +183,8 @@ class PixelSteps(ABC):
 def pixel_steps(steps: Sequence[PixelStep], maps: PixelMaps) -> PixelSteps:
     """A network of steps, ready to be run; tensors are read and written where they are now.
 
-    Sums are one chain of additions in the maps' type, on the CPU the same at a pixel, in a row and for any number of
-    threads. There is no gradient.
+    Sums are in the maps' type; those of kernels are the same at a pixel, in a row and for any number of threads or
+    blocks. There is no gradient.
 
     Args:
         steps: in the order in which they are run. Of their tensors those that maps did not make must stay as they are.
@@ -192,13 +192,15 @@ def pixel_steps(steps: Sequence[PixelStep], maps: PixelMaps) -> PixelSteps:
 
     Raises:
         ValueError: shapes, types, taps or offsets other than :class:`PixelStep` says, or a step that writes what it
-            reads; on the CPU also layouts.
+            reads; where a kernel runs also layouts.
     """
-    on_cpu = maps._like.device.type == "cpu" and hasattr(native, "PixelSteps")
-    return (_KernelSteps if on_cpu else _ReferenceSteps)(steps, maps)
+    kernel = maps._like.device.type in KERNEL_DEVICES and hasattr(native, "PixelSteps")
+    return (_KernelSteps if kernel else _ReferenceSteps)(steps, maps)
 
 
 class _KernelSteps(PixelSteps):
+    """One call, on CUDA one launch, a pixel or a row."""
+
     def __init__(self, steps: Sequence[PixelStep], maps: PixelMaps) -> None:
         self._kernel = native.PixelSteps(
             [
@@ -221,12 +223,23 @@ class _KernelSteps(PixelSteps):
             maps.width,
             maps.blocks,
         )
+        self._steps = steps  # Whose weights a device reads where they are.
+        self._plan: Tensor | None = None
+        if self._kernel.on_device:
+            plan = torch.frombuffer(bytearray(self._kernel.plan()), dtype=torch.uint8)
+            self._plan = plan.to(maps._like.device, copy=True)
 
     def run_pixel(self, place: PixelPlace) -> None:
-        self._kernel.run_pixel(place.row, place.col)
+        if self._plan is None:
+            self._kernel.run_pixel(place.row, place.col)
+        else:
+            self._kernel.run_on_device(self._plan, place.position, False)
 
     def run_row(self, place: PixelPlace) -> None:
-        self._kernel.run_row(place.row)
+        if self._plan is None:
+            self._kernel.run_row(place.row)
+        else:
+            self._kernel.run_on_device(self._plan, place.position, True)
 
 
 def _scale(step: PixelStep, map: PixelMap | None) -> int:

@@ -9,8 +9,7 @@ const bind::Ops ops([](pybind11::module_& module) {
            cuda::contrast);
   module.def(
       "info_nce_on_cpu", [](const bind::TensorArg& queries) { return !bind::on_cuda(queries.device); },
-      pybind11::arg("queries"),
-      "Whether the CPU's kernel runs, which finds order and segments by itself and takes self-contrasts.");
+      pybind11::arg("queries"), "Whether the CPU's kernel runs, which takes self-contrasts.");
 });
 
 }  // namespace cpc::info_nce

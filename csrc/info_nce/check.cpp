@@ -67,7 +67,7 @@ void check_values(const Problem& problem) {
 }  // namespace
 
 void check(const Problem& problem, Where where) {
-  const int64_t batch = problem.batch(), rows = problem.rows(), keys = problem.keys_count();
+  const int64_t rows = problem.rows(), keys = problem.keys_count();
   const bool results = problem.losses.ndim != 0, log_sums = problem.measure == Measure::log_sum;
   require(results == (problem.ranks.ndim != 0), "losses and ranks are wanted together");
   require(results || (problem.slopes.ndim == 0 && problem.bests.ndim == 0), "slopes and bests come with losses");
@@ -84,10 +84,6 @@ void check(const Problem& problem, Where where) {
               (problem.keys.data == problem.queries.data && rows == keys && problem.grad_keys.ndim == 0),
           "the keys of a self-contrast are its queries, and it has no grad_keys");
   require(!problem.self_contrast || where == Where::host, "self_contrast is for the CPU");
-  if (problem.order.ndim != 0) {
-    require_shape("order", problem.order, {batch * rows * (problem.samples() + problem.positives())});
-    require_shape("segments", problem.segments, {batch * keys + 1});
-  }
   if (where == Where::host) check_values(problem);
 }
 

@@ -24,8 +24,9 @@ void with_all_keys(const Problem& problem, const Work& work) {
 
 int64_t workspace_bytes(const Problem& problem) {
   if (problem.sampled()) {
-    const int64_t size = problem.queries.dtype == DType::f64 ? sizeof(double) : sizeof(float);
-    return problem.batch() * problem.rows() * (problem.positives() + problem.samples()) * size;
+    const Parts counted(nullptr);
+    return problem.queries.dtype == DType::f64 ? SampledWorkspace<double>(problem, counted).bytes()
+                                               : SampledWorkspace<float>(problem, counted).bytes();
   }
   int64_t bytes = 0;
   with_all_keys(problem, [&](const auto& all) { bytes = all.workspace(); });

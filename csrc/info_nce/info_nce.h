@@ -37,7 +37,8 @@
 //
 // An index that names no key, a range that is none, or a positive in exclude[m]: std::out_of_range or
 // std::invalid_argument on the CPU. On CUDA losses[m], slopes[m] and bests[m] are NaN, ranks[m] is -1, grad_queries[m] NaN, and the
-// row gives nothing to the gradients of keys.
+// row gives nothing to the gradients of keys. There, sampled keys have gradients where less than 2^31 positives and
+// negatives name less than 2^31 keys; else std::invalid_argument.
 //
 // Who owns memory: the caller, all of it. Kernels allocate only bounded scratch memory.
 #pragma once
@@ -76,9 +77,6 @@ struct Problem {
   TensorView slopes, bests;  // Each absent where it is not wanted, or where there are no losses.
   TensorView grad_queries, grad_keys, grad_bias;  // Each absent where it is not wanted.
   TensorView workspace;
-  // CUDA only, sampled and with grad_keys or grad_bias: [B * M * (P + S)], what sorts the keys that the positives and
-  // negatives name, b * N + index, in the order of [B, M, P + S]; and [B * N + 1], where each key's begin in it.
-  TensorView order, segments;
   double scale = 1, factor = 1;
   Measure measure = Measure::softmax;
   Groups contrast = Groups::all;
@@ -121,9 +119,7 @@ constexpr auto kContrast = fields_of<Problem>(
     may_write<&Problem::grad_bias>("grad_bias", Type::sums, "B N", Layout::dense), value<&Problem::scale>("scale"),
     value<&Problem::factor>("factor"), value<&Problem::measure>("measure"), value<&Problem::contrast>("contrast"),
     value<&Problem::symmetric>("symmetric"), value<&Problem::self_contrast>("self_contrast"),
-    value<&Problem::tf32>("tf32"), workspace<&Problem::workspace>("workspace", "info_nce_workspace"),
-    may_read<&Problem::order>("order", Type::i64, "L", Layout::dense),
-    may_read<&Problem::segments>("segments", Type::i64, "G", Layout::dense));
+    value<&Problem::tf32>("tf32"), workspace<&Problem::workspace>("workspace", "info_nce_workspace"));
 
 // Throws std::invalid_argument where the fields do not fit each other, and, on the host, std::out_of_range or
 // std::invalid_argument where an index is not as above.

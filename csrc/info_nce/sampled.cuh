@@ -2,36 +2,49 @@
 // queries that name it.
 #pragma once
 
-#include <stdexcept>
+#include <bit>
+#include <type_traits>
 
 #include "core/cuda/device.h"
 #include "core/workspace.h"
 #include "info_nce/rows.cuh"
+#include "info_nce/sort_pairs.cuh"
 
 namespace cpc::info_nce::cuda {
 
-// Pairs of a row are its positives, then its negatives.
+// Bytes of a vector that a lane reads at a time, where rows are aligned to it.
+constexpr int kVectorBytes = 16;
+
 template <class T, class Sum>
 struct SampledArguments : Rows<Sum> {
+  NamedKeys named;
   const T *queries, *keys;
-  const int64_t *negatives, *order, *segments;
   T *grad_queries, *grad_keys;
-  Sum* weights;  // [B * M, P + S]: dot products, then the gradients' weights.
+  Sum* weights;                      // [B * M, P + S]: dot products, then the gradients' weights.
+  const uint32_t *order, *segments;  // See PairOrder.
+  FastDivide by_pairs;
   int64_t all_rows, all_keys, pairs;
+  bool wide;  // Whether all rows consist of whole vectors.
 
-  explicit SampledArguments(const Problem& p)
+  SampledArguments(const Problem& p, Sum* weights, const PairOrder& sorted)
       : Rows<Sum>(p),
+        named(p),
         queries(p.queries.as<const T>()),
         keys(p.keys.as<const T>()),
-        negatives(p.negatives.as<const int64_t>()),
-        order(p.order.as<const int64_t>()),
-        segments(p.segments.as<const int64_t>()),
         grad_queries(p.grad_queries.as<T>()),
         grad_keys(p.grad_keys.as<T>()),
-        weights(p.workspace.as<Sum>()),
+        weights(weights),
+        order(sorted.order),
+        segments(sorted.segments),
+        by_pairs(sorted.by_pairs),
         all_rows(p.batch() * p.rows()),
         all_keys(p.batch() * p.keys_count()),
-        pairs(p.positives() + p.samples()) {}
+        pairs(p.positives() + p.samples()),
+        wide(this->d * sizeof(T) % kVectorBytes == 0 && aligned(queries) && aligned(keys) && aligned(grad_queries) &&
+             aligned(grad_keys)) {}
+
+ private:
+  static bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0; }
 };
 
 // A query with its pairs, and its positives, as Outcome asks for them.
@@ -52,11 +65,7 @@ struct SampledRow {
         weights(a.weights + index * a.pairs) {}
 
   // The key of a pair, or -1.
-  __device__ int64_t key(int64_t pair) const {
-    if (pair < places) return a.target(index, in_entry, pair);
-    return a.key(a.negatives[index * (a.pairs - places) + pair - places]);
-  }
-  __device__ const T* key_row(int64_t pair) const { return a.keys + (entry * a.n + key(pair)) * a.d; }
+  __device__ int64_t key(int64_t pair) const { return a.named.key(index, in_entry, pair); }
   __device__ bool present(int64_t j) const { return key(j) >= 0; }
   __device__ Sum dot(int64_t pair) const { return weights[pair]; }
   __device__ Sum score(int64_t pair) const { return a.score(scale, dot(pair), entry, key(pair)); }
@@ -81,47 +90,115 @@ struct SampledRow {
 };
 
 // Columns of a row that a lane sums at a time.
-constexpr int kLaneColumns = 4;
+template <class T>
+constexpr int kLaneColumns = sizeof(T) == 8 ? 4 : 8;
+template <class T, int kWide>
+constexpr int kRowsAhead = kWide == 1       ? 1
+                           : sizeof(T) == 2 ? 8
+                                            : 4;
 
-// A warp's sum over i in [0, count) of weight * row, of row_of(i) = (weight, row), and of `sum`, 0 or NaN, all times
-// `scale`. Rows of weight 0 may hold anything.
-template <class T, class Sum>
+// A warp's sum over i in [0, count) of weight * rows[index], of row_of(i) = (weight, index), in this order, and of `sum`,
+// 0 or NaN, all times `scale`. Rows of weight 0 may hold anything, and need not exist.
+template <class Sum>
 struct WeightedRow {
   Sum weight;
-  const T* row;
+  uint32_t index;
 };
-template <class T, class Sum, class RowOf>
-__device__ void sum_rows(T* to, int64_t d, Sum scale, Sum sum, int64_t count, const RowOf& row_of) {
-  for (int64_t first = threadIdx.x % kWarp; first < d; first += kWarp * kLaneColumns) {
-    Sum sums[kLaneColumns];
+template <int kWide, class T, class Sum, class RowOf>
+__device__ void sum_vectors(T* to, const T* rows, int64_t d, Sum scale, Sum sum, int64_t count, const RowOf& row_of) {
+  constexpr int kVectors = kLaneColumns<T> / kWide, kAhead = kWide;
+  const int lane = threadIdx.x % kWarp;
+  for (int64_t first = 0; first < d; first += kWarp * kLaneColumns<T>) {
+    Sum sums[kVectors][kWide];
 #pragma unroll
-    for (int i = 0; i < kLaneColumns; ++i) sums[i] = sum;
-    for (int64_t n = 0; n < count; ++n) {
-      const WeightedRow<T, Sum> from = row_of(n);
-      if (from.weight == 0) continue;
+    for (auto& vector : sums)
 #pragma unroll
-      for (int i = 0; i < kLaneColumns; ++i)
-        if (first + i * kWarp < d) sums[i] += from.weight * widen<Sum>(from.row[first + i * kWarp]);
+      for (Sum& v : vector) v = sum;
+    const auto column = [&](int vector) { return first + (vector * kWarp + lane) * kWide; };
+    for (int64_t begin = 0; begin < count; begin += kWarp) {
+      const WeightedRow<Sum> own = begin + lane < count ? row_of(begin + lane) : WeightedRow<Sum>{0, 0};
+      for (unsigned left = __ballot_sync(0xffffffffu, own.weight != 0); left != 0;) {
+        Sum weights[kAhead];
+        Arriving<T, kWide> values[kAhead][kVectors];
+        const unsigned due = left;
+#pragma unroll
+        for (int r = 0; r < kAhead; ++r) {
+          if (left == 0) break;
+          const int from = __ffs(static_cast<int>(left)) - 1;
+          left &= left - 1;
+          weights[r] = __shfl_sync(0xffffffffu, own.weight, from);
+          const T* const row = rows + __shfl_sync(0xffffffffu, own.index, from) * d;
+#pragma unroll
+          for (int v = 0; v < kVectors; ++v) values[r][v] = arriving<kWide>(row + (column(v) < d ? column(v) : 0));
+        }
+#pragma unroll
+        for (int r = 0; r < kAhead; ++r) {
+          if (r >= __popc(due)) break;
+#pragma unroll
+          for (int v = 0; v < kVectors; ++v) {
+            const auto arrived = std::bit_cast<Pack<T, kWide>>(values[r][v]);
+#pragma unroll
+            for (int i = 0; i < kWide; ++i) sums[v][i] += weights[r] * widen<Sum>(arrived.v[i]);
+          }
+        }
+      }
     }
 #pragma unroll
-    for (int i = 0; i < kLaneColumns; ++i)
-      if (first + i * kWarp < d) to[first + i * kWarp] = Narrow<T>::from(sums[i] * scale);
+    for (int v = 0; v < kVectors; ++v) {
+      if (column(v) >= d) break;
+      Pack<T, kWide> narrowed;
+#pragma unroll
+      for (int i = 0; i < kWide; ++i) narrowed.v[i] = Narrow<T>::from(sums[v][i] * scale);
+      pack_at<kWide>(to + column(v)) = narrowed;
+    }
   }
 }
+template <class T, class Sum, class RowOf>
+__device__ void sum_rows(bool wide, T* to, const T* rows, int64_t d, Sum scale, Sum sum, int64_t count,
+                         const RowOf& row_of) {
+  if (wide)
+    sum_vectors<kVectorBytes / sizeof(T)>(to, rows, d, scale, sum, count, row_of);
+  else
+    sum_vectors<1>(to, rows, d, scale, sum, count, row_of);
+}
 
-// A warp multiplies a query with the keys of its pairs; the dot product of pair i comes from lane i % kWarp.
-template <class T, class Sum>
+// A warp multiplies a query with the keys of its pairs.
+template <int kWide, class T, class Sum>
 __device__ void multiply_pairs(const SampledRow<T, Sum>& row) {
+  constexpr int kAhead = kWide < 4 ? kWide : 4;
+  const auto& a = row.a;
   const int lane = threadIdx.x % kWarp;
-  const T* const query = row.a.queries + row.index * row.a.d;
-  for (int64_t pair = 0; pair < row.a.pairs; ++pair) {
-    Sum dot = 0;
-    if (row.key(pair) >= 0) {
-      const T* const key = row.key_row(pair);
-      for (int64_t k = lane; k < row.a.d; k += kWarp) dot += widen<Sum>(query[k]) * widen<Sum>(key[k]);
+  const T *const query = a.queries + row.index * a.d, *const keys = a.keys + row.entry * a.n * a.d;
+  for (int64_t begin = 0; begin < a.pairs; begin += kWarp) {
+    const int64_t own = begin + lane < a.pairs ? row.key(begin + lane) : -1;
+    Sum dot_of_own = 0;
+    for (int first = 0; first < kWarp && begin + first < a.pairs; first += kAhead) {
+      Sum dots[kAhead] = {};
+      int64_t key[kAhead];
+#pragma unroll
+      for (int r = 0; r < kAhead; ++r) key[r] = __shfl_sync(0xffffffffu, own, first + r);
+#pragma unroll(kWide == 1 ? 4 : 1)
+      for (int64_t column = lane * kWide; column < a.d; column += kWarp * kWide) {
+        const Pack<T, kWide> with = pack_at<kWide>(query + column);
+        Arriving<T, kWide> values[kAhead];
+#pragma unroll
+        for (int r = 0; r < kAhead; ++r)
+          if (key[r] >= 0) values[r] = arriving<kWide>(keys + key[r] * a.d + column);
+#pragma unroll
+        for (int r = 0; r < kAhead; ++r) {
+          if (key[r] < 0) continue;
+          const auto arrived = std::bit_cast<Pack<T, kWide>>(values[r]);
+#pragma unroll
+          for (int i = 0; i < kWide; ++i) dots[r] += widen<Sum>(with.v[i]) * widen<Sum>(arrived.v[i]);
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kAhead; ++r) {
+        const Sum dot = warp_sum(dots[r]);
+        if (lane == first + r) dot_of_own = dot;
+      }
     }
-    dot = warp_sum(dot);
-    if (lane == pair % kWarp) row.weights[pair] = dot;
+    if (begin + lane < a.pairs) row.weights[begin + lane] = dot_of_own;
   }
   __syncwarp();
 }
@@ -169,7 +246,10 @@ __global__ void __launch_bounds__(kThreads) contrast_sampled(const __grid_consta
   for (int64_t index = int64_t{blockIdx.x} * (kThreads / kWarp) + threadIdx.x / kWarp; index < a.all_rows;
        index += int64_t{gridDim.x} * (kThreads / kWarp)) {
     const SampledRow<T, Sum> row(a, index);
-    multiply_pairs(row);
+    if (a.wide)
+      multiply_pairs<kVectorBytes / sizeof(T)>(row);
+    else
+      multiply_pairs<1>(row);
     const SampledRivals<Sum> found = measure_pairs(row);
     const bool valid = found.valid && a.valid(index, row.in_entry);
     const Outcome<Sum, SampledRow<T, Sum>> outcome(a.measure, found.rivals, row);
@@ -187,9 +267,9 @@ __global__ void __launch_bounds__(kThreads) contrast_sampled(const __grid_consta
     }
     __syncwarp();
     if (a.grad_queries == nullptr) continue;
-    sum_rows(a.grad_queries + index * a.d, a.d, row.scale, valid || given == 0 ? Sum(0) : kNan<Sum>,
-             weight == 0 ? 0 : a.pairs,
-             [&](int64_t pair) { return WeightedRow<T, Sum>{row.weights[pair], row.key_row(pair)}; });
+    sum_rows(a.wide, a.grad_queries + index * a.d, a.keys + row.entry * a.n * a.d, a.d, row.scale,
+             valid || given == 0 ? Sum(0) : kNan<Sum>, weight == 0 ? 0 : a.pairs,
+             [&](int64_t pair) { return WeightedRow<Sum>{row.weights[pair], static_cast<uint32_t>(row.key(pair))}; });
   }
 }
 
@@ -200,9 +280,10 @@ __global__ void __launch_bounds__(kThreads) sum_sampled_keys(const __grid_consta
        key += int64_t{gridDim.x} * (kThreads / kWarp)) {
     const int64_t begin = a.segments[key], count = a.segments[key + 1] - begin;
     if (a.grad_keys != nullptr)
-      sum_rows(a.grad_keys + key * a.d, a.d, a.scale(), Sum(0), count, [&](int64_t i) {
-        const int64_t pair = a.order[begin + i];
-        return WeightedRow<T, Sum>{a.weights[pair], a.queries + pair / a.pairs * a.d};
+      sum_rows(a.wide, a.grad_keys + key * a.d, a.queries, a.d, a.scale(), Sum(0), count, [&](int64_t i) {
+        const uint32_t pair = a.order[begin + i];
+        uint32_t in_row;
+        return WeightedRow<Sum>{a.weights[pair], a.by_pairs(pair, in_row)};
       });
     if (a.grad_bias == nullptr) continue;
     Sum sum = 0;
@@ -212,13 +293,30 @@ __global__ void __launch_bounds__(kThreads) sum_sampled_keys(const __grid_consta
   }
 }
 
+// What sampled contrasts keep in the workspace.
+template <class Sum>
+struct SampledWorkspace {
+  Sum* weights;
+  PairOrder order;
+
+  SampledWorkspace(const Problem& p, Parts memory)
+      : weights(memory.take<Sum>(p.batch() * p.rows() * (p.positives() + p.samples()))),
+        order(p, memory),
+        bytes_(memory.used()) {}
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  int64_t bytes_;
+};
+
 template <class T, class Sum>
 void launch_sampled(const Problem& p, void* stream) {
-  const SampledArguments<T, Sum> a(p);
+  const SampledWorkspace<Sum> memory(p, Parts(p.workspace.as<char>()));
+  const SampledArguments<T, Sum> a(p, memory.weights, memory.order);
   constexpr int64_t kWarps = kThreads / kWarp;
   launch("contrast_sampled", &contrast_sampled<T, Sum>, {divide_up(a.all_rows, kWarps), dim3(kThreads)}, stream, a);
-  if (a.grad_keys == nullptr && a.grad_bias == nullptr) return;
-  if (p.order.ndim == 0) throw std::invalid_argument("order and segments are needed for gradients of keys and biases");
+  if (!memory.order.wanted) return;
+  launch_sort(memory.order, a.named, stream);
   launch("sum_sampled_keys", &sum_sampled_keys<T, Sum>, {divide_up(a.all_keys, kWarps), dim3(kThreads)}, stream, a);
 }
 

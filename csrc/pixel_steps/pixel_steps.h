@@ -1,4 +1,4 @@
-// A network of several resolutions at one pixel, or one row of pixels, at a time: the contract of the CPU kernel.
+// A network of several resolutions at one pixel, or one row of pixels, at a time: the contract of the kernels.
 //
 // The network is a list of steps, run in their order. Each is a matrix product over what it reads of feature maps that
 // are kept from pixel to pixel, and writes to such maps. A map [B, kAbove + h, kBeside + w + kBeside, C] has zeros
@@ -10,9 +10,10 @@
 //   v[n] = a[n], or where there is a residual residual[b, y, x, n] + a[n] * sigmoid(a[n + N / 2]) for n < N / 2
 //   raw[b, y', x', n] = v[n]; elu[b, y', x'] = ELU(v) followed by ELU(-v);
 //   with y' = y * output_scale + row_offset, x' likewise.
-// Sums are one chain of additions in the tensors' type, the same at a pixel, in a row and for any number of threads.
+// Sums are in the tensors' type, the same at a pixel, in a row and for any number of threads or blocks; on the CPU they
+// are one chain of additions.
 //
-// Who owns memory: the caller, all of it but the weights in the kernel's own order.
+// Who owns memory: the caller, all of it but the weights in the CPU kernel's own order.
 #pragma once
 
 #include <memory>
@@ -84,5 +85,19 @@ CPC_DECLARE_WITHOUT_BFLOAT16(void pack(Network& network); void run(const Place& 
 inline void pack(Network& network) { CPC_CALL_AT_ISA(pack, network) }
 inline void run(const Place& place) { CPC_CALL_AT_ISA(run, place) }
 }  // namespace cpu
+
+namespace cuda {
+// Where to run the steps that are due, in a device's memory. One run of a plan at a time.
+struct DevicePlace {
+  char* plan;               // What fill_plan() has written, copied there.
+  const int64_t* position;  // Row and column.
+  bool whole_row;
+};
+#if defined(CPC_WITH_CUDA)
+int64_t plan_bytes(const Network& network);
+void fill_plan(const Network& network, char* plan);
+void run(const Network& network, const DevicePlace& place, void* stream);
+#endif
+}  // namespace cuda
 
 }  // namespace cpc::pixel_steps

@@ -1,7 +1,7 @@
 """What PyTorch itself launches in the benchmarks' problems, worked out by hand as no GPU is here to watch it.
 
-These are the steps of the eager formulations, and the launches around our kernels: the sort of sampled keys, sums,
-gradients times the loss's gradient, and memory filled with zeros. What our own kernels do is counted in the emulation
+These are the steps of the eager formulations, and the launches around our kernels: sums, gradients times
+the loss's gradient, and memory filled with zeros. What our own kernels do is counted in the emulation
 (cuda_traffic.py) and not here. The eager formulation of augment_patches, thousands of small launches, is left out.
 """
 
@@ -148,16 +148,7 @@ def _around_all_keys(case: Any) -> list[Launch]:
 
 
 def _around_sampled(case: Any) -> list[Launch]:
-    """Backward the pairs are sorted by their key: 64 bits and their places, 8 bits a pass."""
-    launches = _around_contrast(case, case.queries, case.keys, 256)
-    if not case.backward:
-        return launches
-    indices = 8 * case.queries * (16 + 1)
-    named = [_elementwise("PyTorch's elementwise on indices", reads=indices, writes=indices)] * 6
-    ranges = _small("PyTorch's range", 3)
-    passes = [_elementwise("PyTorch's sort", reads=2 * indices, writes=2 * indices)] * 8
-    found = [_elementwise("PyTorch's search", reads=indices, writes=8 * case.keys)]
-    return [*ranges, *named, *_small("PyTorch's sort, counts", 2), *passes, *found, *launches]
+    return _around_contrast(case, case.queries, case.keys, 256)
 
 
 def _zeros(case: Any, inputs: int) -> list[Launch]:

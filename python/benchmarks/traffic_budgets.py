@@ -72,6 +72,8 @@ FAULTS = (
     Fault("conflicts", "info_nce::score<*>", "scores are stored as they lie in the tensor cores' fragments", "score"),
     Fault("sectors", "info_nce::finish_rows<*>", "eight rows' counts are a byte each", "merge_tiles"),
     Fault("sectors", "info_nce::add_to_*", "sums are stored as they lie in the tensor cores' fragments"),
+    Fault("sectors", "info_nce::*_bucket*", "pairs are read by rows and go where their keys say"),
+    Fault("conflicts", "info_nce::*_bucket*", "keys say which counts lanes add to"),
     Fault("conflicts", "logistic_mixture::run_tiles<*>", "pixels have an odd pitch, so words of two share banks"),
     Fault("sectors", "masked_conv::pack_weights<*>", "neighbouring lanes take weights of different input channels"),
     Fault("sectors", "masked_conv::differentiate_activation<*>", "a lane stores neighbouring channels one by one"),

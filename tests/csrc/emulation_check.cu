@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "core/cuda/async_copy.cuh"
+#include "core/cuda/block_barrier.cuh"
 #include "core/cuda/device.h"
 #include "core/cuda/kernel.cuh"
 #include "core/cuda/mma.cuh"
@@ -193,7 +194,7 @@ void launch_as_given(const char* name, void (*kernel)(Params...), dim3 grid, dim
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
 #if defined(CPC_CUDA_EMULATION)
-  check(emulation::launch(name, config, kernel, args...), name);
+  check(emulation::launch(name, config, Blocks::apart, kernel, args...), name);
 #else
   check(cudaLaunchKernelEx(&config, kernel, args...), name);
 #endif
@@ -230,6 +231,31 @@ bool run_on_a_stream_of_another_device() {
 #endif
 }
 
+// --- Blocks that run together ---
+
+// Each adds up what all have written, round after round, in shared memory that it keeps.
+__global__ void sum_of_all_blocks(int* data, unsigned* arrived, unsigned waited_for, unsigned absent) {
+  int* const sum = reinterpret_cast<int*>(dynamic_shared()) + threadIdx.x;
+  if (blockIdx.x == absent) return;
+  *sum = 0;
+  for (int round = 0; round < 3; ++round) {
+    data[blockIdx.x * kThreads + threadIdx.x] = static_cast<int>(blockIdx.x + 1) + round;
+    wait_for_blocks(arrived, waited_for, blockIdx.x == 0);
+    for (unsigned block = 0; block < gridDim.x; ++block) *sum += data[block * kThreads + threadIdx.x];
+    wait_for_blocks(arrived, waited_for, blockIdx.x == 0);
+  }
+  data[blockIdx.x * kThreads + threadIdx.x] = *sum;
+}
+
+bool run_blocks(Blocks depend, unsigned blocks = 2, unsigned absent = 9) {
+  const Buffer<int> data(kThreads * blocks);
+  const Buffer<unsigned> arrived(1);
+  arrived[0] = 0;
+  launch("sum_of_all_blocks", &sum_of_all_blocks, {blocks, dim3(kThreads), kThreads * sizeof(int), depend}, nullptr,
+         data.get(), arrived.get(), blocks, absent);
+  return holds(data.size(), [&](size_t i) { return data[i] == 3 + 5 + 7; });
+}
+
 // --- Warps ---
 
 __global__ void shuffles(int* out) {
@@ -242,6 +268,7 @@ __global__ void shuffles(int* out) {
   total += __ballot_sync(0xffffffffu, lane % 3 == 0) == 0x49249249u;
   total += __any_sync(0xffffffffu, lane == 9) && !__any_sync(0xffffffffu, lane == 32);
   total += __all_sync(0xffffffffu, lane < 32) && !__all_sync(0xffffffffu, lane < 31);
+  total += __match_any_sync(0xffffffffu, static_cast<unsigned>(lane % 3)) == 0x49249249u << lane % 3;
   if (lane < 16) total += __shfl_xor_sync(0xffffu, lane, 1) == (lane ^ 1);
   __syncwarp();
   atomicAdd(out + threadIdx.x / kWarp, total);
@@ -251,7 +278,7 @@ __global__ void shuffles(int* out) {
 bool run_shuffles() {
   const Buffer<int> out(5);
   launch("shuffles", &shuffles, {1, dim3(kThreads)}, nullptr, out.get());
-  return holds(5, [&](size_t i) { return out[i] == (i == 4 ? 31 : 32 * 8 + 16); });
+  return holds(5, [&](size_t i) { return out[i] == (i == 4 ? 31 : 32 * 9 + 16); });
 }
 
 __global__ void shuffle_in_a_branch(float* out) {
@@ -467,6 +494,10 @@ const std::map<std::string, std::function<bool()>> checks = {
     {"block_too_large", [] { return run_as_given(dim3(1), dim3(1024, 2)); }},
     {"block_too_deep", [] { return run_as_given(dim3(1), dim3(1, 1, kThreads)); }},
     {"stream_of_another_device", run_on_a_stream_of_another_device},
+    {"blocks_together", [] { return run_blocks(Blocks::together); }},
+    {"barrier_of_blocks_apart", [] { return run_blocks(Blocks::apart); }},
+    {"block_that_does_not_come", [] { return run_blocks(Blocks::together, 2, 0); }},
+    {"more_blocks_than_run_together", [] { return run_blocks(Blocks::together, 3); }},
     {"shuffles", run_shuffles},
     {"shuffle_from_inactive_lanes", [] { return run_plain("shuffle_in_a_branch", &shuffle_in_a_branch); }},
     {"async_copy", [] { return run_staged_copy(true); }},

@@ -13,6 +13,7 @@
 #include <string>
 
 #include "core/cuda/async_copy.cuh"
+#include "core/cuda/block_barrier.cuh"
 #include "core/cuda/device.h"
 #include "core/cuda/kernel.cuh"
 #include "core/cuda/mma.cuh"
@@ -299,6 +300,32 @@ __global__ void copied_by_blocks(int* data) {
   if (!kOrdered && blockIdx.x % 2 == 1) data[4 * threadIdx.x + 2] = 1;  // RACE
 }
 
+// --- Blocks that run together ---
+
+// Four blocks, each with a word that names the barrier of its pair.
+__device__ unsigned* barrier_of(int* data, unsigned pair) {
+  return reinterpret_cast<unsigned*>(data) + kValues - 1 - pair;
+}
+
+template <bool kOrdered>
+__global__ void no_wait_for_blocks(int* data) {
+  const unsigned own = blockIdx.x * kThreads + threadIdx.x, other = (blockIdx.x ^ 1) * kThreads + threadIdx.x;
+  for (int round = 0; round < 2; ++round) {
+    data[own] = round;  // RACE
+    if (kOrdered) wait_for_blocks(barrier_of(data, blockIdx.x / 2), 2, blockIdx.x % 2 == 0);
+    data[kValues / 2 + own] = data[other];  // RACE
+    wait_for_blocks(barrier_of(data, blockIdx.x / 2), 2, blockIdx.x % 2 == 0);
+  }
+}
+
+template <bool kOrdered>
+__global__ void wait_for_other_blocks(int* data) {
+  const unsigned first = kOrdered ? blockIdx.x / 2 * 2 : 0;
+  if (blockIdx.x % 2 == 0) data[blockIdx.x * kThreads + threadIdx.x] = 1;  // RACE
+  wait_for_blocks(barrier_of(data, blockIdx.x / 2), 2, blockIdx.x % 2 == 0);
+  data[kValues / 2 + blockIdx.x * kThreads + threadIdx.x] = data[first * kThreads + threadIdx.x];  // RACE
+}
+
 // --- The program ---
 
 using Kernel = void (*)(int*);
@@ -306,6 +333,7 @@ using Kernel = void (*)(int*);
 struct Probe {
   Kernel racing, ordered;
   unsigned blocks = 1, threads = kThreads;
+  Blocks depend = Blocks::apart;
 };
 
 #define CPC_PROBE(kernel, ...)                                \
@@ -344,6 +372,8 @@ const std::map<std::string, Probe> probes = {
     CPC_PROBE(update_by_blocks, 5),
     CPC_PROBE(read_by_blocks, kValues / 2 / kThreads),
     CPC_PROBE(copied_by_blocks, 4),
+    CPC_PROBE(no_wait_for_blocks, 4, kThreads, Blocks::together),
+    CPC_PROBE(wait_for_other_blocks, 4, kThreads, Blocks::together),
 };
 
 // Twice, as launches are ordered.
@@ -351,9 +381,11 @@ void run(const std::string& name, const Probe& probe, bool ordered) {
   const auto data = std::make_unique<Pack<int, 4>[]>(kValues / 4);
   int* const values = data[0].v;
   std::iota(values, values + kValues, 0);
+  emulation::set_devices({{emulation::kSharedBytes, 4}});
   emulation::begin_trace({{"races", {}}}, 0);
   for (int i = 0; i < 2; ++i)
-    launch(name.c_str(), ordered ? probe.ordered : probe.racing, {probe.blocks, dim3(probe.threads)}, nullptr, values);
+    launch(name.c_str(), ordered ? probe.ordered : probe.racing, {probe.blocks, dim3(probe.threads), 0, probe.depend},
+           nullptr, values);
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 RIGHT = [
     *("reverse", "block_sum", "shift_by_none", "shared_write", "packs", "shuffles", "async_copy"),
-    *("mma_bf16", "mma_f16", "mma_tf32"),
+    *("mma_bf16", "mma_f16", "mma_tf32", "blocks_together"),
     *("static_and_dynamic", "static_and_dynamic_within_the_default", "all_shared_memory"),
 ]
 # Planted faults that only show in the result, whatever order the threads run in.
@@ -34,6 +34,16 @@ ERRORS = {
         "kernel shuffle_in_a_branch, block (0, 0, 0), thread (0, 0, 0): __shfl_xor_sync in emulation_check.cu:",
         "names an inactive lane: thread (20, 0, 0)",
     ],
+    "barrier_of_blocks_apart": [
+        "kernel sum_of_all_blocks, block (",
+        "a barrier among blocks that do not run together in block_barrier.cuh:",
+    ],
+    "block_that_does_not_come": [
+        "kernel sum_of_all_blocks, block (1, 0, 0), thread (",
+        "waits for 2 blocks in block_barrier.cuh:",
+        "which do not all come",
+    ],
+    "more_blocks_than_run_together": ["kernel sum_of_all_blocks: 3 blocks are more than run together"],
     "misaligned_pack": ["kernel copy_packs, block (0, 0, 0), thread (", "16 bytes at a misaligned address"],
     "read_past_the_end": ["heap-buffer-overflow", "in kernel shift_left, block (0, 0, 0), thread (99, 0, 0)"],
     "shared_memory_not_asked_for": [

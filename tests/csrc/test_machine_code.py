@@ -50,9 +50,10 @@ FAULTS = (
     Fault("early", "info_nce::score*<*, TensorCores<*>>", "what is loaded ahead is worked on at once"),
     Fault("early", "info_nce::add_to_*", "what is loaded ahead is worked on at once"),
     Fault("local", "info_nce::score<*, TensorCores<float>>", "registers, around the product", (AMPERE,)),
-    Fault("local", "info_nce::contrast_sampled<*>", "registers", (BLACKWELL,)),
-    Fault("local", "info_nce::sum_sampled_keys<*, float>", "registers", (AMPERE,)),
+    Fault("local", "info_nce::contrast_sampled<double, double>", "registers", (AMPERE, HOPPER)),
+    Fault("local", "info_nce::sum_sampled_keys<double, double>", "registers", (BLACKWELL,)),
     Fault("generic", "info_nce::contrast_sampled<*>", "ptxas merges addresses of parameters and keys", (BLACKWELL,)),
+    Fault("generic", "info_nce::count_buckets", "ptxas merges addresses of targets and negatives", (BLACKWELL,)),
     Fault("local", "patches::extract_direct<double>", "registers", (BLACKWELL,)),
     Fault("local", "patches::extract_gathered<double>", "registers", (BLACKWELL,)),
     Fault(
@@ -68,6 +69,8 @@ FAULTS = (
     Fault("early", "masked_conv::sum_weight_grad<TensorCores<Half>, Tile<2,*", "odd numbers of channels"),
     Fault("generic", "logistic_mixture::run_tiles<*>", "one code for parameters in shared memory and in global"),
     Fault("local", "logistic_mixture::sample_pixels", "a pixel's values are indexed by its channel"),
+    Fault("early", "pixel_steps::run_steps<float>", "a step reads what is there only once the one before it is done"),
+    Fault("split", "pixel_steps::run_steps<*>", "rows of weights that are no whole vectors are read one by one"),
     Fault("local", "augment::augment_patches<8, false>", "registers, where patches are in the workspace", (BLACKWELL,)),
 )
 

@@ -196,3 +196,30 @@ def test_wrong_places():
         steps.run_pixel(-1, 0)
     with pytest.raises(ValueError, match="maps must be float32 or float64"):
         network(step_of([(good_map(3).half(), 1, [(0, 0)])], 4, raw=good_map(4).half()))
+
+
+def test_a_device_is_given_the_plan_and_a_position(emulated_native):
+    step = step_of(GOOD["sources"], 4, raw=good_map(4))
+    there, position = torch.zeros(2, dtype=torch.int64), "position must be"
+    on_cpu = emulated_native.PixelSteps([step], BATCH, HEIGHT, WIDTH)
+    with pytest.raises(ValueError, match="must be on a CUDA device"):
+        on_cpu.run_on_device(torch.frombuffer(bytearray(on_cpu.plan()), dtype=torch.uint8).clone(), there, False)
+    emulated_native.emulate_cuda(True)
+    try:
+        steps = emulated_native.PixelSteps([step], BATCH, HEIGHT, WIDTH)
+        assert steps.on_device
+        plan = torch.frombuffer(bytearray(steps.plan()), dtype=torch.uint8).clone()
+        steps.run_on_device(plan, there, True)
+        for wrong, message in (
+            ((plan[:-1].clone(), there), "plan must be"),
+            ((plan.long(), there), "plan must be"),
+            ((plan, there.double()), position),
+            ((plan, there.repeat(2)), position),
+            ((plan, there.repeat(2)[::2]), position),
+        ):
+            with pytest.raises(ValueError, match=message):
+                steps.run_on_device(*wrong, False)
+        with pytest.raises(ValueError, match="must be on the CPU"):
+            steps.run_pixel(0, 0)
+    finally:
+        emulated_native.emulate_cuda(False)

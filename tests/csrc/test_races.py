@@ -14,11 +14,16 @@ import torch
 from cpc_ext.op_checks.agreement import KINDS, fp32_precision
 from cpc_ext.ops import (
     AugmentationPlan,
+    PixelMaps,
+    PixelPlace,
+    PixelSource,
+    PixelStep,
     augment_patches,
     extract_patches,
     info_nce,
     logistic_mixture_nll,
     masked_conv2d,
+    pixel_steps,
     sample_logistic_mixture,
     scores_logsumexp,
     sigmoid_contrast,
@@ -54,6 +59,8 @@ RACES = {
     "pipeline_of_two": {("read", "asynchronous write"), ("asynchronous write", "read"), ("write", "read")},
     "update_by_blocks": {("write", "read"), ("write", "write"), ("read", "write")},
     "read_by_blocks": {("read", "write"), ("write", "read")},
+    "no_wait_for_blocks": {("write", "read"), ("read", "write")},
+    "wait_for_other_blocks": {("write", "read"), ("read", "write")},
     "copied_by_blocks": {("read", "write"), ("write", "asynchronous read"), ("write", "write")},
 }
 ACCESS = re.compile(r"(?:: |  and )([a-z ]+) by block \d+, thread \d+ in (.*)")
@@ -102,7 +109,7 @@ def test_every_probe_is_run(trace):
 def traced(traced_native, monkeypatch):
     """The module that the ops call, where a race is an error of the launch."""
     use_emulation(traced_native, monkeypatch)
-    traced_native.emulate_cuda(True)
+    traced_native.emulate_cuda(True, [(99 << 10, 4)])
     traced_native.begin_trace({"races": {}})
     yield traced_native
     traced_native.end_trace()
@@ -214,12 +221,38 @@ def mix(dtype, channels, layout, components=3):
     sample_logistic_mixture(params.detach(), channels=channels, noise=noise)
 
 
+def run_steps(dtype):
+    """A gated step on another, at half the resolution and back, of blocks that share two images."""
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    maps = PixelMaps(2, 4, 4, torch.empty(0, dtype=dtype))
+    image, hidden, gated, back = maps.make(3, 0), maps.make(40, 0), maps.make(20, 0), maps.make(9, 0)
+    half = maps.make(5, 1)
+
+    def step(level, source, taps, outputs, **to):
+        weight = normal(source.data.shape[3] * len(taps), outputs, dtype=dtype).detach()
+        return PixelStep(level, [PixelSource(source, taps)], weight, weight[0].clone(), **to)
+
+    steps = [
+        step(0, image, [(-1, 0), (0, -1)], 20, elu=hidden),
+        step(0, hidden, [(-1, 1), (0, 0)], 40, residual=gated, raw=maps.make(20, 0)),
+        step(1, hidden, [(0, 0), (0, 1)], 5, raw=half),
+        step(0, hidden, [(0, 0)], 3, raw=maps.make(3, None)),
+        *(step(1, half, [(0, 0)], 9, raw=back, offset=(row, col)) for row in range(2) for col in range(2)),
+    ]
+    run, place = pixel_steps(steps, maps), PixelPlace(4, 4, torch.device("cpu"), levels=2)
+    for row, col in itertools.product(range(2), range(2)):
+        place.go_to(row, col)
+        run.run_pixel(place)
+    place.go_to(2)
+    run.run_row(place)
+
+
 RASTER = [[1, 1, 1], [1, 0, 0], [0, 0, 0]]
 ABOVE = [[1, 1, 1], [1, 1, 1], [0, 0, 0]]
 OF_CHANNELS = torch.rand(130, 32, 2, 3, generator=torch.Generator().manual_seed(0)) < 0.3
 SCORES = {"score", "finish_rows", "add_to_queries", "add_to_keys", "finish_queries"}
 ALL_KEYS = {*SCORES, "score_positives"}
-SAMPLED = {"contrast_sampled", "sum_sampled_keys"}
+SAMPLED = {"contrast_sampled", "count_buckets", "place_by_bucket", "sort_buckets", "sum_sampled_keys"}
 CONVOLUTION = {"pack_weights", "convolve_tile", "sum_weight_grad", "finish_weight_grad"}
 ACTIVATED = CONVOLUTION | {"differentiate_activation", "sum_bias_parts"}
 PATCHES = {"extract_tiles", "sum_patches"}
@@ -300,6 +333,7 @@ PROBLEMS = {
     ),
     "augmented, of one channel": (lambda dtype: augment(dtype, 24, 8, 8, steps=5, channels=1), {"augment_patches"}),
     "augmented, large": (lambda dtype: augment(dtype, 132, 131, 1, steps=6), {"augment_patches"}),
+    "steps of a pixel": (run_steps, {"run_steps"}),
     "mixture": (lambda dtype: mix(dtype, 3, torch.channels_last), MIXTURE),
     "mixture, by channels": (lambda dtype: mix(dtype, 3, torch.contiguous_format), MIXTURE),
     "mixture of one channel": (lambda dtype: mix(dtype, 1, torch.channels_last, components=2), MIXTURE),
@@ -391,18 +425,22 @@ def module_without(trace: Path, barrier: str, header: str, kernels: str, folder:
             *("patches/extract.cuh", "patches/cuda.cu", "patches, gathered", "extract_gathered"),
         ),
         (
+            "if (waits) wait_for_blocks(barrier, a.blocks, member == 0);",
+            *("pixel_steps/cuda.cu", "pixel_steps/cuda.cu", "steps of a pixel", "run_steps"),
+        ),
+        (
             "__syncthreads();  // The pixels are there, whoever transformed them.",
             *("patches/extract.cuh", "patches/cuda.cu", "patches", "extract_tiles"),
         ),
     ],
-    ids=["score", "pipeline", "tiles", "pixels"],
+    ids=["score", "pipeline", "tiles", "blocks", "pixels"],
 )
 def test_a_barrier_left_out_of_a_kernel_is_missed(
     trace, tmp_path, monkeypatch, barrier, header, kernels, problem, kernel
 ):
     module = module_in(module_without(trace, barrier, header, kernels, tmp_path), f"without_{kernel}")
     use_emulation(module, monkeypatch)
-    module.emulate_cuda(True)
+    module.emulate_cuda(True, [(99 << 10, 4)])
     module.begin_trace({"races": {}})
     monkeypatch.setenv("CPC_EMULATION_GRID", "1")
     ask, _ = PROBLEMS[problem]

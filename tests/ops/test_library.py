@@ -195,48 +195,6 @@ def given(monkeypatch):
     return watch
 
 
-@pytest.mark.parametrize("targeted", [False, True])
-def test_order_of_positives_and_negatives_by_key(given, targeted):
-    calls = given("_contrast", info_nce_on_cpu=False)
-    queries, keys = draw(2, 3, 4), draw(2, 5, 4)
-    targets = torch.tensor([[0, 4, 2], [3, 3, 0]]) if targeted else torch.arange(3).expand(2, 3)
-    negatives = torch.tensor([[[1, 4], [4, 0], [0, 3]], [[4, 4], [2, 0], [0, 4]]])
-    options = {"targets": targets} if targeted else {}
-    info_nce(queries, keys.requires_grad_(), negatives=negatives, **options)
-    (*_, order, segments) = next(arguments for name, arguments in calls if name == "info_nce")
-    named = torch.cat([targets[..., None], negatives], -1) + torch.tensor([[[0]], [[5]]])
-    expected = [(named.flatten() == key).nonzero().flatten() for key in range(10)]
-    assert torch.equal(order, torch.cat(expected))
-    assert segments.tolist() == [sum(map(len, expected[:key])) for key in range(11)]
-    calls.clear()
-    info_nce(queries, keys, targets)
-    info_nce(queries.requires_grad_(), keys.detach(), targets, negatives=negatives)
-    unsorted = [arguments[-2:] for name, arguments in calls if name == "info_nce"]
-    assert unsorted == [(None, None)] * 2
-
-
-def test_positives_and_negatives_that_name_no_key_come_last():
-    targets, negatives = torch.tensor([[[0], [2]]]), torch.tensor([[[-1, 1, 3], [0, 2**40, 2]]])
-    options = _contrast.ContrastOptions(targets=targets, negatives=negatives)
-    problem, _ = _contrast.flat_problem(torch.zeros(1, 2, 2), torch.zeros(1, 3, 2), options, "softmax")
-    order, segments = _contrast._by_key(problem)
-    assert order.tolist() == [0, 5, 2, 4, 7, 1, 3, 6]
-    assert segments.tolist() == [0, 2, 3, 5]
-
-
-def test_order_of_several_positives_and_of_none():
-    targets = torch.tensor([[[0, 2], [-1, 1]]])
-    negatives = torch.tensor([[[2], [0]]])
-    zeros = torch.zeros(1, 2, 2), torch.zeros(1, 3, 2)
-    options = _contrast.ContrastOptions(targets=targets, negatives=negatives)
-    order, segments = _contrast._by_key(_contrast.flat_problem(*zeros, options, "softmax")[0])
-    assert order.tolist() == [0, 5, 4, 1, 2, 3]
-    assert segments.tolist() == [0, 2, 3, 5]
-    order, segments = _contrast._by_key(_contrast.flat_problem(*zeros, options._replace(targets=None), "log_sum")[0])
-    assert order.tolist() == [1, 0]
-    assert segments.tolist() == [0, 1, 1, 2]
-
-
 @pytest.mark.parametrize("allowed", [False, True])
 def test_each_kernel_is_told_whether_it_may_round(given, monkeypatch, allowed):
     of_module = {"_contrast": "product", "masked_conv2d": "convolution"}

@@ -13,9 +13,24 @@ import torch.nn.functional as F
 from cpc_ext._native import native
 from cpc_ext.ops import PixelMaps, PixelPlace, PixelSource, PixelStep, pixel_steps
 from cpc_ext.ops.pixel_steps import _KernelSteps, _ReferenceSteps
+from tests.conftest import use_emulation
 
 BATCH, HEIGHT, WIDTH = 2, 4, 8
-RUNNERS = [_ReferenceSteps, *([_KernelSteps] if hasattr(native, "PixelSteps") else [])]
+RUNNERS = ["reference", *(["kernel"] if hasattr(native, "PixelSteps") else [])]
+
+
+@pytest.fixture(params=[*RUNNERS, "emulated", "emulated, blocks share images", "emulated, a block for all"])
+def runner(request, monkeypatch):
+    """Who runs steps; on the emulated device two blocks fit, or six, or one."""
+    if not request.param.startswith("emulated"):
+        yield _ReferenceSteps if request.param == "reference" else _KernelSteps
+        return
+    emulated = request.getfixturevalue("emulated_native")
+    use_emulation(emulated, monkeypatch)
+    fit = {"emulated": 2, "emulated, blocks share images": 6, "emulated, a block for all": 1}[request.param]
+    emulated.emulate_cuda(True, [(99 << 10, fit)])
+    yield _KernelSteps
+    emulated.emulate_cuda(False)
 
 
 def random_maps(dtype=torch.float64):
@@ -78,7 +93,6 @@ def plain(step, row, col):
     return value if step.residual is None else at(step.residual) + F.glu(value, 1)
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("by_row", [False, True])
 def test_every_step_is_its_formula_at_every_pixel(runner, by_row):
     maps = random_maps()
@@ -107,14 +121,13 @@ def test_every_step_is_its_formula_at_every_pixel(runner, by_row):
         assert not map.data.any()  # Nothing is written beside the pixels.
 
 
-@pytest.mark.skipif(len(RUNNERS) == 1, reason="the compiled module is missing")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_kernel_is_its_reference(dtype):
+def test_the_kernel_is_its_reference(runner, dtype):
     results = []
-    for runner in RUNNERS:
+    for runs in (_ReferenceSteps, runner):
         maps = random_maps(dtype)
         steps, place = network(maps), PixelPlace(HEIGHT, WIDTH, torch.device("cpu"), levels=3)
-        run = runner(steps, maps)
+        run = runs(steps, maps)
         for row, col in itertools.product(range(HEIGHT), range(WIDTH)):
             place.go_to(row, col)
             run.run_pixel(place)
@@ -122,10 +135,48 @@ def test_the_kernel_is_its_reference(dtype):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_steps_of_many_values_and_features(runner, gated, dtype):
+    """Deeper than what a GPU's block keeps at a time, and wider than what it sums."""
+    maps = random_maps(dtype)
+    source, other, raw, elu = filled(maps, 300), filled(maps, 5), maps.make(44, 0), maps.make(88, 0)
+    read = [(source, [(-1, -1), (-1, 0), (0, -1), (0, 0)]), (other, [(0, 0)])]
+    residual = filled(maps, 44) if gated else None
+    step = step_of(maps, 0, read, 88 if gated else 44, residual=residual, raw=raw, elu=elu)
+    run, place = runner([step], maps), PixelPlace(HEIGHT, WIDTH, torch.device("cpu"))
+    place.go_to(1)
+    run.run_row(place)
+    of_row = raw.pixels.clone()
+    raw.pixels.zero_()
+    place.go_to(1, 5)
+    run.run_pixel(place)
+    assert runner is _ReferenceSteps or torch.equal(raw.pixels[:, 1, 5], of_row[:, 1, 5])
+    precise = 1e-12 if dtype == torch.float64 else 1e-5
+    for col in range(WIDTH):
+        expected = plain(step, 1, col)
+        torch.testing.assert_close(of_row[:, 1, col], expected, rtol=precise, atol=precise)
+        both = F.elu(torch.cat([expected, -expected], 1))
+        torch.testing.assert_close(elu.pixels[:, 1, col], both, rtol=precise, atol=precise)
+
+
+def test_sums_are_the_same_however_many_blocks_share_images(emulated_native, monkeypatch):
+    use_emulation(emulated_native, monkeypatch)
+    results = []
+    for fit in (1, 3, 7):
+        emulated_native.emulate_cuda(True, [(99 << 10, fit)])
+        maps = random_maps(torch.float32)
+        steps, place = network(maps), PixelPlace(HEIGHT, WIDTH, torch.device("cpu"), levels=3)
+        _KernelSteps(steps, maps).run_row(place)
+        results.append([(step.raw or step.elu).data for step in steps])
+    emulated_native.emulate_cuda(False)
+    assert all(torch.equal(*pair) for result in results for pair in zip(result, results[0], strict=True))
+
+
 def test_who_runs_steps():
     """The kernel on the CPU, the reference where there is none, as on meta."""
     maps = random_maps()
-    assert type(pixel_steps(network(maps), maps)) is RUNNERS[-1]
+    assert type(pixel_steps(network(maps), maps)) is (_KernelSteps if "kernel" in RUNNERS else _ReferenceSteps)
     maps = PixelMaps(BATCH, HEIGHT, WIDTH, torch.empty(0, device="meta"))
     run = pixel_steps(network(maps), maps)
     assert type(run) is _ReferenceSteps
@@ -177,7 +228,6 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("message", WRONG)
 def test_wrong_steps_are_refused(runner, message):
     maps = random_maps()

@@ -13,6 +13,8 @@
 #include <string>
 #include <utility>
 
+#include "core/cuda/blocks.h"
+
 namespace cpc::cuda {
 
 inline void check(cudaError_t status, const char* doing) {
@@ -113,9 +115,11 @@ struct LaunchShape {
   int64_t blocks;  // Kernels loop over more work than there are blocks, so this may be cut to kMaxBlocks.
   dim3 threads;
   int64_t shared_bytes = 0;
+  Blocks depend = Blocks::apart;
 };
 
-// Queues kernel(args...) on a stream, called `name` in errors. Nothing is launched for zero blocks.
+// Queues kernel(args...) on a stream, called `name` in errors. Nothing is launched for zero blocks. Of blocks that run
+// together a device holds at least one a multiprocessor.
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), const LaunchShape& shape, void* stream, Args&&... args) {
   if (shape.blocks == 0) return;
@@ -133,7 +137,8 @@ void launch(const char* name, void (*kernel)(Params...), const LaunchShape& shap
   }
   cudaLaunchConfig_t config = {};
 #if defined(CPC_CUDA_EMULATION)
-  const int64_t most = std::min(emulation::largest_grid(), kMaxBlocks);
+  const bool together = shape.depend == Blocks::together;  // They know how many they are.
+  const int64_t most = together ? kMaxBlocks : std::min(emulation::largest_grid(), kMaxBlocks);
 #else
   const int64_t most = kMaxBlocks;
 #endif
@@ -142,8 +147,15 @@ void launch(const char* name, void (*kernel)(Params...), const LaunchShape& shap
   config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
 #if defined(CPC_CUDA_EMULATION)
-  check(emulation::launch(name, config, kernel, args...), name);
+  check(emulation::launch(name, config, shape.depend, kernel, args...), name);
 #else
+  cudaLaunchAttribute cooperative = {};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  if (shape.depend == Blocks::together) {
+    config.attrs = &cooperative;
+    config.numAttrs = 1;
+  }
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), name);
 #endif
 }

@@ -111,6 +111,16 @@ __device__ inline Pack<T, N>& pack_at(T* p) {
   return *reinterpret_cast<Pack<T, N>*>(p);
 }
 
+// N values on their way from `p`, aligned likewise: where they are 16 bytes, in four registers, which the compiler would else
+// load one by one or take apart as they arrive. std::bit_cast makes them a Pack.
+template <class T, int N>
+using Arriving = std::conditional_t<sizeof(T) * N == sizeof(uint4), uint4, Pack<T, N>>;
+template <int N, class T>
+__device__ inline Arriving<T, N> arriving(const T* p) {
+  check_alignment<sizeof(T) * N>(p);
+  return *reinterpret_cast<const Arriving<T, N>*>(p);
+}
+
 // N values `stride` apart, of which `count` exist: in accesses of up to 16 bytes where they lie together, all exist and
 // the address allows. The rest of `out` keeps what it has.
 template <int N, class T, class Real>

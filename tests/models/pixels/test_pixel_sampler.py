@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -20,10 +22,20 @@ MIXTURE = ("++", "++ of classes", "++ by tensors", "++ of classes by tensors")
 
 @pytest.fixture(params=SOFTMAX + MIXTURE)
 def kind(request, monkeypatch):
-    """The name of a model, made by :func:`model_of`; its steps run by tensors where it says so, as on other devices."""
+    """The name of a model, made by :func:`model_of`.
+
+    Its steps run by tensors where it says so, as on other devices; emulated, by CUDA's kernel, blocks sharing images.
+    """
+    if request.param.endswith("emulated"):
+        emulated = request.getfixturevalue("emulated_native")
+        monkeypatch.setattr(sys.modules["cpc_ext.ops.pixel_steps"], "native", emulated)
+        emulated.emulate_cuda(True, [(99 << 10, 4)])
+        yield request.param
+        emulated.emulate_cuda(False)
+        return
     if request.param.endswith("by tensors"):
         monkeypatch.setattr(stream_features, "pixel_steps", _ReferenceSteps)
-    return request.param
+    yield request.param
 
 
 def of(*kinds):
@@ -232,7 +244,7 @@ def test_progress_goes_through_the_rows(kind):
 
 
 @pytest.mark.parametrize("known_rows", [0, 5])
-@of("pixelcnn", "gated of classes", "++ of classes by tensors")
+@of("pixelcnn", "gated of classes", "++ of classes by tensors", "++ of classes emulated")
 @torch.no_grad()
 def test_work_of_one_pixel_is_that_of_others(kind, known_rows, monkeypatch):
     """As of CUDA graphs: where the host was when work was captured is all that it knows when that is replayed."""

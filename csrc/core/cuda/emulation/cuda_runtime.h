@@ -95,6 +95,10 @@ inline uint32_t ballot(const char* name, uint32_t mask, bool predicate, Where wh
   return mine.result;
 }
 
+struct Match {
+  uint32_t value, result;
+};
+
 }  // namespace cpc::cuda::emulation
 
 inline void __syncwarp(unsigned mask = cpc::cuda::emulation::kFullMask,
@@ -140,6 +144,24 @@ inline int __any_sync(unsigned mask, int predicate,
 inline int __all_sync(unsigned mask, int predicate,
                       cpc::cuda::emulation::Where where = cpc::cuda::emulation::Where::current()) {
   return cpc::cuda::emulation::ballot("__all_sync", mask, predicate == 0, where) == 0;
+}
+// The lanes with the same value.
+inline unsigned __match_any_sync(unsigned mask, unsigned value,
+                                 cpc::cuda::emulation::Where where = cpc::cuda::emulation::Where::current()) {
+  using cpc::cuda::emulation::Match;
+  Match mine{value, 0};
+  cpc::cuda::emulation::collective(
+      "__match_any_sync", mask, &mine,
+      [](void* const(&lanes)[cpc::cuda::emulation::kWarp]) {
+        for (void* const l : lanes)
+          for (unsigned other = 0; l != nullptr && other < cpc::cuda::emulation::kWarp; ++other) {
+            auto* const one = static_cast<Match*>(l);
+            const auto* const to = static_cast<const Match*>(lanes[other]);
+            if (to != nullptr && to->value == one->value) one->result |= 1u << other;
+          }
+      },
+      where);
+  return mine.result;
 }
 
 // --- Atomics on integers: threads run one at a time ---
@@ -299,10 +321,11 @@ namespace cpc::cuda::emulation {
 
 // As cudaLaunchKernelEx, with the kernel's name for its errors.
 template <class... Params, class... Args>
-cudaError_t launch(const char* name, const cudaLaunchConfig_t& config, void (*kernel)(Params...), const Args&... args) {
+cudaError_t launch(const char* name, const cudaLaunchConfig_t& config, Blocks depend, void (*kernel)(Params...),
+                   const Args&... args) {
   static_assert((sizeof(Params) + ... + 0) <= 4096, "more than the parameters of a kernel may take");
   run({name, reinterpret_cast<const void*>(kernel), config.gridDim, config.blockDim, config.dynamicSmemBytes,
-       config.stream},
+       config.stream, depend},
       [&] { kernel(args...); });
   return cudaSuccess;
 }

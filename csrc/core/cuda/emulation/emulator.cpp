@@ -37,7 +37,10 @@ constexpr unsigned char kPoison = 0xff;
 constexpr size_t kStackBytes = 64 << 10, kPage = 4 << 10;
 constexpr size_t kSharedAlignment = 128;
 
-enum class State { ready, at_barrier, at_collective, done };
+// Threads that run together at most, of all blocks of a launch.
+constexpr unsigned kMostTogether = 16 << 10;
+
+enum class State { ready, at_barrier, at_collective, at_blocks, done };
 
 struct AsyncCopy {
   void* to;
@@ -72,6 +75,8 @@ struct Fiber {
   Where where;
   Place place;
   std::vector<std::vector<AsyncCopy>> copies;  // Groups; the last is open.
+  const void* barrier;                         // Which blocks it waits for, and
+  unsigned blocks;                             // how many they are.
 };
 
 // One operation of some lanes of a warp, waiting for the rest of them.
@@ -85,26 +90,30 @@ struct Collective {
 // Stacks with a page below each that may not be touched.
 class Stacks {
  public:
-  Stacks() {
-    memory_ = static_cast<char*>(mmap(nullptr, kMaxThreads * kPitch, PROT_READ | PROT_WRITE,
-                                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  explicit Stacks(unsigned count) : count_(count) {
+    memory_ = static_cast<char*>(
+        mmap(nullptr, count * kPitch, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (memory_ == MAP_FAILED) throw std::bad_alloc();
-    for (unsigned i = 0; i < kMaxThreads; ++i) mprotect(memory_ + i * kPitch, kPage, PROT_NONE);
+    for (unsigned i = 0; i < count; ++i) mprotect(memory_ + i * kPitch, kPage, PROT_NONE);
   }
   char* operator[](unsigned i) const { return memory_ + i * kPitch + kPage; }
   Range range() const {
     const auto begin = reinterpret_cast<uintptr_t>(memory_);
-    return {begin, begin + kMaxThreads * kPitch};
+    return {begin, begin + count_ * kPitch};
   }
 
  private:
   static constexpr size_t kPitch = kStackBytes + kPage;
   char* memory_;
+  size_t count_;
 };
 
-const Stacks& stacks() {
-  static const Stacks all;
-  return all;
+// Those of a block, or of blocks that run together.
+const Stacks& stacks(bool together) {
+  static const Stacks of_block(kMaxThreads);
+  if (!together) return of_block;
+  static const Stacks of_blocks(kMostTogether);
+  return of_blocks;
 }
 
 // Static shared variables lie here for all kernels, each with a gap behind it that may not be touched.
@@ -169,7 +178,8 @@ struct Machine {
   std::vector<std::vector<std::unique_ptr<Collective>>> collectives;  // Each warp's.
   Fiber* running = nullptr;
   std::string error;
-  std::unique_ptr<unsigned char[], AlignedDelete> shared;
+  std::unique_ptr<unsigned char[], AlignedDelete> shared;  // Of blocks that run together one after the other, and
+  unsigned turn = 0;                                       // which of them it is the turn of.
 };
 Machine* machine = nullptr;
 
@@ -229,7 +239,7 @@ void fiber_main() {
 void resume(Fiber& fiber) {
   machine->running = &fiber;
   threadIdx = fiber.index;
-  trace_thread(running_thread());
+  trace_thread(static_cast<unsigned>(machine->turn * machine->fibers.size()) + running_thread());
   switch_context(machine->scheduler, fiber.context);
   trace_no_thread();
   machine->running = nullptr;
@@ -262,7 +272,7 @@ void open_barrier() {
 }
 
 void poison_shared(size_t shared_bytes) {
-  std::memset(machine->shared.get(), kPoison, shared_bytes);
+  std::memset(dynamic_shared(), kPoison, shared_bytes);
   StaticMemory& memory = static_memory();
   for (const auto& variable : memory.variables) std::memset(memory.memory + variable.offset, kPoison, variable.bytes);
 }
@@ -297,22 +307,27 @@ void require_launchable(const Launch& launch, const Kernel& kernel) {
   require(threads <= launch_bounds(launch.kernel), "a block of " + std::to_string(threads) +
                                                        " threads; its launch bounds allow " +
                                                        std::to_string(launch_bounds(launch.kernel)));
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  require(launch.depend != Blocks::together ||
+              (blocks <= static_cast<uint64_t>(device(current).multiprocessors) && blocks * threads <= kMostTogether),
+          std::to_string(blocks) + " blocks are more than run together");
   const std::string wrong = too_much_shared(launch, kernel);
   require(wrong.empty(), wrong);
 }
 
-void make_fibers(dim3 block) {
-  machine->fibers.resize(block.x * block.y * block.z);
-  for (unsigned i = 0; i < machine->fibers.size(); ++i) {
-    Fiber& fiber = machine->fibers[i];
+std::vector<Fiber> make_fibers(const dim3& block, const Stacks& stacks, unsigned first) {
+  std::vector<Fiber> fibers(size_t{block.x} * block.y * block.z);
+  for (unsigned i = 0; i < fibers.size(); ++i) {
+    Fiber& fiber = fibers[i];
     fiber.index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
     ucontext_t& begin = fiber.context.begin;
     getcontext(&begin);
-    begin.uc_stack.ss_sp = stacks()[i];
+    begin.uc_stack.ss_sp = stacks[first + i];
     begin.uc_stack.ss_size = kStackBytes;
     begin.uc_link = nullptr;
     makecontext(&begin, fiber_main, 0);
   }
+  return fibers;
 }
 
 Freedom freedom_of_launch;
@@ -345,14 +360,26 @@ std::vector<unsigned> warp_by_warp(unsigned threads, std::mt19937& random) {
   return order;
 }
 
-void run_block(std::mt19937& random) {
-  const auto threads = static_cast<unsigned>(machine->fibers.size());
+void begin_block() {
   machine->collectives.clear();
-  machine->collectives.resize((threads + kWarp - 1) / kWarp);
+  machine->collectives.resize((machine->fibers.size() + kWarp - 1) / kWarp);
   for (Fiber& fiber : machine->fibers) {
     fiber.state = State::ready;
     fiber.copies.assign(1, {});
   }
+}
+
+// Whether all threads of the block wait for the same blocks.
+bool waits_for_blocks() {
+  const Fiber& any = machine->fibers.front();
+  return std::all_of(machine->fibers.begin(), machine->fibers.end(), [&](const Fiber& fiber) {
+    return fiber.state == State::at_blocks && fiber.barrier == any.barrier && fiber.blocks == any.blocks;
+  });
+}
+
+// Runs the block to its end, or until it waits for other blocks. Returns whether it has ended.
+bool run_block(std::mt19937& random) {
+  const auto threads = static_cast<unsigned>(machine->fibers.size());
   const bool greedy = freedom().order == Freedom::Order::greedy;
   std::vector<unsigned> order = warp_by_warp(threads, random);
   if (!greedy) std::sort(order.begin(), order.end());
@@ -371,8 +398,10 @@ void run_block(std::mt19937& random) {
       else
         ++i;
     }
-    if (done) return;
-    if (!ran) open_barrier();
+    if (done) return true;
+    if (ran) continue;
+    if (waits_for_blocks()) return false;
+    open_barrier();
   }
 }
 
@@ -383,8 +412,8 @@ Range range_of(const void* memory, size_t bytes) {
 
 // The blocks to run, in the order to run them in. Of a sample there is one from each of as many equal parts of the grid,
 // not always the same of a part, or all might be of one column.
-std::vector<uint64_t> choose_blocks(uint64_t in_grid, std::mt19937& random) {
-  const uint64_t count = most_blocks() == 0 ? in_grid : std::min(in_grid, most_blocks());
+std::vector<uint64_t> choose_blocks(uint64_t in_grid, Blocks depend, std::mt19937& random) {
+  const uint64_t count = depend != Blocks::apart || most_blocks() == 0 ? in_grid : std::min(in_grid, most_blocks());
   std::vector<uint64_t> blocks(count);
   for (uint64_t i = 0; i < count; ++i) {
     const uint64_t first = in_grid * i / count, end = in_grid * (i + 1) / count;
@@ -392,6 +421,92 @@ std::vector<uint64_t> choose_blocks(uint64_t in_grid, std::mt19937& random) {
   }
   std::shuffle(blocks.begin(), blocks.end(), random);
   return blocks;
+}
+
+void go_to_block(uint64_t b) {
+  blockIdx = {static_cast<unsigned>(b % gridDim.x), static_cast<unsigned>(b / gridDim.x % gridDim.y),
+              static_cast<unsigned>(b / gridDim.x / gridDim.y)};
+}
+
+void run_apart(const std::vector<uint64_t>& blocks, std::mt19937& random) {
+  machine->fibers = make_fibers(machine->launch->block, stacks(false), 0);
+  for (const uint64_t b : blocks) {
+    go_to_block(b);
+    poison_shared(machine->launch->shared_bytes);
+    trace_block(b);
+    tell([&](Observer& o) { o.block_begins(b); });
+    begin_block();
+    run_block(random);
+    tell([](Observer& o) { o.block_ends(); });
+  }
+}
+
+// A block that runs together with others, while it is not its turn.
+struct Waiting {
+  uint64_t block;
+  unsigned turn;
+  std::vector<Fiber> fibers;
+  std::vector<std::vector<std::unique_ptr<Collective>>> collectives;
+  bool done = false, begun = false, waits = false;
+};
+
+// Lets blocks go on that all are at their barrier. Returns whether there are any.
+bool open_barriers(std::vector<Waiting>& all) {
+  bool any = false;
+  for (const Waiting& one : all) {
+    if (!one.waits) continue;
+    const Fiber& at = one.fibers.front();
+    std::vector<uint64_t> met;
+    for (const Waiting& other : all)
+      if (other.waits && other.fibers.front().barrier == at.barrier) met.push_back(other.block);
+    if (met.size() != at.blocks) continue;
+    for (Waiting& other : all) {
+      if (!other.waits || other.fibers.front().barrier != at.barrier) continue;
+      for (Fiber& fiber : other.fibers) fiber.state = State::ready;
+      other.waits = false;
+    }
+    tell([&](Observer& o) { o.blocks_meet(met); });
+    any = true;
+  }
+  return any;
+}
+
+// Blocks in turns, each as far as it comes, in another order in every round.
+void run_together(const std::vector<uint64_t>& blocks, std::mt19937& random) {
+  std::vector<Waiting> all;
+  const dim3 block = machine->launch->block;
+  const unsigned threads = block.x * block.y * block.z;
+  for (unsigned turn = 0; turn < blocks.size(); ++turn)
+    all.push_back({blocks[turn], turn, make_fibers(block, stacks(true), turn * threads), {}});
+  for (;;) {
+    std::shuffle(all.begin(), all.end(), random);
+    for (Waiting& one : all) {
+      if (one.done || one.waits) continue;
+      machine->turn = one.turn;
+      std::swap(machine->fibers, one.fibers);
+      std::swap(machine->collectives, one.collectives);
+      go_to_block(one.block);
+      trace_turn(one.block);
+      tell([&](Observer& o) { o.block_begins(one.block); });
+      if (!one.begun) {
+        std::memset(dynamic_shared(), kPoison, machine->launch->shared_bytes);
+        begin_block();
+      }
+      one.begun = true;
+      one.done = run_block(random);
+      one.waits = !one.done;
+      tell([](Observer& o) { o.block_ends(); });
+      std::swap(machine->fibers, one.fibers);
+      std::swap(machine->collectives, one.collectives);
+    }
+    if (std::all_of(all.begin(), all.end(), [](const Waiting& one) { return one.done; })) return;
+    if (open_barriers(all)) continue;
+    const auto left = std::find_if(all.begin(), all.end(), [](const Waiting& one) { return one.waits; });
+    go_to_block(left->block);
+    throw std::runtime_error(at_thread(left->fibers.front()) + " waits for " +
+                             std::to_string(left->fibers.front().blocks) + " blocks in " +
+                             text(left->fibers.front().where) + ", which do not all come");
+  }
 }
 
 unsigned seed() {
@@ -452,29 +567,22 @@ void run(const Launch& launch, const std::function<void()>& thread) {
   current_machine.launch = &launch;
   current_machine.kernel = &kernel;
   current_machine.thread = &thread;
+  const bool together = launch.depend == Blocks::together;
   // It has the very size, so that AddressSanitizer knows where it ends.
-  current_machine.shared.reset(new (std::align_val_t{kSharedAlignment}) unsigned char[launch.shared_bytes]);
+  const size_t shared_bytes = launch.shared_bytes * (together ? size_t{grid.x} * grid.y * grid.z : 1);
+  current_machine.shared.reset(new (std::align_val_t{kSharedAlignment}) unsigned char[shared_bytes]);
   machine = &current_machine;
-  make_fibers(launch.block);
   gridDim = grid;
   blockDim = launch.block;
   std::mt19937 random(seed() * 1000003u + launches++);
   const uint64_t in_grid = uint64_t{grid.x} * grid.y * grid.z;
-  const std::vector<uint64_t> blocks = choose_blocks(in_grid, random);
-  trace_launch({stacks().range(), range_of(current_machine.shared.get(), launch.shared_bytes),
+  const std::vector<uint64_t> blocks = choose_blocks(in_grid, launch.depend, random);
+  trace_launch({stacks(together).range(), range_of(current_machine.shared.get(), shared_bytes),
                 range_of(static_memory().memory, StaticMemory::kBytes)},
-               static_cast<unsigned>(current_machine.fibers.size()));
+               launch.block.x * launch.block.y * launch.block.z, static_cast<unsigned>(together ? in_grid : 1));
   tell([&](Observer& o) { o.launch_begins(launch, {in_grid, blocks.size()}); });
   try {
-    for (const uint64_t b : blocks) {
-      blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
-                  static_cast<unsigned>(b / grid.x / grid.y)};
-      poison_shared(launch.shared_bytes);
-      trace_block(b);
-      tell([&](Observer& o) { o.block_begins(b); });
-      run_block(random);
-      tell([](Observer& o) { o.block_ends(); });
-    }
+    together ? run_together(blocks, random) : run_apart(blocks, random);
   } catch (...) {
     machine = nullptr;
     throw;
@@ -530,6 +638,15 @@ void fail(const std::string& what) {
   std::abort();  // A failed thread is not resumed.
 }
 
+void wait_for_blocks(const void* barrier, unsigned blocks, Where where) {
+  if (machine->launch->depend != Blocks::together) fail("a barrier among blocks that do not run together", where);
+  machine->running->place = place_of(__builtin_return_address(0));
+  const Untraced own;
+  machine->running->barrier = barrier;
+  machine->running->blocks = blocks;
+  wait(State::at_blocks, "a barrier among blocks", where);
+}
+
 void barrier(Where where) {
   machine->running->place = place_of(__builtin_return_address(0));
   const Untraced own;
@@ -569,7 +686,7 @@ void collective(const char* name, uint32_t mask, void* arguments, Combine combin
     if (mask >> l & 1) machine->fibers[first + l].state = State::ready;
 }
 
-unsigned char* dynamic_shared() { return machine->shared.get(); }
+unsigned char* dynamic_shared() { return machine->shared.get() + machine->turn * machine->launch->shared_bytes; }
 
 size_t add_static_shared(size_t bytes, size_t alignment) {
   StaticMemory& memory = static_memory();
@@ -596,6 +713,8 @@ void tell_of_product(const char* type, unsigned depth) {
 
 unsigned char* static_shared(size_t variable) {
   const Untraced own;
+  if (machine->launch->depend == Blocks::together)
+    fail("static shared memory, which the emulation does not keep for blocks that run together");
   const StaticMemory::Variable& reached = static_memory().variables[variable];
   Kernel& kernel = *machine->kernel;
   if (!kernel.reached[variable]) {

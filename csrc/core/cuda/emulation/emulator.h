@@ -11,6 +11,8 @@
 #include <string>
 #include <vector>
 
+#include "core/cuda/blocks.h"
+
 struct uint3 {
   unsigned x, y, z;
 };
@@ -67,6 +69,7 @@ struct Launch {
   dim3 grid, block;
   size_t shared_bytes;  // Dynamic.
   void* stream;
+  Blocks depend;
 };
 
 // What a GPU may do one way or the other, from environment variables. Right kernels are right whatever it does.
@@ -115,6 +118,8 @@ std::string position();
 
 // __syncthreads().
 void barrier(Where where);
+// All threads of so many blocks, which run together, wait for each other; those that name the same barrier.
+void wait_for_blocks(const void* barrier, unsigned blocks, Where where = Where::current());
 
 // What the lanes of a warp do together. The last lane of `mask` to come calls combine with the arguments of all of them
 // (null for lanes outside the mask), which exchanges what there is to exchange; then all go on.

@@ -39,11 +39,16 @@ void Races::launch_begins(const Launch& launch, const Sample&) {
   threads_.resize(size_t{launch.block.x} * launch.block.y * launch.block.z);
   global_.clear();
   of_launch_.clear();
+  together_ = launch.depend == Blocks::together;
+  turn_ = 0;
+  turns_.clear();
+  after_.clear();
 }
 
 void Races::block_begins(uint64_t block) {
   block_ = block;
   ++block_number_;
+  if (together_) turn_ = ++turns_[block];
   epoch_ = 0;
   for (size_t i = 0; i < threads_.size(); ++i) {
     ThreadState& thread = threads_[i];
@@ -51,6 +56,25 @@ void Races::block_begins(uint64_t block) {
     thread.clocks[i % kWarp] = 1;
     thread.groups.assign(1, {});
   }
+}
+
+// Each comes after all that any of them came after, and after what all of them have done.
+void Races::blocks_meet(const std::vector<uint64_t>& blocks) {
+  std::map<uint64_t, uint32_t> all;
+  for (const uint64_t block : blocks) {
+    for (const auto& [other, turn] : after_[block]) all[other] = std::max(all[other], turn);
+    all[block] = turns_[block];
+  }
+  for (const uint64_t block : blocks) after_[block] = all;
+}
+
+bool Races::ordered(const Party& before) const {
+  if (!together_) return false;
+  if (before.block == block_) return true;
+  const auto known = after_.find(block_);
+  if (known == after_.end()) return false;
+  const auto turn = known->second.find(before.block);
+  return turn != known->second.end() && before.turn <= turn->second;
 }
 
 Races::ThreadState& Races::thread_state(unsigned thread) { return threads_[thread]; }
@@ -150,9 +174,10 @@ void Races::touch_cell(Cell& cell, Space space, uintptr_t address, Kind kind, co
   const bool reads = kind == Kind::read || kind == Kind::copied_from;
   const bool writes = kind == Kind::write || kind == Kind::copied_to;
   const Party self = party(kind, stamp);
-  for (const auto& [earlier, other] : cell.earlier) {
-    const bool both_read = reads && (earlier == Kind::read || earlier == Kind::copied_from);
-    if (!both_read && !(kind == Kind::atomic && earlier == Kind::atomic)) found(space, address, other, self);
+  for (const Party& other : cell.earlier) {
+    const bool both_read = reads && (other.kind == Kind::read || other.kind == Kind::copied_from);
+    const bool both_atomic = kind == Kind::atomic && other.kind == Kind::atomic;
+    if (!both_read && !both_atomic && !ordered(other)) found(space, address, other, self);
   }
   const auto against = [&](const std::vector<Stamp>& others, Kind what) {
     for (const Stamp& other : others)
@@ -238,8 +263,15 @@ void Races::begin_block(Cell& cell, Space space) const {
   if (cell.block_number == block_number_) return;
   if (space == Space::global && cell.block_number != 0) {
     const auto keep = [&](Kind kind, const std::vector<Stamp>& stamps) {
-      if (!stamps.empty())
-        cell.earlier.try_emplace(kind, Party{kind, cell.block, stamps.front().thread, stamps.front().place});
+      if (stamps.empty()) return;
+      const auto known = std::find_if(cell.earlier.begin(), cell.earlier.end(), [&](const Party& other) {
+        return other.kind == kind && (!together_ || other.block == cell.block);
+      });
+      const Party one{kind, cell.block, stamps.front().thread, stamps.front().place, cell.turn};
+      if (known == cell.earlier.end())
+        cell.earlier.push_back(one);
+      else if (together_)
+        *known = one;
     };
     if (cell.written) keep(Kind::write, {cell.write});
     keep(Kind::read, cell.reads);
@@ -248,6 +280,7 @@ void Races::begin_block(Cell& cell, Space space) const {
   }
   cell.block_number = block_number_;
   cell.block = block_;
+  cell.turn = turn_;
   cell.written = false;
   cell.reads.clear();
   cell.atomics.clear();

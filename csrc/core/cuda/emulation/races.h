@@ -4,7 +4,7 @@
 // lanes of its mask; the end of a launch, for all. Shuffles, votes, ldmatrix and mma order no memory, whatever they do to
 // the lanes' progress. An asynchronous copy writes its destination and reads its source at any time between its start and
 // the end of its thread's wait for it, after which it counts as an access of that thread. Atomic operations do not race
-// with each other, but with plain accesses, and order nothing. Nothing orders two blocks. What races is a fault even if
+// with each other, but with plain accesses, and order nothing. Nothing orders two blocks but a barrier among them. What races is a fault even if
 // both write the same value.
 //
 // It follows the accesses of one run, but its verdict is on all orders in which the threads could have run: it asks what
@@ -34,6 +34,7 @@ class Races : public Observer {
     uint64_t block;
     unsigned thread;
     Place place;
+    uint32_t turn;  // Of blocks that run together: how many barriers among them came before.
   };
   struct Race {
     std::string kernel;
@@ -55,6 +56,7 @@ class Races : public Observer {
   void copy_async(const CopyAsync& copy) override;
   void commit_copies(unsigned thread) override { thread_state(thread).groups.emplace_back(); }
   void wait_for_copies(unsigned thread, size_t pending_groups, Place) override;
+  void blocks_meet(const std::vector<uint64_t>& blocks) override;
   void launch_ends() override;
   // {"launches": {kernel: number}, "races": [...]}
   Value results() override;
@@ -70,11 +72,13 @@ class Races : public Observer {
   // What is known of a byte, since the last write that ordered all before it.
   struct Cell {
     uint64_t block_number = 0, block = 0;  // The former counts those of all launches. The rest is this block's.
+    uint32_t turn = 0;
     bool written = false;
     Stamp write;
     std::vector<Stamp> reads, atomics, copied_from;
     // One access of each kind by an earlier block of the launch: all later ones are of other blocks, so one is enough.
-    std::map<Kind, Party> earlier;
+    // Of blocks that run together, the latest of each kind by each block.
+    std::vector<Party> earlier;
   };
   // 16 bytes, cut into cells where accesses begin and end.
   struct Line {
@@ -113,13 +117,20 @@ class Races : public Observer {
   void begin_block(Cell& cell, Space space) const;
   void add(std::vector<Stamp>& to, const Stamp& stamp);
   void finish(const Copy& copy);
-  Party party(Kind kind, const Stamp& stamp) const { return {kind, block_, stamp.thread, stamp.place}; }
+  Party party(Kind kind, const Stamp& stamp) const { return {kind, block_, stamp.thread, stamp.place, turn_}; }
+  // Whether an earlier block's access is ordered before all that the block does now.
+  bool ordered(const Party& before) const;
   void found(Space space, uintptr_t address, const Party& first, const Party& second);
 
   const bool collect_;
   std::string kernel_;
   std::map<std::string, int64_t> launches_;
   uint64_t block_ = 0, block_number_ = 0;
+  // Of blocks that run together: this one's turn, that of each, and up to which turn of others each comes after them.
+  bool together_ = false;
+  uint32_t turn_ = 0;
+  std::map<uint64_t, uint32_t> turns_;
+  std::map<uint64_t, std::map<uint64_t, uint32_t>> after_;
   uint32_t epoch_ = 0, copies_ = 0;
   std::vector<ThreadState> threads_;
   Shadow shared_, global_;

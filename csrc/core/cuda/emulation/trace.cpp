@@ -168,17 +168,18 @@ Dict end_trace() {
   return results;
 }
 
-void trace_launch(const Memory& memory, unsigned threads) {
+void trace_launch(const Memory& memory, unsigned threads, unsigned blocks_together) {
   trace.memory = memory;
   trace.launching_stack = own_stack();
   trace.images = image_ranges();
-  trace.threads.resize(threads);
-  for (unsigned i = 0; i < threads; ++i) trace.threads[i] = {i, {}};
+  trace.threads.resize(size_t{threads} * blocks_together);
+  for (unsigned i = 0; i < trace.threads.size(); ++i) trace.threads[i] = {i % threads, {}};
 }
 void trace_block(uint64_t block) {
   trace.block = block;
   for (Thread& thread : trace.threads) thread.stack.depth = 0;
 }
+void trace_turn(uint64_t block) { trace.block = block; }
 void trace_thread(unsigned thread) { running = trace.observers.empty() ? nullptr : &trace.threads[thread]; }
 void trace_no_thread() { running = nullptr; }
 

@@ -122,6 +122,8 @@ class Observer {
   // The thread goes on when at most so many of its closed groups are under way.
   virtual void wait_for_copies(unsigned /*thread*/, size_t /*pending_groups*/, Place) {}
   virtual void block_ends() {}
+  // Blocks that run together begin again after each barrier among them, and end before. These have come to one.
+  virtual void blocks_meet(const std::vector<uint64_t>& /*blocks*/) {}
   virtual void launch_ends() {}
   virtual void fill(const void* /*data*/, size_t /*bytes*/) {}  // cudaMemsetAsync.
   virtual Value results() = 0;
@@ -165,8 +167,9 @@ struct Memory {
 
 const std::vector<std::unique_ptr<Observer>>& observers();
 uint64_t most_blocks();
-void trace_launch(const Memory& memory, unsigned threads);
+void trace_launch(const Memory& memory, unsigned threads, unsigned blocks_together);
 void trace_block(uint64_t block);
+void trace_turn(uint64_t block);  // Of a block that runs together with others, and may go on where it waited.
 // The thread whose accesses are told from now on, or none.
 void trace_thread(unsigned thread);
 void trace_no_thread();
@@ -192,8 +195,9 @@ void trace_arithmetic(Arithmetic what);
 #else
 
 inline uint64_t most_blocks() { return 0; }
-inline void trace_launch(const Memory&, unsigned) {}
+inline void trace_launch(const Memory&, unsigned, unsigned) {}
 inline void trace_block(uint64_t) {}
+inline void trace_turn(uint64_t) {}
 inline void trace_thread(unsigned) {}
 inline void trace_no_thread() {}
 inline Place place_of(const void*) { return 0; }
