@@ -49,11 +49,14 @@ def masked_conv2d(
     activation. A kernel of even side k looks k / 2 - 1 taps back and k / 2 ahead, as PyTorch pads it. Sums are in
     float32, in float64 where the tensors are. In float32 the CPU computes images that are large enough in pairs of
     pixels (F(2, 3) of Lavin and Gray 2016, arXiv 1509.09308, along the rows): up to a third fewer multiplications,
-    rounding errors of the same size.
+    rounding errors of the same size. On CUDA products of float32 are rounded to TF32 where
+    ``torch.backends.cudnn.conv.fp32_precision`` says "tf32", as it does by default; else each is made of three such
+    (3xTF32), which leaves an error of 2^-20 of it, and NaN of an infinite factor.
 
     Args:
         input: [B, C, H, W], floating; B may be 0.
-        weight: [O, C, kh, kw], of the input's dtype unless autocast brings both to one.
+        weight: [O, C, kh, kw], of the input's dtype unless autocast brings both to one. On CUDA weights whose channels
+            are innermost in memory (``channels_last``) and fill whole 64 bytes need not be packed for the forward pass.
         bias: [O], likewise, or None.
         mask: [kh, kw] for all channels alike, or [O, C, kh, kw]; bool, or numbers 0 and 1. True keeps a tap. The CPU
             looks at its values in every call. Looking would stall another device's stream, so there the first call
