@@ -253,7 +253,7 @@ OF_CHANNELS = torch.rand(130, 32, 2, 3, generator=torch.Generator().manual_seed(
 SCORES = {"score", "finish_rows", "add_to_queries", "add_to_keys", "finish_queries"}
 ALL_KEYS = {*SCORES, "score_positives"}
 SAMPLED = {"contrast_sampled", "count_buckets", "place_by_bucket", "sort_buckets", "sum_sampled_keys"}
-CONVOLUTION = {"pack_weights", "convolve_tile", "sum_weight_grad", "finish_weight_grad"}
+CONVOLUTION = {"pack_weights", "convolve", "sum_weight_grad", "finish_weight_grad"}
 ACTIVATED = CONVOLUTION | {"differentiate_activation", "sum_bias_parts"}
 PATCHES = {"extract_tiles", "sum_patches"}
 GATHERED = {"extract_gathered", "sum_patches"}  # Rows of 15 bytes are not copied.
@@ -285,7 +285,7 @@ PROBLEMS = {
     "sampled": (lambda dtype: contrast(dtype, 13, 17, 70, batch=(2,), samples=37), SAMPLED),
     "sampled, plain": (lambda dtype: contrast(dtype, 9, 9, 130, samples=0, options=False, reduction="sum"), SAMPLED),
     "convolution": (lambda dtype: convolve(dtype, 2, 3, 6, (5, 6), RASTER), CONVOLUTION),
-    "convolution of no tap": (lambda dtype: convolve(dtype, 2, 3, 4, (4, 4), [[0, 0, 0]]), {"convolve_tile"}),
+    "convolution of no tap": (lambda dtype: convolve(dtype, 2, 3, 4, (4, 4), [[0, 0, 0]]), {"convolve"}),
     "convolution, relu": (
         lambda dtype: convolve(dtype, 1, 17, 6, (5, 6), [[1, 1], [0, 1]], torch.contiguous_format, activation="relu"),
         ACTIVATED,
@@ -301,7 +301,7 @@ PROBLEMS = {
         ACTIVATED,
     ),
     "convolution, dilated": (lambda dtype: convolve(dtype, 3, 40, 8, (7, 7), RASTER, dilation=3), CONVOLUTION),
-    "convolution of a pixel": (convolve_pixels, {"pack_weights", "convolve_tile"}),
+    "convolution of a pixel": (convolve_pixels, {"pack_weights", "convolve"}),
     "patches": (lambda dtype: extract(dtype, (2, 3, 17, 16), 5, 3, **IMAGES), PATCHES),
     "patches, normed": (
         lambda dtype: extract(dtype, (2, 3, 17, 16), 4, 2, gray=True, patch_norm=True, mean=[0.4], std=[0.2]),
@@ -417,8 +417,8 @@ def module_without(trace: Path, barrier: str, header: str, kernels: str, folder:
             *("info_nce/all_keys.cuh", "info_nce/cuda.cu", "all keys", "score"),
         ),
         (
-            "__syncthreads();  // This slice is there for all, and the stage of the one before is free.",
-            *("core/cuda/async_copy.cuh", "masked_conv/cuda.cu", "convolution", "convolve_tile"),
+            "__syncthreads();  // The next slice is there for all, and all have read this one.",
+            *("core/cuda/product.cuh", "masked_conv/cuda.cu", "convolution", "convolve"),
         ),
         (  # Only where a block has more than one tile.
             "__syncthreads();  // The next tile overwrites shared memory.",
@@ -433,7 +433,7 @@ def module_without(trace: Path, barrier: str, header: str, kernels: str, folder:
             *("patches/extract.cuh", "patches/cuda.cu", "patches", "extract_tiles"),
         ),
     ],
-    ids=["score", "pipeline", "tiles", "blocks", "pixels"],
+    ids=["score", "product", "tiles", "blocks", "pixels"],
 )
 def test_a_barrier_left_out_of_a_kernel_is_missed(
     trace, tmp_path, monkeypatch, barrier, header, kernels, problem, kernel

@@ -262,7 +262,7 @@ class MainLoop {
   __device__ int leave_stage() {
     const int free = stage_;
     wait_for_copies<Tile::kStages - 2>();
-    __syncthreads();
+    __syncthreads();  // The next slice is there for all, and all have read this one.
     stage_ = stage_ == Tile::kStages - 1 ? 0 : stage_ + 1;
     return free;
   }
