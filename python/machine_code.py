@@ -162,7 +162,7 @@ def short_names(mangled: Iterable[str]) -> dict[str, str]:
 def short_name(demangled: str) -> str:
     name = demangled.replace("(anonymous namespace)::", "").removeprefix("void ")
     name = re.sub(r"\((?:int|bool|cpc::[\w:]+)\)", "", name)  # Casts of template arguments.
-    op = re.match(r"cpc::(\w+)::cuda::", name)
+    op = re.search(r"cpc::(\w+)::cuda::", name)  # That of a shared kernel's arguments, where it has none itself.
     depth, end = 0, len(name)
     for i, character in enumerate(name):  # The parameters begin at the first parenthesis outside of template arguments.
         depth += {"<": 1, ">": -1}.get(character, 0)

@@ -101,8 +101,9 @@ def info_nce(
     Returns:
         :class:`InfoNCEOutput` (loss, accuracy, rank). The loss is differentiable once, backwards, in queries, keys,
         weights, scale and key_bias. Under autocast queries and keys are rounded to its type, as for a matrix product;
-        sums are not. On CUDA float32 products are exact unless ``torch.backends.cuda.matmul.fp32_precision`` is "tf32",
-        or an older switch that it reflects says the same.
+        sums are not. On CUDA products of float32 values are exact to 2^-20 of each, unless
+        ``torch.backends.cuda.matmul.fp32_precision`` is "tf32", or an older switch that it reflects says the same. In
+        float16 there, weights of pairs vanish in the gradients of queries and keys that are 2^-39 of the largest.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, device or range.

@@ -2,11 +2,11 @@
 #pragma once
 
 #include "core/cuda/warp_product.cuh"
-#include "info_nce/rows.cuh"
+#include "info_nce/group.cuh"
 
 namespace cpc::info_nce::cuda {
 
-constexpr int kTile = 64, kRowTiles = 2, kWarpsAcross = kTile / kWarpColumns;
+constexpr int kRowTiles = 2, kWarpsAcross = kTile / kWarpColumns;
 // While one slice is multiplied, the next is in shared memory and the one after that on its way to registers.
 constexpr int kStages = 2, kTileBytes = kTile * kSliceBytes, kStageBytes = 2 * kTileBytes;
 
@@ -14,13 +14,6 @@ template <class Value>
 using Chunk = Pack<Value, kChunk<Value>>;
 template <class Math>
 using Sums = WarpSums<Math, kRowTiles>;
-// Blocks of a multiprocessor, at least, of scores and of gradients: bounds the registers.
-template <class Math>
-constexpr int kScoreBlocks = !Math::kTensorCores                 ? 2
-                             : sizeof(typename Math::Value) == 2 ? 4
-                                                                 : 5;
-template <class Math>
-constexpr int kGradBlocks = Math::kTensorCores ? 4 : 2;
 __device__ inline int warp_row() { return threadIdx.x / kWarp / kWarpsAcross * (16 * kRowTiles); }
 __device__ inline int warp_column() { return threadIdx.x / kWarp % kWarpsAcross * kWarpColumns; }
 

@@ -11,12 +11,12 @@ namespace {
 template <class Work>
 void with_all_keys(const Problem& problem, const Work& work) {
   switch (problem.queries.dtype) {
-    case DType::bf16: return work(AllKeys<BFloat16, TensorCores<BFloat16>>(problem));
-    case DType::f16: return work(AllKeys<Half, TensorCores<float>>(problem));  // TF32 keeps small weights.
+    case DType::bf16: return work(AllKeys<BFloat16, WarpProducts<TensorCores<BFloat16>>>(problem));
+    case DType::f16: return work(AllKeys<Half, WarpProducts<TensorCores<Half>>>(problem));
     case DType::f32:
-      if (problem.tf32) return work(AllKeys<float, TensorCores<float>>(problem));
-      return work(AllKeys<float, MultiplyAdds<float>>(problem));
-    default: return work(AllKeys<double, MultiplyAdds<double>>(problem));
+      if (problem.tf32) return work(AllKeys<float, WarpProducts<TensorCores<float>>>(problem));
+      return work(AllKeys<float, WarpProducts<SplitTf32>>(problem));
+    default: return work(AllKeys<double, BlockProducts<double>>(problem));
   }
 }
 

@@ -28,7 +28,8 @@
 // Scores of all keys are sums over the features in an order that only the number of features decides, so equal keys have
 // equal scores. Sums are in float, in double where the tensors are, in an order that depends on the sizes only: results
 // are the same for any number of threads. The matrix of scores is not in memory: tiles of it stay in the cache or in
-// registers. Only `symmetric` and `self_contrast` keep some, of bounded size, so as not to compute them again.
+// registers. Only `symmetric` and `self_contrast` keep some, of bounded size, so as not to compute them again; CUDA keeps
+// what a group of queries scores, 128 MiB, twice that where there are many keys.
 //
 // A row of weight 0 is absent from all gradients, whatever its query and the keys it is contrasted with hold: it gives
 // nothing to grad_keys and grad_bias, and its grad_queries[m] is 0. A symmetric contrast leaves it out of all columns; where
@@ -82,7 +83,9 @@ struct Problem {
   Groups contrast = Groups::all;
   bool symmetric = false;
   bool self_contrast = false;  // The CPU only.
-  bool tf32 = false;           // Whether CUDA may round float operands to TF32.
+  // Whether CUDA may round float operands to TF32. Else it splits them, each into two that are: products are then exact
+  // to 2^-20 of each, and those of infinite values NaN.
+  bool tf32 = false;
 
   int64_t batch() const { return queries.shape[0]; }
   int64_t rows() const { return queries.shape[1]; }

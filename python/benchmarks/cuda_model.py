@@ -68,6 +68,15 @@ INSTRUCTIONS = {
     # 400 for 4 pixels, with 4.5 requests where 3 patches share a pixel.
     "patches::sum_patches<*>": (90, 0),
 }
+# The same of what products (csrc/core/cuda/product.cuh) do with a tile of results, beside their main loop.
+EPILOGUES = {
+    # A slot of 512 scores takes 370, and the store of a tile of 4096 adds 400; to begin it takes 250.
+    "info_nce::multiply<*, TakeScores<*>>": (10, 26),
+    # A pair that is stored takes 3, one that is added to 6.
+    "info_nce::multiply<*, AddToSums<*>>": (3, 0),
+}
+# Blocks of products stay: the counts have as many, for each block that a multiprocessor of so many holds.
+COUNTED_MULTIPROCESSORS = 132
 # See confront.
 HOST_SHARE = 1.6
 
@@ -89,7 +98,7 @@ class Code:
     waits: int = 0
     early: int = 0
     ahead: int = 0
-    reads_ahead: bool = False  # See reads_ahead in machine_code.py; the kernels in machine_code.csv do not.
+    reads_ahead: bool = False  # See reads_ahead in machine_code.py.
 
     @classmethod
     def of(cls, measures: Measures) -> Code:
@@ -103,7 +112,10 @@ def _codes() -> dict[tuple[int, str], Code]:
 
 def code_of(kernel: str, machine: Machine) -> Code:
     """KeyError for a kernel that is neither in machine_code.csv nor the runtime's."""
-    return Code() if "::" not in kernel else _codes()[machine.sm, kernel]
+    if "::" not in kernel:
+        return Code()
+    # Of the kernels in machine_code.csv, the products on tensor cores read ahead, but for split ones.
+    return replace(_codes()[machine.sm, kernel], reads_ahead="::multiply<TensorCores" in kernel)
 
 
 @dataclass(frozen=True)
@@ -172,7 +184,10 @@ def turns_of(launch: Launch, code: Code) -> Turns:
         requests = launch.read_requests + launch.write_requests + launch.shared_requests
         every = estimate[0] * requests + estimate[1] * launch.transcendentals / 32
         return Turns(count, every / warps + OTHER_INSTRUCTIONS)
-    other = OTHER_INSTRUCTIONS if code.loop else ELEMENTWISE_INSTRUCTIONS
+    other = float(OTHER_INSTRUCTIONS if code.loop else ELEMENTWISE_INSTRUCTIONS)
+    epilogue = next((EPILOGUES[name] for name in EPILOGUES if fnmatchcase(launch.kernel, name)), (0, 0))
+    requests = launch.read_requests - sum(launch.copies.values()) / 32 + launch.write_requests
+    other += (epilogue[0] * requests + epilogue[1] * launch.transcendentals / 32) / warps
     return Turns(count, max(count * code.loop, products + multiplies) + other)
 
 
@@ -230,9 +245,11 @@ def throughput(demands: Sequence[float], waiting: float, warps: float) -> float:
 
 
 def predict_launch(machine: Machine, launch: Launch, code: Code) -> Predicted:
+    at_once = blocks_at_once(machine, launch, code)
+    if "::multiply<" in launch.kernel and launch.grid % COUNTED_MULTIPROCESSORS == 0:
+        launch = replace(launch, grid=machine.multiprocessors * at_once)
     turns = turns_of(launch, code)
     demands = demands_of(machine, launch, turns)
-    at_once = blocks_at_once(machine, launch, code)
     blocks = -(-launch.grid // machine.multiprocessors)  # Of the busiest multiprocessor.
     warps_of_block = -(-launch.block // 32) / machine.issue  # On a scheduler.
     # A product or multiply-add takes its issue slot while its unit is free for it, so the two are not added.

@@ -69,11 +69,13 @@ FAULTS = (
     Fault("sectors", "augment::augment_patches<*>", "rows of patches are shorter than a sector"),
     Fault("conflicts", "augment::augment_patches<*>", "pixels and tables of levels are read at any places"),
     Fault("sectors", "patches::sum_patches<*>", "a row of a patch in 16 bits is shorter than a sector", "sum_group"),
-    Fault("conflicts", "info_nce::score<*>", "scores are stored as they lie in the tensor cores' fragments", "score"),
     Fault("sectors", "info_nce::finish_rows<*>", "eight rows' counts are a byte each", "merge_tiles"),
-    Fault("sectors", "info_nce::add_to_*", "sums are stored as they lie in the tensor cores' fragments"),
     Fault("sectors", "info_nce::*_bucket*", "pairs are read by rows and go where their keys say"),
     Fault("conflicts", "info_nce::*_bucket*", "keys say which counts lanes add to"),
+    Fault(
+        "sectors", "info_nce::finish_rows<*>", "a tile's powers of a row are one thread's; they seldom change", "align"
+    ),
+    Fault("sectors", "info_nce::put_positives<*>", "a value a row"),
     Fault("conflicts", "logistic_mixture::run_tiles<*>", "pixels have an odd pitch, so words of two share banks"),
     Fault("sectors", "masked_conv::pack_weights<*>", "neighbouring lanes take weights of different input channels"),
     Fault("sectors", "masked_conv::differentiate_activation<*>", "a lane stores neighbouring channels one by one"),

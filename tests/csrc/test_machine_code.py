@@ -46,10 +46,16 @@ class Fault:
 AMPERE, HOPPER, BLACKWELL = ARCHITECTURES
 
 FAULTS = (
-    # The next slice is converted, scaled and chosen among zeros as it arrives, not when it is stored.
-    Fault("early", "info_nce::score*<*, TensorCores<*>>", "what is loaded ahead is worked on at once"),
-    Fault("early", "info_nce::add_to_*", "what is loaded ahead is worked on at once"),
-    Fault("local", "info_nce::score<*, TensorCores<float>>", "registers, around the product", (AMPERE,)),
+    *(
+        Fault(
+            "local", f"info_nce::multiply<TensorCores<{half}>, ProductTile<128, 128,*, AddToSums>", reason, (BLACKWELL,)
+        )
+        for half, reason in (("BFloat16", "registers, around the product"), ("Half", "registers, around the product"))
+    ),
+    *(
+        Fault("generic", f"info_nce::{kernel}", "ptxas merges addresses of parameters and results", (BLACKWELL,))
+        for kernel in ("multiply<*TakeScores*", "finish_*", "measure_tiles<*", "put_positives<*", "scale_queries<*")
+    ),
     Fault("local", "info_nce::contrast_sampled<double, double>", "registers", (AMPERE, HOPPER)),
     Fault("local", "info_nce::sum_sampled_keys<double, double>", "registers", (BLACKWELL,)),
     Fault("generic", "info_nce::contrast_sampled<*>", "ptxas merges addresses of parameters and keys", (BLACKWELL,)),

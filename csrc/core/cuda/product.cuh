@@ -70,9 +70,11 @@ using WarpTileSums = Sum[Tile::kRowTiles][Tile::kColumnTiles][4];
 
 // Bands of `band` rows of tiles, each from left to right and in it from top to bottom: blocks that run at a time work on
 // a square of tiles or nearly, which needs the fewest different rows of A and B in the second-level cache.
-// Where a batch has several entries, each of them is a product of its own, one after another.
+// Where a batch has several entries, each of them is a product of its own, one after another. Where only tiles on the
+// diagonal are wanted, those of an entry follow each other.
 struct TileOrder {
   int entries, row_tiles, column_tiles, band;
+  bool diagonal = false;
 
   struct Place {
     int entry, row, column;
@@ -82,6 +84,7 @@ struct TileOrder {
     const int of_entry = row_tiles * column_tiles, of_band = band * column_tiles;
     const int entry = index / of_entry;
     index -= entry * of_entry;
+    if (diagonal) return {entry, index, index};
     const int above = index / of_band * band, rest = index - above * column_tiles;
     const int height = row_tiles - above < band ? row_tiles - above : band;
     const int column = rest / height;
@@ -375,21 +378,25 @@ int64_t slices_of(int64_t depth) {
   return (depth + kDepth<T> - 1) / kDepth<T>;
 }
 
+// Which tiles of a product are computed.
+enum class Tiles : uint8_t { all, diagonal };
+
 // Queues D = A B on a stream, for each of some entries, as `name` in errors. The operands must fit.
 template <class Math, class Tile, class A, class B, class Depth, class Epilogue>
 void launch_product(const char* name, const A& a, const B& b, const Depth& depth, const Epilogue& epilogue,
-                    int64_t entries, void* stream) {
+                    int64_t entries, void* stream, Tiles tiles = Tiles::all) {
   if (!a.fits() || !b.fits()) throw std::invalid_argument(std::string(name) + ": operands that no product takes");
   const int64_t row_tiles = (a.count + Tile::kRows - 1) / Tile::kRows;
-  const int64_t column_tiles = (b.count + Tile::kColumns - 1) / Tile::kColumns;
+  const bool diagonal = tiles == Tiles::diagonal;
+  const int64_t column_tiles = diagonal ? 1 : (b.count + Tile::kColumns - 1) / Tile::kColumns;
   constexpr int64_t kMost = 1 << 30;  // So that a step beyond the last tile is a number, too.
   if (entries > 0 && row_tiles > 0 && (row_tiles > kMost / entries || column_tiles > kMost / entries / row_tiles))
     throw std::invalid_argument(std::string(name) + ": more than 2^30 tiles of results");
   const int64_t blocks = std::min(entries * row_tiles * column_tiles, product_blocks<Tile>());
   const double square = std::sqrt(static_cast<double>(blocks) * Tile::kColumns / Tile::kRows);
-  const TileOrder order{
-      static_cast<int>(entries), static_cast<int>(row_tiles), static_cast<int>(column_tiles),
-      static_cast<int>(std::clamp<int64_t>(std::llround(square), 1, std::max<int64_t>(row_tiles, 1)))};
+  const TileOrder order{static_cast<int>(entries), static_cast<int>(row_tiles), static_cast<int>(column_tiles),
+                        static_cast<int>(std::clamp<int64_t>(std::llround(square), 1, std::max<int64_t>(row_tiles, 1))),
+                        diagonal};
   launch(name, &multiply<Math, Tile, A, B, Depth, Epilogue>, {blocks, dim3(Tile::kThreads), Tile::kSharedBytes}, stream,
          Product<A, B, Depth, Epilogue>{a, b, depth, epilogue, order});
 }

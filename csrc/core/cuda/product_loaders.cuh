@@ -28,6 +28,24 @@ bool fits_chunks(const T* values, int64_t stride) {
   return reinterpret_cast<uintptr_t>(values) % kChunkBytes == 0 && stride % kChunk<T> == 0 && stride <= kMost;
 }
 
+// A depth that is cut into so many parts, all but the last of one size, each of which is an entry of its own: those of the
+// first entry come first.
+struct DepthParts {
+  int count = 1, depth = 0;
+
+  // The part that an entry is, which then says whose it is.
+  __device__ int part_of(int& entry) const {
+    if (count == 1) return 0;
+    const int whole = entry / count, part = entry - whole * count;
+    entry = whole;
+    return part;
+  }
+  // How much of the whole depth a part has.
+  __device__ int depth_of(int part, int whole) const {
+    return count == 1 ? whole : how_many(int64_t{whole} - int64_t{part} * depth, depth);
+  }
+};
+
 // A matrix whose depth is innermost: row i of A, or column i of B, is `depth` values from values + i * stride.
 template <class T>
 struct Rows {
@@ -39,6 +57,7 @@ struct Rows {
   int64_t stride, count;
   int depth;
   int64_t entry_stride = 0;
+  DepthParts parts = {};
 
   bool fits() const { return fits_chunks(values, stride) && entry_stride % kChunk<T> == 0; }
 
@@ -49,8 +68,10 @@ struct Rows {
         : rows_(rows), row_(threadIdx.x / kChunksOfSlice), chunk_(threadIdx.x % kChunksOfSlice) {}
 
     __device__ void begin(int entry, int64_t first) {
-      from_ = rows_.values + entry * rows_.entry_stride + first * rows_.stride + chunk_ * kChunk<T>;
-      left_ = rows_.depth - chunk_ * kChunk<T>;
+      const int part = rows_.parts.part_of(entry);
+      from_ = rows_.values + entry * rows_.entry_stride + first * rows_.stride + int64_t{part} * rows_.parts.depth +
+              chunk_ * kChunk<T>;
+      left_ = rows_.parts.depth_of(part, rows_.depth) - chunk_ * kChunk<T>;
       const int64_t last = rows_.count - 1 - first;
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
@@ -122,6 +143,7 @@ struct Columns {
   int64_t stride, count;
   int depth;
   int64_t entry_stride = 0;
+  DepthParts parts = {};
 
   bool fits() const { return fits_chunks(values, stride) && entry_stride % kChunk<T> == 0; }
 
@@ -133,9 +155,10 @@ struct Columns {
 
     __device__ void begin(int entry, int64_t first) {
       const int64_t side = first + chunk_ * kChunk<T>;
-      from_ = columns_.values + entry * columns_.entry_stride + line_ * columns_.stride +
-              (side < columns_.count ? side : 0);
-      left_ = columns_.depth - line_;
+      const int part = columns_.parts.part_of(entry);
+      from_ = columns_.values + entry * columns_.entry_stride +
+              (int64_t{part} * columns_.parts.depth + line_) * columns_.stride + (side < columns_.count ? side : 0);
+      left_ = columns_.parts.depth_of(part, columns_.depth) - line_;
     }
     __device__ void end() { left_ = 0; }
     template <class Walk>

@@ -143,6 +143,10 @@ def _all_cases() -> list[Case]:
         *both_passes(AllCase, rows(QUICK_BATCH), dtype="bfloat16"),
         *both_passes(AllCase, 4096, quick=True),
         *both_passes(AllCase, 4096, 1024),
+        *both_passes(AllCase, 4096, dtype="bfloat16"),
+        *both_passes(AllCase, 4096, dtype="float16"),
+        *both_passes(AllCase, 4096, 1024, dtype="bfloat16"),
+        *both_passes(AllCase, 16384, dtype="bfloat16"),
     ]
 
 

@@ -58,6 +58,34 @@ def test_more_scores_of_both_directions_than_are_kept(batch):
     draw((size, size, 4), batch=batch, symmetric=True, weights=True, ranges=True).check(CPU, by_reference=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{"targets": True, "weights": True}, {"positives": 2}, EVERYTHING], ids=len)
+def test_chunks_of_keys(device, monkeypatch, dtype, options):
+    """Gradients of all parts, of more features than one tile has."""
+    monkeypatch.setenv("CPC_EMULATION_POWERS_KIB", "512")
+    draw((5, 600, 250), dtype, **options).check(device)
+
+
+def test_groups_of_queries_in_both_directions(device, monkeypatch):
+    monkeypatch.setenv("CPC_EMULATION_POWERS_KIB", "512")
+    draw((1030, 1030, 4), torch.bfloat16, symmetric=True, weights=True, scale=0.7).check(device, by_reference=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_operands_at_any_address(device, dtype):
+    """Products copy 16 bytes at a time, which rows need not begin at."""
+    values = torch.randn(90 * 16 + 1, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    moved, still = (
+        [view[: 60 * 16].view(60, 16), view[30 * 16 :].view(60, 16)] for view in (values[1:], values[1:].clone())
+    )
+    results = []
+    for queries, keys in (moved, still):
+        inputs = [tensor.detach().requires_grad_() for tensor in (queries, keys)]
+        loss = info_nce(*inputs).loss
+        results.append([loss, *torch.autograd.grad(loss, inputs)])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 3), (0, 0, 3), (3, 4, 0)], ids=str)
 @pytest.mark.parametrize("samples", [None, 2])
 def test_nothing_in_a_dimension(device, shape, samples):
