@@ -46,12 +46,7 @@ class Fault:
 AMPERE, HOPPER, BLACKWELL = ARCHITECTURES
 
 FAULTS = (
-    *(
-        Fault(
-            "local", f"info_nce::multiply<TensorCores<{half}>, ProductTile<128, 128,*, AddToSums>", reason, (BLACKWELL,)
-        )
-        for half, reason in (("BFloat16", "registers, around the product"), ("Half", "registers, around the product"))
-    ),
+    Fault("local", "info_nce::multiply<TensorCores<float>, *TakeScores<float>>", "registers", (BLACKWELL,)),
     *(
         Fault("generic", f"info_nce::{kernel}", "ptxas merges addresses of parameters and results", (BLACKWELL,))
         for kernel in ("multiply<*TakeScores*", "finish_*", "measure_tiles<*", "put_positives<*", "scale_queries<*")
@@ -66,10 +61,14 @@ FAULTS = (
         "generic", "patches::sum_patches<*, void, 1>", "ptxas merges addresses of slopes and gradients", (BLACKWELL,)
     ),
     # Whether the mask shows a tap is asked once for all of its slices.
-    Fault("early", "multiply<*, VisibleTaps<*", "the mask of weights in place"),
+    Fault("early", "masked_conv::multiply<*, VisibleTaps<*", "the mask of weights in place"),
     # Channels that are no whole chunks of 16 bytes are copied value by value, through registers where a value has two.
-    Fault("early", "multiply<TensorCores<BFloat16>, *, TapColumns<BFloat16, false,*", "odd numbers of channels"),
-    Fault("early", "multiply<TensorCores<Half>, *, TapColumns<Half, false,*", "odd numbers of channels"),
+    Fault(
+        "early",
+        "masked_conv::multiply<TensorCores<BFloat16>, *, TapColumns<BFloat16, false,*",
+        "odd numbers of channels",
+    ),
+    Fault("early", "masked_conv::multiply<TensorCores<Half>, *, TapColumns<Half, false,*", "odd numbers of channels"),
     Fault("generic", "logistic_mixture::run_tiles<*>", "one code for parameters in shared memory and in global"),
     Fault("local", "logistic_mixture::sample_pixels", "a pixel's values are indexed by its channel"),
     Fault("early", "pixel_steps::run_steps<float>", "a step reads what is there only once the one before it is done"),
