@@ -126,7 +126,8 @@ struct PackArguments {
 // closer together than channels do, and write neighbouring values.
 constexpr int kPacked = 32;
 template <class T>
-using PackedTile = T[kPacked][kPacked + 1];
+using PackedTile =
+    T[kPacked][kPacked + (sizeof(T) == 2 ? 2 : 1)];  // An odd number of words a row, so that no banks meet.
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) pack_weights(const __grid_constant__ PackArguments<T> a) {
