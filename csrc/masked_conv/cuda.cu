@@ -117,10 +117,7 @@ void choose_convolve(const Convolution& problem, int64_t first_image, int64_t im
     const double square = cost<SquareTile>(rows, columns), low = cost<LowTile>(rows, columns);
     if constexpr (!std::is_same_v<Math, SplitTf32>)  // Which needs more registers than there are.
       if (cost<FifthTile>(rows, columns) < std::min(square, low)) return launch_convolve<Math, FifthTile>(a, stream);
-    if (low < square) return launch_convolve<Math, LowTile>(a, stream);
-    const bool single =
-        divide_up(rows, SquareTile::kRows) * divide_up(columns, SquareTile::kColumns) <= multiprocessors();
-    single ? launch_convolve<Math, SingleTile>(a, stream) : launch_convolve<Math, SquareTile>(a, stream);
+    low < square ? launch_convolve<Math, LowTile>(a, stream) : launch_convolve<Math, SquareTile>(a, stream);
   }
 }
 

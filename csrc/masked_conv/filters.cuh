@@ -80,14 +80,12 @@ struct Filters {
       }
 #pragma unroll
       for (int i = 0; i < kCount; ++i)
-        if (kSide % kStep == 0 || row_ + i * kStep < kSide)
-          copy_async<kChunkBytes>(to + i * kStep * kSliceBytes, from + offset_[i],
-                                  visible_ && walk.index() < b_.slices);
+        copy_async<kChunkBytes>(to + i * kStep * kSliceBytes, from + offset_[i], visible_ && walk.index() < b_.slices);
     }
 
    private:
-    static constexpr int kStep = kThreads / kChunksOfSlice, kCount = (kSide + kStep - 1) / kStep;
-    static_assert(kStep % 8 == 0);  // Chunks lie alike in every 8 rows.
+    static constexpr int kStep = kThreads / kChunksOfSlice, kCount = kSide / kStep;
+    static_assert(kStep % 8 == 0 && kSide % kStep == 0);  // Chunks lie alike in every 8 rows.
 
     const Filters& b_;
     int row_, chunk_;

@@ -111,9 +111,7 @@ inline void strides_of_mask(const TensorView& mask, int64_t (&strides)[4]) {
 // --- Tiles ---
 
 // 128 x 160: widths of 160 and 320 outputs are whole tiles of it.
-using FifthTile = ProductTile<128, 160, 32, 80, 3, 1>;
-// A square tile of twice as many warps, where a multiprocessor has no more than one: they hide each other's waiting.
-using SingleTile = ProductTile<128, 128, 32, 64, 4, 1>;
+using FifthTile = ProductTile<128, 160, 64, 80, 3, 2>;
 // One pixel of a batch, where all that matters is how fast weights arrive, with many slices on their way.
 using PixelTile = ProductTile<32, 32, 16, 32, 8, 8>;
 // In double, of multiply-adds.
