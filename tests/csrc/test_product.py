@@ -177,7 +177,7 @@ RACES = {
     "barrier": ("__syncthreads();  // The next slice is there for all, and all have read this one.", ""),
     "entry": ("__syncthreads();  // The first slice is there for all.", ""),
     "wait": ("wait_for_copies<Tile::kStages - 2>();", "wait_for_copies<Tile::kStages - 1>();"),
-    "stage": ("if (step == kSteps - 1) start(free);", "if (step == 0) start(free);"),
+    "stage": ("if (last) start(free);", "if (step == 0) start(free);"),
 }
 
 

@@ -17,6 +17,7 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
+#include <optional>
 #include <random>
 #include <stdexcept>
 #include <vector>
@@ -96,6 +97,8 @@ class Stacks {
     if (memory_ == MAP_FAILED) throw std::bad_alloc();
     for (unsigned i = 0; i < count; ++i) mprotect(memory_ + i * kPitch, kPage, PROT_NONE);
   }
+  ~Stacks() { munmap(memory_, count_ * kPitch); }
+  Stacks(const Stacks&) = delete;
   char* operator[](unsigned i) const { return memory_ + i * kPitch + kPage; }
   Range range() const {
     const auto begin = reinterpret_cast<uintptr_t>(memory_);
@@ -108,12 +111,9 @@ class Stacks {
   size_t count_;
 };
 
-// Those of a block, or of blocks that run together.
-const Stacks& stacks(bool together) {
-  static const Stacks of_block(kMaxThreads);
-  if (!together) return of_block;
-  static const Stacks of_blocks(kMostTogether);
-  return of_blocks;
+const Stacks& stacks_of_a_block() {
+  static const Stacks stacks(kMaxThreads);
+  return stacks;
 }
 
 // Static shared variables lie here for all kernels, each with a gap behind it that may not be touched.
@@ -178,6 +178,7 @@ struct Machine {
   std::vector<std::vector<std::unique_ptr<Collective>>> collectives;  // Each warp's.
   Fiber* running = nullptr;
   std::string error;
+  const Stacks* stacks = nullptr;
   std::unique_ptr<unsigned char[], AlignedDelete> shared;  // Of blocks that run together one after the other, and
   unsigned turn = 0;                                       // which of them it is the turn of.
 };
@@ -429,7 +430,7 @@ void go_to_block(uint64_t b) {
 }
 
 void run_apart(const std::vector<uint64_t>& blocks, std::mt19937& random) {
-  machine->fibers = make_fibers(machine->launch->block, stacks(false), 0);
+  machine->fibers = make_fibers(machine->launch->block, *machine->stacks, 0);
   for (const uint64_t b : blocks) {
     go_to_block(b);
     poison_shared(machine->launch->shared_bytes);
@@ -477,7 +478,7 @@ void run_together(const std::vector<uint64_t>& blocks, std::mt19937& random) {
   const dim3 block = machine->launch->block;
   const unsigned threads = block.x * block.y * block.z;
   for (unsigned turn = 0; turn < blocks.size(); ++turn)
-    all.push_back({blocks[turn], turn, make_fibers(block, stacks(true), turn * threads), {}});
+    all.push_back({blocks[turn], turn, make_fibers(block, *machine->stacks, turn * threads), {}});
   for (;;) {
     std::shuffle(all.begin(), all.end(), random);
     for (Waiting& one : all) {
@@ -576,10 +577,15 @@ void run(const Launch& launch, const std::function<void()>& thread) {
   blockDim = launch.block;
   std::mt19937 random(seed() * 1000003u + launches++);
   const uint64_t in_grid = uint64_t{grid.x} * grid.y * grid.z;
+  const unsigned threads = launch.block.x * launch.block.y * launch.block.z;
+  // Those of blocks that run together go with the launch: each takes two of a process's mappings, of which there are 65530.
+  std::optional<Stacks> of_blocks;
+  if (together) of_blocks.emplace(static_cast<unsigned>(in_grid) * threads);
+  current_machine.stacks = together ? &*of_blocks : &stacks_of_a_block();
   const std::vector<uint64_t> blocks = choose_blocks(in_grid, launch.depend, random);
-  trace_launch({stacks(together).range(), range_of(current_machine.shared.get(), shared_bytes),
+  trace_launch({current_machine.stacks->range(), range_of(current_machine.shared.get(), shared_bytes),
                 range_of(static_memory().memory, StaticMemory::kBytes)},
-               launch.block.x * launch.block.y * launch.block.z, static_cast<unsigned>(together ? in_grid : 1));
+               threads, static_cast<unsigned>(together ? in_grid : 1));
   tell([&](Observer& o) { o.launch_begins(launch, {in_grid, blocks.size()}); });
   try {
     together ? run_together(blocks, random) : run_apart(blocks, random);
