@@ -97,7 +97,13 @@ class Stacks {
     if (memory_ == MAP_FAILED) throw std::bad_alloc();
     for (unsigned i = 0; i < count; ++i) mprotect(memory_ + i * kPitch, kPage, PROT_NONE);
   }
-  ~Stacks() { munmap(memory_, count_ * kPitch); }
+  ~Stacks() {
+#if defined(__SANITIZE_ADDRESS__)
+    // Fibers that never end leave frames there, of which whoever gets these addresses next must not hear.
+    ASAN_UNPOISON_MEMORY_REGION(memory_, count_ * kPitch);
+#endif
+    munmap(memory_, count_ * kPitch);
+  }
   Stacks(const Stacks&) = delete;
   char* operator[](unsigned i) const { return memory_ + i * kPitch + kPage; }
   Range range() const {
