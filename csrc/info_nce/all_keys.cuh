@@ -131,7 +131,7 @@ class AllKeys {
     if constexpr (std::is_same_v<T, Half>)
       if (a.gradients)
         launch("find_largest_weight", &find_largest_weight<float>, {1, dim3(kUnitThreads)}, stream, a.row_weights,
-               p.batch() * a.m, a.factor, const_cast<float*>(a.largest_weight));
+               p.batch() * a.m, a.factor, a.largest_weight);
     for (a.first_entry = 0; a.first_entry < p.batch(); a.first_entry += cuts_.entries) {
       a.entries = std::min(cuts_.entries, p.batch() - a.first_entry);
       pack(a.packs_queries, a.queries, a.packed_queries, a, a.m, stream);

@@ -37,7 +37,7 @@ void contrast(const Problem& problem, void* stream) {
   if (!problem.sampled()) return with_all_keys(problem, [&](const auto& all) { all.run(stream); });
   with_floating(problem.queries.dtype, [&](auto storage) {
     using T = decltype(storage);
-    launch_sampled<T, std::conditional_t<std::is_same_v<T, double>, double, float>>(problem, stream);
+    launch_sampled<T, SumOf<T>>(problem, stream);
   });
 }
 

@@ -14,8 +14,6 @@
 namespace cpc::info_nce::cuda {
 
 template <class T>
-using SumOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
-template <class T>
 constexpr bool kOnTensorCores = !std::is_same_v<T, double>;
 
 // Rivals in memory, one array for each of what is known of them; moments only where slopes are wanted.
@@ -149,7 +147,7 @@ struct Group : Rows<Sum> {
   Sum* bias_parts;               // Likewise: sums of the gradients' weights.
   Stats<Sum> columns = {};       // [entries][N]
   Sum* column_factors;           // [entries][N]
-  const float* largest_weight;   // Of all rows, where weights have a unit; else null.
+  float* largest_weight;         // That of all rows, where weights have a unit; else null.
   int64_t first_entry = 0, entries = 0, first_row = 0, rows = 0, first_key = 0, key_count = 0;
   bool adds_queries = false, adds_keys = false;  // To what is in memory.
 

@@ -43,7 +43,7 @@ struct Packing {
   TensorView packed;  // packed_bytes(...), aligned to 64.
   std::vector<Tap> taps;
   bool transposed = false;  // From O to C channels, for the gradient in the input. Else from C to O.
-  bool gated = false;       // Outputs n and n + N / 2 are needed together.
+  bool gated = false;       // The CPU needs outputs n and n + N / 2 together.
   bool pairs = false;       // For a convolution in pairs.
 
   int64_t outputs() const { return weight.shape[transposed ? 1 : 0]; }

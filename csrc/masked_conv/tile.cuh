@@ -22,9 +22,6 @@ using namespace cpc::cuda;
 
 constexpr int kThreads = 256;  // Threads of blocks that have no tile.
 
-template <class T>
-using SumOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 // --- Taps as kernels take them, by value ---
 
 // What fits a kernel's parameters, of 4 KiB, beside everything else: all taps of a kernel of 27 x 27.

@@ -100,9 +100,7 @@ struct VisibleTaps {
 };
 
 // No tap but the pixel itself.
-struct PixelItself {
-  static constexpr int count = 1;
-};
+struct PixelItself {};
 
 // The depth is pixels, those of an entry `of_entry` of all. Side tap * channels + channel is what they see by the tap.
 template <class T, bool kWholeChunks, class TapsOf>

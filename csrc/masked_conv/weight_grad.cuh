@@ -24,6 +24,7 @@ struct GradPlan {
     low = !whole_chunks ||
           divide_up(problem.outputs(), SquareTile::kRows) * SquareTile::kRows >=
               kLowCost * static_cast<double>(divide_up(problem.outputs(), LowTile::kRows) * LowTile::kRows);
+    static_assert(DoubleTile::kRows == LowTile::kRows);
     const int64_t rows = low ? LowTile::kRows : SquareTile::kRows;
     const int64_t columns = is_double ? DoubleTile::kColumns : SquareTile::kColumns;
     const int64_t tiles = divide_up(problem.outputs(), rows) * divide_up(depth, columns);

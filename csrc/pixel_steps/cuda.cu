@@ -216,7 +216,7 @@ __device__ void finish(const PlannedStep& step, const Shared<E>& shared, int fea
 template <class E>
 __device__ void run_step(const Arguments& a, const PlannedStep& step, Shared<E>& shared, int64_t first_image,
                          int64_t images, unsigned member) {
-  // Of a row, a map of one pixel gets the last.
+  // A map of one pixel gets the last of a row.
   const int64_t width = a.width >> step.level, columns = a.whole_row && step.output_scale != 0 ? width : 1;
   const int64_t y = a.position[0] >> step.level;
   const int64_t x = a.whole_row && step.output_scale == 0 ? width - 1 : a.position[1] >> step.level;

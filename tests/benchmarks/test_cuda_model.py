@@ -379,8 +379,8 @@ def test_our_kernels_multiply_at_least_what_they_must(traced):
 def test_every_problem_is_predicted_and_no_faster_than_its_floor(traced, machine):
     for problem in traced:
         row = predict(machine, completed(problem), eager_steps(problem.key))
-        # Taps that fall on the padding count in the floor, and are left out.
-        share = 0.8 if "conv2d" in problem.op else 1
+        # Taps that fall on the padding count in the floor, and are left out: at most 16 % of those of 7 x 7 pixels.
+        share = 0.84 if "conv2d" in problem.op else 1
         assert share * row.floor < row.ours < 1, problem.key
         assert problem.op == "augment_patches" if row.eager is None else row.eager > 0
 

@@ -15,6 +15,10 @@ namespace cpc::cuda {
 
 constexpr int kWarp = 32;
 
+// The type of sums of values that are kept as T.
+template <class T>
+using SumOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
 // --- Storage types to the computing type or themselves, and back rounding to nearest even ---
 
 template <class Real>

@@ -85,7 +85,7 @@ __device__ void each_row(const WarpTileSums<Tile, Sum>& sums, const Use& use) {
 // Rows of results, innermost contiguous, rounded to T.
 template <class T>
 struct StoreRows {
-  using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  using Sum = SumOf<T>;
 
   T* values;
   int64_t stride, rows, columns, entry_stride = 0;

@@ -34,7 +34,7 @@ class Races : public Observer {
     uint64_t block;
     unsigned thread;
     Place place;
-    uint32_t turn;  // Of blocks that run together: how many barriers among them came before.
+    uint32_t turn;  // How many barriers among blocks that run together came before.
   };
   struct Race {
     std::string kernel;
@@ -77,7 +77,7 @@ class Races : public Observer {
     Stamp write;
     std::vector<Stamp> reads, atomics, copied_from;
     // One access of each kind by an earlier block of the launch: all later ones are of other blocks, so one is enough.
-    // Of blocks that run together, the latest of each kind by each block.
+    // The latest of each kind by each block, where blocks run together.
     std::vector<Party> earlier;
   };
   // 16 bytes, cut into cells where accesses begin and end.
@@ -126,7 +126,7 @@ class Races : public Observer {
   std::string kernel_;
   std::map<std::string, int64_t> launches_;
   uint64_t block_ = 0, block_number_ = 0;
-  // Of blocks that run together: this one's turn, that of each, and up to which turn of others each comes after them.
+  // Where blocks run together: this one's turn, that of each, and up to which turn of others each comes after them.
   bool together_ = false;
   uint32_t turn_ = 0;
   std::map<uint64_t, uint32_t> turns_;
