@@ -125,8 +125,8 @@ def test_ops_round_where_they_may(device, rounds, precision):
         error = ((actual - exact).abs().max() / exact.abs().max()).item()
         if precision == "tf32" and rounds:
             assert 2**-16 < error < 2**-8
-        else:
-            assert error < 2**-19
+        else:  # Tensor cores cut digits off each sum of the three products that stand for a float32 one.
+            assert error < (2**-18 if rounds else 2**-19)
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "gated"])
