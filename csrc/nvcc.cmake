@@ -26,6 +26,40 @@ function(ask_nvcc result)
   set(${result} "${output}" PARENT_SCOPE)
 endfunction()
 
+# The architectures to compile for, of those that nvcc's --list-gpu-arch knows: this machine's GPUs, as others will not
+# run what is built here; where it has none, or one that this nvcc or the kernels do not know, all that are in use. With
+# PTX of the newest for what comes after.
+function(choose_architectures result known)
+  set(chosen)
+  find_program(smi nvidia-smi NO_CACHE)
+  if(smi)
+    execute_process(COMMAND ${smi} --query-gpu=compute_cap --format=csv,noheader TIMEOUT ${CPC_EXT_NVCC_SECONDS}
+                    RESULT_VARIABLE status OUTPUT_VARIABLE output ERROR_QUIET INPUT_FILE /dev/null)
+    if(status EQUAL 0)
+      string(REGEX MATCHALL "[0-9]+\\.[0-9]+" chosen "${output}")
+      list(TRANSFORM chosen REPLACE "\\." "")
+      list(REMOVE_DUPLICATES chosen)
+      list(SORT chosen COMPARE NATURAL)
+    endif()
+  endif()
+  foreach(arch IN LISTS chosen)
+    if(arch LESS 80 OR NOT known MATCHES "compute_${arch}([^0-9]|$)")
+      set(chosen)
+      break()
+    endif()
+  endforeach()
+  if(NOT chosen)
+    foreach(arch 80 90 100 120)
+      if(known MATCHES "compute_${arch}([^0-9]|$)")
+        list(APPEND chosen ${arch})
+      endif()
+    endforeach()
+  endif()
+  list(POP_BACK chosen newest)
+  list(TRANSFORM chosen APPEND -real)
+  set(${result} ${chosen} ${newest} PARENT_SCOPE)
+endfunction()
+
 # Sets nvcc to its path and version to its release; or nvcc to nothing and reason to why there is none. CMake's own
 # CMAKE_CUDA_COMPILER, and the flags that CUDACXX may bring, are set for enable_language(CUDA).
 function(find_nvcc nvcc version reason)

@@ -100,6 +100,35 @@ def test_a_named_one_is_never_passed_over(find, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("gpus", "architectures"),
+    [
+        (None, "80-real;90-real;100-real;120"),
+        ("9.0\n", "90"),
+        ("12.0\n8.6\n8.6\n", "86-real;120"),
+        # One that the kernels, or this nvcc, do not know: whoever builds there builds for elsewhere.
+        ("7.5\n9.0\n", "80-real;90-real;100-real;120"),
+        ("20.0\n", "80-real;90-real;100-real;120"),
+        ("[N/A]\n", "80-real;90-real;100-real;120"),
+        ("fails", "80-real;90-real;100-real;120"),
+    ],
+)
+def test_architectures_are_those_of_the_machines_gpus(tmp_path, gpus, architectures):
+    if gpus is not None:
+        smi = tmp_path / "nvidia-smi"
+        smi.write_text("#!/bin/sh\nexit 9\n" if gpus == "fails" else f"#!/bin/sh\nprintf '{gpus}'\n")
+        smi.chmod(0o755)
+    known = "".join(f"compute_{arch}\n" for arch in (75, 80, 86, 87, 90, 100, 103, 120, 121))
+    script = tmp_path / "choose.cmake"
+    script.write_text(
+        f'include({REPOSITORY}/csrc/nvcc.cmake)\nchoose_architectures(chosen "{known}")\nmessage("chosen=${{chosen}}|")'
+    )
+    done = subprocess.run(
+        [CMAKE, "-P", script], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True, timeout=100
+    )
+    assert f"chosen={architectures}|" in done.stderr
+
+
+@pytest.mark.parametrize(
     ("fault", "words"),
     [
         ({"version": "sleep 600"}, ["did not answer within 1 seconds", "--version"]),
