@@ -22,6 +22,7 @@ from cpc_ext.programs.command_line import exit_status
 from cpc_ext.programs.train_options import Command, describe, parse
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.checkpoint import load_checkpoint
+from cpc_ext.training.data_record import described
 from cpc_ext.training.config import RunConfig, explain, option, options_that_may_change, validate_config
 from cpc_ext.training.distribution import Ranks, joined_ranks, lost_contact
 from cpc_ext.training.errors import TrainingError, speaker, unfailing_output
@@ -117,7 +118,7 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
         task.prepare(ranks, resumed=state is not None)
     log = _opened_log(config, run, trainer, ranks)
     ranks.say(
-        f"{len(task.images)} images of {dataset.name}, {sum(p.numel() for p in task.model.parameters()):,} parameters, "
+        f"{described(task.examples)} of {dataset.name}, {sum(p.numel() for p in task.model.parameters()):,} parameters, "
         f"{trainer.total_steps} steps"
         + (f", {ranks.world_size} processes" if ranks.world_size > 1 else "")
         + (f", going on after step {trainer.step}" if state is not None else "")
@@ -135,7 +136,7 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
         log.scalars(trainer.step, results)
         with _timed(phases, "figures"):
             task.save(run)
-        summary = _summary(config, trainer, results, phases, ranks)
+        summary = _summary(config, task.unit, trainer, results, phases, ranks)
         _write(run.summary, json.dumps(summary, indent=2) + "\n")
     except OSError as error:
         raise TrainingError(f"could not write to {run.path} ({error}): make room; {trainer.on_disk()}") from None
@@ -237,7 +238,7 @@ def _by_option(config: RunConfig) -> dict[str, Any]:
 
 
 def _summary(
-    config: RunConfig, trainer: Trainer, results: dict[str, float], phases: dict[str, float], ranks: Ranks
+    config: RunConfig, unit: str, trainer: Trainer, results: dict[str, float], phases: dict[str, float], ranks: Ranks
 ) -> dict[str, Any]:
     device = ranks.device
     final = {
@@ -249,7 +250,7 @@ def _summary(
         **results,
         **final,
         "steps": trainer.step,
-        "images_per_second": round(trainer.step * config.optimization.batch_size / max(trainer.seconds, 1e-9), 2),
+        f"{unit}_per_second": round(trainer.step * config.optimization.batch_size / max(trainer.seconds, 1e-9), 2),
         "peak_memory_bytes": _peak_memory_bytes(device),
         "training_seconds": round(trainer.seconds, 3),
         "phase_seconds": {name: round(seconds, 3) for name, seconds in phases.items()},

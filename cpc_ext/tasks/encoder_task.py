@@ -65,7 +65,7 @@ class EncoderTask(Task):
         self._device = device
         self._view = view
         self._encoder_spec = encoder
-        self.images = dataset.pretrain
+        self.examples = dataset.pretrain
         self.model = self.initial_model()
 
     @property

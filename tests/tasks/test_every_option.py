@@ -127,9 +127,9 @@ def task_of(model: str, images: np.ndarray | None = None, **options: Any) -> Tas
 
 def step(task: Task, *, seed: int = 0) -> dict[str, Tensor]:
     """A forward pass as the loop makes it, on all images."""
-    labels = None if task.images.labels is None else torch.from_numpy(task.images.labels)
+    labels = None if task.examples.labels is None else torch.from_numpy(task.examples.labels)
     task.model.train()
-    return task.losses(torch.from_numpy(task.images.images), labels, RandomStreams(seed, CPU))
+    return task.losses(torch.from_numpy(task.examples.images), labels, RandomStreams(seed, CPU))
 
 
 def inputs_of(module: nn.Module, action: Callable[[], object]) -> list[Tensor]:
@@ -471,7 +471,7 @@ def min_crop_area(model: str) -> None:
     widths = []
     for area in (0.08, 0.99):
         task = task_of(model, columns(32), min_crop_area=area)
-        images, generator = torch.from_numpy(task.images.images), torch.Generator().manual_seed(0)
+        images, generator = torch.from_numpy(task.examples.images), torch.Generator().manual_seed(0)
         (views,) = inputs_of(first_conv(task), lambda t=task, i=images, g=generator: t.encode(t.model, i, g))
         values = column_of(views).flatten(1)
         widths.append((values.amax(1) - values.amin(1)).mean().item())
@@ -625,7 +625,7 @@ class OneWeight(Task):
     def __init__(self, config: RunConfig, *, images: int = 8, factor: float = 1.0) -> None:
         self.model = nn.Linear(1, 1, bias=False)
         nn.init.constant_(self.model.weight, 100.0)
-        self.images = ImageSet(np.arange(images, dtype=np.uint8)[:, None, None, None])
+        self.examples = ImageSet(np.arange(images, dtype=np.uint8)[:, None, None, None])
         self.weights: list[float] = []
         self.batches: list[list[int]] = []
         self.autocast: list[tuple[bool, torch.dtype]] = []
