@@ -191,7 +191,7 @@ def _context(
             raise CheckpointError(f"{checkpoint.origin}: gAR.0.pe are not the sines and cosines of positions")
         unused["gAR.0.pe"] = table
     weights: dict[str, Tensor] = {}
-    window = 1
+    window = 1 if table is None else table.shape[1]
     for index, layer in layers.items():
         own, constants = _transformer_to_ours(checkpoint, layer, f"gAR.{index}.")
         weights |= with_prefix(f"layers.{index - first}.", own)
@@ -234,7 +234,9 @@ def _transformer_to_ours(
     unknown = [prefix + name for name in state if name not in _CONSTANTS and not _TRANSFORMER.ours(name)]
     if unknown:
         raise PROGRAM.refuse(checkpoint, unknown)
-    mask = state.get("multihead.Att.mask")
+    mask, zeros = (state.get(f"multihead.Att.{name}") for name in ("mask", "z"))
+    if zeros is not None and not (zeros.ndim == 3 and zeros.abs().max() == 0):
+        raise CheckpointError(f"{checkpoint.origin}: {prefix}multihead.Att.z must be zeros of three dimensions")
     if mask is not None and not (mask.ndim == 3 and torch.equal(mask, _mask(mask.shape[2]).to(mask))):
         raise CheckpointError(
             f"{checkpoint.origin}: {prefix}multihead.Att.mask hides other positions than those to come"
@@ -248,17 +250,16 @@ def _transformer_to_ours(
     return weights, {name: value for name, value in state.items() if name in _CONSTANTS}
 
 
-def _transformer_from_ours(state: Mapping[str, Tensor], *, complete: bool) -> dict[str, Tensor]:
-    """Weights of a layer by their names; complete: with the constants, of the size that its positions have."""
+def _transformer_from_ours(state: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
+    """Weights of a layer by their names, and its constants for windows of a size; without where that is 0."""
     theirs = {str(_TRANSFORMER.theirs(name)): value for name, value in state.items()}
     relative = state.get("relative")
-    if relative is None:
-        return theirs
-    theirs["multihead.Att.Krelpos"] = relative.flip(0).t().contiguous()
-    if complete:
-        size = len(relative)
-        theirs["multihead.Att.z"] = relative.new_zeros(1, size, 1)
-        theirs["multihead.Att.mask"] = _mask(size).to(relative)
+    if relative is not None:
+        theirs["multihead.Att.Krelpos"] = relative.flip(0).t().contiguous()
+        if size:
+            theirs["multihead.Att.z"] = relative.new_zeros(1, size, 1)
+    if size:
+        theirs["multihead.Att.mask"] = _mask(size).to(state["norm.weight"])
     return theirs
 
 
@@ -284,12 +285,13 @@ def _context_from_ours(context: nn.Module, *, complete: bool) -> dict[str, Tenso
         }
     if not isinstance(context, CausalTransformerContext):
         raise CheckpointError(f"{PROGRAM.source} has no context network like this {type(context).__name__}")
-    if context.absolute and complete:
-        raise CheckpointError(f"{PROGRAM.source} keeps positions of its windows, whose length this model does not know")
-    first = int(context.absolute)
     state: dict[str, Tensor] = {}
-    for index, layer in enumerate(context.layers, start=first):
-        state |= with_prefix(f"{index}.", _transformer_from_ours(layer.state_dict(), complete=complete))
+    size = context.window if complete else 0
+    if context.absolute and complete:
+        table = absolute_positions(size, context.out_channels)
+        state["0.pe"] = table[None].to(context.layers[0].norm.weight)
+    for index, layer in enumerate(context.layers, start=int(context.absolute)):
+        state |= with_prefix(f"{index}.", _transformer_from_ours(layer.state_dict(), size))
     return state
 
 
@@ -301,8 +303,7 @@ def _described_context(context: nn.Module) -> dict[str, Any]:
         described |= {"hidden": context.out_channels, "layers": len(context.layers)}
     elif isinstance(context, CausalTransformerContext):
         names = ("absolute", "reverse")
-        relative = context.layers[0].relative
-        described |= {"window": 0 if relative is None else len(relative), "layers": len(context.layers)}
+        described |= {"window": context.window, "layers": len(context.layers)}
     else:
         names = ()
     return described | {name: getattr(context, name) for name in names}
@@ -391,7 +392,8 @@ def _predictions_from_ours(objective: SequenceInfoNCE, *, complete: bool) -> dic
     for step, predictor in enumerate(objective.predictors):
         own = predictor.state_dict()
         if objective.predictor == "transformer":
-            own = with_prefix("0.", _transformer_from_ours(own, complete=complete))
+            size = len(own["relative"]) if complete else 0
+            own = with_prefix("0.", _transformer_from_ours(own, size))
         elif objective.predictor == "ffd":
             # Equalised layers wrap those that have the weights.
             own = {
@@ -432,7 +434,5 @@ def _options(model: CPC) -> dict[str, Any]:
         options["samplingType"] = "sequential" if context.keep_state else "samespeaker"
     elif isinstance(context, CausalTransformerContext):
         options |= {"arMode": "transformer", "abspos": context.absolute, "nLevelsGRU": len(context.layers)}
-        relative = context.layers[0].relative
-        if relative is not None:
-            options["sizeWindow"] = len(relative) * WaveformEncoder.downsampling
+        options["sizeWindow"] = context.window * WaveformEncoder.downsampling
     return options

@@ -20,7 +20,7 @@ class CausalTransformerContext(Module):
         channels: D, a multiple of ``heads``.
         window: frames of the longest sequence, as relative positions have parameters for its distances: those of a
             shorter one are the first of them, and a longer one has distances that nothing was learnt of, which is an
-            error. Under ``absolute`` sequences may have any length, and it counts for nothing.
+            error. Under ``absolute`` sequences may have any length, whatever this is.
         layers: how many, one on top of the other.
         heads, hidden, dropout: of each layer.
         absolute: whether positions are told by sines and cosines that are added to the encodings, not by the distances
@@ -51,6 +51,7 @@ class CausalTransformerContext(Module):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.out_channels = channels
+        self.window = window
         self.absolute = absolute
         self.reverse = reverse
         positions = None if absolute else window
