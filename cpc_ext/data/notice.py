@@ -14,7 +14,9 @@ _NAMED = 5
 class LeftOut:
     """Files that a data set does not take, by the reason.
 
-    what: they hold, in the plural. Reasons that differ in nothing but numbers ("12 bytes missing") are one, in the words of the first.
+    what: what they are, in the plural.
+
+    Reasons that differ in nothing but numbers ("12 bytes missing") are one, in the words of the first.
     """
 
     def __init__(self, what: str = "images") -> None:

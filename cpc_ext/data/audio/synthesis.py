@@ -1,7 +1,7 @@
 """Speech from a description of its course: a source, of pulses and noise, through filters that change every 5 ms.
 
-The filters are applied to short-time spectra: a window of sound becomes a spectrum, is multiplied by the response of the
-vocal tract at that time, a product of resonances (formants), and is added where it came from. So all windows of an
+The filters are applied to short-time spectra: a window of sound becomes a spectrum, is multiplied by the response of
+the vocal tract at that time, a product of resonances (formants), and is added where it came from. So all windows of an
 utterance are filtered in one product, and NumPy is as fast as this needs.
 Source of the model: Fant 1960; of the cascade of formants, Klatt 1980.
 """
@@ -27,8 +27,8 @@ _DELAY_2 = (_DELAY * _DELAY).astype(np.complex64)
 class Course:
     """What happens in an utterance, at every 5 ms of its T.
 
-    pitch: Hz, [T]. voicing, aspiration, frication: amplitudes of the sources, [T]: pulses and noise that the vocal tract
-        filters, and noise made in its front.
+    pitch: Hz, [T]. voicing, aspiration, frication: amplitudes of the sources, [T]: pulses and noise that the vocal
+        tract filters, and noise made in its front.
     formants, bandwidths: of the vocal tract's resonances, Hz, [T, F].
     noise_centre, noise_width: of the frication, Hz, [T].
     tilt: Hz above which the pulses' spectrum falls by 6 dB an octave.
@@ -47,10 +47,9 @@ class Course:
 
 def synthesize(course: Course, rng: np.random.Generator) -> np.ndarray:
     """The sound of an utterance: float32 [80 (T - 1)]."""
-    pulses = _pulses(_samples(course.pitch), rng) * _samples(course.voicing)
+    pulses = _pulses(_samples(course.pitch), course.tilt, rng)
     noise = rng.standard_normal((2, len(pulses)), dtype=np.float32)
-    through_tract = _spectra(pulses) / (1 + 1j * _FREQUENCIES / course.tilt).astype(np.complex64)
-    through_tract += _spectra(noise[0] * _samples(course.aspiration))
+    through_tract = _spectra(pulses * _samples(course.voicing) + noise[0] * _samples(course.aspiration))
     for formant in range(course.formants.shape[1]):
         through_tract *= _resonance(course.formants[:, formant], course.bandwidths[:, formant])
     # Its peak is 1, where that of a formant grows with the frequency.
@@ -67,18 +66,21 @@ def _samples(frames: np.ndarray) -> np.ndarray:
     return line
 
 
-def _pulses(pitch: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A pulse at every period of a pitch [N], of unit power on average, each a little stronger or weaker."""
+def _pulses(pitch: np.ndarray, tilt: float, rng: np.random.Generator) -> np.ndarray:
+    """A pulse that decays at every period of a pitch [N], each a little stronger or weaker; float32 [N].
+
+    Were they no longer than a sample, their power would be 1.
+    """
     cycles = np.cumsum(pitch.astype(np.float64)) / SAMPLE_RATE + rng.random()
-    pulses = np.zeros(len(pitch), np.float32)
     (at,) = np.nonzero(np.diff(np.floor(cycles), prepend=np.floor(cycles[0])))
-    # A pulse lies between two samples and is shared by them.
     step = pitch[at] / SAMPLE_RATE
+    # A period ends between two samples.
     late = (cycles[at] - np.floor(cycles[at])) / step
-    strength = np.sqrt(1 / step) * rng.normal(1, 0.05, len(at))
-    pulses[at] += strength * (1 - late)
-    pulses[np.maximum(at - 1, 0)] += strength * late
-    return pulses
+    decay = 2 * np.pi * tilt / SAMPLE_RATE
+    times = np.arange(round(6 / decay))
+    shapes = decay * np.exp(-decay * (times + late[:, None])) * (rng.normal(1, 0.05, len(at)) / np.sqrt(step))[:, None]
+    pulses = np.bincount((at[:, None] + times).ravel(), shapes.ravel(), len(pitch) + len(times))
+    return pulses[: len(pitch)].astype(np.float32)
 
 
 def _spectra(sound: np.ndarray) -> np.ndarray:

@@ -88,7 +88,7 @@ class WindowSampler(BatchSampler):
         return starts[:-1], np.diff(starts), groups
 
     def _plan(self) -> tuple[np.ndarray, np.ndarray]:
-        """For the windows, in the order of their groups, which batch each is in (-1 for none), and the batches' sizes."""
+        """Which batch each window is in, in the order of their groups (-1 for none), and the batches' sizes."""
         if self.kind == "sequential":
             share = len(self._groups) // self.batch_size
             batches = np.arange(len(self._groups)) % max(share, 1)

@@ -219,23 +219,26 @@ def _course(pieces: list[_Piece], voice: Voice, rng: np.random.Generator) -> Cou
     )
 
 
+def _response(count: int, decibels: float, rng: np.random.Generator) -> np.ndarray:
+    """A microphone's response at so many frequencies, float32: it rises or falls, and bends, over the spectrum."""
+    coarse = np.linspace(0, 1, 257)
+    waves = np.cos(np.pi * coarse[:, None] * np.arange(1, 5)) @ rng.normal(0, decibels, 4)
+    response: np.ndarray = np.interp(np.linspace(0, 1, count), coarse, 10 ** (waves / 20)).astype(np.float32)
+    return response
+
+
 def _recorded(sound: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A sound, float32 [N], as int16: in a room, through a microphone, before a noise, at some loudness."""
     tail = round(rng.uniform(0.08, 0.3) * SAMPLE_RATE)
-    room = rng.standard_normal(tail) * np.exp(-6.9 * np.arange(tail) / tail)
+    room = rng.standard_normal(tail, np.float32) * np.exp(-6.9 * np.arange(tail, dtype=np.float32) / tail)
     room *= rng.uniform(0.1, 0.5) / np.linalg.norm(room)
     room[0] = 1
     size = 1 << (len(sound) + tail).bit_length()
-    position = np.arange(size // 2 + 1) / (size // 2)
-
-    def slope(decibels: float) -> np.ndarray:
-        """A response that rises or falls, and bends, over the spectrum."""
-        waves = np.cos(np.pi * position[::64, None] * np.arange(1, 5)) @ rng.normal(0, decibels, 4)
-        curve: np.ndarray = 10 ** (np.interp(position, position[::64], waves) / 20)
-        return curve
-
-    heard = np.fft.irfft(np.fft.rfft(sound, size) * np.fft.rfft(room, size) * slope(3.0), size)[: len(sound)]
-    noise = np.fft.irfft(np.fft.rfft(rng.standard_normal(len(sound)), size) * slope(5.0), size)[: len(sound)]
+    through = np.fft.rfft(sound, size) * np.fft.rfft(room, size) * _response(size // 2 + 1, 3.0, rng)
+    # A noise is as random when it is made as a spectrum.
+    around = rng.standard_normal((size // 2 + 1, 2), np.float32).view(np.complex64)[:, 0]
+    around *= _response(size // 2 + 1, 5.0, rng)
+    heard, noise = (np.fft.irfft(spectrum, size)[: len(sound)] for spectrum in (through, around))
     noise *= heard.std() / noise.std() * 10 ** (-rng.uniform(8, 25) / 20)
     mixed = heard + noise
     mixed *= 32768 * 10 ** (rng.uniform(-35, -20) / 20) / mixed.std()
