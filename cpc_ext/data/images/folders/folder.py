@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from cpc_ext.data.file_tree import FileTree, TreeFile
 from cpc_ext.data.images.dataset import Dataset, ImageSet
 from cpc_ext.data.images.decode_cache import decoded_images
-from cpc_ext.data.images.image_tree import ImageFile, ImageTree, read_tree
+from cpc_ext.data.images.image_tree import read_images
 from cpc_ext.data.notice import some, tell
 
 HELD_OUT = 0.1
@@ -42,7 +43,7 @@ def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
     root = Path(data_dir).expanduser()
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size: expected at least 1 pixel, got {image_size}")
-    tree = read_tree(root)
+    tree = read_images(root)
     training, testing = tree.train, tree.test
     if not testing:
         training, testing = _hold_out(tree.train)
@@ -87,17 +88,17 @@ def image_files(data_dir: str | Path) -> list[str]:
     Raises FileNotFoundError, NotADirectoryError or PermissionError for the tree, ValueError where it holds no image.
     """
     root = Path(data_dir).expanduser()
-    tree = read_tree(root, splits=False)
+    tree = read_images(root, splits=False)
     tell(root, [*tree.notes, *tree.left_out.lines()])
     return sorted(file.path for file in tree.train)
 
 
-def _findings(tree: ImageTree, several: list[str]) -> list[str]:
+def _findings(tree: FileTree, several: list[str]) -> list[str]:
     frames = [f"took the first of several images or frames in {len(several)} files: {some(several)}"] if several else []
     return [*tree.notes, *frames, *tree.left_out.lines()]
 
 
-def _hold_out(files: list[ImageFile]) -> tuple[list[ImageFile], list[ImageFile]]:
+def _hold_out(files: list[TreeFile]) -> tuple[list[TreeFile], list[TreeFile]]:
     """Divide files into training and a tenth of every class for testing (none of a class of one)."""
     by_class: dict[str, list[int]] = {}
     for i, file in enumerate(files):
@@ -113,7 +114,7 @@ def _hold_out(files: list[ImageFile]) -> tuple[list[ImageFile], list[ImageFile]]
     )
 
 
-def _classes(root: Path, training: list[ImageFile], testing: list[ImageFile], notes: list[str]) -> tuple[str, ...]:
+def _classes(root: Path, training: list[TreeFile], testing: list[TreeFile], notes: list[str]) -> tuple[str, ...]:
     """The class names, or none where the images have no labels."""
     classes = sorted({file.label for file in training})
     if len(classes) < 2:
