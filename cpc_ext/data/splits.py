@@ -30,11 +30,18 @@ def hold_out(files: Sequence[TreeFile]) -> tuple[list[TreeFile], list[TreeFile]]
 
 
 def class_names(
-    root: Path, training: Sequence[TreeFile], testing: Sequence[TreeFile], what: str, notes: list[str]
+    root: Path,
+    training: Sequence[TreeFile],
+    testing: Sequence[TreeFile],
+    what: str,
+    notes: list[str],
+    *,
+    alike: bool = True,
 ) -> tuple[str, ...]:
     """The class names, or none where the files have no labels; what had to be guessed goes to the notes.
 
-    what: the files hold, in the plural. ValueError where some to test on are of no class of those to train on.
+    what: the files hold, in the plural.
+    alike: it is a ValueError where some to test on are of no class of those to train on.
     """
     classes = sorted({file.label for file in training})
     if len(classes) < 2:
@@ -44,7 +51,7 @@ def class_names(
         notes.append(f"{some(stray)} is in no class folder, so the {what} have no labels")
         return ()
     unknown = sorted({file.label for file in testing} - set(classes))
-    if unknown:
+    if alike and unknown:
         raise ValueError(
             f"{root}: the test {what} have classes that the training {what} lack: {', '.join(unknown)} (training: "
             f"{some(classes)}; upper and lower case count)"

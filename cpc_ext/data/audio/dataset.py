@@ -31,8 +31,8 @@ class WaveformSet:
     names: of the R recordings, "SPEAKER-CHAPTER-NUMBER" or the paths of their files.
     speakers: int64 [R], ascending indices into the data set's speakers, or None.
     phones: uint8 or int16 [P], indices into the data set's phone names, on the grid of :func:`label_count`; or None.
-    phone_starts: int64 [R + 1], where those of a recording begin, with P at the end. A recording whose phones are not
-        known has none. None together with phones.
+    phone_starts: int64 [R + 1], where those of a recording begin, with P at the end; None together with phones. A
+        recording may have fewer than the grid has places, where its alignment ends early or is not known.
 
     Raises ValueError where these do not fit together.
     """
@@ -67,10 +67,10 @@ class WaveformSet:
         if len(phones) and phones.min() < 0:
             raise ValueError(f"phones: expected indices from 0, got {phones.min()}")
         for number, (samples, count) in enumerate(zip(np.diff(self.starts), np.diff(starts), strict=True)):
-            if count not in (0, label_count(samples)):
+            if count > label_count(samples):
                 raise ValueError(
-                    f"phones: expected {label_count(samples)} of the {samples} samples of {self.names[number]}, or "
-                    f"none, got {count}"
+                    f"phones: expected at most {label_count(samples)} of the {samples} samples of "
+                    f"{self.names[number]}, got {count}"
                 )
 
     def __len__(self) -> int:
