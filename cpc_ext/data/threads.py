@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -15,7 +15,7 @@ _Decoded = TypeVar("_Decoded")
 
 def in_order(
     decode: Callable[[Path], _Decoded], files: Sequence[Path], *, ahead: int, what: tuple[str, str]
-) -> Iterator[_Decoded]:
+) -> Generator[_Decoded, None, None]:
     """What becomes of files, in their order, under a progress bar.
 
     ahead: files that are decoded before the first of them is taken; enough that threads seldom wait for the slowest.
