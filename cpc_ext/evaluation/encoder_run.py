@@ -68,7 +68,8 @@ class EncoderRun:
 
     def dataset(self) -> Dataset:
         """The data set that the run was trained on. TrainingError where it is not there."""
-        return load_data(self.config)
+        dataset: Dataset = load_data(self.config)
+        return dataset
 
     def statistics(self) -> dict[str, Any]:
         """Shape and pixel statistics of the images that the run was trained on, as EncoderTask.description has them."""

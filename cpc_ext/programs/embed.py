@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from cpc_ext.data_sets import origin
+from cpc_ext.data_sets import medium, origin
 from cpc_ext.programs.command_line import Program
 from cpc_ext.training.config import DatasetName
 from cpc_ext.training.errors import TrainingError
@@ -66,6 +66,8 @@ def _check(command: Command) -> None:
     """TrainingError for values that cannot be right, whatever the run is."""
     if command.out is not None and command.out.suffix not in _SUFFIXES:
         raise TrainingError(f"--out: expected a name that ends in {' or '.join(_SUFFIXES)}, got {command.out.name}")
+    if medium(command.dataset) != "images":
+        raise TrainingError(f"--dataset: {command.dataset} is of sound, the encodings are of images")
     if command.dataset == "folder":
         if command.data_dir is None:
             raise TrainingError("--data-dir: name the folder of images")

@@ -60,11 +60,11 @@ def task_of(model: str, *, test: ImageSet | None = None, **options: Any) -> Task
 def roomy(monkeypatch):
     """A device that would have room for all images, which what is done once must not take."""
 
-    def upload(self):
+    def upload(array, device):
         raise AssertionError
 
-    monkeypatch.setattr(ImageFetcher, "_fits", lambda self: True)
-    monkeypatch.setattr(ImageFetcher, "_upload", upload)
+    monkeypatch.setattr("cpc_ext.data.images.fetch.fits", lambda array, device: True)
+    monkeypatch.setattr("cpc_ext.data.images.fetch.upload", upload)
 
 
 @pytest.fixture
