@@ -9,6 +9,7 @@ from cpc_ext.ops.masked_conv2d import masked_conv2d
 from cpc_ext.ops.pixel_steps import PixelMap, PixelMaps, PixelPlace, PixelSource, PixelStep, PixelSteps, pixel_steps
 from cpc_ext.ops.scores_logsumexp import scores_logsumexp
 from cpc_ext.ops.sigmoid_contrast import sigmoid_contrast
+from cpc_ext.ops.waveform_conv1d import waveform_conv1d
 
 __all__ = [
     "AugmentationPlan",
@@ -29,4 +30,5 @@ __all__ = [
     "sample_logistic_mixture",
     "scores_logsumexp",
     "sigmoid_contrast",
+    "waveform_conv1d",
 ]
