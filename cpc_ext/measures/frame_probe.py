@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from cpc_ext.nn.typed import Module, ModuleList
 
-__all__ = ["FrameClassifier", "FrameProbeResult", "PhoneRecipe", "Summary", "frame_probe", "summary_of_frames"]
+__all__ = [
+    "FrameClassifier",
+    "FrameProbeResult",
+    "PhoneRecipe",
+    "Summary",
+    "frame_probe",
+    "sequence_loss",
+    "summary_of_frames",
+]
 
 PhoneRecipe = Literal["standard", "greedy-infomax", "cpc-audio"]
 Summary = Literal["mean", "last"]
@@ -43,12 +51,17 @@ class FrameProbeResult:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How a probe is trained. group: frames that stay together; 0 for those of an utterance. groups: in a step."""
+    """How a probe is trained.
+
+    group: frames that stay together; 0 for those of an utterance. groups: in a step. least_steps: as many epochs more
+    as it takes.
+    """
 
     group: int
     groups: int
     epochs: int
     learning_rate: float
+    least_steps: int = 0
     epsilon: float = 1e-8
     standardised: bool = False
     decayed: bool = False
@@ -56,7 +69,9 @@ class _Recipe:
 
 
 _RECIPES: dict[str, _Recipe] = {
-    "standard": _Recipe(group=1, groups=512, epochs=20, learning_rate=3e-3, standardised=True, decayed=True),
+    "standard": _Recipe(
+        group=1, groups=512, epochs=20, learning_rate=3e-3, least_steps=1000, standardised=True, decayed=True
+    ),
     "greedy-infomax": _Recipe(group=0, groups=1, epochs=20, learning_rate=1e-4, xavier=True),
     # Batches of 8 windows of 20480 samples.
     "cpc-audio": _Recipe(group=128, groups=8, epochs=10, learning_rate=2e-4, epsilon=2e-8),
@@ -129,7 +144,9 @@ def frame_probe(
     groups = _groups(len(train_labels), how, train_lengths)
     train, test = train_features.float(), test_features.float()
     if how.standardised:
-        mean, deviation = train.mean(0), train.std(0, correction=0).clamp(min=1e-6)
+        mean, deviation = train.mean(0), train.std(0, correction=0)
+        # A feature that never varies carries nothing but rounding errors.
+        deviation = torch.where(deviation > 1e-6 * mean.abs(), deviation, torch.inf)
         train, test = (train - mean) / deviation, (test - mean) / deviation
     classifier = _trained(train, train_labels, groups, how, classes, hidden, seed)
     predicted = classifier.predict(test)
@@ -157,6 +174,24 @@ def summary_of_frames(frames: Tensor, how: Summary = "mean") -> Tensor:
     raise ValueError(f"how: expected one of {', '.join(get_args(Summary))}, got {how!r}")
 
 
+def sequence_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss of naming an utterance's phones in their order, wherever they are (connectionist temporal classification).
+
+    As CPC_audio takes it, the target is the labels of the frames without repetitions, and each utterance's loss is
+    divided by the length of that before the mean is taken.
+
+    Args:
+        logits: [B, L, classes + 1], the blank last.
+        labels: int64 [B, L] in 0..classes-1.
+    """
+    new = torch.ones_like(labels, dtype=torch.bool)
+    new[:, 1:] = labels[:, 1:] != labels[:, :-1]
+    frames = torch.full_like(labels[:, 0], labels.shape[1])
+    blank = logits.shape[2] - 1
+    steps = logits.log_softmax(2).transpose(0, 1)
+    return F.ctc_loss(steps, labels[new], frames, new.sum(1), blank=blank, zero_infinity=True)
+
+
 def _check_frames(name: str, features: Tensor, labels: Tensor, classes: int) -> None:
     if features.ndim != 2 or labels.shape != features.shape[:1] or len(labels) == 0:
         raise ValueError(
@@ -175,7 +210,7 @@ def _groups(frames: int, how: _Recipe, lengths: Sequence[int] | None) -> tuple[T
         return starts, (frames - starts).clamp(max=how.group)
     if lengths is None or sum(lengths) != frames:
         raise ValueError(f"train_lengths: expected the utterances' frames, {frames} in all")
-    counts = torch.tensor(lengths)
+    counts = torch.tensor([length for length in lengths if length])
     return counts.cumsum(0) - counts, counts
 
 
@@ -197,9 +232,11 @@ def _trained(
                 nn.init.xavier_normal_(layer.weight)
     starts, counts = groups
     optimizer = torch.optim.Adam(classifier.parameters(), how.learning_rate, eps=how.epsilon)
-    steps = -(-len(starts) // how.groups) * how.epochs
+    steps_of_epoch = -(-len(starts) // how.groups)
+    epochs = max(how.epochs, -(-how.least_steps // steps_of_epoch))
+    steps = epochs * steps_of_epoch
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps if how.decayed else 1.0)
-    for _ in range(how.epochs):
+    for _ in range(epochs):
         for batch in torch.randperm(len(starts), generator=generator).split(how.groups):
             frames = _frames_in(starts[batch], counts[batch])
             optimizer.zero_grad()
