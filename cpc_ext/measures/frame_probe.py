@@ -70,7 +70,7 @@ class _Recipe:
 
 _RECIPES: dict[str, _Recipe] = {
     "standard": _Recipe(
-        group=1, groups=512, epochs=20, learning_rate=3e-3, least_steps=1000, standardised=True, decayed=True
+        group=1, groups=512, epochs=20, learning_rate=1e-2, least_steps=1000, standardised=True, decayed=True
     ),
     "greedy-infomax": _Recipe(group=0, groups=1, epochs=20, learning_rate=1e-4, xavier=True),
     # Batches of 8 windows of 20480 samples.
@@ -175,7 +175,7 @@ def summary_of_frames(frames: Tensor, how: Summary = "mean") -> Tensor:
 
 
 def sequence_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """The loss of naming an utterance's phones in their order, wherever they are (connectionist temporal classification).
+    """The loss of naming utterances' phones in their order, wherever they are: connectionist temporal classification.
 
     As CPC_audio takes it, the target is the labels of the frames without repetitions, and each utterance's loss is
     divided by the length of that before the mean is taken.

@@ -168,7 +168,7 @@ def test_the_standard_recipe_standardises_and_its_steps_become_smaller(steps):
     torch.testing.assert_close(features.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(features.square().mean(0), torch.ones(3))
     rates = steps[1][0].rates
-    assert rates == pytest.approx([3e-3 * (1 - step / 1002) for step in range(1002)])
+    assert rates == pytest.approx([1e-2 * (1 - step / 1002) for step in range(1002)])
 
 
 # --- Other losses, speakers, wrong arguments ---
