@@ -207,6 +207,13 @@ def steps(m, *, batch=2, height=4, width=4, channels=3, outputs=4, taps=((0, 0),
     return {"raw": (raw[:, 2, 1:-1], torch.ones if count else torch.zeros)}
 
 
+def warp(m, *, items=3, pairs=4, dim=5):
+    distances = filled(torch.empty(pairs))
+    places = torch.arange(items)
+    m.dtw_distances(torch.zeros(items, dim), places, torch.ones_like(places), indices(pairs, 2), distances)
+    return {"distances": (distances, lambda shape: torch.full(shape, 0.5))}
+
+
 CALLS: dict[str, tuple[Callable, dict, dict]] = {
     # Name: caller, what it always gets, sizes with the values they are tried at besides the usual.
     "extract_patches": (extract, {}, {"batch": [0, 1], "channels": [0], "side": [0], "patch": [0, 8], "stride": [0]}),
@@ -297,6 +304,7 @@ CALLS: dict[str, tuple[Callable, dict, dict]] = {
         {"inputs": 32, "outputs": 32, "height": 16, "width": 16, "activation": "none"},
         {name: [0] for name in ("batch", "height", "width")} | {"taps": [()]},
     ),
+    "dtw_distances": (warp, {}, {"items": [0], "pairs": [0], "dim": [0]}),
     "PixelSteps": (
         steps,
         {},
@@ -313,6 +321,7 @@ ERRORS = {
     ("keys", 0): "targets|must be in 0..-1|as many as queries|key_range",
     ("rows", 0): "as many as queries",
     ("rows", 4): "",
+    ("items", 0): "pairs must name items",
     ("outputs", 0): "weight must|there must be outputs",
     ("inputs", 0): "weight must",
     ("kh", 0): "weight must|taps must be in",

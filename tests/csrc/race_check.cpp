@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "augment/cpu.cpp"
+#include "dtw/cpu.cpp"
 #include "info_nce/cpu.cpp"
 #include "logistic_mixture/cpu.cpp"
 #include "masked_conv/cpu.cpp"
@@ -231,6 +232,22 @@ void pixel_steps_kernel() {
   }
 }
 
+// Pairs of items that share a second one or not, in more tasks than threads.
+void dtw_kernel() {
+  constexpr int64_t kItems = 40, kLength = 9, kDim = 5;
+  std::vector<float> frames(kItems * kLength * kDim, 0.4f), distances(kItems * kItems);
+  std::vector<int64_t> first(kItems), count(kItems, kLength), pairs;
+  for (int64_t k = 0; k < kItems; ++k) first[k] = k * kLength;
+  for (int64_t k = 0; k < kItems * kItems; ++k) pairs.insert(pairs.end(), {k % kItems, k / kItems});
+  const dtw::Problem problem{.frames = dense(frames.data(), DType::f32, {kItems * kLength, kDim}),
+                             .first = dense(first.data(), DType::i64, {kItems}),
+                             .count = dense(count.data(), DType::i64, {kItems}),
+                             .pairs = dense(pairs.data(), DType::i64, {kItems * kItems, 2}),
+                             .distances = dense(distances.data(), DType::f32, {kItems * kItems})};
+  dtw::check(problem, Where::host);
+  dtw::cpu::CPC_ISA::distances(problem);
+}
+
 // What a race looks like: all iterations add to one number.
 void planted_race() {
   int64_t total = 0;
@@ -239,9 +256,9 @@ void planted_race() {
 }
 
 const std::map<std::string, std::function<void()>> checks = {
-    {"augment", augment_kernels},  {"info_nce", info_nce_kernels}, {"logistic_mixture", logistic_mixture},
-    {"masked_conv", masked_conv},  {"patches", patches},           {"pixel_steps", pixel_steps_kernel},
-    {"planted_race", planted_race}};
+    {"augment", augment_kernels},           {"dtw", dtw_kernel},           {"info_nce", info_nce_kernels},
+    {"logistic_mixture", logistic_mixture}, {"masked_conv", masked_conv},  {"patches", patches},
+    {"pixel_steps", pixel_steps_kernel},    {"planted_race", planted_race}};
 
 }  // namespace
 }  // namespace cpc
