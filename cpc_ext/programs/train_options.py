@@ -1,8 +1,8 @@
 """The command line of `python -m cpc_ext.train`: options to a run's config.
 
-Parsing takes two passes. The first only looks for the options that choose the defaults: the model, the data set and the
-device, the recipe, or an earlier run. The second is the real one and starts from those, so that the help shows, and every option
-replaces, the value that the run would have had.
+Parsing takes two passes. The first only looks for the options that choose the defaults: the model, the data set, the
+recipe and the device, or an earlier run. The second is the real one and starts from those, so that the help shows, and
+every option replaces, the value that the run would have had.
 """
 
 from __future__ import annotations

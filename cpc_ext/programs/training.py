@@ -22,8 +22,8 @@ from cpc_ext.programs.command_line import exit_status
 from cpc_ext.programs.train_options import Command, describe, parse
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.checkpoint import load_checkpoint
-from cpc_ext.training.data_record import described
 from cpc_ext.training.config import RunConfig, explain, option, options_that_may_change, validate_config
+from cpc_ext.training.data_record import described
 from cpc_ext.training.distribution import Ranks, joined_ranks, lost_contact
 from cpc_ext.training.errors import TrainingError, speaker, unfailing_output
 from cpc_ext.training.loop import Trainer
@@ -118,7 +118,8 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
         task.prepare(ranks, resumed=state is not None)
     log = _opened_log(config, run, trainer, ranks)
     ranks.say(
-        f"{described(task.examples)} of {dataset.name}, {sum(p.numel() for p in task.model.parameters()):,} parameters, "
+        f"{described(task.examples)} of {dataset.name}, "
+        f"{sum(p.numel() for p in task.model.parameters()):,} parameters, "
         f"{trainer.total_steps} steps"
         + (f", {ranks.world_size} processes" if ranks.world_size > 1 else "")
         + (f", going on after step {trainer.step}" if state is not None else "")

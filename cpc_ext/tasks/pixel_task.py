@@ -57,6 +57,7 @@ class PixelTask(Task):
     """
 
     model: PixelModel
+    examples: ImageSet
 
     def __init__(self, config: PixelConfig, dataset: Dataset, device: torch.device) -> None:
         if dataset.test is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -49,6 +49,9 @@ class WaveformSection(Section):
     norm: Literal["none", "channel", "batch", "instance"] = Field(
         "none", description="Normalisation after each convolution; channel: over the channels of each frame."
     )
+    normalization: Literal["none", "greedy-infomax"] = Field(
+        "greedy-infomax", description="What is done to samples in -1..1: nothing, or Greedy InfoMax's scale and shift."
+    )
 
 
 class SequenceContextSection(Section):
@@ -63,7 +66,7 @@ class SequenceContextSection(Section):
         "--windows sequential.",
     )
     backprop_through_time: bool = Field(
-        True, description="Let the gradient of a context reach the frames before it; without, only its own."
+        True, description="Let the gradient of a context reach the frames before it; without, only its own. For gru."
     )
 
 
@@ -74,22 +77,43 @@ class SequencePredictionSection(ContrastSection):
     predictor: Literal["linear", "transformer", "ffd", "conv4", "conv8", "conv12", "lstm"] = Field(
         "linear", description="What predicts from the contexts, one for every step ahead; the published ones."
     )
-    negatives: Literal["permuted", "offsets", "same-sequence", "shifted", "same-speaker", "all"] = Field(
+    sampling: Literal["permuted", "offsets", "same-sequence", "shifted", "all"] = Field(
         "permuted",
-        description="Where negatives come from. permuted, offsets, same-sequence: methods 1, 0 and 2 of Greedy "
-        "InfoMax; shifted: any window at another time, as in CPC_audio; same-speaker: as shifted, of windows of the "
-        "speaker; all: every other encoding.",
+        description="How negatives are drawn. permuted, offsets, same-sequence: methods 1, 0 and 2 of Greedy InfoMax; "
+        "shifted: any window at another time, as in CPC_audio; all: every other encoding of the batch.",
     )
     neg_samples: int = Field(10, ge=1, le=2**20, description="Negatives of each prediction.")
+    exclude_positive: bool = Field(
+        False, description="Never draw what is predicted as a negative of it; for --sampling shifted."
+    )
+    same_speaker: bool = Field(False, description="Contrast only with encodings of the same speaker.")
     subsample: Annotated[int, Field(ge=2)] | None = Field(
         None,
         description="Frames that predict where a module has more: a random stretch of so many, the same in the whole "
         "batch. None: all.",
     )
+    common_positions: bool = Field(
+        False, description="Predict all steps ahead from the same frames, instead of from as many as each step has."
+    )
     reduction: Literal["mean", "sum"] = Field("mean", description="How the losses of the steps ahead make one.")
     score: Literal["dot", "mean"] = Field(
         "dot", description="Product of prediction and encoding: summed over the channels, or their mean."
     )
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of every prediction that is dropped.")
+
+    def objective(self, frames: int) -> dict[str, Any]:
+        """These as arguments of an objective for windows of so many frames."""
+        return {**self.model_dump(include=set(SequencePredictionSection.model_fields)), "window": frames}
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> SequencePredictionSection:
+        if self.exclude_positive and self.sampling != "shifted":
+            raise ValueError(f"--exclude-positive is for --sampling shifted, got --sampling {self.sampling}")
+        if self.gather_negatives == "ring" and (self.sampling != "all" or self.same_speaker):
+            raise ValueError("--gather-negatives ring needs --sampling all and no --same-speaker")
+        if self.subsample is not None and self.subsample <= self.pred_steps:
+            raise ValueError(f"--subsample {self.subsample} leaves none of --pred-steps {self.pred_steps} ahead")
+        return self
 
 
 class SpeechConfig(RunConfig):
@@ -110,14 +134,27 @@ class SpeechConfig(RunConfig):
             )
         if self.context.keep_state and self.view.windows != "sequential":
             raise ValueError("--keep-state needs --windows sequential: other windows do not follow one another")
-        if self.context.context == "transformer" and not self.context.backprop_through_time:
-            raise ValueError("--no-backprop-through-time is for recurrent contexts, --context transformer has no state")
+        context = self.context
+        if context.context != "gru" and not context.backprop_through_time:
+            raise ValueError(f"--no-backprop-through-time is for --context gru, got --context {context.context}")
+        if context.context == "transformer" and context.keep_state:
+            raise ValueError("--keep-state is for recurrent contexts: --context transformer has no state")
+        if context.context == "transformer" and context.context_channels != self.encoder.channels:
+            raise ValueError(
+                f"--context transformer has the encoder's channels: --context-channels must be "
+                f"{self.encoder.channels}, got {context.context_channels}"
+            )
+        if self.prediction.predictor == "transformer" and context.context_channels != self.encoder.channels:
+            raise ValueError(
+                f"--predictor transformer needs as many --context-channels as --channels, {self.encoder.channels}, got "
+                f"{context.context_channels}"
+            )
         return self
 
     def idle(self) -> dict[str, str]:
         idle = super().idle()
-        if self.prediction.negatives == "all":
-            idle["neg_samples"] = "--negatives all takes every other encoding"
+        if self.prediction.sampling == "all":
+            idle["neg_samples"] = "--sampling all takes every other encoding"
         if self.view.windows == "recordings":
             idle["cross_borders"] = "--windows recordings takes windows inside of recordings"
         idle["channels_last"] = "sequences have no images' layout"

@@ -23,7 +23,7 @@ _COUNTS = ("images", "recordings")
 
 
 def data_record(examples: ImageSet | WaveformSet) -> dict[str, Any]:
-    """Number and size of the examples, and digests of their names, their labels, and the content of a sample of them."""
+    """Number and size of the examples, and digests of their names, their labels, and the content of some of them."""
     if isinstance(examples, WaveformSet):
         return {
             "recordings": len(examples),

@@ -137,8 +137,8 @@ class Trainer:
                 warn(f"--resume: {said}")
         elif changed:
             raise TrainingError(
-                f"--resume: {said}. Go on with the {self._task.unit} as they were, or start a new run from its weights with "
-                f"--resume-from {self._run.path}"
+                f"--resume: {said}. Go on with the {self._task.unit} as they were, or start a new run from its weights "
+                f"with --resume-from {self._run.path}"
             )
 
     def train(self, log: RunLog | None, stop: StopRequest) -> None:

@@ -99,7 +99,7 @@ class _Link:
         self._announced = False
 
     def receive(self) -> Tensor:
-        """The features that the process before has sent for this step: [N, D, h, w] of images, [N, D, L] of sequences."""
+        """The features that the process before has sent for this step: [N, D, h, w], of sequences [N, D, L]."""
         if self._form is None:
             header = torch.empty(_HEADER, dtype=torch.int64)
             dist.recv(header, self._previous)

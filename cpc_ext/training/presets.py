@@ -46,6 +46,4 @@ def preset_entry(model: str, dataset: str, recipe: str | None = None) -> Preset:
     if not recipes and recipe is not None:
         raise KeyError(recipe)
     base = recipes[next(iter(recipes)) if recipe is None else recipe] if recipes else {}
-    return {
-        section: {**base.get(section, {}), **entry.get(section, {})} for section in dict.fromkeys((*base, *entry))
-    }
+    return {section: {**base.get(section, {}), **entry.get(section, {})} for section in dict.fromkeys((*base, *entry))}

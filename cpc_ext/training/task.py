@@ -1,7 +1,7 @@
 """The seam between the training loop and the models: what a model has to offer to be trained, and nothing more.
 
-The loop knows batches of examples, a loss, and checkpoints. How a batch becomes a loss and what a trained model is worth
-is the task's business, one class a model. A model may consist of parts that learn by losses of their own.
+The loop knows batches of examples, a loss, and checkpoints. How a batch becomes a loss and what a trained model is
+worth is the task's business, one class a model. A model may consist of parts that learn by losses of their own.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ class Sampler(Protocol):
 class Fetcher(Protocol):
     """Gives batches by index: the input of the first part, and labels int64 [B] where there are any."""
 
-    def __call__(self, indices: np.ndarray) -> Tensor: ...
+    def __call__(self, indices: np.ndarray, /) -> Tensor: ...
 
-    def labels(self, indices: np.ndarray) -> Tensor | None: ...
+    def labels(self, indices: np.ndarray, /) -> Tensor | None: ...
 
 
 class Task(ABC):

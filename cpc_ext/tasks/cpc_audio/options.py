@@ -34,13 +34,14 @@ RECIPES: dict[str, Preset] = {
     "original": {"prediction": {"recipe": "original"}},
     "modified": {
         "view": {"windows": "same-speaker"},
-        "encoder": {"channels": 256, "padding": "cpc-audio", "norm": "channel"},
+        "encoder": {"channels": 256, "padding": "cpc-audio", "norm": "channel", "normalization": "none"},
         "context": {"context": "lstm"},
         "prediction": {
             "recipe": "modified",
             "predictor": "transformer",
-            "negatives": "shifted",
+            "sampling": "shifted",
             "neg_samples": 128,
+            "common_positions": True,
             "reduction": "sum",
             "score": "mean",
         },

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from cpc_ext.tasks.speech_options import SequencePredictionSection, SpeechConfig
-from cpc_ext.training.config import MAY_CHANGE, Presets, Section
+from cpc_ext.training.config import MAY_CHANGE, Preset, Presets, Section
 from cpc_ext.training.registry import title
 
 __all__ = ["CONFIG", "PRESETS", "GreedyAudioConfig", "GreedyAudioSection"]
@@ -34,6 +34,11 @@ class GreedyAudioSection(Section):
         description="Under torchrun: a process, and GPU, for every module, which gets the features of the one before. "
         "Otherwise each process trains all modules on its part of a batch.",
     )
+
+    @property
+    def count(self) -> int:
+        """Number of modules."""
+        return self.modules
 
     @model_validator(mode="after")
     def _options_fit(self) -> GreedyAudioSection:
@@ -79,7 +84,7 @@ class GreedyAudioConfig(SpeechConfig):
 CONFIG = GreedyAudioConfig
 
 # As the published script has it.
-_PUBLISHED = {"prediction": {"subsample": 128}, "optimization": {"epochs": 1000, "batch_size": 8, "lr": 2e-4}}
+_PUBLISHED: Preset = {"prediction": {"subsample": 128}, "optimization": {"epochs": 1000, "batch_size": 8, "lr": 2e-4}}
 
 PRESETS: Presets = {
     # Minutes on two CPU cores.
