@@ -85,7 +85,8 @@ def draw(
         places_begin = integers(0, of.frames - of.window, 1) if of.partial else None
     elif sampling == "shifted":
         steps = len(of.counts) if without_positive else 0
-        others = of.sequences * (of.frames - 1) - steps
+        # No sequences have no frames to draw, but a range from which none are drawn.
+        others = max(of.sequences, 1) * (of.frames - 1) - steps
         if others < 1:
             raise ValueError(f"exclude_positive leaves none of {of.frames} frames of {of.sequences} sequences")
         drawn = integers(0, others, of.sequences, samples, max(of.counts))
@@ -106,7 +107,7 @@ def _shifted(drawn: Tensor, of: Windowed, steps: int, begin: Tensor | None) -> T
     if begin is not None:
         time = time + begin
     offset = torch.where(sequence == of.sequences - 1, of.frames - offset, offset)
-    return (own + 1 + sequence) % of.sequences * of.frames + (time + offset) % of.frames
+    return (own + 1 + sequence) % max(of.sequences, 1) * of.frames + (time + offset) % of.frames
 
 
 def checked_draws(given: SequenceNegatives, sampling: str, samples: int, of: Windowed) -> SequenceNegatives:
@@ -154,7 +155,7 @@ def frames_of(draws: SequenceNegatives, sampling: str, of: Windowed, own: slice)
         else:
             assert places is not None
             offsets = places[step - 1]
-            row = (torch.arange(rows, device=offsets.device) + offsets) % rows
+            row = (torch.arange(rows, device=offsets.device) + offsets) % max(rows, 1)
             begin = 0 if draws.begin is None else draws.begin
             frames = row // count * of.frames + row % count + step + begin
         result.append(torch.unflatten(frames, 1, (of.sequences, count))[:, own].permute(1, 2, 0))
