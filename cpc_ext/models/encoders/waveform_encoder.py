@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cpc_ext.models.encoders.stacked_encoder import EncoderBlock, SplitEncoder
 from cpc_ext.nn.channel_norm import ChannelNorm
 from cpc_ext.nn.typed import Sequential
+from cpc_ext.ops.waveform_conv1d import waveform_conv1d
 
 __all__ = ["NORMALIZATIONS", "PADDINGS", "WaveformBlock", "WaveformEncoder"]
 
@@ -45,6 +46,20 @@ class WaveformBlock(EncoderBlock):
         self.norm = NORMS[norm](channels)
 
     def forward(self, input: Tensor) -> Tensor:
+        # Of the first layer, whose output is the largest, all in one pass.
+        if input.shape[1] == 1 and isinstance(self.norm, nn.Identity | ChannelNorm):
+            norm = self.norm if isinstance(self.norm, ChannelNorm) else None
+            return waveform_conv1d(
+                input,
+                self.conv.weight,
+                self.conv.bias,
+                stride=self.conv.stride[0],
+                padding=int(self.conv.padding[0]),
+                scale=None if norm is None else norm.weight,
+                shift=None if norm is None else norm.bias,
+                eps=0.0 if norm is None else norm.eps,
+                relu=True,
+            )
         return torch.relu(self.norm(self.conv(input)))
 
 
