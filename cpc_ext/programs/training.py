@@ -282,6 +282,14 @@ def _report(results: dict[str, float], phases: dict[str, float], run: RunDir) ->
             f"(the same encoder untrained {results['untrained_probe_accuracy']:.1%}, "
             f"always the same class {results['chance_accuracy']:.1%})"
         )
+    for told, of in (("phone", "test frames"), ("speaker", "test recordings")):
+        if f"{told}_accuracy" in results:
+            beside = f", always the same {results[f'chance_{told}_accuracy']:.1%}" if told == "phone" else ""
+            print(
+                f"linear probe of {told}s: {results[f'{told}_accuracy']:.1%} of the {of} (the same model untrained "
+                f"{results[f'untrained_{told}_accuracy']:.1%}, log-mel spectra "
+                f"{results[f'log_mel_{told}_accuracy']:.1%}{beside})"
+            )
     if "bits_per_dim" in results:
         print(
             f"bits per dimension: {results['bits_per_dim']:.3f} of the held-out images "
