@@ -170,4 +170,6 @@ def _reason(path: Path, error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     said = getattr(error, "error_string", None) or str(error) or type(error).__name__
+    if "does not exist" in said and path.is_file():  # So libsndfile says of what is called MP3 and is none.
+        said = "holds no sound that libsndfile recognises"
     return " ".join(said.split())[:200]

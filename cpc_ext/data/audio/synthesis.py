@@ -50,8 +50,7 @@ def synthesize(course: Course, rng: np.random.Generator) -> np.ndarray:
     pulses = _pulses(_samples(course.pitch), course.tilt, rng)
     noise = rng.standard_normal((2, len(pulses)), dtype=np.float32)
     through_tract = _spectra(pulses * _samples(course.voicing) + noise[0] * _samples(course.aspiration))
-    for formant in range(course.formants.shape[1]):
-        through_tract *= _resonance(course.formants[:, formant], course.bandwidths[:, formant])
+    through_tract *= _tract(course.formants, course.bandwidths)
     # Its peak is 1, where that of a formant grows with the frequency.
     distance = (_FREQUENCIES.astype(np.float32) - course.noise_centre[:, None]) / course.noise_width[:, None]
     through_tract += _spectra(noise[1] * _samples(course.frication)) / (1 + distance * distance)
@@ -90,12 +89,15 @@ def _spectra(sound: np.ndarray) -> np.ndarray:
     return np.fft.rfft(windows * _HANN, _FFT).astype(np.complex64, copy=False)
 
 
-def _resonance(frequency: np.ndarray, bandwidth: np.ndarray) -> np.ndarray:
-    """The response, complex64 [T, 257], of resonances that leave a constant as it is."""
-    radius = np.exp(-np.pi * bandwidth / SAMPLE_RATE)
-    linear = (-2 * radius * np.cos(2 * np.pi * frequency / SAMPLE_RATE)).astype(np.float32)[:, None]
-    square = (radius * radius).astype(np.float32)[:, None]
-    response: np.ndarray = (1 + linear + square) / (1 + linear * _DELAY + square * _DELAY_2)
+def _tract(formants: np.ndarray, bandwidths: np.ndarray) -> np.ndarray:
+    """The response, complex64 [T, 257], of resonances one after another, each of which leaves a constant as it is."""
+    radius = np.exp(-np.pi * bandwidths / SAMPLE_RATE)
+    linear = (-2 * radius * np.cos(2 * np.pi * formants / SAMPLE_RATE)).astype(np.float32)
+    square = (radius * radius).astype(np.float32)
+    weakening = np.ones((len(formants), len(_DELAY)), np.complex64)
+    for formant in range(formants.shape[1]):
+        weakening *= 1 + linear[:, formant, None] * _DELAY + square[:, formant, None] * _DELAY_2
+    response: np.ndarray = (1 + linear + square).prod(axis=1, keepdims=True) / weakening
     return response
 
 

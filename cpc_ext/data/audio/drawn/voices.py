@@ -3,8 +3,9 @@
 A voice has a vocal tract of its own length, a pitch, a rate, and a way of breathing; a phone is where the formants of
 that tract are heading and what sounds meanwhile. Formants move as slowly as tongues do, so that a phone depends on its
 neighbours and is seldom heard as it stands in the table; voiceless stops are silence until they burst. Every utterance
-is recorded in another room, at another loudness, through another microphone and before another noise. So a single frame
-tells part of what is said, energy alone next to nothing, and the frames around it the rest.
+is recorded in another room, at another loudness, through another microphone and before a noise. So a single frame tells
+part of what is said, energy alone little, and the frames around it the rest. What differs between recordings is kept
+small beside what differs within them: a model that tells encodings apart would else learn the rooms first.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ SPEAKERS = 16
 SPLIT_SIZES = {"train": 11, "test": 4}
 WORDS = 80
 _FRAMES_A_SECOND = SAMPLE_RATE // HOP
+# Formants take 105 ms to get from one place to another, longer than most phones last; amplitudes take 20 ms.
+_TONGUE_FRAMES, _SOURCE_FRAMES = 21, 4
 
 
 class Phone(NamedTuple):
@@ -189,7 +192,7 @@ def _course(pieces: list[_Piece], voice: Voice, rng: np.random.Generator) -> Cou
     """The course of an utterance in a voice."""
     table = np.array([piece.sound for piece in pieces])
     # Nobody says a phone twice alike; and what has no formants of its own has those of what follows, or of before.
-    targets = table[:, :3] * rng.lognormal(0, 0.05, (len(pieces), 3))
+    targets = table[:, :3] * rng.lognormal(0, 0.07, (len(pieces), 3))
     for number in [*range(len(pieces) - 2, -1, -1), *range(1, len(pieces))]:
         if not targets[number, 0]:
             neighbour = number + 1 if number + 1 < len(pieces) and targets[number + 1, 0] else number - 1
@@ -197,8 +200,8 @@ def _course(pieces: list[_Piece], voice: Voice, rng: np.random.Generator) -> Cou
     frames = [piece.frames for piece in pieces]
     values = np.repeat(np.c_[table[:, 3:], np.log(targets)], frames, axis=0)
     values = np.concatenate([values, values[-1:]])
-    voicing, aspiration, frication, centre, width, damping = _smooth(values[:, 1:7], 4).T
-    low = np.exp(_smooth(values[:, -3:], 17))
+    voicing, aspiration, frication, centre, width, damping = _smooth(values[:, 1:7], _SOURCE_FRAMES).T
+    low = np.exp(_smooth(values[:, -3:], _TONGUE_FRAMES))
     formants = voice.shorter * np.c_[low, np.broadcast_to(voice.upper, (len(low), 2))]
     bandwidths = (50 + 0.04 * formants) * np.c_[np.ones(len(low)), np.repeat(damping[:, None], 4, 1)]
     count = len(values)
@@ -229,19 +232,16 @@ def _response(count: int, decibels: float, rng: np.random.Generator) -> np.ndarr
 
 def _recorded(sound: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A sound, float32 [N], as int16: in a room, through a microphone, before a noise, at some loudness."""
-    tail = round(rng.uniform(0.08, 0.3) * SAMPLE_RATE)
+    tail = round(rng.uniform(0.08, 0.2) * SAMPLE_RATE)
     room = rng.standard_normal(tail, np.float32) * np.exp(-6.9 * np.arange(tail, dtype=np.float32) / tail)
-    room *= rng.uniform(0.1, 0.5) / np.linalg.norm(room)
+    room *= rng.uniform(0.05, 0.2) / np.linalg.norm(room)
     room[0] = 1
     size = 1 << (len(sound) + tail).bit_length()
-    through = np.fft.rfft(sound, size) * np.fft.rfft(room, size) * _response(size // 2 + 1, 3.0, rng)
-    # A noise is as random when it is made as a spectrum.
-    around = rng.standard_normal((size // 2 + 1, 2), np.float32).view(np.complex64)[:, 0]
-    around *= _response(size // 2 + 1, 5.0, rng)
-    heard, noise = (np.fft.irfft(spectrum, size)[: len(sound)] for spectrum in (through, around))
-    noise *= heard.std() / noise.std() * 10 ** (-rng.uniform(8, 25) / 20)
+    through = np.fft.rfft(sound, size) * np.fft.rfft(room, size) * _response(size // 2 + 1, 1.0, rng)
+    heard = np.fft.irfft(through, size)[: len(sound)]
+    noise = rng.standard_normal(len(sound), np.float32) * heard.std() * 10 ** (-rng.uniform(20, 25) / 20)
     mixed = heard + noise
-    mixed *= 32768 * 10 ** (rng.uniform(-35, -20) / 20) / mixed.std()
+    mixed *= 32768 * 10 ** (rng.uniform(-28, -24) / 20) / mixed.std()
     clipped: np.ndarray = np.clip(np.rint(mixed), -32768, 32767).astype(np.int16)
     return clipped
 

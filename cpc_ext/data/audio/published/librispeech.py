@@ -87,7 +87,7 @@ def _home(data_dir: str | Path | None, *, download: bool) -> Path:
 
     def found() -> Path | None:
         places = (root, root / SUBSET, root / ARCHIVE.folder / SUBSET, root / ARCHIVE.folder)
-        return next((place for place in places if next(place.glob("*/*/*-*-*.*"), None) is not None), None)
+        return next((place for place in places if _has_utterances(place)), None)
 
     home = found()
     if home is None:
@@ -99,6 +99,11 @@ def _home(data_dir: str | Path | None, *, download: bool) -> Path:
                 f"--data-dir, or a --data-dir without {ARCHIVE.folder} and pass --download"
             )
     return home
+
+
+def _has_utterances(folder: Path) -> bool:
+    """Whether anything below is called SPEAKER/CHAPTER/SPEAKER-CHAPTER-NUMBER.flac, or ends otherwise."""
+    return any(path.name.startswith("-".join((*path.parts[-3:-1], ""))) for path in folder.glob("*/*/*-*-*.*"))
 
 
 def _name(file: TreeFile) -> str:
