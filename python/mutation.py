@@ -72,12 +72,23 @@ ROOMS = {
             *_named("tests/evaluation", "test_evaluator", "test_evaluation", "test_finetuning", "test_per_module"),
             *_named("tests/evaluation", "test_encoder_run"),
             *_named("tests/measures", "test_probe", "test_judges", "test_pixel_histogram"),
+            *_named("tests/measures", "test_abx", "test_frames", "test_frame_probe", "test_log_mel"),
             *_named("tests/programs", "test_every_program_option"),
         ),
     ),
     "judges": Room(
         _named("cpc_ext/measures", "probe", "knn", "label_subsets"),
         _named("tests/measures", "test_probe", "test_judges"),
+    ),
+    "speech": Room(
+        (
+            *_named("cpc_ext/measures", "abx", "frames", "frame_probe", "log_mel"),
+            *_named("cpc_ext/figures", "speech"),
+        ),
+        (
+            *_named("tests/measures", "test_abx", "test_frames", "test_frame_probe", "test_log_mel"),
+            *_named("tests/figures", "test_speech"),
+        ),
     ),
     "nn": Room(("cpc_ext/nn/*.py",), ("tests/nn", *_named("tests/golden", "test_losses"))),
     "sound": Room(

@@ -232,7 +232,7 @@ def _errors(
     ]
     flat = _distances(frames, items, np.concatenate(pairs))
     ends = np.cumsum([len(each) for each in pairs])
-    found = {
+    found: dict[tuple[int, int], NDArray[np.float32]] = {
         (one, other): part.reshape(cells.sizes[other], cells.sizes[one]).T
         for (one, other), part in zip(blocks.tolist(), np.split(flat, ends[:-1]), strict=True)
     }

@@ -38,12 +38,13 @@ def log_mel(waveform: Tensor, *, mels: int = 40) -> Tensor:
     elif not waveform.is_floating_point():
         raise TypeError(f"waveform: expected int16 or floating samples, got {waveform.dtype}")
     if len(waveform) < LABEL_WINDOW:
-        return torch.empty(0, mels)
+        return waveform.new_empty(0, mels, dtype=torch.float32)
     window = torch.hann_window(LABEL_WINDOW, device=waveform.device)
     frames = waveform.float().unfold(0, LABEL_WINDOW, LABEL_HOP) * window
     power = torch.fft.rfft(frames, n=_FFT).abs().square() / window.square().sum()
     filters = mel_filters(mels).to(power)
-    return (power @ filters.T).clamp(min=_FLOOR).log()
+    bands: Tensor = power @ filters.T
+    return bands.clamp(min=_FLOOR).log()
 
 
 @functools.cache

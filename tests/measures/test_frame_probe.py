@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -29,7 +30,14 @@ def probe(train, test, **options):
     return frame_probe(*train, *test, classes=CLASSES, **options)
 
 
-def test_known_accuracies():
+@pytest.fixture
+def quick(monkeypatch):
+    """Sets of frames as small as these need no more steps."""
+    short = dataclasses.replace(module._RECIPES["standard"], least_steps=150)
+    monkeypatch.setitem(module._RECIPES, "standard", short)
+
+
+def test_known_accuracies(quick):
     assert probe(clouds(2000, 0, distance=12.0), clouds(400, 1, distance=12.0)).accuracy == 1
     none = probe(clouds(2000, 0, distance=0.0), clouds(2000, 1, distance=0.0))
     assert none.accuracy == pytest.approx(1 / CLASSES, abs=0.05)
@@ -42,14 +50,14 @@ def test_known_accuracies():
     assert probe(*pair).accuracy == pytest.approx(best, abs=0.02)
 
 
-def test_only_a_hidden_layer_tells_what_is_not_linear():
+def test_only_a_hidden_layer_tells_what_is_not_linear(quick):
     """Quadrants of two signs, class by their product."""
     sets = [(draw(3000, 2, seed=seed), (draw(3000, 2, seed=seed).prod(1) > 0).long()) for seed in (0, 1)]
     assert probe(*sets).accuracy < 0.6
     assert probe(*sets, hidden=32).accuracy > 0.95
 
 
-def test_confusion_and_majority():
+def test_confusion_and_majority(quick):
     train_labels = torch.tensor([2] * 30 + [0] * 20 + [1] * 20)
     train = F.one_hot(train_labels, CLASSES).float(), train_labels
     # Of class 1, two look like class 0; of class 3, which is not trained, all like class 2.
@@ -60,13 +68,13 @@ def test_confusion_and_majority():
     assert result.majority == pytest.approx(1 / 7)
 
 
-def test_a_feature_that_never_varies_does_no_harm():
+def test_a_feature_that_never_varies_does_no_harm(quick):
     (features, labels), test = clouds(2000, 0, distance=12.0), clouds(400, 1, distance=12.0)
     train, test = ((torch.cat([f, torch.full((len(f), 1), 3.0)], 1), y) for f, y in ((features, labels), test))
     assert probe(train, test).accuracy == 1
 
 
-def test_the_caller_s_random_numbers_stay_as_they_were_and_decide_nothing():
+def test_the_caller_s_random_numbers_stay_as_they_were_and_decide_nothing(quick):
     train, test = clouds(300, 0, distance=1.0), clouds(3000, 1, distance=1.0)
     results = []
     for seed in (0, 1):
