@@ -18,10 +18,10 @@ from cpc_ext.data import Dataset, ImageSet, SpeechDataset
 from cpc_ext.tasks.encoder_task import EncoderTask
 from cpc_ext.tasks.speech_task import SpeechTask
 from cpc_ext.training.checkpoint import load_checkpoint, load_weights
-from cpc_ext.training.config import RunConfig, load_config
+from cpc_ext.training.config import RunConfig
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.precision import default_precision
-from cpc_ext.training.registry import MODELS, model_medium, task_class
+from cpc_ext.training.registry import MODELS, task_class
 from cpc_ext.training.run_data import load_data
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.task import Task
@@ -29,12 +29,7 @@ from cpc_ext.training.task import Task
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["EncoderRun", "SpeechRun", "TrainedRun", "medium_of_run", "weights_digest"]
-
-
-def medium_of_run(path: Path) -> str:
-    """What the model of a run's folder learns from, "images" or "audio". TrainingError where it is no run's folder."""
-    return model_medium(_config_of(path).model)
+__all__ = ["EncoderRun", "SpeechRun", "TrainedRun", "weights_digest"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,8 @@ class TrainedRun:
         Raises TrainingError where it is no run's folder, the run is of a model of another kind, or the checkpoint is
         missing or damaged.
         """
-        run, config = RunDir(path), _config_of(path)
+        run = RunDir(path)
+        config = run.known_config
         if not issubclass(task_class(config.model), cls.kind):
             having = ", ".join(name for name in MODELS if issubclass(task_class(name), cls.kind))
             raise TrainingError(f"{path} is a run of {config.model}, which learns no {cls.learns}; {having} do")
@@ -161,13 +157,6 @@ class EncoderRun(TrainedRun):
             gray_mean=statistics["gray_mean"],
             gray_std=statistics["gray_std"],
         )
-
-
-def _config_of(path: Path) -> RunConfig:
-    run = RunDir(path)
-    if not run.config.is_file():
-        raise TrainingError(f"{path} is not a run's folder: there is no {run.config.name}")
-    return load_config(run.config)
 
 
 def _describes_images(description: dict[str, Any]) -> bool:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import cpc_ext
 from cpc_ext import figures
-from cpc_ext.evaluation.encoder_run import EncoderRun, SpeechRun, medium_of_run, weights_digest
+from cpc_ext.evaluation.encoder_run import EncoderRun, SpeechRun, weights_digest
 from cpc_ext.evaluation.encodings_cache import cached_encodings, images_digest
 from cpc_ext.evaluation.evaluation_record import EvaluationRecord, as_table, measured
 from cpc_ext.evaluation.finetuning import FineTuning, fine_tune
@@ -32,6 +32,7 @@ from cpc_ext.measures.label_subsets import LabelBudget, parse_label_budgets
 from cpc_ext.measures.probe import encode, fit_linear_classifier
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.precision import check_device
+from cpc_ext.training.run_dir import RunDir
 
 __all__ = ["evaluate", "judged"]
 
@@ -42,7 +43,7 @@ _FINETUNE_SHARE = 0.5
 def evaluate(command: EvaluationOptions) -> None:
     """Do what the command says. TrainingError where that cannot be done."""
     device = check_device(command.device)
-    media = {medium_of_run(path) for path in command.runs}
+    media = {RunDir(path).medium for path in command.runs}
     if len(media) > 1:
         raise TrainingError("runs on images and runs on speech are not measured alike: give either")
     if media == {"audio"}:
