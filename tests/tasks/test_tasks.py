@@ -27,12 +27,13 @@ from cpc_ext.tasks.pixel_task import build_pixel_model
 from cpc_ext.training.distribution import Ranks
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.random_streams import RandomStreams
-from cpc_ext.training.registry import MODELS, task_class
+from cpc_ext.training.registry import task_class
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.task import Handover, Task
 from tests.tasks.test_every_option import (
     CPU,
     ENCODER,
+    MODELS,
     WITH_ENCODER,
     OneWeight,
     config_of,

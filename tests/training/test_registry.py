@@ -7,7 +7,7 @@ from inspect import signature
 
 import pytest
 
-from cpc_ext.data_sets import DATASETS, idle_of_dataset, medium, module_of, origin
+from cpc_ext.data_sets import DATASETS, folder_of, idle_of_dataset, medium, module_of, origin
 from cpc_ext.training import registry
 from cpc_ext.training.config import RunConfig, options_that_may_change
 from cpc_ext.training.task import Task
@@ -29,7 +29,8 @@ def test_a_model_has_all_that_is_asked_of_it(model):
     assert issubclass(registry.config_class(model), RunConfig)
     assert issubclass(registry.task_class(model), Task)
     presets = registry.model_presets(model)
-    assert "folder" in presets
+    assert folder_of(registry.model_medium(model)) in presets
+    assert {medium(dataset) for dataset in presets} == {registry.model_medium(model)}
     assert set(presets) <= set(DATASETS)
 
 

@@ -170,9 +170,9 @@ class WaveformEncoder(SplitEncoder):
             waveforms = waveforms * scale
         return waveforms + shift if shift else waveforms
 
-    def frames(self, samples: int) -> int:
-        """How many frames L a waveform of so many samples has."""
-        for kernel, stride, pad in zip(KERNELS, STRIDES, self.padding, strict=True):
+    def frames(self, samples: int, *, layers: int = len(KERNELS)) -> int:
+        """How many frames L a waveform of so many samples has, after so many layers."""
+        for kernel, stride, pad in zip(KERNELS[:layers], STRIDES[:layers], self.padding[:layers], strict=True):
             samples = max((samples + 2 * pad - kernel) // stride + 1, 0)
         return samples
 

@@ -39,10 +39,13 @@ class GreedyAudioTask(SpeechTask):
 
     def _build(self) -> GreedyInfoMax:
         encoder, options = waveform_encoder(self._config), self._config.greedy
-        frames = encoder.frames(self._config.view.window)
+        last = encoder.frames(self._config.view.window)
+        # Of the first module, which has the most.
+        longest = last if options.modules == 1 else encoder.frames(self._config.view.window, layers=1)
         count = 5 if options.context_per_module else 1
+        frames = longest if options.context_per_module else last
         contexts = [sequence_context(self._config, encoder.out_channels, frames) for _ in range(count)]
-        settings = self._config.prediction.objective(frames)
+        settings = self._config.prediction.objective(longest)
         if options.pipeline:
             # The processes of a pipeline have no negatives to exchange: each has the whole batch.
             settings["gather_negatives"] = "none"
