@@ -87,7 +87,7 @@ class SequencePredictionSection(ContrastSection):
         False, description="Never draw what is predicted as a negative of it; for --sampling shifted."
     )
     same_speaker: bool = Field(False, description="Contrast only with encodings of the same speaker.")
-    subsample: Annotated[int, Field(ge=2)] | None = Field(
+    subsample: Annotated[int, Field(ge=2, le=2**24)] | None = Field(
         None,
         description="Frames that predict where a module has more: a random stretch of so many, the same in the whole "
         "batch. None: all.",

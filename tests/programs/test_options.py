@@ -139,7 +139,7 @@ def test_length_in_epochs_or_steps_replaces_the_other(dataset, given, other):
         (["--neg-samples", "0"], "--neg-samples: input should be greater than or equal to 1, got 0"),
         (
             ["--model", "cpc-v9"],
-            "'cpc-v9' for argument '--model'. Expected one of ('cpc-v1', 'cpc-v2', 'gated-pixelcnn', ",
+            "'cpc-v9' for argument '--model'. Expected one of ('cpc-audio', 'cpc-v1', 'cpc-v2', ",
         ),
         (["--dataset", "mnist"], "'mnist' for argument '--dataset'"),
         (["--encoder", "vgg"], "--encoder: expected one of resnet-small, resnet14,"),
@@ -320,8 +320,8 @@ def test_config_file_round_trip(tmp_path):
         ("optimization: {steps: 3, lr: fast}", "--lr: input should be a valid number"),
         ("optimization: {steps: 3}\ncpc: {pred_steps: 0}", "--pred-steps: input should be greater than or equal to 1"),
         ("optimization: {lr: 0.1}", "give either --epochs or --steps"),
-        ("model: cpc-v9\noptimization: {steps: 3}", "--model: input should be 'cpc-v1', "),
-        ("model: 3\noptimization: {steps: 3}", "--model: input should be 'cpc-v1', "),
+        ("model: cpc-v9\noptimization: {steps: 3}", "--model: input should be 'cpc-audio', 'cpc-v1', "),
+        ("model: 3\noptimization: {steps: 3}", "--model: input should be 'cpc-audio', 'cpc-v1', "),
     ],
 )
 def test_wrong_config_files(tmp_path, text, expected):
