@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cpc_ext._native import native
 from cpc_ext.ops._checks import check_dense
 from cpc_ext.ops._contrast import Results as ContrastResults
 from cpc_ext.ops._contrast import contrast_op
 from cpc_ext.ops._contrast_arguments import INTEGERS, REDUCTIONS, check_number
 from cpc_ext.ops._contrast_problem import Contrast, sums_dtype
-from cpc_ext.ops._library import autocast_dtype, refuse_forward_mode, register, without_autocast
+from cpc_ext.ops._library import autocast_dtype, refuse_forward_mode, register, without_autocast, workspace_of
 from cpc_ext.ops.info_nce import info_nce_reference
 
 __all__ = ["PredictAndContrastOutput", "predict_and_contrast", "predict_and_contrast_reference"]
@@ -342,16 +343,48 @@ def _contrast_chunk(
 # --- The op ---
 
 
-def _forward(op: _Forward) -> Results:
+def _contrast(problem: _Problem, row_weights: Tensor, needs: Sequence[bool], *, measures: bool = True) -> _Contrasted:
+    """By the kernel where there is one. measures: whether losses and ranks are wanted."""
+    if not native.info_nce_on_cpu(problem.contexts):
+        return _contrast_chunks(problem, row_weights, needs)
+    losses, ranks = torch.empty_like(row_weights), torch.empty_like(problem.targets)
+    gradients = _empty_gradients(problem, needs)
+    arguments = [
+        *(value.contiguous() if isinstance(value, Tensor) else None for value in problem[:-1]),
+        row_weights.contiguous(),
+        *((losses, ranks) if measures else (None, None)),
+        *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)),
+        problem.scale,
+    ]
+    workspace = workspace_of(problem.contexts, native.predict_and_contrast_workspace(*arguments))
+    native.predict_and_contrast(*arguments, workspace)
+    return _Contrasted(losses, ranks, gradients)
+
+
+def _kernel(op: _Forward) -> Results:
     with without_autocast(op.problem.contexts.device):  # It would round what is summed.
         row_weights = _row_weights(op.problem.targets, op.reduction, sums_dtype(op.problem.contexts))
-        losses, ranks, gradients = _contrast_chunks(op.problem, row_weights, op.needs)
-        return Results(*_reduced(losses, row_weights, op.reduction), ranks, *gradients)
+        return _results(op, row_weights, _contrast(op.problem, row_weights, op.needs))
 
 
-def _gradients(op: _Backward) -> Gradients:
+def _gradients_kernel(op: _Backward) -> Gradients:
+    with without_autocast(op.problem.contexts.device):
+        return _contrast(op.problem, op.row_weights, op.needs, measures=False).gradients
+
+
+def _without_kernel(op: _Forward) -> Results:
+    with without_autocast(op.problem.contexts.device):
+        row_weights = _row_weights(op.problem.targets, op.reduction, sums_dtype(op.problem.contexts))
+        return _results(op, row_weights, _contrast_chunks(op.problem, row_weights, op.needs))
+
+
+def _gradients_without_kernel(op: _Backward) -> Gradients:
     with without_autocast(op.problem.contexts.device):
         return _contrast_chunks(op.problem, op.row_weights, op.needs).gradients
+
+
+def _results(op: _Forward, row_weights: Tensor, contrasted: _Contrasted) -> Results:
+    return Results(*_reduced(contrasted.losses, row_weights, op.reduction), contrasted.ranks, *contrasted.gradients)
 
 
 def _setup_context(ctx: Any, op: _Forward, output: Results) -> None:
@@ -385,8 +418,8 @@ _op = register(
     "predict_and_contrast",
     _Forward,
     Results,
-    reference=_forward,
-    kernel=_forward,
+    reference=_without_kernel,
+    kernel=_kernel,
     fake=_empty_results,
     setup_context=_setup_context,
     backward=_backward,
@@ -396,8 +429,8 @@ _gradients_op = register(
     "predict_and_contrast_gradients",
     _Backward,
     Gradients,
-    reference=_gradients,
-    kernel=_gradients,
+    reference=_gradients_without_kernel,
+    kernel=_gradients_kernel,
     fake=lambda op: _empty_gradients(op.problem, op.needs),
 )
 
