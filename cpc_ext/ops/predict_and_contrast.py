@@ -18,7 +18,7 @@ from cpc_ext.ops._contrast import Results as ContrastResults
 from cpc_ext.ops._contrast import contrast_op
 from cpc_ext.ops._contrast_arguments import INTEGERS, REDUCTIONS, check_number
 from cpc_ext.ops._contrast_problem import Contrast, sums_dtype
-from cpc_ext.ops._library import autocast_dtype, refuse_forward_mode, register, without_autocast, workspace_of
+from cpc_ext.ops._library import autocast_dtype, is_plain, refuse_forward_mode, register, without_autocast, workspace_of
 from cpc_ext.ops.info_nce import info_nce_reference
 
 __all__ = ["PredictAndContrastOutput", "predict_and_contrast", "predict_and_contrast_reference"]
@@ -391,8 +391,7 @@ def _setup_context(ctx: Any, op: _Forward, output: Results) -> None:
     ctx.requires = list(ctx.needs_input_grad[:3])
     # What was not formed with the loss is computed when the gradient of each row is known.
     ctx.later = any(required and not formed for required, formed in zip(ctx.requires, op.needs, strict=True))
-    kept = [x if ctx.later else None for x in op.problem if not isinstance(x, float)]
-    ctx.save_for_backward(*kept, output.loss, *output[-3:])
+    ctx.save_for_backward(*(x for x in op.problem if not isinstance(x, float)), output.loss, *output[-3:])
     ctx.scale, ctx.reduction = op.problem.scale, op.reduction
     ctx.set_materialize_grads(False)
 
@@ -400,12 +399,16 @@ def _setup_context(ctx: Any, op: _Forward, output: Results) -> None:
 def _backward(ctx: Any, saved: Sequence[Any], grad: Tensor | None, *_: Tensor | None) -> dict[str, Tensor | None]:
     if grad is None:
         return {}
-    *tensors, loss, grad_contexts, grad_weights, grad_keys = saved
-    gradients: Sequence[Tensor] = (grad_contexts, grad_weights, grad_keys)
+    tensors, loss, gradients = saved[:5], saved[5], saved[6:]
     if ctx.later:
         row_weights = _row_weights(tensors[3], ctx.reduction, loss.dtype)
         row_weights = torch.where(row_weights == 0, 0, grad * row_weights)
         gradients = _gradients_op(*tensors, ctx.scale, row_weights, ctx.requires)
+    elif all(map(is_plain, (grad, *gradients))):
+        # They are given away, as copies of the largest would take a tenth of the time and twice the memory. For whoever
+        # goes backward again they are formed again.
+        ctx.later = True
+        gradients = [gradient.data.mul_(grad) for gradient in gradients]
     else:
         gradients = [gradient * grad for gradient in gradients]
     return {

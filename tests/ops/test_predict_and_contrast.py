@@ -274,6 +274,22 @@ def test_second_derivatives_are_refused(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_backward_again(device, kind):
+    """Also where what came of the first time, and the leaves' gradients, have been written to."""
+    drawn = draw(**KINDS[kind])
+    tensors = drawn.learning(device)
+    loss = predict_and_contrast(*tensors, **drawn.given(device)).loss
+    first = torch.autograd.grad(2 * loss, tensors, retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    for gradient in first:
+        gradient.zero_()
+    for times in (1, 2, 3):
+        loss.backward(retain_graph=True)
+        for tensor, gradient in zip(tensors, kept, strict=True):
+            torch.testing.assert_close(2 * tensor.grad, times * gradient)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_as_an_op(kind):
     drawn = draw(**KINDS[kind], dtype=torch.float32)
     expected, wanted = drawn.results()
