@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -140,6 +142,16 @@ def test_any_width(dim, channels, kind):
 def test_any_number_of_rows(length, kind):
     """Also more than are predicted at once, and steps without any row."""
     check_against_reference(draw((3, 40, 24), (2, length), 50, **KINDS[kind], dtype=torch.float32, reduction="sum"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("contexts", [0, 1, 4, 7])
+def test_parts_of_predictions_that_another_op_contrasts(monkeypatch, kind, contexts):
+    """As on CUDA, of so many contexts at a time; 0: less than one's predictions may be in memory."""
+    module = sys.modules[predict_and_contrast.__module__]
+    monkeypatch.setattr(module, "native", SimpleNamespace(info_nce_on_cpu=lambda tensor: False))
+    monkeypatch.setattr(module, "_PREDICTION_BYTES", contexts * 3 * 6 * 4)
+    check_against_reference(draw(**KINDS[kind], dtype=torch.float32))
 
 
 def check_against_reference(drawn):
