@@ -130,6 +130,25 @@ def contrast(
     return expected
 
 
+def predict(_, *, rows=3, channels=2, steps=2, dim=3, keys=4, samples=None, shared=False):
+    """The CPU's alone has such a function."""
+    contexts, weights, key_tensor = (
+        torch.zeros(rows, channels),
+        torch.zeros(steps, dim, channels),
+        torch.zeros(keys, dim),
+    )
+    negatives = None if samples is None else indices(1 if shared else steps, rows, samples)
+    losses, ranks = filled(torch.empty(steps, rows)), filled(indices(steps, rows))
+    gradients = [filled(torch.empty_like(tensor)) for tensor in (contexts, weights, key_tensor)]
+    tensors = contexts, weights, key_tensor, indices(steps, rows), negatives, torch.ones(steps, rows)
+    problem = *tensors, losses, ranks, *gradients, 1.0
+    native.predict_and_contrast(*problem, aligned(native.predict_and_contrast_workspace(*problem)))
+    others = keys if samples is None else samples + 1
+    expected = {"losses": (losses, lambda shape: torch.full(shape, float(np.log(max(others, 1)))))}
+    names = "grad_contexts", "grad_weights", "grad_keys"
+    return expected | {name: (tensor, torch.zeros) for name, tensor in zip(names, gradients, strict=True)}
+
+
 def likelihood(m, *, batch=2, channels=3, components=2, height=3, width=4, backward=False):
     params = torch.zeros(batch, (10 if channels == 3 else 3) * components, height, width)
     images, normalisers = bytes_of(batch, channels, height, width), torch.ones(batch, 2, height, width)
@@ -268,6 +287,16 @@ CALLS: dict[str, tuple[Callable, dict, dict]] = {
         {"measure": "sigmoid"},
         {"batch": [0], "rows": [0], "keys": [0, 1], "dim": [0], "positives": [0, 3]},
     ),
+    "predict_and_contrast": (
+        predict,
+        {},
+        {"rows": [0], "channels": [0], "steps": [0, 1], "dim": [0], "keys": [0, 1]},
+    ),
+    "predict_and_contrast sampled": (
+        predict,
+        {"samples": 2},
+        {"rows": [0], "channels": [0], "steps": [0], "dim": [0], "keys": [0, 1], "samples": [0], "shared": [True]},
+    ),
     "logistic_mixture_nll": (
         likelihood,
         {},
@@ -345,8 +374,8 @@ def module(request):
 
 def test_every_op_is_called():
     ops = {name.removeprefix("cpc_ext::") for name in torch._C._dispatch_get_all_op_names() if "cpc_ext::" in name}
-    # The gradients of info_nce are results of its own function.
-    assert ops - {"info_nce_gradients"} <= {name.split()[0] for name in CALLS}
+    # The gradients of these are results of their own functions.
+    assert ops - {"info_nce_gradients", "predict_and_contrast_gradients"} <= {name.split()[0] for name in CALLS}
 
 
 @pytest.mark.parametrize("name", CALLS)
