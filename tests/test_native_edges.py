@@ -233,6 +233,24 @@ def warp(m, *, items=3, pairs=4, dim=5):
     return {"distances": (distances, lambda shape: torch.full(shape, 0.5))}
 
 
+def waveform_layer(m, *, batch=2, channels=3, frames=20, norm=True, backward=False):
+    taps, stride = 4, 3
+    waveforms, weight = torch.ones(batch, 1, (frames - 1) * stride + taps), torch.ones(channels, 1, taps)
+    scale = torch.ones(channels) if norm else None
+    out = filled(torch.empty(batch, channels, frames))
+    sums = filled(torch.empty(channels, taps + 3))
+    if not backward:
+        m.waveform_conv1d(waveforms, weight, None, scale, scale, out, stride, 0, 1e-5, False)
+        # Frames whose channels are alike are the shift.
+        return {"out": (out, lambda shape: torch.full(shape, 1.0 if norm else taps))}
+    m.waveform_conv1d_backward(
+        waveforms, weight, None, scale, scale, torch.ones_like(out), sums, stride, 0, 1e-5, False
+    )
+    if norm:
+        return {"gradient of the shift": (sums[:, -1], lambda shape: torch.full(shape, float(batch * frames)))}
+    return {"gradient of the weight": (sums[:, :taps], lambda shape: torch.full(shape, float(batch * frames)))}
+
+
 CALLS: dict[str, tuple[Callable, dict, dict]] = {
     # Name: caller, what it always gets, sizes with the values they are tried at besides the usual.
     "extract_patches": (extract, {}, {"batch": [0, 1], "channels": [0], "side": [0], "patch": [0, 8], "stride": [0]}),
@@ -333,6 +351,15 @@ CALLS: dict[str, tuple[Callable, dict, dict]] = {
         {"inputs": 32, "outputs": 32, "height": 16, "width": 16, "activation": "none"},
         {name: [0] for name in ("batch", "height", "width")} | {"taps": [()]},
     ),
+    **{
+        f"waveform_conv1d{'_backward' * backward}{' normalised' * norm}": (
+            waveform_layer,
+            {"backward": backward, "norm": norm},
+            {"batch": [0, 1], "frames": [1, 300], **({} if norm else {"channels": [0, 1]})},
+        )
+        for backward in (False, True)
+        for norm in (False, True)
+    },
     "dtw_distances": (warp, {}, {"items": [0], "pairs": [0], "dim": [0]}),
     "PixelSteps": (
         steps,
