@@ -175,6 +175,13 @@ def test_a_list_of_all_leaves_nothing(root, lists):
         load(root)
 
 
+def test_nothing_left_to_train_on_is_an_error(root, lists):
+    (lists / "train_split.txt").write_text("103-1240-0000\n")
+    (root / "LibriSpeech/train-clean-100/103/1240/103-1240-0000.flac").write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the 1 training recordings could be read\n  left out 1 recordings"):
+        load(root)
+
+
 def test_missing_data_says_what_to_do(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"no folder 'LibriSpeech' in .*--download to fetch it from https://www\."
