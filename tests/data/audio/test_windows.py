@@ -7,7 +7,7 @@ import pytest
 
 from cpc_ext.data import WaveformSet, WindowSampler
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*too few same-sequence windows:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:(?s).*too few same-sequence windows:UserWarning")
 
 WINDOW = 1000
 # Samples of the recordings of three speakers.
