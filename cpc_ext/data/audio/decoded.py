@@ -62,15 +62,22 @@ class DecodedRecordings:
 
 
 def decoded_recordings(
-    root: Path, files: Sequence[TreeFile], left_out: LeftOut, notes: list[str], *, variant: str
+    root: Path,
+    training: Sequence[TreeFile],
+    testing: Sequence[TreeFile],
+    left_out: LeftOut,
+    notes: list[str],
+    *,
+    variant: str,
 ) -> DecodedRecordings:
-    """The decoded recordings of files below root.
+    """The decoded recordings of files below root, those to train on before those to test on.
 
     left_out, notes: get what could not be decoded, and what else there is to say. variant: the data set's name.
 
-    Raises ImportError where a library is missing, ValueError where no file could be decoded, OSError where the
-    recordings cannot be kept.
+    Raises ImportError where a library is missing, ValueError where none of those to train on could be decoded, OSError
+    where the recordings cannot be kept.
     """
+    files = [*training, *testing]
     cache = DecodedCache(
         root=root,
         files=files,
@@ -82,11 +89,14 @@ def decoded_recordings(
     kept = cache.kept(_build)
     for number, reason in kept.reasons.items():
         left_out.add(files[number].path, reason)
+    lengths = np.array(kept.index["lengths"], np.int64)
+    if not lengths[: len(training)].any():
+        none = f"{root}: none of the {len(training)} training recordings could be read"
+        raise ValueError("\n  ".join([none, *left_out.lines()]))
     cut_off = [files[number].path for number in kept.index["cut_off"]]
     if cut_off:
         notes.append(f"samples beyond -1 to 1 were cut off in {len(cut_off)} files of floating point: {some(cut_off)}")
-    samples = np.memmap(kept.file, dtype=np.int16, mode="r")
-    return DecodedRecordings(files, samples, np.array(kept.index["lengths"], np.int64))
+    return DecodedRecordings(files, np.memmap(kept.file, dtype=np.int16, mode="r"), lengths)
 
 
 def fitting_labels(

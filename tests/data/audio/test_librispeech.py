@@ -127,7 +127,7 @@ def test_labels_a_little_off_are_cut_and_others_left_out(root, lists):
     )
     with pytest.warns(UserWarning, match=r"not as many as .*: 103-1241-0000 \(6 for 3\)$"):
         dataset = load(root)
-    # Of 19-198-0000, 103-1240-0000 and 103-1241-0000, which have room for 3, 1 and 3; and one without labels.
+    # The recordings of the training list, of speaker 19 first, have room for 3, 1 and 3 labels.
     assert [dataset.train.phones_of(number).tolist() for number in range(3)] == [[4, 5], [7], []]
     assert [dataset.test.phones_of(number).tolist() for number in range(2)] == [[], [1]]
 
@@ -172,6 +172,13 @@ def test_a_list_of_all_leaves_nothing(root, lists):
     (lists / "train_split.txt").unlink()
     (lists / "test_split.txt").write_text("\n".join(UTTERANCES))
     with pytest.raises(ValueError, match="none is left to train on"):
+        load(root)
+
+
+def test_nothing_left_to_train_on_is_an_error(root, lists):
+    (lists / "train_split.txt").write_text("103-1240-0000\n")
+    (root / "LibriSpeech/train-clean-100/103/1240/103-1240-0000.flac").write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the 1 training recordings could be read\n  left out 1 recordings"):
         load(root)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from cpc_ext.data import WaveformSet, WindowSampler
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*too few same-sequence windows:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:(?s).*too few same-sequence windows:UserWarning")
 
 WINDOW = 1000
 # Samples of the recordings of three speakers.
@@ -98,7 +98,7 @@ def test_places_of_a_sequential_batch_go_through_shares_of_the_sound():
     source = sampler("sequential", 3)
     for _ in range(3):
         batches = np.array(epoch(source))
-        assert batches.shape == (9, 3)  # Of 28.7 windows 28, from anywhere in the first.
+        assert batches.shape == (9, 3)  # The sound has room for 28.7 windows.
         assert (np.diff(batches, axis=0) == WINDOW).all()
         assert (np.diff(batches, axis=1) == 9 * WINDOW).all()
 

@@ -43,21 +43,17 @@ def load(data_dir: str | Path) -> SpeechDataset:
         )
     speakers = class_names(root, training, testing, "recordings", tree.notes, alike=False)
     training, testing = _by_speaker(training), _by_speaker(testing)
-    files = training + testing
-    decoded = decoded_recordings(root, files, tree.left_out, tree.notes, variant="audio-folder")
-    if not decoded.lengths[: len(training)].any():
-        lines = [f"{root}: none of the {len(training)} training recordings could be read", *tree.left_out.lines()]
-        raise ValueError("\n  ".join(lines))
+    decoded = decoded_recordings(root, training, testing, tree.left_out, tree.notes, variant="audio-folder")
     strangers = {file.label for file in testing} - set(speakers)
     if speakers and strangers:
         tree.notes.append(
             f"{len(strangers)} speakers of the test recordings are not trained on, so telling speakers is not tested"
         )
     tell(root, [*tree.notes, *tree.left_out.lines()])
-    names = [file.path for file in files]
+    names = [file.path for file in decoded.files]
     numbers = {speaker: number for number, speaker in enumerate(speakers)}
-    known = [numbers.get(file.label, -1) for file in files] if speakers else None
-    test = decoded.part(range(len(training), len(files)), names, None if strangers else known)
+    known = [numbers.get(file.label, -1) for file in decoded.files] if speakers else None
+    test = decoded.part(range(len(training), len(names)), names, None if strangers else known)
     return SpeechDataset(
         name="audio-folder",
         train=decoded.part(range(len(training)), names, known),

@@ -59,10 +59,9 @@ def load(data_dir: str | Path | None = None, *, download: bool = False) -> Speec
     speakers = tuple(sorted({file.label for file in (*training, *testing)}, key=_as_number))
     order = {speaker: number for number, speaker in enumerate(speakers)}
     training, testing = (sorted(part, key=lambda file: order[file.label]) for part in (training, testing))
-    chosen = training + testing
-    decoded = decoded_recordings(root, chosen, tree.left_out, tree.notes, variant="librispeech")
-    names = [_name(file) for file in chosen]
-    numbers = [order[file.label] for file in chosen]
+    decoded = decoded_recordings(root, training, testing, tree.left_out, tree.notes, variant="librispeech")
+    names = [_name(file) for file in decoded.files]
+    numbers = [order[file.label] for file in decoded.files]
     phones: dict[str, np.ndarray] | None = None
     phone_names: tuple[str, ...] = ()
     if LABELS in given:
@@ -71,7 +70,7 @@ def load(data_dir: str | Path | None = None, *, download: bool = False) -> Speec
         highest = max((int(found.max(initial=0)) for found in phones.values()), default=0)
         phone_names = _phone_names(given.get(NAMES), highest)
     tell(root, [*tree.notes, *tree.left_out.lines()])
-    test = decoded.part(range(len(training), len(chosen)), names, numbers, phones)
+    test = decoded.part(range(len(training), len(names)), names, numbers, phones)
     return SpeechDataset(
         name="librispeech",
         train=decoded.part(range(len(training)), names, numbers, phones),
