@@ -181,6 +181,8 @@ def test_no_utterances_and_no_frames_have_no_items():
     assert rows(none) == []
     assert none.onset.dtype == np.int64
     assert rows(abx_items([torch.empty(0, dtype=torch.int64)], [3], unit="phone")) == []
+    with pytest.raises(ValueError, match="zip"):
+        abx_items(UTTERANCES, [7, 8])
     with pytest.raises(ValueError, match="unit: expected one of triphone, phone, got 'word'"):
         abx_items(UTTERANCES, [7, 8, 7], unit="word")
 
@@ -287,6 +289,15 @@ def test_nothing_is_drawn_twice():
     for seed in range(5):
         triples = np.concatenate(list(abx._across(cells, 4, np.random.default_rng(seed))))
         assert len(np.unique(triples, axis=0)) == len(triples) == 12 * 4
+
+
+def test_limits_are_libri_lights_where_none_are_given():
+    """Eight speakers say each of two phones twelve times: ten of them, and X of five others."""
+    number = np.arange(192)
+    zeros = np.zeros(192, int)
+    items = items_at(number, number + 1, number % 2, zeros, zeros, number // 24)
+    assert abx_error(torch.ones(192, 1), items).triples == 8 * 2 * 10 * 9 * 10
+    assert abx_error(torch.ones(192, 1), items, speaker="across").triples == 8 * 2 * 5 * 10**3
 
 
 def test_across_takes_so_many_speakers_of_x():

@@ -90,6 +90,7 @@ def test_chunks_of_predictions(monkeypatch):
     monkeypatch.setattr(module, "_CHUNK", 7)
     model, features = FrameClassifier(5, 3, hidden=4), draw(20, 5)
     assert torch.equal(model.predict(features), model(features).argmax(1))
+    assert [tuple(p.shape) for p in FrameClassifier(5, 3).parameters()] == [(3, 5), (3,)]
 
 
 # --- The recipes ---
