@@ -268,7 +268,7 @@ def _directions(features: Tensor) -> Tensor:
     zeros = ~frames.any(1, keepdim=True)
     if zeros.any():
         # Products with the rest are then below -1, those among them above 1, which angles are clamped to.
-        frames = torch.cat([frames, torch.where(zeros, -2e12, 1e-12)], dim=1)
+        frames = torch.cat([frames, torch.where(zeros, -2e12, 1e-12).to(frames)], dim=1)
     return frames.contiguous()
 
 

@@ -37,6 +37,8 @@ def test_panels_share_their_time():
     np.testing.assert_array_equal(image.get_array(), np.arange(15).reshape(5, 3).T)
     assert image.origin == "lower"
     assert spectrum.get_title() == "an utterance"
+    assert [axes.get_ylabel().split()[0] for axes in figure.axes] == ["mel", "phones", "frames", "angle"]
+    assert line.get_xlabel() == "seconds"
     # Phones begin and end half a frame from the centres at which they change.
     spans = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in named.patches]
     np.testing.assert_allclose(spans, [(0.09, 0.11), (0.11, 0.15), (0.15, 0.19)])

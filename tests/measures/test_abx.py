@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cpc_ext._native import native
+from cpc_ext.measures import abx
 from cpc_ext.measures.abx import AbxItems, abx_error, abx_items, dtw_distances
 
 
@@ -82,15 +83,15 @@ def test_the_path_is_the_cheapest_of_all(n, m):
     assert distance == pytest.approx(sum(cost[cell] for cell in best) / len(best), abs=1e-6)
 
 
-def test_of_paths_that_cost_the_same_the_diagonal_is_taken():
-    """Right angles everywhere but at two cells: by the diagonal 2 cells, along the sides 3 of the same sum."""
-    x, y = torch.eye(4)[[0, 1]], torch.eye(4)[[2, 3]]
-    (distance,) = dtw_distances(torch.cat([x, y]), items_at([0, 2], [2, 4]), np.array([[0, 1]]))
-    assert distance == pytest.approx(0.5, abs=1e-6)
-    # All in one direction cost nothing but the last, by whichever way: three cells by the diagonal.
-    x = torch.tensor([[1.0, 0], [1, 0], [0, 1]])
-    (distance,) = dtw_distances(torch.cat([x, x.flip(0)[[1, 2, 1]]]), items_at([0, 3], [3, 6]), np.array([[0, 1]]))
-    assert distance == pytest.approx(0.5 / 3, abs=1e-6)
+def test_of_paths_that_cost_the_same_the_first_is_taken():
+    """Frames are at right angles or the same, so that many sums are equal; paths of the same sum differ in length."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 9, 40)
+    direction, ends = rng.integers(0, 2, lengths.sum()), np.cumsum(lengths)
+    items, pairs = items_at(ends - lengths, ends), every_pair(40)
+    parts = np.split(direction, ends[:-1])
+    expected = [warped(0.5 * (parts[x][:, None] != parts[y])) for x, y in pairs]
+    np.testing.assert_allclose(dtw_distances(torch.eye(2)[direction], items, pairs), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -176,8 +177,12 @@ def test_triphones_have_their_neighbours_in_them():
 
 
 def test_no_utterances_and_no_frames_have_no_items():
-    assert rows(abx_items([], [])) == []
+    none = abx_items([], [])
+    assert rows(none) == []
+    assert none.onset.dtype == np.int64
     assert rows(abx_items([torch.empty(0, dtype=torch.int64)], [3], unit="phone")) == []
+    with pytest.raises(ValueError, match="zip"):
+        abx_items(UTTERANCES, [7, 8])
     with pytest.raises(ValueError, match="unit: expected one of triphone, phone, got 'word'"):
         abx_items(UTTERANCES, [7, 8, 7], unit="word")
 
@@ -234,8 +239,12 @@ def test_the_error_is_that_of_the_definition(speaker, any_context):
 def test_batches_do_not_change_the_error(monkeypatch):
     features, items = a_set()
     whole = [abx_error(features, items, speaker=speaker) for speaker in ("within", "across")]
-    monkeypatch.setattr("cpc_ext.measures.abx._BATCH", 10)
+    monkeypatch.setattr(abx, "_BATCH", 10)
     assert [abx_error(features, items, speaker=speaker) for speaker in ("within", "across")] == whole
+    cells = abx._Cells(items, False, 10, np.random.default_rng(0))
+    batches = list(abx._batches(cells, abx._within(cells)))
+    assert len(batches) > 4
+    np.testing.assert_array_equal(np.concatenate(batches), np.concatenate(list(abx._within(cells))))
 
 
 def test_what_cannot_be_told_is_chance_and_what_can_is_right():
@@ -260,6 +269,35 @@ def test_limits_draw_from_what_there_is(speaker, most):
         assert {draw.triples for draw in draws} == {4 * 3 * 2 * (3 * 2 * 3)}
     errors = [draw.error for draw in draws]
     assert np.mean(errors) == pytest.approx(whole.error, abs=4 * np.std(errors) / math.sqrt(len(errors)))
+
+
+def test_nothing_is_drawn_twice():
+    """Each item has a direction of its own: none is nearer to X than another, unless it is X."""
+    items = items_at(
+        range(90), range(1, 91), np.arange(90) % 2, np.zeros(90, int), np.zeros(90, int), np.arange(90) % 3
+    )
+    for seed in range(5):
+        for speaker in ("within", "across"):
+            assert abx_error(torch.eye(90), items, speaker=speaker, most_items=8, seed=seed).error == 0.5
+    cells = abx._Cells(items, False, 8, np.random.default_rng(0))
+    triples = np.concatenate(list(abx._across(cells, 1, np.random.default_rng(0))))
+    assert len(triples) == 3 * 2
+    items = items_at(
+        range(12), range(1, 13), np.arange(12) % 2, np.zeros(12, int), np.zeros(12, int), np.arange(12) // 2
+    )
+    cells = abx._Cells(items, False, 8, np.random.default_rng(0))
+    for seed in range(5):
+        triples = np.concatenate(list(abx._across(cells, 4, np.random.default_rng(seed))))
+        assert len(np.unique(triples, axis=0)) == len(triples) == 12 * 4
+
+
+def test_limits_are_libri_lights_where_none_are_given():
+    """Eight speakers say each of two phones twelve times: ten of them, and X of five others."""
+    number = np.arange(192)
+    zeros = np.zeros(192, int)
+    items = items_at(number, number + 1, number % 2, zeros, zeros, number // 24)
+    assert abx_error(torch.ones(192, 1), items).triples == 8 * 2 * 10 * 9 * 10
+    assert abx_error(torch.ones(192, 1), items, speaker="across").triples == 8 * 2 * 5 * 10**3
 
 
 def test_across_takes_so_many_speakers_of_x():

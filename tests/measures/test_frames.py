@@ -22,7 +22,9 @@ def pairs(*arguments):
 
 
 def test_labels_lie_on_kaldis_grid():
-    assert label_centers(3).tolist() == [200, 360, 520]
+    centers = label_centers(3)
+    assert centers.tolist() == [200, 360, 520]
+    assert centers.dtype == torch.float64
 
 
 @pytest.mark.parametrize(("first", "shift"), [(GREEDY, 1), (CPC_AUDIO, 1), (150.0, 0), (199.0, 0), (281.0, -1)])
