@@ -1,7 +1,8 @@
 """The objective of contrastive predictive coding on sequences: contexts predict the encodings some frames ahead.
 
 From encodings [B, D, L] and contexts [B, E, L] to the InfoNCE loss of every step, and their mean or sum. Predictions
-are contrasted with the encodings themselves, which sampled negatives name; they are never gathered.
+are contrasted with the encodings themselves, which sampled negatives name; they are never gathered, nor are linear
+predictions ever all in memory.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from cpc_ext.nn.sequence_negatives import SAMPLINGS, SequenceNegatives, Windowed
 from cpc_ext.nn.step_predictors import PREDICTORS, step_predictor
 from cpc_ext.nn.typed import Module, ModuleList
 from cpc_ext.ops.info_nce import info_nce
+from cpc_ext.ops.predict_and_contrast import predict_and_contrast
 
 __all__ = ["SequenceInfoNCE", "SequenceInfoNCEOutput", "SequenceNegatives"]
 
@@ -216,10 +218,13 @@ class SequenceInfoNCE(Module):
             everyone = gather_from_ranks(speakers) if exchange.world > 1 else speakers
             groups = speakers, everyone.repeat_interleave(of.frames)
         keys = _Keys(candidates.transpose(1, 2).flatten(0, 1), targets, sampled, groups, exchange.ring)
-        losses, accuracies = self._predict(contexts, keys)
-        mean = losses.mean()
+        if self._linear and groups is None and not keys.ring:
+            mean, losses, accuracies = self._contrast_linear(contexts, keys)
+        else:
+            losses, accuracies = self._predict(contexts, keys)
+            mean = losses.mean()
         return SequenceInfoNCEOutput(
-            mean if self.reduction == "mean" else losses.sum(),
+            mean if self.reduction == "mean" else mean * self.pred_steps,
             accuracies.mean(),
             self._log_contrasted(keys, exchange.world) - mean.detach(),
             losses.detach(),
@@ -244,8 +249,6 @@ class SequenceInfoNCE(Module):
 
     def _predict(self, contexts: Tensor, keys: _Keys) -> tuple[Tensor, Tensor]:
         """Losses and accuracies [steps] of contexts [B, window, E]."""
-        if self.weight is not None and self.dropout.p == 0:
-            return self._contrast_linear(contexts, self.weight, keys)
         results = []
         for step, targets in enumerate(keys.targets):
             given = contexts[:, : targets.shape[1]]
@@ -254,21 +257,48 @@ class SequenceInfoNCE(Module):
         losses, accuracies = zip(*results, strict=True)
         return torch.stack(losses), torch.stack(accuracies)
 
-    def _contrast_linear(self, contexts: Tensor, weight: Tensor, keys: _Keys) -> tuple[Tensor, Tensor]:
-        """Losses and accuracies [steps] of predictions by matrices [steps, D, E] of contexts [B, window, E]."""
-        results = [
-            self._contrast(contexts[:, : targets.shape[1]] @ weight[step].t(), step, keys)
-            for step, targets in enumerate(keys.targets)
-        ]
-        losses, accuracies = zip(*results, strict=True)
-        return torch.stack(losses), torch.stack(accuracies)
+    @property
+    def _linear(self) -> bool:
+        """Whether predictions are products with the W_k and nothing else."""
+        return self.weight is not None and (self.dropout.p == 0 or not self.training)
+
+    def _contrast_linear(self, contexts: Tensor, keys: _Keys) -> tuple[Tensor, Tensor, Tensor]:
+        """The mean loss of contexts [B, window, E], with its gradient, and losses and accuracies [steps]."""
+        assert self.weight is not None
+        batch, window, _ = contexts.shape
+
+        def of_all_contexts(values: Sequence[Tensor], absent: int) -> Tensor:
+            """Each step's [B, T_k, ...] → [steps, B, window, ...], with a number where a step uses no context."""
+            together = values[0].new_full((len(values), batch, window, *values[0].shape[2:]), absent)
+            for step, each in enumerate(values):
+                together[step, :, : each.shape[1]] = each
+            return together
+
+        negatives = None
+        if keys.negatives is not None:
+            # What the steps share they are given once: the first step has it for the most contexts.
+            shared = self.sampling == "shifted"
+            negatives = of_all_contexts(keys.negatives[:1] if shared else keys.negatives, 0)
+            negatives = negatives[0] if shared else negatives
+        loss, _, _, losses, accuracies = predict_and_contrast(
+            contexts,
+            self.weight,
+            keys.keys,
+            of_all_contexts(keys.targets, -1),
+            negatives=negatives,
+            scale=self._scale,
+        )
+        return loss, losses, accuracies
+
+    @property
+    def _scale(self) -> float:
+        return 1.0 if self.score == "dot" else 1 / self.encoding_channels
 
     def _contrast(self, predictions: Tensor, step: int, keys: _Keys) -> tuple[Tensor, Tensor]:
         """Loss and accuracy of predictions [B, T_k, D] of a step."""
         queries, targets = predictions.flatten(0, 1), keys.targets[step]
-        scale = 1.0 if self.score == "dot" else 1 / self.encoding_channels
         if keys.ring:
-            losses, ranks = ring_info_nce(queries, keys.keys, targets.flatten(), scale=scale)
+            losses, ranks = ring_info_nce(queries, keys.keys, targets.flatten(), scale=self._scale)
             count = max(len(ranks), 1)
             return losses.sum() / count, (ranks == 0).sum().to(losses.dtype) / count
         groups = keys.groups
@@ -279,7 +309,7 @@ class SequenceInfoNCE(Module):
             keys.keys,
             targets.flatten(),
             negatives=None if keys.negatives is None else keys.negatives[step].flatten(0, 1),
-            scale=scale,
+            scale=self._scale,
             groups=groups,
             contrast="all" if groups is None else "same",
         )
