@@ -82,6 +82,22 @@ def test_files_that_the_programs_load(name, tmp_path):
         assert all(torch.equal(value, original[key]) for key, value in content.items())
 
 
+def test_wrapped_models_and_dictionaries():
+    content = torch.load(FILES / "cpc_audio_lstm_linear" / "checkpoint_0.pt", weights_only=True)
+    expected = load_reference(content, "cpc-audio").state_dict()
+    wrapped = {part: {f"module.{name}": one for name, one in content[part].items()} for part in ("gEncoder", "best")}
+    wrapped["cpcCriterion"] = {f"module.{name}": value for name, value in content["cpcCriterion"].items()}
+    found = load_reference(wrapped, "cpc-audio").state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    # The model's state dict alone has no predictions.
+    reference = read_reference(content["gEncoder"], "cpc-audio")
+    assert "predictions, which start anew" in reference.assumed
+    for part in ("encoder", "context"):
+        for name, value in getattr(reference.model, part).state_dict().items():
+            assert torch.equal(value, expected[f"{part}.{name}"])
+
+
 def test_models_of_ours_get_the_prefix_of_the_program():
     model = load_reference(FILES / "greedy_infomax_audio_cpc", "greedy-infomax-audio", normalization="none")
     assert all(name.startswith("module.fullmodel.0.") for name in export_reference(model, "greedy-infomax-audio"))
