@@ -182,6 +182,51 @@ def test_the_last_epoch_of_a_folder_counts(tmp_path):
         load_reference(tmp_path / "none", "greedy-infomax-audio")
 
 
+def test_options_that_cpc_audio_builds_models_from(tmp_path):
+    encoder = WaveformEncoder(8, norm="instance", padding="cpc-audio")
+    context = CausalTransformerContext(8, 9, layers=2, hidden=5, reverse=True)
+    objective = {"sampling": "shifted", "common_positions": True, "pred_steps": 2, "neg_samples": 7, "reverse": True}
+    model = CPC(encoder, context, SequenceInfoNCE(8, predictor="lstm", dropout=0.5, **objective))
+    save_reference(model, "cpc-audio", tmp_path / "checkpoint_0.pt")
+    assert json.loads((tmp_path / "checkpoint_args.json").read_text()) == {
+        "encoder_type": "cpc",
+        "hiddenEncoder": 8,
+        "hiddenGar": 8,
+        "normMode": "instanceNorm",
+        "nPredicts": 2,
+        "negativeSamplingExt": 7,
+        "rnnMode": "LSTM",
+        "dropout": True,
+        "cpc_mode": "reverse",
+        "samplingType": "samespeaker",
+        "arMode": "transformer",
+        "abspos": False,
+        "nLevelsGRU": 2,
+        "sizeWindow": 1440,
+    }
+    found = load_reference(tmp_path, "cpc-audio")
+    waveforms = torch.rand(2, 1, 1440)
+    encodings = model.eval().encode(waveforms)
+    torch.testing.assert_close(found.encode(waveforms), encodings)
+    torch.testing.assert_close(found.contextualize(encodings), model.contextualize(encodings))
+    predicts = CPC(
+        encoder,
+        RecurrentContext(8, 8, kind="rnn", layers=2, keep_state=True),
+        SequenceInfoNCE(8, predictor="transformer", window=11, **objective),
+    )
+    save_reference(predicts, "cpc-audio", tmp_path / "checkpoint_1.pt")
+    written = json.loads((tmp_path / "checkpoint_args.json").read_text())
+    given = {
+        "arMode": "RNN",
+        "nLevelsGRU": 2,
+        "samplingType": "sequential",
+        "rnnMode": "transformer",
+        "sizeWindow": 1760,
+    }
+    assert {name: written[name] for name in given} == given
+    assert load_reference(tmp_path, "cpc-audio").objective.window == 11
+
+
 def cpc_audio_state(**objective):
     encoder, context = WaveformEncoder(8, norm="channel", padding="cpc-audio"), CausalTransformerContext(8, 6)
     given = {"sampling": "shifted", "common_positions": True, "pred_steps": 2, **objective}

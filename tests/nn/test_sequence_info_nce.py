@@ -290,6 +290,17 @@ def test_empty_batch(sampling):
     assert output.accuracy == 0
 
 
+@pytest.mark.parametrize("subsample", [None, 6])
+@pytest.mark.parametrize("sampling", [*DRAWN, "all"])
+def test_nothing_is_made_on_another_device(sampling, subsample):
+    objective = make(sampling=sampling, subsample=subsample, **DRAWN.get(sampling, {})).to("meta")
+    z, c = (value.detach().to("meta") for value in sequences())
+    draws = objective.draw_negatives(z)
+    for output in (objective(z, c), objective(z, c, negatives=draws)):
+        assert output.loss.device.type == "meta"
+        assert output.step_losses.shape == (K,)
+
+
 def test_half_precision_follows_autocast():
     z, c = sequences()
     objective = make().float()

@@ -91,6 +91,11 @@ def test_dropout_of_attention_and_of_what_is_hidden(absolute):
     torch.testing.assert_close(without(z), plain, **EXACT)
 
 
+@pytest.mark.parametrize("absolute", [False, True])
+def test_nothing_is_made_on_another_device(absolute):
+    assert make(absolute).to("meta")(encodings(4).to("meta")).device.type == "meta"
+
+
 def test_starts():
     layer = CausalTransformerLayer(64, 500, hidden=3)
     bound = 8**-0.5
