@@ -92,7 +92,9 @@ def test_wrapped_models_and_dictionaries():
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
     # The model's state dict alone has no predictions.
     reference = read_reference(content["gEncoder"], "cpc-audio")
-    assert "predictions, which start anew" in reference.assumed
+    assert reference.assumed == ("time runs forwards, from zeros", "predictions, which start anew")
+    assert not reference.configuration["predictions"]
+    assert read_reference(wrapped, "cpc-audio").configuration["predictions"]
     for part in ("encoder", "context"):
         for name, value in getattr(reference.model, part).state_dict().items():
             assert torch.equal(value, expected[f"{part}.{name}"])
@@ -123,6 +125,7 @@ def test_written_again_they_are_the_same(path):
 
 def test_samples_are_normalised_as_for_the_program():
     name = "greedy_infomax_audio_cpc"
+    assert read_reference(FILES / name, "greedy-infomax-audio").assumed == ("normalization greedy-infomax",)
     samples = torch.randint(-(2**15), 2**15, (1, 1, 3200), dtype=torch.int16)
     model = load_reference(FILES / name, "greedy-infomax-audio")
     plain = load_reference(FILES / name, "greedy-infomax-audio", normalization="none")
@@ -243,6 +246,8 @@ def test_what_is_not_the_programs_is_refused():
     moved = {name.replace("gAR.0", "gAR.1"): value for name, value in state.items() if "Krelpos" not in name}
     with pytest.raises(CheckpointError, match="pe are not the sines"):
         load_reference(moved | {"gEncoder.gAR.0.pe": torch.zeros(1, 6, 8)}, "cpc-audio")
+    with pytest.raises(CheckpointError, match=r"gAR\.2\.multihead"):
+        load_reference({name.replace("gAR.0", "gAR.2"): value for name, value in state.items()}, "cpc-audio")
     recurrent = {f"{name}_l0": torch.zeros(8, *([8] * name.startswith("w"))) for name in ("weight_ih", "weight_hh")}
     others = {name: value for name, value in state.items() if "predictors" not in name}
     with pytest.raises(CheckpointError, match=r"predictors\.0\.weight_ih_l0"):

@@ -108,12 +108,13 @@ def test_starts():
 def test_wrong_arguments():
     for options, problem in (
         ({"heads": 3}, "channels must be a multiple of heads, 3, got 16"),
+        ({"channels": 0}, "^channels must be at least 1"),
         ({"window": 0}, "window must be at least 1"),
         ({"layers": 0}, "layers must be at least 1"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
     ):
         with pytest.raises(ValueError, match=problem):
-            CausalTransformerContext(16, **options)
+            CausalTransformerContext(**{"channels": 16, **options})
     with pytest.raises(ValueError, match="positions must be at least 1"):
         CausalTransformerLayer(16, 0)
     with pytest.raises(ValueError, match=r"encodings must be \[B, 16, L\]"):
