@@ -376,8 +376,8 @@ class GreedySupervised(_GreedyModel):
             yield self.loss(index, encodings, labels=labels)
 
     def loss(self, index: int, encodings: Tensor, *, labels: Tensor) -> SupervisedOutput:
-        """Cross-entropy of module ``index`` on its encodings [B, D, rows, cols]; labels: int64 [B]."""
-        logits: Tensor = self.objectives[index](encodings.mean((2, 3)))
+        """Cross-entropy of module ``index`` on its encodings [B, D, rows, cols] or [B, D, L]; labels: int64 [B]."""
+        logits: Tensor = self.objectives[index](encodings.mean(tuple(range(2, encodings.ndim))))
         right = (logits.detach().argmax(1) == labels).to(torch.promote_types(logits.dtype, torch.float32))
         images = max(len(labels), 1)
         return SupervisedOutput(F.cross_entropy(logits, labels, reduction="sum") / images, right.sum() / images)

@@ -90,17 +90,19 @@ def draw(
         if others < 1:
             raise ValueError(f"exclude_positive leaves none of {of.frames} frames of {of.sequences} sequences")
         drawn = integers(0, others, of.sequences, samples, max(of.counts))
-        places = _shifted(drawn, of, steps, begin)
+        places = _shifted(drawn, of, begin)
     moved = [None if value is None else value.to(device) for value in (begin, places_begin)]
     if isinstance(places, list):
         return SequenceNegatives([one.to(device) for one in places], *moved)
     return SequenceNegatives(None if places is None else places.to(device), *moved)
 
 
-def _shifted(drawn: Tensor, of: Windowed, steps: int, begin: Tensor | None) -> Tensor:
-    """Frames [B, S, T] of any sequence and of another time than t; of the own one not the next ``steps`` either."""
+def _shifted(drawn: Tensor, of: Windowed, begin: Tensor | None) -> Tensor:
+    """Frames [B, S, T] of any sequence and of another time than t.
+
+    drawn: which of them. Those that follow t in the own sequence are the last, the nearest at the very end.
+    """
     ahead = of.frames - 1
-    # The own sequence is the last, so that what is left out is at the end: its offsets are counted from the largest.
     sequence, offset = drawn // ahead, drawn % ahead + 1
     own = torch.arange(of.sequences, device=drawn.device)[:, None, None]
     time = torch.arange(drawn.shape[2], device=drawn.device)

@@ -82,6 +82,24 @@ def test_files_that_the_programs_load(name, tmp_path):
         assert all(torch.equal(value, original[key]) for key, value in content.items())
 
 
+def test_wrapped_models_and_dictionaries():
+    content = torch.load(FILES / "cpc_audio_lstm_linear" / "checkpoint_0.pt", weights_only=True)
+    expected = load_reference(content, "cpc-audio").state_dict()
+    wrapped = {part: {f"module.{name}": one for name, one in content[part].items()} for part in ("gEncoder", "best")}
+    wrapped["cpcCriterion"] = {f"module.{name}": value for name, value in content["cpcCriterion"].items()}
+    found = load_reference(wrapped, "cpc-audio").state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    # The model's state dict alone has no predictions.
+    reference = read_reference(content["gEncoder"], "cpc-audio")
+    assert reference.assumed == ("time runs forwards, from zeros", "predictions, which start anew")
+    assert not reference.configuration["predictions"]
+    assert read_reference(wrapped, "cpc-audio").configuration["predictions"]
+    for part in ("encoder", "context"):
+        for name, value in getattr(reference.model, part).state_dict().items():
+            assert torch.equal(value, expected[f"{part}.{name}"])
+
+
 def test_models_of_ours_get_the_prefix_of_the_program():
     model = load_reference(FILES / "greedy_infomax_audio_cpc", "greedy-infomax-audio", normalization="none")
     assert all(name.startswith("module.fullmodel.0.") for name in export_reference(model, "greedy-infomax-audio"))
@@ -107,6 +125,7 @@ def test_written_again_they_are_the_same(path):
 
 def test_samples_are_normalised_as_for_the_program():
     name = "greedy_infomax_audio_cpc"
+    assert read_reference(FILES / name, "greedy-infomax-audio").assumed == ("normalization greedy-infomax",)
     samples = torch.randint(-(2**15), 2**15, (1, 1, 3200), dtype=torch.int16)
     model = load_reference(FILES / name, "greedy-infomax-audio")
     plain = load_reference(FILES / name, "greedy-infomax-audio", normalization="none")
@@ -166,6 +185,51 @@ def test_the_last_epoch_of_a_folder_counts(tmp_path):
         load_reference(tmp_path / "none", "greedy-infomax-audio")
 
 
+def test_options_that_cpc_audio_builds_models_from(tmp_path):
+    encoder = WaveformEncoder(8, norm="instance", padding="cpc-audio")
+    context = CausalTransformerContext(8, 9, layers=2, hidden=5, reverse=True)
+    objective = {"sampling": "shifted", "common_positions": True, "pred_steps": 2, "neg_samples": 7, "reverse": True}
+    model = CPC(encoder, context, SequenceInfoNCE(8, predictor="lstm", dropout=0.5, **objective))
+    save_reference(model, "cpc-audio", tmp_path / "checkpoint_0.pt")
+    assert json.loads((tmp_path / "checkpoint_args.json").read_text()) == {
+        "encoder_type": "cpc",
+        "hiddenEncoder": 8,
+        "hiddenGar": 8,
+        "normMode": "instanceNorm",
+        "nPredicts": 2,
+        "negativeSamplingExt": 7,
+        "rnnMode": "LSTM",
+        "dropout": True,
+        "cpc_mode": "reverse",
+        "samplingType": "samespeaker",
+        "arMode": "transformer",
+        "abspos": False,
+        "nLevelsGRU": 2,
+        "sizeWindow": 1440,
+    }
+    found = load_reference(tmp_path, "cpc-audio")
+    waveforms = torch.rand(2, 1, 1440)
+    encodings = model.eval().encode(waveforms)
+    torch.testing.assert_close(found.encode(waveforms), encodings)
+    torch.testing.assert_close(found.contextualize(encodings), model.contextualize(encodings))
+    predicts = CPC(
+        encoder,
+        RecurrentContext(8, 8, kind="rnn", layers=2, keep_state=True),
+        SequenceInfoNCE(8, predictor="transformer", window=11, **objective),
+    )
+    save_reference(predicts, "cpc-audio", tmp_path / "checkpoint_1.pt")
+    written = json.loads((tmp_path / "checkpoint_args.json").read_text())
+    given = {
+        "arMode": "RNN",
+        "nLevelsGRU": 2,
+        "samplingType": "sequential",
+        "rnnMode": "transformer",
+        "sizeWindow": 1760,
+    }
+    assert {name: written[name] for name in given} == given
+    assert load_reference(tmp_path, "cpc-audio").objective.window == 11
+
+
 def cpc_audio_state(**objective):
     encoder, context = WaveformEncoder(8, norm="channel", padding="cpc-audio"), CausalTransformerContext(8, 6)
     given = {"sampling": "shifted", "common_positions": True, "pred_steps": 2, **objective}
@@ -182,6 +246,8 @@ def test_what_is_not_the_programs_is_refused():
     moved = {name.replace("gAR.0", "gAR.1"): value for name, value in state.items() if "Krelpos" not in name}
     with pytest.raises(CheckpointError, match="pe are not the sines"):
         load_reference(moved | {"gEncoder.gAR.0.pe": torch.zeros(1, 6, 8)}, "cpc-audio")
+    with pytest.raises(CheckpointError, match=r"gAR\.2\.multihead"):
+        load_reference({name.replace("gAR.0", "gAR.2"): value for name, value in state.items()}, "cpc-audio")
     recurrent = {f"{name}_l0": torch.zeros(8, *([8] * name.startswith("w"))) for name in ("weight_ih", "weight_hh")}
     others = {name: value for name, value in state.items() if "predictors" not in name}
     with pytest.raises(CheckpointError, match=r"predictors\.0\.weight_ih_l0"):

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from cpc_ext.models import CPC, CausalTransformerContext, GreedyInfoMax, RecurrentContext, WaveformEncoder
+from cpc_ext.models import (
+    CPC,
+    CausalTransformerContext,
+    GreedyInfoMax,
+    GreedySupervised,
+    RecurrentContext,
+    WaveformEncoder,
+)
 from cpc_ext.nn import GridInfoNCE, SequenceInfoNCE
 
 WIDTHS = (4, 5, 6, 7, 8)
@@ -119,6 +126,16 @@ def test_one_module_is_cpc(waveforms):
     model = make(1, context)
     cpc = CPC(model.encoder, context, model.objectives[0])
     assert cpc(waveforms, generator=generator()).loss == model(waveforms, generator=generator())[0].loss
+
+
+def test_supervised_modules_classify_means_over_time(waveforms):
+    model = GreedySupervised(WaveformEncoder(WIDTHS), 5, classes=3).double()
+    labels = torch.tensor([2, 0])
+    encodings = model.encodings_by_module(waveforms)
+    for index, output in enumerate(model(waveforms, labels)):
+        logits = model.objectives[index](encodings[index].mean(2))
+        torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(logits, labels))
+        assert output.accuracy == (logits.argmax(1) == labels).double().mean()
 
 
 def test_wrong_settings():

@@ -170,6 +170,12 @@ def test_shifted_frames_are_all_but_those_left_out(without, subsample):
             assert (counts - mean).abs().max() < 5 * math.sqrt(mean)
 
 
+def test_the_only_frame_that_is_left():
+    objective = make(sampling="shifted", exclude_positive=True)
+    places = objective.draw_negatives(torch.empty(1, D, K + 2), generator()).places
+    assert torch.equal(places, (torch.arange(K + 1) + K + 1).remainder(K + 2).expand(1, S, -1))
+
+
 def test_windows_begin_anywhere_but_at_the_very_end():
     objective = make(subsample=6)
     begins = {int(objective.draw_negatives(torch.empty(B, D, L), generator(seed)).begin) for seed in range(40)}
@@ -290,6 +296,17 @@ def test_empty_batch(sampling):
     assert output.accuracy == 0
 
 
+@pytest.mark.parametrize("subsample", [None, 6])
+@pytest.mark.parametrize("sampling", [*DRAWN, "all"])
+def test_nothing_is_made_on_another_device(sampling, subsample):
+    objective = make(sampling=sampling, subsample=subsample, **DRAWN.get(sampling, {})).to("meta")
+    z, c = (value.detach().to("meta") for value in sequences())
+    draws = objective.draw_negatives(z)
+    for output in (objective(z, c), objective(z, c, negatives=draws)):
+        assert output.loss.device.type == "meta"
+        assert output.step_losses.shape == (K,)
+
+
 def test_half_precision_follows_autocast():
     z, c = sequences()
     objective = make().float()
@@ -347,6 +364,9 @@ def test_wrong_arguments():
         objective(z, c, negatives=SequenceNegatives(None))
     with pytest.raises(ValueError, match="where the window of 6 of 9 frames begins"):
         make(subsample=6)(z, c, negatives=torch.zeros(S, B * L, dtype=torch.int64))
+    begin = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="where the window of 6 of 9 frames begins"):
+        make(subsample=6, sampling="same-sequence")(z, c, negatives=SequenceNegatives(torch.zeros(S, L), begin))
     with pytest.raises(ValueError, match="exclude_positive leaves none of 3 frames of 1 sequences"):
         make(sampling="shifted", exclude_positive=True)(z[:1, :, :3], c[:1, :, :3])
     with pytest.raises(IndexError):

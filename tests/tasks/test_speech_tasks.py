@@ -53,15 +53,19 @@ def config_of(model="cpc-audio", **options):
     return validate_config({"model": model, **tree})
 
 
+# What each phone sounds like, in Hz; the first is silence to those who compare phones.
+TONES = (200, 450, 1000, 2100, 4000)
+
+
 def recordings(count=8, seconds=1.0, *, labelled=True):
     """Noise whose colour tells the phone, of two speakers, one louder than the other."""
     rng = np.random.default_rng(0)
     lengths = [int(16000 * seconds) + 160 * number for number in range(count)]
     sounds, phones = [], []
     for number, length in enumerate(lengths):
-        labels = np.repeat(rng.integers(0, 3, length), 800)[: label_count(length)]
+        labels = np.repeat(rng.integers(0, len(TONES), length), 8)[: label_count(length)]
         centres = np.clip((np.arange(length) - 200) // 160, 0, len(labels) - 1)
-        tone = np.sin(2 * np.pi * np.array([300, 900, 2500])[labels[centres]] * np.arange(length) / 16000)
+        tone = np.sin(2 * np.pi * np.array(TONES)[labels[centres]] * np.arange(length) / 16000)
         loud = 4000 if number < count // 2 else 1000
         sounds.append((loud * (tone + 0.3 * rng.standard_normal(length))).astype(np.int16))
         phones.append(labels.astype(np.uint8))
@@ -77,7 +81,7 @@ def recordings(count=8, seconds=1.0, *, labelled=True):
 
 def dataset_of(train=None, test=None):
     train = recordings() if train is None else train
-    return SpeechDataset("voices", train, test, ("loud", "quiet"), ("SIL", "A", "I"))
+    return SpeechDataset("voices", train, test, ("loud", "quiet"), ("SIL", "A", "E", "I", "O"))
 
 
 def task_of(model="cpc-audio", dataset=None, **options):

@@ -83,7 +83,7 @@ class GreedyInfoMaxAudioProgram(Program):
                 "pred_steps": pred_steps,
                 "sampling": _SAMPLINGS.get(noted.get("sampling_method", 1), "permuted"),
                 "neg_samples": settings.neg_samples,
-                "subsample": _SUBSAMPLE if noted.get("subsample") in (True, "True") else None,
+                "subsample": _SUBSAMPLE if noted.get("subsample") == "True" else None,
             },
         }
         model = _built(configuration)

@@ -79,16 +79,17 @@ class CausalTransformerContext(Module):
             raise ValueError(f"layer must be 1 to {len(self.layers)}, got {layer}")
         sequence = (encodings.flip(2) if self.reverse else encodings).transpose(1, 2)
         if self.absolute:
-            sequence = sequence + absolute_positions(*sequence.shape[1:]).to(sequence)
+            positions = absolute_positions(sequence.shape[1], self.out_channels, sequence.device)
+            sequence = sequence + positions.to(sequence.dtype)
         for network in self.layers[:layer]:
             sequence = network(sequence)
         contexts = sequence.transpose(1, 2)
         return contexts.flip(2) if self.reverse else contexts
 
 
-def absolute_positions(length: int, channels: int) -> Tensor:
+def absolute_positions(length: int, channels: int, device: torch.device | None = None) -> Tensor:
     """Sines (even channels) and cosines of positions, wavelengths 2π to 20000π: float64 [length, channels]."""
-    channel = torch.arange(channels, dtype=torch.float64)
+    channel = torch.arange(channels, dtype=torch.float64, device=device)
     rate = torch.exp((channel - channel % 2) * (-math.log(10000.0) / channels))
-    angle = torch.arange(length, dtype=torch.float64)[:, None] * rate
+    angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * rate
     return torch.where(channel % 2 == 0, angle.sin(), angle.cos())

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cpc_ext.models.encoders.stacked_encoder import EncoderBlock, SplitEncoder
@@ -44,6 +45,8 @@ class WaveformBlock(EncoderBlock):
         self.out_channels = channels
         self.conv = nn.Conv1d(in_channels, channels, kernel, stride=stride, padding=padding)
         self.norm = NORMS[norm](channels)
+        # Nobody else has what the convolution made; a copy of it takes a quarter of the first layer's time.
+        self._in_place = norm == "none"
 
     def forward(self, input: Tensor) -> Tensor:
         # Of the first layer, whose output is the largest, all in one pass.
@@ -60,7 +63,7 @@ class WaveformBlock(EncoderBlock):
                 eps=0.0 if norm is None else norm.eps,
                 relu=True,
             )
-        return torch.relu(self.norm(self.conv(input)))
+        return F.relu(self.norm(self.conv(input)), inplace=self._in_place)
 
 
 class WaveformEncoder(SplitEncoder):

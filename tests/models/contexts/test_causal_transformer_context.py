@@ -91,6 +91,11 @@ def test_dropout_of_attention_and_of_what_is_hidden(absolute):
     torch.testing.assert_close(without(z), plain, **EXACT)
 
 
+@pytest.mark.parametrize("absolute", [False, True])
+def test_nothing_is_made_on_another_device(absolute):
+    assert make(absolute).to("meta")(encodings(4).to("meta")).device.type == "meta"
+
+
 def test_starts():
     layer = CausalTransformerLayer(64, 500, hidden=3)
     bound = 8**-0.5
@@ -103,12 +108,13 @@ def test_starts():
 def test_wrong_arguments():
     for options, problem in (
         ({"heads": 3}, "channels must be a multiple of heads, 3, got 16"),
+        ({"channels": 0}, "^channels must be at least 1"),
         ({"window": 0}, "window must be at least 1"),
         ({"layers": 0}, "layers must be at least 1"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
     ):
         with pytest.raises(ValueError, match=problem):
-            CausalTransformerContext(16, **options)
+            CausalTransformerContext(**{"channels": 16, **options})
     with pytest.raises(ValueError, match="positions must be at least 1"):
         CausalTransformerLayer(16, 0)
     with pytest.raises(ValueError, match=r"encodings must be \[B, 16, L\]"):
