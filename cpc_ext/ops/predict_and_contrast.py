@@ -62,8 +62,8 @@ def predict_and_contrast(
     """InfoNCE of linear predictions (van den Oord et al. 2018, arXiv 1807.03748, equations 3 and 4).
 
     In step k the context c of a row predicts ``W_k c``, which scores the keys by ``scale * (W_k c) . key`` and tells
-    its positive from others as :func:`cpc_ext.ops.info_nce` describes. Predictions of half-precision arguments are
-    rounded as a matrix product's results are.
+    its positive from others as :func:`cpc_ext.ops.info_nce` describes. The CPU keeps predictions of half-precision
+    arguments in float32; elsewhere they are rounded, as the results of a matrix product.
 
     Args:
         contexts: [B, T, E], floating. B or T may be 0.

@@ -405,6 +405,26 @@ def test_wrong_arguments(change, error, message):
         predict_and_contrast(**given)
 
 
+@pytest.mark.parametrize("name", ["targets", "negatives"])
+def test_an_index_that_names_no_key(device, name):
+    """On the CPU an error; where nobody looks, the row's own affair, and its step's."""
+    drawn = draw(samples=4, reduction="none")
+    tensors, given = drawn.learning(device), drawn.given(device)
+    given[name][1, 0, 2] = 14
+    if sys.modules[predict_and_contrast.__module__].native.info_nce_on_cpu(tensors[0]):
+        with pytest.raises(IndexError, match=f"{name} must be in 0..13 for 14 keys"):
+            predict_and_contrast(*tensors, **given)
+        return
+    output = predict_and_contrast(*tensors, **given)
+    of_contexts, of_weights, of_keys = torch.autograd.grad(output.loss.sum(), tensors)
+    assert output.loss.isnan().nonzero().tolist() == [[1, 0, 2]]
+    assert output.rank[1, 0, 2] == -1
+    assert of_contexts.isnan().all(2).nonzero().tolist() == [[0, 2]]
+    assert of_contexts.isnan().any(2).sum() == 1
+    assert of_weights.isnan().flatten(1).any(1).tolist() == [False, True, False]
+    assert of_keys.isfinite().all()
+
+
 def test_forward_mode_is_refused():
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(CONTEXTS, CONTEXTS)
