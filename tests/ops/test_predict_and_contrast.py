@@ -191,6 +191,17 @@ def test_absent_rows_may_hold_anything(device, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_absent_losses_count_for_nothing(device, kind):
+    drawn = draw(**KINDS[kind], reduction="none")
+    tensors, given = drawn.learning(device), drawn.given(device)
+    loss = predict_and_contrast(*tensors, **given).loss
+    expected = torch.autograd.grad(loss.sum(), tensors, retain_graph=True)
+    upstream = torch.where(given["targets"] == -1, torch.nan, 1.0).to(loss)
+    for one, other in zip(torch.autograd.grad(loss, tensors, upstream), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_non_contiguous_arguments(device, kind):
     drawn = draw(**KINDS[kind], dtype=torch.float32)
     tensors, given = drawn.learning(device), drawn.given(device)
@@ -266,11 +277,11 @@ def test_different_types_are_promoted():
 
 def test_float16_gradients_survive_a_mean(device):
     """A GradScaler multiplies the loss, not what the forward pass has formed."""
-    drawn = draw((2, 8, 8), (1, 2048), 64, samples=3, dtype=torch.float16)
+    drawn = draw((2, 8, 8), (1, 2048), 64, samples=3, dtype=torch.float16, scale=2.0**-8)
     tensors = drawn.learning(device)
-    loss = predict_and_contrast(*tensors, **drawn.given(device)).loss * 2.0**14
+    loss = predict_and_contrast(*tensors, **drawn.given(device)).loss * 2.0**20
     exact = Drawn(tuple(tensor.double() for tensor in drawn.tensors), drawn.options).learning()
-    expected = predict_and_contrast_reference(*exact, **drawn.options).loss * 2.0**14
+    expected = predict_and_contrast_reference(*exact, **drawn.options).loss * 2.0**20
     for one, other in zip(torch.autograd.grad(loss, tensors), torch.autograd.grad(expected, exact), strict=True):
         torch.testing.assert_close(one.double().cpu(), other, rtol=2**-8, atol=2**-8 * float(other.abs().max()))
 
