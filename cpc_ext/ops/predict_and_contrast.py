@@ -6,7 +6,8 @@ times as many values as its encodings, are never in memory as a whole, and the k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -61,8 +62,8 @@ def predict_and_contrast(
     """InfoNCE of linear predictions (van den Oord et al. 2018, arXiv 1807.03748, equations 3 and 4).
 
     In step k the context c of a row predicts ``W_k c``, which scores the keys by ``scale * (W_k c) . key`` and tells
-    its positive from others as :func:`cpc_ext.ops.info_nce` describes. Predictions of half-precision arguments are
-    rounded as a matrix product's results are.
+    its positive from others as :func:`cpc_ext.ops.info_nce` describes. The CPU keeps predictions of half-precision
+    arguments in float32; elsewhere they are rounded, as the results of a matrix product.
 
     Args:
         contexts: [B, T, E], floating. B or T may be 0.
@@ -343,16 +344,15 @@ def _contrast_chunk(
 # --- The op ---
 
 
-def _contrast(problem: _Problem, row_weights: Tensor, needs: Sequence[bool], *, measures: bool = True) -> _Contrasted:
-    """By the kernel where there is one. measures: whether losses and ranks are wanted."""
+def _contrast(problem: _Problem, row_weights: Tensor, needs: Sequence[bool]) -> _Contrasted:
+    """By the CPU's kernel, or on CUDA by that of info_nce."""
     if not native.info_nce_on_cpu(problem.contexts):
         return _contrast_chunks(problem, row_weights, needs)
     losses, ranks = torch.empty_like(row_weights), torch.empty_like(problem.targets)
     gradients = _empty_gradients(problem, needs)
     arguments = [
         *(value.contiguous() if isinstance(value, Tensor) else None for value in problem[:-1]),
-        row_weights.contiguous(),
-        *((losses, ranks) if measures else (None, None)),
+        *(row_weights.contiguous(), losses, ranks),
         *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)),
         problem.scale,
     ]
@@ -361,30 +361,19 @@ def _contrast(problem: _Problem, row_weights: Tensor, needs: Sequence[bool], *, 
     return _Contrasted(losses, ranks, gradients)
 
 
-def _kernel(op: _Forward) -> Results:
+_Way = Callable[[_Problem, Tensor, Sequence[bool]], _Contrasted]
+
+
+def _forward(contrast: _Way, op: _Forward) -> Results:
     with without_autocast(op.problem.contexts.device):  # It would round what is summed.
         row_weights = _row_weights(op.problem.targets, op.reduction, sums_dtype(op.problem.contexts))
-        return _results(op, row_weights, _contrast(op.problem, row_weights, op.needs))
+        losses, ranks, gradients = contrast(op.problem, row_weights, op.needs)
+        return Results(*_reduced(losses, row_weights, op.reduction), ranks, *gradients)
 
 
-def _gradients_kernel(op: _Backward) -> Gradients:
+def _form_gradients(contrast: _Way, op: _Backward) -> Gradients:
     with without_autocast(op.problem.contexts.device):
-        return _contrast(op.problem, op.row_weights, op.needs, measures=False).gradients
-
-
-def _without_kernel(op: _Forward) -> Results:
-    with without_autocast(op.problem.contexts.device):
-        row_weights = _row_weights(op.problem.targets, op.reduction, sums_dtype(op.problem.contexts))
-        return _results(op, row_weights, _contrast_chunks(op.problem, row_weights, op.needs))
-
-
-def _gradients_without_kernel(op: _Backward) -> Gradients:
-    with without_autocast(op.problem.contexts.device):
-        return _contrast_chunks(op.problem, op.row_weights, op.needs).gradients
-
-
-def _results(op: _Forward, row_weights: Tensor, contrasted: _Contrasted) -> Results:
-    return Results(*_reduced(contrasted.losses, row_weights, op.reduction), contrasted.ranks, *contrasted.gradients)
+        return contrast(op.problem, op.row_weights, op.needs).gradients
 
 
 def _setup_context(ctx: Any, op: _Forward, output: Results) -> None:
@@ -421,8 +410,8 @@ _op = register(
     "predict_and_contrast",
     _Forward,
     Results,
-    reference=_without_kernel,
-    kernel=_kernel,
+    reference=partial(_forward, _contrast_chunks),
+    kernel=partial(_forward, _contrast),
     fake=_empty_results,
     setup_context=_setup_context,
     backward=_backward,
@@ -432,8 +421,8 @@ _gradients_op = register(
     "predict_and_contrast_gradients",
     _Backward,
     Gradients,
-    reference=_gradients_without_kernel,
-    kernel=_gradients_kernel,
+    reference=partial(_form_gradients, _contrast_chunks),
+    kernel=partial(_form_gradients, _contrast),
     fake=lambda op: _empty_gradients(op.problem, op.needs),
 )
 

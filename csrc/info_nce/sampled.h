@@ -12,8 +12,6 @@ constexpr double kSampledFlops = 6;
 // Queries or keys of a task, and registers that sums over gathered rows are held in at a time.
 constexpr int64_t kTaskRows = 16;
 constexpr int kSumVectors = 8;
-// Keys that are fetched ahead of the one that is multiplied.
-constexpr int64_t kAhead = 2;
 
 template <class Storage>
 class Sampled {
@@ -100,10 +98,6 @@ class Sampled {
       keys = parts.take<S>(kInPlace ? 0 : a.keys_ * a.d_);
     }
   };
-
-  void fetch(const S* row) const {
-    for (int64_t k = 0; k < d_; k += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(row + k);
-  }
 
   S dot(const S* a, const S* b) const {
     constexpr int kChains = 4;
@@ -199,11 +193,7 @@ class Sampled {
       const int64_t key = i < places_ ? own.key(i) : negatives[i - places_];
       const bool counts = i < places_ ? own.present(i) : !left_out(key);
       named[i] = counts ? first + key : keys_;
-    }
-    for (int64_t i = 0; i < pairs_; ++i) {
-      // Keys lie anywhere, so that no processor fetches the next one by itself.
-      if (i + kAhead < pairs_ && named[i + kAhead] != keys_) fetch(keys + named[i + kAhead] * d_);
-      weights[i] = named[i] != keys_ ? dot(queries + row * d_, keys + named[i] * d_) : S{};
+      weights[i] = counts ? dot(queries + row * d_, keys + named[i] * d_) : S{};
     }
     const Rivals<S> rivals = sum_up(b, row, own);
     const Outcome<S, PositivesOfRow<S>> outcome{problem_.measure, rivals, own};

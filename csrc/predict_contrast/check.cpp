@@ -24,7 +24,6 @@ void check_indices(const Problem& problem) {
 
 void check(const Problem& problem, Where where) {
   require(where == Where::host, "predict_and_contrast has a kernel for the CPU only");
-  require((problem.losses.ndim != 0) == (problem.ranks.ndim != 0), "losses and ranks are wanted together");
   require(!problem.sampled() || problem.negatives.shape[0] == 1 || problem.negatives.shape[0] == problem.steps(),
           "negatives must be those of every step, or one step's for all");
   check_indices(problem);

@@ -1,8 +1,10 @@
 // Predictions that are contrasted as they are made, on the CPU: blocks of contexts, each through all steps. A step
 // multiplies its matrix into those of the block that it uses, contrasts these predictions as info_nce does, and turns
-// their gradients into those of contexts and matrix. All sums go on in the results from block to block, row by row, so
-// that neither the size of blocks nor the number of threads changes them.
+// their gradients into those of contexts and matrix. All sums go on in the results from block to block, row by row,
+// whatever the number of threads.
 #include <algorithm>
+#include <initializer_list>
+#include <type_traits>
 
 #include "core/huge_pages.h"
 #include "core/parallel.h"
@@ -131,16 +133,11 @@ class PredictAndContrast {
 
   // What is packed or converted once, and results without any row.
   void prepare(const Buffers& b) const {
-    const int64_t all = problem_.steps() * problem_.rows();
-    if (problem_.losses.ndim != 0) {
-      std::fill_n(problem_.losses.template as<S>(), all, S{});
-      std::fill_n(problem_.ranks.template as<int64_t>(), all, int64_t{-1});
-    }
-    for (const auto& [sums, tensor] :
-         {std::pair(b.grad_contexts, &problem_.grad_contexts), std::pair(b.grad_weights, &problem_.grad_weights),
-          std::pair(b.grad_keys, &problem_.grad_keys)})
-      if (tensor->ndim != 0)
-        in_parts(tensor->numel(), [&](int64_t begin, int64_t end) { std::fill(sums + begin, sums + end, S{}); });
+    std::fill_n(problem_.losses.template as<S>(), problem_.losses.numel(), S{});
+    std::fill_n(problem_.ranks.template as<int64_t>(), problem_.ranks.numel(), int64_t{-1});
+    clear(b.grad_contexts, problem_.grad_contexts);
+    clear(b.grad_weights, problem_.grad_weights);
+    clear(b.grad_keys, problem_.grad_keys);
     if constexpr (!kInPlace)
       in_parts(n_ * d_, [&](int64_t begin, int64_t end) {
         widen_run(b.keys + begin, problem_.keys.template as<const Storage>() + begin, end - begin);
@@ -188,10 +185,8 @@ class PredictAndContrast {
     c.targets = view_of(b.targets, DType::i64, {1, count, 1});
     if (problem_.sampled()) c.negatives = view_of(b.negatives, DType::i64, {1, count, problem_.samples()});
     c.row_weights = view_of(b.row_weights, sums, {1, count});
-    if (problem_.losses.ndim != 0) {
-      c.losses = view_of(b.losses, sums, {1, count});
-      c.ranks = view_of(b.ranks, DType::i64, {1, count});
-    }
+    c.losses = view_of(b.losses, sums, {1, count});
+    c.ranks = view_of(b.ranks, DType::i64, {1, count});
     if (wants_predictions()) c.grad_queries = view_of(b.grad_predictions, sums, {1, count, d_});
     if (problem_.grad_keys.ndim != 0) c.grad_keys = view_of(b.grad_keys, sums, {1, n_, d_});
     c.adds_to_keys = true;
@@ -234,13 +229,17 @@ class PredictAndContrast {
       Sampled<S>(problem).run(b.contrast);
     else
       AllKeys<S>(problem).run(0, b.contrast, true);
-    if (problem_.losses.ndim == 0) return;
     S* const losses = problem_.losses.template as<S>() + step * problem_.rows();
     auto* const ranks = problem_.ranks.template as<int64_t>() + step * problem_.rows();
     for (int64_t i = 0; i < count; ++i) {
       losses[b.rows[i]] = b.losses[i];
       ranks[b.rows[i]] = b.ranks[i];
     }
+  }
+
+  static void clear(S* sums, const TensorView& gradient) {
+    if (gradient.ndim == 0) return;
+    in_parts(gradient.numel(), [&](int64_t begin, int64_t end) { std::fill(sums + begin, sums + end, S{}); });
   }
 
   // Sums to a gradient of another type.

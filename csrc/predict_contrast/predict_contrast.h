@@ -23,7 +23,7 @@ struct Problem {
   TensorView targets;
   TensorView negatives;  // Absent: all keys.
   TensorView row_weights;
-  TensorView losses, ranks;                           // Absent where only gradients are wanted.
+  TensorView losses, ranks;
   TensorView grad_contexts, grad_weights, grad_keys;  // Each absent where it is not wanted.
   TensorView workspace;
   double scale = 1;
@@ -49,8 +49,8 @@ constexpr auto kPredictAndContrast = fields_of<Problem>(
     reads<&Problem::targets>("targets", Type::i64, "K M", Layout::dense),
     may_read<&Problem::negatives>("negatives", Type::i64, "L M S", Layout::dense),
     reads<&Problem::row_weights>("row_weights", Type::sums, "K M", Layout::dense),
-    may_write<&Problem::losses>("losses", Type::sums, "K M", Layout::dense),
-    may_write<&Problem::ranks>("ranks", Type::i64, "K M", Layout::dense),
+    writes<&Problem::losses>("losses", Type::sums, "K M", Layout::dense),
+    writes<&Problem::ranks>("ranks", Type::i64, "K M", Layout::dense),
     may_write<&Problem::grad_contexts>("grad_contexts", Type::same, "M E", Layout::dense),
     may_write<&Problem::grad_weights>("grad_weights", Type::same, "K D E", Layout::dense),
     may_write<&Problem::grad_keys>("grad_keys", Type::same, "N D", Layout::dense), value<&Problem::scale>("scale"),

@@ -191,6 +191,17 @@ def test_absent_rows_may_hold_anything(device, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_absent_losses_count_for_nothing(device, kind):
+    drawn = draw(**KINDS[kind], reduction="none")
+    tensors, given = drawn.learning(device), drawn.given(device)
+    loss = predict_and_contrast(*tensors, **given).loss
+    expected = torch.autograd.grad(loss.sum(), tensors, retain_graph=True)
+    upstream = torch.where(given["targets"] == -1, torch.nan, 1.0).to(loss)
+    for one, other in zip(torch.autograd.grad(loss, tensors, upstream), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_non_contiguous_arguments(device, kind):
     drawn = draw(**KINDS[kind], dtype=torch.float32)
     tensors, given = drawn.learning(device), drawn.given(device)
@@ -266,11 +277,11 @@ def test_different_types_are_promoted():
 
 def test_float16_gradients_survive_a_mean(device):
     """A GradScaler multiplies the loss, not what the forward pass has formed."""
-    drawn = draw((2, 8, 8), (1, 2048), 64, samples=3, dtype=torch.float16)
+    drawn = draw((2, 8, 8), (1, 2048), 64, samples=3, dtype=torch.float16, scale=2.0**-8)
     tensors = drawn.learning(device)
-    loss = predict_and_contrast(*tensors, **drawn.given(device)).loss * 2.0**14
+    loss = predict_and_contrast(*tensors, **drawn.given(device)).loss * 2.0**20
     exact = Drawn(tuple(tensor.double() for tensor in drawn.tensors), drawn.options).learning()
-    expected = predict_and_contrast_reference(*exact, **drawn.options).loss * 2.0**14
+    expected = predict_and_contrast_reference(*exact, **drawn.options).loss * 2.0**20
     for one, other in zip(torch.autograd.grad(loss, tensors), torch.autograd.grad(expected, exact), strict=True):
         torch.testing.assert_close(one.double().cpu(), other, rtol=2**-8, atol=2**-8 * float(other.abs().max()))
 
@@ -403,6 +414,26 @@ def test_wrong_arguments(change, error, message):
     given = {"contexts": CONTEXTS, "weights": WEIGHTS, "keys": KEYS, "targets": TARGETS} | change
     with pytest.raises(error, match=message):
         predict_and_contrast(**given)
+
+
+@pytest.mark.parametrize("name", ["targets", "negatives"])
+def test_an_index_that_names_no_key(device, name):
+    """On the CPU an error; where nobody looks, the row's own affair, and its step's."""
+    drawn = draw(samples=4, reduction="none")
+    tensors, given = drawn.learning(device), drawn.given(device)
+    given[name][1, 0, 2] = 14
+    if sys.modules[predict_and_contrast.__module__].native.info_nce_on_cpu(tensors[0]):
+        with pytest.raises(IndexError, match=f"{name} must be in 0..13 for 14 keys"):
+            predict_and_contrast(*tensors, **given)
+        return
+    output = predict_and_contrast(*tensors, **given)
+    of_contexts, of_weights, of_keys = torch.autograd.grad(output.loss.sum(), tensors)
+    assert output.loss.isnan().nonzero().tolist() == [[1, 0, 2]]
+    assert output.rank[1, 0, 2] == -1
+    assert of_contexts.isnan().all(2).nonzero().tolist() == [[0, 2]]
+    assert of_contexts.isnan().any(2).sum() == 1
+    assert of_weights.isnan().flatten(1).any(1).tolist() == [False, True, False]
+    assert of_keys.isfinite().all()
 
 
 def test_forward_mode_is_refused():
