@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 from cpc_ext._found import found_in
 
-__all__ = ["DATASETS", "Origin", "idle_of_dataset", "module_of", "origin"]
+__all__ = ["DATASETS", "Origin", "drawn_of", "folder_of", "idle_of_dataset", "medium", "module_of", "origin"]
 
 
 class Origin(NamedTuple):
     """Where data come from.
 
     folder: of the modules of such data sets, below data/images and the like.
-    sized: whether they take the size that they are asked for.
+    sized: whether they take the size in pixels that they are asked for; sound never does.
     idle: options that they have no use for, each with the reason.
     """
 
@@ -30,25 +30,49 @@ class Origin(NamedTuple):
 _ORIGINS = (
     Origin("drawn", sized=True, idle=dict.fromkeys(("data_dir", "download"), "is drawn, and reads no files")),
     Origin("published", sized=False),
-    Origin("folders", sized=True, idle={"download": "is of your own images"}),
+    Origin("folders", sized=True, idle={"download": "is of your own files"}),
 )
+# By medium, what origins are like there.
+_MEDIA = {
+    "images": _ORIGINS,
+    "audio": tuple(kind._replace(sized=False, idle={**kind.idle, "image_size": "is of sound"}) for kind in _ORIGINS),
+}
 _FOUND = {
-    dataset: (origin, module)
-    for origin in _ORIGINS
-    for medium in found_in("cpc_ext.data", packages=True).values()
-    for dataset, module in found_in(f"{medium}.{origin.folder}").items()
+    dataset: (kind, medium, module)
+    for medium, kinds in _MEDIA.items()
+    for kind in kinds
+    for dataset, module in found_in(f"cpc_ext.data.{medium}.{kind.folder}").items()
 }
 DATASETS = tuple(_FOUND)
 
 
+def medium(dataset: str) -> str:
+    """What a data set is of: "images" or "audio". KeyError for a name that does not exist; so do those below."""
+    return _FOUND[dataset][1]
+
+
+def drawn_of(medium: str) -> str:
+    """The data set of a medium that needs no files: the first that is drawn."""
+    return _first(medium, "drawn")
+
+
+def folder_of(medium: str) -> str:
+    """The data set of a medium that is of the user's own files."""
+    return _first(medium, "folders")
+
+
+def _first(medium: str, folder: str) -> str:
+    return next(name for name, (kind, of, _) in _FOUND.items() if (of, kind.folder) == (medium, folder))
+
+
 def origin(dataset: str) -> Origin:
-    """Where a data set comes from. KeyError for a name that does not exist; so do those below."""
+    """Where a data set comes from."""
     return _FOUND[dataset][0]
 
 
 def module_of(dataset: str) -> str:
     """The name of the module that loads a data set."""
-    return _FOUND[dataset][1]
+    return _FOUND[dataset][2]
 
 
 def idle_of_dataset(dataset: str) -> dict[str, str]:

@@ -72,6 +72,7 @@ ROOMS = {
             *_named("tests/evaluation", "test_evaluator", "test_evaluation", "test_finetuning", "test_per_module"),
             *_named("tests/evaluation", "test_encoder_run"),
             *_named("tests/measures", "test_probe", "test_judges", "test_pixel_histogram"),
+            *_named("tests/measures", "test_abx", "test_frames", "test_frame_probe", "test_log_mel"),
             *_named("tests/programs", "test_every_program_option"),
         ),
     ),
@@ -79,7 +80,33 @@ ROOMS = {
         _named("cpc_ext/measures", "probe", "knn", "label_subsets"),
         _named("tests/measures", "test_probe", "test_judges"),
     ),
+    "speech": Room(
+        (
+            *_named("cpc_ext/measures", "abx", "frames", "frame_probe", "log_mel"),
+            *_named("cpc_ext/figures", "speech"),
+        ),
+        (
+            *_named("tests/measures", "test_abx", "test_frames", "test_frame_probe", "test_log_mel"),
+            *_named("tests/figures", "test_speech"),
+        ),
+    ),
     "nn": Room(("cpc_ext/nn/*.py",), ("tests/nn", *_named("tests/golden", "test_losses"))),
+    "sound": Room(
+        (
+            *_named("cpc_ext/nn", "sequence_info_nce", "sequence_negatives", "step_predictors"),
+            *_named("cpc_ext/nn", "causal_attention", "channel_norm"),
+            *_named("cpc_ext/models/contexts", "recurrent_context", "causal_transformer_context"),
+            *_named("cpc_ext/models/encoders", "waveform_encoder"),
+            *_named("cpc_ext/interop/sources", "cpc_audio", "greedy_infomax_audio"),
+        ),
+        (
+            *_named("tests/nn", "test_sequence_info_nce", "test_printed"),
+            *_named("tests/models/contexts", "test_recurrent_context", "test_causal_transformer_context"),
+            *_named("tests/models/encoders", "test_waveform_encoder"),
+            *_named("tests/models", "test_greedy_sequences"),
+            *_named("tests/interop", "test_sound"),
+        ),
+    ),
     "ops": Room(("cpc_ext/ops/*.py",), ("tests/ops",)),
     "models": Room(("cpc_ext/models/*.py", "cpc_ext/models/*/*.py"), ("tests/models",)),
 }

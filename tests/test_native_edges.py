@@ -130,6 +130,25 @@ def contrast(
     return expected
 
 
+def predict(_, *, rows=3, channels=2, steps=2, dim=3, keys=4, samples=None, shared=False):
+    """The CPU's alone has such a function."""
+    contexts, weights, key_tensor = (
+        torch.zeros(rows, channels),
+        torch.zeros(steps, dim, channels),
+        torch.zeros(keys, dim),
+    )
+    negatives = None if samples is None else indices(1 if shared else steps, rows, samples)
+    losses, ranks = filled(torch.empty(steps, rows)), filled(indices(steps, rows))
+    gradients = [filled(torch.empty_like(tensor)) for tensor in (contexts, weights, key_tensor)]
+    tensors = contexts, weights, key_tensor, indices(steps, rows), negatives, torch.ones(steps, rows)
+    problem = *tensors, losses, ranks, *gradients, 1.0
+    native.predict_and_contrast(*problem, aligned(native.predict_and_contrast_workspace(*problem)))
+    others = keys if samples is None else samples + 1
+    expected = {"losses": (losses, lambda shape: torch.full(shape, float(np.log(max(others, 1)))))}
+    names = "grad_contexts", "grad_weights", "grad_keys"
+    return expected | {name: (tensor, torch.zeros) for name, tensor in zip(names, gradients, strict=True)}
+
+
 def likelihood(m, *, batch=2, channels=3, components=2, height=3, width=4, backward=False):
     params = torch.zeros(batch, (10 if channels == 3 else 3) * components, height, width)
     images, normalisers = bytes_of(batch, channels, height, width), torch.ones(batch, 2, height, width)
@@ -207,6 +226,31 @@ def steps(m, *, batch=2, height=4, width=4, channels=3, outputs=4, taps=((0, 0),
     return {"raw": (raw[:, 2, 1:-1], torch.ones if count else torch.zeros)}
 
 
+def warp(m, *, items=3, pairs=4, dim=5):
+    distances = filled(torch.empty(pairs))
+    places = torch.arange(items)
+    m.dtw_distances(torch.zeros(items, dim), places, torch.ones_like(places), indices(pairs, 2), distances)
+    return {"distances": (distances, lambda shape: torch.full(shape, 0.5))}
+
+
+def waveform_layer(m, *, batch=2, channels=3, frames=20, norm=True, backward=False):
+    taps, stride = 4, 3
+    waveforms, weight = torch.ones(batch, 1, (frames - 1) * stride + taps), torch.ones(channels, 1, taps)
+    scale = torch.ones(channels) if norm else None
+    out = filled(torch.empty(batch, channels, frames))
+    sums = filled(torch.empty(channels, taps + 3))
+    if not backward:
+        m.waveform_conv1d(waveforms, weight, None, scale, scale, out, stride, 0, 1e-5, False)
+        # Frames whose channels are alike are the shift.
+        return {"out": (out, lambda shape: torch.full(shape, 1.0 if norm else taps))}
+    m.waveform_conv1d_backward(
+        waveforms, weight, None, scale, scale, torch.ones_like(out), sums, stride, 0, 1e-5, False
+    )
+    if norm:
+        return {"gradient of the shift": (sums[:, -1], lambda shape: torch.full(shape, float(batch * frames)))}
+    return {"gradient of the weight": (sums[:, :taps], lambda shape: torch.full(shape, float(batch * frames)))}
+
+
 CALLS: dict[str, tuple[Callable, dict, dict]] = {
     # Name: caller, what it always gets, sizes with the values they are tried at besides the usual.
     "extract_patches": (extract, {}, {"batch": [0, 1], "channels": [0], "side": [0], "patch": [0, 8], "stride": [0]}),
@@ -261,6 +305,16 @@ CALLS: dict[str, tuple[Callable, dict, dict]] = {
         {"measure": "sigmoid"},
         {"batch": [0], "rows": [0], "keys": [0, 1], "dim": [0], "positives": [0, 3]},
     ),
+    "predict_and_contrast": (
+        predict,
+        {},
+        {"rows": [0], "channels": [0], "steps": [0, 1], "dim": [0], "keys": [0, 1]},
+    ),
+    "predict_and_contrast sampled": (
+        predict,
+        {"samples": 2},
+        {"rows": [0], "channels": [0], "steps": [0], "dim": [0], "keys": [0, 1], "samples": [0], "shared": [True]},
+    ),
     "logistic_mixture_nll": (
         likelihood,
         {},
@@ -297,6 +351,16 @@ CALLS: dict[str, tuple[Callable, dict, dict]] = {
         {"inputs": 32, "outputs": 32, "height": 16, "width": 16, "activation": "none"},
         {name: [0] for name in ("batch", "height", "width")} | {"taps": [()]},
     ),
+    **{
+        f"waveform_conv1d{'_backward' * backward}{' normalised' * norm}": (
+            waveform_layer,
+            {"backward": backward, "norm": norm},
+            {"batch": [0, 1], "frames": [1, 300], **({} if norm else {"channels": [0, 1]})},
+        )
+        for backward in (False, True)
+        for norm in (False, True)
+    },
+    "dtw_distances": (warp, {}, {"items": [0], "pairs": [0], "dim": [0]}),
     "PixelSteps": (
         steps,
         {},
@@ -313,6 +377,7 @@ ERRORS = {
     ("keys", 0): "targets|must be in 0..-1|as many as queries|key_range",
     ("rows", 0): "as many as queries",
     ("rows", 4): "",
+    ("items", 0): "pairs must name items",
     ("outputs", 0): "weight must|there must be outputs",
     ("inputs", 0): "weight must",
     ("kh", 0): "weight must|taps must be in",
@@ -336,8 +401,8 @@ def module(request):
 
 def test_every_op_is_called():
     ops = {name.removeprefix("cpc_ext::") for name in torch._C._dispatch_get_all_op_names() if "cpc_ext::" in name}
-    # The gradients of info_nce are results of its own function.
-    assert ops - {"info_nce_gradients"} <= {name.split()[0] for name in CALLS}
+    # The gradients of these are results of their own functions.
+    assert ops - {"info_nce_gradients", "predict_and_contrast_gradients"} <= {name.split()[0] for name in CALLS}
 
 
 @pytest.mark.parametrize("name", CALLS)

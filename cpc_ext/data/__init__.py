@@ -1,5 +1,8 @@
-"""Datasets as uint8 arrays, and the views of them that a model trains on."""
+"""Data sets as arrays, uint8 of images and int16 of sound, and the views of them that a model trains on."""
 
+from cpc_ext.data.audio.dataset import SAMPLE_RATE, SpeechDataset, WaveformSet, label_count
+from cpc_ext.data.audio.fetch import WaveformFetcher
+from cpc_ext.data.audio.windows import WindowSampler
 from cpc_ext.data.batch_share import BatchShare
 from cpc_ext.data.download import DownloadError
 from cpc_ext.data.images.dataset import Dataset, ImageSet
@@ -16,6 +19,7 @@ from cpc_ext.ops import AugmentationPlan
 __all__ = [
     "AUTO_AUGMENT",
     "DATASETS",
+    "SAMPLE_RATE",
     "AugmentationPlan",
     "BatchShare",
     "Dataset",
@@ -26,6 +30,11 @@ __all__ = [
     "PatchAugmentation",
     "PatchView",
     "SimCLRView",
+    "SpeechDataset",
+    "WaveformFetcher",
+    "WaveformSet",
+    "WindowSampler",
+    "label_count",
     "load_dataset",
     "make_textures",
 ]

@@ -1,12 +1,14 @@
-"""Data sets by name: from a name and the options of the command line to the images."""
+"""Data sets by name: from a name and the options of the command line to the images or recordings."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+from cpc_ext.data.audio.dataset import SpeechDataset
 from cpc_ext.data.images.dataset import Dataset
-from cpc_ext.data_sets import DATASETS, module_of, origin
+from cpc_ext.data_sets import DATASETS, medium, module_of, origin
 
 
 def load_dataset(
@@ -16,33 +18,37 @@ def load_dataset(
     download: bool = False,
     image_size: int | None = None,
     seed: int = 0,
-) -> Dataset:
-    """Open a dataset by its name.
+) -> Dataset | SpeechDataset:
+    """Open a dataset by its name: a Dataset of images, or a SpeechDataset.
 
-    name: one of DATASETS, such as "textures" (drawn, needs nothing), "stl10" (published files) or "folder".
-    data_dir: for "folder" the tree of images; for the published ones the folder they lie or are to be put in
-        (default: "datasets" in the cache folder).
+    name: one of DATASETS, such as "textures" or "voices" (drawn, need nothing), "stl10" (published files) or "folder".
+    data_dir: for "folder" and "audio-folder" the tree of files; for the published ones the folder they lie or are to be
+        put in (default: "datasets" in the cache folder).
     download: fetch a published dataset that is not there.
-    image_size: side in pixels of those that are drawn (default 96) and of "folder" (see its module); others have their
+    image_size: side in pixels of images that are drawn (default 96) and of "folder" (see its module); others have their
         own.
     seed: of those that are drawn.
 
     Raises ValueError for an unknown name, an argument the dataset has no use for, or damaged files; FileNotFoundError
-    where there are none; DownloadError, an OSError, where fetching fails.
+    where there are none; DownloadError, an OSError, where fetching fails; ImportError where a library is missing.
     """
     if name not in DATASETS:
         raise ValueError(f"dataset: expected one of {', '.join(DATASETS)}, got {name!r}")
-    load, kind = import_module(module_of(name)).load, origin(name)
-    if kind.folder == "drawn":
-        drawn: Dataset = load(size=96 if image_size is None else image_size, seed=seed)
-        return drawn
-    if kind.folder == "folders":
-        if data_dir is None:
-            raise ValueError(f"dataset {name!r}: expected --data-dir with the folder of images, got none")
-        found: Dataset = load(data_dir, image_size=image_size)
-        return found
-    dataset: Dataset = load(data_dir, download=download)
-    side = dataset.image_shape[-1]
-    if image_size not in (None, side):
+    kind, of = origin(name), medium(name)
+    if of == "audio" and image_size is not None:
+        raise ValueError(f"image_size: {name} is of sound, got {image_size}")
+    if kind.folder == "folders" and data_dir is None:
+        files = "recordings" if of == "audio" else of
+        raise ValueError(f"dataset {name!r}: expected --data-dir with the folder of {files}, got none")
+    arguments: dict[str, Any] = {"seed": seed} if kind.folder == "drawn" else {"data_dir": data_dir}
+    if kind.folder == "published":
+        arguments["download"] = download
+    elif kind.folder == "drawn" and kind.sized:
+        arguments["size"] = 96 if image_size is None else image_size
+    elif kind.sized:
+        arguments["image_size"] = image_size
+    dataset: Dataset | SpeechDataset = import_module(module_of(name)).load(**arguments)
+    if isinstance(dataset, Dataset) and not kind.sized and image_size not in (None, dataset.image_shape[-1]):
+        side = dataset.image_shape[-1]
         raise ValueError(f"image_size: the images of {name} have {side} pixels a side, got {image_size}")
     return dataset

@@ -14,10 +14,13 @@ _NAMED = 5
 class LeftOut:
     """Files that a data set does not take, by the reason.
 
+    what: what they are, in the plural.
+
     Reasons that differ in nothing but numbers ("12 bytes missing") are one, in the words of the first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, what: str = "images") -> None:
+        self._what = what
         self._groups: dict[str, tuple[str, list[str]]] = {}
 
     def add(self, path: str, reason: str) -> None:
@@ -30,7 +33,7 @@ class LeftOut:
         """A heading and a line for each reason; empty where nothing was left out."""
         if not self._groups:
             return []
-        return [f"left out {len(self)} images:"] + [
+        return [f"left out {len(self)} {self._what}:"] + [
             f"  {len(paths)}: {reason} ({some(paths)})" for reason, paths in self._groups.values()
         ]
 

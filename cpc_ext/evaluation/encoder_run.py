@@ -1,7 +1,7 @@
-"""From a run's folder to the task that trained its encoder, with the weights of the last checkpoint.
+"""From a run's folder to the task that trained its model, with the weights of the last checkpoint.
 
-The task knows how images become encodings; what it is given here is a device, and images other than those of the run
-where they are wanted.
+The task knows how images or recordings become features; what it is given here is a device, and images other than those
+of the run where they are wanted.
 """
 
 from __future__ import annotations
@@ -9,27 +9,32 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
-from cpc_ext.data import Dataset, ImageSet
+from cpc_ext.data import Dataset, ImageSet, SpeechDataset
 from cpc_ext.tasks.encoder_task import EncoderTask
+from cpc_ext.tasks.speech_task import SpeechTask
 from cpc_ext.training.checkpoint import load_checkpoint, load_weights
-from cpc_ext.training.config import RunConfig, load_config
+from cpc_ext.training.config import RunConfig
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.precision import default_precision
 from cpc_ext.training.registry import MODELS, task_class
 from cpc_ext.training.run_data import load_data
 from cpc_ext.training.run_dir import RunDir
+from cpc_ext.training.task import Task
 
-__all__ = ["EncoderRun", "weights_digest"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["EncoderRun", "SpeechRun", "TrainedRun", "weights_digest"]
 
 
 @dataclass(frozen=True)
-class EncoderRun:
-    """A run of a model that learns an encoder.
+class TrainedRun:
+    """A run, of a model of one kind.
 
     dir: its folder. config: its own, but for device, precision and place of the data, which are this machine's.
     state: its checkpoint.
@@ -38,24 +43,25 @@ class EncoderRun:
     dir: RunDir
     config: RunConfig
     state: dict[str, Any]
+    # The tasks that there are runs of, and what they learn.
+    kind: ClassVar[type[Task]]
+    learns: ClassVar[str]
 
     @classmethod
-    def open(cls, path: Path, device: torch.device, *, data_dir: Path | None = None) -> EncoderRun:
+    def open(cls, path: Path, device: torch.device, *, data_dir: Path | None = None) -> Self:
         """Read a run's folder.
 
         device: where to compute. On another kind of device than the run's, in the precision that is best there.
         data_dir: where the run's data set is now, if not where it was.
 
-        Raises TrainingError where it is no run's folder, the run learns no encoder, or the checkpoint is missing or
-        damaged.
+        Raises TrainingError where it is no run's folder, the run is of a model of another kind, or the checkpoint is
+        missing or damaged.
         """
         run = RunDir(path)
-        if not run.config.is_file():
-            raise TrainingError(f"{path} is not a run's folder: there is no {run.config.name}")
-        config = load_config(run.config)
-        if not issubclass(task_class(config.model), EncoderTask):
-            having = ", ".join(name for name in MODELS if issubclass(task_class(name), EncoderTask))
-            raise TrainingError(f"{path} is a run of {config.model}, which learns no encoder; {having} do")
+        config = run.known_config
+        if not issubclass(task_class(config.model), cls.kind):
+            having = ", ".join(name for name in MODELS if issubclass(task_class(name), cls.kind))
+            raise TrainingError(f"{path} is a run of {config.model}, which learns no {cls.learns}; {having} do")
         if not run.checkpoint.is_file():
             raise TrainingError(f"there is no {run.checkpoint.name} in {path}")
         state = load_checkpoint(run.checkpoint)
@@ -66,9 +72,59 @@ class EncoderRun:
         data = config.data if data_dir is None else config.data.model_copy(update={"data_dir": data_dir})
         return cls(run, config.model_copy(update={"compute": compute, "data": data}), state)
 
-    def dataset(self) -> Dataset:
+    def dataset(self) -> Any:
         """The data set that the run was trained on. TrainingError where it is not there."""
         return load_data(self.config)
+
+    def trained(self, dataset: Any) -> Any:
+        """The task with the checkpoint's weights. TrainingError where these are of another model."""
+        task = self.untrained(dataset, seed=self.config.compute.seed)
+        try:
+            load_weights(task.model, self.state.get("model", {}))
+        except RuntimeError:
+            raise TrainingError(f"{self.dir.checkpoint} is of another model than {self.dir.config} describes") from None
+        return task
+
+    def untrained(self, dataset: Any, *, seed: int) -> Any:
+        """The task with the initial weights of a seed. TrainingError where the data do not fit it."""
+        compute = self.config.compute.model_copy(update={"seed": seed})
+        config = self.config.model_copy(update={"compute": compute})
+        try:
+            task = task_class(config.model)(config, dataset, torch.device(compute.device))
+        except ValueError as error:
+            raise TrainingError(str(error)) from None
+        assert isinstance(task, self.kind)  # Runs of others are not read.
+        return task
+
+
+class SpeechRun(TrainedRun):
+    """A run of a model of speech."""
+
+    kind = SpeechTask
+    learns = "speech"
+
+    if TYPE_CHECKING:
+
+        def dataset(self) -> SpeechDataset: ...
+
+        def trained(self, dataset: SpeechDataset) -> SpeechTask: ...
+
+        def untrained(self, dataset: SpeechDataset, *, seed: int) -> SpeechTask: ...
+
+
+class EncoderRun(TrainedRun):
+    """A run of a model that learns an encoder of images."""
+
+    kind = EncoderTask
+    learns = "encoder of images"
+
+    if TYPE_CHECKING:
+
+        def dataset(self) -> Dataset: ...
+
+        def trained(self, dataset: Dataset) -> EncoderTask: ...
+
+        def untrained(self, dataset: Dataset, *, seed: int) -> EncoderTask: ...
 
     def statistics(self) -> dict[str, Any]:
         """Shape and pixel statistics of the images that the run was trained on, as EncoderTask.description has them."""
@@ -101,26 +157,6 @@ class EncoderRun:
             gray_mean=statistics["gray_mean"],
             gray_std=statistics["gray_std"],
         )
-
-    def trained(self, dataset: Dataset) -> EncoderTask:
-        """The task with the checkpoint's weights. TrainingError where these are of another model."""
-        task = self.untrained(dataset, seed=self.config.compute.seed)
-        try:
-            load_weights(task.model, self.state.get("model", {}))
-        except RuntimeError:
-            raise TrainingError(f"{self.dir.checkpoint} is of another model than {self.dir.config} describes") from None
-        return task
-
-    def untrained(self, dataset: Dataset, *, seed: int) -> EncoderTask:
-        """The task with the initial weights of a seed. TrainingError where the images are too small for it."""
-        compute = self.config.compute.model_copy(update={"seed": seed})
-        config = self.config.model_copy(update={"compute": compute})
-        try:
-            task = task_class(config.model)(config, dataset, torch.device(compute.device))
-        except ValueError as error:
-            raise TrainingError(str(error)) from None
-        assert isinstance(task, EncoderTask)  # Runs of others are not read.
-        return task
 
 
 def _describes_images(description: dict[str, Any]) -> bool:

@@ -20,17 +20,19 @@ from tqdm import tqdm
 
 import cpc_ext
 from cpc_ext import figures
-from cpc_ext.evaluation.encoder_run import EncoderRun, weights_digest
+from cpc_ext.evaluation.encoder_run import EncoderRun, SpeechRun, weights_digest
 from cpc_ext.evaluation.encodings_cache import cached_encodings, images_digest
 from cpc_ext.evaluation.evaluation_record import EvaluationRecord, as_table, measured
 from cpc_ext.evaluation.finetuning import FineTuning, fine_tune
 from cpc_ext.evaluation.options import EvaluationOptions, parse_modes
 from cpc_ext.evaluation.per_module import evaluate_per_module
+from cpc_ext.evaluation.speech import evaluate_speech
 from cpc_ext.measures.knn import TEMPERATURE, knn_scores
 from cpc_ext.measures.label_subsets import LabelBudget, parse_label_budgets
 from cpc_ext.measures.probe import encode, fit_linear_classifier
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.precision import check_device
+from cpc_ext.training.run_dir import RunDir
 
 __all__ = ["evaluate", "judged"]
 
@@ -41,6 +43,12 @@ _FINETUNE_SHARE = 0.5
 def evaluate(command: EvaluationOptions) -> None:
     """Do what the command says. TrainingError where that cannot be done."""
     device = check_device(command.device)
+    media = {RunDir(path).medium for path in command.runs}
+    if len(media) > 1:
+        raise TrainingError("runs on images and runs on speech are not measured alike: give either")
+    if media == {"audio"}:
+        evaluate_speech(command, [SpeechRun.open(path, device, data_dir=command.data_dir) for path in command.runs])
+        return
     if command.per_module:
         runs = [EncoderRun.open(path, device, data_dir=command.data_dir) for path in command.runs]
         out = command.out or command.runs[0] / "evaluation" / "accuracy_by_depth.png"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -12,7 +12,7 @@ from cpc_ext.measures.knn import NEIGHBOURS
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.machine import default_device
 
-__all__ = ["MODES", "EvaluationOptions", "parse_modes"]
+__all__ = ["MODES", "SPEECH_MEASURES", "EvaluationOptions", "parse_measures", "parse_modes"]
 
 MODES = {
     "linear": "logistic regression on frozen encodings, its regularisation chosen on held-out parts of the subset",
@@ -20,6 +20,16 @@ MODES = {
     "finetune": "encoder and linear classifier trained together from the run's weights",
     "supervised": "the same from fresh initial weights",
     "untrained": "linear on the encodings of the run's initial weights",
+}
+
+
+# Of runs on speech.
+SPEECH_MEASURES = {
+    "phones": "the phone of a frame, by a linear classifier",
+    "phones-hidden": "the same by a classifier with a hidden layer",
+    "speakers": "the speaker of a recording, by a linear classifier of the frames' mean",
+    "speakers-last": "the same of the last frame",
+    "abx": "how often a phone is nearer to another phone than to itself, within and across speakers",
 }
 
 
@@ -63,9 +73,34 @@ class EvaluationOptions:
         bool,
         tyro.conf.arg(
             help="Instead: a linear probe, of all labels, after every module of Greedy InfoMax, or stack of another "
-            "encoder, drawn by depth for all runs side by side."
+            "encoder, drawn by depth for all runs side by side. Of runs on speech: of phones and speakers."
         ),
     ] = False
+    measures: Annotated[
+        str,
+        tyro.conf.arg(
+            help="Of runs on speech, in place of --mode and --labels: what is told from the frames, with commas "
+            "between them, or all. " + "; ".join(f"{name}: {what}" for name, what in SPEECH_MEASURES.items()) + "."
+        ),
+    ] = "phones,speakers"
+    layer: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help="Of runs on speech: whose output the frames are, such as encoder, context1 or module2. None: the "
+            "context network's."
+        ),
+    ] = None
+    alignment: Annotated[
+        Literal["centers", "front", "same-index"],
+        tyro.conf.arg(
+            help="Of runs on speech: which frame has which label. centers: the one centred nearest; front: frames that "
+            "are too many are cut from the front, as Greedy InfoMax's program does; same-index: as CPC_audio does."
+        ),
+    ] = "centers"
+    minutes: Annotated[
+        float,
+        tyro.conf.arg(help="Of runs on speech: minutes of recordings to learn from, and half as many to test on."),
+    ] = 60.0
     data_dir: Annotated[
         Path | None, tyro.conf.arg(help="Folder of the run's data set. None: where it was when the run was trained.")
     ] = None
@@ -83,8 +118,17 @@ class EvaluationOptions:
 
 def parse_modes(text: str) -> list[str]:
     """ "linear,knn" → its parts, each once; "all" → all. TrainingError for a name that does not exist."""
-    names = list(MODES) if text == "all" else [name.strip() for name in text.split(",")]
+    return _parse("--mode", text, MODES)
+
+
+def parse_measures(text: str) -> list[str]:
+    """The same for "phones,speakers"."""
+    return _parse("--measures", text, SPEECH_MEASURES)
+
+
+def _parse(option: str, text: str, known: dict[str, str]) -> list[str]:
+    names = list(known) if text == "all" else [name.strip() for name in text.split(",")]
     for name in names:
-        if name not in MODES:
-            raise TrainingError(f"--mode: expected all, or some of {', '.join(MODES)}, got {name!r}")
+        if name not in known:
+            raise TrainingError(f"{option}: expected all, or some of {', '.join(known)}, got {name!r}")
     return list(dict.fromkeys(names))

@@ -13,9 +13,11 @@ from cpc_ext.figures.drawing import (
     save_images,
 )
 from cpc_ext.figures.modules import accuracy_by_depth, curves_by_module
+from cpc_ext.figures.speech import DepthPanel, speech_by_depth, spoken_frames
 
 __all__ = [
     "AccuracyLine",
+    "DepthPanel",
     "accuracy_by_depth",
     "augmentation_sheet",
     "confusion",
@@ -27,4 +29,6 @@ __all__ = [
     "nearest_patches",
     "save",
     "save_images",
+    "speech_by_depth",
+    "spoken_frames",
 ]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from cpc_ext.figures.drawing import smoothed
 
-__all__ = ["accuracy_by_depth", "curves_by_module"]
+__all__ = ["accuracy_by_depth", "curves_by_module", "draw_depths"]
 
 # By module, or by run.
 _COLORS = ("#1f5fa8", "#2e8b57", "#c0392b", "#8e5ea2", "#d08a1d", "#4a4a4a")
@@ -65,6 +67,21 @@ def accuracy_by_depth(
     """
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
+    draw_depths(axes, accuracies, untrained, {"chance": chance})
+    axes.set_title(f"What is linearly readable at each depth: {dataset}")
+    # Beside the lines, which may run anywhere.
+    figure.legend(frameon=False, title="after all modules", loc="outside right upper")
+    return figure
+
+
+def draw_depths(
+    axes: Axes, accuracies: Mapping[str, Sequence[float]], untrained: Sequence[float], levels: Mapping[str, float]
+) -> None:
+    """Accuracies over the number of modules below the probe, in axes of a figure.
+
+    accuracies: fractions by the name of the run, one a module. untrained: of an encoder with initial weights. levels:
+    by name, what does not depend on the depth.
+    """
     for place, (name, values) in enumerate(accuracies.items()):
         axes.plot(
             np.arange(1, len(values) + 1),
@@ -82,15 +99,12 @@ def accuracy_by_depth(
         linewidth=1.5,
         label=f"untrained: {untrained[-1]:.1%}",
     )
-    axes.axhline(chance, color=_GRAY, linestyle="--", linewidth=1, label=f"chance: {chance:.1%}")
+    for (name, level), style in zip(levels.items(), itertools.cycle(("--", ":", "-."))):
+        axes.axhline(level, color=_GRAY, linestyle=style, linewidth=1, label=f"{name}: {level:.1%}")
     axes.set_xlabel("modules of the encoder below the probe")
     axes.set_ylabel("linear probe, test accuracy")
-    axes.set_title(f"What is linearly readable at each depth: {dataset}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    # Beside the lines, which may run anywhere.
-    figure.legend(frameon=False, title="after all modules", loc="outside right upper")
-    return figure

@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cpc_ext._found import found_in
@@ -15,7 +16,7 @@ from cpc_ext.interop.errors import CheckpointError
 from cpc_ext.interop.reading import Checkpoint, read_checkpoint
 from cpc_ext.interop.reference import Form, Program, Reference, Settings, listed
 
-__all__ = ["SOURCES", "export_reference", "load_reference", "read_reference"]
+__all__ = ["SOURCES", "export_reference", "load_reference", "read_reference", "save_reference"]
 
 _PROGRAMS: dict[str, Program] = {
     source: import_module(module).PROGRAM for source, module in found_in("cpc_ext.interop.sources").items()
@@ -34,11 +35,14 @@ def load_reference(
     ================= ==================================================================================
     source            what comes out, by what the checkpoint holds
     ================= ==================================================================================
+    cpc-audio         :class:`~cpc_ext.models.CPC` on sound
     cpcv2-pytorch     :class:`~cpc_ext.models.CPC`; an encoder (ResNet v2, wide ResNet, MobileNetV2); a
                       :class:`~cpc_ext.models.GatedPixelCNNContext`
     greedy-infomax    :class:`~cpc_ext.models.GreedyInfoMax`, of one module with a context network CPC;
                       :class:`~cpc_ext.models.GreedySupervised`; an encoder where modules have no loss; a
                       context network; a :class:`~cpc_ext.nn.GridInfoNCE`
+    greedy-infomax-   :class:`~cpc_ext.models.GreedyInfoMax` on sound, of one module
+    audio             :class:`~cpc_ext.models.CPC`
     lightning-bolts   CPC with a timm encoder (``pip install cpc_ext[timm]``); without an encoder a CPC
                       whose input are encodings [B, D, rows, cols]; a
                       :class:`~cpc_ext.models.ResidualContext`
@@ -46,9 +50,10 @@ def load_reference(
     ================= ==================================================================================
 
     Args:
-        path_or_state_dict: a file of PyTorch or safetensors, a state dict, a dictionary around one such as Lightning's,
-            or a sequence of these where modules were saved separately (Greedy InfoMax: first to last). Prefixes of
-            DataParallel, optimizer states and averaged weights beside the weights do not matter.
+        path_or_state_dict: a file of PyTorch or safetensors, the folder of a run on sound, a state dict, a dictionary
+            around one such as Lightning's, or a sequence of these where modules were saved separately (Greedy InfoMax:
+            first to last). Prefixes of DataParallel, optimizer states and averaged weights beside the weights do not
+            matter.
         source: one of ``SOURCES``.
         settings: what the checkpoint does not tell, where the defaults do not fit:
 
@@ -61,10 +66,15 @@ def load_reference(
               checkpoint notes or 8 (lightning-bolts). With them models take images, too; patches they always take.
             - ``norm``: "layer" or "instance", whose weights look alike. No default: one of the two must be known.
             - ``skip``: rows between a context and its first target. Default: 1.
-            - ``neg_samples``: negatives of each prediction, or "all". Default: 16.
+            - ``neg_samples``: negatives of each prediction, or "all". Default: 16; 10 (greedy-infomax-audio), 128
+              (cpc-audio).
+            - ``normalization``: what samples are normalised by: "greedy-infomax", the constants that the program has
+              for its data, so that the model takes samples in ±1 or int16 as all others do; or "none", for samples that
+              are already (greedy-infomax-audio). Default: "greedy-infomax".
 
-            What a file notes of the options that its program was run with counts before these defaults, and so does
-            what CPCV2-PyTorch writes into a file's name. A warning tells which defaults were taken that decide what
+            What a file notes of the options that its program was run with counts before these defaults, and so do what
+            CPCV2-PyTorch writes into a file's name and what the programs of sound leave in its folder, log.txt and
+            checkpoint_args.json. A warning tells which defaults were taken that decide what
             images are encoded as.
 
     Raises:
@@ -117,6 +127,26 @@ def export_reference(model: nn.Module, source: str, *, form: Form | None = None)
     """
     state = _program(source).export(model, form)
     return {name: value.detach() for name, value in state.items()}
+
+
+def save_reference(model: nn.Module, source: str, path: str | Path, *, form: Form | None = None) -> None:
+    """Write a model as a file that another program loads, and beside it what the program wants to find there.
+
+    CPC_audio wants checkpoint_args.json, which says what the model is built from. Files of these names are replaced.
+
+    Args:
+        model, source, form: as :func:`export_reference` takes them.
+        path: of the file, in a folder that exists.
+
+    Raises:
+        CheckpointError, ValueError: as of :func:`export_reference`.
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    content, beside = _program(source).packed(model, export_reference(model, source, form=form))
+    torch.save(content, path)
+    for name, text in beside.items():
+        (path.parent / name).write_text(text, encoding="utf-8")
 
 
 def _program(source: str) -> Program:

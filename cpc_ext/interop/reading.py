@@ -24,7 +24,11 @@ from cpc_ext.interop.errors import CheckpointError
 __all__ = ["Checkpoint", "read_checkpoint"]
 
 # Where trainers keep the state dict in what they save, as Lightning does under the first name.
-_WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network")
+_WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights")
+# State dicts that CPC_audio saves side by side.
+_PARTS = ("gEncoder", "cpcCriterion")
+# Files of a run's folder, by epoch.
+_EPOCH = re.compile(r"(?:model_(\d+)\.ckpt|checkpoint_(\d+)\.pt)")
 # Stored problems keep the weights under this prefix, beside inputs and results.
 _PROBLEM_PREFIX = "state."
 # PyTorch does not compress what it saves; what others have compressed is weights, which hardly become smaller.
@@ -71,13 +75,15 @@ class Checkpoint:
     parts: a state dict a file, in the order in which the files were given.
     origin: the files, or what was given instead of a file, for messages.
     options: what the file knows of the options that the program was run with.
-    files: those that were given; dictionaries have none.
+    files: those that were given, or the last one of a folder; dictionaries have none.
+    wrapped: whether names had prefixes of DataParallel or torch.compile.
     """
 
     parts: list[dict[str, Tensor]]
     origin: str
     options: dict[str, Any] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
+    wrapped: bool = False
 
     def merged(self) -> dict[str, Tensor]:
         """All parts as one. CheckpointError where two have a name in common."""
@@ -94,8 +100,8 @@ def read_checkpoint(source: str | Path | Mapping[str, Any] | Sequence[Any]) -> C
     """Read a checkpoint onto the CPU.
 
     Args:
-        source: a file, a state dict or a dictionary around one; or a sequence of those, where the program saves
-            modules separately.
+        source: a file, a folder of which the last epoch's file is read, a state dict or a dictionary around one; or a
+            sequence of those, where the program saves modules separately.
 
     Raises:
         TypeError: something else.
@@ -108,17 +114,31 @@ def read_checkpoint(source: str | Path | Mapping[str, Any] | Sequence[Any]) -> C
         raise TypeError(f"path_or_state_dict must be a path, a mapping or a sequence of these, got {source!r:.80}")
     if not source:
         raise CheckpointError("path_or_state_dict holds no file")
+    source = [one if isinstance(one, Mapping) else _file_of(Path(one)) for one in source]
     parts: list[dict[str, Tensor]] = []
     options: dict[str, Any] = {}
+    wrapped = False
     for one in source:
         name = "the state dict" if isinstance(one, Mapping) else str(one)
-        content = one if isinstance(one, Mapping) else _read_file(Path(one))
-        state, found = _unwrapped(content, name)
+        content = one if isinstance(one, Mapping) else _read_file(one)
+        given, found = _unwrapped(content, name)
+        state = _plain(given, name)
         parts.append(state)
         options |= found
+        wrapped |= state.keys() != given.keys()
     names = ["the state dict" if isinstance(one, Mapping) else str(one) for one in source]
-    files = tuple(Path(one) for one in source if not isinstance(one, Mapping))
-    return Checkpoint(parts, ", ".join(dict.fromkeys(names)), options, files)
+    files = tuple(one for one in source if not isinstance(one, Mapping))
+    return Checkpoint(parts, ", ".join(dict.fromkeys(names)), options, files, wrapped)
+
+
+def _file_of(path: Path) -> Path:
+    """The file of the last epoch in a folder; a path to anything else as it is."""
+    if not path.is_dir():
+        return path
+    epochs = {int(found[1] or found[2]): file for file in path.iterdir() if (found := _EPOCH.fullmatch(file.name))}
+    if not epochs:
+        raise CheckpointError(f"{path} is a folder without checkpoints, model_EPOCH.ckpt or checkpoint_EPOCH.pt")
+    return epochs[max(epochs)]
 
 
 def _read_file(path: Path) -> Any:
@@ -179,13 +199,19 @@ def _parsed(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _unwrapped(content: Any, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict in what was read, with plain names, and the options that lie beside it."""
+    """The state dict in what was read, and the options that lie beside it."""
     options: dict[str, Any] = {}
     while isinstance(content, Mapping):
         hyper = content.get("hyper_parameters", content.get("hparams"))
+        if hyper is None and "weights" in content:
+            hyper = content.get("config")
         hyper = vars(hyper) if isinstance(hyper, _Namespace | argparse.Namespace) else hyper
         if isinstance(hyper, Mapping):
             options |= {str(key): value for key, value in hyper.items()}
+        side_by_side = [part for part in _PARTS if isinstance(content.get(part), Mapping)]
+        if side_by_side:
+            content = {f"{part}.{key}": value for part in side_by_side for key, value in content[part].items()}
+            break
         inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if inner is None:
             break
@@ -200,15 +226,18 @@ def _unwrapped(content: Any, name: str) -> tuple[dict[str, Tensor], dict[str, An
         state = {
             key.removeprefix(_PROBLEM_PREFIX): value for key, value in state.items() if key.startswith(_PROBLEM_PREFIX)
         }
+    return {key: value.detach() for key, value in state.items() if not _AVERAGES.match(key)}, options
+
+
+def _plain(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The state dict without what wrappers of modules add to names."""
     plain: dict[str, Tensor] = {}
     for key, value in state.items():
-        if _AVERAGES.match(key):
-            continue
         short = _WRAPPING.sub("", key)
         if short in plain:
             raise CheckpointError(f"{name} has {short} twice, also as {key}")
-        plain[short] = value.detach()
-    return plain, options
+        plain[short] = value
+    return plain
 
 
 def _some(names: Sequence[str]) -> str:

@@ -36,6 +36,7 @@ class Settings:
     norm: str | None = None
     skip: int = 1
     neg_samples: int | str = 16
+    normalization: str | None = None
 
     @classmethod
     def of(cls, given: Mapping[str, Any], noted: Mapping[str, Any]) -> Settings:
@@ -63,19 +64,22 @@ _ALLOWED = {
     "norm": '"layer" or "instance"',
     "skip": "an int of at least 0",
     "neg_samples": 'an int of at least 1 or "all"',
+    "normalization": '"none" or "greedy-infomax"',
 }
 # What the programs call them.
 _OPTIONS = {
     "grid_size": ("grid",),
     "patch_size": ("patch",),
     "skip": ("skip_step",),
-    "neg_samples": ("negative_samples",),
+    "neg_samples": ("negative_samples", "negativeSamplingExt"),
 }
 
 
 def _allowed(name: str, value: Any) -> bool:
     if name == "norm":
         return value in ("layer", "instance")
+    if name == "normalization":
+        return value in ("none", "greedy-infomax")
     if name == "neg_samples" and value == "all":
         return True
     return isinstance(value, int) and not isinstance(value, bool) and value >= (0 if name == "skip" else 1)
@@ -100,7 +104,8 @@ class Reference:
     source: the program.
     model: ours, with the checkpoint's weights in their own precision.
     configuration: what the model is built from and meant to see, as recognised or assumed; JSON values. "kind" tells
-        what the checkpoint holds: "cpc", "greedy", "encoder", "pixelcnn++", or "part" for less than an encoder.
+        what the checkpoint holds: "cpc", "greedy", "encoder", "pixelcnn++", the source for models of sound, or
+        "part" for less than an encoder.
     assumed: what of it the checkpoint does not tell, in words.
     form: what :func:`cpc_ext.interop.export_reference` needs to write the checkpoint again as it was.
     """
@@ -128,7 +133,7 @@ class Program(ABC):
         """Whether it has tensors of such a name."""
 
     def noted_in_name(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """What the name of a checkpoint's file tells of the options that the program was run with."""
+        """What a checkpoint's file does not tell of the options that the program was run with: its name, its folder."""
         return {}
 
     @abstractmethod
@@ -144,6 +149,10 @@ class Program(ABC):
 
         CheckpointError where the program has no such model.
         """
+
+    def packed(self, model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, str]]:
+        """What a file of the program's holds of such a state, and texts by the names of files that it wants beside."""
+        return dict(state), {}
 
     def refuse(self, checkpoint: Checkpoint, names: Sequence[str]) -> CheckpointError:
         """The error of a checkpoint with names that this program does not have."""

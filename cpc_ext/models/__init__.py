@@ -1,6 +1,8 @@
-"""Encoders, context networks and the models made of them, and models of images pixel by pixel."""
+"""Encoders of images and sound, context networks and the models made of them, and models of images pixel by pixel."""
 
+from cpc_ext.models.contexts.causal_transformer_context import CausalTransformerContext
 from cpc_ext.models.contexts.gated_pixelcnn_context import GatedPixelCNNContext
+from cpc_ext.models.contexts.recurrent_context import RecurrentContext
 from cpc_ext.models.contexts.residual_context import ResidualContext
 from cpc_ext.models.cpc import CPC
 from cpc_ext.models.encoders.layer_norm_resnet import LayerNormResNetEncoder
@@ -8,6 +10,7 @@ from cpc_ext.models.encoders.mobilenet_v2 import MobileNetV2Encoder
 from cpc_ext.models.encoders.patch_encoder import PatchEncoder
 from cpc_ext.models.encoders.resnet_v2 import ResNetV2Encoder
 from cpc_ext.models.encoders.timm_encoder import TimmEncoder
+from cpc_ext.models.encoders.waveform_encoder import WaveformEncoder
 from cpc_ext.models.encoders.wide_resnet import WideResNetEncoder
 from cpc_ext.models.greedy_infomax import GreedyInfoMax, GreedySupervised
 from cpc_ext.models.pixels.gated_pixelcnn import GatedPixelCNN
@@ -17,6 +20,7 @@ from cpc_ext.models.simclr import SimCLR
 
 __all__ = [
     "CPC",
+    "CausalTransformerContext",
     "GatedPixelCNN",
     "GatedPixelCNNContext",
     "GreedyInfoMax",
@@ -26,9 +30,11 @@ __all__ = [
     "PatchEncoder",
     "PixelCNN",
     "PixelCNNPP",
+    "RecurrentContext",
     "ResNetV2Encoder",
     "ResidualContext",
     "SimCLR",
     "TimmEncoder",
+    "WaveformEncoder",
     "WideResNetEncoder",
 ]

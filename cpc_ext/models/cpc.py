@@ -1,7 +1,8 @@
-"""Contrastive predictive coding on images: from patches or images to the loss of predicting patches rows ahead.
+"""Contrastive predictive coding: from images or sound to the loss of predicting what comes some rows or frames ahead.
 
 An encoder turns patches into a grid of encodings, a context network summarises the rows seen so far, and InfoNCE asks
-for the encodings some rows further. To predict in other directions they look at the turned grid.
+for the encodings some rows further. To predict in other directions they look at the turned grid. Sound is a sequence of
+encodings, of which there is one direction.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from cpc_ext.models.encoder_model import EncoderModel
 from cpc_ext.models.out_channels import out_channels
 from cpc_ext.nn.grid_info_nce import GridInfoNCE, GridInfoNCEOutput, turned_grids
+from cpc_ext.nn.sequence_info_nce import SequenceInfoNCE
 from cpc_ext.nn.target_info_nce import TargetInfoNCE
 
 __all__ = ["CPC"]
@@ -30,12 +32,17 @@ class CPC(EncoderModel):
     Direction d predicts downwards in the grid of encodings turned clockwise by 90° d times: down, right, up and left
     in the image. All directions share the encoder; each has predictions of its own.
 
+    With a :class:`cpc_ext.nn.SequenceInfoNCE` it is CPC on speech (section 3.1): encodings are [B, D, L], contexts
+    [B, E, L], and nothing is turned.
+
     Args:
-        encoder: patches or images → encodings [B, D, rows, cols], with an attribute ``out_channels`` = D.
+        encoder: patches or images → encodings [B, D, rows, cols], or sound → [B, D, L], with an attribute
+            ``out_channels`` = D.
         context: encodings [B, D, rows, cols] → contexts [B, E, rows, cols] that see no row below their own, with an
-            attribute ``out_channels`` = E. One network that all directions share, or one for each direction.
-        objective: a :class:`cpc_ext.nn.GridInfoNCE` or :class:`cpc_ext.nn.TargetInfoNCE` for D and E. Default: a
-            GridInfoNCE of the settings.
+            attribute ``out_channels`` = E; or [B, D, L] → [B, E, L]. One network that all directions share, or one for
+            each direction.
+        objective: a :class:`cpc_ext.nn.GridInfoNCE`, :class:`cpc_ext.nn.TargetInfoNCE` or, for sequences,
+            :class:`cpc_ext.nn.SequenceInfoNCE` for D and E. Default: a GridInfoNCE of the settings.
         settings: keyword arguments of that GridInfoNCE: ``pred_steps``, which must be given, ``pred_directions``,
             ``skip``, ``neg_samples``, ``gather_negatives``.
 
@@ -47,7 +54,7 @@ class CPC(EncoderModel):
         self,
         encoder: nn.Module,
         context: nn.Module | Sequence[nn.Module],
-        objective: GridInfoNCE | TargetInfoNCE | None = None,
+        objective: GridInfoNCE | TargetInfoNCE | SequenceInfoNCE | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -61,44 +68,56 @@ class CPC(EncoderModel):
             raise ValueError("context must be a network, or one for each direction, got none")
         if objective is None:
             objective = GridInfoNCE(out_channels(encoder), out_channels(contexts[0]), **settings)
-        if not 1 <= objective.pred_directions <= 4:
-            raise ValueError(f"pred_directions must be 1 to 4, got {objective.pred_directions}")
-        if not shared and len(contexts) != objective.pred_directions:
+        directions = 1 if isinstance(objective, SequenceInfoNCE) else objective.pred_directions
+        if not 1 <= directions <= 4:
+            raise ValueError(f"pred_directions must be 1 to 4, got {directions}")
+        if not shared and len(contexts) != directions:
             raise ValueError(
-                f"context must be one network, or one for each of {objective.pred_directions} directions, got "
-                f"{len(contexts)}"
+                f"context must be one network, or one for each of {directions} directions, got {len(contexts)}"
             )
+        # A sequence has one direction, and no dimension for it.
+        shared = shared or isinstance(objective, SequenceInfoNCE)
         self.encoder = encoder
         self.context = contexts[0] if shared else nn.ModuleList(contexts)
         self.objective = objective
 
-    def forward(self, patches_or_images: Tensor, **draws: Any) -> GridInfoNCEOutput:
+    def forward(self, inputs: Tensor, **draws: Any) -> GridInfoNCEOutput:
         """The loss of a batch.
 
         Args:
-            patches_or_images: patches [B, rows, cols, C, p, p] or images [B, C, H, W], whatever the encoder takes.
-            draws: ``generator`` or ``negatives`` of an objective that samples; see :class:`cpc_ext.nn.GridInfoNCE`.
+            inputs: patches [B, rows, cols, C, p, p], images [B, C, H, W] or sound [B, 1, T]: what the encoder takes.
+            draws: ``generator`` or ``negatives`` of an objective that samples; see :class:`cpc_ext.nn.GridInfoNCE`;
+                ``speakers`` of :class:`cpc_ext.nn.SequenceInfoNCE`.
 
         Raises:
-            ValueError: a grid with too few rows for the steps ahead, or one that is not square although there is more
-                than one direction.
+            ValueError: a grid with too few rows, or a sequence of too few frames, for the steps ahead; a grid that is
+                not square although there is more than one direction.
         """
-        grids = self._turned(self.encode(patches_or_images))
-        return self.objective(grids, self._contexts(grids), **draws)
+        encodings = self._turned(self.encode(inputs))
+        return self.objective(encodings, self._contexts(encodings), **draws)
 
-    def encode(self, patches_or_images: Tensor) -> Tensor:
-        """Encodings z, [B, D, rows, cols]."""
-        encodings: Tensor = self.encoder(patches_or_images)
+    def encode(self, inputs: Tensor) -> Tensor:
+        """Encodings z, [B, D, rows, cols], of sound [B, D, L]."""
+        encodings: Tensor = self.encoder(inputs)
         return encodings
 
     def contextualize(self, encodings: Tensor) -> Tensor:
-        """encodings [B, D, rows, cols] → contexts c of each direction's turned grid, [directions, B, E, rows, cols]."""
+        """Contexts c of encodings [B, D, rows, cols], of each direction's turned grid: [directions, B, E, rows, cols].
+
+        Sequences [B, D, L] → [B, E, L].
+        """
         return self._contexts(self._turned(encodings))
 
     def _turned(self, encodings: Tensor) -> Tensor:
+        """[B, D, rows, cols] → the grids to predict in, [directions, B, D, rows, cols]; sequences as they are."""
+        if isinstance(self.objective, SequenceInfoNCE):
+            return encodings
         return turned_grids(encodings, self.objective.pred_directions)
 
     def _contexts(self, grids: Tensor) -> Tensor:
+        if isinstance(self.objective, SequenceInfoNCE):
+            contexts: Tensor = self.context(grids)
+            return contexts
         if isinstance(self.context, nn.ModuleList):
             return torch.stack([context(grid) for context, grid in zip(self.context, grids, strict=True)])
         return torch.unflatten(self.context(grids.flatten(0, 1)), 0, grids.shape[:2])

@@ -15,11 +15,11 @@ class EncoderModel(Module, ABC):
     """A model that is trained for the sake of its encoder.
 
     Attributes:
-        encoder: a network of patches or images, which is what is left of the model when it is used.
+        encoder: a network of patches, images or sound, which is what is left of the model when it is used.
     """
 
     encoder: nn.Module
 
     @abstractmethod
-    def encode(self, patches_or_images: Tensor) -> Tensor:
+    def encode(self, inputs: Tensor) -> Tensor:
         """What the encoder makes of its input, on its way to the loss."""

@@ -1,6 +1,8 @@
 """Layers and losses made of ops."""
 
 from cpc_ext.nn.across_ranks import gather_from_ranks
+from cpc_ext.nn.causal_attention import CausalTransformerLayer
+from cpc_ext.nn.channel_norm import ChannelNorm
 from cpc_ext.nn.clip_loss import CLIPLoss
 from cpc_ext.nn.decoupled_contrastive_loss import DecoupledContrastiveLoss
 from cpc_ext.nn.delta_orthogonal import delta_orthogonal_
@@ -14,6 +16,8 @@ from cpc_ext.nn.moco_loss import MoCoLoss
 from cpc_ext.nn.multiple_negatives_ranking_loss import MultipleNegativesRankingLoss
 from cpc_ext.nn.nt_xent_loss import NTXentLoss, NTXentOutput
 from cpc_ext.nn.patchify import Patchify
+from cpc_ext.nn.sequence_info_nce import SequenceInfoNCE, SequenceInfoNCEOutput
+from cpc_ext.nn.sequence_negatives import SequenceNegatives
 from cpc_ext.nn.shifted_conv2d import ChannelMix, ShiftedConv2d, ShiftedConvTranspose2d
 from cpc_ext.nn.siglip_loss import SigLIPLoss
 from cpc_ext.nn.sup_con_loss import SupConLoss
@@ -21,7 +25,9 @@ from cpc_ext.nn.target_info_nce import TargetInfoNCE
 
 __all__ = [
     "CLIPLoss",
+    "CausalTransformerLayer",
     "ChannelMix",
+    "ChannelNorm",
     "DecoupledContrastiveLoss",
     "GridInfoNCE",
     "GridInfoNCEOutput",
@@ -34,6 +40,9 @@ __all__ = [
     "NTXentLoss",
     "NTXentOutput",
     "Patchify",
+    "SequenceInfoNCE",
+    "SequenceInfoNCEOutput",
+    "SequenceNegatives",
     "ShiftedConv2d",
     "ShiftedConvTranspose2d",
     "SigLIPLoss",

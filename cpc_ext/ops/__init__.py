@@ -7,8 +7,10 @@ from cpc_ext.ops.info_nce import InfoNCEOutput, info_nce
 from cpc_ext.ops.logistic_mixture import logistic_mixture_nll, sample_logistic_mixture
 from cpc_ext.ops.masked_conv2d import masked_conv2d
 from cpc_ext.ops.pixel_steps import PixelMap, PixelMaps, PixelPlace, PixelSource, PixelStep, PixelSteps, pixel_steps
+from cpc_ext.ops.predict_and_contrast import PredictAndContrastOutput, predict_and_contrast
 from cpc_ext.ops.scores_logsumexp import scores_logsumexp
 from cpc_ext.ops.sigmoid_contrast import sigmoid_contrast
+from cpc_ext.ops.waveform_conv1d import waveform_conv1d
 
 __all__ = [
     "AugmentationPlan",
@@ -19,6 +21,7 @@ __all__ = [
     "PixelSource",
     "PixelStep",
     "PixelSteps",
+    "PredictAndContrastOutput",
     "Transform",
     "augment_patches",
     "extract_patches",
@@ -26,7 +29,9 @@ __all__ = [
     "logistic_mixture_nll",
     "masked_conv2d",
     "pixel_steps",
+    "predict_and_contrast",
     "sample_logistic_mixture",
     "scores_logsumexp",
     "sigmoid_contrast",
+    "waveform_conv1d",
 ]

@@ -13,13 +13,21 @@ from torch import Tensor
 from cpc_ext.ops._contrast_problem import Contrast, sums_dtype
 from cpc_ext.ops._library import autocast_dtype, refuse_forward_mode, values_at_hand
 
-__all__ = ["ContrastOptions", "check_arguments", "check_number", "common_dtype", "flat_problem"]
+__all__ = [
+    "INTEGERS",
+    "REDUCTIONS",
+    "ContrastOptions",
+    "check_arguments",
+    "check_number",
+    "common_dtype",
+    "flat_problem",
+]
 
-_INTEGERS = (
+INTEGERS = (
     *(torch.int64, torch.int32, torch.int16, torch.int8),
     *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
 )
-_REDUCTIONS = ("mean", "sum", "none")
+REDUCTIONS = ("mean", "sum", "none")
 _CONTRASTS = ("all", "same", "other")
 
 
@@ -97,7 +105,7 @@ def check_arguments(queries: Tensor, keys: Tensor, options: ContrastOptions, mea
             raise ValueError(f"symmetric needs as many keys as queries, got {num_keys} keys, {num_queries} queries")
         if options.targets is not None and options.targets.shape != rows:
             raise ValueError(f"symmetric needs one positive a query, got targets {tuple(options.targets.shape)}")
-    if reduction not in _REDUCTIONS:
+    if reduction not in REDUCTIONS:
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
     scale = options.scale if isinstance(options.scale, Tensor) else None
     refuse_forward_mode(queries, keys, options.weights, options.key_bias, scale)
@@ -136,7 +144,7 @@ def _check_given(
         raise TypeError(f"{name} must be a tensor or None, got {type(value).__name__}")
     if floating and not value.is_floating_point():
         raise TypeError(f"{name} must be floating, got {value.dtype}")
-    if not floating and value.dtype not in _INTEGERS:
+    if not floating and value.dtype not in INTEGERS:
         raise TypeError(f"{name} must be integers, got {value.dtype}")
     _check_layout(name, value)
     if not any(

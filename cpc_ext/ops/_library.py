@@ -21,6 +21,7 @@ from cpc_ext._native import KERNEL_DEVICES, native
 __all__ = [
     "autocast_dtype",
     "differentiable_once",
+    "is_plain",
     "may_need_gradients",
     "refuse_forward_mode",
     "register",
@@ -307,6 +308,15 @@ def values_at_hand(tensor: Tensor) -> bool:
     """Whether a tensor's values may be looked at, which would stall a GPU's stream and break what is traced."""
     return (
         tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is no tracer's or transform's, so that its memory may be written to unseen."""
+    return (
+        type(tensor) is Tensor
         and not torch.compiler.is_compiling()
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )

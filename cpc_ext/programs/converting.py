@@ -101,6 +101,10 @@ def _config(reference: Reference, dataset: str | None, data_dir: Path | None) ->
     """The config of a run with the reference's model. TrainingError where no run has such a model."""
     found = reference.configuration
     kind = found["kind"]
+    if kind == reference.source:
+        raise TrainingError(
+            f"no run is made of checkpoints of {kind}; cpc_ext.interop.load_reference and save_reference take them"
+        )
     if kind == "part":
         raise TrainingError(
             f"the checkpoint holds a {type(reference.model).__name__} without an encoder, of which no run can be made; "

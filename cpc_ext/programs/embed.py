@@ -8,18 +8,20 @@ from typing import Annotated, Literal
 
 import tyro
 
-from cpc_ext.data_sets import origin
+from cpc_ext.data_sets import medium, origin
 from cpc_ext.programs.command_line import Program
 from cpc_ext.training.config import DatasetName
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.machine import default_device
+from cpc_ext.training.run_dir import RunDir
 
 __all__ = ["Command", "main"]
 
 _DESCRIPTION = (
     "Write the encodings of images by the encoder of a run: float32, one row an image, in the order of the sorted file "
     "names. A .npy file holds the encodings, and NAME.names.json beside it the file names; a .safetensors file holds "
-    'both, the encodings as "features" and the file names as JSON under "names" in its metadata.'
+    'both, the encodings as "features" and the file names as JSON under "names" in its metadata. Of a run on speech: '
+    "the frames of recordings, and their times, in a folder with files for each."
 )
 
 _SUFFIXES = (".npy", ".safetensors")
@@ -53,17 +55,38 @@ class Command:
             "images have one patch."
         ),
     ] = False
+    layer: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help="Of a run on speech: whose output the frames are, such as encoder, context1 or module2. None: the "
+            "context network's."
+        ),
+    ] = None
+    format: Annotated[
+        Literal["npy", "text"],
+        tyro.conf.arg(
+            help="Of a run on speech: NAME.npy with frames [L, D] and NAME.times.npy with their centres in seconds, or "
+            "NAME.txt with a line a frame, its time and then its values, as ZeroSpeech submissions have it."
+        ),
+    ] = "npy"
     device: Annotated[str, tyro.conf.arg(help="Where to compute: cpu, cuda, cuda:1, mps.")] = field(
         default_factory=default_device
     )
     out: Annotated[
         Path | None,
-        tyro.conf.arg(help="File to write, .npy or .safetensors. None: features.npy in the run's folder."),
+        tyro.conf.arg(
+            help="File to write, .npy or .safetensors; of a run on speech a folder. None: features.npy, or frames, in "
+            "the run's folder."
+        ),
     ] = None
 
 
 def _check(command: Command) -> None:
-    """TrainingError for values that cannot be right, whatever the run is."""
+    """TrainingError for values that cannot be right for a run of its kind."""
+    if RunDir(command.run).medium == "audio":
+        return
+    if medium(command.dataset) != "images":
+        raise TrainingError(f"--dataset: {command.dataset} is of sound, the run of images")
     if command.out is not None and command.out.suffix not in _SUFFIXES:
         raise TrainingError(f"--out: expected a name that ends in {' or '.join(_SUFFIXES)}, got {command.out.name}")
     if command.dataset == "folder":

@@ -24,9 +24,11 @@ from cpc_ext.data.images.folders.folder import image_files
 from cpc_ext.data.notice import LeftOut
 from cpc_ext.evaluation.encoder_run import EncoderRun
 from cpc_ext.programs.embed import Command
+from cpc_ext.programs.embedding_speech import embed_speech
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.errors import TrainingError, warn
 from cpc_ext.training.precision import check_device
+from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.safetensors_file import write_safetensors
 
 __all__ = ["embed"]
@@ -38,6 +40,9 @@ _PATIENCE_SECONDS = 60
 
 def embed(command: Command) -> None:
     """Do what the command says. TrainingError where that cannot be done."""
+    if RunDir(command.run).medium == "audio":
+        embed_speech(command)
+        return
     device = check_device(command.device)
     out = command.out or command.run / "features.npy"
     run = EncoderRun.open(command.run, device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cpc_ext.evaluation.options import EvaluationOptions as Command
-from cpc_ext.evaluation.options import parse_modes
+from cpc_ext.evaluation.options import parse_measures, parse_modes
 from cpc_ext.measures.label_subsets import parse_label_budgets
 from cpc_ext.programs.command_line import Program
 from cpc_ext.training.errors import TrainingError
@@ -14,7 +14,8 @@ _DESCRIPTION = (
     "Measure the encoder of a run with few labels: top-1 and top-5 accuracy on all test images after learning from "
     "random subsets of the labelled training images. The results are printed as a table and kept, with figures, in "
     "evaluation/ in the run's folder; what is already there for the same weights, images and settings is taken as it "
-    "is. Several runs are also drawn into one figure."
+    "is. Several runs are also drawn into one figure. Of runs on speech: how well phones and speakers are told from "
+    "the frames of the model, of the same model untrained, and of log-mel spectra."
 )
 
 
@@ -22,6 +23,9 @@ def _check(command: Command) -> None:
     """TrainingError for values that cannot be right, whatever the runs are."""
     if not command.runs:
         raise TrainingError("give at least one RUN")
+    if not command.minutes > 0:
+        raise TrainingError(f"--minutes: above 0, got {command.minutes}")
+    parse_measures(command.measures)
     if command.per_module:
         return
     parse_modes(command.mode)

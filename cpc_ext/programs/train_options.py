@@ -1,8 +1,8 @@
 """The command line of `python -m cpc_ext.train`: options to a run's config.
 
-Parsing takes two passes. The first only looks for the options that choose the defaults: the model, the data set and the
-device, or an earlier run. The second is the real one and starts from those, so that the help shows, and every option
-replaces, the value that the run would have had.
+Parsing takes two passes. The first only looks for the options that choose the defaults: the model, the data set, the
+recipe and the device, or an earlier run. The second is the real one and starts from those, so that the help shows, and
+every option replaces, the value that the run would have had.
 """
 
 from __future__ import annotations
@@ -17,22 +17,36 @@ from typing import Annotated, NoReturn
 
 import tyro
 
-from cpc_ext.data_sets import DATASETS
+from cpc_ext.data_sets import DATASETS, medium
 from cpc_ext.programs.command_line import parse_command
-from cpc_ext.training.config import DataSection, OptionError, RunConfig, load_config, option, options_of_other_models
+from cpc_ext.training.config import OptionError, RunConfig, load_config, option, options_of_other_models
 from cpc_ext.training.errors import TrainingError
-from cpc_ext.training.presets import preset
-from cpc_ext.training.registry import MODELS
+from cpc_ext.training.presets import default_dataset, preset
+from cpc_ext.training.registry import MODELS, model_medium, model_recipes
 from cpc_ext.training.run_dir import RunDir
 
 __all__ = ["PROGRAM", "Command", "describe", "parse"]
 
 PROGRAM = "python -m cpc_ext.train"
 _DESCRIPTION = (
-    "Train a model of images without labels: by default an encoder by contrastive predictive coding, measured with a "
-    "linear probe; or a PixelCNN, measured in bits per dimension. Without options it trains on generated textures in "
-    "minutes on two CPU cores. Options and defaults shown are those of the model chosen by --model and the data set "
-    "chosen by --dataset, on this machine."
+    "Train a model of images or of speech without labels: by default an encoder by contrastive predictive coding, "
+    "measured with a linear probe; or a PixelCNN, measured in bits per dimension. Without further options it trains on "
+    "generated textures, or voices, in minutes on two CPU cores. Options and defaults shown are those of the model "
+    "chosen by --model, the data set chosen by --dataset, and where a model has several the --recipe, on this machine."
+)
+
+
+# The options that the defaults of the others depend on.
+_CHOOSING = (
+    "--model",
+    "--dataset",
+    "--recipe",
+    "--device",
+    "--config",
+    "--resume-from",
+    "--out-dir",
+    "--epochs",
+    "--steps",
 )
 
 
@@ -93,8 +107,13 @@ def parse(arguments: Sequence[str], *, prog: str = PROGRAM) -> Command:
     else:
         # Names that do not exist are refused in the second pass, as are values that are missing.
         model = chosen.model if chosen.model in MODELS else RunConfig.model_fields["model"].default
-        dataset = chosen.dataset if chosen.dataset in DATASETS else DataSection.model_fields["dataset"].default
-        defaults = preset(model, dataset, device=chosen.device)
+        dataset = chosen.dataset if chosen.dataset in DATASETS else default_dataset(model)
+        if medium(dataset) != model_medium(model):
+            fitting = ", ".join(name for name in DATASETS if medium(name) == model_medium(model))
+            _refuse(f"--dataset {dataset} has no {model_medium(model)}; --model {model} takes {fitting}", prog)
+        recipe = chosen.recipe if chosen.recipe in model_recipes(model) else None
+        defaults = preset(model, dataset, recipe=recipe, device=chosen.device)
+    _check_recipe(chosen.recipe, defaults)
     arguments = _with_values(arguments)
     if (chosen.epochs is None) != (chosen.steps is None):
         # The one that is given replaces whichever the defaults have.
@@ -115,6 +134,15 @@ def parse(arguments: Sequence[str], *, prog: str = PROGRAM) -> Command:
         _refuse(str(error), prog)
     _refuse_idle_options(arguments, command.run, prog)
     return command
+
+
+def _check_recipe(recipe: str | None, defaults: RunConfig) -> None:
+    """TrainingError where an earlier run, which has options of its own already, is asked for another recipe's."""
+    theirs = next((section.recipe for _, section in defaults if hasattr(section, "recipe")), None)
+    if recipe in model_recipes(defaults.model) and recipe != theirs:
+        raise TrainingError(
+            f"--recipe {recipe} chooses the defaults of a new run, but the options given are those of one of {theirs}"
+        )
 
 
 def _with_values(arguments: Sequence[str]) -> list[str]:
@@ -154,7 +182,7 @@ def _refuse(message: str, prog: str) -> NoReturn:
 def _first_pass(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     # A missing value is for the second pass to complain about.
-    for name in ("--model", "--dataset", "--device", "--config", "--resume-from", "--out-dir", "--epochs", "--steps"):
+    for name in _CHOOSING:
         parser.add_argument(name, nargs="?")
     parser.add_argument("--resume", action="store_true")
     # The second pass takes --out_dir as well.

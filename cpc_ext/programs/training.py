@@ -23,6 +23,7 @@ from cpc_ext.programs.train_options import Command, describe, parse
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.config import RunConfig, explain, option, options_that_may_change, validate_config
+from cpc_ext.training.data_record import described
 from cpc_ext.training.distribution import Ranks, joined_ranks, lost_contact
 from cpc_ext.training.errors import TrainingError, speaker, unfailing_output
 from cpc_ext.training.loop import Trainer
@@ -117,7 +118,8 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
         task.prepare(ranks, resumed=state is not None)
     log = _opened_log(config, run, trainer, ranks)
     ranks.say(
-        f"{len(task.images)} images of {dataset.name}, {sum(p.numel() for p in task.model.parameters()):,} parameters, "
+        f"{described(task.examples)} of {dataset.name}, "
+        f"{sum(p.numel() for p in task.model.parameters()):,} parameters, "
         f"{trainer.total_steps} steps"
         + (f", {ranks.world_size} processes" if ranks.world_size > 1 else "")
         + (f", going on after step {trainer.step}" if state is not None else "")
@@ -135,7 +137,7 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
         log.scalars(trainer.step, results)
         with _timed(phases, "figures"):
             task.save(run)
-        summary = _summary(config, trainer, results, phases, ranks)
+        summary = _summary(config, task.unit, trainer, results, phases, ranks)
         _write(run.summary, json.dumps(summary, indent=2) + "\n")
     except OSError as error:
         raise TrainingError(f"could not write to {run.path} ({error}): make room; {trainer.on_disk()}") from None
@@ -237,7 +239,7 @@ def _by_option(config: RunConfig) -> dict[str, Any]:
 
 
 def _summary(
-    config: RunConfig, trainer: Trainer, results: dict[str, float], phases: dict[str, float], ranks: Ranks
+    config: RunConfig, unit: str, trainer: Trainer, results: dict[str, float], phases: dict[str, float], ranks: Ranks
 ) -> dict[str, Any]:
     device = ranks.device
     final = {
@@ -249,7 +251,7 @@ def _summary(
         **results,
         **final,
         "steps": trainer.step,
-        "images_per_second": round(trainer.step * config.optimization.batch_size / max(trainer.seconds, 1e-9), 2),
+        f"{unit}_per_second": round(trainer.step * config.optimization.batch_size / max(trainer.seconds, 1e-9), 2),
         "peak_memory_bytes": _peak_memory_bytes(device),
         "training_seconds": round(trainer.seconds, 3),
         "phase_seconds": {name: round(seconds, 3) for name, seconds in phases.items()},
@@ -280,6 +282,14 @@ def _report(results: dict[str, float], phases: dict[str, float], run: RunDir) ->
             f"(the same encoder untrained {results['untrained_probe_accuracy']:.1%}, "
             f"always the same class {results['chance_accuracy']:.1%})"
         )
+    for told, of in (("phone", "test frames"), ("speaker", "test recordings")):
+        if f"{told}_accuracy" in results:
+            beside = f", always the same {results[f'chance_{told}_accuracy']:.1%}" if told == "phone" else ""
+            print(
+                f"linear probe of {told}s: {results[f'{told}_accuracy']:.1%} of the {of} (the same model untrained "
+                f"{results[f'untrained_{told}_accuracy']:.1%}, log-mel spectra "
+                f"{results[f'log_mel_{told}_accuracy']:.1%}{beside})"
+            )
     if "bits_per_dim" in results:
         print(
             f"bits per dimension: {results['bits_per_dim']:.3f} of the held-out images "

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cpc_ext import __version__, figures
-from cpc_ext.data import Dataset, ImageFetcher, PatchView, SimCLRView
+from cpc_ext.data import Dataset, ImageFetcher, ImageSet, PatchView, SimCLRView
 from cpc_ext.data.spread import spread
 from cpc_ext.measures.probe import encode, linear_probe
 from cpc_ext.models.encoder_model import EncoderModel
@@ -51,6 +51,7 @@ class EncoderTask(Task):
     """
 
     model: EncoderModel
+    examples: ImageSet
 
     def __init__(
         self,
@@ -65,7 +66,7 @@ class EncoderTask(Task):
         self._device = device
         self._view = view
         self._encoder_spec = encoder
-        self.images = dataset.pretrain
+        self.examples = dataset.pretrain
         self.model = self.initial_model()
 
     @property

@@ -57,15 +57,16 @@ class PixelTask(Task):
     """
 
     model: PixelModel
+    examples: ImageSet
 
     def __init__(self, config: PixelConfig, dataset: Dataset, device: torch.device) -> None:
         if dataset.test is None:
             raise ValueError(f"--dataset {dataset.name} has no test images to measure the model on")
-        self.images = dataset.pretrain
+        self.examples = dataset.pretrain
         if config.pixelcnn.class_conditional:
-            if self.images.labels is None and dataset.train is not None:
-                self.images = dataset.train
-            if self.images.labels is None or dataset.test.labels is None:
+            if self.examples.labels is None and dataset.train is not None:
+                self.examples = dataset.train
+            if self.examples.labels is None or dataset.test.labels is None:
                 raise ValueError(f"--class-conditional: the images of {dataset.name} have no labels")
         self.observe_every = config.pixelcnn.sample_every
         self._config = config
@@ -116,7 +117,7 @@ class PixelTask(Task):
         """Bits per dimension: of all held-out images, of as many training images, of histograms for the former."""
         return {
             "bits_per_dim": self._bits_per_dim(self._test, len(self._test)),
-            "train_bits_per_dim": self._bits_per_dim(self.images, len(self._test)),
+            "train_bits_per_dim": self._bits_per_dim(self.examples, len(self._test)),
             "static_histogram_bits_per_dim": self._baseline(),
         }
 
@@ -192,7 +193,7 @@ class PixelTask(Task):
         return nats.item() / (count * math.prod(self._dataset.image_shape) * math.log(2))
 
     def _baseline(self) -> float:
-        return static_histogram_bits_per_dim(self.images.images, self._test.images)
+        return static_histogram_bits_per_dim(self.examples.images, self._test.images)
 
     def _samples(self) -> np.ndarray:
         """uint8 [N, C, H, W], the same noise each time; of the classes in turn."""

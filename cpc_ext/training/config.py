@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from cpc_ext.data_sets import DATASETS, idle_of_dataset
+from cpc_ext.data_sets import DATASETS, idle_of_dataset, medium
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.machine import check_device_name
-from cpc_ext.training.registry import MODELS, config_class, published, title
+from cpc_ext.training.registry import MODELS, config_class, model_medium, published, title
 
 __all__ = [
     "MAY_CHANGE",
@@ -112,16 +112,17 @@ def explain(error: ValidationError) -> str:
 
 
 class DataSection(Section):
-    """The images to learn from."""
+    """The images or recordings to learn from."""
 
     dataset: DatasetName = Field(
         "textures",
-        description="Images to train on; it also chooses the defaults of most other options (see them with "
-        "--dataset NAME --help). textures is drawn in seconds and needs no files.",
+        description="What to train on; it also chooses the defaults of most other options (see them with "
+        "--dataset NAME --help). textures and voices are drawn in seconds and need no files.",
     )
     data_dir: Annotated[Path | None, MAY_CHANGE] = Field(
         None,
-        description="Folder of the data set's files, or of your images for --dataset folder. None: the user's cache.",
+        description="Folder of the data set's files, or of your own for --dataset folder and audio-folder. None: the "
+        "user's cache.",
     )
     download: Annotated[bool, MAY_CHANGE] = Field(
         False, description="Fetch the data set's published files where they are missing."
@@ -142,12 +143,12 @@ class OptimizationSection(Section):
         "the defaults of all others. None: from those of the seed.",
     )
     epochs: Annotated[Annotated[int, Field(ge=1)] | None, MAY_CHANGE] = Field(
-        None, description="Length of the run in passes over the images (excludes --steps)."
+        None, description="Length of the run in passes over the data (excludes --steps)."
     )
     steps: Annotated[Annotated[int, Field(ge=1)] | None, MAY_CHANGE] = Field(
         None, description="Length of the run in parameter updates (excludes --epochs)."
     )
-    batch_size: int = Field(16, ge=1, description="Images in an update.")
+    batch_size: int = Field(16, ge=1, description="Images, or windows of recordings, in an update.")
     lr: float = Field(2e-4, gt=0, le=10, allow_inf_nan=False, description="Learning rate, at its highest.")
     schedule: Schedule = Field(
         "constant", description="Learning rate after the warm-up: constant, or a half cosine to --final-lr at the end."
@@ -237,6 +238,13 @@ class RunConfig(Section):
             raise ValueError(
                 f"--model {self.model} has other options than these: give it without --config and --resume-from"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _data_are_of_the_models_medium(self) -> RunConfig:
+        theirs, mine = medium(self.data.dataset), model_medium(self.model)
+        if theirs != mine:
+            raise ValueError(f"--dataset {self.data.dataset} is of {theirs}, --model {self.model} learns from {mine}")
         return self
 
     @property

@@ -1,36 +1,67 @@
-"""What a checkpoint keeps of the images that it was trained on, to tell when they are others."""
+"""What a checkpoint keeps of the examples that it was trained on, to tell when they are others."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cpc_ext.data import ImageSet
+from cpc_ext.data import SAMPLE_RATE, ImageSet, WaveformSet
 
-__all__ = ["data_record", "differences", "fingerprint"]
+__all__ = ["data_record", "described", "differences", "fingerprint"]
 
 # Images whose pixels count in a data set's fingerprint, evenly spread: all would take as long as a pass over them.
 _SAMPLED_IMAGES = 256
+# Pieces of the recordings that count in theirs, and samples of each.
+_SAMPLED_PIECES, _PIECE = 256, 4096
+# What a record counts.
+_COUNTS = ("images", "recordings")
 
 
-def data_record(images: ImageSet) -> dict[str, Any]:
-    """Number and shape of the images, and digests of their names, their labels, and the pixels of a sample of them."""
-    names = None if images.paths is None else hashlib.sha256()
-    if names is not None:
-        for path in images.paths or ():
-            # A file name may hold bytes that are no text in any encoding.
-            names.update(path.encode(errors="surrogateescape") + b"\0")
+def data_record(examples: ImageSet | WaveformSet) -> dict[str, Any]:
+    """Number and size of the examples, and digests of their names, their labels, and the content of some of them."""
+    if isinstance(examples, WaveformSet):
+        return {
+            "recordings": len(examples),
+            "seconds": round(len(examples.samples) / SAMPLE_RATE, 2),
+            "names": _digest_of_names(examples.names),
+            "speakers": None if examples.speakers is None else hashlib.sha256(examples.speakers.tobytes()).hexdigest(),
+            "sound": _sound(examples),
+        }
     return {
-        "images": len(images),
-        "shape": list(images.images.shape[1:]),
-        "names": None if names is None else names.hexdigest(),
-        "labels": None if images.labels is None else hashlib.sha256(images.labels.tobytes()).hexdigest(),
-        "pixels": fingerprint(images, {}),
+        "images": len(examples),
+        "shape": list(examples.images.shape[1:]),
+        "names": None if examples.paths is None else _digest_of_names(examples.paths),
+        "labels": None if examples.labels is None else hashlib.sha256(examples.labels.tobytes()).hexdigest(),
+        "pixels": fingerprint(examples, {}),
     }
+
+
+def described(examples: ImageSet | WaveformSet) -> str:
+    """How many examples there are, for a line of a program."""
+    if isinstance(examples, WaveformSet):
+        return f"{len(examples)} recordings ({len(examples.samples) / SAMPLE_RATE / 60:.1f} minutes)"
+    return f"{len(examples)} images"
+
+
+def _digest_of_names(names: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for name in names:
+        # A file name may hold bytes that are no text in any encoding.
+        digest.update(name.encode(errors="surrogateescape") + b"\0")
+    return digest.hexdigest()
+
+
+def _sound(waveforms: WaveformSet) -> str:
+    """A digest of the recordings' lengths and of pieces of them, evenly spread."""
+    digest = hashlib.sha256(waveforms.starts.tobytes())
+    for start in np.linspace(0, max(len(waveforms.samples) - _PIECE, 0), _SAMPLED_PIECES, dtype=np.int64):
+        digest.update(np.ascontiguousarray(waveforms.samples[start : start + _PIECE]).data)
+    return digest.hexdigest()
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -38,14 +69,14 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     said = []
     for name, value in then.items():
         if name in now and value != now[name]:
-            if name == "images":
-                said.append(f"{value} images then, {now[name]} now")
+            if name in _COUNTS:
+                said.append(f"{value} {name} then, {now[name]} now")
             elif name == "shape":
                 said.append(f"images of shape {value} then, {now[name]} now")
             else:
                 said.append(f"other {name}")
     # All else follows from it.
-    return said[:1] if "images" in now and then.get("images") != now["images"] else said
+    return said[:1] if any(name in then and name in now and then[name] != now[name] for name in _COUNTS) else said
 
 
 def fingerprint(images: ImageSet, weights: dict[str, Tensor], **others: object) -> str:

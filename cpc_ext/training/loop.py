@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cpc_ext.data import EpochSampler
 from cpc_ext.training.atomic_file import replace_with_link
 from cpc_ext.training.checkpoint import load_weights, save_checkpoint
 from cpc_ext.training.config import RunConfig
@@ -65,8 +64,7 @@ class Trainer:
         self._run = run
         self._device = device
         try:
-            self._sampler = EpochSampler(
-                len(task.images),
+            self._sampler = task.sampler(
                 options.batch_size,
                 seed=config.compute.seed,
                 rank=ranks.share.rank,
@@ -74,7 +72,7 @@ class Trainer:
             )
         except ValueError as error:
             raise TrainingError(f"--batch-size: {error}") from None
-        self._data = data_record(task.images)
+        self._data = data_record(task.examples)
         self._streams = RandomStreams(config.compute.seed, device, ranks.share)
         if ranks.share.world_size > 1:
             self._share_batch_norm()
@@ -105,7 +103,7 @@ class Trainer:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint. TrainingError where it does not fit this run, or is of other images."""
+        """Go on from a checkpoint. TrainingError where it does not fit this run, or is of other examples."""
         try:
             self._check_data(state)
             load_weights(self._task.model, state["model"])
@@ -128,19 +126,19 @@ class Trainer:
             )
 
     def _check_data(self, state: dict[str, Any]) -> None:
-        """TrainingError where the images are others than those that the run was trained on so far."""
+        """TrainingError where the examples are others than those that the run was trained on so far."""
         # A checkpoint of before there was a record knows their number.
         then = state.get("data") or {"images": state["sampler"]["count"]}
         changed = differences(then, self._data)
         said = f"the data changed since step {state['step']} was saved: {', '.join(changed)}"
-        if changed == ["other pixels"]:
-            # Also another version of the decoder makes other pixels of the same files.
+        if changed in (["other pixels"], ["other sound"]):
+            # Also another version of the decoder makes others of the same files.
             if self._ranks.main:
                 warn(f"--resume: {said}")
         elif changed:
             raise TrainingError(
-                f"--resume: {said}. Go on with the images as they were, or start a new run from its weights with "
-                f"--resume-from {self._run.path}"
+                f"--resume: {said}. Go on with the {self._task.unit} as they were, or start a new run from its weights "
+                f"with --resume-from {self._run.path}"
             )
 
     def train(self, log: RunLog | None, stop: StopRequest) -> None:
@@ -253,21 +251,21 @@ class Trainer:
         self._since_log.reset()
         self._check_finite(parameters=False)
         self._stop_clock()
-        images = (self.step - self._logged_step) * self._sampler.batch_size
-        speed = images / max(self.seconds - self._logged_seconds, 1e-9)
+        examples = (self.step - self._logged_step) * self._sampler.batch_size
+        speed = examples / max(self.seconds - self._logged_seconds, 1e-9)
         self._logged_step, self._logged_seconds = self.step, self.seconds
         self.last_metrics = {
             "step": self.step,
             "epoch": round(self.step / len(self._sampler), 4),
             **means,
             "lr": self._learning_rate(self.step),
-            "images_per_second": round(speed, 2),
+            f"{self._task.unit}_per_second": round(speed, 2),
             "seconds": round(self.seconds, 3),
         }
         if log is not None:
             log.log(self.last_metrics)
         shown = {name: f"{value:.3f}" for name, value in means.items() if name in _SHOWN}
-        bar.set_postfix({**shown, "images/s": f"{speed:.0f}"}, refresh=False)
+        bar.set_postfix({**shown, f"{self._task.unit}/s": f"{speed:.0f}"}, refresh=False)
 
     def _observe(self, log: RunLog | None) -> None:
         """Log what the task finds when it looks at the model; that is no part of the time spent in steps."""

@@ -26,7 +26,9 @@ __all__ = ["Pipeline"]
 # Features of so many steps may be on their way to the next process, for as much memory.
 _UNDER_WAY = 2
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_HEADER = 2 + 4
+# Of the header that goes before the first features: type, layout, number of dimensions, and room for their sizes.
+_MOST_DIMENSIONS = 4
+_HEADER = 3 + _MOST_DIMENSIONS
 
 
 class Pipeline(Parts):
@@ -97,12 +99,12 @@ class _Link:
         self._announced = False
 
     def receive(self) -> Tensor:
-        """The features that the process before has sent for this step, [N, D, h, w]."""
+        """The features that the process before has sent for this step: [N, D, h, w], of sequences [N, D, L]."""
         if self._form is None:
             header = torch.empty(_HEADER, dtype=torch.int64)
             dist.recv(header, self._previous)
-            number, channels_last, *shape = header.tolist()
-            self._form = _DTYPES[number], bool(channels_last), shape
+            number, channels_last, dimensions, *shape = header.tolist()
+            self._form = _DTYPES[number], bool(channels_last), shape[:dimensions]
         dtype, channels_last, shape = self._form
         features = torch.empty(
             shape,
@@ -114,14 +116,15 @@ class _Link:
         return features
 
     def send(self, features: Tensor) -> None:
-        """Send features [N, D, h, w] of this step to the next process, if there is one; they must stay as they are."""
+        """Send this step's features to the next process, if there is one; they must stay as they are."""
         if self._next is None:
             return
-        channels_last = features.is_contiguous(memory_format=torch.channels_last)
+        channels_last = features.ndim == 4 and features.is_contiguous(memory_format=torch.channels_last)
         if not channels_last:
             features = features.contiguous()
         if not self._announced:
-            header = torch.tensor([_DTYPES.index(features.dtype), int(channels_last), *features.shape])
+            sizes = [*features.shape, *([0] * (_MOST_DIMENSIONS - features.ndim))]
+            header = torch.tensor([_DTYPES.index(features.dtype), int(channels_last), features.ndim, *sizes])
             dist.send(header, self._next)
             self._announced = True
         content = _bytes(features, channels_last)

@@ -1,38 +1,49 @@
-"""Defaults that depend on the model and the data set: those of a model's task for the data set.
+"""Defaults that depend on the model, the data set and the recipe: those of a model's task for the data set.
 
 The command line shows them as defaults in its help, and options given there replace them one by one.
 """
 
 from __future__ import annotations
 
-from cpc_ext.data_sets import DATASETS, origin
+from cpc_ext.data_sets import DATASETS, drawn_of, folder_of, origin
 from cpc_ext.training.config import Preset, RunConfig, validate_config
 from cpc_ext.training.machine import default_device, default_precision
-from cpc_ext.training.registry import model_presets
+from cpc_ext.training.registry import model_medium, model_presets, model_recipes
 
-__all__ = ["preset", "preset_entry"]
+__all__ = ["default_dataset", "preset", "preset_entry"]
 
 
-def preset(model: str, dataset: str, *, device: str | None = None) -> RunConfig:
+def default_dataset(model: str) -> str:
+    """What a model is trained on where nothing else is said: the drawn one of its medium. KeyError as below."""
+    return drawn_of(model_medium(model))
+
+
+def preset(model: str, dataset: str, *, recipe: str | None = None, device: str | None = None) -> RunConfig:
     """The config of a run without further options.
 
+    recipe: one of the model's, if not its first.
     device: the one it is going to run on, if not the accelerator of this machine; it decides the precision.
-    KeyError for a model or a data set that does not exist.
+    KeyError for a model, a data set or a recipe that does not exist; the config's own error for data of another medium.
     """
-    entry = preset_entry(model, dataset)
+    entry = preset_entry(model, dataset, recipe)
     data = {"dataset": dataset, **(entry.get("data", {}) if origin(dataset).sized else {})}
     compute = {"device": default_device(), "precision": default_precision(device or default_device())}
     return validate_config({"model": model, **entry, "data": data, "compute": compute})
 
 
-def preset_entry(model: str, dataset: str) -> Preset:
+def preset_entry(model: str, dataset: str, recipe: str | None = None) -> Preset:
     """What differs from the model's defaults, by section. KeyError as of :func:`preset`.
 
     A data set that the model has no presets for is served by those of the nearest kind: drawn images are as small and
-    plain as the textures, and what serves the user's own images serves all others.
+    plain as the textures, and what serves the user's own images serves all others. What a preset says of an option
+    goes before what the recipe says.
     """
     if dataset not in DATASETS:
         raise KeyError(dataset)
-    presets = model_presets(model)
-    kind = "textures" if origin(dataset).folder == "drawn" else "folder"
-    return presets.get(dataset, presets[kind])
+    presets, recipes, of = model_presets(model), model_recipes(model), model_medium(model)
+    kind = drawn_of(of) if origin(dataset).folder == "drawn" else folder_of(of)
+    entry = presets.get(dataset, presets[kind])
+    if not recipes and recipe is not None:
+        raise KeyError(recipe)
+    base = recipes[next(iter(recipes)) if recipe is None else recipe] if recipes else {}
+    return {section: {**base.get(section, {}), **entry.get(section, {})} for section in dict.fromkeys((*base, *entry))}

@@ -8,8 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from cpc_ext.training.atomic_file import atomic_file
-from cpc_ext.training.config import load_config
+from cpc_ext.training.config import RunConfig, load_config
 from cpc_ext.training.errors import TrainingError, warn
+from cpc_ext.training.registry import model_medium
 
 __all__ = ["RunDir"]
 
@@ -77,6 +78,18 @@ class RunDir:
         except OSError as error:
             raise TrainingError(f"--out-dir: cannot write to {path}: {error.strerror or error}") from None
         return run
+
+    @property
+    def known_config(self) -> RunConfig:
+        """The run's config. TrainingError where the folder is none of a run's."""
+        if not self.config.is_file():
+            raise TrainingError(f"{self.path} is not a run's folder: there is no {self.config.name}")
+        return load_config(self.config)
+
+    @property
+    def medium(self) -> str:
+        """What the run's model learns from, "images" or "audio". TrainingError where the folder is none of a run's."""
+        return model_medium(self.known_config.model)
 
     @property
     def begun(self) -> bool:

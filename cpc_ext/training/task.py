@@ -1,32 +1,34 @@
 """The seam between the training loop and the models: what a model has to offer to be trained, and nothing more.
 
-The loop knows batches of images, a loss, and checkpoints. How a batch becomes a loss and what a trained model is worth
-is the task's business, one class a model. A model may consist of parts that learn by losses of their own.
+The loop knows batches of examples, a loss, and checkpoints. How a batch becomes a loss and what a trained model is
+worth is the task's business, one class a model. A model may consist of parts that learn by losses of their own.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cpc_ext.data import Dataset, ImageFetcher, ImageSet
+from cpc_ext.data import EpochSampler, ImageFetcher, ImageSet, WaveformSet
 from cpc_ext.nn.typed import Module
 from cpc_ext.training.config import RunConfig
 from cpc_ext.training.distribution import Ranks
 from cpc_ext.training.random_streams import RandomStreams
 from cpc_ext.training.run_dir import RunDir
 
-__all__ = ["Fetcher", "Handover", "Task"]
+__all__ = ["Fetcher", "Handover", "Sampler", "Task"]
 
 
 class Handover(NamedTuple):
     """What a part of a model gets from the one before; the first gets the batch.
 
-    features: uint8 images [B, C, H, W] for the first part, then what the part makes of them, without gradient.
+    features: the batch for the first part (uint8 images [B, C, H, W], int16 waveforms [B, 1, T]), then what the part
+        makes of it, without gradient.
     draws: random numbers that the parts of a step share. In another process a part draws the same ones itself.
     """
 
@@ -34,37 +36,57 @@ class Handover(NamedTuple):
     draws: Any = None
 
 
+class Sampler(Protocol):
+    """Gives batches as int64 arrays [B] of indices that a :class:`Fetcher` takes, epoch after epoch.
+
+    batch_size: examples of a batch, all processes together.
+    """
+
+    batch_size: int
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+
+    def __iter__(self) -> Iterator[np.ndarray]: ...
+
+    def state_dict(self) -> dict[str, int]: ...
+
+    def load_state_dict(self, state: dict[str, int]) -> None: ...
+
+
 class Fetcher(Protocol):
     """Gives batches by index: the input of the first part, and labels int64 [B] where there are any."""
 
-    def __call__(self, indices: np.ndarray) -> Tensor: ...
+    def __call__(self, indices: np.ndarray, /) -> Tensor: ...
 
-    def labels(self, indices: np.ndarray) -> Tensor | None: ...
+    def labels(self, indices: np.ndarray, /) -> Tensor | None: ...
 
 
 class Task(ABC):
-    """A model with its way of learning from images.
+    """A model with its way of learning from examples.
 
     Attributes:
         model: all that is trained, on the training device.
-        images: what it is trained on.
-    observe_every: updates between calls of :meth:`observe`; None for none.
+        examples: what it is trained on.
+        unit: what one of a batch is called in logs and messages, in the plural.
+        observe_every: updates between calls of :meth:`observe`; None for none.
     """
 
     model: nn.Module
-    images: ImageSet
+    examples: ImageSet | WaveformSet
+    unit: str = "images"
     observe_every: int | None = None
 
     if TYPE_CHECKING:
 
-        def __init__(self, config: Any, dataset: Dataset, device: torch.device) -> None:
-            """config: of a run of the task's model."""
+        def __init__(self, config: Any, dataset: Any, device: torch.device) -> None:
+            """config: of a run of the task's model. dataset: one that the model takes."""
 
     @abstractmethod
-    def losses(self, images: Tensor, labels: Tensor | None, streams: RandomStreams) -> dict[str, Tensor]:
+    def losses(self, batch: Tensor, labels: Tensor | None, streams: RandomStreams) -> dict[str, Tensor]:
         """One step's forward pass, from a batch on the device to the scalars that are logged.
 
-        images: uint8 [B, C, H, W]. labels: int64 [B], or None where ``self.images`` has none.
+        batch: what the fetcher gives. labels: int64 [B], or None where the examples have none.
 
         "loss" among the scalars is minimised. Must not wait for the device.
         """
@@ -95,9 +117,18 @@ class Task(ABC):
         All processes of a run call it. TrainingError or OSError where something it needs is not there.
         """
 
+    def sampler(self, batch_size: int, *, seed: int, rank: int, world_size: int) -> Sampler:
+        """What orders the examples into batches. ValueError for a batch size that the examples or processes do not fit.
+
+        batch_size: of all processes together.
+        """
+        return EpochSampler(len(self.examples), batch_size, seed=seed, rank=rank, world_size=world_size)
+
     def fetcher(self, device: torch.device, streams: RandomStreams) -> Fetcher:
-        """What gives the batches of the steps, by index into ``self.images``."""
-        return ImageFetcher(self.images, device)
+        """What gives the batches of the steps, by the sampler's indices."""
+        if not isinstance(self.examples, ImageSet):
+            raise NotImplementedError("a task of other examples than images has a fetcher of its own")
+        return ImageFetcher(self.examples, device)
 
     def observe(self, step: int, run: RunDir) -> dict[str, float]:
         """Look at the model on the way: scalars to log, and files in the run. OSError where writing fails.

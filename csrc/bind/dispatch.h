@@ -47,12 +47,13 @@ inline void* cuda_stream(const TensorArg& tensor) {
 // and the emulation is one.
 inline Where where_is(DLDevice device) { return on_cuda(device) ? Where::cuda : Where::host; }
 
-// Runs a problem's kernel for the device of its tensors, on the stream of one's framework, without the GIL.
+// Runs a problem's kernel for the device of its tensors, on the stream of one's framework, without the GIL. `cuda` is
+// null where there is none.
 template <class Problem>
 void run(const Problem& problem, const TensorArg& tensor, void (*cpu)(const Problem&),
          [[maybe_unused]] void (*cuda)(const Problem&, void* stream)) {
 #if defined(CPC_WITH_CUDA)
-  if (on_cuda(tensor.device)) {
+  if (cuda != nullptr && on_cuda(tensor.device)) {
     void* const stream = cuda_stream(tensor);
     const py::gil_scoped_release unlocked;
     return on_device_of(tensor.device, [&] { cuda(problem, stream); });

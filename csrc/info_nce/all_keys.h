@@ -801,7 +801,7 @@ class AllKeys {
                           by_query + panel * kColumns * of_width * kLane, rows.in(panel));
           }
           S* const to = call.grad_keys + (block * kBlockKeys + key) * d_ + k;
-          const bool first = rows.first == 0;
+          const bool first = rows.first == 0 && !problem_.adds_to_keys;
           if (width == of_width * kLane) {
             if (!first) add(tile, to, d_);
             tile.store(to, d_);

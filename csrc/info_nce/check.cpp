@@ -8,22 +8,29 @@
 #include "info_nce/info_nce.h"
 
 namespace cpc::info_nce {
-namespace {
 
-// `lowest`: 0, or -1 where that stands for no key.
-void require_keys(const char* name, const TensorView& indices, int64_t keys, int64_t lowest) {
-  const int64_t count = indices.numel();
-  if (indices.ndim == 0 || count == 0) return;
-  const auto* const values = indices.as<int64_t>();
-  int64_t low = values[0], high = values[0];
+void KeysNamed::add(const int64_t* indices, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    low = std::min(low, values[i]);
-    high = std::max(high, values[i]);
+    low = std::min(low, indices[i]);
+    high = std::max(high, indices[i]);
   }
+}
+
+void KeysNamed::require(const char* name, int64_t keys, int64_t lowest) const {
+  if (low > high) return;  // There were none.
   if (low < lowest || high >= keys)
     throw std::out_of_range(std::string(name) + " must be in 0.." + std::to_string(keys - 1) + " for " +
                             std::to_string(keys) + " keys" + (lowest < 0 ? ", or -1 for none" : "") + ", got " +
                             std::to_string(low) + ".." + std::to_string(high));
+}
+
+namespace {
+
+// `lowest`: 0, or -1 where that stands for no key.
+void require_keys(const char* name, const TensorView& indices, int64_t keys, int64_t lowest) {
+  KeysNamed named;
+  if (indices.ndim != 0) named.add(indices.as<const int64_t>(), indices.numel());
+  named.require(name, keys, lowest);
 }
 
 void require_ranges(const TensorView& ranges, int64_t keys) {

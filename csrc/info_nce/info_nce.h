@@ -45,6 +45,7 @@
 #pragma once
 
 #include <array>
+#include <limits>
 
 #include "core/fields.h"
 #include "core/isa.h"
@@ -83,6 +84,7 @@ struct Problem {
   Groups contrast = Groups::all;
   bool symmetric = false;
   bool self_contrast = false;  // The CPU only.
+  bool adds_to_keys = false;   // Whether grad_keys holds a sum to add to: the CPU only, in the type of the sums.
   // Whether CUDA may round float operands to TF32. Else it splits them, each into two that are: products are then exact
   // to 2^-20 of each, and those of infinite values NaN.
   bool tf32 = false;
@@ -123,6 +125,15 @@ constexpr auto kContrast = fields_of<Problem>(
     value<&Problem::factor>("factor"), value<&Problem::measure>("measure"), value<&Problem::contrast>("contrast"),
     value<&Problem::symmetric>("symmetric"), value<&Problem::self_contrast>("self_contrast"),
     value<&Problem::tf32>("tf32"), workspace<&Problem::workspace>("workspace", "info_nce_workspace"));
+
+// Between which the indices of some keys lie.
+struct KeysNamed {
+  int64_t low = std::numeric_limits<int64_t>::max(), high = std::numeric_limits<int64_t>::min();
+
+  void add(const int64_t* indices, int64_t count);
+  // Throws std::out_of_range unless they are in `lowest` to keys - 1; `lowest`: 0, or -1 where that stands for no key.
+  void require(const char* name, int64_t keys, int64_t lowest) const;
+};
 
 // Throws std::invalid_argument where the fields do not fit each other, and, on the host, std::out_of_range or
 // std::invalid_argument where an index is not as above.

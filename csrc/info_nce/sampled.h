@@ -68,8 +68,9 @@ class Sampled {
           for (int64_t i = 0; i < count; ++i) sum += b.weights[b.order[begin + i]];
           problem_.grad_bias.template as<S>()[key] = sum;
         }
-        if (problem_.grad_keys.ndim == 0) continue;
-        sum_rows(problem_.grad_keys.template as<Storage>() + key * d_, count, [&](int64_t i) {
+        if (problem_.grad_keys.ndim == 0 || (problem_.adds_to_keys && count == 0)) continue;
+        Storage* const to = problem_.grad_keys.template as<Storage>() + key * d_;
+        sum_rows(to, problem_.adds_to_keys ? to : nullptr, count, [&](int64_t i) {
           const int64_t pair = b.order[begin + i];
           return std::pair(scale_ * b.weights[pair], queries + pair / pairs_ * d_);
         });
@@ -113,11 +114,14 @@ class Sampled {
     return total;
   }
 
-  // out = sum over i < count of weight * row, of row_of(i) = (weight, row); rows of weight 0 may hold anything.
+  // out = before + sum over i < count of weight * row, of row_of(i) = (weight, row); rows of weight 0 may hold anything.
+  // before: null for 0.
   template <class RowOf>
-  void sum_rows(Storage* out, int64_t count, const RowOf& row_of) const {
+  void sum_rows(Storage* out, const Storage* before, int64_t count, const RowOf& row_of) const {
     const auto columns = [&](auto vectors, int64_t k, int64_t width) {
       R sums[vectors] = {};
+      if constexpr (kInPlace)
+        for (int v = 0; before != nullptr && v < vectors; ++v) sums[v] = load_register(before + k + v * kLane);
       for (int64_t i = 0; i < count; ++i) {
         const auto [weight, row] = row_of(i);
         if (weight == 0) continue;
@@ -132,7 +136,7 @@ class Sampled {
       columns(std::integral_constant<int, kSumVectors>{}, k, kSumVectors * kLane);
     for (; k + kLane <= d_; k += kLane) columns(std::integral_constant<int, 1>{}, k, kLane);
     for (; k < d_; ++k) {
-      S sum = 0;
+      S sum = before != nullptr ? widen(before[k]) : S{};
       for (int64_t i = 0; i < count; ++i) {
         const auto [weight, row] = row_of(i);
         if (weight != 0) sum += weight * row[k];
@@ -199,7 +203,7 @@ class Sampled {
     if (!problem_.wants_gradients()) return;
     weigh(b, row, outcome);
     if (problem_.grad_queries.ndim != 0)
-      sum_rows(problem_.grad_queries.template as<Storage>() + row * d_, pairs_,
+      sum_rows(problem_.grad_queries.template as<Storage>() + row * d_, nullptr, pairs_,
                [&](int64_t i) { return std::pair(scale_ * weights[i], keys + named[i] * d_); });
   }
   // Turns the negatives' dot products into powers of their scores relative to the largest, or into logistic functions.

@@ -91,6 +91,7 @@ class Op:
         a matrix product.
     size: what the chart's horizontal axis counts.
     prepare: makes a case ready on a device.
+    counted: whether the emulation counts what the op does on CUDA: not where products of PyTorch's do most of it.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Op:
     size: str
     cases: Sequence[Case]
     prepare: Callable[[Any, torch.device], Problem]
+    counted: bool = True
 
 
 def _passes(case: Case) -> str:

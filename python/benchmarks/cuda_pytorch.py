@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmark import Case
 from cuda_counts import Launch, Product, Sweep
-from ops import all_ops
+from ops import counted_ops
 
 __all__ = ["Key", "cases_by_key", "eager_steps", "surrounding_launches"]
 
@@ -189,10 +189,10 @@ AROUND: dict[str, Callable[[Any], list[Launch]]] = {
 
 @cache
 def cases_by_key() -> dict[Key, Case]:
-    """Every benchmark case."""
+    """Every benchmark case that is counted."""
     return {
         (op.name, case.label, case.dtype, "forward+backward" if case.backward else "forward"): case
-        for op in all_ops().values()
+        for op in counted_ops().values()
         for case in op.cases
     }
 

@@ -26,7 +26,7 @@ import torch
 from benchmark import Case, Op
 from cuda_counts import MATH, Launch, Problem, save
 from kernels import DTYPES, chosen_cases
-from ops import all_ops
+from ops import counted_ops
 from traffic_budgets import BUDGETS, Place, Traced, check, excess, ratio, read_budgets, write_budgets
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -210,7 +210,7 @@ def print_problem(problem: Problem, traced: Sequence[Traced]) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = list(all_ops())
+    names = list(counted_ops())
     parser.add_argument("--op", nargs="+", default=names, choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="of every case (default: each case in its own)")
     parser.add_argument("--blocks", type=int, default=BLOCKS, help=f"run of each launch (default {BLOCKS}; 0: all)")
@@ -225,7 +225,7 @@ def parse_arguments() -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     if not hasattr(native, "begin_trace"):
         sys.exit("CPC_EXT_NATIVE must name a module built with -DCPC_EXT_TRACE=ON")
-    ops, results = all_ops(), []
+    ops, results = counted_ops(), []
     for name in arguments.op:
         for case in chosen_cases(ops[name], arguments.dtype, arguments.quick):
             problem, traced = trace_case(ops[name], case, blocks=arguments.blocks)

@@ -10,12 +10,15 @@
 #include <vector>
 
 #include "augment/cpu.cpp"
+#include "dtw/cpu.cpp"
 #include "info_nce/cpu.cpp"
 #include "logistic_mixture/cpu.cpp"
 #include "masked_conv/cpu.cpp"
 #include "masked_conv/terms.h"
 #include "patches/cpu.cpp"
 #include "pixel_steps/cpu.cpp"
+#include "predict_contrast/cpu.cpp"
+#include "waveform_conv/cpu.cpp"
 
 namespace cpc {
 namespace {
@@ -115,6 +118,35 @@ void info_nce_kernels() {
       std::vector<double> workspace(info_nce::cpu::CPC_ISA::workspace_bytes(problem) / 8 + 1);
       problem.workspace.data = workspace.data();
       info_nce::cpu::CPC_ISA::contrast(problem);
+    }
+}
+
+// More contexts than a block, of which steps use some, with all keys and sampled ones.
+void predict_contrast_kernel() {
+  constexpr int64_t kRows = 450, kChannels = 70, kSteps = 2, kDim = 33, kKeys = 110, kSamples = 5;
+  for (const bool sampled : {false, true})
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      std::vector<float> contexts(kRows * kChannels), weights(kSteps * kDim * kChannels), keys(kKeys * kDim),
+          row_weights(kSteps * kRows, 1.f), losses(kSteps * kRows), grad_contexts(contexts), grad_weights(weights),
+          grad_keys(keys);
+      std::vector<int64_t> targets(kSteps * kRows), ranks(targets), negatives(kRows * kSamples);
+      for (size_t i = 0; i < targets.size(); ++i) targets[i] = static_cast<int64_t>(i) % (kKeys + 1) - 1;
+      for (size_t i = 0; i < negatives.size(); ++i) negatives[i] = static_cast<int64_t>(i) * 7 % kKeys;
+      predict_contrast::Problem problem;
+      problem.contexts = dense(contexts.data(), dtype, {kRows, kChannels});
+      problem.weights = dense(weights.data(), dtype, {kSteps, kDim, kChannels});
+      problem.keys = dense(keys.data(), dtype, {kKeys, kDim});
+      problem.targets = dense(targets.data(), DType::i64, {kSteps, kRows});
+      if (sampled) problem.negatives = dense(negatives.data(), DType::i64, {1, kRows, kSamples});
+      problem.row_weights = dense(row_weights.data(), DType::f32, {kSteps, kRows});
+      problem.losses = dense(losses.data(), DType::f32, {kSteps, kRows});
+      problem.ranks = dense(ranks.data(), DType::i64, {kSteps, kRows});
+      problem.grad_contexts = dense(grad_contexts.data(), dtype, {kRows, kChannels});
+      problem.grad_weights = dense(grad_weights.data(), dtype, {kSteps, kDim, kChannels});
+      problem.grad_keys = dense(grad_keys.data(), dtype, {kKeys, kDim});
+      std::vector<double> workspace(predict_contrast::cpu::CPC_ISA::workspace_bytes(problem) / 8 + 1);
+      problem.workspace = dense(workspace.data(), DType::u8, {static_cast<int64_t>(workspace.size()) * 8});
+      predict_contrast::cpu::CPC_ISA::predict_and_contrast(problem);
     }
 }
 
@@ -231,6 +263,43 @@ void pixel_steps_kernel() {
   }
 }
 
+// Pairs of items that share a second one or not, in more tasks than threads.
+void dtw_kernel() {
+  constexpr int64_t kItems = 40, kLength = 9, kDim = 5;
+  std::vector<float> frames(kItems * kLength * kDim, 0.4f), distances(kItems * kItems);
+  std::vector<int64_t> first(kItems), count(kItems, kLength), pairs;
+  for (int64_t k = 0; k < kItems; ++k) first[k] = k * kLength;
+  for (int64_t k = 0; k < kItems * kItems; ++k) pairs.insert(pairs.end(), {k % kItems, k / kItems});
+  const dtw::Problem problem{.frames = dense(frames.data(), DType::f32, {kItems * kLength, kDim}),
+                             .first = dense(first.data(), DType::i64, {kItems}),
+                             .count = dense(count.data(), DType::i64, {kItems}),
+                             .pairs = dense(pairs.data(), DType::i64, {kItems * kItems, 2}),
+                             .distances = dense(distances.data(), DType::f32, {kItems * kItems})};
+  dtw::check(problem, Where::host);
+  dtw::cpu::CPC_ISA::distances(problem);
+}
+
+// Tiles of several waveforms, forward and backward, each of all channels.
+void waveform_conv_kernels() {
+  constexpr int64_t kBatch = 3, kSamples = 2000, kChannels = 6, kTaps = 10, kFrames = (kSamples - kTaps) / 5 + 1;
+  for (const bool norm : {false, true})
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      std::vector<float> waveforms(kBatch * kSamples, 0.5f), weight(kChannels * kTaps),
+          out(kBatch * kChannels * kFrames), scale(kChannels, 1.f), sums(kChannels * (kTaps + 3));
+      waveform_conv::Gradient problem;
+      problem.waveforms = dense(waveforms.data(), dtype, {kBatch, 1, kSamples});
+      problem.weight = dense(weight.data(), dtype, {kChannels, 1, kTaps});
+      problem.bias = dense(weight.data(), dtype, {kChannels});
+      if (norm) problem.scale = problem.shift = dense(scale.data(), DType::f32, {kChannels});
+      problem.out = dense(out.data(), dtype, {kBatch, kChannels, kFrames});
+      problem.sums = dense(sums.data(), DType::f32, {kChannels, kTaps + 3});
+      problem.stride = 5;
+      problem.relu = true;
+      waveform_conv::cpu::CPC_ISA::convolve(problem);
+      waveform_conv::cpu::CPC_ISA::convolve_backward(problem);
+    }
+}
+
 // What a race looks like: all iterations add to one number.
 void planted_race() {
   int64_t total = 0;
@@ -239,9 +308,11 @@ void planted_race() {
 }
 
 const std::map<std::string, std::function<void()>> checks = {
-    {"augment", augment_kernels},  {"info_nce", info_nce_kernels}, {"logistic_mixture", logistic_mixture},
-    {"masked_conv", masked_conv},  {"patches", patches},           {"pixel_steps", pixel_steps_kernel},
-    {"planted_race", planted_race}};
+    {"augment", augment_kernels},        {"dtw", dtw_kernel},
+    {"info_nce", info_nce_kernels},      {"logistic_mixture", logistic_mixture},
+    {"masked_conv", masked_conv},        {"patches", patches},
+    {"pixel_steps", pixel_steps_kernel}, {"predict_contrast", predict_contrast_kernel},
+    {"planted_race", planted_race},      {"waveform_conv", waveform_conv_kernels}};
 
 }  // namespace
 }  // namespace cpc

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from cuda_counts import Launch, Problem
-from ops import all_ops
+from ops import counted_ops
 from traffic_budgets import FAULTS, Fault, Place, Traced, broken, check, excess
 
 BENCHMARKS = Path(__file__).parents[2] / "python" / "benchmarks"
@@ -173,7 +173,7 @@ def test_no_kernel_asks_for_more_than_it_may(trace, tmp_path):
     done = subprocess.run([*program, *options], capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stdout[done.stdout.find("\nunique:") :] + done.stderr
     problems = json.loads(counts.read_text())["problems"]
-    assert {problem["op"] for problem in problems} == {*all_ops()}
+    assert {problem["op"] for problem in problems} == {*counted_ops()}
     assert all(problem["launches"] for problem in problems)
 
 

@@ -1,13 +1,17 @@
 """Golden problems: inputs, weights and results in float64, computed by the published programs."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from cpc_ext.interop import Reference, export_reference, read_reference
 
 
 class Golden(NamedTuple):
@@ -53,3 +57,27 @@ def golden() -> Callable[[str], Golden]:
             return Golden(tensors, {key: _parse(value) for key, value in file.metadata().items()})
 
     return load
+
+
+@pytest.fixture
+def reference() -> Callable[..., Reference]:
+    """Reads the problem of a name as a checkpoint."""
+
+    def load(name: str, source: str, **settings: Any) -> Reference:
+        return read_reference(Path(__file__).parent / f"{name}.safetensors", source, **settings)
+
+    return load
+
+
+@pytest.fixture
+def gradients() -> Callable[[Reference], dict[str, Tensor]]:
+    """The gradients of a reference's parameters, by the program's names and in its form."""
+
+    def collect(reference: Reference) -> dict[str, Tensor]:
+        slopes = copy.deepcopy(reference.model)
+        with torch.no_grad():
+            for parameter, of in zip(slopes.parameters(), reference.model.parameters(), strict=True):
+                parameter.copy_(of.grad)
+        return export_reference(slopes, reference.source, form=reference.form)
+
+    return collect

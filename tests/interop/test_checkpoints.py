@@ -15,21 +15,24 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from cpc_ext.interop import CheckpointError, export_reference, load_reference, read_reference
+from cpc_ext.interop import SOURCES, CheckpointError, export_reference, load_reference, read_reference
 from cpc_ext.interop.reference import Encodings
 from cpc_ext.models import (
     CPC,
+    CausalTransformerContext,
     GatedPixelCNNContext,
     GreedyInfoMax,
     GreedySupervised,
     MobileNetV2Encoder,
     PixelCNNPP,
+    RecurrentContext,
     ResidualContext,
     ResNetV2Encoder,
     TimmEncoder,
+    WaveformEncoder,
     WideResNetEncoder,
 )
-from cpc_ext.nn import TargetInfoNCE
+from cpc_ext.nn import SequenceInfoNCE, TargetInfoNCE
 from tests.interop.conftest import TimmNetwork
 
 
@@ -57,8 +60,37 @@ def cpc():
     return export_reference(model, "cpcv2-pytorch"), model
 
 
+def sound(context, norm="channel", **objective):
+    """CPC on sound as CPC_audio has it, of contexts of 8 channels."""
+    encoder = WaveformEncoder(8, norm=norm, padding="cpc-audio")
+    given = {"sampling": "shifted", "common_positions": True, "pred_steps": 2, "window": 9, **objective}
+    return CPC(encoder, context, SequenceInfoNCE(8, context.out_channels, **given))
+
+
+def greedy_sound(modules, context, **arguments):
+    encoder = WaveformEncoder((4, 5, 6, 7, 8))
+    objective = {"objective": SequenceInfoNCE, "pred_steps": 2}
+    return GreedyInfoMax(encoder, modules, context=context, **objective, **arguments)
+
+
 def ours(source):
     """A model of every kind that a program has."""
+    if source == "cpc-audio":
+        return [
+            sound(CausalTransformerContext(8, 9, layers=2, hidden=5), predictor="transformer"),
+            sound(RecurrentContext(8, 6, kind="lstm", layers=2), predictor="conv8"),
+            sound(RecurrentContext(8, 6), "batch", predictor="ffd"),
+            sound(RecurrentContext(8, 9, kind="rnn"), "instance", predictor="lstm"),
+            sound(CausalTransformerContext(8, 9, absolute=True), "none"),
+            sound(Encodings(8), predictor="conv12", window=15),
+        ]
+    if source == "greedy-infomax-audio":
+        return [
+            greedy_sound(5, RecurrentContext(8, 3), context_module=True),
+            CPC(WaveformEncoder(4), RecurrentContext(4, 3, remove_bptt=True), SequenceInfoNCE(4, 3, pred_steps=3)),
+            greedy_sound((1, 4), RecurrentContext(8, 3)),
+            greedy_sound(5, [RecurrentContext(width, 3 + width) for width in (4, 5, 6, 7, 8)]),
+        ]
     bolts = {"target_channels": 3, "reduction": "lightning-bolts"}
     if source == "cpcv2-pytorch":
         return [
@@ -90,7 +122,7 @@ def ours(source):
     return [PixelCNNPP(1, channels=4, blocks=1, mixtures=2), PixelCNNPP(3, channels=4, blocks=2, mixtures=1)]
 
 
-@pytest.mark.parametrize("source", ["cpcv2-pytorch", "greedy-infomax", "lightning-bolts", "pixel-cnn-pp"])
+@pytest.mark.parametrize("source", SOURCES)
 def test_models_of_ours_go_there_and_come_back(timm, source):
     for model in ours(source):
         state = export_reference(model, source)
@@ -253,7 +285,7 @@ def test_settings(cpc):
         load_reference(state, "cpcv2-pytorch", neg_samples=0)
     with pytest.raises(TypeError, match=r"settings are grid_size, .*, got colour"):
         load_reference(state, "cpcv2-pytorch", colour=True)
-    with pytest.raises(ValueError, match=r"source must be one of cpcv2-pytorch, .*, got 'torchvision'"):
+    with pytest.raises(ValueError, match=r"source must be one of cpc-audio, cpcv2-pytorch, .*, got 'torchvision'"):
         load_reference(state, "torchvision")
     with pytest.raises(TypeError, match="must be a path, a mapping or a sequence"):
         load_reference(3, "cpcv2-pytorch")
@@ -329,7 +361,9 @@ def test_other_programs_and_other_names(cpc, timm):
         load_reference(greedy, "cpcv2-pytorch")
     with pytest.raises(CheckpointError, match="It looks like cpcv2-pytorch"):
         load_reference(state, "pixel-cnn-pp")
-    with pytest.raises(CheckpointError, match=r"2 of its names do not fit \(a.weight, a.bias\).*\n.*None of cpcv2-py"):
+    with pytest.raises(
+        CheckpointError, match=r"2 of its names do not fit \(a.weight, a.bias\).*\n.*None of cpc-audio, cpcv2-py"
+    ):
         load_reference({f"a.{part}": torch.ones(2) for part in ("weight", "bias")}, "cpcv2-pytorch")
     with pytest.raises(CheckpointError, match=r"1 of its names do not fit \(momentum_queue\)"):
         load_reference(state | {"momentum_queue": torch.ones(3)}, "cpcv2-pytorch")
@@ -355,7 +389,7 @@ def test_missing_and_misshapen_tensors_are_named(cpc):
         load_reference(no_matrices, "cpcv2-pytorch")
 
 
-@pytest.mark.parametrize("source", ["cpcv2-pytorch", "greedy-infomax", "lightning-bolts", "pixel-cnn-pp"])
+@pytest.mark.parametrize("source", SOURCES)
 def test_any_tensor_missing_scrambled_or_renamed_is_an_error_and_no_crash(timm, source):
     generator = torch.Generator().manual_seed(0)
     for model in ours(source)[:2]:

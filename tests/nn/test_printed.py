@@ -16,6 +16,20 @@ CASES = {
         lambda: nn.TargetInfoNCE(3, pred_steps=2, pred_directions=5, skip=0, scale=0.3, reduction="sum"),
         "pred_steps=2, pred_directions=5, skip=0, scale=0.3, reduction=sum",
     ),
+    "sequence": (
+        lambda: nn.SequenceInfoNCE(3),
+        "3, 3, pred_steps=12, predictor=linear, sampling=permuted, neg_samples=10, reduction=mean, score=dot",
+    ),
+    "sequence-given": (
+        lambda: nn.SequenceInfoNCE(3, 4, predictor="ffd", sampling="shifted", reduction="sum", score="mean"),
+        "3, 4, pred_steps=12, predictor=ffd, sampling=shifted, neg_samples=10, reduction=sum, score=mean",
+    ),
+    "channel-norm": (lambda: nn.ChannelNorm(3), "3, eps=1e-05"),
+    "attention": (lambda: nn.CausalTransformerLayer(8, 5), "positions=5, heads=8, dropout=0.1"),
+    "attention-given": (
+        lambda: nn.CausalTransformerLayer(6, None, heads=2, dropout=0.2),
+        "positions=None, heads=2, dropout=0.2",
+    ),
     "info-nce": (lambda: nn.InfoNCELoss(), "temperature=1.0, reduction=mean"),
     "info-nce-given": (lambda: nn.InfoNCELoss(0.2, reduction="sum"), "temperature=0.2, reduction=sum"),
     "nt-xent": (lambda: nn.NTXentLoss(), "temperature=0.5, gather_negatives=none"),

@@ -265,6 +265,10 @@ def test_what_cannot_be_converted_is_said(tmp_path, capsys, train):
     assert "cannot read" in error(tmp_path / "none.pt", "--source", "greedy-infomax", "--out", tmp_path / "run")
     context = GOLDEN / "greedy_infomax.pixelcnn.safetensors"
     assert "without an encoder" in error(context, "--source", "greedy-infomax", "--out", tmp_path / "run")
+    sound = GOLDEN / "greedy_infomax_audio.cpc_method0.safetensors"
+    assert "no run is made of checkpoints of greedy-infomax-audio" in error(
+        *(sound, "--source", "greedy-infomax-audio", "--out", tmp_path / "run")
+    )
     assert "use a multiple of 8, or give patch_size" in error(
         *(golden, "--source", "cpcv2-pytorch", "--out", tmp_path / "run", "--image-size", "63")
     )

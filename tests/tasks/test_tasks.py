@@ -27,12 +27,13 @@ from cpc_ext.tasks.pixel_task import build_pixel_model
 from cpc_ext.training.distribution import Ranks
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.random_streams import RandomStreams
-from cpc_ext.training.registry import MODELS, task_class
+from cpc_ext.training.registry import task_class
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.task import Handover, Task
 from tests.tasks.test_every_option import (
     CPU,
     ENCODER,
+    MODELS,
     WITH_ENCODER,
     OneWeight,
     config_of,
@@ -60,11 +61,11 @@ def task_of(model: str, *, test: ImageSet | None = None, **options: Any) -> Task
 def roomy(monkeypatch):
     """A device that would have room for all images, which what is done once must not take."""
 
-    def upload(self):
+    def upload(array, device):
         raise AssertionError
 
-    monkeypatch.setattr(ImageFetcher, "_fits", lambda self: True)
-    monkeypatch.setattr(ImageFetcher, "_upload", upload)
+    monkeypatch.setattr("cpc_ext.data.images.fetch.fits", lambda array, device: True)
+    monkeypatch.setattr("cpc_ext.data.images.fetch.upload", upload)
 
 
 @pytest.fixture
@@ -451,7 +452,7 @@ def test_steps_draw_from_the_streams_of_the_run_alone(model):
     """PyTorch's own generator is left to layers such as dropout."""
     options = {"pixelcnn++": {"dropout": 0.0}, "cpc-v2": {"patch_augmentation": True}}.get(model, {})
     task = task_of(model, **options, **({"flip": True} if model.startswith(("cpc", "greedy")) else {}))
-    images, labels = torch.from_numpy(task.images.images), torch.from_numpy(task.images.labels)
+    images, labels = torch.from_numpy(task.examples.images), torch.from_numpy(task.examples.labels)
     losses = []
     for seed in (0, 1):
         streams = RandomStreams(5, CPU)
@@ -568,7 +569,7 @@ def test_outputs_are_cached_of_the_seeds_views_by_one_process(tmp_path, monkeypa
     monkeypatch.setattr(Ranks, "on_main", lambda self, action: on_main.append(self is ranks) or action())
     task.prepare(ranks, resumed=False)
     (((path, key, images, outputs, device), more),) = filled
-    assert (path, images, device, more) == (tmp_path / "module-0.bin", task.images, CPU, {"views": 3})
+    assert (path, images, device, more) == (tmp_path / "module-0.bin", task.examples, CPU, {"views": 3})
     assert on_main == [True]
     batch, generator = torch.from_numpy(noise()), torch.Generator().manual_seed(4)
     for _ in range(2):  # Each view is another.
@@ -614,7 +615,7 @@ def test_supervised_modules_learn_from_the_labelled_images():
     dataset = replace(dataset_of(noise()), train=labelled, classes=("a", "b", "c"))
     for objective, images in (("supervised", labelled), ("infonce", dataset.pretrain)):
         task = task_class("greedy-infomax")(config_of("greedy-infomax", objective=objective), dataset, CPU)
-        assert task.images is images
+        assert task.examples is images
     supervised = task_class("greedy-infomax")(config_of("greedy-infomax", objective="supervised"), dataset, CPU)
     assert [objective.out_features for objective in supervised.model.objectives] == [3, 3, 3]
     handed, labels = Handover(torch.from_numpy(labelled.images)), torch.from_numpy(labelled.labels)
@@ -689,8 +690,8 @@ def test_pixel_models_are_judged_by_all_images_of_the_test(model, conditional, f
     labels = {"train": torch.from_numpy(train % 2), "test": torch.from_numpy(test.labels)} if conditional else {}
     expected = {
         "bits_per_dim": bits_of(averaged, test.images, labels.get("test")),
-        "train_bits_per_dim": bits_of(averaged, task.images.images[train], labels.get("train")),
-        "static_histogram_bits_per_dim": static_histogram_bits_per_dim(task.images.images, test.images),
+        "train_bits_per_dim": bits_of(averaged, task.examples.images[train], labels.get("train")),
+        "static_histogram_bits_per_dim": static_histogram_bits_per_dim(task.examples.images, test.images),
     }
     assert task.evaluate() == pytest.approx(expected, rel=1e-5)
     assert expected["bits_per_dim"] != pytest.approx(expected["train_bits_per_dim"], rel=1e-4)
@@ -785,7 +786,7 @@ def test_a_model_that_starts_from_the_data_sees_a_batch_of_the_seed(conditional,
         task = task_of("pixelcnn++", data_init=True, seed=seed, batch_size=size, class_conditional=conditional)
         images, labels = given.pop()
         chosen = np.random.default_rng(seed).choice(6, min(size, 6), replace=False)
-        assert torch.equal(images, torch.from_numpy(task.images.images[chosen]))
+        assert torch.equal(images, torch.from_numpy(task.examples.images[chosen]))
         assert (labels is None) == (not conditional)
         assert labels is None or labels.tolist() == (chosen % 2).tolist()
 
@@ -811,7 +812,7 @@ def test_images_that_a_pixel_model_does_not_take():
     config = config_of("gated-pixelcnn", class_conditional=True)
     labelled = ImageSet(images_of(4, 4), np.zeros(4, np.int64))
     task = task_class("gated-pixelcnn")(config, replace(plain, pretrain=unlabelled, train=labelled), CPU)
-    assert task.images is labelled
+    assert task.examples is labelled
     assert task_class("gated-pixelcnn")(config, replace(plain, train=labelled), CPU).images is plain.pretrain
 
 

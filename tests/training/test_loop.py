@@ -54,7 +54,7 @@ class Parts(Task):
 
     def __init__(self, count: int = 1, *, images: int = 12) -> None:
         self.model = nn.ModuleList(Part(1.0 + part) for part in range(count)).eval()
-        self.images = ImageSet(np.arange(images, dtype=np.uint8)[:, None, None, None], np.arange(images) + 50)
+        self.examples = ImageSet(np.arange(images, dtype=np.uint8)[:, None, None, None], np.arange(images) + 50)
         self.updates = 0
         self.observed: list[tuple[int, bool]] = []
         self.before_observing: Callable[[], object] = lambda: None

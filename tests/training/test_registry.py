@@ -7,7 +7,7 @@ from inspect import signature
 
 import pytest
 
-from cpc_ext.data_sets import DATASETS, idle_of_dataset, module_of, origin
+from cpc_ext.data_sets import DATASETS, folder_of, idle_of_dataset, medium, module_of, origin
 from cpc_ext.training import registry
 from cpc_ext.training.config import RunConfig, options_that_may_change
 from cpc_ext.training.task import Task
@@ -29,22 +29,26 @@ def test_a_model_has_all_that_is_asked_of_it(model):
     assert issubclass(registry.config_class(model), RunConfig)
     assert issubclass(registry.task_class(model), Task)
     presets = registry.model_presets(model)
-    assert "folder" in presets
+    assert folder_of(registry.model_medium(model)) in presets
+    assert {medium(dataset) for dataset in presets} == {registry.model_medium(model)}
     assert set(presets) <= set(DATASETS)
 
 
-LOADED = {"drawn": ["size", "seed"], "published": ["data_dir", "download"], "folders": ["data_dir", "image_size"]}
+LOADED = {
+    "images": {"drawn": ["size", "seed"], "published": ["data_dir", "download"], "folders": ["data_dir", "image_size"]},
+    "audio": {"drawn": ["seed"], "published": ["data_dir", "download"], "folders": ["data_dir"]},
+}
 
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_a_data_set_is_loaded_by_what_its_origin_has(name):
-    assert list(signature(import_module(module_of(name)).load).parameters) == LOADED[origin(name).folder]
+    assert list(signature(import_module(module_of(name)).load).parameters) == LOADED[medium(name)][origin(name).folder]
 
 
 def test_where_images_come_from_decides_what_is_idle():
     assert [origin(name).sized for name in ("textures", "stl10", "folder")] == [True, False, True]
     assert set(idle_of_dataset("textures")) == {"data_dir", "download"}
-    assert idle_of_dataset("folder") == {"download": "--dataset folder is of your own images"}
+    assert idle_of_dataset("folder") == {"download": "--dataset folder is of your own files"}
     assert idle_of_dataset("cifar10") == {}
 
 

@@ -6,11 +6,10 @@ and a full disk is an error instead of a crash. What cannot be decoded is left o
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from tqdm import tqdm
+
+from cpc_ext.data.threads import cores, in_order
 
 # Decoded ahead of writing; enough that the threads seldom wait for the slowest image of a batch.
 AHEAD = 512
@@ -87,7 +87,7 @@ def decode_stream(
     Yields, for every batch_size files in their order, uint8 [B, 3, H, W], the indices of the files that these are, and
     the reasons why the others of the batch could not be decoded, by their index.
     """
-    pool = ThreadPoolExecutor(_cores())
+    pool = ThreadPoolExecutor(cores())
     starts = range(0, len(files), batch_size)
     try:
         ahead = deque(_submit(pool, files, start, batch_size, image_size) for start in starts[:2])
@@ -116,29 +116,20 @@ def decode_all(files: Sequence[Path], out: BinaryIO, image_size: int | None) -> 
     raises SizeNotKept where they differ or have a shorter side above KEPT_SIZE.
     """
     done = Decoded()
-    pool = ThreadPoolExecutor(_cores())
-    try:
-        with tqdm(desc="decoding images", total=len(files), unit="image", disable=None) as bar:
-            for start in range(0, len(files), AHEAD):
-                decoded = pool.map(partial(_decode_or_reason, image_size=image_size), files[start : start + AHEAD])
-                for index, (pixels, several) in enumerate(decoded, start):
-                    bar.update()
-                    if isinstance(pixels, str):
-                        done.reasons[index] = pixels
-                        continue
-                    if several:
-                        done.several.append(index)
-                    height, width = pixels.shape[:2]
-                    if not done.height:
-                        done.height, done.width = height, width
-                    if (height, width) != (done.height, done.width) or (
-                        image_size is None and min(height, width) > KEPT_SIZE
-                    ):
-                        raise SizeNotKept
-                    out.write(np.ascontiguousarray(pixels.transpose(2, 0, 1)).data)
-    finally:
-        # Not `with`: on Ctrl-C that would first finish what is queued.
-        pool.shutdown(cancel_futures=True)
+    decoded = in_order(partial(_decode_or_reason, image_size=image_size), files, ahead=AHEAD, what=("image", "images"))
+    with closing(decoded):
+        for index, (pixels, several) in enumerate(decoded):
+            if isinstance(pixels, str):
+                done.reasons[index] = pixels
+                continue
+            if several:
+                done.several.append(index)
+            height, width = pixels.shape[:2]
+            if not done.height:
+                done.height, done.width = height, width
+            if (height, width) != (done.height, done.width) or (image_size is None and min(height, width) > KEPT_SIZE):
+                raise SizeNotKept
+            out.write(np.ascontiguousarray(pixels.transpose(2, 0, 1)).data)
     return done
 
 
@@ -232,8 +223,3 @@ def _reason(path: Path, error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join((str(error) or type(error).__name__).split())[:200]
-
-
-def _cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

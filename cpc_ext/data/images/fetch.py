@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 
 from cpc_ext.data.images.dataset import ImageSet
-
-# Share of the free device memory that a resident set may take; the rest is the model's.
-RESIDENT_SHARE = 0.25
-UPLOAD_BYTES = 256 << 20
+from cpc_ext.data.on_device import fits, require_indices, send, upload
 
 
 class ImageFetcher:
@@ -39,8 +36,8 @@ class ImageFetcher:
         self._restored = tuple(int(axis) for axis in np.argsort(self._stored))
         self._array = np.asarray(image_set.images).transpose(self._stored)
         if resident is None:
-            resident = self._fits()
-        self._resident = self._upload() if resident else None
+            resident = fits(self._array, self.device)
+        self._resident = upload(self._array, self.device) if resident else None
 
     @property
     def resident(self) -> bool:
@@ -52,23 +49,10 @@ class ImageFetcher:
 
         Raises IndexError where an index is outside the set, TypeError where they are not integers.
         """
-        indices = np.asarray(indices)
-        if indices.size == 0:
-            indices = indices.astype(np.int64)
-        if indices.dtype.kind not in "iu" or indices.ndim != 1:
-            raise TypeError(f"indices: expected integers [B], got {indices.dtype} {list(indices.shape)}")
-        count = len(self.image_set)
-        if indices.size and not (indices.min() >= 0 and indices.max() < count):
-            raise IndexError(f"indices: expected 0..{count - 1}, got {indices.min()}..{indices.max()}")
+        chosen = require_indices("indices", indices, len(self.image_set))
         if self._resident is not None:
-            chosen = torch.from_numpy(indices.astype(np.int64))
-            if self.device.type == "cuda":
-                chosen = chosen.pin_memory()
-            return self._resident[chosen.to(self.device, non_blocking=True)].permute(self._restored)
-        batch = torch.from_numpy(self._array[indices])
-        if self.device.type == "cuda":
-            batch = batch.pin_memory()
-        return batch.to(self.device, non_blocking=True).permute(self._restored)
+            return self._resident[send(chosen, self.device)].permute(self._restored)
+        return send(self._array[chosen], self.device).permute(self._restored)
 
     def labels(self, indices: np.ndarray) -> Tensor | None:
         """The labels at `indices`, int64 [B] on the device; None where the set has none."""
@@ -76,21 +60,4 @@ class ImageFetcher:
 
     def known_labels(self, indices: np.ndarray) -> Tensor:
         """The same; ValueError where the set has none."""
-        labels = torch.from_numpy(self.image_set.known_labels[indices])
-        if self.device.type == "cuda":
-            labels = labels.pin_memory()
-        return labels.to(self.device, non_blocking=True)
-
-    def _fits(self) -> bool:
-        if self.device.type != "cuda":
-            return False
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return bool(self._array.nbytes <= RESIDENT_SHARE * free)
-
-    def _upload(self) -> Tensor:
-        resident = torch.empty(self._array.shape, dtype=torch.uint8, device=self.device)
-        step = max(1, UPLOAD_BYTES // max(1, self._array[:1].nbytes))
-        for start in range(0, len(self._array), step):
-            # A copy, as PyTorch warns of read-only arrays such as a mapped file.
-            resident[start : start + step] = torch.from_numpy(self._array[start : start + step].copy())
-        return resident
+        return send(self.image_set.known_labels[indices], self.device)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from cpc_ext.models.encoders.patch_encoder import PatchEncoder
 from cpc_ext.nn.typed import Module, Sequential
 
-__all__ = ["EncoderBlock", "StackedEncoder"]
+__all__ = ["EncoderBlock", "SplitEncoder", "StackedEncoder", "pooled"]
 
 
 class EncoderBlock(Module, ABC):
-    """A block of a stack: feature maps [N, in, h, w] → [N, out_channels, h / stride, w / stride]."""
+    """A block of a stack: features [N, in, ...] → [N, out_channels, ...], fewer where it has a stride."""
 
     out_channels: int
 
@@ -21,30 +24,62 @@ class EncoderBlock(Module, ABC):
     def forward(self, input: Tensor) -> Tensor: ...
 
 
-class StackedEncoder(PatchEncoder):
+class SplitEncoder(Module, ABC):
+    """An encoder, whatever of, that can be cut: ``head(stacks(stem(features)))``.
+
+    Attributes:
+        out_channels: D, the features of an encoding; subclasses set it.
+        stem_layers, head_layers: names of the layers that :meth:`stem` and :meth:`head` use.
+    """
+
+    out_channels: int
+    stem_layers: tuple[str, ...] = ()
+    head_layers: tuple[str, ...] = ()
+
+    @property
+    @abstractmethod
+    def stacks(self) -> list[list[EncoderBlock]]:
+        """The blocks of every stack, in their order."""
+
+    @abstractmethod
+    def begin(self, inputs: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """What the stem takes of an input, and how features of any depth become encodings [B, D, ...] of its places."""
+
+    def stem(self, input: Tensor) -> Tensor:
+        """Everything before the first stack."""
+        return input
+
+    def head(self, features: Tensor) -> Tensor:
+        """Everything after the last stack."""
+        return features
+
+
+def pooled(features: Tensor, grid: Sequence[int]) -> Tensor:
+    """Feature maps [B·rows·cols, D, h, w] of a grid (B, rows, cols) → their means over space, [B, D, rows, cols]."""
+    return torch.unflatten(features.mean((2, 3)), 0, tuple(grid)).permute(0, 3, 1, 2)
+
+
+class StackedEncoder(PatchEncoder, SplitEncoder):
     """An encoder of patches whose feature maps are ``head(layers(stem(patches)))``.
 
     Attributes:
         layers: the stacks, of blocks; subclasses set it.
-        stem_layers, head_layers: names of the layers that :meth:`stem` and :meth:`head` use.
     """
 
     layers: Sequential[Sequential[EncoderBlock]]
     stem_layers: tuple[str, ...] = ("conv1",)
-    head_layers: tuple[str, ...] = ()
 
     @abstractmethod
     def stem(self, patches: Tensor) -> Tensor:
         """Everything before the first stack: patches [N, C, p, p] → feature maps [N, channels, h, w]."""
 
-    def head(self, features: Tensor) -> Tensor:
-        """Everything after the last stack: feature maps → what is averaged over space, [N, D, h, w]."""
-        return features
-
     def feature_maps(self, patches: Tensor) -> Tensor:
         return self.head(self.layers(self.stem(patches)))
 
+    def begin(self, inputs: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        patches = self.to_patches(inputs)
+        return patches.flatten(0, 2), partial(pooled, grid=patches.shape[:3])
+
     @property
     def stacks(self) -> list[list[EncoderBlock]]:
-        """The blocks of every stack, in their order."""
         return [list(stack) for stack in self.layers]

@@ -53,10 +53,10 @@ class GreedyTask(EncoderTask):
             raise ValueError(f"--objective supervised: the images of {dataset.name} have no labels")
         super().__init__(config, dataset, device, patch_view(config, dataset), patch_encoder(config, dataset))
         if options.objective == "supervised" and labelled is not None:
-            self.images = labelled
+            self.examples = labelled
         if options.train_module is not None:
             self.model.freeze(options.train_module)
-        self.inputs = ModuleInputs(self.model, self.images, self._view, config, device)
+        self.inputs = ModuleInputs(self.model, self.examples, self._view, config, device)
 
     def _build(self) -> GreedyInfoMax | GreedySupervised:
         contrast, options = self._config.cpc, self._config.greedy

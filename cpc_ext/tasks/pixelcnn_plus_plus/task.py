@@ -38,9 +38,9 @@ class PixelCNNPPTask(PixelTask):
         if not self._config.pixelcnn.data_init:
             return
         seed = self._config.compute.seed
-        batch_size = min(self._config.optimization.batch_size, len(self.images))
-        indices = np.random.default_rng(seed).choice(len(self.images), batch_size, replace=False)
-        fetch = ImageFetcher(self.images, self._device, resident=False)
+        batch_size = min(self._config.optimization.batch_size, len(self.examples))
+        indices = np.random.default_rng(seed).choice(len(self.examples), batch_size, replace=False)
+        fetch = ImageFetcher(self.examples, self._device, resident=False)
         labels = fetch.labels(indices) if self._config.pixelcnn.class_conditional else None
         self.model.initialize(fetch(indices), labels)
 

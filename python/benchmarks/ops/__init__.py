@@ -7,7 +7,7 @@ import pkgutil
 
 from benchmark import Op
 
-__all__ = ["all_ops"]
+__all__ = ["all_ops", "counted_ops"]
 
 
 def all_ops() -> dict[str, Op]:
@@ -15,3 +15,8 @@ def all_ops() -> dict[str, Op]:
     names = sorted(module.name for module in pkgutil.iter_modules(__path__))
     entries = [entry for name in names for entry in importlib.import_module(f"{__name__}.{name}").OPS]
     return {entry.name: entry for entry in entries}
+
+
+def counted_ops() -> dict[str, Op]:
+    """Those of whose work on CUDA the emulation counts all that matters."""
+    return {name: op for name, op in all_ops().items() if op.counted}

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from cpc_ext.data import cache as cache_module
+from cpc_ext.data import decoded_cache
 from cpc_ext.data.images import decode_cache
 from cpc_ext.data.images.folders.folder import load as load_folder
 
@@ -100,7 +101,7 @@ def damage_index_other(directory: Path) -> None:
 
 def damage_index_mean(directory: Path) -> None:
     index = json.loads((directory / "index.json").read_text())
-    index["statistics"]["mean"][0] += 0.1
+    index["content"]["statistics"]["mean"][0] += 0.1
     (directory / "index.json").write_text(json.dumps(index))
 
 
@@ -219,7 +220,7 @@ def test_a_file_system_without_locks_is_told(root, monkeypatch):
         def __init__(self, path):
             raise NotImplementedError("FileSystem does not appear to support flock")
 
-    monkeypatch.setattr(decode_cache, "FileLock", NoLock)
+    monkeypatch.setattr(decoded_cache, "FileLock", NoLock)
     with pytest.raises(OSError, match=r"does not appear to support flock.*CPC_EXT_CACHE"):
         load_folder(root)
 
@@ -227,7 +228,7 @@ def test_a_file_system_without_locks_is_told(root, monkeypatch):
 def test_a_cache_that_is_there_is_only_read(root, cache, monkeypatch):
     """A cache folder that cannot be written serves once the images are in it."""
     load_folder(root)
-    monkeypatch.setattr(decode_cache, "FileLock", None)
+    monkeypatch.setattr(decoded_cache, "FileLock", None)
     monkeypatch.setattr(Path, "mkdir", None)
     assert means(root) == EXPECTED
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import features
 
-from cpc_ext.data.images.image_tree import ImageTree, read_tree, split_of
+from cpc_ext.data.file_tree import FileTree, split_of
+from cpc_ext.data.images.image_tree import read_images
 
 
 @pytest.fixture
@@ -26,17 +27,17 @@ def some(folder: str, count: int = 2) -> list[str]:
     return [f"{folder}/{number}.png" for number in range(count)]
 
 
-def split(tree: ImageTree) -> tuple[set[str], set[str]]:
+def split(tree: FileTree) -> tuple[set[str], set[str]]:
     """Folders of training and of test images."""
     return ({file.path.rpartition("/")[0] for file in tree.train}, {file.path.rpartition("/")[0] for file in tree.test})
 
 
-def labels(tree: ImageTree) -> dict[str, str]:
+def labels(tree: FileTree) -> dict[str, str]:
     """The class of the images of each folder."""
     return {file.path.rpartition("/")[0]: file.label for file in (*tree.train, *tree.test)}
 
 
-def said(tree: ImageTree) -> str:
+def said(tree: FileTree) -> str:
     return "\n".join([*tree.notes, *tree.left_out.lines()])
 
 
@@ -90,7 +91,7 @@ def test_names_of_splits(name, expected):
 def test_splits_and_their_classes(root, train, test):
     for folder in (train, test):
         touch(root, *some(f"{folder}/x"), *some(f"{folder}/y"))
-    tree = read_tree(root)
+    tree = read_images(root)
     assert split(tree) == ({f"{train}/x", f"{train}/y"}, {f"{test}/x", f"{test}/y"})
     assert all(label == folder[-1] for folder, label in labels(tree).items())
     expected = (
@@ -102,7 +103,7 @@ def test_splits_and_their_classes(root, train, test):
 
 def test_a_test_folder_comes_before_a_validation_folder(root):
     touch(root, *some("train/x"), *some("val/x", 3), *some("test/x"))
-    tree = read_tree(root)
+    tree = read_images(root)
     assert split(tree) == ({"train/x"}, {"test/x"})
     assert "for test images: test" in said(tree)
     assert "3: in a validation folder, as there is a test folder (val/x/0.png, val/x/1.png, val/x/2.png)" in said(tree)
@@ -110,7 +111,7 @@ def test_a_test_folder_comes_before_a_validation_folder(root):
 
 def test_an_empty_test_folder_is_none(root):
     touch(root, *some("train/x"), *some("val/x"), "test/readme.txt")
-    tree = read_tree(root)
+    tree = read_images(root)
     assert split(tree) == ({"train/x"}, {"val/x"})
     assert "for test images: val" in said(tree)
 
@@ -118,13 +119,13 @@ def test_an_empty_test_folder_is_none(root):
 def test_an_empty_training_folder_is_an_error(root):
     touch(root, *some("Test/x"), "Train/readme.txt")
     with pytest.raises(ValueError, match="found no image to train on in Train"):
-        read_tree(root)
+        read_images(root)
 
 
 def test_splits_within_classes(root):
     for name in ("cat", "dog"):
         touch(root, *some(f"{name}/train"), *some(f"{name}/test"))
-    tree = read_tree(root)
+    tree = read_images(root)
     assert split(tree) == ({"cat/train", "dog/train"}, {"cat/test", "dog/test"})
     assert labels(tree) == {f"{name}/{part}": name for name in ("cat", "dog") for part in ("train", "test")}
     assert "taken for training images: cat/train, dog/train; for test images: cat/test, dog/test" in said(tree)
@@ -134,14 +135,14 @@ def test_archives_within_archives(root):
     """As Kaggle's cats and dogs unpack."""
     touch(root, *some("training_set/training_set/cats"), *some("training_set/training_set/dogs"))
     touch(root, *some("test_set/test_set/cats"), *some("test_set/test_set/dogs"))
-    tree = read_tree(root)
+    tree = read_images(root)
     assert set(labels(tree).values()) == {"cats", "dogs"}
     assert (len(tree.train), len(tree.test)) == (4, 4)
 
 
 def test_a_class_called_train_is_one(root):
     touch(root, *some("bus"), *some("car"), *some("train"))
-    tree = read_tree(root)
+    tree = read_images(root)
     assert labels(tree) == {"bus": "bus", "car": "car", "train": "train"}
     assert "taken for a class: train, beside bus, car" in said(tree)
 
@@ -149,21 +150,21 @@ def test_a_class_called_train_is_one(root):
 def test_a_class_called_train_in_splits_is_one(root):
     for part in ("train", "test"):
         touch(root, *some(f"{part}/bus"), *some(f"{part}/train"), *some(f"{part}/test"))
-    tree = read_tree(root)
+    tree = read_images(root)
     assert set(labels(tree).values()) == {"bus", "train", "test"}
     assert (len(tree.train), len(tree.test)) == (6, 6)
 
 
 def test_valid_and_invalid_are_classes(root):
     touch(root, *some("valid"), *some("invalid"))
-    tree = read_tree(root)
+    tree = read_images(root)
     assert set(labels(tree).values()) == {"valid", "invalid"}
     assert "taken for a class: valid" in said(tree)
 
 
 def test_a_training_folder_of_classes_beside_other_folders(root):
     touch(root, *some("train/a"), *some("train/b"), *some("unlabelled", 5), "loose.png")
-    tree = read_tree(root)
+    tree = read_images(root)
     assert labels(tree) == {"train/a": "a", "train/b": "b"}
     assert "left out 6 images" in said(tree)
     assert "6: in no folder of training or test images, but beside them (loose.png, unlabelled/0.png" in said(tree)
@@ -171,7 +172,7 @@ def test_a_training_folder_of_classes_beside_other_folders(root):
 
 def test_a_test_folder_of_classes_beside_the_classes(root):
     touch(root, *some("a"), *some("b"), *some("Test/a"), *some("Test/b"))
-    tree = read_tree(root)
+    tree = read_images(root)
     assert split(tree) == ({"a", "b"}, {"Test/a", "Test/b"})
     assert labels(tree) == {"a": "a", "b": "b", "Test/a": "a", "Test/b": "b"}
     assert "taken for training images: all others; for test images: Test" in said(tree)
@@ -180,14 +181,14 @@ def test_a_test_folder_of_classes_beside_the_classes(root):
 @pytest.mark.parametrize("name", ["train", "Training", "test"])
 def test_a_lone_split_holds_the_classes(root, name):
     touch(root, *some(f"{name}/a"), *some(f"{name}/b"))
-    tree = read_tree(root)
+    tree = read_images(root)
     assert labels(tree) == {f"{name}/a": "a", f"{name}/b": "b"}
     assert ("stands alone" in said(tree)) == (name == "test")
 
 
 def test_classes_that_differ_in_case_are_told(root):
     touch(root, *some("Cat"), *some("cat"), *some("dog"))
-    assert "only their case differs: Cat and cat" in said(read_tree(root))
+    assert "only their case differs: Cat and cat" in said(read_images(root))
 
 
 @pytest.mark.parametrize("links", [["a/up"], ["a/up", "b/up"], ["a/up", "b/up", "b/c/up", "up"]])
@@ -196,7 +197,7 @@ def test_links_upwards_add_nothing_and_end(root, links):
     for link in links:
         depth = link.count("/")
         (root / link).symlink_to("/".join([".."] * depth) or ".")
-    tree = read_tree(root)
+    tree = read_images(root)
     assert len(tree.train) == 21
     assert f"hold it: {', '.join(sorted(links, key=lambda link: (link.count('/'), link)))}" in said(tree)
 
@@ -205,7 +206,7 @@ def test_a_link_above_the_tree_is_not_followed(root):
     touch(root.parent, *some("other", 7))
     touch(root, *some("a"))
     (root / "a" / "above").symlink_to("../..")
-    tree = read_tree(root)
+    tree = read_images(root)
     assert [file.path for file in tree.train] == some("a")
     assert "a/above" in said(tree)
 
@@ -216,7 +217,7 @@ def test_a_link_from_training_to_test_images_leaks_none(root):
     (root / "train" / "more").symlink_to("../test")
     (root / "train" / "x" / "copy.png").symlink_to("../../test/x/0.png")
     os.link(root / "test" / "x" / "1.png", root / "train" / "x" / "hard.png")
-    tree = read_tree(root)
+    tree = read_images(root)
     met = [file.inode for file in (*tree.train, *tree.test)]
     assert len(met) == len(set(met)) == 5
     assert "2: another name of a file that is taken (" in said(tree)
@@ -229,7 +230,7 @@ def test_folders_of_links_into_a_common_store(root):
         (root / part).mkdir(parents=True, exist_ok=True)
         (root / part / f"{number}.png").symlink_to(f"../../all/{number}.png")
     (root / "train" / "cat").symlink_to("../store/cat")
-    tree = read_tree(root)
+    tree = read_images(root)
     assert split(tree) == ({"train/dog", "train/cat", "train/bird"}, {"test/dog"})
     assert [file.path for file in tree.train] == [
         "train/bird/3.png",
@@ -244,7 +245,7 @@ def test_a_link_counts_after_the_file_itself(root):
     touch(root, *some("b"))
     (root / "a").symlink_to("b")
     (root / "b" / "00.png").symlink_to("0.png")
-    tree = read_tree(root)
+    tree = read_images(root)
     assert [file.path for file in tree.train] == some("b")
 
 
@@ -253,7 +254,7 @@ def test_links_to_outside_are_followed_once(root):
     touch(root, *some("a"))
     for name in ("b", "c"):
         (root / name).symlink_to("../elsewhere")
-    tree = read_tree(root)
+    tree = read_images(root)
     assert [file.path for file in tree.train] == [*some("a"), *some("b", 3)]
     assert "hold it: c" in said(tree)
 
@@ -264,18 +265,18 @@ NO_PICTURES = ["pdf", "eps", "mpg", "wmf", "h5", "fits", "fli", "txt", "csv", "m
 
 def test_endings_that_pillow_reads(root):
     touch(root, *(f"a.{suffix}" for suffix in PICTURES + NO_PICTURES), "b")
-    assert {file.path for file in read_tree(root).train} == {f"a.{suffix}" for suffix in PICTURES}
+    assert {file.path for file in read_images(root).train} == {f"a.{suffix}" for suffix in PICTURES}
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow is built without AVIF")
 def test_avif_is_read(root):
     touch(root, "a.avif")
-    assert [file.path for file in read_tree(root).train] == ["a.avif"]
+    assert [file.path for file in read_images(root).train] == ["a.avif"]
 
 
 def test_images_of_types_that_pillow_does_not_read_are_told(root):
     touch(root, "a.png", "b.svg", "c.heic", "d.HEIC")
-    tree = read_tree(root)
+    tree = read_images(root)
     assert [file.path for file in tree.train] == ["a.png"]
     assert "2: .heic is not read by Pillow" in said(tree)
     assert "1: .svg is not read by Pillow" in said(tree)
@@ -284,7 +285,7 @@ def test_images_of_types_that_pillow_does_not_read_are_told(root):
 def test_hidden_and_foreign_files_are_passed_over(root):
     touch(root, "a.png", ".hidden.png", "._a.png", ".DS_Store", "Thumbs.db", *some("@eaDir/a.png"), *some("__MACOSX"))
     touch(root, *some(".thumbnails"), *some("sub/@eaDir"))
-    tree = read_tree(root)
+    tree = read_images(root)
     assert [file.path for file in tree.train] == ["a.png"]
     assert "other programs: ._a.png, .hidden.png, .thumbnails, @eaDir, __MACOSX and 1 more" in said(tree)
 
@@ -298,7 +299,7 @@ def test_what_is_no_file_is_left_out(root):
     (root / "circle.png").symlink_to("circle.png")
     (root / "null.png").symlink_to(os.devnull)
     (root / "folder.png").mkdir()
-    tree = read_tree(root)
+    tree = read_images(root)
     assert [file.path for file in tree.train] == ["a.png"]
     assert "3: no file but a FIFO, a socket or a device (fifo.png, null.png, s.png)" in said(tree)
     assert "1: No such file or directory (nowhere.png)" in said(tree)
@@ -308,26 +309,26 @@ def test_what_is_no_file_is_left_out(root):
 def test_names_that_are_no_text(root):
     name = os.fsdecode(b"\xff\xfe.png")
     touch(root, name, os.fsdecode(b"k\xe4fer/1.png"))
-    assert {file.path for file in read_tree(root).train} == {name, os.fsdecode(b"k\xe4fer/1.png")}
+    assert {file.path for file in read_images(root).train} == {name, os.fsdecode(b"k\xe4fer/1.png")}
 
 
 def test_deep_trees(root):
     touch(root, "/".join(["d" * 50] * 60) + "/0.png")
-    assert len(read_tree(root).train) == 1
+    assert len(read_images(root).train) == 1
 
 
 def test_the_order_is_files_then_folders_sorted(root):
     touch(root, "b/1.png", "b/a/2.png", "b/0.png", "a.png", "c/0.png", "z.png")
     expected = ["a.png", "z.png", "b/0.png", "b/1.png", "b/a/2.png", "c/0.png"]
-    assert [file.path for file in read_tree(root).train] == expected
+    assert [file.path for file in read_images(root).train] == expected
     touch(root.parent, *some("outside", 1))
     (root / "b" / "link").symlink_to("../../outside")
     expected.insert(5, "b/link/0.png")
-    assert [file.path for file in read_tree(root).train] == expected
+    assert [file.path for file in read_images(root).train] == expected
 
 
 def test_without_splits_all_images_count(root):
     touch(root, *some("train/a"), *some("test/a"), *some("other"), "x.png")
-    tree = read_tree(root, splits=False)
+    tree = read_images(root, splits=False)
     assert len(tree.train) == 7
     assert said(tree) == ""

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from cpc_ext.data.file_tree import FileTree
 from cpc_ext.data.images.dataset import Dataset, ImageSet
 from cpc_ext.data.images.decode_cache import decoded_images
-from cpc_ext.data.images.image_tree import ImageFile, ImageTree, read_tree
+from cpc_ext.data.images.image_tree import read_images
 from cpc_ext.data.notice import some, tell
-
-HELD_OUT = 0.1
+from cpc_ext.data.splits import class_names, hold_out
 
 
 def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
@@ -42,10 +42,10 @@ def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
     root = Path(data_dir).expanduser()
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size: expected at least 1 pixel, got {image_size}")
-    tree = read_tree(root)
+    tree = read_images(root)
     training, testing = tree.train, tree.test
     if not testing:
-        training, testing = _hold_out(tree.train)
+        training, testing = hold_out(tree.train)
         tree.notes.append(
             f"no folder of test images: {len(testing)} of {len(tree.train)} images, a tenth of each class, are held out"
         )
@@ -59,7 +59,7 @@ def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
         raise ValueError(
             "\n  ".join([f"{root}: none of the {len(training)} training images could be read", *tree.left_out.lines()])
         )
-    classes = _classes(root, training, testing, tree.notes)
+    classes = class_names(root, training, testing, "images", tree.notes)
     tell(root, _findings(tree, [files[number].path for number in cached.decoded.several]))
     labels = np.array([classes.index(files[number].label) for number in kept], np.int64) if classes else None
     paths = [files[number].path for number in kept]
@@ -87,45 +87,11 @@ def image_files(data_dir: str | Path) -> list[str]:
     Raises FileNotFoundError, NotADirectoryError or PermissionError for the tree, ValueError where it holds no image.
     """
     root = Path(data_dir).expanduser()
-    tree = read_tree(root, splits=False)
+    tree = read_images(root, splits=False)
     tell(root, [*tree.notes, *tree.left_out.lines()])
     return sorted(file.path for file in tree.train)
 
 
-def _findings(tree: ImageTree, several: list[str]) -> list[str]:
+def _findings(tree: FileTree, several: list[str]) -> list[str]:
     frames = [f"took the first of several images or frames in {len(several)} files: {some(several)}"] if several else []
     return [*tree.notes, *frames, *tree.left_out.lines()]
-
-
-def _hold_out(files: list[ImageFile]) -> tuple[list[ImageFile], list[ImageFile]]:
-    """Divide files into training and a tenth of every class for testing (none of a class of one)."""
-    by_class: dict[str, list[int]] = {}
-    for i, file in enumerate(files):
-        by_class.setdefault(file.label, []).append(i)
-    rng = np.random.default_rng(0)
-    held_out: set[int] = set()
-    for members in by_class.values():
-        count = max(round(len(members) * HELD_OUT), min(1, len(members) - 1))
-        held_out.update(rng.permutation(members)[:count].tolist())
-    return (
-        [file for i, file in enumerate(files) if i not in held_out],
-        [file for i, file in enumerate(files) if i in held_out],
-    )
-
-
-def _classes(root: Path, training: list[ImageFile], testing: list[ImageFile], notes: list[str]) -> tuple[str, ...]:
-    """The class names, or none where the images have no labels."""
-    classes = sorted({file.label for file in training})
-    if len(classes) < 2:
-        return ()
-    stray = [file.path for file in (*training, *testing) if not file.label]
-    if stray:
-        notes.append(f"{some(stray)} is in no class folder, so the images have no labels")
-        return ()
-    unknown = sorted({file.label for file in testing} - set(classes))
-    if unknown:
-        raise ValueError(
-            f"{root}: the test images have classes that the training images lack: {', '.join(unknown)} (training: "
-            f"{some(classes)}; upper and lower case count)"
-        )
-    return tuple(classes)

@@ -1,0 +1,1 @@
+"""Data sets of speech, and the windows of them that a model trains on."""

@@ -1,0 +1,141 @@
+"""What a data set of speech is to the rest of the package: one int16 array of sound, and where its recordings begin.
+
+All recordings lie end to end, those of a speaker beside each other, so that a window is an index: the sample where it
+begins. Nothing is decoded, scaled or copied here; that happens later, on the training device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+SAMPLE_RATE = 16_000
+# The grid of labels is that of LibriSpeech's forced alignments: windows of 25 ms every 10 ms inside a recording.
+LABEL_STEP, LABEL_WINDOW = 160, 400
+LABEL_CENTRE = LABEL_WINDOW // 2
+
+
+def label_count(samples: int) -> int:
+    """Labels of a recording of so many samples; label i is what sounds at its sample 160 i + 200."""
+    return max(0, 1 + (samples - LABEL_WINDOW) // LABEL_STEP)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class WaveformSet:
+    """Recordings at 16 kHz with, where they are known, their speakers and phones.
+
+    samples: int16 [N], in memory or memory-mapped: R recordings end to end, in the order of their speakers.
+    starts: int64 [R + 1], where each begins; the last is N.
+    names: of the R recordings, "SPEAKER-CHAPTER-NUMBER" or the paths of their files.
+    speakers: int64 [R], ascending indices into the data set's speakers, or None.
+    phones: uint8 or int16 [P], indices into the data set's phone names, on the grid of :func:`label_count`; or None.
+    phone_starts: int64 [R + 1], where those of a recording begin, with P at the end; None together with phones. A
+        recording may have fewer than the grid has places, where its alignment ends early or is not known.
+
+    Raises ValueError where these do not fit together.
+    """
+
+    samples: np.ndarray
+    starts: np.ndarray
+    names: Sequence[str]
+    speakers: np.ndarray | None = None
+    phones: np.ndarray | None = None
+    phone_starts: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.samples.ndim != 1 or self.samples.dtype != np.int16:
+            raise ValueError(f"samples: expected int16 [N], got {self.samples.dtype} {list(self.samples.shape)}")
+        _check_starts("starts", self.starts, len(self.names), len(self.samples))
+        if self.speakers is not None:
+            if self.speakers.shape != (len(self),) or self.speakers.dtype != np.int64:
+                raise ValueError(
+                    f"speakers: expected int64 [{len(self)}], got {self.speakers.dtype} {list(self.speakers.shape)}"
+                )
+            if len(self) and (self.speakers[0] < 0 or (np.diff(self.speakers) < 0).any()):
+                raise ValueError("speakers: expected ascending indices, so that a speaker's recordings are neighbours")
+        if (self.phones is None) != (self.phone_starts is None):
+            raise ValueError("phones: expected together with phone_starts")
+        if self.phones is not None and self.phone_starts is not None:
+            self._check_phones(self.phones, self.phone_starts)
+
+    def _check_phones(self, phones: np.ndarray, starts: np.ndarray) -> None:
+        if phones.ndim != 1 or phones.dtype not in (np.uint8, np.int16):
+            raise ValueError(f"phones: expected uint8 or int16 [P], got {phones.dtype} {list(phones.shape)}")
+        _check_starts("phone_starts", starts, len(self), len(phones))
+        if len(phones) and phones.min() < 0:
+            raise ValueError(f"phones: expected indices from 0, got {phones.min()}")
+        for number, (samples, count) in enumerate(zip(np.diff(self.starts), np.diff(starts), strict=True)):
+            if count > label_count(samples):
+                raise ValueError(
+                    f"phones: expected at most {label_count(samples)} of the {samples} samples of "
+                    f"{self.names[number]}, got {count}"
+                )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def recording(self, index: int) -> np.ndarray:
+        """The samples of a recording, int16, as a view. IndexError where there is no such recording."""
+        return self.samples[self._part(self.starts, index)]
+
+    def phones_of(self, index: int) -> np.ndarray:
+        """The phones of a recording, none where they are not known; ValueError where the set has none."""
+        if self.phones is None or self.phone_starts is None:
+            raise ValueError("the recordings have no phone labels")
+        return self.phones[self._part(self.phone_starts, index)]
+
+    @property
+    def known_speakers(self) -> np.ndarray:
+        """The speakers; ValueError where there are none."""
+        if self.speakers is None:
+            raise ValueError("the recordings have no speakers")
+        return self.speakers
+
+    def speakers_at(self, positions: np.ndarray) -> np.ndarray | None:
+        """Who speaks at these samples: int64 in the shape of positions, or None where that is not known."""
+        if self.speakers is None:
+            return None
+        return self.speakers[np.searchsorted(self.starts, positions, side="right") - 1]
+
+    def _part(self, starts: np.ndarray, index: int) -> slice:
+        if not 0 <= index < len(self):
+            raise IndexError(f"recording: expected 0..{len(self) - 1}, got {index}")
+        return slice(int(starts[index]), int(starts[index + 1]))
+
+    def __repr__(self) -> str:
+        known = [name for name in ("speakers", "phones") if getattr(self, name) is not None]
+        minutes = len(self.samples) / SAMPLE_RATE / 60
+        return f"WaveformSet({len(self)} recordings, {minutes:.1f} minutes, {' and '.join(known) or 'no'} labels)"
+
+
+def _check_starts(name: str, starts: np.ndarray, parts: int, total: int) -> None:
+    if starts.shape != (parts + 1,) or starts.dtype != np.int64:
+        raise ValueError(f"{name}: expected int64 [{parts + 1}], got {starts.dtype} {list(starts.shape)}")
+    if starts[0] != 0 or starts[-1] != total or (np.diff(starts) < 0).any():
+        raise ValueError(f"{name}: expected to ascend from 0 to {total}, got {starts[0]} to {starts[-1]}")
+
+
+@dataclass(frozen=True, eq=False)
+class SpeechDataset:
+    """Recordings to learn from, and those held out, on which what was learnt is tested.
+
+    speakers, phone_names: what the indices of the sets' speakers and phones stand for; empty where they have none.
+
+    Raises ValueError where a set has an index beyond its names.
+    """
+
+    name: str
+    train: WaveformSet
+    test: WaveformSet | None
+    speakers: tuple[str, ...] = ()
+    phone_names: tuple[str, ...] = ()
+    sample_rate: int = SAMPLE_RATE
+
+    def __post_init__(self) -> None:
+        for part, waveforms in (("train", self.train), ("test", self.test)):
+            for label, names in (("speakers", self.speakers), ("phones", self.phone_names)):
+                indices = None if waveforms is None else getattr(waveforms, label)
+                if indices is not None and len(indices) and indices.max() >= len(names):
+                    raise ValueError(f"{part}: expected {label} below {len(names)}, got {indices.max()}")

@@ -1,0 +1,123 @@
+"""The decoded recordings of a folder, kept as one mapped file, and the sets that they make."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cpc_ext.data.audio.dataset import WaveformSet, label_count
+from cpc_ext.data.audio.decode import decode_files, library, reader
+from cpc_ext.data.decoded_cache import DecodedCache
+from cpc_ext.data.file_tree import TreeFile
+from cpc_ext.data.notice import LeftOut, some
+
+# Part of a cache's key: raise it when what decoding writes changes.
+FORMAT = 1
+# A file of labels may have so many more or fewer than the grid has places; else they are of another recording.
+_LABELS_OFF = 2
+
+
+@dataclass(frozen=True)
+class DecodedRecordings:
+    """The recordings of files, end to end in the order of the files.
+
+    samples: int16 [N], mapped. lengths: int64, of each file's; 0 of those that were left out.
+    """
+
+    files: Sequence[TreeFile]
+    samples: np.ndarray
+    lengths: np.ndarray
+
+    def part(
+        self,
+        rows: range,
+        names: Sequence[str],
+        speakers: Sequence[int] | None,
+        phones: dict[str, np.ndarray] | None = None,
+    ) -> WaveformSet:
+        """The recordings of some neighbouring files as a set.
+
+        names, speakers: by the file's index; the speakers ascend. phones: labels by name, of some of the files.
+        """
+        taken = [row for row in rows if self.lengths[row]]
+        lengths = self.lengths[taken]
+        begin = int(self.lengths[: rows.start].sum())
+        labels: list[np.ndarray] = []
+        if phones is not None:
+            none = np.empty(0, np.int16)
+            labels = [phones.get(names[row], none)[: label_count(int(self.lengths[row]))] for row in taken]
+        return WaveformSet(
+            samples=self.samples[begin : begin + int(lengths.sum())],
+            starts=np.append(0, np.cumsum(lengths, dtype=np.int64)),
+            names=[names[row] for row in taken],
+            speakers=None if speakers is None else np.array([speakers[row] for row in taken], np.int64),
+            phones=None if phones is None else np.concatenate([np.empty(0, np.int16), *labels]),
+            phone_starts=None if phones is None else np.cumsum([0, *map(len, labels)], dtype=np.int64),
+        )
+
+
+def decoded_recordings(
+    root: Path,
+    training: Sequence[TreeFile],
+    testing: Sequence[TreeFile],
+    left_out: LeftOut,
+    notes: list[str],
+    *,
+    variant: str,
+) -> DecodedRecordings:
+    """The decoded recordings of files below root, those to train on before those to test on.
+
+    left_out, notes: get what could not be decoded, and what else there is to say. variant: the data set's name.
+
+    Raises ImportError where a library is missing, ValueError where none of those to train on could be decoded, OSError
+    where the recordings cannot be kept.
+    """
+    files = [*training, *testing]
+    cache = DecodedCache(
+        root=root,
+        files=files,
+        what="recordings",
+        form=[variant, FORMAT, library("soxr").__version__],
+        reader=reader(),
+        variant=variant,
+    )
+    kept = cache.kept(_build)
+    for number, reason in kept.reasons.items():
+        left_out.add(files[number].path, reason)
+    lengths = np.array(kept.index["lengths"], np.int64)
+    if not lengths[: len(training)].any():
+        none = f"{root}: none of the {len(training)} training recordings could be read"
+        raise ValueError("\n  ".join([none, *left_out.lines()]))
+    cut_off = [files[number].path for number in kept.index["cut_off"]]
+    if cut_off:
+        notes.append(f"samples beyond -1 to 1 were cut off in {len(cut_off)} files of floating point: {some(cut_off)}")
+    return DecodedRecordings(files, np.memmap(kept.file, dtype=np.int16, mode="r"), lengths)
+
+
+def fitting_labels(
+    decoded: DecodedRecordings, names: Sequence[str], phones: dict[str, np.ndarray], notes: list[str]
+) -> dict[str, np.ndarray]:
+    """Those labels that are as many as their recording has places for, or nearly; the notes name the others."""
+    fitting, others = {}, []
+    for name, length in zip(names, decoded.lengths.tolist(), strict=True):
+        if length and name in phones:
+            if abs(len(phones[name]) - label_count(length)) <= _LABELS_OFF:
+                fitting[name] = phones[name]
+            else:
+                others.append(f"{name} ({len(phones[name])} for {label_count(length)})")
+    if others:
+        notes.append(f"labels of phones are not as many as the recording has frames of 10 ms: {some(others)}")
+    return fitting
+
+
+def _build(target: Path, files: list[Path]) -> tuple[dict[str, Any], dict[int, str]]:
+    with target.open("wb") as out:
+        done = decode_files(files, out)
+        out.flush()
+        os.fsync(out.fileno())
+    return {"lengths": done.lengths, "cut_off": done.cut_off}, done.reasons

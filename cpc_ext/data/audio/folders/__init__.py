@@ -1,0 +1,1 @@
+"""Data sets of the recordings in a folder of the user, one a module: ``load(data_dir)``."""

@@ -1,0 +1,67 @@
+"""Any tree of recordings as a data set, decoded once into a memory-mapped cache.
+
+A sub-folder is a speaker, folders called train and test or validation are splits (see file_tree). The cache is found by
+what tells that a file changed, so a changed tree is decoded anew (see decoded_cache).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cpc_ext.data.audio.dataset import SpeechDataset
+from cpc_ext.data.audio.decode import read_recordings
+from cpc_ext.data.audio.decoded import decoded_recordings
+from cpc_ext.data.file_tree import TreeFile
+from cpc_ext.data.notice import tell
+from cpc_ext.data.splits import class_names, hold_out
+
+
+def load(data_dir: str | Path) -> SpeechDataset:
+    """Open a tree of recordings, in whatever format, rate and number of channels libsndfile reads.
+
+    Splits and classes are found as for a folder of images, a class being a speaker: a training and a test folder beside
+    each other are the splits, and without either every tenth recording of each speaker is held out for testing, the
+    same ones on every run. Speakers are known where every recording lies in one of at least two folders; those of the
+    test recordings where all of them are trained on. There are no phones.
+
+    A warning says what was taken for what where that had to be guessed, and which files were left out and why; of
+    several processes that of rank 0 says it.
+
+    Decoding needs the cache folder (see cache_dir) to have room for 32 KB a second. Raises ImportError where soundfile
+    or soxr is missing, FileNotFoundError, NotADirectoryError or PermissionError for the tree, ValueError where it holds
+    no readable recording, OSError where the cache cannot be written.
+    """
+    root = Path(data_dir).expanduser()
+    tree = read_recordings(root)
+    training, testing = tree.train, tree.test
+    if not testing:
+        training, testing = hold_out(tree.train)
+        tree.notes.append(
+            f"no folder of test recordings: {len(testing)} of {len(tree.train)} recordings, a tenth of each speaker's, "
+            "are held out"
+        )
+    speakers = class_names(root, training, testing, "recordings", tree.notes, alike=False)
+    training, testing = _by_speaker(training), _by_speaker(testing)
+    decoded = decoded_recordings(root, training, testing, tree.left_out, tree.notes, variant="audio-folder")
+    strangers = {file.label for file in testing} - set(speakers)
+    if speakers and strangers:
+        tree.notes.append(
+            f"{len(strangers)} speakers of the test recordings are not trained on, so telling speakers is not tested"
+        )
+    tell(root, [*tree.notes, *tree.left_out.lines()])
+    names = [file.path for file in decoded.files]
+    numbers = {speaker: number for number, speaker in enumerate(speakers)}
+    known = [numbers.get(file.label, -1) for file in decoded.files] if speakers else None
+    test = decoded.part(range(len(training), len(names)), names, None if strangers else known)
+    return SpeechDataset(
+        name="audio-folder",
+        train=decoded.part(range(len(training)), names, known),
+        test=test if len(test) else None,
+        speakers=speakers,
+    )
+
+
+def _by_speaker(files: Sequence[TreeFile]) -> list[TreeFile]:
+    """The files of each speaker beside each other, in the order of the tree otherwise."""
+    return sorted(files, key=lambda file: file.label)

@@ -1,0 +1,396 @@
+"""Which files of a kind a folder holds, images or recordings, which are for training and which for testing.
+
+A sub-folder is a class; folders called train and test or validation, in the usual spellings and at any depth, are
+splits. The tree is walked by identity, device and inode: each folder and each file counts once, whatever links lead to
+it, so no link makes a walk endless, multiplies files or carries those to test on into training. What had to be guessed
+and what is left out is kept to be said.
+"""
+
+from __future__ import annotations
+
+import mimetypes
+import os
+import re
+import stat
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from cpc_ext.data.notice import LeftOut, some
+
+Split = Literal["train", "validation", "test", "beside"]
+
+_SPLIT_NAMES: dict[str, Split] = {
+    **dict.fromkeys(("train", "training", "trn", "tr", "trainset", "trainval"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "valset", "dev", "eval", "evaluation"), "validation"),
+    **dict.fromkeys(("test", "testing", "tst", "ts", "testset", "heldout", "holdout"), "test"),
+}
+# Words beside them that change nothing, as in test_set, trainImages, val2017.
+_FILLERS = {"set", "data", "dataset", "image", "images", "img", "imgs", "audio", "wav", "wavs", "split"}
+# Folders that other programs leave among files: thumbnails of Synology, macOS's archives, recycle bins.
+_FOREIGN = {"@eadir", "__macosx", "#recycle", "$recycle.bin", "system volume information", "lost+found"}
+
+
+class FileKind(NamedTuple):
+    """A kind of files, told by the endings of their names.
+
+    what: one of them is called, and several are, in messages.
+    examples: endings that users know, for a message.
+    suffixes: endings, such as ".png", of those that can be read.
+    others: further endings of the kind, of which not every system knows the type.
+    media_type: of the kind, such as "image", by which endings that cannot be read are known as well.
+    reader: the library that reads them, and its version.
+    """
+
+    what: tuple[str, str]
+    examples: str
+    suffixes: frozenset[str]
+    others: frozenset[str]
+    media_type: str
+    reader: str
+
+
+@dataclass(frozen=True)
+class TreeFile:
+    """One file of the kind that is looked for.
+
+    path: relative to the tree, with / between parts. label: the folder that is its class, "" for none.
+    size, mtime_ns, ctime_ns, inode: what tells that it changed. Tools that unpack or copy may set size and mtime to
+    what they were; ctime and inode they cannot.
+    """
+
+    path: str
+    label: str
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+
+@dataclass
+class FileTree:
+    """The files of a tree: those for training, those that a test or validation folder holds, and what is to be said.
+
+    The order follows from the names alone: a folder's files, then its folders, each sorted.
+    """
+
+    left_out: LeftOut
+    train: list[TreeFile] = field(default_factory=list)
+    test: list[TreeFile] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_tree(root: Path, kind: FileKind, *, splits: bool = True) -> FileTree:
+    """Find the files of a kind below root.
+
+    splits: divide them by the folders' names; otherwise all are `train`.
+
+    Raises FileNotFoundError, NotADirectoryError or PermissionError for the tree or a folder of it, ValueError where it
+    holds no file to train on.
+    """
+    if not root.exists():
+        raise FileNotFoundError(f"{root}: no such folder; name the folder of {kind.what[1]} with --data-dir")
+    return _Walk(root, kind, splits).tree()
+
+
+def split_of(name: str) -> Split | None:
+    """What a folder of this name holds, if it is the name of a split: "Train", "testing", "VAL", "test_set", ..."""
+    if re.search(r"[^A-Za-z0-9 ._-]", name):
+        return None
+    words = (word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name))
+    # A single letter is that of a domain, as in trainA and trainB.
+    return _SPLIT_NAMES.get("".join(word for word in words if word not in _FILLERS and len(word) > 1))
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """A folder to walk: its path, and what its files are."""
+
+    path: str
+    split: Split | None = None
+    label: str = ""
+    link: bool = False
+
+    def below(self, name: str) -> str:
+        return f"{self.path}/{name}" if self.path else name
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A file with a name of the kind, before it is known whether it was met under another."""
+
+    file: TreeFile
+    split: Split | None
+    identity: tuple[int, int] | str
+    link: bool
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """What a folder holds, sorted: entries named as the kind is, each with why it cannot be read ("" where it can),
+    and folders; hidden and foreign ones left out."""
+
+    files: list[tuple[os.DirEntry[str], str]]
+    folders: list[os.DirEntry[str]]
+
+
+class _Walk:
+    def __init__(self, root: Path, kind: FileKind, splits: bool) -> None:
+        self._root = root
+        self._kind = kind
+        self._splits = splits
+        self._problems: dict[str, str | None] = dict.fromkeys(kind.suffixes, "")
+        self._listings: dict[str, _Listing] = {}
+        # The folders above are taken as met: whoever links to one of them does not mean all that lies beside the tree.
+        above = [_identity(folder, folder.stat()) for folder in root.resolve().parents]
+        self._met: set[tuple[int, int] | str] = set(above)
+        self._files: set[tuple[int, int] | str] = set()
+        self._skipped: list[str] = []
+        self._met_again: list[str] = []
+        self._split_folders: dict[Split, list[str]] = {}
+        self._beside: list[_Folder] = []
+        self._strays: list[_Candidate] = []
+        self._tree = FileTree(LeftOut(kind.what[1]))
+
+    def tree(self) -> FileTree:
+        tree = self._tree
+        self._base = self._find_base() if self._splits else ""
+        for end in [match.start() for match in re.finditer("/", self._base)] + [0] * bool(self._base):
+            self._enter(_Folder(self._base[:end]))
+        found = self._claim(self._walk(_Folder(self._base)))
+        by_split: dict[Split | None, list[TreeFile]] = {}
+        for candidate in found:
+            by_split.setdefault(candidate.split, []).append(candidate.file)
+        tree.train = [candidate.file for candidate in found if candidate.split in (None, "train")]
+        tested: Split = "test" if by_split.get("test") else "validation"
+        tree.test = by_split.get(tested, [])
+        if tested == "test":
+            for file in by_split.get("validation", []):
+                tree.left_out.add(file.path, "in a validation folder, as there is a test folder")
+        # After all others, so that what is taken through a link is not said to be left out.
+        strays = [candidate for folder in self._beside for candidate in self._walk(folder, links=False)]
+        for candidate in self._claim(self._strays + strays, quiet=True):
+            tree.left_out.add(
+                candidate.file.path, f"in no folder of training or test {self._kind.what[1]}, but beside them"
+            )
+        tree.notes = (self._layout(tested) if self._splits else []) + self._passed_over()
+        if not tree.train:
+            place = ", ".join(self._split_folders.get("train", []))
+            raise ValueError(
+                "\n  ".join(
+                    [
+                        f"{self._root}: found no {self._kind.what[0]}{' to train on in ' + place if place else ''} "
+                        f"({self._kind.examples} and what else {self._kind.reader} reads)",
+                        *tree.left_out.lines(),
+                        *tree.notes,
+                    ]
+                )
+            )
+        return tree
+
+    def _layout(self, tested: Split) -> list[str]:
+        """What was taken for what, where it is not plainly train/ and test/ or folders of classes."""
+        notes, what = [], self._kind.what[1]
+        folders = self._split_folders
+        if folders and folders != {"train": ["train"], "test": ["test"]}:
+            tests = folders.get(tested) if self._tree.test else None
+            notes.append(
+                f"taken for training {what}: {some(folders.get('train', ['all others']))}; "
+                f"for test {what}: {some(tests or ['none'])}"
+            )
+        elif not folders and split_of(self._base.rpartition("/")[2]) in ("test", "validation"):
+            notes.append(f"{self._base} stands alone, so its {what} are trained on and a tenth of them held out")
+        labels = sorted({file.label for file in (*self._tree.train, *self._tree.test)})
+        splits = [label for label in labels if split_of(label)]
+        if splits and len(labels) > 1:
+            notes.append(
+                f"taken for a class: {some(splits)}, beside {some(sorted(set(labels) - set(splits)))}; if it is no "
+                f"class, put the {what} to train and to test on into folders train and test"
+            )
+        by_spelling: dict[str, list[str]] = {}
+        for label in labels:
+            by_spelling.setdefault(label.casefold(), []).append(label)
+        alike = [" and ".join(names) for names in by_spelling.values() if len(names) > 1]
+        if alike:
+            notes.append(f"taken for different classes, although only their case differs: {some(alike)}")
+        return notes
+
+    def _passed_over(self) -> list[str]:
+        notes = []
+        if self._met_again:
+            links = some(self._met_again)
+            notes.append(f"passed over links to folders that are part of the tree without them, or hold it: {links}")
+        if self._skipped:
+            notes.append(f"passed over hidden files and folders, and those of other programs: {some(self._skipped)}")
+        return notes
+
+    def _find_base(self) -> str:
+        """The folder whose folders are splits or classes: the tree's own, or one that alone leads to the splits."""
+        base = folder = ""
+        for _ in range(32):  # A link to itself would lead on for ever.
+            listing = self._listing(folder)
+            if listing.files or len(listing.folders) != 1:
+                break
+            name = listing.folders[0].name
+            folder = _Folder(folder).below(name)
+            if split_of(name):
+                base = folder
+        splits = {split_of(entry.name) for entry in self._listing(folder).folders}
+        return folder if "train" in splits and splits & {"test", "validation"} else base
+
+    def _walk(self, start: _Folder, *, links: bool = True) -> list[_Candidate]:
+        """All files of the kind below a folder: its own, then those that links to folders lead to."""
+        found: list[_Candidate] = []
+        folders, later, linked = [start], deque[_Folder](), False
+        while folders or later:
+            folder = folders.pop() if folders else later.popleft()
+            if not self._enter(folder):
+                if links:
+                    self._met_again.append(folder.path)
+                continue
+            listing = self._listing(folder.path)
+            self._listings.pop(folder.path, None)
+            roles = self._roles(folder, listing)
+            loose = any(split_of(name) == "train" for name in roles)
+            for candidate in self._candidates(folder, listing.files):
+                (self._strays if loose else found).append(candidate)
+            inner = []
+            for entry in listing.folders:
+                child = self._child(folder, entry, roles.get(entry.name))
+                if child.split == "beside" and folder.split is None:
+                    self._beside.append(child)
+                elif child.link:
+                    if links:
+                        later.append(child)
+                        linked = True
+                else:
+                    inner.append(child)
+            folders += reversed(inner)
+        return sorted(found, key=lambda candidate: _order(candidate.file.path)) if linked else found
+
+    def _enter(self, folder: _Folder) -> bool:
+        """Whether the folder is met for the first time."""
+        path = self._root / folder.path
+        identity = _identity(path, path.stat())
+        if identity in self._met:
+            return False
+        self._met.add(identity)
+        return True
+
+    def _roles(self, folder: _Folder, listing: _Listing) -> dict[str, Split]:
+        """What the folders of a folder are, where they are splits."""
+        if not self._splits or folder.split is not None:
+            return {}
+        splits = {entry.name: split_of(entry.name) for entry in listing.folders}
+        train = [name for name, split in splits.items() if split == "train"]
+        tests = [name for name, split in splits.items() if split in ("test", "validation")]
+        if not (train and tests):
+            # One of them alone beside other folders may be a class of that name (cars, buses, trains), whose files
+            # lie in it, or a split, whose classes do.
+            alone = train or tests
+            if folder.path != self._base or not alone or not all(self._holds_folders(folder, name) for name in alone):
+                return {}
+        rest: Split = "beside" if train else "train"
+        roles = {name: split or rest for name, split in splits.items()}
+        for name in (*train, *tests):
+            self._split_folders.setdefault(roles[name], []).append(folder.below(name))
+        return roles
+
+    def _holds_folders(self, folder: _Folder, name: str) -> bool:
+        listing = self._listing(folder.below(name))
+        return bool(listing.folders) and not listing.files
+
+    def _child(self, folder: _Folder, entry: os.DirEntry[str], role: Split | None) -> _Folder:
+        path, link = folder.below(entry.name), entry.is_symlink()
+        if role is None or (role == "train" and split_of(entry.name) is None):
+            # No split but a class, or what lies below one.
+            return _Folder(path, role or folder.split, folder.label or entry.name, link)
+        child = replace(folder, path=path, split=role, link=link)
+        # As some archives unpack: test_set/test_set/CLASS.
+        for _ in range(32):
+            listing = self._listing(child.path)
+            if listing.files or len(listing.folders) != 1 or split_of(listing.folders[0].name) != role:
+                break
+            child = replace(child, path=child.below(listing.folders[0].name))
+        return child
+
+    def _listing(self, folder: str) -> _Listing:
+        if folder not in self._listings:
+            files, folders = [], []
+            with os.scandir(self._root / folder) as entries:
+                for entry in sorted(entries, key=lambda entry: entry.name):
+                    if _is_folder(entry):
+                        if entry.name.startswith(".") or entry.name.lower() in _FOREIGN:
+                            self._skipped.append(_Folder(folder).below(entry.name))
+                        else:
+                            folders.append(entry)
+                    elif (problem := self._problem(entry.name)) is not None:
+                        if entry.name.startswith("."):
+                            self._skipped.append(_Folder(folder).below(entry.name))
+                        else:
+                            files.append((entry, problem))
+            self._listings[folder] = _Listing(files, folders)
+        return self._listings[folder]
+
+    def _problem(self, name: str) -> str | None:
+        """None for the name of no file of the kind, "" for one of its files, else why such a file cannot be read."""
+        dot = name.rfind(".")
+        suffix = name[dot:].lower() if dot > 0 else ""
+        if suffix not in self._problems:
+            media_type = mimetypes.guess_type(f"name{suffix}")[0] or ""
+            named = suffix in self._kind.others or media_type.startswith(f"{self._kind.media_type}/")
+            self._problems[suffix] = f"{suffix} is not read by {self._kind.reader} here" if named else None
+        return self._problems[suffix]
+
+    def _candidates(self, folder: _Folder, entries: Iterable[tuple[os.DirEntry[str], str]]) -> Iterator[_Candidate]:
+        for entry, problem in entries:
+            path = folder.below(entry.name)
+            try:
+                status = entry.stat()
+            except OSError as error:
+                # Such as a link to nowhere.
+                self._tree.left_out.add(path, error.strerror or str(error))
+                continue
+            if problem:
+                self._tree.left_out.add(path, problem)
+            elif not stat.S_ISREG(status.st_mode):
+                self._tree.left_out.add(path, "no file but a FIFO, a socket or a device")
+            else:
+                file = TreeFile(
+                    path, folder.label, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+                )
+                yield _Candidate(file, folder.split, _identity(entry, status), entry.is_symlink())
+
+    def _claim(self, candidates: list[_Candidate], *, quiet: bool = False) -> list[_Candidate]:
+        """The candidates without those that are a file taken before; a file's own name comes before links to it."""
+        again = set()
+        for links in (False, True):
+            for number, candidate in enumerate(candidates):
+                if candidate.link == links:
+                    if candidate.identity in self._files:
+                        again.add(number)
+                    self._files.add(candidate.identity)
+        if not again:
+            return candidates
+        for number in sorted(again) if not quiet else ():
+            self._tree.left_out.add(candidates[number].file.path, "another name of a file that is taken")
+        return [candidate for number, candidate in enumerate(candidates) if number not in again]
+
+
+def _identity(path: os.PathLike[str], status: os.stat_result) -> tuple[int, int] | str:
+    """Equal for two names of the same file or folder. Some network file systems have no inodes; a path then serves."""
+    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # A link that leads in a circle.
+        return False
+
+
+def _order(path: str) -> list[tuple[bool, str]]:
+    *folders, name = path.split("/")
+    return [(True, folder) for folder in folders] + [(False, name)]

@@ -1,0 +1,59 @@
+"""Which files are held out for testing where nothing says it, and which classes those of a tree have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from cpc_ext.data.file_tree import TreeFile
+from cpc_ext.data.notice import some
+
+HELD_OUT = 0.1
+
+
+def hold_out(files: Sequence[TreeFile]) -> tuple[list[TreeFile], list[TreeFile]]:
+    """Divide files into training and a tenth of every class for testing (none of a class of one)."""
+    by_class: dict[str, list[int]] = {}
+    for i, file in enumerate(files):
+        by_class.setdefault(file.label, []).append(i)
+    rng = np.random.default_rng(0)
+    held_out: set[int] = set()
+    for members in by_class.values():
+        count = max(round(len(members) * HELD_OUT), min(1, len(members) - 1))
+        held_out.update(rng.permutation(members)[:count].tolist())
+    return (
+        [file for i, file in enumerate(files) if i not in held_out],
+        [file for i, file in enumerate(files) if i in held_out],
+    )
+
+
+def class_names(
+    root: Path,
+    training: Sequence[TreeFile],
+    testing: Sequence[TreeFile],
+    what: str,
+    notes: list[str],
+    *,
+    alike: bool = True,
+) -> tuple[str, ...]:
+    """The class names, or none where the files have no labels; what had to be guessed goes to the notes.
+
+    what: the files hold, in the plural.
+    alike: it is a ValueError where some to test on are of no class of those to train on.
+    """
+    classes = sorted({file.label for file in training})
+    if len(classes) < 2:
+        return ()
+    stray = [file.path for file in (*training, *testing) if not file.label]
+    if stray:
+        notes.append(f"{some(stray)} is in no class folder, so the {what} have no labels")
+        return ()
+    unknown = sorted({file.label for file in testing} - set(classes))
+    if alike and unknown:
+        raise ValueError(
+            f"{root}: the test {what} have classes that the training {what} lack: {', '.join(unknown)} (training: "
+            f"{some(classes)}; upper and lower case count)"
+        )
+    return tuple(classes)

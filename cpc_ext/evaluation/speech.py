@@ -1,0 +1,248 @@
+"""What `python -m cpc_ext.evaluate` does with runs on speech: what is told from the frames of recordings.
+
+Phones and speakers by classifiers of the model's frames, of those of the same model untrained, and of log-mel spectra,
+alone and with their neighbours; and how well phones are apart as the frames are, the ABX error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+import cpc_ext
+from cpc_ext import figures
+from cpc_ext.data import SpeechDataset, WaveformSet
+from cpc_ext.evaluation.encoder_run import SpeechRun
+from cpc_ext.evaluation.options import EvaluationOptions, parse_measures
+from cpc_ext.measures.abx import abx_error, abx_items
+from cpc_ext.measures.frames import Alignment
+from cpc_ext.measures.speech_frames import (
+    FrameMaker,
+    RecordingFrames,
+    log_mel_frames,
+    phone_probe,
+    speaker_probe,
+)
+from cpc_ext.tasks.speech_task import SpeechTask, probed_recordings
+from cpc_ext.training.atomic_file import atomic_file
+from cpc_ext.training.errors import TrainingError
+
+__all__ = ["evaluate_speech"]
+
+# Frames before and after each of a log-mel spectrum that knows its neighbours.
+_STACKED = 2
+_HIDDEN = 512
+
+Row = dict[str, float]
+
+
+def evaluate_speech(command: EvaluationOptions, runs: Sequence[SpeechRun]) -> None:
+    """Do what the command says, print tables, and write evaluation/speech.json and figures in each run's folder.
+
+    Raises:
+        TrainingError: recordings without the labels that are asked for, or a folder that cannot be written to.
+    """
+    measures = parse_measures(command.measures)
+    judges = []
+    for run in runs:
+        judge = _Judge(command, run, measures)
+        if command.per_module:
+            judges.append(judge)
+            judge.by_depth()
+        else:
+            judge.table()
+    if command.per_module:
+        out = command.out or command.runs[0] / "evaluation" / "accuracy_by_depth.png"
+        _save_depths(out, judges)
+
+
+class _Judge:
+    """One run and its recordings."""
+
+    def __init__(self, command: EvaluationOptions, run: SpeechRun, measures: list[str]) -> None:
+        self.run = run
+        self._dataset: SpeechDataset = run.dataset()
+        self._measures = measures
+        self._alignment: Alignment = command.alignment
+        self._layer = command.layer
+        test = self._dataset.test
+        if test is None:
+            raise TrainingError(f"{run.dir.path}: --dataset {self._dataset.name} has no recordings to test with")
+        self._sets: list[tuple[WaveformSet, np.ndarray]] = [
+            (each, probed_recordings(each, seconds))
+            for each, seconds in ((self._dataset.train, 60 * command.minutes), (test, 30 * command.minutes))
+        ]
+        self._check_labels()
+        self.task: SpeechTask = run.trained(self._dataset)
+        self.layers = [name for name, _ in self.task.layers(self.task.model)]
+        if command.layer is not None and command.layer not in self.layers:
+            raise TrainingError(f"--layer: {run.dir.path} has {', '.join(self.layers)}, got {command.layer!r}")
+        self.depths: dict[str, dict[str, Any]] = {}
+
+    def table(self) -> None:
+        """What is told from the model and what it is compared with; printed, written and drawn."""
+        untrained = self.run.untrained(self._dataset, seed=self.run.config.compute.seed)
+        makers = {
+            "trained": self.task.frames(self.task.model, self._layer),
+            "untrained": untrained.frames(untrained.model, self._layer),
+            "log-mel": log_mel_frames(),
+            f"log-mel, {2 * _STACKED + 1} frames": log_mel_frames(_STACKED),
+        }
+        rows = {name: self._row(make, name) for name, make in makers.items()}
+        rows["commonest"] = self._commonest()
+        self._write({"rows": rows})
+        columns = [name for name in rows["trained"] if any(name in row for row in rows.values())]
+        print(f"{self.run.dir.path}: {self.run.config.model} on {self._dataset.name}, {self._described()}")
+        width = max(map(len, rows))
+        print(" " * width + "".join(f"  {name:>13}" for name in columns))
+        for name, row in rows.items():
+            cells = (f"{row[column]:>13.1%}" if column in row else f"{'-':>13}" for column in columns)
+            print(f"{name:<{width}}  " + "  ".join(cells))
+        print(f"results and figures are in {self._folder}")
+
+    def by_depth(self) -> None:
+        """Phones and speakers after each layer, of the model and of it untrained; printed and written."""
+        untrained = self.run.untrained(self._dataset, seed=self.run.config.compute.seed)
+        for state, task in (("trained", self.task), ("untrained", untrained)):
+            for layer in self.layers:
+                both = self._both(task.frames(task.model, layer), f"{layer}, {state}")
+                for measure in self._probed():
+                    self.depths.setdefault(measure, {}).setdefault(state, []).append(self._told(measure, both))
+        spectra = self._both(log_mel_frames(), "log-mel")
+        for measure, found in self.depths.items():
+            found["log-mel"] = self._told(measure, spectra)
+            found["commonest"] = self._commonest()[measure]
+        self._write({"layers": self.layers, "by_depth": self.depths}, "by_depth.json")
+        print(f"{self.run.dir.path}: {', '.join(self.layers)}")
+        for measure, found in self.depths.items():
+            for state in ("trained", "untrained"):
+                print(f"  {measure:<9} {state:<10} " + "  ".join(f"{value:6.1%}" for value in found[state]))
+
+    def _row(self, make: FrameMaker, name: str) -> Row:
+        both = self._both(make, name)
+        row = {measure: self._told(measure, both, figure=name == "trained") for measure in self._probed(all_=True)}
+        if "abx" in self._measures:
+            row |= self._abx(both[1])
+        return row
+
+    def _told(self, measure: str, both: list[RecordingFrames], *, figure: bool = False) -> float:
+        if measure.startswith("speakers"):
+            how: Any = "last" if measure == "speakers-last" else "mean"
+            return speaker_probe(*both, speakers=len(self._dataset.speakers), how=how)
+        hidden = _HIDDEN if measure == "phones-hidden" else 0
+        names = self._dataset.phone_names
+        result = phone_probe(*both, classes=len(names), alignment=self._alignment, hidden=hidden)
+        if figure:
+            drawn = figures.confusion(result.confusion.numpy(), names, f"{measure}: {result.accuracy:.1%}")
+            _save(self._folder / f"confusion_{measure}.png", drawn)
+        return result.accuracy
+
+    def _abx(self, test: RecordingFrames) -> Row:
+        """Errors of the frames that have a phone."""
+        features, labels, lengths = test.aligned(self._alignment)
+        assert test.speakers is not None  # It was checked.
+        silence = self._dataset.phone_names.index("SIL") if "SIL" in self._dataset.phone_names else 0
+        items = abx_items(list(labels.split(lengths)), test.speakers.tolist(), silence=silence)
+        try:
+            return {
+                f"abx {condition}": abx_error(features, items, speaker=condition).error
+                for condition in ("within", "across")
+            }
+        except ValueError as error:
+            raise TrainingError(f"--measures abx: {error}; the test recordings have too few phones in common") from None
+
+    def _commonest(self) -> Row:
+        """What always naming the commonest class tells."""
+        found: Row = {}
+        (train, train_chosen), (test, test_chosen) = self._sets
+        for measure in self._probed(all_=True):
+            if measure.startswith("speakers"):
+                named, asked = train.known_speakers[train_chosen], test.known_speakers[test_chosen]
+            else:
+                named = np.concatenate([train.phones_of(int(index)) for index in train_chosen])
+                asked = np.concatenate([test.phones_of(int(index)) for index in test_chosen])
+            found[measure] = float((asked == np.bincount(named).argmax()).mean())
+        return found
+
+    def _both(self, make: FrameMaker, name: str) -> list[RecordingFrames]:
+        def progress(indices: list[int]) -> Iterable[int]:
+            return tqdm(indices, desc=f"frames ({name})", unit="recording", dynamic_ncols=True, leave=False)
+
+        return [RecordingFrames.of(each, make, chosen, progress=progress) for each, chosen in self._sets]
+
+    def _probed(self, *, all_: bool = False) -> list[str]:
+        """The measures that are classifiers; of those after each layer the linear ones."""
+        wanted = [name for name in self._measures if name != "abx"]
+        return wanted if all_ else [name for name in wanted if name in ("phones", "speakers")]
+
+    def _check_labels(self) -> None:
+        needed = {
+            "phones": any(name.startswith(("phones", "abx")) for name in self._measures),
+            "speakers": any(name.startswith(("speakers", "abx")) for name in self._measures),
+        }
+        for label, is_needed in needed.items():
+            if is_needed and any(getattr(each, label) is None for each, _ in self._sets):
+                raise TrainingError(
+                    f"--measures {','.join(self._measures)}: the recordings of --dataset {self._dataset.name} have no "
+                    f"{label}"
+                )
+
+    def _described(self) -> str:
+        minutes = [sum(len(each.recording(int(i))) for i in chosen) / 16000 / 60 for each, chosen in self._sets]
+        return f"{minutes[0]:.1f} minutes to learn from, {minutes[1]:.1f} to test on"
+
+    @property
+    def _folder(self) -> Path:
+        return self.run.dir.path / "evaluation"
+
+    def _write(self, results: dict[str, Any], name: str = "speech.json") -> None:
+        header = {
+            "cpc_ext": cpc_ext.__version__,
+            "run": str(self.run.dir.path),
+            "model": self.run.config.model,
+            "dataset": self._dataset.name,
+            "step": self.run.state.get("step"),
+            "layer": self._layer or self.layers[-1],
+            "alignment": self._alignment,
+            "train_recordings": len(self._sets[0][1]),
+            "test_recordings": len(self._sets[1][1]),
+        }
+        text = json.dumps({**header, **results}, indent=2) + "\n"
+        _guarded(self._folder / name, lambda path: _write_text(path, text))
+
+
+def _save_depths(out: Path, judges: Sequence[_Judge]) -> None:
+    first = judges[0]
+    panels = [
+        figures.DepthPanel(
+            title=measure,
+            accuracies={judge.run.dir.path.name: judge.depths[measure]["trained"] for judge in judges},
+            untrained=found["untrained"],
+            levels={name: found[name] for name in ("log-mel", "commonest")},
+        )
+        for measure, found in first.depths.items()
+    ]
+    _save(out, figures.speech_by_depth(panels))
+    print(f"accuracy after each module; drawn in {out}")
+
+
+def _save(path: Path, figure: Any) -> None:
+    _guarded(path, lambda at: figures.save(at, figure))
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
+def _guarded(path: Path, write: Callable[[Path], None]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path)
+    except OSError as error:
+        raise TrainingError(f"cannot write {path}: {error.strerror or error}") from None

@@ -1,0 +1,138 @@
+"""Frames of recordings beside what is known of them: the phone of each, and who speaks.
+
+From recordings, and whatever makes frames of one, to the features and labels that probes learn from and are tested by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cpc_ext.data import WaveformSet
+from cpc_ext.measures.frame_probe import FrameProbeResult, PhoneRecipe, Summary, frame_probe, summary_of_frames
+from cpc_ext.measures.frames import Alignment, align_frames, label_centers
+from cpc_ext.measures.log_mel import log_mel, stack_frames
+from cpc_ext.measures.probe import linear_probe
+
+__all__ = ["FrameMaker", "RecordingFrames", "log_mel_frames", "phone_probe", "speaker_probe"]
+
+# int16 [samples] of a recording → features float32 [L, D], and the samples at which its frames are centred, [L].
+FrameMaker = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class RecordingFrames:
+    """All frames of some recordings.
+
+    Attributes:
+        frames: of each recording, float32 [L, D].
+        centers: of each recording, the samples at which the frames are centred, [L].
+        phones: of each recording, int64 on LibriSpeech's grid; None where they are not known.
+        speakers: int64 [recordings]; None where they are not known.
+    """
+
+    frames: list[Tensor]
+    centers: list[Tensor]
+    phones: list[Tensor] | None
+    speakers: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        waveforms: WaveformSet,
+        make: FrameMaker,
+        chosen: Sequence[int] | np.ndarray | None = None,
+        *,
+        progress: Callable[[list[int]], Iterable[int]] = iter,
+    ) -> RecordingFrames:
+        """Make the frames of recordings, all or those that are chosen. progress: wraps their indices, as tqdm does.
+
+        Recordings that are too short for a frame are left out.
+        """
+        indices = [int(index) for index in (range(len(waveforms)) if chosen is None else chosen)]
+        frames, centers, kept = [], [], []
+        for index in progress(indices):
+            made, at = make(torch.from_numpy(np.array(waveforms.recording(index))))
+            if len(made):
+                frames.append(made)
+                centers.append(at)
+                kept.append(index)
+        phones = None
+        if waveforms.phones is not None:
+            phones = [torch.from_numpy(waveforms.phones_of(index).astype(np.int64)) for index in kept]
+        speakers = None if waveforms.speakers is None else torch.from_numpy(waveforms.speakers[kept])
+        return cls(frames, centers, phones, speakers)
+
+    def aligned(self, how: Alignment = "centers") -> tuple[Tensor, Tensor, list[int]]:
+        """Features [F, D] and phones int64 [F] of the frames that have one, and how many there are of each recording.
+
+        Raises:
+            ValueError: recordings without known phones.
+        """
+        if self.phones is None:
+            raise ValueError("the recordings have no phone labels")
+        features, labels = [], []
+        for frames, centers, phones in zip(self.frames, self.centers, self.phones, strict=True):
+            pairs = align_frames(centers, label_centers(len(phones)), how)
+            features.append(frames[pairs.frames])
+            labels.append(phones[pairs.labels])
+        return torch.cat(features), torch.cat(labels), [len(each) for each in labels]
+
+    def summaries(self, how: Summary = "mean") -> Tensor:
+        """Features of whole recordings, [recordings, D]: the mean over time, or the last frame."""
+        return torch.stack([summary_of_frames(frames, how) for frames in self.frames])
+
+
+def log_mel_frames(context: int = 0) -> FrameMaker:
+    """What makes log-mel spectra of recordings, each frame beside so many before and after it."""
+
+    def make(samples: Tensor) -> tuple[Tensor, Tensor]:
+        frames = log_mel(samples)
+        return stack_frames(frames, context), label_centers(len(frames))
+
+    return make
+
+
+def phone_probe(
+    train: RecordingFrames,
+    test: RecordingFrames,
+    *,
+    classes: int,
+    alignment: Alignment = "centers",
+    hidden: int = 0,
+    recipe: PhoneRecipe = "standard",
+) -> FrameProbeResult:
+    """How well a classifier of frames tells their phones; see :func:`cpc_ext.measures.frame_probe.frame_probe`.
+
+    Raises:
+        ValueError: recordings without known phones, or without any frame that has one.
+    """
+    features, labels, lengths = train.aligned(alignment)
+    test_features, test_labels, _ = test.aligned(alignment)
+    return frame_probe(
+        features,
+        labels,
+        test_features,
+        test_labels,
+        classes=classes,
+        hidden=hidden,
+        recipe=recipe,
+        train_lengths=[length for length in lengths if length],
+    )
+
+
+def speaker_probe(train: RecordingFrames, test: RecordingFrames, *, speakers: int, how: Summary = "mean") -> float:
+    """The fraction of test recordings whose speaker a linear classifier of their frames' mean, or last, tells.
+
+    Raises:
+        ValueError: recordings without known speakers.
+    """
+    if train.speakers is None or test.speakers is None:
+        raise ValueError("the recordings have no speakers")
+    return linear_probe(
+        train.summaries(how), train.speakers, test.summaries(how), test.speakers, classes=speakers
+    ).accuracy

@@ -1,0 +1,140 @@
+"""Recurrent context networks of sequences: encodings [B, D, L] to contexts [B, E, L], each of what came before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from cpc_ext.nn.typed import Module, ModuleList
+
+__all__ = ["RecurrentContext"]
+
+_KINDS: dict[str, Callable[..., nn.RNNBase]] = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
+
+# A layer's state, [1, B, E]; of an LSTM two.
+State = Tensor | tuple[Tensor, Tensor]
+
+
+class RecurrentContext(Module):
+    """Context network of CPC on speech (van den Oord et al. 2018, arXiv 1807.03748, section 3.1).
+
+    Parameters start as those of PyTorch's layers.
+
+    Args:
+        channels: D.
+        hidden: E.
+        kind: "gru", "lstm" or "rnn".
+        layers: how many, one on top of the other.
+        keep_state: whether a call begins with the state, without its gradient, that the call before ended with, for
+            windows that follow one another. The first, and every one otherwise, begins with zeros.
+        remove_bptt: whether no gradient goes back in time, as Greedy InfoMax has it as an option: each step's incoming
+            state is taken as a constant. For "gru".
+        reverse: whether time runs backwards: a context is of what comes after.
+
+    Attributes:
+        out_channels: E.
+        state: of each layer, [1, B, E] or an LSTM's pair of these, where it is kept; None before the first call. It is
+            not in the state dict, and may be assigned.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: int = 256,
+        *,
+        kind: str = "gru",
+        layers: int = 1,
+        keep_state: bool = False,
+        remove_bptt: bool = False,
+        reverse: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (("channels", channels), ("hidden", hidden), ("layers", layers)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if kind not in _KINDS:
+            raise ValueError(f"kind must be one of {', '.join(_KINDS)}, got {kind!r}")
+        if remove_bptt and kind != "gru":
+            raise ValueError(f'remove_bptt is for kind="gru", got {kind!r}')
+        self.channels = channels
+        self.out_channels = hidden
+        self.kind = kind
+        self.keep_state = keep_state
+        self.remove_bptt = remove_bptt
+        self.reverse = reverse
+        self.state: list[State] | None = None
+        # Layers by themselves, so that each one's output can be had.
+        self.layers = ModuleList(
+            _KINDS[kind](hidden if layer else channels, hidden, batch_first=True) for layer in range(layers)
+        )
+
+    def forward(self, encodings: Tensor, *, layer: int | None = None) -> Tensor:
+        """Contexts of sequences.
+
+        Args:
+            encodings: [B, D, L].
+            layer: 1 for what the first layer makes, and so on. Default: the last.
+
+        Returns:
+            Contexts [B, E, L], with E last in memory.
+
+        Raises:
+            ValueError: encodings of another shape, no such layer, or a kept state of another number of sequences.
+        """
+        if encodings.ndim != 3 or encodings.shape[1] != self.channels:
+            raise ValueError(f"encodings must be [B, {self.channels}, L], got shape {tuple(encodings.shape)}")
+        if layer is not None and not 1 <= layer <= len(self.layers):
+            raise ValueError(f"layer must be 1 to {len(self.layers)}, got {layer}")
+        sequence = (encodings.flip(2) if self.reverse else encodings).transpose(1, 2)
+        states: list[State] = []
+        for index, network in enumerate(self.layers):
+            sequence, state = self._run(network, sequence, self._kept(index, len(encodings)))
+            states.append(state)
+            # The layers above are run for the sake of their states.
+            if layer == index + 1:
+                wanted = sequence
+                if not self.keep_state:
+                    break
+        if self.keep_state:
+            self.state = states
+        contexts = (sequence if layer is None else wanted).transpose(1, 2)
+        return contexts.flip(2) if self.reverse else contexts
+
+    def reset_state(self) -> None:
+        """Begin with zeros again."""
+        self.state = None
+
+    def extra_repr(self) -> str:
+        return f"keep_state={self.keep_state}, remove_bptt={self.remove_bptt}, reverse={self.reverse}"
+
+    def _kept(self, index: int, batch: int) -> State | None:
+        if not self.keep_state or self.state is None:
+            return None
+        state = self.state[index]
+        kept = (state if isinstance(state, Tensor) else state[0]).shape[1]
+        if kept != batch:
+            raise ValueError(
+                f"the kept state is of {kept} sequences, but there are {batch}; reset_state() begins with zeros again"
+            )
+        return state
+
+    def _run(self, network: nn.RNNBase, sequence: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """What a layer makes of a sequence [B, L, D] from a state on, and the state that it ends with."""
+        if self.remove_bptt:
+            with torch.no_grad():
+                before, last = network(sequence, state)
+                first = state.transpose(0, 1) if isinstance(state, Tensor) else torch.zeros_like(before[:, :1])
+                before = torch.cat([first, before[:, :-1]], dim=1)
+            # With all incoming states at hand, the steps are one batch.
+            weights = network.all_weights[0]
+            after = torch.gru_cell(sequence.flatten(0, 1), before.flatten(0, 1), *weights)
+            return torch.unflatten(after, 0, before.shape[:2]), last
+        contexts, last = network(sequence, state)
+        if isinstance(last, Tensor):
+            return contexts, last.detach()
+        return contexts, (last[0].detach(), last[1].detach())

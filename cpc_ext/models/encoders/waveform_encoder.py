@@ -1,0 +1,203 @@
+"""The encoder of sound: five strided convolutions from samples [B, 1, T] to a frame every 160 of them, [B, D, L].
+
+At 16 kHz a frame stands for 10 ms, and sees 29.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cpc_ext.models.encoders.stacked_encoder import EncoderBlock, SplitEncoder
+from cpc_ext.nn.channel_norm import ChannelNorm
+from cpc_ext.nn.typed import Sequential
+from cpc_ext.ops.waveform_conv1d import waveform_conv1d
+
+__all__ = ["NORMALIZATIONS", "PADDINGS", "WaveformBlock", "WaveformEncoder"]
+
+KERNELS = (10, 8, 4, 4, 4)
+STRIDES = (5, 4, 2, 2, 2)
+# Samples on either side of each layer's input, as two programs have them.
+PADDINGS = {"greedy-infomax": (2, 2, 2, 2, 1), "cpc-audio": (3, 2, 1, 1, 1)}
+# Factor and shift of samples in ±1. Greedy InfoMax has them for 32 bits, of which a sample fills the upper 16.
+NORMALIZATIONS = {"none": (1.0, 0.0), "greedy-infomax": (2.0**31 / 135303504, 1456218.75 / 135303504)}
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "none": lambda channels: nn.Identity(),
+    "channel": ChannelNorm,
+    "batch": nn.BatchNorm1d,
+    "instance": lambda channels: nn.InstanceNorm1d(channels, affine=True),
+}
+_SAMPLE_RATE = 16000
+
+Number = TypeVar("Number", int, float)
+
+
+class WaveformBlock(EncoderBlock):
+    """One layer: a convolution, a norm and ReLU, [B, in, L] → [B, out_channels, L']."""
+
+    def __init__(self, in_channels: int, channels: int, kernel: int, stride: int, padding: int, norm: str) -> None:
+        super().__init__()
+        self.out_channels = channels
+        self.conv = nn.Conv1d(in_channels, channels, kernel, stride=stride, padding=padding)
+        self.norm = NORMS[norm](channels)
+        # Nobody else has what the convolution made; a copy of it takes a quarter of the first layer's time.
+        self._in_place = norm == "none"
+
+    def forward(self, input: Tensor) -> Tensor:
+        # Of the first layer, whose output is the largest, all in one pass.
+        if input.shape[1] == 1 and isinstance(self.norm, nn.Identity | ChannelNorm):
+            norm = self.norm if isinstance(self.norm, ChannelNorm) else None
+            return waveform_conv1d(
+                input,
+                self.conv.weight,
+                self.conv.bias,
+                stride=self.conv.stride[0],
+                padding=int(self.conv.padding[0]),
+                scale=None if norm is None else norm.weight,
+                shift=None if norm is None else norm.bias,
+                eps=0.0 if norm is None else norm.eps,
+                relu=True,
+            )
+        return F.relu(self.norm(self.conv(input)), inplace=self._in_place)
+
+
+class WaveformEncoder(SplitEncoder):
+    """Encoder of CPC on speech (van den Oord et al. 2018, arXiv 1807.03748, section 3.1).
+
+    Five convolutions with biases, kernels 10, 8, 4, 4, 4 and strides 5, 4, 2, 2, 2, each followed by ``norm`` and ReLU.
+    Greedy InfoMax has 512 channels and no norm; CPC_audio (Rivière et al. 2020, arXiv 2002.02848) 256, channel norm
+    and paddings of its own. Parameters start as those of :class:`torch.nn.Conv1d`.
+
+    Args:
+        channels: of all layers, or of each of the five.
+        norm: "none"; "channel", over the channels of a frame, see :class:`cpc_ext.nn.ChannelNorm`; "batch"; or
+            "instance", over the time of a channel.
+        padding: zeros on either side of each layer's input, five numbers or the name of a program that has them:
+            "greedy-infomax" or "cpc-audio". They decide where the frames are centred.
+        normalization: factor and shift of the samples, in ±1, or "none", or "greedy-infomax" for that program's.
+
+    Attributes:
+        out_channels: D.
+        downsampling: samples from one frame to the next, 160.
+        receptive_field: samples that a frame sees, 465.
+        first_center: the sample in the middle of what frame 0 sees: 20 or 79 for the paddings of the programs. Frame i
+            is centred at ``first_center + 160 * i``.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    layers: Sequential[WaveformBlock]
+    downsampling = math.prod(STRIDES)
+    receptive_field = 1 + sum((kernel - 1) * math.prod(STRIDES[:layer]) for layer, kernel in enumerate(KERNELS))
+
+    def __init__(
+        self,
+        channels: int | Sequence[int] = 512,
+        *,
+        norm: str = "none",
+        padding: str | Sequence[int] = "greedy-infomax",
+        normalization: str | tuple[float, float] = "none",
+    ) -> None:
+        super().__init__()
+        widths = (channels,) * len(KERNELS) if isinstance(channels, int) else tuple(channels)
+        if len(widths) != len(KERNELS) or min(widths) < 1:
+            raise ValueError(f"channels must be one number or {len(KERNELS)}, each at least 1, got {channels}")
+        if norm not in NORMS:
+            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+        self.norm = norm
+        self.padding = _named("padding", padding, PADDINGS)
+        if len(self.padding) != len(KERNELS) or min(self.padding) < 0:
+            raise ValueError(f"padding must be {len(KERNELS)} numbers of at least 0, got {padding}")
+        self.normalization = _named("normalization", normalization, NORMALIZATIONS)
+        if len(self.normalization) != 2:
+            raise ValueError(f"normalization must be a factor and a shift, got {normalization}")
+        self.layers = Sequential(
+            *(
+                WaveformBlock(*layer, norm)
+                for layer in zip((1, *widths[:-1]), widths, KERNELS, STRIDES, self.padding, strict=True)
+            )
+        )
+        self.out_channels = widths[-1]
+        before = sum(pad * math.prod(STRIDES[:layer]) for layer, pad in enumerate(self.padding))
+        self.first_center = self.receptive_field // 2 - before
+
+    @property
+    def stacks(self) -> list[list[EncoderBlock]]:
+        """Every layer is a stack of its own."""
+        return [[layer] for layer in self.layers]
+
+    def forward(self, waveforms: Tensor) -> Tensor:
+        """Encode sound.
+
+        Args:
+            waveforms: [B, 1, T] samples of 16 kHz, floating in ±1, or int16 to be scaled by 2**-15.
+
+        Returns:
+            Encodings [B, D, L], L as :meth:`frames` says.
+
+        Raises:
+            TypeError: samples of another type.
+            ValueError: waveforms of another shape, or too short for a frame.
+        """
+        encodings: Tensor = self.layers(self.prepared(waveforms))
+        return encodings
+
+    def features(self, waveforms: Tensor) -> Tensor:
+        """The same as calling the encoder: [B, D, L]."""
+        return self(waveforms)
+
+    def begin(self, inputs: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        return self.prepared(inputs), lambda features: features
+
+    def prepared(self, waveforms: Tensor) -> Tensor:
+        """What :meth:`forward` takes → what the first layer does, [B, 1, T]; it raises what that raises."""
+        if waveforms.ndim != 3 or waveforms.shape[1] != 1:
+            raise ValueError(f"waveforms must be [B, 1, T], got shape {tuple(waveforms.shape)}")
+        scale, shift = self.normalization
+        if waveforms.dtype == torch.int16:
+            waveforms = waveforms.to(next(self.parameters()).dtype)
+            scale *= 2.0**-15
+        elif not waveforms.is_floating_point():
+            raise TypeError(f"waveforms must be floating in ±1, or int16, got {waveforms.dtype}")
+        if self.frames(waveforms.shape[2]) < 1:
+            raise ValueError(
+                f"waveforms of {waveforms.shape[2]} samples are too short: a frame takes at least {self._shortest()}"
+            )
+        if scale != 1:
+            waveforms = waveforms * scale
+        return waveforms + shift if shift else waveforms
+
+    def frames(self, samples: int, *, layers: int = len(KERNELS)) -> int:
+        """How many frames L a waveform of so many samples has, after so many layers."""
+        for kernel, stride, pad in zip(KERNELS[:layers], STRIDES[:layers], self.padding[:layers], strict=True):
+            samples = max((samples + 2 * pad - kernel) // stride + 1, 0)
+        return samples
+
+    def frame_centers(self, frames: int) -> Tensor:
+        """The sample that each of the first frames is centred at, int64 [frames]."""
+        return self.first_center + self.downsampling * torch.arange(frames)
+
+    def frame_times(self, frames: int) -> Tensor:
+        """When the first frames are, in seconds from the waveform's first sample, float64 [frames]."""
+        return self.frame_centers(frames).double() / _SAMPLE_RATE
+
+    def _shortest(self) -> int:
+        samples = 1
+        for kernel, stride, pad in zip(KERNELS[::-1], STRIDES[::-1], self.padding[::-1], strict=True):
+            samples = max((samples - 1) * stride + kernel - 2 * pad, 1)
+        return samples
+
+
+def _named(name: str, value: str | Sequence[Number], known: Mapping[str, tuple[Number, ...]]) -> tuple[Number, ...]:
+    """The values themselves, or those of this name."""
+    if not isinstance(value, str):
+        return tuple(value)
+    if value not in known:
+        raise ValueError(f"{name} must be numbers or one of {', '.join(known)}, got {value!r}")
+    return known[value]

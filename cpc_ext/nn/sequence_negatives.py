@@ -1,0 +1,164 @@
+"""Which frames of a batch of sequences each prediction is contrasted with, drawn in one of several ways.
+
+Frames of B sequences of L are counted b * L + t. Step k predicts frame t + k from the context at t, for the first
+``counts[k - 1]`` positions t of a window that begins at frame ``begin``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["SAMPLINGS", "SequenceNegatives", "Windowed", "checked_draws", "draw", "frames_of"]
+
+SAMPLINGS = ("permuted", "offsets", "same-sequence", "shifted", "all")
+
+
+class SequenceNegatives(NamedTuple):
+    """Draws that can be used again.
+
+    Attributes:
+        places: int64, by the way of sampling (S negatives, B sequences of L frames, K steps, T positions):
+
+            - "permuted": [S, B·L], each row a permutation of all frames;
+            - "offsets": K of [S, B·T_k], how many of the step's targets further on;
+            - "same-sequence": [S, L], each row a permutation of the frames of any sequence;
+            - "shifted": [B, S, T], frames;
+            - "all": None.
+        begin: int64 [1], the first frame of the window that is scored; None where all are.
+        places_begin: int64 [1], that of the window of permuted frames, of "same-sequence"; None likewise.
+    """
+
+    places: Tensor | Sequence[Tensor] | None
+    begin: Tensor | None = None
+    places_begin: Tensor | None = None
+
+
+class Windowed(NamedTuple):
+    """What is scored of a batch: sequences, all of those whose frames may be negatives; frames; window; counts.
+
+    counts: positions of each step.
+    """
+
+    sequences: int
+    frames: int
+    window: int
+    counts: list[int]
+
+    @property
+    def partial(self) -> bool:
+        return self.window < self.frames
+
+
+def draw(
+    sampling: str,
+    samples: int,
+    of: Windowed,
+    device: torch.device,
+    generator: torch.Generator | None,
+    *,
+    without_positive: bool,
+) -> SequenceNegatives:
+    """Draws for a batch on ``device``, by a generator on its own."""
+    draws_on = device if generator is None else generator.device
+
+    def integers(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator, device=draws_on)
+
+    def permutations(size: int) -> Tensor:
+        return torch.stack([torch.randperm(size, generator=generator, device=draws_on) for _ in range(samples)])
+
+    begin = integers(0, of.frames - of.window, 1) if of.partial else None
+    places_begin = None
+    places: Tensor | list[Tensor] | None = None
+    if sampling == "permuted":
+        places = permutations(of.sequences * of.frames)
+    elif sampling == "offsets":
+        rows = [of.sequences * count for count in of.counts]
+        # One target alone has no other.
+        places = [integers(1, max(size, 2), samples, size) for size in rows]
+    elif sampling == "same-sequence":
+        places = permutations(of.frames)
+        places_begin = integers(0, of.frames - of.window, 1) if of.partial else None
+    elif sampling == "shifted":
+        steps = len(of.counts) if without_positive else 0
+        # No sequences have no frames to draw, but a range from which none are drawn.
+        others = max(of.sequences, 1) * (of.frames - 1) - steps
+        if others < 1:
+            raise ValueError(f"exclude_positive leaves none of {of.frames} frames of {of.sequences} sequences")
+        drawn = integers(0, others, of.sequences, samples, max(of.counts))
+        places = _shifted(drawn, of, begin)
+    moved = [None if value is None else value.to(device) for value in (begin, places_begin)]
+    if isinstance(places, list):
+        return SequenceNegatives([one.to(device) for one in places], *moved)
+    return SequenceNegatives(None if places is None else places.to(device), *moved)
+
+
+def _shifted(drawn: Tensor, of: Windowed, begin: Tensor | None) -> Tensor:
+    """Frames [B, S, T] of any sequence and of another time than t.
+
+    drawn: which of them. Those that follow t in the own sequence are the last, the nearest at the very end.
+    """
+    ahead = of.frames - 1
+    sequence, offset = drawn // ahead, drawn % ahead + 1
+    own = torch.arange(of.sequences, device=drawn.device)[:, None, None]
+    time = torch.arange(drawn.shape[2], device=drawn.device)
+    if begin is not None:
+        time = time + begin
+    offset = torch.where(sequence == of.sequences - 1, of.frames - offset, offset)
+    return (own + 1 + sequence) % max(of.sequences, 1) * of.frames + (time + offset) % of.frames
+
+
+def checked_draws(given: SequenceNegatives, sampling: str, samples: int, of: Windowed) -> SequenceNegatives:
+    """The draws, if they are of the right form for the batch; ValueError where they are not."""
+    forms: dict[str, list[tuple[int, ...]]] = {
+        "permuted": [(samples, of.sequences * of.frames)],
+        "offsets": [(samples, of.sequences * count) for count in of.counts],
+        "same-sequence": [(samples, of.frames)],
+        "shifted": [(of.sequences, samples, max(of.counts))],
+        "all": [],
+    }
+    expected = forms[sampling]
+    places = given.places
+    found = [] if places is None else [places] if isinstance(places, Tensor) else list(places)
+    shapes = [tuple(one.shape) for one in found]
+    if shapes != expected:
+        raise ValueError(f"negatives must have the shapes {expected} where sampling is {sampling!r}, got {shapes}")
+    needed = [given.begin, given.places_begin] if sampling == "same-sequence" else [given.begin]
+    if of.partial and any(one is None for one in needed):
+        raise ValueError(f"negatives must tell where the window of {of.window} of {of.frames} frames begins")
+    return given
+
+
+def frames_of(draws: SequenceNegatives, sampling: str, of: Windowed, own: slice) -> list[Tensor]:
+    """The negatives of the own sequences in every step, as frames: [B, counts[k - 1], S] each."""
+    places = draws.places
+    result = []
+    for step, count in enumerate(of.counts, start=1):
+        if sampling == "shifted":
+            assert isinstance(places, Tensor)
+            result.append(places[own, :, :count].transpose(1, 2))
+            continue
+        if sampling == "same-sequence":
+            assert isinstance(places, Tensor)
+            first = torch.arange(of.sequences, device=places.device)[own, None, None] * of.frames
+            index = torch.arange(step, step + count, device=places.device)
+            if draws.places_begin is not None:
+                index = index + draws.places_begin
+            result.append(first + places.index_select(1, index).t())
+            continue
+        rows = of.sequences * count
+        if sampling == "permuted":
+            assert isinstance(places, Tensor)
+            frames = places[:, places.shape[1] - rows :]
+        else:
+            assert places is not None
+            offsets = places[step - 1]
+            row = (torch.arange(rows, device=offsets.device) + offsets) % max(rows, 1)
+            begin = 0 if draws.begin is None else draws.begin
+            frames = row // count * of.frames + row % count + step + begin
+        result.append(torch.unflatten(frames, 1, (of.sequences, count))[:, own].permute(1, 2, 0))
+    return result

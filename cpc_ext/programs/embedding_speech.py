@@ -1,0 +1,89 @@
+"""What `python -m cpc_ext.embed` does with a run on speech: from a folder of recordings to a file of frames for each.
+
+Recordings are decoded one at a time and never kept. Each file appears complete or not at all, so that what an
+interrupted program has written is right.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cpc_ext.data import SAMPLE_RATE, SpeechDataset, WaveformSet
+from cpc_ext.data.audio.decode import decode_recording, read_recordings
+from cpc_ext.data.notice import LeftOut
+from cpc_ext.evaluation.encoder_run import SpeechRun
+from cpc_ext.programs.embed import Command
+from cpc_ext.training.atomic_file import atomic_file
+from cpc_ext.training.errors import TrainingError, warn
+from cpc_ext.training.precision import check_device
+
+__all__ = ["embed_speech"]
+
+
+def embed_speech(command: Command) -> None:
+    """Do what the command says. TrainingError where that cannot be done."""
+    if command.dataset not in ("folder", "audio-folder"):
+        raise TrainingError(f"--dataset: a run on speech embeds the recordings of a folder, got {command.dataset}")
+    if command.data_dir is None:
+        raise TrainingError("--data-dir: name the folder of recordings")
+    run = SpeechRun.open(command.run, check_device(command.device))
+    root = command.data_dir.expanduser()
+    try:
+        tree = read_recordings(root, splits=False)
+    except (ImportError, OSError, ValueError) as error:
+        raise TrainingError(f"--data-dir: {error}") from None
+    nothing = WaveformSet(np.empty(0, np.int16), np.zeros(1, np.int64), ())
+    task = run.trained(SpeechDataset("none", nothing, None))
+    try:
+        make = task.frames(task.model, command.layer)
+    except ValueError as error:
+        raise TrainingError(f"--layer: {error}") from None
+    out = command.out or command.run / "frames"
+    written, dim, left_out = 0, 0, LeftOut("recordings")
+    for file in tqdm(tree.train, unit="recording", dynamic_ncols=True):
+        try:
+            samples = decode_recording(root / file.path).samples
+        except Exception as error:
+            left_out.add(file.path, str(error))
+            continue
+        frames, centers = make(torch.from_numpy(np.array(samples)))
+        if not len(frames):
+            left_out.add(file.path, "too short for a frame")
+            continue
+        try:
+            _write(out / file.path, frames, centers.double() / SAMPLE_RATE, command.format)
+        except OSError as error:
+            raise TrainingError(f"--out: cannot write to {out}: {error.strerror or error}") from None
+        written, dim = written + 1, frames.shape[1]
+    if left_out or tree.left_out:
+        warn("\n  ".join([f"{root}:", *tree.left_out.lines(), *left_out.lines()]))
+    if not written:
+        raise TrainingError(f"{root}: none of the {len(tree.train)} recordings could be read")
+    print(f"frames of {dim} values of {written} recordings are in {out}, a file for each")
+
+
+def _write(path: Path, frames: Tensor, times: Tensor, form: str) -> None:
+    """The frames of a recording, and their times, in files that are called as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if form == "text":
+        with atomic_file(path.with_suffix(".txt")) as file:
+            rows = np.column_stack([times.numpy(), frames.numpy()])
+            np.savetxt(file, rows, fmt=["%.5f"] + ["%.6g"] * frames.shape[1])
+        return
+    with atomic_file(path.with_suffix(".times.npy")) as file:
+        _save(file, times.numpy())
+    with atomic_file(path.with_suffix(".npy")) as file:
+        _save(file, frames.numpy())
+
+
+def _save(file: BinaryIO, array: np.ndarray) -> None:
+    """As numpy.save does, which however takes no notice of a disk that is full."""
+    array = np.ascontiguousarray(array)
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+    file.write(array.data)

@@ -1,0 +1,168 @@
+"""The task of training Greedy InfoMax on speech: modules, each with a loss of its own, linear probes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cpc_ext import figures
+from cpc_ext.data import SpeechDataset
+from cpc_ext.models import GreedyInfoMax
+from cpc_ext.nn.sequence_info_nce import SequenceInfoNCE
+from cpc_ext.nn.typed import Module
+from cpc_ext.tasks.greedy_infomax_audio.options import GreedyAudioConfig
+from cpc_ext.tasks.speech_task import SpeechTask, context_layers, sequence_context, waveform_encoder
+from cpc_ext.training.config import RunConfig, option
+from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.precision import autocast
+from cpc_ext.training.random_streams import RandomStreams
+from cpc_ext.training.run_dir import RunDir
+from cpc_ext.training.task import Handover
+
+__all__ = ["TASK", "GreedyAudioTask"]
+
+
+class GreedyAudioTask(SpeechTask):
+    """Greedy InfoMax on speech (Löwe et al. 2019, arXiv 1905.11786)."""
+
+    model: GreedyInfoMax
+    _config: GreedyAudioConfig
+
+    def __init__(self, config: GreedyAudioConfig, dataset: SpeechDataset, device: torch.device) -> None:
+        super().__init__(config, dataset, device)
+        if config.greedy.train_module is not None:
+            self.model.freeze(config.greedy.train_module)
+
+    def _build(self) -> GreedyInfoMax:
+        encoder, options = waveform_encoder(self._config), self._config.greedy
+        last = encoder.frames(self._config.view.window)
+        # Of the first module, which has the most.
+        longest = last if options.modules == 1 else encoder.frames(self._config.view.window, layers=1)
+        count = 5 if options.context_per_module else 1
+        frames = longest if options.context_per_module else last
+        contexts = [sequence_context(self._config, encoder.out_channels, frames) for _ in range(count)]
+        settings = self._config.prediction.objective(longest)
+        if options.pipeline:
+            # The processes of a pipeline have no negatives to exchange: each has the whole batch.
+            settings["gather_negatives"] = "none"
+        return GreedyInfoMax(
+            encoder,
+            min(options.modules, 5),
+            context=contexts if options.context_per_module else contexts[0],
+            context_module=options.modules == 6,
+            objective=SequenceInfoNCE,
+            **settings,
+        )
+
+    def parts(self) -> list[nn.Module]:
+        return [_ModuleStep(self, index) for index in self._learning]
+
+    def losses(self, batch: Tensor, labels: Tensor | None, streams: RandomStreams) -> dict[str, Tensor]:
+        """The loss of all modules that learn, summed; the steps take them one by one, see :meth:`parts`."""
+        total: dict[str, Tensor] = {}
+        handed = Handover(batch)
+        for part in self.parts():
+            values, handed = part(handed, labels, streams)
+            total = {name: total.get(name, 0) + value for name, value in values.items()}
+        return total
+
+    def compile(self) -> None:
+        for module in self.model.encoder_modules:
+            module.compile()
+
+    def check_start(self, trained: RunConfig) -> None:
+        """Modules that are frozen have to be trained, on windows like these."""
+        if self.model.frozen == 0 or not isinstance(trained, GreedyAudioConfig):
+            return
+        different = [
+            f"{option(name)} is {theirs[name]} there, {value} here"
+            for theirs, mine in (
+                (trained.encoder.model_dump(), self._config.encoder.model_dump()),
+                (trained.greedy.model_dump(include={"modules"}), self._config.greedy.model_dump(include={"modules"})),
+            )
+            for name, value in mine.items()
+            if theirs[name] != value
+        ]
+        if different:
+            raise TrainingError("--resume-from: the modules of that run are others: " + "; ".join(different))
+        module, last = trained.greedy.train_module, self.model.frozen - 1
+        if module is not None and module < last:
+            raise TrainingError(
+                f"--resume-from: that run trained module {module}; --train-module {self.model.frozen} needs the run "
+                f"that trained module {last}"
+            )
+
+    def layers(self, model: Any) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
+        """The output of each convolution, "encoder" being the last one's, then the context's, if it is trained."""
+
+        def encoded(modules: int, waveforms: Tensor) -> Tensor:
+            encodings: Tensor = model.encodings_by_module(waveforms, modules)[-1]
+            return encodings
+
+        found: list[tuple[str, Callable[[Tensor], Tensor]]] = []
+        trained, modules = self._learning[-1] + 1, min(self._config.greedy.modules, 5)
+        for count in range(1, min(trained, modules) + 1):
+            name = "encoder" if count == modules else f"module{count - 1}"
+            found.append((name, partial(encoded, count)))
+        if trained == self._config.greedy.count:
+            context = model.context[-1] if isinstance(model.context, nn.ModuleList) else model.context
+            found += context_layers(context, model.encode)
+        return found
+
+    def _save_curves(self, run: RunDir, metrics: list[dict[str, float]]) -> None:
+        figure = figures.curves_by_module(
+            metrics, self._learning, self.guess, loss="InfoNCE loss", accuracy="contrastive accuracy"
+        )
+        figures.save(run.path / "curves.png", figure)
+
+    @property
+    def _learning(self) -> list[int]:
+        """The modules that learn."""
+        only = self._config.greedy.train_module
+        return list(range(self._config.greedy.count)) if only is None else [only]
+
+
+class _ModuleStep(Module):
+    """One module's outputs from those of the module before, and its loss, as one of the parts of a step."""
+
+    def __init__(self, task: GreedyAudioTask, index: int) -> None:
+        super().__init__()
+        model = task.model
+        self.module = model.encoder_modules[index]
+        self.objective = model.objectives[index]
+        self.context = model.context_of(index)
+        # They are no children of this module, whose parameters are those that it trains.
+        self._task = (task,)
+        self._index = index
+
+    def forward(
+        self, given: Handover, labels: Tensor | None, streams: RandomStreams
+    ) -> tuple[dict[str, Tensor], Handover]:
+        (task,) = self._task
+        features, draws = given
+        if self._index == task.model.frozen:
+            features = self._begin(task, features)
+        made = self.module(features)
+        if draws is None:
+            # A number that all modules draw from, wherever they are: each in another process draws the same one.
+            draws = int(torch.randint(2**62, (), generator=streams.views))
+        generator = torch.Generator(made.device).manual_seed(draws + self._index)
+        negatives = task.model.draw_negatives(self._index, made, generator)
+        output = task.model.loss(self._index, made, negatives=negatives, speakers=task.speakers(labels))
+        values = {name: getattr(output, name) for name in ("loss", "accuracy", "mutual_information")}
+        return values, Handover(made.detach(), draws)
+
+    def _begin(self, task: GreedyAudioTask, waveforms: Tensor) -> Tensor:
+        """What the first module that learns gets: the waveforms, or what the frozen modules make of them."""
+        features, _ = task.model.encoder.begin(waveforms)
+        with torch.no_grad(), autocast(waveforms.device, task.config.compute.precision):
+            for module in task.model.encoder_modules[: task.model.frozen]:
+                features = module(features)
+        return features
+
+
+TASK = GreedyAudioTask

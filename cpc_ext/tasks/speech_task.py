@@ -1,0 +1,332 @@
+"""What the models of speech share: windows as batches, features of whole recordings, and what those are worth.
+
+From a trained model to how well linear classifiers tell phones and speakers from its contexts, beside those of the same
+model untrained, whose weights the seed brings back, and of log-mel spectra.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cpc_ext import __version__, figures
+from cpc_ext.data import SpeechDataset, WaveformFetcher, WaveformSet, WindowSampler
+from cpc_ext.data.spread import spread
+from cpc_ext.measures.frames import label_centers
+from cpc_ext.measures.log_mel import log_mel
+from cpc_ext.measures.speech_frames import (
+    FrameMaker,
+    RecordingFrames,
+    log_mel_frames,
+    phone_probe,
+    speaker_probe,
+)
+from cpc_ext.models import CPC, CausalTransformerContext, GreedyInfoMax, RecurrentContext, WaveformEncoder
+from cpc_ext.models.contexts.recurrent_context import State
+from cpc_ext.tasks.encoder_task import guessing
+from cpc_ext.tasks.speech_options import SpeechConfig
+from cpc_ext.training.atomic_file import atomic_file
+from cpc_ext.training.precision import autocast
+from cpc_ext.training.random_streams import RandomStreams, seeded
+from cpc_ext.training.run_dir import RunDir
+from cpc_ext.training.run_log import read_metrics
+from cpc_ext.training.safetensors_file import write_safetensors
+from cpc_ext.training.task import Fetcher, Task
+
+__all__ = ["SpeechTask", "probed_recordings"]
+
+# Recordings that a run's own probes learn from and are tested by: enough to compare models, in a minute or two.
+_PROBE_SECONDS = {"train": 900.0, "test": 450.0}
+# Of a recording shown in a figure.
+_SHOWN_SECONDS = 2.5
+
+
+class SpeechTask(Task):
+    """A model of recordings, judged by what linear classifiers tell from its contexts.
+
+    Raises:
+        ValueError: recordings too short for the windows.
+    """
+
+    model: CPC | GreedyInfoMax
+    examples: WaveformSet
+    unit = "windows"
+
+    def __init__(self, config: SpeechConfig, dataset: SpeechDataset, device: torch.device) -> None:
+        self._config = config
+        self._dataset = dataset
+        self._device = device
+        self.examples = dataset.train
+        self.model = self.initial_model()
+
+    @abstractmethod
+    def _build(self) -> CPC | GreedyInfoMax:
+        """A new model on the CPU, with weights that PyTorch's own generator draws."""
+
+    @abstractmethod
+    def layers(self, model: Any) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
+        """What features there are, first to last: names, and functions of waveforms [1, 1, T] to [1, D, L]."""
+
+    @property
+    def config(self) -> SpeechConfig:
+        """The run's config."""
+        return self._config
+
+    def initial_model(self) -> CPC | GreedyInfoMax:
+        """The model with the initial weights of the config's seed."""
+        with seeded(self._config.compute.seed):
+            return self._build().to(self._device)
+
+    def sampler(self, batch_size: int, *, seed: int, rank: int, world_size: int) -> WindowSampler:
+        view = self._config.view
+        return WindowSampler(
+            self.examples,
+            batch_size,
+            window=view.window,
+            kind=view.windows,
+            cross_borders=view.cross_borders,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def fetcher(self, device: torch.device, streams: RandomStreams) -> Fetcher:
+        return WaveformFetcher(self.examples, device, self._config.view.window)
+
+    def speakers(self, labels: Tensor | None) -> Tensor | None:
+        """What the objective is told of a batch's speakers. ValueError where it is to know and nobody does."""
+        if not self._config.prediction.same_speaker:
+            return None
+        if labels is None:
+            raise ValueError(f"--same-speaker: the speakers of {self._dataset.name} are not known")
+        return labels
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            f"state.{name}.{layer}.{part}": value
+            for name, context in _recurrent(self.model)
+            for layer, state in enumerate(context.state or ())
+            for part, value in enumerate((state,) if isinstance(state, Tensor) else state)
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, context in _recurrent(self.model):
+            if not context.keep_state:
+                continue
+            found: list[State] = []
+            while f"state.{name}.{len(found)}.0" in state:
+                parts = [state.get(f"state.{name}.{len(found)}.{part}") for part in range(2)]
+                first, *rest = (part.to(self._device) for part in parts if part is not None)
+                found.append((first, rest[0]) if rest else first)
+            context.state = found or None
+
+    # --- What a trained model is worth ---
+
+    def frames(self, model: CPC | GreedyInfoMax, layer: str | None = None) -> FrameMaker:
+        """What makes features of a whole recording: int16 [samples] → float32 [L, D] and the frames' centres.
+
+        A recurrent context begins with zeros; a transformer takes a recording window by window.
+
+        Args:
+            model: one of this task's.
+            layer: one of those that :meth:`layers` names; None is the last.
+
+        Raises:
+            ValueError: no such layer.
+        """
+        named = dict(self.layers(model))
+        if layer is not None and layer not in named:
+            raise ValueError(f"layer: expected one of {', '.join(named)}, got {layer!r}")
+        make = named[list(named)[-1] if layer is None else layer]
+        encoder = model.encoder
+        assert isinstance(encoder, WaveformEncoder)
+        windowed = any(isinstance(each, CausalTransformerContext) and not each.absolute for each in model.modules())
+
+        @torch.no_grad()
+        def frames(samples: Tensor) -> tuple[Tensor, Tensor]:
+            waveform = samples.to(self._device).view(1, 1, -1)
+            if encoder.frames(waveform.shape[2]) < 1:
+                return torch.empty(0, 0), torch.empty(0)
+            with _resting(model), autocast(self._device, self._config.compute.precision):
+                pieces = waveform.split(self._config.view.window, 2) if windowed else [waveform]
+                made = [make(piece)[0] for piece in pieces if encoder.frames(piece.shape[2]) > 0]
+            centers = [
+                encoder.frame_centers(each.shape[1]) + number * self._config.view.window
+                for number, each in enumerate(made)
+            ]
+            return torch.cat(made, 1).t().float().cpu(), torch.cat(centers)
+
+        return frames
+
+    def evaluate(self) -> dict[str, float]:
+        """Accuracies of linear probes of phones and speakers, on trained and untrained model and on log-mel spectra.
+
+        Nothing where the data set has no test recordings, or no labels.
+        """
+        train, test = self._dataset.train, self._dataset.test
+        if test is None:
+            return {}
+        results: dict[str, float] = {}
+        makers = {
+            "": self.frames(self.model),
+            "untrained_": self.frames(self.initial_model()),
+            "log_mel_": log_mel_frames(),
+        }
+        for name, make in makers.items():
+            both = [
+                RecordingFrames.of(each, make, probed_recordings(each, _PROBE_SECONDS[part]))
+                for part, each in (("train", train), ("test", test))
+            ]
+            if train.phones is not None and test.phones is not None:
+                probe = phone_probe(*both, classes=len(self._dataset.phone_names))
+                results[f"{name}phone_accuracy"] = probe.accuracy
+                results["chance_phone_accuracy"] = probe.majority
+            if train.speakers is not None and test.speakers is not None and len(self._dataset.speakers) > 1:
+                results[f"{name}speaker_accuracy"] = speaker_probe(*both, speakers=len(self._dataset.speakers))
+        return results
+
+    def description(self) -> dict[str, Any]:
+        return {"sample_rate": self._dataset.sample_rate}
+
+    def save(self, run: RunDir) -> None:
+        """Write the figures, and the weights of encoder and context with what is needed to build them in the header."""
+        weights = {
+            f"{part}.{name}": value.contiguous()
+            for part in ("encoder", "context")
+            if isinstance(module := getattr(self.model, part), nn.Module)
+            for name, value in module.state_dict().items()
+        }
+        options = self._config
+        metadata = {
+            "format": "pt",
+            "cpc_ext": __version__,
+            "class": WaveformEncoder.__name__,
+            "encoder": json.dumps(waveform_encoder_arguments(options)),
+            "context": json.dumps(options.context.model_dump(mode="json")),
+            "config": json.dumps(options.model_dump(mode="json")),
+        }
+        with atomic_file(run.encoder) as file:
+            write_safetensors(file, weights, metadata)
+        self._save_figures(run)
+
+    @property
+    def guess(self) -> dict[str, float]:
+        """Loss and accuracy of guessing; where all encodings are contrasted, of as many as the last module has."""
+        options = self._config.prediction
+        keys = options.neg_samples + 1
+        if options.sampling == "all":
+            keys = self._config.optimization.batch_size * self.window_frames
+        found = guessing(keys)
+        return {**found, "loss": found["loss"] * (options.pred_steps if options.reduction == "sum" else 1)}
+
+    @property
+    def window_frames(self) -> int:
+        """Encodings of a window."""
+        return waveform_encoder(self._config).frames(self._config.view.window)
+
+    @abstractmethod
+    def _save_curves(self, run: RunDir, metrics: list[dict[str, float]]) -> None:
+        """Draw what was logged."""
+
+    def _save_figures(self, run: RunDir) -> None:
+        metrics = read_metrics(run.metrics, having=("loss", "accuracy"))
+        if metrics:
+            self._save_curves(run, metrics)
+        test = self._dataset.test
+        if test is None or not len(test) or test.phones is None:
+            return
+        index = int(probed_recordings(test, 0.0)[0])
+        samples = torch.from_numpy(np.array(test.recording(index)[: int(_SHOWN_SECONDS * self._dataset.sample_rate)]))
+        spectrum = log_mel(samples)
+        phones = test.phones_of(index)[: len(spectrum)]
+        frames, centers = self.frames(self.model)(samples)
+        if len(frames) > 1 and len(phones) > 1:
+            figure = figures.spoken_frames(
+                spectrum[: len(phones)].numpy(),
+                phones,
+                frames.numpy(),
+                names=self._dataset.phone_names,
+                label_centers=label_centers(len(phones)).numpy() / self._dataset.sample_rate,
+                frame_centers=centers.numpy() / self._dataset.sample_rate,
+                title=f"{test.names[index]}: spectrum, phones, and what the model makes of it",
+            )
+            figures.save(run.path / "frames.png", figure)
+
+
+def waveform_encoder_arguments(config: SpeechConfig) -> dict[str, Any]:
+    """The arguments of the config's encoder."""
+    return config.encoder.model_dump(mode="json")
+
+
+def waveform_encoder(config: SpeechConfig) -> WaveformEncoder:
+    """The encoder, with weights that PyTorch's own generator draws."""
+    return WaveformEncoder(**waveform_encoder_arguments(config))
+
+
+def sequence_context(config: SpeechConfig, channels: int, frames: int) -> RecurrentContext | CausalTransformerContext:
+    """A context network of encodings with so many channels, in windows of so many frames."""
+    options = config.context
+    if options.context == "transformer":
+        return CausalTransformerContext(channels, frames, layers=options.context_layers)
+    return RecurrentContext(
+        channels,
+        options.context_channels,
+        kind=options.context,
+        layers=options.context_layers,
+        keep_state=options.keep_state,
+        remove_bptt=not options.backprop_through_time,
+    )
+
+
+def probed_recordings(waveforms: WaveformSet, seconds: float) -> np.ndarray:
+    """Recordings that last about so long together, from all of the set; at least one, at most all."""
+    total = len(waveforms.samples) / 16000
+    count = len(waveforms) if total <= seconds else max(1, int(len(waveforms) * seconds / total))
+    return spread(count, len(waveforms))
+
+
+def context_layers(
+    context: nn.Module | None, encode: Callable[[Tensor], Tensor]
+) -> Iterable[tuple[str, Callable[[Tensor], Tensor]]]:
+    """The layers of a context network as features of waveforms: "context1" ..., of which the last is "context"."""
+    if not isinstance(context, RecurrentContext | CausalTransformerContext):
+        return
+    for layer in range(1, len(context.layers) + 1):
+        name = "context" if layer == len(context.layers) else f"context{layer}"
+        yield name, partial(_contexts, context, encode, layer)
+
+
+def _contexts(
+    context: RecurrentContext | CausalTransformerContext,
+    encode: Callable[[Tensor], Tensor],
+    layer: int,
+    waveforms: Tensor,
+) -> Tensor:
+    return context(encode(waveforms), layer=layer)
+
+
+def _recurrent(model: nn.Module) -> Iterator[tuple[str, RecurrentContext]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, RecurrentContext))
+
+
+@contextmanager
+def _resting(model: CPC | GreedyInfoMax) -> Iterator[None]:
+    """The model in evaluation mode, its recurrent contexts beginning with zeros; afterwards as it was."""
+    training, kept = model.training, [(context, context.keep_state) for _, context in _recurrent(model)]
+    model.eval()
+    for context, _ in kept:
+        context.keep_state = False
+    try:
+        yield
+    finally:
+        model.train(training)
+        for context, keep in kept:
+            context.keep_state = keep

@@ -1,0 +1,275 @@
+// Predictions that are contrasted as they are made, on the CPU: blocks of contexts, each through all steps. A step
+// multiplies its matrix into those of the block that it uses, contrasts these predictions as info_nce does, and turns
+// their gradients into those of contexts and matrix. All sums go on in the results from block to block, row by row,
+// whatever the number of threads.
+#include <algorithm>
+#include <initializer_list>
+#include <type_traits>
+
+#include "core/huge_pages.h"
+#include "core/parallel.h"
+#include "info_nce/all_keys.h"
+#include "info_nce/sampled.h"
+#include "predict_contrast/predict_contrast.h"
+#include "predict_contrast/products.h"
+
+namespace cpc::predict_contrast::cpu::CPC_ISA {
+namespace {
+
+using info_nce::cpu::CPC_ISA::AllKeys;
+using info_nce::cpu::CPC_ISA::each;
+using info_nce::cpu::CPC_ISA::Sampled;
+using info_nce::cpu::CPC_ISA::SumOf;
+using info_nce::cpu::CPC_ISA::widen_run;
+
+// Contexts of a block: whole superblocks of a contrast of all keys.
+constexpr int64_t kBlockRows = info_nce::cpu::CPC_ISA::kMaxRows;
+// Values of a task that packs, converts or copies, and the nanoseconds that one takes.
+constexpr int64_t kTaskValues = 1 << 14;
+constexpr double kCopyNanoseconds = 0.5;
+
+template <class S>
+constexpr DType kDTypeOf = std::is_same_v<S, double> ? DType::f64 : DType::f32;
+
+template <class T>
+TensorView view_of(T* data, DType dtype, std::initializer_list<int64_t> shape) {
+  TensorView view{.data = data, .dtype = dtype};
+  for (const int64_t size : shape) view.shape[view.ndim++] = size;
+  for (int64_t d = view.ndim - 1, stride = 1; d >= 0; stride *= view.shape[d--]) view.strides[d] = stride;
+  return view;
+}
+
+// Calls body(begin, end) for parts of [0, count).
+template <class Body>
+void in_parts(int64_t count, const Body& body) {
+  each(workers_for(kCopyNanoseconds * static_cast<double>(count)), divide_up(count, kTaskValues),
+       [&](int64_t task) { body(task * kTaskValues, std::min(count, (task + 1) * kTaskValues)); });
+}
+
+template <class Storage>
+class PredictAndContrast {
+  using S = SumOf<Storage>;
+  static constexpr bool kInPlace = std::is_same_v<S, Storage>;
+
+ public:
+  explicit PredictAndContrast(const Problem& problem)
+      : problem_(problem),
+        d_(problem.dim()),
+        e_(problem.channels()),
+        n_(problem.keys_count()),
+        block_(std::min(kBlockRows, problem.rows())) {}
+
+  int64_t workspace() const {
+    Parts parts(nullptr);
+    Buffers(parts, *this);
+    return parts.used();
+  }
+
+  void run(char* memory) const {
+    Parts parts(memory);
+    Buffers b(parts, *this);
+    prepare(b);
+    for (int64_t first = 0; first < problem_.rows(); first += block_)
+      for (int64_t step = 0; step < problem_.steps(); ++step) {
+        const int64_t count = take_rows(b, step, first, std::min(problem_.rows(), first + block_));
+        if (count > 0) predict_rows(b, step, count);
+      }
+    finish(b.grad_contexts, problem_.grad_contexts);
+    finish(b.grad_weights, problem_.grad_weights);
+    finish(b.grad_keys, problem_.grad_keys);
+  }
+
+ private:
+  bool wants_contexts() const { return problem_.grad_contexts.ndim != 0; }
+  bool wants_weights() const { return problem_.grad_weights.ndim != 0; }
+  bool wants_predictions() const { return wants_contexts() || wants_weights(); }
+
+  struct Buffers {
+    S *keys, *grad_contexts, *grad_weights, *grad_keys;  // The tensors, or of another type than theirs.
+    S *to_predict, *to_contexts;                         // [K] panels of the transposed matrices, and of the matrices.
+    S *contexts, *context_panels;                        // Of the rows of a block that a step uses: [rows, E].
+    S *predictions, *grad_predictions;
+    S *row_weights, *losses;
+    int64_t *rows, *targets, *negatives, *ranks;
+    char* contrast;  // What the contrast needs.
+
+    Buffers(Parts& parts, const PredictAndContrast& a) {
+      const Problem& p = a.problem_;
+      keys = of_sums(parts, p.keys);
+      grad_contexts = of_sums(parts, p.grad_contexts);
+      grad_weights = of_sums(parts, p.grad_weights);
+      grad_keys = of_sums(parts, p.grad_keys);
+      to_predict = parts.take<S>(p.steps() * Panels<S>::size(a.e_, a.d_));
+      to_contexts = parts.take<S>(a.wants_contexts() ? p.steps() * Panels<S>::size(a.d_, a.e_) : 0);
+      contexts = parts.take<S>(a.block_ * a.e_);
+      context_panels = parts.take<S>(a.wants_weights() ? Panels<S>::size(a.block_, a.e_) : 0);
+      predictions = parts.take<S>(a.block_ * a.d_);
+      grad_predictions = parts.take<S>(a.wants_predictions() ? a.block_ * a.d_ : 0);
+      row_weights = parts.take<S>(a.block_);
+      losses = parts.take<S>(a.block_);
+      for (int64_t** part : {&rows, &targets, &ranks}) *part = parts.take<int64_t>(a.block_);
+      negatives = parts.take<int64_t>(a.block_ * p.samples());
+      const info_nce::Problem contrast_of_block = a.contrast_of(*this, a.block_);
+      contrast = parts.take<char>(with_contrast(contrast_of_block, [](const auto& c) { return c.workspace(); }));
+    }
+
+    static S* of_sums(Parts& parts, const TensorView& tensor) {
+      if (kInPlace) return tensor.template as<S>();
+      return parts.take<S>(tensor.ndim == 0 ? 0 : tensor.numel());
+    }
+  };
+
+  template <class Use>
+  static auto with_contrast(const info_nce::Problem& problem, const Use& use) {
+    return problem.sampled() ? use(Sampled<S>(problem)) : use(AllKeys<S>(problem));
+  }
+
+  Panels<S> predict_panels(const Buffers& b, int64_t step) const {
+    return {b.to_predict + step * Panels<S>::size(e_, d_), e_, d_};
+  }
+  Panels<S> context_gradient_panels(const Buffers& b, int64_t step) const {
+    return {b.to_contexts + step * Panels<S>::size(d_, e_), d_, e_};
+  }
+
+  // What is packed or converted once, and results without any row.
+  void prepare(const Buffers& b) const {
+    std::fill_n(problem_.losses.template as<S>(), problem_.losses.numel(), S{});
+    std::fill_n(problem_.ranks.template as<int64_t>(), problem_.ranks.numel(), int64_t{-1});
+    clear(b.grad_contexts, problem_.grad_contexts);
+    clear(b.grad_weights, problem_.grad_weights);
+    clear(b.grad_keys, problem_.grad_keys);
+    if constexpr (!kInPlace)
+      in_parts(n_ * d_, [&](int64_t begin, int64_t end) {
+        widen_run(b.keys + begin, problem_.keys.template as<const Storage>() + begin, end - begin);
+      });
+    const auto* const weights = problem_.weights.template as<const Storage>();
+    const int64_t panels = predict_panels(b, 0).count(), of_contexts = context_gradient_panels(b, 0).count(),
+                  count = panels + (wants_contexts() ? of_contexts : 0);
+    const auto values = static_cast<double>(problem_.steps() * d_ * e_) * (wants_contexts() ? 2 : 1);
+    each(workers_for(kCopyNanoseconds * values), problem_.steps() * count, [&](int64_t task) {
+      const int64_t step = task / count, i = task % count;
+      const Storage* const matrix = weights + step * d_ * e_;
+      if (i < panels)
+        predict_panels(b, step).pack_transposed(i, matrix, e_);
+      else
+        context_gradient_panels(b, step).pack(i - panels, matrix, e_);
+    });
+  }
+
+  // Brings together what belongs to the rows in [begin, end) that a step uses. Returns how many these are.
+  int64_t take_rows(const Buffers& b, int64_t step, int64_t begin, int64_t end) const {
+    const int64_t samples = problem_.samples(), of_step = step * problem_.rows();
+    const auto* const targets = problem_.targets.template as<const int64_t>() + of_step;
+    const auto* const row_weights = problem_.row_weights.template as<const S>() + of_step;
+    int64_t count = 0;
+    for (int64_t row = begin; row < end; ++row) {
+      if (targets[row] < 0) continue;
+      b.rows[count] = row;
+      b.targets[count] = targets[row];
+      b.row_weights[count] = row_weights[row];
+      if (samples > 0) std::copy_n(problem_.negatives_of(step, row), samples, b.negatives + count * samples);
+      ++count;
+    }
+    const auto* const contexts = problem_.contexts.template as<const Storage>();
+    each(workers_for(kCopyNanoseconds * static_cast<double>(count * e_)), count,
+         [&](int64_t i) { widen_run(b.contexts + i * e_, contexts + b.rows[i] * e_, e_); });
+    return count;
+  }
+
+  // The contrast of so many predictions.
+  info_nce::Problem contrast_of(const Buffers& b, int64_t count) const {
+    constexpr DType sums = kDTypeOf<S>;
+    info_nce::Problem c;
+    c.queries = view_of(b.predictions, sums, {1, count, d_});
+    c.keys = view_of(b.keys, sums, {1, n_, d_});
+    c.targets = view_of(b.targets, DType::i64, {1, count, 1});
+    if (problem_.sampled()) c.negatives = view_of(b.negatives, DType::i64, {1, count, problem_.samples()});
+    c.row_weights = view_of(b.row_weights, sums, {1, count});
+    c.losses = view_of(b.losses, sums, {1, count});
+    c.ranks = view_of(b.ranks, DType::i64, {1, count});
+    if (wants_predictions()) c.grad_queries = view_of(b.grad_predictions, sums, {1, count, d_});
+    if (problem_.grad_keys.ndim != 0) c.grad_keys = view_of(b.grad_keys, sums, {1, n_, d_});
+    c.adds_to_keys = true;
+    c.scale = problem_.scale;
+    return c;
+  }
+
+  void predict_rows(const Buffers& b, int64_t step, int64_t count) const {
+    const int threads = workers_for(2. * static_cast<double>(count * d_ * e_) / kFlopsPerNanosecond);
+    S* const predictions = b.predictions;
+    product<false>(threads, Left<S, false>{b.contexts, e_}, predict_panels(b, step), count,
+                   [predictions, d = d_](int64_t row) { return predictions + row * d; });
+    contrast(b, step, count);
+    const Left<S, false> by_row{b.grad_predictions, d_};
+    if (wants_contexts())
+      product<true>(threads, by_row, context_gradient_panels(b, step), count,
+                    [&b, e = e_](int64_t row) { return b.grad_contexts + b.rows[row] * e; });
+    if (!wants_weights()) return;
+    const Panels<S> contexts{b.context_panels, count, e_};
+    each(workers_for(kCopyNanoseconds * static_cast<double>(count * e_)), contexts.count(),
+         [&](int64_t panel) { contexts.pack(panel, b.contexts, e_); });
+    S* const of_step = b.grad_weights + step * d_ * e_;
+    product<true>(threads, Left<S, true>{b.grad_predictions, d_}, contexts, d_,
+                  [of_step, e = e_](int64_t row) { return of_step + row * e; });
+  }
+
+  template <bool kAdds, bool kTransposed, class RowOf>
+  static void product(int threads, const Left<S, kTransposed>& left, const Panels<S>& right, int64_t rows,
+                      const RowOf& row_of) {
+    const int64_t panels = right.count();
+    each(threads, panels * divide_up(rows, kTaskRows), [&](int64_t task) {
+      const int64_t first = task / panels * kTaskRows;
+      multiply<kAdds>(left, right, task % panels, first, std::min(rows, first + kTaskRows), row_of);
+    });
+  }
+
+  void contrast(const Buffers& b, int64_t step, int64_t count) const {
+    const info_nce::Problem problem = contrast_of(b, count);
+    if (problem.sampled())
+      Sampled<S>(problem).run(b.contrast);
+    else
+      AllKeys<S>(problem).run(0, b.contrast, true);
+    S* const losses = problem_.losses.template as<S>() + step * problem_.rows();
+    auto* const ranks = problem_.ranks.template as<int64_t>() + step * problem_.rows();
+    for (int64_t i = 0; i < count; ++i) {
+      losses[b.rows[i]] = b.losses[i];
+      ranks[b.rows[i]] = b.ranks[i];
+    }
+  }
+
+  static void clear(S* sums, const TensorView& gradient) {
+    if (gradient.ndim == 0) return;
+    in_parts(gradient.numel(), [&](int64_t begin, int64_t end) { std::fill(sums + begin, sums + end, S{}); });
+  }
+
+  // Sums to a gradient of another type.
+  static void finish(const S* sums, const TensorView& gradient) {
+    if (kInPlace || gradient.ndim == 0) return;
+    in_parts(gradient.numel(), [&](int64_t begin, int64_t end) {
+      narrow(gradient.template as<Storage>() + begin, sums + begin, end - begin);
+    });
+  }
+
+  const Problem& problem_;
+  int64_t d_, e_, n_, block_;
+};
+
+}  // namespace
+
+int64_t workspace_bytes(const Problem& problem) {
+  int64_t bytes = 0;
+  with_floating(problem.contexts.dtype,
+                [&](auto storage) { bytes = PredictAndContrast<decltype(storage)>(problem).workspace(); });
+  return bytes;
+}
+
+void predict_and_contrast(const Problem& problem) {
+  for (const TensorView* written :
+       {&problem.grad_contexts, &problem.grad_weights, &problem.grad_keys, &problem.workspace})
+    if (written->ndim != 0) advise_huge_pages(written->data, written->numel() * size_of(written->dtype));
+  with_floating(problem.contexts.dtype, [&](auto storage) {
+    PredictAndContrast<decltype(storage)>(problem).run(problem.workspace.as<char>());
+  });
+}
+
+}  // namespace cpc::predict_contrast::cpu::CPC_ISA

@@ -1,0 +1,70 @@
+// The first layer of an encoder of waveforms: a strided convolution of one channel, with bias, normalisation over the
+// channels of a frame, and ReLU, in one pass over its output.
+//
+//   a[b, c, t] = bias[c] + sum over k of weight[c, 0, k] * waveforms[b, 0, t * stride - padding + k]
+//
+// where what lies outside of a waveform is zero. With scale and shift, a is then normalised by its mean and unbiased
+// variance over the C channels of frame t, as channel norm has it: (a - mean) / sqrt(variance + eps) * scale[c] +
+// shift[c]. With relu, what is below zero becomes zero. The gradient of that, in all but the waveforms, computes a anew
+// from the waveform, which takes less time than to read what would have to be kept.
+//
+// Sums are in float and in a fixed order, whatever the number of threads.
+#pragma once
+
+#include "core/fields.h"
+#include "core/isa.h"
+#include "core/tensor_view.h"
+
+namespace cpc::waveform_conv {
+
+struct Problem {
+  TensorView waveforms = {};
+  TensorView weight = {};
+  TensorView bias = {};   // Or absent.
+  TensorView scale = {};  // Or absent, with shift: no normalisation.
+  TensorView shift = {};
+  TensorView out = {};  // Of the gradient: the gradient of what the forward pass gives.
+  int64_t stride = 1;
+  int64_t padding = 0;
+  double eps = 0;
+  bool relu = false;
+
+  int64_t batch() const { return waveforms.shape[0]; }
+  int64_t samples() const { return waveforms.shape[2]; }
+  int64_t channels() const { return weight.shape[0]; }
+  int64_t taps() const { return weight.shape[2]; }
+  int64_t frames() const { return out.shape[2]; }
+  bool normalised() const { return scale.ndim != 0; }
+};
+
+struct Gradient : Problem {
+  // Of weight, then of bias, scale and shift, a row a channel: [C, K + 3], whichever of them there are.
+  TensorView sums = {};
+};
+
+constexpr auto kConvolution = fields_of<Problem>(
+    reads<&Problem::waveforms>("waveforms", Type::floating, "B 1 T"),
+    reads<&Problem::weight>("weight", Type::same, "C 1 K"), may_read<&Problem::bias>("bias", Type::same, "C"),
+    may_read<&Problem::scale>("scale", Type::f32, "C"), may_read<&Problem::shift>("shift", Type::f32, "C"),
+    writes<&Problem::out>("out", Type::same, "B C L", Layout::dense), value<&Problem::stride>("stride"),
+    value<&Problem::padding>("padding"), value<&Problem::eps>("eps"), value<&Problem::relu>("relu"));
+
+constexpr auto kGradient = fields_of<Gradient>(
+    reads<&Gradient::waveforms>("waveforms", Type::floating, "B 1 T"),
+    reads<&Gradient::weight>("weight", Type::same, "C 1 K"), may_read<&Gradient::bias>("bias", Type::same, "C"),
+    may_read<&Gradient::scale>("scale", Type::f32, "C"), may_read<&Gradient::shift>("shift", Type::f32, "C"),
+    reads<&Gradient::out>("grad", Type::same, "B C L"),
+    writes<&Gradient::sums>("sums", Type::f32, "C S", Layout::dense), value<&Gradient::stride>("stride"),
+    value<&Gradient::padding>("padding"), value<&Gradient::eps>("eps"), value<&Gradient::relu>("relu"));
+
+// Throw std::invalid_argument where sizes do not fit each other, or the type is double.
+void check(const Problem& problem, Where where);
+void check(const Gradient& problem, Where where);
+
+namespace cpu {
+CPC_DECLARE_WITHOUT_BFLOAT16(void convolve(const Problem& problem); void convolve_backward(const Gradient& problem))
+inline void convolve(const Problem& problem) { CPC_CALL_AT_ISA(convolve, problem) }
+inline void convolve_backward(const Gradient& problem) { CPC_CALL_AT_ISA(convolve_backward, problem) }
+}  // namespace cpu
+
+}  // namespace cpc::waveform_conv

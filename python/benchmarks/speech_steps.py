@@ -1,0 +1,126 @@
+"""Training steps on speech: CPC_audio's and Greedy InfoMax's formulation against ours, with the same settings.
+
+CPC_audio's default (256 channels, channel norm, LSTM, linear predictors, 128 negatives), Greedy InfoMax's CPC and its
+six modules with ``--subsample`` (512 channels, GRU of 256, 10 negatives), batch 8 of 20480 samples, forward, backward
+and Adam. The rivals are in ``speech_rivals.py``; "tuned" is a rival with fused Adam, and where the processor multiplies
+it natively bfloat16, as ours has them. Prints seconds a step and peak memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+from machine import add_common_arguments, describe, result_file, write_json
+from memory import peak_extra_bytes
+from speech_rivals import CPCAudioRival, GreedyRival
+from timing import interleaved
+from torch import Tensor, nn
+from training import native_dtype
+
+from cpc_ext.models import CPC, GreedyInfoMax, RecurrentContext, WaveformEncoder
+from cpc_ext.nn import SequenceInfoNCE
+
+WINDOW = 20480
+
+
+def our_cpc_audio() -> nn.Module:
+    encoder, context = WaveformEncoder(256, norm="channel", padding="cpc-audio"), RecurrentContext(256, kind="lstm")
+    settings = {"sampling": "shifted", "neg_samples": 128, "common_positions": True, "reduction": "sum"}
+    return CPC(encoder, context, SequenceInfoNCE(256, 256, score="mean", **settings))
+
+
+def our_greedy_cpc() -> nn.Module:
+    return CPC(WaveformEncoder(512), RecurrentContext(512), SequenceInfoNCE(512, 256))
+
+
+def our_greedy() -> nn.Module:
+    return GreedyInfoMax(
+        WaveformEncoder(512),
+        5,
+        context=RecurrentContext(512),
+        context_module=True,
+        objective=SequenceInfoNCE,
+        subsample=128,
+    )
+
+
+# A name, the rival's model, ours.
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
+    "CPC_audio, default": (CPCAudioRival, our_cpc_audio),
+    "Greedy InfoMax, CPC": (lambda: GreedyRival(end_to_end=True, subsample=None), our_greedy_cpc),
+    "Greedy InfoMax, six modules": (lambda: GreedyRival(end_to_end=False, subsample=128), our_greedy),
+}
+
+
+def step_of(model: nn.Module, waveforms: Tensor, *, fused: bool, dtype: torch.dtype) -> Callable[[], None]:
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-4, fused=fused)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(waveforms.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            if isinstance(model, GreedyInfoMax):
+                for output in model.outputs(waveforms):  # A module's activations go before the next one runs.
+                    output.loss.backward()
+            else:
+                made = model(waveforms)
+                (made if isinstance(made, Tensor) else made.loss).backward()
+        optimizer.step()
+
+    return step
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="windows of a step (default 8)")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="timed steps of each (default 3)")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 also where the processor has no instructions")
+    add_common_arguments(parser)
+    return parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
+    device = torch.device(arguments.device)
+    native = torch.bfloat16 if arguments.bf16 else native_dtype(device)
+    torch.manual_seed(0)
+    waveforms = torch.randn(arguments.batch_size, 1, WINDOW, device=device) / 10
+    results = []
+    for name, (rival, ours) in CASES.items():
+        models = {"plain": rival(), "tuned": rival(), "ours": ours(), "ours, float32": ours()}
+        if native == torch.float32:
+            del models["ours, float32"]
+        steps = {
+            each: step_of(
+                model.to(device),
+                waveforms,
+                fused=each != "plain",
+                dtype=torch.float32 if each in ("plain", "ours, float32") else native,
+            )
+            for each, model in models.items()
+        }
+        times = interleaved(steps, repeats=max(2, arguments.repeats), device=device, warmup=1, untimed=0)
+        peaks = {each: peak_extra_bytes(call, device) for each, call in steps.items()}
+        print(name)
+        for each, time in times.items():
+            ratio = time.median / times["ours"].median
+            print(f"  {each:<15}{time}  {ratio:5.2f} x ours  {peaks[each] / 2**20:8.1f} MiB at the peak", flush=True)
+        results.append(
+            {"case": name, "seconds": {each: asdict(time) for each, time in times.items()}, "peak_extra_bytes": peaks}
+        )
+    if arguments.out is not None:
+        out = result_file(arguments.out, arguments.device, "speech_steps")
+        document = {
+            "machine": describe(arguments.device),
+            "batch_size": arguments.batch_size,
+            "precision": str(native).removeprefix("torch."),
+            "complete": True,
+            "results": results,
+        }
+        write_json(out, document)
+        print(f"written: {out}")
+
+
+if __name__ == "__main__":
+    main(parse_arguments())

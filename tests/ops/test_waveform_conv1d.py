@@ -1,0 +1,207 @@
+"""The first layer of encoders of sound: values and gradients of the kernel against plain PyTorch in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cpc_ext.ops import waveform_conv1d
+
+# Of sums of 10 products and of some thousand frames, relative to the largest value.
+TOLERANCES = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+# Batch, channels, samples, taps, stride, padding: tiles that are full, cut, and less than a register of frames.
+SIZES = [
+    (2, 16, 20480, 10, 5, 3),
+    (2, 7, 333, 10, 5, 2),
+    (1, 33, 2000, 3, 1, 1),
+    (3, 64, 700, 7, 9, 0),
+    (1, 2, 10, 10, 5, 0),
+    (1, 5, 3, 9, 4, 3),
+]
+
+
+def draw(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def plain(waveforms, weight, bias, scale, shift, *, stride, padding, relu):
+    made = F.conv1d(waveforms, weight, bias, stride, padding)
+    if scale is not None:
+        made = (made - made.mean(1, keepdim=True)) / (made.var(1, keepdim=True) + 1e-5).sqrt()
+        made = made * scale[:, None] + shift[:, None]
+    return F.relu(made) if relu else made
+
+
+def problem(batch, channels, samples, taps, *, bias=True, norm=True):
+    return (
+        draw(batch, 1, samples, seed=0),
+        draw(channels, 1, taps, seed=1) * taps**-0.5,
+        draw(channels, seed=2) if bias else None,
+        1 + draw(channels, seed=3) / 4 if norm else None,
+        draw(channels, seed=4) if norm else None,
+    )
+
+
+def with_gradients(layer, waveforms, parameters, grad):
+    leaves = [None if one is None else one.detach().requires_grad_() for one in parameters]
+    made = layer(waveforms, *leaves)
+    return made, *torch.autograd.grad(made, [one for one in leaves if one is not None], grad.to(made.dtype))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize(("bias", "norm"), [(True, False), (True, True), (False, True), (False, False)])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_values_and_gradients(size, bias, norm, relu, dtype):
+    *shape, stride, padding = size
+    waveforms, *parameters = (
+        # What both compute with: rounding the arguments is not the kernel's doing.
+        None if one is None else one.to(dtype).double()
+        for one in problem(*shape, bias=bias, norm=norm)
+    )
+
+    def ours(waveforms, weight, bias, scale, shift):
+        return waveform_conv1d(
+            waveforms, weight, bias, stride=stride, padding=padding, scale=scale, shift=shift, relu=relu
+        )
+
+    expected = plain(waveforms, *parameters, stride=stride, padding=padding, relu=False)
+    grad = draw(*expected.shape, seed=5).to(dtype).double()
+    if relu:
+        # Where rounding decides on which side of zero a value is, it also decides the gradient.
+        grad *= expected.abs() > 8 * TOLERANCES[dtype]
+
+    def reference(waveforms, *parameters):
+        return plain(waveforms, *parameters, stride=stride, padding=padding, relu=relu)
+
+    exact = with_gradients(reference, waveforms, parameters, grad)
+    typed = [None if one is None else one.to(dtype) for one in parameters]
+    typed[2:] = [None if one is None else one.float() for one in parameters[2:]]
+    made = with_gradients(ours, waveforms.to(dtype), typed, grad)
+    assert made[0].dtype == dtype
+    for one, other in zip(made, exact, strict=True):
+        assert one.shape == other.shape
+        assert (one.double() - other).abs().max() <= TOLERANCES[dtype] * max(other.abs().max(), 1)
+
+
+def test_strided_arguments_and_gradients():
+    waveforms, weight, bias, scale, shift = (one.float() for one in problem(2, 12, 500, 10))
+    expanded = waveforms[:1].expand(3, 1, 500)
+    apart = torch.stack([weight, weight], 3)[..., 0]
+    every_other = torch.stack([bias, bias], 1)[:, 0]
+    options = {"stride": 5, "padding": 2, "scale": scale, "shift": shift, "relu": True}
+    expected = waveform_conv1d(waveforms[:1].repeat(3, 1, 1), weight, bias, **options)
+    apart.requires_grad_()
+    made = waveform_conv1d(expanded, apart, every_other, **options)
+    assert torch.equal(made, expected)
+    grad = draw(*made.shape[::-1], seed=6).float().permute(2, 1, 0)
+    (one,) = torch.autograd.grad(made, apart, grad, retain_graph=True)
+    (other,) = torch.autograd.grad(made, apart, grad.contiguous())
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_the_same_bits_on_any_number_of_threads(threads):
+    waveforms, *parameters = (one.float() for one in problem(3, 64, 8000, 10))
+
+    def layer(waveforms, weight, bias, scale, shift):
+        return waveform_conv1d(waveforms, weight, bias, stride=5, padding=3, scale=scale, shift=shift, relu=True)
+
+    grad = draw(3, 64, 1600, seed=5)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            results.append(with_gradients(layer, waveforms, parameters, grad))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_gradients_by_finite_differences_in_everything():
+    arguments = [one.requires_grad_() for one in problem(2, 4, 40, 5)]
+
+    def layer(waveforms, weight, bias, scale, shift):
+        return waveform_conv1d(waveforms, weight, bias, stride=3, padding=1, scale=scale, shift=shift)
+
+    assert torch.autograd.gradcheck(layer, arguments)
+    assert torch.autograd.gradgradcheck(layer, arguments)
+
+
+def test_a_gradient_in_the_waveforms_is_taken():
+    waveforms, weight, bias, *_ = (one.float() for one in problem(2, 4, 100, 10))
+    made = waveform_conv1d(waveforms.requires_grad_(), weight, bias, stride=5, relu=True)
+    (grad,) = torch.autograd.grad(made.sum(), waveforms)
+    (expected,) = torch.autograd.grad(F.relu(F.conv1d(waveforms, weight, bias, 5)).sum(), waveforms)
+    torch.testing.assert_close(grad, expected)
+
+
+def test_second_derivatives_are_refused_where_the_kernel_runs():
+    waveforms, weight, *_ = (one.float() for one in problem(1, 4, 100, 10))
+    made = waveform_conv1d(waveforms, weight.requires_grad_(), relu=True)
+    (grad,) = torch.autograd.grad(made.square().sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="waveform_conv1d has no second derivatives"):
+        grad.sum().backward()
+
+
+def test_autocast():
+    waveforms, *parameters = (one.float() for one in problem(2, 8, 400, 10))
+    options = {"stride": 5, "scale": parameters[2], "shift": parameters[3], "relu": True}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made = waveform_conv1d(waveforms, *parameters[:2], **options)
+    assert made.dtype == torch.bfloat16
+    torch.testing.assert_close(made.float(), waveform_conv1d(waveforms, *parameters[:2], **options), rtol=0, atol=0.05)
+
+
+def test_no_waveforms():
+    weight = torch.randn(4, 1, 10, requires_grad=True)
+    made = waveform_conv1d(torch.zeros(0, 1, 100), weight, stride=5)
+    assert made.shape == (0, 4, 19)
+    (grad,) = torch.autograd.grad(made.sum(), weight)
+    assert not grad.any()
+
+
+def test_what_is_registered():
+    waveforms, weight, bias, scale, shift = (one.float() for one in problem(2, 4, 100, 10))
+    arguments = (waveforms, weight.requires_grad_(), bias, scale.requires_grad_(), shift, 5, 2, 1e-5, True)
+    torch.library.opcheck(torch.ops.cpc_ext.waveform_conv1d.default, arguments)
+
+
+def test_compiles():
+    waveforms, weight, bias, *_ = (one.float() for one in problem(2, 4, 100, 10))
+    weight.requires_grad_()
+
+    def layer(waveforms):
+        return waveform_conv1d(waveforms, weight, bias, stride=5, relu=True)
+
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(waveforms), layer(waveforms))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"waveforms": torch.zeros(2, 100)}, ValueError, r"waveforms must be \[B, 1, T\]"),
+        ({"waveforms": torch.zeros(2, 2, 100)}, ValueError, r"waveforms must be \[B, 1, T\]"),
+        ({"waveforms": torch.zeros(2, 1, 100, dtype=torch.int16)}, TypeError, "waveforms must be float32"),
+        ({"waveforms": torch.zeros(2, 1, 9)}, ValueError, "shorter than the kernel of 10 taps"),
+        ({"weight": torch.zeros(4, 1, 10, dtype=torch.float64)}, TypeError, "weight must be float32"),
+        ({"weight": torch.zeros(4, 2, 10)}, ValueError, r"weight must be \[C, 1, K\]"),
+        ({"bias": torch.zeros(5)}, ValueError, r"bias must be \[4\]"),
+        ({"scale": torch.ones(4)}, ValueError, "both scale and shift"),
+        ({"scale": torch.ones(4), "shift": torch.ones(3)}, ValueError, r"shift must be \[4\]"),
+        ({"stride": 0}, ValueError, "stride must be at least 1"),
+        ({"stride": 1.5}, TypeError, "stride must be an integer"),
+        ({"padding": -1}, ValueError, "padding must be at least 0"),
+    ],
+)
+def test_wrong_arguments(change, error, words):
+    arguments = {"waveforms": torch.zeros(2, 1, 100), "weight": torch.zeros(4, 1, 10), "bias": torch.zeros(4)}
+    with pytest.raises(error, match=words):
+        waveform_conv1d(**{**arguments, **change})
+
+
+def test_one_channel_cannot_be_normalised():
+    with pytest.raises(ValueError, match="at least 2 channels"):
+        waveform_conv1d(torch.zeros(1, 1, 20), torch.zeros(1, 1, 10), scale=torch.ones(1), shift=torch.zeros(1))

@@ -1,0 +1,202 @@
+"""Runs on speech as a user starts them: what they leave, how they resume, how they are measured and used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cpc_ext.programs import embed, evaluate
+from cpc_ext.programs import training as program
+from cpc_ext.training import run_data
+from cpc_ext.training.checkpoint import load_checkpoint
+from cpc_ext.training.data_record import differences
+from tests.tasks.test_speech_tasks import dataset_of, recordings
+from tests.training.conftest import PNG
+
+TINY = (
+    *("--window", "6400", "--channels", "8", "--context-channels", "8", "--pred-steps", "3", "--neg-samples", "4"),
+    *("--batch-size", "4", "--steps", "6", "--log-every", "2", "--checkpoint-every", "3", "--warmup-steps", "1"),
+    *("--device", "cpu", "--precision", "fp32"),
+)
+MODELS = ("cpc-audio", "greedy-infomax-audio")
+
+
+@pytest.fixture(autouse=True)
+def small_voices(monkeypatch):
+    """Tones in place of the voices, and one thread for tensors so small."""
+    data = dataset_of(test=recordings(6, 4.0))
+    monkeypatch.setattr(run_data, "load_dataset", lambda *arguments, **options: data)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def train(*options):
+    return program.main([*map(str, (*TINY, *options))])
+
+
+def logged(run):
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    changing = ("windows_per_second", "seconds")
+    return [{name: value for name, value in json.loads(line).items() if name not in changing} for line in lines]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_run_leaves_everything(model, tmp_path, capsys):
+    assert train("--model", model, "--out-dir", tmp_path) == 0
+    records = [record for record in logged(tmp_path) if "loss" in record]
+    assert [record["step"] for record in records] == [2, 4, 6]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["windows_per_second"] > 0 for line in lines if "loss" in line)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["model"] == model
+    assert summary["windows_per_second"] > 0
+    for name in ("phone_accuracy", "untrained_phone_accuracy", "log_mel_phone_accuracy", "speaker_accuracy"):
+        assert 0 <= summary[name] <= 1
+    for name in ("curves.png", "frames.png"):
+        assert (tmp_path / name).read_bytes().startswith(PNG), name
+    said = capsys.readouterr().out
+    assert "8 recordings (0.1 minutes) of voices" in said
+    assert "linear probe of phones: " in said
+    assert "linear probe of speakers: " in said
+
+
+@pytest.mark.parametrize("options", [("--keep-state", "--windows", "sequential", "--window", "3200"), ()])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_resumed_run_is_the_same_to_the_bit(model, options, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train("--model", model, "--out-dir", whole, *options) == 0
+    assert train("--model", model, "--out-dir", parts, *options, "--steps", "3", "--schedule", "constant") == 0
+    # A run of another length has another schedule: both are constant here.
+    constant = tmp_path / "constant"
+    assert train("--model", model, "--out-dir", constant, *options, "--schedule", "constant") == 0
+    assert program.main(["--resume", "--out-dir", str(parts), "--steps", "6"]) == 0
+    assert logged(parts)[-1]["loss"] == logged(constant)[-1]["loss"]
+    one, other = (load_checkpoint(run / "checkpoint.pt")["model"] for run in (parts, constant))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_other_recordings_are_noticed(tmp_path, monkeypatch, capsys):
+    assert train("--model", "cpc-audio", "--out-dir", tmp_path) == 0
+    record = load_checkpoint(tmp_path / "checkpoint.pt")["data"]
+    assert record["recordings"] == 8
+    more = dataset_of(recordings(10))
+    monkeypatch.setattr(run_data, "load_dataset", lambda *arguments, **options: more)
+    capsys.readouterr()
+    assert program.main(["--resume", "--out-dir", str(tmp_path), "--steps", "9"]) == 1
+    assert "8 recordings then, 10 now. Go on with the windows as they were" in capsys.readouterr().err
+    assert differences(record, {**record, "sound": "other"}) == ["other sound"]
+
+
+def test_one_module_after_another(tmp_path):
+    first, second = tmp_path / "0", tmp_path / "1"
+    assert train("--model", "greedy-infomax-audio", "--train-module", 0, "--out-dir", first) == 0
+    options = ("--train-module", "1", "--resume-from", str(first), "--out-dir", str(second))
+    assert program.main([*options, "--steps", "6"]) == 0
+    before, after = (load_checkpoint(run / "checkpoint.pt")["model"] for run in (first, second))
+    changed = {name.split(".")[2] for name in before if not torch.equal(before[name], after[name])}
+    assert "1" in changed
+    assert not torch.equal(before["encoder.layers.1.conv.weight"], after["encoder.layers.1.conv.weight"])
+    assert torch.equal(before["encoder.layers.0.conv.weight"], after["encoder.layers.0.conv.weight"])
+
+
+def test_evaluation(tmp_path, capsys):
+    runs = [tmp_path / model for model in MODELS]
+    for model, run in zip(MODELS, runs, strict=True):
+        assert train("--model", model, "--out-dir", run) == 0
+    capsys.readouterr()
+    assert evaluate.main([str(runs[0]), "--measures", "all", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    results = json.loads((runs[0] / "evaluation" / "speech.json").read_text())
+    assert set(results["rows"]) == {"trained", "untrained", "log-mel", "log-mel, 5 frames", "commonest"}
+    spectra = results["rows"]["log-mel"]
+    assert set(spectra) == {"phones", "phones-hidden", "speakers", "speakers-last", "abx within", "abx across"}
+    assert spectra["phones"] > 0.9 > results["rows"]["commonest"]["phones"]
+    assert spectra["abx within"] < 0.1
+    assert f"{spectra['phones']:.1%}" in said
+    for name in ("confusion_phones.png", "confusion_phones-hidden.png"):
+        assert (runs[0] / "evaluation" / name).read_bytes().startswith(PNG)
+    assert evaluate.main([*map(str, runs), "--per-module", "--device", "cpu"]) == 0
+    assert (runs[0] / "evaluation" / "accuracy_by_depth.png").read_bytes().startswith(PNG)
+    depths = json.loads((runs[1] / "evaluation" / "by_depth.json").read_text())
+    assert depths["layers"] == ["module0", "module1", "module2", "module3", "encoder", "context"]
+    assert len(depths["by_depth"]["phones"]["trained"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--measures", "vowels"), "--measures: expected all, or some of phones"),
+        (("--layer", "context7"), "--layer: "),
+        (("--minutes", "0"), "--minutes: above 0"),
+    ],
+)
+def test_what_evaluation_refuses(options, words, tmp_path, capsys):
+    assert train("--model", "cpc-audio", "--out-dir", tmp_path) == 0
+    assert evaluate.main([str(tmp_path), *options, "--device", "cpu"]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_recordings_without_labels_are_not_measured(tmp_path, monkeypatch, capsys):
+    assert train("--model", "cpc-audio", "--out-dir", tmp_path) == 0
+    plain = dataset_of(recordings(labelled=False), recordings(labelled=False))
+    monkeypatch.setattr(run_data, "load_dataset", lambda *arguments, **options: plain)
+    assert evaluate.main([str(tmp_path), "--device", "cpu"]) == 1
+    assert "the recordings of --dataset voices have no phones" in capsys.readouterr().err
+
+
+@pytest.fixture
+def sounds(tmp_path) -> Path:
+    """A folder of recordings, of which one is too short and one damaged."""
+    soundfile = pytest.importorskip("soundfile")
+    pytest.importorskip("soxr")
+    folder = tmp_path / "sounds" / "somebody"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for number in range(2):
+        soundfile.write(folder / f"{number}.wav", rng.standard_normal(8000 + 1600 * number) / 10, 16000)
+    soundfile.write(folder / "short.wav", np.zeros(30), 16000)
+    (folder / "damaged.flac").write_bytes(b"fLaC" + bytes(50))
+    return folder.parent
+
+
+@pytest.mark.parametrize("form", ["npy", "text"])
+def test_frames_of_a_folder(form, sounds, tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "frames"
+    assert train("--model", "cpc-audio", "--out-dir", run) == 0
+    capsys.readouterr()
+    options = ("--data-dir", sounds, "--out", out, "--format", form, "--device", "cpu")
+    assert embed.main([str(run), *map(str, options)]) == 0
+    said = capsys.readouterr()
+    assert "frames of 8 values of 2 recordings" in said.out
+    assert "short.wav" in said.err
+    assert "damaged.flac" in said.err
+    for number, frames in ((0, 50), (1, 60)):
+        if form == "npy":
+            made = np.load(out / "somebody" / f"{number}.npy")
+            times = np.load(out / "somebody" / f"{number}.times.npy")
+        else:
+            rows = np.loadtxt(out / "somebody" / f"{number}.txt")
+            times, made = rows[:, 0], rows[:, 1:]
+        assert made.shape == (len(times), 8)
+        assert abs(len(times) - frames) <= 2
+        np.testing.assert_allclose(times[:2], [20 / 16000, 180 / 16000], atol=1e-5)
+
+
+def test_what_embedding_refuses(sounds, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train("--model", "cpc-audio", "--out-dir", run) == 0
+    for options, words in (
+        ((), "--data-dir: name the folder of recordings"),
+        (("--data-dir", sounds, "--layer", "context9"), "--layer: layer: expected one of"),
+        (("--data-dir", sounds, "--dataset", "voices"), "--dataset: a run on speech embeds"),
+        (("--data-dir", tmp_path / "nowhere"), "--data-dir: "),
+    ):
+        capsys.readouterr()
+        assert embed.main([str(run), *map(str, options), "--device", "cpu"]) == 1
+        assert words in capsys.readouterr().err
