@@ -146,7 +146,7 @@ void choose_convolve(const Convolution& problem, int64_t first_image, int64_t im
     if constexpr (sizeof(T) == 2) {
       if (problem.transposed) {
         const Operands<T, true, TransposedFilters<T>> a(problem, first_image, images);
-        return launch_cheapest<Math, SquareTeams, LowTeams, FifthTeams>(a, stream);
+        return launch_cheapest<Math, MiddleTeams, LowTeams, FifthTeams>(a, stream);
       }
       if (halves_depth(problem)) {
         const Operands<T, true> a(problem, first_image, images);

@@ -255,8 +255,8 @@ Runs all_runs() {
   runs["bfloat16 square taps"] = [](const Size& size) {
     return convolve<TensorCores<BFloat16>, SquareTile>(size, false);
   };
-  runs["bfloat16 square_teams taps"] = [](const Size& size) {
-    return convolve<TensorCores<BFloat16>, masked_conv::cuda::SquareTeams>(size, false);
+  runs["bfloat16 middle_teams taps"] = [](const Size& size) {
+    return convolve<TensorCores<BFloat16>, masked_conv::cuda::MiddleTeams>(size, false);
   };
   runs["bfloat16 low_teams taps"] = &low_teams;
   runs["tf32 low taps"] = [](const Size& size) { return convolve<TensorCores<float>, LowTile>(size, true); };

@@ -36,7 +36,7 @@ PRODUCTS = [
     ]
     for operands in ("rows-rows", "rows-columns", "columns-columns")
 ]
-TEAMS = ["bfloat16 square_teams taps", "bfloat16 low_teams taps"]
+TEAMS = ["bfloat16 middle_teams taps", "bfloat16 low_teams taps"]
 CONVOLUTIONS = ["bfloat16 square taps", "tf32 low taps", *TEAMS]
 # Rows, columns and depth: nothing but edges, odd, several tiles, less depth than there are stages, none.
 SIZES = [(1, 1, 1), (131, 263, 77), (300, 257, 129), (128, 256, 64), (65, 9, 200), (5, 7, 0)]
