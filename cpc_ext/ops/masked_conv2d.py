@@ -350,7 +350,7 @@ def _backward_reference(op: _Gradient) -> _GradientResults:
     return _GradientResults(
         preactivation=_channels_last(grad).clone() if op.activation != "none" else grad.new_empty(0),
         input=_channels_last(grad_input) if needs_input else grad.new_empty(0),
-        weight=grad_weight.contiguous() if needs_weight else grad.new_empty(0),
+        weight=torch.empty_like(op.weight).copy_(grad_weight) if needs_weight else grad.new_empty(0),
         bias=grad.sum((0, 2, 3)) if needs_bias else grad.new_empty(0),
     )
 
@@ -372,7 +372,7 @@ def _empty_gradients(op: _Gradient) -> _GradientResults:
     return _GradientResults(
         preactivation=_empty_like_image(grad, weight.shape[0]) if op.activation != "none" else grad.new_empty(0),
         input=_empty_like_image(grad, weight.shape[1]) if needs_input else grad.new_empty(0),
-        weight=grad.new_empty(weight.shape) if needs_weight else grad.new_empty(0),
+        weight=torch.empty_like(weight) if needs_weight else grad.new_empty(0),  # Laid out as the weight is.
         bias=grad.new_empty(weight.shape[0]) if needs_bias else grad.new_empty(0),
     )
 

@@ -1,5 +1,6 @@
 // From the gradient in the outputs to that in what went into the activation, and the bias's. Bound by memory: threads
-// move 16 bytes at a time. The bias's sums over all pixels take two steps, kBiasParts parts and then their sum.
+// move 16 bytes at a time. The bias's sums over all pixels take two steps, kBiasParts parts and then their sum, which the
+// last kernel of the weight's gradient takes along where there is one.
 #pragma once
 
 #include "masked_conv/tile.cuh"
@@ -92,29 +93,47 @@ __global__ void __launch_bounds__(kActivationThreads, 2)
   }
 }
 
-constexpr int kBiasRows = kThreads / kWarp;
-
-// The parts' sums to the bias's gradient: lane l of each warp takes a column, warp w the parts w, w + kBiasRows, ….
+// The parts' sums, [kBiasParts, outputs], and the bias's gradient.
 template <class T>
-__global__ void __launch_bounds__(kThreads) sum_bias_parts(const SumOf<T>* parts, int64_t outputs, T* bias_grad) {
-  using Sum = SumOf<T>;
-  auto& of_warp = static_shared<Sum[kBiasRows][kWarp], struct BiasParts>();
-  const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  for (int64_t first = int64_t{blockIdx.x} * kWarp; first < outputs; first += int64_t{gridDim.x} * kWarp) {
-    const int64_t column = first + lane;
+struct BiasSums {
+  static constexpr int kRows = kThreads / kWarp;
+
+  const SumOf<T>* parts;  // Null where there is no such gradient.
+  int64_t outputs;
+  T* bias_grad;
+
+  // Each block of kThreads threads sums the parts of kWarp outputs.
+  __host__ __device__ int64_t blocks() const { return parts == nullptr ? 0 : divide_up(outputs, kWarp); }
+
+  // Lane l of each warp takes an output, warp w the parts w, w + kRows, ….
+  __device__ void sum(int64_t block) const {
+    using Sum = SumOf<T>;
+    auto& of_warp = static_shared<Sum[kRows][kWarp], struct BiasParts>();
+    const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    const int64_t output = block * kWarp + lane;
     Sum total = 0;
-    if (column < outputs) {
+    if (output < outputs) {
 #pragma unroll 8
-      for (int64_t part = warp; part < kBiasParts; part += kBiasRows) total += parts[part * outputs + column];
+      for (int64_t part = warp; part < kBiasParts; part += kRows) total += parts[part * outputs + output];
     }
     of_warp[warp][lane] = total;
     __syncthreads();
-    if (warp == 0 && column < outputs) {
-      for (int w = 1; w < kBiasRows; ++w) total += of_warp[w][lane];
-      bias_grad[column] = Narrow<T>::from(total);
+    if (warp == 0 && output < outputs) {
+      for (int w = 1; w < kRows; ++w) total += of_warp[w][lane];
+      bias_grad[output] = Narrow<T>::from(total);
     }
-    __syncthreads();
+    __syncthreads();  // The next sum overwrites shared memory.
   }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) sum_bias_parts(const BiasSums<T> sums) {
+  for (int64_t block = blockIdx.x; block < sums.blocks(); block += gridDim.x) sums.sum(block);
+}
+
+template <class T>
+void launch_bias_sums(const BiasSums<T>& sums, void* stream) {
+  launch("sum_bias_parts", &sum_bias_parts<T>, {sums.blocks(), dim3(kThreads)}, stream, sums);
 }
 
 template <class T>
@@ -147,9 +166,8 @@ void launch_activation_grad(const ActivationGrad& problem, void* stream) {
       "differentiate_activation", &differentiate_activation<T>,
       {a.parts * a.column_blocks, threads, summed ? 2 * kActivationThreads * kChunk<T> * int64_t{sizeof(SumOf<T>)} : 0},
       stream, a);
-  if (summed)
-    launch("sum_bias_parts", &sum_bias_parts<T>, {divide_up(problem.outputs(), kWarp), dim3(kThreads)}, stream, a.sums,
-           problem.outputs(), problem.bias_grad.as<T>());
+  if (summed && !problem.parts_only)
+    launch_bias_sums(BiasSums<T>{a.sums, problem.outputs(), problem.bias_grad.as<T>()}, stream);
 }
 
 }  // namespace cpc::masked_conv::cuda

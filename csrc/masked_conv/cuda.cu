@@ -4,6 +4,7 @@
 // Rows of a tile are neighbouring pixels, or one pixel of many images, so that a tap which leads all of them out of the
 // image is left out. The gradients of activation and weight are in headers of their own.
 #include <algorithm>
+#include <iterator>
 #include <type_traits>
 
 #include "masked_conv/activation_grad.cuh"
@@ -36,24 +37,29 @@ Pixels order_of(const Convolution& problem, int64_t images) {
           .by_width = FastDivide(static_cast<uint32_t>(width))};
 }
 
+// Where weights and mask have the tap that leads nowhere else; the others are `sign` times as far away as taps lead.
 template <class T>
-WeightsInPlace<T> in_place(const TensorView& weight, const TensorView& mask) {
-  const int64_t above = (mask.shape[0] - 1) / 2, before = (mask.shape[1] - 1) / 2;
+WeightsInPlace<T> in_place(const TensorView& weight, int sign) {
+  const int64_t above = (weight.shape[2] - 1) / 2, before = (weight.shape[3] - 1) / 2;
   return {.centre = weight.as<T>() + above * weight.strides[2] + before * weight.strides[3],
-          .mask = mask.as<bool>() + above * mask.strides[0] + before * mask.strides[1],
-          .by_row = static_cast<int>(weight.strides[2]),
-          .by_column = static_cast<int>(weight.strides[3]),
-          .mask_by_row = static_cast<int>(mask.strides[0]),
-          .mask_by_column = static_cast<int>(mask.strides[1])};
+          .by_row = sign * static_cast<int>(weight.strides[2]),
+          .by_column = sign * static_cast<int>(weight.strides[3])};
+}
+TapMask mask_in_place(const TensorView& mask, int sign) {
+  const int64_t above = (mask.shape[0] - 1) / 2, before = (mask.shape[1] - 1) / 2;
+  return {.centre = mask.as<bool>() + above * mask.strides[0] + before * mask.strides[1],
+          .by_row = sign * static_cast<int>(mask.strides[0]),
+          .by_column = sign * static_cast<int>(mask.strides[1])};
 }
 
 // A convolution of some images as the operands and the epilogue of a product.
-template <class T, bool kWholeChunks>
+template <class T, bool kWholeChunks, class FiltersOf = Filters<T>>
 struct Operands {
   VisibleTaps<T, kWholeChunks> pixels;
-  Filters<T> filters;
+  FiltersOf filters;
   SeenSlices<VisibleTaps<T, kWholeChunks>> depth;
-  FinishOutputs<T> outputs;
+  static constexpr bool kTransposed = std::is_same_v<FiltersOf, TransposedFilters<T>>;
+  std::conditional_t<kTransposed, StorePixels<T>, FinishOutputs<T>> outputs;
 
   Operands(const Convolution& problem, int64_t first_image, int64_t images) {
     constexpr int64_t kSmallMap = 256, kManyImages = 32;  // Where a tile is of so few pixels that taps may miss all.
@@ -65,32 +71,39 @@ struct Operands {
     const int64_t in_image = problem.height() * problem.width();
     const int values = depth_of(static_cast<int64_t>(problem.taps.size()), problem.inputs());
     const bool packed = problem.packed.data != nullptr;
+    const int sign = problem.transposed ? -1 : 1;
     pixels = {.input = from(problem.input).template as<T>(),
               .count = images * (problem.position.data != nullptr ? 1 : in_image),
               .channels = static_cast<int>(problem.inputs()),
               .pixels = order_of(problem, images),
               .taps = offsets_of(problem.taps)};
     depth = {.slices = static_cast<int>(slices_of<T>(values)),
-             .looks = pixels.pixels.images_innermost && in_image <= kSmallMap && images >= kManyImages};
-    outputs = {.bias = problem.bias.as<T>(),
-               .condition = from(problem.condition),
-               .output = from(problem.output),
-               .preactivation = from(problem.preactivation),
-               .rows = pixels.count,
-               .pixels = pixels.pixels,
-               .outputs = {static_cast<int>(problem.outputs), problem.activation == Activation::gated},
-               .activation = problem.activation};
-    filters = {.packed = problem.packed.as<T>(),
-               .count = outputs.outputs.columns(),
-               .stride = packed ? packed_stride(values, sizeof(T)) : problem.weight.strides[0],
-               .outputs = outputs.outputs,
-               .slices = depth.slices};
-    if (!packed) filters.in_place = in_place<T>(problem.weight, problem.mask);
+             .looks = pixels.pixels.images_innermost && in_image <= kSmallMap && images >= kManyImages,
+             .mask = packed ? TapMask{} : mask_in_place(problem.mask, sign)};
+    const OutputOrder order{static_cast<int>(problem.outputs), problem.activation == Activation::gated};
+    if constexpr (kTransposed)
+      outputs = {from(problem.output), pixels.count, pixels.pixels, order.outputs};
+    else
+      outputs = {.bias = problem.bias.as<T>(),
+                 .condition = from(problem.condition),
+                 .output = from(problem.output),
+                 .preactivation = from(problem.preactivation),
+                 .rows = pixels.count,
+                 .pixels = pixels.pixels,
+                 .outputs = order,
+                 .activation = problem.activation};
+    filters.count = order.columns();
+    filters.stride = packed ? packed_stride(values, sizeof(T)) : problem.weight.strides[0];
+    if (!packed) filters.in_place = in_place<T>(problem.weight, sign);
+    if constexpr (!kTransposed) {
+      filters.packed = problem.packed.as<T>();
+      filters.outputs = order;
+    }
   }
 };
 
-template <class Math, class Tile, bool kWholeChunks>
-void launch_convolve(const Operands<typename Math::Value, kWholeChunks>& a, void* stream) {
+template <class Math, class Tile, bool kWholeChunks, class FiltersOf>
+void launch_convolve(const Operands<typename Math::Value, kWholeChunks, FiltersOf>& a, void* stream) {
   launch_product<Math, Tile>("convolve", a.pixels, a.filters, a.depth, a.outputs, 1, stream);
 }
 
@@ -98,26 +111,55 @@ void launch_convolve(const Operands<typename Math::Value, kWholeChunks>& a, void
 template <class Tile>
 double cost(int64_t rows, int64_t columns) {
   const int64_t tiles = divide_up(rows, Tile::kRows) * divide_up(columns, Tile::kColumns);
-  const double factor = std::is_same_v<Tile, LowTile> ? kLowCost : 1;
-  return factor * static_cast<double>(divide_up(tiles, multiprocessors()) * Tile::kRows * Tile::kColumns);
+  constexpr double kFactor = Tile::kRows == LowTile::kRows     ? kLowCost
+                             : Tile::kRows < SquareTile::kRows ? kMiddleCost
+                                                               : 1;
+  return kFactor * static_cast<double>(divide_up(tiles, multiprocessors()) * Tile::kRows * Tile::kColumns);
 }
 
-// Results are the same of whatever tile.
+// By the cheapest of some tiles, the first of equals.
+template <class Math, class... Tiles, bool kWholeChunks, class FiltersOf>
+void launch_cheapest(const Operands<typename Math::Value, kWholeChunks, FiltersOf>& a, void* stream) {
+  const double costs[] = {cost<Tiles>(a.pixels.count, a.filters.count)...};
+  const auto best = std::min_element(std::begin(costs), std::end(costs)) - std::begin(costs);
+  int tile = 0;
+  ((tile++ == best ? launch_convolve<Math, Tiles>(a, stream) : void()), ...);
+}
+
+// Whether two teams sum each output of values of 16 bits: on small maps, which have few tiles. It does not depend on how many
+// images there are, nor on whether a pixel is computed alone.
+bool halves_depth(const Convolution& problem) {
+  constexpr int64_t kFewPixels = 64;
+  return problem.height() * problem.width() <= kFewPixels && has_pairs_of_slices(problem.input, problem.inputs());
+}
+
+// Results are the same of whatever tile, and so on whatever GPU.
 template <class Math>
 void choose_convolve(const Convolution& problem, int64_t first_image, int64_t images, void* stream) {
   using T = typename Math::Value;
+  const bool alone = problem.position.data != nullptr;
   if constexpr (!Math::kTensorCores) {
     launch_convolve<Math, DoubleTile>(Operands<T, false>(problem, first_image, images), stream);
   } else if (!has_whole_chunks(problem.input, problem.inputs())) {
     launch_convolve<Math, LowTile>(Operands<T, false>(problem, first_image, images), stream);
   } else {
+    if constexpr (sizeof(T) == 2) {
+      if (problem.transposed) {
+        const Operands<T, true, TransposedFilters<T>> a(problem, first_image, images);
+        return launch_cheapest<Math, MiddleTeams, LowTeams, FifthTeams>(a, stream);
+      }
+      if (halves_depth(problem)) {
+        const Operands<T, true> a(problem, first_image, images);
+        return alone ? launch_convolve<Math, PixelTeams>(a, stream) : launch_convolve<Math, MiddleTeams>(a, stream);
+      }
+    }
     const Operands<T, true> a(problem, first_image, images);
-    if (problem.position.data != nullptr) return launch_convolve<Math, PixelTile>(a, stream);
-    const int64_t rows = a.pixels.count, columns = a.filters.count;
-    const double square = cost<SquareTile>(rows, columns), low = cost<LowTile>(rows, columns);
-    if constexpr (!std::is_same_v<Math, SplitTf32>)  // Which needs more registers than there are.
-      if (cost<FifthTile>(rows, columns) < std::min(square, low)) return launch_convolve<Math, FifthTile>(a, stream);
-    low < square ? launch_convolve<Math, LowTile>(a, stream) : launch_convolve<Math, SquareTile>(a, stream);
+    if (alone)
+      launch_convolve<Math, PixelTile>(a, stream);
+    else if constexpr (std::is_same_v<Math, SplitTf32>)  // The fifth needs more registers than there are.
+      launch_cheapest<Math, SquareTile, LowTile>(a, stream);
+    else
+      launch_cheapest<Math, SquareTile, LowTile, FifthTile>(a, stream);
   }
 }
 
@@ -137,6 +179,17 @@ void launch_convolve_of(const Convolution& problem, void* stream) {
   }
 }
 
+// Whether weights may be read as they are: channels innermost, all places of 32 bits, and a mask that is one for all channels
+// and of few taps.
+bool lies_in_place(const TensorView& weight, const TensorView& mask, int64_t dilation) {
+  const int64_t size = size_of(weight.dtype), most = std::numeric_limits<int32_t>::max();
+  const auto whole = [&](int64_t stride) { return stride * size % kChunkBytes == 0 && stride <= most; };
+  return weight.dtype != DType::f64 && mask.ndim == 2 && mask.shape[0] * mask.shape[1] <= TapMask::kMost &&
+         dilation == 1 && weight.strides[1] == 1 && reinterpret_cast<uintptr_t>(weight.data) % kChunkBytes == 0 &&
+         whole(weight.strides[0]) && whole(weight.strides[2]) && whole(weight.strides[3]) &&
+         weight.shape[0] * weight.strides[0] <= most && std::max(mask.strides[0], mask.strides[1]) <= most;
+}
+
 }  // namespace
 
 int64_t packed_bytes(int64_t outputs, int64_t inputs, int64_t taps, DType dtype) {
@@ -144,12 +197,13 @@ int64_t packed_bytes(int64_t outputs, int64_t inputs, int64_t taps, DType dtype)
 }
 
 bool reads_in_place(const TensorView& weight, const TensorView& mask, int64_t dilation) {
-  const int64_t size = size_of(weight.dtype), most = std::numeric_limits<int32_t>::max();
-  const auto whole = [&](int64_t stride) { return stride * size % kChunkBytes == 0 && stride <= most; };
-  return weight.dtype != DType::f64 && mask.ndim == 2 && dilation == 1 && weight.strides[1] == 1 &&
-         weight.shape[1] * size % kSliceBytes == 0 && reinterpret_cast<uintptr_t>(weight.data) % kChunkBytes == 0 &&
-         whole(weight.strides[0]) && whole(weight.strides[2]) && whole(weight.strides[3]) &&
-         weight.shape[0] * weight.strides[0] <= most && std::max(mask.strides[0], mask.strides[1]) <= most;
+  return lies_in_place(weight, mask, dilation) && weight.shape[1] * size_of(weight.dtype) % kSliceBytes == 0;
+}
+
+bool reads_transposed(const TensorView& weight, const TensorView& mask, int64_t dilation, const TensorView& grad) {
+  const int64_t size = size_of(weight.dtype);
+  return size == 2 && lies_in_place(weight, mask, dilation) && weight.shape[1] * size % kChunkBytes == 0 &&
+         has_pairs_of_slices(grad, weight.shape[0]);
 }
 
 int64_t weight_grad_workspace(const WeightGrad& problem) {
@@ -197,10 +251,9 @@ void activation_grad(const ActivationGrad& problem, void* stream) {
 
 void weight_grad(const WeightGrad& problem, void* stream) {
   const TensorView& result = problem.weight_grad;
+  if (problem.grad.numel() == 0)  // The bias's gradient is there already.
+    return fill_with_zeros(result.data, result.numel() * size_of(result.dtype), stream);
   const GradPlan plan(problem);
-  // Whatever the mask hides is zero, and dense memory needs no order.
-  fill_with_zeros(result.data, result.numel() * size_of(result.dtype), stream);
-  if (problem.input.numel() == 0 || problem.taps.empty()) return;
   with_floating(problem.input.dtype, [&](auto type) {
     using T = decltype(type);
     if constexpr (std::is_same_v<T, double>)

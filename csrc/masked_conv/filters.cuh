@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "core/cuda/product_loaders.cuh"
 #include "masked_conv/pixels.cuh"
 
 namespace cpc::masked_conv::cuda {
@@ -27,19 +28,17 @@ struct OutputOrder {
   }
 };
 
-// Weights as they are, [O, kh, kw, C] in memory, with one mask for all of their channels, which are whole slices.
+// Weights as they are, [O, kh, kw, C] in memory, with one mask for all of their channels. The mask, which may hide taps that
+// the host, which did not look, has among those to sum, is the Depth's.
 template <class T>
 struct WeightsInPlace {
-  const T* centre;   // The first output's weights of the tap that leads nowhere else.
-  const bool* mask;  // Of that tap.
-  int by_row, by_column, mask_by_row, mask_by_column;
+  const T* centre;  // The first output's weights of the tap that leads nowhere else.
+  int by_row, by_column;
 
   __device__ const T* at(const Taps::Offset& by) const { return centre + by.dy * by_row + by.dx * by_column; }
-  // A mask may hide taps that the host, which did not look, has among those to sum.
-  __device__ bool visible(const Taps::Offset& by) const { return mask[by.dy * mask_by_row + by.dx * mask_by_column]; }
 };
 
-// Packed, or as they are.
+// Packed, or as they are, with channels that are whole slices.
 template <class T>
 struct Filters {
   using Value = T;
@@ -49,7 +48,6 @@ struct Filters {
   const T* packed;        // Null where they are as they are.
   int64_t count, stride;  // Columns, and from an output to the next.
   OutputOrder outputs;
-  int slices;
   WeightsInPlace<T> in_place = {};
 
   bool fits() const { return outputs.outputs * stride <= std::numeric_limits<int32_t>::max(); }
@@ -58,7 +56,7 @@ struct Filters {
   class Copies {
    public:
     __device__ explicit Copies(const Filters& b)
-        : b_(b), row_(threadIdx.x / kChunksOfSlice), chunk_(threadIdx.x % kChunksOfSlice) {}
+        : b_(b), row_(threadIdx.x % kThreads / kChunksOfSlice), chunk_(threadIdx.x % kChunksOfSlice) {}
 
     __device__ void begin(int, int64_t first) {
 #pragma unroll
@@ -73,14 +71,11 @@ struct Filters {
     __device__ void start(unsigned char* tile, const Walk& walk) {
       unsigned char* const to = tile + chunk_of_row(row_, chunk_);
       const T* from = b_.packed + int64_t{walk.index()} * kDepth<T>;
-      if (b_.packed == nullptr) {
-        const Taps::Offset by = walk.offset();
-        if (walk.place().channel == 0) visible_ = b_.in_place.visible(by);
-        from = b_.in_place.at(by) + walk.place().channel;
-      }
+      if (b_.packed == nullptr) from = b_.in_place.at(walk.offset()) + walk.place().channel;
+      const bool visible = walk.visible();
 #pragma unroll
       for (int i = 0; i < kCount; ++i)
-        copy_async<kChunkBytes>(to + i * kStep * kSliceBytes, from + offset_[i], visible_ && walk.index() < b_.slices);
+        copy_async<kChunkBytes>(to + i * kStep * kSliceBytes, from + offset_[i], visible);
     }
 
    private:
@@ -89,8 +84,54 @@ struct Filters {
 
     const Filters& b_;
     int row_, chunk_;
-    bool visible_ = true;  // What the tap leads to.
     int offset_[kCount];
+  };
+};
+
+// As they are, for the gradient in the input: a depth of taps times outputs, which are whole slices, and columns that are
+// channels, whole chunks. Taps lead the other way.
+template <class T>
+struct TransposedFilters {
+  using Value = T;
+  template <int kSide>
+  using Operand = DepthOutermost<T, kSide>;
+
+  int64_t count, stride;  // Channels, and from an output to the next.
+  WeightsInPlace<T> in_place;
+
+  bool fits() const { return count % kChunk<T> == 0 && kDepth<T> * stride <= std::numeric_limits<int32_t>::max(); }
+
+  template <int kSide, int kThreads>
+  class Copies {
+   public:
+    __device__ explicit Copies(const TransposedFilters& b) : b_(b), chunks_(threadIdx.x % kThreads) {}
+
+    __device__ void begin(int, int64_t first) {
+#pragma unroll
+      for (int band = 0; band < Chunks::kBands; ++band) {
+        const auto channel = static_cast<int>(first) + chunks_.chunk(band) * kChunk<T>;
+        offset_[band] = chunks_.line(band) * static_cast<int>(b_.stride) + (channel < b_.count ? channel : 0);
+      }
+    }
+    __device__ void end() {}
+
+    template <class Walk>
+    __device__ void start(unsigned char* tile, const Walk& walk) {
+      const T* const from = b_.in_place.at(walk.offset()) + walk.place().channel * b_.stride;
+      const bool visible = walk.visible();
+#pragma unroll
+      for (int i = 0; i < Chunks::kCount; ++i)
+        copy_async<kChunkBytes>(tile + chunks_.at(i),
+                                from + offset_[Chunks::band(i)] + Chunks::after(i) * static_cast<int>(b_.stride),
+                                visible);
+    }
+
+   private:
+    using Chunks = ChunksOfLines<T, kSide, kThreads>;
+
+    const TransposedFilters& b_;
+    Chunks chunks_;
+    int offset_[Chunks::kBands];
   };
 };
 

@@ -8,8 +8,8 @@
 //   output[n] = a[n], or max(a[n], 0) where relu, or tanh(a[n]) * sigmoid(a[n + N / 2]) for n < N / 2 where gated.
 // Only the taps in `taps` are summed: those that a mask leaves visible to some channel and that reach the input. Where
 // the mask differs between channels, it has been multiplied into the packed weights. Sums run over taps in their order
-// and over channels within, in one chain of additions, so that a pixel computed alone is bit for bit the same; not so
-// in pairs of pixels (terms.h), which take fewer multiplications.
+// and over channels within, in one chain of additions, or on CUDA where it says so in two that are added, so that a pixel
+// computed alone is bit for bit the same; not so in pairs of pixels (terms.h), which take fewer multiplications.
 //
 // Gradients. In the input: the same convolution with the weight transposed and dy, dx negated. In the weight: for each
 // tap the product of shifted input and output gradient, times the mask, zero for taps not in `taps`. All sums are in
@@ -54,7 +54,7 @@ struct Packing {
 struct Convolution {
   TensorView input;          // [B, K, H, W], floating, channels innermost and dense.
   TensorView packed;         // What a packing with N outputs and K inputs made, in the input's type. Absent on CUDA
-                             // where reads_in_place(), which needs the two that follow.
+                             // where reads_in_place() or reads_transposed(), which need the two that follow.
   TensorView weight;         // As of the packing.
   TensorView mask;           // [kh, kw], as of the packing.
   TensorView bias;           // [N] of the input's type, dense, or absent.
@@ -65,7 +65,9 @@ struct Convolution {
   std::vector<Tap> taps;
   Activation activation = Activation::none;
   int64_t outputs = 0;  // N.
-  bool tf32 = false;    // Whether CUDA may round float operands to TF32.
+  // CUDA only: whether the weight is to be read transposed, for the gradient in the input, and taps lead the other way.
+  bool transposed = false;
+  bool tf32 = false;  // Whether CUDA may round float operands to TF32.
   // Whether neighbouring pixels of a row are computed in pairs: on the CPU, of float, all pixels, with taps of a
   // dilation of 1 and a mask [kh, kw].
   bool pairs = false;
@@ -84,6 +86,7 @@ struct ActivationGrad {
   TensorView bias_grad;  // [N], dense, of grad's type, or absent.
   // CUDA only: partial sums, kBiasParts * N of the computing type; absent without bias_grad.
   TensorView workspace;
+  bool parts_only = false;  // CUDA only: whether the weight's gradient sums the parts.
   Activation activation = Activation::none;
 
   int64_t outputs() const { return activation == Activation::gated ? 2 * grad.shape[1] : grad.shape[1]; }
@@ -95,6 +98,8 @@ struct WeightGrad {
   TensorView mask;         // As of the packing.
   TensorView weight_grad;  // [O, C, kh, kw] of the input's type, dense in any order of the dimensions.
   TensorView workspace;    // CUDA only: weight_grad_workspace(...) bytes, aligned to 64.
+  TensorView bias_grad;    // CUDA only: as of the activation's gradient with parts_only, or absent.
+  TensorView bias_parts;   // Its workspace.
   std::vector<Tap> taps;
   bool tf32 = false;
   bool pairs = false;  // As of the convolution.
@@ -225,6 +230,8 @@ constexpr int64_t kBiasParts = 128;
 int64_t packed_bytes(int64_t outputs, int64_t inputs, int64_t taps, DType dtype);
 // Whether a convolution from C to O channels takes weights as they are: channels innermost and one mask for all of them.
 bool reads_in_place(const TensorView& weight, const TensorView& mask, int64_t dilation);
+// Likewise for the gradient in the input from that in the outputs.
+bool reads_transposed(const TensorView& weight, const TensorView& mask, int64_t dilation, const TensorView& grad);
 int64_t weight_grad_workspace(const WeightGrad& problem);
 void pack(const Packing& problem, void* stream);
 void convolve(const Convolution& problem, void* stream);

@@ -14,6 +14,29 @@ __device__ T* channels_of(const TensorView& view, const Pixel& pixel) {
   return view.as<T>() + pixel.image * view.strides[0] + pixel.y * view.strides[2] + pixel.x * view.strides[3];
 }
 
+// Stores what the four lanes of a row hold: outputs from `from` on, those below `count`. All lanes must take part.
+template <class T, class Sum, int kTiles>
+__device__ void store_outputs(T* row, const Sum (&v)[kTiles][2], int from, int count) {
+  const int in_quad = static_cast<int>(threadIdx.x) % 4;
+  constexpr int kWhole = sizeof(T) == 2 ? kTiles / 4 * 4 : 0;
+  if constexpr (sizeof(T) == 2) {  // Lanes exchange four tiles for whole chunks.
+#pragma unroll
+    for (int j = 0; j < kWhole; j += 4) {
+      uint32_t pairs[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) pairs[k] = pair_of<T>(v[j + k]);
+      transpose_quad(pairs);
+      const int first = from + (j + in_quad) * kTogether;
+      if (first < count) store_pairs(row + first, pairs, how_many(count - first, kTogether));
+    }
+  }
+#pragma unroll
+  for (int j = kWhole; j < kTiles; ++j) {
+    const int first = from + j * kTogether + in_quad * 2;
+    if (first < count) store_run(row + first, v[j], how_many(count - first, 2));
+  }
+}
+
 template <class T>
 struct FinishOutputs {
   using Sum = SumOf<T>;
@@ -65,7 +88,8 @@ struct FinishOutputs {
 #pragma unroll
         for (int e = 0; e < 2; ++e) v[u][j][e] = sums[j * kHalves + u][e] + (of_bias[e] + of_condition[e]);
       }
-      if (preactivation.data != nullptr) store(channels_of<T>(preactivation, pixel) + u * half, v[u], from, last);
+      if (preactivation.data != nullptr)
+        store_outputs(channels_of<T>(preactivation, pixel) + u * half, v[u], from, last);
     }
 #pragma unroll
     for (int j = 0; j < kTiles; ++j)
@@ -74,30 +98,29 @@ struct FinishOutputs {
         if constexpr (kHalves == 2) v[0][j][e] = tanh(v[0][j][e]) * sigmoid(v[1][j][e]);
         if (activation == Activation::relu && v[0][j][e] < 0) v[0][j][e] = 0;  // NaN stays.
       }
-    store(channels_of<T>(output, pixel), v[0], from, last);
+    store_outputs(channels_of<T>(output, pixel), v[0], from, last);
   }
+};
 
-  // Stores what the four lanes of a row hold: outputs from `from` on, those below `count`. All lanes must take part.
-  template <int kTiles>
-  __device__ static void store(T* row, const Sum (&v)[kTiles][2], int from, int count) {
-    const int in_quad = static_cast<int>(threadIdx.x) % 4;
-    constexpr int kWhole = sizeof(T) == 2 ? kTiles / 4 * 4 : 0;
-    if constexpr (sizeof(T) == 2) {  // Lanes exchange four tiles for whole chunks.
-#pragma unroll
-      for (int j = 0; j < kWhole; j += 4) {
-        uint32_t pairs[4];
-#pragma unroll
-        for (int k = 0; k < 4; ++k) pairs[k] = pair_of<T>(v[j + k]);
-        transpose_quad(pairs);
-        const int first = from + (j + in_quad) * kTogether;
-        if (first < count) store_pairs(row + first, pairs, how_many(count - first, kTogether));
-      }
-    }
-#pragma unroll
-    for (int j = kWhole; j < kTiles; ++j) {
-      const int first = from + j * kTogether + in_quad * 2;
-      if (first < count) store_run(row + first, v[j], how_many(count - first, 2));
-    }
+// The sums of all pixels as they are, rounded to T.
+template <class T>
+struct StorePixels {
+  using Sum = SumOf<T>;
+
+  TensorView output;
+  int64_t rows;
+  Pixels pixels;
+  int columns;
+
+  template <class Tile>
+  __device__ void take(const WarpTileSums<Tile, Sum>& sums, int, int64_t row, int64_t column) const {
+    const int first = static_cast<int>(column), end = first + Tile::kColumnTiles * kTogether;
+    const int last = columns < end ? columns : end;  // Other warps take what follows.
+    each_row<Tile, 4>(sums, [&](int in_tile, int of_group, const Sum(&v)[4][2]) {
+      const int64_t at = row + in_tile;
+      const bool exists = at < rows;
+      store_outputs(channels_of<T>(output, pixels[exists ? at : 0]), v, first + of_group, exists ? last : 0);
+    });
   }
 };
 

@@ -72,12 +72,33 @@ struct DepthPlace {
   }
 };
 
+// Which of few taps a mask shows, where the host did not look.
+struct TapMask {
+  static constexpr int kMost = 64;
+  const bool* centre;  // The tap that leads nowhere else. Null where all are seen.
+  int by_row, by_column;
+
+  // All lanes of a warp must take part.
+  __device__ uint64_t bits(const Taps& taps) const {
+    if (centre == nullptr) return ~uint64_t{0};
+    uint64_t bits = 0;
+#pragma unroll
+    for (int first = 0; first < kMost; first += kWarp) {
+      const int tap = first + static_cast<int>(threadIdx.x) % kWarp;
+      const bool seen = tap < taps.count && centre[taps.at[tap].dy * by_row + taps.at[tap].dx * by_column];
+      bits |= uint64_t{__ballot_sync(0xffffffffu, seen)} << first;
+    }
+    return bits;
+  }
+};
+
 // The slices of a convolution's depth (core/cuda/product.cuh says what a Depth is), of the loader A, VisibleTaps. Those
 // whose taps lead all of a tile's pixels out of the image are left out where that is worth looking for.
 template <class A>
 struct SeenSlices {
   int slices;  // In all.
   bool looks;
+  TapMask mask;
 
   __device__ int count(const A& a, int64_t row, int rows) const {
     int count = looks ? 0 : slices;
@@ -86,18 +107,22 @@ struct SeenSlices {
       for (int tap = 0; tap < a.taps.count; ++tap) count += box.sees(a.pixels, a.taps.at[tap]);
       count *= a.channels / kDepthOfA;
     } else if (looks) {
-      Walk walk(*this, a);
+      const SeenSlices all_shown{slices, looks, {}};
+      Walk<1> walk(all_shown, a, 0);
       for (walk.begin(row, rows); walk.index() < slices; walk.next()) ++count;
     }
     return count > 0 ? count : 1;
   }
 
+  // Where there are two teams, each tap must have an even number of slices.
+  template <int kTeams>
   class Walk {
    public:
-    __device__ Walk(const SeenSlices& depth, const A& a) : depth_(depth), a_(a) {}
+    __device__ Walk(const SeenSlices& depth, const A& a, int team)
+        : depth_(depth), a_(a), visible_(depth.mask.bits(a.taps)), team_(team) {}
     __device__ void begin(int64_t row, int rows) {
-      index_ = 0;
-      place_ = {0, 0};
+      index_ = kTeams == 1 ? 0 : team_;
+      place_ = {0, index_ * kDepthOfA};
       if (!depth_.looks) return;
       box_ = Box(a_.pixels, row, a_.last_row(row, rows));
       skip();
@@ -114,6 +139,10 @@ struct SeenSlices {
     }
     __device__ int index() const { return index_; }
     __device__ const DepthPlace& place() const { return place_; }
+    // Whether there is such a slice, and the mask shows the tap that it begins with.
+    __device__ bool visible() const {
+      return index_ < depth_.slices && (depth_.mask.centre == nullptr || (visible_ >> place_.tap & 1));
+    }
     // Where the tap leads that the slice begins with.
     __device__ Taps::Offset offset() const {
       return place_.tap < a_.taps.count ? a_.taps.at[place_.tap] : Taps::Offset{0, 0};
@@ -121,8 +150,8 @@ struct SeenSlices {
 
    private:
     __device__ void step() {
-      place_ = place_.after(kDepthOfA, a_.channels);
-      ++index_;
+      place_ = place_.after(kTeams * kDepthOfA, a_.channels);
+      index_ += kTeams;
     }
     __device__ void skip() {
       while (index_ < depth_.slices && !seen()) step();
@@ -138,6 +167,8 @@ struct SeenSlices {
     const SeenSlices& depth_;
     const A& a_;
     Box box_;
+    uint64_t visible_;  // Taps that the mask shows.
+    int team_;
     int index_ = 0;
     DepthPlace place_ = {0, 0};
   };

@@ -82,12 +82,15 @@ PackedWeight packed_weight(const TensorView& weight, bool transposed, bool gated
   return {weight.shape[transposed ? 1 : 0], weight.shape[transposed ? 0 : 1], weight.dtype, gated};
 }
 
-WeightGrad weight_grad_of(const LayerGrad& problem, const TensorView& grad, const Plan& plan) {
+WeightGrad weight_grad_of(const LayerGrad& problem, const TensorView& grad, const TensorView& workspace,
+                          const Plan& plan) {
   return {.input = problem.input,
           .grad = grad,
           .mask = problem.mask,
           .weight_grad = problem.grad_weight,
-          .workspace = problem.workspace,
+          .workspace = workspace,
+          .bias_grad = {},
+          .bias_parts = {},
           .taps = plan.taps,
           .tf32 = problem.tf32,
           .pairs = plan.pairs};
@@ -98,10 +101,24 @@ const TensorView& grad_before_activation(const LayerGrad& problem) {
   return problem.activation == Activation::none ? problem.grad : problem.grad_preactivation;
 }
 
+// What the parts of the bias's gradient take at the beginning of the workspace.
+int64_t bias_parts_bytes([[maybe_unused]] const LayerGrad& problem, [[maybe_unused]] Where where) {
+#if defined(CPC_WITH_CUDA)
+  if (where == Where::cuda && problem.grad_bias.ndim != 0) {
+    constexpr int64_t kAligned = 64;
+    const DType sums = problem.weight.dtype == DType::f64 ? DType::f64 : DType::f32;
+    const int64_t bytes = cuda::kBiasParts * problem.weight.shape[0] * size_of(sums);
+    return (bytes + kAligned - 1) / kAligned * kAligned;
+  }
+#endif
+  return 0;
+}
+
 // The kernels of a device.
 struct OnHost {
   static constexpr Where kWhere = Where::host;
   static bool reads_in_place(const Layer&) { return false; }
+  static bool reads_transposed(const LayerGrad&, const TensorView&) { return false; }
   static constexpr auto pack = [](const Packing& problem) { cpu::pack(problem); };
   static constexpr auto convolve = [](const Convolution& problem) { cpu::convolve(problem); };
   static constexpr auto activation_grad = [](const ActivationGrad& problem) { cpu::activation_grad(problem); };
@@ -113,6 +130,9 @@ struct OnCuda {
   void* stream;
   static bool reads_in_place(const Layer& problem) {
     return cuda::reads_in_place(problem.weight, problem.mask, problem.dilation);
+  }
+  static bool reads_transposed(const LayerGrad& problem, const TensorView& grad) {
+    return cuda::reads_transposed(problem.weight, problem.mask, problem.dilation, grad);
   }
   void pack(const Packing& problem) const { cuda::pack(problem, stream); }
   void convolve(const Convolution& problem) const { cuda::convolve(problem, stream); }
@@ -148,29 +168,35 @@ void run(const Layer& problem, const Device& on) {
                .pairs = plan.pairs});
 }
 
-// The steps follow one another on one stream, so that each may have the whole workspace.
+// The steps follow one another on one stream, so that each may have the whole workspace behind the parts of the bias's
+// gradient, which the last of them sums.
 template <class Device>
 void run(const LayerGrad& problem, const Device& on) {
+  TensorView workspace = problem.workspace;
+  workspace.data = static_cast<char*>(workspace.data) + bias_parts_bytes(problem, Device::kWhere);
   if (problem.activation != Activation::none || problem.grad_bias.ndim != 0)
     on.activation_grad({.grad = problem.grad,
                         .saved = problem.saved,
                         .result = problem.grad_preactivation,
                         .bias_grad = problem.grad_bias,
                         .workspace = problem.workspace,
+                        .parts_only = problem.grad_weight.ndim != 0,
                         .activation = problem.activation});
   const TensorView& grad = grad_before_activation(problem);
   if (problem.grad_input.ndim != 0) {
     const Plan plan = masked_conv::plan(problem, Device::kWhere, /*negated=*/true);
-    on.pack({.weight = problem.weight,
-             .mask = problem.mask,
-             .packed = problem.workspace,
-             .taps = plan.taps,
-             .transposed = true,
-             .pairs = plan.pairs});
+    const bool in_place = Device::reads_transposed(problem, grad);
+    if (!in_place)
+      on.pack({.weight = problem.weight,
+               .mask = problem.mask,
+               .packed = workspace,
+               .taps = plan.taps,
+               .transposed = true,
+               .pairs = plan.pairs});
     on.convolve({.input = grad,
-                 .packed = problem.workspace,
-                 .weight = {},
-                 .mask = {},
+                 .packed = in_place ? TensorView{} : workspace,
+                 .weight = problem.weight,
+                 .mask = problem.mask,
                  .bias = {},
                  .condition = {},
                  .position = {},
@@ -178,11 +204,16 @@ void run(const LayerGrad& problem, const Device& on) {
                  .preactivation = {},
                  .taps = plan.taps,
                  .outputs = problem.weight.shape[1],
+                 .transposed = in_place,
                  .tf32 = problem.tf32,
                  .pairs = plan.pairs});
   }
-  if (problem.grad_weight.ndim != 0)
-    on.weight_grad(weight_grad_of(problem, grad, masked_conv::plan(problem, Device::kWhere)));
+  if (problem.grad_weight.ndim != 0) {
+    WeightGrad last = weight_grad_of(problem, grad, workspace, masked_conv::plan(problem, Device::kWhere));
+    last.bias_grad = problem.grad_bias;
+    last.bias_parts = problem.workspace;
+    on.weight_grad(last);
+  }
 }
 
 }  // namespace
@@ -225,16 +256,12 @@ int64_t workspace_bytes(const LayerGrad& problem, Where where) {
   if (problem.grad_input.ndim != 0)
     bytes = packed_bytes(packed_weight(problem.weight, true, false), plan.taps, plan.pairs, where);
 #if defined(CPC_WITH_CUDA)
-  if (where == Where::cuda) {
-    const DType sums = problem.weight.dtype == DType::f64 ? DType::f64 : DType::f32;
-    if (problem.grad_bias.ndim != 0)
-      bytes = std::max(bytes, cuda::kBiasParts * problem.weight.shape[0] * size_of(sums));
-    if (problem.grad_weight.ndim != 0)
-      bytes =
-          std::max(bytes, cuda::weight_grad_workspace(weight_grad_of(problem, grad_before_activation(problem), plan)));
+  if (where == Where::cuda && problem.grad_weight.ndim != 0) {
+    const WeightGrad weight_grad = weight_grad_of(problem, grad_before_activation(problem), problem.workspace, plan);
+    bytes = std::max(bytes, cuda::weight_grad_workspace(weight_grad));
   }
 #endif
-  return bytes;
+  return bias_parts_bytes(problem, where) + bytes;
 }
 
 int64_t workspace_bytes(const PixelPacking& problem, Where where) {

@@ -113,12 +113,22 @@ using FifthTile = ProductTile<128, 160, 64, 80, 3, 2>;
 using PixelTile = ProductTile<32, 32, 16, 32, 8, 8>;
 // In double, of multiply-adds.
 using DoubleTile = ProductTile<64, 64, 32, 32, 4, 2>;
-// How much longer a low tile takes than a square one of the same number of results: it reads more from shared memory.
-constexpr double kLowCost = 1.3;
+// The same and others for two teams, in what the smallest GPUs have of shared memory.
+using PixelTeams = TwoTeams<ProductTile<32, 32, 16, 32, 4, 4>>;
+using LowTeams = TwoTeams<ProductTile<64, 128, 32, 64, 3, 1>>;
+using MiddleTeams = TwoTeams<ProductTile<96, 128, 48, 64, 2, 1>>;  // A square one spills on 12.0.
+using FifthTeams = TwoTeams<ProductTile<128, 160, 64, 80, 2, 1>>;
+// How much longer these take than a square tile of the same number of results: they read more from shared memory.
+constexpr double kLowCost = 1.3, kMiddleCost = 1.1;
 
 // Whether the channels of every pixel are whole chunks of 16 bytes, aligned.
 inline bool has_whole_chunks(const TensorView& view, int64_t channels) {
   return channels * size_of(view.dtype) % kChunkBytes == 0 && reinterpret_cast<uintptr_t>(view.data) % kChunkBytes == 0;
+}
+
+// Whether they are pairs of slices likewise, as two teams take them.
+inline bool has_pairs_of_slices(const TensorView& view, int64_t channels) {
+  return has_whole_chunks(view, channels) && channels * size_of(view.dtype) % (2 * kSliceBytes) == 0;
 }
 
 // One value to shared memory; before the next barrier but one it may be under way.

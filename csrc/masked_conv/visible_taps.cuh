@@ -31,7 +31,7 @@ struct VisibleTaps {
   class Copies {
    public:
     __device__ explicit Copies(const VisibleTaps& a)
-        : a_(a), row_(threadIdx.x / kChunksOfSlice), chunk_(threadIdx.x % kChunksOfSlice), from_(a.input) {}
+        : a_(a), row_(threadIdx.x % kThreads / kChunksOfSlice), chunk_(threadIdx.x % kChunksOfSlice), from_(a.input) {}
 
     __device__ void begin(int, int64_t first) {
       tap_ = -1;

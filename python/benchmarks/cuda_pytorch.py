@@ -151,23 +151,13 @@ def _around_sampled(case: Any) -> list[Launch]:
     return _around_contrast(case, case.queries, case.keys, 256)
 
 
-def _zeros(case: Any, inputs: int) -> list[Launch]:
-    """The weight's gradient, which kernels write only where the mask shows it."""
-    size = case.out_channels * inputs * 9 * SIZES[case.dtype]
-    return [_elementwise("memset", reads=0, writes=size)] if case.backward else []
-
-
-def _around_masked(case: Any) -> list[Launch]:
-    return _zeros(case, case.in_channels)
-
-
 def _around_shifted(case: Any) -> list[Launch]:
     """The weight is padded to 3 x 3: zeros, and a copy into them; its gradient is cut out again."""
     inputs = 2 * case.features
     weight = (6 if case.shift == "down" else 4) * inputs * case.out_channels * SIZES[case.dtype]
     copied = _elementwise("PyTorch's copy", reads=weight, writes=weight)
     padded = [_elementwise("PyTorch's fill", reads=0, writes=weight * 9 / (6 if case.shift == "down" else 4)), copied]
-    return [*padded, *_zeros(case, inputs), *([copied] if case.backward else [])]
+    return [*padded, *([copied] if case.backward else [])]
 
 
 def _around_mixture(case: Any) -> list[Launch]:
@@ -178,7 +168,6 @@ def _around_mixture(case: Any) -> list[Launch]:
 AROUND: dict[str, Callable[[Any], list[Launch]]] = {
     "info_nce_all": _around_all_keys,
     "info_nce_sampled": _around_sampled,
-    "masked_conv2d": _around_masked,
     "shifted_conv2d": _around_shifted,
     "logistic_mixture_nll": _around_mixture,
 }

@@ -79,7 +79,6 @@ FAULTS = (
     Fault("conflicts", "logistic_mixture::run_tiles<*>", "pixels have an odd pitch, so words of two share banks"),
     Fault("sectors", "masked_conv::pack_weights<*>", "neighbouring lanes take weights of different input channels"),
     Fault("sectors", "masked_conv::differentiate_activation<*>", "a lane stores neighbouring channels one by one"),
-    Fault("sectors", "masked_conv::finish_weight_grad<*>", "neighbouring lanes have weights of different channels"),
 )
 
 

@@ -391,11 +391,8 @@ def test_what_pytorch_launches_around_our_kernels_is_added(traced):
     assert names[: len(sampled.launches)] == [launch.kernel for launch in sampled.launches]
     assert names.count("PyTorch's mean") == 2  # Of losses and of right answers.
     assert predict(H100, completed(sampled)).ours > predict(H100, sampled).ours + 5 * H100.launch
-    for key, case in cases_by_key().items():
-        around = surrounding_launches(key)
-        assert not any("::" in launch.kernel for launch in around)
-        if key[0].endswith("conv2d"):  # Kernels leave hidden taps' gradients out.
-            assert sum(launch.kernel == "memset" for launch in around) == case.backward
+    for key in cases_by_key():
+        assert not any("::" in launch.kernel for launch in surrounding_launches(key))
 
 
 RESULT = {"op": "op", "label": "label", "dtype": "float32", "passes": "forward", "compared": "ours"}

@@ -80,15 +80,14 @@ class Matrix {
 
 // --- A product ---
 
-template <class T>
-double error_of(const Matrix<T>& d, int64_t i, int64_t j, int64_t depth, const auto& a, const auto& b) {
+double error_of(double result, int64_t i, int64_t j, int64_t depth, const auto& a, const auto& b) {
   double sum = 0, magnitudes = 1e-30;
   for (int64_t k = 0; k < depth; ++k) {
     const double product = a(i, k) * b(j, k);
     sum += product;
     magnitudes += std::fabs(product);
   }
-  return std::fabs(d.at(i, j) - sum) / magnitudes;
+  return std::fabs(result - sum) / magnitudes;
 }
 
 template <class Math, class Tile, template <class> class A, template <class> class B>
@@ -99,13 +98,15 @@ double run(const Size& size) {
   const int64_t m = size.rows, n = size.columns, depth = size.depth, entries = variable("ENTRIES", 1);
   const int64_t lines_of_a = kRowsOfA ? m : depth, lines_of_b = kRowsOfB ? n : depth;
   Matrix<T> a(entries * lines_of_a, kRowsOfA ? depth : m), b(entries * lines_of_b, kRowsOfB ? depth : n);
-  Matrix<Out> d(entries * m, n);
+  constexpr bool kTransposed = std::is_same_v<Tile, masked_conv::cuda::FifthTile>;
+  Matrix<Out> d(kTransposed ? entries * n : entries * m, kTransposed ? m : n);
   a.fill(1, kRowsOfA);
   b.fill(2, kRowsOfB);
+  using Store = std::conditional_t<kTransposed, StoreColumns<float>, StoreRows<Out>>;
   launch_product<Math, Tile>("multiply", A<T>{a.values, a.stride, m, static_cast<int>(depth), lines_of_a * a.stride},
                              B<T>{b.values, b.stride, n, static_cast<int>(depth), lines_of_b * b.stride},
-                             WholeDepth(slices_of<T>(depth)), StoreRows<Out>{d.values, d.stride, m, n, m * d.stride},
-                             entries, nullptr);
+                             WholeDepth(slices_of<T>(depth)),
+                             Store{d.values, d.stride, m, n, (kTransposed ? n : m) * d.stride}, entries, nullptr);
   check(cudaDeviceSynchronize(), "multiplying");
 #if defined(CPC_CUDA_TRACE)
   return 0;  // Not all blocks may have run.
@@ -116,12 +117,14 @@ double run(const Size& size) {
     const auto of_a = [&](int64_t, int64_t k) { return kRowsOfA ? a.at(i, k) : a.at(in_a + k, i - entry * m); };
     const auto of_b = [&](int64_t j, int64_t k) { return kRowsOfB ? b.at(in_b + j, k) : b.at(in_b + k, j); };
     for (int64_t j = 0; j < n; ++j) {
-      const double error = error_of(d, i, j, depth, of_a, of_b);
+      const double result = kTransposed ? d.at(entry * n + j, i - entry * m) : d.at(i, j);
+      const double error = error_of(result, i, j, depth, of_a, of_b);
       if (!(error <= worst)) worst = error;
     }
-    for (int64_t j = n; j < d.stride; ++j)
-      if (!std::isnan(d.at(i, j))) throw std::runtime_error("a result beyond the columns");
   }
+  for (int64_t i = 0; i < d.rows; ++i)
+    for (int64_t j = d.columns; j < d.stride; ++j)
+      if (!std::isnan(d.at(i, j))) throw std::runtime_error("a result beyond the columns");
   return worst;
 }
 
@@ -136,7 +139,12 @@ double convolve(const Size& size, bool images_innermost) {
   const std::vector<conv::Taps::Offset> taps = {{-1, -1}, {-1, 0}, {-1, 1}, {0, -1}, {0, 0}};
   const auto count = static_cast<int64_t>(taps.size());
   const int64_t pixels = size.rows * kHeight * kWidth, depth = count * size.depth, slices = slices_of<T>(depth);
-  Matrix<T> input(pixels, size.depth), weight(size.columns, slices * kDepth<T>);
+  // Two teams take filters [channels, 3, 3, columns] as they are.
+  constexpr bool kInPlace = Tile::kTeams == 2;
+  constexpr int kKernel = 3;
+  Matrix<T> input(pixels, size.depth);
+  Matrix<T> weight(kInPlace ? size.depth * kKernel * kKernel : size.columns,
+                   kInPlace ? size.columns : slices * kDepth<T>);
   Matrix<float> d(pixels, size.columns);
   input.fill(1, true);
   weight.fill(2, true);
@@ -148,12 +156,22 @@ double convolve(const Size& size, bool images_innermost) {
                               FastDivide(kWidth)};
   A a = {input.values, pixels, static_cast<int>(size.depth), order, {static_cast<int>(count), {}}};
   std::copy(taps.begin(), taps.end(), a.taps.at);
-  const conv::Filters<T> b = {.packed = weight.values,
+  const auto row_of = [&](const conv::Taps::Offset& by) { return (by.dy + 1) * kKernel + by.dx + 1; };
+  const auto by_column = static_cast<int>(weight.stride);
+  const auto filters = [&] {
+    if constexpr (kInPlace)
+      return conv::TransposedFilters<T>{
+          .count = size.columns,
+          .stride = kKernel * kKernel * weight.stride,
+          .in_place = {weight.values + row_of({0, 0}) * weight.stride, kKernel * by_column, by_column}};
+    else
+      return conv::Filters<T>{.packed = weight.values,
                               .count = size.columns,
                               .stride = weight.stride,
-                              .outputs = {static_cast<int>(size.columns), false},
-                              .slices = static_cast<int>(slices)};
-  launch_product<Math, Tile>("convolve", a, b, conv::SeenSlices<A>{static_cast<int>(slices), images_innermost},
+                              .outputs = {static_cast<int>(size.columns), false}};
+  };
+  launch_product<Math, Tile>("convolve", a, filters(),
+                             conv::SeenSlices<A>{static_cast<int>(slices), images_innermost, {}},
                              StoreRows<float>{d.values, d.stride, pixels, size.columns}, 1, nullptr);
   check(cudaDeviceSynchronize(), "convolving");
 #if defined(CPC_CUDA_TRACE)
@@ -170,12 +188,18 @@ double convolve(const Size& size, bool images_innermost) {
     for (int64_t j = 0; j < size.columns; ++j) {
       const int64_t row = images_innermost ? i % (kHeight * kWidth) * size.rows + i / (kHeight * kWidth) : i;
       const double error = error_of(
-          d, row, j, depth, [&](int64_t, int64_t k) { return seen(i, k); },
-          [&](int64_t o, int64_t k) { return weight.at(o, k); });
+          d.at(row, j), row, j, depth, [&](int64_t, int64_t k) { return seen(i, k); },
+          [&](int64_t o, int64_t k) {
+            if (!kInPlace) return weight.at(o, k);
+            const int64_t channel = k % size.depth, tap = k / size.depth;
+            return weight.at(channel * kKernel * kKernel + row_of(taps[static_cast<size_t>(tap)]), o);
+          });
       if (!(error <= worst)) worst = error;
     }
   return worst;
 }
+
+double low_teams(const Size& size) { return convolve<TensorCores<BFloat16>, masked_conv::cuda::LowTeams>(size, true); }
 
 // --- The program ---
 
@@ -185,6 +209,8 @@ using Runs = std::map<std::string, Run>;
 // Only one product, where its arguments are given: "TensorCores<BFloat16>, SquareTile, Rows, Rows".
 #if defined(CPC_ONE_PRODUCT)
 Runs all_runs() { return {{"one of them", &run<CPC_ONE_PRODUCT>}}; }
+#elif defined(CPC_TWO_TEAMS)
+Runs all_runs() { return {{"one of them", &low_teams}}; }
 #else
 // How many operands are taken that should not be: rows that do not begin at 16 bytes, or that are too far apart.
 double refuse(const Size& size) {
@@ -219,6 +245,7 @@ Runs all_runs() {
   add<TensorCores<BFloat16>, SquareTile>(runs, "bfloat16 square");
   add<TensorCores<BFloat16>, WideTile>(runs, "bfloat16 wide");
   add<TensorCores<BFloat16>, LowTile>(runs, "bfloat16 low");
+  add<TensorCores<BFloat16>, masked_conv::cuda::FifthTile>(runs, "bfloat16 fifth");
   add<TensorCores<Half>, SquareTile>(runs, "float16 square");
   add<TensorCores<float>, SquareTile>(runs, "tf32 square");
   add<TensorCores<float>, WideTile>(runs, "tf32 wide");
@@ -228,6 +255,10 @@ Runs all_runs() {
   runs["bfloat16 square taps"] = [](const Size& size) {
     return convolve<TensorCores<BFloat16>, SquareTile>(size, false);
   };
+  runs["bfloat16 middle_teams taps"] = [](const Size& size) {
+    return convolve<TensorCores<BFloat16>, masked_conv::cuda::MiddleTeams>(size, false);
+  };
+  runs["bfloat16 low_teams taps"] = &low_teams;
   runs["tf32 low taps"] = [](const Size& size) { return convolve<TensorCores<float>, LowTile>(size, true); };
   return runs;
 }

@@ -60,15 +60,12 @@ FAULTS = (
     Fault(
         "generic", "patches::sum_patches<*, void, 1>", "ptxas merges addresses of slopes and gradients", (BLACKWELL,)
     ),
-    # Whether the mask shows a tap is asked once for all of its slices.
-    Fault("early", "masked_conv::multiply<*, VisibleTaps<*", "the mask of weights in place"),
     # Channels that are no whole chunks of 16 bytes are copied value by value, through registers where a value has two.
-    Fault(
-        "early",
-        "masked_conv::multiply<TensorCores<BFloat16>, *, TapColumns<BFloat16, false,*",
-        "odd numbers of channels",
+    *(
+        Fault("early", f"masked_conv::multiply<TensorCores<{value}>, *, {loader}<{value}, false*", "odd channels")
+        for value in ("BFloat16", "Half")
+        for loader in ("VisibleTaps", "TapColumns")
     ),
-    Fault("early", "masked_conv::multiply<TensorCores<Half>, *, TapColumns<Half, false,*", "odd numbers of channels"),
     Fault("generic", "logistic_mixture::run_tiles<*>", "one code for parameters in shared memory and in global"),
     Fault("local", "logistic_mixture::sample_pixels", "a pixel's values are indexed by its channel"),
     Fault("early", "pixel_steps::run_steps<float>", "a step reads what is there only once the one before it is done"),

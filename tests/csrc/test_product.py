@@ -29,14 +29,15 @@ TOLERANCES = {
 PRODUCTS = [
     f"{math} {tile} {operands}"
     for math, tile in [
-        *(("bfloat16", tile) for tile in ("square", "wide", "low")),
+        *(("bfloat16", tile) for tile in ("square", "wide", "low", "fifth")),
         ("float16", "square"),
         *(("tf32", tile) for tile in ("square", "wide", "low")),
         ("split_tf32", "square"),
     ]
     for operands in ("rows-rows", "rows-columns", "columns-columns")
 ]
-CONVOLUTIONS = ["bfloat16 square taps", "tf32 low taps"]
+TEAMS = ["bfloat16 middle_teams taps", "bfloat16 low_teams taps"]
+CONVOLUTIONS = ["bfloat16 square taps", "tf32 low taps", *TEAMS]
 # Rows, columns and depth: nothing but edges, odd, several tiles, less depth than there are stages, none.
 SIZES = [(1, 1, 1), (131, 263, 77), (300, 257, 129), (128, 256, 64), (65, 9, 200), (5, 7, 0)]
 
@@ -78,8 +79,14 @@ def test_entries_of_a_batch_are_products_of_their_own(program, product):
 
 
 # Images, outputs and channels: slices of several taps, of parts of two, and taps of several slices.
-@pytest.mark.parametrize("size", [(1, 5, 8), (3, 130, 24), (2, 64, 80)])
-@pytest.mark.parametrize("product", CONVOLUTIONS)
+@pytest.mark.parametrize(
+    ("product", "size"),
+    [
+        *((product, size) for product in CONVOLUTIONS[:2] for size in [(1, 5, 8), (3, 130, 24), (2, 64, 80)]),
+        # Two teams take whole taps in pairs of slices, and columns that are whole chunks.
+        *((product, size) for product in TEAMS for size in [(1, 8, 64), (3, 136, 128), (2, 64, 192)]),
+    ],
+)
 def test_convolutions_are_right(program, product, size):
     assert error_of(program, product, size) <= TOLERANCES[product.split()[0]]
 
@@ -152,7 +159,9 @@ def conflicts(launch: dict) -> int:
 @pytest.mark.parametrize("product", [*PRODUCTS, *CONVOLUTIONS])
 def test_products_neither_race_nor_conflict(trace, product, blocks):
     grid = {} if blocks is None else {"CPC_EMULATION_GRID": str(blocks)}
-    size = (4, 136, 24) if product in CONVOLUTIONS else (300, 300, 136)
+    size = (300, 300, 136)
+    if product in CONVOLUTIONS:
+        size = (4, 136, 64 if product in TEAMS else 24)
     launch = traced(trace / "product_check", product, size, **grid)
     assert conflicts(launch) == 0
     assert set(launch["copies"]) == {"16"}
@@ -162,7 +171,8 @@ def test_products_neither_race_nor_conflict(trace, product, blocks):
 
 @pytest.mark.parametrize("product", [name for name in PRODUCTS if name.startswith(("bfloat16", "tf32"))])
 def test_whole_tiles_ask_for_no_more_sectors_than_they_need(trace, product):
-    launch = traced(trace / "product_check", product, (256, 512, 256))
+    columns = 640 if "fifth" in product else 512
+    launch = traced(trace / "product_check", product, (256, columns, 256))
     of_global = [place for place in launch["places"] if place["space"] == "global"]
     assert of_global
     assert all(place["units"] == place["ideal"] for place in of_global)
@@ -179,6 +189,10 @@ RACES = {
     "wait": ("wait_for_copies<Tile::kStages - 2>();", "wait_for_copies<Tile::kStages - 1>();"),
     "stage": ("if (last) start(free);", "if (step == 0) start(free);"),
 }
+RACES_OF_TEAMS = {
+    "given": ("__syncthreads();  // What the other team gives is there.", ""),
+    "taken": ("__syncthreads();  // What follows overwrites it.", ""),
+}
 
 
 @pytest.mark.parametrize("fault", RACES)
@@ -188,12 +202,20 @@ def test_a_planted_race_is_found(trace, tmp_path, fault):
     assert re.match(r"kernel multiply: \d+ races?\n", done.stdout)
 
 
+@pytest.mark.parametrize("fault", RACES_OF_TEAMS)
+def test_a_planted_race_of_two_teams_is_found(trace, tmp_path, fault):
+    program = program_with(trace, "product.cuh", *RACES_OF_TEAMS[fault], tmp_path, "-DCPC_TWO_TEAMS")
+    done = run(program, "one of them", (1, 8, 64))
+    assert done.returncode == 1
+    assert re.match(r"kernel convolve: \d+ races?\n", done.stdout)
+
+
 def test_planted_conflicts_are_counted(trace, tmp_path):
     program = program_with(trace, "warp_product.cuh", "(chunk ^ (row / 2 % kChunksOfSlice))", "chunk", tmp_path)
     assert conflicts(traced(program, "one of them", (130, 140, 200))) > 1000
 
 
-def program_with(trace: Path, header: str, line: str, instead: str, folder: Path) -> Path:
+def program_with(trace: Path, header: str, line: str, instead: str, folder: Path, option: str = ONE) -> Path:
     """The traced program, of one product, made of sources in which a line is another."""
     sources = folder / "csrc"
     shutil.copytree(REPOSITORY / "csrc", sources)
@@ -205,7 +227,7 @@ def program_with(trace: Path, header: str, line: str, instead: str, folder: Path
     *compile_commands, link = commands.stdout.strip().split("\n")
     (command,) = (one for one in compile_commands if "product_check.cu" in one)
     made, mine = re.search(r" -o (\S+)", command)[1], folder / "product_check.o"
-    command = command.replace(f"-o {made}", f"{ONE} -o {mine}")
+    command = command.replace(f"-o {made}", f"{option} -o {mine}")
     command = command.replace(str(REPOSITORY / "csrc"), str(sources))
     link = link.replace(made, str(mine)).replace("-o product_check", f"-o {folder / 'product_check'}")
     for step in (command, link):

@@ -174,10 +174,14 @@ def tell_pairs(dtype, count):
     ).backward()
 
 
-def convolve(dtype, batch, channels, outputs, size, mask, layout=torch.channels_last, **options):
+def convolve(dtype, batch, channels, outputs, size, mask, layout=torch.channels_last, *, weight_as=None, **options):
     mask = torch.as_tensor(mask, dtype=torch.bool)
     input = normal(batch, channels, *size, dtype=dtype).detach().contiguous(memory_format=layout).requires_grad_()
     weight = normal(outputs, channels, *mask.shape[-2:], dtype=dtype, seed=1)
+    if weight_as == "fixed":
+        weight = weight.detach()
+    elif weight_as is not None:
+        weight = weight.detach().contiguous(memory_format=weight_as).requires_grad_()
     bias = normal(outputs, dtype=dtype, seed=2)
     masked_conv2d(input, weight, bias, mask=mask, **options).sum().backward()
 
@@ -255,7 +259,7 @@ ALL_KEYS = {*SCORES, "score_positives", "find_largest_weight"}
 STORED = {"measure_tiles", "weigh_tiles", "add_to_bias"}
 SAMPLED = {"contrast_sampled", "count_buckets", "place_by_bucket", "sort_buckets", "sum_sampled_keys"}
 CONVOLUTION = {"pack_weights", "convolve", "sum_weight_grad", "finish_weight_grad"}
-ACTIVATED = CONVOLUTION | {"differentiate_activation", "sum_bias_parts"}
+ACTIVATED = CONVOLUTION | {"differentiate_activation"}
 PATCHES = {"extract_tiles", "sum_patches"}
 GATHERED = {"extract_gathered", "sum_patches"}  # Rows of 15 bytes are not copied.
 LIKELIHOOD = {"mixture_nll", "mixture_nll_backward", "sum_parts"}
@@ -307,6 +311,14 @@ PROBLEMS = {
         ACTIVATED,
     ),
     "convolution, dilated": (lambda dtype: convolve(dtype, 3, 40, 8, (7, 7), RASTER, dilation=3), CONVOLUTION),
+    "convolution, fixed weights": (
+        lambda dtype: convolve(dtype, 2, 3, 6, (5, 6), RASTER, weight_as="fixed"),
+        {"pack_weights", "convolve", "differentiate_activation", "sum_bias_parts"},
+    ),
+    "convolution, weights in place": (  # In 16 bits by two teams of warps, and the weights' gradient by wide tiles.
+        lambda dtype: convolve(dtype, 2, 32, 320, (8, 9), ABOVE, weight_as=torch.channels_last),
+        {"convolve", "differentiate_activation", "sum_weight_grad", "finish_weight_grad"},
+    ),
     "convolution of a pixel": (convolve_pixels, {"pack_weights", "convolve"}),
     "patches": (lambda dtype: extract(dtype, (2, 3, 17, 16), 5, 3, **IMAGES), PATCHES),
     "patches, normed": (

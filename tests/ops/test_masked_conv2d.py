@@ -126,6 +126,14 @@ CASES = [
     Case(3, 64, 152, (9, 9), "even", activation="gated", layout="channels_last", weight_layout="channels_last"),
     Case(34, 32, 90, (3, 5), "raster", activation="gated", layout="channels_last", weight_layout="channels_last"),
     Case(34, 24, 40, (4, 3), "wide", condition=(1, -1, 1, 1), layout="channels_last"),
+    # Weights of 16 bits that the gradient in the input need not pack either: three tiles, and slices left out.
+    Case(3, 160, 64, (9, 9), "raster", activation="gated", layout="channels_last", weight_layout="channels_last"),
+    Case(3, 120, 128, (9, 11), "even", layout="channels_last", weight_layout="channels_last"),
+    Case(2, 72, 192, (5, 5), "above", activation="relu", layout="channels_last", weight_layout="channels_last"),
+    Case(34, 32, 64, (4, 3), "wide", layout="channels_last", weight_layout="channels_last"),
+    # Small maps, of which two teams of warps sum values of 16 bits, also of a pixel alone.
+    Case(2, 64, 72, (7, 7), "above", activation="gated", condition=(1, -1, 1, 1), layout="channels_last"),
+    Case(40, 128, 96, (4, 5), "left", layout="channels_last", weight_layout="channels_last"),
     Case(2, 3, 4, (4, 4), "nothing", activation="gated", condition=(-1, 1, 1)),
     # In float32 the CPU computes these in pairs of pixels.
     Case(9, 33, 68, (5, 7), "raster", activation="gated", condition=(-1, -1, -1, -1)),

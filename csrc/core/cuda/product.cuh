@@ -43,12 +43,50 @@ struct ProductTile {
   static constexpr int kRowTiles = kWarpRows / 16, kColumnTiles = kWarpColumns / 8;  // A warp's.
   static constexpr int kWarpsAcross = kColumns / kWarpColumns;
   static constexpr int kThreads = kWarp * kWarpsAcross * (kRows / kWarpRows);
-  static constexpr int kABytes = kRows * kSliceBytes, kStageBytes = kABytes + kColumns * kSliceBytes;
-  static constexpr int kSharedBytes = kStages * kStageBytes;
+  static constexpr int kTeams = 1, kTeamThreads = kThreads;  // See TwoTeams.
+  static constexpr int kABytes = kRows * kSliceBytes, kBothBytes = kABytes + kColumns * kSliceBytes;
+  static constexpr int kStageBytes = kBothBytes, kSharedBytes = kStages * kStageBytes;
 
   // Where the calling warp's part of the tile begins.
   __device__ static int warp_row() { return static_cast<int>(threadIdx.x) / kWarp / kWarpsAcross * kWarpRows; }
   __device__ static int warp_column() { return static_cast<int>(threadIdx.x) / kWarp % kWarpsAcross * kWarpColumns; }
+};
+
+// The largest divisor of n that is at most `most`.
+constexpr int largest_divisor(int n, int most) {
+  int divisor = n < most ? n : most;
+  while (n % divisor != 0) --divisor;
+  return divisor;
+}
+
+// The tile for problems that have no more than one for a multiprocessor, which warps of one block alone would keep waiting:
+// two teams of warps, each with sums of its own of the whole tile. Slices are theirs in turn, one of each team in a stage.
+// In the end each team adds up a half of the tile.
+template <class Of>
+struct TwoTeams : Of {
+  static constexpr int kTeams = 2, kTeamThreads = Of::kThreads, kThreads = kTeams * kTeamThreads;
+  static constexpr int kStageBytes = kTeams * Of::kBothBytes;
+
+  // The half of a warp's tile that its team finishes.
+  static constexpr bool kByRows = Of::kRowTiles % 2 == 0;
+  struct Half {
+    static constexpr int kRowTiles = kByRows ? Of::kRowTiles / 2 : Of::kRowTiles;
+    static constexpr int kColumnTiles = kByRows ? Of::kColumnTiles : Of::kColumnTiles / 2;
+  };
+  static_assert(kByRows || Of::kColumnTiles % 4 == 0);  // Gates stay with their features.
+  // From the first team's half to the second's, in tiles.
+  static constexpr int kRowsApart = kByRows ? Half::kRowTiles : 0, kColumnsApart = kByRows ? 0 : Half::kColumnTiles;
+
+  // Where teams exchange sums of 16 rows of every warp, as many columns at a time as leave the smallest GPUs room.
+  static constexpr int kMostBytes = 80 << 10, kTileBytes = kThreads * 4 * int{sizeof(float)};
+  static constexpr int kExchangedTiles =
+      largest_divisor(Half::kColumnTiles, (kMostBytes - Of::kStages * kStageBytes) / kTileBytes);
+  static constexpr int kSharedBytes = Of::kStages * kStageBytes + kExchangedTiles * kTileBytes;
+
+  __device__ static int team() { return static_cast<int>(threadIdx.x) / kTeamThreads; }
+  __device__ static int warp_row() {
+    return static_cast<int>(threadIdx.x) % kTeamThreads / kWarp / Of::kWarpsAcross * Of::kRowTiles * 16;
+  }
 };
 // The fewest bytes from the second-level cache a product: for A100 and H100, whose tensor cores outrun it.
 using WideTile = ProductTile<128, 256, 64, 64, 4, 1>;
@@ -95,8 +133,9 @@ struct TileOrder {
 // --- The depth ---
 //
 // A Depth is a small struct that a kernel takes by value. count(a, row, rows) is how many slices a tile needs, at least
-// one, of `rows` rows from `row` on of what the loader `a` has. Each thread has a Walk of the slices of one tile after
-// another: begin(row, rows), next() after each slice, and end(), after which it goes on without any. Loaders see it.
+// one, of `rows` rows from `row` on of what the loader `a` has. Each thread has a Walk<kTeams> of its team's slices of one
+// tile after another: begin(row, rows), next() after each slice, and end(), after which it goes on without any. Loaders
+// see it. Where there are two teams, the number of slices must be even.
 
 // All slices, of zeros where there is no depth.
 struct WholeDepth {
@@ -107,10 +146,12 @@ struct WholeDepth {
   __device__ int count(const A&, int64_t, int) const {
     return slices;
   }
+  template <int kTeams>
   class Walk {
    public:
+    static_assert(kTeams == 1, "Loaders that do not look at the walk go along the depth slice by slice.");
     template <class A>
-    __device__ Walk(const WholeDepth&, const A&) {}
+    __device__ Walk(const WholeDepth&, const A&, int) {}
     __device__ void begin(int64_t, int) {}
     __device__ void next() {}
     __device__ void end() {}
@@ -190,6 +231,54 @@ __device__ void multiply_fragments(WarpTileSums<Tile>& sums, const Fragments<Mat
   }
 }
 
+// --- Teams ---
+
+// Which team the calling thread is in.
+template <class Tile>
+__device__ int team() {
+  if constexpr (Tile::kTeams > 1)
+    return Tile::team();
+  else
+    return 0;
+}
+
+// What both teams have summed in the half of the calling warp's tile that its team finishes. All threads of the block must
+// take part.
+template <class Tile>
+__device__ void add_teams(const WarpTileSums<Tile>& sums, WarpTileSums<typename Tile::Half>& half,
+                          unsigned char* shared) {
+  using Four = Pack<float, 4>;
+  using Half = typename Tile::Half;
+  constexpr int kTiles = Tile::kExchangedTiles, kDown = Tile::kRowsApart, kRight = Tile::kColumnsApart;
+  static_assert(Half::kColumnTiles % kTiles == 0);
+  const bool first_team = Tile::team() == 0;
+  const int thread = static_cast<int>(threadIdx.x), other = (thread + Tile::kTeamThreads) % Tile::kThreads;
+  const auto place = [&](int of, int j) { return reinterpret_cast<Four*>(shared) + j * Tile::kThreads + of; };
+#pragma unroll
+  for (int i = 0; i < Half::kRowTiles; ++i)
+#pragma unroll
+    for (int first = 0; first < Half::kColumnTiles; first += kTiles) {
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        Four given;
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+          given.v[r] = first_team ? sums[kDown + i][kRight + first + j][r] : sums[i][first + j][r];
+        *place(thread, j) = given;
+      }
+      __syncthreads();  // What the other team gives is there.
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        const Four got = *place(other, j);
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+          half[i][first + j][r] =
+              (first_team ? sums[i][first + j][r] : sums[kDown + i][kRight + first + j][r]) + got.v[r];
+      }
+      __syncthreads();  // What follows overwrites it.
+    }
+}
+
 // --- The main loop ---
 
 template <class Math, class Tile, class A, class B, class Depth>
@@ -199,7 +288,7 @@ class MainLoop {
   static_assert(std::is_same_v<typename A::Value, T> && std::is_same_v<typename B::Value, T>);
 
   __device__ MainLoop(const A& a, const B& b, const Depth& depth, unsigned char* shared)
-      : a_(a), b_(b), walk_(depth, a), shared_(shared) {}
+      : a_(a), b_(b), walk_(depth, a, team<Tile>()), shared_(shared + team<Tile>() * Tile::kBothBytes) {}
 
   // What copies are started of from now on: slices of these rows of A and columns of B; or nothing.
   __device__ void begin(const TileOrder::Place& place) {
@@ -280,10 +369,10 @@ class MainLoop {
   }
   __device__ void load(int step) { fragments_[kAhead ? step % 2 : 0].load(of_a(), of_b(), step * kStepDepth); }
 
-  typename A::template Copies<Tile::kRows, Tile::kThreads> a_;
-  typename B::template Copies<Tile::kColumns, Tile::kThreads> b_;
-  typename Depth::Walk walk_;
-  unsigned char* shared_;
+  typename A::template Copies<Tile::kRows, Tile::kTeamThreads> a_;
+  typename B::template Copies<Tile::kColumns, Tile::kTeamThreads> b_;
+  typename Depth::template Walk<Tile::kTeams> walk_;
+  unsigned char* shared_;  // The team's.
   int stage_ = 0;
   Fragments<Math, Tile> fragments_[kAhead ? 2 : 1];
 };
@@ -304,8 +393,8 @@ template <class Math, class Tile, class A, class B, class Depth, class Epilogue>
 __device__ void multiply_tiles(const Product<A, B, Depth, Epilogue>& p) {
   MainLoop<Math, Tile, A, B, Depth> loop(p.a, p.b, p.depth, dynamic_shared());
   const int tiles = p.order.count(), step = static_cast<int>(gridDim.x);
-  const auto slices_of = [&](const TileOrder::Place& place) {
-    return p.depth.count(p.a, int64_t{place.row} * Tile::kRows, Tile::kRows);
+  const auto slices_of = [&](const TileOrder::Place& place) {  // A team's.
+    return (p.depth.count(p.a, int64_t{place.row} * Tile::kRows, Tile::kRows) + Tile::kTeams - 1) / Tile::kTeams;
   };
   int tile = static_cast<int>(blockIdx.x), copied = tile;  // What is added up, and what is copied next.
   if (tile >= tiles) return;
@@ -340,8 +429,17 @@ __device__ void multiply_tiles(const Product<A, B, Depth, Epilogue>& p) {
     to_add -= slices;
     if (to_add > 0) continue;
     const TileOrder::Place place = p.order[tile];
-    p.epilogue.template take<Tile>(sums, place.entry, int64_t{place.row} * Tile::kRows + Tile::warp_row(),
-                                   int64_t{place.column} * Tile::kColumns + Tile::warp_column());
+    const int64_t row = int64_t{place.row} * Tile::kRows + Tile::warp_row();
+    const int64_t column = int64_t{place.column} * Tile::kColumns + Tile::warp_column();
+    if constexpr (Tile::kTeams == 1) {
+      p.epilogue.template take<Tile>(sums, place.entry, row, column);
+    } else {
+      using Half = typename Tile::Half;
+      WarpTileSums<Half> half;
+      add_teams<Tile>(sums, half, dynamic_shared() + Tile::kStages * Tile::kStageBytes);
+      p.epilogue.template take<Half>(half, place.entry, row + Tile::team() * Tile::kRowsApart * 16,
+                                     column + Tile::team() * Tile::kColumnsApart * 8);
+    }
     tile += step;
     if (tile >= tiles) break;
     to_add = slices_of(p.order[tile]);

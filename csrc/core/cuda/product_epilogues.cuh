@@ -116,4 +116,29 @@ struct StoreRows {
   }
 };
 
+// The transpose: column j of D is the values from values + j * stride. Eight rows of a column fill a sector of memory.
+template <class T>
+struct StoreColumns {
+  static_assert(sizeof(T) == 4);
+  using Sum = SumOf<T>;
+
+  T* values;
+  int64_t stride, rows, columns, entry_stride = 0;
+
+  template <class Tile>
+  __device__ void take(const WarpTileSums<Tile, Sum>& sums, int entry, int64_t row, int64_t column) const {
+    constexpr int kTiles = Tile::kColumnTiles % 4 == 0 ? 4 : 2;
+    const int in_quad = static_cast<int>(threadIdx.x) % 4;
+    each_row<Tile, kTiles>(sums, [&](int in_tile, int of_group, const Sum(&v)[kTiles][2]) {
+      const int64_t at = row + in_tile, first = column + of_group + 2 * in_quad;
+      T* const to = values + entry * entry_stride + first * stride + at;
+#pragma unroll
+      for (int k = 0; k < kTiles; ++k)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          if (at < rows && first + 8 * k + e < columns) to[(8 * k + e) * stride] = v[k][e];
+    });
+  }
+};
+
 }  // namespace cpc::cuda

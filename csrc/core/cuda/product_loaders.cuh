@@ -6,7 +6,7 @@
 //   Copies<kSide, kThreads>   a thread's part in copying the slices of one tile after another: begin(entry, first) says
 //                    where the tile's side begins, start(tile, walk) starts copies of its next slice, which a Walk
 //                    tells of, and end() makes all that follow slices of zeros. Values beyond the depth are zeros, and
-//                    those beyond the side are any.
+//                    those beyond the side are any. kThreads are a team's.
 //
 //   fits()           on the host, whether this can be copied in chunks of 16 bytes, and its places in a tile have 32 bits
 //
@@ -44,6 +44,39 @@ struct DepthParts {
   __device__ int depth_of(int part, int whole) const {
     return count == 1 ? whole : how_many(int64_t{whole} - int64_t{part} * depth, depth);
   }
+};
+
+// Which chunks of a slice with its depth outermost a thread copies, kCount of them. A power of two of chunks is shared out
+// first, in whole lines, then what is left of 160 values, so that a thread's chunks are some lines after one of two.
+template <class T, int kSide, int kThreads>
+class ChunksOfLines {
+ public:
+  __device__ explicit ChunksOfLines(int thread)
+      : line_{thread / kFirst, thread / kSecond}, chunk_{thread % kFirst, kFirst + thread % kSecond} {}
+  // Which of kBands such beginnings, and how many lines after it.
+  __device__ static constexpr int band(int i) { return i < kOfFirst ? 0 : 1; }
+  __device__ static constexpr int after(int i) { return i < kOfFirst ? i * kStep : 0; }
+  __device__ int line(int band) const { return line_[band]; }
+  __device__ int chunk(int band) const { return chunk_[band]; }
+  // Bytes from the beginning of the tile.
+  __device__ int at(int i) const {
+    return chunk_of_depth<T, kSide>(line_[band(i)], chunk_[band(i)]) + after(i) * kSide * static_cast<int>(sizeof(T));
+  }
+
+ private:
+  static constexpr int kAcross = kSide / kChunk<T>;
+  static constexpr int kRest = kAcross & (kAcross - 1);  // Without the lowest power of two.
+  static constexpr int kFirst = kRest == 0 ? kAcross : kRest, kSecond = kRest == 0 ? 1 : kAcross - kRest;
+  static constexpr int kStep = kThreads / kFirst, kOfFirst = kDepth<T> / kStep;
+  static_assert((kFirst & (kFirst - 1)) == 0 && kThreads % kFirst == 0 && kDepth<T> % kStep == 0);
+  static_assert(kRest == 0 || kThreads == kSecond * kDepth<T>);
+  // Chunks lie alike in every 8 steps of the depth, or 4 of wider values.
+  static_assert(kStep % (sizeof(T) == 2 ? 8 : 4) == 0);
+
+  int line_[2], chunk_[2];
+
+ public:
+  static constexpr int kBands = kRest == 0 ? 1 : 2, kCount = kOfFirst + kBands - 1;
 };
 
 // A matrix whose depth is innermost: row i of A, or column i of B, is `depth` values from values + i * stride.
@@ -150,39 +183,45 @@ struct Columns {
   template <int kSide, int kThreads>
   class Copies {
    public:
-    __device__ explicit Copies(const Columns& columns)
-        : columns_(columns), line_(threadIdx.x / kAcross), chunk_(threadIdx.x % kAcross) {}
+    __device__ explicit Copies(const Columns& columns) : columns_(columns), chunks_(static_cast<int>(threadIdx.x)) {}
 
     __device__ void begin(int entry, int64_t first) {
-      const int64_t side = first + chunk_ * kChunk<T>;
       const int part = columns_.parts.part_of(entry);
-      from_ = columns_.values + entry * columns_.entry_stride +
-              (int64_t{part} * columns_.parts.depth + line_) * columns_.stride + (side < columns_.count ? side : 0);
-      left_ = columns_.parts.depth_of(part, columns_.depth) - line_;
+#pragma unroll
+      for (int band = 0; band < Chunks::kBands; ++band) {
+        const int64_t side = first + chunks_.chunk(band) * kChunk<T>;
+        from_[band] = columns_.values + entry * columns_.entry_stride +
+                      (int64_t{part} * columns_.parts.depth + chunks_.line(band)) * columns_.stride +
+                      (side < columns_.count ? side : 0);
+        left_[band] = columns_.parts.depth_of(part, columns_.depth) - chunks_.line(band);
+      }
     }
-    __device__ void end() { left_ = 0; }
+    __device__ void end() {
+#pragma unroll
+      for (int& left : left_) left = 0;
+    }
     template <class Walk>
     __device__ void start(unsigned char* tile, const Walk&) {
-      const int step = kStep * static_cast<int>(columns_.stride);
-      unsigned char* const to = tile + chunk_of_depth<T, kSide>(line_, chunk_);
 #pragma unroll
-      for (int i = 0; i < kCount; ++i)
-        copy_async<kChunkBytes>(to + i * kStep * kSide * static_cast<int>(sizeof(T)), from_ + i * step,
-                                i * kStep < left_);
-      from_ += kDepth<T> * columns_.stride;
-      left_ -= kDepth<T>;
+      for (int i = 0; i < Chunks::kCount; ++i) {
+        const int band = Chunks::band(i), after = Chunks::after(i);
+        copy_async<kChunkBytes>(tile + chunks_.at(i), from_[band] + after * static_cast<int>(columns_.stride),
+                                after < left_[band]);
+      }
+#pragma unroll
+      for (int band = 0; band < Chunks::kBands; ++band) {
+        from_[band] += kDepth<T> * columns_.stride;
+        left_[band] -= kDepth<T>;
+      }
     }
 
    private:
-    static constexpr int kAcross = kSide / kChunk<T>;
-    static constexpr int kStep = kThreads / kAcross, kCount = kDepth<T> / kStep;
-    // Chunks lie alike in every 8 steps of the depth, or 4 of wider values.
-    static_assert(kStep % (sizeof(T) == 2 ? 8 : 4) == 0 && kDepth<T> % kStep == 0);
+    using Chunks = ChunksOfLines<T, kSide, kThreads>;
 
     const Columns& columns_;
-    int line_, chunk_;
-    const T* from_;
-    int left_;  // Of the depth, from this thread's line of the next slice on.
+    Chunks chunks_;
+    const T* from_[Chunks::kBands];
+    int left_[Chunks::kBands];  // Of the depth, from the band's first line of the next slice on.
   };
 };
 

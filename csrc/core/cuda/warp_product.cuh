@@ -50,11 +50,14 @@ __device__ inline int chunk_of_row(int row, int chunk) {
 }
 
 // Depth outermost, kWidth values wide, at least 8 chunks. Of 16-bit values, ldmatrix reads one chunk at 8 successive
-// depths; of wider ones, the lanes of a warp read 2 chunks at 4.
+// depths; of wider ones, the lanes of a warp read 2 chunks at 4. Where a depth is an odd number of fours of chunks, every
+// other one begins in the other half of the banks, and four places are left to tell apart.
 template <class T, int kWidth>
 __device__ int chunk_of_depth(int depth, int chunk) {
-  static_assert(kWidth / kChunk<T> >= 8);
-  const int permuted = chunk ^ (sizeof(T) == 2 ? depth % 8 : depth % 4 * 2);
+  constexpr int kAcross = kWidth / kChunk<T>;
+  constexpr bool kFours = kAcross % 8 == 4;
+  static_assert(kAcross >= 8 && (kAcross % 8 == 0 || (kFours && sizeof(T) == 2)));
+  const int permuted = chunk ^ (kFours ? depth / 2 % 4 : sizeof(T) == 2 ? depth % 8 : depth % 4 * 2);
   return depth * kWidth * int{sizeof(T)} + permuted * kChunkBytes;
 }
 
