@@ -42,7 +42,7 @@ def layers(channels: int, paddings: tuple[int, ...], norm: bool) -> list[nn.Sequ
 
 
 class CPCAudioRival(nn.Module):
-    """256 channels, channel norm, LSTM, linear predictors, 128 negatives of any window at another time, summed losses."""
+    """256 channels, channel norm, LSTM, linear predictors, 128 negatives of any window at another time."""
 
     def __init__(self, channels: int = 256, negatives: int = 128) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class GreedyLoss(nn.Module):
 
 
 class GreedyRival(nn.Module):
-    """Greedy InfoMax on speech with six modules, or with ``end_to_end`` its CPC: 512 channels, GRU of 256, 10 negatives."""
+    """Greedy InfoMax on speech, six modules or with ``end_to_end`` its CPC: 512 channels, GRU of 256, 10 negatives."""
 
     def __init__(self, *, end_to_end: bool, subsample: int | None, channels: int = 512, context: int = 256) -> None:
         super().__init__()
