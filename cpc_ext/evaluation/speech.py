@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import cpc_ext
 from cpc_ext import figures
-from cpc_ext.data import SpeechDataset, WaveformSet
+from cpc_ext.data import SAMPLE_RATE, SpeechDataset, WaveformSet
 from cpc_ext.evaluation.encoder_run import SpeechRun
 from cpc_ext.evaluation.options import EvaluationOptions, parse_measures
 from cpc_ext.measures.abx import abx_error, abx_items
@@ -193,7 +193,7 @@ class _Judge:
                 )
 
     def _described(self) -> str:
-        minutes = [sum(len(each.recording(int(i))) for i in chosen) / 16000 / 60 for each, chosen in self._sets]
+        minutes = [sum(len(each.recording(int(i))) for i in chosen) / SAMPLE_RATE / 60 for each, chosen in self._sets]
         return f"{minutes[0]:.1f} minutes to learn from, {minutes[1]:.1f} to test on"
 
     @property

@@ -12,10 +12,9 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["LABEL_HOP", "LABEL_WINDOW", "AlignedFrames", "Alignment", "align_frames", "label_centers"]
+from cpc_ext.data.audio.dataset import LABEL_CENTRE, LABEL_STEP
 
-# Kaldi's, on which LibriSpeech's forced alignments are: 25 ms windows every 10 ms that lie inside the file, at 16 kHz.
-LABEL_HOP, LABEL_WINDOW = 160, 400
+__all__ = ["AlignedFrames", "Alignment", "align_frames", "label_centers"]
 
 Alignment = Literal["centers", "front", "same-index"]
 
@@ -29,7 +28,7 @@ class AlignedFrames(NamedTuple):
 
 def label_centers(count: int) -> Tensor:
     """The samples at which the windows of labels on LibriSpeech's grid are centred, float64 [count]."""
-    return LABEL_HOP * torch.arange(count, dtype=torch.float64) + LABEL_WINDOW / 2
+    return LABEL_STEP * torch.arange(count, dtype=torch.float64) + LABEL_CENTRE
 
 
 def align_frames(frame_centers: Tensor, label_centers: Tensor, how: Alignment = "centers") -> AlignedFrames:
@@ -60,6 +59,6 @@ def align_frames(frame_centers: Tensor, label_centers: Tensor, how: Alignment = 
     # Between the middles of neighbouring labels, each label is the nearest; at a middle the earlier one.
     middles = (labels[1:] + labels[:-1]) / 2
     nearest = torch.searchsorted(middles, frames)
-    reach = labels.diff().max().item() / 2 if len(labels) > 1 else LABEL_HOP / 2
+    reach = labels.diff().max().item() / 2 if len(labels) > 1 else LABEL_STEP / 2
     inside = (frames - labels[nearest]).abs() <= reach
     return AlignedFrames(torch.arange(len(frames))[inside], nearest[inside])

@@ -10,11 +10,10 @@ import functools
 import torch
 from torch import Tensor
 
-from cpc_ext.measures.frames import LABEL_HOP, LABEL_WINDOW
+from cpc_ext.data.audio.dataset import LABEL_STEP, LABEL_WINDOW, SAMPLE_RATE
 
 __all__ = ["log_mel", "mel_filters", "stack_frames"]
 
-SAMPLE_RATE = 16000
 _FFT = 512
 # The least energy of a band, for samples in -1 to 1: about that of rounding to 16 bits, which digital silence lacks.
 _FLOOR = 1e-10
@@ -40,7 +39,7 @@ def log_mel(waveform: Tensor, *, mels: int = 40) -> Tensor:
     if len(waveform) < LABEL_WINDOW:
         return waveform.new_empty(0, mels, dtype=torch.float32)
     window = torch.hann_window(LABEL_WINDOW, device=waveform.device)
-    frames = waveform.float().unfold(0, LABEL_WINDOW, LABEL_HOP) * window
+    frames = waveform.float().unfold(0, LABEL_WINDOW, LABEL_STEP) * window
     power = torch.fft.rfft(frames, n=_FFT).abs().square() / window.square().sum()
     filters = mel_filters(mels).to(power)
     bands: Tensor = power @ filters.T

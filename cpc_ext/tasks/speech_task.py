@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cpc_ext import __version__, figures
-from cpc_ext.data import SpeechDataset, WaveformFetcher, WaveformSet, WindowSampler
+from cpc_ext.data import SAMPLE_RATE, SpeechDataset, WaveformFetcher, WaveformSet, WindowSampler
 from cpc_ext.data.spread import spread
 from cpc_ext.measures.frames import label_centers
 from cpc_ext.measures.log_mel import log_mel
@@ -73,7 +73,10 @@ class SpeechTask(Task):
 
     @abstractmethod
     def layers(self, model: Any) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
-        """What features there are, first to last: names, and functions of waveforms [1, 1, T] to [1, D, L]."""
+        """What features there are, first to last: names, and functions of waveforms [1, 1, T] to [1, D, L].
+
+        model: one of this task's.
+        """
 
     @property
     def config(self) -> SpeechConfig:
@@ -288,7 +291,7 @@ def sequence_context(config: SpeechConfig, channels: int, frames: int) -> Recurr
 
 def probed_recordings(waveforms: WaveformSet, seconds: float) -> np.ndarray:
     """Recordings that last about so long together, from all of the set; at least one, at most all."""
-    total = len(waveforms.samples) / 16000
+    total = len(waveforms.samples) / SAMPLE_RATE
     count = len(waveforms) if total <= seconds else max(1, int(len(waveforms) * seconds / total))
     return spread(count, len(waveforms))
 

@@ -128,6 +128,24 @@ def test_evaluation(tmp_path, capsys):
     assert len(depths["by_depth"]["phones"]["trained"]) == 6
 
 
+def test_options_of_an_evaluation(tmp_path):
+    assert train("--model", "cpc-audio", "--out-dir", tmp_path) == 0
+    results = {}
+    for name, options in {
+        "plain": (),
+        "layer": ("--layer", "encoder"),
+        "alignment": ("--alignment", "front"),
+        "minutes": ("--minutes", "0.05"),
+    }.items():
+        assert evaluate.main([str(tmp_path), "--measures", "phones", *options, "--device", "cpu"]) == 0
+        results[name] = json.loads((tmp_path / "evaluation" / "speech.json").read_text())
+    assert (results["plain"]["layer"], results["layer"]["layer"]) == ("context", "encoder")
+    assert results["layer"]["rows"]["trained"] != results["plain"]["rows"]["trained"]
+    assert results["alignment"]["rows"]["trained"] != results["plain"]["rows"]["trained"]
+    assert results["minutes"]["train_recordings"] < results["plain"]["train_recordings"]
+    assert set(results["plain"]["rows"]["trained"]) == {"phones"}
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -170,9 +188,14 @@ def test_frames_of_a_folder(form, sounds, tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "frames"
     assert train("--model", "cpc-audio", "--out-dir", run) == 0
     capsys.readouterr()
-    options = ("--data-dir", sounds, "--out", out, "--format", form, "--device", "cpu")
-    assert embed.main([str(run), *map(str, options)]) == 0
+    options = ("--data-dir", sounds, "--format", form, "--device", "cpu")
+    assert embed.main([str(run), *map(str, (*options, "--layer", "encoder", "--out", tmp_path / "others"))]) == 0
+    capsys.readouterr()
+    assert embed.main([str(run), *map(str, (*options, "--out", out))]) == 0
     said = capsys.readouterr()
+    ending = "npy" if form == "npy" else "txt"
+    made, others = ((folder / "somebody" / f"0.{ending}").read_bytes() for folder in (out, tmp_path / "others"))
+    assert made != others
     assert "frames of 8 values of 2 recordings" in said.out
     assert "short.wav" in said.err
     assert "damaged.flac" in said.err
