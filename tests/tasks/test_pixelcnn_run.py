@@ -254,4 +254,4 @@ def test_what_does_not_fit_the_data_set(train, tmp_path, capsys, monkeypatch, sm
 def test_class_conditional_trains_on_labelled_images(small_images):
     unlabelled = replace(small_images, pretrain=ImageSet(small_images.pretrain.images))
     config = program.parse(["--model", "gated-pixelcnn", "--class-conditional", "--device", "cpu"]).run
-    assert GatedPixelCNNTask(config, unlabelled, torch.device("cpu")).images is small_images.train
+    assert GatedPixelCNNTask(config, unlabelled, torch.device("cpu")).examples is small_images.train

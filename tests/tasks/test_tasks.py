@@ -813,7 +813,7 @@ def test_images_that_a_pixel_model_does_not_take():
     labelled = ImageSet(images_of(4, 4), np.zeros(4, np.int64))
     task = task_class("gated-pixelcnn")(config, replace(plain, pretrain=unlabelled, train=labelled), CPU)
     assert task.examples is labelled
-    assert task_class("gated-pixelcnn")(config, replace(plain, train=labelled), CPU).images is plain.pretrain
+    assert task_class("gated-pixelcnn")(config, replace(plain, train=labelled), CPU).examples is plain.pretrain
 
 
 def test_mirrored_images_are_those_of_the_whole_batch():

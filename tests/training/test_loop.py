@@ -526,13 +526,13 @@ def test_images_that_are_others(tmp_path, capsys):
         said = "--resume: the data changed since step 2 was saved: 12 images then, 9 now"
         assert str(caught.value) == said + advice
     other = Parts()
-    other.images = ImageSet(other.images.images, other.images.labels + 1)
+    other.examples = ImageSet(other.examples.images, other.examples.labels + 1)
     with pytest.raises(TrainingError, match=r": other labels\. Go on"):
         trainer_of(tmp_path, other).resume(state)
     capsys.readouterr()
     for ranks in (Second(CPU), Ranks(CPU)):
         other = Parts()
-        other.images = ImageSet(other.images.images + 1, other.images.labels)
+        other.examples = ImageSet(other.examples.images + 1, other.examples.labels)
         trainer_of(tmp_path, other, ranks).resume(state)
     said = "warning: --resume: the data changed since step 2 was saved: other pixels\n"
     assert capsys.readouterr().err == said
