@@ -43,7 +43,7 @@ _FINETUNE_SHARE = 0.5
 def evaluate(command: EvaluationOptions) -> None:
     """Do what the command says. TrainingError where that cannot be done."""
     device = check_device(command.device)
-    media = {_medium(path) for path in command.runs}
+    media = {RunDir(path).medium for path in command.runs}
     if len(media) > 1:
         raise TrainingError("runs on images and runs on speech are not measured alike: give either")
     if media == {"audio"}:
@@ -71,12 +71,6 @@ def evaluate(command: EvaluationOptions) -> None:
         out = command.out or command.runs[0] / "evaluation" / "comparison.png"
         _save_figure(out, _compared(records))
         print(f"the runs are compared in {out}")
-
-
-def _medium(path: Path) -> str:
-    """What a run is of. A folder that is none of a run's is for whoever opens it to refuse."""
-    run = RunDir(path)
-    return run.medium if run.config.is_file() else "images"
 
 
 class _Evaluator:

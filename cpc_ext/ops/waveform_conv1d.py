@@ -74,8 +74,7 @@ def waveform_conv1d(
             wanted = dtype_name(waveforms.dtype) if waveforms.dtype in _DTYPES else ", ".join(map(dtype_name, _DTYPES))
             raise TypeError(f"{name} must be {wanted}, got {dtype_name(value.dtype)}")
     op = _Layer(waveforms, weight, bias, scale, shift, stride, padding, float(eps), relu)
-    plain = waveforms.dtype == torch.float64 or waveforms.device.type != "cpu"
-    if plain or (torch.is_grad_enabled() and waveforms.requires_grad):
+    if not _has_kernel(waveforms) or (torch.is_grad_enabled() and waveforms.requires_grad):
         return waveform_conv1d_reference(*op)
     if scale is not None and shift is not None:
         op = op._replace(scale=scale.float(), shift=shift.float())
@@ -159,12 +158,16 @@ def waveform_conv1d_reference(
     return torch.relu(made) if relu else made
 
 
+def _has_kernel(values: Tensor) -> bool:
+    return values.device.type == "cpu" and values.dtype != torch.float64
+
+
 def _empty(op: _Layer) -> Tensor:
     return op.waveforms.new_empty(len(op.waveforms), len(op.weight), op.frames)
 
 
 def _kernel(op: _Layer) -> Tensor:
-    if op.waveforms.device.type != "cpu":
+    if not _has_kernel(op.waveforms):
         return waveform_conv1d_reference(*op)
     out = _empty(op)
     native.waveform_conv1d(*op[:5], out, *op[5:])
@@ -177,7 +180,7 @@ def _empty_sums(op: _Gradient) -> Tensor:
 
 
 def _backward_kernel(op: _Gradient) -> Tensor:
-    if op.grad.device.type != "cpu":
+    if not _has_kernel(op.grad):
         return _backward_reference(op)
     sums = _empty_sums(op)
     native.waveform_conv1d_backward(*op.layer[:5], op.grad, sums, *op.layer[5:])

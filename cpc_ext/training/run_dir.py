@@ -88,8 +88,11 @@ class RunDir:
 
     @property
     def medium(self) -> str:
-        """What the run's model learns from, "images" or "audio". TrainingError where the folder is none of a run's."""
-        return model_medium(self.known_config.model)
+        """What the run's model learns from, "images" or "audio".
+
+        "images" also of a folder that is none of a run's, which whoever opens it refuses.
+        """
+        return model_medium(self.known_config.model) if self.config.is_file() else "images"
 
     @property
     def begun(self) -> bool:

@@ -199,7 +199,9 @@ double convolve(const Size& size, bool images_innermost) {
   return worst;
 }
 
+#if !defined(CPC_ONE_PRODUCT)
 double low_teams(const Size& size) { return convolve<TensorCores<BFloat16>, masked_conv::cuda::LowTeams>(size, true); }
+#endif
 
 // --- The program ---
 

@@ -257,6 +257,17 @@ def problems(dtype):
         torch.tensor([[1.0, 1, 1], [1, 0, 0]], dtype=torch.float64),
         torch.rand(6, 3, 2, 3, generator=generator) < 0.5,
     )
+    heard, layer, shift = (
+        draw(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate([(2, 1, 60), (4, 1, 6), (4,)], 40)
+    )
+    ones = torch.ones(4, dtype=sums)
+    for scale, moved in ((None, None), (ones, shift.to(sums))):
+        # Where ReLU is near zero, rounding decides.
+        yield "waveform_conv1d", (heard, layer, shift, scale, moved, 3, 1, 1e-5, dtype != torch.bfloat16)
+        grad = draw(2, 4, 19, seed=50, dtype=dtype)
+        given = (grad, heard, layer, shift, scale, moved)
+        yield "waveform_conv1d_backward", (*given, 3, 1, 1e-5, dtype != torch.bfloat16)
+
     for activation, keep in itertools.product(("none", "relu", "gated"), (False, True)):
         yield "masked_conv2d", (input, weight, bias, channels, condition, 2, activation, keep)
         yield "masked_conv2d", (input, weight, None, plane, None, 1, activation, keep)

@@ -98,7 +98,10 @@ def test_a_padded_image_may_be_smaller_than_the_crop(train, tmp_path, capsys, mo
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--neg-samples", "16"], "--neg-samples is an option of --model cpc-v1, greedy-infomax; cpc-v2"),
+        (
+            ["--neg-samples", "16"],
+            "--neg-samples is an option of --model cpc-audio, cpc-v1, greedy-infomax, greedy-infomax-audio; cpc-v2",
+        ),
         (["--target-channels", "0"], "--target-channels: input should be greater than or equal to 1, got 0"),
         (["--pad", "-1"], "--pad: input should be greater than or equal to 0, got -1"),
         (["--pred-steps", "5"], "--grid-size 6 has only 5 rows below the first"),
