@@ -339,7 +339,7 @@ def test_runs_that_cannot_be_evaluated(run, tmp_path, capsys):
     pixels = tmp_path / "pixels"
     pixels.mkdir()
     (pixels / "config.yaml").write_text(preset("pixelcnn", "textures").to_yaml())
-    assert "is a run of pixelcnn, which learns no encoder; cpc-v1, " in error(pixels)
+    assert "is a run of pixelcnn, which learns no encoder of images; cpc-v1, " in error(pixels)
     folder = run("cpc")
     (folder / "evaluation").mkdir()
     (folder / "evaluation" / "evaluation.json").write_text('{"rows": [')

@@ -105,7 +105,11 @@ def test_models_of_ours_get_the_prefix_of_the_program():
     assert all(name.startswith("module.fullmodel.0.") for name in export_reference(model, "greedy-infomax-audio"))
 
 
-@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*_audio.*.safetensors")), ids=lambda path: path.stem)
+# All but the probes, which are no part of a checkpoint.
+MODELS = sorted(path for path in GOLDEN.glob("*_audio.*.safetensors") if path.stem != "cpc_audio.probes")
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
 def test_written_again_they_are_the_same(path):
     given = {key.removeprefix("state."): one for key, one in load_file(path).items() if key.startswith("state.")}
     if path.stem == "cpc_audio.channel_norm":
