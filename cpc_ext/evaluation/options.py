@@ -23,7 +23,7 @@ MODES = {
 }
 
 
-# Of runs on speech.
+# What runs on speech are measured by.
 SPEECH_MEASURES = {
     "phones": "the phone of a frame, by a linear classifier",
     "phones-hidden": "the same by a classifier with a hidden layer",

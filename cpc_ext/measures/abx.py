@@ -220,7 +220,7 @@ def _batches(cells: _Cells, triples: Iterator[_Ints]) -> Iterator[_Ints]:
 def _errors(
     frames: Tensor, items: AbxItems, cells: _Cells, triples: _Ints
 ) -> tuple[_Ints, _Ints, NDArray[np.float64], _Ints]:
-    """Of each triple of cells those of A and B, the error, and how many triples of items there are."""
+    """The cells of A and B of each triple of cells, its error, and how many triples of items there are."""
     a, b, x = triples.T
     # What is needed of each pair of cells is computed once, whichever of the two is X.
     blocks = np.unique(np.sort(np.concatenate([np.stack([x, a], 1), np.stack([x, b], 1)]), axis=1), axis=0)

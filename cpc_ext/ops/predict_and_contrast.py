@@ -227,7 +227,7 @@ def _present(targets: Tensor) -> Tensor:
 
 
 def _output(loss: Tensor, losses: Tensor, rank: Tensor, targets: Tensor, reduction: str) -> PredictAndContrastOutput:
-    """Of the loss, as the reduction has it, and of losses and ranks [K, M]."""
+    """The loss, as the reduction has it, and losses and ranks [K, M]."""
     rights = (rank == 0).to(losses.dtype)
     counts = _present(targets).flatten(1).sum(1).clamp(min=1)
     step_losses, step_rights = (values.sum(1) / counts for values in (losses, rights))

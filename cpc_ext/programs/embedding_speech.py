@@ -6,6 +6,7 @@ interrupted program has written is right.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cpc_ext.data import SAMPLE_RATE, SpeechDataset, WaveformSet
-from cpc_ext.data.audio.decode import decode_recording, read_recordings
+from cpc_ext.data.audio.decode import decode_or_reason, read_recordings
 from cpc_ext.data.notice import LeftOut
 from cpc_ext.evaluation.encoder_run import SpeechRun
 from cpc_ext.programs.embed import Command
@@ -46,18 +47,21 @@ def embed_speech(command: Command) -> None:
         raise TrainingError(f"--layer: {error}") from None
     out = command.out or command.run / "frames"
     written, dim, left_out = 0, 0, LeftOut("recordings")
+    stems = Counter(Path(file.path).with_suffix("") for file in tree.train)
     for file in tqdm(tree.train, unit="recording", dynamic_ncols=True):
-        try:
-            samples = decode_recording(root / file.path).samples
-        except Exception as error:
-            left_out.add(file.path, str(error))
+        found = decode_or_reason(root / file.path)
+        if isinstance(found, str):
+            left_out.add(file.path, found)
             continue
-        frames, centers = make(torch.from_numpy(np.array(samples)))
+        frames, centers = make(torch.from_numpy(np.array(found.samples)))
         if not len(frames):
             left_out.add(file.path, "too short for a frame")
             continue
         try:
-            _write(out / file.path, frames, centers.double() / SAMPLE_RATE, command.format)
+            path = Path(file.path)
+            # Recordings that differ in their endings alone keep these.
+            stem = path.with_suffix("") if stems[path.with_suffix("")] == 1 else path
+            _write(out / stem, frames, centers.double() / SAMPLE_RATE, command.format)
         except OSError as error:
             raise TrainingError(f"--out: cannot write to {out}: {error.strerror or error}") from None
         written, dim = written + 1, frames.shape[1]
@@ -68,17 +72,17 @@ def embed_speech(command: Command) -> None:
     print(f"frames of {dim} values of {written} recordings are in {out}, a file for each")
 
 
-def _write(path: Path, frames: Tensor, times: Tensor, form: str) -> None:
-    """The frames of a recording, and their times, in files that are called as it is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _write(stem: Path, frames: Tensor, times: Tensor, form: str) -> None:
+    """Frames [L, D] and their times [L] in seconds, in files of this name with endings of theirs."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
     if form == "text":
-        with atomic_file(path.with_suffix(".txt")) as file:
+        with atomic_file(stem.with_name(f"{stem.name}.txt")) as file:
             rows = np.column_stack([times.numpy(), frames.numpy()])
             np.savetxt(file, rows, fmt=["%.5f"] + ["%.6g"] * frames.shape[1])
         return
-    with atomic_file(path.with_suffix(".times.npy")) as file:
+    with atomic_file(stem.with_name(f"{stem.name}.times.npy")) as file:
         _save(file, times.numpy())
-    with atomic_file(path.with_suffix(".npy")) as file:
+    with atomic_file(stem.with_name(f"{stem.name}.npy")) as file:
         _save(file, frames.numpy())
 
 

@@ -45,7 +45,7 @@ __all__ = ["SpeechTask", "probed_recordings"]
 
 # Recordings that a run's own probes learn from and are tested by: enough to compare models, in a minute or two.
 _PROBE_SECONDS = {"train": 900.0, "test": 450.0}
-# Of a recording shown in a figure.
+# How much of a recording a figure shows.
 _SHOWN_SECONDS = 2.5
 
 

@@ -26,7 +26,7 @@ __all__ = ["Pipeline"]
 # Features of so many steps may be on their way to the next process, for as much memory.
 _UNDER_WAY = 2
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Of the header that goes before the first features: type, layout, number of dimensions, and room for their sizes.
+# A header goes before the first features: type, layout, number of dimensions, and room for their sizes.
 _MOST_DIMENSIONS = 4
 _HEADER = 3 + _MOST_DIMENSIONS
 

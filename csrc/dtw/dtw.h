@@ -5,7 +5,7 @@
 //   d[i, j] = arccos(x_i . y_j, clamped to -1..1) / pi
 //   cost[i, j] = d[i, j] + the least of cost[i - 1, j - 1], cost[i, j - 1] and cost[i - 1, j], of those that there are
 //   distance = the last cost, divided by the cells of the path that has led to it.
-// Of predecessors that cost the same the path takes the first in the order above, as the tools of the ZeroSpeech
+// The path takes, among predecessors that cost the same, the first in the order above, as the tools of the ZeroSpeech
 // challenges do.
 //
 // Pairs that follow each other with the same second item share what is prepared of it. Who owns memory: the caller, all

@@ -23,7 +23,7 @@ struct Problem {
   TensorView bias = {};   // Or absent.
   TensorView scale = {};  // Or absent, with shift: no normalisation.
   TensorView shift = {};
-  TensorView out = {};  // Of the gradient: the gradient of what the forward pass gives.
+  TensorView out = {};  // In the backward pass: the gradient of what the forward pass gives.
   int64_t stride = 1;
   int64_t padding = 0;
   double eps = 0;
@@ -38,7 +38,7 @@ struct Problem {
 };
 
 struct Gradient : Problem {
-  // Of weight, then of bias, scale and shift, a row a channel: [C, K + 3], whichever of them there are.
+  // The gradients of weight, then of bias, scale and shift, a row a channel: [C, K + 3], whichever of them there are.
   TensorView sums = {};
 };
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from cpc_ext.ops import waveform_conv1d
 
-# Of sums of 10 products and of some thousand frames, relative to the largest value.
+# What rounding explains in sums of 10 products and of some thousand frames, relative to the largest value.
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # Batch, channels, samples, taps, stride, padding: tiles that are full, cut, and less than a register of frames.
 SIZES = [

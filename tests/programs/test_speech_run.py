@@ -216,6 +216,16 @@ def test_frames_of_a_folder(form, sounds, tmp_path, capsys):
         np.testing.assert_allclose(times[:2], [20 / 16000, 180 / 16000], atol=1e-5)
 
 
+def test_recordings_that_differ_in_their_endings(sounds, tmp_path):
+    soundfile = pytest.importorskip("soundfile")
+    run = tmp_path / "run"
+    assert train("--model", "cpc-audio", "--out-dir", run) == 0
+    soundfile.write(sounds / "somebody" / "0.flac", np.zeros(4000), 16000)
+    assert embed.main([str(run), "--data-dir", str(sounds), "--device", "cpu"]) == 0
+    names = {path.name for path in (run / "frames" / "somebody").glob("*.npy") if ".times" not in path.name}
+    assert names == {"0.wav.npy", "0.flac.npy", "1.npy"}
+
+
 def test_what_embedding_refuses(sounds, tmp_path, capsys):
     run = tmp_path / "run"
     assert train("--model", "cpc-audio", "--out-dir", run) == 0

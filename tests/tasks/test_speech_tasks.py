@@ -319,7 +319,7 @@ def test_what_a_model_is_worth():
     names = {f"{model}{what}_accuracy" for model in ("", "untrained_", "log_mel_") for what in ("phone", "speaker")}
     assert set(results) == {*names, "chance_phone_accuracy"}
     assert all(0 <= value <= 1 for value in results.values())
-    # Of tones and of loudness spectra tell nearly all.
+    # Spectra tell nearly all of tones and of loudness.
     assert results["log_mel_phone_accuracy"] > 0.9 > results["chance_phone_accuracy"]
     assert results["log_mel_speaker_accuracy"] == 1
     assert results["phone_accuracy"] == results["untrained_phone_accuracy"]

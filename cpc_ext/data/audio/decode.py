@@ -92,7 +92,7 @@ def read_recordings(root: Path, *, splits: bool = True) -> FileTree:
 def decode_files(files: Sequence[Path], out: BinaryIO) -> DecodedFiles:
     """Append every recording that can be decoded to ``out`` as int16 samples at 16 kHz."""
     done = DecodedFiles()
-    with closing(in_order(_decode_or_reason, files, ahead=AHEAD, what=("recording", "recordings"))) as decoded:
+    with closing(in_order(decode_or_reason, files, ahead=AHEAD, what=("recording", "recordings"))) as decoded:
         for index, found in enumerate(decoded):
             if isinstance(found, str):
                 done.reasons[index] = found
@@ -154,7 +154,7 @@ def _check(file: Any, read: int, beyond: int) -> None:
         raise ValueError(f"floating point with {beyond} samples beyond -1 to 1, which is the scale of sound")
 
 
-def _decode_or_reason(path: Path) -> Recording | str:
+def decode_or_reason(path: Path) -> Recording | str:
     # A damaged file makes libsndfile raise errors of its own, which are RuntimeErrors.
     try:
         return decode_recording(path)

@@ -49,7 +49,7 @@ class WaveformBlock(EncoderBlock):
         self._in_place = norm == "none"
 
     def forward(self, input: Tensor) -> Tensor:
-        # Of the first layer, whose output is the largest, all in one pass.
+        # The first layer, whose output is the largest, does all in one pass.
         if input.shape[1] == 1 and isinstance(self.norm, nn.Identity | ChannelNorm):
             norm = self.norm if isinstance(self.norm, ChannelNorm) else None
             return waveform_conv1d(

@@ -8,13 +8,14 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from cpc_ext.tasks.cpc_v1 import options as cpc_v1
-from cpc_ext.training.config import MAY_CHANGE, Presets, Section
+from cpc_ext.tasks.module_options import ModulesSection, check_modules_before
+from cpc_ext.training.config import Presets
 from cpc_ext.training.registry import title
 
 __all__ = ["CONFIG", "PRESETS", "GreedyConfig", "GreedySection"]
 
 
-class GreedySection(Section):
+class GreedySection(ModulesSection):
     """The modules of Greedy InfoMax, what they learn by, and in which order or place."""
 
     modules: int = Field(
@@ -38,11 +39,6 @@ class GreedySection(Section):
         "he",
         description="Initial weights of the encoder: He et al.'s, or Xiao et al. 2018's, arXiv 1806.05393.",
     )
-    train_module: Annotated[int, Field(ge=0)] | None = Field(
-        None,
-        description="Train this module alone, counted from 0; those before it are frozen, as the run of --resume-from "
-        "has trained them. None: all at once.",
-    )
     cache_outputs: Path | None = Field(
         None,
         description="Folder to keep the outputs of the frozen modules in, computed once and read from the disk. It "
@@ -50,11 +46,6 @@ class GreedySection(Section):
     )
     cache_views: int = Field(
         1, ge=1, description="Random crops of each image whose outputs are kept with --cache-outputs."
-    )
-    pipeline: Annotated[bool, MAY_CHANGE] = Field(
-        False,
-        description="Under torchrun: a process, and GPU, for every module, which gets the features of the one before. "
-        "Otherwise each process trains all modules on its part of a batch.",
     )
 
     @property
@@ -64,12 +55,8 @@ class GreedySection(Section):
 
     @model_validator(mode="after")
     def _options_fit(self) -> GreedySection:
-        if self.train_module is not None and self.train_module >= self.count:
-            raise ValueError(f"--train-module {self.train_module}: there are {self.count} modules, counted from 0")
         if self.cache_outputs is not None and not self.train_module:
             raise ValueError("--cache-outputs needs --train-module 1 or higher: only frozen modules are cached")
-        if self.pipeline and (self.train_module is not None or self.count == 1):
-            raise ValueError("--pipeline trains several modules at a time: it needs --modules and no --train-module")
         return self
 
 
@@ -80,11 +67,7 @@ class GreedyConfig(cpc_v1.CPCConfig):
 
     @model_validator(mode="after")
     def _modules_before_are_trained(self) -> GreedyConfig:
-        module = self.greedy.train_module
-        if module and self.optimization.resume_from is None:
-            raise ValueError(
-                f"--train-module {module} needs --resume-from, the folder of the run that trained module {module - 1}"
-            )
+        check_modules_before(self.greedy, self)
         return self
 
     @property

@@ -21,19 +21,19 @@ from cpc_ext.tasks.encoder_task import EncoderTask, guessing
 from cpc_ext.tasks.greedy_infomax.module_inputs import ModuleInputs
 from cpc_ext.tasks.greedy_infomax.module_step import ModuleStep
 from cpc_ext.tasks.greedy_infomax.options import GreedyConfig
+from cpc_ext.tasks.module_task import ModuleTask
 from cpc_ext.tasks.patches import center_or_random, patch_encoder, patch_view, save_patch_figures
-from cpc_ext.training.config import RunConfig, option
+from cpc_ext.training.config import RunConfig
 from cpc_ext.training.distribution import Ranks
-from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.random_streams import RandomStreams
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.run_log import read_metrics
-from cpc_ext.training.task import Fetcher, Handover
+from cpc_ext.training.task import Fetcher
 
 __all__ = ["TASK", "GreedyTask"]
 
 
-class GreedyTask(EncoderTask):
+class GreedyTask(ModuleTask, EncoderTask):
     """Greedy InfoMax (Löwe et al. 2019, arXiv 1905.11786), or supervised modules, on a data set.
 
     Attributes:
@@ -85,39 +85,13 @@ class GreedyTask(EncoderTask):
 
     def parts(self) -> list[nn.Module]:
         side = self._config.view.grid_size
-        return [ModuleStep(self.model, index, self.inputs, side) for index in self._learning]
-
-    def losses(self, images: Tensor, labels: Tensor | None, streams: RandomStreams) -> dict[str, Tensor]:
-        """The loss of all modules that learn, summed; the steps take them one by one, see :meth:`parts`."""
-        total: dict[str, Tensor] = {}
-        handed = Handover(images)
-        for part in self.parts():
-            values, handed = part(handed, labels, streams)
-            total = {name: total.get(name, 0) + value for name, value in values.items()}
-        return total
-
-    def compile(self) -> None:
-        for module in self.model.encoder_modules:
-            module.compile()
+        return [ModuleStep(self.model, index, self.inputs, side) for index in self._config.greedy.learning]
 
     def check_start(self, trained: RunConfig) -> None:
         """Modules that are frozen have to be trained, on patches like these."""
         if self.model.frozen == 0 or not isinstance(trained, GreedyConfig):
             return
-        different = [
-            f"{option(name)} is {theirs[name]} there, {value} here"
-            for theirs, mine in zip(_shape(trained), _shape(self._config), strict=True)
-            for name, value in mine.items()
-            if theirs[name] != value
-        ]
-        if different:
-            raise TrainingError("--resume-from: the modules of that run are others: " + "; ".join(different))
-        module, last = trained.greedy.train_module, self.model.frozen - 1
-        if module is not None and module < last:
-            raise TrainingError(
-                f"--resume-from: that run trained module {module}; --train-module {self.model.frozen} needs the run "
-                f"that trained module {last}"
-            )
+        self.check_modules(trained.greedy, _shape(trained), _shape(self._config))
 
     def prepare(self, ranks: Ranks, *, resumed: bool) -> None:
         self.inputs.prepare(ranks)
@@ -129,7 +103,7 @@ class GreedyTask(EncoderTask):
     def encode(self, model: Any, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The output of the last module that is trained; those after it are not run. model: one in modules."""
         patches = center_or_random(self._view, images, generator)
-        encodings: list[Tensor] = model.encodings_by_module(patches, self._learning[-1] + 1)
+        encodings: list[Tensor] = model.encodings_by_module(patches, self._config.greedy.learning[-1] + 1)
         return encodings[-1]
 
     def modules(self, stacks: int) -> int | Sequence[int]:
@@ -140,23 +114,20 @@ class GreedyTask(EncoderTask):
         return stacks if options.modules == 1 else options.modules
 
     def _save_figures(self, run: RunDir) -> None:
-        suffixes = [""] if len(self._learning) == 1 else [f"_module_{module}" for module in self._learning]
+        learning = self._config.greedy.learning
+        suffixes = [""] if len(learning) == 1 else [f"_module_{module}" for module in learning]
         metrics = read_metrics(run.metrics, having=[name + end for name in ("loss", "accuracy") for end in suffixes])
         if metrics:
             if self._config.greedy.objective == "supervised":
                 guess, loss, accuracy = guessing(len(self._dataset.classes)), "cross-entropy", "accuracy"
             else:
                 guess, loss, accuracy = guessing(*self._config.keys_by_step), "InfoNCE loss", "contrastive accuracy"
-            figure = figures.curves_by_module(metrics, self._learning, guess, loss=loss, accuracy=accuracy)
+            figure = figures.curves_by_module(
+                metrics, self._config.greedy.learning, guess, loss=loss, accuracy=accuracy
+            )
             figures.save(run.path / "curves.png", figure)
         encodings = partial(self.encodings, self.model)
         save_patch_figures(run, self._view, self._shown, encodings, self._config.compute.seed)
-
-    @property
-    def _learning(self) -> list[int]:
-        """The modules that learn."""
-        only = self._config.greedy.train_module
-        return list(range(self._config.greedy.count)) if only is None else [only]
 
 
 TASK = GreedyTask

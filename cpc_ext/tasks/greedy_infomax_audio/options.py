@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
+from cpc_ext.tasks.module_options import ModulesSection, check_modules_before
 from cpc_ext.tasks.speech_options import SequencePredictionSection, SpeechConfig
-from cpc_ext.training.config import MAY_CHANGE, Preset, Presets, Section
+from cpc_ext.training.config import Preset, Presets
 from cpc_ext.training.registry import title
 
 __all__ = ["CONFIG", "PRESETS", "GreedyAudioConfig", "GreedyAudioSection"]
 
 
-class GreedyAudioSection(Section):
+class GreedyAudioSection(ModulesSection):
     """The modules of Greedy InfoMax, and in which order or place they learn."""
 
     modules: Literal[1, 5, 6] = Field(
@@ -24,16 +25,6 @@ class GreedyAudioSection(Section):
     context_per_module: bool = Field(
         False, description="Give each convolution's module a context network of its own; with --modules 5."
     )
-    train_module: Annotated[int, Field(ge=0)] | None = Field(
-        None,
-        description="Train this module alone, counted from 0; those before it are frozen, as the run of --resume-from "
-        "has trained them. None: all at once.",
-    )
-    pipeline: Annotated[bool, MAY_CHANGE] = Field(
-        False,
-        description="Under torchrun: a process, and GPU, for every module, which gets the features of the one before. "
-        "Otherwise each process trains all modules on its part of a batch.",
-    )
 
     @property
     def count(self) -> int:
@@ -42,12 +33,8 @@ class GreedyAudioSection(Section):
 
     @model_validator(mode="after")
     def _options_fit(self) -> GreedyAudioSection:
-        if self.train_module is not None and self.train_module >= self.modules:
-            raise ValueError(f"--train-module {self.train_module}: there are {self.modules} modules, counted from 0")
         if self.context_per_module and self.modules != 5:
             raise ValueError(f"--context-per-module needs --modules 5, got {self.modules}")
-        if self.pipeline and (self.train_module is not None or self.modules == 1):
-            raise ValueError("--pipeline trains several modules at a time: it needs --modules and no --train-module")
         return self
 
 
@@ -59,11 +46,7 @@ class GreedyAudioConfig(SpeechConfig):
 
     @model_validator(mode="after")
     def _modules_fit(self) -> GreedyAudioConfig:
-        module = self.greedy.train_module
-        if module and self.optimization.resume_from is None:
-            raise ValueError(
-                f"--train-module {module} needs --resume-from, the folder of the run that trained module {module - 1}"
-            )
+        check_modules_before(self.greedy, self)
         return self
 
     @property

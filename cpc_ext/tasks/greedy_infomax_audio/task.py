@@ -15,9 +15,9 @@ from cpc_ext.models import GreedyInfoMax
 from cpc_ext.nn.sequence_info_nce import SequenceInfoNCE
 from cpc_ext.nn.typed import Module
 from cpc_ext.tasks.greedy_infomax_audio.options import GreedyAudioConfig
+from cpc_ext.tasks.module_task import ModuleTask
 from cpc_ext.tasks.speech_task import SpeechTask, context_layers, sequence_context, waveform_encoder
-from cpc_ext.training.config import RunConfig, option
-from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.config import RunConfig
 from cpc_ext.training.precision import autocast
 from cpc_ext.training.random_streams import RandomStreams
 from cpc_ext.training.run_dir import RunDir
@@ -26,7 +26,7 @@ from cpc_ext.training.task import Handover
 __all__ = ["TASK", "GreedyAudioTask"]
 
 
-class GreedyAudioTask(SpeechTask):
+class GreedyAudioTask(ModuleTask, SpeechTask):
     """Greedy InfoMax on speech (Löwe et al. 2019, arXiv 1905.11786)."""
 
     model: GreedyInfoMax
@@ -40,7 +40,7 @@ class GreedyAudioTask(SpeechTask):
     def _build(self) -> GreedyInfoMax:
         encoder, options = waveform_encoder(self._config), self._config.greedy
         last = encoder.frames(self._config.view.window)
-        # Of the first module, which has the most.
+        # The first module has the most frames.
         longest = last if options.modules == 1 else encoder.frames(self._config.view.window, layers=1)
         count = 5 if options.context_per_module else 1
         frames = longest if options.context_per_module else last
@@ -59,42 +59,13 @@ class GreedyAudioTask(SpeechTask):
         )
 
     def parts(self) -> list[nn.Module]:
-        return [_ModuleStep(self, index) for index in self._learning]
-
-    def losses(self, batch: Tensor, labels: Tensor | None, streams: RandomStreams) -> dict[str, Tensor]:
-        """The loss of all modules that learn, summed; the steps take them one by one, see :meth:`parts`."""
-        total: dict[str, Tensor] = {}
-        handed = Handover(batch)
-        for part in self.parts():
-            values, handed = part(handed, labels, streams)
-            total = {name: total.get(name, 0) + value for name, value in values.items()}
-        return total
-
-    def compile(self) -> None:
-        for module in self.model.encoder_modules:
-            module.compile()
+        return [_ModuleStep(self, index) for index in self._config.greedy.learning]
 
     def check_start(self, trained: RunConfig) -> None:
         """Modules that are frozen have to be trained, on windows like these."""
         if self.model.frozen == 0 or not isinstance(trained, GreedyAudioConfig):
             return
-        different = [
-            f"{option(name)} is {theirs[name]} there, {value} here"
-            for theirs, mine in (
-                (trained.encoder.model_dump(), self._config.encoder.model_dump()),
-                (trained.greedy.model_dump(include={"modules"}), self._config.greedy.model_dump(include={"modules"})),
-            )
-            for name, value in mine.items()
-            if theirs[name] != value
-        ]
-        if different:
-            raise TrainingError("--resume-from: the modules of that run are others: " + "; ".join(different))
-        module, last = trained.greedy.train_module, self.model.frozen - 1
-        if module is not None and module < last:
-            raise TrainingError(
-                f"--resume-from: that run trained module {module}; --train-module {self.model.frozen} needs the run "
-                f"that trained module {last}"
-            )
+        self.check_modules(trained.greedy, _shape(trained), _shape(self._config))
 
     def layers(self, model: Any) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
         """The output of each convolution, "encoder" being the last one's, then the context's, if it is trained."""
@@ -104,7 +75,7 @@ class GreedyAudioTask(SpeechTask):
             return encodings
 
         found: list[tuple[str, Callable[[Tensor], Tensor]]] = []
-        trained, modules = self._learning[-1] + 1, min(self._config.greedy.modules, 5)
+        trained, modules = self._config.greedy.learning[-1] + 1, min(self._config.greedy.modules, 5)
         for count in range(1, min(trained, modules) + 1):
             name = "encoder" if count == modules else f"module{count - 1}"
             found.append((name, partial(encoded, count)))
@@ -115,15 +86,9 @@ class GreedyAudioTask(SpeechTask):
 
     def _save_curves(self, run: RunDir, metrics: list[dict[str, float]]) -> None:
         figure = figures.curves_by_module(
-            metrics, self._learning, self.guess, loss="InfoNCE loss", accuracy="contrastive accuracy"
+            metrics, self._config.greedy.learning, self.guess, loss="InfoNCE loss", accuracy="contrastive accuracy"
         )
         figures.save(run.path / "curves.png", figure)
-
-    @property
-    def _learning(self) -> list[int]:
-        """The modules that learn."""
-        only = self._config.greedy.train_module
-        return list(range(self._config.greedy.count)) if only is None else [only]
 
 
 class _ModuleStep(Module):
@@ -166,3 +131,8 @@ class _ModuleStep(Module):
 
 
 TASK = GreedyAudioTask
+
+
+def _shape(config: GreedyAudioConfig) -> list[dict[str, Any]]:
+    """The options that decide what a module is."""
+    return [config.encoder.model_dump(), config.greedy.model_dump(include={"modules"})]
