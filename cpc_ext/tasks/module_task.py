@@ -1,4 +1,4 @@
-"""What tasks of models in modules share, whatever the modules are of: their losses together, and where they start from."""
+"""What tasks of models in modules share: the sum of the losses, and which runs the modules may start from."""
 
 from __future__ import annotations
 

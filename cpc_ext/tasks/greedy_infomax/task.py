@@ -122,9 +122,7 @@ class GreedyTask(ModuleTask, EncoderTask):
                 guess, loss, accuracy = guessing(len(self._dataset.classes)), "cross-entropy", "accuracy"
             else:
                 guess, loss, accuracy = guessing(*self._config.keys_by_step), "InfoNCE loss", "contrastive accuracy"
-            figure = figures.curves_by_module(
-                metrics, self._config.greedy.learning, guess, loss=loss, accuracy=accuracy
-            )
+            figure = figures.curves_by_module(metrics, learning, guess, loss=loss, accuracy=accuracy)
             figures.save(run.path / "curves.png", figure)
         encodings = partial(self.encodings, self.model)
         save_patch_figures(run, self._view, self._shown, encodings, self._config.compute.seed)
