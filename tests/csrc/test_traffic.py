@@ -164,17 +164,28 @@ def test_a_problem_that_touches_more_than_its_budget_is_wrong():
     assert missing == "op [1] float16 forward: no budget; --update makes one"
 
 
-def test_no_kernel_asks_for_more_than_it_may(trace, tmp_path):
+def counts_of(trace: Path, out: Path, *options: str) -> list[dict]:
+    """The problems that cuda_traffic.py counts, none of which asks for more than it may."""
     (module,) = trace.glob("_C.*.so")
-    counts = tmp_path / "counts.json"
     environment = os.environ | {"CPC_EXT_NATIVE": str(module), "OMP_NUM_THREADS": "1"}
-    options = ["--quick", "--check", "--dtype", "float32", "bfloat16", "--out", counts]
-    program = [sys.executable, BENCHMARKS / "cuda_traffic.py"]
+    program = [sys.executable, BENCHMARKS / "cuda_traffic.py", "--quick", "--check", "--out", out]
     done = subprocess.run([*program, *options], capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stdout[done.stdout.find("\nunique:") :] + done.stderr
-    problems = json.loads(counts.read_text())["problems"]
+    return json.loads(out.read_text())["problems"]
+
+
+def test_no_kernel_asks_for_more_than_it_may(trace, tmp_path):
+    problems = counts_of(trace, tmp_path / "all.json", "--dtype", "float32", "bfloat16")
     assert {problem["op"] for problem in problems} == {*counted_ops()}
     assert all(problem["launches"] for problem in problems)
+    # Which blocks a sample takes depends on nothing that ran before. Sectors do on where tensors lie.
+    alone = counts_of(trace, tmp_path / "alone.json", "--op", "masked_conv2d", "--dtype", "bfloat16")
+    same = [each for each in problems if each["op"] == "masked_conv2d" and each["dtype"] == "bfloat16"]
+    read, read_among_others = (
+        [(launch["kernel"], launch["read_bytes"]) for each in run for launch in each["launches"]]
+        for run in (alone, same)
+    )
+    assert read == read_among_others != []
 
 
 def test_reasons_are_given_for_known_faults():

@@ -521,6 +521,9 @@ unsigned seed() {
   return text != nullptr ? static_cast<unsigned>(std::strtoul(text, nullptr, 10)) : 0;
 }
 
+// Launches since draws began: with the seed, what a launch draws from.
+unsigned launches = 0;
+
 }  // namespace
 
 size_t Device::default_shared_bytes() {
@@ -551,6 +554,8 @@ void set_current_device(int index) {
   current = index;
 }
 
+void begin_draws() { launches = 0; }
+
 void* stream_of(int index) { return &devices().streams.at(static_cast<size_t>(index)); }
 
 void use_stream(const char* doing, void* stream) {
@@ -562,7 +567,6 @@ void use_stream(const char* doing, void* stream) {
 }
 
 void run(const Launch& launch, const std::function<void()>& thread) {
-  static unsigned launches = 0;
   const std::lock_guard lock(machine_lock());
   freedom_of_launch = read_freedom();
   use_stream((std::string("kernel ") + launch.name).c_str(), launch.stream);

@@ -51,6 +51,9 @@ void set_devices(std::vector<Device> devices);
 int device_count();
 const Device& device(int index);  // Throws std::out_of_range for one that there is not.
 
+// From here on launches draw blocks and orders as the first ones of a process do, whatever ran before.
+void begin_draws();
+
 // As of the runtime: of the calling thread, and what makes a device current, or works on it, creates its context.
 int current_device();
 void set_current_device(int index);

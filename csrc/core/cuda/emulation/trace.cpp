@@ -13,6 +13,8 @@
 #include <stdexcept>
 #include <unordered_map>
 
+#include "core/cuda/emulation/emulator.h"
+
 namespace cpc::cuda::emulation {
 namespace {
 
@@ -156,6 +158,7 @@ void begin_trace(const std::map<std::string, Options>& observers, uint64_t block
   trace.observers = std::move(made);
   trace.names = std::move(names);
   trace.most_blocks = blocks;
+  begin_draws();
 }
 
 Dict end_trace() {
