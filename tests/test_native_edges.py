@@ -237,7 +237,7 @@ def waveform_layer(m, *, batch=2, channels=3, frames=20, norm=True, backward=Fal
     taps, stride = 4, 3
     waveforms, weight = torch.ones(batch, 1, (frames - 1) * stride + taps), torch.ones(channels, 1, taps)
     scale = torch.ones(channels) if norm else None
-    out = filled(torch.empty(batch, channels, frames))
+    out = filled(torch.empty(batch, frames, channels))
     sums = filled(torch.empty(channels, taps + 3))
     if not backward:
         m.waveform_conv1d(waveforms, weight, None, scale, scale, out, stride, 0, 1e-5, False)

@@ -53,8 +53,8 @@ def waveform_conv1d(
         relu: set what is below zero to zero.
 
     Returns:
-        [B, C, L] with L = (T + 2 * padding - K) // stride + 1, of the waveforms' type, or autocast's. Differentiable in
-        everything, once where the kernel runs.
+        [B, C, L] with L = (T + 2 * padding - K) // stride + 1 and C last in memory, of the waveforms' type, or
+        autocast's. Differentiable in everything, once where the kernel runs.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range.
@@ -149,7 +149,7 @@ def waveform_conv1d_reference(
     relu: bool = False,
 ) -> Tensor:
     """The op in plain PyTorch: oracle, and what runs where there is no kernel."""
-    made = F.conv1d(waveforms, weight, bias, stride, padding)
+    made = F.conv1d(waveforms, weight, bias, stride, padding).transpose(1, 2).contiguous().transpose(1, 2)
     if scale is not None and shift is not None:
         computed = made.float() if made.dtype in (torch.bfloat16, torch.float16) else made
         variance, mean = torch.var_mean(computed, 1, keepdim=True)
@@ -163,14 +163,15 @@ def _has_kernel(values: Tensor) -> bool:
 
 
 def _empty(op: _Layer) -> Tensor:
-    return op.waveforms.new_empty(len(op.waveforms), len(op.weight), op.frames)
+    """With a frame's channels side by side, as the layers that follow and the loss read them."""
+    return op.waveforms.new_empty(len(op.waveforms), op.frames, len(op.weight)).transpose(1, 2)
 
 
 def _kernel(op: _Layer) -> Tensor:
     if not _has_kernel(op.waveforms):
         return waveform_conv1d_reference(*op)
     out = _empty(op)
-    native.waveform_conv1d(*op[:5], out, *op[5:])
+    native.waveform_conv1d(*op[:5], out.transpose(1, 2), *op[5:])
     return out
 
 
@@ -183,7 +184,7 @@ def _backward_kernel(op: _Gradient) -> Tensor:
     if not _has_kernel(op.grad):
         return _backward_reference(op)
     sums = _empty_sums(op)
-    native.waveform_conv1d_backward(*op.layer[:5], op.grad, sums, *op.layer[5:])
+    native.waveform_conv1d_backward(*op.layer[:5], op.grad.transpose(1, 2).contiguous(), sums, *op.layer[5:])
     return sums
 
 

@@ -1,6 +1,7 @@
-// The first layer of encoders of waveforms on the CPU. A task is a tile of a waveform's frames, all channels of it: a
-// register holds neighbouring frames of one channel, and the samples that they need lie side by side once the waveform
-// is taken apart into `stride` phases, sample j of phase s being j * stride + s of the waveform.
+// The first layer of encoders of waveforms on the CPU. A task is a block of a waveform's frames, all channels of it: a
+// matrix product that reads its left operand, the frames' samples, straight from the waveform, where each frame begins
+// `stride` samples after the one before. The gradient in the weights is the product of those samples, transposed, with
+// the gradients of a block.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -8,6 +9,7 @@
 
 #include "core/gemm.h"
 #include "core/parallel.h"
+#include "core/workspace.h"
 #include "waveform_conv/waveform_conv.h"
 
 namespace cpc::waveform_conv::cpu::CPC_ISA {
@@ -17,314 +19,270 @@ using namespace cpc::CPC_ISA;
 
 using R = Register<float>;
 constexpr int64_t kWidth = kRegisterLanes<float>;
-// As many chains of sums as keep the multipliers busy, in half of the registers.
-constexpr int64_t kRegisters = 8;
-constexpr int64_t kTile = kRegisters * kWidth;
-// Parts of all tiles whose sums are formed by themselves, then in order: as many as threads have use for.
+constexpr int64_t kColumns = kTileColumns<float>;
+// Frames of a block: 512 channels of them fill half of a second-level cache of 256 KiB.
+constexpr int64_t kFrames = 10 * kTileRows;
+// Parts of all blocks whose sums are formed by themselves, then in order: as many as threads have use for.
 constexpr int64_t kParts = 32;
-// Nanoseconds that a channel of a tile takes.
-constexpr double kNanoseconds = 40, kGradNanoseconds = 150;
-
-// --- Rows of a tile ---
-
-template <class T>
-void load_row(float* __restrict to, const T* __restrict from, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
-  std::fill(to + count, to + kTile, 0.f);
-}
-
-template <class T>
-void load_row(float* to, const T* from, int64_t count, int64_t step) {
-  if (step == 1) return load_row(to, from, count);
-  for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i * step]);
-  std::fill(to + count, to + kTile, 0.f);
-}
-
-// A vector of the problem's as floats.
-template <class T>
-float element(const TensorView& view, int64_t i) {
-  return widen(view.as<T>()[i * view.strides[0]]);
-}
+// Nanoseconds that a value of the output takes.
+constexpr double kNanoseconds = 1, kGradNanoseconds = 2;
 
 inline R relu(R x) { return x > 0 ? x : R{}; }
 
-// --- The convolution of a tile ---
+inline float total(R values) {
+  float sum = 0;
+  for (int64_t lane = 0; lane < kWidth; ++lane) sum += values[lane];
+  return sum;
+}
 
-// What stays the same for all tiles: weights [C, K] and the channels' numbers, in float.
-struct Layer {
-  int64_t channels, taps, stride;
-  float* weight;
-  float* bias;
-  float* scale;
-  float* shift;
-
-  static int64_t floats(const Problem& p) { return p.channels() * (p.taps() + 3); }
+// What stays the same for all blocks, in float: weights in panels, [panels, K, kColumns], and a number a channel, zero
+// for those that the last panel has beyond C.
+class Layer {
+ public:
+  const int64_t channels, taps, stride, panels;
+  const bool normalised, relus;
+  const float eps;
 
   template <class T>
-  Layer(const Problem& p, float* memory, T) : channels(p.channels()), taps(p.taps()), stride(p.stride) {
-    weight = memory;
-    bias = weight + channels * taps;
-    scale = bias + channels;
-    shift = scale + channels;
+  Layer(const Problem& p, T)
+      : channels(p.channels()),
+        taps(p.taps()),
+        stride(p.stride),
+        panels(divide_up(channels, kColumns)),
+        normalised(p.normalised()),
+        relus(p.relu),
+        eps(static_cast<float>(p.eps)),
+        memory_((taps + 4) * padded_channels()) {
     for (int64_t c = 0; c < channels; ++c) {
       for (int64_t k = 0; k < taps; ++k)
-        weight[c * taps + k] = widen(p.weight.as<T>()[c * p.weight.strides[0] + k * p.weight.strides[2]]);
-      bias[c] = p.bias.ndim == 0 ? 0.f : element<T>(p.bias, c);
-      scale[c] = p.normalised() ? element<float>(p.scale, c) : 1.f;
-      shift[c] = p.normalised() ? element<float>(p.shift, c) : 0.f;
+        memory_[(c / kColumns * taps + k) * kColumns + c % kColumns] =
+            widen(p.weight.as<T>()[c * p.weight.strides[0] + k * p.weight.strides[2]]);
+      numbers(0)[c] = p.bias.ndim == 0 ? 0.f : element<T>(p.bias, c);
+      numbers(1)[c] = normalised ? element<float>(p.scale, c) : 1.f;
+      numbers(2)[c] = normalised ? element<float>(p.shift, c) : 0.f;
+      numbers(3)[c] = 1.f;
     }
   }
+
+  int64_t padded_channels() const { return panels * kColumns; }
+  const float* weight(int64_t panel) const { return memory_.data() + panel * taps * kColumns; }
+  const float* bias() const { return numbers(0); }
+  const float* scale() const { return numbers(1); }
+  const float* shift() const { return numbers(2); }
+  const float* valid() const { return numbers(3); }  // 1 for each channel.
+
+ private:
+  template <class T>
+  static float element(const TensorView& view, int64_t i) {
+    return widen(view.as<T>()[i * view.strides[0]]);
+  }
+  float* numbers(int64_t i) { return memory_.data() + (taps + i) * padded_channels(); }
+  const float* numbers(int64_t i) const { return memory_.data() + (taps + i) * padded_channels(); }
+
+  std::vector<float> memory_;
 };
 
-// Samples of a phase that a tile needs, with what the last register reads past its frames.
-inline int64_t phase_length(const Problem& p) { return kTile + (p.taps() + p.stride - 1) / p.stride; }
-
-struct Frames {
+struct Block {
   int64_t b, first, count;
 
-  Frames(const Problem& p, int64_t tile) {
-    const int64_t tiles = (p.frames() + kTile - 1) / kTile;
-    b = tile / tiles;
-    first = tile % tiles * kTile;
-    count = std::min(kTile, p.frames() - first);
+  Block(const Problem& p, int64_t index) {
+    const int64_t blocks = divide_up(p.frames(), kFrames);
+    b = index / blocks;
+    first = index % blocks * kFrames;
+    count = std::min(kFrames, p.frames() - first);
   }
+  static int64_t count_of(const Problem& p) { return p.batch() * divide_up(p.frames(), kFrames); }
 };
 
-inline int64_t tile_count(const Problem& p) { return p.batch() * ((p.frames() + kTile - 1) / kTile); }
-
-// The samples of a tile by phase, [stride, phase_length].
-template <class T>
-void load_phases(float* __restrict phases, const Problem& p, const Frames& frames) {
-  const T* const waveform = p.waveforms.as<T>() + frames.b * p.waveforms.strides[0];
-  const int64_t length = phase_length(p), step = p.waveforms.strides[2], samples = p.samples();
-  const int64_t begin = frames.first * p.stride - p.padding;
-  for (int64_t s = 0; s < p.stride; ++s) {
-    float* const phase = phases + s * length;
-    for (int64_t j = 0; j < length; ++j) {
-      const int64_t at = begin + j * p.stride + s;
-      phase[j] = at >= 0 && at < samples ? widen(waveform[at * step]) : 0.f;
-    }
+// A worker's memory: the samples of a block, and its frames' channels in panels.
+class Rows {
+ public:
+  static int64_t floats(const Problem& p) {
+    return sample_count(p) + divide_up(p.channels(), kColumns) * kFrames * kColumns;
   }
-}
+  Rows(const Problem& p, const Layer& layer, float* memory)
+      : layer_(layer), samples_(memory), rows_(memory + sample_count(p)) {}
 
-// One channel of a tile before its normalisation.
-inline void convolve_channel(R (&sums)[kRegisters], const Layer& layer, const float* phases, int64_t length,
-                             int64_t channel) {
-  for (R& sum : sums) sum = in_all_lanes(layer.bias[channel]);
-  const float* const weight = layer.weight + channel * layer.taps;
-  for (int64_t k = 0, s = 0, q = 0; k < layer.taps; ++k) {
-    const R w = in_all_lanes(weight[k]);
-    const float* const samples = phases + s * length + q;
-#pragma GCC unroll 8
-    for (int64_t v = 0; v < kRegisters; ++v) sums[v] += w * load_register(samples + v * kWidth);
-    if (++s == layer.stride) {
-      s = 0;
-      ++q;
-    }
+  template <class T>
+  void load(const Problem& p, const Block& block) {
+    const T* const waveform = p.waveforms.as<T>() + block.b * p.waveforms.strides[0];
+    const int64_t begin = block.first * p.stride - p.padding, step = p.waveforms.strides[2], all = p.samples();
+    const int64_t needed = (block.count - 1) * p.stride + p.taps();
+    for (int64_t i = 0; i < needed; ++i)
+      samples_[i] = begin + i >= 0 && begin + i < all ? widen(waveform[(begin + i) * step]) : 0.f;
   }
-}
 
-// All channels of a tile, [C, kTile], and where they are to be normalised what a frame's are: normalised.
-inline void convolve_tile(float* __restrict rows, const Problem& p, const Layer& layer, const float* phases,
-                          R (&inverse_deviations)[kRegisters]) {
-  const int64_t length = phase_length(p);
-  R sums[kRegisters], means[kRegisters] = {}, squares[kRegisters] = {};
-  for (int64_t c = 0; c < layer.channels; ++c) {
-    convolve_channel(sums, layer, phases, length, c);
-    for (int64_t v = 0; v < kRegisters; ++v) {
-      store_register(rows + c * kTile + v * kWidth, sums[v]);
-      means[v] += sums[v];
-    }
+  // What the convolution makes of the block.
+  void convolve(int64_t count) {
+    for (int64_t p = 0; p < layer_.panels; ++p)
+      for (int64_t f = 0; f < count; f += kTileRows)
+        with_tile(std::min<int64_t>(kTileRows, count - f), kTileVectors, [&](auto tile_rows, auto tile_vectors) {
+          Tile<float, tile_rows, tile_vectors> tile;
+          tile.load(layer_.bias() + p * kColumns, 0);
+          const float* const left = samples_ + f * layer_.stride;
+          tile.multiply([&](int j, int64_t k) { return left + j * layer_.stride + k; }, layer_.weight(p), layer_.taps);
+          tile.store(row(p, f), kColumns);
+        });
   }
-  for (R& mean : means) mean /= static_cast<float>(layer.channels);
-  for (int64_t c = 0; c < layer.channels; ++c)
-    for (int64_t v = 0; v < kRegisters; ++v) {
-      const R centred = load_register(rows + c * kTile + v * kWidth) - means[v];
-      squares[v] += centred * centred;
-    }
-  for (int64_t v = 0; v < kRegisters; ++v)
-    for (int64_t i = 0; i < kWidth; ++i)
-      inverse_deviations[v][i] =
-          1.f / std::sqrt(squares[v][i] / static_cast<float>(layer.channels - 1) + static_cast<float>(p.eps));
-  for (int64_t c = 0; c < layer.channels; ++c)
-    for (int64_t v = 0; v < kRegisters; ++v) {
-      float* const row = rows + c * kTile + v * kWidth;
-      store_register(row, (load_register(row) - means[v]) * inverse_deviations[v]);
-    }
-}
 
-template <class T>
-void store_row(T* out, const R (&values)[kRegisters], int64_t count) {
-  float wide[kTile];
-  for (int64_t v = 0; v < kRegisters; ++v) store_register(wide + v * kWidth, values[v]);
-  narrow(out, wide, count);
-}
+  // Brings a frame's channels to mean 0 and variance 1. Returns what they were multiplied by.
+  float normalise(int64_t f) {
+    R sums = {}, squares = {};
+    each_register(f, [&](float* at, int64_t) { sums += load_register(at); });
+    const float mean = total(sums) / static_cast<float>(layer_.channels);
+    each_register(f, [&](float* at, int64_t c) {
+      const R centred = (load_register(at) - mean) * load_register(layer_.valid() + c);
+      squares += centred * centred;
+      store_register(at, centred);
+    });
+    const float factor = 1.f / std::sqrt(total(squares) / static_cast<float>(layer_.channels - 1) + layer_.eps);
+    each_register(f, [&](float* at, int64_t) { store_register(at, load_register(at) * factor); });
+    return factor;
+  }
+
+  // Calls work(at, c) for the registers of a frame, which begin with channel c.
+  template <class Work>
+  void each_register(int64_t f, const Work& work) {
+    for (int64_t p = 0; p < layer_.panels; ++p)
+      for (int64_t i = 0; i < kColumns; i += kWidth) work(row(p, f) + i, p * kColumns + i);
+  }
+
+  // Adds samples times rows to the weights' gradient, in panels as the weights.
+  void add_products(float* weight_grad, int64_t count) {
+    for (int64_t p = 0; p < layer_.panels; ++p)
+      for (int64_t k = 0; k < layer_.taps; k += kTileRows)
+        with_tile(std::min<int64_t>(kTileRows, layer_.taps - k), kTileVectors, [&](auto tile_rows, auto tile_vectors) {
+          Tile<float, tile_rows, tile_vectors> tile;
+          float* const sums = weight_grad + (p * layer_.taps + k) * kColumns;
+          tile.load(sums, kColumns);
+          tile.multiply([&](int j, int64_t f) { return samples_ + f * layer_.stride + k + j; }, row(p, 0), count);
+          tile.store(sums, kColumns);
+        });
+  }
+
+  float* row(int64_t panel, int64_t f) { return rows_ + (panel * kFrames + f) * kColumns; }
+
+ private:
+  static int64_t sample_count(const Problem& p) {
+    return divide_up((kFrames - 1) * p.stride + p.taps(), kWidth) * kWidth;
+  }
+
+  const Layer& layer_;
+  float *samples_, *rows_;
+};
 
 template <class T>
 void convolve_all(const Problem& p) {
-  const int64_t rows_floats = p.normalised() ? p.channels() * kTile : 0, phase_floats = p.stride * phase_length(p);
-  const int64_t tiles = tile_count(p);
-  const Scratch scratch((rows_floats + phase_floats) * sizeof(float));
-  std::vector<float> memory(Layer::floats(p));
-  const Layer layer(p, memory.data(), T{});
+  const int64_t blocks = Block::count_of(p);
+  const Layer layer(p, T{});
+  const Scratch scratch(Rows::floats(p) * static_cast<int64_t>(sizeof(float)));
   parallel_tasks(
-      tiles,
-      [&](int64_t tile, int worker) {
-        float *const phases = scratch.of<float>(worker), *const rows = phases + phase_floats;
-        const Frames frames(p, tile);
-        load_phases<T>(phases, p, frames);
-        T* const out = p.out.as<T>() + frames.b * p.out.strides[0] + frames.first;
-        R values[kRegisters], inverse_deviations[kRegisters];
-        if (p.normalised()) convolve_tile(rows, p, layer, phases, inverse_deviations);
-        for (int64_t c = 0; c < layer.channels; ++c) {
-          if (p.normalised()) {
-            for (int64_t v = 0; v < kRegisters; ++v)
-              values[v] = load_register(rows + c * kTile + v * kWidth) * layer.scale[c] + layer.shift[c];
-          } else {
-            convolve_channel(values, layer, phases, phase_length(p), c);
-          }
-          if (p.relu)
-            for (R& value : values) value = relu(value);
-          store_row(out + c * p.out.strides[1], values, frames.count);
+      blocks,
+      [&](int64_t index, int worker) {
+        const Block block(p, index);
+        Rows rows(p, layer, scratch.of<float>(worker));
+        rows.load<T>(p, block);
+        rows.convolve(block.count);
+        for (int64_t f = 0; f < block.count; ++f) {
+          if (layer.normalised) rows.normalise(f);
+          rows.each_register(f, [&](float* at, int64_t c) {
+            R value = load_register(at);
+            if (layer.normalised) value = value * load_register(layer.scale() + c) + load_register(layer.shift() + c);
+            store_register(at, layer.relus ? relu(value) : value);
+          });
+          T* const out = p.out.as<T>() + block.b * p.out.strides[0] + (block.first + f) * p.out.strides[1];
+          for (int64_t q = 0; q < layer.panels; ++q)
+            narrow(out + q * kColumns, rows.row(q, f), std::min(kColumns, layer.channels - q * kColumns));
         }
       },
-      workers_for(static_cast<double>(tiles * p.channels()) * kNanoseconds));
+      workers_for(static_cast<double>(p.out.numel()) * kNanoseconds));
 }
 
 // --- The gradient ---
 
-// Sums over the frames of a part of all tiles, a register of them a number: of channel c those of its K weights, its
-// bias, scale and shift.
-class Sums {
- public:
-  Sums(float* memory, int64_t taps) : memory_(memory), pitch_((taps + 3) * kWidth) {}
-  void add(int64_t channel, int64_t number, R value) const {
-    float* const at = memory_ + channel * pitch_ + number * kWidth;
-    store_register(at, load_register(at) + value);
-  }
+// Sums over the frames of a part of all blocks: of the weights' gradient, in panels, then of bias, scale and shift.
+struct Sums {
+  float *weight, *bias, *scale, *shift;
 
- private:
-  float* memory_;
-  int64_t pitch_;
+  static int64_t floats(const Layer& layer) { return (layer.taps + 3) * layer.padded_channels(); }
+  Sums(float* memory, const Layer& layer) : weight(memory) {
+    bias = weight + layer.taps * layer.padded_channels();
+    scale = bias + layer.padded_channels();
+    shift = scale + layer.padded_channels();
+  }
+  static void add(float* to, R value) { store_register(to, load_register(to) + value); }
 };
 
-inline R total(const R (&values)[kRegisters]) {
-  R sum = values[0];
-  for (int64_t v = 1; v < kRegisters; ++v) sum += values[v];
-  return sum;
-}
-
-// Adds the sums of a channel's weights and bias, from the gradient of what the convolution gives.
-inline void add_channel(const Sums& sums, const Layer& layer, const float* phases, int64_t length, int64_t channel,
-                        const R (&grads)[kRegisters]) {
-  for (int64_t k = 0, s = 0, q = 0; k < layer.taps; ++k) {
-    const float* const samples = phases + s * length + q;
-    R sum = {};
-#pragma GCC unroll 8
-    for (int64_t v = 0; v < kRegisters; ++v) sum += grads[v] * load_register(samples + v * kWidth);
-    sums.add(channel, k, sum);
-    if (++s == layer.stride) {
-      s = 0;
-      ++q;
-    }
+// From a frame's gradient to that of what the convolution makes of it, in the place of its channels.
+inline void differentiate(Rows& rows, const Layer& layer, const Sums& sums, float* grad, int64_t f) {
+  if (!layer.normalised) {
+    return rows.each_register(f, [&](float* at, int64_t c) {
+      R g = load_register(grad + c);
+      if (layer.relus) g = load_register(at) > 0 ? g : R{};
+      Sums::add(sums.bias + c, g);
+      store_register(at, g);
+    });
   }
-  sums.add(channel, layer.taps, total(grads));
-}
-
-// The gradient of a tile whose channels are normalised. rows: the normalised ones; grads: those of the output, [C,
-// kTile], both of which this changes.
-inline void normalised_backward(const Problem& p, const Sums& sums, const Layer& layer, const float* phases,
-                                float* __restrict rows, float* __restrict grads,
-                                const R (&inverse_deviations)[kRegisters]) {
-  R of_ones[kRegisters] = {}, of_rows[kRegisters] = {};
-  for (int64_t c = 0; c < layer.channels; ++c) {
-    R scaled = {}, shifted = {};
-    for (int64_t v = 0; v < kRegisters; ++v) {
-      const R row = load_register(rows + c * kTile + v * kWidth);
-      R grad = load_register(grads + c * kTile + v * kWidth);
-      if (p.relu) grad = row * layer.scale[c] + layer.shift[c] > 0 ? grad : R{};
-      scaled += grad * row;
-      shifted += grad;
-      grad *= layer.scale[c];
-      of_ones[v] += grad;
-      of_rows[v] += grad * row;
-      store_register(grads + c * kTile + v * kWidth, grad);
-    }
-    sums.add(c, layer.taps + 1, scaled);
-    sums.add(c, layer.taps + 2, shifted);
-  }
-  for (int64_t v = 0; v < kRegisters; ++v) {
-    of_ones[v] /= static_cast<float>(layer.channels);
-    of_rows[v] /= static_cast<float>(layer.channels - 1);
-  }
-  for (int64_t c = 0; c < layer.channels; ++c) {
-    R grad[kRegisters];
-    for (int64_t v = 0; v < kRegisters; ++v) {
-      const R row = load_register(rows + c * kTile + v * kWidth);
-      grad[v] = inverse_deviations[v] * (load_register(grads + c * kTile + v * kWidth) - of_ones[v] - row * of_rows[v]);
-    }
-    add_channel(sums, layer, phases, phase_length(p), c, grad);
-  }
-}
-
-template <class T>
-void backward_of_tile(const Gradient& p, const Sums& sums, const Layer& layer, int64_t tile, float* phases,
-                      float* rows) {
-  const Frames frames(p, tile);
-  const int64_t length = phase_length(p), channel_step = p.out.strides[1], step = p.out.strides[2];
-  load_phases<T>(phases, p, frames);
-  const T* const grad = p.out.as<T>() + frames.b * p.out.strides[0] + frames.first * step;
-  if (p.normalised()) {
-    R inverse_deviations[kRegisters];
-    float* const grads = rows + layer.channels * kTile;
-    convolve_tile(rows, p, layer, phases, inverse_deviations);
-    for (int64_t c = 0; c < layer.channels; ++c)
-      load_row(grads + c * kTile, grad + c * channel_step, frames.count, step);
-    return normalised_backward(p, sums, layer, phases, rows, grads, inverse_deviations);
-  }
-  for (int64_t c = 0; c < layer.channels; ++c) {
-    load_row(rows, grad + c * channel_step, frames.count, step);
-    R values[kRegisters], grads[kRegisters];
-    if (p.relu) convolve_channel(values, layer, phases, length, c);
-    for (int64_t v = 0; v < kRegisters; ++v) {
-      grads[v] = load_register(rows + v * kWidth);
-      if (p.relu) grads[v] = values[v] > 0 ? grads[v] : R{};
-    }
-    add_channel(sums, layer, phases, length, c, grads);
-  }
+  const float factor = rows.normalise(f);
+  R of_ones = {}, of_rows = {};
+  rows.each_register(f, [&](float* at, int64_t c) {
+    const R value = load_register(at), scale = load_register(layer.scale() + c);
+    R g = load_register(grad + c);
+    if (layer.relus) g = value * scale + load_register(layer.shift() + c) > 0 ? g : R{};
+    Sums::add(sums.scale + c, g * value);
+    Sums::add(sums.shift + c, g);
+    g *= scale;
+    of_ones += g;
+    of_rows += g * value;
+    store_register(grad + c, g);
+  });
+  const float mean = total(of_ones) / static_cast<float>(layer.channels);
+  const float slope = total(of_rows) / static_cast<float>(layer.channels - 1);
+  rows.each_register(f, [&](float* at, int64_t c) {
+    const R g =
+        (load_register(grad + c) - mean - load_register(at) * slope) * factor * load_register(layer.valid() + c);
+    Sums::add(sums.bias + c, g);
+    store_register(at, g);
+  });
 }
 
 template <class T>
 void backward_all(const Gradient& p) {
-  const int64_t channels = p.channels(), numbers = p.taps() + 3, tiles = tile_count(p);
-  const int64_t parts = std::min(kParts, std::max<int64_t>(tiles, 1));
-  const int64_t phase_floats = (p.stride * phase_length(p) + kWidth - 1) / kWidth * kWidth;
-  const int64_t rows_floats = p.normalised() ? 2 * channels * kTile : kTile;
-  const int64_t sum_floats = channels * numbers * kWidth;
-  std::vector<float> memory(Layer::floats(p)), by_part(parts * channels * numbers);
-  const Layer layer(p, memory.data(), T{});
-  const Scratch scratch((phase_floats + rows_floats + sum_floats) * sizeof(float));
+  const Layer layer(p, T{});
+  const int64_t blocks = Block::count_of(p), parts = std::min(kParts, std::max<int64_t>(blocks, 1));
+  const int64_t of_rows = Rows::floats(p), of_sums = Sums::floats(layer);
+  std::vector<float> by_part(parts * of_sums);
+  const Scratch scratch((of_rows + layer.padded_channels()) * static_cast<int64_t>(sizeof(float)));
   parallel_tasks(
       parts,
       [&](int64_t part, int worker) {
-        float *const phases = scratch.of<float>(worker), *const rows = phases + phase_floats;
-        float* const registers = rows + rows_floats;
-        std::fill(registers, registers + sum_floats, 0.f);
-        const Sums sums(registers, p.taps());
-        for (int64_t tile = part * tiles / parts; tile < (part + 1) * tiles / parts; ++tile)
-          backward_of_tile<T>(p, sums, layer, tile, phases, rows);
-        for (int64_t i = 0; i < channels * numbers; ++i) {
-          float sum = 0;
-          for (int64_t lane = 0; lane < kWidth; ++lane) sum += registers[i * kWidth + lane];
-          by_part[part * channels * numbers + i] = sum;
+        Rows rows(p, layer, scratch.of<float>(worker));
+        float* const grad = scratch.of<float>(worker) + of_rows;
+        std::fill_n(grad, layer.padded_channels(), 0.f);
+        const Sums sums(by_part.data() + part * of_sums, layer);
+        for (int64_t index = part * blocks / parts; index < (part + 1) * blocks / parts; ++index) {
+          const Block block(p, index);
+          rows.load<T>(p, block);
+          if (layer.relus || layer.normalised) rows.convolve(block.count);
+          for (int64_t f = 0; f < block.count; ++f) {
+            const T* const given = p.out.as<T>() + block.b * p.out.strides[0] + (block.first + f) * p.out.strides[1];
+            for (int64_t c = 0; c < layer.channels; ++c) grad[c] = widen(given[c]);
+            differentiate(rows, layer, sums, grad, f);
+          }
+          rows.add_products(sums.weight, block.count);
         }
       },
-      workers_for(static_cast<double>(tiles * channels) * kGradNanoseconds));
-  float* const out = p.sums.as<float>();
-  for (int64_t i = 0; i < channels * numbers; ++i) {
-    float sum = 0;
-    for (int64_t part = 0; part < parts; ++part) sum += by_part[part * channels * numbers + i];
-    out[i] = sum;
+      workers_for(static_cast<double>(p.out.numel()) * kGradNanoseconds));
+  for (int64_t part = 1; part < parts; ++part)
+    for (int64_t i = 0; i < of_sums; ++i) by_part[i] += by_part[part * of_sums + i];
+  const Sums sums(by_part.data(), layer);
+  for (int64_t c = 0; c < layer.channels; ++c) {
+    float* const out = p.sums.as<float>() + c * (layer.taps + 3);
+    for (int64_t k = 0; k < layer.taps; ++k)
+      out[k] = sums.weight[(c / kColumns * layer.taps + k) * kColumns + c % kColumns];
+    out[layer.taps] = sums.bias[c];
+    out[layer.taps + 1] = sums.scale[c];
+    out[layer.taps + 2] = sums.shift[c];
   }
 }
 

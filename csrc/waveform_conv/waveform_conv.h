@@ -1,7 +1,7 @@
 // The first layer of an encoder of waveforms: a strided convolution of one channel, with bias, normalisation over the
 // channels of a frame, and ReLU, in one pass over its output.
 //
-//   a[b, c, t] = bias[c] + sum over k of weight[c, 0, k] * waveforms[b, 0, t * stride - padding + k]
+//   a[b, t, c] = bias[c] + sum over k of weight[c, 0, k] * waveforms[b, 0, t * stride - padding + k]
 //
 // where what lies outside of a waveform is zero. With scale and shift, a is then normalised by its mean and unbiased
 // variance over the C channels of frame t, as channel norm has it: (a - mean) / sqrt(variance + eps) * scale[c] +
@@ -23,7 +23,7 @@ struct Problem {
   TensorView bias = {};   // Or absent.
   TensorView scale = {};  // Or absent, with shift: no normalisation.
   TensorView shift = {};
-  TensorView out = {};  // In the backward pass: the gradient of what the forward pass gives.
+  TensorView out = {};  // [B, L, C]; in the backward pass the gradient of what the forward pass gives.
   int64_t stride = 1;
   int64_t padding = 0;
   double eps = 0;
@@ -33,7 +33,7 @@ struct Problem {
   int64_t samples() const { return waveforms.shape[2]; }
   int64_t channels() const { return weight.shape[0]; }
   int64_t taps() const { return weight.shape[2]; }
-  int64_t frames() const { return out.shape[2]; }
+  int64_t frames() const { return out.shape[1]; }
   bool normalised() const { return scale.ndim != 0; }
 };
 
@@ -46,14 +46,14 @@ constexpr auto kConvolution = fields_of<Problem>(
     reads<&Problem::waveforms>("waveforms", Type::floating, "B 1 T"),
     reads<&Problem::weight>("weight", Type::same, "C 1 K"), may_read<&Problem::bias>("bias", Type::same, "C"),
     may_read<&Problem::scale>("scale", Type::f32, "C"), may_read<&Problem::shift>("shift", Type::f32, "C"),
-    writes<&Problem::out>("out", Type::same, "B C L", Layout::dense), value<&Problem::stride>("stride"),
+    writes<&Problem::out>("out", Type::same, "B L C", Layout::dense), value<&Problem::stride>("stride"),
     value<&Problem::padding>("padding"), value<&Problem::eps>("eps"), value<&Problem::relu>("relu"));
 
 constexpr auto kGradient = fields_of<Gradient>(
     reads<&Gradient::waveforms>("waveforms", Type::floating, "B 1 T"),
     reads<&Gradient::weight>("weight", Type::same, "C 1 K"), may_read<&Gradient::bias>("bias", Type::same, "C"),
     may_read<&Gradient::scale>("scale", Type::f32, "C"), may_read<&Gradient::shift>("shift", Type::f32, "C"),
-    reads<&Gradient::out>("grad", Type::same, "B C L"),
+    reads<&Gradient::out>("grad", Type::same, "B L C", Layout::dense),
     writes<&Gradient::sums>("sums", Type::f32, "C S", Layout::dense), value<&Gradient::stride>("stride"),
     value<&Gradient::padding>("padding"), value<&Gradient::eps>("eps"), value<&Gradient::relu>("relu"));
 

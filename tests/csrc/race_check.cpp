@@ -279,7 +279,7 @@ void dtw_kernel() {
   dtw::cpu::CPC_ISA::distances(problem);
 }
 
-// Tiles of several waveforms, forward and backward, each of all channels.
+// Blocks of several waveforms, forward and backward, each of all channels.
 void waveform_conv_kernels() {
   constexpr int64_t kBatch = 3, kSamples = 2000, kChannels = 6, kTaps = 10, kFrames = (kSamples - kTaps) / 5 + 1;
   for (const bool norm : {false, true})
@@ -291,7 +291,7 @@ void waveform_conv_kernels() {
       problem.weight = dense(weight.data(), dtype, {kChannels, 1, kTaps});
       problem.bias = dense(weight.data(), dtype, {kChannels});
       if (norm) problem.scale = problem.shift = dense(scale.data(), DType::f32, {kChannels});
-      problem.out = dense(out.data(), dtype, {kBatch, kChannels, kFrames});
+      problem.out = dense(out.data(), dtype, {kBatch, kFrames, kChannels});
       problem.sums = dense(sums.data(), DType::f32, {kChannels, kTaps + 3});
       problem.stride = 5;
       problem.relu = true;

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cpc_ext.models.encoders.stacked_encoder import EncoderBlock, SplitEncoder
 from cpc_ext.nn.channel_norm import ChannelNorm
 from cpc_ext.nn.typed import Sequential
+from cpc_ext.ops.masked_conv2d import masked_conv2d
 from cpc_ext.ops.waveform_conv1d import waveform_conv1d
 
 __all__ = ["NORMALIZATIONS", "PADDINGS", "WaveformBlock", "WaveformEncoder"]
@@ -38,32 +39,70 @@ Number = TypeVar("Number", int, float)
 
 
 class WaveformBlock(EncoderBlock):
-    """One layer: a convolution, a norm and ReLU, [B, in, L] → [B, out_channels, L']."""
+    """One layer: a convolution, a norm and ReLU, [B, in, L] → [B, out_channels, L'], the channels last in memory."""
 
     def __init__(self, in_channels: int, channels: int, kernel: int, stride: int, padding: int, norm: str) -> None:
         super().__init__()
         self.out_channels = channels
         self.conv = nn.Conv1d(in_channels, channels, kernel, stride=stride, padding=padding)
         self.norm = NORMS[norm](channels)
-        # Nobody else has what the convolution made; a copy of it takes a quarter of the first layer's time.
-        self._in_place = norm == "none"
 
     def forward(self, input: Tensor) -> Tensor:
-        # The first layer, whose output is the largest, does all in one pass.
-        if input.shape[1] == 1 and isinstance(self.norm, nn.Identity | ChannelNorm):
-            norm = self.norm if isinstance(self.norm, ChannelNorm) else None
-            return waveform_conv1d(
-                input,
-                self.conv.weight,
-                self.conv.bias,
-                stride=self.conv.stride[0],
-                padding=int(self.conv.padding[0]),
-                scale=None if norm is None else norm.weight,
-                shift=None if norm is None else norm.bias,
-                eps=0.0 if norm is None else norm.eps,
-                relu=True,
-            )
-        return F.relu(self.norm(self.conv(input)), inplace=self._in_place)
+        if input.shape[1] == 1:
+            return self._of_waveforms(input)
+        bare = isinstance(self.norm, nn.Identity)
+        if input.device.type == "cpu":
+            made = _conv1d_of_two_strides(input, self.conv, relu=bare)
+        else:
+            made = self.conv(input)
+            if bare:
+                return F.relu(made, inplace=True)
+        # Nobody else has what a norm or a convolution made, nor do their gradients need it.
+        return made if bare else F.relu(self.norm(made), inplace=True)
+
+    def _of_waveforms(self, input: Tensor) -> Tensor:
+        """The first layer, whose output is the largest: all in one pass where the norm is over a frame's channels."""
+        norm = self.norm if isinstance(self.norm, ChannelNorm) else None
+        whole = norm is not None or isinstance(self.norm, nn.Identity)
+        made = waveform_conv1d(
+            input,
+            self.conv.weight,
+            self.conv.bias,
+            stride=self.conv.stride[0],
+            padding=int(self.conv.padding[0]),
+            scale=None if norm is None else norm.weight,
+            shift=None if norm is None else norm.bias,
+            eps=0.0 if norm is None else norm.eps,
+            relu=whole,
+        )
+        return made if whole else F.relu(self.norm(made), inplace=True)
+
+
+def _conv1d_of_two_strides(input: Tensor, conv: nn.Conv1d, *, relu: bool) -> Tensor:
+    """A convolution [B, C, L] → [B, O, L'] whose kernel is two strides long, with ReLU or without.
+
+    The channels of a stride's frames, side by side in memory, are the channels of one frame of which a convolution with
+    two taps takes every one: nothing is copied as often as windows overlap, and the products are those that the CPU's
+    masked convolution is good at.
+    """
+    stride, pad = conv.stride[0], int(conv.padding[0])
+    (batch, channels, length), outputs = input.shape, conv.out_channels
+    count = (length + 2 * pad) // stride
+    if conv.kernel_size[0] != 2 * stride or count < 2:
+        made = conv(input)
+        return F.relu(made, inplace=True) if relu else made
+    given = input.transpose(1, 2)[:, : count * stride - pad]
+    zeros = input.new_zeros(batch, pad, channels)
+    frames = torch.cat([zeros, given, zeros[:, : count * stride - pad - given.shape[1]]], 1)
+    made = masked_conv2d(
+        frames.reshape(batch, 1, count, stride * channels).permute(0, 3, 1, 2),
+        conv.weight.view(outputs, channels, 2, stride).permute(0, 3, 1, 2).reshape(outputs, stride * channels, 1, 2),
+        conv.bias,
+        mask=torch.ones(1, 2, dtype=torch.bool),
+        activation="relu" if relu else None,
+    )
+    # The last frame has nothing after it.
+    return made[:, :, 0, :-1]
 
 
 class WaveformEncoder(SplitEncoder):
