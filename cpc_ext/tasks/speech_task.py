@@ -97,6 +97,8 @@ class SpeechTask(Task):
             kind=view.windows,
             cross_borders=view.cross_borders,
             seed=seed,
+            # A recording alone seldom fills a batch, nor do all windows of a speaker. Ranks have equal shares of one.
+            drop_last=world_size > 1 or view.windows not in ("same-speaker", "same-sequence"),
             rank=rank,
             world_size=world_size,
         )

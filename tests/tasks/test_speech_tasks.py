@@ -174,6 +174,18 @@ def test_windows(model):
     assert len(set(speakers.tolist())) == 1
 
 
+@pytest.mark.parametrize("windows", ["same-sequence", "same-speaker"])
+def test_recordings_of_fewer_windows_than_a_batch_are_heard(windows):
+    task = task_of(windows=windows, window=3200, cross_borders=False)
+    sampler = task.sampler(64, seed=1, rank=0, world_size=1)
+    sizes = [len(batch) for batch in sampler]
+    assert len(sizes) > 1
+    assert all(1 <= size < 64 for size in sizes)
+    # Shares of ranks are equal.
+    with pytest.raises(ValueError, match="batch_size: expected at most"):
+        task.sampler(64, seed=1, rank=0, world_size=2)
+
+
 def test_modules_of_greedy_infomax():
     for modules, parts in ((1, 1), (5, 5), (6, 6)):
         task = task_of("greedy-infomax-audio", modules=modules)
