@@ -2,7 +2,7 @@
 
 From encodings [directions, B, D, rows, cols] and contexts [directions, B, E, rows, cols] to the InfoNCE loss of every
 direction and step, and their mean. The matrices W_k are multiplied into the contexts, not into the encodings, so that
-all steps and directions share the encodings as keys and go through one call of the op, sampled negatives or not.
+all steps and directions share the encodings as keys, and no encoding is gathered.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cpc_ext.nn.across_ranks import EXCHANGES, exchange_with, ring_info_nce
 from cpc_ext.nn.typed import Module
 from cpc_ext.ops.info_nce import info_nce
+from cpc_ext.ops.predict_and_contrast import predict_and_contrast
 
 __all__ = [
     "GridInfoNCE",
@@ -24,9 +25,14 @@ __all__ = [
     "check_at_least",
     "check_grids",
     "step_means",
+    "step_rows",
     "step_targets",
     "turned_grids",
 ]
+
+# Devices where sampled keys are contrasted as predictions are made, which takes the CPU a third to 40 % less time than
+# products whose results are contrasted. CUDA would multiply also the contexts that a step does not use.
+_CONTRASTS_AS_PREDICTED = ("cpu",)
 
 
 class GridInfoNCEOutput(NamedTuple):
@@ -163,27 +169,50 @@ class GridInfoNCE(Module):
         contexts = contexts.permute(0, 3, 4, 1, 2).flatten(1, 3)
         sizes = [count * own_images for count in places]
         firsts = [(rows * cols - count) * images for count in places]
-        queries = [contexts[:, :size] @ self.weight[:, step] for step, size in enumerate(sizes)]
         targets = step_targets(places, rows * cols, images, own, keys.device).expand(len(keys), -1)
-        if isinstance(self.neg_samples, str):  # "all"
-            if negatives is not None:
-                raise ValueError('negatives replays sampled negatives, but neg_samples is "all"')
-            losses, ranks = _contrast_all(queries, keys, targets, firsts, ring=exchange.ring)
-            contrasted = [size * exchange.world for size in sizes]
-        else:
+        sampled = None
+        contrasted = [size * exchange.world for size in sizes]
+        if not isinstance(self.neg_samples, str):
+            contrasted = [self.neg_samples + 1] * self.pred_steps
             whole = [count * images for count in places]
             if negatives is None:
                 draws = self._draw(whole, self.neg_samples, keys.device, generator)
             else:
                 draws = self._replayed(negatives, whole)
             sampled = _own_negatives(draws, firsts, places, images, own)
-            losses, _, ranks = info_nce(torch.cat(queries, dim=1), keys, targets, negatives=sampled, reduction="none")
-            contrasted = [self.neg_samples + 1] * self.pred_steps
-        rights = (ranks == 0).to(losses.dtype)
-        step_losses, step_rights = (step_means(values, sizes) for values in (losses, rights))
-        loss = step_losses.mean()
+        elif negatives is not None:
+            raise ValueError('negatives replays sampled negatives, but neg_samples is "all"')
+        if sampled is not None and keys.device.type in _CONTRASTS_AS_PREDICTED:
+            loss, step_losses, step_rights = self._contrast_as_predicted(contexts, keys, targets, sampled, sizes)
+        else:
+            queries = [contexts[:, :size] @ self.weight[:, step] for step, size in enumerate(sizes)]
+            if sampled is None:
+                losses, ranks = _contrast_all(queries, keys, targets, firsts, ring=exchange.ring)
+            else:
+                joined = torch.cat(queries, dim=1)
+                losses, _, ranks = info_nce(joined, keys, targets, negatives=sampled, reduction="none")
+            step_losses, step_rights = (step_means(values, sizes) for values in (losses, (ranks == 0).to(losses.dtype)))
+            loss = step_losses.mean()
         most = sum(math.log(max(count, 1)) for count in contrasted) / len(contrasted)
         return GridInfoNCEOutput(loss, step_rights.mean(), most - loss.detach(), step_losses.detach(), step_rights)
+
+    def _contrast_as_predicted(
+        self, contexts: Tensor, keys: Tensor, targets: Tensor, negatives: Tensor, sizes: list[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, and losses and accuracies [directions, steps]."""
+        rows = contexts.shape[1]
+        results = [
+            predict_and_contrast(
+                contexts[direction].unsqueeze(0),
+                self.weight[direction].transpose(1, 2),
+                keys[direction],
+                step_rows([part.unsqueeze(0) for part in targets[direction].split(sizes)], rows, absent=-1),
+                negatives=step_rows([part.unsqueeze(0) for part in negatives[direction].split(sizes)], rows, absent=0),
+            )
+            for direction in range(self.pred_directions)
+        ]
+        loss, _, _, losses, accuracies = (torch.stack(values) for values in zip(*results, strict=True))
+        return loss.mean(), losses, accuracies
 
     def draw_negatives(self, encodings: Tensor, generator: torch.Generator | None = None) -> list[Tensor] | None:
         """Negatives as :meth:`forward` would draw them for these encodings, in the form in which it takes them.
@@ -302,6 +331,14 @@ def _contrast_all(
         return ring_info_nce(joined, keys, targets, key_range=key_range)
     losses, _, ranks = info_nce(joined, keys, targets, key_range=key_range, reduction="none")
     return losses, ranks
+
+
+def step_rows(values: Sequence[Tensor], length: int, *, absent: int) -> Tensor:
+    """What the first contexts have in each step, [B, T_k, ...] → [steps, B, length, ...], a number for the others."""
+    together = values[0].new_full((len(values), len(values[0]), length, *values[0].shape[2:]), absent)
+    for step, each in enumerate(values):
+        together[step, :, : each.shape[1]] = each
+    return together
 
 
 def step_means(values: Tensor, sizes: list[int]) -> Tensor:

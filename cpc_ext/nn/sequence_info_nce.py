@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cpc_ext.nn.across_ranks import EXCHANGES, exchange_with, gather_from_ranks, ring_info_nce
-from cpc_ext.nn.grid_info_nce import GridInfoNCEOutput, check_at_least
+from cpc_ext.nn.grid_info_nce import GridInfoNCEOutput, check_at_least, step_rows
 from cpc_ext.nn.sequence_negatives import SAMPLINGS, SequenceNegatives, Windowed, checked_draws, draw, frames_of
 from cpc_ext.nn.step_predictors import PREDICTORS, step_predictor
 from cpc_ext.nn.typed import Module, ModuleList
@@ -265,26 +265,18 @@ class SequenceInfoNCE(Module):
     def _contrast_linear(self, contexts: Tensor, keys: _Keys) -> tuple[Tensor, Tensor, Tensor]:
         """The mean loss of contexts [B, window, E], with its gradient, and losses and accuracies [steps]."""
         assert self.weight is not None
-        batch, window, _ = contexts.shape
-
-        def of_all_contexts(values: Sequence[Tensor], absent: int) -> Tensor:
-            """Each step's [B, T_k, ...] → [steps, B, window, ...], with a number where a step uses no context."""
-            together = values[0].new_full((len(values), batch, window, *values[0].shape[2:]), absent)
-            for step, each in enumerate(values):
-                together[step, :, : each.shape[1]] = each
-            return together
-
+        window = contexts.shape[1]
         negatives = None
         if keys.negatives is not None:
             # What the steps share they are given once: the first step has it for the most contexts.
             shared = self.sampling == "shifted"
-            negatives = of_all_contexts(keys.negatives[:1] if shared else keys.negatives, 0)
+            negatives = step_rows(keys.negatives[:1] if shared else keys.negatives, window, absent=0)
             negatives = negatives[0] if shared else negatives
         loss, _, _, losses, accuracies = predict_and_contrast(
             contexts,
             self.weight,
             keys.keys,
-            of_all_contexts(keys.targets, -1),
+            step_rows(keys.targets, window, absent=-1),
             negatives=negatives,
             scale=self._scale,
         )

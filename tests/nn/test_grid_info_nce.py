@@ -61,8 +61,7 @@ def test_equals_definition(neg_samples, skip):
     assert not any(t.requires_grad for t in (output.accuracy, output.step_losses, output.step_accuracies))
 
 
-@pytest.mark.parametrize("neg_samples", [3, "all"])
-def test_all_steps_and_directions_are_one_call(monkeypatch, neg_samples):
+def test_all_steps_and_directions_are_one_call(monkeypatch):
     calls = []
 
     def counted(*arguments, **options):
@@ -71,8 +70,22 @@ def test_all_steps_and_directions_are_one_call(monkeypatch, neg_samples):
 
     info_nce = grid_info_nce.info_nce
     monkeypatch.setattr(grid_info_nce, "info_nce", counted)
-    GridInfoNCE(3, 4, pred_steps=2, pred_directions=2, neg_samples=neg_samples).double()(*grids())
+    GridInfoNCE(3, 4, pred_steps=2, pred_directions=2, neg_samples="all").double()(*grids())
     assert len(calls) == 1
+
+
+def test_predictions_contrasted_as_they_are_made_give_what_their_products_give(monkeypatch):
+    objective = GridInfoNCE(3, 4, pred_steps=2, pred_directions=2, neg_samples=5).double()
+    z, c = grids()
+    negatives = objective.draw_negatives(z)
+    results = []
+    for devices in (("cpu",), ()):
+        monkeypatch.setattr(grid_info_nce, "_CONTRASTS_AS_PREDICTED", devices)
+        output = objective(z, c, negatives=negatives)
+        results.append([*output, *torch.autograd.grad(output.loss, (z, c, objective.weight))])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
+    assert [each.requires_grad for each in results[0]] == [each.requires_grad for each in results[1]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
