@@ -8,6 +8,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "core/half.h"
 #include "core/tensor_view.h"
 
 #if defined(__x86_64__)
@@ -46,7 +47,7 @@ inline float widen(uint8_t v) { return v; }
 inline float widen(float v) { return v; }
 inline double widen(double v) { return v; }
 inline float widen(BFloat16 v) { return std::bit_cast<float>(static_cast<uint32_t>(v.bits) << 16); }
-inline float widen(Half v) { return static_cast<float>(std::bit_cast<_Float16>(v.bits)); }
+inline float widen(Half v) { return static_cast<float>(std::bit_cast<HostHalf>(v.bits)); }
 
 // --- And back, rounding to nearest even ---
 
@@ -55,7 +56,7 @@ inline Out narrow(Real v) {
   if constexpr (sizeof(Out) >= 4) {
     return static_cast<Out>(v);
   } else if constexpr (__is_same(Out, Half)) {
-    return Half{std::bit_cast<uint16_t>(static_cast<_Float16>(v))};
+    return Half{std::bit_cast<uint16_t>(static_cast<HostHalf>(v))};
   } else {
     const uint32_t bits = std::bit_cast<uint32_t>(static_cast<float>(v));
     const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;

@@ -29,6 +29,10 @@
 #include "core/cuda/shared.cuh"
 #include "core/tensor_view.h"
 
+#if defined(CPC_CUDA_EMULATION)
+#include "core/half.h"
+#endif
+
 namespace cpc::cuda {
 
 #if defined(CPC_CUDA_EMULATION)
@@ -39,7 +43,7 @@ inline float tensor_core_operand(uint32_t bits, int half, BFloat16) {
   return std::bit_cast<float>((bits >> (16 * half) & 0xffff) << 16);
 }
 inline float tensor_core_operand(uint32_t bits, int half, Half) {
-  return static_cast<float>(std::bit_cast<_Float16>(static_cast<uint16_t>(bits >> (16 * half))));
+  return static_cast<float>(std::bit_cast<HostHalf>(static_cast<uint16_t>(bits >> (16 * half))));
 }
 // The units do not see the lower 13 bits of a float.
 inline float tensor_core_operand(uint32_t bits, int, float) { return std::bit_cast<float>(bits & 0xffffe000u); }
