@@ -56,7 +56,7 @@ class Gradients(NamedTuple):
 
 
 def sums_dtype(queries: Tensor) -> torch.dtype:
-    return torch.promote_types(queries.dtype, torch.float32)
+    return torch.float64 if queries.dtype == torch.float64 else torch.float32
 
 
 def default_targets(queries: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cpc_ext._native import native
-from cpc_ext.ops._library import register, workspace_of
+from cpc_ext.ops._library import register, with_workspace
 from cpc_ext.ops._patch_options import PatchOptions, check_images, checked_options
 
 __all__ = ["extract_patches", "extract_patches_reference"]
@@ -183,7 +183,7 @@ def _backward_kernel(gradient: _Gradient) -> Tensor:
     images_grad = _empty_images_grad(gradient)
     for_kernels = options.for_kernels(gradient.images_dtype, grad.shape[3])
     problem = images_grad, grad, gradient.images, *for_kernels
-    native.extract_patches_backward(*problem, workspace_of(grad, native.extract_patches_backward_workspace(*problem)))
+    with_workspace(native.extract_patches_backward, grad, *problem)
     return images_grad
 
 

@@ -128,7 +128,11 @@ def _output(loss: Tensor, accuracy: Tensor, rank: Tensor, queries: Tensor, reduc
     rows = queries.shape[:-1]
     if reduction == "none":
         loss, accuracy = loss.view(rows), accuracy.view(rows)
-    return InfoNCEOutput(loss, accuracy.detach(), rank.view(rows))
+    return InfoNCEOutput(
+        loss,
+        accuracy.detach() if accuracy.requires_grad else accuracy,
+        rank if rank.ndim == len(rows) else rank.view(rows),
+    )
 
 
 def _permuted(

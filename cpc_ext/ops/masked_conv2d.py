@@ -23,8 +23,8 @@ from cpc_ext.ops._library import (
     refuse_forward_mode,
     register,
     tf32_allowed,
+    with_workspace,
     without_autocast,
-    workspace_of,
 )
 
 __all__ = ["PixelConvolution", "gated_activation", "masked_conv2d", "masked_conv2d_reference"]
@@ -303,20 +303,21 @@ def _kernel(op: _Convolution) -> _Results:
     if output.numel() == 0:
         return results
     visible = _visible(op.mask)
-    problem = {
-        "weight": op.weight,
-        "mask": visible.mask,
-        "input": _channels_last(op.input),
-        "bias": None if op.bias is None else op.bias.contiguous(),
-        "condition": op.condition,
-        "output": output,
-        "preactivation": preactivation if op.keep else None,
-        "taps": visible.taps,
-        "dilation": op.dilation,
-        "activation": op.activation,
-        "tf32": tf32_allowed(op.input, "convolution"),
-    }
-    native.masked_conv2d(**problem, workspace=workspace_of(output, native.masked_conv2d_workspace(**problem)))
+    with_workspace(
+        native.masked_conv2d,
+        output,
+        op.weight,
+        visible.mask,
+        _channels_last(op.input),
+        None if op.bias is None else op.bias.contiguous(),
+        op.condition,
+        output,
+        preactivation if op.keep else None,
+        visible.taps,
+        op.dilation,
+        op.activation,
+        tf32_allowed(op.input, "convolution"),
+    )
     return results
 
 
@@ -385,23 +386,23 @@ def _backward_kernel(op: _Gradient) -> _GradientResults:
             result.zero_()
         return results
     visible = _visible(op.mask)
-    problem = {
-        "weight": weight,
-        "mask": visible.mask,
-        "grad": _channels_last(op.grad),
-        "input": _channels_last(op.input) if needs_weight else None,
-        "saved": op.saved,
-        "grad_preactivation": results.preactivation if op.activation != "none" else None,
-        "grad_input": results.input if needs_input else None,
-        "grad_weight": results.weight if needs_weight else None,
-        "grad_bias": results.bias if needs_bias else None,
-        "taps": visible.taps,
-        "dilation": op.dilation,
-        "activation": op.activation,
-        "tf32": tf32_allowed(op.grad, "convolution"),
-    }
-    size = native.masked_conv2d_backward_workspace(**problem)
-    native.masked_conv2d_backward(**problem, workspace=workspace_of(op.grad, size))
+    with_workspace(
+        native.masked_conv2d_backward,
+        op.grad,
+        weight,
+        visible.mask,
+        _channels_last(op.grad),
+        _channels_last(op.input) if needs_weight else None,
+        op.saved,
+        results.preactivation if op.activation != "none" else None,
+        results.input if needs_input else None,
+        results.weight if needs_weight else None,
+        results.bias if needs_bias else None,
+        visible.taps,
+        op.dilation,
+        op.activation,
+        tf32_allowed(op.grad, "convolution"),
+    )
     return results
 
 

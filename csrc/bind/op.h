@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "bind/dispatch.h"
+#include "core/aligned_buffer.h"
 #include "core/fields.h"
 
 namespace cpc::bind {
@@ -174,7 +175,29 @@ constexpr bool is_workspace = false;
 template <auto... path>
 constexpr bool is_workspace<WorkspaceAt<path...>> = true;
 
-// Adds a function to the module. `table` must live as long as that.
+// Workspaces on the host up to this size are the binding's own: most calls need no more, and for a small problem asking
+// and having memory allocated takes longer than the kernel.
+constexpr int64_t kOwnWorkspace = int64_t{1} << 20;
+
+// Gives a workspace that the caller left out where that is cheap, and checks one that is given. The bytes that are
+// wanting.
+template <class Problem, class Field>
+int64_t missing_workspace(const Field& field, Problem& problem, [[maybe_unused]] DLDevice device) {
+  if constexpr (is_workspace<Field>) {
+    TensorView& workspace = field.in(problem);
+    const int64_t bytes = workspace_bytes_on(problem, device);
+    if (workspace.ndim == 0 && bytes != 0) {
+      if (on_cuda(device) || bytes > kOwnWorkspace) return bytes;
+      thread_local AlignedBuffer own;
+      workspace = {.data = own.reserve(bytes), .dtype = DType::u8, .ndim = 1, .shape = {bytes}, .strides = {1}};
+    }
+    FieldCheck::workspace(field.name, workspace, bytes);
+  }
+  return 0;
+}
+
+// Adds a function to the module. `table` must live as long as that. A function of a problem with a workspace returns 0
+// where it has run, and else how many bytes of it the caller has to give; it may be left out at first.
 template <class Problem, class... Fields>
 void op(py::module_& module, const char* name, const char* doc, const Table<Problem, Fields...>& table,
         std::type_identity_t<void (*)(const Problem&)> cpu,
@@ -193,12 +216,14 @@ void op(py::module_& module, const char* name, const char* doc, const Table<Prob
     Problem problem;
     Tensors tensors;
     const DLDevice device = take(table, problem, tensors, given...);
-    const auto look_at_workspace = [&](const auto& field) {
-      if constexpr (is_workspace<std::decay_t<decltype(field)>>)
-        FieldCheck::workspace(field.name, field.in(problem), workspace_bytes_on(problem, device));
-    };
-    std::apply([&](const auto&... field) { (look_at_workspace(field), ...); }, table.fields);
-    run(problem, tensors.any(), cpu, cuda);
+    if constexpr ((is_workspace<Fields> || ...)) {
+      const int64_t missing = std::apply(
+          [&](const auto&... field) { return (missing_workspace(field, problem, device) + ...); }, table.fields);
+      if (missing == 0) run(problem, tensors.any(), cpu, cuda);
+      return missing;
+    } else {
+      run(problem, tensors.any(), cpu, cuda);
+    }
   };
   std::apply([&](const auto&... field) { module.def(name, call, py::arg(field.name)..., doc); }, table.fields);
 }
