@@ -43,13 +43,16 @@ def contrast(
 ) -> Results:
     """Check the arguments and run the op."""
     check_arguments(queries, keys, options, measure, reduction)
-    problem, weights = flat_problem(*common_dtype(queries, keys), options, measure)
-    results = contrast_op(*problem, weights, None, reduction, _needed(problem, weights, reduction))
-    return Results._make(results)
+    problem, weights = flat_problem(*common_dtype(queries, keys), options, measure, batched=False)
+    op = _Forward(problem, weights, None, reduction, _needed(problem, weights, reduction))
+    results: tuple[Any, ...] = contrast_op(*problem, *op[1:], whole=op)
+    return results if type(results) is Results else Results._make(results)
 
 
 # Places in the problem, and so in the op's arguments. Tensors come first, up to the scale.
-_QUERIES, _KEYS, _KEY_BIAS, _SCALE = map(Contrast._fields.index, ("queries", "keys", "key_bias", "scale"))
+_QUERIES, _KEYS, _KEY_BIAS, _SCALES, _SCALE = map(
+    Contrast._fields.index, ("queries", "keys", "key_bias", "scales", "scale")
+)
 
 
 class _Forward(NamedTuple):
@@ -101,7 +104,7 @@ def _needed_gradients(problem: Contrast, needs: Sequence[bool]) -> Gradients:
     gradients: tuple[Any, ...] = (
         torch.empty_like(queries, memory_format=dense) if needs[0] else None,
         torch.empty_like(keys, memory_format=dense) if needs[1] else None,
-        keys.new_empty(keys.shape[:2], dtype=sums_dtype(queries)) if needs[2] else None,
+        keys.new_empty(keys.shape[:-1], dtype=sums_dtype(queries)) if needs[2] else None,
     )
     return Gradients(*gradients)
 
@@ -113,11 +116,11 @@ def _empty_results(op: _Forward) -> Results:
 def _needed_results(op: _Forward) -> Results:
     """Memory of results; None of those that are not needed."""
     queries, needs = op.problem.queries, op.needs
-    rows, dtype = queries.shape[:2], sums_dtype(queries)
-    reduced_rows = rows if op.reduction == "none" else ()
+    rows, dtype = queries.shape[:-1], sums_dtype(queries)
+    loss = queries.new_empty(rows if op.reduction == "none" else (), dtype=dtype)
     results: tuple[Any, ...] = (
-        queries.new_empty(reduced_rows, dtype=dtype),
-        queries.new_empty(reduced_rows, dtype=dtype),
+        loss,
+        torch.empty_like(loss),
         queries.new_empty(rows, dtype=torch.int64),
         queries.new_empty(rows, dtype=dtype) if needs[3] else None,
         queries.new_empty(rows, dtype=dtype) if needs[4] else None,
@@ -142,7 +145,7 @@ def _without_none(results: _Some, queries: Tensor) -> _Some:
 def _row_weights(queries: Tensor, weights: Tensor | None, reduction: str) -> tuple[Tensor | None, float]:
     """What a row's loss counts in the result: a tensor [B, M], or None for ones, times a number."""
     if weights is None:
-        return None, 1 / max(queries.shape[:2].numel(), 1) if reduction == "mean" else 1.0
+        return None, 1 / max(queries.shape[:-1].numel(), 1) if reduction == "mean" else 1.0
     weights = weights.to(sums_dtype(queries)).contiguous()
     return weights / _total(weights) if reduction == "mean" else weights, 1.0
 
@@ -242,6 +245,8 @@ def _present(rows: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def _reference_op(op: _Forward) -> Results:
+    if op.problem.queries.ndim == 2:
+        return _of_one(_reference_op(_as_batch(op)))
     with without_autocast(op.problem.queries.device):  # It would round the scores.
         present = None if op.weights is None else op.weights != 0
         losses, rank, slopes, bests = plain.each_query(op.problem, op.thresholds, present)
@@ -257,9 +262,27 @@ def _reference_op(op: _Forward) -> Results:
 
 
 def _gradients_reference(op: _Backward) -> Gradients:
+    if op.problem.queries.ndim == 2:
+        return _of_one(_gradients_reference(_as_batch(op)))
     present = _present(op.row_weights, op.weights) if op.problem.symmetric else None
     with without_autocast(op.problem.queries.device):
         return plain.gradients(op.problem, op.row_weights, op.needs, present)
+
+
+_Op = TypeVar("_Op", _Forward, _Backward)
+
+
+def _as_batch(op: _Op) -> _Op:
+    """The op of a batch of one entry, of one without a batch."""
+    values = [value.unsqueeze(0) if isinstance(value, Tensor) else value for value in op[1:]]
+    problem = [value.unsqueeze(0) if isinstance(value, Tensor) else value for value in op.problem]
+    problem[_SCALES] = op.problem.scales
+    return type(op)(Contrast(*problem), *values)
+
+
+def _of_one(results: _Some) -> _Some:
+    """What one entry has of the results of a batch."""
+    return type(results)(*(value[0] if value.ndim and value.numel() else value for value in results))
 
 
 def _setup_context(ctx: Any, op: _Forward, output: Results) -> None:
@@ -277,7 +300,7 @@ def _setup_context(ctx: Any, op: _Forward, output: Results) -> None:
         output.slopes if needs[4] else None,
         *output[-3:],
     )
-    ctx.options, ctx.reduction, ctx.num_rows = problem[_SCALE:], op.reduction, problem.queries.shape[:2]
+    ctx.options, ctx.reduction, ctx.num_rows = problem[_SCALE:], op.reduction, problem.queries.shape[:-1]
     ctx.bias_dtype = None if problem.key_bias is None else problem.key_bias.dtype
     ctx.set_materialize_grads(False)
 

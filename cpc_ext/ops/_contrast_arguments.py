@@ -47,13 +47,16 @@ class ContrastOptions(NamedTuple):
 
 
 def flat_problem(
-    queries: Tensor, keys: Tensor, options: ContrastOptions, measure: str
+    queries: Tensor, keys: Tensor, options: ContrastOptions, measure: str, *, batched: bool = True
 ) -> tuple[Contrast, Tensor | None]:
-    """The problem with one leading dimension in place of any, and its queries' weights [B, M]; None for all 1."""
-    problem = _flat(queries, keys, options, measure)
+    """The problem with one leading dimension in place of any, and its queries' weights [B, M]; None for all 1.
+
+    batched: whether one without leading dimensions gets one, too.
+    """
+    problem = _flat(queries, keys, options, measure, batched)
     if options.weights is options.targets is None:
         return problem, None
-    weights = None if options.weights is None else options.weights.reshape(problem.queries.shape[:2])
+    weights = None if options.weights is None else options.weights.reshape(problem.queries.shape[:-1])
     return problem, _weights_of_present(problem.targets, weights, sums_dtype(queries))
 
 
@@ -218,17 +221,15 @@ def common_dtype(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     return first, first if keys is queries else keys if keys.dtype == dtype else keys.to(dtype)
 
 
-def _flat(queries: Tensor, keys: Tensor, options: ContrastOptions, measure: str) -> Contrast:
+def _flat(queries: Tensor, keys: Tensor, options: ContrastOptions, measure: str, batched: bool) -> Contrast:
     """The arguments with one leading dimension in place of any, and without keys where these are the queries."""
     scale, targets, negatives, _, exclude, key_range, key_bias, groups, contrast, symmetric = options
     shape, alone = queries.shape, keys is queries
-    if len(shape) == 3:
-        entries, num_queries, _ = shape
-    else:
-        entries, num_queries = shape[:-2].numel(), shape[-2]
-        queries = queries.reshape(entries, num_queries, shape[-1])
+    if len(shape) > 3 or (batched and len(shape) == 2):
+        entries = shape[:-2].numel()
+        queries = queries.reshape(entries, *shape[-2:])
         keys = queries if alone else keys.reshape(entries, *keys.shape[-2:])
-    rows, num_keys = (entries, num_queries), keys.shape[1]
+    rows, key_rows = queries.shape[:-1], keys.shape[:-1]
 
     def indices(value: Tensor | None) -> Tensor | None:
         """[B, M, C] of [*, M] or [*, M, C]."""
@@ -250,8 +251,8 @@ def _flat(queries: Tensor, keys: Tensor, options: ContrastOptions, measure: str)
         indices(exclude),
         indices(key_range),
         None if query_groups is None else query_groups.to(torch.int64).reshape(rows),
-        None if key_groups is None else key_groups.to(torch.int64).reshape(entries, num_keys),
-        None if key_bias is None else key_bias.reshape(entries, num_keys),
+        None if key_groups is None else key_groups.to(torch.int64).reshape(key_rows),
+        None if key_bias is None else key_bias.reshape(key_rows),
         scales,
         float(scale),
         measure,

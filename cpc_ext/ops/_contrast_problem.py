@@ -11,7 +11,7 @@ __all__ = ["Contrast", "Gradients", "absent_queries", "default_targets", "sums_d
 
 
 class Contrast(NamedTuple):
-    """A contrast as csrc/info_nce/info_nce.h describes it.
+    """A contrast as csrc/info_nce/info_nce.h describes it; what it is given to may take it without B, too.
 
     Attributes:
         queries, keys: [B, M, D] and [B, N, D]. Without keys, the queries are contrasted with each other, and their

@@ -2,7 +2,7 @@
 
 Plain ``torch.library`` definitions: the wrappers of ``torch.library.custom_op`` cost some microseconds a call more,
 which small batches feel. So does the dispatcher itself, which boxes every argument for a kernel in Python: calls that
-nobody but the kernel has to see (:func:`is_direct`) go to it straight.
+nobody but the kernel has to see (:func:`nobody_watches`) go to it straight.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -23,9 +22,9 @@ from cpc_ext._native import KERNEL_DEVICES, native
 __all__ = [
     "autocast_dtype",
     "differentiable_once",
-    "is_direct",
     "is_plain",
     "may_need_gradients",
+    "nobody_watches",
     "refuse_forward_mode",
     "register",
     "tf32_allowed",
@@ -58,6 +57,8 @@ def register(
 ) -> Callable[..., _Result]:
     """Define ``cpc_ext::NAME(...)`` and return what calls it, a function of the flat arguments.
 
+    It may be given the same as a NamedTuple besides, ``whole``, which saves making one.
+
     Args:
         name: of the op.
         arguments: a NamedTuple of the op's arguments, whose types give its schema. A field that is a NamedTuple itself
@@ -65,7 +66,7 @@ def register(
         result: Tensor, or a NamedTuple of tensors, which a caller of the op gets as a plain tuple. Results alias no
             argument.
         reference: plain PyTorch; runs on devices without a kernel.
-        kernel: runs on the devices that this build has kernels for.
+        kernel: runs on the devices that this build has kernels for. No result is a view of another tensor.
         fake: gives empty results, for tracing.
         direct: as the kernel, where a call goes to it straight; results that are not needed may then be None in place
             of an empty tensor. Default: the kernel.
@@ -87,31 +88,31 @@ def register(
         _library.impl(name, of_values(kernel), device.upper())
     torch.library.register_fake(f"cpc_ext::{name}", of_values(fake), lib=_library)
     op: Callable[..., _Result] = getattr(torch.ops.cpc_ext, name).default
-    straight = of_values(kernel if direct is None else direct)
+    straight = kernel if direct is None else direct
     if backward is None or setup_context is None:
         dispatched, differentiated = op, None
     else:
         dispatched, differentiated = _with_gradient(
             name, op, straight, list(kinds), typed, result, setup_context, backward, once=once
         )
-    tensors = _tensors_of(kinds)
+    places = _places_of_tensors(kinds)
+    keys_of = torch._C._dispatch_keys
 
-    def call(*values: Any) -> Any:
-        if torch.compiler.is_compiling():  # Which could not trace what follows.
+    def call(*values: Any, whole: _Arguments | None = None) -> Any:
+        if torch.compiler.is_compiling() or not nobody_watches():
             return dispatched(*values)
-        given = tensors(values)
-        if not is_direct(*given):
-            return dispatched(*values)
-        if torch.is_grad_enabled():
-            for tensor in given:
-                if tensor is not None and tensor.requires_grad:
-                    if differentiated is None or torch._C._dispatch_tls_is_dispatch_key_excluded(_Key.AutogradCPU):
-                        return dispatched(*values)
-                    return differentiated(*values, None)
-        if differentiated is None:
-            return straight(*values)
-        with torch._C._AutoDispatchBelowAutograd():
-            return straight(*values)
+        requires_grad = False
+        for at in places:
+            tensor = values[at]
+            if tensor is not None:
+                if type(tensor) not in _PLAIN_TYPES or keys_of(tensor).raw_repr() not in _PLAIN_KEYS:
+                    return dispatched(*values)
+                requires_grad = requires_grad or tensor.requires_grad
+        if requires_grad and torch.is_grad_enabled():
+            if differentiated is None or torch._C._dispatch_tls_is_dispatch_key_excluded(_Key.AutogradCPU):
+                return dispatched(*values)
+            return differentiated(*values, None)
+        return straight(typed(values) if whole is None else whole)
 
     return call
 
@@ -119,7 +120,7 @@ def register(
 def _with_gradient(
     name: str,
     op: Any,
-    straight: Callable[..., Any],
+    straight: Callable[[Any], Any],
     arguments: Sequence[str],
     typed: Callable[[tuple[Any, ...]], Any],
     result: type,
@@ -153,12 +154,13 @@ def _with_gradient(
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
             *values, keys = arguments  # The last, so that ctx.needs_input_grad is of the op's own arguments.
+            whole = typed(tuple(values))
             if keys is None:
-                with torch._C._AutoDispatchBelowAutograd():
-                    output = straight(*values)
+                with torch._C._AutoDispatchBelowAutograd():  # Where no result is another tensor's view.
+                    output = straight(whole)
             else:
-                output = below(keys, values)
-            setup_context(ctx, typed(tuple(values)), named(output))
+                output = named(below(keys, values))
+            setup_context(ctx, whole, output)
             return output
 
         @staticmethod
@@ -221,21 +223,17 @@ _NO_MODE = frozenset({_raw(_Key.BackendSelect, _Key.ADInplaceOrView), _raw(_Key.
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 
 
-def is_direct(*tensors: Tensor | None) -> bool:
-    """Whether a call on some tensors concerns nobody but the CPU's kernel, and may leave the dispatcher out.
+def nobody_watches() -> bool:
+    """Whether no mode of ``torch.overrides`` or ``torch.utils._python_dispatch``, transform, tracer or profiler is on.
 
-    No subclass, no mode of ``torch.overrides`` or ``torch.utils._python_dispatch``, no transform, no tracer and no
-    profiler is to see it, and what the tensors' memory holds are their values.
+    Then a call on tensors of the CPU that are no subclass's, and whose memory holds their values, concerns the kernel
+    alone, and may leave the dispatcher out.
     """
-    if torch._C._dispatch_tls_local_include_set().raw_repr() not in _NO_MODE:
-        return False
-    if torch._C._is_torch_function_mode_enabled() or torch._C._autograd._profiler_enabled():
-        return False
-    keys = torch._C._dispatch_keys
-    for tensor in tensors:
-        if tensor is not None and (type(tensor) not in _PLAIN_TYPES or keys(tensor).raw_repr() not in _PLAIN_KEYS):
-            return False
-    return True
+    return (
+        torch._C._dispatch_tls_local_include_set().raw_repr() in _NO_MODE
+        and not torch._C._is_torch_function_mode_enabled()
+        and not torch._C._autograd._profiler_enabled()
+    )
 
 
 def _transforming() -> bool:
@@ -259,12 +257,9 @@ def _leaves(kind: type) -> Iterator[tuple[str, Any]]:
         yield from get_type_hints(field).items() if hasattr(field, "_fields") else [(name, field)]
 
 
-def _tensors_of(kinds: dict[str, Any]) -> Callable[[tuple[Any, ...]], tuple[Tensor | None, ...]]:
-    """What picks the tensors out of an op's flat arguments, of the types ``kinds``."""
-    places = [at for at, kind in enumerate(kinds.values()) if kind is Tensor or Tensor in get_args(kind)]
-    if len(places) == 1:
-        return lambda values: (values[places[0]],)
-    return operator.itemgetter(*places)
+def _places_of_tensors(kinds: dict[str, Any]) -> tuple[int, ...]:
+    """Where tensors are among an op's flat arguments, of the types ``kinds``."""
+    return tuple(at for at, kind in enumerate(kinds.values()) if kind is Tensor or Tensor in get_args(kind))
 
 
 def _schema(kinds: dict[str, Any], result: type) -> str:
@@ -381,7 +376,7 @@ def tf32_allowed(tensor: Tensor, work: str) -> bool:
     PyTorch also reflects its older switches (``allow_tf32``, ``torch.set_float32_matmul_precision``) and those above
     them (``torch.backends.fp32_precision``). The CPU's kernels never round, emulated ones of CUDA do.
     """
-    return (tensor.is_cuda or hasattr(native, "emulate_cuda")) and _FP32_PRECISIONS[work].fp32_precision == "tf32"
+    return (tensor.is_cuda or "emulate_cuda" in vars(native)) and _FP32_PRECISIONS[work].fp32_precision == "tf32"
 
 
 def values_at_hand(tensor: Tensor) -> bool:

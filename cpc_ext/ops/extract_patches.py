@@ -73,7 +73,7 @@ def extract_patches(
     options = checked_options(
         images, patch_size, stride, crop, offsets, flip, gray, mean, std, patch_norm, dtype, channels_last
     )
-    return _extract_patches(images, *options)
+    return _extract_patches(images, *options, whole=_Extraction(images, options))
 
 
 def extract_patches_reference(images: Tensor, options: PatchOptions) -> Tensor:
@@ -128,11 +128,14 @@ def crop_and_flip(images: Tensor, options: PatchOptions) -> Tensor:
 
 def empty_patches(images: Tensor, options: PatchOptions) -> Tensor:
     """What the op returns, without values."""
-    size, grid = options.patch_size, (images.shape[0], *options.grid())
+    size, (rows, cols) = options.patch_size, options.grid()
     channels = 1 if options.gray else images.shape[1]
+    shape = (images.shape[0], rows, cols, channels, size, size)
     if not options.channels_last:
-        return images.new_empty((*grid, channels, size, size), dtype=options.dtype)
-    return images.new_empty((*grid, size, size, channels), dtype=options.dtype).permute(0, 1, 2, 5, 3, 4)
+        return images.new_empty(shape, dtype=options.dtype)
+    patch = channels * size * size
+    strides = (rows * cols * patch, cols * patch, patch, 1, size * channels, channels)
+    return images.new_empty_strided(shape, strides, dtype=options.dtype)
 
 
 class _Extraction(NamedTuple):
