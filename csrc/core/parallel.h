@@ -14,6 +14,10 @@
 
 namespace cpc {
 
+// Work that a thread must get of a loop to be worth waking, in nanoseconds, at least. A thread that sleeps needs 5 to
+// 10 us to begin, and where other processes keep the cores busy the loop ends when the last thread has had its turn.
+constexpr double kThreadNanoseconds = 50'000;
+
 #if defined(__SANITIZE_THREAD__)
 
 // ThreadSanitizer does not see OpenMP's own synchronisation; of these threads it sees all. For
@@ -40,10 +44,6 @@ void parallel_tasks(int64_t n, const Body& body, int = workers()) {
 
 // Workers that a parallel loop started here runs on.
 inline int workers() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
-
-// Work that a thread must get of a loop to be worth waking, in nanoseconds, at least. A thread that sleeps needs 5 to
-// 10 us to begin, and where other processes keep the cores busy the loop ends when the last thread has had its turn.
-constexpr double kThreadNanoseconds = 50'000;
 
 // The same as measured: where threads are told to sleep while they wait (OMP_WAIT_POLICY=passive), and in virtual
 // machines, to begin and to end a loop takes several times as long. For as many threads as there are; measured once.
