@@ -274,10 +274,13 @@ _Op = TypeVar("_Op", _Forward, _Backward)
 
 def _as_batch(op: _Op) -> _Op:
     """The op of a batch of one entry, of one without a batch."""
-    values = [value.unsqueeze(0) if isinstance(value, Tensor) else value for value in op[1:]]
-    problem = [value.unsqueeze(0) if isinstance(value, Tensor) else value for value in op.problem]
+
+    def led(values: Sequence[Any]) -> list[Any]:
+        return [value.unsqueeze(0) if isinstance(value, Tensor) else value for value in values]
+
+    problem = led(op.problem)
     problem[_SCALES] = op.problem.scales
-    return type(op)(Contrast(*problem), *values)
+    return type(op)(Contrast(*problem), *led(op[1:]))
 
 
 def _of_one(results: _Some) -> _Some:

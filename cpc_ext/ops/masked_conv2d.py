@@ -170,8 +170,8 @@ def _check_arguments(
     if condition is not None:
         shape = (input.shape[0], weight.shape[0], *input.shape[2:])
         # What expand takes: as many or fewer dimensions, each of the size or 1.
-        sizes = zip(reversed(condition.shape), reversed(shape), strict=False)
-        if condition.ndim > 4 or any(size not in (1, wanted) for size, wanted in sizes):
+        aligned = zip(reversed(condition.shape), reversed(shape), strict=False)
+        if condition.ndim > 4 or any(size not in (1, wanted) for size, wanted in aligned):
             raise ValueError(f"condition must broadcast to {shape}, got shape {tuple(condition.shape)}")
     device = input.device
     for name, tensor in (("weight", weight), ("bias", bias), ("mask", mask), ("condition", condition)):
