@@ -191,3 +191,13 @@ def test_outputs_in_another_order_are_refused():
     patches = torch.empty(1, 3, 3, 2, 4, 4).permute(0, 2, 1, 3, 4, 5)
     with pytest.raises(ValueError, match="patches must be dense"):
         native.extract_patches(torch.ones(1, 2, 8, 8), patches, **arguments(scale=[1, 1], shift=[0, 0]))
+
+
+@pytest.mark.parametrize(
+    "module", ["cpc_ext.ops", "cpc_ext.nn", "cpc_ext.models", "cpc_ext.interop", "cpc_ext.measures"]
+)
+def test_importing_does_not_load_the_compiler(tmp_path, module):
+    """Which takes longer than all else that is imported, PyTorch among it."""
+    code = f"import sys, torch, {module}; print([name for name in sys.modules if name.startswith('torch._dynamo')])"
+    done = run(code, tmp_path, PYTHONPATH=str(CHECKOUT.parent))
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -7,11 +7,12 @@ than one other. Both give gradients back to the keys' owners.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from cpc_ext.ops._contrast import Results, contrast, contrast_gradients_op, contrast_op
 from cpc_ext.ops._contrast_arguments import ContrastOptions, check_arguments, flat_problem
@@ -28,9 +29,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _uncompiled(function: Function) -> Function:
-    """:func:`torch.compiler.disable`, with a type."""
-    disabled: Function = torch.compiler.disable(function)
-    return disabled
+    """:func:`torch.compiler.disable`, with a type, and without loading the compiler where nobody calls the function."""
+    disabled: Any = _disable_dynamo(function)
+    return cast(Function, disabled)
 
 
 def _position_in_world() -> tuple[int, int]:

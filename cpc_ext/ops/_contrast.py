@@ -7,7 +7,7 @@ forms the gradients with the scores at hand, and the backward pass only scales t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,13 +16,16 @@ from cpc_ext._native import native
 from cpc_ext.ops import _contrast_reference as plain
 from cpc_ext.ops._contrast_arguments import ContrastOptions, check_arguments, common_dtype, flat_problem
 from cpc_ext.ops._contrast_problem import Contrast, Gradients, absent_queries, sums_dtype, weighted
-from cpc_ext.ops._library import may_need_gradients, register, tf32_allowed, without_autocast, workspace_of
+from cpc_ext.ops._library import may_need_gradients, register, tf32_allowed, with_workspace, without_autocast
 
 __all__ = ["Results", "contrast", "contrast_gradients_op", "contrast_op", "reduced"]
 
 
 class Results(NamedTuple):
-    """Loss and accuracy are as the reduction says, the others of each query, [B, M], or empty where not needed."""
+    """Loss and accuracy are as the reduction says, the others of each query, [B, M].
+
+    What is not needed is empty, or None where the op was called straight.
+    """
 
     loss: Tensor
     accuracy: Tensor
@@ -40,8 +43,16 @@ def contrast(
 ) -> Results:
     """Check the arguments and run the op."""
     check_arguments(queries, keys, options, measure, reduction)
-    problem, weights = flat_problem(*common_dtype(queries, keys), options, measure)
-    return Results._make(contrast_op(*problem, weights, None, reduction, _needed(problem, weights, reduction)))
+    problem, weights = flat_problem(*common_dtype(queries, keys), options, measure, batched=False)
+    op = _Forward(problem, weights, None, reduction, _needed(problem, weights, reduction))
+    results: tuple[Any, ...] = contrast_op(*problem, *op[1:], whole=op)
+    return results if type(results) is Results else Results._make(results)
+
+
+# Places in the problem, and so in the op's arguments. Tensors come first, up to the scale.
+_QUERIES, _KEYS, _KEY_BIAS, _SCALES, _SCALE = map(
+    Contrast._fields.index, ("queries", "keys", "key_bias", "scales", "scale")
+)
 
 
 class _Forward(NamedTuple):
@@ -65,56 +76,76 @@ class _Backward(NamedTuple):
     needs: list[bool]  # Whether queries, keys and biases need gradients.
 
 
-# What native.info_nce takes, in its order.
-_KERNEL_ARGUMENTS = (
-    *Contrast._fields[: Contrast._fields.index("scale")],
-    *("row_weights", "thresholds", "present"),
-    *("losses", "ranks", "slopes", "bests"),
-    *("grad_queries", "grad_keys", "grad_bias"),
-    *("scale", "factor", "measure", "contrast", "symmetric", "self_contrast", "tf32"),
-)
-
-
 def _needed(problem: Contrast, weights: Tensor | None, reduction: str) -> list[bool]:
     """What :class:`_Forward` has as ``needs``; only a ring needs best scores."""
     if not torch.is_grad_enabled():
         return [False] * 6
     # Half-precision gradients are formed once their scale is known, lest a mean's vanish before a GradScaler's scale.
-    forms = reduction != "none" and problem.queries.dtype != torch.float16
+    queries, keys, key_bias = problem.queries, problem.keys, problem.key_bias
+    forms = reduction != "none" and queries.dtype != torch.float16
     return [
-        forms and problem.queries.requires_grad,
-        forms and problem.keys is not None and problem.keys.requires_grad,
-        forms and problem.key_bias is not None and problem.key_bias.requires_grad,
-        may_need_gradients(weights),
-        may_need_gradients(problem.scales),
+        forms and queries.requires_grad,
+        forms and keys is not None and keys.requires_grad,
+        forms and key_bias is not None and key_bias.requires_grad,
+        weights is not None and may_need_gradients(weights),
+        problem.scales is not None and may_need_gradients(problem.scales),
         False,
     ]
 
 
 def _empty_gradients(problem: Contrast, needs: Sequence[bool]) -> Gradients:
+    return _without_none(_needed_gradients(problem, needs), problem.queries)
+
+
+def _needed_gradients(problem: Contrast, needs: Sequence[bool]) -> Gradients:
+    """Memory of gradients; None of those that are not needed."""
     queries, keys = problem.queries, problem.contrasted()
-
-    def empty(tensor: Tensor, need: bool) -> Tensor:
-        return torch.empty_like(tensor, memory_format=torch.contiguous_format) if need else tensor.new_empty(0)
-
-    bias = keys.new_empty(keys.shape[:2] if needs[2] else 0, dtype=sums_dtype(queries))
-    return Gradients(empty(queries, needs[0]), empty(keys, needs[1]), bias)
+    dense = torch.contiguous_format
+    gradients: tuple[Any, ...] = (
+        torch.empty_like(queries, memory_format=dense) if needs[0] else None,
+        torch.empty_like(keys, memory_format=dense) if needs[1] else None,
+        keys.new_empty(keys.shape[:-1], dtype=sums_dtype(queries)) if needs[2] else None,
+    )
+    return Gradients(*gradients)
 
 
 def _empty_results(op: _Forward) -> Results:
-    queries = op.problem.queries
-    rows, dtype = queries.shape[:2], sums_dtype(queries)
-    losses, slopes, bests = (queries.new_empty(rows if need else 0, dtype=dtype) for need in op.needs[3:])
-    grad_queries, grad_keys, grad_bias = _empty_gradients(op.problem, op.needs)
-    loss, accuracy = (queries.new_empty(rows if op.reduction == "none" else (), dtype=dtype) for _ in range(2))
-    rank = queries.new_empty(rows, dtype=torch.int64)
-    return Results(loss, accuracy, rank, losses, slopes, bests, grad_queries, grad_keys, grad_bias)
+    return _without_none(_needed_results(op), op.problem.queries)
+
+
+def _needed_results(op: _Forward) -> Results:
+    """Memory of results; None of those that are not needed."""
+    queries, needs = op.problem.queries, op.needs
+    rows, dtype = queries.shape[:-1], sums_dtype(queries)
+    loss = queries.new_empty(rows if op.reduction == "none" else (), dtype=dtype)
+    results: tuple[Any, ...] = (
+        loss,
+        torch.empty_like(loss),
+        queries.new_empty(rows, dtype=torch.int64),
+        queries.new_empty(rows, dtype=dtype) if needs[3] else None,
+        queries.new_empty(rows, dtype=dtype) if needs[4] else None,
+        queries.new_empty(rows, dtype=dtype) if needs[5] else None,
+        *_needed_gradients(op.problem, needs),
+    )
+    return Results(*results)
+
+
+_Some = TypeVar("_Some", bound=tuple[Any, ...])
+
+
+def _without_none(results: _Some, queries: Tensor) -> _Some:
+    """Empty tensors in place of None; those of queries and keys are of their type, others of the sums'."""
+    own = len(results) - len(Gradients._fields)
+    kinds = (queries.dtype if own <= at < own + 2 else sums_dtype(queries) for at in range(len(results)))
+    return type(results)(
+        *(queries.new_empty(0, dtype=kind) if x is None else x for x, kind in zip(results, kinds, strict=True))
+    )
 
 
 def _row_weights(queries: Tensor, weights: Tensor | None, reduction: str) -> tuple[Tensor | None, float]:
     """What a row's loss counts in the result: a tensor [B, M], or None for ones, times a number."""
     if weights is None:
-        return None, 1 / max(queries.shape[:2].numel(), 1) if reduction == "mean" else 1.0
+        return None, 1 / max(queries.shape[:-1].numel(), 1) if reduction == "mean" else 1.0
     weights = weights.to(sums_dtype(queries)).contiguous()
     return weights / _total(weights) if reduction == "mean" else weights, 1.0
 
@@ -140,59 +171,72 @@ def reduced(losses: Tensor, rank: Tensor, weights: Tensor | None, reduction: str
 
 
 def _kernel(op: _Forward) -> Results:
-    queries = op.problem.queries
-    dtype = sums_dtype(queries)
-    _, _, rank, losses, slopes, bests, *gradients = results = _empty_results(op)
-    row_weights, factor = _row_weights(queries, op.weights, op.reduction)
-    if not op.needs[3]:
-        losses = queries.new_empty(queries.shape[:2], dtype=dtype)
-    fields = {
-        "row_weights": row_weights,
-        "factor": factor,
-        "thresholds": None if op.thresholds is None else op.thresholds.to(dtype).contiguous(),
-        "losses": losses,
-        "ranks": rank,
-        "slopes": slopes if op.needs[4] else None,
-        "bests": bests if op.needs[5] else None,
-    }
-    _run(op.problem, Gradients(*gradients), op.needs, fields)
-    loss, accuracy = reduced(losses, rank, op.weights, op.reduction)
+    return _without_none(_straight(op), op.problem.queries)
+
+
+def _straight(op: _Forward) -> Results:
+    """The same; None in place of what is not needed."""
+    queries, weights, reduction = op.problem.queries, op.weights, op.reduction
+    results = _needed_results(op)
+    loss, accuracy, rank, losses, slopes, bests, *gradients = results
+    rows = queries.new_empty(rank.shape, dtype=loss.dtype) if losses is None else losses
+    row_weights, factor = _row_weights(queries, weights, reduction)
+    thresholds = None if op.thresholds is None else op.thresholds.to(loss.dtype).contiguous()
+    _run(op.problem, gradients, (row_weights, thresholds, None, rows, rank, slopes, bests), factor)
+    if reduction != "none" and native.info_nce_on_cpu(queries):
+        weights = None if weights is None else weights.to(loss.dtype).contiguous()
+        native.info_nce_reduced(rows, rank, weights, loss, accuracy, reduction == "mean")
+        return results
+    loss, accuracy = reduced(rows, rank, weights, reduction)
     return results._replace(loss=loss, accuracy=accuracy)
 
 
 def _gradients_kernel(op: _Backward) -> Gradients:
-    gradients = _empty_gradients(op.problem, op.needs)
+    return _without_none(_straight_gradients(op), op.problem.queries)
+
+
+def _straight_gradients(op: _Backward) -> Gradients:
+    gradients = _needed_gradients(op.problem, op.needs)
     row_weights = op.row_weights.contiguous()
-    fields: dict[str, Any] = {"row_weights": row_weights, "factor": 1.0}
-    if op.problem.symmetric:
-        fields["present"] = _present(row_weights, op.weights).to(row_weights.dtype)
-    _run(op.problem, gradients, op.needs, fields)
+    present = _present(row_weights, op.weights).to(row_weights.dtype) if op.problem.symmetric else None
+    _run(op.problem, gradients, (row_weights, None, present, None, None, None, None), 1.0)
     return gradients
 
 
-def _run(problem: Contrast, gradients: Gradients, needs: Sequence[bool], fields: dict[str, Any]) -> None:
-    """Call the kernel; fields: those of native.info_nce that the problem and its gradients do not give."""
-    on_cpu = native.info_nce_on_cpu(problem.queries)
-    if problem.keys is None and needs[0] and not on_cpu:
+def _run(
+    problem: Contrast, gradients: Sequence[Tensor | None], of_rows: Sequence[Tensor | None], factor: float
+) -> None:
+    """Call the kernel. of_rows: what native.info_nce takes between the problem and the gradients."""
+    queries, keys, *others, scale, measure, contrast, symmetric = problem
+    of_queries, of_keys, of_bias = gradients
+    on_cpu = native.info_nce_on_cpu(queries)
+    if keys is None and of_queries is not None and not on_cpu:
         # CUDA's kernels give queries and keys a gradient each.
-        of_keys = torch.empty_like(gradients.queries)
-        apart = problem._replace(keys=problem.queries)
-        _run(apart, gradients._replace(keys=of_keys), [True, True, needs[2]], fields)
-        gradients.queries.add_(of_keys)
+        of_keys = torch.empty_like(of_queries)
+        _run(problem._replace(keys=queries), (of_queries, of_keys, of_bias), of_rows, factor)
+        of_queries.add_(of_keys)
         return
-    fields |= {
-        name: value.contiguous() if isinstance(value, Tensor) else value for name, value in problem._asdict().items()
-    }
-    if problem.keys is None:
-        fields |= {"keys": fields["queries"], "self_contrast": on_cpu}
+    queries = queries.contiguous()
+    keys_alike = queries if keys is None else keys.contiguous()
+    others = [None if value is None else value.contiguous() for value in others]
     if problem.key_bias is not None:
-        fields["key_bias"] = problem.key_bias.to(sums_dtype(problem.queries)).contiguous()
-    for name, gradient, need in zip(("grad_queries", "grad_keys", "grad_bias"), gradients, needs, strict=False):
-        fields[name] = gradient if need else None
-    fields["tf32"] = tf32_allowed(problem.queries, "product")
-    kernel = [fields.get(name) for name in _KERNEL_ARGUMENTS]
-    workspace = workspace_of(problem.queries, native.info_nce_workspace(*kernel))
-    native.info_nce(*kernel, workspace)
+        others[_KEY_BIAS - 2] = problem.key_bias.to(sums_dtype(queries)).contiguous()
+    with_workspace(
+        native.info_nce,
+        queries,
+        queries,
+        keys_alike,
+        *others,
+        *of_rows,
+        *gradients,
+        scale,
+        factor,
+        measure,
+        contrast,
+        symmetric,
+        keys is None and on_cpu,
+        tf32_allowed(queries, "product"),
+    )
 
 
 def _present(rows: Tensor, weights: Tensor | None) -> Tensor:
@@ -201,6 +245,8 @@ def _present(rows: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def _reference_op(op: _Forward) -> Results:
+    if op.problem.queries.ndim == 2:
+        return _of_one(_reference_op(_as_batch(op)))
     with without_autocast(op.problem.queries.device):  # It would round the scores.
         present = None if op.weights is None else op.weights != 0
         losses, rank, slopes, bests = plain.each_query(op.problem, op.thresholds, present)
@@ -216,26 +262,48 @@ def _reference_op(op: _Forward) -> Results:
 
 
 def _gradients_reference(op: _Backward) -> Gradients:
+    if op.problem.queries.ndim == 2:
+        return _of_one(_gradients_reference(_as_batch(op)))
     present = _present(op.row_weights, op.weights) if op.problem.symmetric else None
     with without_autocast(op.problem.queries.device):
         return plain.gradients(op.problem, op.row_weights, op.needs, present)
 
 
+_Op = TypeVar("_Op", _Forward, _Backward)
+
+
+def _as_batch(op: _Op) -> _Op:
+    """The op of a batch of one entry, of one without a batch."""
+
+    def led(values: Sequence[Any]) -> list[Any]:
+        return [value.unsqueeze(0) if isinstance(value, Tensor) else value for value in values]
+
+    problem = led(op.problem)
+    problem[_SCALES] = op.problem.scales
+    return type(op)(Contrast(*problem), *led(op[1:]))
+
+
+def _of_one(results: _Some) -> _Some:
+    """What one entry has of the results of a batch."""
+    return type(results)(*(value[0] if value.ndim and value.numel() else value for value in results))
+
+
 def _setup_context(ctx: Any, op: _Forward, output: Results) -> None:
     # What was not formed with the loss is computed when the gradient of each row is known.
     problem = op.problem
-    ctx.requires = [ctx.needs_input_grad[Contrast._fields.index(name)] for name in ("queries", "keys", "key_bias")]
-    ctx.later = any(required and not formed for required, formed in zip(ctx.requires, op.needs, strict=False))
-    kept = [x if ctx.later else None for x in problem if not isinstance(x, (float, str, bool))]
+    wanted = ctx.needs_input_grad
+    of_queries, of_keys, of_bias = ctx.requires = [wanted[_QUERIES], wanted[_KEYS], wanted[_KEY_BIAS]]
+    needs = op.needs
+    ctx.later = (of_queries and not needs[0]) or (of_keys and not needs[1]) or (of_bias and not needs[2])
     ctx.save_for_backward(
-        *kept,
+        *(problem[:_SCALE] if ctx.later else ()),
         op.weights,
         output.loss,
-        output.losses if op.needs[3] else None,
-        output.slopes if op.needs[4] else None,
+        output.losses if needs[3] else None,
+        output.slopes if needs[4] else None,
         *output[-3:],
     )
-    ctx.options, ctx.reduction, ctx.num_rows = problem[-4:], op.reduction, problem.queries.shape[:2]
+    ctx.options, ctx.reduction, ctx.num_rows = problem[_SCALE:], op.reduction, problem.queries.shape[:-1]
     ctx.bias_dtype = None if problem.key_bias is None else problem.key_bias.dtype
     ctx.set_materialize_grads(False)
 
@@ -252,10 +320,10 @@ def _backward(ctx: Any, saved: Sequence[Any], grad: Tensor | None, *_: Tensor | 
         row_grads = grad.expand(ctx.num_rows) * factor if row_weights is None else grad * row_weights
     if ctx.later:
         gradients = contrast_gradients_op(*tensors, *ctx.options, row_grads, weights, ctx.requires)
-    elif any(ctx.requires):
-        gradients = tuple(
+    else:
+        gradients = tuple([
             gradient * grad if required else None for gradient, required in zip(gradients, ctx.requires, strict=True)
-        )
+        ])  # fmt: skip
     grad_weights = None
     if losses is not None:
         slope = losses
@@ -286,6 +354,7 @@ contrast_op = register(
     reference=_reference_op,
     kernel=_kernel,
     fake=_empty_results,
+    direct=_straight,
     setup_context=_setup_context,
     backward=_backward,
     once=True,
@@ -297,4 +366,5 @@ contrast_gradients_op = register(
     reference=_gradients_reference,
     kernel=_gradients_kernel,
     fake=lambda op: _empty_gradients(op.problem, op.needs),
+    direct=_straight_gradients,
 )

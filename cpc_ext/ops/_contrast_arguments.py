@@ -47,11 +47,16 @@ class ContrastOptions(NamedTuple):
 
 
 def flat_problem(
-    queries: Tensor, keys: Tensor, options: ContrastOptions, measure: str
+    queries: Tensor, keys: Tensor, options: ContrastOptions, measure: str, *, batched: bool = True
 ) -> tuple[Contrast, Tensor | None]:
-    """The problem with one leading dimension in place of any, and its queries' weights [B, M]; None for all 1."""
-    problem = _flat(queries, keys, options, measure)
-    weights = None if options.weights is None else options.weights.reshape(problem.queries.shape[:2])
+    """The problem with one leading dimension in place of any, and its queries' weights [B, M]; None for all 1.
+
+    batched: whether one without leading dimensions gets one, too.
+    """
+    problem = _flat(queries, keys, options, measure, batched)
+    if options.weights is options.targets is None:
+        return problem, None
+    weights = None if options.weights is None else options.weights.reshape(problem.queries.shape[:-1])
     return problem, _weights_of_present(problem.targets, weights, sums_dtype(queries))
 
 
@@ -68,48 +73,61 @@ def _weights_of_present(targets: Tensor | None, weights: Tensor | None, dtype: t
 
 def check_arguments(queries: Tensor, keys: Tensor, options: ContrastOptions, measure: str, reduction: str) -> None:
     """Raise an error that names the first argument that is wrong, as :func:`cpc_ext.ops.info_nce` says."""
-    for name, value in (("queries", queries), ("keys", keys)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    _check_rows("queries", queries)
+    if keys is not queries:
+        _check_rows("keys", keys)
+    shape, keys_shape, device = queries.shape, keys.shape, queries.device
+    if shape[:-2] != keys_shape[:-2] or shape[-1] != keys_shape[-1]:
+        raise ValueError(
+            f"keys must have the leading dimensions and the D of queries {tuple(shape)}, got {tuple(keys_shape)}"
+        )
+    if keys.device != device:
+        raise ValueError(f"keys must be on the queries' device {device}, got {keys.device}")
+    num_queries, num_keys = shape[-2], keys_shape[-2]
+    scale, targets, negatives, weights, exclude, key_range, key_bias, groups, contrast, symmetric = options
+    if targets is None and num_queries > num_keys and measure != "log_sum":
+        raise ValueError(f"targets is needed where there are more queries ({num_queries}) than keys ({num_keys})")
+    leading, rows = shape[:-2], shape[:-1]
+    if not (targets is negatives is exclude is key_range is weights is key_bias is None):
+        _check_given("targets", targets, (rows, (*rows, "P")), device)
+        _check_given("negatives", negatives, ((*rows, "S"),), device)
+        _check_given("exclude", exclude, (rows, (*rows, "E")), device)
+        _check_given("key_range", key_range, ((*rows, 2),), device)
+        _check_given("weights", weights, (rows,), device, floating=True)
+        _check_given("key_bias", key_bias, ((*leading, num_keys),), device, floating=True)
+    if groups is not None or contrast != "all":
+        _check_groups(options, rows, (*leading, num_keys), device)
+    if type(scale) is not float or not math.isfinite(scale):  # Hardly ever.
+        check_number("scale", scale)
+    if symmetric:
+        if negatives is not None:
+            raise ValueError("symmetric contrasts all keys and queries: it takes no negatives")
+        if num_queries != num_keys:
+            raise ValueError(f"symmetric needs as many keys as queries, got {num_keys} keys, {num_queries} queries")
+        if targets is not None and targets.shape != rows:
+            raise ValueError(f"symmetric needs one positive a query, got targets {tuple(targets.shape)}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    refuse_forward_mode(queries, keys, weights, key_bias, scale if isinstance(scale, Tensor) else None)
+    _check_weights(weights)
+
+
+# Types of queries and keys, nearly always.
+_USUAL = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+
+
+def _check_rows(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in _USUAL:
         if not value.is_floating_point():
             raise TypeError(f"{name} must be floating, got {value.dtype}")
         if value.dtype.itemsize < 2:
             raise TypeError(f"{name} must be floating with 16 bits or more, got {value.dtype}")
-        _check_layout(name, value)
-        if value.ndim < 2:
-            size = "M" if name == "queries" else "N"
-            raise ValueError(f"{name} must be [*, {size}, D], got shape {tuple(value.shape)}")
-    if queries.shape[:-2] != keys.shape[:-2] or queries.shape[-1] != keys.shape[-1]:
-        raise ValueError(
-            f"keys must have the leading dimensions and the D of queries {tuple(queries.shape)}, "
-            f"got {tuple(keys.shape)}"
-        )
-    if keys.device != queries.device:
-        raise ValueError(f"keys must be on the queries' device {queries.device}, got {keys.device}")
-    num_queries, num_keys = queries.shape[-2], keys.shape[-2]
-    if options.targets is None and num_queries > num_keys and measure != "log_sum":
-        raise ValueError(f"targets is needed where there are more queries ({num_queries}) than keys ({num_keys})")
-    leading, rows, device = queries.shape[:-2], queries.shape[:-1], queries.device
-    _check_given("targets", options.targets, (rows, (*rows, "P")), device)
-    _check_given("negatives", options.negatives, ((*rows, "S"),), device)
-    _check_given("exclude", options.exclude, (rows, (*rows, "E")), device)
-    _check_given("key_range", options.key_range, ((*rows, 2),), device)
-    _check_given("weights", options.weights, (rows,), device, floating=True)
-    _check_given("key_bias", options.key_bias, ((*leading, num_keys),), device, floating=True)
-    _check_groups(options, rows, (*leading, num_keys), device)
-    check_number("scale", options.scale)
-    if options.symmetric:
-        if options.negatives is not None:
-            raise ValueError("symmetric contrasts all keys and queries: it takes no negatives")
-        if num_queries != num_keys:
-            raise ValueError(f"symmetric needs as many keys as queries, got {num_keys} keys, {num_queries} queries")
-        if options.targets is not None and options.targets.shape != rows:
-            raise ValueError(f"symmetric needs one positive a query, got targets {tuple(options.targets.shape)}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
-    scale = options.scale if isinstance(options.scale, Tensor) else None
-    refuse_forward_mode(queries, keys, options.weights, options.key_bias, scale)
-    _check_weights(options.weights)
+    _check_layout(name, value)
+    if value.ndim < 2:
+        size = "M" if name == "queries" else "N"
+        raise ValueError(f"{name} must be [*, {size}, D], got shape {tuple(value.shape)}")
 
 
 def _check_groups(options: ContrastOptions, rows: tuple[int, ...], keys: tuple[int, ...], device: torch.device) -> None:
@@ -193,46 +211,53 @@ def _check_weights(weights: Tensor | None) -> None:
 
 def common_dtype(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Queries and keys of one dtype: that which both are promoted to, or autocast's as of a matrix product."""
-    dtype = torch.promote_types(queries.dtype, keys.dtype)
+    dtype = queries.dtype
+    if keys.dtype != dtype:
+        dtype = torch.promote_types(dtype, keys.dtype)
     if dtype != torch.float64:
         dtype = autocast_dtype(queries.device) or dtype
-    first = queries.to(dtype)
-    return first, first if keys is queries else keys.to(dtype)
+    # A conversion to the type that a tensor has takes time, too.
+    first = queries if queries.dtype == dtype else queries.to(dtype)
+    return first, first if keys is queries else keys if keys.dtype == dtype else keys.to(dtype)
 
 
-def _flat(queries: Tensor, keys: Tensor, options: ContrastOptions, measure: str) -> Contrast:
+def _flat(queries: Tensor, keys: Tensor, options: ContrastOptions, measure: str, batched: bool) -> Contrast:
     """The arguments with one leading dimension in place of any, and without keys where these are the queries."""
-    leading, (num_queries, dim), num_keys = queries.shape[:-2], queries.shape[-2:], keys.shape[-2]
-    entries = leading.numel()
-    rows = (entries, num_queries)
+    scale, targets, negatives, _, exclude, key_range, key_bias, groups, contrast, symmetric = options
+    shape, alone = queries.shape, keys is queries
+    if len(shape) > 3 or (batched and len(shape) == 2):
+        entries = shape[:-2].numel()
+        queries = queries.reshape(entries, *shape[-2:])
+        keys = queries if alone else keys.reshape(entries, *keys.shape[-2:])
+    rows, key_rows = queries.shape[:-1], keys.shape[:-1]
 
     def indices(value: Tensor | None) -> Tensor | None:
         """[B, M, C] of [*, M] or [*, M, C]."""
         if value is None:
             return None
-        columns = value.shape[-1] if value.ndim == queries.ndim else 1
+        columns = value.shape[-1] if value.ndim == len(shape) else 1
         return value.to(torch.int64).reshape(*rows, columns)
 
-    query_groups, key_groups = (None, None) if options.groups is None else options.groups
-    scale, scales = options.scale, None
+    query_groups, key_groups = (None, None) if groups is None else groups
+    scales = None
     if isinstance(scale, Tensor) and (scale.requires_grad or not values_at_hand(scale)):
         scales = scale.to(queries.device, sums_dtype(queries)).reshape(1)
         scale = 1.0
     return Contrast(
-        queries.reshape(*rows, dim),
-        None if keys is queries else keys.reshape(entries, num_keys, dim),
-        _each_once(indices(options.targets)),
-        indices(options.negatives),
-        indices(options.exclude),
-        indices(options.key_range),
+        queries,
+        None if alone else keys,
+        _each_once(indices(targets)),
+        indices(negatives),
+        indices(exclude),
+        indices(key_range),
         None if query_groups is None else query_groups.to(torch.int64).reshape(rows),
-        None if key_groups is None else key_groups.to(torch.int64).reshape(entries, num_keys),
-        None if options.key_bias is None else options.key_bias.reshape(entries, num_keys),
+        None if key_groups is None else key_groups.to(torch.int64).reshape(key_rows),
+        None if key_bias is None else key_bias.reshape(key_rows),
         scales,
         float(scale),
         measure,
-        options.contrast,
-        options.symmetric,
+        contrast,
+        symmetric,
     )
 
 

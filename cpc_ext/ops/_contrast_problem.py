@@ -11,7 +11,7 @@ __all__ = ["Contrast", "Gradients", "absent_queries", "default_targets", "sums_d
 
 
 class Contrast(NamedTuple):
-    """A contrast as csrc/info_nce/info_nce.h describes it.
+    """A contrast as csrc/info_nce/info_nce.h describes it; what it is given to may take it without B, too.
 
     Attributes:
         queries, keys: [B, M, D] and [B, N, D]. Without keys, the queries are contrasted with each other, and their
@@ -56,7 +56,7 @@ class Gradients(NamedTuple):
 
 
 def sums_dtype(queries: Tensor) -> torch.dtype:
-    return torch.promote_types(queries.dtype, torch.float32)
+    return torch.float64 if queries.dtype == torch.float64 else torch.float32
 
 
 def default_targets(queries: Tensor) -> Tensor:

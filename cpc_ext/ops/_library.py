@@ -1,7 +1,8 @@
 """Makes PyTorch know an op: its schema, and who computes it on which device.
 
 Plain ``torch.library`` definitions: the wrappers of ``torch.library.custom_op`` cost some microseconds a call more,
-which small batches feel.
+which small batches feel. So does the dispatcher itself, which boxes every argument for a kernel in Python: calls that
+nobody but the kernel has to see (:func:`nobody_watches`) go to it straight.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -23,12 +24,13 @@ __all__ = [
     "differentiable_once",
     "is_plain",
     "may_need_gradients",
+    "nobody_watches",
     "refuse_forward_mode",
     "register",
     "tf32_allowed",
     "values_at_hand",
+    "with_workspace",
     "without_autocast",
-    "workspace_of",
 ]
 
 _library = torch.library.Library("cpc_ext", "DEF")
@@ -48,11 +50,14 @@ def register(
     reference: Callable[[_Arguments], _Result],
     kernel: Callable[[_Arguments], _Result],
     fake: Callable[[_Arguments], _Result],
+    direct: Callable[[_Arguments], Any] | None = None,
     setup_context: Callable[[Any, _Arguments, _Result], None] | None = None,
     backward: Callable[..., dict[str, Tensor | None]] | None = None,
     once: bool = False,
 ) -> Callable[..., _Result]:
     """Define ``cpc_ext::NAME(...)`` and return what calls it, a function of the flat arguments.
+
+    It may be given the same as a NamedTuple besides, ``whole``, which saves making one.
 
     Args:
         name: of the op.
@@ -61,8 +66,10 @@ def register(
         result: Tensor, or a NamedTuple of tensors, which a caller of the op gets as a plain tuple. Results alias no
             argument.
         reference: plain PyTorch; runs on devices without a kernel.
-        kernel: runs on the devices that this build has kernels for.
+        kernel: runs on the devices that this build has kernels for. No result is a view of another tensor.
         fake: gives empty results, for tracing.
+        direct: as the kernel, where a call goes to it straight; results that are not needed may then be None in place
+            of an empty tensor. Default: the kernel.
         setup_context: ``setup_context(ctx, arguments, result)``, as of ``torch.library.register_autograd``.
         backward: ``backward(ctx, saved, *gradients)`` gives gradients by the arguments' names, where ``saved`` is
             ``ctx.saved_tensors``; those that it does not name get none. What it gives is differentiated in turn where a
@@ -81,14 +88,39 @@ def register(
         _library.impl(name, of_values(kernel), device.upper())
     torch.library.register_fake(f"cpc_ext::{name}", of_values(fake), lib=_library)
     op: Callable[..., _Result] = getattr(torch.ops.cpc_ext, name).default
+    straight = kernel if direct is None else direct
     if backward is None or setup_context is None:
-        return op
-    return _with_gradient(name, op, list(kinds), typed, result, setup_context, backward, once=once)
+        dispatched, differentiated = op, None
+    else:
+        dispatched, differentiated = _with_gradient(
+            name, op, straight, list(kinds), typed, result, setup_context, backward, once=once
+        )
+    places = _places_of_tensors(kinds)
+    keys_of = torch._C._dispatch_keys
+
+    def call(*values: Any, whole: _Arguments | None = None) -> Any:
+        if torch.compiler.is_compiling() or not nobody_watches():
+            return dispatched(*values)
+        requires_grad = False
+        for at in places:
+            tensor = values[at]
+            if tensor is not None:
+                if type(tensor) not in _PLAIN_TYPES or keys_of(tensor).raw_repr() not in _PLAIN_KEYS:
+                    return dispatched(*values)
+                requires_grad = requires_grad or tensor.requires_grad
+        if requires_grad and torch.is_grad_enabled():
+            if differentiated is None or torch._C._dispatch_tls_is_dispatch_key_excluded(_Key.AutogradCPU):
+                return dispatched(*values)
+            return differentiated(*values, None)
+        return straight(typed(values) if whole is None else whole)
+
+    return call
 
 
 def _with_gradient(
     name: str,
     op: Any,
+    straight: Callable[[Any], Any],
     arguments: Sequence[str],
     typed: Callable[[tuple[Any, ...]], Any],
     result: type,
@@ -96,8 +128,11 @@ def _with_gradient(
     backward: Callable[..., dict[str, Tensor | None]],
     *,
     once: bool,
-) -> Callable[..., Any]:
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The part of :func:`register` for autograd. typed: what makes the op's flat arguments a NamedTuple again.
+
+    Returns what calls the op through the dispatcher, and what calls it straight, ``straight``, where a gradient may be
+    asked for; that takes one argument more, None.
 
     The same as ``torch.library.register_autograd``, but that ``torch.func``'s transforms take the function that this
     gives, and that nobody looks up the defaults of arguments, which takes longer than a small batch's kernel.
@@ -119,8 +154,13 @@ def _with_gradient(
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
             *values, keys = arguments  # The last, so that ctx.needs_input_grad is of the op's own arguments.
-            output = below(keys, values)
-            setup_context(ctx, typed(tuple(values)), named(output))
+            whole = typed(tuple(values))
+            if keys is None:
+                with torch._C._AutoDispatchBelowAutograd():  # Where no result is another tensor's view.
+                    output = straight(whole)
+            else:
+                output = named(below(keys, values))
+            setup_context(ctx, whole, output)
             return output
 
         @staticmethod
@@ -160,10 +200,40 @@ def _with_gradient(
             return transformed(*values, None)
         return op(*values)
 
-    return call
+    # The method that Function.apply calls when it has looked for transforms.
+    return call, super(torch.autograd.Function, Differentiated).apply
 
 
 _FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize
+
+
+def _raw(*keys: torch._C.DispatchKey) -> int:
+    """A set of dispatch keys as a number."""
+    return functools.reduce(torch._C.DispatchKeySet.add, keys[1:], torch._C.DispatchKeySet(keys[0])).raw_repr()
+
+
+_Key = torch._C.DispatchKey
+# The keys of the CPU's dense tensors, whose values are what is in their memory; those of inference mode have fewer.
+_PLAIN_KEYS = frozenset({
+    _raw(_Key.CPU, _Key.AutocastCPU, _Key.ADInplaceOrView, _Key.AutogradCPU),
+    _raw(_Key.CPU, _Key.AutocastCPU),
+})  # fmt: skip
+# What a thread's calls go through besides where no mode, transform or tracer is at work.
+_NO_MODE = frozenset({_raw(_Key.BackendSelect, _Key.ADInplaceOrView), _raw(_Key.BackendSelect)})
+_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
+
+
+def nobody_watches() -> bool:
+    """Whether no mode of ``torch.overrides`` or ``torch.utils._python_dispatch``, transform, tracer or profiler is on.
+
+    Then a call on tensors of the CPU that are no subclass's, and whose memory holds their values, concerns the kernel
+    alone, and may leave the dispatcher out.
+    """
+    return (
+        torch._C._dispatch_tls_local_include_set().raw_repr() in _NO_MODE
+        and not torch._C._is_torch_function_mode_enabled()
+        and not torch._C._autograd._profiler_enabled()
+    )
 
 
 def _transforming() -> bool:
@@ -185,6 +255,11 @@ def _leaves(kind: type) -> Iterator[tuple[str, Any]]:
     """Names and types of a NamedTuple's fields, those that are NamedTuples replaced by theirs."""
     for name, field in get_type_hints(kind).items():
         yield from get_type_hints(field).items() if hasattr(field, "_fields") else [(name, field)]
+
+
+def _places_of_tensors(kinds: dict[str, Any]) -> tuple[int, ...]:
+    """Where tensors are among an op's flat arguments, of the types ``kinds``."""
+    return tuple(at for at, kind in enumerate(kinds.values()) if kind is Tensor or Tensor in get_args(kind))
 
 
 def _schema(kinds: dict[str, Any], result: type) -> str:
@@ -275,7 +350,7 @@ class _Refusal(torch.autograd.Function):
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast brings tensors of a device to; None where it is off, or where the device has none (meta)."""
     kind = device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not (kind == "cpu" or torch.amp.is_autocast_available(kind)) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 
@@ -301,7 +376,7 @@ def tf32_allowed(tensor: Tensor, work: str) -> bool:
     PyTorch also reflects its older switches (``allow_tf32``, ``torch.set_float32_matmul_precision``) and those above
     them (``torch.backends.fp32_precision``). The CPU's kernels never round, emulated ones of CUDA do.
     """
-    return (tensor.is_cuda or hasattr(native, "emulate_cuda")) and _FP32_PRECISIONS[work].fp32_precision == "tf32"
+    return (tensor.is_cuda or "emulate_cuda" in vars(native)) and _FP32_PRECISIONS[work].fp32_precision == "tf32"
 
 
 def values_at_hand(tensor: Tensor) -> bool:
@@ -322,9 +397,11 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
-def workspace_of(tensor: Tensor, size: int) -> Tensor | None:
-    """Memory of ``size`` bytes on a tensor's device, as a kernel asks for it; None for none."""
-    return tensor.new_empty(size, dtype=torch.uint8) if size else None
+def with_workspace(kernel: Callable[..., int], tensor: Tensor, *arguments: Any) -> None:
+    """Call a kernel, whose last argument is its workspace, with one on a tensor's device where it asks for that."""
+    size = kernel(*arguments, None)
+    if size:
+        kernel(*arguments, tensor.new_empty(size, dtype=torch.uint8))
 
 
 def refuse_forward_mode(*inputs: Tensor | None) -> None:

@@ -51,6 +51,8 @@ def scale_and_shift(
 ) -> tuple[list[float], list[float]]:
     """Scaling by 1/255 and normalising as ``scale * x + shift``, a value a channel."""
     unit = 1 / 255 if images_dtype == torch.uint8 else 1.0
+    if mean is std is None:
+        return [unit] * channels, [0.0] * channels
     std = std or [1.0] * channels
     mean = mean or [0.0] * channels
     return [unit / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cpc_ext._native import native
 from cpc_ext.ops._checks import check_dense, dtype_name
-from cpc_ext.ops._library import register, workspace_of
+from cpc_ext.ops._library import register, with_workspace
 from cpc_ext.ops._patch_options import PatchOptions, check_images, checked_options
 from cpc_ext.ops._patch_transforms import NODES, Patches, Transform, transform_patches
 from cpc_ext.ops.extract_patches import crop_and_flip, empty_patches, extract_patches_reference
@@ -205,7 +205,7 @@ def _kernel(augmentation: _Augmentation) -> Tensor:
     patches = empty_patches(images, options)
     for_kernels = options.for_kernels(images.dtype, patches.shape[3])
     problem = images, patches, *for_kernels, *plan._each(Tensor.contiguous)
-    native.augment_patches(*problem, workspace_of(images, native.augment_patches_workspace(*problem)))
+    with_workspace(native.augment_patches, images, *problem)
     return patches
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cpc_ext._native import native
-from cpc_ext.ops._library import register, workspace_of
+from cpc_ext.ops._library import register, with_workspace
 from cpc_ext.ops._patch_options import PatchOptions, check_images, checked_options
 
 __all__ = ["extract_patches", "extract_patches_reference"]
@@ -73,7 +73,7 @@ def extract_patches(
     options = checked_options(
         images, patch_size, stride, crop, offsets, flip, gray, mean, std, patch_norm, dtype, channels_last
     )
-    return _extract_patches(images, *options)
+    return _extract_patches(images, *options, whole=_Extraction(images, options))
 
 
 def extract_patches_reference(images: Tensor, options: PatchOptions) -> Tensor:
@@ -128,11 +128,14 @@ def crop_and_flip(images: Tensor, options: PatchOptions) -> Tensor:
 
 def empty_patches(images: Tensor, options: PatchOptions) -> Tensor:
     """What the op returns, without values."""
-    size, grid = options.patch_size, (images.shape[0], *options.grid())
+    size, (rows, cols) = options.patch_size, options.grid()
     channels = 1 if options.gray else images.shape[1]
+    shape = (images.shape[0], rows, cols, channels, size, size)
     if not options.channels_last:
-        return images.new_empty((*grid, channels, size, size), dtype=options.dtype)
-    return images.new_empty((*grid, size, size, channels), dtype=options.dtype).permute(0, 1, 2, 5, 3, 4)
+        return images.new_empty(shape, dtype=options.dtype)
+    patch = channels * size * size
+    strides = (rows * cols * patch, cols * patch, patch, 1, size * channels, channels)
+    return images.new_empty_strided(shape, strides, dtype=options.dtype)
 
 
 class _Extraction(NamedTuple):
@@ -183,7 +186,7 @@ def _backward_kernel(gradient: _Gradient) -> Tensor:
     images_grad = _empty_images_grad(gradient)
     for_kernels = options.for_kernels(gradient.images_dtype, grad.shape[3])
     problem = images_grad, grad, gradient.images, *for_kernels
-    native.extract_patches_backward(*problem, workspace_of(grad, native.extract_patches_backward_workspace(*problem)))
+    with_workspace(native.extract_patches_backward, grad, *problem)
     return images_grad
 
 

@@ -126,9 +126,11 @@ def info_nce(
 
 def _output(loss: Tensor, accuracy: Tensor, rank: Tensor, queries: Tensor, reduction: str) -> InfoNCEOutput:
     rows = queries.shape[:-1]
-    if reduction == "none":
-        loss, accuracy = loss.view(rows), accuracy.view(rows)
-    return InfoNCEOutput(loss, accuracy.detach(), rank.view(rows))
+    if rank.ndim != len(rows):
+        rank = rank.view(rows)
+        if reduction == "none":
+            loss, accuracy = loss.view(rows), accuracy.view(rows)
+    return InfoNCEOutput(loss, accuracy.detach() if accuracy.requires_grad else accuracy, rank)
 
 
 def _permuted(

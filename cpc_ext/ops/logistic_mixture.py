@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cpc_ext._native import native
 from cpc_ext.ops._checks import check_dense, dtype_name
-from cpc_ext.ops._library import may_need_gradients, refuse_forward_mode, register, workspace_of
+from cpc_ext.ops._library import may_need_gradients, refuse_forward_mode, register, with_workspace
 
 __all__ = [
     "logistic_mixture_nll",
@@ -287,7 +287,7 @@ def _kernel(op: _Likelihood) -> _Nats:
         return _nll_reference(op)
     nll, normalisers = _empty_nll(op)
     problem = images, params, nll, normalisers if keep else None
-    native.logistic_mixture_nll(*problem, workspace_of(nll, native.logistic_mixture_nll_workspace(*problem)))
+    with_workspace(native.logistic_mixture_nll, nll, *problem)
     return _Nats(nll, normalisers)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,8 @@ from cpc_ext.ops._library import (
     refuse_forward_mode,
     register,
     tf32_allowed,
+    with_workspace,
     without_autocast,
-    workspace_of,
 )
 
 __all__ = ["PixelConvolution", "gated_activation", "masked_conv2d", "masked_conv2d_reference"]
@@ -142,13 +142,10 @@ def _check_arguments(
     condition: Tensor | None,
 ) -> None:
     for name, value in (("input", input), ("weight", weight), ("mask", mask)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        check_dense(name, value)
     for name, tensor in (("bias", bias), ("condition", condition)):
         if tensor is not None and not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor or None, got {type(tensor).__name__}")
-    others = (("weight", weight), ("bias", bias), ("mask", mask), ("condition", condition))
-    for name, tensor in (("input", input), *others):
         if tensor is not None:
             check_dense(name, tensor)
     for name, value in (("input", input), ("weight", weight)):
@@ -157,27 +154,29 @@ def _check_arguments(
         if value.ndim != 4:
             expected = "[B, C, H, W]" if name == "input" else "[O, C, kh, kw]"
             raise ValueError(f"{name} must be {expected}, got shape {tuple(value.shape)}")
-    if 0 in input.shape[2:]:
-        raise ValueError(f"input must have at least one row and column, got shape {tuple(input.shape)}")
-    if 0 in weight.shape:
-        raise ValueError(f"weight must not be empty, got shape {tuple(weight.shape)}")
-    if input.shape[1] != weight.shape[1]:
-        raise ValueError(f"input must have the weight's {weight.shape[1]} channels, got {input.shape[1]}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    if mask.shape not in (weight.shape[2:], weight.shape):
+    sizes, weight_sizes = input.shape, weight.shape
+    if sizes[2] == 0 or sizes[3] == 0:
+        raise ValueError(f"input must have at least one row and column, got shape {tuple(sizes)}")
+    if 0 in weight_sizes:
+        raise ValueError(f"weight must not be empty, got shape {tuple(weight_sizes)}")
+    if sizes[1] != weight_sizes[1]:
+        raise ValueError(f"input must have the weight's {weight_sizes[1]} channels, got {sizes[1]}")
+    if bias is not None and bias.shape != weight_sizes[:1]:
+        raise ValueError(f"bias must have shape ({weight_sizes[0]},), got {tuple(bias.shape)}")
+    if mask.shape not in (weight_sizes[2:], weight_sizes):
         raise ValueError(
-            f"mask must have shape {tuple(weight.shape[2:])} or {tuple(weight.shape)}, got {tuple(mask.shape)}"
+            f"mask must have shape {tuple(weight_sizes[2:])} or {tuple(weight_sizes)}, got {tuple(mask.shape)}"
         )
     if condition is not None:
         shape = (input.shape[0], weight.shape[0], *input.shape[2:])
         # What expand takes: as many or fewer dimensions, each of the size or 1.
-        sizes = zip(reversed(condition.shape), reversed(shape), strict=False)
-        if condition.ndim > 4 or any(size not in (1, wanted) for size, wanted in sizes):
+        aligned = zip(reversed(condition.shape), reversed(shape), strict=False)
+        if condition.ndim > 4 or any(size not in (1, wanted) for size, wanted in aligned):
             raise ValueError(f"condition must broadcast to {shape}, got shape {tuple(condition.shape)}")
-    for name, tensor in others:
-        if tensor is not None and tensor.device != input.device:
-            raise ValueError(f"{name} must be on the input's device {input.device}, got {tensor.device}")
+    device = input.device
+    for name, tensor in (("weight", weight), ("bias", bias), ("mask", mask), ("condition", condition)):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} must be on the input's device {device}, got {tensor.device}")
     _check_dtypes(input, weight, bias, condition)
     _check_mask_values(mask)
     if isinstance(dilation, bool) or not isinstance(dilation, int):
@@ -191,15 +190,16 @@ def _check_arguments(
 
 
 def _check_dtypes(input: Tensor, weight: Tensor, bias: Tensor | None, condition: Tensor | None) -> None:
-    if input.dtype not in _DTYPES:
-        raise TypeError(f"input must have one of the dtypes {_DTYPES}, got {input.dtype}")
+    dtype = input.dtype
+    if dtype not in _DTYPES:
+        raise TypeError(f"input must have one of the dtypes {_DTYPES}, got {dtype}")
     for name, value in (("weight", weight), ("bias", bias), ("condition", condition)):
-        if value is None or value.dtype == input.dtype:
+        if value is None or value.dtype == dtype:
             continue
-        dtypes = {value.dtype, input.dtype}
+        dtypes = {value.dtype, dtype}
         # Autocast brings all but float64 to its own type.
         if torch.float64 in dtypes or not dtypes.issubset(_DTYPES) or autocast_dtype(input.device) is None:
-            raise TypeError(f"{name} must have the input's dtype {input.dtype}, got {value.dtype}")
+            raise TypeError(f"{name} must have the input's dtype {dtype}, got {value.dtype}")
 
 
 def _check_mask_values(mask: Tensor) -> None:
@@ -260,8 +260,10 @@ class _Convolution(NamedTuple):
 
 
 class _Results(NamedTuple):
+    """Where it is not kept, what goes into the activation is empty, or None where the op was called straight."""
+
     output: Tensor
-    preactivation: Tensor  # Empty where it is not kept.
+    preactivation: Tensor
 
 
 class _Gradient(NamedTuple):
@@ -278,7 +280,9 @@ class _Gradient(NamedTuple):
 
 
 class _GradientResults(NamedTuple):
-    """Empty where they are not needed, that of what goes into the activation where there is none."""
+    """Empty where they are not needed, that of what goes into the activation where there is none; None where the op
+    was called straight.
+    """
 
     preactivation: Tensor
     input: Tensor
@@ -287,36 +291,56 @@ class _GradientResults(NamedTuple):
 
 
 def _empty_results(op: _Convolution) -> _Results:
+    return _without_none(_needed_results(op), op.input)
+
+
+def _needed_results(op: _Convolution) -> _Results:
+    """Memory of results; None of those that are not needed."""
     input, channels = op.input, op.weight.shape[0]
-    output = _empty_like_image(input, channels // 2 if op.activation == "gated" else channels)
-    return _Results(output, _empty_like_image(input, channels) if op.keep else input.new_empty(0))
+    preactivation: Any = _empty_like_image(input, channels) if op.keep else None
+    return _Results(_empty_like_image(input, channels // 2 if op.activation == "gated" else channels), preactivation)
+
+
+_Some = TypeVar("_Some", bound=tuple[Any, ...])
+
+
+def _without_none(results: _Some, input: Tensor) -> _Some:
+    """Empty tensors in place of None."""
+    return type(results)(*(input.new_empty(0) if result is None else result for result in results))
 
 
 def _empty_like_image(image: Tensor, channels: int) -> Tensor:
     """As many channels for each pixel of an image, innermost in memory."""
     batch, _, height, width = image.shape
-    return image.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2)
+    strides = (height * width * channels, 1, width * channels, channels)
+    return image.new_empty_strided((batch, channels, height, width), strides)
 
 
 def _kernel(op: _Convolution) -> _Results:
-    results = output, preactivation = _empty_results(op)
+    return _without_none(_straight(op), op.input)
+
+
+def _straight(op: _Convolution) -> _Results:
+    """The same; None in place of what is not needed."""
+    results = output, preactivation = _needed_results(op)
     if output.numel() == 0:
         return results
     visible = _visible(op.mask)
-    problem = {
-        "weight": op.weight,
-        "mask": visible.mask,
-        "input": _channels_last(op.input),
-        "bias": None if op.bias is None else op.bias.contiguous(),
-        "condition": op.condition,
-        "output": output,
-        "preactivation": preactivation if op.keep else None,
-        "taps": visible.taps,
-        "dilation": op.dilation,
-        "activation": op.activation,
-        "tf32": tf32_allowed(op.input, "convolution"),
-    }
-    native.masked_conv2d(**problem, workspace=workspace_of(output, native.masked_conv2d_workspace(**problem)))
+    with_workspace(
+        native.masked_conv2d,
+        output,
+        op.weight,
+        visible.mask,
+        _channels_last(op.input),
+        None if op.bias is None else op.bias.contiguous(),
+        op.condition,
+        output,
+        preactivation,
+        visible.taps,
+        op.dilation,
+        op.activation,
+        tf32_allowed(op.input, "convolution"),
+    )
     return results
 
 
@@ -367,47 +391,55 @@ def _activation_grad(grad: Tensor, saved: Tensor | None, activation: str) -> Ten
 
 
 def _empty_gradients(op: _Gradient) -> _GradientResults:
+    return _without_none(_needed_gradients(op), op.grad)
+
+
+def _needed_gradients(op: _Gradient) -> _GradientResults:
+    """Memory of gradients; None of those that are not needed."""
     grad, weight = op.grad, op.weight
     needs_input, needs_weight, needs_bias = op.needs
-    return _GradientResults(
-        preactivation=_empty_like_image(grad, weight.shape[0]) if op.activation != "none" else grad.new_empty(0),
-        input=_empty_like_image(grad, weight.shape[1]) if needs_input else grad.new_empty(0),
-        weight=torch.empty_like(weight) if needs_weight else grad.new_empty(0),  # Laid out as the weight is.
-        bias=grad.new_empty(weight.shape[0]) if needs_bias else grad.new_empty(0),
+    gradients: tuple[Any, ...] = (
+        _empty_like_image(grad, weight.shape[0]) if op.activation != "none" else None,
+        _empty_like_image(grad, weight.shape[1]) if needs_input else None,
+        torch.empty_like(weight) if needs_weight else None,  # Laid out as the weight is.
+        grad.new_empty(weight.shape[0]) if needs_bias else None,
     )
+    return _GradientResults(*gradients)
 
 
 def _backward_kernel(op: _Gradient) -> _GradientResults:
-    results, weight = _empty_gradients(op), op.weight
-    needs_input, needs_weight, needs_bias = op.needs
+    return _without_none(_straight_backward(op), op.grad)
+
+
+def _straight_backward(op: _Gradient) -> _GradientResults:
+    """The same; None in place of what is not needed."""
+    results, weight = _needed_gradients(op), op.weight
     if op.grad.numel() == 0:
         for result in results:
-            result.zero_()
+            if result is not None:
+                result.zero_()
         return results
     visible = _visible(op.mask)
-    problem = {
-        "weight": weight,
-        "mask": visible.mask,
-        "grad": _channels_last(op.grad),
-        "input": _channels_last(op.input) if needs_weight else None,
-        "saved": op.saved,
-        "grad_preactivation": results.preactivation if op.activation != "none" else None,
-        "grad_input": results.input if needs_input else None,
-        "grad_weight": results.weight if needs_weight else None,
-        "grad_bias": results.bias if needs_bias else None,
-        "taps": visible.taps,
-        "dilation": op.dilation,
-        "activation": op.activation,
-        "tf32": tf32_allowed(op.grad, "convolution"),
-    }
-    size = native.masked_conv2d_backward_workspace(**problem)
-    native.masked_conv2d_backward(**problem, workspace=workspace_of(op.grad, size))
+    with_workspace(
+        native.masked_conv2d_backward,
+        op.grad,
+        weight,
+        visible.mask,
+        _channels_last(op.grad),
+        _channels_last(op.input) if op.needs[1] else None,
+        op.saved,
+        *results,
+        visible.taps,
+        op.dilation,
+        op.activation,
+        tf32_allowed(op.grad, "convolution"),
+    )
     return results
 
 
 def _setup_context(ctx: Any, op: _Convolution, results: _Results) -> None:
     output, preactivation = results
-    saved = {"none": None, "relu": output, "gated": preactivation}[op.activation]
+    saved = None if op.activation == "none" else output if op.activation == "relu" else preactivation
     ctx.save_for_backward(op.input, op.weight, op.mask, saved)
     ctx.dilation, ctx.activation, ctx.keep = op.dilation, op.activation, op.keep
     ctx.set_materialize_grads(False)
@@ -526,6 +558,7 @@ _masked_conv2d = register(
     reference=_reference_op,
     kernel=_kernel,
     fake=_empty_results,
+    direct=_straight,
     setup_context=_setup_context,
     backward=_backward,
 )
@@ -536,6 +569,7 @@ _masked_conv2d_backward = register(
     reference=_backward_reference,
     kernel=_backward_kernel,
     fake=_empty_gradients,
+    direct=_straight_backward,
 )
 
 

@@ -19,7 +19,14 @@ from cpc_ext.ops._contrast import Results as ContrastResults
 from cpc_ext.ops._contrast import contrast_op
 from cpc_ext.ops._contrast_arguments import INTEGERS, REDUCTIONS, check_number
 from cpc_ext.ops._contrast_problem import Contrast, sums_dtype
-from cpc_ext.ops._library import autocast_dtype, is_plain, refuse_forward_mode, register, without_autocast, workspace_of
+from cpc_ext.ops._library import (
+    autocast_dtype,
+    is_plain,
+    refuse_forward_mode,
+    register,
+    with_workspace,
+    without_autocast,
+)
 from cpc_ext.ops.info_nce import info_nce_reference
 
 __all__ = ["PredictAndContrastOutput", "predict_and_contrast", "predict_and_contrast_reference"]
@@ -356,8 +363,7 @@ def _contrast(problem: _Problem, row_weights: Tensor, needs: Sequence[bool]) -> 
         *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)),
         problem.scale,
     ]
-    workspace = workspace_of(problem.contexts, native.predict_and_contrast_workspace(*arguments))
-    native.predict_and_contrast(*arguments, workspace)
+    with_workspace(native.predict_and_contrast, problem.contexts, *arguments)
     return _Contrasted(losses, ranks, gradients)
 
 

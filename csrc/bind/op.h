@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "bind/dispatch.h"
+#include "core/aligned_buffer.h"
 #include "core/fields.h"
 
 namespace cpc::bind {
@@ -115,6 +116,35 @@ void fill_in(const ValueAt<path...>& field, Problem& problem, Value& given, Tens
 
 // --- A call ---
 
+// Whether tensors may all come without B, the dimension that leads their shapes in the table, which is 1 then: making
+// views of a few tensors takes longer than the kernel of a small problem.
+enum class Batch : uint8_t { given, optional };
+
+inline void lead_with_one(TensorView& view) {
+  for (int d = view.ndim++; d > 0; --d) {
+    view.shape[d] = view.shape[d - 1];
+    view.strides[d] = view.strides[d - 1];
+  }
+  view.shape[0] = 1;
+  view.strides[0] = view.ndim > 1 ? view.shape[1] * view.strides[1] : 1;
+}
+
+// Makes the batch of a problem whose first tensor has none.
+template <class Problem, class... Fields>
+void complete_batch(const Table<Problem, Fields...>& table, Problem& problem) {
+  bool first = true, lacks = false;
+  const auto look = [&](const auto& field) {
+    if constexpr (std::is_base_of_v<TensorField, std::decay_t<decltype(field)>>) {
+      TensorView& view = field.in(problem);
+      const Shape::Form& form = field.shape.form(view.ndim);
+      if (first) lacks = view.ndim == form.ndim - 1;
+      first = false;
+      if (lacks && view.ndim == form.ndim - 1 && form.symbols[0] == Shape::symbol_of('B', 0)) lead_with_one(view);
+    }
+  };
+  std::apply([&](const auto&... field) { (look(field), ...); }, table.fields);
+}
+
 template <class Problem, class... Fields>
 void check_fields(const Table<Problem, Fields...>& table, Problem& problem) {
   FieldCheck check;
@@ -146,25 +176,27 @@ int64_t workspace_bytes_on(const Problem& problem, [[maybe_unused]] DLDevice dev
 
 // Fills in a problem and checks it, but for the size of its workspace.
 template <class Problem, class... Fields, class... Given>
-DLDevice take(const Table<Problem, Fields...>& table, Problem& problem, Tensors& tensors, Given&... given) {
+DLDevice take(const Table<Problem, Fields...>& table, Batch batch, Problem& problem, Tensors& tensors,
+              Given&... given) {
   [&]<size_t... i>(std::index_sequence<i...>) {
     (fill_in(std::get<i>(table.fields), problem, given, tensors), ...);
   }(std::index_sequence_for<Given...>());
   const DLDevice device = tensors.device();
+  if (batch == Batch::optional) complete_batch(table, problem);
   check_fields(table, problem);
   check_rest(problem, where_is(device));
   return device;
 }
 
 template <class Problem, class... Fields, size_t... i>
-void bind_workspace(py::module_& module, const char* name, const Table<Problem, Fields...>& table,
+void bind_workspace(py::module_& module, const char* name, const Table<Problem, Fields...>& table, Batch batch,
                     std::index_sequence<i...>) {
   module.def(
       name,
-      [&table](PythonArgumentOf<Problem, std::tuple_element_t<i, std::tuple<Fields...>>>... given) {
+      [&table, batch](PythonArgumentOf<Problem, std::tuple_element_t<i, std::tuple<Fields...>>>... given) {
         Problem problem;
         Tensors tensors;
-        return workspace_bytes_on(problem, take(table, problem, tensors, given...));
+        return workspace_bytes_on(problem, take(table, batch, problem, tensors, given...));
       },
       py::arg(std::get<i>(table.fields).name)..., "Bytes that the problem's workspace must have.");
 }
@@ -174,31 +206,55 @@ constexpr bool is_workspace = false;
 template <auto... path>
 constexpr bool is_workspace<WorkspaceAt<path...>> = true;
 
-// Adds a function to the module. `table` must live as long as that.
+// Workspaces on the host up to this size are the binding's own: most calls need no more, and for a small problem asking
+// and having memory allocated takes longer than the kernel.
+constexpr int64_t kOwnWorkspace = int64_t{1} << 20;
+
+// Gives a workspace that the caller left out where that is cheap, and checks one that is given. The bytes that are
+// wanting.
+template <class Problem, class Field>
+int64_t missing_workspace(const Field& field, Problem& problem, [[maybe_unused]] DLDevice device) {
+  if constexpr (is_workspace<Field>) {
+    TensorView& workspace = field.in(problem);
+    const int64_t bytes = workspace_bytes_on(problem, device);
+    if (workspace.ndim == 0 && bytes != 0) {
+      if (on_cuda(device) || bytes > kOwnWorkspace) return bytes;
+      thread_local AlignedBuffer own;
+      workspace = {.data = own.reserve(bytes), .dtype = DType::u8, .ndim = 1, .shape = {bytes}, .strides = {1}};
+    }
+    FieldCheck::workspace(field.name, workspace, bytes);
+  }
+  return 0;
+}
+
+// Adds a function to the module. `table` must live as long as that. A function of a problem with a workspace returns 0
+// where it has run, and else how many bytes of it the caller has to give; it may be left out at first.
 template <class Problem, class... Fields>
 void op(py::module_& module, const char* name, const char* doc, const Table<Problem, Fields...>& table,
         std::type_identity_t<void (*)(const Problem&)> cpu,
-        std::type_identity_t<void (*)(const Problem&, void* stream)> cuda) {
+        std::type_identity_t<void (*)(const Problem&, void* stream)> cuda, Batch batch = Batch::given) {
   static_assert(sizeof...(Fields) <= Tensors::kMost);
   const auto ask_for_workspace = [&]<size_t... i>(std::index_sequence<i...>) {
     const auto ask = [&]<size_t at>(std::integral_constant<size_t, at>) {
       using Field = std::tuple_element_t<at, std::tuple<Fields...>>;
       if constexpr (is_workspace<Field>)
-        bind_workspace(module, std::get<at>(table.fields).ask, table, std::make_index_sequence<at>());
+        bind_workspace(module, std::get<at>(table.fields).ask, table, batch, std::make_index_sequence<at>());
     };
     (ask(std::integral_constant<size_t, i>()), ...);
   };
   ask_for_workspace(std::index_sequence_for<Fields...>());
-  const auto call = [&table, cpu, cuda](PythonArgumentOf<Problem, Fields>... given) {
+  const auto call = [&table, cpu, cuda, batch](PythonArgumentOf<Problem, Fields>... given) {
     Problem problem;
     Tensors tensors;
-    const DLDevice device = take(table, problem, tensors, given...);
-    const auto look_at_workspace = [&](const auto& field) {
-      if constexpr (is_workspace<std::decay_t<decltype(field)>>)
-        FieldCheck::workspace(field.name, field.in(problem), workspace_bytes_on(problem, device));
-    };
-    std::apply([&](const auto&... field) { (look_at_workspace(field), ...); }, table.fields);
-    run(problem, tensors.any(), cpu, cuda);
+    const DLDevice device = take(table, batch, problem, tensors, given...);
+    if constexpr ((is_workspace<Fields> || ...)) {
+      const int64_t missing = std::apply(
+          [&](const auto&... field) { return (missing_workspace(field, problem, device) + ...); }, table.fields);
+      if (missing == 0) run(problem, tensors.any(), cpu, cuda);
+      return missing;
+    } else {
+      run(problem, tensors.any(), cpu, cuda);
+    }
   };
   std::apply([&](const auto&... field) { module.def(name, call, py::arg(field.name)..., doc); }, table.fields);
 }

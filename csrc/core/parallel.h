@@ -14,6 +14,10 @@
 
 namespace cpc {
 
+// Work that a thread must get of a loop to be worth waking, in nanoseconds, at least. A thread that sleeps needs 5 to
+// 10 us to begin, and where other processes keep the cores busy the loop ends when the last thread has had its turn.
+constexpr double kThreadNanoseconds = 50'000;
+
 #if defined(__SANITIZE_THREAD__)
 
 // ThreadSanitizer does not see OpenMP's own synchronisation; of these threads it sees all. For
@@ -41,13 +45,15 @@ void parallel_tasks(int64_t n, const Body& body, int = workers()) {
 // Workers that a parallel loop started here runs on.
 inline int workers() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
 
-// Work that a thread must get of a loop to be worth waking, in nanoseconds. A thread that sleeps needs 5 to 10 us to
-// begin, and where other processes keep the cores busy the loop ends when the last thread has had its turn.
-constexpr double kThreadNanoseconds = 50'000;
+// The same as measured: where threads are told to sleep while they wait (OMP_WAIT_POLICY=passive), and in virtual
+// machines, to begin and to end a loop takes several times as long. For as many threads as there are; measured once.
+double thread_nanoseconds();
 
 // Workers for a loop that takes one thread about so long.
 inline int workers_for(double nanoseconds) {
-  return static_cast<int>(std::clamp(nanoseconds / kThreadNanoseconds, 1., static_cast<double>(workers())));
+  const int most = workers();
+  if (most == 1 || nanoseconds < 2 * kThreadNanoseconds) return 1;
+  return static_cast<int>(std::clamp(nanoseconds / thread_nanoseconds(), 1., static_cast<double>(most)));
 }
 
 // A parallel region of one thread costs most of a microsecond, as much as a pixel of a small network.

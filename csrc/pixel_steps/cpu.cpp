@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "core/gemm.h"
+#include "core/learned_threads.h"
 #include "core/parallel.h"
 #include "core/simd_math.h"
 #include "core/workspace.h"
@@ -81,16 +82,19 @@ class Runner {
       if (due(step))
         flops += 2. * static_cast<double>(network_.batch * columns(step)) *
                  static_cast<double>(step.depth() * step.outputs());
-    const int64_t groups = std::min<int64_t>(workers_for(flops / (kFewRows * kFlopsPerNanosecond)), network_.batch);
     Parts counted(nullptr);
     Buffers<E>(counted, network_);
     const Scratch scratch(counted.used());
-    parallel_for(groups, [&](int64_t group, int worker) {
-      Parts parts(scratch.of<char>(worker));
-      Buffers<E> buffers(parts, network_);
-      const int64_t first = group * network_.batch / groups, end = (group + 1) * network_.batch / groups;
-      for (const Step& step : network_.steps)
-        if (due(step)) run_step(step, buffers, first, end - first);
+    thread_local LearnedThreads learned;
+    learned.run(flops / (kFewRows * kFlopsPerNanosecond), [&](int threads) {
+      const int64_t groups = std::min<int64_t>(threads, network_.batch);
+      parallel_for(groups, [&](int64_t group, int worker) {
+        Parts parts(scratch.of<char>(worker));
+        Buffers<E> buffers(parts, network_);
+        const int64_t first = group * network_.batch / groups, end = (group + 1) * network_.batch / groups;
+        for (const Step& step : network_.steps)
+          if (due(step)) run_step(step, buffers, first, end - first);
+      });
     });
   }
 

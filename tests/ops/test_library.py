@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad, grad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpc_ext._native import native
 from cpc_ext.ops import (
@@ -212,9 +214,165 @@ def test_each_kernel_is_told_whether_it_may_round(given, monkeypatch, allowed):
     image = input.detach().contiguous(memory_format=torch.channels_last)
     pixel(image, torch.empty_like(image), torch.tensor([1, 2]))
     names = ("info_nce", "masked_conv2d", "masked_conv2d_backward", "masked_conv2d_packed")
-    place = _contrast._KERNEL_ARGUMENTS.index("tf32")
-    told = [
-        (name, given["tf32"] if isinstance(given, dict) else given[place]) for name, given in calls if name in names
-    ]
+    # Without names it is the last but the workspace.
+    told = [(name, given["tf32"] if isinstance(given, dict) else given[-2]) for name, given in calls if name in names]
     assert {name for name, _ in told} == set(names)
     assert all(value is allowed for _, value in told)
+
+
+# --- Calls that go to the kernel straight ---
+
+
+def each_op(dtype=torch.float64):
+    """Calls of ops that have gradients, each a function of one tensor, and that."""
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+    return {
+        "info_nce": (lambda x: info_nce(x, x.flip(0) + 1, scale=0.5).loss, draw(5, 3, dtype=dtype)),
+        "info_nce of batches": (lambda x: info_nce(x, x + 1, reduction="none").loss, draw(2, 5, 3, dtype=dtype)),
+        "masked_conv2d": (lambda x: masked_conv2d(x, x, mask=mask, activation="gated"), draw(2, 2, 2, 3, dtype=dtype)),
+        "extract_patches": (lambda x: extract_patches(x, 2, 1, patch_norm=True), draw(2, 3, 4, 5, dtype=dtype)),
+    }
+
+
+class Seen(TorchDispatchMode):
+    """Keeps the names of the ops that the dispatcher has been asked for."""
+
+    def __enter__(self):
+        self.names = set()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.names.add(function._schema.name.partition("::")[2])
+        return function(*arguments, **(named or {}))
+
+
+class Dispatched(TorchFunctionMode):
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        return function(*arguments, **(named or {}))
+
+
+@pytest.fixture
+def asked():
+    """How often PyTorch's dispatcher has called a kernel of the ops."""
+    calls = []
+    library = torch.library.Library("cpc_ext", "IMPL")
+    for name in ("info_nce", "masked_conv2d", "extract_patches"):
+        op = getattr(torch.ops.cpc_ext, name).default
+
+        def run(*arguments, op=op, name=name):
+            calls.append(name)
+            return op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.XPU), *arguments)
+
+        library.impl(name, run, "CPU", allow_override=True)
+    yield calls
+    library._destroy()
+
+
+@pytest.mark.parametrize("name", each_op())
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_call_that_nobody_watches_leaves_the_dispatcher_out(asked, name, learns):
+    function, x = each_op()[name]
+    function(x.requires_grad_(learns))
+    assert asked == []
+    with Dispatched():
+        function(x)
+    assert asked == [name.split()[0]]
+
+
+@pytest.mark.parametrize("name", each_op())
+def test_a_straight_call_is_the_dispatched_one(monkeypatch, name):
+    function, x = each_op(torch.float32)[name]
+    x.requires_grad_()
+    straight = function(x)
+    straight_gradient = grad(straight.square().sum(), x)[0]
+    with torch.no_grad():
+        assert torch.equal(function(x), straight)
+    with torch.inference_mode():
+        assert torch.equal(function(x.detach().clone()), straight)
+    assert not straight._is_view()
+    monkeypatch.setattr(_library, "nobody_watches", lambda: False)
+    dispatched = function(x)
+    assert torch.equal(dispatched, straight)
+    assert (dispatched.stride(), dispatched.dtype) == (straight.stride(), straight.dtype)
+    assert torch.equal(grad(dispatched.square().sum(), x)[0], straight_gradient)
+
+
+@pytest.mark.parametrize("name", each_op())
+def test_modes_and_the_profiler_see_each_call(name):
+    function, x = each_op()[name]
+    op = name.split()[0]
+    with Seen() as seen:
+        function(x)
+    assert op in seen.names
+    with torch.profiler.profile() as profile:
+        function(x)
+    assert f"cpc_ext::{op}" in {event.name for event in profile.events()}
+
+
+@pytest.mark.parametrize("name", each_op())
+def test_a_tensor_whose_memory_holds_other_values(name):
+    """A view of a conjugate's imaginary part is negated where it is read."""
+    function, x = each_op()[name]
+    negated = torch.complex(torch.zeros_like(x), x).conj().imag
+    assert negated.is_neg()
+    torch.testing.assert_close(function(negated), function(-x))
+
+
+def test_what_counts_as_plain_is_what_tensors_are():
+    tensors = [torch.zeros(1), torch.nn.Parameter(torch.zeros(1)), torch.zeros(1, requires_grad=True)[0]]
+    with torch.inference_mode():
+        tensors.append(torch.zeros(1))
+        assert _library.nobody_watches()
+    assert {torch._C._dispatch_keys(tensor).raw_repr() for tensor in tensors} == _library._PLAIN_KEYS
+    assert _library.nobody_watches()
+
+
+# --- Workspaces and sums of the host ---
+
+
+def test_a_workspace_that_is_left_out():
+    """Small ones are the module's own; of others it tells the size."""
+
+    def problem(rows):
+        queries, losses = draw(1, rows, 4, dtype=torch.float32), torch.zeros(1, rows)
+        ranks = torch.zeros(1, rows, dtype=torch.int64)
+        given = queries, queries, *[None] * 11, losses, ranks, *[None] * 5
+        return losses, (*given, 1.0, 1.0, "softmax", "all", False, False, False)
+
+    losses, small = problem(5)
+    size = native.info_nce_workspace(*small)
+    assert 0 < size < 2**20
+    assert native.info_nce(*small, torch.zeros(size, dtype=torch.uint8)) == 0
+    expected = losses.clone()
+    losses.fill_(torch.nan)
+    assert native.info_nce(*small, None) == 0
+    assert torch.equal(losses, expected)
+    losses, large = problem(300_000)
+    size = native.info_nce_workspace(*large)
+    assert size > 2**20
+    assert native.info_nce(*large, None) == size
+    assert not losses.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 100])
+def test_reducing_losses(dtype, mean, rows):
+    losses, loss, accuracy = (
+        draw(2, rows, dtype=dtype).abs(),
+        torch.zeros((), dtype=dtype),
+        torch.zeros((), dtype=dtype),
+    )
+    ranks = torch.randint(3, (2, rows), generator=torch.Generator().manual_seed(1))
+    weights = draw(2, rows, dtype=dtype).clamp(min=0)
+    for given in (None, weights, torch.zeros_like(weights)):
+        native.info_nce_reduced(losses, ranks, given, loss, accuracy, mean)
+        wanted = _contrast.reduced(losses.double(), ranks, given, "mean" if mean else "sum")
+        torch.testing.assert_close((loss.double(), accuracy.double()), wanted, rtol=1e-6, atol=1e-6)
+    if rows > 1:
+        weights[0, 0], losses[0, 0] = 0, torch.inf
+        native.info_nce_reduced(losses, ranks, weights, loss, accuracy, mean)
+        assert loss.isfinite()
+        weights[0, 0] = 1
+        native.info_nce_reduced(losses, ranks, weights, loss, accuracy, mean)
+        assert loss.isinf()

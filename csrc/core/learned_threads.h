@@ -1,0 +1,61 @@
+// How many threads a loop gets that runs again and again, such as once a pixel: as many as have been faster so far. What
+// it costs to wake threads, and to wait for the last of them, is between a microsecond and milliseconds: it depends on
+// whether threads sleep while they wait (OMP_WAIT_POLICY), on the virtual machine, and on what else keeps the cores busy.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+
+#include "core/parallel.h"
+
+namespace cpc {
+
+// What is known of one loop. Kept by the thread that starts it, which needs no locks then.
+class LearnedThreads {
+ public:
+  // Calls loop(threads), whose results must not depend on that number, for work that takes one thread about so long.
+  template <class Loop>
+  void run(double nanoseconds, const Loop& loop) {
+    const int threads = workers_for(nanoseconds);
+    // By the power of two of the work; where that is plenty it is worth whatever threads cost.
+    const int bucket = std::max(0, std::ilogb(nanoseconds / kThreadNanoseconds));
+    if (threads == 1 || bucket >= static_cast<int>(tried_.size())) return loop(threads);
+    Tried& tried = tried_[bucket];
+    if (tried.threads != threads) tried = {.threads = threads};
+    const bool alone = tried.alone_next();
+    const auto begin = std::chrono::steady_clock::now();
+    loop(alone ? 1 : threads);
+    const std::chrono::duration<double, std::nano> took = std::chrono::steady_clock::now() - begin;
+    tried.add(alone, took.count() / nanoseconds);
+  }
+
+ private:
+  struct Tried {
+    static constexpr int64_t kFirst = 8, kAgain = 64, kMostAgain = 4096;
+
+    int threads = 0;
+    int64_t runs = 0, again = kAgain, next_try = kFirst + kAgain;
+    double alone = 0, together = 0;  // Means of time by estimated time, of which the last ones count most.
+
+    bool better_alone() const { return alone <= together; }
+    // The two ways by turns, then the better one, and ever more rarely the other, in case it has become so.
+    bool alone_next() const {
+      if (runs < kFirst) return runs % 2 != 0;
+      return runs == next_try ? !better_alone() : better_alone();
+    }
+    void add(bool was_alone, double rate) {
+      const bool before = better_alone();
+      double& mean = was_alone ? alone : together;
+      mean = runs < 2 || runs == next_try ? rate : mean + (rate - mean) / 4;
+      if (runs++ != next_try) return;
+      again = better_alone() == before ? std::min(2 * again, kMostAgain) : kAgain;
+      next_try = runs + again;
+    }
+  };
+  std::array<Tried, 7> tried_;
+};
+
+}  // namespace cpc
