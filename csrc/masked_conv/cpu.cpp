@@ -120,7 +120,7 @@ struct Run {
 // Runs whose sum stays in registers from the first to the last. Groups of one sum follow one another.
 struct Group {
   int sum;
-  bool begins;  // It is the sum's first.
+  bool begins, ends;  // It is the sum's first, or its last.
   std::vector<Run> runs;
 };
 
@@ -130,13 +130,14 @@ std::vector<Group> groups_of(const std::vector<Term>& terms, int sums, const Pro
   const int64_t count = product.joined ? 1 : std::ssize(terms), inputs = product.joined ? product.total : product.of_term;
   std::vector<Group> groups;
   for (int sum = 0; sum < sums; ++sum) {
-    groups.push_back({sum, true, {}});
+    groups.push_back({sum, true, true, {}});
     int64_t in_group = 0;
     for (int64_t t = 0; t < count; ++t)
       for (int64_t k = 0; terms[t].sum == sum && k < inputs; k += kDepthBlock) {
         const int64_t depth = std::min(kDepthBlock, inputs - k);
         if (in_group > 0 && in_group + depth > kDepthBlock) {
-          groups.push_back({sum, false, {}});
+          groups.back().ends = false;
+          groups.push_back({sum, false, true, {}});
           in_group = 0;
         }
         in_group += depth;
@@ -246,6 +247,9 @@ class Convolver {
     for (int64_t tiles = kBlockTiles; tiles > 1 && gathered_size() * int64_t{sizeof(E)} > kGatheredBytes;)
       rows_ = Rows(problem, --tiles);  // Pixels that had to be gathered are to stay in the cache too.
     block_rows_ = rows_.most_rows();
+    const auto innermost = [](const TensorView& view) { return view.ndim == 0 || view.strides[1] == 1; };
+    finishes_tiles_ = !problem.pairs && problem.activation != Activation::gated && problem.preactivation.ndim == 0 &&
+                      innermost(problem.condition) && innermost(problem.positive);
   }
 
   void run() const {
@@ -271,7 +275,7 @@ class Convolver {
         read_bias(buffers, p);
         multiply(buffers, p, block.count);
         if (problem_.pairs) separate(buffers, p, block.count);
-        finish(buffers, p, block);
+        if (!finishes_tiles(panels_[p])) finish(buffers, p, block);
       }
     };
     parallel_tasks(blocks * groups, body, threads);  // At the images' edges there is less to do.
@@ -300,12 +304,18 @@ class Convolver {
     return pixels * depth_.of_term;
   }
 
+  struct Beside {
+    Storage* output;
+    const Storage *condition, *positive;
+  };
+
   // A worker's memory.
   struct Buffers {
     S* sums;           // [sums, block rows, kTileColumns]
     S* bias;           // [kTileColumns] of the panel
     S* beside;         // [kTileColumns] of a row: what is added to it, or decides on it.
     const E** pixels;  // [terms, block rows]: where the term's values of a row lie.
+    Beside* besides;   // [block rows]: where a row's results go, and what they are made with.
     bool* reaches;     // [terms, tiles]: whether a row of the tile reads more than padding.
     E* gathered;       // Pixels that are copied, [images, depth] each; else [block rows, total depth] if computed.
     E** copied;        // [read lines, width]: where a pixel that is copied lies, or null.
@@ -315,6 +325,7 @@ class Convolver {
           bias(parts.take<S>(kTileColumns<E>)),
           beside(parts.take<S>(kTileColumns<E>)),
           pixels(parts.take<const E*>(c.terms() * c.block_rows_)),
+          besides(parts.take<Beside>(c.block_rows_)),
           reaches(parts.take<bool>(c.terms() * c.block_rows_ / kTileRows)),
           gathered(parts.take<E>(c.gathered_size())),
           copied(parts.take<E*>(c.copies() ? c.read_lines() * c.problem_.width() : 0)) {}
@@ -333,6 +344,14 @@ class Convolver {
     int64_t first_line = -1;
     rows_.each_pixel(block, [&](int64_t r, int64_t count, const Rows::Pixel& pixel) {
       const int64_t line = pixel.y * problem_.stride, column = pixel.x * problem_.stride;
+      if (finishes_tiles_)
+        for (int64_t i = 0; i < count; ++i) {
+          const Rows::Pixel to{pixel.b + i, pixel.y, pixel.x};
+          const auto at = [&](const TensorView& view) {
+            return view.ndim != 0 ? view.as<Storage>() + to.in(view) : nullptr;
+          };
+          buffers.besides[r + i] = {at(problem_.output), at(problem_.condition), at(problem_.positive)};
+        }
       if (first_line < 0) first_line = std::max<int64_t>(0, line + above_);
       for (int64_t t = 0; t < terms(); ++t) {
         const Term& term = terms_[t];
@@ -342,10 +361,10 @@ class Convolver {
         if (problem_.pairs && term.sum == kPairSums - 1 && pixel.x + 1 == problem_.output_width()) one = other = false;
         const E** const at = buffers.pixels + t * block_rows_ + r;
         if (one || other)
-          std::fill(buffers.reaches + (t * block_rows_ + r) / kTileRows,
-                    buffers.reaches + (t * block_rows_ + r + count - 1) / kTileRows + 1, true);
+          for (int64_t tile = r / kTileRows; tile <= (r + count - 1) / kTileRows; ++tile)
+            buffers.reaches[t * block_rows_ / kTileRows + tile] = true;
         else if (!depth_.joined)
-          std::fill_n(at, count, zeros);
+          for (int64_t i = 0; i < count; ++i) at[i] = zeros;
         const Storage* const from = one ? read({pixel.b, y, x}) : nullptr;
         if (copies()) {
           if (!one) continue;
@@ -448,8 +467,33 @@ class Convolver {
             tile.multiply([&left](int j, int64_t k) { return left[j] + k; },
                           panel + (run.term * depth_.of_term + run.first) * columns, run.depth);
           }
-          tile.store(sums, kTileColumns<E>);
+          if (group.ends && finishes_tiles(panels_[p]))
+            finish_tile(tile, buffers.besides + r, panels_[p].first);
+          else
+            tile.store(sums, kTileColumns<E>);
         });
+  }
+
+  // Whether sums go to the output right from their registers.
+  bool finishes_tiles(const Panel& panel) const {
+    return finishes_tiles_ && panel.count == panel.vectors * kLaneColumns<E>;
+  }
+  template <int Rows, int Vectors>
+  void finish_tile(const Tile<E, Rows, Vectors>& tile, const Beside* besides, int64_t channel) const {
+    const bool relu = problem_.activation == Activation::relu;
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      const Beside& beside = besides[r];
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) {
+        const int64_t at = channel + v * kLaneColumns<E>;
+        R sum = tile.sums[r][v];
+        if (beside.positive) sum = load_widened<S>(beside.positive + at) > S{0} ? sum : R{};
+        if (beside.condition) sum += load_widened<S>(beside.condition + at);
+        if (relu) sum = sum < S{0} ? R{} : sum;  // NaN stays.
+        store_narrowed<S>(beside.output + at, sum);
+      }
+    }
   }
 
   // From the sums of pairs to those of their left and right pixels, the first two.
@@ -531,7 +575,7 @@ class Convolver {
   Panels<E> panels_;
   int sums_;
   std::vector<Group> groups_;
-  bool copies_;
+  bool copies_, finishes_tiles_;
   Rows rows_;
   int64_t block_rows_;
   int64_t above_ = 0, below_ = 0;  // Rows of the input that terms reach before and beyond a pixel's.

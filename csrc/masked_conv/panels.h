@@ -71,6 +71,41 @@ inline E to_element(Storage v) {
     return widen(v);
 }
 
+template <class T, int64_t n>
+struct LanesAs {
+  typedef T type __attribute__((vector_size(n * sizeof(T))));
+};
+template <class T, int64_t n>
+using LanesOf = typename LanesAs<T, n>::type;
+
+// A register of values from memory and to it, in the type they are stored in.
+template <class S, class Storage>
+inline Register<S> load_widened(const Storage* from) {
+  if constexpr (std::is_same_v<S, Storage>) return load_register(from);
+  constexpr int64_t kLanes = kRegisterLanes<S>;
+  if constexpr (std::is_same_v<Storage, BFloat16>) {
+    LanesOf<uint16_t, kLanes> halves;
+    std::memcpy(&halves, from, sizeof halves);
+    return (Register<S>)(__builtin_convertvector(halves, LanesOf<uint32_t, kLanes>) << 16);
+  }
+  S values[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) values[i] = widen(from[i]);
+  return load_register(values);
+}
+template <class S, class Storage>
+inline void store_narrowed(Storage* to, Register<S> v) {
+#if defined(__AVX512BF16__)
+  // Products of this instruction set have no denormal sums either.
+  if constexpr (std::is_same_v<Storage, BFloat16>) {
+    const __m256bh narrowed = _mm512_cvtneps_pbh((__m512)v);
+    return std::memcpy(to, &narrowed, sizeof narrowed), void();
+  }
+#endif
+  S values[kRegisterLanes<S>];
+  store_register(values, v);
+  narrow(to, values, kRegisterLanes<S>);
+}
+
 // A value read through a ReLU, as torch.relu has it: NaN stays.
 template <class Storage>
 inline Storage relu(Storage v) {

@@ -68,7 +68,7 @@ class WeightGradient {
   }
 
   void run() const {
-    const int64_t left_size = std::ssize(of_input_) * tiles_ * left_pitch(),
+    const int64_t left_size = std::ssize(of_input_) * left_pitch(),
                   right_size = std::ssize(of_grad_) * panels_.count() * right_pitch(),
                   sums_size = panels_.count() * terms() * tiles_ * kTileRows * kTileColumns<E>;
     std::vector<S> sums(sums_size);
@@ -121,8 +121,10 @@ class WeightGradient {
             std::clamp<int64_t>((end - 1) * stride + below_ + 1, 1, problem_.height())};
   }
   int64_t terms() const { return std::ssize(terms_); }
-  // Sizes of a tile of the left operand, and of a panel of the right one.
-  int64_t left_pitch() const { return read_rows_ * read_across_ * images_ * kTileRows; }
+  // Channels of a step of the left operand, for whole tiles.
+  int64_t left_channels() const { return tiles_ * kTileRows; }
+  // Sizes of a form of the left operand, and of a panel of the right one.
+  int64_t left_pitch() const { return read_rows_ * read_across_ * images_ * left_channels(); }
   int64_t right_pitch() const { return slice_rows_ * across_ * images_ * kTileColumns<E>; }
   // Of a number that may be negative, by the stride.
   int64_t remainder(int64_t n) const { return (n % problem_.stride + problem_.stride) % problem_.stride; }
@@ -135,8 +137,8 @@ class WeightGradient {
   };
 
   // Packs one position of the slice, over its images: of the input for the first tasks, then of the gradient. The
-  // depth's order is (y, x, image); left lies as [form][tile][depth][kTileRows], right as
-  // [form][panel][depth][columns], both with kDepthStep steps of depth side by side.
+  // depth's order is (y, x, image); left lies as [form][depth][channels], right as [form][panel][depth][columns], both
+  // with kDepthStep steps of depth side by side.
   void pack(const Slice& slice, E* left, E* right, E* memory, int64_t task) const {
     const int64_t reads = (slice.read_end - slice.read_begin) * read_across_;
     const bool of_input = task < reads;
@@ -151,25 +153,25 @@ class WeightGradient {
       for (int64_t i = 0; i < images_; ++i)
         values[i] = values_of(from, slice.b + i, y, x, forms[f], of_input && problem_.relu_input,
                               memory + i * std::ssize(zeros_));
-      // Image by image for each tile, so that what is written lies together; images of a step of depth side by side.
+      // Images of a step of depth lie side by side; the columns behind the `count` given are zero.
       const auto place = [&](E* to, int64_t first, int64_t count, auto columns) {
         constexpr int64_t kStep = kDepthStep<E>;
         for (int64_t i = 0; i < images_; i += kStep) {
           E* const __restrict out = to + i * columns;
           const E* given[kStep];
           for (int64_t j = 0; j < kStep; ++j) given[j] = values[i + j] + first;
-          if (count == columns)  // Known to the compiler.
-            for (int64_t c = 0; c < columns; ++c)
+          const auto copy = [&](auto n) {
+            for (int64_t c = 0; c < n; ++c)
               for (int64_t j = 0; j < kStep; ++j) out[c * kStep + j] = given[j][c];
+          };
+          if (count == columns)
+            copy(columns);  // Known to the compiler.
           else
-            for (int64_t c = 0; c < columns; ++c)
-              for (int64_t j = 0; j < kStep; ++j) out[c * kStep + j] = c < count ? given[j][c] : E{};
+            copy(count), std::fill(out + count * kStep, out + columns * kStep, E{});
         }
       };
       if (of_input) {
-        for (int64_t tile = 0, first = 0; tile < tiles_; ++tile, first += kTileRows)
-          place(left + (f * tiles_ + tile) * left_pitch() + at * images_ * kTileRows, first,
-                std::min<int64_t>(kTileRows, from.shape[1] - first), std::integral_constant<int64_t, kTileRows>{});
+        place(left + f * left_pitch() + at * images_ * left_channels(), 0, from.shape[1], left_channels());
       } else {
         for (int64_t p = 0; p < panels_.count(); ++p) {
           E* const panel = right + (f * panels_.count() + p) * right_pitch();
@@ -232,8 +234,9 @@ class WeightGradient {
             const int64_t line = y * stride + term.dy - slice.read_begin;
             const int64_t reads = (line * read_across_ + x_begin + shift) * images_;
             const int64_t gives = ((y - slice.begin) * across_ + x_begin) * images_;
-            const E* const from = left + (form_of_[t] * tiles_ + i) * left_pitch() + reads * kTileRows;
-            tile.multiply([from](int r, int64_t k) { return from + k * kTileRows + r * kDepthStep<E>; },
+            const E* const from =
+                left + form_of_[t] * left_pitch() + reads * left_channels() + i * kTileRows * kDepthStep<E>;
+            tile.multiply([from, pitch = left_channels()](int r, int64_t k) { return from + k * pitch + r * kDepthStep<E>; },
                           panel + gives * columns, depth);
           }
           tile.store(tile_sums, kTileColumns<E>);
