@@ -16,9 +16,17 @@ from torch import Tensor
 
 from cpc_ext._native import native
 from cpc_ext.ops._checks import check_dense
-from cpc_ext.ops._library import autocast_dtype, refuse_forward_mode, register, without_autocast, workspace_of
+from cpc_ext.ops._library import (
+    autocast_dtype,
+    is_plain,
+    may_need_gradients,
+    refuse_forward_mode,
+    register,
+    without_autocast,
+    workspace_of,
+)
 
-__all__ = ["conv2d", "conv2d_reference"]
+__all__ = ["conv2d", "conv2d_passing", "conv2d_reference"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ACTIVATIONS = (None, "relu")
@@ -79,6 +87,34 @@ def conv2d(
     refuse_forward_mode(input, weight, bias, residual)
     input, weight, bias, residual = _autocast(input, weight, bias, residual)
     return _conv2d(input, weight, bias, residual, stride, list(padding), dilation, relu_input, activation == "relu")
+
+
+def conv2d_passing(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int = 1,
+    relu_input: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """:func:`conv2d` of an input that goes past the convolution as well, as a residual block's does: (output, input).
+
+    Whatever uses the input after this is to use the second result, which is the input; its gradient is then added where
+    the convolution's is written, and not in a pass of its own. Arguments and errors are those of :func:`conv2d`.
+    """
+    options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "relu_input": relu_input}
+    kernel = input.device.type == "cpu" and is_plain(input) and autocast_dtype(input.device) in (None, input.dtype)
+    if not (kernel and may_need_gradients(input)):
+        return conv2d(input, weight, bias, **options), input
+    padding = _check_arguments(input, weight, bias, residual=None, activation=None, **options)
+    refuse_forward_mode(input, weight, bias)
+    input, weight, bias, _ = _autocast(input, weight, bias, None)
+    output, passed = _Passing.apply(  # type: ignore[no-untyped-call]
+        input, weight, bias, (stride, list(padding), dilation), relu_input
+    )
+    return output, passed
 
 
 def conv2d_reference(
@@ -361,9 +397,14 @@ def _setup_context(ctx: Any, op: _Convolution, output: Tensor) -> None:
     ctx.relu_input = op.relu_input
 
 
-def _backward(ctx: Any, kept: Sequence[Any], grad: Tensor) -> dict[str, Tensor | None]:
+def _backward(
+    ctx: Any, kept: Sequence[Any], grad: Tensor, passed: Tensor | None = None
+) -> dict[str, Tensor | None]:
+    """passed: what is added to the input's gradient."""
     input, weight, output = kept
     needs_input, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
+    if passed is not None:
+        passed = passed.to(input.dtype)
     if torch.is_grad_enabled():
         with without_autocast(input.device):
             if output is not None:
@@ -371,7 +412,7 @@ def _backward(ctx: Any, kept: Sequence[Any], grad: Tensor) -> dict[str, Tensor |
             activated = torch.relu(input) if ctx.relu_input else input
             of_input, of_weight = _gradients(grad, activated, weight, ctx.geometry, needs_input, needs_weight)
             if of_input is not None:
-                of_input = _finished(of_input, input if ctx.relu_input else None, None)
+                of_input = _finished(of_input, input if ctx.relu_input else None, passed)
             return {
                 "input": of_input,
                 "weight": of_weight,
@@ -379,7 +420,7 @@ def _backward(ctx: Any, kept: Sequence[Any], grad: Tensor) -> dict[str, Tensor |
                 "residual": grad if needs_residual else None,
             }
     needs = [needs_input, needs_weight, needs_bias]
-    gradient = _Gradient(grad, input, weight, output, None, *ctx.geometry, ctx.relu_input, needs)
+    gradient = _Gradient(grad, input, weight, output, passed, *ctx.geometry, ctx.relu_input, needs)
     preactivation, of_input, of_weight, of_bias = _conv2d_backward(*gradient)
     return {
         "input": of_input if needs_input else None,
@@ -387,6 +428,26 @@ def _backward(ctx: Any, kept: Sequence[Any], grad: Tensor) -> dict[str, Tensor |
         "bias": of_bias if needs_bias else None,
         "residual": (grad if output is None else preactivation) if needs_residual else None,
     }
+
+
+class _Passing(torch.autograd.Function):
+    """The op, and its input once more."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...], relu_input: bool
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(input, weight)
+        ctx.geometry, ctx.relu_input = geometry, relu_input
+        ctx.set_materialize_grads(False)
+        return _conv2d(input, weight, bias, None, *geometry, relu_input, False), input.view_as(input)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, passed: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return passed, None, None, None, None
+        by_name = _backward(ctx, (*ctx.saved_tensors, None), grad, passed)
+        return by_name["input"], by_name["weight"], by_name["bias"], None, None
 
 
 class _Gradients(torch.autograd.Function):
