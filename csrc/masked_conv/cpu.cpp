@@ -19,7 +19,7 @@ namespace cpc::masked_conv::cpu::CPC_ISA {
 namespace {
 
 // Tiles of the product that a task takes through all of its panels: their pixels and sums stay in the second-level cache.
-constexpr int64_t kBlockTiles = 16;
+constexpr int64_t kBlockTiles = 32;
 // Depth that a tile goes through at a time: the panel's part of it stays in the cache while all tiles of a block use
 // it.
 constexpr int64_t kDepthBlock = 320;
