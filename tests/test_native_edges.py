@@ -197,7 +197,7 @@ def plain_convolution_gradients(m, *, batch=2, inputs=3, outputs=4, height=3, wi
     tensors = weight, grad, input, output, before, None, of_input, of_weight, of_bias
     problem = *tensors, stride, 1, 1, 1, True
     m.conv2d_backward(*problem, aligned(m.conv2d_backward_workspace(*problem)))
-    return {name: (tensor, torch.zeros) for name, tensor in zip("input weight bias".split(), tensors[-3:], strict=True)}
+    return {name: (tensor, torch.zeros) for name, tensor in zip(("input", "weight", "bias"), tensors[-3:], strict=True)}
 
 
 def convolve_a_pixel(m, *, batch=2, inputs=3, outputs=4, height=3, width=5, kh=3, kw=3, taps=(0, 1)):
@@ -329,12 +329,28 @@ CALLS: dict[str, tuple[Callable, dict, dict]] = {
     "conv2d": (
         convolve_plainly,
         {},
-        {"batch": [0, 1], "inputs": [0, 1], "outputs": [0, 1], "height": [0], "width": [0], "kh": [0, 1], "stride": [0, 2]},
+        {
+            "batch": [0, 1],
+            "inputs": [0, 1],
+            "outputs": [0, 1],
+            "height": [0],
+            "width": [0],
+            "kh": [0, 1],
+            "stride": [0, 2],
+        },
     ),
     "conv2d_backward": (
         plain_convolution_gradients,
         {},
-        {"batch": [0, 1], "inputs": [0, 1], "outputs": [0, 1], "height": [0], "kw": [0, 1], "stride": [0, 2], "relu": [False]},
+        {
+            "batch": [0, 1],
+            "inputs": [0, 1],
+            "outputs": [0, 1],
+            "height": [0],
+            "kw": [0, 1],
+            "stride": [0, 2],
+            "relu": [False],
+        },
     ),
     "predict_and_contrast": (
         predict,

@@ -87,17 +87,14 @@ class Conv2d(nn.Conv2d):
     padding other than zeros or "same" padding, PyTorch does.
     """
 
-    if TYPE_CHECKING:
+    if TYPE_CHECKING:  # What a call gives, which PyTorch declares to be anything.
 
-        @property
-        def __call__(self) -> Any: ...
+        def __call__(self, input: Tensor, *, relu_input: bool = False, residual: Tensor | None = None) -> Tensor: ...
 
     def forward(self, input: Tensor, *, relu_input: bool = False, residual: Tensor | None = None) -> Tensor:
         """Convolve, after a ReLU of the input where ``relu_input``; ``residual``, of the result's shape, is added."""
         if self.takes_kernel(input):
-            return conv2d(
-                input, self.weight, self.bias, **self._geometry(), relu_input=relu_input, residual=residual
-            )
+            return conv2d(input, self.weight, self.bias, **self._geometry(), relu_input=relu_input, residual=residual)
         output = super().forward(torch.relu(input) if relu_input else input)
         return output if residual is None else output + residual
 
@@ -125,9 +122,7 @@ class Conv2d(nn.Conv2d):
         if min(rows, columns) < 1:  # PyTorch says what is wrong.
             return False
         channels = self.in_channels, self.out_channels
-        return kernel_pays(
-            dtype, input.shape[0], channels, (rows, columns), max(self.kernel_size), geometry["stride"]
-        )
+        return kernel_pays(dtype, input.shape[0], channels, (rows, columns), max(self.kernel_size), geometry["stride"])
 
     def _is_covered(self) -> bool:
         return (

@@ -1,8 +1,8 @@
 """Convolution of small maps: zero padding, stride, and what stands around a convolution in a residual block.
 
-From input [B, C, H, W] and weight [O, C, kh, kw] to [B, O, H', W']. The CPU's kernels are those of the masked convolution:
-taps that fall on padding in all rows of a tile cost nothing, which on maps of 4x4 pixels is a third of them. A ReLU of the
-input, bias, an added residual and a ReLU of the result make no pass over memory of their own.
+From input [B, C, H, W] and weight [O, C, kh, kw] to [B, O, H', W']. The CPU's kernels are those of the masked
+convolution: taps that fall on padding in all rows of a tile cost nothing, which on maps of 4x4 pixels is a third of
+them. A ReLU of the input, bias, an added residual and a ReLU of the result make no pass over memory of their own.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def conv2d(
     """Convolve, with ReLU in front, a sum and ReLU behind.
 
     Equals ``F.conv2d(relu(input) if relu_input else input, weight, bias, stride, padding, dilation) + residual``
-    followed by the activation. Sums are in float32, in float64 where the tensors are. In float32 the CPU computes images
-    that are large enough in pairs of pixels at stride 1, as :func:`cpc_ext.ops.masked_conv2d` does. There are kernels for
-    the CPU alone: on all other devices PyTorch's own convolution computes the same.
+    followed by the activation. Sums are in float32, in float64 where the tensors are. In float32 the CPU computes
+    images that are large enough in pairs of pixels at stride 1, as :func:`cpc_ext.ops.masked_conv2d` does. There are
+    kernels for the CPU alone: on all other devices, CUDA among them, PyTorch's own convolution computes the same.
 
     Args:
         input: [B, C, H, W], floating; B may be 0.
@@ -63,9 +63,9 @@ def conv2d(
         activation: None or "relu".
 
     Returns:
-        [B, O, H', W'] with H' = (H + 2 padding - dilation (kh - 1) - 1) // stride + 1 and W' likewise; on the CPU with the
-        channels innermost in memory (``channels_last``) whatever the input's layout, of which an input of that layout is
-        not copied. Differentiable backwards, any number of times.
+        [B, O, H', W'] with H' = (H + 2 padding - dilation (kh - 1) - 1) // stride + 1 and W' likewise; on the CPU with
+        the channels innermost in memory (``channels_last``) whatever the input's layout; an input of that layout is not
+        copied. Differentiable backwards, any number of times.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, device or range.
@@ -111,10 +111,10 @@ def conv2d_passing(
     padding = _check_arguments(input, weight, bias, residual=None, activation=None, **options)
     refuse_forward_mode(input, weight, bias)
     input, weight, bias, _ = _autocast(input, weight, bias, None)
-    output, passed = _Passing.apply(  # type: ignore[no-untyped-call]
+    results: tuple[Tensor, Tensor] = _Passing.apply(  # type: ignore[no-untyped-call]
         input, weight, bias, (stride, list(padding), dilation), relu_input
     )
-    return output, passed
+    return results
 
 
 def conv2d_reference(
@@ -178,12 +178,12 @@ def _check_arguments(
             f"weight's kernel of {weight.shape[2]}x{weight.shape[3]} taps must fit into the padded input, got shape "
             f"{tuple(input.shape)} with padding {paddings} and dilation {dilation}"
         )
-    for name, tensor, wanted in (("bias", bias, shape[1:2]), ("residual", residual, shape)):
-        if tensor is not None and check_dense(name, tensor).shape != wanted:
-            raise ValueError(f"{name} must have shape {tuple(wanted)}, got {tuple(tensor.shape)}")
-    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
-        if tensor is not None and tensor.device != input.device:
-            raise ValueError(f"{name} must be on the input's device {input.device}, got {tensor.device}")
+    for name, added, wanted in (("bias", bias, shape[1:2]), ("residual", residual, shape)):
+        if added is not None and check_dense(name, added).shape != wanted:
+            raise ValueError(f"{name} must have shape {tuple(wanted)}, got {tuple(added.shape)}")
+    for name, other in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if other is not None and other.device != input.device:
+            raise ValueError(f"{name} must be on the input's device {input.device}, got {other.device}")
     _check_dtypes(input, weight, bias, residual)
     return paddings
 
@@ -397,9 +397,7 @@ def _setup_context(ctx: Any, op: _Convolution, output: Tensor) -> None:
     ctx.relu_input = op.relu_input
 
 
-def _backward(
-    ctx: Any, kept: Sequence[Any], grad: Tensor, passed: Tensor | None = None
-) -> dict[str, Tensor | None]:
+def _backward(ctx: Any, kept: Sequence[Any], grad: Tensor, passed: Tensor | None = None) -> dict[str, Tensor | None]:
     """passed: what is added to the input's gradient."""
     input, weight, output = kept
     needs_input, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
@@ -420,8 +418,9 @@ def _backward(
                 "residual": grad if needs_residual else None,
             }
     needs = [needs_input, needs_weight, needs_bias]
-    gradient = _Gradient(grad, input, weight, output, passed, *ctx.geometry, ctx.relu_input, needs)
-    preactivation, of_input, of_weight, of_bias = _conv2d_backward(*gradient)
+    preactivation, of_input, of_weight, of_bias = _conv2d_backward(
+        grad, input, weight, output, passed, *ctx.geometry, ctx.relu_input, needs
+    )
     return {
         "input": of_input if needs_input else None,
         "weight": of_weight if needs_weight else None,

@@ -30,25 +30,25 @@ struct Layer {
 // Those gradients that are not absent.
 struct LayerGrad {
   TensorView weight, grad, input;
-  TensorView output;             // Of a ReLU, else absent.
-  TensorView grad_preactivation; // Likewise: what grad is before it.
-  TensorView passed;             // Like the input, or absent.
+  TensorView output;              // Of a ReLU, else absent.
+  TensorView grad_preactivation;  // Likewise: what grad is before it.
+  TensorView passed;              // Like the input, or absent.
   TensorView grad_input, grad_weight, grad_bias, workspace;
   Geometry geometry;
   bool relu_input = false;
 };
 
-constexpr auto kLayer = fields_of<Layer>(
-    reads<&Layer::weight>("weight", Type::floating, "O C kh kw"),
-    reads<&Layer::input>("input", Type::same, "B C H W", Layout::channels_last),
-    may_read<&Layer::bias>("bias", Type::same, "O", Layout::dense),
-    may_read<&Layer::residual>("residual", Type::same, "B O y x"),
-    writes<&Layer::output>("output", Type::same, "B O y x", Layout::channels_innermost),
-    value<&Layer::geometry, &Geometry::stride>("stride"),
-    value<&Layer::geometry, &Geometry::padding_rows>("padding_rows"),
-    value<&Layer::geometry, &Geometry::padding_columns>("padding_columns"),
-    value<&Layer::geometry, &Geometry::dilation>("dilation"), value<&Layer::relu_input>("relu_input"),
-    value<&Layer::relu>("relu"), workspace<&Layer::workspace>("workspace", "conv2d_workspace"));
+constexpr auto kLayer =
+    fields_of<Layer>(reads<&Layer::weight>("weight", Type::floating, "O C kh kw"),
+                     reads<&Layer::input>("input", Type::same, "B C H W", Layout::channels_last),
+                     may_read<&Layer::bias>("bias", Type::same, "O", Layout::dense),
+                     may_read<&Layer::residual>("residual", Type::same, "B O y x"),
+                     writes<&Layer::output>("output", Type::same, "B O y x", Layout::channels_innermost),
+                     value<&Layer::geometry, &Geometry::stride>("stride"),
+                     value<&Layer::geometry, &Geometry::padding_rows>("padding_rows"),
+                     value<&Layer::geometry, &Geometry::padding_columns>("padding_columns"),
+                     value<&Layer::geometry, &Geometry::dilation>("dilation"), value<&Layer::relu_input>("relu_input"),
+                     value<&Layer::relu>("relu"), workspace<&Layer::workspace>("workspace", "conv2d_workspace"));
 
 constexpr auto kLayerGrad = fields_of<LayerGrad>(
     reads<&LayerGrad::weight>("weight", Type::floating, "O C kh kw"),

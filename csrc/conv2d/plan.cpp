@@ -1,4 +1,6 @@
 // From a call to the kernels of the masked convolution that it comes to; see conv2d.h.
+#include "masked_conv/plan.h"
+
 #include <algorithm>
 #include <string>
 #include <vector>
@@ -6,7 +8,6 @@
 #include "conv2d/conv2d.h"
 #include "core/require.h"
 #include "masked_conv/masked_conv.h"
-#include "masked_conv/plan.h"
 
 namespace cpc::conv2d {
 namespace {
@@ -95,9 +96,9 @@ void check_geometry(const Geometry& geometry, const TensorView& weight, const Te
 }
 
 int64_t packed_bytes(const TensorView& weight, bool transposed, const std::vector<Tap>& taps, bool pairs) {
-  return masked_conv::packed_bytes({weight.shape[transposed ? 1 : 0], weight.shape[transposed ? 0 : 1], weight.dtype,
-                                    false},
-                                   taps, pairs, Where::host);
+  return masked_conv::packed_bytes(
+      {weight.shape[transposed ? 1 : 0], weight.shape[transposed ? 0 : 1], weight.dtype, false}, taps, pairs,
+      Where::host);
 }
 
 }  // namespace
@@ -113,8 +114,7 @@ void check(const LayerGrad& problem, Where) {
 }
 
 int64_t workspace_bytes(const Layer& problem, Where) {
-  return packed_bytes(problem.weight, false,
-                      taps_of(problem.geometry, problem.weight, problem.input, problem.output),
+  return packed_bytes(problem.weight, false, taps_of(problem.geometry, problem.weight, problem.input, problem.output),
                       in_pairs(problem.geometry, problem.weight, problem.output));
 }
 
@@ -132,22 +132,23 @@ void cpu::layer(const Layer& problem) {
   const bool pairs = in_pairs(problem.geometry, problem.weight, problem.output);
   masked_conv::cpu::pack(
       {.weight = problem.weight, .mask = {}, .packed = problem.workspace, .taps = taps, .pairs = pairs});
-  masked_conv::cpu::convolve({.input = problem.input,
-                              .packed = problem.workspace,
-                              .weight = problem.weight,
-                              .mask = {},
-                              .bias = problem.bias,
-                              .condition = problem.residual,
-                              .position = {},
-                              .positive = {},
-                              .output = problem.output,
-                              .preactivation = {},
-                              .taps = taps,
-                              .activation = problem.relu ? masked_conv::Activation::relu : masked_conv::Activation::none,
-                              .outputs = problem.weight.shape[0],
-                              .pairs = pairs,
-                              .stride = problem.geometry.stride,
-                              .relu_input = problem.relu_input});
+  masked_conv::cpu::convolve(
+      {.input = problem.input,
+       .packed = problem.workspace,
+       .weight = problem.weight,
+       .mask = {},
+       .bias = problem.bias,
+       .condition = problem.residual,
+       .position = {},
+       .positive = {},
+       .output = problem.output,
+       .preactivation = {},
+       .taps = taps,
+       .activation = problem.relu ? masked_conv::Activation::relu : masked_conv::Activation::none,
+       .outputs = problem.weight.shape[0],
+       .pairs = pairs,
+       .stride = problem.geometry.stride,
+       .relu_input = problem.relu_input});
 }
 
 void cpu::layer_grad(const LayerGrad& problem) {

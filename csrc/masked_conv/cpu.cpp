@@ -127,7 +127,8 @@ struct Group {
 template <class E>
 std::vector<Group> groups_of(const std::vector<Term>& terms, int sums, const ProductDepth<E>& product) {
   // Joined terms are one of all their values.
-  const int64_t count = product.joined ? 1 : std::ssize(terms), inputs = product.joined ? product.total : product.of_term;
+  const int64_t count = product.joined ? 1 : std::ssize(terms),
+                inputs = product.joined ? product.total : product.of_term;
   std::vector<Group> groups;
   for (int sum = 0; sum < sums; ++sum) {
     groups.push_back({sum, true, true, {}});
@@ -214,9 +215,7 @@ class Rows {
   }
 
  private:
-  int64_t blocks_of(int64_t images) const {
-    return divide_up(divide_up(positions_ * images, kTileRows), tiles_);
-  }
+  int64_t blocks_of(int64_t images) const { return divide_up(divide_up(positions_ * images, kTileRows), tiles_); }
 
   int64_t batch_, step_, across_, positions_, tiles_, images_, blocks_;
   int64_t y_ = 0, x_ = 0;
@@ -257,8 +256,7 @@ class Convolver {
       if (result->ndim != 0 && problem_.position.ndim == 0 && is_dense(*result, {0, 2, 3, 1}))
         advise_huge_pages(result->data, result->numel() * static_cast<int64_t>(sizeof(Storage)));
     const int64_t blocks = rows_.blocks(), panels = panels_.count();
-    const double flops =
-        2. * static_cast<double>(rows_.count() * depth_.total) * static_cast<double>(problem_.outputs);
+    const double flops = 2. * static_cast<double>(rows_.count() * depth_.total) * static_cast<double>(problem_.outputs);
     const int threads = workers_for(flops / kFlopsPerNanosecond);
     // Few blocks are shared out by panels as well, so that all workers end at about the same time; not too often where
     // each must gather the block again.
@@ -299,8 +297,8 @@ class Convolver {
     if (!copies()) return rows_.most_rows() * depth_.total;
     int64_t pixels = 0;
     for (const int64_t images : rows_.group_images())
-      pixels = std::max(pixels, images * std::min(read_lines(images) * problem_.width(),
-                                                  rows_.most_pixels(images) * terms()));
+      pixels = std::max(pixels,
+                        images * std::min(read_lines(images) * problem_.width(), rows_.most_pixels(images) * terms()));
     return pixels * depth_.of_term;
   }
 
@@ -415,9 +413,7 @@ class Convolver {
     if (depth_.joined) std::fill_n(buffers.reaches, divide_up(block.count, kTileRows), true);
   }
 
-  bool inside(int64_t y, int64_t x) const {
-    return y >= 0 && y < problem_.height() && x >= 0 && x < problem_.width();
-  }
+  bool inside(int64_t y, int64_t x) const { return y >= 0 && y < problem_.height() && x >= 0 && x < problem_.width(); }
   const Storage* read(const Rows::Pixel& pixel) const {
     return problem_.input.template as<Storage>() + pixel.in(problem_.input);
   }

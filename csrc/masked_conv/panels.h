@@ -127,7 +127,8 @@ inline void to_elements(E* __restrict to, const Storage* __restrict from, int64_
 }
 
 // to = one + sign * other, which are values of two pixels.
-inline void add(float* __restrict to, const float* one, const float* other, int64_t count, int sign, bool through_relu) {
+inline void add(float* __restrict to, const float* one, const float* other, int64_t count, int sign,
+                bool through_relu) {
   const auto add_all = [&](auto read) {
     if (sign > 0)
       for (int64_t k = 0; k < count; ++k) to[k] = read(one[k]) + read(other[k]);

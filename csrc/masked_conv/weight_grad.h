@@ -82,9 +82,9 @@ class WeightGradient {
     const double slices = static_cast<double>(divide_up(problem_.batch(), images_) *
                                               divide_up(problem_.output_height(), slice_rows_)),
                  positions = static_cast<double>(problem_.batch() * problem_.output_height() * across_) / slices,
-                 packed = positions *
-                          static_cast<double>(std::ssize(of_input_) * problem_.stride * problem_.channels() +
-                                              std::ssize(of_grad_) * problem_.outputs()),
+                 packed =
+                     positions * static_cast<double>(std::ssize(of_input_) * problem_.stride * problem_.channels() +
+                                                     std::ssize(of_grad_) * problem_.outputs()),
                  flops = 2 * positions * static_cast<double>(problem_.channels() * problem_.outputs()) *
                          static_cast<double>(terms());
     const int packers = workers_for(packed * kSliceNanoseconds), threads = workers_for(flops / kFlopsPerNanosecond);
@@ -97,9 +97,8 @@ class WeightGradient {
         const auto pack_position = [&](int64_t task, int worker) {
           pack(slice, left, right, values.data() + worker * images_ * zeros_.size(), task);
         };
-        parallel_for(
-            (slice.read_end - slice.read_begin) * read_across_ + (slice.end - slice.begin) * across_, pack_position,
-            packers);
+        parallel_for((slice.read_end - slice.read_begin) * read_across_ + (slice.end - slice.begin) * across_,
+                     pack_position, packers);
         const auto multiply_tiles = [&](int64_t task, int) {
           const int64_t first = task % tasks * task_tiles;
           multiply(slice, left, right, sums.data(), task / tasks, first, std::min(first + task_tiles, tiles_));
@@ -236,8 +235,9 @@ class WeightGradient {
             const int64_t gives = ((y - slice.begin) * across_ + x_begin) * images_;
             const E* const from =
                 left + form_of_[t] * left_pitch() + reads * left_channels() + i * kTileRows * kDepthStep<E>;
-            tile.multiply([from, pitch = left_channels()](int r, int64_t k) { return from + k * pitch + r * kDepthStep<E>; },
-                          panel + gives * columns, depth);
+            tile.multiply(
+                [from, pitch = left_channels()](int r, int64_t k) { return from + k * pitch + r * kDepthStep<E>; },
+                panel + gives * columns, depth);
           }
           tile.store(tile_sums, kTileColumns<E>);
         });
@@ -303,7 +303,7 @@ class WeightGradient {
   std::vector<Form> of_input_, of_grad_;  // The latter by the sums they go to.
   // By term: the input's form, and how many positions of it away it reads.
   std::vector<int64_t> form_of_, shift_of_;
-  int64_t above_ = 0, below_ = 0;         // Rows that taps reach beyond a row.
+  int64_t above_ = 0, below_ = 0;  // Rows that taps reach beyond a row.
   int64_t images_, slice_rows_, read_rows_;
 };
 

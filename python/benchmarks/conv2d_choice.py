@@ -1,8 +1,8 @@
 """Where the convolution of `cpc_ext.ops` is faster on the CPU than PyTorch's: the table that `nn.Conv2d` chooses by.
 
-Forward and gradients of input, weight and bias, channels-last, one thread, both in turn. Times are of the processor, not
-of the clock, so that what else runs on the machine hardly counts; of some rounds the fastest. Writes a row a case to
-`conv2d_choice.csv` beside this program: milliseconds of both, and which `cpc_ext.nn.conv2d.kernel_pays` takes.
+Forward and gradients of input, weight and bias, channels-last, one thread, both in turn. Times are of the processor,
+not of the clock, so that what else runs on the machine hardly counts; of some rounds the fastest. Writes a row a case
+to `conv2d_choice.csv` beside this program: milliseconds of both, and which `cpc_ext.nn.conv2d.kernel_pays` takes.
 """
 
 from __future__ import annotations

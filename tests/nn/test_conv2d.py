@@ -77,7 +77,7 @@ def test_is_pytorchs_layer_to_everybody_else(kernel):
     copy = pickle.loads(pickle.dumps(ours))
     input = draw(2, 4, 5, 5)
     assert copy(input).equal(ours(input))
-    with pytest.raises(RuntimeError, match="channels|size"):
+    with pytest.raises(RuntimeError, match=r"channels|size"):
         ours(draw(2, 4, 2, 2))  # As PyTorch says it.
     unbatched = draw(4, 5, 5)
     torch.testing.assert_close(ours(unbatched), plain(unbatched))

@@ -270,7 +270,9 @@ def test_an_input_that_goes_past_has_both_gradients(dtype, stride, used):
 
 
 def test_an_input_that_goes_past_has_second_derivatives():
-    tensors = [tensor.requires_grad_() for tensor in Case(1, 2, 2, (3, 3), relu_input=True).tensors(torch.float64).values()]
+    tensors = [
+        tensor.requires_grad_() for tensor in Case(1, 2, 2, (3, 3), relu_input=True).tensors(torch.float64).values()
+    ]
 
     def block(*tensors):
         output, input = conv2d_passing(*tensors, padding=1, relu_input=True)
@@ -303,7 +305,7 @@ def test_an_input_that_goes_past_has_second_derivatives():
         ({"padding": (1, 0.5)}, TypeError, "padding must be an int or two"),
         ({"dilation": True}, TypeError, "dilation must be an int, got bool"),
         ({"relu_input": 1}, TypeError, "relu_input must be a bool, got int"),
-        ({"activation": "gated"}, ValueError, 'activation must be None or "relu", got \'gated\''),
+        ({"activation": "gated"}, ValueError, "activation must be None or \"relu\", got 'gated'"),
     ],
 )
 def test_wrong_arguments(change, error, message):

@@ -27,9 +27,7 @@ def check_norm(norm: str) -> None:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
 
 
-def conv(
-    in_channels: int, out_channels: int, kernel_size: int, stride: int, norm: str, *, groups: int = 1
-) -> Conv2d:
+def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int, norm: str, *, groups: int = 1) -> Conv2d:
     """A convolution that keeps the size, over its stride; it has biases only without a norm."""
     return Conv2d(
         in_channels,
@@ -42,9 +40,7 @@ def conv(
     )
 
 
-def begin_block(
-    input: Tensor, normed: Tensor, first: Conv2d, shortcut: Conv2d | None
-) -> tuple[Tensor, Tensor]:
+def begin_block(input: Tensor, normed: Tensor, first: Conv2d, shortcut: Conv2d | None) -> tuple[Tensor, Tensor]:
     """The first convolution of a pre-activation block, and the residual that its last one is to add.
 
     Args:
