@@ -93,6 +93,8 @@ CASES = [
     Case(100, 16, 16, (1, 1), padding=1, relu_input=True),
     Case(25, 16, 130, (4, 3), relu_input=True, residual="channels_last"),
     Case(1, 40, 32, (17, 15), stride=2, relu_input=True),
+    # So many channels that copies of the pixels make blocks smaller.
+    Case(7, 520, 8, (6, 6), relu_input=True),
     # In float32 these are computed in pairs of pixels.
     Case(9, 33, 68, (5, 7), relu_input=True, residual="channels_last"),
     Case(20, 32, 40, (4, 4), (5, 5), padding=2, activation="relu"),
