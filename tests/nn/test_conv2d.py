@@ -13,6 +13,8 @@ from cpc_ext.nn import Conv2d
 from cpc_ext.nn import conv2d as module
 from cpc_ext.nn.conv2d import kernel_pays
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+
 TABLE = Path(__file__).parents[2] / "python/benchmarks/conv2d_choice.csv"
 
 
