@@ -22,8 +22,8 @@ from cpc_ext.ops._library import (
     may_need_gradients,
     refuse_forward_mode,
     register,
+    with_workspace,
     without_autocast,
-    workspace_of,
 )
 
 __all__ = ["conv2d", "conv2d_passing", "conv2d_reference"]
@@ -271,8 +271,8 @@ class _GradientResults(NamedTuple):
 
 def _empty_image(like: Tensor, shape: Sequence[int]) -> Tensor:
     """[B, C, H, W] with the channels innermost."""
-    batch, channels, height, width = shape
-    return like.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2)
+    _, channels, height, width = shape
+    return like.new_empty_strided(shape, (height * width * channels, 1, width * channels, channels))
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
@@ -307,23 +307,21 @@ def _kernel(op: _Convolution) -> Tensor:
     output = _empty_output(op)
     if output.numel() == 0:
         return output
-    problem = {
-        "weight": op.weight,
-        "input": _channels_last(op.input),
-        "bias": None if op.bias is None else op.bias.contiguous(),
-        "residual": op.residual,
-        "output": output,
-        **_geometry(op),
-        "relu_input": op.relu_input,
-        "relu": op.relu,
-    }
-    native.conv2d(**problem, workspace=workspace_of(output, native.conv2d_workspace(**problem)))
+    with_workspace(
+        native.conv2d,
+        output,
+        op.weight,
+        _channels_last(op.input),
+        None if op.bias is None else op.bias.contiguous(),
+        op.residual,
+        output,
+        op.stride,
+        *op.padding,
+        op.dilation,
+        op.relu_input,
+        op.relu,
+    )
     return output
-
-
-def _geometry(op: _Convolution | _Gradient) -> dict[str, int]:
-    rows, columns = op.padding
-    return {"stride": op.stride, "padding_rows": rows, "padding_columns": columns, "dilation": op.dilation}
 
 
 def _backward_reference(op: _Gradient) -> _GradientResults:
@@ -373,21 +371,23 @@ def _backward_kernel(op: _Gradient) -> _GradientResults:
             result.zero_()
         return results
     needs_input, needs_weight, needs_bias = op.needs
-    problem = {
-        "weight": op.weight,
-        "grad": _channels_last(op.grad),
-        "input": _channels_last(op.input),
-        "output": op.output,
-        "grad_preactivation": None if op.output is None else results.preactivation,
-        "passed": op.passed if needs_input else None,
-        "grad_input": results.input if needs_input else None,
-        "grad_weight": results.weight if needs_weight else None,
-        "grad_bias": results.bias if needs_bias else None,
-        **_geometry(op),
-        "relu_input": op.relu_input,
-    }
-    size = native.conv2d_backward_workspace(**problem)
-    native.conv2d_backward(**problem, workspace=workspace_of(op.grad, size))
+    with_workspace(
+        native.conv2d_backward,
+        op.grad,
+        op.weight,
+        _channels_last(op.grad),
+        _channels_last(op.input),
+        op.output,
+        None if op.output is None else results.preactivation,
+        op.passed if needs_input else None,
+        results.input if needs_input else None,
+        results.weight if needs_weight else None,
+        results.bias if needs_bias else None,
+        op.stride,
+        *op.padding,
+        op.dilation,
+        op.relu_input,
+    )
     return results
 
 
