@@ -179,6 +179,27 @@ def convolve(m, *, batch=2, inputs=3, outputs=4, height=3, width=5, kh=3, kw=3, 
     return {"output": (output, torch.zeros)}
 
 
+def convolve_plainly(m, *, batch=2, inputs=3, outputs=4, height=3, width=5, kh=3, kw=3, stride=1, relu=True):
+    weight, input = torch.ones(outputs, inputs, kh, kw), channels_last(batch, inputs, height, width)
+    rows, columns = ((side + 2 - k) // max(stride, 1) + 1 for side, k in ((height, kh), (width, kw)))
+    output = filled(channels_last(batch, outputs, rows, columns))
+    problem = weight, input, torch.zeros(outputs), None, output, stride, 1, 1, 1, True, relu
+    m.conv2d(*problem, aligned(m.conv2d_workspace(*problem)))
+    return {"output": (output, torch.zeros)}
+
+
+def plain_convolution_gradients(m, *, batch=2, inputs=3, outputs=4, height=3, width=5, kh=3, kw=3, stride=1, relu=True):
+    weight, input = torch.ones(outputs, inputs, kh, kw), channels_last(batch, inputs, height, width)
+    rows, columns = ((side + 2 - k) // max(stride, 1) + 1 for side, k in ((height, kh), (width, kw)))
+    grad = channels_last(batch, outputs, rows, columns)
+    output, before = (grad.clone(), filled(grad.clone())) if relu else (None, None)
+    of_input, of_weight, of_bias = filled(input.clone()), filled(weight.clone()), filled(torch.empty(outputs))
+    tensors = weight, grad, input, output, before, None, of_input, of_weight, of_bias
+    problem = *tensors, stride, 1, 1, 1, True
+    m.conv2d_backward(*problem, aligned(m.conv2d_backward_workspace(*problem)))
+    return {name: (tensor, torch.zeros) for name, tensor in zip(("input", "weight", "bias"), tensors[-3:], strict=True)}
+
+
 def convolve_a_pixel(m, *, batch=2, inputs=3, outputs=4, height=3, width=5, kh=3, kw=3, taps=(0, 1)):
     weight, mask, taps = torch.ones(outputs, inputs, kh, kw), torch.ones(kh, kw, dtype=torch.bool), list(taps)
     packing = weight, mask, taps, 1, height, width, False
@@ -305,6 +326,32 @@ CALLS: dict[str, tuple[Callable, dict, dict]] = {
         {"measure": "sigmoid"},
         {"batch": [0], "rows": [0], "keys": [0, 1], "dim": [0], "positives": [0, 3]},
     ),
+    "conv2d": (
+        convolve_plainly,
+        {},
+        {
+            "batch": [0, 1],
+            "inputs": [0, 1],
+            "outputs": [0, 1],
+            "height": [0],
+            "width": [0],
+            "kh": [0, 1],
+            "stride": [0, 2],
+        },
+    ),
+    "conv2d_backward": (
+        plain_convolution_gradients,
+        {},
+        {
+            "batch": [0, 1],
+            "inputs": [0, 1],
+            "outputs": [0, 1],
+            "height": [0],
+            "kw": [0, 1],
+            "stride": [0, 2],
+            "relu": [False],
+        },
+    ),
     "predict_and_contrast": (
         predict,
         {},
@@ -370,7 +417,7 @@ CALLS: dict[str, tuple[Callable, dict, dict]] = {
 # What is no problem at all: the functions say what they miss.
 ERRORS = {
     ("patch", 0): "patch_size must be at least 1",
-    ("stride", 0): "stride must be at least 1",
+    ("stride", 0): "stride must be (at least 1|in 1\\.\\.)",
     ("side", 0): "must hold a patch",
     ("channels", 0): "channels|weight must|\\[B, 1, H, W\\]|scale and shift|gray needs",
     ("components", 0): "params must be",
@@ -382,8 +429,8 @@ ERRORS = {
     ("inputs", 0): "weight must",
     ("kh", 0): "weight must|taps must be in",
     ("kw", 0): "weight must|taps must be in",
-    ("height", 0): "position must lie|rows and columns",
-    ("width", 0): "position must lie|rows and columns",
+    ("height", 0): "position must lie|rows and columns|the input's side must be",
+    ("width", 0): "position must lie|rows and columns|the input's side must be",
     ("taps", ()): "weight must",
 }
 

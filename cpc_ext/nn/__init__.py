@@ -4,6 +4,7 @@ from cpc_ext.nn.across_ranks import gather_from_ranks
 from cpc_ext.nn.causal_attention import CausalTransformerLayer
 from cpc_ext.nn.channel_norm import ChannelNorm
 from cpc_ext.nn.clip_loss import CLIPLoss
+from cpc_ext.nn.conv2d import Conv2d
 from cpc_ext.nn.decoupled_contrastive_loss import DecoupledContrastiveLoss
 from cpc_ext.nn.delta_orthogonal import delta_orthogonal_
 from cpc_ext.nn.grad_cache import grad_cache
@@ -28,6 +29,7 @@ __all__ = [
     "CausalTransformerLayer",
     "ChannelMix",
     "ChannelNorm",
+    "Conv2d",
     "DecoupledContrastiveLoss",
     "GridInfoNCE",
     "GridInfoNCEOutput",

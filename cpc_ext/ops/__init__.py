@@ -2,6 +2,7 @@
 
 from cpc_ext.ops._patch_transforms import Transform
 from cpc_ext.ops.augment_patches import AugmentationPlan, augment_patches
+from cpc_ext.ops.conv2d import conv2d
 from cpc_ext.ops.extract_patches import extract_patches
 from cpc_ext.ops.info_nce import InfoNCEOutput, info_nce
 from cpc_ext.ops.logistic_mixture import logistic_mixture_nll, sample_logistic_mixture
@@ -24,6 +25,7 @@ __all__ = [
     "PredictAndContrastOutput",
     "Transform",
     "augment_patches",
+    "conv2d",
     "extract_patches",
     "info_nce",
     "logistic_mixture_nll",

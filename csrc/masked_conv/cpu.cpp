@@ -1,9 +1,9 @@
-// Masked convolution on the CPU: from channels-last input to output through one matrix product over the visible taps,
-// in pairs of pixels over fewer terms (terms.h). A tile of the product broadcasts straight from the input's pixels,
-// wherever their taps lie, unless they must be converted or are differences of two; padding is a row of zeros. Pixels
-// are taken position by position over the batch, so that at an image's edge whole tiles read only padding and skip the
-// term.
+// Convolution on the CPU, masked or not: from channels-last input to output through one matrix product over the visible
+// taps, in pairs of pixels over fewer terms (terms.h). A tile of the product broadcasts straight from the input's pixels,
+// wherever their taps lie, unless they must be converted or are differences of two; padding is a row of zeros. A tile's
+// rows are one pixel of several images, so that at an image's edge whole tiles read only padding and skip the term.
 #include <algorithm>
+#include <array>
 #include <vector>
 
 #include "core/huge_pages.h"
@@ -18,9 +18,8 @@
 namespace cpc::masked_conv::cpu::CPC_ISA {
 namespace {
 
-// Rows of the product that a task takes through all of its panels: their pixels and sums stay in the second-level
-// cache.
-constexpr int64_t kBlockRows = 16 * kTileRows;
+// Tiles of the product that a task takes through all of its panels: their pixels and sums stay in the second-level cache.
+constexpr int64_t kBlockTiles = 32;
 // Depth that a tile goes through at a time: the panel's part of it stays in the cache while all tiles of a block use
 // it.
 constexpr int64_t kDepthBlock = 320;
@@ -63,7 +62,8 @@ void pack_as(const Packing& problem) {
   const TensorView &weight = problem.weight, &mask = problem.mask;
   const Panels<E> panels(problem.outputs(), problem.gated);
   const std::vector<Term> terms = terms_of(problem.taps, problem.pairs);
-  const int64_t inputs = problem.inputs(), depth = padded_depth<E>(inputs), terms_count = std::ssize(terms);
+  const int64_t inputs = problem.inputs(), terms_count = std::ssize(terms);
+  const ProductDepth<E> product(inputs, terms_count);
   const int64_t out_dim = problem.transposed ? 1 : 0;
   const int64_t out_step = weight.strides[out_dim], in_step = weight.strides[1 - out_dim];
   const double nanoseconds = kPackNanoseconds * static_cast<double>(problem.outputs() * inputs) * terms_count;
@@ -71,7 +71,9 @@ void pack_as(const Packing& problem) {
     const int64_t p = task / terms_count, t = task % terms_count;
     const Panel panel = panels[p];
     const int64_t columns = panel.vectors * kLanes;
-    E* const out = problem.packed.as<E>() + panels.offset(p, terms_count * depth) + t * depth * columns;
+    E* const out = problem.packed.as<E>() + panels.offset(p, product.total);
+    // The last term's depth ends with the padding of all where they are joined.
+    const int64_t start = t * product.of_term, depth = t + 1 < terms_count ? product.of_term : product.total - start;
     E block[kTransposed][kLanes];
     for (int64_t first = 0; first < depth; first += kTransposed)
       for (int64_t begin = 0; begin < columns; begin += kLanes) {
@@ -98,10 +100,11 @@ void pack_as(const Packing& problem) {
             for (int64_t c = 0; c < channels; ++c)
               if (!visible[c * mask.strides[out_dim] + k * mask.strides[1 - out_dim]]) block[k][c] = E{};
         }
-        E* const to = out + first * columns + begin * kDepthStep<E>;
-        for (int64_t k = 0; k < rows; ++k)
-          for (int64_t c = 0; c < kLanes; ++c)
-            to[k / kDepthStep<E> * kDepthStep<E> * columns + c * kDepthStep<E> + k % kDepthStep<E>] = block[k][c];
+        for (int64_t k = 0; k < rows; ++k) {
+          const int64_t at = start + first + k, step = at / kDepthStep<E> * kDepthStep<E>;
+          E* const to = out + step * columns + begin * kDepthStep<E> + at - step;
+          for (int64_t c = 0; c < kLanes; ++c) to[c * kDepthStep<E>] = block[k][c];
+        }
       }
   };
   parallel_for(panels.count() * terms_count, pack_panel, workers_for(nanoseconds));
@@ -117,21 +120,25 @@ struct Run {
 // Runs whose sum stays in registers from the first to the last. Groups of one sum follow one another.
 struct Group {
   int sum;
-  bool begins;  // It is the sum's first.
+  bool begins, ends;  // It is the sum's first, or its last.
   std::vector<Run> runs;
 };
 
 template <class E>
-std::vector<Group> groups_of(const std::vector<Term>& terms, int sums, int64_t inputs) {
+std::vector<Group> groups_of(const std::vector<Term>& terms, int sums, const ProductDepth<E>& product) {
+  // Joined terms are one of all their values.
+  const int64_t count = product.joined ? 1 : std::ssize(terms),
+                inputs = product.joined ? product.total : product.of_term;
   std::vector<Group> groups;
   for (int sum = 0; sum < sums; ++sum) {
-    groups.push_back({sum, true, {}});
+    groups.push_back({sum, true, true, {}});
     int64_t in_group = 0;
-    for (int64_t t = 0; t < std::ssize(terms); ++t)
+    for (int64_t t = 0; t < count; ++t)
       for (int64_t k = 0; terms[t].sum == sum && k < inputs; k += kDepthBlock) {
-        const int64_t depth = padded_depth<E>(std::min(kDepthBlock, inputs - k));
+        const int64_t depth = std::min(kDepthBlock, inputs - k);
         if (in_group > 0 && in_group + depth > kDepthBlock) {
-          groups.push_back({sum, false, {}});
+          groups.back().ends = false;
+          groups.push_back({sum, false, true, {}});
           in_group = 0;
         }
         in_group += depth;
@@ -141,34 +148,77 @@ std::vector<Group> groups_of(const std::vector<Term>& terms, int sums, int64_t i
   return groups;
 }
 
-// The rows of the product: pixel by pixel over the batch, all pixels or a single one; of pairs, the left pixel.
+// The rows of the product: the batch in groups of some images, and in each pixel by pixel over its images; all pixels of
+// the output or a single one; of pairs, the left ones. What a block of rows reads thus lies in few images.
 class Rows {
  public:
-  explicit Rows(const Convolution& problem)
-      : problem_(problem), step_(problem.pairs ? 2 : 1), across_(divide_up(problem.width(), step_)) {
+  // Blocks have at most so many tiles.
+  Rows(const Convolution& problem, int64_t tiles)
+      : batch_(problem.batch()),
+        step_(problem.pairs ? 2 : 1),
+        across_(divide_up(problem.output_width(), step_)),
+        positions_(problem.output_height() * across_),
+        tiles_(tiles) {
     if (problem.position.ndim != 0) {
       y_ = problem.position.as<int64_t>()[0];
       x_ = problem.position.as<int64_t>()[1];
-      count_ = problem.batch();
-    } else {
-      count_ = problem.batch() * problem.height() * across_;
+      positions_ = 1;
     }
+    images_ = std::min(batch_, kTileRows * std::max<int64_t>(1, tiles / positions_));
+    blocks_ = blocks_of(images_);
   }
+
   struct Pixel {
     int64_t b, y, x;
     int64_t in(const TensorView& view) const { return b * view.strides[0] + y * view.strides[2] + x * view.strides[3]; }
   };
-  int64_t count() const { return count_; }
+  // Rows [first, first + count) of the group of `images` images from `image` on.
+  struct Block {
+    int64_t image, images, first, count;
+  };
+
+  int64_t count() const { return batch_ * positions_; }
   int64_t step() const { return step_; }
-  Pixel operator[](int64_t m) const {
-    const int64_t at = m / problem_.batch();
-    return {m % problem_.batch(), y_ + at / across_, x_ + at % across_ * step_};
+  int64_t most_rows() const { return tiles_ * kTileRows; }
+  // Images of a group, and of the last one.
+  std::array<int64_t, 2> group_images() const {
+    const int64_t rest = batch_ % images_;
+    return {images_, rest ? rest : images_};
+  }
+  // Pixels, and rows of pixels, that a block of a group is in, at most.
+  int64_t most_pixels(int64_t images) const { return (most_rows() - 1) / images + 2; }
+  int64_t most_lines(int64_t images) const { return (most_pixels(images) + across_ - 2) / across_ + 1; }
+
+  int64_t blocks() const {
+    const int64_t rest = batch_ % images_;
+    return batch_ / images_ * blocks_ + (rest ? blocks_of(rest) : 0);
+  }
+  Block operator[](int64_t i) const {
+    const int64_t image = i / blocks_ * images_, images = std::min(images_, batch_ - image);
+    const int64_t rows = positions_ * images, tiles = divide_up(rows, kTileRows), count = blocks_of(images);
+    const int64_t at = i % blocks_;  // A smaller group has no more blocks.
+    const int64_t first = at * tiles / count * kTileRows, end = (at + 1) * tiles / count * kTileRows;
+    return {image, images, first, std::min(rows, end) - first};
+  }
+  // Calls use(row, count, pixel) for `count` rows of a block, from `row` on, that are one pixel in successive images.
+  template <class Use>
+  void each_pixel(const Block& block, const Use& use) const {
+    const int64_t at = block.first / block.images;
+    int64_t b = block.first % block.images, y = at / across_, x = at % across_;
+    for (int64_t r = 0; r < block.count;) {
+      const int64_t count = std::min(block.images - b, block.count - r);
+      use(r, count, Pixel{block.image + b, y_ + y, x_ + x * step_});
+      r += count;
+      b = 0;
+      if (++x == across_) x = 0, ++y;
+    }
   }
 
  private:
-  const Convolution& problem_;
-  int64_t step_, across_;
-  int64_t y_ = 0, x_ = 0, count_ = 0;
+  int64_t blocks_of(int64_t images) const { return divide_up(divide_up(positions_ * images, kTileRows), tiles_); }
+
+  int64_t batch_, step_, across_, positions_, tiles_, images_, blocks_;
+  int64_t y_ = 0, x_ = 0;
 };
 
 template <class Storage>
@@ -183,43 +233,47 @@ class Convolver {
   explicit Convolver(const Convolution& problem)
       : problem_(problem),
         terms_(terms_of(problem.taps, problem.pairs)),
-        depth_(padded_depth<E>(problem.inputs())),
+        depth_(problem.inputs(), terms()),
         panels_(problem.outputs, problem.activation == Activation::gated),
         sums_(problem.pairs ? kPairSums : 1),
-        groups_(groups_of<E>(terms_, sums_, problem.inputs())),
-        rows_(problem),
-        converts_(!kInPlace || depth_ != problem.inputs()) {
-    block_rows_ = kBlockRows;
-    if (gathers())  // Its pixels are to stay in the cache too.
-      block_rows_ = std::clamp<int64_t>(
-          kGatheredBytes / std::max<int64_t>(terms() * depth_ * sizeof(E), 1) / kTileRows * kTileRows, kTileRows,
-          kBlockRows);
+        groups_(groups_of<E>(terms_, sums_, depth_)),
+        copies_(!kInPlace || depth_.of_term != problem.inputs() || problem.relu_input),
+        rows_(problem, kBlockTiles) {
+    for (const Term& term : terms_) {
+      above_ = std::min(above_, term.dy);
+      below_ = std::max(below_, term.dy);
+    }
+    for (int64_t tiles = kBlockTiles; tiles > 1 && gathered_size() * int64_t{sizeof(E)} > kGatheredBytes;)
+      rows_ = Rows(problem, --tiles);  // Pixels that had to be gathered are to stay in the cache too.
+    block_rows_ = rows_.most_rows();
+    const auto innermost = [](const TensorView& view) { return view.ndim == 0 || view.strides[1] == 1; };
+    finishes_tiles_ = !problem.pairs && problem.activation != Activation::gated && problem.preactivation.ndim == 0 &&
+                      innermost(problem.condition) && innermost(problem.positive);
   }
 
   void run() const {
     for (const TensorView* result : {&problem_.output, &problem_.preactivation})
       if (result->ndim != 0 && problem_.position.ndim == 0 && is_dense(*result, {0, 2, 3, 1}))
         advise_huge_pages(result->data, result->numel() * static_cast<int64_t>(sizeof(Storage)));
-    const int64_t blocks = divide_up(rows_.count(), block_rows_), panels = panels_.count();
-    const double flops =
-        2. * static_cast<double>(rows_.count() * depth_) * static_cast<double>(terms() * problem_.outputs);
+    const int64_t blocks = rows_.blocks(), panels = panels_.count();
+    const double flops = 2. * static_cast<double>(rows_.count() * depth_.total) * static_cast<double>(problem_.outputs);
     const int threads = workers_for(flops / kFlopsPerNanosecond);
     // Few blocks are shared out by panels as well, so that all workers end at about the same time; not too often where
     // each must gather the block again.
     const int64_t groups = std::clamp<int64_t>(divide_up((gathers() ? 16 : 32) * threads, blocks), 1, panels);
-    const std::vector<E> zeros(depth_);
+    const std::vector<E> zeros(depth_.total);
     const Scratch scratch(bytes());
     const auto body = [&](int64_t task, int worker) {
-      const int64_t block = task / groups, group = task % groups;
+      const int64_t group = task % groups;
+      const Rows::Block block = rows_[task / groups];
       Parts parts(scratch.of<char>(worker));
       Buffers buffers(parts, *this);
-      const int64_t first = block * block_rows_, count = std::min(block_rows_, rows_.count() - first);
-      locate(buffers, zeros.data(), first, count);
+      locate(buffers, zeros.data(), block);
       for (int64_t p = group * panels / groups; p < (group + 1) * panels / groups; ++p) {
         read_bias(buffers, p);
-        multiply(buffers, p, count);
-        if (problem_.pairs) separate(buffers, p, count);
-        finish(buffers, p, first, count);
+        multiply(buffers, p, block.count);
+        if (problem_.pairs) separate(buffers, p, block.count);
+        if (!finishes_tiles(panels_[p])) finish(buffers, p, block);
       }
     };
     parallel_tasks(blocks * groups, body, threads);  // At the images' edges there is less to do.
@@ -227,24 +281,52 @@ class Convolver {
 
  private:
   int64_t terms() const { return std::ssize(terms_); }
-  bool gathers() const { return converts_ || problem_.pairs; }
+  // Whether the pixels that a block reads are copied, each once, as terms read them.
+  bool copies() const { return copies_ && !depth_.joined && !problem_.pairs; }
+  bool gathers() const { return copies_ || depth_.joined || problem_.pairs; }
+  // Rows of the input that a block reads, at most.
+  int64_t read_lines(int64_t images) const {
+    return std::min(problem_.height(), (rows_.most_lines(images) - 1) * problem_.stride + below_ - above_ + 1);
+  }
+  int64_t read_lines() const {
+    const auto [images, last] = rows_.group_images();
+    return std::max(read_lines(images), read_lines(last));
+  }
+  int64_t gathered_size() const {
+    if (!gathers()) return 0;
+    if (!copies()) return rows_.most_rows() * depth_.total;
+    int64_t pixels = 0;
+    for (const int64_t images : rows_.group_images())
+      pixels = std::max(pixels,
+                        images * std::min(read_lines(images) * problem_.width(), rows_.most_pixels(images) * terms()));
+    return pixels * depth_.of_term;
+  }
+
+  struct Beside {
+    Storage* output;
+    const Storage *condition, *positive;
+  };
 
   // A worker's memory.
   struct Buffers {
     S* sums;           // [sums, block rows, kTileColumns]
     S* bias;           // [kTileColumns] of the panel
-    S* condition;      // [kTileColumns] of a row
+    S* beside;         // [kTileColumns] of a row: what is added to it, or decides on it.
     const E** pixels;  // [terms, block rows]: where the term's values of a row lie.
+    Beside* besides;   // [block rows]: where a row's results go, and what they are made with.
     bool* reaches;     // [terms, tiles]: whether a row of the tile reads more than padding.
-    E* gathered;       // [terms, block rows, depth], if they must be computed.
+    E* gathered;       // Pixels that are copied, [images, depth] each; else [block rows, total depth] if computed.
+    E** copied;        // [read lines, width]: where a pixel that is copied lies, or null.
 
     Buffers(Parts& parts, const Convolver& c)
         : sums(parts.take<S>(c.sums_ * c.block_rows_ * kTileColumns<E>)),
           bias(parts.take<S>(kTileColumns<E>)),
-          condition(parts.take<S>(kTileColumns<E>)),
+          beside(parts.take<S>(kTileColumns<E>)),
           pixels(parts.take<const E*>(c.terms() * c.block_rows_)),
+          besides(parts.take<Beside>(c.block_rows_)),
           reaches(parts.take<bool>(c.terms() * c.block_rows_ / kTileRows)),
-          gathered(parts.take<E>(c.gathers() ? c.terms() * c.block_rows_ * c.depth_ : 0)) {}
+          gathered(parts.take<E>(c.gathered_size())),
+          copied(parts.take<E*>(c.copies() ? c.read_lines() * c.problem_.width() : 0)) {}
   };
   int64_t bytes() const {
     Parts parts(nullptr);
@@ -253,53 +335,98 @@ class Convolver {
   }
 
   // Finds the pixels that a block's rows read for each term.
-  void locate(Buffers& buffers, const E* zeros, int64_t first, int64_t count) const {
+  void locate(Buffers& buffers, const E* zeros, const Rows::Block& block) const {
     std::fill_n(buffers.reaches, terms() * block_rows_ / kTileRows, false);
-    for (int64_t r = 0; r < count; ++r) {
-      const Rows::Pixel pixel = rows_[first + r];
+    if (copies()) std::fill_n(buffers.copied, read_lines() * problem_.width(), nullptr);
+    E* free = buffers.gathered;
+    int64_t first_line = -1;
+    rows_.each_pixel(block, [&](int64_t r, int64_t count, const Rows::Pixel& pixel) {
+      const int64_t line = pixel.y * problem_.stride, column = pixel.x * problem_.stride;
+      if (finishes_tiles_)
+        for (int64_t i = 0; i < count; ++i) {
+          const Rows::Pixel to{pixel.b + i, pixel.y, pixel.x};
+          const auto at = [&](const TensorView& view) {
+            return view.ndim != 0 ? view.as<Storage>() + to.in(view) : nullptr;
+          };
+          buffers.besides[r + i] = {at(problem_.output), at(problem_.condition), at(problem_.positive)};
+        }
+      if (first_line < 0) first_line = std::max<int64_t>(0, line + above_);
       for (int64_t t = 0; t < terms(); ++t) {
         const Term& term = terms_[t];
-        const int64_t y = pixel.y + term.dy;
-        const Storage* from = read({pixel.b, y, pixel.x + term.dx});
-        const Storage* other = term.sign == 0 ? nullptr : read({pixel.b, y, pixel.x + term.other_dx});
+        const int64_t y = line + term.dy, x = column + term.dx;
+        bool one = inside(y, x), other = term.sign != 0 && inside(y, column + term.other_dx);
         // The last sum is the right pixel's alone, which an image of odd width ends without.
-        if (problem_.pairs && term.sum == kPairSums - 1 && pixel.x + 1 == problem_.width()) from = other = nullptr;
-        const E*& at = buffers.pixels[t * block_rows_ + r];
-        at = zeros;
-        if (!from && !other) continue;
-        buffers.reaches[(t * block_rows_ + r) / kTileRows] = true;
-        E* const gathered = buffers.gathered + (t * block_rows_ + r) * depth_;
-        if constexpr (kInPlace) {
-          if (!converts_ && !other) {
-            at = from;
-            continue;
+        if (problem_.pairs && term.sum == kPairSums - 1 && pixel.x + 1 == problem_.output_width()) one = other = false;
+        const E** const at = buffers.pixels + t * block_rows_ + r;
+        if (one || other)
+          for (int64_t tile = r / kTileRows; tile <= (r + count - 1) / kTileRows; ++tile)
+            buffers.reaches[t * block_rows_ / kTileRows + tile] = true;
+        else if (!depth_.joined)
+          for (int64_t i = 0; i < count; ++i) at[i] = zeros;
+        const Storage* const from = one ? read({pixel.b, y, x}) : nullptr;
+        if (copies()) {
+          if (!one) continue;
+          E*& copy = buffers.copied[(y - first_line) * problem_.width() + x];
+          if (!copy) {
+            copy = free;
+            free += copy_pixel(free, {block.image, y, x}, block.images);
           }
-        }
-        at = gathered;
-        if constexpr (std::is_same_v<Storage, float>) {
-          if (other) {
-            if (!from) from = zeros;
-            add(gathered, from, other, term.sign);
-            continue;
+          for (int64_t i = 0; i < count; ++i) at[i] = copy + (pixel.b - block.image + i) * depth_.of_term;
+        } else if (depth_.joined) {
+          E* const to = buffers.gathered + r * depth_.total;
+          for (int64_t i = 0; i < count; ++i)
+            if (one)
+              to_elements(to + i * depth_.total + t * depth_.of_term, from + i * problem_.input.strides[0],
+                          problem_.inputs(), problem_.relu_input);
+            else
+              std::fill_n(to + i * depth_.total + t * depth_.of_term, depth_.of_term, E{});
+        } else if (problem_.pairs) {
+          if constexpr (std::is_same_v<Storage, float>) {
+            if (!one && !other) continue;
+            const Storage* const added = other ? read({pixel.b, y, column + term.other_dx}) : nullptr;
+            for (int64_t i = 0; i < count; ++i) {
+              const int64_t image = i * problem_.input.strides[0];
+              E* const gathered = buffers.gathered + (r + i) * depth_.total + t * depth_.of_term;
+              at[i] = gathered;
+              if (other)
+                add(gathered, one ? from + image : zeros, added + image, depth_.of_term, term.sign,
+                    problem_.relu_input);
+              else if (problem_.relu_input)
+                to_elements(gathered, from + image, depth_.of_term, true);
+              else
+                at[i] = from + image;
+            }
           }
+        } else if constexpr (kInPlace) {
+          if (!one) continue;
+          for (int64_t i = 0; i < count; ++i) at[i] = from + i * problem_.input.strides[0];
         }
-        for (int64_t k = 0; k < problem_.inputs(); ++k) gathered[k] = to_element<E>(from[k]);
-        std::fill(gathered + problem_.inputs(), gathered + depth_, E{});
       }
-    }
+      if (depth_.joined)
+        for (int64_t i = 0; i < count; ++i) {
+          E* const row = buffers.gathered + (r + i) * depth_.total;
+          std::fill(row + terms() * depth_.of_term, row + depth_.total, E{});
+          buffers.pixels[r + i] = row;
+        }
+    });
+    // All terms are the first.
+    if (depth_.joined) std::fill_n(buffers.reaches, divide_up(block.count, kTileRows), true);
   }
 
-  // A pixel of the input, or null outside.
+  bool inside(int64_t y, int64_t x) const { return y >= 0 && y < problem_.height() && x >= 0 && x < problem_.width(); }
   const Storage* read(const Rows::Pixel& pixel) const {
-    if (pixel.y < 0 || pixel.y >= problem_.height() || pixel.x < 0 || pixel.x >= problem_.width()) return nullptr;
     return problem_.input.template as<Storage>() + pixel.in(problem_.input);
   }
 
-  void add(E* __restrict to, const E* one, const E* other, int sign) const {
-    if (sign > 0)
-      for (int64_t k = 0; k < depth_; ++k) to[k] = one[k] + other[k];
-    else
-      for (int64_t k = 0; k < depth_; ++k) to[k] = one[k] - other[k];
+  // Copies a pixel of some images as terms read it; gives the size.
+  int64_t copy_pixel(E* to, const Rows::Pixel& pixel, int64_t images) const {
+    const Storage* const from = read(pixel);
+    for (int64_t i = 0; i < images; ++i) {
+      E* const copy = to + i * depth_.of_term;
+      to_elements(copy, from + i * problem_.input.strides[0], problem_.inputs(), problem_.relu_input);
+      std::fill(copy + problem_.inputs(), copy + depth_.of_term, E{});
+    }
+    return images * depth_.of_term;
   }
 
   void read_bias(Buffers& buffers, int64_t p) const {
@@ -317,7 +444,7 @@ class Convolver {
   // Sums over all terms, beginning with the bias.
   void multiply(Buffers& buffers, int64_t p, int64_t count) const {
     const int64_t vectors = panels_[p].vectors, columns = vectors * kLaneColumns<E>;
-    const E* const panel = problem_.packed.template as<E>() + panels_.offset(p, terms() * depth_);
+    const E* const panel = problem_.packed.template as<E>() + panels_.offset(p, depth_.total);
     for (const Group& group : groups_)
       for (int64_t r = 0; r < count; r += kTileRows)
         with_tile(std::min<int64_t>(kTileRows, count - r), vectors, [&](auto tile_rows, auto tile_vectors) {
@@ -334,10 +461,35 @@ class Convolver {
             const E* left[tile_rows];
             for (int j = 0; j < tile_rows; ++j) left[j] = buffers.pixels[run.term * block_rows_ + r + j] + run.first;
             tile.multiply([&left](int j, int64_t k) { return left[j] + k; },
-                          panel + (run.term * depth_ + run.first) * columns, run.depth);
+                          panel + (run.term * depth_.of_term + run.first) * columns, run.depth);
           }
-          tile.store(sums, kTileColumns<E>);
+          if (group.ends && finishes_tiles(panels_[p]))
+            finish_tile(tile, buffers.besides + r, panels_[p].first);
+          else
+            tile.store(sums, kTileColumns<E>);
         });
+  }
+
+  // Whether sums go to the output right from their registers.
+  bool finishes_tiles(const Panel& panel) const {
+    return finishes_tiles_ && panel.count == panel.vectors * kLaneColumns<E>;
+  }
+  template <int Rows, int Vectors>
+  void finish_tile(const Tile<E, Rows, Vectors>& tile, const Beside* besides, int64_t channel) const {
+    const bool relu = problem_.activation == Activation::relu;
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      const Beside& beside = besides[r];
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) {
+        const int64_t at = channel + v * kLaneColumns<E>;
+        R sum = tile.sums[r][v];
+        if (beside.positive) sum = load_widened<S>(beside.positive + at) > S{0} ? sum : R{};
+        if (beside.condition) sum += load_widened<S>(beside.condition + at);
+        if (relu) sum = sum < S{0} ? R{} : sum;  // NaN stays.
+        store_narrowed<S>(beside.output + at, sum);
+      }
+    }
   }
 
   // From the sums of pairs to those of their left and right pixels, the first two.
@@ -354,47 +506,58 @@ class Convolver {
   }
 
   // From a panel's sums to output: condition, activation.
-  void finish(Buffers& buffers, int64_t p, int64_t first, int64_t count) const {
-    const Panel panel = panels_[p];
+  void finish(Buffers& buffers, int64_t p, const Rows::Block& block) const {
+    rows_.each_pixel(block, [&](int64_t r, int64_t count, Rows::Pixel pixel) {
+      for (int64_t i = 0; i < count; ++i, ++pixel.b)
+        for (int64_t right = 0; right < rows_.step() && pixel.x + right < problem_.output_width(); ++right)
+          finish_pixel(buffers, panels_[p], row_of(buffers, right, r + i), {pixel.b, pixel.y, pixel.x + right});
+    });
+  }
+  void finish_pixel(Buffers& buffers, const Panel& panel, S* sums, const Rows::Pixel& pixel) const {
     const bool gated = problem_.activation == Activation::gated;
     const int64_t columns = panel.vectors * kLaneColumns<E>, half = columns / 2, gates = problem_.outputs / 2;
-    const TensorView &condition = problem_.condition, &kept = problem_.preactivation;
-    std::fill_n(buffers.condition, columns, S{});
-    for (int64_t at = 0; at < count * rows_.step(); ++at) {
-      const int64_t r = at / rows_.step(), right = at % rows_.step();
-      Rows::Pixel pixel = rows_[first + r];
-      pixel.x += right;
-      if (pixel.x == problem_.width()) continue;
-      S* const sums = row_of(buffers, right, r);
-      if (condition.ndim != 0) {
-        const auto read = [&](S* to, int64_t channel) {
-          const Storage* from = condition.as<Storage>() + pixel.in(condition) + channel * condition.strides[1];
-          for (int64_t i = 0; i < panel.count; ++i) to[i] = widen(from[i * condition.strides[1]]);
-        };
-        read(buffers.condition, panel.first);
-        if (gated) read(buffers.condition + half, gates + panel.first);
-        each_register(columns, [&](int64_t i) {
-          store_register(sums + i, load_register(sums + i) + load_register(buffers.condition + i));
-        });
-      }
-      const auto write = [&](const TensorView& to, int64_t channel, const S* from) {
-        narrow(to.as<Storage>() + pixel.in(to) + channel, from, panel.count);
+    const TensorView &condition = problem_.condition, &positive = problem_.positive, &kept = problem_.preactivation;
+    const auto read = [&](const TensorView& view) {
+      const auto read_half = [&](S* to, int64_t channel) {
+        const Storage* const from = view.as<Storage>() + pixel.in(view) + channel * view.strides[1];
+        if (view.strides[1] == 1)  // Known to the compiler.
+          for (int64_t i = 0; i < panel.count; ++i) to[i] = widen(from[i]);
+        else
+          for (int64_t i = 0; i < panel.count; ++i) to[i] = widen(from[i * view.strides[1]]);
       };
-      if (kept.ndim != 0) {
-        write(kept, panel.first, sums);
-        if (gated) write(kept, gates + panel.first, sums + half);
-      }
-      if (gated)
-        each_register(half, [&](int64_t i) {
-          store_register(sums + i, tanh(load_register(sums + i)) * sigmoid(load_register(sums + half + i)));
-        });
-      else if (problem_.activation == Activation::relu)
-        each_register(columns, [&](int64_t i) {
-          const R a = load_register(sums + i);
-          store_register(sums + i, a < S{0} ? R{} : a);  // NaN stays.
-        });
-      write(problem_.output, panel.first, sums);
+      std::fill_n(buffers.beside, columns, S{});
+      read_half(buffers.beside, panel.first);
+      if (gated) read_half(buffers.beside + half, gates + panel.first);
+    };
+    const auto write = [&](const TensorView& to, int64_t channel, const S* from) {
+      narrow(to.as<Storage>() + pixel.in(to) + channel, from, panel.count);
+    };
+    if (positive.ndim != 0) {
+      read(positive);
+      each_register(columns, [&](int64_t i) {
+        store_register(sums + i, load_register(buffers.beside + i) > S{0} ? load_register(sums + i) : R{});
+      });
     }
+    if (condition.ndim != 0) {
+      read(condition);
+      each_register(columns, [&](int64_t i) {
+        store_register(sums + i, load_register(sums + i) + load_register(buffers.beside + i));
+      });
+    }
+    if (kept.ndim != 0) {
+      write(kept, panel.first, sums);
+      if (gated) write(kept, gates + panel.first, sums + half);
+    }
+    if (gated)
+      each_register(half, [&](int64_t i) {
+        store_register(sums + i, tanh(load_register(sums + i)) * sigmoid(load_register(sums + half + i)));
+      });
+    else if (problem_.activation == Activation::relu)
+      each_register(columns, [&](int64_t i) {
+        const R a = load_register(sums + i);
+        store_register(sums + i, a < S{0} ? R{} : a);  // NaN stays.
+      });
+    write(problem_.output, panel.first, sums);
   }
 
   template <class Work>
@@ -404,12 +567,14 @@ class Convolver {
 
   const Convolution& problem_;
   std::vector<Term> terms_;
-  int64_t depth_, block_rows_;
+  ProductDepth<E> depth_;
   Panels<E> panels_;
   int sums_;
   std::vector<Group> groups_;
+  bool copies_, finishes_tiles_;
   Rows rows_;
-  bool converts_;
+  int64_t block_rows_;
+  int64_t above_ = 0, below_ = 0;  // Rows of the input that terms reach before and beyond a pixel's.
 };
 
 // --- Gradients ---
@@ -500,7 +665,7 @@ int64_t packed_bytes(int64_t outputs, int64_t inputs, int64_t terms, DType dtype
   with_floating(dtype, [&](auto storage) {
     using E = Element<decltype(storage)>;
     const Panels<E> panels(outputs, gated);
-    bytes = panels.offset(panels.count(), terms * padded_depth<E>(inputs)) * sizeof(E);
+    bytes = panels.offset(panels.count(), ProductDepth<E>(inputs, terms).total) * sizeof(E);
   });
   return bytes;
 }

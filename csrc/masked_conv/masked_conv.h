@@ -1,4 +1,5 @@
-// Masked convolution at stride 1 with zero padding: the contract of the CPU and CUDA kernels.
+// Masked convolution at stride 1 with zero padding: the contract of the CPU and CUDA kernels. The CPU's kernels also have
+// strides, paddings of any width and a ReLU of what they read, for conv2d/conv2d.h, which has no mask.
 //
 // Forward. With `before(k) = dilation * (k - 1) / 2` rows (or columns) of padding before the first, tap (i, j) of the
 // kernel reads the input's pixel (y + dy, x + dx), dy = i * dilation - before(kh) and dx likewise; zero outside. For
@@ -30,7 +31,7 @@ namespace cpc::masked_conv {
 
 struct Tap {
   int64_t index;   // i * kw + j
-  int64_t dy, dx;  // Where it reads, relative to the output's pixel.
+  int64_t dy, dx;  // Where it reads, relative to the output's pixel times the stride.
 };
 
 enum class Activation { none, relu, gated };
@@ -39,7 +40,7 @@ constexpr auto names_of(Activation) { return std::array{"none", "relu", "gated"}
 // Weights to the order in which a kernel reads them, which is the device's own. Kernels read nothing but this.
 struct Packing {
   TensorView weight;  // [O, C, kh, kw], floating, any strides.
-  TensorView mask;    // [kh, kw] or [O, C, kh, kw], boolean, any strides.
+  TensorView mask;    // [kh, kw] or [O, C, kh, kw], boolean, any strides. On the CPU absent where taps say it all.
   TensorView packed;  // packed_bytes(...), aligned to 64.
   std::vector<Tap> taps;
   bool transposed = false;  // From O to C channels, for the gradient in the input. Else from C to O.
@@ -60,7 +61,10 @@ struct Convolution {
   TensorView bias;           // [N] of the input's type, dense, or absent.
   TensorView condition;      // [B, N, H, W] of the input's type, any strides, 0 among them; or absent.
   TensorView position;       // [2] i64, dense: row and column of the only pixel to compute. Absent: all of them.
-  TensorView output;         // [B, N or N / 2, H, W] of the input's type: channel stride 1, else any strides.
+  TensorView positive;       // CPU only: like condition. Results are zero where it is not positive: the derivative of a
+                             // ReLU, where they are gradients in what came out of it. Or absent.
+  TensorView output;         // [B, N or N / 2, H', W'] of the input's type: channel stride 1, else any strides. H' and
+                             // W' are H and W but on the CPU.
   TensorView preactivation;  // [B, N, H, W] likewise: a, or absent.
   std::vector<Tap> taps;
   Activation activation = Activation::none;
@@ -69,13 +73,18 @@ struct Convolution {
   bool transposed = false;
   bool tf32 = false;  // Whether CUDA may round float operands to TF32.
   // Whether neighbouring pixels of a row are computed in pairs: on the CPU, of float, all pixels, with taps of a
-  // dilation of 1 and a mask [kh, kw].
+  // dilation of 1, a stride of 1 and a mask [kh, kw].
   bool pairs = false;
+  // CPU only: pixels of the input from one of the output's to the next, and whether the input is read through a ReLU.
+  int64_t stride = 1;
+  bool relu_input = false;
 
   int64_t batch() const { return input.shape[0]; }
   int64_t inputs() const { return input.shape[1]; }
   int64_t height() const { return input.shape[2]; }
   int64_t width() const { return input.shape[3]; }
+  int64_t output_height() const { return output.shape[2]; }
+  int64_t output_width() const { return output.shape[3]; }
 };
 
 // From the gradient in the output to that in a, and the bias's.
@@ -94,7 +103,7 @@ struct ActivationGrad {
 
 struct WeightGrad {
   TensorView input;        // [B, C, H, W], channels innermost and dense.
-  TensorView grad;         // In a: [B, O, H, W], of the input's type, likewise.
+  TensorView grad;         // In a: [B, O, H', W'], of the input's type, likewise. H' and W' are H and W but on the CPU.
   TensorView mask;         // As of the packing.
   TensorView weight_grad;  // [O, C, kh, kw] of the input's type, dense in any order of the dimensions.
   TensorView workspace;    // CUDA only: weight_grad_workspace(...) bytes, aligned to 64.
@@ -102,13 +111,18 @@ struct WeightGrad {
   TensorView bias_parts;   // Its workspace.
   std::vector<Tap> taps;
   bool tf32 = false;
-  bool pairs = false;  // As of the convolution.
+  // As of the convolution.
+  bool pairs = false;
+  int64_t stride = 1;
+  bool relu_input = false;
 
   int64_t batch() const { return input.shape[0]; }
   int64_t channels() const { return input.shape[1]; }
   int64_t outputs() const { return grad.shape[1]; }
   int64_t height() const { return input.shape[2]; }
   int64_t width() const { return input.shape[3]; }
+  int64_t output_height() const { return grad.shape[2]; }
+  int64_t output_width() const { return grad.shape[3]; }
 };
 
 // --- What Python calls: the kernels above, one after another on one workspace, as plan.cpp decides ---

@@ -48,12 +48,97 @@ class Panels {
   int64_t halves_, channels_, width_;
 };
 
+// The depth of the product over all terms. Each term's channels are padded to whole steps, unless they are so few that
+// all terms' values of a pixel are gathered one after another.
+template <class E>
+struct ProductDepth {
+  static constexpr int64_t kJoinedBelow = 16;
+
+  bool joined;
+  int64_t of_term, total;
+
+  ProductDepth(int64_t inputs, int64_t terms)
+      : joined(inputs < kJoinedBelow && terms > 1),
+        of_term(joined ? inputs : padded_depth<E>(inputs)),
+        total(padded_depth<E>(terms * of_term)) {}
+};
+
 template <class E, class Storage>
 inline E to_element(Storage v) {
   if constexpr (std::is_same_v<E, Storage>)
     return v;
   else
     return widen(v);
+}
+
+template <class T, int64_t n>
+struct LanesAs {
+  typedef T type __attribute__((vector_size(n * sizeof(T))));
+};
+template <class T, int64_t n>
+using LanesOf = typename LanesAs<T, n>::type;
+
+// A register of values from memory and to it, in the type they are stored in.
+template <class S, class Storage>
+inline Register<S> load_widened(const Storage* from) {
+  if constexpr (std::is_same_v<S, Storage>) return load_register(from);
+  constexpr int64_t kLanes = kRegisterLanes<S>;
+  if constexpr (std::is_same_v<Storage, BFloat16>) {
+    LanesOf<uint16_t, kLanes> halves;
+    std::memcpy(&halves, from, sizeof halves);
+    return (Register<S>)(__builtin_convertvector(halves, LanesOf<uint32_t, kLanes>) << 16);
+  }
+  S values[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) values[i] = widen(from[i]);
+  return load_register(values);
+}
+template <class S, class Storage>
+inline void store_narrowed(Storage* to, Register<S> v) {
+#if defined(__AVX512BF16__)
+  // Products of this instruction set have no denormal sums either.
+  if constexpr (std::is_same_v<Storage, BFloat16>) {
+    const __m256bh narrowed = _mm512_cvtneps_pbh((__m512)v);
+    return std::memcpy(to, &narrowed, sizeof narrowed), void();
+  }
+#endif
+  S values[kRegisterLanes<S>];
+  store_register(values, v);
+  narrow(to, values, kRegisterLanes<S>);
+}
+
+// A value read through a ReLU, as torch.relu has it: NaN stays.
+template <class Storage>
+inline Storage relu(Storage v) {
+  if constexpr (std::is_same_v<Storage, BFloat16> || std::is_same_v<Storage, Half>) {
+    constexpr uint16_t kInfinity = std::is_same_v<Storage, Half> ? 0x7c00 : 0x7f80;
+    return Storage{static_cast<uint16_t>(v.bits >= 0x8000 && v.bits <= (0x8000 | kInfinity) ? 0 : v.bits)};
+  } else {
+    return v < 0 ? Storage{} : v;
+  }
+}
+
+// Values of a pixel as they are multiplied.
+template <class E, class Storage>
+inline void to_elements(E* __restrict to, const Storage* __restrict from, int64_t count, bool through_relu) {
+  if (through_relu)
+    for (int64_t k = 0; k < count; ++k) to[k] = to_element<E>(relu(from[k]));
+  else
+    for (int64_t k = 0; k < count; ++k) to[k] = to_element<E>(from[k]);
+}
+
+// to = one + sign * other, which are values of two pixels.
+inline void add(float* __restrict to, const float* one, const float* other, int64_t count, int sign,
+                bool through_relu) {
+  const auto add_all = [&](auto read) {
+    if (sign > 0)
+      for (int64_t k = 0; k < count; ++k) to[k] = read(one[k]) + read(other[k]);
+    else
+      for (int64_t k = 0; k < count; ++k) to[k] = read(one[k]) - read(other[k]);
+  };
+  if (through_relu)
+    add_all([](float v) { return relu(v); });
+  else
+    add_all([](float v) { return v; });
 }
 
 }  // namespace cpc::masked_conv::cpu::CPC_ISA

@@ -20,9 +20,7 @@ constexpr int64_t kPairsChannels = 32;
 // see the same, so that what a mask hides does not come back as a rounding error; and where it is faster.
 bool in_pairs(const TensorView& weight, const TensorView& mask, const TensorView& images, int64_t dilation,
               Where where) {
-  return where == Where::host && weight.dtype == DType::f32 && mask.ndim == 2 && dilation == 1 && weight.shape[3] > 1 &&
-         images.shape[3] > 1 && std::min(weight.shape[0], weight.shape[1]) >= kPairsChannels &&
-         images.shape[0] * images.shape[2] * images.shape[3] >= kPairsPixels;
+  return where == Where::host && mask.ndim == 2 && pairs_pay(weight, images, dilation);
 }
 
 // Ors together the filters of a dense mask, eight at a time: a period of `taps` words.
@@ -159,6 +157,7 @@ void run(const Layer& problem, const Device& on) {
                .bias = problem.bias,
                .condition = problem.condition,
                .position = {},
+               .positive = {},
                .output = problem.output,
                .preactivation = problem.preactivation,
                .taps = plan.taps,
@@ -200,6 +199,7 @@ void run(const LayerGrad& problem, const Device& on) {
                  .bias = {},
                  .condition = {},
                  .position = {},
+                 .positive = {},
                  .output = problem.grad_input,
                  .preactivation = {},
                  .taps = plan.taps,
@@ -217,6 +217,12 @@ void run(const LayerGrad& problem, const Device& on) {
 }
 
 }  // namespace
+
+bool pairs_pay(const TensorView& weight, const TensorView& images, int64_t dilation) {
+  return weight.dtype == DType::f32 && dilation == 1 && weight.shape[3] > 1 && images.shape[3] > 1 &&
+         std::min(weight.shape[0], weight.shape[1]) >= kPairsChannels &&
+         images.shape[0] * images.shape[2] * images.shape[3] >= kPairsPixels;
+}
 
 std::vector<int64_t> visible_taps(const TensorView& mask) {
   const std::vector<char> seen = seen_taps(mask);

@@ -16,6 +16,9 @@ Plan plan(const Layer& problem, Where where);
 // The taps negated: for the gradient in the input, which sums over the same ones.
 Plan plan(const LayerGrad& problem, Where where, bool negated = false);
 
+// Whether it is faster on the CPU to compute neighbouring pixels of images together, at stride 1.
+bool pairs_pay(const TensorView& weight, const TensorView& images, int64_t dilation);
+
 // The taps that some channel sees, in order.
 std::vector<int64_t> visible_taps(const TensorView& mask);
 

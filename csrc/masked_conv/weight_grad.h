@@ -1,6 +1,7 @@
 // The gradient in the weight on the CPU: for each term (terms.h) the product of what it reads and the gradient in the
 // outputs, summed over all pixels. Slices of both operands are packed, pixels position by position over the batch: a
 // tap is nothing but an offset in them, and pairs of pixels are packed as the sums and differences that terms multiply.
+// With a stride, the columns of the input that lie a stride apart are packed together.
 // Included only by cpu.cpp, once per instruction set level.
 #pragma once
 
@@ -37,36 +38,37 @@ class WeightGradient {
         panels_(problem.outputs(), false),
         tiles_(divide_up(problem.channels(), kTileRows)),
         step_(problem.pairs ? 2 : 1),
-        across_(divide_up(problem.width(), step_)),
+        across_(divide_up(problem.output_width(), step_)),
+        read_step_(problem.pairs ? 2 : problem.stride),
+        read_across_(problem.pairs ? across_ : divide_up(problem.width(), read_step_)),
+        reads_line_(problem.stride),
         zeros_(std::max(problem.channels(), problem.outputs())) {
     // Steps of depth that are multiplied together are of two images.
     const int64_t batch = padded_depth<E>(problem.batch());
-    images_ = std::min(batch, padded_depth<E>(divide_up(kSliceDepth, problem.width())));
+    images_ = std::min(batch, padded_depth<E>(divide_up(kSliceDepth, problem.output_width())));
+    // What the outputs' sums pass on: to m0 to m3, from y0 = m0 + m1 + m2 and y1 = m1 - m2 + m3.
+    of_grad_ = {{0, 0, 0}};
+    if (problem.pairs) of_grad_ = {{0, 0, 0}, {0, 1, 1}, {0, 1, -1}, {1, 0, 0}};
     for (const Term& term : terms_) {
       above_ = std::max(above_, -term.dy);
       below_ = std::max(below_, term.dy);
+      reads_line_[remainder(term.dy)] = true;
+      // Forms of pairs are of where they read; else a form is of a column within the stride.
+      const Form form = problem.pairs ? Form{term.dx, term.other_dx, term.sign} : Form{remainder(term.dx), 0, 0};
+      const auto known = std::find(of_input_.begin(), of_input_.end(), form);
+      form_of_.push_back(known - of_input_.begin());
+      shift_of_.push_back(problem.pairs ? 0 : (term.dx - form.dx) / problem.stride);
+      if (known == of_input_.end()) of_input_.push_back(form);
     }
-    if (problem.pairs) {
-      // What the outputs' sums pass on: to m0 to m3, from y0 = m0 + m1 + m2 and y1 = m1 - m2 + m3.
-      of_grad_ = {{0, 0, 0}, {0, 1, 1}, {0, 1, -1}, {1, 0, 0}};
-      for (const Term& term : terms_) {
-        const Form form{term.dx, term.other_dx, term.sign};
-        const auto known = std::find(of_input_.begin(), of_input_.end(), form);
-        form_of_.push_back(known - of_input_.begin());
-        if (known == of_input_.end()) of_input_.push_back(form);
-      }
-    } else {
-      of_grad_ = of_input_ = {{0, 0, 0}};
-      form_of_.assign(terms_.size(), 0);
-    }
-    const int64_t row_bytes = row_pixels() * sizeof(E) *
-                              (std::ssize(of_input_) * problem.channels() + std::ssize(of_grad_) * problem.outputs());
-    slice_rows_ = std::clamp<int64_t>((problem.pairs ? 2 : 1) * kSliceBytes / row_bytes, 1, problem.height());
-    read_rows_ = std::min(slice_rows_ + above_ + below_, problem.height());
+    const int64_t row_bytes = images_ * sizeof(E) *
+                              (std::ssize(of_input_) * read_across_ * problem.stride * problem.channels() +
+                               std::ssize(of_grad_) * across_ * problem.outputs());
+    slice_rows_ = std::clamp<int64_t>((problem.pairs ? 2 : 1) * kSliceBytes / row_bytes, 1, problem.output_height());
+    read_rows_ = std::min((slice_rows_ - 1) * problem.stride + above_ + below_ + 1, problem.height());
   }
 
   void run() const {
-    const int64_t left_size = std::ssize(of_input_) * tiles_ * left_pitch(),
+    const int64_t left_size = std::ssize(of_input_) * left_pitch(),
                   right_size = std::ssize(of_grad_) * panels_.count() * right_pitch(),
                   sums_size = panels_.count() * terms() * tiles_ * kTileRows * kTileColumns<E>;
     std::vector<S> sums(sums_size);
@@ -78,10 +80,11 @@ class WeightGradient {
     E* const right = parts.take<E>(right_size);
     // Work of one slice.
     const double slices = static_cast<double>(divide_up(problem_.batch(), images_) *
-                                              divide_up(problem_.height(), slice_rows_)),
-                 positions = static_cast<double>(problem_.batch() * problem_.height() * across_) / slices,
-                 packed = positions * static_cast<double>(std::ssize(of_input_) * problem_.channels() +
-                                                          std::ssize(of_grad_) * problem_.outputs()),
+                                              divide_up(problem_.output_height(), slice_rows_)),
+                 positions = static_cast<double>(problem_.batch() * problem_.output_height() * across_) / slices,
+                 packed =
+                     positions * static_cast<double>(std::ssize(of_input_) * problem_.stride * problem_.channels() +
+                                                     std::ssize(of_grad_) * problem_.outputs()),
                  flops = 2 * positions * static_cast<double>(problem_.channels() * problem_.outputs()) *
                          static_cast<double>(terms());
     const int packers = workers_for(packed * kSliceNanoseconds), threads = workers_for(flops / kFlopsPerNanosecond);
@@ -89,12 +92,13 @@ class WeightGradient {
                   tasks = divide_up(tiles_, task_tiles);
     std::vector<E> values(workers() * images_ * zeros_.size());
     for (int64_t b = 0; b < problem_.batch(); b += images_)
-      for (int64_t y = 0; y < problem_.height(); y += slice_rows_) {
+      for (int64_t y = 0; y < problem_.output_height(); y += slice_rows_) {
         const Slice slice = slice_at(b, y);
         const auto pack_position = [&](int64_t task, int worker) {
           pack(slice, left, right, values.data() + worker * images_ * zeros_.size(), task);
         };
-        parallel_for((slice.read_end - slice.read_begin + slice.end - slice.begin) * across_, pack_position, packers);
+        parallel_for((slice.read_end - slice.read_begin) * read_across_ + (slice.end - slice.begin) * across_,
+                     pack_position, packers);
         const auto multiply_tiles = [&](int64_t task, int) {
           const int64_t first = task % tasks * task_tiles;
           multiply(slice, left, right, sums.data(), task / tasks, first, std::min(first + task_tiles, tiles_));
@@ -111,15 +115,18 @@ class WeightGradient {
     int64_t b, begin, end, read_begin, read_end;
   };
   Slice slice_at(int64_t b, int64_t y) const {
-    const int64_t end = std::min(y + slice_rows_, problem_.height());
-    return {b, y, end, std::clamp<int64_t>(y - above_, 0, problem_.height() - 1),
-            std::clamp<int64_t>(end + below_, 1, problem_.height())};
+    const int64_t end = std::min(y + slice_rows_, problem_.output_height()), stride = problem_.stride;
+    return {b, y, end, std::clamp<int64_t>(y * stride - above_, 0, problem_.height() - 1),
+            std::clamp<int64_t>((end - 1) * stride + below_ + 1, 1, problem_.height())};
   }
   int64_t terms() const { return std::ssize(terms_); }
-  int64_t row_pixels() const { return across_ * images_; }
-  // Sizes of a tile of the left operand, and of a panel of the right one.
-  int64_t left_pitch() const { return read_rows_ * row_pixels() * kTileRows; }
-  int64_t right_pitch() const { return slice_rows_ * row_pixels() * kTileColumns<E>; }
+  // Channels of a step of the left operand, for whole tiles.
+  int64_t left_channels() const { return tiles_ * kTileRows; }
+  // Sizes of a form of the left operand, and of a panel of the right one.
+  int64_t left_pitch() const { return read_rows_ * read_across_ * images_ * left_channels(); }
+  int64_t right_pitch() const { return slice_rows_ * across_ * images_ * kTileColumns<E>; }
+  // Of a number that may be negative, by the stride.
+  int64_t remainder(int64_t n) const { return (n % problem_.stride + problem_.stride) % problem_.stride; }
 
   // What is multiplied: the pixel `dx` away plus `sign` times the one `other_dx` away.
   struct Form {
@@ -129,34 +136,41 @@ class WeightGradient {
   };
 
   // Packs one position of the slice, over its images: of the input for the first tasks, then of the gradient. The
-  // depth's order is (y, x, image); left lies as [form][tile][depth][kTileRows], right as
-  // [form][panel][depth][columns], both with kDepthStep steps of depth side by side.
+  // depth's order is (y, x, image); left lies as [form][depth][channels], right as [form][panel][depth][columns], both
+  // with kDepthStep steps of depth side by side.
   void pack(const Slice& slice, E* left, E* right, E* memory, int64_t task) const {
-    const int64_t reads = (slice.read_end - slice.read_begin) * across_;
+    const int64_t reads = (slice.read_end - slice.read_begin) * read_across_;
     const bool of_input = task < reads;
-    const int64_t at = of_input ? task : task - reads, x = at % across_ * step_;
-    const int64_t y = (of_input ? slice.read_begin : slice.begin) + at / across_;
+    const int64_t at = of_input ? task : task - reads, across = of_input ? read_across_ : across_;
+    const int64_t x = at % across * (of_input ? read_step_ : step_);
+    const int64_t y = (of_input ? slice.read_begin : slice.begin) + at / across;
+    if (of_input && !reads_line_[y % problem_.stride]) return;
     const TensorView& from = of_input ? problem_.input : problem_.grad;
     const std::vector<Form>& forms = of_input ? of_input_ : of_grad_;
     for (int64_t f = 0; f < std::ssize(forms); ++f) {
       const E* values[kSliceDepth];
       for (int64_t i = 0; i < images_; ++i)
-        values[i] = values_of(from, slice.b + i, y, x, forms[f], memory + i * std::ssize(zeros_));
-      // Image by image for each tile, so that what is written lies together.
+        values[i] = values_of(from, slice.b + i, y, x, forms[f], of_input && problem_.relu_input,
+                              memory + i * std::ssize(zeros_));
+      // Images of a step of depth lie side by side; the columns behind the `count` given are zero.
       const auto place = [&](E* to, int64_t first, int64_t count, auto columns) {
-        for (int64_t i = 0; i < images_; ++i) {
-          E* const out = to + i / kDepthStep<E> * kDepthStep<E> * columns + i % kDepthStep<E>;
-          const E* const given = values[i] + first;
-          if (count == columns)  // Known to the compiler.
-            for (int64_t c = 0; c < columns; ++c) out[c * kDepthStep<E>] = given[c];
+        constexpr int64_t kStep = kDepthStep<E>;
+        for (int64_t i = 0; i < images_; i += kStep) {
+          E* const __restrict out = to + i * columns;
+          const E* given[kStep];
+          for (int64_t j = 0; j < kStep; ++j) given[j] = values[i + j] + first;
+          const auto copy = [&](auto n) {
+            for (int64_t c = 0; c < n; ++c)
+              for (int64_t j = 0; j < kStep; ++j) out[c * kStep + j] = given[j][c];
+          };
+          if (count == columns)
+            copy(columns);  // Known to the compiler.
           else
-            for (int64_t c = 0; c < columns; ++c) out[c * kDepthStep<E>] = c < count ? given[c] : E{};
+            copy(count), std::fill(out + count * kStep, out + columns * kStep, E{});
         }
       };
       if (of_input) {
-        for (int64_t tile = 0, first = 0; tile < tiles_; ++tile, first += kTileRows)
-          place(left + (f * tiles_ + tile) * left_pitch() + at * images_ * kTileRows, first,
-                std::min<int64_t>(kTileRows, from.shape[1] - first), std::integral_constant<int64_t, kTileRows>{});
+        place(left + f * left_pitch() + at * images_ * left_channels(), 0, from.shape[1], left_channels());
       } else {
         for (int64_t p = 0; p < panels_.count(); ++p) {
           E* const panel = right + (f * panels_.count() + p) * right_pitch();
@@ -171,9 +185,10 @@ class WeightGradient {
   }
 
   // A form's values at a pixel: where they lie, or in `memory`.
-  const E* values_of(const TensorView& from, int64_t b, int64_t y, int64_t x, const Form& form, E* memory) const {
+  const E* values_of(const TensorView& from, int64_t b, int64_t y, int64_t x, const Form& form, bool through_relu,
+                     E* memory) const {
     const auto read = [&](int64_t dx) -> const Storage* {
-      if (b >= problem_.batch() || x + dx < 0 || x + dx >= problem_.width()) return nullptr;
+      if (b >= problem_.batch() || x + dx < 0 || x + dx >= from.shape[3]) return nullptr;
       return from.as<Storage>() + b * from.strides[0] + y * from.strides[2] + (x + dx) * from.strides[3];
     };
     const Storage* const one = read(form.dx);
@@ -182,16 +197,13 @@ class WeightGradient {
     if (!one && !other) return zeros_.data();
     if constexpr (std::is_same_v<Storage, float>) {
       if (other) {
-        const float* const left = one ? one : zeros_.data();
-        if (form.sign > 0)
-          for (int64_t c = 0; c < channels; ++c) memory[c] = left[c] + other[c];
-        else
-          for (int64_t c = 0; c < channels; ++c) memory[c] = left[c] - other[c];
+        add(memory, one ? one : zeros_.data(), other, channels, form.sign, through_relu);
         return memory;
       }
     }
-    if constexpr (std::is_same_v<E, Storage>) return one;
-    for (int64_t c = 0; c < channels; ++c) memory[c] = to_element<E>(one[c]);
+    if constexpr (std::is_same_v<E, Storage>)
+      if (!through_relu) return one;
+    to_elements(memory, one, channels, through_relu);
     return memory;
   }
 
@@ -201,13 +213,15 @@ class WeightGradient {
     const int64_t vectors = panels_[p].vectors, columns = vectors * kLaneColumns<E>;
     for (int64_t t = 0; t < terms(); ++t) {
       const Term& term = terms_[t];
-      // Forms of pairs are of where they read.
-      const int64_t dx = problem_.pairs ? 0 : term.dx;
-      int64_t x_begin = std::max<int64_t>(0, -dx), x_end = std::min(across_, across_ - dx);
+      const int64_t stride = problem_.stride, shift = shift_of_[t];
+      int64_t x_begin = std::max<int64_t>(0, -shift), x_end = std::min(across_, read_across_ - shift);
       // The last sum is the right pixel's alone, which an image of odd width ends without.
-      if (problem_.pairs && term.sum == kPairSums - 1) x_end = problem_.width() / 2;
+      if (problem_.pairs && term.sum == kPairSums - 1) x_end = problem_.output_width() / 2;
       const int64_t depth = (x_end - x_begin) * images_;
-      const int64_t y_begin = std::max(slice.begin, -term.dy), y_end = std::min(slice.end, problem_.height() - term.dy);
+      // Rows whose y * stride + dy are in the input; divisions round down.
+      const int64_t beyond = problem_.height() - 1 - term.dy;
+      const int64_t y_begin = std::max(slice.begin, term.dy < 0 ? divide_up(-term.dy, stride) : 0),
+                    y_end = std::min(slice.end, beyond < 0 ? 0 : beyond / stride + 1);
       if (depth <= 0 || y_begin >= y_end) continue;
       const E* const panel = right + (term.sum * panels_.count() + p) * right_pitch();
       for (int64_t i = first; i < last; ++i) {
@@ -216,11 +230,14 @@ class WeightGradient {
           Tile<E, kTileRows, tile_vectors> tile;
           tile.load(tile_sums, kTileColumns<E>);
           for (int64_t y = y_begin; y < y_end; ++y) {
-            const int64_t reads = ((y + term.dy - slice.read_begin) * across_ + x_begin + dx) * images_;
+            const int64_t line = y * stride + term.dy - slice.read_begin;
+            const int64_t reads = (line * read_across_ + x_begin + shift) * images_;
             const int64_t gives = ((y - slice.begin) * across_ + x_begin) * images_;
-            const E* const from = left + (form_of_[t] * tiles_ + i) * left_pitch() + reads * kTileRows;
-            tile.multiply([from](int r, int64_t k) { return from + k * kTileRows + r * kDepthStep<E>; },
-                          panel + gives * columns, depth);
+            const E* const from =
+                left + form_of_[t] * left_pitch() + reads * left_channels() + i * kTileRows * kDepthStep<E>;
+            tile.multiply(
+                [from, pitch = left_channels()](int r, int64_t k) { return from + k * pitch + r * kDepthStep<E>; },
+                panel + gives * columns, depth);
           }
           tile.store(tile_sums, kTileColumns<E>);
         });
@@ -265,7 +282,7 @@ class WeightGradient {
             }
             for (int64_t c = first; c < end; ++c) to[c * out.strides[1]] = narrow<Storage>(total[c - first]);
           }
-          if (mask.ndim == 2 || shares[index].empty()) continue;  // The tap is visible to all channels, or to none.
+          if (mask.ndim != 4 || shares[index].empty()) continue;  // The tap is visible to all channels, or to none.
           const bool* const visible = mask.as<bool>() + o * mask_out + i * mask_y + j * mask_x;
           for (int64_t c = first; c < end; ++c)
             if (!visible[c * mask_in]) to[c * out.strides[1]] = Storage{};
@@ -279,11 +296,14 @@ class WeightGradient {
   std::vector<Term> terms_;
   Panels<E> panels_;
   int64_t tiles_;  // Tiles of input channels.
-  int64_t step_, across_;
+  // Positions of a row of the gradient, and pixels from one to the next; the same of the input.
+  int64_t step_, across_, read_step_, read_across_;
+  std::vector<char> reads_line_;  // Whether a row of the input is read, by its remainder.
   std::vector<E> zeros_;
   std::vector<Form> of_input_, of_grad_;  // The latter by the sums they go to.
-  std::vector<int64_t> form_of_;          // The input's form, by term.
-  int64_t above_ = 0, below_ = 0;         // Rows that taps reach beyond a row.
+  // By term: the input's form, and how many positions of it away it reads.
+  std::vector<int64_t> form_of_, shift_of_;
+  int64_t above_ = 0, below_ = 0;  // Rows that taps reach beyond a row.
   int64_t images_, slice_rows_, read_rows_;
 };
 

@@ -91,8 +91,10 @@ def make_model(device: torch.device, channels_last: bool) -> CPC:
 @contextmanager
 def plain_ops() -> Iterator[None]:
     """The same layers on plain PyTorch formulas instead of our ops."""
-    layers, objective = (sys.modules[f"cpc_ext.nn.{name}"] for name in ("masked_conv2d", "grid_info_nce"))
+    names = "conv2d", "masked_conv2d", "grid_info_nce"
+    convolutions, layers, objective = (sys.modules[f"cpc_ext.nn.{name}"] for name in names)
     with (
+        patch.object(convolutions, "kernel_pays", lambda *_: False),
         patch.object(layers, "masked_conv2d", masked_conv2d_reference),
         patch.object(objective, "info_nce", info_nce_reference),
     ):
@@ -117,6 +119,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch-size", type=int, metavar="B", help="images of a step (default 16, 4 with --quick)")
     parser.add_argument("--repeats", type=int, metavar="N", help="timed steps of each (default 7, 2 with --quick)")
+    parser.add_argument("--float32", action="store_true", help="tuned and ours in float32, whatever is native")
     add_common_arguments(parser)
     arguments = parser.parse_args()
     if arguments.repeats is None:
@@ -130,7 +133,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main(arguments: argparse.Namespace) -> None:
     device, batch_size = torch.device(arguments.device), arguments.batch_size
-    dtype = native_dtype(device)
+    dtype = torch.float32 if arguments.float32 else native_dtype(device)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (IMAGES, 3, IMAGE_SIDE, IMAGE_SIDE), dtype=torch.uint8, generator=generator)
     our_batches = OurInput(pixels, dtype, device, generator)

@@ -180,8 +180,9 @@ void logistic_mixture() {
   }
 }
 
-// A convolution and its gradients, with more blocks, panels and slices than threads.
-void masked_conv_of(bool pairs) {
+// A convolution and its gradients, with more blocks, panels and slices than threads. Through a ReLU each block copies the
+// pixels that it reads.
+void masked_conv_of(bool pairs, bool relu_input) {
   constexpr int64_t kBatch = 7, kIn = 20, kOut = 70, kSize = 9;
   const auto floats = [](int64_t n) { return std::vector<float>(n, 0.5f); };
   std::vector<float> input = floats(kBatch * kIn * kSize * kSize), output = floats(kBatch * kOut * kSize * kSize),
@@ -209,6 +210,7 @@ void masked_conv_of(bool pairs) {
   convolution.taps = packing.taps;
   convolution.outputs = kOut;
   convolution.pairs = pairs;
+  convolution.relu_input = relu_input;
   masked_conv::cpu::CPC_ISA::convolve(convolution);
   masked_conv::ActivationGrad activation;
   activation.grad = images(output, kOut);
@@ -224,11 +226,13 @@ void masked_conv_of(bool pairs) {
   gradient.weight_grad = packing.weight;
   gradient.taps = packing.taps;
   gradient.pairs = pairs;
+  gradient.relu_input = relu_input;
   masked_conv::cpu::CPC_ISA::weight_grad(gradient);
 }
 
 void masked_conv() {
-  for (const bool pairs : {false, true}) masked_conv_of(pairs);
+  for (const bool pairs : {false, true})
+    for (const bool relu_input : {false, true}) masked_conv_of(pairs, relu_input);
 }
 
 // Two steps that read what steps of other pixels wrote, with work enough for all threads.

@@ -16,6 +16,7 @@ from cpc_ext._native import native
 from cpc_ext.ops import (
     _contrast,
     _library,
+    conv2d,
     extract_patches,
     info_nce,
     logistic_mixture_nll,
@@ -142,6 +143,10 @@ IMAGES = torch.zeros(1, 1, 2, 2, dtype=torch.uint8)
         (lambda q, k, b, s: scores_logsumexp(q, k, key_bias=b, scale=s), [(2, 3), (2, 3), (2,), ()]),
         (lambda q, k, w, b, s: sigmoid_contrast(q, k, weights=w, bias=b, scale=s), [(2, 3), (2, 3), (2,), (), ()]),
         (
+            lambda x, w, b, r: conv2d(x, w, b, residual=r, relu_input=True),
+            [(1, 1, 2, 2), (2, 1, 1, 1), (2,), (1, 2, 2, 2)],
+        ),
+        (
             lambda x, w, b, c: masked_conv2d(x, w, b, mask=MASK, condition=c),
             [(1, 1, 2, 2), (2, 1, 1, 1), (2,), (2, 1, 1)],
         ),
@@ -152,6 +157,7 @@ IMAGES = torch.zeros(1, 1, 2, 2, dtype=torch.uint8)
         "info_nce",
         "scores_logsumexp",
         "sigmoid_contrast",
+        "conv2d",
         "masked_conv2d",
         "extract_patches",
         "logistic_mixture_nll",

@@ -7,6 +7,7 @@ import torch
 from torch.func import functionalize, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from cpc_ext.ops import (
+    conv2d,
     extract_patches,
     info_nce,
     logistic_mixture_nll,
@@ -50,6 +51,12 @@ FUNCTIONS = {
         lambda q, k, s, b: sigmoid_contrast(q, k, INDICES, scale=s, bias=b),
         [(3, 2), (4, 2), (), ()],
     ),
+    "conv2d": (
+        lambda x, w, b, r: (
+            conv2d(x, w, b, stride=2, padding=1, relu_input=True, residual=r, activation="relu").square().sum()
+        ),
+        [(1, 2, 4, 3), (4, 2, 3, 3), (4,), (1, 4, 2, 2)],
+    ),
     "masked_conv2d": (
         lambda x, w, b: masked_conv2d(x, w, b, mask=MASK, activation="relu").square().sum(),
         [(1, 2, 4, 3), (4, 2, 3, 3), (4,)],
@@ -61,7 +68,7 @@ FUNCTIONS = {
     "extract_patches": (lambda x: extract_patches(x, 2, 1, patch_norm=True).exp().sum(), [(1, 1, 3, 4)]),
     "logistic_mixture_nll": (lambda p: logistic_mixture_nll(IMAGES, p).tanh().sum(), [(2, 20, 3, 3)]),
 }
-TWICE = [name for name in FUNCTIONS if name.startswith(("masked", "extract"))]
+TWICE = [name for name in FUNCTIONS if name.startswith(("conv2d", "masked", "extract"))]
 
 
 @pytest.fixture(params=FUNCTIONS)

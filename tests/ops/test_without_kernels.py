@@ -270,6 +270,16 @@ def problems(dtype):
         given = (grad, heard, layer, shift, scale, moved)
         yield "waveform_conv1d_backward", (*given, 3, 1, 1e-5, dtype != torch.bfloat16)
 
+    for stride, padding, relu_input, relu in itertools.product((1, 2), ([1, 1], [0, 2]), (False, True), (False, True)):
+        arguments = stride, padding, 1, relu_input
+        output = torch.ops.cpc_ext.conv2d(input, weight, bias, None, *arguments, relu)
+        yield "conv2d", (input, weight, bias, output.contiguous(), *arguments, relu)
+        yield "conv2d", (input, weight, None, None, *arguments, relu)
+        grad = draw(*output.shape, seed=9, dtype=dtype)
+        for needs in choices:
+            given = grad, input, weight, output if relu else None
+            yield "conv2d_backward", (*given, input.flip(0) if needs[0] else None, *arguments, [*needs])
+
     for activation, keep in itertools.product(("none", "relu", "gated"), (False, True)):
         yield "masked_conv2d", (input, weight, bias, channels, condition, 2, activation, keep)
         yield "masked_conv2d", (input, weight, None, plane, None, 1, activation, keep)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cpc_ext.models.encoders.stacked_encoder import EncoderBlock, StackedEncoder
+from cpc_ext.nn.conv2d import Conv2d
 from cpc_ext.nn.typed import Sequential
 
 __all__ = ["LayerNormResNetEncoder"]
@@ -66,7 +67,7 @@ class LayerNormResNetEncoder(StackedEncoder):
             raise ValueError("blocks, channels, expansions and stem_channels must be at least 1")
         self.patch_size = patch_size
         side = _halved(patch_size)
-        self.conv1 = nn.Conv2d(in_channels, stem_channels, 7, stride=2, padding=3, bias=False)
+        self.conv1 = Conv2d(in_channels, stem_channels, 7, stride=2, padding=3, bias=False)
         self.ln1 = nn.LayerNorm([stem_channels, side, side])
         self.pool = nn.MaxPool2d(3, stride=2, padding=1)
         side = _halved(side)
@@ -107,15 +108,15 @@ class _Bottleneck(EncoderBlock):
         super().__init__()
         self.out_channels = out_channels
         after = _halved(side) if stride == 2 else side
-        self.conv1 = nn.Conv2d(in_channels, inside, 1, bias=False)
+        self.conv1 = Conv2d(in_channels, inside, 1, bias=False)
         self.ln1 = nn.LayerNorm([inside, side, side])
-        self.conv2 = nn.Conv2d(inside, inside, 3, stride=stride, padding=1, bias=False)
+        self.conv2 = Conv2d(inside, inside, 3, stride=stride, padding=1, bias=False)
         self.ln2 = nn.LayerNorm([inside, after, after])
-        self.conv3 = nn.Conv2d(inside, out_channels, 1, bias=False)
+        self.conv3 = Conv2d(inside, out_channels, 1, bias=False)
         self.ln3 = nn.LayerNorm([out_channels, after, after])
         self.downsample: Sequential[nn.Module] | None = None
         if stride > 1 or in_channels != out_channels:
-            shortcut = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+            shortcut = Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
             self.downsample = Sequential(shortcut, nn.LayerNorm([out_channels, after, after]))
 
     def forward(self, input: Tensor) -> Tensor:

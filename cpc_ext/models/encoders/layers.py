@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from cpc_ext.nn.conv2d import Conv2d
 from cpc_ext.nn.group_norm import GroupNorm
 
-__all__ = ["NORMS", "check_norm", "conv", "reset_layers"]
+__all__ = ["NORMS", "begin_block", "check_norm", "conv", "reset_layers"]
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "none": lambda channels: nn.Identity(),
@@ -25,11 +27,9 @@ def check_norm(norm: str) -> None:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
 
 
-def conv(
-    in_channels: int, out_channels: int, kernel_size: int, stride: int, norm: str, *, groups: int = 1
-) -> nn.Conv2d:
+def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int, norm: str, *, groups: int = 1) -> Conv2d:
     """A convolution that keeps the size, over its stride; it has biases only without a norm."""
-    return nn.Conv2d(
+    return Conv2d(
         in_channels,
         out_channels,
         kernel_size,
@@ -38,6 +38,24 @@ def conv(
         groups=groups,
         bias=norm == "none",
     )
+
+
+def begin_block(input: Tensor, normed: Tensor, first: Conv2d, shortcut: Conv2d | None) -> tuple[Tensor, Tensor]:
+    """The first convolution of a pre-activation block, and the residual that its last one is to add.
+
+    Args:
+        input: of the block.
+        normed: the same after the block's first norm; the input itself where there is none.
+        first: convolves the ReLU of ``normed``.
+        shortcut: likewise, to the residual; None where that is the input.
+    """
+    if first.takes_kernel(normed):
+        features, passed = first.passing(normed, relu_input=True)
+        if shortcut is not None:
+            return features, shortcut(passed, relu_input=True)
+        return features, passed if normed is input else input
+    activated = torch.relu(normed)  # Once for both.
+    return first(activated), input if shortcut is None else shortcut(activated)
 
 
 def reset_layers(network: nn.Module) -> None:

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cpc_ext.models.encoders.layers import NORMS, check_norm, conv, reset_layers
+from cpc_ext.models.encoders.layers import NORMS, begin_block, check_norm, conv, reset_layers
 from cpc_ext.models.encoders.stacked_encoder import EncoderBlock, StackedEncoder
+from cpc_ext.nn.conv2d import Conv2d
 from cpc_ext.nn.delta_orthogonal import delta_orthogonal_
 from cpc_ext.nn.typed import Sequential
 
@@ -195,13 +196,12 @@ class _BasicBlock(EncoderBlock):
         self.shortcut = _shortcut(in_channels, channels, stride, norm)
 
     @property
-    def last_conv(self) -> nn.Conv2d:
+    def last_conv(self) -> Conv2d:
         return self.conv2
 
     def forward(self, input: Tensor) -> Tensor:
-        activated = torch.relu(self.norm1(input))
-        residual: Tensor = self.conv2(torch.relu(self.norm2(self.conv1(activated))))
-        return residual + (input if self.shortcut is None else self.shortcut(activated))
+        features, residual = begin_block(input, self.norm1(input), self.conv1, self.shortcut)
+        return self.conv2(self.norm2(features), relu_input=True, residual=residual)
 
 
 class _BottleneckBlock(EncoderBlock):
@@ -222,17 +222,16 @@ class _BottleneckBlock(EncoderBlock):
         self.shortcut = _shortcut(in_channels, channels * expansion, stride, norm)
 
     @property
-    def last_conv(self) -> nn.Conv2d:
+    def last_conv(self) -> Conv2d:
         return self.conv3
 
     def forward(self, input: Tensor) -> Tensor:
-        activated = torch.relu(self.norm1(input))
-        residual: Tensor = self.conv2(torch.relu(self.norm2(self.conv1(activated))))
-        residual = self.conv3(torch.relu(self.norm3(residual)))
-        return residual + (input if self.shortcut is None else self.shortcut(activated))
+        features, residual = begin_block(input, self.norm1(input), self.conv1, self.shortcut)
+        features = self.conv2(self.norm2(features), relu_input=True)
+        return self.conv3(self.norm3(features), relu_input=True, residual=residual)
 
 
-def _shortcut(in_channels: int, out_channels: int, stride: int, norm: str) -> nn.Conv2d | None:
+def _shortcut(in_channels: int, out_channels: int, stride: int, norm: str) -> Conv2d | None:
     if stride == 1 and in_channels == out_channels:
         return None
     return conv(in_channels, out_channels, 1, stride, norm)

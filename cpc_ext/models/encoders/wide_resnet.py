@@ -110,6 +110,9 @@ class _Block(EncoderBlock):
             self.shortcut = conv(in_channels, channels, 1, stride, norm)
 
     def forward(self, input: Tensor) -> Tensor:
-        residual: Tensor = self.conv1(torch.relu(self.norm1(input)))
-        residual = self.conv2(torch.relu(self.norm2(residual)))
-        return residual + (input if self.shortcut is None else self.shortcut(input))
+        normed = self.norm1(input)
+        features, passed = self.conv1.passing(normed, relu_input=True)
+        residual = passed if normed is input else input
+        if self.shortcut is not None:
+            residual = self.shortcut(residual)
+        return self.conv2(self.norm2(features), relu_input=True, residual=residual)

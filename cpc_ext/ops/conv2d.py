@@ -1,0 +1,525 @@
+"""Convolution of small maps: zero padding, stride, and what stands around a convolution in a residual block.
+
+From input [B, C, H, W] and weight [O, C, kh, kw] to [B, O, H', W']. The CPU's kernels are those of the masked
+convolution: taps that fall on padding in all rows of a tile cost nothing, which on maps of 4x4 pixels is a third of
+them. A ReLU of the input, bias, an added residual and a ReLU of the result make no pass over memory of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cpc_ext._native import native
+from cpc_ext.ops._checks import check_dense
+from cpc_ext.ops._library import (
+    autocast_dtype,
+    is_plain,
+    may_need_gradients,
+    refuse_forward_mode,
+    register,
+    with_workspace,
+    without_autocast,
+)
+
+__all__ = ["conv2d", "conv2d_passing", "conv2d_reference"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_ACTIVATIONS = (None, "relu")
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int = 1,
+    relu_input: bool = False,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """Convolve, with ReLU in front, a sum and ReLU behind.
+
+    Equals ``F.conv2d(relu(input) if relu_input else input, weight, bias, stride, padding, dilation) + residual``
+    followed by the activation. Sums are in float32, in float64 where the tensors are. In float32 the CPU computes
+    images that are large enough in pairs of pixels at stride 1, as :func:`cpc_ext.ops.masked_conv2d` does. There are
+    kernels for the CPU alone: on all other devices, CUDA among them, PyTorch's own convolution computes the same.
+
+    Args:
+        input: [B, C, H, W], floating; B may be 0.
+        weight: [O, C, kh, kw], of the input's dtype unless autocast brings both to one.
+        bias: [O], likewise, or None.
+        stride: pixels of the input from one of the output's to the next.
+        padding: rows and columns of zeros on each side of the input; a number is for both.
+        dilation: distance of neighbouring taps in pixels.
+        relu_input: whether the input goes through a ReLU, whose result is kept nowhere.
+        residual: of the output's shape and the input's dtype; added before the activation.
+        activation: None or "relu".
+
+    Returns:
+        [B, O, H', W'] with H' = (H + 2 padding - dilation (kh - 1) - 1) // stride + 1 and W' likewise; on the CPU with
+        the channels innermost in memory (``channels_last``) whatever the input's layout; an input of that layout is not
+        copied. Differentiable backwards, any number of times.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or range.
+        NotImplementedError: forward-mode derivatives on the CPU.
+    """
+    padding = _check_arguments(input, weight, bias, stride, padding, dilation, relu_input, residual, activation)
+    if input.device.type != "cpu":
+        return conv2d_reference(
+            input,
+            weight,
+            bias,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            relu_input=relu_input,
+            residual=residual,
+            activation=activation,
+        )
+    refuse_forward_mode(input, weight, bias, residual)
+    input, weight, bias, residual = _autocast(input, weight, bias, residual)
+    return _conv2d(input, weight, bias, residual, stride, list(padding), dilation, relu_input, activation == "relu")
+
+
+def conv2d_passing(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int = 1,
+    relu_input: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """:func:`conv2d` of an input that goes past the convolution as well, as a residual block's does: (output, input).
+
+    Whatever uses the input after this is to use the second result, which is the input; its gradient is then added where
+    the convolution's is written, and not in a pass of its own. Arguments and errors are those of :func:`conv2d`.
+    """
+    options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "relu_input": relu_input}
+    kernel = input.device.type == "cpu" and is_plain(input) and autocast_dtype(input.device) in (None, input.dtype)
+    if not (kernel and may_need_gradients(input)):
+        return conv2d(input, weight, bias, **options), input
+    padding = _check_arguments(input, weight, bias, residual=None, activation=None, **options)
+    refuse_forward_mode(input, weight, bias)
+    input, weight, bias, _ = _autocast(input, weight, bias, None)
+    results: tuple[Tensor, Tensor] = _Passing.apply(  # type: ignore[no-untyped-call]
+        input, weight, bias, (stride, list(padding), dilation), relu_input
+    )
+    return results
+
+
+def conv2d_reference(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int = 1,
+    relu_input: bool = False,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """:func:`conv2d` in plain PyTorch, arguments unchecked."""
+    output = F.conv2d(torch.relu(input) if relu_input else input, weight, bias, stride, padding, dilation)
+    if residual is not None:
+        output = output + residual
+    return torch.relu(output) if activation == "relu" else output
+
+
+def _autocast(
+    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """All in autocast's type where it is on, except float64, which it leaves alone."""
+    dtype = autocast_dtype(input.device)
+    if dtype is None or input.dtype == torch.float64:
+        return input, weight, bias, residual
+    bias, residual = (None if tensor is None else tensor.to(dtype) for tensor in (bias, residual))
+    return input.to(dtype), weight.to(dtype), bias, residual
+
+
+def _check_arguments(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: int | tuple[int, int],
+    dilation: int,
+    relu_input: bool,
+    residual: Tensor | None,
+    activation: str | None,
+) -> tuple[int, int]:
+    """Gives the padding of rows and of columns."""
+    for name, tensor in (("input", input), ("weight", weight)):
+        if not check_dense(name, tensor).is_floating_point():
+            raise TypeError(f"{name} must be floating, got {tensor.dtype}")
+        if tensor.ndim != 4:
+            expected = "[B, C, H, W]" if name == "input" else "[O, C, kh, kw]"
+            raise ValueError(f"{name} must be {expected}, got shape {tuple(tensor.shape)}")
+    if 0 in input.shape[2:]:
+        raise ValueError(f"input must have at least one row and column, got shape {tuple(input.shape)}")
+    if 0 in weight.shape:
+        raise ValueError(f"weight must not be empty, got shape {tuple(weight.shape)}")
+    if input.shape[1] != weight.shape[1]:
+        raise ValueError(f"input must have the weight's {weight.shape[1]} channels, got {input.shape[1]}")
+    paddings = _check_numbers(stride, padding, dilation, relu_input, activation)
+    shape = _output_shape(input, weight, stride, paddings, dilation)
+    if min(shape[2:]) < 1:
+        raise ValueError(
+            f"weight's kernel of {weight.shape[2]}x{weight.shape[3]} taps must fit into the padded input, got shape "
+            f"{tuple(input.shape)} with padding {paddings} and dilation {dilation}"
+        )
+    for name, added, wanted in (("bias", bias, shape[1:2]), ("residual", residual, shape)):
+        if added is not None and check_dense(name, added).shape != wanted:
+            raise ValueError(f"{name} must have shape {tuple(wanted)}, got {tuple(added.shape)}")
+    for name, other in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if other is not None and other.device != input.device:
+            raise ValueError(f"{name} must be on the input's device {input.device}, got {other.device}")
+    _check_dtypes(input, weight, bias, residual)
+    return paddings
+
+
+def _check_numbers(
+    stride: int, padding: int | tuple[int, int], dilation: int, relu_input: bool, activation: str | None
+) -> tuple[int, int]:
+    for name, number in (("stride", stride), ("dilation", dilation)):
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"{name} must be an int, got {type(number).__name__}")
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    both = (padding, padding) if isinstance(padding, int) else tuple(padding)
+    if len(both) != 2 or any(isinstance(side, bool) or not isinstance(side, int) for side in both):
+        raise TypeError(f"padding must be an int or two, got {padding!r}")
+    if min(both) < 0:
+        raise ValueError(f"padding must not be negative, got {padding}")
+    if not isinstance(relu_input, bool):
+        raise TypeError(f"relu_input must be a bool, got {type(relu_input).__name__}")
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f'activation must be None or "relu", got {activation!r}')
+    return both
+
+
+def _check_dtypes(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    if input.dtype not in _DTYPES:
+        raise TypeError(f"input must have one of the dtypes {_DTYPES}, got {input.dtype}")
+    for name, value in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if value is None or value.dtype == input.dtype:
+            continue
+        dtypes = {value.dtype, input.dtype}
+        # Autocast brings all but float64 to its own type.
+        if torch.float64 in dtypes or not dtypes.issubset(_DTYPES) or autocast_dtype(input.device) is None:
+            raise TypeError(f"{name} must have the input's dtype {input.dtype}, got {value.dtype}")
+
+
+def _output_shape(
+    input: Tensor, weight: Tensor, stride: int, padding: Sequence[int], dilation: int
+) -> tuple[int, int, int, int]:
+    sides = zip(input.shape[2:], weight.shape[2:], padding, strict=True)
+    height, width = ((side + 2 * pad - dilation * (k - 1) - 1) // stride + 1 for side, k, pad in sides)
+    return input.shape[0], weight.shape[0], height, width
+
+
+# --- The op ---
+
+
+class _Convolution(NamedTuple):
+    """The op's arguments, those of :func:`conv2d` after the checks."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    residual: Tensor | None
+    stride: int
+    padding: list[int]
+    dilation: int
+    relu_input: bool
+    relu: bool
+
+
+class _Gradient(NamedTuple):
+    """Arguments of the op's gradient. output: of a ReLU, else None; passed: what is added to the input's gradient."""
+
+    grad: Tensor
+    input: Tensor
+    weight: Tensor
+    output: Tensor | None
+    passed: Tensor | None
+    stride: int
+    padding: list[int]
+    dilation: int
+    relu_input: bool
+    needs: list[bool]  # Whether the gradients of input, weight and bias are needed.
+
+
+class _GradientResults(NamedTuple):
+    """Empty where they are not needed, that before the ReLU where there is none."""
+
+    preactivation: Tensor
+    input: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+def _empty_image(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """[B, C, H, W] with the channels innermost."""
+    _, channels, height, width = shape
+    return like.new_empty_strided(shape, (height * width * channels, 1, width * channels, channels))
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    """The same values with the channels innermost in memory and nothing between."""
+    if tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor
+    return tensor.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def _empty_output(op: _Convolution) -> Tensor:
+    return _empty_image(op.input, _output_shape(op.input, op.weight, op.stride, op.padding, op.dilation))
+
+
+def _reference_op(op: _Convolution) -> Tensor:
+    output = conv2d_reference(
+        op.input,
+        op.weight,
+        op.bias,
+        stride=op.stride,
+        padding=(op.padding[0], op.padding[1]),
+        dilation=op.dilation,
+        relu_input=op.relu_input,
+        residual=op.residual,
+        activation="relu" if op.relu else None,
+    )
+    return _channels_last(output)
+
+
+def _kernel(op: _Convolution) -> Tensor:
+    if op.input.device.type != "cpu":
+        return _reference_op(op)
+    output = _empty_output(op)
+    if output.numel() == 0:
+        return output
+    with_workspace(
+        native.conv2d,
+        output,
+        op.weight,
+        _channels_last(op.input),
+        None if op.bias is None else op.bias.contiguous(),
+        op.residual,
+        output,
+        op.stride,
+        *op.padding,
+        op.dilation,
+        op.relu_input,
+        op.relu,
+    )
+    return output
+
+
+def _backward_reference(op: _Gradient) -> _GradientResults:
+    needs_input, needs_weight, needs_bias = op.needs
+    grad = op.grad if op.output is None else op.grad * (op.output > 0)
+    grad_input = grad_weight = grad  # Where neither is needed, both are absent below.
+    if needs_input or needs_weight:
+        with torch.enable_grad():
+            activated = torch.relu(op.input) if op.relu_input else op.input
+            leaves = [activated.detach().requires_grad_(), op.weight.detach().requires_grad_()]
+            output = F.conv2d(leaves[0], leaves[1], None, op.stride, op.padding, op.dilation)
+        grad_input, grad_weight = torch.autograd.grad(output, leaves, grad)
+    if needs_input:
+        grad_input = _finished(grad_input, op.input if op.relu_input else None, op.passed)
+    return _GradientResults(
+        preactivation=grad.new_empty(0) if op.output is None else _channels_last(grad).clone(),
+        input=_channels_last(grad_input).clone() if needs_input else grad.new_empty(0),
+        weight=torch.empty_like(op.weight).copy_(grad_weight) if needs_weight else grad.new_empty(0),
+        bias=grad.sum((0, 2, 3)) if needs_bias else grad.new_empty(0),
+    )
+
+
+def _finished(grad_input: Tensor, through: Tensor | None, passed: Tensor | None) -> Tensor:
+    """The gradient in what a ReLU of ``through`` gave → that in the input, with what came past the convolution."""
+    if through is not None:
+        grad_input = grad_input * (through > 0)
+    return grad_input if passed is None else grad_input + passed
+
+
+def _empty_gradients(op: _Gradient) -> _GradientResults:
+    grad, weight = op.grad, op.weight
+    needs_input, needs_weight, needs_bias = op.needs
+    return _GradientResults(
+        preactivation=grad.new_empty(0) if op.output is None else _empty_image(grad, grad.shape),
+        input=_empty_image(grad, op.input.shape) if needs_input else grad.new_empty(0),
+        weight=torch.empty_like(weight) if needs_weight else grad.new_empty(0),  # Laid out as the weight is.
+        bias=grad.new_empty(weight.shape[0]) if needs_bias else grad.new_empty(0),
+    )
+
+
+def _backward_kernel(op: _Gradient) -> _GradientResults:
+    if op.grad.device.type != "cpu":
+        return _backward_reference(op)
+    results = _empty_gradients(op)
+    if op.grad.numel() == 0:
+        for result in results:
+            result.zero_()
+        return results
+    needs_input, needs_weight, needs_bias = op.needs
+    with_workspace(
+        native.conv2d_backward,
+        op.grad,
+        op.weight,
+        _channels_last(op.grad),
+        _channels_last(op.input),
+        op.output,
+        None if op.output is None else results.preactivation,
+        op.passed if needs_input else None,
+        results.input if needs_input else None,
+        results.weight if needs_weight else None,
+        results.bias if needs_bias else None,
+        op.stride,
+        *op.padding,
+        op.dilation,
+        op.relu_input,
+    )
+    return results
+
+
+def _setup_context(ctx: Any, op: _Convolution, output: Tensor) -> None:
+    ctx.save_for_backward(op.input, op.weight, output if op.relu else None)
+    ctx.geometry = op.stride, op.padding, op.dilation
+    ctx.relu_input = op.relu_input
+
+
+def _backward(ctx: Any, kept: Sequence[Any], grad: Tensor, passed: Tensor | None = None) -> dict[str, Tensor | None]:
+    """passed: what is added to the input's gradient."""
+    input, weight, output = kept
+    needs_input, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
+    if passed is not None:
+        passed = passed.to(input.dtype)
+    if torch.is_grad_enabled():
+        with without_autocast(input.device):
+            if output is not None:
+                grad = grad * (output > 0)
+            activated = torch.relu(input) if ctx.relu_input else input
+            of_input, of_weight = _gradients(grad, activated, weight, ctx.geometry, needs_input, needs_weight)
+            if of_input is not None:
+                of_input = _finished(of_input, input if ctx.relu_input else None, passed)
+            return {
+                "input": of_input,
+                "weight": of_weight,
+                "bias": grad.sum((0, 2, 3)) if needs_bias else None,
+                "residual": grad if needs_residual else None,
+            }
+    needs = [needs_input, needs_weight, needs_bias]
+    preactivation, of_input, of_weight, of_bias = _conv2d_backward(
+        grad, input, weight, output, passed, *ctx.geometry, ctx.relu_input, needs
+    )
+    return {
+        "input": of_input if needs_input else None,
+        "weight": of_weight if needs_weight else None,
+        "bias": of_bias if needs_bias else None,
+        "residual": (grad if output is None else preactivation) if needs_residual else None,
+    }
+
+
+class _Passing(torch.autograd.Function):
+    """The op, and its input once more."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...], relu_input: bool
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(input, weight)
+        ctx.geometry, ctx.relu_input = geometry, relu_input
+        ctx.set_materialize_grads(False)
+        return _conv2d(input, weight, bias, None, *geometry, relu_input, False), input.view_as(input)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, passed: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return passed, None, None, None, None
+        by_name = _backward(ctx, (*ctx.saved_tensors, None), grad, passed)
+        return by_name["input"], by_name["weight"], by_name["bias"], None, None
+
+
+class _Gradients(torch.autograd.Function):
+    """Gradients of the convolution alone in input and weight, as functions of grad, input and weight.
+
+    With <grad, convolution(input, weight)>, which is linear in each of the three, derivatives of its derivatives are
+    its derivatives with other tensors in their places.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        grad: Tensor, input: Tensor, weight: Tensor, geometry: tuple[Any, ...], of_input: bool, of_weight: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        _, grad_input, grad_weight, _ = _conv2d_backward(
+            grad, input, weight, None, None, *geometry, False, [of_input, of_weight, False]
+        )
+        return grad_input if of_input else None, grad_weight if of_weight else None
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.geometry, _, _ = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, as_input: Tensor | None, as_weight: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad, input, weight = ctx.saved_tensors
+
+        def convolved(input: Tensor, weight: Tensor) -> Tensor:
+            return _conv2d(input, weight, None, None, *ctx.geometry, False, False)
+
+        of_grad = of_input = of_weight = None
+        with without_autocast(grad.device):
+            if as_input is not None:
+                of_grad = convolved(as_input, weight) if ctx.needs_input_grad[0] else None
+                if ctx.needs_input_grad[2]:
+                    of_weight = _gradients(grad, as_input, weight, ctx.geometry, False, True)[1]
+            if as_weight is not None:
+                if ctx.needs_input_grad[0]:
+                    of_both = convolved(input, as_weight)
+                    of_grad = of_both if of_grad is None else of_grad + of_both
+                if ctx.needs_input_grad[1]:
+                    of_input = _gradients(grad, input, as_weight, ctx.geometry, True, False)[0]
+        return of_grad, of_input, of_weight, None, None, None
+
+
+def _gradients(
+    grad: Tensor, input: Tensor, weight: Tensor, geometry: tuple[Any, ...], *needs: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those in input and weight, differentiable."""
+    results: tuple[Tensor | None, Tensor | None] = _Gradients.apply(  # type: ignore[no-untyped-call]
+        grad, input, weight, geometry, *needs
+    )
+    return results
+
+
+_conv2d = register(
+    "conv2d",
+    _Convolution,
+    Tensor,
+    reference=_reference_op,
+    kernel=_kernel,
+    fake=_empty_output,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+_conv2d_backward = register(
+    "conv2d_backward",
+    _Gradient,
+    _GradientResults,
+    reference=_backward_reference,
+    kernel=_backward_kernel,
+    fake=_empty_gradients,
+)
