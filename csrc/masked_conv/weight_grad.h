@@ -23,6 +23,9 @@ constexpr int64_t kSliceDepth = 128;
 constexpr int64_t kWritten = 16;
 // Nanoseconds that a value takes to be packed, and a weight's gradient to be written.
 constexpr double kSliceNanoseconds = 0.5, kWriteNanoseconds = 1;
+// Tiles of the left operand that lie side by side, at most. Steps of depth are so far apart, and each of thousands of
+// channels would be in a page of its own.
+constexpr int64_t kLeftTiles = 24;
 // Tiles of a task, at most: enough to use a slice of the right operand often, few enough to share out.
 constexpr int64_t kTaskTiles = 8;
 
@@ -120,10 +123,11 @@ class WeightGradient {
             std::clamp<int64_t>((end - 1) * stride + below_ + 1, 1, problem_.height())};
   }
   int64_t terms() const { return std::ssize(terms_); }
-  // Channels of a step of the left operand, for whole tiles.
-  int64_t left_channels() const { return tiles_ * kTileRows; }
-  // Sizes of a form of the left operand, and of a panel of the right one.
-  int64_t left_pitch() const { return read_rows_ * read_across_ * images_ * left_channels(); }
+  // Channels of a step of the left operand in a block of it, for whole tiles.
+  int64_t left_channels() const { return std::min(tiles_, kLeftTiles) * kTileRows; }
+  // Sizes of a block of the left operand, of a form of it, and of a panel of the right one.
+  int64_t block_pitch() const { return read_rows_ * read_across_ * images_ * left_channels(); }
+  int64_t left_pitch() const { return divide_up(tiles_, kLeftTiles) * block_pitch(); }
   int64_t right_pitch() const { return slice_rows_ * across_ * images_ * kTileColumns<E>; }
   // Of a number that may be negative, by the stride.
   int64_t remainder(int64_t n) const { return (n % problem_.stride + problem_.stride) % problem_.stride; }
@@ -136,8 +140,8 @@ class WeightGradient {
   };
 
   // Packs one position of the slice, over its images: of the input for the first tasks, then of the gradient. The
-  // depth's order is (y, x, image); left lies as [form][depth][channels], right as [form][panel][depth][columns], both
-  // with kDepthStep steps of depth side by side.
+  // depth's order is (y, x, image); left lies as [form][block][depth][channels], right as [form][panel][depth][columns],
+  // both with kDepthStep steps of depth side by side.
   void pack(const Slice& slice, E* left, E* right, E* memory, int64_t task) const {
     const int64_t reads = (slice.read_end - slice.read_begin) * read_across_;
     const bool of_input = task < reads;
@@ -170,7 +174,9 @@ class WeightGradient {
         }
       };
       if (of_input) {
-        place(left + f * left_pitch() + at * images_ * left_channels(), 0, from.shape[1], left_channels());
+        for (int64_t first = 0; first < from.shape[1]; first += left_channels())
+          place(left + f * left_pitch() + first / left_channels() * block_pitch() + at * images_ * left_channels(),
+                first, std::min(left_channels(), from.shape[1] - first), left_channels());
       } else {
         for (int64_t p = 0; p < panels_.count(); ++p) {
           E* const panel = right + (f * panels_.count() + p) * right_pitch();
@@ -233,8 +239,8 @@ class WeightGradient {
             const int64_t line = y * stride + term.dy - slice.read_begin;
             const int64_t reads = (line * read_across_ + x_begin + shift) * images_;
             const int64_t gives = ((y - slice.begin) * across_ + x_begin) * images_;
-            const E* const from =
-                left + form_of_[t] * left_pitch() + reads * left_channels() + i * kTileRows * kDepthStep<E>;
+            const E* const from = left + form_of_[t] * left_pitch() + i / kLeftTiles * block_pitch() +
+                                  reads * left_channels() + i % kLeftTiles * kTileRows * kDepthStep<E>;
             tile.multiply(
                 [from, pitch = left_channels()](int r, int64_t k) { return from + k * pitch + r * kDepthStep<E>; },
                 panel + gives * columns, depth);
