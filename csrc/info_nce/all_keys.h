@@ -7,6 +7,8 @@
 // their dot products are taken up again, from memory as far as they may be kept there, or computed once more. So does a
 // self-contrast, whose scores are those of its columns too: a superblock of queries meets only the keys from its own
 // first on, and what these pairs weigh in both directions is multiplied with the queries and with the keys.
+// Where the processor multiplies pairs of bfloat16, queries and keys of that type are multiplied as they are, and the
+// weights of the gradients are rounded to it. Scores, and all sums, are in float.
 // Included only by sources that are compiled once per instruction set level.
 #pragma once
 
@@ -88,9 +90,10 @@ constexpr int64_t kTaskTiles = 8;
 template <class Storage>
 class AllKeys {
   using S = SumOf<Storage>;
-  using E = S;
+  using E = Element<Storage>;
   using R = Register<S>;
-  static constexpr int64_t kLane = kLaneColumns<E>, kColumns = kTileColumns<E>;
+  static constexpr int64_t kLane = kLaneColumns<E>, kColumns = kTileColumns<E>, kStep = kDepthStep<E>;
+  // Whether the gradients of keys are summed where they are written.
   static constexpr bool kInPlace = std::is_same_v<S, Storage>;
   // So that a superblock's own queries, as keys, are whole blocks.
   static_assert(kMaxRows % kColumns == 0 && kMaxRows % kBlockKeys == 0);
@@ -101,6 +104,7 @@ class AllKeys {
         m_(problem.rows()),
         n_(problem.keys_count()),
         d_(problem.dim()),
+        depth_(padded_depth<E>(d_)),
         places_(problem.positives()),
         scale_(scale_of<S>(problem)),
         blocks_(divide_up(n_, kBlockKeys)) {
@@ -147,19 +151,16 @@ class AllKeys {
               .converters = threads(kConvertNanoseconds * values),
               .buffers = Buffers(parts, *this),
               .keys = nullptr,
+              .key_pairs = nullptr,
               .grad_keys = nullptr};
-    const Storage* const keys = problem_.keys.template as<Storage>() + entry * n_ * d_;
-    if constexpr (kInPlace) {
-      call.keys = keys;
-      if (wants_keys()) call.grad_keys = grad_keys().template as<S>() + entry * n_ * d_;
-    } else {
-      each(call.converters, blocks_, [&](int64_t block) {
-        const int64_t first = block * kBlockKeys * d_, count = keys_of(block) * d_;
-        widen_run(call.buffers.keys + first, keys + first, count);
-      });
-      call.keys = call.buffers.keys;
-      call.grad_keys = call.buffers.grad_keys;
-    }
+    if constexpr (std::is_same_v<E, Storage>)
+      call.keys = problem_.keys.template as<const E>() + entry * n_ * d_;
+    if (!reads_keys_in_place()) call.keys = call.buffers.keys;
+    call.key_pairs = kStep == 1 ? call.keys : call.buffers.key_pairs;
+    call.grad_keys = call.buffers.grad_keys;
+    if (kInPlace && wants_keys()) call.grad_keys = grad_keys().template as<S>() + entry * n_ * d_;
+    if (!reads_keys_in_place() || multiplies_pairs())
+      each(call.converters, blocks_, [&](int64_t block) { pack_keys(call, block); });
     const auto rows_at = [&](int64_t first) { return Rows{first, std::clamp<int64_t>(m_ - first, 0, rows_)}; };
     if (two_ways()) {
       const int64_t all = divide_up(m_, kColumns) * kColumns;
@@ -185,8 +186,9 @@ class AllKeys {
     if (m_ == 0) std::fill_n(grad_keys().template as<Storage>() + entry * n_ * d_, n_ * d_, Storage{});
     if constexpr (!kInPlace)
       each(call.converters, m_ == 0 ? 0 : blocks_, [&](int64_t block) {
-        const int64_t at = block * kBlockKeys * d_;
-        narrow(grad_keys().template as<Storage>() + entry * n_ * d_ + at, call.grad_keys + at, keys_of(block) * d_);
+        const int64_t at = block * kBlockKeys * d_, count = keys_of(block) * d_;
+        for (int64_t i = at; i < at + count; ++i) call.grad_keys[i] *= scale_;
+        narrow(grad_keys().template as<Storage>() + entry * n_ * d_ + at, call.grad_keys + at, count);
       });
   }
 
@@ -199,25 +201,33 @@ class AllKeys {
   // Whether a pair's weight depends on what both its row and its column come to.
   bool two_ways() const { return problem_.symmetric || problem_.self_contrast; }
   int64_t keys_of(int64_t block) const { return std::min(kBlockKeys, n_ - block * kBlockKeys); }
+  bool reads_keys_in_place() const { return std::is_same_v<E, Storage> && depth_ == d_; }
+  // Whether keys are multiplied with weights in pairs.
+  bool multiplies_pairs() const { return kStep > 1 && (wants_queries() || (problem_.self_contrast && wants_keys())); }
+  // Features go through a product in parts.
+  int64_t parts() const { return std::max<int64_t>(divide_up(depth_, kDepthBlock), 1); }
+  int64_t begin_of_part(int64_t part) const { return part * (depth_ / kStep) / parts() * kStep; }
   // How many dot products of the queries before a superblock's first are kept.
   int64_t kept_before(int64_t first) const {
     const int64_t blocks = first / std::max<int64_t>(rows_, 1),
                   left = problem_.self_contrast ? rows_ * blocks * (blocks - 1) / 2 : 0;
-    return rows_ * (blocks * n_ - left);
+    return rows_ * (blocks * padded_depth<E>(n_) - left);
   }
 
   struct Buffers {
     S* scores;             // [panels][keys of a chunk][columns]: dots, then powers, then weights of the gradients.
     S* kept;               // The same of the first kept_rows_ queries, superblock after superblock: dots.
-    S* by_feature;         // [panels][D][columns]: queries, to multiply keys with.
-    S* by_query;           // [panels of features][rows][columns]: scaled queries, to multiply weights with.
+    E* by_feature;         // [panels][D][columns]: queries, to multiply keys with.
+    E* by_query;           // [panels of features][rows][columns]: queries, scaled kInPlace, to multiply weights with.
     S* grad_queries;       // [panels][D][columns]
     RowSums<S> stats;      // [blocks][rows]: of a block's rivals.
     S* factors;            // [blocks][rows]: from powers to weights.
     S *dots, *weights;     // [rows][places]: the positives' dot products and their weights in the gradients.
     S* bests;              // [rows]: what a rival must not be below to count in the rank.
     char* needed;          // [blocks][panels]: whether weights are more than zeros to the sums' precision.
-    S *keys, *grad_keys;   // [N][D], where the tensors are of another type.
+    E* keys;               // [N][D], where the tensor is of another type, or rows have no whole steps of depth.
+    E* key_pairs;          // [N][D]: what weights are multiplied with, where that is done in pairs.
+    S* grad_keys;          // [N][D], where the tensor is of another type.
     S *largest, *of_rows;  // [M], two ways: what a row's powers are relative to, and from them to weights.
     S* present;            // [M]: whether the query is contrasted in the columns.
     RowSums<S> of_panels;  // [panels][N]: sums of the columns.
@@ -225,10 +235,10 @@ class AllKeys {
 
     Buffers(Parts& parts, const AllKeys& a) {
       const bool gradients = a.problem_.wants_gradients(), two_ways = a.two_ways();
-      scores = parts.take<S>(a.panels_ * kColumns * std::min(a.chunk_blocks_ * kBlockKeys, a.n_));
+      scores = parts.take<S>(a.panels_ * kColumns * a.keys_of_chunk());
       kept = parts.take<S>(a.kept_before(a.kept_rows_));
-      by_feature = parts.take<S>(a.panels_ * kColumns * a.d_);
-      by_query = parts.take<S>(a.wants_keys() ? divide_up(a.d_, kColumns) * kColumns * a.rows_ : 0);
+      by_feature = parts.take<E>(a.panels_ * kColumns * a.depth_);
+      by_query = parts.take<E>(a.wants_keys() ? divide_up(a.d_, kColumns) * kColumns * a.rows_ : 0);
       grad_queries = parts.take<S>(a.wants_queries() ? a.panels_ * kColumns * a.d_ : 0);
       const int64_t padded = a.panels_ * kColumns;
       for (S** part : {&stats.maxima, &stats.sums, &stats.moments, &stats.counts})
@@ -239,7 +249,8 @@ class AllKeys {
       weights = parts.take<S>(all_rows * a.places_);
       bests = parts.take<S>(all_rows);
       needed = parts.take<char>(a.blocks_ * a.panels_);
-      keys = parts.take<S>(kInPlace ? 0 : a.n_ * a.d_);
+      keys = parts.take<E>(a.reads_keys_in_place() ? 0 : a.n_ * a.depth_);
+      key_pairs = parts.take<E>(a.multiplies_pairs() ? padded_depth<E>(a.n_) * a.d_ : 0);
       grad_keys = parts.take<S>(kInPlace || !a.wants_keys() ? 0 : a.n_ * a.d_);
       for (S** part : {&largest, &of_rows}) *part = parts.take<S>(two_ways ? all_rows : 0);
       present = parts.take<S>(a.problem_.symmetric ? all_rows : 0);
@@ -256,7 +267,7 @@ class AllKeys {
     int threads;              // For a product of a superblock.
     int packers, converters;  // To pack its queries, to convert all keys.
     Buffers buffers;
-    const S* keys;
+    const E *keys, *key_pairs;
     S* grad_keys;
   };
 
@@ -312,6 +323,8 @@ class AllKeys {
     differentiate(call, rows, next);
   }
 
+  // Keys that there is memory for in a chunk's tiles.
+  int64_t keys_of_chunk() const { return padded_depth<E>(std::min(chunk_blocks_ * kBlockKeys, n_)); }
   int64_t chunk_end(int64_t chunk) const { return std::min(blocks_, chunk + chunk_blocks_); }
 
   // The gradients' part of a superblock whose rows, and columns, are finished.
@@ -322,6 +335,7 @@ class AllKeys {
       each(call.threads, end - chunk, [&](int64_t i) {
         weigh(call, rows, chunk, chunk + i);
         if (wants_bias()) add_to_bias(call, rows, chunk, chunk + i);
+        round_weights(call, rows, chunk, chunk + i);
         if (wants_keys() && chunk + i >= end_of_own(rows)) add_to_keys(call, rows, chunk, chunk + i);
       });
       // A tile's part of the keys serves all panels while it is in the cache, unless that leaves workers idle.
@@ -349,29 +363,79 @@ class AllKeys {
 
   void pack_queries(const Call& call, const Rows& rows, int64_t panel) const {
     const int64_t columns = rows.columns(panel), in = rows.in(panel);
-    S* const by_feature = call.buffers.by_feature + panel * kColumns * d_;
-    for (int64_t c = 0; c < columns; ++c) {
-      if (c >= in) {
-        for (int64_t k = 0; k < d_; ++k) by_feature[k * columns + c] = 0;
-        continue;
+    const Storage* const queries =
+        problem_.queries.template as<Storage>() + index(call, rows, panel * kColumns) * d_;
+    E* const by_feature = call.buffers.by_feature + panel * kColumns * depth_;
+    for (int64_t k = 0; k < depth_; k += kLane * kStep)
+      for (int64_t c = 0; c < columns; c += kLane) {
+        R block[kLane];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kLane; ++i)
+          block[i] = c + i < in ? steps_of(queries + (c + i) * d_ + k, d_ - k) : R{};
+        transpose<S>(block);
+        const int64_t count = std::min(kLane, (depth_ - k) / kStep);
+        for (int64_t i = 0; i < count; ++i)
+          std::memcpy(by_feature + (k + i * kStep) * columns + c * kStep, &block[i], sizeof(R));
       }
-      const int64_t row = panel * kColumns + c;
-      const Storage* const query = problem_.queries.template as<Storage>() + (call.entry * m_ + rows.first + row) * d_;
-      for (int64_t k = 0; k < d_; ++k) by_feature[k * columns + c] = widen(query[k]);
-      if (!wants_keys()) continue;
-      const bool counts = is_present(index(call, rows, row));
+    if (!wants_keys()) return;
+    for (int64_t row = 0; row < padded_depth<E>(in); row += kStep)
       for (int64_t k = 0; k < d_; k += kColumns) {
-        const int64_t width = divide_up(std::min(kColumns, d_ - k), kLane) * kLane;
-        S* const out = call.buffers.by_query + k * rows_ + row * width;
-        for (int64_t j = 0; j < width; ++j) out[j] = counts && k + j < d_ ? scale_ * widen(query[k + j]) : S{};
+        const int64_t given = std::min(kColumns, d_ - k), width = divide_up(given, kLane) * kLane;
+        E* const out = call.buffers.by_query + k * rows_ + (panel * kColumns + row) * width;
+        E values[kStep][kColumns] = {};
+        for (int64_t i = 0; i < kStep && row + i < in; ++i)
+          if (is_present(index(call, rows, panel * kColumns + row + i)))
+            multiplied(values[i], queries + (row + i) * d_ + k, given, kInPlace ? scale_ : S(1));
+        if constexpr (kStep == 1)
+          std::copy_n(values[0], width, out);
+        else
+          interleave(out, values[0], values[1], width);
       }
+  }
+
+  // A register of a row's values from the first of `count` on, kStep in a lane, filled up with zeros.
+  static R steps_of(const Storage* row, int64_t count) {
+    R values = {};
+    if constexpr (std::is_same_v<E, Storage>) {
+      if (count >= kLane * kStep)
+        std::memcpy(&values, row, sizeof values);
+      else
+        std::memcpy(&values, row, count * sizeof(E));
+    } else {
+      E wide[kLane] = {};
+      widen_run(wide, row, std::min(count, kLane));
+      std::memcpy(&values, wide, sizeof values);
     }
+    return values;
+  }
+  // to[i] = factor * from[i], of what is not multiplied by a factor but 1 where it is not widened.
+  static void multiplied(E* to, const Storage* from, int64_t n, S factor) {
+    if constexpr (kStep > 1)
+      std::copy_n(from, n, to);
+    else
+      for (int64_t i = 0; i < n; ++i) to[i] = factor * widen(from[i]);
+  }
+
+  // A block's keys as they are multiplied, where they do not lie in memory so.
+  void pack_keys(const Call& call, int64_t block) const {
+    const int64_t first = block * kBlockKeys, count = keys_of(block);
+    const Storage* const keys = problem_.keys.template as<Storage>() + (call.entry * n_ + first) * d_;
+    if (!reads_keys_in_place())
+      for (int64_t key = 0; key < count; ++key) {
+        E* const to = call.buffers.keys + (first + key) * depth_;
+        multiplied(to, keys + key * d_, d_, 1);
+        std::fill(to + d_, to + depth_, E{});
+      }
+    if constexpr (kStep > 1)
+      for (int64_t key = 0; multiplies_pairs() && key < count; key += kStep)
+        interleave(call.buffers.key_pairs + (first + key) * d_, keys + key * d_,
+                   key + 1 < count ? keys + (key + 1) * d_ : nullptr, d_);
   }
 
   S* scores_of(const Call& call, const Rows& rows, int64_t chunk, int64_t block, int64_t panel) const {
     const bool kept = is_kept(rows);
     const int64_t begin = kept ? first_block(rows) : chunk;
-    const int64_t keys = kept ? n_ - begin * kBlockKeys : std::min(chunk_blocks_ * kBlockKeys, n_);
+    const int64_t keys = kept ? padded_depth<E>(n_ - begin * kBlockKeys) : keys_of_chunk();
     S* const first = kept ? call.buffers.kept + kept_before(rows.first) : call.buffers.scores;
     return first + panel * kColumns * keys + (block - begin) * kBlockKeys * rows.columns(panel);
   }
@@ -424,16 +488,16 @@ class AllKeys {
   void multiply_positives(const Call& call, const Rows& rows, int64_t first, int64_t lane, int64_t count,
                           int64_t j) const {
     const int64_t panel = first / kColumns, columns = rows.columns(panel);
-    const S* const by_feature = call.buffers.by_feature + panel * kColumns * d_ + first % kColumns;
-    const int64_t parts = std::max<int64_t>(divide_up(d_, kDepthBlock), 1);
-    const S* keys[kTileRows];
+    const E* const by_feature = call.buffers.by_feature + panel * kColumns * depth_ + first % kColumns * kStep;
+    const E* keys[kTileRows];
     for (int64_t r = 0; r < count; ++r)  // Where there is no positive, the product is not read.
-      keys[r] = call.keys + std::max<int64_t>(positives(call, rows, first + lane + r).key(j), 0) * d_;
-    S queries[kDepthBlock * kLane], sums[kTileRows * kLane];
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t begin = part * d_ / parts, depth = (part + 1) * d_ / parts - begin;
-      for (int64_t k = 0; k < depth; ++k)
-        store_register(queries + k * kLane, load_register(by_feature + (begin + k) * columns));
+      keys[r] = call.keys + std::max<int64_t>(positives(call, rows, first + lane + r).key(j), 0) * depth_;
+    E queries[kDepthBlock * kLane];
+    S sums[kTileRows * kLane];
+    for (int64_t part = 0; part < parts(); ++part) {
+      const int64_t begin = begin_of_part(part), depth = begin_of_part(part + 1) - begin;
+      for (int64_t k = 0; k < depth; k += kStep)
+        std::memcpy(queries + k * kLane, by_feature + (begin + k) * columns, sizeof(R));
       with_tile(count, 1, [&](auto height, auto width) {
         Tile<E, height, width> tile;
         tile.clear();
@@ -466,17 +530,16 @@ class AllKeys {
 
   void multiply(const Call& call, const Rows& rows, int64_t block, int64_t panel, S* scores) const {
     const int64_t keys = keys_of(block), columns = rows.columns(panel);
-    const S* const by_feature = call.buffers.by_feature + panel * kColumns * d_;
-    const int64_t parts = std::max<int64_t>(divide_up(d_, kDepthBlock), 1);
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t begin = part * d_ / parts, depth = (part + 1) * d_ / parts - begin;
+    const E* const by_feature = call.buffers.by_feature + panel * kColumns * depth_;
+    for (int64_t part = 0; part < parts(); ++part) {
+      const int64_t begin = begin_of_part(part), depth = begin_of_part(part + 1) - begin;
       for (int64_t key = 0; key < keys; key += kTileRows)
         with_tile(std::min<int64_t>(kTileRows, keys - key), rows.vectors(panel), [&](auto count, auto vectors) {
           Tile<E, count, vectors> tile;
           tile.clear();
-          const S* const left = call.keys + (block * kBlockKeys + key) * d_ + begin;
-          tile.multiply([left, d = d_](int r, int64_t k) { return left + r * d + k; }, by_feature + begin * columns,
-                        depth);
+          const E* const left = call.keys + (block * kBlockKeys + key) * depth_ + begin;
+          tile.multiply([left, pitch = depth_](int r, int64_t k) { return left + r * pitch + k; },
+                        by_feature + begin * columns, depth);
           S* const to = scores + key * columns;
           if (part > 0) add(tile, to, columns);
           tile.store(to, columns);
@@ -770,6 +833,35 @@ class AllKeys {
               [&](int64_t key, int64_t c, S weight) { tile.values[key * tile.columns + c] += weight; });
   }
 
+  // Weights as they are multiplied: [keys][columns] with the queries, and pairs of keys by columns with the keys. Where
+  // both are the same the tile is, else it holds one after the other.
+  E* weights_of(const Call& call, const Rows& rows, int64_t chunk, int64_t block, int64_t panel) const {
+    return reinterpret_cast<E*>(scores_of(call, rows, chunk, block, panel));
+  }
+  E* weight_pairs_of(const Call& call, const Rows& rows, int64_t chunk, int64_t block, int64_t panel) const {
+    const int64_t before = kStep == 1 ? 0 : padded_depth<E>(keys_of(block)) * rows.columns(panel);
+    return weights_of(call, rows, chunk, block, panel) + before;
+  }
+
+  // Brings a block's weights into these forms. Those of queries that there are none of become zeros.
+  void round_weights(const Call& call, const Rows& rows, int64_t chunk, int64_t block) const {
+    if constexpr (kStep > 1)
+      for (int64_t panel = 0; panel < rows.panels(); ++panel) {
+        if (!call.buffers.needed[block * panels_ + panel]) continue;
+        const TileOfScores<S> tile = tile_of(call, rows, chunk, block, panel);
+        alignas(64) S values[kBlockKeys * kColumns];
+        std::copy_n(tile.values, tile.keys * tile.columns, values);
+        E* const by_key = weights_of(call, rows, chunk, block, panel);
+        E* const by_pair = weight_pairs_of(call, rows, chunk, block, panel);
+        for (int64_t key = 0; key < tile.keys; key += kStep)
+          for (int64_t c = 0; c < tile.columns; c += kLane) {
+            const int64_t at = key * tile.columns + c, there = std::min(kLane, rows.in(panel) - c);
+            const R second = key + 1 < tile.keys ? load_register(values + at + tile.columns) : R{};
+            round_pair(load_register(values + at), second, there, by_key + at, tile.columns, by_pair + at + c);
+          }
+      }
+  }
+
   void add_to_bias(const Call& call, const Rows& rows, int64_t chunk, int64_t block) const {
     S* const to = problem_.grad_bias.template as<S>() + call.entry * n_ + block * kBlockKeys;
     for (int64_t key = 0; key < keys_of(block); ++key) {
@@ -788,7 +880,7 @@ class AllKeys {
     const int64_t keys = keys_of(block);
     for (int64_t k = 0; k < d_; k += kColumns) {
       const int64_t width = std::min(kColumns, d_ - k), vectors = divide_up(width, kLane);
-      const S* const by_query = call.buffers.by_query + k * rows_;
+      const E* const by_query = call.buffers.by_query + k * rows_;
       for (int64_t key = 0; key < keys; key += kTileRows)
         with_tile(std::min<int64_t>(kTileRows, keys - key), vectors, [&](auto count, auto of_width) {
           Tile<E, count, of_width> tile;
@@ -796,9 +888,9 @@ class AllKeys {
           for (int64_t panel = 0; panel < rows.panels(); ++panel) {
             if (!call.buffers.needed[block * panels_ + panel]) continue;
             const int64_t columns = rows.columns(panel);
-            const S* const left = scores_of(call, rows, chunk, block, panel) + key * columns;
+            const E* const left = weights_of(call, rows, chunk, block, panel) + key * columns;
             tile.multiply([left, columns](int r, int64_t i) { return left + r * columns + i; },
-                          by_query + panel * kColumns * of_width * kLane, rows.in(panel));
+                          by_query + panel * kColumns * of_width * kLane, padded_depth<E>(rows.in(panel)));
           }
           S* const to = call.grad_keys + (block * kBlockKeys + key) * d_ + k;
           const bool first = rows.first == 0 && !problem_.adds_to_keys;
@@ -830,9 +922,9 @@ class AllKeys {
             tile.clear();
             for (int64_t block = slice; block < std::min(end, slice + kSliceBlocks); ++block) {
               if (!call.buffers.needed[block * panels_ + panel]) continue;
-              const S* const left = call.keys + block * kBlockKeys * d_ + k;
-              tile.multiply([left, d = d_](int r, int64_t key) { return left + key * d + r; },
-                            scores_of(call, rows, chunk, block, panel), keys_of(block));
+              const E* const left = call.key_pairs + block * kBlockKeys * d_ + k * kStep;
+              tile.multiply([left, d = d_](int r, int64_t key) { return left + key * d + r * kStep; },
+                            weight_pairs_of(call, rows, chunk, block, panel), padded_depth<E>(keys_of(block)));
             }
             if (slice > first_block(rows)) add(tile, sums, columns);
             tile.store(sums, columns);
@@ -846,21 +938,35 @@ class AllKeys {
   void write_queries(const Call& call, const Rows& rows, int64_t panel, int64_t begin, int64_t end) const {
     const int64_t columns = rows.columns(panel);
     const S* const sums = call.buffers.grad_queries + panel * kColumns * d_;
-    for (int64_t c = 0; problem_.self_contrast && c < rows.in(panel); ++c) {
-      S* const to = call.grad_keys + (rows.first + panel * kColumns + c) * d_;
-      for (int64_t k = begin; k < end; ++k) to[k] = (rows.first == 0 ? S{} : to[k]) + scale_ * sums[k * columns + c];
+    for (int64_t c = 0; c < rows.in(panel); c += kLane)
+      for (int64_t k = begin; k < end; k += kLane) {
+        const int64_t given = std::min(kLane, end - k);
+        R block[kLane];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kLane; ++i) block[i] = i < given ? load_register(sums + (k + i) * columns + c) : R{};
+        transpose<S>(block);
+        for (int64_t i = 0; i < std::min(kLane, rows.in(panel) - c); ++i)
+          write_query(call, rows, panel * kColumns + c + i, k, given, block[i]);
+      }
+  }
+
+  // Features [k, k + count) of a query's gradient.
+  void write_query(const Call& call, const Rows& rows, int64_t row, int64_t k, int64_t count, R sums) const {
+    S values[kLane];
+    if (problem_.self_contrast) {
+      store_register(values, kInPlace ? sums * scale_ : sums);
+      S* const to = call.grad_keys + (rows.first + row) * d_ + k;
+      for (int64_t i = 0; i < count; ++i) to[i] = (rows.first == 0 ? S{} : to[i]) + values[i];
+      return;
     }
-    for (int64_t c = 0; !problem_.self_contrast && c < rows.in(panel); ++c) {
-      Storage* const to =
-          problem_.grad_queries.template as<Storage>() + (call.entry * m_ + rows.first + panel * kColumns + c) * d_;
-      const bool counts = is_present(index(call, rows, panel * kColumns + c));
-      for (int64_t k = begin; k < end; ++k)
-        to[k] = counts ? narrow<Storage>(scale_ * sums[k * columns + c]) : Storage{};
-    }
+    store_register(values, is_present(index(call, rows, row)) ? sums * scale_ : R{});
+    narrow(problem_.grad_queries.template as<Storage>() + index(call, rows, row) * d_ + k, values, count);
   }
 
   const Problem& problem_;
-  int64_t m_, n_, d_, places_;
+  int64_t m_, n_, d_;
+  int64_t depth_;  // Features, filled up to whole steps of a product's depth.
+  int64_t places_;
   S scale_;
   int64_t blocks_;
   int64_t kept_rows_ = 0;
