@@ -84,6 +84,8 @@ constexpr int64_t kScoresBytes = int64_t{6} << 20;
 constexpr int64_t kMaxRows = 384, kMinRows = 96;
 // Workers whom the rows' sums are not shared out to.
 constexpr int64_t kFewWorkers = 4;
+// Values that are converted at a time.
+constexpr int64_t kConvertedValues = 512;
 // Tiles of the queries' gradient that a task takes: three cache lines of a key.
 constexpr int64_t kTaskTiles = 8;
 
@@ -186,9 +188,14 @@ class AllKeys {
     if (m_ == 0) std::fill_n(grad_keys().template as<Storage>() + entry * n_ * d_, n_ * d_, Storage{});
     if constexpr (!kInPlace)
       each(call.converters, m_ == 0 ? 0 : blocks_, [&](int64_t block) {
-        const int64_t at = block * kBlockKeys * d_, count = keys_of(block) * d_;
-        for (int64_t i = at; i < at + count; ++i) call.grad_keys[i] *= scale_;
-        narrow(grad_keys().template as<Storage>() + entry * n_ * d_ + at, call.grad_keys + at, count);
+        const int64_t begin = block * kBlockKeys * d_, end = begin + keys_of(block) * d_;
+        Storage* const to = grad_keys().template as<Storage>() + entry * n_ * d_;
+        S scaled[kConvertedValues];
+        for (int64_t at = begin; at < end; at += kConvertedValues) {
+          const int64_t count = std::min(kConvertedValues, end - at);
+          for (int64_t i = 0; i < count; ++i) scaled[i] = scale_ * call.grad_keys[at + i];
+          narrow(to + at, scaled, count);
+        }
       });
   }
 
@@ -334,8 +341,6 @@ class AllKeys {
       const int64_t end = chunk_end(chunk);
       each(call.threads, end - chunk, [&](int64_t i) {
         weigh(call, rows, chunk, chunk + i);
-        if (wants_bias()) add_to_bias(call, rows, chunk, chunk + i);
-        round_weights(call, rows, chunk, chunk + i);
         if (wants_keys() && chunk + i >= end_of_own(rows)) add_to_keys(call, rows, chunk, chunk + i);
       });
       // A tile's part of the keys serves all panels while it is in the cache, unless that leaves workers idle.
@@ -608,15 +613,32 @@ class AllKeys {
                          problem_.key_groups.template as<int64_t>() + call.entry * n_ + begin,
                          problem_.contrast == Groups::other);
     }
+    each_positive(call, rows, block, panel,
+                  [&](int64_t key, int64_t c, int64_t) { tile.values[key * tile.columns + c] = kLeftOut<S>; });
     const int64_t excluded = problem_.excluded();
     const auto* const exclude = problem_.exclude.template as<const int64_t>();
-    for (int64_t c = 0; c < in; ++c) {
-      const auto mark = [&](int64_t key) {
-        if (key >= begin && key < begin + tile.keys) tile.values[(key - begin) * tile.columns + c] = kLeftOut<S>;
-      };
+    for (int64_t c = 0; excluded > 0 && c < in; ++c)
+      for (int64_t j = 0; j < excluded; ++j) {
+        const int64_t key = exclude[(row + c) * excluded + j] - begin;
+        if (key >= 0 && key < tile.keys) tile.values[key * tile.columns + c] = kLeftOut<S>;
+      }
+  }
+
+  // Calls use(key, column, place) for the positives of a panel's queries that are a block's keys.
+  template <class Use>
+  void each_positive(const Call& call, const Rows& rows, int64_t block, int64_t panel, const Use& use) const {
+    const int64_t first_key = block * kBlockKeys, first_row = rows.first + panel * kColumns;
+    if (problem_.targets.ndim == 0) {
+      if (places_ == 0) return;
+      const int64_t begin = std::max(first_key, first_row),
+                    end = std::min(first_key + keys_of(block), first_row + rows.in(panel));
+      for (int64_t i = begin; i < end; ++i) use(i - first_key, i - first_row, 0);
+      return;
+    }
+    for (int64_t c = 0; c < rows.in(panel); ++c) {
       const PositivesOfRow<S> own = positives(call, rows, panel * kColumns + c);
-      for (int64_t j = 0; j < places_; ++j) mark(own.key(j));
-      for (int64_t j = 0; j < excluded; ++j) mark(exclude[(row + c) * excluded + j]);
+      for (int64_t j = 0; j < places_; ++j)
+        if (own.key(j) >= first_key && own.key(j) < first_key + keys_of(block)) use(own.key(j) - first_key, c, j);
     }
   }
 
@@ -759,20 +781,20 @@ class AllKeys {
         problem_.self_contrast ? weigh_both_directions(call, rows, block, panel, tile, c)
         : problem_.symmetric   ? weigh_both_ways(call, rows, block, panel, tile, c)
                                : weigh_powers(call, block, panel, tile, c);
-      if (problem_.self_contrast) {
+      if (problem_.self_contrast)
         weigh_positives_both_directions(call, rows, block, panel, tile);
-        continue;
-      }
-      for (int64_t c = 0; c < rows.in(panel); ++c) {
-        const PositivesOfRow<S> own = positives(call, rows, panel * kColumns + c);
-        for (int64_t j = 0; j < places_; ++j) {
-          const int64_t key = own.key(j) - block * kBlockKeys;
-          if (key >= 0 && key < tile.keys)
-            tile.values[key * tile.columns + c] =
-                call.buffers.weights[kept_row(rows, panel * kColumns + c) * places_ + j];
-        }
-      }
+      else
+        each_positive(call, rows, block, panel, [&](int64_t key, int64_t c, int64_t j) {
+          tile.values[key * tile.columns + c] =
+              call.buffers.weights[kept_row(rows, panel * kColumns + c) * places_ + j];
+        });
+      if (!wants_bias()) round_weights(rows, panel, tile);
     }
+    if (!wants_bias()) return;
+    add_to_bias(call, rows, chunk, block);
+    for (int64_t panel = 0; panel < rows.panels(); ++panel)
+      if (call.buffers.needed[block * panels_ + panel])
+        round_weights(rows, panel, tile_of(call, rows, chunk, block, panel));
   }
 
   void weigh_powers(const Call& call, int64_t block, int64_t panel, const TileOfScores<S>& tile, int64_t c) const {
@@ -833,32 +855,22 @@ class AllKeys {
               [&](int64_t key, int64_t c, S weight) { tile.values[key * tile.columns + c] += weight; });
   }
 
-  // Weights as they are multiplied: [keys][columns] with the queries, and pairs of keys by columns with the keys. Where
-  // both are the same the tile is, else it holds one after the other.
-  E* weights_of(const Call& call, const Rows& rows, int64_t chunk, int64_t block, int64_t panel) const {
-    return reinterpret_cast<E*>(scores_of(call, rows, chunk, block, panel));
-  }
-  E* weight_pairs_of(const Call& call, const Rows& rows, int64_t chunk, int64_t block, int64_t panel) const {
-    const int64_t before = kStep == 1 ? 0 : padded_depth<E>(keys_of(block)) * rows.columns(panel);
-    return weights_of(call, rows, chunk, block, panel) + before;
-  }
-
-  // Brings a block's weights into these forms. Those of queries that there are none of become zeros.
-  void round_weights(const Call& call, const Rows& rows, int64_t chunk, int64_t block) const {
+  // Brings a tile's weights into the forms that they are multiplied in, where these are others: for each pair of keys its
+  // rows, that queries are multiplied with, and these interleaved, which keys are multiplied with. Weights of queries
+  // that there are none of become zeros.
+  void round_weights(const Rows& rows, int64_t panel, const TileOfScores<S>& tile) const {
     if constexpr (kStep > 1)
-      for (int64_t panel = 0; panel < rows.panels(); ++panel) {
-        if (!call.buffers.needed[block * panels_ + panel]) continue;
-        const TileOfScores<S> tile = tile_of(call, rows, chunk, block, panel);
-        alignas(64) S values[kBlockKeys * kColumns];
-        std::copy_n(tile.values, tile.keys * tile.columns, values);
-        E* const by_key = weights_of(call, rows, chunk, block, panel);
-        E* const by_pair = weight_pairs_of(call, rows, chunk, block, panel);
-        for (int64_t key = 0; key < tile.keys; key += kStep)
-          for (int64_t c = 0; c < tile.columns; c += kLane) {
-            const int64_t at = key * tile.columns + c, there = std::min(kLane, rows.in(panel) - c);
-            const R second = key + 1 < tile.keys ? load_register(values + at + tile.columns) : R{};
-            round_pair(load_register(values + at), second, there, by_key + at, tile.columns, by_pair + at + c);
-          }
+      for (int64_t key = 0; key < tile.keys; key += 2) {
+        S* const at = tile.values + key * tile.columns;
+        E* const to = reinterpret_cast<E*>(at);
+        R pair[2][kTileVectors];
+        for (int64_t v = 0; v < tile.columns / kLane; ++v) {
+          pair[0][v] = load_register(at + v * kLane);
+          pair[1][v] = key + 1 < tile.keys ? load_register(at + tile.columns + v * kLane) : R{};
+        }
+        for (int64_t v = 0; v < tile.columns / kLane; ++v)
+          round_pair(pair[0][v], pair[1][v], rows.in(panel) - v * kLane, to + v * kLane, tile.columns,
+                     to + 2 * (tile.columns + v * kLane));
       }
   }
 
@@ -888,9 +900,14 @@ class AllKeys {
           for (int64_t panel = 0; panel < rows.panels(); ++panel) {
             if (!call.buffers.needed[block * panels_ + panel]) continue;
             const int64_t columns = rows.columns(panel);
-            const E* const left = weights_of(call, rows, chunk, block, panel) + key * columns;
-            tile.multiply([left, columns](int r, int64_t i) { return left + r * columns + i; },
-                          by_query + panel * kColumns * of_width * kLane, padded_depth<E>(rows.in(panel)));
+            // With kStep rows of a tile there are as many of its interleaved ones.
+            const S* const weights = scores_of(call, rows, chunk, block, panel) + key * columns;
+            const E* const left = reinterpret_cast<const E*>(weights);
+            tile.multiply(
+                [left, columns](int r, int64_t i) {
+                  return left + (r / kStep * kStep * kStep + r % kStep) * columns + i;
+                },
+                by_query + panel * kColumns * of_width * kLane, padded_depth<E>(rows.in(panel)));
           }
           S* const to = call.grad_keys + (block * kBlockKeys + key) * d_ + k;
           const bool first = rows.first == 0 && !problem_.adds_to_keys;
@@ -923,8 +940,10 @@ class AllKeys {
             for (int64_t block = slice; block < std::min(end, slice + kSliceBlocks); ++block) {
               if (!call.buffers.needed[block * panels_ + panel]) continue;
               const E* const left = call.key_pairs + block * kBlockKeys * d_ + k * kStep;
-              tile.multiply([left, d = d_](int r, int64_t key) { return left + key * d + r * kStep; },
-                            weight_pairs_of(call, rows, chunk, block, panel), padded_depth<E>(keys_of(block)));
+              const S* const weights = scores_of(call, rows, chunk, block, panel);
+              const E* const right = reinterpret_cast<const E*>(weights) + (kStep - 1) * kStep * columns;
+              tile.multiply([left, d = d_](int r, int64_t key) { return left + key * d + r * kStep; }, right,
+                            padded_depth<E>(keys_of(block)), kStep * kStep * vectors * kLane);
             }
             if (slice > first_block(rows)) add(tile, sums, columns);
             tile.store(sums, columns);
