@@ -42,9 +42,10 @@ void each(int threads, int64_t n, const Body& body) {
     for (int64_t i = 0; i < n; ++i) body(i);
 }
 
+// to[i] = factor * from[i].
 template <class S, class Storage>
-void widen_run(S* to, const Storage* from, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
+void widen_run(S* to, const Storage* from, int64_t n, S factor = 1) {
+  for (int64_t i = 0; i < n; ++i) to[i] = factor * widen(from[i]);
 }
 
 // What the scale comes to where it is known on the device only in part.
@@ -383,42 +384,42 @@ class AllKeys {
           std::memcpy(by_feature + (k + i * kStep) * columns + c * kStep, &block[i], sizeof(R));
       }
     if (!wants_keys()) return;
-    for (int64_t row = 0; row < padded_depth<E>(in); row += kStep)
+    static constexpr E kZeros[kColumns] = {};
+    for (int64_t row = 0; row < in; row += kStep) {
+      bool there[kStep];
+      for (int64_t i = 0; i < kStep; ++i)
+        there[i] = row + i < in && is_present(index(call, rows, panel * kColumns + row + i));
       for (int64_t k = 0; k < d_; k += kColumns) {
         const int64_t given = std::min(kColumns, d_ - k), width = divide_up(given, kLane) * kLane;
         E* const out = call.buffers.by_query + k * rows_ + (panel * kColumns + row) * width;
-        E values[kStep][kColumns] = {};
-        for (int64_t i = 0; i < kStep && row + i < in; ++i)
-          if (is_present(index(call, rows, panel * kColumns + row + i)))
-            multiplied(values[i], queries + (row + i) * d_ + k, given, kInPlace ? scale_ : S(1));
-        if constexpr (kStep == 1)
-          std::copy_n(values[0], width, out);
+        const Storage* const from = queries + row * d_ + k;
+        if constexpr (kStep > 1)
+          interleave(out, there[0] ? from : kZeros, there[1] ? from + d_ : kZeros, given);
+        else if (there[0])
+          widen_run(out, from, given, kInPlace ? scale_ : S(1));
         else
-          interleave(out, values[0], values[1], width);
+          std::fill_n(out, given, E{});
+        std::fill(out + given * kStep, out + width * kStep, E{});
       }
+    }
   }
 
-  // A register of a row's values from the first of `count` on, kStep in a lane, filled up with zeros.
-  static R steps_of(const Storage* row, int64_t count) {
+  // A register of values from the first of `count` on, kStep in a lane, filled up with zeros.
+  static R steps_of(const E* from, int64_t count) {
     R values = {};
-    if constexpr (std::is_same_v<E, Storage>) {
-      if (count >= kLane * kStep)
-        std::memcpy(&values, row, sizeof values);
-      else
-        std::memcpy(&values, row, count * sizeof(E));
-    } else {
-      E wide[kLane] = {};
-      widen_run(wide, row, std::min(count, kLane));
-      std::memcpy(&values, wide, sizeof values);
-    }
+    if (count >= kLane * kStep)
+      std::memcpy(&values, from, sizeof values);
+    else
+      std::memcpy(&values, from, count * sizeof(E));
     return values;
   }
-  // to[i] = factor * from[i], of what is not multiplied by a factor but 1 where it is not widened.
-  static void multiplied(E* to, const Storage* from, int64_t n, S factor) {
-    if constexpr (kStep > 1)
-      std::copy_n(from, n, to);
-    else
-      for (int64_t i = 0; i < n; ++i) to[i] = factor * widen(from[i]);
+  // The same of another type.
+  template <class Other>
+  static R steps_of(const Other* from, int64_t count) {
+    E wide[kLane * kStep];
+    const int64_t given = std::min(count, kLane * kStep);
+    widen_run(wide, from, given);
+    return steps_of(wide, given);
   }
 
   // A block's keys as they are multiplied, where they do not lie in memory so.
@@ -428,13 +429,21 @@ class AllKeys {
     if (!reads_keys_in_place())
       for (int64_t key = 0; key < count; ++key) {
         E* const to = call.buffers.keys + (first + key) * depth_;
-        multiplied(to, keys + key * d_, d_, 1);
+        if constexpr (std::is_same_v<E, Storage>)
+          std::copy_n(keys + key * d_, d_, to);
+        else
+          widen_run(to, keys + key * d_, d_);
         std::fill(to + d_, to + depth_, E{});
       }
     if constexpr (kStep > 1)
-      for (int64_t key = 0; multiplies_pairs() && key < count; key += kStep)
-        interleave(call.buffers.key_pairs + (first + key) * d_, keys + key * d_,
-                   key + 1 < count ? keys + (key + 1) * d_ : nullptr, d_);
+      for (int64_t key = 0; multiplies_pairs() && key < count; key += 2) {
+        E* const to = call.buffers.key_pairs + (first + key) * d_;
+        if (key + 1 < count) {
+          interleave(to, keys + key * d_, keys + (key + 1) * d_, d_);
+          continue;
+        }
+        for (int64_t i = 0; i < 2 * d_; ++i) to[i] = i % 2 == 0 ? keys[key * d_ + i / 2] : E{};
+      }
   }
 
   S* scores_of(const Call& call, const Rows& rows, int64_t chunk, int64_t block, int64_t panel) const {
@@ -473,9 +482,7 @@ class AllKeys {
     const auto* const thresholds = problem_.thresholds.template as<const S>();
     for (int64_t c = 0; c < rows.columns(panel); c += kLane) {
       const int64_t first = panel * kColumns + c, count = std::clamp<int64_t>(rows.count - first, 0, kLane);
-      for (int64_t j = 0; n_ > 0 && j < places_; ++j)
-        for (int64_t lane = 0; lane < count; lane += kTileRows)
-          multiply_positives(call, rows, first, lane, std::min<int64_t>(kTileRows, count - lane), j);
+      for (int64_t j = 0; n_ > 0 && count > 0 && j < places_; ++j) multiply_positives(call, rows, first, count, j);
       for (int64_t i = 0; i < kLane; ++i) {
         S& best = call.buffers.bests[kept_row(rows, first + i)];
         best = kInfinity<S>;
@@ -488,31 +495,35 @@ class AllKeys {
     }
   }
 
-  // Dot products of a register's queries from `lane` on with their positives at place j. The keys of some are multiplied
-  // with the whole register, of which each needs its own lane: so equal keys have the scores that multiply() gives them.
-  void multiply_positives(const Call& call, const Rows& rows, int64_t first, int64_t lane, int64_t count,
-                          int64_t j) const {
+  // Dot products of a register's queries with their positives at place j. Every lane is the chain over a part's features
+  // that multiply() makes: so equal keys have equal scores.
+  void multiply_positives(const Call& call, const Rows& rows, int64_t first, int64_t count, int64_t j) const {
     const int64_t panel = first / kColumns, columns = rows.columns(panel);
     const E* const by_feature = call.buffers.by_feature + panel * kColumns * depth_ + first % kColumns * kStep;
-    const E* keys[kTileRows];
-    for (int64_t r = 0; r < count; ++r)  // Where there is no positive, the product is not read.
-      keys[r] = call.keys + std::max<int64_t>(positives(call, rows, first + lane + r).key(j), 0) * depth_;
-    E queries[kDepthBlock * kLane];
-    S sums[kTileRows * kLane];
+    const E* keys[kLane];
+    for (int64_t i = 0; i < kLane; ++i)  // Where there is no positive, the product is not read.
+      keys[i] = call.keys + std::max<int64_t>(positives(call, rows, first + std::min(i, count - 1)).key(j), 0) * depth_;
+    R dots = {};
     for (int64_t part = 0; part < parts(); ++part) {
-      const int64_t begin = begin_of_part(part), depth = begin_of_part(part + 1) - begin;
-      for (int64_t k = 0; k < depth; k += kStep)
-        std::memcpy(queries + k * kLane, by_feature + (begin + k) * columns, sizeof(R));
-      with_tile(count, 1, [&](auto height, auto width) {
-        Tile<E, height, width> tile;
-        tile.clear();
-        tile.multiply([&](int r, int64_t k) { return keys[r] + begin + k; }, queries, depth);
-        if (part > 0) add(tile, sums, kLane);
-        tile.store(sums, kLane);
-      });
+      R sums = {};
+      const int64_t end = begin_of_part(part + 1);
+      for (int64_t k = begin_of_part(part); k < end; k += kLane * kStep) {
+        R block[kLane];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kLane; ++i) block[i] = steps_of(keys[i] + k, end - k);
+        transpose<S>(block);
+        const E* const queries = by_feature + k * columns;
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kLane; ++i) {
+          if (k + i * kStep >= end) break;
+          R query;
+          std::memcpy(&query, queries + i * kStep * columns, sizeof query);
+          sums = multiply_add<E>(sums, block[i], query);
+        }
+      }
+      dots = part > 0 ? sums + dots : sums;
     }
-    for (int64_t r = 0; r < count; ++r)
-      call.buffers.dots[kept_row(rows, first + lane + r) * places_ + j] = sums[r * kLane + lane + r];
+    for (int64_t i = 0; i < count; ++i) call.buffers.dots[kept_row(rows, first + i) * places_ + j] = dots[i];
   }
 
   enum class Pass { first, again };
@@ -522,12 +533,12 @@ class AllKeys {
     const int64_t count = chunk_end(chunk) - chunk, panels = rows.panels();
     each(call.threads, count * panels, [&](int64_t task) {
       const int64_t block = chunk + task / panels, panel = task % panels;
-      const TileOfScores<S> tile = tile_of(call, rows, chunk, block, panel);
+      TileOfScores<S> tile = tile_of(call, rows, chunk, block, panel);
       if (is_out_of_range(call, rows, block, panel)) {
         std::fill_n(tile.values, tile.keys * tile.columns, kLeftOut<S>);
       } else {
         multiply(call, rows, block, panel, tile.values);
-        leave_out(call, rows, block, panel, tile);
+        tile.marked = leave_out(call, rows, block, panel, tile);
       }
       sum_up(call, rows, block, panel, tile, pass);
     });
@@ -594,8 +605,10 @@ class AllKeys {
     return true;
   }
 
-  void leave_out(const Call& call, const Rows& rows, int64_t block, int64_t panel, const TileOfScores<S>& tile) const {
+  // Whether there were some.
+  bool leave_out(const Call& call, const Rows& rows, int64_t block, int64_t panel, const TileOfScores<S>& tile) const {
     const int64_t begin = block * kBlockKeys, in = rows.in(panel);
+    bool some = problem_.key_range.ndim != 0 || problem_.contrast != Groups::all;
     const int64_t row = index(call, rows, panel * kColumns);
     for (int64_t c = 0; c < in; c += kLane) {
       const int64_t count = std::min(kLane, in - c);
@@ -613,15 +626,19 @@ class AllKeys {
                          problem_.key_groups.template as<int64_t>() + call.entry * n_ + begin,
                          problem_.contrast == Groups::other);
     }
-    each_positive(call, rows, block, panel,
-                  [&](int64_t key, int64_t c, int64_t) { tile.values[key * tile.columns + c] = kLeftOut<S>; });
+    const auto mark = [&](int64_t key, int64_t c) {
+      tile.values[key * tile.columns + c] = kLeftOut<S>;
+      some = true;
+    };
+    each_positive(call, rows, block, panel, [&](int64_t key, int64_t c, int64_t) { mark(key, c); });
     const int64_t excluded = problem_.excluded();
     const auto* const exclude = problem_.exclude.template as<const int64_t>();
     for (int64_t c = 0; excluded > 0 && c < in; ++c)
       for (int64_t j = 0; j < excluded; ++j) {
         const int64_t key = exclude[(row + c) * excluded + j] - begin;
-        if (key >= 0 && key < tile.keys) tile.values[key * tile.columns + c] = kLeftOut<S>;
+        if (key >= 0 && key < tile.keys) mark(key, c);
       }
+    return some;
   }
 
   // Calls use(key, column, place) for the positives of a panel's queries that are a block's keys.
@@ -979,7 +996,8 @@ class AllKeys {
       return;
     }
     store_register(values, is_present(index(call, rows, row)) ? sums * scale_ : R{});
-    narrow(problem_.grad_queries.template as<Storage>() + index(call, rows, row) * d_ + k, values, count);
+    Storage* const to = problem_.grad_queries.template as<Storage>() + index(call, rows, row) * d_ + k;
+    count == kLane ? narrow(to, values, kLane) : narrow(to, values, count);
   }
 
   const Problem& problem_;

@@ -25,7 +25,8 @@ struct TileOfScores {
   S* values;
   int64_t keys, columns;
   S scale;
-  const S* bias;  // Biases from the first key on; null: 0.
+  const S* bias;       // Biases from the first key on; null: 0.
+  bool marked = true;  // Whether keys may be left out.
 
   static constexpr int64_t kLane = kRegisterLanes<S>;
   using R = Register<S>;
@@ -35,7 +36,7 @@ struct TileOfScores {
   // The score of what is left out is -inf.
   R score(R dot, int64_t key) const {
     const R value = dot * scale + bias_of(key);
-    return dot == R{} + kLeftOut<S> ? R{} - kInfinity<S> : value;
+    return marked ? (dot == R{} + kLeftOut<S> ? R{} - kInfinity<S> : value) : value;
   }
 };
 
@@ -64,13 +65,13 @@ void transpose(Register<S> (&rows)[kRegisterLanes<S>]) {
   }
 }
 
-// One after another of two rows' values; without a second row zeros.
+// One after another of two rows' values.
 template <class E>
 void interleave(E* __restrict to, const E* __restrict first, const E* __restrict second, int64_t n) {
-  if (second == nullptr)
-    for (int64_t i = 0; i < n; ++i) to[2 * i] = first[i], to[2 * i + 1] = E{};
-  else
-    for (int64_t i = 0; i < n; ++i) to[2 * i] = first[i], to[2 * i + 1] = second[i];
+  for (int64_t i = 0; i < n; ++i) {
+    to[2 * i] = first[i];
+    to[2 * i + 1] = second[i];
+  }
 }
 
 #if defined(__AVX512BF16__)
@@ -166,7 +167,7 @@ Register<S> reached(Register<S> dot, Register<S> score, Register<S> best) {
 // Powers of e of a register's column of scores relative to their largest, which are stored in place of the dots where
 // kStores; moments and counts only where kFirst.
 template <bool kFirst, bool kStores, class S>
-void exponentiate(const TileOfScores<S>& tile, int64_t c, const S* bests, const RowSums<S>& to) {
+void exponentiate(const TileOfScores<S> tile, int64_t c, const S* bests, const RowSums<S>& to) {
   using R = Register<S>;
   R largest = R{} - kInfinity<S>, sum = {}, moment = {}, count = {};
   for (int64_t key = 0; key < tile.keys; ++key) {
@@ -204,7 +205,7 @@ inline Register<double> log1p(Register<double> x) {
 
 // The same for the sigmoid measure: the logistic function of the scores in place of powers, and sums of their losses.
 template <bool kFirst, class S>
-void logistics(const TileOfScores<S>& tile, int64_t c, const S* bests, const RowSums<S>& to) {
+void logistics(const TileOfScores<S> tile, int64_t c, const S* bests, const RowSums<S>& to) {
   using R = Register<S>;
   R sum = {}, moment = {}, count = {};
   const R best = kFirst ? load_register(bests + c) : R{};
