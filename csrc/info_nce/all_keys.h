@@ -156,8 +156,7 @@ class AllKeys {
               .keys = nullptr,
               .key_pairs = nullptr,
               .grad_keys = nullptr};
-    if constexpr (std::is_same_v<E, Storage>)
-      call.keys = problem_.keys.template as<const E>() + entry * n_ * d_;
+    if constexpr (std::is_same_v<E, Storage>) call.keys = problem_.keys.template as<const E>() + entry * n_ * d_;
     if (!reads_keys_in_place()) call.keys = call.buffers.keys;
     call.key_pairs = kStep == 1 ? call.keys : call.buffers.key_pairs;
     call.grad_keys = call.buffers.grad_keys;
@@ -369,15 +368,13 @@ class AllKeys {
 
   void pack_queries(const Call& call, const Rows& rows, int64_t panel) const {
     const int64_t columns = rows.columns(panel), in = rows.in(panel);
-    const Storage* const queries =
-        problem_.queries.template as<Storage>() + index(call, rows, panel * kColumns) * d_;
+    const Storage* const queries = problem_.queries.template as<Storage>() + index(call, rows, panel * kColumns) * d_;
     E* const by_feature = call.buffers.by_feature + panel * kColumns * depth_;
     for (int64_t k = 0; k < depth_; k += kLane * kStep)
       for (int64_t c = 0; c < columns; c += kLane) {
         R block[kLane];
 #pragma GCC unroll 16
-        for (int64_t i = 0; i < kLane; ++i)
-          block[i] = c + i < in ? steps_of(queries + (c + i) * d_ + k, d_ - k) : R{};
+        for (int64_t i = 0; i < kLane; ++i) block[i] = c + i < in ? steps_of(queries + (c + i) * d_ + k, d_ - k) : R{};
         transpose<S>(block);
         const int64_t count = std::min(kLane, (depth_ - k) / kStep);
         for (int64_t i = 0; i < count; ++i)
@@ -974,20 +971,28 @@ class AllKeys {
   void write_queries(const Call& call, const Rows& rows, int64_t panel, int64_t begin, int64_t end) const {
     const int64_t columns = rows.columns(panel);
     const S* const sums = call.buffers.grad_queries + panel * kColumns * d_;
-    for (int64_t c = 0; c < rows.in(panel); c += kLane)
+    for (int64_t c = 0; c < rows.in(panel); c += kLane) {
+      const int64_t row = panel * kColumns + c, count = std::min(kLane, rows.in(panel) - c);
+      bool there[kLane];
+      for (int64_t i = 0; i < count; ++i) there[i] = is_present(index(call, rows, row + i));
       for (int64_t k = begin; k < end; k += kLane) {
         const int64_t given = std::min(kLane, end - k);
         R block[kLane];
+        if (given == kLane) {
 #pragma GCC unroll 16
-        for (int64_t i = 0; i < kLane; ++i) block[i] = i < given ? load_register(sums + (k + i) * columns + c) : R{};
+          for (int64_t i = 0; i < kLane; ++i) block[i] = load_register(sums + (k + i) * columns + c);
+        } else {
+          for (int64_t i = 0; i < kLane; ++i) block[i] = i < given ? load_register(sums + (k + i) * columns + c) : R{};
+        }
         transpose<S>(block);
-        for (int64_t i = 0; i < std::min(kLane, rows.in(panel) - c); ++i)
-          write_query(call, rows, panel * kColumns + c + i, k, given, block[i]);
+        for (int64_t i = 0; i < count; ++i) write_query(call, rows, row + i, there[i], k, given, block[i]);
       }
+    }
   }
 
   // Features [k, k + count) of a query's gradient.
-  void write_query(const Call& call, const Rows& rows, int64_t row, int64_t k, int64_t count, R sums) const {
+  void write_query(const Call& call, const Rows& rows, int64_t row, bool there, int64_t k, int64_t count,
+                   R sums) const {
     S values[kLane];
     if (problem_.self_contrast) {
       store_register(values, kInPlace ? sums * scale_ : sums);
@@ -995,9 +1000,11 @@ class AllKeys {
       for (int64_t i = 0; i < count; ++i) to[i] = (rows.first == 0 ? S{} : to[i]) + values[i];
       return;
     }
-    store_register(values, is_present(index(call, rows, row)) ? sums * scale_ : R{});
+    const R scaled = there ? sums * scale_ : R{};
     Storage* const to = problem_.grad_queries.template as<Storage>() + index(call, rows, row) * d_ + k;
-    count == kLane ? narrow(to, values, kLane) : narrow(to, values, count);
+    if (count == kLane) return narrow_register(to, scaled);
+    store_register(values, scaled);
+    narrow(to, values, count);
   }
 
   const Problem& problem_;

@@ -44,13 +44,14 @@ struct TileOfScores {
 
 // Turns rows to columns: lane i of row j becomes lane j of row i.
 template <class S>
-void transpose(Register<S> (&rows)[kRegisterLanes<S>]) {
+[[gnu::always_inline]] inline void transpose(Register<S> (&rows)[kRegisterLanes<S>]) {
   constexpr int kLanes = static_cast<int>(kRegisterLanes<S>);
   using Int = std::conditional_t<sizeof(S) == 8, int64_t, int32_t>;
   typedef Int Places __attribute__((vector_size(kRegisterBytes)));
 #pragma GCC unroll 4
   for (int step = kLanes / 2; step > 0; step /= 2) {
     Places low = {}, high = {};
+#pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) {
       low[i] = i & step ? kLanes + i - step : i;
       high[i] = i & step ? kLanes + i : i + step;
@@ -63,6 +64,28 @@ void transpose(Register<S> (&rows)[kRegisterLanes<S>]) {
       rows[i + step] = __builtin_shuffle(first, second, high);
     }
   }
+}
+
+// A register in the storage type, without the loops of narrow() for any number of values.
+template <class Storage, class R>
+inline void narrow_register(Storage* to, R v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Storage) == 2) {
+    const __m256i narrowed = narrow_vector<Storage>((__m512)v);
+    std::memcpy(to, &narrowed, sizeof narrowed);
+    return;
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(Storage) == 2) {
+    const __m128i narrowed = narrow_vector<Storage>((__m256)v);
+    std::memcpy(to, &narrowed, sizeof narrowed);
+    return;
+  }
+#endif
+  if constexpr (sizeof(Storage) == sizeof(v[0]))
+    std::memcpy(to, &v, sizeof v);
+  else
+    for (size_t i = 0; i < sizeof v / sizeof v[0]; ++i) to[i] = narrow<Storage>(v[i]);
 }
 
 // One after another of two rows' values.
@@ -156,12 +179,12 @@ struct RowSums {
   S *maxima, *sums, *moments, *counts;
 };
 
-// Lanes where a score that is not left out is not below the best: as ones.
+// Lanes where a score that is not left out, as `marked` ones may be, is not below the best: as ones.
 template <class S>
-Register<S> reached(Register<S> dot, Register<S> score, Register<S> best) {
+Register<S> reached(bool marked, Register<S> dot, Register<S> score, Register<S> best) {
   const Register<S> one = Register<S>{} + S(1);
   const Register<S> all = score < best ? Register<S>{} : one;  // Not a number is not below.
-  return dot == Register<S>{} + kLeftOut<S> ? Register<S>{} : all;
+  return marked ? (dot == Register<S>{} + kLeftOut<S> ? Register<S>{} : all) : all;
 }
 
 // Powers of e of a register's column of scores relative to their largest, which are stored in place of the dots where
@@ -182,7 +205,7 @@ void exponentiate(const TileOfScores<S> tile, int64_t c, const S* bests, const R
     sum += power;
     if constexpr (kFirst) {
       moment += power * dot;
-      count += reached<S>(dot, score, best);
+      count += reached<S>(tile.marked, dot, score, best);
     }
     if constexpr (kStores) store_register(tile.values + key * tile.columns + c, power);
   }
@@ -217,7 +240,7 @@ void logistics(const TileOfScores<S> tile, int64_t c, const S* bests, const RowS
     if constexpr (kFirst) {
       sum += (score > R{} ? score : R{}) + log1p(power);
       moment += slope * dot;
-      count += reached<S>(dot, score, best);
+      count += reached<S>(tile.marked, dot, score, best);
     }
     store_register(tile.values + key * tile.columns + c, slope);
   }
@@ -264,7 +287,7 @@ void sum_columns(const TileOfScores<S>& tile, const S* of_each, const RowSums<S>
       const R power = exp_below_zero(score - largest);
       sum += power;
       moment += power * dot;
-      if constexpr (kSelf) count += reached<S>(dot, score, in_all_lanes(of_each[key]));
+      if constexpr (kSelf) count += reached<S>(tile.marked, dot, score, in_all_lanes(of_each[key]));
     }
     const auto add = [](R a, R b) { return a + b; };
     to.maxima[key] = largest;
