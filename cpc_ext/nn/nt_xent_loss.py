@@ -96,22 +96,26 @@ class NTXentLoss(Module):
         Raises:
             ValueError: views of different shapes, or fewer than one image.
         """
-        return self.contrast(first, second).loss
+        return self._loss_and_ranks(first, second)[0]
 
     def contrast(self, first: Tensor, second: Tensor) -> NTXentOutput:
         """The loss, and how well views are told from others, which is known with it. Takes what a call takes."""
+        return _output(*self._loss_and_ranks(first, second))
+
+    def _loss_and_ranks(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, int]:
+        """The loss, how many keys are as similar to each view as its other view, and how many it is contrasted with."""
         check_views(first, second)
         # In float32 at least, under autocast too: the temperature multiplies a rounding of the similarity by 14.
         with without_autocast(first.device):
             views = unit_length(torch.cat([first, second]).to(torch.promote_types(first.dtype, torch.float32)))
-            return self._contrast(views) if self.memory_bank is None else self._contrast_bank(*views.chunk(2))
+            return self._of_views(views) if self.memory_bank is None else self._of_bank(*views.chunk(2))
 
-    def _contrast(self, queries: Tensor) -> NTXentOutput:
+    def _of_views(self, queries: Tensor) -> tuple[Tensor, Tensor, int]:
         """queries: [2 N, D] of length 1, the second views after the first."""
         exchange = exchange_with(self.gather_negatives)
         views = len(queries)
         own = torch.arange(views, device=queries.device)
-        targets = (own + views // 2) % views
+        targets = own.roll(views // 2)
         scale = 1 / self.temperature
         if exchange.ring:
             losses, rank = ring_info_nce(queries, queries, targets, scale=scale, exclude=own)
@@ -119,16 +123,18 @@ class NTXentLoss(Module):
         else:
             keys = exchange.gathered(queries)
             first = exchange.own_of(views).start
-            loss, _, rank = info_nce(queries, keys, targets + first, scale=scale, exclude=own + first)
-        return _output(loss, rank, views * exchange.world - 1)
+            if first > 0:
+                own, targets = own + first, targets + first
+            loss, _, rank = info_nce(queries, keys, targets, scale=scale, exclude=own)
+        return loss, rank, views * exchange.world - 1
 
-    def _contrast_bank(self, queries: Tensor, keys: Tensor) -> NTXentOutput:
+    def _of_bank(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, int]:
         bank = self.memory_bank
         assert bank is not None
         loss, rank = bank.contrast(queries, keys, 1 / self.temperature)
         if queries.requires_grad:
             bank.push(exchange_with(self.gather_negatives).gathered(keys.detach()), wrap=False)
-        return _output(loss, rank, bank.size + 1)
+        return loss, rank, bank.size + 1
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, gather_negatives={self.gather_negatives}"

@@ -144,10 +144,11 @@ struct Tile {
   }
 
   // sums[r] += left(r, k) * panel[k] for k in [0, depth). left(r, k) is the address of a value (of a pair of them);
-  // panel rows are kDepthStep * Vectors * kLaneColumns elements. depth is a multiple of kDepthStep.
+  // panel rows are kDepthStep * Vectors * kLaneColumns elements, `pitch` apart. depth is a multiple of kDepthStep.
   template <class Left>
-  void multiply(const Left& left, const E* __restrict panel, int64_t depth) {
-    for (int64_t k = 0; k < depth; k += kDepthStep<E>, panel += kDepthStep<E> * Vectors * kLaneColumns<E>) {
+  void multiply(const Left& left, const E* __restrict panel, int64_t depth,
+                int64_t pitch = kDepthStep<E> * Vectors * kLaneColumns<E>) {
+    for (int64_t k = 0; k < depth; k += kDepthStep<E>, panel += pitch) {
       R right[Vectors];
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) std::memcpy(&right[v], panel + v * kRegisterLanes<E>, sizeof(R));

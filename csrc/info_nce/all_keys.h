@@ -7,6 +7,8 @@
 // their dot products are taken up again, from memory as far as they may be kept there, or computed once more. So does a
 // self-contrast, whose scores are those of its columns too: a superblock of queries meets only the keys from its own
 // first on, and what these pairs weigh in both directions is multiplied with the queries and with the keys.
+// Where the processor multiplies pairs of bfloat16, queries and keys of that type are multiplied as they are, and the
+// weights of the gradients are rounded to it. Scores, and all sums, are in float.
 // Included only by sources that are compiled once per instruction set level.
 #pragma once
 
@@ -40,9 +42,10 @@ void each(int threads, int64_t n, const Body& body) {
     for (int64_t i = 0; i < n; ++i) body(i);
 }
 
+// to[i] = factor * from[i].
 template <class S, class Storage>
-void widen_run(S* to, const Storage* from, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
+void widen_run(S* to, const Storage* from, int64_t n, S factor = 1) {
+  for (int64_t i = 0; i < n; ++i) to[i] = factor * widen(from[i]);
 }
 
 // What the scale comes to where it is known on the device only in part.
@@ -82,15 +85,18 @@ constexpr int64_t kScoresBytes = int64_t{6} << 20;
 constexpr int64_t kMaxRows = 384, kMinRows = 96;
 // Workers whom the rows' sums are not shared out to.
 constexpr int64_t kFewWorkers = 4;
+// Values that are converted at a time.
+constexpr int64_t kConvertedValues = 512;
 // Tiles of the queries' gradient that a task takes: three cache lines of a key.
 constexpr int64_t kTaskTiles = 8;
 
 template <class Storage>
 class AllKeys {
   using S = SumOf<Storage>;
-  using E = S;
+  using E = Element<Storage>;
   using R = Register<S>;
-  static constexpr int64_t kLane = kLaneColumns<E>, kColumns = kTileColumns<E>;
+  static constexpr int64_t kLane = kLaneColumns<E>, kColumns = kTileColumns<E>, kStep = kDepthStep<E>;
+  // Whether the gradients of keys are summed where they are written.
   static constexpr bool kInPlace = std::is_same_v<S, Storage>;
   // So that a superblock's own queries, as keys, are whole blocks.
   static_assert(kMaxRows % kColumns == 0 && kMaxRows % kBlockKeys == 0);
@@ -101,6 +107,7 @@ class AllKeys {
         m_(problem.rows()),
         n_(problem.keys_count()),
         d_(problem.dim()),
+        depth_(padded_depth<E>(d_)),
         places_(problem.positives()),
         scale_(scale_of<S>(problem)),
         blocks_(divide_up(n_, kBlockKeys)) {
@@ -147,19 +154,15 @@ class AllKeys {
               .converters = threads(kConvertNanoseconds * values),
               .buffers = Buffers(parts, *this),
               .keys = nullptr,
+              .key_pairs = nullptr,
               .grad_keys = nullptr};
-    const Storage* const keys = problem_.keys.template as<Storage>() + entry * n_ * d_;
-    if constexpr (kInPlace) {
-      call.keys = keys;
-      if (wants_keys()) call.grad_keys = grad_keys().template as<S>() + entry * n_ * d_;
-    } else {
-      each(call.converters, blocks_, [&](int64_t block) {
-        const int64_t first = block * kBlockKeys * d_, count = keys_of(block) * d_;
-        widen_run(call.buffers.keys + first, keys + first, count);
-      });
-      call.keys = call.buffers.keys;
-      call.grad_keys = call.buffers.grad_keys;
-    }
+    if constexpr (std::is_same_v<E, Storage>) call.keys = problem_.keys.template as<const E>() + entry * n_ * d_;
+    if (!reads_keys_in_place()) call.keys = call.buffers.keys;
+    call.key_pairs = kStep == 1 ? call.keys : call.buffers.key_pairs;
+    call.grad_keys = call.buffers.grad_keys;
+    if (kInPlace && wants_keys()) call.grad_keys = grad_keys().template as<S>() + entry * n_ * d_;
+    if (!reads_keys_in_place() || multiplies_pairs())
+      each(call.converters, blocks_, [&](int64_t block) { pack_keys(call, block); });
     const auto rows_at = [&](int64_t first) { return Rows{first, std::clamp<int64_t>(m_ - first, 0, rows_)}; };
     if (two_ways()) {
       const int64_t all = divide_up(m_, kColumns) * kColumns;
@@ -185,8 +188,14 @@ class AllKeys {
     if (m_ == 0) std::fill_n(grad_keys().template as<Storage>() + entry * n_ * d_, n_ * d_, Storage{});
     if constexpr (!kInPlace)
       each(call.converters, m_ == 0 ? 0 : blocks_, [&](int64_t block) {
-        const int64_t at = block * kBlockKeys * d_;
-        narrow(grad_keys().template as<Storage>() + entry * n_ * d_ + at, call.grad_keys + at, keys_of(block) * d_);
+        const int64_t begin = block * kBlockKeys * d_, end = begin + keys_of(block) * d_;
+        Storage* const to = grad_keys().template as<Storage>() + entry * n_ * d_;
+        S scaled[kConvertedValues];
+        for (int64_t at = begin; at < end; at += kConvertedValues) {
+          const int64_t count = std::min(kConvertedValues, end - at);
+          for (int64_t i = 0; i < count; ++i) scaled[i] = scale_ * call.grad_keys[at + i];
+          narrow(to + at, scaled, count);
+        }
       });
   }
 
@@ -199,25 +208,33 @@ class AllKeys {
   // Whether a pair's weight depends on what both its row and its column come to.
   bool two_ways() const { return problem_.symmetric || problem_.self_contrast; }
   int64_t keys_of(int64_t block) const { return std::min(kBlockKeys, n_ - block * kBlockKeys); }
+  bool reads_keys_in_place() const { return std::is_same_v<E, Storage> && depth_ == d_; }
+  // Whether keys are multiplied with weights in pairs.
+  bool multiplies_pairs() const { return kStep > 1 && (wants_queries() || (problem_.self_contrast && wants_keys())); }
+  // Features go through a product in parts.
+  int64_t parts() const { return std::max<int64_t>(divide_up(depth_, kDepthBlock), 1); }
+  int64_t begin_of_part(int64_t part) const { return part * (depth_ / kStep) / parts() * kStep; }
   // How many dot products of the queries before a superblock's first are kept.
   int64_t kept_before(int64_t first) const {
     const int64_t blocks = first / std::max<int64_t>(rows_, 1),
                   left = problem_.self_contrast ? rows_ * blocks * (blocks - 1) / 2 : 0;
-    return rows_ * (blocks * n_ - left);
+    return rows_ * (blocks * padded_depth<E>(n_) - left);
   }
 
   struct Buffers {
     S* scores;             // [panels][keys of a chunk][columns]: dots, then powers, then weights of the gradients.
     S* kept;               // The same of the first kept_rows_ queries, superblock after superblock: dots.
-    S* by_feature;         // [panels][D][columns]: queries, to multiply keys with.
-    S* by_query;           // [panels of features][rows][columns]: scaled queries, to multiply weights with.
+    E* by_feature;         // [panels][D][columns]: queries, to multiply keys with.
+    E* by_query;           // [panels of features][rows][columns]: queries, scaled kInPlace, to multiply weights with.
     S* grad_queries;       // [panels][D][columns]
     RowSums<S> stats;      // [blocks][rows]: of a block's rivals.
     S* factors;            // [blocks][rows]: from powers to weights.
     S *dots, *weights;     // [rows][places]: the positives' dot products and their weights in the gradients.
     S* bests;              // [rows]: what a rival must not be below to count in the rank.
     char* needed;          // [blocks][panels]: whether weights are more than zeros to the sums' precision.
-    S *keys, *grad_keys;   // [N][D], where the tensors are of another type.
+    E* keys;               // [N][D], where the tensor is of another type, or rows have no whole steps of depth.
+    E* key_pairs;          // [N][D]: what weights are multiplied with, where that is done in pairs.
+    S* grad_keys;          // [N][D], where the tensor is of another type.
     S *largest, *of_rows;  // [M], two ways: what a row's powers are relative to, and from them to weights.
     S* present;            // [M]: whether the query is contrasted in the columns.
     RowSums<S> of_panels;  // [panels][N]: sums of the columns.
@@ -225,10 +242,10 @@ class AllKeys {
 
     Buffers(Parts& parts, const AllKeys& a) {
       const bool gradients = a.problem_.wants_gradients(), two_ways = a.two_ways();
-      scores = parts.take<S>(a.panels_ * kColumns * std::min(a.chunk_blocks_ * kBlockKeys, a.n_));
+      scores = parts.take<S>(a.panels_ * kColumns * a.keys_of_chunk());
       kept = parts.take<S>(a.kept_before(a.kept_rows_));
-      by_feature = parts.take<S>(a.panels_ * kColumns * a.d_);
-      by_query = parts.take<S>(a.wants_keys() ? divide_up(a.d_, kColumns) * kColumns * a.rows_ : 0);
+      by_feature = parts.take<E>(a.panels_ * kColumns * a.depth_);
+      by_query = parts.take<E>(a.wants_keys() ? divide_up(a.d_, kColumns) * kColumns * a.rows_ : 0);
       grad_queries = parts.take<S>(a.wants_queries() ? a.panels_ * kColumns * a.d_ : 0);
       const int64_t padded = a.panels_ * kColumns;
       for (S** part : {&stats.maxima, &stats.sums, &stats.moments, &stats.counts})
@@ -239,7 +256,8 @@ class AllKeys {
       weights = parts.take<S>(all_rows * a.places_);
       bests = parts.take<S>(all_rows);
       needed = parts.take<char>(a.blocks_ * a.panels_);
-      keys = parts.take<S>(kInPlace ? 0 : a.n_ * a.d_);
+      keys = parts.take<E>(a.reads_keys_in_place() ? 0 : a.n_ * a.depth_);
+      key_pairs = parts.take<E>(a.multiplies_pairs() ? padded_depth<E>(a.n_) * a.d_ : 0);
       grad_keys = parts.take<S>(kInPlace || !a.wants_keys() ? 0 : a.n_ * a.d_);
       for (S** part : {&largest, &of_rows}) *part = parts.take<S>(two_ways ? all_rows : 0);
       present = parts.take<S>(a.problem_.symmetric ? all_rows : 0);
@@ -256,7 +274,7 @@ class AllKeys {
     int threads;              // For a product of a superblock.
     int packers, converters;  // To pack its queries, to convert all keys.
     Buffers buffers;
-    const S* keys;
+    const E *keys, *key_pairs;
     S* grad_keys;
   };
 
@@ -312,6 +330,8 @@ class AllKeys {
     differentiate(call, rows, next);
   }
 
+  // Keys that there is memory for in a chunk's tiles.
+  int64_t keys_of_chunk() const { return padded_depth<E>(std::min(chunk_blocks_ * kBlockKeys, n_)); }
   int64_t chunk_end(int64_t chunk) const { return std::min(blocks_, chunk + chunk_blocks_); }
 
   // The gradients' part of a superblock whose rows, and columns, are finished.
@@ -321,7 +341,6 @@ class AllKeys {
       const int64_t end = chunk_end(chunk);
       each(call.threads, end - chunk, [&](int64_t i) {
         weigh(call, rows, chunk, chunk + i);
-        if (wants_bias()) add_to_bias(call, rows, chunk, chunk + i);
         if (wants_keys() && chunk + i >= end_of_own(rows)) add_to_keys(call, rows, chunk, chunk + i);
       });
       // A tile's part of the keys serves all panels while it is in the cache, unless that leaves workers idle.
@@ -349,29 +368,85 @@ class AllKeys {
 
   void pack_queries(const Call& call, const Rows& rows, int64_t panel) const {
     const int64_t columns = rows.columns(panel), in = rows.in(panel);
-    S* const by_feature = call.buffers.by_feature + panel * kColumns * d_;
-    for (int64_t c = 0; c < columns; ++c) {
-      if (c >= in) {
-        for (int64_t k = 0; k < d_; ++k) by_feature[k * columns + c] = 0;
-        continue;
+    const Storage* const queries = problem_.queries.template as<Storage>() + index(call, rows, panel * kColumns) * d_;
+    E* const by_feature = call.buffers.by_feature + panel * kColumns * depth_;
+    for (int64_t k = 0; k < depth_; k += kLane * kStep)
+      for (int64_t c = 0; c < columns; c += kLane) {
+        R block[kLane];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kLane; ++i) block[i] = c + i < in ? steps_of(queries + (c + i) * d_ + k, d_ - k) : R{};
+        transpose<S>(block);
+        const int64_t count = std::min(kLane, (depth_ - k) / kStep);
+        for (int64_t i = 0; i < count; ++i)
+          std::memcpy(by_feature + (k + i * kStep) * columns + c * kStep, &block[i], sizeof(R));
       }
-      const int64_t row = panel * kColumns + c;
-      const Storage* const query = problem_.queries.template as<Storage>() + (call.entry * m_ + rows.first + row) * d_;
-      for (int64_t k = 0; k < d_; ++k) by_feature[k * columns + c] = widen(query[k]);
-      if (!wants_keys()) continue;
-      const bool counts = is_present(index(call, rows, row));
+    if (!wants_keys()) return;
+    static constexpr E kZeros[kColumns] = {};
+    for (int64_t row = 0; row < in; row += kStep) {
+      bool there[kStep];
+      for (int64_t i = 0; i < kStep; ++i)
+        there[i] = row + i < in && is_present(index(call, rows, panel * kColumns + row + i));
       for (int64_t k = 0; k < d_; k += kColumns) {
-        const int64_t width = divide_up(std::min(kColumns, d_ - k), kLane) * kLane;
-        S* const out = call.buffers.by_query + k * rows_ + row * width;
-        for (int64_t j = 0; j < width; ++j) out[j] = counts && k + j < d_ ? scale_ * widen(query[k + j]) : S{};
+        const int64_t given = std::min(kColumns, d_ - k), width = divide_up(given, kLane) * kLane;
+        E* const out = call.buffers.by_query + k * rows_ + (panel * kColumns + row) * width;
+        const Storage* const from = queries + row * d_ + k;
+        if constexpr (kStep > 1)
+          interleave(out, there[0] ? from : kZeros, there[1] ? from + d_ : kZeros, given);
+        else if (there[0])
+          widen_run(out, from, given, kInPlace ? scale_ : S(1));
+        else
+          std::fill_n(out, given, E{});
+        std::fill(out + given * kStep, out + width * kStep, E{});
       }
     }
+  }
+
+  // A register of values from the first of `count` on, kStep in a lane, filled up with zeros.
+  static R steps_of(const E* from, int64_t count) {
+    R values = {};
+    if (count >= kLane * kStep)
+      std::memcpy(&values, from, sizeof values);
+    else
+      std::memcpy(&values, from, count * sizeof(E));
+    return values;
+  }
+  // The same of another type.
+  template <class Other>
+  static R steps_of(const Other* from, int64_t count) {
+    E wide[kLane * kStep];
+    const int64_t given = std::min(count, kLane * kStep);
+    widen_run(wide, from, given);
+    return steps_of(wide, given);
+  }
+
+  // A block's keys as they are multiplied, where they do not lie in memory so.
+  void pack_keys(const Call& call, int64_t block) const {
+    const int64_t first = block * kBlockKeys, count = keys_of(block);
+    const Storage* const keys = problem_.keys.template as<Storage>() + (call.entry * n_ + first) * d_;
+    if (!reads_keys_in_place())
+      for (int64_t key = 0; key < count; ++key) {
+        E* const to = call.buffers.keys + (first + key) * depth_;
+        if constexpr (std::is_same_v<E, Storage>)
+          std::copy_n(keys + key * d_, d_, to);
+        else
+          widen_run(to, keys + key * d_, d_);
+        std::fill(to + d_, to + depth_, E{});
+      }
+    if constexpr (kStep > 1)
+      for (int64_t key = 0; multiplies_pairs() && key < count; key += 2) {
+        E* const to = call.buffers.key_pairs + (first + key) * d_;
+        if (key + 1 < count) {
+          interleave(to, keys + key * d_, keys + (key + 1) * d_, d_);
+          continue;
+        }
+        for (int64_t i = 0; i < 2 * d_; ++i) to[i] = i % 2 == 0 ? keys[key * d_ + i / 2] : E{};
+      }
   }
 
   S* scores_of(const Call& call, const Rows& rows, int64_t chunk, int64_t block, int64_t panel) const {
     const bool kept = is_kept(rows);
     const int64_t begin = kept ? first_block(rows) : chunk;
-    const int64_t keys = kept ? n_ - begin * kBlockKeys : std::min(chunk_blocks_ * kBlockKeys, n_);
+    const int64_t keys = kept ? padded_depth<E>(n_ - begin * kBlockKeys) : keys_of_chunk();
     S* const first = kept ? call.buffers.kept + kept_before(rows.first) : call.buffers.scores;
     return first + panel * kColumns * keys + (block - begin) * kBlockKeys * rows.columns(panel);
   }
@@ -404,9 +479,7 @@ class AllKeys {
     const auto* const thresholds = problem_.thresholds.template as<const S>();
     for (int64_t c = 0; c < rows.columns(panel); c += kLane) {
       const int64_t first = panel * kColumns + c, count = std::clamp<int64_t>(rows.count - first, 0, kLane);
-      for (int64_t j = 0; n_ > 0 && j < places_; ++j)
-        for (int64_t lane = 0; lane < count; lane += kTileRows)
-          multiply_positives(call, rows, first, lane, std::min<int64_t>(kTileRows, count - lane), j);
+      for (int64_t j = 0; n_ > 0 && count > 0 && j < places_; ++j) multiply_positives(call, rows, first, count, j);
       for (int64_t i = 0; i < kLane; ++i) {
         S& best = call.buffers.bests[kept_row(rows, first + i)];
         best = kInfinity<S>;
@@ -419,31 +492,35 @@ class AllKeys {
     }
   }
 
-  // Dot products of a register's queries from `lane` on with their positives at place j. The keys of some are multiplied
-  // with the whole register, of which each needs its own lane: so equal keys have the scores that multiply() gives them.
-  void multiply_positives(const Call& call, const Rows& rows, int64_t first, int64_t lane, int64_t count,
-                          int64_t j) const {
+  // Dot products of a register's queries with their positives at place j. Every lane is the chain over a part's features
+  // that multiply() makes: so equal keys have equal scores.
+  void multiply_positives(const Call& call, const Rows& rows, int64_t first, int64_t count, int64_t j) const {
     const int64_t panel = first / kColumns, columns = rows.columns(panel);
-    const S* const by_feature = call.buffers.by_feature + panel * kColumns * d_ + first % kColumns;
-    const int64_t parts = std::max<int64_t>(divide_up(d_, kDepthBlock), 1);
-    const S* keys[kTileRows];
-    for (int64_t r = 0; r < count; ++r)  // Where there is no positive, the product is not read.
-      keys[r] = call.keys + std::max<int64_t>(positives(call, rows, first + lane + r).key(j), 0) * d_;
-    S queries[kDepthBlock * kLane], sums[kTileRows * kLane];
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t begin = part * d_ / parts, depth = (part + 1) * d_ / parts - begin;
-      for (int64_t k = 0; k < depth; ++k)
-        store_register(queries + k * kLane, load_register(by_feature + (begin + k) * columns));
-      with_tile(count, 1, [&](auto height, auto width) {
-        Tile<E, height, width> tile;
-        tile.clear();
-        tile.multiply([&](int r, int64_t k) { return keys[r] + begin + k; }, queries, depth);
-        if (part > 0) add(tile, sums, kLane);
-        tile.store(sums, kLane);
-      });
+    const E* const by_feature = call.buffers.by_feature + panel * kColumns * depth_ + first % kColumns * kStep;
+    const E* keys[kLane];
+    for (int64_t i = 0; i < kLane; ++i)  // Where there is no positive, the product is not read.
+      keys[i] = call.keys + std::max<int64_t>(positives(call, rows, first + std::min(i, count - 1)).key(j), 0) * depth_;
+    R dots = {};
+    for (int64_t part = 0; part < parts(); ++part) {
+      R sums = {};
+      const int64_t end = begin_of_part(part + 1);
+      for (int64_t k = begin_of_part(part); k < end; k += kLane * kStep) {
+        R block[kLane];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kLane; ++i) block[i] = steps_of(keys[i] + k, end - k);
+        transpose<S>(block);
+        const E* const queries = by_feature + k * columns;
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kLane; ++i) {
+          if (k + i * kStep >= end) break;
+          R query;
+          std::memcpy(&query, queries + i * kStep * columns, sizeof query);
+          sums = multiply_add<E>(sums, block[i], query);
+        }
+      }
+      dots = part > 0 ? sums + dots : sums;
     }
-    for (int64_t r = 0; r < count; ++r)
-      call.buffers.dots[kept_row(rows, first + lane + r) * places_ + j] = sums[r * kLane + lane + r];
+    for (int64_t i = 0; i < count; ++i) call.buffers.dots[kept_row(rows, first + i) * places_ + j] = dots[i];
   }
 
   enum class Pass { first, again };
@@ -453,12 +530,12 @@ class AllKeys {
     const int64_t count = chunk_end(chunk) - chunk, panels = rows.panels();
     each(call.threads, count * panels, [&](int64_t task) {
       const int64_t block = chunk + task / panels, panel = task % panels;
-      const TileOfScores<S> tile = tile_of(call, rows, chunk, block, panel);
+      TileOfScores<S> tile = tile_of(call, rows, chunk, block, panel);
       if (is_out_of_range(call, rows, block, panel)) {
         std::fill_n(tile.values, tile.keys * tile.columns, kLeftOut<S>);
       } else {
         multiply(call, rows, block, panel, tile.values);
-        leave_out(call, rows, block, panel, tile);
+        tile.marked = leave_out(call, rows, block, panel, tile);
       }
       sum_up(call, rows, block, panel, tile, pass);
     });
@@ -466,17 +543,16 @@ class AllKeys {
 
   void multiply(const Call& call, const Rows& rows, int64_t block, int64_t panel, S* scores) const {
     const int64_t keys = keys_of(block), columns = rows.columns(panel);
-    const S* const by_feature = call.buffers.by_feature + panel * kColumns * d_;
-    const int64_t parts = std::max<int64_t>(divide_up(d_, kDepthBlock), 1);
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t begin = part * d_ / parts, depth = (part + 1) * d_ / parts - begin;
+    const E* const by_feature = call.buffers.by_feature + panel * kColumns * depth_;
+    for (int64_t part = 0; part < parts(); ++part) {
+      const int64_t begin = begin_of_part(part), depth = begin_of_part(part + 1) - begin;
       for (int64_t key = 0; key < keys; key += kTileRows)
         with_tile(std::min<int64_t>(kTileRows, keys - key), rows.vectors(panel), [&](auto count, auto vectors) {
           Tile<E, count, vectors> tile;
           tile.clear();
-          const S* const left = call.keys + (block * kBlockKeys + key) * d_ + begin;
-          tile.multiply([left, d = d_](int r, int64_t k) { return left + r * d + k; }, by_feature + begin * columns,
-                        depth);
+          const E* const left = call.keys + (block * kBlockKeys + key) * depth_ + begin;
+          tile.multiply([left, pitch = depth_](int r, int64_t k) { return left + r * pitch + k; },
+                        by_feature + begin * columns, depth);
           S* const to = scores + key * columns;
           if (part > 0) add(tile, to, columns);
           tile.store(to, columns);
@@ -526,8 +602,10 @@ class AllKeys {
     return true;
   }
 
-  void leave_out(const Call& call, const Rows& rows, int64_t block, int64_t panel, const TileOfScores<S>& tile) const {
+  // Whether there were some.
+  bool leave_out(const Call& call, const Rows& rows, int64_t block, int64_t panel, const TileOfScores<S>& tile) const {
     const int64_t begin = block * kBlockKeys, in = rows.in(panel);
+    bool some = problem_.key_range.ndim != 0 || problem_.contrast != Groups::all;
     const int64_t row = index(call, rows, panel * kColumns);
     for (int64_t c = 0; c < in; c += kLane) {
       const int64_t count = std::min(kLane, in - c);
@@ -545,15 +623,36 @@ class AllKeys {
                          problem_.key_groups.template as<int64_t>() + call.entry * n_ + begin,
                          problem_.contrast == Groups::other);
     }
+    const auto mark = [&](int64_t key, int64_t c) {
+      tile.values[key * tile.columns + c] = kLeftOut<S>;
+      some = true;
+    };
+    each_positive(call, rows, block, panel, [&](int64_t key, int64_t c, int64_t) { mark(key, c); });
     const int64_t excluded = problem_.excluded();
     const auto* const exclude = problem_.exclude.template as<const int64_t>();
-    for (int64_t c = 0; c < in; ++c) {
-      const auto mark = [&](int64_t key) {
-        if (key >= begin && key < begin + tile.keys) tile.values[(key - begin) * tile.columns + c] = kLeftOut<S>;
-      };
+    for (int64_t c = 0; excluded > 0 && c < in; ++c)
+      for (int64_t j = 0; j < excluded; ++j) {
+        const int64_t key = exclude[(row + c) * excluded + j] - begin;
+        if (key >= 0 && key < tile.keys) mark(key, c);
+      }
+    return some;
+  }
+
+  // Calls use(key, column, place) for the positives of a panel's queries that are a block's keys.
+  template <class Use>
+  void each_positive(const Call& call, const Rows& rows, int64_t block, int64_t panel, const Use& use) const {
+    const int64_t first_key = block * kBlockKeys, first_row = rows.first + panel * kColumns;
+    if (problem_.targets.ndim == 0) {
+      if (places_ == 0) return;
+      const int64_t begin = std::max(first_key, first_row),
+                    end = std::min(first_key + keys_of(block), first_row + rows.in(panel));
+      for (int64_t i = begin; i < end; ++i) use(i - first_key, i - first_row, 0);
+      return;
+    }
+    for (int64_t c = 0; c < rows.in(panel); ++c) {
       const PositivesOfRow<S> own = positives(call, rows, panel * kColumns + c);
-      for (int64_t j = 0; j < places_; ++j) mark(own.key(j));
-      for (int64_t j = 0; j < excluded; ++j) mark(exclude[(row + c) * excluded + j]);
+      for (int64_t j = 0; j < places_; ++j)
+        if (own.key(j) >= first_key && own.key(j) < first_key + keys_of(block)) use(own.key(j) - first_key, c, j);
     }
   }
 
@@ -696,20 +795,20 @@ class AllKeys {
         problem_.self_contrast ? weigh_both_directions(call, rows, block, panel, tile, c)
         : problem_.symmetric   ? weigh_both_ways(call, rows, block, panel, tile, c)
                                : weigh_powers(call, block, panel, tile, c);
-      if (problem_.self_contrast) {
+      if (problem_.self_contrast)
         weigh_positives_both_directions(call, rows, block, panel, tile);
-        continue;
-      }
-      for (int64_t c = 0; c < rows.in(panel); ++c) {
-        const PositivesOfRow<S> own = positives(call, rows, panel * kColumns + c);
-        for (int64_t j = 0; j < places_; ++j) {
-          const int64_t key = own.key(j) - block * kBlockKeys;
-          if (key >= 0 && key < tile.keys)
-            tile.values[key * tile.columns + c] =
-                call.buffers.weights[kept_row(rows, panel * kColumns + c) * places_ + j];
-        }
-      }
+      else
+        each_positive(call, rows, block, panel, [&](int64_t key, int64_t c, int64_t j) {
+          tile.values[key * tile.columns + c] =
+              call.buffers.weights[kept_row(rows, panel * kColumns + c) * places_ + j];
+        });
+      if (!wants_bias()) round_weights(rows, panel, tile);
     }
+    if (!wants_bias()) return;
+    add_to_bias(call, rows, chunk, block);
+    for (int64_t panel = 0; panel < rows.panels(); ++panel)
+      if (call.buffers.needed[block * panels_ + panel])
+        round_weights(rows, panel, tile_of(call, rows, chunk, block, panel));
   }
 
   void weigh_powers(const Call& call, int64_t block, int64_t panel, const TileOfScores<S>& tile, int64_t c) const {
@@ -770,6 +869,25 @@ class AllKeys {
               [&](int64_t key, int64_t c, S weight) { tile.values[key * tile.columns + c] += weight; });
   }
 
+  // Brings a tile's weights into the forms that they are multiplied in, where these are others: for each pair of keys its
+  // rows, that queries are multiplied with, and these interleaved, which keys are multiplied with. Weights of queries
+  // that there are none of become zeros.
+  void round_weights(const Rows& rows, int64_t panel, const TileOfScores<S>& tile) const {
+    if constexpr (kStep > 1)
+      for (int64_t key = 0; key < tile.keys; key += 2) {
+        S* const at = tile.values + key * tile.columns;
+        E* const to = reinterpret_cast<E*>(at);
+        R pair[2][kTileVectors];
+        for (int64_t v = 0; v < tile.columns / kLane; ++v) {
+          pair[0][v] = load_register(at + v * kLane);
+          pair[1][v] = key + 1 < tile.keys ? load_register(at + tile.columns + v * kLane) : R{};
+        }
+        for (int64_t v = 0; v < tile.columns / kLane; ++v)
+          round_pair(pair[0][v], pair[1][v], rows.in(panel) - v * kLane, to + v * kLane, tile.columns,
+                     to + 2 * (tile.columns + v * kLane));
+      }
+  }
+
   void add_to_bias(const Call& call, const Rows& rows, int64_t chunk, int64_t block) const {
     S* const to = problem_.grad_bias.template as<S>() + call.entry * n_ + block * kBlockKeys;
     for (int64_t key = 0; key < keys_of(block); ++key) {
@@ -788,7 +906,7 @@ class AllKeys {
     const int64_t keys = keys_of(block);
     for (int64_t k = 0; k < d_; k += kColumns) {
       const int64_t width = std::min(kColumns, d_ - k), vectors = divide_up(width, kLane);
-      const S* const by_query = call.buffers.by_query + k * rows_;
+      const E* const by_query = call.buffers.by_query + k * rows_;
       for (int64_t key = 0; key < keys; key += kTileRows)
         with_tile(std::min<int64_t>(kTileRows, keys - key), vectors, [&](auto count, auto of_width) {
           Tile<E, count, of_width> tile;
@@ -796,9 +914,14 @@ class AllKeys {
           for (int64_t panel = 0; panel < rows.panels(); ++panel) {
             if (!call.buffers.needed[block * panels_ + panel]) continue;
             const int64_t columns = rows.columns(panel);
-            const S* const left = scores_of(call, rows, chunk, block, panel) + key * columns;
-            tile.multiply([left, columns](int r, int64_t i) { return left + r * columns + i; },
-                          by_query + panel * kColumns * of_width * kLane, rows.in(panel));
+            // With kStep rows of a tile there are as many of its interleaved ones.
+            const S* const weights = scores_of(call, rows, chunk, block, panel) + key * columns;
+            const E* const left = reinterpret_cast<const E*>(weights);
+            tile.multiply(
+                [left, columns](int r, int64_t i) {
+                  return left + (r / kStep * kStep * kStep + r % kStep) * columns + i;
+                },
+                by_query + panel * kColumns * of_width * kLane, padded_depth<E>(rows.in(panel)));
           }
           S* const to = call.grad_keys + (block * kBlockKeys + key) * d_ + k;
           const bool first = rows.first == 0 && !problem_.adds_to_keys;
@@ -830,9 +953,11 @@ class AllKeys {
             tile.clear();
             for (int64_t block = slice; block < std::min(end, slice + kSliceBlocks); ++block) {
               if (!call.buffers.needed[block * panels_ + panel]) continue;
-              const S* const left = call.keys + block * kBlockKeys * d_ + k;
-              tile.multiply([left, d = d_](int r, int64_t key) { return left + key * d + r; },
-                            scores_of(call, rows, chunk, block, panel), keys_of(block));
+              const E* const left = call.key_pairs + block * kBlockKeys * d_ + k * kStep;
+              const S* const weights = scores_of(call, rows, chunk, block, panel);
+              const E* const right = reinterpret_cast<const E*>(weights) + (kStep - 1) * kStep * columns;
+              tile.multiply([left, d = d_](int r, int64_t key) { return left + key * d + r * kStep; }, right,
+                            padded_depth<E>(keys_of(block)), kStep * kStep * vectors * kLane);
             }
             if (slice > first_block(rows)) add(tile, sums, columns);
             tile.store(sums, columns);
@@ -846,21 +971,46 @@ class AllKeys {
   void write_queries(const Call& call, const Rows& rows, int64_t panel, int64_t begin, int64_t end) const {
     const int64_t columns = rows.columns(panel);
     const S* const sums = call.buffers.grad_queries + panel * kColumns * d_;
-    for (int64_t c = 0; problem_.self_contrast && c < rows.in(panel); ++c) {
-      S* const to = call.grad_keys + (rows.first + panel * kColumns + c) * d_;
-      for (int64_t k = begin; k < end; ++k) to[k] = (rows.first == 0 ? S{} : to[k]) + scale_ * sums[k * columns + c];
-    }
-    for (int64_t c = 0; !problem_.self_contrast && c < rows.in(panel); ++c) {
-      Storage* const to =
-          problem_.grad_queries.template as<Storage>() + (call.entry * m_ + rows.first + panel * kColumns + c) * d_;
-      const bool counts = is_present(index(call, rows, panel * kColumns + c));
-      for (int64_t k = begin; k < end; ++k)
-        to[k] = counts ? narrow<Storage>(scale_ * sums[k * columns + c]) : Storage{};
+    for (int64_t c = 0; c < rows.in(panel); c += kLane) {
+      const int64_t row = panel * kColumns + c, count = std::min(kLane, rows.in(panel) - c);
+      bool there[kLane];
+      for (int64_t i = 0; i < count; ++i) there[i] = is_present(index(call, rows, row + i));
+      for (int64_t k = begin; k < end; k += kLane) {
+        const int64_t given = std::min(kLane, end - k);
+        R block[kLane];
+        if (given == kLane) {
+#pragma GCC unroll 16
+          for (int64_t i = 0; i < kLane; ++i) block[i] = load_register(sums + (k + i) * columns + c);
+        } else {
+          for (int64_t i = 0; i < kLane; ++i) block[i] = i < given ? load_register(sums + (k + i) * columns + c) : R{};
+        }
+        transpose<S>(block);
+        for (int64_t i = 0; i < count; ++i) write_query(call, rows, row + i, there[i], k, given, block[i]);
+      }
     }
   }
 
+  // Features [k, k + count) of a query's gradient.
+  void write_query(const Call& call, const Rows& rows, int64_t row, bool there, int64_t k, int64_t count,
+                   R sums) const {
+    S values[kLane];
+    if (problem_.self_contrast) {
+      store_register(values, kInPlace ? sums * scale_ : sums);
+      S* const to = call.grad_keys + (rows.first + row) * d_ + k;
+      for (int64_t i = 0; i < count; ++i) to[i] = (rows.first == 0 ? S{} : to[i]) + values[i];
+      return;
+    }
+    const R scaled = there ? sums * scale_ : R{};
+    Storage* const to = problem_.grad_queries.template as<Storage>() + index(call, rows, row) * d_ + k;
+    if (count == kLane) return narrow_register(to, scaled);
+    store_register(values, scaled);
+    narrow(to, values, count);
+  }
+
   const Problem& problem_;
-  int64_t m_, n_, d_, places_;
+  int64_t m_, n_, d_;
+  int64_t depth_;  // Features, filled up to whole steps of a product's depth.
+  int64_t places_;
   S scale_;
   int64_t blocks_;
   int64_t kept_rows_ = 0;

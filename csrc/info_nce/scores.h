@@ -25,7 +25,8 @@ struct TileOfScores {
   S* values;
   int64_t keys, columns;
   S scale;
-  const S* bias;  // Biases from the first key on; null: 0.
+  const S* bias;       // Biases from the first key on; null: 0.
+  bool marked = true;  // Whether keys may be left out.
 
   static constexpr int64_t kLane = kRegisterLanes<S>;
   using R = Register<S>;
@@ -35,9 +36,80 @@ struct TileOfScores {
   // The score of what is left out is -inf.
   R score(R dot, int64_t key) const {
     const R value = dot * scale + bias_of(key);
-    return dot == R{} + kLeftOut<S> ? R{} - kInfinity<S> : value;
+    return marked ? (dot == R{} + kLeftOut<S> ? R{} - kInfinity<S> : value) : value;
   }
 };
+
+// --- How values lie in registers and memory ---
+
+// Turns rows to columns: lane i of row j becomes lane j of row i.
+template <class S>
+[[gnu::always_inline]] inline void transpose(Register<S> (&rows)[kRegisterLanes<S>]) {
+  constexpr int kLanes = static_cast<int>(kRegisterLanes<S>);
+  using Int = std::conditional_t<sizeof(S) == 8, int64_t, int32_t>;
+  typedef Int Places __attribute__((vector_size(kRegisterBytes)));
+#pragma GCC unroll 4
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    Places low = {}, high = {};
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      low[i] = i & step ? kLanes + i - step : i;
+      high[i] = i & step ? kLanes + i : i + step;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & step) continue;
+      const Register<S> first = rows[i], second = rows[i + step];
+      rows[i] = __builtin_shuffle(first, second, low);
+      rows[i + step] = __builtin_shuffle(first, second, high);
+    }
+  }
+}
+
+// A register in the storage type, without the loops of narrow() for any number of values.
+template <class Storage, class R>
+inline void narrow_register(Storage* to, R v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Storage) == 2) {
+    const __m256i narrowed = narrow_vector<Storage>((__m512)v);
+    std::memcpy(to, &narrowed, sizeof narrowed);
+    return;
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(Storage) == 2) {
+    const __m128i narrowed = narrow_vector<Storage>((__m256)v);
+    std::memcpy(to, &narrowed, sizeof narrowed);
+    return;
+  }
+#endif
+  if constexpr (sizeof(Storage) == sizeof(v[0]))
+    std::memcpy(to, &v, sizeof v);
+  else
+    for (size_t i = 0; i < sizeof v / sizeof v[0]; ++i) to[i] = narrow<Storage>(v[i]);
+}
+
+// One after another of two rows' values.
+template <class E>
+void interleave(E* __restrict to, const E* __restrict first, const E* __restrict second, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    to[2 * i] = first[i];
+    to[2 * i + 1] = second[i];
+  }
+}
+
+#if defined(__AVX512BF16__)
+// Two rows, of which the first `count` lanes count, rounded: to rows `pitch` values apart, and one after another.
+inline void round_pair(Register<float> first, Register<float> second, int64_t count, BFloat16* rows, int64_t pitch,
+                       BFloat16* pairs) {
+  const __mmask16 there = count >= 16 ? __mmask16{0xffff} : static_cast<__mmask16>((1u << count) - 1);
+  const auto round = [there](Register<float> v) { return (__m256i)_mm512_maskz_cvtneps_pbh(there, (__m512)v); };
+  const __m256i low = round(first), high = round(second);
+  std::memcpy(rows, &low, sizeof low);
+  std::memcpy(rows + pitch, &high, sizeof high);
+  const __m512i both = _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+  std::memcpy(pairs, &both, sizeof both);
+}
+#endif
 
 // --- Which keys are left out ---
 
@@ -107,18 +179,18 @@ struct RowSums {
   S *maxima, *sums, *moments, *counts;
 };
 
-// Lanes where a score that is not left out is not below the best: as ones.
+// Lanes where a score that is not left out, as `marked` ones may be, is not below the best: as ones.
 template <class S>
-Register<S> reached(Register<S> dot, Register<S> score, Register<S> best) {
+Register<S> reached(bool marked, Register<S> dot, Register<S> score, Register<S> best) {
   const Register<S> one = Register<S>{} + S(1);
   const Register<S> all = score < best ? Register<S>{} : one;  // Not a number is not below.
-  return dot == Register<S>{} + kLeftOut<S> ? Register<S>{} : all;
+  return marked ? (dot == Register<S>{} + kLeftOut<S> ? Register<S>{} : all) : all;
 }
 
 // Powers of e of a register's column of scores relative to their largest, which are stored in place of the dots where
 // kStores; moments and counts only where kFirst.
 template <bool kFirst, bool kStores, class S>
-void exponentiate(const TileOfScores<S>& tile, int64_t c, const S* bests, const RowSums<S>& to) {
+void exponentiate(const TileOfScores<S> tile, int64_t c, const S* bests, const RowSums<S>& to) {
   using R = Register<S>;
   R largest = R{} - kInfinity<S>, sum = {}, moment = {}, count = {};
   for (int64_t key = 0; key < tile.keys; ++key) {
@@ -133,7 +205,7 @@ void exponentiate(const TileOfScores<S>& tile, int64_t c, const S* bests, const 
     sum += power;
     if constexpr (kFirst) {
       moment += power * dot;
-      count += reached<S>(dot, score, best);
+      count += reached<S>(tile.marked, dot, score, best);
     }
     if constexpr (kStores) store_register(tile.values + key * tile.columns + c, power);
   }
@@ -156,7 +228,7 @@ inline Register<double> log1p(Register<double> x) {
 
 // The same for the sigmoid measure: the logistic function of the scores in place of powers, and sums of their losses.
 template <bool kFirst, class S>
-void logistics(const TileOfScores<S>& tile, int64_t c, const S* bests, const RowSums<S>& to) {
+void logistics(const TileOfScores<S> tile, int64_t c, const S* bests, const RowSums<S>& to) {
   using R = Register<S>;
   R sum = {}, moment = {}, count = {};
   const R best = kFirst ? load_register(bests + c) : R{};
@@ -168,7 +240,7 @@ void logistics(const TileOfScores<S>& tile, int64_t c, const S* bests, const Row
     if constexpr (kFirst) {
       sum += (score > R{} ? score : R{}) + log1p(power);
       moment += slope * dot;
-      count += reached<S>(dot, score, best);
+      count += reached<S>(tile.marked, dot, score, best);
     }
     store_register(tile.values + key * tile.columns + c, slope);
   }
@@ -215,7 +287,7 @@ void sum_columns(const TileOfScores<S>& tile, const S* of_each, const RowSums<S>
       const R power = exp_below_zero(score - largest);
       sum += power;
       moment += power * dot;
-      if constexpr (kSelf) count += reached<S>(dot, score, in_all_lanes(of_each[key]));
+      if constexpr (kSelf) count += reached<S>(tile.marked, dot, score, in_all_lanes(of_each[key]));
     }
     const auto add = [](R a, R b) { return a + b; };
     to.maxima[key] = largest;
