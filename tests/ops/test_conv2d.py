@@ -75,6 +75,8 @@ CASES = [
     Case(1, 1, 1, (1, 1), (1, 1), padding=0),
     Case(7, 16, 64, (5, 6), residual="channels_last", relu_input=True),
     Case(13, 33, 70, (8, 8), activation="relu", residual="nchw", relu_input=True),
+    # More channels than the weight's gradient has side by side, on the CPU.
+    Case(3, 302, 20, (3, 4), (1, 2), padding=0, activation="relu"),
     # Few channels, whose taps are multiplied as one.
     Case(5, 3, 64, (8, 9), (5, 5), padding=2, layout="nchw"),
     Case(14, 1, 20, (6, 6), (5, 5), stride=2, padding=2, relu_input=True, bias=False),
