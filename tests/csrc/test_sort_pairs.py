@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpc_ext.ops._contrast import _KERNEL_ARGUMENTS
+from cpc_ext.ops._contrast_problem import Contrast
+
+# Tensors that the kernels are given or fill beside those of a problem.
+OTHERS = (
+    *("row_weights", "thresholds", "present", "losses", "ranks", "slopes", "bests"),
+    *("grad_queries", "grad_keys", "grad_bias"),
+)
 
 
 def line(count: int) -> int:
@@ -18,7 +24,8 @@ def order_and_segments(module, keys: int, negatives: Tensor, targets: Tensor | N
     """What the kernels leave at the workspace's end; negatives [B, M, S], targets [B, M, P]."""
     batch, rows, samples = negatives.shape
     places = 0 if measure == "log_sum" else 1 if targets is None else targets.shape[2]
-    fields = {
+    arguments = {
+        **dict.fromkeys((*Contrast._fields, *OTHERS)),
         "queries": torch.ones(batch, rows, 1),
         "keys": torch.ones(batch, keys, 1),
         "targets": targets,
@@ -32,11 +39,10 @@ def order_and_segments(module, keys: int, negatives: Tensor, targets: Tensor | N
         "contrast": "all",
         **dict.fromkeys(("symmetric", "self_contrast", "tf32"), False),
     }
-    arguments = [fields.get(name) for name in _KERNEL_ARGUMENTS]
     module.emulate_cuda(True)
     try:
-        workspace = torch.full((module.info_nce_workspace(*arguments),), 0x7F, dtype=torch.uint8)
-        module.info_nce(*arguments, workspace)
+        workspace = torch.full((module.info_nce_workspace(**arguments),), 0x7F, dtype=torch.uint8)
+        module.info_nce(**arguments, workspace=workspace)
     finally:
         module.emulate_cuda(False)
     pairs, segments = batch * rows * (places + samples), batch * keys + 1

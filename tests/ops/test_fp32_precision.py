@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_every_pair_of_switches():
 
 def test_the_cpu_asks_no_switch(monkeypatch):
     monkeypatch.setattr(library, "_FP32_PRECISIONS", {})
-    monkeypatch.setattr(library, "native", object())
+    monkeypatch.setattr(library, "native", SimpleNamespace())
     assert not library.tf32_allowed(torch.ones(1), "product")
 
 
