@@ -17,7 +17,7 @@ from cpc_ext.ops.conv2d import conv2d, conv2d_passing
 
 __all__ = ["Conv2d", "kernel_pays"]
 
-# Of these instruction sets python/benchmarks/conv2d_choice.csv tells; "native" is one of them where it was built.
+# What python/benchmarks/conv2d_choice.csv was measured with; "native" is one of these where it was built.
 _IS_MEASURED = native.build_info()["simd"] in ("avx512", "avx512_bf16", "native")
 
 

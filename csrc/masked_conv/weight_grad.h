@@ -129,7 +129,7 @@ class WeightGradient {
   int64_t block_pitch() const { return read_rows_ * read_across_ * images_ * left_channels(); }
   int64_t left_pitch() const { return divide_up(tiles_, kLeftTiles) * block_pitch(); }
   int64_t right_pitch() const { return slice_rows_ * across_ * images_ * kTileColumns<E>; }
-  // Of a number that may be negative, by the stride.
+  // The remainder by the stride of a number that may be negative.
   int64_t remainder(int64_t n) const { return (n % problem_.stride + problem_.stride) % problem_.stride; }
 
   // What is multiplied: the pixel `dx` away plus `sign` times the one `other_dx` away.
