@@ -69,7 +69,7 @@ struct FinishArguments {
   int64_t mask_strides[4];
   int64_t parts, outputs;
   int channels, depth, kernel_width;
-  // Of the kernel's taps, which then are all written, at[] has the places among those that were summed, or -1. Where they
+  // All of the kernel's taps are written then, and at[] has their places among those that were summed, or -1. Where they
   // are too many, at[] has the indices of those that were summed, and the others are zero already.
   bool all_taps;
   int taps;
