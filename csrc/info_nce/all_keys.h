@@ -83,6 +83,8 @@ constexpr int64_t kSliceBlocks = 6, kDepthBlock = 320;
 constexpr int64_t kScoresBytes = int64_t{6} << 20;
 // Queries of a superblock, at most, and where there are so many keys that it takes them part by part.
 constexpr int64_t kMaxRows = 384, kMinRows = 96;
+// Blocks of keys for each worker that are too few for one task each.
+constexpr int64_t kFewBlocks = 4;
 // Workers whom the rows' sums are not shared out to.
 constexpr int64_t kFewWorkers = 4;
 // Values that are converted at a time.
@@ -339,10 +341,23 @@ class AllKeys {
     for (int64_t chunk = first_block(rows); chunk < blocks_; chunk += chunk_blocks_) {
       if (two_ways() ? !is_kept(rows) : chunk_blocks_ < blocks_) score(call, rows, chunk, Pass::again);
       const int64_t end = chunk_end(chunk);
-      each(call.threads, end - chunk, [&](int64_t i) {
-        weigh(call, rows, chunk, chunk + i);
-        if (wants_keys() && chunk + i >= end_of_own(rows)) add_to_keys(call, rows, chunk, chunk + i);
-      });
+      const int64_t blocks = end - chunk;
+      if (call.threads > 1 && blocks < kFewBlocks * call.threads && wants_keys() && !wants_bias()) {
+        // Too few to keep all workers busy as they are.
+        const int64_t panels = rows.panels(), parts = divide_up(d_, kColumns);
+        each(call.threads, blocks * panels,
+             [&](int64_t i) { weigh(call, rows, chunk, chunk + i / panels, i % panels); });
+        each(call.threads, blocks * parts, [&](int64_t i) {
+          const int64_t block = chunk + i / parts, first = i % parts * kColumns;
+          if (block >= end_of_own(rows)) add_to_keys(call, rows, chunk, block, first, std::min(d_, first + kColumns));
+        });
+      } else {
+        each(call.threads, blocks, [&](int64_t i) {
+          for (int64_t panel = 0; panel < rows.panels(); ++panel) weigh(call, rows, chunk, chunk + i, panel);
+          if (wants_bias()) add_to_bias(call, rows, chunk, chunk + i);
+          if (wants_keys() && chunk + i >= end_of_own(rows)) add_to_keys(call, rows, chunk, chunk + i, 0, d_);
+        });
+      }
       // A tile's part of the keys serves all panels while it is in the cache, unless that leaves workers idle.
       const int64_t tiles = divide_up(d_, kTileRows), groups = divide_up(tiles, kTaskTiles);
       const int64_t shares = groups >= 2 * call.threads || call.threads == 1 ? 1 : rows.panels();
@@ -784,31 +799,24 @@ class AllKeys {
     return weight_of(row, static_cast<S>(problem_.factor), problem_.row_weights.template as<const S>());
   }
 
-  // Powers, or dot products where weights are of two ways, to weights of the gradients.
-  void weigh(const Call& call, const Rows& rows, int64_t chunk, int64_t block) const {
-    for (int64_t panel = 0; panel < rows.panels(); ++panel) {
-      char& needed = call.buffers.needed[block * panels_ + panel];
-      if (two_ways()) needed = 1;
-      if (!needed) continue;
-      const TileOfScores<S> tile = tile_of(call, rows, chunk, block, panel);
-      for (int64_t c = 0; c < tile.columns; c += kLane)
-        problem_.self_contrast ? weigh_both_directions(call, rows, block, panel, tile, c)
-        : problem_.symmetric   ? weigh_both_ways(call, rows, block, panel, tile, c)
-                               : weigh_powers(call, block, panel, tile, c);
-      if (problem_.self_contrast)
-        weigh_positives_both_directions(call, rows, block, panel, tile);
-      else
-        each_positive(call, rows, block, panel, [&](int64_t key, int64_t c, int64_t j) {
-          tile.values[key * tile.columns + c] =
-              call.buffers.weights[kept_row(rows, panel * kColumns + c) * places_ + j];
-        });
-      if (!wants_bias()) round_weights(rows, panel, tile);
-    }
-    if (!wants_bias()) return;
-    add_to_bias(call, rows, chunk, block);
-    for (int64_t panel = 0; panel < rows.panels(); ++panel)
-      if (call.buffers.needed[block * panels_ + panel])
-        round_weights(rows, panel, tile_of(call, rows, chunk, block, panel));
+  // Powers, or dot products where weights are of two ways, to weights of the gradients. Those that biases need, too, are
+  // rounded by add_to_bias().
+  void weigh(const Call& call, const Rows& rows, int64_t chunk, int64_t block, int64_t panel) const {
+    char& needed = call.buffers.needed[block * panels_ + panel];
+    if (two_ways()) needed = 1;
+    if (!needed) return;
+    const TileOfScores<S> tile = tile_of(call, rows, chunk, block, panel);
+    for (int64_t c = 0; c < tile.columns; c += kLane)
+      problem_.self_contrast ? weigh_both_directions(call, rows, block, panel, tile, c)
+      : problem_.symmetric   ? weigh_both_ways(call, rows, block, panel, tile, c)
+                             : weigh_powers(call, block, panel, tile, c);
+    if (problem_.self_contrast)
+      weigh_positives_both_directions(call, rows, block, panel, tile);
+    else
+      each_positive(call, rows, block, panel, [&](int64_t key, int64_t c, int64_t j) {
+        tile.values[key * tile.columns + c] = call.buffers.weights[kept_row(rows, panel * kColumns + c) * places_ + j];
+      });
+    if (!wants_bias()) round_weights(rows, panel, tile);
   }
 
   void weigh_powers(const Call& call, int64_t block, int64_t panel, const TileOfScores<S>& tile, int64_t c) const {
@@ -899,12 +907,15 @@ class AllKeys {
       }
       to[key] = (rows.first == 0 ? S{} : to[key]) + across_lanes<S>(sum, [](R a, R b) { return a + b; });
     }
+    for (int64_t panel = 0; panel < rows.panels(); ++panel)
+      if (call.buffers.needed[block * panels_ + panel])
+        round_weights(rows, panel, tile_of(call, rows, chunk, block, panel));
   }
 
-  // The part of a block's keys' gradient that comes from some queries.
-  void add_to_keys(const Call& call, const Rows& rows, int64_t chunk, int64_t block) const {
+  // The part of a block's keys' gradient that comes from some queries: features [begin, end), in panels.
+  void add_to_keys(const Call& call, const Rows& rows, int64_t chunk, int64_t block, int64_t begin, int64_t end) const {
     const int64_t keys = keys_of(block);
-    for (int64_t k = 0; k < d_; k += kColumns) {
+    for (int64_t k = begin; k < end; k += kColumns) {
       const int64_t width = std::min(kColumns, d_ - k), vectors = divide_up(width, kLane);
       const E* const by_query = call.buffers.by_query + k * rows_;
       for (int64_t key = 0; key < keys; key += kTileRows)
