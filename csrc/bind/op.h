@@ -208,7 +208,7 @@ constexpr bool is_workspace<WorkspaceAt<path...>> = true;
 
 // Workspaces on the host up to this size are the binding's own: most calls need no more, and for a small problem asking
 // and having memory allocated takes longer than the kernel.
-constexpr int64_t kOwnWorkspace = int64_t{1} << 20;
+constexpr int64_t kOwnWorkspace = int64_t{4} << 20;
 
 // Gives a workspace that the caller left out where that is cheap, and checks one that is given. The bytes that are
 // wanting.

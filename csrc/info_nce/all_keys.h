@@ -188,7 +188,7 @@ class AllKeys {
     if (m_ == 0 && wants_bias()) std::fill_n(problem_.grad_bias.template as<S>() + entry * n_, n_, S{});
     if (!wants_keys()) return;
     if (m_ == 0) std::fill_n(grad_keys().template as<Storage>() + entry * n_ * d_, n_ * d_, Storage{});
-    if constexpr (!kInPlace)
+    if (sums_keys_aside())
       each(call.converters, m_ == 0 ? 0 : blocks_, [&](int64_t block) {
         const int64_t begin = block * kBlockKeys * d_, end = begin + keys_of(block) * d_;
         Storage* const to = grad_keys().template as<Storage>() + entry * n_ * d_;
@@ -211,6 +211,10 @@ class AllKeys {
   bool two_ways() const { return problem_.symmetric || problem_.self_contrast; }
   int64_t keys_of(int64_t block) const { return std::min(kBlockKeys, n_ - block * kBlockKeys); }
   bool reads_keys_in_place() const { return std::is_same_v<E, Storage> && depth_ == d_; }
+  // Whether sums of the keys' gradient go on from superblock to superblock in another type than the gradient's.
+  bool sums_keys_aside() const { return !kInPlace && wants_keys() && (m_ > rows_ || problem_.self_contrast); }
+  // Whether sums of the queries' gradient go on from chunk to chunk.
+  bool sums_queries_aside() const { return wants_queries() && chunk_blocks_ < blocks_; }
   // Whether keys are multiplied with weights in pairs.
   bool multiplies_pairs() const { return kStep > 1 && (wants_queries() || (problem_.self_contrast && wants_keys())); }
   // Features go through a product in parts.
@@ -228,7 +232,7 @@ class AllKeys {
     S* kept;               // The same of the first kept_rows_ queries, superblock after superblock: dots.
     E* by_feature;         // [panels][D][columns]: queries, to multiply keys with.
     E* by_query;           // [panels of features][rows][columns]: queries, scaled kInPlace, to multiply weights with.
-    S* grad_queries;       // [panels][D][columns]
+    S* grad_queries;       // [panels][D][columns], where it is summed over several chunks.
     RowSums<S> stats;      // [blocks][rows]: of a block's rivals.
     S* factors;            // [blocks][rows]: from powers to weights.
     S *dots, *weights;     // [rows][places]: the positives' dot products and their weights in the gradients.
@@ -236,7 +240,7 @@ class AllKeys {
     char* needed;          // [blocks][panels]: whether weights are more than zeros to the sums' precision.
     E* keys;               // [N][D], where the tensor is of another type, or rows have no whole steps of depth.
     E* key_pairs;          // [N][D]: what weights are multiplied with, where that is done in pairs.
-    S* grad_keys;          // [N][D], where the tensor is of another type.
+    S* grad_keys;          // [N][D], where the tensor is of another type and summed over several superblocks.
     S *largest, *of_rows;  // [M], two ways: what a row's powers are relative to, and from them to weights.
     S* present;            // [M]: whether the query is contrasted in the columns.
     RowSums<S> of_panels;  // [panels][N]: sums of the columns.
@@ -248,7 +252,7 @@ class AllKeys {
       kept = parts.take<S>(a.kept_before(a.kept_rows_));
       by_feature = parts.take<E>(a.panels_ * kColumns * a.depth_);
       by_query = parts.take<E>(a.wants_keys() ? divide_up(a.d_, kColumns) * kColumns * a.rows_ : 0);
-      grad_queries = parts.take<S>(a.wants_queries() ? a.panels_ * kColumns * a.d_ : 0);
+      grad_queries = parts.take<S>(a.sums_queries_aside() ? a.panels_ * kColumns * a.d_ : 0);
       const int64_t padded = a.panels_ * kColumns;
       for (S** part : {&stats.maxima, &stats.sums, &stats.moments, &stats.counts})
         *part = parts.take<S>(a.blocks_ * padded);
@@ -260,7 +264,7 @@ class AllKeys {
       needed = parts.take<char>(a.blocks_ * a.panels_);
       keys = parts.take<E>(a.reads_keys_in_place() ? 0 : a.n_ * a.depth_);
       key_pairs = parts.take<E>(a.multiplies_pairs() ? padded_depth<E>(a.n_) * a.d_ : 0);
-      grad_keys = parts.take<S>(kInPlace || !a.wants_keys() ? 0 : a.n_ * a.d_);
+      grad_keys = parts.take<S>(a.sums_keys_aside() ? a.n_ * a.d_ : 0);
       for (S** part : {&largest, &of_rows}) *part = parts.take<S>(two_ways ? all_rows : 0);
       present = parts.take<S>(a.problem_.symmetric ? all_rows : 0);
       const int64_t all_keys = two_ways ? a.padded_keys() : 0;
@@ -934,7 +938,15 @@ class AllKeys {
                 },
                 by_query + panel * kColumns * of_width * kLane, padded_depth<E>(rows.in(panel)));
           }
-          S* const to = call.grad_keys + (block * kBlockKeys + key) * d_ + k;
+          const int64_t at = (block * kBlockKeys + key) * d_ + k;
+          if (!kInPlace && !sums_keys_aside()) {
+            Storage* const to = problem_.grad_keys.template as<Storage>() + call.entry * n_ * d_ + at;
+            for (int r = 0; r < count; ++r)
+              for (int v = 0; v < of_width; ++v)
+                narrow_lanes(to + r * d_ + v * kLane, tile.sums[r][v] * scale_, width - v * kLane);
+            return;
+          }
+          S* const to = call.grad_keys + at;
           const bool first = rows.first == 0 && !problem_.adds_to_keys;
           if (width == of_width * kLane) {
             if (!first) add(tile, to, d_);
@@ -954,11 +966,17 @@ class AllKeys {
   // panels.
   void add_to_queries(const Call& call, const Rows& rows, int64_t chunk, int64_t end, int64_t first, int64_t last,
                       int64_t first_panel, int64_t last_panel) const {
+    const int64_t begin = first * kTileRows;
+    alignas(64) S of_task[kMaxRows * kTaskTiles * kTileRows];
+    const auto sums_of = [&](int64_t panel) {
+      return sums_queries_aside() ? call.buffers.grad_queries + panel * kColumns * d_ + begin * rows.columns(panel)
+                                  : of_task + panel * kColumns * kTaskTiles * kTileRows;
+    };
     for (int64_t slice = chunk; slice < end; slice += kSliceBlocks)
       for (int64_t i = first; i < last; ++i)
         for (int64_t panel = first_panel; panel < last_panel; ++panel) {
           const int64_t k = i * kTileRows, columns = rows.columns(panel);
-          S* const sums = call.buffers.grad_queries + panel * kColumns * d_ + k * columns;
+          S* const sums = sums_of(panel) + (k - begin) * columns;
           with_tile(std::min<int64_t>(kTileRows, d_ - k), rows.vectors(panel), [&](auto count, auto vectors) {
             Tile<E, count, vectors> tile;
             tile.clear();
@@ -976,12 +994,13 @@ class AllKeys {
         }
     if (end < blocks_) return;
     for (int64_t panel = first_panel; panel < last_panel; ++panel)
-      write_queries(call, rows, panel, first * kTileRows, std::min(d_, last * kTileRows));
+      write_queries(call, rows, panel, begin, std::min(d_, last * kTileRows), sums_of(panel));
   }
 
-  void write_queries(const Call& call, const Rows& rows, int64_t panel, int64_t begin, int64_t end) const {
+  // Writes features [begin, end) of a panel's queries from their sums, [features][columns].
+  void write_queries(const Call& call, const Rows& rows, int64_t panel, int64_t begin, int64_t end,
+                     const S* sums) const {
     const int64_t columns = rows.columns(panel);
-    const S* const sums = call.buffers.grad_queries + panel * kColumns * d_;
     for (int64_t c = 0; c < rows.in(panel); c += kLane) {
       const int64_t row = panel * kColumns + c, count = std::min(kLane, rows.in(panel) - c);
       bool there[kLane];
@@ -991,9 +1010,10 @@ class AllKeys {
         R block[kLane];
         if (given == kLane) {
 #pragma GCC unroll 16
-          for (int64_t i = 0; i < kLane; ++i) block[i] = load_register(sums + (k + i) * columns + c);
+          for (int64_t i = 0; i < kLane; ++i) block[i] = load_register(sums + (k - begin + i) * columns + c);
         } else {
-          for (int64_t i = 0; i < kLane; ++i) block[i] = i < given ? load_register(sums + (k + i) * columns + c) : R{};
+          for (int64_t i = 0; i < kLane; ++i)
+            block[i] = i < given ? load_register(sums + (k - begin + i) * columns + c) : R{};
         }
         transpose<S>(block);
         for (int64_t i = 0; i < count; ++i) write_query(call, rows, row + i, there[i], k, given, block[i]);
@@ -1004,18 +1024,23 @@ class AllKeys {
   // Features [k, k + count) of a query's gradient.
   void write_query(const Call& call, const Rows& rows, int64_t row, bool there, int64_t k, int64_t count,
                    R sums) const {
-    S values[kLane];
     if (problem_.self_contrast) {
+      S values[kLane];
       store_register(values, kInPlace ? sums * scale_ : sums);
       S* const to = call.grad_keys + (rows.first + row) * d_ + k;
       for (int64_t i = 0; i < count; ++i) to[i] = (rows.first == 0 ? S{} : to[i]) + values[i];
       return;
     }
-    const R scaled = there ? sums * scale_ : R{};
-    Storage* const to = problem_.grad_queries.template as<Storage>() + index(call, rows, row) * d_ + k;
-    if (count == kLane) return narrow_register(to, scaled);
-    store_register(values, scaled);
-    narrow(to, values, count);
+    narrow_lanes(problem_.grad_queries.template as<Storage>() + index(call, rows, row) * d_ + k,
+                 there ? sums * scale_ : R{}, count);
+  }
+
+  // The first `count` lanes of a register, at most all, in the storage type.
+  static void narrow_lanes(Storage* to, R values, int64_t count) {
+    if (count >= kLane) return narrow_register(to, values);
+    S lanes[kLane];
+    store_register(lanes, values);
+    narrow(to, lanes, count);
   }
 
   const Problem& problem_;

@@ -1,8 +1,9 @@
 """info_nce against cross-entropy over a matrix of scores, and against gathered negatives.
 
 With all keys as negatives the work is the floating-point operations of the score matrix, and twice as many for the
-gradients. With sampled negatives it is the bytes of queries, keys and indices (and of the gradients), each read or
-written once, although a formulation that gathers reads a key many times. Ours also gives the accuracy.
+gradients; ``info_nce_growth`` has them over numbers of rows and features. With sampled negatives it is the bytes of
+queries, keys and indices (and of the gradients), each read or written once, although a formulation that gathers reads a
+key many times. Ours also gives the accuracy.
 
 Sampled negatives have a rival that copies no keys: it multiplies all queries with all keys and takes the scores that it
 needs.
@@ -10,7 +11,7 @@ needs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +92,13 @@ def prepare_all(case: AllCase, device: torch.device) -> Problem:
     )
 
 
+def prepare_growth(case: AllCase, device: torch.device) -> Problem:
+    """The same without compiling anything: what counts is where eager is faster."""
+    problem = prepare_all(case, device)
+    alternatives = {name: problem.alternatives[name] for name in ("eager", "ours")}
+    return replace(problem, alternatives=alternatives, fair="eager", tolerance=5e-2)
+
+
 def prepare_sampled(case: SampledCase, device: torch.device) -> Problem:
     queries, keys = _encodings(case, case.queries, case.keys, DIM, device)
     targets = torch.randint(case.keys, (case.queries,), device=device)
@@ -164,7 +172,20 @@ def _sampled_cases() -> list[Case]:
     ]
 
 
+def _growth_cases() -> list[Case]:
+    """From batches for which the call is what counts to matrices of scores that leave the caches."""
+    return [
+        AllCase(rows, dim, dtype=dtype, backward=True, sweep=dim == 128, quick=(rows, dim) == (256, 128))
+        for dtype in ("float32", "bfloat16")
+        for dim in (32, 128, 512, 2048)
+        for rows in (4, 16, 64, 256, 1024, 4096)
+    ]
+
+
 OPS = (
     Op("info_nce_all", "compute", "queries and keys of 256 features", _all_cases(), prepare_all),
+    Op(
+        "info_nce_growth", "compute", "queries and keys of 128 features", _growth_cases(), prepare_growth, counted=False
+    ),
     Op("info_nce_sampled", "memory", "queries of 256 features, 16 negatives", _sampled_cases(), prepare_sampled),
 )
