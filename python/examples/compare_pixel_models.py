@@ -227,7 +227,7 @@ def curves(run: RunDir) -> dict[str, dict[str, list[float]]]:
 
     def points(records: list[dict[str, float]], name: str) -> dict[str, list[float]]:
         steps = [record["step"] for record in records]
-        seconds = np.interp(steps, *zip(*known, strict=True)).round(2).tolist() if steps else []
+        seconds = np.interp(steps, *zip(*known, strict=True)).round(3).tolist() if steps else []
         return {"steps": steps, "seconds": seconds, "bits_per_dim": [record[name] for record in records]}
 
     return {"training": points(logged, "bits_per_dim"), "heldout": points(observed, "heldout_bits_per_dim")}
