@@ -6,7 +6,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <cstdlib>
+#include "core/buddyinfo.h"
 #endif
 
 namespace cpc {
@@ -25,10 +25,8 @@ bool resident(uintptr_t begin, uintptr_t end) {
   return there(begin) && there(end - kPage);
 }
 
-// How many large pages the kernel has at hand, of /proc/buddyinfo: a line a zone of memory, "Node 0, zone Normal", then
-// the free blocks of 4 KiB times each power of two. -1 where that is not told.
+// How many large pages the kernel has at hand; -1 where that is not told.
 int64_t free_huge_pages() {
-  constexpr int kOrder = 9;
   char text[4096];
   const int file = open("/proc/buddyinfo", O_RDONLY | O_CLOEXEC);
   if (file < 0) return -1;
@@ -36,22 +34,7 @@ int64_t free_huge_pages() {
   close(file);
   if (size <= 0) return -1;
   text[size] = 0;
-  int64_t pages = 0;
-  for (const char* at = text; *at != 0;) {
-    for (int word = 0; word < 4; ++word) {
-      while (*at == ' ') ++at;
-      while (*at != 0 && *at != ' ' && *at != '\n') ++at;
-    }
-    for (int order = 0; *at != 0 && *at != '\n'; ++order) {
-      char* behind = nullptr;
-      const int64_t blocks = std::strtoll(at, &behind, 10);
-      if (behind == at) return -1;
-      if (order >= kOrder) pages += blocks << (order - kOrder);
-      for (at = behind; *at == ' ';) ++at;
-    }
-    if (*at == '\n') ++at;
-  }
-  return pages;
+  return free_huge_pages_of(text);
 }
 
 }  // namespace

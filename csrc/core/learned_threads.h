@@ -13,7 +13,8 @@
 
 namespace cpc {
 
-// What is known of one loop. Kept by the thread that starts it, which needs no locks then.
+// What is known of one loop. Kept by the thread that starts it, which needs no locks then. Tests bring a clock.
+template <class Clock = std::chrono::steady_clock>
 class LearnedThreads {
  public:
   // Calls loop(threads), whose results must not depend on that number, for work that takes one thread about so long.
@@ -26,9 +27,9 @@ class LearnedThreads {
     Tried& tried = tried_[bucket];
     if (tried.threads != threads) tried = {.threads = threads};
     const bool alone = tried.alone_next();
-    const auto begin = std::chrono::steady_clock::now();
+    const auto begin = Clock::now();
     loop(alone ? 1 : threads);
-    const std::chrono::duration<double, std::nano> took = std::chrono::steady_clock::now() - begin;
+    const std::chrono::duration<double, std::nano> took = Clock::now() - begin;
     tried.add(alone, took.count() / nanoseconds);
   }
 

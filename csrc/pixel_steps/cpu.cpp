@@ -85,7 +85,7 @@ class Runner {
     Parts counted(nullptr);
     Buffers<E>(counted, network_);
     const Scratch scratch(counted.used());
-    thread_local LearnedThreads learned;
+    thread_local LearnedThreads<> learned;
     learned.run(flops / (kFewRows * kFlopsPerNanosecond), [&](int threads) {
       const int64_t groups = std::min<int64_t>(threads, network_.batch);
       parallel_for(groups, [&](int64_t group, int worker) {

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from charts import draw_training
 from machine import add_common_arguments, describe, result_file, write_json
 from memory import peak_extra_bytes
@@ -26,9 +27,12 @@ from timing import interleaved
 from torch import Tensor
 
 from cpc_ext.models import CPC, GatedPixelCNNContext, ResNetV2Encoder
+from cpc_ext.nn import ShiftedConv2d
 from cpc_ext.ops import extract_patches
 from cpc_ext.ops.info_nce import info_nce_reference
+from cpc_ext.ops.logistic_mixture import logistic_mixture_nll_reference
 from cpc_ext.ops.masked_conv2d import masked_conv2d_reference
+from cpc_ext.ops.predict_and_contrast import predict_and_contrast_reference
 
 GRAY_MEAN, GRAY_STD = 0.4120, 0.2570
 IMAGES, IMAGE_SIDE, CROP, PATCH, STRIDE = 500, 96, 64, 16, 8
@@ -91,14 +95,30 @@ def make_model(device: torch.device, channels_last: bool) -> CPC:
 @contextmanager
 def plain_ops() -> Iterator[None]:
     """The same layers on plain PyTorch formulas instead of our ops."""
-    names = "conv2d", "masked_conv2d", "grid_info_nce"
-    convolutions, layers, objective = (sys.modules[f"cpc_ext.nn.{name}"] for name in names)
+
+    def patched(module: str, name: str, formula: Callable[..., object]) -> AbstractContextManager[object]:
+        return patch.object(sys.modules[f"cpc_ext.nn.{module}"], name, formula)
+
     with (
-        patch.object(convolutions, "kernel_pays", lambda *_: False),
-        patch.object(layers, "masked_conv2d", masked_conv2d_reference),
-        patch.object(objective, "info_nce", info_nce_reference),
+        patched("conv2d", "kernel_pays", lambda *_: False),
+        patched("masked_conv2d", "masked_conv2d", masked_conv2d_reference),
+        patched("grid_info_nce", "info_nce", info_nce_reference),
+        patched("grid_info_nce", "predict_and_contrast", predict_and_contrast_reference),
+        patched("nt_xent_loss", "info_nce", info_nce_reference),
+        patched("logistic_mixture_loss", "logistic_mixture_nll", logistic_mixture_nll_reference),
+        patch.object(ShiftedConv2d, "_convolve", _shifted),
     ):
         yield
+
+
+def _shifted(
+    layer: ShiftedConv2d, inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, added: Tensor | None
+) -> Tensor:
+    """A shifted convolution as PixelCNN++'s programs do it: padding above and beside, and the taps there are."""
+    (input,) = inputs
+    (top, left), (_, right) = layer.taps[0], layer.taps[-1]
+    output = F.conv2d(F.pad(input, (-left, right, -top, 0)), weight, bias, stride=layer.stride)
+    return output if added is None else output + added
 
 
 def plain_patches(images: Tensor) -> Tensor:

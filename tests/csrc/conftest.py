@@ -1,7 +1,25 @@
-"""The tools that judge CUDA code are programs beside the package, imported from their own folders."""
+"""Programs that test C++ code are compiled here; the tools that judge CUDA code are imported from their own folders."""
 
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+FOLDER = Path(__file__).parent
 PYTHON = Path(__file__).parents[2] / "python"
 sys.path += [str(PYTHON), str(PYTHON / "benchmarks")]
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory) -> Callable[..., Path]:
+    """Gives the program of a C++ file beside this one, by the file's name and options of the compiler."""
+
+    def compile_program(name: str, *options: str) -> Path:
+        program = tmp_path_factory.mktemp(name) / name
+        source = [f"-I{FOLDER.parents[1] / 'csrc'}", FOLDER / f"{name}.cpp"]
+        subprocess.run(["c++", "-std=c++20", "-O2", *options, *source, "-o", program], check=True)
+        return program
+
+    return compile_program

@@ -8,16 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-FOLDER = Path(__file__).parent
 HALVES = np.arange(2**16, dtype=np.uint16).view(np.float16)
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory) -> Path:
-    program = tmp_path_factory.mktemp("half") / "half_check"
-    source = [f"-I{FOLDER.parents[1] / 'csrc'}", FOLDER / "half_check.cpp"]
-    subprocess.run(["c++", "-std=c++20", "-O2", *source, "-o", program], check=True)
-    return program
+def program(compiled) -> Path:
+    return compiled("half_check")
 
 
 def converted(program: Path, what: str, values: np.ndarray, dtype: type) -> np.ndarray:

@@ -1,0 +1,58 @@
+// Runs what has no Python binding: "buddyinfo" prints the large pages of the text in its input, "threads" how often a
+// loop got one thread of two where that was slower, then where it had become faster, then where it was slower again.
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+
+#include "core/buddyinfo.h"
+#include "core/learned_threads.h"
+
+namespace cpc {
+
+// By the number as it is without measuring: a loop of a millisecond gets both threads.
+double thread_nanoseconds() { return kThreadNanoseconds; }
+
+}  // namespace cpc
+
+namespace {
+
+// Time passes when a loop says so.
+struct FakeClock {
+  using duration = std::chrono::duration<double, std::nano>;
+  using time_point = std::chrono::time_point<FakeClock, duration>;
+  static inline double nanoseconds = 0;
+  static time_point now() { return time_point(duration(nanoseconds)); }
+};
+
+// How many of so many runs got one thread, for a loop that takes each number of threads about so long.
+int runs_alone(cpc::LearnedThreads<FakeClock>& threads, int runs, double alone, double together) {
+  int found = 0;
+  for (int run = 0; run < runs; ++run)
+    threads.run(2e5, [&](int number) {
+      found += number == 1;
+      FakeClock::nanoseconds += number == 1 ? alone : together;
+    });
+  return found;
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  if (std::strcmp(arguments[1], "buddyinfo") == 0) {
+    static char text[1 << 16];
+    text[std::fread(text, 1, sizeof text - 1, stdin)] = 0;
+    std::printf("%lld\n", static_cast<long long>(cpc::free_huge_pages_of(text)));
+  }
+  if (std::strcmp(arguments[1], "threads") == 0) {
+    omp_set_num_threads(2);
+    cpc::LearnedThreads<FakeClock> threads;
+    constexpr double kShort = 2e4, kLong = 3e5;
+    const int slower = runs_alone(threads, 1000, kLong, kShort);
+    const int faster = runs_alone(threads, 2000, kShort, kLong);
+    const int slower_again = runs_alone(threads, 2000, kLong, kShort);
+    cpc::LearnedThreads<FakeClock> small;
+    int one = 0;
+    for (int run = 0; run < 10; ++run) small.run(1e4, [&](int number) { one += number == 1; });
+    std::printf("%d %d %d %d\n", slower, faster, slower_again, one);
+  }
+}

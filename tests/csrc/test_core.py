@@ -1,0 +1,50 @@
+"""Parts of csrc/core that no op shows by its results: how many threads a loop learns, and free large pages."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def program(compiled) -> Path:
+    return compiled("core_check", "-fopenmp")
+
+
+def output(program: Path, what: str, text: str = "") -> list[int]:
+    done = subprocess.run([program, what], input=text, stdout=subprocess.PIPE, text=True, check=True)
+    return [int(number) for number in done.stdout.split()]
+
+
+ZONES = """Node 0, zone      DMA      1      1      1      0      2      1      1      0      1      1      3
+Node 0, zone    DMA32   1480    839    546    249    118     62     47     23     12      9    411
+Node 1, zone   Normal  90211  51021  20130   9120   1200     73      2      1      0      0      0
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "pages"),
+    [
+        (ZONES, (1 + 2 * 3) + (9 + 2 * 411)),
+        (ZONES.rstrip("\n"), (1 + 2 * 3) + (9 + 2 * 411)),  # Cut off where a buffer ends.
+        ("Node 0, zone Normal 5 5 5\n", 0),
+        # Larger pages of the processor have fewer orders or more: blocks of order 11 are four pages each.
+        ("Node 0, zone Normal 0 0 0 0 0 0 0 0 0 0 0 2\n", 8),
+        ("", 0),
+        ("Node 0, zone Normal many\n", -1),
+    ],
+)
+def test_free_huge_pages(program, text, pages):
+    assert output(program, "buddyinfo", text) == [pages]
+
+
+def test_loops_learn_how_many_threads_are_faster(program):
+    slower, faster, slower_again, small = output(program, "threads")
+    # Four runs of the first eight, then one after 64, 128, 256 and 512 more, in case that has become faster.
+    assert slower == 8
+    # What has become faster is found when it is tried next, after 1024 runs of which some are over.
+    assert 900 < faster < 2000
+    assert 900 < slower_again < 1100
+    assert small == 10  # Work that is not worth a second thread never gets one.
