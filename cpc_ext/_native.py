@@ -44,6 +44,7 @@ def _load() -> ModuleType:
         spec = importlib.util.find_spec(_NAME) or importlib.util.spec_from_file_location(_NAME, _find_installed())
     if spec is None or spec.loader is None:
         raise ImportError(f"CPC_EXT_NATIVE={named} is no compiled module of Python's")
+    importlib.import_module("torch")  # It brings the OpenMP runtime, which wheels leave to it, for both to share.
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if module.__version__ != __version__:

@@ -51,6 +51,14 @@ def test_any_other_folder_works(tmp_path):
 
 
 @not_editable
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs to see what is loaded")
+def test_the_openmp_runtime_is_pytorchs(tmp_path):
+    code = "import cpc_ext._native; print(*(line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line))"
+    loaded = set(run(code, tmp_path, PYTHONPATH=str(CHECKOUT.parent)).stdout.split())
+    (brought,) = (Path(torch.__file__).parent / "lib").glob("libgomp*")
+    assert loaded == {str(brought)}
+
+
 def test_a_stale_module_is_an_error_that_says_what_to_do(tmp_path):
     folder = copy_of_the_sources(tmp_path)
     (folder / "cpc_ext" / "_version.py").write_text('__version__ = "99.0"\n')
