@@ -16,6 +16,14 @@ from torch import Tensor
 
 from cpc_ext._native import native
 from cpc_ext.ops._checks import check_dense
+from cpc_ext.ops._convolution import (
+    autocast_all,
+    channels_last,
+    check_beside_input,
+    check_image_and_weight,
+    check_positive,
+    empty_image,
+)
 from cpc_ext.ops._library import (
     autocast_dtype,
     is_plain,
@@ -28,7 +36,6 @@ from cpc_ext.ops._library import (
 
 __all__ = ["conv2d", "conv2d_passing", "conv2d_reference"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ACTIVATIONS = (None, "relu")
 
 
@@ -85,7 +92,7 @@ def conv2d(
             activation=activation,
         )
     refuse_forward_mode(input, weight, bias, residual)
-    input, weight, bias, residual = _autocast(input, weight, bias, residual)
+    input, weight, bias, residual = autocast_all(input, weight, bias, residual)
     return _conv2d(input, weight, bias, residual, stride, list(padding), dilation, relu_input, activation == "relu")
 
 
@@ -110,7 +117,7 @@ def conv2d_passing(
         return conv2d(input, weight, bias, **options), input
     padding = _check_arguments(input, weight, bias, residual=None, activation=None, **options)
     refuse_forward_mode(input, weight, bias)
-    input, weight, bias, _ = _autocast(input, weight, bias, None)
+    input, weight, bias, _ = autocast_all(input, weight, bias, None)
     results: tuple[Tensor, Tensor] = _Passing.apply(  # type: ignore[no-untyped-call]
         input, weight, bias, (stride, list(padding), dilation), relu_input
     )
@@ -136,17 +143,6 @@ def conv2d_reference(
     return torch.relu(output) if activation == "relu" else output
 
 
-def _autocast(
-    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """All in autocast's type where it is on, except float64, which it leaves alone."""
-    dtype = autocast_dtype(input.device)
-    if dtype is None or input.dtype == torch.float64:
-        return input, weight, bias, residual
-    bias, residual = (None if tensor is None else tensor.to(dtype) for tensor in (bias, residual))
-    return input.to(dtype), weight.to(dtype), bias, residual
-
-
 def _check_arguments(
     input: Tensor,
     weight: Tensor,
@@ -159,18 +155,7 @@ def _check_arguments(
     activation: str | None,
 ) -> tuple[int, int]:
     """Gives the padding of rows and of columns."""
-    for name, tensor in (("input", input), ("weight", weight)):
-        if not check_dense(name, tensor).is_floating_point():
-            raise TypeError(f"{name} must be floating, got {tensor.dtype}")
-        if tensor.ndim != 4:
-            expected = "[B, C, H, W]" if name == "input" else "[O, C, kh, kw]"
-            raise ValueError(f"{name} must be {expected}, got shape {tuple(tensor.shape)}")
-    if 0 in input.shape[2:]:
-        raise ValueError(f"input must have at least one row and column, got shape {tuple(input.shape)}")
-    if 0 in weight.shape:
-        raise ValueError(f"weight must not be empty, got shape {tuple(weight.shape)}")
-    if input.shape[1] != weight.shape[1]:
-        raise ValueError(f"input must have the weight's {weight.shape[1]} channels, got {input.shape[1]}")
+    check_image_and_weight(input, weight)
     paddings = _check_numbers(stride, padding, dilation, relu_input, activation)
     shape = _output_shape(input, weight, stride, paddings, dilation)
     if min(shape[2:]) < 1:
@@ -181,21 +166,15 @@ def _check_arguments(
     for name, added, wanted in (("bias", bias, shape[1:2]), ("residual", residual, shape)):
         if added is not None and check_dense(name, added).shape != wanted:
             raise ValueError(f"{name} must have shape {tuple(wanted)}, got {tuple(added.shape)}")
-    for name, other in (("weight", weight), ("bias", bias), ("residual", residual)):
-        if other is not None and other.device != input.device:
-            raise ValueError(f"{name} must be on the input's device {input.device}, got {other.device}")
-    _check_dtypes(input, weight, bias, residual)
+    check_beside_input(input, (("weight", weight), ("bias", bias), ("residual", residual)))
     return paddings
 
 
 def _check_numbers(
     stride: int, padding: int | tuple[int, int], dilation: int, relu_input: bool, activation: str | None
 ) -> tuple[int, int]:
-    for name, number in (("stride", stride), ("dilation", dilation)):
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise TypeError(f"{name} must be an int, got {type(number).__name__}")
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
+    check_positive("stride", stride)
+    check_positive("dilation", dilation)
     both = (padding, padding) if isinstance(padding, int) else tuple(padding)
     if len(both) != 2 or any(isinstance(side, bool) or not isinstance(side, int) for side in both):
         raise TypeError(f"padding must be an int or two, got {padding!r}")
@@ -206,18 +185,6 @@ def _check_numbers(
     if activation not in _ACTIVATIONS:
         raise ValueError(f'activation must be None or "relu", got {activation!r}')
     return both
-
-
-def _check_dtypes(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
-    if input.dtype not in _DTYPES:
-        raise TypeError(f"input must have one of the dtypes {_DTYPES}, got {input.dtype}")
-    for name, value in (("weight", weight), ("bias", bias), ("residual", residual)):
-        if value is None or value.dtype == input.dtype:
-            continue
-        dtypes = {value.dtype, input.dtype}
-        # Autocast brings all but float64 to its own type.
-        if torch.float64 in dtypes or not dtypes.issubset(_DTYPES) or autocast_dtype(input.device) is None:
-            raise TypeError(f"{name} must have the input's dtype {input.dtype}, got {value.dtype}")
 
 
 def _output_shape(
@@ -269,21 +236,9 @@ class _GradientResults(NamedTuple):
     bias: Tensor
 
 
-def _empty_image(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """[B, C, H, W] with the channels innermost."""
-    _, channels, height, width = shape
-    return like.new_empty_strided(shape, (height * width * channels, 1, width * channels, channels))
-
-
-def _channels_last(tensor: Tensor) -> Tensor:
-    """The same values with the channels innermost in memory and nothing between."""
-    if tensor.is_contiguous(memory_format=torch.channels_last):
-        return tensor
-    return tensor.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-
-
 def _empty_output(op: _Convolution) -> Tensor:
-    return _empty_image(op.input, _output_shape(op.input, op.weight, op.stride, op.padding, op.dilation))
+    _, channels, *size = _output_shape(op.input, op.weight, op.stride, op.padding, op.dilation)
+    return empty_image(op.input, channels, size)
 
 
 def _reference_op(op: _Convolution) -> Tensor:
@@ -298,7 +253,7 @@ def _reference_op(op: _Convolution) -> Tensor:
         residual=op.residual,
         activation="relu" if op.relu else None,
     )
-    return _channels_last(output)
+    return channels_last(output)
 
 
 def _kernel(op: _Convolution) -> Tensor:
@@ -311,7 +266,7 @@ def _kernel(op: _Convolution) -> Tensor:
         native.conv2d,
         output,
         op.weight,
-        _channels_last(op.input),
+        channels_last(op.input),
         None if op.bias is None else op.bias.contiguous(),
         op.residual,
         output,
@@ -337,8 +292,8 @@ def _backward_reference(op: _Gradient) -> _GradientResults:
     if needs_input:
         grad_input = _finished(grad_input, op.input if op.relu_input else None, op.passed)
     return _GradientResults(
-        preactivation=grad.new_empty(0) if op.output is None else _channels_last(grad).clone(),
-        input=_channels_last(grad_input).clone() if needs_input else grad.new_empty(0),
+        preactivation=grad.new_empty(0) if op.output is None else channels_last(grad).clone(),
+        input=channels_last(grad_input).clone() if needs_input else grad.new_empty(0),
         weight=torch.empty_like(op.weight).copy_(grad_weight) if needs_weight else grad.new_empty(0),
         bias=grad.sum((0, 2, 3)) if needs_bias else grad.new_empty(0),
     )
@@ -355,8 +310,8 @@ def _empty_gradients(op: _Gradient) -> _GradientResults:
     grad, weight = op.grad, op.weight
     needs_input, needs_weight, needs_bias = op.needs
     return _GradientResults(
-        preactivation=grad.new_empty(0) if op.output is None else _empty_image(grad, grad.shape),
-        input=_empty_image(grad, op.input.shape) if needs_input else grad.new_empty(0),
+        preactivation=grad.new_empty(0) if op.output is None else empty_image(grad, grad.shape[1], grad.shape[2:]),
+        input=empty_image(grad, op.input.shape[1], op.input.shape[2:]) if needs_input else grad.new_empty(0),
         weight=torch.empty_like(weight) if needs_weight else grad.new_empty(0),  # Laid out as the weight is.
         bias=grad.new_empty(weight.shape[0]) if needs_bias else grad.new_empty(0),
     )
@@ -375,8 +330,8 @@ def _backward_kernel(op: _Gradient) -> _GradientResults:
         native.conv2d_backward,
         op.grad,
         op.weight,
-        _channels_last(op.grad),
-        _channels_last(op.input),
+        channels_last(op.grad),
+        channels_last(op.input),
         op.output,
         None if op.output is None else results.preactivation,
         op.passed if needs_input else None,

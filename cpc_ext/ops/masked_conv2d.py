@@ -17,8 +17,15 @@ from torch import Tensor
 
 from cpc_ext._native import KERNEL_DEVICES, native
 from cpc_ext.ops._checks import check_dense
+from cpc_ext.ops._convolution import (
+    autocast_all,
+    channels_last,
+    check_beside_input,
+    check_image_and_weight,
+    check_positive,
+    empty_image,
+)
 from cpc_ext.ops._library import (
-    autocast_dtype,
     may_need_gradients,
     refuse_forward_mode,
     register,
@@ -29,7 +36,6 @@ from cpc_ext.ops._library import (
 
 __all__ = ["PixelConvolution", "gated_activation", "masked_conv2d", "masked_conv2d_reference"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ACTIVATIONS = (None, "relu", "gated")
 
 
@@ -81,7 +87,7 @@ def masked_conv2d(
     """
     _check_arguments(input, weight, bias, mask, dilation, activation, condition)
     refuse_forward_mode(input, weight, bias, condition)
-    input, weight, bias, condition = _autocast(input, weight, bias, condition)
+    input, weight, bias, condition = autocast_all(input, weight, bias, condition)
     # Farther apart, all taps but a middle one see only padding: the same result, without sizes that overflow.
     dilation = min(dilation, 2 * max(input.shape[2:]))
     if condition is not None:
@@ -121,17 +127,6 @@ def _activate(output: Tensor, activation: str | None) -> Tensor:
     return gated_activation(output) if activation == "gated" else output
 
 
-def _autocast(
-    input: Tensor, weight: Tensor, bias: Tensor | None, condition: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """All in autocast's type where it is on, except float64, which it leaves alone."""
-    dtype = autocast_dtype(input.device)
-    if dtype is None or input.dtype == torch.float64:
-        return input, weight, bias, condition
-    bias, condition = (None if tensor is None else tensor.to(dtype) for tensor in (bias, condition))
-    return input.to(dtype), weight.to(dtype), bias, condition
-
-
 def _check_arguments(
     input: Tensor,
     weight: Tensor,
@@ -141,26 +136,14 @@ def _check_arguments(
     activation: str | None,
     condition: Tensor | None,
 ) -> None:
-    for name, value in (("input", input), ("weight", weight), ("mask", mask)):
-        check_dense(name, value)
+    check_image_and_weight(input, weight)
+    check_dense("mask", mask)
     for name, tensor in (("bias", bias), ("condition", condition)):
         if tensor is not None and not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor or None, got {type(tensor).__name__}")
         if tensor is not None:
             check_dense(name, tensor)
-    for name, value in (("input", input), ("weight", weight)):
-        if not value.is_floating_point():
-            raise TypeError(f"{name} must be floating, got {value.dtype}")
-        if value.ndim != 4:
-            expected = "[B, C, H, W]" if name == "input" else "[O, C, kh, kw]"
-            raise ValueError(f"{name} must be {expected}, got shape {tuple(value.shape)}")
-    sizes, weight_sizes = input.shape, weight.shape
-    if sizes[2] == 0 or sizes[3] == 0:
-        raise ValueError(f"input must have at least one row and column, got shape {tuple(sizes)}")
-    if 0 in weight_sizes:
-        raise ValueError(f"weight must not be empty, got shape {tuple(weight_sizes)}")
-    if sizes[1] != weight_sizes[1]:
-        raise ValueError(f"input must have the weight's {weight_sizes[1]} channels, got {sizes[1]}")
+    weight_sizes = weight.shape
     if bias is not None and bias.shape != weight_sizes[:1]:
         raise ValueError(f"bias must have shape ({weight_sizes[0]},), got {tuple(bias.shape)}")
     if mask.shape not in (weight_sizes[2:], weight_sizes):
@@ -173,33 +156,15 @@ def _check_arguments(
         aligned = zip(reversed(condition.shape), reversed(shape), strict=False)
         if condition.ndim > 4 or any(size not in (1, wanted) for size, wanted in aligned):
             raise ValueError(f"condition must broadcast to {shape}, got shape {tuple(condition.shape)}")
-    device = input.device
-    for name, tensor in (("weight", weight), ("bias", bias), ("mask", mask), ("condition", condition)):
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name} must be on the input's device {device}, got {tensor.device}")
-    _check_dtypes(input, weight, bias, condition)
+    if mask.device != input.device:
+        raise ValueError(f"mask must be on the input's device {input.device}, got {mask.device}")
+    check_beside_input(input, (("weight", weight), ("bias", bias), ("condition", condition)))
     _check_mask_values(mask)
-    if isinstance(dilation, bool) or not isinstance(dilation, int):
-        raise TypeError(f"dilation must be an int, got {type(dilation).__name__}")
-    if dilation < 1:
-        raise ValueError(f"dilation must be at least 1, got {dilation}")
+    check_positive("dilation", dilation)
     if activation not in _ACTIVATIONS:
         raise ValueError(f'activation must be None, "relu" or "gated", got {activation!r}')
     if activation == "gated" and weight.shape[0] % 2:
         raise ValueError(f"gated activation needs an even number of output channels, got {weight.shape[0]}")
-
-
-def _check_dtypes(input: Tensor, weight: Tensor, bias: Tensor | None, condition: Tensor | None) -> None:
-    dtype = input.dtype
-    if dtype not in _DTYPES:
-        raise TypeError(f"input must have one of the dtypes {_DTYPES}, got {dtype}")
-    for name, value in (("weight", weight), ("bias", bias), ("condition", condition)):
-        if value is None or value.dtype == dtype:
-            continue
-        dtypes = {value.dtype, dtype}
-        # Autocast brings all but float64 to its own type.
-        if torch.float64 in dtypes or not dtypes.issubset(_DTYPES) or autocast_dtype(input.device) is None:
-            raise TypeError(f"{name} must have the input's dtype {dtype}, got {value.dtype}")
 
 
 def _check_mask_values(mask: Tensor) -> None:
@@ -296,9 +261,9 @@ def _empty_results(op: _Convolution) -> _Results:
 
 def _needed_results(op: _Convolution) -> _Results:
     """Memory of results; None of those that are not needed."""
-    input, channels = op.input, op.weight.shape[0]
-    preactivation: Any = _empty_like_image(input, channels) if op.keep else None
-    return _Results(_empty_like_image(input, channels // 2 if op.activation == "gated" else channels), preactivation)
+    input, channels, size = op.input, op.weight.shape[0], op.input.shape[2:]
+    preactivation: Any = empty_image(input, channels, size) if op.keep else None
+    return _Results(empty_image(input, channels // 2 if op.activation == "gated" else channels, size), preactivation)
 
 
 _Some = TypeVar("_Some", bound=tuple[Any, ...])
@@ -307,13 +272,6 @@ _Some = TypeVar("_Some", bound=tuple[Any, ...])
 def _without_none(results: _Some, input: Tensor) -> _Some:
     """Empty tensors in place of None."""
     return type(results)(*(input.new_empty(0) if result is None else result for result in results))
-
-
-def _empty_like_image(image: Tensor, channels: int) -> Tensor:
-    """As many channels for each pixel of an image, innermost in memory."""
-    batch, _, height, width = image.shape
-    strides = (height * width * channels, 1, width * channels, channels)
-    return image.new_empty_strided((batch, channels, height, width), strides)
 
 
 def _kernel(op: _Convolution) -> _Results:
@@ -331,7 +289,7 @@ def _straight(op: _Convolution) -> _Results:
         output,
         op.weight,
         visible.mask,
-        _channels_last(op.input),
+        channels_last(op.input),
         None if op.bias is None else op.bias.contiguous(),
         op.condition,
         output,
@@ -349,16 +307,9 @@ def _reference_op(op: _Convolution) -> _Results:
     preactivation = F.conv2d(op.input, masked, op.bias, padding="same", dilation=op.dilation)
     if op.condition is not None:
         preactivation = preactivation + op.condition
-    output = _channels_last(_activate(preactivation, op.activation))
+    output = channels_last(_activate(preactivation, op.activation))
     # An op's results must not share memory.
-    return _Results(output, _channels_last(preactivation).clone() if op.keep else op.input.new_empty(0))
-
-
-def _channels_last(tensor: Tensor) -> Tensor:
-    """The same values with the channels innermost in memory and nothing between."""
-    if tensor.is_contiguous(memory_format=torch.channels_last):
-        return tensor
-    return tensor.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    return _Results(output, channels_last(preactivation).clone() if op.keep else op.input.new_empty(0))
 
 
 def _backward_reference(op: _Gradient) -> _GradientResults:
@@ -372,8 +323,8 @@ def _backward_reference(op: _Gradient) -> _GradientResults:
             output = F.conv2d(leaves[0], masked, padding="same", dilation=op.dilation)
         grad_input, grad_weight = torch.autograd.grad(output, leaves, grad)
     return _GradientResults(
-        preactivation=_channels_last(grad).clone() if op.activation != "none" else grad.new_empty(0),
-        input=_channels_last(grad_input) if needs_input else grad.new_empty(0),
+        preactivation=channels_last(grad).clone() if op.activation != "none" else grad.new_empty(0),
+        input=channels_last(grad_input) if needs_input else grad.new_empty(0),
         weight=torch.empty_like(op.weight).copy_(grad_weight) if needs_weight else grad.new_empty(0),
         bias=grad.sum((0, 2, 3)) if needs_bias else grad.new_empty(0),
     )
@@ -396,11 +347,11 @@ def _empty_gradients(op: _Gradient) -> _GradientResults:
 
 def _needed_gradients(op: _Gradient) -> _GradientResults:
     """Memory of gradients; None of those that are not needed."""
-    grad, weight = op.grad, op.weight
+    grad, weight, size = op.grad, op.weight, op.grad.shape[2:]
     needs_input, needs_weight, needs_bias = op.needs
     gradients: tuple[Any, ...] = (
-        _empty_like_image(grad, weight.shape[0]) if op.activation != "none" else None,
-        _empty_like_image(grad, weight.shape[1]) if needs_input else None,
+        empty_image(grad, weight.shape[0], size) if op.activation != "none" else None,
+        empty_image(grad, weight.shape[1], size) if needs_input else None,
         torch.empty_like(weight) if needs_weight else None,  # Laid out as the weight is.
         grad.new_empty(weight.shape[0]) if needs_bias else None,
     )
@@ -425,8 +376,8 @@ def _straight_backward(op: _Gradient) -> _GradientResults:
         op.grad,
         weight,
         visible.mask,
-        _channels_last(op.grad),
-        _channels_last(op.input) if op.needs[1] else None,
+        channels_last(op.grad),
+        channels_last(op.input) if op.needs[1] else None,
         op.saved,
         *results,
         visible.taps,

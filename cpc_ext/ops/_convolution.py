@@ -1,0 +1,95 @@
+"""What the convolutions share: checks of their arguments, autocast, and images with the channels innermost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cpc_ext.ops._checks import check_dense
+from cpc_ext.ops._library import autocast_dtype
+
+__all__ = [
+    "autocast_all",
+    "channels_last",
+    "check_beside_input",
+    "check_image_and_weight",
+    "check_positive",
+    "empty_image",
+]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_image_and_weight(input: Tensor, weight: Tensor) -> None:
+    """Raise TypeError or ValueError unless input is [B, C, H, W] and weight [O, C, kh, kw], floating and not empty.
+
+    The batch alone may be empty.
+    """
+    for name, value in (("input", input), ("weight", weight)):
+        if not check_dense(name, value).is_floating_point():
+            raise TypeError(f"{name} must be floating, got {value.dtype}")
+        if value.ndim != 4:
+            expected = "[B, C, H, W]" if name == "input" else "[O, C, kh, kw]"
+            raise ValueError(f"{name} must be {expected}, got shape {tuple(value.shape)}")
+    sizes, weight_sizes = input.shape, weight.shape
+    if sizes[2] == 0 or sizes[3] == 0:
+        raise ValueError(f"input must have at least one row and column, got shape {tuple(sizes)}")
+    if 0 in weight_sizes:
+        raise ValueError(f"weight must not be empty, got shape {tuple(weight_sizes)}")
+    if sizes[1] != weight_sizes[1]:
+        raise ValueError(f"input must have the weight's {weight_sizes[1]} channels, got {sizes[1]}")
+
+
+def check_beside_input(input: Tensor, others: Sequence[tuple[str, Tensor | None]]) -> None:
+    """Raise unless the input has a type of the kernels, and all others, by name, its type and device.
+
+    Types may differ where autocast brings them to one, as it does all but float64.
+    """
+    dtype, device = input.dtype, input.device
+    if dtype not in _DTYPES:
+        raise TypeError(f"input must have one of the dtypes {_DTYPES}, got {dtype}")
+    for name, other in others:
+        if other is None:
+            continue
+        if other.device != device:
+            raise ValueError(f"{name} must be on the input's device {device}, got {other.device}")
+        if other.dtype == dtype:
+            continue
+        dtypes = {other.dtype, dtype}
+        if torch.float64 in dtypes or not dtypes.issubset(_DTYPES) or autocast_dtype(device) is None:
+            raise TypeError(f"{name} must have the input's dtype {dtype}, got {other.dtype}")
+
+
+def check_positive(name: str, number: object) -> None:
+    """Raise TypeError unless it is an int, ValueError unless it is at least 1."""
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"{name} must be an int, got {type(number).__name__}")
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+
+
+def autocast_all(
+    input: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """All in autocast's type where it is on, except float64, which it leaves alone."""
+    dtype = autocast_dtype(input.device)
+    if dtype is None or input.dtype == torch.float64:
+        return input, weight, bias, added
+    bias, added = (None if tensor is None else tensor.to(dtype) for tensor in (bias, added))
+    return input.to(dtype), weight.to(dtype), bias, added
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    """The same values with the channels innermost in memory and nothing between."""
+    if tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor
+    return tensor.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def empty_image(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
+    """[B, channels, *size] for the images of a tensor, with the channels innermost in memory."""
+    height, width = size
+    strides = (height * width * channels, 1, width * channels, channels)
+    return like.new_empty_strided((like.shape[0], channels, height, width), strides)
