@@ -1,6 +1,6 @@
 """The best model of images that knows where a value is and nothing else: what a PixelCNN must beat to have learned.
 
-Every position and colour has its own histogram of the training images' 256 values, smoothed towards the histogram of
+Every position and colour has its own histogram of the training images' values, smoothed towards the histogram of
 its colour all over. How strongly is chosen by leaving each training image out in turn, which counts alone tell.
 """
 
@@ -12,22 +12,24 @@ import numpy as np
 
 __all__ = ["static_histogram_bits_per_dim"]
 
-_VALUES = 256
 # Training images' worth of the colour's histogram in that of a position; without end it is all there is.
 _STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 1e4, 1e6)
 
 
-def static_histogram_bits_per_dim(train: np.ndarray, test: np.ndarray) -> float:
-    """Bits per dimension that the histograms of ``train`` need for ``test``, both uint8 [N, C, H, W], N at least 1."""
+def static_histogram_bits_per_dim(train: np.ndarray, test: np.ndarray, levels: int = 256) -> float:
+    """Bits per dimension that the histograms of ``train`` need for ``test``.
+
+    Both are integers [N, C, H, W] from 0 to below ``levels``, N at least 1.
+    """
     count, channels, height, _ = train.shape
-    overall = np.stack([_counts(train[:, channel].reshape(-1, 1))[0] for channel in range(channels)])
-    overall = (overall + 1) / (overall.sum(1, keepdims=True) + _VALUES)
+    overall = np.stack([_counts(train[:, channel].reshape(-1, 1), levels)[0] for channel in range(channels)])
+    overall = (overall + 1) / (overall.sum(1, keepdims=True) + levels)
     left_out = np.zeros(len(_STRENGTHS))
     nats = np.zeros(len(_STRENGTHS))
     for channel in range(channels):
         for row in range(height):  # Row by row, as all histograms of large images take much memory.
-            counts = _counts(train[:, channel, row])  # [W, 256]
-            tested = _counts(test[:, channel, row])
+            counts = _counts(train[:, channel, row], levels)  # [W, levels]
+            tested = _counts(test[:, channel, row], levels)
             for index, strength in enumerate(_STRENGTHS):
                 prior = strength * overall[channel]
                 # Without the image itself its value is counted once less, for each of the images that have it.
@@ -39,8 +41,8 @@ def static_histogram_bits_per_dim(train: np.ndarray, test: np.ndarray) -> float:
     return float(nats[chosen]) / (test.size * math.log(2))
 
 
-def _counts(values: np.ndarray) -> np.ndarray:
-    """How often each value occurs in every column of uint8 [N, W]: float64 [W, 256]."""
+def _counts(values: np.ndarray, levels: int) -> np.ndarray:
+    """How often each value occurs in every column of integers [N, W]: float64 [W, levels]."""
     width = values.shape[1]
-    flat = np.asarray(values, dtype=np.int64) + np.arange(width) * _VALUES
-    return np.bincount(flat.ravel(), minlength=width * _VALUES).reshape(width, _VALUES).astype(np.float64)
+    flat = np.asarray(values, dtype=np.int64) + np.arange(width) * levels
+    return np.bincount(flat.ravel(), minlength=width * levels).reshape(width, levels).astype(np.float64)

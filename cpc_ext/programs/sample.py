@@ -42,7 +42,8 @@ class Command:
         Path | None,
         tyro.conf.arg(
             help="Image whose first --rows are kept and the rest drawn, n times. It is resized, and its middle cut "
-            "out, to the size of the run's images; it comes first in the result."
+            "out, to the size of the run's images; it comes first in the result. Or an array of such an image or of "
+            "codes, [C, H, W], in a .npy file."
         ),
     ] = None
     rows: Annotated[int | None, tyro.conf.arg(help="Rows of --complete to keep. None: the upper half.")] = None
@@ -51,7 +52,11 @@ class Command:
         default_factory=default_device
     )
     out: Annotated[
-        Path | None, tyro.conf.arg(help="The PNG to write. None: sampled.png or completed.png in the run's folder.")
+        Path | None,
+        tyro.conf.arg(
+            help="The PNG to write; or with a name that ends in .npy, NumPy's array of what is drawn, [N, C, H, W]. "
+            "None: sampled.png or completed.png in the run's folder, of a run on codes (--levels) sampled.npy."
+        ),
     ] = None
 
 

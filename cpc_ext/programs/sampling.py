@@ -1,4 +1,4 @@
-"""What `python -m cpc_ext.sample` does: from a run's folder to a PNG of images drawn from its model."""
+"""What `python -m cpc_ext.sample` does: from a run's folder to images drawn from its model, as PNG or array."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from tqdm import tqdm
 from cpc_ext import figures
 from cpc_ext.data.images.decode import decode_image
 from cpc_ext.models.pixels.pixel_model import PixelModel
-from cpc_ext.models.pixels.pixel_sampler import NotFiniteError
+from cpc_ext.models.pixels.pixel_sampler import IMAGE_LEVELS, NotFiniteError
 from cpc_ext.programs.sample import Command
-from cpc_ext.tasks.pixel_task import PixelTask, build_pixel_model
+from cpc_ext.tasks.pixel_task import PixelTask, build_pixel_model, shown
+from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.checkpoint import load_checkpoint, load_weights
 from cpc_ext.training.config import load_config
 from cpc_ext.training.errors import TrainingError
@@ -42,7 +43,7 @@ def sample(command: Command) -> None:
     model.to(device).eval()
     shape = _image_shape(description)
     labels = _labels(command, model, description)
-    image, rows = _image_to_complete(command, shape)
+    image, rows = _image_to_complete(command, shape, model.levels)
     generator = torch.Generator(device).manual_seed(command.seed)
     batches = []
     for first in range(0, command.n, _BATCH):
@@ -65,9 +66,14 @@ def sample(command: Command) -> None:
     images = torch.cat(batches)
     if image is not None:
         images = torch.cat([image.unsqueeze(0).cpu(), images])
-    path = command.out or command.run / ("sampled.png" if image is None else "completed.png")
+    suffix = "npy" if model.levels != IMAGE_LEVELS else "png"
+    path = command.out or command.run / f"{'sampled' if image is None else 'completed'}.{suffix}"
     try:
-        figures.save_images(path, images.numpy())
+        if path.suffix == ".npy":
+            with atomic_file(path) as file:
+                np.save(file, images.numpy())
+        else:
+            figures.save_images(path, shown(model, images.numpy()))
     except OSError as error:
         raise TrainingError(f"--out: cannot write {path}: {error.strerror or error}") from None
     print(f"{command.n} images of {shape[2]} x {shape[1]} pixels are in {path}")
@@ -137,14 +143,18 @@ def _labels(command: Command, model: PixelModel, description: dict[str, Any]) ->
     return torch.full((command.n,), command.class_index)
 
 
-def _image_to_complete(command: Command, shape: tuple[int, int, int]) -> tuple[Tensor | None, int]:
-    """The image, uint8 [C, H, W], and how many of its rows are kept; None and 0 where none is given."""
+def _image_to_complete(command: Command, shape: tuple[int, int, int], levels: int) -> tuple[Tensor | None, int]:
+    """The image, [C, H, W], and how many of its rows are kept; None and 0 where none is given."""
     channels, height, width = shape
     if command.complete is None:
         return None, 0
     rows = height // 2 if command.rows is None else command.rows
     if not 0 <= rows <= height:
         raise TrainingError(f"--rows: 0 to {height}, the height of the run's images, got {rows}")
+    if command.complete.suffix == ".npy":
+        return _array_to_complete(command.complete, shape, levels), rows
+    if levels != IMAGE_LEVELS:
+        raise TrainingError(f"--complete: the run is of codes, which come in a .npy file, got {command.complete}")
     try:
         pixels = decode_image(command.complete)
     except FileNotFoundError:
@@ -161,3 +171,19 @@ def _image_to_complete(command: Command, shape: tuple[int, int, int]) -> tuple[T
         picture = ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
     pixels = np.array(picture.convert("L"))[..., None] if channels == 1 else np.array(picture)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), rows
+
+
+def _array_to_complete(path: Path, shape: tuple[int, int, int], levels: int) -> Tensor:
+    """Values of an array in a file, as the model's samples have them."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise TrainingError(f"--complete: there is no {path}") from None
+    except (EOFError, OSError, ValueError) as error:
+        raise TrainingError(f"--complete: {path} is not an array that can be read ({error})") from None
+    if array.shape != shape or array.dtype.kind not in "iu":
+        found = f"{array.dtype} {list(array.shape)}"
+        raise TrainingError(f"--complete: integers {list(shape)} are wanted, {path} holds {found}")
+    if array.min() < 0 or array.max() >= levels:
+        raise TrainingError(f"--complete: values 0 to {levels - 1}, {path} holds {array.min()} to {array.max()}")
+    return torch.from_numpy(array.astype(np.uint8 if levels <= IMAGE_LEVELS else np.int64))

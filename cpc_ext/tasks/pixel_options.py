@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from cpc_ext.training.config import MAY_CHANGE, MOST, Preset, Presets, RunConfig, Section
 
-__all__ = ["PIXEL_PRESETS", "PixelConfig", "PixelSection"]
+__all__ = ["PIXEL_PRESETS", "PixelConfig", "PixelSection", "SoftmaxPixelConfig", "SoftmaxPixelSection"]
 
 
 class PixelSection(Section):
@@ -60,6 +60,35 @@ class PixelConfig(RunConfig):
 
     def idle(self) -> dict[str, str]:
         return super().idle() | {"channels_last": f"--model {self.model} lays its features out by itself"}
+
+
+class SoftmaxPixelSection(PixelSection):
+    """The network that predicts every value by a softmax, of images or of codes."""
+
+    levels: int | None = Field(
+        None,
+        ge=2,
+        le=256,
+        description="Train on codes from 0 to below this number, such as a VQ-VAE's, of which the model is then a "
+        "prior: arrays of integers (--dataset npy). None: images.",
+    )
+    code_channels: int = Field(
+        32,
+        ge=0,
+        le=MOST,
+        description="Features that are learned of each code, with --levels. 0: codes are numbers with an order, such "
+        "as brightness in few bits.",
+    )
+
+
+class SoftmaxPixelConfig(PixelConfig):
+    """A run of a PixelCNN, gated or not, on images or on codes."""
+
+    pixelcnn: SoftmaxPixelSection = Field(default_factory=SoftmaxPixelSection)
+
+    def idle(self) -> dict[str, str]:
+        codes = {} if self.pixelcnn.levels is not None else {"code_channels": "only codes have them (--levels)"}
+        return super().idle() | codes
 
 
 # The number of updates matters more than their size: small batches.

@@ -20,6 +20,7 @@ from cpc_ext.data import Dataset, ImageFetcher, ImageSet
 from cpc_ext.data.spread import spread
 from cpc_ext.measures.pixel_histogram import static_histogram_bits_per_dim
 from cpc_ext.models.pixels.pixel_model import PixelModel
+from cpc_ext.models.pixels.pixel_sampler import IMAGE_LEVELS
 from cpc_ext.tasks.pixel_options import PixelConfig
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.precision import autocast
@@ -30,7 +31,7 @@ from cpc_ext.training.safetensors_file import write_safetensors
 from cpc_ext.training.task import Task
 from cpc_ext.training.weight_average import WeightAverage
 
-__all__ = ["PixelTask", "build_pixel_model"]
+__all__ = ["PixelTask", "build_pixel_model", "shown"]
 
 # Looked at on the way; at the end it is all test images.
 _HELD_OUT_IMAGES = 200
@@ -48,12 +49,22 @@ def build_pixel_model(description: dict[str, Any]) -> PixelModel:
     return model(**description["arguments"])
 
 
+def shown(model: PixelModel, images: np.ndarray) -> np.ndarray:
+    """Images as figures show them, uint8 from black to white, whatever their levels: [N, C, H, W], C 1 or 3.
+
+    Codes of other numbers of channels are shown by their first.
+    """
+    if model.levels != IMAGE_LEVELS:
+        images = (images.astype(np.int64) * 255 // (model.levels - 1)).astype(np.uint8)
+    return images if images.shape[1] in (1, 3) else images[:, :1]
+
+
 class PixelTask(Task):
     """A model of pixels on a data set.
 
     Raises:
         ValueError: no held-out images, no labels for a model that takes classes, images of a size that the model does
-            not take, or channels that the colours do not divide.
+            not take, codes beyond the levels, or channels that the colours do not divide.
     """
 
     model: PixelModel
@@ -110,7 +121,7 @@ class PixelTask(Task):
         """Bits per dimension of some held-out images, and samples as samples/step-NUMBER.png."""
         bits = self._bits_per_dim(self._test, _HELD_OUT_IMAGES)
         run.samples.mkdir(exist_ok=True)
-        figures.save_images(run.samples / f"step-{step:06d}.png", self._samples())
+        figures.save_images(run.samples / f"step-{step:06d}.png", shown(self.model, self._samples()))
         return {"heldout_bits_per_dim": bits}
 
     def evaluate(self) -> dict[str, float]:
@@ -134,7 +145,7 @@ class PixelTask(Task):
         metrics = read_metrics(run.metrics)
         if metrics:
             figures.save(run.path / "curves.png", figures.likelihood_curves(metrics, self._baseline()))
-        figures.save_images(run.path / "samples.png", self._samples())
+        figures.save_images(run.path / "samples.png", shown(self.model, self._samples()))
 
     def description(self) -> dict[str, Any]:
         """Name and arguments of the model, the shape of the images, and the names of the classes it knows."""
@@ -193,7 +204,7 @@ class PixelTask(Task):
         return nats.item() / (count * math.prod(self._dataset.image_shape) * math.log(2))
 
     def _baseline(self) -> float:
-        return static_histogram_bits_per_dim(self.examples.images, self._test.images)
+        return static_histogram_bits_per_dim(self.examples.images, self._test.images, self.model.levels)
 
     def _samples(self) -> np.ndarray:
         """uint8 [N, C, H, W], the same noise each time; of the classes in turn."""

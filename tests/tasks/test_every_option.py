@@ -594,6 +594,24 @@ def ema_decay(model: str) -> None:
             torch.testing.assert_close(averaged[0], before + 1 - kept)
 
 
+def levels(model: str) -> None:
+    """The values that a pixel may have."""
+    codes = noise(4, 8) % 5
+    for number in (None, 5, 200):
+        task = task_of(model, codes, levels=number)
+        assert task.model.levels == (number or 256)
+        assert task.model.noise_shape((1, 3, 2, 2))[-1] == (number or 256)
+    with pytest.raises(ValueError, match="--levels 4: textures holds values up to 4"):
+        task_of(model, codes, levels=4)
+
+
+def code_channels(model: str) -> None:
+    """What is learned of each code."""
+    for number in (0, 7):
+        table = task_of(model, noise(4, 8) % 5, levels=5, code_channels=number).model.codes
+        assert (table is None) if number == 0 else table.weight.shape == (5, 7)
+
+
 def mixtures(model: str) -> None:
     for number in (1, 4):
         expected = numbers(pixel_model(model, 1, 6, mixtures=number))
@@ -868,6 +886,7 @@ EFFECTS: dict[str, Callable[..., None]] = {
         *(context_channels, shared_context, target_channels, prediction_scale, variant),
         *(modules, split_at, objective, init, train_module, cache_outputs, cache_views, pipeline),
         *(view_size, min_crop_area, blur_kernel, projection_channels, temperature),
+        *(levels, code_channels),
         *(layers, hidden_channels, class_conditional, mirror, sample_every, ema_decay, mixtures, dropout, data_init),
         *(resume_from, epochs, steps, batch_size, lr, schedule, final_lr, warmup_steps, clip_grad, weight_decay),
         *(device, precision, channels_last, compile, seed, log_every, checkpoint_every),
@@ -960,6 +979,8 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "blur_kernel": ("3", 3),
     "projection_channels": ("33", 33),
     "temperature": ("0.9", 0.9),
+    "levels": ("17", 17),
+    "code_channels": ("8", 8),
     "layers": ("6", 6),
     "hidden_channels": ("18", 18),
     "sample_every": ("123", 123),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cpc_ext.models.pixels.masked_features import Convolve, PixelActivation
 from cpc_ext.models.pixels.pixel_model import SoftmaxPixelModel
-from cpc_ext.models.pixels.pixel_sampler import VALUES
+from cpc_ext.models.pixels.pixel_sampler import IMAGE_LEVELS
 from cpc_ext.nn.masked_conv2d import MaskedConv2d
 from cpc_ext.nn.typed import Module, ModuleList
 
@@ -39,6 +39,7 @@ class GatedPixelCNN(SoftmaxPixelModel):
         kernel_size: k of all layers but the first, whose k is 7; odd, at least 3.
         num_classes: condition the model on so many classes.
         head_channels: of the layer before the logits; a multiple of C. Default: 2p.
+        levels, code_channels: see :class:`SoftmaxPixelModel`.
 
     Raises:
         ValueError: an argument out of range.
@@ -53,9 +54,12 @@ class GatedPixelCNN(SoftmaxPixelModel):
         kernel_size: int = 3,
         num_classes: int | None = None,
         head_channels: int | None = None,
+        levels: int = IMAGE_LEVELS,
+        code_channels: int = 0,
     ) -> None:
         head_channels = 2 * channels if head_channels is None else head_channels
-        super().__init__(in_channels, num_classes, channels=channels, layers=layers, head_channels=head_channels)
+        sizes = {"channels": channels, "layers": layers, "head_channels": head_channels}
+        super().__init__(in_channels, num_classes, levels=levels, code_channels=code_channels, **sizes)
         for name, value in (("channels", channels), ("head_channels", head_channels)):
             if value % in_channels:
                 raise ValueError(f"{name} must be a multiple of the {in_channels} colours, got {value}")
@@ -63,7 +67,7 @@ class GatedPixelCNN(SoftmaxPixelModel):
             raise ValueError(f"kernel_size must be odd and at least 3, got {kernel_size}")
         self.layers = ModuleList(
             _GatedLayer(
-                channels if index else in_channels,
+                channels if index else self.seen_channels,
                 channels,
                 kernel_size if index else 7,
                 in_channels,
@@ -75,7 +79,7 @@ class GatedPixelCNN(SoftmaxPixelModel):
         )
         self.relu = PixelActivation(channels, "relu", in_channels)
         self.head = MaskedConv2d(channels, head_channels, 1, mask="B", color_groups=in_channels, activation="relu")
-        self.logits_layer = MaskedConv2d(head_channels, in_channels * VALUES, 1, mask="B", color_groups=in_channels)
+        self.logits_layer = MaskedConv2d(head_channels, in_channels * levels, 1, mask="B", color_groups=in_channels)
 
     def network(self, convolve: Convolve, image: Any, labels: Tensor | None) -> Any:
         vertical = horizontal = image

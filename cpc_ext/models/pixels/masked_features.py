@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from cpc_ext.models.pixels.pixel_sampler import VALUES, PixelFeatures
+from cpc_ext.models.pixels.pixel_sampler import PixelFeatures
 from cpc_ext.nn.fixed_mask import FixedMask
 from cpc_ext.nn.masked_conv2d import MaskedConv2d
 from cpc_ext.ops.masked_conv2d import PixelConvolution, masked_conv2d
@@ -37,6 +37,8 @@ class PixelNetwork(Protocol):
     """What :class:`MaskedFeatures` asks of a model: a network of masked convolutions and activations."""
 
     in_channels: int
+    levels: int
+    seen_channels: int
     logits_layer: MaskedConv2d
 
     def network(self, convolve: Convolve, image: Any, labels: Tensor | None) -> Any:
@@ -159,9 +161,9 @@ class MaskedFeatures(PixelFeatures):
     def __init__(self, model: PixelNetwork, shape: tuple[int, int, int, int], labels: Tensor | None) -> None:
         batch, colors, height, width = shape
         layer = model.logits_layer
-        pixels = layer.weight.new_zeros((batch, height, width, colors))
+        pixels = layer.weight.new_zeros((batch, height, width, model.seen_channels))
         place = PixelPlace(height, width, pixels.device)
-        super().__init__(place, pixels, colors, VALUES, pixels.flatten(1, 2), place.index)
+        super().__init__(place, pixels, colors, model.levels, pixels.flatten(1, 2), place.index)
         self._image = image = pixels.permute(0, 3, 1, 2)
         self._steps, last = _note_down(model, labels)
         self._buffers: dict[_Step | None, Tensor] = {None: image}
@@ -180,7 +182,7 @@ class MaskedFeatures(PixelFeatures):
         self._logits_layers = [
             _convolution_of(layer, _rows(layer.weight.shape[0], colors, color, 1)) for color in range(colors)
         ]
-        self._logits = image.new_empty((batch, VALUES, 1, 1))
+        self._logits = image.new_empty((batch, model.levels, 1, 1))
 
     def fill(self, rows: int) -> None:
         """Compute the first rows of all maps at once, from the image's."""

@@ -1,7 +1,7 @@
 """What PixelCNNs share: images to the probability of every value given those before it, and images drawn from it.
 
 :class:`PixelModel` is what all of them offer. :class:`SoftmaxPixelModel` is a network of masked convolutions and a
-softmax over 256 values for every colour of every pixel: its probabilities come from one pass over whole images, its
+softmax over all values for every colour of every pixel: its probabilities come from one pass over whole images, its
 samples from :mod:`cpc_ext.models.pixels.pixel_sampler`.
 """
 
@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from cpc_ext.models.pixels.masked_features import Convolve, MaskedFeatures, convolve_images
-from cpc_ext.models.pixels.pixel_sampler import VALUES, PixelFeatures, Sampler, WholeNetwork, scale_values
+from cpc_ext.models.pixels.pixel_sampler import IMAGE_LEVELS, PixelFeatures, Sampler, WholeNetwork, scale_values
 from cpc_ext.nn.masked_conv2d import MaskedConv2d
 from cpc_ext.nn.typed import Module
 
@@ -25,14 +25,17 @@ __all__ = ["PixelModel", "SoftmaxPixelModel"]
 
 
 class PixelModel(Module, ABC):
-    """An autoregressive model of images of C colours with values 0..255.
+    """An autoregressive model of images of C colours with values 0..255, or of as many levels as it has.
 
     Pixels come in raster order, and within a pixel the colours in theirs. Networks see values scaled to -1..1.
 
     Attributes:
         in_channels: C.
+        levels: how many values there are.
         num_classes: how many classes condition it; None where it takes no labels.
     """
+
+    levels = IMAGE_LEVELS
 
     def __init__(self, in_channels: int, num_classes: int | None, **sizes: int) -> None:
         super().__init__()
@@ -49,7 +52,7 @@ class PixelModel(Module, ABC):
         """Negative log-likelihood of each image in nats, [B], float32 (float64 of a float64 model).
 
         Args:
-            images: [B, C, H, W], uint8, or whole numbers 0..255 of another type.
+            images: [B, C, H, W], uint8, or whole numbers 0..levels - 1 of another type.
             labels: [B], integers in 0..num_classes-1; for a model with classes only.
 
         Raises:
@@ -60,6 +63,11 @@ class PixelModel(Module, ABC):
     @abstractmethod
     def pixel_features(self, shape: tuple[int, int, int, int], labels: Tensor | None, *, cached: bool) -> PixelFeatures:
         """What the network gives at one pixel after the other: see the sampler's SampledModel."""
+
+    def seen_levels(self, dtype: torch.dtype) -> Tensor:
+        """What the network sees of each value: numbers of -1..1, [levels, 1]."""
+        values = torch.arange(self.levels, device=next(self.parameters()).device)
+        return scale_values(values, dtype, self.levels).unsqueeze(1)
 
     @abstractmethod
     def noise_shape(self, shape: tuple[int, int, int, int]) -> tuple[int, ...]:
@@ -106,7 +114,7 @@ class PixelModel(Module, ABC):
             size: (H, W) in pixels, or one side for both.
             labels: [B] integers or one for all; for a model with classes only.
             temperature: below 1 the probable becomes more so, 0 always takes the most probable.
-            images: uint8 [B, C, H, W], whose first ``known_rows`` rows are kept and the rest drawn.
+            images: [B, C, H, W], whose first ``known_rows`` rows are kept and the rest drawn; of the result's type.
             known_rows: see ``images``; 0 to H.
             noise: decides the draws; of which shape and kind is the model's matter. Default: drawn pixel by pixel.
             generator: on the model's device, draws the noise. Default: PyTorch's own.
@@ -115,7 +123,7 @@ class PixelModel(Module, ABC):
             progress: goes through the rows as they are drawn; ``tqdm.tqdm`` draws a bar.
 
         Returns:
-            uint8 [B, C, H, W].
+            [B, C, H, W], uint8, or int64 with more than 256 levels.
 
         Raises:
             TypeError, ValueError: an argument of the wrong type, shape or range.
@@ -132,7 +140,7 @@ class PixelModel(Module, ABC):
             labels = torch.full((count,), labels, device=device)
         labels = self._check_labels(labels, count)
         shape = (count, self.in_channels, height, width)
-        start = _with_known_rows(images, known_rows, shape, device)
+        start = self._with_known_rows(images, known_rows, shape, device)
         if noise is not None and noise.shape != self.noise_shape(shape):
             raise ValueError(f"noise must have shape {self.noise_shape(shape)}, got {tuple(noise.shape)}")
         if count == 0:
@@ -150,17 +158,39 @@ class PixelModel(Module, ABC):
             raise TypeError(f"images must be a tensor, got {type(images).__name__}")
         if images.ndim != 4 or images.shape[1] != self.in_channels or 0 in images.shape[2:]:
             raise ValueError(f"images must be [B, {self.in_channels}, H, W], got shape {tuple(images.shape)}")
-        if images.dtype == torch.uint8:
+        last = self.levels - 1
+        if images.dtype == torch.uint8 and last >= torch.iinfo(torch.uint8).max:
             return images
         if images.dtype == torch.bool or images.is_complex():
-            raise TypeError(f"images must be uint8 or other whole numbers 0..255, got {images.dtype}")
+            raise TypeError(f"images must be uint8 or other whole numbers 0..{last}, got {images.dtype}")
         if not _may_look(images):
-            return _whole(images)
-        if images.numel() and not bool(((images >= 0) & (images <= 255)).all()):
-            raise ValueError(f"images must hold values 0..255, got {images.min().item():g}..{images.max().item():g}")
+            return self._whole(images)
+        if images.numel() and not bool(((images >= 0) & (images <= last)).all()):
+            raise ValueError(f"images must hold values 0..{last}, got {images.min().item():g}..{images.max().item():g}")
         if images.is_floating_point() and not torch.equal(images, images.round()):
-            raise ValueError("images must hold whole numbers 0..255, got fractions: are they scaled already?")
+            raise ValueError(f"images must hold whole numbers 0..{last}, got fractions: are they scaled already?")
         return images
+
+    def _whole(self, images: Tensor) -> Tensor:
+        """Values as class indices."""
+        return images.long() if images.dtype == torch.uint8 else images.long().clamp(0, self.levels - 1)
+
+    def _with_known_rows(
+        self, images: Tensor | None, known_rows: int, shape: tuple[int, int, int, int], device: torch.device
+    ) -> Tensor:
+        """The first rows of images, zeros below: what is drawn upon."""
+        dtype = torch.uint8 if self.levels <= IMAGE_LEVELS else torch.int64
+        start = torch.zeros(shape, dtype=dtype, device=device)
+        if images is not None:
+            if images.dtype != dtype or images.shape != shape:
+                wanted = f"{str(dtype).removeprefix('torch.')} {shape}"
+                raise ValueError(f"images must be {wanted}, got {images.dtype} {tuple(images.shape)}")
+            start[:, :, :known_rows] = self._check_images(images)[:, :, :known_rows].to(device)
+        if not 0 <= known_rows <= shape[2]:
+            raise ValueError(f"known_rows must be 0 to {shape[2]}, got {known_rows}")
+        if known_rows and images is None:
+            raise ValueError(f"known_rows={known_rows} needs images")
+        return start
 
     def _check_labels(self, labels: Tensor | None, count: int) -> Tensor | None:
         if self.num_classes is None:
@@ -180,15 +210,38 @@ class PixelModel(Module, ABC):
 
 
 class SoftmaxPixelModel(PixelModel):
-    """A model whose every value has the softmax of 256 logits.
+    """A model whose every value has the softmax of as many logits as there are levels.
 
-    Noise of :meth:`sample` is standard Gumbel noise [B, C, H, W, 256]; the temperature divides the logits.
+    Noise of :meth:`sample` is standard Gumbel noise [B, C, H, W, levels]; the temperature divides the logits.
+
+    Args:
+        levels: how many values there are, at least 2: 256 of images, or as many as there are codes, such as those of a
+            VQ-VAE (van den Oord et al. 2017, arXiv 1711.00937), whose prior the model is then.
+        code_channels: features that are learned of each value, which is what the network sees of it: for codes, which
+            have no order. 0: it sees numbers, scaled to -1..1.
 
     Attributes:
         logits_layer: the last layer, whose channels are (colour, value).
+        seen_channels: what the network sees of a pixel: the colours, times ``code_channels`` where there are any.
     """
 
     logits_layer: MaskedConv2d
+
+    def __init__(
+        self, in_channels: int, num_classes: int | None, *, levels: int, code_channels: int, **sizes: int
+    ) -> None:
+        super().__init__(in_channels, num_classes, **sizes)
+        if levels < 2:
+            raise ValueError(f"levels must be at least 2, got {levels}")
+        if code_channels < 0:
+            raise ValueError(f"code_channels must be at least 0, got {code_channels}")
+        self.levels = levels
+        self.codes = nn.Embedding(levels, code_channels) if code_channels else None
+        self.seen_channels = in_channels * max(code_channels, 1)
+
+    def seen_levels(self, dtype: torch.dtype) -> Tensor:
+        """What the network sees of each value, [levels, e]."""
+        return super().seen_levels(dtype) if self.codes is None else self.codes.weight.to(dtype)
 
     @abstractmethod
     def network(self, convolve: Convolve, image: Any, labels: Tensor | None) -> Any:
@@ -198,20 +251,27 @@ class SoftmaxPixelModel(PixelModel):
         """Logits of every value given all earlier ones.
 
         Args:
-            images: [B, C, H, W], uint8, or whole numbers 0..255 of another type.
+            images: [B, C, H, W], uint8, or whole numbers 0..levels - 1 of another type.
             labels: [B], integers in 0..num_classes-1; for a model with classes only.
 
         Returns:
-            [B, C, 256, H, W] of the parameters' type, or of autocast's.
+            [B, C, levels, H, W] of the parameters' type, or of autocast's.
 
         Raises:
             TypeError, ValueError: images or labels of another type, shape or range. Only the CPU looks at the values,
                 and not while compiling; elsewhere, where looking would stall the stream, they are clamped.
         """
         images, labels = self._check_images(images), self._check_labels(labels, len(images))
-        image = scale_values(images, self.logits_layer.weight.dtype)
-        logits = self.logits_layer(self.network(convolve_images, image, labels))
-        return torch.unflatten(logits, 1, (self.in_channels, VALUES))
+        logits = self.logits_layer(self.network(convolve_images, self._seen(images), labels))
+        return torch.unflatten(logits, 1, (self.in_channels, self.levels))
+
+    def _seen(self, images: Tensor) -> Tensor:
+        """What the network sees of images [B, C, H, W]: [B, C e, H, W]."""
+        if self.codes is None:
+            return scale_values(images, self.logits_layer.weight.dtype, self.levels)
+        # Features innermost, as the convolutions have them.
+        features: Tensor = self.codes(self._whole(images).permute(0, 2, 3, 1))
+        return features.flatten(3).permute(0, 3, 1, 2)
 
     def nats(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Negative log-likelihood of each image in nats, [B], float32 (float64 of a float64 model).
@@ -221,7 +281,7 @@ class SoftmaxPixelModel(PixelModel):
         logits = self(images, labels)
         # The values innermost, as they are in memory.
         logits = logits.permute(0, 3, 4, 1, 2).flatten(0, 3)
-        targets = _whole(images).permute(0, 2, 3, 1).flatten()
+        targets = self._whole(images).permute(0, 2, 3, 1).flatten()
         if logits.dtype != torch.float64:
             logits = logits.float()
         losses = F.cross_entropy(logits, targets, reduction="none")
@@ -231,9 +291,9 @@ class SoftmaxPixelModel(PixelModel):
         if cached:
             return MaskedFeatures(self, shape, labels)
         batch, channels, height, width = shape
-        pixels = self.logits_layer.weight.new_zeros((batch, height, width, channels))
+        pixels = self.logits_layer.weight.new_zeros((batch, height, width, self.seen_channels))
         return WholeNetwork(
-            lambda image: self.logits_layer(self.network(convolve_images, image, labels)), pixels, channels, VALUES
+            lambda image: self.logits_layer(self.network(convolve_images, image, labels)), pixels, channels, self.levels
         )
 
     def draw(self, outputs: Tensor, noise: Tensor, turn: int, temperature: float) -> Tensor:
@@ -246,7 +306,7 @@ class SoftmaxPixelModel(PixelModel):
         return outputs.argmax(1, keepdim=True)
 
     def noise_shape(self, shape: tuple[int, int, int, int]) -> tuple[int, ...]:
-        return (*shape, VALUES)
+        return (*shape, self.levels)
 
     def _draw_noise(self, into: Tensor, generator: torch.Generator | None) -> Any:
         into.exponential_(generator=generator).log_().neg_()
@@ -256,27 +316,6 @@ class SoftmaxPixelModel(PixelModel):
             raise ValueError(f"size must be at least 1 pixel, got {height} x {width}")
 
 
-def _with_known_rows(
-    images: Tensor | None, known_rows: int, shape: tuple[int, int, int, int], device: torch.device
-) -> Tensor:
-    """The first rows of images, black below: what is drawn upon."""
-    start = torch.zeros(shape, dtype=torch.uint8, device=device)
-    if images is not None:
-        if images.dtype != torch.uint8 or images.shape != shape:
-            raise ValueError(f"images must be uint8 {shape}, got {images.dtype} {tuple(images.shape)}")
-        start[:, :, :known_rows] = images[:, :, :known_rows].to(device)
-    if not 0 <= known_rows <= shape[2]:
-        raise ValueError(f"known_rows must be 0 to {shape[2]}, got {known_rows}")
-    if known_rows and images is None:
-        raise ValueError(f"known_rows={known_rows} needs images")
-    return start
-
-
 def _may_look(values: Tensor) -> bool:
     """Whether values can be looked at without stalling a stream or breaking a graph that is being compiled."""
     return values.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _whole(images: Tensor) -> Tensor:
-    """Values as class indices."""
-    return images.long() if images.dtype == torch.uint8 else images.long().clamp(0, VALUES - 1)

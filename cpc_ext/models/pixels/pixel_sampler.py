@@ -16,9 +16,10 @@ from torch import Tensor
 
 from cpc_ext.ops.pixel_steps import PixelPlace
 
-__all__ = ["VALUES", "NotFiniteError", "PixelFeatures", "SampledModel", "Sampler", "WholeNetwork", "scale_values"]
+__all__ = ["IMAGE_LEVELS", "NotFiniteError", "PixelFeatures", "SampledModel", "Sampler", "WholeNetwork", "scale_values"]
 
-VALUES = 256
+# Values of images of a byte a colour.
+IMAGE_LEVELS = 256
 
 
 class NotFiniteError(RuntimeError):
@@ -42,10 +43,10 @@ def _check_outputs(model: SampledModel, trace: Tensor) -> None:
     )
 
 
-def scale_values(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values 0..255 as networks see them, -1..1."""
+def scale_values(values: Tensor, dtype: torch.dtype, levels: int = IMAGE_LEVELS) -> Tensor:
+    """Values 0..levels - 1 as networks see numbers, -1..1."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    return (values.to(compute) / 127.5 - 1).to(dtype)
+    return (values.to(compute) / ((levels - 1) / 2) - 1).to(dtype)
 
 
 class PixelFeatures(ABC):
@@ -53,10 +54,11 @@ class PixelFeatures(ABC):
 
     Args:
         place: the pixel whose turn it is.
-        pixels: [B, H, W, C], the scaled images, in memory that is read; later pixels must be finite, but do not count.
+        pixels: [B, H, W, C e], what the network sees of the images, e features of a value, in memory that is read;
+            later pixels must be finite, but do not count.
         turns: how many times a pixel's outputs are asked for, each time with more of its values known.
         width: P, how many outputs there are at a turn.
-        flat: the memory of the pixels as [B, N, C].
+        flat: the memory of the pixels as [B, N, C e].
         index: where in it the place is, [1] int64.
 
     Attributes:
@@ -85,7 +87,7 @@ class PixelFeatures(ABC):
         """[B, P] for the pixel that the place is at, overwritten by the next call. Pixels come in their order."""
 
     def write(self, values: Tensor, channel: int) -> None:
-        """Scaled values [B, c] of channels from this one on, of the pixel that the place is at."""
+        """What is seen of values, [B, c], in channels from this one on, of the pixel that the place is at."""
         self._flat[..., channel : channel + values.shape[1]].index_copy_(1, self._index, values.unsqueeze(1))
 
 
@@ -93,7 +95,7 @@ class WholeNetwork(PixelFeatures):
     """The same outputs by running the network on all of the image for each of them.
 
     Args:
-        run: images [B, C, H, W] to outputs [B, turns * P, H, W].
+        run: what is seen of images, [B, C e, H, W], to outputs [B, turns * P, H, W].
         pixels: see :class:`PixelFeatures`.
         turns, width: likewise.
     """
@@ -119,7 +121,12 @@ class WholeNetwork(PixelFeatures):
 
 
 class SampledModel(Protocol):
-    """What the sampler asks of a model, whose parameters it looks at where outputs are not finite."""
+    """What the sampler asks of a model, whose parameters it looks at where outputs are not finite.
+
+    levels: how many values there are.
+    """
+
+    levels: int
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """As of :class:`torch.nn.Module`."""
@@ -127,11 +134,14 @@ class SampledModel(Protocol):
     def pixel_features(self, shape: tuple[int, int, int, int], labels: Tensor | None, *, cached: bool) -> PixelFeatures:
         """Those of images [B, C, H, W], all zeros; not cached, from the whole network."""
 
+    def seen_levels(self, dtype: torch.dtype) -> Tensor:
+        """What the network sees of each value, [levels, e]."""
+
     def noise_shape(self, shape: tuple[int, int, int, int]) -> tuple[int, ...]:
         """The shape of the noise of images [B, C, H, W], with H and W at 2 and 3."""
 
     def draw(self, outputs: Tensor, noise: Tensor, turn: int, temperature: float) -> Tensor:
-        """Values 0..255, int64 [B, c], from outputs [B, P] and a pixel's noise; a turn's begin at its channel."""
+        """Values, int64 [B, c], from outputs [B, P] and a pixel's noise; a turn's begin at its channel."""
 
 
 class Sampler:
@@ -139,7 +149,7 @@ class Sampler:
 
     Args:
         model: whose network it is.
-        start: uint8 [B, C, H, W] on the model's device, whose first rows may be known.
+        start: integers [B, C, H, W] on the model's device, whose first rows may be known.
         labels: int64 [B], or None.
         temperature: at least 0; what it does is the model's matter.
         cached: keep features from pixel to pixel; otherwise the whole network runs for every value.
@@ -155,7 +165,11 @@ class Sampler:
         pixels = self._features.pixels
         self._noise = pixels.new_zeros(model.noise_shape((batch, channels, 1, 1)))[:, :, 0, 0]
         self._trace = pixels.new_zeros((batch, self._features.width))
-        self._scaled = scale_values(torch.arange(VALUES, device=start.device), pixels.dtype)
+        self._seen = model.seen_levels(pixels.dtype)
+        # What is seen of images is scaled numbers, which tell the values. Learned features, and numbers too close to
+        # each other for a type, do not: beside them the values are kept.
+        told = self._seen.shape[1] == 1 and model.levels <= IMAGE_LEVELS
+        self._values = None if told else torch.zeros_like(start, dtype=torch.int64).flatten(2)
 
     def run(
         self,
@@ -164,7 +178,7 @@ class Sampler:
         noise: Tensor | Callable[[Tensor], Any],
         progress: Callable[[range], Iterable[int]],
     ) -> Tensor:
-        """Draw all rows after the first ``known_rows``; returns uint8 [B, C, H, W].
+        """Draw all rows after the first ``known_rows``; returns [B, C, H, W] of the type of ``start``.
 
         noise: of all images, as the model wants it; or what fills a tensor with that of the next pixel in raster order.
         progress: goes through the range of rows; draws a bar if it likes.
@@ -195,7 +209,10 @@ class Sampler:
     def _begin(self, known_rows: int) -> None:
         """Put the images where the network reads them, and compute what is known; what was there does not count."""
         self._trace.zero_()
-        self._features.pixels.copy_(scale_values(self._start, self._trace.dtype).permute(0, 2, 3, 1))
+        start = self._start.long()
+        self._features.pixels.copy_(self._seen[start].permute(0, 2, 3, 1, 4).flatten(3))
+        if self._values is not None:
+            self._values.copy_(start.flatten(2))
         if known_rows:
             self._features.fill(known_rows)
 
@@ -205,11 +222,16 @@ class Sampler:
             outputs = self._features.outputs(turn)
             self._trace.add_(outputs, alpha=0)  # A number times 0 is 0, all else NaN.
             values = self._model.draw(outputs, self._noise, turn, self._temperature)
-            self._features.write(self._scaled[values], turn)
+            self._features.write(self._seen[values].flatten(1), turn * self._seen.shape[1])
+            if self._values is not None:
+                self._values[:, turn : turn + values.shape[1]].index_copy_(2, self._place.index, values.unsqueeze(2))
 
     def _drawn(self) -> Tensor:
+        if self._values is not None:
+            return self._values.view(self._start.shape).to(self._start.dtype, copy=True)
         # Back from the scale; what it rounded off is less than half a value.
-        return (self._features.pixels.permute(0, 3, 1, 2).double() + 1).mul(127.5).round().to(torch.uint8).contiguous()
+        scaled = self._features.pixels.permute(0, 3, 1, 2).double() + 1
+        return scaled.mul((self._model.levels - 1) / 2).round().to(self._start.dtype).contiguous()
 
     @property
     def _uses_graphs(self) -> bool:

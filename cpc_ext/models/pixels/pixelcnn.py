@@ -1,4 +1,4 @@
-"""The PixelCNN: uint8 images [B, C, H, W] to logits of all their values, [B, C, 256, H, W], and images drawn from them.
+"""The PixelCNN: images [B, C, H, W] to logits of all their values, [B, C, 256, H, W], and images drawn from them.
 
 A stack of masked convolutions of which none sees a later pixel or colour. Every convolution is one call of the masked
 kernel, with its ReLU and its residual sum fused.
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cpc_ext.models.pixels.masked_features import Convolve, PixelActivation
 from cpc_ext.models.pixels.pixel_model import SoftmaxPixelModel
-from cpc_ext.models.pixels.pixel_sampler import VALUES
+from cpc_ext.models.pixels.pixel_sampler import IMAGE_LEVELS
 from cpc_ext.nn.masked_conv2d import MaskedConv2d
 from cpc_ext.nn.typed import Module, ModuleList
 
@@ -32,25 +32,34 @@ class PixelCNN(SoftmaxPixelModel):
         hidden_channels: h; a multiple of C. Published: 128.
         layers: number of residual blocks. Published: 15.
         head_channels: of the layer before the logits; a multiple of C. Default: 2h. Published for CIFAR-10: 1024.
+        levels, code_channels: see :class:`SoftmaxPixelModel`.
 
     Raises:
         ValueError: an argument out of range.
     """
 
     def __init__(
-        self, in_channels: int = 3, *, hidden_channels: int = 96, layers: int = 12, head_channels: int | None = None
+        self,
+        in_channels: int = 3,
+        *,
+        hidden_channels: int = 96,
+        layers: int = 12,
+        head_channels: int | None = None,
+        levels: int = IMAGE_LEVELS,
+        code_channels: int = 0,
     ) -> None:
         head_channels = 2 * hidden_channels if head_channels is None else head_channels
-        super().__init__(in_channels, None, hidden_channels=hidden_channels, layers=layers, head_channels=head_channels)
+        sizes = {"hidden_channels": hidden_channels, "layers": layers, "head_channels": head_channels}
+        super().__init__(in_channels, None, levels=levels, code_channels=code_channels, **sizes)
         for name, value in (("hidden_channels", hidden_channels), ("head_channels", head_channels)):
             if value % in_channels:
                 raise ValueError(f"{name} must be a multiple of the {in_channels} colours, got {value}")
         colors, features = in_channels, 2 * hidden_channels
-        self.first = MaskedConv2d(in_channels, features, 7, mask="A", color_groups=colors)
+        self.first = MaskedConv2d(self.seen_channels, features, 7, mask="A", color_groups=colors)
         self.blocks = ModuleList(_ResidualBlock(features, colors) for _ in range(layers))
         self.relu = PixelActivation(features, "relu", colors)
         self.head = MaskedConv2d(features, head_channels, 1, mask="B", color_groups=colors, activation="relu")
-        self.logits_layer = MaskedConv2d(head_channels, colors * VALUES, 1, mask="B", color_groups=colors)
+        self.logits_layer = MaskedConv2d(head_channels, colors * levels, 1, mask="B", color_groups=colors)
 
     def network(self, convolve: Convolve, image: Any, labels: Tensor | None) -> Any:
         features = convolve(self.first, image)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from cpc_ext.tasks.pixel_task import PixelTask
+from cpc_ext.tasks.softmax_pixel_task import SoftmaxPixelTask
 
 __all__ = ["TASK", "GatedPixelCNNTask"]
 
 
-class GatedPixelCNNTask(PixelTask):
+class GatedPixelCNNTask(SoftmaxPixelTask):
     """A gated PixelCNN (van den Oord et al. 2016, arXiv 1606.05328) on a data set."""
 
     def _model(self) -> tuple[str, dict[str, Any]]:
@@ -18,6 +18,7 @@ class GatedPixelCNNTask(PixelTask):
             "channels": options.hidden_channels,
             "num_classes": self._num_classes,
             "layers": options.layers,
+            **self._codes(),
         }
 
 

@@ -1,8 +1,8 @@
 """The options of a PixelCNN."""
 
-from cpc_ext.tasks.pixel_options import PIXEL_PRESETS, PixelConfig
+from cpc_ext.tasks.pixel_options import PIXEL_PRESETS, SoftmaxPixelConfig
 
 __all__ = ["CONFIG", "PRESETS"]
 
-CONFIG = PixelConfig
+CONFIG = SoftmaxPixelConfig
 PRESETS = PIXEL_PRESETS

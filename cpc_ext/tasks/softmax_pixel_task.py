@@ -1,0 +1,27 @@
+"""What the tasks of PixelCNNs share, gated or not, whose values have a softmax: they are of images or of codes."""
+
+from __future__ import annotations
+
+from cpc_ext.tasks.pixel_options import SoftmaxPixelConfig
+from cpc_ext.tasks.pixel_task import PixelTask
+
+__all__ = ["SoftmaxPixelTask"]
+
+
+class SoftmaxPixelTask(PixelTask):
+    """A model of pixels or, with ``--levels``, of codes. Raises ValueError also for codes beyond the levels."""
+
+    _config: SoftmaxPixelConfig
+
+    def _check_options(self) -> None:
+        super()._check_options()
+        levels = self._config.pixelcnn.levels
+        if levels is not None:
+            largest = max(int(images.images.max(initial=0)) for images in (self.examples, self._test))
+            if largest >= levels:
+                raise ValueError(f"--levels {levels}: {self._dataset.name} holds values up to {largest}")
+
+    def _codes(self) -> dict[str, int]:
+        """Arguments of the model where the images are codes."""
+        options = self._config.pixelcnn
+        return {} if options.levels is None else {"levels": options.levels, "code_channels": options.code_channels}
