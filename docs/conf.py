@@ -22,7 +22,6 @@ from cpc_ext import __version__
 
 project = "cpc_ext"
 author = "the cpc_ext authors"
-project_copyright = "Apache-2.0"
 release = version = __version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
@@ -43,6 +42,9 @@ napoleon_attr_annotations = False
 
 html_theme = "furo"
 html_title = f"cpc_ext {__version__}"
+html_show_copyright = False
+html_static_path = ["static"]
+html_css_files = ["wide.css"]
 html_theme_options = {"navigation_with_keys": True}
 
 _DOCS = Path(__file__).parent
