@@ -120,7 +120,7 @@ IN_SENTENCES = [
     pytest.param(page, code, id=f"{page}:{line}")
     for page in USERS_PAGES
     for line, code in codes_of(page)
-    if re.match(r"(python|pip|cpc-ext|torchrun|sphinx-build) ", code) and not re.search(r"\bNAME\b|…", code)
+    if re.match(r"(python|pip|cpc-ext|torchrun|sphinx-build|sbatch) ", code) and not re.search(r"\bNAME\b|…", code)
 ]
 
 
@@ -142,10 +142,10 @@ def place(tmp_path, monkeypatch) -> Path:
 
 
 def add_photos(folder: Path) -> None:
-    """Twelve small images of each of two classes."""
+    """Twelve small images of each of two classes, eight to learn from."""
     textures = make_textures(24, size=40)
     for number, image in enumerate(textures.images):
-        path = folder / "ab"[number % 2] / f"{number}.png"
+        path = folder / ("train" if number < 16 else "test") / "ab"[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save(path)
 
@@ -339,6 +339,10 @@ def try_words(try_program, request) -> Callable[[list[str]], None]:
             try_program(first, others)
         elif program == "cpc-ext":
             try_cpc_ext(first, others)
+        elif program == "sbatch":
+            script = next(word for word in arguments if word.endswith(".slurm"))
+            assert (ROOT / script).is_file()
+            parse_train(arguments[arguments.index(script) + 2 :])
         elif program in LIBRARIES:
             LIBRARIES[program](arguments)
         else:
@@ -398,6 +402,7 @@ def test_all_that_is_not_tried_is_there():
         ("python -m pytest -q test/ops", "test/ops"),
         ("python -m pytest --quieter", "--quieter"),
         ("sphinx-build -W doc build/site", "doc"),
+        ("sbatch python/examples/train.slurm RUN --stepz 3", "--stepz"),
         ("nvcc --version", "nvcc"),
     ],
 )
@@ -423,4 +428,4 @@ def test_options_in_the_text_exist(capsys):
 
 
 # Options of torchrun and of programs outside of the package, which pages name in sentences.
-OF_OTHERS = {"--shutdown-timeout", "--nproc-per-node", "--op", "--models"}
+OF_OTHERS = {"--shutdown-timeout", "--nproc-per-node", "--signals-to-handle", "--signal", "--op", "--models"}
