@@ -18,6 +18,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from textwrap import dedent
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,6 +65,9 @@ NOT_TRIED = {
     ". venv/bin/activate": "likewise",
     "pre-commit install": "it would write into the checkout's .git",
     "export": "variables of the shell",
+    "python -m build": "tools of a release, which the tests' environment has not",
+    "cibuildwheel": "likewise",
+    "auditwheel": "likewise",
 }
 
 
@@ -81,11 +85,11 @@ def blocks_of(page: str) -> list[Block]:
     found, begin, language = [], None, ""
     lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
-        if line.startswith("```"):
+        if line.lstrip().startswith("```"):
             if begin is None:
-                begin, language = number, line.removeprefix("```").strip()
+                begin, language = number, line.strip().removeprefix("```")
             else:
-                found.append(Block(page, begin + 1, language, "\n".join(lines[begin : number - 1])))
+                found.append(Block(page, begin + 1, language, dedent("\n".join(lines[begin : number - 1]))))
                 begin = None
     assert begin is None, f"{page}:{begin}: this block has no end"
     return found
@@ -105,7 +109,7 @@ def commands_of(block: Block) -> Iterator[tuple[int, str]]:
 def codes_of(page: str) -> Iterator[tuple[int, str]]:
     """What stands between backticks in a page's sentences, with the lines where it begins."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    text = re.sub(r"^```.*?^```", lambda block: "\n" * block[0].count("\n"), text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^ *```.*?^ *```", lambda block: "\n" * block[0].count("\n"), text, flags=re.MULTILINE | re.DOTALL)
     for match in re.finditer(r"`([^`]+)`", text):
         yield text.count("\n", 0, match.start()) + 1, match[1].replace("\n", " ")
 
