@@ -29,6 +29,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ex
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3  # The anchors that GitHub gives to headings.
 nb_execution_mode = "off"  # `-D nb_execution_mode=force` for a site with the notebooks' figures.
+nb_output_stderr = "remove"  # Progress.
 
 default_role = "code"  # Docstrings write names as Markdown does.
 autodoc_member_order = "groupwise"
