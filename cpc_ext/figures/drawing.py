@@ -34,9 +34,14 @@ __all__ = [
 _DPI = 130
 _BLUE, _GRAY, _GREEN, _RED = "#1f5fa8", "#8a8a8a", "#2e8b57", "#c0392b"
 _PURPLE, _ORANGE = "#7d3c98", "#d68910"
-# Ways of learning from labels by name, and runs by number.
-_MODE_COLORS = {"linear": _BLUE, "knn": _GREEN, "finetune": _PURPLE, "supervised": _RED, "untrained": _ORANGE}
-_RUN_STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
+# Ways of learning from labels in panels: a title, that of a trained encoder, and what it is to be better than.
+_MODES = (
+    ("linear probe", "linear", "untrained"),
+    ("nearest neighbours", "knn", None),
+    ("fine-tuned", "finetune", "supervised"),
+)
+# Runs by number.
+_RUN_COLORS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _RED)
 # Classes up to which a confusion matrix has numbers in it.
 _NUMBERED_CLASSES = 20
 # Numbers of labels nearer to each other than this factor would be written over each other.
@@ -120,7 +125,7 @@ def likelihood_curves(metrics: Sequence[dict[str, float]], static_histogram: flo
 class AccuracyLine:
     """Accuracy over labels a class.
 
-    name: as the legend has it. mode: which decides the colour. group: number of the run, which decides dash and marker.
+    name: as the legend has it. mode: which decides the panel. group: number of the run, which decides the colour.
     labels, mean, std: [N], ascending in labels.
     """
 
@@ -139,18 +144,50 @@ class AccuracyLine:
 
 
 def label_efficiency(lines: Sequence[AccuracyLine], chance: float) -> Figure:
-    """Top-1 accuracy over the labels there were to learn from, on a logarithmic axis.
+    """Top-1 accuracy over the labels there were to learn from, a panel for each way of learning from them.
 
-    chance: accuracy of always naming the commonest class, drawn as a line.
+    Runs differ in colour; dashed is what a trained encoder is to be better than: the same one untrained, or the same
+    network learning from the labels alone. chance: accuracy of always naming the commonest class, drawn as a line.
     """
-    figure = Figure(figsize=(9, 4.8), layout="constrained")
-    axes = figure.subplots()
-    for line in sorted(lines, key=lambda each: -each.mean[-1]):
-        color = _MODE_COLORS[line.mode]
-        dash, marker = _RUN_STYLES[line.group % len(_RUN_STYLES)]
-        axes.plot(line.labels, line.mean, color=color, linestyle=dash, marker=marker, markersize=5, label=line.name)
-        axes.fill_between(line.labels, line.mean - line.std, line.mean + line.std, color=color, alpha=0.15, linewidth=0)
-    axes.axhline(chance, color=_GRAY, linestyle="--", linewidth=1, label="always the same class")
+    drawn = {line.mode for line in lines}
+    panels = [(title, {mode, baseline}) for title, mode, baseline in _MODES if {mode, baseline} & drawn]
+    baselines = {baseline for _, _, baseline in _MODES}
+    figure = Figure(figsize=(1.2 + 3.6 * len(panels), 4.2), layout="constrained")
+    row = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, (title, modes) in zip(row, panels, strict=True):
+        # The legend has the lines in the order in which they end.
+        for line in sorted((line for line in lines if line.mode in modes), key=lambda each: -each.mean[-1]):
+            color = _RUN_COLORS[line.group % len(_RUN_COLORS)]
+            dash = "--" if line.mode in baselines else "-"
+            axes.plot(line.labels, line.mean, color=color, linestyle=dash, marker="o", markersize=4, label=line.name)
+            low, high = line.mean - line.std, line.mean + line.std
+            axes.fill_between(line.labels, low, high, color=color, alpha=0.12, linewidth=0)
+        axes.axhline(chance, color=_GRAY, linestyle=":", linewidth=1)
+        _label_axis(axes, lines)
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8, loc="upper left")
+    # Room for the legends, above all lines.
+    top = max(float((line.mean + line.std).max()) for line in lines)
+    row[0].set_ylim(0, top + 0.3 * max(top, chance))
+    row[0].set_ylabel("top-1 accuracy on the test images")
+    row[0].yaxis.set_major_formatter(PercentFormatter(1.0))
+    row[0].annotate(
+        "always the same class",
+        (0, chance),
+        xytext=(3, 2),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        fontsize=7,
+        color=_GRAY,
+    )
+    figure.supxlabel("labels a class (logarithmic)\nmean and standard deviation over random subsets", fontsize=9)
+    return figure
+
+
+def _label_axis(axes: Axes, lines: Sequence[AccuracyLine]) -> None:
+    """The numbers of labels that lines have points for, on a logarithmic axis."""
     axes.set_xscale("log")
     places: list[float] = []
     for place in np.unique(np.concatenate([line.labels for line in lines])):
@@ -159,16 +196,6 @@ def label_efficiency(lines: Sequence[AccuracyLine], chance: float) -> Figure:
     axes.xaxis.set_major_locator(FixedLocator(places))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_xlabel("labels a class (logarithmic)")
-    axes.set_ylabel("top-1 accuracy on the test images")
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_title("mean and standard deviation over random subsets", fontsize=10)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    # Beside the axes: lines may be anywhere inside.
-    figure.legend(frameon=False, loc="outside right upper")
-    return figure
 
 
 def confusion(counts: np.ndarray, classes: Sequence[str], title: str) -> Figure:
@@ -252,7 +279,7 @@ def nearest_patches(
     """Patches beside the patches of other images whose encodings are nearest.
 
     queries: [Q, C, p, p] in 0..1. neighbours: [Q, K, C, p, p], nearest first. similarities: [Q, K], shown
-    below each. same_class: [Q, K], framed green where it holds and red elsewhere; None without labels.
+    below each. same_class: [Q, K], framed where it holds, as a legend says; None without labels.
     """
     count, nearest = similarities.shape
     # Placed by hand, in inches: laying out this many axes automatically takes seconds.
@@ -275,13 +302,15 @@ def nearest_patches(
             axes = place(row, column + 1)
             _show(axes, _as_image(neighbours[row, column]))
             axes.set_xlabel(f"{similarities[row, column]:.2f}", fontsize=8, labelpad=2)
-            if same_class is not None:
+            if same_class is not None and same_class[row, column]:
                 for spine in axes.spines.values():
-                    spine.set(edgecolor=_GREEN if same_class[row, column] else _RED, linewidth=2)
+                    spine.set(edgecolor=_ORANGE, linewidth=3)
             if row == column == 0:
                 axes.set_title("nearest by learned code, of other images", fontsize=10, loc="left")
-    framing = "" if same_class is None else "; framed green: same class, red: another"
-    figure.text(0.5, 0.02, f"below each: cosine similarity of the centred encodings{framing}", ha="center", fontsize=9)
+    figure.text(0.5, 0.02, "below each: cosine similarity of the centred encodings", ha="center", fontsize=9)
+    if same_class is not None:
+        frame = Rectangle((0, 0), 1, 1, fill=False, edgecolor=_ORANGE, linewidth=3)
+        figure.legend([frame], ["of an image of the same class"], loc="upper right", frameon=False, fontsize=9)
     return figure
 
 

@@ -14,52 +14,56 @@ DPI = 130
 # Colour-blind safe; alternatives beyond these start over.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00")
 GRAY = "#606060"
+# Those that nearly every op has look alike in all charts.
+FIXED = {"eager": GRAY, "ours": COLORS[0], "compiled": COLORS[1]}
 # Forward solid and filled, forward and backward dashed and hollow.
 STYLES = {"forward": ("-", "full"), "forward+backward": ("--", "none")}
 
 
 def draw_kernels(rows: Sequence[dict[str, Any]], sizes: dict[str, str], machine: dict[str, Any], path: Path) -> None:
-    """Speed-up over eager and peak extra memory over size, a column of panels an op and a file a dtype.
+    """Speed-up over eager and peak extra memory over size, a file an op and dtype, small enough for a screen.
 
-    rows: results; those without a size are not drawn. sizes: what an op's horizontal axis counts. The first dtype goes
-    to ``path``, others to files with the dtype in their name.
+    rows: results; those without a size are not drawn. sizes: what an op's horizontal axis counts. The files have the op
+    in their names beside that of ``path``, and the dtype where an op has several.
     """
     drawn = [row for row in rows if row["size"] is not None]
-    for index, dtype in enumerate(dict.fromkeys(row["dtype"] for row in drawn)):
-        of_dtype = [row for row in drawn if row["dtype"] == dtype]
-        _draw_dtype(of_dtype, sizes, f"{machine['device']}, {dtype}", path if index == 0 else _named(path, dtype))
+    for op in dict.fromkeys(row["op"] for row in drawn):
+        of_op = [row for row in drawn if row["op"] == op]
+        dtypes = list(dict.fromkeys(row["dtype"] for row in of_op))
+        for dtype in dtypes:
+            name = f"{path.stem}-{op}" + (f"-{dtype}" if len(dtypes) > 1 else "")
+            of_dtype = [row for row in of_op if row["dtype"] == dtype]
+            title = f"{op}, {machine['device']}, {dtype}"
+            _draw_op(of_dtype, sizes[op], title, path.with_name(name + path.suffix))
 
 
-def _named(path: Path, dtype: str) -> Path:
-    return path.with_name(f"{path.stem}-{dtype}{path.suffix}")
-
-
-def _draw_dtype(rows: Sequence[dict[str, Any]], sizes: dict[str, str], title: str, path: Path) -> None:
-    figure = _figure(title, path, width=4.6 * len({row["op"] for row in rows}), height=8)
+def _draw_op(rows: Sequence[dict[str, Any]], size: str, title: str, path: Path) -> None:
+    figure = _figure(title, path, width=9, height=4)
     if figure is None:
         return
-    ops = list(dict.fromkeys(row["op"] for row in rows))
-    panels = figure.subplots(2, len(ops), squeeze=False, sharex="col")
-    colors: dict[str, str] = {}
-    for column, op in enumerate(ops):
-        speed, memory = panels[:, column]
-        for (name, passes), series in _series(row for row in rows if row["op"] == op).items():
-            color = GRAY if name == "eager" else colors.setdefault(name, COLORS[len(colors) % len(COLORS)])
-            line, fill = STYLES[passes]
-            look = {"color": color, "linestyle": line, "fillstyle": fill, "marker": "o", "markersize": 5}
-            points = sorted(series, key=lambda point: point[0])
-            x = [point[0] for point in points]
-            speed_up = [point[1]["against_eager"] for point in points]
-            if name != "eager" and None not in speed_up:
-                speed.plot(x, speed_up, **look)
-            memory.plot(x, [point[1]["peak_extra_bytes"] / 2**20 for point in points], **look, label=name)
-        speed.axhline(1, color=GRAY, linewidth=1)
-        speed.set_title(op)
-        _log_axes(speed, memory, ticks=sorted({row["size"] for row in rows if row["op"] == op}))
-        memory.set_xlabel(sizes[op])
-    panels[0, 0].set_ylabel("times as fast as eager (higher is better)")
-    panels[1, 0].set_ylabel("peak extra memory, MiB (lower is better)")
-    _legend(figure, colors)
+    speed, memory = figure.subplots(1, 2)
+    series_of = _series(rows)
+    names = dict.fromkeys(name for name, _ in series_of)
+    others = [name for name in names if name not in FIXED]
+    colors = {name: FIXED[name] if name in FIXED else COLORS[2 + others.index(name) % 3] for name in names}
+    for (name, passes), series in series_of.items():
+        color = colors[name]
+        line, fill = STYLES[passes]
+        look = {"color": color, "linestyle": line, "fillstyle": fill, "marker": "o", "markersize": 5}
+        points = sorted(series, key=lambda point: point[0])
+        x = [point[0] for point in points]
+        speed_up = [point[1]["against_eager"] for point in points]
+        if name != "eager" and None not in speed_up:
+            speed.plot(x, speed_up, **look)
+        memory.plot(x, [point[1]["peak_extra_bytes"] / 2**20 for point in points], **look, label=name)
+    speed.axhline(1, color=GRAY, linewidth=1)
+    _log_axes(speed, memory, ticks=sorted({row["size"] for row in rows}))
+    speed.set_ylabel("times as fast as eager (higher is better)")
+    memory.set_ylabel("peak extra memory, MiB (lower is better)")
+    for axes in (speed, memory):
+        axes.set_xlabel(size)
+    passes = dict.fromkeys(row["passes"] for row in rows)
+    _legend(figure, colors, {name: STYLES[name] for name in passes})
     _save(figure, path)
 
 
@@ -89,13 +93,13 @@ def _log_axes(speed, memory, ticks: Sequence[int]) -> None:
     speed.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
 
 
-def _legend(figure, colors: dict[str, str]) -> None:
+def _legend(figure, colors: dict[str, str], styles: dict[str, tuple[str, str]]) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=color, label=name) for name, color in {"eager": GRAY, **colors}.items()]
-    for passes, (line, fill) in STYLES.items():
+    handles = [Line2D([], [], color=color, label=name) for name, color in colors.items()]
+    for passes, (line, fill) in styles.items():
         handles.append(Line2D([], [], color="black", linestyle=line, marker="o", fillstyle=fill, label=passes))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), frameon=False, fontsize=9)
 
 
 def draw_training(document: dict[str, Any], path: Path) -> None:
