@@ -57,12 +57,14 @@ def drawn_of(medium: str) -> str:
 
 
 def folder_of(medium: str) -> str:
-    """The data set of a medium that is of the user's own files."""
+    """The data set of a medium that is of the user's own files, one for each image or recording."""
     return _first(medium, "folders")
 
 
 def _first(medium: str, folder: str) -> str:
-    return next(name for name, (kind, of, _) in _FOUND.items() if (of, kind.folder) == (medium, folder))
+    named = (name for name, (kind, of, _) in _FOUND.items() if (of, kind.folder) == (medium, folder))
+    # Of the user's own files some are in files of another kind than the medium's own.
+    return next(name for name in named if folder == "drawn" or name.endswith("folder"))
 
 
 def origin(dataset: str) -> Origin:

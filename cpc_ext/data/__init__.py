@@ -8,6 +8,7 @@ from cpc_ext.data.download import DownloadError
 from cpc_ext.data.images.dataset import Dataset, ImageSet
 from cpc_ext.data.images.drawn.textures import make_textures
 from cpc_ext.data.images.fetch import ImageFetcher
+from cpc_ext.data.images.given import from_dataset
 from cpc_ext.data.images.patch_augmentation import AUTO_AUGMENT, PatchAugmentation
 from cpc_ext.data.images.simclr_view import SimCLRView
 from cpc_ext.data.images.views import PatchView
@@ -34,6 +35,7 @@ __all__ = [
     "WaveformFetcher",
     "WaveformSet",
     "WindowSampler",
+    "from_dataset",
     "label_count",
     "load_dataset",
     "make_textures",

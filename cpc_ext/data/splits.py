@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +15,24 @@ HELD_OUT = 0.1
 
 def hold_out(files: Sequence[TreeFile]) -> tuple[list[TreeFile], list[TreeFile]]:
     """Divide files into training and a tenth of every class for testing (none of a class of one)."""
-    by_class: dict[str, list[int]] = {}
-    for i, file in enumerate(files):
-        by_class.setdefault(file.label, []).append(i)
+    testing = held_out([file.label for file in files])
+    return (
+        [file for i, file in enumerate(files) if i not in testing],
+        [file for i, file in enumerate(files) if i in testing],
+    )
+
+
+def held_out(labels: Sequence[Hashable]) -> set[int]:
+    """Indices of what is tested on of examples with these labels: a tenth of every class, none of a class of one."""
+    by_class: dict[Hashable, list[int]] = {}
+    for i, label in enumerate(labels):
+        by_class.setdefault(label, []).append(i)
     rng = np.random.default_rng(0)
-    held_out: set[int] = set()
+    chosen: set[int] = set()
     for members in by_class.values():
         count = max(round(len(members) * HELD_OUT), min(1, len(members) - 1))
-        held_out.update(rng.permutation(members)[:count].tolist())
-    return (
-        [file for i, file in enumerate(files) if i not in held_out],
-        [file for i, file in enumerate(files) if i in held_out],
-    )
+        chosen.update(rng.permutation(members)[:count].tolist())
+    return chosen
 
 
 def class_names(

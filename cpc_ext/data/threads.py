@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sized
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from itertools import islice
 from typing import TypeVar
 
 from tqdm import tqdm
 
+_Encoded = TypeVar("_Encoded")
 _Decoded = TypeVar("_Decoded")
 
 
 def in_order(
-    decode: Callable[[Path], _Decoded], files: Sequence[Path], *, ahead: int, what: tuple[str, str]
+    decode: Callable[[_Encoded], _Decoded], files: Iterable[_Encoded], *, ahead: int, what: tuple[str, str]
 ) -> Generator[_Decoded, None, None]:
     """What becomes of files, in their order, under a progress bar.
 
+    files: their paths or contents; taken from an iterator as they are decoded.
     ahead: files that are decoded before the first of them is taken; enough that threads seldom wait for the slowest.
     what: one file's content is called, and several are.
     """
     pool = ThreadPoolExecutor(cores())
     try:
-        with tqdm(desc=f"decoding {what[1]}", total=len(files), unit=what[0], disable=None) as bar:
-            for start in range(0, len(files), ahead):
-                for decoded in pool.map(decode, files[start : start + ahead]):
+        total = len(files) if isinstance(files, Sized) else None
+        with tqdm(desc=f"decoding {what[1]}", total=total, unit=what[0], disable=None) as bar:
+            left = iter(files)
+            while batch := list(islice(left, ahead)):
+                for decoded in pool.map(decode, batch):
                     bar.update()
                     yield decoded
     finally:

@@ -132,7 +132,7 @@ class _DatasetImages:
     def __init__(self, command: Command) -> None:
         try:
             dataset = load_dataset(command.dataset, command.data_dir, image_size=command.image_size)
-        except (OSError, ValueError) as error:
+        except (ImportError, OSError, ValueError) as error:
             raise TrainingError(f"--dataset {command.dataset}: {error}") from None
         images = getattr(dataset, command.split)
         if images is None:

@@ -25,7 +25,7 @@ from cpc_ext.training.presets import default_dataset, preset
 from cpc_ext.training.registry import MODELS, model_medium, model_recipes
 from cpc_ext.training.run_dir import RunDir
 
-__all__ = ["PROGRAM", "Command", "describe", "parse"]
+__all__ = ["PROGRAM", "Command", "defaults_of", "describe", "parse"]
 
 PROGRAM = "python -m cpc_ext.train"
 _DESCRIPTION = (
@@ -84,41 +84,11 @@ def parse(arguments: Sequence[str], *, prog: str = PROGRAM) -> Command:
     allowed, for wrong options, or with 0 after showing the help or the version.
     """
     chosen = _first_pass(arguments)
-    if chosen.resume and chosen.config is not None:
-        raise TrainingError("--resume takes the run's own config.yaml: give either --resume or --config")
-    if chosen.resume and chosen.resume_from is not None:
-        raise TrainingError(
-            "--resume goes on with a run, --resume-from starts a new one from another's weights: give either"
-        )
-    if chosen.resume:
-        if chosen.out_dir is None:
-            raise TrainingError("--resume needs --out-dir, the folder of the run to go on with")
-        run = RunDir(Path(chosen.out_dir))
-        run.check_resumable()
-        defaults = load_config(run.config)
-    elif chosen.config is not None:
-        defaults = load_config(Path(chosen.config))
-    elif chosen.resume_from is not None:
-        defaults = load_config(RunDir(Path(chosen.resume_from)).config, option_name="--resume-from")
-        if chosen.model not in (None, defaults.model):
-            raise TrainingError(
-                f"--resume-from: {chosen.resume_from} is a run of {defaults.model}, not of --model {chosen.model}"
-            )
-    else:
-        # Names that do not exist are refused in the second pass, as are values that are missing.
-        model = chosen.model if chosen.model in MODELS else RunConfig.model_fields["model"].default
-        dataset = chosen.dataset if chosen.dataset in DATASETS else default_dataset(model)
-        if medium(dataset) != model_medium(model):
-            fitting = ", ".join(name for name in DATASETS if medium(name) == model_medium(model))
-            _refuse(f"--dataset {dataset} has no {model_medium(model)}; --model {model} takes {fitting}", prog)
-        recipe = chosen.recipe if chosen.recipe in model_recipes(model) else None
-        defaults = preset(model, dataset, recipe=recipe, device=chosen.device)
-    _check_recipe(chosen.recipe, defaults)
+    try:
+        defaults = defaults_of(**vars(chosen))
+    except OptionError as error:
+        _refuse(str(error), prog)
     arguments = _with_values(arguments)
-    if (chosen.epochs is None) != (chosen.steps is None):
-        # The one that is given replaces whichever the defaults have.
-        optimization = defaults.optimization.model_copy(update={"epochs": None, "steps": None})
-        defaults = defaults.model_copy(update={"optimization": optimization})
     _refuse_options_of_other_models(arguments, defaults, prog)
     try:
         command = parse_command(
@@ -134,6 +104,60 @@ def parse(arguments: Sequence[str], *, prog: str = PROGRAM) -> Command:
         _refuse(str(error), prog)
     _refuse_idle_options(arguments, command.run, prog)
     return command
+
+
+def defaults_of(
+    *,
+    model: str | None = None,
+    dataset: str | None = None,
+    recipe: str | None = None,
+    device: str | None = None,
+    config: str | Path | None = None,
+    resume_from: str | Path | None = None,
+    out_dir: str | Path | None = None,
+    resume: bool = False,
+    epochs: object = None,
+    steps: object = None,
+) -> RunConfig:
+    """The config that the options given replace: an earlier run's, or that of the model for the data set.
+
+    Names that do not exist, and values of the wrong type, are for whoever fills in the options to refuse. Where either
+    length is given, the config has neither.
+
+    Raises TrainingError where an earlier run is missing or does not fit, OptionError where the data are not what the
+    model learns from.
+    """
+    if resume and config is not None:
+        raise TrainingError("--resume takes the run's own config.yaml: give either --resume or --config")
+    if resume and resume_from is not None:
+        raise TrainingError(
+            "--resume goes on with a run, --resume-from starts a new one from another's weights: give either"
+        )
+    if resume:
+        if out_dir is None:
+            raise TrainingError("--resume needs --out-dir, the folder of the run to go on with")
+        run = RunDir(Path(out_dir))
+        run.check_resumable()
+        defaults = load_config(run.config)
+    elif config is not None:
+        defaults = load_config(Path(config))
+    elif resume_from is not None:
+        defaults = load_config(RunDir(Path(resume_from)).config, option_name="--resume-from")
+        if model not in (None, defaults.model):
+            raise TrainingError(f"--resume-from: {resume_from} is a run of {defaults.model}, not of --model {model}")
+    else:
+        known = model if model in MODELS else RunConfig.model_fields["model"].default
+        data = dataset if dataset in DATASETS else default_dataset(known)
+        if medium(data) != model_medium(known):
+            fitting = ", ".join(name for name in DATASETS if medium(name) == model_medium(known))
+            raise OptionError(f"--dataset {data} has no {model_medium(known)}; --model {known} takes {fitting}")
+        defaults = preset(known, data, recipe=recipe if recipe in model_recipes(known) else None, device=device)
+    _check_recipe(recipe, defaults)
+    if (epochs is None) != (steps is None):
+        # The one that is given replaces whichever the defaults have.
+        optimization = defaults.optimization.model_copy(update={"epochs": None, "steps": None})
+        defaults = defaults.model_copy(update={"optimization": optimization})
+    return defaults
 
 
 def _check_recipe(recipe: str | None, defaults: RunConfig) -> None:

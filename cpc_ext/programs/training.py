@@ -35,7 +35,7 @@ from cpc_ext.training.run_log import RunLog
 from cpc_ext.training.starting_weights import take_weights
 from cpc_ext.training.stop_request import EndedBySignal, StopRequest, signals_raise
 
-__all__ = ["main"]
+__all__ = ["main", "run"]
 
 
 def main(arguments: Sequence[str] | Command | None = None) -> int:
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | Command | None = None) -> int:
 
     def train() -> int:
         with signals_raise():
-            return _run(given if isinstance(given, Command) else parse(given))
+            return run(given if isinstance(given, Command) else parse(given))[0]
 
     given = sys.argv[1:] if arguments is None else arguments
     with unfailing_output():
@@ -66,7 +66,11 @@ def _lost(error: RuntimeError, path: Path | None) -> str:
     )
 
 
-def _run(command: Command) -> int:
+def run(command: Command) -> tuple[int, Path]:
+    """Do what a command says: the exit status, 0 where the run is complete, and the folder of the run.
+
+    TrainingError where it cannot start or go on.
+    """
     config = command.run
     with joined_ranks(config.compute.device) as ranks:
         ranks = replace(ranks, pipeline=config.pipeline)
@@ -86,15 +90,15 @@ def _run(command: Command) -> int:
 
         try:
             path = ranks.on_main(hold)
-            return _train(config, held[0] if held else RunDir(path), ranks, resume=command.resume)
+            return _train(config, held[0] if held else RunDir(path), ranks, resume=command.resume), path
         except RuntimeError as error:
             if not lost_contact(error):
                 raise
             ranks.end_stopped()
             raise TrainingError(_lost(error, path)) from None
         finally:
-            for run in held:
-                run.release()
+            for folder in held:
+                folder.release()
 
 
 def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -89,6 +90,9 @@ class StopRequest:
 
 
 def _wanted(number: signal.Signals) -> bool:
+    # Python lets its main thread alone handle signals; a run in another one leaves them to that.
+    if threading.current_thread() is not threading.main_thread():
+        return False
     return number not in _MAY_BE_IGNORED or signal.getsignal(number) != signal.SIG_IGN
 
 

@@ -6,6 +6,7 @@ and a full disk is an error instead of a crash. What cannot be decoded is left o
 
 from __future__ import annotations
 
+import io
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -77,6 +78,35 @@ def _formats(suffix: str) -> tuple[str, ...]:
     return tuple(sorted(pictures, key=lambda name: (name != named, name not in ("JPEG", "PNG"))))
 
 
+class RowWriter:
+    """Appends images to a file as rows, uint8 [C, H, W] of one shape.
+
+    image_size: that they were brought to. None: they are to keep their own.
+    count: of the images so far. shape: [C, H, W] of every one, () before the first.
+    """
+
+    def __init__(self, out: BinaryIO, image_size: int | None) -> None:
+        self._out = out
+        self._image_size = image_size
+        self.count = 0
+        self.shape: tuple[int, ...] = ()
+
+    def append(self, pixels: np.ndarray) -> None:
+        """Append an image, uint8 [H, W, C].
+
+        Raises SizeNotKept where images that keep their size have another or too large a one, ValueError for other
+        channels than those before, OSError where writing fails.
+        """
+        height, width, channels = pixels.shape
+        self.shape = self.shape or (channels, height, width)
+        if (height, width) != self.shape[1:] or (self._image_size is None and min(height, width) > KEPT_SIZE):
+            raise SizeNotKept
+        if channels != self.shape[0]:
+            raise ValueError(f"{channels} channels, the images before it have {self.shape[0]}")
+        self._out.write(np.ascontiguousarray(pixels.transpose(2, 0, 1)).data)
+        self.count += 1
+
+
 def decode_stream(
     files: Sequence[Path], image_size: tuple[int, int], batch_size: int
 ) -> Iterator[tuple[np.ndarray, list[int], dict[int, str]]]:
@@ -116,6 +146,7 @@ def decode_all(files: Sequence[Path], out: BinaryIO, image_size: int | None) -> 
     raises SizeNotKept where they differ or have a shorter side above KEPT_SIZE.
     """
     done = Decoded()
+    rows = RowWriter(out, image_size)
     decoded = in_order(partial(_decode_or_reason, image_size=image_size), files, ahead=AHEAD, what=("image", "images"))
     with closing(decoded):
         for index, (pixels, several) in enumerate(decoded):
@@ -124,12 +155,9 @@ def decode_all(files: Sequence[Path], out: BinaryIO, image_size: int | None) -> 
                 continue
             if several:
                 done.several.append(index)
-            height, width = pixels.shape[:2]
-            if not done.height:
-                done.height, done.width = height, width
-            if (height, width) != (done.height, done.width) or (image_size is None and min(height, width) > KEPT_SIZE):
-                raise SizeNotKept
-            out.write(np.ascontiguousarray(pixels.transpose(2, 0, 1)).data)
+            rows.append(pixels)
+    if rows.count:
+        _, done.height, done.width = rows.shape
     return done
 
 
@@ -151,25 +179,42 @@ def _decode(path: Path, image_size: int | tuple[int, int] | None) -> tuple[np.nd
     """The image as decode_image has it, and whether the file holds further ones."""
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     with Image.open(path, formats=_formats(path.suffix.lower())) as image:
-        if size is not None:
-            # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, never below what is asked for either way up.
-            image.draft(None, (max(size),) * 2)
         several = image.format in _OF_FRAMES and getattr(image, "is_animated", False)
-        image.load()
-        with suppress(Exception):  # What is written beside the pixels may be damaged; they are not.
-            ImageOps.exif_transpose(image, in_place=True)
-        if image.mode == "F" or image.mode.startswith("I"):
-            image = Image.fromarray(_to_levels(image))
-        elif _tags(image).get(_SAMPLE_FORMAT, (1,))[0] == _SIGNED:
-            raise ValueError(f"mode {image.mode} of signed values, whose range is not known")
-        if image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")
-        if image.mode in ("La", "RGBa"):
-            image = image.convert(image.mode.upper())
-        image = image.convert("RGB")
-        if size is not None and image.size != size[::-1]:
-            image = ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
-        return np.asarray(image), several
+        return opened_to_pixels(image, size), several
+
+
+def opened_to_pixels(image: Image.Image, size: tuple[int, int] | None) -> np.ndarray:
+    """An image of Pillow's as decode_image has it. It is loaded and turned the right way up in place.
+
+    size: height and width that it is brought to.
+    """
+    if size is not None:
+        # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, never below what is asked for either way up.
+        image.draft(None, (max(size),) * 2)
+    image.load()
+    with suppress(Exception):  # What is written beside the pixels may be damaged; they are not.
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(_to_levels(image))
+    elif _tags(image).get(_SAMPLE_FORMAT, (1,))[0] == _SIGNED:
+        raise ValueError(f"mode {image.mode} of signed values, whose range is not known")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    if image.mode in ("La", "RGBa"):
+        image = image.convert(image.mode.upper())
+    return resized(image.convert("RGB"), size)
+
+
+def resized(image: Image.Image, size: tuple[int, int] | None) -> np.ndarray:
+    """An image of Pillow's, its middle at a height and width, as an array; as it is where size is None."""
+    if size is not None and image.size != size[::-1]:
+        image = ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def decode_bytes(content: bytes) -> Image.Image:
+    """The content of an image file, opened; whatever Pillow raises where it holds none."""
+    return Image.open(io.BytesIO(content), formats=_formats(""))
 
 
 def _to_levels(image: Image.Image) -> np.ndarray:
@@ -216,6 +261,11 @@ def _reason(path: Path, error: Exception) -> str:
     with suppress(OSError):
         if path.stat().st_size == 0:
             return "the file is empty"
+    return reason_of(error)
+
+
+def reason_of(error: Exception) -> str:
+    """Why an image could not be decoded, without its name."""
     if isinstance(error, UnidentifiedImageError):
         return "holds no image that Pillow recognises"
     if isinstance(error, Image.DecompressionBombError):

@@ -1,0 +1,194 @@
+"""Arrays of images and of labels, told apart by their names, as a data set.
+
+What is as the rest of the package wants it, uint8 with channels first or last, is viewed where it lies. All else is
+brought to it once (see samples): other types and sizes, and arrays of which a part is to be held out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from cpc_ext.data.images.dataset import Dataset
+from cpc_ext.data.images.decode import KEPT_SIZE
+from cpc_ext.data.images.labels import Label, class_indices, plain_label
+from cpc_ext.data.images.pixels import channel_axis
+from cpc_ext.data.images.samples import Sample, Source, dataset_of, load_source
+from cpc_ext.data.images.source_files import Part, Parts, SourceFiles, in_words, parts_of, split_in
+from cpc_ext.data.notice import some, tell
+
+__all__ = ["arrays_dataset", "named_arrays"]
+
+_IMAGES = {"x", "image", "images", "img", "imgs", "data", "inputs", "pixels"}
+_LABELS = {"y", "label", "labels", "target", "targets", "class"}
+# Read at a time, of arrays that are not in memory.
+_BLOCK = 64
+# Labels of this value say that there is none, as torchvision has it.
+_NO_LABEL = -1
+
+
+class _Part(NamedTuple):
+    """An array of images, [N, ...], and the labels of these; arrays as NumPy or h5py have them."""
+
+    name: str
+    images: Any
+    labels: list[Label]
+
+
+def named_arrays(files: SourceFiles, path: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays of a file by names among those of all files: with the file's own before theirs, where it has any.
+
+    path: of the file. arrays: by the file's own names for them, "" where it holds just one.
+    """
+    stem = path.rpartition(".")[0]
+    alone = len(files.files) == 1
+    return {(name if alone and name else f"{stem}/{name}".rstrip("/")): array for name, array in arrays.items()}
+
+
+def arrays_dataset(
+    name: str, source: SourceFiles, arrays: Mapping[str, Any], image_size: int | None, reader: tuple[str, str]
+) -> Dataset:
+    """The data set of arrays with names such as "train_images", "x_test" or "labels".
+
+    name: of the data set. arrays: by their names. image_size: as the loader of a folder takes it. reader: the library
+    that they are read by, and its version.
+
+    Raises ValueError where the arrays do not fit together or hold no images, OSError where images cannot be kept.
+    """
+    root = source.root
+    try:
+        parts, classes = _sorted_out(arrays)
+        notes = [*source.notes, *parts.notes]
+        used = [*parts.train, *parts.test, *parts.unlabeled]
+        views = {part.name: _view(part.images, image_size) for part in used}
+        shapes = {None if view is None else view.shape[1:] for view in views.values()}
+        single = len(parts.train) == len(parts.test) == 1 and len(parts.unlabeled) <= 1
+        if single and len(shapes) == 1 and None not in shapes:
+            train, test = parts.train[0], parts.test[0]
+            found = class_indices(train.labels, test.labels, classes, notes=notes)
+            tell(root, notes)
+            unlabeled = views[parts.unlabeled[0].name] if parts.unlabeled else None
+            return dataset_of(name, _known(views[train.name]), views[test.name], found, unlabeled=unlabeled)
+    except ValueError as error:
+        raise ValueError(f"{root}: {error}") from None
+    return load_source(
+        Source(
+            name=name,
+            root=root,
+            files=source.files,
+            train=partial(_samples, root, parts.train),
+            test=partial(_samples, root, parts.test) if parts.test else None,
+            unlabeled=partial(_samples, root, parts.unlabeled) if parts.unlabeled else None,
+            classes=lambda: classes,
+            reader=reader,
+            notes=notes,
+        ),
+        image_size,
+    )
+
+
+def _known(view: np.ndarray | None) -> np.ndarray:
+    assert view is not None
+    return view
+
+
+def _sorted_out(arrays: Mapping[str, Any]) -> tuple[Parts[_Part], Sequence[str]]:
+    """The parts of a data set, and the names of its classes where an array has them."""
+    images: dict[Part, list[str]] = {}
+    labels: dict[Part, list[str]] = {}
+    classes: Sequence[str] = ()
+    passed_over: list[str] = []
+    for name, array in arrays.items():
+        role = _role(name, array)
+        if role == "classes":
+            classes = [str(plain_label(value)) for value in np.asarray(array[...]).reshape(-1)]
+        elif role is None:
+            passed_over.append(name)
+        else:
+            (images if role == "images" else labels).setdefault(split_in(name) or "train", []).append(name)
+    named: list[tuple[str, _Part]] = []
+    for part, names in images.items():
+        theirs = labels.pop(part, [])
+        if len(theirs) not in (0, len(names)):
+            raise ValueError(f"expected one array of labels for {some(names)}, found {some(theirs)}")
+        for number, name in enumerate(names):
+            _check_images(name, arrays[name])
+            known: list[Label] = [None] * len(arrays[name])
+            if theirs:
+                known = _labels(theirs[number], arrays[theirs[number]])
+            if len(known) != len(arrays[name]):
+                raise ValueError(f"{name} holds {len(arrays[name])} images, {theirs[number]} {len(known)} labels")
+            named.append((name, _Part(name, arrays[name], known)))
+    if not named:
+        raise ValueError(f"expected an array of images [N, H, W] or [N, H, W, C], found {_described(arrays)}")
+    parts = parts_of(named)
+    passed_over += [name for names in labels.values() for name in names]
+    if passed_over:
+        parts.notes.append(f"passed over arrays that are no images: {some(passed_over)}")
+    return parts, classes
+
+
+def _check_images(name: str, array: Any) -> None:
+    """ValueError for an array that holds no images by its shape, which tells nothing of objects (encoded images)."""
+    try:
+        if array.dtype.kind != "O":
+            channel_axis(array.shape[1:])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _role(name: str, array: Any) -> Literal["images", "labels", "classes"] | None:
+    """What an array is, by its name, and by its shape where that says nothing."""
+    for words in (in_words(name.rpartition("/")[2]), in_words(name)):
+        if "classes" in words or ("names" in words and _LABELS & {*words}):
+            return "classes"
+        for word in reversed(words):
+            if word in _LABELS:
+                return "labels"
+            if word in _IMAGES and (array.ndim > 1 or array.dtype.kind == "O"):
+                return "images"
+    return "images" if array.ndim in (3, 4) else None
+
+
+def _labels(name: str, array: Any) -> list[Label]:
+    values = np.asarray(array[...])
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.ndim != 1:
+        raise ValueError(f"{name}: expected labels [N], got shape {list(values.shape)}")
+    if values.dtype.kind == "f" and np.array_equal(values, np.rint(values)):
+        values = values.astype(np.int64)
+    try:
+        labels = [plain_label(value) for value in values.tolist()]
+    except TypeError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return [None if label == _NO_LABEL else label for label in labels]
+
+
+def _view(images: Any, image_size: int | None) -> np.ndarray | None:
+    """Images as uint8 [N, C, H, W] without a copy; None where they have to be changed for it."""
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or not len(images):
+        return None
+    axis = channel_axis(images.shape[1:])
+    view = images[:, None] if axis is None else np.moveaxis(images, axis, 1)
+    height, width = view.shape[2:]
+    fits = min(height, width) <= KEPT_SIZE if image_size is None else height == width == image_size
+    return view if fits else None
+
+
+def _samples(root: Any, parts: list[_Part]) -> Iterator[Sample]:
+    for part in parts:
+        for start in range(0, len(part.images), _BLOCK):
+            try:
+                block = part.images[start : start + _BLOCK]
+            except OSError as error:  # Such as a damaged chunk of HDF5.
+                raise ValueError(f"{root}: {part.name} cannot be read from row {start} on: {error}") from None
+            for number, image in enumerate(block, start):
+                yield Sample(image, part.labels[number], f"{part.name}[{number}]")
+
+
+def _described(arrays: Mapping[str, Any]) -> str:
+    return some(f"{name} {array.dtype} {list(array.shape)}" for name, array in arrays.items()) or "none"

@@ -1,0 +1,338 @@
+"""Data sets that Python hands over, any with a length and items, kept as arrays in files that a run can name.
+
+A run has to find its images again, to be resumed, evaluated or repeated, and by then the object is gone. So its images
+are read once and written to the user's cache as the arrays that ``--dataset npy`` reads, in a folder named by their
+content: the same data are there once, whoever hands them over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from cpc_ext.data.cache import cache_dir, sync_file, sync_folder
+from cpc_ext.data.images.dataset import Dataset, ImageSet
+from cpc_ext.data.images.decode import RowWriter, SizeNotKept, reason_of
+from cpc_ext.data.images.decode_cache import DEFAULT_SIZE
+from cpc_ext.data.images.folders import npy
+from cpc_ext.data.images.labels import Label, class_indices, plain_label
+from cpc_ext.data.images.pixels import to_pixels
+from cpc_ext.data.images.samples import move_to_end
+from cpc_ext.data.images.source_files import parts_of
+from cpc_ext.data.notice import tell
+from cpc_ext.data.splits import held_out
+
+__all__ = ["NAME", "from_dataset", "keep_dataset"]
+
+# The data set that reads what is kept.
+NAME = "npy"
+# Where items that are mappings have their images and labels, in the order of preference.
+_IMAGE_KEYS = ("image", "img", "images", "pixel_values", "x", "jpg", "jpeg", "png")
+_LABEL_KEYS = ("label", "labels", "fine_label", "target", "class", "cls", "y")
+# Of an array of four axes in NumPy's format, whatever its length.
+_HEADER_BYTES = 128
+
+
+def from_dataset(
+    dataset: Any,
+    test: Any = None,
+    *,
+    unlabeled: Any = None,
+    classes: Sequence[str] | None = None,
+    image_size: int | None = None,
+    workers: int = 0,
+) -> Dataset:
+    """A data set of images, or of images and labels, as the rest of the package takes it.
+
+    dataset: anything with a length and items, such as a ``torch.utils.data.Dataset``, one of torchvision's or of
+        Hugging Face's ``datasets``, a list, or an array [N, ...]; or what can only be iterated over; or two arrays,
+        images and labels; or a mapping of splits to such. An item is an image, a tuple that begins with image and
+        label, or a mapping with "image" and "label" or the like. An image is one of Pillow's, the bytes of an image
+        file, or an array as :func:`cpc_ext.data.images.pixels.to_pixels` takes it: integers from 0 to 255, floating
+        point from 0 to 1, and not normalised. A label is an integer or a name; others are passed over.
+    test: likewise, to test on. None: a tenth of each class is held out.
+    unlabeled: likewise, to train on in place of `dataset`, which is then for probes.
+    classes: names, where labels are integers. None: those that the data set has as ``classes``, or a class label of
+        ``datasets``.
+    image_size: side in pixels; the shorter side is brought to it and the middle square kept. None: the images' own
+        where it is the same for all and the shorter side has at most 256 pixels, else 96.
+    workers: processes that read items, as a DataLoader's num_workers. 0: this one.
+
+    Items are read once and kept in the user's cache (``CPC_EXT_CACHE``), so a random augmentation in the data set would
+    be drawn once and for all; leave it to the model's options. Raises TypeError and ValueError where an item is not as
+    it should be, with its number, OSError where the images cannot be kept, and what the data set itself raises.
+    """
+    folder = keep_dataset(dataset, test, unlabeled=unlabeled, classes=classes, image_size=image_size, workers=workers)
+    return npy.load(folder)
+
+
+def keep_dataset(
+    dataset: Any,
+    test: Any = None,
+    *,
+    unlabeled: Any = None,
+    classes: Sequence[str] | None = None,
+    image_size: int | None = None,
+    workers: int = 0,
+) -> Path:
+    """The folder of arrays, for ``--dataset npy``, that a data set is kept in; all as :func:`from_dataset` has it."""
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size: expected at least 1 pixel, got {image_size}")
+    given = _Given.of(dataset, test, unlabeled, classes)
+    home = cache_dir() / "given"
+    home.mkdir(parents=True, exist_ok=True)
+    aside = home / ".writing"
+    with FileLock(home / ".lock"):
+        try:
+            # Whatever is here belongs to a process that was cut short.
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            try:
+                _write(given, aside, image_size, workers)
+            except SizeNotKept:
+                given.require_again()
+                _write(given, aside, DEFAULT_SIZE, workers)
+            folder = home / _digest(aside)
+            if not folder.is_dir():
+                sync_folder(aside)
+                aside.rename(folder)
+                sync_folder(home)
+            return folder
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+@dataclass
+class _Given:
+    """The parts that were handed over, with the names of the classes where they are known."""
+
+    train: Any
+    test: Any = None
+    unlabeled: Any = None
+    classes: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, dataset: Any, test: Any, unlabeled: Any, classes: Sequence[str] | None) -> _Given:
+        if isinstance(dataset, Dataset):
+            labelled = dataset.train is not None
+            extra = dataset.pretrain if labelled and dataset.train is not dataset.pretrain else None
+            given = cls(dataset.train or dataset.pretrain, dataset.test, extra, dataset.classes)
+        elif isinstance(dataset, Mapping):
+            parts = parts_of((str(name), part) for name, part in dataset.items())
+            for name, several in (("train", parts.train), ("test", parts.test), ("unlabeled", parts.unlabeled)):
+                if len(several) > 1:
+                    raise ValueError(f"dataset: several of its splits are to {name} on, of {', '.join(dataset)}")
+            given = cls(parts.train[0], *(parts.test or [None]), *(parts.unlabeled or [None]))
+        else:
+            given = cls(dataset)
+        given.test = given.test if test is None else test
+        given.unlabeled = given.unlabeled if unlabeled is None else unlabeled
+        given.classes = [str(name) for name in (given.classes or _classes(given.train) if classes is None else classes)]
+        return given
+
+    def require_again(self) -> None:
+        """ValueError where the images cannot be read a second time."""
+        for part in (self.train, self.test, self.unlabeled):
+            if isinstance(part, Iterator):
+                raise ValueError(
+                    "dataset: its images differ in size or are large, and an iterator cannot be read again: give "
+                    "image_size"
+                )
+
+
+class _Item(NamedTuple):
+    """An item as it leaves a worker: pixels, uint8 [H, W, C], or why there are none; its label, or of which type it is
+    if it is none."""
+
+    pixels: np.ndarray | str
+    label: Label = None
+    strange: str = ""
+
+
+@dataclass(frozen=True)
+class _Convert:
+    """From an item to what is kept of it; sent to workers."""
+
+    image_size: int | None
+
+    def __call__(self, item: Any) -> _Item:
+        image, label = item, None
+        if isinstance(item, Mapping):
+            image = next((item[key] for key in _IMAGE_KEYS if key in item), None)
+            label = next((item[key] for key in _LABEL_KEYS if key in item), None)
+            if image is None:
+                return _Item(
+                    f"has no image: expected one of the keys {', '.join(_IMAGE_KEYS)}, got {', '.join(map(str, item))}"
+                )
+        elif isinstance(item, tuple | list):
+            if not item:
+                return _Item("is empty")
+            image, label = item[0], item[1] if len(item) > 1 else None
+        try:
+            # torchvision's tensors have their channels first, NumPy's images last.
+            pixels = to_pixels(image, self.image_size, channels_first=isinstance(image, torch.Tensor))
+        except Exception as error:  # Damaged bytes make Pillow's readers raise nearly anything.
+            return _Item(reason_of(error))
+        try:
+            return _Item(pixels, plain_label(label))
+        except (TypeError, ValueError):
+            return _Item(pixels, None, type(label).__name__)
+
+
+@dataclass
+class _Labels:
+    """The labels of a part, and the types of those that are none."""
+
+    known: list[Label] = field(default_factory=list)
+    strange: set[str] = field(default_factory=set)
+
+
+def _write(given: _Given, folder: Path, image_size: int | None, workers: int) -> None:
+    """Write the arrays of all parts. SizeNotKept as RowWriter raises it, ValueError where something does not fit."""
+    shapes, labels = {}, {"test": _Labels()}
+    for part in ("train", "test", "unlabeled"):
+        dataset = getattr(given, part)
+        if dataset is not None:
+            labels[part], shapes[part] = _write_part(dataset, part, folder, image_size, workers)
+    if len({shape[1:] for shape in shapes.values()}) > 1:
+        if image_size is None and len({shape[1] for shape in shapes.values()}) == 1:
+            raise SizeNotKept
+        said = ", ".join(f"{part} {list(shape[1:])}" for part, shape in shapes.items())
+        raise ValueError(f"dataset: expected images of as many channels everywhere, got [C, H, W]: {said}")
+    notes = []
+    strange = sorted(set().union(*(each.strange for each in labels.values())))
+    if strange:
+        notes.append(f"labels that are neither integers nor names are passed over ({', '.join(strange)})")
+    train, test = labels["train"].known, labels["test"].known
+    if given.test is None:
+        chosen = held_out(train)
+        order = _hold_out(folder, shapes["train"], chosen)
+        ordered = [train[i] for i in order]
+        train, test = ordered[: len(order) - len(chosen)], ordered[len(order) - len(chosen) :]
+        notes.append(f"nothing to test on: {len(chosen)} of {len(order)} images, a tenth of each class, are held out")
+    try:
+        found = class_indices(train, test, given.classes, notes=notes)
+    except ValueError as error:
+        raise ValueError(f"dataset: {error}") from None
+    if found.names:
+        arrays = {"train_labels": found.train, "test_labels": found.test if test else None, "classes": found.names}
+        for name, array in arrays.items():
+            if array is not None:
+                np.save(folder / f"{name}.npy", np.asarray(array), allow_pickle=False)
+    tell("dataset", notes)
+
+
+def _write_part(
+    dataset: Any, part: str, folder: Path, image_size: int | None, workers: int
+) -> tuple[_Labels, tuple[int, ...]]:
+    """Write a part's images to a file; its labels, and the shape [N, C, H, W] of the images."""
+    labels = _Labels()
+    with (folder / f"{part}_images.npy").open("wb") as out:
+        out.write(b"\0" * _HEADER_BYTES)
+        rows = RowWriter(out, image_size)
+        total = len(dataset) if hasattr(dataset, "__len__") else None
+        items = _items(dataset, _Convert(image_size), workers)
+        for number, item in enumerate(tqdm(items, f"reading {part}", total, unit="image", disable=None)):
+            if isinstance(item.pixels, str):
+                raise ValueError(f"dataset: item {number} ({part}): {item.pixels}")
+            try:
+                rows.append(item.pixels)
+            except ValueError as error:
+                raise ValueError(f"dataset: item {number} ({part}): {error}") from None
+            labels.known.append(item.label)
+            if item.strange:
+                labels.strange.add(item.strange)
+        if not rows.count:
+            raise ValueError(f"dataset: expected images, got none ({part})")
+        shape = (rows.count, *rows.shape)
+        out.seek(0)
+        out.write(_header(shape))
+    return labels, shape
+
+
+def _items(dataset: Any, convert: Callable[[Any], _Item], workers: int) -> Iterable[_Item]:
+    """The items of a data set, converted."""
+    if isinstance(dataset, ImageSet):
+        known = [None] * len(dataset) if dataset.labels is None else dataset.labels.tolist()
+        return map(convert, zip((row.transpose(1, 2, 0) for row in dataset.images), known, strict=True))
+    if isinstance(dataset, DataLoader):
+        raise TypeError("dataset: expected a data set, got a DataLoader, whose items are batches: give its .dataset")
+    if _is_array(dataset):
+        return map(convert, dataset)
+    if isinstance(dataset, tuple) and len(dataset) == 2 and all(map(_is_array, dataset)):
+        images, labels = dataset
+        if len(images) != len(labels):
+            raise ValueError(f"dataset: {len(images)} images, {len(labels)} labels")
+        return map(convert, zip(images, labels, strict=True))
+    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, str | bytes):
+        loader: Iterable[_Item] = DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=convert)
+        return loader
+    if isinstance(dataset, Iterable) and not isinstance(dataset, str | bytes):
+        return map(convert, dataset)
+    raise TypeError(
+        f"dataset: expected what has a length and items, an array or a mapping of these, got {type(dataset).__name__}"
+    )
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray | torch.Tensor)
+
+
+def _classes(dataset: Any) -> Sequence[str]:
+    """The names that a data set has for its classes; () where it has none."""
+    while dataset is not None:
+        features = getattr(dataset, "features", None)
+        if isinstance(features, Mapping):
+            return next((features[key].names for key in _LABEL_KEYS if hasattr(features.get(key), "names")), ())
+        classes = getattr(dataset, "classes", None)
+        if isinstance(classes, list | tuple):
+            return classes
+        dataset = getattr(dataset, "dataset", None)  # Of a subset: what it is a part of.
+    return ()
+
+
+def _hold_out(folder: Path, shape: tuple[int, ...], chosen: set[int]) -> list[int]:
+    """Bring a part of the training images into a file of their own; the order that all then have."""
+    path = folder / "train_images.npy"
+    images = np.load(path, mmap_mode="r+")
+    order = move_to_end(images, chosen)
+    count = len(images) - len(chosen)
+    if chosen:
+        np.save(folder / "test_images.npy", images[count:])
+    images.flush()
+    del images
+    with path.open("r+b") as file:
+        file.write(_header((count, *shape[1:])))
+        file.truncate(_HEADER_BYTES + count * int(np.prod(shape[1:])))
+    return order
+
+
+def _header(shape: tuple[int, ...]) -> bytes:
+    """The beginning of a .npy file of uint8. NumPy leaves room in it for the first axis to grow."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    assert header.tell() == _HEADER_BYTES
+    return header.getvalue()
+
+
+def _digest(folder: Path) -> str:
+    """A digest of the files in a folder, which are forced to disk."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(folder.iterdir()):
+        sync_file(path)
+        digest.update(path.name.encode() + b"\0")
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()

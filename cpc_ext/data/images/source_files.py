@@ -1,0 +1,99 @@
+"""The files of a data set that is kept in a few large ones, and which of them are to train and which to test on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, Literal, TypeVar
+
+from cpc_ext.data.file_tree import FileKind, TreeFile, read_tree, split_of
+from cpc_ext.data.notice import some
+
+__all__ = ["Part", "Parts", "SourceFiles", "in_words", "parts_of", "source_files", "split_in"]
+
+Part = Literal["train", "validation", "test", "unlabeled"]
+_UNLABELED = ("unlabeled", "unlabelled", "pretrain", "unsupervised")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """root: the folder of the files. files: sorted by their names. notes: what was passed over."""
+
+    root: Path
+    files: list[TreeFile]
+    notes: list[str]
+
+
+def source_files(data_dir: str | Path, what: tuple[str, str], suffixes: Iterable[str], reader: str) -> SourceFiles:
+    """All files with one of these endings below a folder, or a single one.
+
+    what: one of them is called, and several are. reader: what reads them.
+
+    Raises FileNotFoundError or PermissionError for the folder, ValueError where it holds none.
+    """
+    path = Path(data_dir).expanduser()
+    endings = sorted(suffixes)
+    if path.is_file():
+        if path.suffix.lower() not in endings:
+            raise ValueError(f"{path}: expected a file that ends in {' or '.join(endings)}, or a folder of such files")
+        status = path.stat()
+        file = TreeFile(path.name, "", status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+        return SourceFiles(path.parent, [file], [])
+    # No type of media: what else lies there, such as text beside the data, is of no interest.
+    kind = FileKind(what, ", ".join(endings), frozenset(endings), frozenset(), "none", reader)
+    tree = read_tree(path, kind, splits=False)
+    return SourceFiles(path, sorted(tree.train, key=lambda file: file.path), [*tree.notes, *tree.left_out.lines()])
+
+
+def in_words(name: str) -> list[str]:
+    """The words of a name, lower case: "X_train" → ["x", "train"], "testImages" → ["test", "images"]."""
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)]
+
+
+def split_in(name: str) -> Part | None:
+    """Which part of a data set a file or an array of this name is: the first of its words that says it."""
+    for word in in_words(name):
+        if word in _UNLABELED:
+            return "unlabeled"
+        split = split_of(word)
+        if split in ("train", "validation", "test"):
+            return split
+    return None
+
+
+@dataclass
+class Parts(Generic[T]):
+    """What is to train on, to test on, and to train on without labels, and what is to be said of it."""
+
+    train: list[T] = field(default_factory=list)
+    test: list[T] = field(default_factory=list)
+    unlabeled: list[T] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def parts_of(named: Iterable[tuple[str, T]]) -> Parts[T]:
+    """Divide what has names, of files or arrays, by what these say; those that say nothing are to train on.
+
+    Test comes before validation, which is then left out. ValueError where there is nothing to train on.
+    """
+    by_part: dict[Part, list[tuple[str, T]]] = {}
+    for name, value in named:
+        by_part.setdefault(split_in(name) or "train", []).append((name, value))
+    parts: Parts[T] = Parts()
+    validation = by_part.get("validation", [])
+    tests = by_part.get("test", [])
+    if tests and validation:
+        names = some(name for name, _ in validation)
+        parts.notes.append(f"left out for validation, as there is something to test on: {names}")
+    parts.train = [value for _, value in by_part.get("train", [])]
+    parts.test = [value for _, value in tests or validation]
+    parts.unlabeled = [value for _, value in by_part.get("unlabeled", [])]
+    if not parts.train:
+        parts.train, parts.unlabeled = parts.unlabeled, []
+    if not parts.train:
+        raise ValueError(f"there is only something to test on, by the names: {some(n for n, _ in tests or validation)}")
+    return parts

@@ -1,0 +1,139 @@
+"""``cpc_ext.fit``: a run as `python -m cpc_ext.train` makes it, from Python, also on data that Python has."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from cpc_ext.data.images.given import NAME, keep_dataset
+from cpc_ext.data_sets import DATASETS
+from cpc_ext.programs import training
+from cpc_ext.programs.train_options import Command, defaults_of
+from cpc_ext.training.config import (
+    OptionError,
+    RunConfig,
+    Section,
+    explain,
+    option,
+    options_of_other_models,
+    validate_config,
+)
+from cpc_ext.training.registry import MODELS, model_medium
+from cpc_ext.training.stop_request import signals_raise
+
+__all__ = ["Fitted", "fit"]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A run that is complete. path: its folder. summary: its summary.json, in the main process of several."""
+
+    path: Path
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+def fit(
+    model: str | None = None,
+    dataset: Any = None,
+    *,
+    test: Any = None,
+    unlabeled: Any = None,
+    classes: Sequence[str] | None = None,
+    workers: int = 0,
+    out_dir: str | Path | None = None,
+    resume: bool = False,
+    config: str | Path | None = None,
+    **options: Any,
+) -> Fitted:
+    """Train a model, and leave in a folder what `python -m cpc_ext.train` leaves.
+
+    model: one of those that `--model` takes; by default "cpc-v1", or that of the earlier run.
+    dataset: the name of one that `--dataset` takes, or the images themselves, as :func:`cpc_ext.data.from_dataset`
+        takes them; with `test`, `unlabeled`, `classes` and `workers` as there. They are kept in the user's cache, as
+        arrays that the run's config names, so that every program finds them again.
+    out_dir: the run's folder; by default the first free runs/MODEL-DATASET-NUMBER.
+    resume: go on with the run in `out_dir`. Its data need not be handed over again; where they are, they must be the
+        same.
+    config: the config.yaml of a run to repeat.
+    options: those of the command line, without dashes: ``steps=100, batch_size=32, patch_norm=True``.
+
+    Ctrl-C finishes the step, saves, and is raised as KeyboardInterrupt; other signals likewise as SystemExit.
+
+    Raises OptionError, a ValueError, for wrong options; TrainingError where the run cannot start or go on; and what
+    from_dataset raises.
+    """
+    named = dataset is None or isinstance(dataset, str)
+    if model is not None and model not in MODELS:
+        raise OptionError(f"model: expected one of {', '.join(MODELS)}, got {model!r}")
+    if isinstance(dataset, str) and dataset not in DATASETS:
+        raise OptionError(f"dataset: expected one of {', '.join(DATASETS)}, or the images, got {dataset!r}")
+    if named and not (test is None and unlabeled is None and classes is None and workers == 0):
+        raise OptionError("test, unlabeled, classes and workers are of a dataset that is handed over")
+    given: dict[str, Any] = {} if model is None else {"model": model}
+    if dataset is not None:
+        given["dataset"] = dataset if named else NAME
+    if not named:
+        if "data_dir" in options or "download" in options:
+            raise OptionError("data_dir and download would have no effect: the images are handed over")
+        if model is not None and model_medium(model) != "images":
+            raise OptionError(f"dataset: --model {model} learns from {model_medium(model)}; give the name of such data")
+    choosing = ("recipe", "device", "resume_from", "epochs", "steps")
+    run = _with_options(
+        defaults_of(
+            **given,
+            **{name: options[name] for name in choosing if name in options},
+            config=config,
+            out_dir=out_dir,
+            resume=resume,
+        ),
+        given | options,
+    )
+    if not named:
+        folder = keep_dataset(
+            dataset, test, unlabeled=unlabeled, classes=classes, image_size=run.data.image_size, workers=workers
+        )
+        run = run.model_copy(update={"data": run.data.model_copy(update={"data_dir": folder})})
+    command = Command(run=run, out_dir=None if out_dir is None else Path(out_dir), resume=resume)
+    with signals_raise():
+        status, path = training.run(command)
+    if status == 128 + signal.SIGINT:
+        raise KeyboardInterrupt
+    if status:
+        raise SystemExit(status)
+    summary = path / "summary.json"
+    return Fitted(path, json.loads(summary.read_text()) if summary.is_file() else {})
+
+
+def _with_options(defaults: RunConfig, options: dict[str, Any]) -> RunConfig:
+    """A config with options in place of its own. OptionError where there are none of such names or values."""
+    of = {section: type(values).model_fields for section, values in defaults if isinstance(values, Section)}
+    sections = {name: section for section, fields in of.items() for name in fields}
+    tree = defaults.model_dump()
+    others = options_of_other_models(type(defaults))
+    for name, value in options.items():
+        if name in sections:
+            tree[sections[name]][name] = value
+        elif name == "model":
+            tree[name] = value
+        elif name in others:
+            models = ", ".join(others[name])
+            raise OptionError(f"{option(name)} is an option of --model {models}; {defaults.model} has no such option")
+        else:
+            near = difflib.get_close_matches(name, sections, 1)
+            raise OptionError(f"{name}: there is no such option" + (f"; did you mean {near[0]}?" if near else ""))
+    try:
+        run = validate_config(tree)
+    except ValidationError as error:
+        raise OptionError(explain(error)) from None
+    idle = run.idle()
+    for name in options:
+        if name in idle:
+            raise OptionError(f"{option(name)} would have no effect: {idle[name]}")
+    return run

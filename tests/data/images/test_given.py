@@ -1,0 +1,227 @@
+"""Data sets that Python hands over: what an item may be, where it is kept, what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+from cpc_ext.data import Dataset as ImageDataset
+from cpc_ext.data import from_dataset, load_dataset, make_textures
+from cpc_ext.data.images.given import keep_dataset
+from tests.data.images.conftest import encoded, pictures
+
+pytestmark = [pytest.mark.usefixtures("cache"), pytest.mark.filterwarnings("ignore:dataset:UserWarning")]
+X, Y = pictures(30, 20, 18, 3), np.arange(30) % 3
+
+
+class Pictures(Dataset):
+    """A data set as torchvision has them. form: from an array and its label to an item."""
+
+    classes = ("ant", "bee", "cow")
+
+    def __init__(self, form=lambda pixels, label: (Image.fromarray(pixels), label), images=X, labels=Y):
+        self.form, self.images, self.labels = form, images, labels
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.form(self.images[index], int(self.labels[index]))
+
+
+def pixels_and_labels(data):
+    """The images [N, H, W, C] and labels of both parts, in the order of X."""
+    images = np.concatenate([data.train.images, data.test.images]).transpose(0, 2, 3, 1)
+    labels = np.concatenate([data.train.labels, data.test.labels])
+    order = np.lexsort(images.reshape(len(images), -1).T[::-1])
+    back = np.argsort(np.lexsort(X.reshape(len(X), -1).T[::-1]))
+    return images[order][back], labels[order][back]
+
+
+FORMS = {
+    "Pillow": lambda pixels, label: (Image.fromarray(pixels), label),
+    "tensor": lambda pixels, label: (torch.from_numpy(pixels).permute(2, 0, 1) / 255, torch.tensor(label)),
+    "array": lambda pixels, label: [pixels, np.int64(label)],
+    "bytes": lambda pixels, label: (encoded(pixels), label),
+    "datasets": lambda pixels, label: {"image": Image.fromarray(pixels), "label": label},
+    "CIFAR-100 of datasets": lambda pixels, label: {"img": pixels, "fine_label": label, "coarse_label": 0},
+    "more": lambda pixels, label: (pixels, label, "caption", 7),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_items_in_every_form(form):
+    data = from_dataset(Pictures(form))
+    assert isinstance(data, ImageDataset)
+    images, labels = pixels_and_labels(data)
+    np.testing.assert_array_equal(images, X)
+    np.testing.assert_array_equal(labels, Y)
+    assert (len(data.train), len(data.test), data.classes) == (27, 3, ("ant", "bee", "cow"))
+    assert sorted(data.test.labels) == [0, 1, 2]
+
+
+def pairs():
+    return [(pixels, label) for pixels, label in zip(X, Y, strict=True)]
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(pairs())
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        pairs(),
+        (X, Y),
+        (torch.from_numpy(X), torch.from_numpy(Y)),
+        (torch.from_numpy(X).permute(0, 3, 1, 2), Y.tolist() and Y),
+        TensorDataset(torch.from_numpy(X), torch.from_numpy(Y)),
+        iter(pairs()),
+        Stream(),
+    ],
+    ids=["list", "arrays", "tensors", "channels first", "TensorDataset", "iterator", "IterableDataset"],
+)
+def test_collections_of_every_kind(dataset):
+    images, labels = pixels_and_labels(from_dataset(dataset))
+    np.testing.assert_array_equal(images, X)
+    np.testing.assert_array_equal(labels, Y)
+
+
+def test_images_alone():
+    for dataset in (X, torch.from_numpy(X), list(X), [Image.fromarray(pixels) for pixels in X]):
+        data = from_dataset(dataset, test=X[:4])
+        np.testing.assert_array_equal(data.pretrain.images, X.transpose(0, 3, 1, 2))
+        np.testing.assert_array_equal(data.test.images, X[:4].transpose(0, 3, 1, 2))
+        assert (data.train, data.test.labels, data.classes) == (None, None, ())
+
+
+def test_grey_images_keep_one_channel():
+    data = from_dataset(X[..., 0], test=X[..., 0])
+    np.testing.assert_array_equal(data.pretrain.images, X[:, None, ..., 0])
+
+
+def test_parts_that_are_given():
+    data = from_dataset(Pictures(), (X[:5], Y[:5]), unlabeled=X[7:])
+    assert [len(part) for part in (data.pretrain, data.train, data.test)] == [23, 30, 5]
+    np.testing.assert_array_equal(data.train.labels, Y)
+    np.testing.assert_array_equal(data.test.labels, Y[:5])
+    np.testing.assert_array_equal(data.pretrain.images, X[7:].transpose(0, 3, 1, 2))
+
+
+def test_a_mapping_of_splits():
+    splits = {"train": (X[:20], Y[:20]), "validation": (X[20:24], Y[20:24]), "test": (X[24:], Y[24:])}
+    data = from_dataset(splits)
+    assert [len(part) for part in (data.train, data.test)] == [20, 6]
+    del splits["test"]
+    assert len(from_dataset(splits).test) == 4
+    assert len(from_dataset(splits, (X[:2], Y[:2])).test) == 2
+    with pytest.raises(ValueError, match="several of its splits are to train on, of cats, dogs"):
+        from_dataset({"cats": X, "dogs": X})
+
+
+def test_classes_by_whoever_knows_them():
+    assert from_dataset(Subset(Pictures(), range(20))).classes == ("ant", "bee", "cow")
+    assert from_dataset(Pictures(), classes=list("abcd")).classes == ("a", "b", "c", "d")
+    assert from_dataset((X, Y + 5)).classes == ("5", "6", "7")
+    named = [(pixels, "xyz"[label]) for pixels, label in pairs()]
+    assert from_dataset(named).classes == ("x", "y", "z")
+
+    class Features(Pictures):
+        features = {"img": None, "label": type("ClassLabel", (), {"names": ["p", "q", "r"]})()}  # noqa: RUF012
+
+    assert from_dataset(Features()).classes == ("p", "q", "r")
+    with pytest.raises(ValueError, match=r"dataset: labels 2 are none of the 2 classes \(a, b\)"):
+        from_dataset(Pictures(), classes=["a", "b"])
+
+
+def test_sizes():
+    mixed = [Image.fromarray(pictures(1, side, 40, 3)[0]) for side in (30, 50)]
+    assert from_dataset(mixed, test=mixed).image_shape == (3, 96, 96)
+    assert from_dataset(mixed, test=mixed, image_size=24).image_shape == (3, 24, 24)
+    assert from_dataset(X, test=pictures(3, 40, 40, 3)).image_shape == (3, 96, 96)
+    assert from_dataset(pictures(2, 257, 300), test=X[:1, ..., 0]).image_shape == (1, 96, 96)
+    with pytest.raises(ValueError, match="an iterator cannot be read again: give image_size"):
+        from_dataset(iter(mixed))
+    with pytest.raises(ValueError, match="image_size: expected at least 1 pixel, got 0"):
+        from_dataset(X, image_size=0)
+
+
+def test_workers_read_the_same():
+    alone, helped = keep_dataset(Pictures()), keep_dataset(Pictures(FORMS["tensor"]), workers=1)
+    assert alone == helped  # Named by content.
+
+
+def test_what_is_kept_is_there_once_and_is_a_data_set_of_files(cache):
+    first, second = keep_dataset(Pictures()), keep_dataset(pairs(), classes=Pictures.classes)
+    assert first == second
+    assert keep_dataset((X[1:], Y[1:])) != first
+    assert len([path for path in (cache / "given").iterdir() if path.is_dir()]) == 2
+    data = load_dataset("npy", first)
+    np.testing.assert_array_equal(data.train.images, from_dataset(Pictures()).train.images)
+    assert isinstance(data.train.images, np.memmap)
+
+
+def test_what_a_killed_process_left_is_removed(cache):
+    (cache / "given" / ".writing").mkdir(parents=True)
+    (cache / "given" / ".writing" / "other_images.npy").write_bytes(b"half")
+    assert sorted(path.name for path in keep_dataset(X, X).iterdir()) == ["test_images.npy", "train_images.npy"]
+    with pytest.raises(RuntimeError, match="broken"):
+        keep_dataset(Pictures(broken))
+    assert not (cache / "given" / ".writing").exists()
+
+
+def broken(pixels, label):
+    raise RuntimeError("broken")
+
+
+def test_our_own_data_sets():
+    textures = ImageDataset(
+        "t", *(make_textures(20, split=split, size=16) for split in ("train", "train", "test")), tuple("0123456789"),
+        (0.5,) * 3, (0.2,) * 3, 0.5, 0.2,
+    )  # fmt: skip
+    data = from_dataset(textures)
+    np.testing.assert_array_equal(data.train.images, textures.train.images)
+    np.testing.assert_array_equal(data.test.labels, textures.test.labels)
+    assert len(data.pretrain) == 20
+    assert data.classes == textures.classes
+
+
+def test_labels_that_are_none_are_passed_over():
+    boxes = [(pixels, {"boxes": [1]}) for pixels in X]
+    with pytest.warns(UserWarning, match=r"labels that are neither integers nor names are passed over \(dict\)"):
+        assert from_dataset(boxes).train is None
+
+
+@pytest.mark.parametrize(
+    ("dataset", "kind", "message"),
+    [
+        (7, TypeError, "expected what has a length and items, .* got int"),
+        ("photos", TypeError, "got str"),
+        (DataLoader(Pictures()), TypeError, r"got a DataLoader, whose items are batches: give its \.dataset"),
+        ([], ValueError, r"expected images, got none \(train\)"),
+        ([(X[0], 0), ("cat.png", 0)], ValueError, r"item 1 \(train\): expected an image .* got str"),
+        ([X[0], X[1] * 2.0], ValueError, r"item 1 \(train\): floating point has values"),
+        ([X[0], X[1, ..., 0]], ValueError, r"item 1 \(train\): 1 channels, the images before it have 3"),
+        ([X[0], b"\xff\xd8\xff"], ValueError, r"item 1 \(train\): "),
+        (
+            [{"caption": "cat"}],
+            ValueError,
+            r"item 0 \(train\): has no image: expected one of the keys image, .*, got capt",
+        ),
+        ([()], ValueError, r"item 0 \(train\): is empty"),
+        ((X, Y[:3]), ValueError, "30 images, 3 labels"),
+        ([(X[0], 0), (X[1], "ant")], ValueError, "some labels are numbers, others names"),
+        ({"test": X}, ValueError, "there is only something to test on"),
+    ],
+)
+def test_what_is_refused(dataset, kind, message, cache):
+    with pytest.raises(kind, match=message):
+        from_dataset(dataset)
+    assert not [path for path in (cache / "given").glob("*") if path.is_dir()]
+
+
+def test_parts_of_other_colours_are_refused():
+    with pytest.raises(ValueError, match=r"as many channels everywhere, .*: train \[3, 20, 18\], test \[1, 20, 18\]"):
+        from_dataset(X, test=X[..., 0])

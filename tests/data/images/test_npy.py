@@ -1,0 +1,243 @@
+"""Arrays in .npy and .npz files: which is which, what is mapped, what is converted and held out, what is refused."""
+
+import warnings
+
+import numpy as np
+import pytest
+
+from cpc_ext.data import load_dataset
+from cpc_ext.data.images.samples import move_to_end
+from cpc_ext.data.images.source_files import split_in
+from tests.data.images.conftest import pictures
+
+pytestmark = pytest.mark.usefixtures("cache")
+X, Y = pictures(40, 20, 20, 3), np.arange(40) % 4
+
+
+def quiet(path, **options):
+    """The data set, of which nothing is to be said."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return load_dataset("npy", path, **options)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("x_train", "y_train", "x_test", "y_test"),  # Keras
+        ("train_images", "train_labels", "test_images", "test_labels"),  # MedMNIST
+        ("X", "y", "testImages", "testTargets"),
+        ("train/data", "train/label", "val/data", "val/label"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["npz", "npy"])
+def test_names_tell_what_arrays_hold(tmp_path, names, kind):
+    arrays = dict(zip(names, (X[:30], Y[:30], X[30:], Y[30:]), strict=True))
+    if kind == "npz":
+        path = tmp_path / "data.npz"
+        np.savez(path, **arrays)
+    else:
+        path = tmp_path / "data"
+        for name, array in arrays.items():
+            (path / f"{name}.npy").parent.mkdir(parents=True, exist_ok=True)
+            np.save(path / f"{name}.npy", array)
+    data = quiet(path)
+    np.testing.assert_array_equal(data.train.images, X[:30].transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(data.test.images, X[30:].transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(data.train.labels, Y[:30])
+    np.testing.assert_array_equal(data.test.labels, Y[30:])
+    assert data.pretrain is data.train
+    assert (data.name, data.classes) == ("npy", ("0", "1", "2", "3"))
+    np.testing.assert_allclose(data.mean, (X[:30] / 255).mean((0, 1, 2)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW", "NHW"])
+def test_arrays_as_they_are_wanted_stay_where_they_are(tmp_path, cache, layout):
+    images = {"NHWC": X, "NCHW": X.transpose(0, 3, 1, 2), "NHW": X[..., 0]}[layout]
+    np.save(tmp_path / "train.npy", images)
+    np.save(tmp_path / "test.npy", images[:3])
+    data = quiet(tmp_path)
+    assert isinstance(data.pretrain.images, np.memmap)
+    assert not data.pretrain.images.flags.writeable
+    np.testing.assert_array_equal(data.pretrain.images, X.transpose(0, 3, 1, 2)[:, : data.image_shape[0]])
+    assert data.image_shape == (1 if layout == "NHW" else 3, 20, 20)
+    assert (data.train, data.test.labels) == (None, None)
+    assert not cache.exists()
+
+
+def test_a_tenth_of_each_class_is_held_out(tmp_path):
+    np.savez(tmp_path / "all.npz", images=X, labels=Y)
+    with pytest.warns(UserWarning, match="4 of 40, a tenth of each class, are held out"):
+        data = load_dataset("npy", tmp_path / "all.npz")
+    assert (len(data.train), len(data.test)) == (36, 4)
+    assert sorted(data.test.labels) == [0, 1, 2, 3]
+    rows = [int(path.removeprefix("images[").removesuffix("]")) for path in [*data.train.paths, *data.test.paths]]
+    assert sorted(rows) == list(range(40))
+    np.testing.assert_array_equal(np.concatenate([data.train.images, data.test.images]), X[rows].transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(np.concatenate([data.train.labels, data.test.labels]), Y[rows])
+
+
+@pytest.mark.parametrize("images", [X / 255, X.astype(np.int64), X.astype(np.uint16) * 257, (X / 255).astype("f2")])
+def test_other_types_are_converted(tmp_path, images):
+    np.savez_compressed(tmp_path / "all.npz", train_images=images[:30], test_images=images[30:])
+    data = quiet(tmp_path)
+    np.testing.assert_array_equal(data.pretrain.images, X[:30].transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(data.test.images, X[30:].transpose(0, 3, 1, 2))
+
+
+def test_what_was_converted_is_kept(tmp_path, cache, monkeypatch):
+    np.savez(tmp_path / "all.npz", train_images=X[:30] / 255, test_images=X[30:] / 255)
+    quiet(tmp_path)
+    monkeypatch.setattr("cpc_ext.data.images.samples.to_pixels", None)  # Nothing is converted again.
+    assert len(quiet(tmp_path).pretrain) == 30
+    np.savez(tmp_path / "all.npz", train_images=X[:20] / 255, test_images=X[30:] / 255)
+    monkeypatch.undo()
+    monkeypatch.setenv("CPC_EXT_CACHE", str(cache))
+    assert len(quiet(tmp_path).pretrain) == 20
+
+
+def test_another_size(tmp_path):
+    np.savez(tmp_path / "all.npz", train_images=X[:30], test_images=X[30:])
+    assert quiet(tmp_path, image_size=16).image_shape == (3, 16, 16)
+    np.testing.assert_array_equal(quiet(tmp_path, image_size=20).test.images, X[30:].transpose(0, 3, 1, 2))
+    with pytest.raises(ValueError, match="image_size: expected at least 1 pixel, got 0"):
+        load_dataset("npy", tmp_path, image_size=0)
+
+
+def test_large_images_are_brought_to_96_pixels(tmp_path):
+    images = pictures(4, 260, 300)
+    np.savez(tmp_path / "all.npz", train_images=images, test_images=images)
+    assert quiet(tmp_path).image_shape == (1, 96, 96)
+
+
+def test_unlabelled_images_are_trained_on(tmp_path):
+    parts = {"train_x": X[:10], "train_y": Y[:10], "test_x": X[10:20], "test_y": Y[10:20], "unlabeled_x": X[20:]}
+    np.savez(tmp_path / "all.npz", **parts)
+    data = quiet(tmp_path)
+    assert [len(part) for part in (data.pretrain, data.train, data.test)] == [20, 10, 10]
+    assert data.pretrain.labels is None
+    np.testing.assert_array_equal(data.pretrain.images, X[20:].transpose(0, 3, 1, 2))
+    smaller = quiet(tmp_path, image_size=16)
+    assert [len(part) for part in (smaller.pretrain, smaller.train, smaller.test)] == [20, 10, 10]
+    np.testing.assert_array_equal(smaller.test.labels, Y[10:20])
+
+
+def test_unlabelled_images_with_a_part_to_hold_out(tmp_path):
+    np.savez(tmp_path / "all.npz", x=X[:20], y=Y[:20], unlabeled_x=X[20:])
+    with pytest.warns(UserWarning, match="4 of 20, a tenth of each class"):
+        data = load_dataset("npy", tmp_path)
+    assert [len(part) for part in (data.pretrain, data.train, data.test)] == [20, 16, 4]
+    np.testing.assert_array_equal(data.pretrain.images, X[20:].transpose(0, 3, 1, 2))
+    rows = [int(path.removeprefix("x[").removesuffix("]")) for path in data.train.paths]
+    np.testing.assert_array_equal(data.train.images, X[rows].transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(data.train.labels, Y[rows])
+
+
+def test_classes_have_names_where_an_array_has_them(tmp_path):
+    parts = {"x_train": X[:30], "y_train": Y[:30, None], "x_test": X[30:], "y_test": Y[30:].astype("f4")}
+    for names in ("classes", "class_names", "label_names"):
+        np.savez(tmp_path / "all.npz", **parts, **{names: np.array(["ant", "bee", "cow", "dog", "elk"])})
+        data = quiet(tmp_path)
+        assert data.classes == ("ant", "bee", "cow", "dog", "elk")
+        np.testing.assert_array_equal(data.test.labels, Y[30:])
+    np.savez(tmp_path / "all.npz", **parts | {"y_train": np.array(list("abcd"))[Y[:30]], "y_test": list("abcdabcdab")})
+    data = quiet(tmp_path)
+    assert data.classes == ("a", "b", "c", "d")
+    np.testing.assert_array_equal(data.train.labels, Y[:30])
+
+
+def test_labels_of_minus_one_are_none(tmp_path):
+    np.savez(tmp_path / "all.npz", x_train=X[:30], y_train=np.full(30, -1), x_test=X[30:], y_test=np.full(10, -1))
+    assert quiet(tmp_path).train is None
+
+
+def test_what_is_passed_over_is_said(tmp_path):
+    arrays = {"x_train": X[:20], "x_test": X[20:30], "x_val": X[30:], "extra_ids": Y, "names": np.array(["a"])}
+    np.savez(tmp_path / "all.npz", **arrays)
+    with pytest.warns(UserWarning, match="left out for validation, as there is something to test on: x_val") as warned:
+        load_dataset("npy", tmp_path)
+    (warning,) = warned
+    assert "passed over arrays that are no images: extra_ids, names" in str(warning.message)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x": X, "y": Y[:3]}, "x holds 40 images, y 3 labels"),
+        ({"x": X, "fine_labels": Y, "coarse_labels": Y}, "one array of labels for x, found fine_labels, coarse_labels"),
+        ({"y": Y}, r"expected an array of images .*, found y int64 \[40\]"),
+        ({"x_test": X}, "there is only something to test on, by the names: x_test"),
+        ({"x": X, "y": np.eye(40)}, r"y: expected labels \[N\], got shape \[40, 40\]"),
+        ({"x": X, "y": Y + 0.5}, "y: expected a class, an integer or a name, got float"),
+        ({"x": X.reshape(40, -1)}, r"x: expected an image .*got shape \[1200\]"),
+        ({"x": X * 2.0}, "floating point has values of .* which are to be 0 to 1"),
+        ({"x_train": X, "y_train": Y, "x_test": X, "y_test": Y + 1}, "test images have classes that .* lack: 4"),
+        ({"x_train": X[:0], "x_test": X}, "no image to train on could be read"),
+    ],
+)
+def test_arrays_that_do_not_fit_together(tmp_path, arrays, message):
+    np.savez(tmp_path / "all.npz", **arrays)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_dataset("npy", tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}: ")
+
+
+def test_images_that_cannot_be_taken_are_left_out(tmp_path):
+    images = X / 255
+    images[7] *= 9
+    np.savez(tmp_path / "all.npz", x_train=images[:30], x_test=images[30:])
+    with pytest.warns(UserWarning, match=r"left out 1 samples:\n +1: floating point .* \(x_train\[7\]\)"):
+        assert len(load_dataset("npy", tmp_path).pretrain) == 29
+
+
+def test_damaged_files_are_named(tmp_path):
+    np.save(tmp_path / "x.npy", X)
+    np.savez_compressed(tmp_path / "x.npz", x=X)
+    for name in ("x.npy", "x.npz"):
+        whole = (tmp_path / name).read_bytes()
+        for damaged in (b"", whole[:-1000], whole[:50], b"\0" * 500, b"\x80\x04K\x01."):
+            (tmp_path / name).write_bytes(damaged)
+            with pytest.raises(ValueError, match=rf"{name}: (damaged, or no file of NumPy's|holds Python objects)"):
+                load_dataset("npy", tmp_path / name)
+    middle = len(whole) // 2
+    (tmp_path / "x.npz").write_bytes(whole[:middle] + b"\xff" * 64 + whole[middle + 64 :])
+    with pytest.raises(ValueError, match=r"x\.npz: damaged"):
+        load_dataset("npy", tmp_path / "x.npz")
+
+
+def test_python_objects_are_never_unpickled(tmp_path):
+    np.save(tmp_path / "x.npy", np.array([X, None], object), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"x\.npy: holds Python objects"):
+        load_dataset("npy", tmp_path)
+
+
+def test_files_that_are_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load_dataset("npy", tmp_path / "none")
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(ValueError, match=r"found no array file \(\.npy, \.npz"):
+        load_dataset("npy", tmp_path)
+    with pytest.raises(ValueError, match=r"notes\.txt: expected a file that ends in \.npy or \.npz"):
+        load_dataset("npy", tmp_path / "notes.txt")
+    with pytest.raises(ValueError, match="expected --data-dir"):
+        load_dataset("npy")
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        *(("X_train", "train"), ("imagenet-val-0001", "validation"), ("camelyon_split_test_x", "test")),
+        *(("unlabelledImages", "unlabeled"), ("latest", None), ("x", None), ("a/train/b", "train"), ("devset/1", None)),
+    ],
+)
+def test_parts_are_told_by_words(name, part):
+    assert split_in(name) == part
+
+
+def test_moving_to_the_end_exchanges_rows():
+    rows = np.arange(7)
+    order = move_to_end(rows, {1, 3, 6})
+    assert rows.tolist() == order == [0, 5, 2, 4, 3, 1, 6] or rows.tolist() == order
+    assert sorted(order[4:]) == [1, 3, 6]
+    assert [row for row in order[:4] if row in (0, 2)] == [0, 2]
+    assert move_to_end(rows, set()) == list(range(7))
