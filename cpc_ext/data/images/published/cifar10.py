@@ -1,4 +1,4 @@
-"""CIFAR-10 from its published binary files.
+"""CIFAR-10 from its published binary files, or from those for Python (cifar-10-batches-py), as torchvision keeps it.
 
 The five training batches are read into one array of 150 MB, since five mappings have no view in common.
 Source: Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html.
@@ -12,7 +12,17 @@ import numpy as np
 
 from cpc_ext.data.binary import read_names
 from cpc_ext.data.download import Archive, require_folder
-from cpc_ext.data.images.cifar import IMAGE_BYTES, IMAGE_SHAPE, TEST, TRAIN, cifar_dataset, cifar_records
+from cpc_ext.data.images.cifar import (
+    IMAGE_BYTES,
+    IMAGE_SHAPE,
+    TEST,
+    TRAIN,
+    cifar_dataset,
+    cifar_records,
+    python_folder,
+    python_names,
+    python_records,
+)
 from cpc_ext.data.images.dataset import Dataset, ImageSet
 
 BATCH = 10_000
@@ -31,6 +41,15 @@ def load(data_dir: str | Path | None = None, *, download: bool = False) -> Datas
 
     Raises FileNotFoundError where files are missing, ValueError where one is damaged, DownloadError.
     """
+    python = python_folder(ARCHIVE, data_dir, "cifar-10-batches-py")
+    if python is not None:
+        batches = [python / f"data_batch_{number}" for number in range(1, 6)]
+        return cifar_dataset(
+            "cifar10",
+            train=python_records(batches, BATCH, "labels", 10),
+            test=python_records([python / "test_batch"], TEST, "labels", 10),
+            classes=python_names(python / "batches.meta", "label_names", 10),
+        )
     folder = require_folder(ARCHIVE, data_dir, download=download)
     images = np.empty((TRAIN, *IMAGE_SHAPE), np.uint8)
     labels = np.empty(TRAIN, np.int64)

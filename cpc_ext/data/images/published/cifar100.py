@@ -1,5 +1,7 @@
 """CIFAR-100 from its published binary files, which are mapped and viewed.
 
+Where there are those for Python instead (cifar-100-python), as torchvision keeps them, they are read.
+
 Source: Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
@@ -9,7 +11,16 @@ from pathlib import Path
 
 from cpc_ext.data.binary import read_names
 from cpc_ext.data.download import Archive, require_folder
-from cpc_ext.data.images.cifar import IMAGE_BYTES, TEST, TRAIN, cifar_dataset, cifar_records
+from cpc_ext.data.images.cifar import (
+    IMAGE_BYTES,
+    TEST,
+    TRAIN,
+    cifar_dataset,
+    cifar_records,
+    python_folder,
+    python_names,
+    python_records,
+)
 from cpc_ext.data.images.dataset import Dataset
 
 # SHA-256 and size are those with which TensorFlow Datasets fetches the file (tensorflow_datasets/url_checksums).
@@ -27,6 +38,14 @@ def load(data_dir: str | Path | None = None, *, download: bool = False) -> Datas
 
     Raises FileNotFoundError where files are missing, ValueError where one is damaged, DownloadError.
     """
+    python = python_folder(ARCHIVE, data_dir, "cifar-100-python")
+    if python is not None:
+        return cifar_dataset(
+            "cifar100",
+            train=python_records([python / "train"], TRAIN, "fine_labels", 100),
+            test=python_records([python / "test"], TEST, "fine_labels", 100),
+            classes=python_names(python / "meta", "fine_label_names", 100),
+        )
     folder = require_folder(ARCHIVE, data_dir, download=download)
     return cifar_dataset(
         "cifar100",
