@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -17,6 +16,7 @@ import numpy as np
 
 from cpc_ext.data.audio.dataset import LABEL_WINDOW, SAMPLE_RATE
 from cpc_ext.data.file_tree import FileKind, FileTree, read_tree
+from cpc_ext.data.libraries import optional
 from cpc_ext.data.threads import in_order
 
 if TYPE_CHECKING:
@@ -62,10 +62,8 @@ class DecodedFiles:
 
 def library(name: str) -> ModuleType:
     """One of the libraries that recordings need. ImportError that says how to get it where it is missing."""
-    try:
-        return import_module(name)
-    except (ImportError, OSError) as error:  # OSError: of soundfile, without its libsndfile.
-        raise ImportError(f"recordings are read by {name} ({error}): pip install 'cpc_ext[audio]'") from error
+    found: ModuleType = optional(name, "audio", "recordings")
+    return found
 
 
 def reader() -> tuple[str, str]:

@@ -155,8 +155,8 @@ def _role(name: str, array: Any) -> Literal["images", "labels", "classes"] | Non
 
 def _labels(name: str, array: Any) -> list[Label]:
     values = np.asarray(array[...])
-    if values.ndim == 2 and values.shape[1] == 1:
-        values = values[:, 0]
+    if values.ndim > 1 and values.size == len(values):  # As MedMNIST and PatchCamelyon have them.
+        values = values.reshape(-1)
     if values.ndim != 1:
         raise ValueError(f"{name}: expected labels [N], got shape {list(values.shape)}")
     if values.dtype.kind == "f" and np.array_equal(values, np.rint(values)):

@@ -34,7 +34,7 @@ _FORMAT = 1
 
 
 class Sample(NamedTuple):
-    """image: as :func:`to_pixels` takes it. label: of its class. name: to call it by in messages, and in embeddings."""
+    """image: as :func:`to_pixels` takes it, or None. label: of its class. name: to call it by."""
 
     image: object
     label: Label = None
@@ -162,6 +162,8 @@ def write_samples(samples: Iterable[Sample], image_size: int | None, rows: Rows,
     """
 
     def decode(sample: Sample) -> tuple[Sample, np.ndarray | str]:
+        if sample.image is None:
+            return sample, "holds no image"
         # A damaged image makes Pillow's readers raise nearly anything.
         try:
             return sample._replace(image=None), to_pixels(sample.image, image_size)

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+from cpc_ext.data import libraries
 from cpc_ext.data.audio import decode
 from cpc_ext.data.audio.decode import decode_files, decode_recording, library
 
@@ -142,6 +143,6 @@ def test_a_missing_library_says_how_to_get_it(monkeypatch):
         def missing(name, error=error):
             raise error
 
-        monkeypatch.setattr(decode, "import_module", missing)
+        monkeypatch.setattr(libraries, "import_module", missing)
         with pytest.raises(ImportError, match=r"soxr \(.*\): pip install 'cpc_ext\[audio\]'"):
             library("soxr")

@@ -1,0 +1,62 @@
+"""Arrays in HDF5 files, at any depth of their groups; the names tell what they hold, as those of NumPy's files do."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cpc_ext.data.images.arrays import arrays_dataset, named_arrays
+from cpc_ext.data.images.dataset import Dataset
+from cpc_ext.data.images.source_files import source_files
+from cpc_ext.data.libraries import optional
+
+_WHAT = ("HDF5 file", "HDF5 files")
+_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
+
+
+def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
+    """Open the arrays of an HDF5 file, or of all below a folder, as :func:`cpc_ext.data.images.folders.npy.load` does.
+
+    Arrays that lie in a file in one piece are mapped, those in chunks or compressed are read once into the cache.
+    Variable-length uint8 is the content of image files.
+
+    Raises what that does, and ImportError without h5py.
+    """
+    h5py = optional("h5py", "hdf5", "HDF5 files")
+    source = source_files(data_dir, _WHAT, _SUFFIXES, f"h5py {h5py.__version__}")
+    arrays: dict[str, Any] = {}
+    with ExitStack() as opened:
+        for file in source.files:
+            path = source.root / file.path
+            try:
+                content = opened.enter_context(h5py.File(path))
+                arrays |= named_arrays(source, file.path, _arrays(h5py, content, path))
+            except FileNotFoundError:
+                raise
+            except (OSError, RuntimeError, KeyError) as error:
+                raise ValueError(f"{path}: damaged, or no HDF5 file: {error}") from None
+        return arrays_dataset("hdf5", source, arrays, image_size, ("h5py", h5py.__version__))
+
+
+def _arrays(h5py: Any, content: Any, path: Path) -> dict[str, Any]:
+    """The arrays of an open file by their names, groups before them."""
+    found: dict[str, Any] = {}
+
+    def visit(name: str, member: Any) -> None:
+        if isinstance(member, h5py.Dataset) and member.shape:
+            found[name] = _mapped(member, path)
+
+    content.visititems(visit)
+    return found
+
+
+def _mapped(array: Any, path: Path) -> Any:
+    """An array of h5py's mapped, where its bytes are as NumPy has them and in one piece."""
+    offset = array.id.get_offset()
+    whole = array.chunks is None and array.external is None and not array.is_virtual
+    if offset is None or not whole or array.dtype != np.uint8:
+        return array
+    return np.memmap(path, array.dtype, "r", offset, array.shape)

@@ -1,0 +1,115 @@
+"""WebDataset's shards: tar archives in which files of one name up to its first dot, side by side, are a sample.
+
+Source: https://github.com/webdataset/webdataset. The endings tell what files hold: an image, "cls" its class, "json"
+more about it. Shards are read with Python's own library.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import PIL
+
+from cpc_ext.data.file_tree import TreeFile
+from cpc_ext.data.images.dataset import Dataset
+from cpc_ext.data.images.decode import image_suffixes
+from cpc_ext.data.images.labels import Label
+from cpc_ext.data.images.samples import Sample, Source, load_source
+from cpc_ext.data.images.source_files import parts_of, source_files
+
+_WHAT = ("shard", "shards")
+_SUFFIXES = (".tar", ".tgz")
+_PIECE = 1 << 20
+# Where a sample's "json" has its class.
+_LABEL_KEYS = ("label", "cls", "class")
+
+
+def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
+    """Open a shard, or all below a folder: decoded once into the cache.
+
+    Words in the shards' names and folders are the splits (imagenet-train-0001.tar, val/00.tar); without, a tenth of
+    each class is held out. A sample's label is its "cls", an integer or a name, else "label", "cls" or "class" in its
+    "json". Samples without an image are left out, and of several images in one the first is taken.
+
+    image_size: as :func:`cpc_ext.data.images.folders.folder.load` takes it.
+
+    Raises FileNotFoundError or PermissionError for the files, ValueError where a shard is damaged or cut off, or none
+    holds an image to train on, OSError where the cache cannot be written.
+    """
+    source = source_files(data_dir, _WHAT, _SUFFIXES, "tarfile")
+    parts = parts_of((file.path, file) for file in source.files)
+    samples = partial(_samples, source.root)
+    return load_source(
+        Source(
+            name="webdataset",
+            root=source.root,
+            files=source.files,
+            train=partial(samples, parts.train),
+            test=partial(samples, parts.test) if parts.test else None,
+            unlabeled=partial(samples, parts.unlabeled) if parts.unlabeled else None,
+            reader=("Pillow", PIL.__version__),
+            notes=[*source.notes, *parts.notes],
+        ),
+        image_size,
+    )
+
+
+def _samples(root: Path, shards: Iterable[TreeFile]) -> Iterator[Sample]:
+    for shard in shards:
+        for key, members in groupby(_members(root / shard.path), key=lambda member: _key(member[0])):
+            name = f"{shard.path}/{key}"
+            fields = {member.rpartition("/")[2].partition(".")[2].lower(): content for member, content in members}
+            images = [field for field in fields if f".{field.rpartition('.')[2]}" in image_suffixes()]
+            image = fields[images[0]] if images else None
+            yield Sample(image, _label(root / shard.path, key, fields), name)
+
+
+def _key(name: str) -> str:
+    """What files of one sample share."""
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]
+
+
+def _members(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of a shard's files. ValueError where it is damaged or cut off."""
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                content = archive.extractfile(member) if member.isreg() else None
+                # WebDataset keeps what is about the shard itself in names with underscores.
+                if content is not None and not member.name.startswith("__"):
+                    yield member.name.removeprefix("./"), content.read()
+            # The library takes the first header that it cannot read for the end.
+            file: Any = archive.fileobj
+            file.seek(archive.offset)
+            end = file.read(tarfile.BLOCKSIZE)
+            if end != b"\0" * tarfile.BLOCKSIZE:
+                raise tarfile.ReadError(f"byte {archive.offset} is neither a file's header nor the archive's end")
+            while file.read(_PIECE):  # A checksum of what was compressed comes last.
+                pass
+    except FileNotFoundError:
+        raise
+    except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
+        raise ValueError(f"{path}: damaged or cut off: {error}") from None
+
+
+def _label(path: Path, key: str, fields: dict[str, bytes]) -> Label:
+    """A sample's label, if it has one. ValueError where what should be one is none."""
+    if "cls" in fields:
+        text = fields["cls"].decode("utf-8", errors="replace").strip()
+        return int(text) if text.removeprefix("-").isdigit() else text
+    if "json" not in fields:
+        return None
+    try:
+        about = json.loads(fields["json"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {key}.json: {error}") from None
+    found = next((about[name] for name in _LABEL_KEYS if name in about), None) if isinstance(about, dict) else None
+    return found if isinstance(found, int | str) else None

@@ -1,0 +1,166 @@
+"""WebDataset's shards: what a sample is, splits, what is left out, damaged archives."""
+
+import io
+import json
+import tarfile
+import warnings
+
+import numpy as np
+import pytest
+
+from cpc_ext.data import load_dataset
+from tests.data.images.conftest import encoded, pictures
+
+pytestmark = pytest.mark.usefixtures("cache")
+X, Y = pictures(24, 14, 14, 3), np.arange(24) % 3
+
+
+def shard(path, files, mode="w"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content or b"")
+            member.type = tarfile.DIRTYPE if content is None else tarfile.REGTYPE
+            archive.addfile(member, io.BytesIO(content or b""))
+    return path
+
+
+def files(rows, label=lambda row: {"cls": b"%d" % Y[row]}, **more):
+    found = {}
+    for row in rows:
+        fields = {"png": encoded(X[row]), **label(row), **more}
+        found |= {f"sample{row:04d}.{ending}": content for ending, content in fields.items()}
+    return found
+
+
+def rows_of(images):
+    return [int(path.rpartition("sample")[2]) for path in images.paths]
+
+
+def check(data, labels=Y):
+    for part in (data.train, data.test):
+        np.testing.assert_array_equal(part.images, X[rows_of(part)].transpose(0, 3, 1, 2))
+        np.testing.assert_array_equal(part.labels, labels[rows_of(part)])
+
+
+def quiet(path, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return load_dataset("webdataset", path, **options)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("data-train-0000.tar", "data-train-0001.tar", "data-val-0000.tar"),
+        ("train/0000.tar", "train/0001.tar", "test/0000.tar"),
+    ],
+)
+def test_shards_are_of_splits_by_their_names(tmp_path, names):
+    for name, rows in zip(names, (range(10), range(10, 18), range(18, 24)), strict=True):
+        shard(tmp_path / name, files(rows))
+    data = quiet(tmp_path)
+    check(data)
+    assert (rows_of(data.train), rows_of(data.test)) == (list(range(18)), list(range(18, 24)))
+    assert (data.name, data.classes) == ("webdataset", ("0", "1", "2"))
+    assert quiet(tmp_path, image_size=8).image_shape == (3, 8, 8)
+
+
+def test_a_single_shard_has_a_part_held_out(tmp_path):
+    path = shard(tmp_path / "all.tar", files(range(24)))
+    with pytest.warns(UserWarning, match="3 of 24, a tenth of each class"):
+        data = load_dataset("webdataset", path)
+    check(data)
+    assert sorted(data.test.labels) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        lambda row: {"cls": b" %d\n" % Y[row]},
+        lambda row: {"json": json.dumps({"label": int(Y[row]), "other": 1}).encode()},
+        lambda row: {"cls": b"%d" % Y[row], "json": b'{"label": 99}', "txt": b"a caption"},
+        lambda row: {"cls": [b"ant", b"bee", b"cow"][Y[row]]},
+    ],
+)
+def test_labels_in_every_place(tmp_path, label):
+    shard(tmp_path / "train.tar", files(range(18), label))
+    shard(tmp_path / "test.tar", files(range(18, 24), label))
+    check(quiet(tmp_path))
+
+
+def test_what_else_is_in_shards(tmp_path):
+    about = {"__key__": b"", "./x/": None, **{f"./{name}": content for name, content in files(range(18)).items()}}
+    shard(tmp_path / "train.tgz", about, "w:gz")
+    shard(tmp_path / "test.tar", files(range(18, 24), **{"seg.png": encoded(X[0])}))
+    (tmp_path / "index.json").write_text("{}")
+    data = quiet(tmp_path)
+    np.testing.assert_array_equal(data.test.images, X[18:].transpose(0, 3, 1, 2))  # The first image of each sample.
+    assert len(data.test) == 6
+
+
+def test_samples_that_cannot_be_taken_are_left_out(tmp_path):
+    content = files(range(18)) | {"sample0001.png": b"", "sample0002.png": encoded(X[2])[:90]}
+    del content["sample0003.png"]
+    shard(tmp_path / "train.tar", content)
+    shard(tmp_path / "test.tar", files(range(18, 24)))
+    with pytest.warns(UserWarning, match="left out 3 samples") as warned:
+        data = load_dataset("webdataset", tmp_path)
+    assert r"1: holds no image (train.tar/sample0003)" in str(warned[0].message)
+    assert rows_of(data.train) == [0, *range(4, 18)]
+    check(data)
+
+
+def test_labels_that_some_samples_lack(tmp_path):
+    shard(tmp_path / "train.tar", files(range(9)) | files(range(9, 18), lambda row: {}))
+    shard(tmp_path / "test.tar", files(range(18, 24)))
+    with pytest.warns(UserWarning, match="9 of 24 images have no label, so none has"):
+        assert load_dataset("webdataset", tmp_path).train is None
+
+
+def test_unlabelled_shards_are_trained_on(tmp_path):
+    shard(tmp_path / "unlabeled.tar", files(range(9), lambda row: {}))
+    shard(tmp_path / "train.tar", files(range(9, 18)))
+    shard(tmp_path / "test.tar", files(range(18, 24)))
+    data = quiet(tmp_path)
+    check(data)
+    assert rows_of(data.train) == list(range(9, 18))
+    np.testing.assert_array_equal(data.pretrain.images, X[:9].transpose(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("kind", ["tar", "tgz"])
+def test_archives_that_are_cut_off_anywhere_are_named(tmp_path, kind):
+    path = shard(tmp_path / f"train.{kind}", files(range(6)), "w:gz" if kind == "tgz" else "w")
+    whole = path.read_bytes()
+    last = whole.rstrip(b"\0") if kind == "tar" else whole
+    # In content, in a header, between two files, and before the end.
+    for end in (0, 100, 700, 1024, 1536, len(whole) // 2 // 512 * 512, len(last) - 1):
+        path.write_bytes(whole[:end])
+        with pytest.raises(ValueError, match=rf"train\.{kind}: damaged or cut off"):
+            load_dataset("webdataset", path)
+
+
+def test_archives_with_a_damaged_header_are_named(tmp_path):
+    path = shard(tmp_path / "train.tar", files(range(6)))
+    content = bytearray(path.read_bytes())
+    start = content.index(b"sample0003.png")
+    content[start : start + 512] = b"\x55" * 512
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"train\.tar: damaged or cut off: byte {start} is neither a file's header"):
+        load_dataset("webdataset", path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (files(range(3), lambda row: {"json": b"{"}), r"train\.tar: sample0000\.json: "),
+        ({"a.txt": b"caption"}, r"no image to train on could be read\n  left out 1 samples:\n    1: holds no image"),
+        ({}, "no image to train on could be read"),
+        (files(range(3), lambda row: {"cls": b"1" if row else b"ant"}), "some labels are numbers, others names"),
+    ],
+)
+def test_shards_of_something_else(tmp_path, content, message):
+    shard(tmp_path / "train.tar", content)
+    with pytest.raises(ValueError, match=message):
+        load_dataset("webdataset", tmp_path)
