@@ -121,8 +121,8 @@ class DataSection(Section):
     )
     data_dir: Annotated[Path | None, MAY_CHANGE] = Field(
         None,
-        description="Folder of the data set's files, or of your own for --dataset folder and audio-folder. None: the "
-        "user's cache.",
+        description="Folder of the data set's files, or of your own, where --dataset is a kind of files: folder, npy, "
+        "hdf5, webdataset, huggingface (these also take a single file), audio-folder. None: the user's cache.",
     )
     download: Annotated[bool, MAY_CHANGE] = Field(
         False, description="Fetch the data set's published files where they are missing."
