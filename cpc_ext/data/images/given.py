@@ -115,12 +115,13 @@ def keep_dataset(
 
 @dataclass
 class _Given:
-    """The parts that were handed over, with the names of the classes where they are known."""
+    """The parts that were handed over, with the names of the classes where they are known, and what is to be said."""
 
     train: Any
     test: Any = None
     unlabeled: Any = None
     classes: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     @classmethod
     def of(cls, dataset: Any, test: Any, unlabeled: Any, classes: Sequence[str] | None) -> _Given:
@@ -133,7 +134,12 @@ class _Given:
             for name, several in (("train", parts.train), ("test", parts.test), ("unlabeled", parts.unlabeled)):
                 if len(several) > 1:
                     raise ValueError(f"dataset: several of its splits are to {name} on, of {', '.join(dataset)}")
-            given = cls(parts.train[0], *(parts.test or [None]), *(parts.unlabeled or [None]))
+            given = cls(
+                train=parts.train[0],
+                test=next(iter(parts.test), None),
+                unlabeled=next(iter(parts.unlabeled), None),
+                notes=parts.notes,
+            )
         else:
             given = cls(dataset)
         given.test = given.test if test is None else test
@@ -210,7 +216,7 @@ def _write(given: _Given, folder: Path, image_size: int | None, workers: int) ->
             raise SizeNotKept
         said = ", ".join(f"{part} {list(shape[1:])}" for part, shape in shapes.items())
         raise ValueError(f"dataset: expected images of as many channels everywhere, got [C, H, W]: {said}")
-    notes = []
+    notes = [*given.notes]
     strange = sorted(set().union(*(each.strange for each in labels.values())))
     if strange:
         notes.append(f"labels that are neither integers nor names are passed over ({', '.join(strange)})")

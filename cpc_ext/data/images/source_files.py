@@ -78,7 +78,9 @@ class Parts(Generic[T]):
 def parts_of(named: Iterable[tuple[str, T]]) -> Parts[T]:
     """Divide what has names, of files or arrays, by what these say; those that say nothing are to train on.
 
-    Test comes before validation, which is then left out. ValueError where there is nothing to train on.
+    Test comes before validation, which is then left out. One of these alone is trained on.
+
+    Raises ValueError where there is nothing to train on but several parts to test on, or nothing at all.
     """
     by_part: dict[Part, list[tuple[str, T]]] = {}
     for name, value in named:
@@ -95,5 +97,9 @@ def parts_of(named: Iterable[tuple[str, T]]) -> Parts[T]:
     if not parts.train:
         parts.train, parts.unlabeled = parts.unlabeled, []
     if not parts.train:
-        raise ValueError(f"there is only something to test on, by the names: {some(n for n, _ in tests or validation)}")
+        names = some(name for name, _ in [*tests, *validation])
+        if bool(tests) == bool(validation):
+            raise ValueError(f"there is nothing to train on, by the names: {names or 'none'}")
+        parts.notes.append(f"{names} stands alone, so it is trained on and a part of it held out")
+        parts.train, parts.test = parts.test, []
     return parts

@@ -117,6 +117,8 @@ def test_a_mapping_of_splits():
     del splits["test"]
     assert len(from_dataset(splits).test) == 4
     assert len(from_dataset(splits, (X[:2], Y[:2])).test) == 2
+    with pytest.warns(UserWarning, match="test stands alone, so it is trained on"):
+        assert len(from_dataset({"test": X}).pretrain) == 27
     with pytest.raises(ValueError, match="several of its splits are to train on, of cats, dogs"):
         from_dataset({"cats": X, "dogs": X})
 
@@ -213,7 +215,8 @@ def test_labels_that_are_none_are_passed_over():
         ([()], ValueError, r"item 0 \(train\): is empty"),
         ((X, Y[:3]), ValueError, "30 images, 3 labels"),
         ([(X[0], 0), (X[1], "ant")], ValueError, "some labels are numbers, others names"),
-        ({"test": X}, ValueError, "there is only something to test on"),
+        ({"test": X, "val": X}, ValueError, "there is nothing to train on, by the names: test, val"),
+        ({}, ValueError, "there is nothing to train on, by the names: none"),
     ],
 )
 def test_what_is_refused(dataset, kind, message, cache):

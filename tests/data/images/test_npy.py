@@ -151,6 +151,13 @@ def test_labels_of_minus_one_are_none(tmp_path):
     assert quiet(tmp_path).train is None
 
 
+def test_what_is_for_tests_alone_is_trained_on(tmp_path):
+    np.savez(tmp_path / "all.npz", x_test=X, y_test=Y)
+    with pytest.warns(UserWarning, match="x_test stands alone, so it is trained on and a part of it held out"):
+        data = load_dataset("npy", tmp_path)
+    assert [len(part) for part in (data.train, data.test)] == [36, 4]
+
+
 def test_what_is_passed_over_is_said(tmp_path):
     arrays = {"x_train": X[:20], "x_test": X[20:30], "x_val": X[30:], "extra_ids": Y, "names": np.array(["a"])}
     np.savez(tmp_path / "all.npz", **arrays)
@@ -166,7 +173,7 @@ def test_what_is_passed_over_is_said(tmp_path):
         ({"x": X, "y": Y[:3]}, "x holds 40 images, y 3 labels"),
         ({"x": X, "fine_labels": Y, "coarse_labels": Y}, "one array of labels for x, found fine_labels, coarse_labels"),
         ({"y": Y}, r"expected an array of images .*, found y int64 \[40\]"),
-        ({"x_test": X}, "there is only something to test on, by the names: x_test"),
+        ({"x_test": X, "x_val": X}, "there is nothing to train on, by the names: x_test, x_val"),
         ({"x": X, "y": np.eye(40)}, r"y: expected labels \[N\], got shape \[40, 40\]"),
         ({"x": X, "y": Y + 0.5}, "y: expected a class, an integer or a name, got float"),
         ({"x": X.reshape(40, -1)}, r"x: expected an image .*got shape \[1200\]"),

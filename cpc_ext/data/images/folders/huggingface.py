@@ -134,8 +134,10 @@ def _content(image: Any, path: Path) -> object:
     if not isinstance(image, dict):
         return image
     if image.get("bytes") is None and image.get("path"):
-        place = path.parent / image["path"]
-        return place.read_bytes() if place.is_file() else None
+        try:
+            return (path.parent / image["path"]).read_bytes()
+        except OSError:
+            return None
     return image.get("bytes")
 
 
