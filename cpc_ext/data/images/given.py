@@ -11,9 +11,10 @@ import hashlib
 import io
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -58,9 +59,9 @@ def from_dataset(
     dataset: anything with a length and items, such as a ``torch.utils.data.Dataset``, one of torchvision's or of
         Hugging Face's ``datasets``, a list, or an array [N, ...]; or what can only be iterated over; or two arrays,
         images and labels; or a mapping of splits to such. An item is an image, a tuple that begins with image and
-        label, or a mapping with "image" and "label" or the like. An image is one of Pillow's, the bytes of an image
-        file, or an array as :func:`cpc_ext.data.images.pixels.to_pixels` takes it: integers from 0 to 255, floating
-        point from 0 to 1, and not normalised. A label is an integer or a name; others are passed over.
+        label, or a mapping with "image" and "label" or the like. An image is one of Pillow's, the Path or the bytes of
+        an image file, or an array [H, W], [H, W, C] or [C, H, W], C 1 or 3: integers from 0 to 255, floating point from
+        0 to 1, and not normalised. A label is an integer or a name; others are passed over.
     test: likewise, to test on. None: a tenth of each class is held out.
     unlabeled: likewise, to train on in place of `dataset`, which is then for probes.
     classes: names, where labels are integers. None: those that the data set has as ``classes``, or a class label of
@@ -91,26 +92,42 @@ def keep_dataset(
         raise ValueError(f"image_size: expected at least 1 pixel, got {image_size}")
     given = _Given.of(dataset, test, unlabeled, classes)
     home = cache_dir() / "given"
-    home.mkdir(parents=True, exist_ok=True)
     aside = home / ".writing"
-    with FileLock(home / ".lock"):
-        try:
-            # Whatever is here belongs to a process that was cut short.
-            shutil.rmtree(aside, ignore_errors=True)
+    lock = FileLock(home / ".lock")
+    with _saying_where(home):
+        home.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        # Whatever is here belongs to a process that was cut short.
+        shutil.rmtree(aside, ignore_errors=True)
+        with _saying_where(home):
             aside.mkdir()
-            try:
-                _write(given, aside, image_size, workers)
-            except SizeNotKept:
-                given.require_again()
-                _write(given, aside, DEFAULT_SIZE, workers)
+        try:
+            _write(given, aside, image_size, workers)
+        except SizeNotKept:
+            given.require_again()
+            _write(given, aside, DEFAULT_SIZE, workers)
+        with _saying_where(home):
             folder = home / _digest(aside)
             if not folder.is_dir():
                 sync_folder(aside)
                 aside.rename(folder)
                 sync_folder(home)
-            return folder
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        return folder
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        lock.release()
+
+
+@contextmanager
+def _saying_where(place: Path) -> Iterator[None]:
+    """In the block, an OSError tells where images cannot be kept, and how to keep them elsewhere."""
+    try:
+        yield
+    except (OSError, NotImplementedError) as error:  # The latter from file systems without locks.
+        number, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or error
+        said = f"cannot keep the images in {place} ({reason}); CPC_EXT_CACHE names another cache folder"
+        raise (OSError(said) if number is None else OSError(number, said)) from error
 
 
 @dataclass
@@ -223,7 +240,8 @@ def _write(given: _Given, folder: Path, image_size: int | None, workers: int) ->
     train, test = labels["train"].known, labels["test"].known
     if given.test is None:
         chosen = held_out(train)
-        order = _hold_out(folder, shapes["train"], chosen)
+        with _saying_where(folder.parent):
+            order = _hold_out(folder, shapes["train"], chosen)
         ordered = [train[i] for i in order]
         train, test = ordered[: len(order) - len(chosen)], ordered[len(order) - len(chosen) :]
         notes.append(f"nothing to test on: {len(chosen)} of {len(order)} images, a tenth of each class, are held out")
@@ -244,16 +262,17 @@ def _write_part(
 ) -> tuple[_Labels, tuple[int, ...]]:
     """Write a part's images to a file; its labels, and the shape [N, C, H, W] of the images."""
     labels = _Labels()
-    with (folder / f"{part}_images.npy").open("wb") as out:
+    with _closed((folder / f"{part}_images.npy").open("wb")) as out:
         out.write(b"\0" * _HEADER_BYTES)
         rows = RowWriter(out, image_size)
-        total = len(dataset) if hasattr(dataset, "__len__") else None
+        total = len(dataset) if hasattr(dataset, "__len__") and not isinstance(dataset, tuple) else None
         items = _items(dataset, _Convert(image_size), workers)
         for number, item in enumerate(tqdm(items, f"reading {part}", total, unit="image", disable=None)):
             if isinstance(item.pixels, str):
                 raise ValueError(f"dataset: item {number} ({part}): {item.pixels}")
             try:
-                rows.append(item.pixels)
+                with _saying_where(folder.parent):
+                    rows.append(item.pixels)
             except ValueError as error:
                 raise ValueError(f"dataset: item {number} ({part}): {error}") from None
             labels.known.append(item.label)
@@ -262,9 +281,23 @@ def _write_part(
         if not rows.count:
             raise ValueError(f"dataset: expected images, got none ({part})")
         shape = (rows.count, *rows.shape)
-        out.seek(0)
-        out.write(_header(shape))
+        with _saying_where(folder.parent):
+            out.seek(0)
+            out.write(_header(shape))
+            out.flush()
     return labels, shape
+
+
+@contextmanager
+def _closed(file: BinaryIO) -> Iterator[BinaryIO]:
+    """In the block, a file, of which an error is the block's: closing would try in vain to write what is left."""
+    try:
+        yield file
+    except BaseException:
+        with suppress(OSError):
+            file.close()
+        raise
+    file.close()
 
 
 def _items(dataset: Any, convert: Callable[[Any], _Item], workers: int) -> Iterable[_Item]:

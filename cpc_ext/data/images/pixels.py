@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
-from cpc_ext.data.images.decode import decode_bytes, opened_to_pixels, resized
+from cpc_ext.data.images.decode import decode_bytes, decode_image, opened_to_pixels, resized
 
 __all__ = ["channel_axis", "to_pixels"]
 
@@ -20,9 +21,9 @@ _HALF_A_LEVEL = 1 / 510
 def to_pixels(image: object, image_size: int | None = None, *, channels_first: bool = False) -> np.ndarray:
     """An image as uint8 [H, W, C], of 1 or 3 channels.
 
-    image: an image of Pillow's, which becomes RGB; the bytes of an image file; or an array, of NumPy, PyTorch or
-        whatever NumPy takes, [H, W], [H, W, C] or [C, H, W] with C 1 or 3. Integers count from 0 to 255, those of
-        16 bits without sign to 65535, floating point from 0 to 1, bool as black and white.
+    image: an image of Pillow's, which becomes RGB; the path of an image file, as a Path, or its bytes; or an array, of
+        NumPy, PyTorch or whatever NumPy takes, [H, W], [H, W, C] or [C, H, W] with C 1 or 3. Integers count from 0 to
+        255, those of 16 bits without sign to 65535, floating point from 0 to 1, bool as black and white.
     image_size: side in pixels; the shorter side is brought to it and the middle square kept.
     channels_first: of an array that could be both ways, the first axis is that of the channels.
 
@@ -30,6 +31,8 @@ def to_pixels(image: object, image_size: int | None = None, *, channels_first: b
     for damaged bytes.
     """
     size = None if image_size is None else (image_size, image_size)
+    if isinstance(image, Path):
+        return decode_image(image, image_size)
     if isinstance(image, bytes | bytearray | memoryview):
         return opened_to_pixels(decode_bytes(bytes(image)), size)
     if isinstance(image, Image.Image):

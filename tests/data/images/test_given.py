@@ -1,5 +1,8 @@
 """Data sets that Python hands over: what an item may be, where it is kept, what is refused."""
 
+import resource
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -172,6 +175,25 @@ def test_what_a_killed_process_left_is_removed(cache):
     with pytest.raises(RuntimeError, match="broken"):
         keep_dataset(Pictures(broken))
     assert not (cache / "given" / ".writing").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, cache, monkeypatch):
+    cache.write_text("a file where the folder is to be")
+    message = r"cannot keep the images in .*cache/given \(Not a directory\); CPC_EXT_CACHE names another"
+    with pytest.raises(OSError, match=message):
+        keep_dataset(X)
+    monkeypatch.setenv("CPC_EXT_CACHE", str(tmp_path / "small"))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot keep the images in .*small/given \(File too large\)"):
+            keep_dataset(X)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, previous)
+    assert [path.name for path in (tmp_path / "small" / "given").iterdir()] == [".lock"]
+    keep_dataset(X)
 
 
 def broken(pixels, label):

@@ -96,6 +96,16 @@ def test_what_was_converted_is_kept(tmp_path, cache, monkeypatch):
     assert len(quiet(tmp_path).pretrain) == 20
 
 
+def test_files_beside_each_other_are_kept_beside_each_other(tmp_path, monkeypatch):
+    for name, rows in (("a", X[:20]), ("b", X[20:])):
+        np.savez(tmp_path / f"{name}.npz", train_images=rows / 255, test_images=rows / 255)
+        quiet(tmp_path / f"{name}.npz")
+    monkeypatch.setattr("cpc_ext.data.images.samples.to_pixels", None)  # Nothing is converted again.
+    for name, rows in (("a", X[:20]), ("b", X[20:])):
+        data = quiet(tmp_path / f"{name}.npz")
+        np.testing.assert_array_equal(data.pretrain.images, rows.transpose(0, 3, 1, 2))
+
+
 def test_another_size(tmp_path):
     np.savez(tmp_path / "all.npz", train_images=X[:30], test_images=X[30:])
     assert quiet(tmp_path, image_size=16).image_shape == (3, 16, 16)
@@ -116,10 +126,12 @@ def test_unlabelled_images_are_trained_on(tmp_path):
     data = quiet(tmp_path)
     assert [len(part) for part in (data.pretrain, data.train, data.test)] == [20, 10, 10]
     assert data.pretrain.labels is None
+    np.testing.assert_allclose(data.mean, (X[20:] / 255).mean((0, 1, 2)), rtol=1e-5)
     np.testing.assert_array_equal(data.pretrain.images, X[20:].transpose(0, 3, 1, 2))
     smaller = quiet(tmp_path, image_size=16)
     assert [len(part) for part in (smaller.pretrain, smaller.train, smaller.test)] == [20, 10, 10]
     np.testing.assert_array_equal(smaller.test.labels, Y[10:20])
+    np.testing.assert_allclose(smaller.mean, (smaller.pretrain.images / 255).mean((0, 2, 3)), rtol=1e-5)
 
 
 def test_unlabelled_images_with_a_part_to_hold_out(tmp_path):

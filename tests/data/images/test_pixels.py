@@ -48,6 +48,14 @@ def test_grey_of_pillow_becomes_colour_as_that_of_files_does():
     np.testing.assert_array_equal(to_pixels(encoded(GRAY)), np.repeat(GRAY[..., None], 3, 2))
 
 
+def test_a_path_is_that_of_a_file(tmp_path):
+    (tmp_path / "image.png").write_bytes(encoded(COLOUR))
+    np.testing.assert_array_equal(to_pixels(tmp_path / "image.png"), COLOUR)
+    assert to_pixels(tmp_path / "image.png", 4).shape == (4, 4, 3)
+    with pytest.raises(FileNotFoundError):
+        to_pixels(tmp_path / "none.png")
+
+
 def test_bits_are_black_and_white():
     np.testing.assert_array_equal(to_pixels(GRAY > 99)[..., 0], np.where(GRAY > 99, 255, 0))
 
