@@ -57,8 +57,8 @@ def from_dataset(
     """A data set of images, or of images and labels, as the rest of the package takes it.
 
     dataset: anything with a length and items, such as a ``torch.utils.data.Dataset``, one of torchvision's or of
-        Hugging Face's ``datasets``, a list, or an array [N, ...]; or what can only be iterated over; or two arrays,
-        images and labels; or a mapping of splits to such. An item is an image, a tuple that begins with image and
+        Hugging Face's ``datasets``, a list, or an array [N, ...]; or what can only be iterated over; or an array of
+        images and their labels; or a mapping of splits to such. An item is an image, a tuple that begins with image and
         label, or a mapping with "image" and "label" or the like. An image is one of Pillow's, the Path or the bytes of
         an image file, or an array [H, W], [H, W, C] or [C, H, W], C 1 or 3: integers from 0 to 255, floating point from
         0 to 1, and not normalised. A label is an integer or a name; others are passed over.
@@ -203,8 +203,7 @@ class _Convert:
                 return _Item("is empty")
             image, label = item[0], item[1] if len(item) > 1 else None
         try:
-            # torchvision's tensors have their channels first, NumPy's images last.
-            pixels = to_pixels(image, self.image_size, channels_first=isinstance(image, torch.Tensor))
+            pixels = to_pixels(image, self.image_size)
         except Exception as error:  # Damaged bytes make Pillow's readers raise nearly anything.
             return _Item(reason_of(error))
         try:
@@ -244,7 +243,9 @@ def _write(given: _Given, folder: Path, image_size: int | None, workers: int) ->
             order = _hold_out(folder, shapes["train"], chosen)
         ordered = [train[i] for i in order]
         train, test = ordered[: len(order) - len(chosen)], ordered[len(order) - len(chosen) :]
-        notes.append(f"nothing to test on: {len(chosen)} of {len(order)} images, a tenth of each class, are held out")
+        if chosen:
+            said = f"nothing to test on: {len(chosen)} of {len(order)} images, a tenth of each class, are held out"
+            notes.append(said)
     try:
         found = class_indices(train, test, given.classes, notes=notes)
     except ValueError as error:
@@ -309,7 +310,7 @@ def _items(dataset: Any, convert: Callable[[Any], _Item], workers: int) -> Itera
         raise TypeError("dataset: expected a data set, got a DataLoader, whose items are batches: give its .dataset")
     if _is_array(dataset):
         return map(convert, dataset)
-    if isinstance(dataset, tuple) and len(dataset) == 2 and all(map(_is_array, dataset)):
+    if isinstance(dataset, tuple) and len(dataset) == 2 and _is_array(dataset[0]) and hasattr(dataset[1], "__len__"):
         images, labels = dataset
         if len(images) != len(labels):
             raise ValueError(f"dataset: {len(images)} images, {len(labels)} labels")

@@ -18,14 +18,13 @@ __all__ = ["channel_axis", "to_pixels"]
 _HALF_A_LEVEL = 1 / 510
 
 
-def to_pixels(image: object, image_size: int | None = None, *, channels_first: bool = False) -> np.ndarray:
+def to_pixels(image: object, image_size: int | None = None) -> np.ndarray:
     """An image as uint8 [H, W, C], of 1 or 3 channels.
 
     image: an image of Pillow's, which becomes RGB; the path of an image file, as a Path, or its bytes; or an array, of
         NumPy, PyTorch or whatever NumPy takes, [H, W], [H, W, C] or [C, H, W] with C 1 or 3. Integers count from 0 to
         255, those of 16 bits without sign to 65535, floating point from 0 to 1, bool as black and white.
     image_size: side in pixels; the shorter side is brought to it and the middle square kept.
-    channels_first: of an array that could be both ways, the first axis is that of the channels.
 
     Raises TypeError for what is no image, ValueError for values or a shape that none has, and whatever Pillow raises
     for damaged bytes.
@@ -43,7 +42,7 @@ def to_pixels(image: object, image_size: int | None = None, *, channels_first: b
     if array.dtype == np.uint8 and array.ndim == 1:
         return opened_to_pixels(decode_bytes(array.tobytes()), size)
     pixels = _levels(array)
-    axis = channel_axis(array.shape, first=channels_first)
+    axis = channel_axis(array.shape)
     pixels = pixels[..., None] if axis is None else np.moveaxis(pixels, axis, -1)
     if size is None or pixels.shape[:2] == size:
         return pixels
@@ -52,15 +51,15 @@ def to_pixels(image: object, image_size: int | None = None, *, channels_first: b
     return fitted[..., None] if gray else fitted
 
 
-def channel_axis(shape: Sequence[int], *, first: bool = False) -> int | None:
-    """Which axis of an image's array is that of its channels, -1 or -3; None of [H, W].
+def channel_axis(shape: Sequence[int]) -> int | None:
+    """Which axis of an image's array is that of its channels, -1, or else -3; None of [H, W].
 
-    first: of one that could be both, the first. ValueError for the shape of no image.
+    ValueError for the shape of no image.
     """
     if len(shape) == 2 and min(shape) > 0:
         return None
     if len(shape) == 3 and min(shape) > 0:
-        for axis in (-3, -1) if first else (-1, -3):
+        for axis in (-1, -3):
             if shape[axis] in (1, 3):
                 return axis
     raise ValueError(f"expected an image [H, W], [H, W, C] or [C, H, W] of 1 or 3 channels, got shape {list(shape)}")

@@ -85,7 +85,7 @@ def load_source(source: Source, image_size: int | None) -> Dataset:
         root=source.root,
         files=source.files,
         what="images",
-        form=[source.name, _FORMAT, image_size],
+        form=[_FORMAT],
         reader=source.reader,
         variant=[source.name, image_size, source.files[0].path],
     )
@@ -228,7 +228,8 @@ def _build(source: Source, target: Path, image_size: int | None) -> dict[str, An
         rows.labels[first:] = [rows.labels[first + i] for i in order]
         rows.names[first:] = [rows.names[first + i] for i in order]
         end -= len(chosen)
-        notes.append(f"no images to test on: {len(chosen)} of {len(order)}, a tenth of each class, are held out")
+        if chosen:
+            notes.append(f"no images to test on: {len(chosen)} of {len(order)}, a tenth of each class, are held out")
     return {
         "shape": list(rows.shape),
         "labels": rows.labels,

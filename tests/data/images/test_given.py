@@ -78,13 +78,23 @@ class Stream(IterableDataset):
     [
         pairs(),
         (X, Y),
+        (X, Y.tolist()),
         (torch.from_numpy(X), torch.from_numpy(Y)),
         (torch.from_numpy(X).permute(0, 3, 1, 2), Y.tolist() and Y),
         TensorDataset(torch.from_numpy(X), torch.from_numpy(Y)),
         iter(pairs()),
         Stream(),
     ],
-    ids=["list", "arrays", "tensors", "channels first", "TensorDataset", "iterator", "IterableDataset"],
+    ids=[
+        "list",
+        "arrays",
+        "array and list",
+        "tensors",
+        "channels first",
+        "TensorDataset",
+        "iterator",
+        "IterableDataset",
+    ],
 )
 def test_collections_of_every_kind(dataset):
     images, labels = pixels_and_labels(from_dataset(dataset))
@@ -98,6 +108,11 @@ def test_images_alone():
         np.testing.assert_array_equal(data.pretrain.images, X.transpose(0, 3, 1, 2))
         np.testing.assert_array_equal(data.test.images, X[:4].transpose(0, 3, 1, 2))
         assert (data.train, data.test.labels, data.classes) == (None, None, ())
+
+
+def test_classes_of_one_have_nothing_to_test_on():
+    data = from_dataset([(X[0], "cat"), (X[1], "dog")])
+    assert (len(data.train), data.test) == (2, None)
 
 
 def test_grey_images_keep_one_channel():
@@ -153,7 +168,13 @@ def test_sizes():
         from_dataset(X, image_size=0)
 
 
+def where(pixels, label):
+    return pixels, "here" if torch.utils.data.get_worker_info() is None else "in a worker"
+
+
 def test_workers_read_the_same():
+    assert [from_dataset(Pictures(where), (X[:2], ["there"] * 2), classes=["here", "in a worker", "there"], workers=n)
+            .train.labels[0] for n in (0, 1)] == [0, 1]  # fmt: skip
     alone, helped = keep_dataset(Pictures()), keep_dataset(Pictures(FORMS["tensor"]), workers=1)
     assert alone == helped  # Named by content.
 
@@ -166,6 +187,8 @@ def test_what_is_kept_is_there_once_and_is_a_data_set_of_files(cache):
     data = load_dataset("npy", first)
     np.testing.assert_array_equal(data.train.images, from_dataset(Pictures()).train.images)
     assert isinstance(data.train.images, np.memmap)
+    sizes = [(first / f"{part}_images.npy").stat().st_size for part in ("train", "test")]
+    assert sizes == [128 + 27 * 20 * 18 * 3, 128 + 3 * 20 * 18 * 3]
 
 
 def test_what_a_killed_process_left_is_removed(cache):

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 
 from cpc_ext.data import load_dataset
+from cpc_ext.data.images import arrays
 from tests.data.images.conftest import encoded, pictures
 
 pytestmark = pytest.mark.usefixtures("cache")
 X, Y = pictures(40, 20, 20, 3), np.arange(40) % 4
 
 
-def write(path, compressed=(), **arrays):
+def write(path, compressed=(), **parts):
     with h5py.File(path, "w") as file:
-        for name, array in arrays.items():
+        for name, array in parts.items():
             options = {"compression": "gzip", "chunks": (4, *array.shape[1:])} if name in compressed else {}
             file.create_dataset(name.replace("__", "/"), data=array, **options)
     return path
@@ -40,10 +41,12 @@ def test_groups_are_splits_and_what_lies_in_one_piece_is_mapped(tmp_path, cache)
     assert not cache.exists()
 
 
-def test_compressed_arrays_are_read_once(tmp_path, cache):
+def test_compressed_arrays_are_read_once(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(arrays, "_BLOCK", 7)
     path = write(tmp_path / "all.h5", ["train__images", "test__images"], **PARTS)
-    check(load_dataset("hdf5", path))
-    assert cache.exists()
+    data = load_dataset("hdf5", path)
+    check(data)
+    assert data.train.paths == [f"train/images[{row}]" for row in range(30)]
     (cache_file,) = cache.rglob("images.bin")
     before = cache_file.stat().st_mtime_ns
     check(load_dataset("hdf5", tmp_path))

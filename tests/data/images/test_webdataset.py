@@ -96,8 +96,17 @@ def test_what_else_is_in_shards(tmp_path):
     shard(tmp_path / "test.tar", files(range(18, 24), **{"seg.png": encoded(X[0])}))
     (tmp_path / "index.json").write_text("{}")
     data = quiet(tmp_path)
+    assert data.train.paths[0] == "train.tgz/sample0000"
     np.testing.assert_array_equal(data.test.images, X[18:].transpose(0, 3, 1, 2))  # The first image of each sample.
     assert len(data.test) == 6
+
+
+def test_samples_of_one_name_in_two_folders(tmp_path):
+    shard(tmp_path / "train.tar", {f"{folder}/0.png": encoded(X[row]) for row, folder in enumerate("abc")})
+    shard(tmp_path / "test.tar", files(range(18, 24), lambda row: {}))
+    data = quiet(tmp_path)
+    np.testing.assert_array_equal(data.pretrain.images, X[:3].transpose(0, 3, 1, 2))
+    assert data.pretrain.paths == ["train.tar/a/0", "train.tar/b/0", "train.tar/c/0"]
 
 
 def test_samples_that_cannot_be_taken_are_left_out(tmp_path):
