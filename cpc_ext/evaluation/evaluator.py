@@ -241,7 +241,9 @@ class _Evaluator:
             if state == "untrained":
                 task = self._run.untrained(self._dataset, seed=self._run.config.compute.seed)
             images = self._train if split == "train" else self._test
-            view = self._run.config.model_dump(mode="json", exclude={"data", "optimization", "compute", "output"})
+            view = self._run.config.model_dump(
+                mode="json", exclude={"data", "optimization", "compute", "output", "probe"}
+            )
             origin = {
                 "cpc_ext": cpc_ext.__version__,
                 "weights": weights_digest(task.model),

@@ -129,8 +129,8 @@ def _features(
         sizes[:] = [part.shape[1] for part in parts]
         return torch.cat(parts, dim=1)
 
-    arguments = {} if progress is None else {"progress": progress}
-    return list(torch.split(encode(images, together, device, **arguments), sizes, dim=1))
+    encodings = encode(images, together, device, progress=progress or iter)
+    return list(torch.split(encodings, sizes, dim=1))
 
 
 def _labelled(dataset: Dataset) -> list[tuple[ImageSet, Tensor]]:

@@ -1,4 +1,4 @@
-"""The figures of a run, as PNG: how the loss went, what the model saw, which patches it finds alike, what it draws."""
+"""Figures of runs and evaluations: what a model saw, what it finds alike, what it draws, how few labels it needs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,11 @@ __all__ = [
     "AccuracyLine",
     "augmentation_sheet",
     "confusion",
-    "curves",
     "label_efficiency",
-    "likelihood_curves",
     "model_inputs",
     "nearest_patches",
     "save",
     "save_images",
-    "smoothed",
 ]
 
 _DPI = 130
@@ -46,8 +43,6 @@ _RUN_COLORS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _RED)
 _NUMBERED_CLASSES = 20
 # Numbers of labels nearer to each other than this factor would be written over each other.
 _TICK_DISTANCE = 1.15
-# A point of the smoothed curve looks back over this share of the run.
-_SMOOTHING = 0.05
 # Pictures of samples: at least so many pixels a side for each, by whole factors.
 _SHOWN_SIDE = 96
 
@@ -56,69 +51,6 @@ def save(path: Path, figure: Figure) -> None:
     """Write a figure as PNG. OSError where that fails."""
     with atomic_file(path) as file:
         FigureCanvasAgg(figure).print_png(file)  # type: ignore[no-untyped-call]  # Matplotlib has no annotations there.
-
-
-def curves(metrics: Sequence[dict[str, float]], guessing: dict[str, float], *, loss: str, accuracy: str) -> Figure:
-    """Loss and accuracy over the run.
-
-    metrics: logged steps with "step", "loss" and "accuracy". guessing: both for a model that guesses, drawn as lines.
-    loss, accuracy: what they are called on the axes.
-    """
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    steps = np.array([record["step"] for record in metrics])
-    panels = zip(figure.subplots(1, 2), (("loss", f"{loss} (nats)"), ("accuracy", accuracy)), strict=True)
-    for axes, (name, label) in panels:
-        values = np.array([record[name] for record in metrics])
-        smooth = smoothed(values)
-        # A run so short that it has few points shows them, as a line through them might be invisible.
-        marker = "o" if len(steps) < 10 else None
-        axes.plot(steps, values, color=_BLUE, alpha=0.3, linewidth=1, marker=marker, label="logged")
-        axes.plot(steps, smooth, color=_BLUE, linewidth=2, label="smoothed")
-        axes.axhline(guessing[name], color=_GRAY, linestyle="--", linewidth=1, label="guessing")
-        axes.set_xlabel("step (parameter updates)")
-        axes.set_ylabel(label)
-        axes.set_title(f"{name}: {smooth[-1]:.3f}" if name == "loss" else f"{name}: {smooth[-1]:.1%}")
-        axes.set_xlim(0, steps[-1])
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        if name == "accuracy":
-            axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.legend(frameon=False, loc="lower right")
-    return figure
-
-
-def likelihood_curves(metrics: Sequence[dict[str, float]], static_histogram: float) -> Figure:
-    """Bits per dimension over the run.
-
-    metrics: logged steps with "step" and "bits_per_dim", and observed ones with "step" and "heldout_bits_per_dim".
-    static_histogram: those of the best static per-pixel histogram model, drawn as a line.
-    """
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, label, color in (
-        ("bits_per_dim", "training", _BLUE),
-        ("heldout_bits_per_dim", "held-out (a part)", _GREEN),
-    ):
-        records = [record for record in metrics if name in record]
-        if not records:
-            continue
-        steps = np.array([record["step"] for record in records])
-        values = np.array([record[name] for record in records])
-        marker = "o" if len(steps) < 10 else None
-        if name == "bits_per_dim":
-            axes.plot(steps, values, color=color, alpha=0.3, linewidth=1, marker=marker)
-            values = smoothed(values)
-        axes.plot(steps, values, color=color, linewidth=2, marker=marker, label=label)
-        axes.set_title(f"{label}: {values[-1]:.3f} bits/dim")
-    axes.axhline(static_histogram, color=_GRAY, linestyle="--", linewidth=1, label="static histogram")
-    axes.set_xlabel("step (parameter updates)")
-    axes.set_ylabel("bits per dimension")
-    axes.set_xlim(left=0)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    return figure
 
 
 @dataclass(frozen=True)
@@ -335,16 +267,6 @@ def augmentation_sheet(rows: Sequence[tuple[str, np.ndarray, Sequence[str]]], *,
             _show(axes, _as_image(patch))
             axes.set_xlabel(caption, fontsize=6.5, labelpad=1.5)
     return figure
-
-
-def smoothed(values: np.ndarray) -> np.ndarray:
-    """Running mean over the last values; over fewer at the start, where there are none before."""
-    window = max(1, round(_SMOOTHING * len(values)))
-    sums = np.cumsum(np.concatenate([[0.0], values]))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
-    means: np.ndarray = (sums[ends] - sums[starts]) / (ends - starts)
-    return means
 
 
 def _show(axes: Axes, image: np.ndarray) -> None:

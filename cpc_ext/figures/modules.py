@@ -1,4 +1,4 @@
-"""Figures of encoders in modules: how the loss of each went, and how far a linear probe gets after each."""
+"""Figures of encoders in modules: how far a linear probe gets after each."""
 
 from __future__ import annotations
 
@@ -10,52 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from cpc_ext.figures.drawing import smoothed
+__all__ = ["accuracy_by_depth", "draw_depths"]
 
-__all__ = ["accuracy_by_depth", "curves_by_module", "draw_depths"]
-
-# By module, or by run.
+# By run.
 _COLORS = ("#1f5fa8", "#2e8b57", "#c0392b", "#8e5ea2", "#d08a1d", "#4a4a4a")
 _MARKERS = "osD^vP"
 _GRAY = "#8a8a8a"
-
-
-def curves_by_module(
-    metrics: Sequence[dict[str, float]],
-    modules: Sequence[int],
-    guessing: dict[str, float],
-    *,
-    loss: str,
-    accuracy: str,
-) -> Figure:
-    """Loss and accuracy of every module over the run.
-
-    metrics: logged steps with "step", and "loss" and "accuracy" of one module or "loss_module_0" and so on of several.
-    modules: those that were trained. guessing: both for a model that guesses, drawn as lines. loss, accuracy: what they
-    are called on the axes.
-    """
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    steps = np.array([record["step"] for record in metrics])
-    panels = zip(figure.subplots(1, 2), (("loss", f"{loss} (nats)"), ("accuracy", accuracy)), strict=True)
-    for axes, (name, label) in panels:
-        for place, module in enumerate(modules):
-            key = name if len(modules) == 1 else f"{name}_module_{module}"
-            values = np.array([record[key] for record in metrics])
-            color = _COLORS[place % len(_COLORS)]
-            marker = "o" if len(steps) < 10 else None
-            axes.plot(steps, values, color=color, alpha=0.25, linewidth=1, marker=marker)
-            axes.plot(steps, smoothed(values), color=color, linewidth=2, label=f"module {module}")
-        axes.axhline(guessing[name], color=_GRAY, linestyle="--", linewidth=1, label="guessing")
-        axes.set_xlabel("step (parameter updates)")
-        axes.set_ylabel(label)
-        axes.set_xlim(0, steps[-1])
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        if name == "accuracy":
-            axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    figure.axes[0].legend(frameon=False, loc="upper right")
-    return figure
 
 
 def accuracy_by_depth(

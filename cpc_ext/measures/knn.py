@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["NEIGHBOURS", "TEMPERATURE", "knn_scores"]
+__all__ = ["NEIGHBOURS", "TEMPERATURE", "knn_accuracy", "knn_scores"]
 
 NEIGHBOURS = 200
 TEMPERATURE = 0.07
@@ -44,3 +44,17 @@ def knn_scores(
         weights = ((similarity - 1) / temperature).exp()
         votes.append(weights.new_zeros(len(chunk), classes).scatter_add_(1, labels[nearest], weights))
     return torch.cat(votes)
+
+
+def knn_accuracy(
+    labelled: Tensor,
+    labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    *,
+    classes: int,
+    neighbours: int = NEIGHBOURS,
+) -> float:
+    """The fraction of queries [M, D] whose class, of int64 [M], has the most votes; the others as of knn_scores."""
+    scores = knn_scores(labelled, labels, queries, classes=classes, neighbours=neighbours)
+    return (scores.argmax(1) == query_labels).double().mean().item()

@@ -60,16 +60,19 @@ def encode(
     features: Callable[[Tensor], Tensor],
     device: torch.device,
     *,
+    chosen: np.ndarray | None = None,
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> Tensor:
-    """Features of all images, float32 [N, D] on the CPU.
+    """Features of images, float32 [N, D] on the CPU.
 
-    features: uint8 [B, C, H, W] on the device to [B, D]. progress: wraps the range of batches, as tqdm does.
+    features: uint8 [B, C, H, W] on the device to [B, D]. chosen: their indices, int64 [N]; None takes all. progress:
+    wraps the range of batches, as tqdm does.
     """
     fetch = ImageFetcher(images, device, resident=False)
+    indices = np.arange(len(images)) if chosen is None else chosen
     batches = [
-        features(fetch(np.arange(start, min(start + _ENCODE_BATCH, len(images))))).float()
-        for start in progress(range(0, len(images), _ENCODE_BATCH))
+        features(fetch(indices[start : start + _ENCODE_BATCH])).float()
+        for start in progress(range(0, len(indices), _ENCODE_BATCH))
     ]
     return torch.cat(batches).cpu()
 

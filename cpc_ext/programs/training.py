@@ -20,6 +20,7 @@ from pydantic import ValidationError
 import cpc_ext
 from cpc_ext.programs.command_line import exit_status
 from cpc_ext.programs.train_options import Command, describe, parse
+from cpc_ext.tasks.online_probe import PROBED
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.config import RunConfig, explain, option, options_that_may_change, validate_config
@@ -31,7 +32,7 @@ from cpc_ext.training.precision import check_device
 from cpc_ext.training.registry import task_class
 from cpc_ext.training.run_data import load_data
 from cpc_ext.training.run_dir import RunDir
-from cpc_ext.training.run_log import RunLog
+from cpc_ext.training.run_log import RunLog, read_metrics
 from cpc_ext.training.starting_weights import take_weights
 from cpc_ext.training.stop_request import EndedBySignal, StopRequest, signals_raise
 
@@ -136,12 +137,15 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
             return stopped
         if log is None:
             return 0  # What is left is for one process.
+        # What follows takes seconds, or minutes, in which nothing else would be said.
+        print("measuring what the trained model is worth ...", flush=True)
         with _timed(phases, "evaluation"):
             results = task.evaluate()
         log.scalars(trainer.step, results)
+        print("drawing its figures ...", flush=True)
         with _timed(phases, "figures"):
             task.save(run)
-        summary = _summary(config, task.unit, trainer, results, phases, ranks)
+        summary = _summary(config, task.unit, trainer, results | _probed(run), phases, ranks)
         _write(run.summary, json.dumps(summary, indent=2) + "\n")
     except OSError as error:
         raise TrainingError(f"could not write to {run.path} ({error}): make room; {trainer.on_disk()}") from None
@@ -243,7 +247,7 @@ def _by_option(config: RunConfig) -> dict[str, Any]:
 
 
 def _summary(
-    config: RunConfig, unit: str, trainer: Trainer, results: dict[str, float], phases: dict[str, float], ranks: Ranks
+    config: RunConfig, unit: str, trainer: Trainer, results: dict[str, Any], phases: dict[str, float], ranks: Ranks
 ) -> dict[str, Any]:
     device = ranks.device
     final = {
@@ -264,6 +268,12 @@ def _summary(
         "threads": torch.get_num_threads(),
         "versions": {"cpc_ext": cpc_ext.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }
+
+
+def _probed(run: RunDir) -> dict[str, Any]:
+    """What probes found on the way, [step, accuracy] of each, and the last; nothing where there were none."""
+    found = [[record["step"], record[PROBED]] for record in read_metrics(run.metrics, having=(PROBED,))]
+    return {PROBED: found, f"final_{PROBED}": found[-1][1]} if found else {}
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

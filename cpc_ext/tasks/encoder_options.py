@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from cpc_ext.tasks.encoder_names import ENCODER_HELP, check_encoder_name, has_own_norm
-from cpc_ext.training.config import RunConfig, Section
+from cpc_ext.training.config import MAY_CHANGE, RunConfig, Section
 
-__all__ = ["NORM_HELP", "ContrastSection", "EncoderConfig", "EncoderSection"]
+__all__ = ["NORM_HELP", "ContrastSection", "EncoderConfig", "EncoderSection", "ProbeSection"]
 
 Encoder = Annotated[str, AfterValidator(check_encoder_name)]
 GatherNegatives = Literal["none", "gather", "ring"]
@@ -41,8 +41,21 @@ class ContrastSection(Section):
     )
 
 
+class ProbeSection(Section):
+    """What is measured of the encoder on the way; it changes nothing of the training."""
+
+    probe_every: Annotated[Annotated[int, Field(ge=1)] | None, MAY_CHANGE] = Field(
+        None,
+        description="Updates between looks at what the encoder is worth so far: how often the nearest neighbours of "
+        "some held-out images, or frames of speech, are of their class. It needs labels, and its time is not counted "
+        "as training. None: only at the end.",
+    )
+
+
 class EncoderConfig(RunConfig):
     """A run that learns an encoder."""
+
+    probe: ProbeSection = Field(default_factory=ProbeSection)
 
     @property
     def encoder_section(self) -> EncoderSection:

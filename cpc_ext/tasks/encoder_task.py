@@ -25,7 +25,9 @@ from cpc_ext.measures.probe import encode, linear_probe
 from cpc_ext.models.encoder_model import EncoderModel
 from cpc_ext.tasks.encoder_names import EncoderSpec
 from cpc_ext.tasks.encoder_options import EncoderConfig
+from cpc_ext.tasks.online_probe import PROBED, ImageProbe, probe_curve
 from cpc_ext.training.atomic_file import atomic_file
+from cpc_ext.training.distribution import Ranks
 from cpc_ext.training.precision import autocast
 from cpc_ext.training.random_streams import seeded
 from cpc_ext.training.run_dir import RunDir
@@ -33,7 +35,7 @@ from cpc_ext.training.run_log import read_metrics
 from cpc_ext.training.safetensors_file import write_safetensors
 from cpc_ext.training.task import Task
 
-__all__ = ["EncoderTask", "guessing", "save_curves"]
+__all__ = ["EncoderTask", "guessing"]
 
 # What those who feed an encoder have no use for in a view.
 _OF_TRAINING = ("dtype", "augmentation")
@@ -67,6 +69,9 @@ class EncoderTask(Task):
         self._view = view
         self._encoder_spec = encoder
         self.examples = dataset.pretrain
+        self.observe_every = config.probe.probe_every
+        self.observe_start = self.observe_every is not None
+        self._probe: ImageProbe | None = None
         self.model = self.initial_model()
 
     @property
@@ -134,6 +139,13 @@ class EncoderTask(Task):
             "gray_std": dataset.gray_std,
         }
 
+    def prepare(self, ranks: Ranks, *, resumed: bool) -> None:
+        if self.observe_every is not None:
+            self._probe = ImageProbe(self._dataset, self._device)
+
+    def observe(self, step: int, run: RunDir) -> dict[str, float]:
+        return {} if self._probe is None else {PROBED: self._probe.accuracy(partial(self.features, self.model))}
+
     def evaluate(self) -> dict[str, float]:
         """Accuracies of the probe, on trained and untrained encoder, and of always naming the commonest class.
 
@@ -175,6 +187,14 @@ class EncoderTask(Task):
             write_safetensors(file, weights, metadata)
         self._save_figures(run)
 
+    def _save_curves(self, run: RunDir, guess: dict[str, float], *, loss: str) -> None:
+        """Draw what was logged of a contrastive loss, called ``loss``, beside that of guessing, and of the probe."""
+        metrics = read_metrics(run.metrics, having=("loss", "accuracy"))
+        if metrics:
+            probe = probe_curve(run.metrics, self._probe)
+            figure = figures.curves(metrics, guess, loss=loss, accuracy="contrastive accuracy", probe=probe)
+            figures.save(run.path / "curves.png", figure)
+
     def _shown(self, count: int) -> tuple[Tensor, np.ndarray | None]:
         """At most ``count`` images for a figure, from all of those that were not trained on, where there are any.
 
@@ -193,11 +213,3 @@ def guessing(*keys: int) -> dict[str, float]:
         "loss": sum(math.log(count) for count in keys) / len(keys),
         "accuracy": sum(1 / count for count in keys) / len(keys),
     }
-
-
-def save_curves(run: RunDir, guess: dict[str, float], *, loss: str) -> None:
-    """Draw what was logged of a contrastive loss, called ``loss``, beside that of guessing."""
-    metrics = read_metrics(run.metrics, having=("loss", "accuracy"))
-    if metrics:
-        figure = figures.curves(metrics, guess, loss=loss, accuracy="contrastive accuracy")
-        figures.save(run.path / "curves.png", figure)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from cpc_ext.tasks.encoder_options import ContrastSection
+from cpc_ext.tasks.encoder_options import ContrastSection, ProbeSection
 from cpc_ext.training.config import MOST, RunConfig, Section
 
 __all__ = [
@@ -119,6 +119,7 @@ class SequencePredictionSection(ContrastSection):
 class SpeechConfig(RunConfig):
     """A run that learns from speech."""
 
+    probe: ProbeSection = Field(default_factory=ProbeSection)
     view: WindowSection = Field(default_factory=WindowSection)
     encoder: WaveformSection = Field(default_factory=WaveformSection)
     context: SequenceContextSection = Field(default_factory=SequenceContextSection)

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from cpc_ext import __version__, figures
-from cpc_ext.data import SAMPLE_RATE, SpeechDataset, WaveformFetcher, WaveformSet, WindowSampler
-from cpc_ext.data.spread import spread
+from cpc_ext.data import SpeechDataset, WaveformFetcher, WaveformSet, WindowSampler
 from cpc_ext.measures.frames import label_centers
 from cpc_ext.measures.log_mel import log_mel
 from cpc_ext.measures.speech_frames import (
@@ -32,8 +32,10 @@ from cpc_ext.measures.speech_frames import (
 from cpc_ext.models import CPC, CausalTransformerContext, GreedyInfoMax, RecurrentContext, WaveformEncoder
 from cpc_ext.models.contexts.recurrent_context import State
 from cpc_ext.tasks.encoder_task import guessing
+from cpc_ext.tasks.online_probe import PROBED, FrameProbe, probe_curve, probed_recordings
 from cpc_ext.tasks.speech_options import SpeechConfig
 from cpc_ext.training.atomic_file import atomic_file
+from cpc_ext.training.distribution import Ranks
 from cpc_ext.training.precision import autocast
 from cpc_ext.training.random_streams import RandomStreams, seeded
 from cpc_ext.training.run_dir import RunDir
@@ -65,6 +67,9 @@ class SpeechTask(Task):
         self._dataset = dataset
         self._device = device
         self.examples = dataset.train
+        self.observe_every = config.probe.probe_every
+        self.observe_start = self.observe_every is not None
+        self._probe: FrameProbe | None = None
         self.model = self.initial_model()
 
     @abstractmethod
@@ -105,6 +110,13 @@ class SpeechTask(Task):
 
     def fetcher(self, device: torch.device, streams: RandomStreams) -> Fetcher:
         return WaveformFetcher(self.examples, device, self._config.view.window)
+
+    def prepare(self, ranks: Ranks, *, resumed: bool) -> None:
+        if self.observe_every is not None:
+            self._probe = FrameProbe(self._dataset)
+
+    def observe(self, step: int, run: RunDir) -> dict[str, float]:
+        return {} if self._probe is None else {PROBED: self._probe.accuracy(self.frames(self.model))}
 
     def speakers(self, labels: Tensor | None) -> Tensor | None:
         """What the objective is told of a batch's speakers. ValueError where it is to know and nobody does."""
@@ -238,13 +250,13 @@ class SpeechTask(Task):
         return waveform_encoder(self._config).frames(self._config.view.window)
 
     @abstractmethod
-    def _save_curves(self, run: RunDir, metrics: list[dict[str, float]]) -> None:
-        """Draw what was logged."""
+    def _curves(self, metrics: list[dict[str, float]], probe: figures.ProbeCurve | None) -> Figure:
+        """The figure of what was logged, and of what probes found on the way."""
 
     def _save_figures(self, run: RunDir) -> None:
         metrics = read_metrics(run.metrics, having=("loss", "accuracy"))
         if metrics:
-            self._save_curves(run, metrics)
+            figures.save(run.path / "curves.png", self._curves(metrics, probe_curve(run.metrics, self._probe)))
         test = self._dataset.test
         if test is None or not len(test) or test.phones is None:
             return
@@ -289,13 +301,6 @@ def sequence_context(config: SpeechConfig, channels: int, frames: int) -> Recurr
         keep_state=options.keep_state,
         remove_bptt=not options.backprop_through_time,
     )
-
-
-def probed_recordings(waveforms: WaveformSet, seconds: float) -> np.ndarray:
-    """Recordings that last about so long together, from all of the set; at least one, at most all."""
-    total = len(waveforms.samples) / SAMPLE_RATE
-    count = len(waveforms) if total <= seconds else max(1, int(len(waveforms) * seconds / total))
-    return spread(count, len(waveforms))
 
 
 def context_layers(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import numpy as np
@@ -170,6 +171,9 @@ class Trainer:
             dynamic_ncols=True,
             disable=not self._ranks.main,
         ) as bar:
+            if self.step == 0 and self._task.observe_start:
+                with _measuring(bar):
+                    self._observe(log)
             while self.step < self.total_steps and not self._parts.any(stop.signal is not None):
                 self._update(next(batches), fetch)
                 bar.update()
@@ -177,7 +181,8 @@ class Trainer:
                     self._log(log, bar)
                 every = self._task.observe_every
                 if every is not None and (self.step % every == 0 or self.step == self.total_steps):
-                    self._observe(log)
+                    with _measuring(bar):
+                        self._observe(log)
                 if self.step % options.checkpoint_every == 0 or self.step == self.total_steps:
                     self._save(log, complete_interval=True)
             error = None
@@ -278,6 +283,8 @@ class Trainer:
                 warn(f"could not write what was observed at step {self.step} ({error}); training goes on without")
 
         self._stop_clock()
+        if self._ranks.pipeline:
+            self._parts.bring_weights()
         self._task.model.eval()
         self._ranks.on_main(observe)
         self._task.model.train()
@@ -380,3 +387,12 @@ class Trainer:
         now = time.perf_counter()
         self.seconds += now - self._started
         self._started = now
+
+
+@contextmanager
+def _measuring(bar: tqdm[NoReturn]) -> Iterator[None]:
+    """The bar says, in the block, why it stands still; where it is written line after line, no line is spent on it."""
+    redrawn = sys.stderr.isatty()
+    bar.set_description("measuring ...", refresh=redrawn)
+    yield
+    bar.set_description(refresh=redrawn)

@@ -101,6 +101,9 @@ class Parts:
         for name, meter in meters.items():
             meter.load_state_dict(self._measured_here(state[name]))
 
+    def bring_weights(self) -> None:
+        """Let the main process's model have the weights of all parts, wherever they are trained. All call it."""
+
     def finish(self) -> None:
         """Wait for all that is under way between the processes."""
 

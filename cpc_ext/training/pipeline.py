@@ -45,6 +45,11 @@ class Pipeline(Parts):
     def any(self, flag: bool) -> bool:
         return self._link.any(flag)
 
+    def bring_weights(self) -> None:
+        found = self._ranks.gather_on_main(_to_cpu(self.modules[self._ranks.rank].state_dict()))
+        if found is not None:
+            self._take_weights(found)
+
     def finish(self) -> None:
         self._link.finish()
 
@@ -73,12 +78,16 @@ class Pipeline(Parts):
         found = self._ranks.gather_on_main(_to_cpu((self.modules[self._ranks.rank].state_dict(), learner, meters)))
         if found is None:
             return learners, meters
-        for module, (weights, _, _) in zip(self.modules[1:], found[1:], strict=True):
-            module.load_state_dict(weights)
+        self._take_weights([weights for weights, _, _ in found])
         for name, meter in meters.items():
             for _, _, others in found:
                 meter["sums"] |= others[name]["sums"]
         return [learner for _, learner, _ in found], meters
+
+    def _take_weights(self, found: Sequence[dict[str, Any]]) -> None:
+        """Those of the other processes' parts, of the weights of all, into the model of this one, the first."""
+        for module, weights in zip(self.modules[1:], found[1:], strict=True):
+            module.load_state_dict(weights)
 
     def _measured_here(self, meter: dict[str, Any]) -> dict[str, Any]:
         mine = self._named("", self._ranks.rank)

@@ -33,7 +33,8 @@ class RunLog:
 
     def __init__(self, run: RunDir, *, after_step: int = 0) -> None:
         before = run.metrics.read_bytes() if run.metrics.is_file() else b""
-        kept = b"".join(line + b"\n" for record, line in _records(before) if record["step"] <= after_step)
+        # Step 0 is of a run that begins, and one that goes on from there begins again.
+        kept = b"".join(line + b"\n" for record, line in _records(before) if record["step"] <= after_step > 0)
         if kept != before:
             # Not in place: a kill between emptying and filling it would take all steps so far.
             with atomic_file(run.metrics) as file:
@@ -44,7 +45,7 @@ class RunLog:
         self._tensorboard: SummaryWriter | None = None
         with self._without_tensorboard():
             # TensorBoard hides what an earlier process logged from purge_step on.
-            self._tensorboard = SummaryWriter(str(run.tensorboard), purge_step=after_step + 1)
+            self._tensorboard = SummaryWriter(str(run.tensorboard), purge_step=after_step and after_step + 1)
 
     def log(self, record: dict[str, float | int], *, group: str = "train") -> None:
         """Add one line; record holds "step" and any numbers. group: the scalars' group in TensorBoard."""

@@ -70,12 +70,14 @@ class Task(ABC):
         examples: what it is trained on.
         unit: what one of a batch is called in logs and messages, in the plural.
         observe_every: updates between calls of :meth:`observe`; None for none.
+        observe_start: whether a run also begins with one, at step 0.
     """
 
     model: nn.Module
     examples: ImageSet | WaveformSet
     unit: str = "images"
     observe_every: int | None = None
+    observe_start: bool = False
 
     if TYPE_CHECKING:
 

@@ -316,13 +316,13 @@ def test_encodings_depend_on_the_model_and_its_view_alone(tmp_path, measure, cal
     for number, options in enumerate(
         (
             {},
-            *({"lr": 0.5}, {"data_dir": tmp_path}, {"seed": 9}, {"log_every": 3}),
+            *({"lr": 0.5}, {"data_dir": tmp_path}, {"seed": 9}, {"log_every": 3}, {"probe_every": 3}),
             *({"crop": 30}, {"norm": "layer"}, {"precision": "bf16"}),
         )
     ):
         measure(Run(tmp_path / f"run{number}", **{**base, **options}), labels="1", repeats=1)
     first = origins[::2]
-    assert len(set(first[:5])) == 1
+    assert len(set(first[:6])) == 1
     assert len(set(first)) == 4
     assert all(isinstance(json.loads(each)["model"], str) for each in first)
 

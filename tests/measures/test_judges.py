@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from cpc_ext.data import ImageSet
 from cpc_ext.evaluation.finetuning import FineTuning
 from cpc_ext.measures import knn, probe
-from cpc_ext.measures.knn import knn_scores
+from cpc_ext.measures.knn import knn_accuracy, knn_scores
 from cpc_ext.measures.label_subsets import LabelBudget, parse_label_budgets
 from cpc_ext.measures.probe import encode, fit_linear_classifier, linear_probe
 from cpc_ext.training.errors import TrainingError
@@ -202,3 +202,19 @@ def test_a_class_without_enough_labels_is_named():
 def test_steps_of_fine_tuning(images, epochs, least, steps):
     recipe = FineTuning(epochs=epochs, min_steps=least, encoder_lr=1.0, head_lr=1.0)
     assert recipe.steps(images) == steps
+
+
+def test_accuracy_of_the_nearest_is_the_share_of_right_answers():
+    keys = torch.eye(3)[[0, 0, 1, 2]]
+    labels = torch.tensor([1, 1, 0, 2])
+    queries = torch.tensor([[1.0, 0.1, 0.0], [0.0, 1.0, 0.1], [0.0, 0.1, 1.0], [0.1, 0.0, 1.0]])
+    for expected, share in (([1, 0, 2, 2], 1.0), ([1, 0, 0, 2], 0.75), ([0, 1, 0, 0], 0.0)):
+        assert knn_accuracy(keys, labels, queries, torch.tensor(expected), classes=3, neighbours=1) == share
+    # All vote, and the one that is near outweighs the two that are not.
+    assert knn_accuracy(keys, labels, queries[1:2], torch.tensor([0]), classes=3) == 1.0
+
+
+def test_encodings_of_chosen_images_alone():
+    images = ImageSet(np.arange(120, dtype=np.uint8).reshape(120, 1, 1, 1))
+    found = encode(images, lambda batch: batch.flatten(1).float(), CPU, chosen=np.array([7, 3, *range(60, 120)]))
+    assert found.flatten().tolist() == [7, 3, *range(60, 120)]

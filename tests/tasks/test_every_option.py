@@ -577,6 +577,14 @@ def sample_every(model: str) -> None:
         assert task_of(model, sample_every=updates).observe_every == updates
 
 
+def probe_every(model: str) -> None:
+    for updates in (None, 3):
+        task = task_of(model, probe_every=updates)
+        task.prepare(Ranks(CPU), resumed=False)
+        assert (task.observe_every, task.observe_start) == (updates, updates is not None)
+        assert list(task.observe(0, RunDir(Path()))) == ([] if updates is None else ["knn_accuracy"])
+
+
 def ema_decay(model: str) -> None:
     """Update 1 keeps (1 + 1) / (10 + 1) of the average, or its decay where that is less."""
     for decay, kept in ((0.0, None), (0.1, 0.1), (0.9, 2 / 11)):
@@ -885,6 +893,7 @@ EFFECTS: dict[str, Callable[..., None]] = {
         *(encoder, norm, gather_negatives, context_layers, pred_steps, pred_directions, skip, neg_samples),
         *(context_channels, shared_context, target_channels, prediction_scale, variant),
         *(modules, split_at, objective, init, train_module, cache_outputs, cache_views, pipeline),
+        probe_every,
         *(view_size, min_crop_area, blur_kernel, projection_channels, temperature),
         *(levels, code_channels),
         *(layers, hidden_channels, class_conditional, mirror, sample_every, ema_decay, mixtures, dropout, data_init),
@@ -984,6 +993,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "layers": ("6", 6),
     "hidden_channels": ("18", 18),
     "sample_every": ("123", 123),
+    "probe_every": ("234", 234),
     "ema_decay": ("0.7", 0.7),
     "mixtures": ("3", 3),
     "dropout": ("0.3", 0.3),

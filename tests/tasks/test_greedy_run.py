@@ -293,6 +293,14 @@ def noise(tmp_path, monkeypatch) -> list[str]:
     ]
 
 
+def label(images: Path) -> None:
+    """Let a folder's images be of two classes, three in four to learn from and the others to test with."""
+    for number, image in enumerate(sorted(images.glob("*.png"))):
+        folder = images / ("test" if number % 4 == 3 else "train") / str(number // 12)
+        folder.mkdir(parents=True, exist_ok=True)
+        image.rename(folder / image.name)
+
+
 def start_two(start, *arguments: str | Path) -> list[subprocess.Popen[str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -312,8 +320,10 @@ def start_two(start, *arguments: str | Path) -> list[subprocess.Popen[str]]:
 
 def test_a_pipeline_is_all_at_once(start, noise, tmp_path):
     """Two processes with a module each end up with what one process with both does, also when one goes on later."""
-    processes = start_two(start, "--out-dir", tmp_path / "pipeline", *noise, "--pipeline", "--steps", "7")
-    assert program.main(["--out-dir", str(tmp_path / "one"), *noise, "--steps", "7"]) == 0
+    label(tmp_path / "images")
+    noise += ["--probe-every", "3", "--steps", "7"]
+    processes = start_two(start, "--out-dir", tmp_path / "pipeline", *noise, "--pipeline")
+    assert program.main(["--out-dir", str(tmp_path / "one"), *noise]) == 0
     outputs = [process.communicate(timeout=PATIENCE_SECONDS)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
 
@@ -334,6 +344,8 @@ def test_a_pipeline_is_all_at_once(start, noise, tmp_path):
     compare()
     summary = json.loads((tmp_path / "pipeline" / "summary.json").read_text())
     assert summary["processes"] == 2
+    # Probes are taken with the weights of all modules.
+    assert [step for step, _ in summary["knn_accuracy"]] == [0, 3, 6, 7]
     # The checkpoint knows of losses since the last log line, of all modules.
     resumed = [*("--resume", "--out-dir", str(tmp_path / "pipeline"), "--no-pipeline", "--steps", "10")]
     assert program.main(resumed) == 0

@@ -18,6 +18,7 @@ from cpc_ext.programs.train_options import parse
 from cpc_ext.tasks import speech_task
 from cpc_ext.training import registry
 from cpc_ext.training.config import OptionError, option, validate_config
+from cpc_ext.training.distribution import Ranks
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.random_streams import RandomStreams
 from cpc_ext.training.registry import task_class
@@ -37,7 +38,7 @@ BASE = {
     "optimization": {"steps": 4, "batch_size": 4},
 }
 # The sections that tasks of speech look at; the others are the loop's.
-SECTIONS = ("view", "encoder", "context", "prediction", "greedy")
+SECTIONS = ("probe", "view", "encoder", "context", "prediction", "greedy")
 
 
 def config_of(model="cpc-audio", **options):
@@ -229,6 +230,15 @@ def test_a_module_draws_the_same_whoever_trains_those_before_it():
         assert values["loss"].item() == loss
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_probe_every(model):
+    for updates in (None, 5):
+        task = task_of(model, dataset_of(test=recordings(6)), probe_every=updates)
+        task.prepare(Ranks(CPU), resumed=False)
+        assert (task.observe_every, task.observe_start) == (updates, updates is not None)
+        assert list(task.observe(0, None)) == ([] if updates is None else ["knn_accuracy"])
+
+
 def test_every_option_is_tried():
     names = {
         name
@@ -239,7 +249,7 @@ def test_every_option_is_tried():
     }
     tried = {
         *OF_OBJECTIVE,
-        *("dropout", "window", "windows", "cross_borders", "recipe", "keep_state"),
+        *("probe_every", "dropout", "window", "windows", "cross_borders", "recipe", "keep_state"),
         *("channels", "padding", "norm", "normalization", "context", "context_channels", "context_layers"),
         *("backprop_through_time", "modules", "context_per_module", "train_module", "pipeline"),
     }

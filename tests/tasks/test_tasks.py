@@ -189,6 +189,7 @@ def test_curves_of_what_was_logged_beside_guessing(model, options, keys, tmp_pat
     assert guessing == pytest.approx(
         {"loss": np.mean([math.log(key) for key in keys]), "accuracy": np.mean([1 / key for key in keys])}
     )
+    assert words.pop("probe") is None
     contrastive = {"loss": "NT-Xent loss" if model == "simclr" else "InfoNCE loss", "accuracy": "contrastive accuracy"}
     assert words == ({"loss": "cross-entropy", "accuracy": "accuracy"} if "objective" in options else contrastive)
     drawn.clear()
@@ -203,6 +204,21 @@ def test_curves_are_called_what_they_are():
     guess, words = {"loss": 2.0, "accuracy": 0.1}, {"loss": "entropy", "accuracy": "share found"}
     for figure in (figures.curves(records, guess, **words), figures.curves_by_module(records, [1], guess, **words)):
         assert [axes.get_ylabel() for axes in figure.axes] == ["entropy (nats)", "share found"]
+
+
+@pytest.mark.parametrize("model", WITH_ENCODER)
+@pytest.mark.parametrize("every", [None, 7])
+def test_curves_have_the_probes_beside_them(model, every, tmp_path, drawn):
+    """Also those of a run that has stopped to take any; then nobody knows of chance."""
+    run = RunDir(tmp_path)
+    task = task_of(model, probe_every=every)
+    task.prepare(Ranks(CPU), resumed=False)
+    names = ["loss", "accuracy"]
+    logged = {f"{name}{end}": 1.0 for name in names for end in ("", *(f"_module_{module}" for module in range(3)))}
+    write_metrics(run, {"knn_accuracy": 0.25}, logged, {"knn_accuracy": 0.5})
+    task.save(run)
+    probe = drawn[drawn["curves.png"]][1]["probe"]
+    assert (list(probe.steps), list(probe.accuracy), probe.chance) == ([0, 2], [0.25, 0.5], every and 0.5)
 
 
 # Encoders: their figures.

@@ -143,7 +143,7 @@ def bars(monkeypatch):
 
     class Bar:
         def __init__(self, **options):
-            self.options, self.steps, self.shown = options, 0, []
+            self.options, self.steps, self.shown, self.said = options, 0, [], []
             made.append(self)
 
         __enter__ = lambda self: self  # noqa: E731
@@ -154,6 +154,9 @@ def bars(monkeypatch):
 
         def set_postfix(self, values, refresh):
             self.shown.append((values, refresh))
+
+        def set_description(self, text="", refresh=True):
+            self.said.append((self.steps, text, refresh))
 
     monkeypatch.setattr(loop, "tqdm", Bar)
     return made
@@ -212,6 +215,7 @@ def test_lines_of_the_log(tmp_path, clock, bars):
         "disable": False,
     }
     assert bar.shown[0] == ({"loss": f"{np.mean(losses[:2]):.3f}", "images/s": "3"}, False)
+    assert bar.said == [(step, text, False) for step in (4, 5) for text in ("measuring ...", "")]
 
 
 def test_the_bar_is_redrawn_where_someone_looks_and_by_one_process(tmp_path, bars, monkeypatch):
@@ -222,9 +226,30 @@ def test_the_bar_is_redrawn_where_someone_looks_and_by_one_process(tmp_path, bar
     monkeypatch.setattr(loop.sys, "stderr", Terminal())
     trainer = trainer_of(tmp_path, ranks=Second(CPU), steps=3)
     trainer.step = 1
-    train(trainer)
+    trainer._task.observe_every = 3
+    trainer.train(Log(), StopRequest())
     (bar,) = bars
     assert (bar.options["mininterval"], bar.options["disable"], bar.options["initial"]) == (0.2, True, 1)
+    assert bar.said == [(2, "measuring ...", True), (2, "", True)]
+
+
+def test_a_run_may_begin_with_a_look_at_the_model(tmp_path, clock):
+    """It is taken once: of the model as it starts, and after its checkpoint; and it is no training."""
+
+    def wait() -> None:
+        clock.now += 1000
+        assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == trainer.step
+
+    task = Parts()
+    task.observe_every, task.observe_start, task.before_observing = 9, True, wait
+    trainer = trainer_of(tmp_path, task, steps=2, checkpoint_every=1)
+    train(trainer, stop_after=1)
+    assert task.observed == [(0, False)]
+    assert trainer.seconds == 0
+    resumed = trainer_of(tmp_path, task, steps=1, checkpoint_every=1)
+    resumed.resume(load_checkpoint(tmp_path / "checkpoint.pt"))
+    train(resumed)
+    assert task.observed == [(0, False)]
 
 
 def test_a_step_takes_no_time_at_all(tmp_path, clock):

@@ -59,6 +59,15 @@ def test_what_is_no_record_is_left_out(tmp_path, tail):
     assert reopened(run, 5) == lines(1, 2)
 
 
+def test_a_run_that_goes_on_from_its_start_begins_again(tmp_path):
+    """What was found before its first step is found once more."""
+    run = RunDir(tmp_path)
+    run.metrics.write_bytes(lines(0, 1))
+    assert reopened(run, 0) == b""
+    run.metrics.write_bytes(lines(0, 1, 2))
+    assert reopened(run, 1) == lines(0, 1)
+
+
 def test_last_record_without_an_end_of_line_is_whole(tmp_path):
     run = RunDir(tmp_path)
     run.metrics.write_bytes(lines(1, 2)[:-1])

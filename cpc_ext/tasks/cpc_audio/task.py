@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from cpc_ext import figures
@@ -12,7 +13,6 @@ from cpc_ext.models import CPC
 from cpc_ext.nn.sequence_info_nce import SequenceInfoNCE
 from cpc_ext.tasks.speech_task import SpeechTask, context_layers, sequence_context, waveform_encoder
 from cpc_ext.training.random_streams import RandomStreams
-from cpc_ext.training.run_dir import RunDir
 
 __all__ = ["TASK", "CPCAudioTask"]
 
@@ -36,9 +36,9 @@ class CPCAudioTask(SpeechTask):
     def layers(self, model: Any) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
         return [("encoder", model.encode), *context_layers(model.context, model.encode)]
 
-    def _save_curves(self, run: RunDir, metrics: list[dict[str, float]]) -> None:
-        figure = figures.curves(metrics, self.guess, loss="InfoNCE loss", accuracy="contrastive accuracy")
-        figures.save(run.path / "curves.png", figure)
+    def _curves(self, metrics: list[dict[str, float]], probe: figures.ProbeCurve | None) -> Figure:
+        words = {"loss": "InfoNCE loss", "accuracy": "contrastive accuracy"}
+        return figures.curves(metrics, self.guess, **words, probe=probe)
 
 
 TASK = CPCAudioTask

@@ -12,7 +12,7 @@ from cpc_ext.models import CPC, GatedPixelCNNContext
 from cpc_ext.models.encoder_model import EncoderModel
 from cpc_ext.nn.grid_info_nce import GridInfoNCEOutput
 from cpc_ext.tasks.cpc_v1.options import CPCConfig
-from cpc_ext.tasks.encoder_task import EncoderTask, guessing, save_curves
+from cpc_ext.tasks.encoder_task import EncoderTask, guessing
 from cpc_ext.tasks.patches import center_or_random, patch_encoder, patch_view, save_patch_figures
 from cpc_ext.training.random_streams import RandomStreams
 from cpc_ext.training.run_dir import RunDir
@@ -56,7 +56,7 @@ class CPCv1Task(EncoderTask):
         return model.encode(center_or_random(self._view, images, generator))
 
     def _save_figures(self, run: RunDir) -> None:
-        save_curves(run, guessing(*self._config.keys_by_step), loss="InfoNCE loss")
+        self._save_curves(run, guessing(*self._config.keys_by_step), loss="InfoNCE loss")
         encodings = partial(self.encodings, self.model)
         save_patch_figures(run, self._view, self._shown, encodings, self._config.compute.seed)
 

@@ -13,7 +13,7 @@ from cpc_ext.models.encoder_model import EncoderModel
 from cpc_ext.nn import TargetInfoNCE
 from cpc_ext.nn.grid_info_nce import GridInfoNCEOutput
 from cpc_ext.tasks.cpc_v2.options import CPCv2Config
-from cpc_ext.tasks.encoder_task import EncoderTask, guessing, save_curves
+from cpc_ext.tasks.encoder_task import EncoderTask, guessing
 from cpc_ext.tasks.patches import center_or_random, patch_encoder, patch_view, save_patch_figures
 from cpc_ext.training.random_streams import RandomStreams
 from cpc_ext.training.run_dir import RunDir
@@ -76,7 +76,7 @@ class CPCv2Task(EncoderTask):
 
     def _save_figures(self, run: RunDir) -> None:
         patches_of_batch = self._config.view.grid_size**2 * self._config.optimization.batch_size
-        save_curves(run, guessing(patches_of_batch), loss="InfoNCE loss")
+        self._save_curves(run, guessing(patches_of_batch), loss="InfoNCE loss")
         encodings = partial(self.encodings, self.model)
         save_patch_figures(run, self._view, self._shown, encodings, self._config.compute.seed)
 

@@ -22,6 +22,7 @@ from cpc_ext.tasks.greedy_infomax.module_inputs import ModuleInputs
 from cpc_ext.tasks.greedy_infomax.module_step import ModuleStep
 from cpc_ext.tasks.greedy_infomax.options import GreedyConfig
 from cpc_ext.tasks.module_task import ModuleTask
+from cpc_ext.tasks.online_probe import probe_curve
 from cpc_ext.tasks.patches import center_or_random, patch_encoder, patch_view, save_patch_figures
 from cpc_ext.training.config import RunConfig
 from cpc_ext.training.distribution import Ranks
@@ -94,6 +95,7 @@ class GreedyTask(ModuleTask, EncoderTask):
         self.check_modules(trained.greedy, _shape(trained), _shape(self._config))
 
     def prepare(self, ranks: Ranks, *, resumed: bool) -> None:
+        super().prepare(ranks, resumed=resumed)
         self.inputs.prepare(ranks)
 
     def fetcher(self, device: torch.device, streams: RandomStreams) -> Fetcher:
@@ -122,7 +124,8 @@ class GreedyTask(ModuleTask, EncoderTask):
                 guess, loss, accuracy = guessing(len(self._dataset.classes)), "cross-entropy", "accuracy"
             else:
                 guess, loss, accuracy = guessing(*self._config.keys_by_step), "InfoNCE loss", "contrastive accuracy"
-            figure = figures.curves_by_module(metrics, learning, guess, loss=loss, accuracy=accuracy)
+            probe = probe_curve(run.metrics, self._probe)
+            figure = figures.curves_by_module(metrics, learning, guess, loss=loss, accuracy=accuracy, probe=probe)
             figures.save(run.path / "curves.png", figure)
         encodings = partial(self.encodings, self.model)
         save_patch_figures(run, self._view, self._shown, encodings, self._config.compute.seed)

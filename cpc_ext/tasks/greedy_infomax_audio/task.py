@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from cpc_ext import figures
@@ -20,7 +21,6 @@ from cpc_ext.tasks.speech_task import SpeechTask, context_layers, sequence_conte
 from cpc_ext.training.config import RunConfig
 from cpc_ext.training.precision import autocast
 from cpc_ext.training.random_streams import RandomStreams
-from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.task import Handover
 
 __all__ = ["TASK", "GreedyAudioTask"]
@@ -84,11 +84,9 @@ class GreedyAudioTask(ModuleTask, SpeechTask):
             found += context_layers(context, model.encode)
         return found
 
-    def _save_curves(self, run: RunDir, metrics: list[dict[str, float]]) -> None:
-        figure = figures.curves_by_module(
-            metrics, self._config.greedy.learning, self.guess, loss="InfoNCE loss", accuracy="contrastive accuracy"
-        )
-        figures.save(run.path / "curves.png", figure)
+    def _curves(self, metrics: list[dict[str, float]], probe: figures.ProbeCurve | None) -> Figure:
+        words = {"loss": "InfoNCE loss", "accuracy": "contrastive accuracy"}
+        return figures.curves_by_module(metrics, self._config.greedy.learning, self.guess, **words, probe=probe)
 
 
 class _ModuleStep(Module):

@@ -11,7 +11,7 @@ from cpc_ext.models import SimCLR
 from cpc_ext.models.encoder_model import EncoderModel
 from cpc_ext.nn import NTXentOutput
 from cpc_ext.tasks.encoder_names import encoder_spec
-from cpc_ext.tasks.encoder_task import EncoderTask, guessing, save_curves
+from cpc_ext.tasks.encoder_task import EncoderTask, guessing
 from cpc_ext.tasks.simclr.options import SimCLRConfig
 from cpc_ext.training.precision import patch_dtype
 from cpc_ext.training.random_streams import RandomStreams
@@ -75,7 +75,7 @@ class SimCLRTask(EncoderTask):
         return model.encode(view)[..., None, None]
 
     def _save_figures(self, run: RunDir) -> None:
-        save_curves(run, guessing(2 * self._config.optimization.batch_size - 1), loss="NT-Xent loss")
+        self._save_curves(run, guessing(2 * self._config.optimization.batch_size - 1), loss="NT-Xent loss")
         self._save_inputs(run)
 
     def _save_inputs(self, run: RunDir) -> None:
