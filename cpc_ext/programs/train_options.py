@@ -88,7 +88,7 @@ def parse(arguments: Sequence[str], *, prog: str = PROGRAM) -> Command:
         defaults = defaults_of(**vars(chosen))
     except OptionError as error:
         _refuse(str(error), prog)
-    arguments = _with_values(arguments)
+    arguments = _joined(_with_values(arguments), "--logger")
     _refuse_options_of_other_models(arguments, defaults, prog)
     try:
         command = parse_command(
@@ -177,6 +177,24 @@ def _with_values(arguments: Sequence[str]) -> list[str]:
         if argument.replace("_", "-") == "--gather-negatives" and alone:
             given[index] = f"{argument}=gather"
     return given
+
+
+def _joined(arguments: Sequence[str], name: str) -> list[str]:
+    """An option that is given again and again, with all values where it is first: the parser knows only the last."""
+    rest, values, place = [], [], None
+    taking = False
+    for argument in arguments:
+        found, _, value = argument.partition("=")
+        if argument.startswith("--"):
+            taking = found == name
+        if not taking:
+            rest.append(argument)
+        elif argument.startswith("--"):
+            place = len(rest) if place is None else place
+            values += [value] if value else []
+        else:
+            values.append(argument)
+    return rest if place is None else [*rest[:place], name, *values, *rest[place:]]
 
 
 def _refuse_options_of_other_models(arguments: Sequence[str], defaults: RunConfig, prog: str) -> None:

@@ -27,6 +27,7 @@ from cpc_ext.training.config import RunConfig, explain, option, options_that_may
 from cpc_ext.training.data_record import described
 from cpc_ext.training.distribution import Ranks, joined_ranks, lost_contact
 from cpc_ext.training.errors import TrainingError, speaker, unfailing_output
+from cpc_ext.training.loggers import check_loggers
 from cpc_ext.training.loop import Trainer
 from cpc_ext.training.precision import check_device
 from cpc_ext.training.registry import task_class
@@ -76,6 +77,7 @@ def run(command: Command) -> tuple[int, Path]:
     with joined_ranks(config.compute.device) as ranks:
         ranks = replace(ranks, pipeline=config.pipeline)
         check_device(str(ranks.device))
+        ranks.on_main(lambda: check_loggers(config.output.logger))
         if ranks.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # All batches have one shape, so the search pays once.
         held: list[RunDir] = []
@@ -145,6 +147,7 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
         print("drawing its figures ...", flush=True)
         with _timed(phases, "figures"):
             task.save(run)
+            log.images(trainer.step, sorted(run.path.glob("*.png")))
         summary = _summary(config, task.unit, trainer, results | _probed(run), phases, ranks)
         _write(run.summary, json.dumps(summary, indent=2) + "\n")
     except OSError as error:
@@ -186,11 +189,13 @@ def _opened_log(config: RunConfig, run: RunDir, trainer: Trainer, ranks: Ranks) 
         run.check_space(trainer.checkpoint_bytes)
         try:
             _write(run.config, config.to_yaml())
-            logs.append(RunLog(run, after_step=trainer.step))
+            logs.append(RunLog(run, after_step=trainer.step, loggers=config.output.logger))
         except OSError as error:
             raise TrainingError(f"--out-dir: cannot write to {run.path}: {error}") from None
 
     ranks.on_main(prepare)
+    for log in logs:
+        log.config(config)
     return logs[0] if logs else None
 
 

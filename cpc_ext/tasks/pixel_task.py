@@ -121,7 +121,7 @@ class PixelTask(Task):
         """Bits per dimension of some held-out images, and samples as samples/step-NUMBER.png."""
         bits = self._bits_per_dim(self._test, _HELD_OUT_IMAGES)
         run.samples.mkdir(exist_ok=True)
-        figures.save_images(run.samples / f"step-{step:06d}.png", shown(self.model, self._samples()))
+        figures.save_images(run.sample(step), shown(self.model, self._samples()))
         return {"heldout_bits_per_dim": bits}
 
     def evaluate(self) -> dict[str, float]:

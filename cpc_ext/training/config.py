@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from cpc_ext.data_sets import DATASETS, idle_of_dataset, medium
@@ -20,6 +20,7 @@ from cpc_ext.training.machine import check_device_name
 from cpc_ext.training.registry import MODELS, config_class, model_medium, published, title
 
 __all__ = [
+    "LOGGERS",
     "MAY_CHANGE",
     "MOST",
     "DataSection",
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 else:
     Model = Literal[MODELS]
     DatasetName = Literal[DATASETS]
+Logger = Literal["tensorboard", "wandb", "mlflow"]
+LOGGERS: tuple[str, ...] = get_args(Logger)
 Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "constant"]
 # What differs from the defaults of a model's configs, by section; and that by data set.
@@ -207,6 +210,17 @@ class OutputSection(Section):
     checkpoint_every: Annotated[int, MAY_CHANGE] = Field(
         500, ge=1, description="Updates between checkpoints; one is always written at the end."
     )
+    logger: Annotated[tuple[Logger, ...], MAY_CHANGE] = Field(
+        ("tensorboard",),
+        description="Where metrics, config and figures go besides metrics.jsonl and metrics.csv; several may be given, "
+        "or none. wandb and mlflow need their libraries, cpc_ext[wandb] and cpc_ext[mlflow], and write into the run's "
+        "folder.",
+    )
+
+    @field_validator("logger")
+    @classmethod
+    def _each_logger_once(cls, names: tuple[Logger, ...]) -> tuple[Logger, ...]:
+        return tuple(dict.fromkeys(names))
 
 
 class RunConfig(Section):

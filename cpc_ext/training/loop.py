@@ -277,8 +277,11 @@ class Trainer:
 
         def observe() -> None:
             assert log is not None  # The main process has one.
+            sample = self._run.sample(self.step)
             try:
                 log.log({"step": self.step, **self._task.observe(self.step, self._run)}, group="observed")
+                if sample.is_file():
+                    log.images(self.step, [sample])
             except OSError as error:
                 warn(f"could not write what was observed at step {self.step} ({error}); training goes on without")
 

@@ -24,8 +24,9 @@ class RunDir:
 
     Attributes:
         path: the folder.
-        config, metrics, checkpoint, best, diverged, encoder, model, samples, summary, tensorboard: what lies in it,
-            of which encoder, model and samples depend on what is trained.
+        config, metrics, table, checkpoint, best, diverged, encoder, model, samples, summary, tensorboard, wandb,
+            mlflow: what lies in it, of which encoder, model and samples depend on what is trained, and the last three
+            on the loggers.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,6 +35,7 @@ class RunDir:
         self.path = path
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
+        self.table = path / "metrics.csv"
         self.checkpoint = path / "checkpoint.pt"
         self.best = path / "best.pt"
         self.diverged = path / "diverged.pt"
@@ -42,6 +44,8 @@ class RunDir:
         self.samples = path / "samples"
         self.summary = path / "summary.json"
         self.tensorboard = path / "tensorboard"
+        self.wandb = path / "wandb"
+        self.mlflow = path / "mlflow"
         self._lock = FileLock(path / ".lock")
 
     @classmethod
@@ -104,6 +108,10 @@ class RunDir:
         if any(path.exists() for path in made) or (self.metrics.exists() and self.metrics.stat().st_size > 0):
             return True
         return self.config.exists() and not self._config_is_ours()
+
+    def sample(self, step: int) -> Path:
+        """Where the picture of what the model draws at a step is, if it draws any."""
+        return self.samples / f"step-{step:06d}.png"
 
     def check_resumable(self) -> None:
         """TrainingError where there is neither a checkpoint nor the config of a run that ended before its first."""

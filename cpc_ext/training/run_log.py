@@ -1,4 +1,4 @@
-"""Logged steps to metrics.jsonl and TensorBoard.
+"""Logged steps to metrics.jsonl, in the end also as metrics.csv, and to the loggers that a run has.
 
 A step appears once, also after a run was killed and resumed from an earlier checkpoint: what was logged past the
 checkpoint is dropped first, without the rest being in danger. A full disk costs log lines, not the run.
@@ -6,32 +6,39 @@ checkpoint is dropped first, without the rest being in danger. A full disk costs
 
 from __future__ import annotations
 
+import csv
 import errno
+import io
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from cpc_ext.training.atomic_file import atomic_file
+from cpc_ext.training.config import RunConfig
 from cpc_ext.training.errors import warn
+from cpc_ext.training.loggers import Logger, logger_title, open_logger
 from cpc_ext.training.run_dir import RunDir
 
-__all__ = ["RunLog", "read_metrics"]
+__all__ = ["RunLog", "read_metrics", "write_table"]
 
 
 class RunLog:
     """Writer of a run's metrics.
 
-    after_step: go on from the checkpoint of this step; 0 for a new run.
+    Args:
+        run: the run's folder.
+        after_step: go on from the checkpoint of this step; 0 for a new run.
+        loggers: names of those that are told as well, see :mod:`cpc_ext.training.loggers`. One that fails is told no
+            more, which a warning says.
 
-    Raises OSError where metrics.jsonl cannot be written.
+    Raises:
+        OSError: metrics.jsonl cannot be written.
     """
 
-    def __init__(self, run: RunDir, *, after_step: int = 0) -> None:
+    def __init__(self, run: RunDir, *, after_step: int = 0, loggers: Iterable[str] = ("tensorboard",)) -> None:
         before = run.metrics.read_bytes() if run.metrics.is_file() else b""
         # Step 0 is of a run that begins, and one that goes on from there begins again.
         kept = b"".join(line + b"\n" for record, line in _records(before) if record["step"] <= after_step > 0)
@@ -39,23 +46,38 @@ class RunLog:
             # Not in place: a kill between emptying and filling it would take all steps so far.
             with atomic_file(run.metrics) as file:
                 file.write(kept)
+        self._run = run
         self._file = open(run.metrics, "ab", buffering=0)  # noqa: SIM115 - closed by close()
         self._end = len(kept)
-        self._failed = False
-        self._tensorboard: SummaryWriter | None = None
-        with self._without_tensorboard():
-            # TensorBoard hides what an earlier process logged from purge_step on.
-            self._tensorboard = SummaryWriter(str(run.tensorboard), purge_step=after_step and after_step + 1)
+        self._failed: set[str] = set()
+        self._complete = False
+        self._loggers: dict[str, Logger] = {}
+        for name in loggers:
+            with self._without(name):
+                self._loggers[name] = open_logger(name, run, after_step=after_step)
+
+    def config(self, config: RunConfig) -> None:
+        """Tell the loggers what determines the run."""
+        self._tell(lambda logger: logger.config(config))
 
     def log(self, record: dict[str, float | int], *, group: str = "train") -> None:
-        """Add one line; record holds "step" and any numbers. group: the scalars' group in TensorBoard."""
+        """Add one line; record holds "step" and any numbers. group: of the scalars, for the loggers."""
         self._append(record)
-        values = {name: value for name, value in record.items() if name not in ("step", "epoch")}
-        self._add_scalars(group, int(record["step"]), values)
+        values = {f"{group}/{name}": value for name, value in record.items() if name not in ("step", "epoch")}
+        self._tell(lambda logger: logger.scalars(int(record["step"]), values))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Add the final results to TensorBoard."""
-        self._add_scalars("final", step, values)
+        """Tell the loggers the results of a run that is complete."""
+        self._complete = True
+        named = {f"final/{name}": value for name, value in values.items()}
+        self._tell(lambda logger: logger.scalars(step, named))
+
+    def images(self, step: int, paths: Iterable[Path]) -> None:
+        """Tell the loggers of PNG files in the run's folder; samples of several steps are one image that changes."""
+        for path in paths:
+            inside = path.relative_to(self._run.path)
+            name = "samples/on_the_way" if inside.parent.name else f"figures/{inside.stem}"
+            self._tell(lambda logger, name=name, path=path: logger.image(step, name, path))  # type: ignore[misc]
 
     def sync(self) -> None:
         """Bring what was logged to the disk."""
@@ -63,15 +85,16 @@ class RunLog:
             os.fsync(self._file.fileno())
         except OSError as error:
             self._warn("metrics.jsonl", error)
-        with self._without_tensorboard():
-            if self._tensorboard is not None:
-                self._tensorboard.flush()
+        self._tell(lambda logger: logger.flush())
 
     def close(self) -> None:
+        """End; all that was logged, also before the run went on, is a table now."""
         self._file.close()
-        with self._without_tensorboard():
-            if self._tensorboard is not None:
-                self._tensorboard.close()
+        try:
+            write_table(read_metrics(self._run.metrics), self._run.table)
+        except OSError as error:
+            self._warn("metrics.csv", error)
+        self._tell(lambda logger: logger.close(complete=self._complete))
 
     def _append(self, record: dict[str, float | int]) -> None:
         line = json.dumps(record).encode() + b"\n"
@@ -86,25 +109,24 @@ class RunLog:
                 self._file.truncate(self._end)
             self._warn("metrics.jsonl", error)
 
-    def _add_scalars(self, group: str, step: int, values: dict[str, float]) -> None:
-        with self._without_tensorboard():
-            if self._tensorboard is not None:
-                for name, value in values.items():
-                    self._tensorboard.add_scalar(f"{group}/{name}", value, step)
+    def _tell(self, what: Callable[[Logger], None]) -> None:
+        for name, logger in list(self._loggers.items()):
+            with self._without(name):
+                what(logger)
 
     @contextmanager
-    def _without_tensorboard(self) -> Iterator[None]:
-        """Go on without TensorBoard where the block fails."""
+    def _without(self, name: str) -> Iterator[None]:
+        """Go on without a logger that fails in the block."""
         try:
             yield
         except Exception as error:
-            # Its background thread hands on whatever went wrong when the disk was full.
-            self._tensorboard = None
-            self._warn("TensorBoard events", error)
+            # TensorBoard's background thread hands on whatever went wrong when the disk was full.
+            self._loggers.pop(name, None)
+            self._warn(logger_title(name), error)
 
     def _warn(self, what: str, error: Exception) -> None:
-        if not self._failed:
-            self._failed = True
+        if what not in self._failed:
+            self._failed.add(what)
             warn(f"could not write {what} ({error}); training goes on without")
 
 
@@ -119,6 +141,23 @@ def read_metrics(path: Path, having: Collection[str] = ()) -> list[dict[str, flo
     if not path.is_file():
         return []
     return [record for record, _ in _records(path.read_bytes()) if all(name in record for name in having)]
+
+
+def write_table(records: Sequence[dict[str, float]], path: Path) -> None:
+    """Write logged steps as CSV, a row a step and a column a name, empty where a step has no such value.
+
+    OSError where writing fails.
+    """
+    rows: dict[float, dict[str, float]] = {}
+    for record in records:
+        rows.setdefault(record["step"], {}).update(record)
+    names = list(dict.fromkeys(name for record in records for name in record)) or ["step"]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows.values())
+    with atomic_file(path) as file:
+        file.write(text.getvalue().encode())
 
 
 def _records(content: bytes) -> Iterator[tuple[dict[str, float], bytes]]:

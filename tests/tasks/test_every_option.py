@@ -687,7 +687,7 @@ def trained(folder: Path, *, images: int = 8, factor: float = 1.0, look: Any = N
     run = RunDir(folder)
     if look is not None:
         task.look = lambda: look(run)
-    log = RunLog(run)
+    log = RunLog(run, loggers=config.output.logger)
     Trainer(task, config, run, Ranks(CPU)).train(log, StopRequest())
     log.close()
     task.weights.append(task.model.weight.item())
@@ -842,6 +842,12 @@ def checkpoint_every(model: str, tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 5
 
 
+def logger(model: str, tmp_path: Path) -> None:
+    for number, names in enumerate(((), ("tensorboard",))):
+        trained(tmp_path / str(number), logger=names)
+        assert (tmp_path / str(number) / "tensorboard").is_dir() == bool(names)
+
+
 # The images.
 
 
@@ -898,7 +904,7 @@ EFFECTS: dict[str, Callable[..., None]] = {
         *(levels, code_channels),
         *(layers, hidden_channels, class_conditional, mirror, sample_every, ema_decay, mixtures, dropout, data_init),
         *(resume_from, epochs, steps, batch_size, lr, schedule, final_lr, warmup_steps, clip_grad, weight_decay),
-        *(device, precision, channels_last, compile, seed, log_every, checkpoint_every),
+        *(device, precision, channels_last, compile, seed, log_every, checkpoint_every, logger),
     )
 }
 # Options of the shared sections are the loop's and the data's, and looked at once.
@@ -1010,6 +1016,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "seed": ("5", 5),
     "log_every": ("9", 9),
     "checkpoint_every": ("45", 45),
+    "logger": ("mlflow", ("mlflow",)),
 }
 # Refused without others, or by others above: their effects are tested above, their refusals in test_greedy_run.py.
 ALONE = {

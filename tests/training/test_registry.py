@@ -53,7 +53,7 @@ def test_where_images_come_from_decides_what_is_idle():
 
 
 def test_what_a_resumed_run_may_have_anew():
-    logs = ["checkpoint_every", "log_every", "probe_every", "sample_every"]
+    logs = ["checkpoint_every", "log_every", "logger", "probe_every", "sample_every"]
     assert options_that_may_change() == sorted(
         [*logs, "compile", "data_dir", "device", "download", "epochs", "pipeline", "steps"]
     )
