@@ -1,0 +1,60 @@
+"""SimCLR as a LightningModule: two views of every image, found among those of all others.
+
+    python python/examples/lightning_simclr.py [--steps 300]
+
+The model is that of loop_simclr.py. Copy both, and put data of yours in place of the drawn ones. It needs
+`pip install lightning`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import lightning
+import torch
+from loop_simclr import make_model
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from cpc_ext.data import SimCLRView, make_textures
+from cpc_ext.models import SimCLR
+
+
+class LitSimCLR(lightning.LightningModule):
+    """From uint8 images [B, C, H, W] to the NT-Xent loss of their views."""
+
+    def __init__(self, model: SimCLR, view: SimCLRView, lr: float = 1e-3) -> None:
+        super().__init__()
+        self.model, self.view, self.lr = model, view, lr
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        with torch.autocast(self.device.type, enabled=False):  # Views are float32 until they are finished.
+            views = self.view.random_pair(batch[0])
+        output = self.model(views)
+        self.log_dict({"loss": output.loss, "accuracy": output.accuracy}, prog_bar=True)
+        return output.loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), self.lr, weight_decay=1e-4)
+
+
+def main(arguments: Sequence[str] | None = None) -> LitSimCLR:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=2000, help="to draw (default 2000)")
+    parser.add_argument("--steps", type=int, default=300, help="updates (default 300)")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--precision", default="32-true", help="bf16-mixed, for example (default 32-true)")
+    options = parser.parse_args(arguments)
+
+    lightning.seed_everything(0)
+    images = torch.from_numpy(make_textures(options.images, size=64).images)
+    loader = DataLoader(TensorDataset(images), options.batch_size, shuffle=True, drop_last=True)
+    module = LitSimCLR(*make_model())
+    trainer = lightning.Trainer(max_steps=options.steps, precision=options.precision, log_every_n_steps=20)
+    trainer.fit(module, loader)
+    return module
+
+
+if __name__ == "__main__":
+    main()

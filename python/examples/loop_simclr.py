@@ -1,0 +1,70 @@
+"""SimCLR in a training loop of one's own: two views of every image, found among those of all others.
+
+    python python/examples/loop_simclr.py [--steps 300] [--out encoder.pt]
+
+To copy: put images of yours, uint8 [C, H, W] and all of one size, in place of the drawn textures.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from cpc_ext.data import SimCLRView, make_textures
+from cpc_ext.models import ResNetV2Encoder, SimCLR
+
+# The encoder of the default runs; ResNetV2Encoder(14) is a larger one.
+SMALL = {"blocks": (1, 1, 1), "channels": (32, 64, 128), "stem_channels": 32, "stem": "strided"}
+
+
+def make_model() -> tuple[SimCLR, SimCLRView]:
+    """The model, and how an image becomes a view."""
+    model = SimCLR(ResNetV2Encoder(**SMALL, in_channels=3, norm="batch"), projection_channels=128, temperature=0.2)
+    return model, SimCLRView(48, min_area=0.2, blur_kernel=5, mean=(0.5,) * 3, std=(0.2,) * 3)
+
+
+def main(arguments: Sequence[str] | None = None) -> list[float]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=2000, help="to draw (default 2000)")
+    parser.add_argument("--steps", type=int, default=300, help="updates (default 300)")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--out", type=Path, help="where the encoder's weights go")
+    options = parser.parse_args(arguments)
+
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    images = torch.from_numpy(make_textures(options.images, size=64).images)
+    loader = DataLoader(TensorDataset(images), options.batch_size, shuffle=True, drop_last=True)
+    model, view = make_model()
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=1e-4)
+
+    losses: list[float] = []
+    while len(losses) < options.steps:
+        for (batch,) in loader:
+            output = model(view.random_pair(batch.to(device)))
+            optimizer.zero_grad()
+            output.loss.backward()
+            optimizer.step()
+            losses.append(output.loss.item())
+            if len(losses) % 20 == 0 or len(losses) == options.steps:
+                print(f"step {len(losses)}: loss {losses[-1]:.3f}, accuracy {output.accuracy.item():.1%}")
+            if len(losses) == options.steps:
+                break
+
+    model.eval()
+    with torch.no_grad():
+        features = model.encode(view.center(images[:100].to(device)))
+    print(f"features of images, for a probe: {list(features.shape)}")
+    if options.out is not None:
+        torch.save(model.encoder.state_dict(), options.out)
+    return losses
+
+
+if __name__ == "__main__":
+    main()
