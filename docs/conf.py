@@ -127,10 +127,11 @@ def _skipped(app: Sphinx, what: str, name: str, thing: Any, skip: bool, options:
 def _check_complete(app: Sphinx, env: BuildEnvironment) -> None:
     """Warns of public names that have no entry on any page, as a constant without `autodata` has none."""
     entries = {entry[0] for entry in env.domains.python_domain.get_objects()}
-    for package in (getattr(cpc_ext, name) for name in cpc_ext.__all__):
-        for name in getattr(package, "__all__", ()):
-            if f"{package.__name__}.{name}" not in entries:
-                logging.getLogger(__name__).warning("no page describes %s.%s", package.__name__, name)
+    modules = [cpc_ext, *filter(inspect.ismodule, (getattr(cpc_ext, name) for name in cpc_ext.__all__))]
+    for module in modules:
+        for name in module.__all__:
+            if f"{module.__name__}.{name}" not in entries and not inspect.ismodule(getattr(module, name)):
+                logging.getLogger(__name__).warning("no page describes %s.%s", module.__name__, name)
 
 
 def setup(app: Sphinx) -> None:
