@@ -19,18 +19,21 @@ class Origin(NamedTuple):
 
     folder: of the modules of such data sets, below data/images and the like.
     sized: whether they take the size in pixels that they are asked for; sound never does.
+    own_size: whether they have one of their own, which presets leave as it is.
     idle: options that they have no use for, each with the reason.
     """
 
     folder: str
     sized: bool
+    own_size: bool = False
     idle: Mapping[str, str] = {}
 
 
 _ORIGINS = (
     Origin("drawn", sized=True, idle=dict.fromkeys(("data_dir", "download"), "is drawn, and reads no files")),
-    Origin("published", sized=False),
+    Origin("published", sized=False, own_size=True),
     Origin("folders", sized=True, idle={"download": "is of your own files"}),
+    Origin("arrays", sized=True, own_size=True, idle={"download": "is of your own files"}),
 )
 # By medium, what origins are like there.
 _MEDIA = {

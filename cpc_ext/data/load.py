@@ -22,11 +22,11 @@ def load_dataset(
     """Open a dataset by its name: a Dataset of images, or a SpeechDataset.
 
     name: one of DATASETS, such as "textures" or "voices" (drawn, need nothing), "stl10" (published files) or "folder".
-    data_dir: for "folder" and "audio-folder" the tree of files; for the published ones the folder they lie or are to be
+    data_dir: for "folder", "npy" and the like the user's files; for the published ones the folder they lie or are to be
         put in (default: "datasets" in the cache folder).
     download: fetch a published dataset that is not there.
-    image_size: side in pixels of images that are drawn (default 96) and of "folder" (see its module); others have their
-        own.
+    image_size: side in pixels of images that are drawn (default 96) and of the user's own (see the module of "folder");
+        others have their own.
     seed: of those that are drawn.
 
     Raises ValueError for an unknown name, an argument the dataset has no use for, or damaged files; FileNotFoundError
@@ -37,7 +37,7 @@ def load_dataset(
     kind, of = origin(name), medium(name)
     if of == "audio" and image_size is not None:
         raise ValueError(f"image_size: {name} is of sound, got {image_size}")
-    if kind.folder == "folders" and data_dir is None:
+    if kind.folder in ("folders", "arrays") and data_dir is None:
         files = "recordings" if of == "audio" else of
         raise ValueError(f"dataset {name!r}: expected --data-dir with the folder of {files}, got none")
     arguments: dict[str, Any] = {"seed": seed} if kind.folder == "drawn" else {"data_dir": data_dir}

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from cpc_ext.data.images.given import NAME, keep_dataset
-from cpc_ext.data_sets import DATASETS
+from cpc_ext.data_sets import DATASETS, folder_of
 from cpc_ext.programs import training
 from cpc_ext.programs.train_options import Command, defaults_of
 from cpc_ext.training.config import (
@@ -25,6 +25,7 @@ from cpc_ext.training.config import (
     options_of_other_models,
     validate_config,
 )
+from cpc_ext.training.presets import preset_entry
 from cpc_ext.training.registry import MODELS, model_medium
 from cpc_ext.training.stop_request import signals_raise
 
@@ -57,7 +58,8 @@ def fit(
     model: one of those that `--model` takes; by default "cpc-v1", or that of the earlier run.
     dataset: the name of one that `--dataset` takes, or the images themselves, as :func:`cpc_ext.data.from_dataset`
         takes them; with `test`, `unlabeled`, `classes` and `workers` as there. They are kept in the user's cache, as
-        arrays that the run's config names, so that every program finds them again.
+        arrays that the run's config names, so that every program finds them again. Where there is no option
+        `image_size`, and they cannot keep their own, they get the size that the model's preset has for folders.
     out_dir: the run's folder; by default the first free runs/MODEL-DATASET-NUMBER.
     resume: go on with the run in `out_dir`. Its data need not be handed over again; where they are, they must be the
         same.
@@ -97,7 +99,13 @@ def fit(
     )
     if not named:
         folder = keep_dataset(
-            dataset, test, unlabeled=unlabeled, classes=classes, image_size=run.data.image_size, workers=workers
+            dataset,
+            test,
+            unlabeled=unlabeled,
+            classes=classes,
+            image_size=run.data.image_size,
+            size_of_many=preset_entry(run.model, folder_of("images")).get("data", {}).get("image_size"),
+            workers=workers,
         )
         run = run.model_copy(update={"data": run.data.model_copy(update={"data_dir": folder})})
     command = Command(run=run, out_dir=None if out_dir is None else Path(out_dir), resume=resume)

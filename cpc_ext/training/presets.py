@@ -26,7 +26,7 @@ def preset(model: str, dataset: str, *, recipe: str | None = None, device: str |
     KeyError for a model, a data set or a recipe that does not exist; the config's own error for data of another medium.
     """
     entry = preset_entry(model, dataset, recipe)
-    data = {"dataset": dataset, **(entry.get("data", {}) if origin(dataset).sized else {})}
+    data = {"dataset": dataset, **({} if origin(dataset).own_size else entry.get("data", {}))}
     compute = {"device": default_device(), "precision": default_precision(device or default_device())}
     return validate_config({"model": model, **entry, "data": data, "compute": compute})
 

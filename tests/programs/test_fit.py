@@ -108,13 +108,15 @@ def _kept(home):
 def test_images_are_brought_to_the_size_that_the_options_ask_for(home, monkeypatch):
     commands = []
     monkeypatch.setattr(training, "run", lambda command: (commands.append(command), (0, home))[1])
-    fit("simclr", IMAGES)  # Its preset for images of the user's own.
-    fit("cpc-v1", IMAGES, image_size=24)
     fit(dataset=IMAGES)
-    assert [command.run.data.image_size for command in commands] == [96, 24, None]
+    fit("simclr", IMAGES, image_size=24)
+    mixed = [np.zeros((40 + n, 50, 3), np.uint8) for n in range(4)]
+    for model in ("cpc-v1", "cpc-v2", "pixelcnn"):
+        fit(model, mixed)  # The last two have a size for images of the user's own.
+    assert [command.run.data.image_size for command in commands] == [None, 24, None, None, None]
     sizes = [np.load(command.run.data.data_dir / "train_images.npy").shape[-1] for command in commands]
-    assert sizes == [96, 24, 32]
-    assert commands[2].run.model == "cpc-v1"
+    assert sizes == [32, 24, 96, 300, 32]
+    assert commands[0].run.model == "cpc-v1"
 
 
 @pytest.mark.parametrize(

@@ -47,8 +47,8 @@ def test_presets_are_valid_and_what_the_command_line_starts_from(model, dataset)
     assert parse(["--model", model, "--dataset", dataset]).run == config
     assert (config.model, config.data.dataset) == (model, dataset)
     for section, values in presets.preset_entry(model, dataset).items():
-        if section == "data" and not origin(dataset).sized:
-            continue  # Published images have their own size.
+        if section == "data" and origin(dataset).own_size:
+            continue  # Published images and arrays have their own size.
         assert values.items() <= getattr(config, section).model_dump().items()
 
 

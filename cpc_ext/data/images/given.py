@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cpc_ext.data.cache import cache_dir, sync_file, sync_folder
+from cpc_ext.data.images.arrays import npy
 from cpc_ext.data.images.dataset import Dataset, ImageSet
 from cpc_ext.data.images.decode import RowWriter, SizeNotKept, reason_of
 from cpc_ext.data.images.decode_cache import DEFAULT_SIZE
-from cpc_ext.data.images.folders import npy
 from cpc_ext.data.images.labels import Label, class_indices, plain_label
 from cpc_ext.data.images.pixels import to_pixels
 from cpc_ext.data.images.samples import move_to_end
@@ -85,9 +85,13 @@ def keep_dataset(
     unlabeled: Any = None,
     classes: Sequence[str] | None = None,
     image_size: int | None = None,
+    size_of_many: int | None = None,
     workers: int = 0,
 ) -> Path:
-    """The folder of arrays, for ``--dataset npy``, that a data set is kept in; all as :func:`from_dataset` has it."""
+    """The folder of arrays, for ``--dataset npy``, that a data set is kept in; all as :func:`from_dataset` has it.
+
+    size_of_many: side in pixels of images that cannot keep their own, in place of 96.
+    """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size: expected at least 1 pixel, got {image_size}")
     given = _Given.of(dataset, test, unlabeled, classes)
@@ -106,7 +110,7 @@ def keep_dataset(
             _write(given, aside, image_size, workers)
         except SizeNotKept:
             given.require_again()
-            _write(given, aside, DEFAULT_SIZE, workers)
+            _write(given, aside, size_of_many or DEFAULT_SIZE, workers)
         with _saying_where(home):
             folder = home / _digest(aside)
             if not folder.is_dir():

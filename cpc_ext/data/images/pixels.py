@@ -96,6 +96,8 @@ def _levels(array: np.ndarray) -> np.ndarray:
             )
         return (array.clip(0, 1) * 255 + 0.5).astype(np.uint8)
     if array.dtype == np.uint16:
+        if 0 < high <= 255:
+            raise ValueError(f"uint16 has values up to {high}, which may be of 8 bits or of 16; uint8 says the former")
         return ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
     if low < 0 or high > 255:
         raise ValueError(f"{array.dtype} has values of {low} to {high}, which are to be 0 to 255")

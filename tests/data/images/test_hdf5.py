@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cpc_ext.data import load_dataset
-from cpc_ext.data.images import arrays
+from cpc_ext.data.images import array_sets
 from tests.data.images.conftest import encoded, pictures
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -42,7 +42,7 @@ def test_groups_are_splits_and_what_lies_in_one_piece_is_mapped(tmp_path, cache)
 
 
 def test_compressed_arrays_are_read_once(tmp_path, cache, monkeypatch):
-    monkeypatch.setattr(arrays, "_BLOCK", 7)
+    monkeypatch.setattr(array_sets, "_BLOCK", 7)
     path = write(tmp_path / "all.h5", ["train__images", "test__images"], **PARTS)
     data = load_dataset("hdf5", path)
     check(data)

@@ -94,6 +94,7 @@ def test_somebodys_image_stays_as_it_was():
         (COLOUR * 2.0, ValueError, "values of .* which are to be 0 to 1"),
         (np.full((4, 4), np.nan), ValueError, "floating point has values of nan"),
         (COLOUR.astype(np.int32) * 2, ValueError, "int32 has values of .* which are to be 0 to 255"),
+        (COLOUR.astype(np.uint16), ValueError, "uint16 has values up to 2.., which may be of 8 bits or of 16"),
         (COLOUR.astype(np.int16) - 256, ValueError, "int16 has values of -"),
         (np.zeros((4, 4, 2), np.uint8), ValueError, r"expected an image .*shape \[4, 4, 2\]"),
         (np.zeros((2, 4, 4, 3), np.uint8), ValueError, "expected an image"),

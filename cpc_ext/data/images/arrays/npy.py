@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cpc_ext.data.images.arrays import arrays_dataset, named_arrays
+from cpc_ext.data.images.array_sets import arrays_dataset, named_arrays
 from cpc_ext.data.images.dataset import Dataset
 from cpc_ext.data.images.source_files import source_files
 

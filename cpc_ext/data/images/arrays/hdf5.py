@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cpc_ext.data.images.arrays import arrays_dataset, named_arrays
+from cpc_ext.data.images.array_sets import arrays_dataset, named_arrays
 from cpc_ext.data.images.dataset import Dataset
 from cpc_ext.data.images.source_files import source_files
 from cpc_ext.data.libraries import optional
@@ -18,7 +18,7 @@ _SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
 
 
 def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
-    """Open the arrays of an HDF5 file, or of all below a folder, as :func:`cpc_ext.data.images.folders.npy.load` does.
+    """Open the arrays of an HDF5 file, or of all below a folder, as :func:`cpc_ext.data.images.arrays.npy.load` does.
 
     Arrays that lie in a file in one piece are mapped, those in chunks or compressed are read once into the cache.
     Variable-length uint8 is the content of image files.
