@@ -26,6 +26,7 @@ from cpc_ext.models.encoder_model import EncoderModel
 from cpc_ext.tasks.encoder_names import EncoderSpec
 from cpc_ext.tasks.encoder_options import EncoderConfig
 from cpc_ext.tasks.online_probe import PROBED, ImageProbe, probe_curve
+from cpc_ext.tasks.require_pixels import require_pixels
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.distribution import Ranks
 from cpc_ext.training.precision import autocast
@@ -63,6 +64,7 @@ class EncoderTask(Task):
         view: PatchView | SimCLRView,
         encoder: EncoderSpec,
     ) -> None:
+        require_pixels(dataset)
         self._config = config
         self._dataset = dataset
         self._device = device

@@ -68,9 +68,9 @@ class SoftmaxPixelSection(PixelSection):
     levels: int | None = Field(
         None,
         ge=2,
-        le=256,
+        le=2**16,
         description="Train on codes from 0 to below this number, such as a VQ-VAE's, of which the model is then a "
-        "prior: arrays of integers (--dataset npy). None: images.",
+        "prior: arrays of integers (--dataset codes). None: images.",
     )
     code_channels: int = Field(
         32,

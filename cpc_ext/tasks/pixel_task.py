@@ -22,6 +22,7 @@ from cpc_ext.measures.pixel_histogram import static_histogram_bits_per_dim
 from cpc_ext.models.pixels.pixel_model import PixelModel
 from cpc_ext.models.pixels.pixel_sampler import IMAGE_LEVELS
 from cpc_ext.tasks.pixel_options import PixelConfig
+from cpc_ext.tasks.require_pixels import require_pixels
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.precision import autocast
 from cpc_ext.training.random_streams import RandomStreams, seeded
@@ -85,6 +86,7 @@ class PixelTask(Task):
         self._test = dataset.test
         self._device = device
         self._check_options()
+        self._check_values()
         with seeded(config.compute.seed):
             self.model = build_pixel_model(self.description()).to(device)
         try:
@@ -167,6 +169,10 @@ class PixelTask(Task):
         channels, colors = self._config.pixelcnn.hidden_channels, self._dataset.image_shape[0]
         if channels % colors:
             raise ValueError(f"--hidden-channels {channels} is not a multiple of the images' {colors} colours")
+
+    def _check_values(self) -> None:
+        """ValueError where the images have values that the model knows nothing of."""
+        require_pixels(self._dataset)
 
     def _initialize(self) -> None:
         """Let the model start from what its layers make of images, the same in all processes."""

@@ -13,13 +13,13 @@ class SoftmaxPixelTask(PixelTask):
 
     _config: SoftmaxPixelConfig
 
-    def _check_options(self) -> None:
-        super()._check_options()
+    def _check_values(self) -> None:
         levels = self._config.pixelcnn.levels
-        if levels is not None:
-            largest = max(int(images.images.max(initial=0)) for images in (self.examples, self._test))
-            if largest >= levels:
-                raise ValueError(f"--levels {levels}: {self._dataset.name} holds values up to {largest}")
+        if levels is None:
+            return super()._check_values()
+        largest = max(int(images.images.max(initial=0)) for images in (self.examples, self._test))
+        if largest >= levels:
+            raise ValueError(f"--levels {levels}: {self._dataset.name} holds values up to {largest}")
 
     def _codes(self) -> dict[str, int]:
         """Arguments of the model where the images are codes."""

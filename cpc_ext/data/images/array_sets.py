@@ -19,8 +19,9 @@ from cpc_ext.data.images.pixels import channel_axis
 from cpc_ext.data.images.samples import Sample, Source, dataset_of, load_source
 from cpc_ext.data.images.source_files import Part, Parts, SourceFiles, in_words, parts_of, split_in
 from cpc_ext.data.notice import some, tell
+from cpc_ext.data.splits import held_out
 
-__all__ = ["arrays_dataset", "named_arrays"]
+__all__ = ["arrays_dataset", "codes_dataset", "named_arrays"]
 
 _IMAGES = {"x", "image", "images", "img", "imgs", "data", "inputs", "pixels"}
 _LABELS = {"y", "label", "labels", "target", "targets", "class"}
@@ -88,6 +89,59 @@ def arrays_dataset(
         ),
         image_size,
     )
+
+
+def codes_dataset(name: str, source: SourceFiles, arrays: Mapping[str, Any]) -> Dataset:
+    """The data set of arrays of codes, told apart as those of images are: integers, whose values stay as they are.
+
+    Raises ValueError where the arrays do not fit together or hold no codes.
+    """
+    root = source.root
+    try:
+        parts, classes = _sorted_out(arrays)
+        notes = [*source.notes, *parts.notes]
+        codes = {part.name: _codes(part) for part in (*parts.train, *parts.test, *parts.unlabeled)}
+        sizes = {array.shape[1:] for array in codes.values()}
+        if len(sizes) > 1:
+            raise ValueError(f"codes of several sizes: {some(f'{each} {list(codes[each].shape)}' for each in codes)}")
+        train, test, unlabeled = (
+            (
+                _joined([codes[part.name] for part in some_parts]),
+                [label for part in some_parts for label in part.labels],
+            )
+            for some_parts in (parts.train, parts.test, parts.unlabeled)
+        )
+        if train[0] is not None and test[0] is None:
+            chosen = np.zeros(len(train[0]), bool)
+            chosen[[*held_out(train[1])]] = True
+            test = train[0][chosen], [train[1][i] for i in np.flatnonzero(chosen)]
+            train = train[0][~chosen], [train[1][i] for i in np.flatnonzero(~chosen)]
+        found = class_indices(train[1], test[1], classes, notes=notes)
+    except ValueError as error:
+        raise ValueError(f"{root}: {error}") from None
+    tell(root, notes)
+    # Nothing is normalised by these: codes are no brightness.
+    channels = next(iter(codes.values())).shape[1]
+    nothing = {"mean": (0.0,) * channels, "std": (1.0,) * channels, "gray_mean": 0.0, "gray_std": 1.0}
+    return dataset_of(name, _known(train[0]), test[0], found, unlabeled=unlabeled[0], statistics=nothing)
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray | None:
+    return np.concatenate(arrays) if len(arrays) > 1 else arrays[0] if arrays else None
+
+
+def _codes(part: _Part) -> np.ndarray:
+    """Codes [N, C, H, W], uint8 where they lie so, else int32."""
+    array = np.asarray(part.images)
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"{part.name}: codes are integers, found {array.dtype}")
+    if not array.size:
+        raise ValueError(f"{part.name}: holds no codes")
+    if array.min() < 0 or array.max() >= 2**31:
+        raise ValueError(f"{part.name}: codes count from 0, found {array.min()} to {array.max()}")
+    axis = channel_axis(array.shape[1:])
+    view = array[:, None] if axis is None else np.moveaxis(array, axis, 1)
+    return view if view.dtype == np.uint8 else view.astype(np.int32)
 
 
 def _known(view: np.ndarray | None) -> np.ndarray:

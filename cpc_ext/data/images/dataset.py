@@ -16,7 +16,8 @@ import numpy as np
 class ImageSet:
     """Images with, where they are known, their labels and file names.
 
-    images: uint8 [N, C, H, W], in memory or memory-mapped, with any strides.
+    images: uint8 [N, C, H, W], in memory or memory-mapped, with any strides; int32 where they are codes in place of
+        pixels, of which there may be more than 256.
     labels: int64 [N] indices into the dataset's classes, or None.
     paths: N file names, or None where the images do not come from files of their own.
 
@@ -28,7 +29,7 @@ class ImageSet:
     paths: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.images.ndim != 4 or self.images.dtype != np.uint8:
+        if self.images.ndim != 4 or self.images.dtype not in (np.uint8, np.int32):
             raise ValueError(f"images: expected uint8 [N, C, H, W], got {self.images.dtype} {list(self.images.shape)}")
         if self.labels is not None and (self.labels.shape != (len(self.images),) or self.labels.dtype != np.int64):
             raise ValueError(

@@ -15,7 +15,7 @@ import numpy as np
 
 from cpc_ext.data.images.array_sets import arrays_dataset, named_arrays
 from cpc_ext.data.images.dataset import Dataset
-from cpc_ext.data.images.source_files import source_files
+from cpc_ext.data.images.source_files import SourceFiles, source_files
 
 _WHAT = ("array file", "array files")
 
@@ -33,11 +33,17 @@ def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
     Raises FileNotFoundError or PermissionError for the files, ValueError where one is damaged or they do not fit
     together, OSError where the cache cannot be written.
     """
+    source, arrays = read_arrays(data_dir)
+    return arrays_dataset("npy", source, arrays, image_size, ("NumPy", np.__version__))
+
+
+def read_arrays(data_dir: str | Path) -> tuple[SourceFiles, dict[str, Any]]:
+    """The arrays of a .npy or .npz file, or of all below a folder, by their names. Errors as of :func:`load`."""
     source = source_files(data_dir, _WHAT, (".npy", ".npz"), f"NumPy {np.__version__}")
     arrays: dict[str, Any] = {}
     for file in source.files:
         arrays |= named_arrays(source, file.path, _read(source.root / file.path))
-    return arrays_dataset("npy", source, arrays, image_size, ("NumPy", np.__version__))
+    return source, arrays
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
