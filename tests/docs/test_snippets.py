@@ -431,5 +431,9 @@ def test_options_in_the_text_exist(capsys):
         assert named <= known, page
 
 
-# Options of torchrun and of programs outside of the package, which pages name in sentences.
-OF_OTHERS = {"--shutdown-timeout", "--nproc-per-node", "--signals-to-handle", "--signal", "--op", "--models"}
+# Options of torchrun and sbatch, of viewers of logs, and of programs outside of the package, which pages name.
+OF_OTHERS = {
+    *("--shutdown-timeout", "--nproc-per-node", "--signals-to-handle", "--signal"),
+    *("--logdir", "--backend-store-uri"),
+    *("--op", "--models"),
+}
