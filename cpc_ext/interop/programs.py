@@ -43,7 +43,10 @@ def load_reference(
                       context network; a :class:`~cpc_ext.nn.GridInfoNCE`
     greedy-infomax-   :class:`~cpc_ext.models.GreedyInfoMax` on sound, of one module
     audio             :class:`~cpc_ext.models.CPC`
-    lightning-bolts   CPC with a timm encoder (``pip install cpc_ext[timm]``); without an encoder a CPC
+    lightly,          :class:`~cpc_ext.models.TimmEncoder` (``pip install cpc_ext[timm]``): the ResNet of their
+    solo-learn,       SimCLR and other siamese networks, which takes images [B, C, H, W] as
+    sthalles-simclr   ``encoder(images[:, None, None])``, [B, D, 1, 1]
+    lightning-bolts   CPC with its own encoder or one of timm's; without an encoder a CPC
                       whose input are encodings [B, D, rows, cols]; a
                       :class:`~cpc_ext.models.ResidualContext`
     pixel-cnn-pp      :class:`~cpc_ext.models.PixelCNNPP`
@@ -61,7 +64,8 @@ def load_reference(
               CIFAR and 7 behind others (cpcv2-pytorch); 7 (greedy-infomax, lightning-bolts).
             - ``image_size``: side in pixels of what is cut into patches: 30 behind a stem for CIFAR, 64 behind
               STL-10's, 256 behind ImageNet's, or the next size below that the patches fill (cpcv2-pytorch); what the
-              grid needs (greedy-infomax, lightning-bolts). Of pixel-cnn-pp that of images, 32, or 28 of grey ones.
+              grid needs (greedy-infomax, lightning-bolts). Of pixel-cnn-pp that of images, 32, or 28 of grey ones;
+              so of siamese networks, 32 behind a first convolution of 3x3, else 224, or 96 (sthalles-simclr).
             - ``patch_size``, ``stride``: in pixels. Default: neighbours overlap by half; 16 (greedy-infomax), what the
               checkpoint notes or 8 (lightning-bolts). With them models take images, too; patches they always take.
             - ``norm``: "layer" or "instance", whose weights look alike. No default: one of the two must be known.

@@ -37,7 +37,8 @@ class Command:
         tyro.conf.Positional,
         tyro.conf.arg(
             metavar="CHECKPOINT [CHECKPOINT ...]",
-            help="The file, or the files of all modules, first to last. With --to the folder of a run.",
+            help="The file, the files of all modules, first to last, or the folder of a run on sound. With --to the "
+            "folder of a run.",
         ),
     ]
     out: Annotated[
@@ -50,7 +51,10 @@ class Command:
     to: Annotated[Source | None, tyro.conf.arg(help="The program that is to load the run's model.")] = None
     dataset: Annotated[
         DatasetName | None,
-        tyro.conf.arg(help="The run's images. None: those that the program has for patches or images of this size."),
+        tyro.conf.arg(
+            help="The run's images or recordings. None: those that the program has for patches or images of this size; "
+            "your own recordings."
+        ),
     ] = None
     data_dir: Annotated[Path | None, tyro.conf.arg(help="Folder of their files.")] = None
     grid_size: Annotated[
@@ -59,8 +63,8 @@ class Command:
     image_size: Annotated[
         int | None,
         tyro.conf.arg(
-            help="Side in pixels of the crop that is cut into patches, or of a pixel-cnn-pp's images. None: as in the "
-            "program's examples."
+            help="Side in pixels of the crop that is cut into patches, or of the images of models that see whole ones. "
+            "None: as in the program's examples."
         ),
     ] = None
     patch_size: Annotated[
@@ -68,7 +72,7 @@ class Command:
     ] = None
     norm: Annotated[
         Literal["layer", "instance"] | None,
-        tyro.conf.arg(help="Which of the two an encoder has whose weights fit both. None: layer."),
+        tyro.conf.arg(help="Which of the two an encoder has whose weights fit both. None: what the file's name tells."),
     ] = None
 
 

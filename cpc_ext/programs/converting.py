@@ -16,18 +16,20 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from cpc_ext.data import Dataset, ImageSet
-from cpc_ext.data_sets import origin
-from cpc_ext.interop import CheckpointError, Form, Reference, export_reference, read_reference
+from cpc_ext.data_sets import folder_of, origin
+from cpc_ext.interop import CheckpointError, Form, Reference, export_reference, read_reference, save_reference
 from cpc_ext.models.greedy_infomax import module_starts
 from cpc_ext.programs.convert import Command
+from cpc_ext.programs.converting_sound import sound_options, sound_task
 from cpc_ext.programs.train_options import describe
 from cpc_ext.tasks.encoder_names import encoder_name
+from cpc_ext.tasks.speech_options import SpeechConfig
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.checkpoint import load_checkpoint, load_weights, save_checkpoint, write_tensors
 from cpc_ext.training.config import RunConfig, explain, load_config, option, validate_config
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.presets import preset
-from cpc_ext.training.registry import task_class
+from cpc_ext.training.registry import model_medium, task_class
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.safetensors_file import write_safetensors
 from cpc_ext.training.task import Task
@@ -40,6 +42,8 @@ _BY_PATCH = {8: "cifar10", 10: "cifar10", 16: "stl10"}
 _BY_IMAGE = {32: "cifar10", 96: "stl10"}
 # What a checkpoint of ours keeps of the other program's beside the model.
 _KEPT = "reference"
+# Kinds of checkpoints that hold less than a model, and what there is besides.
+_ENCODERS = {"encoder": "context network and predictions start", "image-encoder": "the projection head starts"}
 
 
 def convert(command: Command) -> None:
@@ -66,7 +70,7 @@ def _take_over(command: Command, source: str) -> None:
     config = _config(reference, command.dataset, command.data_dir)
     task = _task(config, reference.configuration.get("image_shape"), reference.configuration.get("classes", 0))
     # The part of the run's model that the checkpoint is of: all of it, or its encoder.
-    part = "encoder" if reference.configuration["kind"] == "encoder" else ""
+    part = "encoder" if reference.configuration["kind"] in _ENCODERS else ""
     _load(task.model, reference.model.state_dict(), part)
     state = {
         "step": 0,
@@ -89,9 +93,10 @@ def _take_over(command: Command, source: str) -> None:
     print(f"{type(reference.model).__name__} of {source}, {parameters:,} parameters, is a run in {command.out}")
     print(describe(config))
     if part:
-        print("the checkpoint holds an encoder alone: context network and predictions start from the seed")
+        print(f"the checkpoint holds an encoder alone: {_ENCODERS[reference.configuration['kind']]} from the seed")
     assumed = list(reference.assumed)
-    if command.dataset is None and "dataset" not in reference.configuration:
+    by_statistics = model_medium(config.model) == "images"
+    if command.dataset is None and "dataset" not in reference.configuration and by_statistics:
         assumed.append(f"--dataset {config.data.dataset}, whose mean and deviation images are normalised by")
     if assumed:
         print(f"not told by the checkpoint, and assumed: {'; '.join(assumed)}")
@@ -102,26 +107,31 @@ def _config(reference: Reference, dataset: str | None, data_dir: Path | None) ->
     found = reference.configuration
     kind = found["kind"]
     if kind == reference.source:
-        raise TrainingError(
-            f"no run is made of checkpoints of {kind}; cpc_ext.interop.load_reference and save_reference take them"
-        )
+        model, changes = sound_options(reference.model)
+        return _changed(model, dataset or folder_of("audio"), {**changes, "data": {"data_dir": data_dir}})
     if kind == "part":
         raise TrainingError(
             f"the checkpoint holds a {type(reference.model).__name__} without an encoder, of which no run can be made; "
             "cpc_ext.interop.load_reference loads it"
         )
-    model = {"cpc": "cpc-v1", "encoder": "cpc-v1", "greedy": "greedy-infomax"}.get(kind, kind)
+    model = {"cpc": "cpc-v1", "encoder": "cpc-v1", "greedy": "greedy-infomax", "image-encoder": "simclr"}.get(
+        kind, kind
+    )
     dataset = dataset or found.get("dataset")
+    # Others see patches.
+    size = found["image_shape"][1] if "image_shape" in found else None
     if dataset is None:
-        dataset = (
-            _BY_IMAGE.get(found["image_shape"][1], "folder")
-            if kind == "pixelcnn++"
-            else _BY_PATCH.get(found["patch_size"], "folder")
-        )
-    changes = _pixelcnn_options(found) if kind == "pixelcnn++" else _patch_model_options(found)
+        dataset = _BY_PATCH.get(found["patch_size"], "folder") if size is None else _BY_IMAGE.get(size, "folder")
+    whole_images = {"pixelcnn++": _pixelcnn_options, "image-encoder": _image_encoder_options}
+    changes = whole_images.get(kind, _patch_model_options)(found)
     changes["data"] = {"data_dir": data_dir}
-    if kind == "pixelcnn++" and origin(dataset).sized:
-        changes["data"]["image_size"] = found["image_shape"][1]
+    if size is not None and origin(dataset).sized:
+        changes["data"]["image_size"] = size
+    return _changed(model, dataset, changes)
+
+
+def _changed(model: str, dataset: str, changes: Mapping[str, Mapping[str, Any]]) -> RunConfig:
+    """The config that a model has on a data set, with other options in some sections. TrainingError for wrong ones."""
     tree = preset(model, dataset).model_dump()
     for section, values in changes.items():
         tree[section] = {**tree[section], **values}
@@ -188,6 +198,11 @@ def _pixelcnn_options(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
+def _image_encoder_options(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    encoder = encoder_name(found["encoder"]["class"], found["encoder"]["arguments"])
+    return {"simclr": {"encoder": encoder, "view_size": found["image_shape"][1]}}
+
+
 def _hand_over(command: Command, target: str) -> None:
     """A run's model as a checkpoint of another program."""
     if len(command.checkpoint) != 1:
@@ -222,6 +237,14 @@ def _hand_over(command: Command, target: str) -> None:
         except (AttributeError, LookupError, TypeError) as error:
             raise TrainingError(f"{run.checkpoint} does not tell what of {target} it came from ({error})") from None
     exported = export_reference(model, target, form=form)
+    if model_medium(config.model) == "audio" and command.out.suffix != ".safetensors":
+        # The program finds its options beside the file.
+        try:
+            save_reference(model, target, command.out, form=form)
+        except OSError as error:
+            raise TrainingError(f"--out: cannot write {command.out}: {error.strerror or error}") from None
+        print(f"{len(exported)} tensors of {target} are in {command.out}")
+        return
     files = {command.out: exported}
     if form is not None and form.layout == "files":
         files = _by_module(command.out, exported)
@@ -259,6 +282,8 @@ def _task(config: RunConfig, image_shape: Sequence[int] | None, classes: int) ->
 
     image_shape: (C, H, W). None: colour, of the size that the config needs.
     """
+    if isinstance(config, SpeechConfig):
+        return sound_task(config)
     view = getattr(config, "view", None)
     shape = tuple(image_shape or (3, *[32 if view is None else view.crop] * 2))
     if view is not None:

@@ -268,14 +268,24 @@ class _MobileNets(_Family):
 class _Timm(_Family):
     _PREFIX = "timm:"
     # What may follow the name of a backbone, which may hold colons itself.
-    _SETTINGS = re.compile(r":((?:img_size|patch_size)=[^,:]*(?:,.*)?)$")
+    _SETTINGS = re.compile(r":((?:img_size|patch_size|stem|global_pool)=[^,:]*(?:,.*)?)$")
     # What timm calls them, and the class.
-    _KEYS: ClassVar = {"img_size": "img_size", "patch_size": "backbone_patch_size"}
+    _KEYS: ClassVar = {
+        "img_size": "img_size",
+        "patch_size": "backbone_patch_size",
+        "stem": "stem",
+        "global_pool": "global_pool",
+    }
 
     kind = "TimmEncoder"
     shown = (f"{_PREFIX}NAME",)
     help = "timm:NAME: any backbone of the timm library, if installed (cpc_ext[timm]), such as timm:convnext_atto."
-    takes: ClassVar = {"img_size": _whole, "patch_size": _whole}
+    takes: ClassVar = {
+        "img_size": _whole,
+        "patch_size": _whole,
+        "stem": _one_of("cifar", "solo-learn", "lightly"),
+        "global_pool": _one_of("avg", "max", "avgmax", "token", "map"),
+    }
     own_norm = True
 
     def has(self, plain: str) -> bool:
@@ -319,7 +329,8 @@ def check_encoder_name(name: str) -> str:
 
     A ResNet's name may be followed by arguments of its class, "resnet14:stem=cifar"; "resnet" is one of which
     ``blocks`` and all else is given so: "resnet:blocks=1-1-2,bottleneck=yes,channels=8-16-32". A backbone of timm may
-    be followed by its ``img_size`` and ``patch_size``: "timm:vit_tiny_patch16_224:patch_size=4".
+    be followed by its ``img_size``, ``patch_size`` and ``global_pool``, "timm:vit_tiny_patch16_224:patch_size=4", and
+    one of its ResNets by the ``stem`` for small images, "timm:resnet18:stem=cifar".
     """
     _parsed(name)
     return name

@@ -45,6 +45,7 @@ class TimmNetwork(nn.Module):
     def __init__(self, in_chans):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(in_chans, 4, 7, padding=3, bias=False), nn.BatchNorm2d(4)
+        self.act1, self.maxpool = nn.ReLU(), nn.MaxPool2d(3, 2, 1)
         for stack in range(1, 5):
             blocks = nn.Sequential(*(nn.Module() for _ in range(2)))
             for block in blocks:
@@ -53,7 +54,7 @@ class TimmNetwork(nn.Module):
             setattr(self, f"layer{stack}", blocks)
 
     def forward(self, patches):
-        return self.bn1(self.conv1(patches)).mean((2, 3))
+        return self.maxpool(self.act1(self.bn1(self.conv1(patches)))).mean((2, 3))
 
 
 # In place of the library, which is not installed everywhere; its names are what matters.

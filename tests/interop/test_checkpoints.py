@@ -119,6 +119,9 @@ def ours(source):
                 TargetInfoNCE(TimmNetwork.num_features, **bolts),
             ),
         ]
+    if source in ("lightly", "solo-learn", "sthalles-simclr"):
+        stem = source if source != "sthalles-simclr" else "cifar"
+        return [TimmEncoder("resnet18"), TimmEncoder("resnet18", 1, stem=stem)]
     return [PixelCNNPP(1, channels=4, blocks=1, mixtures=2), PixelCNNPP(3, channels=4, blocks=2, mixtures=1)]
 
 
@@ -435,3 +438,31 @@ def test_newer_names_of_normalised_weights():
     reference = read_reference(newer, "pixel-cnn-pp")
     assert_same_weights(reference.model, model)
     assert export_reference(reference.model, "pixel-cnn-pp", form=reference.form).keys() == newer.keys()
+
+
+def test_weights_whose_normalisation_was_removed():
+    """As torch.nn.utils.remove_weight_norm leaves them, in both families of names."""
+    model = PixelCNNPP(3, channels=4, blocks=1, mixtures=2)
+    with torch.no_grad():
+        model.nin_out.weight_g[3] = 0
+    given = export_reference(model, "pixel-cnn-pp")
+    state = {}
+    for name, value in given.items():
+        if name.endswith("_v"):
+            layer, _, _ = name.rpartition(".")
+            length = value.flatten(1).norm(dim=1).view(-1, *[1] * (value.ndim - 1))
+            state[f"{layer}.weight"] = given[f"{layer}.weight_g"] * value / length
+        elif name.endswith("bias"):
+            state[name] = value
+    reference = read_reference(state, "pixel-cnn-pp")
+    images = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+    torch.testing.assert_close(reference.model.nats(images), model.eval().nats(images))
+    again = export_reference(reference.model, "pixel-cnn-pp", form=reference.form)
+    assert again.keys() == state.keys()
+    torch.testing.assert_close(again, state)
+    assert not again["nin_out.lin_a.weight"][3].any()
+
+    mixed = {name: value for name, value in given.items() if not name.startswith("u_init")}
+    mixed |= {name: value for name, value in state.items() if name.startswith("u_init")}
+    with pytest.raises(CheckpointError, match="the norm of some weights was removed, of others it was not"):
+        read_reference(mixed, "pixel-cnn-pp")

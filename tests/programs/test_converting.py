@@ -16,26 +16,32 @@ from safetensors.torch import load_file
 from cpc_ext.interop import export_reference, load_reference
 from cpc_ext.models import (
     CPC,
+    CausalTransformerContext,
     GatedPixelCNNContext,
     GreedyInfoMax,
     GreedySupervised,
+    RecurrentContext,
     ResidualContext,
     ResNetV2Encoder,
     TimmEncoder,
+    WaveformEncoder,
 )
-from cpc_ext.nn import TargetInfoNCE
+from cpc_ext.nn import SequenceInfoNCE, TargetInfoNCE
 from cpc_ext.programs import evaluate, sample
 from cpc_ext.programs import training as program
 from cpc_ext.programs.convert import main
+from cpc_ext.programs.converting_sound import sound_options
 from cpc_ext.programs.train_options import parse
 from cpc_ext.tasks import pixel_task
 from cpc_ext.tasks.cpc_v2.task import CPCv2Task
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.config import load_config
+from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.run_log import read_metrics
 from tests.interop.conftest import TIMM
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+CHECKPOINTS = Path(__file__).parents[1] / "interop" / "checkpoints"
 RUNS = {
     "cpcv2_pytorch.cpc_1dir": "cpcv2-pytorch",
     "cpcv2_pytorch.cpc_4dir": "cpcv2-pytorch",
@@ -252,6 +258,86 @@ def test_a_trained_run_goes_to_the_program_and_back(train, tmp_path):
     assert_equal_states(*(load_checkpoint(tmp_path / run / "checkpoint.pt")["model"] for run in ("run", "back")))
 
 
+SOUND = {
+    "cpc_audio_lstm_linear": ("cpc-audio", "cpc-audio"),
+    "greedy_infomax_audio_cpc": ("greedy-infomax-audio", "cpc-audio"),
+    "greedy_infomax_audio_gim6": ("greedy-infomax-audio", "greedy-infomax-audio"),
+}
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_models_of_sound(name, tmp_path, capsys):
+    """A run that computes the features of the checkpoint, goes on training, and comes back as it was."""
+    source, model = SOUND[name]
+    path, run = CHECKPOINTS / name, tmp_path / "run"
+    assert convert(path, "--source", source, "--out", run, "--dataset", "voices") == 0
+    assert "mean and deviation" not in capsys.readouterr().out
+    config = load_config(run / "config.yaml")
+    assert (config.model, config.data.dataset) == (model, "voices")
+    assert_equal_states(load_checkpoint(run / "checkpoint.pt")["model"], load_reference(path, source).state_dict())
+
+    assert convert(run, "--to", source, "--out", tmp_path / "back.pt") == 0
+    original = path / ("checkpoint_0.pt" if source == "cpc-audio" else "model_1.ckpt")
+    written, expected = (torch.load(each, weights_only=True) for each in (tmp_path / "back.pt", original))
+    for part in ("gEncoder", "cpcCriterion") if source == "cpc-audio" else (None,):
+        assert_equal_states(*(each if part is None else each[part] for each in (written, expected)))
+
+    trained = tmp_path / "trained"
+    options = ("--steps", "1", "--batch-size", "4", "--window", "3200", "--precision", "fp32", "--lr", "1e-9")
+    if model == "cpc-audio":
+        options += ("--pred-steps", "5")
+    program.main(["--resume-from", str(run), "--out-dir", str(trained), *options])
+    for key, value in load_checkpoint(trained / "checkpoint.pt")["model"].items():
+        torch.testing.assert_close(value, load_reference(path, source).state_dict()[key], atol=1e-6, rtol=0)
+
+
+def test_models_of_sound_that_no_run_has():
+    def of(context, widths=8, **objective):
+        encoder = WaveformEncoder(widths)
+        return CPC(encoder, context, SequenceInfoNCE(8, context.out_channels, pred_steps=2, **objective))
+
+    transformer = CausalTransformerContext(8, 9)
+    assert sound_options(of(transformer, predictor="transformer", window=9))[1]["view"] == {"window": 1440}
+    with pytest.raises(TrainingError, match="windows of 9 frames for contexts and of 12 to predict"):
+        sound_options(of(transformer, predictor="transformer", window=12))
+    with pytest.raises(TrainingError, match="not a CausalTransformerContext of another kind"):
+        sound_options(of(CausalTransformerContext(8, 9, absolute=True)))
+    with pytest.raises(TrainingError, match=r"layers have different widths, \[4, 8\]"):
+        sound_options(of(RecurrentContext(8, 3), (4, 4, 4, 4, 8)))
+    greedy = GreedyInfoMax(
+        WaveformEncoder(8), (1, 4), context=RecurrentContext(8, 3), objective=SequenceInfoNCE, pred_steps=2
+    )
+    with pytest.raises(TrainingError, match="no run has 3 modules of these layers"):
+        sound_options(greedy)
+    sequential = of(RecurrentContext(8, 3, keep_state=True))
+    assert sound_options(sequential)[1]["view"] == {"windows": "sequential"}
+
+
+@pytest.mark.parametrize(
+    ("source", "stem", "dataset"),
+    [("solo-learn", "solo-learn", "cifar10"), ("sthalles-simclr", None, "stl10"), ("lightly", None, "folder")],
+)
+def test_encoders_of_siamese_networks(source, stem, dataset, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "timm", TIMM)
+    encoder = TimmEncoder("resnet18", **({} if stem is None else {"stem": stem}))
+    state = export_reference(encoder, source) | {"projector.0.weight": torch.ones(2, 4)}
+    torch.save({"state_dict": state}, tmp_path / "other.ckpt")
+    assert convert(tmp_path / "other.ckpt", "--source", source, "--out", tmp_path / "run") == 0
+    assert "the projection head starts from the seed" in capsys.readouterr().out
+    config = load_config(tmp_path / "run" / "config.yaml")
+    assert (config.model, config.data.dataset) == ("simclr", dataset)
+    assert config.simclr.encoder == "timm:resnet18" + ("" if stem is None else f":stem={stem}")
+    assert config.simclr.view_size == {"cifar10": 32, "stl10": 96, "folder": 224}[dataset]
+    kept = {
+        name.removeprefix("encoder."): value
+        for name, value in load_checkpoint(tmp_path / "run" / "checkpoint.pt")["model"].items()
+        if name.startswith("encoder.")
+    }
+    assert_equal_states(kept, encoder.state_dict())
+    assert convert(tmp_path / "run", "--to", source, "--out", tmp_path / "back.ckpt") == 0
+    assert_equal_states(torch.load(tmp_path / "back.ckpt", weights_only=True), state)
+
+
 def test_what_cannot_be_converted_is_said(tmp_path, capsys, train):
     def error(*arguments):
         assert convert(*arguments) == 1
@@ -265,9 +351,11 @@ def test_what_cannot_be_converted_is_said(tmp_path, capsys, train):
     assert "cannot read" in error(tmp_path / "none.pt", "--source", "greedy-infomax", "--out", tmp_path / "run")
     context = GOLDEN / "greedy_infomax.pixelcnn.safetensors"
     assert "without an encoder" in error(context, "--source", "greedy-infomax", "--out", tmp_path / "run")
-    sound = GOLDEN / "greedy_infomax_audio.cpc_method0.safetensors"
-    assert "no run is made of checkpoints of greedy-infomax-audio" in error(
-        *(sound, "--source", "greedy-infomax-audio", "--out", tmp_path / "run")
+    backwards = GOLDEN / "cpc_audio.reverse.safetensors"
+    torch.save(export_reference(load_reference(backwards, "cpc-audio"), "cpc-audio"), tmp_path / "backwards.pt")
+    (tmp_path / "checkpoint_args.json").write_text('{"cpc_mode": "reverse"}')
+    assert "which run forwards, not a" in error(
+        *(tmp_path / "backwards.pt", "--source", "cpc-audio", "--out", tmp_path / "run")
     )
     assert "use a multiple of 8, or give patch_size" in error(
         *(golden, "--source", "cpcv2-pytorch", "--out", tmp_path / "run", "--image-size", "63")

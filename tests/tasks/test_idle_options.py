@@ -123,6 +123,15 @@ def test_sizes_that_do_not_fit(timm):
         TimmEncoder("vgg0")
     with pytest.raises(ValueError, match="--encoder: patch_size is a positive number, got 'big'"):
         check_encoder_name("timm:vit_tiny_patch16_224:patch_size=big")
+    with pytest.raises(ValueError, match="--encoder: global_pool is avg or max or avgmax or token or map, got 'none'"):
+        check_encoder_name("timm:vit_tiny_patch16_224:global_pool=none")
+    for name, arguments in (
+        ("timm:resnet18:stem=cifar", {"stem": "cifar"}),
+        ("timm:resnet18:stem=solo-learn,global_pool=max", {"stem": "solo-learn", "global_pool": "max"}),
+    ):
+        spec = encoder_spec(check_encoder_name(name), norm="none", in_channels=1, stem="stl10")
+        assert spec.arguments == {"name": "resnet18", "in_channels": 1, **arguments}
+        assert encoder_name("TimmEncoder", spec.arguments) == name
     # Colons are part of names, too.
     assert (
         encoder_spec("timm:hf-hub:timm/x", norm="none", in_channels=3, stem="stl10").arguments["name"]

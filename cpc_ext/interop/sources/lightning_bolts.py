@@ -19,6 +19,7 @@ from cpc_ext.interop.names import NameMap, under, with_prefix
 from cpc_ext.interop.reading import Checkpoint
 from cpc_ext.interop.reference import Encodings, Form, Program, Reference, Settings, grid_view, put_weights
 from cpc_ext.interop.resnets import stack_sizes
+from cpc_ext.interop.torchvision_resnets import resnet_name
 from cpc_ext.models import CPC, LayerNormResNetEncoder, PatchEncoder, ResidualContext, TimmEncoder
 from cpc_ext.nn import TargetInfoNCE
 
@@ -46,9 +47,6 @@ _OWN = NameMap(
     + [(f"{layer}.{{parameter}}", f"{layer}.{{parameter}}") for layer in ("conv1", "ln1")]
 )
 _UNUSED = re.compile(r"(encoder\.fc|non_linear_evaluator)\..+")
-# torchvision's ResNets by blocks per stack, for two or three convolutions in a block.
-_BASIC: dict[tuple[int, ...], str] = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34"}
-_BOTTLENECK: dict[tuple[int, ...], int] = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 _PATCH, _GRID = 8, 7
 _SCALE = 0.1
 
@@ -173,26 +171,13 @@ class LightningBolts(Program):
 
     def _backbone(self, checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> dict[str, Any]:
         """Arguments of the TimmEncoder that has these names and shapes."""
-        stem, first = state.get("conv1.weight"), state.get("layer1.0.conv2.weight")
-        found = {(int(m[1]), int(m[2])) for name in state if (m := re.match(r"layer(\d)\.(\d+)\.", name))}
-        sizes = tuple(1 + max(block for stack, block in found if stack == at) for at in sorted({s for s, _ in found}))
-        if stem is None or first is None or stem.ndim != 4 or first.ndim != 4:
+        try:
+            return {"name": resnet_name(state), "in_channels": state["conv1.weight"].shape[1]}
+        except ValueError as error:
             raise CheckpointError(
-                f"{checkpoint.origin}: its encoder is neither the program's own nor one of torchvision's ResNets; what "
-                "is under contrastive_task. loads without it"
-            )
-        name = _BASIC.get(sizes)
-        if "layer1.0.conv3.weight" in state:
-            depth = _BOTTLENECK.get(sizes)
-            if first.shape[1] < first.shape[0]:
-                name = f"resnext{depth}_32x{first.shape[1]}d"
-            elif first.shape[0] == 128:
-                name = f"wide_resnet{depth}_2"
-            else:
-                name = f"resnet{depth}" if depth else None
-        if name is None:
-            raise CheckpointError(f"{checkpoint.origin}: torchvision has no ResNet of {sizes} blocks")
-        return {"name": name, "in_channels": stem.shape[1]}
+                f"{checkpoint.origin}: its encoder is neither the program's own nor one of torchvision's ResNets, it "
+                f"{error}; what is under contrastive_task. loads without it"
+            ) from None
 
     def _their_name(self, name: str) -> str:
         part, _, rest = name.partition(".")

@@ -1,7 +1,8 @@
 """pixel-cnn-pp (https://github.com/pclucas14/pixel-cnn-pp): its checkpoints to models, and back.
 
 Names are ours but for one more level where the program wraps a layer of PyTorch; weights are normalised here as there,
-from weight_g and weight_v. All is known from names and shapes but the size of the images.
+from weight_g and weight_v, or are "weight" where the normalisation was removed (torch.nn.utils.remove_weight_norm). All
+is known from names and shapes but the size of the images.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from cpc_ext.interop.errors import CheckpointError
@@ -22,13 +24,13 @@ __all__ = ["PROGRAM", "PixelCNNPPProgram"]
 _NEW_NAMES = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
 _THEIRS = re.compile(
     r"(?P<layer>(?:u_init|ul_init\.\d+|(?:up|down)_layers\.\d+\.ul?_stream\.\d+\.(?:conv_input|conv_out|nin_skip)"
-    r"|(?:down|up)size_ul?_stream\.\d+|nin_out))\.(?P<wrapped>conv|deconv|lin_a)\.(?P<parameter>weight_g|weight_v|bias)"
+    r"|(?:down|up)size_ul?_stream\.\d+|nin_out))\.(?P<wrapped>conv|deconv|lin_a)\.(?P<parameter>weight_g|weight_v|weight|bias)"
 )
 _SIZES = {1: 28, 3: 32}
 
 
 class PixelCNNPPProgram(Program):
-    """See the module. Layouts of a form: "weight_norm", the names of most checkpoints, or "parametrizations"."""
+    """See the module. Layouts of a form: "weight_norm", "parametrizations", the newer names of it, or "plain"."""
 
     source = "pixel-cnn-pp"
     settings = frozenset(("image_size",))
@@ -44,6 +46,10 @@ class PixelCNNPPProgram(Program):
         if unknown or not state:
             raise self.refuse(checkpoint, unknown)
         weights = {_ours(name): value for name, value in state.items()}
+        if not any(name.endswith("weight_v") for name in weights):
+            layout, weights = "plain", _parted(weights)
+        elif any(name.endswith(".weight") for name in weights):
+            raise CheckpointError(f"{checkpoint.origin}: the norm of some weights was removed, of others it was not")
         arguments = self._arguments(checkpoint, weights)
         model = PixelCNNPP(**arguments)
         put_weights(model, weights, _theirs, checkpoint.origin)
@@ -58,8 +64,8 @@ class PixelCNNPPProgram(Program):
         blocks = {int(m[1]) for name in weights if (m := re.match(r"up_layers\.0\.u_stream\.(\d+)\.", name))}
         if not blocks or last is None or first is None or first.ndim != 4:
             raise CheckpointError(
-                f"{checkpoint.origin} is not a checkpoint of {self.source}, which begins with u_init.conv.weight_v of "
-                "four dimensions, has up_layers.0.u_stream and ends with nin_out.lin_a.weight_v"
+                f"{checkpoint.origin} is not a checkpoint of {self.source}, which begins with u_init.conv.weight_v, "
+                "or weight, of four dimensions, has up_layers.0.u_stream and ends with nin_out.lin_a"
             )
         filters, channels = first.shape[:2]
         outputs, colors = len(last), channels - 1
@@ -80,7 +86,7 @@ class PixelCNNPPProgram(Program):
         if form is not None and form.layout == "parametrizations":
             new = {old: name for name, old in _NEW_NAMES.items()}
             return {re.sub(r"weight_[gv]$", lambda found: new[found[0]], name): value for name, value in state.items()}
-        return state
+        return _joined(state) if form is not None and form.layout == "plain" else state
 
 
 PROGRAM = PixelCNNPPProgram()
@@ -91,6 +97,35 @@ def _old_name(name: str) -> str:
         if name.endswith(f".{new}"):
             return name.removesuffix(new) + old
     return name
+
+
+def _parted(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights whose norm was removed as lengths and directions; rows of zeros have a length of 0 in any direction."""
+    parted: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        if name.endswith(".weight") and value.ndim > 1:
+            length = _lengths(value)
+            parted[f"{name}_g"] = length
+            parted[f"{name}_v"] = torch.where(length > 0, value, torch.ones_like(value))
+        else:
+            parted[name] = value
+    return parted
+
+
+def _joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that lengths and directions make, beside all else."""
+    joined: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if name.endswith(".weight_v"):
+            joined[name.removesuffix("_v")] = value * (state[name.removesuffix("v") + "g"] / _lengths(value))
+        elif not name.endswith(".weight_g"):
+            joined[name] = value
+    return joined
+
+
+def _lengths(weight: Tensor) -> Tensor:
+    lengths: Tensor = torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.ndim)), keepdim=True)
+    return lengths
 
 
 def _ours(theirs: str) -> str:

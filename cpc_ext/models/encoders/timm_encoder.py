@@ -9,11 +9,15 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cpc_ext.models.encoders.patch_encoder import PatchEncoder
 
-__all__ = ["TimmEncoder", "has_image_size"]
+__all__ = ["STEMS", "TimmEncoder", "has_image_size"]
+
+# What programs put in place of a ResNet's first layers for small images: padding of a 3x3 convolution, and whether ReLU
+# follows it.
+STEMS = {"cifar": (1, True), "solo-learn": (2, True), "lightly": (1, False)}
 
 
 class TimmEncoder(PatchEncoder):
@@ -29,10 +33,15 @@ class TimmEncoder(PatchEncoder):
         stride: distance of those patches in pixels. Default: ``patch_size // 2``.
         backbone_patch_size: timm's ``patch_size``, the side of the patches that a vision transformer cuts its input
             into: of the patches of this encoder, or a divisor of their side.
+        stem: how a ResNet begins that sees small images: by a 3x3 convolution of stride 1, without the max-pooling.
+            "cifar" as in the paper of SimCLR; "solo-learn" with a border of two zeros; "lightly" without ReLU, as in
+            the networks of that library's ResNetGenerator, of which its examples take the layers one by one. Default:
+            as timm has it.
         settings: further arguments of ``timm.create_model``. Vision transformers need ``img_size``, a patch's side.
 
     Attributes:
         out_channels: D, as the backbone has it.
+        stem: as given.
 
     Raises:
         ImportError: timm is not installed, or cannot be imported; the message says why.
@@ -47,6 +56,7 @@ class TimmEncoder(PatchEncoder):
         patch_size: int | None = None,
         stride: int | None = None,
         backbone_patch_size: int | None = None,
+        stem: str | None = None,
         **settings: object,
     ) -> None:
         super().__init__(in_channels, patch_size=patch_size, stride=stride)
@@ -58,8 +68,25 @@ class TimmEncoder(PatchEncoder):
         except Exception as error:
             # Each of the library's models checks its settings in its own way, or not at all.
             raise ValueError(f"name: timm makes no backbone {name!r} with these settings: {error}") from None
+        if stem is not None:
+            self._replace_stem(name, stem)
         # Some backbones have a layer between their pooled features and the classifier.
+        self.stem = stem
         self.out_channels = getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
+
+    def _replace_stem(self, name: str, stem: str) -> None:
+        if stem not in STEMS:
+            raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {stem!r}")
+        first = getattr(self.backbone, "conv1", None)
+        if not isinstance(first, nn.Conv2d) or not all(hasattr(self.backbone, layer) for layer in ("maxpool", "act1")):
+            raise ValueError(f"stem is for ResNets that begin with one convolution and max-pooling, {name!r} does not")
+        padding, relu = STEMS[stem]
+        self.backbone.conv1 = nn.Conv2d(self.in_channels, first.out_channels, 3, padding=padding, bias=False)
+        # As timm begins the layer that this one is in place of.
+        nn.init.kaiming_normal_(self.backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
+        self.backbone.maxpool = nn.Identity()
+        if not relu:
+            self.backbone.act1 = nn.Identity()
 
     def feature_maps(self, patches: Tensor) -> Tensor:
         try:

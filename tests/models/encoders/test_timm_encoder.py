@@ -43,3 +43,22 @@ def test_without_timm(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match=r"pip install cpc_ext\[timm\]"):
         TimmEncoder("resnet18")
+
+
+def test_stems_for_small_images(timm):
+    """Sides behind the first layers, and what no ReLU lets through."""
+    images = torch.randn(2, 1, 1, 3, 16, 16)
+    for stem, side in (("cifar", 16), ("solo-learn", 18), ("lightly", 16)):
+        encoder = TimmEncoder("resnet18", stem=stem).eval()
+        seen = []
+        encoder.backbone.layer1.register_forward_pre_hook(lambda module, given, seen=seen: seen.append(given[0]))
+        assert encoder(images).shape == (2, 512, 1, 1)
+        assert seen[0].shape == (2, 64, side, side)
+        assert bool((seen[0] < 0).any()) == (stem == "lightly")
+        # As wide as timm's own layer, so that features begin alike.
+        deviation = encoder.backbone.conv1.weight.std().item()
+        assert deviation == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.1)
+    with pytest.raises(ValueError, match="stem must be one of cifar, solo-learn, lightly, got 'stl10'"):
+        TimmEncoder("resnet18", stem="stl10")
+    with pytest.raises(ValueError, match=r"stem is for ResNets .*, 'convnext_atto' does not"):
+        TimmEncoder("convnext_atto", stem="cifar")

@@ -1,0 +1,39 @@
+"""Which of torchvision's ResNets a state dict is of, read from its names and shapes. The timm library shares both."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+__all__ = ["resnet_name"]
+
+# By blocks per stack, for two or three convolutions in a block.
+_BASIC: dict[tuple[int, ...], str] = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34"}
+_BOTTLENECK: dict[tuple[int, ...], int] = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
+
+
+def resnet_name(state: Mapping[str, Tensor]) -> str:
+    """timm's name of the network, "resnet18"; weights by its names, without what is before "conv1".
+
+    ValueError where they are of none; the message says what they are instead.
+    """
+    stem, first = state.get("conv1.weight"), state.get("layer1.0.conv2.weight")
+    found = {(int(m[1]), int(m[2])) for name in state if (m := re.match(r"layer(\d)\.(\d+)\.", name))}
+    sizes = tuple(1 + max(block for stack, block in found if stack == at) for at in sorted({s for s, _ in found}))
+    if stem is None or first is None or stem.ndim != 4 or first.ndim != 4 or 0 in (*stem.shape, *first.shape):
+        raise ValueError("has no conv1.weight and layer1.0.conv2.weight of four dimensions")
+    name = _BASIC.get(sizes)
+    if "layer1.0.conv3.weight" in state:
+        depth = _BOTTLENECK.get(sizes)
+        if first.shape[1] < first.shape[0]:
+            name = f"resnext{depth}_32x{first.shape[1]}d"
+        elif first.shape[0] == 128:
+            name = f"wide_resnet{depth}_2"
+        else:
+            name = f"resnet{depth}"
+        name = name if depth else None
+    if name is None:
+        raise ValueError(f"has stacks of {sizes} blocks, as no ResNet of torchvision's has")
+    return name
