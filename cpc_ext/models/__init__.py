@@ -13,10 +13,12 @@ from cpc_ext.models.encoders.timm_encoder import TimmEncoder
 from cpc_ext.models.encoders.waveform_encoder import WaveformEncoder
 from cpc_ext.models.encoders.wide_resnet import WideResNetEncoder
 from cpc_ext.models.greedy_infomax import GreedyInfoMax, GreedySupervised
+from cpc_ext.models.moco import MoCo
 from cpc_ext.models.pixels.gated_pixelcnn import GatedPixelCNN
 from cpc_ext.models.pixels.pixelcnn import PixelCNN
 from cpc_ext.models.pixels.pixelcnnpp import PixelCNNPP
 from cpc_ext.models.simclr import SimCLR
+from cpc_ext.models.supcon import SupCon
 
 __all__ = [
     "CPC",
@@ -26,6 +28,7 @@ __all__ = [
     "GreedyInfoMax",
     "GreedySupervised",
     "LayerNormResNetEncoder",
+    "MoCo",
     "MobileNetV2Encoder",
     "PatchEncoder",
     "PixelCNN",
@@ -34,6 +37,7 @@ __all__ = [
     "ResNetV2Encoder",
     "ResidualContext",
     "SimCLR",
+    "SupCon",
     "TimmEncoder",
     "WaveformEncoder",
     "WideResNetEncoder",

@@ -6,12 +6,15 @@ discards, so that the encoder's own features, which are what is used, keep more 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 
 from cpc_ext.models.encoder_model import EncoderModel
 from cpc_ext.models.out_channels import out_channels
+from cpc_ext.models.projection_head import projection_head
 from cpc_ext.nn.nt_xent_loss import NTXentLoss, NTXentOutput
-from cpc_ext.nn.typed import Sequential
 
 __all__ = ["SimCLR"]
 
@@ -19,12 +22,13 @@ __all__ = ["SimCLR"]
 class SimCLR(EncoderModel):
     """SimCLR (Chen et al. 2020, arXiv 2002.05709) on an encoder of patches, whose one patch is the image.
 
-    The head is ``linear(4 P) → ReLU → linear(P)``, as in the University of Amsterdam's tutorial 17.
+    The head is ``linear(4 P) → ReLU → linear(P)``, as in the University of Amsterdam's tutorial 17, or as told.
 
     Args:
         encoder: patches [B, rows, cols, C, p, p] → [B, D, rows, cols], with an attribute ``out_channels`` = D.
         projection_channels: P, what the loss compares.
         temperature: of the loss.
+        head: arguments of the head, ``layers``, ``hidden`` and ``norm``; see :func:`projection_head`.
         gather_negatives: whose images are negatives where several processes train; see
             :class:`cpc_ext.nn.NTXentLoss`.
 
@@ -39,16 +43,11 @@ class SimCLR(EncoderModel):
         projection_channels: int = 128,
         temperature: float = 0.07,
         gather_negatives: str = "none",
+        head: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if projection_channels < 1:
-            raise ValueError(f"projection_channels must be at least 1, got {projection_channels}")
         self.encoder = encoder
-        self.head = Sequential(
-            nn.Linear(out_channels(encoder), 4 * projection_channels),
-            nn.ReLU(),
-            nn.Linear(4 * projection_channels, projection_channels),
-        )
+        self.head = projection_head(out_channels(encoder), projection_channels, **(head or {}))
         self.objective = NTXentLoss(temperature, gather_negatives=gather_negatives)
 
     def forward(self, views: Tensor) -> NTXentOutput:

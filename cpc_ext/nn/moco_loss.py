@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,19 @@ from cpc_ext.nn.typed import Module
 from cpc_ext.nn.unit_length import unit_length
 from cpc_ext.ops._library import without_autocast
 
-__all__ = ["MoCoLoss"]
+__all__ = ["MoCoLoss", "MoCoOutput"]
+
+
+class MoCoOutput(NamedTuple):
+    """What :meth:`MoCoLoss.contrast` returns: scalars, the accuracy without gradient.
+
+    Attributes:
+        loss: mean over queries, in nats.
+        accuracy: fraction of queries whose key is more similar than all of the queue.
+    """
+
+    loss: Tensor
+    accuracy: Tensor
 
 
 class MoCoLoss(Module):
@@ -69,6 +83,10 @@ class MoCoLoss(Module):
         Raises:
             ValueError: queries and keys of different shapes, fewer than one, or not of the queue's width.
         """
+        return self.contrast(queries, keys).loss
+
+    def contrast(self, queries: Tensor, keys: Tensor) -> MoCoOutput:
+        """The loss, and how often a key is found, which is known with it. Takes, does and raises what a call does."""
         if queries.ndim != 2 or queries.shape != keys.shape or len(queries) == 0:
             raise ValueError(
                 f"queries and keys must both be [B, D], got {tuple(queries.shape)} and {tuple(keys.shape)}"
@@ -77,10 +95,10 @@ class MoCoLoss(Module):
             queries, keys = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (queries, keys.detach()))
             if self.normalize:
                 queries, keys = unit_length(queries), unit_length(keys)
-            loss, _ = self.queue.contrast(queries, keys, 1 / self.temperature)
+            loss, rank = self.queue.contrast(queries, keys, 1 / self.temperature)
             if self.training:
                 self.queue.push(exchange_with(self.gather_negatives).gathered(keys), wrap=True)
-            return loss
+            return MoCoOutput(loss, (rank == 0).float().mean())
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, normalize={self.normalize}, gather_negatives={self.gather_negatives}"

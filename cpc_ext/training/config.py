@@ -51,6 +51,7 @@ Logger = Literal["tensorboard", "wandb", "mlflow"]
 LOGGERS: tuple[str, ...] = get_args(Logger)
 Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "constant"]
+Optimizer = Literal["adam", "sgd", "lars"]
 # What differs from the defaults of a model's configs, by section; and that by data set.
 Preset = Mapping[str, Mapping[str, Any]]
 Presets = Mapping[str, Preset]
@@ -138,7 +139,7 @@ class DataSection(Section):
 
 
 class OptimizationSection(Section):
-    """Where to start, how long and how fast to learn. Adam, or AdamW where weights decay."""
+    """Where to start, how long and how fast to learn."""
 
     resume_from: Path | None = Field(
         None,
@@ -152,6 +153,12 @@ class OptimizationSection(Section):
         None, description="Length of the run in parameter updates (excludes --epochs)."
     )
     batch_size: int = Field(16, ge=1, description="Images, or windows of recordings, in an update.")
+    optimizer: Optimizer = Field(
+        "adam",
+        description="What updates the weights. adam: Adam, or AdamW where weights decay; sgd: with --momentum; lars: "
+        "with it, too, and each layer's step in proportion to its weights, for large batches, as SimCLR was published.",
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="Share of the last step that sgd and lars add to the next.")
     lr: float = Field(2e-4, gt=0, le=10, allow_inf_nan=False, description="Learning rate, at its highest.")
     schedule: Schedule = Field(
         "constant", description="Learning rate after the warm-up: constant, or a half cosine to --final-lr at the end."
@@ -168,7 +175,8 @@ class OptimizationSection(Section):
         0.0,
         ge=0,
         le=1,
-        description="Share of the learning rate by which an update of AdamW shrinks weights; 0 is Adam.",
+        description="Share of the learning rate by which an update of AdamW shrinks weights; of sgd and lars, that of "
+        "a weight which is added to its gradient.",
     )
 
     @model_validator(mode="after")
@@ -276,6 +284,8 @@ class RunConfig(Section):
         idle = idle_of_dataset(self.data.dataset)
         if self.optimization.schedule == "constant":
             idle["final_lr"] = "--schedule constant keeps the learning rate"
+        if self.optimization.optimizer == "adam":
+            idle["momentum"] = "--optimizer adam has averages of its own"
         return idle
 
     def to_yaml(self) -> str:

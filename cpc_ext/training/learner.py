@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from cpc_ext.training.config import RunConfig
 from cpc_ext.training.distribution import Ranks
 from cpc_ext.training.meter import FiniteGuard
+from cpc_ext.training.optimizers import optimizer_of
 from cpc_ext.training.precision import autocast, grad_scaler
 from cpc_ext.training.random_streams import RandomStreams
 from cpc_ext.training.task import Handover
@@ -40,15 +41,7 @@ class Learner:
         self.parameters = [parameter for parameter in part.parameters() if parameter.requires_grad]
         self._config = config
         self._ranks = ranks
-        # Fused, it also unscales fp16 gradients and skips overflowed steps without asking the host.
-        fused = device.type in ("cpu", "cuda")
-        self._optimizer: torch.optim.Optimizer
-        if options.weight_decay:
-            self._optimizer = torch.optim.AdamW(
-                self.parameters, lr=options.lr, weight_decay=options.weight_decay, fused=fused
-            )
-        else:
-            self._optimizer = torch.optim.Adam(self.parameters, lr=options.lr, fused=fused)
+        self._optimizer = optimizer_of(self.parameters, options, device)
         self._scaler = grad_scaler(device, config.compute.precision)
         self._run: nn.Module = part
         if ranks.share.world_size > 1:

@@ -27,14 +27,16 @@ from cpc_ext.models import (
     GatedPixelCNNContext,
     GreedyInfoMax,
     GreedySupervised,
+    MoCo,
     PixelCNN,
     PixelCNNPP,
     ResidualContext,
     ResNetV2Encoder,
     SimCLR,
+    SupCon,
     WideResNetEncoder,
 )
-from cpc_ext.nn import GridInfoNCE, NTXentLoss, TargetInfoNCE
+from cpc_ext.nn import GridInfoNCE, MoCoLoss, NTXentLoss, SupConLoss, TargetInfoNCE
 from cpc_ext.programs import training as program
 from cpc_ext.programs.train_options import parse
 from cpc_ext.tasks.encoder_task import EncoderTask
@@ -63,19 +65,23 @@ _CPC = {
     "optimization": {"steps": 4, "batch_size": 4},
 }
 _PIXELS = {"pixelcnn": {"layers": 1, "hidden_channels": 6}, "optimization": {"steps": 4, "batch_size": 4}}
+_TWO_VIEWS = {"encoder": ENCODER, "view_size": 32, "blur_kernel": 0, "projection_channels": 8}
 BASE: dict[str, dict[str, Any]] = {
     "cpc-v1": _CPC,
     "cpc-v2": {**_CPC, "cpc": {**_CPC["cpc"], "context_channels": 8, "target_channels": 8}},
     "greedy-infomax": _CPC,
     "simclr": {
-        "simclr": {"encoder": ENCODER, "view_size": 32, "blur_kernel": 0, "projection_channels": 8},
+        "simclr": _TWO_VIEWS,
         "optimization": {"steps": 4, "batch_size": 4},
     },
+    "moco": {"moco": {**_TWO_VIEWS, "queue_size": 16}, "optimization": {"steps": 4, "batch_size": 4}},
+    "supcon": {"supcon": _TWO_VIEWS, "optimization": {"steps": 4, "batch_size": 4}},
     "pixelcnn": _PIXELS,
     "gated-pixelcnn": _PIXELS,
     "pixelcnn++": {**_PIXELS, "pixelcnn": {**_PIXELS["pixelcnn"], "mixtures": 2, "data_init": False}},
 }
 WITH_ENCODER = tuple(model for model in MODELS if issubclass(task_class(model), EncoderTask))
+TWO_VIEWS = ("simclr", "moco", "supcon")
 # Sections whose options the loop alone looks at, whatever is trained.
 SHARED = ("data", "optimization", "compute", "output")
 
@@ -166,9 +172,12 @@ def column_of(values: Tensor) -> Tensor:
     return (values.float() * 0.2 + 0.5) * 255 / 7
 
 
+_CONTRASTS = (GridInfoNCE, TargetInfoNCE, NTXentLoss, MoCoLoss, SupConLoss)
+
+
 def contrasts(task: Task) -> list[nn.Module]:
     """The objectives of a model."""
-    return [m for m in task.model.modules() if isinstance(m, (GridInfoNCE, TargetInfoNCE, NTXentLoss))]
+    return [m for m in task.model.modules() if isinstance(m, _CONTRASTS)]
 
 
 def modules_of(task: Task, kind: type[nn.Module]) -> list[nn.Module]:
@@ -267,8 +276,16 @@ def norm(model: str) -> None:
 
 def gather_negatives(model: str) -> None:
     """What each word does is compared in test_distribution.py, with several processes."""
-    all_of_them = {} if model in ("cpc-v2", "simclr") else {"neg_samples": "all"}
-    for word in ("none", "gather", "ring"):
+    if model == "supcon":
+        for word in ("none", "gather"):
+            assert task_of(model, gather_negatives=word).model.gather_negatives == word
+    if model in ("moco", "supcon"):
+        with pytest.raises(ValueError, match=f"--gather-negatives ring is not for {model}"):
+            config_of(model, gather_negatives="ring")
+    if model == "supcon":
+        return
+    all_of_them = {} if model in ("cpc-v2", *TWO_VIEWS) else {"neg_samples": "all"}
+    for word in ("none", "gather", "ring")[: 2 if model == "moco" else 3]:
         objectives = contrasts(task_of(model, gather_negatives=word, **all_of_them))
         assert objectives
         assert {objective.gather_negatives for objective in objectives} == {word}
@@ -461,7 +478,7 @@ def pipeline(model: str) -> None:
         )
 
 
-# SimCLR.
+# Two views: SimCLR, MoCo, supervised contrast.
 
 
 def view_size(model: str) -> None:
@@ -494,7 +511,7 @@ def projection_channels(model: str) -> None:
     for channels in (8, 12):
         task = task_of(model, projection_channels=channels)
         compared = outputs_of(task.model.head, lambda t=task: step(t))
-        assert compared.shape == (8, channels)
+        assert compared.shape == (4 if model == "moco" else 8, channels)
         assert task.model.head[0].out_features == 4 * channels
 
 
@@ -504,8 +521,112 @@ def temperature(model: str) -> None:
         losses = []
         projections = outputs_of(task.model.head, lambda t=task, losses=losses: losses.append(step(t)["loss"]))
         views = F.normalize(projections, dim=1)
-        logits = (views @ views.T / divisor).fill_diagonal_(-torch.inf)
-        torch.testing.assert_close(losses[0], F.cross_entropy(logits, (torch.arange(8) + 4) % 8), atol=1e-4, rtol=1e-4)
+        if model == "moco":
+            # The keys have replaced the oldest of the queue, which a new task of the same seed has.
+            keys = task.model.objective.queue.keys[:4]
+            queue = task_of(model, temperature=divisor).model.objective.queue.keys[:16]
+            logits = torch.cat([(views * keys).sum(1, keepdim=True), views @ queue.T], 1) / divisor
+            expected = F.cross_entropy(logits, torch.zeros(4, dtype=torch.int64))
+        elif model == "simclr":
+            logits = (views @ views.T / divisor).fill_diagonal_(-torch.inf)
+            expected = F.cross_entropy(logits, (torch.arange(8) + 4) % 8)
+        else:
+            # Images are of two classes in turn.
+            logits = (views @ views.T / divisor).fill_diagonal_(-torch.inf).log_softmax(1)
+            same = (torch.arange(8)[:, None] - torch.arange(8)) % 2 == 0
+            expected = -logits.masked_fill(~same, 0).fill_diagonal_(0).sum(1).mean() / 3
+        torch.testing.assert_close(losses[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def pixels(model: str, images: np.ndarray, **options: Any) -> Tensor:
+    """Views of a step in 0..1."""
+    return seen(task_of(model, images, min_crop_area=1.0, **options)) * 0.2 + 0.5
+
+
+def jitter_strength(model: str) -> None:
+    """Of a colour of mean 100/255, brightness alone spreads values as the strength says."""
+    images = np.broadcast_to(np.array([60, 100, 140], np.uint8)[:, None, None], (64, 3, 32, 32)).copy()
+    given = {"jitter_probability": 1.0, "gray_probability": 0.0}
+    spreads = [
+        pixels(model, images, jitter_strength=strength, **given).mean((1, 2, 3)).std().item()
+        for strength in (0.0, 0.25, 1.0)
+    ]
+    assert spreads[0] < 1e-4 < 2 * spreads[0] + 0.02 < spreads[1] < 0.6 * spreads[2]
+    view = config_of(model, jitter_strength=0.5).encoder_section.view
+    assert view["jitter"] == pytest.approx((0.4, 0.4, 0.4, 0.1))
+
+
+def share_of(changed: Tensor) -> float:
+    return changed.float().mean().item()
+
+
+def jitter_probability(model: str) -> None:
+    images = np.full((64, 3, 32, 32), 100, np.uint8)
+    for probability in (0.0, 0.5, 1.0):
+        views = pixels(model, images, jitter_probability=probability, gray_probability=0.0)
+        changed = (views - 100 / 255).abs().flatten(1).amax(1) > 1e-3
+        assert share_of(changed) == pytest.approx(probability, abs=0.2)
+
+
+def gray_probability(model: str) -> None:
+    images = np.broadcast_to(np.array([60, 100, 140], np.uint8)[:, None, None], (64, 3, 32, 32)).copy()
+    for probability in (0.0, 0.5, 1.0):
+        views = pixels(model, images, gray_probability=probability, jitter_probability=0.0)
+        assert share_of(views.std(1).flatten(1).amax(1) < 1e-4) == pytest.approx(probability, abs=0.2)
+
+
+def blur_probability(model: str) -> None:
+    given = {"jitter_probability": 0.0, "gray_probability": 0.0, "blur_kernel": 9}
+    for probability in (0.25, 1.0):
+        views = pixels(model, noise(64), blur_probability=probability, **given)
+        # A deviation of few tenths of a pixel changes next to nothing.
+        smooth = views.diff(dim=3).abs().mean((1, 2, 3)) < 0.22
+        assert share_of(smooth) == pytest.approx(0.8 * probability, abs=0.2)
+
+
+def linear_layers(task: Task) -> list[nn.Linear]:
+    return [module for module in task.model.head if isinstance(module, nn.Linear)]
+
+
+def head_layers(model: str) -> None:
+    for number in (1, 3):
+        task = task_of(model, head_layers=number)
+        widths = [task.model.encoder.out_channels, *[32] * (number - 1), 8]
+        layers = linear_layers(task)
+        assert [layer.weight.shape for layer in layers] == list(map(torch.Size, zip(widths[1:], widths, strict=False)))
+        assert len(modules_of(task, nn.ReLU)) >= number - 1
+        assert not isinstance(task.model.head[-1], nn.ReLU)
+
+
+def head_channels(model: str) -> None:
+    for width in (12, None):
+        layers = linear_layers(task_of(model, head_channels=width))
+        assert [layer.out_features for layer in layers] == [width or 32, 8]
+
+
+def head_norm(model: str) -> None:
+    for on in (False, True):
+        task = task_of(model, head_norm=on)
+        assert all((layer.bias is None) == on for layer in linear_layers(task))
+        projections = outputs_of(task.model.head, lambda t=task: step(t))
+        assert bool((projections.mean(0).abs() < 1e-4).all()) == on
+
+
+def queue_size(model: str) -> None:
+    for size in (16, 24):
+        assert task_of(model, queue_size=size).model.objective.queue.size == size
+
+
+def key_momentum(model: str) -> None:
+    for share in (0.0, 0.75):
+        task = task_of(model, key_momentum=share)
+        leader, follower = next(task.model.encoder.parameters()), next(task.model.key_encoder.parameters())
+        start = leader.detach().clone()
+        assert torch.equal(follower, start)
+        with torch.no_grad():
+            leader += 1
+        task.updated()
+        torch.testing.assert_close(follower, start + 1 - share)
 
 
 # PixelCNN.
@@ -721,6 +842,22 @@ def lr(model: str, tmp_path: Path) -> None:
         assert rates(trained(tmp_path / str(rate), lr=rate)) == pytest.approx([rate] * 4, rel=1e-3)
 
 
+def optimizer(model: str, tmp_path: Path) -> None:
+    """Of a gradient of 8 Adam's step is the rate alone, SGD's the rate times it, that of LARS a share of the weight."""
+    given = {"factor": 8.0, "lr": 0.5, "momentum": 0.0}
+    assert rates(trained(tmp_path / "adam", optimizer="adam", **given)) == pytest.approx([0.5] * 4, rel=1e-3)
+    assert rates(trained(tmp_path / "sgd", optimizer="sgd", **given)) == pytest.approx([4.0] * 4, rel=1e-3)
+    lars = trained(tmp_path / "lars", optimizer="lars", weight_decay=0.02, **given)
+    # 0.001 |w| / (|g| + β |w|) · (g + β w), times the rate.
+    assert lars.weights == pytest.approx([100 * (1 - 0.0005) ** done for done in range(5)], rel=1e-6)
+
+
+def momentum(model: str, tmp_path: Path) -> None:
+    for share in (0.0, 0.5):
+        found = rates(trained(tmp_path / str(share), optimizer="sgd", lr=1.0, momentum=share))
+        assert found == pytest.approx([sum(share**age for age in range(done)) for done in range(1, 5)], rel=1e-3)
+
+
 def schedule(model: str, tmp_path: Path) -> None:
     constant, cosine = (rates(trained(tmp_path / name, lr=1.0, schedule=name)) for name in ("constant", "cosine"))
     assert constant == pytest.approx([1.0] * 4, rel=1e-3)
@@ -799,7 +936,7 @@ def precision(model: str, tmp_path: Path) -> None:
 def channels_last(model: str) -> None:
     for each in WITH_ENCODER:
         for on in (False, True):
-            task = task_of(each, channels_last=on, **({"gray": False} if each != "simclr" else {}))
+            task = task_of(each, channels_last=on, **({} if each in TWO_VIEWS else {"gray": False}))
             inside = first_conv(task)
             assert seen(task).is_contiguous(memory_format=torch.channels_last) == on
             assert inside.weight.is_contiguous(memory_format=torch.channels_last) == on
@@ -902,6 +1039,8 @@ EFFECTS: dict[str, Callable[..., None]] = {
         probe_every,
         *(view_size, min_crop_area, blur_kernel, projection_channels, temperature),
         *(levels, code_channels),
+        *(jitter_strength, jitter_probability, gray_probability, blur_probability),
+        *(head_layers, head_channels, head_norm, queue_size, key_momentum, optimizer, momentum),
         *(layers, hidden_channels, class_conditional, mirror, sample_every, ema_decay, mixtures, dropout, data_init),
         *(resume_from, epochs, steps, batch_size, lr, schedule, final_lr, warmup_steps, clip_grad, weight_decay),
         *(device, precision, channels_last, compile, seed, log_every, checkpoint_every, logger),
@@ -951,6 +1090,8 @@ KINDS = {
     "cpc-v2": (CPC, TargetInfoNCE),
     "greedy-infomax": (GreedyInfoMax, GridInfoNCE),
     "simclr": (SimCLR, NTXentLoss),
+    "moco": (MoCo, MoCoLoss),
+    "supcon": (SupCon, SupConLoss),
     "pixelcnn": (PixelCNN, None),
     "gated-pixelcnn": (GatedPixelCNN, None),
     "pixelcnn++": (PixelCNNPP, None),
@@ -996,6 +1137,16 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "temperature": ("0.9", 0.9),
     "levels": ("17", 17),
     "code_channels": ("8", 8),
+    "jitter_strength": ("0.7", 0.7),
+    "jitter_probability": ("0.6", 0.6),
+    "gray_probability": ("0.3", 0.3),
+    "blur_probability": ("0.4", 0.4),
+    "head_layers": ("4", 4),
+    "head_channels": ("21", 21),
+    "queue_size": ("321", 321),
+    "key_momentum": ("0.5", 0.5),
+    "optimizer": ("lars", "lars"),
+    "momentum": ("0.8", 0.8),
     "layers": ("6", 6),
     "hidden_channels": ("18", 18),
     "sample_every": ("123", 123),

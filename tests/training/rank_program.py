@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cpc_ext.models import CPC, GatedPixelCNNContext, ResidualContext, ResNetV2Encoder, SimCLR
+from cpc_ext.models import CPC, GatedPixelCNNContext, ResidualContext, ResNetV2Encoder, SimCLR, SupCon
+from cpc_ext.models.supcon import SupConOutput
 from cpc_ext.nn import TargetInfoNCE, across_ranks, gather_from_ranks, grad_cache
 from cpc_ext.ops import InfoNCEOutput, info_nce
 
@@ -51,6 +52,17 @@ def simclr(exchange: str) -> nn.Module:
     return SimCLR(encoder(), projection_channels=5, temperature=0.2, gather_negatives=exchange)
 
 
+class SupConOfImages(nn.Module):
+    """Supervised contrast of images whose class is the sign of their sum."""
+
+    def __init__(self, exchange: str) -> None:
+        super().__init__()
+        self.model = SupCon(encoder(), projection_channels=5, temperature=0.2, gather_negatives=exchange)
+
+    def forward(self, views: Tensor) -> SupConOutput:
+        return self.model(views, (views[0].flatten(1).sum(1) > 0).long())
+
+
 class Contrast(nn.Module):
     """Two linear encoders and a scale that learns, of images that are told from those of other processes."""
 
@@ -81,6 +93,7 @@ CASES: dict[str, tuple[Callable[[str], nn.Module], int, str]] = {
     "cpc_v2-ring": (cpc_v2, 0, "ring"),
     "simclr-gather": (simclr, 1, "gather"),
     "simclr-ring": (simclr, 1, "ring"),
+    "supcon-gather": (SupConOfImages, 1, "gather"),
     "contrast-gather": (Contrast, 0, "gather"),
     "contrast-ring": (Contrast, 0, "ring"),
 }

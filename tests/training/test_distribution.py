@@ -33,6 +33,7 @@ CASES = (
     "cpc_v2-ring",
     "simclr-gather",
     "simclr-ring",
+    "supcon-gather",
     "contrast-gather",
     "contrast-ring",
     "chunks",
@@ -59,7 +60,9 @@ def differences(request, start, tmp_path_factory) -> dict[str, dict[str, float]]
 def test_processes_have_the_loss_and_gradients_of_one(differences, case):
     found = differences[case]
     assert found.pop("largest_gradient") > 1e-3
-    own = {"contrast": {"accuracy"}, "chunks": set()}.get(case.partition("-")[0], {"accuracy", "mutual_information"})
+    own = {"contrast": {"accuracy"}, "supcon": {"accuracy"}, "chunks": set()}.get(
+        case.partition("-")[0], {"accuracy", "mutual_information"}
+    )
     assert set(found) >= {"loss", "gradients"} | own
     assert max(found.values()) < 1e-10, found
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ class SimCLRView:
         turns of the colour circle.
     jitter_probability, gray_probability: shares of views whose colours change, or go.
     blur_kernel: taps of the Gaussian blur, an odd number; its deviation is drawn from 0.1 to 2 pixels. 0: no blur.
+    blur_probability: share of views that are blurred.
     mean, std: one value a channel, with pixels in 0..1; None leaves them so.
     dtype, channels_last: of the views.
     """
@@ -51,6 +53,7 @@ class SimCLRView:
     std: tuple[float, ...] | None = None
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
+    blur_probability: float = 1.0
 
     def __post_init__(self) -> None:
         if self.blur_kernel and (self.blur_kernel % 2 == 0 or self.blur_kernel // 2 >= self.size):
@@ -61,22 +64,10 @@ class SimCLRView:
         cls,
         dataset: Dataset,
         size: int,
-        *,
-        min_area: float = 0.08,
-        blur_kernel: int = 9,
-        dtype: torch.dtype = torch.float32,
-        channels_last: bool = False,
+        **options: Any,
     ) -> SimCLRView:
-        """A view that normalises by the dataset's statistics."""
-        return cls(
-            size=size,
-            min_area=min_area,
-            blur_kernel=blur_kernel,
-            mean=dataset.mean,
-            std=dataset.std,
-            dtype=dtype,
-            channels_last=channels_last,
-        )
+        """A view that normalises by the dataset's statistics. options: the other fields."""
+        return cls(size=size, mean=dataset.mean, std=dataset.std, **options)
 
     def random_pair(
         self, images: Tensor, generator: torch.Generator | None = None, *, share: BatchShare = _WHOLE
@@ -101,9 +92,14 @@ class SimCLRView:
         low, high = _BLUR_SIGMAS
         sigma = low + (high - low) * torch.rand(batch, generator=generator)
         order = torch.randperm(4, generator=generator).tolist()
-        numbers = torch.cat([box, flip[:, None], factors, gray[:, None], sigma[:, None]], dim=1)
+        # Where all are blurred, nothing is drawn for it.
+        blurred = torch.ones(batch)
+        if self.blur_probability < 1:
+            blurred = torch.rand(batch, generator=generator) < self.blur_probability
+        numbers = torch.cat([box, flip[:, None], factors, gray[:, None], sigma[:, None], blurred[:, None]], dim=1)
         # One copy to the device, of which everything below is a part.
-        box, flip, factors, gray, sigma = torch.split(_to(share.part(numbers), images.device), [4, 1, 4, 1, 1], dim=1)
+        parts = torch.split(_to(share.part(numbers), images.device), [4, 1, 4, 1, 1, 1], dim=1)
+        box, flip, factors, gray, sigma, blurred = parts
 
         view = crop_and_resize(_unit(images), box, self.size, flip=flip[:, 0] > 0)
         if images.shape[1] == 3:
@@ -112,7 +108,8 @@ class SimCLRView:
         else:
             view = _jitter(view, factors, [change for change in order if change < 2])
         if self.blur_kernel:
-            view = blur(view, sigma[:, 0], self.blur_kernel)
+            soft = blur(view, sigma[:, 0], self.blur_kernel)
+            view = soft if self.blur_probability == 1 else torch.where(blurred[..., None, None] > 0, soft, view)
         return self._finished(view)
 
     def cropping(self) -> SimCLRView:

@@ -1,0 +1,42 @@
+"""The options of MoCo."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from cpc_ext.tasks.two_view_options import TwoViewConfig, TwoViewSection, two_view_presets
+
+__all__ = ["CONFIG", "PRESETS", "MoCoConfig", "MoCoSection"]
+
+
+class MoCoSection(TwoViewSection):
+    """The networks, the views and the queue of MoCo."""
+
+    queue_size: int = Field(65536, ge=1, le=2**24, description="Keys of earlier batches that a view is told from.")
+    key_momentum: float = Field(
+        0.999, ge=0, lt=1, description="Share of the key networks' weights that stays at an update."
+    )
+
+    @model_validator(mode="after")
+    def _queue_has_keys_of_all(self) -> MoCoSection:
+        if self.gather_negatives == "ring":
+            raise ValueError("--gather-negatives ring is not for moco: the queue of each process holds the keys of all")
+        return self
+
+
+class MoCoConfig(TwoViewConfig):
+    """A run of MoCo."""
+
+    moco: MoCoSection = Field(default_factory=MoCoSection)
+
+    @property
+    def encoder_section(self) -> MoCoSection:
+        return self.moco
+
+
+CONFIG = MoCoConfig
+# Version 2's temperature, and of its optimization what does not depend on the size of the data.
+_PUBLISHED = two_view_presets("moco", {"optimizer": "sgd", "lr": 0.03, "final_lr": 0.0}, temperature=0.2)
+# A run of 850 updates: its keys get old sooner, and are fewer.
+_SHORT = two_view_presets("moco", temperature=0.2, queue_size=1024, key_momentum=0.99)
+PRESETS = {**_PUBLISHED, "textures": _SHORT["textures"]}

@@ -1,0 +1,135 @@
+"""Options of the models that contrast two random views of whole images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from cpc_ext.tasks.encoder_options import ContrastSection, EncoderConfig, EncoderSection
+from cpc_ext.training.config import MOST, Preset, Presets
+
+__all__ = ["TwoViewConfig", "TwoViewSection", "two_view_presets"]
+
+
+class TwoViewSection(ContrastSection, EncoderSection):  # Fields of the last come first.
+    """The encoder, the views of an image and the head that the loss looks at."""
+
+    view_size: int = Field(96, ge=8, le=MOST, description="Side in pixels of the two views of an image.")
+    min_crop_area: float = Field(
+        0.08, gt=0, le=1, description="Smallest share of an image's area that a view shows; the largest is all of it."
+    )
+    jitter_strength: Annotated[float, Field(ge=0, le=1.25)] | None = Field(
+        None,
+        description="Strength s of the colour jitter, as SimCLR's paper counts it: brightness, contrast and saturation "
+        "change by factors within 1 ± 0.8 s, hue by up to 0.2 s of the colour circle. None: 1 ± 0.5 and 0.1.",
+    )
+    jitter_probability: float = Field(0.8, ge=0, le=1, description="Share of views whose colours are jittered.")
+    gray_probability: float = Field(0.2, ge=0, le=1, description="Share of views that become grey.")
+    blur_kernel: int = Field(
+        9,
+        ge=0,
+        le=MOST,
+        description="Taps of the Gaussian blur of a view, an odd number, about a tenth of its side. 0: none.",
+    )
+    blur_probability: float = Field(1.0, gt=0, le=1, description="Share of views that are blurred.")
+    projection_channels: int = Field(
+        128, ge=1, le=MOST, description="Features that the loss compares, behind the head."
+    )
+    head_layers: int = Field(2, ge=1, le=10, description="Linear layers of the head, with ReLU between them.")
+    head_channels: Annotated[int, Field(ge=1, le=MOST)] | None = Field(
+        None, description="Width of the layers inside the head. None: four times --projection-channels."
+    )
+    head_norm: bool = Field(False, description="Batch norm behind every layer of the head, in place of biases.")
+    temperature: float = Field(0.07, gt=0, le=100, description="Divisor of the cosine similarities.")
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """The arguments of the models' head."""
+        return {"layers": self.head_layers, "hidden": self.head_channels, "norm": self.head_norm}
+
+    @property
+    def view(self) -> dict[str, Any]:
+        """The fields of the view that options decide."""
+        strength = self.jitter_strength
+        jitter = (
+            {} if strength is None else {"jitter": (0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength)}
+        )
+        return jitter | {
+            "min_area": self.min_crop_area,
+            "jitter_probability": self.jitter_probability,
+            "gray_probability": self.gray_probability,
+            "blur_kernel": self.blur_kernel,
+            "blur_probability": self.blur_probability,
+        }
+
+
+class TwoViewConfig(EncoderConfig):
+    """A run of a model of two views."""
+
+    @property
+    def encoder_section(self) -> TwoViewSection:
+        raise NotImplementedError
+
+    def idle(self) -> dict[str, str]:
+        options, idle = self.encoder_section, super().idle()
+        if options.blur_kernel == 0:
+            idle["blur_probability"] = "--blur-kernel 0 blurs nothing"
+        if options.jitter_probability == 0:
+            idle["jitter_strength"] = "--jitter-probability 0 jitters nothing"
+        if options.head_layers == 1:
+            idle["head_channels"] = "--head-layers 1 has none inside"
+        return idle
+
+
+# Tutorial 17's settings of STL-10: AdamW and a cosine to a fiftieth.
+_OPTIMIZATION = {
+    "epochs": 500,
+    "batch_size": 256,
+    "lr": 5e-4,
+    "schedule": "cosine",
+    "final_lr": 0.02,
+    "weight_decay": 1e-4,
+}
+
+
+def two_view_presets(section: str, optimization: Mapping[str, Any] | None = None, **options: Any) -> Presets:
+    """Presets of a model whose section of options has this name.
+
+    optimization: what differs of the optimization of all but the textures. options: of the section, for all data sets.
+    """
+    rest = _OPTIMIZATION if optimization is None else {**_OPTIMIZATION, **optimization}
+    large: Preset = {
+        section: {"encoder": "resnet18", "norm": "batch", "view_size": 96, **options},
+        "optimization": rest,
+    }
+    # Small images bear no blur.
+    small: Preset = {section: {**large[section], "view_size": 32, "blur_kernel": 0}, "optimization": rest}
+    return {
+        # About the computing time of CPC on the same images.
+        "textures": {
+            section: {
+                "encoder": "resnet-small",
+                "norm": "batch",
+                "view_size": 48,
+                "min_crop_area": 0.2,
+                "blur_kernel": 5,
+                "temperature": 0.2,
+                **options,
+            },
+            "optimization": {
+                "steps": 850,
+                "batch_size": 64,
+                "lr": 2e-3,
+                "schedule": "cosine",
+                "final_lr": 0.02,
+                "warmup_steps": 20,
+                "weight_decay": 1e-4,
+            },
+        },
+        "stl10": large,
+        "cifar10": small,
+        "cifar100": small,
+        "folder": {**large, "data": {"image_size": 96}},
+    }
