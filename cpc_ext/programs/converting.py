@@ -10,30 +10,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
-from cpc_ext.data import Dataset, ImageSet
 from cpc_ext.data_sets import folder_of, origin
+from cpc_ext.evaluation.empty_task import empty_task, put_into, saved_run
 from cpc_ext.interop import CheckpointError, Form, Reference, export_reference, read_reference, save_reference
 from cpc_ext.models.greedy_infomax import module_starts
 from cpc_ext.programs.convert import Command
-from cpc_ext.programs.converting_sound import sound_options, sound_task
+from cpc_ext.programs.converting_sound import sound_options
 from cpc_ext.programs.train_options import describe
 from cpc_ext.tasks.encoder_names import encoder_name
-from cpc_ext.tasks.speech_options import SpeechConfig
 from cpc_ext.training.atomic_file import atomic_file
-from cpc_ext.training.checkpoint import load_checkpoint, load_weights, save_checkpoint, write_tensors
-from cpc_ext.training.config import RunConfig, explain, load_config, option, validate_config
+from cpc_ext.training.checkpoint import save_checkpoint, write_tensors
+from cpc_ext.training.config import RunConfig, explain, option, validate_config
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.presets import preset
-from cpc_ext.training.registry import model_medium, task_class
+from cpc_ext.training.registry import model_medium
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.safetensors_file import write_safetensors
-from cpc_ext.training.task import Task
-from cpc_ext.training.weight_average import averaged_weights
 
 __all__ = ["convert"]
 
@@ -68,10 +64,10 @@ def _take_over(command: Command, source: str) -> None:
     except ValueError as error:
         raise TrainingError(str(error)) from None
     config = _config(reference, command.dataset, command.data_dir)
-    task = _task(config, reference.configuration.get("image_shape"), reference.configuration.get("classes", 0))
+    task = empty_task(config, reference.configuration.get("image_shape"), reference.configuration.get("classes", 0))
     # The part of the run's model that the checkpoint is of: all of it, or its encoder.
     part = "encoder" if reference.configuration["kind"] in _ENCODERS else ""
-    _load(task.model, reference.model.state_dict(), part)
+    put_into(task.model, reference.model.state_dict(), part)
     state = {
         "step": 0,
         "config": config.model_dump(mode="json"),
@@ -214,20 +210,8 @@ def _hand_over(command: Command, target: str) -> None:
     ]
     if given:
         raise TrainingError(f"{', '.join(map(option, given))}: the run of --to has its own")
-    run = RunDir(command.checkpoint[0])
-    if not run.config.is_file() or not run.checkpoint.is_file():
-        raise TrainingError(f"{run.path} is not a run's folder: there is no {run.config.name} or {run.checkpoint.name}")
-    config, state = load_config(run.config), load_checkpoint(run.checkpoint)
-    weights = averaged_weights(state.get("task", {})) or state.get("model", {})
-    # The classifier of a supervised module.
-    classifier = weights.get("objectives.0.bias")
-    description = state.get("description", {})
-    try:
-        classes = len(description.get("classes", ())) or (0 if classifier is None else len(classifier))
-        task = _task(config, description.get("image_shape"), classes)
-        _load(task.model, weights)
-    except (AttributeError, LookupError, TypeError, RuntimeError):
-        raise TrainingError(f"{run.checkpoint} is of another model than {run.config} describes") from None
+    checkpoint = RunDir(command.checkpoint[0]).checkpoint
+    config, state, task, *_ = saved_run(command.checkpoint[0])
     kept = state.get(_KEPT, {})
     model, form = task.model, None
     if kept.get("source") == target:
@@ -235,7 +219,7 @@ def _hand_over(command: Command, target: str) -> None:
         try:
             model, form = model.get_submodule(kept["part"]), Form(kept["layout"], kept["unused"])
         except (AttributeError, LookupError, TypeError) as error:
-            raise TrainingError(f"{run.checkpoint} does not tell what of {target} it came from ({error})") from None
+            raise TrainingError(f"{checkpoint} does not tell what of {target} it came from ({error})") from None
     exported = export_reference(model, target, form=form)
     if model_medium(config.model) == "audio" and command.out.suffix != ".safetensors":
         # The program finds its options beside the file.
@@ -275,38 +259,3 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
                 write_tensors(file, own)
     except OSError as error:
         raise TrainingError(f"--out: cannot write {path}: {error.strerror or error}") from None
-
-
-def _task(config: RunConfig, image_shape: Sequence[int] | None, classes: int) -> Task:
-    """The task of a config on the CPU, on an image that stands in for a data set. TrainingError where it has none.
-
-    image_shape: (C, H, W). None: colour, of the size that the config needs.
-    """
-    if isinstance(config, SpeechConfig):
-        return sound_task(config)
-    view = getattr(config, "view", None)
-    shape = tuple(image_shape or (3, *[32 if view is None else view.crop] * 2))
-    if view is not None:
-        shape = (shape[0], *(max(side, view.crop) for side in shape[1:]))
-    images = ImageSet(np.zeros((2, *shape), dtype=np.uint8), np.zeros(2, dtype=np.int64))
-    dataset = Dataset(
-        name=config.data.dataset,
-        pretrain=images,
-        train=images,
-        test=images,
-        classes=tuple(map(str, range(classes))),
-        mean=(0.5,) * shape[0],
-        std=(0.5,) * shape[0],
-        gray_mean=0.5,
-        gray_std=0.5,
-    )
-    try:
-        return task_class(config.model)(config, dataset, torch.device("cpu"))
-    except ValueError as error:
-        raise TrainingError(str(error)) from None
-
-
-def _load(model: nn.Module, weights: Mapping[str, Tensor], part: str = "") -> None:
-    """Put weights into a part of a model, which takes on their precision. RuntimeError where they do not fit."""
-    dtype = next((value.dtype for value in weights.values() if value.is_floating_point()), torch.float32)
-    load_weights(model.to(dtype).get_submodule(part), dict(weights))

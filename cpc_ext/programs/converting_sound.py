@@ -1,23 +1,18 @@
-"""Models of sound as runs: the options of a run that has such a model, and its task without recordings."""
+"""Models of sound as runs: the options of a run that has such a model."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
-from cpc_ext.data import SpeechDataset, WaveformSet
 from cpc_ext.models import CPC, CausalTransformerContext, GreedyInfoMax, RecurrentContext, WaveformEncoder
 from cpc_ext.models.encoders.waveform_encoder import NORMALIZATIONS, PADDINGS
 from cpc_ext.nn.sequence_info_nce import SequenceInfoNCE
-from cpc_ext.tasks.speech_options import FRAME, SequencePredictionSection, SpeechConfig
+from cpc_ext.tasks.speech_options import FRAME, SequencePredictionSection
 from cpc_ext.training.errors import TrainingError
-from cpc_ext.training.registry import task_class
-from cpc_ext.training.task import Task
 
-__all__ = ["sound_options", "sound_task"]
+__all__ = ["sound_options"]
 
 
 def sound_options(model: nn.Module) -> tuple[str, dict[str, dict[str, Any]]]:
@@ -108,12 +103,3 @@ def _context(contexts: list[Any]) -> dict[str, Any]:
     if any(each != options[0] for each in options):
         raise TrainingError("no run has context networks of different sizes")
     return options[0]
-
-
-def sound_task(config: SpeechConfig) -> Task:
-    """The task of a config on the CPU, on silence that stands in for a data set."""
-    silence = WaveformSet(
-        np.zeros(config.view.window, dtype=np.int16), np.array([0, config.view.window], dtype=np.int64), ["silence"]
-    )
-    dataset = SpeechDataset(config.data.dataset, silence, None)
-    return task_class(config.model)(config, dataset, torch.device("cpu"))

@@ -34,6 +34,7 @@ from tests.tasks.test_every_option import (
     CPU,
     ENCODER,
     MODELS,
+    TWO_VIEWS,
     WITH_ENCODER,
     OneWeight,
     config_of,
@@ -118,13 +119,13 @@ def test_an_encoders_file_tells_how_to_build_and_to_feed_it(model, tmp_path, dra
         "stem_channels": 8,
         "stem": "cifar",
         "norm": "batch",
-        "in_channels": 3 if model == "simclr" else 1,
+        "in_channels": 3 if model in TWO_VIEWS else 1,
     }
     assert json.loads(metadata["config"]) == config_of(model, **options).model_dump(mode="json")
     view = json.loads(metadata["view"])
     assert not {"dtype", "augmentation"} & set(view)
-    names = ("size", "min_area", "channels_last") if model == "simclr" else ("patch_size", "stride", "crop", "gray")
-    expected = (32, 0.08, True) if model == "simclr" else (8, 4, 24, True)
+    names = ("size", "min_area", "channels_last") if model in TWO_VIEWS else ("patch_size", "stride", "crop", "gray")
+    expected = (32, 0.08, True) if model in TWO_VIEWS else (8, 4, 24, True)
     assert tuple(view[name] for name in names) == expected
 
 
@@ -154,7 +155,15 @@ KEYS = {
     "cpc-v2": (25 * 4,),
     "greedy-infomax": (17,),
     "simclr": (2 * 4 - 1,),
+    "moco": (16 + 1,),
 }
+
+
+def test_guessing_classes_of_unequal_size():
+    """Of two images of one class and one of another, two thirds and a third are guessed right as often."""
+    task = task_of("supcon")
+    task.examples = dataset_of(noise(3)).pretrain
+    assert task.guess == pytest.approx({"loss": math.log(2 * 4 - 1), "accuracy": 4 / 9 + 1 / 9})
 
 
 @pytest.mark.parametrize(
@@ -373,7 +382,7 @@ def test_what_is_told_of_the_images(model):
 @pytest.mark.parametrize("model", WITH_ENCODER)
 def test_encodings_of_the_centre_and_of_random_views(model):
     """In evaluation mode whatever the model was in, without gradients, in float32."""
-    task = task_of(model, norm="batch", precision="bf16", **({"patch_norm": True} if model != "simclr" else {}))
+    task = task_of(model, norm="batch", precision="bf16", **({} if model in TWO_VIEWS else {"patch_norm": True}))
     images = torch.from_numpy(images_of(3))
     for training in (True, False):
         task.model.train(training)
@@ -381,17 +390,17 @@ def test_encodings_of_the_centre_and_of_random_views(model):
         assert task.model.training == training
         assert (found.dtype, found.requires_grad) == (torch.float32, False)
     task.model.eval()
-    cropping = task._view.cropping() if model == "simclr" else task._view
+    cropping = task._view.cropping() if model in TWO_VIEWS else task._view
     views = task._view.center(images), cropping.random(images, torch.Generator().manual_seed(3))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         centre, random = (task.model.encode(each) for each in views)
         same = task.encode(task.model, images, torch.Generator().manual_seed(3))
-    if model == "simclr":
+    if model in TWO_VIEWS:
         centre, random = (each[..., None, None] for each in (centre, random))
     torch.testing.assert_close(found, centre.float())
     torch.testing.assert_close(same, random)
     torch.testing.assert_close(task.features(task.model, images), found.mean((2, 3)))
-    assert found.shape[2:] == ((1, 1) if model == "simclr" else (5, 5))
+    assert found.shape[2:] == ((1, 1) if model in TWO_VIEWS else (5, 5))
 
 
 @pytest.mark.parametrize("model", WITH_ENCODER)
@@ -418,7 +427,7 @@ def test_views_are_made_in_full_precision(model):
         task.losses(images, torch.zeros(4, dtype=torch.int64), streams)
         task.encode(task.model, images)
     assert seen[0][1] is streams.share
-    if model == "simclr":
+    if model in TWO_VIEWS:
         assert [enabled for enabled, _ in seen] == [False, False]
 
 
@@ -437,7 +446,7 @@ def test_stems_fit_the_size_of_what_an_encoder_sees(model, options, stem):
     encoder = ENCODER.replace(",stem=cifar", "")
     task = task_class(model)(config_of(model, encoder=encoder, **options), dataset_of(images_of(2, 40)), CPU)
     arguments = task._encoder_spec.arguments
-    colours = 3 if model == "simclr" or not options.get("gray", True) else 1
+    colours = 3 if model in TWO_VIEWS or not options.get("gray", True) else 1
     assert (arguments["stem"], arguments["in_channels"]) == (stem, colours)
     # One that takes patches of one size.
     encoder = "ln-resnet101:blocks=1-1,channels=8-16,expansions=2-2,stem_channels=8"
@@ -467,10 +476,11 @@ def test_crops_fit_both_sides_of_an_image(height, width):
 def test_steps_draw_from_the_streams_of_the_run_alone(model):
     """PyTorch's own generator is left to layers such as dropout."""
     options = {"pixelcnn++": {"dropout": 0.0}, "cpc-v2": {"patch_augmentation": True}}.get(model, {})
-    task = task_of(model, **options, **({"flip": True} if model.startswith(("cpc", "greedy")) else {}))
-    images, labels = torch.from_numpy(task.examples.images), torch.from_numpy(task.examples.labels)
     losses = []
     for seed in (0, 1):
+        # A step of MoCo changes what the next one sees.
+        task = task_of(model, **options, **({"flip": True} if model.startswith(("cpc", "greedy")) else {}))
+        images, labels = torch.from_numpy(task.examples.images), torch.from_numpy(task.examples.labels)
         streams = RandomStreams(5, CPU)
         torch.manual_seed(seed)
         losses.append(task.losses(images, labels, streams)["loss"].item())

@@ -1,0 +1,99 @@
+"""Models of runs without the data that they were trained on: from a config, or a folder, to a task on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cpc_ext.data import Dataset, ImageSet, SpeechDataset, WaveformSet
+from cpc_ext.tasks.speech_options import SpeechConfig
+from cpc_ext.training.checkpoint import load_checkpoint, load_weights
+from cpc_ext.training.config import RunConfig, load_config
+from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.registry import task_class
+from cpc_ext.training.run_dir import RunDir
+from cpc_ext.training.task import Task
+from cpc_ext.training.weight_average import averaged_weights
+
+__all__ = ["SavedRun", "empty_task", "put_into", "saved_run"]
+
+
+class SavedRun(NamedTuple):
+    """What a run's folder holds of its model.
+
+    config: of the run. state: its checkpoint. task: with the weights that count, the average where there is one.
+    image_shape, classes: what the model is built from beside the config, see :func:`empty_task`.
+    """
+
+    config: RunConfig
+    state: dict[str, Any]
+    task: Task
+    image_shape: Sequence[int] | None
+    classes: int
+
+
+def saved_run(path: Path) -> SavedRun:
+    """The model of a run. TrainingError where the folder is none of a run's, or its files do not fit each other."""
+    run = RunDir(path)
+    if not run.config.is_file() or not run.checkpoint.is_file():
+        raise TrainingError(f"{run.path} is not a run's folder: there is no {run.config.name} or {run.checkpoint.name}")
+    config, state = load_config(run.config), load_checkpoint(run.checkpoint)
+    weights = averaged_weights(state.get("task", {})) or state.get("model", {})
+    # The classifier of a supervised module.
+    classifier = weights.get("objectives.0.bias")
+    description = state.get("description", {})
+    try:
+        classes = len(description.get("classes", ())) or (0 if classifier is None else len(classifier))
+        task = empty_task(config, description.get("image_shape"), classes)
+        put_into(task.model, weights)
+    except (AttributeError, LookupError, TypeError, RuntimeError):
+        raise TrainingError(f"{run.checkpoint} is of another model than {run.config} describes") from None
+    return SavedRun(config, state, task, description.get("image_shape"), classes)
+
+
+def empty_task(config: RunConfig, image_shape: Sequence[int] | None, classes: int) -> Task:
+    """The task of a config on the CPU, on an image or silence that stands in for a data set.
+
+    image_shape: (C, H, W). None: colour, of the size that the config needs.
+
+    TrainingError where the config has no such model.
+    """
+    try:
+        return task_class(config.model)(config, _stand_in(config, image_shape, classes), torch.device("cpu"))
+    except ValueError as error:
+        raise TrainingError(str(error)) from None
+
+
+def _stand_in(config: RunConfig, image_shape: Sequence[int] | None, classes: int) -> Dataset | SpeechDataset:
+    name = config.data.dataset
+    if isinstance(config, SpeechConfig):
+        samples = np.zeros(config.view.window, dtype=np.int16)
+        starts = np.array([0, len(samples)], dtype=np.int64)
+        return SpeechDataset(name, WaveformSet(samples, starts, ["silence"]), None)
+    view = getattr(config, "view", None)
+    shape = tuple(image_shape or (3, *[32 if view is None else view.crop] * 2))
+    if view is not None:
+        shape = (shape[0], *(max(side, view.crop) for side in shape[1:]))
+    images = ImageSet(np.zeros((2, *shape), dtype=np.uint8), np.zeros(2, dtype=np.int64))
+    return Dataset(
+        name=name,
+        pretrain=images,
+        train=images,
+        test=images,
+        classes=tuple(map(str, range(classes))),
+        mean=(0.5,) * shape[0],
+        std=(0.5,) * shape[0],
+        gray_mean=0.5,
+        gray_std=0.5,
+    )
+
+
+def put_into(model: nn.Module, weights: Mapping[str, Tensor], part: str = "") -> None:
+    """Put weights into a part of a model, which takes on their precision. RuntimeError where they do not fit."""
+    dtype = next((value.dtype for value in weights.values() if value.is_floating_point()), torch.float32)
+    load_weights(model.to(dtype).get_submodule(part), dict(weights))

@@ -1,0 +1,302 @@
+"""Trained models on the Hugging Face Hub, and in folders of the same form: weights, what builds the model, a card.
+
+:class:`Encoder` is what a run on images is mostly trained for, from images to features. :class:`Model` is all of a
+run's model, of any kind. Both save, load and upload as huggingface_hub's mixin does it, with safetensors and without
+running code from files; the card tells the recipe of the run and how well it did.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import yaml
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from cpc_ext import __version__, models
+from cpc_ext.data import PatchView, SimCLRView
+from cpc_ext.evaluation.empty_task import empty_task, saved_run
+from cpc_ext.models import PatchEncoder
+from cpc_ext.training.config import explain, validate_config
+from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.run_dir import RunDir
+
+try:
+    from huggingface_hub import ModelCard, PyTorchModelHubMixin
+except ImportError as error:
+    raise ImportError(f"cpc_ext.hub needs the huggingface_hub library: pip install 'cpc_ext[hub]' ({error})") from error
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Encoder", "Model"]
+
+_CARD = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+{{ about }} Trained with cpc_ext {{ version }}.
+
+```python
+{{ usage }}
+```
+{% if results %}
+## Results
+
+| measure | value |
+|---|---|
+{% for name, value in results.items() -%}
+| {{ name.replace("_", " ") }} | {{ value }} |
+{% endfor %}{% endif %}{% if recipe %}
+## Recipe
+
+The run's config.yaml, which `python -m cpc_ext.train --config` takes:
+
+```yaml
+{{ recipe }}
+```
+{% endif %}"""
+# Numbers of a run that tell how well it did, by their names' endings.
+_RESULTS = ("_accuracy", "bits_per_dim")
+
+
+class _Saved(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="cpc_ext",
+    tags=["contrastive-predictive-coding", "self-supervised-learning"],
+):
+    """What both have: the card, and errors that name the folder.
+
+    record: "cpc_ext", the version that trained the model; "run", what it was of; "results" of it, by name; "recipe",
+        its config as YAML.
+    """
+
+    record: dict[str, Any]
+    about: ClassVar[str]
+    usage: ClassVar[str]
+    # What config.json must have.
+    needed: ClassVar[str]
+
+    @property
+    def title(self) -> str:
+        """What the model is called in its card."""
+        raise NotImplementedError
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The card of the model: how to use it, the run's results and recipe."""
+        results = self.record.get("results", {})
+        card: ModelCard = ModelCard.from_template(
+            card_data=self._hub_mixin_info.model_card_data,
+            template_str=_CARD,
+            title=self.title,
+            about=self.about,
+            usage=self.usage,
+            version=self.record.get("cpc_ext", __version__),
+            results={name: f"{value:.4g}" for name, value in sorted(results.items())},
+            recipe=self.record.get("recipe", ""),
+            **kwargs,
+        )
+        return card
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, strict: bool = True, **options: Any) -> Self:
+        if cls.needed not in options:
+            raise ValueError(f"{model_id} holds no {cls.__name__} of cpc_ext: its config.json has no {cls.needed!r}")
+        try:
+            loaded: Self = super()._from_pretrained(model_id=model_id, strict=strict, **options)
+        except (RuntimeError, FileNotFoundError, SafetensorError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{model_id}: its weights are missing, damaged, or of another model: {reason}") from None
+        return loaded
+
+
+class Encoder(_Saved, pipeline_tag="image-feature-extraction"):
+    """A trained encoder with the view that it was trained for: from images to features.
+
+    ``Encoder.of_run("RUN").save_pretrained("folder")`` writes config.json, model.safetensors and README.md, where there
+    is no README.md yet; ``push_to_hub("name/of-it")`` uploads them; ``Encoder.from_pretrained("folder")``, or a name on
+    the Hub, is the encoder again, in evaluation mode.
+
+    Args:
+        kind: the encoder's class in :mod:`cpc_ext.models`.
+        arguments: of the class, JSON values.
+        view: fields of the :class:`~cpc_ext.data.PatchView` or :class:`~cpc_ext.data.SimCLRView` that images get.
+        record: for the card; see :meth:`of_run`.
+
+    Raises:
+        ValueError: no such class, arguments, or view.
+    """
+
+    about = "An encoder of images, from uint8 images to features."
+    usage = (
+        "from cpc_ext import hub  # pip install 'cpc_ext[hub]'\n\n"
+        'encoder = hub.Encoder.from_pretrained("FOLDER OR NAME")\n'
+        "features = encoder(images)  # uint8 [B, C, H, W] → [B, D]"
+    )
+    needed = "kind"
+
+    def __init__(
+        self,
+        kind: str,
+        arguments: dict[str, Any],
+        view: dict[str, Any],
+        record: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        found = getattr(models, kind, None)
+        if not (isinstance(found, type) and issubclass(found, PatchEncoder)):
+            raise ValueError(f"kind must be an encoder of images of cpc_ext.models, got {kind!r}")
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in view.items()
+        }
+        try:
+            self.view: PatchView | SimCLRView = (PatchView if "patch_size" in fields else SimCLRView)(**fields)
+            self.encoder = found(**arguments)
+        except TypeError as error:
+            raise ValueError(f"{kind}: arguments or view are of another version of cpc_ext: {error}") from None
+        self.kind = kind
+        self.record = record or {}
+
+    @classmethod
+    def of_run(cls, path: str | Path) -> Self:
+        """The encoder of a finished run on images, in evaluation mode.
+
+        TrainingError, a ValueError, where there is none in the folder.
+        """
+        run = RunDir(Path(path))
+        config = run.known_config
+        if not run.encoder.is_file():
+            raise TrainingError(f"{path} holds no {run.encoder.name}: its run is not finished, or learns no encoder")
+        try:
+            with safe_open(run.encoder, "pt") as file:
+                metadata = file.metadata() or {}
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(f"{run.encoder} is damaged or cut short ({error})") from None
+        if "view" not in metadata:
+            raise TrainingError(f"{path} is a run of {config.model}: cpc_ext.hub.Model takes it")
+        arguments, view = (json.loads(metadata[name]) for name in ("encoder", "view"))
+        saved = cls(kind=metadata["class"], arguments=arguments, view=view, record=_record(run))
+        saved.encoder.load_state_dict(weights)
+        return saved.eval()
+
+    @property
+    def title(self) -> str:
+        return f"{self.kind} of {self.record.get('run', 'cpc_ext')}"
+
+    def encodings(self, images: Tensor) -> Tensor:
+        """What the encoder makes of each patch: uint8 [B, C, H, W] → [B, D, rows, cols]; of whole images 1 x 1.
+
+        Images have the data set's size, of which a view of patches takes the middle, or any where it sees whole images.
+        """
+        made: Tensor = self.view.center(images)
+        dtype = next(self.encoder.parameters()).dtype
+        encodings: Tensor = self.encoder((made[:, None, None] if made.ndim == 4 else made).to(dtype))
+        return encodings
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 [B, C, H, W] → what a probe sees of them, the mean over the patches, [B, D]."""
+        return self.encodings(images).mean((2, 3))
+
+
+class Model(_Saved):
+    """All of a run's model, of images, sound or pixels: with contexts, heads and predictions, as ``model``.
+
+    It saves, loads and uploads as :class:`Encoder` does.
+
+    Args:
+        options: the run's config, as :meth:`RunConfig.model_dump` gives it in JSON values.
+        image_shape: (C, H, W) of its images, where the model is built for one size.
+        classes: that it knows.
+        record: for the card; see :meth:`of_run`.
+
+    Attributes:
+        model: of :mod:`cpc_ext.models`.
+
+    Raises:
+        ValueError: options of no run.
+    """
+
+    about = "A whole model, with all that it was trained with."
+    usage = (
+        "from cpc_ext import hub  # pip install 'cpc_ext[hub]'\n\n"
+        'model = hub.Model.from_pretrained("FOLDER OR NAME").model'
+    )
+    needed = "options"
+
+    def __init__(
+        self,
+        options: dict[str, Any],
+        image_shape: list[int] | None = None,
+        classes: int = 0,
+        record: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        try:
+            self.options = validate_config(options)
+        except ValidationError as error:
+            raise ValueError(f"options are of another version of cpc_ext: {explain(error)}") from None
+        self.model = empty_task(self.options, image_shape, classes).model
+        self.record = record or {}
+
+    @classmethod
+    def of_run(cls, path: str | Path) -> Self:
+        """The model of a run's last checkpoint, in evaluation mode; its weights' average where it keeps one.
+
+        TrainingError, a ValueError, where there is none in the folder.
+        """
+        found = saved_run(Path(path))
+        record = _record(RunDir(Path(path)))
+        shape = None if found.image_shape is None else list(found.image_shape)
+        options = _shared(found.config.model_dump(mode="json"))
+        saved = cls(options=options, image_shape=shape, classes=found.classes, record=record)
+        weights = found.task.model.state_dict()
+        saved.model.to(next(value.dtype for value in weights.values() if value.is_floating_point()))
+        saved.model.load_state_dict(weights)
+        return saved.eval()
+
+    @property
+    def title(self) -> str:
+        return f"{self.options.title} on {self.options.data.dataset}"
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """What the model itself gives."""
+        return self.model(*inputs, **options)
+
+
+def _record(run: RunDir) -> dict[str, Any]:
+    """What a card tells of a run: the version, its results where it is finished, its config."""
+    results: dict[str, Any] = {}
+    if run.summary.is_file():
+        summary = json.loads(run.summary.read_text(encoding="utf-8"))
+        results = {name: value for name, value in summary.items() if _tells_worth(name) and value is not None}
+    config = run.known_config
+    return {
+        "cpc_ext": __version__,
+        "run": f"{config.title} on {config.data.dataset}",
+        "results": results,
+        # As text, which keeps the order of the options.
+        "recipe": yaml.safe_dump(_shared(config.model_dump(mode="json")), sort_keys=False).rstrip(),
+    }
+
+
+def _tells_worth(name: str) -> bool:
+    """Whether an entry of a summary is a measure of the model, and not of its last steps."""
+    return name.endswith(_RESULTS) and not name.startswith("final_")
+
+
+def _shared(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A config for others: without paths and devices of the machine it ran on."""
+    return {
+        **options,
+        "data": {**options["data"], "data_dir": None},
+        "optimization": {**options["optimization"], "resume_from": None},
+        "compute": {**options["compute"], "device": "cpu"},
+    }
