@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 import yaml
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
@@ -124,11 +125,18 @@ class Encoder(_Saved, pipeline_tag="image-feature-extraction"):
     is no README.md yet; ``push_to_hub("name/of-it")`` uploads them; ``Encoder.from_pretrained("folder")``, or a name on
     the Hub, is the encoder again, in evaluation mode.
 
+    In a pipeline of others it is what stands before the classifier: images of torchvision's ``ToTensor``, floating in
+    0..1, are taken as well, and ``num_features`` is D, as with timm's models without a classifier. For maps in place of
+    features there is :class:`~cpc_ext.models.ImageBackbone` of ``encoder``.
+
     Args:
         kind: the encoder's class in :mod:`cpc_ext.models`.
         arguments: of the class, JSON values.
         view: fields of the :class:`~cpc_ext.data.PatchView` or :class:`~cpc_ext.data.SimCLRView` that images get.
         record: for the card; see :meth:`of_run`.
+
+    Attributes:
+        num_features: D, features of an image.
 
     Raises:
         ValueError: no such class, arguments, or view.
@@ -162,6 +170,7 @@ class Encoder(_Saved, pipeline_tag="image-feature-extraction"):
         except TypeError as error:
             raise ValueError(f"{kind}: arguments or view are of another version of cpc_ext: {error}") from None
         self.kind = kind
+        self.num_features = self.encoder.out_channels
         self.record = record or {}
 
     @classmethod
@@ -192,17 +201,20 @@ class Encoder(_Saved, pipeline_tag="image-feature-extraction"):
         return f"{self.kind} of {self.record.get('run', 'cpc_ext')}"
 
     def encodings(self, images: Tensor) -> Tensor:
-        """What the encoder makes of each patch: uint8 [B, C, H, W] → [B, D, rows, cols]; of whole images 1 x 1.
+        """What the encoder makes of each patch: [B, C, H, W] → [B, D, rows, cols]; of whole images 1 x 1.
 
-        Images have the data set's size, of which a view of patches takes the middle, or any where it sees whole images.
+        Images are uint8, or floating in 0..1 and rounded to their 256 levels. They have the
+        data set's size, of which a view of patches takes the middle, or any where it sees whole images.
         """
+        if images.is_floating_point():
+            images = (images * 255).round().clamp(0, 255).to(torch.uint8)
         made: Tensor = self.view.center(images)
         dtype = next(self.encoder.parameters()).dtype
         encodings: Tensor = self.encoder((made[:, None, None] if made.ndim == 4 else made).to(dtype))
         return encodings
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] → what a probe sees of them, the mean over the patches, [B, D]."""
+        """Images [B, C, H, W] → what a probe sees of them, the mean over the patches, [B, D]."""
         return self.encodings(images).mean((2, 3))
 
 

@@ -122,6 +122,10 @@ def test_encoder_without_a_run(tmp_path):
     loaded = hub.Encoder.from_pretrained(tmp_path)
     assert torch.equal(loaded(images), encoder.eval()(images))
     assert loaded.encodings(images).shape == (2, 4, 3, 3)
+    # As torchvision's ToTensor has them, before a classifier of features of so many channels.
+    classifier = torch.nn.Sequential(loaded, torch.nn.Linear(loaded.num_features, 5))
+    assert classifier(images.float() / 255).shape == (2, 5)
+    assert torch.equal(loaded(images.float() / 255), loaded(images))
 
 
 def test_what_is_wrong_is_said(run, tmp_path):

@@ -13,6 +13,7 @@ from cpc_ext.models.encoders.timm_encoder import TimmEncoder
 from cpc_ext.models.encoders.waveform_encoder import WaveformEncoder
 from cpc_ext.models.encoders.wide_resnet import WideResNetEncoder
 from cpc_ext.models.greedy_infomax import GreedyInfoMax, GreedySupervised
+from cpc_ext.models.image_backbone import ImageBackbone
 from cpc_ext.models.moco import MoCo
 from cpc_ext.models.pixels.gated_pixelcnn import GatedPixelCNN
 from cpc_ext.models.pixels.pixelcnn import PixelCNN
@@ -27,6 +28,7 @@ __all__ = [
     "GatedPixelCNNContext",
     "GreedyInfoMax",
     "GreedySupervised",
+    "ImageBackbone",
     "LayerNormResNetEncoder",
     "MoCo",
     "MobileNetV2Encoder",

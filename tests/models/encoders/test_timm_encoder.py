@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cpc_ext.models import TimmEncoder
+from cpc_ext.tasks.encoder_names import encoder_spec
 
 
 @pytest.fixture
@@ -62,3 +63,21 @@ def test_stems_for_small_images(timm):
         TimmEncoder("resnet18", stem="stl10")
     with pytest.raises(ValueError, match=r"stem is for ResNets .*, 'convnext_atto' does not"):
         TimmEncoder("convnext_atto", stem="cifar")
+
+
+@pytest.mark.parametrize(
+    "name", ["swin_tiny_patch4_window7_224", "vit_small_patch14_dinov2", "vit_small_patch16_dinov3"]
+)
+def test_backbones_of_one_size_get_that_of_the_patches(timm, name):
+    """A size that is neither timm's nor a multiple of the tokens' own patches."""
+    spec = encoder_spec(f"timm:{name}", norm="none", in_channels=3, stem="stl10", patch_size=48)
+    assert spec.arguments["img_size"] == 48
+    encoder = spec.build(48)
+    assert encoder(torch.randn(1, 1, 2, 3, 48, 48)).shape == (1, encoder.out_channels, 1, 2)
+
+
+def test_pooling(timm):
+    patches = torch.randn(2, 1, 1, 3, 32, 32)
+    encoder = encoder_spec("timm:resnet18:global_pool=max", norm="none", in_channels=3, stem="stl10").build(32).eval()
+    maps = encoder.backbone.forward_features(patches[:, 0, 0])
+    torch.testing.assert_close(encoder(patches)[..., 0, 0], maps.amax((2, 3)))
