@@ -50,6 +50,8 @@ def load_reference(
                       whose input are encodings [B, D, rows, cols]; a
                       :class:`~cpc_ext.models.ResidualContext`
     pixel-cnn-pp      :class:`~cpc_ext.models.PixelCNNPP`
+    pytorch-          :class:`~cpc_ext.models.BinaryGatedPixelCNN`, which evaluates and draws binary images
+    generative
     ================= ==================================================================================
 
     Args:

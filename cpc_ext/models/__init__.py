@@ -15,6 +15,7 @@ from cpc_ext.models.encoders.wide_resnet import WideResNetEncoder
 from cpc_ext.models.greedy_infomax import GreedyInfoMax, GreedySupervised
 from cpc_ext.models.image_backbone import ImageBackbone
 from cpc_ext.models.moco import MoCo
+from cpc_ext.models.pixels.binary_gated_pixelcnn import BinaryGatedPixelCNN
 from cpc_ext.models.pixels.gated_pixelcnn import GatedPixelCNN
 from cpc_ext.models.pixels.pixelcnn import PixelCNN
 from cpc_ext.models.pixels.pixelcnnpp import PixelCNNPP
@@ -23,6 +24,7 @@ from cpc_ext.models.supcon import SupCon
 
 __all__ = [
     "CPC",
+    "BinaryGatedPixelCNN",
     "CausalTransformerContext",
     "GatedPixelCNN",
     "GatedPixelCNNContext",

@@ -105,6 +105,10 @@ def _config(reference: Reference, dataset: str | None, data_dir: Path | None) ->
     if kind == reference.source:
         model, changes = sound_options(reference.model)
         return _changed(model, dataset or folder_of("audio"), {**changes, "data": {"data_dir": data_dir}})
+    if kind == "binary-pixels":
+        raise TrainingError(
+            f"no run is made of a {type(reference.model).__name__}; cpc_ext.interop.load_reference loads it"
+        )
     if kind == "part":
         raise TrainingError(
             f"the checkpoint holds a {type(reference.model).__name__} without an encoder, of which no run can be made; "

@@ -19,6 +19,7 @@ from cpc_ext.interop import SOURCES, CheckpointError, export_reference, load_ref
 from cpc_ext.interop.reference import Encodings
 from cpc_ext.models import (
     CPC,
+    BinaryGatedPixelCNN,
     CausalTransformerContext,
     GatedPixelCNNContext,
     GreedyInfoMax,
@@ -122,6 +123,11 @@ def ours(source):
     if source in ("lightly", "solo-learn", "sthalles-simclr"):
         stem = source if source != "sthalles-simclr" else "cifar"
         return [TimmEncoder("resnet18"), TimmEncoder("resnet18", 1, stem=stem)]
+    if source == "pytorch-generative":
+        return [
+            BinaryGatedPixelCNN(2, 3, layers=2, channels=4, head_channels=5),
+            BinaryGatedPixelCNN(layers=0, channels=4),
+        ]
     return [PixelCNNPP(1, channels=4, blocks=1, mixtures=2), PixelCNNPP(3, channels=4, blocks=2, mixtures=1)]
 
 

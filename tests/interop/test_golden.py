@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from cpc_ext.interop import CheckpointError, export_reference, load_reference, read_reference
-from cpc_ext.models import CPC, GatedPixelCNNContext, GreedyInfoMax, PixelCNNPP, ResidualContext, ResNetV2Encoder
+from cpc_ext.models import (
+    CPC,
+    BinaryGatedPixelCNN,
+    GatedPixelCNNContext,
+    GreedyInfoMax,
+    PixelCNNPP,
+    ResidualContext,
+    ResNetV2Encoder,
+)
 from cpc_ext.models.encoders.wide_resnet import WideResNetEncoder
 from cpc_ext.nn import GridInfoNCE
 
@@ -28,6 +36,7 @@ CHECKPOINTS = {
     "lightning_bolts.cpc_task": ("lightning-bolts", CPC),
     "pixel_cnn_pp.model_1ch": ("pixel-cnn-pp", PixelCNNPP),
     "pixel_cnn_pp.model_3ch": ("pixel-cnn-pp", PixelCNNPP),
+    "pytorch_generative.gated_pixelcnn": ("pytorch-generative", BinaryGatedPixelCNN),
 }
 
 
@@ -125,6 +134,18 @@ def test_pixelcnnpp(problem, channels):
         torch.testing.assert_close(model.nats(images).sum(), tensors["nll_sum"], atol=1e-9, rtol=1e-9)
 
 
+def test_gated_pixelcnn(problem):
+    model, tensors = load(problem, "pytorch_generative.gated_pixelcnn")
+
+    torch.testing.assert_close(model(tensors["x"]), tensors["y"], **EXACT)
+    loss = model.nats(tensors["x"]).mean()
+    loss.backward()
+
+    torch.testing.assert_close(loss, tensors["loss"], **EXACT)
+    gradient = model.first.vertical_rows.weight.grad
+    torch.testing.assert_close(gradient, tensors["grad._input._vstack_1xN.weight"], **EXACT)
+
+
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_written_again_they_are_the_same(problem, name):
     given, (source, _) = problem(name), CHECKPOINTS[name]
@@ -141,7 +162,7 @@ def test_written_again_they_are_the_same(problem, name):
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_weights_alone_load_as_well(problem, name):
     given, (source, kind) = problem(name), CHECKPOINTS[name]
-    settings = {} if source == "pixel-cnn-pp" else {"grid_size": 5}
+    settings = {} if source in ("pixel-cnn-pp", "pytorch-generative") else {"grid_size": 5}
     if name in ("cpcv2_pytorch.resnet_layer", "cpcv2_pytorch.wide_resnet", "cpcv2_pytorch.cpc_4dir"):
         settings["norm"] = "layer"
     model = load_reference(given.state, source, **settings)

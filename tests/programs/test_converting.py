@@ -351,6 +351,10 @@ def test_what_cannot_be_converted_is_said(tmp_path, capsys, train):
     assert "cannot read" in error(tmp_path / "none.pt", "--source", "greedy-infomax", "--out", tmp_path / "run")
     context = GOLDEN / "greedy_infomax.pixelcnn.safetensors"
     assert "without an encoder" in error(context, "--source", "greedy-infomax", "--out", tmp_path / "run")
+    pixels = GOLDEN / "pytorch_generative.gated_pixelcnn.safetensors"
+    assert "no run is made of a BinaryGatedPixelCNN" in error(
+        *(pixels, "--source", "pytorch-generative", "--out", tmp_path / "run")
+    )
     backwards = GOLDEN / "cpc_audio.reverse.safetensors"
     torch.save(export_reference(load_reference(backwards, "cpc-audio"), "cpc-audio"), tmp_path / "backwards.pt")
     (tmp_path / "checkpoint_args.json").write_text('{"cpc_mode": "reverse"}')
