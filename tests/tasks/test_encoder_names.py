@@ -102,7 +102,10 @@ def test_published_shapes_have_their_own_names(depth):
         ("resnet14:bottleneck=NO", "bottleneck is yes or no, got 'NO'"),
         ("resnet14:blocks=1234567", "blocks is a positive number, got '1234567'"),
         ("resnet14:blocks=01", "blocks is a positive number, got '01'"),
-        ("timm:vit:patch_size=4,foo=3", "^--encoder: expected img_size, patch_size after vit:, got 'foo=3'$"),
+        (
+            "timm:vit:patch_size=4,foo=3",
+            "^--encoder: expected img_size, patch_size, stem, global_pool after vit:, got 'foo=3'$",
+        ),
         ("wrn-28-2:width=3", "expected nothing after wrn-28-2, got 'width=3'"),
         ("mobilenetv2:width=0", "width is a positive number, got '0'"),
     ],
