@@ -225,6 +225,11 @@ class OutputSection(Section):
         "folder.",
     )
 
+    @field_validator("logger", mode="before")
+    @classmethod
+    def _one_logger(cls, names: Any) -> Any:
+        return (names,) if isinstance(names, str) else names
+
     @field_validator("logger")
     @classmethod
     def _each_logger_once(cls, names: tuple[Logger, ...]) -> tuple[Logger, ...]:

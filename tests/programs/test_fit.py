@@ -184,6 +184,12 @@ def test_a_stopped_run_is_saved_and_said(home, monkeypatch):
         assert fit(out_dir=home / number.name, resume=True).summary["steps"] == 8
 
 
+def test_a_logger_alone_needs_no_tuple(home):
+    for number, (given, wanted) in enumerate({"tensorboard": ["tensorboard"], (): []}.items()):
+        fitted = fit("cpc-v1", IMAGES, test=TEST, out_dir=home / str(number), **OPTIONS | {"steps": 1}, logger=given)
+        assert yaml.safe_load((fitted.path / "config.yaml").read_text())["output"]["logger"] == wanted
+
+
 def test_a_thread_may_train(home):
     results = []
     options = OPTIONS | {"steps": 2}
