@@ -66,7 +66,7 @@ def folder_of(medium: str) -> str:
 
 def _first(medium: str, folder: str) -> str:
     named = (name for name, (kind, of, _) in _FOUND.items() if (of, kind.folder) == (medium, folder))
-    # Of the user's own files some are in files of another kind than the medium's own.
+    # Some data sets of the user's own files are in files of another kind than the medium's own.
     return next(name for name in named if folder == "drawn" or name.endswith("folder"))
 
 

@@ -85,7 +85,7 @@ class SupCon(EncoderModel):
 
 
 def _accuracy(pairs: Tensor, labels: Tensor) -> Tensor:
-    """Of features [B, 2, P] of length 1: how often the nearest other one is of the same class."""
+    """How often the nearest other feature is of the same class, of features [B, 2, P] of length 1."""
     features, classes = pairs.flatten(0, 1), labels.repeat_interleave(2)
     found = []
     for rows in torch.arange(len(features), device=features.device).split(_ROWS):

@@ -66,7 +66,7 @@ class _LSTMPredictor(Module):
         return predictions
 
 
-# Of E, D, and the positions of a transformer; None for matrices, which the objective itself keeps.
+# What makes a step's predictor of E, D and a transformer's positions; None for matrices, which the objective keeps.
 PREDICTORS: dict[str, Callable[[int, int, int], Module] | None] = {
     "linear": None,
     "transformer": lambda contexts, encodings, positions: CausalTransformerLayer(contexts, positions),

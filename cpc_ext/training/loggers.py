@@ -150,7 +150,7 @@ class MLflowLogger(Logger):
     """
 
     library = "mlflow"
-    needs = ("sqlalchemy", "alembic")  # Of the small mlflow-skinny they are no part.
+    needs = ("sqlalchemy", "alembic")  # The small mlflow-skinny comes without them.
     package = "'cpc_ext[mlflow]'"
     title = "to MLflow"
 

@@ -41,7 +41,7 @@ NAME = "npy"
 # Where items that are mappings have their images and labels, in the order of preference.
 _IMAGE_KEYS = ("image", "img", "images", "pixel_values", "x", "jpg", "jpeg", "png")
 _LABEL_KEYS = ("label", "labels", "fine_label", "target", "class", "cls", "y")
-# Of an array of four axes in NumPy's format, whatever its length.
+# Bytes of the header of an array of four axes in NumPy's format, whatever its length.
 _HEADER_BYTES = 128
 
 
@@ -342,7 +342,7 @@ def _classes(dataset: Any) -> Sequence[str]:
         classes = getattr(dataset, "classes", None)
         if isinstance(classes, list | tuple):
             return classes
-        dataset = getattr(dataset, "dataset", None)  # Of a subset: what it is a part of.
+        dataset = getattr(dataset, "dataset", None)  # A subset names what it is a part of.
     return ()
 
 
