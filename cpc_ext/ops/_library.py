@@ -213,11 +213,13 @@ def _raw(*keys: torch._C.DispatchKey) -> int:
 
 
 _Key = torch._C.DispatchKey
-# The keys of the CPU's dense tensors, whose values are what is in their memory; those of inference mode have fewer.
-_PLAIN_KEYS = frozenset({
-    _raw(_Key.CPU, _Key.AutocastCPU, _Key.ADInplaceOrView, _Key.AutogradCPU),
-    _raw(_Key.CPU, _Key.AutocastCPU),
-})  # fmt: skip
+# The keys of dense tensors on devices that have kernels, whose values are what is in their memory; those of inference
+# mode have fewer.
+_PLAIN_KEYS = frozenset(
+    _raw(*(getattr(_Key, f"{kind}{device.upper()}") for kind in ("", "Autocast")), *autograd)
+    for device in KERNEL_DEVICES
+    for autograd in ((_Key.ADInplaceOrView, getattr(_Key, f"Autograd{device.upper()}")), ())
+)
 # What a thread's calls go through besides where no mode, transform or tracer is at work.
 _NO_MODE = frozenset({_raw(_Key.BackendSelect, _Key.ADInplaceOrView), _raw(_Key.BackendSelect)})
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
@@ -226,8 +228,8 @@ _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 def nobody_watches() -> bool:
     """Whether no mode of ``torch.overrides`` or ``torch.utils._python_dispatch``, transform, tracer or profiler is on.
 
-    Then a call on tensors of the CPU that are no subclass's, and whose memory holds their values, concerns the kernel
-    alone, and may leave the dispatcher out.
+    Then a call on tensors of a device with kernels that are no subclass's, and whose memory holds their values,
+    concerns the kernel alone, and may leave the dispatcher out.
     """
     return (
         torch._C._dispatch_tls_local_include_set().raw_repr() in _NO_MODE
