@@ -37,17 +37,25 @@ __device__ uint64_t find_left_out(const Group<Sum>& a, int64_t entry, int64_t ro
   return ~rivals;
 }
 
+// A power of two, as exactly as numbers of 16 bits can tell.
+__device__ inline float quick_exp2(float v) {
+#if defined(CPC_CUDA_EMULATION)
+  return std::exp2(v);
+#else
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(v));
+  return power;
+#endif
+}
+
 // e to a power, as exactly as numbers of type T can tell.
+constexpr float kLog2E = 1.44269504f;
 template <class T>
 __device__ float quick_exp(float v) {
-#if !defined(CPC_CUDA_EMULATION)
-  if constexpr (sizeof(T) == 2) {
-    float power;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(v * 1.44269504f));
-    return power;
-  }
-#endif
-  return exp(v);
+  if constexpr (sizeof(T) == 2)
+    return quick_exp2(v * kLog2E);
+  else
+    return exp(v);
 }
 
 // What becomes of scores where they are multiplied, as the stage says: see group.cuh.
@@ -105,7 +113,8 @@ struct TakeScores {
     }
   }
 
-  // A lane's row of a slot: its sums, and the keys that are left out of it.
+  // A lane's row of a slot: its sums, and the keys that are left out of it, of which there are none where it is plain.
+  template <bool kPlain>
   struct Row {
     Sums& sums;
     int slot;
@@ -119,7 +128,7 @@ struct TakeScores {
       for (int j = 0; j < kSlots; ++j)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const bool is_out = ((j < 4 ? lower : upper) >> (8 * (j % 4) + r) & 1) != 0;
+          const bool is_out = !kPlain && ((j < 4 ? lower : upper) >> (8 * (j % 4) + r) & 1) != 0;
           float& dot = sums[slot / 2][j][slot % 2 * 2 + r];
           use(dot, is_out ? -kInfinity<float> : scale * dot);
         }
@@ -149,23 +158,36 @@ struct TakeScores {
       limits[1] = !counts ? 0 : measures ? a.limits[kept] : a.tops[kept];
       factors[1] = counts && !measures ? a.unit() * a.rival_factors[kept] : 0;
     }
+    if constexpr (sizeof(T) == 2)
+      if (__all_sync(kAll, (left_out[0] | left_out[1]) == 0) && a.slopes == nullptr)  // Nearly always; half as long.
+        return contrast_rows<Tile, true>(sums, entry, row, column, left_out, limits, factors);
+    contrast_rows<Tile, false>(sums, entry, row, column, left_out, limits, factors);
+  }
+
+  // kPlain: all keys are rivals of all rows, and moments are not wanted.
+  template <class Tile, bool kPlain>
+  __device__ void contrast_rows(Sums& sums, int entry, int64_t row, int64_t column, const OfRows<uint64_t>& left_out,
+                                const OfRows<float>& limits, const OfRows<float>& factors) const {
+    const bool measures = stage == Stage::measure;
     const int shift = lane() % 4 * 2, rows = how_many(a.rows - row, kTile);
-    const int64_t stat = a.stat(entry, begin / kTile, row + lane() / 4);
+    const int64_t stat = a.stat(entry, (a.first_key + column) / kTile, row + lane() / 4);
     const float scale = a.scale();
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      const uint64_t bits = of_slot(left_out, slot);
-      const Row of_lane{sums, slot, static_cast<uint32_t>(bits) >> shift, static_cast<uint32_t>(bits >> 32) >> shift,
-                        scale};
+      const uint64_t bits = kPlain ? 0 : of_slot(left_out, slot);
+      const Row<kPlain> of_lane{sums, slot, static_cast<uint32_t>(bits) >> shift,
+                                static_cast<uint32_t>(bits >> 32) >> shift, scale};
       const float limit = of_slot(limits, slot), factor = of_slot(factors, slot);
       Rivals<float> rivals;
       rivals.largest = limit;
       int count = 0;
       if (measures) rivals.largest = a.reference(limit, find_largest(of_lane, limit, count));
+      const float exponents = scale * kLog2E, subtracted = rivals.largest * kLog2E;
       of_lane.each([&](float& dot, float score) {
-        const float power = quick_exp<T>(score - rivals.largest);
+        const float power =
+            kPlain ? quick_exp2(dot * exponents - subtracted) : quick_exp<T>(score - rivals.largest);
         rivals.sum += power;
-        if (power != 0) rivals.moment += power * dot;
+        if (!kPlain && power != 0) rivals.moment += power * dot;
         dot = power;
       });
       if (measures) {
@@ -180,13 +202,14 @@ struct TakeScores {
   }
 
   // The largest score of the rivals, and how many of a lane's count in the rank.
-  __device__ static float find_largest(const Row& of_lane, float limit, int& count) {
+  template <bool kPlain>
+  __device__ static float find_largest(const Row<kPlain>& of_lane, float limit, int& count) {
     float largest = -kInfinity<float>;
     of_lane.each([&](float, float score) {
       largest = fmaxf(largest, score);
       count += score < limit ? 0 : 1;  // What is no number counts.
     });
-    if (!(-kInfinity<float> < limit)) count -= of_lane.left_out();
+    if (!kPlain && !(-kInfinity<float> < limit)) count -= of_lane.left_out();
 #pragma unroll
     for (int mask = 1; mask <= 2; mask *= 2) largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, mask));
     return largest;

@@ -14,26 +14,27 @@ __device__ T* channels_of(const TensorView& view, const Pixel& pixel) {
   return view.as<T>() + pixel.image * view.strides[0] + pixel.y * view.strides[2] + pixel.x * view.strides[3];
 }
 
-// Stores what the four lanes of a row hold: outputs from `from` on, those below `count`. All lanes must take part.
+// Stores what the four lanes of a row hold: outputs from `from` on, those below `count`, which no more than they hold are. All
+// lanes must take part.
 template <class T, class Sum, int kTiles>
 __device__ void store_outputs(T* row, const Sum (&v)[kTiles][2], int from, int count) {
   const int in_quad = static_cast<int>(threadIdx.x) % 4;
-  constexpr int kWhole = sizeof(T) == 2 ? kTiles / 4 * 4 : 0;
-  if constexpr (sizeof(T) == 2) {  // Lanes exchange four tiles for whole chunks.
+  if constexpr (sizeof(T) == 2 && kTiles > 2) {  // Lanes exchange four tiles for whole chunks.
 #pragma unroll
-    for (int j = 0; j < kWhole; j += 4) {
-      uint32_t pairs[4];
+    for (int j = 0; j < kTiles; j += 4) {
+      uint32_t pairs[4] = {};
 #pragma unroll
-      for (int k = 0; k < 4; ++k) pairs[k] = pair_of<T>(v[j + k]);
+      for (int k = 0; k < 4 && j + k < kTiles; ++k) pairs[k] = pair_of<T>(v[j + k]);
       transpose_quad(pairs);
       const int first = from + (j + in_quad) * kTogether;
       if (first < count) store_pairs(row + first, pairs, how_many(count - first, kTogether));
     }
-  }
+  } else {
 #pragma unroll
-  for (int j = kWhole; j < kTiles; ++j) {
-    const int first = from + j * kTogether + in_quad * 2;
-    if (first < count) store_run(row + first, v[j], how_many(count - first, 2));
+    for (int j = 0; j < kTiles; ++j) {
+      const int first = from + j * kTogether + in_quad * 2;
+      if (first < count) store_run(row + first, v[j], how_many(count - first, 2));
+    }
   }
 }
 
@@ -56,15 +57,17 @@ struct FinishOutputs {
 
  private:
   // Where there are kHalves = 2, every other tile of 8 outputs is of gates. Four tiles of results at a time, if a warp has as
-  // many, so that lanes of 16-bit values can exchange them for whole chunks.
+  // many, so that lanes of 16-bit values can exchange them for whole chunks; more would need more registers than there are.
   template <class Tile, int kHalves>
   __device__ void take_rows(const WarpTileSums<Tile, Sum>& sums, int64_t row, int column) const {
     constexpr int kAll = Tile::kColumnTiles / kHalves, kTiles = kAll < 4 ? kAll : 4;
     const int end = (column + Tile::kColumnTiles * kTogether) / kHalves;  // Other warps take what follows.
+    Pixel pixel = {};
     each_row<Tile, kHalves * kTiles>(sums, [&](int in_tile, int of_group, const Sum(&v)[kHalves* kTiles][2]) {
       const int64_t at = row + in_tile;
       const bool exists = at < rows;
-      finish<kHalves, kTiles>(v, pixels[exists ? at : 0], (column + of_group) / kHalves, end, exists);
+      if (of_group == 0) pixel = pixels[exists ? at : 0];
+      finish<kHalves, kTiles>(v, pixel, (column + of_group) / kHalves, end, exists);
     });
   }
 
@@ -116,10 +119,10 @@ struct StorePixels {
   __device__ void take(const WarpTileSums<Tile, Sum>& sums, int, int64_t row, int64_t column) const {
     const int first = static_cast<int>(column), end = first + Tile::kColumnTiles * kTogether;
     const int last = columns < end ? columns : end;  // Other warps take what follows.
-    each_row<Tile, 4>(sums, [&](int in_tile, int of_group, const Sum(&v)[4][2]) {
+    each_row<Tile, Tile::kColumnTiles>(sums, [&](int in_tile, int, const Sum(&v)[Tile::kColumnTiles][2]) {
       const int64_t at = row + in_tile;
       const bool exists = at < rows;
-      store_outputs(channels_of<T>(output, pixels[exists ? at : 0]), v, first + of_group, exists ? last : 0);
+      store_outputs(channels_of<T>(output, pixels[exists ? at : 0]), v, first, exists ? last : 0);
     });
   }
 };

@@ -59,6 +59,23 @@ __device__ uint32_t pair_of(const float (&values)[2]) {
   return Narrow<T>::from(values[0]).bits | static_cast<uint32_t>(Narrow<T>::from(values[1]).bits) << 16;
 }
 
+// Copies a lane's sums of the n-th row and group of kTiles tiles of its warp's tile. Registers have no indices: one branch
+// a known n, of which each is taken or not as a whole. Without the empty instruction the compiler would have every branch
+// select its sums from those before, which took longer than all of a convolution's products.
+template <class Tile, int kTiles, int known = 0, class Sum>
+__device__ void copy_group(const WarpTileSums<Tile, Sum>& sums, int n, Sum (&to)[kTiles][2]) {
+  constexpr int kGroups = (Tile::kColumnTiles + kTiles - 1) / kTiles, kCount = 2 * Tile::kRowTiles * kGroups;
+  if constexpr (known < kCount) {
+    if (n != known) return copy_group<Tile, kTiles, known + 1>(sums, n, to);
+    constexpr int kRow = known / kGroups, kFirst = known % kGroups * kTiles;
+#pragma unroll
+    for (int j = 0; j < kTiles && kFirst + j < Tile::kColumnTiles; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) to[j][e] = sums[kRow / 2][kFirst + j][kRow % 2 * 2 + e];
+    asm volatile("");
+  }
+}
+
 // Calls use(row, column, sums) for each of the lane's rows of the warp's tile and every kTiles tiles of 8 columns of it, from
 // that column on, with the lane's two sums in each; 0 in tiles that there are not. The loop is not unrolled: the compiler
 // would take minutes over what takes little time.
@@ -69,15 +86,7 @@ __device__ void each_row(const WarpTileSums<Tile, Sum>& sums, const Use& use) {
 #pragma unroll 1
   for (int n = 0; n < 2 * Tile::kRowTiles * kGroups; ++n) {
     Sum of_row[kTiles][2] = {};
-#pragma unroll
-    for (int known = 0; known < 2 * Tile::kRowTiles * kGroups; ++known) {  // Registers have no indices.
-      if (known != n) continue;
-      const int i = known / kGroups, first = known % kGroups * kTiles;
-#pragma unroll
-      for (int j = 0; j < kTiles && first + j < Tile::kColumnTiles; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) of_row[j][e] = sums[i / 2][first + j][i % 2 * 2 + e];
-    }
+    copy_group<Tile, kTiles>(sums, n, of_row);
     use(8 * (n / kGroups) + lane / 4, n % kGroups * kTiles * 8, of_row);
   }
 }
