@@ -51,6 +51,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in left_out]
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
 def built(name: str, *options: str) -> Path:
     """The folder with the CUDA kernels built for the host, by options of CMakeLists.txt."""
     search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -128,8 +133,6 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     float32 are not rounded to TF32, which PyTorch allows them by default.
     """
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     if request.param != "emulated":
         yield torch.device(request.param)
         return

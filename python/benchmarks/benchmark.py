@@ -8,7 +8,7 @@ counted, and the work set against a ceiling of this machine.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from ceilings import copy_of, product_flops_per_second
 from memory import peak_extra_bytes
 from timing import Time, interleaved, make_plan
 
-__all__ = ["BASELINE", "OURS", "Case", "Op", "Problem", "both_passes", "compiled", "measure"]
+__all__ = ["BASELINE", "COMPILED", "OURS", "Case", "Op", "Problem", "both_passes", "compiled", "measure"]
 
 BASELINE, COMPILED, OURS, CEILING = "eager", "compiled", "ours", "copy into existing memory"
 # What one case may take, compiling and memory measurement apart.
@@ -117,8 +117,10 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
-def measure(op: Op, case: Case, device: str, repeats: int) -> dict[str, Any]:
+def measure(op: Op, case: Case, device: str, repeats: int, without: Sequence[str] = ()) -> dict[str, Any]:
     """One row of results: times, achieved rates and their share of the ceiling, and peak extra memory.
+
+    without: names of alternatives that are not asked for.
 
     Alternatives that cannot run here (no compiler for ``torch.compile``, not enough memory) are left out of the times
     and named with their reason under "failed"; ours must run and agree with eager.
@@ -126,6 +128,8 @@ def measure(op: Op, case: Case, device: str, repeats: int) -> dict[str, Any]:
     # A function is compiled anew only so many times before PyTorch falls back to running it eagerly.
     torch.compiler.reset()
     problem = op.prepare(case, torch.device(device))
+    wanted = {name: call for name, call in problem.alternatives.items() if name not in without}
+    problem = replace(problem, alternatives=wanted)
     running, failed = _those_that_run(problem)
     peaks = {name: peak_extra_bytes(call, device) for name, call in running.items()}
     timed = dict(running)

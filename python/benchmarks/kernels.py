@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from benchmark import Case, Op, measure
+from benchmark import COMPILED, Case, Op, measure
 from charts import draw_kernels
 from machine import add_common_arguments, describe, result_file, write_json
 from ops import all_ops
@@ -27,6 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dtype", nargs="+", choices=DTYPES, help="run every case in these (default: each case in its own)"
     )
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes seconds a case")
     parser.add_argument("--repeats", type=int, default=20, help="rounds over all alternatives at most (default 20)")
     add_common_arguments(parser)
     arguments = parser.parse_args()
@@ -73,9 +74,10 @@ def main(arguments: argparse.Namespace) -> None:
     document: dict[str, Any] = {"machine": describe(arguments.device), "complete": False, "results": []}
     out = None if arguments.out is None else result_file(arguments.out, arguments.device, "kernels")
     repeats = min(arguments.repeats, 5) if arguments.quick else arguments.repeats
+    without = (COMPILED,) if arguments.no_compile else ()
     for name in arguments.op:
         for case in chosen_cases(ops[name], arguments.dtype, arguments.quick):
-            row = measure(ops[name], case, arguments.device, repeats)
+            row = measure(ops[name], case, arguments.device, repeats, without)
             print_row(row)
             document["results"].append(row)
             if out is not None:

@@ -68,6 +68,11 @@ def test_an_alternative_that_cannot_run_is_named():
     assert row["alternatives"]["ours"]["peak_extra_bytes"] == 400
 
 
+def test_an_alternative_that_is_not_asked_for_is_not_called():
+    row = measure(tiny_op(compiled=fail), TinyCase(), "cpu", 2, without=["compiled"])
+    assert (row["failed"], row["fair"]) == ({}, "eager")
+
+
 def test_ours_must_run_and_agree():
     with pytest.raises(RuntimeError, match="no compiler"):
         measure(tiny_op(ours=fail), TinyCase(), "cpu", 2)

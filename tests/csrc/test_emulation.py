@@ -192,8 +192,6 @@ def test_a_planted_race_is_found(emulation):
 def test_right_kernels_are_right_on_the_gpu(tmp_path):
     import torch
 
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     program, source = tmp_path / "emulation_check", HERE / "emulation_check.cu"
     major, minor = torch.cuda.get_device_capability()

@@ -268,8 +268,6 @@ def test_compiles_into_one_graph(device):
 
 @pytest.mark.cuda
 def test_records_into_a_cuda_graph():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     images = make_images().cuda()
     for _ in range(3):
         extract_patches(images, 8, 4, patch_norm=True)
@@ -283,8 +281,6 @@ def test_records_into_a_cuda_graph():
 
 @pytest.mark.cuda
 def test_large_patches_and_outputs_on_cuda():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     images = make_images(shape=(1, 3, 300, 310))
     # 300 x 300 x 3 floats do not fit shared memory.
     for patch_size in (80, 300):

@@ -474,7 +474,8 @@ def test_autocast_rounds_what_is_multiplied(device, samples):
     drawn = Drawn(device, torch.float32, (9, 11, 6), samples=samples)
     with torch.autocast(device.type, torch.bfloat16):
         loss = info_nce(*drawn.inputs, **drawn.options).loss
-    rounded = [tensor.detach().bfloat16() for tensor in drawn.inputs]
+    # Which gradients are wanted decides what is summed first.
+    rounded = [tensor.detach().bfloat16().requires_grad_() for tensor in drawn.inputs]
     assert loss.dtype == torch.float32
     assert loss == info_nce(*rounded, **drawn.options).loss
     assert all(gradient.dtype == torch.float32 for gradient in torch.autograd.grad(loss, drawn.inputs))

@@ -370,8 +370,6 @@ def test_generators_repeat_samples(device):
 
 @pytest.mark.cuda
 def test_more_than_two_to_the_31_parameters_on_cuda():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     images, params = make_images(batch=1, size=(64, 64)).cuda(), make_params(3, 10, 1, (64, 64)).cuda()
     for memory_format in (torch.contiguous_format, torch.channels_last):
         many = params.bfloat16().expand(5300, -1, -1, -1).contiguous(memory_format=memory_format).requires_grad_()

@@ -507,8 +507,6 @@ def test_more_taps_than_the_cuda_kernels_take(device, request):
 
 @pytest.mark.cuda
 def test_a_cuda_graph_moves_the_pixel():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     case = Case(9, 40, 64, (7, 7), activation="gated")
     mask = case.mask_tensor().cuda()
     input, weight, bias, _ = (tensor if tensor is None else tensor.cuda() for tensor in case.tensors(torch.bfloat16))
@@ -529,8 +527,6 @@ def test_a_cuda_graph_moves_the_pixel():
 
 @pytest.mark.cuda
 def test_more_than_two_to_the_31_values_on_cuda():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     mask = torch.tensor(MASKS["raster"], dtype=torch.bool, device="cuda")
     weight = torch.randn(64, 64, 3, 3, device="cuda", dtype=torch.bfloat16) / 16
     one = torch.randn(1, 64, 64, 64, device="cuda", dtype=torch.bfloat16)

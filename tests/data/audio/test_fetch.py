@@ -56,7 +56,6 @@ def test_windows_outside_are_errors(resident):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("resident", [False, True, None])
 def test_on_cuda(resident):
     fetch = WaveformFetcher(waveforms(speakers=np.array([3, 7])), "cuda", 80, resident=resident)

@@ -58,7 +58,6 @@ def test_other_indices_are_errors(indices):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("resident", [False, True, None])
 def test_on_cuda(tmp_path, resident):
     indices = [5, 1]

@@ -284,8 +284,6 @@ def test_work_of_one_pixel_is_that_of_others(kind, known_rows, monkeypatch):
 @pytest.mark.cuda
 @of("pixelcnn", "gated of classes", "++ of classes")
 def test_graphs_draw_what_the_whole_network_draws(kind):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     model = model_of(kind).cuda()
     options = {"labels": labels_of(model, 3), "noise": noise_of(model, 3, 8, 12)}
     options.update(images=images_of(model, 3, 8, 12), known_rows=3)
