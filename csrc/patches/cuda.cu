@@ -1,11 +1,12 @@
-// Patch extraction on the GPU: from images to normalised overlapping patches (extract.cuh), and the gradient back
-// (gradient.cuh). Here, for each problem: which kernel, and how it is cut into the work of blocks.
+// Patch extraction on the GPU: from images to normalised overlapping patches (extract.cuh), to mere pieces of them
+// (copy.cuh), and the gradient back (gradient.cuh). Here, for each problem: which kernel, and how it is cut into the work of blocks.
 #include <algorithm>
 #include <cstdint>
 #include <numeric>
 #include <type_traits>
 
 #include "core/workspace.h"
+#include "patches/copy.cuh"
 #include "patches/extract.cuh"
 #include "patches/gradient.cuh"
 
@@ -18,6 +19,67 @@ constexpr int64_t kMaxValue = INT32_MAX;
 
 constexpr int64_t round_up(int64_t v, int64_t to) { return divide_up(v, to) * to; }
 FastDivide by(int64_t divisor) { return FastDivide(static_cast<uint32_t>(divisor)); }
+
+// --- Patches that are pieces of images ---
+
+// kBytes: of a piece.
+template <int kBytes>
+void launch_copy(const Problem& problem, CopyArguments a, int64_t line_bytes, void* stream) {
+  const int64_t places = a.patch_bytes / kBytes, groups = divide_up(problem.cols(), int64_t{kNeighbours});
+  const int64_t of_image = problem.rows() * groups * places, part = std::max<int64_t>(1, kMaxItems / of_image);
+  a.by_places = by(places);
+  a.by_groups = by(groups);
+  a.by_pieces = by(line_bytes / kBytes);
+  for (int64_t first = 0; first < problem.batch(); first += part) {
+    const int64_t items = std::min(part, problem.batch() - first) * of_image;
+    a.items = static_cast<int32_t>(items);
+    launch("copy_patches", &copy_patches<kBytes>, {divide_up(items, int64_t{kThreads}), dim3(kThreads)}, stream, a);
+    a.images += part * a.image_bytes;
+    a.patches += part * problem.rows() * problem.cols() * a.patch_bytes;
+  }
+}
+
+// Whether it could: patches must be the images' bits in the images' order, and all pieces aligned to 8 or 16 bytes.
+bool launch_copy(const Problem& problem, void* stream) {
+  const Geometry& g = problem.geometry;
+  const TensorView& images = problem.images;
+  const int64_t channels = problem.channels(), size = size_of(images.dtype);
+  const auto all = [](const std::vector<double>& values, double v) {
+    return std::all_of(values.begin(), values.end(), [v](double each) { return each == v; });
+  };
+  if (images.dtype != problem.patches.dtype || channels != images.shape[1] || g.patch_norm ||
+      problem.offsets.ndim != 0 || problem.flip.ndim != 0 || !all(problem.scale, 1) || !all(problem.shift, 0))
+    return false;
+  const bool planar = images.strides[3] == 1 && (channels == 1 || !g.channels_last);
+  const bool interleaved = images.strides[3] == channels && images.strides[1] == 1 && g.channels_last;
+  if (!planar && !interleaved) return false;
+  const int64_t pixel_bytes = images.strides[3] * size, line_bytes = g.patch * pixel_bytes;
+  const Window window = window_of(g, images, problem.offsets, problem.flip, 0);
+  CopyArguments a{};
+  a.row_bytes = images.strides[2] * size;
+  a.images = images.as<char>() + window.y * a.row_bytes + window.x * pixel_bytes;
+  a.patches = problem.patches.as<char>();
+  a.image_bytes = images.strides[0] * size;
+  a.channel_bytes = planar ? images.strides[1] * size : 0;
+  a.col_bytes = g.stride * pixel_bytes;
+  a.patch_bytes = g.patch * g.patch * channels * size;
+  a.cols = static_cast<int32_t>(problem.cols());
+  a.stride = static_cast<int32_t>(g.stride);
+  a.by_patch_rows = by(problem.rows());
+  a.by_lines = by(g.patch);
+  int64_t together = std::gcd(reinterpret_cast<intptr_t>(a.images), reinterpret_cast<intptr_t>(a.patches));
+  for (const int64_t bytes : {line_bytes, a.row_bytes, a.image_bytes, a.channel_bytes, a.col_bytes})
+    together = std::gcd(together, bytes);
+  // The kernel counts the bytes of an image's patches in 32 bits.
+  if (together % 8 != 0 || problem.rows() * problem.cols() * a.patch_bytes > kMaxValue) return false;
+  if (together % 16 == 0)
+    launch_copy<16>(problem, a, line_bytes, stream);
+  else
+    launch_copy<8>(problem, a, line_bytes, stream);
+  return true;
+}
+
+// --- Transformed patches ---
 
 // How asynchronous copies bring the lines of images to shared memory.
 struct CopyLayout {
@@ -32,7 +94,7 @@ CopyLayout copy_layout(const Problem& problem) {
   const int64_t channels = images.shape[1], size = size_of(images.dtype);
   const bool planar = images.strides[3] == 1;
   const bool interleaved = !planar && channels > 1 && images.strides[1] == 1 && images.strides[3] == channels;
-  if (!(planar || interleaved) || (images.dtype != DType::u8 && images.dtype != DType::f32)) return {};
+  if (!(planar || interleaved)) return {};
   CopyLayout layout;
   layout.pixel_bytes = images.strides[3] * size;
   layout.row_bytes = images.strides[2] * size;
@@ -77,9 +139,10 @@ class Tiling {
     TileShape tile{cols, rows, 0};
     const int64_t width = (cols - 1) * g_.stride + g_.patch, run = g_.patch * step_;
     tile.row = round_up(round_up(width, kGroup) * step_, 16 / staged_);
-    // Rows one run further, modulo the 32 banks, so that neighbouring runs of a patch do not share banks.
+    // Rows one run further, modulo the 32 banks, so that neighbouring runs of a patch do not share banks; but copied pixels
+    // are stored by 16 bytes.
     const int64_t banks = 128 / staged_;
-    if (run * staged_ % 16 == 0) tile.row += ((run - tile.row) % banks + banks) % banks;
+    if (copies_.bytes == 0 || run * staged_ % 16 == 0) tile.row += ((run - tile.row) % banks + banks) % banks;
     if (copies_.bytes > 0) {
       const int64_t slack = cols == all_cols_ ? copies_.slack : copies_.bytes - 1;
       tile.pitch = round_up(slack + width * copies_.pixel_bytes, 16);
@@ -144,6 +207,7 @@ TileArguments<Real> tile_arguments(const Problem& problem, const CopyLayout& cop
   a.step = narrow(tiling.step());
   a.run = narrow(run);
   a.vector = narrow(vector);
+  a.abreast = narrow(std::clamp<int64_t>(kTileThreads / (tiling.planes() * tile.rows * run / vector), 1, tile.cols));
   a.aligned = g.stride * tiling.step() % std::min(vector, 16 / staged_size) == 0;
   a.fours = run % kGroup == 0 && g.stride * tiling.step() % kGroup == 0;
   a.pitch = narrow(tile.pitch);
@@ -204,11 +268,14 @@ bool launch_copied(const Problem& problem, const CopyLayout& copies, void* strea
 template <class In>
 bool launch_copied(const Problem& problem, const CopyLayout& copies, void* stream) {
   if (problem.geometry.patch_norm) return launch_copied<In, float, true>(problem, copies, stream);
-  switch (problem.patches.dtype) {
-    case DType::f16: return launch_copied<In, Half, false>(problem, copies, stream);
-    case DType::bf16: return launch_copied<In, BFloat16, false>(problem, copies, stream);
-    default: return launch_copied<In, float, false>(problem, copies, stream);
-  }
+  const DType patches = problem.patches.dtype;
+  if (patches == DType::f32) return launch_copied<In, float, false>(problem, copies, stream);
+  if constexpr (!std::is_same_v<In, BFloat16>)
+    if (patches == DType::f16) return launch_copied<In, Half, false>(problem, copies, stream);
+  if constexpr (!std::is_same_v<In, Half>)
+    if (patches == DType::bf16) return launch_copied<In, BFloat16, false>(problem, copies, stream);
+  // From one 16-bit type to the other goes nobody who is in a hurry: the kernel that finds out when it runs what it stores.
+  return launch_copied<In, float, true>(problem, copies, stream);
 }
 
 template <class Real>
@@ -226,10 +293,15 @@ void launch_gathered(const Problem& problem, void* stream) {
 
 void launch_extract(const Problem& problem, void* stream) {
   const CopyLayout copies = copy_layout(problem);
-  const bool launched =
-      copies.bytes > 0 && (problem.images.dtype == DType::u8 ? launch_copied<uint8_t>(problem, copies, stream)
-                                                             : launch_copied<float>(problem, copies, stream));
-  if (!launched) launch_gathered<float>(problem, stream);
+  const auto launched = [&] {
+    switch (problem.images.dtype) {
+      case DType::u8: return launch_copied<uint8_t>(problem, copies, stream);
+      case DType::f16: return launch_copied<Half>(problem, copies, stream);
+      case DType::bf16: return launch_copied<BFloat16>(problem, copies, stream);
+      default: return launch_copied<float>(problem, copies, stream);
+    }
+  };
+  if (copies.bytes == 0 || !launched()) launch_gathered<float>(problem, stream);
 }
 
 // --- Backward ---
@@ -313,7 +385,7 @@ void launch_backward(const Problem& problem, void* stream) {
 }  // namespace
 
 void extract(const Problem& problem, void* stream) {
-  if (problem.patches.numel() == 0) return;
+  if (problem.patches.numel() == 0 || launch_copy(problem, stream)) return;
   problem.in_double() ? launch_gathered<double>(problem, stream) : launch_extract(problem, stream);
 }
 

@@ -1,6 +1,6 @@
 // From images to patches. A block takes tiles: some rows of patches that are neighbours in one row of one image. The
 // pixels that they share are transformed into shared memory, each once; from there every patch is written in stores of
-// up to 16 bytes. Where the images are bytes or float32 in an ordinary layout, asynchronous copies bring the next
+// up to 16 bytes. Where the images are in an ordinary layout, and not of float64, asynchronous copies bring the next
 // tile's pixels while the block works on this one's.
 #pragma once
 
@@ -32,9 +32,10 @@ struct TileArguments {
   // How a tile lies in shared memory: planes of `rows` rows of `row` values, one pixel's values `step` apart. A patch
   // is planes of `patch` runs of `run` values.
   int32_t planes, row, step, run;
-  int32_t vector;  // Values that a thread stores at a time, which never cross a run.
-  bool aligned;    // Whether they are aligned in shared memory, too.
-  bool fours;      // Whether runs are whole groups of four, aligned there.
+  int32_t vector;   // Values that a thread stores at a time, which never cross a run.
+  int32_t abreast;  // Patches that a block's threads store at a time.
+  bool aligned;     // Whether vectors are aligned in shared memory, too.
+  bool fours;       // Whether runs are whole groups of four, aligned there.
   // How copied pixels lie before they are transformed: lines of `pitch` bytes, one for a row of the tile, or for a row
   // and channel. Bytes of a stage; and of the images, from pixel to pixel, row to row and channel to channel.
   int32_t pitch, stage_bytes, pixel_bytes, row_bytes, channel_bytes;
@@ -300,7 +301,8 @@ __device__ void find_moments(const TileArguments<Real>& a, const Tile& tile, con
   }
 }
 
-// N values at a time, all of one run of a patch.
+// N values at a time, all of one run of a patch. A thread finds out once where they lie, and stores them for every
+// `abreast`th patch.
 template <int N, class Out, class Staged, class Real>
 __device__ void store_vectors(const TileArguments<Real>& a, const Tile& tile, const Staged* pixels,
                               const Moments<Real>* moments) {
@@ -308,39 +310,45 @@ __device__ void store_vectors(const TileArguments<Real>& a, const Tile& tile, co
   Out* const out =
       static_cast<Out*>(a.patches) + ((tile.image * p.rows + tile.r) * p.cols + tile.c) * p.values + tile.y * a.run;
   const auto values = static_cast<int32_t>(p.values);
-  const uint32_t of_patch = static_cast<uint32_t>(a.planes * a.rows * a.run) / N, count = tile.cols * of_patch;
+  const uint32_t of_patch = static_cast<uint32_t>(a.planes * a.rows * a.run) / N, count = a.abreast * of_patch;
   for (uint32_t i = threadIdx.x; i < count; i += kTileThreads) {
     uint32_t within, x;
-    const auto j = static_cast<int32_t>(a.by_chunks(i, within)), run = static_cast<int32_t>(a.by_run(within, x));
-    auto to = static_cast<int32_t>(i) * N;  // Whole patches lie one after another.
+    const auto first = static_cast<int32_t>(a.by_chunks(i, within)), run = static_cast<int32_t>(a.by_run(within, x));
+    auto place = static_cast<int32_t>(within) * N;
     if (a.bands > 1) {
       uint32_t y;
       const auto plane = static_cast<int32_t>(a.by_rows(run, y));
       if (static_cast<int32_t>(y) >= tile.rows) continue;
-      to = j * values + (plane * a.patch + static_cast<int32_t>(y)) * a.run + static_cast<int32_t>(x) * N;
+      place = (plane * a.patch + static_cast<int32_t>(y)) * a.run + static_cast<int32_t>(x) * N;
     }
-    const Staged* const from = pixels + run * a.row + j * a.stride * a.step + x * N;
-    Staged v[N];
-    if (N > 1 && a.aligned) {
-      load_aligned(v, from);
-    } else {
+    const int32_t distance = a.stride * a.step;
+    const Staged* from = pixels + run * a.row + x * N + first * distance;
+    Out* to = out + (place + first * values);
+    for (int32_t j = first; j < tile.cols; j += a.abreast) {
+      Staged v[N];
+      if (N > 1 && a.aligned) {
+        load_aligned(v, from);
+      } else {
 #pragma unroll
-      for (int s = 0; s < N; ++s) v[s] = from[s];
-    }
-    Pack<Out, N> chunk;
-    if constexpr (std::is_same_v<Staged, Real>) {
-      if (moments != nullptr && p.geometry.patch_norm) {
-        const Moments<Real> m = moments[j];
-#pragma unroll
-        for (int s = 0; s < N; ++s) v[s] = (v[s] - m.mean) * m.inverse;
+        for (int s = 0; s < N; ++s) v[s] = from[s];
       }
+      Pack<Out, N> chunk;
+      if constexpr (std::is_same_v<Staged, Real>) {
+        if (moments != nullptr && p.geometry.patch_norm) {
+          const Moments<Real> m = moments[j];
 #pragma unroll
-      for (int s = 0; s < N; ++s) chunk.v[s] = Narrow<Out>::from(v[s]);
-    } else {
+          for (int s = 0; s < N; ++s) v[s] = (v[s] - m.mean) * m.inverse;
+        }
 #pragma unroll
-      for (int s = 0; s < N; ++s) chunk.v[s] = v[s];
+        for (int s = 0; s < N; ++s) chunk.v[s] = Narrow<Out>::from(v[s]);
+      } else {
+#pragma unroll
+        for (int s = 0; s < N; ++s) chunk.v[s] = v[s];
+      }
+      pack_at<N>(to) = chunk;
+      from += a.abreast * distance;
+      to += static_cast<int64_t>(a.abreast) * values;
     }
-    pack_at<N>(out + to) = chunk;
   }
 }
 
@@ -376,7 +384,8 @@ __device__ void finish_patches(const TileArguments<Real>& a, const Tile& tile, c
 
 // --- Kernels ---
 
-// Staged: what transformed pixels are kept as: as they are stored, or, with patch_norm, as they are computed.
+// Staged: what transformed pixels are kept as: as they are stored, or, with kNorm, as they are computed, for patches of
+// any type and for patch_norm.
 template <class In, class Staged, bool kNorm>
 __global__ void __launch_bounds__(kTileThreads, kBlocks) extract_tiles(const __grid_constant__ TileArguments<float> a) {
   unsigned char* const stages = dynamic_shared();

@@ -68,6 +68,7 @@ class Fault:
 FAULTS = (
     Fault("sectors", "augment::augment_patches<*>", "rows of patches are shorter than a sector"),
     Fault("conflicts", "augment::augment_patches<*>", "pixels and tables of levels are read at any places"),
+    Fault("sectors", "patches::copy_patches<*>", "every other patch in 16 bits begins within a sector"),
     Fault("sectors", "patches::sum_patches<*>", "a row of a patch in 16 bits is shorter than a sector", "sum_group"),
     Fault("sectors", "info_nce::finish_rows<*>", "eight rows' counts are a byte each", "merge_tiles"),
     Fault("sectors", "info_nce::*_bucket*", "pairs are read by rows and go where their keys say"),

@@ -329,8 +329,9 @@ PROBLEMS = {
         lambda dtype: extract(dtype, (2, 3, 17, 16), 8, 4, torch.channels_last, channels_last=True, **IMAGES),
         PATCHES,
     ),
-    "patches of many values": (lambda dtype: extract(dtype, (1, 3, 34, 36), 16, 8), PATCHES),
-    "patches in bands of rows": (lambda dtype: extract(dtype, (1, 3, 96, 96), 64, 32), PATCHES),
+    "patches of many values": (lambda dtype: extract(dtype, (1, 3, 34, 36), 16, 8, std=[2.0] * 3), PATCHES),
+    "patches in bands of rows": (lambda dtype: extract(dtype, (1, 3, 96, 96), 64, 32, std=[2.0] * 3), PATCHES),
+    "patches that are pieces": (lambda dtype: extract(dtype, (3, 3, 40, 32), 16, 8), {*PATCHES, "copy_patches"}),
     "patches, gathered": (lambda dtype: extract(dtype, (2, 3, 17, 15), 5, 3, **IMAGES), GATHERED),
     "patches, gathered and normed": (
         lambda dtype: extract(dtype, (2, 3, 17, 15), 8, 4, patch_norm=True, channels_last=True, **IMAGES),
@@ -396,7 +397,7 @@ def test_every_kernel_is_asked_for_something():
 def test_a_sample_is_one_block_of_each_part(traced, blocks, parts):
     traced.begin_trace({"races": {}}, blocks)
     images, patches = torch.ones(12, 1, 4, 4), torch.zeros(12, 1, 1, 1, 4, 4)
-    traced.extract_patches(images, patches, 4, 4, 4, 4, None, None, False, False, False, [1.0], [0.0])
+    traced.extract_patches(images, patches, 4, 4, 4, 4, None, None, False, False, False, [0.5], [0.0])
     run = patches.flatten(1).any(1)  # A block an image.
     assert [int(run[12 * i // parts : 12 * (i + 1) // parts].sum()) for i in range(parts)] == [1] * parts
 

@@ -70,6 +70,54 @@ def test_every_type_and_transform_agrees_with_the_reference(request, device, in_
         assert actual.permute(memory_order).is_contiguous()
 
 
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("in_dtype", [torch.bfloat16, torch.float16])
+def test_images_of_16_bits_at_any_place(device, in_dtype, out_dtype):
+    # On CUDA their rows are copied in pieces of 16 or 4 bytes, or pixel by pixel, by their length; lines of a crop
+    # begin within a piece.
+    crop = {"crop": (18, 25), "offsets": torch.tensor([[3, 1], [0, 5]]), "flip": torch.tensor([False, True])}
+    for width, layout, options in itertools.product(
+        (40, 34, 33), (torch.contiguous_format, torch.channels_last), ({"mean": [0.4, 0.5, 0.45]}, crop)
+    ):
+        images = make_images(in_dtype, shape=(2, 3, 21, width)).contiguous(memory_format=layout)
+        for patch_size, stride in ((16, 8), (7, 3)):
+            actual = extract_patches(images.to(device), patch_size, stride, dtype=out_dtype, **on(device, options))
+            assert_close(actual.cpu(), reference(images, patch_size, stride, **options), TOLERANCE[out_dtype])
+
+
+# Layouts of images from memory in the order (image, row, column, channel).
+PIECES = {
+    "planar": lambda x: x.permute(0, 3, 1, 2).contiguous(),
+    "interleaved": lambda x: x.permute(0, 3, 1, 2),
+    "one channel": lambda x: x[:, :, :, :1].permute(0, 3, 1, 2).contiguous(),
+    "a channel": lambda x: x.permute(0, 3, 1, 2).contiguous()[:, 1:2],
+    "a part": lambda x: x.permute(0, 3, 1, 2).contiguous()[1:, :, 2:, 8:],
+    "off by one": lambda x: x.permute(0, 3, 1, 2).contiguous()[:, :, :, 1:],
+    "one for all": lambda x: x[:1].expand_as(x).permute(0, 3, 1, 2),
+}
+
+
+@pytest.mark.parametrize("view", PIECES.values(), ids=PIECES)
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_patches_that_are_pieces_of_images_have_their_bits(device, dtype, view):
+    # On CUDA they are copied 16 or 8 bytes at a time, where all is aligned.
+    pixels = torch.randn(3, 34, 48, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    pixels.view(-1)[::7], pixels.view(-1)[3::11] = torch.inf, torch.nan
+    images = view(pixels)
+    for (patch_size, stride), crop, channels_last in itertools.product(
+        ((16, 8), (4, 4), (8, 12), (6, 2), (5, 3)), (None, (24, 28), (24, 27)), (False, True)
+    ):
+        options = {"crop": crop, "channels_last": channels_last, "dtype": dtype}
+        actual = extract_patches(view(pixels.to(device)), patch_size, stride, **options).cpu()
+        height, width = crop or images.shape[2:]
+        top, left = (images.shape[2] - height) // 2, (images.shape[3] - width) // 2
+        window = images[:, :, top : top + height, left : left + width]
+        expected = window.unfold(2, patch_size, stride).unfold(3, patch_size, stride).permute(0, 2, 3, 1, 4, 5)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True, check_stride=False)
+        memory_order = (0, 1, 2, 4, 5, 3) if channels_last else (0, 1, 2, 3, 4, 5)
+        assert actual.permute(memory_order).is_contiguous()
+
+
 @pytest.mark.parametrize("channels", [1, 2, 5])
 def test_any_number_of_channels(device, channels):
     for channels_last, patch_norm, layout in itertools.product(
@@ -84,14 +132,14 @@ def test_any_number_of_channels(device, channels):
         )
 
 
-@pytest.mark.parametrize("in_dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("in_dtype", [torch.uint8, torch.float32, torch.bfloat16])
 def test_patches_of_many_rows(device, in_dtype):
     # More than the share of shared memory that a block prefers: on CUDA some rows at a time, the last of them fewer, or
     # with patch_norm some patches.
     images = make_images(in_dtype, shape=(1, 3, 68, 88))
     for patch_size, channels_last, patch_norm in ((60, False, False), (67, True, False), (44, False, True)):
         options = {"channels_last": channels_last, "patch_norm": patch_norm, "flip": torch.tensor([True])}
-        actual = extract_patches(images.to(device), patch_size, 11, **on(device, options))
+        actual = extract_patches(images.to(device), patch_size, 11, dtype=torch.float32, **on(device, options))
         assert_close(actual.cpu(), reference(images, patch_size, 11, **options), 1e-5)
 
 

@@ -97,6 +97,7 @@ _STANDARD = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25]}
 
 PROBLEMS = [
     _numbers("numbers, half overlap", (2, 3, 24, 24), patch_size=8, stride=4, **_STANDARD),
+    _numbers("numbers, as they are", (2, 3, 24, 32), patch_size=16, stride=8),
     _numbers("numbers, normalised patches", (2, 3, 11, 9), patch_size=5, stride=2, patch_norm=True),
     _numbers("numbers, grey, gaps", (1, 3, 13, 17), patch_size=3, stride=5, gray=True, channels_last=True),
     _bytes("bytes, windows and flips", (2, 3, 15, 14), _PLACED, patch_size=6, stride=3, crop=(12, 11), **_STANDARD),

@@ -1,7 +1,8 @@
 """extract_patches against scaling, normalising and unfolding: colour images to normalised overlapping patches.
 
-Forward cases take uint8 images, as training does; forward and backward ones take float32 images. The bytes are those
-of the images and patches (and of their gradients), each read or written once, and the ceiling is a copy of the patches.
+Forward cases take uint8 images, as training does, or images that are normalised already, of the patches' type; forward
+and backward ones take float32 images. The bytes are those of the images and patches (and of their gradients), each read
+or written once, and the ceiling is a copy of the patches.
 Of uint8 images the rate is that of the kernel writing into existing memory: fresh pages can cost more than writing.
 """
 
@@ -29,7 +30,11 @@ def plain_patches(images: Tensor, patch: int, stride: int, dtype: torch.dtype) -
     std = torch.tensor(STD, device=images.device).view(1, 3, 1, 1)
     scaled = images.float() / 255 if images.dtype == torch.uint8 else images
     normalised = ((scaled - mean) / std).to(dtype)
-    return normalised.unfold(2, patch, stride).unfold(3, patch, stride).permute(0, 2, 3, 1, 4, 5).contiguous()
+    return unfolded(normalised, patch, stride)
+
+
+def unfolded(images: Tensor, patch: int, stride: int) -> Tensor:
+    return images.unfold(2, patch, stride).unfold(3, patch, stride).permute(0, 2, 3, 1, 4, 5).contiguous()
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,12 @@ class PatchCase(Case):
     side: int
     patch: int
     stride: int
+    normalised: bool = False  # Already, and of the patches' type.
 
     @property
     def label(self) -> str:
-        return f"[{self.batch},3,{self.side},{self.side}] {self.patch}/{self.stride}"
+        sizes = f"[{self.batch},3,{self.side},{self.side}] {self.patch}/{self.stride}"
+        return f"{sizes} normalised" if self.normalised else sizes
 
     @property
     def size(self) -> int:
@@ -53,7 +60,20 @@ class PatchCase(Case):
 def prepare(case: PatchCase, device: torch.device) -> Problem:
     dtype = getattr(torch, case.dtype)
     shape = case.batch, 3, case.side, case.side
+    if case.normalised:
+        return _pieces(case, torch.randn(shape, dtype=dtype, device=device))
     return _backward(case, shape, dtype, device) if case.backward else _forward(case, shape, dtype, device)
+
+
+def _pieces(case: PatchCase, images: Tensor) -> Problem:
+    plain_compiled = compiled(unfolded)
+    alternatives = {
+        "eager": lambda: unfolded(images, case.patch, case.stride),
+        "compiled": lambda: plain_compiled(images, case.patch, case.stride),
+        "ours": lambda: extract_patches(images, case.patch, case.stride),
+    }
+    written = unfolded(images, case.patch, case.stride).nbytes
+    return Problem(alternatives, images.nbytes + written, copied_bytes=written)
 
 
 def _forward(case: PatchCase, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Problem:
@@ -111,6 +131,8 @@ CASES = (
     ),
     PatchCase(64, 64, 16, 8, dtype="bfloat16", quick=True),
     PatchCase(1024, 64, 16, 8, dtype="bfloat16"),
+    *(PatchCase(1024, 64, 16, 8, dtype=dtype, normalised=True) for dtype in ("float32", "bfloat16")),
+    PatchCase(64, 64, 16, 8, dtype="bfloat16", normalised=True, quick=True),
     # Its CIFAR-10 patches, CPC v1's ImageNet patches and CPC v2's.
     PatchCase(64, 30, 10, 5),
     PatchCase(16, 256, 64, 32),
