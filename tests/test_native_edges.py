@@ -130,6 +130,23 @@ def contrast(
     return expected
 
 
+def weigh(m, *, batch=2, rows=3, positives=2, mean=False):
+    result, targets = filled(torch.empty(batch, rows)), torch.full((batch, rows, positives), -1)
+    targets[..., -1:] = 0
+    problem = result, targets, torch.full((batch, rows), 0.5), mean
+    m.info_nce_weights(*problem, aligned(m.info_nce_weights_workspace(*problem)))
+    value = (1 / max(batch * rows, 1) if mean else 0.5) if positives else 0.0
+    return {"row_weights": (result, lambda shape: torch.full(shape, value))}
+
+
+def reduce(m, *, batch=2, rows=3):
+    loss, accuracy = filled(torch.empty(())), filled(torch.empty(()))
+    problem = torch.ones(batch, rows), indices(batch, rows), None, loss, accuracy, True
+    m.info_nce_reduced(*problem, aligned(m.info_nce_reduced_workspace(*problem)))
+    value = float(batch * rows > 0)
+    return {name: (one, lambda shape: torch.full(shape, value)) for name, one in (("loss", loss), ("right", accuracy))}
+
+
 def predict(_, *, rows=3, channels=2, steps=2, dim=3, keys=4, samples=None, shared=False):
     """The CPU's alone has such a function."""
     contexts, weights, key_tensor = (
@@ -326,6 +343,8 @@ CALLS: dict[str, tuple[Callable, dict, dict]] = {
         {"measure": "sigmoid"},
         {"batch": [0], "rows": [0], "keys": [0, 1], "dim": [0], "positives": [0, 3]},
     ),
+    "info_nce_weights": (weigh, {}, {"batch": [0], "rows": [0, 20_000], "positives": [0, 1], "mean": [True]}),
+    "info_nce_reduced": (reduce, {}, {"batch": [0], "rows": [0, 1, 20_000]}),
     "conv2d": (
         convolve_plainly,
         {},

@@ -16,6 +16,7 @@ from cpc_ext._native import native
 from cpc_ext.ops import _contrast_reference as plain
 from cpc_ext.ops._contrast_arguments import ContrastOptions, check_arguments, common_dtype, flat_problem
 from cpc_ext.ops._contrast_problem import Contrast, Gradients, absent_queries, sums_dtype, weighted
+from cpc_ext.ops._contrast_weights import total_weight, weigh, weigh_plainly, weights_of_rows
 from cpc_ext.ops._library import may_need_gradients, register, tf32_allowed, with_workspace, without_autocast
 
 __all__ = ["Results", "contrast", "contrast_gradients_op", "contrast_op", "reduced"]
@@ -43,7 +44,7 @@ def contrast(
 ) -> Results:
     """Check the arguments and run the op."""
     check_arguments(queries, keys, options, measure, reduction)
-    problem, weights = flat_problem(*common_dtype(queries, keys), options, measure, batched=False)
+    problem, weights = flat_problem(*common_dtype(queries, keys), options, measure, batched=False, weigh=weigh)
     op = _Forward(problem, weights, None, reduction, _needed(problem, weights, reduction))
     results: tuple[Any, ...] = contrast_op(*problem, *op[1:], whole=op)
     return results if type(results) is Results else Results._make(results)
@@ -142,19 +143,6 @@ def _without_none(results: _Some, queries: Tensor) -> _Some:
     )
 
 
-def _row_weights(queries: Tensor, weights: Tensor | None, reduction: str) -> tuple[Tensor | None, float]:
-    """What a row's loss counts in the result: a tensor [B, M], or None for ones, times a number."""
-    if weights is None:
-        return None, 1 / max(queries.shape[:-1].numel(), 1) if reduction == "mean" else 1.0
-    weights = weights.to(sums_dtype(queries)).contiguous()
-    return weights / _total(weights) if reduction == "mean" else weights, 1.0
-
-
-def _total(weights: Tensor) -> Tensor:
-    total = weights.sum()
-    return torch.where(total > 0, total, torch.ones_like(total))
-
-
 def reduced(losses: Tensor, rank: Tensor, weights: Tensor | None, reduction: str) -> tuple[Tensor, Tensor]:
     """Loss and accuracy, which share no memory with the losses."""
     right = (rank == 0).to(losses.dtype)
@@ -165,7 +153,7 @@ def reduced(losses: Tensor, rank: Tensor, weights: Tensor | None, reduction: str
             return losses.sum(), right.sum()
         return losses.mean() if reduction == "mean" else losses.sum(), right.mean()
     weights = weights.to(losses.dtype)
-    total = _total(weights)
+    total = total_weight(weights)
     loss = weighted(weights, losses).sum()
     return loss / total if reduction == "mean" else loss, (weights * right).sum() / total
 
@@ -180,15 +168,15 @@ def _straight(op: _Forward) -> Results:
     results = _needed_results(op)
     loss, accuracy, rank, losses, slopes, bests, *gradients = results
     rows = queries.new_empty(rank.shape, dtype=loss.dtype) if losses is None else losses
-    row_weights, factor = _row_weights(queries, weights, reduction)
+    row_weights, factor = weights_of_rows(rank.shape, weights, reduction, loss.dtype, weigh)
     thresholds = None if op.thresholds is None else op.thresholds.to(loss.dtype).contiguous()
     _run(op.problem, gradients, (row_weights, thresholds, None, rows, rank, slopes, bests), factor)
-    if reduction != "none" and native.info_nce_on_cpu(queries):
-        weights = None if weights is None else weights.to(loss.dtype).contiguous()
-        native.info_nce_reduced(rows, rank, weights, loss, accuracy, reduction == "mean")
-        return results
-    loss, accuracy = reduced(rows, rank, weights, reduction)
-    return results._replace(loss=loss, accuracy=accuracy)
+    if reduction == "none":
+        loss, accuracy = reduced(rows, rank, weights, reduction)
+        return results._replace(loss=loss, accuracy=accuracy)
+    weights = None if weights is None else weights.to(loss.dtype).contiguous()
+    with_workspace(native.info_nce_reduced, rows, rows, rank, weights, loss, accuracy, reduction == "mean")
+    return results
 
 
 def _gradients_kernel(op: _Backward) -> Gradients:
@@ -250,7 +238,7 @@ def _reference_op(op: _Forward) -> Results:
     with without_autocast(op.problem.queries.device):  # It would round the scores.
         present = None if op.weights is None else op.weights != 0
         losses, rank, slopes, bests = plain.each_query(op.problem, op.thresholds, present)
-        weights, factor = _row_weights(op.problem.queries, op.weights, op.reduction)
+        weights, factor = weights_of_rows(losses.shape, op.weights, op.reduction, losses.dtype, weigh_plainly)
         row_weights = torch.full_like(losses, factor) if weights is None else weights * factor
         gradients = plain.gradients(op.problem, row_weights, op.needs[:3])
         loss, accuracy = reduced(losses, rank, op.weights, op.reduction)
@@ -315,8 +303,7 @@ def _backward(ctx: Any, saved: Sequence[Any], grad: Tensor | None, *_: Tensor | 
     gradients: tuple[Any, ...] = (grad_queries, grad_keys, grad_bias)
     row_grads = None
     if ctx.later or slopes is not None:
-        rows = loss.new_empty(ctx.num_rows)
-        row_weights, factor = _row_weights(rows.unsqueeze(-1), weights, ctx.reduction)
+        row_weights, factor = weights_of_rows(ctx.num_rows, weights, ctx.reduction, loss.dtype, weigh)
         row_grads = grad.expand(ctx.num_rows) * factor if row_weights is None else grad * row_weights
     if ctx.later:
         gradients = contrast_gradients_op(*tensors, *ctx.options, row_grads, weights, ctx.requires)

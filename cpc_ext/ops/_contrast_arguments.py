@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cpc_ext.ops._contrast_problem import Contrast, sums_dtype
+from cpc_ext.ops._contrast_weights import Weigh, weigh_plainly, weights_of_present
 from cpc_ext.ops._library import autocast_dtype, refuse_forward_mode, values_at_hand
 
 __all__ = [
@@ -47,28 +48,23 @@ class ContrastOptions(NamedTuple):
 
 
 def flat_problem(
-    queries: Tensor, keys: Tensor, options: ContrastOptions, measure: str, *, batched: bool = True
+    queries: Tensor,
+    keys: Tensor,
+    options: ContrastOptions,
+    measure: str,
+    *,
+    batched: bool = True,
+    weigh: Weigh = weigh_plainly,
 ) -> tuple[Contrast, Tensor | None]:
     """The problem with one leading dimension in place of any, and its queries' weights [B, M]; None for all 1.
 
-    batched: whether one without leading dimensions gets one, too.
+    batched: whether one without leading dimensions gets one, too. weigh: how weights are found.
     """
     problem = _flat(queries, keys, options, measure, batched)
     if options.weights is options.targets is None:
         return problem, None
     weights = None if options.weights is None else options.weights.reshape(problem.queries.shape[:-1])
-    return problem, _weights_of_present(problem.targets, weights, sums_dtype(queries))
-
-
-def _weights_of_present(targets: Tensor | None, weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The weights of queries [B, M], 0 for those that have no positive; None for all 1."""
-    if targets is None:
-        return weights
-    if targets.numel() and values_at_hand(targets) and int(targets.min()) >= 0:
-        return weights
-    # Below -1 an index names no key, and says so.
-    present = (targets != -1).any(-1)
-    return present.to(dtype) if weights is None else torch.where(present, weights, 0)
+    return problem, weights_of_present(problem.targets, weights, sums_dtype(queries), weigh)
 
 
 def check_arguments(queries: Tensor, keys: Tensor, options: ContrastOptions, measure: str, reduction: str) -> None:

@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpc_ext._native import KERNEL_DEVICES, native
 from cpc_ext.ops import (
-    _contrast,
     _library,
     conv2d,
     extract_patches,
@@ -338,7 +337,7 @@ def test_what_counts_as_plain_is_what_tensors_are(device):
     assert _library.nobody_watches()
 
 
-# --- Workspaces and sums of the host ---
+# --- Workspaces ---
 
 
 def test_a_workspace_that_is_left_out():
@@ -363,27 +362,3 @@ def test_a_workspace_that_is_left_out():
     assert size > 2**20
     assert native.info_nce(*large, None) == size
     assert not losses.any()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("mean", [False, True])
-@pytest.mark.parametrize("rows", [0, 1, 100])
-def test_reducing_losses(dtype, mean, rows):
-    losses, loss, accuracy = (
-        draw(2, rows, dtype=dtype).abs(),
-        torch.zeros((), dtype=dtype),
-        torch.zeros((), dtype=dtype),
-    )
-    ranks = torch.randint(3, (2, rows), generator=torch.Generator().manual_seed(1))
-    weights = draw(2, rows, dtype=dtype).clamp(min=0)
-    for given in (None, weights, torch.zeros_like(weights)):
-        native.info_nce_reduced(losses, ranks, given, loss, accuracy, mean)
-        wanted = _contrast.reduced(losses.double(), ranks, given, "mean" if mean else "sum")
-        torch.testing.assert_close((loss.double(), accuracy.double()), wanted, rtol=1e-6, atol=1e-6)
-    if rows > 1:
-        weights[0, 0], losses[0, 0] = 0, torch.inf
-        native.info_nce_reduced(losses, ranks, weights, loss, accuracy, mean)
-        assert loss.isfinite()
-        weights[0, 0] = 1
-        native.info_nce_reduced(losses, ranks, weights, loss, accuracy, mean)
-        assert loss.isinf()

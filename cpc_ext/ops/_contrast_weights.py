@@ -1,0 +1,87 @@
+"""What the queries of a contrast weigh in its mean or sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cpc_ext._native import native
+from cpc_ext.ops._library import may_need_gradients, register, values_at_hand, with_workspace
+
+__all__ = ["Weigh", "total_weight", "weigh", "weigh_plainly", "weights_of_present", "weights_of_rows"]
+
+
+# From targets [B, M, P], weights [B, M], either of which may be None, the type of sums, and whether they are divided by
+# their sum, to what queries weigh, [B, M], 0 for those that have no positive.
+Weigh = Callable[[Tensor | None, Tensor | None, torch.dtype, bool], Tensor]
+
+
+def weigh_plainly(targets: Tensor | None, weights: Tensor | None, dtype: torch.dtype, mean: bool) -> Tensor:
+    """The reference."""
+    if targets is not None:
+        present = (targets != -1).any(-1)  # Below -1 an index names no key, and says so.
+        weights = present.to(dtype) if weights is None else torch.where(present, weights, 0)
+    if weights is None:
+        raise ValueError("targets or weights must be given")
+    if mean:
+        return weights / total_weight(weights)
+    return weights if targets is not None else weights.clone()
+
+
+def total_weight(weights: Tensor) -> Tensor:
+    """What a mean is divided by."""
+    total = weights.sum()
+    return torch.where(total > 0, total, torch.ones_like(total))
+
+
+def weights_of_present(
+    targets: Tensor | None, weights: Tensor | None, dtype: torch.dtype, weigh: Weigh
+) -> Tensor | None:
+    """The weights of queries, 0 for those that have no positive; None for all 1."""
+    if targets is None or (targets.numel() and values_at_hand(targets) and int(targets.min()) >= 0):
+        return weights
+    if weights is None or not may_need_gradients(weights):
+        return weigh(targets, None if weights is None else weights.to(dtype), dtype, False)
+    return weigh_plainly(targets, weights, dtype, False)
+
+
+def weights_of_rows(
+    shape: torch.Size, weights: Tensor | None, reduction: str, dtype: torch.dtype, weigh: Weigh
+) -> tuple[Tensor | None, float]:
+    """What a row's loss counts in the result: a tensor of this shape, [B, M], or None for ones, times a number."""
+    if weights is None:
+        return None, 1 / max(shape.numel(), 1) if reduction == "mean" else 1.0
+    weights = weights.to(dtype)
+    return weigh(None, weights, dtype, True) if reduction == "mean" else weights.contiguous(), 1.0
+
+
+class _Weights(NamedTuple):
+    """What :data:`Weigh` takes; csrc/reduction/reduction.h describes it."""
+
+    targets: Tensor | None
+    weights: Tensor | None
+    dtype: torch.dtype
+    mean: bool
+
+
+def _empty(op: _Weights) -> Tensor:
+    if op.weights is not None:
+        return torch.empty_like(op.weights, memory_format=torch.contiguous_format)
+    if op.targets is None:
+        raise ValueError("targets or weights must be given")
+    return op.targets.new_empty(op.targets.shape[:-1], dtype=op.dtype)
+
+
+def _kernel(op: _Weights) -> Tensor:
+    result = _empty(op)
+    given = (None if values is None else values.contiguous() for values in (op.targets, op.weights))
+    with_workspace(native.info_nce_weights, result, result, *given, op.mean)
+    return result
+
+
+weigh = register(
+    "info_nce_weights", _Weights, Tensor, reference=lambda op: weigh_plainly(*op), kernel=_kernel, fake=_empty
+)
