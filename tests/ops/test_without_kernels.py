@@ -241,6 +241,10 @@ def problems(dtype):
         row_weights = torch.tensor([[0.0, 1, 2], [3, 0.5, 1]], dtype=sums)
         for needs in choices:
             yield "info_nce_gradients", (*problem, row_weights, weights, [*needs])
+        for given, mean in itertools.product(((problem.targets, None), (problem.targets, row_weights)), (False, True)):
+            if problem.targets is not None:
+                yield "info_nce_weights", (*given, sums, mean)
+        yield "info_nce_weights", (None, row_weights, sums, True)
 
     predicted = draw(7, 4, dtype=dtype), draw(3, 5, 4, seed=1, dtype=dtype), draw(6, 5, seed=2, dtype=dtype)
     targets = torch.randint(-1, 6, (3, 7), generator=generator)
