@@ -336,10 +336,11 @@ def test_large_patches_and_outputs_on_cuda():
             actual = extract_patches(images.cuda(), patch_size, 4, patch_norm=patch_norm)
             assert_close(actual.cpu(), reference(images, patch_size, 4, patch_norm=patch_norm), 1e-5)
     # More than 2^31 values.
-    many = make_images(shape=(1, 1, 64, 64)).cuda().expand(180_000, 1, 64, 64)
-    patches = extract_patches(many, 16, 8, dtype=torch.float16)
-    assert patches.numel() > 2**31
-    torch.testing.assert_close(patches[-1], patches[0])
+    one = make_images(shape=(1, 1, 64, 64)).cuda()
+    for many in (one.expand(180_000, 1, 64, 64), one.half().expand(180_000, 1, 64, 64)):
+        patches = extract_patches(many, 16, 8, dtype=torch.float16)
+        assert patches.numel() > 2**31
+        torch.testing.assert_close(patches[-1], patches[0])
 
 
 def test_large_results_are_written_past_the_cache_alike():
