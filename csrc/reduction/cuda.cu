@@ -94,7 +94,8 @@ __device__ Sums sum_rows(const Rows& rows, int64_t first, int64_t step) {
 }
 
 template <class Rows>
-__global__ void __launch_bounds__(kThreads) sum_parts(const __grid_constant__ Rows rows, Sums* parts, int64_t count) {
+__global__ void __launch_bounds__(kThreads)
+    sum_parts_of_rows(const __grid_constant__ Rows rows, Sums* parts, int64_t count) {
   for (int64_t part = blockIdx.x; part < count; part += gridDim.x) {
     const Sums sums = sum_rows(rows, part * kThreads, count * kThreads);
     if (threadIdx.x == 0) parts[part] = sums;
@@ -112,8 +113,8 @@ __device__ Sums sum_all(const Rows& rows, const Sums* parts, int64_t count) {
 // --- Results ---
 
 template <class Real>
-__global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ Losses<Real> rows, const Sums* parts,
-                                                   int64_t count, Real* loss, Real* accuracy, bool mean) {
+__global__ void __launch_bounds__(kThreads) finish_sums(const __grid_constant__ Losses<Real> rows, const Sums* parts,
+                                                        int64_t count, Real* loss, Real* accuracy, bool mean) {
   const Sums sums = sum_all(rows, parts, count);
   if (threadIdx.x != 0) return;
   *loss = static_cast<Real>(sums.loss / (mean ? sums.divisor() : 1));
@@ -133,7 +134,8 @@ __global__ void __launch_bounds__(kThreads) weigh_rows(const __grid_constant__ W
 template <class Rows>
 int64_t launch_parts(const Rows& rows, Sums* parts, void* stream) {
   const int64_t count = parts_of(rows.count);
-  if (count > 1) launch("sum_parts", &sum_parts<Rows>, {count, dim3(kThreads)}, stream, rows, parts, count);
+  if (count > 1)
+    launch("sum_parts_of_rows", &sum_parts_of_rows<Rows>, {count, dim3(kThreads)}, stream, rows, parts, count);
   return count;
 }
 
@@ -158,7 +160,7 @@ void reduce_as(const Reduction& problem, void* stream) {
                           .count = problem.losses.numel()};
   auto* const parts = problem.workspace.as<Sums>();
   const int64_t count = launch_parts(rows, parts, stream);
-  launch("finish", &finish<Real>, {1, dim3(kThreads)}, stream, rows, parts, count, problem.loss.as<Real>(),
+  launch("finish_sums", &finish_sums<Real>, {1, dim3(kThreads)}, stream, rows, parts, count, problem.loss.as<Real>(),
          problem.accuracy.as<Real>(), problem.mean);
 }
 

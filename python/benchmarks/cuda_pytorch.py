@@ -1,7 +1,7 @@
 """What PyTorch itself launches in the benchmarks' problems, worked out by hand as no GPU is here to watch it.
 
-These are the steps of the eager formulations, and the launches around our kernels: sums, gradients times
-the loss's gradient, and memory filled with zeros. What our own kernels do is counted in the emulation
+These are the steps of the eager formulations, and the launches around our kernels: gradients times the
+loss's gradient, and memory filled with zeros. What our own kernels do is counted in the emulation
 (cuda_traffic.py) and not here. The eager formulation of augment_patches, thousands of small launches, is left out.
 """
 
@@ -136,13 +136,12 @@ def _small(name: str, count: int = 1) -> list[Launch]:
 
 
 def _around_contrast(case: Any, queries: int, keys: int, dim: int) -> list[Launch]:
-    """The means of losses and of right answers; the gradients times the loss's, which is filled with a one."""
-    means = [_elementwise("PyTorch's mean", reads=4 * queries, writes=4)] * 2
+    """The gradients times the loss's, which is filled with a one."""
     if not case.backward:
-        return means
+        return []
     sizes = [count * dim * SIZES[case.dtype] for count in (queries, keys)]
     scaled = [_elementwise("PyTorch's product with a scalar", reads=size, writes=size) for size in sizes]
-    return [*means, *_small("PyTorch's fill"), *scaled]
+    return [*_small("PyTorch's fill"), *scaled]
 
 
 def _around_all_keys(case: Any) -> list[Launch]:

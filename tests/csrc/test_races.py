@@ -18,6 +18,8 @@ from cpc_ext.ops import (
     PixelPlace,
     PixelSource,
     PixelStep,
+    _contrast,
+    _contrast_weights,
     augment_patches,
     extract_patches,
     info_nce,
@@ -28,6 +30,7 @@ from cpc_ext.ops import (
     scores_logsumexp,
     sigmoid_contrast,
 )
+from cpc_ext.ops._library import with_workspace
 from cpc_ext.ops._patch_transforms import Transform
 from cpc_ext.ops.masked_conv2d import PixelConvolution
 from tests.conftest import REPOSITORY, module_in, use_emulation
@@ -156,6 +159,15 @@ def contrast_freely(dtype, queries, keys, batch=(), positives=3, samples=None, r
     info_nce(*tensors, **named, scale=scale, key_bias=bias, reduction=reduction).loss.sum().backward()
 
 
+def weigh_and_reduce(dtype, rows):
+    """What surrounds a contrast of many queries."""
+    sums = torch.promote_types(dtype, torch.float32)
+    targets, weights = integers(3, 1, rows, 2) - 1, integers(3, 1, rows, seed=1).to(sums)
+    weights = _contrast_weights.weigh(targets, weights, sums, True)
+    results = weights, targets[..., 0].contiguous(), weights, weights.new_empty(()), weights.new_empty(()), True
+    with_workspace(_contrast.native.info_nce_reduced, weights, *results)
+
+
 def contrast_both_ways(dtype, count):
     scale, bias = torch.tensor(0.3, requires_grad=True), normal(count, seed=2)
     tensors = normal(count, 20, dtype=dtype), normal(count, 20, dtype=dtype, seed=1)
@@ -258,6 +270,7 @@ SCORES = {"score", "finish_rows", "add_to_queries", "add_to_keys", "finish_gradi
 ALL_KEYS = {*SCORES, "score_positives", "find_largest_weight"}
 STORED = {"measure_tiles", "weigh_tiles", "add_to_bias"}
 SAMPLED = {"contrast_sampled", "count_buckets", "place_by_bucket", "sort_buckets", "sum_sampled_keys"}
+REDUCTION = {"weigh_rows", "sum_parts_of_rows", "finish_sums"}
 CONVOLUTION = {"pack_weights", "convolve", "sum_weight_grad", "finish_weight_grad"}
 ACTIVATED = CONVOLUTION | {"differentiate_activation"}
 PATCHES = {"extract_tiles", "sum_patches"}
@@ -292,6 +305,7 @@ PROBLEMS = {
     "all keys, log-sums": (lambda dtype: sum_scores(dtype, 67, 90), {*SCORES, *STORED, "find_limits"}),
     "all keys, pairs": (lambda dtype: tell_pairs(dtype, 70), {*ALL_KEYS, *STORED}),
     "sampled, every option": (lambda dtype: contrast_freely(dtype, 13, 17, batch=(2,), samples=37), SAMPLED),
+    "weights and losses": (lambda dtype: weigh_and_reduce(dtype, 9000), REDUCTION),
     "sampled": (lambda dtype: contrast(dtype, 13, 17, 70, batch=(2,), samples=37), SAMPLED),
     "sampled, plain": (lambda dtype: contrast(dtype, 9, 9, 130, samples=0, options=False, reduction="sum"), SAMPLED),
     "convolution": (lambda dtype: convolve(dtype, 2, 3, 6, (5, 6), RASTER), CONVOLUTION),
