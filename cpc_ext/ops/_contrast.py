@@ -16,7 +16,7 @@ from cpc_ext._native import native
 from cpc_ext.ops import _contrast_reference as plain
 from cpc_ext.ops._contrast_arguments import ContrastOptions, check_arguments, common_dtype, flat_problem
 from cpc_ext.ops._contrast_problem import Contrast, Gradients, absent_queries, sums_dtype, weighted
-from cpc_ext.ops._contrast_weights import total_weight, weigh, weigh_plainly, weights_of_rows
+from cpc_ext.ops._contrast_weights import total_weight, weigh, weigh_by_kernel, weigh_plainly, weights_of_rows
 from cpc_ext.ops._library import may_need_gradients, register, tf32_allowed, with_workspace, without_autocast
 
 __all__ = ["Results", "contrast", "contrast_gradients_op", "contrast_op", "reduced"]
@@ -168,7 +168,7 @@ def _straight(op: _Forward) -> Results:
     results = _needed_results(op)
     loss, accuracy, rank, losses, slopes, bests, *gradients = results
     rows = queries.new_empty(rank.shape, dtype=loss.dtype) if losses is None else losses
-    row_weights, factor = weights_of_rows(rank.shape, weights, reduction, loss.dtype, weigh)
+    row_weights, factor = weights_of_rows(rank.shape, weights, reduction, loss.dtype, weigh_by_kernel)
     thresholds = None if op.thresholds is None else op.thresholds.to(loss.dtype).contiguous()
     _run(op.problem, gradients, (row_weights, thresholds, None, rows, rank, slopes, bests), factor)
     if reduction == "none":

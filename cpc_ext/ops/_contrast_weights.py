@@ -11,7 +11,15 @@ from torch import Tensor
 from cpc_ext._native import native
 from cpc_ext.ops._library import may_need_gradients, register, values_at_hand, with_workspace
 
-__all__ = ["Weigh", "total_weight", "weigh", "weigh_plainly", "weights_of_present", "weights_of_rows"]
+__all__ = [
+    "Weigh",
+    "total_weight",
+    "weigh",
+    "weigh_by_kernel",
+    "weigh_plainly",
+    "weights_of_present",
+    "weights_of_rows",
+]
 
 
 # From targets [B, M, P], weights [B, M], either of which may be None, the type of sums, and whether they are divided by
@@ -75,13 +83,19 @@ def _empty(op: _Weights) -> Tensor:
     return op.targets.new_empty(op.targets.shape[:-1], dtype=op.dtype)
 
 
-def _kernel(op: _Weights) -> Tensor:
-    result = _empty(op)
-    given = (None if values is None else values.contiguous() for values in (op.targets, op.weights))
-    with_workspace(native.info_nce_weights, result, result, *given, op.mean)
+def weigh_by_kernel(targets: Tensor | None, weights: Tensor | None, dtype: torch.dtype, mean: bool) -> Tensor:
+    """On devices with kernels alone; what :data:`weigh` does there."""
+    result = _empty(_Weights(targets, weights, dtype, mean))
+    given = (None if values is None else values.contiguous() for values in (targets, weights))
+    with_workspace(native.info_nce_weights, result, result, *given, mean)
     return result
 
 
 weigh = register(
-    "info_nce_weights", _Weights, Tensor, reference=lambda op: weigh_plainly(*op), kernel=_kernel, fake=_empty
+    "info_nce_weights",
+    _Weights,
+    Tensor,
+    reference=lambda op: weigh_plainly(*op),
+    kernel=lambda op: weigh_by_kernel(*op),
+    fake=_empty,
 )
