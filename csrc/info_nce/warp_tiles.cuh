@@ -184,8 +184,7 @@ struct TakeScores {
       if (measures) rivals.largest = a.reference(limit, find_largest(of_lane, limit, count));
       const float exponents = scale * kLog2E, subtracted = rivals.largest * kLog2E;
       of_lane.each([&](float& dot, float score) {
-        const float power =
-            kPlain ? quick_exp2(dot * exponents - subtracted) : quick_exp<T>(score - rivals.largest);
+        const float power = kPlain ? quick_exp2(dot * exponents - subtracted) : quick_exp<T>(score - rivals.largest);
         rivals.sum += power;
         if (!kPlain && power != 0) rivals.moment += power * dot;
         dot = power;
