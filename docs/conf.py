@@ -56,6 +56,7 @@ _INCLUDED = {
     "CHANGELOG.md": "changelog.md",
     "python/benchmarks/README.md": "measuring.md",
     "python/benchmarks/results/2026-11-25-nvidia-h100-80gb-hbm3/report.md": "h100.md",
+    "python/benchmarks/results/2026-11-27-nvidia-h200/report.md": "h200.md",
 }
 _LINK = re.compile(r"(\]\()([^)#\s:]+)(#[^)\s]*)?\)")
 

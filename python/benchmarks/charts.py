@@ -90,7 +90,9 @@ def _log_axes(speed, memory, ticks: Sequence[int]) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    speed.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    # Enough ticks where all ratios are near 1, not too many over decades.
+    low, high = speed.get_ylim()
+    speed.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 8 * low else (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8)))
 
 
 def _legend(figure, colors: dict[str, str], styles: dict[str, tuple[str, str]]) -> None:
