@@ -378,7 +378,7 @@ def tf32_allowed(tensor: Tensor, work: str) -> bool:
     PyTorch also reflects its older switches (``allow_tf32``, ``torch.set_float32_matmul_precision``) and those above
     them (``torch.backends.fp32_precision``). The CPU's kernels never round, emulated ones of CUDA do.
     """
-    return (tensor.is_cuda or "emulate_cuda" in vars(native)) and _FP32_PRECISIONS[work].fp32_precision == "tf32"
+    return (tensor.is_cuda or hasattr(native, "emulate_cuda")) and _FP32_PRECISIONS[work].fp32_precision == "tf32"
 
 
 def values_at_hand(tensor: Tensor) -> bool:
