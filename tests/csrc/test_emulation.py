@@ -169,7 +169,7 @@ def test_an_error_reaches_python_and_the_next_launch_works(emulated_native):
         with pytest.raises(ValueError, match="at most 64 channels"):
             emulated_native.extract_patches(
                 torch.zeros(1, 65, 4, 4), torch.empty(1, 1, 1, 65, 4, 4), 4, 4, 4, 4, None, None, False, False, False,
-                [1.0] * 65, [0.0] * 65,
+                [2.0] * 65, [0.0] * 65,
             )  # fmt: skip
     finally:
         emulated_native.emulate_cuda(False)
