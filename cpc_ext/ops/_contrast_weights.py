@@ -28,7 +28,7 @@ Weigh = Callable[[Tensor | None, Tensor | None, torch.dtype, bool], Tensor]
 
 
 def weigh_plainly(targets: Tensor | None, weights: Tensor | None, dtype: torch.dtype, mean: bool) -> Tensor:
-    """The reference."""
+    """A :data:`Weigh` in plain PyTorch, the op's reference. ValueError where neither targets nor weights are given."""
     if targets is not None:
         present = (targets != -1).any(-1)  # Below -1 an index names no key, and says so.
         weights = present.to(dtype) if weights is None else torch.where(present, weights, 0)
@@ -84,7 +84,7 @@ def _empty(op: _Weights) -> Tensor:
 
 
 def weigh_by_kernel(targets: Tensor | None, weights: Tensor | None, dtype: torch.dtype, mean: bool) -> Tensor:
-    """On devices with kernels alone; what :data:`weigh` does there."""
+    """A :data:`Weigh` for devices with kernels, as :data:`weigh` runs it there. ValueError where nothing is given."""
     result = _empty(_Weights(targets, weights, dtype, mean))
     given = (None if values is None else values.contiguous() for values in (targets, weights))
     with_workspace(native.info_nce_weights, result, result, *given, mean)
