@@ -17,6 +17,7 @@ from cpc_ext.data_sets import DATASETS, folder_of
 from cpc_ext.programs import training
 from cpc_ext.programs.train_options import Command, defaults_of
 from cpc_ext.training.config import (
+    LENGTHS,
     OptionError,
     RunConfig,
     Section,
@@ -86,7 +87,7 @@ def fit(
             raise OptionError("data_dir and download would have no effect: the images are handed over")
         if model is not None and model_medium(model) != "images":
             raise OptionError(f"dataset: --model {model} learns from {model_medium(model)}; give the name of such data")
-    choosing = ("recipe", "device", "resume_from", "epochs", "steps")
+    choosing = ("recipe", "device", "resume_from", *LENGTHS)
     run = _with_options(
         defaults_of(
             **given,

@@ -19,7 +19,7 @@ import tyro
 
 from cpc_ext.data_sets import DATASETS, medium
 from cpc_ext.programs.command_line import parse_command
-from cpc_ext.training.config import OptionError, RunConfig, load_config, option, options_of_other_models
+from cpc_ext.training.config import LENGTHS, OptionError, RunConfig, load_config, option, options_of_other_models
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.presets import default_dataset, preset
 from cpc_ext.training.registry import MODELS, model_medium, model_recipes
@@ -45,8 +45,7 @@ _CHOOSING = (
     "--config",
     "--resume-from",
     "--out-dir",
-    "--epochs",
-    "--steps",
+    *map(option, LENGTHS),
 )
 
 
@@ -118,11 +117,12 @@ def defaults_of(
     resume: bool = False,
     epochs: object = None,
     steps: object = None,
+    time_budget: object = None,
 ) -> RunConfig:
     """The config that the options given replace: an earlier run's, or that of the model for the data set.
 
-    Names that do not exist, and values of the wrong type, are for whoever fills in the options to refuse. Where either
-    length is given, the config has neither.
+    Names that do not exist, and values of the wrong type, are for whoever fills in the options to refuse. Where a
+    length is given, the config has none.
 
     Raises TrainingError where an earlier run is missing or does not fit, OptionError where the data are not what the
     model learns from.
@@ -153,9 +153,9 @@ def defaults_of(
             raise OptionError(f"--dataset {data} has no {model_medium(known)}; --model {known} takes {fitting}")
         defaults = preset(known, data, recipe=recipe if recipe in model_recipes(known) else None, device=device)
     _check_recipe(recipe, defaults)
-    if (epochs is None) != (steps is None):
+    if [epochs, steps, time_budget].count(None) == len(LENGTHS) - 1:
         # The one that is given replaces whichever the defaults have.
-        optimization = defaults.optimization.model_copy(update={"epochs": None, "steps": None})
+        optimization = defaults.optimization.model_copy(update=dict.fromkeys(LENGTHS))
         defaults = defaults.model_copy(update={"optimization": optimization})
     return defaults
 

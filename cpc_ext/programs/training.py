@@ -36,6 +36,8 @@ from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.run_log import RunLog, read_metrics
 from cpc_ext.training.starting_weights import take_weights
 from cpc_ext.training.stop_request import EndedBySignal, StopRequest, signals_raise
+from cpc_ext.training.task import Task
+from cpc_ext.training.time_budget import filled, seconds_per_step
 
 __all__ = ["main", "run"]
 
@@ -110,10 +112,10 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
     state = _checkpoint_to_resume(config, run, ranks) if resume else None
     with _timed(phases, "data"):
         dataset = load_data(config)
-    try:
-        task = task_class(config.model)(config, dataset, ranks.device)
-    except ValueError as error:
-        raise TrainingError(str(error)) from None
+    if config.optimization.time_budget is not None:
+        with _timed(phases, "calibration"):
+            config = _of_known_length(config, dataset, run, ranks, state)
+    task = _task(config, dataset, ranks)
     start = config.optimization.resume_from
     if start is not None and state is None:
         take_weights(task, RunDir(start))
@@ -139,10 +141,12 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
             return stopped
         if log is None:
             return 0  # What is left is for one process.
-        # What follows takes seconds, or minutes, in which nothing else would be said.
-        print("measuring what the trained model is worth ...", flush=True)
-        with _timed(phases, "evaluation"):
-            results = task.evaluate()
+        results: dict[str, float] = {}
+        if config.output.evaluate:
+            # What follows takes seconds, or minutes, in which nothing else would be said.
+            print("measuring what the trained model is worth ...", flush=True)
+            with _timed(phases, "evaluation"):
+                results = task.evaluate()
         log.scalars(trainer.step, results)
         print("drawing its figures ...", flush=True)
         with _timed(phases, "figures"):
@@ -161,6 +165,33 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
             log.close()
     _report(results, phases, run)
     return 0
+
+
+def _task(config: RunConfig, dataset: Any, ranks: Ranks) -> Task:
+    """TrainingError where the data set is none for the config."""
+    try:
+        return task_class(config.model)(config, dataset, ranks.device)
+    except ValueError as error:
+        raise TrainingError(str(error)) from None
+
+
+def _of_known_length(
+    config: RunConfig, dataset: Any, run: RunDir, ranks: Ranks, state: dict[str, Any] | None
+) -> RunConfig:
+    """The config with the steps that fill its time budget, as measured on a model that is not kept.
+
+    state: the checkpoint of a run that goes on, whose steps count.
+    """
+    minutes = config.optimization.time_budget
+    assert minutes is not None
+    task = _task(config, dataset, ranks)
+    trainer = Trainer(task, config, run, ranks)
+    task.prepare(ranks, resumed=False)
+    pace = seconds_per_step(trainer.timed_steps(), 60 * minutes)
+    so_far = {} if state is None else {"steps": state["step"], "seconds": state["seconds"]}
+    config = filled(config, pace, **so_far)
+    ranks.say(f"{config.optimization.steps} steps of about {1e3 * pace:.3g} ms fill {minutes:g} minutes of training")
+    return config
 
 
 def _checkpoint_to_resume(config: RunConfig, run: RunDir, ranks: Ranks) -> dict[str, Any] | None:

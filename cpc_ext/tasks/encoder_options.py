@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field
 from cpc_ext.tasks.encoder_names import ENCODER_HELP, check_encoder_name, has_own_norm
 from cpc_ext.training.config import MAY_CHANGE, RunConfig, Section
 
-__all__ = ["NORM_HELP", "ContrastSection", "EncoderConfig", "EncoderSection", "ProbeSection"]
+__all__ = ["NORM_HELP", "ContrastSection", "EncoderConfig", "EncoderSection", "ImageProbeSection", "ProbeSection"]
 
 Encoder = Annotated[str, AfterValidator(check_encoder_name)]
 GatherNegatives = Literal["none", "gather", "ring"]
@@ -42,7 +42,7 @@ class ContrastSection(Section):
 
 
 class ProbeSection(Section):
-    """What is measured of the encoder on the way; it changes nothing of the training."""
+    """What is measured of the encoder; it changes nothing of the training."""
 
     probe_every: Annotated[Annotated[int, Field(ge=1)] | None, MAY_CHANGE] = Field(
         None,
@@ -52,17 +52,37 @@ class ProbeSection(Section):
     )
 
 
-class EncoderConfig(RunConfig):
-    """A run that learns an encoder."""
+class ImageProbeSection(ProbeSection):
+    """What is measured of the encoder; it changes nothing of the training."""
 
-    probe: ProbeSection = Field(default_factory=ProbeSection)
+    probe_images: Annotated[Annotated[int, Field(ge=2)] | None, MAY_CHANGE] = Field(
+        10_000,
+        description="Labelled images that the linear probe at the end learns from at most; None: all. More take longer "
+        "and make it better. It is tested on all test images.",
+    )
+
+
+class EncoderConfig(RunConfig):
+    """A run that learns an encoder of images."""
+
+    probe: ImageProbeSection = Field(default_factory=ImageProbeSection)
 
     @property
     def encoder_section(self) -> EncoderSection:
         """The section with the options of the encoder."""
         raise NotImplementedError
 
+    def remedies(self) -> list[str]:
+        section = self.encoder_section
+        if section.norm == "none" and not has_own_norm(section.encoder):
+            return ["--norm layer", *super().remedies()]
+        return super().remedies()
+
     def idle(self) -> dict[str, str]:
         encoder = self.encoder_section.encoder
-        own = {"norm": f"--encoder {encoder} has a normalisation of its own"} if has_own_norm(encoder) else {}
-        return super().idle() | own
+        idle = super().idle()
+        if has_own_norm(encoder):
+            idle["norm"] = f"--encoder {encoder} has a normalisation of its own"
+        if not self.output.evaluate:
+            idle["probe_images"] = "--no-evaluate measures nothing at the end"
+        return idle

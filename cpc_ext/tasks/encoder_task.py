@@ -21,12 +21,14 @@ from torch import Tensor
 from cpc_ext import __version__, figures
 from cpc_ext.data import Dataset, ImageFetcher, ImageSet, PatchView, SimCLRView
 from cpc_ext.data.spread import spread
+from cpc_ext.measures.effective_rank import effective_rank
 from cpc_ext.measures.probe import encode, linear_probe
 from cpc_ext.models.encoder_model import EncoderModel
 from cpc_ext.tasks.encoder_names import EncoderSpec
 from cpc_ext.tasks.encoder_options import EncoderConfig
-from cpc_ext.tasks.online_probe import PROBED, ImageProbe, probe_curve
+from cpc_ext.tasks.online_probe import RANK, ImageProbe, probe_curve
 from cpc_ext.tasks.require_pixels import require_pixels
+from cpc_ext.tasks.trouble import trouble
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.distribution import Ranks
 from cpc_ext.training.precision import autocast
@@ -40,6 +42,8 @@ __all__ = ["EncoderTask", "guessing"]
 
 # What those who feed an encoder have no use for in a view.
 _OF_TRAINING = ("dtype", "augmentation")
+# Images that a run in trouble is told by.
+_LOOKED_AT = 256
 
 
 class EncoderTask(Task):
@@ -146,26 +150,39 @@ class EncoderTask(Task):
             self._probe = ImageProbe(self._dataset, self._device)
 
     def observe(self, step: int, run: RunDir) -> dict[str, float]:
-        return {} if self._probe is None else {PROBED: self._probe.accuracy(partial(self.features, self.model))}
+        return {} if self._probe is None else self._probe.found(partial(self.features, self.model))
+
+    def trouble(self, means: dict[str, float]) -> str | None:
+        chosen = spread(_LOOKED_AT, len(self.examples))
+        features = encode(self.examples, partial(self.features, self.model), self._device, chosen=chosen)
+        return trouble(means, self.guess, features, self._config)
+
+    @property
+    @abstractmethod
+    def guess(self) -> dict[str, float]:
+        """Loss and accuracy of guessing."""
 
     def evaluate(self) -> dict[str, float]:
         """Accuracies of the probe, on trained and untrained encoder, and of always naming the commonest class.
 
-        Nothing where the data set has no labels to train and test it with.
+        Beside the accuracies are the effective ranks of what the probe learns from. Nothing where the data set has no labels to train and test it with.
         """
         train, test = self._dataset.train, self._dataset.test
         if train is None or test is None or train.labels is None or test.labels is None:
             return {}
         classes = len(self._dataset.classes)
+        most = self._config.probe.probe_images
+        labelled = spread(len(train) if most is None else most, len(train))
         results = {}
         for name, model in (("probe", self.model), ("untrained_probe", self.initial_model())):
-            train_features, test_features = (
-                encode(images, partial(self.features, model), self._device) for images in (train, test)
-            )
-            train_labels, test_labels = torch.from_numpy(train.labels), torch.from_numpy(test.labels)
+            features = partial(self.features, model)
+            train_features = encode(train, features, self._device, chosen=labelled)
+            test_features = encode(test, features, self._device)
+            train_labels, test_labels = torch.from_numpy(train.labels[labelled]), torch.from_numpy(test.labels)
             results[f"{name}_accuracy"] = linear_probe(
                 train_features, train_labels, test_features, test_labels, classes=classes
             ).accuracy
+            results[RANK if model is self.model else f"untrained_{RANK}"] = effective_rank(train_features)
         counts = torch.bincount(torch.from_numpy(test.labels), minlength=classes)
         results["chance_accuracy"] = counts.max().item() / counts.sum().item()
         return results
@@ -189,12 +206,12 @@ class EncoderTask(Task):
             write_safetensors(file, weights, metadata)
         self._save_figures(run)
 
-    def _save_curves(self, run: RunDir, guess: dict[str, float], *, loss: str) -> None:
+    def _save_curves(self, run: RunDir, *, loss: str) -> None:
         """Draw what was logged of a contrastive loss, called ``loss``, beside that of guessing, and of the probe."""
         metrics = read_metrics(run.metrics, having=("loss", "accuracy"))
         if metrics:
             probe = probe_curve(run.metrics, self._probe)
-            figure = figures.curves(metrics, guess, loss=loss, accuracy="contrastive accuracy", probe=probe)
+            figure = figures.curves(metrics, self.guess, loss=loss, accuracy="contrastive accuracy", probe=probe)
             figures.save(run.path / "curves.png", figure)
 
     def _shown(self, count: int) -> tuple[Tensor, np.ndarray | None]:

@@ -1,7 +1,7 @@
-"""What encodings are worth on the way: the classes of held-out images or frames told by their nearest neighbours.
+"""What encodings are worth on the way: held-out images or frames told by their nearest neighbours, and their rank.
 
-From a model in the middle of its training to an accuracy, always of the same few images or recordings. Nothing is
-fitted, nothing drawn, and the model stays as it is, so that a run goes on as if nobody had looked.
+From a model in the middle of its training to an accuracy and an effective rank, always of the same few images or
+recordings. Nothing is fitted, nothing drawn, and the model stays as it is, so that a run goes on as if nobody had looked.
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ from torch import Tensor
 from cpc_ext.data import SAMPLE_RATE, Dataset, SpeechDataset, WaveformSet
 from cpc_ext.data.spread import spread
 from cpc_ext.figures import ProbeCurve
+from cpc_ext.measures.effective_rank import effective_rank
 from cpc_ext.measures.knn import knn_accuracy
 from cpc_ext.measures.probe import encode
 from cpc_ext.measures.speech_frames import FrameMaker, RecordingFrames
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.run_log import read_metrics
 
-__all__ = ["PROBED", "FrameProbe", "ImageProbe", "probe_curve", "probed_recordings"]
+__all__ = ["PROBED", "RANK", "FrameProbe", "ImageProbe", "probe_curve", "probed_recordings"]
 
 # What the accuracy is called among what is logged.
 PROBED = "knn_accuracy"
+# What the rank is called.
+RANK = "effective_rank"
 # Images, or frames, that vote and that are asked for: a second or two of encoding on two CPU cores, and a standard
 # error of at most 2.3 %. Among so few there are no 200 near ones, which evaluations of whole data sets take.
 _LABELLED, _ASKED = 1000, 500
@@ -56,11 +59,13 @@ class ImageProbe:
         self._device = device
         self.chance = _commonest(self._labels[1])
 
-    def accuracy(self, features: Callable[[Tensor], Tensor]) -> float:
-        """The fraction of images that are told rightly. features: from uint8 [B, C, H, W] on the device to [B, D]."""
+    def found(self, features: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The fraction of images that are told rightly, and the effective rank of the labelled ones' encodings.
+
+        features: from uint8 [B, C, H, W] on the device to [B, D].
+        """
         known, asked = (encode(images, features, self._device, chosen=chosen) for images, chosen in self._sets)
-        labels, expected = self._labels
-        return knn_accuracy(known, labels, asked, expected, classes=self._classes, neighbours=_NEIGHBOURS)
+        return _found(known, self._labels[0], asked, self._labels[1], self._classes)
 
 
 class FrameProbe:
@@ -87,13 +92,16 @@ class FrameProbe:
         recordings = self._sets[1][1]
         self.chance = _commonest(torch.from_numpy(np.concatenate([test.phones_of(int(each)) for each in recordings])))
 
-    def accuracy(self, make: FrameMaker) -> float:
-        """The fraction of frames whose phone is told rightly. make: what makes frames of a recording."""
+    def found(self, make: FrameMaker) -> dict[str, float]:
+        """The fraction of frames whose phone is told rightly, and the effective rank of the labelled frames.
+
+        make: what makes frames of a recording.
+        """
         (known, labels), (asked, expected) = (
             _some_frames(RecordingFrames.of(waveforms, make, recordings), count)
             for (waveforms, recordings), count in zip(self._sets, (_LABELLED, _ASKED), strict=True)
         )
-        return knn_accuracy(known, labels, asked, expected, classes=self._classes, neighbours=_NEIGHBOURS)
+        return _found(known, labels, asked, expected, self._classes)
 
 
 def probed_recordings(waveforms: WaveformSet, seconds: float) -> np.ndarray:
@@ -110,6 +118,11 @@ def probe_curve(metrics: Path, probe: ImageProbe | FrameProbe | None) -> ProbeCu
         return None
     chance = None if probe is None else probe.chance
     return ProbeCurve([record["step"] for record in records], [record[PROBED] for record in records], chance)
+
+
+def _found(known: Tensor, labels: Tensor, asked: Tensor, expected: Tensor, classes: int) -> dict[str, float]:
+    accuracy = knn_accuracy(known, labels, asked, expected, classes=classes, neighbours=_NEIGHBOURS)
+    return {PROBED: accuracy, RANK: effective_rank(known)}
 
 
 def _some_frames(frames: RecordingFrames, count: int) -> tuple[Tensor, Tensor]:

@@ -102,3 +102,7 @@ class PredictionConfig(EncoderConfig):
     @property
     def encoder_section(self) -> EncoderSection:
         return self.cpc
+
+    def remedies(self) -> list[str]:
+        milder = ["--no-patch-augmentation"] if self.view.patch_augmentation else []
+        return [*super().remedies(), *milder]

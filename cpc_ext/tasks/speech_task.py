@@ -32,7 +32,8 @@ from cpc_ext.measures.speech_frames import (
 from cpc_ext.models import CPC, CausalTransformerContext, GreedyInfoMax, RecurrentContext, WaveformEncoder
 from cpc_ext.models.contexts.recurrent_context import State
 from cpc_ext.tasks.encoder_task import guessing
-from cpc_ext.tasks.online_probe import PROBED, FrameProbe, probe_curve, probed_recordings
+from cpc_ext.tasks.online_probe import FrameProbe, probe_curve, probed_recordings
+from cpc_ext.tasks.trouble import trouble
 from cpc_ext.tasks.speech_options import SpeechConfig
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.distribution import Ranks
@@ -116,7 +117,7 @@ class SpeechTask(Task):
             self._probe = FrameProbe(self._dataset)
 
     def observe(self, step: int, run: RunDir) -> dict[str, float]:
-        return {} if self._probe is None else {PROBED: self._probe.accuracy(self.frames(self.model))}
+        return {} if self._probe is None else self._probe.found(self.frames(self.model))
 
     def speakers(self, labels: Tensor | None) -> Tensor | None:
         """What the objective is told of a batch's speakers. ValueError where it is to know and nobody does."""
@@ -233,6 +234,11 @@ class SpeechTask(Task):
         with atomic_file(run.encoder) as file:
             write_safetensors(file, weights, metadata)
         self._save_figures(run)
+
+    def trouble(self, means: dict[str, float]) -> str | None:
+        recording = torch.from_numpy(np.array(self.examples.recording(0)[: int(_SHOWN_SECONDS * self._dataset.sample_rate)]))
+        frames, _ = self.frames(self.model)(recording)
+        return trouble(means, self.guess, frames, self._config)
 
     @property
     def guess(self) -> dict[str, float]:

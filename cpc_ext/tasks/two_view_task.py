@@ -55,11 +55,6 @@ class TwoViewTask(EncoderTask):
         )
         super().__init__(config, dataset, device, view, encoder)
 
-    @property
-    @abstractmethod
-    def guess(self) -> dict[str, float]:
-        """Loss and accuracy of guessing."""
-
     def views(self, images: Tensor, streams: RandomStreams) -> Tensor:
         """Two random views of a batch, [2, B, C, H, W]."""
         with torch.autocast(self._device.type, enabled=False):  # Views are float32 until they are finished.
@@ -72,7 +67,7 @@ class TwoViewTask(EncoderTask):
         return model.encode(view)[..., None, None]
 
     def _save_figures(self, run: RunDir) -> None:
-        self._save_curves(run, self.guess, loss=self.loss_name)
+        self._save_curves(run, loss=self.loss_name)
         self._save_inputs(run)
 
     def _save_inputs(self, run: RunDir) -> None:

@@ -20,6 +20,7 @@ from cpc_ext.training.machine import check_device_name
 from cpc_ext.training.registry import MODELS, config_class, model_medium, published, title
 
 __all__ = [
+    "LENGTHS",
     "LOGGERS",
     "MAY_CHANGE",
     "MOST",
@@ -52,6 +53,8 @@ LOGGERS: tuple[str, ...] = get_args(Logger)
 Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "constant"]
 Optimizer = Literal["adam", "sgd", "lars"]
+# The options that say how long a run is, of which it has one.
+LENGTHS = ("epochs", "steps", "time_budget")
 # What differs from the defaults of a model's configs, by section; and that by data set.
 Preset = Mapping[str, Mapping[str, Any]]
 Presets = Mapping[str, Preset]
@@ -147,10 +150,16 @@ class OptimizationSection(Section):
         "the defaults of all others. None: from those of the seed.",
     )
     epochs: Annotated[Annotated[int, Field(ge=1)] | None, MAY_CHANGE] = Field(
-        None, description="Length of the run in passes over the data (excludes --steps)."
+        None, description="Length of the run in passes over the data (excludes --steps and --time-budget)."
     )
     steps: Annotated[Annotated[int, Field(ge=1)] | None, MAY_CHANGE] = Field(
-        None, description="Length of the run in parameter updates (excludes --epochs)."
+        None, description="Length of the run in parameter updates (excludes --epochs and --time-budget)."
+    )
+    time_budget: Annotated[Annotated[float, Field(gt=0, le=1e6)] | None, MAY_CHANGE] = Field(
+        None,
+        description="Minutes of training that the run is to fill (excludes --epochs and --steps): some steps are "
+        "measured at its start, which chooses --steps, --checkpoint-every, --log-every and the most of --warmup-steps. "
+        "Loading the data and measuring the trained model come on top.",
     )
     batch_size: int = Field(16, ge=1, description="Images, or windows of recordings, in an update.")
     optimizer: Optimizer = Field(
@@ -181,8 +190,11 @@ class OptimizationSection(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> OptimizationSection:
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give either --epochs or --steps" + (", not both" if self.epochs else ""))
+        given = [option(name) for name in LENGTHS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give one of {', '.join(map(option, LENGTHS))}" + (f", not {' and '.join(given)}" if given else "")
+            )
         return self
 
 
@@ -217,6 +229,11 @@ class OutputSection(Section):
     )
     checkpoint_every: Annotated[int, MAY_CHANGE] = Field(
         500, ge=1, description="Updates between checkpoints; one is always written at the end."
+    )
+    evaluate: Annotated[bool, MAY_CHANGE] = Field(
+        True,
+        description="Measure what the trained model is worth when the last step is done, which may take a minute or "
+        "two; without, the run ends with its files and figures.",
     )
     logger: Annotated[tuple[Logger, ...], MAY_CHANGE] = Field(
         ("tensorboard",),
@@ -292,6 +309,14 @@ class RunConfig(Section):
         if self.optimization.optimizer == "adam":
             idle["momentum"] = "--optimizer adam has averages of its own"
         return idle
+
+    def remedies(self) -> list[str]:
+        """What may help a run that learns nothing, as options, what helps most often first."""
+        lr, remedies = self.optimization.lr, []
+        remedies.append(f"another --lr than {lr:g}, such as {lr * 5:.2g} or {lr / 5:.2g}")
+        if self.optimization.warmup_steps == 0:
+            remedies.append("--warmup-steps 500")
+        return remedies
 
     def to_yaml(self) -> str:
         """As the text of a config.yaml, which :func:`load_config` reads back to an equal config."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +36,10 @@ from cpc_ext.training.task import Fetcher, Task
 
 __all__ = ["Trainer"]
 
+T = TypeVar("T")
+
+# When a run is asked whether it learns anything: after a twentieth of its steps, within these bounds.
+_ASKED = (200, 2000)
 # What the progress bar has room for, among what is logged.
 _SHOWN = ("loss", "accuracy", "bits_per_dim")
 
@@ -94,6 +98,25 @@ class Trainer:
         self._logged_step = 0
         self._logged_seconds = 0.0
         self.last_metrics: dict[str, float] = {}
+
+    def timed_steps(self) -> Callable[[int], float]:
+        """What takes that many steps, waits until they are done, and tells the seconds of the slowest process.
+
+        For measuring: the trainer has no length then, writes nothing, and is of no other use after it.
+        """
+        self._task.model.train()
+        self.total_steps = sys.maxsize
+        batches = self._batches()
+        fetch = self._task.fetcher(self._device, self._streams)
+
+        def take(steps: int) -> float:
+            started = time.perf_counter()
+            for _ in range(steps):
+                self._update(next(batches), fetch)
+            self._guard.first_bad_step()  # It waits for the device.
+            return max(self._ranks.gather(time.perf_counter() - started))
+
+        return take
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -160,6 +183,9 @@ class Trainer:
         batches = self._batches()
         fetch = self._task.fetcher(self._device, self._streams)
         self._logged_step, self._logged_seconds = self.step, self.seconds
+        fewest, most = _ASKED
+        asked_at = min(max(fewest, self.total_steps // 20), most)
+        asked = self.step >= asked_at
         self._start_clock()
         # Where the bar is not redrawn but written line after line, a few lines a minute are enough.
         interval = 0.2 if sys.stderr.isatty() else 10
@@ -179,6 +205,9 @@ class Trainer:
                 bar.update()
                 if self.step % options.log_every == 0 or self.step == self.total_steps:
                     self._log(log, bar)
+                    if self.step >= asked_at and not asked:
+                        asked = True
+                        self._warn_of_trouble()
                 every = self._task.observe_every
                 if every is not None and (self.step % every == 0 or self.step == self.total_steps):
                     with _measuring(bar):
@@ -272,6 +301,12 @@ class Trainer:
         shown = {name: f"{value:.3f}" for name, value in means.items() if name in _SHOWN}
         bar.set_postfix({**shown, f"{self._task.unit}/s": f"{speed:.0f}"}, refresh=False)
 
+    def _warn_of_trouble(self) -> None:
+        """Say where the last line of the log, and the encodings, are those of a run that learns nothing."""
+        trouble = self._looked(lambda: self._task.trouble(self.last_metrics))
+        if trouble is not None and self._ranks.main:
+            warn(f"step {self.step} of {self.total_steps}: {trouble}")
+
     def _observe(self, log: RunLog | None) -> None:
         """Log what the task finds when it looks at the model; that is no part of the time spent in steps."""
 
@@ -285,13 +320,18 @@ class Trainer:
             except OSError as error:
                 warn(f"could not write what was observed at step {self.step} ({error}); training goes on without")
 
+        self._looked(observe)
+
+    def _looked(self, look: Callable[[], T]) -> T:
+        """What the main process finds when it looks at the model, in time that is not counted."""
         self._stop_clock()
         if self._ranks.pipeline:
             self._parts.bring_weights()
         self._task.model.eval()
-        self._ranks.on_main(observe)
+        found = self._ranks.on_main(look)
         self._task.model.train()
         self._start_clock()
+        return found
 
     def _save(self, log: RunLog | None, *, complete_interval: bool) -> str | None:
         """Write the last checkpoint, and let it be the best one too if its interval's mean loss is the lowest.

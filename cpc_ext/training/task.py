@@ -139,6 +139,14 @@ class Task(ABC):
         """
         return {}
 
+    def trouble(self, means: dict[str, float]) -> str | None:
+        """Why a run that has had some steps learns nothing, and what to try; None where it learns.
+
+        Asked once in a run, in evaluation mode. means: of what was logged since the last line.
+        Must leave the model and the run's random streams as they were.
+        """
+        return None
+
     def updated(self) -> None:  # noqa: B027 - most tasks have nothing to do
         """Called after every update of the parameters. Must not wait for the device."""
 

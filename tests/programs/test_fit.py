@@ -128,7 +128,7 @@ def test_images_are_brought_to_the_size_that_the_options_ask_for(home, monkeypat
         ({"xyzzy": 3}, "xyzzy: there is no such option$"),
         ({"modules": 2}, "--modules is an option of --model greedy-infomax, .* cpc-v1 has no such option"),
         ({"steps": 0}, "--steps: input should be greater than or equal to 1, got 0"),
-        ({"steps": 1, "epochs": 1}, "give either --epochs or --steps, not both"),
+        ({"steps": 1, "epochs": 1}, "give one of --epochs, --steps, --time-budget, not --epochs and --steps"),
         ({"download": True}, "--download would have no effect: --dataset textures is drawn"),
         ({"dataset": IMAGES, "data_dir": "x"}, "data_dir and download would have no effect"),
         ({"test": IMAGES}, "test, unlabeled, classes and workers are of a dataset that is handed over"),

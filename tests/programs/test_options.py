@@ -14,7 +14,15 @@ from cpc_ext.data_sets import medium, origin
 from cpc_ext.programs.train_options import describe, parse
 from cpc_ext.tasks.encoder_names import ENCODERS, encoder_spec
 from cpc_ext.training import presets
-from cpc_ext.training.config import DataSection, OptionError, RunConfig, load_config, options_of_other_models
+from cpc_ext.training.config import (
+    LENGTHS,
+    DataSection,
+    OptionError,
+    RunConfig,
+    load_config,
+    option,
+    options_of_other_models,
+)
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.presets import preset
 from cpc_ext.training.registry import MODELS, config_class, model_medium, model_presets
@@ -119,20 +127,23 @@ def test_underscores_do_as_well():
     assert parse(["--dataset=stl10", "--batch_size", "7"]).run.optimization.batch_size == 7
 
 
-@pytest.mark.parametrize(("given", "other"), [("epochs", "steps"), ("steps", "epochs")])
+@pytest.mark.parametrize("given", LENGTHS)
 @pytest.mark.parametrize("dataset", ["textures", "stl10"])
-def test_length_in_epochs_or_steps_replaces_the_other(dataset, given, other):
-    optimization = parse(["--dataset", dataset, f"--{given}", "7"]).run.optimization
-    assert getattr(optimization, given) == 7
-    assert getattr(optimization, other) is None
+def test_a_length_replaces_that_of_the_preset(dataset, given):
+    optimization = parse(["--dataset", dataset, option(given), "7"]).run.optimization
+    assert {name: getattr(optimization, name) for name in LENGTHS} == {**dict.fromkeys(LENGTHS), given: 7}
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--epochs", "1", "--steps", "1"], "give either --epochs or --steps, not both"),
+        (["--epochs", "1", "--steps", "1"], "give one of --epochs, --steps, --time-budget, not --epochs and --steps"),
         (["--batch-size", "0"], "--batch-size: input should be greater than or equal to 1, got 0"),
         (["--batch-size", "many"], "--batch-size: invalid literal for int() with base 10: 'many'"),
+        (["--steps", "1", "--time-budget", "1"], "not --steps and --time-budget"),
+        (["--time-budget", "0"], "--time-budget: input should be greater than 0, got 0.0"),
+        (["--probe-images", "1"], "--probe-images: input should be greater than or equal to 2, got 1"),
+        (["--no-evaluate", "--probe-images", "9"], "--probe-images would have no effect: --no-evaluate measures"),
         (["--lr", "-1"], "--lr: input should be greater than 0, got -1.0"),
         (["--lr", "nan"], "--lr: input should be"),
         (["--pred-directions", "5"], "--pred-directions: input should be less than or equal to 4, got 5"),
@@ -319,7 +330,7 @@ def test_config_file_round_trip(tmp_path):
         ("optimization: {steps: 3, speed: 9}", "speed: there is no such option"),
         ("optimization: {steps: 3, lr: fast}", "--lr: input should be a valid number"),
         ("optimization: {steps: 3}\ncpc: {pred_steps: 0}", "--pred-steps: input should be greater than or equal to 1"),
-        ("optimization: {lr: 0.1}", "give either --epochs or --steps"),
+        ("optimization: {lr: 0.1}", "give one of --epochs, --steps, --time-budget"),
         ("model: cpc-v9\noptimization: {steps: 3}", "--model: input should be 'cpc-audio', 'cpc-v1', "),
         ("model: 3\noptimization: {steps: 3}", "--model: input should be 'cpc-audio', 'cpc-v1', "),
     ],

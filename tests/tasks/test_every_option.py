@@ -7,6 +7,7 @@ What is looked at is what reaches the networks, the optimizer and the files, on 
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from cpc_ext.data import DATASETS, Dataset, ImageSet
 from cpc_ext.data_sets import medium
+from cpc_ext.measures.probe import ProbeResult
 from cpc_ext.models import (
     CPC,
     GatedPixelCNN,
@@ -38,7 +40,8 @@ from cpc_ext.models import (
 )
 from cpc_ext.nn import GridInfoNCE, MoCoLoss, NTXentLoss, SupConLoss, TargetInfoNCE
 from cpc_ext.programs import training as program
-from cpc_ext.programs.train_options import parse
+from cpc_ext.programs.train_options import Command, parse
+from cpc_ext.tasks import encoder_task
 from cpc_ext.tasks.encoder_task import EncoderTask
 from cpc_ext.training import registry, run_data
 from cpc_ext.training.checkpoint import load_checkpoint
@@ -703,7 +706,21 @@ def probe_every(model: str) -> None:
         task = task_of(model, probe_every=updates)
         task.prepare(Ranks(CPU), resumed=False)
         assert (task.observe_every, task.observe_start) == (updates, updates is not None)
-        assert list(task.observe(0, RunDir(Path()))) == ([] if updates is None else ["knn_accuracy"])
+        assert list(task.observe(0, RunDir(Path()))) == ([] if updates is None else ["knn_accuracy", "effective_rank"])
+
+
+def probe_images(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, classes: int) -> ProbeResult:
+        seen.append((len(train), len(train_labels), len(test), len(test_labels)))
+        return ProbeResult(0.5, 1.0)
+
+    monkeypatch.setattr(encoder_task, "linear_probe", probe)
+    for most, count in ((3, 3), (100, 8), (None, 8)):
+        task_of(model, noise(8), probe_images=most).evaluate()
+        assert seen == [(count, count, 8, 8)] * 2
+        seen.clear()
 
 
 def ema_decay(model: str) -> None:
@@ -830,6 +847,27 @@ def epochs(model: str, tmp_path: Path) -> None:
     for number in (1, 3):
         task = trained(tmp_path / str(number), steps=None, epochs=number)
         assert sorted(image for batch in task.batches for image in batch) == sorted(number * list(range(8)))
+
+
+def time_budget(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "seconds_per_step", lambda take, budget: 0.5)
+    for minutes, number in ((0.01, 1), (0.03, 3)):
+        summary = summary_of(tmp_path / str(number), monkeypatch, steps=None, time_budget=minutes, evaluate=False)
+        assert summary["steps"] == number
+
+
+def evaluate(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for on in (False, True):
+        summary = summary_of(tmp_path / str(on), monkeypatch, steps=1, evaluate=on)
+        assert ("probe_accuracy" in summary) == on
+
+
+def summary_of(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, Any]:
+    """That of a whole run of CPC on a few images."""
+    monkeypatch.setattr(run_data, "load_dataset", lambda *arguments, **more: dataset_of(noise(8)))
+    assert program.run(Command(run=config_of("cpc-v1", **options), out_dir=folder))[0] == 0
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return summary
 
 
 def batch_size(model: str, tmp_path: Path) -> None:
@@ -1036,14 +1074,14 @@ EFFECTS: dict[str, Callable[..., None]] = {
         *(encoder, norm, gather_negatives, context_layers, pred_steps, pred_directions, skip, neg_samples),
         *(context_channels, shared_context, target_channels, prediction_scale, variant),
         *(modules, split_at, objective, init, train_module, cache_outputs, cache_views, pipeline),
-        probe_every,
+        *(probe_every, probe_images),
         *(view_size, min_crop_area, blur_kernel, projection_channels, temperature),
         *(levels, code_channels),
         *(jitter_strength, jitter_probability, gray_probability, blur_probability),
         *(head_layers, head_channels, head_norm, queue_size, key_momentum, optimizer, momentum),
         *(layers, hidden_channels, class_conditional, mirror, sample_every, ema_decay, mixtures, dropout, data_init),
-        *(resume_from, epochs, steps, batch_size, lr, schedule, final_lr, warmup_steps, clip_grad, weight_decay),
-        *(device, precision, channels_last, compile, seed, log_every, checkpoint_every, logger),
+        *(resume_from, epochs, steps, time_budget, batch_size, lr, schedule, final_lr, warmup_steps, clip_grad, weight_decay),
+        *(device, precision, channels_last, compile, seed, log_every, checkpoint_every, evaluate, logger),
     )
 }
 # Options of the shared sections are the loop's and the data's, and looked at once.
@@ -1065,11 +1103,11 @@ def look(check: Callable[..., None], model: str, **fixtures: object) -> None:
     check(model, **{name: fixture for name, fixture in fixtures.items() if name in check.__annotations__})
 
 
-@pytest.mark.parametrize(("model", "name"), [each for each in OPTIONS if each[1] not in ("resume_from", "epochs")])
+@pytest.mark.parametrize(("model", "name"), [each for each in OPTIONS if each[1] not in ("resume_from", "epochs", "time_budget")])
 def test_an_option_that_does_nothing_is_noticed(model, name, tmp_path, monkeypatch):
     """The test above fails, and does not break, where the option never reaches the config.
 
-    The test of --resume-from runs the program; without --epochs or --steps there is no config.
+    The test of --resume-from runs the program; without a length there is no config.
     """
     given = config_of
 
@@ -1151,6 +1189,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "hidden_channels": ("18", 18),
     "sample_every": ("123", 123),
     "probe_every": ("234", 234),
+    "probe_images": ("77", 77),
     "ema_decay": ("0.7", 0.7),
     "mixtures": ("3", 3),
     "dropout": ("0.3", 0.3),
@@ -1175,6 +1214,7 @@ ALONE = {
     "split_at": ["--split-at", "1", "2"],
     "train_module": ["--train-module", "0"],
     "epochs": ["--epochs", "2"],
+    "time_budget": ["--time-budget", "0.5"],
 }
 ELSEWHERE = {"resume_from", "cache_outputs", "pipeline"}
 
@@ -1209,3 +1249,4 @@ def test_options_that_are_given_alone():
     assert parse(["--model", "greedy-infomax", "--pipeline"]).run.greedy.pipeline
     assert parse(ALONE["epochs"]).run.optimization.epochs == 2
     assert parse(ALONE["epochs"]).run.optimization.steps is None
+    assert parse(ALONE["time_budget"]).run.optimization.time_budget == 0.5

@@ -26,6 +26,7 @@ TIMM_NORM = "--norm would have no effect: --encoder timm:resnet18 has a normalis
         (("--data-dir", "there"), "--data-dir would have no effect: --dataset textures is drawn"),
         (("--download",), "--download would have no effect: --dataset textures is drawn"),
         (("--dataset", "folder", "--data-dir", "x", "--download"), "--dataset folder is of your own files"),
+        (("--no-evaluate", "--probe-images", "9"), "--no-evaluate measures nothing at the end"),
         (("--schedule", "constant", "--final-lr", "0.1"), "--schedule constant keeps the learning rate"),
         (("--model", "pixelcnn", "--no-channels-last"), "--model pixelcnn lays its features out by itself"),
         (("--model", "greedy-infomax", "--split-at", "1", "--modules", "2"), "--split-at tells how many"),

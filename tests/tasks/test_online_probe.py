@@ -12,6 +12,7 @@ import torch
 
 from cpc_ext.data import ImageSet
 from cpc_ext.data.spread import spread
+from cpc_ext.measures.effective_rank import effective_rank
 from cpc_ext.programs import training as program
 from cpc_ext.programs.train_options import parse
 from cpc_ext.tasks import online_probe
@@ -77,9 +78,10 @@ def test_accuracy_of_images(monkeypatch):
         (torch.from_numpy(each.images[at]).double().mean((1, 3)), torch.from_numpy(each.labels[at]))
         for each, at in zip((train, test), chosen, strict=True)
     )
-    found = probe.accuracy(lambda images: images.double().mean((1, 3)).float())
-    assert found == plain_accuracy(known, labels, asked, expected, neighbours=20)
-    assert found > 0.8
+    found = probe.found(lambda images: images.double().mean((1, 3)).float())
+    assert found["knn_accuracy"] == plain_accuracy(known, labels, asked, expected, neighbours=20)
+    assert found["knn_accuracy"] > 0.8
+    assert found["effective_rank"] == pytest.approx(effective_rank(known))
     assert probe.chance == max(expected.tolist().count(label) for label in (0, 1)) / 20
 
 
@@ -97,10 +99,12 @@ def test_accuracy_of_frames(monkeypatch):
         return torch.fft.rfft(windows).abs()[:, :64].float(), 200 + 160 * torch.arange(len(windows))
 
     probe = FrameProbe(speech.dataset_of(train, test))
-    assert probe.accuracy(frames) > 0.9
+    assert probe.found(frames)["knn_accuracy"] > 0.9
     assert 3 <= len(asked_for) < 14  # Not all recordings.
     assert 0.2 <= probe.chance < 0.5
-    assert probe.accuracy(lambda samples: (torch.ones(9, 2), 200 + 160 * torch.arange(9))) < 0.6
+    alike = probe.found(lambda samples: (torch.ones(9, 2), 200 + 160 * torch.arange(9)))
+    assert alike["knn_accuracy"] < 0.6
+    assert alike["effective_rank"] == 0.0
 
 
 def test_what_a_probe_asks_for():
@@ -143,7 +147,8 @@ def test_a_run_with_probes_is_the_run_without(kind, train_with, tmp_path, monkey
     assert [record for record in records if "loss" in record] == logged(tmp_path / "without")
     probed = [record for record in records if "knn_accuracy" in record]
     assert [record["step"] for record in probed] == [0, 3, 6, 8]
-    assert all(set(record) == {"step", "knn_accuracy"} and 0 <= record["knn_accuracy"] <= 1 for record in probed)
+    assert all(set(record) == {"step", "knn_accuracy", "effective_rank"} for record in probed)
+    assert all(0 <= record["knn_accuracy"] <= 1 < record["effective_rank"] for record in probed)
     summary = json.loads((tmp_path / "with" / "summary.json").read_text())
     assert summary["knn_accuracy"] == [[record["step"], record["knn_accuracy"]] for record in probed]
     assert summary["final_knn_accuracy"] == probed[-1]["knn_accuracy"]

@@ -236,7 +236,7 @@ def test_probe_every(model):
         task = task_of(model, dataset_of(test=recordings(6)), probe_every=updates)
         task.prepare(Ranks(CPU), resumed=False)
         assert (task.observe_every, task.observe_start) == (updates, updates is not None)
-        assert list(task.observe(0, None)) == ([] if updates is None else ["knn_accuracy"])
+        assert list(task.observe(0, None)) == ([] if updates is None else ["knn_accuracy", "effective_rank"])
 
 
 def test_every_option_is_tried():

@@ -20,6 +20,7 @@ import cpc_ext
 from cpc_ext import figures, models
 from cpc_ext.data import ImageFetcher, ImageSet
 from cpc_ext.data.spread import spread
+from cpc_ext.measures.effective_rank import effective_rank
 from cpc_ext.measures.pixel_histogram import static_histogram_bits_per_dim
 from cpc_ext.tasks import encoder_task as encoders
 from cpc_ext.tasks import pixel_task as pixelcnn
@@ -346,7 +347,9 @@ def test_encoders_are_judged_beside_their_untrained_selves(monkeypatch):
     nn.init.normal_(task.model.encoder.conv1.weight)
     assert task.evaluate() == {
         "probe_accuracy": 0.25,
+        "effective_rank": effective_rank(seen[0][0]),
         "untrained_probe_accuracy": 0.5,
+        "untrained_effective_rank": effective_rank(seen[1][0]),
         "chance_accuracy": 3 / 5,
     }
     for model, features in zip((task.model, untrained), seen, strict=True):

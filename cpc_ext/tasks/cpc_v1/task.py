@@ -55,8 +55,12 @@ class CPCv1Task(EncoderTask):
     def encode(self, model: EncoderModel, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return model.encode(center_or_random(self._view, images, generator))
 
+    @property
+    def guess(self) -> dict[str, float]:
+        return guessing(*self._config.keys_by_step)
+
     def _save_figures(self, run: RunDir) -> None:
-        self._save_curves(run, guessing(*self._config.keys_by_step), loss="InfoNCE loss")
+        self._save_curves(run, loss="InfoNCE loss")
         encodings = partial(self.encodings, self.model)
         save_patch_figures(run, self._view, self._shown, encodings, self._config.compute.seed)
 

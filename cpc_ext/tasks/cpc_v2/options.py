@@ -59,6 +59,10 @@ class CPCv2Config(PredictionConfig):
             )
         return self
 
+    def remedies(self) -> list[str]:
+        louder = ["--prediction-scale 1"] if self.cpc.prediction_scale < 1 else []
+        return [*louder, *super().remedies()]
+
 
 CONFIG = CPCv2Config
 

@@ -74,9 +74,12 @@ class CPCv2Task(EncoderTask):
     def encode(self, model: EncoderModel, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return model.encode(center_or_random(self._view, images, generator))
 
+    @property
+    def guess(self) -> dict[str, float]:
+        return guessing(self._config.view.grid_size**2 * self._config.optimization.batch_size)
+
     def _save_figures(self, run: RunDir) -> None:
-        patches_of_batch = self._config.view.grid_size**2 * self._config.optimization.batch_size
-        self._save_curves(run, guessing(patches_of_batch), loss="InfoNCE loss")
+        self._save_curves(run, loss="InfoNCE loss")
         encodings = partial(self.encodings, self.model)
         save_patch_figures(run, self._view, self._shown, encodings, self._config.compute.seed)
 

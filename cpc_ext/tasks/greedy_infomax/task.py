@@ -115,17 +115,23 @@ class GreedyTask(ModuleTask, EncoderTask):
         # Trained end to end it has stacks like any other encoder.
         return stacks if options.modules == 1 else options.modules
 
+    @property
+    def guess(self) -> dict[str, float]:
+        if self._config.greedy.objective == "supervised":
+            return guessing(len(self._dataset.classes))
+        return guessing(*self._config.keys_by_step)
+
     def _save_figures(self, run: RunDir) -> None:
         learning = self._config.greedy.learning
         suffixes = [""] if len(learning) == 1 else [f"_module_{module}" for module in learning]
         metrics = read_metrics(run.metrics, having=[name + end for name in ("loss", "accuracy") for end in suffixes])
         if metrics:
             if self._config.greedy.objective == "supervised":
-                guess, loss, accuracy = guessing(len(self._dataset.classes)), "cross-entropy", "accuracy"
+                loss, accuracy = "cross-entropy", "accuracy"
             else:
-                guess, loss, accuracy = guessing(*self._config.keys_by_step), "InfoNCE loss", "contrastive accuracy"
+                loss, accuracy = "InfoNCE loss", "contrastive accuracy"
             probe = probe_curve(run.metrics, self._probe)
-            figure = figures.curves_by_module(metrics, learning, guess, loss=loss, accuracy=accuracy, probe=probe)
+            figure = figures.curves_by_module(metrics, learning, self.guess, loss=loss, accuracy=accuracy, probe=probe)
             figures.save(run.path / "curves.png", figure)
         encodings = partial(self.encodings, self.model)
         save_patch_figures(run, self._view, self._shown, encodings, self._config.compute.seed)

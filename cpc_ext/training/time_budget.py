@@ -1,0 +1,70 @@
+"""A run's length from the minutes it may take: some steps are measured, and the config gets as many as fill them.
+
+What comes of it is an ordinary config with a number of steps, so that the run can be repeated and resumed like any
+other, on any machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from cpc_ext.training.config import RunConfig
+
+__all__ = ["filled", "seconds_per_step"]
+
+# Steps before the clock starts: the first ones choose kernels, fill caches and allocate.
+_UNTIMED = 5
+# How long is measured: a hundredth of the budget within these bounds, in seconds, and a few steps at least.
+_SHARE, _SHORTEST, _LONGEST = 0.01, 1.0, 10.0
+_FEWEST = 3
+# A checkpoint this often, as a share of the run, but not sooner than after these seconds.
+_CHECKPOINTS, _BETWEEN_CHECKPOINTS = 0.05, 30.0
+# Lines of the log that a run has at least, as far as it has steps, and the largest share that is spent on warm-up.
+_LINES = 50
+_WARMUP = 0.1
+
+
+def seconds_per_step(take: Callable[[int], float], budget: float) -> float:
+    """How long a step takes, measured.
+
+    take: takes that many steps and tells how many seconds it was, the same in all processes.
+    budget: seconds that the run may take, of which this takes about a hundredth.
+    """
+    take(_UNTIMED)
+    goal = min(max(_SHARE * budget, _SHORTEST), _LONGEST)
+    steps, seconds, following = 0, 0.0, _FEWEST
+    while seconds < goal:
+        seconds += take(following)
+        steps += following
+        # As many as are missing at this rate, so that waiting for a device does not count in every step.
+        following = max(1, math.ceil((goal - seconds) * steps / max(seconds, 1e-9)))
+    return seconds / steps
+
+
+def filled(config: RunConfig, seconds_per_step: float, *, steps: int = 0, seconds: float = 0.0) -> RunConfig:
+    """The config of a run that fills its time budget, in steps.
+
+    Checkpoints and lines of the log come as often as suits its length; a new run's warm-up is at most a tenth of it.
+
+    seconds_per_step: what a step takes from now on.
+    steps, seconds: of the run so far, which count.
+    """
+    options = config.optimization
+    assert options.time_budget is not None
+    left = max(0.0, 60 * options.time_budget - seconds)
+    total = max(1, steps + math.floor(left / seconds_per_step))
+    between = max(_BETWEEN_CHECKPOINTS, _CHECKPOINTS * 60 * options.time_budget)
+    length = {"time_budget": None, "steps": total}
+    if steps == 0:
+        length["warmup_steps"] = min(options.warmup_steps, math.floor(_WARMUP * total))
+    often = {
+        "checkpoint_every": max(1, math.floor(between / seconds_per_step)),
+        "log_every": min(config.output.log_every, max(1, total // _LINES)),
+    }
+    return config.model_copy(
+        update={
+            "optimization": options.model_copy(update=length),
+            "output": config.output.model_copy(update=often),
+        }
+    )

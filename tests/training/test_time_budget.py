@@ -1,0 +1,101 @@
+"""A run's length from minutes: how a step is timed, what comes of it, and that the run is an ordinary one then."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from cpc_ext.training import time_budget
+from cpc_ext.training.checkpoint import load_checkpoint
+from cpc_ext.training.config import load_config
+from cpc_ext.training.presets import preset
+from cpc_ext.training.run_log import read_metrics
+from cpc_ext.training.time_budget import filled, seconds_per_step
+from tests.training.conftest import SMALL, TINY, logged
+
+WITHOUT_LENGTH = [each for index, each in enumerate(TINY) if "--steps" not in TINY[max(index - 1, 0) : index + 1]]
+
+
+def budget_of(minutes: float, **optimization):
+    config = preset("cpc-v1", "textures")
+    length = {"steps": None, "time_budget": minutes, **optimization}
+    return config.model_copy(update={"optimization": config.optimization.model_copy(update=length)})
+
+
+@pytest.mark.parametrize(("budget", "measured"), [(10, 1.0), (600, 6.0), (1e6, 10.0)])
+@pytest.mark.parametrize("pace", [1e-4, 0.03, 2.5])
+def test_a_step_is_timed_for_a_hundredth_of_the_budget(budget, measured, pace):
+    calls = []
+
+    def take(steps):
+        calls.append(steps)
+        return steps * (9.0 if len(calls) == 1 else pace)  # The first ones are slow, and do not count.
+
+    assert seconds_per_step(take, budget) == pytest.approx(pace)
+    timed = sum(calls[1:]) * pace
+    assert measured <= timed < measured + 3 * pace
+    assert len(calls) <= 4
+
+
+def test_the_steps_fill_the_minutes():
+    config = filled(budget_of(10), 0.1)
+    assert config.optimization.steps == 6000
+    assert config.optimization.time_budget is None
+    assert config.optimization.warmup_steps == 50
+    assert config.output.checkpoint_every == 300
+    assert config.output.log_every == 20
+
+
+def test_a_short_run_has_a_short_warmup_and_lines_enough():
+    config = filled(budget_of(1, warmup_steps=500), 0.5)
+    assert config.optimization.steps == 120
+    assert config.optimization.warmup_steps == 12
+    assert config.output.checkpoint_every == 60
+    assert config.output.log_every == 2
+
+
+def test_a_run_that_goes_on_has_what_is_left():
+    config = filled(budget_of(2, warmup_steps=500), 0.5, steps=100, seconds=70.0)
+    assert config.optimization.steps == 200
+    assert config.optimization.warmup_steps == 500  # It is past it, or else in it.
+    assert filled(budget_of(1), 0.5, steps=100, seconds=70.0).optimization.steps == 100
+
+
+def test_a_budget_of_less_than_a_step_has_one():
+    config = filled(budget_of(1e-3), 2.0)
+    assert (config.optimization.steps, config.output.log_every, config.output.checkpoint_every) == (1, 1, 15)
+
+
+@pytest.fixture
+def short_look(monkeypatch):
+    monkeypatch.setattr(time_budget, "_SHORTEST", 0.05)
+
+
+def test_a_run_that_fills_a_budget_is_repeated_and_goes_on(train_with, tmp_path, capsys, short_look):
+    first, again = tmp_path / "first", tmp_path / "again"
+    options = (*SMALL, *WITHOUT_LENGTH, "--time-budget", "0.01", "--no-evaluate")
+    assert train_with(*options, "--out-dir", first) == 0
+    steps = load_config(first / "config.yaml").optimization.steps
+    said = capsys.readouterr().out
+    assert f"{steps} steps of about" in said
+    assert "fill 0.01 minutes" in said
+    summary = json.loads((first / "summary.json").read_text())
+    assert summary["steps"] == steps == load_checkpoint(first / "checkpoint.pt")["step"]
+    assert "probe_accuracy" not in summary
+    assert "evaluation" not in summary["phase_seconds"]
+    assert read_metrics(first / "metrics.jsonl")[-1]["step"] == steps
+    assert (first / "curves.png").is_file()
+
+    # Nothing of the measured steps is left in the run.
+    assert train_with("--config", first / "config.yaml", "--out-dir", again) == 0
+    assert logged(first) == logged(again)
+
+    assert train_with("--resume", "--out-dir", first, "--time-budget", "0.02") == 0
+    summary = json.loads((first / "summary.json").read_text())
+    assert summary["steps"] > steps
+    assert load_config(first / "config.yaml").optimization.steps == summary["steps"]
+
+    # What is over is not taken back.
+    assert train_with("--resume", "--out-dir", first, "--time-budget", "0.001") == 0
+    assert json.loads((first / "summary.json").read_text())["steps"] == summary["steps"]
