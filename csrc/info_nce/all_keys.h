@@ -729,14 +729,33 @@ class AllKeys {
     }
     if (problem_.slopes.ndim != 0) problem_.slopes.template as<S>()[i] = outcome.slope();
     if (problem_.bests.ndim != 0) problem_.bests.template as<S>()[i] = outcome.best();
-    const S weight = weight_of_row(i), factor = outcome.factor_of_rivals(weight);
+    const S weight = weight_of_row(i);
+    S factor = outcome.factor_of_rivals(weight);
     for (int64_t j = 0; j < places_; ++j)
       b.weights[kept * places_ + j] = own.present(j) ? outcome.weight_of_positive(j, weight) : S{};
+    // A bias's gradient is a sum of weights that are not rounded.
+    if (!two_ways() && !sigmoid() && !wants_bias()) factor *= balance(b.weights + kept * places_);
     if (two_ways()) {
       b.largest[kept] = rivals.largest;
       b.of_rows[kept] = factor;
     }
     return factor;
+  }
+
+  // Rounds a row's weights of positives as the products do, and gives what its rivals' weights are to be multiplied by
+  // so that all together come to zero again: what all keys have in common, which may be far more than what tells them
+  // apart, would else be left in the gradients, and there with the same sign in every row.
+  S balance(S* weights) const {
+    if constexpr (kStep == 1) return 1;
+    S exact = 0, rounded = 0;
+    for (int64_t j = 0; j < places_; ++j) {
+      exact += weights[j];
+      weights[j] = widen(narrow<Storage>(weights[j]));
+      rounded += weights[j];
+    }
+    // Positives whose weights nearly cancel have rivals of hardly any weight.
+    const S ratio = exact != 0 ? rounded / exact : S(1);
+    return std::abs(ratio - 1) < S(1) / 64 ? ratio : S(1);
   }
 
   // Factors of a register's rows to the blocks, and which of these are needed: what all blocks below a bound leave out
