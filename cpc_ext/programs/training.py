@@ -39,7 +39,7 @@ from cpc_ext.training.stop_request import EndedBySignal, StopRequest, signals_ra
 from cpc_ext.training.task import Task
 from cpc_ext.training.time_budget import filled, seconds_per_step
 
-__all__ = ["main", "run"]
+__all__ = ["main", "of_known_length", "run"]
 
 
 def main(arguments: Sequence[str] | Command | None = None) -> int:
@@ -114,7 +114,7 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
         dataset = load_data(config)
     if config.optimization.time_budget is not None:
         with _timed(phases, "calibration"):
-            config = _of_known_length(config, dataset, run, ranks, state)
+            config = of_known_length(config, dataset, run, ranks, state)
     task = _task(config, dataset, ranks)
     start = config.optimization.resume_from
     if start is not None and state is None:
@@ -175,7 +175,7 @@ def _task(config: RunConfig, dataset: Any, ranks: Ranks) -> Task:
         raise TrainingError(str(error)) from None
 
 
-def _of_known_length(
+def of_known_length(
     config: RunConfig, dataset: Any, run: RunDir, ranks: Ranks, state: dict[str, Any] | None
 ) -> RunConfig:
     """The config with the steps that fill its time budget, as measured on a model that is not kept.

@@ -165,7 +165,8 @@ class EncoderTask(Task):
     def evaluate(self) -> dict[str, float]:
         """Accuracies of the probe, on trained and untrained encoder, and of always naming the commonest class.
 
-        Beside the accuracies are the effective ranks of what the probe learns from. Nothing where the data set has no labels to train and test it with.
+        Beside them are the effective ranks of what the probe learns from. Nothing where the data set has no labels to
+        train and test it with.
         """
         train, test = self._dataset.train, self._dataset.test
         if train is None or test is None or train.labels is None or test.labels is None:

@@ -1,7 +1,7 @@
 """What encodings are worth on the way: held-out images or frames told by their nearest neighbours, and their rank.
 
 From a model in the middle of its training to an accuracy and an effective rank, always of the same few images or
-recordings. Nothing is fitted, nothing drawn, and the model stays as it is, so that a run goes on as if nobody had looked.
+recordings. Nothing is fitted, nothing drawn, and the model stays as it is: a run goes on as if nobody had looked.
 """
 
 from __future__ import annotations

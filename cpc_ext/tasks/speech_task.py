@@ -33,8 +33,8 @@ from cpc_ext.models import CPC, CausalTransformerContext, GreedyInfoMax, Recurre
 from cpc_ext.models.contexts.recurrent_context import State
 from cpc_ext.tasks.encoder_task import guessing
 from cpc_ext.tasks.online_probe import FrameProbe, probe_curve, probed_recordings
-from cpc_ext.tasks.trouble import trouble
 from cpc_ext.tasks.speech_options import SpeechConfig
+from cpc_ext.tasks.trouble import trouble
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.distribution import Ranks
 from cpc_ext.training.precision import autocast
@@ -236,7 +236,9 @@ class SpeechTask(Task):
         self._save_figures(run)
 
     def trouble(self, means: dict[str, float]) -> str | None:
-        recording = torch.from_numpy(np.array(self.examples.recording(0)[: int(_SHOWN_SECONDS * self._dataset.sample_rate)]))
+        recording = torch.from_numpy(
+            np.array(self.examples.recording(0)[: int(_SHOWN_SECONDS * self._dataset.sample_rate)])
+        )
         frames, _ = self.frames(self.model)(recording)
         return trouble(means, self.guess, frames, self._config)
 

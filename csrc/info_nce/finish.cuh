@@ -152,9 +152,27 @@ __device__ Rivals<Sum> merge_tiles(const Group<Sum>& a, bool exists, int64_t ent
   return rivals;
 }
 
+// Rounds a row's weights of positives as the products do, and gives what its rivals' weights are to be multiplied by so
+// that all together come to zero again: what all keys have in common, which may be far more than what tells them apart,
+// would else be left in the gradients, and there with the same sign in every row.
+template <class T, class Sum>
+__device__ Sum balance_weights(const Group<Sum>& a, int64_t entry, int64_t row) {
+  Sum exact = 0, rounded = 0;
+  const Sum unit = a.unit();
+  each_of(a.places, [&](int64_t j) {
+    Sum& weight = a.target_weights[a.kept(entry, row, j)];
+    exact += weight;
+    weight = widen<Sum>(Narrow<T>::from(unit * weight)) / unit;
+    rounded += weight;
+  });
+  const Sum ratio = exact != 0 ? rounded / exact : Sum(1);
+  // Positives whose weights nearly cancel have rivals of hardly any weight.
+  return fabs(ratio - 1) < Sum(1) / 64 ? ratio : Sum(1);
+}
+
 // A row's results, and what the gradients' weights are made of, from its rivals. In a symmetric contrast these are of the
 // one direction only, with half the weight. Gives what makes powers relative to the largest score weights.
-template <class Sum>
+template <class T, class Sum = SumOf<T>>
 __device__ Sum finish_row(const Group<Sum>& a, int64_t entry, int64_t row, const Rivals<Sum>& rivals, int64_t rank) {
   const int64_t index = a.index(entry, row), kept = a.kept(entry, row);
   const PositivesOfRow<Sum> positives(a, entry, row);
@@ -173,7 +191,9 @@ __device__ Sum finish_row(const Group<Sum>& a, int64_t entry, int64_t row, const
   });
   if (a.weighs) {
     a.tops[kept] = rivals.largest;
-    a.rival_factors[kept] = factor;
+    // Columns add to the weights of a symmetric contrast, and a bias's gradient is a sum of weights that are not rounded.
+    const bool balances = a.measure != Measure::sigmoid && !a.symmetric && a.grad_bias == nullptr;
+    a.rival_factors[kept] = balances ? factor * balance_weights<T>(a, entry, row) : factor;
   }
   return factor;
 }
@@ -211,7 +231,7 @@ __global__ void __launch_bounds__(kFinishThreads, 2) finish_rows(const __grid_co
     const bool exists = row < a.rows;
     int rank = 0;
     const Rivals<Sum> rivals = merge_tiles(a, exists, entry, row, rank);
-    if (exists && share == 0) factors[at] = finish_row(a, entry, row, rivals, rank);
+    if (exists && share == 0) factors[at] = finish_row<T>(a, entry, row, rivals, rank);
     __syncthreads();  // The rows' results are there, and what was shared before is free again.
     const Sum factor = factors[at];
     if constexpr (kOnTensorCores<T>) {
@@ -221,8 +241,15 @@ __global__ void __launch_bounds__(kFinishThreads, 2) finish_rows(const __grid_co
       __syncthreads();  // The rows' powers are there, and their factors may be others.
       if (!exists || share != 0 || !a.keeps_powers()) continue;
       const int64_t target = a.target(entry, row, 0);
-      if (target >= 0 && factor != 0)
-        a.row_of_powers(entry, row)[target] = Narrow<T>::from(a.target_weights[a.kept(entry, row)] / factor);
+      Sum& weight = a.target_weights[a.kept(entry, row)];
+      Sum left = 0;  // By rounding, for the query's gradient; as a multiple of the powers.
+      if (target >= 0 && factor != 0) {
+        const Sum exact = weight / factor;
+        const T rounded = Narrow<T>::from(exact);
+        a.row_of_powers(entry, row)[target] = rounded;
+        if (finite<Sum>(exact) == exact) left = exact - widen<Sum>(rounded);
+      }
+      weight = left;
     }
   }
 }
@@ -289,6 +316,12 @@ __device__ void finish_values(const Arguments<T>& a, bool of_keys, int64_t i) {
     for (int k = 0; k < kCount; ++k) total[k] += of_part.v[k];
   }
   const Sum factor = of_keys ? a.scale() / a.unit() : a.row_factors[a.kept(entry, row)];
+  if (const Sum left = of_keys || !a.keeps_powers() ? Sum(0) : a.target_weights[a.kept(entry, row)]; left != 0) {
+    Sum key[kCount] = {};
+    load_run(key, a.key_rows(entry) + a.target(entry, row, 0) * a.d + column, 1, how_many(a.d - column, kCount));
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) total[k] += left * key[k];
+  }
 #pragma unroll
   for (int k = 0; k < kCount; ++k) total[k] = factor != 0 ? total[k] * factor : Sum(0);
   T* const to =

@@ -138,7 +138,7 @@ struct Group : Rows<Sum> {
   Sum* dot_matrix;               // [entries][pitch_rows][pitch_keys], where they are kept.
   Stats<Sum> tiles = {};         // [entries][key_tiles][pitch_rows]
   uint8_t* counts;               // Likewise: how many keys of the tile count in the rank.
-  Sum *dots, *target_weights;    // [entries][places][M], of positives.
+  Sum *dots, *target_weights;    // [entries][places][M], of positives; of powers, in the end, what rounding left.
   Sum* limits;                   // [entries][M]: rivals count in the rank that do not score below.
   Sum* weights;                  // [entries][M], of the losses; 0 of rows that are not valid.
   Sum* row_factors;              // [entries][M], of grad_queries.

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["draw_kernels", "draw_training"]
+__all__ = ["draw_accuracy", "draw_kernels", "draw_training"]
 
 DPI = 130
 # Colour-blind safe; alternatives beyond these start over.
@@ -127,6 +127,40 @@ def draw_training(document: dict[str, Any], path: Path) -> None:
     stages.legend(frameon=False, ncols=len(document["stages"]), loc="lower center", bbox_to_anchor=(0.5, 1))
     for axes in (speed, memory, stages):
         axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def draw_accuracy(results: Sequence[dict[str, Any]], titles: dict[str, str], path: Path) -> None:
+    """Of each time that was given, what nearest neighbours told on the way, over minutes; and what took no time, as lines.
+
+    results: of ``accuracy.py``; several seeds of a method have a line each, in one colour. titles: of the methods.
+    """
+    minutes = sorted({result["minutes"] for result in results if result.get("curve")})
+    figure = _figure("nearest neighbours of frozen features, one core", path, width=5.5 * len(minutes), height=4.5)
+    if figure is None or not minutes:
+        return
+    methods = [name for name in titles if any(result["method"] == name for result in results)]
+    colors = {name: (*COLORS, "#56b4e9", "#e69f00", GRAY)[place % 8] for place, name in enumerate(methods)}
+    for axes, given in zip(figure.subplots(1, len(minutes), sharey=True, squeeze=False)[0], minutes, strict=True):
+        for result in results:
+            color = colors[result["method"]]
+            if result["minutes"] == given and result.get("curve"):
+                x, y = zip(*result["curve"], strict=True)
+                axes.plot(x, [100 * value for value in y], color=color, marker="o", markersize=3, linewidth=1.5)
+            elif not result["minutes"]:
+                axes.axhline(100 * result["knn"], color=color, linestyle="--", linewidth=1)
+        axes.set_xlabel("minutes of training")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("images told rightly, %")
+    from matplotlib.lines import Line2D
+
+    timed = {result["method"] for result in results if result.get("curve")}
+    handles = [
+        Line2D([], [], color=colors[name], linestyle="-" if name in timed else "--", label=titles[name])
+        for name in methods
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False, fontsize=9)
     _save(figure, path)
 
 

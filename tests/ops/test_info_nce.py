@@ -540,4 +540,4 @@ def test_what_all_keys_have_in_common_is_not_in_the_gradients(device, dtype, con
     assert left.mean().abs() < 4e-4
     assert left.abs().max() < 0.02
     # Nor do all keys move together.
-    assert of_keys.sum(0).norm() < 1.2e-4 * of_keys.norm(dim=1).sum()
+    assert of_keys.sum(0).norm() < 4e-4 * of_keys.norm(dim=1).sum()

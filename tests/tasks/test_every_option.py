@@ -1080,7 +1080,19 @@ EFFECTS: dict[str, Callable[..., None]] = {
         *(jitter_strength, jitter_probability, gray_probability, blur_probability),
         *(head_layers, head_channels, head_norm, queue_size, key_momentum, optimizer, momentum),
         *(layers, hidden_channels, class_conditional, mirror, sample_every, ema_decay, mixtures, dropout, data_init),
-        *(resume_from, epochs, steps, time_budget, batch_size, lr, schedule, final_lr, warmup_steps, clip_grad, weight_decay),
+        *(
+            resume_from,
+            epochs,
+            steps,
+            time_budget,
+            batch_size,
+            lr,
+            schedule,
+            final_lr,
+            warmup_steps,
+            clip_grad,
+            weight_decay,
+        ),
         *(device, precision, channels_last, compile, seed, log_every, checkpoint_every, evaluate, logger),
     )
 }
@@ -1103,7 +1115,9 @@ def look(check: Callable[..., None], model: str, **fixtures: object) -> None:
     check(model, **{name: fixture for name, fixture in fixtures.items() if name in check.__annotations__})
 
 
-@pytest.mark.parametrize(("model", "name"), [each for each in OPTIONS if each[1] not in ("resume_from", "epochs", "time_budget")])
+@pytest.mark.parametrize(
+    ("model", "name"), [each for each in OPTIONS if each[1] not in ("resume_from", "epochs", "time_budget")]
+)
 def test_an_option_that_does_nothing_is_noticed(model, name, tmp_path, monkeypatch):
     """The test above fails, and does not break, where the option never reaches the config.
 

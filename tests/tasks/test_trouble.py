@@ -96,6 +96,6 @@ def test_a_run_is_asked_once_and_goes_on_alike(train_with, tmp_path, monkeypatch
 
 
 def test_help_has_the_options_of_the_remedies():
-    assert parse(["--model", "cpc-v2", "--prediction-scale", "1", "--no-patch-augmentation"]).run.remedies()[0][:12] == (
-        "another --lr"
-    )
+    assert parse(["--model", "cpc-v2", "--prediction-scale", "1", "--no-patch-augmentation"]).run.remedies()[0][
+        :12
+    ] == ("another --lr")

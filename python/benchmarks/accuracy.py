@@ -1,0 +1,127 @@
+"""What each method has learned after minutes of one core: all on the same photographs, judged alike.
+
+Every method trains for the same time with the options that `python -m cpc_ext.train --dataset folder` chooses for such
+images, one process and one core each. Frozen features of the central view then go to a linear probe and to nearest
+neighbours, of the same labelled images. SimCLR of lightly, with the same encoder, is there where lightly is
+installed. Prints a table; with ``--out`` writes JSON and a chart after every run, and goes on where such a file is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from statistics import mean
+from typing import Any
+
+from accuracy_run import ENTRANTS, Entry, lacks
+from charts import draw_accuracy
+from machine import describe, result_file, write_json
+
+RUN = Path(__file__).with_name("accuracy_run.py")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder of images as --dataset folder takes it")
+    parser.add_argument("--minutes", type=float, nargs="+", default=[10.0], help="of training, each a run of its own")
+    parser.add_argument("--methods", nargs="+", choices=list(ENTRANTS), help="which of them (default: all)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--labels", type=int, default=10_000, help="labelled images that are learned from at most")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, a core each (default: all)")
+    parser.add_argument("--out", type=Path, metavar="DIR|FILE.json", help="write JSON and PNG there")
+    return parser.parse_args()
+
+
+def wanted(arguments: argparse.Namespace) -> Iterator[Entry]:
+    """Every run that is asked for, those of the first seed first."""
+    for seed in arguments.seeds:
+        for minutes in arguments.minutes:
+            for method in arguments.methods or ENTRANTS:
+                # Some take no time that could be given them.
+                given = minutes if ENTRANTS[method].timed else 0.0
+                yield Entry(method, given, seed, arguments.labels)
+
+
+def run_entry(entry: Entry, data_dir: Path, core: int) -> dict[str, Any]:
+    """What a run of its own process came to, or its error."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.json"
+        command = [sys.executable, str(RUN), json.dumps(entry._asdict()), str(data_dir), str(out), str(core)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        if out.is_file():
+            return json.loads(out.read_text())
+        return entry._asdict() | {"error": (done.stderr.strip().splitlines() or ["it was killed"])[-1]}
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table, a row a method and time: means over seeds."""
+    lines = [
+        "| method | minutes | linear | k-NN | untrained | images a second | seeds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    found: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for result in results:
+        if "error" not in result:
+            found.setdefault((result["method"], result["minutes"]), []).append(result)
+    for (method, minutes), runs in sorted(found.items(), key=lambda item: (item[0][1], -mean_of(item[1], "linear"))):
+        cells = [ENTRANTS[method].title, f"{minutes:g}" if minutes else ""]
+        for name in ("linear", "knn", "untrained_linear"):
+            values = [100 * run[name] for run in runs if run.get(name) is not None]
+            spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+            cells.append(f"{mean(values):.1f}{spread}" if values else "")
+        rates = [run["images_per_second"] for run in runs if run.get("images_per_second")]
+        cells += [f"{mean(rates):.0f}" if rates else "", ", ".join(str(run["seed"]) for run in runs)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def mean_of(runs: Sequence[dict[str, Any]], name: str) -> float:
+    return mean(run[name] for run in runs)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    path = None if arguments.out is None else result_file(arguments.out, "cpu", "accuracy")
+    results = json.loads(path.read_text())["results"] if path is not None and path.is_file() else []
+    results = [result for result in results if "error" not in result]
+    have = {(result["method"], result["minutes"], result["seed"], result["labels"]) for result in results}
+    entries = [entry for entry in dict.fromkeys(wanted(arguments)) if tuple(entry) not in have]
+    for method in dict.fromkeys(entry.method for entry in entries):
+        if reason := lacks(method):
+            print(f"left out: {method} ({reason})")
+            entries = [entry for entry in entries if entry.method != method]
+    cores: SimpleQueue[int] = SimpleQueue()
+    for core in range(arguments.jobs):
+        cores.put(core)
+
+    def finish(entry: Entry) -> dict[str, Any]:
+        core = cores.get()
+        try:
+            return run_entry(entry, arguments.data_dir, core)
+        finally:
+            cores.put(core)
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for result in pool.map(finish, entries):
+            said = result.get("error") or f"linear {result['linear']:.1%}, k-NN {result['knn']:.1%}"
+            print(f"{result['method']}, {result['minutes']:g} minutes, seed {result['seed']}: {said}", flush=True)
+            results.append(result)
+            if path is not None:
+                machine = describe("cpu") | {"jobs": arguments.jobs, "threads": 1}
+                write_json(path, {"machine": machine, "results": results})
+    print(table(results))
+    if path is not None:
+        draw_accuracy(results, {name: entrant.title for name, entrant in ENTRANTS.items()}, path.with_suffix(".png"))
+        print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main(parse_arguments())
