@@ -87,7 +87,7 @@ def fit(
             raise OptionError("data_dir and download would have no effect: the images are handed over")
         if model is not None and model_medium(model) != "images":
             raise OptionError(f"dataset: --model {model} learns from {model_medium(model)}; give the name of such data")
-    choosing = ("recipe", "device", "resume_from", *LENGTHS)
+    choosing = ("recipe", "device", "resume_from", "data_dir", "image_size", *LENGTHS)
     run = _with_options(
         defaults_of(
             **given,

@@ -17,7 +17,7 @@ from typing import Annotated, NoReturn
 
 import tyro
 
-from cpc_ext.data_sets import DATASETS, medium
+from cpc_ext.data_sets import DATASETS, folder_of, medium
 from cpc_ext.programs.command_line import parse_command
 from cpc_ext.training.config import LENGTHS, OptionError, RunConfig, load_config, option, options_of_other_models
 from cpc_ext.training.errors import TrainingError
@@ -45,6 +45,8 @@ _CHOOSING = (
     "--config",
     "--resume-from",
     "--out-dir",
+    "--data-dir",
+    "--image-size",
     *map(option, LENGTHS),
 )
 
@@ -115,6 +117,8 @@ def defaults_of(
     resume_from: str | Path | None = None,
     out_dir: str | Path | None = None,
     resume: bool = False,
+    data_dir: str | Path | None = None,
+    image_size: str | int | None = None,
     epochs: object = None,
     steps: object = None,
     time_budget: object = None,
@@ -151,13 +155,27 @@ def defaults_of(
         if medium(data) != model_medium(known):
             fitting = ", ".join(name for name in DATASETS if medium(name) == model_medium(known))
             raise OptionError(f"--dataset {data} has no {model_medium(known)}; --model {known} takes {fitting}")
-        defaults = preset(known, data, recipe=recipe if recipe in model_recipes(known) else None, device=device)
+        chosen = recipe if recipe in model_recipes(known) else None
+        defaults = preset(known, data, recipe=chosen, device=device, side=_side(data, data_dir, image_size))
     _check_recipe(recipe, defaults)
     if [epochs, steps, time_budget].count(None) == len(LENGTHS) - 1:
         # The one that is given replaces whichever the defaults have.
         optimization = defaults.optimization.model_copy(update=dict.fromkeys(LENGTHS))
         defaults = defaults.model_copy(update={"optimization": optimization})
     return defaults
+
+
+def _side(dataset: str, data_dir: str | Path | None, image_size: str | int | None) -> int | None:
+    """How large the user's own images are going to be, in pixels, where that can be told."""
+    if dataset != folder_of("images"):
+        return None
+    if image_size is not None and str(image_size).isdecimal():
+        return int(image_size)
+    if data_dir is None:
+        return None
+    from cpc_ext.data.images.typical_side import typical_side
+
+    return typical_side(Path(data_dir))
 
 
 def _check_recipe(recipe: str | None, defaults: RunConfig) -> None:

@@ -236,10 +236,8 @@ class SpeechTask(Task):
         self._save_figures(run)
 
     def trouble(self, means: dict[str, float]) -> str | None:
-        recording = torch.from_numpy(
-            np.array(self.examples.recording(0)[: int(_SHOWN_SECONDS * self._dataset.sample_rate)])
-        )
-        frames, _ = self.frames(self.model)(recording)
+        samples = self.examples.recording(0)[: int(_SHOWN_SECONDS * self._dataset.sample_rate)]
+        frames, _ = self.frames(self.model)(torch.from_numpy(np.array(samples)))
         return trouble(means, self.guess, frames, self._config)
 
     @property

@@ -18,31 +18,40 @@ def default_dataset(model: str) -> str:
     return drawn_of(model_medium(model))
 
 
-def preset(model: str, dataset: str, *, recipe: str | None = None, device: str | None = None) -> RunConfig:
+# Sides in pixels below which the user's images are small, and from which they are large.
+_SMALL, _LARGE = 64, 192
+
+
+def preset(
+    model: str, dataset: str, *, recipe: str | None = None, device: str | None = None, side: int | None = None
+) -> RunConfig:
     """The config of a run without further options.
 
     recipe: one of the model's, if not its first.
+    side: of the images in pixels, where it is known; the defaults of the user's own images depend on it.
     device: the one it is going to run on, if not the accelerator of this machine; it decides the precision.
     KeyError for a model, a data set or a recipe that does not exist; the config's own error for data of another medium.
     """
-    entry = preset_entry(model, dataset, recipe)
+    entry = preset_entry(model, dataset, recipe, side=side)
     data = {"dataset": dataset, **({} if origin(dataset).own_size else entry.get("data", {}))}
     compute = {"device": default_device(), "precision": default_precision(device or default_device())}
     return validate_config({"model": model, **entry, "data": data, "compute": compute})
 
 
-def preset_entry(model: str, dataset: str, recipe: str | None = None) -> Preset:
+def preset_entry(model: str, dataset: str, recipe: str | None = None, *, side: int | None = None) -> Preset:
     """What differs from the model's defaults, by section. KeyError as of :func:`preset`.
 
     A data set that the model has no presets for is served by those of the nearest kind: drawn images are as small and
-    plain as the textures, and what serves the user's own images serves all others. What a preset says of an option
-    goes before what the recipe says.
+    plain as the textures, and what serves the user's own images serves all others. For these a model may have others
+    where they are small or large, called folder-small and folder-large. What a preset says of an option goes before
+    what the recipe says.
     """
     if dataset not in DATASETS:
         raise KeyError(dataset)
     presets, recipes, of = model_presets(model), model_recipes(model), model_medium(model)
     kind = drawn_of(of) if origin(dataset).folder == "drawn" else folder_of(of)
-    entry = presets.get(dataset, presets[kind])
+    size = "" if side is None else "-small" if side < _SMALL else "-large" if side >= _LARGE else ""
+    entry = presets.get(dataset if dataset != kind else kind + size, presets.get(kind + size, presets[kind]))
     if not recipes and recipe is not None:
         raise KeyError(recipe)
     base = recipes[next(iter(recipes)) if recipe is None else recipe] if recipes else {}

@@ -515,8 +515,8 @@ def test_no_derivatives_beyond_the_first():
 def test_what_all_keys_have_in_common_is_not_in_the_gradients(device, dtype, contrast):
     """Weights that are rounded to multiply them still come to zero in every row.
 
-    A softmax does not depend on what is added to all keys, so that nothing holds it back: where the gradient has some of
-    it, in every row alike, it grows without bounds. Encoders without norm at their end make such keys.
+    A softmax does not depend on what is added to all keys, so that nothing holds it back: where the gradient has some
+    of it, in every row alike, it grows without bounds. Encoders without norm at their end make such keys.
     """
     generator = torch.Generator().manual_seed(0)
     rows, dim = 192, 64

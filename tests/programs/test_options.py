@@ -8,8 +8,10 @@ from typing import get_args
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from cpc_ext.data import DATASETS
+from cpc_ext.data.images.typical_side import typical_side
 from cpc_ext.data_sets import medium, origin
 from cpc_ext.programs.train_options import describe, parse
 from cpc_ext.tasks.encoder_names import ENCODERS, encoder_spec
@@ -355,3 +357,51 @@ def test_config_file_of_another_model(tmp_path, capsys):
 def test_config_and_resume_exclude_each_other(tmp_path):
     with pytest.raises(TrainingError, match="either --resume or --config"):
         parse(["--config", str(tmp_path), "--resume"])
+
+
+@pytest.fixture
+def folder_of_images(tmp_path):
+    """folder_of_images(side): a folder with images of that shorter side, another and a file that is none."""
+
+    def make(side: int):
+        (tmp_path / "cats").mkdir()
+        for number in range(3):
+            Image.new("RGB", (side, side + 8)).save(tmp_path / "cats" / f"{number}.png")
+        Image.new("L", (500, 500)).save(tmp_path / "one.png")
+        (tmp_path / "notes.txt").write_text("no image")
+        return str(tmp_path)
+
+    return make
+
+
+@pytest.mark.parametrize("model", [model for model in MODELS if "folder-small" in model_presets(model)])
+@pytest.mark.parametrize(("side", "key"), [(32, "folder-small"), (63, "folder-small"), (64, "folder"), (400, "folder")])
+def test_the_size_of_the_images_in_a_folder_chooses_the_defaults(folder_of_images, model, side, key):
+    arguments = ["--model", model, "--dataset", "folder", "--data-dir", folder_of_images(side)]
+    expected = model_presets(model)[key]["optimization"]
+    assert expected.items() <= parse(arguments).run.optimization.model_dump().items()
+    # What they are brought to comes first.
+    small = parse([*arguments, "--image-size", "32"]).run
+    assert model_presets(model)["folder-small"]["optimization"].items() <= small.optimization.model_dump().items()
+
+
+@pytest.mark.parametrize("place", ["missing", "empty"])
+def test_a_folder_that_tells_no_size_has_the_defaults_of_any(tmp_path, place):
+    (tmp_path / "empty").mkdir()
+    arguments = ["--model", "simclr", "--dataset", "folder", "--data-dir", str(tmp_path / place)]
+    assert parse(arguments).run.simclr == preset("simclr", "folder").simclr
+
+
+def test_few_heads_tell_the_size(tmp_path, monkeypatch):
+    for folder, side in (("a", 20), ("b", 40), ("c", 60)):
+        (tmp_path / folder).mkdir()
+        for number in range(30):
+            Image.new("L", (side, side)).save(tmp_path / folder / f"{number}.png")
+    opened = []
+    original = Image.open
+    monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or original(path))
+    assert typical_side(tmp_path) == 40
+    assert len(opened) == 24
+    (tmp_path / "a" / "0.png").write_bytes(b"broken")
+    assert typical_side(tmp_path) == 40
+    assert typical_side(tmp_path / "nowhere") is None

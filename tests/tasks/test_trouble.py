@@ -7,7 +7,6 @@ import re
 import pytest
 import torch
 
-from cpc_ext.programs.train_options import parse
 from cpc_ext.tasks.trouble import trouble
 from cpc_ext.training import loop
 from cpc_ext.training.config import RunConfig, option
@@ -93,9 +92,3 @@ def test_a_run_is_asked_once_and_goes_on_alike(train_with, tmp_path, monkeypatch
     assert [line.split(",")[2:5] for line in metrics[0]] == [line.split(",")[2:5] for line in metrics[1]]
     # A run that goes on was asked before.
     assert "learns nothing" not in run("asked", "--resume", "--steps", "9", "--lr", "1e-9")
-
-
-def test_help_has_the_options_of_the_remedies():
-    assert parse(["--model", "cpc-v2", "--prediction-scale", "1", "--no-patch-augmentation"]).run.remedies()[0][
-        :12
-    ] == ("another --lr")

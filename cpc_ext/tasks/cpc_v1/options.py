@@ -50,6 +50,25 @@ _CIFAR: Preset = {
     "optimization": {"epochs": 100, "batch_size": 64, "schedule": "cosine", "warmup_steps": 500, "clip_grad": 10.0},
 }
 
+# Photographs of 32 pixels on a processor, in patches of 16: docs/results.md. Colours tell classes apart; they do not
+# tell a patch's neighbours where each is changed in its own way.
+SMALL_VIEW = {"crop": 32, "grid_size": 3, "gray": False, "patch_augmentation": True}
+SMALL_PREDICTION = {
+    "encoder": "resnet-small",
+    "norm": "layer",
+    "context_layers": 1,
+    "pred_steps": 1,
+    "pred_directions": 4,
+}
+SMALL_OPTIMIZATION = {
+    "epochs": 100,
+    "batch_size": 64,
+    "lr": 1e-3,
+    "schedule": "cosine",
+    "warmup_steps": 50,
+    "clip_grad": 10.0,
+}
+
 PRESETS: Presets = {
     # Minutes on two CPU cores. Grey patches of their own mean and contrast share nothing with their neighbours but the
     # structure that runs through both.
@@ -80,6 +99,12 @@ PRESETS: Presets = {
     },
     "cifar10": _CIFAR,
     "cifar100": _CIFAR,
+    "folder-small": {
+        "data": {"image_size": 32},
+        "view": SMALL_VIEW,
+        "cpc": {**SMALL_PREDICTION, "neg_samples": "all"},
+        "optimization": SMALL_OPTIMIZATION,
+    },
     "folder": {
         "view": {"crop": 64, "grid_size": 7, "patch_norm": True},
         "cpc": {"encoder": "resnet14", "norm": "layer", "pred_steps": 5, "neg_samples": "all"},

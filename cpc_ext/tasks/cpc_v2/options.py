@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from cpc_ext.tasks.cpc_v1.options import SMALL_OPTIMIZATION, SMALL_PREDICTION, SMALL_VIEW
 from cpc_ext.tasks.encoder_options import NORM_HELP, Norm
 from cpc_ext.tasks.patch_options import PredictionConfig, PredictionSection
 from cpc_ext.training.config import MOST, Preset, Presets
@@ -101,6 +102,12 @@ PRESETS: Presets = {
     },
     "cifar10": _CIFAR,
     "cifar100": _CIFAR,
+    "folder-small": {
+        "data": {"image_size": 32},
+        "view": SMALL_VIEW,
+        "cpc": {**SMALL_PREDICTION, "norm": "batch", "context_channels": 64, "prediction_scale": 1.0},
+        "optimization": SMALL_OPTIMIZATION,
+    },
     # As published for ImageNet.
     "folder": {
         "data": {"image_size": 300},

@@ -39,4 +39,5 @@ CONFIG = MoCoConfig
 _PUBLISHED = two_view_presets("moco", {"optimizer": "sgd", "lr": 0.03, "final_lr": 0.0}, temperature=0.2)
 # A run of 850 updates: its keys get old sooner, and are fewer.
 _SHORT = two_view_presets("moco", temperature=0.2, queue_size=1024, key_momentum=0.99)
-PRESETS = {**_PUBLISHED, "textures": _SHORT["textures"]}
+_SMALL = two_view_presets("moco", temperature=0.2, queue_size=4096, key_momentum=0.99)
+PRESETS = {**_PUBLISHED, "textures": _SHORT["textures"], "folder-small": _SMALL["folder-small"]}

@@ -1,0 +1,80 @@
+"""The race of methods: small runs of it, what is not run again, what is told of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import accuracy
+import numpy as np
+import pytest
+from accuracy_run import ENTRANTS
+from PIL import Image
+
+from tests.training.conftest import PNG
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Two classes that differ in brightness, 16 images of 32 pixels to train and 6 to test on of each."""
+    root = tmp_path_factory.mktemp("photos")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 140), ("test", 6)):
+        for name, low in (("dark", 0), ("light", 100)):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.fromarray(random.integers(low, low + 150, (32, 32, 3), np.uint8)).save(folder / f"{number}.png")
+    return root
+
+
+def race(monkeypatch, capsys, photos, out, *options):
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", "--data-dir", str(photos), "--jobs", "1", "--out", str(out)])
+    sys.argv += ["--labels", "40", "--seeds", "0", *options]
+    accuracy.main(accuracy.parse_arguments())
+    return capsys.readouterr().out
+
+
+def test_a_race(monkeypatch, capsys, photos, tmp_path):
+    monkeypatch.setenv("CPC_EXT_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "race.json"
+    said = race(monkeypatch, capsys, photos, out, "--minutes", "0.01", "--methods", "simclr", "raw-pixels")
+    simclr, pixels = json.loads(out.read_text())["results"]
+    assert pixels["linear"] == 1.0
+    assert (pixels["minutes"], simclr["minutes"]) == (0, 0.01)
+    assert simclr["config"]["simclr"]["encoder"] == "resnet-small"
+    assert simclr["curve"][0][0] == 0
+    assert simclr["curve"][-1][0] == pytest.approx(simclr["training_seconds"] / 60)
+    assert len(simclr["curve"]) >= 2
+    assert 0 <= simclr["untrained_linear"] <= 1
+    assert "| raw pixels, 256 components |  | 100.0 |" in said
+    assert out.with_suffix(".png").read_bytes().startswith(PNG)
+
+    # What is there is not run again, and what fails is told and tried again next time.
+    before = json.loads(out.read_text())["results"]
+    monkeypatch.setattr(accuracy, "RUN", tmp_path / "no_such_program.py")
+    said = race(monkeypatch, capsys, photos, out, "--minutes", "0.01", "--methods", "simclr", "raw-pixels", "cpc-v1")
+    assert "cpc-v1, 0.01 minutes, seed 0: " in said
+    assert "No such file" in said
+    results = json.loads(out.read_text())["results"]
+    assert results[:2] == before
+    assert "error" in results[2]
+
+
+def test_the_table():
+    runs = [
+        {"method": "simclr", "minutes": 10, "seed": seed, "linear": linear, "knn": 0.5, "images_per_second": 1000.0}
+        for seed, linear in enumerate((0.5, 0.6))
+    ]
+    runs += [{"method": "cpc-v1", "minutes": 10, "seed": 0, "linear": 0.7, "knn": 0.6, "untrained_linear": 0.3}]
+    runs += [{"method": "moco", "minutes": 10, "seed": 0, "error": "killed"}]
+    assert accuracy.table(runs).splitlines()[2:] == [
+        "| CPC v1 | 10 | 70.0 | 60.0 | 30.0 |  | 0 |",
+        "| SimCLR | 10 | 55.0 (50.0 to 60.0) | 50.0 (50.0 to 50.0) |  | 1000 | 0, 1 |",
+    ]
+
+
+def test_what_is_missing_is_left_out(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert accuracy.lacks("lightly-simclr") == "lightly is not installed"
+    assert not any(accuracy.lacks(name) for name in ENTRANTS if name != "lightly-simclr")
