@@ -239,6 +239,16 @@ def test_probe_every(model):
         assert list(task.observe(0, None)) == ([] if updates is None else ["knn_accuracy", "effective_rank"])
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_a_model_that_learns_nothing_says_so(model):
+    task = task_of(model)
+    before = {name: value.clone() for name, value in task.model.state_dict().items()}
+    task.model.eval()
+    assert "the model learns nothing so far: the loss is" in task.trouble(task.guess)
+    assert task.trouble({"loss": 0.0, "accuracy": 1.0}) is None
+    assert all(torch.equal(before[name], value) for name, value in task.model.state_dict().items())
+
+
 def test_every_option_is_tried():
     names = {
         name
