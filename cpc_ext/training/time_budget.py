@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from statistics import median
 
 from cpc_ext.training.config import RunConfig
 
@@ -15,9 +16,11 @@ __all__ = ["filled", "seconds_per_step"]
 
 # Steps before the clock starts: the first ones choose kernels, fill caches and allocate.
 _UNTIMED = 5
-# How long is measured: a hundredth of the budget within these bounds, in seconds, and a few steps at least.
-_SHARE, _SHORTEST, _LONGEST = 0.01, 1.0, 10.0
-_FEWEST = 3
+# How long is measured: a fiftieth of the budget within these bounds, in seconds; up to so many times as long where the
+# pace still changes, as it does while images are read from the disk for the first time.
+_SHARE, _SHORTEST, _LONGEST, _PATIENCE = 0.02, 1.0, 30.0, 3.0
+# Parts that this is measured in. The last ones count, and end it where none took so many times as long as another.
+_PARTS, _COUNTED, _ALIKE = 8, 4, 1.15
 # A checkpoint this often, as a share of the run, but not sooner than after these seconds.
 _CHECKPOINTS, _BETWEEN_CHECKPOINTS = 0.05, 30.0
 # Lines of the log that a run has at least, as far as it has steps, and the largest share that is spent on warm-up.
@@ -29,17 +32,22 @@ def seconds_per_step(take: Callable[[int], float], budget: float) -> float:
     """How long a step takes, measured.
 
     take: takes that many steps and tells how many seconds it was, the same in all processes.
-    budget: seconds that the run may take, of which this takes about a hundredth.
+    budget: seconds that the run may take, of which this takes a few hundredths.
     """
     take(_UNTIMED)
     goal = min(max(_SHARE * budget, _SHORTEST), _LONGEST)
-    steps, seconds, following = 0, 0.0, _FEWEST
-    while seconds < goal:
-        seconds += take(following)
-        steps += following
-        # As many as are missing at this rate, so that waiting for a device does not count in every step.
-        following = max(1, math.ceil((goal - seconds) * steps / max(seconds, 1e-9)))
-    return seconds / steps
+    paces = [take(1)]
+    spent = paces[0]
+    while spent < _PATIENCE * goal:
+        # Several at once, so that waiting for a device does not count in every step.
+        steps = max(1, round(goal / _PARTS / max(paces[-1], 1e-9)))
+        seconds = take(steps)
+        paces.append(seconds / steps)
+        spent += seconds
+        counted = paces[-_COUNTED:]
+        if spent >= goal and max(counted) <= _ALIKE * min(counted):
+            break
+    return median(paces[-_COUNTED:])
 
 
 def filled(config: RunConfig, seconds_per_step: float, *, steps: int = 0, seconds: float = 0.0) -> RunConfig:
