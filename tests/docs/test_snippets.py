@@ -160,7 +160,7 @@ def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     add_photos(folder / "photos")
     command = next(command.values[1] for command in COMMANDS if command.values[0] == "docs/training.md")
-    short = "--image-size 40 --crop 32 --grid-size 3 --pred-steps 1 --batch-size 4 --steps 2 --warmup-steps 1"
+    short = "--image-size 64 --crop 32 --grid-size 3 --pred-steps 1 --batch-size 4 --steps 2 --warmup-steps 1"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("CPC_EXT_CACHE", str(folder / "cache"))
