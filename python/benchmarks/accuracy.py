@@ -119,7 +119,8 @@ def main(arguments: argparse.Namespace) -> None:
                 write_json(path, {"machine": machine, "results": results})
     print(table(results))
     if path is not None:
-        draw_accuracy(results, {name: entrant.title for name, entrant in ENTRANTS.items()}, path.with_suffix(".png"))
+        titles = {name: entrant.title for name, entrant in ENTRANTS.items()}
+        draw_accuracy([result for result in results if "error" not in result], titles, path.with_suffix(".png"))
         print(f"written: {path}")
 
 

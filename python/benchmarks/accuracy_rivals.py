@@ -22,8 +22,8 @@ from cpc_ext.training.precision import autocast
 
 CPU = torch.device("cpu")
 
-# lightly's benchmark of CIFAR-10 (docs/source/getting_started/benchmarks/cifar10_benchmark.py in its repository): batch,
-# learning rate for it, momentum, decay and temperature.
+# Batch, learning rate for it, momentum, decay and temperature of lightly's benchmark of CIFAR-10, in its repository
+# docs/source/getting_started/benchmarks/cifar10_benchmark.py.
 BATCH, LR, MOMENTUM, DECAY, TEMPERATURE = 128, 0.06, 0.9, 5e-4, 0.5
 # Steps before the clock starts, and those that are timed to know how many fit.
 UNTIMED, TIMED = 2, 4

@@ -120,7 +120,7 @@ def of_run(entry: Entry, config: RunConfig, dataset: Dataset) -> dict[str, Any]:
         "steps": summary["steps"],
         "training_seconds": summary["training_seconds"],
         "encoder_parameters": sum(each.numel() for each in task.model.encoder.parameters()),
-        "config": config.model_dump(mode="json"),
+        "config": config.model_dump(mode="json", exclude={"data": {"data_dir"}}),
     }
 
 

@@ -53,8 +53,10 @@ def test_a_race(monkeypatch, capsys, photos, tmp_path):
     # What is there is not run again, and what fails is told and tried again next time.
     before = json.loads(out.read_text())["results"]
     monkeypatch.setattr(accuracy, "RUN", tmp_path / "no_such_program.py")
-    said = race(monkeypatch, capsys, photos, out, "--minutes", "0.01", "--methods", "simclr", "raw-pixels", "cpc-v1")
-    assert "cpc-v1, 0.01 minutes, seed 0: " in said
+    said = race(
+        monkeypatch, capsys, photos, out, "--minutes", "0.01", "--methods", "simclr", "raw-pixels", "supervised"
+    )
+    assert "supervised, 0 minutes, seed 0: " in said
     assert "No such file" in said
     results = json.loads(out.read_text())["results"]
     assert results[:2] == before
