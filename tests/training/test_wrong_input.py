@@ -104,7 +104,7 @@ def _numbers():
 # As many as one likes; a batch is compared with the number of images later.
 COUNTS = (
     *("--steps", "--batch-size", "--log-every", "--checkpoint-every", "--warmup-steps", "--sample-every"),
-    *("--cache-views", "--clip-grad"),
+    *("--cache-views", "--clip-grad", "--probe-images"),
 )
 
 
