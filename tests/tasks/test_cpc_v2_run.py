@@ -54,7 +54,7 @@ def test_run_leaves_everything(train, tmp_path, capsys):
     for name in ("curves.png", "inputs.png", "neighbours.png"):
         assert (tmp_path / name).read_bytes().startswith(PNG), name
     config = load_config(tmp_path / "config.yaml")
-    assert (config.cpc.pred_directions, config.cpc.norm, config.view.gray) == (4, "layer", False)
+    assert (config.cpc.pred_directions, config.cpc.norm, config.view.gray) == (4, "batch", True)
     assert describe(config) in capsys.readouterr().out
 
     file = safe_open(tmp_path / "encoder.safetensors", "pt")
