@@ -312,11 +312,9 @@ class RunConfig(Section):
 
     def remedies(self) -> list[str]:
         """What may help a run that learns nothing, as options, what helps most often first."""
-        lr, remedies = self.optimization.lr, []
-        remedies.append(f"another --lr than {lr:g}, such as {lr * 5:.2g} or {lr / 5:.2g}")
-        if self.optimization.warmup_steps == 0:
-            remedies.append("--warmup-steps 500")
-        return remedies
+        lr = self.optimization.lr
+        rates = f"another --lr than {lr:g}, such as {lr * 5:.2g} or {lr / 5:.2g}"
+        return [rates] if self.optimization.warmup_steps else [rates, "--warmup-steps 500"]
 
     def to_yaml(self) -> str:
         """As the text of a config.yaml, which :func:`load_config` reads back to an equal config."""

@@ -18,8 +18,8 @@ def default_dataset(model: str) -> str:
     return drawn_of(model_medium(model))
 
 
-# Sides in pixels below which the user's images are small, and from which they are large.
-_SMALL, _LARGE = 64, 192
+# The side in pixels below which the user's images are small.
+_SMALL = 64
 
 
 def preset(
@@ -43,15 +43,15 @@ def preset_entry(model: str, dataset: str, recipe: str | None = None, *, side: i
 
     A data set that the model has no presets for is served by those of the nearest kind: drawn images are as small and
     plain as the textures, and what serves the user's own images serves all others. For these a model may have others
-    where they are small or large, called folder-small and folder-large. What a preset says of an option goes before
-    what the recipe says.
+    where they are small, called folder-small. What a preset says of an option goes before what the recipe says.
     """
     if dataset not in DATASETS:
         raise KeyError(dataset)
     presets, recipes, of = model_presets(model), model_recipes(model), model_medium(model)
     kind = drawn_of(of) if origin(dataset).folder == "drawn" else folder_of(of)
-    size = "" if side is None else "-small" if side < _SMALL else "-large" if side >= _LARGE else ""
-    entry = presets.get(dataset if dataset != kind else kind + size, presets.get(kind + size, presets[kind]))
+    small = side is not None and side < _SMALL
+    of_kind = presets.get(f"{kind}-small", presets[kind]) if small else presets[kind]
+    entry = of_kind if dataset == kind else presets.get(dataset, of_kind)
     if not recipes and recipe is not None:
         raise KeyError(recipe)
     base = recipes[next(iter(recipes)) if recipe is None else recipe] if recipes else {}

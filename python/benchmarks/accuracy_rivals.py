@@ -113,7 +113,7 @@ def _endless(loader: Any) -> Iterator[list[Tensor]]:
             yield views
 
 
-# Of the labelled images, those that are learned from; the rest says when to stop.
+# The share of the labelled images that is learned from; the rest says when to stop.
 LABELLED_SHARE = 0.9
 # Passes that the learning rate is halved after, and training ended, where they brought nothing.
 PATIENCE, HALVINGS = 3, 4

@@ -131,7 +131,7 @@ def draw_training(document: dict[str, Any], path: Path) -> None:
 
 
 def draw_accuracy(results: Sequence[dict[str, Any]], titles: dict[str, str], path: Path) -> None:
-    """Of each time that was given, what nearest neighbours told on the way; as lines, what took no time.
+    """What nearest neighbours told on the way, a panel for each time that was given; as lines, what took no time.
 
     results: of ``accuracy.py``; several seeds of a method have a line each, in one colour. titles: of the methods.
     """

@@ -290,7 +290,7 @@ def noise(tmp_path, monkeypatch) -> list[str]:
         *("--grid-size", "5", "--encoder", "resnet-small", "--pred-steps", "2", "--batch-size", "6", "--device", "cpu"),
         *("--precision", "fp32", "--log-every", "2", "--checkpoint-every", "3", "--lr", "1e-3", "--modules", "2"),
         *("--neg-samples", "8"),
-        # Of the default for small images, as one of the transforms mixes in a patch that another process may have.
+        # One of the transforms mixes in a patch that another process may have.
         "--no-patch-augmentation",
     ]
 

@@ -31,7 +31,7 @@ def test_a_model_has_all_that_is_asked_of_it(model):
     presets = registry.model_presets(model)
     assert folder_of(registry.model_medium(model)) in presets
     # Those of the user's own images depend on their size, see test_options.py.
-    names = {name.removesuffix("-small").removesuffix("-large") for name in presets}
+    names = {name.removesuffix("-small") for name in presets}
     assert {medium(dataset) for dataset in names} == {registry.model_medium(model)}
     assert names <= set(DATASETS)
 

@@ -10,7 +10,7 @@ __all__ = ["typical_side"]
 
 # Images that are looked at, and of how many files they may be, lest a folder of other files is read through.
 _IMAGES, _FILES = 24, 400
-# Of a folder, as many files as leave room for others.
+# Files that are looked at in one folder, so that others have their turn.
 _OF_FOLDER = 8
 
 
