@@ -164,6 +164,31 @@ def draw_accuracy(results: Sequence[dict[str, Any]], titles: dict[str, str], pat
     _save(figure, path)
 
 
+def draw_failures(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """A row of two panels for each failure: how often targets are found, and what encodings are worth on the way.
+
+    rows: of ``failures.py``.
+    """
+    title = "what goes wrong (red), and the same run without it (blue)"
+    figure = _figure(title, path, width=8, height=2.1 * len(rows) + 0.8)
+    if figure is None or not rows:
+        return
+    panels = figure.subplots(len(rows), 2, squeeze=False)
+    for axes, row in zip(panels, rows, strict=True):
+        for side, color in (("right", COLORS[0]), ("wrong", "#c0392b")):
+            for panel, curve in zip(axes, ("found", "neighbours"), strict=True):
+                x, y = zip(*row[side][curve], strict=True)
+                panel.plot(x, [100 * value for value in y], color=color, linewidth=1.5)
+        for panel in axes:
+            panel.set_ylim(bottom=0)
+            panel.grid(alpha=0.25)
+            panel.spines[["top", "right"]].set_visible(False)
+        axes[0].set_title(row["title"], fontsize=10, loc="left")
+    panels[-1][0].set_xlabel("step: targets found, %")
+    panels[-1][1].set_xlabel("step: classes told by nearest neighbours, %")
+    _save(figure, path)
+
+
 def _figure(title: str, path: Path, *, width: float, height: float):
     """An empty figure, or None and a line on the terminal without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:

@@ -380,6 +380,22 @@ def prediction_scale(model: str) -> None:
     assert 0.001 < abs(far - guess) < abs(farther - guess)
 
 
+def recipe(model: str) -> None:
+    """Where a preset is for minutes the others' defaults are the recipe's; elsewhere they are the paper's anyway."""
+    assert config_of(model, recipe="published").cpc.recipe == "published"
+
+    def chosen(*options: str) -> tuple[Any, ...]:
+        run = parse(["--model", model, *options]).run
+        return run.cpc.recipe, run.cpc.norm, run.cpc.prediction_scale, run.view.gray, run.view.patch_norm
+
+    assert chosen() == chosen("--recipe", "short") == ("short", "batch", 1.0, True, True)
+    assert chosen("--recipe", "published") == ("published", "layer", 0.1, False, False)
+    assert chosen("--dataset", "folder") == ("short", *chosen("--dataset", "folder", "--recipe", "published")[1:])
+    small = ["--dataset", "folder", "--image-size", "32"]
+    assert chosen(*small) == ("short", "batch", 1.0, False, False)
+    assert chosen(*small, "--recipe", "published") == ("published", "layer", 0.1, False, False)
+
+
 def variant(model: str) -> None:
     options = {"pred_steps": 3}
     (paper,) = contrasts(task_of(model, **options))
@@ -1072,7 +1088,7 @@ EFFECTS: dict[str, Callable[..., None]] = {
         *(dataset, data_dir, download, image_size),
         *(crop, pad, grid_size, patch_size, flip, gray, patch_norm, patch_augmentation),
         *(encoder, norm, gather_negatives, context_layers, pred_steps, pred_directions, skip, neg_samples),
-        *(context_channels, shared_context, target_channels, prediction_scale, variant),
+        *(context_channels, shared_context, target_channels, prediction_scale, variant, recipe),
         *(modules, split_at, objective, init, train_module, cache_outputs, cache_views, pipeline),
         *(probe_every, probe_images),
         *(view_size, min_crop_area, blur_kernel, projection_channels, temperature),
@@ -1178,6 +1194,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "context_channels": ("19", 19),
     "target_channels": ("21", 21),
     "prediction_scale": ("0.3", 0.3),
+    "recipe": ("published", "published"),
     "modules": ("2", 2),
     "objective": ("supervised", "supervised"),
     "init": ("delta-orthogonal", "delta-orthogonal"),

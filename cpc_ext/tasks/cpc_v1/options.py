@@ -50,12 +50,11 @@ _CIFAR: Preset = {
     "optimization": {"epochs": 100, "batch_size": 64, "schedule": "cosine", "warmup_steps": 500, "clip_grad": 10.0},
 }
 
-# Photographs of 32 pixels on a processor, in patches of 16: docs/results.md. Colours tell classes apart; they do not
+# Photographs of 32 pixels on a processor, in patches of 20: docs/results.md. Colours tell classes apart; they do not
 # tell a patch's neighbours where each is changed in its own way.
-SMALL_VIEW = {"crop": 32, "grid_size": 3, "gray": False, "patch_augmentation": True}
+SMALL_VIEW = {"crop": 32, "grid_size": 3, "patch_size": 20, "gray": False, "patch_augmentation": True}
 SMALL_PREDICTION = {
     "encoder": "resnet-small",
-    "norm": "layer",
     "context_layers": 1,
     "pred_steps": 1,
     "pred_directions": 4,
@@ -102,7 +101,7 @@ PRESETS: Presets = {
     "folder-small": {
         "data": {"image_size": 32},
         "view": SMALL_VIEW,
-        "cpc": {**SMALL_PREDICTION, "neg_samples": "all"},
+        "cpc": {**SMALL_PREDICTION, "norm": "batch", "neg_samples": "all"},
         "optimization": SMALL_OPTIMIZATION,
     },
     "folder": {
