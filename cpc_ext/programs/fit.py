@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cpc_ext.data.images.given import NAME, keep_dataset
+from cpc_ext.data.images.given import NAME, given_side, keep_dataset
 from cpc_ext.data_sets import DATASETS, folder_of
 from cpc_ext.programs import training
 from cpc_ext.programs.train_options import Command, defaults_of
@@ -59,8 +59,9 @@ def fit(
     model: one of those that `--model` takes; by default "cpc-v1", or that of the earlier run.
     dataset: the name of one that `--dataset` takes, or the images themselves, as :func:`cpc_ext.data.from_dataset`
         takes them; with `test`, `unlabeled`, `classes` and `workers` as there. They are kept in the user's cache, as
-        arrays that the run's config names, so that every program finds them again. Where there is no option
-        `image_size`, and they cannot keep their own, they get the size that the model's preset has for folders.
+        arrays that the run's config names, so that every program finds them again. The size of the first one chooses
+        the defaults, as that of a folder's images does. Where there is no option `image_size`, and they cannot keep
+        their own, they get the size that the model's preset has for such a folder.
     out_dir: the run's folder; by default the first free runs/MODEL-DATASET-NUMBER.
     resume: go on with the run in `out_dir`. Its data need not be handed over again; where they are, they must be the
         same.
@@ -87,6 +88,7 @@ def fit(
             raise OptionError("data_dir and download would have no effect: the images are handed over")
         if model is not None and model_medium(model) != "images":
             raise OptionError(f"dataset: --model {model} learns from {model_medium(model)}; give the name of such data")
+    side = None if named else given_side(dataset)
     choosing = ("recipe", "device", "resume_from", "data_dir", "image_size", *LENGTHS)
     run = _with_options(
         defaults_of(
@@ -95,6 +97,7 @@ def fit(
             config=config,
             out_dir=out_dir,
             resume=resume,
+            side=side,
         ),
         given | options,
     )
@@ -105,7 +108,7 @@ def fit(
             unlabeled=unlabeled,
             classes=classes,
             image_size=run.data.image_size,
-            size_of_many=preset_entry(run.model, folder_of("images")).get("data", {}).get("image_size"),
+            size_of_many=preset_entry(run.model, folder_of("images"), side=side).get("data", {}).get("image_size"),
             workers=workers,
         )
         run = run.model_copy(update={"data": run.data.model_copy(update={"data_dir": folder})})

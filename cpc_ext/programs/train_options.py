@@ -17,7 +17,7 @@ from typing import Annotated, NoReturn
 
 import tyro
 
-from cpc_ext.data_sets import DATASETS, folder_of, medium
+from cpc_ext.data_sets import DATASETS, medium, origin
 from cpc_ext.programs.command_line import parse_command
 from cpc_ext.training.config import LENGTHS, OptionError, RunConfig, load_config, option, options_of_other_models
 from cpc_ext.training.errors import TrainingError
@@ -122,8 +122,11 @@ def defaults_of(
     epochs: object = None,
     steps: object = None,
     time_budget: object = None,
+    side: int | None = None,
 ) -> RunConfig:
     """The config that the options given replace: an earlier run's, or that of the model for the data set.
+
+    side: of the images in pixels, where they are no files that would tell it.
 
     Names that do not exist, and values of the wrong type, are for whoever fills in the options to refuse. Where a
     length is given, the config has none.
@@ -156,7 +159,8 @@ def defaults_of(
             fitting = ", ".join(name for name in DATASETS if medium(name) == model_medium(known))
             raise OptionError(f"--dataset {data} has no {model_medium(known)}; --model {known} takes {fitting}")
         chosen = recipe if recipe in model_recipes(known) else None
-        defaults = preset(known, data, recipe=chosen, device=device, side=_side(data, data_dir, image_size))
+        side = _side(data, data_dir, image_size, side)
+        defaults = preset(known, data, recipe=chosen, device=device, side=side)
     _check_recipe(recipe, defaults)
     if [epochs, steps, time_budget].count(None) == len(LENGTHS) - 1:
         # The one that is given replaces whichever the defaults have.
@@ -165,14 +169,17 @@ def defaults_of(
     return defaults
 
 
-def _side(dataset: str, data_dir: str | Path | None, image_size: str | int | None) -> int | None:
-    """How large the user's own images are going to be, in pixels, where that can be told."""
-    if dataset != folder_of("images"):
+def _side(dataset: str, data_dir: str | Path | None, image_size: str | int | None, known: int | None) -> int | None:
+    """How large the user's own images are going to be, in pixels, where that can be told.
+
+    known: how large they are, where they are no files.
+    """
+    if medium(dataset) != "images" or origin(dataset).folder not in ("folders", "arrays"):
         return None
     if image_size is not None and str(image_size).isdecimal():
         return int(image_size)
     if data_dir is None:
-        return None
+        return known
     from cpc_ext.data.images.typical_side import typical_side
 
     return typical_side(Path(data_dir))

@@ -11,7 +11,7 @@ import yaml
 
 import cpc_ext
 from cpc_ext.data import make_textures
-from cpc_ext.programs import evaluate, train, training
+from cpc_ext.programs import evaluate, train, train_options, training
 from cpc_ext.programs.fit import fit
 from cpc_ext.training.config import OptionError, options_that_may_change
 from cpc_ext.training.errors import TrainingError
@@ -67,6 +67,25 @@ def test_the_run_is_that_of_the_command_line(home):
     assert fitted.summary["steps"] == 8
 
 
+@pytest.mark.parametrize("side", [32, 64])
+def test_the_size_of_the_images_chooses_the_defaults(home, monkeypatch, side):
+    started = []
+    monkeypatch.setattr(training, "run", lambda command: started.append(command.run) or (0, home))
+    images = np.zeros((6, side, side + 4, 3), np.uint8)
+    for dataset in (images, (images, [0, 1] * 3), list(images), {"train": images, "test": images}):
+        cpc_ext.fit("simclr", dataset)
+        expected = preset("simclr", "folder", side=side)
+        run = started.pop()
+        assert (run.simclr, run.optimization) == (expected.simclr, expected.optimization)
+        assert (
+            run
+            == train_options.parse(["--model", "simclr", "--dataset", "npy", "--data-dir", str(run.data.data_dir)]).run
+        )
+    # What can be read only once is not looked at.
+    cpc_ext.fit("simclr", iter(images))
+    assert started.pop().simclr == preset("simclr", "folder").simclr
+
+
 def test_it_goes_on_as_if_it_had_not_stopped(home):
     whole = fit("cpc-v1", IMAGES, test=TEST, **OPTIONS, schedule="constant")
     assert whole.path.resolve() == home / "runs" / "cpc-v1-npy-001"
@@ -110,12 +129,12 @@ def test_images_are_brought_to_the_size_that_the_options_ask_for(home, monkeypat
     monkeypatch.setattr(training, "run", lambda command: (commands.append(command), (0, home))[1])
     fit(dataset=IMAGES)
     fit("simclr", IMAGES, image_size=24)
-    mixed = [np.zeros((40 + n, 50, 3), np.uint8) for n in range(4)]
-    for model in ("cpc-v1", "cpc-v2", "pixelcnn"):
-        fit(model, mixed)  # The last two have a size for images of the user's own.
-    assert [command.run.data.image_size for command in commands] == [None, 24, None, None, None]
+    for model, side in (("cpc-v1", 100), ("cpc-v2", 100), ("pixelcnn", 100), ("cpc-v2", 40)):
+        # The last three have a size for images of the user's own.
+        fit(model, [np.zeros((side + n, side + 10, 3), np.uint8) for n in range(4)])
+    assert [command.run.data.image_size for command in commands] == [None, 24, None, None, None, None]
     sizes = [np.load(command.run.data.data_dir / "train_images.npy").shape[-1] for command in commands]
-    assert sizes == [32, 24, 96, 300, 32]
+    assert sizes == [32, 24, 96, 300, 32, 32]
     assert commands[0].run.model == "cpc-v1"
 
 

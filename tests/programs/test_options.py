@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -404,4 +405,26 @@ def test_few_heads_tell_the_size(tmp_path, monkeypatch):
     assert len(opened) == 24
     (tmp_path / "a" / "0.png").write_bytes(b"broken")
     assert typical_side(tmp_path) == 40
+    assert typical_side(tmp_path / "a" / "1.png") == 20
     assert typical_side(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize("name", ["images.npy", "all.npz", "all.h5"])
+def test_heads_of_arrays_tell_the_size(tmp_path, name):
+    images, labels = np.zeros((5, 28, 30, 3), np.uint8), np.zeros(5, np.int64)
+    path = tmp_path / name
+    if name.endswith("npy"):
+        np.save(path, images.transpose(0, 3, 1, 2))
+    elif name.endswith("npz"):
+        np.savez_compressed(path, x_train=images, y_train=labels, x_test=images[..., 0])
+    else:
+        with pytest.importorskip("h5py").File(path, "w") as file:
+            file.create_dataset("train/images", data=images, chunks=(1, 28, 30, 3))
+            file.create_dataset("train/labels", data=labels)
+    assert typical_side(path) == typical_side(tmp_path) == 28
+    dataset = "hdf5" if name.endswith("h5") else "npy"
+    arguments = ["--model", "simclr", "--dataset", dataset, "--data-dir"]
+    assert parse([*arguments, str(tmp_path)]).run.simclr == preset("simclr", "folder", side=28).simclr
+    path.write_bytes(path.read_bytes()[:40])
+    assert typical_side(path) is None
+    assert parse([*arguments, str(path)]).run.simclr == preset("simclr", "folder").simclr

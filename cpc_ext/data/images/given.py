@@ -34,7 +34,7 @@ from cpc_ext.data.images.source_files import parts_of
 from cpc_ext.data.notice import tell
 from cpc_ext.data.splits import held_out
 
-__all__ = ["NAME", "from_dataset", "keep_dataset"]
+__all__ = ["NAME", "from_dataset", "given_side", "keep_dataset"]
 
 # The data set that reads what is kept.
 NAME = "npy"
@@ -121,6 +121,24 @@ def keep_dataset(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         lock.release()
+
+
+def given_side(dataset: Any) -> int | None:
+    """The shorter side in pixels of a data set's first image, as a hint; None where there is none to be had.
+
+    What can be read only once is left as it is.
+    """
+    try:
+        train = _Given.of(dataset, None, None, None).train
+        if isinstance(train, ImageSet):
+            return int(min(train.images.shape[-2:]))
+        if isinstance(train, tuple):
+            train = train[0]
+        # Not by _items, whose DataLoader draws from PyTorch's generator.
+        pixels = _Convert(None)(train[0]).pixels
+    except Exception:  # It is any code of the user's; what is wrong is said where the images are kept.
+        return None
+    return None if isinstance(pixels, str) else min(pixels.shape[:2])
 
 
 @contextmanager

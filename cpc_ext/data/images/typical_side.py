@@ -1,37 +1,100 @@
-"""How large the images of a folder are, from the heads of a few of them: what chooses a run's defaults."""
+"""How large the user's own images are, from the heads of a few files or arrays: what chooses a run's defaults."""
 
 from __future__ import annotations
 
 import os
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
+from typing import IO, Any
+
+from cpc_ext.data.libraries import optional
 
 __all__ = ["typical_side"]
 
-# Images that are looked at, and of how many files they may be, lest a folder of other files is read through.
+# Images, or arrays of them, that are looked at, and of how many files they may be, lest a folder of other files is read
+# through.
 _IMAGES, _FILES = 24, 400
 # Files that are looked at in one folder, so that others have their turn.
 _OF_FOLDER = 8
+_HDF5 = (".h5", ".hdf5", ".hdf", ".he5")
 
 
-def typical_side(folder: Path) -> int | None:
-    """The median of the shorter sides, in pixels, of some images in a folder and those below it.
+def typical_side(path: Path) -> int | None:
+    """The median of the shorter sides, in pixels, of some images in a file, or in a folder and those below it.
 
     None where none can be read, of which whoever loads them tells more.
     """
-    from PIL import Image, UnidentifiedImageError
-
     sides: list[int] = []
-    looked = 0
-    for place, folders, names in os.walk(folder.expanduser()):
-        folders.sort()
-        for name in sorted(names)[:_OF_FOLDER]:
-            looked += 1
-            if len(sides) == _IMAGES or looked > _FILES:
-                return round(median(sides)) if sides else None
-            try:
-                with Image.open(Path(place, name)) as image:
-                    sides.append(min(image.size))
-            except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError):
-                continue
+    for looked, file in enumerate(_files(path.expanduser())):
+        if len(sides) >= _IMAGES or looked == _FILES:
+            break
+        sides += _sides(file)
     return round(median(sides)) if sides else None
+
+
+def _files(path: Path) -> Iterator[Path]:
+    if path.is_file():
+        yield path
+    for place, folders, names in os.walk(path):
+        folders.sort()
+        yield from (Path(place, name) for name in sorted(names)[:_OF_FOLDER])
+
+
+def _sides(path: Path) -> list[int]:
+    """The shorter side of the image in a file, or of those in each of its arrays; none where there are none."""
+    suffix = path.suffix.lower()
+    try:
+        if suffix in (".npy", ".npz"):
+            return [side for shape in _numpy_shapes(path) for side in _of_array(shape)]
+        if suffix in _HDF5:
+            return [side for shape in _hdf5_shapes(path) for side in _of_array(shape)]
+        from PIL import Image
+
+        with Image.open(path) as image:
+            return [min(image.size)]
+    except Exception:  # Damaged heads make readers raise nearly anything; whoever loads the file says what is wrong.
+        return []
+
+
+def _of_array(shape: tuple[int, ...]) -> list[int]:
+    from cpc_ext.data.images.pixels import channel_axis
+
+    if len(shape) not in (3, 4):
+        return []
+    axis = channel_axis(shape[1:])
+    return [min(length for place, length in enumerate(shape[1:]) if axis is None or place != axis % 3)]
+
+
+def _numpy_shapes(path: Path) -> list[tuple[int, ...]]:
+    if path.suffix.lower() == ".npy":
+        with path.open("rb") as file:
+            return [_numpy_shape(file)]
+    with zipfile.ZipFile(path) as archive:
+        shapes = []
+        for name in archive.namelist():
+            with archive.open(name) as member:
+                shapes.append(_numpy_shape(member))
+        return shapes
+
+
+def _numpy_shape(file: IO[bytes]) -> tuple[int, ...]:
+    from numpy.lib import format as npy
+
+    read = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
+    shape: tuple[int, ...] = read(file)[0]
+    return shape
+
+
+def _hdf5_shapes(path: Path) -> list[tuple[int, ...]]:
+    h5py = optional("h5py", "hdf5", "HDF5 files")
+    shapes: list[tuple[int, ...]] = []
+
+    def visit(name: str, member: Any) -> None:
+        if isinstance(member, h5py.Dataset):
+            shapes.append(member.shape)
+
+    with h5py.File(path) as content:
+        content.visititems(visit)
+    return shapes

@@ -1,0 +1,109 @@
+"""What models of speech have learned after minutes of one core: phones and speakers, beside log-mel spectra.
+
+Every model trains for the same time on the same recordings, in LibriSpeech's layout with labels of phones, with the
+learning rate and network that the drawn voices have as their preset. `python -m cpc_ext.evaluate` judges it, and
+log-mel spectra alone and of five frames. Prints a table; with ``--out`` writes JSON after every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from machine import describe, result_file, write_json
+
+# The options that the drawn voices have as their preset, whose runs are minutes long too.
+SHORT = [
+    "--lr",
+    "1e-3",
+    "--schedule",
+    "cosine",
+    "--warmup-steps",
+    "50",
+    "--channels",
+    "128",
+    "--context-channels",
+    "128",
+]
+MODELS = {
+    "original": ["--model", "cpc-audio"],
+    "modified": ["--model", "cpc-audio", "--recipe", "modified"],
+    "greedy-infomax": ["--model", "greedy-infomax-audio"],
+}
+TITLES = {
+    "original": "CPC, original",
+    "modified": "CPC, modified",
+    "greedy-infomax": "Greedy InfoMax",
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, required=True, help="recordings as --dataset librispeech takes them")
+    parser.add_argument("--minutes", type=float, nargs="+", default=[10.0], help="of training, each a run of its own")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="which of them")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--out", type=Path, metavar="DIR|FILE.json", help="write JSON there")
+    return parser.parse_args()
+
+
+def run(model: str, minutes: float, seed: int, data_dir: Path) -> dict[str, Any]:
+    """What is told from the frames of a run's model, or SystemExit with what a program said."""
+    options = [*MODELS[model], *SHORT, "--dataset", "librispeech", "--data-dir", str(data_dir), "--device", "cpu"]
+    options += ["--time-budget", str(minutes), "--seed", str(seed)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run"
+        _call("train", *options, "--no-evaluate", "--out-dir", str(path))
+        _call("evaluate", str(path), "--measures", "phones,speakers")
+        summary = json.loads((path / "summary.json").read_text())
+        rows = json.loads((path / "evaluation" / "speech.json").read_text())["rows"]
+    return {
+        "model": model,
+        "minutes": minutes,
+        "seed": seed,
+        "command": " ".join(("python -m cpc_ext.train", *options)).replace(str(data_dir), "recordings"),
+        "steps": summary["steps"],
+        "training_seconds": summary["training_seconds"],
+        "rows": rows,
+    }
+
+
+def _call(program: str, *arguments: str) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", f"cpc_ext.{program}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    path = None if arguments.out is None else result_file(arguments.out, "cpu", "speech-accuracy")
+    results: list[dict[str, Any]] = []
+    print("| frames of | minutes | seed | steps | phones | speakers |")
+    print("|---|---|---|---|---|---|")
+    wanted = [(seed, m, model) for seed in arguments.seeds for m in arguments.minutes for model in arguments.models]
+    for seed, minutes, model in wanted:
+        result = run(model, minutes, seed, arguments.data_dir)
+        if not results:
+            for name, row in result["rows"].items():
+                if name.startswith(("log-mel", "commonest")):
+                    print(f"| {name} | | | | {row['phones']:.1%} | {row['speakers']:.1%} |")
+        results.append(result)
+        for state, steps in (("trained", result["steps"]), ("untrained", 0)):
+            row = result["rows"][state]
+            said = f"{TITLES[model]}{'' if steps else ', untrained'} | {minutes:g} | {seed} | {steps}"
+            print(f"| {said} | {row['phones']:.1%} | {row['speakers']:.1%} |", flush=True)
+        if path is not None:
+            write_json(path, {"machine": describe("cpu"), "results": results})
+    if path is not None:
+        print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main(parse_arguments())
