@@ -63,7 +63,7 @@ def cases(dtype: str) -> Iterator[Case]:
 
 
 def milliseconds(case: Case, rounds: int) -> tuple[float, float]:
-    """Of PyTorch's convolution and ours."""
+    """What PyTorch's convolution and ours take."""
     dtype = getattr(torch, case.dtype)
     side = (case.side - 1) * case.stride + 1
     shapes = (

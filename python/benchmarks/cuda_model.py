@@ -115,7 +115,7 @@ def code_of(kernel: str, machine: Machine) -> Code:
     """KeyError for a kernel that is neither in machine_code.csv nor the runtime's."""
     if "::" not in kernel:
         return Code()
-    # Of the kernels in machine_code.csv, the products on tensor cores read ahead, but for split ones.
+    # The products on tensor cores in machine_code.csv read ahead, but for split ones.
     return replace(_codes()[machine.sm, kernel], reads_ahead="::multiply<TensorCores" in kernel)
 
 

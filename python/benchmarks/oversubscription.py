@@ -137,7 +137,7 @@ def count_calls(cases, threads: int, seconds: float, barrier, results) -> None:
 
 
 def calls_per_second(cases, processes: int, threads: int, seconds: float) -> list[float]:
-    """Of all processes together, for each case."""
+    """How many calls all processes together make in a second, for each case."""
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(processes), context.Queue()
     arguments = cases, threads, seconds, barrier, results

@@ -30,7 +30,7 @@ class Time:
 
     @classmethod
     def of(cls, seconds: list[float]) -> Time:
-        """Of at least two measurements."""
+        """The median and quartiles of at least two measurements."""
         low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
         return cls(statistics.median(seconds), low, high)
 

@@ -18,7 +18,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-# Of the results, as a share of the sum of the products' magnitudes: what rounding results and operands leaves.
+# Errors of the results, as a share of the sum of the products' magnitudes: what rounding results and operands leaves.
 TOLERANCES = {
     ("bfloat16", "square"): 1.001 * 2**-8,
     ("float16", "square"): 1.001 * 2**-11,

@@ -14,7 +14,7 @@ from cuda_model import Code, blocks_at_once
 from cuda_product import PRODUCTS, code_of, compile_product, count_tile, of_all_tiles, predict
 from machine_code import ARCHITECTURES, Instruction, Kernel, find_tool, measure, reads_ahead
 
-# Of each way to multiply, to copy and to read. nvcc takes a few seconds for each, and so the rest is left out.
+# One of each way to multiply, to copy and to read. nvcc takes a few seconds for each, and so the rest is left out.
 COMPILED = [
     *(f"{math} square {operands}" for math in ("bfloat16", "tf32") for operands in ("rows-rows", "columns-columns")),
     *("float16 square rows-rows", "split_tf32 square rows-rows", "split_tf32 square columns-columns"),

@@ -375,7 +375,7 @@ def test_commands(page, command, place, try_words):
         try:
             try_words(words)
         except SystemExit as done:
-            # Of what asks for a help text, and ends after it.
+            # A program that is asked for its help text ends after it.
             if done.code != 0 or "--help" not in words:
                 raise
     if not tried:

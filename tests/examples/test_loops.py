@@ -55,7 +55,7 @@ def test_cpc(version, tmp_path, capsys):
     options = ["--version", str(version), "--images", "8", "--batch-size", "4", "--out", str(out)]
     losses = loop_cpc.main([*options, "--steps", "12"])
     assert len(losses) == 12
-    # Of 6 by 6 patches, 2 to 4 rows below; or of all in the batch.
+    # Targets are 2 to 4 rows below in 6 by 6 patches; or all in the batch.
     keys = [4 * 6 * rows for rows in (4, 3, 2)] if version == 1 else [4 * 36]
     guess = np.mean([math.log(number) for number in keys])
     assert losses[0] == pytest.approx(guess, rel=0.2)

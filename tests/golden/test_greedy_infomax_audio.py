@@ -32,7 +32,7 @@ def draws(tensors, modules):
 
 
 def outputs(model, waveforms, tensors):
-    """Of every module."""
+    """What every module's loss comes to."""
     negatives = draws(tensors, len(tensors["losses"]))
     return (
         [model(waveforms, negatives=negatives[0])] if isinstance(model, CPC) else model(waveforms, negatives=negatives)

@@ -57,7 +57,7 @@ def test_files_that_the_programs_load(name, tmp_path):
     save_reference(read.model, source_of(name), tmp_path / "checkpoint_7.pt", form=read.form)
 
     content = torch.load(tmp_path / "checkpoint_7.pt", weights_only=True)
-    # Of Greedy InfoMax only the log of a run tells how many negatives it has.
+    # Only the log of a run of Greedy InfoMax tells how many negatives it has.
     told = {"neg_samples": 4} if "normalization" in settings else {}
     given = read_reference(tmp_path, source_of(name), **settings, **told)
     torch.testing.assert_close(*features_of(given.model, features), atol=1e-6, rtol=0)

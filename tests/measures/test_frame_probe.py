@@ -60,7 +60,7 @@ def test_only_a_hidden_layer_tells_what_is_not_linear(quick):
 def test_confusion_and_majority(quick):
     train_labels = torch.tensor([2] * 30 + [0] * 20 + [1] * 20)
     train = F.one_hot(train_labels, CLASSES).float(), train_labels
-    # Of class 1, two look like class 0; of class 3, which is not trained, all like class 2.
+    # Two of class 1 look like class 0, and all of class 3, which is not trained, like class 2.
     test_labels, looks = torch.tensor([0, 1, 1, 1, 2, 3, 3]), torch.tensor([0, 0, 0, 1, 2, 2, 2])
     result = probe(train, (F.one_hot(looks, CLASSES).float(), test_labels))
     assert result.confusion.tolist() == [[1, 0, 0, 0], [2, 1, 0, 0], [0, 0, 1, 0], [0, 0, 2, 0]]

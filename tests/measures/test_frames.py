@@ -7,7 +7,7 @@ import torch
 
 from cpc_ext.measures.frames import align_frames, label_centers
 
-# Of Greedy InfoMax's and CPC_audio's encoders, of a file of so many samples.
+# The sample that the first frame of Greedy InfoMax's encoder is centred at, and that of CPC_audio's.
 GREEDY, CPC_AUDIO = 20.0, 79.0
 
 

@@ -47,7 +47,7 @@ def test_classifier_is_at_the_minimum_of_the_regularised_loss():
 
 
 def test_features_that_are_nearly_the_same_are_fitted_to_the_end(monkeypatch):
-    """Of hardly any regularisation: the minimum lies in a long and narrow valley."""
+    """With hardly any regularisation the minimum lies in a long and narrow valley."""
     monkeypatch.setattr(probe, "_STRENGTHS", (1e-4,))
     features, labels = clouds(60, 0, distance=1.0)
     features = torch.cat([features, features + 0.05 * clouds(60, 1, distance=0.0)[0]], dim=1)

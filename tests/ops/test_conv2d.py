@@ -127,7 +127,7 @@ def test_agrees_with_float64_in_each_type(dtype, case):
         assert one.dtype == dtype
         assert one.shape == other.shape
         error = (one.double() - other).abs().max()
-        # Of a result's rounding, and in float32 and float64 of those of its sums.
+        # The error is a result's rounding, and in float32 and float64 those of its sums.
         allowed = (2 if dtype in (torch.float16, torch.bfloat16) else 64) * ROUNDING[dtype] * other.abs().max()
         assert error <= allowed, f"{name}: {error / other.abs().max():.1e}"
 

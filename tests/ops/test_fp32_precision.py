@@ -89,7 +89,7 @@ def test_the_cpu_asks_no_switch(monkeypatch):
 
 @pytest.fixture(params=["ieee", "tf32"])
 def precision(request, device):
-    """Of convolutions and products; ``device`` has switched TF32 off."""
+    """The precision that convolutions and products are switched to; ``device`` has switched TF32 off."""
     kinds = torch.backends.cudnn.conv, torch.backends.cuda.matmul
     before = [kind.fp32_precision for kind in kinds]
     for kind in kinds:

@@ -14,7 +14,8 @@ from cpc_ext.ops import info_nce
 from cpc_ext.ops.info_nce import info_nce_reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-# Of a gradient's largest value: float32 sums, or a rounding to the type of gradients and, on CUDA, of probabilities.
+# Shares of a gradient's largest value: float32 sums, or a rounding to the type of gradients and, on CUDA, of
+# probabilities.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 

@@ -95,7 +95,7 @@ class Square(torch.autograd.Function):
     @staticmethod
     @_library.differentiable_once("square")
     def backward(ctx, saved, gradient):
-        """Of a square."""
+        """The gradient of a square."""
         assert not torch.is_grad_enabled()
         x, nothing = saved
         assert nothing is None

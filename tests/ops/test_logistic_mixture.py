@@ -13,12 +13,12 @@ from cpc_ext.ops.logistic_mixture import (
 )
 
 FLOATING = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-# Of gradients, as a share of the largest: the rounding to their type, or that of float32 arithmetic.
+# Errors of gradients, as a share of the largest: the rounding to their type, or that of float32 arithmetic.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 # CUDA's __expf gives the inverse of a scale, up to e^7, with an error of up to 10 units in the last place. That times a
 # distance of some hundred scales is an exponent.
 FAST_EXPONENTIALS = {torch.float32: 1e-4}
-# Of nats: the arithmetic is the same for all types but float64.
+# Errors in nats: the arithmetic is the same for all types but float64.
 NATS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
 
 
@@ -119,7 +119,7 @@ def test_extreme_parameters(device):
     weights = torch.ones(len(images))
     nll, gradient = run(images.to(device), params.to(device), weights.to(device))
     exact_nll, exact_gradient = reference(images, params, weights)
-    # Of a value whose distance from the mean is rounded to float32, 1100 times as large in scales.
+    # The distance of a value from the mean is rounded to float32, 1100 times as large in scales.
     torch.testing.assert_close(nll, exact_nll, rtol=2e-6, atol=1e-4)
     torch.testing.assert_close(gradient.cpu().double(), exact_gradient, rtol=1e-4, atol=2e-4)
 

@@ -602,5 +602,5 @@ def test_where_pixels_are_computed_in_pairs(change):
         return size // (32 * channels * weight.element_size())
 
     assert weights_packed() == 12
-    # Of a single column only the middle taps reach the image.
+    # Only the middle taps reach an image of a single column.
     assert weights_packed(**change) == (3 if change.get("width") == 1 else 9)

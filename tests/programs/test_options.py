@@ -263,7 +263,7 @@ def test_values_that_are_called_like_options_are_values():
 
 
 def test_refusals_name_the_program(capsys):
-    """Of options of other models, without effect, and that do not go together."""
+    """Options of other models, without effect, or that do not go together are refused with the program's name."""
     for options in (["--layers", "3"], ["--download"], ["--pred-steps", "5"]):
         with pytest.raises(SystemExit):
             parse(options, prog="another program")

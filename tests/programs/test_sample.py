@@ -20,7 +20,7 @@ from cpc_ext.training import run_data
 from cpc_ext.training.presets import preset
 
 SIDE = 16
-# Of figures.save_images, for 16 pixels a side.
+# How many times figures.save_images enlarges images of 16 pixels a side.
 FACTOR = 6
 
 

@@ -349,7 +349,7 @@ def neg_samples(model: str) -> None:
         assert (values["mutual_information"] + values["loss"]).item() == pytest.approx(math.log(number + 1), abs=1e-5)
     options = {"neg_samples": "all"} | ({"modules": 1} if model == "greedy-infomax" else {})
     values = step(task_of(model, **options))
-    # Of a grid of 5 x 5 the first step has 3 rows of targets, the second 2, in each of 4 images.
+    # In a grid of 5 x 5 the first step has 3 rows of targets, the second 2, in each of 4 images.
     expected = (math.log(3 * 5 * 4) + math.log(2 * 5 * 4)) / 2
     assert (values["mutual_information"] + values["loss"]).item() == pytest.approx(expected, abs=1e-5)
 
@@ -563,7 +563,7 @@ def pixels(model: str, images: np.ndarray, **options: Any) -> Tensor:
 
 
 def jitter_strength(model: str) -> None:
-    """Of a colour of mean 100/255, brightness alone spreads values as the strength says."""
+    """Brightness alone spreads the values of a colour of mean 100/255 as the strength says."""
     images = np.broadcast_to(np.array([60, 100, 140], np.uint8)[:, None, None], (64, 3, 32, 32)).copy()
     given = {"jitter_probability": 1.0, "gray_probability": 0.0}
     spreads = [
@@ -897,7 +897,7 @@ def lr(model: str, tmp_path: Path) -> None:
 
 
 def optimizer(model: str, tmp_path: Path) -> None:
-    """Of a gradient of 8 Adam's step is the rate alone, SGD's the rate times it, that of LARS a share of the weight."""
+    """At a gradient of 8 Adam's step is the rate alone, SGD's the rate times it, that of LARS a share of the weight."""
     given = {"factor": 8.0, "lr": 0.5, "momentum": 0.0}
     assert rates(trained(tmp_path / "adam", optimizer="adam", **given)) == pytest.approx([0.5] * 4, rel=1e-3)
     assert rates(trained(tmp_path / "sgd", optimizer="sgd", **given)) == pytest.approx([4.0] * 4, rel=1e-3)

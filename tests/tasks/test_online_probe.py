@@ -67,7 +67,7 @@ def striped(count: int, seed: int) -> ImageSet:
 
 
 def test_accuracy_of_images(monkeypatch):
-    """Of some from all of the set, those that votes come from being others than those that are asked for."""
+    """Some images from all of the set vote, others are asked for."""
     monkeypatch.setattr(online_probe, "_LABELLED", 30)
     monkeypatch.setattr(online_probe, "_ASKED", 20)
     train, test = striped(50, 0), striped(40, 1)
@@ -86,7 +86,7 @@ def test_accuracy_of_images(monkeypatch):
 
 
 def test_accuracy_of_frames(monkeypatch):
-    """Of the spectrum's bands, which tell the tones that are the phones."""
+    """The spectrum's bands tell the tones that are the phones."""
     monkeypatch.setattr(online_probe, "_LABELLED", 150)
     monkeypatch.setattr(online_probe, "_ASKED", 60)
     monkeypatch.setattr(online_probe, "_SECONDS", {"train": 4.0, "test": 2.0})

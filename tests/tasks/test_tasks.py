@@ -52,7 +52,7 @@ def images_of(count: int, side: int = 32, seed: int = 1) -> np.ndarray:
 
 
 def task_of(model: str, *, test: ImageSet | None = None, **options: Any) -> Task:
-    """Of noise to learn from, and other noise to look at; of a side that pixel models are quick with."""
+    """A task with noise to learn from and other noise to look at, of a side that pixel models are quick with."""
     dataset = dataset_of(images_of(6, 4) if model in PIXELS else noise())
     if test is not None:
         dataset = replace(dataset, test=test)
@@ -161,7 +161,7 @@ KEYS = {
 
 
 def test_guessing_classes_of_unequal_size():
-    """Of two images of one class and one of another, two thirds and a third are guessed right as often."""
+    """Of three images, two are of one class: a guess is right as often as two, or one, of three."""
     task = task_of("supcon")
     task.examples = dataset_of(noise(3)).pretrain
     assert task.guess == pytest.approx({"loss": math.log(2 * 4 - 1), "accuracy": 4 / 9 + 1 / 9})
@@ -187,7 +187,7 @@ def test_curves_of_what_was_logged_beside_guessing(model, options, keys, tmp_pat
         for name in ("loss", "accuracy")
         for end in ([f"_module_{module}" for module in modules] if len(modules) > 1 else [""])
     }
-    # Of other records not all is known.
+    # Not all is known of other records.
     partly = [{name: 2.0 for name in complete if name != missing} for missing in complete]
     write_metrics(run, complete, *partly, {"found": 3.0}, complete)
     task.save(run)

@@ -69,7 +69,7 @@ def test_processes_have_the_loss_and_gradients_of_one(differences, case):
 
 @pytest.fixture
 def options(tmp_path) -> list[str]:
-    """Of a run on a folder of noise without labels, which takes milliseconds a step."""
+    """The options of a run on a folder of noise without labels, which takes milliseconds a step."""
     rng = np.random.default_rng(0)
     (tmp_path / "images").mkdir()
     for index in range(24):

@@ -104,7 +104,7 @@ FEW = 20
 
 @pytest.fixture
 def python10(tmp_path, monkeypatch):
-    """Of fewer images than published, as pickles cannot be sparse."""
+    """CIFAR-10's pickles with fewer images than published, as pickles cannot be sparse."""
     monkeypatch.setattr(files10, "BATCH", FEW)
     monkeypatch.setattr(files10, "TEST", FEW)
     folder = tmp_path / "cifar-10-batches-py"

@@ -25,7 +25,7 @@ def draw(seed=0, grid=GRID, patch_size=16, channels=3, **options) -> Augmentatio
 
 
 def share(plan: AugmentationPlan, transform: Transform) -> float:
-    """Of the patches, those that get a transform."""
+    """The share of the patches that get a transform."""
     return (plan.codes == transform).any(-1).float().mean().item()
 
 

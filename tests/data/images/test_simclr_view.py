@@ -136,7 +136,7 @@ def test_aspect_ratios_are_drawn_evenly_on_a_logarithmic_scale():
 
 @pytest.mark.parametrize("share", ["flip", "gray", "jitter"])
 def test_shares_of_views_that_change(share):
-    """Of whole images, with all else turned off, how many views differ from the image."""
+    """With all else turned off, as many views of whole images differ from the image as the share says."""
     jitter = (0.5, 0.5, 0.5, 0.1) if share == "jitter" else (0.0,) * 4
     view = SimCLRView(8, min_area=1.0, jitter=jitter, gray_probability=0.2 if share == "gray" else 0.0, blur_kernel=0)
     images = noise(1, 3, 8, 8).expand(2000, 3, 8, 8)

@@ -9,7 +9,7 @@ from cpc_ext.ops import extract_patches
 
 @pytest.mark.parametrize(
     ("depth", "width", "parameters"),
-    # Of the paper's table 4 and WRN-28-2, in millions, less the classifier of 10 classes.
+    # Parameters of the networks in the paper's table 4 and of WRN-28-2, in millions, less the classifier of 10 classes.
     [(28, 2, 1.5), (40, 4, 8.9), (16, 8, 11.0), (22, 8, 17.2), (28, 10, 36.5), (28, 12, 52.5)],
 )
 def test_published_sizes(depth, width, parameters):

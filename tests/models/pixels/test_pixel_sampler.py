@@ -166,7 +166,7 @@ def test_draws_have_the_probabilities_of_the_softmax(kind):
 def test_draws_have_the_probabilities_of_the_mixture(kind):
     model = model_of(kind, 1, dtype=torch.float32, std=0.2)
     drawn = model.sample(3000, 4, generator=torch.Generator().manual_seed(0))
-    # Of the first pixel, by its likelihood: all other pixels see it, but it sees none.
+    # The first pixel is told by its likelihood: all other pixels see it, but it sees none.
     images = torch.zeros(256, 1, 4, 4, dtype=torch.uint8)
     images[:, 0, 0, 0] = torch.arange(256)
     params = model.eval()(images)[:, :, :1, :1]

@@ -22,7 +22,7 @@ def run(queries, keys, measure, thresholds=None, **options) -> Results:
 
 @pytest.fixture
 def every(request: pytest.FixtureRequest) -> int:
-    """Of many shapes or places one in so many is tried: emulated in seven, which divides none of their numbers."""
+    """One in so many shapes or places is tried: emulated one in seven, which divides none of their numbers."""
     return 7 if request.node.callspec.params["device"] == "emulated" else 1
 
 

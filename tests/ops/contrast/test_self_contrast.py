@@ -83,7 +83,7 @@ def test_positives(device, targets):
 @pytest.mark.parametrize("name", MUTUAL)
 @pytest.mark.parametrize("size", [384, 386, 770])
 def test_superblocks(size, name, dtype):
-    """Of 384 queries: one, one and a little, several."""
+    """A superblock is 384 queries: here are one, one and a little, several."""
     drawn(size, 9, dtype, **MUTUAL[name]).check(CPU, by_reference=True)
 
 
