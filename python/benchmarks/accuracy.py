@@ -65,15 +65,16 @@ def run_entry(entry: Entry, data_dir: Path, core: int) -> dict[str, Any]:
 def table(results: Sequence[dict[str, Any]]) -> str:
     """A Markdown table, a row a method and time: means over seeds."""
     lines = [
-        "| method | minutes | linear | k-NN | untrained | images a second | seeds |",
-        "|---|---|---|---|---|---|---|",
+        "| method | minutes | took | linear | k-NN | untrained | images a second | seeds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     found: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for result in results:
         if "error" not in result:
             found.setdefault((result["method"], result["minutes"]), []).append(result)
     for (method, minutes), runs in sorted(found.items(), key=lambda item: (item[0][1], -mean_of(item[1], "linear"))):
-        cells = [ENTRANTS[method].title, f"{minutes:g}" if minutes else ""]
+        took = [run["training_seconds"] / 60 for run in runs if "training_seconds" in run]
+        cells = [ENTRANTS[method].title, f"{minutes:g}" if minutes else "", f"{mean(took):.1f}" if took else ""]
         for name in ("linear", "knn", "untrained_linear"):
             values = [100 * run[name] for run in runs if run.get(name) is not None]
             spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""

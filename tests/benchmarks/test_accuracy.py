@@ -47,7 +47,7 @@ def test_a_race(monkeypatch, capsys, photos, tmp_path):
     assert simclr["curve"][-1][0] == pytest.approx(simclr["training_seconds"] / 60)
     assert len(simclr["curve"]) >= 2
     assert 0 <= simclr["untrained_linear"] <= 1
-    assert "| raw pixels, 256 components |  | 100.0 |" in said
+    assert "| raw pixels, 256 components |  |  | 100.0 |" in said
     assert out.with_suffix(".png").read_bytes().startswith(PNG)
 
     # What is there is not run again, and what fails is told and tried again next time.

@@ -52,7 +52,7 @@ def test_keys_follow_and_get_no_gradient():
 
 
 def test_the_loss_falls():
-    """Colours are new every time and their views differ little: those of one batch would soon be their own negatives."""
+    """Colours are new every time and views differ little: those of one batch would soon be their own negatives."""
     model = make(momentum=0.9, temperature=0.2, queue_size=20)
     optimizer = torch.optim.Adam([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-3)
     losses = []
