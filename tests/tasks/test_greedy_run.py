@@ -290,8 +290,8 @@ def noise(tmp_path, monkeypatch) -> list[str]:
         *("--grid-size", "5", "--encoder", "resnet-small", "--pred-steps", "2", "--batch-size", "6", "--device", "cpu"),
         *("--precision", "fp32", "--log-every", "2", "--checkpoint-every", "3", "--lr", "1e-3", "--modules", "2"),
         *("--neg-samples", "8"),
-        # One of the transforms mixes in a patch that another process may have.
-        "--no-patch-augmentation",
+        # Each process has batch norm of its own, and one of the transforms mixes in a patch that another may have.
+        *("--patch-size", "8", "--norm", "layer", "--no-patch-augmentation"),
     ]
 
 

@@ -79,8 +79,8 @@ def options(tmp_path) -> list[str]:
         *("--grid-size", "5", "--encoder", "resnet-small", "--pred-steps", "2", "--batch-size", "6", "--device", "cpu"),
         *("--precision", "fp32", "--log-every", "1", "--checkpoint-every", "1", "--schedule", "constant"),
         *("--warmup-steps", "0", "--lr", "1e-4", "--neg-samples", "16"),
-        # One of the transforms mixes in a patch that another process may have.
-        "--no-patch-augmentation",
+        # Each process has batch norm of its own, and one of the transforms mixes in a patch that another may have.
+        *("--patch-size", "8", "--norm", "layer", "--no-patch-augmentation"),
     ]
 
 
