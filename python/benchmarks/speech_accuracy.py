@@ -1,8 +1,8 @@
 """What models of speech have learned after minutes of one core: phones and speakers, beside log-mel spectra.
 
-Every model trains for the same time on the same recordings, in LibriSpeech's layout with labels of phones, with the
-learning rate and network that the drawn voices have as their preset. `python -m cpc_ext.evaluate` judges it, and
-log-mel spectra alone and of five frames. Prints a table; with ``--out`` writes JSON after every run.
+Every model trains for the same time on the same recordings, the drawn voices or recordings in LibriSpeech's layout with
+labels of phones, with the learning rate and network that the voices have as their preset. `python -m cpc_ext.evaluate`
+judges it, and log-mel spectra alone and of five frames. Prints a table; with ``--out`` writes JSON after every run.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ TITLES = {
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, required=True, help="recordings as --dataset librispeech takes them")
+    parser.add_argument(
+        "--data-dir", type=Path, help="recordings as --dataset librispeech takes them (default: drawn voices)"
+    )
     parser.add_argument("--minutes", type=float, nargs="+", default=[10.0], help="of training, each a run of its own")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="which of them")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -53,9 +55,10 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(model: str, minutes: float, seed: int, data_dir: Path) -> dict[str, Any]:
+def run(model: str, minutes: float, seed: int, data_dir: Path | None) -> dict[str, Any]:
     """What is told from the frames of a run's model, or SystemExit with what a program said."""
-    options = [*MODELS[model], *SHORT, "--dataset", "librispeech", "--data-dir", str(data_dir), "--device", "cpu"]
+    data = ["voices"] if data_dir is None else ["librispeech", "--data-dir", str(data_dir)]
+    options = [*MODELS[model], *SHORT, "--dataset", *data, "--device", "cpu"]
     options += ["--time-budget", str(minutes), "--seed", str(seed)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
@@ -67,7 +70,7 @@ def run(model: str, minutes: float, seed: int, data_dir: Path) -> dict[str, Any]
         "model": model,
         "minutes": minutes,
         "seed": seed,
-        "command": " ".join(("python -m cpc_ext.train", *options)).replace(str(data_dir), "recordings"),
+        "command": " ".join(("python -m cpc_ext.train", *options)),
         "steps": summary["steps"],
         "training_seconds": summary["training_seconds"],
         "rows": rows,
