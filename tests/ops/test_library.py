@@ -103,7 +103,7 @@ class Square(torch.autograd.Function):
 
 
 def test_what_is_differentiable_once():
-    assert (Square.backward.__name__, Square.backward.__doc__) == ("backward", "Of a square.")
+    assert (Square.backward.__name__, Square.backward.__doc__) == ("backward", "The gradient of a square.")
     x = draw(3).requires_grad_()
     for create_graph in (False, True):
         (gradient,) = grad(Square.apply(x).sum(), x, create_graph=create_graph)
