@@ -1,34 +1,33 @@
 """What goes wrong in contrastive learning: each failure beside the same run without it, on the drawn textures.
 
-Every run is one of `python -m cpc_ext.train`, which each line of the table gives. Prints a table; with ``--out`` writes
-JSON and a chart: how often a run finds its targets, and what nearest neighbours make of its encodings on the way.
+Prints a table; with ``--out`` writes JSON, with the command of every run, and a chart: how often a run finds its
+targets, and what nearest neighbours make of its encodings on the way.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from calling import call
 from charts import draw_failures
 from machine import describe, result_file, write_json
+
+from cpc_ext.programs.train_options import parse
 
 # Looks at the encoder on the way, for the curves.
 PROBES = 8
 
 
 class Failure(NamedTuple):
-    """title: in table and chart. model: what is trained. wrong, right: options that fail, and those that do not."""
+    """title: in table and chart. model: what is trained. options: those that make it fail."""
 
     title: str
     model: str
-    wrong: tuple[str, ...]
-    right: tuple[str, ...] = ()
+    options: tuple[str, ...]
 
 
 FAILURES = {
@@ -61,16 +60,10 @@ def command_of(failure: Failure, options: tuple[str, ...], arguments: argparse.N
 
 def run(command: tuple[str, ...]) -> dict[str, Any]:
     """The curves and probes of a run, or SystemExit with what it said."""
-    from cpc_ext.programs.train_options import parse
-
     every = max(1, (parse([*command]).run.optimization.steps or PROBES) // PROBES)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
-        program = [sys.executable, "-m", "cpc_ext.train", *command, "--out-dir", str(path), "--probe-every", str(every)]
-        environment = {"OMP_NUM_THREADS": "1", **os.environ}
-        done = subprocess.run(program, capture_output=True, text=True, check=False, env=environment)
-        if done.returncode:
-            raise SystemExit(done.stderr)
+        call("train", *command, "--out-dir", str(path), "--probe-every", str(every))
         summary = json.loads((path / "summary.json").read_text())
         metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     return {
@@ -91,7 +84,7 @@ def main(arguments: argparse.Namespace) -> None:
     for name in arguments.failures:
         failure = FAILURES[name]
         row: dict[str, Any] = {"name": name, "title": failure.title}
-        for side, options in (("wrong", failure.wrong), ("right", failure.right)):
+        for side, options in (("wrong", failure.options), ("right", ())):
             command = command_of(failure, options, arguments)
             if command not in runs:
                 runs[command] = run(command)

@@ -9,37 +9,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from calling import call
 from machine import describe, result_file, write_json
 
-# The options that the drawn voices have as their preset, whose runs are minutes long too.
+from cpc_ext.training.config import option
+from cpc_ext.training.presets import preset_entry
+
+# The preset of the drawn voices, whose runs are minutes long too, less its length.
 SHORT = [
-    "--lr",
-    "1e-3",
-    "--schedule",
-    "cosine",
-    "--warmup-steps",
-    "50",
-    "--channels",
-    "128",
-    "--context-channels",
-    "128",
+    word
+    for values in preset_entry("cpc-audio", "voices").values()
+    for name, value in values.items()
+    if name not in ("steps", "recipe")
+    for word in (option(name), str(value))
 ]
+# What a model is called in the table, and its options.
 MODELS = {
-    "original": ["--model", "cpc-audio"],
-    "modified": ["--model", "cpc-audio", "--recipe", "modified"],
-    "greedy-infomax": ["--model", "greedy-infomax-audio"],
-}
-TITLES = {
-    "original": "CPC, original",
-    "modified": "CPC, modified",
-    "greedy-infomax": "Greedy InfoMax",
+    "original": ("CPC, original", ("--model", "cpc-audio")),
+    "modified": ("CPC, modified", ("--model", "cpc-audio", "--recipe", "modified")),
+    "greedy-infomax": ("Greedy InfoMax", ("--model", "greedy-infomax-audio")),
 }
 
 
@@ -58,12 +50,12 @@ def parse_arguments() -> argparse.Namespace:
 def run(model: str, minutes: float, seed: int, data_dir: Path | None) -> dict[str, Any]:
     """What is told from the frames of a run's model, or SystemExit with what a program said."""
     data = ["voices"] if data_dir is None else ["librispeech", "--data-dir", str(data_dir)]
-    options = [*MODELS[model], *SHORT, "--dataset", *data, "--device", "cpu"]
+    options = [*MODELS[model][1], *SHORT, "--dataset", *data, "--device", "cpu"]
     options += ["--time-budget", str(minutes), "--seed", str(seed)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
-        _call("train", *options, "--no-evaluate", "--out-dir", str(path))
-        _call("evaluate", str(path), "--measures", "phones,speakers")
+        call("train", *options, "--no-evaluate", "--out-dir", str(path))
+        call("evaluate", str(path), "--measures", "phones,speakers")
         summary = json.loads((path / "summary.json").read_text())
         rows = json.loads((path / "evaluation" / "speech.json").read_text())["rows"]
     return {
@@ -75,14 +67,6 @@ def run(model: str, minutes: float, seed: int, data_dir: Path | None) -> dict[st
         "training_seconds": summary["training_seconds"],
         "rows": rows,
     }
-
-
-def _call(program: str, *arguments: str) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", f"cpc_ext.{program}", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        raise SystemExit(done.stderr)
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -100,7 +84,7 @@ def main(arguments: argparse.Namespace) -> None:
         results.append(result)
         for state, steps in (("trained", result["steps"]), ("untrained", 0)):
             row = result["rows"][state]
-            said = f"{TITLES[model]}{'' if steps else ', untrained'} | {minutes:g} | {seed} | {steps}"
+            said = f"{MODELS[model][0]}{'' if steps else ', untrained'} | {minutes:g} | {seed} | {steps}"
             print(f"| {said} | {row['phones']:.1%} | {row['speakers']:.1%} |", flush=True)
         if path is not None:
             write_json(path, {"machine": describe("cpu"), "results": results})

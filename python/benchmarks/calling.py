@@ -1,0 +1,18 @@
+"""Programs of cpc_ext as benchmarks run them: each a process of its own, on one thread."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+__all__ = ["call"]
+
+
+def call(program: str, *arguments: str) -> None:
+    """Run `python -m cpc_ext.PROGRAM` on one thread; SystemExit with what it said where it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", f"cpc_ext.{program}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise SystemExit(done.stderr)
