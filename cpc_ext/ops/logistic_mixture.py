@@ -175,7 +175,8 @@ def _split(params: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     components = _components(params, channels)
     logits, rest = params[:, :components], params[:, components:]
     means, log_scales, *coefficients = torch.unflatten(rest, 1, (channels, -1, components)).unbind(2)
-    log_scales = log_scales.clamp(min=LEAST_LOG_SCALE)
+    # Not clamp(), whose derivative at the bound itself was 1 up to PyTorch 2.13 and is 0 since.
+    log_scales = torch.where(log_scales < LEAST_LOG_SCALE, LEAST_LOG_SCALE, log_scales)
     return logits, means, log_scales, coefficients[0].tanh() if coefficients else None
 
 
