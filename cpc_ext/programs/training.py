@@ -110,6 +110,8 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
     phases: dict[str, float] = {}
     ranks.say(f"cpc_ext {cpc_ext.__version__}, run in {run.path}\n{describe(config)}")
     state = _checkpoint_to_resume(config, run, ranks) if resume else None
+    # What may take seconds, or minutes, is said before it begins.
+    ranks.say(f"loading {config.data.dataset} ...")
     with _timed(phases, "data"):
         dataset = load_data(config)
     if config.optimization.time_budget is not None:
@@ -143,12 +145,11 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
             return 0  # What is left is for one process.
         results: dict[str, float] = {}
         if config.output.evaluate:
-            # What follows takes seconds, or minutes, in which nothing else would be said.
-            print("measuring what the trained model is worth ...", flush=True)
+            ranks.say("measuring what the trained model is worth ...")
             with _timed(phases, "evaluation"):
                 results = task.evaluate()
         log.scalars(trainer.step, results)
-        print("drawing its figures ...", flush=True)
+        ranks.say("drawing its figures ...")
         with _timed(phases, "figures"):
             task.save(run)
             log.images(trainer.step, sorted(run.path.glob("*.png")))
@@ -184,6 +185,7 @@ def of_known_length(
     """
     minutes = config.optimization.time_budget
     assert minutes is not None
+    ranks.say("measuring how long a step takes ...")
     task = _task(config, dataset, ranks)
     trainer = Trainer(task, config, run, ranks)
     task.prepare(ranks, resumed=False)

@@ -70,7 +70,7 @@ class Ranks:
     def say(self, text: str) -> None:
         """Print, once for all processes."""
         if self.main:
-            print(text, flush=self.world_size > 1)
+            print(text, flush=True)
 
     def mean(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Means over the processes that share a batch; without gradient. Does not wait for the device."""

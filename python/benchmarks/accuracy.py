@@ -34,6 +34,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, nargs="+", default=[10.0], help="of training, each a run of its own")
     parser.add_argument("--methods", nargs="+", choices=list(ENTRANTS), help="which of them (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--options", default="", help="more options of python -m cpc_ext.train for every method, such as '--norm layer'"
+    )
     parser.add_argument("--labels", type=int, default=10_000, help="labelled images that are learned from at most")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, a core each (default: all)")
     parser.add_argument("--out", type=Path, metavar="DIR|FILE.json", help="write JSON and PNG there")
@@ -47,7 +50,7 @@ def wanted(arguments: argparse.Namespace) -> Iterator[Entry]:
             for method in arguments.methods or ENTRANTS:
                 # Some take no time that could be given them.
                 given = minutes if ENTRANTS[method].timed else 0.0
-                yield Entry(method, given, seed, arguments.labels)
+                yield Entry(method, given, seed, arguments.labels, arguments.options)
 
 
 def run_entry(entry: Entry, data_dir: Path, core: int) -> dict[str, Any]:
@@ -71,18 +74,24 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     found: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for result in results:
         if "error" not in result:
-            found.setdefault((result["method"], result["minutes"]), []).append(result)
-    for (method, minutes), runs in sorted(found.items(), key=lambda item: (item[0][1], -mean_of(item[1], "linear"))):
+            found.setdefault((title(result), result["minutes"]), []).append(result)
+    for (name, minutes), runs in sorted(found.items(), key=lambda item: (item[0][1], -mean_of(item[1], "linear"))):
         took = [run["training_seconds"] / 60 for run in runs if "training_seconds" in run]
-        cells = [ENTRANTS[method].title, f"{minutes:g}" if minutes else "", f"{mean(took):.1f}" if took else ""]
-        for name in ("linear", "knn", "untrained_linear"):
-            values = [100 * run[name] for run in runs if run.get(name) is not None]
+        cells = [name, f"{minutes:g}" if minutes else "", f"{mean(took):.1f}" if took else ""]
+        for measure in ("linear", "knn", "untrained_linear"):
+            values = [100 * run[measure] for run in runs if run.get(measure) is not None]
             spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
             cells.append(f"{mean(values):.1f}{spread}" if values else "")
         rates = [run["images_per_second"] for run in runs if run.get("images_per_second")]
         cells += [f"{mean(rates):.0f}" if rates else "", ", ".join(str(run["seed"]) for run in runs)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def title(result: dict[str, Any]) -> str:
+    """What a run is called in the table and the chart."""
+    options = result.get("options", "")
+    return ENTRANTS[result["method"]].title + (f", `{options}`" if options else "")
 
 
 def mean_of(runs: Sequence[dict[str, Any]], name: str) -> float:
@@ -93,8 +102,8 @@ def main(arguments: argparse.Namespace) -> None:
     path = None if arguments.out is None else result_file(arguments.out, "cpu", "accuracy")
     results = json.loads(path.read_text())["results"] if path is not None and path.is_file() else []
     results = [result for result in results if "error" not in result]
-    have = {(result["method"], result["minutes"], result["seed"], result["labels"]) for result in results}
-    entries = [entry for entry in dict.fromkeys(wanted(arguments)) if tuple(entry) not in have]
+    have = {Entry(**{name: result[name] for name in Entry._fields if name in result}) for result in results}
+    entries = [entry for entry in dict.fromkeys(wanted(arguments)) if entry not in have]
     for method in dict.fromkeys(entry.method for entry in entries):
         if reason := lacks(method):
             print(f"left out: {method} ({reason})")
@@ -120,8 +129,9 @@ def main(arguments: argparse.Namespace) -> None:
                 write_json(path, {"machine": machine, "results": results})
     print(table(results))
     if path is not None:
-        titles = {name: entrant.title for name, entrant in ENTRANTS.items()}
-        draw_accuracy([result for result in results if "error" not in result], titles, path.with_suffix(".png"))
+        named = [result | {"title": title(result)} for result in results if "error" not in result]
+        named.sort(key=lambda result: list(ENTRANTS).index(result["method"]))
+        draw_accuracy(named, path.with_suffix(".png"))
         print(f"written: {path}")
 
 

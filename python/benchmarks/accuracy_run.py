@@ -12,6 +12,7 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable
@@ -49,12 +50,16 @@ CPU = torch.device("cpu")
 
 
 class Entry(NamedTuple):
-    """A run. minutes: of training; 0 where it takes none that could be given. labels: learned from at most."""
+    """A run. minutes: of training; 0 where it takes none that could be given. labels: learned from at most.
+
+    options: more of them, as `python -m cpc_ext.train` takes them; of a rival those of the network alone matter.
+    """
 
     method: str
     minutes: float
     seed: int
     labels: int
+    options: str = ""
 
 
 class Entrant(NamedTuple):
@@ -88,7 +93,7 @@ def main(entry: Entry, data_dir: Path) -> dict[str, Any]:
     model = ENTRANTS[entry.method].model
     options = ["--model", model, "--dataset", "folder", "--data-dir", str(data_dir), "--seed", str(entry.seed)]
     length = ["--time-budget", str(entry.minutes)] if entry.minutes else ["--steps", "1"]
-    config = parse([*options, "--device", "cpu", "--no-evaluate", *length]).run
+    config = parse([*options, "--device", "cpu", "--no-evaluate", *length, *shlex.split(entry.options)]).run
     dataset = load_data(config)
     if entry.method == "raw-pixels":
         return judge(entry, dataset, principal_components(dataset))

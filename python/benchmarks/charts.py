@@ -130,20 +130,20 @@ def draw_training(document: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def draw_accuracy(results: Sequence[dict[str, Any]], titles: dict[str, str], path: Path) -> None:
+def draw_accuracy(results: Sequence[dict[str, Any]], path: Path) -> None:
     """What nearest neighbours told on the way, a panel for each time that was given; as lines, what took no time.
 
-    results: of ``accuracy.py``; several seeds of a method have a line each, in one colour. titles: of the methods.
+    results: of ``accuracy.py``, in the order of the legend; runs of one "title" have a line each, in one colour.
     """
     minutes = sorted({result["minutes"] for result in results if result.get("curve")})
     figure = _figure("nearest neighbours of frozen features, one core", path, width=5.5 * len(minutes), height=4.5)
     if figure is None or not minutes:
         return
-    methods = [name for name in titles if any(result["method"] == name for result in results)]
-    colors = {name: (*COLORS, "#56b4e9", "#e69f00", GRAY)[place % 8] for place, name in enumerate(methods)}
+    titles = dict.fromkeys(result["title"] for result in results)
+    colors = {title: (*COLORS, "#56b4e9", "#e69f00", GRAY)[place % 8] for place, title in enumerate(titles)}
     for axes, given in zip(figure.subplots(1, len(minutes), sharey=True, squeeze=False)[0], minutes, strict=True):
         for result in results:
-            color = colors[result["method"]]
+            color = colors[result["title"]]
             if result["minutes"] == given and result.get("curve"):
                 x, y = zip(*result["curve"], strict=True)
                 axes.plot(x, [100 * value for value in y], color=color, marker="o", markersize=3, linewidth=1.5)
@@ -155,10 +155,10 @@ def draw_accuracy(results: Sequence[dict[str, Any]], titles: dict[str, str], pat
     figure.axes[0].set_ylabel("images told rightly, %")
     from matplotlib.lines import Line2D
 
-    timed = {result["method"] for result in results if result.get("curve")}
+    timed = {result["title"] for result in results if result.get("curve")}
     handles = [
-        Line2D([], [], color=colors[name], linestyle="-" if name in timed else "--", label=titles[name])
-        for name in methods
+        Line2D([], [], color=color, linestyle="-" if title in timed else "--", label=title)
+        for title, color in colors.items()
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False, fontsize=9)
     _save(figure, path)

@@ -50,6 +50,13 @@ def test_a_race(monkeypatch, capsys, photos, tmp_path):
     assert "| raw pixels, 256 components |  |  | 100.0 |" in said
     assert out.with_suffix(".png").read_bytes().startswith(PNG)
 
+    # Options of one's own make a run of its own.
+    said = race(
+        monkeypatch, capsys, photos, out, "--minutes", "0.01", "--methods", "simclr", "--options", "--norm layer"
+    )
+    assert json.loads(out.read_text())["results"][2]["config"]["simclr"]["norm"] == "layer"
+    assert "| SimCLR, `--norm layer` | 0.01 |" in said
+
     # What is there is not run again, and what fails is told and tried again next time.
     before = json.loads(out.read_text())["results"]
     monkeypatch.setattr(accuracy, "RUN", tmp_path / "no_such_program.py")
@@ -59,8 +66,8 @@ def test_a_race(monkeypatch, capsys, photos, tmp_path):
     assert "supervised, 0 minutes, seed 0: " in said
     assert "No such file" in said
     results = json.loads(out.read_text())["results"]
-    assert results[:2] == before
-    assert "error" in results[2]
+    assert results[:3] == before
+    assert "error" in results[3]
 
 
 def test_the_table():
@@ -71,9 +78,11 @@ def test_the_table():
     runs[0]["training_seconds"], runs[1]["training_seconds"] = 600.0, 660.0
     runs += [{"method": "cpc-v1", "minutes": 10, "seed": 0, "linear": 0.7, "knn": 0.6, "untrained_linear": 0.3}]
     runs += [{"method": "moco", "minutes": 10, "seed": 0, "error": "killed"}]
+    runs += [runs[-2] | {"linear": 0.2, "options": "--norm layer"}]
     assert accuracy.table(runs).splitlines()[2:] == [
         "| CPC v1 | 10 |  | 70.0 | 60.0 | 30.0 |  | 0 |",
         "| SimCLR | 10 | 10.5 | 55.0 (50.0 to 60.0) | 50.0 (50.0 to 50.0) |  | 1000 | 0, 1 |",
+        "| CPC v1, `--norm layer` | 10 |  | 20.0 | 60.0 | 30.0 |  | 0 |",
     ]
 
 
