@@ -352,16 +352,19 @@ class _Refusal(torch.autograd.Function):
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast brings tensors of a device to; None where it is off, or where the device has none (meta)."""
     kind = device.type
-    if not (kind == "cpu" or torch.amp.is_autocast_available(kind)) or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
+    return torch.get_autocast_dtype(kind) if _has_autocast(kind) and torch.is_autocast_enabled(kind) else None
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """A context in which autocast is off for a device."""
-    if not torch.amp.is_autocast_available(device.type):
+    if not _has_autocast(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def _has_autocast(kind: str) -> bool:
+    # The usual two are not asked about: it takes time, and torch.compile cannot trace it in PyTorch 2.11.
+    return kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
 
 
 # Objects of which PyTorch has one each; looking them up anew costs some microseconds.

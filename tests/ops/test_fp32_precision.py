@@ -69,7 +69,13 @@ def test_each_switch_alone():
         "torch.backends.cudnn.conv.fp32_precision = 'ieee'": (False, False),
         "torch.backends.cuda.matmul.fp32_precision = 'tf32'": (True, True),
     }
-    assert dict(zip(expected, (ours for ours, _ in answers(*expected)), strict=True)) == expected
+    found = dict(zip(expected, answers(*expected), strict=True))
+    assert {program: ours for program, (ours, _) in found.items()} == expected | {
+        # PyTorch 2.11 does not hand these on to convolutions.
+        program: theirs
+        for program, (_, theirs) in found.items()
+        if program in ("torch.backends.fp32_precision = 'ieee'", "torch.backends.cudnn.fp32_precision = 'ieee'")
+    }
 
 
 def test_every_pair_of_switches():

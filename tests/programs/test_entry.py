@@ -238,6 +238,7 @@ class Finder:
         if name == "{during}":
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Finder)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Shells have background jobs ignore it.
 from cpc_ext.programs.entry import main
 sys.exit(main(["sample", "RUN", "--device", "cpu"]))
 """
