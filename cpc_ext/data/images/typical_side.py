@@ -11,14 +11,15 @@ from typing import IO, Any
 
 from cpc_ext.data.libraries import optional
 
-__all__ = ["typical_side"]
+__all__ = ["HDF5_SUFFIXES", "typical_side"]
 
 # Images, or arrays of them, that are looked at, and of how many files they may be, lest a folder of other files is read
 # through.
 _IMAGES, _FILES = 24, 400
 # Files that are looked at in one folder, so that others have their turn.
 _OF_FOLDER = 8
-_HDF5 = (".h5", ".hdf5", ".hdf", ".he5")
+# How the names of HDF5 files end. They are here as their reader brings PyTorch, too much for reading options.
+HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
 
 
 def typical_side(path: Path) -> int | None:
@@ -48,7 +49,7 @@ def _sides(path: Path) -> list[int]:
     try:
         if suffix in (".npy", ".npz"):
             return [side for shape in _numpy_shapes(path) for side in _of_array(shape)]
-        if suffix in _HDF5:
+        if suffix in HDF5_SUFFIXES:
             return [side for shape in _hdf5_shapes(path) for side in _of_array(shape)]
         from PIL import Image
 

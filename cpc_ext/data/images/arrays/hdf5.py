@@ -11,10 +11,10 @@ import numpy as np
 from cpc_ext.data.images.array_sets import arrays_dataset, named_arrays
 from cpc_ext.data.images.dataset import Dataset
 from cpc_ext.data.images.source_files import source_files
+from cpc_ext.data.images.typical_side import HDF5_SUFFIXES
 from cpc_ext.data.libraries import optional
 
 _WHAT = ("HDF5 file", "HDF5 files")
-_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
 
 
 def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
@@ -26,7 +26,7 @@ def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
     Raises what that does, and ImportError without h5py.
     """
     h5py = optional("h5py", "hdf5", "HDF5 files")
-    source = source_files(data_dir, _WHAT, _SUFFIXES, f"h5py {h5py.__version__}")
+    source = source_files(data_dir, _WHAT, HDF5_SUFFIXES, f"h5py {h5py.__version__}")
     arrays: dict[str, Any] = {}
     with ExitStack() as opened:
         for file in source.files:
