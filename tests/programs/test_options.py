@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import tarfile
+from io import BytesIO
 from typing import get_args
 
 import numpy as np
@@ -407,6 +409,33 @@ def test_few_heads_tell_the_size(tmp_path, monkeypatch):
     assert typical_side(tmp_path) == 40
     assert typical_side(tmp_path / "a" / "1.png") == 20
     assert typical_side(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tgz", "a.parquet", "a.arrow"])
+def test_heads_in_shards_and_tables_tell_the_size(tmp_path, name):
+    encoded = BytesIO()
+    Image.new("RGB", (30, 28)).save(encoded, "PNG")
+    path = tmp_path / name
+    if name.startswith("a.t"):
+        with tarfile.open(path, "w:gz" if name.endswith("tgz") else "w") as archive:
+            for number, content in enumerate((b"7", encoded.getvalue(), b"{}", encoded.getvalue())):
+                member = tarfile.TarInfo(f"{number // 2}.{'cls' if number % 2 == 0 else 'png'}")
+                member.size = len(content)
+                archive.addfile(member, BytesIO(content))
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        table = pyarrow.table({"image": [{"bytes": encoded.getvalue(), "path": None}] * 20, "label": [0] * 20})
+        if name.endswith("parquet"):
+            pytest.importorskip("pyarrow.parquet").write_table(table, path)
+        else:
+            with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+                writer.write_table(table)
+    assert typical_side(path) == typical_side(tmp_path) == 28
+    dataset = "webdataset" if name.startswith("a.t") else "huggingface"
+    arguments = ["--model", "simclr", "--dataset", dataset, "--data-dir"]
+    assert parse([*arguments, str(tmp_path)]).run.simclr == preset("simclr", "folder", side=28).simclr
+    path.write_bytes(path.read_bytes()[:40])
+    assert typical_side(path) is None
 
 
 @pytest.mark.parametrize("name", ["images.npy", "all.npz", "all.h5"])

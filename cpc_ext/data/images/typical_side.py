@@ -1,10 +1,14 @@
-"""How large the user's own images are, from the heads of a few files or arrays: what chooses a run's defaults."""
+"""How large the user's own images are, from the heads of a few of them: what chooses a run's defaults."""
 
 from __future__ import annotations
 
 import os
+import tarfile
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
+from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import IO, Any
@@ -16,8 +20,8 @@ __all__ = ["HDF5_SUFFIXES", "typical_side"]
 # Images, or arrays of them, that are looked at, and of how many files they may be, lest a folder of other files is read
 # through.
 _IMAGES, _FILES = 24, 400
-# Files that are looked at in one folder, so that others have their turn.
-_OF_FOLDER = 8
+# Files that are looked at in one folder, images in one file, and its members, so that others have their turn.
+_OF_FOLDER, _OF_FILE, _MEMBERS = 8, 8, 64
 # How the names of HDF5 files end. They are here as their reader brings PyTorch, too much for reading options.
 HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
 
@@ -51,12 +55,34 @@ def _sides(path: Path) -> list[int]:
             return [side for shape in _numpy_shapes(path) for side in _of_array(shape)]
         if suffix in HDF5_SUFFIXES:
             return [side for shape in _hdf5_shapes(path) for side in _of_array(shape)]
-        from PIL import Image
+        if suffix in (".tar", ".tgz"):
+            return list(islice(_tar_sides(path), _OF_FILE))
+        if suffix in (".arrow", ".parquet"):
+            from cpc_ext.data.images.folders.huggingface import samples_of
 
-        with Image.open(path) as image:
-            return [min(image.size)]
+            images = (sample.image for sample in samples_of(path, path.name))
+            return [_of_image(BytesIO(image)) for image in islice(images, _OF_FILE) if isinstance(image, bytes)]
+        return [_of_image(path)]
     except Exception:  # Damaged heads make readers raise nearly anything; whoever loads the file says what is wrong.
         return []
+
+
+def _of_image(file: Path | IO[bytes]) -> int:
+    from PIL import Image
+
+    with Image.open(file) as image:
+        side: int = min(image.size)
+        return side
+
+
+def _tar_sides(path: Path) -> Iterator[int]:
+    """The shorter sides of the images among an archive's first members."""
+    with tarfile.open(path) as archive:
+        for member in islice(archive, _MEMBERS):
+            content = archive.extractfile(member) if member.isreg() else None
+            if content is not None:
+                with suppress(Exception):  # As much as may be wrong with a file; what is no image is among them.
+                    yield _of_image(content)
 
 
 def _of_array(shape: tuple[int, ...]) -> list[int]:

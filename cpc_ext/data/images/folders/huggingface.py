@@ -116,17 +116,21 @@ class _Columns(NamedTuple):
 
 def _samples(root: Path, files: Iterable[TreeFile]) -> Iterator[Sample]:
     for file in files:
-        path = root / file.path
-        columns = _columns(_schema(path), path)
-        number = 0
-        for batch in _batches(path, columns):
-            images = batch.column(columns.image).to_pylist()
-            labels: list[Label] = [None] * len(images)
-            if columns.label is not None:
-                labels = batch.column(columns.label).to_pylist()
-            for image, label in zip(images, labels, strict=True):
-                yield Sample(_content(image, path), None if label == -1 else label, f"{file.path}[{number}]")
-                number += 1
+        yield from samples_of(root / file.path, file.path)
+
+
+def samples_of(path: Path, name: str) -> Iterator[Sample]:
+    """The rows of a file, which is called so. ValueError where it is damaged, or none of its columns is of images."""
+    columns = _columns(_schema(path), path)
+    number = 0
+    for batch in _batches(path, columns):
+        images = batch.column(columns.image).to_pylist()
+        labels: list[Label] = [None] * len(images)
+        if columns.label is not None:
+            labels = batch.column(columns.label).to_pylist()
+        for image, label in zip(images, labels, strict=True):
+            yield Sample(_content(image, path), None if label == -1 else label, f"{name}[{number}]")
+            number += 1
 
 
 def _content(image: Any, path: Path) -> object:
