@@ -33,7 +33,9 @@ def preset(
     KeyError for a model, a data set or a recipe that does not exist; the config's own error for data of another medium.
     """
     entry = preset_entry(model, dataset, recipe, side=side)
-    data = {"dataset": dataset, **({} if origin(dataset).own_size else entry.get("data", {}))}
+    # Images that have a size of their own keep it, unless they are smaller than what is to be cut out of them.
+    kept = origin(dataset).own_size and (side is None or side >= entry.get("view", {}).get("crop", 0))
+    data = {"dataset": dataset, **({} if kept else entry.get("data", {}))}
     compute = {"device": default_device(), "precision": default_precision(device or default_device())}
     return validate_config({"model": model, **entry, "data": data, "compute": compute})
 

@@ -438,6 +438,26 @@ def test_heads_in_shards_and_tables_tell_the_size(tmp_path, name):
     assert typical_side(path) is None
 
 
+@pytest.mark.parametrize(
+    ("model", "side", "image_size"),
+    [
+        ("cpc-v1", 28, 32),
+        ("cpc-v2", 28, 32),
+        ("greedy-infomax", 31, 32),
+        ("cpc-v1", 32, None),
+        ("cpc-v1", 48, None),
+        ("cpc-v2", 96, 300),
+        ("simclr", 28, None),
+        ("pixelcnn", 28, None),
+    ],
+)
+def test_arrays_are_enlarged_where_views_would_not_fit(tmp_path, model, side, image_size):
+    np.save(tmp_path / "images.npy", np.zeros((4, side, side), np.uint8))
+    arguments = ["--model", model, "--dataset", "npy", "--data-dir", str(tmp_path)]
+    assert parse(arguments).run.data.image_size == image_size
+    assert parse([*arguments, "--image-size", "64"]).run.data.image_size == 64
+
+
 @pytest.mark.parametrize("name", ["images.npy", "all.npz", "all.h5"])
 def test_heads_of_arrays_tell_the_size(tmp_path, name):
     images, labels = np.zeros((5, 28, 30, 3), np.uint8), np.zeros(5, np.int64)
