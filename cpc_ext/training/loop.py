@@ -76,7 +76,7 @@ class Trainer:
                 world_size=ranks.share.world_size,
             )
         except ValueError as error:
-            raise TrainingError(f"--batch-size: {error}") from None
+            raise TrainingError(f"--batch-size: {str(error).removeprefix('batch_size: ')}") from None
         self._data = data_record(task.examples)
         self._streams = RandomStreams(config.compute.seed, device, ranks.share)
         if ranks.share.world_size > 1:

@@ -136,7 +136,7 @@ def test_a_dead_process_ends_the_others_and_the_run_goes_on_with_another_number(
 def test_batch_that_processes_cannot_share(tiny_dataset, tmp_path):
     config = parse(["--batch-size", "5", "--crop", "28", "--device", "cpu", "--precision", "fp32"]).run
     task = CPCv1Task(config, tiny_dataset, torch.device("cpu"))
-    with pytest.raises(TrainingError, match="--batch-size: batch_size: expected a multiple of the 2 processes, got 5"):
+    with pytest.raises(TrainingError, match="--batch-size: expected a multiple of the 2 processes, got 5"):
         Trainer(task, config, RunDir(tmp_path), Ranks(torch.device("cpu"), rank=1, world_size=2))
 
 
