@@ -130,7 +130,7 @@ def main(arguments: argparse.Namespace) -> None:
     print(table(results))
     if path is not None:
         named = [result | {"title": title(result)} for result in results if "error" not in result]
-        named.sort(key=lambda result: list(ENTRANTS).index(result["method"]))
+        named.sort(key=lambda result: (list(ENTRANTS).index(result["method"]), result.get("options", "")))
         draw_accuracy(named, path.with_suffix(".png"))
         print(f"written: {path}")
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["draw_accuracy", "draw_kernels", "draw_training"]
+__all__ = ["draw_accuracy", "draw_failures", "draw_kernels", "draw_training"]
 
 DPI = 130
 # Colour-blind safe; alternatives beyond these start over.
@@ -133,34 +135,43 @@ def draw_training(document: dict[str, Any], path: Path) -> None:
 def draw_accuracy(results: Sequence[dict[str, Any]], path: Path) -> None:
     """What nearest neighbours told on the way, a panel for each time that was given; as lines, what took no time.
 
-    results: of ``accuracy.py``, in the order of the legend; runs of one "title" have a line each, in one colour.
+    results: of ``accuracy.py``, in the order of the legend. A method has a colour, runs of one "title" a style.
     """
     minutes = sorted({result["minutes"] for result in results if result.get("curve")})
-    figure = _figure("nearest neighbours of frozen features, one core", path, width=5.5 * len(minutes), height=4.5)
+    figure = _figure("nearest neighbours of frozen features, one core", path, width=5.5 * len(minutes), height=5)
     if figure is None or not minutes:
         return
-    titles = dict.fromkeys(result["title"] for result in results)
-    colors = {title: (*COLORS, "#56b4e9", "#e69f00", GRAY)[place % 8] for place, title in enumerate(titles)}
+    titles: dict[str, list[str]] = {}
+    for result in results:
+        of_method = titles.setdefault(result["method"], [])
+        if result["title"] not in of_method:
+            of_method.append(result["title"])
+    colors = dict(zip(titles, itertools.cycle((*COLORS, "#56b4e9", "#e69f00", GRAY)), strict=False))
+
+    def look(result: dict[str, Any]) -> dict[str, Any]:
+        place = titles[result["method"]].index(result["title"])
+        style = ("-", ":", "-.", (0, (5, 1)))[place % 4] if result.get("curve") else "--"
+        return {"color": colors[result["method"]], "linestyle": style}
+
     for axes, given in zip(figure.subplots(1, len(minutes), sharey=True, squeeze=False)[0], minutes, strict=True):
         for result in results:
-            color = colors[result["title"]]
             if result["minutes"] == given and result.get("curve"):
                 x, y = zip(*result["curve"], strict=True)
-                axes.plot(x, [100 * value for value in y], color=color, marker="o", markersize=3, linewidth=1.5)
+                axes.plot(x, [100 * value for value in y], **look(result), marker="o", markersize=3, linewidth=1.5)
             elif not result["minutes"]:
-                axes.axhline(100 * result["knn"], color=color, linestyle="--", linewidth=1)
+                axes.axhline(100 * result["knn"], **look(result), linewidth=1)
         axes.set_xlabel("minutes of training")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("images told rightly, %")
     from matplotlib.lines import Line2D
 
-    timed = {result["title"] for result in results if result.get("curve")}
+    looks = {result["title"]: look(result) for result in results}
     handles = [
-        Line2D([], [], color=color, linestyle="-" if title in timed else "--", label=title)
-        for title, color in colors.items()
+        Line2D([], [], **drawn, label=textwrap.fill(title, 40, break_on_hyphens=False))
+        for title, drawn in looks.items()
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 3), frameon=False, fontsize=9)
     _save(figure, path)
 
 
