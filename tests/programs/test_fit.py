@@ -130,9 +130,9 @@ def test_images_are_brought_to_the_size_that_the_options_ask_for(home, monkeypat
     fit(dataset=IMAGES)
     fit("simclr", IMAGES, image_size=24)
     for model, side in (("cpc-v1", 100), ("cpc-v2", 100), ("pixelcnn", 100), ("cpc-v2", 40)):
-        # The last three have a size for images of the user's own.
+        # The last three have a size for images of the user's own, and views of the second would not fit otherwise.
         fit(model, [np.zeros((side + n, side + 10, 3), np.uint8) for n in range(4)])
-    assert [command.run.data.image_size for command in commands] == [None, 24, None, None, None, None]
+    assert [command.run.data.image_size for command in commands] == [None, 24, None, 300, None, None]
     sizes = [np.load(command.run.data.data_dir / "train_images.npy").shape[-1] for command in commands]
     assert sizes == [32, 24, 96, 300, 32, 32]
     assert commands[0].run.model == "cpc-v1"
