@@ -411,6 +411,16 @@ def test_few_heads_tell_the_size(tmp_path, monkeypatch):
     assert typical_side(tmp_path / "nowhere") is None
 
 
+def tells_that_images_have_28_pixels(path, dataset):
+    """A file and its folder choose the defaults of such images, and where it is cut off those of any."""
+    assert typical_side(path) == typical_side(path.parent) == 28
+    arguments = ["--model", "simclr", "--dataset", dataset, "--data-dir"]
+    assert parse([*arguments, str(path.parent)]).run.simclr == preset("simclr", "folder", side=28).simclr
+    path.write_bytes(path.read_bytes()[:40])
+    assert typical_side(path) is None
+    assert parse([*arguments, str(path)]).run.simclr == preset("simclr", "folder").simclr
+
+
 @pytest.mark.parametrize("name", ["a.tar", "a.tgz", "a.parquet", "a.arrow"])
 def test_heads_in_shards_and_tables_tell_the_size(tmp_path, name):
     encoded = BytesIO()
@@ -430,12 +440,7 @@ def test_heads_in_shards_and_tables_tell_the_size(tmp_path, name):
         else:
             with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
                 writer.write_table(table)
-    assert typical_side(path) == typical_side(tmp_path) == 28
-    dataset = "webdataset" if name.startswith("a.t") else "huggingface"
-    arguments = ["--model", "simclr", "--dataset", dataset, "--data-dir"]
-    assert parse([*arguments, str(tmp_path)]).run.simclr == preset("simclr", "folder", side=28).simclr
-    path.write_bytes(path.read_bytes()[:40])
-    assert typical_side(path) is None
+    tells_that_images_have_28_pixels(path, "webdataset" if name.startswith("a.t") else "huggingface")
 
 
 @pytest.mark.parametrize(
@@ -470,10 +475,4 @@ def test_heads_of_arrays_tell_the_size(tmp_path, name):
         with pytest.importorskip("h5py").File(path, "w") as file:
             file.create_dataset("train/images", data=images, chunks=(1, 28, 30, 3))
             file.create_dataset("train/labels", data=labels)
-    assert typical_side(path) == typical_side(tmp_path) == 28
-    dataset = "hdf5" if name.endswith("h5") else "npy"
-    arguments = ["--model", "simclr", "--dataset", dataset, "--data-dir"]
-    assert parse([*arguments, str(tmp_path)]).run.simclr == preset("simclr", "folder", side=28).simclr
-    path.write_bytes(path.read_bytes()[:40])
-    assert typical_side(path) is None
-    assert parse([*arguments, str(path)]).run.simclr == preset("simclr", "folder").simclr
+    tells_that_images_have_28_pixels(path, "hdf5" if name.endswith("h5") else "npy")
