@@ -124,8 +124,11 @@ def two_view_presets(section: str, optimization: Mapping[str, Any] | None = None
         section: {"encoder": "resnet18", "norm": "batch", "view_size": 96, **options},
         "optimization": rest,
     }
-    # Small images bear no blur.
-    small: Preset = {section: {**large[section], "view_size": 32, "blur_kernel": 0}, "optimization": rest}
+    # The same photographs as below for hours of a GPU; its first minutes are in docs/h200.md.
+    small: Preset = {
+        section: {**SMALL_VIEWS, "encoder": "resnet18", **options},
+        "optimization": {**rest, "lr": 1.5e-3, "warmup_steps": 50, **(optimization or {})},
+    }
     return {
         # About the computing time of CPC on the same images.
         "textures": {

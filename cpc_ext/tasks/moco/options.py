@@ -36,7 +36,9 @@ class MoCoConfig(TwoViewConfig):
 
 CONFIG = MoCoConfig
 # Version 2's temperature, and of its optimization what does not depend on the size of the data.
-_PUBLISHED = two_view_presets("moco", {"optimizer": "sgd", "lr": 0.03, "final_lr": 0.0}, temperature=0.2)
+_PUBLISHED = two_view_presets(
+    "moco", {"optimizer": "sgd", "lr": 0.03, "final_lr": 0.0}, temperature=0.2, head_norm=False
+)
 # A run of 850 updates: its keys get old sooner, and are fewer.
 _SHORT = two_view_presets("moco", temperature=0.2, queue_size=1024, key_momentum=0.99)
 _SMALL = two_view_presets("moco", temperature=0.2, queue_size=4096, key_momentum=0.99)
