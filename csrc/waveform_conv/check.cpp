@@ -9,7 +9,9 @@ namespace cpc::waveform_conv {
 void check(const Problem& problem, Where) {
   require(problem.waveforms.dtype != DType::f64, "waveforms must not be float64");
   require(problem.stride >= 1, "stride must be at least 1, got " + std::to_string(problem.stride));
-  require(problem.padding >= 0, "padding must be at least 0, got " + std::to_string(problem.padding));
+  constexpr int64_t kMostSamples = int64_t{1} << 48;  // As of a tensor: sums of such numbers stay within 64 bits.
+  require(problem.padding >= 0 && problem.padding <= kMostSamples,
+          "padding must be in 0.." + std::to_string(kMostSamples) + ", got " + std::to_string(problem.padding));
   require((problem.scale.ndim == 0) == (problem.shift.ndim == 0), "scale and shift must be given together");
   require(!problem.normalised() || problem.channels() > 1, "normalisation needs at least 2 channels");
   const int64_t padded = problem.samples() + 2 * problem.padding;

@@ -27,7 +27,7 @@ constexpr int64_t kParts = 32;
 // Nanoseconds that a value of the output takes.
 constexpr double kNanoseconds = 1, kGradNanoseconds = 2;
 
-inline R relu(R x) { return x > 0 ? x : R{}; }
+inline R relu(R x) { return x < 0 ? R{} : x; }  // NaN stays.
 
 inline float total(R values) {
   float sum = 0;
@@ -163,8 +163,10 @@ class Rows {
   float* row(int64_t panel, int64_t f) { return rows_ + (panel * kFrames + f) * kColumns; }
 
  private:
+  // No more than the waveform has with its padding, whatever the stride to a frame that there is not.
   static int64_t sample_count(const Problem& p) {
-    return divide_up((kFrames - 1) * p.stride + p.taps(), kWidth) * kWidth;
+    const int64_t frames = std::clamp<int64_t>(p.frames(), 1, kFrames);
+    return divide_up((frames - 1) * p.stride + p.taps(), kWidth) * kWidth;
   }
 
   const Layer& layer_;
@@ -218,7 +220,7 @@ inline void differentiate(Rows& rows, const Layer& layer, const Sums& sums, floa
   if (!layer.normalised) {
     return rows.each_register(f, [&](float* at, int64_t c) {
       R g = load_register(grad + c);
-      if (layer.relus) g = load_register(at) > 0 ? g : R{};
+      if (layer.relus) g = load_register(at) <= 0 ? R{} : g;
       Sums::add(sums.bias + c, g);
       store_register(at, g);
     });
@@ -228,7 +230,7 @@ inline void differentiate(Rows& rows, const Layer& layer, const Sums& sums, floa
   rows.each_register(f, [&](float* at, int64_t c) {
     const R value = load_register(at), scale = load_register(layer.scale() + c);
     R g = load_register(grad + c);
-    if (layer.relus) g = value * scale + load_register(layer.shift() + c) > 0 ? g : R{};
+    if (layer.relus) g = value * scale + load_register(layer.shift() + c) <= 0 ? R{} : g;
     Sums::add(sums.scale + c, g * value);
     Sums::add(sums.shift + c, g);
     g *= scale;

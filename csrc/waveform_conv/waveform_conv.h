@@ -5,8 +5,8 @@
 //
 // where what lies outside of a waveform is zero. With scale and shift, a is then normalised by its mean and unbiased
 // variance over the C channels of frame t, as channel norm has it: (a - mean) / sqrt(variance + eps) * scale[c] +
-// shift[c]. With relu, what is below zero becomes zero. The gradient of that, in all but the waveforms, computes a anew
-// from the waveform, which takes less time than to read what would have to be kept.
+// shift[c]. With relu, what is below zero becomes zero, and NaN stays. The gradient of that, in all but the waveforms,
+// computes a anew from the waveform, which takes less time than to read what would have to be kept.
 //
 // Sums are in float and in a fixed order, whatever the number of threads.
 #pragma once

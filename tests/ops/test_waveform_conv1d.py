@@ -101,6 +101,39 @@ def test_strided_arguments_and_gradients():
     assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_shows(bad, norm):
+    """A ReLU would hide it, and a run that has diverged would go on with a loss that is finite."""
+    waveforms, *parameters = (None if one is None else one.float() for one in problem(2, 7, 333, 10, norm=norm))
+    waveforms[1, 0, 100] = bad
+    options = {"stride": 5, "padding": 2, "relu": True}
+
+    def ours(waveforms, weight, bias, scale, shift):
+        return waveform_conv1d(waveforms, weight, bias, scale=scale, shift=shift, **options)
+
+    def reference(waveforms, *parameters):
+        return plain(waveforms, *parameters, **options)
+
+    grad = draw(*ours(waveforms, *parameters).shape, seed=5)
+    made = with_gradients(ours, waveforms, parameters, grad)
+    assert made[0].isfinite().logical_not().any((1, 2)).tolist() == [False, True]
+    for one, other in zip(made, with_gradients(reference, waveforms, parameters, grad), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("stride", [2**15, 2**30, 2**60, 2**63 - 1])
+def test_a_stride_beyond_the_waveform_leaves_one_frame(stride):
+    waveforms, weight, bias, *_ = (one.float() for one in problem(2, 7, 333, 10))
+    results = []
+    for given in (stride, 333):
+        leaf = weight.clone().requires_grad_()
+        made = waveform_conv1d(waveforms, leaf, bias, stride=given)
+        results.append((made, *torch.autograd.grad(made.sum(), leaf)))
+    assert results[0][0].shape == (2, 7, 1)
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 def test_the_same_bits_on_any_number_of_threads(threads):
     waveforms, *parameters = (one.float() for one in problem(3, 64, 8000, 10))
@@ -194,6 +227,7 @@ def test_compiles():
         ({"stride": 0}, ValueError, "stride must be at least 1"),
         ({"stride": 1.5}, TypeError, "stride must be an integer"),
         ({"padding": -1}, ValueError, "padding must be at least 0"),
+        ({"padding": 2**62, "stride": 2**62}, ValueError, "padding must be in 0..281474976710656"),
     ],
 )
 def test_wrong_arguments(change, error, words):
