@@ -281,7 +281,7 @@ def _kernel(op: _Convolution) -> Tensor:
 
 def _backward_reference(op: _Gradient) -> _GradientResults:
     needs_input, needs_weight, needs_bias = op.needs
-    grad = op.grad if op.output is None else op.grad * (op.output > 0)
+    grad = op.grad if op.output is None else _through_relu(op.grad, op.output)
     grad_input = grad_weight = grad  # Where neither is needed, both are absent below.
     if needs_input or needs_weight:
         with torch.enable_grad():
@@ -299,10 +299,15 @@ def _backward_reference(op: _Gradient) -> _GradientResults:
     )
 
 
+def _through_relu(grad: Tensor, values: Tensor) -> Tensor:
+    """The gradient in a ReLU's result → that in its argument. ``values``: of either; where NaN, the gradient passes."""
+    return grad.masked_fill(values <= 0, 0)
+
+
 def _finished(grad_input: Tensor, through: Tensor | None, passed: Tensor | None) -> Tensor:
     """The gradient in what a ReLU of ``through`` gave → that in the input, with what came past the convolution."""
     if through is not None:
-        grad_input = grad_input * (through > 0)
+        grad_input = _through_relu(grad_input, through)
     return grad_input if passed is None else grad_input + passed
 
 
@@ -361,7 +366,7 @@ def _backward(ctx: Any, kept: Sequence[Any], grad: Tensor, passed: Tensor | None
     if torch.is_grad_enabled():
         with without_autocast(input.device):
             if output is not None:
-                grad = grad * (output > 0)
+                grad = _through_relu(grad, output)
             activated = torch.relu(input) if ctx.relu_input else input
             of_input, of_weight = _gradients(grad, activated, weight, ctx.geometry, needs_input, needs_weight)
             if of_input is not None:

@@ -7,9 +7,9 @@
 // zero outside the input, where r is max(., 0) with relu_input and else nothing; output[o] = max(a[o], 0) where relu, or
 // a[o].
 //
-// Gradients are those of grad, in a, where the output is positive if relu. That in the input is zero where relu_input
-// and the input is not positive; `passed` is added to it. Sums of gradients are in a fixed order, the same for any
-// number of threads.
+// Gradients are those of grad, in a, zero where the output is 0 or less if relu. That in the input is zero where
+// relu_input and the input is 0 or less; `passed` is added to it. Sums of gradients are in a fixed order, the same for
+// any number of threads.
 #pragma once
 
 #include "core/fields.h"

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kActivationThreads, 2)
         load_run(output, a.saved + row * outputs + column, 1, count);
 #pragma unroll
         for (int k = 0; k < kValues; ++k)
-          if (!(output[k] > 0)) features[k] = 0;
+          if (output[k] <= 0) features[k] = 0;
       } else if (gated) {
         Sum feature[kValues] = {}, gate[kValues] = {};
         load_run(feature, a.saved + row * outputs + column, 1, count);

@@ -484,7 +484,7 @@ class Convolver {
       for (int v = 0; v < Vectors; ++v) {
         const int64_t at = channel + v * kLaneColumns<E>;
         R sum = tile.sums[r][v];
-        if (beside.positive) sum = load_widened<S>(beside.positive + at) > S{0} ? sum : R{};
+        if (beside.positive) sum = load_widened<S>(beside.positive + at) <= S{0} ? R{} : sum;
         if (beside.condition) sum += load_widened<S>(beside.condition + at);
         if (relu) sum = sum < S{0} ? R{} : sum;  // NaN stays.
         store_narrowed<S>(beside.output + at, sum);
@@ -535,7 +535,7 @@ class Convolver {
     if (positive.ndim != 0) {
       read(positive);
       each_register(columns, [&](int64_t i) {
-        store_register(sums + i, load_register(buffers.beside + i) > S{0} ? load_register(sums + i) : R{});
+        store_register(sums + i, load_register(buffers.beside + i) <= S{0} ? R{} : load_register(sums + i));
       });
     }
     if (condition.ndim != 0) {
@@ -615,7 +615,7 @@ void activation_grad_as(const ActivationGrad& problem) {
       if (problem.activation == Activation::relu) {
         read(saved, problem.saved, at * n);
         each([&](int64_t i) {
-          store_register(result + i, load_register(saved + i) > S{0} ? load_register(in + i) : R{});
+          store_register(result + i, load_register(saved + i) <= S{0} ? R{} : load_register(in + i));
         });
         a = result;
       } else if (problem.activation == Activation::gated) {

@@ -14,7 +14,8 @@
 //
 // Gradients. In the input: the same convolution with the weight transposed and dy, dx negated. In the weight: for each
 // tap the product of shifted input and output gradient, times the mask, zero for taps not in `taps`. All sums are in
-// float, in double where the tensors are; in a fixed order, the same for any number of threads.
+// float, in double where the tensors are; in a fixed order, the same for any number of threads. A ReLU keeps NaN, and
+// its derivative there is 1, as in PyTorch.
 //
 // Who owns memory: the caller, all of it. Kernels allocate only bounded scratch memory.
 #pragma once
@@ -61,7 +62,7 @@ struct Convolution {
   TensorView bias;           // [N] of the input's type, dense, or absent.
   TensorView condition;      // [B, N, H, W] of the input's type, any strides, 0 among them; or absent.
   TensorView position;       // [2] i64, dense: row and column of the only pixel to compute. Absent: all of them.
-  TensorView positive;       // CPU only: like condition. Results are zero where it is not positive: the derivative of a
+  TensorView positive;       // CPU only: like condition. Results are zero where it is 0 or less: the derivative of a
                              // ReLU, where they are gradients in what came out of it. Or absent.
   TensorView output;         // [B, N or N / 2, H', W'] of the input's type: channel stride 1, else any strides. H' and
                              // W' are H and W but on the CPU.

@@ -179,6 +179,25 @@ def test_nan_reaches_only_what_sees_it():
         assert output.isnan().any(1).equal(seen) or (dtype == torch.float32 and output.isnan().any(1)[~seen].sum() <= 6)
 
 
+@pytest.mark.parametrize("channels", [16, 17, 32])
+@pytest.mark.parametrize("relus", [{"activation": "relu"}, {"relu_input": True}])
+def test_gradients_pass_a_relu_where_it_keeps_nan(relus, channels):
+    """As PyTorch's: what is no number must not look like a gradient of zero."""
+    case = Case(3, channels, channels, (6, 7), **relus)
+    tensors = case.tensors(torch.float64)
+    tensors["input"][1, 5, 2, 4] = float("nan")
+    upstream = torch.randn(3, channels, 6, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    if case.activation is not None:  # What does not pass may be anything.
+        upstream[conv2d_reference(**tensors, **case.options) <= 0] = float("inf")
+    expected = results(conv2d_reference, tensors, upstream, **case.options)
+    for one, other in zip(results(conv2d, tensors, upstream, **case.options), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10, equal_nan=True)
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors.values()]
+    twice = torch.autograd.grad(conv2d(*leaves, **case.options), leaves, upstream, create_graph=True)
+    for one, other in zip(twice, expected[1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10, equal_nan=True)
+
+
 def test_channels_are_innermost():
     tensors = Case(3, 4, 8, (5, 4), stride=2, layout="nchw").tensors(torch.float32)
     output = conv2d(**tensors, stride=2, padding=1)

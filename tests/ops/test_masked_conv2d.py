@@ -310,6 +310,22 @@ def test_nan_reaches_only_what_sees_it(device, batch, channels, width):
     assert output[~sees.expand_as(output)].equal(clean.cpu()[~sees.expand_as(output)])
 
 
+def test_gradients_pass_a_relu_where_it_keeps_nan(device):
+    """As PyTorch's: what is no number must not look like a gradient of zero."""
+    case = Case(2, 3, 5, (4, 5), activation="relu")
+    input, weight, bias, _ = case.tensors(torch.float64)
+    input[0, 1, 2, 3] = torch.nan
+    mask = torch.ones_like(case.mask_tensor())  # Behind a hidden tap the reference has 0 times NaN.
+    grad = torch.ones(2, 5, 4, 5, dtype=torch.float64)
+    gradients = []
+    for function, place in ((masked_conv2d, device), (masked_conv2d_reference, torch.device("cpu"))):
+        placed = [tensor.to(place, copy=True).requires_grad_() for tensor in (input, weight, bias)]
+        result = function(*placed, mask=mask.to(place), activation="relu")
+        gradients.append(torch.autograd.grad(result, placed, grad.to(place)))
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual.cpu(), expected, rtol=1e-10, atol=1e-10, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.channels}-{case.out_channels}-{case.mask}")
 def test_a_pixel_alone_is_the_same(device, dtype, case):
