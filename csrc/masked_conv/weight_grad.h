@@ -262,8 +262,6 @@ class WeightGradient {
     std::vector<std::vector<Share>> shares(kh * kw);  // By tap.
     for (int64_t t = 0; t < terms(); ++t)
       for (const Term::Part& part : terms_[t].weight) shares[part.index].push_back({t, part.factor});
-    const int64_t mask_out = mask.ndim == 4 ? mask.strides[0] : 0, mask_in = mask.ndim == 4 ? mask.strides[1] : 0;
-    const int64_t mask_y = mask.strides[mask.ndim - 2], mask_x = mask.strides[mask.ndim - 1];
     const int64_t parts = divide_up(channels, kWritten);
     const auto write_part = [&](int64_t task, int) {
       const int64_t p = task / parts, first = task % parts * kWritten, end = std::min(channels, first + kWritten);
@@ -289,9 +287,9 @@ class WeightGradient {
             for (int64_t c = first; c < end; ++c) to[c * out.strides[1]] = narrow<Storage>(total[c - first]);
           }
           if (mask.ndim != 4 || shares[index].empty()) continue;  // The tap is visible to all channels, or to none.
-          const bool* const visible = mask.as<bool>() + o * mask_out + i * mask_y + j * mask_x;
+          const bool* const visible = mask.as<bool>() + o * mask.strides[0] + i * mask.strides[2] + j * mask.strides[3];
           for (int64_t c = first; c < end; ++c)
-            if (!visible[c * mask_in]) to[c * out.strides[1]] = Storage{};
+            if (!visible[c * mask.strides[1]]) to[c * out.strides[1]] = Storage{};
         }
     };
     parallel_for(panels_.count() * parts, write_part,
