@@ -92,7 +92,7 @@ inline Register<float> tanh(Register<float> x) {
   return size < 0.625f ? x + x * z * p : x < 0.f ? -large : large;
 }
 
-// The natural logarithm of positive normal numbers; NaN of NaN.
+// The natural logarithm of positive normal numbers and infinity; NaN of NaN.
 inline Register<float> log(Register<float> x) {
   using R = Register<float>;
   // x = m * 2^n with m between the square roots of 1/2 and 2.
@@ -103,7 +103,7 @@ inline Register<float> log(Register<float> x) {
   const R s = f / (2.f + f), z = s * s, w = z * z, half_square = 0.5f * f * f;
   const R r = w * (0.40000972152f + w * 0.24279078841f) + z * (0.66666662693f + w * 0.28498786688f);
   const R result = s * (half_square + r) + n * 9.0580006145e-6f - half_square + f + n * 0.69313812256f;
-  return x == x ? result : x;
+  return x < INFINITY ? result : x;
 }
 
 template <class Function>

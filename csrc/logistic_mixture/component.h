@@ -8,7 +8,7 @@
 // mass is kept as e^exponent times such quotients: no logarithm is needed before the sum over the components.
 #pragma once
 
-#include <cmath>
+#include <limits>
 
 #include "logistic_mixture/logistic_mixture.h"
 
@@ -114,11 +114,12 @@ struct Mass {
   }
 };
 
-// log(sum of e^exponent * factor) as peak + log(total), one term after another.
+// log(sum of e^exponent * factor) as peak + log(total), one term after another. Exponents of -inf are nothing, also the
+// first, as the peak is finite.
 template <class Math>
 struct LogSum {
   using Real = typename Math::Real;
-  Real peak = Real{} - INFINITY, total = Real{};
+  Real peak = Real{} - std::numeric_limits<float>::max(), total = Real{};
 
   CPC_HOST_DEVICE void add(Real exponent, Real factor) {
     const Real above = exponent - peak, e = Math::exp_below_zero(-Math::abs(above));

@@ -155,6 +155,25 @@ def test_parameters_that_are_no_numbers_show(device):
     assert nll.isnan().tolist() == [False, True]
 
 
+@pytest.mark.parametrize("gone", [[0], [2], [0, 1], [1, 2]], ids=str)
+def test_components_of_no_weight_are_absent(device, gone):
+    """Logits of -inf, also the first."""
+    images, params = make_images(), make_params(components=3)
+    params[:, gone] = -torch.inf
+    nll, gradient = run(images.to(device), params.to(device), torch.ones(2, device=device))
+    exact_nll, exact_gradient = reference(images, params, torch.ones(2))
+    assert exact_nll.isfinite().all()
+    torch.testing.assert_close(nll, exact_nll, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient.cpu().double(), exact_gradient, rtol=1e-3, atol=1e-3)
+
+
+def test_components_that_are_all_too_far_away_are_not_finite(device):
+    images, params = make_images(1), make_params(1)
+    params[1, 4:8, 2, 3] = torch.inf  # The means at a pixel.
+    nll = logistic_mixture_nll(images.to(device), params.to(device))
+    assert nll.isfinite().tolist() == [True, False]
+
+
 def test_log_scales_are_cut_off_at_minus_seven(device):
     images, params = one_channel(128, log_scales=(-7.0,))
     below = params.clone()
