@@ -688,7 +688,8 @@ class AllKeys {
     const int64_t pitch = panels_ * kColumns;
     for (int64_t c = 0; c < rows.columns(panel); c += kLane) {
       const int64_t at = panel * kColumns + c;
-      R largest = R{} - kLargest<S>, sum = {}, moment = {}, reached_by = {};
+      R largest = R{} - kLargest<S>, sum = {}, moment = {};
+      int64_t reached_by[kLane] = {};  // There may be more keys than a float counts.
       const auto each_part = [&](const auto& use) {
         if (problem_.self_contrast) use(b.columns, rows.first + at);
         for (int64_t block = first_block(rows); block < blocks_; ++block) use(b.stats, block * pitch + at);
@@ -701,7 +702,7 @@ class AllKeys {
         const R share = exp(load_register(part.maxima + i) - largest);
         sum += load_register(part.sums + i) * share;
         moment += load_register(part.moments + i) * share;
-        reached_by += load_register(part.counts + i);
+        for (int64_t lane = 0; lane < kLane; ++lane) reached_by[lane] += static_cast<int64_t>(part.counts[i + lane]);
       });
       R factors = {};  // From powers relative to the largest of all blocks to weights.
       for (int64_t i = 0; i < kLane && at + i < rows.count; ++i)
@@ -718,14 +719,14 @@ class AllKeys {
   }
 
   // The factor between a row's powers and its weights.
-  S finish_row(const Call& call, const Rows& rows, int64_t row, const Rivals<S>& rivals, S reached_by) const {
+  S finish_row(const Call& call, const Rows& rows, int64_t row, const Rivals<S>& rivals, int64_t reached_by) const {
     const Buffers& b = call.buffers;
     const int64_t i = index(call, rows, row), kept = kept_row(rows, row);
     const PositivesOfRow<S> own = positives(call, rows, row);
     const Outcome<S, PositivesOfRow<S>> outcome{problem_.measure, rivals, own};
     if (problem_.losses.ndim != 0) {
       problem_.losses.template as<S>()[i] = outcome.loss();
-      problem_.ranks.template as<int64_t>()[i] = static_cast<int64_t>(reached_by);
+      problem_.ranks.template as<int64_t>()[i] = reached_by;
     }
     if (problem_.slopes.ndim != 0) problem_.slopes.template as<S>()[i] = outcome.slope();
     if (problem_.bests.ndim != 0) problem_.bests.template as<S>()[i] = outcome.best();
@@ -769,7 +770,8 @@ class AllKeys {
       store_register(b.factors + at, share * factors);
       const R mass = load_register(b.stats.sums + at) * share;
       char needed = 0;
-      for (int64_t i = 0; i < std::min(kLane, count); ++i) needed |= !(mass[i] <= small[i]) && factors[i] != 0;
+      for (int64_t i = 0; i < std::min(kLane, count); ++i)
+        needed |= factors[i] != factors[i] || (!(mass[i] <= small[i]) && factors[i] != 0);
       char& of_panel = b.needed[block * panels_ + panel];
       of_panel = c == 0 ? needed : of_panel | needed;
     }

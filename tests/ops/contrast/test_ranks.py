@@ -87,6 +87,13 @@ def test_exact_scores_have_exact_ranks(device, samples):
     assert torch.equal(problem.run(device).rank.cpu(), by_hand.most)
 
 
+def test_more_keys_than_a_float_counts():
+    """Each of them ties with the positive."""
+    count = 2**24 + 51
+    result = info_nce(torch.ones(2, 1), torch.ones(count, 1))
+    assert result.rank.tolist() == [count - 1] * 2
+
+
 def test_ranks_are_of_the_best_positive(device):
     queries, keys = torch.ones(1, 1, device=device), torch.tensor([[1.0], [5], [3], [4], [2]], device=device)
 
