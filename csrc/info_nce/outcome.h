@@ -1,7 +1,8 @@
 // What the scores of a row come to: the arithmetic that the CPU and CUDA kernels share.
 //
 // Powers of e are taken relative to the largest of the rivals' scores, which is kept finite: infinite scores then have
-// infinite sums, and only such have sums that are not numbers. A row of weight 0 has no gradients, whatever its scores.
+// infinite sums, and only such have sums that are not numbers. Gradients of such rows are NaN. A row of weight 0 has none,
+// whatever its scores.
 #pragma once
 
 #include <cmath>
@@ -102,7 +103,7 @@ class Outcome {
       return static_cast<Real>(sum);
     }
     if (powers_ == 0) return 0;
-    const double share = std::exp(rivals_.largest - top_) / powers_;
+    const double share = share_of_rivals();
     // Differences of dots, lest large ones leave nothing of a small slope.
     if (count_ == 1) return static_cast<Real>((rivals_.moment - rivals_.sum * dots_) * share);
     double sum = rivals_.moment * share;
@@ -114,7 +115,7 @@ class Outcome {
   CPC_HOST_DEVICE Real factor_of_rivals(Real weight) const {
     if (weight == 0 || lacks_positives()) return 0;
     if (measure_ == Measure::sigmoid) return weight;
-    return powers_ == 0 ? Real(0) : static_cast<Real>(std::exp(rivals_.largest - top_) / powers_ * weight);
+    return powers_ == 0 ? Real(0) : static_cast<Real>(share_of_rivals() * weight);
   }
   // A present positive's weight in the gradients.
   CPC_HOST_DEVICE Real weight_of_positive(int64_t j, Real weight) const {
@@ -136,6 +137,10 @@ class Outcome {
 #endif
     for (int64_t j = 0; j < positives_.places; ++j)
       if (positives_.present(j)) use(j);
+  }
+  // What turns the rivals' powers into shares in the sum of all; NaN where that is infinite.
+  CPC_HOST_DEVICE double share_of_rivals() const {
+    return std::exp(rivals_.largest - top_) / powers_ + (powers_ - powers_);
   }
   CPC_HOST_DEVICE double log_sum_of_rivals() const {
     return rivals_.largest + std::log(static_cast<double>(rivals_.sum));

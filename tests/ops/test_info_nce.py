@@ -412,6 +412,31 @@ def test_infinite_and_undefined_scores(device):
     assert (everything.accuracy == 0).all()
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("of", ["positive", "rival"])
+def test_gradients_of_infinite_scores_are_no_numbers(device, of, sampled, symmetric):
+    """What watches gradients for overflow, such as a GradScaler, sees that of a loss that is not finite."""
+    if sampled and symmetric:
+        return
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = torch.randn(100, 8, generator=generator), torch.randn(100, 8, generator=generator)
+    keys[:, 3] = -1
+    keys[70 if of == "positive" else 20, 3] = 1
+    queries[70, 3] = torch.inf  # The other scores are -inf.
+    leaves = [tensor.to(device).requires_grad_() for tensor in (queries, keys)]
+    negatives = torch.arange(100, device=device).repeat(100, 1) if sampled else None
+    loss = info_nce(*leaves, negatives=negatives, symmetric=symmetric, reduction="none").loss
+    of_queries, of_keys = torch.autograd.grad(loss.sum(), leaves)
+    there = torch.arange(100) != 70
+    if not symmetric:
+        assert loss.isfinite().cpu().equal(there)
+        assert of_queries.isfinite().all(1).cpu().equal(there)
+    assert not loss[70].isfinite()
+    assert of_queries[70].isnan().all()
+    assert not of_keys[70 if of == "positive" else 20].isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["targets", "negatives", "exclude"])
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("value", [-2, 11, 2**62, -(2**63)])
