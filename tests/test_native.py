@@ -1,9 +1,11 @@
 """The compiled module: how it is found, what crosses into it, what it refuses."""
 
+import ctypes
 import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +59,36 @@ def test_the_openmp_runtime_is_pytorchs(tmp_path):
     loaded = set(run(code, tmp_path, PYTHONPATH=str(CHECKOUT.parent)).stdout.split())
     (brought,) = (Path(torch.__file__).parent / "lib").glob("libgomp*")
     assert loaded == {str(brought)}
+
+
+def call_a_kernel() -> None:
+    results = torch.empty(()), torch.empty(())
+    native.info_nce_reduced(torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.int64), None, *results, True, None)
+
+
+def run_a_pixel() -> None:
+    raw, map = torch.zeros(1, 6, 6, 2), torch.zeros(1, 6, 6, 3)
+    step = (0, [(map, 1, [(0, 0)])], torch.ones(3, 2), torch.ones(2), None, None, raw, None, 1, (0, 0))
+    native.PixelSteps([step], 1, 4, 4).run_pixel(0, 0)
+
+
+@pytest.mark.parametrize("call", [native.build_info, call_a_kernel, run_a_pixel])
+def test_every_thread_of_python_has_pytorchs_number_of_threads(call):
+    """OpenMP keeps one for each of them, to which torch.set_num_threads in another is nothing."""
+    (runtime,) = (Path(torch.__file__).parent / "lib").glob("libgomp*")
+    library = ctypes.CDLL(str(runtime))
+    before = torch.get_num_threads()
+
+    def threads_after_a_call() -> int:
+        call()
+        return library.omp_get_max_threads()
+
+    try:
+        torch.set_num_threads(before + 3)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(threads_after_a_call).result() == before + 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_stale_module_is_an_error_that_says_what_to_do(tmp_path):

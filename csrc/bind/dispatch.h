@@ -22,6 +22,16 @@ constexpr bool emulate_cuda = false;
 constexpr int emulated_device = 0;
 #endif
 
+// To be called before a thread's first loop. OpenMP keeps a number of threads for each, which PyTorch, when first asked
+// in one, sets to what torch.set_num_threads was told in another.
+inline void prepare_thread() {
+  thread_local bool prepared = false;
+  if (prepared) return;
+  const py::dict modules = py::module_::import("sys").attr("modules");
+  if (modules.contains("torch")) modules["torch"].attr("get_num_threads")();
+  prepared = true;
+}
+
 // Whether the CUDA kernels serve tensors of this device.
 inline bool on_cuda(DLDevice device) { return device.device_type == kDLCUDA || emulate_cuda; }
 

@@ -11,6 +11,7 @@ namespace cpc::bind {
 namespace {
 
 py::dict build_info() {
+  prepare_thread();
   py::dict info;
   info["version"] = CPC_VERSION;
   info["compiler"] = CPC_COMPILER;

@@ -178,6 +178,7 @@ int64_t workspace_bytes_on(const Problem& problem, [[maybe_unused]] DLDevice dev
 template <class Problem, class... Fields, class... Given>
 DLDevice take(const Table<Problem, Fields...>& table, Batch batch, Problem& problem, Tensors& tensors,
               Given&... given) {
+  prepare_thread();
   [&]<size_t... i>(std::index_sequence<i...>) {
     (fill_in(std::get<i>(table.fields), problem, given, tensors), ...);
   }(std::index_sequence_for<Given...>());

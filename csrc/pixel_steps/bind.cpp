@@ -61,6 +61,7 @@ class PixelSteps {
 
  private:
   void run(const pixel_steps::Place& place) const {
+    prepare_thread();
     if (on_device_) throw std::invalid_argument("the network's tensors must be on the CPU");
     pixel_steps::check(place);
     for (const Kept& kept : kept_) require_same(kept);
