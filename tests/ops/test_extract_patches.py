@@ -164,6 +164,19 @@ def test_any_strides(device, view, dtype):
         assert_close(actual.cpu(), reference(images, 8, 3, flip=flip, gray=gray), 4e-6)
 
 
+@pytest.mark.parametrize("patch_norm", [False, True])
+@pytest.mark.parametrize("stride", [2**31, 2**32, 2**63 - 1])
+def test_a_stride_beyond_the_image_leaves_one_patch(device, stride, patch_norm):
+    results = []
+    for given in (stride, 12):
+        images = make_images(torch.float32, shape=(2, 3, 12, 13)).to(device).requires_grad_()
+        patches = extract_patches(images, 5, given, patch_norm=patch_norm)
+        weights = torch.linspace(-1, 1, patches.numel(), device=device).view_as(patches)
+        results.append((patches, *torch.autograd.grad(patches, images, weights)))
+    assert results[0][0].shape == (2, 1, 1, 3, 5, 5)
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 def test_the_grid_is_where_the_definition_says():
     images = torch.arange(2 * 1 * 7 * 9, dtype=torch.float64).reshape(2, 1, 7, 9)
     patches = extract_patches(images, 3, 2)
