@@ -70,8 +70,7 @@ class Outcome {
       dots_ += positives.dot(j);
     });
     if (measure == Measure::sigmoid) return;
-    const Real bounded = finite<Real>(best_);
-    top_ = count_ > 0 && bounded > rivals.largest ? bounded : rivals.largest;
+    top_ = count_ > 0 && best_ > rivals.largest ? best_ : rivals.largest;
     powers_ = rivals.sum * std::exp(rivals.largest - top_);
     if (count_ > 0) each([&](int64_t j) { powers_ += std::exp(positives_.score(j) - top_); });
   }
@@ -103,7 +102,7 @@ class Outcome {
       return static_cast<Real>(sum);
     }
     if (powers_ == 0) return 0;
-    const double share = share_of_rivals();
+    const double share = std::exp(rivals_.largest - top_) / powers_;
     // Differences of dots, lest large ones leave nothing of a small slope.
     if (count_ == 1) return static_cast<Real>((rivals_.moment - rivals_.sum * dots_) * share);
     double sum = rivals_.moment * share;
@@ -115,7 +114,8 @@ class Outcome {
   CPC_HOST_DEVICE Real factor_of_rivals(Real weight) const {
     if (weight == 0 || lacks_positives()) return 0;
     if (measure_ == Measure::sigmoid) return weight;
-    return powers_ == 0 ? Real(0) : static_cast<Real>(share_of_rivals() * weight);
+    if (rivals_.sum == kInfinity<Real>) return kNan<Real>;
+    return powers_ == 0 ? Real(0) : static_cast<Real>(std::exp(rivals_.largest - top_) / powers_ * weight);
   }
   // A present positive's weight in the gradients.
   CPC_HOST_DEVICE Real weight_of_positive(int64_t j, Real weight) const {
@@ -137,10 +137,6 @@ class Outcome {
 #endif
     for (int64_t j = 0; j < positives_.places; ++j)
       if (positives_.present(j)) use(j);
-  }
-  // What turns the rivals' powers into shares in the sum of all; NaN where that is infinite.
-  CPC_HOST_DEVICE double share_of_rivals() const {
-    return std::exp(rivals_.largest - top_) / powers_ + (powers_ - powers_);
   }
   CPC_HOST_DEVICE double log_sum_of_rivals() const {
     return rivals_.largest + std::log(static_cast<double>(rivals_.sum));
