@@ -288,7 +288,7 @@ def _record(run: RunDir) -> dict[str, Any]:
     results: dict[str, Any] = {}
     if run.summary.is_file():
         summary = json.loads(run.summary.read_text(encoding="utf-8"))
-        results = {name: value for name, value in summary.items() if _tells_worth(name) and value is not None}
+        results = {name: value for name, value in summary.items() if _tells_worth(name, value)}
     config = run.known_config
     return {
         "cpc_ext": __version__,
@@ -299,9 +299,9 @@ def _record(run: RunDir) -> dict[str, Any]:
     }
 
 
-def _tells_worth(name: str) -> bool:
-    """Whether an entry of a summary is a measure of the model, and not of its last steps."""
-    return name.endswith(_RESULTS) and not name.startswith("final_")
+def _tells_worth(name: str, value: Any) -> bool:
+    """Whether an entry of a summary is a measure of the model, and not of its last steps, or of all on the way."""
+    return name.endswith(_RESULTS) and not name.startswith("final_") and isinstance(value, int | float)
 
 
 def _shared(options: Mapping[str, Any]) -> dict[str, Any]:

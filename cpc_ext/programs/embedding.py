@@ -22,6 +22,7 @@ from cpc_ext.data import ImageFetcher, ImageSet, load_dataset
 from cpc_ext.data.images.decode import decode_stream
 from cpc_ext.data.images.folders.folder import image_files
 from cpc_ext.data.notice import LeftOut
+from cpc_ext.data.npy_file import write_npy
 from cpc_ext.evaluation.encoder_run import EncoderRun
 from cpc_ext.programs.embed import Command
 from cpc_ext.programs.embedding_speech import embed_speech
@@ -155,10 +156,7 @@ def _write(file: BinaryIO, names_file: BinaryIO | None, features: Tensor, names:
     if names_file is None:
         write_safetensors(file, {"features": features.contiguous()}, {"format": "pt", "names": listed})
     else:
-        # As numpy.save does, which however takes no notice of a disk that is full.
-        array = np.ascontiguousarray(features.numpy())
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-        file.write(array.data)
+        write_npy(file, features.numpy())
         names_file.write(listed.encode())
         # While both can still be taken back: neither is to appear without the other.
         for each in (file, names_file):

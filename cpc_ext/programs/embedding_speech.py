@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from cpc_ext.data import SAMPLE_RATE, SpeechDataset, WaveformSet
 from cpc_ext.data.audio.decode import decode_or_reason, read_recordings
 from cpc_ext.data.notice import LeftOut
+from cpc_ext.data.npy_file import write_npy
 from cpc_ext.evaluation.encoder_run import SpeechRun
 from cpc_ext.programs.embed import Command
 from cpc_ext.training.atomic_file import atomic_file
@@ -81,13 +81,6 @@ def _write(stem: Path, frames: Tensor, times: Tensor, form: str) -> None:
             np.savetxt(file, rows, fmt=["%.5f"] + ["%.6g"] * frames.shape[1])
         return
     with atomic_file(stem.with_name(f"{stem.name}.times.npy")) as file:
-        _save(file, times.numpy())
+        write_npy(file, times.numpy())
     with atomic_file(stem.with_name(f"{stem.name}.npy")) as file:
-        _save(file, frames.numpy())
-
-
-def _save(file: BinaryIO, array: np.ndarray) -> None:
-    """As numpy.save does, which however takes no notice of a disk that is full."""
-    array = np.ascontiguousarray(array)
-    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-    file.write(array.data)
+        write_npy(file, frames.numpy())

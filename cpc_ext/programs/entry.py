@@ -112,9 +112,15 @@ def _discard_output() -> None:
 
 
 def _print_in_any_encoding() -> None:
-    """Let names and frames be printed where the output's encoding, such as ASCII, lacks their letters."""
+    """Let names and frames be printed where the output's encoding, such as ASCII, lacks their letters.
+
+    Names of files may hold bytes that are no text in any encoding; where that is UTF-8 they are printed as they are.
+    """
     for stream in (sys.stdout, sys.stderr):
-        encoding = getattr(stream, "encoding", None) or "utf-8"
-        if isinstance(stream, TextIOWrapper) and not encoding.lower().replace("-", "").startswith("utf"):
+        if not isinstance(stream, TextIOWrapper):
+            continue
+        if not stream.encoding.lower().replace("-", "").startswith("utf"):
             stream.reconfigure(errors="replace")
             os.environ.setdefault("PYTHON_TYRO_UTF8_BOXES", "False")
+        elif stream is sys.stdout:  # Errors escape what they cannot print.
+            stream.reconfigure(errors="surrogateescape")

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from cpc_ext import figures
 from cpc_ext.data.images.decode import decode_image
+from cpc_ext.data.npy_file import write_npy
 from cpc_ext.models.pixels.pixel_model import PixelModel
 from cpc_ext.models.pixels.pixel_sampler import IMAGE_LEVELS, NotFiniteError
 from cpc_ext.programs.sample import Command
@@ -71,7 +72,7 @@ def sample(command: Command) -> None:
     try:
         if path.suffix == ".npy":
             with atomic_file(path) as file:
-                np.save(file, images.numpy())
+                write_npy(file, images.numpy())
         else:
             figures.save_images(path, shown(model, images.numpy()))
     except OSError as error:

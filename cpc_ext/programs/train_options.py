@@ -252,9 +252,13 @@ def _first_pass(arguments: Sequence[str]) -> argparse.Namespace:
     for name in _CHOOSING:
         parser.add_argument(name, nargs="?")
     parser.add_argument("--resume", action="store_true")
-    # The second pass takes --out_dir as well.
-    spelled = [argument.replace("_", "-") if argument.startswith("--") else argument for argument in arguments]
-    return parser.parse_known_args(spelled)[0]
+    return parser.parse_known_args([_spelled(argument) for argument in arguments])[0]
+
+
+def _spelled(argument: str) -> str:
+    """An option as this parser knows it, as the second pass takes --out_dir as well; its value stays as it is."""
+    name, given, value = argument.partition("=")
+    return f"{option(name[2:])}{given}{value}" if name.startswith("--") else argument
 
 
 def describe(config: RunConfig) -> str:

@@ -44,7 +44,7 @@ class _Unfailing:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with suppress(OSError):
+        with suppress(OSError, UnicodeEncodeError):
             self._stream.write(text)
         return len(text)
 

@@ -7,6 +7,7 @@ take the same steps; what is measured is averaged over them at once, so that all
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -284,6 +285,8 @@ class Trainer:
         means = self._parts.means(self._since_log)
         self._since_log.reset()
         self._check_finite(parameters=False)
+        # What is left that is not finite is the norm of gradients that overflowed in fp16, and JSON has no such numbers.
+        means = {name: value for name, value in means.items() if math.isfinite(value)}
         self._stop_clock()
         examples = (self.step - self._logged_step) * self._sampler.batch_size
         speed = examples / max(self.seconds - self._logged_seconds, 1e-9)

@@ -21,9 +21,14 @@ def optimizer_of(
     if options.optimizer == "lars":
         return LARS(parameters, options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
     if options.optimizer == "sgd":
-        return torch.optim.SGD(
+        sgd = torch.optim.SGD(
             parameters, options.lr, momentum=options.momentum, weight_decay=options.weight_decay, fused=fused
         )
+        if options.momentum:
+            # PyTorch leaves what is in memory as the first velocity where the first step overflows in fp16.
+            for parameter in parameters:
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     if options.weight_decay:
         return torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay, fused=fused)
     return torch.optim.Adam(parameters, lr=options.lr, fused=fused)

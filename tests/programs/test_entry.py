@@ -279,6 +279,13 @@ def test_a_full_disk_behind_the_output_is_said(unbuffered):
     assert told == (1, b"error: cannot write the output: No space left on device\n")
 
 
+def test_names_that_are_no_text_are_printed_as_they_are():
+    code = "import os; from cpc_ext.programs.entry import _settled; _settled(lambda: print(os.fsdecode(b'a\\xff')))"
+    environment = {"PYTHONIOENCODING": "utf-8:strict", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, check=True)
+    assert done.stdout == b"a\xff\n"
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_any_encoding_of_the_output(encoding):
     code = "import sys; from cpc_ext.programs.entry import main; sys.exit(main(sys.argv[1:]))"

@@ -278,6 +278,8 @@ def test_the_first_pass_takes_underscores_and_leaves_values(tmp_path):
     for name in ("out_dir", "out-dir"):
         with pytest.raises(TrainingError, match=r"--resume: there is no checkpoint at .*/a_run/checkpoint\.pt"):
             parse(["--resume", f"--{name}", str(tmp_path / "a_run")])
+        with pytest.raises(TrainingError, match=r"--resume: there is no checkpoint at .*/a_run/checkpoint\.pt"):
+            parse(["--resume", f"--{name}={tmp_path / 'a_run'}"])
 
 
 def test_groups_of_the_help_are_told_by_their_sections(capsys):

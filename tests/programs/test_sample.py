@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 import subprocess
 import sys
@@ -90,6 +91,18 @@ def test_draws_images(runs, tmp_path, capsys, name):
     assert sample(runs / name, "--n", 4, "--seed", 1, "--out", tmp_path / "c.png") == 0
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "c.png").read_bytes()
+
+
+def test_a_full_disk_leaves_what_was_there(runs, tmp_path, capsys):
+    (tmp_path / "a.npy").write_text("old")
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, unlimited[1]))
+    try:
+        assert sample(runs / "plain", "--n", 1, "--out", tmp_path / "a.npy") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert f"--out: cannot write {tmp_path / 'a.npy'}" in capsys.readouterr().err
+    assert (tmp_path / "a.npy").read_text() == "old"
 
 
 @pytest.mark.parametrize("name", ["plain", "mixture"])

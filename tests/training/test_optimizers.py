@@ -73,3 +73,23 @@ def test_options(options, kind, defaults):
     optimizer = optimizer_of(parameters(), config.optimization, CPU)
     assert type(optimizer) is kind
     assert {"lr": 0.7, **defaults}.items() <= optimizer.defaults.items()
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd", "lars"])
+def test_a_first_step_that_overflows_leaves_nothing(kind, monkeypatch):
+    """Loss scaling of fp16 begins with a factor that is too large: that step is as if it had not been."""
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *given, **more: empty_like(*given, **more).fill_(torch.nan))
+    config = validate_config({"cpc": {"pred_steps": 2}, "optimization": {"steps": 9, "optimizer": kind}})
+    found = []
+    for factors in ((torch.inf, 1.0, 2.0), (1.0, 2.0)):
+        weight = nn.Parameter(torch.tensor([[3.0, 4.0]]))
+        optimizer, scaler = optimizer_of([weight], config.optimization, CPU), torch.amp.GradScaler("cpu")
+        for factor in factors:
+            optimizer.zero_grad()
+            scaler.scale((factor * weight).sum()).backward()
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        found.append(weight.detach())
+    assert torch.equal(*found)

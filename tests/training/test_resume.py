@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from filelock import FileLock
 
+from cpc_ext.training import learner
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.run_log import read_metrics
 from tests.training.conftest import TIMES, logged
@@ -50,6 +52,17 @@ def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(train, at_step, tmp_pa
     for name in ("checkpoint.pt", "best.pt"):
         assert_equal_trees(*(load_checkpoint(tmp_path / run / name) for run in ("whole", "parts")))
     assert logged(tmp_path / "whole") == logged(tmp_path / "parts")
+
+
+def test_the_log_is_json_where_gradients_overflow(train, tmp_path, monkeypatch):
+    """fp16's loss scaling overflows until it has found its factor; the mean of such norms is no number of JSON's."""
+    monkeypatch.setattr(learner, "grad_scaler", lambda *given: torch.amp.GradScaler("cpu", init_scale=2.0**30))
+    assert train("--out-dir", tmp_path, "--precision", "fp16", "--log-every", "1", "--logger") == 0
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line, parse_constant=lambda word: pytest.fail(word)) for line in lines]
+    assert len(records) == 8
+    assert all("loss" in record for record in records)
+    assert ["grad_norm" in record for record in records] != [True] * 8
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -32,6 +32,7 @@ from cpc_ext.data.images.pixels import to_pixels
 from cpc_ext.data.images.samples import move_to_end
 from cpc_ext.data.images.source_files import parts_of
 from cpc_ext.data.notice import tell
+from cpc_ext.data.npy_file import write_npy
 from cpc_ext.data.splits import held_out
 
 __all__ = ["NAME", "from_dataset", "given_side", "keep_dataset"]
@@ -276,7 +277,7 @@ def _write(given: _Given, folder: Path, image_size: int | None, workers: int) ->
         arrays = {"train_labels": found.train, "test_labels": found.test if test else None, "classes": found.names}
         for name, array in arrays.items():
             if array is not None:
-                np.save(folder / f"{name}.npy", np.asarray(array), allow_pickle=False)
+                _save(folder / f"{name}.npy", np.asarray(array))
     tell("dataset", notes)
 
 
@@ -371,13 +372,18 @@ def _hold_out(folder: Path, shape: tuple[int, ...], chosen: set[int]) -> list[in
     order = move_to_end(images, chosen)
     count = len(images) - len(chosen)
     if chosen:
-        np.save(folder / "test_images.npy", images[count:])
+        _save(folder / "test_images.npy", images[count:])
     images.flush()
     del images
     with path.open("r+b") as file:
         file.write(_header((count, *shape[1:])))
         file.truncate(_HEADER_BYTES + count * int(np.prod(shape[1:])))
     return order
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with _saying_where(path.parent.parent), path.open("wb") as file:
+        write_npy(file, array)
 
 
 def _header(shape: tuple[int, ...]) -> bytes:

@@ -219,6 +219,20 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, cache, monkeypatch):
     keep_dataset(X)
 
 
+def test_a_disk_that_is_full_at_the_last_is_told(cache):
+    """Labels take so little room that NumPy would leave them in a buffer, and lose them."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot keep the images in .*given \(File too large\)"):
+            keep_dataset((X[:, :2, :2, :1], Y))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, previous)
+    assert [path.name for path in (cache / "given").iterdir()] == [".lock"]
+
+
 def broken(pixels, label):
     raise RuntimeError("broken")
 
