@@ -127,22 +127,25 @@ class SpeechTask(Task):
             raise ValueError(f"--same-speaker: the speakers of {self._dataset.name} are not known")
         return labels
 
-    def state_dict(self) -> dict[str, Any]:
+    def carried(self) -> dict[str, Tensor]:
+        """The states of recurrent contexts, [B, 1, E], where they are kept."""
         return {
-            f"state.{name}.{layer}.{part}": value
+            f"state.{name}.{layer}.{part}": value.transpose(0, 1)
             for name, context in _recurrent(self.model)
             for layer, state in enumerate(context.state or ())
             for part, value in enumerate((state,) if isinstance(state, Tensor) else state)
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def carry_on(self, carried: dict[str, Tensor]) -> None:
         for name, context in _recurrent(self.model):
             if not context.keep_state:
                 continue
             found: list[State] = []
-            while f"state.{name}.{len(found)}.0" in state:
-                parts = [state.get(f"state.{name}.{len(found)}.{part}") for part in range(2)]
-                first, *rest = (part.to(self._device) for part in parts if part is not None)
+            while f"state.{name}.{len(found)}.0" in carried:
+                parts = [carried.get(f"state.{name}.{len(found)}.{part}") for part in range(2)]
+                first, *rest = (
+                    part.transpose(0, 1).contiguous().to(self._device) for part in parts if part is not None
+                )
                 found.append((first, rest[0]) if rest else first)
             context.state = found or None
 

@@ -38,15 +38,17 @@ def _is_by_name(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(name, str) for name in value)
 
 
+_TENSORS: tuple[Callable[[Any], bool], str] = (
+    lambda value: _is_by_name(value) and all(isinstance(tensor, Tensor) for tensor in value.values()),
+    "tensors by name",
+)
 # What the entries that are there have to be: the test, and how a message calls it.
 _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "step": (_is_count, "a number of updates, at least 0"),
     "seconds": (lambda value: _is_number(value) and 0 <= value < math.inf, "a time, at least 0"),
     "best_loss": (_is_number, "a number"),
-    "model": (
-        lambda value: _is_by_name(value) and all(isinstance(weight, Tensor) for weight in value.values()),
-        "tensors by name",
-    ),
+    "model": _TENSORS,
+    "carried": _TENSORS,
     "last_metrics": (
         lambda value: _is_by_name(value) and all(map(_is_number, value.values())),
         "numbers by name",

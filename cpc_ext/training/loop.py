@@ -133,6 +133,7 @@ class Trainer:
             self._check_data(state)
             load_weights(self._task.model, state["model"])
             self._task.load_state_dict(state.get("task", {}))
+            self._task.carry_on({name: self._ranks.share.part(rows) for name, rows in state.get("carried", {}).items()})
             self._parts.load_state_dict(state, self._meters)
             self._streams.load_state_dict(state["streams"])
             if any(type(value) is not int for value in state["sampler"].values()):
@@ -285,7 +286,7 @@ class Trainer:
         means = self._parts.means(self._since_log)
         self._since_log.reset()
         self._check_finite(parameters=False)
-        # What is left that is not finite is the norm of gradients that overflowed in fp16, and JSON has no such numbers.
+        # What else is not finite is the norm of gradients that overflowed in fp16, for which JSON has no numbers.
         means = {name: value for name, value in means.items() if math.isfinite(value)}
         self._stop_clock()
         examples = (self.step - self._logged_step) * self._sampler.batch_size
@@ -416,6 +417,7 @@ class Trainer:
             "description": self._task.description(),
             "model": self._task.model.state_dict(),
             "task": self._task.state_dict(),
+            "carried": self._carried(),
             **learned,
             "streams": self._streams.state_dict(),
             "sampler": self._sampler.state_dict(),
@@ -424,6 +426,16 @@ class Trainer:
             "last_metrics": self.last_metrics,
             "seconds": self.seconds,
         }
+
+    def _carried(self) -> dict[str, Tensor]:
+        """What the task carries from step to step, of all of the batch in the main process. All processes call it."""
+        together: dict[str, Tensor] = {}
+        mine = {name: rows.cpu() for name, rows in self._task.carried().items()}
+        # Of a pipeline each process has names of its own.
+        for found in self._ranks.gather_on_main(mine) or []:
+            for name, rows in found.items():
+                together[name] = torch.cat([together[name], rows]) if name in together else rows
+        return together
 
     def _start_clock(self) -> None:
         self._started = time.perf_counter()

@@ -157,6 +157,13 @@ class Task(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - nor to load
         """Go on from ``state``. KeyError, ValueError or RuntimeError where it does not fit."""
 
+    def carried(self) -> dict[str, Tensor]:
+        """What a step leaves to the next, by name: [B, ...], a row for each of this process's part of a batch."""
+        return {}
+
+    def carry_on(self, carried: dict[str, Tensor]) -> None:  # noqa: B027 - nor to carry on
+        """Go on from what :meth:`carried` gave, on the CPU. RuntimeError where it does not fit."""
+
     def description(self) -> dict[str, Any]:
         """What the model is built from, for those who load its weights; JSON values. Kept in checkpoints."""
         return {}

@@ -292,9 +292,10 @@ def test_a_kept_state_goes_on_from_a_checkpoint():
     options = {"keep_state": True, "windows": "sequential", "window": 3200, "context": "lstm"}
     task, resumed = task_of(**options), task_of(**options)
     step(task)
-    state = {name: value.clone() for name, value in task.state_dict().items()}
-    assert len(state) == 2  # What an LSTM has.
-    resumed.load_state_dict(state)
+    carried = {name: value.clone() for name, value in task.carried().items()}
+    assert len(carried) == 2  # What an LSTM has.
+    assert {len(value) for value in carried.values()} == {len(task.model.context.state[0][0][0])}
+    resumed.carry_on(carried)
     assert step(task)["loss"].item() == step(resumed)["loss"].item()
     assert step(task_of(**options))["loss"].item() != step(task)["loss"].item()
 

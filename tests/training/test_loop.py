@@ -586,6 +586,36 @@ def test_ranks_share_batches(tmp_path, alone):
         trainer_of(tmp_path, ranks=Ranks(CPU, 1, 2), batch_size=3)
 
 
+def test_what_each_rank_carries_from_step_to_step_is_kept(tmp_path, alone):
+    """A run goes on with the state of every place in a batch, on any number of processes."""
+
+    class Main(Ranks):
+        def gather_on_main(self, value):
+            return [value, {"rows": value["rows"] + 10, "alone": torch.tensor([[5.0]])}]
+
+    class Carrying(Parts):
+        def carried(self):
+            return {"rows": torch.tensor([[1.0], [2.0]])}
+
+        def carry_on(self, carried):
+            self.found = {name: rows.flatten().tolist() for name, rows in carried.items()}
+
+    train(trainer_of(tmp_path, Carrying(), Main(CPU), steps=2, batch_size=4))
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert {name: rows.flatten().tolist() for name, rows in state["carried"].items()} == {
+        "rows": [1, 2, 11, 12],
+        "alone": [5],
+    }
+    del state["carried"]["alone"]
+    for world in (1, 2, 4):
+        found = []
+        for rank in range(world):
+            trainer = trainer_of(tmp_path, Carrying(), Ranks(CPU, rank, world), steps=4, batch_size=4)
+            trainer.resume(state)
+            found += trainer._task.found["rows"]
+        assert found == [1, 2, 11, 12]
+
+
 def test_batch_norm_of_several_ranks(tmp_path, alone, monkeypatch, capsys):
     converted = []
     monkeypatch.setattr(nn.SyncBatchNorm, "convert_sync_batchnorm", converted.append)
@@ -642,7 +672,8 @@ class Member(Ranks):
         return [{name: mean for name, mean in self.gathered.items() if name[:-1] + "1" in value}, value]
 
     def gather_on_main(self, value):
-        return [value, self.gathered] if self.main else None
+        # What steps carry on, nothing here, comes as a dict by itself.
+        return [value, {} if value == {} else self.gathered] if self.main else None
 
     def on_main(self, action):
         return action()
