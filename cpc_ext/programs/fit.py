@@ -28,7 +28,7 @@ from cpc_ext.training.config import (
 )
 from cpc_ext.training.presets import preset_entry
 from cpc_ext.training.registry import MODELS, model_medium
-from cpc_ext.training.stop_request import signals_raise
+from cpc_ext.training.stop_request import EndedBySignal, signals_raise
 
 __all__ = ["Fitted", "fit"]
 
@@ -101,8 +101,9 @@ def fit(
         ),
         given | options,
     )
-    if not named:
-        folder = keep_dataset(
+
+    def keep() -> Path:
+        return keep_dataset(
             dataset,
             test,
             unlabeled=unlabeled,
@@ -111,10 +112,13 @@ def fit(
             size_of_many=preset_entry(run.model, folder_of("images"), side=side).get("data", {}).get("image_size"),
             workers=workers,
         )
-        run = run.model_copy(update={"data": run.data.model_copy(update={"data_dir": folder})})
+
     command = Command(run=run, out_dir=None if out_dir is None else Path(out_dir), resume=resume)
-    with signals_raise():
-        status, path = training.run(command)
+    try:
+        with signals_raise():
+            status, path = training.run(command, None if named else keep)
+    except EndedBySignal as ended:
+        raise SystemExit(128 + ended.signal) from None
     if status == 128 + signal.SIGINT:
         raise KeyboardInterrupt
     if status:

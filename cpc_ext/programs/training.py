@@ -8,7 +8,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -70,13 +70,18 @@ def _lost(error: RuntimeError, path: Path | None) -> str:
     )
 
 
-def run(command: Command) -> tuple[int, Path]:
+def run(command: Command, keep: Callable[[], Path] | None = None) -> tuple[int, Path]:
     """Do what a command says: the exit status, 0 where the run is complete, and the folder of the run.
+
+    keep: puts the data into a folder, which then is the run's --data-dir; it may take one process longer than another.
 
     TrainingError where it cannot start or go on.
     """
     config = command.run
     with joined_ranks(config.compute.device) as ranks:
+        if keep is not None:
+            config = config.model_copy(update={"data": config.data.model_copy(update={"data_dir": keep()})})
+            ranks.wait()
         ranks = replace(ranks, pipeline=config.pipeline)
         check_device(str(ranks.device))
         ranks.on_main(lambda: check_loggers(config.output.logger))
@@ -114,6 +119,7 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
     ranks.say(f"loading {config.data.dataset} ...")
     with _timed(phases, "data"):
         dataset = load_data(config)
+        ranks.wait()  # Where data had to be fetched or decoded, some took longer.
     if config.optimization.time_budget is not None:
         with _timed(phases, "calibration"):
             config = of_known_length(config, dataset, run, ranks, state)
@@ -121,7 +127,6 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
     start = config.optimization.resume_from
     if start is not None and state is None:
         take_weights(task, RunDir(start))
-    ranks.wait()  # Where data had to be fetched or decoded, some took longer.
     trainer = Trainer(task, config, run, ranks)
     if state is not None:
         trainer.resume(state)

@@ -12,6 +12,7 @@ import yaml
 import cpc_ext
 from cpc_ext.data import make_textures
 from cpc_ext.programs import evaluate, train, train_options, training
+from cpc_ext.programs import fit as fit_module
 from cpc_ext.programs.fit import fit
 from cpc_ext.training.config import OptionError, options_that_may_change
 from cpc_ext.training.errors import TrainingError
@@ -68,9 +69,9 @@ def test_the_run_is_that_of_the_command_line(home):
 
 
 @pytest.mark.parametrize("side", [32, 64])
-def test_the_size_of_the_images_chooses_the_defaults(home, monkeypatch, side):
+def test_the_size_of_the_images_chooses_the_defaults(monkeypatch, side):
     started = []
-    monkeypatch.setattr(training, "run", lambda command: started.append(command.run) or (0, home))
+    monkeypatch.setattr(training, "_train", lambda config, *given, **more: started.append(config) or 0)
     images = np.zeros((6, side, side + 4, 3), np.uint8)
     for dataset in (images, (images, [0, 1] * 3), list(images), {"train": images, "test": images}):
         cpc_ext.fit("simclr", dataset)
@@ -124,18 +125,18 @@ def _kept(home):
     return folder
 
 
-def test_images_are_brought_to_the_size_that_the_options_ask_for(home, monkeypatch):
-    commands = []
-    monkeypatch.setattr(training, "run", lambda command: (commands.append(command), (0, home))[1])
+def test_images_are_brought_to_the_size_that_the_options_ask_for(monkeypatch):
+    configs = []
+    monkeypatch.setattr(training, "_train", lambda config, *given, **more: configs.append(config) or 0)
     fit(dataset=IMAGES)
     fit("simclr", IMAGES, image_size=24)
     for model, side in (("cpc-v1", 100), ("cpc-v2", 100), ("pixelcnn", 100), ("cpc-v2", 40)):
         # The last three have a size for images of the user's own, and views of the second would not fit otherwise.
         fit(model, [np.zeros((side + n, side + 10, 3), np.uint8) for n in range(4)])
-    assert [command.run.data.image_size for command in commands] == [None, 24, None, 300, None, None]
-    sizes = [np.load(command.run.data.data_dir / "train_images.npy").shape[-1] for command in commands]
+    assert [config.data.image_size for config in configs] == [None, 24, None, 300, None, None]
+    sizes = [np.load(config.data.data_dir / "train_images.npy").shape[-1] for config in configs]
     assert sizes == [32, 24, 96, 300, 32, 32]
-    assert commands[0].run.model == "cpc-v1"
+    assert configs[0].model == "cpc-v1"
 
 
 @pytest.mark.parametrize(
@@ -225,3 +226,26 @@ def test_no_option_has_the_name_of_an_argument():
         fields = {name for section in tree.values() if isinstance(section, dict) for name in section}
         assert fields & names == {"dataset"}
     assert not names & set(options_that_may_change())
+
+
+def test_processes_wait_for_each_others_data_and_before_they_measure_steps(home, monkeypatch):
+    """They read their data one after another, and have no patience with each other once they compute together."""
+    done = []
+    for place, name in ((training, "joined_ranks"), (training, "load_data"), (training, "of_known_length")):
+        original = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *given, call=original, name=name: (done.append(name), call(*given))[1])
+    monkeypatch.setattr(fit_module, "keep_dataset", lambda *given, **more: (done.append("keep"), home / "kept")[1])
+    monkeypatch.setattr(training.Ranks, "wait", lambda self: done.append("wait"))
+    np.savez(home / "kept.npz", **{part: images.images for part, images in TEXTURES.items()})
+    (home / "kept").mkdir()
+    (home / "kept.npz").rename(home / "kept" / "all.npz")
+    options = {name: value for name, value in OPTIONS.items() if name != "steps"}
+    cpc_ext.fit("cpc-v1", IMAGES, test=TEST, time_budget=1e-6, evaluate=False, logger=(), **options)
+    assert done == ["joined_ranks", "keep", "wait", "load_data", "wait", "of_known_length"]
+
+
+def test_a_signal_before_the_steps_is_an_exit(monkeypatch):
+    monkeypatch.setattr(training, "load_data", lambda config: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as ended:
+        cpc_ext.fit("cpc-v1", IMAGES, test=TEST, **OPTIONS)
+    assert ended.value.code == 128 + signal.SIGTERM
