@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, make_dataclass
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass, fields, make_dataclass
 from functools import cache
 from importlib import import_module
 from typing import Annotated, Any, Generic, TypeVar
@@ -17,10 +17,11 @@ from typing import Annotated, Any, Generic, TypeVar
 import tyro
 
 from cpc_ext._version import __version__
+from cpc_ext.training.config import option
 from cpc_ext.training.errors import TrainingError, speaker
 from cpc_ext.training.stop_request import EndedBySignal
 
-__all__ = ["Program", "exit_status", "parse_command"]
+__all__ = ["Program", "exit_status", "parse_command", "refuse_idle"]
 
 T = TypeVar("T", bound=Hashable)
 
@@ -85,6 +86,16 @@ def parse_command(command: type[T], arguments: Sequence[str] | None, *, prog: st
 @cache
 def _with_version(command: type[Any]) -> type[Any]:
     return make_dataclass(command.__name__, [("version", _VERSION, False)], bases=(command,), frozen=True)
+
+
+def refuse_idle(command: Any, names: Collection[str], reason: str) -> None:
+    """TrainingError where a command, a dataclass, has one of these options that would have no effect for a reason.
+
+    One that has its default may as well not have been given.
+    """
+    for field in fields(command):
+        if field.name in names and getattr(command, field.name) != field.default:
+            raise TrainingError(f"{option(field.name)} would have no effect: {reason}")
 
 
 def exit_status(work: Callable[[], int | None], *, interrupted: str = "interrupted") -> int:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from cpc_ext.data_sets import medium, origin
-from cpc_ext.programs.command_line import Program
+from cpc_ext.programs.command_line import Program, refuse_idle
 from cpc_ext.training.config import DatasetName
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.machine import default_device
@@ -82,14 +82,17 @@ class Command:
 
 
 def _check(command: Command) -> None:
-    """TrainingError for values that cannot be right for a run of its kind."""
+    """TrainingError for values that cannot be right, or would have no effect, for a run of its kind."""
     if RunDir(command.run).medium == "audio":
+        refuse_idle(command, ("split", "image_size", "per_patch"), "it is of runs on images")
         return
+    refuse_idle(command, ("layer", "format"), "it is of runs on speech")
     if medium(command.dataset) != "images":
         raise TrainingError(f"--dataset: {command.dataset} is of sound, the run of images")
     if command.out is not None and command.out.suffix not in _SUFFIXES:
         raise TrainingError(f"--out: expected a name that ends in {' or '.join(_SUFFIXES)}, got {command.out.name}")
     if command.dataset == "folder":
+        refuse_idle(command, ("split",), "--dataset folder takes all images below --data-dir")
         if command.data_dir is None:
             raise TrainingError("--data-dir: name the folder of images")
         if command.image_size is not None and command.image_size < 1:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from cpc_ext.evaluation.options import EvaluationOptions as Command
 from cpc_ext.evaluation.options import parse_measures, parse_modes
 from cpc_ext.measures.label_subsets import parse_label_budgets
-from cpc_ext.programs.command_line import Program
+from cpc_ext.programs.command_line import Program, refuse_idle
 from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.run_dir import RunDir
 
 __all__ = ["Command", "main"]
 
@@ -19,10 +20,25 @@ _DESCRIPTION = (
 )
 
 
+# Options of the ways to learn from few labels, and those of runs on speech.
+_OF_LABELS = ("labels", "mode", "repeats", "seed", "neighbours", "finetune_epochs", "finetune_steps")
+_OF_SPEECH = ("measures", "layer", "alignment", "minutes")
+
+
 def _check(command: Command) -> None:
-    """TrainingError for values that cannot be right, whatever the runs are."""
+    """TrainingError for values that cannot be right, or would have no effect for runs like these."""
     if not command.runs:
         raise TrainingError("give at least one RUN")
+    if all(RunDir(path).medium == "audio" for path in command.runs):
+        refuse_idle(command, _OF_LABELS, "runs on speech are measured by --measures")
+        if command.per_module:
+            refuse_idle(command, ("layer",), "--per-module looks at every layer")
+        else:
+            refuse_idle(command, ("out",), "runs on speech are drawn together with --per-module alone")
+    else:
+        refuse_idle(command, _OF_SPEECH, "it is of runs on speech")
+        if command.per_module:
+            refuse_idle(command, _OF_LABELS, "--per-module learns from all labels")
     if not command.minutes > 0:
         raise TrainingError(f"--minutes: above 0, got {command.minutes}")
     parse_measures(command.measures)

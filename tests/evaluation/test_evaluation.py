@@ -366,6 +366,8 @@ def test_runs_that_cannot_be_evaluated(run, tmp_path, capsys):
         (("--finetune-steps", "0"), "--finetune-steps: at least 1, got 0"),
         (("--seed", "-1"), "--seed: at least 0, got -1"),
         (("--out", "a.png"), "give more than one RUN"),
+        (("--minutes", "3"), "--minutes would have no effect: it is of runs on speech"),
+        (("--per-module", "--repeats", "9"), "--repeats would have no effect: --per-module learns from all labels"),
         (("--device", "cuda:63"), "--device cuda:63 is not available"),
     ],
 )

@@ -206,6 +206,8 @@ def test_ctrl_c_leaves_nothing(runs, images, tmp_path, monkeypatch):
         (("--data-dir", "IMAGES", "--out", "x.txt"), "--out: expected a name that ends in .npy or .safetensors"),
         (("--data-dir", "IMAGES", "--out", "/no/such/folder/x.npy"), "--out: cannot write /no/such/folder/x.npy"),
         (("--data-dir", "IMAGES", "--image-size", "0"), "--image-size: at least 1, got 0"),
+        (("--data-dir", "IMAGES", "--layer", "context"), "--layer would have no effect: it is of runs on speech"),
+        (("--data-dir", "IMAGES", "--split", "test"), "--split would have no effect: --dataset folder takes all"),
         (("--dataset", "cifar10", "--data-dir", "EMPTY"), "--dataset cifar10: "),
         (
             ("--dataset", "cifar10", "--image-size", "32"),

@@ -157,10 +157,15 @@ def test_options_of_an_evaluation(tmp_path):
         (("--measures", "vowels"), "--measures: expected all, or some of phones"),
         (("--layer", "context7"), "--layer: "),
         (("--minutes", "0"), "--minutes: above 0"),
+        (("--labels", "5"), "--labels would have no effect: runs on speech are measured by --measures"),
+        (("--out", "x.png"), "--out would have no effect: runs on speech are drawn together with --per-module"),
+        (("--per-module", "--layer", "encoder"), "--layer would have no effect: --per-module looks at every layer"),
     ],
 )
 def test_what_evaluation_refuses(options, words, tmp_path, capsys):
     assert train("--model", "cpc-audio", "--out-dir", tmp_path) == 0
+    assert embed.main([str(tmp_path), "--data-dir", str(tmp_path), "--per-patch"]) == 1
+    assert "--per-patch would have no effect: it is of runs on images" in capsys.readouterr().err
     assert evaluate.main([str(tmp_path), *options, "--device", "cpu"]) == 1
     assert words in capsys.readouterr().err
 
