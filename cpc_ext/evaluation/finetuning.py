@@ -112,6 +112,7 @@ def fine_tune(
         Logits of the test images, float32 [N, classes] on the CPU.
     """
     device = next(model.parameters()).device
+    task.thaw(model)
     mean, deviation = _statistics(task, model, images, chosen, device)
     classifier = _Classifier(task, model, mean, deviation, classes, precision).to(device).train()
     optimizer = torch.optim.AdamW(

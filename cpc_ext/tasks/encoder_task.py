@@ -116,6 +116,9 @@ class EncoderTask(Task):
             model.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model.to(self._device)
 
+    def thaw(self, model: EncoderModel) -> None:
+        """Let all of the encoder of one of this task's models learn, also what the run itself keeps as it is."""
+
     @torch.no_grad()
     def encodings(self, model: EncoderModel, images: Tensor) -> Tensor:
         """uint8 [B, C, H, W] on the device → encodings of the central crop's patches, float32 [B, D, rows, cols]."""

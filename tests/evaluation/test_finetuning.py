@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -11,6 +12,8 @@ from torch import nn
 
 from cpc_ext.data import ImageSet
 from cpc_ext.evaluation.finetuning import FineTuning, fine_tune
+from cpc_ext.tasks.greedy_infomax.task import GreedyTask
+from tests.tasks.test_every_option import config_of, dataset_of, noise
 
 CPU = torch.device("cpu")
 COUNT = 40
@@ -42,6 +45,9 @@ class Eyes:
             self.crops.append(torch.rand(1, generator=generator).item())
         pixel = images.flatten(1).float()
         return (torch.cat([pixel, pixel**2], dim=1) * model.weight)[:, :, None, None].expand(-1, -1, 2, 2)
+
+    def thaw(self, model):
+        pass
 
     def features(self, model, images):
         return self.encode(model, images).mean((2, 3))
@@ -144,6 +150,24 @@ def test_weights_of_the_encoder_decay_with_its_learning_rate():
     task, model = Eyes(), Scaled()
     tune(task, model, least=10, steps=1, encoder_lr=0.5)
     assert model.weight.tolist() == pytest.approx([1 - 0.5 * 1e-4] * 2, rel=1e-7)
+
+
+def test_modules_that_a_run_keeps_frozen_learn_as_well():
+    """Else a supervised encoder would stand on modules that nobody has trained."""
+    dataset = dataset_of(noise(12))
+    config = config_of("greedy-infomax", modules=3, train_module=1, resume_from="run", precision="fp32")
+    task = GreedyTask(config, dataset, CPU)
+    model = copy.deepcopy(task.model)
+    recipe = FineTuning(epochs=1, min_steps=1, encoder_lr=0.1, head_lr=0.1)
+    rest = {"classes": 2, "precision": "fp32", "seed": 0, "progress": iter}
+    fine_tune(task, model, dataset.train, np.arange(4), dataset.test, recipe, **rest)
+    modules = zip(model.encoder_modules, task.model.encoder_modules, strict=True)
+    moved = [
+        any(not torch.equal(*pair) for pair in zip(after.parameters(), before.parameters(), strict=True))
+        for after, before in modules
+    ]
+    assert moved == [True, True, False]  # The last is not run, as the run has not trained it.
+    assert task.model.frozen == 1
 
 
 def test_learning_ends_near_zero():

@@ -108,6 +108,9 @@ class GreedyTask(ModuleTask, EncoderTask):
         encodings: list[Tensor] = model.encodings_by_module(patches, self._config.greedy.learning[-1] + 1)
         return encodings[-1]
 
+    def thaw(self, model: Any) -> None:
+        model.freeze(0)
+
     def modules(self, stacks: int) -> int | Sequence[int]:
         options = self._config.greedy
         if options.split_at is not None:
