@@ -20,6 +20,7 @@ class TwoViewSection(ContrastSection, EncoderSection):  # Fields of the last com
     min_crop_area: float = Field(
         0.08, gt=0, le=1, description="Smallest share of an image's area that a view shows; the largest is all of it."
     )
+    flip: bool = Field(True, description="Mirror half of the views left to right.")
     jitter_strength: Annotated[float, Field(ge=0, le=1.25)] | None = Field(
         None,
         description="Strength s of the colour jitter, as SimCLR's paper counts it: brightness, contrast and saturation "
@@ -58,6 +59,7 @@ class TwoViewSection(ContrastSection, EncoderSection):  # Fields of the last com
         )
         return jitter | {
             "min_area": self.min_crop_area,
+            "flip": self.flip,
             "jitter_probability": self.jitter_probability,
             "gray_probability": self.gray_probability,
             "blur_kernel": self.blur_kernel,

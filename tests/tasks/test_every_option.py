@@ -227,6 +227,11 @@ def patch_size(model: str) -> None:
 
 def flip(model: str) -> None:
     for on in (False, True):
+        if "view_size" in sections_of(model):
+            views = pixels(model, columns(32), flip=on, jitter_probability=0.0, gray_probability=0.0, blur_kernel=0)
+            falling = int((views[:, 0, 0, -1] < views[:, 0, 0, 0]).sum())
+            assert len(views) * 0.25 <= falling <= len(views) * 0.75 if on else falling == 0
+            continue
         patches = seen(task_of(model, columns(32), flip=on)).unflatten(0, (32, 25))
         falling = int((patches[:, 0, 0, 0, -1] < patches[:, 0, 0, 0, 0]).sum())
         assert 8 <= falling <= 24 if on else falling == 0

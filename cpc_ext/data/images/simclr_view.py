@@ -39,6 +39,7 @@ class SimCLRView:
     jitter_probability, gray_probability: shares of views whose colours change, or go.
     blur_kernel: taps of the Gaussian blur, an odd number; its deviation is drawn from 0.1 to 2 pixels. 0: no blur.
     blur_probability: share of views that are blurred.
+    flip: whether half of the views are mirrored.
     mean, std: one value a channel, with pixels in 0..1; None leaves them so.
     dtype, channels_last: of the views.
     """
@@ -54,6 +55,7 @@ class SimCLRView:
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
     blur_probability: float = 1.0
+    flip: bool = True
 
     def __post_init__(self) -> None:
         if self.blur_kernel and (self.blur_kernel % 2 == 0 or self.blur_kernel // 2 >= self.size):
@@ -84,7 +86,8 @@ class SimCLRView:
         batch = share.whole(len(images))
         height, width = images.shape[2:]
         box = self._draw_box(batch, height, width, generator)
-        flip = torch.rand(batch, generator=generator) < 0.5
+        # Drawn in any case, so that the rest is as it would be.
+        flip = (torch.rand(batch, generator=generator) < 0.5) & self.flip
         factors = 1 + (2 * torch.rand(batch, 4, generator=generator) - 1) * torch.tensor(self.jitter)
         jittered = torch.rand(batch, 1, generator=generator) < self.jitter_probability
         factors = torch.where(jittered, factors, 1.0)
