@@ -27,8 +27,6 @@ _IMAGES = {"x", "image", "images", "img", "imgs", "data", "inputs", "pixels"}
 _LABELS = {"y", "label", "labels", "target", "targets", "class"}
 # Read at a time, of arrays that are not in memory.
 _BLOCK = 64
-# Labels of this value say that there is none, as torchvision has it.
-_NO_LABEL = -1
 
 
 class _Part(NamedTuple):
@@ -216,10 +214,9 @@ def _labels(name: str, array: Any) -> list[Label]:
     if values.dtype.kind == "f" and np.array_equal(values, np.rint(values)):
         values = values.astype(np.int64)
     try:
-        labels = [plain_label(value) for value in values.tolist()]
+        return [plain_label(value) for value in values.tolist()]
     except TypeError as error:
         raise ValueError(f"{name}: {error}") from None
-    return [None if label == _NO_LABEL else label for label in labels]
 
 
 def _view(images: Any, image_size: int | None) -> np.ndarray | None:

@@ -10,10 +10,12 @@ import torch
 
 from cpc_ext.data.notice import some
 
-__all__ = ["Classes", "Label", "class_indices", "plain_label"]
+__all__ = ["NO_LABEL", "Classes", "Label", "class_indices", "plain_label"]
 
 # What an example is called: a number, a name, or nothing.
 Label = int | str | None
+# Labels of this value say that there is none, as torchvision has it.
+NO_LABEL = -1
 
 
 class Classes(NamedTuple):
@@ -25,20 +27,18 @@ class Classes(NamedTuple):
 
 
 def plain_label(label: Any) -> Label:
-    """A label as it is kept. TypeError where it is neither an integer, of any type, nor a name."""
+    """A label as it is kept, None for -1. TypeError where it is neither an integer, of any type, nor a name."""
     if label is None:
         return None
     value = np.asarray(label.detach().cpu() if isinstance(label, torch.Tensor) else label)
     if value.size != 1 or value.dtype.kind not in "biuSU":
         raise TypeError(f"expected a class, an integer or a name, got {type(label).__name__}")
     single = value.item()
-    return (
-        single.decode(errors="replace")
-        if isinstance(single, bytes)
-        else single
-        if isinstance(single, str)
-        else int(single)
-    )
+    if isinstance(single, bytes):
+        return single.decode(errors="replace")
+    if isinstance(single, str):
+        return single
+    return None if single == NO_LABEL else int(single)
 
 
 def class_indices(

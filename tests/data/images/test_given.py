@@ -255,6 +255,13 @@ def test_labels_that_are_none_are_passed_over():
         assert from_dataset(boxes).train is None
 
 
+def test_a_label_of_minus_one_is_none():
+    """As torchvision has it, of STL-10's unlabelled images among others: it is no class more."""
+    with pytest.warns(UserWarning, match="15 of 30 images have no label, so none has"):
+        assert from_dataset((X, np.where(np.arange(30) % 2, Y, -1))).train is None
+    assert from_dataset((X, np.full(30, -1))).classes == ()
+
+
 @pytest.mark.parametrize(
     ("dataset", "kind", "message"),
     [

@@ -121,6 +121,13 @@ def test_samples_that_cannot_be_taken_are_left_out(tmp_path):
     check(data)
 
 
+@pytest.mark.parametrize("fields", [{"cls": b"-1"}, {"json": b'{"label": -1}'}])
+def test_a_label_of_minus_one_is_none(tmp_path, fields):
+    shard(tmp_path / "0.tar", files(range(23)) | files([23], lambda row: fields))
+    with pytest.warns(UserWarning, match="1 of 24 images have no label, so none has"):
+        assert load_dataset("webdataset", tmp_path).train is None
+
+
 def test_labels_that_some_samples_lack(tmp_path):
     shard(tmp_path / "train.tar", files(range(9)) | files(range(9, 18), lambda row: {}))
     shard(tmp_path / "test.tar", files(range(18, 24)))

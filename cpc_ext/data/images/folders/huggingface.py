@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from cpc_ext.data.file_tree import TreeFile
 from cpc_ext.data.images.dataset import Dataset
-from cpc_ext.data.images.labels import Label
+from cpc_ext.data.images.labels import NO_LABEL, Label
 from cpc_ext.data.images.samples import Sample, Source, load_source
 from cpc_ext.data.images.source_files import SourceFiles, parts_of, source_files
 from cpc_ext.data.libraries import optional
@@ -129,7 +129,7 @@ def samples_of(path: Path, name: str) -> Iterator[Sample]:
         if columns.label is not None:
             labels = batch.column(columns.label).to_pylist()
         for image, label in zip(images, labels, strict=True):
-            yield Sample(_content(image, path), None if label == -1 else label, f"{name}[{number}]")
+            yield Sample(_content(image, path), None if label == NO_LABEL else label, f"{name}[{number}]")
             number += 1
 
 

@@ -20,7 +20,7 @@ import PIL
 from cpc_ext.data.file_tree import TreeFile
 from cpc_ext.data.images.dataset import Dataset
 from cpc_ext.data.images.decode import image_suffixes
-from cpc_ext.data.images.labels import Label
+from cpc_ext.data.images.labels import Label, plain_label
 from cpc_ext.data.images.samples import Sample, Source, load_source
 from cpc_ext.data.images.source_files import parts_of, source_files
 
@@ -104,7 +104,7 @@ def _label(path: Path, key: str, fields: dict[str, bytes]) -> Label:
     """A sample's label, if it has one. ValueError where what should be one is none."""
     if "cls" in fields:
         text = fields["cls"].decode("utf-8", errors="replace").strip()
-        return int(text) if text.removeprefix("-").isdigit() else text
+        return plain_label(int(text)) if text.removeprefix("-").isdecimal() else text
     if "json" not in fields:
         return None
     try:
@@ -112,4 +112,4 @@ def _label(path: Path, key: str, fields: dict[str, bytes]) -> Label:
     except ValueError as error:
         raise ValueError(f"{path}: {key}.json: {error}") from None
     found = next((about[name] for name in _LABEL_KEYS if name in about), None) if isinstance(about, dict) else None
-    return found if isinstance(found, int | str) else None
+    return plain_label(found) if isinstance(found, int | str) else None
