@@ -7,6 +7,7 @@ by a checksum of places spread over it, few enough to cost milliseconds; then th
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -28,6 +29,19 @@ _BLOCKS, _BLOCK_BYTES = 1024, 4096
 # Decodes files into the file that is named first. Gives what is to be known of it, as JSON values, and why files could
 # not be decoded, by their index.
 Build = Callable[[Path, list[Path]], tuple[dict[str, Any], dict[int, str]]]
+
+
+# Errors that a file may not give the next time it is read: of disks, networks, and what a process may have.
+_PASSING = {
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN),
+}
+
+
+def require_lasting(path: Path, error: Exception) -> None:
+    """ValueError where the error of reading a file may pass, so that a cache without the file would be wrong."""
+    if isinstance(error, OSError) and error.errno in _PASSING:
+        raise ValueError(f"{path}: {error.strerror}; try again, or take the file away") from None
 
 
 class _Unusable(Exception):

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from cpc_ext.data.decoded_cache import require_lasting
 from cpc_ext.data.threads import cores, in_order
 
 # Decoded ahead of writing; enough that the threads seldom wait for the slowest image of a batch.
@@ -144,10 +145,13 @@ def decode_all(files: Sequence[Path], out: BinaryIO, image_size: int | None) -> 
 
     image_size: the shorter side is brought to it and the middle square kept. None keeps the images as they are and
     raises SizeNotKept where they differ or have a shorter side above KEPT_SIZE.
+
+    Raises ValueError where a file cannot be read now but may be the next time.
     """
     done = Decoded()
     rows = RowWriter(out, image_size)
-    decoded = in_order(partial(_decode_or_reason, image_size=image_size), files, ahead=AHEAD, what=("image", "images"))
+    decode = partial(_decode_or_reason, image_size=image_size, kept=True)
+    decoded = in_order(decode, files, ahead=AHEAD, what=("image", "images"))
     with closing(decoded):
         for index, (pixels, several) in enumerate(decoded):
             if isinstance(pixels, str):
@@ -248,11 +252,16 @@ def _tags(image: Image.Image) -> dict[int, Any]:
     return getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
 
 
-def _decode_or_reason(path: Path, image_size: int | tuple[int, int] | None) -> tuple[np.ndarray | str, bool]:
+def _decode_or_reason(
+    path: Path, image_size: int | tuple[int, int] | None, *, kept: bool = False
+) -> tuple[np.ndarray | str, bool]:
+    """The image and whether the file holds more, or why there is none; kept: for longer than the error may last."""
     # A damaged file makes Pillow's readers raise nearly anything (OSError, SyntaxError, struct.error, ...).
     try:
         return _decode(path, image_size)
     except Exception as error:
+        if kept:
+            require_lasting(path, error)
         return _reason(path, error), False
 
 

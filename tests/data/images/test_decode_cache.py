@@ -1,5 +1,6 @@
 """The cache of decoded images: found by what tells that a file changed, on disk before its name, checked."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ from PIL import Image
 
 from cpc_ext.data import cache as cache_module
 from cpc_ext.data import decoded_cache
-from cpc_ext.data.images import decode_cache
+from cpc_ext.data.images import decode, decode_cache
 from cpc_ext.data.images.folders.folder import load as load_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no folder of test images:UserWarning")
@@ -161,6 +162,23 @@ def test_another_pillow_tries_what_one_could_not_read(root, builds, monkeypatch)
         load_folder(root)
     load_folder(root)
     assert builds == [45, 45, 45]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE])
+def test_an_error_that_may_pass_is_not_kept(root, cache, monkeypatch, number):
+    """Of a network's disk, say: else an image would be missing until Pillow has another version."""
+    original = decode._decode
+
+    def failing(path, size):
+        if path.name == "07.bmp":
+            raise OSError(number, os.strerror(number))
+        return original(path, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "_decode", failing)
+        with pytest.raises(ValueError, match=rf"07\.bmp: {os.strerror(number)}; try again, or take the file away$"):
+            means(root)
+    assert means(root) == EXPECTED
 
 
 def test_content_is_on_disk_before_its_name(root, cache, monkeypatch):

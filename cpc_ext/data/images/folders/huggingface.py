@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cpc_ext.data.decoded_cache import require_lasting
 from cpc_ext.data.file_tree import TreeFile
 from cpc_ext.data.images.dataset import Dataset
 from cpc_ext.data.images.labels import NO_LABEL, Label
@@ -138,9 +139,11 @@ def _content(image: Any, path: Path) -> object:
     if not isinstance(image, dict):
         return image
     if image.get("bytes") is None and image.get("path"):
+        beside = path.parent / image["path"]
         try:
-            return (path.parent / image["path"]).read_bytes()
-        except OSError:
+            return beside.read_bytes()
+        except OSError as error:
+            require_lasting(beside, error)
             return None
     return image.get("bytes")
 
