@@ -95,6 +95,11 @@ def read_tree(root: Path, kind: FileKind, *, splits: bool = True) -> FileTree:
     return _Walk(root, kind, splits).tree()
 
 
+def passed_over(name: str) -> bool:
+    """Whether a folder of this name is hidden, or another program's."""
+    return name.startswith(".") or name.lower() in _FOREIGN
+
+
 def split_of(name: str) -> Split | None:
     """What a folder of this name holds, if it is the name of a split: "Train", "testing", "VAL", "test_set", ..."""
     if re.search(r"[^A-Za-z0-9 ._-]", name):
@@ -322,7 +327,7 @@ class _Walk:
             with os.scandir(self._root / folder) as entries:
                 for entry in sorted(entries, key=lambda entry: entry.name):
                     if _is_folder(entry):
-                        if entry.name.startswith(".") or entry.name.lower() in _FOREIGN:
+                        if passed_over(entry.name):
                             self._skipped.append(_Folder(folder).below(entry.name))
                         else:
                             folders.append(entry)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tarfile
 from io import BytesIO
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -388,6 +389,18 @@ def test_the_size_of_the_images_in_a_folder_chooses_the_defaults(folder_of_image
     # What they are brought to comes first.
     small = parse([*arguments, "--image-size", "32"]).run
     assert model_presets(model)["folder-small"]["optimization"].items() <= small.optimization.model_dump().items()
+
+
+def test_links_to_folders_tell_the_size_and_thumbnails_do_not(folder_of_images, tmp_path):
+    """As whoever loads the images takes them; one of the links leads in a circle."""
+    large = Path(folder_of_images(96))
+    for place in (tmp_path / "links" / "@eaDir", tmp_path / "links" / ".hidden"):
+        place.mkdir(parents=True)
+        for number in range(30):
+            Image.new("RGB", (20, 20)).save(place / f"{number}.png")
+    (tmp_path / "links" / "train").symlink_to(large)
+    (tmp_path / "links" / "again").symlink_to(tmp_path / "links")
+    assert typical_side(tmp_path / "links") == 96
 
 
 @pytest.mark.parametrize("place", ["missing", "empty"])

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import IO, Any
 
+from cpc_ext.data.file_tree import passed_over
 from cpc_ext.data.libraries import optional
 
 __all__ = ["HDF5_SUFFIXES", "typical_side"]
@@ -42,8 +43,15 @@ def typical_side(path: Path) -> int | None:
 def _files(path: Path) -> Iterator[Path]:
     if path.is_file():
         yield path
-    for place, folders, names in os.walk(path):
-        folders.sort()
+    met: set[tuple[int, int]] = set()
+    # Links to folders are data as others are, but may lead in circles.
+    for place, folders, names in os.walk(path, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in met:
+            folders.clear()
+            continue
+        met.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not passed_over(name))
         yield from (Path(place, name) for name in sorted(names)[:_OF_FOLDER])
 
 
