@@ -131,13 +131,16 @@ class RunDir:
     def check_space(self, checkpoint_bytes: int) -> None:
         """TrainingError where the disk has no room for the run's files.
 
-        Besides the last and the best checkpoint there is, while one is written, a third.
+        Besides the last and the best checkpoint there is, while one is written, a third. Those that are there already
+        have their room.
         """
-        needed = 3 * checkpoint_bytes + _OTHER_FILES_BYTES
         try:
             free = shutil.disk_usage(self.path).free
+            found = [path.stat() for path in (self.checkpoint, self.best) if path.is_file()]
         except OSError as error:
             raise TrainingError(f"--out-dir: cannot write to {self.path}: {error.strerror or error}") from None
+        there = sum({status.st_ino: status.st_size for status in found}.values())  # One file may have both names.
+        needed = max(3 * checkpoint_bytes - there, 0) + _OTHER_FILES_BYTES
         if free < needed:
             raise TrainingError(
                 f"--out-dir: {self.path} has {free / 2**20:.0f} MiB left, the run needs about {needed / 2**20:.0f} MiB "

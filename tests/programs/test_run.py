@@ -120,6 +120,17 @@ def test_full_disk_is_told_first(train, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "run").exists()  # Nothing was written, so nothing remains.
 
 
+def test_a_run_that_goes_on_needs_no_room_for_the_checkpoints_that_it_has(train, tmp_path, capsys, monkeypatch):
+    assert train("--out-dir", tmp_path, "--steps", "4") == 0
+    each = (tmp_path / "checkpoint.pt").stat().st_size
+    assert (tmp_path / "best.pt").samefile(tmp_path / "checkpoint.pt")
+    for room, status in ((1.5, 1), (2.2, 0)):  # Of three, one is there, by two names.
+        usage = type("Usage", (), {"free": 32 * 2**20 + room * each})
+        monkeypatch.setattr("cpc_ext.training.run_dir.shutil.disk_usage", lambda path, usage=usage: usage)
+        assert train("--out-dir", tmp_path, "--resume", "--steps", "6") == status
+        assert ("the run needs about" in capsys.readouterr().err) == (status == 1)
+
+
 def test_batch_larger_than_the_data_set(train, tmp_path, capsys):
     assert train("--out-dir", tmp_path / "run", "--batch-size", "45") == 1
     assert "--batch-size" in capsys.readouterr().err
