@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cpc_ext import figures
 from cpc_ext.data import Dataset, ImageSet
 from cpc_ext.evaluation.encoder_run import EncoderRun
+from cpc_ext.evaluation.encodings_cache import images_digest
 from cpc_ext.measures.probe import encode, linear_probe
 from cpc_ext.models.encoders.stacked_encoder import StackedEncoder
 from cpc_ext.models.greedy_infomax import module_starts
@@ -37,14 +38,13 @@ def evaluate_per_module(runs: Sequence[EncoderRun], figure: Path, progress: Prog
     figure: the PNG in which all runs are drawn side by side, with the first one's encoder untrained.
 
     Raises:
-        TrainingError: runs of different data sets, without labels, or of an encoder without modules.
+        TrainingError: runs of different images, without labels, or of an encoder without modules.
     """
-    if len({run.config.data.dataset for run in runs}) > 1:
-        raise TrainingError("--per-module compares runs of one --dataset: the images would decide, not the models")
     lines: dict[str, list[float]] = {}
     names = _names(runs)
     dataset = runs[0].dataset()
     test_labels = _labelled(dataset)[1][1]
+    _check_same_images(runs, dataset)
     chance = torch.bincount(test_labels).max().item() / len(test_labels)
     untrained = accuracies_by_module(
         runs[0].untrained(dataset, seed=runs[0].config.compute.seed), dataset, partial(_named, progress, "untrained")
@@ -69,6 +69,23 @@ def evaluate_per_module(runs: Sequence[EncoderRun], figure: Path, progress: Prog
     except OSError as error:
         raise TrainingError(f"cannot write {figure}: {error.strerror or error}") from None
     print(f"accuracy after each module; drawn in {figure}")
+
+
+def _check_same_images(runs: Sequence[EncoderRun], dataset: Dataset) -> None:
+    """TrainingError where another run's images are not those of the first, whose data set this is."""
+    first = runs[0].config.data
+    for run in runs[1:]:
+        theirs = run.config.data
+        same = theirs.dataset == first.dataset
+        # The same images may lie in two places, and others be called the same, such as those of two folders.
+        if same and (theirs.data_dir, theirs.image_size) != (first.data_dir, first.image_size):
+            same = _digests(run.dataset()) == _digests(dataset)
+        if not same:
+            raise TrainingError("--per-module compares runs of the same images: else these decide, not the models")
+
+
+def _digests(dataset: Dataset) -> list[str]:
+    return [images_digest(images) for images, _ in _labelled(dataset)]
 
 
 def _named(progress: Progress, name: str, steps: range) -> Iterator[int]:

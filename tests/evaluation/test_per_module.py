@@ -123,7 +123,7 @@ def test_runs_of_different_images(runs, capsys):
     (other / "config.yaml").write_text(text.replace("dataset: textures", "dataset: cifar10"))
     capsys.readouterr()
     assert evaluate.main([str(one), str(other), "--per-module", "--device", "cpu"]) == 1
-    assert "--per-module compares runs of one --dataset" in capsys.readouterr().err
+    assert "--per-module compares runs of the same images" in capsys.readouterr().err
 
 
 class Run:
@@ -196,6 +196,19 @@ def test_what_is_told_of_the_runs(tmp_path, tiny_dataset, stubs, capsys):
     capsys.readouterr()
     evaluate_per_module([Run(tmp_path / "three", dataset, "cpc-v1", [0.5])], figure, lambda steps, name: None)
     assert capsys.readouterr().out.splitlines()[:2] == ["CPC         50.0%", "untrained    4.0%"]
+
+
+def test_runs_of_other_images_are_not_compared(tmp_path, tiny_dataset, stubs):
+    """Two folders are both called folder, whatever is in them, and one may be linked to from two places."""
+    other = replace(tiny_dataset, test=replace(tiny_dataset.test, images=255 - tiny_dataset.test.images))
+    sets = {"one": tiny_dataset, "again": tiny_dataset, "another": other}
+    runs = [
+        Run(tmp_path / name, dataset, "simclr", [0.5], data_dir=tmp_path / "data" / name)
+        for name, dataset in sets.items()
+    ]
+    evaluate_per_module(runs[:2], tmp_path / "x.png", lambda steps, name: None)
+    with pytest.raises(TrainingError, match=r"^--per-module compares runs of the same images"):
+        evaluate_per_module(runs, tmp_path / "x.png", lambda steps, name: None)
 
 
 def test_what_cannot_be_written_is_said(tmp_path, tiny_dataset, stubs, monkeypatch):
