@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, fields, make_dataclass
 from functools import cache
 from importlib import import_module
+from os.path import expanduser
 from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
@@ -21,7 +22,7 @@ from cpc_ext.training.config import option
 from cpc_ext.training.errors import TrainingError, speaker
 from cpc_ext.training.stop_request import EndedBySignal
 
-__all__ = ["Program", "exit_status", "parse_command", "refuse_idle"]
+__all__ = ["Program", "exit_status", "parse_command", "refuse_idle", "with_home"]
 
 T = TypeVar("T", bound=Hashable)
 
@@ -69,13 +70,19 @@ class Program(Generic[T]):
         getattr(import_module(module), function)(command)
 
 
+def with_home(arguments: Sequence[str]) -> list[str]:
+    """Arguments in which --name=~/path has the user's home folder, which shells put in place of ~ but not after =."""
+    split = (argument.partition("=") for argument in arguments)
+    return [f"{name}{given}{expanduser(value) if name.startswith('--') else value}" for name, given, value in split]
+
+
 def parse_command(command: type[T], arguments: Sequence[str] | None, *, prog: str, **options: Any) -> T:
     """Turn arguments (None: those of the process) into a command; with further options of :func:`tyro.cli`.
 
     Raises SystemExit, with status 2 after telling what is allowed, for wrong options, or with 0 after showing the help
     or the version.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    given = with_home(sys.argv[1:] if arguments is None else arguments)
     version = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     version.add_argument("--version", action="version", version=f"cpc_ext {__version__}")
     version.parse_known_args(given)

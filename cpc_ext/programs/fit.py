@@ -89,13 +89,14 @@ def fit(
         if model is not None and model_medium(model) != "images":
             raise OptionError(f"dataset: --model {model} learns from {model_medium(model)}; give the name of such data")
     side = None if named else given_side(dataset)
+    folder = None if out_dir is None else Path(out_dir).expanduser()
     choosing = ("recipe", "device", "resume_from", "data_dir", "image_size", *LENGTHS)
     run = _with_options(
         defaults_of(
             **given,
             **{name: options[name] for name in choosing if name in options},
             config=config,
-            out_dir=out_dir,
+            out_dir=folder,
             resume=resume,
             side=side,
         ),
@@ -113,7 +114,7 @@ def fit(
             workers=workers,
         )
 
-    command = Command(run=run, out_dir=None if out_dir is None else Path(out_dir), resume=resume)
+    command = Command(run=run, out_dir=folder, resume=resume)
     try:
         with signals_raise():
             status, path = training.run(command, None if named else keep)

@@ -18,7 +18,7 @@ from typing import Annotated, NoReturn
 import tyro
 
 from cpc_ext.data_sets import DATASETS, medium, origin
-from cpc_ext.programs.command_line import parse_command
+from cpc_ext.programs.command_line import parse_command, with_home
 from cpc_ext.training.config import LENGTHS, OptionError, RunConfig, load_config, option, options_of_other_models
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.presets import default_dataset, preset
@@ -84,6 +84,7 @@ def parse(arguments: Sequence[str], *, prog: str = PROGRAM) -> Command:
     Raises TrainingError where a config file is missing or wrong, and SystemExit, with status 2 after telling what is
     allowed, for wrong options, or with 0 after showing the help or the version.
     """
+    arguments = with_home(arguments)
     chosen = _first_pass(arguments)
     try:
         defaults = defaults_of(**vars(chosen))

@@ -283,6 +283,15 @@ def test_the_first_pass_takes_underscores_and_leaves_values(tmp_path):
             parse(["--resume", f"--{name}={tmp_path / 'a_run'}"])
 
 
+def test_the_home_folder_after_an_equals_sign(monkeypatch):
+    """Shells leave ~ as it is there."""
+    monkeypatch.setenv("HOME", "/home/me")
+    command = parse(["--out-dir=~/runs/one", "--dataset=folder", "--data-dir=~/a=b", "--steps=3"])
+    assert (command.out_dir, command.run.data.data_dir) == (Path("/home/me/runs/one"), Path("/home/me/a=b"))
+    with pytest.raises(TrainingError, match=r"there is no checkpoint at /home/me/there/checkpoint\.pt"):
+        parse(["--resume", "--out-dir=~/there"])
+
+
 def test_groups_of_the_help_are_told_by_their_sections(capsys):
     class Mine(RunConfig):
         """A section of one's own beside those of any run."""
