@@ -43,6 +43,11 @@ class BatchSampler(ABC):
     def __len__(self) -> int:
         """Batches an epoch."""
 
+    @property
+    @abstractmethod
+    def mean_batch(self) -> float:
+        """Examples of a batch, all processes together, in the mean over an epoch."""
+
     @abstractmethod
     def _drawn(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """An epoch: what its batches hold, int64, one after another, and the len(self) + 1 places where they begin."""
@@ -111,6 +116,10 @@ class EpochSampler(BatchSampler):
     def __len__(self) -> int:
         full, rest = divmod(self.count, self.batch_size)
         return full + (rest > 0 and not self.drop_last)
+
+    @property
+    def mean_batch(self) -> float:
+        return min(self.count, len(self) * self.batch_size) / len(self)
 
     def _drawn(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         edges = np.minimum(np.arange(len(self) + 1) * self.batch_size, self.count)

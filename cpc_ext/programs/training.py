@@ -302,7 +302,7 @@ def _summary(
         **results,
         **final,
         "steps": trainer.step,
-        f"{unit}_per_second": round(trainer.step * config.optimization.batch_size / max(trainer.seconds, 1e-9), 2),
+        f"{unit}_per_second": round(trainer.step * trainer.mean_batch / max(trainer.seconds, 1e-9), 2),
         "peak_memory_bytes": _peak_memory_bytes(device),
         "training_seconds": round(trainer.seconds, 3),
         "phase_seconds": {name: round(seconds, 3) for name, seconds in phases.items()},

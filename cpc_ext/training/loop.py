@@ -56,6 +56,7 @@ class Trainer:
         total_steps: updates of the whole run.
         seconds: time spent in steps so far, over all resumed parts.
         last_metrics: the last logged record.
+        mean_batch: examples of a batch, of all processes, in the mean.
 
     Raises:
         TrainingError: a batch larger than the data set, or one that the processes cannot share equally.
@@ -78,6 +79,7 @@ class Trainer:
             )
         except ValueError as error:
             raise TrainingError(f"--batch-size: {str(error).removeprefix('batch_size: ')}") from None
+        self.mean_batch = self._sampler.mean_batch
         self._data = data_record(task.examples)
         self._streams = RandomStreams(config.compute.seed, device, ranks.share)
         if ranks.share.world_size > 1:
@@ -289,7 +291,7 @@ class Trainer:
         # What else is not finite is the norm of gradients that overflowed in fp16, for which JSON has no numbers.
         means = {name: value for name, value in means.items() if math.isfinite(value)}
         self._stop_clock()
-        examples = (self.step - self._logged_step) * self._sampler.batch_size
+        examples = (self.step - self._logged_step) * self.mean_batch
         speed = examples / max(self.seconds - self._logged_seconds, 1e-9)
         self._logged_step, self._logged_seconds = self.step, self.seconds
         self.last_metrics = {

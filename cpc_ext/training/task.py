@@ -39,10 +39,11 @@ class Handover(NamedTuple):
 class Sampler(Protocol):
     """Gives batches as int64 arrays [B] of indices that a :class:`Fetcher` takes, epoch after epoch.
 
-    batch_size: examples of a batch, all processes together.
+    mean_batch: examples of a batch, all processes together, in the mean over an epoch.
     """
 
-    batch_size: int
+    @property
+    def mean_batch(self) -> float: ...
 
     def __len__(self) -> int:
         """Batches an epoch."""

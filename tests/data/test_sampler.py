@@ -46,6 +46,11 @@ def test_restored_sampler_goes_on_exactly(done, drop_last):
         np.testing.assert_array_equal(batch, want)
 
 
+@pytest.mark.parametrize(("drop_last", "mean"), [(True, 4.0), (False, 10 / 3)])
+def test_the_mean_batch_is_that_of_an_epoch(drop_last, mean):
+    assert EpochSampler(10, 4, drop_last=drop_last).mean_batch == mean
+
+
 def test_processes_share_each_batch():
     whole = list(EpochSampler(50, 12, seed=1))
     parts = [list(EpochSampler(50, 12, seed=1, rank=rank, world_size=3)) for rank in range(3)]

@@ -107,6 +107,10 @@ class WindowSampler(BatchSampler):
     def __len__(self) -> int:
         return len(self._sizes)
 
+    @property
+    def mean_batch(self) -> float:
+        return float(self._sizes.mean())
+
     def _drawn(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         step = LABEL_STEP if self.kind == "recordings" else 1
         begins = self._starts + step * rng.integers(0, self._free // step, endpoint=True)

@@ -160,6 +160,16 @@ def test_processes_share_each_batch(kind, cross):
         np.testing.assert_array_equal(batch, np.concatenate(shares))
 
 
+@pytest.mark.parametrize("kind", ["recordings", "uniform", "same-speaker", "same-sequence"])
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_the_mean_batch_is_that_of_an_epoch(kind, drop_last):
+    """Of what a run says that it takes a second: most batches of a speaker's windows are not full."""
+    source = sampler(kind, drop_last=drop_last)
+    sizes = [len(batch) for batch in epoch(source)]
+    assert source.mean_batch == sum(sizes) / len(sizes)
+    assert (source.mean_batch < 2) == (not drop_last and kind.startswith("same"))
+
+
 def test_orders_follow_from_the_seed():
     for kind in ("recordings", "uniform", "same-speaker", "same-sequence", "sequential"):
         one, again, other = (np.concatenate(epoch(sampler(kind, seed=seed))) for seed in (1, 1, 2))
