@@ -19,7 +19,8 @@ from cpc_ext.tasks.encoder_task import EncoderTask
 from cpc_ext.tasks.speech_task import SpeechTask
 from cpc_ext.training.checkpoint import load_checkpoint, load_weights
 from cpc_ext.training.config import RunConfig
-from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.data_record import data_record, differences
+from cpc_ext.training.errors import TrainingError, warn
 from cpc_ext.training.precision import default_precision
 from cpc_ext.training.registry import MODELS, task_class
 from cpc_ext.training.run_data import load_data
@@ -73,8 +74,17 @@ class TrainedRun:
         return cls(run, config.model_copy(update={"compute": compute, "data": data}), state)
 
     def dataset(self) -> Any:
-        """The data set that the run was trained on. TrainingError where it is not there."""
-        return load_data(self.config)
+        """The data set that the run was trained on; a warning says where it is another now.
+
+        TrainingError where it is not there.
+        """
+        dataset = load_data(self.config)
+        # Of images some models are trained on those with labels.
+        parts = [part for part in (getattr(dataset, "pretrain", None), dataset.train) if part is not None]
+        changed = [differences(self.state.get("data") or {}, data_record(part)) for part in parts]
+        if all(changed):
+            warn(f"{self.dir.path} was trained on other data than are there now: {', '.join(changed[0])}")
+        return dataset
 
     def trained(self, dataset: Any) -> Any:
         """The task with the checkpoint's weights. TrainingError where these are of another model."""

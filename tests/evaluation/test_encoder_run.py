@@ -14,6 +14,7 @@ from cpc_ext.evaluation import encoder_run, encodings_cache
 from cpc_ext.evaluation.encoder_run import EncoderRun, weights_digest
 from cpc_ext.evaluation.encodings_cache import cached_encodings, images_digest
 from cpc_ext.training.checkpoint import load_checkpoint
+from cpc_ext.training.data_record import data_record
 from cpc_ext.training.errors import TrainingError
 from tests.tasks.test_every_option import config_of, dataset_of, noise
 from tests.training.conftest import new_run
@@ -43,6 +44,26 @@ def test_a_run_is_moved_to_a_device_and_its_data(folder, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(encoder_run, "load_data", lambda config: asked.append(config) or DATA)
     assert (moved.dataset(), asked) == (DATA, [moved.config])
+
+
+def test_data_that_are_others_now_are_said(folder, monkeypatch, capsys):
+    """A relative --data-dir may lead elsewhere, and what normalises the images would be of others."""
+    data = dataset_of(noise(12))
+    others = {
+        "the same": (data, ""),
+        "labelled": (replace(data, pretrain=ImageSet(data.pretrain.images[:3])), ""),
+        "fewer": (replace(data, pretrain=ImageSet(noise(5)), train=None), "12 images then, 5 now"),
+    }
+    run = EncoderRun.open(folder, CPU)
+    run.state["data"] = data_record(data.train)
+    for dataset, said in others.values():
+        monkeypatch.setattr(encoder_run, "load_data", lambda config, dataset=dataset: dataset)
+        assert run.dataset() is dataset
+        warning = f"warning: {folder} was trained on other data than are there now: {said}\n"
+        assert capsys.readouterr().err == (warning if said else "")
+    del run.state["data"]
+    run.dataset()
+    assert capsys.readouterr().err == ""
 
 
 def test_weights_of_the_checkpoint_and_of_seeds(folder):
