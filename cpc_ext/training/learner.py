@@ -24,6 +24,9 @@ from cpc_ext.training.task import Handover
 
 __all__ = ["Learner"]
 
+# A loss scale that no gradients need: those that still overflow are not finite themselves.
+_LEAST_SCALE = 2.0**-16
+
 
 class Learner:
     """One part of a task, see :meth:`cpc_ext.training.task.Task.parts`.
@@ -82,6 +85,11 @@ class Learner:
         # Loss scaling finds its factor by overflowing now and then; such gradients are expected and not applied.
         guard.watch(step, values["loss"], *([] if self._scaler.is_enabled() else [norm]))
         return {**values, "grad_norm": norm}, handed
+
+    @property
+    def diverged(self) -> bool:
+        """Whether loss scaling has found no factor that gradients do not overflow with; waits for the device."""
+        return self._scaler.is_enabled() and self._scaler.get_scale() < _LEAST_SCALE
 
     def state_dict(self) -> dict[str, Any]:
         return {"optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict()}

@@ -382,6 +382,8 @@ class Trainer:
     def _check_finite(self, *, parameters: bool) -> None:
         """Stop where a loss or gradient since the start, or a parameter now, is not finite."""
         step = self._guard.first_bad_step()
+        if step is None and any(learner.diverged for learner in self._parts.learners):
+            step = self.step
         if step is None and parameters:
             finite = torch.stack([value.isfinite().all() for value in self._parameters]).all()
             step = None if finite else self.step

@@ -504,6 +504,20 @@ def test_divergence_that_cannot_be_saved_or_is_told_by_another(tmp_path, monkeyp
         trainer._check_finite(parameters=False)
 
 
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_gradients_that_no_loss_scale_helps_are_divergence(tmp_path, precision):
+    """With a finite loss nothing else would tell that no update is ever made."""
+    trainer = trainer_of(tmp_path, steps=60, log_every=1, precision=precision)
+    part = trainer._task.model[0]
+    part.forward = lambda given, labels, streams: ({"loss": (part.weight * 0).sqrt().sum()}, given)
+    with pytest.raises(
+        TrainingError, match="training diverged: the loss or its gradient is not finite at step"
+    ) as told:
+        train(trainer)
+    assert f"at step {33 if precision == 'fp16' else 1} " in str(told.value)
+    assert part.weight.item() == 100 or precision == "fp32"
+
+
 def test_parameters_are_looked_at_where_they_are_saved(tmp_path):
     task = Parts(2)
     trainer = trainer_of(tmp_path, task, steps=3, log_every=1, checkpoint_every=2)
