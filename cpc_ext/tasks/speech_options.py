@@ -156,7 +156,7 @@ class SpeechConfig(RunConfig):
         idle = super().idle()
         if self.prediction.sampling == "all":
             idle["neg_samples"] = "--sampling all takes every other encoding"
-        if self.view.windows == "recordings":
-            idle["cross_borders"] = "--windows recordings takes windows inside of recordings"
+        if self.view.windows in ("recordings", "same-sequence"):
+            idle["cross_borders"] = f"--windows {self.view.windows} takes windows inside of recordings"
         idle["channels_last"] = "sequences have no images' layout"
         return idle

@@ -308,6 +308,8 @@ class RunConfig(Section):
             idle["final_lr"] = "--schedule constant keeps the learning rate"
         if self.optimization.optimizer == "adam":
             idle["momentum"] = "--optimizer adam has averages of its own"
+        if self.optimization.time_budget is not None:
+            idle["checkpoint_every"] = "--time-budget chooses it"
         return idle
 
     def remedies(self) -> list[str]:

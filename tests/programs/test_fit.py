@@ -239,7 +239,7 @@ def test_processes_wait_for_each_others_data_and_before_they_measure_steps(home,
     np.savez(home / "kept.npz", **{part: images.images for part, images in TEXTURES.items()})
     (home / "kept").mkdir()
     (home / "kept.npz").rename(home / "kept" / "all.npz")
-    options = {name: value for name, value in OPTIONS.items() if name != "steps"}
+    options = {name: value for name, value in OPTIONS.items() if name not in ("steps", "checkpoint_every")}
     cpc_ext.fit("cpc-v1", IMAGES, test=TEST, time_budget=1e-6, evaluate=False, logger=(), **options)
     assert done == ["joined_ranks", "keep", "wait", "load_data", "wait", "of_known_length"]
 

@@ -31,6 +31,11 @@ TIMM_NORM = "--norm would have no effect: --encoder timm:resnet18 has a normalis
         (("--model", "pixelcnn", "--no-channels-last"), "--model pixelcnn lays its features out by itself"),
         (("--model", "greedy-infomax", "--split-at", "1", "--modules", "2"), "--split-at tells how many"),
         (("--model", "greedy-infomax", "--cache-views", "2"), "it needs --cache-outputs"),
+        (
+            ("--model", "cpc-audio", "--windows", "same-sequence", "--no-cross-borders"),
+            "--windows same-sequence takes windows inside of recordings",
+        ),
+        (("--time-budget", "1", "--checkpoint-every", "9"), "--time-budget chooses it"),
         (("--model", "greedy-infomax", "--context-layers", "2"), "only a single module has a context network"),
         (("--model", "greedy-infomax", "--pipeline", "--gather_negatives", "none"), "has the whole batch"),
     ],

@@ -15,7 +15,13 @@ from cpc_ext.training.run_log import read_metrics
 from cpc_ext.training.time_budget import filled, seconds_per_step
 from tests.training.conftest import SMALL, TINY, logged
 
-WITHOUT_LENGTH = [each for index, each in enumerate(TINY) if "--steps" not in TINY[max(index - 1, 0) : index + 1]]
+# The budget chooses both.
+WITHOUT_LENGTH = [
+    each
+    for pair in zip(TINY[::2], TINY[1::2], strict=True)
+    if pair[0] not in ("--steps", "--checkpoint-every")
+    for each in pair
+]
 
 
 def budget_of(minutes: float, **optimization):
