@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import resource
+import shlex
 import signal
 import sys
 import time
@@ -65,7 +66,7 @@ def _lost(error: RuntimeError, path: Path | None) -> str:
     """What to say where other processes are gone."""
     return (
         "another process of this run has ended or no longer answers, so this one ends as well. The training is saved "
-        f"up to its last checkpoint: go on with --resume --out-dir {path}, on any number of processes "
+        f"up to its last checkpoint: go on with --resume --out-dir {shlex.quote(str(path))}, on any number of processes "
         f"({str(error).splitlines()[0]})"
     )
 
@@ -210,7 +211,7 @@ def _checkpoint_to_resume(config: RunConfig, run: RunDir, ranks: Ranks) -> dict[
     if "optimizer" not in state:
         raise TrainingError(
             f"--resume: {run.checkpoint} holds a model and no training to go on with; start from it with "
-            f"--resume-from {run.path}"
+            f"--resume-from {shlex.quote(str(run.path))}"
         )
     _check_same_run(_saved_config(run, state), config)
     return state
@@ -254,7 +255,7 @@ def _take_steps(trainer: Trainer, log: RunLog | None, run: RunDir, ranks: Ranks)
         return None
     ranks.say(
         f"stopped at step {trainer.step} of {trainer.total_steps}; go on with:\n"
-        f"  python -m cpc_ext.train --resume --out-dir {run.path}"
+        f"  python -m cpc_ext.train --resume --out-dir {shlex.quote(str(run.path))}"
     )
     return stop.exit_code or 128 + signal.SIGTERM
 

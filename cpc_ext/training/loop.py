@@ -8,6 +8,7 @@ take the same steps; what is measured is averaged over them at once, so that all
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -166,7 +167,7 @@ class Trainer:
         elif changed:
             raise TrainingError(
                 f"--resume: {said}. Go on with the {self._task.unit} as they were, or start a new run from its weights "
-                f"with --resume-from {self._run.path}"
+                f"with --resume-from {shlex.quote(str(self._run.path))}"
             )
 
     def train(self, log: RunLog | None, stop: StopRequest) -> None:
@@ -237,7 +238,7 @@ class Trainer:
             return f"{self._run.path} {gone}, and with it the training"
         return (
             f"{self._run.checkpoint} holds step {self._saved_step}, from which "
-            f"--resume --out-dir {self._run.path} goes on"
+            f"--resume --out-dir {shlex.quote(str(self._run.path))} goes on"
         )
 
     def _save_first(self, state: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 
 import pytest
@@ -73,6 +74,14 @@ def test_signal_finishes_the_step_and_says_how_to_go_on(train, at_step, tmp_path
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 2
     assert f"--resume --out-dir {tmp_path}" in capsys.readouterr().out
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+
+def test_the_command_to_go_on_with_can_be_copied(train, at_step, tmp_path, capsys):
+    folder = tmp_path / "it's mine"
+    at_step(2, stop_with(signal.SIGINT))
+    assert train("--out-dir", folder) == 130
+    _, _, *arguments = shlex.split(capsys.readouterr().out.rpartition("go on with:")[2])
+    assert arguments == ["cpc_ext.train", "--resume", "--out-dir", str(folder)]
 
 
 def test_steps_logged_after_the_checkpoint_are_not_logged_twice(train, at_step, tmp_path):
