@@ -66,8 +66,8 @@ def _lost(error: RuntimeError, path: Path | None) -> str:
     """What to say where other processes are gone."""
     return (
         "another process of this run has ended or no longer answers, so this one ends as well. The training is saved "
-        f"up to its last checkpoint: go on with --resume --out-dir {shlex.quote(str(path))}, on any number of processes "
-        f"({str(error).splitlines()[0]})"
+        f"up to its last checkpoint: go on with --resume --out-dir {shlex.quote(str(path))}, on any number of "
+        f"processes ({str(error).splitlines()[0]})"
     )
 
 
