@@ -29,9 +29,12 @@ def upload(array: np.ndarray, device: torch.device) -> Tensor:
     return resident
 
 
-def send(array: np.ndarray, device: torch.device) -> Tensor:
-    """An array of a batch on the device; to CUDA it travels through pinned memory while the device computes."""
-    tensor = torch.from_numpy(array)
+def send(given: np.ndarray | Tensor, device: torch.device) -> Tensor:
+    """What a batch needs, an array or a tensor on the CPU, on the device, without making the CPU wait for that.
+
+    To CUDA it travels through pinned memory while the device computes.
+    """
+    tensor = given if isinstance(given, Tensor) else torch.from_numpy(given)
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

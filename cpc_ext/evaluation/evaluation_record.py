@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from cpc_ext.training.atomic_file import atomic_file
+from cpc_ext.training.atomic_file import write_text
 from cpc_ext.training.errors import TrainingError
 
 __all__ = ["EvaluationRecord", "as_table"]
@@ -80,9 +80,7 @@ class EvaluationRecord:
         # Two levels by hand: a row, with its confusion matrix, is a line.
         head = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in self.header.items()]
         rows = ",\n".join(f"    {json.dumps(each)}" for each in self.rows)
-        text = "{\n" + ",\n".join([*head, f'  "rows": [\n{rows}\n  ]']) + "\n}\n"
-        with atomic_file(self._path) as file:
-            file.write(text.encode())
+        write_text(self._path, "{\n" + ",\n".join([*head, f'  "rows": [\n{rows}\n  ]']) + "\n}\n")
 
     def lines(self) -> dict[str, list[Row]]:
         """Rows by mode, of few labels first."""

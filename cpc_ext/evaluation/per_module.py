@@ -24,7 +24,7 @@ from cpc_ext.measures.probe import encode, linear_probe
 from cpc_ext.models.encoders.stacked_encoder import StackedEncoder
 from cpc_ext.models.greedy_infomax import module_starts
 from cpc_ext.tasks.encoder_task import EncoderTask
-from cpc_ext.training.atomic_file import atomic_file
+from cpc_ext.training.atomic_file import write_text
 from cpc_ext.training.errors import TrainingError
 
 __all__ = ["accuracies_by_module", "evaluate_per_module", "features_by_module"]
@@ -174,7 +174,6 @@ def _names(runs: Sequence[EncoderRun]) -> list[str]:
 def _write(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(exist_ok=True)
-        with atomic_file(path) as file:
-            file.write(text.encode())
+        write_text(path, text)
     except OSError as error:
         raise TrainingError(f"cannot write {path}: {error.strerror or error}") from None

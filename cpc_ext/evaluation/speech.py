@@ -29,7 +29,7 @@ from cpc_ext.measures.speech_frames import (
     speaker_probe,
 )
 from cpc_ext.tasks.speech_task import SpeechTask, probed_recordings
-from cpc_ext.training.atomic_file import atomic_file
+from cpc_ext.training.atomic_file import write_text
 from cpc_ext.training.errors import TrainingError
 
 __all__ = ["evaluate_speech"]
@@ -213,7 +213,7 @@ class _Judge:
             "test_recordings": len(self._sets[1][1]),
         }
         text = json.dumps({**header, **results}, indent=2) + "\n"
-        _guarded(self._folder / name, lambda path: _write_text(path, text))
+        _guarded(self._folder / name, lambda path: write_text(path, text))
 
 
 def _save_depths(out: Path, judges: Sequence[_Judge]) -> None:
@@ -233,11 +233,6 @@ def _save_depths(out: Path, judges: Sequence[_Judge]) -> None:
 
 def _save(path: Path, figure: Any) -> None:
     _guarded(path, lambda at: figures.save(at, figure))
-
-
-def _write_text(path: Path, text: str) -> None:
-    with atomic_file(path) as file:
-        file.write(text.encode())
 
 
 def _guarded(path: Path, write: Callable[[Path], None]) -> None:

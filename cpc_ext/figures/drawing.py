@@ -28,7 +28,6 @@ __all__ = [
     "save_images",
 ]
 
-_DPI = 130
 _BLUE, _GRAY, _GREEN, _RED = "#1f5fa8", "#8a8a8a", "#2e8b57", "#c0392b"
 _PURPLE, _ORANGE = "#7d3c98", "#d68910"
 # Ways of learning from labels in panels: a title, that of a trained encoder, and what it is to be better than.

@@ -22,7 +22,7 @@ from cpc_ext.programs.convert import Command
 from cpc_ext.programs.converting_sound import sound_options
 from cpc_ext.programs.train_options import describe
 from cpc_ext.tasks.encoder_names import encoder_name
-from cpc_ext.training.atomic_file import atomic_file
+from cpc_ext.training.atomic_file import atomic_file, write_text
 from cpc_ext.training.checkpoint import save_checkpoint, write_tensors
 from cpc_ext.training.config import RunConfig, explain, option, validate_config
 from cpc_ext.training.errors import TrainingError
@@ -78,8 +78,7 @@ def _take_over(command: Command, source: str) -> None:
     }
     run = RunDir.create(command.out, model=config.model, dataset=config.data.dataset, option_name="--out")
     try:
-        with atomic_file(run.config) as file:
-            file.write(config.to_yaml().encode())
+        write_text(run.config, config.to_yaml())
         save_checkpoint(run.checkpoint, state)
     except OSError as error:
         raise TrainingError(f"--out: cannot write to {command.out}: {error.strerror or error}") from None

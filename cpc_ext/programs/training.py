@@ -22,7 +22,7 @@ import cpc_ext
 from cpc_ext.programs.command_line import exit_status
 from cpc_ext.programs.train_options import Command, describe, parse
 from cpc_ext.tasks.online_probe import PROBED
-from cpc_ext.training.atomic_file import atomic_file
+from cpc_ext.training.atomic_file import write_text
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.config import RunConfig, explain, option, options_that_may_change, validate_config
 from cpc_ext.training.data_record import described
@@ -160,7 +160,7 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
             task.save(run)
             log.images(trainer.step, sorted(run.path.glob("*.png")))
         summary = _summary(config, task.unit, trainer, results | _probed(run), phases, ranks)
-        _write(run.summary, json.dumps(summary, indent=2) + "\n")
+        write_text(run.summary, json.dumps(summary, indent=2) + "\n")
     except OSError as error:
         raise TrainingError(f"could not write to {run.path} ({error}): make room; {trainer.on_disk()}") from None
     except (EndedBySignal, KeyboardInterrupt):
@@ -227,7 +227,7 @@ def _opened_log(config: RunConfig, run: RunDir, trainer: Trainer, ranks: Ranks) 
     def prepare() -> None:
         run.check_space(trainer.checkpoint_bytes)
         try:
-            _write(run.config, config.to_yaml())
+            write_text(run.config, config.to_yaml())
             logs.append(RunLog(run, after_step=trainer.step, loggers=config.output.logger))
         except OSError as error:
             raise TrainingError(f"--out-dir: cannot write to {run.path}: {error}") from None
@@ -356,11 +356,6 @@ def _report(results: dict[str, float], phases: dict[str, float], run: RunDir) ->
         )
     print(", ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.items()))
     print(f"model, figures and metrics are in {run.path}")
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_file(path) as file:
-        file.write(text.encode())
 
 
 @contextmanager

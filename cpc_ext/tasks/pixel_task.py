@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cpc_ext import __version__, figures, models
 from cpc_ext.data import Dataset, ImageFetcher, ImageSet
+from cpc_ext.data.on_device import send
 from cpc_ext.data.spread import spread
 from cpc_ext.measures.pixel_histogram import static_histogram_bits_per_dim
 from cpc_ext.models.pixels.pixel_model import PixelModel
@@ -99,7 +100,7 @@ class PixelTask(Task):
     def losses(self, images: Tensor, labels: Tensor | None, streams: RandomStreams) -> dict[str, Tensor]:
         if self._config.pixelcnn.mirror:
             flip = torch.rand(streams.share.whole(len(images)), generator=streams.views) < 0.5
-            flip = streams.share.part(flip).to(images.device, non_blocking=True)
+            flip = send(streams.share.part(flip), images.device)
             images = torch.where(flip[:, None, None, None], images.flip(3), images)
         bits = self.model.bits_per_dim(images, labels if self._config.pixelcnn.class_conditional else None)
         return {"loss": bits * math.log(2), "bits_per_dim": bits}

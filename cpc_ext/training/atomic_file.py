@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["atomic_file", "replace_with_link"]
+__all__ = ["atomic_file", "replace_with_link", "write_text"]
 
 _COPIED_AT_ONCE = 2**22
 
@@ -42,6 +42,12 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Make a text, in UTF-8, what is at ``path``. OSError where writing fails; what was there is then intact."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
 
 
 def replace_with_link(source: Path, target: Path) -> None:

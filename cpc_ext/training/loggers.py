@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
-from cpc_ext.training.atomic_file import atomic_file
+from cpc_ext.training.atomic_file import write_text
 from cpc_ext.training.config import RunConfig
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.run_dir import RunDir
@@ -257,6 +257,5 @@ def _identity(run: RunDir, program: str) -> str | None:
 def _remember(run: RunDir, program: str, identity: str) -> str:
     folder = run.path / program
     folder.mkdir(exist_ok=True)
-    with atomic_file(folder / _RUN_ID) as file:
-        file.write(identity.encode())
+    write_text(folder / _RUN_ID, identity)
     return identity

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cpc_ext.training.atomic_file import atomic_file
+from cpc_ext.training.atomic_file import atomic_file, write_text
 from cpc_ext.training.config import RunConfig
 from cpc_ext.training.errors import warn
 from cpc_ext.training.loggers import Logger, logger_title, open_logger
@@ -156,8 +156,7 @@ def write_table(records: Sequence[dict[str, float]], path: Path) -> None:
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows.values())
-    with atomic_file(path) as file:
-        file.write(text.getvalue().encode())
+    write_text(path, text.getvalue())
 
 
 def _records(content: bytes) -> Iterator[tuple[dict[str, float], bytes]]:

@@ -492,7 +492,7 @@ def test_a_record_that_another_process_holds_or_that_cannot_be_written(tmp_path,
     with FileLock(tmp_path / ".evaluation.json.lock"), pytest.raises(TrainingError, match="another process keeps it"):
         record.add(row())
     for error in (OSError(28, "disk is full"), OSError("disk is full")):
-        monkeypatch.setattr(evaluation_record, "atomic_file", Mock(side_effect=error))
+        monkeypatch.setattr(evaluation_record, "write_text", Mock(side_effect=error))
         with pytest.raises(TrainingError, match=r"cannot write .*evaluation\.json: disk is full$"):
             record.add(row())
 

@@ -219,7 +219,7 @@ def test_what_cannot_be_written_is_said(tmp_path, tiny_dataset, stubs, monkeypat
     monkeypatch.setattr(per_module.figures, "save", Mock(side_effect=OSError("disk is full")))
     with pytest.raises(TrainingError, match=r"^cannot write .*/x\.png: disk is full$"):
         evaluate_per_module([run], tmp_path / "x.png", lambda steps, name: None)
-    monkeypatch.setattr(per_module, "atomic_file", Mock(side_effect=OSError("disk is full")))
+    monkeypatch.setattr(per_module, "write_text", Mock(side_effect=OSError("disk is full")))
     with pytest.raises(TrainingError, match=r"^cannot write .*/run/evaluation/per_module\.json: disk is full$"):
         evaluate_per_module([run], tmp_path / "x.png", lambda steps, name: None)
 

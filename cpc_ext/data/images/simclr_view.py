@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cpc_ext.data.batch_share import BatchShare
 from cpc_ext.data.images.dataset import Dataset
+from cpc_ext.data.on_device import send
 
 __all__ = ["SimCLRView", "adjust_hue", "blend", "blur", "crop_and_resize", "luma"]
 
@@ -101,7 +102,7 @@ class SimCLRView:
             blurred = torch.rand(batch, generator=generator) < self.blur_probability
         numbers = torch.cat([box, flip[:, None], factors, gray[:, None], sigma[:, None], blurred[:, None]], dim=1)
         # One copy to the device, of which everything below is a part.
-        parts = torch.split(_to(share.part(numbers), images.device), [4, 1, 4, 1, 1, 1], dim=1)
+        parts = torch.split(send(share.part(numbers), images.device), [4, 1, 4, 1, 1, 1], dim=1)
         box, flip, factors, gray, sigma, blurred = parts
 
         view = crop_and_resize(_unit(images), box, self.size, flip=flip[:, 0] > 0)
@@ -235,10 +236,3 @@ def _jitter(images: Tensor, factors: Tensor, order: list[int]) -> Tensor:
 def _unit(images: Tensor) -> Tensor:
     """uint8 → float32 in 0..1."""
     return images.float() / 255
-
-
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a small CPU tensor without making the CPU wait for what the device is doing."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from cpc_ext.data.batch_share import BatchShare
 from cpc_ext.data.images.dataset import Dataset
 from cpc_ext.data.images.patch_augmentation import PatchAugmentation
+from cpc_ext.data.on_device import send
 from cpc_ext.ops import AugmentationPlan, augment_patches, extract_patches
 
 _WHOLE = BatchShare()
@@ -105,8 +106,8 @@ class PatchView:
         return self._extract(
             images,
             crop=(height, width),
-            offsets=_to(share.part(offsets), images.device),
-            flip=None if flip is None else _to(share.part(flip), images.device),
+            offsets=send(share.part(offsets), images.device),
+            flip=None if flip is None else send(share.part(flip), images.device),
             plan=self._plan(images, generator, share),
         )
 
@@ -180,10 +181,3 @@ class PatchView:
             dtype=self.dtype,
             channels_last=self.channels_last,
         )
-
-
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a small CPU tensor without making the CPU wait for what the device is doing."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)

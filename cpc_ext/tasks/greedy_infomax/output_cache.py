@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cpc_ext.data import ImageFetcher, ImageSet
+from cpc_ext.data.on_device import send
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.random_streams import RandomStreams
@@ -67,9 +68,7 @@ class OutputCache:
         drawn = torch.randint(self._views, (share.whole(len(indices)),), generator=self._streams.views)
         rows = indices * self._views + share.part(drawn).numpy()
         outputs = torch.from_numpy(self._rows[rows]).view(self._dtype).view(len(indices), *self._shape)
-        if self._device.type == "cuda":
-            outputs = outputs.pin_memory()
-        return outputs.to(self._device, non_blocking=True)
+        return send(outputs, self._device)
 
     def labels(self, indices: np.ndarray) -> Tensor | None:
         """The labels at ``indices``, int64 [B] on the device; None where the images have none."""
