@@ -6,6 +6,7 @@ cannot be decoded is left out, with the reason.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -27,6 +28,10 @@ AHEAD = 128
 _PIECE = 1 << 19
 # Share of the samples of a file in floating point that may lie beyond ±1, and are cut off; more are of another scale.
 _BEYOND = 0.01
+# How it tells of WAV, AIFF and AU that their header speaks of more sound than the file has. What writes into a pipe puts
+# the largest sizes that there are, and other programs count a header with the sound: less than this share is forgiven.
+_CUT_OFF = re.compile(r"(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)")
+_OPEN_END, _FORGIVEN = 2**31 - 2**16, 0.01
 # What libsndfile reads that has no header to tell the rate by, and what is no recording.
 _NO_RECORDINGS = {"RAW", "MAT4", "MAT5", "XI", "SDS", "MPC2K", "WVE"}
 # Endings of formats that are called otherwise.
@@ -145,6 +150,9 @@ def _check(file: Any, read: int, beyond: int) -> None:
     """ValueError where a file does not hold the samples that it says, or these are of another scale."""
     if not read:
         raise ValueError("holds no samples")
+    stated, there = map(int, found.groups()) if (found := _CUT_OFF.search(file.extra_info)) else (0, 0)
+    if stated < _OPEN_END and stated - there > _FORGIVEN * stated:
+        raise ValueError(f"damaged: {there} of {stated} bytes of sound are there")
     # The length of an MP3 is an estimate.
     if read < file.frames and file.format != "MP3":
         raise ValueError(f"damaged: {read} of {file.frames} samples can be read")

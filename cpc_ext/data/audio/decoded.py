@@ -17,7 +17,7 @@ from cpc_ext.data.file_tree import TreeFile
 from cpc_ext.data.notice import LeftOut, some
 
 # Part of a cache's key: raise it when what decoding writes changes.
-FORMAT = 1
+FORMAT = 2
 # A file of labels may have so many more or fewer than the grid has places; else they are of another recording.
 _LABELS_OFF = 2
 

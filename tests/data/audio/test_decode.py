@@ -93,6 +93,10 @@ WRONG = {
     "text.wav": (lambda path: path.write_text("no sound" * 50), "Format not recognised"),
     "none.wav": (lambda path: soundfile.write(path, NOISE[:0], RATE), "holds no samples"),
     "short.wav": (lambda path: soundfile.write(path, NOISE[:399], RATE), "399 samples at 16 kHz, shorter than 400"),
+    **{
+        f"cut.{name}": (lambda path, name=name: cut(path, name), "damaged: .* of 3200[08] bytes of sound are there")
+        for name in ("wav", "aiff", "au")
+    },
     "cut.flac": (lambda path: cut(path, "flac"), "lost sync|damaged: .* of 16000 samples"),
     "cut.ogg": (lambda path: cut(path, "ogg"), "malformed|holds no samples|damaged: .* of 16000 samples"),
     "infinite.wav": (
@@ -125,6 +129,17 @@ def test_names_may_be_wrong(tmp_path):
         soundfile.write(tmp_path / name, NOISE, RATE)
         (tmp_path / name).rename(tmp_path / other)
         np.testing.assert_array_equal(decode_recording(tmp_path / other).samples, NOISE)
+
+
+@pytest.mark.parametrize("stated", [2**32 - 1, 2**31 - 37, 32_000 + 44])
+def test_a_header_of_a_stream_and_one_that_counts_itself_are_no_damage(tmp_path, stated):
+    """What writes into a pipe does not know how much will come."""
+    soundfile.write(tmp_path / "a.wav", NOISE, RATE, subtype="PCM_16")
+    content = bytearray((tmp_path / "a.wav").read_bytes())
+    at = content.index(b"data") + 4
+    content[at : at + 4] = stated.to_bytes(4, "little")
+    (tmp_path / "a.wav").write_bytes(content)
+    np.testing.assert_array_equal(decode_recording(tmp_path / "a.wav").samples, NOISE)
 
 
 def test_files_stay_in_their_order(tmp_path, monkeypatch):
