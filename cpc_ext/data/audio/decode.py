@@ -28,8 +28,8 @@ AHEAD = 128
 _PIECE = 1 << 19
 # Share of the samples of a file in floating point that may lie beyond ±1, and are cut off; more are of another scale.
 _BEYOND = 0.01
-# How it tells of WAV, AIFF and AU that their header speaks of more sound than the file has. What writes into a pipe puts
-# the largest sizes that there are, and other programs count a header with the sound: less than this share is forgiven.
+# How libsndfile tells that the header of WAV, AIFF or AU speaks of more sound than there is. Programs that write into a
+# pipe put the largest sizes there, and others count the header as well: so small a share is forgiven.
 _CUT_OFF = re.compile(r"(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)")
 _OPEN_END, _FORGIVEN = 2**31 - 2**16, 0.01
 # What libsndfile reads that has no header to tell the rate by, and what is no recording.
