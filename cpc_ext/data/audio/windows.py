@@ -129,6 +129,15 @@ class WindowSampler(BatchSampler):
         windows = windows[taken][np.argsort(place[self._batches[taken]], kind="stable")]
         return windows, np.append(0, np.cumsum(self._sizes[order]))
 
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        then = state.get("drop_last", self.drop_last)
+        if then != self.drop_last:
+            raise ValueError(
+                f"a single process takes {self.kind} windows that are too few for a batch, several leave them out: go "
+                f"on with {'several' if then else 'one'}, as before"
+            )
+        super().load_state_dict(state)
+
     def _order(self) -> dict[str, int]:
         return {
             "count": len(self._groups),

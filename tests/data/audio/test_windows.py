@@ -188,6 +188,10 @@ def test_state_of_other_windows_is_refused():
     ):
         with pytest.raises(ValueError, match="sampler state: expected"):
             sampler(kind, **options).load_state_dict(state)
+    for kept, message in ((True, "go on with several, as before"), (False, "go on with one, as before")):
+        state_of_another = sampler("same-speaker", drop_last=kept).state_dict()
+        with pytest.raises(ValueError, match=message):
+            sampler("same-speaker", drop_last=not kept).load_state_dict(state_of_another)
     longer = WindowSampler(recordings({0: (28701,)}), 2, window=WINDOW, kind="uniform")
     with pytest.raises(ValueError, match="expected samples 28701, got 28700"):
         longer.load_state_dict(state)
