@@ -12,12 +12,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from cpc_ext.data.cache import cache_dir, sync_folder
 from cpc_ext.data.file_tree import TreeFile
@@ -93,7 +94,7 @@ class DecodedCache:
                 except _Unusable:
                     pass
             parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{parent}.lock"):
+            with self._locked(Path(f"{parent}.lock")):
                 if directory.is_dir():
                     try:
                         return self._open(directory)  # Another process has just decoded them.
@@ -113,6 +114,19 @@ class DecodedCache:
             )
             number = getattr(error, "errno", None)
             raise (OSError(problem) if number is None else OSError(number, problem)) from error
+
+    @contextmanager
+    def _locked(self, path: Path) -> Iterator[None]:
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            tell(self.root, [f"waiting for the process that decodes the {self.what}"])
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _open(self, directory: Path) -> Kept:
         """What a cache holds. Raises _Unusable, OSError where it may not be read."""

@@ -4,10 +4,13 @@ import errno
 import json
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from cpc_ext.data import cache as cache_module
@@ -179,6 +182,25 @@ def test_an_error_that_may_pass_is_not_kept(root, cache, monkeypatch, number):
         with pytest.raises(ValueError, match=rf"07\.bmp: {os.strerror(number)}; try again, or take the file away$"):
             means(root)
     assert means(root) == EXPECTED
+
+
+def test_who_waits_for_another_process_says_so(root, cache):
+    means(root)
+    (lock,) = (cache / "folders").glob("*.lock")
+    shutil.rmtree(lock.with_suffix(""))
+    held = threading.Event()
+
+    def hold() -> None:
+        with FileLock(lock):
+            held.set()
+            time.sleep(0.3)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait()
+    with pytest.warns(UserWarning, match="images:\n  waiting for the process that decodes the images$"):
+        assert means(root) == EXPECTED
+    other.join()
 
 
 def test_content_is_on_disk_before_its_name(root, cache, monkeypatch):
