@@ -14,6 +14,7 @@ from cpc_ext.models.projection_head import projection_head
 from cpc_ext.nn.across_ranks import exchange_with
 from cpc_ext.nn.sup_con_loss import SupConLoss
 from cpc_ext.nn.unit_length import unit_length
+from cpc_ext.ops._library import without_autocast
 
 __all__ = ["SupCon", "SupConOutput"]
 
@@ -88,8 +89,9 @@ def _accuracy(pairs: Tensor, labels: Tensor) -> Tensor:
     """How often the nearest other feature is of the same class, of features [B, 2, P] of length 1."""
     features, classes = pairs.flatten(0, 1), labels.repeat_interleave(2)
     found = []
-    for rows in torch.arange(len(features), device=features.device).split(_ROWS):
-        similarity = features[rows] @ features.t()
-        similarity.scatter_(1, rows[:, None], -torch.inf)
-        found.append(classes[similarity.argmax(1)] == classes[rows])
+    with without_autocast(features.device):  # It would round so that many are equally near.
+        for rows in torch.arange(len(features), device=features.device).split(_ROWS):
+            similarity = features[rows] @ features.t()
+            similarity.scatter_(1, rows[:, None], -torch.inf)
+            found.append(classes[similarity.argmax(1)] == classes[rows])
     return torch.cat(found).float().mean()

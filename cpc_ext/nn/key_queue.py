@@ -63,15 +63,17 @@ class KeyQueue(Module):
     def _contrast_some(self, queries: Tensor, positives: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """The sum of the losses, and the ranks, of rows that there is room for."""
         rows = len(queries)
-        self.keys[self.size : self.size + rows] = positives.detach()
+        # Where the queue is narrower, a copy: the positives are not to be rounded.
+        keys = self.keys.to(torch.promote_types(self.keys.dtype, positives.dtype))
+        keys[self.size : self.size + rows] = positives.detach()
         targets = torch.arange(self.size, self.size + rows, device=queries.device)
         key_range = (self.size * torch.arange(2, device=queries.device)).expand(rows, 2)
-        loss, _, rank = info_nce(queries, self.keys, targets, scale=scale, key_range=key_range, reduction="sum")
+        loss, _, rank = info_nce(queries, keys, targets, scale=scale, key_range=key_range, reduction="sum")
         if positives.requires_grad:
             # A row's loss is -log p of its positive, whose score it falls with by 1 - p. The keys as a whole have no
             # gradient, which would be as large as the queue.
             with torch.no_grad():
-                losses = info_nce(queries, self.keys, targets, scale=scale, key_range=key_range, reduction="none").loss
+                losses = info_nce(queries, keys, targets, scale=scale, key_range=key_range, reduction="none").loss
                 slopes = scale * torch.expm1(-losses)
             pull = (slopes.unsqueeze(1) * queries.detach() * positives).sum()
             loss = loss + (pull - pull.detach())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cpc_ext.nn.typed import Module
 from cpc_ext.nn.unit_length import unit_length
-from cpc_ext.ops._library import differentiable_once, without_autocast
+from cpc_ext.ops._library import differentiable_once, may_need_gradients, without_autocast
 from cpc_ext.ops.scores_logsumexp import scores_logsumexp
 
 __all__ = ["LabelledNTXentLoss"]
@@ -71,7 +71,7 @@ class LabelledNTXentLoss(Module):
             others = scores_logsumexp(units, units, scale=scale, groups=(labels, labels), contrast="other")
             sizes: list[int] = labels.unique_consecutive(return_counts=True)[1].tolist()
             pairs = sum(size * (size - 1) for size in sizes)
-            loss = _pair_losses(units, others, labels, sizes, scale)
+            loss = _pair_losses(units, others, labels, sizes, scale, may_need_gradients(units, others))[0]
             return loss / max(pairs, 1)
 
     def extra_repr(self) -> str:
@@ -81,12 +81,16 @@ class LabelledNTXentLoss(Module):
 class _PairLosses(torch.autograd.Function):
     """The sum of log(1 + exp(l_a - scale * u_a . u_p)) over all pairs of a class, from u [N, D] and l [N].
 
-    Classes lie one after the other, as long as ``sizes`` says. Gradients are formed with the loss, while the scores are
-    at hand.
+    Classes lie one after the other, as long as ``sizes`` says. Gradients of u and l, which come with the loss, are
+    formed, where ``forms``, while the scores are at hand.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, units: Tensor, others: Tensor, labels: Tensor, sizes: list[int], scale: float) -> Tensor:
+    def forward(
+        units: Tensor, others: Tensor, labels: Tensor, sizes: list[int], scale: float, forms: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         total = others.new_zeros(())
         of_units, of_others = torch.zeros_like(units), torch.zeros_like(others)
         index = torch.arange(len(units), device=units.device)
@@ -95,23 +99,27 @@ class _PairLosses(torch.autograd.Function):
             pairs = (labels[rows, None] == labels[columns]) & (index[rows, None] != index[columns])
             margins = margins.masked_fill_(~pairs, -torch.inf)
             total -= F.logsigmoid(-margins).sum()
-            if any(ctx.needs_input_grad):
+            if forms:
                 slopes = margins.sigmoid_()
                 of_others[rows] = slopes.sum(1)
                 slopes *= -scale
                 of_units[rows] += slopes @ units[columns]
                 of_units[columns] += slopes.mT @ units[rows]
-        ctx.save_for_backward(units, others, of_units, of_others)
-        return total
+        return total, of_units, of_others
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:2], *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     @differentiable_once("LabelledNTXentLoss")
-    def backward(ctx: Any, saved: tuple[Tensor, ...], gradient: Tensor) -> tuple[Tensor | None, ...]:
-        _, _, of_units, of_others = saved
-        return of_units * gradient, of_others * gradient, None, None, None
+    def backward(ctx: Any, saved: tuple[Tensor, ...], gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        of_units, of_others = saved[2:]
+        return of_units * gradient, of_others * gradient, None, None, None, None
 
 
-_pair_losses: Callable[..., Tensor] = _PairLosses.apply
+_pair_losses: Callable[..., tuple[Tensor, Tensor, Tensor]] = _PairLosses.apply
 
 
 def _blocks(sizes: list[int]) -> Iterator[tuple[slice, slice]]:

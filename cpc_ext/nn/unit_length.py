@@ -8,9 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from cpc_ext.ops._library import is_plain
+from cpc_ext.ops._library import in_forward_mode, is_plain
 
 __all__ = ["unit_length"]
 
@@ -48,7 +47,7 @@ def _may_look_at(vectors: Tensor) -> bool:
         and vectors.dtype in (torch.float32, torch.float64)
         and vectors.numel() > 0
         and is_plain(vectors)
-        and forward_ad._current_level < 0
+        and not in_forward_mode()
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import numbers
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -30,6 +30,9 @@ INTEGERS = (
 )
 REDUCTIONS = ("mean", "sum", "none")
 _CONTRASTS = ("all", "same", "other")
+# Numbers are compared with it: torch.compile cannot ask one whose value it leaves open whether it is finite, and an
+# integer may be larger.
+_LARGEST = sys.float_info.max
 
 
 class ContrastOptions(NamedTuple):
@@ -93,7 +96,7 @@ def check_arguments(queries: Tensor, keys: Tensor, options: ContrastOptions, mea
         _check_given("key_bias", key_bias, ((*leading, num_keys),), device, floating=True)
     if groups is not None or contrast != "all":
         _check_groups(options, rows, (*leading, num_keys), device)
-    if type(scale) is not float or not math.isfinite(scale):  # Hardly ever.
+    if type(scale) is not float or not abs(scale) <= _LARGEST:  # Hardly ever.
         check_number("scale", scale)
     if symmetric:
         if negatives is not None:
@@ -189,11 +192,7 @@ def check_number(name: str, value: float | Tensor) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
-    try:
-        finite = math.isfinite(value)
-    except OverflowError:  # An integer beyond a float's range.
-        finite = False
-    if not finite:
+    if not abs(value) <= _LARGEST:
         raise ValueError(f"{name} must be finite, got {value}")
 
 

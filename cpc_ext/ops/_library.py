@@ -22,6 +22,7 @@ from cpc_ext._native import KERNEL_DEVICES, native
 __all__ = [
     "autocast_dtype",
     "differentiable_once",
+    "in_forward_mode",
     "is_plain",
     "may_need_gradients",
     "nobody_watches",
@@ -394,11 +395,14 @@ def values_at_hand(tensor: Tensor) -> bool:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is no tracer's or transform's, so that its memory may be written to unseen."""
+    """Whether neither a tracer nor a transform is at work, on this tensor or on others.
+
+    Then a tensor's memory may be written to unseen, and functions of autograd that transforms cannot take may be used.
+    """
     return (
         type(tensor) is Tensor
         and not torch.compiler.is_compiling()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and torch._C._functorch.maybe_current_level() is None
     )
 
 
@@ -409,9 +413,14 @@ def with_workspace(kernel: Callable[..., int], tensor: Tensor, *arguments: Any) 
         kernel(*arguments, tensor.new_empty(size, dtype=torch.uint8))
 
 
+def in_forward_mode() -> bool:
+    """Whether tensors may carry tangents, which the ops would drop."""
+    return forward_ad._current_level >= 0
+
+
 def refuse_forward_mode(*inputs: Tensor | None) -> None:
-    """NotImplementedError where a tensor carries a tangent, which the ops would drop."""
-    if forward_ad._current_level < 0:
+    """NotImplementedError where a tensor carries a tangent."""
+    if not in_forward_mode():
         return
     for tensor in inputs:
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:

@@ -51,7 +51,7 @@ class AugmentationPlan(NamedTuple):
     def empty(cls, batch: int, rows: int, cols: int, *, device: torch.device | None = None) -> AugmentationPlan:
         """A plan that leaves every patch as it is."""
         codes = torch.zeros(batch, rows, cols, 0, dtype=torch.uint8, device=device)
-        return cls(codes, torch.zeros(batch, rows, cols, 0, PARAMETERS, device=device))
+        return cls(codes, torch.zeros(batch, rows, cols, 0, PARAMETERS, dtype=torch.float32, device=device))
 
     def to(self, device: torch.device | str) -> AugmentationPlan:
         """The plan on a device; copies from page-locked memory do not make the CPU wait."""

@@ -134,7 +134,7 @@ def sample_logistic_mixture(
     batch, _, height, width = params.shape
     shape = (batch, _components(params, channels) + channels, height, width)
     if noise is None:
-        noise = torch.rand(shape, generator=generator, device=params.device)
+        noise = torch.rand(shape, generator=generator, dtype=torch.float32, device=params.device)
     elif generator is not None:
         raise ValueError("give either a generator or noise, not both")
     else:

@@ -50,12 +50,13 @@ def sigmoid_contrast(
         TypeError, ValueError, IndexError: as :func:`cpc_ext.ops.info_nce`.
     """
     check_number("bias", bias)
-    options = _options(keys, targets, scale, bias, weights)
+    options = _options(queries, keys, targets, scale, bias, weights)
     loss = run_contrast(queries, keys, options, measure="sigmoid", reduction=reduction).loss
     return loss.view(queries.shape[:-1]) if reduction == "none" else loss
 
 
 def _options(
+    queries: Tensor,
     keys: Tensor,
     targets: Tensor | None = None,
     scale: float | Tensor = 1.0,
@@ -64,8 +65,9 @@ def _options(
 ) -> ContrastOptions:
     """The contrast whose keys all have the same bias."""
     key_bias = None
-    if isinstance(keys, Tensor) and keys.ndim >= 2 and (isinstance(bias, Tensor) or bias != 0):
-        dtype = torch.promote_types(keys.dtype, torch.float32)
+    sound = isinstance(queries, Tensor) and isinstance(keys, Tensor) and keys.ndim >= 2  # Else they are refused later.
+    if sound and (isinstance(bias, Tensor) or bias != 0):
+        dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
         key_bias = torch.as_tensor(bias, dtype=dtype, device=keys.device).expand(keys.shape[:-1])
     return ContrastOptions(scale, targets, weights=weights, key_bias=key_bias)
 
@@ -75,6 +77,7 @@ def sigmoid_contrast_reference(
 ) -> Tensor:
     """:func:`sigmoid_contrast` with its scores [*, M, N] in memory, arguments unchecked."""
     dtype = torch.promote_types(queries.dtype, keys.dtype)
-    problem, weights = flat_problem(queries.to(dtype), keys.to(dtype), _options(keys, targets, **options), "sigmoid")
+    given = _options(queries, keys, targets, **options)
+    problem, weights = flat_problem(queries.to(dtype), keys.to(dtype), given, "sigmoid")
     loss, _ = reduced(*plain.losses_and_ranks(problem), weights, reduction)
     return loss.view(queries.shape[:-1]) if reduction == "none" else loss

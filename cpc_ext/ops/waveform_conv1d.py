@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cpc_ext._native import native
 from cpc_ext.ops._checks import check_dense, dtype_name
-from cpc_ext.ops._library import autocast_dtype, register
+from cpc_ext.ops._library import autocast_dtype, in_forward_mode, may_need_gradients, register
 
 __all__ = ["waveform_conv1d", "waveform_conv1d_reference"]
 
@@ -38,7 +38,8 @@ def waveform_conv1d(
     """Convolve waveforms, normalise each frame over its channels, and apply ReLU, in this order.
 
     The CPU has a kernel for float32, bfloat16 and float16, which sums in float32 whatever the type. Elsewhere, in
-    float64, and where a gradient in the waveforms may be asked for, it is a composition of PyTorch's operations.
+    float64, in forward-mode differentiation, and where a gradient in the waveforms may be asked for, it is a
+    composition of PyTorch's operations.
 
     Args:
         waveforms: [B, 1, T], float32, bfloat16, float16 or float64.
@@ -74,7 +75,7 @@ def waveform_conv1d(
             wanted = dtype_name(waveforms.dtype) if waveforms.dtype in _DTYPES else ", ".join(map(dtype_name, _DTYPES))
             raise TypeError(f"{name} must be {wanted}, got {dtype_name(value.dtype)}")
     op = _Layer(waveforms, weight, bias, scale, shift, stride, padding, float(eps), relu)
-    if not _has_kernel(waveforms) or (torch.is_grad_enabled() and waveforms.requires_grad):
+    if not _has_kernel(waveforms) or in_forward_mode() or may_need_gradients(waveforms):
         return waveform_conv1d_reference(*op)
     if scale is not None and shift is not None:
         op = op._replace(scale=scale.float(), shift=shift.float())

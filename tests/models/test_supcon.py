@@ -39,6 +39,18 @@ def test_loss_and_accuracy(rows, monkeypatch):
     assert 0 < output.accuracy < 1
 
 
+def test_the_accuracy_is_not_rounded_by_autocast():
+    """Views that are all alike but for what bfloat16 does not tell apart."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(8, generator=generator) + torch.randn(64, 1, 8, generator=generator) / 50
+    pairs = F.normalize(images + torch.randn(64, 2, 8, generator=generator) / 2000, dim=2)
+    labels = torch.arange(64)
+    exact = supcon._accuracy(pairs.double(), labels)
+    assert exact > 0.9
+    with torch.autocast("cpu", torch.bfloat16):
+        assert supcon._accuracy(pairs, labels) == pytest.approx(exact.item(), abs=0.05)
+
+
 def test_every_parameter_learns_and_the_loss_falls():
     model, batch = make(), views()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)

@@ -86,6 +86,15 @@ def test_is_pytorchs_layer_to_everybody_else(kernel):
     assert not ours.takes_kernel(unbatched)
 
 
+def test_forward_mode_is_left_to_pytorch(kernel):
+    ours, plain = pair(4, 6, 3)
+    input, tangent = draw(3, 4, 5, 5), draw(3, 4, 5, 5, seed=1)
+    for call in (lambda layer, x: layer(x.relu()), lambda layer, x: layer(x, relu_input=True)):
+        expected = torch.func.jvp(lambda x: plain(x.relu()), (input,), (tangent,))
+        actual = torch.func.jvp(lambda x, call=call: call(ours, x), (input,), (tangent,))
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_runs_under_autocast(kernel):
     layer = Conv2d(8, 8, 3, padding=1)
     with torch.autocast("cpu", torch.bfloat16):

@@ -33,6 +33,19 @@ def test_second_derivatives_are_refused():
         gradient.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms_take_it():
+    embeddings = torch.randn(3, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    loss, labels = LabelledNTXentLoss(), torch.tensor([0, 1, 0, 2, 1, 0])
+    leaf = embeddings.clone().requires_grad_()
+    values = torch.stack([loss(one, labels) for one in leaf])
+    (gradients,) = torch.autograd.grad(values.sum(), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(embeddings[1], labels), gradients[1])
+    torch.testing.assert_close(torch.vmap(loss, (0, None))(embeddings, labels), values.detach())
+    each = torch.vmap(torch.func.grad(loss), (0, None))(embeddings, labels)
+    torch.testing.assert_close(each, gradients)
+
+
 def test_without_a_gradient_none_is_formed():
     embeddings = torch.randn(6, 4)
     assert not LabelledNTXentLoss()(embeddings, torch.arange(6) % 2).requires_grad

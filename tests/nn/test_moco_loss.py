@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import grad
+from torch.autograd import grad, gradcheck
 
 from cpc_ext.nn import MoCoLoss, NTXentLoss, key_queue
 
@@ -78,6 +79,18 @@ def test_the_queue_is_saved():
     restored.load_state_dict(loss.state_dict())
     assert restored(*second) == loss(*second)
     assert torch.equal(restored.queue.position, loss.queue.position)
+
+
+@pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16])
+def test_positives_are_not_rounded_to_the_queues_type(narrow):
+    """In a module that was cast, or left as it was made, among encodings of a wider type."""
+    loss = MoCoLoss(DIM, SIZE, TEMPERATURE).to(narrow).eval()
+    queue = list(loss.queue.keys[:SIZE].double())
+    ((queries, keys),) = batches(5)
+    torch.testing.assert_close(loss(queries, keys), by_algorithm(queries, keys, queue), **EXACT)
+    # Whose difference shows how the positives, which are the keys here, count.
+    bank = NTXentLoss(TEMPERATURE, (SIZE, DIM)).to(narrow)
+    assert gradcheck(lambda *views: copy.deepcopy(bank)(*views), (queries, keys))
 
 
 @pytest.mark.parametrize("room", [1024, 2])

@@ -57,6 +57,12 @@ def test_nt_xent_of_views_of_any_length(length, other):
         torch.testing.assert_close(gradient.double() * factor, of_unit, rtol=1e-4, atol=1e-6)
 
 
+def test_what_a_transform_does_not_transform():
+    first, second = views()
+    together = torch.vmap(lambda one: one + unit_length(second))(first)
+    torch.testing.assert_close(together, first[:, None] + F.normalize(second))
+
+
 @pytest.mark.parametrize("value", [0.0, 1e-20, 1e20])
 def test_bfloat16_views_are_compared_by_their_directions(value):
     first, second = views(torch.bfloat16)

@@ -438,6 +438,16 @@ def test_results_do_not_vary_with_threads(photos):
     assert all(torch.equal(first, other) for other in others)
 
 
+def test_an_empty_plan_does_not_depend_on_the_default_type(photos):
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        plan = AugmentationPlan.empty(*grid(photos, 16, 8))
+        assert torch.equal(augment_patches(photos, 16, 8, plan), extract_patches(photos, 16, 8))
+    finally:
+        torch.set_default_dtype(before)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_empty_batches(device, channels):
     images = torch.empty(0, channels, 16, 16, dtype=torch.uint8, device=device)

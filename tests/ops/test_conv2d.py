@@ -304,6 +304,19 @@ def test_an_input_that_goes_past_has_second_derivatives():
     assert torch.autograd.gradgradcheck(block, tensors)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_an_input_that_goes_past_may_be_the_same_for_all_of_a_vmap():
+    input, weight, bias = Case(2, 3, 4, (5, 4), relu_input=True).tensors(torch.float64).values()
+    weights = torch.stack([weight, -weight])
+
+    def block(weight):
+        return conv2d_passing(input, weight, bias, relu_input=True)
+
+    both, inputs = torch.vmap(block, out_dims=(0, None))(weights)
+    assert inputs is input
+    torch.testing.assert_close(both, torch.stack([conv2d(input, one, bias, relu_input=True) for one in weights]))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

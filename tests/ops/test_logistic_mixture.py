@@ -387,6 +387,18 @@ def test_generators_repeat_samples(device):
     assert not torch.equal(first, sample_logistic_mixture(params, torch.Generator(device).manual_seed(6)))
 
 
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_samples_do_not_depend_on_the_default_type(dtype):
+    params = make_params()
+    expected = sample_logistic_mixture(params, torch.Generator().manual_seed(5))
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        assert torch.equal(sample_logistic_mixture(params, torch.Generator().manual_seed(5)), expected)
+    finally:
+        torch.set_default_dtype(before)
+
+
 @pytest.mark.cuda
 def test_more_than_two_to_the_31_parameters_on_cuda():
     images, params = make_images(batch=1, size=(64, 64)).cuda(), make_params(3, 10, 1, (64, 64)).cuda()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
+from torch.func import grad as gradient_of
+from torch.func import jvp, vmap
 
 from cpc_ext.ops import waveform_conv1d
 
@@ -169,6 +172,48 @@ def test_a_gradient_in_the_waveforms_is_taken():
     (grad,) = torch.autograd.grad(made.sum(), waveforms)
     (expected,) = torch.autograd.grad(F.relu(F.conv1d(waveforms, weight, bias, 5)).sum(), waveforms)
     torch.testing.assert_close(grad, expected)
+
+
+def test_a_gradient_in_the_waveforms_is_taken_outside_of_vmap():
+    waveforms, weight, *_ = (one.float() for one in problem(2, 4, 100, 10))
+    batch = torch.stack([waveforms, waveforms * 2])
+
+    def total(layer, batch):
+        return vmap(lambda one: layer(one, weight).square())(batch).sum()
+
+    grad, expected = (
+        gradient_of(lambda x, layer=layer: total(layer, x))(batch) for layer in (waveform_conv1d, F.conv1d)
+    )
+    torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("name", ["waveforms", "weight", "scale"])
+def test_forward_mode(name):
+    waveforms, weight, _, scale, shift = (one.float() for one in problem(2, 4, 100, 10))
+    given = {"waveforms": waveforms, "weight": weight, "scale": scale, "shift": shift}
+    tangent = draw(*given[name].shape, seed=5).float()
+
+    def layer(value):
+        return waveform_conv1d(**given | {name: value}, stride=5)
+
+    def exact(value):
+        arguments = {key: one.double() for key, one in (given | {name: value}).items()}
+        return plain(**arguments, bias=None, stride=5, padding=0, relu=False)
+
+    expected = jvp(exact, (given[name].double(),), (tangent.double(),))[1].float()
+    torch.testing.assert_close(jvp(layer, (given[name],), (tangent,))[1], expected, rtol=1e-4, atol=1e-5)
+    with forward_ad.dual_level():
+        made = forward_ad.unpack_dual(layer(forward_ad.make_dual(given[name], tangent)))
+    torch.testing.assert_close(made.tangent, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_what_is_no_number_stays_so_behind_relu(norm):
+    waveforms, weight, _, scale, shift = (one.float() for one in problem(1, 4, 30, 10))
+    waveforms[0, 0, 12] = torch.nan
+    parameters = {"scale": scale, "shift": shift} if norm else {}
+    made = waveform_conv1d(waveforms, weight, stride=10, relu=True, **parameters)
+    assert made.isnan().tolist() == [[[False, True, False]] * 4]
 
 
 def test_second_derivatives_are_refused_where_the_kernel_runs():

@@ -84,6 +84,8 @@ def test_a_compiled_function_takes_any_value_of_its_scale():
     for value in (torch.inf, torch.nan):
         with pytest.raises(ValueError, match="scale must be finite"):
             compiled(torch.tensor(value))
+    for value in (0.5, -1.0, 2, 3.0):
+        torch.testing.assert_close(compiled(value), info_nce(queries, keys, scale=value).loss)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

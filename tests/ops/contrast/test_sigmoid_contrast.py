@@ -53,6 +53,15 @@ def test_reductions_and_batches(device, batch, reduction):
     problem("everything", batch=batch).check(device, reduction)
 
 
+@pytest.mark.parametrize("wide", ["queries", "keys"])
+def test_a_bias_is_not_rounded_to_the_narrower_type(wide):
+    learns = problem("plain").learns
+    learns[wide] = learns[wide].double()
+    exact = {name: value.double() for name, value in learns.items()}
+    expected = sigmoid_contrast(**exact, bias=-10.1)
+    torch.testing.assert_close(sigmoid_contrast(**learns, bias=-10.1), expected, rtol=1e-13, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 2), (3, 4, 0), (1, 1, 1), (65, 130, 17)])
 def test_shapes(device, shape):
     problem("learned", shape).check(device)
