@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cpc_ext.data import EpochSampler, ImageFetcher, ImageSet
 from cpc_ext.data.spread import spread
-from cpc_ext.measures.probe import encode
+from cpc_ext.measures.probe import encode, mean_and_deviation
 from cpc_ext.models.encoder_model import EncoderModel
 from cpc_ext.nn.typed import Module
 from cpc_ext.tasks.encoder_task import EncoderTask
@@ -147,7 +147,7 @@ def _statistics(
     """Mean and deviation of the features, [D] each, as the model has them before it learns."""
     some = chosen[spread(_STATISTICS_IMAGES, len(chosen))]
     features = encode(ImageSet(images=images.images[some]), lambda batch: task.features(model, batch), device)
-    return features.mean(0), features.std(0).clamp(min=1e-6)
+    return mean_and_deviation(features)
 
 
 def _batches(chosen: np.ndarray, seed: int) -> Iterator[np.ndarray]:

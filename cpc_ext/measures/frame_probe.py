@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cpc_ext.measures.probe import mean_and_deviation
 from cpc_ext.nn.typed import Module, ModuleList
 
 __all__ = [
@@ -144,9 +145,7 @@ def frame_probe(
     groups = _groups(len(train_labels), how, train_lengths)
     train, test = train_features.float(), test_features.float()
     if how.standardised:
-        mean, deviation = train.mean(0), train.std(0, correction=0)
-        # A feature that never varies carries nothing but rounding errors.
-        deviation = torch.where(deviation > 1e-6 * mean.abs(), deviation, torch.inf)
+        mean, deviation = mean_and_deviation(train, correction=0)
         train, test = (train - mean) / deviation, (test - mean) / deviation
     classifier = _trained(train, train_labels, groups, how, classes, hidden, seed)
     predicted = classifier.predict(test)

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from cpc_ext.data import ImageFetcher, ImageSet
 
-__all__ = ["LinearClassifier", "ProbeResult", "encode", "fit_linear_classifier", "linear_probe"]
+__all__ = [
+    "LinearClassifier",
+    "ProbeResult",
+    "encode",
+    "fit_linear_classifier",
+    "linear_probe",
+    "mean_and_deviation",
+]
 
 # From strong regularisation to hardly any, for features of unit variance.
 _STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
@@ -40,8 +47,8 @@ class ProbeResult:
 class LinearClassifier:
     """Multinomial logistic regression on standardised features, in double precision.
 
-    weights: [classes, D + 1], biases last. mean, deviation: [D], of the features it was fitted to. strength: the
-    regularisation chosen for it.
+    weights: [classes, D + 1], biases last. mean, deviation: [D], of the features it was fitted to, see
+    :func:`mean_and_deviation`. strength: the regularisation chosen for it.
     """
 
     weights: Tensor
@@ -106,9 +113,7 @@ def fit_linear_classifier(features: Tensor, labels: Tensor, *, classes: int) -> 
     count = len(labels)
     if count < 2:
         raise ValueError(f"features: expected at least 2 images, got {count}")
-    mean = features.double().mean(0)
-    # A feature that never varies carries nothing; dividing by its deviation of zero would make it carry NaN.
-    deviation = features.double().std(0).clamp(min=1e-6)
+    mean, deviation = mean_and_deviation(features.double())
     standardised = (features.double() - mean) / deviation
 
     held_out, kept = _splits(count)
@@ -122,6 +127,15 @@ def fit_linear_classifier(features: Tensor, labels: Tensor, *, classes: int) -> 
     strength = max(right, key=lambda each: right[each])  # The stronger of equals, as it comes first.
     weights = _fit(standardised[None], labels[None], torch.zeros_like(weights[:1]), strength)[0]
     return LinearClassifier(weights, mean, deviation, strength)
+
+
+def mean_and_deviation(features: Tensor, *, correction: int = 1) -> tuple[Tensor, Tensor]:
+    """What features [N, D] of any scale are standardised by, [D] each.
+
+    A feature that never varies carries nothing but rounding errors: its deviation is infinite, which leaves zeros.
+    """
+    deviation, mean = torch.std_mean(features, 0, correction=correction)
+    return mean, torch.where(deviation > 1e-6 * mean.abs(), deviation, torch.inf)
 
 
 def _splits(count: int) -> tuple[Tensor, Tensor]:

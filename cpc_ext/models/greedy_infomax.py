@@ -378,6 +378,7 @@ class GreedySupervised(_GreedyModel):
     def loss(self, index: int, encodings: Tensor, *, labels: Tensor) -> SupervisedOutput:
         """Cross-entropy of module ``index`` on its encodings [B, D, rows, cols] or [B, D, L]; labels: int64 [B]."""
         logits: Tensor = self.objectives[index](encodings.mean(tuple(range(2, encodings.ndim))))
-        right = (logits.detach().argmax(1) == labels).to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        right = (logits.detach().argmax(1) == labels).to(logits.dtype)
         images = max(len(labels), 1)
         return SupervisedOutput(F.cross_entropy(logits, labels, reduction="sum") / images, right.sum() / images)

@@ -20,6 +20,8 @@ _SHORTEST, _LONGEST = 1e-12, 1e15
 def unit_length(vectors: Tensor, dim: int = -1) -> Tensor:
     """Vectors along ``dim``, of any finite length, divided by their Euclidean norm; zero vectors stay zeros.
 
+    A zero vector, which has no direction, gets no gradient either.
+
     Other than with :func:`torch.nn.functional.normalize`, squares neither overflow nor vanish, and short vectors are
     not taken for zeros: entries are first divided by the largest of their vector. Where all lengths are moderate, which
     only the CPU looks up, that is left out.
@@ -36,8 +38,8 @@ def unit_length(vectors: Tensor, dim: int = -1) -> Tensor:
 
 def _of_any_length(vectors: Tensor, dim: int) -> Tensor:
     largest = vectors.detach().abs().amax(dim, keepdim=True)
-    # A constant: the result does not depend on it.
-    return F.normalize(vectors / torch.where(largest == 0, 1, largest), dim=dim)
+    # A constant: the result does not depend on it. Zeros are divided by infinity, which leaves no gradient.
+    return F.normalize(vectors / torch.where(largest == 0, torch.inf, largest), dim=dim)
 
 
 def _may_look_at(vectors: Tensor) -> bool:

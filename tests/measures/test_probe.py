@@ -65,15 +65,16 @@ def test_problems_solved_together_are_those_solved_alone():
 def test_scale_and_offset_of_features_do_not_matter():
     train, test = features(400, 0, distance=2.0), features(400, 1, distance=2.0)
     plain = linear_probe(*train, *test, classes=CLASSES)
-    scale = torch.logspace(-3, 3, 16)
-    moved = linear_probe(train[0] * scale + 7, train[1], test[0] * scale + 7, test[1], classes=CLASSES)
-    assert moved.strength == plain.strength
-    assert moved.accuracy == pytest.approx(plain.accuracy, abs=0.005)
+    for scale, offset in ((torch.logspace(-3, 3, 16), 7), (torch.logspace(-12, -6, 16), 0)):
+        moved = [(each * scale + offset, labels) for each, labels in (train, test)]
+        result = linear_probe(*moved[0], *moved[1], classes=CLASSES)
+        assert result.strength == plain.strength
+        assert result.accuracy == pytest.approx(plain.accuracy, abs=0.005)
 
 
 def test_feature_that_never_varies():
     (train, labels), (test, test_labels) = features(200, 0, distance=20.0), features(200, 1, distance=20.0)
-    train[:, 5] = test[:, 5] = 3.0
+    train[:, 5], test[:, 5] = 3.0, -3e6  # Whatever it does later.
     assert linear_probe(train, labels, test, test_labels, classes=CLASSES).accuracy == 1.0
 
 

@@ -241,6 +241,15 @@ def test_supervised(modules, images):
     assert all(output.loss < 0.1 and output.accuracy == 1 for output in model(images, labels))
 
 
+def test_the_supervised_loss_of_half_precision_is_not_rounded_to_it():
+    model = GreedySupervised(ResNetV2Encoder(**BLOCKS), 1, classes=2).bfloat16()
+    encodings = torch.randn(7, model.encoder.out_channels, 1, 1).bfloat16()
+    labels = torch.arange(7) % 2
+    loss = model.loss(0, encodings, labels=labels).loss
+    logits = model.objectives[0](encodings.flatten(1)).float()
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, labels))
+
+
 def test_empty_batch():
     model = make_model()
     assert [output.loss.item() for output in model(torch.zeros(0, 3, 24, 24).double())] == [0, 0, 0]

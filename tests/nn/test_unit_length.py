@@ -40,6 +40,8 @@ def test_vectors_of_several_lengths_and_of_none():
     assert unit_length(torch.zeros(2, 0)).shape == (2, 0)
     (gradient,) = grad(lengthened[:3].sum(), vectors)
     assert gradient.isfinite().all()
+    assert gradient[0].any()
+    assert not gradient[2].any()
 
 
 @pytest.mark.parametrize("length", LENGTHS)

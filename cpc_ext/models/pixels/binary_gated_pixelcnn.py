@@ -75,14 +75,16 @@ class BinaryGatedPixelCNN(Module):
         return self.head(total)
 
     def nats(self, images: Tensor) -> Tensor:
-        """Negative log-likelihood of each image in nats, [B]. images: [B, C, H, W] of 0 and 1, or of shares of 1.
+        """Negative log-likelihood of each image in nats, [B], float32 (float64 of a float64 model).
+
+        images: [B, C, H, W] of 0 and 1, or of shares of 1.
 
         ValueError for another shape, values out of 0..1, or a model of other outputs.
         """
         self._check_outputs()
         if images.numel() and not bool(((images >= 0) & (images <= 1)).all()):
             raise ValueError(f"images must hold values in 0..1, got {images.min().item():g}..{images.max().item():g}")
-        logits = self(images)
+        logits = _precise(self(images))
         losses = F.binary_cross_entropy_with_logits(logits, images.to(logits.dtype), reduction="none")
         return losses.flatten(1).sum(1)
 
@@ -99,7 +101,7 @@ class BinaryGatedPixelCNN(Module):
         for row in range(size):
             for column in range(size):
                 # Rows further down cannot matter.
-                chances = self(images[:, :, : row + 1])[:, :, row, column].sigmoid()
+                chances = _precise(self(images[:, :, : row + 1])[:, :, row, column]).sigmoid()
                 images[:, :, row, column] = torch.bernoulli(chances, generator=generator).to(images.dtype)
         return images.to(torch.uint8)
 
@@ -137,6 +139,11 @@ class _GatedLayer(Module):
         if not self.first:
             output = output + horizontal
         return _gated(above + self.vertical_own(vertical)), output, self.skip(gated)
+
+
+def _precise(logits: Tensor) -> Tensor:
+    """Logits in float32 at least, as in half precision a chance of 0.999 is 1."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _gated(features: Tensor) -> Tensor:

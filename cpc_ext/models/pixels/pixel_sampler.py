@@ -163,7 +163,9 @@ class Sampler:
         self._features = model.pixel_features((batch, channels, height, width), labels, cached=cached)
         self._place = self._features.place
         pixels = self._features.pixels
-        self._noise = pixels.new_zeros(model.noise_shape((batch, channels, 1, 1)))[:, :, 0, 0]
+        # Of half precision many draws would be equal, and the first of equals taken.
+        precise = torch.promote_types(pixels.dtype, torch.float32)
+        self._noise = pixels.new_zeros(model.noise_shape((batch, channels, 1, 1)), dtype=precise)[:, :, 0, 0]
         self._trace = pixels.new_zeros((batch, self._features.width))
         self._seen = model.seen_levels(pixels.dtype)
         # What is seen of images is scaled numbers, which tell the values. Learned features, and numbers too close to

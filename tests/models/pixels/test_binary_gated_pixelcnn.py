@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -43,6 +44,17 @@ def test_samples_have_the_model_as_their_distribution():
     found = torch.bincount(number, minlength=16) / 4000
     # Four standard deviations of a share.
     assert ((found - expected).abs() < 4 * (expected * (1 - expected) / 4000).sqrt() + 1e-3).all()
+
+
+def test_chances_near_one_are_not_rounded_to_it():
+    model = make(layers=0).bfloat16()
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    model.head[-1].bias.data.fill_(7)
+    images = model.sample(400, 5, generator=torch.Generator().manual_seed(0))
+    assert 0 < (images == 0).sum() < 30  # About nine of 10 000.
+    nats = model.nats(torch.ones(1, 1, 20, 20))
+    torch.testing.assert_close(nats, torch.tensor([400 * math.log1p(math.exp(-7))]))
 
 
 def test_wrong_arguments():

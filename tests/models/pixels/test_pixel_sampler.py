@@ -127,6 +127,17 @@ def test_other_types(kind, dtype):
     assert (kept - naive).abs()[:, :, :, 0].max() <= (1 if dtype == torch.float32 else 16)
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_noise_is_not_rounded_to_half_precision(cached):
+    """Of draws that bfloat16 would not tell apart, the larger is taken."""
+    model = PixelCNN(1, hidden_channels=1, layers=1).bfloat16()
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    noise = torch.zeros(1, 1, 1, 1, 256)
+    noise[..., 3], noise[..., 7] = 5.0, 5.01
+    assert model.sample(1, 1, noise=noise, cached=cached).item() == 7
+
+
 def test_every_feature_is_computed_once(monkeypatch):
     model = model_of("gated", 3)
     done = []
