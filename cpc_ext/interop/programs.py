@@ -8,13 +8,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cpc_ext._found import found_in
 from cpc_ext.interop.errors import CheckpointError
 from cpc_ext.interop.reading import Checkpoint, read_checkpoint
 from cpc_ext.interop.reference import Form, Program, Reference, Settings, listed
+from cpc_ext.training.atomic_file import atomic_file
+from cpc_ext.training.checkpoint import write_tensors
 
 __all__ = ["SOURCES", "export_reference", "load_reference", "read_reference", "save_reference"]
 
@@ -138,7 +139,8 @@ def export_reference(model: nn.Module, source: str, *, form: Form | None = None)
 def save_reference(model: nn.Module, source: str, path: str | Path, *, form: Form | None = None) -> None:
     """Write a model as a file that another program loads, and beside it what the program wants to find there.
 
-    CPC_audio wants checkpoint_args.json, which says what the model is built from. Files of these names are replaced.
+    CPC_audio wants checkpoint_args.json, which says what the model is built from. Files of these names are replaced,
+    each when the new one is complete.
 
     Args:
         model, source, form: as :func:`export_reference` takes them.
@@ -150,9 +152,11 @@ def save_reference(model: nn.Module, source: str, path: str | Path, *, form: For
     """
     path = Path(path)
     content, beside = _program(source).packed(model, export_reference(model, source, form=form))
-    torch.save(content, path)
+    with atomic_file(path) as file:
+        write_tensors(file, content)
     for name, text in beside.items():
-        (path.parent / name).write_text(text, encoding="utf-8")
+        with atomic_file(path.parent / name) as file:
+            file.write(text.encode())
 
 
 def _program(source: str) -> Program:

@@ -104,7 +104,7 @@ class Reference:
     source: the program.
     model: ours, with the checkpoint's weights in their own precision.
     configuration: what the model is built from and meant to see, as recognised or assumed; JSON values. "kind" tells
-        what the checkpoint holds: "cpc", "greedy", "encoder", "image-encoder" of whole images, "pixelcnn++",
+        what the checkpoint holds: "cpc", "cpc-v2", "greedy", "encoder", "image-encoder" of whole images, "pixelcnn++",
         "binary-pixels", the source for models of sound, or "part" for less than an encoder.
     assumed: what of it the checkpoint does not tell, in words.
     form: what :func:`cpc_ext.interop.export_reference` needs to write the checkpoint again as it was.

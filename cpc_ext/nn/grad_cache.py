@@ -22,7 +22,7 @@ __all__ = ["grad_cache"]
 
 def grad_cache(
     loss_fn: Callable[..., Tensor],
-    encoders: Callable[..., Tensor] | Sequence[Callable[..., Tensor]],
+    encoders: Callable[..., Tensor] | Sequence[Callable[..., Tensor]] | nn.ModuleList,
     inputs: Any,
     chunk_size: int,
     *,
@@ -63,7 +63,9 @@ def grad_cache(
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    if callable(encoders):
+    if isinstance(encoders, nn.ModuleList):  # Which is callable, though it computes nothing.
+        encoders = [*encoders]
+    elif callable(encoders):
         encoders, inputs = [encoders], [inputs]
     if len(encoders) != len(inputs):
         raise ValueError(f"encoders and inputs must be as many, got {len(encoders)} and {len(inputs)}")

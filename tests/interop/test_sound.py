@@ -50,6 +50,24 @@ def test_features(name):
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
+def test_a_file_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
+    name = "cpc_audio_hub_form.pt"
+    read = read_reference(FILES / name, "cpc-audio")
+    with pytest.raises(OSError, match="No such file or directory"):
+        save_reference(read.model, "cpc-audio", tmp_path / "missing" / "checkpoint_0.pt", form=read.form)
+    target = tmp_path / "checkpoint_0.pt"
+    target.write_bytes(b"before")
+
+    def full(tree, file):
+        Path(getattr(file, "name", file)).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        save_reference(read.model, "cpc-audio", target, form=read.form)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("checkpoint_0.pt", b"before")]
+
+
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_files_that_the_programs_load(name, tmp_path):
     settings, _, features = CHECKPOINTS[name]

@@ -69,6 +69,15 @@ def test_gradients_of_the_loss_and_of_inputs_and_those_that_are_there():
             torch.testing.assert_close(parameter.grad, times * one, **EXACT)
 
 
+def test_encoders_in_a_module_list():
+    encoders = nn.ModuleList([tower(0), tower(1)])
+    both_ways(*(encoder(batch(seed)) for seed, encoder in enumerate(encoders))).backward()
+    expected = gradients(*encoders)
+    grad_cache(both_ways, encoders, (batch(0), batch(1)), 3)
+    for one, other in zip(gradients(*encoders), expected, strict=True):
+        torch.testing.assert_close(one, other, **EXACT)
+
+
 def test_inputs_of_several_tensors():
     class Encoder(nn.Module):
         def __init__(self):
