@@ -101,7 +101,7 @@ def _check_alike(name: str, values: Tensor) -> None:
     """Raise a ValueError where the CPU's values have another shape on another rank, on which gloo ends the process."""
     if values.device.type != "cpu":
         return
-    mine = torch.tensor([values.ndim, *values.shape[:_DIMS], *[0] * (_DIMS - values.ndim)])
+    mine = torch.tensor([values.ndim, *values.shape[:_DIMS], *[0] * (_DIMS - values.ndim)], device="cpu")
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(every, mine)
     if not all(torch.equal(one, mine) for one in every):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cpc_ext.models.encoders.stacked_encoder import EncoderBlock, SplitEncoder
 from cpc_ext.nn.channel_norm import ChannelNorm
 from cpc_ext.nn.typed import Sequential
+from cpc_ext.ops._library import in_forward_mode
 from cpc_ext.ops.masked_conv2d import masked_conv2d
 from cpc_ext.ops.waveform_conv1d import waveform_conv1d
 
@@ -51,7 +52,7 @@ class WaveformBlock(EncoderBlock):
         if input.shape[1] == 1:
             return self._of_waveforms(input)
         bare = isinstance(self.norm, nn.Identity)
-        if input.device.type == "cpu":
+        if input.device.type == "cpu" and not in_forward_mode():
             made = _conv1d_of_two_strides(input, self.conv, relu=bare)
         else:
             made = self.conv(input)
@@ -98,7 +99,7 @@ def _conv1d_of_two_strides(input: Tensor, conv: nn.Conv1d, *, relu: bool) -> Ten
         frames.reshape(batch, 1, count, stride * channels).permute(0, 3, 1, 2),
         conv.weight.view(outputs, channels, 2, stride).permute(0, 3, 1, 2).reshape(outputs, stride * channels, 1, 2),
         conv.bias,
-        mask=torch.ones(1, 2, dtype=torch.bool),
+        mask=torch.ones(1, 2, dtype=torch.bool, device=input.device),
         activation="relu" if relu else None,
     )
     # The last frame has nothing after it.

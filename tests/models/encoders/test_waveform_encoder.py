@@ -61,6 +61,26 @@ def test_types_and_lengths(norm, dtype, tolerance):
         assert (made - expected).abs().max() <= tolerance * expected.abs().max()
 
 
+@pytest.mark.parametrize("norm", ["none", "channel"])
+def test_forward_mode(norm):
+    torch.manual_seed(0)
+    encoder = WaveformEncoder((3, 4, 5, 6, 7), norm=norm).double()
+    x, tangent = waveforms(3200), waveforms(3200).flip(2)
+    made, derivative = torch.func.jvp(encoder, (x,), (tangent,))
+    torch.testing.assert_close(made, encoder(x), atol=1e-12, rtol=0)
+    step = 1e-6
+    expected = (encoder(x + step * tangent) - encoder(x - step * tangent)) / (2 * step)
+    torch.testing.assert_close(derivative, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_the_default_device_may_be_another():
+    encoder, x = WaveformEncoder(4), waveforms(3200).float()
+    expected = encoder(x)
+    with torch.device("meta"):
+        made = encoder(x)
+    assert torch.equal(made, expected)
+
+
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_what_a_frame_sees(padding):
     encoder = WaveformEncoder(4, padding=padding).double()
