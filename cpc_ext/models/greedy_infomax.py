@@ -380,5 +380,5 @@ class GreedySupervised(_GreedyModel):
         logits: Tensor = self.objectives[index](encodings.mean(tuple(range(2, encodings.ndim))))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         right = (logits.detach().argmax(1) == labels).to(logits.dtype)
-        images = max(len(labels), 1)
+        images = max(labels.shape[0], 1)
         return SupervisedOutput(F.cross_entropy(logits, labels, reduction="sum") / images, right.sum() / images)

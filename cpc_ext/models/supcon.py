@@ -90,7 +90,7 @@ def _accuracy(pairs: Tensor, labels: Tensor) -> Tensor:
     features, classes = pairs.flatten(0, 1), labels.repeat_interleave(2)
     found = []
     with without_autocast(features.device):  # It would round so that many are equally near.
-        for rows in torch.arange(len(features), device=features.device).split(_ROWS):
+        for rows in torch.arange(features.shape[0], device=features.device).split(_ROWS):
             similarity = features[rows] @ features.t()
             similarity.scatter_(1, rows[:, None], -torch.inf)
             found.append(classes[similarity.argmax(1)] == classes[rows])

@@ -68,13 +68,13 @@ class CLIPLoss(ImageTextLoss):
         exchange = self._exchange()
         local = self.local_loss or self.gather_negatives is not None
         if exchange.ring:
-            own = torch.arange(len(images), device=images.device)
+            own = torch.arange(images.shape[0], device=images.device)
             of_images = ring_info_nce(images, texts, own, scale=scale).loss.mean()
             return (of_images + ring_info_nce(texts, images, own, scale=scale).loss.mean()) / 2
         if exchange.world > 1:
             every_image, every_text = (self._gathered(values, exchange, local) for values in (images, texts))
             if local:
-                rows = exchange.own_of(len(images))
+                rows = exchange.own_of(images.shape[0])
                 own = torch.arange(rows.start, rows.stop, device=images.device)
                 of_images = info_nce(images, every_text, own, scale=scale).loss
                 return (of_images + info_nce(texts, every_image, own, scale=scale).loss) / 2
@@ -88,7 +88,7 @@ class CLIPLoss(ImageTextLoss):
         every = exchange.gathered(values.detach())
         if local:
             return every
-        own = exchange.own_of(len(values))
+        own = exchange.own_of(values.shape[0])
         return torch.cat([every[: own.start], values, every[own.stop :]])
 
     def extra_repr(self) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cpc_ext._native import native
-from cpc_ext.ops._library import autocast_dtype, in_forward_mode
+from cpc_ext.ops._library import autocast_dtype, may_take_kernels
 from cpc_ext.ops.conv2d import conv2d, conv2d_passing
 
 __all__ = ["Conv2d", "kernel_pays"]
@@ -83,8 +83,8 @@ class Conv2d(nn.Conv2d):
     """:class:`torch.nn.Conv2d`: the same arguments, parameters and state dict, and up to rounding the same results.
 
     On a CPU with AVX-512, where :func:`kernel_pays` says so, :func:`cpc_ext.ops.conv2d` computes it, whose results have
-    the channels innermost in memory. Else, and in forward-mode differentiation, with groups, strides or dilations that
-    differ between rows and columns, padding other than zeros or "same" padding, PyTorch does.
+    the channels innermost in memory. Else, and in forward-mode differentiation, in ``torch.export``, with groups,
+    strides or dilations that differ between rows and columns, padding other than zeros or "same" padding, PyTorch does.
     """
 
     if TYPE_CHECKING:  # What a call gives, which PyTorch declares to be anything.
@@ -111,7 +111,7 @@ class Conv2d(nn.Conv2d):
         """Whether a call with such an input runs on the kernel."""
         if input.device.type != "cpu" or input.ndim != 4 or not _IS_MEASURED:
             return False
-        if in_forward_mode() or not self._is_covered():
+        if not (may_take_kernels() and self._is_covered()):
             return False
         dtype = (None if input.dtype == torch.float64 else autocast_dtype(input.device)) or input.dtype
         geometry = self._geometry()

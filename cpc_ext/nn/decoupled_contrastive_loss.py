@@ -65,7 +65,7 @@ class DecoupledContrastiveLoss(Module):
     def _negatives(self, views: Tensor) -> Tensor:
         """The mean log-sum-exp of views [2 N, D], the second views after the first."""
         exchange = exchange_with(self.gather_negatives)
-        count = len(views)
+        count = views.shape[0]
         if count * exchange.world < 4:
             raise ValueError("first and second must be of at least two images, which are contrasted")
         own = torch.arange(count, device=views.device)

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from cpc_ext.nn.across_ranks import EXCHANGES, exchange_with, ring_info_nce
 from cpc_ext.nn.typed import Module
+from cpc_ext.ops._checks import check_integer
 from cpc_ext.ops.info_nce import info_nce
 from cpc_ext.ops.predict_and_contrast import predict_and_contrast
 
 __all__ = [
     "GridInfoNCE",
     "GridInfoNCEOutput",
-    "check_at_least",
     "check_grids",
     "step_means",
     "step_rows",
@@ -106,16 +106,16 @@ class GridInfoNCE(Module):
         gather_negatives: str = "none",
     ) -> None:
         super().__init__()
-        check_at_least("encoding_channels", encoding_channels, 1)
+        check_integer("encoding_channels", encoding_channels, 1)
         context_channels = encoding_channels if context_channels is None else context_channels
-        check_at_least("context_channels", context_channels, 1)
-        check_at_least("pred_steps", pred_steps, 1)
-        check_at_least("pred_directions", pred_directions, 1)
-        check_at_least("skip", skip, 0)
+        check_integer("context_channels", context_channels, 1)
+        check_integer("pred_steps", pred_steps, 1)
+        check_integer("pred_directions", pred_directions, 1)
+        check_integer("skip", skip, 0)
         if neg_samples != "all":
             if isinstance(neg_samples, str):
                 raise ValueError(f'neg_samples must be an int or "all", got {neg_samples!r}')
-            check_at_least("neg_samples", neg_samples, 1)
+            check_integer("neg_samples", neg_samples, 1)
         if gather_negatives not in EXCHANGES:
             raise ValueError(f"gather_negatives must be one of {', '.join(EXCHANGES)}, got {gather_negatives!r}")
         if gather_negatives == "ring" and neg_samples != "all":
@@ -169,7 +169,7 @@ class GridInfoNCE(Module):
         contexts = contexts.permute(0, 3, 4, 1, 2).flatten(1, 3)
         sizes = [count * own_images for count in places]
         firsts = [(rows * cols - count) * images for count in places]
-        targets = step_targets(places, rows * cols, images, own, keys.device).expand(len(keys), -1)
+        targets = step_targets(places, rows * cols, images, own, keys.device).expand(keys.shape[0], -1)
         sampled = None
         contrasted = [size * exchange.world for size in sizes]
         if not isinstance(self.neg_samples, str):
@@ -325,7 +325,7 @@ def _contrast_all(
     begins = torch.cat(
         [targets.new_full((query.shape[1],), first) for query, first in zip(queries, firsts, strict=True)]
     )
-    key_range = torch.stack([begins, torch.full_like(begins, keys.shape[1])], 1).expand(len(keys), -1, -1)
+    key_range = torch.stack([begins, torch.full_like(begins, keys.shape[1])], 1).expand(keys.shape[0], -1, -1)
     joined = torch.cat(queries, dim=1)
     if ring:
         return ring_info_nce(joined, keys, targets, key_range=key_range)
@@ -335,7 +335,7 @@ def _contrast_all(
 
 def step_rows(values: Sequence[Tensor], length: int, *, absent: int) -> Tensor:
     """What the first contexts have in each step, [B, T_k, ...] → [steps, B, length, ...], a number for the others."""
-    together = values[0].new_full((len(values), len(values[0]), length, *values[0].shape[2:]), absent)
+    together = values[0].new_full((len(values), values[0].shape[0], length, *values[0].shape[2:]), absent)
     for step, each in enumerate(values):
         together[step, :, : each.shape[1]] = each
     return together
@@ -344,10 +344,3 @@ def step_rows(values: Sequence[Tensor], length: int, *, absent: int) -> Tensor:
 def step_means(values: Tensor, sizes: list[int]) -> Tensor:
     """Means over the positions [directions, M] of each step → [directions, steps]; 0 of an empty batch."""
     return torch.stack([part.sum(1) / max(part.shape[1], 1) for part in torch.split(values, sizes, 1)], 1)
-
-
-def check_at_least(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -85,7 +85,7 @@ class ImageTextLoss(Module):
             TypeError, ValueError: features of other shapes, a scale or a bias that is not one number.
         """
         images, texts = image_features, text_features
-        if images.ndim != 2 or images.shape != texts.shape or len(images) == 0:
+        if images.ndim != 2 or images.shape != texts.shape or images.shape[0] == 0:
             raise ValueError(
                 "image_features and text_features must both be [B, D], "
                 f"got {tuple(images.shape)} and {tuple(texts.shape)}"

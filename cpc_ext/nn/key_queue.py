@@ -58,11 +58,11 @@ class KeyQueue(Module):
             ),
             strict=True,
         )
-        return torch.stack(losses).sum() / len(queries), torch.cat(ranks)
+        return torch.stack(losses).sum() / queries.shape[0], torch.cat(ranks)
 
     def _contrast_some(self, queries: Tensor, positives: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """The sum of the losses, and the ranks, of rows that there is room for."""
-        rows = len(queries)
+        rows = queries.shape[0]
         # Where the queue is narrower, a copy: the positives are not to be rounded.
         keys = self.keys.to(torch.promote_types(self.keys.dtype, positives.dtype))
         keys[self.size : self.size + rows] = positives.detach()
@@ -87,11 +87,11 @@ class KeyQueue(Module):
             there.
         """
         keys = keys[-self.size :] if wrap else keys
-        places = self.position + torch.arange(len(keys), device=keys.device)
+        places = self.position + torch.arange(keys.shape[0], device=keys.device)
         # What is dropped goes where positives will be written.
         places = places % self.size if wrap else places.clamp(max=self.size)
         self.keys.index_copy_(0, places, keys.to(self.keys.dtype))
-        after = self.position + len(keys)
+        after = self.position + keys.shape[0]
         self.position.copy_(after % self.size if wrap else torch.where(after < self.size, after, 0))
 
     def extra_repr(self) -> str:

@@ -87,7 +87,7 @@ class MoCoLoss(Module):
 
     def contrast(self, queries: Tensor, keys: Tensor) -> MoCoOutput:
         """The loss, and how often a key is found, which is known with it. Takes, does and raises what a call does."""
-        if queries.ndim != 2 or queries.shape != keys.shape or len(queries) == 0:
+        if queries.ndim != 2 or queries.shape != keys.shape or queries.shape[0] == 0:
             raise ValueError(
                 f"queries and keys must both be [B, D], got {tuple(queries.shape)} and {tuple(keys.shape)}"
             )

@@ -102,7 +102,7 @@ class MultipleNegativesRankingLoss(Module):
             ValueError: embeddings of different shapes, or none.
         """
         embeddings = (anchors, positives, *hard_negatives)
-        if anchors.ndim != 2 or len(anchors) == 0 or any(one.shape != anchors.shape for one in embeddings):
+        if anchors.ndim != 2 or anchors.shape[0] == 0 or any(one.shape != anchors.shape for one in embeddings):
             shapes = ", ".join(str(tuple(one.shape)) for one in embeddings)
             raise ValueError(f"embeddings must all be [B, D] of one shape, got {shapes}")
         # In float32 at least, under autocast too: the scale multiplies a rounding of the similarity by 20.
@@ -115,7 +115,7 @@ class MultipleNegativesRankingLoss(Module):
     def _loss(self, anchors: Tensor, docs: list[Tensor]) -> Tensor:
         """The loss of anchors [B, D] and their positives and hard negatives."""
         exchange = exchange_with(self.gather_negatives)
-        positives, batch = docs[0], len(anchors)
+        positives, batch = docs[0], anchors.shape[0]
         joint = self.partition_mode == "joint" and len(self.directions) > 1
         if not joint and len(self.directions) == 2 and len(docs) == 1 and exchange.world == 1:
             return info_nce(anchors, positives, scale=self.scale, symmetric=True).loss
@@ -139,7 +139,7 @@ class MultipleNegativesRankingLoss(Module):
                 logs.append(find(positives, queries))
             else:
                 rows, keys = (anchors, queries) if direction == "query_to_query" else (positives, every)
-                related = own.unsqueeze(1) + torch.arange(0, len(keys), len(queries), device=own.device)
+                related = own.unsqueeze(1) + torch.arange(0, keys.shape[0], queries.shape[0], device=own.device)
                 log_sum = scores_logsumexp(rows, keys, scale=self.scale, exclude=related)
                 logs.append(log_sum - self.scale * (anchors * positives).sum(1))
         stacked = torch.stack(logs)

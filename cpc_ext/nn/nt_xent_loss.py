@@ -113,7 +113,7 @@ class NTXentLoss(Module):
     def _of_views(self, queries: Tensor) -> tuple[Tensor, Tensor, int]:
         """queries: [2 N, D] of length 1, the second views after the first."""
         exchange = exchange_with(self.gather_negatives)
-        views = len(queries)
+        views = queries.shape[0]
         own = torch.arange(views, device=queries.device)
         targets = own.roll(views // 2)
         scale = 1 / self.temperature
@@ -141,7 +141,7 @@ class NTXentLoss(Module):
 
 
 def check_views(first: Tensor, second: Tensor) -> None:
-    if first.ndim != 2 or first.shape != second.shape or len(first) == 0:
+    if first.ndim != 2 or first.shape != second.shape or first.shape[0] == 0:
         raise ValueError(f"first and second must both be [N, D], got {tuple(first.shape)} and {tuple(second.shape)}")
 
 

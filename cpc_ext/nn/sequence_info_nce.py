@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from cpc_ext.nn.across_ranks import EXCHANGES, exchange_with, gather_from_ranks, ring_info_nce
-from cpc_ext.nn.grid_info_nce import GridInfoNCEOutput, check_at_least, step_rows
+from cpc_ext.nn.grid_info_nce import GridInfoNCEOutput, step_rows
 from cpc_ext.nn.sequence_negatives import SAMPLINGS, SequenceNegatives, Windowed, checked_draws, draw, frames_of
 from cpc_ext.nn.step_predictors import PREDICTORS, step_predictor
 from cpc_ext.nn.typed import Module, ModuleList
+from cpc_ext.ops._checks import check_integer
 from cpc_ext.ops.info_nce import info_nce
 from cpc_ext.ops.predict_and_contrast import predict_and_contrast
 
@@ -204,7 +205,7 @@ class SequenceInfoNCE(Module):
         candidates = exchange.gathered(encodings)
         of = self._windowed(candidates)
         draws = self._drawn(candidates, of, generator, negatives)
-        own = exchange.own_of(len(encodings))
+        own = exchange.own_of(encodings.shape[0])
         contexts = contexts.transpose(1, 2)
         first = torch.arange(of.sequences, device=encodings.device)[own, None] * of.frames
         frames = torch.arange(of.window, device=encodings.device)
@@ -237,7 +238,7 @@ class SequenceInfoNCE(Module):
         encodings: [B, D, L], of which only the shape and the device count. None where nothing is drawn.
         """
         world = exchange_with(self.gather_negatives).world
-        of = self._windowed(encodings, len(encodings) * world)
+        of = self._windowed(encodings, encodings.shape[0] * world)
         return self._draw(encodings.device, of, generator) if self.sampling != "all" or of.partial else None
 
     def extra_repr(self) -> str:
@@ -291,7 +292,7 @@ class SequenceInfoNCE(Module):
         queries, targets = predictions.flatten(0, 1), keys.targets[step]
         if keys.ring:
             losses, ranks = ring_info_nce(queries, keys.keys, targets.flatten(), scale=self._scale)
-            count = max(len(ranks), 1)
+            count = max(ranks.shape[0], 1)
             return losses.sum() / count, (ranks == 0).sum().to(losses.dtype) / count
         groups = keys.groups
         if groups is not None:
@@ -311,7 +312,7 @@ class SequenceInfoNCE(Module):
         """Log of the keys that a prediction is contrasted with, its target among them, the mean over all."""
         if keys.groups is None:
             ring = world if keys.ring else 1
-            return math.log(max(len(keys.keys) * ring, 1) if keys.negatives is None else self.neg_samples + 1)
+            return math.log(max(keys.keys.shape[0] * ring, 1) if keys.negatives is None else self.neg_samples + 1)
         mine, every = keys.groups
         if keys.negatives is None:
             return (mine[:, None] == every).sum(1).clamp(min=1).log().mean()
@@ -322,7 +323,7 @@ class SequenceInfoNCE(Module):
         frames = encodings.shape[2]
         window = frames if self.subsample is None else min(frames, self.subsample)
         counts = [window - (self.pred_steps if self.common_positions else step + 1) for step in range(self.pred_steps)]
-        return Windowed(len(encodings) if sequences is None else sequences, frames, window, counts)
+        return Windowed(encodings.shape[0] if sequences is None else sequences, frames, window, counts)
 
     def _draw(self, device: torch.device, of: Windowed, generator: torch.Generator | None) -> SequenceNegatives:
         return draw(self.sampling, self.neg_samples, of, device, generator, without_positive=self.exclude_positive)
@@ -346,10 +347,10 @@ class SequenceInfoNCE(Module):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         for name in ("encoding_channels", "context_channels", "pred_steps", "neg_samples"):
-            check_at_least(name, getattr(self, name), 1)
-        check_at_least("window", self.window, self.pred_steps + 1)
+            check_integer(name, getattr(self, name), 1)
+        check_integer("window", self.window, self.pred_steps + 1)
         if self.subsample is not None:
-            check_at_least("subsample", self.subsample, self.pred_steps + 1)
+            check_integer("subsample", self.subsample, self.pred_steps + 1)
         if self.exclude_positive and self.sampling != "shifted":
             raise ValueError(f'exclude_positive is for sampling="shifted", got {self.sampling!r}')
         if self.gather_negatives == "ring" and (self.sampling != "all" or self.same_speaker):
@@ -362,7 +363,7 @@ class SequenceInfoNCE(Module):
         ):
             if value.ndim != 3 or value.shape[1] != channels:
                 raise ValueError(f"{name} must be [B, {channels} channels, L], got shape {tuple(value.shape)}")
-        if len(encodings) != len(contexts) or encodings.shape[2] != contexts.shape[2]:
+        if encodings.shape[0] != contexts.shape[0] or encodings.shape[2] != contexts.shape[2]:
             raise ValueError(
                 f"contexts must have the batch and length of encodings {tuple(encodings.shape)}, "
                 f"got {tuple(contexts.shape)}"
@@ -377,4 +378,4 @@ class SequenceInfoNCE(Module):
                 "same_speaker needs speakers" if self.same_speaker else "speakers are for same_speaker=True alone"
             )
         if speakers is not None and (speakers.is_floating_point() or speakers.shape != encodings.shape[:1]):
-            raise ValueError(f"speakers must be integers [{len(encodings)}], got shape {tuple(speakers.shape)}")
+            raise ValueError(f"speakers must be integers [{encodings.shape[0]}], got shape {tuple(speakers.shape)}")

@@ -53,7 +53,7 @@ class SigLIPLoss(ImageTextLoss):
 
     def _loss(self, images: Tensor, texts: Tensor, scale: float | Tensor, bias: float | Tensor | None) -> Tensor:
         exchange = self._exchange()
-        rows = exchange.own_of(len(images))
+        rows = exchange.own_of(images.shape[0])
         return sigmoid_contrast(
             images,
             exchange.gathered(texts),

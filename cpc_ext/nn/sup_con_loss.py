@@ -60,18 +60,18 @@ class SupConLoss(Module):
         _check(features, labels, mask)
         # [views * B, D], all first views before all second ones.
         keys = features.flatten(2).transpose(0, 1).flatten(0, 1)
-        anchors = keys[: len(features)] if self.contrast_mode == "one" else keys
+        anchors = keys[: features.shape[0]] if self.contrast_mode == "one" else keys
         with without_autocast(features.device):
             if mask is None:
-                weights, similarity = _of_classes(anchors, keys, _classes(labels, len(features), features.device))
+                weights, similarity = _of_classes(anchors, keys, _classes(labels, features.shape[0], features.device))
             else:
                 weights, similarity = _of_mask(anchors, keys, mask)
             options = ContrastOptions(
-                1 / self.temperature, weights=weights, exclude=torch.arange(len(anchors), device=features.device)
+                1 / self.temperature, weights=weights, exclude=torch.arange(anchors.shape[0], device=features.device)
             )
             # As a sum whose weights are known, it has its gradient formed in the same pass.
             log_sums = contrast(anchors, keys, options, measure="log_sum", reduction="sum").loss
-            loss = (log_sums - similarity() / self.temperature) / len(anchors)
+            loss = (log_sums - similarity() / self.temperature) / anchors.shape[0]
             return loss * (self.temperature / self.base_temperature)
 
     def extra_repr(self) -> str:
@@ -88,7 +88,7 @@ def _check(features: Tensor, labels: Tensor | None, mask: Tensor | None) -> None
         raise ValueError(f"features must be [B, views, ...], each at least 1, got {tuple(features.shape)}")
     if labels is not None and mask is not None:
         raise ValueError("labels and mask cannot both be given")
-    samples = len(features)
+    samples = features.shape[0]
     if labels is not None and labels.numel() != samples:
         raise ValueError(f"labels must have shape ({samples},), got {tuple(labels.shape)}")
     if mask is not None and mask.shape != (samples, samples):
@@ -109,7 +109,7 @@ def _of_classes(anchors: Tensor, keys: Tensor, classes: Tensor) -> tuple[Tensor,
 
     The sum is computed when it is asked for: after the contrast, whose memory is free again by then.
     """
-    samples = len(classes)
+    samples = classes.shape[0]
     dtype = torch.promote_types(keys.dtype, torch.float32)
     anchors, keys = anchors.to(dtype), keys.to(dtype)
 
@@ -118,16 +118,16 @@ def _of_classes(anchors: Tensor, keys: Tensor, classes: Tensor) -> tuple[Tensor,
         per_sample = values.unflatten(0, (-1, samples)).sum(0)
         return torch.zeros_like(per_sample).index_add(0, classes, per_sample)
 
-    positives = sums(keys.new_ones(len(keys))) - 1
+    positives = sums(keys.new_ones(keys.shape[0])) - 1
 
     def similarity() -> Tensor:
         of_keys = sums(keys)
         # All anchors of a class have as many positives: its keys, but for themselves.
-        of_anchors = of_keys if len(anchors) == len(keys) else sums(anchors)
+        of_anchors = of_keys if anchors.shape[0] == keys.shape[0] else sums(anchors)
         similar = (of_anchors * of_keys).sum(1) - sums(_squared_lengths(anchors))
         return torch.where(positives > 0, similar / positives.clamp_min(1), 0).sum()
 
-    return (positives > 0).to(dtype)[classes].repeat(len(anchors) // samples), similarity
+    return (positives > 0).to(dtype)[classes].repeat(anchors.shape[0] // samples), similarity
 
 
 def _squared_lengths(features: Tensor) -> Tensor:
@@ -138,11 +138,11 @@ def _squared_lengths(features: Tensor) -> Tensor:
 
 def _of_mask(anchors: Tensor, keys: Tensor, mask: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
     """The same, with a weight for each pair of samples."""
-    samples = len(mask)
+    samples = mask.shape[0]
     dtype = torch.promote_types(keys.dtype, torch.float32)
     anchors, keys = anchors.to(dtype), keys.to(dtype)
     mask = mask.to(keys.device, dtype)
-    views = len(keys) // samples
+    views = keys.shape[0] // samples
     own = mask.diagonal()
     positives = views * mask.sum(1) - own
     share = 1 / torch.where(positives < 1e-6, 1, positives)
@@ -154,4 +154,4 @@ def _of_mask(anchors: Tensor, keys: Tensor, mask: Tensor) -> tuple[Tensor, Calla
         similar = of_views * of_samples - own.unsqueeze(1) * of_views**2
         return torch.vdot(similar.sum(2).sum(0), share)
 
-    return (positives * share).repeat(len(anchors) // samples), similarity
+    return (positives * share).repeat(anchors.shape[0] // samples), similarity

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from cpc_ext.nn.across_ranks import EXCHANGES, exchange_with, ring_info_nce
-from cpc_ext.nn.grid_info_nce import GridInfoNCEOutput, check_at_least, check_grids, step_means, step_targets
+from cpc_ext.nn.grid_info_nce import GridInfoNCEOutput, check_grids, step_means, step_targets
 from cpc_ext.nn.typed import Module
+from cpc_ext.ops._checks import check_integer
 from cpc_ext.ops.info_nce import info_nce
 
 __all__ = ["TargetInfoNCE"]
@@ -71,7 +72,7 @@ class TargetInfoNCE(Module):
             ("skip", skip, 0),
             ("target_channels", target_channels, 1),
         ):
-            check_at_least(name, value, least)
+            check_integer(name, value, least)
         for name, choice, allowed in (
             ("reduction", reduction, _REDUCTIONS),
             ("gather_negatives", gather_negatives, EXCHANGES),
@@ -124,7 +125,7 @@ class TargetInfoNCE(Module):
         predictions = predictions.permute(2, 0, 4, 5, 1, 3).flatten(2, 4)
         places = [(rows - first) * cols for first in range(1 + self.skip, 1 + self.skip + self._steps(rows))]
         own = exchange.own_of(own_images)
-        targets = step_targets(places, rows * cols, images, own, keys.device).expand(len(keys), -1)
+        targets = step_targets(places, rows * cols, images, own, keys.device).expand(keys.shape[0], -1)
         queries = torch.cat(
             [
                 predictions[step if len(predictions) > 1 else 0, :, : count * own_images]
@@ -167,4 +168,4 @@ class TargetInfoNCE(Module):
 def _project(projection: nn.Conv2d, grids: Tensor) -> Tensor:
     """Every direction's own 1x1 convolution: [directions, B, C, rows, cols] → [directions, B, C', rows, cols]."""
     projected = projection(grids.transpose(0, 1).flatten(1, 2))
-    return torch.unflatten(projected, 1, (len(grids), -1)).transpose(0, 1)
+    return torch.unflatten(projected, 1, (grids.shape[0], -1)).transpose(0, 1)

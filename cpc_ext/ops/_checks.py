@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_dense", "dtype_name"]
+__all__ = ["check_dense", "check_integer", "dtype_name", "is_integer"]
 
 
 def check_dense(name: str, value: object) -> Tensor:
@@ -15,6 +15,19 @@ def check_dense(name: str, value: object) -> Tensor:
     if value.layout != torch.strided or value.is_nested:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
     return value
+
+
+def is_integer(value: object) -> bool:
+    """Whether it is an int, or one that torch.compile or torch.export leave open."""
+    return type(value) is int or (isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool))
+
+
+def check_integer(name: str, value: int, least: int | None = None) -> None:
+    """TypeError unless it is an int, ValueError where it is below ``least``."""
+    if not is_integer(value):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

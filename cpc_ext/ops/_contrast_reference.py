@@ -94,7 +94,7 @@ def gradients(
         if needs[2]:
             results[2] = slopes.sum(1)
         return Gradients(*results)
-    first = torch.arange(len(keys), device=keys.device).mul_(keys.shape[1]).view(-1, 1, 1)
+    first = torch.arange(keys.shape[0], device=keys.device).mul_(keys.shape[1]).view(-1, 1, 1)
     places = (s.named + first).flatten()
     if needs[1]:
         of_pairs = slopes.unsqueeze(-1) * q.unsqueeze(-2)

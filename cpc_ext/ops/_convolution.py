@@ -15,7 +15,6 @@ __all__ = [
     "channels_last",
     "check_beside_input",
     "check_image_and_weight",
-    "check_positive",
     "empty_image",
 ]
 
@@ -60,14 +59,6 @@ def check_beside_input(input: Tensor, others: Sequence[tuple[str, Tensor | None]
         dtypes = {other.dtype, dtype}
         if torch.float64 in dtypes or not dtypes.issubset(_DTYPES) or autocast_dtype(device) is None:
             raise TypeError(f"{name} must have the input's dtype {dtype}, got {other.dtype}")
-
-
-def check_positive(name: str, number: object) -> None:
-    """Raise TypeError unless it is an int, ValueError unless it is at least 1."""
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise TypeError(f"{name} must be an int, got {type(number).__name__}")
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {number}")
 
 
 def autocast_all(

@@ -25,6 +25,7 @@ __all__ = [
     "in_forward_mode",
     "is_plain",
     "may_need_gradients",
+    "may_take_kernels",
     "nobody_watches",
     "refuse_forward_mode",
     "register",
@@ -416,6 +417,15 @@ def with_workspace(kernel: Callable[..., int], tensor: Tensor, *arguments: Any) 
 def in_forward_mode() -> bool:
     """Whether tensors may carry tangents, which the ops would drop."""
     return forward_ad._current_level >= 0
+
+
+def may_take_kernels() -> bool:
+    """Whether a layer that PyTorch has, too, may be computed by an op of ours.
+
+    Not in forward mode, which the ops refuse, nor while a program is exported: that is to run for any size, where what
+    is faster for the sizes at hand would bound it, and PyTorch's layers need nothing of ours to be loaded.
+    """
+    return not (in_forward_mode() or torch.compiler.is_exporting())
 
 
 def refuse_forward_mode(*inputs: Tensor | None) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cpc_ext.ops._checks import check_dense, dtype_name
+from cpc_ext.ops._checks import check_dense, check_integer, dtype_name
 from cpc_ext.ops._library import refuse_forward_mode
 
 __all__ = ["PatchOptions", "check_images", "checked_options", "scale_and_shift"]
@@ -117,12 +117,8 @@ def checked_options(
 
 
 def _window(images: Tensor, patch_size: int, stride: int, crop: tuple[int, int] | None) -> tuple[int, int]:
-    _check_integer("patch_size", patch_size)
-    _check_integer("stride", stride)
-    if patch_size < 1:
-        raise ValueError(f"patch_size must be at least 1, got {patch_size}")
-    if stride < 1:
-        raise ValueError(f"stride must be at least 1, got {stride}")
+    check_integer("patch_size", patch_size, 1)
+    check_integer("stride", stride, 1)
     size = images.shape[2:]
     if crop is None:
         height, width = size
@@ -132,7 +128,7 @@ def _window(images: Tensor, patch_size: int, stride: int, crop: tuple[int, int] 
         except (TypeError, ValueError):
             raise ValueError(f"crop must be (h, w), got {crop}") from None
         for side in (height, width):
-            _check_integer("crop", side)
+            check_integer("crop", side)
         if not (0 < height <= size[0] and 0 < width <= size[1]):
             raise ValueError(f"crop must lie within images of {size[0]}x{size[1]}, got {height}x{width}")
     if patch_size > min(height, width):
@@ -165,14 +161,6 @@ def _per_channel(name: str, values: Sequence[float] | None, channels: int) -> li
     if len(numbers) != channels:
         raise ValueError(f"{name} must have one value for each of {channels} output channels, got {len(numbers)}")
     return numbers
-
-
-def _check_integer(name: str, value: int) -> None:
-    if type(value) is int:  # Nearly always.
-        return
-    # torch.compile traces sizes that vary as SymInt.
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
 
 
 def _check_per_image(name: str, value: Tensor, shape: tuple[int, ...], images: Tensor) -> None:

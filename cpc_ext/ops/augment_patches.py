@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cpc_ext._native import native
-from cpc_ext.ops._checks import check_dense, dtype_name
+from cpc_ext.ops._checks import check_dense, check_integer, dtype_name
 from cpc_ext.ops._library import register, with_workspace
 from cpc_ext.ops._patch_options import PatchOptions, check_images, checked_options
 from cpc_ext.ops._patch_transforms import NODES, Patches, Transform, transform_patches
@@ -156,8 +156,7 @@ def _check_plan(plan: AugmentationPlan, grid: tuple[int, int, int], device: torc
             raise TypeError(f"plan.{name} must be {dtype_name(dtype)}, got {dtype_name(tensor.dtype)}")
         if tensor.device != device:
             raise ValueError(f"plan.{name} must be on {device} like the images, got {tensor.device}")
-    if isinstance(plan.fill, bool) or not isinstance(plan.fill, int):
-        raise TypeError(f"plan.fill must be an integer, got {type(plan.fill).__name__}")
+    check_integer("plan.fill", plan.fill)
     if not 0 <= plan.fill <= 255:
         raise ValueError(f"plan.fill must be in [0, 255], got {plan.fill}")
 

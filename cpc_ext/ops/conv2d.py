@@ -15,13 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpc_ext._native import native
-from cpc_ext.ops._checks import check_dense
+from cpc_ext.ops._checks import check_dense, check_integer, is_integer
 from cpc_ext.ops._convolution import (
     autocast_all,
     channels_last,
     check_beside_input,
     check_image_and_weight,
-    check_positive,
     empty_image,
 )
 from cpc_ext.ops._library import (
@@ -173,10 +172,10 @@ def _check_arguments(
 def _check_numbers(
     stride: int, padding: int | tuple[int, int], dilation: int, relu_input: bool, activation: str | None
 ) -> tuple[int, int]:
-    check_positive("stride", stride)
-    check_positive("dilation", dilation)
-    both = (padding, padding) if isinstance(padding, int) else tuple(padding)
-    if len(both) != 2 or any(isinstance(side, bool) or not isinstance(side, int) for side in both):
+    check_integer("stride", stride, 1)
+    check_integer("dilation", dilation, 1)
+    both = tuple(padding) if isinstance(padding, Sequence) else (padding, padding)
+    if len(both) != 2 or not all(map(is_integer, both)):
         raise TypeError(f"padding must be an int or two, got {padding!r}")
     if min(both) < 0:
         raise ValueError(f"padding must not be negative, got {padding}")

@@ -114,14 +114,14 @@ def crop_and_flip(images: Tensor, options: PatchOptions) -> Tensor:
         y, x = limit_y // 2, limit_x // 2
         return images[:, :, y : y + height, x : x + width]
     if offsets is None:
-        offsets = images.new_tensor([[limit_y // 2, limit_x // 2]], dtype=torch.int64).expand(len(images), 2)
+        offsets = images.new_tensor([[limit_y // 2, limit_x // 2]], dtype=torch.int64).expand(images.shape[0], 2)
     offsets = torch.minimum(offsets.clamp(min=0), offsets.new_tensor([limit_y, limit_x]))
     rows = offsets[:, :1] + torch.arange(height, device=images.device)
-    columns = torch.arange(width, device=images.device).expand(len(images), width)
+    columns = torch.arange(width, device=images.device).expand(images.shape[0], width)
     if flip is not None:
         columns = torch.where(flip[:, None], width - 1 - columns, columns)
     columns = offsets[:, 1:] + columns
-    batch = torch.arange(len(images), device=images.device)
+    batch = torch.arange(images.shape[0], device=images.device)
     # Advanced indices on both sides of a slice put the channels last.
     return images[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpc_ext._native import native
-from cpc_ext.ops._checks import check_dense, dtype_name
+from cpc_ext.ops._checks import check_dense, check_integer, dtype_name
 from cpc_ext.ops._library import may_need_gradients, refuse_forward_mode, register, with_workspace
 
 __all__ = [
@@ -117,8 +117,7 @@ def sample_logistic_mixture(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, range or device.
     """
-    if isinstance(channels, bool) or not isinstance(channels, int):
-        raise TypeError(f"channels must be an integer, got {type(channels).__name__}")
+    check_integer("channels", channels)
     if channels not in _PARAMS_OF_COMPONENT:
         raise ValueError(f"channels must be 1 or 3, got {channels}")
     _check_params(params, channels)

@@ -16,13 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpc_ext._native import KERNEL_DEVICES, native
-from cpc_ext.ops._checks import check_dense
+from cpc_ext.ops._checks import check_dense, check_integer
 from cpc_ext.ops._convolution import (
     autocast_all,
     channels_last,
     check_beside_input,
     check_image_and_weight,
-    check_positive,
     empty_image,
 )
 from cpc_ext.ops._library import (
@@ -160,7 +159,7 @@ def _check_arguments(
         raise ValueError(f"mask must be on the input's device {input.device}, got {mask.device}")
     check_beside_input(input, (("weight", weight), ("bias", bias), ("condition", condition)))
     _check_mask_values(mask)
-    check_positive("dilation", dilation)
+    check_integer("dilation", dilation, 1)
     if activation not in _ACTIVATIONS:
         raise ValueError(f'activation must be None, "relu" or "gated", got {activation!r}')
     if activation == "gated" and weight.shape[0] % 2:

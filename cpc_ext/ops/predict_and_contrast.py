@@ -209,13 +209,13 @@ def _flat_problem(
         dtype = autocast_dtype(contexts.device) or dtype
     rows = contexts.shape[:2].numel()
     if negatives is not None:
-        steps = len(weights) if negatives.ndim == 4 else 1
+        steps = weights.shape[0] if negatives.ndim == 4 else 1
         negatives = negatives.to(torch.int64).reshape(steps, rows, negatives.shape[-1])
     return _Problem(
         contexts.to(dtype).reshape(rows, contexts.shape[2]),
         weights.to(dtype),
         keys.to(dtype),
-        targets.to(torch.int64).reshape(len(weights), rows),
+        targets.to(torch.int64).reshape(weights.shape[0], rows),
         negatives,
         float(scale),
     )
@@ -242,7 +242,7 @@ def _output(loss: Tensor, losses: Tensor, rank: Tensor, targets: Tensor, reducti
         return PredictAndContrastOutput(
             loss.view(targets.shape), rights.view(targets.shape), rank.view(targets.shape), step_losses, step_rights
         )
-    accuracy = step_rights.sum() / max(len(targets), 1)
+    accuracy = step_rights.sum() / max(targets.shape[0], 1)
     return PredictAndContrastOutput(loss, accuracy, rank.view(targets.shape), step_losses, step_rights)
 
 
@@ -251,7 +251,7 @@ def _row_weights(targets: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
     present = _present(targets)
     if reduction != "mean":
         return present.to(dtype)
-    return present / (present.sum(1, keepdim=True).clamp(min=1).to(dtype) * max(len(targets), 1))
+    return present / (present.sum(1, keepdim=True).clamp(min=1).to(dtype) * max(targets.shape[0], 1))
 
 
 def _reduced(losses: Tensor, row_weights: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
@@ -304,10 +304,10 @@ def _contrast_chunks(problem: _Problem, row_weights: Tensor, needs: Sequence[boo
         contexts = torch.where(_present(targets).any(0).unsqueeze(1), problem.contexts[some], 0)
         result = _contrast_chunk(problem, some, contexts @ matrix.T, row_weights, needs)
         losses[:, some], ranks[:, some] = (
-            values.view(len(contexts), steps).T for values in (result.losses, result.rank)
+            values.view(contexts.shape[0], steps).T for values in (result.losses, result.rank)
         )
         if needs[0] or needs[1]:
-            of_predictions = result.grad_queries.view(len(contexts), steps * dim)
+            of_predictions = result.grad_queries.view(contexts.shape[0], steps * dim)
         if needs[0]:
             gradients.contexts[some] = of_predictions @ matrix
         if needs[1]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpc_ext._native import native
-from cpc_ext.ops._checks import check_dense, dtype_name
+from cpc_ext.ops._checks import check_dense, check_integer, dtype_name
 from cpc_ext.ops._library import autocast_dtype, in_forward_mode, may_need_gradients, register
 
 __all__ = ["waveform_conv1d", "waveform_conv1d_reference"]
@@ -102,11 +102,8 @@ def _check_shapes(
             raise ValueError(f"{name} must be [{len(weight)}], a number for each channel, got {tuple(value.shape)}")
     if scale is not None and len(weight) < 2:
         raise ValueError("a frame of one channel cannot be normalised: weight must have at least 2 channels")
-    for name, number, least in (("stride", stride, 1), ("padding", padding, 0)):
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise TypeError(f"{name} must be an integer, got {type(number).__name__}")
-        if number < least:
-            raise ValueError(f"{name} must be at least {least}, got {number}")
+    check_integer("stride", stride, 1)
+    check_integer("padding", padding, 0)
     if waveforms.shape[2] + 2 * padding < weight.shape[2]:
         raise ValueError(
             f"waveforms of {waveforms.shape[2]} samples are shorter than the kernel of {weight.shape[2]} taps"
@@ -165,7 +162,7 @@ def _has_kernel(values: Tensor) -> bool:
 
 def _empty(op: _Layer) -> Tensor:
     """With a frame's channels side by side, as the layers that follow and the loss read them."""
-    return op.waveforms.new_empty(len(op.waveforms), op.frames, len(op.weight)).transpose(1, 2)
+    return op.waveforms.new_empty(op.waveforms.shape[0], op.frames, op.weight.shape[0]).transpose(1, 2)
 
 
 def _kernel(op: _Layer) -> Tensor:

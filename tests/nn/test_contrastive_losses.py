@@ -123,6 +123,22 @@ def test_each_compiles_to_one_graph(name):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("name", ["clip", "siglip", "sup-con-views", "nt-xent", "dcl"])
+def test_each_exports_for_any_number_of_images(name):
+    case = CASES[name]
+
+    class Loss(torch.nn.Module):
+        def forward(self, a, b):
+            return case.call(case.make(), a, b)
+
+    images = {0: torch.export.Dim.DYNAMIC}
+    exported = torch.export.export(
+        Loss(), tuple(map(Tensor.detach, views(6))), dynamic_shapes=(images, images)
+    ).module()
+    given = [view.detach() for view in views(9)]
+    torch.testing.assert_close(exported(*given), Loss()(*given))
+
+
 def peak_bytes(call: Callable[[], object]) -> int:
     """What PyTorch's CPU allocator has given at most at any moment of a call."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:

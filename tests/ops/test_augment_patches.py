@@ -545,7 +545,7 @@ def right_plan() -> AugmentationPlan:
         ({"partners": torch.full((2, 3, 3), -1)}, ValueError, "got -1 for patch 0"),
         ({"displacements": torch.zeros(2, 3, 3, 2, 3, 4)}, ValueError, "plan.displacements must be"),
         ({"fill": 256}, ValueError, r"plan.fill must be in \[0, 255\], got 256"),
-        ({"fill": 1.5}, TypeError, "plan.fill must be an integer, got float"),
+        ({"fill": 1.5}, TypeError, "plan.fill must be an int, got float"),
         (
             {"codes": torch.full((2, 3, 3, 2), 16, dtype=torch.uint8), "partners": None},
             ValueError,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpc_ext.ops import conv2d
+from cpc_ext.ops import conv2d, masked_conv2d
 from cpc_ext.ops.conv2d import conv2d_passing, conv2d_reference
 
 # Half a unit in the last place of a type: what rounding a result to it costs.
@@ -257,6 +257,22 @@ def test_compiles_into_one_graph(passing):
         torch.autograd.grad(plain.square().sum(), tensors),
         strict=True,
     ):
+        torch.testing.assert_close(one, other)
+
+
+def test_numbers_that_are_left_open_are_ints():
+    input, weight = Case(2, 3, 4, (8, 6), bias=False).tensors(torch.float64).values()
+
+    class Layer(torch.nn.Module):
+        def forward(self, input):
+            rows = input.shape[2]
+            made = conv2d(input, weight, stride=rows // 4, padding=rows // 8, dilation=rows // 8)
+            mask = torch.ones(3, 3, dtype=torch.bool)
+            return made, masked_conv2d(input, weight, mask=mask, dilation=rows // 4)
+
+    sizes = {2: torch.export.Dim.DYNAMIC}
+    exported = torch.export.export(Layer(), (input,), dynamic_shapes=(sizes,)).module()
+    for one, other in zip(exported(input), Layer()(input), strict=True):
         torch.testing.assert_close(one, other)
 
 

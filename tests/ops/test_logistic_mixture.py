@@ -452,7 +452,7 @@ NOISE = torch.zeros(2, 5, 4, 5)
         ({"params": [0.0]}, TypeError, "params must be a tensor, got list"),
         ({"params": PARAMS[:, :3]}, ValueError, r"params must be \[B, 10 K, H, W\]"),
         ({"channels": 2}, ValueError, "channels must be 1 or 3, got 2"),
-        ({"channels": 3.0}, TypeError, "channels must be an integer, got float"),
+        ({"channels": 3.0}, TypeError, "channels must be an int, got float"),
         ({"noise": 0.5}, TypeError, "noise must be a tensor, got float"),
         ({"noise": NOISE.bfloat16()}, TypeError, "noise must be float32 or float64, got bfloat16"),
         (

@@ -270,7 +270,7 @@ def test_compiles():
         ({"scale": torch.ones(4)}, ValueError, "both scale and shift"),
         ({"scale": torch.ones(4), "shift": torch.ones(3)}, ValueError, r"shift must be \[4\]"),
         ({"stride": 0}, ValueError, "stride must be at least 1"),
-        ({"stride": 1.5}, TypeError, "stride must be an integer"),
+        ({"stride": 1.5}, TypeError, "stride must be an int, got float"),
         ({"padding": -1}, ValueError, "padding must be at least 0"),
         ({"padding": 2**62, "stride": 2**62}, ValueError, "padding must be in 0..281474976710656"),
     ],

@@ -93,7 +93,7 @@ class RecurrentContext(Module):
         sequence = (encodings.flip(2) if self.reverse else encodings).transpose(1, 2)
         states: list[State] = []
         for index, network in enumerate(self.layers):
-            sequence, state = self._run(network, sequence, self._kept(index, len(encodings)))
+            sequence, state = self._run(network, sequence, self._kept(index, encodings.shape[0]))
             states.append(state)
             # The layers above are run for the sake of their states.
             if layer == index + 1:

@@ -261,7 +261,7 @@ class SoftmaxPixelModel(PixelModel):
             TypeError, ValueError: images or labels of another type, shape or range. Only the CPU looks at the values,
                 and not while compiling; elsewhere, where looking would stall the stream, they are clamped.
         """
-        images, labels = self._check_images(images), self._check_labels(labels, len(images))
+        images, labels = self._check_images(images), self._check_labels(labels, images.shape[0])
         logits = self.logits_layer(self.network(convolve_images, self._seen(images), labels))
         return torch.unflatten(logits, 1, (self.in_channels, self.levels))
 
@@ -285,7 +285,7 @@ class SoftmaxPixelModel(PixelModel):
         if logits.dtype != torch.float64:
             logits = logits.float()
         losses = F.cross_entropy(logits, targets, reduction="none")
-        return losses.view(len(images), math.prod(images.shape[1:])).sum(1)
+        return losses.view(images.shape[0], math.prod(images.shape[1:])).sum(1)
 
     def pixel_features(self, shape: tuple[int, int, int, int], labels: Tensor | None, *, cached: bool) -> PixelFeatures:
         if cached:

@@ -159,7 +159,7 @@ class PixelCNNPP(PixelModel):
         Raises:
             TypeError, ValueError: as of :meth:`PixelModel.nats`; also where 4 does not divide the size.
         """
-        images, labels = self._check_images(images), self._check_labels(labels, len(images))
+        images, labels = self._check_images(images), self._check_labels(labels, images.shape[0])
         self.check_size(*images.shape[2:])
         return self.mixture(scale_values(images, self.nin_out.bias.dtype), labels)
 
