@@ -44,7 +44,7 @@ def resnet_arguments(state: Mapping[str, Tensor], norm: str | None) -> dict[str,
 
 
 def wide_resnet_arguments(state: Mapping[str, Tensor], norm: str | None) -> dict[str, Any]:
-    """The same of a :class:`cpc_ext.models.WideResNetEncoder`."""
+    """Arguments of a :class:`cpc_ext.models.WideResNetEncoder`, as :func:`resnet_arguments` gives those of its kind."""
     sizes = stack_sizes(state)
     if len(sizes) != 3 or len(set(sizes)) != 1:
         raise CheckpointError(f"a wide ResNet has three stacks of equally many blocks, got {sizes}")

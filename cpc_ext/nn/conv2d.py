@@ -99,7 +99,7 @@ class Conv2d(nn.Conv2d):
         return output if residual is None else output + residual
 
     def passing(self, input: Tensor, *, relu_input: bool = False) -> tuple[Tensor, Tensor]:
-        """The same without residual, and the input: what else uses that is to use the second result.
+        """What a call without residual gives, and the input: what else uses that is to use the second result.
 
         Where the kernel runs, gradients that come back to that are added as it writes the input's.
         """

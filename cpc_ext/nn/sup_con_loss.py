@@ -137,7 +137,7 @@ def _squared_lengths(features: Tensor) -> Tensor:
 
 
 def _of_mask(anchors: Tensor, keys: Tensor, mask: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
-    """The same, with a weight for each pair of samples."""
+    """What :func:`_of_classes` gives, of a weight for each pair of samples."""
     samples = mask.shape[0]
     dtype = torch.promote_types(keys.dtype, torch.float32)
     anchors, keys = anchors.to(dtype), keys.to(dtype)

@@ -163,7 +163,7 @@ def _kernel(op: _Forward) -> Results:
 
 
 def _straight(op: _Forward) -> Results:
-    """The same; None in place of what is not needed."""
+    """The kernel's results, with None in place of what is not needed."""
     queries, weights, reduction = op.problem.queries, op.weights, op.reduction
     results = _needed_results(op)
     loss, accuracy, rank, losses, slopes, bests, *gradients = results

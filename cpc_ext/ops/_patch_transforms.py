@@ -75,7 +75,7 @@ class Patches:
         return torch.where(value > low, torch.where(value < high, value, high), low)
 
     def integer(self, index: int, low: int, high: int) -> Tensor:
-        """The same, rounded down."""
+        """A parameter as :meth:`parameter` gives it, rounded down."""
         return self.parameter(index, low, high).floor().long()
 
     def axes(self) -> tuple[Tensor, Tensor]:

@@ -278,7 +278,7 @@ def _kernel(op: _Convolution) -> _Results:
 
 
 def _straight(op: _Convolution) -> _Results:
-    """The same; None in place of what is not needed."""
+    """The kernel's results, with None in place of what is not needed."""
     results = output, preactivation = _needed_results(op)
     if output.numel() == 0:
         return results
@@ -362,7 +362,7 @@ def _backward_kernel(op: _Gradient) -> _GradientResults:
 
 
 def _straight_backward(op: _Gradient) -> _GradientResults:
-    """The same; None in place of what is not needed."""
+    """The kernel's gradients, with None in place of what is not needed."""
     results, weight = _needed_gradients(op), op.weight
     if op.grad.numel() == 0:
         for result in results:

@@ -412,6 +412,16 @@ def test_any_tensor_missing_scrambled_or_renamed_is_an_error_and_no_crash(timm, 
                     load_reference(changed, source)
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_any_tensor_without_values_is_an_error_and_no_crash(timm, source):
+    for model in ours(source)[:2]:
+        state = export_reference(model, source)
+        for name, value in state.items():
+            if value.ndim and not name.endswith((".mask", ".z")):  # Constants, of which nothing is made.
+                with pytest.raises(CheckpointError):
+                    load_reference(state | {name: value[:0]}, source)
+
+
 def test_models_that_a_program_does_not_have(cpc):
     _, model = cpc
     with pytest.raises(CheckpointError, match="has no model like a CPC"):

@@ -156,10 +156,10 @@ def _encoder(checkpoint: Checkpoint, network: Mapping[str, Tensor]) -> tuple[Wav
     norm = "none" if scale is None else "channel" if scale.ndim == 3 else "instance"
     if "gEncoder.batchNorm0.running_mean" in state:
         norm = "batch"
-    weights = {
-        f"encoder.{_ENCODER.ours(name)}": value[0, :, 0] if "batchNorm" in name and value.ndim == 3 else value
-        for name, value in state.items()
-    }
+    weights = {}
+    for name, value in state.items():
+        of_channels = "batchNorm" in name and value.ndim == 3  # [1, C, 1]
+        weights[f"encoder.{_ENCODER.ours(name)}"] = value.squeeze(2).squeeze(0) if of_channels else value
     try:
         return WaveformEncoder(len(first), norm=norm, padding="cpc-audio"), weights
     except ValueError as error:
@@ -186,8 +186,12 @@ def _context(
         raise PROGRAM.refuse(checkpoint, [f"gAR.{name}" for name in state])
     unused: dict[str, Tensor] = {}
     if table is not None:
-        expected = absolute_positions(*table.shape[1:])[None] if table.ndim == 3 else table[..., :0]
-        if len(layers.pop(0)) > 1 or table.shape != expected.shape or (table - expected).abs().max() > 1e-4:
+        expected = absolute_positions(*table.shape[1:])[None] if table.ndim == 3 else torch.empty(0)
+        if (
+            len(layers.pop(0)) > 1
+            or table.shape != expected.shape
+            or not torch.allclose(table.double(), expected.double(), rtol=0, atol=1e-4)
+        ):
             raise CheckpointError(f"{checkpoint.origin}: gAR.0.pe are not the sines and cosines of positions")
         unused["gAR.0.pe"] = table
     weights: dict[str, Tensor] = {}
@@ -235,7 +239,7 @@ def _transformer_to_ours(
     if unknown:
         raise PROGRAM.refuse(checkpoint, unknown)
     mask, zeros = (state.get(f"multihead.Att.{name}") for name in ("mask", "z"))
-    if zeros is not None and not (zeros.ndim == 3 and zeros.abs().max() == 0):
+    if zeros is not None and (zeros.ndim != 3 or bool(zeros.any())):
         raise CheckpointError(f"{checkpoint.origin}: {prefix}multihead.Att.z must be zeros of three dimensions")
     if mask is not None and not (mask.ndim == 3 and torch.equal(mask, _mask(mask.shape[2]).to(mask))):
         raise CheckpointError(

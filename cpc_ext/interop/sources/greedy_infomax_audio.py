@@ -168,10 +168,12 @@ def _logged(path: Path) -> dict[str, Any]:
 def _is_whole(layers: Mapping[int, Mapping[str, Tensor]], gru: Mapping[str, Tensor], predictor: Tensor | None) -> bool:
     """Whether a module has layers without a gap, or a GRU, or both, and a predictor, all with dimensions enough."""
     weights = [layers.get(layer, {}).get("weight") for layer in range(len(layers))]
-    if any(weight is None or weight.ndim != 3 for weight in weights) or predictor is None or predictor.ndim != 2:
+    if any(weight is None or weight.ndim != 3 or 0 in weight.shape for weight in weights):
+        return False
+    if predictor is None or predictor.ndim != 2:
         return False
     hidden = gru.get("weight_hh_l0")
-    return (hidden is not None and hidden.ndim == 2) if gru else bool(layers)
+    return (hidden is not None and hidden.ndim == 2 and 0 not in hidden.shape) if gru else bool(layers)
 
 
 def _widths(modules: list[_Found]) -> list[int]:

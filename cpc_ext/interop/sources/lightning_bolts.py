@@ -97,7 +97,7 @@ class LightningBolts(Program):
                 raise ValueError(f"grid_size must be at least {needed} to predict a step, got {view['grid_size']}")
             configuration |= {"encoder": {"class": type(encoder).__name__, "arguments": arguments}, **view}
         target = heads.get("target_cnn.weight")
-        if target is None or target.ndim != 4:
+        if target is None or target.ndim != 4 or 0 in target.shape:
             raise CheckpointError(f"{checkpoint.origin} has no target_cnn.weight of four dimensions")
         objective = TargetInfoNCE(
             channels,
@@ -122,7 +122,7 @@ class LightningBolts(Program):
         self, checkpoint: Checkpoint, state: Mapping[str, Tensor], prefix: str
     ) -> tuple[ResidualContext, dict[str, Any]]:
         first = state.get("blocks.0.0.weight")
-        if first is None or first.ndim != 4:
+        if first is None or first.ndim != 4 or 0 in first.shape:
             raise CheckpointError(f"{checkpoint.origin} has no {prefix}blocks.0.0.weight of four dimensions")
         blocks = [int(found[1]) for name in state if (found := re.match(r"blocks\.(\d+)\.", name))]
         hidden, channels = first.shape[:2]

@@ -92,7 +92,7 @@ class PixelFeatures(ABC):
 
 
 class WholeNetwork(PixelFeatures):
-    """The same outputs by running the network on all of the image for each of them.
+    """Outputs that the network gives when it is run on all of the image for each of them.
 
     Args:
         run: what is seen of images, [B, C e, H, W], to outputs [B, turns * P, H, W].
@@ -132,7 +132,7 @@ class SampledModel(Protocol):
         """As of :class:`torch.nn.Module`."""
 
     def pixel_features(self, shape: tuple[int, int, int, int], labels: Tensor | None, *, cached: bool) -> PixelFeatures:
-        """Those of images [B, C, H, W], all zeros; not cached, from the whole network."""
+        """The features of images [B, C, H, W], all zeros; not cached, from the whole network."""
 
     def seen_levels(self, dtype: torch.dtype) -> Tensor:
         """What the network sees of each value, [levels, e]."""
@@ -240,7 +240,7 @@ class Sampler:
         return self._start.device.type == "cuda" and self._features.kept
 
     def _graphs(self, work: Callable[[], None]) -> Callable[[], None]:
-        """The same work as CUDA graphs, one for each number of levels that may begin at a pixel."""
+        """The work as CUDA graphs, one for each number of levels that may begin at a pixel."""
         graphs = {}
         for row in self._place.rows_of_levels():
             self._place.go_to(row)  # What is computed there is computed again.
@@ -249,7 +249,7 @@ class Sampler:
 
 
 def _captured(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """The same work as one CUDA graph."""
+    """The work as one CUDA graph."""
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

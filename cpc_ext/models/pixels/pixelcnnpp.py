@@ -47,7 +47,7 @@ class StreamLayers(Protocol):
         """The first features of the upper stream, from the image: one row shifted down."""
 
     def start_ul(self, above: ShiftedConv2d, left: ShiftedConv2d) -> Any:
-        """Those of the upper left stream: one row shifted down plus one column shifted right."""
+        """The first features of the upper left stream: one row shifted down plus one column shifted right."""
 
     def block(self, block: GatedResNet, features: Any, skips: Sequence[Any]) -> Any:
         """``features`` after a gated block; ``skips`` join in."""
