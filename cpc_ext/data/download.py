@@ -67,11 +67,12 @@ class Archive:
         return self.url.rsplit("/", 1)[-1]
 
 
-def require_folder(archive: Archive, data_dir: str | Path | None, *, download: bool) -> Path:
+def require_folder(archive: Archive, data_dir: str | Path | None, *, download: bool, or_folder: str = "") -> Path:
     """The unpacked folder of an archive, in data_dir (or data_dir itself); fetched first where `download` allows it.
 
-    Without data_dir the place is "datasets" in the cache folder. Raises FileNotFoundError where the folder is missing
-    and may not be fetched, DownloadError where fetching fails.
+    Without data_dir the place is "datasets" in the cache folder. or_folder: another that was looked for, to be named
+    where there is none. Raises FileNotFoundError where the folder is missing and may not be fetched, DownloadError
+    where fetching fails.
     """
     root = cache_dir() / "datasets" if data_dir is None else Path(data_dir).expanduser()
     if root.name == archive.folder and root.is_dir():
@@ -80,8 +81,9 @@ def require_folder(archive: Archive, data_dir: str | Path | None, *, download: b
     if folder.is_dir():
         return folder
     if not download:
+        folders = f"{archive.folder!r} or {or_folder!r}" if or_folder else repr(archive.folder)
         raise FileNotFoundError(
-            f"no folder {archive.folder!r} in {root}: pass --download to fetch it from {archive.url}, "
+            f"no folder {folders} in {root}: pass --download to fetch it from {archive.url}, "
             "or --data-dir with the folder that holds it"
         )
     return download_archive(archive, root)

@@ -147,6 +147,8 @@ class _Walk:
         self._kind = kind
         self._splits = splits
         self._problems: dict[str, str | None] = dict.fromkeys(kind.suffixes, "")
+        # Endings of two parts, such as ".tar.gz", of whose last one other files have names, too.
+        self._compound = tuple(suffix for suffix in kind.suffixes if suffix.count(".") > 1)
         self._listings: dict[str, _Listing] = {}
         # The folders above are taken as met: whoever links to one of them does not mean all that lies beside the tree.
         above = [_identity(folder, folder.stat()) for folder in root.resolve().parents]
@@ -341,6 +343,8 @@ class _Walk:
 
     def _problem(self, name: str) -> str | None:
         """None for the name of no file of the kind, "" for one of its files, else why such a file cannot be read."""
+        if self._compound and name.lower().endswith(self._compound):
+            return ""
         dot = name.rfind(".")
         suffix = name[dot:].lower() if dot > 0 else ""
         if suffix not in self._problems:

@@ -44,7 +44,7 @@ def load_reference(
                       context network; a :class:`~cpc_ext.nn.GridInfoNCE`
     greedy-infomax-   :class:`~cpc_ext.models.GreedyInfoMax` on sound, of one module
     audio             :class:`~cpc_ext.models.CPC`
-    lightly,          :class:`~cpc_ext.models.TimmEncoder` (``pip install cpc_ext[timm]``): the ResNet of their
+    lightly,          :class:`~cpc_ext.models.TimmEncoder` (``pip install 'cpc_ext[timm]'``): the ResNet of their
     solo-learn,       SimCLR and other siamese networks, which takes images [B, C, H, W] as
     sthalles-simclr   ``encoder(images[:, None, None])``, [B, D, 1, 1]
     lightning-bolts   CPC with its own encoder or one of timm's; without an encoder a CPC

@@ -77,7 +77,10 @@ def fit(
     if model is not None and model not in MODELS:
         raise OptionError(f"model: expected one of {', '.join(MODELS)}, got {model!r}")
     if isinstance(dataset, str) and dataset not in DATASETS:
-        raise OptionError(f"dataset: expected one of {', '.join(DATASETS)}, or the images, got {dataset!r}")
+        raise OptionError(
+            f"dataset: expected one of {', '.join(DATASETS)}, or the images, got {dataset!r}; files are named by "
+            'data_dir, as in dataset="folder", data_dir="photos"'
+        )
     if named and not (test is None and unlabeled is None and classes is None and workers == 0):
         raise OptionError("test, unlabeled, classes and workers are of a dataset that is handed over")
     given: dict[str, Any] = {} if model is None else {"model": model}

@@ -269,7 +269,8 @@ def describe(config: RunConfig) -> str:
     for section, values in config:
         if section != "model":
             options = (_as_option(name, value) for name, value in values if value is not None and name not in idle)
-            lines.append(f"  {section:<14}{' '.join(options)}")
+            if told := " ".join(options):
+                lines.append(f"  {section:<14}{told}")
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from cpc_ext.data_sets import DATASETS, idle_of_dataset, medium
+from cpc_ext.data_sets import DATASETS, idle_of_dataset, medium, origin
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.machine import check_device_name
 from cpc_ext.training.registry import MODELS, config_class, model_medium, published, title
@@ -53,6 +53,9 @@ LOGGERS: tuple[str, ...] = get_args(Logger)
 Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "constant"]
 Optimizer = Literal["adam", "sgd", "lars"]
+# Data sets of the user's own files, and those of them that are a file for each image or recording.
+_OF_FILES = [name for name in DATASETS if origin(name).folder in ("folders", "arrays")]
+_OF_FOLDERS = [name for name in _OF_FILES if name.endswith("folder")]
 # The options that say how long a run is, of which it has one.
 LENGTHS = ("epochs", "steps", "time_budget")
 # What differs from the defaults of a model's configs, by section; and that by data set.
@@ -124,12 +127,14 @@ class DataSection(Section):
     dataset: DatasetName = Field(
         "textures",
         description="What to train on; it also chooses the defaults of most other options (see them with "
-        "--dataset NAME --help). textures and voices are drawn in seconds and need no files.",
+        "--dataset NAME --help). textures and voices are drawn in seconds and need no files; folder is any tree of "
+        "images.",
     )
     data_dir: Annotated[Path | None, MAY_CHANGE] = Field(
         None,
-        description="Folder of the data set's files, or of your own, where --dataset is a kind of files: folder, npy, "
-        "hdf5, webdataset, huggingface (these also take a single file), audio-folder. None: the user's cache.",
+        description="Folder of the data set's files, or of your own, where --dataset is a kind of files: "
+        f"{', '.join(_OF_FILES)} (all but {' and '.join(_OF_FOLDERS)} also take a single file). None: the user's "
+        "cache.",
     )
     download: Annotated[bool, MAY_CHANGE] = Field(
         False, description="Fetch the data set's published files where they are missing."

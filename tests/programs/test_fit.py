@@ -143,7 +143,7 @@ def test_images_are_brought_to_the_size_that_the_options_ask_for(monkeypatch):
     ("arguments", "message"),
     [
         ({"model": "cpc-v3"}, "model: expected one of cpc-audio, .* got 'cpc-v3'"),
-        ({"dataset": "imagenet"}, "dataset: expected one of textures, .* or the images, got 'imagenet'"),
+        ({"dataset": "photos"}, "dataset: expected one of textures, .* got 'photos'; files are named by data_dir"),
         ({"stepz": 3}, "stepz: there is no such option; did you mean steps"),
         ({"xyzzy": 3}, "xyzzy: there is no such option$"),
         ({"modules": 2}, "--modules is an option of --model greedy-infomax, .* cpc-v1 has no such option"),

@@ -131,7 +131,7 @@ def test_presets_are_the_published_settings():
 def test_timm_that_is_not_installed(train, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     assert train("--out-dir", tmp_path / "run", "--encoder", "timm:resnet18") == 1
-    assert "pip install cpc_ext[timm]" in capsys.readouterr().err
+    assert "pip install 'cpc_ext[timm]'" in capsys.readouterr().err
 
 
 def test_timm_backbones(train, tmp_path, capsys, monkeypatch):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -57,7 +58,7 @@ def arrays_dataset(
 
     Raises ValueError where the arrays do not fit together or hold no images, OSError where images cannot be kept.
     """
-    root = source.root
+    place = source.place
     try:
         parts, classes = _sorted_out(arrays)
         notes = [*source.notes, *parts.notes]
@@ -68,19 +69,19 @@ def arrays_dataset(
         if single and len(shapes) == 1 and None not in shapes:
             train, test = parts.train[0], parts.test[0]
             found = class_indices(train.labels, test.labels, classes, notes=notes)
-            tell(root, notes)
+            tell(place, notes)
             unlabeled = views[parts.unlabeled[0].name] if parts.unlabeled else None
             return dataset_of(name, _known(views[train.name]), views[test.name], found, unlabeled=unlabeled)
     except ValueError as error:
-        raise ValueError(f"{root}: {error}") from None
+        raise ValueError(f"{place}: {error}") from None
     return load_source(
         Source(
             name=name,
-            root=root,
+            root=source.root,
             files=source.files,
-            train=partial(_samples, root, parts.train),
-            test=partial(_samples, root, parts.test) if parts.test else None,
-            unlabeled=partial(_samples, root, parts.unlabeled) if parts.unlabeled else None,
+            train=partial(_samples, place, parts.train),
+            test=partial(_samples, place, parts.test) if parts.test else None,
+            unlabeled=partial(_samples, place, parts.unlabeled) if parts.unlabeled else None,
             classes=lambda: classes,
             reader=reader,
             notes=notes,
@@ -94,7 +95,7 @@ def codes_dataset(name: str, source: SourceFiles, arrays: Mapping[str, Any]) -> 
 
     Raises ValueError where the arrays do not fit together or hold no codes.
     """
-    root = source.root
+    place = source.place
     try:
         parts, classes = _sorted_out(arrays)
         notes = [*source.notes, *parts.notes]
@@ -116,8 +117,8 @@ def codes_dataset(name: str, source: SourceFiles, arrays: Mapping[str, Any]) -> 
             train = train[0][~chosen], [train[1][i] for i in np.flatnonzero(~chosen)]
         found = class_indices(train[1], test[1], classes, notes=notes)
     except ValueError as error:
-        raise ValueError(f"{root}: {error}") from None
-    tell(root, notes)
+        raise ValueError(f"{place}: {error}") from None
+    tell(place, notes)
     # Nothing is normalised by these: codes are no brightness.
     channels = next(iter(codes.values())).shape[1]
     nothing = {"mean": (0.0,) * channels, "std": (1.0,) * channels, "gray_mean": 0.0, "gray_std": 1.0}
@@ -230,13 +231,13 @@ def _view(images: Any, image_size: int | None) -> np.ndarray | None:
     return view if fits else None
 
 
-def _samples(root: Any, parts: list[_Part]) -> Iterator[Sample]:
+def _samples(place: Path, parts: list[_Part]) -> Iterator[Sample]:
     for part in parts:
         for start in range(0, len(part.images), _BLOCK):
             try:
                 block = part.images[start : start + _BLOCK]
             except OSError as error:  # Such as a damaged chunk of HDF5.
-                raise ValueError(f"{root}: {part.name} cannot be read from row {start} on: {error}") from None
+                raise ValueError(f"{place}: {part.name} cannot be read from row {start} on: {error}") from None
             for number, image in enumerate(block, start):
                 yield Sample(image, part.labels[number], f"{part.name}[{number}]")
 

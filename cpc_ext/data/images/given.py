@@ -343,8 +343,12 @@ def _items(dataset: Any, convert: Callable[[Any], _Item], workers: int) -> Itera
         return loader
     if isinstance(dataset, Iterable) and not isinstance(dataset, str | bytes):
         return map(convert, dataset)
+    files = ""
+    if isinstance(dataset, str | Path):
+        files = '; files are opened by their kind: load_dataset("folder", path), fit(dataset="folder", data_dir=path)'
     raise TypeError(
-        f"dataset: expected what has a length and items, an array or a mapping of these, got {type(dataset).__name__}"
+        "dataset: expected what has a length and items, an array or a mapping of these, got "
+        f"{type(dataset).__name__}{files}"
     )
 
 

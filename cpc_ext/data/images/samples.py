@@ -22,6 +22,7 @@ from cpc_ext.data.images.decode import AHEAD, RowWriter, SizeNotKept, reason_of
 from cpc_ext.data.images.decode_cache import DEFAULT_SIZE
 from cpc_ext.data.images.labels import Classes, Label, class_indices
 from cpc_ext.data.images.pixels import to_pixels
+from cpc_ext.data.images.source_files import place_of
 from cpc_ext.data.images.statistics import pixel_statistics
 from cpc_ext.data.notice import LeftOut, tell
 from cpc_ext.data.splits import held_out
@@ -97,6 +98,7 @@ def load_source(source: Source, image_size: int | None) -> Dataset:
             return _build(source, target, DEFAULT_SIZE), {}
 
     kept = cache.kept(build)
+    place = place_of(source.root, source.files)
     content = kept.index
     left_out = LeftOut("samples")
     for name, reason in content["reasons"]:
@@ -106,8 +108,8 @@ def load_source(source: Source, image_size: int | None) -> Dataset:
     try:
         classes = class_indices(labels[first:end], labels[end:], content["classes"], notes=notes)
     except ValueError as error:
-        raise ValueError(f"{source.root}: {error}") from None
-    tell(source.root, [*notes, *left_out.lines()])
+        raise ValueError(f"{place}: {error}") from None
+    tell(place, [*notes, *left_out.lines()])
     images = np.memmap(kept.file, dtype=np.uint8, mode="r", shape=(len(labels), *content["shape"]))
     return dataset_of(
         source.name,
@@ -218,7 +220,8 @@ def _build(source: Source, target: Path, image_size: int | None) -> dict[str, An
         left_out = LeftOut("samples")
         for name, reason in rows.reasons:
             left_out.add(name, reason)
-        raise ValueError("\n  ".join([f"{source.root}: no image to train on could be read", *left_out.lines()]))
+        place = place_of(source.root, source.files)
+        raise ValueError("\n  ".join([f"{place}: no image to train on could be read", *left_out.lines()]))
     notes = []
     images = np.memmap(target, dtype=np.uint8, mode="r+", shape=(writer.count, *rows.shape))
     if source.test is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
@@ -11,9 +11,24 @@ from typing import Generic, Literal, TypeVar
 from cpc_ext.data.file_tree import FileKind, TreeFile, read_tree, split_of
 from cpc_ext.data.notice import some
 
-__all__ = ["Part", "Parts", "SourceFiles", "in_words", "parts_of", "source_files", "split_in"]
+__all__ = [
+    "HDF5_SUFFIXES",
+    "SHARD_SUFFIXES",
+    "Part",
+    "Parts",
+    "SourceFiles",
+    "in_words",
+    "parts_of",
+    "place_of",
+    "source_files",
+    "split_in",
+]
 
 Part = Literal["train", "validation", "test", "unlabeled"]
+# How the names of HDF5 files and of shards end. They are here as what reads these brings PyTorch, too much for reading
+# options, which looks at the size of images.
+HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
+SHARD_SUFFIXES = (".tar", ".tgz", ".tar.gz")
 _UNLABELED = ("unlabeled", "unlabelled", "pretrain", "unsupervised")
 
 T = TypeVar("T")
@@ -27,6 +42,16 @@ class SourceFiles:
     files: list[TreeFile]
     notes: list[str]
 
+    @property
+    def place(self) -> Path:
+        """What to call them in messages."""
+        return place_of(self.root, self.files)
+
+
+def place_of(root: Path, files: Sequence[TreeFile]) -> Path:
+    """What to call files below a folder in messages: the file where there is one, else the folder."""
+    return root / files[0].path if len(files) == 1 else root
+
 
 def source_files(data_dir: str | Path, what: tuple[str, str], suffixes: Iterable[str], reader: str) -> SourceFiles:
     """All files with one of these endings below a folder, or a single one.
@@ -37,8 +62,10 @@ def source_files(data_dir: str | Path, what: tuple[str, str], suffixes: Iterable
     """
     path = Path(data_dir).expanduser()
     endings = sorted(suffixes)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder; name the {what[0]}, or the folder, with --data-dir")
     if path.is_file():
-        if path.suffix.lower() not in endings:
+        if not path.name.lower().endswith(tuple(endings)):
             raise ValueError(f"{path}: expected a file that ends in {' or '.join(endings)}, or a folder of such files")
         status = path.stat()
         file = TreeFile(path.name, "", status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)

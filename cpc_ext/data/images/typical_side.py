@@ -14,17 +14,16 @@ from statistics import median
 from typing import IO, Any
 
 from cpc_ext.data.file_tree import passed_over
+from cpc_ext.data.images.source_files import HDF5_SUFFIXES, SHARD_SUFFIXES
 from cpc_ext.data.libraries import optional
 
-__all__ = ["HDF5_SUFFIXES", "typical_side"]
+__all__ = ["typical_side"]
 
 # Images, or arrays of them, that are looked at, and of how many files they may be, lest a folder of other files is read
 # through.
 _IMAGES, _FILES = 24, 400
 # Files that are looked at in one folder, images in one file, and its members, so that others have their turn.
 _OF_FOLDER, _OF_FILE, _MEMBERS = 8, 8, 64
-# How the names of HDF5 files end. They are here as their reader brings PyTorch, too much for reading options.
-HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
 
 
 def typical_side(path: Path) -> int | None:
@@ -63,7 +62,7 @@ def _sides(path: Path) -> list[int]:
             return [side for shape in _numpy_shapes(path) for side in _of_array(shape)]
         if suffix in HDF5_SUFFIXES:
             return [side for shape in _hdf5_shapes(path) for side in _of_array(shape)]
-        if suffix in (".tar", ".tgz"):
+        if path.name.lower().endswith(SHARD_SUFFIXES):
             return list(islice(_tar_sides(path), _OF_FILE))
         if suffix in (".arrow", ".parquet"):
             from cpc_ext.data.images.folders.huggingface import samples_of

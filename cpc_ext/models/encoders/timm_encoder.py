@@ -23,7 +23,7 @@ STEMS = {"cifar": (1, True), "solo-learn": (2, True), "lightly": (1, False)}
 class TimmEncoder(PatchEncoder):
     """A backbone of https://github.com/huggingface/pytorch-image-models by name, without its classifier.
 
-    It starts from timm's random initialisation and has the norms that timm gives it. ``pip install cpc_ext[timm]``
+    It starts from timm's random initialisation and has the norms that timm gives it. ``pip install 'cpc_ext[timm]'``
     brings the library.
 
     Args:
@@ -113,7 +113,7 @@ def _timm() -> ModuleType:
     try:
         return importlib.import_module("timm")
     except ModuleNotFoundError as error:
-        raise ImportError(f"timm's backbones need the timm library: pip install cpc_ext[timm] ({error})") from error
+        raise ImportError(f"timm's backbones need the timm library: pip install 'cpc_ext[timm]' ({error})") from error
     except Exception as error:
         # What a library raises that fits the installed PyTorch or torchvision badly is anybody's guess.
         raise ImportError(

@@ -213,3 +213,15 @@ def test_a_pickle_runs_nothing(python10, tmp_path):
     with pytest.raises(ValueError, match=r"batches\.meta: .*it asks for \w+\.mkdir, which no images are made of"):
         load_dataset("cifar10", folder)
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "folders"),
+    [
+        ("cifar10", "'cifar-10-batches-bin' or 'cifar-10-batches-py'"),
+        ("cifar100", "'cifar-100-binary' or 'cifar-100-python'"),
+    ],
+)
+def test_where_nothing_is_both_folders_are_named(tmp_path, name, folders):
+    with pytest.raises(FileNotFoundError, match=f"no folder {folders} in "):
+        load_dataset(name, tmp_path)

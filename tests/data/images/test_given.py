@@ -2,6 +2,7 @@
 
 import resource
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -266,7 +267,8 @@ def test_a_label_of_minus_one_is_none():
     ("dataset", "kind", "message"),
     [
         (7, TypeError, "expected what has a length and items, .* got int"),
-        ("photos", TypeError, "got str"),
+        ("photos", TypeError, r'got str; files are opened by their kind: load_dataset\("folder", path\)'),
+        (Path("photos"), TypeError, r"got \w*Path; files are opened by their kind"),
         (DataLoader(Pictures()), TypeError, r"got a DataLoader, whose items are batches: give its \.dataset"),
         ([], ValueError, r"expected images, got none \(train\)"),
         ([(X[0], 0), ("cat.png", 0)], ValueError, r"item 1 \(train\): expected an image .* got str"),

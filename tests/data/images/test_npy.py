@@ -213,7 +213,7 @@ def test_arrays_that_do_not_fit_together(tmp_path, arrays, message):
     np.savez(tmp_path / "all.npz", **arrays)
     with pytest.raises(ValueError, match=message) as caught:
         load_dataset("npy", tmp_path)
-    assert str(caught.value).startswith(f"{tmp_path}: ")
+    assert str(caught.value).startswith(f"{tmp_path / 'all.npz'}: ")
 
 
 def test_images_that_cannot_be_taken_are_left_out(tmp_path):
@@ -239,6 +239,29 @@ def test_damaged_files_are_named(tmp_path):
         load_dataset("npy", tmp_path / "x.npz")
 
 
+@pytest.mark.parametrize(
+    ("array", "name", "message"),
+    [
+        (X[..., 0, 0], "npy", "expected an image"),
+        (X / 100.0, "npy", "no image to train on could be read"),
+        (X[..., 0, 0], "codes", "expected an image"),
+        (X / 100.0, "codes", "codes are integers"),
+    ],
+)
+def test_a_single_file_is_named_and_not_its_folder(tmp_path, monkeypatch, array, name, message):
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", array)
+    with pytest.raises(ValueError, match=rf"^x\.npy: .*{message}"):
+        load_dataset(name, "x.npy")
+
+
+def test_what_is_told_of_a_single_file_names_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", X)
+    with pytest.warns(UserWarning, match=r"^x\.npy:\n"):
+        load_dataset("npy", "x.npy")
+
+
 def test_python_objects_are_never_unpickled(tmp_path):
     np.save(tmp_path / "x.npy", np.array([X, None], object), allow_pickle=True)
     with pytest.raises(ValueError, match=r"x\.npy: holds Python objects"):
@@ -246,8 +269,8 @@ def test_python_objects_are_never_unpickled(tmp_path):
 
 
 def test_files_that_are_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        load_dataset("npy", tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match=r"none\.npy: no such file or folder; name the array file"):
+        load_dataset("npy", tmp_path / "none.npy")
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(ValueError, match=r"found no array file \(\.npy, \.npz"):
         load_dataset("npy", tmp_path)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cpc_ext.data import load_dataset
+from cpc_ext.data.images.typical_side import typical_side
 from tests.data.images.conftest import encoded, pictures
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -82,12 +83,24 @@ def test_a_single_shard_has_a_part_held_out(tmp_path):
         lambda row: {"json": json.dumps({"label": int(Y[row]), "other": 1}).encode()},
         lambda row: {"cls": b"%d" % Y[row], "json": b'{"label": 99}', "txt": b"a caption"},
         lambda row: {"cls": [b"ant", b"bee", b"cow"][Y[row]]},
+        lambda row: {"output.cls": b"%d" % Y[row]},
+        lambda row: {"about.json": json.dumps({"label": int(Y[row])}).encode()},
     ],
 )
 def test_labels_in_every_place(tmp_path, label):
     shard(tmp_path / "train.tar", files(range(18), label))
     shard(tmp_path / "test.tar", files(range(18, 24), label))
     check(quiet(tmp_path))
+
+
+def test_compressed_shards_are_called_as_webdataset_calls_them(tmp_path):
+    shard(tmp_path / "train-0000.tar.gz", files(range(18)), "w:gz")
+    shard(tmp_path / "test-0000.tar.gz", files(range(18, 24)), "w:gz")
+    (tmp_path / "index.gz").write_bytes(b"no shard")
+    check(quiet(tmp_path))
+    assert typical_side(tmp_path) == 14
+    with pytest.warns(UserWarning, match="a tenth of each class"):
+        assert len(load_dataset("webdataset", tmp_path / "train-0000.tar.gz").train) == 15
 
 
 def test_what_else_is_in_shards(tmp_path):

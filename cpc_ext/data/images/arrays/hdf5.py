@@ -10,8 +10,7 @@ import numpy as np
 
 from cpc_ext.data.images.array_sets import arrays_dataset, named_arrays
 from cpc_ext.data.images.dataset import Dataset
-from cpc_ext.data.images.source_files import source_files
-from cpc_ext.data.images.typical_side import HDF5_SUFFIXES
+from cpc_ext.data.images.source_files import HDF5_SUFFIXES, source_files
 from cpc_ext.data.libraries import optional
 
 _WHAT = ("HDF5 file", "HDF5 files")

@@ -22,10 +22,9 @@ from cpc_ext.data.images.dataset import Dataset
 from cpc_ext.data.images.decode import image_suffixes
 from cpc_ext.data.images.labels import Label, plain_label
 from cpc_ext.data.images.samples import Sample, Source, load_source
-from cpc_ext.data.images.source_files import parts_of, source_files
+from cpc_ext.data.images.source_files import SHARD_SUFFIXES, parts_of, source_files
 
 _WHAT = ("shard", "shards")
-_SUFFIXES = (".tar", ".tgz")
 _PIECE = 1 << 20
 # Where a sample's "json" has its class.
 _LABEL_KEYS = ("label", "cls", "class")
@@ -43,7 +42,7 @@ def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
     Raises FileNotFoundError or PermissionError for the files, ValueError where a shard is damaged or cut off, or none
     holds an image to train on, OSError where the cache cannot be written.
     """
-    source = source_files(data_dir, _WHAT, _SUFFIXES, "tarfile")
+    source = source_files(data_dir, _WHAT, SHARD_SUFFIXES, "tarfile")
     parts = parts_of((file.path, file) for file in source.files)
     samples = partial(_samples, source.root)
     return load_source(
@@ -65,9 +64,11 @@ def _samples(root: Path, shards: Iterable[TreeFile]) -> Iterator[Sample]:
     for shard in shards:
         for key, members in groupby(_members(root / shard.path), key=lambda member: _key(member[0])):
             name = f"{shard.path}/{key}"
-            fields = {member.rpartition("/")[2].partition(".")[2].lower(): content for member, content in members}
-            images = [field for field in fields if f".{field.rpartition('.')[2]}" in image_suffixes()]
-            image = fields[images[0]] if images else None
+            # What a file holds, the last part of its ending tells: "input.png" and "output.cls" are image and class.
+            fields: dict[str, bytes] = {}
+            for member, content in members:
+                fields.setdefault(member.rpartition(".")[2].lower(), content)
+            image = next((content for kind, content in fields.items() if f".{kind}" in image_suffixes()), None)
             yield Sample(image, _label(root / shard.path, key, fields), name)
 
 

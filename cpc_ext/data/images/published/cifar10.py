@@ -34,6 +34,8 @@ ARCHIVE = Archive(
     unpacked=IMAGE_BYTES,
     folder="cifar-10-batches-bin",
 )
+# Of the files for Python.
+PYTHON_FOLDER = "cifar-10-batches-py"
 
 
 def load(data_dir: str | Path | None = None, *, download: bool = False) -> Dataset:
@@ -41,7 +43,7 @@ def load(data_dir: str | Path | None = None, *, download: bool = False) -> Datas
 
     Raises FileNotFoundError where files are missing, ValueError where one is damaged, DownloadError.
     """
-    python = python_folder(ARCHIVE, data_dir, "cifar-10-batches-py")
+    python = python_folder(ARCHIVE, data_dir, PYTHON_FOLDER)
     if python is not None:
         batches = [python / f"data_batch_{number}" for number in range(1, 6)]
         return cifar_dataset(
@@ -50,7 +52,7 @@ def load(data_dir: str | Path | None = None, *, download: bool = False) -> Datas
             test=python_records([python / "test_batch"], TEST, "labels", 10),
             classes=python_names(python / "batches.meta", "label_names", 10),
         )
-    folder = require_folder(ARCHIVE, data_dir, download=download)
+    folder = require_folder(ARCHIVE, data_dir, download=download, or_folder=PYTHON_FOLDER)
     images = np.empty((TRAIN, *IMAGE_SHAPE), np.uint8)
     labels = np.empty(TRAIN, np.int64)
     for number in range(1, 6):

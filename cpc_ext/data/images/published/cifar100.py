@@ -31,6 +31,8 @@ ARCHIVE = Archive(
     unpacked=IMAGE_BYTES,
     folder="cifar-100-binary",
 )
+# Of the files for Python.
+PYTHON_FOLDER = "cifar-100-python"
 
 
 def load(data_dir: str | Path | None = None, *, download: bool = False) -> Dataset:
@@ -38,7 +40,7 @@ def load(data_dir: str | Path | None = None, *, download: bool = False) -> Datas
 
     Raises FileNotFoundError where files are missing, ValueError where one is damaged, DownloadError.
     """
-    python = python_folder(ARCHIVE, data_dir, "cifar-100-python")
+    python = python_folder(ARCHIVE, data_dir, PYTHON_FOLDER)
     if python is not None:
         return cifar_dataset(
             "cifar100",
@@ -46,7 +48,7 @@ def load(data_dir: str | Path | None = None, *, download: bool = False) -> Datas
             test=python_records([python / "test"], TEST, "fine_labels", 100),
             classes=python_names(python / "meta", "fine_label_names", 100),
         )
-    folder = require_folder(ARCHIVE, data_dir, download=download)
+    folder = require_folder(ARCHIVE, data_dir, download=download, or_folder=PYTHON_FOLDER)
     return cifar_dataset(
         "cifar100",
         train=cifar_records(folder / "train.bin", TRAIN, label_bytes=2, classes=100),
