@@ -177,7 +177,7 @@ class Encoder(_Saved, pipeline_tag="image-feature-extraction"):
     def of_run(cls, path: str | Path) -> Self:
         """The encoder of a finished run on images, in evaluation mode.
 
-        TrainingError, a ValueError, where there is none in the folder.
+        TrainingError where there is none in the folder.
         """
         run = RunDir(Path(path))
         config = run.known_config
@@ -262,7 +262,7 @@ class Model(_Saved):
     def of_run(cls, path: str | Path) -> Self:
         """The model of a run's last checkpoint, in evaluation mode; its weights' average where it keeps one.
 
-        TrainingError, a ValueError, where there is none in the folder.
+        TrainingError where there is none in the folder.
         """
         found = saved_run(Path(path))
         record = _record(RunDir(Path(path)))

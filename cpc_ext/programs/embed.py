@@ -38,9 +38,13 @@ class Command:
     ] = None
     dataset: Annotated[DatasetName, tyro.conf.arg(help="Where the images come from.")] = "folder"
     split: Annotated[
-        Literal["pretrain", "train", "test"],
-        tyro.conf.arg(help="Which images of a --dataset other than folder; they are named SPLIT/NUMBER."),
-    ] = "train"
+        Literal["all", "pretrain", "train", "test"] | None,
+        tyro.conf.arg(
+            help="Which images of a --dataset other than folder. They are named as in their files, x[0] or "
+            "train.tar/KEY, and in the order of these names, otherwise SPLIT/NUMBER. None: all of your own files, else "
+            "train."
+        ),
+    ] = None
     image_size: Annotated[
         int | None,
         tyro.conf.arg(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import BinaryIO
@@ -18,11 +19,12 @@ from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
-from cpc_ext.data import ImageFetcher, ImageSet, load_dataset
+from cpc_ext.data import Dataset, ImageSet, load_dataset
 from cpc_ext.data.images.decode import decode_stream
 from cpc_ext.data.images.folders.folder import image_files
 from cpc_ext.data.notice import LeftOut
 from cpc_ext.data.npy_file import write_npy
+from cpc_ext.data_sets import origin
 from cpc_ext.evaluation.encoder_run import EncoderRun
 from cpc_ext.programs.embed import Command
 from cpc_ext.programs.embedding_speech import embed_speech
@@ -128,26 +130,54 @@ class _FolderImages:
 
 
 class _DatasetImages:
-    """The images of a split of a data set; as :class:`_FolderImages`."""
+    """The images of a split of a data set, or of all; as :class:`_FolderImages`.
+
+    Those that files have names for are in the order of these, whatever part of them was held out to test on.
+    """
 
     def __init__(self, command: Command) -> None:
         try:
             dataset = load_dataset(command.dataset, command.data_dir, image_size=command.image_size)
         except (ImportError, OSError, ValueError) as error:
             raise TrainingError(f"--dataset {command.dataset}: {error}") from None
-        images = getattr(dataset, command.split)
-        if images is None:
-            raise TrainingError(f"--split: {command.dataset} has no {command.split} images")
+        assert isinstance(dataset, Dataset)  # The command line sees to it.
+        own = origin(command.dataset).folder in ("folders", "arrays")
+        split = command.split or ("all" if own else "train")
+        parts = _parts(dataset)
+        if split not in ("all", *parts):
+            raise TrainingError(f"--split: {command.dataset} has no {split} images, but {', '.join(parts)}, all")
+        chosen = parts if split == "all" else {split: parts[split]}
+        named = [
+            (f"{part}/{number}" if images.paths is None else images.paths[number], (images.images, number))
+            for part, images in chosen.items()
+            for number in range(len(images))
+        ]
+        if all(images.paths is not None for images in chosen.values()):
+            named.sort(key=lambda pair: _by_numbers(pair[0]))
         self.source = command.dataset
-        self.sample: ImageSet = images
-        self.count = len(images)
-        self.names = [f"{command.split}/{number}" for number in range(self.count)]
+        self.sample = next(iter(chosen.values()))
+        self.count = len(named)
+        self.names = [name for name, _ in named]
+        self._places = [place for _, place in named]
 
     def batches(self, device: torch.device) -> Iterator[tuple[Tensor, int]]:
-        fetch = ImageFetcher(self.sample, device, resident=False)
         for start in range(0, self.count, _BATCH):
-            indices = np.arange(start, min(start + _BATCH, self.count))
-            yield fetch(indices), len(indices)
+            rows = [images[number] for images, number in self._places[start : start + _BATCH]]
+            yield torch.from_numpy(np.stack(rows)).to(device), len(rows)
+
+
+def _parts(dataset: Dataset) -> dict[str, ImageSet]:
+    """The parts of a data set by what they are for, each once."""
+    found: dict[str, ImageSet] = {}
+    for name, images in (("train", dataset.train), ("pretrain", dataset.pretrain), ("test", dataset.test)):
+        if images is not None and all(images is not other for other in found.values()):
+            found[name] = images
+    return found
+
+
+def _by_numbers(name: str) -> list[str | int]:
+    """A key that sorts names by the numbers in them: x[9] before x[10]."""
+    return [int(part) if number % 2 else part for number, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
 def _write(file: BinaryIO, names_file: BinaryIO | None, features: Tensor, names: list[str]) -> None:

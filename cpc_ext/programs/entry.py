@@ -11,19 +11,26 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
 
 from cpc_ext._threads import spin_briefly
 from cpc_ext._version import __version__
+from cpc_ext.training.errors import warn
 
 __all__ = ["PROGRAMS", "main", "run_program"]
 
+_PACKAGE = Path(__file__).parents[1]
+
 PROGRAMS = {
-    "train": "train a model of images without labels",
+    "train": "train a model of images or of speech without labels",
     "evaluate": "measure a run's encoder with few labels",
     "sample": "draw images from a run's PixelCNN",
-    "embed": "write the encodings of images by a run's encoder",
+    "embed": "write the encodings of images or recordings by a run's encoder",
     "convert": "turn checkpoints of other programs into runs, and back",
     "check": "compare every op with its reference on this machine, for bug reports",
     "info": "show what this build holds and what it runs on, for bug reports",
@@ -67,7 +74,8 @@ def _settled(work: Callable[[], int]) -> int:
     _print_in_any_encoding()
     try:
         try:
-            status = work()
+            with _plain_warnings():
+                status = work()
         finally:
             sys.stdout.flush()  # When the process ends it is too late to say anything about errors.
         _end_if_one_of_several(status)
@@ -84,6 +92,22 @@ def _settled(work: Callable[[], int]) -> int:
         _discard_output()
         print(f"error: cannot write the output: {error.strerror}", file=sys.stderr)
         return 1
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """In the block, what the package warns of is printed as the programs print it, without a line of its code."""
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], filename: str, *place: Any) -> None:
+            if category is UserWarning and Path(filename).is_relative_to(_PACKAGE):
+                warn(str(message))
+            else:
+                shown(message, category, filename, *place)
+
+        warnings.showwarning = show
+        yield
 
 
 def _end_if_one_of_several(status: int) -> None:

@@ -213,8 +213,9 @@ WITH_PYTHON = sorted({block.page for block in BLOCKS if block.language == "pytho
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON)
-def test_python(page, place):
+def test_python(page, place, request):
     if page == "docs/checkpoints.md":
+        shutil.copytree(request.getfixturevalue("trained") / "RUN", place / "RUN")
         shutil.copytree(ROOT / "tests" / "interop" / "checkpoints" / "cpc_audio_lstm_linear", place / "checkpoints")
     namespace = run_python(page)
     for name, expected in EXPECTED.get(page, {}).items():
@@ -224,6 +225,7 @@ def test_python(page, place):
 # What comments in the snippets say of shapes, of the sizes in SMALLER.
 EXPECTED = {
     "README.md": {"patches": (16, 6, 6, 1, 16, 16), "features": (16, 256)},
+    "docs/checkpoints.md": {"contexts": (2, 12, 128), "features": (4, 256)},
     "docs/data.md": {"windows": (8, 1, 20480), "speakers": (8,)},
     "docs/library.md": {"drawn": (2, 3, 8, 8)},
     "docs/speech.md": {"encodings": (8, 256, 128), "contexts": (8, 256, 128), "seconds": (128,)},

@@ -160,6 +160,50 @@ def test_another_data_set(runs, dataset, tmp_path, monkeypatch):
     assert np.allclose(np.load(tmp_path / "x.npy")[: len(NAMES)], expected(runs / "cpc", dataset, NAMES), atol=1e-5)
 
 
+@pytest.fixture
+def array(tmp_path, dataset, monkeypatch):
+    """Seventeen images in one array without labels, of which a part is held out to test on."""
+    monkeypatch.setenv("CPC_EXT_CACHE", str(tmp_path / "cache"))
+    images = dataset.pretrain.images[:17]
+    np.save(tmp_path / "photos.npy", images.transpose(0, 2, 3, 1))
+    return images
+
+
+def of_images(folder, dataset, images):
+    task = EncoderRun.open(folder, torch.device("cpu")).trained(dataset)
+    return task.features(task.model, torch.from_numpy(np.ascontiguousarray(images)))
+
+
+@pytest.mark.filterwarnings("ignore:.*no images to test on")
+def test_all_rows_of_an_array_in_their_order(runs, dataset, array, tmp_path):
+    options = ("--dataset", "npy", "--data-dir", tmp_path / "photos.npy", "--out", tmp_path / "x.npy")
+    assert embed(runs / "simclr", *options) == 0
+    assert json.loads((tmp_path / "x.names.json").read_text()) == [f"photos[{row}]" for row in range(17)]
+    assert np.allclose(np.load(tmp_path / "x.npy"), of_images(runs / "simclr", dataset, array), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*no images to test on")
+def test_a_split_that_is_not_there_names_those_that_are(runs, array, tmp_path, capsys):
+    options = ("--dataset", "npy", "--data-dir", tmp_path / "photos.npy", "--out", tmp_path / "x.npy")
+    assert embed(runs / "simclr", *options, "--split", "train") == 1
+    assert "--split: npy has no train images, but pretrain, test, all" in capsys.readouterr().err
+    assert embed(runs / "simclr", *options, "--split", "test") == 0
+    names = json.loads((tmp_path / "x.names.json").read_text())
+    assert 0 < len(names) < 17
+
+
+def test_all_parts_of_arrays_without_names(runs, dataset, tmp_path):
+    """They are mapped, and nothing is held out."""
+    images = dataset.pretrain.images[:9].transpose(0, 2, 3, 1)
+    np.savez(tmp_path / "x.npz", x_train=images[:6], x_test=images[6:], y_train=np.arange(6) % 2, y_test=[0, 1, 1])
+    options = ("--dataset", "npy", "--data-dir", tmp_path / "x.npz", "--out", tmp_path / "x.npy")
+    assert embed(runs / "simclr", *options) == 0
+    names = json.loads((tmp_path / "x.names.json").read_text())
+    assert names == [*(f"train/{row}" for row in range(6)), *(f"test/{row}" for row in range(3))]
+    expected = of_images(runs / "simclr", dataset, dataset.pretrain.images[:9])
+    assert np.allclose(np.load(tmp_path / "x.npy"), expected, atol=1e-5)
+
+
 def test_run_from_before_checkpoints_knew_the_statistics(runs, images, dataset, tmp_path, monkeypatch):
     folder = Path(shutil.copytree(runs / "simclr", tmp_path / "run"))
     assert embed(folder, "--data-dir", images) == 0
@@ -202,7 +246,8 @@ def test_ctrl_c_leaves_nothing(runs, images, tmp_path, monkeypatch):
         (("--data-dir", "/no/such/folder"), "/no/such/folder: no such folder"),
         (("--data-dir", "EMPTY"), "found no image"),
         (("--data-dir", "BROKEN"), "none of the 1 images could be read"),
-        (("--data-dir", __file__), "Not a directory"),
+        (("--data-dir", __file__), "test_embed.py: a file, where a folder of images is expected; --dataset says"),
+        (("--data-dir", "IMAGES", "--split", "test"), "--dataset folder takes all images below --data-dir"),
         (("--data-dir", "IMAGES", "--out", "x.txt"), "--out: expected a name that ends in .npy or .safetensors"),
         (("--data-dir", "IMAGES", "--out", "/no/such/folder/x.npy"), "--out: cannot write /no/such/folder/x.npy"),
         (("--data-dir", "IMAGES", "--image-size", "0"), "--image-size: at least 1, got 0"),

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 
 import cpc_ext
@@ -38,7 +39,7 @@ print(json.dumps(results))
 """
 
 
-def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def python(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """A process with these arguments of Python and variables, of which an empty one is not set."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(
@@ -48,7 +49,21 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
         text=True,
         encoding="utf-8",
         check=False,
+        cwd=cwd,
     )
+
+
+def test_warnings_are_told_without_code(tmp_path):
+    """What is left out of a data set, for one, before the error that there is no run."""
+    np.save(tmp_path / "x.npy", np.zeros((20, 40, 40, 3), np.uint8))
+    options = ["--model", "supcon", "--dataset", "npy", "--data-dir", "x.npy", "--logger"]
+    done = python("-m", "cpc_ext.train", *options, CPC_EXT_CACHE=str(tmp_path / "cache"), cwd=tmp_path)
+    assert done.returncode == 1
+    told = (
+        "warning: x.npy:\n  no images to test on: 2 of 20, a tenth of each class, are held out\nerror: --model supcon"
+    )
+    assert told in done.stderr
+    assert "UserWarning" not in done.stderr
 
 
 def outcomes(calls: list[list[str]]) -> list[tuple[int, str, list[str]]]:

@@ -118,5 +118,6 @@ def _timm() -> ModuleType:
         # What a library raises that fits the installed PyTorch or torchvision badly is anybody's guess.
         raise ImportError(
             "timm's backbones need the timm library, which is installed but cannot be imported, often as its "
-            f"torchvision is not the one that fits PyTorch: {type(error).__name__}: {error}"
+            "torchvision is not the one that fits PyTorch (beside a CPU build of PyTorch it is a CPU build, too, of "
+            f"https://download.pytorch.org/whl/cpu): {type(error).__name__}: {error}"
         ) from error
