@@ -48,7 +48,7 @@ class Command:
     image_size: Annotated[
         int | None,
         tyro.conf.arg(
-            help="Side in pixels that a folder's images are resized to, their middle cut out, before the run's crop. "
+            help="Side in pixels that your own images are resized to, their middle cut out, before the run's crop. "
             "None: height and width of the run's own images."
         ),
     ] = None

@@ -50,7 +50,7 @@ def embed(command: Command) -> None:
     out = command.out or command.run / "features.npy"
     run = EncoderRun.open(command.run, device)
     names = out.with_suffix(".names.json") if out.suffix == ".npy" else None
-    images = _FolderImages(command, run) if command.dataset == "folder" else _DatasetImages(command)
+    images = _FolderImages(command, run) if command.dataset == "folder" else _DatasetImages(command, run)
     try:
         # Opened first: that nothing can be written here is better known before the work than after it.
         with ExitStack() as files:
@@ -135,13 +135,18 @@ class _DatasetImages:
     Those that files have names for are in the order of these, whatever part of them was held out to test on.
     """
 
-    def __init__(self, command: Command) -> None:
+    def __init__(self, command: Command, run: EncoderRun) -> None:
+        own = origin(command.dataset).folder in ("folders", "arrays")
+        size = command.image_size
+        if own and size is None:
+            # What the run saw, such as 28 pixels that were enlarged for its crop.
+            _, height, width = run.statistics()["image_shape"]
+            size = height if height == width else None
         try:
-            dataset = load_dataset(command.dataset, command.data_dir, image_size=command.image_size)
+            dataset = load_dataset(command.dataset, command.data_dir, image_size=size)
         except (ImportError, OSError, ValueError) as error:
             raise TrainingError(f"--dataset {command.dataset}: {error}") from None
         assert isinstance(dataset, Dataset)  # The command line sees to it.
-        own = origin(command.dataset).folder in ("folders", "arrays")
         split = command.split or ("all" if own else "train")
         parts = _parts(dataset)
         if split not in ("all", *parts):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 from cpc_ext._threads import spin_briefly
 from cpc_ext._version import __version__
@@ -100,11 +100,18 @@ def _plain_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         shown = warnings.showwarning
 
-        def show(message: Warning | str, category: type[Warning], filename: str, *place: Any) -> None:
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
             if category is UserWarning and Path(filename).is_relative_to(_PACKAGE):
                 warn(str(message))
             else:
-                shown(message, category, filename, *place)
+                shown(message, category, filename, lineno, file, line)
 
         warnings.showwarning = show
         yield

@@ -183,6 +183,22 @@ def test_all_rows_of_an_array_in_their_order(runs, dataset, array, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*no images to test on")
+def test_an_array_of_another_size_is_brought_to_the_runs(runs, tmp_path, monkeypatch, capsys):
+    """As a folder's images are; an even image is the same at every size, and 12 pixels are less than the crop."""
+    monkeypatch.setenv("CPC_EXT_CACHE", str(tmp_path / "cache"))
+    features = []
+    for side in (12, SIDE, 60):
+        np.save(tmp_path / f"{side}.npy", np.full((3, side, side, 3), 60, np.uint8))
+        options = ("--dataset", "npy", "--data-dir", tmp_path / f"{side}.npy", "--out", tmp_path / "x.npy")
+        assert embed(runs / "cpc", *options) == 0
+        features.append(np.load(tmp_path / "x.npy"))
+        assert features[-1].shape[0] == 3
+    assert np.allclose(features, features[0][:1], atol=1e-5)
+    assert embed(runs / "cpc", *options, "--image-size", "12") == 1
+    assert "--crop 20 is larger than the images of npy, 12 pixels" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*no images to test on")
 def test_a_split_that_is_not_there_names_those_that_are(runs, array, tmp_path, capsys):
     options = ("--dataset", "npy", "--data-dir", tmp_path / "photos.npy", "--out", tmp_path / "x.npy")
     assert embed(runs / "simclr", *options, "--split", "train") == 1
