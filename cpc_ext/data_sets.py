@@ -30,7 +30,11 @@ class Origin(NamedTuple):
 
 
 _ORIGINS = (
-    Origin("drawn", sized=True, idle=dict.fromkeys(("data_dir", "download"), "is drawn, and reads no files")),
+    Origin(
+        "drawn",
+        sized=True,
+        idle=dict.fromkeys(("data_dir", "download"), "is drawn, and reads no files; --dataset names the kind of yours"),
+    ),
     Origin("published", sized=False, own_size=True),
     Origin("folders", sized=True, idle={"download": "is of your own files"}),
     Origin("arrays", sized=True, own_size=True, idle={"download": "is of your own files"}),

@@ -63,6 +63,8 @@ The run's config.yaml, which `python -m cpc_ext.train --config` takes:
 {{ recipe }}
 ```
 {% endif %}"""
+# By how much images in floating point may exceed 0 to 1.
+_OVERSHOOT = 0.1
 # Numbers of a run that tell how well it did, by their names' endings.
 _RESULTS = ("_accuracy", "bits_per_dim")
 
@@ -204,14 +206,33 @@ class Encoder(_Saved, pipeline_tag="image-feature-extraction"):
         """What the encoder makes of each patch: [B, C, H, W] → [B, D, rows, cols]; of whole images 1 x 1.
 
         Images are uint8, or floating in 0..1 and rounded to their 256 levels. They have the
-        data set's size, of which a view of patches takes the middle, or any where it sees whole images.
+        data set's size, of which a view of patches takes the middle, or any where it sees whole images. ValueError
+        where they have another shape or range.
         """
+        self._check(images)
         if images.is_floating_point():
             images = (images * 255).round().clamp(0, 255).to(torch.uint8)
         made: Tensor = self.view.center(images)
         dtype = next(self.encoder.parameters()).dtype
         encodings: Tensor = self.encoder((made[:, None, None] if made.ndim == 4 else made).to(dtype))
         return encodings
+
+    def _check(self, images: Tensor) -> None:
+        """ValueError for what are no images, or none of such as the encoder was trained on."""
+        if images.ndim != 4:
+            raise ValueError(f"images: expected [B, C, H, W], got {list(images.shape)}")
+        # Of images that it turns to grey the view does not say how many channels they have.
+        mean = None if getattr(self.view, "gray", False) else self.view.mean
+        if mean is not None and images.shape[1] != len(mean):
+            raise ValueError(f"images: the encoder was trained on {len(mean)} channels, got {images.shape[1]}")
+        if not images.is_floating_point() or torch.compiler.is_compiling() or not images.numel():
+            return
+        low, high = (float(value) for value in torch.aminmax(images.detach()))
+        # Resizing may overshoot a little.
+        if not -_OVERSHOOT <= low <= high <= 1 + _OVERSHOOT:
+            raise ValueError(
+                f"images: floating point is from 0 to 1, got {low:.3g} to {high:.3g}; the encoder normalises them itself"
+            )
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] → what a probe sees of them, the mean over the patches, [B, D]."""

@@ -131,6 +131,41 @@ def test_encoder_without_a_run(tmp_path):
     assert torch.equal(loaded(images.float() / 255), loaded(images))
 
 
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(3, 20, 20), r"expected \[B, C, H, W\], got \[3, 20, 20\]"),
+        (torch.zeros(2, 1, 20, 20), "trained on 3 channels, got 1"),
+        (torch.linspace(-2, 2, 2400).reshape(2, 3, 20, 20), "floating point is from 0 to 1, got -2 to 2; the encoder"),
+        (torch.full((2, 3, 20, 20), torch.nan), "floating point is from 0 to 1, got nan"),
+        (torch.full((2, 3, 20, 20), 255.0), "floating point is from 0 to 1, got 255 to 255"),
+    ],
+)
+def test_images_that_it_was_not_trained_for(images, message):
+    """Clamped to 0..1 they would give features of something else."""
+    arguments = {"blocks": [1], "channels": [4], "stem_channels": 4, "stem": "cifar"}
+    view = {"patch_size": 8, "stride": 4, "mean": [0.5] * 3, "std": [0.2] * 3}
+    encoder = hub.Encoder("ResNetV2Encoder", arguments, view).eval()
+    with pytest.raises(ValueError, match=f"images: .*{message}"):
+        encoder(images)
+    assert encoder(torch.rand(2, 3, 20, 20) * 1.1 - 0.05).shape == (2, 4)
+    gray = hub.Encoder(
+        "ResNetV2Encoder", {**arguments, "in_channels": 1}, {**view, "gray": True, "mean": [0.5], "std": [1]}
+    )
+    assert gray.eval()(torch.rand(2, 3, 20, 20)).shape == (2, 4)
+
+
+def test_a_curve_is_no_result(run, tmp_path):
+    """That of --probe-every is in the run's summary."""
+    folder = run("cpc-v1")
+    summary = json.loads((folder / "summary.json").read_text()) | {"knn_accuracy": [[0, 0.1], [5, 0.2]]}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    hub.Encoder.of_run(folder).save_pretrained(tmp_path / "hub")
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "| probe accuracy |" in card
+    assert "knn" not in card
+
+
 def test_what_is_wrong_is_said(run, tmp_path):
     arguments = {"blocks": [1], "channels": [4], "stem_channels": 4, "stem": "cifar"}
     view = {"patch_size": 8, "stride": 4}

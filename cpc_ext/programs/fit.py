@@ -74,6 +74,8 @@ def fit(
     from_dataset raises.
     """
     named = dataset is None or isinstance(dataset, str)
+    if model is not None and not isinstance(model, str):
+        raise OptionError(f"model: expected a name, and the data set after it, got {type(model).__name__}")
     if model is not None and model not in MODELS:
         raise OptionError(f"model: expected one of {', '.join(MODELS)}, got {model!r}")
     if isinstance(dataset, str) and dataset not in DATASETS:

@@ -142,6 +142,8 @@ def test_images_are_brought_to_the_size_that_the_options_ask_for(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"model": [np.zeros((8, 8), np.uint8)]}, "model: expected a name, and the data set after it, got list$"),
+        ({"data_dir": "photos"}, "--dataset textures is drawn, and reads no files; --dataset names the kind of yours"),
         ({"model": "cpc-v3"}, "model: expected one of cpc-audio, .* got 'cpc-v3'"),
         ({"dataset": "photos"}, "dataset: expected one of textures, .* got 'photos'; files are named by data_dir"),
         ({"stepz": 3}, "stepz: there is no such option; did you mean steps"),
