@@ -11,10 +11,9 @@ __all__ = ["build_info", "report"]
 def build_info() -> dict[str, Any]:
     """How the compiled module was built and what of it is in use.
 
-    Returns:
-        ``version``, ``compiler``, ``simd`` (the level in use: baseline, avx2, avx512 or avx512_bf16; native in a build
-        for one processor), ``cuda`` (version of the CUDA toolkit, None in a build without), ``cuda_architectures``
-        (None likewise), ``openmp_threads``, ``module`` (its file).
+    Its keys are ``version``, ``compiler``, ``simd`` (the level in use: baseline, avx2, avx512 or avx512_bf16; native in
+    a build for one processor), ``cuda`` (version of the CUDA toolkit, None in a build without), ``cuda_architectures``
+    (None likewise), ``openmp_threads``, ``module`` (its file).
     """
     from cpc_ext._native import native
 

@@ -231,7 +231,7 @@ class Encoder(_Saved, pipeline_tag="image-feature-extraction"):
         # Resizing may overshoot a little.
         if not -_OVERSHOOT <= low <= high <= 1 + _OVERSHOOT:
             raise ValueError(
-                f"images: floating point is from 0 to 1, got {low:.3g} to {high:.3g}; the encoder normalises them itself"
+                f"images: floating point is from 0 to 1, got {low:.3g} to {high:.3g}; the encoder itself normalises"
             )
 
     def forward(self, images: Tensor) -> Tensor:

@@ -94,6 +94,32 @@ def _documented_names(thing: Any) -> set[str]:
     return names
 
 
+def _describes(line: str, names: set[str]) -> bool:
+    """Whether a line begins to tell of one of the names, or of several together: "mean, std: per channel"."""
+    described = re.match(r"(\w+(?:, \w+)*): \S", line)
+    return described is not None and names.issuperset(described[1].split(", "))
+
+
+def _one_a_line(lines: list[str], names: set[str]) -> list[str]:
+    """Lines that tell of names, parted where one goes on with another: "count: images. seed: of the order."."""
+    done: list[str] = []
+    inside = False
+    for line in lines:
+        inside = _describes(line, names) or (inside and line.startswith(" "))
+        done += _parted(line, names) if inside else [line]
+    return done
+
+
+def _parted(line: str, names: set[str]) -> list[str]:
+    parts: list[str] = []
+    for part in re.split(r"(?<=\.) (?=\w+(?:, \w+)*: )", line):
+        if parts and not _describes(part, names):
+            parts[-1] += f" {part}"
+        else:
+            parts.append(part)
+    return parts
+
+
 def _in_sections(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     """Give a docstring's lines of "argument: what it is" the heading that napoleon knows; escape stray stars."""
     if what == "data":  # That of its type; the page says what the constant is.
@@ -102,9 +128,8 @@ def _in_sections(app: Sphinx, what: str, name: str, thing: Any, options: Any, li
     names = _documented_names(thing)
     done: list[str] = []
     inside = False
-    for line in lines:
-        described = re.match(r"(\w+): \S", line)
-        starts = described is not None and described[1] in names
+    for line in _one_a_line(lines, names):
+        starts = _describes(line, names)
         if starts and not inside:
             done += ["", "Args:" if what in ("function", "method", "class") else "Attributes:"]
         elif inside and not starts and not line.startswith(" "):
