@@ -91,8 +91,13 @@ class TrainedRun:
         task = self.untrained(dataset, seed=self.config.compute.seed)
         try:
             load_weights(task.model, self.state.get("model", {}))
-        except RuntimeError:
-            raise TrainingError(f"{self.dir.checkpoint} is of another model than {self.dir.config} describes") from None
+        except RuntimeError as error:
+            # A shape tells most, such as that of a first layer for other channels than the data set's images have.
+            shapes = [line.strip(" \t.") for line in str(error).splitlines() if "size mismatch" in line]
+            told = f" for {self.config.data.dataset} ({shapes[0]})" if shapes else ""
+            raise TrainingError(
+                f"{self.dir.checkpoint} is of another model than {self.dir.config} describes{told}"
+            ) from None
         return task
 
     def untrained(self, dataset: Any, *, seed: int) -> Any:

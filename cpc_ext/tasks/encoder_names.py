@@ -83,6 +83,8 @@ class EncoderSpec(NamedTuple):
             encoder = self.kind(**self.arguments)
         except ImportError as error:
             raise TrainingError(f"--encoder: {error}") from None
+        except ValueError as error:  # Of an argument of the class, which is called so.
+            raise ValueError(f"--encoder: {str(error).removeprefix('name: ')}") from None
         if self.kind is TimmEncoder:
             try:
                 with torch.no_grad():
@@ -267,8 +269,8 @@ class _MobileNets(_Family):
 
 class _Timm(_Family):
     _PREFIX = "timm:"
-    # What may follow the name of a backbone, which may hold colons itself.
-    _SETTINGS = re.compile(r":((?:img_size|patch_size|stem|global_pool)=[^,:]*(?:,.*)?)$")
+    # What may follow the name of a backbone, which may hold colons itself, but no "=".
+    _SETTINGS = re.compile(r":(\w+=[^,:]*(?:,.*)?)$")
     # What timm calls them, and the class.
     _KEYS: ClassVar = {
         "img_size": "img_size",

@@ -81,6 +81,16 @@ def test_weights_of_the_checkpoint_and_of_seeds(folder):
         run.trained(DATA)
 
 
+def test_images_of_other_channels_are_told(tmp_path):
+    """As where the run was made of a checkpoint, whose images the data set does not have."""
+    config = config_of("cpc-v1", device="cpu", gray=False, patch_norm=False)
+    run = EncoderRun.open(new_run(tmp_path / "run", config, DATA), CPU)
+    gray = replace(dataset_of(noise()[:, :1]), mean=(0.5,), std=(0.2,))
+    shapes = r"size mismatch for encoder\.\S+: .*\[\d+, 3, .*\[\d+, 1, .*[^.]"
+    with pytest.raises(TrainingError, match=rf"describes for textures \({shapes}\)$"):
+        run.trained(gray)
+
+
 def test_digest_of_weights():
     """Names, types, shapes and values count."""
     models = [torch.nn.Linear(2, 3), torch.nn.Linear(3, 2), torch.nn.Linear(2, 3).half()]

@@ -106,6 +106,7 @@ def test_published_shapes_have_their_own_names(depth):
             "timm:vit:patch_size=4,foo=3",
             "^--encoder: expected img_size, patch_size, stem, global_pool after vit:, got 'foo=3'$",
         ),
+        ("timm:vit:patch_sze=4", "^--encoder: expected img_size, .* after vit:, got 'patch_sze=4'$"),
         ("wrn-28-2:width=3", "expected nothing after wrn-28-2, got 'width=3'"),
         ("mobilenetv2:width=0", "width is a positive number, got '0'"),
     ],

@@ -127,6 +127,9 @@ def test_sizes_that_do_not_fit(timm):
         spec.build(16)
     with pytest.raises(ValueError, match="timm makes no backbone 'vgg0' with these settings: 'vgg0'"):
         TimmEncoder("vgg0")
+    none = encoder_spec("timm:vgg0", norm="none", in_channels=1, stem="stl10")
+    with pytest.raises(ValueError, match=r"^--encoder: timm makes no backbone 'vgg0'"):
+        none.build(16)
     with pytest.raises(ValueError, match="--encoder: patch_size is a positive number, got 'big'"):
         check_encoder_name("timm:vit_tiny_patch16_224:patch_size=big")
     with pytest.raises(ValueError, match="--encoder: global_pool is avg or max or avgmax or token or map, got 'none'"):
