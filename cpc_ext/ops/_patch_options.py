@@ -130,12 +130,21 @@ def _window(images: Tensor, patch_size: int, stride: int, crop: tuple[int, int] 
         for side in (height, width):
             check_integer("crop", side)
         if not (0 < height <= size[0] and 0 < width <= size[1]):
-            raise ValueError(f"crop must lie within images of {size[0]}x{size[1]}, got {height}x{width}")
+            raise ValueError(
+                f"crop must lie within images of {size[0]}x{size[1]}, got {height}x{width}{_other_layout(images)}"
+            )
     if patch_size > min(height, width):
         raise ValueError(
             f"patch_size must be at most {min(height, width)} for a {height}x{width} window, got {patch_size}"
+            f"{_other_layout(images)}"
         )
     return height, width
+
+
+def _other_layout(images: Tensor) -> str:
+    """What to add to an error where images have their channels last, as Pillow and NumPy's files have them."""
+    last = images.shape[3] in (1, 3) and images.shape[1] not in (1, 3)
+    return f"; images must be [B, C, H, W], shape {tuple(images.shape)} seems to be [B, H, W, C]" if last else ""
 
 
 def _output_channels(images: Tensor, gray: bool) -> int:
@@ -145,7 +154,7 @@ def _output_channels(images: Tensor, gray: bool) -> int:
             raise ValueError("images must have at least one channel, got none")
         return channels
     if channels not in (1, 3):
-        raise ValueError(f"gray needs images of 1 or 3 channels, got {channels}")
+        raise ValueError(f"gray needs images of 1 or 3 channels, got {channels}{_other_layout(images)}")
     return 1
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cpc_ext.tasks.encoder_options import ContrastSection, EncoderConfig, EncoderSection
 from cpc_ext.training.config import MOST, Preset, Presets
@@ -44,6 +44,13 @@ class TwoViewSection(ContrastSection, EncoderSection):  # Fields of the last com
     )
     head_norm: bool = Field(False, description="Batch norm behind every layer of the head, in place of biases.")
     temperature: float = Field(0.07, gt=0, le=100, description="Divisor of the cosine similarities.")
+
+    @model_validator(mode="after")
+    def _blur_fits(self) -> TwoViewSection:
+        if self.blur_kernel and (self.blur_kernel % 2 == 0 or self.blur_kernel >= 2 * self.view_size):
+            below = f"2 * --view-size {self.view_size}"
+            raise ValueError(f"--blur-kernel {self.blur_kernel} is neither 0 nor an odd number below {below}")
+        return self
 
     @property
     def head(self) -> dict[str, Any]:

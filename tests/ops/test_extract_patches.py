@@ -375,6 +375,13 @@ def test_large_results_are_written_past_the_cache_alike():
         ({"images": torch.zeros(3, 16, 16)}, ValueError, r"images must be \[B, C, H, W\]"),
         ({"images": torch.zeros(2, 3, 16, 16, dtype=torch.int32)}, TypeError, "int32"),
         ({"images": torch.zeros(2, 0, 16, 16)}, ValueError, "at least one channel"),
+        (
+            {"images": torch.zeros(2, 16, 18, 3)},
+            ValueError,
+            r"at most 3 .*; images must be \[B, C, H, W\], .* \[B, H, W, C\]",
+        ),
+        ({"images": torch.zeros(2, 16, 18, 3), "crop": (8, 8)}, ValueError, r"crop must .* \[B, H, W, C\]$"),
+        ({"images": torch.zeros(2, 16, 18, 1), "gray": True, "patch_size": 1}, ValueError, r"gray .* \[B, H, W, C\]$"),
         ({"patch_size": 0}, ValueError, "patch_size must be at least 1"),
         ({"patch_size": 17}, ValueError, "patch_size must be at most 16"),
         ({"stride": 0}, ValueError, "stride must be at least 1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from cpc_ext.models import ResNetV2Encoder
+from cpc_ext.programs.train_options import parse
 from cpc_ext.tasks.simclr.task import SimCLRTask
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.config import load_config
@@ -64,6 +66,11 @@ def test_resumed_run_is_the_uninterrupted_one(train, interrupted_as_whole, preci
     interrupted_as_whole(train, SimCLRTask, "--precision", precision)
 
 
-def test_blur_that_does_not_fit(train, tmp_path, capsys):
-    assert train("--out-dir", tmp_path / "run", "--blur-kernel", "4") == 1
-    assert "blur_kernel: expected an odd number" in capsys.readouterr().err
+@pytest.mark.parametrize("model", ["simclr", "moco", "supcon"])
+@pytest.mark.parametrize("taps", ["4", "49"])
+def test_blur_that_does_not_fit(capsys, model, taps):
+    with pytest.raises(SystemExit):
+        parse(["--model", model, "--view-size", "24", "--blur-kernel", taps])
+    said = re.sub(r"[\s│]+", " ", capsys.readouterr().err)
+    assert f"--blur-kernel {taps} is neither 0 nor an odd number below 2 * --view-size 24" in said
+    assert parse(["--model", model, "--view-size", "24", "--blur-kernel", "47"]).run.encoder_section.blur_kernel == 47
