@@ -93,10 +93,8 @@ def read_tree(root: Path, kind: FileKind, *, splits: bool = True) -> FileTree:
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such folder; name the folder of {kind.what[1]} with --data-dir")
     if not root.is_dir():
-        raise NotADirectoryError(
-            f"{root}: a file, where a folder of {kind.what[1]} is expected; --dataset says what else a file may be of, "
-            "such as npy"
-        )
+        others = "; --dataset says what else a file may be of, such as npy" if kind.media_type == "image" else ""
+        raise NotADirectoryError(f"{root}: a file, where a folder of {kind.what[1]} is expected{others}")
     return _Walk(root, kind, splits).tree()
 
 

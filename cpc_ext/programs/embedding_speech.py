@@ -44,7 +44,7 @@ def embed_speech(command: Command) -> None:
     try:
         make = task.frames(task.model, command.layer)
     except ValueError as error:
-        raise TrainingError(f"--layer: {error}") from None
+        raise TrainingError(f"--layer: {str(error).removeprefix('layer: ')}") from None
     out = command.out or command.run / "frames"
     written, dim, left_out = 0, 0, LeftOut("recordings")
     stems = Counter(Path(file.path).with_suffix("") for file in tree.train)

@@ -236,7 +236,7 @@ def test_what_embedding_refuses(sounds, tmp_path, capsys):
     assert train("--model", "cpc-audio", "--out-dir", run) == 0
     for options, words in (
         ((), "--data-dir: name the folder of recordings"),
-        (("--data-dir", sounds, "--layer", "context9"), "--layer: layer: expected one of"),
+        (("--data-dir", sounds, "--layer", "context9"), "error: --layer: expected one of"),
         (("--data-dir", sounds, "--dataset", "voices"), "--dataset: a run on speech embeds"),
         (("--data-dir", tmp_path / "nowhere"), "--data-dir: "),
     ):
