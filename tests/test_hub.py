@@ -155,17 +155,6 @@ def test_images_that_it_was_not_trained_for(images, message):
     assert gray.eval()(torch.rand(2, 3, 20, 20)).shape == (2, 4)
 
 
-def test_a_curve_is_no_result(run, tmp_path):
-    """That of --probe-every is in the run's summary."""
-    folder = run("cpc-v1")
-    summary = json.loads((folder / "summary.json").read_text()) | {"knn_accuracy": [[0, 0.1], [5, 0.2]]}
-    (folder / "summary.json").write_text(json.dumps(summary))
-    hub.Encoder.of_run(folder).save_pretrained(tmp_path / "hub")
-    card = (tmp_path / "hub" / "README.md").read_text()
-    assert "| probe accuracy |" in card
-    assert "knn" not in card
-
-
 def test_what_is_wrong_is_said(run, tmp_path):
     arguments = {"blocks": [1], "channels": [4], "stem_channels": 4, "stem": "cifar"}
     view = {"patch_size": 8, "stride": 4}
