@@ -46,6 +46,7 @@ class MoCoLoss(Module):
         normalize: whether queries and keys are brought to length 1 first. MoCo's own model does that to what its
             encoders give.
         gather_negatives: where there are several processes, "gather" for the above, "none" for a queue of each.
+            A DistributedDataParallel around it then must not broadcast buffers.
 
     Raises:
         ValueError: an argument that is none of those above.
