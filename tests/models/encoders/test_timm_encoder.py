@@ -42,7 +42,7 @@ def test_wrong_settings(timm):
 
 def test_without_timm(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ImportError, match=r"pip install cpc_ext\[timm\]"):
+    with pytest.raises(ImportError, match=r"pip install 'cpc_ext\[timm\]'"):
         TimmEncoder("resnet18")
 
 
