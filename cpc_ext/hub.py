@@ -221,7 +221,7 @@ class Encoder(_Saved, pipeline_tag="image-feature-extraction"):
         """ValueError for what are no images, or none of such as the encoder was trained on."""
         if images.ndim != 4:
             raise ValueError(f"images: expected [B, C, H, W], got {list(images.shape)}")
-        # Of images that it turns to grey the view does not say how many channels they have.
+        # A view that turns images to grey does not say how many channels they have.
         mean = None if getattr(self.view, "gray", False) else self.view.mean
         if mean is not None and images.shape[1] != len(mean):
             raise ValueError(f"images: the encoder was trained on {len(mean)} channels, got {images.shape[1]}")

@@ -79,7 +79,7 @@ class TrainedRun:
         TrainingError where it is not there.
         """
         dataset = load_data(self.config)
-        # Of images some models are trained on those with labels.
+        # Some models of images are trained on those with labels alone.
         parts = [part for part in (getattr(dataset, "pretrain", None), dataset.train) if part is not None]
         changed = [differences(self.state.get("data") or {}, data_record(part)) for part in parts]
         if all(changed):

@@ -14,7 +14,7 @@ from cpc_ext._found import found_in
 from cpc_ext.interop.errors import CheckpointError
 from cpc_ext.interop.reading import Checkpoint, read_checkpoint
 from cpc_ext.interop.reference import Form, Program, Reference, Settings, listed
-from cpc_ext.training.atomic_file import atomic_file
+from cpc_ext.training.atomic_file import atomic_file, write_text
 from cpc_ext.training.checkpoint import write_tensors
 
 __all__ = ["SOURCES", "export_reference", "load_reference", "read_reference", "save_reference"]
@@ -155,8 +155,7 @@ def save_reference(model: nn.Module, source: str, path: str | Path, *, form: For
     with atomic_file(path) as file:
         write_tensors(file, content)
     for name, text in beside.items():
-        with atomic_file(path.parent / name) as file:
-            file.write(text.encode())
+        write_text(path.parent / name, text)
 
 
 def _program(source: str) -> Program:

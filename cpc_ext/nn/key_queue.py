@@ -16,10 +16,11 @@ _ROOM = 1024
 
 
 class KeyQueue(Module):
-    """A queue of keys that are the negatives of InfoNCE. Nothing of its size is copied when keys enter or are used.
+    """A queue of keys that are the negatives of InfoNCE.
 
-    The op takes all keys as one tensor. So behind the queue there is room for the positives of as many rows as a call
-    contrasts; each row contrasts the range of the queue, and its positive, which lies outside of it.
+    Nothing of its size is copied when keys enter or are used, unless positives are of a wider type. The op takes all
+    keys as one tensor. So behind the queue there is room for the positives of as many rows as a call contrasts; each
+    row contrasts the range of the queue, and its positive, which lies outside of it.
 
     Args:
         size: number of keys.

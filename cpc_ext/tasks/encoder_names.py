@@ -83,7 +83,7 @@ class EncoderSpec(NamedTuple):
             encoder = self.kind(**self.arguments)
         except ImportError as error:
             raise TrainingError(f"--encoder: {error}") from None
-        except ValueError as error:  # Of an argument of the class, which is called so.
+        except ValueError as error:  # It is about an argument of the class, "name", which is the option here.
             raise ValueError(f"--encoder: {str(error).removeprefix('name: ')}") from None
         if self.kind is TimmEncoder:
             try:

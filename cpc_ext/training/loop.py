@@ -436,7 +436,7 @@ class Trainer:
         """What the task carries from step to step, of all of the batch in the main process. All processes call it."""
         together: dict[str, Tensor] = {}
         mine = {name: rows.cpu() for name, rows in self._task.carried().items()}
-        # Of a pipeline each process has names of its own.
+        # Each process of a pipeline has names of its own.
         for found in self._ranks.gather_on_main(mine) or []:
             for name, rows in found.items():
                 together[name] = torch.cat([together[name], rows]) if name in together else rows

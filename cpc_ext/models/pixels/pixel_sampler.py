@@ -163,7 +163,7 @@ class Sampler:
         self._features = model.pixel_features((batch, channels, height, width), labels, cached=cached)
         self._place = self._features.place
         pixels = self._features.pixels
-        # Of half precision many draws would be equal, and the first of equals taken.
+        # Many draws of half precision would be equal, and the first of equals taken.
         precise = torch.promote_types(pixels.dtype, torch.float32)
         self._noise = pixels.new_zeros(model.noise_shape((batch, channels, 1, 1)), dtype=precise)[:, :, 0, 0]
         self._trace = pixels.new_zeros((batch, self._features.width))

@@ -163,7 +163,7 @@ def test_processes_share_each_batch(kind, cross):
 @pytest.mark.parametrize("kind", ["recordings", "uniform", "same-speaker", "same-sequence"])
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_the_mean_batch_is_that_of_an_epoch(kind, drop_last):
-    """Of what a run says that it takes a second: most batches of a speaker's windows are not full."""
+    """What a run says that it takes a second follows from this: most batches of a speaker's windows are not full."""
     source = sampler(kind, drop_last=drop_last)
     sizes = [len(batch) for batch in epoch(source)]
     assert source.mean_batch == sum(sizes) / len(sizes)

@@ -169,7 +169,7 @@ def test_another_pillow_tries_what_one_could_not_read(root, builds, monkeypatch)
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE])
 def test_an_error_that_may_pass_is_not_kept(root, cache, monkeypatch, number):
-    """Of a network's disk, say: else an image would be missing until Pillow has another version."""
+    """A network's disk may answer the next time: an image must not be missing until Pillow has another version."""
     original = decode._decode
 
     def failing(path, size):

@@ -129,7 +129,7 @@ def test_other_types(kind, dtype):
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_noise_is_not_rounded_to_half_precision(cached):
-    """Of draws that bfloat16 would not tell apart, the larger is taken."""
+    """The larger of two draws is taken, also where bfloat16 would not tell them apart."""
     model = PixelCNN(1, hidden_channels=1, layers=1).bfloat16()
     for parameter in model.parameters():
         parameter.data.zero_()

@@ -34,7 +34,7 @@ ARCHIVE = Archive(
     unpacked=IMAGE_BYTES,
     folder="cifar-10-batches-bin",
 )
-# Of the files for Python.
+# The folder of the files for Python.
 PYTHON_FOLDER = "cifar-10-batches-py"
 
 

@@ -31,7 +31,7 @@ ARCHIVE = Archive(
     unpacked=IMAGE_BYTES,
     folder="cifar-100-binary",
 )
-# Of the files for Python.
+# The folder of the files for Python.
 PYTHON_FOLDER = "cifar-100-python"
 
 
