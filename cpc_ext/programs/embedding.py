@@ -22,6 +22,7 @@ from tqdm import tqdm
 from cpc_ext.data import Dataset, ImageSet, load_dataset
 from cpc_ext.data.images.decode import decode_stream
 from cpc_ext.data.images.folders.folder import image_files
+from cpc_ext.data.images.simclr_view import luma
 from cpc_ext.data.notice import LeftOut
 from cpc_ext.data.npy_file import write_npy
 from cpc_ext.data_sets import origin
@@ -89,7 +90,7 @@ def _encode(command: Command, run: EncoderRun, images: _FolderImages | _DatasetI
 
 
 class _FolderImages:
-    """All images below a folder, resized to one size.
+    """All images below a folder, resized to one size, and grey where the run's are.
 
     source: where they come from. sample: images of the same shape. count: how many files there are. names: of those
     that could be read, known when :meth:`batches` is through.
@@ -106,10 +107,11 @@ class _FolderImages:
         self.count = len(self._paths)
         self.names: list[str] = []
         channels, height, width = run.statistics()["image_shape"]
-        if channels != 3:
+        if channels not in (1, 3):
             raise TrainingError(
                 f"{run.dir.path} was trained on images of {channels} channels, those of a folder have 3"
             )
+        self._gray = channels == 1
         self._size = (height, width) if command.image_size is None else (command.image_size, command.image_size)
         self.sample = ImageSet(images=np.empty((0, channels, *self._size), np.uint8))
 
@@ -124,7 +126,8 @@ class _FolderImages:
                 left_out.add(self._paths[index], reason)
             done = min(_BATCH, self.count - start)
             start += done
-            yield torch.from_numpy(pixels).to(device), done
+            images = torch.from_numpy(pixels).to(device)
+            yield luma(images.float()).round().byte() if self._gray else images, done
         if left_out:
             warn("\n  ".join([f"{self.source}:", *left_out.lines()]))
 

@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from cpc_ext.data import Dataset, make_textures
+from cpc_ext.data import Dataset, ImageSet, make_textures
 from cpc_ext.evaluation.encoder_run import EncoderRun
 from cpc_ext.programs import embedding
 from cpc_ext.programs import training as program
@@ -139,6 +140,25 @@ def test_images_of_other_sizes(runs, tmp_path):
     assert embed(runs / "simclr", "--data-dir", root, "--out", tmp_path / "x.npy") == 0
     features = np.load(tmp_path / "x.npy")
     assert np.allclose(features, features[:1], atol=1e-5)
+
+
+def test_a_run_of_one_channel_sees_a_folder_in_grey(images, dataset, tmp_path, monkeypatch):
+    files = [Image.open(images / name).convert("L") for name in NAMES]
+    gray = replace(
+        dataset,
+        pretrain=ImageSet(images=np.ascontiguousarray(dataset.pretrain.images[:, 1:2])),
+        test=ImageSet(images=np.stack([np.asarray(file)[None] for file in files])),
+        mean=(0.2,),
+        std=(0.6,),
+    )
+    monkeypatch.setattr(run_data, "load_dataset", lambda *arguments, **options: gray)
+    run = tmp_path / "run"
+    more = ("--steps", "1", "--device", "cpu", "--precision", "fp32", "--out-dir", str(run))
+    assert program.main([*SIMCLR, *more]) == 0
+    assert embed(run, "--data-dir", images, "--out", tmp_path / "x.npy") == 0
+    names = json.loads((tmp_path / "x.names.json").read_text())
+    # Pillow rounds some of its grey down where the nearest is above.
+    assert np.allclose(np.load(tmp_path / "x.npy"), expected(run, gray, names), atol=3e-3)
 
 
 def test_image_size(runs, images, tmp_path, capsys):

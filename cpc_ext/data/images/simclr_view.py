@@ -16,12 +16,12 @@ from torch import Tensor
 from cpc_ext.data.batch_share import BatchShare
 from cpc_ext.data.images.dataset import Dataset
 from cpc_ext.data.on_device import send
+from cpc_ext.ops.extract_patches import LUMA
 
 __all__ = ["SimCLRView", "adjust_hue", "blend", "blur", "crop_and_resize", "luma"]
 
 _ASPECT_RATIOS = (3 / 4, 4 / 3)
 _BLUR_SIGMAS = (0.1, 2.0)
-_LUMA = (0.299, 0.587, 0.114)
 _WHOLE = BatchShare()
 
 
@@ -173,7 +173,7 @@ def _resize_matrix(start: Tensor, length: Tensor, pixels: int, size: int) -> Ten
 def luma(images: Tensor) -> Tensor:
     """RGB [B, 3, H, W] → grey by ITU-R BT.601, [B, 1, H, W]."""
     red, green, blue = images.unbind(1)
-    return (_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue).unsqueeze(1)
+    return (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue).unsqueeze(1)
 
 
 def blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:

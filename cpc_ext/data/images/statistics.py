@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cpc_ext.ops.extract_patches import LUMA
+
 SAMPLE = 1000
-ITU_R_601 = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def pixel_statistics(images: np.ndarray) -> PixelStatistics:
     if channels not in (1, 3):
         raise ValueError(f"images: expected 1 or 3 channels, got {channels}")
     indices = np.linspace(0, count - 1, min(count, SAMPLE)).astype(np.int64)
-    weights = np.asarray(ITU_R_601 if channels == 3 else (1.0,))
+    weights = np.asarray(LUMA if channels == 3 else (1.0,))
     # Exact moments: every grey moment follows from the channels' means and their second-moment matrix.
     first = np.zeros(channels)
     second = np.zeros((channels, channels))
