@@ -109,6 +109,13 @@ class RecurrentContext(Module):
         """Begin with zeros again."""
         self.state = None
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RecurrentContext:
+        """What ``to``, ``half`` and their kind come down to: the kept state goes with the parameters."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.state is not None:
+            self.state = [fn(each) if isinstance(each, Tensor) else (fn(each[0]), fn(each[1])) for each in self.state]
+        return self
+
     def extra_repr(self) -> str:
         return f"keep_state={self.keep_state}, remove_bptt={self.remove_bptt}, reverse={self.reverse}"
 

@@ -1,5 +1,7 @@
 """Recurrent contexts: against PyTorch's own layers, with kept states, without gradients through time, and backwards."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -59,6 +61,21 @@ def test_kept_state_goes_on_where_the_window_ended(kind):
     assert context(z[:2]).shape == (2, 4, 7)
     context.keep_state = False
     torch.testing.assert_close(context(z), whole, **EXACT)
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_the_kept_state_goes_where_the_parameters_go(kind):
+    torch.manual_seed(0)
+    context = RecurrentContext(5, 4, kind=kind, layers=2, keep_state=True)
+    encodings = torch.randn(3, 5, 6)
+    context(encodings)
+    kept = copy.deepcopy(context.state)
+    context.double()
+    found = context(encodings.double())
+    context.state = kept
+    expected = context.float()(encodings)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), expected)
 
 
 def test_without_keeping_every_window_begins_with_zeros():
