@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -75,11 +75,26 @@ class TwoViewSection(ContrastSection, EncoderSection):  # Fields of the last com
 
 
 class TwoViewConfig(EncoderConfig):
-    """A run of a model of two views."""
+    """A run of a model of two views.
+
+    Attributes:
+        least_images: those of the smallest batch whose views have others to be told from.
+    """
+
+    least_images: ClassVar[int] = 2
 
     @property
     def encoder_section(self) -> TwoViewSection:
         raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _views_have_others(self) -> TwoViewConfig:
+        if self.optimization.batch_size < self.least_images:
+            raise ValueError(
+                f"--batch-size {self.optimization.batch_size} leaves the views of an image none to be told from: "
+                f"{self.model} needs {self.least_images} or more"
+            )
+        return self
 
     def idle(self) -> dict[str, str]:
         options, idle = self.encoder_section, super().idle()

@@ -74,3 +74,12 @@ def test_blur_that_does_not_fit(capsys, model, taps):
     said = re.sub(r"[\s│]+", " ", capsys.readouterr().err)
     assert f"--blur-kernel {taps} is neither 0 nor an odd number below 2 * --view-size 24" in said
     assert parse(["--model", model, "--view-size", "24", "--blur-kernel", "47"]).run.encoder_section.blur_kernel == 47
+
+
+@pytest.mark.parametrize("model", ["simclr", "supcon"])
+def test_a_batch_of_one_image_has_none_to_tell_it_from(capsys, model):
+    with pytest.raises(SystemExit):
+        parse(["--model", model, "--batch-size", "1"])
+    said = re.sub(r"[\s│]+", " ", capsys.readouterr().err)
+    assert f"--batch-size 1 leaves the views of an image none to be told from: {model} needs 2 or more" in said
+    assert parse(["--model", "moco", "--batch-size", "1"]).run.optimization.batch_size == 1

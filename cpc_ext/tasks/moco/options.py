@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field, model_validator
 
 from cpc_ext.tasks.two_view_options import TwoViewConfig, TwoViewSection, two_view_presets
@@ -26,6 +28,9 @@ class MoCoSection(TwoViewSection):
 
 class MoCoConfig(TwoViewConfig):
     """A run of MoCo."""
+
+    # The queue has others.
+    least_images: ClassVar[int] = 1
 
     moco: MoCoSection = Field(default_factory=MoCoSection)
 
