@@ -133,16 +133,17 @@ def draw_training(document: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def draw_accuracy(results: Sequence[dict[str, Any]], path: Path) -> None:
+def draw_accuracy(results: Sequence[dict[str, Any]], path: Path, *, machine: str = "one core") -> None:
     """What nearest neighbours told on the way, a panel for each time that was given; as lines, what took no time.
 
     results: of ``accuracy.py``, in the order of the legend. A method has a colour, runs of one "title" a style; of
         several seeds the first is drawn.
+    machine: what each of them had, for the heading.
     """
     first = {(result["minutes"], result["title"]): result for result in sorted(results, key=lambda x: -x["seed"])}
     results = [result for result in results if first[result["minutes"], result["title"]] is result]
     minutes = sorted({result["minutes"] for result in results if result.get("curve")})
-    figure = _figure("nearest neighbours of frozen features, one core", path, width=5.5 * len(minutes), height=5)
+    figure = _figure(f"nearest neighbours of frozen features, {machine}", path, width=5.5 * len(minutes), height=5)
     if figure is None or not minutes:
         return
     titles: dict[str, list[str]] = {}
