@@ -1,21 +1,25 @@
-"""What the convolutions share: checks of their arguments, autocast, and images with the channels innermost."""
+"""What the convolutions share: checks, autocast, images with the channels innermost, and derivatives of derivatives."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cpc_ext.ops._checks import check_dense
-from cpc_ext.ops._library import autocast_dtype
+from cpc_ext.ops._library import autocast_dtype, without_autocast
 
 __all__ = [
+    "Bare",
     "autocast_all",
     "channels_last",
     "check_beside_input",
     "check_image_and_weight",
     "empty_image",
+    "through_relu",
 ]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -84,3 +88,70 @@ def empty_image(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
     height, width = size
     strides = (height * width * channels, 1, width * channels, channels)
     return like.new_empty_strided((like.shape[0], channels, height, width), strides)
+
+
+def through_relu(grad: Tensor, values: Tensor) -> Tensor:
+    """The gradient in a ReLU's result → that in its argument. ``values``: of either; where NaN, the gradient passes."""
+    return grad.masked_fill(values <= 0, 0)
+
+
+@dataclass(frozen=True)
+class Bare:
+    """A convolution without what stands around it.
+
+    convolve: (input, weight, mask) → output. gradients: (grad, input, weight, mask, needs), where needs are whether
+    those of input, weight and bias are wanted, → these of input and weight, whatever they are where they are not.
+    """
+
+    convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    gradients: Callable[[Tensor, Tensor, Tensor, Tensor | None, list[bool]], tuple[Tensor, Tensor]]
+
+    def derivatives(
+        self, grad: Tensor, input: Tensor, weight: Tensor, mask: Tensor | None, of_input: bool, of_weight: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients in input and weight, None where they are not wanted; differentiable any number of times."""
+        results: tuple[Tensor | None, Tensor | None] = _Gradients.apply(  # type: ignore[no-untyped-call]
+            grad, input, weight, mask, self, of_input, of_weight
+        )
+        return results
+
+
+class _Gradients(torch.autograd.Function):
+    """Gradients of a bare convolution in input and weight, as functions of grad, input and weight.
+
+    With <grad, convolution(input, weight)>, which is linear in each of the three, derivatives of its derivatives are
+    its derivatives with other tensors in their places.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        grad: Tensor, input: Tensor, weight: Tensor, mask: Tensor | None, bare: Bare, of_input: bool, of_weight: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        grad_input, grad_weight = bare.gradients(grad, input, weight, mask, [of_input, of_weight, False])
+        return grad_input if of_input else None, grad_weight if of_weight else None
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.bare, _, _ = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, as_input: Tensor | None, as_weight: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad, input, weight, mask = ctx.saved_tensors
+        bare: Bare = ctx.bare
+        of_grad = of_input = of_weight = None
+        with without_autocast(grad.device):
+            if as_input is not None:
+                of_grad = bare.convolve(as_input, weight, mask) if ctx.needs_input_grad[0] else None
+                if ctx.needs_input_grad[2]:
+                    of_weight = bare.derivatives(grad, as_input, weight, mask, False, True)[1]
+            if as_weight is not None:
+                if ctx.needs_input_grad[0]:
+                    of_both = bare.convolve(input, as_weight, mask)
+                    of_grad = of_both if of_grad is None else of_grad + of_both
+                if ctx.needs_input_grad[1]:
+                    of_input = bare.derivatives(grad, input, as_weight, mask, True, False)[0]
+        return of_grad, of_input, of_weight, None, None, None, None

@@ -17,11 +17,13 @@ from torch import Tensor
 from cpc_ext._native import native
 from cpc_ext.ops._checks import check_dense, check_integer, is_integer
 from cpc_ext.ops._convolution import (
+    Bare,
     autocast_all,
     channels_last,
     check_beside_input,
     check_image_and_weight,
     empty_image,
+    through_relu,
 )
 from cpc_ext.ops._library import (
     autocast_dtype,
@@ -280,7 +282,7 @@ def _kernel(op: _Convolution) -> Tensor:
 
 def _backward_reference(op: _Gradient) -> _GradientResults:
     needs_input, needs_weight, needs_bias = op.needs
-    grad = op.grad if op.output is None else _through_relu(op.grad, op.output)
+    grad = op.grad if op.output is None else through_relu(op.grad, op.output)
     grad_input = grad_weight = grad  # Where neither is needed, both are absent below.
     if needs_input or needs_weight:
         with torch.enable_grad():
@@ -298,15 +300,10 @@ def _backward_reference(op: _Gradient) -> _GradientResults:
     )
 
 
-def _through_relu(grad: Tensor, values: Tensor) -> Tensor:
-    """The gradient in a ReLU's result → that in its argument. ``values``: of either; where NaN, the gradient passes."""
-    return grad.masked_fill(values <= 0, 0)
-
-
 def _finished(grad_input: Tensor, through: Tensor | None, passed: Tensor | None) -> Tensor:
     """The gradient in what a ReLU of ``through`` gave → that in the input, with what came past the convolution."""
     if through is not None:
-        grad_input = _through_relu(grad_input, through)
+        grad_input = through_relu(grad_input, through)
     return grad_input if passed is None else grad_input + passed
 
 
@@ -365,9 +362,10 @@ def _backward(ctx: Any, kept: Sequence[Any], grad: Tensor, passed: Tensor | None
     if torch.is_grad_enabled():
         with without_autocast(input.device):
             if output is not None:
-                grad = _through_relu(grad, output)
+                grad = through_relu(grad, output)
             activated = torch.relu(input) if ctx.relu_input else input
-            of_input, of_weight = _gradients(grad, activated, weight, ctx.geometry, needs_input, needs_weight)
+            bare = _bare(ctx.geometry)
+            of_input, of_weight = bare.derivatives(grad, activated, weight, None, needs_input, needs_weight)
             if of_input is not None:
                 of_input = _finished(of_input, input if ctx.relu_input else None, passed)
             return {
@@ -408,60 +406,20 @@ class _Passing(torch.autograd.Function):
         return by_name["input"], by_name["weight"], by_name["bias"], None, None
 
 
-class _Gradients(torch.autograd.Function):
-    """Gradients of the convolution alone in input and weight, as functions of grad, input and weight.
+def _bare(geometry: tuple[Any, ...]) -> Bare:
+    """The convolution of such a stride, padding and dilation."""
 
-    With <grad, convolution(input, weight)>, which is linear in each of the three, derivatives of its derivatives are
-    its derivatives with other tensors in their places.
-    """
+    def convolve(input: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
+        output: Tensor = _conv2d(input, weight, None, None, *geometry, False, False)
+        return output
 
-    generate_vmap_rule = True
+    def gradients(
+        grad: Tensor, input: Tensor, weight: Tensor, mask: Tensor | None, needs: list[bool]
+    ) -> tuple[Tensor, Tensor]:
+        results = _conv2d_backward(grad, input, weight, None, None, *geometry, False, needs)
+        return results[1], results[2]
 
-    @staticmethod
-    def forward(
-        grad: Tensor, input: Tensor, weight: Tensor, geometry: tuple[Any, ...], of_input: bool, of_weight: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        _, grad_input, grad_weight, _ = _conv2d_backward(
-            grad, input, weight, None, None, *geometry, False, [of_input, of_weight, False]
-        )
-        return grad_input if of_input else None, grad_weight if of_weight else None
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.geometry, _, _ = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, as_input: Tensor | None, as_weight: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad, input, weight = ctx.saved_tensors
-
-        def convolved(input: Tensor, weight: Tensor) -> Tensor:
-            return _conv2d(input, weight, None, None, *ctx.geometry, False, False)
-
-        of_grad = of_input = of_weight = None
-        with without_autocast(grad.device):
-            if as_input is not None:
-                of_grad = convolved(as_input, weight) if ctx.needs_input_grad[0] else None
-                if ctx.needs_input_grad[2]:
-                    of_weight = _gradients(grad, as_input, weight, ctx.geometry, False, True)[1]
-            if as_weight is not None:
-                if ctx.needs_input_grad[0]:
-                    of_both = convolved(input, as_weight)
-                    of_grad = of_both if of_grad is None else of_grad + of_both
-                if ctx.needs_input_grad[1]:
-                    of_input = _gradients(grad, input, as_weight, ctx.geometry, True, False)[0]
-        return of_grad, of_input, of_weight, None, None, None
-
-
-def _gradients(
-    grad: Tensor, input: Tensor, weight: Tensor, geometry: tuple[Any, ...], *needs: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Those in input and weight, differentiable."""
-    results: tuple[Tensor | None, Tensor | None] = _Gradients.apply(  # type: ignore[no-untyped-call]
-        grad, input, weight, geometry, *needs
-    )
-    return results
+    return Bare(convolve, gradients)
 
 
 _conv2d = register(

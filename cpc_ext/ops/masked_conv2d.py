@@ -18,11 +18,13 @@ from torch import Tensor
 from cpc_ext._native import KERNEL_DEVICES, native
 from cpc_ext.ops._checks import check_dense, check_integer
 from cpc_ext.ops._convolution import (
+    Bare,
     autocast_all,
     channels_last,
     check_beside_input,
     check_image_and_weight,
     empty_image,
+    through_relu,
 )
 from cpc_ext.ops._library import (
     may_need_gradients,
@@ -334,7 +336,7 @@ def _activation_grad(grad: Tensor, saved: Tensor | None, activation: str) -> Ten
     if saved is None:
         return grad
     if activation == "relu":
-        return grad * (saved > 0)
+        return through_relu(grad, saved)
     features, gate = saved.chunk(2, dim=1)
     features, gate = torch.tanh(features), torch.sigmoid(gate)
     return torch.cat([grad * gate * (1 - features.square()), grad * features * gate * (1 - gate)], dim=1)
@@ -408,7 +410,8 @@ def _backward(
     if grad is None or grad_preactivation is not None or torch.is_grad_enabled():
         with without_autocast(input.device):
             grad = _differentiable_activation_grad(grad, saved, ctx.activation, grad_preactivation)
-            grad_input, grad_weight = _gradients(grad, input, weight, mask, ctx.dilation, needs_input, needs_weight)
+            bare = _bare(ctx.dilation)
+            grad_input, grad_weight = bare.derivatives(grad, input, weight, mask, needs_input, needs_weight)
             return {
                 "input": grad_input,
                 "weight": grad_weight,
@@ -439,66 +442,20 @@ def _differentiable_activation_grad(
     return (inner if more is None else inner + more).to(grad.dtype)
 
 
-class _Gradients(torch.autograd.Function):
-    """Gradients of the convolution alone in input and weight, as functions of grad, input and weight.
+def _bare(dilation: int) -> Bare:
+    """The convolution of such a dilation."""
 
-    With <grad, convolution(input, weight)>, which is linear in each of the three, derivatives of its derivatives are
-    its derivatives with other tensors in their places.
-    """
+    def convolve(input: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
+        output: Tensor = _masked_conv2d(input, weight, None, mask, None, dilation, "none", False)[0]
+        return output
 
-    generate_vmap_rule = True
+    def gradients(
+        grad: Tensor, input: Tensor, weight: Tensor, mask: Tensor | None, needs: list[bool]
+    ) -> tuple[Tensor, Tensor]:
+        results = _masked_conv2d_backward(grad, input, weight, mask, None, dilation, "none", needs)
+        return results[1], results[2]
 
-    @staticmethod
-    def forward(
-        grad: Tensor, input: Tensor, weight: Tensor, mask: Tensor, dilation: int, of_input: bool, of_weight: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        _, grad_input, grad_weight, _ = _masked_conv2d_backward(
-            grad, input, weight, mask, None, dilation, "none", [of_input, of_weight, False]
-        )
-        return grad_input if of_input else None, grad_weight if of_weight else None
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.dilation, _, _ = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, as_input: Tensor | None, as_weight: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad, input, weight, mask = ctx.saved_tensors
-
-        def convolved(input: Tensor, weight: Tensor) -> Tensor:
-            return _masked_conv2d(input, weight, None, mask, None, ctx.dilation, "none", False)[0]
-
-        of_grad = of_input = of_weight = None
-        with without_autocast(grad.device):
-            if as_input is not None:
-                of_grad = convolved(as_input, weight) if ctx.needs_input_grad[0] else None
-                of_weight = (
-                    _gradients(grad, as_input, weight, mask, ctx.dilation, False, True)[1]
-                    if ctx.needs_input_grad[2]
-                    else None
-                )
-            if as_weight is not None:
-                if ctx.needs_input_grad[0]:
-                    of_both = convolved(input, as_weight)
-                    of_grad = of_both if of_grad is None else of_grad + of_both
-                of_input = (
-                    _gradients(grad, input, as_weight, mask, ctx.dilation, True, False)[0]
-                    if ctx.needs_input_grad[1]
-                    else None
-                )
-        return of_grad, of_input, of_weight, None, None, None, None
-
-
-def _gradients(
-    grad: Tensor, input: Tensor, weight: Tensor, mask: Tensor, dilation: int, *needs: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Those in input and weight, differentiable."""
-    results: tuple[Tensor | None, Tensor | None] = _Gradients.apply(  # type: ignore[no-untyped-call]
-        grad, input, weight, mask, dilation, *needs
-    )
-    return results
+    return Bare(convolve, gradients)
 
 
 _masked_conv2d = register(

@@ -310,7 +310,8 @@ def test_nan_reaches_only_what_sees_it(device, batch, channels, width):
     assert output[~sees.expand_as(output)].equal(clean.cpu()[~sees.expand_as(output)])
 
 
-def test_gradients_pass_a_relu_where_it_keeps_nan(device):
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_gradients_pass_a_relu_where_it_keeps_nan(device, differentiable):
     """As PyTorch's: what is no number must not look like a gradient of zero."""
     case = Case(2, 3, 5, (4, 5), activation="relu")
     input, weight, bias, _ = case.tensors(torch.float64)
@@ -321,7 +322,7 @@ def test_gradients_pass_a_relu_where_it_keeps_nan(device):
     for function, place in ((masked_conv2d, device), (masked_conv2d_reference, torch.device("cpu"))):
         placed = [tensor.to(place, copy=True).requires_grad_() for tensor in (input, weight, bias)]
         result = function(*placed, mask=mask.to(place), activation="relu")
-        gradients.append(torch.autograd.grad(result, placed, grad.to(place)))
+        gradients.append(torch.autograd.grad(result, placed, grad.to(place), create_graph=differentiable))
     for actual, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(actual.cpu(), expected, rtol=1e-10, atol=1e-10, equal_nan=True)
 
