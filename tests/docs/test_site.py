@@ -13,7 +13,7 @@ import pytest
 
 import cpc_ext
 
-pytest.importorskip("sphinx", reason="needs cpc_ext[docs]")
+pytest.importorskip("sphinx.application", reason="needs cpc_ext[docs]")
 CONF = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "conf.py"))
 PUBLIC = [
     pytest.param(getattr(module, name), id=f"{module.__name__}.{name}")
