@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 __all__ = ["call"]
 
 
-def call(program: str, *arguments: str) -> None:
-    """Run `python -m cpc_ext.PROGRAM` on one thread; SystemExit with what it said where it fails."""
+def call(program: str | Path, *arguments: str) -> None:
+    """Run `python -m cpc_ext.PROGRAM`, or a script, on one thread; SystemExit with what it said where it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", f"cpc_ext.{program}", *arguments]
+    named = [str(program)] if isinstance(program, Path) else ["-m", f"cpc_ext.{program}"]
+    command = [sys.executable, *named, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(done.stderr)

@@ -27,6 +27,7 @@ SHORT = [
     if name not in ("steps", "recipe")
     for word in (option(name), str(value))
 ]
+MORE_VOICES = Path(__file__).with_name("more_voices.py")
 # What a model is called in the table, and its options.
 MODELS = {
     "original": ("CPC, original", ("--model", "cpc-audio")),
@@ -41,20 +42,35 @@ def parse_arguments() -> argparse.Namespace:
         "--data-dir", type=Path, help="recordings as --dataset librispeech takes them (default: drawn voices)"
     )
     parser.add_argument("--minutes", type=float, nargs="+", default=[10.0], help="of training, each a run of its own")
+    parser.add_argument(
+        "--utterances",
+        type=int,
+        help="of each drawn voice to learn from; probes have those of the data set (default: the same, 11)",
+    )
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="which of them")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, metavar="DIR|FILE.json", help="write JSON there")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.utterances is not None and arguments.data_dir is not None:
+        parser.error("--utterances is of the drawn voices, not of --data-dir")
+    return arguments
 
 
-def run(model: str, minutes: float, seed: int, data_dir: Path | None) -> dict[str, Any]:
+def run(
+    model: str, minutes: float, seed: int, data_dir: Path | None = None, utterances: int | None = None
+) -> dict[str, Any]:
     """What is told from the frames of a run's model, or SystemExit with what a program said."""
     data = ["voices"] if data_dir is None else ["librispeech", "--data-dir", str(data_dir)]
     options = [*MODELS[model][1], *SHORT, "--dataset", *data, "--device", "cpu"]
     options += ["--time-budget", str(minutes), "--seed", str(seed)]
+    program: str | Path = "train"
+    said = "python -m cpc_ext.train"
+    if utterances is not None:
+        program, options = MORE_VOICES, [str(utterances), *options]
+        said = f"python python/benchmarks/{program.name}"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
-        call("train", *options, "--no-evaluate", "--out-dir", str(path))
+        call(program, *options, "--no-evaluate", "--out-dir", str(path))
         call("evaluate", str(path), "--measures", "phones,speakers")
         summary = json.loads((path / "summary.json").read_text())
         rows = json.loads((path / "evaluation" / "speech.json").read_text())["rows"]
@@ -62,7 +78,8 @@ def run(model: str, minutes: float, seed: int, data_dir: Path | None) -> dict[st
         "model": model,
         "minutes": minutes,
         "seed": seed,
-        "command": " ".join(("python -m cpc_ext.train", *options)),
+        "utterances": utterances,
+        "command": " ".join((said, *options)),
         "steps": summary["steps"],
         "training_seconds": summary["training_seconds"],
         "rows": rows,
@@ -76,7 +93,7 @@ def main(arguments: argparse.Namespace) -> None:
     print("|---|---|---|---|---|---|")
     wanted = [(seed, m, model) for seed in arguments.seeds for m in arguments.minutes for model in arguments.models]
     for seed, minutes, model in wanted:
-        result = run(model, minutes, seed, arguments.data_dir)
+        result = run(model, minutes, seed, arguments.data_dir, arguments.utterances)
         if not results:
             for name, row in result["rows"].items():
                 if name.startswith(("log-mel", "commonest")):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
 import speech_accuracy
 
+from cpc_ext.data.audio.drawn import voices
 from cpc_ext.programs.train_options import parse
+from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.presets import preset
 
 
@@ -47,3 +50,32 @@ def test_a_race(monkeypatch, capsys, tmp_path):
     assert said.count("| log-mel |") == 1
     assert "| CPC, modified | 2 | 0 | 7 | 50.0% | 25.0% |" in said
     assert [result["model"] for result in json.loads(out.read_text())["results"]] == ["original", "modified"]
+
+
+def test_more_voices_to_learn_from(monkeypatch, tmp_path):
+    called = []
+
+    def call(program, *arguments):
+        called.append((program, *arguments))
+        raise SystemExit("that is enough")
+
+    monkeypatch.setattr(speech_accuracy, "call", call)
+    with pytest.raises(SystemExit):
+        speech_accuracy.run("original", 10.0, 0, utterances=3)
+    program, *arguments = called[0]
+    assert arguments[:3] == ["3", "--model", "cpc-audio"]
+    # The script itself, for an update.
+    monkeypatch.setitem(voices.SPLIT_SIZES, "train", voices.SPLIT_SIZES["train"])  # It is put back.
+    short = ("--model", "cpc-audio", "--steps", "1", "--no-evaluate", "--device", "cpu", "--out-dir", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", [str(program), "3", *short])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(program), run_name="__main__")
+    assert ended.value.code == 0
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["data"]["recordings"] == 3 * voices.SPEAKERS
+
+
+def test_recordings_are_as_many_as_they_are(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["speech_accuracy.py", "--data-dir", "spoken", "--utterances", "9"])
+    with pytest.raises(SystemExit):
+        speech_accuracy.parse_arguments()
+    assert "--utterances is of the drawn voices, not of --data-dir" in capsys.readouterr().err
