@@ -19,14 +19,6 @@ from machine import describe, result_file, write_json
 from cpc_ext.training.config import option
 from cpc_ext.training.presets import preset_entry
 
-# The preset of the drawn voices, whose runs are minutes long too, less its length.
-SHORT = [
-    word
-    for values in preset_entry("cpc-audio", "voices").values()
-    for name, value in values.items()
-    if name not in ("steps", "recipe")
-    for word in (option(name), str(value))
-]
 MORE_VOICES = Path(__file__).with_name("more_voices.py")
 # What a model is called in the table, and its options.
 MODELS = {
@@ -34,6 +26,14 @@ MODELS = {
     "modified": ("CPC, modified", ("--model", "cpc-audio", "--recipe", "modified")),
     "greedy-infomax": ("Greedy InfoMax", ("--model", "greedy-infomax-audio")),
 }
+
+
+def short(model: str) -> list[str]:
+    """Options of a model and of its preset of the drawn voices, whose runs are minutes long too, less its length."""
+    chosen = MODELS[model][1]
+    sections = preset_entry(chosen[1], "voices").values()
+    values = {name: value for section in sections for name, value in section.items() if name not in ("steps", "recipe")}
+    return [*chosen, *(word for name, value in values.items() for word in (option(name), str(value)))]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -61,7 +61,7 @@ def run(
 ) -> dict[str, Any]:
     """What is told from the frames of a run's model, or SystemExit with what a program said."""
     data = ["voices"] if data_dir is None else ["librispeech", "--data-dir", str(data_dir)]
-    options = [*MODELS[model][1], *SHORT, "--dataset", *data, "--device", "cpu"]
+    options = [*short(model), "--dataset", *data, "--device", "cpu"]
     options += ["--time-budget", str(minutes), "--seed", str(seed)]
     program: str | Path = "train"
     said = "python -m cpc_ext.train"

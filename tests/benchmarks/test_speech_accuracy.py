@@ -19,9 +19,10 @@ from cpc_ext.training.presets import preset
 @pytest.mark.parametrize("model", speech_accuracy.MODELS)
 @pytest.mark.parametrize("dataset", ["voices", "librispeech"])
 def test_models_have_the_preset_of_the_voices(model, dataset):
-    options = [*speech_accuracy.MODELS[model][1], *speech_accuracy.SHORT, "--dataset", dataset, "--time-budget", "1"]
+    options = [*speech_accuracy.short(model), "--dataset", dataset, "--time-budget", "1"]
     run, short = parse(options).run, preset("cpc-audio", "voices")
     assert (run.encoder.channels, run.context.context_channels) == (128, 128)
+    assert run.encoder.norm == ("none" if model == "greedy-infomax" else "channel")
     assert (run.optimization.lr, run.optimization.batch_size) == (short.optimization.lr, short.optimization.batch_size)
 
 
