@@ -99,8 +99,10 @@ def through_relu(grad: Tensor, values: Tensor) -> Tensor:
 class Bare:
     """A convolution without what stands around it.
 
-    convolve: (input, weight, mask) → output. gradients: (grad, input, weight, mask, needs), where needs are whether
-    those of input, weight and bias are wanted, → these of input and weight, whatever they are where they are not.
+    Attributes:
+        convolve: (input, weight, mask) → output.
+        gradients: (grad, input, weight, mask, needs) → gradients in input and weight. needs tells whether those in
+            input, weight and bias are wanted; what is returned in place of an unwanted one means nothing.
     """
 
     convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor]

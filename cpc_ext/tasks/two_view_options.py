@@ -78,7 +78,7 @@ class TwoViewConfig(EncoderConfig):
     """A run of a model of two views.
 
     Attributes:
-        least_images: those of the smallest batch whose views have others to be told from.
+        least_images: number of images of the smallest batch whose views have others to be told from.
     """
 
     least_images: ClassVar[int] = 2

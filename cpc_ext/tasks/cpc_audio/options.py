@@ -49,7 +49,7 @@ RECIPES: dict[str, Preset] = {
 }
 
 PRESETS: Presets = {
-    # Minutes on two CPU cores. The paper's encoder has no norm, and learns half as fast: docs/speech.md.
+    # Minutes on two CPU cores. The paper's encoder, without norm, takes twice the steps to tell phones: docs/speech.md.
     "voices": {
         "encoder": {"channels": 128, "norm": "channel"},
         "context": {"context_channels": 128},
