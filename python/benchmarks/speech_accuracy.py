@@ -1,7 +1,7 @@
 """What models of speech have learned after minutes of one core: phones and speakers, beside log-mel spectra.
 
-Every model trains for the same time on the same recordings, the drawn voices or recordings in LibriSpeech's layout with
-labels of phones, with the learning rate and network that the voices have as their preset. `python -m cpc_ext.evaluate`
+Every model trains for the same time on the same recordings, the drawn voices, more of them, or recordings in
+LibriSpeech's layout with labels of phones, with the options of its preset of the voices. `python -m cpc_ext.evaluate`
 judges it, and log-mel spectra alone and of five frames. Prints a table; with ``--out`` writes JSON after every run.
 """
 
@@ -20,20 +20,23 @@ from cpc_ext.training.config import option
 from cpc_ext.training.presets import preset_entry
 
 MORE_VOICES = Path(__file__).with_name("more_voices.py")
-# What a model is called in the table, and its options.
+# What a model is called in the table, its name, and its further options.
 MODELS = {
-    "original": ("CPC, original", ("--model", "cpc-audio")),
-    "modified": ("CPC, modified", ("--model", "cpc-audio", "--recipe", "modified")),
-    "greedy-infomax": ("Greedy InfoMax", ("--model", "greedy-infomax-audio")),
+    "original": ("CPC, original", "cpc-audio", ()),
+    "modified": ("CPC, modified", "cpc-audio", ("--recipe", "modified")),
+    "greedy-infomax": ("Greedy InfoMax", "greedy-infomax-audio", ()),
 }
 
 
 def short(model: str) -> list[str]:
     """Options of a model and of its preset of the drawn voices, whose runs are minutes long too, less its length."""
-    chosen = MODELS[model][1]
-    sections = preset_entry(chosen[1], "voices").values()
-    values = {name: value for section in sections for name, value in section.items() if name not in ("steps", "recipe")}
-    return [*chosen, *(word for name, value in values.items() for word in (option(name), str(value)))]
+    _, name, more = MODELS[model]
+    options = ["--model", name, *more]
+    for section in preset_entry(name, "voices").values():
+        for field, value in section.items():
+            if field not in ("steps", "recipe"):
+                options += [option(field), str(value)]
+    return options
 
 
 def parse_arguments() -> argparse.Namespace:

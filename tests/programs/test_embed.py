@@ -158,7 +158,7 @@ def test_a_run_of_one_channel_sees_a_folder_in_grey(images, dataset, tmp_path, m
     assert embed(run, "--data-dir", images, "--out", tmp_path / "x.npy") == 0
     names = json.loads((tmp_path / "x.names.json").read_text())
     # Pillow rounds some of its grey down where the nearest is above.
-    assert np.allclose(np.load(tmp_path / "x.npy"), expected(run, gray, names), atol=3e-3)
+    assert np.allclose(np.load(tmp_path / "x.npy"), expected(run, gray, names), atol=1e-3)
 
 
 def test_image_size(runs, images, tmp_path, capsys):
