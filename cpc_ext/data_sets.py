@@ -86,4 +86,7 @@ def module_of(dataset: str) -> str:
 
 def idle_of_dataset(dataset: str) -> dict[str, str]:
     """The options that a data set has no use for, each with the reason why."""
-    return {name: f"--dataset {dataset} {reason}" for name, reason in origin(dataset).idle.items()}
+    reasons = dict(origin(dataset).idle)
+    if (medium(dataset), origin(dataset).folder) != ("audio", "drawn"):
+        reasons["utterances"] = "has no drawn voices"
+    return {name: f"--dataset {dataset} {reason}" for name, reason in reasons.items()}

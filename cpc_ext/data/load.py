@@ -17,6 +17,7 @@ def load_dataset(
     *,
     download: bool = False,
     image_size: int | None = None,
+    utterances: int | None = None,
     seed: int = 0,
 ) -> Dataset | SpeechDataset:
     """Open a dataset by its name: a Dataset of images, or a SpeechDataset.
@@ -27,6 +28,7 @@ def load_dataset(
     download: fetch a published dataset that is not there.
     image_size: side in pixels of images that are drawn (default 96) and of the user's own (see the module of "folder");
         others have their own.
+    utterances: of each drawn voice for models to learn from (default: those that probes learn from, 11).
     seed: of those that are drawn.
 
     Raises ValueError for an unknown name, an argument the dataset has no use for, or damaged files; FileNotFoundError
@@ -37,11 +39,16 @@ def load_dataset(
     kind, of = origin(name), medium(name)
     if of == "audio" and image_size is not None:
         raise ValueError(f"image_size: {name} is of sound, got {image_size}")
+    voices = (of, kind.folder) == ("audio", "drawn")
+    if utterances is not None and not voices:
+        raise ValueError(f"utterances: {name} has no drawn voices, got {utterances}")
     if kind.folder in ("folders", "arrays") and data_dir is None:
         files = "recordings" if of == "audio" else of
         raise ValueError(f"dataset {name!r}: expected --data-dir with the folder of {files}, got none")
     arguments: dict[str, Any] = {"seed": seed} if kind.folder == "drawn" else {"data_dir": data_dir}
-    if kind.folder == "published":
+    if voices:
+        arguments["utterances"] = utterances
+    elif kind.folder == "published":
         arguments["download"] = download
     elif kind.folder == "drawn" and kind.sized:
         arguments["size"] = 96 if image_size is None else image_size

@@ -80,7 +80,7 @@ class TrainedRun:
         """
         dataset = load_data(self.config)
         # Some models of images are trained on those with labels alone.
-        parts = [part for part in (getattr(dataset, "pretrain", None), dataset.train) if part is not None]
+        parts = [part for part in (dataset.pretrain, dataset.train) if part is not None]
         changed = [differences(self.state.get("data") or {}, data_record(part)) for part in parts]
         if all(changed):
             warn(f"{self.dir.path} was trained on other data than are there now: {', '.join(changed[0])}")

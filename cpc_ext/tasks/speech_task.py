@@ -67,7 +67,7 @@ class SpeechTask(Task):
         self._config = config
         self._dataset = dataset
         self._device = device
-        self.examples = dataset.train
+        self.examples = dataset.pretrain
         self.observe_every = config.probe.probe_every
         self.observe_start = self.observe_every is not None
         self._probe: FrameProbe | None = None

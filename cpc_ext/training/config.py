@@ -144,6 +144,11 @@ class DataSection(Section):
         description="Side in pixels that images are drawn at or a folder's images are resized to. None: the data "
         "set's own size.",
     )
+    utterances: Annotated[int, Field(ge=1, le=MOST)] | None = Field(
+        None,
+        description="Utterances of each of the sixteen drawn voices to learn from; ten last about as many minutes. "
+        "What is measured learns from the same 11 of them in any case. None: these.",
+    )
 
 
 class OptimizationSection(Section):

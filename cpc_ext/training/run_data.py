@@ -18,7 +18,13 @@ def load_data(config: RunConfig) -> Any:
     """
     options = config.data
     try:
-        return load_dataset(options.dataset, options.data_dir, download=options.download, image_size=options.image_size)
+        return load_dataset(
+            options.dataset,
+            options.data_dir,
+            download=options.download,
+            image_size=options.image_size,
+            utterances=options.utterances,
+        )
     except (ImportError, MemoryError, OSError, ValueError) as error:
         # They say which file or option is at fault.
         raise TrainingError(f"--dataset {options.dataset}: {error}") from None

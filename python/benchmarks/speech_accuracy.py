@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from machine import describe, result_file, write_json
 from cpc_ext.training.config import option
 from cpc_ext.training.presets import preset_entry
 
-MORE_VOICES = Path(__file__).with_name("more_voices.py")
 # What a model is called in the table, its name, and its further options.
 MODELS = {
     "original": ("CPC, original", "cpc-audio", ()),
@@ -48,10 +48,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--utterances",
         type=int,
-        help="of each drawn voice to learn from; probes have those of the data set (default: the same, 11)",
+        help="of each drawn voice for the models to learn from (default: those that probes learn from, 11)",
     )
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="which of them")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument(
+        "--measures",
+        nargs="+",
+        choices=("phones", "speakers"),
+        default=["phones", "speakers"],
+        help="what to tell from the frames; recordings without labels have no phones",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR|FILE.json", help="write JSON there")
     arguments = parser.parse_args()
     if arguments.utterances is not None and arguments.data_dir is not None:
@@ -60,21 +67,23 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run(
-    model: str, minutes: float, seed: int, data_dir: Path | None = None, utterances: int | None = None
+    model: str,
+    minutes: float,
+    seed: int,
+    measures: Sequence[str],
+    data_dir: Path | None = None,
+    utterances: int | None = None,
 ) -> dict[str, Any]:
     """What is told from the frames of a run's model, or SystemExit with what a program said."""
     data = ["voices"] if data_dir is None else ["librispeech", "--data-dir", str(data_dir)]
     options = [*short(model), "--dataset", *data, "--device", "cpu"]
     options += ["--time-budget", str(minutes), "--seed", str(seed)]
-    program: str | Path = "train"
-    said = "python -m cpc_ext.train"
     if utterances is not None:
-        program, options = MORE_VOICES, [str(utterances), *options]
-        said = f"python python/benchmarks/{program.name}"
+        options += ["--utterances", str(utterances)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
-        call(program, *options, "--no-evaluate", "--out-dir", str(path))
-        call("evaluate", str(path), "--measures", "phones,speakers")
+        call("train", *options, "--no-evaluate", "--out-dir", str(path))
+        call("evaluate", str(path), "--measures", ",".join(measures))
         summary = json.loads((path / "summary.json").read_text())
         rows = json.loads((path / "evaluation" / "speech.json").read_text())["rows"]
     return {
@@ -82,7 +91,7 @@ def run(
         "minutes": minutes,
         "seed": seed,
         "utterances": utterances,
-        "command": " ".join((said, *options)),
+        "command": " ".join(("python -m cpc_ext.train", *options)),
         "steps": summary["steps"],
         "training_seconds": summary["training_seconds"],
         "rows": rows,
@@ -92,20 +101,24 @@ def run(
 def main(arguments: argparse.Namespace) -> None:
     path = None if arguments.out is None else result_file(arguments.out, "cpu", "speech-accuracy")
     results: list[dict[str, Any]] = []
-    print("| frames of | minutes | seed | steps | phones | speakers |")
-    print("|---|---|---|---|---|---|")
+    print(f"| frames of | minutes | seed | steps | {' | '.join(arguments.measures)} |")
+    print("|---|---|---|---" + "|---" * len(arguments.measures) + "|")
+
+    def cells(row: dict[str, float]) -> str:
+        return " | ".join(f"{row[measure]:.1%}" for measure in arguments.measures)
+
     wanted = [(seed, m, model) for seed in arguments.seeds for m in arguments.minutes for model in arguments.models]
     for seed, minutes, model in wanted:
-        result = run(model, minutes, seed, arguments.data_dir, arguments.utterances)
+        result = run(model, minutes, seed, arguments.measures, arguments.data_dir, arguments.utterances)
         if not results:
             for name, row in result["rows"].items():
                 if name.startswith(("log-mel", "commonest")):
-                    print(f"| {name} | | | | {row['phones']:.1%} | {row['speakers']:.1%} |")
+                    print(f"| {name} | | | | {cells(row)} |")
         results.append(result)
         for state, steps in (("trained", result["steps"]), ("untrained", 0)):
             row = result["rows"][state]
             said = f"{MODELS[model][0]}{'' if steps else ', untrained'} | {minutes:g} | {seed} | {steps}"
-            print(f"| {said} | {row['phones']:.1%} | {row['speakers']:.1%} |", flush=True)
+            print(f"| {said} | {cells(row)} |", flush=True)
         if path is not None:
             write_json(path, {"machine": describe("cpu"), "results": results})
     if path is not None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import runpy
 import sys
 from pathlib import Path
 
 import pytest
 import speech_accuracy
 
-from cpc_ext.data.audio.drawn import voices
 from cpc_ext.programs.train_options import parse
-from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.presets import preset
 
 
@@ -53,7 +50,7 @@ def test_a_race(monkeypatch, capsys, tmp_path):
     assert [result["model"] for result in json.loads(out.read_text())["results"]] == ["original", "modified"]
 
 
-def test_more_voices_to_learn_from(monkeypatch, tmp_path):
+def test_more_voices_to_learn_from(monkeypatch):
     called = []
 
     def call(program, *arguments):
@@ -62,17 +59,20 @@ def test_more_voices_to_learn_from(monkeypatch, tmp_path):
 
     monkeypatch.setattr(speech_accuracy, "call", call)
     with pytest.raises(SystemExit):
-        speech_accuracy.run("original", 10.0, 0, utterances=3)
-    program, *arguments = called[0]
-    assert arguments[:3] == ["3", "--model", "cpc-audio"]
-    # The script itself, for an update.
-    monkeypatch.setitem(voices.SPLIT_SIZES, "train", voices.SPLIT_SIZES["train"])  # It is put back.
-    short = ("--model", "cpc-audio", "--steps", "1", "--no-evaluate", "--device", "cpu", "--out-dir", str(tmp_path))
-    monkeypatch.setattr(sys, "argv", [str(program), "3", *short])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(program), run_name="__main__")
-    assert ended.value.code == 0
-    assert load_checkpoint(tmp_path / "checkpoint.pt")["data"]["recordings"] == 3 * voices.SPEAKERS
+        speech_accuracy.run("original", 10.0, 0, ["phones"], utterances=3)
+    assert called[0][called[0].index("--utterances") + 1] == "3"
+
+
+def test_recordings_without_labels_have_no_phones(monkeypatch, capsys):
+    rows = dict.fromkeys(("trained", "untrained", "log-mel"), {"speakers": 0.25})
+    result = {"rows": rows, "steps": 7}
+    asked = []
+    monkeypatch.setattr(speech_accuracy, "run", lambda *arguments: asked.append(arguments) or result)
+    options = ["--models", "original", "--data-dir", "spoken", "--measures", "speakers"]
+    monkeypatch.setattr(sys, "argv", ["speech_accuracy.py", *options])
+    speech_accuracy.main(speech_accuracy.parse_arguments())
+    assert asked == [("original", 10.0, 0, ["speakers"], Path("spoken"), None)]
+    assert "| CPC, original | 10 | 0 | 7 | 25.0% |" in capsys.readouterr().out
 
 
 def test_recordings_are_as_many_as_they_are(monkeypatch, capsys):

@@ -1087,10 +1087,15 @@ def image_size(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert loaded(monkeypatch, image_size=side)["image_size"] == side
 
 
+def utterances(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for count in (None, 20):
+        assert loaded(monkeypatch, utterances=count)["utterances"] == count
+
+
 EFFECTS: dict[str, Callable[..., None]] = {
     check.__name__: check
     for check in (
-        *(dataset, data_dir, download, image_size),
+        *(dataset, data_dir, download, image_size, utterances),
         *(crop, pad, grid_size, patch_size, flip, gray, patch_norm, patch_augmentation),
         *(encoder, norm, gather_negatives, context_layers, pred_steps, pred_directions, skip, neg_samples),
         *(context_channels, shared_context, target_channels, prediction_scale, variant, recipe),
@@ -1184,6 +1189,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "dataset": ("folder", "folder"),
     "data_dir": ("there", Path("there")),
     "image_size": ("77", 77),
+    "utterances": ("20", 20),
     "crop": ("70", 70),
     "pad": ("3", 3),
     "grid_size": ("9", 9),

@@ -43,7 +43,7 @@ LOADED = {
         "folders": ["data_dir", "image_size"],
         "arrays": ["data_dir", "image_size"],
     },
-    "audio": {"drawn": ["seed"], "published": ["data_dir", "download"], "folders": ["data_dir"]},
+    "audio": {"drawn": ["seed", "utterances"], "published": ["data_dir", "download"], "folders": ["data_dir"]},
 }
 
 
@@ -55,9 +55,12 @@ def test_a_data_set_is_loaded_by_what_its_origin_has(name):
 def test_where_images_come_from_decides_what_is_idle():
     assert [origin(name).sized for name in ("textures", "stl10", "folder", "npy")] == [True, False, True, True]
     assert [origin(name).own_size for name in ("textures", "stl10", "folder", "npy")] == [False, True, False, True]
-    assert set(idle_of_dataset("textures")) == {"data_dir", "download"}
-    assert idle_of_dataset("folder") == {"download": "--dataset folder is of your own files"}
-    assert idle_of_dataset("cifar10") == {}
+    assert set(idle_of_dataset("textures")) == {"data_dir", "download", "utterances"}
+    assert idle_of_dataset("folder") == {
+        "download": "--dataset folder is of your own files",
+        "utterances": "--dataset folder has no drawn voices",
+    }
+    assert set(idle_of_dataset("cifar10")) == {"utterances"}
 
 
 def test_what_a_resumed_run_may_have_anew():

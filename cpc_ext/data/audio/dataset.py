@@ -121,7 +121,9 @@ def _check_starts(name: str, starts: np.ndarray, parts: int, total: int) -> None
 class SpeechDataset:
     """Recordings to learn from, and those held out, on which what was learnt is tested.
 
+    train: what probes learn from, and models where there is no unlabeled.
     speakers, phone_names: what the indices of the sets' speakers and phones stand for; empty where they have none.
+    unlabeled: more recordings, from which models learn in place of train. Their phones are not looked at.
 
     Raises ValueError where a set has an index beyond its names.
     """
@@ -132,10 +134,16 @@ class SpeechDataset:
     speakers: tuple[str, ...] = ()
     phone_names: tuple[str, ...] = ()
     sample_rate: int = SAMPLE_RATE
+    unlabeled: WaveformSet | None = None
 
     def __post_init__(self) -> None:
-        for part, waveforms in (("train", self.train), ("test", self.test)):
+        for part, waveforms in (("train", self.train), ("test", self.test), ("unlabeled", self.unlabeled)):
             for label, names in (("speakers", self.speakers), ("phones", self.phone_names)):
                 indices = None if waveforms is None else getattr(waveforms, label)
                 if indices is not None and len(indices) and indices.max() >= len(names):
                     raise ValueError(f"{part}: expected {label} below {len(names)}, got {indices.max()}")
+
+    @property
+    def pretrain(self) -> WaveformSet:
+        """What models learn from."""
+        return self.train if self.unlabeled is None else self.unlabeled

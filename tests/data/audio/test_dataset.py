@@ -86,6 +86,14 @@ def test_indices_need_names():
     without = WaveformSet(PARTS["samples"], PARTS["starts"], PARTS["names"])
     with pytest.raises(ValueError, match="test: expected speakers"):
         SpeechDataset("speech", without, whole)
+    with pytest.raises(ValueError, match="unlabeled: expected speakers"):
+        SpeechDataset("speech", without, without, unlabeled=whole)
+
+
+def test_models_learn_from_what_has_no_labels_where_there_is_such():
+    few, many = (WaveformSet(np.zeros(n, np.int16), np.array([0, n]), ["1"]) for n in (400, 4000))
+    assert SpeechDataset("speech", few, None).pretrain is few
+    assert SpeechDataset("speech", few, None, unlabeled=many).pretrain is many
 
 
 def test_data_sets_are_of_a_medium():
@@ -97,8 +105,9 @@ def test_data_sets_are_of_a_medium():
     assert [folder_of(of) for of in ("images", "audio")] == ["folder", "audio-folder"]
     assert [origin(name).sized for name in ("voices", "librispeech", "audio-folder")] == [False] * 3
     assert idle_of_dataset("voices")["image_size"] == "--dataset voices is of sound"
-    assert set(idle_of_dataset("audio-folder")) == {"download", "image_size"}
-    assert set(idle_of_dataset("librispeech")) == {"image_size"}
+    assert set(idle_of_dataset("voices")) == {"data_dir", "download", "image_size"}
+    assert set(idle_of_dataset("audio-folder")) == {"download", "image_size", "utterances"}
+    assert set(idle_of_dataset("librispeech")) == {"image_size", "utterances"}
 
 
 def test_sound_has_no_pixels(tmp_path):

@@ -137,6 +137,22 @@ def test_the_data_set_has_ten_minutes_and_three(voices):
     assert 3 < SPLIT_SIZES["test"] * minutes < 5
 
 
+def test_models_learn_from_more_and_probes_from_the_same(two_speakers, monkeypatch):
+    monkeypatch.setattr(drawn, "SPLIT_SIZES", {"train": 2, "test": 1})
+    few, more = load_dataset("voices"), load_dataset("voices", utterances=3)
+    assert few.pretrain is few.train
+    assert [len(part) for part in (more.train, more.pretrain, more.test)] == [4, 6, 2]
+    np.testing.assert_array_equal(few.train.samples, more.train.samples)
+    for speaker in range(2):
+        np.testing.assert_array_equal(more.pretrain.recording(3 * speaker + 1), few.train.recording(2 * speaker + 1))
+
+
+def test_only_voices_have_utterances():
+    for name in ("textures", "librispeech"):
+        with pytest.raises(ValueError, match=f"utterances: {name} has no drawn voices, got 3"):
+            load_dataset(name, utterances=3)
+
+
 def test_same_seed_same_bytes_and_first_utterances(two_speakers):
     longer, shorter = make_voices(2, seed=3), make_voices(1, seed=3)
     for number in range(2):

@@ -289,8 +289,12 @@ def make_voices(utterances: int, *, split: str = "train", seed: int = 0) -> Wave
     )
 
 
-def load(*, seed: int = 0) -> SpeechDataset:
-    """The data set of voices: about ten minutes to train on, and three of the same speakers to test on."""
+def load(*, seed: int = 0, utterances: int | None = None) -> SpeechDataset:
+    """The data set of voices: about ten minutes to train on, and three of the same speakers to test on.
+
+    utterances: of each speaker for models to learn from, ten of which last about as many minutes; their first are those
+        that probes learn from, in any case.
+    """
     splits = {split: make_voices(utterances, split=split, seed=seed) for split, utterances in SPLIT_SIZES.items()}
     return SpeechDataset(
         name="voices",
@@ -298,4 +302,5 @@ def load(*, seed: int = 0) -> SpeechDataset:
         test=splits["test"],
         speakers=tuple(f"voice-{number + 1:02}" for number in range(SPEAKERS)),
         phone_names=PHONE_NAMES,
+        unlabeled=None if utterances is None else make_voices(utterances, seed=seed),
     )
