@@ -64,7 +64,7 @@ def test_more_voices_to_learn_from(monkeypatch):
 
 
 def test_recordings_without_labels_have_no_phones(monkeypatch, capsys):
-    rows = dict.fromkeys(("trained", "untrained", "log-mel"), {"speakers": 0.25})
+    rows = {name: {"speakers": 0.25} for name in ("trained", "untrained", "log-mel")}
     result = {"rows": rows, "steps": 7}
     asked = []
     monkeypatch.setattr(speech_accuracy, "run", lambda *arguments: asked.append(arguments) or result)
