@@ -1,8 +1,8 @@
-"""SimCLR as a LightningModule: two views of every image, found among those of all others.
+"""SimCLR, MoCo and supervised contrast as a LightningModule: views of an image are found among others.
 
-    python python/examples/lightning_simclr.py [--steps 300]
+    python python/examples/lightning_simclr.py [--model moco | supcon] [--steps 300]
 
-The model is that of loop_simclr.py. Copy both, and put data of yours in place of the drawn ones. It needs
+The models are those of loop_simclr.py. Copy both, and put data of yours in place of the drawn ones. It needs
 `pip install lightning`.
 """
 
@@ -10,30 +10,35 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 import lightning
 import torch
-from loop_simclr import make_model
+from loop_simclr import MODELS, make_model
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from cpc_ext.data import SimCLRView, make_textures
-from cpc_ext.models import SimCLR
+from cpc_ext.models import MoCo, SimCLR, SupCon
 
 
 class LitSimCLR(lightning.LightningModule):
-    """From uint8 images [B, C, H, W] to the NT-Xent loss of their views."""
+    """From uint8 images [B, C, H, W] and their classes [B] to the loss of two views of each."""
 
-    def __init__(self, model: SimCLR, view: SimCLRView, lr: float = 1e-3) -> None:
+    def __init__(self, model: SimCLR | MoCo | SupCon, view: SimCLRView, lr: float = 1e-3) -> None:
         super().__init__()
         self.model, self.view, self.lr = model, view, lr
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):  # Views are float32 until they are finished.
             views = self.view.random_pair(batch[0])
-        output = self.model(views)
+        output = self.model(views, batch[1]) if isinstance(self.model, SupCon) else self.model(views)
         self.log_dict({"loss": output.loss, "accuracy": output.accuracy}, prog_bar=True)
         return output.loss
+
+    def on_train_batch_end(self, *batch: Any) -> None:
+        if isinstance(self.model, MoCo):
+            self.model.follow()  # The networks of its keys, after every update of the weights.
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), self.lr, weight_decay=1e-4)
@@ -41,6 +46,7 @@ class LitSimCLR(lightning.LightningModule):
 
 def main(arguments: Sequence[str] | None = None) -> LitSimCLR:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="simclr")
     parser.add_argument("--images", type=int, default=2000, help="to draw (default 2000)")
     parser.add_argument("--steps", type=int, default=300, help="updates (default 300)")
     parser.add_argument("--batch-size", type=int, default=64)
@@ -48,9 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> LitSimCLR:
     options = parser.parse_args(arguments)
 
     lightning.seed_everything(0)
-    images = torch.from_numpy(make_textures(options.images, size=64).images)
-    loader = DataLoader(TensorDataset(images), options.batch_size, shuffle=True, drop_last=True)
-    module = LitSimCLR(*make_model())
+    drawn = make_textures(options.images, size=64)
+    images, labels = torch.from_numpy(drawn.images), torch.from_numpy(drawn.labels)
+    loader = DataLoader(TensorDataset(images, labels), options.batch_size, shuffle=True, drop_last=True)
+    module = LitSimCLR(*make_model(options.model))
     trainer = lightning.Trainer(max_steps=options.steps, precision=options.precision, log_every_n_steps=20)
     trainer.fit(module, loader)
     return module

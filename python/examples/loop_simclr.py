@@ -1,6 +1,6 @@
-"""SimCLR in a training loop of one's own: two views of every image, found among those of all others.
+"""SimCLR, MoCo and supervised contrast in a training loop of one's own: views of an image are found among others.
 
-    python python/examples/loop_simclr.py [--steps 300] [--out encoder.pt]
+    python python/examples/loop_simclr.py [--model moco | supcon] [--steps 300] [--out encoder.pt]
 
 To copy: put images of yours, uint8 [C, H, W] and all of one size, in place of the drawn textures.
 """
@@ -15,20 +15,29 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from cpc_ext.data import SimCLRView, make_textures
-from cpc_ext.models import ResNetV2Encoder, SimCLR
+from cpc_ext.models import MoCo, ResNetV2Encoder, SimCLR, SupCon
 
 # The encoder of the default runs; ResNetV2Encoder(14) is a larger one.
 SMALL = {"blocks": (1, 1, 1), "channels": (32, 64, 128), "stem_channels": 32, "stem": "strided"}
+MODELS = ("simclr", "moco", "supcon")
 
 
-def make_model() -> tuple[SimCLR, SimCLRView]:
+def make_model(name: str = "simclr") -> tuple[SimCLR | MoCo | SupCon, SimCLRView]:
     """The model, and how an image becomes a view."""
-    model = SimCLR(ResNetV2Encoder(**SMALL, in_channels=3, norm="batch"), projection_channels=128, temperature=0.2)
+    encoder = ResNetV2Encoder(**SMALL, in_channels=3, norm="batch")
+    model: SimCLR | MoCo | SupCon
+    if name == "moco":  # Keys of the last 16 batches of 64, from networks that follow within some hundred steps.
+        model = MoCo(encoder, projection_channels=128, temperature=0.2, queue_size=1024, momentum=0.99)
+    elif name == "supcon":
+        model = SupCon(encoder, projection_channels=128, temperature=0.2)
+    else:
+        model = SimCLR(encoder, projection_channels=128, temperature=0.2)
     return model, SimCLRView(48, min_area=0.2, blur_kernel=5, mean=(0.5,) * 3, std=(0.2,) * 3)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="simclr")
     parser.add_argument("--images", type=int, default=2000, help="to draw (default 2000)")
     parser.add_argument("--steps", type=int, default=300, help="updates (default 300)")
     parser.add_argument("--batch-size", type=int, default=64)
@@ -38,19 +47,23 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
 
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images = torch.from_numpy(make_textures(options.images, size=64).images)
-    loader = DataLoader(TensorDataset(images), options.batch_size, shuffle=True, drop_last=True)
-    model, view = make_model()
+    drawn = make_textures(options.images, size=64)
+    images, labels = torch.from_numpy(drawn.images), torch.from_numpy(drawn.labels)
+    loader = DataLoader(TensorDataset(images, labels), options.batch_size, shuffle=True, drop_last=True)
+    model, view = make_model(options.model)
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=1e-4)
 
     losses: list[float] = []
     while len(losses) < options.steps:
-        for (batch,) in loader:
-            output = model(view.random_pair(batch.to(device)))
+        for batch, classes in loader:
+            views = view.random_pair(batch.to(device))
+            output = model(views, classes.to(device)) if isinstance(model, SupCon) else model(views)
             optimizer.zero_grad()
             output.loss.backward()
             optimizer.step()
+            if isinstance(model, MoCo):
+                model.follow()  # The networks of its keys, after every update of the weights.
             losses.append(output.loss.item())
             if len(losses) % 20 == 0 or len(losses) == options.steps:
                 print(f"step {len(losses)}: loss {losses[-1]:.3f}, accuracy {output.accuracy.item():.1%}")

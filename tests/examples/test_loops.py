@@ -15,18 +15,17 @@ import pytest
 import torch
 from PIL import Image
 
-from cpc_ext.models import CPC, GreedyInfoMax, PixelCNNPP, SimCLR
+from cpc_ext.models import CPC, GreedyInfoMax, MoCo, PixelCNNPP, SimCLR, SupCon
 
-LIGHTNING = {
-    "lightning_cpc": (("--images", "12", "--batch-size", "4"), CPC),
-    "lightning_greedy_infomax": (("--images", "12", "--batch-size", "4"), GreedyInfoMax),
-    "lightning_simclr": (("--images", "24", "--batch-size", "8"), SimCLR),
-    "lightning_pixelcnn": (
-        ("--images", "12", "--batch-size", "4", "--side", "16", "--model", "pixelcnn++"),
-        PixelCNNPP,
-    ),
-    "lightning_cpc_audio": (("--recordings", "8", "--batch-size", "4"), CPC),
-}
+LIGHTNING = [
+    ("lightning_cpc", "--images 12 --batch-size 4", CPC),
+    ("lightning_greedy_infomax", "--images 12 --batch-size 4", GreedyInfoMax),
+    ("lightning_simclr", "--images 24 --batch-size 8", SimCLR),
+    ("lightning_simclr", "--images 24 --batch-size 8 --model moco", MoCo),
+    ("lightning_simclr", "--images 24 --batch-size 8 --model supcon", SupCon),
+    ("lightning_pixelcnn", "--images 12 --batch-size 4 --side 16 --model pixelcnn++", PixelCNNPP),
+    ("lightning_cpc_audio", "--recordings 8 --batch-size 4", CPC),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -77,14 +76,25 @@ def test_greedy_infomax(tmp_path, capsys):
     assert "[[8, 32], [8, 64], [8, 128]]" in capsys.readouterr().out
 
 
-def test_simclr(tmp_path, capsys):
+@pytest.mark.parametrize("model", ["simclr", "supcon"])
+def test_views_of_a_batch(model, tmp_path, capsys):
     out = tmp_path / "encoder.pt"
     options = ["--images", "16", "--batch-size", "8", "--steps", "40", "--lr", "3e-4", "--out", str(out)]
-    losses = loop_simclr.main(options)
+    losses = loop_simclr.main([*options, "--model", model])
     assert losses[0] == pytest.approx(math.log(15), rel=0.2)
     assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.3
-    assert moved(loop_simclr.make_model()[0].encoder, out)
+    assert moved(loop_simclr.make_model(model)[0].encoder, out)
     assert "features of images, for a probe: [16, 128]" in capsys.readouterr().out
+
+
+def test_moco(tmp_path):
+    out = tmp_path / "encoder.pt"
+    losses = loop_simclr.main(
+        ["--model", "moco", "--images", "16", "--batch-size", "8", "--steps", "3", "--out", str(out)]
+    )
+    # The first keys are random, and not near any query, where its own is nearly the query: a score of 1 / 0.2.
+    assert math.log(1024) - 1 / 0.2 < losses[0] < math.log(1024) - 0.5 / 0.2
+    assert moved(loop_simclr.make_model("moco")[0].encoder, out)
 
 
 @pytest.mark.parametrize("model", loop_pixelcnn.MODELS)
@@ -110,12 +120,11 @@ def test_cpc_audio(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("name", LIGHTNING)
-def test_with_lightning(name, precision):
+@pytest.mark.parametrize(("name", "options", "kind"), LIGHTNING)
+def test_with_lightning(name, options, kind, precision):
     pytest.importorskip("lightning", exc_type=ImportError)
     program = importlib.import_module(name)
-    options, kind = LIGHTNING[name]
-    module = program.main([*options, "--steps", "3", "--precision", precision])
+    module = program.main([*options.split(), "--steps", "3", "--precision", precision])
     assert isinstance(module.model, kind)
     assert module.trainer.global_step == 3
     metrics = module.trainer.callback_metrics
@@ -126,3 +135,13 @@ def test_with_lightning(name, precision):
     trained = [parameter for parameter in module.model.parameters() if parameter.requires_grad]
     state = module.trainer.optimizers[0].state
     assert all(state[parameter]["step"] == 3 for parameter in trained)
+
+
+def test_keys_follow_in_lightning():
+    lightning = pytest.importorskip("lightning", exc_type=ImportError)
+    program = importlib.import_module("lightning_simclr")
+    model = program.main(["--images", "8", "--batch-size", "4", "--model", "moco", "--steps", "2"]).model
+    lightning.seed_everything(0)
+    before, _ = loop_simclr.make_model("moco")
+    weights = zip(model.key_encoder.parameters(), before.key_encoder.parameters(), strict=True)
+    assert all(not torch.equal(after, first) for after, first in weights if first.ndim > 1)
