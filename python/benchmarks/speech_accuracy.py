@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +51,9 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         help="of each drawn voice for the models to learn from (default: those that probes learn from, 11)",
     )
+    parser.add_argument(
+        "--options", default="", help="more options of python -m cpc_ext.train for every model, such as '--lr 2e-4'"
+    )
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="which of them")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument(
@@ -73,13 +77,18 @@ def run(
     measures: Sequence[str],
     data_dir: Path | None = None,
     utterances: int | None = None,
+    more: str = "",
 ) -> dict[str, Any]:
-    """What is told from the frames of a run's model, or SystemExit with what a program said."""
+    """What is told from the frames of a run's model, or SystemExit with what a program said.
+
+    more: options of the run, which come last.
+    """
     data = ["voices"] if data_dir is None else ["librispeech", "--data-dir", str(data_dir)]
     options = [*short(model), "--dataset", *data, "--device", "cpu"]
     options += ["--time-budget", str(minutes), "--seed", str(seed)]
     if utterances is not None:
         options += ["--utterances", str(utterances)]
+    options += shlex.split(more)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
         call("train", *options, "--no-evaluate", "--out-dir", str(path))
@@ -109,7 +118,15 @@ def main(arguments: argparse.Namespace) -> None:
 
     wanted = [(seed, m, model) for seed in arguments.seeds for m in arguments.minutes for model in arguments.models]
     for seed, minutes, model in wanted:
-        result = run(model, minutes, seed, arguments.measures, arguments.data_dir, arguments.utterances)
+        result = run(
+            model,
+            minutes,
+            seed,
+            arguments.measures,
+            arguments.data_dir,
+            arguments.utterances,
+            arguments.options,
+        )
         if not results:
             for name, row in result["rows"].items():
                 if name.startswith(("log-mel", "commonest")):

@@ -40,10 +40,11 @@ def test_a_race(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(speech_accuracy, "call", call)
     out = tmp_path / "race.json"
     options = ["--models", "original", "modified", "--minutes", "2", "--data-dir", "spoken", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", ["speech_accuracy.py", *options])
+    monkeypatch.setattr(sys, "argv", ["speech_accuracy.py", *options, "--options", "--lr 3e-4 --norm batch"])
     speech_accuracy.main(speech_accuracy.parse_arguments())
     assert [each[0] for each in called] == ["train", "evaluate"] * 2
     assert called[0][called[0].index("--dataset") :][:4] == ("--dataset", "librispeech", "--data-dir", "spoken")
+    assert parse(list(called[0][1 : called[0].index("--no-evaluate")])).run.optimization.lr == 3e-4
     said = capsys.readouterr().out
     assert said.count("| log-mel |") == 1
     assert "| CPC, modified | 2 | 0 | 7 | 50.0% | 25.0% |" in said
@@ -71,7 +72,7 @@ def test_recordings_without_labels_have_no_phones(monkeypatch, capsys):
     options = ["--models", "original", "--data-dir", "spoken", "--measures", "speakers"]
     monkeypatch.setattr(sys, "argv", ["speech_accuracy.py", *options])
     speech_accuracy.main(speech_accuracy.parse_arguments())
-    assert asked == [("original", 10.0, 0, ["speakers"], Path("spoken"), None)]
+    assert asked == [("original", 10.0, 0, ["speakers"], Path("spoken"), None, "")]
     assert "| CPC, original | 10 | 0 | 7 | 25.0% |" in capsys.readouterr().out
 
 
