@@ -326,7 +326,7 @@ class RunConfig(Section):
         """What may help a run that learns nothing, as options, what helps most often first."""
         lr = self.optimization.lr
         rates = f"another --lr than {lr:g}, such as {lr * 5:.2g} or {lr / 5:.2g}"
-        return [rates] if self.optimization.warmup_steps else [rates, "--warmup-steps 500"]
+        return [rates] if self.optimization.warmup_steps >= 200 else [rates, "--warmup-steps 500"]
 
     def to_yaml(self) -> str:
         """As the text of a config.yaml, which :func:`load_config` reads back to an equal config."""

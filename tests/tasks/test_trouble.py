@@ -65,6 +65,13 @@ def test_remedies_are_options_of_the_model(model):
         assert {name.replace("--no-", "--") for name in named} <= {option(name) for name in sections_of(model)}
 
 
+@pytest.mark.parametrize(("steps", "told"), [(0, True), (50, True), (200, False)])
+def test_a_short_warm_up_may_be_what_is_wrong(config, steps, told):
+    optimization = config.optimization.model_copy(update={"warmup_steps": steps})
+    remedies = config.model_copy(update={"optimization": optimization}).remedies()
+    assert ("--warmup-steps 500" in remedies) == told
+
+
 def assert_guessing_is_told(task):
     """And that to be asked changes nothing of the model."""
     before = {name: value.clone() for name, value in task.model.state_dict().items()}
