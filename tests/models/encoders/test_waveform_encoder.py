@@ -61,6 +61,20 @@ def test_types_and_lengths(norm, dtype, tolerance):
         assert (made - expected).abs().max() <= tolerance * expected.abs().max()
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_batch_norm_is_that_of_sequences_and_keeps_their_layout(channels_last):
+    ours, theirs = WaveformEncoder(5, norm="batch").layers[0].norm.double(), torch.nn.BatchNorm1d(5).double()
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    sequence = torch.randn(3, 7, 5, dtype=torch.float64).transpose(1, 2)
+    sequence = sequence if channels_last else sequence.contiguous()
+    for _ in range(2):
+        made = ours(sequence)
+        torch.testing.assert_close(made, theirs(sequence))
+        assert made.stride() == sequence.stride()
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+    torch.testing.assert_close(ours.eval()(sequence), theirs.eval()(sequence))
+
+
 @pytest.mark.parametrize("norm", ["none", "channel"])
 def test_forward_mode(norm):
     torch.manual_seed(0)
