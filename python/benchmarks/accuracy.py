@@ -1,9 +1,10 @@
-"""What each method has learned after minutes of one core: all on the same photographs, judged alike.
+"""What each method has learned after minutes of one core, or of a GPU: all on the same photographs, judged alike.
 
 Every method trains for the same time with the options that `python -m cpc_ext.train --dataset folder` chooses for such
-images, one process and one core each. Frozen features of the central view then go to a linear probe and to nearest
-neighbours, of the same labelled images. SimCLR of lightly, with the same encoder, is there where lightly is
-installed. Prints a table; with ``--out`` writes JSON and a chart after every run, and goes on where such a file is.
+images, one process and one core each, or, with ``--device cuda``, one after another on the GPU. Frozen features of the
+central view then go to a linear probe and to nearest neighbours, of the same labelled images. SimCLR of lightly, with
+the same encoder, is there where lightly is installed. Prints a table; with ``--out`` writes JSON and a chart after
+every run, and goes on where such a file is.
 """
 
 from __future__ import annotations
@@ -38,9 +39,12 @@ def parse_arguments() -> argparse.Namespace:
         "--options", default="", help="more options of python -m cpc_ext.train for every method, such as '--norm layer'"
     )
     parser.add_argument("--labels", type=int, default=10_000, help="labelled images that are learned from at most")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, a core each (default: all)")
+    parser.add_argument("--device", default="cpu", help="what trains, such as cuda (default cpu, a core a run)")
+    parser.add_argument("--jobs", type=int, help="runs at once (default: as many as cores, or one on a GPU)")
     parser.add_argument("--out", type=Path, metavar="DIR|FILE.json", help="write JSON and PNG there")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.jobs = arguments.jobs or (os.cpu_count() if arguments.device == "cpu" else 1)
+    return arguments
 
 
 def wanted(arguments: argparse.Namespace) -> Iterator[Entry]:
@@ -50,7 +54,7 @@ def wanted(arguments: argparse.Namespace) -> Iterator[Entry]:
             for method in arguments.methods or ENTRANTS:
                 # Some take no time that could be given them.
                 given = minutes if ENTRANTS[method].timed else 0.0
-                yield Entry(method, given, seed, arguments.labels, arguments.options)
+                yield Entry(method, given, seed, arguments.labels, arguments.options, arguments.device)
 
 
 def run_entry(entry: Entry, data_dir: Path, core: int) -> dict[str, Any]:
@@ -58,7 +62,7 @@ def run_entry(entry: Entry, data_dir: Path, core: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
         command = [sys.executable, str(RUN), json.dumps(entry._asdict()), str(data_dir), str(out), str(core)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ} | ({"OMP_NUM_THREADS": "1"} if entry.device == "cpu" else {})
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if out.is_file():
             return json.loads(out.read_text())
@@ -99,13 +103,13 @@ def mean_of(runs: Sequence[dict[str, Any]], name: str) -> float:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    path = None if arguments.out is None else result_file(arguments.out, "cpu", "accuracy")
+    path = None if arguments.out is None else result_file(arguments.out, arguments.device, "accuracy")
     results = json.loads(path.read_text())["results"] if path is not None and path.is_file() else []
     results = [result for result in results if "error" not in result]
     have = {Entry(**{name: result[name] for name in Entry._fields if name in result}) for result in results}
     entries = [entry for entry in dict.fromkeys(wanted(arguments)) if entry not in have]
     for method in dict.fromkeys(entry.method for entry in entries):
-        if reason := lacks(method):
+        if reason := lacks(method, arguments.device):
             print(f"left out: {method} ({reason})")
             entries = [entry for entry in entries if entry.method != method]
     cores: SimpleQueue[int] = SimpleQueue()
@@ -125,13 +129,16 @@ def main(arguments: argparse.Namespace) -> None:
             print(f"{result['method']}, {result['minutes']:g} minutes, seed {result['seed']}: {said}", flush=True)
             results.append(result)
             if path is not None:
-                machine = describe("cpu") | {"jobs": arguments.jobs, "threads": 1}
+                machine = describe(arguments.device) | {"jobs": arguments.jobs}
+                if arguments.device == "cpu":
+                    machine["threads"] = 1
                 write_json(path, {"machine": machine, "results": results})
     print(table(results))
     if path is not None:
         named = [result | {"title": title(result)} for result in results if "error" not in result]
         named.sort(key=lambda result: (list(ENTRANTS).index(result["method"]), result.get("options", "")))
-        draw_accuracy(named, path.with_suffix(".png"))
+        machine = "one core" if arguments.device == "cpu" else describe(arguments.device)["device"]
+        draw_accuracy(named, path.with_suffix(".png"), machine=machine)
         print(f"written: {path}")
 
 

@@ -53,6 +53,7 @@ class Entry(NamedTuple):
     """A run. minutes: of training; 0 where it takes none that could be given. labels: learned from at most.
 
     options: more of them, as `python -m cpc_ext.train` takes them; of a rival those of the network alone matter.
+    device: what trains and encodes, in PyTorch's name; on the processor a run has one core.
     """
 
     method: str
@@ -60,6 +61,7 @@ class Entry(NamedTuple):
     seed: int
     labels: int
     options: str = ""
+    device: str = "cpu"
 
 
 class Entrant(NamedTuple):
@@ -82,9 +84,14 @@ ENTRANTS = {
     "supervised": Entrant("supervised, with all labels", "simclr", timed=False),
 }
 
+# Loops and pixels that are no runs of ours.
+OF_PROCESSORS = ("lightly-simclr", "raw-pixels", "supervised")
 
-def lacks(method: str) -> str | None:
+
+def lacks(method: str, device: str = "cpu") -> str | None:
     """Why a method cannot run here; None where it can."""
+    if device != "cpu" and method in OF_PROCESSORS:
+        return "it is run on processors alone"
     missing = method.startswith("lightly") and importlib.util.find_spec("lightly") is None
     return "lightly is not installed" if missing else None
 
@@ -93,7 +100,7 @@ def main(entry: Entry, data_dir: Path) -> dict[str, Any]:
     model = ENTRANTS[entry.method].model
     options = ["--model", model, "--dataset", "folder", "--data-dir", str(data_dir), "--seed", str(entry.seed)]
     length = ["--time-budget", str(entry.minutes)] if entry.minutes else ["--steps", "1"]
-    config = parse([*options, "--device", "cpu", "--no-evaluate", *length, *shlex.split(entry.options)]).run
+    config = parse([*options, "--device", entry.device, "--no-evaluate", *length, *shlex.split(entry.options)]).run
     dataset = load_data(config)
     if entry.method == "raw-pixels":
         return judge(entry, dataset, principal_components(dataset))
@@ -105,7 +112,7 @@ def main(entry: Entry, data_dir: Path) -> dict[str, Any]:
 def of_run(entry: Entry, config: RunConfig, dataset: Dataset) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
-        with joined_ranks("cpu") as ranks:
+        with joined_ranks(entry.device) as ranks:
             config = of_known_length(config, dataset, RunDir(Path(folder)), ranks, None)
         every = max(1, math.ceil(config.optimization.steps / PROBES))
         probe = config.probe.model_copy(update={"probe_every": every})
@@ -113,7 +120,7 @@ def of_run(entry: Entry, config: RunConfig, dataset: Dataset) -> dict[str, Any]:
         if run(Command(run=config, out_dir=path))[0]:
             raise SystemExit("the run did not come to its end")
         summary = json.loads((path / "summary.json").read_text())
-        task = task_class(config.model)(config, dataset, CPU)
+        task = task_class(config.model)(config, dataset, torch.device(entry.device))
         load_weights(task.model, load_checkpoint(path / "checkpoint.pt")["model"])
     minutes_a_step = summary["training_seconds"] / summary["steps"] / 60
     untrained = judge(entry, dataset, partial(task.features, task.initial_model()))
@@ -163,7 +170,8 @@ def judge(entry: Entry, dataset: Dataset, features: Callable[[Tensor], Tensor]) 
     if train is None or test is None or train.labels is None or test.labels is None:
         raise SystemExit("the images have no labels to judge encoders by")
     chosen = spread(entry.labels, len(train))
-    known, asked = encode(train, features, CPU, chosen=chosen), encode(test, features, CPU)
+    device = torch.device(entry.device)
+    known, asked = encode(train, features, device, chosen=chosen), encode(test, features, device)
     labels, expected = torch.from_numpy(train.labels[chosen]), torch.from_numpy(test.labels)
     classes = len(dataset.classes)
     return entry._asdict() | {
@@ -176,9 +184,11 @@ def judge(entry: Entry, dataset: Dataset, features: Callable[[Tensor], Tensor]) 
 
 if __name__ == "__main__":
     given, data_dir, out, core = sys.argv[1:]
-    if hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[int(core) % len(cores)]})
-    torch.set_num_threads(1)
-    result = main(Entry(**json.loads(given)), Path(data_dir))
+    entry = Entry(**json.loads(given))
+    if entry.device == "cpu":
+        if hasattr(os, "sched_setaffinity"):
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, {cores[int(core) % len(cores)]})
+        torch.set_num_threads(1)
+    result = main(entry, Path(data_dir))
     Path(out).write_text(json.dumps(result))

@@ -86,6 +86,24 @@ def test_the_table():
     ]
 
 
+def test_a_race_on_a_device(monkeypatch, photos):
+    arguments = ["accuracy.py", "--data-dir", str(photos), "--seeds", "0", "--device", "cuda:0"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    options = accuracy.parse_arguments()
+    assert options.jobs == 1
+    assert {entry.device for entry in accuracy.wanted(options)} == {"cuda:0"}
+    left_out = [method for method in ENTRANTS if accuracy.lacks(method, "cuda:0") == "it is run on processors alone"]
+    assert left_out == ["lightly-simclr", "raw-pixels", "supervised"]
+
+
+@pytest.mark.cuda
+def test_a_run_on_a_gpu(monkeypatch, photos, tmp_path):
+    monkeypatch.setenv("CPC_EXT_CACHE", str(tmp_path / "cache"))
+    entry = accuracy.Entry("simclr", 0.01, 0, 40, device="cuda")
+    result = accuracy.run_entry(entry, photos, 0)
+    assert 0 <= result["linear"] <= 1, result
+
+
 def test_what_is_missing_is_left_out(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert accuracy.lacks("lightly-simclr") == "lightly is not installed"
