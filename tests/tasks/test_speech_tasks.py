@@ -465,3 +465,9 @@ def test_speakers_that_nobody_knows():
     task = task_of(dataset=SpeechDataset("voices", plain, None), same_speaker=True)
     with pytest.raises(ValueError, match="--same-speaker: the speakers of voices are not known"):
         step(task)
+
+
+def test_a_model_learns_from_what_has_no_labels():
+    few, many = (WaveformSet(np.zeros(n, np.int16), np.array([0, n]), ["1"]) for n in (40_000, 80_000))
+    assert task_of(dataset=SpeechDataset("voices", few, None)).examples is few
+    assert task_of(dataset=SpeechDataset("voices", few, None, unlabeled=many)).examples is many
