@@ -426,8 +426,8 @@ class Finish {
     for (int64_t k = 0; k < runs_.planes; ++k)
       reader_.template read_as<uint8_t>(values + k * plane, temporary, worker, {0, 0, false}, k, 0, 1);
     if (g.patch_norm) {
-      const auto [mean, deviation] = rows::moments(rows::PatchIn<Real>{values, plane}, runs_);
-      const Real inverse = 1 / (deviation + Real(patches::kContrastFloor));
+      const auto moments = rows::moments(rows::PatchIn<Real>{values, plane}, runs_);
+      const Real mean = moments.mean, inverse = 1 / (moments.deviation + Real(patches::kContrastFloor));
       Real* const normalised = std::is_same_v<Out, Real> ? reinterpret_cast<Real*>(out) : values;
 #pragma omp simd
       for (int64_t i = 0; i < runs_.values; ++i) normalised[i] = (values[i] - mean) * inverse;

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bind/arguments.h"
+#include "core/fields.h"
 #if defined(CPC_WITH_CUDA)
 #include "core/cuda/device.h"
 #endif

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "core/gemm.h"
+#include "core/shuffle.h"
 #include "core/simd_math.h"
 #include "info_nce/outcome.h"
 
@@ -41,30 +42,6 @@ struct TileOfScores {
 };
 
 // --- How values lie in registers and memory ---
-
-// Turns rows to columns: lane i of row j becomes lane j of row i.
-template <class S>
-[[gnu::always_inline]] inline void transpose(Register<S> (&rows)[kRegisterLanes<S>]) {
-  constexpr int kLanes = static_cast<int>(kRegisterLanes<S>);
-  using Int = std::conditional_t<sizeof(S) == 8, int64_t, int32_t>;
-  typedef Int Places __attribute__((vector_size(kRegisterBytes)));
-#pragma GCC unroll 4
-  for (int step = kLanes / 2; step > 0; step /= 2) {
-    Places low = {}, high = {};
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      low[i] = i & step ? kLanes + i - step : i;
-      high[i] = i & step ? kLanes + i : i + step;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      if (i & step) continue;
-      const Register<S> first = rows[i], second = rows[i + step];
-      rows[i] = __builtin_shuffle(first, second, low);
-      rows[i + step] = __builtin_shuffle(first, second, high);
-    }
-  }
-}
 
 // A register in the storage type, without the loops of narrow() for any number of values.
 template <class Storage, class R>
@@ -249,18 +226,6 @@ void logistics(const TileOfScores<S> tile, int64_t c, const S* bests, const RowS
   store_register(to.sums + c, sum);
   store_register(to.moments + c, moment);
   store_register(to.counts + c, count);
-}
-
-// Combines the lanes of a register, in an order of its own.
-template <class S, class Combine>
-S across_lanes(Register<S> v, const Combine& combine) {
-  using Int = std::conditional_t<sizeof(S) == 8, int64_t, int32_t>;
-  typedef Int Ints __attribute__((vector_size(kRegisterBytes)));
-  Ints lanes = {};
-  for (int64_t i = 0; i < kRegisterLanes<S>; ++i) lanes[i] = static_cast<Int>(i);
-  for (int64_t step = kRegisterLanes<S> / 2; step > 0; step /= 2)
-    v = combine(v, __builtin_shuffle(v, lanes ^ static_cast<Int>(step)));
-  return v[0];
 }
 
 // What the scores of a column, a key's with the queries of the tile, come to: in a self-contrast with all of them, and

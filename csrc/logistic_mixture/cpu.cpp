@@ -9,6 +9,7 @@
 
 #include "core/huge_pages.h"
 #include "core/parallel.h"
+#include "core/shuffle.h"
 #include "core/simd_math.h"
 #include "logistic_mixture/component.h"
 #include "logistic_mixture/logistic_mixture.h"
@@ -57,28 +58,6 @@ void store_narrow(T* to, R v) {
   narrow(to, wide, kWidth);
 }
 
-// Columns to rows, in log2 steps that interleave the first half of the rows with the second.
-inline void transpose(R (&rows)[kWidth]) {
-  Ints low = {}, high = {};
-  for (int32_t i = 0; i < kWidth / 2; ++i) {
-    low[2 * i] = i;
-    low[2 * i + 1] = static_cast<int32_t>(kWidth) + i;
-    high[2 * i] = static_cast<int32_t>(kWidth) / 2 + i;
-    high[2 * i + 1] = static_cast<int32_t>(kWidth) * 3 / 2 + i;
-  }
-#pragma GCC unroll 4
-  for (int64_t step = 1; step < kWidth; step *= 2) {
-    R next[kWidth];
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < kWidth / 2; ++i) {
-      next[2 * i] = __builtin_shuffle(rows[i], rows[i + kWidth / 2], low);
-      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kWidth / 2], high);
-    }
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < kWidth; ++i) rows[i] = next[i];
-  }
-}
-
 // `count` pixels of an image from pixel `first` on, and where they lie.
 struct Tile {
   int64_t b, first, count;
@@ -113,7 +92,7 @@ void load_params(float* __restrict to, const TensorView& params, const Tile& til
         R rows[kWidth];
 #pragma GCC unroll 16
         for (int64_t j = 0; j < kWidth; ++j) rows[j] = load_widened(from + tile.offsets[i + j] + p);
-        transpose(rows);
+        transpose<float>(rows);
 #pragma GCC unroll 16
         for (int64_t j = 0; j < kWidth; ++j) store_register(to + (p + j) * kTile + i, rows[j]);
       }
@@ -164,7 +143,7 @@ void store_gradients(const TensorView& gradients, const float* __restrict from, 
         R rows[kWidth];
 #pragma GCC unroll 16
         for (int64_t j = 0; j < kWidth; ++j) rows[j] = load_register(from + (p + j) * kTile + i);
-        transpose(rows);
+        transpose<float>(rows);
         const int64_t left = std::min(kWidth, tile.count - i);
         for (int64_t j = 0; j < left; ++j) store_narrow(to + tile.offsets[i + j] + p, rows[j]);
       }
