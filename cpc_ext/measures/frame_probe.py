@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cpc_ext.measures.probe import mean_and_deviation
 from cpc_ext.nn.typed import Module, ModuleList
+from cpc_ext.training.random_streams import seeded
 
 __all__ = [
     "FrameClassifier",
@@ -223,8 +224,7 @@ def _trained(
     features: Tensor, labels: Tensor, groups: tuple[Tensor, Tensor], how: _Recipe, classes: int, hidden: int, seed: int
 ) -> FrameClassifier:
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         classifier = FrameClassifier(features.shape[1], classes, hidden=hidden)
         if how.xavier:
             for layer in classifier.layers:

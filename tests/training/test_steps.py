@@ -12,7 +12,7 @@ from cpc_ext.data import BatchShare
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.meter import FiniteGuard, Meter
 from cpc_ext.training.precision import autocast, check_device, grad_scaler, patch_dtype
-from cpc_ext.training.random_streams import RandomStreams
+from cpc_ext.training.random_streams import RandomStreams, seeded
 from cpc_ext.training.schedule import learning_rate
 from cpc_ext.training.weight_average import WeightAverage, averaged_weights
 
@@ -81,16 +81,62 @@ def test_streams_are_those_of_their_seeds():
     first, second = RandomStreams(3, CPU), RandomStreams(4, CPU)
     seeds = [stream.initial_seed() for each in (first, second) for stream in (each.views, each.negatives)]
     assert seeds == [6, 7, 8, 9]
-    assert torch.initial_seed() == 4
     assert (first.share, first.negatives.device) == (BatchShare(), CPU)
     share = BatchShare(1, 2)
     assert RandomStreams(0, CPU, share).share is share
 
 
+def test_layers_of_each_process_draw_numbers_of_their_own():
+    """Neither those of another process, whose rows are others, nor those that crops are made of."""
+    drawn = []
+    for rank in (0, 1):
+        streams = RandomStreams(0, CPU, BatchShare(rank, 2), rank=rank)
+        drawn += [torch.rand(4), torch.rand(4, generator=streams.views), torch.rand(4, generator=streams.negatives)]
+    assert torch.equal(drawn[1], drawn[4])
+    assert torch.equal(drawn[2], drawn[5])
+    assert len({tuple(numbers.tolist()) for numbers in drawn}) == 4
+
+
+def test_each_process_goes_on_with_its_own_numbers():
+    own = []
+    expected = []
+    for rank in (0, 1):
+        streams = RandomStreams(3, CPU, BatchShare(rank, 2), rank=rank)
+        torch.rand(5)
+        state = streams.state_dict(lambda mine: own.append(mine) or own)
+        expected.append(torch.rand(3))
+    for rank in (0, 1, 2):
+        resumed = RandomStreams(3, CPU, BatchShare(rank, 3), rank=rank)
+        fresh = torch.get_rng_state()
+        resumed.load_state_dict(state)
+        if rank < 2:
+            assert torch.equal(torch.rand(3), expected[rank])
+        else:
+            assert torch.equal(torch.get_rng_state(), fresh)
+
+
+def test_a_checkpoint_of_before_has_the_numbers_of_the_first_process():
+    streams = RandomStreams(3, CPU)
+    state = streams.state_dict()
+    state |= state.pop("own")[0]
+    expected = torch.rand(3)
+    streams.load_state_dict(state)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_seeded_numbers_leave_a_gpus_generators_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU was seeded"))
+    before = torch.get_rng_state()
+    with seeded(7):
+        first = torch.rand(3)
+    assert torch.equal(first, torch.rand(3, generator=torch.Generator().manual_seed(7)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_streams_of_another_kind_of_device_draw_negatives_anew():
     streams = RandomStreams(5, CPU)
     state = streams.state_dict()
-    assert (state["device"], state["torch_device"]) == ("cpu", None)
+    assert (state["device"], state["own"][0]["torch_device"]) == ("cpu", None)
     expected = [torch.rand(3, generator=streams.views), torch.rand(3)]
     other = RandomStreams(6, CPU)
     negatives = other.negatives.get_state()
@@ -106,7 +152,7 @@ def test_streams_keep_what_a_gpus_own_layers_draw(monkeypatch):
     streams = RandomStreams(5, CPU)
     monkeypatch.setattr(streams, "_device", torch.device("cuda:1"))
     state = streams.state_dict()
-    assert (state["device"], state["torch_device"]) == ("cuda", "of cuda:1")
+    assert (state["device"], state["own"][0]["torch_device"]) == ("cuda", "of cuda:1")
     streams.load_state_dict(state)
     assert kept == [("of cuda:1", torch.device("cuda:1"))]
     streams.load_state_dict({**state, "device": "cpu"})
