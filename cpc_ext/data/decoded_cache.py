@@ -144,7 +144,9 @@ class DecodedCache:
         except (ValueError, TypeError, KeyError, AttributeError):
             raise _Unusable("index.json holds something else") from None
         name, version = self.reader
-        if index["reasons"] and index["version"] != version:
+        # Samples within a file that could not be read are told with the content.
+        left_out = index["reasons"] or index["content"].get("reasons")
+        if left_out and index["version"] != version:
             raise _Unusable(f"{name} {index['version']} could not read all of them, this is {version}")
         reasons = {number: reason for reason, numbers in index["reasons"].items() for number in numbers}
         return Kept(file, index["content"], reasons)

@@ -85,8 +85,9 @@ class ImageBackbone(Module):
                 maps = self(image)
         except ValueError as error:
             raise ValueError(f"{type(encoder).__name__} takes no whole images: {error}") from None
-        for module in training:
-            module.training = True
+        finally:
+            for module in training:
+                module.training = True
         return FeatureInfo(
             {"num_chs": made.shape[1], "reduction": _PROBE // made.shape[2], "module": f"layer{index + 1}"}
             for index, made in zip(self._out, maps, strict=True)

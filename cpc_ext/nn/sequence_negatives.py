@@ -71,6 +71,7 @@ def draw(
     def permutations(size: int) -> Tensor:
         return torch.stack([torch.randperm(size, generator=generator, device=draws_on) for _ in range(samples)])
 
+    # As Greedy InfoMax's program draws it, whose bound leaves out the last window.
     begin = integers(0, of.frames - of.window, 1) if of.partial else None
     places_begin = None
     places: Tensor | list[Tensor] | None = None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cpc_ext._native import native
 from cpc_ext.ops._checks import check_dense, check_integer, dtype_name
+from cpc_ext.ops._contrast_arguments import check_number
 from cpc_ext.ops._library import autocast_dtype, in_forward_mode, may_need_gradients, register
 
 __all__ = ["waveform_conv1d", "waveform_conv1d_reference"]
@@ -65,6 +66,15 @@ def waveform_conv1d(
     for name, value in (("bias", bias), ("scale", scale), ("shift", shift)):
         if value is not None:
             check_dense(name, value)
+    for name, value in (("scale", scale), ("shift", shift)):
+        if value is not None and not value.is_floating_point():
+            raise TypeError(f"{name} must be floating, got {dtype_name(value.dtype)}")
+    for name, value in (("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift)):
+        if value is not None and value.device != waveforms.device:
+            raise ValueError(f"{name} must be on {waveforms.device}, as waveforms are, got {value.device}")
+    check_number("eps", eps)
+    if not isinstance(relu, bool):
+        raise TypeError(f"relu must be a bool, got {type(relu).__name__}")
     _check_shapes(waveforms, weight, bias, stride, padding, scale, shift)
     autocast = autocast_dtype(waveforms.device)
     if autocast is not None and waveforms.dtype != torch.float64:

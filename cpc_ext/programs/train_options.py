@@ -16,10 +16,19 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import tyro
+from pydantic import ValidationError
 
 from cpc_ext.data_sets import DATASETS, medium, origin
 from cpc_ext.programs.command_line import parse_command, with_home
-from cpc_ext.training.config import LENGTHS, OptionError, RunConfig, load_config, option, options_of_other_models
+from cpc_ext.training.config import (
+    LENGTHS,
+    OptionError,
+    RunConfig,
+    explain,
+    load_config,
+    option,
+    options_of_other_models,
+)
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.presets import default_dataset, preset
 from cpc_ext.training.registry import MODELS, model_medium, model_recipes
@@ -161,7 +170,10 @@ def defaults_of(
             raise OptionError(f"--dataset {data} has no {model_medium(known)}; --model {known} takes {fitting}")
         chosen = recipe if recipe in model_recipes(known) else None
         side = _side(data, data_dir, image_size, side)
-        defaults = preset(known, data, recipe=chosen, device=device, side=side)
+        try:
+            defaults = preset(known, data, recipe=chosen, device=device, side=side)
+        except ValidationError as error:
+            raise OptionError(explain(error)) from None
     _check_recipe(recipe, defaults)
     if [epochs, steps, time_budget].count(None) == len(LENGTHS) - 1:
         # The one that is given replaces whichever the defaults have.

@@ -194,7 +194,13 @@ def of_known_length(
     ranks.say("measuring how long a step takes ...")
     task = _task(config, dataset, ranks)
     trainer = Trainer(task, config, run, ranks)
-    task.prepare(ranks, resumed=False)
+    # What the task prepares from its weights, such as the outputs of frozen modules, is kept for the run itself.
+    start = config.optimization.resume_from
+    if state is not None:
+        trainer.take_weights(state)
+    elif start is not None:
+        take_weights(task, RunDir(start))
+    task.prepare(ranks, resumed=state is not None)
     pace = seconds_per_step(trainer.timed_steps(), 60 * minutes)
     so_far = {} if state is None else {"steps": state["step"], "seconds": state["seconds"]}
     config = filled(config, pace, **so_far)

@@ -124,9 +124,11 @@ class EncoderTask(Task):
         """uint8 [B, C, H, W] on the device → encodings of the central crop's patches, float32 [B, D, rows, cols]."""
         was_training = model.training
         model.eval()
-        with autocast(self._device, self._config.compute.precision):
-            encodings = self.encode(model, images)
-        model.train(was_training)
+        try:
+            with autocast(self._device, self._config.compute.precision):
+                encodings = self.encode(model, images)
+        finally:
+            model.train(was_training)
         return encodings.float()
 
     def modules(self, stacks: int) -> int | Sequence[int]:

@@ -91,6 +91,8 @@ class PredictionConfig(EncoderConfig):
 
     @model_validator(mode="after")
     def _predictions_fit_grid(self) -> PredictionConfig:
+        if not self.predicts:
+            return self
         farthest, last = self.cpc.pred_steps + self.cpc.skip, self.view.grid_size - 1
         if farthest > last:
             raise ValueError(
@@ -98,6 +100,11 @@ class PredictionConfig(EncoderConfig):
                 f"--grid-size {self.view.grid_size} has only {last} rows below the first: they may sum to {last}"
             )
         return self
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the model learns by predicting patches."""
+        return True
 
     @property
     def encoder_section(self) -> EncoderSection:

@@ -23,6 +23,7 @@ __all__ = ["center_or_random", "patch_encoder", "patch_view", "save_patch_figure
 # Images the figures are drawn from.
 _FIGURE_INPUTS = 4
 _NEIGHBOUR_IMAGES = 500
+_ENCODED = 32  # Of them at a time.
 _NEIGHBOUR_QUERIES = 6
 _NEIGHBOURS = 8
 
@@ -88,7 +89,9 @@ def save_patch_figures(
     _save_inputs(run, view, images, seed)
     images, labels = shown(_NEIGHBOUR_IMAGES)
     if len(images) >= _NEIGHBOUR_QUERIES + _NEIGHBOURS:
-        _save_neighbours(run, view, images, labels, encodings(images))
+        # All at once they may be tens of thousands of patches, for which a GPU that has room for a batch has none.
+        encoded = torch.cat([encodings(some) for some in images.split(_ENCODED)])
+        _save_neighbours(run, view, images, labels, encoded)
 
 
 def _save_inputs(run: RunDir, view: PatchView, images: Tensor, seed: int) -> None:
@@ -114,15 +117,20 @@ def _save_neighbours(
 
     # Shown in colour and without normalisation, so that one sees what the encoding does not depend on.
     plain = replace(view, gray=False, mean=None, std=None, patch_norm=False, dtype=torch.float32)
-    patches = plain.center(images).flatten(1, 2)
+
+    def shown(which: Tensor, patch: Tensor) -> np.ndarray:
+        """One patch each of some images, [n, C, p, p]."""
+        patches = plain.center(images[which]).flatten(1, 2)
+        return patches[torch.arange(len(which), device=images.device), patch].cpu().numpy()
+
     same_class = None
     if labels is not None:
         same_class = labels[queries.cpu().numpy(), None] == labels[image.cpu().numpy()]
     figures.save(
         run.path / "neighbours.png",
         figures.nearest_patches(
-            patches[queries, middle].cpu().numpy(),
-            patches[image, patch].cpu().numpy(),
+            shown(queries, torch.full_like(queries, middle)),
+            np.stack([shown(*nearest) for nearest in zip(image, patch, strict=True)]),
             similarity.cpu().numpy(),
             same_class,
         ),

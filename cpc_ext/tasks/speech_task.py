@@ -249,14 +249,17 @@ class SpeechTask(Task):
         options = self._config.prediction
         keys = options.neg_samples + 1
         if options.sampling == "all":
-            keys = self._config.optimization.batch_size * self.window_frames
+            windows = self.contrasted(self._config.optimization.batch_size, options.gather_negatives)
+            keys = windows * self.window_frames
         found = guessing(keys)
         return {**found, "loss": found["loss"] * (options.pred_steps if options.reduction == "sum" else 1)}
 
     @property
     def window_frames(self) -> int:
         """Encodings of a window."""
-        return waveform_encoder(self._config).frames(self._config.view.window)
+        encoder = self.model.encoder
+        assert isinstance(encoder, WaveformEncoder)
+        return encoder.frames(self._config.view.window)
 
     @abstractmethod
     def _curves(self, metrics: list[dict[str, float]], probe: figures.ProbeCurve | None) -> Figure:

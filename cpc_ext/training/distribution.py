@@ -32,7 +32,7 @@ _STEP_TIMEOUT = timedelta(seconds=45)
 # For work that only the main process does, such as drawing samples, and for loading data.
 _PATIENT_TIMEOUT = timedelta(hours=12)
 # How the errors of gloo and NCCL, whose classes differ between versions, speak of a process that is gone.
-_LOST = ("gloo", "nccl", "connection", "timed out", "timeout", "peer", "socket", "process group", "store")
+_LOST = ("gloo", "nccl", "by peer", "by remote peer", "timed out", "broken pipe", "tcpstore", "process group")
 
 T = TypeVar("T")
 

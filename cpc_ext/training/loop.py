@@ -68,6 +68,7 @@ class Trainer:
         device = ranks.device
         self._ranks = ranks
         self._task = task
+        task.share = ranks.share
         self._config = config
         self._run = run
         self._device = device
@@ -82,7 +83,7 @@ class Trainer:
             raise TrainingError(f"--batch-size: {str(error).removeprefix('batch_size: ')}") from None
         self.mean_batch = self._sampler.mean_batch
         self._data = data_record(task.examples)
-        self._streams = RandomStreams(config.compute.seed, device, ranks.share)
+        self._streams = RandomStreams(config.compute.seed, device, ranks.share, rank=ranks.rank)
         if ranks.share.world_size > 1:
             self._share_batch_norm()
         if config.compute.compile:
@@ -132,7 +133,7 @@ class Trainer:
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint. TrainingError where it does not fit this run, or is of other examples."""
-        try:
+        with self._fitting():
             self._check_data(state)
             load_weights(self._task.model, state["model"])
             self._task.load_state_dict(state.get("task", {}))
@@ -146,13 +147,24 @@ class Trainer:
             self.seconds = state["seconds"]
             self.last_metrics = state["last_metrics"]
             self.step = self._saved_step = state["step"]
-        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            reason = f"it has no {error}" if isinstance(error, KeyError) else error
-            raise TrainingError(f"--resume: {self._run.checkpoint} does not fit this run: {reason}") from None
         if self.total_steps < self.step:
             raise TrainingError(
                 f"--resume: the run is already at step {self.step}, past the {self.total_steps} asked for"
             )
+
+    def take_weights(self, state: dict[str, Any]) -> None:
+        """Give the model the weights of a checkpoint and nothing else. TrainingError where they do not fit this run."""
+        with self._fitting():
+            load_weights(self._task.model, state["model"])
+
+    @contextmanager
+    def _fitting(self) -> Iterator[None]:
+        """An error in the block means that the checkpoint does not fit this run: TrainingError."""
+        try:
+            yield
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise TrainingError(f"--resume: {self._run.checkpoint} does not fit this run: {reason}") from None
 
     def _check_data(self, state: dict[str, Any]) -> None:
         """TrainingError where the examples are others than those that the run was trained on so far."""
@@ -424,7 +436,7 @@ class Trainer:
             "task": self._task.state_dict(),
             "carried": self._carried(),
             **learned,
-            "streams": self._streams.state_dict(),
+            "streams": self._streams.state_dict(self._ranks.gather_on_main),
             "sampler": self._sampler.state_dict(),
             "data": self._data,
             "best_loss": self._best_loss,

@@ -29,14 +29,15 @@ def preset(
 
     recipe: one of the model's, if not its first.
     side: of the images in pixels, where it is known; the defaults of the user's own images depend on it.
-    device: the one it is going to run on, if not the accelerator of this machine; it decides the precision.
+    device: the one it is going to run on, if not the accelerator of this machine; it also decides the precision.
     KeyError for a model, a data set or a recipe that does not exist; the config's own error for data of another medium.
     """
     entry = preset_entry(model, dataset, recipe, side=side)
     # Images that have a size of their own keep it, unless they are smaller than what is to be cut out of them.
     kept = origin(dataset).own_size and (side is None or side >= entry.get("view", {}).get("crop", 0))
     data = {"dataset": dataset, **({} if kept else entry.get("data", {}))}
-    compute = {"device": default_device(), "precision": default_precision(device or default_device())}
+    device = device or default_device()
+    compute = {"device": device, "precision": default_precision(device)}
     return validate_config({"model": model, **entry, "data": data, "compute": compute})
 
 

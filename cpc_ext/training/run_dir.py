@@ -169,9 +169,13 @@ class RunDir:
             warn(f"{self.path} cannot be locked ({error}): see to it that no other process trains there")
         # Being allowed to create a file and having room for its content are two things.
         probe = self.path / ".probe"
-        with atomic_file(probe) as file:
-            file.write(b"\0" * 4096)
-        probe.unlink()
+        try:
+            with atomic_file(probe) as file:
+                file.write(b"\0" * 4096)
+            probe.unlink()
+        except OSError:
+            self._lock.release()
+            raise
 
 
 def _next_numbered(parent: Path, stem: str) -> Path:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cpc_ext.data import EpochSampler, ImageFetcher, ImageSet, WaveformSet
+from cpc_ext.data import BatchShare, EpochSampler, ImageFetcher, ImageSet, WaveformSet
 from cpc_ext.nn.typed import Module
 from cpc_ext.training.config import RunConfig
 from cpc_ext.training.distribution import Ranks
@@ -72,6 +72,7 @@ class Task(ABC):
         unit: what one of a batch is called in logs and messages, in the plural.
         observe_every: updates between calls of :meth:`observe`; None for none.
         observe_start: whether a run also begins with one, at step 0.
+        share: the part of a batch that this process has; the trainer sets it.
     """
 
     model: nn.Module
@@ -79,6 +80,7 @@ class Task(ABC):
     unit: str = "images"
     observe_every: int | None = None
     observe_start: bool = False
+    share: BatchShare = BatchShare()
 
     if TYPE_CHECKING:
 
@@ -93,6 +95,10 @@ class Task(ABC):
 
         "loss" among the scalars is minimised. Must not wait for the device.
         """
+
+    def contrasted(self, batch_size: int, gather_negatives: str) -> int:
+        """Number of examples that are contrasted with each other: the whole batch, or this process's part of it."""
+        return batch_size // (self.share.world_size if gather_negatives == "none" else 1)
 
     def parts(self) -> list[nn.Module]:
         """What learns by a loss of its own in a step, first to last; by default all of the model by :meth:`losses`.
@@ -159,7 +165,10 @@ class Task(ABC):
         """Go on from ``state``. KeyError, ValueError or RuntimeError where it does not fit."""
 
     def carried(self) -> dict[str, Tensor]:
-        """What a step leaves to the next, by name: [B, ...], a row for each of this process's part of a batch."""
+        """What a step leaves to the next and each process has of its own, by name; equally many rows in each process.
+
+        Rows that are of a batch's examples are in their order, so that another number of processes can go on with them.
+        """
         return {}
 
     def carry_on(self, carried: dict[str, Tensor]) -> None:  # noqa: B027 - nor to carry on

@@ -104,6 +104,7 @@ def test_wrong_arguments(timm_stand_in):
     fixed = LayerNormResNetEncoder(16, blocks=(1,), channels=(8,), expansions=(1,), stem_channels=8)
     with pytest.raises(ValueError, match=r"LayerNormResNetEncoder takes no whole images: .* patches of 16 pixels"):
         ImageBackbone(fixed)
+    assert all(module.training for module in fixed.modules())
 
 
 @pytest.fixture

@@ -272,6 +272,8 @@ def test_the_device_of_the_command_line_decides_the_precision(monkeypatch):
     for options, device, precision in (([], "cuda", "bf16"), (["--device", "cpu"], "cpu", "fp32")):
         compute = parse(options).run.compute
         assert (compute.device, compute.precision) == (device, precision)
+        compute = preset("cpc-v1", "textures", device=options[1] if options else None).compute
+        assert (compute.device, compute.precision) == (device, precision)
 
 
 def test_values_that_are_called_like_options_are_values():

@@ -19,6 +19,7 @@ from cpc_ext.programs import training as program
 from cpc_ext.programs.train_options import parse
 from cpc_ext.tasks.greedy_infomax.output_cache import OutputCache
 from cpc_ext.tasks.greedy_infomax.task import GreedyTask
+from cpc_ext.training import time_budget
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.data_record import fingerprint
 from cpc_ext.training.distribution import Ranks
@@ -27,6 +28,8 @@ from cpc_ext.training.loop import Trainer
 from cpc_ext.training.random_streams import RandomStreams
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.run_log import read_metrics
+from tests.training.conftest import SHORT, SMALL
+from tests.training.test_time_budget import WITHOUT_LENGTH
 
 PATIENCE_SECONDS = 90
 GREEDY = ("--model", "greedy-infomax", "--warmup-steps", "0", "--schedule", "constant")
@@ -81,8 +84,13 @@ def test_modules_do_not_depend_on_each_other(greedy, tmp_path, options):
 
 @pytest.mark.parametrize("options", [("--modules", "1"), ("--modules", "2"), ("--split-at", "1"), ("--norm", "layer")])
 @pytest.mark.parametrize("objective", ["infonce", "supervised"])
-def test_variants_learn(greedy, tmp_path, options, objective):
-    assert greedy("--out-dir", tmp_path, "--objective", objective, "--steps", "3", *options) == 0
+def test_variants_learn(greedy, train_with, tmp_path, options, objective):
+    options = ("--out-dir", tmp_path, "--objective", objective, "--steps", "3", *options)
+    if objective == "infonce":
+        assert greedy(*options) == 0
+    else:
+        view = ("--crop", "24", "--grid-size", "5")
+        assert train_with(*GREEDY[:2], *SMALL, *SHORT, *view, *options) == 0
     last = read_metrics(tmp_path / "metrics.jsonl")[-1]
     assert np.isfinite(last["loss"])
     assert ("mutual_information" in last) == (objective == "infonce")
@@ -163,6 +171,22 @@ def test_cached_outputs(greedy, tmp_path):
     file.write_bytes(content[:-1])
     assert greedy("--out-dir", tmp_path / "cut", *others) == 0
     assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_time_budget_is_measured_on_the_outputs_that_the_run_has(greedy, train_with, tmp_path, monkeypatch, resumed):
+    """The cache of a run is of its weights, also while its pace is measured, so that it is filled once for all."""
+    monkeypatch.setattr(time_budget, "_SHORTEST", 0.05)
+    assert greedy("--out-dir", tmp_path / "first", "--train-module", "0") == 0
+    cached = ("--train-module", "1", "--resume-from", tmp_path / "first", "--cache-outputs", tmp_path / "cache")
+    assert greedy("--out-dir", tmp_path / "second", *cached) == 0
+    written = (tmp_path / "cache" / "module-0.bin").stat().st_mtime_ns
+    budget = ("--time-budget", "0.02", "--no-evaluate")
+    if resumed:
+        assert train_with("--resume", "--out-dir", tmp_path / "second", *budget) == 0
+    else:
+        assert train_with(*GREEDY, *WITHOUT_LENGTH, "--out-dir", tmp_path / "third", *cached, *budget) == 0
+    assert (tmp_path / "cache" / "module-0.bin").stat().st_mtime_ns == written
 
 
 def test_cached_views(tmp_path):

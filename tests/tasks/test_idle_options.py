@@ -37,6 +37,17 @@ TIMM_NORM = "--norm would have no effect: --encoder timm:resnet18 has a normalis
         ),
         (("--time-budget", "1", "--checkpoint-every", "9"), "--time-budget chooses it"),
         (("--model", "greedy-infomax", "--context-layers", "2"), "only a single module has a context network"),
+        *(
+            (("--model", "greedy-infomax", "--objective", "supervised", *given), "--objective supervised predicts no")
+            for given in (
+                ("--pred-steps", "30"),
+                ("--pred-directions", "4"),
+                ("--skip", "2"),
+                ("--neg-samples", "7"),
+                ("--gather-negatives", "none"),
+                ("--context-layers", "2"),
+            )
+        ),
         (("--model", "greedy-infomax", "--pipeline", "--gather_negatives", "none"), "has the whole batch"),
     ],
 )
@@ -56,6 +67,8 @@ def test_options_without_effect_are_refused(capsys, options, message):
         ("--model", "pixelcnn"),
         ("--model", "greedy-infomax", "--modules", "1", "--context-layers", "2"),
         ("--model", "greedy-infomax", "--split-at", "1"),
+        # There is no prediction that the grid would be too small for.
+        ("--model", "greedy-infomax", "--objective", "supervised", "--crop", "24", "--grid-size", "2"),
         ("--dataset", "stl10", "--data-dir", "there", "--download"),
     ],
 )

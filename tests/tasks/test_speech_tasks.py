@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from cpc_ext.data import SpeechDataset, WaveformSet, label_count
+from cpc_ext.data import BatchShare, SpeechDataset, WaveformSet, label_count
 from cpc_ext.models import CPC, CausalTransformerContext, GreedyInfoMax, RecurrentContext
 from cpc_ext.nn import ChannelNorm
 from cpc_ext.programs.train_options import parse
@@ -238,6 +239,18 @@ def test_probe_every(model):
         task.prepare(Ranks(CPU), resumed=False)
         assert (task.observe_every, task.observe_start) == (updates, updates is not None)
         assert list(task.observe(0, None)) == ([] if updates is None else ["knn_accuracy", "effective_rank"])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_guessing_among_all_encodings(model):
+    """The encodings of the batch, or of this process's part of it; nothing is drawn for it, as of weights."""
+    task = task_of(model, sampling="all", gather_negatives="none")
+    state = torch.get_rng_state()
+    keys = math.exp(task.guess["loss"])
+    assert keys == pytest.approx(task.config.optimization.batch_size * task.window_frames)
+    task.share = BatchShare(0, 2)
+    assert math.exp(task.guess["loss"]) == pytest.approx(keys / 2)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -18,12 +18,13 @@ from torch import nn
 
 import cpc_ext
 from cpc_ext import figures, models
-from cpc_ext.data import ImageFetcher, ImageSet
+from cpc_ext.data import BatchShare, ImageFetcher, ImageSet
 from cpc_ext.data.spread import spread
 from cpc_ext.measures.effective_rank import effective_rank
 from cpc_ext.measures.pixel_histogram import static_histogram_bits_per_dim
 from cpc_ext.tasks import encoder_task as encoders
 from cpc_ext.tasks import pixel_task as pixelcnn
+from cpc_ext.tasks.patches import save_patch_figures
 from cpc_ext.tasks.pixel_task import build_pixel_model
 from cpc_ext.training.distribution import Ranks
 from cpc_ext.training.errors import TrainingError
@@ -473,6 +474,61 @@ def test_crops_fit_both_sides_of_an_image(height, width):
     with pytest.raises(ValueError, match=r", 23 pixels and --pad 1 around them$"):
         task_class("cpc-v1")(config_of("cpc-v1", crop=30, pad=1), dataset_of(images), CPU)
     assert task_class("cpc-v1")(config_of("cpc-v1", pad=1), dataset_of(images), CPU)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "keys"),
+    [
+        ("cpc-v1", {"neg_samples": "all"}, (3 * 5, 2 * 5)),
+        ("cpc-v2", {}, (25,)),
+        ("greedy-infomax", {"neg_samples": "all"}, (3 * 5, 2 * 5)),
+        ("simclr", {}, (2 - 1,)),
+        ("supcon", {}, (2 - 1,)),
+    ],
+)
+def test_guessing_among_the_keys_of_one_process(model, options, keys):
+    """Of a batch of four images on four processes, each of which contrasts its own."""
+    tasks = [task_of(model, gather_negatives=gather, **options) for gather in ("none", "gather")]
+    for task in tasks:
+        task.share = BatchShare(3, 4)
+    assert tasks[0].guess["loss"] == pytest.approx(sum(map(math.log, keys)) / len(keys))
+    assert tasks[1].guess == task_of(model, **options).guess
+
+
+def test_each_processs_queue_of_its_own_goes_on():
+    """A checkpoint has the model of the first process alone."""
+    queues = [task_of("moco", gather_negatives="none") for _ in range(2)]
+    for number, task in enumerate(queues):
+        task.model.objective.queue.push(torch.full((3 + number, 8), 1.0 + number), wrap=True)
+    kept = {name: torch.cat([task.carried()[name] for task in queues]) for name in queues[0].carried()}
+    resumed = task_of("moco", gather_negatives="none")
+    resumed.carry_on({name: BatchShare(1, 2).part(rows) for name, rows in kept.items()})
+    assert resumed.model.objective.queue.position == 4
+    assert torch.equal(resumed.model.objective.queue.keys, queues[1].model.objective.queue.keys)
+    assert task_of("moco").carried() == {}
+
+
+def test_patches_are_drawn_of_images_that_are_encoded_in_batches(tmp_path, monkeypatch):
+    task = task_of("cpc-v1")
+    images = torch.from_numpy(noise(100))
+    sizes, drawn = [], []
+
+    def encodings(some):
+        sizes.append(len(some))
+        return task.encodings(task.model, some)
+
+    monkeypatch.setattr("cpc_ext.figures.nearest_patches", lambda *given: drawn.append(given))
+    monkeypatch.setattr("cpc_ext.figures.save", lambda path, figure: None)
+    save_patch_figures(RunDir(tmp_path), task._view, lambda count: (images[:count], None), encodings, 0)
+    assert sum(sizes) == 100
+    assert max(sizes) <= 32
+    ((queries, nearest, similarity, _),) = drawn
+    plain = replace(task._view, gray=False, mean=None, std=None, patch_norm=False, dtype=torch.float32)
+    shown = plain.center(images).flatten(1, 2).numpy()
+    middle = shown[spread(len(queries), 100), shown.shape[1] // 2]
+    assert np.array_equal(queries, middle)
+    assert nearest.shape == (*similarity.shape, *queries.shape[1:])
+    assert all((shown == patch).all((2, 3, 4)).any() for patch in nearest[0])
 
 
 @pytest.mark.parametrize("model", MODELS)

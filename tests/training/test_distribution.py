@@ -18,7 +18,7 @@ from cpc_ext.programs import training as program
 from cpc_ext.programs.train_options import parse
 from cpc_ext.tasks.cpc_v1.task import CPCv1Task
 from cpc_ext.training.checkpoint import load_checkpoint
-from cpc_ext.training.distribution import Ranks, joined_ranks
+from cpc_ext.training.distribution import Ranks, joined_ranks, lost_contact
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.loop import Trainer
 from cpc_ext.training.run_dir import RunDir
@@ -155,3 +155,24 @@ def test_ring_needs_all_negatives(capsys):
     with pytest.raises(SystemExit):
         parse(["--gather-negatives", "ring", "--neg-samples", "16"])
     assert "--gather-negatives ring needs --neg-samples all" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("said", "lost"),
+    [
+        (
+            "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:40832",
+            True,
+        ),
+        ("Connection reset by peer", True),
+        ("NCCL communicator was aborted on rank 0", True),
+        ("The queue could not be restored: sizes of stored keys differ, timeouts aside", False),
+        ("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)", False),
+    ],
+)
+def test_errors_that_tell_of_another_process(monkeypatch, said, lost):
+    """Others are faults of this one, which are to be seen."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert lost_contact(RuntimeError(said)) == lost
+    assert lost_contact(torch.distributed.DistStoreError("wait timeout"))
+    assert not lost_contact(ValueError(said))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
 import signal
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from filelock import FileLock
 
 from cpc_ext.training import learner
 from cpc_ext.training.checkpoint import load_checkpoint
+from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.run_log import read_metrics
 from tests.training.conftest import TIMES, logged
 
@@ -143,6 +147,19 @@ def test_damaged_checkpoint(train, tmp_path, capsys):
     assert "best.pt may still be good" in error
     (tmp_path / "best.pt").replace(path)
     assert train("--out-dir", tmp_path, "--resume") == 0
+
+
+def test_a_folder_without_room_is_held_by_nobody(tmp_path, monkeypatch):
+    """Who calls `fit` may make room, and try again."""
+    run = RunDir.create(tmp_path / "run", model="cpc-v1", dataset="textures")
+    for name in ("config.yaml", "checkpoint.pt"):
+        (run.path / name).touch()
+    run.release()
+    with monkeypatch.context() as patch:
+        patch.setattr("cpc_ext.training.run_dir.atomic_file", Mock(side_effect=OSError(errno.ENOSPC, "no room")))
+        with pytest.raises((OSError, TrainingError), match="no room"):
+            RunDir.reopen(run.path)
+    RunDir.reopen(run.path).release()
 
 
 def test_two_processes_cannot_train_in_one_folder(train, tmp_path, capsys):

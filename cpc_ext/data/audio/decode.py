@@ -6,16 +6,19 @@ cannot be decoded is left out, with the reason.
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from cpc_ext.data.audio.dataset import LABEL_WINDOW, SAMPLE_RATE
+from cpc_ext.data.decoded_cache import require_lasting
 from cpc_ext.data.file_tree import FileKind, FileTree, read_tree
 from cpc_ext.data.libraries import optional
 from cpc_ext.data.threads import in_order
@@ -95,7 +98,9 @@ def read_recordings(root: Path, *, splits: bool = True) -> FileTree:
 def decode_files(files: Sequence[Path], out: BinaryIO) -> DecodedFiles:
     """Append every recording that can be decoded to ``out`` as int16 samples at 16 kHz."""
     done = DecodedFiles()
-    with closing(in_order(decode_or_reason, files, ahead=AHEAD, what=("recording", "recordings"))) as decoded:
+    with closing(
+        in_order(partial(decode_or_reason, kept=True), files, ahead=AHEAD, what=("recording", "recordings"))
+    ) as decoded:
         for index, found in enumerate(decoded):
             if isinstance(found, str):
                 done.reasons[index] = found
@@ -160,12 +165,26 @@ def _check(file: Any, read: int, beyond: int) -> None:
         raise ValueError(f"floating point with {beyond} samples beyond -1 to 1, which is the scale of sound")
 
 
-def decode_or_reason(path: Path) -> Recording | str:
+def decode_or_reason(path: Path, *, kept: bool = False) -> Recording | str:
+    """The recording, or why there is none; kept: for longer than the error may last, which then is a ValueError."""
     # A damaged file makes libsndfile raise errors of its own, which are RuntimeErrors.
     try:
         return decode_recording(path)
     except Exception as error:
+        if kept:
+            require_lasting(path, _of_system(path, error))
         return _reason(path, error)
+
+
+def _of_system(path: Path, error: Exception) -> Exception:
+    """What the system said where libsndfile says no more than that it was the system."""
+    if "system error" not in getattr(error, "error_string", "").lower():
+        return error
+    try:
+        path.open("rb").close()
+    except OSError as said:
+        return said
+    return OSError(errno.EAGAIN, "could not be opened, and can now")
 
 
 def _reason(path: Path, error: Exception) -> str:

@@ -31,13 +31,12 @@ class CPCConfig(PredictionConfig):
 
     cpc: CPCSection = Field(default_factory=CPCSection)
 
-    @property
-    def keys_by_step(self) -> list[int]:
-        """Among how many keys each step ahead is to find its target."""
+    def keys_by_step(self, images: int) -> list[int]:
+        """Among how many keys each step ahead is to find its target; images: that are contrasted with each other."""
         options, grid_size = self.cpc, self.view.grid_size
         if options.neg_samples != "all":
             return [options.neg_samples + 1]
-        row = grid_size * self.optimization.batch_size
+        row = grid_size * images
         return [row * (grid_size - options.skip - step) for step in range(1, options.pred_steps + 1)]
 
 

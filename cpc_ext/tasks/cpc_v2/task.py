@@ -76,7 +76,8 @@ class CPCv2Task(EncoderTask):
 
     @property
     def guess(self) -> dict[str, float]:
-        return guessing(self._config.view.grid_size**2 * self._config.optimization.batch_size)
+        images = self.contrasted(self._config.optimization.batch_size, self._config.cpc.gather_negatives)
+        return guessing(self._config.view.grid_size**2 * images)
 
     def _save_figures(self, run: RunDir) -> None:
         self._save_curves(run, loss="InfoNCE loss")

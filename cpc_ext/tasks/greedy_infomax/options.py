@@ -60,6 +60,10 @@ class GreedySection(ModulesSection):
         return self
 
 
+# Options of the prediction of patches and of what these are told from.
+_OF_PREDICTION = ("pred_steps", "pred_directions", "skip", "neg_samples", "gather_negatives")
+
+
 class GreedyConfig(cpc_v1.CPCConfig):
     """A run of Greedy InfoMax, or of the supervised encoders it is compared with."""
 
@@ -73,6 +77,10 @@ class GreedyConfig(cpc_v1.CPCConfig):
     @property
     def pipeline(self) -> bool:
         return self.greedy.pipeline
+
+    @property
+    def predicts(self) -> bool:
+        return self.greedy.objective != "supervised"
 
     @property
     def title(self) -> str:
@@ -92,6 +100,9 @@ class GreedyConfig(cpc_v1.CPCConfig):
             idle["context_layers"] = "only a single module has a context network"
         if greedy.pipeline:
             idle["gather_negatives"] = "each process of a --pipeline has the whole batch"
+        if not self.predicts:
+            nothing = "--objective supervised predicts no patches"
+            idle |= dict.fromkeys((*_OF_PREDICTION, "context_layers"), nothing)
         if self.optimization.resume_from is not None:
             idle["init"] = "--resume-from brings the weights"
         return idle

@@ -122,7 +122,8 @@ class GreedyTask(ModuleTask, EncoderTask):
     def guess(self) -> dict[str, float]:
         if self._config.greedy.objective == "supervised":
             return guessing(len(self._dataset.classes))
-        return guessing(*self._config.keys_by_step)
+        images = self.contrasted(self._config.optimization.batch_size, self._config.cpc.gather_negatives)
+        return guessing(*self._config.keys_by_step(images))
 
     def _save_figures(self, run: RunDir) -> None:
         learning = self._config.greedy.learning

@@ -22,7 +22,9 @@ class MoCoSection(TwoViewSection):
     @model_validator(mode="after")
     def _queue_has_keys_of_all(self) -> MoCoSection:
         if self.gather_negatives == "ring":
-            raise ValueError("--gather-negatives ring is not for moco: the queue of each process holds the keys of all")
+            raise ValueError(
+                "--gather-negatives ring is not for moco, whose queues hold the keys of all processes or of one"
+            )
         return self
 
 

@@ -49,6 +49,19 @@ class MoCoTask(TwoViewTask):
     def updated(self) -> None:
         self.model.follow()
 
+    def carried(self) -> dict[str, Tensor]:
+        """The queue of this process, where each has its own; a checkpoint's model has that of the first."""
+        if self._config.moco.gather_negatives != "none":
+            return {}
+        queue = self.model.objective.queue
+        return {"queue.keys": queue.keys, "queue.position": queue.position[None]}
+
+    def carry_on(self, carried: dict[str, Tensor]) -> None:
+        if carried:
+            queue = self.model.objective.queue
+            queue.keys.copy_(carried["queue.keys"])
+            queue.position.copy_(carried["queue.position"][0])
+
     @property
     def guess(self) -> dict[str, float]:
         return guessing(self._config.moco.queue_size + 1)

@@ -35,7 +35,8 @@ class SimCLRTask(TwoViewTask):
 
     @property
     def guess(self) -> dict[str, float]:
-        return guessing(2 * self._config.optimization.batch_size - 1)
+        images = self.contrasted(self._config.optimization.batch_size, self._config.encoder_section.gather_negatives)
+        return guessing(2 * images - 1)
 
 
 TASK = SimCLRTask

@@ -1,6 +1,9 @@
 """Files to int16 at 16 kHz: bit for bit where they are that, by the range of their type elsewhere, or a reason."""
 
+import errno
+import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -161,3 +164,41 @@ def test_a_missing_library_says_how_to_get_it(monkeypatch):
         monkeypatch.setattr(libraries, "import_module", missing)
         with pytest.raises(ImportError, match=r"soxr \(.*\): pip install 'cpc_ext\[audio\]'"):
             library("soxr")
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, None])
+def test_an_error_that_may_pass_is_not_kept(tmp_path, monkeypatch, number):
+    """libsndfile tells of none of the system's errors which it was; None: it has passed when one looks."""
+    path = tmp_path / "a.wav"
+    soundfile.write(path, NOISE, RATE)
+
+    class Failing:
+        def __init__(self, path):
+            raise soundfile.LibsndfileError(2, f"Error opening {path}: ")
+
+    def opened(path, *mode):
+        raise OSError(number, os.strerror(number))
+
+    with (tmp_path / "out").open("wb") as out, monkeypatch.context() as patch:
+        patch.setattr(soundfile, "SoundFile", Failing)
+        if number is not None:
+            patch.setattr(Path, "open", opened)
+        expected = os.strerror(number) if number is not None else "could not be opened, and can now"
+        with pytest.raises(ValueError, match=f"a.wav: {expected}; try again, or take the file away$"):
+            decode_files([path], out)
+
+
+def test_a_file_that_may_not_be_read_is_left_out(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "a.wav", NOISE, RATE)
+
+    class Failing:
+        def __init__(self, path):
+            raise soundfile.LibsndfileError(2, f"Error opening {path}: ")
+
+    def opened(path, *mode):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with (tmp_path / "out").open("wb") as out:
+        monkeypatch.setattr(soundfile, "SoundFile", Failing)
+        monkeypatch.setattr(Path, "open", opened)
+        assert list(decode_files([tmp_path / "a.wav"], out).reasons) == [0]

@@ -134,6 +134,17 @@ def test_samples_that_cannot_be_taken_are_left_out(tmp_path):
     check(data)
 
 
+def test_another_pillow_tries_samples_that_one_could_not_read(tmp_path, monkeypatch):
+    shard(tmp_path / "train.tar", files(range(18)) | {"sample0002.png": encoded(X[2])[:90]})
+    shard(tmp_path / "test.tar", files(range(18, 24)))
+    monkeypatch.setattr("PIL.__version__", "99.0")
+    with pytest.warns(UserWarning, match="left out 1 samples"):
+        load_dataset("webdataset", tmp_path)
+    monkeypatch.setattr("PIL.__version__", "99.1")
+    with pytest.warns(UserWarning, match=r"Pillow 99\.0 could not read all of them, this is 99\.1"):
+        load_dataset("webdataset", tmp_path)
+
+
 @pytest.mark.parametrize("fields", [{"cls": b"-1"}, {"json": b'{"label": -1}'}])
 def test_a_label_of_minus_one_is_none(tmp_path, fields):
     shard(tmp_path / "0.tar", files(range(23)) | files([23], lambda row: fields))

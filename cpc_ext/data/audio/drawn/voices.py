@@ -135,6 +135,10 @@ def _voice(rng: np.random.Generator, number: int) -> Voice:
     )
 
 
+# All consonants but those before vowels alone, and G: a word that ended in it would be another for every seed.
+_ENDINGS = [*NASALS, *FRICATIVES, *STOPS][:-1]
+
+
 def _word(rng: np.random.Generator) -> tuple[str, ...]:
     """One to three syllables: consonants that may precede a vowel, the vowel, at times a consonant."""
     word: list[str] = []
@@ -144,7 +148,7 @@ def _word(rng: np.random.Generator) -> tuple[str, ...]:
             word.append(str(rng.choice(["L", "R", "W"])))
         word.append(str(rng.choice(list(VOWELS))))
     if rng.random() < 0.5:
-        word.append(str(rng.choice([*NASALS, *FRICATIVES, *STOPS][:-1])))
+        word.append(str(rng.choice(_ENDINGS)))
     return tuple(word)
 
 

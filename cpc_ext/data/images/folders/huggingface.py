@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import PIL
+
 from cpc_ext.data.decoded_cache import require_lasting
 from cpc_ext.data.file_tree import TreeFile
 from cpc_ext.data.images.dataset import Dataset
@@ -63,7 +65,7 @@ def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
             test=partial(samples, parts.test) if parts.test else None,
             unlabeled=partial(samples, parts.unlabeled) if parts.unlabeled else None,
             classes=lambda: _columns(_schema(first), first).classes,
-            reader=("pyarrow", pyarrow.__version__),
+            reader=("Pillow", PIL.__version__),
             notes=[*source.notes, *parts.notes],
         ),
         image_size,
