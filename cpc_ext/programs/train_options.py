@@ -30,7 +30,7 @@ from cpc_ext.training.config import (
     options_of_other_models,
 )
 from cpc_ext.training.errors import TrainingError
-from cpc_ext.training.presets import default_dataset, preset
+from cpc_ext.training.presets import FEW_MINUTES, default_dataset, preset
 from cpc_ext.training.registry import MODELS, model_medium, model_recipes
 from cpc_ext.training.run_dir import RunDir
 
@@ -169,9 +169,9 @@ def defaults_of(
             fitting = ", ".join(name for name in DATASETS if medium(name) == model_medium(known))
             raise OptionError(f"--dataset {data} has no {model_medium(known)}; --model {known} takes {fitting}")
         chosen = recipe if recipe in model_recipes(known) else None
-        side = _side(data, data_dir, image_size, side)
+        side, minutes = _side(data, data_dir, image_size, side), _minutes(data, data_dir)
         try:
-            defaults = preset(known, data, recipe=chosen, device=device, side=side)
+            defaults = preset(known, data, recipe=chosen, device=device, side=side, minutes=minutes)
         except ValidationError as error:
             raise OptionError(explain(error)) from None
     _check_recipe(recipe, defaults)
@@ -196,6 +196,15 @@ def _side(dataset: str, data_dir: str | Path | None, image_size: str | int | Non
     from cpc_ext.data.images.typical_side import typical_side
 
     return typical_side(Path(data_dir))
+
+
+def _minutes(dataset: str, data_dir: str | Path | None) -> float | None:
+    """How long the user's own recordings are together, where that can be told."""
+    if medium(dataset) != "audio" or origin(dataset).folder != "folders" or data_dir is None:
+        return None
+    from cpc_ext.data.audio.total_minutes import total_minutes
+
+    return total_minutes(Path(data_dir), enough=FEW_MINUTES)
 
 
 def _check_recipe(recipe: str | None, defaults: RunConfig) -> None:

@@ -416,6 +416,25 @@ def test_the_size_of_the_images_in_a_folder_chooses_the_defaults(folder_of_image
     assert model_presets(model)["folder-small"]["optimization"].items() <= small.optimization.model_dump().items()
 
 
+@pytest.mark.parametrize("model", [model for model in MODELS if "audio-folder-small" in model_presets(model)])
+def test_the_length_of_the_recordings_in_a_folder_chooses_the_defaults(tmp_path, model):
+    """Two files in two folders, of a sample a second: together two hours, or a minute less."""
+    soundfile = pytest.importorskip("soundfile", reason="needs cpc_ext[audio]")
+    for minutes, key in ((119, "audio-folder-small"), (120, "audio-folder")):
+        for number, length in enumerate((60, minutes - 60)):
+            (tmp_path / f"{number}").mkdir(exist_ok=True)
+            soundfile.write(tmp_path / f"{number}" / "a.wav", np.zeros(60 * length, np.int16), 1)
+        (tmp_path / "0" / "broken.wav").write_bytes(b"no sound")
+        options = ["--model", model, "--dataset", "audio-folder", "--data-dir", str(tmp_path)]
+        run, expected = parse(options).run, model_presets(model)[key]
+        assert run.encoder.norm == expected.get("encoder", {}).get("norm", "none")
+        assert expected["optimization"].items() <= run.optimization.model_dump().items()
+    for nothing in (tmp_path / "nowhere", tmp_path / "2"):
+        nothing.with_name("2").mkdir(exist_ok=True)
+        options = ["--model", model, "--dataset", "audio-folder", "--data-dir", str(nothing)]
+        assert parse(options).run.encoder.norm == "none"
+
+
 def test_links_to_folders_tell_the_size_and_thumbnails_do_not(folder_of_images, tmp_path):
     """As whoever loads the images takes them; one of the links leads in a circle."""
     large = Path(folder_of_images(96))

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from cpc_ext.tasks.cpc_audio import options as cpc_audio
 from cpc_ext.tasks.module_options import ModulesSection, check_modules_before
 from cpc_ext.tasks.speech_options import SequencePredictionSection, SpeechConfig
 from cpc_ext.training.config import Preset, Presets
@@ -79,4 +80,5 @@ PRESETS: Presets = {
     },
     "librispeech": _PUBLISHED,
     "audio-folder": _PUBLISHED,
+    "audio-folder-small": {**cpc_audio.FEW, "prediction": {"subsample": 128}},
 }
