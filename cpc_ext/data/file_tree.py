@@ -18,7 +18,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from cpc_ext.data.notice import LeftOut, some
+from cpc_ext._messages import some
+from cpc_ext.data.notice import LeftOut
 
 Split = Literal["train", "validation", "test", "beside"]
 

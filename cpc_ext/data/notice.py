@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterable
 
-# Names that are given of a group; the rest is counted.
-_NAMED = 5
+from cpc_ext._messages import some
 
 
 class LeftOut:
@@ -36,12 +34,6 @@ class LeftOut:
         return [f"left out {len(self)} {self._what}:"] + [
             f"  {len(paths)}: {reason} ({some(paths)})" for reason, paths in self._groups.values()
         ]
-
-
-def some(names: Iterable[str]) -> str:
-    """The first names of a list and how many more there are, for a message."""
-    names = list(names)
-    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
 def tell(source: object, lines: list[str], *, found_by_all: bool = True) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from cpc_ext._messages import some
 from cpc_ext.data.file_tree import TreeFile
-from cpc_ext.data.notice import some
 
 HELD_OUT = 0.1
 

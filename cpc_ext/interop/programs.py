@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from cpc_ext._found import found_in
+from cpc_ext._messages import some
 from cpc_ext.interop.errors import CheckpointError
 from cpc_ext.interop.reading import Checkpoint, read_checkpoint
-from cpc_ext.interop.reference import Form, Program, Reference, Settings, listed
+from cpc_ext.interop.reference import Form, Program, Reference, Settings
 from cpc_ext.training.atomic_file import atomic_file, write_text
 from cpc_ext.training.checkpoint import write_tensors
 
@@ -169,7 +170,7 @@ def _looks_like(checkpoint: Checkpoint, source: str) -> str:
     names = [name for part in checkpoint.parts for name in part]
     known = {program.source: sum(map(program.knows, names)) for program in _PROGRAMS.values()}
     best = max(known, key=lambda name: known[name])
-    text = f"It holds {len(names)} tensors: {listed(names)}."
+    text = f"It holds {len(names)} tensors: {some(names)}."
     if known[best] == 0:
         return f"{text} None of {', '.join(SOURCES)} has such names."
     if best != source and known[best] > known[source]:

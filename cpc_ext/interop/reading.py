@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cpc_ext._messages import some
 from cpc_ext.interop.errors import CheckpointError
 
 __all__ = ["Checkpoint", "read_checkpoint"]
@@ -91,7 +92,7 @@ class Checkpoint:
         for part in self.parts:
             common = state.keys() & part.keys()
             if common:
-                raise CheckpointError(f"{self.origin}: more than one of the files has {_some(sorted(common))}")
+                raise CheckpointError(f"{self.origin}: more than one of the files has {some(sorted(common))}")
             state |= part
         return state
 
@@ -220,7 +221,7 @@ def _unwrapped(content: Any, name: str) -> tuple[dict[str, Tensor], dict[str, An
         raise CheckpointError(f"{name} holds a {type(content).__name__}, expected a dictionary of tensors")
     state = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if not state:
-        keys = _some([str(key) for key in content]) if content else "nothing"
+        keys = some(map(str, content)) if content else "nothing"
         raise CheckpointError(f"{name} holds no tensors by name; it holds {keys}")
     if any(key.startswith(_PROBLEM_PREFIX) for key in state):
         state = {
@@ -238,11 +239,6 @@ def _plain(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
             raise CheckpointError(f"{name} has {short} twice, also as {key}")
         plain[short] = value
     return plain
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 
 def _first_line(error: Exception) -> str:

@@ -15,11 +15,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from cpc_ext._messages import some
 from cpc_ext.interop.errors import CheckpointError
 from cpc_ext.interop.reading import Checkpoint
 from cpc_ext.nn.typed import Module
 
-__all__ = ["Encodings", "Form", "Program", "Reference", "Settings", "grid_view", "listed", "put_weights"]
+__all__ = ["Encodings", "Form", "Program", "Reference", "Settings", "grid_view", "put_weights"]
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class Program(ABC):
         total = sum(map(len, checkpoint.parts))
         return CheckpointError(
             f"{checkpoint.origin} is not a checkpoint of {self.source}: {len(names)} of its names do not fit "
-            f"({listed(names)}), of {total} in all"
+            f"({some(names)}), of {total} in all"
         )
 
 
@@ -172,12 +173,6 @@ class Encodings(Module):
 
     def forward(self, encodings: Tensor) -> Tensor:
         return encodings
-
-
-def listed(names: Sequence[str], most: int = 6) -> str:
-    """The first few names, and how many there are besides."""
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def grid_view(settings: Settings, patch: int, stride: int, grid: int) -> dict[str, int]:

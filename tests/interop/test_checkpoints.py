@@ -374,6 +374,10 @@ def test_other_programs_and_other_names(cpc, timm):
         CheckpointError, match=r"2 of its names do not fit \(a.weight, a.bias\).*\n.*None of cpc-audio, cpcv2-py"
     ):
         load_reference({f"a.{part}": torch.ones(2) for part in ("weight", "bias")}, "cpcv2-pytorch")
+    with pytest.raises(
+        CheckpointError, match=r"\(a0, a1, a2, a3, a4 and 1 more\), of 6 in all\nIt holds 6 .* and 1 more\."
+    ):
+        load_reference({f"a{index}": torch.ones(2) for index in range(6)}, "cpcv2-pytorch")
     with pytest.raises(CheckpointError, match=r"1 of its names do not fit \(momentum_queue\)"):
         load_reference(state | {"momentum_queue": torch.ones(3)}, "cpcv2-pytorch")
     with pytest.raises(CheckpointError, match="holds no tensors by name; it holds epoch"):

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from cpc_ext._messages import some
 from cpc_ext.data.audio.dataset import WaveformSet, label_count
 from cpc_ext.data.audio.decode import decode_files, library, reader
 from cpc_ext.data.decoded_cache import DecodedCache
 from cpc_ext.data.file_tree import TreeFile
-from cpc_ext.data.notice import LeftOut, some
+from cpc_ext.data.notice import LeftOut
 
 # Part of a cache's key: raise it when what decoding writes changes.
 FORMAT = 2

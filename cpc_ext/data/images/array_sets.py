@@ -13,13 +13,14 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from cpc_ext._messages import some
 from cpc_ext.data.images.dataset import Dataset
 from cpc_ext.data.images.decode import KEPT_SIZE
 from cpc_ext.data.images.labels import Label, class_indices, plain_label
 from cpc_ext.data.images.pixels import channel_axis
 from cpc_ext.data.images.samples import Sample, Source, dataset_of, load_source
 from cpc_ext.data.images.source_files import Part, Parts, SourceFiles, in_words, parts_of, split_in
-from cpc_ext.data.notice import some, tell
+from cpc_ext.data.notice import tell
 from cpc_ext.data.splits import held_out
 
 __all__ = ["arrays_dataset", "codes_dataset", "named_arrays"]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from cpc_ext.data.notice import some
+from cpc_ext._messages import some
 
 __all__ = ["NO_LABEL", "Classes", "Label", "class_indices", "plain_label"]
 

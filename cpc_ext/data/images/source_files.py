@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
+from cpc_ext._messages import some
 from cpc_ext.data.file_tree import FileKind, TreeFile, read_tree, split_of
-from cpc_ext.data.notice import some
 
 __all__ = [
     "HDF5_SUFFIXES",

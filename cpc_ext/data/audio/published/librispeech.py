@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
+from cpc_ext._messages import some
 from cpc_ext.data.audio.dataset import SpeechDataset
 from cpc_ext.data.audio.decode import read_recordings
 from cpc_ext.data.audio.decoded import decoded_recordings, fitting_labels
 from cpc_ext.data.cache import cache_dir
 from cpc_ext.data.download import Archive, require_folder
 from cpc_ext.data.file_tree import FileTree, TreeFile
-from cpc_ext.data.notice import some, tell
+from cpc_ext.data.notice import tell
 from cpc_ext.data.splits import hold_out
 
 SUBSET = "train-clean-100"

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from cpc_ext._messages import some
 from cpc_ext.data.file_tree import FileTree
 from cpc_ext.data.images.dataset import Dataset, ImageSet
 from cpc_ext.data.images.decode_cache import decoded_images
 from cpc_ext.data.images.image_tree import read_images
-from cpc_ext.data.notice import some, tell
+from cpc_ext.data.notice import tell
 from cpc_ext.data.splits import class_names, hold_out
 
 
