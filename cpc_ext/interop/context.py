@@ -12,7 +12,7 @@ from cpc_ext.interop.errors import CheckpointError
 from cpc_ext.interop.names import NameMap
 from cpc_ext.models import GatedPixelCNNContext
 
-__all__ = ["CONTEXT_NAMES", "context_from_ours", "context_size", "context_to_ours", "is_unused_in_context"]
+__all__ = ["CONTEXT_NAMES", "context_from_ours", "context_size", "context_to_ours"]
 
 CONTEXT_NAMES = NameMap(
     [
@@ -32,12 +32,6 @@ def context_size(state: Mapping[str, Tensor]) -> tuple[int, int]:
     return first.shape[1], max(layers) + 1
 
 
-def is_unused_in_context(name: str, layers: int) -> bool:
-    """Whether a tensor there feeds nothing: masks, which ours knows, and the last layer's vertical residual."""
-    residual = f"stack.layers.{layers - 1}.residual_vertical."
-    return _MASK.fullmatch(name) is not None or (layers > 1 and name in (residual + "weight", residual + "bias"))
-
-
 def context_to_ours(state: Mapping[str, Tensor], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights by our names, and the tensors that feed nothing by theirs.
 
@@ -47,7 +41,7 @@ def context_to_ours(state: Mapping[str, Tensor], prefix: str = "") -> tuple[dict
     _, layers = context_size(state)
     ours, unused = {}, {}
     for name, value in state.items():
-        if is_unused_in_context(name, layers):
+        if _is_unused(name, layers):
             if name.endswith(".mask") and not (
                 value.ndim == 4 and torch.equal(value.bool(), _mask(value.shape).bool())
             ):
@@ -76,6 +70,12 @@ def context_from_ours(context: GatedPixelCNNContext, *, complete: bool) -> dict[
             state[residual + "weight"] = weight.new_zeros(len(weight), weight.shape[1], 1, 1)
             state[residual + "bias"] = weight.new_zeros(len(weight))
     return state
+
+
+def _is_unused(name: str, layers: int) -> bool:
+    """Whether a tensor there feeds nothing: masks, which ours knows, and the last layer's vertical residual."""
+    residual = f"stack.layers.{layers - 1}.residual_vertical."
+    return _MASK.fullmatch(name) is not None or (layers > 1 and name in (residual + "weight", residual + "bias"))
 
 
 def _mask(shape: torch.Size) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,9 @@ def read_reference(
     idle = [name for name, value in settings.items() if value is not None and name not in program.settings]
     if Settings.__dataclass_fields__.keys() >= settings.keys() and idle:
         raise ValueError(f"{', '.join(idle)}: checkpoints of {source} have no use for it")
-    chosen = Settings.of(settings, {**program.noted_in_name(checkpoint), **checkpoint.options})
+    # These are looked for once, for the settings and for the program, as some programs leave them in a file beside.
+    checkpoint = replace(checkpoint, options={**program.noted_in_name(checkpoint), **checkpoint.options})
+    chosen = Settings.of(settings, checkpoint.options)
     try:
         reference = program.load(checkpoint, chosen)
     except CheckpointError as error:

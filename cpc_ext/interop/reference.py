@@ -139,7 +139,10 @@ class Program(ABC):
 
     @abstractmethod
     def load(self, checkpoint: Checkpoint, settings: Settings) -> Reference:
-        """The checkpoint as a model. CheckpointError where it is none of this program's."""
+        """The checkpoint as a model. CheckpointError where it is none of this program's.
+
+        checkpoint: with what :meth:`noted_in_name` gives among its options.
+        """
 
     @abstractmethod
     def export(self, model: nn.Module, form: Form | None) -> dict[str, Tensor]:

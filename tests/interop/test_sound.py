@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,16 @@ def test_options_of_cpc_audio_from_beside_the_file(tmp_path):
     (tmp_path / "checkpoint_args.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"cannot read .*checkpoint_args.json"):
         load_reference(tmp_path, "cpc-audio")
+
+
+@pytest.mark.parametrize("name", ["cpc_audio_lstm_linear", "greedy_infomax_audio_cpc"])
+def test_options_are_looked_for_once(name, monkeypatch):
+    program = import_module(f"cpc_ext.interop.sources.{source_of(name).replace('-', '_')}").PROGRAM
+    found, look = [], program.noted_in_name
+    monkeypatch.setattr(program, "noted_in_name", lambda checkpoint: found.append(checkpoint.files) or look(checkpoint))
+    load_reference(FILES / name, program.source)
+    (files,) = found
+    assert [file.parent for file in files] == [FILES / name]
 
 
 def test_the_last_epoch_of_a_folder_counts(tmp_path):

@@ -83,7 +83,7 @@ class CPCAudioProgram(Program):
         unknown += [name for name in network if not name.startswith(("gEncoder.", "gAR."))]
         if unknown or not network:
             raise self.refuse(checkpoint, unknown)
-        noted = self.noted_in_name(checkpoint) | checkpoint.options
+        noted = checkpoint.options
         reverse = noted.get("cpc_mode") == "reverse"
         encoder, weights = _encoder(checkpoint, network)
         context, context_weights, unused = _context(checkpoint, network, encoder.out_channels, noted, reverse)

@@ -70,7 +70,7 @@ class GreedyInfoMaxAudioProgram(Program):
                 f"{checkpoint.origin}: predictors must have as many rows as encodings have channels, times the steps, "
                 f"which are {sorted(steps)}"
             )
-        noted = self.noted_in_name(checkpoint) | checkpoint.options
+        noted = checkpoint.options
         cell = any(name.startswith("fullmodel.") and name.endswith("gru.weight_ih") for name in state)
         configuration: dict[str, Any] = {
             "kind": self.source,
