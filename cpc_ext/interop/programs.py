@@ -68,8 +68,9 @@ def load_reference(
             - ``grid_size``: patches along a side. Default: the smallest that the steps fit, else 5 behind a stem for
               CIFAR and 7 behind others (cpcv2-pytorch); 7 (greedy-infomax, lightning-bolts).
             - ``image_size``: side in pixels of what is cut into patches: 30 behind a stem for CIFAR, 64 behind
-              STL-10's, 256 behind ImageNet's, or the next size below that the patches fill (cpcv2-pytorch); what the
-              grid needs (greedy-infomax, lightning-bolts). Of pixel-cnn-pp that of images, 32, or 28 of grey ones;
+              STL-10's, 256 behind ImageNet's, or the next size below that the patches fill, another one where a given
+              ``patch_size`` or ``stride`` needs it (cpcv2-pytorch); what the grid needs (greedy-infomax,
+              lightning-bolts). Of pixel-cnn-pp that of images, 32, or 28 of grey ones;
               so of siamese networks, 32 behind a first convolution of 3x3, else 224, or 96 (sthalles-simclr).
             - ``patch_size``, ``stride``: in pixels. Default: neighbours overlap by half; 16 (greedy-infomax), what the
               checkpoint notes or 8 (lightning-bolts). With them models take images, too; patches they always take.

@@ -116,6 +116,46 @@ def test_what_is_assumed_is_said(problem):
         load_reference(problem("cpcv2_pytorch.resnet_none").state, "cpcv2-pytorch", grid_size=7, image_size=64)
 
 
+@pytest.mark.parametrize(
+    ("given", "view"),
+    [
+        ({}, (64, 16, 8)),
+        # The largest size up to 64 that 7 patches a side fill: 20 + 6 * 7, 12 + 6 * 8, 16 + 6 * 8.
+        ({"patch_size": 20}, (62, 20, 7)),
+        ({"patch_size": 12}, (60, 12, 8)),
+        ({"patch_size": 16}, (64, 16, 8)),
+        # A given distance, between patches as large as without it: 16 + 6 * 4, 16 + 6 * 16.
+        ({"stride": 4}, (40, 16, 4)),
+        ({"stride": 16}, (112, 16, 16)),
+        ({"patch_size": 20, "stride": 5}, (50, 20, 5)),
+        # 20 + 4 * 11 is all of the 64, which half-overlapping patches, 20 + 4 * 10, do not fill.
+        ({"grid_size": 5, "patch_size": 20}, (64, 20, 11)),
+        ({"grid_size": 5}, (60, 20, 10)),
+        # Patches that do not fit 64 overlap by half: 80 + 6 * 40.
+        ({"patch_size": 80}, (320, 80, 40)),
+    ],
+)
+def test_patches_of_cpcv2_pytorch_decide_the_size_of_images(problem, given, view):
+    state = problem("cpcv2_pytorch.resnet_none").state
+    reference = read_reference(state, "cpcv2-pytorch", **given)
+    found = reference.configuration
+    assert (found["image_size"], found["patch_size"], found["stride"]) == view
+    grid = found["grid_size"]
+    assert grid == given.get("grid_size", 7)
+    assert f"image_size {view[0]}" in reference.assumed
+    encodings = reference.model(torch.zeros(1, found["encoder"]["arguments"]["in_channels"], view[0], view[0]).double())
+    assert encodings.shape[2:] == (grid, grid)
+
+
+def test_a_size_that_is_given_has_to_be_filled(problem):
+    state = problem("cpcv2_pytorch.resnet_none").state
+    for given in ({"patch_size": 20}, {"stride": 4}):
+        with pytest.raises(ValueError, match=r"image_size 64 is not filled by 7 patches a side of (20|16) pixels"):
+            load_reference(state, "cpcv2-pytorch", image_size=64, **given)
+    found = read_reference(state, "cpcv2-pytorch", image_size=62, patch_size=20)
+    assert (found.configuration["stride"], found.assumed) == (7, ("grid_size 7",))
+
+
 def test_settings_that_decide_nothing_are_refused(problem):
     greedy = export_reference(GreedyInfoMax(small_resnet(), 3, pred_steps=1), "greedy-infomax")
     with pytest.raises(ValueError, match="image_size 60 is not filled by 7 patches a side of 16 pixels"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from cpc_ext.interop.errors import CheckpointError
 from cpc_ext.interop.matrices import matrices_from_ours, matrices_to_ours
 from cpc_ext.interop.names import NameMap, under, with_prefix
 from cpc_ext.interop.reading import Checkpoint
-from cpc_ext.interop.reference import Form, Program, Reference, Settings, put_weights
+from cpc_ext.interop.reference import Form, Program, Reference, Settings, grid_view, put_weights
 from cpc_ext.interop.resnets import norm_of, resnet_arguments, wide_resnet_arguments
 from cpc_ext.models import CPC, GatedPixelCNNContext, MobileNetV2Encoder, PatchEncoder, ResNetV2Encoder
 from cpc_ext.models.encoders.wide_resnet import WideResNetEncoder
@@ -354,22 +355,21 @@ def _view(stem: str, settings: Settings, least: int | None) -> tuple[dict[str, i
         assumed.append(f"grid_size {grid}" + (", the smallest that its steps fit" if least else ""))
     if settings.image_size is not None:
         crop = settings.image_size
-    else:
+    elif settings.patch_size is None:
         # The nearest below that half-overlapping patches fill.
         crop = crop - crop % (grid + 1) or grid + 1
-        assumed.append(f"image_size {crop}")
     if settings.patch_size is None and crop % (grid + 1):
         raise ValueError(
             f"image_size {crop} does not divide into half-overlapping patches on a {grid} x {grid} grid: use a "
             f"multiple of {grid + 1}, or give patch_size"
         )
     patch = settings.patch_size or 2 * crop // (grid + 1)
-    stride = settings.stride or max(1, (crop - patch) // (grid - 1))
-    if patch + stride * (grid - 1) != crop:
-        raise ValueError(
-            f"image_size {crop} is not filled by {grid} patches a side of {patch} pixels with a stride of {stride}"
-        )
-    return {"image_size": crop, "grid_size": grid, "patch_size": patch, "stride": stride}, tuple(assumed)
+    # Patches too large for the program's crop overlap by half, in a larger one.
+    stride = settings.stride or max(0, (crop - patch) // (grid - 1)) or max(1, patch // 2)
+    view = grid_view(replace(settings, grid_size=grid), patch, stride, grid)
+    if settings.image_size is None:
+        assumed.append(f"image_size {view['image_size']}")
+    return view, tuple(assumed)
 
 
 def _misnamed(checkpoint: Checkpoint, holds: str) -> CheckpointError:
