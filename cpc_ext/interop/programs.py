@@ -124,7 +124,9 @@ def read_reference(
 def export_reference(model: nn.Module, source: str, *, form: Form | None = None) -> dict[str, Tensor]:
     """A model's weights by another program's names: what its ``load_state_dict`` takes.
 
-    Of Greedy InfoMax that is the state dict of its whole model, unless the form says otherwise.
+    Of Greedy InfoMax that is the state dict of its whole model, unless the form says otherwise. Where a program scores
+    predictions by another factor than the model does (``scale``, ``score``), its prediction matrices are so much larger
+    or smaller that scores stay the same.
 
     Args:
         model: as :func:`load_reference` returns them.

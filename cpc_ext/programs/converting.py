@@ -165,6 +165,7 @@ def _patch_model_options(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     if found["kind"] == "cpc-v2":
         # Its one context network is that of the only direction.
         cpc |= {"variant": "lightning-bolts", "shared_context": True, "pred_directions": 1}
+        cpc["prediction_scale"] = found["scale"]
         cpc["pred_steps"] = grid - 1 - skip
     else:
         cpc.setdefault("pred_steps", max(1, grid - 1 - skip))

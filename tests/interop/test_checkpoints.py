@@ -64,7 +64,14 @@ def cpc():
 def sound(context, norm="channel", **objective):
     """CPC on sound as CPC_audio has it, of contexts of 8 channels."""
     encoder = WaveformEncoder(8, norm=norm, padding="cpc-audio")
-    given = {"sampling": "shifted", "common_positions": True, "pred_steps": 2, "window": 9, **objective}
+    given = {
+        "sampling": "shifted",
+        "common_positions": True,
+        "pred_steps": 2,
+        "window": 9,
+        "score": "mean",
+        **objective,
+    }
     return CPC(encoder, context, SequenceInfoNCE(8, context.out_channels, **given))
 
 

@@ -24,6 +24,8 @@ CHECKPOINTS = {
     "cpc_audio_lstm_linear": ({}, CPC, "cpc_audio_lstm_linear"),
     "cpc_audio_hub_form.pt": ({}, CPC, "cpc_audio_lstm_linear"),
 }
+# What CPC_audio contrasts with.
+SHIFTED = {"sampling": "shifted", "common_positions": True, "pred_steps": 2}
 
 
 def source_of(name):
@@ -221,7 +223,7 @@ def test_the_last_epoch_of_a_folder_counts(tmp_path):
 def test_options_that_cpc_audio_builds_models_from(tmp_path):
     encoder = WaveformEncoder(8, norm="instance", padding="cpc-audio")
     context = CausalTransformerContext(8, 9, layers=2, hidden=5, reverse=True)
-    objective = {"sampling": "shifted", "common_positions": True, "pred_steps": 2, "neg_samples": 7, "reverse": True}
+    objective = {**SHIFTED, "score": "mean", "neg_samples": 7, "reverse": True}
     model = CPC(encoder, context, SequenceInfoNCE(8, predictor="lstm", dropout=0.5, **objective))
     save_reference(model, "cpc-audio", tmp_path / "checkpoint_0.pt")
     assert json.loads((tmp_path / "checkpoint_args.json").read_text()) == {
@@ -247,7 +249,7 @@ def test_options_that_cpc_audio_builds_models_from(tmp_path):
     torch.testing.assert_close(found.contextualize(encodings), model.contextualize(encodings))
     predicts = CPC(
         encoder,
-        RecurrentContext(8, 8, kind="rnn", layers=2, keep_state=True),
+        RecurrentContext(8, 8, kind="rnn", layers=2, keep_state=True, reverse=True),
         SequenceInfoNCE(8, predictor="transformer", window=11, **objective),
     )
     save_reference(predicts, "cpc-audio", tmp_path / "checkpoint_1.pt")
@@ -265,8 +267,7 @@ def test_options_that_cpc_audio_builds_models_from(tmp_path):
 
 def cpc_audio_state(**objective):
     encoder, context = WaveformEncoder(8, norm="channel", padding="cpc-audio"), CausalTransformerContext(8, 6)
-    given = {"sampling": "shifted", "common_positions": True, "pred_steps": 2, **objective}
-    return export_reference(CPC(encoder, context, SequenceInfoNCE(8, **given)), "cpc-audio")
+    return export_reference(CPC(encoder, context, SequenceInfoNCE(8, **{**SHIFTED, **objective})), "cpc-audio")
 
 
 def test_what_is_not_the_programs_is_refused():
@@ -294,6 +295,75 @@ def test_what_is_not_the_programs_is_refused():
         load_reference(state, "greedy-infomax-audio")
 
 
+def assert_same_losses(model, back):
+    """At the same negatives, of waveforms."""
+    waveforms = torch.rand(2, 1, 3200, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    outputs = []
+    for one in (model.eval(), back):
+        made = one(waveforms, generator=torch.Generator().manual_seed(1))
+        outputs.append([output.step_losses for output in made] if isinstance(made, list) else [made.step_losses])
+    for mine, theirs in zip(*outputs, strict=True):
+        # Losses that are all alike, as those of guessing, would hide a factor.
+        assert mine.std() > 1e-8
+        torch.testing.assert_close(theirs, mine, rtol=1e-12, atol=0)
+
+
+def louder(model):
+    """The model in float64, with predictions that are not near 0."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "objective" in name:
+                parameter *= 30
+    return model.double()
+
+
+@pytest.mark.parametrize("score", ["dot", "mean"])
+def test_scores_are_the_same_in_cpc_audio(score):
+    encoder = WaveformEncoder(12, norm="channel", padding="cpc-audio")
+    objective = SequenceInfoNCE(12, 5, score=score, neg_samples=6, **SHIFTED)
+    model = louder(CPC(encoder, RecurrentContext(12, 5), objective))
+    state = export_reference(model, "cpc-audio")
+    # The program divides scores by the 12 channels.
+    for step in range(2):
+        expected = objective.weight[step] * (12 if score == "dot" else 1)
+        assert torch.equal(state[f"cpcCriterion.wPrediction.predictors.{step}.weight"], expected)
+    back = load_reference(state, "cpc-audio", neg_samples=6)
+    assert back.objective.score == "mean"
+    assert_same_losses(model, back)
+
+
+@pytest.mark.parametrize("predictor", ["transformer", "ffd", "conv4", "lstm"])
+def test_scores_that_no_matrix_makes_up_for_are_refused(predictor):
+    encoder, context = WaveformEncoder(8, padding="cpc-audio"), RecurrentContext(8, 8)
+    summed = CPC(encoder, context, SequenceInfoNCE(8, predictor=predictor, **SHIFTED))
+    with pytest.raises(CheckpointError, match=rf'divides scores by the channels, here 8, .*"{predictor}", does not'):
+        export_reference(summed, "cpc-audio")
+    mean = louder(
+        CPC(encoder, context, SequenceInfoNCE(8, predictor=predictor, score="mean", neg_samples=6, **SHIFTED))
+    )
+    assert_same_losses(mean, load_reference(export_reference(mean, "cpc-audio"), "cpc-audio", neg_samples=6))
+
+
+@pytest.mark.parametrize("score", ["dot", "mean"])
+def test_scores_are_the_same_in_greedy_infomax(score):
+    widths = (4, 5, 6, 7, 8)
+    settings = {"pred_steps": 2, "neg_samples": 6, "score": score}
+    encoder, told = WaveformEncoder(widths), {"neg_samples": 6, "normalization": "none"}
+    modules = louder(GreedyInfoMax(encoder, 5, context=RecurrentContext(8, 3), objective=SequenceInfoNCE, **settings))
+    state = export_reference(modules, "greedy-infomax-audio")
+    # The program sums products over the channels, as many as the module has.
+    for module, channels in enumerate(widths):
+        expected = modules.objectives[module].weight.flatten(0, 1) / (channels if score == "mean" else 1)
+        assert torch.equal(state[f"module.fullmodel.{module}.loss.predictor.weight"], expected)
+    back = load_reference(state, "greedy-infomax-audio", **told)
+    assert [objective.score for objective in back.objectives] == ["dot"] * 5
+    assert_same_losses(modules, back)
+    one = louder(CPC(WaveformEncoder(6), RecurrentContext(6, 3), SequenceInfoNCE(6, 3, **settings)))
+    assert_same_losses(
+        one, load_reference(export_reference(one, "greedy-infomax-audio"), "greedy-infomax-audio", **told)
+    )
+
+
 def test_models_that_the_programs_do_not_have():
     greedy, objective = WaveformEncoder(8), SequenceInfoNCE(8, pred_steps=2)
     for context, problem in (
@@ -308,11 +378,16 @@ def test_models_that_the_programs_do_not_have():
         export_reference(CPC(WaveformEncoder(8, norm="batch"), gru, objective), "greedy-infomax-audio")
     with pytest.raises(CheckpointError, match="by matrices"):
         export_reference(CPC(greedy, gru, SequenceInfoNCE(8, pred_steps=2, predictor="ffd")), "greedy-infomax-audio")
+    backwards = SequenceInfoNCE(8, pred_steps=2, reverse=True)
+    with pytest.raises(CheckpointError, match="predicts forwards"):
+        export_reference(CPC(greedy, gru, backwards), "greedy-infomax-audio")
     with pytest.raises(CheckpointError, match="of one width, with paddings"):
         export_reference(CPC(greedy, gru, objective), "cpc-audio")
     theirs = WaveformEncoder(8, padding="cpc-audio")
     with pytest.raises(CheckpointError, match="shifted frames"):
         export_reference(CPC(theirs, gru, objective), "cpc-audio")
+    with pytest.raises(CheckpointError, match="one direction of time"):
+        export_reference(CPC(theirs, gru, SequenceInfoNCE(8, reverse=True, **SHIFTED)), "cpc-audio")
     normalised = WaveformEncoder(8, padding="cpc-audio", normalization="greedy-infomax")
     with pytest.raises(CheckpointError, match="does not normalise"):
         export_reference(CPC(normalised, gru, objective), "cpc-audio")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from cpc_ext.interop import CheckpointError, export_reference, load_reference, read_reference
+from cpc_ext.interop.reference import Encodings
 from cpc_ext.models import (
     CPC,
     GreedyInfoMax,
@@ -272,6 +273,25 @@ def test_the_own_encoder_of_lightning_bolts(problem, bolts, patch):
     again = export_reference(model, "lightning-bolts", form=reference.form)
     assert again.keys() == state.keys()
     assert all(torch.equal(again[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 0.03])
+def test_scores_are_the_same_in_lightning_bolts(scale):
+    context = ResidualContext(4, 5, 1, padding="lightning-bolts")
+    objective = TargetInfoNCE(4, target_channels=3, reduction="lightning-bolts", scale=scale)
+    model = CPC(Encodings(4), context, objective).double().eval()
+    state = export_reference(model, "lightning-bolts")
+    # The program multiplies predictions by 0.1, whatever it loads.
+    for parameter in ("weight", "bias"):
+        mine = {name: value.get_parameter(parameter) for name, value in objective.named_children()}
+        torch.testing.assert_close(state[f"pred_cnn.{parameter}"] * 0.1, mine["prediction_projection"] * scale)
+        assert torch.equal(state[f"target_cnn.{parameter}"], mine["target_projection"])
+    back = load_reference(state, "lightning-bolts")
+    assert back.objective.scale == 0.1
+    encodings = torch.randn(2, 4, 6, 6, dtype=torch.float64) * 3
+    expected = model(encodings).step_losses
+    assert expected.std() > 1e-8
+    torch.testing.assert_close(back(encodings).step_losses, expected, rtol=1e-12, atol=0)
 
 
 def test_the_weights_tell_the_size_of_patches(bolts):

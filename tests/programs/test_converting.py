@@ -239,6 +239,21 @@ def test_lightning_bolts(train_fully, tiny_dataset, monkeypatch, tmp_path):
     assert np.isfinite(metrics[-1]["loss"])
 
 
+@pytest.mark.parametrize("dataset", ["textures", "stl10"])
+def test_a_run_of_lightning_bolts_has_its_scale(dataset, monkeypatch, tmp_path):
+    """The program multiplies predictions by 0.1, whatever a run on such images would do."""
+    monkeypatch.setitem(sys.modules, "timm", TIMM)
+    objective = TargetInfoNCE(4, target_channels=3, reduction="lightning-bolts")
+    model = CPC(TimmEncoder("resnet18"), ResidualContext(4, 6, 2, padding="lightning-bolts"), objective)
+    state = export_reference(model, "lightning-bolts")
+    torch.save(state, tmp_path / "bolts.ckpt")
+    source = (tmp_path / "bolts.ckpt", "--source", "lightning-bolts")
+    assert convert(*source, "--dataset", dataset, "--out", tmp_path / "run") == 0
+    assert load_config(tmp_path / "run" / "config.yaml").cpc.prediction_scale == 0.1
+    assert convert(tmp_path / "run", "--to", "lightning-bolts", "--out", tmp_path / "back.ckpt") == 0
+    assert_equal_states(torch.load(tmp_path / "back.ckpt", weights_only=True), state)
+
+
 def test_the_variant_of_lightning_bolts_predicts_all_steps(capsys):
     with pytest.raises(SystemExit):
         parse(["--model", "cpc-v2", "--device", "cpu", "--variant", "lightning-bolts"])

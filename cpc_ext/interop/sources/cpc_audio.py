@@ -127,6 +127,8 @@ class CPCAudioProgram(Program):
             return state | form.unused
         if not isinstance(objective, SequenceInfoNCE):
             raise CheckpointError(f"{self.source} predicts sequences")
+        if getattr(context, "reverse", objective.reverse) != objective.reverse:
+            raise CheckpointError(f"{self.source} has one direction of time for contexts and predictions")
         predictions = _predictions_from_ours(objective, complete=form is None)
         state = with_prefix(_MODEL, state) | with_prefix(_CRITERION + _PREDICTORS, predictions)
         return state | ({} if form is None else form.unused)
@@ -390,8 +392,15 @@ def _predictor_kind(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> str:
 def _predictions_from_ours(objective: SequenceInfoNCE, *, complete: bool) -> dict[str, Tensor]:
     if (objective.sampling, objective.common_positions, objective.exclude_positive) != ("shifted", True, False):
         raise CheckpointError(f"{PROGRAM.source} contrasts shifted frames, at the same positions in all steps")
+    # The program's scores are means over channels. Where ours are sums, the matrices are so much larger there.
+    factor = objective.encoding_channels if objective.score == "dot" else 1
     if objective.weight is not None:
-        return {f"{step}.weight": matrix.detach().clone() for step, matrix in enumerate(objective.weight)}
+        return {f"{step}.weight": matrix.detach() * factor for step, matrix in enumerate(objective.weight)}
+    if factor != 1:
+        raise CheckpointError(
+            f'{PROGRAM.source} divides scores by the channels, here {factor}, which only score="mean" does; matrices '
+            f'(predictor="linear") make up for it, this predictor, "{objective.predictor}", does not'
+        )
     state: dict[str, Tensor] = {}
     for step, predictor in enumerate(objective.predictors):
         own = predictor.state_dict()

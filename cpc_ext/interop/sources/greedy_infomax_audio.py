@@ -139,7 +139,11 @@ class GreedyInfoMaxAudioProgram(Program):
             objective = model.objective if isinstance(model, CPC) else model.objectives[module]
             if not isinstance(objective, SequenceInfoNCE) or objective.weight is None:
                 raise CheckpointError(f"{self.source} predicts sequences by matrices")
-            state[f"{prefix}loss.predictor.weight"] = objective.weight.flatten(0, 1)
+            if objective.reverse:
+                raise CheckpointError(f"{self.source} predicts forwards in time")
+            # The program's scores are sums over channels. Where ours are means, the matrices are so much smaller there.
+            channels = objective.encoding_channels if objective.score == "mean" else 1
+            state[f"{prefix}loss.predictor.weight"] = objective.weight.flatten(0, 1) / channels
         prefix = "" if form is not None and form.layout == "plain" else "module."
         return {prefix + name: value for name, value in state.items()}
 

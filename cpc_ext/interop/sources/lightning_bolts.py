@@ -48,6 +48,7 @@ _OWN = NameMap(
 )
 _UNUSED = re.compile(r"(encoder\.fc|non_linear_evaluator)\..+")
 _PATCH, _GRID = 8, 7
+# The program multiplies predictions by this one factor.
 _SCALE = 0.1
 
 
@@ -108,8 +109,13 @@ class LightningBolts(Program):
         )
         model = CPC(encoder, context, objective)
         put_weights(model, ours, self._their_name, checkpoint.origin)
-        kind = "cpc-v2" if whole else "part"
-        configuration = {"kind": kind, **configuration, "target_channels": len(target), "skip": settings.skip}
+        configuration = {
+            "kind": "cpc-v2" if whole else "part",
+            **configuration,
+            "target_channels": len(target),
+            "scale": _SCALE,
+            "skip": settings.skip,
+        }
         return Reference(self.source, model, configuration, assumed, Form(unused=unused))
 
     def _renamed(self, checkpoint: Checkpoint, state: Mapping[str, Tensor], names: NameMap) -> dict[str, Tensor]:
@@ -203,7 +209,9 @@ class LightningBolts(Program):
             )
         task = with_prefix("context_cnn.", self._export_context(model.context))
         for name, value in model.objective.state_dict().items():
-            task[str(_TASK.theirs(f"objective.{name}"))] = value
+            # What makes the predictions takes up how our factor differs from the program's: scores stay the same.
+            factor = model.objective.scale / _SCALE if name.startswith("prediction_projection.") else 1
+            task[str(_TASK.theirs(f"objective.{name}"))] = value * factor
         if isinstance(model.encoder, Encodings):
             return task | unused
         if isinstance(model.encoder, LayerNormResNetEncoder):
