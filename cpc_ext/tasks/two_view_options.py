@@ -107,7 +107,7 @@ class TwoViewConfig(EncoderConfig):
         return idle
 
 
-# Tutorial 17's settings of STL-10: AdamW and a cosine to a fiftieth.
+# The settings of STL-10 in the University of Amsterdam's tutorial 17: AdamW and a cosine to a fiftieth.
 _OPTIMIZATION = {
     "epochs": 500,
     "batch_size": 256,
@@ -141,7 +141,8 @@ SMALL_OPTIMIZATION = {
 def two_view_presets(section: str, optimization: Mapping[str, Any] | None = None, **options: Any) -> Presets:
     """Presets of a model whose section of options has this name.
 
-    optimization: what differs of the optimization of all but the textures. options: of the section, for all data sets.
+    optimization: what differs of the optimization, but for the textures and for folders of small images, whose runs are
+    of minutes. options: of the section, for all data sets.
     """
     rest = _OPTIMIZATION if optimization is None else {**_OPTIMIZATION, **optimization}
     large: Preset = {

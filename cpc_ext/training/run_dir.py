@@ -54,7 +54,8 @@ class RunDir:
 
         option_name: the option that asks for it, for messages.
 
-        Raises TrainingError where it cannot be written to or already holds a run, unless that was not :attr:`begun`.
+        Raises TrainingError where it cannot be written to, or holds a run that a new one would destroy, see
+        :attr:`begun`.
         """
         try:
             if path is None:

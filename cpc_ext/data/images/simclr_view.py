@@ -27,7 +27,9 @@ _WHOLE = BatchShare()
 
 @dataclass(frozen=True)
 class SimCLRView:
-    """What SimCLR does to an image (Chen et al. 2020, arXiv 2002.05709, appendix A; tutorial 17's numbers).
+    """What SimCLR does to an image (Chen et al. 2020, arXiv 2002.05709, appendix A).
+
+    Defaults are those of the University of Amsterdam's tutorial 17.
 
     In this order: a window of random area, aspect ratio and place, resized; mirrored in half of the cases; brightness,
     contrast, saturation and hue changed by random amounts of each image, in an order that is drawn for the batch;
@@ -43,6 +45,8 @@ class SimCLRView:
     flip: whether half of the views are mirrored.
     mean, std: one value a channel, with pixels in 0..1; None leaves them so.
     dtype, channels_last: of the views.
+
+    Raises ValueError for a blur_kernel that is neither 0 nor an odd number below 2 * size.
     """
 
     size: int
