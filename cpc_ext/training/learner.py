@@ -64,7 +64,9 @@ class Learner:
         learning_rate: float,
         guard: FiniteGuard,
     ) -> tuple[dict[str, Tensor], Handover]:
-        """Forward, backward, and an update of the parameters; nothing here waits for the device.
+        """Forward, backward, and an update of the parameters.
+
+        Nothing here waits for the device, but in fp16 for an optimizer that is not fused, see :func:`optimizer_of`.
 
         Returns the step's scalars, means over the processes that share the batch, and what the next part gets.
         """

@@ -272,7 +272,7 @@ class Trainer:
             yield from self._sampler
 
     def _update(self, batch: np.ndarray, fetch: Fetcher) -> None:
-        """One step; nothing here waits for the device."""
+        """One step; it waits for the device no more than a learner's update."""
         self.step += 1
         measured = self._parts.update(
             self.step,

@@ -16,7 +16,11 @@ __all__ = ["LARS", "optimizer_of"]
 def optimizer_of(
     parameters: Sequence[torch.nn.Parameter], options: OptimizationSection, device: torch.device
 ) -> torch.optim.Optimizer:
-    """The optimizer that the options ask for. Fused ones skip overflowed steps of fp16 without asking the host."""
+    """The optimizer that the options ask for.
+
+    Fused ones skip overflowed steps of fp16 on the device. LARS is not fused, nor is any on devices other than CPUs and
+    CUDA's: with these PyTorch's GradScaler reads on the host in every step of fp16 whether it overflowed, and so waits.
+    """
     fused = device.type in ("cpu", "cuda")
     if options.optimizer == "lars":
         return LARS(parameters, options.lr, momentum=options.momentum, weight_decay=options.weight_decay)

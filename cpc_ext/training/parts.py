@@ -49,7 +49,7 @@ class Parts:
         learning_rate: float,
         guard: FiniteGuard,
     ) -> dict[str, Tensor]:
-        """An update of every part on the batch of these indices; nothing here waits for the device.
+        """An update of every part on the batch of these indices; it waits for the device no more than a learner's.
 
         Returns the scalars of the parts that this process trains.
         """
