@@ -1,1 +1,1 @@
-"""Data sets of sound that is drawn from a seed, one a module: ``load(*, seed)``."""
+"""Data sets of sound that is drawn from a seed, one a module: ``load(*, seed, utterances)``."""

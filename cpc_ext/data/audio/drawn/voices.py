@@ -294,12 +294,12 @@ def make_voices(utterances: int, *, split: str = "train", seed: int = 0) -> Wave
 
 
 def load(*, seed: int = 0, utterances: int | None = None) -> SpeechDataset:
-    """The data set of voices: about ten minutes to train on, and three of the same speakers to test on.
+    """The data set of voices: about ten minutes to train on, and nearly four of the same speakers to test on.
 
     utterances: of each speaker for models to learn from, ten of which last about as many minutes; their first are those
         that probes learn from, in any case.
     """
-    splits = {split: make_voices(utterances, split=split, seed=seed) for split, utterances in SPLIT_SIZES.items()}
+    splits = {split: make_voices(count, split=split, seed=seed) for split, count in SPLIT_SIZES.items()}
     return SpeechDataset(
         name="voices",
         train=splits["train"],
