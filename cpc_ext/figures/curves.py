@@ -14,11 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from cpc_ext.figures.palette import BLUE, GRAY, GREEN, LINES
+
 __all__ = ["ProbeCurve", "curves", "curves_by_module", "likelihood_curves"]
 
-_BLUE, _GRAY, _GREEN = "#1f5fa8", "#8a8a8a", "#2e8b57"
-# By module.
-_COLORS = (_BLUE, _GREEN, "#c0392b", "#8e5ea2", "#d08a1d", "#4a4a4a")
 # A point of the smoothed curve looks back over this share of the run.
 _SMOOTHING = 0.05
 # Up to so many points each is marked: a line between two, or of one, might be invisible, and hide how few there are.
@@ -54,8 +53,8 @@ def curves(
     figure, panels = _panels(steps[-1], loss, accuracy, probe)
     for name, axes in panels.items():
         values = np.array([record[name] for record in metrics])
-        last = _draw(axes, steps, values, _BLUE, "", faint="logged", smooth="smoothed")
-        axes.axhline(guessing[name], color=_GRAY, linestyle="--", linewidth=1, label="guessing")
+        last = _draw(axes, steps, values, BLUE, "", faint="logged", smooth="smoothed")
+        axes.axhline(guessing[name], color=GRAY, linestyle="--", linewidth=1, label="guessing")
         axes.set_title(f"{name}: {last:.3f}" if name == "loss" else f"{name}: {last:.1%}")
     _finish(figure)
     return figure
@@ -82,8 +81,8 @@ def curves_by_module(
         for place, module in enumerate(modules):
             key = name if len(modules) == 1 else f"{name}_module_{module}"
             values = np.array([record[key] for record in metrics])
-            _draw(axes, steps, values, _COLORS[place % len(_COLORS)], f"module {module}")
-        axes.axhline(guessing[name], color=_GRAY, linestyle="--", linewidth=1, label="guessing")
+            _draw(axes, steps, values, LINES[place % len(LINES)], f"module {module}")
+        axes.axhline(guessing[name], color=GRAY, linestyle="--", linewidth=1, label="guessing")
     _finish(figure)
     return figure
 
@@ -98,8 +97,8 @@ def likelihood_curves(metrics: Sequence[dict[str, float]], static_histogram: flo
     axes = figure.subplots()
     told = []
     for name, label, color in (
-        ("bits_per_dim", "training", _BLUE),
-        ("heldout_bits_per_dim", "held-out (a part)", _GREEN),
+        ("bits_per_dim", "training", BLUE),
+        ("heldout_bits_per_dim", "held-out (a part)", GREEN),
     ):
         records = [record for record in metrics if name in record]
         if not records:
@@ -109,7 +108,7 @@ def likelihood_curves(metrics: Sequence[dict[str, float]], static_histogram: flo
         # What is looked at seldom is always of the same images, and has no noise to smooth.
         last = _draw(axes, steps, values, color, label, noisy=name == "bits_per_dim")
         told.append(f"{label} {last:.3f}")
-    axes.axhline(static_histogram, color=_GRAY, linestyle="--", linewidth=1, label="static histogram")
+    axes.axhline(static_histogram, color=GRAY, linestyle="--", linewidth=1, label="static histogram")
     axes.set_title(f"bits per dimension: {', '.join(told)}", fontsize=11)
     axes.set_ylabel("bits per dimension")
     _over_steps(axes, max(record["step"] for record in metrics))
@@ -124,9 +123,9 @@ def _panels(last_step: float, loss: str, accuracy: str, probe: ProbeCurve | None
     axes = figure.subplots(1, count)
     if probe is not None:
         last_step = max(last_step, *probe.steps)
-        _draw(axes[2], np.array(probe.steps), np.array(probe.accuracy), _GREEN, "nearest neighbours", noisy=False)
+        _draw(axes[2], np.array(probe.steps), np.array(probe.accuracy), GREEN, "nearest neighbours", noisy=False)
         if probe.chance is not None:
-            axes[2].axhline(probe.chance, color=_GRAY, linestyle=":", linewidth=1, label="commonest class")
+            axes[2].axhline(probe.chance, color=GRAY, linestyle=":", linewidth=1, label="commonest class")
         axes[2].set_ylabel("nearest neighbours' accuracy, held-out")
         axes[2].set_title(f"probe on the way: {probe.accuracy[-1]:.1%}")
     for each in axes:

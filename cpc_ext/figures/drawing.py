@@ -15,6 +15,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 from PIL import Image
 
+from cpc_ext.figures.palette import BLUE, GRAY, GREEN, RED
 from cpc_ext.training.atomic_file import atomic_file
 
 __all__ = [
@@ -28,7 +29,6 @@ __all__ = [
     "save_images",
 ]
 
-_BLUE, _GRAY, _GREEN, _RED = "#1f5fa8", "#8a8a8a", "#2e8b57", "#c0392b"
 _PURPLE, _ORANGE = "#7d3c98", "#d68910"
 # Ways of learning from labels in panels: a title, that of a trained encoder, and what it is to be better than.
 _MODES = (
@@ -37,7 +37,7 @@ _MODES = (
     ("fine-tuned", "finetune", "supervised"),
 )
 # Runs by number.
-_RUN_COLORS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _RED)
+_RUN_COLORS = (BLUE, _ORANGE, GREEN, _PURPLE, RED)
 # Classes up to which a confusion matrix has numbers in it.
 _NUMBERED_CLASSES = 20
 # Numbers of labels nearer to each other than this factor would be written over each other.
@@ -93,7 +93,7 @@ def label_efficiency(lines: Sequence[AccuracyLine], chance: float) -> Figure:
             axes.plot(line.labels, line.mean, color=color, linestyle=dash, marker="o", markersize=4, label=line.name)
             low, high = line.mean - line.std, line.mean + line.std
             axes.fill_between(line.labels, low, high, color=color, alpha=0.12, linewidth=0)
-        axes.axhline(chance, color=_GRAY, linestyle=":", linewidth=1)
+        axes.axhline(chance, color=GRAY, linestyle=":", linewidth=1)
         _label_axis(axes, lines)
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.25)
@@ -111,7 +111,7 @@ def label_efficiency(lines: Sequence[AccuracyLine], chance: float) -> Figure:
         xycoords=("axes fraction", "data"),
         textcoords="offset points",
         fontsize=7,
-        color=_GRAY,
+        color=GRAY,
     )
     figure.supxlabel("labels a class (logarithmic)\nmean and standard deviation over random subsets", fontsize=9)
     return figure
@@ -195,7 +195,7 @@ def model_inputs(images: np.ndarray, patches: np.ndarray, *, crop: int) -> Figur
         _show(upper, _as_image(images[number] / 255))
         height, width = images.shape[2:]
         corner = ((width - crop) // 2 - 0.5, (height - crop) // 2 - 0.5)
-        upper.add_patch(Rectangle(corner, crop, crop, fill=False, edgecolor=_RED, linewidth=2))
+        upper.add_patch(Rectangle(corner, crop, crop, fill=False, edgecolor=RED, linewidth=2))
         shown = ((patches[number] - low) / max(high - low, 1e-6)).clip(0, 1)
         _show(lower, _as_image(_tiled(shown)))
     grid[0][0].set_ylabel("image and crop")

@@ -10,12 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from cpc_ext.figures.palette import GRAY, LINES
+
 __all__ = ["accuracy_by_depth", "draw_depths"]
 
 # By run.
-_COLORS = ("#1f5fa8", "#2e8b57", "#c0392b", "#8e5ea2", "#d08a1d", "#4a4a4a")
 _MARKERS = "osD^vP"
-_GRAY = "#8a8a8a"
 
 
 def accuracy_by_depth(
@@ -46,7 +46,7 @@ def draw_depths(
         axes.plot(
             np.arange(1, len(values) + 1),
             values,
-            color=_COLORS[place % len(_COLORS)],
+            color=LINES[place % len(LINES)],
             marker=_MARKERS[place % len(_MARKERS)],
             linewidth=2,
             label=f"{name}: {values[-1]:.1%}",
@@ -54,13 +54,13 @@ def draw_depths(
     axes.plot(
         np.arange(1, len(untrained) + 1),
         untrained,
-        color=_GRAY,
+        color=GRAY,
         marker=".",
         linewidth=1.5,
         label=f"untrained: {untrained[-1]:.1%}",
     )
     for (name, level), style in zip(levels.items(), itertools.cycle(("--", ":", "-."))):
-        axes.axhline(level, color=_GRAY, linestyle=style, linewidth=1, label=f"{name}: {level:.1%}")
+        axes.axhline(level, color=GRAY, linestyle=style, linewidth=1, label=f"{name}: {level:.1%}")
     axes.set_xlabel("modules of the encoder below the probe")
     axes.set_ylabel("linear probe, test accuracy")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

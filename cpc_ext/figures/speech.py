@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
 from cpc_ext.figures.modules import draw_depths
+from cpc_ext.figures.palette import BLUE
 
 __all__ = ["DepthPanel", "speech_by_depth", "spoken_frames"]
 
-_BLUE = "#1f5fa8"
 # Inches of a second of speech, at which the names of its phones do not lie on one another.
 _INCHES_A_SECOND = 6.0
 # Bands of the spectrum quieter than this part of the frames are black.
@@ -92,7 +92,7 @@ def spoken_frames(
     colored.imshow(_colors(frames)[None], aspect="auto", extent=(first, last, 0, 1), interpolation="nearest")
     colored.set_yticks([])
     colored.set_ylabel("frames", rotation=0, ha="right", va="center")
-    line.plot(frame_centers[1:], _turns(frames), color=_BLUE, linewidth=1.2)
+    line.plot(frame_centers[1:], _turns(frames), color=BLUE, linewidth=1.2)
     line.set_ylabel("angle to the\nframe before (°)")
     line.set_ylim(bottom=0)
     line.grid(alpha=0.25)
