@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_dense", "check_integer", "dtype_name", "is_integer"]
+__all__ = ["DTYPES", "check_dense", "check_integer", "dtype_name", "is_integer"]
+
+# The floating-point types that kernels know.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_dense(name: str, value: object) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpc_ext.ops._checks import check_dense
+from cpc_ext.ops._checks import DTYPES, check_dense
 from cpc_ext.ops._library import autocast_dtype, without_autocast
 
 __all__ = [
@@ -21,8 +21,6 @@ __all__ = [
     "empty_image",
     "through_relu",
 ]
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_image_and_weight(input: Tensor, weight: Tensor) -> None:
@@ -51,8 +49,8 @@ def check_beside_input(input: Tensor, others: Sequence[tuple[str, Tensor | None]
     Types may differ where autocast brings them to one, as it does all but float64.
     """
     dtype, device = input.dtype, input.device
-    if dtype not in _DTYPES:
-        raise TypeError(f"input must have one of the dtypes {_DTYPES}, got {dtype}")
+    if dtype not in DTYPES:
+        raise TypeError(f"input must have one of the dtypes {DTYPES}, got {dtype}")
     for name, other in others:
         if other is None:
             continue
@@ -61,7 +59,7 @@ def check_beside_input(input: Tensor, others: Sequence[tuple[str, Tensor | None]
         if other.dtype == dtype:
             continue
         dtypes = {other.dtype, dtype}
-        if torch.float64 in dtypes or not dtypes.issubset(_DTYPES) or autocast_dtype(device) is None:
+        if torch.float64 in dtypes or not dtypes.issubset(DTYPES) or autocast_dtype(device) is None:
             raise TypeError(f"{name} must have the input's dtype {dtype}, got {other.dtype}")
 
 

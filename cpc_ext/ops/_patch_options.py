@@ -8,12 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cpc_ext.ops._checks import check_dense, check_integer, dtype_name
+from cpc_ext.ops._checks import DTYPES, check_dense, check_integer, dtype_name
 from cpc_ext.ops._library import refuse_forward_mode
 
 __all__ = ["PatchOptions", "check_images", "checked_options", "scale_and_shift"]
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class PatchOptions(NamedTuple):
@@ -58,7 +56,7 @@ def scale_and_shift(
     return [unit / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
 
 
-def check_images(images: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.uint8, *_DTYPES)) -> None:
+def check_images(images: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.uint8, *DTYPES)) -> None:
     """TypeError or ValueError where images are not [B, C, H, W] of one of these types."""
     check_dense("images", images)
     refuse_forward_mode(images)
@@ -88,8 +86,8 @@ def checked_options(
     """
     if dtype is None:
         dtype = images.dtype if images.is_floating_point() else torch.get_default_dtype()
-    if dtype not in _DTYPES:
-        raise TypeError(f"dtype must be one of {', '.join(map(dtype_name, _DTYPES))}, got {dtype_name(dtype)}")
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype must be one of {', '.join(map(dtype_name, DTYPES))}, got {dtype_name(dtype)}")
     for name, value in (("gray", gray), ("patch_norm", patch_norm), ("channels_last", channels_last)):
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be a bool, got {type(value).__name__}")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpc_ext._native import native
-from cpc_ext.ops._checks import check_dense, check_integer, dtype_name
+from cpc_ext.ops._checks import DTYPES, check_dense, check_integer, dtype_name
 from cpc_ext.ops._library import may_need_gradients, refuse_forward_mode, register, with_workspace
 
 __all__ = [
@@ -37,7 +37,6 @@ LEAST_MASS = 1e-5
 # Uniform noise is kept this far from 0 and 1.
 LEAST_NOISE = 1e-5
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Parameters of a component, by channels: a logit and, for every colour, a mean, a log-scale and a coefficient.
 _PARAMS_OF_COMPONENT = {1: 3, 3: 10}
 
@@ -149,8 +148,8 @@ def sample_logistic_mixture(
 
 def _check_params(params: Tensor, channels: int) -> None:
     check_dense("params", params)
-    if params.dtype not in _DTYPES:
-        raise TypeError(f"params must be one of {', '.join(map(dtype_name, _DTYPES))}, got {dtype_name(params.dtype)}")
+    if params.dtype not in DTYPES:
+        raise TypeError(f"params must be one of {', '.join(map(dtype_name, DTYPES))}, got {dtype_name(params.dtype)}")
     if params.ndim != 4:
         raise ValueError(f"params must be [B, P, H, W], got shape {tuple(params.shape)}")
     of_component = _PARAMS_OF_COMPONENT[channels]

@@ -15,13 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpc_ext._native import native
-from cpc_ext.ops._checks import check_dense, check_integer, dtype_name
+from cpc_ext.ops._checks import DTYPES, check_dense, check_integer, dtype_name
 from cpc_ext.ops._contrast_arguments import check_number
 from cpc_ext.ops._library import autocast_dtype, in_forward_mode, may_need_gradients, register
 
 __all__ = ["waveform_conv1d", "waveform_conv1d_reference"]
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def waveform_conv1d(
@@ -81,8 +79,8 @@ def waveform_conv1d(
         waveforms, weight = waveforms.to(autocast), weight.to(autocast)
         bias = None if bias is None else bias.to(autocast)
     for name, value in (("waveforms", waveforms), ("weight", weight), ("bias", bias)):
-        if value is not None and (value.dtype not in _DTYPES or value.dtype != waveforms.dtype):
-            wanted = dtype_name(waveforms.dtype) if waveforms.dtype in _DTYPES else ", ".join(map(dtype_name, _DTYPES))
+        if value is not None and (value.dtype not in DTYPES or value.dtype != waveforms.dtype):
+            wanted = dtype_name(waveforms.dtype) if waveforms.dtype in DTYPES else ", ".join(map(dtype_name, DTYPES))
             raise TypeError(f"{name} must be {wanted}, got {dtype_name(value.dtype)}")
     op = _Layer(waveforms, weight, bias, scale, shift, stride, padding, float(eps), relu)
     if not _has_kernel(waveforms) or in_forward_mode() or may_need_gradients(waveforms):
