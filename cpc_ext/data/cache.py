@@ -1,4 +1,4 @@
-"""Where decoded and downloaded images are kept when the caller names no place, and what makes them last."""
+"""Where decoded and downloaded data are kept when the caller names no place, and what makes them last."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ def cache_dir() -> Path:
     """The folder named by the environment variable CPC_EXT_CACHE, else the user's cache folder of this system."""
     chosen = os.environ.get("CPC_EXT_CACHE")
     return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("cpc_ext"))
+
+
+def datasets_dir(data_dir: str | Path | None) -> Path:
+    """The folder of published data sets: the one that the caller names, else "datasets" in the cache folder."""
+    return cache_dir() / "datasets" if data_dir is None else Path(data_dir).expanduser()
 
 
 def sync_file(path: Path) -> None:

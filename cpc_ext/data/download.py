@@ -1,4 +1,4 @@
-"""Published archives of images: fetched, verified and unpacked, once.
+"""Published archives of images and recordings: fetched, verified and unpacked, once.
 
 Nothing that looks finished is ever unfinished: bytes arrive in a ".partial" file that a later run resumes, the archive
 gets its name when its checksum is right, and its folder appears by a rename when it is unpacked and on disk. Nothing a
@@ -29,7 +29,7 @@ from typing import BinaryIO
 from filelock import FileLock
 from tqdm import tqdm
 
-from cpc_ext.data.cache import cache_dir, sync_file, sync_folder
+from cpc_ext.data.cache import datasets_dir, sync_file, sync_folder
 
 ATTEMPTS = 4
 TIMEOUT_SECONDS = 60
@@ -37,7 +37,7 @@ CHUNK_BYTES = 1 << 20
 # Answers below 500 that the same request may not get the next time.
 PASSING = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
 GZIP_MARK = b"\x1f\x8b"
-# Room for tar's headers and the small text files beside the images.
+# Room for tar's headers and the small text files beside images or recordings.
 UNPACKED_SLACK = 4 << 20
 
 
@@ -53,7 +53,7 @@ class _Broken(Exception):
 class Archive:
     """A published .tar.gz with the one folder it unpacks to.
 
-    sha256: in hexadecimal. size: of the archive, in bytes. unpacked: bytes of the images in it.
+    sha256: in hexadecimal. size: of the archive, in bytes. unpacked: bytes of the images or recordings in it.
     """
 
     url: str
@@ -70,11 +70,10 @@ class Archive:
 def require_folder(archive: Archive, data_dir: str | Path | None, *, download: bool, or_folder: str = "") -> Path:
     """The unpacked folder of an archive, in data_dir (or data_dir itself); fetched first where `download` allows it.
 
-    Without data_dir the place is "datasets" in the cache folder. or_folder: another that was looked for, to be named
-    where there is none. Raises FileNotFoundError where the folder is missing and may not be fetched, DownloadError
-    where fetching fails.
+    data_dir: see :func:`datasets_dir`. or_folder: another that was looked for, to be named where there is none. Raises
+    FileNotFoundError where the folder is missing and may not be fetched, DownloadError where fetching fails.
     """
-    root = cache_dir() / "datasets" if data_dir is None else Path(data_dir).expanduser()
+    root = datasets_dir(data_dir)
     if root.name == archive.folder and root.is_dir():
         return root
     folder = root / archive.folder
@@ -235,7 +234,7 @@ class _Bounded(io.RawIOBase):
         chunk = self._stream.read(min(size if size >= 0 else CHUNK_BYTES, self._left + 1))
         self._left -= len(chunk)
         if self._left < 0:
-            raise tarfile.ReadError("it holds more than its images")
+            raise tarfile.ReadError("it holds more than was published")
         return chunk
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cpc_ext.data.binary import open_records, require_file, require_labels
-from cpc_ext.data.cache import cache_dir
+from cpc_ext.data.cache import datasets_dir
 from cpc_ext.data.download import Archive
 from cpc_ext.data.images.dataset import Dataset, ImageSet
 from cpc_ext.data.images.statistics import pixel_statistics
@@ -34,7 +34,7 @@ def cifar_records(path: Path, count: int, label_bytes: int, classes: int) -> Ima
 
 def python_folder(archive: Archive, data_dir: str | Path | None, folder: str) -> Path | None:
     """The version for Python, in data_dir or data_dir itself; None where it is not there or the binary one is, too."""
-    root = cache_dir() / "datasets" if data_dir is None else Path(data_dir).expanduser()
+    root = datasets_dir(data_dir)
     if root.name == archive.folder or (root / archive.folder).is_dir():
         return None
     return next((path for path in (root, root / folder) if path.name == folder and path.is_dir()), None)

@@ -17,7 +17,7 @@ from cpc_ext._messages import some
 from cpc_ext.data.audio.dataset import SpeechDataset
 from cpc_ext.data.audio.decode import read_recordings
 from cpc_ext.data.audio.decoded import decoded_recordings, fitting_labels
-from cpc_ext.data.cache import cache_dir
+from cpc_ext.data.cache import datasets_dir
 from cpc_ext.data.download import Archive, require_folder
 from cpc_ext.data.file_tree import FileTree, TreeFile
 from cpc_ext.data.notice import tell
@@ -83,7 +83,7 @@ def load(data_dir: str | Path | None = None, *, download: bool = False) -> Speec
 
 def _home(data_dir: str | Path | None, *, download: bool) -> Path:
     """The folder whose folders are the speakers."""
-    root = cache_dir() / "datasets" if data_dir is None else Path(data_dir).expanduser()
+    root = datasets_dir(data_dir)
 
     def found() -> Path | None:
         places = (root, root / SUBSET, root / ARCHIVE.folder / SUBSET, root / ARCHIVE.folder)
