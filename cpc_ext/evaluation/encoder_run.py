@@ -7,7 +7,7 @@ of the run where they are wanted.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from cpc_ext.data import Dataset, ImageSet, SpeechDataset
+from cpc_ext.data.images.statistics import PixelStatistics
 from cpc_ext.tasks.encoder_task import EncoderTask
 from cpc_ext.tasks.speech_task import SpeechTask
 from cpc_ext.training.checkpoint import load_checkpoint, load_weights
@@ -160,18 +161,8 @@ class EncoderRun(TrainedRun):
 
     def stand_in(self, name: str, images: ImageSet) -> Dataset:
         """Other images in place of the run's data set, with its statistics, which its encoder is used to."""
-        statistics = self.statistics()
-        return Dataset(
-            name=name,
-            pretrain=images,
-            train=None,
-            test=None,
-            classes=(),
-            mean=tuple(statistics["mean"]),
-            std=tuple(statistics["std"]),
-            gray_mean=statistics["gray_mean"],
-            gray_std=statistics["gray_std"],
-        )
+        statistics = PixelStatistics.of(self.statistics())
+        return Dataset(name=name, pretrain=images, train=None, test=None, classes=(), **asdict(statistics))
 
 
 def _describes_images(description: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,5 @@ def cifar_dataset(name: str, train: ImageSet, test: ImageSet, classes: tuple[str
         train=train,
         test=test,
         classes=classes,
-        mean=statistics.mean,
-        std=statistics.std,
-        gray_mean=statistics.gray_mean,
-        gray_std=statistics.gray_std,
+        **asdict(statistics),
     )

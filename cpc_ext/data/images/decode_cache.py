@@ -37,8 +37,8 @@ class DecodedImages:
 def decoded_images(root: Path, files: Sequence[TreeFile], train_count: int, image_size: int | None) -> DecodedImages:
     """The decoded images of files below root, of which the first train_count are for training.
 
-    image_size: as load_folder takes it. Raises ValueError where no file could be decoded, OSError where the images
-    cannot be kept.
+    image_size: as the load of folders/folder.py takes it. Raises ValueError where no file could be decoded, OSError
+    where the images cannot be kept.
     """
     cache = DecodedCache(
         root=root,
@@ -55,7 +55,7 @@ def decoded_images(root: Path, files: Sequence[TreeFile], train_count: int, imag
     return DecodedImages(
         np.memmap(kept.file, dtype=np.uint8, mode="r", shape=shape),
         Decoded(content["height"], content["width"], kept.reasons, content["several"]),
-        None if statistics is None else _statistics(statistics),
+        None if statistics is None else PixelStatistics.of(statistics),
     )
 
 
@@ -80,9 +80,3 @@ def _decode(target: Path, files: list[Path], image_size: int | None) -> Decoded:
         return decoded
     except SizeNotKept:
         return _decode(target, files, DEFAULT_SIZE)
-
-
-def _statistics(index: dict[str, Any]) -> PixelStatistics:
-    return PixelStatistics(
-        mean=tuple(index["mean"]), std=tuple(index["std"]), gray_mean=index["gray_mean"], gray_std=index["gray_std"]
-    )

@@ -23,7 +23,7 @@ from cpc_ext.data.images.decode_cache import DEFAULT_SIZE
 from cpc_ext.data.images.labels import Classes, Label, class_indices
 from cpc_ext.data.images.pixels import to_pixels
 from cpc_ext.data.images.source_files import place_of
-from cpc_ext.data.images.statistics import pixel_statistics
+from cpc_ext.data.images.statistics import PixelStatistics, pixel_statistics
 from cpc_ext.data.notice import LeftOut, tell
 from cpc_ext.data.splits import held_out
 from cpc_ext.data.threads import in_order
@@ -141,17 +141,14 @@ def dataset_of(
     called = None if names is None else (names[: len(train)], names[len(train) :])
     training = ImageSet(train, classes.train, called and called[0])
     pretrain = training if unlabeled is None else ImageSet(unlabeled)
-    moments = asdict(pixel_statistics(pretrain.images)) if statistics is None else statistics
+    moments = pixel_statistics(pretrain.images) if statistics is None else PixelStatistics.of(statistics)
     return Dataset(
         name=name,
         pretrain=pretrain,
         train=training if classes.names else None,
         test=None if test is None else ImageSet(test, classes.test, called and called[1]),
         classes=classes.names,
-        mean=tuple(moments["mean"]),
-        std=tuple(moments["std"]),
-        gray_mean=moments["gray_mean"],
-        gray_std=moments["gray_std"],
+        **asdict(moments),
     )
 
 

@@ -6,7 +6,9 @@ the same set always gives the same numbers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +25,11 @@ class PixelStatistics:
     std: tuple[float, ...]
     gray_mean: float
     gray_std: float
+
+    @classmethod
+    def of(cls, moments: Mapping[str, Any]) -> PixelStatistics:
+        """Those that a file has by the names of the fields; JSON has lists for tuples."""
+        return cls(tuple(moments["mean"]), tuple(moments["std"]), moments["gray_mean"], moments["gray_std"])
 
 
 def pixel_statistics(images: np.ndarray) -> PixelStatistics:

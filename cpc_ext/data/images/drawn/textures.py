@@ -10,6 +10,7 @@ its neighbours can be predicted from it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 
 import numpy as np
 
@@ -203,8 +204,5 @@ def load(*, size: int = 96, seed: int = 0) -> Dataset:
         train=splits["train"],
         test=splits["test"],
         classes=tuple(FAMILIES),
-        mean=statistics.mean,
-        std=statistics.std,
-        gray_mean=statistics.gray_mean,
-        gray_std=statistics.gray_std,
+        **asdict(statistics),
     )

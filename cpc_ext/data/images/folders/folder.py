@@ -6,6 +6,7 @@ what tells that a file changed, so a changed tree is decoded anew (see decode_ca
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -75,10 +76,7 @@ def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
         train=train if classes else None,
         test=test if len(test) else None,
         classes=classes,
-        mean=cached.statistics.mean,
-        std=cached.statistics.std,
-        gray_mean=cached.statistics.gray_mean,
-        gray_std=cached.statistics.gray_std,
+        **asdict(cached.statistics),
     )
 
 
