@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from cpc_ext import figures
-from cpc_ext.data.images.decode import decode_image
+from cpc_ext.data.images.decode import decode_image, resized
 from cpc_ext.data.npy_file import write_npy
 from cpc_ext.models.pixels.pixel_model import PixelModel
 from cpc_ext.models.pixels.pixel_sampler import IMAGE_LEVELS, NotFiniteError
@@ -23,7 +23,6 @@ from cpc_ext.programs.sample import Command
 from cpc_ext.tasks.pixel_task import PixelTask, build_pixel_model, shown
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.checkpoint import load_checkpoint, load_weights
-from cpc_ext.training.config import load_config
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.precision import check_device
 from cpc_ext.training.registry import MODELS, task_class
@@ -82,9 +81,7 @@ def sample(command: Command) -> None:
 
 def _load(run: RunDir) -> tuple[PixelModel, dict[str, Any]]:
     """The run's model and its description: of the finished run, else of its last checkpoint."""
-    if not run.config.is_file():
-        raise TrainingError(f"{run.path} is not a run's folder: there is no {run.config.name}")
-    name = load_config(run.config).model
+    name = run.known_config.model
     if not issubclass(task_class(name), PixelTask):
         having = " or ".join(each for each in MODELS if issubclass(task_class(each), PixelTask))
         raise TrainingError(f"{run.path} is a run of {name}; samples are drawn from {having}")
@@ -169,7 +166,7 @@ def _image_to_complete(command: Command, shape: tuple[int, int, int], levels: in
             f"{command.complete} has {picture.width} x {picture.height} pixels: resized, and its middle cut out, to "
             f"the {width} x {height} of the run's images"
         )
-        picture = ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
+        picture = Image.fromarray(resized(picture, (height, width)))
     pixels = np.array(picture.convert("L"))[..., None] if channels == 1 else np.array(picture)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), rows
 
