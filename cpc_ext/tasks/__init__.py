@@ -1,1 +1,1 @@
-"""Tasks, a folder each: models with their ways of learning from images, and what the loop does not know of them."""
+"""Tasks, a folder each: models with their ways of learning from images or speech, all that the loop does not know."""

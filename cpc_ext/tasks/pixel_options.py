@@ -48,7 +48,7 @@ class PixelSection(Section):
 
 
 class PixelConfig(RunConfig):
-    """A run of a PixelCNN, gated or not."""
+    """A run of a model of pixels: a PixelCNN, gated or not, or PixelCNN++."""
 
     pixelcnn: PixelSection = Field(default_factory=PixelSection)
 

@@ -1,1 +1,1 @@
-"""Encoders: each patch of an image, or an image, to one feature vector."""
+"""Encoders: each patch of an image, an image, or each frame of a waveform to one feature vector."""
