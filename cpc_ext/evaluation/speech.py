@@ -17,6 +17,7 @@ from tqdm import tqdm
 import cpc_ext
 from cpc_ext import figures
 from cpc_ext.data import SAMPLE_RATE, SpeechDataset, WaveformSet
+from cpc_ext.data.notice import tell
 from cpc_ext.evaluation.encoder_run import SpeechRun
 from cpc_ext.evaluation.options import EvaluationOptions, parse_measures
 from cpc_ext.measures.abx import abx_error, abx_items
@@ -45,7 +46,7 @@ def evaluate_speech(command: EvaluationOptions, runs: Sequence[SpeechRun]) -> No
     """Do what the command says, print tables, and write evaluation/speech.json and figures in each run's folder.
 
     Raises:
-        TrainingError: recordings without the labels that are asked for, or a folder that cannot be written to.
+        TrainingError: recordings with none of the labels that are asked for, or a folder that cannot be written to.
     """
     measures = parse_measures(command.measures)
     judges = []
@@ -77,7 +78,7 @@ class _Judge:
             (each, probed_recordings(each, seconds))
             for each, seconds in ((self._dataset.train, 60 * command.minutes), (test, 30 * command.minutes))
         ]
-        self._check_labels()
+        self._leave_out_unlabelled()
         self.task: SpeechTask = run.trained(self._dataset)
         self.layers = [name for name, _ in self.task.layers(self.task.model)]
         if command.layer is not None and command.layer not in self.layers:
@@ -153,8 +154,10 @@ class _Judge:
                 f"abx {condition}": abx_error(features, items, speaker=condition).error
                 for condition in ("within", "across")
             }
-        except ValueError as error:
-            raise TrainingError(f"--measures abx: {error}; the test recordings have too few phones in common") from None
+        except ValueError:
+            # It takes minutes to get here: what else was measured is not thrown away.
+            tell(self.run.dir.path, ["abx is left out: the test recordings have too few phones in common"])
+            return {}
 
     def _commonest(self) -> Row:
         """What always naming the commonest class tells."""
@@ -180,17 +183,18 @@ class _Judge:
         wanted = [name for name in self._measures if name != "abx"]
         return wanted if all_ else [name for name in wanted if name in ("phones", "speakers")]
 
-    def _check_labels(self) -> None:
-        needed = {
-            "phones": any(name.startswith(("phones", "abx")) for name in self._measures),
-            "speakers": any(name.startswith(("speakers", "abx")) for name in self._measures),
-        }
-        for label, is_needed in needed.items():
-            if is_needed and any(getattr(each, label) is None for each, _ in self._sets):
-                raise TrainingError(
-                    f"--measures {','.join(self._measures)}: the recordings of --dataset {self._dataset.name} have no "
-                    f"{label}"
-                )
+    def _leave_out_unlabelled(self) -> None:
+        """Keep the measures that there are labels for and say which there are not; TrainingError where none is left."""
+        missing = tuple(
+            label for label in ("phones", "speakers") if any(getattr(each, label) is None for each, _ in self._sets)
+        )
+        left_out = [name for name in self._measures if missing and name.startswith((*missing, "abx"))]
+        why = f"the recordings of --dataset {self._dataset.name} have no {' and no '.join(missing)}"
+        if len(left_out) == len(self._measures):
+            raise TrainingError(f"--measures {','.join(self._measures)}: {why}")
+        if left_out:
+            tell(self.run.dir.path, [f"{why}: {', '.join(left_out)} {'is' if len(left_out) == 1 else 'are'} left out"])
+        self._measures = [name for name in self._measures if name not in left_out]
 
     def _described(self) -> str:
         minutes = [sum(len(each.recording(int(i))) for i in chosen) / SAMPLE_RATE / 60 for each, chosen in self._sets]
@@ -221,7 +225,9 @@ def _save_depths(out: Path, judges: Sequence[_Judge]) -> None:
     panels = [
         figures.DepthPanel(
             title=measure,
-            accuracies={judge.run.dir.path.name: judge.depths[measure]["trained"] for judge in judges},
+            accuracies={
+                judge.run.dir.path.name: judge.depths[measure]["trained"] for judge in judges if measure in judge.depths
+            },
             untrained=found["untrained"],
             levels={name: found[name] for name in ("log-mel", "commonest")},
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -176,6 +177,26 @@ def test_recordings_without_labels_are_not_measured(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(run_data, "load_dataset", lambda *arguments, **options: plain)
     assert evaluate.main([str(tmp_path), "--device", "cpu"]) == 1
     assert "the recordings of --dataset voices have no phones" in capsys.readouterr().err
+
+
+def test_what_has_labels_is_measured(tmp_path, monkeypatch):
+    """Folders of recordings tell who speaks, not what is said."""
+    assert train("--model", "cpc-audio", "--out-dir", tmp_path) == 0
+    train_set, test_set = (replace(recordings(), phones=None, phone_starts=None) for _ in range(2))
+    monkeypatch.setattr(run_data, "load_dataset", lambda *arguments, **options: dataset_of(train_set, test_set))
+    with pytest.warns(UserWarning, match="have no phones: phones, phones-hidden, abx are left out"):
+        assert evaluate.main([str(tmp_path), "--measures", "all", "--device", "cpu"]) == 0
+    rows = json.loads((tmp_path / "evaluation" / "speech.json").read_text())["rows"]
+    assert set(rows["trained"]) == {"speakers", "speakers-last"}
+
+
+def test_a_measure_that_cannot_be_made_leaves_the_others(tmp_path, monkeypatch):
+    assert train("--model", "cpc-audio", "--out-dir", tmp_path) == 0
+    monkeypatch.setattr("cpc_ext.evaluation.speech.abx_error", Mock(side_effect=ValueError("items: none to compare")))
+    with pytest.warns(UserWarning, match="abx is left out: the test recordings have too few phones in common"):
+        assert evaluate.main([str(tmp_path), "--measures", "abx,speakers", "--device", "cpu"]) == 0
+    rows = json.loads((tmp_path / "evaluation" / "speech.json").read_text())["rows"]
+    assert set(rows["trained"]) == {"speakers"}
 
 
 @pytest.fixture
