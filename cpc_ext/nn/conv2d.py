@@ -96,7 +96,11 @@ class Conv2d(nn.Conv2d):
         if self.takes_kernel(input):
             return conv2d(input, self.weight, self.bias, **self._geometry(), relu_input=relu_input, residual=residual)
         output = super().forward(torch.relu(input) if relu_input else input)
-        return output if residual is None else output + residual
+        if residual is None:
+            return output
+        if residual.shape != output.shape:
+            raise ValueError(f"residual must be {list(output.shape)}, as the result, got {list(residual.shape)}")
+        return output + (residual if autocast_dtype(input.device) is None else residual.to(output.dtype))
 
     def passing(self, input: Tensor, *, relu_input: bool = False) -> tuple[Tensor, Tensor]:
         """What a call without residual gives, and the input: what else uses that is to use the second result.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cpc_ext.nn.across_ranks import EXCHANGES, exchange_with, ring_info_nce
 from cpc_ext.nn.typed import Module
 from cpc_ext.ops._checks import check_integer
+from cpc_ext.ops._library import drawn_by
 from cpc_ext.ops.info_nce import info_nce
 from cpc_ext.ops.predict_and_contrast import predict_and_contrast
 
@@ -244,7 +245,7 @@ class GridInfoNCE(Module):
             torch.randint(
                 max(size, 1),
                 (self.pred_directions, size, samples),
-                generator=generator,
+                **drawn_by(generator),
                 device=draws_on,
             ).to(device)
             for size in sizes

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cpc_ext.nn.across_ranks import Exchange, exchange_with
 from cpc_ext.nn.typed import Module
+from cpc_ext.ops._contrast_arguments import check_number
 from cpc_ext.ops._library import without_autocast
 
 __all__ = ["ImageTextLoss"]
@@ -120,6 +121,7 @@ class ImageTextLoss(Module):
 def _one_value(name: str, value: float | Tensor) -> float | Tensor:
     """A number as it is, a tensor of one value, which open_clip's models may give, without dimensions."""
     if not isinstance(value, Tensor):
+        check_number(name, value)
         return value
     if value.numel() != 1:
         raise ValueError(f"{name} must be a number or a tensor of one value, got shape {tuple(value.shape)}")

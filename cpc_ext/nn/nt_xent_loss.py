@@ -108,7 +108,9 @@ class NTXentLoss(Module):
         # In float32 at least, under autocast too: the temperature multiplies a rounding of the similarity by 14.
         with without_autocast(first.device):
             views = unit_length(torch.cat([first, second]).to(torch.promote_types(first.dtype, torch.float32)))
-            return self._of_views(views) if self.memory_bank is None else self._of_bank(*views.chunk(2))
+            if self.memory_bank is None:
+                return self._of_views(views)
+            return self._of_bank(*views.chunk(2), enters=first.requires_grad and torch.is_grad_enabled())
 
     def _of_views(self, queries: Tensor) -> tuple[Tensor, Tensor, int]:
         """queries: [2 N, D] of length 1, the second views after the first."""
@@ -128,11 +130,11 @@ class NTXentLoss(Module):
             loss, _, rank = info_nce(queries, keys, targets, scale=scale, exclude=own)
         return loss, rank, views * exchange.world - 1
 
-    def _of_bank(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, int]:
+    def _of_bank(self, queries: Tensor, keys: Tensor, *, enters: bool) -> tuple[Tensor, Tensor, int]:
         bank = self.memory_bank
         assert bank is not None
         loss, rank = bank.contrast(queries, keys, 1 / self.temperature)
-        if queries.requires_grad:
+        if enters:
             bank.push(exchange_with(self.gather_negatives).gathered(keys.detach()), wrap=False)
         return loss, rank, bank.size + 1
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cpc_ext.ops._library import drawn_by
+
 __all__ = ["SAMPLINGS", "SequenceNegatives", "Windowed", "checked_draws", "draw", "frames_of"]
 
 SAMPLINGS = ("permuted", "offsets", "same-sequence", "shifted", "all")
@@ -66,10 +68,10 @@ def draw(
     draws_on = device if generator is None else generator.device
 
     def integers(low: int, high: int, *shape: int) -> Tensor:
-        return torch.randint(low, high, shape, generator=generator, device=draws_on)
+        return torch.randint(low, high, shape, **drawn_by(generator), device=draws_on)
 
     def permutations(size: int) -> Tensor:
-        return torch.stack([torch.randperm(size, generator=generator, device=draws_on) for _ in range(samples)])
+        return torch.stack([torch.randperm(size, **drawn_by(generator), device=draws_on) for _ in range(samples)])
 
     # As Greedy InfoMax's program draws it, whose bound leaves out the last window.
     begin = integers(0, of.frames - of.window, 1) if of.partial else None

@@ -10,7 +10,7 @@ from torch import Tensor
 from cpc_ext.nn.typed import Module
 from cpc_ext.ops._contrast import contrast
 from cpc_ext.ops._contrast_arguments import ContrastOptions
-from cpc_ext.ops._library import without_autocast
+from cpc_ext.ops._library import values_at_hand, without_autocast
 
 __all__ = ["SupConLoss"]
 
@@ -60,6 +60,8 @@ class SupConLoss(Module):
         _check(features, labels, mask)
         # [views * B, D], all first views before all second ones.
         keys = features.flatten(2).transpose(0, 1).flatten(0, 1)
+        # The gradients of log-sums and of similarities nearly cancel: rounded to 16 bits each, little is left of them.
+        keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
         anchors = keys[: features.shape[0]] if self.contrast_mode == "one" else keys
         with without_autocast(features.device):
             if mask is None:
@@ -93,6 +95,8 @@ def _check(features: Tensor, labels: Tensor | None, mask: Tensor | None) -> None
         raise ValueError(f"labels must have shape ({samples},), got {tuple(labels.shape)}")
     if mask is not None and mask.shape != (samples, samples):
         raise ValueError(f"mask must have shape ({samples}, {samples}), got {tuple(mask.shape)}")
+    if mask is not None and mask.dtype != torch.bool and values_at_hand(mask) and (least := mask.min().item()) < 0:
+        raise ValueError(f"mask must not be negative, got {least:g}")
 
 
 def _classes(labels: Tensor | None, samples: int, device: torch.device) -> Tensor:
@@ -110,8 +114,6 @@ def _of_classes(anchors: Tensor, keys: Tensor, classes: Tensor) -> tuple[Tensor,
     The sum is computed when it is asked for: after the contrast, whose memory is free again by then.
     """
     samples = classes.shape[0]
-    dtype = torch.promote_types(keys.dtype, torch.float32)
-    anchors, keys = anchors.to(dtype), keys.to(dtype)
 
     def sums(values: Tensor) -> Tensor:
         """[views * B, ...] summed over the members of each class, [B, ...]."""
@@ -127,7 +129,7 @@ def _of_classes(anchors: Tensor, keys: Tensor, classes: Tensor) -> tuple[Tensor,
         similar = (of_anchors * of_keys).sum(1) - sums(_squared_lengths(anchors))
         return torch.where(positives > 0, similar / positives.clamp_min(1), 0).sum()
 
-    return (positives > 0).to(dtype)[classes].repeat(anchors.shape[0] // samples), similarity
+    return (positives > 0).to(keys.dtype)[classes].repeat(anchors.shape[0] // samples), similarity
 
 
 def _squared_lengths(features: Tensor) -> Tensor:
@@ -139,9 +141,7 @@ def _squared_lengths(features: Tensor) -> Tensor:
 def _of_mask(anchors: Tensor, keys: Tensor, mask: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
     """What :func:`_of_classes` gives, of a weight for each pair of samples."""
     samples = mask.shape[0]
-    dtype = torch.promote_types(keys.dtype, torch.float32)
-    anchors, keys = anchors.to(dtype), keys.to(dtype)
-    mask = mask.to(keys.device, dtype)
+    mask = mask.to(keys.device, keys.dtype)
     views = keys.shape[0] // samples
     own = mask.diagonal()
     positives = views * mask.sum(1) - own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import sys
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ REDUCTIONS = ("mean", "sum", "none")
 _CONTRASTS = ("all", "same", "other")
 # Numbers are compared with it: torch.compile cannot ask one whose value it leaves open whether it is finite, and an
 # integer may be larger.
-_LARGEST = sys.float_info.max
+_LARGEST, _LARGEST_INDEX = sys.float_info.max, torch.iinfo(torch.int64).max
 
 
 class ContrastOptions(NamedTuple):
@@ -221,7 +222,7 @@ def _flat(queries: Tensor, keys: Tensor, options: ContrastOptions, measure: str,
     scale, targets, negatives, _, exclude, key_range, key_bias, groups, contrast, symmetric = options
     shape, alone = queries.shape, keys is queries
     if len(shape) > 3 or (batched and len(shape) == 2):
-        entries = shape[:-2].numel()
+        entries = math.prod(shape[:-2])  # numel() would fix sizes that torch.export leaves open.
         queries = queries.reshape(entries, *shape[-2:])
         keys = queries if alone else keys.reshape(entries, *keys.shape[-2:])
     rows, key_rows = queries.shape[:-1], keys.shape[:-1]
@@ -231,7 +232,7 @@ def _flat(queries: Tensor, keys: Tensor, options: ContrastOptions, measure: str,
         if value is None:
             return None
         columns = value.shape[-1] if value.ndim == len(shape) else 1
-        return value.to(torch.int64).reshape(*rows, columns)
+        return _as_int64(value).reshape(*rows, columns)
 
     query_groups, key_groups = (None, None) if groups is None else groups
     scales = None
@@ -254,6 +255,12 @@ def _flat(queries: Tensor, keys: Tensor, options: ContrastOptions, measure: str,
         contrast,
         symmetric,
     )
+
+
+def _as_int64(indices: Tensor) -> Tensor:
+    """Indices as int64. Those that it does not hold, which no keys have, would be negative there, which means none."""
+    converted = indices.to(torch.int64)
+    return converted if indices.dtype != torch.uint64 else converted.masked_fill(converted < 0, _LARGEST_INDEX)
 
 
 def _each_once(targets: Tensor | None) -> Tensor | None:

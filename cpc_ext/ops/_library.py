@@ -22,6 +22,7 @@ from cpc_ext._native import KERNEL_DEVICES, native
 __all__ = [
     "autocast_dtype",
     "differentiable_once",
+    "drawn_by",
     "in_forward_mode",
     "is_plain",
     "may_need_gradients",
@@ -386,12 +387,22 @@ def tf32_allowed(tensor: Tensor, work: str) -> bool:
     return (tensor.is_cuda or hasattr(native, "emulate_cuda")) and _FP32_PRECISIONS[work].fp32_precision == "tf32"
 
 
+def drawn_by(generator: torch.Generator | None) -> dict[str, Any]:
+    """What tells a function of PyTorch that draws numbers whose these are.
+
+    With a generator that is None it would be an overload that takes no sizes which torch.compile leaves open.
+    """
+    return {} if generator is None else {"generator": generator}
+
+
 def values_at_hand(tensor: Tensor) -> bool:
     """Whether a tensor's values may be looked at, which would stall a GPU's stream and break what is traced."""
     return (
         tensor.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        # FakeTensorMode, make_fx and their like.
+        and not torch._C._len_torch_dispatch_stack()
     )
 
 
@@ -403,6 +414,7 @@ def is_plain(tensor: Tensor) -> bool:
     return (
         type(tensor) is Tensor
         and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_legacy_batchedtensor(tensor)
         and torch._C._functorch.maybe_current_level() is None
     )
 

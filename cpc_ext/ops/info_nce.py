@@ -146,24 +146,26 @@ def _permuted(
     if values_at_hand(right) and not bool(right):
         raise ValueError("symmetric needs targets that are a permutation of the keys")
 
-    def in_order(values: Tensor | None) -> Tensor | None:
-        """[*, M, ...] in the order of the keys."""
+    def in_order(values: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+        """[*, M, ...] in the order of the keys. dtype: to gather in, as not all integers can be gathered."""
         if values is None:
             return None
+        if dtype is not None:
+            values = values.to(dtype)
         index = order.reshape(*order.shape, *[1] * (values.ndim - order.ndim)).expand(values.shape)
         return values.gather(order.ndim - 1, index)
 
     groups = options.groups
     if groups is not None:
-        groups = groups[0].gather(-1, order), groups[1]
+        groups = groups[0].to(torch.int64).gather(-1, order), groups[1]
     rows = order.unsqueeze(-1).expand(queries.shape)
     result = contrast(
         torch.where(right, queries.gather(-2, rows), torch.nan),
         keys,
         scale=options.scale,
         weights=in_order(options.weights),
-        exclude=in_order(options.exclude),
-        key_range=in_order(options.key_range),
+        exclude=in_order(options.exclude, torch.int64),
+        key_range=in_order(options.key_range, torch.int64),
         key_bias=options.key_bias,
         groups=groups,
         contrast=options.contrast,

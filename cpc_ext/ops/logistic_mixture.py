@@ -19,7 +19,14 @@ from torch import Tensor
 
 from cpc_ext._native import native
 from cpc_ext.ops._checks import DTYPES, check_dense, check_integer, dtype_name
-from cpc_ext.ops._library import may_need_gradients, refuse_forward_mode, register, with_workspace
+from cpc_ext.ops._library import (
+    drawn_by,
+    may_need_gradients,
+    refuse_forward_mode,
+    register,
+    values_at_hand,
+    with_workspace,
+)
 
 __all__ = [
     "logistic_mixture_nll",
@@ -125,14 +132,14 @@ def sample_logistic_mixture(
     # An integer may be below infinity and beyond what a float holds.
     if not 0 <= temperature <= sys.float_info.max:
         raise ValueError(f"temperature must be finite and not negative, got {temperature}")
-    looks = params.device.type == "cpu" and not torch.compiler.is_compiling()
+    looks = values_at_hand(params)
     # A sum is the cheaper look; that of numbers may overflow, too.
     if looks and not math.isfinite(params.detach().sum().item()) and not bool(params.isfinite().all()):
         warnings.warn("params are not finite at some pixels, whose samples mean nothing", RuntimeWarning, stacklevel=2)
     batch, _, height, width = params.shape
     shape = (batch, _components(params, channels) + channels, height, width)
     if noise is None:
-        noise = torch.rand(shape, generator=generator, dtype=torch.float32, device=params.device)
+        noise = torch.rand(shape, **drawn_by(generator), dtype=torch.float32, device=params.device)
     elif generator is not None:
         raise ValueError("give either a generator or noise, not both")
     else:

@@ -31,6 +31,7 @@ from cpc_ext.ops._library import (
     refuse_forward_mode,
     register,
     tf32_allowed,
+    values_at_hand,
     with_workspace,
     without_autocast,
 )
@@ -93,6 +94,8 @@ def masked_conv2d(
     dilation = min(dilation, 2 * max(input.shape[2:]))
     if condition is not None:
         condition = condition.expand(input.shape[0], weight.shape[0], *input.shape[2:])
+    if mask.requires_grad:
+        mask = mask.detach()  # It has no gradient. Else it stays the tensor of which more is known.
     # The gate's gradient needs what went into it.
     keep = activation == "gated" and may_need_gradients(input, weight, bias, condition)
     return _masked_conv2d(input, weight, bias, mask, condition, dilation, activation or "none", keep)[0]
@@ -173,8 +176,7 @@ def _check_mask_values(mask: Tensor) -> None:
         return
     if mask.is_complex():
         raise TypeError(f"mask must be bool or real numbers, got {mask.dtype}")
-    # While compiling, looking would break the graph.
-    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+    if not values_at_hand(mask):
         return
     if not bool((mask.eq(0) | mask.eq(1)).all()):
         raise ValueError("mask must be bool or hold only 0 and 1")
@@ -525,6 +527,12 @@ class PixelConvolution:
         if input.device.type not in KERNEL_DEVICES:
             self._reference(input, output, position, condition)
             return
+        # The kernel knows the size of the packed weight alone.
+        if input.shape[1] != self.weight.shape[1] or input.dtype != self.weight.dtype:
+            raise ValueError(
+                f"input must be [B, {self.weight.shape[1]}, H, W] of {self.weight.dtype}, "
+                f"got shape {tuple(input.shape)} of {input.dtype}"
+            )
         size = tuple(input.shape[2:])
         if size not in self._packed:
             packing = {

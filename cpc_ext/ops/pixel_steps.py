@@ -223,7 +223,8 @@ class _KernelSteps(PixelSteps):
             maps.width,
             maps.blocks,
         )
-        self._steps = steps  # Whose weights a device reads where they are.
+        # A device reads them where they are, also where the steps have others by then.
+        self._read = [(step.weight, step.bias) for step in steps]
         self._plan: Tensor | None = None
         if self._kernel.on_device:
             plan = torch.frombuffer(bytearray(self._kernel.plan()), dtype=torch.uint8)

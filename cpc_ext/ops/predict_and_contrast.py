@@ -6,6 +6,7 @@ times as many values as its encodings, are never in memory as a whole, and the k
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -207,7 +208,7 @@ def _flat_problem(
     dtype = torch.promote_types(torch.promote_types(contexts.dtype, weights.dtype), keys.dtype)
     if dtype != torch.float64:
         dtype = autocast_dtype(contexts.device) or dtype
-    rows = contexts.shape[:2].numel()
+    rows = math.prod(contexts.shape[:2])
     if negatives is not None:
         steps = weights.shape[0] if negatives.ndim == 4 else 1
         negatives = negatives.to(torch.int64).reshape(steps, rows, negatives.shape[-1])

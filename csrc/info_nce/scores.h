@@ -231,8 +231,9 @@ void logistics(const TileOfScores<S> tile, int64_t c, const S* bests, const RowS
 // What the scores of a column, a key's with the queries of the tile, come to: in a self-contrast with all of them, and
 // counted where they reach `of_each`, the key's best; otherwise with those that are present, for which `of_each` is not 0.
 template <bool kSelf, class S>
-void sum_columns(const TileOfScores<S>& tile, const S* of_each, const RowSums<S>& to) {
+void sum_columns(TileOfScores<S> tile, const S* of_each, const RowSums<S>& to) {
   using R = Register<S>;
+  if constexpr (!kSelf) tile.marked = true;  // Queries that are absent are, also where no key is left out.
   const auto of_present = [&](R dot, int64_t c) {
     if constexpr (kSelf)
       return dot;

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import grad, gradcheck
 from torch.profiler import ProfilerActivity, profile
@@ -204,6 +205,11 @@ WRONG = {
     "sup-con-labels": (lambda: nn.SupConLoss()(ONES[:, None], ONES), r"labels must have shape \(2,\), got \(2, 3\)"),
     "sup-con-mask": (lambda: nn.SupConLoss()(ONES[:, None], mask=ONES), r"mask must have shape \(2, 2\), got \(2, 3\)"),
     "sup-con-negative": (lambda: nn.SupConLoss()(ONES[:, None], mask=-ONES[:, :2]), "must not be negative, got -1"),
+    "sup-con-some-negative": (
+        lambda: nn.SupConLoss()(ONES[:, None], mask=torch.tensor([[1, -1], [3, 2]])),
+        "mask must not be negative, got -1",
+    ),
+    "clip-no-bias": (lambda: nn.CLIPLoss()(ONES, ONES, 1.0, float("nan")), "logit_bias must be finite, got nan"),
     "nt-xent-bank": (lambda: nn.NTXentLoss(0.5, 8), r"memory_bank_size must be 0, or \(number of features, D\)"),
     "nt-xent-bank-pair": (lambda: nn.NTXentLoss(0.5, (8, 0)), r"memory_bank_size must be 0, or .*, got \(8, 0\)"),
     "nt-xent-bank-ring": (
@@ -280,3 +286,19 @@ def test_the_examples_of_the_documentation_run():
     assert len(examples) >= 5
     for example in examples:
         exec(compile(example, "docs/losses.md", "exec"), {})
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 6e-3), (torch.float16, 8e-4)])
+def test_supervised_contrast_of_16_bits_loses_only_theirs(dtype, tolerance):
+    """The gradients of log-sums and of similarities nearly cancel: neither may be rounded before they are added."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(128) % 10
+    centers = F.normalize(torch.randn(10, 64, generator=generator), dim=1)
+    views = centers[labels][:, None] + 0.3 / 8 * torch.randn(128, 2, 64, generator=generator)
+    features = F.normalize(views, dim=2).to(dtype)
+    gradients = []
+    for given in (features, features.double()):
+        leaf = given.clone().requires_grad_()
+        nn.SupConLoss()(leaf, labels).backward()
+        gradients.append(leaf.grad.double())
+    assert (gradients[0] - gradients[1]).norm() < tolerance * gradients[1].norm()

@@ -102,6 +102,16 @@ def test_runs_under_autocast(kernel):
     assert output.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("batch", [2, 128])
+def test_a_residual_is_taken_alike_on_any_path(kernel, batch):
+    layer = Conv2d(64, 64, 3, padding=1)
+    input, residual = torch.randn(2, batch, 64, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(input, residual=residual).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="residual"):
+        layer(input, residual=residual[:1])
+
+
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("shortcut", [False, True])
 def test_a_block_begins_as_it_is_written(kernel, normed, shortcut):

@@ -117,3 +117,8 @@ def test_views_against_a_memory_bank(monkeypatch, room):
     assert output.mean_position == places.mean() + 1
     torch.testing.assert_close(output.mutual_information, math.log(SIZE + 1) - expected.detach())
     torch.testing.assert_close(loss.memory_bank.keys[:SIZE], torch.cat([keys.detach(), bank[5:]]), **EXACT)
+
+    # Nor where only the second views have one.
+    before = loss.memory_bank.keys.clone()
+    loss(first.detach(), second)
+    assert torch.equal(loss.memory_bank.keys[:SIZE], before[:SIZE])

@@ -368,6 +368,25 @@ def test_a_pixel_alone_without_kernels(monkeypatch, case):
         assert output.eq(7).all()
 
 
+@pytest.mark.parametrize(
+    "input", [torch.zeros(2, 2, 5, 6), torch.zeros(2, 0, 5, 6), torch.zeros(2, 3, 5, 6, dtype=torch.bfloat16)]
+)
+def test_a_pixel_of_another_input_than_the_weights(device, input):
+    case = Case(2, 3, 4, (5, 6))
+    _, weight, *_ = (None if tensor is None else tensor.to(device) for tensor in case.tensors(torch.float32))
+    convolution = PixelConvolution(weight, mask=case.mask_tensor().to(device))
+    output = torch.zeros(2, 5, 6, 4, device=device, dtype=input.dtype).permute(0, 3, 1, 2)
+    with pytest.raises(ValueError, match=r"input must be \[B, 3, H, W\] of torch.float32, got shape"):
+        convolution(laid_out(input.to(device), "channels_last"), output, torch.tensor((1, 1), device=device))
+
+
+@pytest.mark.parametrize("activation", [None, "gated"])
+def test_a_mask_has_no_gradient(device, activation):
+    mask = torch.ones(3, 3, device=device, requires_grad=True)
+    input, weight = torch.randn(1, 2, 4, 4, device=device), torch.randn(4, 2, 3, 3, device=device)
+    assert not masked_conv2d(input, weight, mask=mask, activation=activation).requires_grad
+
+
 @pytest.mark.parametrize(("position", "nearest"), [((-1, 9), (0, 5)), ((2**40, -(2**40)), (4, 0))])
 def test_a_pixel_outside_the_image(device, request, position, nearest):
     case = Case(2, 3, 4, (5, 6))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import sys
+import weakref
 
 import pytest
 import torch
@@ -171,6 +172,18 @@ def test_sums_are_the_same_however_many_blocks_share_images(emulated_native, mon
         results.append([(step.raw or step.elu).data for step in steps])
     emulated_native.emulate_cuda(False)
     assert all(torch.equal(*pair) for result in results for pair in zip(result, results[0], strict=True))
+
+
+def test_weights_stay_where_they_are_read(runner):
+    """A device reads them where they are, whatever becomes of the list of steps and of the steps."""
+    maps = random_maps(torch.float32)
+    steps = network(maps)
+    weights = [weakref.ref(step.weight) for step in steps]
+    run = runner(list(steps), maps)
+    for step in steps:
+        step.weight, step.bias = torch.zeros(0), None
+    assert runner is _ReferenceSteps or all(weight() is not None for weight in weights)
+    del run
 
 
 def test_who_runs_steps():

@@ -107,6 +107,55 @@ def test_scales_of_any_kind(device, scale, symmetric, samples):
     draw((11, 11, 6), scale=scale, bias=torch.float32, **options).check(device)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("scale", [0, -1.5, learned(0.0), learned(-1.5), learned(0.7), learned(1.0)], ids=repr)
+@pytest.mark.parametrize("present", [97, 96, 40])
+def test_absent_queries_are_in_no_keys_sum(device, present, scale, dtype):
+    """Blocks of keys may hold no positive of a tile all of whose queries are absent, or beyond the last."""
+    queries, keys = draw((present, present, 6), dtype).learns["queries"], draw((130, 130, 6), dtype).learns["queries"]
+    for rows in {present, 130}:
+        weights = None if rows == present else (torch.arange(rows) < present).to(dtype)
+        given = [torch.cat([queries, keys[present:rows]]), keys[:rows]]
+        options = {"scale": scale, "symmetric": True}
+        if weights is not None:
+            options["weights"] = weights
+        results = []
+        for contrast, place, kind in ((info_nce, device, dtype), (info_nce_reference, CPU, torch.float64)):
+            leaves = [value.detach().to(place, kind).requires_grad_() for value in given]
+            own = {name: value.to(place, kind) if isinstance(value, torch.Tensor) and name == "weights" else value
+                   for name, value in options.items()}  # fmt: skip
+            if isinstance(scale, torch.Tensor):
+                own["scale"] = scale.detach().to(place, kind).requires_grad_()
+                leaves.append(own["scale"])
+            loss = contrast(*leaves[:2], **own).loss
+            results.append([loss, *torch.autograd.grad(loss, leaves)])
+        for mine, expected in zip(*results, strict=True):
+            torch.testing.assert_close(mine.cpu().double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_indices_of_unsigned_types_in_the_order_of_targets(dtype):
+    queries, keys = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([1, 2, 3, 0])
+    for name, values in (
+        ("key_range", torch.tensor([[0, 4], [1, 4], [0, 4], [0, 3]])),
+        ("exclude", torch.tensor([0, 1, 2, 3])),
+        ("groups", (torch.arange(4) // 2, torch.arange(4) // 2)),
+    ):
+        narrow = tuple(each.to(dtype) for each in values) if name == "groups" else values.to(dtype)
+        more = {"contrast": "other"} if name == "groups" else {}
+        results = [
+            info_nce(queries, keys, targets, symmetric=True, **{name: given}, **more).loss for given in (values, narrow)
+        ]
+        assert torch.equal(*results)
+
+
+def test_an_index_beyond_int64_is_not_none():
+    queries, keys = torch.randn(2, 4, 3)
+    with pytest.raises(IndexError):
+        info_nce(queries, keys, torch.tensor([0, 1, 2, -1]).to(torch.uint64))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_scale_is_rounded_to_no_half_precision(device, dtype):
     """Some bits of 1.0009765 are beyond bfloat16's, and scores of a hundred times that show it."""
