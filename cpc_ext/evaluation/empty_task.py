@@ -40,8 +40,7 @@ class SavedRun(NamedTuple):
 def saved_run(path: Path) -> SavedRun:
     """The model of a run. TrainingError where the folder is none of a run's, or its files do not fit each other."""
     run = RunDir(path)
-    if not run.config.is_file() or not run.checkpoint.is_file():
-        raise TrainingError(f"{run.path} is not a run's folder: there is no {run.config.name} or {run.checkpoint.name}")
+    run.require_run()
     config, state = load_config(run.config), load_checkpoint(run.checkpoint)
     weights = averaged_weights(state.get("task", {})) or state.get("model", {})
     # The classifier of a supervised module.

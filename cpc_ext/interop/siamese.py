@@ -115,7 +115,10 @@ class SiameseProgram(Program):
     def export(self, model: nn.Module, form: Form | None) -> dict[str, Tensor]:
         encoder = model.encoder if isinstance(model, SimCLR) else model
         if not isinstance(encoder, TimmEncoder):
-            raise CheckpointError(f"{self.source} has no model like a {type(model).__name__}")
+            raise CheckpointError(
+                f"{self.source} has no model like a {type(encoder).__name__}: it has ResNets, as --encoder "
+                "timm:resnet18 and its like train them"
+            )
         weights = encoder.backbone.state_dict()
         try:
             resnet_name(weights)

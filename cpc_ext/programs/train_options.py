@@ -167,7 +167,10 @@ def defaults_of(
         data = dataset if dataset in DATASETS else default_dataset(known)
         if medium(data) != model_medium(known):
             fitting = ", ".join(name for name in DATASETS if medium(name) == model_medium(known))
-            raise OptionError(f"--dataset {data} has no {model_medium(known)}; --model {known} takes {fitting}")
+            others = " or ".join(name for name in MODELS if model_medium(name) == medium(data))
+            raise OptionError(
+                f"--dataset {data} has no {model_medium(known)}, it is for {others}; --model {known} takes {fitting}"
+            )
         chosen = recipe if recipe in model_recipes(known) else None
         side, minutes = _side(data, data_dir, image_size, side), _minutes(data, data_dir)
         try:

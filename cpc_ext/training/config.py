@@ -290,7 +290,8 @@ class RunConfig(Section):
     def _sections_are_the_models(self) -> RunConfig:
         if type(self) is not config_class(self.model):
             raise ValueError(
-                f"--model {self.model} has other options than these: give it without --config and --resume-from"
+                f"--model {self.model} has other options than these: give it without --config, --resume and "
+                "--resume-from"
             )
         return self
 

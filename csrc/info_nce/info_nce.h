@@ -31,6 +31,9 @@
 // registers. Only `symmetric` and `self_contrast` keep some, of bounded size, so as not to compute them again; CUDA keeps
 // what a group of queries scores, 128 MiB, twice that where there are many keys.
 //
+// On the CPU a block of keys gives a tile of rows no gradient where its share of each row's sum is less than that sum
+// resolves, so that many rows may give a key that is far from all of them exactly 0.
+//
 // A row of weight 0 is absent from all gradients, whatever its query and the keys it is contrasted with hold: it gives
 // nothing to grad_keys and grad_bias, and its grad_queries[m] is 0. A symmetric contrast leaves it out of all columns; where
 // `present` is given, that tells instead which rows there are, those of weight 0 among them.

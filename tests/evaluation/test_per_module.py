@@ -23,7 +23,7 @@ from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.registry import task_class
 from cpc_ext.training.run_dir import RunDir
 from tests.tasks.test_every_option import ENCODER, config_of
-from tests.training.conftest import TINY, new_run
+from tests.training.conftest import PATCHES, SHORT, TINY, new_run
 
 SMALL = ("--crop", "28", "--device", "cpu", "--precision", "fp32")
 pytestmark = pytest.mark.usefixtures("quick_probe")
@@ -33,9 +33,12 @@ pytestmark = pytest.mark.usefixtures("quick_probe")
 def runs(tmp_path, monkeypatch, tiny_dataset) -> Callable[..., Path]:
     """runs(name, *options) → the folder of a tiny run."""
     monkeypatch.setattr(EncoderRun, "dataset", lambda run: tiny_dataset)
-    return lambda name, *options: new_run(
-        tmp_path / name, parse([*TINY, "--encoder", ENCODER, *options]).run, tiny_dataset
-    )
+
+    def make(name, *options):
+        tiny = (*PATCHES, *SHORT) if "supervised" in options else TINY
+        return new_run(tmp_path / name, parse([*tiny, "--encoder", ENCODER, *options]).run, tiny_dataset)
+
+    return make
 
 
 @pytest.mark.parametrize("options", [(), ("--modules", "2"), ("--split-at", "1"), ("--objective", "supervised")])

@@ -28,7 +28,7 @@ from cpc_ext.training.loop import Trainer
 from cpc_ext.training.random_streams import RandomStreams
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.run_log import read_metrics
-from tests.training.conftest import SHORT, SMALL
+from tests.training.conftest import PATCHES, SHORT, SMALL
 from tests.training.test_time_budget import WITHOUT_LENGTH
 
 PATIENCE_SECONDS = 90
@@ -89,8 +89,7 @@ def test_variants_learn(greedy, train_with, tmp_path, options, objective):
     if objective == "infonce":
         assert greedy(*options) == 0
     else:
-        view = ("--crop", "24", "--grid-size", "5")
-        assert train_with(*GREEDY[:2], *SMALL, *SHORT, *view, *options) == 0
+        assert train_with(*GREEDY[:2], *SMALL, *PATCHES, *SHORT, *options) == 0
     last = read_metrics(tmp_path / "metrics.jsonl")[-1]
     assert np.isfinite(last["loss"])
     assert ("mutual_information" in last) == (objective == "infonce")

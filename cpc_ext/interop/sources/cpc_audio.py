@@ -114,8 +114,12 @@ class CPCAudioProgram(Program):
         if not isinstance(model, CPC) or not isinstance(model.encoder, WaveformEncoder):
             raise CheckpointError(f"{self.source} has no model like a {type(model).__name__}")
         encoder, context, objective = model.encoder, model.context, model.objective
-        if encoder.padding != (3, 2, 1, 1, 1) or len({layer.out_channels for layer in encoder.layers}) > 1:
-            raise CheckpointError(f"{self.source} has encoders of one width, with paddings of their own")
+        if encoder.padding != (3, 2, 1, 1, 1):
+            raise CheckpointError(
+                f"{self.source} has encoders with paddings 3, 2, 1, 1, 1 (--padding cpc-audio), not {encoder.padding}"
+            )
+        if len({layer.out_channels for layer in encoder.layers}) > 1:
+            raise CheckpointError(f"{self.source} has encoders whose layers have one width")
         if encoder.normalization != (1, 0):
             raise CheckpointError(f"{self.source} does not normalise samples")
         state: dict[str, Tensor] = {}
