@@ -40,7 +40,8 @@ class SavedRun(NamedTuple):
 def saved_run(path: Path) -> SavedRun:
     """The model of a run. TrainingError where the folder is none of a run's, or its files do not fit each other."""
     run = RunDir(path)
-    run.require_run()
+    if not run.config.is_file() or not run.checkpoint.is_file():
+        raise TrainingError(f"{run.path} is not a run's folder: there is no {run.config.name} or {run.checkpoint.name}")
     config, state = load_config(run.config), load_checkpoint(run.checkpoint)
     weights = averaged_weights(state.get("task", {})) or state.get("model", {})
     # The classifier of a supervised module.

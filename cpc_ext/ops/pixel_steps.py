@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -223,8 +224,8 @@ class _KernelSteps(PixelSteps):
             maps.width,
             maps.blocks,
         )
-        # A device reads them where they are, also where the steps have others by then.
-        self._read = [(step.weight, step.bias) for step in steps]
+        # Copies, as a device reads the weights where they are, also where the steps of the caller have others by then.
+        self._steps = [copy(step) for step in steps]
         self._plan: Tensor | None = None
         if self._kernel.on_device:
             plan = torch.frombuffer(bytearray(self._kernel.plan()), dtype=torch.uint8)

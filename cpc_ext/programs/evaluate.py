@@ -29,9 +29,6 @@ def _check(command: Command) -> None:
     """TrainingError for values that cannot be right, or would have no effect for runs like these."""
     if not command.runs:
         raise TrainingError("give at least one RUN")
-    for path in command.runs:
-        if not RunDir(path).config.is_file():
-            RunDir(path).require_run()  # First, as what a run learns from decides which options fit.
     if all(RunDir(path).medium == "audio" for path in command.runs):
         refuse_idle(command, _OF_LABELS, "runs on speech are measured by --measures")
         if command.per_module:
@@ -39,7 +36,9 @@ def _check(command: Command) -> None:
         else:
             refuse_idle(command, ("out",), "runs on speech are drawn together with --per-module alone")
     else:
-        refuse_idle(command, _OF_SPEECH, "it is of runs on speech")
+        # Of what is no run, whoever opens it says that.
+        if all(RunDir(path).config.is_file() for path in command.runs):
+            refuse_idle(command, _OF_SPEECH, "it is of runs on speech")
         if command.per_module:
             refuse_idle(command, _OF_LABELS, "--per-module learns from all labels")
     if not command.minutes > 0:

@@ -84,13 +84,6 @@ class RunDir:
             raise TrainingError(f"--out-dir: cannot write to {path}: {error.strerror or error}") from None
         return run
 
-    def require_run(self) -> None:
-        """TrainingError where the folder lacks a run's config or its checkpoint."""
-        if not self.config.is_file() or not self.checkpoint.is_file():
-            raise TrainingError(
-                f"{self.path} is not a run's folder: there is no {self.config.name} or {self.checkpoint.name}"
-            )
-
     @property
     def known_config(self) -> RunConfig:
         """The run's config. TrainingError where the folder is none of a run's."""

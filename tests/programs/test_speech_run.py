@@ -173,7 +173,7 @@ def test_what_evaluation_refuses(options, words, tmp_path, capsys):
 
 def test_what_is_no_run_is_told_before_options_that_do_not_fit(tmp_path, capsys):
     assert evaluate.main([str(tmp_path / "nowhere"), "--minutes", "1", "--device", "cpu"]) == 1
-    assert "nowhere is not a run's folder: there is no config.yaml or checkpoint.pt" in capsys.readouterr().err
+    assert "nowhere is not a run's folder: there is no config.yaml" in capsys.readouterr().err
 
 
 def test_recordings_without_labels_are_not_measured(tmp_path, monkeypatch, capsys):

@@ -396,7 +396,7 @@ WRONG_FOR_RESUME = {
     "optimizer of text": put("optimizer", "state", 0, "exp_avg", "x"),
     "optimizer without steps": put("optimizer", "state", 0, "step", None),
     "streams of another type": put("streams", "views", torch.zeros(5056)),
-    "streams cut": put("streams", "torch", torch.zeros(3, dtype=torch.uint8)),
+    "streams cut": put("streams", "own", [{"torch": torch.zeros(3, dtype=torch.uint8), "torch_device": None}]),
     "sampler of text": put("sampler", "epoch", "1"),
     "sampler past the end": put("sampler", "batch", 5000),
     "count text": put("since_log", "count", "3"),
