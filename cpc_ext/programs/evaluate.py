@@ -36,7 +36,7 @@ def _check(command: Command) -> None:
         else:
             refuse_idle(command, ("out",), "runs on speech are drawn together with --per-module alone")
     else:
-        # Of what is no run, whoever opens it says that.
+        # A folder that is no run is refused by whoever opens it, in better words.
         if all(RunDir(path).config.is_file() for path in command.runs):
             refuse_idle(command, _OF_SPEECH, "it is of runs on speech")
         if command.per_module:

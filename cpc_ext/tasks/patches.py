@@ -23,7 +23,7 @@ __all__ = ["center_or_random", "patch_encoder", "patch_view", "save_patch_figure
 # Images the figures are drawn from.
 _FIGURE_INPUTS = 4
 _NEIGHBOUR_IMAGES = 500
-_ENCODED = 32  # Of them at a time.
+_ENCODED = 32  # Images that are encoded at a time.
 _NEIGHBOUR_QUERIES = 6
 _NEIGHBOURS = 8
 

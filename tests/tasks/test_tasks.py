@@ -487,7 +487,7 @@ def test_crops_fit_both_sides_of_an_image(height, width):
     ],
 )
 def test_guessing_among_the_keys_of_one_process(model, options, keys):
-    """Of a batch of four images on four processes, each of which contrasts its own."""
+    """Four processes share a batch of four images, and each contrasts its own."""
     tasks = [task_of(model, gather_negatives=gather, **options) for gather in ("none", "gather")]
     for task in tasks:
         task.share = BatchShare(3, 4)
