@@ -64,6 +64,6 @@ PRESETS: Presets = {
     },
     "librispeech": {"optimization": {"epochs": 300, "batch_size": 8, "lr": 2e-4}},
     "audio-folder": {"optimization": {"epochs": 300, "batch_size": 8, "lr": 2e-4}},
-    # A small network with batch norm tells more phones than the paper's in the same minutes, and in a third of them.
+    # A small network with batch norm tells more phones than the paper's after the same minutes.
     "audio-folder-small": FEW,
 }
