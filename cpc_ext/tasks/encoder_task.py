@@ -25,7 +25,7 @@ from cpc_ext.measures.effective_rank import effective_rank
 from cpc_ext.measures.probe import encode, linear_probe
 from cpc_ext.models.encoder_model import EncoderModel
 from cpc_ext.tasks.encoder_names import EncoderSpec
-from cpc_ext.tasks.encoder_options import EncoderConfig
+from cpc_ext.tasks.encoder_options import ContrastSection, EncoderConfig
 from cpc_ext.tasks.online_probe import RANK, ImageProbe, probe_curve
 from cpc_ext.tasks.require_pixels import require_pixels
 from cpc_ext.tasks.trouble import trouble
@@ -161,6 +161,13 @@ class EncoderTask(Task):
         chosen = spread(_LOOKED_AT, len(self.examples))
         features = encode(self.examples, partial(self.features, self.model), self._device, chosen=chosen)
         return trouble(means, self.guess, features, self._config)
+
+    @property
+    def contrasted_images(self) -> int:
+        """Number of images whose encodings are contrasted with each other."""
+        section = self._config.encoder_section
+        assert isinstance(section, ContrastSection)
+        return self.contrasted(self._config.optimization.batch_size, section.gather_negatives)
 
     @property
     @abstractmethod

@@ -57,8 +57,7 @@ class CPCv1Task(EncoderTask):
 
     @property
     def guess(self) -> dict[str, float]:
-        images = self.contrasted(self._config.optimization.batch_size, self._config.cpc.gather_negatives)
-        return guessing(*self._config.keys_by_step(images))
+        return guessing(*self._config.keys_by_step(self.contrasted_images))
 
     def _save_figures(self, run: RunDir) -> None:
         self._save_curves(run, loss="InfoNCE loss")

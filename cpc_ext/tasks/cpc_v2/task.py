@@ -76,8 +76,7 @@ class CPCv2Task(EncoderTask):
 
     @property
     def guess(self) -> dict[str, float]:
-        images = self.contrasted(self._config.optimization.batch_size, self._config.cpc.gather_negatives)
-        return guessing(self._config.view.grid_size**2 * images)
+        return guessing(self._config.view.grid_size**2 * self.contrasted_images)
 
     def _save_figures(self, run: RunDir) -> None:
         self._save_curves(run, loss="InfoNCE loss")

@@ -122,8 +122,7 @@ class GreedyTask(ModuleTask, EncoderTask):
     def guess(self) -> dict[str, float]:
         if self._config.greedy.objective == "supervised":
             return guessing(len(self._dataset.classes))
-        images = self.contrasted(self._config.optimization.batch_size, self._config.cpc.gather_negatives)
-        return guessing(*self._config.keys_by_step(images))
+        return guessing(*self._config.keys_by_step(self.contrasted_images))
 
     def _save_figures(self, run: RunDir) -> None:
         learning = self._config.greedy.learning

@@ -35,8 +35,7 @@ class SimCLRTask(TwoViewTask):
 
     @property
     def guess(self) -> dict[str, float]:
-        images = self.contrasted(self._config.optimization.batch_size, self._config.encoder_section.gather_negatives)
-        return guessing(2 * images - 1)
+        return guessing(2 * self.contrasted_images - 1)
 
 
 TASK = SimCLRTask

@@ -53,8 +53,7 @@ class SupConTask(TwoViewTask):
         assert self.examples.labels is not None
         shares = np.bincount(self.examples.labels) / len(self.examples)
         # The nearest of all is of the same class as often as another image is.
-        images = self.contrasted(self._config.optimization.batch_size, self._config.encoder_section.gather_negatives)
-        return {**guessing(2 * images - 1), "accuracy": float((shares**2).sum())}
+        return {**guessing(2 * self.contrasted_images - 1), "accuracy": float((shares**2).sum())}
 
 
 TASK = SupConTask
