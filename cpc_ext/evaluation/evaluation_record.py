@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cpc_ext.training.atomic_file import write_text
-from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.errors import TrainingError, writing
 
 __all__ = ["EvaluationRecord", "as_table"]
 
@@ -64,13 +64,12 @@ class EvaluationRecord:
 
         Raises TrainingError where the file cannot be written.
         """
-        try:
-            with self._lock:
-                self._add(row)
-        except Timeout:
-            raise TrainingError(f"cannot write {self._path}: another process keeps it locked") from None
-        except OSError as error:
-            raise TrainingError(f"cannot write {self._path}: {error.strerror or error}") from None
+        with writing(self._path):
+            try:
+                with self._lock:
+                    self._add(row)
+            except Timeout:
+                raise TrainingError(f"cannot write {self._path}: another process keeps it locked") from None
 
     def _add(self, row: Row) -> None:
         self._read()  # Another process may have added to it.

@@ -30,7 +30,7 @@ from cpc_ext.evaluation.speech import evaluate_speech
 from cpc_ext.measures.knn import TEMPERATURE, knn_scores
 from cpc_ext.measures.label_subsets import LabelBudget, parse_label_budgets
 from cpc_ext.measures.probe import encode, fit_linear_classifier
-from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.errors import TrainingError, writing
 from cpc_ext.training.precision import check_device
 from cpc_ext.training.run_dir import RunDir
 
@@ -91,10 +91,8 @@ class _Evaluator:
         self._classes = len(self._dataset.classes)
         self._task = run.trained(self._dataset)
         self._folder = run.dir.path / "evaluation"
-        try:
+        with writing(run.dir.path):
             self._folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise TrainingError(f"cannot write to {run.dir.path}: {error.strerror}") from None
         self._images = {"train": images_digest(train), "test": images_digest(test)}
         self._weights = weights_digest(self._task.model)
         self._kept: dict[tuple[str, str], Tensor] = {}
@@ -292,7 +290,5 @@ def _compared(records: dict[Path, EvaluationRecord]) -> Any:
 
 
 def _save_figure(path: Path, figure: Any) -> None:
-    try:
+    with writing(path):
         figures.save(path, figure)
-    except OSError as error:
-        raise TrainingError(f"cannot write {path}: {error.strerror or error}") from None

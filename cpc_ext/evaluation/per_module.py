@@ -25,7 +25,7 @@ from cpc_ext.models.encoders.stacked_encoder import StackedEncoder
 from cpc_ext.models.greedy_infomax import module_starts
 from cpc_ext.tasks.encoder_task import EncoderTask
 from cpc_ext.training.atomic_file import write_text
-from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.errors import TrainingError, writing
 
 __all__ = ["accuracies_by_module", "evaluate_per_module", "features_by_module"]
 
@@ -63,11 +63,9 @@ def evaluate_per_module(runs: Sequence[EncoderRun], figure: Path, progress: Prog
     width = max(map(len, (*lines, "untrained")))
     for name, values in (*lines.items(), ("untrained", untrained)):
         print(f"{name:<{width}}  " + "  ".join(f"{value:6.1%}" for value in values))
-    try:
+    with writing(figure):
         figure.parent.mkdir(parents=True, exist_ok=True)
         figures.save(figure, figures.accuracy_by_depth(lines, untrained, chance, dataset.name))
-    except OSError as error:
-        raise TrainingError(f"cannot write {figure}: {error.strerror or error}") from None
     print(f"accuracy after each module; drawn in {figure}")
 
 
@@ -172,8 +170,6 @@ def _names(runs: Sequence[EncoderRun]) -> list[str]:
 
 
 def _write(path: Path, text: str) -> None:
-    try:
+    with writing(path):
         path.parent.mkdir(exist_ok=True)
         write_text(path, text)
-    except OSError as error:
-        raise TrainingError(f"cannot write {path}: {error.strerror or error}") from None

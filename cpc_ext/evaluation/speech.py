@@ -31,7 +31,7 @@ from cpc_ext.measures.speech_frames import (
 )
 from cpc_ext.tasks.speech_task import SpeechTask, probed_recordings
 from cpc_ext.training.atomic_file import write_text
-from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.errors import TrainingError, writing
 
 __all__ = ["evaluate_speech"]
 
@@ -242,8 +242,6 @@ def _save(path: Path, figure: Any) -> None:
 
 
 def _guarded(path: Path, write: Callable[[Path], None]) -> None:
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path)
-    except OSError as error:
-        raise TrainingError(f"cannot write {path}: {error.strerror or error}") from None

@@ -25,7 +25,7 @@ from cpc_ext.tasks.encoder_names import encoder_name
 from cpc_ext.training.atomic_file import atomic_file, write_text
 from cpc_ext.training.checkpoint import save_checkpoint, write_tensors
 from cpc_ext.training.config import RunConfig, explain, option, validate_config
-from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.errors import TrainingError, writing
 from cpc_ext.training.presets import preset
 from cpc_ext.training.registry import model_medium
 from cpc_ext.training.run_dir import RunDir
@@ -78,10 +78,9 @@ def _take_over(command: Command, source: str) -> None:
     }
     run = RunDir.create(command.out, model=config.model, dataset=config.data.dataset, option_name="--out")
     try:
-        write_text(run.config, config.to_yaml())
-        save_checkpoint(run.checkpoint, state)
-    except OSError as error:
-        raise TrainingError(f"--out: cannot write to {command.out}: {error.strerror or error}") from None
+        with writing(command.out, "--out"):
+            write_text(run.config, config.to_yaml())
+            save_checkpoint(run.checkpoint, state)
     finally:
         run.release()
     parameters = sum(parameter.numel() for parameter in reference.model.parameters())
@@ -227,10 +226,8 @@ def _hand_over(command: Command, target: str) -> None:
     exported = export_reference(model, target, form=form)
     if model_medium(config.model) == "audio" and command.out.suffix != ".safetensors":
         # The program finds its options beside the file.
-        try:
+        with writing(command.out, "--out"):
             save_reference(model, target, command.out, form=form)
-        except OSError as error:
-            raise TrainingError(f"--out: cannot write {command.out}: {error.strerror or error}") from None
         print(f"{len(exported)} tensors of {target} are in {command.out}")
         return
     files = {command.out: exported}
@@ -255,11 +252,8 @@ def _by_module(path: Path, state: Mapping[str, Tensor]) -> dict[Path, dict[str, 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     # A tensor may be there under two names; files hold it twice.
     own = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
-    try:
-        with atomic_file(path) as file:
-            if path.suffix == ".safetensors":
-                write_safetensors(file, own, {"format": "pt"})
-            else:
-                write_tensors(file, own)
-    except OSError as error:
-        raise TrainingError(f"--out: cannot write {path}: {error.strerror or error}") from None
+    with writing(path, "--out"), atomic_file(path) as file:
+        if path.suffix == ".safetensors":
+            write_safetensors(file, own, {"format": "pt"})
+        else:
+            write_tensors(file, own)

@@ -89,6 +89,8 @@ def _check(command: Command) -> None:
     """TrainingError for values that cannot be right, or would have no effect, for a run of its kind."""
     if RunDir(command.run).medium == "audio":
         refuse_idle(command, ("split", "image_size", "per_patch"), "it is of runs on images")
+        if command.out is not None and command.out.suffix in _SUFFIXES:
+            raise TrainingError(f"--out: of a run on speech the name of a folder, got {command.out.name}")
         return
     refuse_idle(command, ("layer", "format"), "it is of runs on speech")
     if medium(command.dataset) != "images":

@@ -30,7 +30,7 @@ from cpc_ext.evaluation.encoder_run import EncoderRun
 from cpc_ext.programs.embed import Command
 from cpc_ext.programs.embedding_speech import embed_speech
 from cpc_ext.training.atomic_file import atomic_file
-from cpc_ext.training.errors import TrainingError, warn
+from cpc_ext.training.errors import TrainingError, warn, writing
 from cpc_ext.training.precision import check_device
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.safetensors_file import write_safetensors
@@ -52,22 +52,19 @@ def embed(command: Command) -> None:
     run = EncoderRun.open(command.run, device)
     names = out.with_suffix(".names.json") if out.suffix == ".npy" else None
     images = _FolderImages(command, run) if command.dataset == "folder" else _DatasetImages(command, run)
-    try:
-        # Opened first: that nothing can be written here is better known before the work than after it.
-        with ExitStack() as files:
-            lock = FileLock(out.with_name(f".{out.name}.lock"), timeout=_PATIENCE_SECONDS)
-            files.callback(lock.release)
-            # What is entered last is the first to appear.
-            names_file = files.enter_context(atomic_file(names)) if names else None
-            file = files.enter_context(atomic_file(out))
-            features = _encode(command, run, images, device)
-            _write(file, names_file, features, images.names)
-            if names:
-                # Encodings without names are no harm, encodings with those of others are.
-                lock.acquire()
-                names.unlink(missing_ok=True)
-    except OSError as error:
-        raise TrainingError(f"--out: cannot write {out}: {error.strerror or error}") from None
+    # Opened first: that nothing can be written here is better known before the work than after it.
+    with writing(out, "--out"), ExitStack() as files:
+        lock = FileLock(out.with_name(f".{out.name}.lock"), timeout=_PATIENCE_SECONDS)
+        files.callback(lock.release)
+        # What is entered last is the first to appear.
+        names_file = files.enter_context(atomic_file(names)) if names else None
+        file = files.enter_context(atomic_file(out))
+        features = _encode(command, run, images, device)
+        _write(file, names_file, features, images.names)
+        if names:
+            # Encodings without names are no harm, encodings with those of others are.
+            lock.acquire()
+            names.unlink(missing_ok=True)
     shape = " x ".join(map(str, features.shape))
     print(
         f"encodings of {len(features)} images, {shape}, are in {out}" + (f", their names in {names}" if names else "")

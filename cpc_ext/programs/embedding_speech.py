@@ -21,7 +21,7 @@ from cpc_ext.data.npy_file import write_npy
 from cpc_ext.evaluation.encoder_run import SpeechRun
 from cpc_ext.programs.embed import Command
 from cpc_ext.training.atomic_file import atomic_file
-from cpc_ext.training.errors import TrainingError, warn
+from cpc_ext.training.errors import TrainingError, warn, writing
 from cpc_ext.training.precision import check_device
 
 __all__ = ["embed_speech"]
@@ -57,13 +57,11 @@ def embed_speech(command: Command) -> None:
         if not len(frames):
             left_out.add(file.path, "too short for a frame")
             continue
-        try:
+        with writing(out, "--out"):
             path = Path(file.path)
             # Recordings that differ in their endings alone keep these.
             stem = path.with_suffix("") if stems[path.with_suffix("")] == 1 else path
             _write(out / stem, frames, centers.double() / SAMPLE_RATE, command.format)
-        except OSError as error:
-            raise TrainingError(f"--out: cannot write to {out}: {error.strerror or error}") from None
         written, dim = written + 1, frames.shape[1]
     if left_out or tree.left_out:
         warn("\n  ".join([f"{root}:", *tree.left_out.lines(), *left_out.lines()]))

@@ -23,7 +23,7 @@ from cpc_ext.programs.sample import Command
 from cpc_ext.tasks.pixel_task import PixelTask, build_pixel_model, shown
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.checkpoint import load_checkpoint, load_weights
-from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.errors import TrainingError, writing
 from cpc_ext.training.precision import check_device
 from cpc_ext.training.registry import MODELS, task_class
 from cpc_ext.training.run_dir import RunDir
@@ -68,14 +68,12 @@ def sample(command: Command) -> None:
         images = torch.cat([image.unsqueeze(0).cpu(), images])
     suffix = "npy" if model.levels != IMAGE_LEVELS else "png"
     path = command.out or command.run / f"{'sampled' if image is None else 'completed'}.{suffix}"
-    try:
+    with writing(path, "--out"):
         if path.suffix == ".npy":
             with atomic_file(path) as file:
                 write_npy(file, images.numpy())
         else:
             figures.save_images(path, shown(model, images.numpy()))
-    except OSError as error:
-        raise TrainingError(f"--out: cannot write {path}: {error.strerror or error}") from None
     print(f"{command.n} images of {shape[2]} x {shape[1]} pixels are in {path}")
 
 

@@ -27,7 +27,7 @@ from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.config import RunConfig, explain, option, options_that_may_change, validate_config
 from cpc_ext.training.data_record import described
 from cpc_ext.training.distribution import Ranks, joined_ranks, lost_contact
-from cpc_ext.training.errors import TrainingError, speaker, unfailing_output
+from cpc_ext.training.errors import TrainingError, speaker, unfailing_output, writing
 from cpc_ext.training.loggers import check_loggers
 from cpc_ext.training.loop import Trainer
 from cpc_ext.training.precision import check_device
@@ -232,11 +232,9 @@ def _opened_log(config: RunConfig, run: RunDir, trainer: Trainer, ranks: Ranks) 
 
     def prepare() -> None:
         run.check_space(trainer.checkpoint_bytes)
-        try:
+        with writing(run.path, "--out-dir"):
             write_text(run.config, config.to_yaml())
             logs.append(RunLog(run, after_step=trainer.step, loggers=config.output.logger))
-        except OSError as error:
-            raise TrainingError(f"--out-dir: cannot write to {run.path}: {error}") from None
 
     ranks.on_main(prepare)
     for log in logs:

@@ -9,13 +9,24 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
 from typing import Any
 
-__all__ = ["TrainingError", "speaker", "unfailing_output", "warn"]
+__all__ = ["TrainingError", "speaker", "unfailing_output", "warn", "writing"]
 
 
 class TrainingError(Exception):
     """Training cannot start or go on; the message says why and what to do."""
+
+
+@contextmanager
+def writing(path: Path, option: str | None = None) -> Iterator[None]:
+    """In the block, what the system says against writing is a TrainingError of the file or folder, and its option."""
+    try:
+        yield
+    except OSError as error:
+        named = "" if option is None else f"{option}: "
+        raise TrainingError(f"{named}cannot write {path}: {error.strerror or error}") from None
 
 
 def warn(message: str) -> None:

@@ -25,7 +25,7 @@ from cpc_ext.training.checkpoint import load_weights, save_checkpoint
 from cpc_ext.training.config import RunConfig
 from cpc_ext.training.data_record import data_record, differences
 from cpc_ext.training.distribution import Ranks
-from cpc_ext.training.errors import TrainingError, warn
+from cpc_ext.training.errors import TrainingError, warn, writing
 from cpc_ext.training.meter import FiniteGuard, Meter
 from cpc_ext.training.parts import Parts
 from cpc_ext.training.pipeline import Pipeline
@@ -254,10 +254,8 @@ class Trainer:
         )
 
     def _save_first(self, state: dict[str, Any]) -> None:
-        try:
+        with writing(self._run.checkpoint, "--out-dir"):
             save_checkpoint(self._run.checkpoint, state)
-        except OSError as error:
-            raise TrainingError(f"--out-dir: cannot write {self._run.checkpoint}: {error}") from None
 
     def _share_batch_norm(self) -> None:
         if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self._task.model.modules()):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.config import RunConfig, load_config
-from cpc_ext.training.errors import TrainingError, warn
+from cpc_ext.training.errors import TrainingError, warn, writing
 from cpc_ext.training.registry import model_medium
 
 __all__ = ["RunDir"]
@@ -57,16 +57,12 @@ class RunDir:
         Raises TrainingError where it cannot be written to, or holds a run that a new one would destroy, see
         :attr:`begun`.
         """
-        try:
+        with writing(path or _DEFAULT_PARENT, option_name):
             if path is None:
                 path = _next_numbered(_DEFAULT_PARENT, f"{model}-{dataset}")
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path)
             run._hold()
-        except OSError as error:
-            raise TrainingError(
-                f"{option_name}: cannot write to {path or _DEFAULT_PARENT}: {error.strerror or error}"
-            ) from None
         if run.begun:
             run.release()
             go_on = "" if option_name != "--out-dir" else "give --resume to go on with it, or "
@@ -78,10 +74,8 @@ class RunDir:
         """The folder of a run to resume. TrainingError where there is none or it cannot be written to."""
         run = cls(path)
         run.check_resumable()
-        try:
+        with writing(path, "--out-dir"):
             run._hold()
-        except OSError as error:
-            raise TrainingError(f"--out-dir: cannot write to {path}: {error.strerror or error}") from None
         return run
 
     @property
@@ -135,11 +129,9 @@ class RunDir:
         Besides the last and the best checkpoint there is, while one is written, a third. Those that are there already
         have their room.
         """
-        try:
+        with writing(self.path, "--out-dir"):
             free = shutil.disk_usage(self.path).free
             found = [path.stat() for path in (self.checkpoint, self.best) if path.is_file()]
-        except OSError as error:
-            raise TrainingError(f"--out-dir: cannot write to {self.path}: {error.strerror or error}") from None
         there = sum({status.st_ino: status.st_size for status in found}.values())  # One file may have both names.
         needed = max(3 * checkpoint_bytes - there, 0) + _OTHER_FILES_BYTES
         if free < needed:

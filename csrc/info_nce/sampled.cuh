@@ -203,6 +203,10 @@ __device__ void multiply_pairs(const SampledRow<T, Sum>& row) {
   __syncwarp();
 }
 
+// In the place of the power of a negative that is left out.
+template <class Sum>
+constexpr Sum kLeftOut = -1;
+
 // What a warp finds of a query's negatives, whose dot products become powers.
 template <class Sum>
 struct SampledRivals {
@@ -233,7 +237,7 @@ __device__ SampledRivals<Sum> measure_pairs(const SampledRow<T, Sum>& row) {
   found.valid = warp_sum(invalid) == 0;
   found.rivals.largest = a.bounded(largest);
   for (int64_t pair = first; pair < a.pairs; pair += kWarp)
-    row.weights[pair] = row.contrasted(pair) ? a.add(found.rivals, row.score(pair), row.dot(pair)) : Sum(0);
+    row.weights[pair] = row.contrasted(pair) ? a.add(found.rivals, row.score(pair), row.dot(pair)) : kLeftOut<Sum>;
   found.rivals.sum = warp_sum(found.rivals.sum);
   found.rivals.moment = warp_sum(found.rivals.moment);
   return found;
@@ -262,8 +266,8 @@ __global__ void __launch_bounds__(kThreads) contrast_sampled(const __grid_consta
       Sum& v = row.weights[pair];
       if (pair < a.places)
         v = row.present(pair) ? outcome.weight_of_positive(pair, weight) : Sum(0);
-      else
-        v = factor == 0 ? Sum(0) : v * factor;
+      else  // A factor may be no number, of those that are left out too.
+        v = factor == 0 || v == kLeftOut<Sum> ? Sum(0) : v * factor;
     }
     __syncwarp();
     if (a.grad_queries == nullptr) continue;

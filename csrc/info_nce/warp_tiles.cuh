@@ -182,7 +182,9 @@ struct TakeScores {
       rivals.largest = limit;
       int count = 0;
       if (measures) rivals.largest = a.reference(limit, find_largest(of_lane, limit, count));
-      const float exponents = scale * kLog2E, subtracted = rivals.largest * kLog2E;
+      // Scores so large that this is infinite are as large as each other, or too far apart for powers of any base.
+      const bool huge = fabsf(rivals.largest * kLog2E) > kLargest<float>;
+      const float base = huge ? 1 : kLog2E, exponents = scale * base, subtracted = rivals.largest * base;
       of_lane.each([&](float& dot, float score) {
         const float power = kPlain ? quick_exp2(dot * exponents - subtracted) : quick_exp<T>(score - rivals.largest);
         rivals.sum += power;

@@ -59,6 +59,7 @@ void complete_packing(PixelPacking& problem, Sizes&) {
 void complete_pixel(PixelConvolution& problem, Sizes& sizes) {
   require(problem.outputs > 0 && problem.outputs <= kMostPixels,
           "outputs must be in 1.." + std::to_string(kMostPixels) + ", got " + std::to_string(problem.outputs));
+  require(problem.inputs() > 0, "input must have channels, got " + shape_of(problem.input));
   sizes.set("O", problem.outputs);
   set_results(sizes, problem.outputs, problem.activation);
   problem.taps = taps_of(problem.visible, problem.kernel_height, problem.kernel_width, problem.dilation, false,

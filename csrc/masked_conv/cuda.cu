@@ -183,11 +183,15 @@ void launch_convolve_of(const Convolution& problem, void* stream) {
 // and of few taps.
 bool lies_in_place(const TensorView& weight, const TensorView& mask, int64_t dilation) {
   const int64_t size = size_of(weight.dtype), most = std::numeric_limits<int32_t>::max();
-  const auto whole = [&](int64_t stride) { return stride * size % kChunkBytes == 0 && stride <= most; };
+  // From one of `count` to the last.
+  const auto whole = [&](int64_t stride, int64_t count) {
+    return stride % (kChunkBytes / size) == 0 && stride <= most / std::max<int64_t>(count, 1);
+  };
   return weight.dtype != DType::f64 && mask.ndim == 2 && mask.shape[0] * mask.shape[1] <= TapMask::kMost &&
          dilation == 1 && weight.strides[1] == 1 && reinterpret_cast<uintptr_t>(weight.data) % kChunkBytes == 0 &&
-         whole(weight.strides[0]) && whole(weight.strides[2]) && whole(weight.strides[3]) &&
-         weight.shape[0] * weight.strides[0] <= most && std::max(mask.strides[0], mask.strides[1]) <= most;
+         whole(weight.strides[0], weight.shape[0]) && whole(weight.strides[2], weight.shape[2]) &&
+         whole(weight.strides[3], weight.shape[3]) &&
+         std::max(mask.strides[0], mask.strides[1]) <= most / TapMask::kMost;
 }
 
 }  // namespace

@@ -42,7 +42,7 @@ struct WeightsInPlace {
 template <class T>
 struct Filters {
   using Value = T;
-  template <int kSide>
+  template <int kSide, template <class, int> class Lines>
   using Operand = DepthInnermost<T>;
 
   const T* packed;        // Null where they are as they are.
@@ -52,7 +52,7 @@ struct Filters {
 
   bool fits() const { return outputs.outputs * stride <= std::numeric_limits<int32_t>::max(); }
 
-  template <int kSide, int kThreads>
+  template <int kSide, int kThreads, template <class, int> class Lines>
   class Copies {
    public:
     __device__ explicit Copies(const Filters& b)
@@ -75,12 +75,13 @@ struct Filters {
       const bool visible = walk.visible();
 #pragma unroll
       for (int i = 0; i < kCount; ++i)
-        copy_async<kChunkBytes>(to + i * kStep * kSliceBytes, from + offset_[i], visible);
+        if (kSide % kStep == 0 || row_ + i * kStep < kSide)
+          copy_async<kChunkBytes>(to + i * kStep * kSliceBytes, from + offset_[i], visible);
     }
 
    private:
-    static constexpr int kStep = kThreads / kChunksOfSlice, kCount = kSide / kStep;
-    static_assert(kStep % 8 == 0 && kSide % kStep == 0);  // Chunks lie alike in every 8 rows.
+    static constexpr int kStep = kThreads / kChunksOfSlice, kCount = (kSide + kStep - 1) / kStep;
+    static_assert(kStep % 8 == 0);  // Chunks lie alike in every 8 rows.
 
     const Filters& b_;
     int row_, chunk_;
@@ -93,15 +94,15 @@ struct Filters {
 template <class T>
 struct TransposedFilters {
   using Value = T;
-  template <int kSide>
-  using Operand = DepthOutermost<T, kSide>;
+  template <int kSide, template <class, int> class Lines>
+  using Operand = DepthOutermost<T, kSide, Lines>;
 
   int64_t count, stride;  // Channels, and from an output to the next.
   WeightsInPlace<T> in_place;
 
   bool fits() const { return count % kChunk<T> == 0 && kDepth<T> * stride <= std::numeric_limits<int32_t>::max(); }
 
-  template <int kSide, int kThreads>
+  template <int kSide, int kThreads, template <class, int> class Lines>
   class Copies {
    public:
     __device__ explicit Copies(const TransposedFilters& b) : b_(b), chunks_(threadIdx.x % kThreads) {}
@@ -121,13 +122,14 @@ struct TransposedFilters {
       const bool visible = walk.visible();
 #pragma unroll
       for (int i = 0; i < Chunks::kCount; ++i)
-        copy_async<kChunkBytes>(tile + chunks_.at(i),
-                                from + offset_[Chunks::band(i)] + Chunks::after(i) * static_cast<int>(b_.stride),
-                                visible);
+        if (chunks_.exists(i))
+          copy_async<kChunkBytes>(tile + chunks_.at(i),
+                                  from + offset_[Chunks::band(i)] + Chunks::after(i) * static_cast<int>(b_.stride),
+                                  visible);
     }
 
    private:
-    using Chunks = ChunksOfLines<T, kSide, kThreads>;
+    using Chunks = ChunksOfLines<T, kSide, kThreads, Lines>;
 
     const TransposedFilters& b_;
     Chunks chunks_;

@@ -15,7 +15,7 @@ namespace cpc::masked_conv::cuda {
 template <class T, bool kWholeChunks>
 struct VisibleTaps {
   using Value = T;
-  template <int kSide>
+  template <int kSide, template <class, int> class Lines>
   using Operand = DepthInnermost<T>;
 
   const T* input;  // [images, height, width, channels].
@@ -27,7 +27,7 @@ struct VisibleTaps {
   bool fits() const { return count <= kMaxCount && count * channels <= std::numeric_limits<int32_t>::max(); }
   __device__ int64_t last_row(int64_t row, int rows) const { return row + rows < count ? row + rows - 1 : count - 1; }
 
-  template <int kSide, int kThreads>
+  template <int kSide, int kThreads, template <class, int> class Lines>
   class Copies {
    public:
     __device__ explicit Copies(const VisibleTaps& a)
@@ -107,9 +107,9 @@ template <class T, bool kWholeChunks, class TapsOf>
 struct TapColumns {
   using Value = T;
   static constexpr bool kItself = std::is_same_v<TapsOf, PixelItself>;
-  template <int kSide>
+  template <int kSide, template <class, int> class Lines>
   using Operand =
-      std::conditional_t<sizeof(T) == 4 && kWholeChunks, FragmentsOfColumns<T, kSide>, DepthOutermost<T, kSide>>;
+      std::conditional_t<sizeof(T) == 4 && kWholeChunks, FragmentsOfColumns<T, kSide>, DepthOutermost<T, kSide, Lines>>;
 
   const T* input;
   int64_t count, pixels, of_entry;
@@ -119,7 +119,7 @@ struct TapColumns {
 
   bool fits() const { return count <= kMaxCount && of_entry <= kMaxCount; }
 
-  template <int kSide, int kThreads>
+  template <int kSide, int kThreads, template <class, int> class Lines>
   class Copies {
    public:
     __device__ explicit Copies(const TapColumns& a)
@@ -137,7 +137,7 @@ struct TapColumns {
 
     template <class Walk>
     __device__ void start(unsigned char* tile, const Walk&) {
-      unsigned char* const to = tile + chunk_of_depth<T, kSide>(line_, chunk_);
+      unsigned char* const to = tile + Lines<T, kSide>::at(line_, chunk_);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         const bool exists = i * kStep < left_;
@@ -149,7 +149,7 @@ struct TapColumns {
                  x + by.dx < static_cast<uint32_t>(a_.width);
         };
         const T* const pixel = from_ + int64_t{i * kStep} * a_.channels;
-        unsigned char* const at = to + i * kStep * kSide * static_cast<int>(sizeof(T));
+        unsigned char* const at = to + i * kStep * Lines<T, kSide>::kPitch;
         if constexpr (kWholeChunks) {
           copy_async<kChunkBytes>(at, pixel + column_.offset, inside(column_));
         } else {

@@ -1,10 +1,11 @@
-"""The predicted time of the product that our kernels share (csrc/core/cuda/product.cuh), by itself, on GPUs.
+"""The time of the product that our kernels share (csrc/core/cuda/product.cuh), by itself: predicted or measured.
 
     python python/benchmarks/cuda_product.py --trace build/trace-cpython-311/product_check
+    python python/benchmarks/cuda_product.py --measure    # on this machine's GPU
 
 What a tile does is counted in the emulation, by tests/csrc/product_check.cu, built with -DCPC_EXT_TRACE=ON; nvcc
 compiles each product, and the machine code says the rest. Each time stands beside the ceiling: what mma.sync reaches on
-that GPU.
+that GPU. Products of groups of warps, by the instructions that compute capability 9.0 alone has, are only measured.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from cuda_counts import MATH, Launch
 from cuda_machines import MACHINES, Machine
 from cuda_model import Code, Predicted, blocks_at_once, flops_of, predict_launch
@@ -29,11 +31,12 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import machine_code
 from machine_code import Kernel, find_tool, measure, reads_ahead
 
-__all__ = ["PRODUCTS", "Product", "code_of", "compile_product", "count_tile", "predict"]
+__all__ = ["PRODUCTS", "Product", "code_of", "compile_for_gpu", "compile_product", "count_tile", "predict"]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SIDE = 8192
 SECTOR = 32
+REPEATS = 9  # The median is of so many.
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,18 @@ def _products() -> dict[str, Product]:
         "tf32": ("TensorCores<float>", 4),
         "split_tf32": ("SplitTf32", 4),
     }
-    tiles = {"square": ("SquareTile", 128, 128), "wide": ("WideTile", 128, 256), "low": ("LowTile", 64, 128)}
+    tiles = {
+        "square": ("SquareTile", 128, 128),
+        "wide": ("WideTile", 128, 256),
+        "low": ("LowTile", 64, 128),
+        "square_groups": ("SquareGroups", 128, 128),
+        "wide_groups": ("WideGroups", 128, 256),
+    }
     found = {}
     for math, (math_type, size) in maths.items():
         for tile, (tile_type, rows, columns) in tiles.items():
+            if tile.endswith("groups") and math != "bfloat16":
+                continue
             if math not in ("bfloat16", "tf32") and tile != "square":
                 continue
             for operands in ("rows-rows", "rows-columns", "columns-columns"):
@@ -74,20 +85,39 @@ PRODUCTS = _products()
 
 
 def compile_product(product: Product, architecture: int, folder: Path) -> tuple[Kernel, float]:
-    """The kernel and the seconds that nvcc took. FileNotFoundError without nvcc."""
+    """The kernel and the seconds that nvcc took. FileNotFoundError without nvcc.
+
+    For 9.0 with all that it has: groups of warps then multiply by its own instructions.
+    """
     nvcc = find_tool("nvcc")
     if nvcc is None:
         raise FileNotFoundError("no nvcc")
     source = folder / f"{product.name.replace(' ', '_')}_{architecture}.cu"  # nvcc takes options apart at commas.
     check = REPOSITORY / "tests" / "csrc" / "product_check.cu"
     source.write_text(f'#define CPC_ONE_PRODUCT {product.arguments}\n#include "{check}"\n')
-    options = ("-std=c++20", "--expt-relaxed-constexpr", f"-I{REPOSITORY / 'csrc'}", f"-arch=sm_{architecture}")
     cubin = source.with_suffix(".cubin")
     begin = time.perf_counter()
-    subprocess.run([nvcc, *options, "-cubin", source, "-o", cubin], check=True)
+    subprocess.run([nvcc, *_options(architecture), "-cubin", source, "-o", cubin], check=True)
     seconds = time.perf_counter() - begin
     (kernel,) = machine_code.read_kernels(cubin, architecture).values()
     return kernel, seconds
+
+
+def _options(architecture: int) -> list[str]:
+    target = {90: "90a"}.get(architecture, str(architecture))
+    generated = f"-gencode=arch=compute_{target},code=sm_{target}"
+    return ["-std=c++20", "--expt-relaxed-constexpr", f"-I{REPOSITORY / 'csrc'}", generated]
+
+
+def compile_for_gpu(source: Path, folder: Path) -> Path:
+    """The program that nvcc makes of a CUDA file, for this machine's GPU. FileNotFoundError without nvcc."""
+    nvcc = find_tool("nvcc")
+    if nvcc is None:
+        raise FileNotFoundError("no nvcc")
+    major, minor = torch.cuda.get_device_capability()
+    program = folder / source.stem
+    subprocess.run([nvcc, "-O2", *_options(10 * major + minor), source, "-o", program], check=True)
+    return program
 
 
 def code_of(kernel: Kernel) -> Code:
@@ -192,15 +222,35 @@ def predict(machine: Machine, tile: Launch, product: Product, code: Code, side: 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--trace", type=Path, required=True, metavar="PROGRAM", help="product_check, of a trace build")
-    names = [name for name in PRODUCTS if "rows-rows" in name]
-    parser.add_argument("--product", nargs="+", default=names, metavar="NAME", help="default: all of rows")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--trace", type=Path, metavar="PROGRAM", help="predict: product_check, of a trace build")
+    what.add_argument("--measure", action="store_true", help="measure on this machine's GPU")
+    parser.add_argument("--product", nargs="+", choices=list(PRODUCTS), metavar="NAME", help="default: all of rows")
     parser.add_argument("--machine", nargs="+", default=list(MACHINES), choices=list(MACHINES))
     parser.add_argument("--side", type=int, default=SIDE, help=f"rows, columns and depth (default {SIDE})")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.measure and not torch.cuda.is_available():
+        parser.error("--measure needs a GPU, and PyTorch with CUDA")
+    if arguments.product is None:
+        of_rows = [name for name in PRODUCTS if "rows-rows" in name]
+        arguments.product = [name for name in of_rows if arguments.measure or "groups" not in name]
+    return arguments
 
 
-def main(arguments: argparse.Namespace) -> None:
+def measured(arguments: argparse.Namespace) -> None:
+    side = arguments.side
+    print(f"measured on {torch.cuda.get_device_name()}, {side} x {side} x {side}, the median of {REPEATS}")
+    with tempfile.TemporaryDirectory() as folder:
+        program = compile_for_gpu(REPOSITORY / "tests" / "csrc" / "product_check.cu", Path(folder))
+        for name in arguments.product:
+            command = [program, *name.split(), *[str(side)] * 3]
+            environment = {**os.environ, "REPEATS": str(REPEATS)}
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+            milliseconds = float(done.stdout)
+            print(f"{name:<32}{milliseconds:>8.3f} ms, {2 * side**3 / milliseconds / 1e9:.0f} TFLOP/s", flush=True)
+
+
+def predicted(arguments: argparse.Namespace) -> None:
     print(f"predicted, for {arguments.side} x {arguments.side} x {arguments.side}; the ceiling is mma.sync's")
     with tempfile.TemporaryDirectory() as folder:
         for product in (PRODUCTS[name] for name in arguments.product):
@@ -221,4 +271,5 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments())
+    given = parse_arguments()
+    measured(given) if given.measure else predicted(given)

@@ -93,6 +93,7 @@ def make_stages(out: Path, build: Path, architecture: str, *, quick: bool, devic
         Stage(
             "kernels quick", [benchmark("kernels.py", "kernels-quick.json", "--quick")], least=30, most=600, needs=needs
         ),
+        Stage("product", [(python, str(BENCHMARKS / "cuda_product.py"), "--measure")], least=60, most=300, needs=needs),
         *(sanitizer_stage(tool, pytest, needs) for tool in SANITIZER_TOOLS[: 1 if quick else None]),
     ]
     if quick:

@@ -23,3 +23,11 @@ def compiled(tmp_path_factory) -> Callable[..., Path]:
         return program
 
     return compile_program
+
+
+@pytest.fixture
+def compiled_for_gpu(tmp_path) -> Callable[[str], Path]:
+    """Gives the program that nvcc makes of a CUDA file beside this one, for the GPU that is there."""
+    from cuda_product import compile_for_gpu
+
+    return lambda name: compile_for_gpu(FOLDER / f"{name}.cu", tmp_path)

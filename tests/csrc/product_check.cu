@@ -8,8 +8,9 @@
 // a filter of 3 x 3, with COLUMNS outputs.
 // OPERANDS tell how the depth of A and of B lies: in "rows", innermost, as queries and keys have it, or in "columns",
 // outermost, as the operands of their gradients have it. ENTRIES in the environment says how many products of such sizes
-// there are, BLOCKS how many blocks are traced.
-// Compiled for the emulation and by nvcc, whose machine code is looked at.
+// there are, BLOCKS how many blocks are traced, REPEATS how often a GPU multiplies, for the median of its milliseconds in the
+// place of the error.
+// Compiled for the emulation and by nvcc, whose machine code is looked at, and run where there is a GPU.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -21,6 +22,7 @@
 #include "core/cuda/product.cuh"
 #include "core/cuda/product_epilogues.cuh"
 #include "core/cuda/product_loaders.cuh"
+#include "core/cuda/warpgroup_product.cuh"
 #include "masked_conv/filters.cuh"
 #include "masked_conv/visible_taps.cuh"
 #if defined(CPC_CUDA_TRACE)
@@ -90,6 +92,25 @@ double error_of(double result, int64_t i, int64_t j, int64_t depth, const auto& 
   return std::fabs(result - sum) / magnitudes;
 }
 
+#if !defined(CPC_CUDA_EMULATION)
+// The median.
+double milliseconds_of(const auto& work, int64_t repeats) {
+  cudaEvent_t begin, end;
+  check(cudaEventCreate(&begin), "an event");
+  check(cudaEventCreate(&end), "an event");
+  std::vector<float> times(static_cast<size_t>(repeats));
+  for (float& time : times) {
+    check(cudaEventRecord(begin), "timing");
+    work();
+    check(cudaEventRecord(end), "timing");
+    check(cudaEventSynchronize(end), "timing");
+    check(cudaEventElapsedTime(&time, begin, end), "timing");
+  }
+  std::nth_element(times.begin(), times.begin() + repeats / 2, times.end());
+  return static_cast<double>(times[static_cast<size_t>(repeats / 2)]);
+}
+#endif
+
 template <class Math, class Tile, template <class> class A, template <class> class B>
 double run(const Size& size) {
   using T = typename Math::Value;
@@ -103,11 +124,17 @@ double run(const Size& size) {
   a.fill(1, kRowsOfA);
   b.fill(2, kRowsOfB);
   using Store = std::conditional_t<kTransposed, StoreColumns<float>, StoreRows<Out>>;
-  launch_product<Math, Tile>("multiply", A<T>{a.values, a.stride, m, static_cast<int>(depth), lines_of_a * a.stride},
-                             B<T>{b.values, b.stride, n, static_cast<int>(depth), lines_of_b * b.stride},
-                             WholeDepth(slices_of<T>(depth)),
-                             Store{d.values, d.stride, m, n, (kTransposed ? n : m) * d.stride}, entries, nullptr);
+  const auto multiply = [&] {
+    launch_product<Math, Tile>("multiply", A<T>{a.values, a.stride, m, static_cast<int>(depth), lines_of_a * a.stride},
+                               B<T>{b.values, b.stride, n, static_cast<int>(depth), lines_of_b * b.stride},
+                               WholeDepth(slices_of<T>(depth)),
+                               Store{d.values, d.stride, m, n, (kTransposed ? n : m) * d.stride}, entries, nullptr);
+  };
+  multiply();
   check(cudaDeviceSynchronize(), "multiplying");
+#if !defined(CPC_CUDA_EMULATION)
+  if (const int64_t repeats = variable("REPEATS", 0); repeats > 0) return milliseconds_of(multiply, repeats);
+#endif
 #if defined(CPC_CUDA_TRACE)
   return 0;  // Not all blocks may have run.
 #endif
@@ -253,6 +280,10 @@ Runs all_runs() {
   add<TensorCores<float>, WideTile>(runs, "tf32 wide");
   add<TensorCores<float>, LowTile>(runs, "tf32 low");
   add<SplitTf32, SquareTile>(runs, "split_tf32 square");
+  add<TensorCores<BFloat16>, SquareGroups>(runs, "bfloat16 square_groups");
+  add<TensorCores<BFloat16>, WideGroups>(runs, "bfloat16 wide_groups");
+  add<TensorCores<BFloat16>, WarpgroupTile<128, 160, 4, 2>>(runs, "bfloat16 fifth_groups");
+  add<TensorCores<Half>, WideGroups>(runs, "float16 wide_groups");
   runs["bfloat16 square refused"] = &refuse;
   runs["bfloat16 square taps"] = [](const Size& size) {
     return convolve<TensorCores<BFloat16>, SquareTile>(size, false);

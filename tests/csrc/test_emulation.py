@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -189,13 +188,7 @@ def test_a_planted_race_is_found(emulation):
 
 
 @pytest.mark.cuda
-def test_right_kernels_are_right_on_the_gpu(tmp_path):
-    import torch
-
-    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    program, source = tmp_path / "emulation_check", HERE / "emulation_check.cu"
-    major, minor = torch.cuda.get_device_capability()
-    options = ["-std=c++20", f"-arch=sm_{major}{minor}", "--expt-relaxed-constexpr", f"-I{CSRC}"]
-    subprocess.run([nvcc, *options, source, "-o", program], check=True)
+def test_right_kernels_are_right_on_the_gpu(compiled_for_gpu):
+    program = compiled_for_gpu("emulation_check")
     for name in RIGHT:
         assert run(program, name).stdout == "right\n", name

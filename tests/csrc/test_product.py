@@ -23,6 +23,7 @@ TOLERANCES = {
     ("bfloat16", "square"): 1.001 * 2**-8,
     ("float16", "square"): 1.001 * 2**-11,
     "bfloat16": 2**-21,
+    "float16": 2**-21,
     "tf32": 2**-10,
     "split_tf32": 2**-19.5,
 }
@@ -33,6 +34,8 @@ PRODUCTS = [
         ("float16", "square"),
         *(("tf32", tile) for tile in ("square", "wide", "low")),
         ("split_tf32", "square"),
+        *(("bfloat16", f"{tile}_groups") for tile in ("square", "wide", "fifth")),
+        ("float16", "wide_groups"),
     ]
     for operands in ("rows-rows", "rows-columns", "columns-columns")
 ]
@@ -44,6 +47,8 @@ SIZES = [(1, 1, 1), (131, 263, 77), (300, 257, 129), (128, 256, 64), (65, 9, 200
 
 def run(program: Path, product: str, size: tuple[int, int, int], **variables: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"} | variables
+    if "groups" in product:  # Of GPUs with so much.
+        environment["CPC_EMULATION_SHARED_KIB"] = "227"
     environment.pop("LD_PRELOAD", None)  # Its own sanitizer, not one that this process may run under.
     command = [program, *product.split(), *map(str, size)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
@@ -78,6 +83,14 @@ def test_entries_of_a_batch_are_products_of_their_own(program, product):
     assert error_of(program, product, (131, 150, 80), ENTRIES="3") <= tolerance_of(product)
 
 
+@pytest.mark.cuda
+def test_products_are_right_on_the_gpu(compiled_for_gpu):
+    program = compiled_for_gpu("product_check")
+    for product in PRODUCTS:
+        for size in SIZES if "groups" in product else [(300, 257, 129)]:
+            assert error_of(program, product, size) <= tolerance_of(product) + 2**-18, (product, size)
+
+
 # Images, outputs and channels: slices of several taps, of parts of two, and taps of several slices.
 @pytest.mark.parametrize(
     ("product", "size"),
@@ -107,6 +120,7 @@ def test_convolutions_are_right(program, product, size):
     [
         *("bfloat16 square columns-columns", "bfloat16 wide rows-rows"),
         *("tf32 low columns-columns", "split_tf32 square rows-rows"),
+        *("bfloat16 square_groups columns-columns", "bfloat16 fifth_groups rows-columns"),
     ],
 )
 def test_products_are_the_same_whatever_a_gpu_does(program, product, variables):
@@ -187,7 +201,13 @@ RACES = {
     "barrier": ("__syncthreads();  // The next slice is there for all, and all have read this one.", ""),
     "entry": ("__syncthreads();  // The first slice is there for all.", ""),
     "wait": ("wait_for_copies<Tile::kStages - 2>();", "wait_for_copies<Tile::kStages - 1>();"),
-    "stage": ("if (last) start(free);", "if (step == 0) start(free);"),
+    "stage": ("if (last) this->start(free);", "if (step == 0) this->start(free);"),
+}
+RACES_OF_GROUPS = {
+    "barrier": ("pass();  // The next slice is there for all, and all have read the one before.", ""),
+    "wait": ("wait_for_copies<Tile::kStages - 2>();", "wait_for_copies<Tile::kStages - 1>();"),
+    "products": ("wait_for_all_but<1>(sums);", "wait_for_all_but<2>(sums);"),
+    "stage": ("this->start(stage_ == 0 ? kRing - 1 : stage_ - 1);", "this->start(stage_);"),
 }
 RACES_OF_TEAMS = {
     "given": ("__syncthreads();  // What the other team gives is there.", ""),
@@ -198,6 +218,15 @@ RACES_OF_TEAMS = {
 @pytest.mark.parametrize("fault", RACES)
 def test_a_planted_race_is_found(trace, tmp_path, fault):
     done = run(program_with(trace, "product.cuh", *RACES[fault], tmp_path), "one of them", (130, 140, 200))
+    assert done.returncode == 1
+    assert re.match(r"kernel multiply: \d+ races?\n", done.stdout)
+
+
+@pytest.mark.parametrize("fault", RACES_OF_GROUPS)
+def test_a_planted_race_of_groups_is_found(trace, tmp_path, fault):
+    groups = ONE.replace("SquareTile", "SquareGroups")
+    program = program_with(trace, "warpgroup_product.cuh", *RACES_OF_GROUPS[fault], tmp_path, groups)
+    done = run(program, "one of them", (130, 140, 300))
     assert done.returncode == 1
     assert re.match(r"kernel multiply: \d+ races?\n", done.stdout)
 

@@ -64,6 +64,23 @@ def test_machine_code_is_as_it_must_be(compiled, product, architecture):
         assert reads_ahead(kernel.main_loop)
 
 
+@pytest.mark.parametrize("product", [name for name in PRODUCTS if "groups" in name])
+def test_groups_of_warps_multiply_while_copies_and_the_next_turn_go_on(compiled, product):
+    kernel = compiled(product, 90)
+    found = measure(kernel)
+    assert (found.stack, found.local, found.generic, found.waits) == (0, 0, 0, 0)
+    opcodes = [instruction.opcode for instruction in kernel.main_loop]
+    products = [opcode for opcode in opcodes if opcode.startswith("HGMMA")]
+    columns = PRODUCTS[product].columns
+    assert len(products) == 2  # A slice, of 16 of the depth each.
+    assert all(opcode.startswith(f"HGMMA.64x{columns}x16.F32.BF16") for opcode in products)
+    waits = [one.operands for one in kernel.main_loop if one.opcode.startswith("WARPGROUP.DEPBAR")]
+    assert waits == ["gsb0, 0x1"]  # A slice's are under way while the next turn begins.
+    assert not any(opcode.startswith(("LDSM", "HMMA")) for opcode in opcodes)
+    assert found.barriers == 1
+    assert found.registers <= 128 if columns == 128 else found.registers <= 255
+
+
 @pytest.mark.parametrize("product", COMPILED)
 def test_a_multiprocessor_holds_as_many_blocks_as_it_must(compiled, trace, product):
     tile = count_once(trace / "product_check", product)

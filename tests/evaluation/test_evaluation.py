@@ -381,7 +381,7 @@ def test_folder_that_cannot_be_written(run, capsys):
     folder = run("cpc")
     (folder / "evaluation").write_text("a file where the folder would be")
     assert evaluate(folder) == 1
-    assert f"cannot write to {folder}" in capsys.readouterr().err
+    assert f"cannot write {folder}" in capsys.readouterr().err
 
 
 def test_program():

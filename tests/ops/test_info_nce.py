@@ -412,6 +412,31 @@ def test_infinite_and_undefined_scores(device):
     assert (everything.accuracy == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_scores_near_the_largest_number_and_beyond(device, dtype, gradients):
+    """Those of 3e38 are numbers still, and one that is infinite makes its row's loss so."""
+    keys = torch.tensor([[1.5e38], [1.5e38], [-1.5e38], [1.0]], dtype=dtype, device=device).requires_grad_(gradients)
+    targets = torch.tensor([0, 3, 2, 3, 0], device=device)
+    queries = torch.tensor([[2.0], [2.0], [-2.0], [4.0], [4.0]], dtype=dtype, device=device)
+    loss = info_nce(queries, keys, targets, reduction="none").loss.detach().cpu().double()
+    large = keys[0].item() * 2.0
+    expected = torch.tensor([math.log(2), large, 0, math.inf], dtype=torch.float64)
+    torch.testing.assert_close(loss[:4], expected, rtol=1e-5, atol=1e-5)
+    assert loss[4].isnan()
+
+
+def test_negatives_that_are_left_out_learn_nothing_of_a_row_without_a_finite_loss(device):
+    keys = torch.tensor([[1.0, 0.0], [math.inf, 0.0], [2.0, 0.0]], device=device, requires_grad=True)
+    queries, targets = torch.ones(1, 2, device=device), torch.tensor([0], device=device)
+    negatives, left_out = torch.tensor([[1, 2]], device=device), torch.tensor([[2]], device=device)
+    loss = info_nce(queries, keys, targets, negatives=negatives, exclude=left_out).loss
+    (gradient,) = torch.autograd.grad(loss, keys)
+    assert loss == math.inf
+    assert gradient[:2].isnan().any(1).all()
+    assert gradient[2].cpu().tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("of", ["positive", "rival"])

@@ -387,6 +387,19 @@ def test_a_mask_has_no_gradient(device, activation):
     assert not masked_conv2d(input, weight, mask=mask, activation=activation).requires_grad
 
 
+def test_a_pixel_without_channels_is_refused_by_the_module_itself(device):
+    """Kernels go along the channels, of which there must be one."""
+    input, output = torch.empty(2, 0, 5, 6, device=device), torch.empty(2, 3, 5, 6, device=device)
+    packed, position = (
+        torch.empty(0, dtype=torch.uint8, device=device),
+        torch.zeros(2, dtype=torch.int64, device=device),
+    )
+    of_kernel = {"outputs": 3, "taps": [4], "kh": 3, "kw": 3, "dilation": 1, "activation": "none", "tf32": False}
+    tensors = {"input": input, "packed": packed, "bias": None, "condition": None, "output": output}
+    with pytest.raises(ValueError, match="input must have channels"):
+        module.native.masked_conv2d_packed(**tensors, position=position, **of_kernel)
+
+
 @pytest.mark.parametrize(("position", "nearest"), [((-1, 9), (0, 5)), ((2**40, -(2**40)), (4, 0))])
 def test_a_pixel_outside_the_image(device, request, position, nearest):
     case = Case(2, 3, 4, (5, 6))

@@ -108,7 +108,7 @@ def test_folder_that_cannot_be_written_is_told_first(train, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert train("--out-dir", tmp_path / "file" / "run") == 1
     error = capsys.readouterr().err
-    assert "--out-dir: cannot write to" in error
+    assert "--out-dir: cannot write" in error
     assert "Traceback" not in error
 
 

@@ -264,6 +264,7 @@ def test_what_embedding_refuses(sounds, tmp_path, capsys):
         ((), "--data-dir: name the folder of recordings"),
         (("--data-dir", sounds, "--layer", "context9"), "error: --layer: expected one of"),
         (("--data-dir", sounds, "--dataset", "voices"), "--dataset: a run on speech embeds"),
+        (("--data-dir", sounds, "--out", "x.npy"), "--out: of a run on speech the name of a folder, got x.npy"),
         (("--data-dir", tmp_path / "nowhere"), "--data-dir: "),
     ):
         capsys.readouterr()

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from cpc_ext.data import ImageFetcher, ImageSet
 from cpc_ext.data.on_device import send
 from cpc_ext.training.atomic_file import atomic_file
-from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.errors import TrainingError, writing
 from cpc_ext.training.random_streams import RandomStreams
 
 __all__ = ["OutputCache"]
@@ -93,7 +93,7 @@ class OutputCache:
         """
         if _key(path) == key:
             return
-        try:
+        with writing(path, "--cache-outputs"):
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(path.with_name(f".{path.name}.lock"))
             try:
@@ -104,8 +104,6 @@ class OutputCache:
             with held:
                 if _key(path) != key:
                     _write(path, key, images, outputs, device, views)
-        except OSError as error:
-            raise TrainingError(f"--cache-outputs: cannot write {path}: {error.strerror or error}") from None
 
 
 def _write(

@@ -8,8 +8,9 @@
 // - the Depth says which slices a tile needs: all of them, unless it is known that some are zeros;
 // - an epilogue (product_epilogues.cuh) takes a warp's sums.
 //
-// MainLoop is what a main loop for other instructions, such as wgmma, would replace: it begins tiles of the operands,
-// starts copies of slices, and multiplies them; multiply_tiles, the order of tiles, loaders and epilogues stay.
+// The tile says which main loop there is: MainLoop, or one for other instructions (warpgroup_product.cuh). It begins tiles of
+// the operands, starts copies of slices, and multiplies them; multiply_tiles, the order of tiles, loaders and epilogues are
+// the same.
 //
 // Slices pass through kStages stages of shared memory. A stage is filled again as soon as all warps have read it, across
 // the border between two tiles, so that copies are under way while an epilogue works. Warps read a step's fragments
@@ -35,6 +36,9 @@ struct SplitTf32 {
   static constexpr bool kTensorCores = true;
 };
 
+template <class Math, class Tile, class A, class B, class Depth>
+class MainLoop;
+
 // A block's tile of D, by warps of 64 x 64 or less, with kStages slices of the operands in shared memory. kBlocks: on a
 // multiprocessor, at least: bounds the registers.
 template <int kRows_, int kColumns_, int kWarpRows, int kWarpColumns, int kStages_, int kBlocks_>
@@ -44,6 +48,11 @@ struct ProductTile {
   static constexpr int kWarpsAcross = kColumns / kWarpColumns;
   static constexpr int kThreads = kWarp * kWarpsAcross * (kRows / kWarpRows);
   static constexpr int kTeams = 1, kTeamThreads = kThreads;  // See TwoTeams.
+  static constexpr bool kAligned = false;                    // Whether slices must begin at multiples of 1024 bytes.
+  template <class T, int kWidth>
+  using Lines = WholeLines<T, kWidth>;
+  template <class Math, class Tile, class A, class B, class Depth>
+  using Loop = MainLoop<Math, Tile, A, B, Depth>;
   static constexpr int kABytes = kRows * kSliceBytes, kBothBytes = kABytes + kColumns * kSliceBytes;
   static constexpr int kStageBytes = kBothBytes, kSharedBytes = kStages * kStageBytes;
 
@@ -281,13 +290,14 @@ __device__ void add_teams(const WarpTileSums<Tile>& sums, WarpTileSums<typename 
 
 // --- The main loop ---
 
+// The part of a main loop that copies.
 template <class Math, class Tile, class A, class B, class Depth>
-class MainLoop {
+class SliceCopies {
  public:
   using T = typename Math::Value;
   static_assert(std::is_same_v<typename A::Value, T> && std::is_same_v<typename B::Value, T>);
 
-  __device__ MainLoop(const A& a, const B& b, const Depth& depth, unsigned char* shared)
+  __device__ SliceCopies(const A& a, const B& b, const Depth& depth, unsigned char* shared)
       : a_(a), b_(b), walk_(depth, a, team<Tile>()), shared_(shared + team<Tile>() * Tile::kBothBytes) {}
 
   // What copies are started of from now on: slices of these rows of A and columns of B; or nothing.
@@ -309,6 +319,29 @@ class MainLoop {
     walk_.next();
     commit_copies();
   }
+  __device__ void leave() { wait_for_copies<0>(); }
+
+ protected:
+  using OfA = typename A::template Operand<Tile::kRows, Tile::template Lines>;
+  using OfB = typename B::template Operand<Tile::kColumns, Tile::template Lines>;
+  __device__ OfA of_a(int stage) const { return OfA(shared_ + stage * Tile::kStageBytes, Tile::warp_row()); }
+  __device__ OfB of_b(int stage) const {
+    return OfB(shared_ + stage * Tile::kStageBytes + Tile::kABytes, Tile::warp_column());
+  }
+
+ private:
+  typename A::template Copies<Tile::kRows, Tile::kTeamThreads, Tile::template Lines> a_;
+  typename B::template Copies<Tile::kColumns, Tile::kTeamThreads, Tile::template Lines> b_;
+  typename Depth::template Walk<Tile::kTeams> walk_;
+  unsigned char* shared_;  // The team's.
+};
+
+template <class Math, class Tile, class A, class B, class Depth>
+class MainLoop : public SliceCopies<Math, Tile, A, B, Depth> {
+ public:
+  using Base = SliceCopies<Math, Tile, A, B, Depth>;
+  using Base::Base;
+  using typename Base::T;
 
   // Waits for the first of kStages slices that were started.
   __device__ void enter() {
@@ -321,8 +354,8 @@ class MainLoop {
   __device__ void add_slice(WarpTileSums<Tile, typename Math::Sum>& sums) {
     if constexpr (!Math::kTensorCores) {
       static_assert(Tile::kColumnTiles == 4);
-      add_product<Math, Tile::kRowTiles>(sums, of_a(), of_b());
-      start(leave_stage());
+      add_product<Math, Tile::kRowTiles>(sums, this->of_a(stage_), this->of_b(stage_));
+      this->start(leave_stage());
     } else {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
@@ -330,18 +363,18 @@ class MainLoop {
         const bool last = step == kSteps - 1;
         const int free = last ? leave_stage() : 0;
         if constexpr (kAhead) load((step + 1) % kSteps);  // Before copies, which the compiler keeps behind it.
-        if (last) start(free);
+        if (last) this->start(free);
         multiply_fragments<Math, Tile>(sums, fragments_[kAhead ? step % 2 : 0]);
       }
     }
   }
 
+  // After the last slice of a tile.
+  __device__ void finish(WarpTileSums<Tile, typename Math::Sum>&) {}
   // Reads again what was read ahead, which an epilogue would have to keep in registers.
   __device__ void go_on() {
     if constexpr (kAhead) load(0);
   }
-
-  __device__ void leave() { wait_for_copies<0>(); }
 
  private:
   static constexpr int kStepDepth = 2 * kChunk<T>, kSteps = kDepth<T> / kStepDepth;
@@ -359,20 +392,10 @@ class MainLoop {
     return free;
   }
 
-  __device__ auto of_a() const {
-    const unsigned char* const tile = shared_ + stage_ * Tile::kStageBytes;
-    return typename A::template Operand<Tile::kRows>(tile, Tile::warp_row());
+  __device__ void load(int step) {
+    fragments_[kAhead ? step % 2 : 0].load(this->of_a(stage_), this->of_b(stage_), step * kStepDepth);
   }
-  __device__ auto of_b() const {
-    const unsigned char* const tile = shared_ + stage_ * Tile::kStageBytes + Tile::kABytes;
-    return typename B::template Operand<Tile::kColumns>(tile, Tile::warp_column());
-  }
-  __device__ void load(int step) { fragments_[kAhead ? step % 2 : 0].load(of_a(), of_b(), step * kStepDepth); }
 
-  typename A::template Copies<Tile::kRows, Tile::kTeamThreads> a_;
-  typename B::template Copies<Tile::kColumns, Tile::kTeamThreads> b_;
-  typename Depth::template Walk<Tile::kTeams> walk_;
-  unsigned char* shared_;  // The team's.
   int stage_ = 0;
   Fragments<Math, Tile> fragments_[kAhead ? 2 : 1];
 };
@@ -391,7 +414,8 @@ struct Product {
 // All tiles of a product that are this block's.
 template <class Math, class Tile, class A, class B, class Depth, class Epilogue>
 __device__ void multiply_tiles(const Product<A, B, Depth, Epilogue>& p) {
-  MainLoop<Math, Tile, A, B, Depth> loop(p.a, p.b, p.depth, dynamic_shared());
+  typename Tile::template Loop<Math, Tile, A, B, Depth> loop(p.a, p.b, p.depth,
+                                                             dynamic_shared<Tile::kAligned ? 1024 : 16>());
   const int tiles = p.order.count(), step = static_cast<int>(gridDim.x);
   const auto slices_of = [&](const TileOrder::Place& place) {  // A team's.
     return (p.depth.count(p.a, int64_t{place.row} * Tile::kRows, Tile::kRows) + Tile::kTeams - 1) / Tile::kTeams;
@@ -428,6 +452,7 @@ __device__ void multiply_tiles(const Product<A, B, Depth, Epilogue>& p) {
     to_copy -= slices;
     to_add -= slices;
     if (to_add > 0) continue;
+    loop.finish(sums);
     const TileOrder::Place place = p.order[tile];
     const int64_t row = int64_t{place.row} * Tile::kRows + Tile::warp_row();
     const int64_t column = int64_t{place.column} * Tile::kColumns + Tile::warp_column();

@@ -2,8 +2,8 @@
 //
 //   Value            the type of its values
 //   count            rows of A, or columns of B: how many there are of what a tile has a side of
-//   Operand<kSide>   how a slice of a tile lies in shared memory, and how warps read it (warp_product.cuh)
-//   Copies<kSide, kThreads>   a thread's part in copying the slices of one tile after another: begin(entry, first) says
+//   Operand<kSide, Lines>   how a slice of a tile lies in shared memory, and how warps read it (warp_product.cuh)
+//   Copies<kSide, kThreads, Lines>   a thread's part in copying the slices of one tile after another: begin(entry, first) says
 //                    where the tile's side begins, start(tile, walk) starts copies of its next slice, which a Walk
 //                    tells of, and end() makes all that follow slices of zeros. Values beyond the depth are zeros, and
 //                    those beyond the side are any. kThreads are a team's.
@@ -48,11 +48,12 @@ struct DepthParts {
 
 // Which chunks of a slice with its depth outermost a thread copies, kCount of them. A power of two of chunks is shared out
 // first, in whole lines, then what is left of 160 values, so that a thread's chunks are some lines after one of two.
-template <class T, int kSide, int kThreads>
+template <class T, int kSide, int kThreads, template <class, int> class Lines>
 class ChunksOfLines {
  public:
   __device__ explicit ChunksOfLines(int thread)
-      : line_{thread / kFirst, thread / kSecond}, chunk_{thread % kFirst, kFirst + thread % kSecond} {}
+      : line_{thread / kFirst, Lines<T, kSide>::nth(thread / kSecond)},
+        chunk_{thread % kFirst, kFirst + thread % kSecond} {}
   // Which of kBands such beginnings, and how many lines after it.
   __device__ static constexpr int band(int i) { return i < kOfFirst ? 0 : 1; }
   __device__ static constexpr int after(int i) { return i < kOfFirst ? i * kStep : 0; }
@@ -60,16 +61,19 @@ class ChunksOfLines {
   __device__ int chunk(int band) const { return chunk_[band]; }
   // Bytes from the beginning of the tile.
   __device__ int at(int i) const {
-    return chunk_of_depth<T, kSide>(line_[band(i)], chunk_[band(i)]) + after(i) * kSide * static_cast<int>(sizeof(T));
+    return Lines<T, kSide>::at(line_[band(i)], chunk_[band(i)]) + after(i) * Lines<T, kSide>::kPitch;
   }
+  // Whether this thread has such a chunk: of the second band there may be fewer than threads.
+  __device__ bool exists(int i) const { return kThreads == kOfSecond || band(i) == 0 || line_[1] < kDepth<T>; }
 
  private:
   static constexpr int kAcross = kSide / kChunk<T>;
   static constexpr int kRest = kAcross & (kAcross - 1);  // Without the lowest power of two.
   static constexpr int kFirst = kRest == 0 ? kAcross : kRest, kSecond = kRest == 0 ? 1 : kAcross - kRest;
   static constexpr int kStep = kThreads / kFirst, kOfFirst = kDepth<T> / kStep;
+  static constexpr int kOfSecond = kRest == 0 ? kThreads : kSecond * kDepth<T>;  // Chunks.
   static_assert((kFirst & (kFirst - 1)) == 0 && kThreads % kFirst == 0 && kDepth<T> % kStep == 0);
-  static_assert(kRest == 0 || kThreads == kSecond * kDepth<T>);
+  static_assert(kThreads >= kOfSecond);
   // Chunks lie alike in every 8 steps of the depth, or 4 of wider values.
   static_assert(kStep % (sizeof(T) == 2 ? 8 : 4) == 0);
 
@@ -83,7 +87,7 @@ class ChunksOfLines {
 template <class T>
 struct Rows {
   using Value = T;
-  template <int kSide>
+  template <int kSide, template <class, int> class Lines>
   using Operand = DepthInnermost<T>;
 
   const T* values;
@@ -94,7 +98,7 @@ struct Rows {
 
   bool fits() const { return fits_chunks(values, stride) && entry_stride % kChunk<T> == 0; }
 
-  template <int kSide, int kThreads>
+  template <int kSide, int kThreads, template <class, int> class Lines>
   class Copies {
    public:
     __device__ explicit Copies(const Rows& rows)
@@ -118,15 +122,16 @@ struct Rows {
       unsigned char* const to = tile + chunk_of_row(row_, chunk_);
 #pragma unroll
       for (int i = 0; i < kCount; ++i)
-        copy_async<kChunkBytes>(to + i * kStep * kSliceBytes, from_ + offset_[i], left_ > 0);
+        if (kSide % kStep == 0 || row_ + i * kStep < kSide)
+          copy_async<kChunkBytes>(to + i * kStep * kSliceBytes, from_ + offset_[i], left_ > 0);
       from_ += kDepth<T>;
       left_ -= kDepth<T>;
     }
 
    private:
     // Chunks lie alike in every 8 rows.
-    static constexpr int kStep = kThreads / kChunksOfSlice, kCount = kSide / kStep;
-    static_assert(kStep % 8 == 0 && kSide % kStep == 0);
+    static constexpr int kStep = kThreads / kChunksOfSlice, kCount = (kSide + kStep - 1) / kStep;
+    static_assert(kStep % 8 == 0);
 
     const Rows& rows_;
     int row_, chunk_;
@@ -169,8 +174,8 @@ class FragmentsOfColumns {
 template <class T>
 struct Columns {
   using Value = T;
-  template <int kSide>
-  using Operand = std::conditional_t<sizeof(T) == 4, FragmentsOfColumns<T, kSide>, DepthOutermost<T, kSide>>;
+  template <int kSide, template <class, int> class Lines>
+  using Operand = std::conditional_t<sizeof(T) == 4, FragmentsOfColumns<T, kSide>, DepthOutermost<T, kSide, Lines>>;
 
   const T* values;
   int64_t stride, count;
@@ -180,7 +185,7 @@ struct Columns {
 
   bool fits() const { return fits_chunks(values, stride) && entry_stride % kChunk<T> == 0; }
 
-  template <int kSide, int kThreads>
+  template <int kSide, int kThreads, template <class, int> class Lines>
   class Copies {
    public:
     __device__ explicit Copies(const Columns& columns) : columns_(columns), chunks_(static_cast<int>(threadIdx.x)) {}
@@ -205,8 +210,9 @@ struct Columns {
 #pragma unroll
       for (int i = 0; i < Chunks::kCount; ++i) {
         const int band = Chunks::band(i), after = Chunks::after(i);
-        copy_async<kChunkBytes>(tile + chunks_.at(i), from_[band] + after * static_cast<int>(columns_.stride),
-                                after < left_[band]);
+        if (chunks_.exists(i))
+          copy_async<kChunkBytes>(tile + chunks_.at(i), from_[band] + after * static_cast<int>(columns_.stride),
+                                  after < left_[band]);
       }
 #pragma unroll
       for (int band = 0; band < Chunks::kBands; ++band) {
@@ -216,7 +222,7 @@ struct Columns {
     }
 
    private:
-    using Chunks = ChunksOfLines<T, kSide, kThreads>;
+    using Chunks = ChunksOfLines<T, kSide, kThreads, Lines>;
 
     const Columns& columns_;
     Chunks chunks_;

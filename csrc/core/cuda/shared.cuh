@@ -7,13 +7,20 @@
 
 namespace cpc::cuda {
 
-// The block's dynamic shared memory, 16-byte aligned.
+// The block's dynamic shared memory, which begins at a multiple of kAlignment bytes.
+template <int kAlignment = 16>
 __device__ inline unsigned char* dynamic_shared() {
 #if defined(CPC_CUDA_EMULATION)
   return emulation::dynamic_shared();
 #else
-  extern __shared__ __align__(16) unsigned char memory[];
-  return memory;
+  static_assert(kAlignment == 16 || kAlignment == 1024);
+  if constexpr (kAlignment == 16) {  // One variable for each, as others begin where it does.
+    extern __shared__ __align__(16) unsigned char memory[];
+    return memory;
+  } else {
+    extern __shared__ __align__(1024) unsigned char aligned_memory[];
+    return aligned_memory;
+  }
 #endif
 }
 

@@ -61,6 +61,25 @@ __device__ int chunk_of_depth(int depth, int chunk) {
   return depth * kWidth * int{sizeof(T)} + permuted * kChunkBytes;
 }
 
+// How lines of a depth outermost lie: at(depth, chunk) in bytes, the same for every 8 depths but for kPitch bytes a depth.
+// Half lines are copied in the order nth(0), nth(1), ...
+template <class T, int kWidth>
+struct WholeLines {
+  static constexpr int kPitch = kWidth * int{sizeof(T)};
+  __device__ static int at(int depth, int chunk) { return chunk_of_depth<T, kWidth>(depth, chunk); }
+  __device__ static int nth(int line) { return line; }
+};
+// As wgmma reads values of 16 bits: blocks of 128 bytes of each line, one after another, with room for whole ones.
+template <class T, int kWidth>
+struct LineBlocks {
+  static constexpr int kPitch = 128, kBlockBytes = kDepth<T> * kPitch;
+  __device__ static int at(int depth, int chunk) {
+    return chunk / 8 * kBlockBytes + depth * kPitch + (chunk % 8 ^ depth % 8) * kChunkBytes;
+  }
+  // An order of lines of which two that follow each other have the first half of a block in different halves of the banks.
+  __device__ static int nth(int line) { return (line & ~5) | (line & 1) << 2 | (line >> 2 & 1); }
+};
+
 // --- Operands ---
 //
 // What a lane reads of a tile whose side, A's rows or B's columns, begins at `first`, a multiple of 8:
@@ -86,6 +105,7 @@ struct ChunkPlace {
 template <class T>
 class DepthInnermost {
  public:
+  static constexpr bool kOutermost = false;
   static constexpr int kStep = kChunk<T>;
 
   __device__ static ChunkPlace chunk(int n) {
@@ -120,15 +140,16 @@ class DepthInnermost {
   int lane_;
 };
 
-template <class T, int kWidth>
+template <class T, int kWidth, template <class, int> class Lines = WholeLines>
 class DepthOutermost {
  public:
+  static constexpr bool kOutermost = true;
   static constexpr int kStep = 1;
 
   __device__ static ChunkPlace chunk(int n) {
     constexpr int kAcross = kWidth / kChunk<T>;
     const int depth = n / kAcross, of_row = n % kAcross;
-    return {of_row * kChunk<T>, depth, chunk_of_depth<T, kWidth>(depth, of_row)};
+    return {of_row * kChunk<T>, depth, Lines<T, kWidth>::at(depth, of_row)};
   }
 
   __device__ DepthOutermost(const unsigned char* tile, int first)
@@ -140,8 +161,8 @@ class DepthOutermost {
   __device__ void load_fragments(uint32_t (&r)[4], int i, int depth) const {
     if constexpr (kNarrow) {
       const int row = depth + upper_depth<kOfA>(lane_ / 8) * 8 + lane_ % 8;
-      load_matrices<true>(
-          r, tile_ + chunk_of_depth<T, kWidth>(row, first_ / kChunk<T> + 2 * i + upper_side<kOfA>(lane_ / 8)));
+      load_matrices<true>(r,
+                          tile_ + Lines<T, kWidth>::at(row, first_ / kChunk<T> + 2 * i + upper_side<kOfA>(lane_ / 8)));
     } else {  // ldmatrix transposes no wider values.
 #pragma unroll
       for (int m = 0; m < 4; ++m)
@@ -167,7 +188,7 @@ class DepthOutermost {
  private:
   __device__ const T* value(int depth, int i) const {
     const int at = first_ + i;
-    return reinterpret_cast<const T*>(tile_ + chunk_of_depth<T, kWidth>(depth, at / kChunk<T>)) + at % kChunk<T>;
+    return reinterpret_cast<const T*>(tile_ + Lines<T, kWidth>::at(depth, at / kChunk<T>)) + at % kChunk<T>;
   }
 
   static constexpr bool kNarrow = sizeof(T) == 2;
