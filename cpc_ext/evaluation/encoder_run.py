@@ -7,7 +7,7 @@ of the run where they are wanted.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -84,7 +84,10 @@ class TrainedRun:
         parts = [part for part in (dataset.pretrain, dataset.train) if part is not None]
         changed = [differences(self.state.get("data") or {}, data_record(part)) for part in parts]
         if all(changed):
-            warn(f"{self.dir.path} was trained on other data than are there now: {', '.join(changed[0])}")
+            warn(
+                f"{self.dir.path} was trained on other data than are there now, perhaps on some that are tested on: "
+                f"{', '.join(changed[0])}"
+            )
         return dataset
 
     def trained(self, dataset: Any) -> Any:
@@ -134,9 +137,16 @@ class EncoderRun(TrainedRun):
     kind = EncoderTask
     learns = "encoder of images"
 
-    if TYPE_CHECKING:
+    def dataset(self) -> Dataset:
+        """The data set that the run was trained on, with the statistics of then, which its encoder is used to."""
+        dataset: Dataset = super().dataset()
+        description = self.state.get("description", {})
+        if not _describes_images(description) or len(description["mean"]) != dataset.image_shape[0]:
+            return dataset
+        then = asdict(PixelStatistics.of(description))
+        return dataset if then == {name: getattr(dataset, name) for name in then} else replace(dataset, **then)
 
-        def dataset(self) -> Dataset: ...
+    if TYPE_CHECKING:
 
         def trained(self, dataset: Dataset) -> EncoderTask: ...
 

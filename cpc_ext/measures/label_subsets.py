@@ -36,19 +36,18 @@ class LabelBudget:
 
         classes: their names. draw: the number of this draw from the seed.
 
-        Raises TrainingError where a class has fewer labels than asked for, or none.
+        Classes without any are passed over. Raises TrainingError where another has fewer labels than asked for.
         """
         import numpy as np
 
-        members = [np.flatnonzero(labels == label) for label in range(len(classes))]
-        smallest = min(range(len(classes)), key=lambda label: len(members[label]))
-        needed = self.per_class or 1
-        if needed > len(members[smallest]):
+        members = {label: np.flatnonzero(labels == label) for label in np.unique(labels).tolist()}
+        smallest = min(members, key=lambda label: len(members[label]))
+        if (self.per_class or 1) > len(members[smallest]):
             raise TrainingError(
                 f"--labels {self}: class {classes[smallest]} has {len(members[smallest])} labelled training images"
             )
         chosen = []
-        for label, indices in enumerate(members):
+        for label, indices in members.items():
             count = self.per_class or max(1, round((self.share or 0) * len(indices)))
             # A generator of its own: how many images another class has does not change which ones are drawn.
             chosen.append(np.random.default_rng((seed, draw, label)).permutation(indices)[:count])

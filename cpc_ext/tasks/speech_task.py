@@ -50,6 +50,8 @@ __all__ = ["SpeechTask", "probed_recordings"]
 _PROBE_SECONDS = {"train": 900.0, "test": 450.0}
 # How much of a recording a figure shows.
 _SHOWN_SECONDS = 2.5
+# What encodings are looked at of so many recordings, whether they are all alike.
+_WATCHED_RECORDINGS = 8
 
 
 class SpeechTask(Task):
@@ -239,9 +241,12 @@ class SpeechTask(Task):
         self._save_figures(run)
 
     def trouble(self, means: dict[str, float]) -> str | None:
-        samples = self.examples.recording(0)[: int(_SHOWN_SECONDS * self._dataset.sample_rate)]
-        frames, _ = self.frames(self.model)(torch.from_numpy(np.array(samples)))
-        return trouble(means, self.guess, frames, self._config)
+        # The first recording alone may be of a single sound, or too short for a frame.
+        count = min(len(self.examples), _WATCHED_RECORDINGS)
+        most = int(_SHOWN_SECONDS * self._dataset.sample_rate) // count
+        make = self.frames(self.model)
+        parts = [torch.from_numpy(np.array(self.examples.recording(index)[:most])) for index in range(count)]
+        return trouble(means, self.guess, torch.cat([make(part)[0] for part in parts]), self._config)
 
     @property
     def guess(self) -> dict[str, float]:

@@ -47,7 +47,7 @@ def test_a_run_is_moved_to_a_device_and_its_data(folder, tmp_path, monkeypatch):
 
 
 def test_data_that_are_others_now_are_said(folder, monkeypatch, capsys):
-    """A relative --data-dir may lead elsewhere, and what normalises the images would be of others."""
+    """A relative --data-dir may lead elsewhere. What normalises the images is what their encoder has learned with."""
     data = dataset_of(noise(12))
     others = {
         "the same": (data, ""),
@@ -58,9 +58,11 @@ def test_data_that_are_others_now_are_said(folder, monkeypatch, capsys):
     run.state["data"] = data_record(data.train)
     for dataset, said in others.values():
         monkeypatch.setattr(encoder_run, "load_data", lambda config, dataset=dataset: dataset)
-        assert run.dataset() is dataset
-        warning = f"warning: {folder} was trained on other data than are there now: {said}\n"
-        assert capsys.readouterr().err == (warning if said else "")
+        found = run.dataset()
+        assert found.pretrain is dataset.pretrain
+        assert (found.mean, found.std, found.gray_mean, found.gray_std) == (DATA.mean, DATA.std, 0.7, 0.8)
+        warning = "was trained on other data than are there now, perhaps on some that are tested on: "
+        assert capsys.readouterr().err == (f"warning: {folder} {warning}{said}\n" if said else "")
     del run.state["data"]
     run.dataset()
     assert capsys.readouterr().err == ""

@@ -16,6 +16,7 @@ from cpc_ext.evaluation.evaluator import _Evaluator, judged
 from cpc_ext.evaluation.finetuning import FineTuning, fine_tune
 from cpc_ext.evaluation.options import EvaluationOptions
 from cpc_ext.measures.label_subsets import LabelBudget
+from cpc_ext.training.errors import TrainingError
 
 # ---- What is counted ----
 
@@ -64,6 +65,15 @@ def test_every_class_is_drawn_on_its_own():
         chosen = budget.subset(labels, "abcdefgh", seed=3, draw=1)
         places = {tuple(chosen[labels[chosen] == label] - 50 * label) for label in range(8)}
         assert len(places) == 8
+
+
+def test_classes_without_images_are_passed_over():
+    """Such as the first of EMNIST's letters as torchvision has them."""
+    labels = np.array([1] * 5 + [3] * 4)
+    assert LabelBudget(per_class=4).subset(labels, "abcd", seed=0, draw=0).shape == (8,)
+    assert LabelBudget(share=1.0).subset(labels, "abcd", seed=0, draw=0).tolist() == list(range(9))
+    with pytest.raises(TrainingError, match="--labels 5: class d has 4 labelled training images"):
+        LabelBudget(per_class=5).subset(labels, "abcd", seed=0, draw=0)
 
 
 def test_what_another_class_has_changes_nothing():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -256,6 +257,24 @@ def test_guessing_among_all_encodings(model):
 @pytest.mark.parametrize("model", MODELS)
 def test_a_model_that_learns_nothing_says_so(model):
     assert_guessing_is_told(task_of(model))
+
+
+def test_a_first_recording_that_is_too_short_says_nothing_of_the_model():
+    task = task_of("cpc-audio")
+    examples = task.examples
+    lengths = np.diff(examples.starts)
+    silent = np.zeros(400, np.int16)  # A frame or two.
+    task.examples = replace(
+        examples,
+        samples=np.concatenate([silent, examples.samples]),
+        starts=np.concatenate([[0], 400 + examples.starts]),
+        names=("short", *examples.names),
+        speakers=None,
+        phones=None,
+        phone_starts=None,
+    )
+    assert lengths.min() > 400
+    assert task.trouble({"loss": 0.0, "accuracy": 1.0}) is None
 
 
 def test_every_option_is_tried():

@@ -187,12 +187,13 @@ def _decode(path: Path, image_size: int | tuple[int, int] | None) -> tuple[np.nd
         return opened_to_pixels(image, size), several
 
 
-def opened_to_pixels(image: Image.Image, size: tuple[int, int] | None) -> np.ndarray:
+def opened_to_pixels(image: Image.Image, size: tuple[int, int] | None, *, shrinks: bool = True) -> np.ndarray:
     """An image of Pillow's as decode_image has it. It is loaded and turned the right way up in place.
 
     size: height and width that it is brought to.
+    shrinks: whether the image itself may be made smaller, which is faster: not one that somebody else has, too.
     """
-    if size is not None:
+    if size is not None and shrinks:
         # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, never below what is asked for either way up.
         image.draft(None, (max(size),) * 2)
     image.load()

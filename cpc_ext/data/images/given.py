@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 from filelock import FileLock
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from cpc_ext.data.cache import cache_dir, sync_file, sync_folder
@@ -69,7 +69,8 @@ def from_dataset(
         ``datasets``.
     image_size: side in pixels; the shorter side is brought to it and the middle square kept. None: the images' own
         where it is the same for all and the shorter side has at most 256 pixels, else 96.
-    workers: processes that read items, as a DataLoader's num_workers. 0: this one.
+    workers: processes that read items, as a DataLoader's num_workers. 0: this one, which also reads what can only be
+        iterated over.
 
     Items are read once and kept in the user's cache (``CPC_EXT_CACHE``), so a random augmentation in the data set would
     be drawn once and for all; leave it to the model's options. Raises TypeError and ValueError where an item is not as
@@ -161,6 +162,7 @@ class _Given:
     test: Any = None
     unlabeled: Any = None
     classes: Sequence[str] = ()
+    test_classes: Sequence[str] = ()  # Names of the test part's own, where they count.
     notes: Sequence[str] = ()
 
     @classmethod
@@ -184,7 +186,10 @@ class _Given:
             given = cls(dataset)
         given.test = given.test if test is None else test
         given.unlabeled = given.unlabeled if unlabeled is None else unlabeled
-        given.classes = [str(name) for name in (given.classes or _classes(given.train) if classes is None else classes)]
+        if classes is None:
+            given.test_classes = [str(name) for name in _classes(given.test)]
+            classes = given.classes or _classes(given.train)
+        given.classes = [str(name) for name in classes]
         return given
 
     def require_again(self) -> None:
@@ -260,6 +265,10 @@ def _write(given: _Given, folder: Path, image_size: int | None, workers: int) ->
     if strange:
         notes.append(f"labels that are neither integers nor names are passed over ({', '.join(strange)})")
     train, test = labels["train"].known, labels["test"].known
+    if given.classes and list(given.test_classes) not in ([], list(given.classes)):
+        # The same number may be another class there.
+        own = dict(enumerate(given.test_classes))
+        test = [own.get(label, label) if isinstance(label, int) else label for label in test]
     if given.test is None:
         chosen = held_out(train)
         with _saying_where(folder.parent):
@@ -338,7 +347,13 @@ def _items(dataset: Any, convert: Callable[[Any], _Item], workers: int) -> Itera
         if len(images) != len(labels):
             raise ValueError(f"dataset: {len(images)} images, {len(labels)} labels")
         return map(convert, zip(images, labels, strict=True))
-    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, str | bytes):
+    in_order = isinstance(dataset, IterableDataset)  # Every worker would give all of its items.
+    if (
+        not in_order
+        and hasattr(dataset, "__getitem__")
+        and hasattr(dataset, "__len__")
+        and not isinstance(dataset, str | bytes)
+    ):
         loader: Iterable[_Item] = DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=convert)
         return loader
     if isinstance(dataset, Iterable) and not isinstance(dataset, str | bytes):

@@ -37,7 +37,7 @@ def to_pixels(image: object, image_size: int | None = None) -> np.ndarray:
     if isinstance(image, Image.Image):
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             image = ImageOps.exif_transpose(image)  # A copy: the image is somebody's.
-        return opened_to_pixels(image, size)
+        return opened_to_pixels(image, size, shrinks=False)
     array = _as_array(image)
     if array.dtype == np.uint8 and array.ndim == 1:
         return opened_to_pixels(decode_bytes(array.tobytes()), size)

@@ -157,6 +157,43 @@ def test_classes_by_whoever_knows_them():
         from_dataset(Pictures(), classes=["a", "b"])
 
 
+def test_a_test_part_with_classes_of_its_own():
+    """As an ImageFolder of torchvision has, where a class is missing from the test folder."""
+
+    class Lacking(Pictures):
+        classes = ("ant", "cow")
+
+    data = from_dataset(Pictures(), Lacking(images=X[:4], labels=[0, 1, 1, 0]))
+    assert data.classes == ("ant", "bee", "cow")
+    assert data.test.labels.tolist() == [0, 2, 2, 0]
+    given = from_dataset(Pictures(), Lacking(images=X[:4], labels=[0, 1, 1, 0]), classes=["a", "b", "c"])
+    assert given.test.labels.tolist() == [0, 1, 1, 0]
+    with pytest.raises(ValueError, match="labels bee are none of the 2 classes"):
+        from_dataset(Lacking(labels=np.arange(30) % 2), Pictures())
+
+
+def test_an_image_that_is_handed_over_stays_as_large_as_it_was(tmp_path):
+    path = tmp_path / "large.jpg"
+    Image.fromarray(pictures(1, 256, 256, 3)[0]).save(path)
+    with Image.open(path) as image:
+        from_dataset([image, image], test=X, image_size=32)
+        assert image.size == (256, 256)
+
+
+class Stream(IterableDataset):
+    def __len__(self):
+        return 20
+
+    def __iter__(self):
+        return zip(X[:20], Y[:20], strict=True)
+
+
+def test_a_stream_is_read_once_whatever_the_workers():
+    data = from_dataset(Stream(), workers=2)
+    assert len(data.train) + len(data.test) == 20
+    assert len(np.unique(np.concatenate([data.train.images, data.test.images]), axis=0)) == 20
+
+
 def test_sizes():
     mixed = [Image.fromarray(pictures(1, side, 40, 3)[0]) for side in (30, 50)]
     assert from_dataset(mixed, test=mixed).image_shape == (3, 96, 96)
