@@ -63,9 +63,8 @@ class Problem:
     work: bytes that must be read and written at least in a memory-bound op, floating-point operations that must be
         done at least in a compute-bound one.
     headline: the alternative that the share of the ceiling is about.
-    fair: the alternative that somebody writes who knows the problem and the machine as well as we do. Where it cannot
-        run, eager stands in.
-    compared: the one of ours that is compared with it.
+    compared: the one of ours that is compared with the fastest of the others, the fair rival. Names of ours begin with
+        "ours".
     copied_bytes: size of the copy that is a memory-bound op's ceiling. Default: as much traffic as ``work``.
     product: precision of the matrix product that is a compute-bound op's ceiling. Default: the case's dtype.
     tolerance: difference that the alternatives may have, as a share of a result's largest value.
@@ -75,7 +74,6 @@ class Problem:
     alternatives: Mapping[str, Callable[[], Any]]
     work: float
     headline: str = OURS
-    fair: str = COMPILED
     compared: str = OURS
     copied_bytes: int | None = None
     product: str | None = None
@@ -142,7 +140,7 @@ def measure(op: Op, case: Case, device: str, repeats: int, without: Sequence[str
         ceiling = 2 * copied / times.pop(CEILING).median
     else:
         ceiling = product_flops_per_second(problem.product or case.dtype, device)
-    fair = problem.fair if problem.fair in times else BASELINE
+    fair = min((name for name in times if not name.startswith(OURS)), key=lambda name: times[name].median)
     return {
         "op": op.name,
         "case": case.sizes,
@@ -178,21 +176,21 @@ def _those_that_run(problem: Problem) -> tuple[dict[str, Callable[[], Any]], dic
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
             continue
         running[name] = call
-    if BASELINE in results:
-        for name, result in results.items():
-            if result is not None:
-                _check_agreement(name, result, results[BASELINE], problem.tolerance)
+    compared = {name: result for name, result in results.items() if result is not None}
+    by = BASELINE if BASELINE in compared else next(iter(compared))
+    for name, result in compared.items():
+        _check_agreement(name, result, by, compared[by], problem.tolerance)
     return running, failed
 
 
-def _check_agreement(name: str, result: Any, expected: Any, tolerance: float) -> None:
-    """AssertionError where a result is further from the expected one than that share of its largest value."""
+def _check_agreement(name: str, result: Any, by: str, expected: Any, tolerance: float) -> None:
+    """AssertionError where a result is further from the expected one, of `by`, than that share of its largest value."""
     pairs = zip(*(value if isinstance(value, tuple) else (value,) for value in (result, expected)), strict=True)
     for index, (actual, wanted) in enumerate(pairs):
         actual, wanted = actual.detach().float(), wanted.detach().float()
         difference = (actual - wanted).abs().max() / wanted.abs().max()
         if not difference <= tolerance:
-            raise AssertionError(f"result {index} of {name} is {difference:.1e} of the largest value off {BASELINE}'s")
+            raise AssertionError(f"result {index} of {name} is {difference:.1e} of the largest value off {by}'s")
 
 
 def _figures(time: Time, baseline: Time | None, work: float, ceiling: float, peak: int) -> dict[str, Any]:

@@ -6,6 +6,8 @@ copied or multiplied once a step ahead. Written for comparison from the papers a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -70,6 +72,25 @@ class CPCAudioRival(nn.Module):
         return total
 
 
+class BatchedCPCAudioRival(CPCAudioRival):
+    """The same loss by whoever knows that all steps contrast the same negatives: one batched product scores them."""
+
+    def forward(self, waveforms: Tensor) -> Tensor:
+        z = self.encoder(waveforms).transpose(1, 2)
+        c, _ = self.context(z)
+        batch, length, channels = z.shape
+        window = length - STEPS
+        chosen = torch.randint(batch, (batch, self.negatives, window))
+        shifts = torch.randint(1, length, (batch, self.negatives, window)) + torch.arange(window)
+        places = (chosen * length + shifts % length).transpose(1, 2).reshape(batch * window, self.negatives)
+        negatives = z.reshape(-1, channels)[places]
+        predictions = torch.stack([predictor(c[:, :window]) for predictor in self.predictors], 2).flatten(0, 1)
+        positives = torch.stack([z[:, step : step + window] for step in range(1, STEPS + 1)], 2).flatten(0, 1)
+        own = (predictions * positives).sum(2, keepdim=True)
+        scores = torch.cat([own, predictions @ negatives.transpose(1, 2)], 2) / channels
+        return -F.log_softmax(scores.float(), 2)[..., 0].mean() * STEPS
+
+
 class GreedyLoss(nn.Module):
     """The loss of a module: one matrix for all steps, S permutations of all positions shared by the steps."""
 
@@ -110,11 +131,15 @@ class GreedyRival(nn.Module):
         self.end_to_end = end_to_end
 
     def forward(self, waveforms: Tensor) -> Tensor:
-        z, total = waveforms, waveforms.new_zeros(())
+        return sum(self.each_loss(waveforms), waveforms.new_zeros(()))
+
+    def each_loss(self, waveforms: Tensor) -> Iterator[Tensor]:
+        """The losses of one module after another, each of which can be backward before the next runs."""
+        z = waveforms
         for index, layer in enumerate(self.layers):
             z = layer(z if self.end_to_end else z.detach())
             if not self.end_to_end:
                 encodings = z.transpose(1, 2)
-                total = total + self.losses[index](encodings, encodings)
+                yield self.losses[index](encodings, encodings)
         encodings = (z if self.end_to_end else z.detach()).transpose(1, 2)
-        return total + self.losses[-1](encodings, self.context(encodings)[0])
+        yield self.losses[-1](encodings, self.context(encodings)[0])

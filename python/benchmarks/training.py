@@ -27,12 +27,11 @@ from timing import interleaved
 from torch import Tensor
 
 from cpc_ext.models import CPC, GatedPixelCNNContext, ResNetV2Encoder
-from cpc_ext.nn import ShiftedConv2d
+from cpc_ext.nn import GridInfoNCE, ShiftedConv2d
 from cpc_ext.ops import extract_patches
 from cpc_ext.ops.info_nce import info_nce_reference
 from cpc_ext.ops.logistic_mixture import logistic_mixture_nll_reference
 from cpc_ext.ops.masked_conv2d import masked_conv2d_reference
-from cpc_ext.ops.predict_and_contrast import predict_and_contrast_reference
 
 GRAY_MEAN, GRAY_STD = 0.4120, 0.2570
 IMAGES, IMAGE_SIDE, CROP, PATCH, STRIDE = 500, 96, 64, 16, 8
@@ -96,19 +95,37 @@ def make_model(device: torch.device, channels_last: bool) -> CPC:
 def plain_ops() -> Iterator[None]:
     """The same layers on plain PyTorch formulas instead of our ops."""
 
-    def patched(module: str, name: str, formula: Callable[..., object]) -> AbstractContextManager[object]:
+    def patched(module: str, name: str, formula: object) -> AbstractContextManager[object]:
         return patch.object(sys.modules[f"cpc_ext.nn.{module}"], name, formula)
 
     with (
         patched("conv2d", "kernel_pays", lambda *_: False),
         patched("masked_conv2d", "masked_conv2d", masked_conv2d_reference),
         patched("grid_info_nce", "info_nce", info_nce_reference),
-        patched("grid_info_nce", "predict_and_contrast", predict_and_contrast_reference),
+        patched("grid_info_nce", "_CONTRASTS_AS_PREDICTED", ("cpu", "cuda")),
+        patch.object(GridInfoNCE, "_contrast_as_predicted", _gathered_contrast),
         patched("nt_xent_loss", "info_nce", info_nce_reference),
         patched("logistic_mixture_loss", "logistic_mixture_nll", logistic_mixture_nll_reference),
         patch.object(ShiftedConv2d, "_convolve", _shifted),
     ):
         yield
+
+
+def _gathered_contrast(
+    layer: GridInfoNCE, contexts: Tensor, keys: Tensor, targets: Tensor, negatives: Tensor, sizes: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of a grid as programs have it: each step gathers its keys and is a cross-entropy."""
+    losses, rights = [], []
+    for direction in range(layer.pred_directions):
+        steps = zip(sizes, targets[direction].split(sizes), negatives[direction].split(sizes), strict=True)
+        for step, (size, own, others) in enumerate(steps):
+            queries = contexts[direction, :size] @ layer.weight[direction, step]
+            chosen = keys[direction][torch.cat([own.unsqueeze(1), others], dim=1)]
+            scores = (chosen @ queries.unsqueeze(2)).squeeze(2).float()
+            losses.append(F.cross_entropy(scores, own.new_zeros(size)))
+            rights.append((scores.argmax(dim=1) == 0).float().mean())
+    of_steps = [torch.stack(values).view(layer.pred_directions, -1) for values in (losses, rights)]
+    return of_steps[0].mean(), *of_steps
 
 
 def _shifted(

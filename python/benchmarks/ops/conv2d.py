@@ -1,6 +1,6 @@
 """conv2d against PyTorch's convolution, alone and as a residual block has it: ReLU in front, a residual added behind.
 
-The fair rival is PyTorch's convolution of channels-last tensors. The floating-point operations are those of all taps,
+The floating-point operations are those of all taps,
 with those that fall on the padding, which ours leaves out where whole tiles see nothing else. Backward is the gradient
 in input, weight and bias, twice the forward work. There is no kernel for CUDA.
 """
@@ -76,7 +76,6 @@ def prepare(case: PlainConvCase, device: torch.device) -> Problem:
             "ours": call(conv2d, torch.channels_last),
         },
         work * (3 if case.backward else 1),
-        fair=FAIR,
         tolerance=1e-3 if case.dtype == "float32" else 5e-2,
     )
 

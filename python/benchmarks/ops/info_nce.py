@@ -96,7 +96,7 @@ def prepare_growth(case: AllCase, device: torch.device) -> Problem:
     """The same without compiling anything: what counts is where eager is faster."""
     problem = prepare_all(case, device)
     alternatives = {name: problem.alternatives[name] for name in ("eager", "ours")}
-    return replace(problem, alternatives=alternatives, fair="eager", tolerance=5e-2)
+    return replace(problem, alternatives=alternatives, tolerance=5e-2)
 
 
 def prepare_sampled(case: SampledCase, device: torch.device) -> Problem:

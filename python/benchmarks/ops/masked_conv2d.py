@@ -1,7 +1,7 @@
 """masked_conv2d against the convolution with a masked weight, in both memory formats. Ours gives channels-last results.
 
-The fair rival is "eager, visible rows": whoever knows that rows below the centre are hidden keeps only the others, as
-PixelCNN++'s programs do, and convolves the image padded at its top with a kernel of fewer rows, channels-last.
+"eager, visible rows" is by whoever knows that rows below the centre are hidden: it keeps only the others, as programs
+of PixelCNN++ do, and convolves the image padded at its top with a kernel of fewer rows, channels-last.
 
 The floating-point operations are those of the visible taps alone, with those that fall on the padding; a formulation
 that multiplies hidden taps by zero does more. Backward is the gradient in input, weight and bias, twice the forward
@@ -92,7 +92,6 @@ def prepare(case: ConvCase, device: torch.device) -> Problem:
             "ours, channels last": lambda: run(ours, channels_last, grad_last, mask),
         },
         2 * positions * fan_in * case.out_channels * (3 if case.backward else 1),
-        fair="eager, visible rows",
         compared="ours, channels last",
         # cuDNN multiplies float32 as TF32 unless told otherwise.
         product="tfloat32"

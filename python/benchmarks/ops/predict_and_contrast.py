@@ -83,7 +83,6 @@ def prepare(case: SpeechCase, device: torch.device) -> Problem:
     return Problem(
         {name: lambda loss=loss: run(loss) for name, loss in alternatives.items()},
         2 * rows * channels**2 * (3 if case.backward else 1),
-        fair=BY_STEP,
         tolerance=2e-2 if case.dtype == "float32" else 5e-2,
     )
 
