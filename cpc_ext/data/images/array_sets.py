@@ -17,7 +17,7 @@ from cpc_ext._messages import some
 from cpc_ext.data.images.dataset import Dataset
 from cpc_ext.data.images.decode import KEPT_SIZE
 from cpc_ext.data.images.labels import Label, class_indices, plain_label
-from cpc_ext.data.images.pixels import channel_axis
+from cpc_ext.data.images.pixels import channel_axis, check_several
 from cpc_ext.data.images.samples import Sample, Source, dataset_of, load_source
 from cpc_ext.data.images.source_files import Part, Parts, SourceFiles, in_words, parts_of, split_in
 from cpc_ext.data.notice import tell
@@ -98,7 +98,7 @@ def codes_dataset(name: str, source: SourceFiles, arrays: Mapping[str, Any]) -> 
     """
     place = source.place
     try:
-        parts, classes = _sorted_out(arrays)
+        parts, classes = _sorted_out(arrays, codes=True)
         notes = [*source.notes, *parts.notes]
         codes = {part.name: _codes(part) for part in (*parts.train, *parts.test, *parts.unlabeled)}
         sizes = {array.shape[1:] for array in codes.values()}
@@ -149,8 +149,11 @@ def _known(view: np.ndarray | None) -> np.ndarray:
     return view
 
 
-def _sorted_out(arrays: Mapping[str, Any]) -> tuple[Parts[_Part], Sequence[str]]:
-    """The parts of a data set, and the names of its classes where an array has them."""
+def _sorted_out(arrays: Mapping[str, Any], *, codes: bool = False) -> tuple[Parts[_Part], Sequence[str]]:
+    """The parts of a data set, and the names of its classes where an array has them.
+
+    codes: the arrays hold codes, whose maps may be three or four wide.
+    """
     images: dict[Part, list[str]] = {}
     labels: dict[Part, list[str]] = {}
     classes: Sequence[str] = ()
@@ -169,7 +172,7 @@ def _sorted_out(arrays: Mapping[str, Any]) -> tuple[Parts[_Part], Sequence[str]]
         if len(theirs) not in (0, len(names)):
             raise ValueError(f"expected one array of labels for {some(names)}, found {some(theirs)}")
         for number, name in enumerate(names):
-            _check_images(name, arrays[name])
+            _check_images(name, arrays[name], codes)
             known: list[Label] = [None] * len(arrays[name])
             if theirs:
                 known = _labels(theirs[number], arrays[theirs[number]])
@@ -185,11 +188,13 @@ def _sorted_out(arrays: Mapping[str, Any]) -> tuple[Parts[_Part], Sequence[str]]
     return parts, classes
 
 
-def _check_images(name: str, array: Any) -> None:
+def _check_images(name: str, array: Any, codes: bool) -> None:
     """ValueError for an array that holds no images by its shape, which tells nothing of objects (encoded images)."""
     try:
         if array.dtype.kind != "O":
             channel_axis(array.shape[1:])
+            if not codes:
+                check_several(array.shape)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 

@@ -28,7 +28,7 @@ from cpc_ext.data.images.dataset import Dataset, ImageSet
 from cpc_ext.data.images.decode import RowWriter, SizeNotKept, reason_of
 from cpc_ext.data.images.decode_cache import DEFAULT_SIZE
 from cpc_ext.data.images.labels import Label, class_indices, plain_label
-from cpc_ext.data.images.pixels import to_pixels
+from cpc_ext.data.images.pixels import check_several, to_pixels
 from cpc_ext.data.images.samples import move_to_end
 from cpc_ext.data.images.source_files import parts_of
 from cpc_ext.data.notice import tell
@@ -59,10 +59,10 @@ def from_dataset(
 
     dataset: anything with a length and items, such as a ``torch.utils.data.Dataset``, one of torchvision's or of
         Hugging Face's ``datasets``, a list, or an array [N, ...]; or what can only be iterated over; or an array of
-        images and their labels; or a mapping of splits to such. An item is an image, a tuple that begins with image and
-        label, or a mapping with "image" and "label" or the like. An image is one of Pillow's, the Path or the bytes of
-        an image file, or an array [H, W], [H, W, C] or [C, H, W], C 1 or 3: integers from 0 to 255, floating point from
-        0 to 1, and not normalised. A label is an integer or a name; others are passed over.
+        images [N, ...] and their labels [N]; or a mapping of splits to such. An item is an image, a tuple that begins
+        with image and label, or a mapping with "image" and "label" or the like. An image is one of Pillow's, the Path
+        or the bytes of an image file, or an array [H, W], [H, W, C] or [C, H, W], C 1 or 3: integers from 0 to 255,
+        floating point from 0 to 1, and not normalised. A label is an integer or a name; others are passed over.
     test: likewise, to test on. None: a tenth of each class is held out.
     unlabeled: likewise, to train on in place of `dataset`, which is then for probes.
     classes: names, where labels are integers. None: those that the data set has as ``classes``, or a class label of
@@ -341,9 +341,17 @@ def _items(dataset: Any, convert: Callable[[Any], _Item], workers: int) -> Itera
     if isinstance(dataset, DataLoader):
         raise TypeError("dataset: expected a data set, got a DataLoader, whose items are batches: give its .dataset")
     if _is_array(dataset):
+        _check_images(dataset)
         return map(convert, dataset)
     if isinstance(dataset, tuple) and len(dataset) == 2 and _is_array(dataset[0]) and hasattr(dataset[1], "__len__"):
         images, labels = dataset
+        _check_images(images)
+        shape = tuple(labels.shape) if _is_array(labels) else ()
+        if len(shape) > 2 and np.prod(shape) > len(labels):
+            raise ValueError(
+                f"dataset: expected images and labels [N], got labels of shape {list(shape)}: images alone are given "
+                "as one array [N, ...] or as a list"
+            )
         if len(images) != len(labels):
             raise ValueError(f"dataset: {len(images)} images, {len(labels)} labels")
         return map(convert, zip(images, labels, strict=True))
@@ -365,6 +373,14 @@ def _items(dataset: Any, convert: Callable[[Any], _Item], workers: int) -> Itera
         "dataset: expected what has a length and items, an array or a mapping of these, got "
         f"{type(dataset).__name__}{files}"
     )
+
+
+def _check_images(images: Any) -> None:
+    """ValueError where an array of images is a single one."""
+    try:
+        check_several(images.shape)
+    except ValueError as error:
+        raise ValueError(f"dataset: {error}") from None
 
 
 def _is_array(value: Any) -> bool:

@@ -12,7 +12,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from cpc_ext.data.images.decode import decode_bytes, decode_image, opened_to_pixels, resized
 
-__all__ = ["channel_axis", "to_pixels"]
+__all__ = ["channel_axis", "check_several", "to_pixels"]
 
 # Half a level beyond 0 and 1, which resampling can leave, is cut off.
 _HALF_A_LEVEL = 1 / 510
@@ -63,6 +63,15 @@ def channel_axis(shape: Sequence[int]) -> int | None:
             if shape[axis] in (1, 3):
                 return axis
     raise ValueError(f"expected an image [H, W], [H, W, C] or [C, H, W] of 1 or 3 channels, got shape {list(shape)}")
+
+
+def check_several(shape: Sequence[int]) -> None:
+    """ValueError for the shape of an array of images [N, ...] that is rather one image's, [H, W, C]."""
+    if len(shape) == 3 and shape[-1] in (1, 3, 4):
+        raise ValueError(
+            f"expected images [N, H, W] or [N, H, W, C], got shape {list(shape)}, which is that of one image: "
+            "give all images as one array [N, H, W, C]"
+        )
 
 
 def _as_array(image: Any) -> np.ndarray:

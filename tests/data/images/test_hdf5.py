@@ -75,6 +75,12 @@ def test_the_contents_of_image_files(tmp_path):
     np.testing.assert_array_equal(data.train.labels, Y[rows])
 
 
+def test_arrays_of_one_image_each_are_refused(tmp_path):
+    path = write(tmp_path / "all.h5", cat__0=X[0], cat__1=X[1], dog__0=X[2])
+    with pytest.raises(ValueError, match=r"cat/0: .*shape \[20, 20, 3\], which is that of one image"):
+        load_dataset("hdf5", path)
+
+
 def test_damaged_files_are_named(tmp_path):
     path = write(tmp_path / "all.h5", ["train__images"], **PARTS)
     whole = path.read_bytes()

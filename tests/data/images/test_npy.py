@@ -224,6 +224,23 @@ def test_images_that_cannot_be_taken_are_left_out(tmp_path):
         assert len(load_dataset("npy", tmp_path).pretrain) == 29
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_files_of_one_image_each_are_refused(tmp_path, channels):
+    for number, name in enumerate(("cat/0", "cat/1", "dog/0")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        np.save(tmp_path / f"{name}.npy", pictures(1, 64, 64, channels, seed=number)[0])
+    said = rf"cat/0: .*shape \[64, 64, {channels}\], which is that of one image: give .* one array \[N, H, W, C\]"
+    with pytest.raises(ValueError, match=said):
+        load_dataset("npy", tmp_path)
+
+
+def test_grey_images_of_a_few_pixels_have_an_axis_of_channels(tmp_path):
+    np.savez(tmp_path / "all.npz", x_train=X[:30, :4, :4, :1], x_test=X[30:, :4, :4, :1])
+    assert quiet(tmp_path).image_shape == (1, 4, 4)
+    np.savez(tmp_path / "all.npz", x_train=X[:30, :4, :4, 0], x_test=X[30:, :4, :4, 0])
+    assert load_dataset("codes", tmp_path).image_shape == (1, 4, 4)
+
+
 def test_damaged_files_are_named(tmp_path):
     np.save(tmp_path / "x.npy", X)
     np.savez_compressed(tmp_path / "x.npz", x=X)
