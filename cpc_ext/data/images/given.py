@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -187,9 +188,10 @@ class _Given:
         given.test = given.test if test is None else test
         given.unlabeled = given.unlabeled if unlabeled is None else unlabeled
         if classes is None:
-            given.test_classes = [str(name) for name in _classes(given.test)]
-            classes = given.classes or _classes(given.train)
-        given.classes = [str(name) for name in classes]
+            given.test_classes = _distinct(str(name) for name in _classes(given.test))
+            given.classes = _distinct(str(name) for name in given.classes or _classes(given.train))
+        else:
+            given.classes = [str(name) for name in classes]
         return given
 
     def require_again(self) -> None:
@@ -398,6 +400,13 @@ def _classes(dataset: Any) -> Sequence[str]:
             return classes
         dataset = getattr(dataset, "dataset", None)  # A subset names what it is a part of.
     return ()
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    """A data set's own names of classes, with their numbers where several are the same, as ImageNet's cranes are."""
+    names = list(names)
+    counts = Counter(names)
+    return [name if counts[name] == 1 else f"{name} {number}" for number, name in enumerate(names)]
 
 
 def _hold_out(folder: Path, shape: tuple[int, ...], chosen: set[int]) -> list[int]:

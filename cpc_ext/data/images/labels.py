@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -50,9 +51,12 @@ def class_indices(
         labels that there are, sorted.
     notes: where it goes that there are no labels, although some images have one.
 
-    Images of fewer than two classes have no labels. Raises ValueError where a label is none of the classes, or test
-    images have one that training images lack.
+    Images of fewer than two classes have no labels. Raises ValueError where a label is none of the classes, test images
+    have one that training images lack, or two classes have the same name.
     """
+    if len(set(names)) < len(names):
+        repeated = [name for name, count in Counter(names).items() if count > 1]
+        raise ValueError(f"classes: expected a name for each, got several that are called {some(repeated)}")
     labels = [*train, *test]
     without = sum(label is None for label in labels)
     if without:

@@ -155,6 +155,17 @@ def test_classes_by_whoever_knows_them():
     assert from_dataset(Features()).classes == ("p", "q", "r")
     with pytest.raises(ValueError, match=r"dataset: labels 2 are none of the 2 classes \(a, b\)"):
         from_dataset(Pictures(), classes=["a", "b"])
+    with pytest.raises(ValueError, match="dataset: classes: expected a name for each, got several that are called cat"):
+        from_dataset(Pictures(), classes=["cat", "cat", "dog"])
+
+
+def test_classes_of_a_data_set_that_have_the_same_name_get_their_numbers():
+    class Birds(Pictures):
+        classes = (("crane",), ("crow",), ("crane",))
+
+    data = from_dataset(Birds())
+    assert data.classes == ("('crane',) 0", "('crow',)", "('crane',) 2")
+    np.testing.assert_array_equal(pixels_and_labels(data)[1], Y)
 
 
 def test_a_test_part_with_classes_of_its_own():

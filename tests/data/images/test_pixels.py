@@ -160,6 +160,8 @@ def test_without_labels_for_all_there_are_none():
         ([0, 1], [2], (), "test images have classes that the training images lack: 2"),
         ([0, 2], [], ("ant", "bee"), r"labels 2 are none of the 2 classes \(ant, bee\)"),
         ([0, "ant"], [], (), "some labels are numbers, others names"),
+        ([0, 2], [], ("cat", "cat", "dog"), "classes: expected a name for each, got several that are called cat$"),
+        ([None], [], ("a", "b", "a", "b"), "got several that are called a, b$"),
     ],
 )
 def test_labels_that_do_not_fit(train, test, names, message):
