@@ -167,6 +167,7 @@ def _sorted_out(arrays: Mapping[str, Any], *, codes: bool = False) -> tuple[Part
         else:
             (images if role == "images" else labels).setdefault(split_in(name) or "train", []).append(name)
     named: list[tuple[str, _Part]] = []
+    no_classes: list[str] = []
     for part, names in images.items():
         theirs = labels.pop(part, [])
         if len(theirs) not in (0, len(names)):
@@ -175,7 +176,7 @@ def _sorted_out(arrays: Mapping[str, Any], *, codes: bool = False) -> tuple[Part
             _check_images(name, arrays[name], codes)
             known: list[Label] = [None] * len(arrays[name])
             if theirs:
-                known = _labels(theirs[number], arrays[theirs[number]])
+                known = _labels(theirs[number], arrays[theirs[number]], no_classes)
             if len(known) != len(arrays[name]):
                 raise ValueError(f"{name} holds {len(arrays[name])} images, {theirs[number]} {len(known)} labels")
             named.append((name, _Part(name, arrays[name], known)))
@@ -185,6 +186,8 @@ def _sorted_out(arrays: Mapping[str, Any], *, codes: bool = False) -> tuple[Part
     passed_over += [name for names in labels.values() for name in names]
     if passed_over:
         parts.notes.append(f"passed over arrays that are no images: {some(passed_over)}")
+    if no_classes:
+        parts.notes.append(f"passed over labels that are not one number or name an image: {some(no_classes)}")
     return parts, classes
 
 
@@ -212,12 +215,19 @@ def _role(name: str, array: Any) -> Literal["images", "labels", "classes"] | Non
     return "images" if array.ndim in (3, 4) else None
 
 
-def _labels(name: str, array: Any) -> list[Label]:
+def _labels(name: str, array: Any, no_classes: list[str]) -> list[Label]:
+    """The labels of an array; none where each is several values, by which its name goes to no_classes."""
     values = np.asarray(array[...])
     if values.ndim > 1 and values.size == len(values):  # As MedMNIST and PatchCamelyon have them.
         values = values.reshape(-1)
+    if values.ndim > 1:
+        no_classes.append(f"{name} {list(values.shape)}")
+        return [None] * len(values)
     if values.ndim != 1:
         raise ValueError(f"{name}: expected labels [N], got shape {list(values.shape)}")
+    if values.dtype.kind == "f" and np.isnan(values).any():
+        row = int(np.isnan(values).argmax())
+        raise ValueError(f"{name}: label {row} is NaN: a label that is missing is -1")
     if values.dtype.kind == "f" and np.array_equal(values, np.rint(values)):
         values = values.astype(np.int64)
     try:

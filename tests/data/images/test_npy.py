@@ -178,6 +178,18 @@ def test_labels_of_minus_one_are_none(tmp_path):
     assert quiet(tmp_path).train is None
 
 
+def test_labels_of_several_values_are_passed_over(tmp_path):
+    """As those of MedMNIST's ChestMNIST, which has fourteen findings an image."""
+    findings = np.random.default_rng(0).integers(0, 2, (40, 14))
+    parts = {"x_train": X[:30], "y_train": findings[:30], "x_test": X[30:], "y_test": findings[30:]}
+    np.savez(tmp_path / "all.npz", **parts)
+    said = r"passed over labels that are not one number .*: y_train \[30, 14\], y_test \[10, 14\]"
+    with pytest.warns(UserWarning, match=said):
+        data = load_dataset("npy", tmp_path)
+    assert (data.train, data.test.labels, data.classes) == (None, None, ())
+    np.testing.assert_array_equal(data.pretrain.images, X[:30].transpose(0, 3, 1, 2))
+
+
 def test_what_is_for_tests_alone_is_trained_on(tmp_path):
     np.savez(tmp_path / "all.npz", x_test=X, y_test=Y)
     with pytest.warns(UserWarning, match="x_test stands alone, so it is trained on and a part of it held out"):
@@ -201,8 +213,10 @@ def test_what_is_passed_over_is_said(tmp_path):
         ({"x": X, "fine_labels": Y, "coarse_labels": Y}, "one array of labels for x, found fine_labels, coarse_labels"),
         ({"y": Y}, r"expected an array of images .*, found y int64 \[40\]"),
         ({"x_test": X, "x_val": X}, "there is nothing to train on, by the names: x_test, x_val"),
-        ({"x": X, "y": np.eye(40)}, r"y: expected labels \[N\], got shape \[40, 40\]"),
+        ({"x": X, "y": np.eye(39)}, "x holds 40 images, y 39 labels"),
+        ({"x": X, "y": np.array(3)}, r"y: expected labels \[N\], got shape \[\]"),
         ({"x": X, "y": Y + 0.5}, "y: expected a class, an integer or a name, got float"),
+        ({"x": X, "y": np.where(Y == 2, np.nan, Y)}, "y: label 2 is NaN: a label that is missing is -1"),
         ({"x": X.reshape(40, -1)}, r"x: expected an image .*got shape \[1200\]"),
         ({"x": X * 2.0}, "floating point has values of .* which are to be 0 to 1"),
         ({"x_train": X, "y_train": Y, "x_test": X, "y_test": Y + 1}, "test images have classes that .* lack: 4"),
