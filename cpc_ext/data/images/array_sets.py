@@ -158,12 +158,16 @@ def _sorted_out(arrays: Mapping[str, Any], *, codes: bool = False) -> tuple[Part
     labels: dict[Part, list[str]] = {}
     classes: Sequence[str] = ()
     passed_over: list[str] = []
-    for name, array in arrays.items():
-        role = _role(name, array)
+    roles = {name: _role(name, array) for name, array in arrays.items()}
+    clearest = max((found.clarity for found in roles.values() if found.role == "images"), default=0)
+    unnamed: list[str] = []
+    for name, (role, clarity) in roles.items():
         if role == "classes":
-            classes = [str(plain_label(value)) for value in np.asarray(array[...]).reshape(-1)]
+            classes = [str(plain_label(value)) for value in np.asarray(arrays[name][...]).reshape(-1)]
         elif role is None:
             passed_over.append(name)
+        elif role == "images" and clarity < clearest:
+            unnamed.append(name)
         else:
             (images if role == "images" else labels).setdefault(split_in(name) or "train", []).append(name)
     named: list[tuple[str, _Part]] = []
@@ -186,6 +190,8 @@ def _sorted_out(arrays: Mapping[str, Any], *, codes: bool = False) -> tuple[Part
     passed_over += [name for names in labels.values() for name in names]
     if passed_over:
         parts.notes.append(f"passed over arrays that are no images: {some(passed_over)}")
+    if unnamed:
+        parts.notes.append(f"passed over arrays that are not called images as others are: {some(unnamed)}")
     if no_classes:
         parts.notes.append(f"passed over labels that are not one number or name an image: {some(no_classes)}")
     return parts, classes
@@ -202,17 +208,24 @@ def _check_images(name: str, array: Any, codes: bool) -> None:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _role(name: str, array: Any) -> Literal["images", "labels", "classes"] | None:
+class _Role(NamedTuple):
+    """What an array holds. clarity: 2 where its own name says so, 1 where its folder's does, 0 by its shape."""
+
+    role: Literal["images", "labels", "classes"] | None
+    clarity: int
+
+
+def _role(name: str, array: Any) -> _Role:
     """What an array is, by its name, and by its shape where that says nothing."""
-    for words in (in_words(name.rpartition("/")[2]), in_words(name)):
+    for clarity, words in ((2, in_words(name.rpartition("/")[2])), (1, in_words(name))):
         if "classes" in words or ("names" in words and _LABELS & {*words}):
-            return "classes"
+            return _Role("classes", clarity)
         for word in reversed(words):
             if word in _LABELS:
-                return "labels"
+                return _Role("labels", clarity)
             if word in _IMAGES and (array.ndim > 1 or array.dtype.kind == "O"):
-                return "images"
-    return "images" if array.ndim in (3, 4) else None
+                return _Role("images", clarity)
+    return _Role("images" if array.ndim in (3, 4) else None, 0)
 
 
 def _labels(name: str, array: Any, no_classes: list[str]) -> list[Label]:

@@ -206,6 +206,20 @@ def test_what_is_passed_over_is_said(tmp_path):
     assert "passed over arrays that are no images: extra_ids, names" in str(warning.message)
 
 
+@pytest.mark.parametrize("place", ["", "data/", "pictures/"])
+def test_arrays_of_that_shape_count_only_where_none_is_called_images(tmp_path, place):
+    masks = pictures(40, 20, 20, 3, seed=1)
+    (tmp_path / place).mkdir(exist_ok=True)
+    np.save(tmp_path / f"{place}masks.npy", masks)
+    with pytest.warns(UserWarning, match="4 of 40, a tenth"):
+        assert len(load_dataset("npy", tmp_path).pretrain) == 36
+    np.save(tmp_path / f"{place}images.npy", X)
+    with pytest.warns(UserWarning, match=f"passed over arrays that are not called images as others are: {place}masks"):
+        data = load_dataset("npy", tmp_path)
+    rows = np.concatenate([data.pretrain.images, data.test.images])
+    assert sorted(map(bytes, rows)) == sorted(map(bytes, X.transpose(0, 3, 1, 2).copy()))
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
