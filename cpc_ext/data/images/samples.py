@@ -31,7 +31,7 @@ from cpc_ext.data.threads import in_order
 __all__ = ["Rows", "Sample", "Source", "dataset_of", "load_source", "move_to_end", "write_samples"]
 
 # Part of a cache's key: raise it when what is written changes.
-_FORMAT = 2
+_FORMAT = 3
 
 
 class Sample(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
@@ -82,14 +82,25 @@ def in_words(name: str) -> list[str]:
 
 
 def split_in(name: str) -> Part | None:
-    """Which part of a data set a file or an array of this name is: the first of its words that says it."""
-    for word in in_words(name):
-        if word in _UNLABELED:
-            return "unlabeled"
-        split = split_of(word)
-        if split in ("train", "validation", "test"):
-            return split
-    return None
+    """Which part of a data set a file or an array of this path is: the first word that says it of its own name, else of
+    the innermost folder that has one."""
+    return next(_parts_in(name), None)
+
+
+def _parts_in(name: str) -> Iterator[Part]:
+    """All that the words of a path say, in the order in which they count."""
+    for segment in reversed(name.split("/")):
+        for word in in_words(segment):
+            part = _part_of(word)
+            if part is not None:
+                yield part
+
+
+def _part_of(word: str) -> Part | None:
+    if word in _UNLABELED:
+        return "unlabeled"
+    split = split_of(word)
+    return split if split in ("train", "validation", "test") else None
 
 
 @dataclass
@@ -105,7 +116,8 @@ class Parts(Generic[T]):
 def parts_of(named: Iterable[tuple[str, T]]) -> Parts[T]:
     """Divide what has names, of files or arrays, by what these say; those that say nothing are to train on.
 
-    Test comes before validation, which is then left out. One of these alone is trained on.
+    Test comes before validation, which is then left out. One of these alone is trained on. Where nothing else is to
+    train on, what says so beside another word is.
 
     Raises ValueError where there is nothing to train on but several parts to test on, or nothing at all.
     """
@@ -113,6 +125,13 @@ def parts_of(named: Iterable[tuple[str, T]]) -> Parts[T]:
     for name, value in named:
         by_part.setdefault(split_in(name) or "train", []).append((name, value))
     parts: Parts[T] = Parts()
+    if not by_part.get("train") and not by_part.get("unlabeled"):
+        both = [(name, value) for each in by_part.values() for name, value in each if "train" in _parts_in(name)]
+        if both:
+            names = [name for name, _ in both]
+            by_part = {part: [pair for pair in each if pair[0] not in names] for part, each in by_part.items()}
+            by_part["train"] = both
+            parts.notes.append(f"taken for training, as their names say that, too, and no other does: {some(names)}")
     validation = by_part.get("validation", [])
     tests = by_part.get("test", [])
     if tests and validation:

@@ -197,6 +197,25 @@ def test_what_is_for_tests_alone_is_trained_on(tmp_path):
     assert [len(part) for part in (data.train, data.test)] == [36, 4]
 
 
+def test_an_arrays_own_name_comes_before_those_of_folders(tmp_path):
+    (tmp_path / "ab_test").mkdir()
+    for name, array in {"x_train": X[:30], "y_train": Y[:30], "x_test": X[30:], "y_test": Y[30:]}.items():
+        np.save(tmp_path / "ab_test" / f"{name}.npy", array)
+    data = quiet(tmp_path)
+    np.testing.assert_array_equal(data.train.images, X[:30].transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(data.test.images, X[30:].transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(data.test.labels, Y[30:])
+
+
+def test_what_says_both_is_trained_on_where_nothing_else_is(tmp_path):
+    np.savez(tmp_path / "all.npz", test_train_x=X[:30], test_x=X[30:])
+    with pytest.warns(UserWarning, match=r"taken for training, as their names say that, .*: test_train_x$") as warned:
+        data = load_dataset("npy", tmp_path)
+    assert "alone" not in str(warned[0].message)
+    np.testing.assert_array_equal(data.pretrain.images, X[:30].transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(data.test.images, X[30:].transpose(0, 3, 1, 2))
+
+
 def test_what_is_passed_over_is_said(tmp_path):
     arrays = {"x_train": X[:20], "x_test": X[20:30], "x_val": X[30:], "extra_ids": Y, "names": np.array(["a"])}
     np.savez(tmp_path / "all.npz", **arrays)
@@ -330,6 +349,7 @@ def test_files_that_are_not_there(tmp_path):
     [
         *(("X_train", "train"), ("imagenet-val-0001", "validation"), ("camelyon_split_test_x", "test")),
         *(("unlabelledImages", "unlabeled"), ("latest", None), ("x", None), ("a/train/b", "train"), ("devset/1", None)),
+        *(("ab_test/x_train", "train"), ("train/val/x_test", "test"), ("train/val/x", "validation")),
     ],
 )
 def test_parts_are_told_by_words(name, part):
