@@ -26,7 +26,7 @@ Split = Literal["train", "validation", "test", "beside"]
 _SPLIT_NAMES: dict[str, Split] = {
     **dict.fromkeys(("train", "training", "trn", "tr", "trainset", "trainval"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "valset", "dev", "eval", "evaluation"), "validation"),
-    **dict.fromkeys(("test", "testing", "tst", "ts", "testset", "heldout", "holdout"), "test"),
+    **dict.fromkeys(("test", "testing", "tst", "ts", "te", "testset", "heldout", "holdout"), "test"),
 }
 # Words beside them that change nothing, as in test_set, trainImages, val2017.
 _FILLERS = {"set", "data", "dataset", "image", "images", "img", "imgs", "audio", "wav", "wavs", "split"}

@@ -187,6 +187,9 @@ def _sorted_out(arrays: Mapping[str, Any], *, codes: bool = False) -> tuple[Part
     if not named:
         raise ValueError(f"expected an array of images [N, H, W] or [N, H, W, C], found {_described(arrays)}")
     parts = parts_of(named)
+    for several in (parts.train, parts.unlabeled):
+        if len(several) > 1:
+            parts.notes.append(f"trained on as one: {some(part.name for part in several)}")
     passed_over += [name for names in labels.values() for name in names]
     if passed_over:
         parts.notes.append(f"passed over arrays that are no images: {some(passed_over)}")

@@ -29,6 +29,8 @@ Part = Literal["train", "validation", "test", "unlabeled"]
 # options, which looks at the size of images.
 HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
 SHARD_SUFFIXES = (".tar", ".tgz", ".tar.gz")
+# Words that stand beside those of parts without anything between, as in "xtrain" and "testlabels".
+_ROLES = ("x", "y", "image", "images", "img", "imgs", "data", "label", "labels", "target", "targets")
 _UNLABELED = ("unlabeled", "unlabelled", "pretrain", "unsupervised")
 
 T = TypeVar("T")
@@ -77,8 +79,20 @@ def source_files(data_dir: str | Path, what: tuple[str, str], suffixes: Iterable
 
 
 def in_words(name: str) -> list[str]:
-    """The words of a name, lower case: "X_train" → ["x", "train"], "testImages" → ["test", "images"]."""
-    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)]
+    """The words of a name, lower case: "X_train", "xtrain" → ["x", "train"], "testImages" → ["test", "images"]."""
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)
+    return [part for word in words for part in _taken_apart(word.lower())]
+
+
+def _taken_apart(word: str) -> tuple[str, ...]:
+    for role in _ROLES:
+        before, after = word.removesuffix(role), word.removeprefix(role)
+        if after != word and _part_of(after):
+            return role, after
+        # "try" and "tex" are words of their own.
+        if before != word and len(before) > 2 and _part_of(before):
+            return before, role
+    return (word,)
 
 
 def split_in(name: str) -> Part | None:

@@ -52,6 +52,7 @@ def said(tree: FileTree) -> str:
         ("trainA", "train"),
         ("train2017", "train"),
         ("imagesTr", "train"),
+        ("imagesTe", "test"),
         ("trainval", "train"),
         ("Test", "test"),
         ("testing", "test"),

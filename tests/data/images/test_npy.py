@@ -29,6 +29,11 @@ def quiet(path, **options):
         ("X", "y", "testImages", "testTargets"),
         ("train_images", "train_image_labels", "val_image", "val_image_class"),
         ("train/data", "train/label", "val/data", "val/label"),
+        ("xtrain", "ytrain", "xtest", "ytest"),
+        ("trX", "trY", "teX", "teY"),
+        ("Xtr", "ytr", "Xte", "yte"),
+        ("trainimages", "trainlabels", "testimages", "testlabels"),
+        ("imgtrain", "targettrain", "imgval", "targetval"),
     ],
 )
 @pytest.mark.parametrize("kind", ["npz", "npy"])
@@ -141,12 +146,19 @@ def test_unlabelled_images_are_trained_on(tmp_path):
 def test_several_arrays_of_a_part_follow_each_other(tmp_path):
     names = ["train_a_x", "train_b_x", "unlabeled_a_x", "unlabeled_b_x", "test_x"]
     np.savez(tmp_path / "all.npz", **dict(zip(names, (X[:5], X[5:10], X[10:18], X[18:30], X[30:]), strict=True)))
-    np.testing.assert_array_equal(quiet(tmp_path).pretrain.images, X[10:30].transpose(0, 3, 1, 2))
+    said = r"trained on as one: train_a_x, train_b_x\n +trained on as one: unlabeled_a_x, unlabeled_b_x$"
+    with pytest.warns(UserWarning, match=said):
+        data = load_dataset("npy", tmp_path)
+    np.testing.assert_array_equal(data.pretrain.images, X[10:30].transpose(0, 3, 1, 2))
     np.savez(tmp_path / "all.npz", train_x=X[:5], unlabeled_a_x=X[10:18], unlabeled_b_x=X[18:30], test_x=X[30:])
-    np.testing.assert_array_equal(quiet(tmp_path).pretrain.images, X[10:30].transpose(0, 3, 1, 2))
+    with pytest.warns(UserWarning, match=r":\n +trained on as one: unlabeled_a_x, unlabeled_b_x$"):
+        data = load_dataset("npy", tmp_path)
+    np.testing.assert_array_equal(data.pretrain.images, X[10:30].transpose(0, 3, 1, 2))
     labels = {"train_a_y": Y[:5], "train_b_y": Y[5:10], "test_y": Y[30:]}
     np.savez(tmp_path / "all.npz", train_a_x=X[:5], train_b_x=X[5:10], test_x=X[30:], **labels)
-    np.testing.assert_array_equal(quiet(tmp_path).train.labels, Y[:10])
+    with pytest.warns(UserWarning, match=r":\n +trained on as one: train_a_x, train_b_x$"):
+        data = load_dataset("npy", tmp_path)
+    np.testing.assert_array_equal(data.train.labels, Y[:10])
 
 
 def test_unlabelled_images_with_a_part_to_hold_out(tmp_path):
@@ -349,6 +361,7 @@ def test_files_that_are_not_there(tmp_path):
     [
         *(("X_train", "train"), ("imagenet-val-0001", "validation"), ("camelyon_split_test_x", "test")),
         *(("unlabelledImages", "unlabeled"), ("latest", None), ("x", None), ("a/train/b", "train"), ("devset/1", None)),
+        *(("yTest", "test"), ("try", None), ("tex", None), ("xtra_images", None), ("xunlabeled", "unlabeled")),
         *(("ab_test/x_train", "train"), ("train/val/x_test", "test"), ("train/val/x", "validation")),
     ],
 )
