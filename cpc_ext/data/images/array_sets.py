@@ -19,7 +19,7 @@ from cpc_ext.data.images.decode import KEPT_SIZE
 from cpc_ext.data.images.labels import Label, class_indices, plain_label
 from cpc_ext.data.images.pixels import channel_axis, check_several
 from cpc_ext.data.images.samples import Sample, Source, dataset_of, load_source
-from cpc_ext.data.images.source_files import Part, Parts, SourceFiles, in_words, parts_of, split_in
+from cpc_ext.data.images.source_files import Part, Parts, SourceFiles, in_words, parts_of, split_in, words_and_numbers
 from cpc_ext.data.notice import tell
 from cpc_ext.data.splits import held_out
 
@@ -158,31 +158,25 @@ def _sorted_out(arrays: Mapping[str, Any], *, codes: bool = False) -> tuple[Part
     labels: dict[Part, list[str]] = {}
     classes: Sequence[str] = ()
     passed_over: list[str] = []
-    roles = {name: _role(name, array) for name, array in arrays.items()}
-    clearest = max((found.clarity for found in roles.values() if found.role == "images"), default=0)
     unnamed: list[str] = []
-    for name, (role, clarity) in roles.items():
+    for name, role in _roles(arrays).items():
         if role == "classes":
             classes = [str(plain_label(value)) for value in np.asarray(arrays[name][...]).reshape(-1)]
-        elif role is None:
-            passed_over.append(name)
-        elif role == "images" and clarity < clearest:
-            unnamed.append(name)
-        else:
+        elif role in ("images", "labels"):
             (images if role == "images" else labels).setdefault(split_in(name) or "train", []).append(name)
+        else:
+            (unnamed if role == "unnamed" else passed_over).append(name)
     named: list[tuple[str, _Part]] = []
     no_classes: list[str] = []
     for part, names in images.items():
-        theirs = labels.pop(part, [])
-        if len(theirs) not in (0, len(names)):
-            raise ValueError(f"expected one array of labels for {some(names)}, found {some(theirs)}")
-        for number, name in enumerate(names):
+        theirs = _paired(names, labels.pop(part, []), part)
+        for name in names:
             _check_images(name, arrays[name], codes)
             known: list[Label] = [None] * len(arrays[name])
             if theirs:
-                known = _labels(theirs[number], arrays[theirs[number]], no_classes)
+                known = _labels(theirs[name], arrays[theirs[name]], no_classes)
             if len(known) != len(arrays[name]):
-                raise ValueError(f"{name} holds {len(arrays[name])} images, {theirs[number]} {len(known)} labels")
+                raise ValueError(f"{name} holds {len(arrays[name])} images, {theirs[name]} {len(known)} labels")
             named.append((name, _Part(name, arrays[name], known)))
     if not named:
         raise ValueError(f"expected an array of images [N, H, W] or [N, H, W, C], found {_described(arrays)}")
@@ -200,6 +194,31 @@ def _sorted_out(arrays: Mapping[str, Any], *, codes: bool = False) -> tuple[Part
     return parts, classes
 
 
+def _paired(images: list[str], labels: list[str], part: Part) -> dict[str, str]:
+    """The array of labels for each of images of a part, by what their names have beside "x", "y" and the like.
+
+    Raises ValueError where it is not one for each.
+    """
+    if len(labels) not in (0, len(images)):
+        raise ValueError(f"expected one array of labels for {some(images)}, found {some(labels)}")
+    if len(labels) < 2:
+        return dict(zip(images, labels, strict=False))
+    by_key = {_key(name, part): name for name in labels}
+    paired = {name: by_key[_key(name, part)] for name in images if _key(name, part) in by_key}
+    if len({*paired.values()}) < len(images):
+        raise ValueError(
+            f"the names do not tell which labels are whose: {some(labels)} of {some(images)}; expected names that "
+            "differ only in words such as x and y"
+        )
+    return paired
+
+
+def _key(name: str, part: Part) -> tuple[str, ...]:
+    """What the names of images and of their labels have in common."""
+    words = words_and_numbers(name)
+    return tuple(word for word in words if word not in _IMAGES | _LABELS and split_in(word) != part)
+
+
 def _check_images(name: str, array: Any, codes: bool) -> None:
     """ValueError for an array that holds no images by its shape, which tells nothing of objects (encoded images)."""
     try:
@@ -211,24 +230,45 @@ def _check_images(name: str, array: Any, codes: bool) -> None:
         raise ValueError(f"{name}: {error}") from None
 
 
-class _Role(NamedTuple):
-    """What an array holds. clarity: 2 where its own name says so, 1 where its folder's does, 0 by its shape."""
+def _roles(arrays: Mapping[str, Any]) -> dict[str, str]:
+    """What arrays are: "images", "labels", "classes", "" for none of these, or "unnamed".
 
-    role: Literal["images", "labels", "classes"] | None
-    clarity: int
+    The last could be images, but only others are called so: by a name of their own where these have a folder's, as
+    "data/masks" beside "data/images", or by any where these have none.
+    """
+    found = {name: _role(name, array) for name, array in arrays.items()}
+    named = [name for name, (role, by) in found.items() if role == "images" and by != "shape"]
+    folders = {_folder(name) for name in named if found[name].by == "name"}
+    roles: dict[str, str] = {name: role for name, (role, _) in found.items()}
+    for name, (role, by) in found.items():
+        if role == "images" and ((by == "shape" and named) or (by == "folder" and _folder(name) in folders)):
+            roles[name] = "unnamed"
+    return roles
+
+
+class _Role(NamedTuple):
+    """What an array is, and what says so."""
+
+    role: Literal["images", "labels", "classes", ""]
+    by: Literal["name", "folder", "shape"]
 
 
 def _role(name: str, array: Any) -> _Role:
-    """What an array is, by its name, and by its shape where that says nothing."""
-    for clarity, words in ((2, in_words(name.rpartition("/")[2])), (1, in_words(name))):
+    """What an array is, by its name, else by its folders' or groups', and by its shape where these say nothing."""
+    by: Literal["name", "folder"]
+    for by, words in (("name", in_words(name.rpartition("/")[2])), ("folder", in_words(name))):
         if "classes" in words or ("names" in words and _LABELS & {*words}):
-            return _Role("classes", clarity)
+            return _Role("classes", by)
         for word in reversed(words):
             if word in _LABELS:
-                return _Role("labels", clarity)
+                return _Role("labels", by)
             if word in _IMAGES and (array.ndim > 1 or array.dtype.kind == "O"):
-                return _Role("images", clarity)
-    return _Role("images" if array.ndim in (3, 4) else None, 0)
+                return _Role("images", by)
+    return _Role("images" if array.ndim in (3, 4) else "", "shape")
+
+
+def _folder(name: str) -> str:
+    return name.rpartition("/")[0]
 
 
 def _labels(name: str, array: Any, no_classes: list[str]) -> list[Label]:

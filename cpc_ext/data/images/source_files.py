@@ -22,6 +22,7 @@ __all__ = [
     "place_of",
     "source_files",
     "split_in",
+    "words_and_numbers",
 ]
 
 Part = Literal["train", "validation", "test", "unlabeled"]
@@ -80,8 +81,13 @@ def source_files(data_dir: str | Path, what: tuple[str, str], suffixes: Iterable
 
 def in_words(name: str) -> list[str]:
     """The words of a name, lower case: "X_train", "xtrain" → ["x", "train"], "testImages" → ["test", "images"]."""
-    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)
-    return [part for word in words for part in _taken_apart(word.lower())]
+    return [word for word in words_and_numbers(name) if word.isascii() and word.isalpha()]
+
+
+def words_and_numbers(name: str) -> list[str]:
+    """The words of a name as :func:`in_words` has them, those of other letters and numbers, too: "x09" → ["x", "9"]."""
+    found = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+|[^\W\d_A-Za-z]+", name)
+    return [part for word in found for part in _taken_apart(word.lower().lstrip("0") or "0")]
 
 
 def _taken_apart(word: str) -> tuple[str, ...]:
@@ -142,10 +148,10 @@ def parts_of(named: Iterable[tuple[str, T]]) -> Parts[T]:
     if not by_part.get("train") and not by_part.get("unlabeled"):
         both = [(name, value) for each in by_part.values() for name, value in each if "train" in _parts_in(name)]
         if both:
-            names = [name for name, _ in both]
-            by_part = {part: [pair for pair in each if pair[0] not in names] for part, each in by_part.items()}
+            moved = [name for name, _ in both]
+            by_part = {part: [pair for pair in each if pair[0] not in moved] for part, each in by_part.items()}
             by_part["train"] = both
-            parts.notes.append(f"taken for training, as their names say that, too, and no other does: {some(names)}")
+            parts.notes.append(f"taken for training, as their names say that, too, and no other does: {some(moved)}")
     validation = by_part.get("validation", [])
     tests = by_part.get("test", [])
     if tests and validation:

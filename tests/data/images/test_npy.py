@@ -161,6 +161,39 @@ def test_several_arrays_of_a_part_follow_each_other(tmp_path):
     np.testing.assert_array_equal(data.train.labels, Y[:10])
 
 
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        (["x_b", "x_a"], ["y_a", "y_b"]),
+        (["images_9", "images_10"], ["labels_10", "labels_09"]),
+        (["images/b", "images/a"], ["labels/a", "labels/b"]),
+        (["fold2/trainX", "train_image_fold1"], ["fold1_label_train", "fold2/trainY"]),
+        (["x2", "x1"], ["y1", "y2"]),
+        (["bärX", "bürX"], ["bürY", "bärY"]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["npz", "npy"])
+def test_labels_belong_to_the_images_of_their_name(tmp_path, images, labels, kind):
+    """The first images have the last labels."""
+    arrays = dict(zip(images, (X[:20], X[20:30]), strict=True)) | dict(zip(labels, (Y[20:30], Y[:20]), strict=True))
+    arrays |= {"x_test": X[30:], "y_test": Y[30:]}
+    if kind == "npz":
+        np.savez(tmp_path / "all.npz", **arrays)
+    else:
+        for name, array in arrays.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            np.save(tmp_path / f"{name}.npy", array)
+    with pytest.warns(UserWarning, match="trained on as one"):
+        data = load_dataset("npy", tmp_path)
+    rows = [
+        index
+        for pixels in data.train.images
+        for index in np.flatnonzero((pixels.transpose(1, 2, 0) == X).all((1, 2, 3)))
+    ]
+    assert sorted(rows) == list(range(30))
+    np.testing.assert_array_equal(data.train.labels, Y[rows])
+
+
 def test_unlabelled_images_with_a_part_to_hold_out(tmp_path):
     np.savez(tmp_path / "all.npz", x=X[:20], y=Y[:20], unlabeled_x=X[20:])
     with pytest.warns(UserWarning, match="4 of 20, a tenth of each class"):
@@ -258,6 +291,12 @@ def test_arrays_of_that_shape_count_only_where_none_is_called_images(tmp_path, p
         ({"x": X, "fine_labels": Y, "coarse_labels": Y}, "one array of labels for x, found fine_labels, coarse_labels"),
         ({"y": Y}, r"expected an array of images .*, found y int64 \[40\]"),
         ({"x_test": X, "x_val": X}, "there is nothing to train on, by the names: x_test, x_val"),
+        (
+            {"x_a": X, "x_b": X, "y_b": Y, "y_c": Y},
+            "do not tell which labels are whose: y_b, y_c of x_a, x_b; expected",
+        ),
+        ({"x_1": X, "x_2": X, "y_1": Y, "y_01": Y}, "do not tell which labels are whose: y_1, y_01 of x_1, x_2"),
+        ({"x_1": X, "x_01": X, "y_1": Y, "y_2": Y}, "do not tell which labels are whose: y_1, y_2 of x_1, x_01"),
         ({"x": X, "y": np.eye(39)}, "x holds 40 images, y 39 labels"),
         ({"x": X, "y": np.array(3)}, r"y: expected labels \[N\], got shape \[\]"),
         ({"x": X, "y": Y + 0.5}, "y: expected a class, an integer or a name, got float"),
