@@ -17,7 +17,7 @@ from cpc_ext._messages import some
 from cpc_ext.data.images.dataset import Dataset
 from cpc_ext.data.images.decode import KEPT_SIZE
 from cpc_ext.data.images.labels import Label, class_indices, plain_label
-from cpc_ext.data.images.pixels import channel_axis, check_several
+from cpc_ext.data.images.pixels import channel_axis, check_range, check_several, to_levels
 from cpc_ext.data.images.samples import Sample, Source, dataset_of, load_source
 from cpc_ext.data.images.source_files import Part, Parts, SourceFiles, in_words, parts_of, split_in, words_and_numbers
 from cpc_ext.data.notice import tell
@@ -305,13 +305,38 @@ def _view(images: Any, image_size: int | None) -> np.ndarray | None:
 
 def _samples(place: Path, parts: list[_Part]) -> Iterator[Sample]:
     for part in parts:
-        for start in range(0, len(part.images), _BLOCK):
-            try:
-                block = part.images[start : start + _BLOCK]
-            except OSError as error:  # Such as a damaged chunk of HDF5.
-                raise ValueError(f"{place}: {part.name} cannot be read from row {start} on: {error}") from None
-            for number, image in enumerate(block, start):
+        numbers = part.images.dtype.kind in "iuf" and part.images.dtype != np.uint8
+        if numbers:
+            _check_range(place, part)
+        for start, block in _blocks(place, part):
+            # A dark image of 16 bits has the values of 8; what is not finite is left out image by image.
+            levels = to_levels(block) if numbers and block.dtype.kind != "f" else block
+            for number, image in enumerate(levels, start):
                 yield Sample(image, part.labels[number], f"{part.name}[{number}]")
+
+
+def _check_range(place: Path, part: _Part) -> None:
+    """ValueError where an array as a whole has not the values of images, though those of dark images alone may be."""
+    low: Any = np.inf
+    high: Any = -np.inf
+    for _, block in _blocks(place, part):
+        finite = block[np.isfinite(block)]
+        if finite.size:
+            low, high = min(low, finite.min()), max(high, finite.max())
+    if low <= high:
+        try:
+            check_range(part.images.dtype, low, high)
+        except ValueError as error:
+            raise ValueError(f"{place}: {part.name}: {error}") from None
+
+
+def _blocks(place: Path, part: _Part) -> Iterator[tuple[int, np.ndarray]]:
+    """The images in blocks, each with the number of its first."""
+    for start in range(0, len(part.images), _BLOCK):
+        try:
+            yield start, part.images[start : start + _BLOCK]
+        except OSError as error:  # Such as a damaged chunk of HDF5.
+            raise ValueError(f"{place}: {part.name} cannot be read from row {start} on: {error}") from None
 
 
 def _described(arrays: Mapping[str, Any]) -> str:

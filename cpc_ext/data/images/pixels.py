@@ -12,7 +12,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from cpc_ext.data.images.decode import decode_bytes, decode_image, opened_to_pixels, resized
 
-__all__ = ["channel_axis", "check_several", "to_pixels"]
+__all__ = ["channel_axis", "check_range", "check_several", "to_levels", "to_pixels"]
 
 # Half a level beyond 0 and 1, which resampling can leave, is cut off.
 _HALF_A_LEVEL = 1 / 510
@@ -91,23 +91,33 @@ def _as_array(image: Any) -> np.ndarray:
 
 def _levels(array: np.ndarray) -> np.ndarray:
     """Values as uint8. ValueError where nothing tells their range."""
-    if array.dtype == np.uint8 or not array.size:
-        return array.astype(np.uint8, copy=False)
-    if array.dtype == np.bool_:
-        levels: np.ndarray = array.astype(np.uint8) * np.uint8(255)
-        return levels
-    low, high = array.min(), array.max()
-    if array.dtype.kind == "f":
+    if array.size and array.dtype.kind in "iuf":
+        check_range(array.dtype, array.min(), array.max())
+    return to_levels(array)
+
+
+def check_range(dtype: np.dtype, low: Any, high: Any) -> None:
+    """ValueError where the least and the greatest of values are not those of brightness, or do not tell its range."""
+    if dtype.kind == "f":
         # Not a number is in no range.
         if not (low >= -_HALF_A_LEVEL and high <= 1 + _HALF_A_LEVEL):
             raise ValueError(
                 f"floating point has values of {low:g} to {high:g}, which are to be 0 to 1 (a run normalises itself)"
             )
-        return (array.clip(0, 1) * 255 + 0.5).astype(np.uint8)
-    if array.dtype == np.uint16:
+    elif dtype == np.uint16:
         if 0 < high <= 255:
             raise ValueError(f"uint16 has values up to {high}, which may be of 8 bits or of 16; uint8 says the former")
+    elif low < 0 or high > 255:
+        raise ValueError(f"{dtype} has values of {low} to {high}, which are to be 0 to 255")
+
+
+def to_levels(array: np.ndarray) -> np.ndarray:
+    """Brightness in the range that its type has, which is known to be right, as uint8."""
+    if array.dtype == np.bool_:
+        levels: np.ndarray = array.astype(np.uint8) * np.uint8(255)
+        return levels
+    if array.dtype.kind == "f":
+        return (array.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+    if array.dtype == np.uint16:
         return ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-    if low < 0 or high > 255:
-        raise ValueError(f"{array.dtype} has values of {low} to {high}, which are to be 0 to 255")
-    return array.astype(np.uint8)
+    return array.astype(np.uint8, copy=False)

@@ -316,10 +316,43 @@ def test_arrays_that_do_not_fit_together(tmp_path, arrays, message):
 
 def test_images_that_cannot_be_taken_are_left_out(tmp_path):
     images = X / 255
-    images[7] *= 9
+    images[7, 3, 4] = np.nan
     np.savez(tmp_path / "all.npz", x_train=images[:30], x_test=images[30:])
     with pytest.warns(UserWarning, match=r"left out 1 samples:\n +1: floating point .* \(x_train\[7\]\)"):
         assert len(load_dataset("npy", tmp_path).pretrain) == 29
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor", "said"),
+    [
+        ("f4", 1, "floating point has values of 0 to 255, which are to be 0 to 1"),
+        ("f8", 1 / 128, "floating point has values of 0 to 1.99219, which are to be 0 to 1"),
+        ("i4", 16, "int32 has values of 0 to 4080, which are to be 0 to 255"),
+    ],
+)
+def test_the_values_of_an_array_are_judged_together(tmp_path, dtype, factor, said):
+    """Dark images alone would be taken."""
+    images = (X.astype("f8") * factor).astype(dtype)
+    images[::2] = 0
+    np.savez(tmp_path / "all.npz", x_train=images[:0:-1], x_test=X[:2])
+    with pytest.raises(ValueError, match=rf"all\.npz: x_train: {said}"):
+        load_dataset("npy", tmp_path / "all.npz")
+
+
+def test_dark_images_of_16_bits_are_of_16(tmp_path):
+    images = X.astype(np.uint16) * 257
+    images[4] = 200
+    np.savez(tmp_path / "all.npz", x_train=images[:30], x_test=images[30:])
+    data = quiet(tmp_path)
+    assert len(data.pretrain) == 30
+    assert (data.pretrain.images[4] == 1).all()  # 200 / 65535 * 255, rounded.
+    np.testing.assert_array_equal(data.pretrain.images[5], X[5].transpose(2, 0, 1))
+
+
+def test_arrays_of_no_finite_values_leave_nothing(tmp_path):
+    np.savez(tmp_path / "all.npz", x_train=np.full(X.shape, np.nan), x_test=X)
+    with pytest.raises(ValueError, match="no image to train on could be read"):
+        load_dataset("npy", tmp_path)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -358,7 +391,7 @@ def test_damaged_files_are_named(tmp_path):
     ("array", "name", "message"),
     [
         (X[..., 0, 0], "npy", "expected an image"),
-        (X / 100.0, "npy", "no image to train on could be read"),
+        (X / 100.0, "npy", "x: floating point has values of 0 to 2.55"),
         (X[..., 0, 0], "codes", "expected an image"),
         (X / 100.0, "codes", "codes are integers"),
     ],
