@@ -195,9 +195,10 @@ def _sorted_out(arrays: Mapping[str, Any], *, codes: bool = False) -> tuple[Part
 
 
 def _paired(images: list[str], labels: list[str], part: Part) -> dict[str, str]:
-    """The array of labels for each of images of a part, by what their names have beside "x", "y" and the like.
+    """The arrays of labels by those of images that they belong to, all of one part; {} without labels.
 
-    Raises ValueError where it is not one for each.
+    Of several, those belong together whose names differ only in "x", "y" and the like. Raises ValueError where there is
+    not one array of labels for each of images.
     """
     if len(labels) not in (0, len(images)):
         raise ValueError(f"expected one array of labels for {some(images)}, found {some(labels)}")
@@ -207,8 +208,8 @@ def _paired(images: list[str], labels: list[str], part: Part) -> dict[str, str]:
     paired = {name: by_key[_key(name, part)] for name in images if _key(name, part) in by_key}
     if len({*paired.values()}) < len(images):
         raise ValueError(
-            f"the names do not tell which labels are whose: {some(labels)} of {some(images)}; expected names that "
-            "differ only in words such as x and y"
+            f"the names do not tell which labels {some(images)} have, of {some(labels)}: expected names that differ "
+            "only in words such as x and y"
         )
     return paired
 
@@ -272,15 +273,13 @@ def _folder(name: str) -> str:
 
 
 def _labels(name: str, array: Any, no_classes: list[str]) -> list[Label]:
-    """The labels of an array; none where each is several values, by which its name goes to no_classes."""
-    values = np.asarray(array[...])
-    if values.ndim > 1 and values.size == len(values):  # As MedMNIST and PatchCamelyon have them.
-        values = values.reshape(-1)
-    if values.ndim > 1:
-        no_classes.append(f"{name} {list(values.shape)}")
-        return [None] * len(values)
-    if values.ndim != 1:
-        raise ValueError(f"{name}: expected labels [N], got shape {list(values.shape)}")
+    """The labels of an array: None for each image, and the array's name added to no_classes, where each is several."""
+    if array.ndim == 0:
+        raise ValueError(f"{name}: expected labels [N], got shape []")
+    if array.size != len(array):
+        no_classes.append(f"{name} {list(array.shape)}")
+        return [None] * len(array)
+    values = np.asarray(array[...]).reshape(-1)  # MedMNIST has them as [N, 1], PatchCamelyon as [N, 1, 1, 1].
     if values.dtype.kind == "f" and np.isnan(values).any():
         row = int(np.isnan(values).argmax())
         raise ValueError(f"{name}: label {row} is NaN: a label that is missing is -1")

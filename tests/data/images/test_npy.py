@@ -293,10 +293,10 @@ def test_arrays_of_that_shape_count_only_where_none_is_called_images(tmp_path, p
         ({"x_test": X, "x_val": X}, "there is nothing to train on, by the names: x_test, x_val"),
         (
             {"x_a": X, "x_b": X, "y_b": Y, "y_c": Y},
-            "do not tell which labels are whose: y_b, y_c of x_a, x_b; expected",
+            "do not tell which labels x_a, x_b have, of y_b, y_c: expected",
         ),
-        ({"x_1": X, "x_2": X, "y_1": Y, "y_01": Y}, "do not tell which labels are whose: y_1, y_01 of x_1, x_2"),
-        ({"x_1": X, "x_01": X, "y_1": Y, "y_2": Y}, "do not tell which labels are whose: y_1, y_2 of x_1, x_01"),
+        ({"x_1": X, "x_2": X, "y_1": Y, "y_01": Y}, "do not tell which labels x_1, x_2 have, of y_1, y_01"),
+        ({"x_1": X, "x_01": X, "y_1": Y, "y_2": Y}, "do not tell which labels x_1, x_01 have, of y_1, y_2"),
         ({"x": X, "y": np.eye(39)}, "x holds 40 images, y 39 labels"),
         ({"x": X, "y": np.array(3)}, r"y: expected labels \[N\], got shape \[\]"),
         ({"x": X, "y": Y + 0.5}, "y: expected a class, an integer or a name, got float"),
