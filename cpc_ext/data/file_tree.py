@@ -1,9 +1,9 @@
 """Which files of a kind a folder holds, images or recordings, which are for training and which for testing.
 
 A sub-folder is a class; folders called train and test or validation, in the usual spellings and at any depth, are
-splits. The tree is walked by identity, device and inode: each folder and each file counts once, whatever links lead to
-it, so no link makes a walk endless, multiplies files or carries those to test on into training. What had to be guessed
-and what is left out is kept to be said.
+splits, and one called unlabeled is what to learn from in place of the classes. The tree is walked by identity, device
+and inode: each folder and each file counts once, whatever links lead to it, so no link makes a walk endless, multiplies
+files or carries those to test on into training. What had to be guessed and what is left out is kept to be said.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import re
 import stat
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -21,17 +21,20 @@ from typing import Literal, NamedTuple
 from cpc_ext._messages import some
 from cpc_ext.data.notice import LeftOut
 
-Split = Literal["train", "validation", "test", "beside"]
+Split = Literal["train", "validation", "test", "unlabeled", "beside"]
 
 _SPLIT_NAMES: dict[str, Split] = {
     **dict.fromkeys(("train", "training", "trn", "tr", "trainset", "trainval"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "valset", "dev", "eval", "evaluation"), "validation"),
     **dict.fromkeys(("test", "testing", "tst", "ts", "te", "testset", "heldout", "holdout"), "test"),
+    **dict.fromkeys(("unlabeled", "unlabelled", "pretrain", "unsupervised"), "unlabeled"),
 }
 # Words beside them that change nothing, as in test_set, trainImages, val2017.
 _FILLERS = {"set", "data", "dataset", "image", "images", "img", "imgs", "audio", "wav", "wavs", "split"}
 # Folders that other programs leave among files: thumbnails of Synology, macOS's archives, recycle bins.
 _FOREIGN = {"@eadir", "__macosx", "#recycle", "$recycle.bin", "system volume information", "lost+found"}
+# How many folders that hold one folder are followed: a link to itself would lead on for ever.
+_DEEP = 32
 
 
 class FileKind(NamedTuple):
@@ -72,7 +75,8 @@ class TreeFile:
 
 @dataclass
 class FileTree:
-    """The files of a tree: those for training, those that a test or validation folder holds, and what is to be said.
+    """The files of a tree: those for training, those that a test or validation folder holds, those of an unlabelled
+    part to train on in their place, and what is to be said.
 
     The order follows from the names alone: a folder's files, then its folders, each sorted.
     """
@@ -80,6 +84,7 @@ class FileTree:
     left_out: LeftOut
     train: list[TreeFile] = field(default_factory=list)
     test: list[TreeFile] = field(default_factory=list)
+    unlabeled: list[TreeFile] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -113,6 +118,26 @@ def split_of(name: str) -> Split | None:
     return _SPLIT_NAMES.get("".join(word for word in words if word not in _FILLERS and len(word) > 1))
 
 
+def _begun(name: str) -> Split | None:
+    """What a folder's name begins to say, if that is a split: "train-clean-100", "test_clean"."""
+    first = re.match(r"([A-Za-z]{3,})[0-9]*[ ._-]", name)
+    return _SPLIT_NAMES.get(first[1].lower()) if first else None
+
+
+def _splits_among(folders: Sequence[os.DirEntry[str]]) -> dict[str, Split]:
+    """Those of neighbouring folders that are called as splits; where all begin so, as in LibriSpeech's root, all."""
+    exact = {entry.name: split for entry in folders if (split := split_of(entry.name))}
+    begun = {entry.name: split for entry in folders if (split := split_of(entry.name) or _begun(entry.name))}
+    guessed = len(begun) == len(folders) and _divides(begun.values()) and not _divides(exact.values())
+    return begun if guessed else exact
+
+
+def _divides(splits: Iterable[Split | None]) -> bool:
+    """Whether there is something to train on among splits, and something to test on."""
+    found = {*splits}
+    return "train" in found and bool(found & {"test", "validation"})
+
+
 @dataclass(frozen=True)
 class _Folder:
     """A folder to walk: its path, and what its files are."""
@@ -144,6 +169,20 @@ class _Listing:
     files: list[tuple[os.DirEntry[str], str]]
     folders: list[os.DirEntry[str]]
 
+    @property
+    def empty(self) -> bool:
+        return not self.files and not self.folders
+
+    @property
+    def alone(self) -> bool:
+        """Whether it holds one folder and nothing beside."""
+        return not self.files and len(self.folders) == 1
+
+    @property
+    def divided(self) -> bool:
+        """Whether it holds several folders and nothing beside."""
+        return not self.files and len(self.folders) > 1
+
 
 class _Walk:
     def __init__(self, root: Path, kind: FileKind, splits: bool) -> None:
@@ -161,6 +200,10 @@ class _Walk:
         self._skipped: list[str] = []
         self._met_again: list[str] = []
         self._split_folders: dict[Split, list[str]] = {}
+        # Splits that stand alone in a class, each with what holds the class, and what holds classes that are divided.
+        self._lone: list[tuple[str, str, Split]] = []
+        self._divided: set[str] = set()
+        self._stepped: list[str] = []
         self._beside: list[_Folder] = []
         self._strays: list[_Candidate] = []
         self._tree = FileTree(LeftOut(kind.what[1]))
@@ -170,16 +213,24 @@ class _Walk:
         self._base = self._find_base() if self._splits else ""
         for end in [match.start() for match in re.finditer("/", self._base)] + [0] * bool(self._base):
             self._enter(_Folder(self._base[:end]))
-        found = self._claim(self._walk(_Folder(self._base)))
+        found = self._claim(self._with_lone_splits(self._walk(_Folder(self._base))))
         by_split: dict[Split | None, list[TreeFile]] = {}
         for candidate in found:
             by_split.setdefault(candidate.split, []).append(candidate.file)
         tree.train = [candidate.file for candidate in found if candidate.split in (None, "train")]
-        tested: Split = "test" if by_split.get("test") else "validation"
-        tree.test = by_split.get(tested, [])
+        tree.unlabeled = by_split.get("unlabeled", [])
+        if not tree.train and "train" not in self._split_folders:
+            tree.train, tree.unlabeled = tree.unlabeled, []
+        test, validation = by_split.get("test", []), by_split.get("validation", [])
+        without = not any(file.label for file in test) and _labelled(validation) and _labelled(tree.train)
+        tested: Split = "test" if test and not without else "validation"
+        tree.test = test if tested == "test" else validation
         if tested == "test":
-            for file in by_split.get("validation", []):
+            for file in validation:
                 tree.left_out.add(file.path, "in a validation folder, as there is a test folder")
+        else:
+            for file in test:
+                tree.left_out.add(file.path, "in a test folder without classes, as a validation folder has them")
         # After all others, so that what is taken through a link is not said to be left out.
         strays = [candidate for folder in self._beside for candidate in self._walk(folder, links=False)]
         for candidate in self._claim(self._strays + strays, quiet=True):
@@ -210,11 +261,19 @@ class _Walk:
             notes.append(
                 f"taken for training {what}: {some(folders.get('train', ['all others']))}; "
                 f"for test {what}: {some(tests or ['none'])}"
+                + (f"; without labels: {some(folders['unlabeled'])}" if self._tree.unlabeled else "")
             )
-        elif not folders and split_of(self._base.rpartition("/")[2]) in ("test", "validation"):
+        elif not folders and {split_of(name) for name in self._base.split("/")} & {"test", "validation"}:
             notes.append(f"{self._base} stands alone, so its {what} are trained on and a tenth of them held out")
+        if self._stepped:
+            notes.append(f"taken for classes: the folders in {some(self._stepped)}, beside which there is nothing")
         labels = sorted({file.label for file in (*self._tree.train, *self._tree.test)})
-        splits = [label for label in labels if split_of(label)]
+        trained = {file.label for file in self._tree.train}
+        if len(trained) == 1 and "" not in trained and len({_folder_of(file) for file in self._tree.train}) > 1:
+            notes.append(
+                f"the only class is {trained.pop()}, so there are no labels; the folders in it are taken for no classes"
+            )
+        splits = [label for label in labels if split_of(label) or _begun(label)]
         if splits and len(labels) > 1:
             notes.append(
                 f"taken for a class: {some(splits)}, beside {some(sorted(set(labels) - set(splits)))}; if it is no "
@@ -238,18 +297,23 @@ class _Walk:
         return notes
 
     def _find_base(self) -> str:
-        """The folder whose folders are splits or classes: the tree's own, or one that alone leads to the splits."""
+        """The folder whose folders are splits or classes: the tree's own, or one that alone leads to them."""
         base = folder = ""
-        for _ in range(32):  # A link to itself would lead on for ever.
+        for _ in range(_DEEP):
             listing = self._listing(folder)
-            if listing.files or len(listing.folders) != 1:
+            if not listing.alone:
                 break
             name = listing.folders[0].name
             folder = _Folder(folder).below(name)
             if split_of(name):
                 base = folder
-        splits = {split_of(entry.name) for entry in self._listing(folder).folders}
-        return folder if "train" in splits and splits & {"test", "validation"} else base
+        listing = self._listing(folder)
+        if _divides(_splits_among(listing.folders).values()):
+            return folder
+        if folder == base or not listing.divided:
+            return base
+        self._stepped.append(folder)
+        return folder
 
     def _walk(self, start: _Folder, *, links: bool = True) -> list[_Candidate]:
         """All files of the kind below a folder: its own, then those that links to folders lead to."""
@@ -263,13 +327,13 @@ class _Walk:
                 continue
             listing = self._listing(folder.path)
             self._listings.pop(folder.path, None)
-            roles = self._roles(folder, listing)
-            loose = any(split_of(name) == "train" for name in roles)
+            splits, rest = self._split(folder, listing)
+            loose = any(child.split == "train" for child in splits.values())
             for candidate in self._candidates(folder, listing.files):
                 (self._strays if loose else found).append(candidate)
             inner = []
             for entry in listing.folders:
-                child = self._child(folder, entry, roles.get(entry.name))
+                child = splits.get(entry.name) or _child(folder, entry, rest)
                 if child.split == "beside" and folder.split is None:
                     self._beside.append(child)
                 elif child.link:
@@ -290,42 +354,87 @@ class _Walk:
         self._met.add(identity)
         return True
 
-    def _roles(self, folder: _Folder, listing: _Listing) -> dict[str, Split]:
-        """What the folders of a folder are, where they are splits."""
+    def _split(self, folder: _Folder, listing: _Listing) -> tuple[dict[str, _Folder], Split | None]:
+        """The folders of a folder that are splits, by name, and what the others are; nothing where none is."""
         if not self._splits or folder.split is not None:
-            return {}
-        splits = {entry.name: split_of(entry.name) for entry in listing.folders}
-        train = [name for name, split in splits.items() if split == "train"]
-        tests = [name for name, split in splits.items() if split in ("test", "validation")]
-        if not (train and tests):
+            return {}, None
+        splits = _splits_among(listing.folders)
+        outer = folder.path.rpartition("/")[0]
+        if _divides(splits.values()):
+            if folder.label:
+                self._divided.add(outer)
+        elif folder.path != self._base:
+            self._lone += [(outer, folder.below(name), split) for name, split in splits.items()]
+            return {}, None
+        else:
             # One of them alone beside other folders may be a class of that name (cars, buses, trains), whose files
             # lie in it, or a split, whose classes do.
-            alone = train or tests
-            if folder.path != self._base or not alone or not all(self._holds_folders(folder, name) for name in alone):
-                return {}
-        rest: Split = "beside" if train else "train"
-        roles = {name: split or rest for name, split in splits.items()}
-        for name in (*train, *tests):
-            self._split_folders.setdefault(roles[name], []).append(folder.below(name))
-        return roles
+            unlabeled: dict[str, Split] = {name: split for name, split in splits.items() if split == "unlabeled"}
+            plain = bool(unlabeled) and len(splits) == len(listing.folders)
+            if not plain and not all(self._holds_folders(folder, name) for name in splits.keys() - unlabeled.keys()):
+                splits = unlabeled
+            if not splits:
+                return {}, None
+        for name, split in splits.items():
+            self._split_folders.setdefault(split, []).append(folder.below(name))
+        children = {
+            entry.name: self._split_child(folder, entry, splits[entry.name])
+            for entry in listing.folders
+            if entry.name in splits
+        }
+        rest: Split = "beside" if "train" in splits.values() else "train"
+        return children if folder.label else self._stepped_in(children), rest
 
     def _holds_folders(self, folder: _Folder, name: str) -> bool:
         listing = self._listing(folder.below(name))
         return bool(listing.folders) and not listing.files
 
-    def _child(self, folder: _Folder, entry: os.DirEntry[str], role: Split | None) -> _Folder:
-        path, link = folder.below(entry.name), entry.is_symlink()
-        if role is None or (role == "train" and split_of(entry.name) is None):
-            # No split but a class, or what lies below one.
-            return _Folder(path, role or folder.split, folder.label or entry.name, link)
-        child = replace(folder, path=path, split=role, link=link)
+    def _split_child(self, folder: _Folder, entry: os.DirEntry[str], split: Split) -> _Folder:
+        child = replace(folder, path=folder.below(entry.name), split=split, link=entry.is_symlink())
         # As some archives unpack: test_set/test_set/CLASS.
-        for _ in range(32):
+        for _ in range(_DEEP):
             listing = self._listing(child.path)
-            if listing.files or len(listing.folders) != 1 or split_of(listing.folders[0].name) != role:
+            if not listing.alone or split_of(listing.folders[0].name) != split:
                 break
             child = replace(child, path=child.below(listing.folders[0].name))
         return child
+
+    def _stepped_in(self, children: dict[str, _Folder]) -> dict[str, _Folder]:
+        """Splits, or the folder that alone leads to the classes in each, where it is called the same in all:
+        train/images/CLASS and test/images/CLASS."""
+        inner = {
+            name: child
+            for name, child in children.items()
+            if child.split != "unlabeled" and not self._listing(child.path).empty
+        }
+        for _ in range(_DEEP):
+            listings = [self._listing(child.path) for child in inner.values()]
+            names = {listing.folders[0].name for listing in listings if listing.alone}
+            if len(names) != 1 or not all(listing.alone for listing in listings):
+                break
+            (name,) = names
+            inner = {split: replace(child, path=child.below(name)) for split, child in inner.items()}
+        train = [self._listing(child.path) for child in inner.values() if child.split == "train"]
+        moved = [child.path for name, child in inner.items() if child != children[name]]
+        if not moved or not train or not all(listing.divided for listing in train):
+            return children
+        self._stepped += moved
+        return children | inner
+
+    def _with_lone_splits(self, candidates: list[_Candidate]) -> list[_Candidate]:
+        """The candidates, those in a class's only split with that split where a class beside it has several."""
+        lone = {path: split for outer, path, split in self._lone if outer in self._divided}
+        if not lone:
+            return candidates
+        for path, split in lone.items():
+            self._split_folders.setdefault(split, []).append(path)
+        placed = []
+        for candidate in candidates:
+            path = candidate.file.path
+            above = (path[: slash.start()] for slash in re.finditer("/", path))
+            inner = next((lone[folder] for folder in above if folder in lone), None)
+            placed.append(replace(candidate, split=candidate.split or inner))
+        return placed
 
     def _listing(self, folder: str) -> _Listing:
         if folder not in self._listings:
@@ -390,6 +499,20 @@ class _Walk:
         for number in sorted(again) if not quiet else ():
             self._tree.left_out.add(candidates[number].file.path, "another name of a file that is taken")
         return [candidate for number, candidate in enumerate(candidates) if number not in again]
+
+
+def _child(folder: _Folder, entry: os.DirEntry[str], rest: Split | None) -> _Folder:
+    """A folder that is no split, but a class, or what lies below one or beside the splits; rest: as _split gives it."""
+    label = folder.label if rest == "beside" else folder.label or entry.name
+    return _Folder(folder.below(entry.name), rest or folder.split, label, entry.is_symlink())
+
+
+def _folder_of(file: TreeFile) -> str:
+    return file.path.rpartition("/")[0]
+
+
+def _labelled(files: list[TreeFile]) -> bool:
+    return bool(files) and all(file.label for file in files)
 
 
 def _identity(path: os.PathLike[str], status: os.stat_result) -> tuple[int, int] | str:

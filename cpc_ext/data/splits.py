@@ -44,7 +44,7 @@ def class_names(
     *,
     alike: bool = True,
 ) -> tuple[str, ...]:
-    """The class names, or none where the files have no labels; what had to be guessed goes to the notes.
+    """The class names, or none where the files to train on have no labels; what had to be guessed goes to the notes.
 
     what: the files hold, in the plural.
     alike: it is a ValueError where some to test on are of no class of those to train on.
@@ -52,11 +52,13 @@ def class_names(
     classes = sorted({file.label for file in training})
     if len(classes) < 2:
         return ()
-    stray = [file.path for file in (*training, *testing) if not file.label]
-    if stray:
-        notes.append(f"{some(stray)} is in no class folder, so the {what} have no labels")
-        return ()
-    unknown = sorted({file.label for file in testing} - set(classes))
+    for part, files in (("", training), ("test ", testing)):
+        stray = [file.path for file in files if not file.label]
+        if stray:
+            notes.append(f"{some(stray)} is in no class folder, so the {part}{what} have no labels")
+            if files is training:
+                return ()
+    unknown = sorted({file.label for file in testing} - {*classes, ""})
     if alike and unknown:
         raise ValueError(
             f"{root}: the test {what} have classes that the training {what} lack: {', '.join(unknown)} (training: "

@@ -75,6 +75,46 @@ def test_test_speakers_may_be_others(root):
     assert dataset.train.speakers.tolist() == [0, 1]
 
 
+def test_test_recordings_in_no_folders_leave_the_training_recordings_their_speakers(root):
+    for path in ("train/a/0.wav", "train/b/0.wav", "test/0.wav"):
+        write(root / path, 1)
+    with pytest.warns(
+        UserWarning, match=r"test/0\.wav is in no class folder, so the test recordings have no labels"
+    ) as told:
+        dataset = load(root)
+    assert "not trained on" not in str(told[0].message)
+    assert (dataset.speakers, dataset.test.speakers) == (("a", "b"), None)
+    assert dataset.train.speakers.tolist() == [0, 1]
+
+
+def test_the_splits_of_librispeech_are_no_speakers(root):
+    for path in ("train-clean-100/7/8/7-8-0.flac", "train-clean-100/9/1/9-1-0.flac", "test-clean/3/2/3-2-0.flac"):
+        write(root / path, 1)
+    with pytest.warns(
+        UserWarning, match="taken for training recordings: train-clean-100; for test recordings: test-cl"
+    ):
+        dataset = load(root)
+    assert dataset.speakers == ("7", "9")
+    assert list(levels(dataset.test)) == ["test-clean/3/2/3-2-0.flac"]
+
+
+def test_speakers_below_a_lone_folder(root):
+    for speaker in range(3):
+        for number in range(2):
+            write(root / "wav" / f"id{speaker}" / f"{number}.wav", 1)
+    with pytest.warns(UserWarning, match="taken for classes: the folders in wav, beside which there is nothing"):
+        assert load(root).speakers == ("id0", "id1", "id2")
+
+
+def test_unlabelled_recordings_are_of_no_speaker_and_left_out(root):
+    for path in ("a/0.wav", "a/1.wav", "b/0.wav", "b/1.wav", "unlabeled/0.wav"):
+        write(root / path, 1)
+    with pytest.warns(UserWarning, match=r"1: in an unlabelled folder, of which .* \(unlabeled/0\.wav\)"):
+        dataset = load(root)
+    assert dataset.speakers == ("a", "b")
+    assert (len(dataset.train), len(dataset.test), dataset.unlabeled) == (2, 2, None)
+
+
 def test_files_in_no_folders_have_no_speakers(root):
     for number in range(3):
         write(root / f"{number}.wav", number)

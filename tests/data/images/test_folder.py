@@ -119,6 +119,44 @@ def test_a_test_class_without_training_images_is_an_error(root):
         load(root)
 
 
+@pytest.mark.parametrize("inside", ["", "a/"])
+def test_test_images_without_classes_leave_the_training_images_theirs(root, inside):
+    for value, name in enumerate("ab"):
+        write_class(root / "train" / name, 3, value)
+    write_class(root / "test" / inside, 2)
+    write_class(root / "test", 2)
+    with pytest.warns(UserWarning, match=r"test/000\.png.* in no class folder, so the test images have no labels"):
+        dataset = load(root)
+    assert (dataset.classes, dataset.test.labels) == (("a", "b"), None)
+    np.testing.assert_array_equal(dataset.train.labels, dataset.train.images[:, 0, 0, 0])
+    assert len(dataset.test) == (4 if inside else 2)
+
+
+@pytest.mark.parametrize("train", ["train", "."])
+def test_unlabelled_images_are_trained_on_in_place_of_the_labelled_ones(root, train):
+    for value, name in enumerate("ab"):
+        write_class(root / train / name, 20, value)
+    write_class(root / "unlabeled", 5, 200)
+    (root / "unlabeled" / "001.png").write_bytes(b"")
+    dataset = load(root)
+    assert dataset.classes == ("a", "b")
+    assert (len(dataset.pretrain), len(dataset.train), len(dataset.test)) == (4, 36, 4)
+    assert dataset.pretrain.labels is None
+    assert dataset.pretrain.images[:, 0, 0, 0].tolist() == [200] * 4
+    for part in (dataset.train, dataset.test):
+        np.testing.assert_array_equal(part.labels, part.images[:, 0, 0, 0])
+        assert [int(Path(p).stem) for p in part.paths] == part.images[:, 1, 0, 0].tolist()
+    np.testing.assert_allclose(dataset.mean, [200 / 255, (0 + 2 + 3 + 4) / 4 / 255, 0], atol=1e-6)
+
+
+def test_labelled_images_that_cannot_be_read_beside_unlabelled_ones_are_an_error(root):
+    write_class(root / "unlabeled", 5)
+    (root / "train").mkdir()
+    (root / "train" / "0.png").touch()
+    with pytest.raises(ValueError, match="none of the 1 training images could be read"):
+        load(root)
+
+
 def test_the_test_set_is_told(root):
     write_class(root / "a", 20)
     write_class(root / "b", 20)

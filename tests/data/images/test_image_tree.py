@@ -70,6 +70,8 @@ def said(tree: FileTree) -> str:
         ("2017", None),
         ("contest", None),
         ("train+test", None),
+        ("train-clean-100", None),
+        ("unlabelled_images", "unlabeled"),
     ],
 )
 def test_names_of_splits(name, expected):
@@ -132,6 +134,130 @@ def test_splits_within_classes(root):
     assert "taken for training images: cat/train, dog/train; for test images: cat/test, dog/test" in said(tree)
 
 
+def test_a_lone_split_of_a_class_counts_where_another_class_has_several(root):
+    touch(root, *some("a/train"), *some("a/test"), *some("b", 3), *some("b/test"), *some("c/train"), *some("d/other"))
+    tree = read_images(root)
+    assert split(tree) == ({"a/train", "b", "c/train", "d/other"}, {"a/test", "b/test"})
+    assert labels(tree) == {folder: folder[0] for folder in ("a/train", "a/test", "b", "b/test", "c/train", "d/other")}
+    assert "taken for training images: a/train, c/train; for test images: a/test, b/test" in said(tree)
+
+
+def test_lone_splits_of_classes_are_none_where_no_class_has_several(root):
+    touch(root, *some("a/test"), *some("b/train"))
+    assert split(read_images(root)) == ({"a/test", "b/train"}, set())
+
+
+def test_splits_with_a_further_word(root):
+    """As in LibriSpeech's root."""
+    for part in ("train-clean-100", "train-other-500", "test-clean", "test-other", "dev-clean"):
+        touch(root, *some(f"{part}/1/2"), *some(f"{part}/3/4"))
+    touch(root, "SPEAKERS.TXT")
+    tree = read_images(root)
+    assert split(tree) == (
+        {f"train-{words}" for words in ("clean-100/1/2", "clean-100/3/4", "other-500/1/2", "other-500/3/4")},
+        {f"test-{words}" for words in ("clean/1/2", "clean/3/4", "other/1/2", "other/3/4")},
+    )
+    assert set(labels(tree).values()) == {"1", "3"}
+    assert (
+        "taken for training images: train-clean-100, train-other-500; for test images: test-clean, test-other"
+        in said(tree)
+    )
+    assert "4: in a validation folder, as there is a test folder (dev-clean/1/2/0.png" in said(tree)
+
+
+@pytest.mark.parametrize("test", ["test_clean", "val_clean", "dev.v2", "test"])
+def test_splits_with_a_further_word_hold_the_classes(root, test):
+    for part in ("train_clean", test):
+        touch(root, *some(f"{part}/a"), *some(f"{part}/b"))
+    tree = read_images(root)
+    assert split(tree) == ({"train_clean/a", "train_clean/b"}, {f"{test}/a", f"{test}/b"})
+    assert set(labels(tree).values()) == {"a", "b"}
+
+
+@pytest.mark.parametrize("names", [("train_clean", "test_clean", "noise"), ("train_clean", "train_other")])
+def test_what_may_be_splits_is_told(root, names):
+    for name in names:
+        touch(root, *some(name))
+    tree = read_images(root)
+    assert set(labels(tree).values()) == {*names}
+    assert f"taken for a class: {', '.join(sorted({*names} - {'noise'}))}, beside" in said(tree)
+
+
+def test_exact_names_of_splits_come_first(root):
+    touch(root, *some("train/a"), *some("train_masks/a"), *some("test/a"))
+    tree = read_images(root)
+    assert split(tree) == ({"train/a"}, {"test/a"})
+    assert "2: in no folder of training or test images, but beside them (train_masks/a/0.png" in said(tree)
+
+
+@pytest.mark.parametrize("wrap", ["flowers", "archive/flowers", "train/images", "test/images"])
+def test_classes_below_a_lone_folder(root, wrap):
+    """As archives unpack."""
+    touch(root, *some(f"{wrap}/daisy"), *some(f"{wrap}/rose/red"), *some(f"{wrap}/rose/white"))
+    tree = read_images(root)
+    assert labels(tree) == {f"{wrap}/daisy": "daisy", f"{wrap}/rose/red": "rose", f"{wrap}/rose/white": "rose"}
+    assert f"taken for classes: the folders in {wrap}, beside which there is nothing" in said(tree)
+    assert ("stands alone, so its images are trained on" in said(tree)) == wrap.startswith("test")
+
+
+def test_splits_and_classes_below_lone_folders(root):
+    for part in ("train", "test"):
+        touch(root, *some(f"wrap/{part}/images/daisy"), *some(f"wrap/{part}/images/rose"))
+    (root / "wrap" / "val").mkdir()
+    tree = read_images(root)
+    assert {folder: label for folder, label in labels(tree).items() if label != folder.rpartition("/")[2]} == {}
+    assert split(tree)[1] == {"wrap/test/images/daisy", "wrap/test/images/rose"}
+    assert "the folders in wrap/test/images, wrap/train/images, beside which" in said(tree)
+
+
+def test_one_class_of_several_folders_is_one(root):
+    touch(root, *some("flowers"), *some("flowers/daisy"), *some("flowers/rose"))
+    tree = read_images(root)
+    assert set(labels(tree).values()) == {"flowers"}
+    assert "the only class is flowers, so there are no labels; the folders in it are taken for no classes" in said(tree)
+
+
+@pytest.mark.parametrize("parts", [("train/x/a", "train/x/b", "test/a"), ("train/a", "train/b", "test/a/c")])
+def test_folders_that_not_all_splits_have_are_classes(root, parts):
+    for part in parts:
+        touch(root, *some(part))
+    tree = read_images(root)
+    assert labels(tree) == {part: part.split("/")[1] for part in parts}
+    assert ("the only class is x, so there are no labels" in said(tree)) == ("train/x/a" in parts)
+
+
+def test_a_validation_folder_of_classes_comes_before_a_test_folder_without(root):
+    touch(root, *some("train/a"), *some("train/b"), *some("val/a"), *some("val/b"), *some("test", 3))
+    tree = read_images(root)
+    assert split(tree) == ({"train/a", "train/b"}, {"val/a", "val/b"})
+    assert "for test images: val" in said(tree)
+    assert "3: in a test folder without classes, as a validation folder has them (test/0.png" in said(tree)
+
+
+def test_a_test_folder_without_classes_is_one_where_nothing_has_classes(root):
+    touch(root, *some("train"), *some("val"), *some("test"))
+    assert split(read_images(root)) == ({"train"}, {"test"})
+
+
+@pytest.mark.parametrize(
+    "others", [("train/a", "train/b"), ("train",), ("train/a", "test/a"), ("a", "b"), ("train", "x")]
+)
+def test_unlabelled_folders_are_no_class(root, others):
+    for folder in (*others, "unlabeled", "unlabeled/more"):
+        touch(root, *some(folder))
+    tree = read_images(root)
+    assert [file.path for file in tree.unlabeled] == [*some("unlabeled"), *some("unlabeled/more")]
+    assert "; without labels: unlabeled" in said(tree)
+    assert {file.path.rpartition("/")[0] for file in (*tree.train, *tree.test)} == {*others}
+    assert len(tree.left_out) == 0
+
+
+def test_unlabelled_images_are_trained_on_where_there_are_no_others(root):
+    touch(root, *some("unlabeled"), *some("test"))
+    tree = read_images(root)
+    assert (split(tree), tree.unlabeled) == (({"unlabeled"}, {"test"}), [])
+
+
 def test_archives_within_archives(root):
     """As Kaggle's cats and dogs unpack."""
     touch(root, *some("training_set/training_set/cats"), *some("training_set/training_set/dogs"))
@@ -164,11 +290,11 @@ def test_valid_and_invalid_are_classes(root):
 
 
 def test_a_training_folder_of_classes_beside_other_folders(root):
-    touch(root, *some("train/a"), *some("train/b"), *some("unlabelled", 5), "loose.png")
+    touch(root, *some("train/a"), *some("train/b"), *some("spare", 5), "loose.png")
     tree = read_images(root)
     assert labels(tree) == {"train/a": "a", "train/b": "b"}
     assert "left out 6 images" in said(tree)
-    assert "6: in no folder of training or test images, but beside them (loose.png, unlabelled/0.png" in said(tree)
+    assert "6: in no folder of training or test images, but beside them (loose.png, spare/0.png" in said(tree)
 
 
 def test_a_test_folder_of_classes_beside_the_classes(root):

@@ -43,11 +43,15 @@ def load(data_dir: str | Path) -> SpeechDataset:
         )
     speakers = class_names(root, training, testing, "recordings", tree.notes, alike=False)
     training, testing = _by_speaker(training), _by_speaker(testing)
+    for file in tree.unlabeled:
+        # Their speakers are not known, by which most models of speech choose windows.
+        tree.left_out.add(file.path, "in an unlabelled folder, of which only data sets of images make use")
     decoded = decoded_recordings(root, training, testing, tree.left_out, tree.notes, variant="audio-folder")
     strangers = {file.label for file in testing} - set(speakers)
-    if speakers and strangers:
+    named = len(strangers - {""})
+    if speakers and named:
         tree.notes.append(
-            f"{len(strangers)} speakers of the test recordings are not trained on, so telling speakers is not tested"
+            f"{named} speakers of the test recordings are not trained on, so telling speakers is not tested"
         )
     tell(root, [*tree.notes, *tree.left_out.lines()])
     names = [file.path for file in decoded.files]

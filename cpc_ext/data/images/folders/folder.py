@@ -27,8 +27,10 @@ def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
     testing, tst; val, valid, validation, eval, dev; also train_set, testB, val2017), are the splits, at the top, below
     folders that hold nothing else, or within each class; a test folder comes before a validation folder. Without
     either, every tenth image of each class is held out for testing, drawn the same way on every run, so that runs with
-    different seeds compare. Labels exist where every image lies in one of at least two class folders; otherwise
-    `train` is None and the test images have no labels.
+    different seeds compare. Where all folders beside each other begin with such a word (train-clean-100, test_clean),
+    they are the splits as well, and a folder called unlabeled beside the others is what is trained on in their place.
+    Labels exist where every training image lies in one of at least two class folders; otherwise `train` is None. Test
+    images have labels where all lie in such folders; where none does, a validation folder of classes is tested on.
 
     image_size: side in pixels; the shorter side is resized to it and the middle square kept. Default: the images' own
     size where it is the same for all and the shorter side has at most 256 pixels, else 96.
@@ -45,34 +47,37 @@ def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size: expected at least 1 pixel, got {image_size}")
     tree = read_images(root)
-    training, testing = tree.train, tree.test
+    training, testing, unlabeled = tree.train, tree.test, tree.unlabeled
     if not testing:
         training, testing = hold_out(tree.train)
         tree.notes.append(
             f"no folder of test images: {len(testing)} of {len(tree.train)} images, a tenth of each class, are held out"
         )
-    files = training + testing
-    cached = decoded_images(root, files, len(training), image_size)
+    files = unlabeled + training + testing
+    cached = decoded_images(root, files, len(unlabeled) or len(training), image_size)
     for number, reason in cached.decoded.reasons.items():
         tree.left_out.add(files[number].path, reason)
     kept = [number for number in range(len(files)) if number not in cached.decoded.reasons]
-    train_count = sum(number < len(training) for number in kept)
-    if cached.statistics is None:
-        raise ValueError(
-            "\n  ".join([f"{root}: none of the {len(training)} training images could be read", *tree.left_out.lines()])
-        )
+    first = sum(number < len(unlabeled) for number in kept)
+    end = sum(number < len(unlabeled) + len(training) for number in kept)
+    if cached.statistics is None or first == end:
+        kind, theirs = ("training", training) if first == end else ("unlabelled", unlabeled)
+        none = f"{root}: none of the {len(theirs)} {kind} images could be read"
+        raise ValueError("\n  ".join([none, *tree.left_out.lines()]))
     classes = class_names(root, training, testing, "images", tree.notes)
     tell(root, _findings(tree, [files[number].path for number in cached.decoded.several]))
-    labels = np.array([classes.index(files[number].label) for number in kept], np.int64) if classes else None
     paths = [files[number].path for number in kept]
+    indices = {name: index for index, name in enumerate(classes)}
 
-    def part(rows: slice) -> ImageSet:
-        return ImageSet(images=cached.images[rows], labels=None if labels is None else labels[rows], paths=paths[rows])
+    def part(rows: slice, labelled: bool) -> ImageSet:
+        labels = [indices[files[number].label] for number in kept[rows]] if labelled else None
+        return ImageSet(cached.images[rows], None if labels is None else np.array(labels, np.int64), paths[rows])
 
-    train, test = part(slice(train_count)), part(slice(train_count, None))
+    train = part(slice(first, end), bool(classes))
+    test = part(slice(end, None), bool(classes) and all(file.label for file in testing))
     return Dataset(
         name="folder",
-        pretrain=train,
+        pretrain=part(slice(first), False) if first else train,
         train=train if classes else None,
         test=test if len(test) else None,
         classes=classes,
