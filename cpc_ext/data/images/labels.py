@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import torch
 
 from cpc_ext._messages import some
 
-__all__ = ["NO_LABEL", "Classes", "Label", "class_indices", "plain_label"]
+__all__ = ["NO_LABEL", "Classes", "Label", "class_indices", "label_in", "plain_label"]
 
 # What an example is called: a number, a name, or nothing.
 Label = int | str | None
@@ -42,6 +43,21 @@ def plain_label(label: Any) -> Label:
     return None if single == NO_LABEL else int(single)
 
 
+def label_in(value: Any) -> tuple[Label, str]:
+    """The label that a table or a text holds, and what is to be remarked of it.
+
+    Tables turn integers with gaps into floating point, NaN where there is none.
+    """
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None, ""
+        value = int(value) if value.is_integer() else value
+    try:
+        return plain_label(value), ""
+    except TypeError:
+        return None, "found what is neither an integer nor a name in place of a label"
+
+
 def class_indices(
     train: Sequence[Label], test: Sequence[Label], names: Sequence[str] = (), *, notes: list[str]
 ) -> Classes:
@@ -51,18 +67,22 @@ def class_indices(
         labels that there are, sorted.
     notes: where it goes that there are no labels, although some images have one.
 
-    Images of fewer than two classes have no labels. Raises ValueError where a label is none of the classes, test images
-    have one that training images lack, or two classes have the same name.
+    Images of fewer than two classes have no labels, and test images none where one lacks it. Raises ValueError where a
+    label is none of the classes, test images have one that training images lack, or two classes have the same name.
     """
     if len(set(names)) < len(names):
         repeated = [name for name, count in Counter(names).items() if count > 1]
         raise ValueError(f"classes: expected a name for each, got several that are called {some(repeated)}")
     labels = [*train, *test]
-    without = sum(label is None for label in labels)
-    if without:
+    if None in train:
+        without = labels.count(None)
         if without < len(labels):
             notes.append(f"{without} of {len(labels)} images have no label, so none has")
         return Classes()
+    untold = test.count(None)
+    if untold:
+        notes.append(f"{untold} of {len(test)} test images have no label, so none of them has")
+        labels, test = [*train], []
     if names:
         index: dict[Label, int] = {name: number for number, name in enumerate(names)}
         index |= {number: number for number in range(len(names))}
@@ -83,5 +103,5 @@ def class_indices(
     return Classes(
         tuple(names),
         np.array([index[label] for label in train], np.int64),
-        np.array([index[label] for label in test], np.int64),
+        None if untold else np.array([index[label] for label in test], np.int64),
     )

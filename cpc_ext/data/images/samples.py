@@ -10,11 +10,13 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from cpc_ext._messages import some
 from cpc_ext.data.decoded_cache import DecodedCache
 from cpc_ext.data.file_tree import TreeFile
 from cpc_ext.data.images.dataset import Dataset, ImageSet
@@ -22,34 +24,41 @@ from cpc_ext.data.images.decode import AHEAD, RowWriter, SizeNotKept, reason_of
 from cpc_ext.data.images.decode_cache import DEFAULT_SIZE
 from cpc_ext.data.images.labels import Classes, Label, class_indices
 from cpc_ext.data.images.pixels import to_pixels
-from cpc_ext.data.images.source_files import place_of
+from cpc_ext.data.images.source_files import Parts, parts_of, place_of, split_in
 from cpc_ext.data.images.statistics import PixelStatistics, pixel_statistics
 from cpc_ext.data.notice import LeftOut, tell
 from cpc_ext.data.splits import held_out
 from cpc_ext.data.threads import in_order
 
-__all__ = ["Rows", "Sample", "Source", "dataset_of", "load_source", "move_to_end", "write_samples"]
+__all__ = ["Rows", "Sample", "Source", "dataset_of", "labelled_parts", "load_source", "move_to_end", "write_samples"]
 
 # Part of a cache's key: raise it when what is written changes.
 _FORMAT = 3
+# Samples that are looked at to see whether a part of a data set has labels.
+_LOOKED_AT = 64
 
 
 class Sample(NamedTuple):
-    """image: as :func:`to_pixels` takes it, or None. label: of its class. name: to call it by."""
+    """image: as :func:`to_pixels` takes it, or None. label: of its class. name: to call it by. remark: to be told."""
 
     image: object
     label: Label = None
     name: str = ""
+    remark: str = ""
 
 
 @dataclass
 class Rows:
-    """What was written of samples. shape: [C, H, W] of every image. reasons: why samples have none, by their names."""
+    """What was written of samples.
+
+    shape: [C, H, W] of every image. reasons: why samples have none, by their names. remarks: on samples, likewise.
+    """
 
     shape: tuple[int, ...] = ()
     labels: list[Label] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     reasons: list[tuple[str, str]] = field(default_factory=list)
+    remarks: list[tuple[str, str]] = field(default_factory=list)
 
 
 class Source(NamedTuple):
@@ -61,6 +70,7 @@ class Source(NamedTuple):
     classes: call it for the names of the classes, () where the labels themselves are the names.
     reader: the library that reads the files, and its version.
     notes: what is to be said of the files.
+    state: what else tells that the data set changed, as JSON values.
     """
 
     name: str
@@ -72,6 +82,25 @@ class Source(NamedTuple):
     test: Callable[[], Iterable[Sample]] | None = None
     unlabeled: Callable[[], Iterable[Sample]] | None = None
     classes: Callable[[], Sequence[str]] = tuple
+    state: Sequence[object] = ()
+
+
+def labelled_parts(files: Sequence[TreeFile], samples: Callable[[list[TreeFile]], Iterable[Sample]]) -> Parts[TreeFile]:
+    """The parts of a data set by its files' names: test before validation, unless only the latter has labels.
+
+    samples: call it for those in files.
+    """
+
+    def labelled(part: list[TreeFile]) -> bool:
+        return any(sample.label is not None for sample in islice(samples(part), _LOOKED_AT))
+
+    parts = parts_of((file.path, file) for file in files)
+    tests, validation = ([file for file in files if split_in(file.path) == part] for part in ("test", "validation"))
+    if tests and validation and not labelled(tests) and labelled(validation):
+        parts = parts_of((file.path, file) for file in files if file not in tests)
+        names = some(file.path for file in tests)
+        parts.notes.append(f"left out of what is to test on, as only what is for validation has labels: {names}")
+    return parts
 
 
 def load_source(source: Source, image_size: int | None) -> Dataset:
@@ -86,7 +115,7 @@ def load_source(source: Source, image_size: int | None) -> Dataset:
         root=source.root,
         files=source.files,
         what="images",
-        form=[_FORMAT],
+        form=[_FORMAT, *source.state],
         reader=source.reader,
         variant=[source.name, image_size, source.files[0].path],
     )
@@ -180,6 +209,8 @@ def write_samples(samples: Iterable[Sample], image_size: int | None, rows: Rows,
             if reason is None:
                 rows.labels.append(sample.label)
                 rows.names.append(sample.name)
+                if sample.remark:
+                    rows.remarks.append((sample.name, sample.remark))
             else:
                 rows.reasons.append((sample.name, reason))
     rows.shape = writer.shape
@@ -219,7 +250,11 @@ def _build(source: Source, target: Path, image_size: int | None) -> dict[str, An
             left_out.add(name, reason)
         place = place_of(source.root, source.files)
         raise ValueError("\n  ".join([f"{place}: no image to train on could be read", *left_out.lines()]))
-    notes = []
+    notes = [
+        f"{remark} in {len(names)} samples: {some(names)}"
+        for remark in dict.fromkeys(remark for _, remark in rows.remarks)
+        if (names := [name for name, said in rows.remarks if said == remark])
+    ]
     images = np.memmap(target, dtype=np.uint8, mode="r+", shape=(writer.count, *rows.shape))
     if source.test is None:
         chosen = held_out(rows.labels[first:])

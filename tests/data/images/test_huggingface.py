@@ -113,6 +113,67 @@ def test_other_columns_are_of_no_interest(tmp_path):
     check(quiet(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("kind", "of"),
+    [
+        (pyarrow.float64(), float),
+        (pyarrow.float32(), float),
+        (pyarrow.dictionary(pyarrow.int8(), pyarrow.string()), lambda label: NAMES[label]),
+        (pyarrow.dictionary(pyarrow.int32(), pyarrow.int64()), int),
+    ],
+)
+@pytest.mark.parametrize("ending", ["arrow", "parquet"])
+def test_labels_as_pandas_has_them(tmp_path, kind, of, ending):
+    for split, rows in (("train", range(18)), ("test", range(18, 24))):
+        values = pyarrow.array([of(Y[row]) for row in rows], None if pyarrow.types.is_dictionary(kind) else kind)
+        if pyarrow.types.is_dictionary(kind):
+            values = values.cast(kind.value_type).dictionary_encode().cast(kind)
+        made = table(rows, features=False).drop_columns("label").append_column("label", values)
+        write(tmp_path / f"{split}.{ending}", made)
+    names = of(0) in NAMES
+    check(quiet(tmp_path), classes=tuple(NAMES) if names else ("0", "1", "2"))
+
+
+def test_gaps_among_labels_are_none(tmp_path):
+    for split, rows in (("train", range(18)), ("test", range(18, 24))):
+        labels = [float(Y[row]) if row != 5 else gap for row, gap in zip(rows, [float("nan")] * 18, strict=False)]
+        write(tmp_path / f"{split}.parquet", table(rows).drop_columns("label").append_column("label", [labels]))
+    with pytest.warns(UserWarning, match="1 of 24 images have no label, so none has"):
+        assert load_dataset("huggingface", tmp_path).train is None
+
+
+def test_what_is_no_label_is_told(tmp_path):
+    made = table(range(18), features=False).drop_columns("label")
+    write(tmp_path / "train.arrow", made.append_column("label", [[[1, 2]] * 18]))
+    write(tmp_path / "test.arrow", table(range(18, 24)))
+    with pytest.warns(
+        UserWarning, match="column label holds list<.*>, of which there are no classes, so the images have"
+    ):
+        assert load_dataset("huggingface", tmp_path).train is None
+    write(tmp_path / "train.arrow", made.append_column("label", [[0.5] * 18]))
+    with pytest.warns(
+        UserWarning, match=r"neither an integer nor a name in place of a label in 18 samples: train\.arrow\[0\]"
+    ):
+        assert load_dataset("huggingface", tmp_path).train is None
+
+
+def test_a_labelled_validation_part_is_tested_on_where_the_test_part_has_no_labels(tmp_path):
+    """As ImageNet-1k is on the hub."""
+    hidden = table(range(9)).drop_columns("label")
+    write(tmp_path / "train-0.parquet", table(range(18)))
+    write(tmp_path / "test-0.parquet", hidden.append_column("label", [[-1] * 9]))
+    with pytest.warns(UserWarning, match="9 of 9 test images have no label, so none of them has"):
+        data = load_dataset("huggingface", tmp_path)
+    np.testing.assert_array_equal(data.train.labels, Y[:18])
+    assert (len(data.test), data.test.labels, data.classes) == (9, None, tuple(NAMES))
+    write(tmp_path / "validation-0.parquet", table(range(18, 24)))
+    with pytest.warns(UserWarning, match=r"as only what is for validation has labels: test-0\.parquet"):
+        check(load_dataset("huggingface", tmp_path))
+    write(tmp_path / "test-0.parquet", table(range(9)))
+    with pytest.warns(UserWarning, match=r"left out for validation, as there is something to test on: validation-0"):
+        assert len(load_dataset("huggingface", tmp_path).test) == 9
+
+
 def test_labels_that_are_none(tmp_path):
     for split, rows in (("train", range(18)), ("test", range(18, 24))):
         made = table(rows).drop_columns("label")
@@ -156,6 +217,45 @@ def test_images_in_files_beside(tmp_path):
     with pytest.warns(UserWarning, match=r"left out 1 samples:\n +1: holds no image \(train\.arrow\[1\]\)"):
         data = load_dataset("huggingface", tmp_path)
     np.testing.assert_array_equal(data.pretrain.images, X[:1].transpose(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("ending", ["arrow", "parquet"])
+def test_changes_of_images_in_files_beside_are_seen(tmp_path, cache, ending, stream):
+    (tmp_path / "0.png").write_bytes(encoded(X[0]))
+    beside = [{"bytes": None, "path": f"{row}.png"} for row in range(2)] + [{"bytes": encoded(X[2]), "path": "x.png"}]
+    write(tmp_path / f"train.{ending}", table(range(3)).drop_columns("image").append_column("image", [beside]), stream)
+    write(tmp_path / f"test.{ending}", table(range(18, 24)), stream)
+
+    def shown(rows):
+        data = load_dataset("huggingface", tmp_path)
+        (file,) = cache.rglob("images.bin")
+        np.testing.assert_array_equal(data.pretrain.images, X[rows].transpose(0, 3, 1, 2))
+        return file.stat().st_ino
+
+    with pytest.warns(UserWarning, match=r"1: holds no image \(train\.[a-z]+\[1\]\)"):
+        shown([0, 2])
+    (tmp_path / "1.png").write_bytes(encoded(X[1]))
+    before = shown([0, 1, 2])
+    assert shown([0, 1, 2]) == before
+    (tmp_path / "0.png").write_bytes(encoded(X[7]))
+    shown([7, 1, 2])
+
+
+def test_names_beside_images_that_are_there_are_not_looked_for(tmp_path, cache):
+    """Whoever has the bytes of every image has names as well, of files that are elsewhere."""
+    inside = [{"bytes": encoded(X[row]), "path": f"{row}.png"} for row in range(18)]
+    for ending in ("parquet", "arrow"):
+        folder = tmp_path / ending
+        made = table(range(18)).drop_columns("image").append_column("image", [inside])
+        write(folder / f"train.{ending}", made)
+        write(folder / f"test.{ending}", table(range(18, 24)))
+        check(quiet(folder))
+        (built,) = (cache / "folders").glob(f"{ending}-*/*/images.bin")
+        before = built.stat().st_ino
+        (folder / "0.png").touch()
+        check(quiet(folder))
+        assert built.stat().st_ino == before
 
 
 @pytest.mark.parametrize(("ending", "stream"), [("arrow", True), ("arrow", False), ("parquet", True)])

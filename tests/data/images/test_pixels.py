@@ -150,8 +150,20 @@ def test_without_labels_for_all_there_are_none():
     assert class_indices([None, None], [None], notes=notes) == ((), None, None)
     assert class_indices([1, 1], [1], notes=notes).names == ()
     assert notes == []
-    assert class_indices([1, 2], [None], notes=notes).train is None
+    assert class_indices([1, None], [1], notes=notes) == ((), None, None)
     assert notes == ["1 of 3 images have no label, so none has"]
+
+
+@pytest.mark.parametrize("names", [(), ("ant", "bee", "cow")])
+def test_test_images_without_labels_leave_the_others_theirs(names):
+    notes: list[str] = []
+    found = class_indices([2, 1, 2], [1, None], names, notes=notes)
+    assert (found.names, found.train.tolist(), found.test) == (
+        names or ("1", "2"),
+        [2, 1, 2] if names else [1, 0, 1],
+        None,
+    )
+    assert notes == ["1 of 2 test images have no label, so none of them has"]
 
 
 @pytest.mark.parametrize(

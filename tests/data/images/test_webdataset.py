@@ -81,6 +81,7 @@ def test_a_single_shard_has_a_part_held_out(tmp_path):
     [
         lambda row: {"cls": b" %d\n" % Y[row]},
         lambda row: {"json": json.dumps({"label": int(Y[row]), "other": 1}).encode()},
+        lambda row: {"json": json.dumps({"label": float(Y[row])}).encode()},
         lambda row: {"cls": b"%d" % Y[row], "json": b'{"label": 99}', "txt": b"a caption"},
         lambda row: {"cls": [b"ant", b"bee", b"cow"][Y[row]]},
         lambda row: {"output.cls": b"%d" % Y[row]},
@@ -112,6 +113,73 @@ def test_what_else_is_in_shards(tmp_path):
     assert data.train.paths[0] == "train.tgz/sample0000"
     np.testing.assert_array_equal(data.test.images, X[18:].transpose(0, 3, 1, 2))  # The first image of each sample.
     assert len(data.test) == 6
+
+
+@pytest.mark.parametrize("order", [("png", "depth.png"), ("depth.png", "png"), ("a/depth.png", "a/png")])
+def test_the_image_without_a_further_dot_is_taken(tmp_path, order):
+    folder, members = "/".join(order[0].split("/")[:-1]), {}
+    for row in range(18):
+        for ending in order:
+            kind = ending.rpartition("/")[2]
+            content = encoded(X[row] if kind == "png" else 255 - X[row])
+            members[f"{folder}/sample{row:04d}.{kind}".lstrip("/")] = content
+        members[f"{folder}/sample{row:04d}.a.cls".lstrip("/")] = b"7"
+        members[f"{folder}/sample{row:04d}.cls".lstrip("/")] = b"%d" % Y[row]
+    shard(tmp_path / "train.tar", members)
+    shard(tmp_path / "test.tar", files(range(18, 24)))
+    check(quiet(tmp_path))
+
+
+def test_the_first_of_several_images_is_told(tmp_path):
+    """As where numbers follow a dot, which makes the files of a folder one sample."""
+    numbered = {f"img.{row:03d}.png": encoded(X[row]) for row in range(18)}
+    shard(tmp_path / "train.tar", numbered | {"one.png": encoded(X[18])})
+    shard(tmp_path / "test.tar", files(range(18, 24), lambda row: {}))
+    for _ in range(2):  # The second time from the cache.
+        with pytest.warns(UserWarning, match=r"took the first of several images in 1 samples: train\.tar/img"):
+            data = load_dataset("webdataset", tmp_path)
+        np.testing.assert_array_equal(data.pretrain.images, X[[0, 18]].transpose(0, 3, 1, 2))
+
+
+def test_a_name_that_is_met_twice_in_a_sample_is_an_error(tmp_path):
+    path = shard(tmp_path / "train.tar", files(range(3)))
+    with tarfile.open(path, "a") as archive:
+        archive.addfile(tarfile.TarInfo("sample0002.png"))
+    with pytest.raises(ValueError, match=r"train\.tar: holds sample0002\.png twice in one sample"):
+        load_dataset("webdataset", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["tar", "tgz"])
+def test_archives_behind_each_other_are_an_error(tmp_path, kind):
+    """As cat makes them, of which readers see the first."""
+    mode = "w:gz" if kind == "tgz" else "w"
+    parts = [shard(tmp_path / f"{n}.{kind}", files(range(n, n + 3)), mode).read_bytes() for n in (0, 3)]
+    path = tmp_path / f"train.{kind}"
+    path.write_bytes(b"".join(parts))
+    with pytest.raises(ValueError, match=rf"train\.{kind}: damaged or cut off: more follows the archive's end"):
+        load_dataset("webdataset", path)
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+@pytest.mark.parametrize("type", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_links_are_what_they_lead_to(tmp_path, mode, type):
+    path = tmp_path / ("train.tar" if mode == "w" else "train.tgz")
+
+    def write(links):
+        with tarfile.open(path, mode) as archive:
+            for name, content in files(range(18)).items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                if name in links:
+                    member.type, member.linkname, member.size = type, links[name], 0
+                archive.addfile(member, io.BytesIO(content))
+
+    write({"sample0004.cls": "sample0001.cls", "sample0017.cls": "sample0002.cls"})
+    shard(tmp_path / "test.tar", files(range(18, 24)))
+    check(quiet(tmp_path))
+    write({"sample0004.png": "none.png"})
+    with pytest.raises(ValueError, match=r"damaged or cut off: .*none\.png"):
+        load_dataset("webdataset", path)
 
 
 def test_samples_of_one_name_in_two_folders(tmp_path):
@@ -150,6 +218,28 @@ def test_a_label_of_minus_one_is_none(tmp_path, fields):
     shard(tmp_path / "0.tar", files(range(23)) | files([23], lambda row: fields))
     with pytest.warns(UserWarning, match="1 of 24 images have no label, so none has"):
         assert load_dataset("webdataset", tmp_path).train is None
+
+
+@pytest.mark.parametrize("label", [1.5, [1, 2], {"a": 1}])
+def test_labels_of_other_types_are_told(tmp_path, label):
+    shard(tmp_path / "0.tar", files(range(24), lambda row: {"json": json.dumps({"label": label}).encode()}))
+    with pytest.warns(
+        UserWarning, match=r"neither an integer nor a name in place of a label in 24 samples: 0\.tar/sampl"
+    ):
+        assert load_dataset("webdataset", tmp_path).train is None
+
+
+@pytest.mark.parametrize("fields", [{}, {"cls": b"-1"}])
+def test_test_samples_without_labels_leave_the_training_samples_theirs(tmp_path, fields):
+    shard(tmp_path / "train.tar", files(range(18)))
+    shard(tmp_path / "test.tar", files(range(18, 24), lambda row: fields))
+    with pytest.warns(UserWarning, match="6 of 6 test images have no label, so none of them has"):
+        data = load_dataset("webdataset", tmp_path)
+    np.testing.assert_array_equal(data.train.labels, Y[:18])
+    assert (data.classes, data.test.labels) == (("0", "1", "2"), None)
+    shard(tmp_path / "val.tar", files(range(18, 24)))
+    with pytest.warns(UserWarning, match=r"as only what is for validation has labels: test\.tar"):
+        check(load_dataset("webdataset", tmp_path))
 
 
 def test_labels_that_some_samples_lack(tmp_path):

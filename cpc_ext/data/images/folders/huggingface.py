@@ -6,6 +6,7 @@ and the names of classes, stands in the schema of every file. Files are read wit
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,9 +19,9 @@ import PIL
 from cpc_ext.data.decoded_cache import require_lasting
 from cpc_ext.data.file_tree import TreeFile
 from cpc_ext.data.images.dataset import Dataset
-from cpc_ext.data.images.labels import NO_LABEL, Label
-from cpc_ext.data.images.samples import Sample, Source, load_source
-from cpc_ext.data.images.source_files import SourceFiles, parts_of, source_files
+from cpc_ext.data.images.labels import label_in
+from cpc_ext.data.images.samples import Sample, Source, labelled_parts, load_source
+from cpc_ext.data.images.source_files import SourceFiles, source_files
 from cpc_ext.data.libraries import optional
 
 _WHAT = ("Arrow or Parquet file", "Arrow or Parquet files")
@@ -32,7 +33,7 @@ _END = b"\xff\xff\xff\xff\0\0\0\0"
 # What a file of Arrow's begins with that is no stream.
 _FILE_MARK = b"ARROW1"
 _IMAGES = ("image", "img")
-_LABEL_TYPES = ("int", "uint", "bool", "string", "large_string")
+_LABEL_TYPES = ("int", "uint", "bool", "string", "large_string", "halffloat", "float", "double", "null")
 _LABELS = ("label", "labels", "fine_label", "class", "cls")
 # Rows of Parquet that are read at a time.
 _ROWS = 64
@@ -53,9 +54,10 @@ def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
     pyarrow = _library("pyarrow")
     found = source_files(data_dir, _WHAT, _SUFFIXES, f"pyarrow {pyarrow.__version__}")
     source = SourceFiles(found.root, _current(found.root, found.files), found.notes)
-    parts = parts_of((file.path, file) for file in source.files)
     samples = partial(_samples, source.root)
-    first = source.root / (parts.train or parts.test)[0].path
+    parts = labelled_parts(source.files, samples)
+    first = source.root / parts.train[0].path
+    columns = _columns(_schema(first), first)
     return load_source(
         Source(
             name="huggingface",
@@ -64,9 +66,10 @@ def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
             train=partial(samples, parts.train),
             test=partial(samples, parts.test) if parts.test else None,
             unlabeled=partial(samples, parts.unlabeled) if parts.unlabeled else None,
-            classes=lambda: _columns(_schema(first), first).classes,
+            classes=lambda: columns.classes,
             reader=("Pillow", PIL.__version__),
-            notes=[*source.notes, *parts.notes],
+            notes=[*source.notes, *parts.notes, *columns.notes],
+            state=_state_beside(source.root, source.files),
         ),
         image_size,
     )
@@ -110,11 +113,15 @@ def _named_in(path: Path) -> set[str] | None:
 
 
 class _Columns(NamedTuple):
-    """The names of the columns of images and of labels, if there are any, and of the classes, if they are known."""
+    """The names of the columns of images and of labels, if there are any, and of the classes, if they are known.
+
+    notes: what is to be said of a column of labels that cannot be taken.
+    """
 
     image: str
     label: str | None
     classes: Sequence[str]
+    notes: Sequence[str]
 
 
 def _samples(root: Path, files: Iterable[TreeFile]) -> Iterator[Sample]:
@@ -128,11 +135,10 @@ def samples_of(path: Path, name: str) -> Iterator[Sample]:
     number = 0
     for batch in _batches(path, columns):
         images = batch.column(columns.image).to_pylist()
-        labels: list[Label] = [None] * len(images)
-        if columns.label is not None:
-            labels = batch.column(columns.label).to_pylist()
-        for image, label in zip(images, labels, strict=True):
-            yield Sample(_content(image, path), None if label == NO_LABEL else label, f"{name}[{number}]")
+        values = [None] * len(images) if columns.label is None else batch.column(columns.label).to_pylist()
+        for image, value in zip(images, values, strict=True):
+            label, remark = label_in(value)
+            yield Sample(_content(image, path), label, f"{name}[{number}]", remark)
             number += 1
 
 
@@ -141,13 +147,54 @@ def _content(image: Any, path: Path) -> object:
     if not isinstance(image, dict):
         return image
     if image.get("bytes") is None and image.get("path"):
-        beside = path.parent / image["path"]
+        beside = path.parent / image["path"]  # Its changes are looked for by _state_beside.
         try:
             return beside.read_bytes()
         except OSError as error:
             require_lasting(beside, error)
             return None
     return image.get("bytes")
+
+
+def _state_beside(root: Path, files: Iterable[TreeFile]) -> list[str]:
+    """A digest of what tells that files changed which hold images in place of the data set's own; none without any."""
+    told: list[tuple[str, tuple[int, ...] | None]] = []
+    for file in files:
+        path = root / file.path
+        for name in _named_beside(path, _columns(_schema(path), path).image):
+            try:
+                status = (path.parent / name).stat()
+            except OSError:
+                told.append((name, None))
+            else:
+                told.append((name, (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)))
+    return [hashlib.sha256(json.dumps(told).encode()).hexdigest()] if told else []
+
+
+def _named_beside(path: Path, image: str) -> Iterator[str]:
+    """Names of the files that images of a column are in, of others as well where only some have their bytes in it.
+
+    Only names are read, and only where the column lacks bytes.
+    """
+    with _opened(path) as file:
+        try:
+            if path.suffix.lower() == ".parquet":
+                for group in range(file.num_row_groups):
+                    about = file.metadata.row_group(group)
+                    leaves = {leaf.path_in_schema: leaf for leaf in map(about.column, range(about.num_columns))}
+                    content = leaves.get(f"{image}.bytes")
+                    known = content.statistics if content is not None else None
+                    if f"{image}.path" in leaves and not (known and known.has_null_count and not known.null_count):
+                        column = file.read_row_group(group, columns=[f"{image}.path"]).column(image)
+                        yield from (row["path"] for row in column.to_pylist() if row and row["path"])
+                return
+            for batch in _arrow_batches(file):
+                column = batch.column(image)
+                fields = {field.name for field in column.type} if str(column.type).startswith("struct<") else set()
+                if "path" in fields and not ("bytes" in fields and not column.field("bytes").null_count):
+                    yield from (name for name in column.field("path").to_pylist() if name)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: damaged: {error}") from None
 
 
 def _columns(schema: Any, path: Path) -> _Columns:
@@ -169,10 +216,14 @@ def _columns(schema: Any, path: Path) -> _Columns:
     kind = str(schema.field(image).type)
     if not kind.startswith(("struct<", "binary", "large_binary")):
         raise ValueError(f"{path}: expected images as the content of files in column {image}, found {kind}")
-    if label is not None and not str(schema.field(label).type).startswith(_LABEL_TYPES):
-        label = None
+    notes = []
+    if label is not None:
+        kind = str(schema.field(label).type)
+        if not kind.removeprefix("dictionary<values=").startswith(_LABEL_TYPES):
+            notes.append(f"column {label} holds {kind}, of which there are no classes, so the images have no labels")
+            label = None
     names = features.get(label, {}).get("names", ()) if isinstance(features.get(label), dict) else ()
-    return _Columns(image, label, names)
+    return _Columns(image, label, names, notes)
 
 
 def _schema(path: Path) -> Any:
@@ -187,12 +238,18 @@ def _batches(path: Path, columns: _Columns) -> Iterator[Any]:
         try:
             if path.suffix.lower() == ".parquet":
                 yield from file.iter_batches(_ROWS, columns=wanted)
-            elif hasattr(file, "num_record_batches"):
-                yield from (file.get_batch(number) for number in range(file.num_record_batches))
             else:
-                yield from file
+                yield from _arrow_batches(file)
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: damaged: {error}") from None
+
+
+def _arrow_batches(file: Any) -> Iterator[Any]:
+    """The rows of a stream of Arrow's, or of a file that is none, some at a time."""
+    if hasattr(file, "num_record_batches"):
+        yield from (file.get_batch(number) for number in range(file.num_record_batches))
+    else:
+        yield from file
 
 
 @contextmanager

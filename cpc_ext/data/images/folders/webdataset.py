@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -20,9 +20,9 @@ import PIL
 from cpc_ext.data.file_tree import TreeFile
 from cpc_ext.data.images.dataset import Dataset
 from cpc_ext.data.images.decode import image_suffixes
-from cpc_ext.data.images.labels import Label, plain_label
-from cpc_ext.data.images.samples import Sample, Source, load_source
-from cpc_ext.data.images.source_files import SHARD_SUFFIXES, parts_of, source_files
+from cpc_ext.data.images.labels import Label, label_in, plain_label
+from cpc_ext.data.images.samples import Sample, Source, labelled_parts, load_source
+from cpc_ext.data.images.source_files import SHARD_SUFFIXES, source_files
 
 _WHAT = ("shard", "shards")
 _PIECE = 1 << 20
@@ -35,7 +35,8 @@ def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
 
     Words in the shards' names and folders are the splits (imagenet-train-0001.tar, val/00.tar); without, a tenth of
     each class is held out. A sample's label is its "cls", an integer or a name, else "label", "cls" or "class" in its
-    "json". Samples without an image are left out, and of several images in one the first is taken.
+    "json". Samples without an image are left out. Of several images in one, that whose ending is no more than its kind
+    is taken ("png" before "depth.png"), else the first, which is told; of several "cls" or "json" likewise.
 
     image_size: as :func:`cpc_ext.data.images.folders.folder.load` takes it.
 
@@ -43,8 +44,8 @@ def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
     holds an image to train on, OSError where the cache cannot be written.
     """
     source = source_files(data_dir, _WHAT, SHARD_SUFFIXES, "tarfile")
-    parts = parts_of((file.path, file) for file in source.files)
     samples = partial(_samples, source.root)
+    parts = labelled_parts(source.files, samples)
     return load_source(
         Source(
             name="webdataset",
@@ -61,15 +62,30 @@ def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
 
 
 def _samples(root: Path, shards: Iterable[TreeFile]) -> Iterator[Sample]:
+    kinds = {suffix.removeprefix(".") for suffix in image_suffixes()}
     for shard in shards:
-        for key, members in groupby(_members(root / shard.path), key=lambda member: _key(member[0])):
-            name = f"{shard.path}/{key}"
-            # What a file holds, the last part of its ending tells: "input.png" and "output.cls" are image and class.
+        path = root / shard.path
+        for key, members in groupby(_members(path), key=lambda member: _key(member[0])):
             fields: dict[str, bytes] = {}
             for member, content in members:
-                fields.setdefault(member.rpartition(".")[2].lower(), content)
-            image = next((content for kind, content in fields.items() if f".{kind}" in image_suffixes()), None)
-            yield Sample(image, _label(root / shard.path, key, fields), name)
+                if member in fields:
+                    raise ValueError(f"{path}: holds {member} twice in one sample")
+                fields[member] = content
+            images = _of_kinds(fields, kinds)
+            label, remark = _label(path, key, fields)
+            if len(images) > 1:
+                remark = "took the first of several images"
+            yield Sample(next(iter(images), None), label, f"{shard.path}/{key}", remark)
+
+
+def _of_kinds(fields: dict[str, bytes], kinds: Collection[str]) -> list[bytes]:
+    """Those of a sample's files that are of some kinds: without a further dot in their endings where some are.
+
+    What a file holds, the last part of its ending tells: "input.png" and "output.cls" are image and class.
+    """
+    found = {name: content for name, content in fields.items() if name.rpartition(".")[2].lower() in kinds}
+    plain = [content for name, content in found.items() if name.rpartition("/")[2].count(".") == 1]
+    return plain or [*found.values()]
 
 
 def _key(name: str) -> str:
@@ -83,7 +99,8 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
     try:
         with tarfile.open(path) as archive:
             for member in archive:
-                content = archive.extractfile(member) if member.isreg() else None
+                linked = member.islnk() or member.issym()
+                content = archive.extractfile(member) if member.isreg() or linked else None
                 # WebDataset keeps what is about the shard itself in names with underscores.
                 if content is not None and not member.name.startswith("__"):
                     yield member.name.removeprefix("./"), content.read()
@@ -93,24 +110,27 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
             end = file.read(tarfile.BLOCKSIZE)
             if end != b"\0" * tarfile.BLOCKSIZE:
                 raise tarfile.ReadError(f"byte {archive.offset} is neither a file's header nor the archive's end")
-            while file.read(_PIECE):  # A checksum of what was compressed comes last.
-                pass
+            while piece := file.read(_PIECE):  # To the last, as a checksum of what was compressed follows.
+                if piece.strip(b"\0"):
+                    raise tarfile.ReadError("more follows the archive's end, such as another archive")
     except FileNotFoundError:
         raise
-    except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
+    # KeyError and RecursionError are of links to what is not there, or to each other.
+    except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, KeyError, RecursionError) as error:
         raise ValueError(f"{path}: damaged or cut off: {error}") from None
 
 
-def _label(path: Path, key: str, fields: dict[str, bytes]) -> Label:
-    """A sample's label, if it has one. ValueError where what should be one is none."""
-    if "cls" in fields:
-        text = fields["cls"].decode("utf-8", errors="replace").strip()
-        return plain_label(int(text)) if text.removeprefix("-").isdecimal() else text
-    if "json" not in fields:
-        return None
+def _label(path: Path, key: str, fields: dict[str, bytes]) -> tuple[Label, str]:
+    """A sample's label, if it has one, and what is to be remarked of it. ValueError where its "json" is none."""
+    for content in _of_kinds(fields, ("cls",)):
+        text = content.decode("utf-8", errors="replace").strip()
+        return plain_label(int(text)) if text.removeprefix("-").isdecimal() else text, ""
+    texts = _of_kinds(fields, ("json",))
+    if not texts:
+        return None, ""
     try:
-        about = json.loads(fields["json"])
+        about = json.loads(texts[0])
     except ValueError as error:
         raise ValueError(f"{path}: {key}.json: {error}") from None
     found = next((about[name] for name in _LABEL_KEYS if name in about), None) if isinstance(about, dict) else None
-    return plain_label(found) if isinstance(found, int | str) else None
+    return label_in(found)
