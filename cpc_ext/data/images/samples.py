@@ -33,7 +33,7 @@ from cpc_ext.data.threads import in_order
 __all__ = ["Rows", "Sample", "Source", "dataset_of", "labelled_parts", "load_source", "move_to_end", "write_samples"]
 
 # Part of a cache's key: raise it when what is written changes.
-_FORMAT = 3
+_FORMAT = 4
 # Samples that are looked at to see whether a part of a data set has labels.
 _LOOKED_AT = 64
 

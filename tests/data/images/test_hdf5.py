@@ -81,6 +81,33 @@ def test_arrays_of_one_image_each_are_refused(tmp_path):
         load_dataset("hdf5", path)
 
 
+@pytest.mark.parametrize("kind", ["virtual", "external"])
+def test_changes_of_other_files_that_arrays_are_in_are_seen(tmp_path, kind):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    raw = tmp_path / "raw.bin"
+
+    def fill(value):
+        if kind == "virtual":
+            write(tmp_path / "source.h5", x=np.full((30, 20, 20, 3), value, np.uint8))
+        else:
+            np.full((30, 20, 20, 3), value, np.uint8).tofile(raw)
+
+    fill(3)
+    with h5py.File(
+        write(folder / "all.h5", train__labels=Y[:30], test__images=X[30:], test__labels=Y[30:]), "a"
+    ) as file:
+        if kind == "virtual":
+            layout = h5py.VirtualLayout((30, 20, 20, 3), np.uint8)
+            layout[...] = h5py.VirtualSource("../source.h5", "x", (30, 20, 20, 3))
+            file.create_virtual_dataset("train/images", layout)
+        else:
+            file.create_dataset("train/images", (30, 20, 20, 3), np.uint8, external=[(str(raw), 0, raw.stat().st_size)])
+    assert (load_dataset("hdf5", folder).train.images == 3).all()
+    fill(200)
+    assert (load_dataset("hdf5", folder).train.images == 200).all()
+
+
 def test_damaged_files_are_named(tmp_path):
     path = write(tmp_path / "all.h5", ["train__images"], **PARTS)
     whole = path.read_bytes()

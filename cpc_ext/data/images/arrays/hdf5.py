@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cpc_ext.data.file_tree import TreeFile
 from cpc_ext.data.images.array_sets import arrays_dataset, named_arrays
 from cpc_ext.data.images.dataset import Dataset
-from cpc_ext.data.images.source_files import HDF5_SUFFIXES, source_files
+from cpc_ext.data.images.source_files import HDF5_SUFFIXES, SourceFiles, source_files
 from cpc_ext.data.libraries import optional
 
 _WHAT = ("HDF5 file", "HDF5 files")
@@ -27,17 +29,21 @@ def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
     h5py = optional("h5py", "hdf5", "HDF5 files")
     source = source_files(data_dir, _WHAT, HDF5_SUFFIXES, f"h5py {h5py.__version__}")
     arrays: dict[str, Any] = {}
+    outside: list[TreeFile] = []
     with ExitStack() as opened:
         for file in source.files:
             path = source.root / file.path
             try:
                 content = opened.enter_context(h5py.File(path))
-                arrays |= named_arrays(source, file.path, _arrays(h5py, content, path))
+                found = _arrays(h5py, content, path)
+                arrays |= named_arrays(source, file.path, found)
+                outside += [each for array in found.values() for each in _outside(array, path)]
             except FileNotFoundError:
                 raise
             except (OSError, RuntimeError, KeyError) as error:
                 raise ValueError(f"{path}: damaged, or no HDF5 file: {error}") from None
-        return arrays_dataset("hdf5", source, arrays, image_size, ("h5py", h5py.__version__))
+        changing = SourceFiles(source.root, [*source.files, *outside], source.notes)
+        return arrays_dataset("hdf5", changing, arrays, image_size, ("h5py", h5py.__version__))
 
 
 def _arrays(h5py: Any, content: Any, path: Path) -> dict[str, Any]:
@@ -50,6 +56,20 @@ def _arrays(h5py: Any, content: Any, path: Path) -> dict[str, Any]:
 
     content.visititems(visit)
     return found
+
+
+def _outside(array: Any, path: Path) -> Iterator[TreeFile]:
+    """The other files that the values of an array of the file at path are in, wherever HDF5 may look for them."""
+    if isinstance(array, np.memmap):
+        return
+    names = [name for name, *_ in array.external or ()]
+    if array.is_virtual:
+        names += [source.file_name for source in array.virtual_sources()]
+    # Those of virtual arrays are beside the file, others where the process runs.
+    for place in dict.fromkeys(folder / name for name in names for folder in (path.parent, Path())):
+        if place.is_file():
+            status = place.stat()
+            yield TreeFile(str(place), "", status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 def _mapped(array: Any, path: Path) -> Any:
