@@ -35,6 +35,8 @@ _BEYOND = 0.01
 # pipe put the largest sizes there, and others count the header as well: so small a share is forgiven.
 _CUT_OFF = re.compile(r"(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)")
 _OPEN_END, _FORGIVEN = 2**31 - 2**16, 0.01
+# Samples in two frames of MP3, by which encoders and editors may be off where they state its length.
+_MP3_FRAMES = 2 * 1152
 # What libsndfile reads that has no header to tell the rate by, and what is no recording.
 _NO_RECORDINGS = {"RAW", "MAT4", "MAT5", "XI", "SDS", "MPC2K", "WVE"}
 # Endings of formats that are called otherwise.
@@ -137,7 +139,7 @@ def decode_recording(path: Path) -> Recording:
             pieces.append(np.clip(np.rint(mono * 32768), -32768, 32767).astype(np.int16))
             if len(piece) < _PIECE:
                 break
-        _check(file, read, beyond)
+        _check(path, file, read, beyond)
     samples = np.concatenate(pieces)
     if len(samples) < LABEL_WINDOW:
         raise ValueError(f"{len(samples)} samples at 16 kHz, shorter than {LABEL_WINDOW}")
@@ -151,18 +153,35 @@ def _beyond(piece: np.ndarray) -> int:
     return int((np.abs(piece) > 1).sum())
 
 
-def _check(file: Any, read: int, beyond: int) -> None:
+def _check(path: Path, file: Any, read: int, beyond: int) -> None:
     """ValueError where a file does not hold the samples that it says, or these are of another scale."""
     if not read:
         raise ValueError("holds no samples")
     stated, there = map(int, found.groups()) if (found := _CUT_OFF.search(file.extra_info)) else (0, 0)
     if stated < _OPEN_END and stated - there > _FORGIVEN * stated:
         raise ValueError(f"damaged: {there} of {stated} bytes of sound are there")
-    # The length of an MP3 is an estimate.
-    if read < file.frames and file.format != "MP3":
+    forgiven = 0.0
+    if file.format == "MP3":
+        forgiven = max(_FORGIVEN * file.frames, _MP3_FRAMES) if _states_length(path) else file.frames
+    if file.frames - read > forgiven:
         raise ValueError(f"damaged: {read} of {file.frames} samples can be read")
     if beyond > _BEYOND * read * file.channels:
         raise ValueError(f"floating point with {beyond} samples beyond -1 to 1, which is the scale of sound")
+
+
+def _states_length(path: Path) -> bool:
+    """Whether an MP3 says in its first frame how many there are; elsewhere its length is an estimate."""
+    with path.open("rb") as file:
+        tag = file.read(10)
+        length = 0
+        if tag.startswith(b"ID3"):
+            for byte in tag[6:]:
+                length = length << 7 | byte
+            length += 10
+        file.seek(length)
+        # Behind the header and what is for the decoder, whose length depends on version, channels and checksum.
+        found = re.search(rb"(?:Xing|Info)...(.)", file.read(64), re.DOTALL)
+    return found is not None and bool(found[1][0] & 1)
 
 
 def decode_or_reason(path: Path, *, kept: bool = False) -> Recording | str:

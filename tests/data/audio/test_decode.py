@@ -46,6 +46,25 @@ def test_lossy_formats(tmp_path, name):
     assert samples.std() == pytest.approx(TONE.std() * 32768, rel=0.1)
 
 
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+@pytest.mark.parametrize("tag", [b"", b"ID3\x04\0\0\0\0\x01\x48" + bytes(200)])
+def test_an_mp3_that_lacks_frames_which_it_states_is_damaged(tmp_path, rate, tag):
+    path = tmp_path / "a.mp3"
+    soundfile.write(path, np.resize(NOISE, 4 * rate), rate)
+    whole = path.read_bytes()
+    assert b"Xing" in whole[:64]
+    path.write_bytes(tag + whole)
+    assert abs(len(decode_recording(path).samples) - 4 * RATE) < 2
+    path.write_bytes((tag + whole)[:-100])  # The last frame of a stream is often broken.
+    decode_recording(path)
+    path.write_bytes(tag + whole[: len(whole) * 9 // 10])
+    with pytest.raises(ValueError, match=f"damaged: [0-9]+ of {4 * rate} samples can be read"):
+        decode_recording(path)
+    # What states no number may end anywhere.
+    path.write_bytes(tag + whole[: len(whole) * 9 // 10].replace(b"Xing", bytes(4)))
+    decode_recording(path)
+
+
 def test_channels_are_averaged(tmp_path):
     left, right = NOISE // 2, NOISE[::-1] // 4
     soundfile.write(tmp_path / "a.wav", np.stack([left, right], 1), RATE)
