@@ -23,7 +23,7 @@ def load(data_dir: str | Path) -> SpeechDataset:
     Splits and classes are found as for a folder of images, a class being a speaker: a training and a test folder beside
     each other are the splits, and without either every tenth recording of each speaker is held out for testing, the
     same ones on every run. Speakers are known where every recording lies in one of at least two folders; those of the
-    test recordings where all of them are trained on. There are no phones.
+    test recordings where all of them are trained on. There are no phones. Unlabelled recordings are left out.
 
     A warning says what was taken for what where that had to be guessed, and which files were left out and why; of
     several processes that of rank 0 says it.
