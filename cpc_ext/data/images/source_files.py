@@ -32,7 +32,6 @@ HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
 SHARD_SUFFIXES = (".tar", ".tgz", ".tar.gz")
 # Words that stand beside those of parts without anything between, as in "xtrain" and "testlabels".
 _ROLES = ("x", "y", "image", "images", "img", "imgs", "data", "label", "labels", "target", "targets")
-_UNLABELED = ("unlabeled", "unlabelled", "pretrain", "unsupervised")
 
 T = TypeVar("T")
 
@@ -117,10 +116,8 @@ def _parts_in(name: str) -> Iterator[Part]:
 
 
 def _part_of(word: str) -> Part | None:
-    if word in _UNLABELED:
-        return "unlabeled"
     split = split_of(word)
-    return split if split in ("train", "validation", "test") else None
+    return None if split == "beside" else split
 
 
 @dataclass
