@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from benchmark import Case, Op, Problem, compiled, measure
 from kernels import print_row
-from machine import add_common_arguments, describe, result_file, write_json
+from machine import add_common_arguments, at_least, describe, result_file, write_json
 from torch import Tensor
 
 from cpc_ext import nn
@@ -269,7 +269,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = [op.name for op in LOSSES]
     parser.add_argument("--loss", nargs="+", default=names, choices=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--repeats", type=int, default=9, help="rounds over all alternatives at most (default 9)")
+    parser.add_argument(
+        "--repeats", type=at_least(2), default=9, help="rounds over all alternatives at most (default 9)"
+    )
     add_common_arguments(parser)
     arguments = parser.parse_args()
     torch.manual_seed(0)

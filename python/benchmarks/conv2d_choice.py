@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from machine import at_least
 
 from cpc_ext.nn.conv2d import kernel_pays
 from cpc_ext.ops import conv2d
@@ -96,7 +97,7 @@ def milliseconds(case: Case, rounds: int) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", choices=DTYPES, nargs="*", default=list(DTYPES))
-    parser.add_argument("--rounds", type=int, default=4, help="timed rounds of a case (default 4)")
+    parser.add_argument("--rounds", type=at_least(1), default=4, help="timed rounds of a case (default 4)")
     parser.add_argument("--rule-only", action="store_true", help="mark anew what the rule takes, without measuring")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from machine import add_common_arguments, describe, result_file, write_json
+from machine import add_common_arguments, at_least, describe, result_file, write_json
 from timing import interleaved, make_plan
 from torch import Tensor
 
@@ -96,8 +96,8 @@ ALTERNATIVES: dict[str, Callable[[Problem], Tensor]] = {
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dim", type=int, default=256, help="features of an encoding (default 256)")
-    parser.add_argument("--repeats", type=int, default=20, help="rounds (default 20)")
+    parser.add_argument("--dim", type=at_least(1), default=256, help="features of an encoding (default 256)")
+    parser.add_argument("--repeats", type=at_least(2), default=20, help="rounds (default 20)")
     add_common_arguments(parser)
     return parser.parse_args()
 

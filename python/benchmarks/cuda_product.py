@@ -26,6 +26,7 @@ import torch
 from cuda_counts import MATH, Launch
 from cuda_machines import MACHINES, Machine
 from cuda_model import Code, Predicted, blocks_at_once, flops_of, predict_launch
+from machine import at_least
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import machine_code
@@ -227,7 +228,7 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument("--measure", action="store_true", help="measure on this machine's GPU")
     parser.add_argument("--product", nargs="+", choices=list(PRODUCTS), metavar="NAME", help="default: all of rows")
     parser.add_argument("--machine", nargs="+", default=list(MACHINES), choices=list(MACHINES))
-    parser.add_argument("--side", type=int, default=SIDE, help=f"rows, columns and depth (default {SIDE})")
+    parser.add_argument("--side", type=at_least(1), default=SIDE, help=f"rows, columns and depth (default {SIDE})")
     arguments = parser.parse_args()
     if arguments.measure and not torch.cuda.is_available():
         parser.error("--measure needs a GPU, and PyTorch with CUDA")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from cuda_machines import MACHINES, Machine
+from machine import at_least
 
 from cpc_ext.models import PixelCNNPP
 from cpc_ext.models.pixels.stream_features import StreamFeatures
@@ -84,10 +85,12 @@ def predict(machine: Machine, model: PixelCNNPP, images: int, side: int) -> Pixe
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--machine", nargs="+", default=["H100"], choices=[*MACHINES], help="default H100")
-    parser.add_argument("--images", type=int, nargs="+", default=[16], help="drawn together (default 16)")
-    parser.add_argument("--size", type=int, default=32, help="their side in pixels (default 32)")
-    parser.add_argument("--channels", type=int, default=40, help="features of a layer (default 40)")
-    parser.add_argument("--blocks", type=int, default=2, help="of each level (default 2: 1.5 million parameters)")
+    parser.add_argument("--images", type=at_least(1), nargs="+", default=[16], help="drawn together (default 16)")
+    parser.add_argument("--size", type=at_least(4), default=32, help="their side in pixels (default 32)")
+    parser.add_argument("--channels", type=at_least(1), default=40, help="features of a layer (default 40)")
+    parser.add_argument(
+        "--blocks", type=at_least(1), default=2, help="of each level (default 2: 1.5 million parameters)"
+    )
     arguments = parser.parse_args()
     model = PixelCNNPP(3, channels=arguments.channels, blocks=arguments.blocks).eval()
     print(

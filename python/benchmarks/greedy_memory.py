@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from machine import add_common_arguments, describe, result_file, write_json
+from machine import add_common_arguments, at_least, describe, result_file, write_json
 from memory import peak_extra_bytes
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -31,7 +31,9 @@ ADAM_MOMENTS = 2
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch-size", type=int, metavar="B", help="images of a step (default 8, 2 with --quick)")
+    parser.add_argument(
+        "--batch-size", type=at_least(1), metavar="B", help="images of a step (default 8, 2 with --quick)"
+    )
     add_common_arguments(parser)
     arguments = parser.parse_args()
     if arguments.batch_size is None:

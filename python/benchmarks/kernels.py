@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from benchmark import COMPILED, Case, Op, measure
 from charts import draw_kernels
-from machine import add_common_arguments, describe, result_file, write_json
+from machine import add_common_arguments, at_least, describe, result_file, write_json
 from ops import all_ops
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -28,12 +28,11 @@ def parse_arguments() -> argparse.Namespace:
         "--dtype", nargs="+", choices=DTYPES, help="run every case in these (default: each case in its own)"
     )
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes seconds a case")
-    parser.add_argument("--repeats", type=int, default=20, help="rounds over all alternatives at most (default 20)")
+    parser.add_argument(
+        "--repeats", type=at_least(2), default=20, help="rounds over all alternatives at most (default 20)"
+    )
     add_common_arguments(parser)
-    arguments = parser.parse_args()
-    if arguments.repeats < 2:
-        parser.error(f"--repeats must be at least 2 for quartiles, got {arguments.repeats}")
-    return arguments
+    return parser.parse_args()
 
 
 def chosen_cases(op: Op, dtypes: list[str] | None, quick: bool) -> list[Case]:

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 
 import cpc_ext
+from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.precision import check_device
 
-__all__ = ["add_common_arguments", "describe", "device_slug", "result_file", "write_json"]
+__all__ = ["add_common_arguments", "at_least", "describe", "device_slug", "result_file", "write_json"]
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -50,9 +53,32 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
     os.replace(unfinished, path)
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number, no smaller than this one. Quartiles need two rounds."""
+
+    def whole_number(given: str) -> int:
+        number = int(given)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"expected at least {least}, got {number}")
+        return number
+
+    return whole_number
+
+
+def _device(name: str) -> str:
+    try:
+        return str(check_device(name))
+    except TrainingError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """``--device``, ``--quick`` and ``--out``, which all programs here have."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, metavar="cpu|cuda", help=f"where to run (here {default})")
+    parser.add_argument(
+        "--device", type=_device, default=default, metavar="cpu|cuda", help=f"where to run (here {default})"
+    )
     parser.add_argument("--quick", action="store_true", help="few small sizes, to see that everything runs")
-    parser.add_argument("--out", type=Path, metavar="DIR|FILE.json", help="write JSON and PNG there")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR|FILE.json", help="write JSON there, and PNG where the program draws charts"
+    )

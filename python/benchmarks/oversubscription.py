@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe, result_file, write_json
+from machine import at_least, describe, result_file, write_json
 from timing import interleaved
 
 from cpc_ext.ops import (
@@ -99,9 +99,9 @@ PROBLEMS = {
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--problem", nargs="+", choices=PROBLEMS, default=list(PROBLEMS), metavar="NAME")
-    parser.add_argument("--processes", type=int, default=4, help="processes at once (default 4)")
+    parser.add_argument("--processes", type=at_least(1), default=4, help="processes at once (default 4)")
     parser.add_argument("--seconds", type=float, default=2.0, help="that processes run side by side (default 2)")
-    parser.add_argument("--repeats", type=int, default=20, help="rounds of one thread against two (default 20)")
+    parser.add_argument("--repeats", type=at_least(2), default=20, help="rounds of one thread against two (default 20)")
     parser.add_argument("--quick", action="store_true", help="one size and short runs, to see that everything runs")
     parser.add_argument("--out", type=Path, metavar="DIR|FILE.json", help="write JSON there")
     return parser.parse_args()

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from machine import add_common_arguments, describe, result_file, write_json
+from machine import add_common_arguments, at_least, describe, result_file, write_json
 from torch import Tensor
 
 from cpc_ext.models import GatedPixelCNN, PixelCNN, PixelCNNPP
@@ -32,11 +32,11 @@ MODELS = {
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help="which models")
-    parser.add_argument("--images", type=int, default=16, help="images drawn together (default 16)")
-    parser.add_argument("--size", type=int, default=32, help="their side in pixels (default 32)")
-    parser.add_argument("--layers", type=int, default=12, help="layers or blocks of the network (default 12)")
-    parser.add_argument("--width", type=int, default=48, help="features of a layer (default 48)")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds (default 3)")
+    parser.add_argument("--images", type=at_least(1), default=16, help="images drawn together (default 16)")
+    parser.add_argument("--size", type=at_least(2), default=32, help="their side in pixels (default 32)")
+    parser.add_argument("--layers", type=at_least(1), default=12, help="layers or blocks of the network (default 12)")
+    parser.add_argument("--width", type=at_least(1), default=48, help="features of a layer (default 48)")
+    parser.add_argument("--repeats", type=at_least(1), default=3, help="rounds (default 3)")
     add_common_arguments(parser)
     return parser.parse_args()
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
-from machine import add_common_arguments, describe, result_file, write_json
+from machine import add_common_arguments, at_least, describe, result_file, write_json
 from memory import peak_extra_bytes
 from speech_rivals import BatchedCPCAudioRival, CPCAudioRival, GreedyRival
 from timing import interleaved
@@ -88,11 +88,20 @@ def step_of(model: nn.Module, waveforms: Tensor, *, tuned: bool, dtype: torch.dt
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="windows of a step (default 8)")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="timed steps of each (default 3)")
+    parser.add_argument(
+        "--batch-size", type=at_least(1), metavar="B", help="windows of a step (default 8, 2 with --quick)"
+    )
+    parser.add_argument(
+        "--repeats", type=at_least(2), metavar="N", help="timed steps of each (default 3, 2 with --quick)"
+    )
     parser.add_argument("--bf16", action="store_true", help="bfloat16 also where the processor has no instructions")
     add_common_arguments(parser)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.batch_size is None:
+        arguments.batch_size = 2 if arguments.quick else 8
+    if arguments.repeats is None:
+        arguments.repeats = 2 if arguments.quick else 3
+    return arguments
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -114,7 +123,7 @@ def main(arguments: argparse.Namespace) -> None:
             )
             for each, model in models.items()
         }
-        times = interleaved(steps, repeats=max(2, arguments.repeats), device=device, warmup=1, untimed=0)
+        times = interleaved(steps, repeats=arguments.repeats, device=device, warmup=1, untimed=0)
         peaks = {each: peak_extra_bytes(call, device) for each, call in steps.items()}
         print(name)
         for each, time in times.items():

@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from charts import draw_training
-from machine import add_common_arguments, describe, result_file, write_json
+from machine import add_common_arguments, at_least, describe, result_file, write_json
 from memory import peak_extra_bytes
 from step_stages import StageClock
 from timing import interleaved
@@ -154,7 +154,9 @@ def step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch-size", type=int, metavar="B", help="images of a step (default 16, 4 with --quick)")
+    parser.add_argument(
+        "--batch-size", type=at_least(1), metavar="B", help="images of a step (default 16, 4 with --quick)"
+    )
     parser.add_argument("--repeats", type=int, metavar="N", help="timed steps of each (default 7, 2 with --quick)")
     parser.add_argument("--float32", action="store_true", help="tuned and ours in float32, whatever is native")
     add_common_arguments(parser)

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
-from machine import add_common_arguments, describe, result_file, write_json
+from machine import add_common_arguments, at_least, describe, result_file, write_json
 from timing import interleaved
 from torch import Tensor, nn
 from training import make_model, native_dtype, plain_ops
@@ -88,7 +88,9 @@ def make_inputs(case: Case, batch_size: int, device: torch.device) -> Tensor:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", action="append", choices=list(CASES), help="a model alone; may be repeated")
-    parser.add_argument("--repeats", type=int, metavar="N", help="timed steps of each (default 5, 2 with --quick)")
+    parser.add_argument(
+        "--repeats", type=at_least(2), metavar="N", help="timed steps of each (default 5, 2 with --quick)"
+    )
     parser.add_argument("--float32", action="store_true", help="both in float32, whatever is native")
     add_common_arguments(parser)
     return parser.parse_args()

@@ -1,10 +1,12 @@
 """How benchmarks measure: memory, timing, cases, and that our input is what training feeds its model."""
 
+import importlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import speech_steps
 import torch
 from benchmark import Case, Op, Problem, measure
 from greedy_memory import GRID, make_model, modules_in_turn
@@ -123,6 +125,64 @@ def test_programs_need_only_pytorch(program):
     code = f"import sys; sys.modules.update(dict.fromkeys({BLOCKED!r})); sys.path[:] = {sys.path!r}; import {program}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "options", "least"),
+    [
+        ("kernels", "--repeats 1", 2),
+        ("training", "--batch-size 0", 1),
+        ("greedy_memory", "--batch-size 0", 1),
+        ("sampling", "--images 0", 1),
+        ("vision_steps", "--repeats 0", 2),
+        ("vision_steps", "--repeats -1", 2),
+        ("cpc_steps", "--repeats 1", 2),
+        ("cpc_steps", "--dim 0", 1),
+        ("contrastive_losses", "--repeats 0", 2),
+        ("speech_steps", "--repeats 1", 2),
+        ("oversubscription", "--processes 0", 1),
+        ("cuda_sampling", "--images 16 0", 1),
+    ],
+)
+def test_numbers_that_nothing_can_be_measured_with(program, options, least, monkeypatch, capsys):
+    option, *_, number = options.split()
+    assert (
+        refused(program, options, monkeypatch, capsys) == f"argument {option}: expected at least {least}, got {number}"
+    )
+
+
+def refused(program, options, monkeypatch, capsys):
+    """What a program says of arguments that it does not take."""
+    monkeypatch.setattr(sys, "argv", [f"{program}.py", *options.split()])
+    module = importlib.import_module(program)
+    with pytest.raises(SystemExit) as ended:
+        getattr(module, "parse_arguments", module.main)()
+    assert ended.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1].partition("error: ")[2]
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"), [("gpu", "expected a name like cpu, cuda or cuda:1"), ("cuda:99", "is not available here")]
+)
+def test_devices_that_are_not_there(device, reason, monkeypatch, capsys):
+    assert reason in refused("kernels", f"--device {device}", monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(("options", "windows", "repeats"), [("--quick", 2, 2), ("--repeats 4 --batch-size 3", 3, 4)])
+def test_steps_on_speech_are_as_many_as_asked_for(options, windows, repeats, monkeypatch, capsys):
+    batches = []
+
+    class Model(torch.nn.Linear):
+        def forward(self, waveforms):
+            batches.append(len(waveforms))
+            return super().forward(waveforms[..., :4]).mean()
+
+    monkeypatch.setattr(speech_steps, "CASES", {"tiny": [lambda: Model(4, 1)] * 3})
+    monkeypatch.setattr(sys, "argv", ["speech_steps.py", "--device", "cpu", *options.split()])
+    speech_steps.main(speech_steps.parse_arguments())
+    models = capsys.readouterr().out.count("x ours")
+    # A round before those that are timed, and a step whose memory is measured.
+    assert batches == [windows] * models * (repeats + 2)
 
 
 def test_greedy_memory_of_modules_in_turn():
