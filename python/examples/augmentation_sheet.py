@@ -55,7 +55,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=Path, help="a folder of images (default: drawn textures)")
     parser.add_argument("--patch-size", type=int, default=48, help="side of the patches in pixels (default 48)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random (default 0)")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.patch_size < 1:
+        parser.error(f"--patch-size: at least 1, got {arguments.patch_size}")
+    return arguments
 
 
 def make_patches(folder: Path | None, count: int, side: int, seed: int) -> Tensor:

@@ -51,14 +51,14 @@ class LitCPCAudio(lightning.LightningModule):
 
 def main(arguments: Sequence[str] | None = None) -> LitCPCAudio:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--recordings", type=int, default=200, help="to draw (default 200)")
+    parser.add_argument("--utterances", type=int, default=11, help="to draw of each of 16 voices (default 11)")
     parser.add_argument("--steps", type=int, default=300, help="updates (default 300)")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--precision", default="32-true", help="bf16-mixed, for example (default 32-true)")
     options = parser.parse_args(arguments)
 
     lightning.seed_everything(0)
-    loader = DataLoader(Windows(make_voices(options.recordings), options.batch_size), batch_size=None)
+    loader = DataLoader(Windows(make_voices(options.utterances), options.batch_size), batch_size=None)
     module = LitCPCAudio(make_model())
     trainer = lightning.Trainer(max_steps=options.steps, precision=options.precision, log_every_n_steps=20)
     trainer.fit(module, loader)

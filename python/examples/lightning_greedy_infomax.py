@@ -53,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> LitGreedyInfoMax:
     lightning.seed_everything(0)
     images = torch.from_numpy(make_textures(options.images, size=64).images)
     loader = DataLoader(TensorDataset(images), options.batch_size, shuffle=True, drop_last=True)
+    if len(loader) == 0:
+        parser.error("--images: fewer than a batch")
     module = LitGreedyInfoMax(*make_model())
     trainer = lightning.Trainer(max_steps=options.steps, precision=options.precision, log_every_n_steps=20)
     trainer.fit(module, loader)

@@ -46,10 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> LitPixelCNN:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--precision", default="32-true", help="bf16-mixed, for example (default 32-true)")
     options = parser.parse_args(arguments)
+    if options.model == "pixelcnn++" and options.side % 4:
+        parser.error("--side: a multiple of 4 for pixelcnn++")
 
     lightning.seed_everything(0)
     images = torch.from_numpy(make_textures(options.images, size=options.side).images)
     loader = DataLoader(TensorDataset(images), options.batch_size, shuffle=True, drop_last=True)
+    if len(loader) == 0:
+        parser.error("--images: fewer than a batch")
     module = LitPixelCNN(MODELS[options.model]())
     if isinstance(module.model, PixelCNNPP):
         # It starts from what its layers make of some images.

@@ -57,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> LitSimCLR:
     drawn = make_textures(options.images, size=64)
     images, labels = torch.from_numpy(drawn.images), torch.from_numpy(drawn.labels)
     loader = DataLoader(TensorDataset(images, labels), options.batch_size, shuffle=True, drop_last=True)
+    if len(loader) == 0:
+        parser.error("--images: fewer than a batch")
     module = LitSimCLR(*make_model(options.model))
     trainer = lightning.Trainer(max_steps=options.steps, precision=options.precision, log_every_n_steps=20)
     trainer.fit(module, loader)

@@ -32,7 +32,7 @@ def make_model() -> CPC:
 
 def main(arguments: Sequence[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--recordings", type=int, default=200, help="to draw (default 200)")
+    parser.add_argument("--utterances", type=int, default=11, help="to draw of each of 16 voices (default 11)")
     parser.add_argument("--steps", type=int, default=300, help="updates (default 300)")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
 
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    voices = make_voices(options.recordings)
+    voices = make_voices(options.utterances)
     windows = WindowSampler(voices, options.batch_size, window=WINDOW)
     fetch = WaveformFetcher(voices, device, WINDOW)
     model = make_model().to(device)

@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> list[list[float]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = torch.from_numpy(make_textures(options.images, size=64).images)
     loader = DataLoader(TensorDataset(images), options.batch_size, shuffle=True, drop_last=True)
+    if len(loader) == 0:
+        parser.error("--images: fewer than a batch")
     model, view = make_model()
     model.to(device)
     optimizer = torch.optim.Adam(model.parameters(), options.lr)

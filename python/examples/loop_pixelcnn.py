@@ -35,11 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--samples", type=Path, help="a PNG of what the model draws in the end")
     options = parser.parse_args(arguments)
+    if options.model == "pixelcnn++" and options.side % 4:
+        parser.error("--side: a multiple of 4 for pixelcnn++")
 
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = torch.from_numpy(make_textures(options.images, size=options.side).images)
     loader = DataLoader(TensorDataset(images), options.batch_size, shuffle=True, drop_last=True)
+    if len(loader) == 0:
+        parser.error("--images: fewer than a batch")
     model = MODELS[options.model]().to(device)
     if isinstance(model, PixelCNNPP):
         # It starts from what its layers make of some images.

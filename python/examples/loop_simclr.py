@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     drawn = make_textures(options.images, size=64)
     images, labels = torch.from_numpy(drawn.images), torch.from_numpy(drawn.labels)
     loader = DataLoader(TensorDataset(images, labels), options.batch_size, shuffle=True, drop_last=True)
+    if len(loader) == 0:
+        parser.error("--images: fewer than a batch")
     model, view = make_model(options.model)
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=1e-4)

@@ -52,3 +52,10 @@ def test_without_a_folder_textures_are_drawn(tmp_path, monkeypatch):
 def test_a_folder_with_too_few_images_is_named(tmp_path):
     with pytest.raises(SystemExit, match="--images: expected a folder of at least 24 JPEGs or PNGs, found 0"):
         program.make_patches(tmp_path, 24, 48, 0)
+
+
+def test_patches_have_pixels(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["augmentation_sheet.py", "--out", "sheet.png", "--patch-size", "0"])
+    with pytest.raises(SystemExit):
+        program.parse_arguments()
+    assert "--patch-size: at least 1, got 0" in capsys.readouterr().err

@@ -24,7 +24,7 @@ LIGHTNING = [
     ("lightning_simclr", "--images 24 --batch-size 8 --model moco", MoCo),
     ("lightning_simclr", "--images 24 --batch-size 8 --model supcon", SupCon),
     ("lightning_pixelcnn", "--images 12 --batch-size 4 --side 16 --model pixelcnn++", PixelCNNPP),
-    ("lightning_cpc_audio", "--recordings 8 --batch-size 4", CPC),
+    ("lightning_cpc_audio", "--utterances 1 --batch-size 4", CPC),
 ]
 
 
@@ -110,7 +110,7 @@ def test_pixelcnn(model, tmp_path):
 
 def test_cpc_audio(tmp_path, capsys):
     out = tmp_path / "model.pt"
-    losses = loop_cpc_audio.main(["--recordings", "8", "--batch-size", "4", "--steps", "15", "--out", str(out)])
+    losses = loop_cpc_audio.main(["--utterances", "1", "--batch-size", "4", "--steps", "15", "--out", str(out)])
     assert losses[0] == pytest.approx(math.log(11), rel=0.1)
     assert np.mean(losses[-4:]) < losses[0]
     weights = torch.load(out, weights_only=True)
@@ -135,6 +135,39 @@ def test_with_lightning(name, options, kind, precision):
     trained = [parameter for parameter in module.model.parameters() if parameter.requires_grad]
     state = module.trainer.optimizers[0].state
     assert all(state[parameter]["step"] == 3 for parameter in trained)
+
+
+@pytest.mark.parametrize("kind", ["loop", "lightning"])
+@pytest.mark.parametrize("model", ["cpc", "greedy_infomax", "simclr", "pixelcnn"])
+def test_fewer_images_than_a_batch(kind, model, capsys):
+    if kind == "lightning":
+        pytest.importorskip("lightning", exc_type=ImportError)
+    program = importlib.import_module(f"{kind}_{model}")
+    with pytest.raises(SystemExit):
+        program.main(["--images", "3", "--batch-size", "4"])
+    assert "--images: fewer than a batch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["loop", "lightning"])
+def test_sides_that_pixelcnnpp_cannot_halve_twice(kind, capsys):
+    if kind == "lightning":
+        pytest.importorskip("lightning", exc_type=ImportError)
+    program = importlib.import_module(f"{kind}_pixelcnn")
+    with pytest.raises(SystemExit):
+        program.main(["--model", "pixelcnn++", "--side", "30"])
+    assert "--side: a multiple of 4 for pixelcnn++" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["loop", "lightning"])
+def test_voices_are_no_more_than_a_loop_needs(kind, monkeypatch):
+    if kind == "lightning":
+        pytest.importorskip("lightning", exc_type=ImportError)
+    program = importlib.import_module(f"{kind}_cpc_audio")
+    drawn = []
+    make_voices = program.make_voices
+    monkeypatch.setattr(program, "make_voices", lambda count: drawn.append(count) or make_voices(1))
+    program.main(["--batch-size", "4", "--steps", "1"])
+    assert drawn == [11]
 
 
 def test_keys_follow_in_lightning():
