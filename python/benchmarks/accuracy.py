@@ -3,8 +3,9 @@
 Every method trains for the same time with the options that `python -m cpc_ext.train --dataset folder` chooses for such
 images, one process and one core each, or, with ``--device cuda``, one after another on the GPU. Frozen features of the
 central view then go to a linear probe and to nearest neighbours, of the same labelled images. SimCLR of lightly, with
-the same encoder, is there where lightly is installed. Prints a table; with ``--out`` writes JSON and a chart after
-every run, and goes on where such a file is.
+the same encoder, is there where lightly is installed. Prints a table; with ``--out`` writes JSON after every run and
+a chart at the end, and goes on where that file is there; in a folder it is named by the day that the race began on.
+The exit status is 1 if a run failed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 from accuracy_run import ENTRANTS, Entry, lacks
 from charts import draw_accuracy
-from machine import describe, result_file, write_json
+from machine import at_least, describe, result_file, write_json
 
 RUN = Path(__file__).with_name("accuracy_run.py")
 
@@ -38,10 +39,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--options", default="", help="more options of python -m cpc_ext.train for every method, such as '--norm layer'"
     )
-    parser.add_argument("--labels", type=int, default=10_000, help="labelled images that are learned from at most")
+    parser.add_argument(
+        "--labels", type=at_least(1), default=10_000, help="labelled images that are learned from at most"
+    )
     parser.add_argument("--device", default="cpu", help="what trains, such as cuda (default cpu, a core a run)")
-    parser.add_argument("--jobs", type=int, help="runs at once (default: as many as cores, or one on a GPU)")
-    parser.add_argument("--out", type=Path, metavar="DIR|FILE.json", help="write JSON and PNG there")
+    parser.add_argument("--jobs", type=at_least(1), help="runs at once (default: as many as cores, or one on a GPU)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR|FILE.json", help="write JSON and PNG there; goes on with FILE.json"
+    )
     arguments = parser.parse_args()
     arguments.jobs = arguments.jobs or (os.cpu_count() if arguments.device == "cpu" else 1)
     return arguments
@@ -102,7 +107,8 @@ def mean_of(runs: Sequence[dict[str, Any]], name: str) -> float:
     return mean(run[name] for run in runs)
 
 
-def main(arguments: argparse.Namespace) -> None:
+def main(arguments: argparse.Namespace) -> int:
+    """The exit status: 1 if a run failed."""
     path = None if arguments.out is None else result_file(arguments.out, arguments.device, "accuracy")
     results = json.loads(path.read_text())["results"] if path is not None and path.is_file() else []
     results = [result for result in results if "error" not in result]
@@ -140,7 +146,8 @@ def main(arguments: argparse.Namespace) -> None:
         machine = "one core" if arguments.device == "cpu" else describe(arguments.device)["device"]
         draw_accuracy(named, path.with_suffix(".png"), machine=machine)
         print(f"written: {path}")
+    return int(any("error" in result for result in results))
 
 
 if __name__ == "__main__":
-    main(parse_arguments())
+    sys.exit(main(parse_arguments()))

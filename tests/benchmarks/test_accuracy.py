@@ -70,6 +70,17 @@ def test_a_race(monkeypatch, capsys, photos, tmp_path):
     assert "error" in results[3]
 
 
+@pytest.mark.parametrize(("outcome", "status"), [({"linear": 0.5, "knn": 0.5}, 0), ({"error": "killed"}, 1)])
+def test_the_exit_status_tells_of_a_run_that_failed(outcome, status, monkeypatch, photos):
+    def run_entry(entry, data_dir, core):
+        return entry._asdict() | (outcome if entry.seed else {"linear": 0.5, "knn": 0.5})
+
+    monkeypatch.setattr(accuracy, "run_entry", run_entry)
+    options = ["--methods", "simclr", "--seeds", "0", "1", "--jobs", "1"]
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", "--data-dir", str(photos), *options])
+    assert accuracy.main(accuracy.parse_arguments()) == status
+
+
 def test_the_table():
     runs = [
         {"method": "simclr", "minutes": 10, "seed": seed, "linear": linear, "knn": 0.5, "images_per_second": 1000.0}
