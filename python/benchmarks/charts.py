@@ -205,8 +205,10 @@ def draw_failures(rows: Sequence[dict[str, Any]], path: Path) -> None:
             panel.grid(alpha=0.25)
             panel.spines[["top", "right"]].set_visible(False)
         axes[0].set_title(row["title"], fontsize=10, loc="left")
-    panels[-1][0].set_xlabel("step: targets found, %")
-    panels[-1][1].set_xlabel("step: classes told by nearest neighbours, %")
+        axes[0].set_ylabel("targets found, %")
+        axes[1].set_ylabel("neighbours' class, %")
+    for panel in panels[-1]:
+        panel.set_xlabel("step")
     _save(figure, path)
 
 

@@ -41,6 +41,17 @@ def test_ours_has_the_same_colour_in_all_charts(tmp_path, monkeypatch):
         assert len(set(colors.values())) == len(colors) == 3
 
 
+def test_failures_are_percentages_over_steps(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(charts, "_save", lambda figure, path: drawn.append(figure))
+    run = {"found": [[0, 0.1], [4, 0.5]], "neighbours": [[0, 0.2], [4, 0.3]]}
+    charts.draw_failures([{"title": "a failure", "wrong": run, "right": run}] * 2, tmp_path / "failures.png")
+    panels = drawn[0].get_axes()
+    assert [panel.get_ylabel() for panel in panels] == ["targets found, %", "neighbours' class, %"] * 2
+    assert [panel.get_xlabel() for panel in panels] == ["", "", "step", "step"]
+    assert [list(panel.get_lines()[0].get_ydata()) for panel in panels[:2]] == [[10, 50], [20, 30]]
+
+
 @pytest.mark.parametrize("names", [("ours", "ours into existing memory")])
 def test_what_writes_into_existing_memory_is_not_drawn(tmp_path, monkeypatch, names):
     legends = []
