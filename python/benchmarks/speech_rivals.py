@@ -62,7 +62,7 @@ class CPCAudioRival(nn.Module):
         shifts = torch.randint(1, length, (batch, self.negatives, window)) + torch.arange(window)
         flat = z.reshape(-1, channels)[(chosen * length + shifts % length).flatten()]
         negatives = flat.view(batch, self.negatives, window, channels)
-        labels = torch.zeros(batch * window, dtype=torch.long)
+        labels = torch.zeros(batch * window, dtype=torch.long, device=z.device)
         total = z.new_zeros(())
         for step, predictor in enumerate(self.predictors, 1):
             positive = z[:, None, step : step + window]

@@ -34,6 +34,11 @@ def test_negatives_that_all_steps_share_are_scored_at_once_alike():
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("rival", [CPCAudioRival, BatchedCPCAudioRival])
+def test_labels_are_where_the_scores_are(rival):
+    assert rival(16, 5).to("meta")(torch.empty(2, 1, 160 * 30, device="meta")).is_meta
+
+
 @pytest.mark.parametrize("end_to_end", [False, True])
 def test_losses_of_modules_add_up(end_to_end):
     model = GreedyRival(end_to_end=end_to_end, subsample=None, channels=8, context=4)
