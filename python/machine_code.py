@@ -439,7 +439,11 @@ def main(arguments: argparse.Namespace) -> None:
         print(f"written: {BUDGETS}, {len(kernels)} kernels")
         return
     for architecture in arguments.arch:
-        print_kernels(read_kernels(module, architecture, arguments.kernel).values(), loops=arguments.loops)
+        try:
+            kernels = read_kernels(module, architecture, arguments.kernel).values()
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(f"{module} has no code for sm_{architecture}: {error.stderr.strip()}") from None
+        print_kernels(kernels, loops=arguments.loops)
 
 
 if __name__ == "__main__":

@@ -418,12 +418,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--kernels", action="store_true", help="each launch, with what every limit alone would take")
     parser.add_argument("--against", type=Path, metavar="FILE", help="a result of kernels.py on the (first) machine")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the predictions there")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    for name in ("counts", "against"):
+        path = getattr(arguments, name)
+        if path is not None and not path.is_file():
+            parser.error(f"--{name}: there is no file {path}")
+    return arguments
 
 
 def main(arguments: argparse.Namespace) -> None:
     problems = [completed(problem) for problem in load(arguments.counts)]
     if arguments.op:
+        if unknown := set(arguments.op) - {problem.op for problem in problems}:
+            sys.exit(f"--op: no counts of {', '.join(sorted(unknown))} in {arguments.counts}")
         problems = [problem for problem in problems if problem.op in arguments.op]
     document: dict[str, Any] = {"what": "predicted seconds, not measured", "results": []}
     for machine in (MACHINES[name] for name in arguments.machine):

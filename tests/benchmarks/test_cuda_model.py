@@ -432,6 +432,17 @@ def test_the_program_says_predicted(tmp_path, monkeypatch, capsys):
     assert all(result["predicted"]["ours"] > result["predicted"]["floor"] for result in document["results"])
 
 
+def test_ops_and_files_that_are_not_there_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["cuda_model.py", "--op", "info_nce_all", "foo"])
+    with pytest.raises(SystemExit, match="--op: no counts of foo in "):
+        cuda_model.main(cuda_model.parse_arguments())
+    for option in ("--against", "--counts"):
+        monkeypatch.setattr(sys, "argv", ["cuda_model.py", option, str(tmp_path / "none.json")])
+        with pytest.raises(SystemExit):
+            cuda_model.parse_arguments()
+        assert f"{option}: there is no file {tmp_path / 'none.json'}" in capsys.readouterr().err
+
+
 def test_workspaces_are_filled_before_some_blocks_are_traced(monkeypatch):
     # Else what is counted hangs on what memory held: kernels skip loads where a weight of another block is zero.
     for name in ("CPC_EMULATION_SHARED_KIB", "CPC_EMULATION_MULTIPROCESSORS"):

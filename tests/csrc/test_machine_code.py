@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -153,6 +154,14 @@ def instruction(opcode, operands="", *, address=0, guard="", barrier=7, waits=0)
 
 def code_of(*instructions):
     return [replace(given, address=16 * i) for i, given in enumerate(instructions)]
+
+
+def test_a_module_without_cuda_code_is_named(tools, monkeypatch):
+    python = Path(sys.executable)
+    monkeypatch.setattr(machine_code, "compiled_module", lambda: (python, None))
+    monkeypatch.setattr(sys, "argv", ["machine_code.py"])
+    with pytest.raises(SystemExit, match=f"{python} has no code for sm_90: .* does not contain device code"):
+        machine_code.main(machine_code.parse_arguments())
 
 
 # What cuobjdump prints for 9.0: two loads, which barriers 2 and 3 hold, and an addition that waits for both.
