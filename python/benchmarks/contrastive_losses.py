@@ -24,7 +24,7 @@ from cpc_ext.ops import info_nce, sigmoid_contrast
 
 TEMPERATURE, CLASSES = 0.1, 100
 # Without what turns views into its rows, so that its gradients are others.
-OP_ALONE = "info_nce of the same rows"
+OP_ALONE = "ours, info_nce of the same rows"
 
 
 @dataclass(frozen=True)
