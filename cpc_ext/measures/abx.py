@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cpc_ext._native import native
+from cpc_ext.measures.finite import check_finite
 from cpc_ext.nn.unit_length import unit_length
 
 __all__ = ["AbxItems", "AbxResult", "Condition", "Unit", "abx_error", "abx_items", "dtw_distances"]
@@ -262,8 +263,7 @@ def _means(keys: _Ints, values: NDArray[np.float64]) -> tuple[_Ints, NDArray[np.
 
 def _directions(features: Tensor) -> Tensor:
     """Frames of length 1, float32; where some are zeros with a column more that tells them apart."""
-    if not bool(features.isfinite().all()):
-        raise ValueError("features: expected finite numbers")
+    check_finite("features", features)
     frames = unit_length(features.double()).float()
     zeros = ~frames.any(1, keepdim=True)
     if zeros.any():

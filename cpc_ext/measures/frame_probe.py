@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpc_ext.measures.probe import mean_and_deviation
+from cpc_ext.measures.finite import check_finite
+from cpc_ext.measures.probe import apart, mean_and_deviation
 from cpc_ext.nn.typed import Module, ModuleList
 from cpc_ext.training.random_streams import seeded
 
@@ -144,11 +145,12 @@ def frame_probe(
         _check_frames(name, features, labels, classes)
     how = _RECIPES[recipe]
     groups = _groups(len(train_labels), how, train_lengths)
-    train, test = train_features.float(), test_features.float()
-    if how.standardised:
-        mean, deviation = mean_and_deviation(train, correction=0)
-        train, test = (train - mean) / deviation, (test - mean) / deviation
-    classifier = _trained(train, train_labels, groups, how, classes, hidden, seed)
+    with torch.inference_mode(False), torch.enable_grad():
+        train, test = apart(train_features).float(), apart(test_features).float()
+        if how.standardised:
+            mean, deviation = mean_and_deviation(train, correction=0)
+            train, test = (train - mean) / deviation, (test - mean) / deviation
+        classifier = _trained(train, apart(train_labels), groups, how, classes, hidden, seed)
     predicted = classifier.predict(test)
     confusion = (test_labels * classes + predicted).bincount(minlength=classes**2).view(classes, classes)
     commonest = train_labels.bincount(minlength=classes).argmax()
@@ -199,8 +201,7 @@ def _check_frames(name: str, features: Tensor, labels: Tensor, classes: int) -> 
         )
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(f"{name}_labels: expected 0 to {classes - 1}, got {labels.min()} to {labels.max()}")
-    if not bool(features.isfinite().all()):
-        raise ValueError(f"{name}_features: expected finite numbers")
+    check_finite(f"{name}_features", features)
 
 
 def _groups(frames: int, how: _Recipe, lengths: Sequence[int] | None) -> tuple[Tensor, Tensor]:

@@ -31,12 +31,15 @@ def knn_scores(
     """Votes for every class, float64 [M, classes], of queries [M, D] by labelled encodings [N, D] with labels [N].
 
     neighbours: k; all N vote where there are fewer. Votes are divided by the largest that one neighbour could give,
-    exp(1 / temperature).
+    exp(1 / temperature). ValueError for encodings that are not finite.
     """
     import torch
 
+    from cpc_ext.measures.finite import check_finite
     from cpc_ext.nn.unit_length import unit_length
 
+    check_finite("labelled", labelled)
+    check_finite("queries", queries)
     keys = unit_length(labelled.double())
     votes = []
     for chunk in torch.split(queries.double(), _CHUNK):

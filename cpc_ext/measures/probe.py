@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpc_ext.data import ImageFetcher, ImageSet
+from cpc_ext.measures.finite import check_finite
 
 __all__ = [
     "LinearClassifier",
     "ProbeResult",
+    "apart",
     "encode",
     "fit_linear_classifier",
     "linear_probe",
@@ -33,6 +35,8 @@ _HELD_OUT = 0.2
 _ENOUGH_HELD_OUT = 200
 _ENCODE_BATCH = 50
 _MAX_ITERATIONS = 200
+# Rounding errors that a feature which never varies may have added up.
+_ROUNDINGS = 8
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,9 @@ def linear_probe(
         classes: number of classes.
 
     Raises:
-        ValueError: fewer than two training images, of which one is held out.
+        ValueError: fewer than two training images, of which one is held out, or features that are not finite.
     """
+    check_finite("test_features", test_features)
     classifier = fit_linear_classifier(train_features, train_labels, classes=classes)
     accuracy = (classifier.logits(test_features).argmax(1) == test_labels).double().mean().item()
     return ProbeResult(accuracy=accuracy, strength=classifier.strength)
@@ -108,15 +113,22 @@ def fit_linear_classifier(features: Tensor, labels: Tensor, *, classes: int) -> 
     The features are standardised by their own mean and deviation.
 
     Raises:
-        ValueError: fewer than two images, of which one is held out.
+        ValueError: fewer than two images, of which one is held out, or features that are not finite.
     """
     count = len(labels)
     if count < 2:
         raise ValueError(f"features: expected at least 2 images, got {count}")
-    mean, deviation = mean_and_deviation(features.double())
+    check_finite("features", features)
+    with torch.inference_mode(False), torch.enable_grad():
+        return _fit_with_strength(apart(features), apart(labels), classes)
+
+
+def _fit_with_strength(features: Tensor, labels: Tensor, classes: int) -> LinearClassifier:
+    """The classifier of :func:`fit_linear_classifier`, with the strength that held-out images choose."""
+    mean, deviation = mean_and_deviation(features.double(), made_in=features.dtype)
     standardised = (features.double() - mean) / deviation
 
-    held_out, kept = _splits(count)
+    held_out, kept = _splits(len(labels))
     weights = standardised.new_zeros(len(kept), classes, features.shape[1] + 1)
     right: dict[float, int] = {}
     for strength in _STRENGTHS:
@@ -129,13 +141,24 @@ def fit_linear_classifier(features: Tensor, labels: Tensor, *, classes: int) -> 
     return LinearClassifier(weights, mean, deviation, strength)
 
 
-def mean_and_deviation(features: Tensor, *, correction: int = 1) -> tuple[Tensor, Tensor]:
+def apart(values: Tensor) -> Tensor:
+    """The same values without a graph, also of inference mode, for a classifier to be fitted to."""
+    return values.clone() if values.is_inference() else values.detach()
+
+
+def mean_and_deviation(
+    features: Tensor, *, correction: int = 1, made_in: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """What features [N, D] of any scale are standardised by, [D] each.
 
     A feature that never varies carries nothing but rounding errors: its deviation is infinite, which leaves zeros.
+
+    made_in: the type whose rounding errors those are. None: that of the features.
     """
     deviation, mean = torch.std_mean(features, 0, correction=correction)
-    return mean, torch.where(deviation > 1e-6 * mean.abs(), deviation, torch.inf)
+    # In 16 bits a single step may tell something, as what made the features was less rounded than they are.
+    rounding = min(torch.finfo(made_in or features.dtype).eps, torch.finfo(torch.float32).eps)
+    return mean, torch.where(deviation > _ROUNDINGS * rounding * mean.abs(), deviation, torch.inf)
 
 
 def _splits(count: int) -> tuple[Tensor, Tensor]:

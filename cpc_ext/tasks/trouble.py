@@ -35,7 +35,10 @@ def trouble(means: dict[str, float], guess: dict[str, float], features: Tensor, 
             f"the loss is {loss:.3g}, the accuracy {accuracy:.2g}, and guessing has {guess['loss']:.3g} and "
             f"{guess['accuracy']:.2g}"
         )
-    if len(features) > 1 and (rank := effective_rank(features)) < _RANK:
+    finite = features.isfinite().all(1)
+    if not bool(finite.all()):
+        said.append(f"the encodings of {int((~finite).sum())} of {len(features)} examples are not finite")
+    elif len(features) > 1 and (rank := effective_rank(features)) < _RANK:
         said.append(f"the encodings of {len(features)} examples are nearly alike (effective rank {rank:.2f})")
     if not said:
         return None

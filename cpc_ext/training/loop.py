@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cpc_ext.measures.finite import NotFiniteError
 from cpc_ext.training.atomic_file import replace_with_link
 from cpc_ext.training.checkpoint import load_weights, save_checkpoint
 from cpc_ext.training.config import RunConfig
@@ -336,6 +337,8 @@ class Trainer:
                     log.images(self.step, [sample])
             except OSError as error:
                 warn(f"could not write what was observed at step {self.step} ({error}); training goes on without")
+            except NotFiniteError as error:
+                warn(f"nothing was observed at step {self.step}: {error}; training goes on")
 
         self._looked(observe)
 

@@ -74,6 +74,17 @@ def test_a_feature_that_never_varies_does_no_harm(quick):
     assert probe(train, test).accuracy == 1
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_probe_learns_where_nothing_else_does(quick, mode):
+    expected = probe(clouds(100, 0, distance=2.0), clouds(100, 1, distance=2.0))
+    with mode():
+        found = probe(clouds(100, 0, distance=2.0), clouds(100, 1, distance=2.0))
+    assert found.accuracy == expected.accuracy > 0.5
+    (features, labels), test = clouds(100, 0, distance=2.0), clouds(100, 1, distance=2.0)
+    learned = torch.ones(6, requires_grad=True)
+    assert probe((features * learned, labels), test).accuracy == expected.accuracy
+
+
 def test_the_caller_s_random_numbers_stay_as_they_were_and_decide_nothing(quick):
     train, test = clouds(300, 0, distance=1.0), clouds(3000, 1, distance=1.0)
     results = []
@@ -219,7 +230,7 @@ def test_wrong_arguments(which):
         ((features[:0], labels[:0]), f"{which}_features"),
         ((features, labels + 1), f"{which}_labels: expected 0 to 3, got 1 to 4"),
         ((features, labels - 1), f"{which}_labels: expected 0 to 3, got -1 to 2"),
-        ((infinite, labels), f"{which}_features: expected finite numbers"),
+        ((infinite, labels), f"{which}_features: expected finite numbers, got 1 of 20 rows"),
     ):
         given = sets | {which: wrong}
         with pytest.raises(ValueError, match=message):

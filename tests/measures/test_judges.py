@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from cpc_ext.data import ImageSet
 from cpc_ext.evaluation.finetuning import FineTuning
 from cpc_ext.measures import knn, probe
+from cpc_ext.measures.effective_rank import effective_rank
 from cpc_ext.measures.knn import knn_accuracy, knn_scores
 from cpc_ext.measures.label_subsets import LabelBudget, parse_label_budgets
 from cpc_ext.measures.probe import encode, fit_linear_classifier, linear_probe
@@ -22,6 +23,59 @@ def clouds(count: int, seed: int, *, distance: float = 3.0, classes: int = 3, si
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (count,), generator=generator)
     return torch.randn(count, size, generator=generator) + distance * torch.eye(size)[labels], labels
+
+
+# What all of them refuse, and where they may be called.
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_encodings_that_are_not_finite_are_refused(value):
+    """A single one among many would leave a probe and its neighbours at chance."""
+    features, labels = clouds(60, 0)
+    wrong = features.clone()
+    wrong[7, 2] = wrong[50] = value
+    for name, found in (
+        ("labelled", lambda: knn_scores(wrong, labels, features, classes=3)),
+        ("queries", lambda: knn_accuracy(features, labels, wrong, labels, classes=3)),
+        ("features", lambda: linear_probe(wrong, labels, features, labels, classes=3)),
+        ("test_features", lambda: linear_probe(features, labels, wrong, labels, classes=3)),
+        ("features", lambda: effective_rank(wrong)),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: expected finite numbers, got 2 of 60 rows with others$"):
+            found()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_classifier_is_fitted_alike_where_nothing_else_learns(mode):
+    expected = fit_linear_classifier(*clouds(60, 0), classes=3).weights
+    with mode():
+        for dtype in (torch.float32, torch.float64):
+            features, labels = clouds(60, 0)
+            found = fit_linear_classifier(features.to(dtype), labels, classes=3)
+            torch.testing.assert_close(found.weights, expected, atol=1e-5, rtol=1e-5)
+            result = linear_probe(features.to(dtype), labels, features, labels, classes=3)
+            assert result.accuracy == found.logits(features).argmax(1).eq(labels).double().mean()
+
+
+def test_a_classifier_leaves_no_graph_of_the_encoder():
+    features, labels = clouds(60, 0)
+    learned = features.clone().requires_grad_()
+    found = fit_linear_classifier(2 * learned, labels, classes=3)
+    assert torch.equal(found.weights, fit_linear_classifier(2 * features, labels, classes=3).weights)
+    assert not found.weights.requires_grad
+    assert not found.mean.requires_grad
+    assert learned.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_only_rounding_errors_count_as_features_that_never_vary(dtype):
+    """One of 1 and 1 plus some roundings is constant; one that varies by a hundred of them is not."""
+    rounding, sign = torch.finfo(dtype).eps, 1.0 - 2 * (torch.arange(40) % 2)
+    sign = sign.to(dtype)
+    features = torch.stack([1 + 3 * rounding * sign, 1 + 100 * rounding * sign], dim=1)
+    classifier = fit_linear_classifier(features, torch.arange(40) % 2, classes=2)
+    assert classifier.deviation[0] == torch.inf
+    torch.testing.assert_close(classifier.deviation[1].item(), 100 * rounding * (40 / 39) ** 0.5, rtol=0.02, atol=0)
 
 
 # The linear classifier.
@@ -186,8 +240,6 @@ def test_a_class_without_enough_labels_is_named():
     labels = np.array([0, 0, 2, 2, 2, 1])
     with pytest.raises(TrainingError, match=r"^--labels 2: class dog has 1 labelled training images$"):
         LabelBudget(per_class=2).subset(labels, ("cat", "dog", "owl"), seed=0, draw=0)
-    with pytest.raises(TrainingError, match=r"^--labels 50%: class fox has 0 labelled training images$"):
-        LabelBudget(share=0.5).subset(labels, ("cat", "dog", "owl", "fox"), seed=0, draw=0)
     for budget in (LabelBudget(per_class=1), LabelBudget(share=0.1)):  # One is enough for a share.
         assert len(budget.subset(labels, ("cat", "dog", "owl"), seed=0, draw=0)) == 3
 

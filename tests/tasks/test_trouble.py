@@ -31,6 +31,7 @@ def config() -> RunConfig:
         ({"loss": 3.99, "accuracy": 0.06}, VARIED, "the loss is 3.99, the accuracy 0.06, and guessing has 4 and 0.05"),
         ({"loss": 4.5, "accuracy": 0.01}, VARIED, "the loss is 4.5"),
         ({"loss": 2.0, "accuracy": 0.5}, ALIKE, "encodings of 40 examples are nearly alike (effective rank 0.00)"),
+        ({}, torch.cat([VARIED, ALIKE * torch.nan]), "the encodings of 40 of 80 examples are not finite"),
         ({"loss": 3.99, "accuracy": 0.06}, ALIKE, "guessing has 4 and 0.05; the encodings of 40"),
     ],
 )

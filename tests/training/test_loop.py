@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from cpc_ext.data import BatchShare, ImageSet
+from cpc_ext.measures.finite import check_finite
 from cpc_ext.training import loop, pipeline
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.distribution import Ranks
@@ -274,6 +275,24 @@ def test_the_model_is_in_training_but_for_a_look_at_it(tmp_path, capsys):
     assert task.observed == [(3, False)]
     assert [record["step"] for group, record in records if group == "observed"] == [3]
     assert "warning: could not write what was observed at step 2 (no room); training goes" in capsys.readouterr().err
+
+
+def test_encodings_that_cannot_be_measured_do_not_end_a_run(tmp_path, capsys):
+    task = Parts()
+    task.observe_every = 1
+    trainer = trainer_of(tmp_path, task, steps=3)
+
+    def fail() -> None:
+        if trainer.step == 2:
+            check_finite("labelled", torch.tensor([[1.0], [torch.nan]]))
+
+    task.before_observing = fail
+    assert [record["step"] for group, record in train(trainer) if group == "observed"] == [1, 3]
+    assert trainer.step == 3
+    assert (
+        "warning: nothing was observed at step 2: labelled: expected finite numbers, got 1 of 2 rows with others; "
+        "training goes on" in capsys.readouterr().err
+    )
 
 
 def test_each_batch_with_its_labels_and_an_update_a_step(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import resource
 
 import pytest
@@ -74,6 +76,15 @@ def test_full_disk_while_training_costs_checkpoints_only(train, monkeypatch, tmp
     assert during == {"step": 0, "temporary": []}
     assert capsys.readouterr().err.count("could not save step 4") == 1
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 8
+
+
+def test_encodings_that_cannot_be_measured_do_not_cost_the_encoder(train_fully, monkeypatch, tmp_path, capsys):
+    original = CPCv1Task.features
+    monkeypatch.setattr(CPCv1Task, "features", lambda *arguments: original(*arguments) * float("inf"))
+    assert train_fully("--out-dir", tmp_path) == 0
+    assert re.search(r"worth could not be measured: .*expected finite numbers, got \d+ of", capsys.readouterr().err)
+    assert (tmp_path / "encoder.safetensors").is_file()
+    assert "probe_accuracy" not in json.loads((tmp_path / "summary.json").read_text())
 
 
 def test_disk_that_fills_up_at_the_end(train_fully, monkeypatch, tmp_path, capsys):
