@@ -24,9 +24,10 @@ from cpc_ext.evaluation.encoder_run import EncoderRun, SpeechRun, weights_digest
 from cpc_ext.evaluation.encodings_cache import cached_encodings, images_digest
 from cpc_ext.evaluation.evaluation_record import EvaluationRecord, as_table, measured
 from cpc_ext.evaluation.finetuning import FineTuning, fine_tune
-from cpc_ext.evaluation.options import EvaluationOptions, parse_modes
+from cpc_ext.evaluation.options import FINETUNE_LR, EvaluationOptions, parse_modes
 from cpc_ext.evaluation.per_module import evaluate_per_module
 from cpc_ext.evaluation.speech import evaluate_speech
+from cpc_ext.measures.finite import NotFiniteError
 from cpc_ext.measures.knn import TEMPERATURE, knn_scores
 from cpc_ext.measures.label_subsets import LabelBudget, parse_label_budgets
 from cpc_ext.measures.probe import encode, fit_linear_classifier
@@ -42,6 +43,15 @@ _FINETUNE_SHARE = 0.5
 
 def evaluate(command: EvaluationOptions) -> None:
     """Do what the command says. TrainingError where that cannot be done."""
+    try:
+        _evaluate(command)
+    except NotFiniteError as error:
+        raise TrainingError(
+            f"{', '.join(map(str, command.runs))}: encodings that cannot be measured: {error}"
+        ) from None
+
+
+def _evaluate(command: EvaluationOptions) -> None:
     device = check_device(command.device)
     media = {RunDir(path).medium for path in command.runs}
     if len(media) > 1:
@@ -189,7 +199,8 @@ class _Evaluator:
         return settings
 
     def _recipe(self, mode: str) -> FineTuning:
-        peak = self._run.config.optimization.lr
+        optimization = self._run.config.optimization
+        peak = optimization.lr if optimization.optimizer == "adam" else FINETUNE_LR
         return FineTuning(
             epochs=self._command.finetune_epochs,
             min_steps=self._command.finetune_steps,

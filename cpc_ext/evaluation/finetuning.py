@@ -151,10 +151,14 @@ def _statistics(
 
 
 def _batches(chosen: np.ndarray, seed: int) -> Iterator[np.ndarray]:
-    """Batches of the chosen indices, epoch after epoch."""
+    """Batches of the chosen indices, epoch after epoch; none of a single image where there are more."""
     sampler = EpochSampler(len(chosen), min(_BATCH, len(chosen)), seed=seed, drop_last=False)
     while True:
-        for batch in sampler:
+        *batches, last = sampler
+        if batches and len(last) == 1:
+            # Batch norm of a map of one pixel does not take a single image.
+            batches[-1], last = np.split(np.concatenate([batches[-1], last]), [-2])
+        for batch in (*batches, last):
             yield chosen[batch]
 
 

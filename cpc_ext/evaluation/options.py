@@ -12,13 +12,17 @@ from cpc_ext.measures.knn import NEIGHBOURS
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.machine import default_device
 
-__all__ = ["MODES", "SPEECH_MEASURES", "EvaluationOptions", "parse_measures", "parse_modes"]
+__all__ = ["FINETUNE_LR", "MODES", "SPEECH_MEASURES", "EvaluationOptions", "parse_measures", "parse_modes"]
+
+# AdamW's learning rate where the run's is that of another optimizer, which tells nothing of it.
+FINETUNE_LR = 1e-3
 
 MODES = {
     "linear": "logistic regression on frozen encodings, its regularisation chosen on held-out parts of the subset",
     "knn": "weighted nearest neighbours of frozen encodings, with the cosine and temperature 0.07",
-    "finetune": "encoder and linear classifier trained together from the run's weights",
-    "supervised": "the same from fresh initial weights",
+    "finetune": "encoder and linear classifier trained together from the run's weights, by AdamW: at the run's --lr "
+    f"where its --optimizer is adam, else at {FINETUNE_LR:g}, and the encoder at half of that",
+    "supervised": "the same from fresh initial weights, all at the whole rate",
     "untrained": "linear on the encodings of the run's initial weights",
 }
 

@@ -70,7 +70,10 @@ def center_or_random(view: PatchView, images: Tensor, generator: torch.Generator
 
     generator: on the CPU, of random crops and flips; None takes the central crop.
     """
-    return view.center(images) if generator is None else view.random(images, generator)
+    if generator is None:
+        return view.center(images)
+    # Patches augmented one by one are for telling patches apart; a class is told by what they have in common.
+    return replace(view, augmentation=None).random(images, generator)
 
 
 def save_patch_figures(

@@ -251,6 +251,14 @@ def test_a_copy_is_tuned(tmp_path, measure, calls, bars, mode, weights, share):
     assert bars[-1][1] == f"{mode}, 100% of the labels, 1 of 1"
 
 
+@pytest.mark.parametrize("mode", ["linear", "knn"])
+def test_encodings_that_are_not_finite_are_told(tmp_path, measure, monkeypatch, mode):
+    monkeypatch.setattr(Run, "trained", lambda run, dataset: Eye(torch.inf))
+    # A black pixel times infinity is no number.
+    with pytest.raises(TrainingError, match=rf"^{tmp_path}/run: encodings .*expected finite numbers, got 19 of 19 row"):
+        measure(mode=mode)
+
+
 def test_what_was_measured_is_not_measured_again(tmp_path, measure, calls):
     run = Run(tmp_path / "run")
     before = [measure(run, mode="linear,knn", labels="1,2", repeats=1) for _ in range(2)]

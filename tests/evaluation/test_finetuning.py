@@ -53,6 +53,13 @@ class Eyes:
         return self.encode(model, images).mean((2, 3))
 
 
+class Whole(Eyes):
+    """Stands for a task whose encoder is the model itself."""
+
+    def encode(self, model, images, generator=None):
+        return model(images.float())
+
+
 def pixels(values) -> np.ndarray:
     return np.asarray(values, dtype=np.uint8)[:, None, None, None]
 
@@ -91,6 +98,18 @@ def test_passes_over_the_chosen_images_alone():
     # What features are like is told by the same images; then come those of the test.
     assert few.looked == [[5, 25, 26], [3, 33, 200]]
     assert task.trained[:2] != task.trained[2:4]
+
+
+def test_no_batch_is_of_one_image():
+    """Batch norm would have nothing to take a deviation of: an epoch's last batch gets one of the batch before."""
+    task = Eyes()
+    tune(task, Scaled(), chosen=range(33), epochs=2)
+    assert [len(batch) for batch in task.trained] == [31, 2] * 2
+    for start in (0, 2):
+        assert sorted(task.trained[start] + task.trained[start + 1]) == list(range(33))
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+    tune(Whole(), model, chosen=range(33), epochs=1)
+    assert model[1].num_batches_tracked == 1 + 2  # What features are like is told by one.
 
 
 def test_the_seed_determines_order_and_crops():

@@ -385,8 +385,9 @@ def test_what_is_told_of_the_images(model):
 
 @pytest.mark.parametrize("model", WITH_ENCODER)
 def test_encodings_of_the_centre_and_of_random_views(model):
-    """In evaluation mode whatever the model was in, without gradients, in float32."""
-    task = task_of(model, norm="batch", precision="bf16", **({} if model in TWO_VIEWS else {"patch_norm": True}))
+    """In evaluation mode whatever the model was in, without gradients, in float32; random views are crops and flips."""
+    patches = {} if model in TWO_VIEWS else {"patch_norm": True, "patch_augmentation": True}
+    task = task_of(model, norm="batch", precision="bf16", **patches)
     images = torch.from_numpy(images_of(3))
     for training in (True, False):
         task.model.train(training)
@@ -394,7 +395,7 @@ def test_encodings_of_the_centre_and_of_random_views(model):
         assert task.model.training == training
         assert (found.dtype, found.requires_grad) == (torch.float32, False)
     task.model.eval()
-    cropping = task._view.cropping() if model in TWO_VIEWS else task._view
+    cropping = task._view.cropping() if model in TWO_VIEWS else replace(task._view, augmentation=None)
     views = task._view.center(images), cropping.random(images, torch.Generator().manual_seed(3))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         centre, random = (task.model.encode(each) for each in views)
