@@ -20,7 +20,7 @@ from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.task import Task
 from cpc_ext.training.weight_average import averaged_weights
 
-__all__ = ["SavedRun", "empty_task", "put_into", "saved_run"]
+__all__ = ["SavedRun", "class_count", "empty_task", "put_into", "saved_run"]
 
 
 class SavedRun(NamedTuple):
@@ -44,16 +44,21 @@ def saved_run(path: Path) -> SavedRun:
         raise TrainingError(f"{run.path} is not a run's folder: there is no {run.config.name} or {run.checkpoint.name}")
     config, state = load_config(run.config), load_checkpoint(run.checkpoint)
     weights = averaged_weights(state.get("task", {})) or state.get("model", {})
-    # The classifier of a supervised module.
-    classifier = weights.get("objectives.0.bias")
     description = state.get("description", {})
     try:
-        classes = len(description.get("classes", ())) or (0 if classifier is None else len(classifier))
+        classes = class_count(description, weights)
         task = empty_task(config, description.get("image_shape"), classes)
         put_into(task.model, weights)
     except (AttributeError, LookupError, TypeError, RuntimeError):
         raise TrainingError(f"{run.checkpoint} is of another model than {run.config} describes") from None
     return SavedRun(config, state, task, description.get("image_shape"), classes)
+
+
+def class_count(description: Mapping[str, Any], weights: Mapping[str, Tensor]) -> int:
+    """The number of classes that a model of a checkpoint was built for; 0 where it knows none."""
+    # The classifier of a supervised module.
+    classifier = weights.get("objectives.0.bias")
+    return len(description.get("classes", ())) or (0 if classifier is None else len(classifier))
 
 
 def empty_task(config: RunConfig, image_shape: Sequence[int] | None, classes: int) -> Task:

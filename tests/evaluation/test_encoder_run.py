@@ -114,7 +114,8 @@ def test_other_images_get_the_statistics_of_the_runs(folder, monkeypatch):
     expected = {"image_shape": [3, 32, 32], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
     assert run.statistics() == {**expected, "gray_mean": 0.7, "gray_std": 0.8}
     stand_in = run.stand_in("folder", images)
-    other = replace(DATA, name="folder", pretrain=images, train=None, test=None, classes=())
+    assert stand_in.pretrain.images is stand_in.train.images is images.images
+    other = replace(DATA, name="folder", pretrain=stand_in.pretrain, train=stand_in.train, test=None, classes=())
     assert vars(stand_in) == vars(other)
     # A checkpoint of before they were kept.
     monkeypatch.setattr(EncoderRun, "dataset", lambda run: DATA)
@@ -125,6 +126,20 @@ def test_other_images_get_the_statistics_of_the_runs(folder, monkeypatch):
         "gray_mean": 0.7,
         "gray_std": 0.8,
     }
+
+
+@pytest.mark.parametrize(
+    ("model", "options"), [("supcon", {}), ("greedy-infomax", {"objective": "supervised"}), ("cpc-v2", {})]
+)
+def test_encoding_needs_no_labels(tmp_path, model, options):
+    """Encodings of images without labels are those that the run's own labelled images would have."""
+    data = replace(DATA, classes=("a", "b", "c"))
+    run = EncoderRun.open(new_run(tmp_path / "run", config_of(model, device="cpu", **options), data), CPU)
+    images = torch.from_numpy(noise(3, 32))
+    for others in (ImageSet(np.empty((0, 3, 32, 32), np.uint8)), ImageSet(images.numpy())):
+        task = run.trained(run.stand_in("folder", others))
+        own = run.trained(data)
+        assert torch.equal(task.features(task.model, images), own.features(own.model, images))
 
 
 @pytest.mark.parametrize(
