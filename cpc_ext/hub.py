@@ -22,6 +22,7 @@ from cpc_ext import __version__, models
 from cpc_ext.data import PatchView, SimCLRView
 from cpc_ext.evaluation.empty_task import empty_task, saved_run
 from cpc_ext.models import PatchEncoder
+from cpc_ext.tasks.encoder_options import EncoderConfig
 from cpc_ext.training.config import explain, validate_config
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.run_dir import RunDir
@@ -179,10 +180,16 @@ class Encoder(_Saved, pipeline_tag="image-feature-extraction"):
     def of_run(cls, path: str | Path) -> Self:
         """The encoder of a finished run on images, in evaluation mode.
 
-        TrainingError where there is none in the folder.
+        TrainingError where there is none in the folder, or its last modules are not trained yet.
         """
         run = RunDir(Path(path))
         config = run.known_config
+        end = config.encoder_ends_at if isinstance(config, EncoderConfig) else None
+        if end is not None:
+            raise TrainingError(
+                f"{path} trained module {end - 1} and not those after it, whose weights are those of its start: train "
+                f"them (--train-module {end} --resume-from {path}); what its own probe sees, cpc_ext.embed takes"
+            )
         if not run.encoder.is_file():
             raise TrainingError(f"{path} holds no {run.encoder.name}: its run is not finished, or learns no encoder")
         try:

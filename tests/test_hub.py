@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from cpc_ext import hub
@@ -64,6 +65,24 @@ def test_encoder(model, run, tiny_dataset, tmp_path):
     loaded.save_pretrained(tmp_path / "again")
     for name in ("config.json", "README.md"):
         assert (tmp_path / "again" / name).read_text() == (tmp_path / "hub" / name).read_text()
+
+
+def test_an_encoder_whose_last_modules_are_untrained_is_refused(train_with, tmp_path):
+    """What follows the trained modules has the weights that a seed drew, and features of it tell nothing of the run."""
+    folder = tmp_path / "run"
+    options = ("--model", "greedy-infomax", "--modules", "3", "--crop", "24", "--grid-size", "5", "--pred-steps", "2")
+    for module, trained in ((0, "1"), (1, "2"), (2, None)):
+        more = () if module == 0 else ("--resume-from", tmp_path / f"run{module - 1}")
+        folder = tmp_path / f"run{module}"
+        taken = (*SMALL, *options, *SHORT, "--train-module", str(module), *more, "--out-dir", folder)
+        assert train_with(*taken, "--no-evaluate") == 0
+        with safe_open(folder / "encoder.safetensors", "pt") as file:
+            assert file.metadata().get("modules") == trained
+        if trained is None:
+            assert hub.Encoder.of_run(folder).num_features == 32
+        else:
+            with pytest.raises(TrainingError, match=rf"run{module} trained module {module} and not those after it"):
+                hub.Encoder.of_run(folder)
 
 
 @pytest.mark.parametrize("model", RUNS)

@@ -31,7 +31,8 @@ from cpc_ext.measures.finite import NotFiniteError
 from cpc_ext.measures.knn import TEMPERATURE, knn_scores
 from cpc_ext.measures.label_subsets import LabelBudget, parse_label_budgets
 from cpc_ext.measures.probe import encode, fit_linear_classifier
-from cpc_ext.training.errors import TrainingError, writing
+from cpc_ext.tasks.encoder_options import EncoderConfig
+from cpc_ext.training.errors import TrainingError, warn, writing
 from cpc_ext.training.precision import check_device
 from cpc_ext.training.run_dir import RunDir
 
@@ -39,6 +40,8 @@ __all__ = ["evaluate", "judged"]
 
 # Weights that have learnt something are moved less than new ones: the encoder's share of the run's learning rate.
 _FINETUNE_SHARE = 0.5
+# Modes that take nothing of what the run has learned.
+_WITHOUT_TRAINED = ("supervised", "untrained")
 
 
 def evaluate(command: EvaluationOptions) -> None:
@@ -100,6 +103,13 @@ class _Evaluator:
         self._train_labels, self._test_labels = torch.from_numpy(train.labels), torch.from_numpy(test.labels)
         self._classes = len(self._dataset.classes)
         self._task = run.trained(self._dataset)
+        if isinstance(run.config, EncoderConfig) and run.config.learns_from_labels:
+            used = [mode for mode in parse_modes(command.mode) if mode not in _WITHOUT_TRAINED]
+            if used:
+                warn(
+                    f"{run.dir.path}: the encoder has learned from the labels of all training images; "
+                    f"{', '.join(used)} of fewer labels does not tell how few are enough"
+                )
         self._folder = run.dir.path / "evaluation"
         with writing(run.dir.path):
             self._folder.mkdir(exist_ok=True)
@@ -186,7 +196,7 @@ class _Evaluator:
         """All that decides a row's numbers, besides its mode, labels and images."""
         settings: dict[str, Any] = {
             "cpc_ext": cpc_ext.__version__,
-            "weights": None if mode in ("supervised", "untrained") else self._weights,
+            "weights": None if mode in _WITHOUT_TRAINED else self._weights,
             "seed": self._command.seed,
             "repeats": repeats,
             "precision": self._run.config.compute.precision,

@@ -72,6 +72,16 @@ class EncoderConfig(RunConfig):
         """The section with the options of the encoder."""
         raise NotImplementedError
 
+    @property
+    def encoder_ends_at(self) -> int | None:
+        """The number of modules that the run's encodings go through; None where it is the whole encoder."""
+        return None
+
+    @property
+    def learns_from_labels(self) -> bool:
+        """Whether the encoder learns from the labels of the training images."""
+        return False
+
     def remedies(self) -> list[str]:
         section = self.encoder_section
         if section.norm == "none" and not has_own_norm(section.encoder):

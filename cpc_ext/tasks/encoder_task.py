@@ -203,7 +203,9 @@ class EncoderTask(Task):
     def save(self, run: RunDir) -> None:
         """Write the figures, and the encoder's weights with what is needed to build it and to feed it in the header.
 
-        "class" there is its name in :mod:`cpc_ext.models`, "encoder" that class's keyword arguments as JSON.
+        "class" there is its name in :mod:`cpc_ext.models`, "encoder" that class's keyword arguments as JSON; "modules"
+        is the number of modules up to the last one that the run trained, where more follow, with the weights that they
+        had at its start.
         """
         weights = {name: value.contiguous() for name, value in self.model.encoder.state_dict().items()}
         view = {name: value for name, value in asdict(self._view).items() if name not in _OF_TRAINING}
@@ -215,6 +217,8 @@ class EncoderTask(Task):
             "view": json.dumps(view),
             "config": json.dumps(self._config.model_dump(mode="json")),
         }
+        if self._config.encoder_ends_at is not None:
+            metadata["modules"] = str(self._config.encoder_ends_at)
         with atomic_file(run.encoder) as file:
             write_safetensors(file, weights, metadata)
         self._save_figures(run)

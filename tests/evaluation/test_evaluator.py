@@ -259,6 +259,25 @@ def test_encodings_that_are_not_finite_are_told(tmp_path, measure, monkeypatch, 
         measure(mode=mode)
 
 
+def test_encoders_that_have_seen_the_labels_are_told(tmp_path, measure, calls, capsys):
+    """No others, and not where nothing of what they have learned is used."""
+    warned = {}
+    for name, model, options, mode in (
+        ("supcon", "supcon", {}, "knn,untrained"),
+        ("fresh", "supcon", {}, "supervised,untrained"),
+        ("modules", "greedy-infomax", {"objective": "supervised"}, "linear,knn"),
+        ("greedy", "greedy-infomax", {}, "knn"),
+    ):
+        run = Run(tmp_path / name)
+        run.config = config_of(model, **options)
+        measure(run, mode=mode)
+        warned[name] = capsys.readouterr().err
+    seen = "the encoder has learned from the labels of all training images; "
+    assert f"warning: {tmp_path}/supcon: {seen}knn of fewer labels does not tell" in warned["supcon"]
+    assert f"{seen}linear, knn of fewer labels" in warned["modules"]
+    assert "labels" not in warned["fresh"] + warned["greedy"]
+
+
 def test_what_was_measured_is_not_measured_again(tmp_path, measure, calls):
     run = Run(tmp_path / "run")
     before = [measure(run, mode="linear,knn", labels="1,2", repeats=1) for _ in range(2)]

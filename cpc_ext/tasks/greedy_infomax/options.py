@@ -83,6 +83,15 @@ class GreedyConfig(cpc_v1.CPCConfig):
         return self.greedy.objective != "supervised"
 
     @property
+    def encoder_ends_at(self) -> int | None:
+        end = self.greedy.learning[-1] + 1
+        return end if end < self.greedy.count else None
+
+    @property
+    def learns_from_labels(self) -> bool:
+        return not self.predicts
+
+    @property
     def title(self) -> str:
         """What the run's model is called in figures: the end-to-end encoder is that of CPC."""
         several = self.greedy.count > 1

@@ -28,6 +28,10 @@ class SupConConfig(TwoViewConfig):
     def encoder_section(self) -> SupConSection:
         return self.supcon
 
+    @property
+    def learns_from_labels(self) -> bool:
+        return True
+
 
 CONFIG = SupConConfig
 PRESETS = two_view_presets("supcon", temperature=0.1)
