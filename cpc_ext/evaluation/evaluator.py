@@ -27,12 +27,11 @@ from cpc_ext.evaluation.finetuning import FineTuning, fine_tune
 from cpc_ext.evaluation.options import FINETUNE_LR, EvaluationOptions, parse_modes
 from cpc_ext.evaluation.per_module import evaluate_per_module
 from cpc_ext.evaluation.speech import evaluate_speech
-from cpc_ext.measures.finite import NotFiniteError
 from cpc_ext.measures.knn import TEMPERATURE, knn_scores
 from cpc_ext.measures.label_subsets import LabelBudget, parse_label_budgets
 from cpc_ext.measures.probe import encode, fit_linear_classifier
 from cpc_ext.tasks.encoder_options import EncoderConfig
-from cpc_ext.training.errors import TrainingError, warn, writing
+from cpc_ext.training.errors import EncodingsNotFiniteError, TrainingError, warn, writing
 from cpc_ext.training.precision import check_device
 from cpc_ext.training.run_dir import RunDir
 
@@ -48,7 +47,7 @@ def evaluate(command: EvaluationOptions) -> None:
     """Do what the command says. TrainingError where that cannot be done."""
     try:
         _evaluate(command)
-    except NotFiniteError as error:
+    except EncodingsNotFiniteError as error:
         raise TrainingError(
             f"{', '.join(map(str, command.runs))}: encodings that cannot be measured: {error}"
         ) from None

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cpc_ext.training.errors import EncodingsNotFiniteError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["NotFiniteError", "check_finite"]
-
-
-class NotFiniteError(ValueError):
-    """Encodings that are infinite or NaN."""
+__all__ = ["check_finite"]
 
 
 def check_finite(name: str, features: Tensor) -> None:
-    """NotFiniteError where a row of features [N, D] is not finite; name: of the argument."""
+    """EncodingsNotFiniteError where a row of features [N, D] is not finite; name: of the argument."""
     wrong = int((~features.isfinite()).any(1).sum())
     if wrong:
-        raise NotFiniteError(f"{name}: expected finite numbers, got {wrong} of {len(features)} rows with others")
+        raise EncodingsNotFiniteError(
+            f"{name}: expected finite numbers, got {wrong} of {len(features)} rows with others"
+        )

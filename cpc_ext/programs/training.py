@@ -19,7 +19,6 @@ import torch
 from pydantic import ValidationError
 
 import cpc_ext
-from cpc_ext.measures.finite import NotFiniteError
 from cpc_ext.programs.command_line import exit_status
 from cpc_ext.programs.train_options import Command, describe, parse
 from cpc_ext.tasks.online_probe import PROBED
@@ -28,7 +27,7 @@ from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.config import RunConfig, explain, option, options_that_may_change, validate_config
 from cpc_ext.training.data_record import described
 from cpc_ext.training.distribution import Ranks, joined_ranks, lost_contact
-from cpc_ext.training.errors import TrainingError, speaker, unfailing_output, warn, writing
+from cpc_ext.training.errors import EncodingsNotFiniteError, TrainingError, speaker, unfailing_output, warn, writing
 from cpc_ext.training.loggers import check_loggers
 from cpc_ext.training.loop import Trainer
 from cpc_ext.training.precision import check_device
@@ -156,7 +155,7 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
             with _timed(phases, "evaluation"):
                 try:
                     results = task.evaluate()
-                except NotFiniteError as error:
+                except EncodingsNotFiniteError as error:
                     warn(f"what the trained model is worth could not be measured: {error}")
         log.scalars(trainer.step, results)
         ranks.say("drawing its figures ...")

@@ -12,11 +12,15 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TrainingError", "speaker", "unfailing_output", "warn", "writing"]
+__all__ = ["EncodingsNotFiniteError", "TrainingError", "speaker", "unfailing_output", "warn", "writing"]
 
 
 class TrainingError(Exception):
     """Training cannot start or go on; the message says why and what to do."""
+
+
+class EncodingsNotFiniteError(ValueError):
+    """Encodings that are to be measured, and are infinite or NaN."""
 
 
 @contextmanager

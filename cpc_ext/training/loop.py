@@ -20,13 +20,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cpc_ext.measures.finite import NotFiniteError
 from cpc_ext.training.atomic_file import replace_with_link
 from cpc_ext.training.checkpoint import load_weights, save_checkpoint
 from cpc_ext.training.config import RunConfig
 from cpc_ext.training.data_record import data_record, differences
 from cpc_ext.training.distribution import Ranks
-from cpc_ext.training.errors import TrainingError, warn, writing
+from cpc_ext.training.errors import EncodingsNotFiniteError, TrainingError, warn, writing
 from cpc_ext.training.meter import FiniteGuard, Meter
 from cpc_ext.training.parts import Parts
 from cpc_ext.training.pipeline import Pipeline
@@ -337,7 +336,7 @@ class Trainer:
                     log.images(self.step, [sample])
             except OSError as error:
                 warn(f"could not write what was observed at step {self.step} ({error}); training goes on without")
-            except NotFiniteError as error:
+            except EncodingsNotFiniteError as error:
                 warn(f"nothing was observed at step {self.step}: {error}; training goes on")
 
         self._looked(observe)
