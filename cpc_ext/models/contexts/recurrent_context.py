@@ -113,7 +113,7 @@ class RecurrentContext(Module):
         """What ``to``, ``half`` and their kind come down to: the kept state goes with the parameters."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.state is not None:
-            self.state = [fn(each) if isinstance(each, Tensor) else (fn(each[0]), fn(each[1])) for each in self.state]
+            self.state = [_map(fn, each) for each in self.state]
         return self
 
     def extra_repr(self) -> str:
@@ -122,7 +122,8 @@ class RecurrentContext(Module):
     def _kept(self, index: int, batch: int) -> State | None:
         if not self.keep_state or self.state is None:
             return None
-        state = self.state[index]
+        # What inference mode has made is for backward passes only as a copy.
+        state = _map(lambda each: each.clone() if each.is_inference() else each, self.state[index])
         kept = (state if isinstance(state, Tensor) else state[0]).shape[1]
         if kept != batch:
             raise ValueError(
@@ -145,3 +146,8 @@ class RecurrentContext(Module):
         if isinstance(last, Tensor):
             return contexts, last.detach()
         return contexts, (last[0].detach(), last[1].detach())
+
+
+def _map(fn: Callable[[Tensor], Tensor], state: State) -> State:
+    """What a function makes of a layer's state, or of both of an LSTM."""
+    return fn(state) if isinstance(state, Tensor) else (fn(state[0]), fn(state[1]))

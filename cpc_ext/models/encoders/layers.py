@@ -11,13 +11,32 @@ from torch import Tensor, nn
 from cpc_ext.nn.conv2d import Conv2d
 from cpc_ext.nn.group_norm import GroupNorm
 
-__all__ = ["NORMS", "begin_block", "check_norm", "conv", "reset_layers"]
+__all__ = ["NORMS", "InstanceNorm", "begin_block", "check_norm", "conv", "reset_layers"]
+
+
+class InstanceNorm(GroupNorm):
+    """Each channel of an image by itself, with scales and biases.
+
+    Raises ValueError for maps of one pixel, as PyTorch's layer does: all of their outputs would be the biases.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.shape[2:].numel() == 1:
+            raise ValueError(
+                f"norm='instance' needs maps of more than one pixel, got {list(input.shape)}: take larger patches, "
+                "fewer strides or another norm"
+            )
+        return super().forward(input)
+
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "none": lambda channels: nn.Identity(),
     "batch": nn.BatchNorm2d,
     "layer": lambda channels: GroupNorm(1, channels),
-    "instance": lambda channels: GroupNorm(channels, channels),
+    "instance": InstanceNorm,
 }
 
 

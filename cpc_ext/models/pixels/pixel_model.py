@@ -23,6 +23,9 @@ from cpc_ext.nn.typed import Module
 
 __all__ = ["PixelModel", "SoftmaxPixelModel"]
 
+# Its inverse still is a number of float32.
+_COLDEST = 1e-30
+
 
 class PixelModel(Module, ABC):
     """An autoregressive model of images of C colours with values 0..255, or of as many levels as it has.
@@ -113,13 +116,13 @@ class PixelModel(Module, ABC):
             count: B, how many.
             size: (H, W) in pixels, or one side for both.
             labels: [B] integers or one for all; for a model with classes only.
-            temperature: below 1 the probable becomes more so, 0 always takes the most probable.
+            temperature: below 1 the probable becomes more so; 0, and less than 1e-30, always takes the most probable.
             images: [B, C, H, W], whose first ``known_rows`` rows are kept and the rest drawn; of the result's type.
             known_rows: see ``images``; 0 to H.
             noise: decides the draws; of which shape and kind is the model's matter. Default: drawn pixel by pixel.
             generator: on the model's device, draws the noise. Default: PyTorch's own.
-            cached: keep features from pixel to pixel. Otherwise the whole network runs for every value: the same
-                images, slower by orders of magnitude.
+            cached: keep features from pixel to pixel. Otherwise the whole network runs for every value, slower by
+                orders of magnitude: the same images in float32 and float64, while 16 bits round otherwise.
             progress: goes through the rows as they are drawn; ``tqdm.tqdm`` draws a bar.
 
         Returns:
@@ -135,6 +138,8 @@ class PixelModel(Module, ABC):
         self.check_size(height, width)
         if not (temperature >= 0 and math.isfinite(temperature)):
             raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
+        if temperature < _COLDEST:
+            temperature = 0.0
         device = next(self.parameters()).device
         if isinstance(labels, int):
             labels = torch.full((count,), labels, device=device)
@@ -199,6 +204,8 @@ class PixelModel(Module, ABC):
             return None
         if labels is None:
             raise ValueError(f"labels must be given: the model is conditioned on {self.num_classes} classes")
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"labels must be a tensor of integers, got {type(labels).__name__}")
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise TypeError(f"labels must be integers, got {labels.dtype}")
         if labels.shape != (count,):

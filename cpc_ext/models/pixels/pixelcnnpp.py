@@ -7,7 +7,8 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -183,13 +184,8 @@ class PixelCNNPP(PixelModel):
 
         Of a block's last layer it is a deviation of 0.1. Without dropout. Arguments and errors as of :meth:`forward`.
         """
-        training = self.training
-        self.eval()
-        try:
-            with initialize_from_data(self):
-                self(images, labels)
-        finally:
-            self.train(training)
+        with _evaluating(self), initialize_from_data(self):
+            self(images, labels)
 
     def pixel_features(self, shape: tuple[int, int, int, int], labels: Tensor | None, *, cached: bool) -> PixelFeatures:
         if cached:
@@ -199,11 +195,8 @@ class PixelCNNPP(PixelModel):
         pixels = bias.new_zeros((batch, height, width, channels), dtype=torch.promote_types(bias.dtype, torch.float32))
 
         def run(image: Tensor) -> Tensor:
-            training = self.training
-            self.eval()  # Dropout is for training.
-            params = self.mixture(image.to(bias.dtype), labels)
-            self.train(training)
-            return params
+            with _evaluating(self):  # Dropout is for training.
+                return self.mixture(image.to(bias.dtype), labels)
 
         return WholeNetwork(run, pixels, 1, len(bias))
 
@@ -224,6 +217,18 @@ class PixelCNNPP(PixelModel):
                 f"size must be a multiple of {_MULTIPLE} pixels each way, as the lowest of {_LEVELS} resolutions has a "
                 f"{_MULTIPLE}th, got {height} x {width}"
             )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In the block the model is in evaluation mode; then every part of it is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class _Level(Module):

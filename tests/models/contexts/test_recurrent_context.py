@@ -78,6 +78,21 @@ def test_the_kept_state_goes_where_the_parameters_go(kind):
     torch.testing.assert_close(found.float(), expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"kind": "lstm", "layers": 2}, {"remove_bptt": True}])
+def test_a_state_of_inference_mode_is_trained_from(options):
+    context = RecurrentContext(5, 4, keep_state=True, **options).double()
+    gradients = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        context.reset_state()
+        context.zero_grad()
+        with mode():
+            context(encodings())
+        context(encodings()).square().sum().backward()
+        gradients.append([parameter.grad for parameter in context.parameters()])
+    for expected, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, **EXACT)
+
+
 def test_without_keeping_every_window_begins_with_zeros():
     context = RecurrentContext(5, 4).double()
     z = encodings()

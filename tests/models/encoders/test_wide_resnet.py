@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cpc_ext.models import WideResNetEncoder
+from cpc_ext.models.encoders.layers import NORMS
 from cpc_ext.ops import extract_patches
 
 
@@ -31,6 +33,20 @@ def test_norms(norm):
     assert encodings.shape == (2, 64, 2, 3)
     assert all(parameter.grad is not None for parameter in encoder.parameters())
     assert (encoder.conv1.bias is not None) == (norm == "none")
+
+
+def test_instance_norm_of_one_pixel_is_refused():
+    """All that it could give is its biases, whatever the patch; larger maps are PyTorch's instance norm."""
+    torch.manual_seed(0)
+    layer = NORMS["instance"](3)
+    torch.nn.init.normal_(layer.weight)
+    maps = torch.randn(2, 3, 1, 2)
+    torch.testing.assert_close(layer(maps), F.instance_norm(maps, weight=layer.weight, bias=layer.bias))
+    for training in (True, False):
+        with pytest.raises(ValueError, match=r"more than one pixel, got \[2, 3, 1, 1\]"):
+            layer.train(training)(maps[..., :1])
+    with pytest.raises(ValueError, match=r"norm='instance' needs maps of more than one pixel"):
+        WideResNetEncoder(10, 1, 1, norm="instance")(torch.randn(2, 1, 1, 1, 4, 4))
 
 
 def test_images_are_cut_into_patches():

@@ -209,7 +209,8 @@ def test_temperature(kind):
     if kind in SOFTMAX:
         assert torch.equal(model(coldest[0]).argmax(2), coldest[0].long())
     noise = noise_of(model, 2, 4, 4)
-    assert torch.equal(model.sample(2, 4, temperature=1e-12, noise=noise), coldest[0])
+    for temperature in (1e-12, 1e-29, 1e-31, 1e-300):
+        assert torch.equal(model.sample(2, 4, temperature=temperature, noise=noise), coldest[0])
     assert not torch.equal(model.sample(2, 4, temperature=1.0, noise=noise), coldest[0])
 
 
@@ -340,3 +341,19 @@ WRONG = [
 def test_wrong_arguments(kind, arguments, message):
     with pytest.raises(ValueError, match=message):
         model_of(kind).sample(**{"count": 2, "size": 4, **arguments})
+
+
+@of("gated of classes", "++ of classes")
+def test_labels_are_a_tensor(kind):
+    with pytest.raises(TypeError, match=r"^labels must be a tensor of integers, got list$"):
+        model_of(kind).sample(2, 4, labels=[0, 1])
+
+
+@of("++")
+def test_sampling_leaves_every_part_in_its_mode(kind):
+    model = model_of(kind).train()
+    frozen = next(model.children()).eval()
+    for cached in (True, False):
+        model.sample(1, 4, cached=cached)
+        modes = {module.training for module in model.modules() if module not in {*frozen.modules()}}
+        assert (modes, {module.training for module in frozen.modules()}) == ({True}, {False})

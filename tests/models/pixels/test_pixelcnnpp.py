@@ -120,8 +120,11 @@ def test_initialization_from_data(channels_last):
     images = uint8(8, 3, 16, 16)
     if channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
+    model.up_layers[0].eval()
     model.initialize(images)
     assert model.training
+    assert not any(module.training for module in model.up_layers[0].modules())
+    assert all(module.training for module in model.up_layers[1].modules())
     model.eval()
     seen = {}
 
