@@ -180,7 +180,7 @@ def _sorted_out(arrays: Mapping[str, Any], *, codes: bool = False) -> tuple[Part
             named.append((name, _Part(name, arrays[name], known)))
     if not named:
         raise ValueError(f"expected an array of images [N, H, W] or [N, H, W, C], found {_described(arrays)}")
-    parts = parts_of(named)
+    parts = parts_of(named, lambda several: any(label is not None for part in several for label in part.labels))
     for several in (parts.train, parts.unlabeled):
         if len(several) > 1:
             parts.notes.append(f"trained on as one: {some(part.name for part in several)}")

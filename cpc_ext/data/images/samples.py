@@ -24,7 +24,7 @@ from cpc_ext.data.images.decode import AHEAD, RowWriter, SizeNotKept, reason_of
 from cpc_ext.data.images.decode_cache import DEFAULT_SIZE
 from cpc_ext.data.images.labels import Classes, Label, class_indices
 from cpc_ext.data.images.pixels import to_pixels
-from cpc_ext.data.images.source_files import Parts, parts_of, place_of, split_in
+from cpc_ext.data.images.source_files import Parts, parts_of, place_of
 from cpc_ext.data.images.statistics import PixelStatistics, pixel_statistics
 from cpc_ext.data.notice import LeftOut, tell
 from cpc_ext.data.splits import held_out
@@ -94,13 +94,7 @@ def labelled_parts(files: Sequence[TreeFile], samples: Callable[[list[TreeFile]]
     def labelled(part: list[TreeFile]) -> bool:
         return any(sample.label is not None for sample in islice(samples(part), _LOOKED_AT))
 
-    parts = parts_of((file.path, file) for file in files)
-    tests, validation = ([file for file in files if split_in(file.path) == part] for part in ("test", "validation"))
-    if tests and validation and not labelled(tests) and labelled(validation):
-        parts = parts_of((file.path, file) for file in files if file not in tests)
-        names = some(file.path for file in tests)
-        parts.notes.append(f"left out of what is to test on, as only what is for validation has labels: {names}")
-    return parts
+    return parts_of(((file.path, file) for file in files), labelled)
 
 
 def load_source(source: Source, image_size: int | None) -> Dataset:

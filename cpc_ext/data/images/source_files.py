@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
@@ -130,11 +130,11 @@ class Parts(Generic[T]):
     notes: list[str] = field(default_factory=list)
 
 
-def parts_of(named: Iterable[tuple[str, T]]) -> Parts[T]:
+def parts_of(named: Iterable[tuple[str, T]], labelled: Callable[[list[T]], bool] | None = None) -> Parts[T]:
     """Divide what has names, of files or arrays, by what these say; those that say nothing are to train on.
 
-    Test comes before validation, which is then left out. One of these alone is trained on. Where nothing else is to
-    train on, what says so beside another word is.
+    Test comes before validation, unless only the latter is `labelled`; the other is then left out. One of these alone
+    is trained on. Where nothing else is to train on, what says so beside another word is.
 
     Raises ValueError where there is nothing to train on but several parts to test on, or nothing at all.
     """
@@ -151,6 +151,12 @@ def parts_of(named: Iterable[tuple[str, T]]) -> Parts[T]:
             parts.notes.append(f"taken for training, as their names say that, too, and no other does: {some(moved)}")
     validation = by_part.get("validation", [])
     tests = by_part.get("test", [])
+    if tests and validation and labelled is not None:
+        has_labels = [labelled([value for _, value in each]) for each in (tests, validation)]
+        if has_labels == [False, True]:
+            names = some(name for name, _ in tests)
+            parts.notes.append(f"left out of what is to test on, as only what is for validation has labels: {names}")
+            tests, validation = validation, []
     if tests and validation:
         names = some(name for name, _ in validation)
         parts.notes.append(f"left out for validation, as there is something to test on: {names}")

@@ -449,3 +449,13 @@ def test_moving_to_the_end_exchanges_rows():
     assert [row for row in order[:4] if row in (0, 2)] == [0, 2]
     assert move_to_end(rows, set()) == list(range(7))
     assert move_to_end(np.arange(7), {1, 5}) == [0, 6, 2, 3, 4, 5, 1]
+
+
+def test_validation_with_labels_is_tested_on_where_the_test_images_have_none(tmp_path):
+    """As competitions hand out their data."""
+    np.savez(tmp_path / "all.npz", x_train=X[:20], y_train=Y[:20], x_val=X[20:30], y_val=Y[20:30], x_test=X[30:])
+    with pytest.warns(UserWarning, match="as only what is for validation has labels: .*x_test"):
+        data = load_dataset("npy", tmp_path / "all.npz")
+    assert data.test.labels.tolist() == Y[20:30].tolist()
+    assert np.array_equal(data.test.images, X[20:30].transpose(0, 3, 1, 2))
+    assert len(data.train) == 20
