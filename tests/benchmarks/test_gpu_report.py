@@ -26,7 +26,8 @@ def test_stages_are_ordered_by_worth_and_need_the_build(tmp_path):
     stages = gpu_report.make_stages(tmp_path, tmp_path / "build", "90", quick=False)
     names = [stage.name for stage in stages]
     assert names[:4] == ["build", "check", "tests", "kernels quick"]
-    assert names[4:] == ["memcheck", "racecheck", "synccheck", "initcheck", "kernels", "training", "predictions"]
+    tools = ["memcheck", "racecheck", "synccheck", "initcheck"]
+    assert names[4:] == ["product", *tools, "kernels", "training", "predictions"]
     assert all(stage.needs == ("build",) for stage in stages[1:-1])
     assert "cmake.define.CMAKE_CUDA_ARCHITECTURES=90" in stages[0].commands[0]
 
