@@ -203,7 +203,7 @@ __device__ void multiply_pairs(const SampledRow<T, Sum>& row) {
   __syncwarp();
 }
 
-// In the place of the power of a negative that is left out.
+// Stands in the place of the power of a negative that is left out.
 template <class Sum>
 constexpr Sum kLeftOut = -1;
 

@@ -47,7 +47,7 @@ SIZES = [(1, 1, 1), (131, 263, 77), (300, 257, 129), (128, 256, 64), (65, 9, 200
 
 def run(program: Path, product: str, size: tuple[int, int, int], **variables: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"} | variables
-    if "groups" in product:  # Of GPUs with so much.
+    if "groups" in product:  # Their GPUs have so much.
         environment["CPC_EMULATION_SHARED_KIB"] = "227"
     environment.pop("LD_PRELOAD", None)  # Its own sanitizer, not one that this process may run under.
     command = [program, *product.split(), *map(str, size)]

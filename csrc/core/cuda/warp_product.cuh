@@ -69,7 +69,8 @@ struct WholeLines {
   __device__ static int at(int depth, int chunk) { return chunk_of_depth<T, kWidth>(depth, chunk); }
   __device__ static int nth(int line) { return line; }
 };
-// As wgmma reads values of 16 bits: blocks of 128 bytes of each line, one after another, with room for whole ones.
+// The layout in which wgmma reads values of 16 bits: blocks of 128 bytes of each line, one after another, with room for whole
+// blocks.
 template <class T, int kWidth>
 struct LineBlocks {
   static constexpr int kPitch = 128, kBlockBytes = kDepth<T> * kPitch;

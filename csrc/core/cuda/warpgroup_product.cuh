@@ -68,7 +68,7 @@ class WarpgroupLoop : public SliceCopies<Math, Tile, A, B, Depth> {
   static constexpr bool kOutermostA = Base::OfA::kOutermost, kOutermostB = Base::OfB::kOutermost;
   using OfA = Description<kOutermostA>;
   using OfB = Description<kOutermostB>;
-  // Of a stage, what the calling group multiplies: 64 rows of A and all columns of B.
+  // What the calling group multiplies of a stage: 64 rows of A and all columns of B.
   __device__ uint64_t describe_a(int stage, uint32_t shared) const {
     constexpr int kGroupBytes = 64 * kSliceBytes;
     static_assert(kGroupBytes == kBlockBytes);  // Wherever the depth is.

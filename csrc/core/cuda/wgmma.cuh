@@ -32,7 +32,8 @@ struct Description {
   static constexpr int kStride = kOutermost ? 8 * 128 : 8 * 64;      // From 8 lines to the next.
   static constexpr int kStepBytes = kOutermost ? 16 * 128 : 16 * 2;  // From 16 of the depth to the next.
 
-  // Of what begins at `address` of shared memory; `leading` bytes further, 64 more of the side, where it is innermost.
+  // The description of what begins at `address` of shared memory. 64 more of the side, where it is innermost, lie `leading`
+  // bytes further.
   __device__ static uint64_t of(uint32_t address, [[maybe_unused]] int leading) {
     return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(kOutermost ? leading >> 4 : 1) << kLeadingAt |
            static_cast<uint64_t>(kStride >> 4) << kStrideAt | static_cast<uint64_t>(kSwizzle) << kSwizzleAt;
@@ -48,7 +49,7 @@ class DescribedOperand {
   __device__ DescribedOperand(const unsigned char* shared, uint64_t description)
       : shared_(shared), description_(description) {}
 
-  // Of 16 of the depth.
+  // Reads 16 of the depth.
   template <bool kOfA>
   __device__ void load_fragments(uint32_t (&r)[4], int i) const {
     const int lane = static_cast<int>(threadIdx.x) % 32, matrix = lane / 8;
