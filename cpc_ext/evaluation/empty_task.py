@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cpc_ext.data import Dataset, ImageSet, SpeechDataset, WaveformSet
+from cpc_ext.data.images.statistics import PixelStatistics
 from cpc_ext.tasks.speech_options import SpeechConfig
 from cpc_ext.training.checkpoint import load_checkpoint, load_weights
 from cpc_ext.training.config import RunConfig, load_config
@@ -20,7 +22,7 @@ from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.task import Task
 from cpc_ext.training.weight_average import averaged_weights
 
-__all__ = ["SavedRun", "class_count", "empty_task", "put_into", "saved_run"]
+__all__ = ["SavedRun", "class_count", "empty_task", "labelled_alike", "put_into", "saved_run"]
 
 
 class SavedRun(NamedTuple):
@@ -84,18 +86,19 @@ def _stand_in(config: RunConfig, image_shape: Sequence[int] | None, classes: int
     shape = tuple(image_shape or (3, *[32 if view is None else view.crop] * 2))
     if view is not None:
         shape = (shape[0], *(max(side, view.crop) for side in shape[1:]))
-    images = ImageSet(np.zeros((2, *shape), dtype=np.uint8), np.zeros(2, dtype=np.int64))
-    return Dataset(
-        name=name,
-        pretrain=images,
-        train=images,
-        test=images,
-        classes=tuple(map(str, range(classes))),
-        mean=(0.5,) * shape[0],
-        std=(0.5,) * shape[0],
-        gray_mean=0.5,
-        gray_std=0.5,
-    )
+    images = np.zeros((2, *shape), dtype=np.uint8)
+    half = PixelStatistics((0.5,) * shape[0], (0.5,) * shape[0], 0.5, 0.5)
+    return labelled_alike(name, images, classes, half)
+
+
+def labelled_alike(name: str, images: np.ndarray, classes: int, statistics: PixelStatistics) -> Dataset:
+    """A data set that a model is built from: images, uint8 [N, C, H, W], with labels that are all 0.
+
+    classes: how many there are. Models that learn from labels are not built without.
+    """
+    labelled = ImageSet(images, np.zeros(len(images), dtype=np.int64))
+    names = tuple(map(str, range(classes)))
+    return Dataset(name, pretrain=labelled, train=labelled, test=labelled, classes=names, **asdict(statistics))
 
 
 def put_into(model: nn.Module, weights: Mapping[str, Tensor], part: str = "") -> None:

@@ -11,13 +11,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 from torch import nn
 
 from cpc_ext.data import Dataset, ImageSet, SpeechDataset
 from cpc_ext.data.images.statistics import PixelStatistics
-from cpc_ext.evaluation.empty_task import class_count
+from cpc_ext.evaluation.empty_task import class_count, labelled_alike
 from cpc_ext.tasks.encoder_task import EncoderTask
 from cpc_ext.tasks.speech_task import SpeechTask
 from cpc_ext.training.checkpoint import load_checkpoint, load_weights
@@ -172,22 +171,10 @@ class EncoderRun(TrainedRun):
         }
 
     def stand_in(self, name: str, images: ImageSet) -> Dataset:
-        """Other images in place of the run's data set, with its statistics, which its encoder is used to.
-
-        They have labels, all the same, and the checkpoint's number of classes: models that learn by them are not built
-        without.
-        """
-        statistics = PixelStatistics.of(self.statistics())
-        labelled = ImageSet(images.images, np.zeros(len(images), dtype=np.int64))
+        """Other images in place of the run's data set, with its statistics, which its encoder is used to, and the
+        checkpoint's number of classes."""
         classes = class_count(self.state.get("description", {}), self.state.get("model", {}))
-        return Dataset(
-            name=name,
-            pretrain=labelled,
-            train=labelled,
-            test=None,
-            classes=tuple(map(str, range(classes))),
-            **asdict(statistics),
-        )
+        return labelled_alike(name, images.images, classes, PixelStatistics.of(self.statistics()))
 
 
 def _describes_images(description: dict[str, Any]) -> bool:

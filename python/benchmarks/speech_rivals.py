@@ -53,15 +53,20 @@ class CPCAudioRival(nn.Module):
         self.predictors = nn.ModuleList(nn.Linear(channels, channels, bias=False) for _ in range(STEPS))
         self.negatives = negatives
 
-    def forward(self, waveforms: Tensor) -> Tensor:
+    def drawn(self, waveforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Encodings and contexts [B, T, C], and negatives among all encodings, indices [B, negatives, T - STEPS]."""
         z = self.encoder(waveforms).transpose(1, 2)
         c, _ = self.context(z)
-        batch, length, channels = z.shape
+        batch, length, _ = z.shape
         window = length - STEPS
         chosen = torch.randint(batch, (batch, self.negatives, window))
         shifts = torch.randint(1, length, (batch, self.negatives, window)) + torch.arange(window)
-        flat = z.reshape(-1, channels)[(chosen * length + shifts % length).flatten()]
-        negatives = flat.view(batch, self.negatives, window, channels)
+        return z, c, chosen * length + shifts % length
+
+    def forward(self, waveforms: Tensor) -> Tensor:
+        z, c, places = self.drawn(waveforms)
+        batch, _, window = places.shape
+        negatives = z.flatten(0, 1)[places]
         labels = torch.zeros(batch * window, dtype=torch.long, device=z.device)
         total = z.new_zeros(())
         for step, predictor in enumerate(self.predictors, 1):
@@ -76,14 +81,9 @@ class BatchedCPCAudioRival(CPCAudioRival):
     """The same loss by whoever knows that all steps contrast the same negatives: one batched product scores them."""
 
     def forward(self, waveforms: Tensor) -> Tensor:
-        z = self.encoder(waveforms).transpose(1, 2)
-        c, _ = self.context(z)
-        batch, length, channels = z.shape
-        window = length - STEPS
-        chosen = torch.randint(batch, (batch, self.negatives, window))
-        shifts = torch.randint(1, length, (batch, self.negatives, window)) + torch.arange(window)
-        places = (chosen * length + shifts % length).transpose(1, 2).reshape(batch * window, self.negatives)
-        negatives = z.reshape(-1, channels)[places]
+        z, c, places = self.drawn(waveforms)
+        window, channels = places.shape[2], z.shape[2]
+        negatives = z.flatten(0, 1)[places.transpose(1, 2).flatten(0, 1)]
         predictions = torch.stack([predictor(c[:, :window]) for predictor in self.predictors], 2).flatten(0, 1)
         positives = torch.stack([z[:, step : step + window] for step in range(1, STEPS + 1)], 2).flatten(0, 1)
         own = (predictions * positives).sum(2, keepdim=True)

@@ -115,7 +115,7 @@ def test_other_images_get_the_statistics_of_the_runs(folder, monkeypatch):
     assert run.statistics() == {**expected, "gray_mean": 0.7, "gray_std": 0.8}
     stand_in = run.stand_in("folder", images)
     assert stand_in.pretrain.images is stand_in.train.images is images.images
-    other = replace(DATA, name="folder", pretrain=stand_in.pretrain, train=stand_in.train, test=None, classes=())
+    other = replace(DATA, name="folder", pretrain=stand_in.train, train=stand_in.train, test=stand_in.train, classes=())
     assert vars(stand_in) == vars(other)
     # A checkpoint of before they were kept.
     monkeypatch.setattr(EncoderRun, "dataset", lambda run: DATA)

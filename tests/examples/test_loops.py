@@ -137,12 +137,17 @@ def test_with_lightning(name, options, kind, precision):
     assert all(state[parameter]["step"] == 3 for parameter in trained)
 
 
+def example(kind, model):
+    """The program, "loop" or "lightning", of a model."""
+    if kind == "lightning":
+        pytest.importorskip("lightning", exc_type=ImportError)
+    return importlib.import_module(f"{kind}_{model}")
+
+
 @pytest.mark.parametrize("kind", ["loop", "lightning"])
 @pytest.mark.parametrize("model", ["cpc", "greedy_infomax", "simclr", "pixelcnn"])
 def test_fewer_images_than_a_batch(kind, model, capsys):
-    if kind == "lightning":
-        pytest.importorskip("lightning", exc_type=ImportError)
-    program = importlib.import_module(f"{kind}_{model}")
+    program = example(kind, model)
     with pytest.raises(SystemExit):
         program.main(["--images", "3", "--batch-size", "4"])
     assert "--images: fewer than a batch" in capsys.readouterr().err
@@ -150,9 +155,7 @@ def test_fewer_images_than_a_batch(kind, model, capsys):
 
 @pytest.mark.parametrize("kind", ["loop", "lightning"])
 def test_sides_that_pixelcnnpp_cannot_halve_twice(kind, capsys):
-    if kind == "lightning":
-        pytest.importorskip("lightning", exc_type=ImportError)
-    program = importlib.import_module(f"{kind}_pixelcnn")
+    program = example(kind, "pixelcnn")
     with pytest.raises(SystemExit):
         program.main(["--model", "pixelcnn++", "--side", "30"])
     assert "--side: a multiple of 4 for pixelcnn++" in capsys.readouterr().err
@@ -160,9 +163,7 @@ def test_sides_that_pixelcnnpp_cannot_halve_twice(kind, capsys):
 
 @pytest.mark.parametrize("kind", ["loop", "lightning"])
 def test_voices_are_no_more_than_a_loop_needs(kind, monkeypatch):
-    if kind == "lightning":
-        pytest.importorskip("lightning", exc_type=ImportError)
-    program = importlib.import_module(f"{kind}_cpc_audio")
+    program = example(kind, "cpc_audio")
     drawn = []
     make_voices = program.make_voices
     monkeypatch.setattr(program, "make_voices", lambda count: drawn.append(count) or make_voices(1))
