@@ -26,11 +26,18 @@ def describe(device: str) -> dict[str, Any]:
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
+        name = f"{torch.get_num_threads()} threads of {_processor()}, {torch.backends.cpu.get_cpu_capability()}"
     build = cpc_ext.build_info()
     del build["module"]
     versions = {"torch": torch.__version__, "python": platform.python_version(), "cuda_runtime": torch.version.cuda}
     return {"device": name, **versions, "date": str(date.today()), **build}
+
+
+def _processor() -> str:
+    """The processor's name. Python knows of most Linux machines only that they are x86-64."""
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return named[1] if named else platform.processor() or platform.machine()
 
 
 def device_slug(device: str) -> str:
