@@ -178,6 +178,12 @@ def _sorted_out(arrays: Mapping[str, Any], *, codes: bool = False) -> tuple[Part
             if len(known) != len(arrays[name]):
                 raise ValueError(f"{name} holds {len(arrays[name])} images, {theirs[name]} {len(known)} labels")
             named.append((name, _Part(name, arrays[name], known)))
+    if not codes and len(named) > 2 and all(arrays[name].ndim == 3 and len(arrays[name]) == 3 for name, _ in named):
+        # Two may be a training and a test part.
+        raise ValueError(
+            f"{some(name for name, _ in named)}: each of shape [3, H, W], which is that of one image: "
+            "give all images as one array [N, C, H, W]"
+        )
     if not named:
         raise ValueError(f"expected an array of images [N, H, W] or [N, H, W, C], found {_described(arrays)}")
     parts = parts_of(named, lambda several: any(label is not None for part in several for label in part.labels))

@@ -365,6 +365,18 @@ def test_files_of_one_image_each_are_refused(tmp_path, channels):
         load_dataset("npy", tmp_path)
 
 
+def test_files_of_one_image_each_with_channels_first_are_refused(tmp_path):
+    for number in range(3):
+        np.save(tmp_path / f"{number}.npy", pictures(1, 64, 48, 3, seed=number)[0].transpose(2, 0, 1))
+    with pytest.raises(ValueError, match=r"0, 1.*shape \[3, H, W\], which is that of one image: .* \[N, C, H, W\]"):
+        load_dataset("npy", tmp_path)
+    (tmp_path / "2.npy").unlink()
+    (tmp_path / "0.npy").rename(tmp_path / "train.npy")
+    (tmp_path / "1.npy").rename(tmp_path / "test.npy")
+    data = quiet(tmp_path)
+    assert (data.image_shape, len(data.pretrain)) == ((1, 64, 48), 3)
+
+
 def test_grey_images_of_a_few_pixels_have_an_axis_of_channels(tmp_path):
     np.savez(tmp_path / "all.npz", x_train=X[:30, :4, :4, :1], x_test=X[30:, :4, :4, :1])
     assert quiet(tmp_path).image_shape == (1, 4, 4)
