@@ -71,7 +71,8 @@ def predict_and_contrast(
 
     In step k the context c of a row predicts ``W_k c``, which scores the keys by ``scale * (W_k c) . key`` and tells
     its positive from others as :func:`cpc_ext.ops.info_nce` describes. The CPU keeps predictions of half-precision
-    arguments in float32; elsewhere they are rounded, as the results of a matrix product.
+    arguments in float32; elsewhere they are rounded, as the results of a matrix product. Their gradients are rounded to
+    bfloat16 where that is their type, on the CPU if it has instructions for products of it.
 
     Args:
         contexts: [B, T, E], floating. B or T may be 0.

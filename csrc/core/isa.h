@@ -1,8 +1,11 @@
 // The instruction sets that the CPU kernels are compiled for, from one source each, and which of them this machine
 // runs. CMake compiles every OP/cpu.cpp once per level with CPC_ISA set to the level's name, which is also the
-// namespace that keeps the copies apart; at the last level, those that have use for its products of bfloat16. With
-// CPC_ONE_ISA there is one level, the baseline, whatever it is compiled for.
+// namespace that keeps the copies apart; at the last level, those that have use for its products of bfloat16, and of them
+// what is of that type: all else would be the same as at the level below. With CPC_ONE_ISA there is one level, the
+// baseline, whatever it is compiled for.
 #pragma once
+
+#include "core/tensor_view.h"
 
 namespace cpc {
 
@@ -10,11 +13,13 @@ enum class Isa { baseline, avx2, avx512, avx512_bf16 };
 
 // The best level this processor has; the environment variable CPC_EXT_ISA=NAME lowers it.
 Isa isa();
+// The same of those levels at which there are kernels of this type.
+inline Isa isa_of(DType dtype) { return isa() == Isa::avx512_bf16 && dtype != DType::bf16 ? Isa::avx512 : isa(); }
 // What the kernels in use are compiled for: the level's name, or "native" with CPC_ONE_ISA.
 const char* isa_name();
 
-// Declare a kernel at each level, or one without products of bfloat16. Macros, because the same declaration goes into
-// several namespaces.
+// Declare a kernel at each level, or one without products of bfloat16, and call it at this processor's; the former for
+// tensors of a type. Macros, because the same declaration goes into several namespaces.
 #if defined(__x86_64__) && !defined(CPC_ONE_ISA)
 #define CPC_DECLARE_AT_EACH_ISA(...)    \
   CPC_DECLARE_UP_TO_AVX512(__VA_ARGS__) \
@@ -34,8 +39,10 @@ const char* isa_name();
   namespace avx512 {                  \
   __VA_ARGS__;                        \
   }
-#define CPC_CALL_AT_ISA(function, ...)                                       \
-  switch (::cpc::isa()) {                                                    \
+#define CPC_CALL_AT_ISA(function, ...) CPC_CALL_AT(::cpc::isa(), function, __VA_ARGS__)
+#define CPC_CALL_AT_ISA_OF(dtype, function, ...) CPC_CALL_AT(::cpc::isa_of(dtype), function, __VA_ARGS__)
+#define CPC_CALL_AT(level, function, ...)                                    \
+  switch (level) {                                                           \
     case ::cpc::Isa::avx512_bf16: return avx512_bf16::function(__VA_ARGS__); \
     case ::cpc::Isa::avx512: return avx512::function(__VA_ARGS__);           \
     case ::cpc::Isa::avx2: return avx2::function(__VA_ARGS__);               \
@@ -49,6 +56,7 @@ const char* isa_name();
   }
 #define CPC_DECLARE_WITHOUT_BFLOAT16 CPC_DECLARE_AT_EACH_ISA
 #define CPC_CALL_AT_ISA(function, ...) return baseline::function(__VA_ARGS__);
+#define CPC_CALL_AT_ISA_OF(dtype, function, ...) CPC_CALL_AT_ISA(function, __VA_ARGS__)
 #endif
 
 }  // namespace cpc

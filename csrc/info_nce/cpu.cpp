@@ -54,7 +54,7 @@ void contrast_apart(const Problem& problem) {
   two.workspace.data = problem.workspace.as<char>() + parts.used();
   two.workspace.shape[0] -= parts.used();
   contrast(two);
-  with_floating(problem.queries.dtype, [&](auto storage) {
+  with_floating_of_level(problem.queries.dtype, [&](auto storage) {
     using Storage = decltype(storage);
     auto* const to = problem.grad_queries.as<Storage>();
     const auto* const from = two.grad_keys.as<Storage>();
@@ -72,7 +72,7 @@ int64_t workspace_bytes(const Problem& problem) {
     return parts.used() + rest;
   }
   int64_t bytes = 0;
-  with_floating(problem.queries.dtype, [&](auto storage) {
+  with_floating_of_level(problem.queries.dtype, [&](auto storage) {
     using Storage = decltype(storage);
     if (problem.sampled())
       bytes = Sampled<Storage>(problem).workspace();
@@ -86,7 +86,7 @@ void contrast(const Problem& problem) {
   if (!in_one(problem)) return contrast_apart(problem);
   for (const TensorView* written : {&problem.grad_queries, &problem.grad_keys, &problem.workspace})
     if (written->ndim != 0) advise_huge_pages(written->data, written->numel() * size_of(written->dtype));
-  with_floating(problem.queries.dtype, [&](auto storage) {
+  with_floating_of_level(problem.queries.dtype, [&](auto storage) {
     using Storage = decltype(storage);
     char* const memory = problem.workspace.as<char>();
     if (problem.sampled()) return Sampled<Storage>(problem).run(memory);

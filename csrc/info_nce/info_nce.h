@@ -146,8 +146,10 @@ int64_t workspace_bytes(const Problem& problem, Where where);
 
 namespace cpu {
 CPC_DECLARE_AT_EACH_ISA(int64_t workspace_bytes(const Problem& problem); void contrast(const Problem& problem))
-inline int64_t workspace_bytes(const Problem& problem) { CPC_CALL_AT_ISA(workspace_bytes, problem) }
-inline void contrast(const Problem& problem) { CPC_CALL_AT_ISA(contrast, problem) }
+inline int64_t workspace_bytes(const Problem& problem) {
+  CPC_CALL_AT_ISA_OF(problem.queries.dtype, workspace_bytes, problem)
+}
+inline void contrast(const Problem& problem) { CPC_CALL_AT_ISA_OF(problem.queries.dtype, contrast, problem) }
 }  // namespace cpu
 
 namespace cuda {

@@ -65,29 +65,6 @@ inline void narrow_register(Storage* to, R v) {
     for (size_t i = 0; i < sizeof v / sizeof v[0]; ++i) to[i] = narrow<Storage>(v[i]);
 }
 
-// One after another of two rows' values.
-template <class E>
-void interleave(E* __restrict to, const E* __restrict first, const E* __restrict second, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    to[2 * i] = first[i];
-    to[2 * i + 1] = second[i];
-  }
-}
-
-#if defined(__AVX512BF16__)
-// Two rows, of which the first `count` lanes count, rounded: to rows `pitch` values apart, and one after another.
-inline void round_pair(Register<float> first, Register<float> second, int64_t count, BFloat16* rows, int64_t pitch,
-                       BFloat16* pairs) {
-  const __mmask16 there = count >= 16 ? __mmask16{0xffff} : static_cast<__mmask16>((1u << count) - 1);
-  const auto round = [there](Register<float> v) { return (__m256i)_mm512_maskz_cvtneps_pbh(there, (__m512)v); };
-  const __m256i low = round(first), high = round(second);
-  std::memcpy(rows, &low, sizeof low);
-  std::memcpy(rows + pitch, &high, sizeof high);
-  const __m512i both = _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-  std::memcpy(pairs, &both, sizeof both);
-}
-#endif
-
 // --- Which keys are left out ---
 
 // Keys outside of [begin, end) of each lane, as numbers from the tile's first key on.

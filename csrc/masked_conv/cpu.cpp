@@ -662,7 +662,7 @@ void fill_with_zeros(const TensorView& view) {
 
 int64_t packed_bytes(int64_t outputs, int64_t inputs, int64_t terms, DType dtype, bool gated) {
   int64_t bytes = 0;
-  with_floating(dtype, [&](auto storage) {
+  with_floating_of_level(dtype, [&](auto storage) {
     using E = Element<decltype(storage)>;
     const Panels<E> panels(outputs, gated);
     bytes = panels.offset(panels.count(), ProductDepth<E>(inputs, terms).total) * sizeof(E);
@@ -671,21 +671,21 @@ int64_t packed_bytes(int64_t outputs, int64_t inputs, int64_t terms, DType dtype
 }
 
 void pack(const Packing& problem) {
-  with_floating(problem.weight.dtype, [&](auto storage) { pack_as<decltype(storage)>(problem); });
+  with_floating_of_level(problem.weight.dtype, [&](auto storage) { pack_as<decltype(storage)>(problem); });
 }
 
 void convolve(const Convolution& problem) {
   if (problem.output.numel() == 0) return;
-  with_floating(problem.input.dtype, [&](auto storage) { Convolver<decltype(storage)>(problem).run(); });
+  with_floating_of_level(problem.input.dtype, [&](auto storage) { Convolver<decltype(storage)>(problem).run(); });
 }
 
 void activation_grad(const ActivationGrad& problem) {
-  with_floating(problem.grad.dtype, [&](auto storage) { activation_grad_as<decltype(storage)>(problem); });
+  with_floating_of_level(problem.grad.dtype, [&](auto storage) { activation_grad_as<decltype(storage)>(problem); });
 }
 
 void weight_grad(const WeightGrad& problem) {
   if (problem.weight_grad.numel() == 0) return;
-  with_floating(problem.input.dtype, [&](auto storage) {
+  with_floating_of_level(problem.input.dtype, [&](auto storage) {
     if (problem.grad.numel() == 0) return fill_with_zeros<decltype(storage)>(problem.weight_grad);
     WeightGradient<decltype(storage)>(problem).run();
   });

@@ -229,12 +229,14 @@ CPC_DECLARE_AT_EACH_ISA(int64_t packed_bytes(int64_t outputs, int64_t inputs, in
                         void activation_grad(const ActivationGrad& problem);
                         void weight_grad(const WeightGrad& problem))
 inline int64_t packed_bytes(int64_t outputs, int64_t inputs, int64_t terms, DType dtype, bool gated) {
-  CPC_CALL_AT_ISA(packed_bytes, outputs, inputs, terms, dtype, gated)
+  CPC_CALL_AT_ISA_OF(dtype, packed_bytes, outputs, inputs, terms, dtype, gated)
 }
-inline void pack(const Packing& problem) { CPC_CALL_AT_ISA(pack, problem) }
-inline void convolve(const Convolution& problem) { CPC_CALL_AT_ISA(convolve, problem) }
-inline void activation_grad(const ActivationGrad& problem) { CPC_CALL_AT_ISA(activation_grad, problem) }
-inline void weight_grad(const WeightGrad& problem) { CPC_CALL_AT_ISA(weight_grad, problem) }
+inline void pack(const Packing& problem) { CPC_CALL_AT_ISA_OF(problem.weight.dtype, pack, problem) }
+inline void convolve(const Convolution& problem) { CPC_CALL_AT_ISA_OF(problem.input.dtype, convolve, problem) }
+inline void activation_grad(const ActivationGrad& problem) {
+  CPC_CALL_AT_ISA_OF(problem.grad.dtype, activation_grad, problem)
+}
+inline void weight_grad(const WeightGrad& problem) { CPC_CALL_AT_ISA_OF(problem.input.dtype, weight_grad, problem) }
 void layer(const Layer& problem);
 void layer_grad(const LayerGrad& problem);
 }  // namespace cpu

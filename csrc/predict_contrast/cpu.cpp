@@ -2,6 +2,8 @@
 // multiplies its matrix into those of the block that it uses, contrasts these predictions as info_nce does, and turns
 // their gradients into those of contexts and matrix. All sums go on in the results from block to block, row by row,
 // whatever the number of threads.
+// Where the processor multiplies pairs of bfloat16, contexts and matrices of that type are multiplied as they are, and
+// the gradients of predictions rounded to it; predictions are not, and are contrasted in float.
 #include <algorithm>
 #include <initializer_list>
 #include <type_traits>
@@ -19,7 +21,6 @@ namespace {
 using info_nce::cpu::CPC_ISA::AllKeys;
 using info_nce::cpu::CPC_ISA::each;
 using info_nce::cpu::CPC_ISA::Sampled;
-using info_nce::cpu::CPC_ISA::SumOf;
 using info_nce::cpu::CPC_ISA::widen_run;
 
 // Contexts of a block: whole superblocks of a contrast of all keys.
@@ -48,8 +49,10 @@ void in_parts(int64_t count, const Body& body) {
 
 template <class Storage>
 class PredictAndContrast {
-  using S = SumOf<Storage>;
+  using E = Element<Storage>;
+  using S = Sum<E>;
   static constexpr bool kInPlace = std::is_same_v<S, Storage>;
+  static constexpr int64_t kLane = kLaneColumns<E>, kStep = kDepthStep<E>;
 
  public:
   explicit PredictAndContrast(const Problem& problem)
@@ -86,9 +89,10 @@ class PredictAndContrast {
 
   struct Buffers {
     S *keys, *grad_contexts, *grad_weights, *grad_keys;  // The tensors, or of another type than theirs.
-    S *to_predict, *to_contexts;                         // [K] panels of the transposed matrices, and of the matrices.
-    S *contexts, *context_panels;                        // Of the rows of a block that a step uses: [rows, E].
+    E *to_predict, *to_contexts;                         // [K] panels of the transposed matrices, and of the matrices.
+    E *contexts, *context_panels;                        // Of the rows of a block that a step uses: [rows, E].
     S *predictions, *grad_predictions;
+    E *grad_rows, *grad_pairs;  // Gradients of predictions as contexts' and matrices' are made of them.
     S *row_weights, *losses;
     int64_t *rows, *targets, *negatives, *ranks;
     char* contrast;  // What the contrast needs.
@@ -99,12 +103,19 @@ class PredictAndContrast {
       grad_contexts = of_sums(parts, p.grad_contexts);
       grad_weights = of_sums(parts, p.grad_weights);
       grad_keys = of_sums(parts, p.grad_keys);
-      to_predict = parts.take<S>(p.steps() * Panels<S>::size(a.e_, a.d_));
-      to_contexts = parts.take<S>(a.wants_contexts() ? p.steps() * Panels<S>::size(a.d_, a.e_) : 0);
-      contexts = parts.take<S>(a.block_ * a.e_);
-      context_panels = parts.take<S>(a.wants_weights() ? Panels<S>::size(a.block_, a.e_) : 0);
+      to_predict = parts.take<E>(p.steps() * Panels<E>::size(a.e_, a.d_));
+      to_contexts = parts.take<E>(a.wants_contexts() ? p.steps() * Panels<E>::size(a.d_, a.e_) : 0);
+      contexts = parts.take<E>(a.block_ * a.context_pitch());
+      context_panels = parts.take<E>(a.wants_weights() ? Panels<E>::size(a.block_, a.e_) : 0);
       predictions = parts.take<S>(a.block_ * a.d_);
-      grad_predictions = parts.take<S>(a.wants_predictions() ? a.block_ * a.d_ : 0);
+      // A register more, as its last row is read in whole ones.
+      grad_predictions = parts.take<S>(a.wants_predictions() ? a.block_ * a.d_ + kLane : 0);
+      if constexpr (kStep == 1) {
+        grad_rows = grad_pairs = grad_predictions;
+      } else {
+        const int64_t rounded = a.wants_predictions() ? padded_depth<E>(a.block_) * a.grad_pitch() : 0;
+        for (E** part : {&grad_rows, &grad_pairs}) *part = parts.take<E>(rounded);
+      }
       row_weights = parts.take<S>(a.block_);
       losses = parts.take<S>(a.block_);
       for (int64_t** part : {&rows, &targets, &ranks}) *part = parts.take<int64_t>(a.block_);
@@ -124,11 +135,15 @@ class PredictAndContrast {
     return problem.sampled() ? use(Sampled<S>(problem)) : use(AllKeys<S>(problem));
   }
 
-  Panels<S> predict_panels(const Buffers& b, int64_t step) const {
-    return {b.to_predict + step * Panels<S>::size(e_, d_), e_, d_};
+  // How far the rows of `contexts` and of `grad_rows` lie apart.
+  int64_t context_pitch() const { return padded_depth<E>(e_); }
+  int64_t grad_pitch() const { return kStep == 1 ? d_ : divide_up(d_, kLane) * kLane; }
+
+  Panels<E> predict_panels(const Buffers& b, int64_t step) const {
+    return {b.to_predict + step * Panels<E>::size(e_, d_), e_, d_};
   }
-  Panels<S> context_gradient_panels(const Buffers& b, int64_t step) const {
-    return {b.to_contexts + step * Panels<S>::size(d_, e_), d_, e_};
+  Panels<E> context_gradient_panels(const Buffers& b, int64_t step) const {
+    return {b.to_contexts + step * Panels<E>::size(d_, e_), d_, e_};
   }
 
   // What is packed or converted once, and results without any row.
@@ -171,8 +186,15 @@ class PredictAndContrast {
       ++count;
     }
     const auto* const contexts = problem_.contexts.template as<const Storage>();
-    each(workers_for(kCopyNanoseconds * static_cast<double>(count * e_)), count,
-         [&](int64_t i) { widen_run(b.contexts + i * e_, contexts + b.rows[i] * e_, e_); });
+    each(workers_for(kCopyNanoseconds * static_cast<double>(count * e_)), count, [&](int64_t i) {
+      E* const to = b.contexts + i * context_pitch();
+      const Storage* const from = contexts + b.rows[i] * e_;
+      if constexpr (std::is_same_v<E, Storage>)
+        std::copy_n(from, e_, to);
+      else
+        widen_run(to, from, e_);
+      std::fill(to + e_, to + context_pitch(), E{});
+    });
     return count;
   }
 
@@ -197,24 +219,39 @@ class PredictAndContrast {
   void predict_rows(const Buffers& b, int64_t step, int64_t count) const {
     const int threads = workers_for(2. * static_cast<double>(count * d_ * e_) / kFlopsPerNanosecond);
     S* const predictions = b.predictions;
-    product<false>(threads, Left<S, false>{b.contexts, e_}, predict_panels(b, step), count,
+    product<false>(threads, Left<E, false>{b.contexts, context_pitch()}, predict_panels(b, step), count,
                    [predictions, d = d_](int64_t row) { return predictions + row * d; });
     contrast(b, step, count);
-    const Left<S, false> by_row{b.grad_predictions, d_};
+    if (wants_predictions()) round_gradients(b, count);
     if (wants_contexts())
-      product<true>(threads, by_row, context_gradient_panels(b, step), count,
+      product<true>(threads, Left<E, false>{b.grad_rows, grad_pitch()}, context_gradient_panels(b, step), count,
                     [&b, e = e_](int64_t row) { return b.grad_contexts + b.rows[row] * e; });
     if (!wants_weights()) return;
-    const Panels<S> contexts{b.context_panels, count, e_};
+    const Panels<E> contexts{b.context_panels, count, e_};
     each(workers_for(kCopyNanoseconds * static_cast<double>(count * e_)), contexts.count(),
-         [&](int64_t panel) { contexts.pack(panel, b.contexts, e_); });
+         [&](int64_t panel) { contexts.pack(panel, b.contexts, context_pitch()); });
     S* const of_step = b.grad_weights + step * d_ * e_;
-    product<true>(threads, Left<S, true>{b.grad_predictions, d_}, contexts, d_,
+    product<true>(threads, Left<E, true>{b.grad_pairs, grad_pitch()}, contexts, d_,
                   [of_step, e = e_](int64_t row) { return of_step + row * e; });
   }
 
+  // Gradients of predictions as they are multiplied, where that is in pairs: row by row, and in pairs of rows.
+  void round_gradients(const Buffers& b, int64_t count) const {
+    if constexpr (kStep > 1)
+      each(workers_for(kCopyNanoseconds * static_cast<double>(count * d_)), divide_up(count, kStep), [&](int64_t pair) {
+        const int64_t row = kStep * pair;
+        const S* const first = b.grad_predictions + row * d_;
+        for (int64_t k = 0; k < d_; k += kLane) {
+          const auto second = row + 1 < count ? load_register(first + d_ + k) : Register<S>{};
+          E* const to = b.grad_rows + row * grad_pitch() + k;
+          round_pair(load_register(first + k), second, d_ - k, to, grad_pitch(),
+                     b.grad_pairs + row * grad_pitch() + kStep * k);
+        }
+      });
+  }
+
   template <bool kAdds, bool kTransposed, class RowOf>
-  static void product(int threads, const Left<S, kTransposed>& left, const Panels<S>& right, int64_t rows,
+  static void product(int threads, const Left<E, kTransposed>& left, const Panels<E>& right, int64_t rows,
                       const RowOf& row_of) {
     const int64_t panels = right.count();
     each(threads, panels * divide_up(rows, kTaskRows), [&](int64_t task) {
@@ -258,8 +295,8 @@ class PredictAndContrast {
 
 int64_t workspace_bytes(const Problem& problem) {
   int64_t bytes = 0;
-  with_floating(problem.contexts.dtype,
-                [&](auto storage) { bytes = PredictAndContrast<decltype(storage)>(problem).workspace(); });
+  with_floating_of_level(problem.contexts.dtype,
+                         [&](auto storage) { bytes = PredictAndContrast<decltype(storage)>(problem).workspace(); });
   return bytes;
 }
 
@@ -267,7 +304,7 @@ void predict_and_contrast(const Problem& problem) {
   for (const TensorView* written :
        {&problem.grad_contexts, &problem.grad_weights, &problem.grad_keys, &problem.workspace})
     if (written->ndim != 0) advise_huge_pages(written->data, written->numel() * size_of(written->dtype));
-  with_floating(problem.contexts.dtype, [&](auto storage) {
+  with_floating_of_level(problem.contexts.dtype, [&](auto storage) {
     PredictAndContrast<decltype(storage)>(problem).run(problem.workspace.as<char>());
   });
 }

@@ -6,8 +6,9 @@
 // and its ranks[k][m] -1, and neither its context nor its negatives are looked at. The gradients are of the sum of
 // row_weights * losses.
 //
-// Predictions exist for a block of contexts and one step at a time, and so do their gradients. Sums are in float, in
-// double where the tensors are, in an order that depends on the sizes only.
+// Predictions exist for a block of contexts and one step at a time, and so do their gradients, which are rounded to
+// bfloat16 where the tensors are of that type and the processor multiplies it. Sums are in float, in double where the
+// tensors are, in an order that depends on the sizes only.
 //
 // An index that names no key is std::out_of_range. Who owns memory: the caller, all of it.
 #pragma once
@@ -62,10 +63,14 @@ void check(const Problem& problem, Where where);
 int64_t workspace_bytes(const Problem& problem, Where where);
 
 namespace cpu {
-CPC_DECLARE_WITHOUT_BFLOAT16(int64_t workspace_bytes(const Problem& problem);
-                             void predict_and_contrast(const Problem& problem))
-inline int64_t workspace_bytes(const Problem& problem) { CPC_CALL_AT_ISA(workspace_bytes, problem) }
-inline void predict_and_contrast(const Problem& problem) { CPC_CALL_AT_ISA(predict_and_contrast, problem) }
+CPC_DECLARE_AT_EACH_ISA(int64_t workspace_bytes(const Problem& problem);
+                        void predict_and_contrast(const Problem& problem))
+inline int64_t workspace_bytes(const Problem& problem) {
+  CPC_CALL_AT_ISA_OF(problem.contexts.dtype, workspace_bytes, problem)
+}
+inline void predict_and_contrast(const Problem& problem) {
+  CPC_CALL_AT_ISA_OF(problem.contexts.dtype, predict_and_contrast, problem)
+}
 }  // namespace cpu
 
 }  // namespace cpc::predict_contrast
