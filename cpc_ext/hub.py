@@ -110,6 +110,19 @@ class _Saved(
         return card
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
+        """The model of a folder, or of a name on the Hub, OWNER/NAME; options: of huggingface_hub's mixin.
+
+        ValueError where there is no such folder and it can be no name on the Hub, which is then not asked.
+        """
+        given = str(pretrained_model_name_or_path)
+        folder = Path(given).expanduser()
+        if not folder.is_dir():
+            _refuse_missing_folder(given, folder, is_path=isinstance(pretrained_model_name_or_path, Path))
+        loaded: Self = super().from_pretrained(str(folder), **options)
+        return loaded
+
+    @classmethod
     def _from_pretrained(cls, *, model_id: str, strict: bool = True, **options: Any) -> Self:
         if cls.needed not in options:
             raise ValueError(f"{model_id} holds no {cls.__name__} of cpc_ext: its config.json has no {cls.needed!r}")
@@ -309,6 +322,16 @@ class Model(_Saved):
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """What the model itself gives."""
         return self.model(*inputs, **options)
+
+
+def _refuse_missing_folder(given: str, folder: Path, *, is_path: bool) -> None:
+    """ValueError where what was given can only be meant as a folder: the Hub would be asked in vain, several times."""
+    if folder.is_file():
+        raise ValueError(f"{given} is a file: give the folder that holds it, with config.json and model.safetensors")
+    is_path = is_path or given.startswith((".", "/", "~")) or given.count("/") != 1
+    if is_path or folder.parent.is_dir():
+        beside = "" if is_path else f", and {folder.parent} is a folder here, where the Hub is not asked for {given}"
+        raise ValueError(f"there is no folder {given}{beside}; models on the Hub are called OWNER/NAME")
 
 
 def _record(run: RunDir) -> dict[str, Any]:

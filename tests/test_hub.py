@@ -207,3 +207,31 @@ def test_what_is_wrong_is_said(run, tmp_path):
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match="holds no Encoder of cpc_ext"):
         hub.Encoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "given", ["encodr", "./encodr", "~/encodr", "runs/a/encodr", "/runs", "here/encodr", Path("a/b")]
+)
+def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(given, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", lambda **given: asked.append(given["repo_id"]))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "here").mkdir()
+    for kind in (hub.Encoder, hub.Model):
+        with pytest.raises(ValueError, match=rf"there is no folder {given}[,;].* on the Hub are called OWNER/NAME"):
+            kind.from_pretrained(given)
+    assert not asked
+    (tmp_path / "here" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"here/model.safetensors is a file: give the folder that holds it"):
+        hub.Encoder.from_pretrained("here/model.safetensors")
+    with pytest.raises(ValueError, match="owner/encodr holds no Encoder"):
+        hub.Encoder.from_pretrained("owner/encodr")
+    assert asked == ["owner/encodr"]
+
+
+def test_the_home_folder_has_its_short_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    arguments = {"blocks": [1], "channels": [4], "stem_channels": 4, "stem": "cifar"}
+    hub.Encoder("ResNetV2Encoder", arguments, {"patch_size": 8, "stride": 4}).save_pretrained(tmp_path / "encoder")
+    assert hub.Encoder.from_pretrained("~/encoder").num_features == 4
