@@ -101,6 +101,11 @@ def test_encoders_without_numbers_of_their_own_are_built(name):
         assert encoder_spec(name, norm="batch", in_channels=3, stem="stl10", patch_size=16).build(16).out_channels > 0
 
 
+def test_rates_of_large_batches_are_taken():
+    """You et al. 2017 train ResNet-50 by LARS in batches of 32 768 with rates of 10 and more."""
+    assert parse(["--optimizer", "lars", "--lr", "29"]).run.optimization.lr == 29
+
+
 def test_stl10_is_the_published_example():
     config = preset("cpc-v1", "stl10")
     assert (config.view.crop, config.view.patch, config.view.stride, config.view.grid_size) == (64, 16, 8, 7)
@@ -152,6 +157,7 @@ def test_a_length_replaces_that_of_the_preset(dataset, given):
         (["--no-evaluate", "--probe-images", "9"], "--probe-images would have no effect: --no-evaluate measures"),
         (["--lr", "-1"], "--lr: input should be greater than 0, got -1.0"),
         (["--lr", "nan"], "--lr: input should be"),
+        (["--lr", "inf"], "--lr: input should be a finite number"),
         (["--pred-directions", "5"], "--pred-directions: input should be less than or equal to 4, got 5"),
         (["--neg-samples", "0"], "--neg-samples: input should be greater than or equal to 1, got 0"),
         (
