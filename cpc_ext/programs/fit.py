@@ -122,7 +122,7 @@ def fit(
     command = Command(run=run, out_dir=folder, resume=resume)
     try:
         with signals_raise():
-            status, path = training.run(command, None if named else keep)
+            status, path = training.run(command, None if named else keep, _resuming)
     except EndedBySignal as ended:
         raise SystemExit(128 + ended.signal) from None
     if status == 128 + signal.SIGINT:
@@ -131,6 +131,11 @@ def fit(
         raise SystemExit(status)
     summary = path / "summary.json"
     return Fitted(path, json.loads(summary.read_text()) if summary.is_file() else {})
+
+
+def _resuming(path: Path) -> str:
+    """The call that goes on with a run, which knows its data."""
+    return f"cpc_ext.fit(out_dir={str(path)!r}, resume=True)"
 
 
 def _with_options(defaults: RunConfig, options: dict[str, Any]) -> RunConfig:

@@ -62,19 +62,28 @@ def main(arguments: Sequence[str] | Command | None = None) -> int:
         return exit_status(train)
 
 
-def _lost(error: RuntimeError, path: Path | None) -> str:
+def _lost(error: RuntimeError, run: RunDir | None) -> str:
     """What to say where other processes are gone."""
+    saved = (
+        ""
+        if run is None
+        else (
+            f" The training is saved up to its last checkpoint: go on with {run.resuming}, on any number of processes"
+        )
+    )
     return (
-        "another process of this run has ended or no longer answers, so this one ends as well. The training is saved "
-        f"up to its last checkpoint: go on with --resume --out-dir {shlex.quote(str(path))}, on any number of "
-        f"processes ({str(error).splitlines()[0]})"
+        "another process of this run has ended or no longer answers, so this one ends as well."
+        f"{saved} ({str(error).splitlines()[0]})"
     )
 
 
-def run(command: Command, keep: Callable[[], Path] | None = None) -> tuple[int, Path]:
+def run(
+    command: Command, keep: Callable[[], Path] | None = None, resuming: Callable[[Path], str] | None = None
+) -> tuple[int, Path]:
     """Do what a command says: the exit status, 0 where the run is complete, and the folder of the run.
 
     keep: puts the data into a folder, which then is the run's --data-dir; it may take one process longer than another.
+    resuming: what goes on with the run in a folder, for messages; None: the command.
 
     TrainingError where it cannot start or go on.
     """
@@ -89,7 +98,7 @@ def run(command: Command, keep: Callable[[], Path] | None = None) -> tuple[int, 
         if ranks.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # All batches have one shape, so the search pays once.
         held: list[RunDir] = []
-        path = command.out_dir
+        mine: RunDir | None = None
 
         def hold() -> Path:
             if command.resume:
@@ -101,12 +110,15 @@ def run(command: Command, keep: Callable[[], Path] | None = None) -> tuple[int, 
 
         try:
             path = ranks.on_main(hold)
-            return _train(config, held[0] if held else RunDir(path), ranks, resume=command.resume), path
+            mine = held[0] if held else RunDir(path)
+            if resuming is not None:
+                mine.resuming = resuming(path)
+            return _train(config, mine, ranks, resume=command.resume), path
         except RuntimeError as error:
             if not lost_contact(error):
                 raise
             ranks.end_stopped()
-            raise TrainingError(_lost(error, path)) from None
+            raise TrainingError(_lost(error, mine)) from None
         finally:
             for folder in held:
                 folder.release()
@@ -256,14 +268,11 @@ def _take_steps(trainer: Trainer, log: RunLog | None, run: RunDir, ranks: Ranks)
                 raise
             ranks.end_stopped()
             # Said here, where SIGTERM is only noted: it is what torchrun sends next.
-            print(f"\n{speaker()}error: {_lost(error, run.path)}", file=sys.stderr, flush=True)
+            print(f"\n{speaker()}error: {_lost(error, run)}", file=sys.stderr, flush=True)
             raise SystemExit(1) from None
     if not stopped:
         return None
-    ranks.say(
-        f"stopped at step {trainer.step} of {trainer.total_steps}; go on with:\n"
-        f"  python -m cpc_ext.train --resume --out-dir {shlex.quote(str(run.path))}"
-    )
+    ranks.say(f"stopped at step {trainer.step} of {trainer.total_steps}; go on with:\n  {run.resuming}")
     return stop.exit_code or 128 + signal.SIGTERM
 
 

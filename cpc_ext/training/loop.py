@@ -248,10 +248,7 @@ class Trainer:
         if not self._run.checkpoint.is_file():
             gone = "is gone" if not self._run.path.is_dir() else "holds no checkpoint any more"
             return f"{self._run.path} {gone}, and with it the training"
-        return (
-            f"{self._run.checkpoint} holds step {self._saved_step}, from which "
-            f"--resume --out-dir {shlex.quote(str(self._run.path))} goes on"
-        )
+        return f"{self._run.checkpoint} holds step {self._saved_step}, from which {self._run.resuming} goes on"
 
     def _save_first(self, state: dict[str, Any]) -> None:
         with writing(self._run.checkpoint, "--out-dir"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shlex
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +28,7 @@ class RunDir:
         config, metrics, table, checkpoint, best, diverged, encoder, model, samples, summary, tensorboard, wandb,
             mlflow: what lies in it, of which encoder, model and samples depend on what is trained, and the last three
             on the loggers.
+        resuming: what goes on with the run, for messages: a command, or from Python a call.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,6 +48,7 @@ class RunDir:
         self.tensorboard = path / "tensorboard"
         self.wandb = path / "wandb"
         self.mlflow = path / "mlflow"
+        self.resuming = f"python -m cpc_ext.train --resume --out-dir {shlex.quote(str(path))}"
         self._lock = FileLock(path / ".lock")
 
     @classmethod

@@ -180,7 +180,7 @@ def test_runs_that_are_not_there(arguments, message):
         fit(**arguments)
 
 
-def test_a_stopped_run_is_saved_and_said(home, monkeypatch):
+def test_a_stopped_run_is_saved_and_said(home, monkeypatch, capsys):
     def stopped_by(number):
         taken = training._take_steps
 
@@ -203,7 +203,22 @@ def test_a_stopped_run_is_saved_and_said(home, monkeypatch):
                 fit("cpc-v1", IMAGES, test=TEST, out_dir=home / number.name, **OPTIONS)
         if kind is SystemExit:
             assert caught.value.code == 128 + signal.SIGTERM
+        # From Python it goes on by a call, which need not hand over the images again.
+        said = capsys.readouterr().out
+        assert said.endswith(f"go on with:\n  cpc_ext.fit(out_dir='{home / number.name}', resume=True)\n")
         assert fit(out_dir=home / number.name, resume=True).summary["steps"] == 8
+
+
+def test_a_run_that_could_not_be_finished_says_the_call_that_goes_on(home, monkeypatch):
+    def full(self):
+        raise OSError("no room")
+
+    monkeypatch.setattr(training.task_class("cpc-v1"), "evaluate", full)
+    with pytest.raises(TrainingError) as caught:
+        fit("cpc-v1", IMAGES, test=TEST, out_dir="run", **OPTIONS)
+    assert str(caught.value).endswith(
+        "checkpoint.pt holds step 8, from which cpc_ext.fit(out_dir='run', resume=True) goes on"
+    )
 
 
 def test_a_logger_alone_needs_no_tuple(home):

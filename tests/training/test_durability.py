@@ -85,7 +85,9 @@ def test_a_run_whose_last_step_cannot_be_saved_is_an_error(train, in_steps, full
     error = capsys.readouterr().err
     assert "warning: could not save step 4" in error
     assert "step 8 of 8 could not be saved" in error
-    assert f"checkpoint.pt holds step 0, from which --resume --out-dir {tmp_path} goes on" in error
+    assert (
+        f"checkpoint.pt holds step 0, from which python -m cpc_ext.train --resume --out-dir {tmp_path} goes on" in error
+    )
     assert "Traceback" not in error
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 0
     assert not (tmp_path / "summary.json").exists()
@@ -232,7 +234,7 @@ def test_signal_while_evaluating(train_fully, monkeypatch, tmp_path, capsys, num
         assert train_fully("--out-dir", tmp_path, "--steps", "2") == 128 + number
     error = capsys.readouterr().err
     assert "the training is complete, what comes after it is not" in error
-    assert f"holds step 2, from which --resume --out-dir {tmp_path} goes on" in error
+    assert f"holds step 2, from which python -m cpc_ext.train --resume --out-dir {tmp_path} goes on" in error
     assert f"ended by {signal.Signals(number).name}" in error
     monkeypatch.setattr(CPCv1Task, "evaluate", lambda task: {})
     assert train_fully("--out-dir", tmp_path, "--resume") == 0

@@ -453,7 +453,7 @@ def test_a_last_step_that_cannot_be_saved_is_an_error(tmp_path, monkeypatch, kin
         return
     message = (
         f"step 3 of 3 could not be saved (no room): make room; {tmp_path}/checkpoint.pt holds step 2, from which "
-        f"--resume --out-dir {tmp_path} goes on"
+        f"python -m cpc_ext.train --resume --out-dir {tmp_path} goes on"
     )
     with pytest.raises(TrainingError) as caught:
         train(trainer)
