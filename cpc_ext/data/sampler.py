@@ -11,6 +11,14 @@ from collections.abc import Iterator
 import numpy as np
 
 
+class BatchTooLargeError(ValueError):
+    """A batch that the examples do not fill. most: how large one may be."""
+
+    def __init__(self, most: int, of: str, got: int) -> None:
+        self.most = most
+        super().__init__(f"batch_size: expected at most {most} {of}, got {got}")
+
+
 class BatchSampler(ABC):
     """Yields one epoch of batches a pass; what is in them is up to those that derive from it.
 
@@ -110,7 +118,7 @@ class EpochSampler(BatchSampler):
     ) -> None:
         super().__init__(batch_size, seed=seed, drop_last=drop_last, rank=rank, world_size=world_size)
         if count < 1 or (drop_last and batch_size > count):
-            raise ValueError(f"batch_size: expected at most {count} images, got {batch_size}")
+            raise BatchTooLargeError(count, "images", batch_size)
         self.count = count
 
     def __len__(self) -> int:

@@ -119,7 +119,8 @@ def fit(
             workers=workers,
         )
 
-    command = Command(run=run, out_dir=folder, resume=resume)
+    anew = not resume and config is None and options.get("resume_from") is None
+    command = Command(run=run, out_dir=folder, resume=resume, given=frozenset(options) if anew else None)
     try:
         with signals_raise():
             status, path = training.run(command, None if named else keep, _resuming)

@@ -27,7 +27,15 @@ from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.config import RunConfig, explain, option, options_that_may_change, validate_config
 from cpc_ext.training.data_record import described
 from cpc_ext.training.distribution import Ranks, joined_ranks, lost_contact
-from cpc_ext.training.errors import EncodingsNotFiniteError, TrainingError, speaker, unfailing_output, warn, writing
+from cpc_ext.training.errors import (
+    EncodingsNotFiniteError,
+    TooFewExamplesError,
+    TrainingError,
+    speaker,
+    unfailing_output,
+    warn,
+    writing,
+)
 from cpc_ext.training.loggers import check_loggers
 from cpc_ext.training.loop import Trainer
 from cpc_ext.training.precision import check_device
@@ -113,7 +121,7 @@ def run(
             mine = held[0] if held else RunDir(path)
             if resuming is not None:
                 mine.resuming = resuming(path)
-            return _train(config, mine, ranks, resume=command.resume), path
+            return _train(config, mine, ranks, resume=command.resume, given=command.given), path
         except RuntimeError as error:
             if not lost_contact(error):
                 raise
@@ -124,7 +132,7 @@ def run(
                 folder.release()
 
 
-def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int:
+def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool, given: frozenset[str] | None) -> int:
     phases: dict[str, float] = {}
     ranks.say(f"cpc_ext {cpc_ext.__version__}, run in {run.path}\n{describe(config)}")
     state = _checkpoint_to_resume(config, run, ranks) if resume else None
@@ -133,16 +141,32 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
     with _timed(phases, "data"):
         dataset = load_data(config)
         ranks.wait()  # Where data had to be fetched or decoded, some took longer.
-    if config.optimization.time_budget is not None:
-        with _timed(phases, "calibration"):
-            config = of_known_length(config, dataset, run, ranks, state)
-    task = _task(config, dataset, ranks)
     start = config.optimization.resume_from
-    if start is not None and state is None:
-        take_weights(task, RunDir(start))
-    trainer = Trainer(task, config, run, ranks)
+    budgeted = config.optimization.time_budget is not None
+
+    def prepared(config: RunConfig) -> tuple[RunConfig, Task, Trainer]:
+        if budgeted:
+            with _timed(phases, "calibration"):
+                config = of_known_length(config, dataset, run, ranks, state)
+        task = _task(config, dataset, ranks)
+        if start is not None and state is None:
+            take_weights(task, RunDir(start))
+        return config, task, Trainer(task, config, run, ranks)
+
+    try:
+        config, task, trainer = prepared(config)
+    except TooFewExamplesError as error:
+        if given is None or "batch_size" in given:
+            raise
+        config, task, trainer = prepared(_with_smaller_batch(config, error, ranks))
     if state is not None:
         trainer.resume(state)
+    warmup = config.optimization.warmup_steps
+    if ranks.main and warmup >= trainer.total_steps:
+        warn(
+            f"the {trainer.total_steps} steps of this run end within its --warmup-steps {warmup}: the learning "
+            f"rate only rises, to {trainer.total_steps / warmup:.0%} of --lr. Give fewer, or more steps"
+        )
     with _timed(phases, "data"):
         task.prepare(ranks, resumed=state is not None)
     log = _opened_log(config, run, trainer, ranks)
@@ -156,7 +180,7 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
     )
     try:
         with _timed(phases, "training"):
-            stopped = _take_steps(trainer, log, run, ranks)
+            stopped = _take_steps(trainer, log, run, ranks, forecast=not budgeted and state is None)
         if stopped is not None:
             return stopped
         if log is None:
@@ -187,6 +211,23 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool) -> int
             log.close()
     _report(results, phases, run)
     return 0
+
+
+def _with_smaller_batch(config: RunConfig, error: TooFewExamplesError, ranks: Ranks) -> RunConfig:
+    """The config with the largest batch that the examples fill, in place of a preset's; the error where it has none."""
+    tree = config.model_dump()
+    processes = ranks.share.world_size
+    size = tree["optimization"]["batch_size"] = error.most // processes * processes
+    try:
+        smaller = validate_config(tree)
+    except ValidationError:
+        raise error from None
+    if ranks.main:
+        warn(
+            f"what there is to learn from fills no batch of the default --batch-size "
+            f"{config.optimization.batch_size}: this run takes {size}"
+        )
+    return smaller
 
 
 def _task(config: RunConfig, dataset: Any, ranks: Ranks) -> Task:
@@ -257,11 +298,11 @@ def _opened_log(config: RunConfig, run: RunDir, trainer: Trainer, ranks: Ranks) 
     return logs[0] if logs else None
 
 
-def _take_steps(trainer: Trainer, log: RunLog | None, run: RunDir, ranks: Ranks) -> int | None:
-    """Train to the end, or until a signal: then the exit status."""
+def _take_steps(trainer: Trainer, log: RunLog | None, run: RunDir, ranks: Ranks, *, forecast: bool) -> int | None:
+    """Train to the end, or until a signal: then the exit status. forecast: see :meth:`Trainer.train`."""
     with StopRequest(again_ends=ranks.world_size == 1, talk=ranks.main) as stop:
         try:
-            trainer.train(log, stop)
+            trainer.train(log, stop, forecast=forecast)
             stopped = ranks.any(stop.signal is not None)
         except RuntimeError as error:
             if not lost_contact(error):

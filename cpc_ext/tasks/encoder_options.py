@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from cpc_ext.data_sets import origin
 from cpc_ext.tasks.encoder_names import ENCODER_HELP, check_encoder_name, has_own_norm
 from cpc_ext.training.config import MAY_CHANGE, RunConfig, Section
 
@@ -15,6 +16,7 @@ Encoder = Annotated[str, AfterValidator(check_encoder_name)]
 GatherNegatives = Literal["none", "gather", "ring"]
 Norm = Literal["none", "layer", "batch", "instance"]
 
+_SMALL = "resnet-small"
 NORM_HELP = "Normalisation inside the encoder; a backbone of timm has its own."
 
 
@@ -87,6 +89,14 @@ class EncoderConfig(RunConfig):
         if section.norm == "none" and not has_own_norm(section.encoder):
             return ["--norm layer", *super().remedies()]
         return super().remedies()
+
+    def shortcuts(self) -> list[str]:
+        if self.encoder_section.encoder.partition(":")[0] == _SMALL:
+            return super().shortcuts()
+        # Images of the user's own that are small have defaults for a processor.
+        own = origin(self.data.dataset).folder in ("folders", "arrays")
+        smaller = ["--image-size 32, for whose defaults a processor is enough"] if own else []
+        return [*super().shortcuts(), f"--encoder {_SMALL}", *smaller]
 
     def idle(self) -> dict[str, str]:
         encoder = self.encoder_section.encoder

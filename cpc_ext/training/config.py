@@ -331,6 +331,10 @@ class RunConfig(Section):
         rates = f"another --lr than {lr:g}, such as {lr * 5:.2g} or {lr / 5:.2g}"
         return [rates] if self.optimization.warmup_steps >= 200 else [rates, "--warmup-steps 500"]
 
+    def shortcuts(self) -> list[str]:
+        """What makes a run shorter that takes hours without a GPU, as options, what helps most surely first."""
+        return ["--time-budget 30, which is as many steps as half an hour has room for"]
+
     def to_yaml(self) -> str:
         """As the text of a config.yaml, which :func:`load_config` reads back to an equal config."""
         import yaml

@@ -12,11 +12,27 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from pathlib import Path
 from typing import Any
 
-__all__ = ["EncodingsNotFiniteError", "TrainingError", "speaker", "unfailing_output", "warn", "writing"]
+__all__ = [
+    "EncodingsNotFiniteError",
+    "TooFewExamplesError",
+    "TrainingError",
+    "speaker",
+    "unfailing_output",
+    "warn",
+    "writing",
+]
 
 
 class TrainingError(Exception):
     """Training cannot start or go on; the message says why and what to do."""
+
+
+class TooFewExamplesError(TrainingError):
+    """The examples do not fill a batch. most: how large one may be."""
+
+    def __init__(self, message: str, most: int) -> None:
+        self.most = most
+        super().__init__(message)
 
 
 class EncodingsNotFiniteError(ValueError):

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cpc_ext.data.sampler import BatchTooLargeError
 from cpc_ext.training.atomic_file import replace_with_link
 from cpc_ext.training.checkpoint import load_weights, save_checkpoint
 from cpc_ext.training.config import RunConfig
 from cpc_ext.training.data_record import data_record, differences
 from cpc_ext.training.distribution import Ranks
-from cpc_ext.training.errors import EncodingsNotFiniteError, TrainingError, warn, writing
+from cpc_ext.training.errors import EncodingsNotFiniteError, TooFewExamplesError, TrainingError, warn, writing
 from cpc_ext.training.meter import FiniteGuard, Meter
 from cpc_ext.training.parts import Parts
 from cpc_ext.training.pipeline import Pipeline
@@ -35,6 +36,7 @@ from cpc_ext.training.run_log import RunLog
 from cpc_ext.training.schedule import learning_rate
 from cpc_ext.training.stop_request import StopRequest
 from cpc_ext.training.task import Fetcher, Task
+from cpc_ext.training.time_budget import FirstSteps
 
 __all__ = ["Trainer"]
 
@@ -42,6 +44,8 @@ T = TypeVar("T")
 
 # When a run is asked whether it learns anything: after a twentieth of its steps, within these bounds.
 _ASKED = (200, 2000)
+# From how many hours on a run without a GPU is warned of.
+_HOURS = 1.0
 # What the progress bar has room for, among what is logged.
 _SHOWN = ("loss", "accuracy", "bits_per_dim")
 
@@ -60,7 +64,8 @@ class Trainer:
         mean_batch: examples of a batch, of all processes, in the mean.
 
     Raises:
-        TrainingError: a batch larger than the data set, or one that the processes cannot share equally.
+        TooFewExamplesError: a batch larger than the data set.
+        TrainingError: a batch that the processes cannot share equally.
     """
 
     def __init__(self, task: Task, config: RunConfig, run: RunDir, ranks: Ranks) -> None:
@@ -80,7 +85,10 @@ class Trainer:
                 world_size=ranks.share.world_size,
             )
         except ValueError as error:
-            raise TrainingError(f"--batch-size: {str(error).removeprefix('batch_size: ')}") from None
+            said = f"--batch-size: {str(error).removeprefix('batch_size: ')}"
+            if isinstance(error, BatchTooLargeError):
+                raise TooFewExamplesError(said, error.most) from None
+            raise TrainingError(said) from None
         self.mean_batch = self._sampler.mean_batch
         self._data = data_record(task.examples)
         self._streams = RandomStreams(config.compute.seed, device, ranks.share, rank=ranks.rank)
@@ -182,10 +190,11 @@ class Trainer:
                 f"with --resume-from {shlex.quote(str(self._run.path))}"
             )
 
-    def train(self, log: RunLog | None, stop: StopRequest) -> None:
+    def train(self, log: RunLog | None, stop: StopRequest, *, forecast: bool = False) -> None:
         """Run to the last step, or to the one in which ``stop`` is set in any process; then save.
 
         log: of the main process; None in the others.
+        forecast: after the first steps warn of a run that takes hours without a GPU.
 
         Raises TrainingError where a loss or gradient is not finite, with the checkpoints before that as they were, and
         where the last step cannot be saved.
@@ -203,6 +212,7 @@ class Trainer:
         fewest, most = _ASKED
         asked_at = min(max(fewest, self.total_steps // 20), most)
         asked = self.step >= asked_at
+        first = FirstSteps() if forecast and self._ranks.main and self._device.type == "cpu" else None
         self._start_clock()
         # Where the bar is not redrawn but written line after line, a few lines a minute are enough.
         interval = 0.2 if sys.stderr.isatty() else 10
@@ -218,7 +228,11 @@ class Trainer:
                 with _measuring(bar):
                     self._observe(log)
             while self.step < self.total_steps and not self._parts.any(stop.signal is not None):
+                began = time.perf_counter()
                 self._update(next(batches), fetch)
+                if first is not None and (pace := first.pace(time.perf_counter() - began)) is not None:
+                    first = None
+                    self._warn_of_hours(pace)
                 bar.update()
                 if self.step % options.log_every == 0 or self.step == self.total_steps:
                     self._log(log, bar)
@@ -314,6 +328,15 @@ class Trainer:
             log.log(self.last_metrics)
         shown = {name: f"{value:.3f}" for name, value in means.items() if name in _SHOWN}
         bar.set_postfix({**shown, f"{self._task.unit}/s": f"{speed:.0f}"}, refresh=False)
+
+    def _warn_of_hours(self, pace: float) -> None:
+        """Say how long the run takes at this many seconds a step, where that is not what one waits for."""
+        hours = pace * self.total_steps / 3600
+        if hours >= _HOURS:
+            warn(
+                f"without a GPU the {self.total_steps} steps of this run, of about {pace:.3g} s each, take about "
+                f"{hours:.2g} hours. Ctrl-C ends it; shorter are runs with {', or '.join(self._config.shortcuts())}"
+            )
 
     def _warn_of_trouble(self) -> None:
         """Say where the last line of the log, and the encodings, are those of a run that learns nothing."""

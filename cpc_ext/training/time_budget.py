@@ -12,7 +12,7 @@ from statistics import median
 
 from cpc_ext.training.config import RunConfig
 
-__all__ = ["filled", "seconds_per_step"]
+__all__ = ["FirstSteps", "filled", "seconds_per_step"]
 
 # Steps before the clock starts: the first ones choose kernels, fill caches and allocate.
 _UNTIMED = 5
@@ -21,6 +21,8 @@ _UNTIMED = 5
 _SHARE, _SHORTEST, _LONGEST, _PATIENCE = 0.02, 1.0, 30.0, 3.0
 # Parts that this is measured in. The last ones count, and end it where none took so many times as long as another.
 _PARTS, _COUNTED, _ALIKE = 8, 4, 1.15
+# Seconds of a run's first steps that tell its pace.
+_TELLING = 5.0
 # A checkpoint this often, as a share of the run, but not sooner than after these seconds.
 _CHECKPOINTS, _BETWEEN_CHECKPOINTS = 0.05, 30.0
 # Lines of the log that a run has at least, as far as it has steps, and the largest share that is spent on warm-up.
@@ -48,6 +50,20 @@ def seconds_per_step(take: Callable[[int], float], budget: float) -> float:
         if spent >= goal and max(counted) <= _ALIKE * min(counted):
             break
     return median(paces[-_COUNTED:])
+
+
+class FirstSteps:
+    """The pace of a run that is not measured before it begins, told by its first steps."""
+
+    def __init__(self) -> None:
+        self._seconds: list[float] = []
+
+    def pace(self, seconds: float) -> float | None:
+        """Seconds a step, or None while it is too early to say. seconds: that the next one took."""
+        self._seconds.append(seconds)
+        # The first one also prepares, which tells where a step takes so long itself.
+        counted = self._seconds[1:] or self._seconds
+        return median(counted) if sum(counted) >= _TELLING else None
 
 
 def filled(config: RunConfig, seconds_per_step: float, *, steps: int = 0, seconds: float = 0.0) -> RunConfig:

@@ -184,7 +184,7 @@ def test_a_stopped_run_is_saved_and_said(home, monkeypatch, capsys):
     def stopped_by(number):
         taken = training._take_steps
 
-        def stopping(trainer, log, run, ranks):
+        def stopping(trainer, log, run, ranks, **options):
             before = trainer._task.losses
 
             def losses(*arguments):
@@ -192,7 +192,7 @@ def test_a_stopped_run_is_saved_and_said(home, monkeypatch, capsys):
                 return before(*arguments)
 
             trainer._task.losses = losses
-            return taken(trainer, log, run, ranks)
+            return taken(trainer, log, run, ranks, **options)
 
         return stopping
 
@@ -219,6 +219,14 @@ def test_a_run_that_could_not_be_finished_says_the_call_that_goes_on(home, monke
     assert str(caught.value).endswith(
         "checkpoint.pt holds step 8, from which cpc_ext.fit(out_dir='run', resume=True) goes on"
     )
+
+
+def test_a_default_batch_gives_way_to_few_images(home):
+    options = {"steps": 1, "warmup_steps": 0, "evaluate": False, "view_size": 16, "encoder": OPTIONS["encoder"]}
+    fitted = fit("simclr", IMAGES, test=TEST, **options)
+    assert yaml.safe_load((fitted.path / "config.yaml").read_text())["optimization"]["batch_size"] == 40
+    with pytest.raises(TrainingError, match="--batch-size: expected at most 40 images, got 64"):
+        fit("simclr", IMAGES, test=TEST, batch_size=64, **options)
 
 
 def test_a_logger_alone_needs_no_tuple(home):

@@ -13,7 +13,7 @@ import numpy as np
 
 from cpc_ext.data.audio.dataset import LABEL_STEP, WaveformSet
 from cpc_ext.data.notice import LeftOut, tell
-from cpc_ext.data.sampler import BatchSampler
+from cpc_ext.data.sampler import BatchSampler, BatchTooLargeError
 
 WindowKind = Literal["recordings", "uniform", "same-speaker", "same-sequence", "sequential"]
 KINDS: tuple[str, ...] = get_args(WindowKind)
@@ -101,7 +101,7 @@ class WindowSampler(BatchSampler):
             batches = np.where(batches < of_group[groups], batches + (np.cumsum(of_group) - of_group)[groups], -1)
         if not (batches >= 0).any():
             most = np.unique(self._groups, return_counts=True)[1].max()
-            raise ValueError(f"batch_size: expected at most {most} {self.kind} windows, got {self.batch_size}")
+            raise BatchTooLargeError(int(most), f"{self.kind} windows", self.batch_size)
         return batches, np.bincount(batches[batches >= 0])
 
     def __len__(self) -> int:
