@@ -180,7 +180,7 @@ class OptimizationSection(Section):
         "every 256 images of a batch.",
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="Share of the last step that sgd and lars add to the next.")
-    lr: float = Field(2e-4, gt=0, allow_inf_nan=False, description="Learning rate, at its highest.")
+    lr: float = Field(2e-4, gt=0, le=1000, allow_inf_nan=False, description="Learning rate, at its highest.")
     schedule: Schedule = Field(
         "constant", description="Learning rate after the warm-up: constant, or a half cosine to --final-lr at the end."
     )
