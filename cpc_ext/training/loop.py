@@ -23,7 +23,7 @@ from tqdm import tqdm
 from cpc_ext.data.sampler import BatchTooLargeError
 from cpc_ext.training.atomic_file import replace_with_link
 from cpc_ext.training.checkpoint import load_weights, save_checkpoint
-from cpc_ext.training.config import RunConfig
+from cpc_ext.training.config import RunConfig, option
 from cpc_ext.training.data_record import data_record, differences
 from cpc_ext.training.distribution import Ranks
 from cpc_ext.training.errors import EncodingsNotFiniteError, TooFewExamplesError, TrainingError, warn, writing
@@ -65,7 +65,7 @@ class Trainer:
 
     Raises:
         TooFewExamplesError: a batch larger than the data set.
-        TrainingError: a batch that the processes cannot share equally.
+        TrainingError: a batch that the processes cannot share equally, or examples that make none.
     """
 
     def __init__(self, task: Task, config: RunConfig, run: RunDir, ranks: Ranks) -> None:
@@ -85,7 +85,8 @@ class Trainer:
                 world_size=ranks.share.world_size,
             )
         except ValueError as error:
-            said = f"--batch-size: {str(error).removeprefix('batch_size: ')}"
+            name, _, reason = str(error).partition(": ")
+            said = f"{option(name)}: {reason}"
             if isinstance(error, BatchTooLargeError):
                 raise TooFewExamplesError(said, error.most) from None
             raise TrainingError(said) from None

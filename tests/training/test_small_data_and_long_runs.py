@@ -76,6 +76,13 @@ def test_windows_of_speech_shrink_likewise(tmp_path):
     assert batch_size(tmp_path / "run") == 16 * 11
 
 
+def test_windows_that_no_recording_fills_are_not_the_batchs_fault(tmp_path):
+    options = ("--model", "cpc-audio", "--windows", "recordings", "--window", "1000000", "--batch-size", "2")
+    command = replace(parse([*options, "--device", "cpu", "--precision", "fp32"]), out_dir=tmp_path / "run")
+    with pytest.raises(TrainingError, match=r"^--window: expected at most \d+ samples, got 1000000$"):
+        training.run(command)
+
+
 def test_a_warm_up_without_an_end_is_told(train, tmp_path, capsys):
     assert train("--out-dir", tmp_path / "long", "--warmup-steps", "16") == 0
     said = "the 8 steps of this run end within its --warmup-steps 16: the learning rate only rises, to 50% of --lr"
