@@ -25,6 +25,7 @@ __all__ = ["PixelModel", "SoftmaxPixelModel"]
 
 # Its inverse still is a number of float32.
 _COLDEST = 1e-30
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 
 
 class PixelModel(Module, ABC):
@@ -164,12 +165,13 @@ class PixelModel(Module, ABC):
         if images.ndim != 4 or images.shape[1] != self.in_channels or 0 in images.shape[2:]:
             raise ValueError(f"images must be [B, {self.in_channels}, H, W], got shape {tuple(images.shape)}")
         last = self.levels - 1
-        if images.dtype == torch.uint8 and last >= torch.iinfo(torch.uint8).max:
+        if self._are_bytes(images):
             return images
         if images.dtype == torch.bool or images.is_complex():
             raise TypeError(f"images must be uint8 or other whole numbers 0..{last}, got {images.dtype}")
         if not _may_look(images):
             return self._whole(images)
+        images = _comparable(images)
         if images.numel() and not bool(((images >= 0) & (images <= last)).all()):
             raise ValueError(f"images must hold values 0..{last}, got {images.min().item():g}..{images.max().item():g}")
         if images.is_floating_point() and not torch.equal(images, images.round()):
@@ -178,7 +180,11 @@ class PixelModel(Module, ABC):
 
     def _whole(self, images: Tensor) -> Tensor:
         """Values as class indices."""
-        return images.long() if images.dtype == torch.uint8 else images.long().clamp(0, self.levels - 1)
+        return images.long() if self._are_bytes(images) else images.long().clamp(0, self.levels - 1)
+
+    def _are_bytes(self, images: Tensor) -> bool:
+        """Whether the type of images alone keeps their values within the levels."""
+        return images.dtype == torch.uint8 and self.levels >= IMAGE_LEVELS
 
     def _with_known_rows(
         self, images: Tensor | None, known_rows: int, shape: tuple[int, int, int, int], device: torch.device
@@ -211,6 +217,7 @@ class PixelModel(Module, ABC):
         if labels.shape != (count,):
             raise ValueError(f"labels must have shape ({count},), got {tuple(labels.shape)}")
         last = self.num_classes - 1
+        labels = _comparable(labels)
         if _may_look(labels) and count and not bool(((labels >= 0) & (labels <= last)).all()):
             raise ValueError(f"labels must be in 0..{last}, got {labels.min().item()}..{labels.max().item()}")
         return labels.to(next(self.parameters()).device, torch.int64).clamp(0, last)
@@ -321,6 +328,11 @@ class SoftmaxPixelModel(PixelModel):
     def check_size(self, height: int, width: int) -> None:
         if min(height, width) < 1:
             raise ValueError(f"size must be at least 1 pixel, got {height} x {width}")
+
+
+def _comparable(values: Tensor) -> Tensor:
+    """Integers of NumPy's wider unsigned types, which PyTorch can hardly compare, as int64; all others as they are."""
+    return values.long() if values.dtype in _UNSIGNED else values
 
 
 def _may_look(values: Tensor) -> bool:

@@ -176,7 +176,7 @@ class PixelCNNPP(PixelModel):
         Arguments and errors as of :meth:`forward`.
         """
         params = self(images, labels)
-        return logistic_mixture_nll(images if images.dtype == torch.uint8 else images.clamp(0, 255).byte(), params)
+        return logistic_mixture_nll(images if images.dtype == torch.uint8 else self._whole(images).byte(), params)
 
     @torch.no_grad()
     def initialize(self, images: Tensor, labels: Tensor | None = None) -> None:

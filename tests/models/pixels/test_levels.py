@@ -118,3 +118,29 @@ def test_arguments():
     with pytest.raises(ValueError, match="images must be int64"):
         model.sample(1, 4, images=torch.zeros(1, 1, 4, 4, dtype=torch.uint8), known_rows=1)
     assert PixelCNNPP.levels == 256
+
+
+@pytest.mark.parametrize("code_channels", [0, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_beyond_the_levels_are_clamped_where_nobody_looks_at_values(kind, code_channels):
+    # Compiled it does as on a GPU, where an index that is too large ends the process's work there.
+    model = model_of(kind, 1, 16, code_channels)
+    images = torch.randint(0, 16, (2, 1, 4, 5), dtype=torch.uint8)
+    images[0, 0, 1, 2:4] = 15
+    beyond = images.clone()
+    beyond[0, 0, 1, 2:4] = torch.tensor([16, 200], dtype=torch.uint8)
+    found = torch.compile(model.nats, backend="eager", fullgraph=True)(beyond)
+    torch.testing.assert_close(found, model.nats(images))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_codes_and_labels_may_be_of_any_integer_type(dtype):
+    torch.manual_seed(0)
+    codes, labels = torch.randint(0, 700, (2, 1, 3, 4)), torch.tensor([2, 0])
+    model = GatedPixelCNN(1, channels=2, layers=2, num_classes=3, levels=700, code_channels=2)
+    torch.testing.assert_close(model.nats(codes.to(dtype), labels.to(dtype)), model.nats(codes, labels))
+    with pytest.raises(ValueError, match=r"values 0\.\.699, got 700\.\.700"):
+        model.nats(torch.full_like(codes, 700).to(dtype), labels)
+    images = torch.randint(0, 256, (2, 1, 4, 4))
+    model = PixelCNNPP(1, channels=2, blocks=1, mixtures=1).eval()
+    torch.testing.assert_close(model.nats(images.to(dtype)), model.nats(images.byte()))
