@@ -34,6 +34,14 @@ _EPOCH = re.compile(r"(?:model_(\d+)\.ckpt|checkpoint_(\d+)\.pt)")
 _PROBLEM_PREFIX = "state."
 # PyTorch does not compress what it saves; what others have compressed is weights, which hardly become smaller.
 _MOST_EXPANSION = 100
+# Of what weights are made of. Those of fewer bits, as quantisation leaves them, are none without their scales.
+_DTYPES = frozenset(
+    (
+        *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+        *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+        *(torch.uint16, torch.uint32, torch.uint64),
+    )
+)
 # Parts of names that wrappers of modules add, wherever in the tree they wrap.
 _WRAPPING = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")
 # Moving averages of the weights, beside the weights themselves.
@@ -227,7 +235,16 @@ def _unwrapped(content: Any, name: str) -> tuple[dict[str, Tensor], dict[str, An
         state = {
             key.removeprefix(_PROBLEM_PREFIX): value for key, value in state.items() if key.startswith(_PROBLEM_PREFIX)
         }
-    return {key: value.detach() for key, value in state.items() if not _AVERAGES.match(key)}, options
+    for key, value in state.items():
+        if value.layout != torch.strided or value.is_quantized or value.dtype not in _DTYPES:
+            kind = "" if value.layout == torch.strided else "sparse "
+            raise CheckpointError(
+                f"{name}: {key} is a {kind}tensor of {str(value.dtype).removeprefix('torch.')}; expected dense ones of "
+                "16 bits or more in floating point, or of integers"
+            )
+    # Averages that are all there is are no less than others' names, which programs object to.
+    own = {key: value for key, value in state.items() if not _AVERAGES.match(key)} or state
+    return {key: value.detach() for key, value in own.items()}, options
 
 
 def _plain(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

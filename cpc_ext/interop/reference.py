@@ -204,7 +204,7 @@ def put_weights(
 
     theirs: another program's name of ours, for messages.
 
-    CheckpointError where a tensor is missing, left over or of another shape.
+    CheckpointError where a tensor is missing, left over, of another shape, or of integers in place of weights.
     """
     wanted = model.state_dict()
     problems = []
@@ -215,6 +215,9 @@ def put_weights(
             problems.append(
                 f"{theirs(name) or name} is {list(weights[name].shape)}, expected {list(value.shape)} beside the others"
             )
+        elif value.is_floating_point() and not weights[name].is_floating_point():
+            kind = str(weights[name].dtype).removeprefix("torch.")
+            problems.append(f"{theirs(name) or name} is of {kind}, expected floating point")
     problems += [f"{theirs(name) or name} has no place" for name in weights if name not in wanted]
     if problems:
         raise CheckpointError(f"{origin}: its weights do not make one model: {'; '.join(problems[:6])}")

@@ -15,7 +15,7 @@ from cpc_ext.interop.errors import CheckpointError
 from cpc_ext.interop.names import NameMap, under, with_prefix
 from cpc_ext.interop.reading import Checkpoint
 from cpc_ext.interop.reference import Form, Program, Reference, Settings, put_weights
-from cpc_ext.interop.torchvision_resnets import resnet_name
+from cpc_ext.interop.torchvision_resnets import check_resnet, resnet_name
 from cpc_ext.models import SimCLR, TimmEncoder
 
 __all__ = ["SiameseProgram"]
@@ -51,6 +51,7 @@ class SiameseProgram(Program):
     Attributes:
         prefixes: in front of the ResNet's names, by version of the program.
         stem: that of :class:`~cpc_ext.models.TimmEncoder` which stands for a first convolution of 3x3.
+        small_stems: those for small images that the program itself makes networks with.
         layout: how the program's own examples name the layers.
         sizes: sides of images in pixels, with and without a stem for small ones, that the program's examples have.
     """
@@ -58,6 +59,7 @@ class SiameseProgram(Program):
     settings = frozenset(("image_size",))
     prefixes: ClassVar[tuple[str, ...]] = ("backbone.",)
     stem: ClassVar[str] = "cifar"
+    small_stems: ClassVar[tuple[str, ...]] = ()
     layout: ClassVar[str] = "names"
     sizes: ClassVar[tuple[int, int]] = (32, 224)
 
@@ -121,15 +123,15 @@ class SiameseProgram(Program):
             )
         weights = encoder.backbone.state_dict()
         try:
-            resnet_name(weights)
+            check_resnet(encoder)
         except ValueError as error:
             raise CheckpointError(f"{self.source} has torchvision's ResNets, this encoder {error}") from None
         layout, prefix = (self.layout, self.prefixes[0])
         if form is not None:
             layout, _, prefix = form.layout.partition(" ")
-        elif encoder.stem not in (None, self.stem):
-            if encoder.stem != "lightly" or self.source != "lightly":
-                raise CheckpointError(f"{self.source} has no stem like {encoder.stem}'s")
+        elif encoder.stem not in (None, *self.small_stems):
+            raise CheckpointError(f"{self.source} has no stem like {encoder.stem}'s")
+        elif encoder.stem == "lightly":
             layout = "generator"
         state = self._renamed(weights, _LAYOUTS[layout])
         return with_prefix(prefix, state) | ({} if form is None else form.unused)

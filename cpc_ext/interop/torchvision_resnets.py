@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-__all__ = ["resnet_name"]
+from cpc_ext.models import TimmEncoder
+
+__all__ = ["check_resnet", "resnet_name"]
 
 # By blocks per stack, for two or three convolutions in a block.
 _BASIC: dict[tuple[int, ...], str] = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34"}
@@ -28,7 +31,7 @@ def resnet_name(state: Mapping[str, Tensor]) -> str:
     if "layer1.0.conv3.weight" in state:
         depth = _BOTTLENECK.get(sizes)
         if first.shape[1] < first.shape[0]:
-            name = f"resnext{depth}_32x{first.shape[1]}d"
+            name = f"resnext{depth}_{first.shape[0] // first.shape[1]}x{first.shape[1]}d"
         elif first.shape[0] == 128:
             name = f"wide_resnet{depth}_2"
         else:
@@ -37,3 +40,28 @@ def resnet_name(state: Mapping[str, Tensor]) -> str:
     if name is None:
         raise ValueError(f"has stacks of {sizes} blocks, as no ResNet of torchvision's has")
     return name
+
+
+def check_resnet(encoder: TimmEncoder) -> None:
+    """ValueError unless an encoder is the network that its weights are taken for where they are read.
+
+    Pooling, strides and activations have no weights, so that a checkpoint of another network would be read as of this
+    one, and compute something else. The message says what the encoder is or has.
+    """
+    name = resnet_name(encoder.backbone.state_dict())
+    with torch.device("meta"):
+        read = TimmEncoder(name, encoder.in_channels, stem=encoder.stem)
+    ours, theirs = _layers(encoder.backbone), _layers(read.backbone)
+    for layer in {**ours, **theirs}:
+        if ours.get(layer) != theirs.get(layer):
+            mine, its = ours.get(layer, "nothing"), theirs.get(layer, "nothing")
+            raise ValueError(f"has {mine} as {layer}, where a {name} has {its}")
+
+
+def _layers(network: nn.Module) -> dict[str, str]:
+    """What computes something in evaluation, by name: layers without layers of their own, in words."""
+    return {
+        name: repr(layer).replace("SyncBatchNorm", "BatchNorm2d")
+        for name, layer in network.named_modules()
+        if not any(layer.children()) and "drop" not in name
+    }

@@ -128,7 +128,7 @@ def ours(source):
             ),
         ]
     if source in ("lightly", "solo-learn", "sthalles-simclr"):
-        stem = source if source != "sthalles-simclr" else "cifar"
+        stem = source if source != "sthalles-simclr" else None
         return [TimmEncoder("resnet18"), TimmEncoder("resnet18", 1, stem=stem)]
     if source == "pytorch-generative":
         return [
@@ -423,6 +423,27 @@ def test_any_tensor_missing_scrambled_or_renamed_is_an_error_and_no_crash(timm, 
                     load_reference(changed, source)
 
 
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        (lambda weight: weight.to_sparse(), "enc.conv1.weight is a sparse tensor of float32"),
+        (lambda weight: weight.to(torch.complex64), "enc.conv1.weight is a tensor of complex64"),
+        (lambda weight: weight.to(torch.float8_e4m3fn), "enc.conv1.weight is a tensor of float8_e4m3fn"),
+        (lambda weight: (100 * weight).to(torch.int8), "enc.conv1.weight is of int8, expected floating point"),
+    ],
+)
+def test_tensors_that_hold_no_weights_as_they_are(cpc, changed, problem):
+    state, _ = cpc
+    with pytest.raises(CheckpointError, match=problem):
+        load_reference(state | {"enc.conv1.weight": changed(state["enc.conv1.weight"])}, "cpcv2-pytorch")
+
+
+def test_averages_alone_are_named(cpc):
+    state, _ = cpc
+    with pytest.raises(CheckpointError, match=r"of its names do not fit \(ema\.enc\.conv1\.weight, "):
+        load_reference(prefixed(state, "ema."), "cpcv2-pytorch")
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_any_tensor_without_values_is_an_error_and_no_crash(timm, source):
     for model in ours(source)[:2]:
@@ -441,6 +462,8 @@ def test_models_that_a_program_does_not_have(cpc):
         export_reference(CPC(Encodings(4), ResidualContext(4, 4, 1), pred_steps=1), "greedy-infomax")
     with pytest.raises(CheckpointError, match="no stem of 5x5 with stride 2"):
         export_reference(small_resnet(stem="strided"), "cpcv2-pytorch")
+    with pytest.raises(CheckpointError, match="MobileNetV2 with ImageNet's strides, not cifar's"):
+        export_reference(MobileNetV2Encoder(1, width=0.25, strides="cifar"), "cpcv2-pytorch")
     with pytest.raises(CheckpointError, match="cut inside"):
         export_reference(
             GreedyInfoMax(ResNetV2Encoder(blocks=(2,), channels=(4,)), (1,), pred_steps=1), "greedy-infomax"

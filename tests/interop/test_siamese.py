@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from cpc_ext.interop import CheckpointError, export_reference, load_reference, read_reference
-from cpc_ext.models import ResNetV2Encoder, SimCLR, TimmEncoder
+from cpc_ext.interop.torchvision_resnets import resnet_name
+from cpc_ext.models import CPC, ResidualContext, ResNetV2Encoder, SimCLR, TimmEncoder
+from cpc_ext.nn import TargetInfoNCE
 from tests.interop.conftest import TimmNetwork
 
 
@@ -144,6 +146,49 @@ def test_models_of_ours(timm):
         export_reference(ResNetV2Encoder(blocks=(1,), channels=(4,)), "sthalles-simclr")
     with pytest.raises(CheckpointError, match="sthalles-simclr has no stem like solo-learn's"):
         export_reference(TimmEncoder("resnet18", stem="solo-learn"), "sthalles-simclr")
+
+
+def test_networks_that_only_look_like_the_programs(timm):
+    """What has no weights, as activations and pooling, is not in a checkpoint, and the program has its own."""
+    encoder = TimmEncoder("resnet18")
+    encoder.backbone.bn1 = torch.nn.SyncBatchNorm(4)
+    encoder.backbone.dropout = torch.nn.Dropout(0.1)
+    assert "backbone.bn1.running_mean" in export_reference(encoder, "solo-learn")
+    encoder.backbone.act1 = torch.nn.GELU()
+    context = ResidualContext(4, 4, 1, padding="lightning-bolts")
+    bolts = CPC(encoder, context, TargetInfoNCE(4, target_channels=3))
+    for model, source in ((encoder, "solo-learn"), (encoder, "lightly"), (bolts, "lightning-bolts")):
+        with pytest.raises(CheckpointError, match=r"has GELU.* as act1, where a resnet18 has ReLU"):
+            export_reference(model, source)
+    with pytest.raises(CheckpointError, match="sthalles-simclr has no stem like cifar's"):
+        export_reference(TimmEncoder("resnet18", stem="cifar"), "sthalles-simclr")
+    bolts.encoder = TimmEncoder("resnet18", stem="cifar")
+    with pytest.raises(CheckpointError, match="lightning-bolts has no stem like cifar's"):
+        export_reference(bolts, "lightning-bolts")
+    del encoder.backbone.layer4
+    bolts.encoder = encoder
+    with pytest.raises(CheckpointError, match=r"this one has stacks of \(2, 2, 2\) blocks"):
+        export_reference(bolts, "lightning-bolts")
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "groups"),
+    [
+        ("resnet50", 64, 1),
+        ("resnet101", 64, 1),
+        ("wide_resnet50_2", 128, 1),
+        ("resnext50_32x4d", 128, 32),
+        ("resnext101_32x8d", 256, 32),
+        ("resnext101_64x4d", 256, 64),
+    ],
+)
+def test_names_of_torchvisions_bottlenecks(name, width, groups):
+    blocks = (3, 4, 23 if "101" in name else 6, 3)
+    names = [f"layer{stack}.{block}.conv3.weight" for stack, count in enumerate(blocks, 1) for block in range(count)]
+    state = dict.fromkeys(names, torch.empty(1, 1, 1, 1, device="meta"))
+    state["conv1.weight"] = torch.empty(64, 3, 7, 7, device="meta")
+    state["layer1.0.conv2.weight"] = torch.empty(width, width // groups, 3, 3, device="meta")
+    assert resnet_name(state) == name
 
 
 def test_other_backbones_are_refused(timm):

@@ -396,6 +396,11 @@ def test_models_that_the_programs_do_not_have():
         export_reference(CPC(theirs, gru, objective), "cpc-audio")
     with pytest.raises(CheckpointError, match="one direction of time"):
         export_reference(CPC(theirs, gru, SequenceInfoNCE(8, reverse=True, **SHIFTED)), "cpc-audio")
+    for context in (CausalTransformerContext(8, absolute=True, heads=4), CausalTransformerContext(8, heads=4)):
+        with pytest.raises(CheckpointError, match="transformers of 8 heads, this one has 4"):
+            export_reference(CPC(theirs, context, SequenceInfoNCE(8, **SHIFTED)), "cpc-audio")
+    with pytest.raises(CheckpointError, match="normalises samples by constants of its own"):
+        export_reference(CPC(WaveformEncoder(8, normalization=(2.0, 0.5)), gru, objective), "greedy-infomax-audio")
     normalised = WaveformEncoder(8, padding="cpc-audio", normalization="greedy-infomax")
     with pytest.raises(CheckpointError, match="does not normalise"):
         export_reference(CPC(normalised, gru, objective), "cpc-audio")

@@ -20,13 +20,14 @@ from cpc_ext.interop.reading import Checkpoint
 from cpc_ext.interop.reference import Encodings, Form, Program, Reference, Settings, put_weights
 from cpc_ext.models import CPC, CausalTransformerContext, RecurrentContext, WaveformEncoder
 from cpc_ext.models.contexts.causal_transformer_context import absolute_positions
-from cpc_ext.nn import SequenceInfoNCE
+from cpc_ext.nn import CausalTransformerLayer, SequenceInfoNCE
 
 __all__ = ["PROGRAM", "CPCAudioProgram"]
 
 _MODEL, _CRITERION = "gEncoder.", "cpcCriterion."
 _OPTIONS_FILE = "checkpoint_args.json"
 _PREDICTORS = "wPrediction.predictors."
+_HEADS = 8
 _KINDS = {3: "gru", 4: "lstm", 1: "rnn"}
 _NORMS = {"channel": "layerNorm", "batch": "batchNorm", "instance": "instanceNorm", "none": "ID"}
 _ENCODER = NameMap(
@@ -260,8 +261,11 @@ def _transformer_to_ours(
     return weights, {name: value for name, value in state.items() if name in _CONSTANTS}
 
 
-def _transformer_from_ours(state: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
+def _transformer_from_ours(layer: CausalTransformerLayer, size: int) -> dict[str, Tensor]:
     """Weights of a layer by their names, and its constants for windows of a size; without where that is 0."""
+    if layer.heads != _HEADS:
+        raise CheckpointError(f"{PROGRAM.source} has transformers of {_HEADS} heads, this one has {layer.heads}")
+    state = layer.state_dict()
     theirs = {str(_TRANSFORMER.theirs(name)): value for name, value in state.items()}
     relative = state.get("relative")
     if relative is not None:
@@ -301,7 +305,7 @@ def _context_from_ours(context: nn.Module, *, complete: bool) -> dict[str, Tenso
         table = absolute_positions(size, context.out_channels)
         state["0.pe"] = table[None].to(context.layers[0].norm.weight)
     for index, layer in enumerate(context.layers, start=int(context.absolute)):
-        state |= with_prefix(f"{index}.", _transformer_from_ours(layer.state_dict(), size))
+        state |= with_prefix(f"{index}.", _transformer_from_ours(layer, size))
     return state
 
 
@@ -408,9 +412,9 @@ def _predictions_from_ours(objective: SequenceInfoNCE, *, complete: bool) -> dic
     state: dict[str, Tensor] = {}
     for step, predictor in enumerate(objective.predictors):
         own = predictor.state_dict()
-        if objective.predictor == "transformer":
+        if isinstance(predictor, CausalTransformerLayer):
             size = len(own["relative"]) if complete else 0
-            own = with_prefix("0.", _transformer_from_ours(own, size))
+            own = with_prefix("0.", _transformer_from_ours(predictor, size))
         elif objective.predictor == "ffd":
             # Equalised layers wrap those that have the weights.
             own = {

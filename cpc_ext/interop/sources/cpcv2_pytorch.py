@@ -304,6 +304,8 @@ class CPCV2PyTorch(Program):
             kernel, stride = encoder.conv1.kernel_size[0], encoder.conv1.stride[0]
             if stride != (2 if kernel == 7 else 1):
                 raise CheckpointError(f"{self.source} has no stem of {kernel}x{kernel} with stride {stride}")
+        if isinstance(encoder, MobileNetV2Encoder) and encoder.strides != "imagenet":
+            raise CheckpointError(f"{self.source} has MobileNetV2 with ImageNet's strides, not {encoder.strides}'s")
         state = {}
         for name, value in encoder.state_dict().items():
             theirs = str(names.theirs(name))

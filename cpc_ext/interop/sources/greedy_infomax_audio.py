@@ -17,6 +17,7 @@ from cpc_ext.interop.errors import CheckpointError
 from cpc_ext.interop.reading import Checkpoint
 from cpc_ext.interop.reference import Form, Program, Reference, Settings, put_weights
 from cpc_ext.models import CPC, GreedyInfoMax, RecurrentContext, WaveformEncoder
+from cpc_ext.models.encoders.waveform_encoder import NORMALIZATIONS
 from cpc_ext.nn import SequenceInfoNCE
 
 __all__ = ["PROGRAM", "GreedyInfoMaxAudioProgram"]
@@ -124,6 +125,8 @@ class GreedyInfoMaxAudioProgram(Program):
             raise CheckpointError(f"{self.source} has no model like a {type(model).__name__}")
         if encoder.norm != "none" or encoder.padding != (2, 2, 2, 2, 1):
             raise CheckpointError(f"{self.source} has encoders without norm, with paddings of their own")
+        if encoder.normalization not in NORMALIZATIONS.values():
+            raise CheckpointError(f"{self.source} normalises samples by constants of its own")
         state: dict[str, Tensor] = {}
         sizes = [5] if isinstance(model, CPC) else [len(module.blocks) for module in model.encoder_modules]
         layer = 0

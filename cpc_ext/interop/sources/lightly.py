@@ -18,6 +18,7 @@ class Lightly(SiameseProgram):
     source = "lightly"
     prefixes = ("backbone.", "model.backbone.", "resnet_simclr.backbone.")
     layout = "numbers"
+    small_stems = ("cifar", "lightly")
 
 
 PROGRAM = Lightly()

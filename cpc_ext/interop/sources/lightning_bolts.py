@@ -19,7 +19,7 @@ from cpc_ext.interop.names import NameMap, under, with_prefix
 from cpc_ext.interop.reading import Checkpoint
 from cpc_ext.interop.reference import Encodings, Form, Program, Reference, Settings, grid_view, put_weights
 from cpc_ext.interop.resnets import stack_sizes
-from cpc_ext.interop.torchvision_resnets import resnet_name
+from cpc_ext.interop.torchvision_resnets import check_resnet, resnet_name
 from cpc_ext.models import CPC, LayerNormResNetEncoder, PatchEncoder, ResidualContext, TimmEncoder
 from cpc_ext.nn import TargetInfoNCE
 
@@ -217,13 +217,25 @@ class LightningBolts(Program):
         if isinstance(model.encoder, LayerNormResNetEncoder):
             backbone = {str(_OWN.theirs(name)): value for name, value in model.encoder.state_dict().items()}
         elif isinstance(model.encoder, TimmEncoder):
-            backbone = model.encoder.backbone.state_dict()
+            backbone = self._export_backbone(model.encoder)
         else:
             raise CheckpointError(
                 f"{self.source} has its own encoder and torchvision's ResNets, not {type(model.encoder).__name__}"
             )
         state = with_prefix("encoder.", backbone)
         return state | with_prefix("contrastive_task.", task) | unused
+
+    def _export_backbone(self, encoder: TimmEncoder) -> dict[str, Tensor]:
+        try:
+            check_resnet(encoder)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.source} has its own encoder and torchvision's ResNets, this one {error}"
+            ) from None
+        if encoder.stem is not None:
+            raise CheckpointError(f"{self.source} has no stem like {encoder.stem}'s")
+        backbone: dict[str, Tensor] = encoder.backbone.state_dict()
+        return backbone
 
     def _export_context(self, context: ResidualContext) -> dict[str, Tensor]:
         if context.padding != "lightning-bolts":

@@ -17,6 +17,7 @@ class SoloLearn(SiameseProgram):
     source = "solo-learn"
     prefixes = ("backbone.", "encoder.")
     stem = "solo-learn"
+    small_stems = (stem,)
 
 
 PROGRAM = SoloLearn()

@@ -69,6 +69,7 @@ class MobileNetV2Encoder(StackedEncoder):
 
     Attributes:
         out_channels: D = 1280, more for ``width`` above 1.
+        strides: as given.
 
     Raises:
         ValueError: an argument that is none of those above.
@@ -95,6 +96,7 @@ class MobileNetV2Encoder(StackedEncoder):
             raise ValueError(f"width must be positive, got {width}")
         if strides not in _UNSTRIDED:
             raise ValueError(f"strides must be one of {', '.join(_UNSTRIDED)}, got {strides!r}")
+        self.strides = strides
         unstrided = _UNSTRIDED[strides]
         before = _rounded(_STEM_CHANNELS * width)
         self.conv1 = conv(in_channels, before, 3, 1 if -1 in unstrided else 2, norm)
