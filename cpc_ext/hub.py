@@ -227,7 +227,7 @@ class Encoder(_Saved, pipeline_tag="image-feature-extraction"):
 
         Images are uint8, or floating in 0..1 and rounded to their 256 levels. They have the
         data set's size, of which a view of patches takes the middle, or any where it sees whole images. ValueError
-        where they have another shape or range.
+        where they have another shape or range, TypeError where they are of another type.
         """
         self._check(images)
         if images.is_floating_point():

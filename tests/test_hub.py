@@ -174,6 +174,14 @@ def test_images_that_it_was_not_trained_for(images, message):
     assert gray.eval()(torch.rand(2, 3, 20, 20)).shape == (2, 4)
 
 
+@pytest.mark.parametrize("view", [{"patch_size": 8, "stride": 4}, {"size": 16}])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_images_of_other_types(view, dtype):
+    arguments = {"blocks": [1], "channels": [4], "stem_channels": 4, "stem": "cifar"}
+    with pytest.raises(TypeError, match=r"images must be uint8.*, got (torch\.)?(int64|bool)"):
+        hub.Encoder("ResNetV2Encoder", arguments, view)(torch.ones(2, 3, 20, 20, dtype=dtype))
+
+
 def test_what_is_wrong_is_said(run, tmp_path):
     arguments = {"blocks": [1], "channels": [4], "stem_channels": 4, "stem": "cifar"}
     view = {"patch_size": 8, "stride": 4}

@@ -79,7 +79,7 @@ class SimCLRView:
     def random_pair(
         self, images: Tensor, generator: torch.Generator | None = None, *, share: BatchShare = _WHOLE
     ) -> Tensor:
-        """Two views [2, B, C, size, size] of uint8 images [B, C, H, W].
+        """Two views [2, B, C, size, size] of uint8 images [B, C, H, W]. TypeError for images of another type.
 
         generator: on the CPU, so that a seed gives the same views on every device; None takes PyTorch's own.
         share: the part of the batch that the images are; numbers are drawn for all of it.
@@ -238,5 +238,7 @@ def _jitter(images: Tensor, factors: Tensor, order: list[int]) -> Tensor:
 
 
 def _unit(images: Tensor) -> Tensor:
-    """uint8 → float32 in 0..1."""
+    """uint8 → float32 in 0..1. TypeError for others, of which those in 0..1 already would become nearly black."""
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images must be uint8, got {images.dtype}")
     return images.float() / 255

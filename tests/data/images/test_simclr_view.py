@@ -163,3 +163,11 @@ def test_images_of_one_channel():
 def test_blur_kernel_that_does_not_fit(kernel):
     with pytest.raises(ValueError, match=f"blur_kernel: expected an odd number below 2 \\* 8, got {kernel}"):
         SimCLRView(8, blur_kernel=kernel)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
+def test_only_bytes_are_images(dtype):
+    view, images = SimCLRView(8, blur_kernel=0), torch.ones(2, 3, 10, 10, dtype=dtype)
+    for seen in (view.center, view.random, view.random_pair):
+        with pytest.raises(TypeError, match=f"images must be uint8, got {dtype}"):
+            seen(images)
