@@ -68,6 +68,8 @@ def _check(command: Command) -> None:
         raise TrainingError(f"--seed: from 0 to below 2**63, got {command.seed}")
     if not 0 <= command.temperature < float("inf"):
         raise TrainingError(f"--temperature: at least 0 and finite, got {command.temperature:g}")
+    if command.out is not None and command.out.suffix.lower() not in (".png", ".npy"):
+        raise TrainingError(f"--out: expected a name that ends in .png or .npy, got {command.out.name}")
     if command.rows is not None and command.complete is None:
         raise TrainingError("--rows needs --complete, the image whose rows are kept")
 

@@ -69,7 +69,7 @@ def sample(command: Command) -> None:
     suffix = "npy" if model.levels != IMAGE_LEVELS else "png"
     path = command.out or command.run / f"{'sampled' if image is None else 'completed'}.{suffix}"
     with writing(path, "--out"):
-        if path.suffix == ".npy":
+        if path.suffix.lower() == ".npy":
             with atomic_file(path) as file:
                 write_npy(file, images.numpy())
         else:

@@ -186,6 +186,7 @@ def test_run_of_another_kind(tmp_path, capsys):
         ("plain", ("--complete", __file__, "--rows", 17), "--rows: 0 to 16, the height of the run's images, got 17"),
         ("plain", ("--device", "cuda:63"), "--device cuda:63 is not available"),
         ("plain", ("--n", 1, "--out", "/no/such/folder/a.png"), "--out: cannot write /no/such/folder/a.png"),
+        ("plain", ("--n", 1, "--out", "a.jpg"), "--out: expected a name that ends in .png or .npy, got a.jpg"),
     ],
 )
 def test_what_there_is_not(runs, capsys, name, options, expected):
