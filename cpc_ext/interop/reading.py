@@ -44,8 +44,8 @@ _DTYPES = frozenset(
 )
 # Parts of names that wrappers of modules add, wherever in the tree they wrap.
 _WRAPPING = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")
-# Moving averages of the weights, beside the weights themselves.
-_AVERAGES = re.compile(r"(?:model_ema|ema_model|ema)\.")
+# Moving averages of the weights, beside the weights themselves; and how many models PyTorch's AveragedModel is of.
+_AVERAGES = re.compile(r"(?:model_ema|ema_model|ema)\.|n_averaged$")
 
 
 class _Namespace:

@@ -39,7 +39,7 @@ def resnet_arguments(state: Mapping[str, Tensor], norm: str | None) -> dict[str,
     }
     if bottleneck:
         outside = [_tensor(state, f"layers.{stack}.0.conv3.weight", 4).shape[0] for stack in range(len(sizes))]
-        arguments["expansions"] = [out // channels for out, channels in zip(outside, inside, strict=True)]
+        arguments["expansions"] = [max(1, out // channels) for out, channels in zip(outside, inside, strict=True)]
     return arguments
 
 

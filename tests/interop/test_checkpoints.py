@@ -170,6 +170,7 @@ def prefixed(state, prefix):
     [
         lambda state: prefixed(state, "module."),
         lambda state: prefixed(state, "_orig_mod.module."),
+        lambda state: {"n_averaged": torch.tensor(7), **prefixed(state, "module.")},  # As PyTorch's AveragedModel.
         lambda state: {name.replace("enc.", "enc.module."): value for name, value in state.items()},
         lambda state: {
             "state_dict": prefixed(state, "module."),
@@ -442,6 +443,26 @@ def test_averages_alone_are_named(cpc):
     state, _ = cpc
     with pytest.raises(CheckpointError, match=r"of its names do not fit \(ema\.enc\.conv1\.weight, "):
         load_reference(prefixed(state, "ema."), "cpcv2-pytorch")
+
+
+@pytest.mark.parametrize(
+    ("source", "model", "name", "changed"),
+    [
+        ("pixel-cnn-pp", 0, "nin_out.lin_a.weight_v", lambda weight: weight.sum()),
+        ("cpcv2-pytorch", 2, "layers.0.0.conv3.weight", lambda weight: weight[:2]),
+        ("cpc-audio", 0, "gEncoder.gEncoder.conv0.weight", lambda weight: torch.cat([weight, weight[:2]])),
+    ],
+)
+def test_shapes_that_no_model_is_built_with_are_errors_of_the_checkpoint(source, model, name, changed):
+    state = export_reference(ours(source)[model], source)
+    told = {"norm": "layer"} if source == "cpcv2-pytorch" else {}
+    with pytest.raises(CheckpointError):
+        load_reference(state | {name: changed(state[name])}, source, **told)
+
+
+def test_a_classifier_of_any_shape_is_kept():
+    state = export_reference(small_resnet(), "cpcv2-pytorch") | {"classifier.bias": torch.tensor(1.0)}
+    assert read_reference(state, "cpcv2-pytorch").form.unused.keys() == {"classifier.bias"}
 
 
 @pytest.mark.parametrize("source", SOURCES)

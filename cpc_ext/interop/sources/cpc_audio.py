@@ -210,6 +210,10 @@ def _context(
         window = len(own["relative"]) if "relative" in own else window
     if (table is None) != ("layers.0.relative" in weights):
         raise CheckpointError(f"{checkpoint.origin}: gAR must have either pe or Krelpos")
+    if channels % _HEADS:
+        raise CheckpointError(
+            f"{checkpoint.origin}: {channels} channels are no multiple of a transformer's {_HEADS} heads"
+        )
     context = CausalTransformerContext(
         channels, window, layers=len(layers), absolute=table is not None, reverse=reverse, hidden=_hidden(weights)
     )

@@ -218,7 +218,7 @@ class CPCV2PyTorch(Program):
         }
         if named.get("gray", arguments["in_channels"] == 1) != (arguments["in_channels"] == 1):
             raise _misnamed(checkpoint, f"images of {arguments['in_channels']} channels")
-        if any(name.endswith("bias") and len(value) == 100 for name, value in unused.items()):
+        if any(name.endswith("bias") and value.shape == (100,) for name, value in unused.items()):
             told.setdefault("dataset", "cifar100")
         return told
 

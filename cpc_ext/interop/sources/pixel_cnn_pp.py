@@ -62,7 +62,11 @@ class PixelCNNPPProgram(Program):
     def _arguments(self, checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> dict[str, int]:
         first, last = weights.get("u_init.weight_v"), weights.get("nin_out.weight_v")
         blocks = {int(m[1]) for name in weights if (m := re.match(r"up_layers\.0\.u_stream\.(\d+)\.", name))}
-        if not blocks or last is None or first is None or first.ndim != 4 or 0 in (*first.shape, *last.shape):
+        if (
+            not blocks
+            or (last is None or last.ndim != 2 or 0 in last.shape)
+            or (first is None or first.ndim != 4 or 0 in first.shape)
+        ):
             raise CheckpointError(
                 f"{checkpoint.origin} is not a checkpoint of {self.source}, which begins with u_init.conv.weight_v, "
                 "or weight, of four dimensions, has up_layers.0.u_stream and ends with nin_out.lin_a"
