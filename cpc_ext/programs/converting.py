@@ -89,7 +89,8 @@ def _take_over(command: Command, source: str) -> None:
     if part:
         print(f"the checkpoint holds an encoder alone: {_ENCODERS[reference.configuration['kind']]} from the seed")
     assumed = list(reference.assumed)
-    by_statistics = model_medium(config.model) == "images"
+    # Models of pixels see values as they are, whatever the data set's mean is.
+    by_statistics = model_medium(config.model) == "images" and config.model != "pixelcnn++"
     if command.dataset is None and "dataset" not in reference.configuration and by_statistics:
         assumed.append(f"--dataset {config.data.dataset}, whose mean and deviation images are normalised by")
     if assumed:

@@ -141,9 +141,10 @@ def test_converted_checkpoints_are_trained_on_and_evaluated(train_fully, tiny_da
 
 
 @pytest.mark.parametrize("name", ["pixel_cnn_pp.model_1ch", "pixel_cnn_pp.model_3ch"])
-def test_images_are_drawn_from_a_converted_checkpoint(tmp_path, name):
+def test_images_are_drawn_from_a_converted_checkpoint(tmp_path, name, capsys):
     checkpoint = GOLDEN / f"{name}.safetensors"
     assert convert(checkpoint, "--source", "pixel-cnn-pp", "--out", tmp_path / "run", "--image-size", "16") == 0
+    assert "normalised" not in capsys.readouterr().out  # Models of pixels see values as they are.
     assert sample.main([str(tmp_path / "run"), "--n", "1", "--device", "cpu"]) == 0
     image = Image.open(tmp_path / "run" / "sampled.png")
     assert image.width == image.height >= 16
