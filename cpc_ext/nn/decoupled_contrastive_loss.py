@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from cpc_ext.nn.across_ranks import exchange_with
-from cpc_ext.nn.nt_xent_loss import check_views
+from cpc_ext.nn.nt_xent_loss import check_views, unit_views
 from cpc_ext.nn.typed import Module
-from cpc_ext.nn.unit_length import unit_length
 from cpc_ext.ops._contrast import contrast
-from cpc_ext.ops._contrast_arguments import ContrastOptions
+from cpc_ext.ops._contrast_arguments import ContrastOptions, check_positive
 from cpc_ext.ops._library import without_autocast
 
 __all__ = ["DecoupledContrastiveLoss"]
@@ -31,7 +30,7 @@ class DecoupledContrastiveLoss(Module):
         gather_distributed: whether views of all processes are contrasted, which are gathered.
 
     Raises:
-        ValueError: a temperature that is not positive.
+        TypeError, ValueError: a temperature that is no number, or not positive.
     """
 
     def __init__(
@@ -41,8 +40,7 @@ class DecoupledContrastiveLoss(Module):
         gather_distributed: bool = False,
     ) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
+        check_positive("temperature", temperature)
         self.temperature = temperature
         self.weight_fn = weight_fn
         self.gather_negatives = "gather" if gather_distributed else "none"
@@ -54,12 +52,13 @@ class DecoupledContrastiveLoss(Module):
             first, second: floating [N, D], of any finite length, 0 included; row n of both is of image n.
 
         Raises:
+            TypeError: views that are no floating tensors.
             ValueError: views of different shapes, one image without others, or weights that are not [N].
         """
         check_views(first, second)
         # In float32 at least, under autocast too: the temperature multiplies a rounding of the similarity by 10.
         with without_autocast(first.device):
-            views = unit_length(torch.cat([first, second]).to(torch.promote_types(first.dtype, torch.float32)))
+            views = unit_views(first, second)
             return self._negatives(views) - self._positives(*views.chunk(2))
 
     def _negatives(self, views: Tensor) -> Tensor:

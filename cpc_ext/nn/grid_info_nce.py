@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cpc_ext.nn.across_ranks import EXCHANGES, exchange_with, ring_info_nce
 from cpc_ext.nn.typed import Module
-from cpc_ext.ops._checks import check_integer
+from cpc_ext.ops._checks import check_dense, check_floating, check_integer
 from cpc_ext.ops._library import drawn_by
 from cpc_ext.ops.info_nce import info_nce
 from cpc_ext.ops.predict_and_contrast import predict_and_contrast
@@ -152,8 +152,8 @@ class GridInfoNCE(Module):
                 ``gather_negatives="gather"`` those of all processes.
 
         Raises:
-            ValueError: grids of the wrong shape, or with too few rows for ``pred_steps + skip``; negatives of the
-                wrong number or shape, or given although ``neg_samples="all"``.
+            TypeError, ValueError: grids of the wrong type or shape, or with too few rows for ``pred_steps + skip``;
+                negatives of the wrong number, type or shape, or given although ``neg_samples="all"``.
             IndexError: on the CPU, a negative that names no target.
         """
         directions, steps, context_channels, encoding_channels = self.weight.shape
@@ -261,6 +261,7 @@ class GridInfoNCE(Module):
             )
         for index, draw in enumerate(negatives):
             expected = (sizes[index % steps], self.neg_samples)
+            check_dense(f"negatives[{index}]", draw)
             if tuple(draw.shape) != expected:
                 raise ValueError(f"negatives[{index}] must have shape {expected}, got {tuple(draw.shape)}")
             # An index beyond its step's last target also lies beyond the last key, but one below 0 would name a key.
@@ -277,8 +278,12 @@ def check_grids(
     pred_steps: int | None,
     skip: int,
 ) -> None:
-    """Raise a ValueError unless these are grids with so many channels that leave rows for the steps; None: for one."""
+    """Raise a TypeError or ValueError unless these are floating grids with so many channels.
+
+    They must leave rows for the steps; None: for one.
+    """
     for name, grid, count in zip(("encodings", "contexts"), (encodings, contexts), channels, strict=True):
+        check_floating(name, grid)
         if grid.ndim != 5 or grid.shape[0] != directions or grid.shape[2] != count:
             raise ValueError(
                 f"{name} must be [{directions} directions, B, {count} channels, rows, cols], "

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cpc_ext.nn.across_ranks import Exchange, exchange_with
 from cpc_ext.nn.typed import Module
+from cpc_ext.ops._checks import check_floating
 from cpc_ext.ops._contrast_arguments import check_number
 from cpc_ext.ops._library import without_autocast
 
@@ -83,9 +84,11 @@ class ImageTextLoss(Module):
             output_dict: whether the loss is the value of "contrastive_loss" in a dict.
 
         Raises:
-            TypeError, ValueError: features of other shapes, a scale or a bias that is not one number.
+            TypeError, ValueError: features of other types or shapes, a scale or a bias that is not one finite number.
         """
         images, texts = image_features, text_features
+        for name, features in (("image_features", images), ("text_features", texts)):
+            check_floating(name, features)
         if images.ndim != 2 or images.shape != texts.shape or images.shape[0] == 0:
             raise ValueError(
                 "image_features and text_features must both be [B, D], "
@@ -120,9 +123,9 @@ class ImageTextLoss(Module):
 
 def _one_value(name: str, value: float | Tensor) -> float | Tensor:
     """A number as it is, a tensor of one value, which open_clip's models may give, without dimensions."""
-    if not isinstance(value, Tensor):
-        check_number(name, value)
-        return value
-    if value.numel() != 1:
-        raise ValueError(f"{name} must be a number or a tensor of one value, got shape {tuple(value.shape)}")
-    return value.reshape(())
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be a number or a tensor of one value, got shape {tuple(value.shape)}")
+        value = value.reshape(())
+    check_number(name, value)
+    return value

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cpc_ext.nn.typed import Module
+from cpc_ext.ops._contrast_arguments import check_positive
 from cpc_ext.ops.info_nce import InfoNCEOutput, info_nce
 
 __all__ = ["InfoNCELoss"]
@@ -24,7 +25,7 @@ class InfoNCELoss(Module):
             next call, as CLIP does.
 
     Raises:
-        ValueError: a temperature that is not positive, or lower than ``max_scale`` allows.
+        TypeError, ValueError: a temperature that is no number, not positive, or lower than ``max_scale`` allows.
     """
 
     log_scale: nn.Parameter | None
@@ -38,8 +39,7 @@ class InfoNCELoss(Module):
         max_scale: float = 100.0,
     ) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
+        check_positive("temperature", temperature)
         if learnable and not max_scale * temperature >= 1:
             raise ValueError(f"temperature must be at least 1 / max_scale = {1 / max_scale}, got {temperature}")
         self.temperature = temperature

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from cpc_ext.nn.typed import Module
 from cpc_ext.nn.unit_length import unit_length
+from cpc_ext.ops._checks import check_dense, check_floating
+from cpc_ext.ops._contrast_arguments import INTEGERS, check_positive
 from cpc_ext.ops._library import differentiable_once, may_need_gradients, without_autocast
 from cpc_ext.ops.scores_logsumexp import scores_logsumexp
 
@@ -37,13 +39,12 @@ class LabelledNTXentLoss(Module):
         temperature: τ.
 
     Raises:
-        ValueError: a temperature that is not positive.
+        TypeError, ValueError: a temperature that is no number, or not positive.
     """
 
     def __init__(self, temperature: float = 0.07) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
+        check_positive("temperature", temperature)
         self.temperature = temperature
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -53,18 +54,21 @@ class LabelledNTXentLoss(Module):
 
         Args:
             embeddings: floating [N, D], of any finite length.
-            labels: integers [N], the classes.
+            labels: integers [N], the classes, on any device.
 
         Raises:
-            ValueError: embeddings or labels of the wrong shape.
+            TypeError, ValueError: embeddings or labels of the wrong type or shape.
         """
+        check_floating("embeddings", embeddings)
+        if check_dense("labels", labels).dtype not in INTEGERS:
+            raise TypeError(f"labels must be integers, got {labels.dtype}")
         if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
             raise ValueError(
                 f"embeddings must be [N, D] and labels [N], got {tuple(embeddings.shape)} and {tuple(labels.shape)}"
             )
         # In float32 at least, under autocast too: the temperature multiplies a rounding of the similarity by 14.
         with without_autocast(embeddings.device):
-            labels, order = labels.sort()
+            labels, order = labels.to(embeddings.device).sort()
             wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
             units = unit_length(wide)[order]
             scale = 1 / self.temperature
@@ -82,14 +86,14 @@ class _PairLosses(torch.autograd.Function):
     """The sum of log(1 + exp(l_a - scale * u_a . u_p)) over all pairs of a class, from u [N, D] and l [N].
 
     Classes lie one after the other, as long as ``sizes`` says. Gradients of u and l, which come with the loss, are
-    formed, where ``forms``, while the scores are at hand.
+    formed, where ``forms``, while the scores are at hand; from that of u follows that of a scale that is a tensor.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        units: Tensor, others: Tensor, labels: Tensor, sizes: list[int], scale: float, forms: bool
+        units: Tensor, others: Tensor, labels: Tensor, sizes: list[int], scale: float | Tensor, forms: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         total = others.new_zeros(())
         of_units, of_others = torch.zeros_like(units), torch.zeros_like(others)
@@ -109,14 +113,19 @@ class _PairLosses(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:2], *output[1:])
+        scale = inputs[4]
+        ctx.save_for_backward(*inputs[:2], *output[1:], scale if isinstance(scale, Tensor) else None)
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     @differentiable_once("LabelledNTXentLoss")
     def backward(ctx: Any, saved: tuple[Tensor, ...], gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        of_units, of_others = saved[2:]
-        return of_units * gradient, of_others * gradient, None, None, None, None
+        units, (of_units, of_others, scale) = saved[0], saved[2:]
+        of_scale = None
+        if ctx.needs_input_grad[4]:
+            # A score's slopes in its two embeddings, times these, are twice the scale times its slope in the scale.
+            of_scale = gradient * (of_units * units).sum() / (2 * scale)
+        return of_units * gradient, of_others * gradient, None, None, of_scale, None
 
 
 _pair_losses: Callable[..., tuple[Tensor, Tensor, Tensor]] = _PairLosses.apply

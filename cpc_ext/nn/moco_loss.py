@@ -11,6 +11,8 @@ from cpc_ext.nn.across_ranks import exchange_with
 from cpc_ext.nn.key_queue import KeyQueue
 from cpc_ext.nn.typed import Module
 from cpc_ext.nn.unit_length import unit_length
+from cpc_ext.ops._checks import check_floating, check_integer
+from cpc_ext.ops._contrast_arguments import check_positive
 from cpc_ext.ops._library import without_autocast
 
 __all__ = ["MoCoLoss", "MoCoOutput"]
@@ -49,7 +51,7 @@ class MoCoLoss(Module):
             A DistributedDataParallel around it then must not broadcast buffers.
 
     Raises:
-        ValueError: an argument that is none of those above.
+        TypeError, ValueError: an argument that is none of those above.
     """
 
     def __init__(
@@ -63,10 +65,8 @@ class MoCoLoss(Module):
     ) -> None:
         super().__init__()
         for name, value in (("dim", dim), ("size", size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
+            check_integer(name, value, 1)
+        check_positive("temperature", temperature)
         if gather_negatives not in ("none", "gather"):
             raise ValueError(f"gather_negatives must be one of none, gather, got {gather_negatives!r}")
         self.temperature = temperature
@@ -82,12 +82,15 @@ class MoCoLoss(Module):
             keys: floating [B, D], of the encoder that follows it; row n of both is of image n. They get no gradient.
 
         Raises:
+            TypeError: queries or keys that are no floating tensors.
             ValueError: queries and keys of different shapes, fewer than one, or not of the queue's width.
         """
         return self.contrast(queries, keys).loss
 
     def contrast(self, queries: Tensor, keys: Tensor) -> MoCoOutput:
         """The loss, and how often a key is found, which is known with it. Takes, does and raises what a call does."""
+        for name, value in (("queries", queries), ("keys", keys)):
+            check_floating(name, value)
         if queries.ndim != 2 or queries.shape != keys.shape or queries.shape[0] == 0:
             raise ValueError(
                 f"queries and keys must both be [B, D], got {tuple(queries.shape)} and {tuple(keys.shape)}"

@@ -13,6 +13,8 @@ from torch import Tensor
 from cpc_ext.nn.across_ranks import EXCHANGES, exchange_with, ring_info_nce
 from cpc_ext.nn.typed import Module
 from cpc_ext.nn.unit_length import unit_length
+from cpc_ext.ops._checks import check_floating
+from cpc_ext.ops._contrast_arguments import check_positive
 from cpc_ext.ops._library import without_autocast
 from cpc_ext.ops.info_nce import info_nce
 from cpc_ext.ops.scores_logsumexp import scores_logsumexp
@@ -54,7 +56,7 @@ class MultipleNegativesRankingLoss(Module):
             process's own anchors.
 
     Raises:
-        ValueError: an argument that is none of those above.
+        TypeError, ValueError: an argument that is none of those above.
     """
 
     def __init__(
@@ -67,8 +69,7 @@ class MultipleNegativesRankingLoss(Module):
         gather_negatives: str = "none",
     ) -> None:
         super().__init__()
-        if not scale > 0:
-            raise ValueError(f"scale must be positive, got {scale}")
+        check_positive("scale", scale)
         for name, choice, allowed in (
             ("similarity_fct", similarity_fct, _SIMILARITIES),
             *(("directions", direction, _DIRECTIONS) for direction in directions),
@@ -99,9 +100,12 @@ class MultipleNegativesRankingLoss(Module):
             hard_negatives: any number of [B, D], row i of each is wrong for anchor i.
 
         Raises:
+            TypeError: embeddings that are no floating tensors.
             ValueError: embeddings of different shapes, or none.
         """
         embeddings = (anchors, positives, *hard_negatives)
+        for place, one in enumerate(embeddings):
+            check_floating(("anchors", "positives")[place] if place < 2 else f"hard_negatives[{place - 2}]", one)
         if anchors.ndim != 2 or anchors.shape[0] == 0 or any(one.shape != anchors.shape for one in embeddings):
             shapes = ", ".join(str(tuple(one.shape)) for one in embeddings)
             raise ValueError(f"embeddings must all be [B, D] of one shape, got {shapes}")

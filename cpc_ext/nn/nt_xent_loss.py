@@ -17,10 +17,12 @@ from cpc_ext.nn.across_ranks import EXCHANGES, exchange_with, ring_info_nce
 from cpc_ext.nn.key_queue import KeyQueue
 from cpc_ext.nn.typed import Module
 from cpc_ext.nn.unit_length import unit_length
+from cpc_ext.ops._checks import check_floating, is_integer
+from cpc_ext.ops._contrast_arguments import check_positive
 from cpc_ext.ops._library import without_autocast
 from cpc_ext.ops.info_nce import info_nce
 
-__all__ = ["NTXentLoss", "NTXentOutput", "check_views"]
+__all__ = ["NTXentLoss", "NTXentOutput", "check_views", "unit_views"]
 
 
 class NTXentOutput(NamedTuple):
@@ -61,7 +63,7 @@ class NTXentLoss(Module):
             a memory bank, "gather" enters the second views of all processes.
 
     Raises:
-        ValueError: an argument that is none of those above.
+        TypeError, ValueError: an argument that is none of those above.
     """
 
     def __init__(
@@ -73,8 +75,7 @@ class NTXentLoss(Module):
         gather_negatives: str | None = None,
     ) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
+        check_positive("temperature", temperature)
         if gather_negatives is None:
             gather_negatives = "gather" if gather_distributed else "none"
         elif gather_negatives not in EXCHANGES:
@@ -94,6 +95,7 @@ class NTXentLoss(Module):
             first, second: floating [N, D], of any finite length, 0 included; row n of both is of image n.
 
         Raises:
+            TypeError: views that are no floating tensors.
             ValueError: views of different shapes, or fewer than one image.
         """
         return self._loss_and_ranks(first, second)[0]
@@ -107,7 +109,7 @@ class NTXentLoss(Module):
         check_views(first, second)
         # In float32 at least, under autocast too: the temperature multiplies a rounding of the similarity by 14.
         with without_autocast(first.device):
-            views = unit_length(torch.cat([first, second]).to(torch.promote_types(first.dtype, torch.float32)))
+            views = unit_views(first, second)
             if self.memory_bank is None:
                 return self._of_views(views)
             return self._of_bank(*views.chunk(2), enters=first.requires_grad and torch.is_grad_enabled())
@@ -143,14 +145,22 @@ class NTXentLoss(Module):
 
 
 def check_views(first: Tensor, second: Tensor) -> None:
+    for name, view in (("first", first), ("second", second)):
+        check_floating(name, view)
     if first.ndim != 2 or first.shape != second.shape or first.shape[0] == 0:
         raise ValueError(f"first and second must both be [N, D], got {tuple(first.shape)} and {tuple(second.shape)}")
+
+
+def unit_views(first: Tensor, second: Tensor) -> Tensor:
+    """Both views [N, D], of length 1, one after the other, in float32 or in float64 where either is."""
+    views = torch.cat([first, second])
+    return unit_length(views.to(torch.promote_types(views.dtype, torch.float32)))
 
 
 def _memory_bank(size: int | Sequence[int]) -> KeyQueue | None:
     if isinstance(size, int) and size == 0:
         return None
-    if isinstance(size, int) or len(size) != 2 or any(one < 1 for one in size):
+    if not isinstance(size, Sequence) or len(size) != 2 or not all(is_integer(one) and one >= 1 for one in size):
         raise ValueError(f"memory_bank_size must be 0, or (number of features, D), each at least 1, got {size}")
     # It is not saved, as lightly's is not.
     return KeyQueue(size[0], size[1], persistent=False)

@@ -19,7 +19,8 @@ from cpc_ext.nn.grid_info_nce import GridInfoNCEOutput, step_rows
 from cpc_ext.nn.sequence_negatives import SAMPLINGS, SequenceNegatives, Windowed, checked_draws, draw, frames_of
 from cpc_ext.nn.step_predictors import PREDICTORS, step_predictor
 from cpc_ext.nn.typed import Module, ModuleList
-from cpc_ext.ops._checks import check_integer
+from cpc_ext.ops._checks import check_dense, check_floating, check_integer
+from cpc_ext.ops._contrast_arguments import INTEGERS
 from cpc_ext.ops.info_nce import info_nce
 from cpc_ext.ops.predict_and_contrast import predict_and_contrast
 
@@ -194,8 +195,8 @@ class SequenceInfoNCE(Module):
             speakers: integers [B], whose sequences these are; for ``same_speaker``, which needs them.
 
         Raises:
-            ValueError: tensors of the wrong shape, or sequences of no more than ``pred_steps`` frames; negatives of the
-                wrong form, or given although all are contrasted.
+            TypeError, ValueError: tensors of the wrong type or shape, or sequences of no more than ``pred_steps``
+                frames; negatives of the wrong form, or given although all are contrasted.
             IndexError: on the CPU, a negative that names no frame.
         """
         self._check(encodings, contexts, speakers)
@@ -361,6 +362,7 @@ class SequenceInfoNCE(Module):
             ("encodings", encodings, self.encoding_channels),
             ("contexts", contexts, self.context_channels),
         ):
+            check_floating(name, value)
             if value.ndim != 3 or value.shape[1] != channels:
                 raise ValueError(f"{name} must be [B, {channels} channels, L], got shape {tuple(value.shape)}")
         if encodings.shape[0] != contexts.shape[0] or encodings.shape[2] != contexts.shape[2]:
@@ -377,5 +379,9 @@ class SequenceInfoNCE(Module):
             raise ValueError(
                 "same_speaker needs speakers" if self.same_speaker else "speakers are for same_speaker=True alone"
             )
-        if speakers is not None and (speakers.is_floating_point() or speakers.shape != encodings.shape[:1]):
+        if speakers is None:
+            return
+        if check_dense("speakers", speakers).dtype not in INTEGERS:
+            raise TypeError(f"speakers must be integers, got {speakers.dtype}")
+        if speakers.shape != encodings.shape[:1]:
             raise ValueError(f"speakers must be integers [{encodings.shape[0]}], got shape {tuple(speakers.shape)}")

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from cpc_ext.nn.typed import Module
+from cpc_ext.ops._checks import check_dense, check_floating
 from cpc_ext.ops._contrast import contrast
-from cpc_ext.ops._contrast_arguments import ContrastOptions
+from cpc_ext.ops._contrast_arguments import ContrastOptions, check_positive
 from cpc_ext.ops._library import values_at_hand, without_autocast
 
 __all__ = ["SupConLoss"]
@@ -31,14 +32,13 @@ class SupConLoss(Module):
         base_temperature: τ_base.
 
     Raises:
-        ValueError: an argument that is none of those above.
+        TypeError, ValueError: an argument that is none of those above.
     """
 
     def __init__(self, temperature: float = 0.07, contrast_mode: str = "all", base_temperature: float = 0.07) -> None:
         super().__init__()
         for name, value in (("temperature", temperature), ("base_temperature", base_temperature)):
-            if not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+            check_positive(name, value)
         if contrast_mode not in ("all", "one"):
             raise ValueError(f"contrast_mode must be one of all, one, got {contrast_mode!r}")
         self.temperature = temperature
@@ -84,8 +84,10 @@ class SupConLoss(Module):
 
 
 def _check(features: Tensor, labels: Tensor | None, mask: Tensor | None) -> None:
-    if not features.is_floating_point():
-        raise TypeError(f"features must be floating, got {features.dtype}")
+    check_floating("features", features)
+    for name, value in (("labels", labels), ("mask", mask)):
+        if value is not None:
+            check_dense(name, value)
     if features.ndim < 3 or features.numel() == 0:
         raise ValueError(f"features must be [B, views, ...], each at least 1, got {tuple(features.shape)}")
     if labels is not None and mask is not None:

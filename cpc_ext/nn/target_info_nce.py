@@ -108,7 +108,7 @@ class TargetInfoNCE(Module):
             loss; step_losses and step_accuracies are [directions, steps], without weights.
 
         Raises:
-            ValueError: grids of the wrong shape, or with too few rows for ``pred_steps + skip``.
+            TypeError, ValueError: grids of the wrong type or shape, or with too few rows for ``pred_steps + skip``.
         """
         channels = [
             projection.in_channels // self.pred_directions

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "check_dense", "check_integer", "dtype_name", "is_integer"]
+__all__ = ["DTYPES", "check_dense", "check_floating", "check_integer", "dtype_name", "is_integer"]
 
 # The floating-point types that kernels know.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -18,6 +18,14 @@ def check_dense(name: str, value: object) -> Tensor:
     if value.layout != torch.strided or value.is_nested:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
     return value
+
+
+def check_floating(name: str, value: object) -> Tensor:
+    """The value, a dense tensor of floating-point numbers; TypeError where it is none."""
+    tensor = check_dense(name, value)
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating, got {tensor.dtype}")
+    return tensor
 
 
 def is_integer(value: object) -> bool:

@@ -21,6 +21,7 @@ __all__ = [
     "ContrastOptions",
     "check_arguments",
     "check_number",
+    "check_positive",
     "common_dtype",
     "flat_problem",
 ]
@@ -195,6 +196,13 @@ def check_number(name: str, value: float | Tensor) -> None:
         raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
     if not abs(value) <= _LARGEST:
         raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_positive(name: str, value: float | Tensor) -> None:
+    """Raise an error unless this is a finite number above 0, or a tensor of one."""
+    check_number(name, value)
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
 
 
 def _check_weights(weights: Tensor | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpc_ext.ops._checks import DTYPES, check_dense
+from cpc_ext.ops._checks import DTYPES, check_floating
 from cpc_ext.ops._library import autocast_dtype, without_autocast
 
 __all__ = [
@@ -29,8 +29,7 @@ def check_image_and_weight(input: Tensor, weight: Tensor) -> None:
     The batch alone may be empty.
     """
     for name, value in (("input", input), ("weight", weight)):
-        if not check_dense(name, value).is_floating_point():
-            raise TypeError(f"{name} must be floating, got {value.dtype}")
+        check_floating(name, value)
         if value.ndim != 4:
             expected = "[B, C, H, W]" if name == "input" else "[O, C, kh, kw]"
             raise ValueError(f"{name} must be {expected}, got shape {tuple(value.shape)}")

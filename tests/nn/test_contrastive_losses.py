@@ -210,6 +210,16 @@ WRONG = {
         "mask must not be negative, got -1",
     ),
     "clip-no-bias": (lambda: nn.CLIPLoss()(ONES, ONES, 1.0, float("nan")), "logit_bias must be finite, got nan"),
+    "clip-scale-tensor": (
+        lambda: nn.CLIPLoss()(ONES, ONES, torch.tensor(float("nan"))),
+        "logit_scale must be finite, got nan",
+    ),
+    "siglip-no-bias": (
+        lambda: nn.SigLIPLoss()(ONES, ONES, 1.0, torch.tensor([float("inf")])),
+        "logit_bias must be finite, got inf",
+    ),
+    "nt-xent-no-bank": (lambda: nn.NTXentLoss(0.5, None), r"memory_bank_size must be 0, or .*, got None"),
+    "nt-xent-bank-floats": (lambda: nn.NTXentLoss(0.5, (8.0, 3)), r"memory_bank_size must be 0, or .*, got \(8.0, 3\)"),
     "nt-xent-bank": (lambda: nn.NTXentLoss(0.5, 8), r"memory_bank_size must be 0, or \(number of features, D\)"),
     "nt-xent-bank-pair": (lambda: nn.NTXentLoss(0.5, (8, 0)), r"memory_bank_size must be 0, or .*, got \(8, 0\)"),
     "nt-xent-bank-ring": (
@@ -275,9 +285,65 @@ def test_labels_are_any_numbers():
         assert nn.SupConLoss()(features, other) == expected
 
 
-def test_features_must_be_floating():
-    with pytest.raises(TypeError, match=r"features must be floating, got torch\.int64"):
-        nn.SupConLoss()(torch.ones(2, 2, 3, dtype=torch.int64))
+WHOLE = torch.ones(2, 3, dtype=torch.int64)
+WRONG_TYPES = {
+    "clip-image": (lambda: nn.CLIPLoss()(None, ONES, 1.0), "image_features must be a tensor, got NoneType"),
+    "siglip-text": (lambda: nn.SigLIPLoss()(ONES, WHOLE, 1.0), r"text_features must be floating, got torch\.int64"),
+    "clip-scale": (lambda: nn.CLIPLoss()(ONES, ONES, torch.tensor(True)), "logit_scale must be a real number"),
+    "nt-xent-first": (lambda: nn.NTXentLoss()(WHOLE, WHOLE), r"first must be floating, got torch\.int64"),
+    "nt-xent-second": (lambda: nn.NTXentLoss()(ONES, [[1.0] * 3] * 2), "second must be a tensor, got list"),
+    "nt-xent-temperature": (lambda: nn.NTXentLoss("0.1"), "temperature must be a number or a tensor, got str"),
+    "dcl-first": (lambda: nn.DecoupledContrastiveLoss()(WHOLE, WHOLE), r"first must be floating, got torch\.int64"),
+    "sup-con-features": (lambda: nn.SupConLoss()(WHOLE[None]), r"features must be floating, got torch\.int64"),
+    "sup-con-labels": (lambda: nn.SupConLoss()(ONES[None], [0]), "labels must be a tensor, got list"),
+    "sup-con-mask": (
+        lambda: nn.SupConLoss()(ONES[None], mask=torch.eye(1).to_sparse()),
+        "mask must be a dense tensor, got layout torch.sparse_coo",
+    ),
+    "labelled-embeddings": (
+        lambda: nn.LabelledNTXentLoss()(WHOLE, WHOLE[:, 0]),
+        r"embeddings must be floating, got torch\.int64",
+    ),
+    "labelled-labels": (lambda: nn.LabelledNTXentLoss()(ONES, [0, 1]), "labels must be a tensor, got list"),
+    "moco-keys": (lambda: nn.MoCoLoss(3, 5)(ONES, WHOLE), r"keys must be floating, got torch\.int64"),
+    "moco-size": (lambda: nn.MoCoLoss(3, 5.0), "size must be an int, got float"),
+    "ranking-positives": (
+        lambda: nn.MultipleNegativesRankingLoss()(ONES, None),
+        "positives must be a tensor, got NoneType",
+    ),
+    "ranking-negatives": (
+        lambda: nn.MultipleNegativesRankingLoss()(ONES, ONES, ONES, WHOLE),
+        r"hard_negatives\[1\] must be floating, got torch\.int64",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TYPES)
+def test_wrong_types(name):
+    call, message = WRONG_TYPES[name]
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+OF_TEMPERATURE = {
+    "info-nce": lambda first, second, temperature: nn.InfoNCELoss(temperature)(first, second).loss,
+    "nt-xent": lambda first, second, temperature: nn.NTXentLoss(temperature)(first, second),
+    "dcl": lambda first, second, temperature: nn.DecoupledContrastiveLoss(temperature)(first, second),
+    "sup-con": lambda first, second, temperature: nn.SupConLoss(temperature)(
+        torch.stack([first, second], 1), torch.tensor([0, 1, 0, 2])
+    ),
+    "labelled": lambda first, second, temperature: nn.LabelledNTXentLoss(temperature)(
+        torch.cat([first, second]), torch.arange(8) % 3
+    ),
+    "ranking": lambda first, second, temperature: nn.MultipleNegativesRankingLoss(1 / temperature)(first, second),
+}
+
+
+@pytest.mark.parametrize("name", OF_TEMPERATURE)
+def test_a_temperature_that_is_learnt_gets_its_whole_gradient(name):
+    first, second = torch.randn(2, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    temperature = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda learnt: OF_TEMPERATURE[name](first, second, learnt), temperature)
 
 
 def test_the_examples_of_the_documentation_run():

@@ -221,6 +221,12 @@ def test_wrong_inputs():
         objective(z[0], c)
     with pytest.raises(ValueError, match=r"contexts must be \[2 directions, B, 4 channels, rows, cols\], got shape"):
         objective(z, c[:1])
+    with pytest.raises(TypeError, match="encodings must be a tensor, got NoneType"):
+        objective(None, c)
+    with pytest.raises(TypeError, match=r"contexts must be floating, got torch\.int64"):
+        objective(z, c.long())
+    with pytest.raises(TypeError, match=r"negatives\[0\] must be a tensor, got list"):
+        objective(z, c, negatives=[[[0]]] * 4)
     with pytest.raises(ValueError, match="contexts must have the batch and grid of encodings"):
         objective(z, c[:, :1])
     with pytest.raises(ValueError, match="contexts must have the batch and grid of encodings"):

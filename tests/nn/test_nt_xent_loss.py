@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cpc_ext.nn import NTXentLoss
+from cpc_ext.nn import DecoupledContrastiveLoss, NTXentLoss
 
 
 def features(seed=0, images=6, dim=5):
@@ -62,6 +62,14 @@ def test_half_precision_is_compared_in_float32():
     assert loss.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert NTXentLoss()(first, second) == loss
+
+
+@pytest.mark.parametrize("loss", [NTXentLoss(), DecoupledContrastiveLoss()], ids=["nt-xent", "dcl"])
+def test_the_wider_of_two_types_counts(loss):
+    first, second = (value.detach().float() for value in features())
+    expected = loss(first.double(), second.double())
+    for views in ((first, second.double()), (first.double(), second)):
+        torch.testing.assert_close(loss(*views), expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(

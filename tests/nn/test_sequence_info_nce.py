@@ -356,6 +356,13 @@ def test_wrong_arguments():
         objective(z, c, speakers=torch.zeros(B, dtype=torch.int64))
     with pytest.raises(ValueError, match="same_speaker needs speakers"):
         make(same_speaker=True)(z, c)
+    for wrong, message in ((torch.zeros(3), "integers, got torch.float32"), ([0, 1, 2], "a tensor, got list")):
+        with pytest.raises(TypeError, match=f"speakers must be {message}"):
+            make(same_speaker=True)(z, c, speakers=wrong)
+    with pytest.raises(TypeError, match="encodings must be a tensor, got NoneType"):
+        objective(None, c)
+    with pytest.raises(TypeError, match=r"contexts must be floating, got torch\.int64"):
+        objective(z, c.long())
     with pytest.raises(ValueError, match=r"speakers must be integers \[3\]"):
         make(same_speaker=True)(z, c, speakers=torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"shapes \[\(6, 27\)\] where sampling is 'permuted', got \[\(6, 26\)\]"):
