@@ -38,6 +38,8 @@ from cpc_ext.ops._library import (
 __all__ = ["conv2d", "conv2d_passing", "conv2d_reference"]
 
 _ACTIVATIONS = (None, "relu")
+# The longest stride, padding and dilation, so that sums of sizes do not overflow; csrc/conv2d/plan.cpp has the same.
+_MOST_PIXELS = 1 << 28
 
 
 def conv2d(
@@ -181,6 +183,9 @@ def _check_numbers(
         raise TypeError(f"padding must be an int or two, got {padding!r}")
     if min(both) < 0:
         raise ValueError(f"padding must not be negative, got {padding}")
+    for name, value in (("stride", stride), ("padding", max(both)), ("dilation", dilation)):
+        if value > _MOST_PIXELS:
+            raise ValueError(f"{name} must be at most {_MOST_PIXELS}, got {value}")
     if not isinstance(relu_input, bool):
         raise TypeError(f"relu_input must be a bool, got {type(relu_input).__name__}")
     if activation not in _ACTIVATIONS:

@@ -150,7 +150,7 @@ def _check_arguments(
     weight_sizes = weight.shape
     if bias is not None and bias.shape != weight_sizes[:1]:
         raise ValueError(f"bias must have shape ({weight_sizes[0]},), got {tuple(bias.shape)}")
-    if mask.shape not in (weight_sizes[2:], weight_sizes):
+    if mask.shape != weight_sizes[2:] and mask.shape != weight_sizes:
         raise ValueError(
             f"mask must have shape {tuple(weight_sizes[2:])} or {tuple(weight_sizes)}, got {tuple(mask.shape)}"
         )

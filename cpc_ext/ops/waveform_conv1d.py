@@ -82,6 +82,8 @@ def waveform_conv1d(
         if value is not None and (value.dtype not in DTYPES or value.dtype != waveforms.dtype):
             wanted = dtype_name(waveforms.dtype) if waveforms.dtype in DTYPES else ", ".join(map(dtype_name, DTYPES))
             raise TypeError(f"{name} must be {wanted}, got {dtype_name(value.dtype)}")
+    # Beyond the waveform all strides are alike; the op's schema knows 64 bits.
+    stride = min(stride, waveforms.shape[2] + 2 * padding)
     op = _Layer(waveforms, weight, bias, scale, shift, stride, padding, float(eps), relu)
     if not _has_kernel(waveforms) or in_forward_mode() or may_need_gradients(waveforms):
         return waveform_conv1d_reference(*op)

@@ -35,6 +35,15 @@ def test_a_last_batch_that_is_smaller_compiles(loss, inputs):
         compiled(*inputs(batch))
 
 
+def test_a_masked_convolution_whose_weight_has_open_sizes_compiles():
+    def convolve(input, weight):
+        return masked_conv2d(input, weight, mask=torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]]))
+
+    compiled = torch.compile(convolve, backend="aot_eager", dynamic=True, fullgraph=True)
+    input, weight = torch.randn(2, 3, 5, 7), torch.randn(6, 3, 3, 3)
+    torch.testing.assert_close(compiled(input, weight), convolve(input, weight))
+
+
 class OfOp(torch.nn.Module):
     def __init__(self, op):
         super().__init__()

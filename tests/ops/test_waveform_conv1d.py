@@ -125,7 +125,7 @@ def test_what_is_no_number_shows(bad, norm):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
-@pytest.mark.parametrize("stride", [2**15, 2**30, 2**60, 2**63 - 1])
+@pytest.mark.parametrize("stride", [2**15, 2**30, 2**60, 2**63 - 1, 2**70])
 def test_a_stride_beyond_the_waveform_leaves_one_frame(stride):
     waveforms, weight, bias, *_ = (one.float() for one in problem(2, 7, 333, 10))
     results = []
