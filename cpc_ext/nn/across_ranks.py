@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from cpc_ext.ops._checks import dtype_name
 from cpc_ext.ops._contrast import Results, contrast, contrast_gradients_op, contrast_op
 from cpc_ext.ops._contrast_arguments import ContrastOptions, check_arguments, flat_problem
 from cpc_ext.ops._contrast_problem import Contrast, Gradients
@@ -22,8 +23,9 @@ from cpc_ext.ops._library import differentiable_once, values_at_hand, without_au
 __all__ = ["EXCHANGES", "Exchange", "RingOutput", "exchange_with", "gather_from_ranks", "ring_info_nce"]
 
 EXCHANGES = ("none", "gather", "ring")
-# Dimensions whose sizes ranks compare.
+# Dimensions whose sizes ranks compare, and PyTorch's types, of which they compare the places here.
 _DIMS = 7
+_TYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -88,7 +90,7 @@ def gather_from_ranks(values: Tensor, dim: int = 0) -> Tensor:
 
     Raises:
         IndexError: a dim that values do not have.
-        ValueError: on the CPU, shapes that differ. Other devices would have to wait for the answer; there
+        ValueError: on the CPU, shapes or types that differ. Other devices would have to wait for the answer; there
             ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` makes PyTorch find it.
     """
     if _position_in_world()[1] == 1:
@@ -98,14 +100,21 @@ def gather_from_ranks(values: Tensor, dim: int = 0) -> Tensor:
 
 
 def _check_alike(name: str, values: Tensor) -> None:
-    """Raise a ValueError where the CPU's values have another shape on another rank, on which gloo ends the process."""
+    """Raise a ValueError where the CPU's values have another shape or type on another rank.
+
+    On another shape gloo ends the process; of a type of as many bits it takes the bits as they are.
+    """
     if values.device.type != "cpu":
         return
-    mine = torch.tensor([values.ndim, *values.shape[:_DIMS], *[0] * (_DIMS - values.ndim)], device="cpu")
+    dtype = _TYPES.index(values.dtype)
+    mine = torch.tensor([dtype, values.ndim, *values.shape[:_DIMS], *[0] * (_DIMS - values.ndim)], device="cpu")
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(every, mine)
     if not all(torch.equal(one, mine) for one in every):
-        shapes = ", ".join(str(tuple(one[1 : 1 + int(one[0])].tolist())) for one in every)
+        if len({int(one[0]) for one in every}) > 1:
+            types = ", ".join(dtype_name(_TYPES[int(one[0])]) for one in every)
+            raise ValueError(f"{name} must have one type on all ranks, got {types}")
+        shapes = ", ".join(str(tuple(one[2 : 2 + int(one[1])].tolist())) for one in every)
         raise ValueError(f"{name} must have one shape on all ranks, got {shapes}")
 
 

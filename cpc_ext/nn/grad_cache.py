@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from cpc_ext.ops._checks import check_integer
 from cpc_ext.ops._library import without_autocast
 
 __all__ = ["grad_cache"]
@@ -58,11 +59,11 @@ def grad_cache(
         The loss, without a graph and not scaled.
 
     Raises:
+        TypeError: a chunk_size that is no int.
         ValueError: a chunk_size below 1, other numbers of encoders and inputs, or an input without a tensor or with
             tensors of different lengths.
     """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    check_integer("chunk_size", chunk_size, 1)
     if isinstance(encoders, nn.ModuleList):  # Which is callable, though it computes nothing.
         encoders = [*encoders]
     elif callable(encoders):

@@ -79,6 +79,21 @@ def test_shapes_that_differ_are_told(ranks, dims):
     assert all(ranks.run(program))
 
 
+@pytest.mark.parametrize("ranks", [2], indirect=True)
+def test_types_that_differ_are_told(ranks):
+    """The bits of one would be taken for numbers of the other."""
+
+    def program(rank):
+        values = torch.ones(2, 3, dtype=[torch.bfloat16, torch.float16][rank])
+        with pytest.raises(ValueError, match="values must have one type on all ranks, got bfloat16, float16"):
+            gather_from_ranks(values)
+        with pytest.raises(ValueError, match="keys must have one type on all ranks, got bfloat16, float16"):
+            ring_info_nce(values, values, torch.arange(2))
+        return True
+
+    assert all(ranks.run(program))
+
+
 OPTIONS = {
     "plain": {},
     "excluded": {"exclude": (7,)},

@@ -183,6 +183,8 @@ def test_processes_average_gradients_once_for_each_encoder():
 
 def test_wrong_arguments():
     encoder = tower(0)
+    with pytest.raises(TypeError, match="chunk_size must be an int, got float"):
+        grad_cache(both_ways, encoder, batch(), 2.5)
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         grad_cache(both_ways, encoder, batch(), 0)
     with pytest.raises(ValueError, match="encoders and inputs must be as many, got 2 and 1"):
