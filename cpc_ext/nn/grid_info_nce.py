@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cpc_ext.nn.across_ranks import EXCHANGES, exchange_with, ring_info_nce
 from cpc_ext.nn.typed import Module
 from cpc_ext.ops._checks import check_dense, check_floating, check_integer
+from cpc_ext.ops._contrast_arguments import INTEGERS, as_int64
 from cpc_ext.ops._library import drawn_by
 from cpc_ext.ops.info_nce import info_nce
 from cpc_ext.ops.predict_and_contrast import predict_and_contrast
@@ -261,13 +262,16 @@ class GridInfoNCE(Module):
             )
         for index, draw in enumerate(negatives):
             expected = (sizes[index % steps], self.neg_samples)
-            check_dense(f"negatives[{index}]", draw)
+            if check_dense(f"negatives[{index}]", draw).dtype not in INTEGERS:
+                raise TypeError(f"negatives[{index}] must be integers, got {draw.dtype}")
             if tuple(draw.shape) != expected:
                 raise ValueError(f"negatives[{index}] must have shape {expected}, got {tuple(draw.shape)}")
             # An index beyond its step's last target also lies beyond the last key, but one below 0 would name a key.
             if draw.device.type == "cpu" and draw.numel() and int(draw.min()) < 0:
                 raise IndexError(f"negatives[{index}] must be in 0..{expected[0] - 1}, got {int(draw.min())}")
-        return [torch.stack([negatives[d * steps + step] for d in range(directions)]) for step in range(steps)]
+        # In int64, as the first key of a step, which is added to them, may be beyond what a narrower type holds.
+        drawn = [as_int64(draw) for draw in negatives]
+        return [torch.stack(drawn[step::steps]) for step in range(steps)]
 
 
 def check_grids(

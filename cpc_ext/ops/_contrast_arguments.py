@@ -19,6 +19,7 @@ __all__ = [
     "INTEGERS",
     "REDUCTIONS",
     "ContrastOptions",
+    "as_int64",
     "check_arguments",
     "check_number",
     "check_positive",
@@ -240,7 +241,7 @@ def _flat(queries: Tensor, keys: Tensor, options: ContrastOptions, measure: str,
         if value is None:
             return None
         columns = value.shape[-1] if value.ndim == len(shape) else 1
-        return _as_int64(value).reshape(*rows, columns)
+        return as_int64(value).reshape(*rows, columns)
 
     query_groups, key_groups = (None, None) if groups is None else groups
     scales = None
@@ -265,7 +266,7 @@ def _flat(queries: Tensor, keys: Tensor, options: ContrastOptions, measure: str,
     )
 
 
-def _as_int64(indices: Tensor) -> Tensor:
+def as_int64(indices: Tensor) -> Tensor:
     """Indices as int64. Those that it does not hold, which no keys have, would be negative there, which means none."""
     converted = indices.to(torch.int64)
     return converted if indices.dtype != torch.uint64 else converted.masked_fill(converted < 0, _LARGEST_INDEX)

@@ -18,7 +18,7 @@ from cpc_ext._native import native
 from cpc_ext.ops._checks import check_dense
 from cpc_ext.ops._contrast import Results as ContrastResults
 from cpc_ext.ops._contrast import contrast_op
-from cpc_ext.ops._contrast_arguments import INTEGERS, REDUCTIONS, check_number
+from cpc_ext.ops._contrast_arguments import INTEGERS, REDUCTIONS, as_int64, check_number
 from cpc_ext.ops._contrast_problem import Contrast, sums_dtype
 from cpc_ext.ops._library import (
     autocast_dtype,
@@ -102,7 +102,7 @@ def predict_and_contrast(
     problem = _flat_problem(contexts, weights, keys, targets, negatives, scale)
     result = Results._make(_op(*problem, reduction, _needed(problem, reduction)))
     losses = result.loss if reduction == "none" else result.losses
-    return _output(result.loss, losses.detach(), result.rank, targets, reduction)
+    return _output(result.loss, losses.detach(), result.rank, problem.targets.view(targets.shape), reduction)
 
 
 class _Problem(NamedTuple):
@@ -212,12 +212,12 @@ def _flat_problem(
     rows = math.prod(contexts.shape[:2])
     if negatives is not None:
         steps = weights.shape[0] if negatives.ndim == 4 else 1
-        negatives = negatives.to(torch.int64).reshape(steps, rows, negatives.shape[-1])
+        negatives = as_int64(negatives).reshape(steps, rows, negatives.shape[-1])
     return _Problem(
         contexts.to(dtype).reshape(rows, contexts.shape[2]),
         weights.to(dtype),
         keys.to(dtype),
-        targets.to(torch.int64).reshape(weights.shape[0], rows),
+        as_int64(targets).reshape(weights.shape[0], rows),
         negatives,
         float(scale),
     )
@@ -231,7 +231,10 @@ def _needed(problem: _Problem, reduction: str) -> list[bool]:
 
 
 def _present(targets: Tensor) -> Tensor:
-    """Which rows there are; an index below -1 names no key, and says so."""
+    """Which rows there are, of targets in int64: to an unsigned type -1 is its largest number.
+
+    An index below -1 names no key, and says so.
+    """
     return targets != -1
 
 
@@ -461,4 +464,4 @@ def predict_and_contrast_reference(
     all_losses, rank = torch.stack(losses), torch.stack(ranks)
     weights_of_rows = _row_weights(problem.targets, reduction, all_losses.dtype)
     loss = _reduced(all_losses, weights_of_rows, reduction)[0]
-    return _output(loss, all_losses.detach(), rank, targets, reduction)
+    return _output(loss, all_losses.detach(), rank, problem.targets.view(targets.shape), reduction)

@@ -211,6 +211,14 @@ def test_wrong_settings(arguments, error, message):
         GridInfoNCE(**{"encoding_channels": 3, "pred_steps": 1, **arguments})
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16])
+def test_draws_of_narrow_types_name_the_same_targets(dtype):
+    objective = GridInfoNCE(3, pred_steps=2, neg_samples=4)
+    z, c = torch.randn(2, 1, 40, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    draws = [draw % 100 for draw in objective.draw_negatives(z, torch.Generator().manual_seed(0))]
+    assert objective(z, c, negatives=[draw.to(dtype) for draw in draws]).loss == objective(z, c, negatives=draws).loss
+
+
 def test_wrong_inputs():
     objective = GridInfoNCE(3, 4, pred_steps=2, pred_directions=2, neg_samples=2).double()
     z, c = grids()
@@ -225,6 +233,8 @@ def test_wrong_inputs():
         objective(None, c)
     with pytest.raises(TypeError, match=r"contexts must be floating, got torch\.int64"):
         objective(z, c.long())
+    with pytest.raises(TypeError, match=r"negatives\[1\] must be integers, got torch\.float32"):
+        objective(z, c, negatives=[draws[0], draws[1].float(), *draws[2:]])
     with pytest.raises(TypeError, match=r"negatives\[0\] must be a tensor, got list"):
         objective(z, c, negatives=[[[0]]] * 4)
     with pytest.raises(ValueError, match="contexts must have the batch and grid of encodings"):

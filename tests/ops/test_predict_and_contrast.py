@@ -420,6 +420,17 @@ def test_wrong_arguments(change, error, message):
         predict_and_contrast(**given)
 
 
+def test_the_largest_number_of_an_unsigned_type_is_not_minus_one():
+    keys = torch.randn(300, 6, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([255, 1, 255, 2]).expand(5, 2, 4)
+    expected = predict_and_contrast(CONTEXTS, WEIGHTS, keys, targets)
+    result = predict_and_contrast(CONTEXTS, WEIGHTS, keys, targets.to(torch.uint8))
+    for one, other in zip(result, expected, strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(IndexError, match=r"targets must be in 0\.\.299 for 300 keys"):
+        predict_and_contrast(CONTEXTS, WEIGHTS, keys, torch.full((5, 2, 4), 2**64 - 1, dtype=torch.uint64))
+
+
 @pytest.mark.parametrize("name", ["targets", "negatives"])
 def test_an_index_that_names_no_key(device, name):
     """On the CPU an error; where nobody looks, the row's own affair, and its step's."""
