@@ -29,6 +29,7 @@ from cpc_ext.measures.speech_frames import (
     phone_probe,
     speaker_probe,
 )
+from cpc_ext.models.encoders.waveform_encoder import KERNELS
 from cpc_ext.tasks.speech_task import SpeechTask, probed_recordings
 from cpc_ext.training.atomic_file import write_text
 from cpc_ext.training.errors import TrainingError, writing
@@ -80,9 +81,17 @@ class _Judge:
         ]
         self._leave_out_unlabelled()
         self.task: SpeechTask = run.trained(self._dataset)
-        self.layers = [name for name, _ in self.task.layers(self.task.model)]
+        layers = self.task.layers(self.task.model)
+        self.layers = [layer.name for layer in layers]
         if command.layer is not None and command.layer not in self.layers:
             raise TrainingError(f"--layer: {run.dir.path} has {', '.join(self.layers)}, got {command.layer!r}")
+        measured = layers if command.per_module else [layers[self.layers.index(command.layer or self.layers[-1])]]
+        dense = [layer.name for layer in measured if layer.convolutions < len(KERNELS)]
+        if dense and command.alignment != "centers":
+            raise TrainingError(
+                f"--alignment {command.alignment} counts frames of 10 ms, but {', '.join(dense)} of {run.dir.path} "
+                f"{'has' if len(dense) == 1 else 'have'} more: take --alignment centers"
+            )
         self.depths: dict[str, dict[str, Any]] = {}
 
     def table(self) -> None:

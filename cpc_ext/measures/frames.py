@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cpc_ext.data.audio.dataset import LABEL_CENTRE, LABEL_STEP
 
-__all__ = ["AlignedFrames", "Alignment", "align_frames", "label_centers"]
+__all__ = ["AlignedFrames", "Alignment", "align_frames", "label_centers", "one_frame_a_label"]
 
 Alignment = Literal["centers", "front", "same-index"]
 
@@ -62,3 +62,16 @@ def align_frames(frame_centers: Tensor, label_centers: Tensor, how: Alignment = 
     reach = labels.diff().max().item() / 2 if len(labels) > 1 else LABEL_STEP / 2
     inside = (frames - labels[nearest]).abs() <= reach
     return AlignedFrames(torch.arange(len(frames))[inside], nearest[inside])
+
+
+def one_frame_a_label(pairs: AlignedFrames, frame_centers: Tensor, label_centers: Tensor) -> AlignedFrames:
+    """Those of the pairs, as :func:`align_frames` gives them, whose frame is the nearest to its label's centre.
+
+    Of two as near it is the earlier.
+    """
+    distance = (frame_centers.double()[pairs.frames] - label_centers.double()[pairs.labels]).abs()
+    by_distance = torch.sort(distance, stable=True).indices
+    nearest = by_distance[torch.sort(pairs.labels[by_distance], stable=True).indices]
+    first = torch.ones_like(nearest, dtype=torch.bool)
+    first[1:] = pairs.labels[nearest].diff() > 0
+    return AlignedFrames(pairs.frames[nearest[first]], pairs.labels[nearest[first]])

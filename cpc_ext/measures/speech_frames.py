@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cpc_ext.data import WaveformSet
 from cpc_ext.measures.frame_probe import FrameProbeResult, PhoneRecipe, Summary, frame_probe, summary_of_frames
-from cpc_ext.measures.frames import Alignment, align_frames, label_centers
+from cpc_ext.measures.frames import Alignment, align_frames, label_centers, one_frame_a_label
 from cpc_ext.measures.log_mel import log_mel, stack_frames
 from cpc_ext.measures.probe import linear_probe
 
@@ -70,6 +70,9 @@ class RecordingFrames:
     def aligned(self, how: Alignment = "centers") -> tuple[Tensor, Tensor, list[int]]:
         """Features [F, D] and phones int64 [F] of the frames that have one, and how many there are of each recording.
 
+        Where frames lie closer than labels, as those of an encoder's first layers, a label is that of the frame nearest
+        to its centre alone, so that every layer is judged by as many frames.
+
         Raises:
             ValueError: recordings without known phones.
         """
@@ -77,7 +80,10 @@ class RecordingFrames:
             raise ValueError("the recordings have no phone labels")
         features, labels = [], []
         for frames, centers, phones in zip(self.frames, self.centers, self.phones, strict=True):
-            pairs = align_frames(centers, label_centers(len(phones)), how)
+            at = label_centers(len(phones))
+            pairs = align_frames(centers, at, how)
+            if how == "centers":
+                pairs = one_frame_a_label(pairs, centers, at)
             features.append(frames[pairs.frames])
             labels.append(phones[pairs.labels])
         return torch.cat(features), torch.cat(labels), [len(each) for each in labels]

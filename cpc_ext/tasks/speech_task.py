@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from cpc_ext.measures.speech_frames import (
 )
 from cpc_ext.models import CPC, CausalTransformerContext, GreedyInfoMax, RecurrentContext, WaveformEncoder
 from cpc_ext.models.contexts.recurrent_context import State
+from cpc_ext.models.encoders.waveform_encoder import KERNELS
 from cpc_ext.tasks.encoder_task import guessing
 from cpc_ext.tasks.online_probe import FrameProbe, probe_curve, probed_recordings
 from cpc_ext.tasks.speech_options import SpeechConfig
@@ -44,7 +45,7 @@ from cpc_ext.training.run_log import read_metrics
 from cpc_ext.training.safetensors_file import write_safetensors
 from cpc_ext.training.task import Fetcher, Task
 
-__all__ = ["SpeechTask", "probed_recordings"]
+__all__ = ["FeatureLayer", "SpeechTask", "probed_recordings"]
 
 # Recordings that a run's own probes learn from and are tested by: enough to compare models, in a minute or two.
 _PROBE_SECONDS = {"train": 900.0, "test": 450.0}
@@ -52,6 +53,20 @@ _PROBE_SECONDS = {"train": 900.0, "test": 450.0}
 _SHOWN_SECONDS = 2.5
 # What encodings are looked at of so many recordings, whether they are all alike.
 _WATCHED_RECORDINGS = 8
+
+
+class FeatureLayer(NamedTuple):
+    """A layer whose outputs are features.
+
+    name: what users call it. make: from waveforms [1, 1, T] to features [1, D, L].
+    convolutions: of the encoder below it, which decide where its frames lie.
+    windowed: whether it takes no more than a window at a time.
+    """
+
+    name: str
+    make: Callable[[Tensor], Tensor]
+    convolutions: int = len(KERNELS)
+    windowed: bool = False
 
 
 class SpeechTask(Task):
@@ -80,8 +95,8 @@ class SpeechTask(Task):
         """A new model on the CPU, with weights that PyTorch's own generator draws."""
 
     @abstractmethod
-    def layers(self, model: Any) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
-        """What features there are, first to last: names, and functions of waveforms [1, 1, T] to [1, D, L].
+    def layers(self, model: Any) -> list[FeatureLayer]:
+        """What features there are, first to last.
 
         model: one of this task's.
         """
@@ -156,7 +171,7 @@ class SpeechTask(Task):
     def frames(self, model: CPC | GreedyInfoMax, layer: str | None = None) -> FrameMaker:
         """What makes features of a whole recording: int16 [samples] → float32 [L, D] and the frames' centres.
 
-        A recurrent context begins with zeros; a transformer takes a recording window by window.
+        A recurrent context begins with zeros; a transformer takes a recording window by window, the encoder whole.
 
         Args:
             model: one of this task's.
@@ -165,13 +180,12 @@ class SpeechTask(Task):
         Raises:
             ValueError: no such layer.
         """
-        named = dict(self.layers(model))
+        named = {each.name: each for each in self.layers(model)}
         if layer is not None and layer not in named:
             raise ValueError(f"layer: expected one of {', '.join(named)}, got {layer!r}")
-        make = named[list(named)[-1] if layer is None else layer]
+        _, make, convolutions, windowed = named[list(named)[-1] if layer is None else layer]
         encoder = model.encoder
         assert isinstance(encoder, WaveformEncoder)
-        windowed = any(isinstance(each, CausalTransformerContext) and not each.absolute for each in model.modules())
 
         @torch.no_grad()
         def frames(samples: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,7 +196,7 @@ class SpeechTask(Task):
                 pieces = waveform.split(self._config.view.window, 2) if windowed else [waveform]
                 made = [make(piece)[0] for piece in pieces if encoder.frames(piece.shape[2]) > 0]
             centers = [
-                encoder.frame_centers(each.shape[1]) + number * self._config.view.window
+                encoder.frame_centers(each.shape[1], layers=convolutions) + number * self._config.view.window
                 for number, each in enumerate(made)
             ]
             return torch.cat(made, 1).t().float().cpu(), torch.cat(centers)
@@ -320,15 +334,14 @@ def sequence_context(config: SpeechConfig, channels: int, frames: int) -> Recurr
     )
 
 
-def context_layers(
-    context: nn.Module | None, encode: Callable[[Tensor], Tensor]
-) -> Iterable[tuple[str, Callable[[Tensor], Tensor]]]:
+def context_layers(context: nn.Module | None, encode: Callable[[Tensor], Tensor]) -> Iterable[FeatureLayer]:
     """The layers of a context network as features of waveforms: "context1" ..., of which the last is "context"."""
     if not isinstance(context, RecurrentContext | CausalTransformerContext):
         return
+    windowed = isinstance(context, CausalTransformerContext) and not context.absolute
     for layer in range(1, len(context.layers) + 1):
         name = "context" if layer == len(context.layers) else f"context{layer}"
-        yield name, partial(_contexts, context, encode, layer)
+        yield FeatureLayer(name, partial(_contexts, context, encode, layer), windowed=windowed)
 
 
 def _contexts(

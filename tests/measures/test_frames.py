@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cpc_ext.measures.frames import align_frames, label_centers
+from cpc_ext.measures.frames import align_frames, label_centers, one_frame_a_label
 
 # The sample that the first frame of Greedy InfoMax's encoder is centred at, and that of CPC_audio's.
 GREEDY, CPC_AUDIO = 20.0, 79.0
@@ -45,6 +45,18 @@ def test_several_frames_may_have_one_label_and_a_label_none():
     assert frames == list(range(96))
     assert torch.tensor(labels).bincount().tolist() == [32, 32, 32]
     assert pairs(frame_centers(3, 200, hop=400), label_centers(6)) == ([0, 1, 2], [0, 2, 5])
+
+
+def test_one_frame_a_label_is_the_nearest():
+    centers, at = torch.tensor([118.0, 121, 199, 202, 358, 362, 440, 700]), label_centers(3)
+    frames, labels = one_frame_a_label(align_frames(centers, at), centers, at)
+    assert (frames.tolist(), labels.tolist()) == ([2, 4], [0, 1])
+    centers = frame_centers(10, GREEDY)
+    pairs = align_frames(centers, label_centers(8))
+    for kept, every in zip(one_frame_a_label(pairs, centers, label_centers(8)), pairs, strict=True):
+        assert torch.equal(kept, every)
+    none = one_frame_a_label(align_frames(torch.empty(0), label_centers(3)), torch.empty(0), label_centers(3))
+    assert [len(each) for each in none] == [0, 0]
 
 
 def test_one_label_reaches_half_a_hop_and_none_has_no_frames():

@@ -152,6 +152,18 @@ def test_options_of_an_evaluation(tmp_path):
     assert set(results["plain"]["rows"]["trained"]) == {"phones"}
 
 
+def test_alignments_by_number_are_for_frames_of_10_ms(tmp_path, capsys):
+    assert train("--model", "greedy-infomax-audio", "--out-dir", tmp_path) == 0
+    for options, words in (
+        (("--per-module", "--alignment", "same-index"), "but module0, module1, module2, module3 of"),
+        (("--layer", "module2", "--alignment", "front"), "--alignment front counts frames of 10 ms, but module2 of"),
+    ):
+        assert evaluate.main([str(tmp_path), *options, "--device", "cpu"]) == 1
+        assert words in capsys.readouterr().err
+    options = ("--layer", "encoder", "--alignment", "front", "--measures", "phones")
+    assert evaluate.main([str(tmp_path), *options, "--device", "cpu"]) == 0
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 from cpc_ext.data import BatchShare, SpeechDataset, WaveformSet, label_count
+from cpc_ext.measures.speech_frames import RecordingFrames, phone_probe
 from cpc_ext.models import CPC, CausalTransformerContext, GreedyInfoMax, RecurrentContext
 from cpc_ext.nn import ChannelNorm
 from cpc_ext.programs.train_options import parse
@@ -336,7 +337,7 @@ def test_a_kept_state_goes_on_from_a_checkpoint():
 def test_frames_of_a_recording(model):
     task = task_of(model)
     samples = torch.from_numpy(np.array(task.examples.recording(3)))
-    names = [name for name, _ in task.layers(task.model)]
+    names = [layer.name for layer in task.layers(task.model)]
     assert names[-2:] == ["encoder", "context"]
     for name in names:
         frames, centers = task.frames(task.model, name)(samples)
@@ -352,6 +353,61 @@ def test_frames_of_a_recording(model):
     assert len(task.frames(task.model)(samples[:3])[0]) == 0
     with pytest.raises(ValueError, match="layer: expected one of"):
         task.frames(task.model, "nothing")
+
+
+@pytest.mark.parametrize(("padding", "modules"), [("greedy-infomax", 6), ("cpc-audio", 5), ("cpc-audio", 1)])
+def test_every_layers_frames_are_where_they_listen(padding, modules):
+    """Frame i of a layer is centred in the samples that it depends on, which lie 5 to 160 from those of frame i + 1."""
+    task = task_of("greedy-infomax-audio", padding=padding, modules=modules)
+    encoder = task.model.encoder
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.abs_().add_(0.1)  # No ReLU cuts anything off.
+    samples = torch.from_numpy(np.array(task.examples.recording(0)))
+    layers = [layer for layer in task.layers(task.model) if layer.name != "context"]
+    assert len(layers) == min(modules, 5)
+    for layer in layers:
+        waveform = samples[None, None].float().abs().div(2**15).requires_grad_()
+        made = layer.make(waveform)
+        _, centers = task.frames(task.model, layer.name)(samples)
+        assert len(centers) == made.shape[2]
+        for frame in (len(centers) // 3, len(centers) // 3 + 1):
+            (gradient,) = torch.autograd.grad(made[0, :, frame].sum(), waveform, retain_graph=True)
+            heard = gradient[0, 0].nonzero()[:, 0]
+            assert abs((heard.min() + heard.max()).item() / 2 - centers[frame].item()) <= 0.5
+
+
+def test_an_early_layers_probes_hear_the_phone_that_they_are_asked_for():
+    """A module whose frames tell how loud it is every 5 samples tells loud phones from quiet ones."""
+    waveforms = recordings(6)
+    loud = (np.concatenate([waveforms.phones_of(index) for index in range(6)]) % 2).astype(np.int64)
+    places = np.searchsorted(waveforms.phone_starts, np.arange(len(loud)), side="right") - 1
+    sound = np.zeros_like(waveforms.samples)
+    for label, recording, number in zip(loud, places, range(len(loud)), strict=True):
+        begin = waveforms.starts[recording] + 160 * (number - waveforms.phone_starts[recording]) + 120
+        sound[begin : begin + 160] = 20000 * label
+    dataset = dataset_of(*[replace(waveforms, samples=sound, phones=loud.astype(np.uint8))] * 2)
+    task = task_of("greedy-infomax-audio", dataset)
+    for layer in task.layers(task.model):
+        frames = RecordingFrames.of(dataset.train, task.frames(task.model, layer.name))
+        features, phones, counts = frames.aligned()
+        assert len(features) == len(phones) == sum(counts)
+        # One frame a label, but for one at an edge.
+        labels = [label_count(samples) for samples in np.diff(waveforms.starts)]
+        assert all(there - 2 <= count <= there for there, count in zip(labels, counts, strict=True))
+        if layer.name == "module0":
+            assert phone_probe(frames, frames, classes=2).accuracy > 0.99
+
+
+def test_layers_below_a_transformer_hear_a_recording_whole():
+    """In windows, the end of one would hear zeros in place of what comes next."""
+    task = task_of("greedy-infomax-audio", context="transformer")
+    samples = torch.from_numpy(np.array(task.examples.recording(0)))
+    for number in range(4):
+        frames, centers = task.frames(task.model, f"module{number}")(samples)
+        expected = task.model.encodings_by_module(samples[None, None])[number]
+        torch.testing.assert_close(frames, expected[0].t().detach())
+        assert (centers.diff() > 0).all()
 
 
 def test_a_kept_state_is_no_matter_to_frames():

@@ -124,6 +124,11 @@ def _conv1d_of_two_strides(input: Tensor, conv: nn.Conv1d, *, relu: bool) -> Ten
     return made[:, :, 0, :-1]
 
 
+def _receptive_field(layers: int) -> int:
+    """Samples that a frame sees after so many layers."""
+    return 1 + sum((kernel - 1) * math.prod(STRIDES[:layer]) for layer, kernel in enumerate(KERNELS[:layers]))
+
+
 class WaveformEncoder(SplitEncoder):
     """Encoder of CPC on speech (van den Oord et al. 2018, arXiv 1807.03748, section 3.1).
 
@@ -152,7 +157,7 @@ class WaveformEncoder(SplitEncoder):
 
     layers: Sequential[WaveformBlock]
     downsampling = math.prod(STRIDES)
-    receptive_field = 1 + sum((kernel - 1) * math.prod(STRIDES[:layer]) for layer, kernel in enumerate(KERNELS))
+    receptive_field = _receptive_field(len(KERNELS))
 
     def __init__(
         self,
@@ -182,8 +187,7 @@ class WaveformEncoder(SplitEncoder):
             )
         )
         self.out_channels = widths[-1]
-        before = sum(pad * math.prod(STRIDES[:layer]) for layer, pad in enumerate(self.padding))
-        self.first_center = self.receptive_field // 2 - before
+        self.first_center = self._first_center(len(KERNELS))
 
     @property
     def stacks(self) -> list[list[EncoderBlock]]:
@@ -237,13 +241,17 @@ class WaveformEncoder(SplitEncoder):
             samples = max((samples + 2 * pad - kernel) // stride + 1, 0)
         return samples
 
-    def frame_centers(self, frames: int) -> Tensor:
-        """The sample that each of the first frames is centred at, int64 [frames]."""
-        return self.first_center + self.downsampling * torch.arange(frames)
+    def frame_centers(self, frames: int, *, layers: int = len(KERNELS)) -> Tensor:
+        """The sample that each of the first frames is centred at, after so many layers, int64 [frames]."""
+        return self._first_center(layers) + math.prod(STRIDES[:layers]) * torch.arange(frames)
 
     def frame_times(self, frames: int) -> Tensor:
         """When the first frames are, in seconds from the waveform's first sample, float64 [frames]."""
         return self.frame_centers(frames).double() / _SAMPLE_RATE
+
+    def _first_center(self, layers: int) -> int:
+        before = sum(pad * math.prod(STRIDES[:layer]) for layer, pad in enumerate(self.padding[:layers]))
+        return _receptive_field(layers) // 2 - before
 
     def _shortest(self) -> int:
         samples = 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -11,7 +10,7 @@ from torch import Tensor
 from cpc_ext import figures
 from cpc_ext.models import CPC
 from cpc_ext.nn.sequence_info_nce import SequenceInfoNCE
-from cpc_ext.tasks.speech_task import SpeechTask, context_layers, sequence_context, waveform_encoder
+from cpc_ext.tasks.speech_task import FeatureLayer, SpeechTask, context_layers, sequence_context, waveform_encoder
 from cpc_ext.training.random_streams import RandomStreams
 
 __all__ = ["TASK", "CPCAudioTask"]
@@ -33,8 +32,8 @@ class CPCAudioTask(SpeechTask):
         output = self.model(batch, generator=streams.negatives, speakers=self.speakers(labels))
         return {"loss": output.loss, "accuracy": output.accuracy, "mutual_information": output.mutual_information}
 
-    def layers(self, model: Any) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
-        return [("encoder", model.encode), *context_layers(model.context, model.encode)]
+    def layers(self, model: Any) -> list[FeatureLayer]:
+        return [FeatureLayer("encoder", model.encode), *context_layers(model.context, model.encode)]
 
     def _curves(self, metrics: list[dict[str, float]], probe: figures.ProbeCurve | None) -> Figure:
         words = {"loss": "InfoNCE loss", "accuracy": "contrastive accuracy"}

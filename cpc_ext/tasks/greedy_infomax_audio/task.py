@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,11 +12,12 @@ from torch import Tensor, nn
 from cpc_ext import figures
 from cpc_ext.data import SpeechDataset
 from cpc_ext.models import GreedyInfoMax
+from cpc_ext.models.encoders.waveform_encoder import KERNELS
 from cpc_ext.nn.sequence_info_nce import SequenceInfoNCE
 from cpc_ext.nn.typed import Module
 from cpc_ext.tasks.greedy_infomax_audio.options import GreedyAudioConfig
 from cpc_ext.tasks.module_task import ModuleTask
-from cpc_ext.tasks.speech_task import SpeechTask, context_layers, sequence_context, waveform_encoder
+from cpc_ext.tasks.speech_task import FeatureLayer, SpeechTask, context_layers, sequence_context, waveform_encoder
 from cpc_ext.training.config import RunConfig
 from cpc_ext.training.precision import autocast
 from cpc_ext.training.random_streams import RandomStreams
@@ -67,18 +67,19 @@ class GreedyAudioTask(ModuleTask, SpeechTask):
             return
         self.check_modules(trained.greedy, _shape(trained), _shape(self._config))
 
-    def layers(self, model: Any) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
+    def layers(self, model: Any) -> list[FeatureLayer]:
         """The output of each convolution, "encoder" being the last one's, then the context's, if it is trained."""
 
         def encoded(modules: int, waveforms: Tensor) -> Tensor:
             encodings: Tensor = model.encodings_by_module(waveforms, modules)[-1]
             return encodings
 
-        found: list[tuple[str, Callable[[Tensor], Tensor]]] = []
+        found: list[FeatureLayer] = []
         trained, modules = self._config.greedy.learning[-1] + 1, min(self._config.greedy.modules, 5)
         for count in range(1, min(trained, modules) + 1):
             name = "encoder" if count == modules else f"module{count - 1}"
-            found.append((name, partial(encoded, count)))
+            # One module alone has all convolutions.
+            found.append(FeatureLayer(name, partial(encoded, count), count if modules > 1 else len(KERNELS)))
         if trained == self._config.greedy.count:
             context = model.context[-1] if isinstance(model.context, nn.ModuleList) else model.context
             found += context_layers(context, model.encode)
