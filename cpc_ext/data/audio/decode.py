@@ -31,9 +31,12 @@ AHEAD = 128
 _PIECE = 1 << 19
 # Share of the samples of a file in floating point that may lie beyond ±1, and are cut off; more are of another scale.
 _BEYOND = 0.01
-# How libsndfile tells that the header of WAV, AIFF or AU speaks of more sound than there is. Programs that write into a
-# pipe put the largest sizes there, and others count the header as well: so small a share is forgiven.
-_CUT_OFF = re.compile(r"(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)")
+# How libsndfile tells that the header of WAV, AIFF, AU, SVX or W64 speaks of more sound than there is. Programs that write
+# into a pipe put the largest sizes there, and others count the header as well: so small a share is forgiven.
+_CUT_OFF = re.compile(r"(?:data|SSND|Data Size|BODY|riff) *: (\d+) \(should be (\d+)\)")
+# Likewise of RF64, in samples of a channel; what a NIST SPHERE file says of itself it does not tell.
+_RF64_SAMPLES = re.compile(r"does not match value from 'ds64' chunk of (\d+)")
+_NIST_HEADER, _NIST_SAMPLES = 1024, re.compile(rb"^sample_count -i +(\d+)", re.MULTILINE)
 _OPEN_END, _FORGIVEN = 2**31 - 2**16, 0.01
 # Samples in two frames of MP3, by which encoders and editors may be off where they state its length.
 _MP3_FRAMES = 2 * 1152
@@ -160,6 +163,9 @@ def _check(path: Path, file: Any, read: int, beyond: int) -> None:
     stated, there = map(int, found.groups()) if (found := _CUT_OFF.search(file.extra_info)) else (0, 0)
     if stated < _OPEN_END and stated - there > _FORGIVEN * stated:
         raise ValueError(f"damaged: {there} of {stated} bytes of sound are there")
+    stated = _stated_samples(path, file)
+    if stated < _OPEN_END and stated - read > _FORGIVEN * stated:
+        raise ValueError(f"damaged: {read} of {stated} samples can be read")
     forgiven = 0.0
     if file.format == "MP3":
         forgiven = max(_FORGIVEN * file.frames, _MP3_FRAMES) if _states_length(path) else file.frames
@@ -167,6 +173,17 @@ def _check(path: Path, file: Any, read: int, beyond: int) -> None:
         raise ValueError(f"damaged: {read} of {file.frames} samples can be read")
     if beyond > _BEYOND * read * file.channels:
         raise ValueError(f"floating point with {beyond} samples beyond -1 to 1, which is the scale of sound")
+
+
+def _stated_samples(path: Path, file: Any) -> int:
+    """Samples that a header speaks of where libsndfile counts those that are there; 0 elsewhere."""
+    found: re.Match[Any] | None = None
+    if file.format == "RF64":
+        found = _RF64_SAMPLES.search(file.extra_info)
+    elif file.format == "NIST":
+        with path.open("rb") as head:
+            found = _NIST_SAMPLES.search(head.read(_NIST_HEADER))
+    return int(found[1]) if found else 0
 
 
 def _states_length(path: Path) -> bool:

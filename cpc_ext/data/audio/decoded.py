@@ -18,7 +18,7 @@ from cpc_ext.data.file_tree import TreeFile
 from cpc_ext.data.notice import LeftOut
 
 # Part of a cache's key: raise it when what decoding writes changes.
-FORMAT = 3
+FORMAT = 4
 # A file of labels may have so many more or fewer than the grid has places; else they are of another recording.
 _LABELS_OFF = 2
 

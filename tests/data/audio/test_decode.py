@@ -19,7 +19,7 @@ NOISE = np.random.default_rng(0).integers(-32768, 32768, RATE).astype(np.int16)
 TONE = 0.5 * np.sin(2 * np.pi * 440 * np.arange(RATE) / RATE)
 
 
-@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.aiff", "a.caf"])
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.aiff", "a.caf", "a.nist", "a.rf64", "a.w64", "a.svx"])
 def test_16_bits_at_16_khz_are_kept_bit_for_bit(tmp_path, name):
     soundfile.write(tmp_path / name, NOISE, RATE, subtype="PCM_16")
     recording = decode_recording(tmp_path / name)
@@ -117,8 +117,11 @@ WRONG = {
     "short.wav": (lambda path: soundfile.write(path, NOISE[:399], RATE), "399 samples at 16 kHz, shorter than 400"),
     **{
         f"cut.{name}": (lambda path, name=name: cut(path, name), "damaged: .* of 3200[08] bytes of sound are there")
-        for name in ("wav", "aiff", "au")
+        for name in ("wav", "aiff", "au", "svx")
     },
+    "cut.w64": (lambda path: cut(path, "w64"), "damaged: .* of .* bytes of sound are there"),
+    "cut.sph": (lambda path: cut(path, "nist"), "damaged: 7[0-9]* of 16000 samples can be read"),
+    "cut.rf64": (lambda path: cut(path, "rf64"), "damaged: 79[0-9]* of 16000 samples can be read"),
     "cut.flac": (lambda path: cut(path, "flac"), "lost sync|damaged: .* of 16000 samples"),
     "cut.ogg": (lambda path: cut(path, "ogg"), "malformed|holds no samples|damaged: .* of 16000 samples"),
     "infinite.wav": (
