@@ -105,10 +105,14 @@ class FrameProbe:
 
 
 def probed_recordings(waveforms: WaveformSet, seconds: float) -> np.ndarray:
-    """Recordings that last about so long together, from all of the set; at least one, at most all."""
-    total = len(waveforms.samples) / SAMPLE_RATE
-    count = len(waveforms) if total <= seconds else max(1, int(len(waveforms) * seconds / total))
-    return spread(count, len(waveforms))
+    """Recordings that last about so long together, from all of the set; at least one, at most all.
+
+    Where phones are known of some alone, which the others might be without, as many of these are among them as well.
+    """
+    chosen = _lasting(waveforms, np.arange(len(waveforms)), seconds)
+    if waveforms.phone_starts is not None:
+        chosen = np.union1d(chosen, _lasting(waveforms, np.flatnonzero(np.diff(waveforms.phone_starts)), seconds))
+    return chosen
 
 
 def probe_curve(metrics: Path, probe: ImageProbe | FrameProbe | None) -> ProbeCurve | None:
@@ -118,6 +122,13 @@ def probe_curve(metrics: Path, probe: ImageProbe | FrameProbe | None) -> ProbeCu
         return None
     chance = None if probe is None else probe.chance
     return ProbeCurve([record["step"] for record in records], [record[PROBED] for record in records], chance)
+
+
+def _lasting(waveforms: WaveformSet, those: np.ndarray, seconds: float) -> np.ndarray:
+    """Some of those recordings, which last about so long together."""
+    total = np.diff(waveforms.starts)[those].sum() / SAMPLE_RATE
+    count = len(those) if total <= seconds else max(1, int(len(those) * seconds / total))
+    return those[spread(count, len(those))]
 
 
 def _found(known: Tensor, labels: Tensor, asked: Tensor, expected: Tensor, classes: int) -> dict[str, float]:

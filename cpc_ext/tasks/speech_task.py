@@ -291,7 +291,7 @@ class SpeechTask(Task):
         test = self._dataset.test
         if test is None or not len(test) or test.phones is None:
             return
-        index = int(probed_recordings(test, 0.0)[0])
+        index = max(map(int, probed_recordings(test, 0.0)), key=lambda index: len(test.phones_of(index)))
         samples = torch.from_numpy(np.array(test.recording(index)[: int(_SHOWN_SECONDS * self._dataset.sample_rate)]))
         spectrum = log_mel(samples)
         phones = test.phones_of(index)[: len(spectrum)]

@@ -478,6 +478,17 @@ def test_recordings_of_a_probe_come_from_all_of_the_set():
     assert len(speech_task.probed_recordings(waveforms, 0.0)) == 1
 
 
+def test_recordings_with_phones_are_among_those_of_a_probe():
+    """Where few are labelled, those that are taken at equal distances might all be without."""
+    full = recordings(40)
+    for number in (7, 22):
+        counts = np.where(np.arange(40) == number, np.diff(full.phone_starts), 0)
+        few = replace(full, phones=full.phones_of(number), phone_starts=np.append(0, np.cumsum(counts)))
+        assert set(speech_task.probed_recordings(few, 8.0)) == {number, *speech_task.probed_recordings(full, 8.0)}
+        results = task_of(dataset=dataset_of(few, few)).evaluate()
+        assert results["log_mel_phone_accuracy"] > 0.9
+
+
 def test_recipes_are_defaults():
     librispeech = ["--model", "cpc-audio", "--dataset", "librispeech", "--data-dir", "x"]
     original, modified = (parse([*librispeech, "--recipe", name]).run for name in ("original", "modified"))

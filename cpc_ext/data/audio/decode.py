@@ -31,8 +31,8 @@ AHEAD = 128
 _PIECE = 1 << 19
 # Share of the samples of a file in floating point that may lie beyond ±1, and are cut off; more are of another scale.
 _BEYOND = 0.01
-# How libsndfile tells that the header of WAV, AIFF, AU, SVX or W64 speaks of more sound than there is. Programs that write
-# into a pipe put the largest sizes there, and others count the header as well: so small a share is forgiven.
+# How libsndfile tells that the header of WAV, AIFF, AU, SVX or W64 speaks of more sound than there is. Programs that
+# write into a pipe put the largest sizes there, and others count the header as well: so small a share is forgiven.
 _CUT_OFF = re.compile(r"(?:data|SSND|Data Size|BODY|riff) *: (\d+) \(should be (\d+)\)")
 # Likewise of RF64, in samples of a channel; what a NIST SPHERE file says of itself it does not tell.
 _RF64_SAMPLES = re.compile(r"does not match value from 'ds64' chunk of (\d+)")

@@ -43,22 +43,22 @@ class DecodedRecordings:
     ) -> WaveformSet:
         """The recordings of some neighbouring files as a set.
 
-        names, speakers: by the file's index; the speakers ascend. phones: labels by name, of some of the files.
+        names, speakers: by the file's index; the speakers ascend. phones: labels by name, of some of the files; where
+        they are of none of those that are asked for, the set has no phones.
         """
         taken = [row for row in rows if self.lengths[row]]
         lengths = self.lengths[taken]
         begin = int(self.lengths[: rows.start].sum())
-        labels: list[np.ndarray] = []
-        if phones is not None:
-            none = np.empty(0, np.int16)
-            labels = [phones.get(names[row], none)[: label_count(int(self.lengths[row]))] for row in taken]
+        none = np.empty(0, np.int16)
+        labels = [(phones or {}).get(names[row], none)[: label_count(int(self.lengths[row]))] for row in taken]
+        known = any(map(len, labels))
         return WaveformSet(
             samples=self.samples[begin : begin + int(lengths.sum())],
             starts=np.append(0, np.cumsum(lengths, dtype=np.int64)),
             names=[names[row] for row in taken],
             speakers=None if speakers is None else np.array([speakers[row] for row in taken], np.int64),
-            phones=None if phones is None else np.concatenate([np.empty(0, np.int16), *labels]),
-            phone_starts=None if phones is None else np.cumsum([0, *map(len, labels)], dtype=np.int64),
+            phones=np.concatenate(labels) if known else None,
+            phone_starts=np.cumsum([0, *map(len, labels)], dtype=np.int64) if known else None,
         )
 
 
@@ -103,16 +103,24 @@ def decoded_recordings(
 def fitting_labels(
     decoded: DecodedRecordings, names: Sequence[str], phones: dict[str, np.ndarray], notes: list[str]
 ) -> dict[str, np.ndarray]:
-    """Those labels that are as many as their recording has places for, or nearly; the notes name the others."""
-    fitting, others = {}, []
+    """Those labels that are as many as their recording has places for, or nearly.
+
+    The notes name the others, and recordings that have none.
+    """
+    fitting, others, without = {}, [], []
     for name, length in zip(names, decoded.lengths.tolist(), strict=True):
-        if length and name in phones:
+        if length and name not in phones:
+            without.append(name)
+        elif length:
             if abs(len(phones[name]) - label_count(length)) <= _LABELS_OFF:
                 fitting[name] = phones[name]
             else:
                 others.append(f"{name} ({len(phones[name])} for {label_count(length)})")
     if others:
         notes.append(f"labels of phones are not as many as the recording has frames of 10 ms: {some(others)}")
+    if without:
+        there = int(np.count_nonzero(decoded.lengths))
+        notes.append(f"{len(without)} of {there} recordings have no labels of phones: {some(without)}")
     return fitting
 
 

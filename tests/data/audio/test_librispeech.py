@@ -125,11 +125,36 @@ def test_labels_a_little_off_are_cut_and_others_left_out(root, lists):
     (lists / "converted_aligned_phones.txt").write_text(
         "103-1240-0000 7 8 9\n103-1240-0001 1\n103-1241-0000 1 2 3 4 5 6\n19-198-0000 4 5\n"
     )
-    with pytest.warns(UserWarning, match=r"not as many as .*: 103-1241-0000 \(6 for 3\)$"):
+    with pytest.warns(UserWarning, match=r"not as many as .*: 103-1241-0000 \(6 for 3\)\n") as warned:
         dataset = load(root)
+    assert str(warned[0].message).endswith("1 of 5 recordings have no labels of phones: 19-198-0001")
     # The recordings of the training list, of speaker 19 first, have room for 3, 1 and 3 labels.
     assert [dataset.train.phones_of(number).tolist() for number in range(3)] == [[4, 5], [7], []]
     assert [dataset.test.phones_of(number).tolist() for number in range(2)] == [[], [1]]
+
+
+def test_labels_of_other_recordings_are_none(root, lists):
+    """Such as those of another subset, or names that end in .flac."""
+    text = (lists / "converted_aligned_phones.txt").read_text()
+    (lists / "converted_aligned_phones.txt").write_text(text.replace(" ", ".flac ", 1).replace("\n19", "\n20"))
+    with pytest.warns(UserWarning, match="3 of 5 recordings have no labels of phones: 19-198-0000, 103-1240-0000, 19"):
+        dataset = load(root)
+    assert dataset.train.phones_of(2).tolist() == [1, 2, 3]
+    (lists / "converted_aligned_phones.txt").write_text("\n".join(f"{name}.flac 0" for name in UTTERANCES))
+    with pytest.warns(UserWarning, match="5 of 5 recordings have no labels of phones: 19-198-0000, .*"):
+        dataset = load(root)
+    assert dataset.train.phones is dataset.test.phones is None
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(root, lists, recwarn):
+    (lists / "phones.txt").write_text("\n".join(f"{number} P{number}" for number in range(41)))
+    for file in lists.iterdir():
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    dataset = load(root)
+    assert not recwarn.list
+    assert levels(dataset.train) == {"19-198-0000": 4, "103-1240-0000": 1, "103-1241-0000": 3}
+    assert dataset.train.phones_of(1).tolist() == [7]
+    assert dataset.phone_names[0] == "P0"
 
 
 def test_names_of_phones(root, lists):
@@ -156,6 +181,11 @@ def test_names_of_phones(root, lists):
             "train_split.txt",
             b"19-198-0001\n",
             r"test_split\.txt: 1 recordings are in train_split\.txt as well: 19-198-",
+        ),
+        (
+            "converted_aligned_phones.txt",
+            b"103-1240-0001 0 40\n103-1240-0000 7\n103-1240-0000 8\n",
+            "has two lines of different numbers after 103-1240-0000",
         ),
         ("converted_aligned_phones.txt", b"103-1240-0000 a\n", "expected numbers after 103-1240-0000"),
         ("converted_aligned_phones.txt", b"103-1240-0000 -1\n", "numbers from 0 after 103-1240-0000, found -1"),

@@ -186,7 +186,8 @@ def _split(files: list[TreeFile], given: dict[str, Path], notes: list[str]) -> t
 def _lines(path: Path) -> Iterator[list[str]]:
     """The words of every line that has some. ValueError where the file is no text."""
     try:
-        with path.open(encoding="utf-8") as lines:
+        # Some editors begin a file with a byte order mark, which would be part of the first name.
+        with path.open(encoding="utf-8-sig") as lines:
             for line in lines:
                 if words := line.split():
                     yield words
@@ -214,6 +215,8 @@ def _labels(path: Path, wanted: set[str]) -> dict[str, np.ndarray]:
                 raise ValueError(f"{path}: expected numbers after {name}: {error}") from None
             if len(found) and found.min() < 0:
                 raise ValueError(f"{path}: expected numbers from 0 after {name}, found {found.min()}")
+            if name in labels and not np.array_equal(labels[name], found):
+                raise ValueError(f"{path}: has two lines of different numbers after {name}")
             labels[name] = found
     return labels
 
