@@ -87,6 +87,8 @@ class Command:
 
 def _check(command: Command) -> None:
     """TrainingError for values that cannot be right, or would have no effect, for a run of its kind."""
+    if not RunDir(command.run).config.is_file():
+        return  # A folder that is no run is refused by whoever opens it, in better words.
     if RunDir(command.run).medium == "audio":
         refuse_idle(command, ("split", "image_size", "per_patch"), "it is of runs on images")
         if command.out is not None and command.out.suffix in _SUFFIXES:

@@ -7,6 +7,7 @@ interrupted program has written is right.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,9 @@ from cpc_ext.training.errors import TrainingError, warn, writing
 from cpc_ext.training.precision import check_device
 
 __all__ = ["embed_speech"]
+
+# What the name of a file of times has more than that of its frames.
+_TIMES = ".times"
 
 
 def embed_speech(command: Command) -> None:
@@ -47,7 +51,7 @@ def embed_speech(command: Command) -> None:
         raise TrainingError(f"--layer: {str(error).removeprefix('layer: ')}") from None
     out = command.out or command.run / "frames"
     written, dim, left_out = 0, 0, LeftOut("recordings")
-    stems = Counter(Path(file.path).with_suffix("") for file in tree.train)
+    stems = _stems([file.path for file in tree.train])
     for file in tqdm(tree.train, unit="recording", dynamic_ncols=True):
         found = decode_or_reason(root / file.path)
         if isinstance(found, str):
@@ -58,16 +62,27 @@ def embed_speech(command: Command) -> None:
             left_out.add(file.path, "too short for a frame")
             continue
         with writing(out, "--out"):
-            path = Path(file.path)
-            # Recordings that differ in their endings alone keep these.
-            stem = path.with_suffix("") if stems[path.with_suffix("")] == 1 else path
-            _write(out / stem, frames, centers.double() / SAMPLE_RATE, command.format)
+            _write(out / stems[file.path], frames, centers.double() / SAMPLE_RATE, command.format)
         written, dim = written + 1, frames.shape[1]
     if left_out or tree.left_out:
         warn("\n  ".join([f"{root}:", *tree.left_out.lines(), *left_out.lines()]))
     if not written:
         raise TrainingError(f"{root}: none of the {len(tree.train)} recordings could be read")
     print(f"frames of {dim} values of {written} recordings are in {out}, a file for each")
+
+
+def _stems(paths: Sequence[str]) -> dict[str, str]:
+    """What the files of each recording are called, without the endings of these.
+
+    Recordings keep their own endings where they differ in them alone, or without would be called as others are.
+    """
+    plain = {path: str(Path(path).with_suffix("")) for path in paths}
+    counts = Counter([*plain.values(), *paths])
+
+    def taken(stem: str) -> bool:
+        return counts[stem] > 1 or (stem.endswith(_TIMES) and stem.removesuffix(_TIMES) in counts)
+
+    return {path: path if taken(stem) else stem for path, stem in plain.items()}
 
 
 def _write(stem: Path, frames: Tensor, times: Tensor, form: str) -> None:
@@ -78,7 +93,7 @@ def _write(stem: Path, frames: Tensor, times: Tensor, form: str) -> None:
             rows = np.column_stack([times.numpy(), frames.numpy()])
             np.savetxt(file, rows, fmt=["%.5f"] + ["%.6g"] * frames.shape[1])
         return
-    with atomic_file(stem.with_name(f"{stem.name}.times.npy")) as file:
+    with atomic_file(stem.with_name(f"{stem.name}{_TIMES}.npy")) as file:
         write_npy(file, times.numpy())
     with atomic_file(stem.with_name(f"{stem.name}.npy")) as file:
         write_npy(file, frames.numpy())

@@ -186,6 +186,10 @@ def test_what_evaluation_refuses(options, words, tmp_path, capsys):
 def test_what_is_no_run_is_told_before_options_that_do_not_fit(tmp_path, capsys):
     assert evaluate.main([str(tmp_path / "nowhere"), "--minutes", "1", "--device", "cpu"]) == 1
     assert "nowhere is not a run's folder: there is no config.yaml" in capsys.readouterr().err
+    # An embedding's folder of frames, a layer and a form are of runs on speech, too.
+    options = ["--data-dir", str(tmp_path), "--out", str(tmp_path / "frames"), "--layer", "encoder", "--device", "cpu"]
+    assert embed.main([str(tmp_path / "nowhere"), *options]) == 1
+    assert "nowhere is not a run's folder: there is no config.yaml" in capsys.readouterr().err
 
 
 def test_recordings_without_labels_are_not_measured(tmp_path, monkeypatch, capsys):
@@ -267,6 +271,23 @@ def test_recordings_that_differ_in_their_endings(sounds, tmp_path):
     assert embed.main([str(run), "--data-dir", str(sounds), "--device", "cpu"]) == 0
     names = {path.name for path in (run / "frames" / "somebody").glob("*.npy") if ".times" not in path.name}
     assert names == {"0.wav.npy", "0.flac.npy", "1.npy"}
+
+
+def test_no_recordings_frames_are_called_as_what_is_anothers(sounds, tmp_path):
+    """As those of 1.times.wav would be as the times of 1.wav, and those of 0.wav.flac as the frames of 0.wav."""
+    soundfile = pytest.importorskip("soundfile")
+    run, folder = tmp_path / "run", sounds / "somebody"
+    assert train("--model", "cpc-audio", "--out-dir", run) == 0
+    lengths = {"0.wav": 50, "1.wav": 60, "0.flac": 20, "0.wav.flac": 30, "1.times.wav": 40}
+    for name in ("0.flac", "0.wav.flac", "1.times.wav"):
+        soundfile.write(folder / name, np.zeros(160 * lengths[name]), 16000)
+    assert embed.main([str(run), "--data-dir", str(sounds), "--device", "cpu"]) == 0
+    stems = ["0.wav", "1", "0.flac", "0.wav.flac", "1.times.wav"]
+    written = run / "frames" / "somebody"
+    assert {path.name for path in written.iterdir()} == {f"{stem}{e}" for stem in stems for e in (".npy", ".times.npy")}
+    for stem, frames in zip(stems, lengths.values(), strict=True):
+        assert np.load(written / f"{stem}.npy").shape == (frames, 8)
+        assert np.load(written / f"{stem}.times.npy").shape == (frames,)
 
 
 def test_what_embedding_refuses(sounds, tmp_path, capsys):
