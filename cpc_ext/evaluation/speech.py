@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from tqdm import tqdm
@@ -20,7 +20,7 @@ from cpc_ext.data import SAMPLE_RATE, SpeechDataset, WaveformSet
 from cpc_ext.data.notice import tell
 from cpc_ext.evaluation.encoder_run import SpeechRun
 from cpc_ext.evaluation.options import EvaluationOptions, parse_measures
-from cpc_ext.measures.abx import abx_error, abx_items
+from cpc_ext.measures.abx import Condition, abx_error, abx_items
 from cpc_ext.measures.frames import Alignment
 from cpc_ext.measures.speech_frames import (
     FrameMaker,
@@ -156,17 +156,18 @@ class _Judge:
         """Errors of the frames that have a phone."""
         features, labels, lengths = test.aligned(self._alignment)
         assert test.speakers is not None  # It was checked.
-        silence = self._dataset.phone_names.index("SIL") if "SIL" in self._dataset.phone_names else 0
+        names = [name.casefold() for name in self._dataset.phone_names]
+        silence = names.index("sil") if "sil" in names else 0
         items = abx_items(list(labels.split(lengths)), test.speakers.tolist(), silence=silence)
-        try:
-            return {
-                f"abx {condition}": abx_error(features, items, speaker=condition).error
-                for condition in ("within", "across")
-            }
-        except ValueError:
+        found: Row = {}
+        conditions: tuple[Condition, ...] = get_args(Condition)
+        for condition in conditions:
             # It takes minutes to get here: what else was measured is not thrown away.
-            tell(self.run.dir.path, ["abx is left out: the test recordings have too few phones in common"])
-            return {}
+            try:
+                found[f"abx {condition}"] = abx_error(features, items, speaker=condition).error
+            except ValueError as error:
+                tell(self.run.dir.path, [f"abx {condition} speakers is left out: {str(error).removeprefix('items: ')}"])
+        return found
 
     def _commonest(self) -> Row:
         """What always naming the commonest class tells."""
