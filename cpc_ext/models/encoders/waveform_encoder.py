@@ -238,7 +238,8 @@ class WaveformEncoder(SplitEncoder):
     def frames(self, samples: int, *, layers: int = len(KERNELS)) -> int:
         """How many frames L a waveform of so many samples has, after so many layers."""
         for kernel, stride, pad in zip(KERNELS[:layers], STRIDES[:layers], self.padding[:layers], strict=True):
-            samples = max((samples + 2 * pad - kernel) // stride + 1, 0)
+            # Padding alone makes no frame of nothing.
+            samples = max((samples + 2 * pad - kernel) // stride + 1, 0) if samples else 0
         return samples
 
     def frame_centers(self, frames: int, *, layers: int = len(KERNELS)) -> Tensor:
