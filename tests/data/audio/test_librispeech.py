@@ -133,6 +133,25 @@ def test_labels_a_little_off_are_cut_and_others_left_out(root, lists):
     assert [dataset.test.phones_of(number).tolist() for number in range(2)] == [[], [1]]
 
 
+def test_lists_beside_another_subset_are_not_its_own(root, lists):
+    (root / "LibriSpeech" / "train-clean-100").rename(root / "LibriSpeech" / "dev-clean")
+    subset = root / "LibriSpeech" / "dev-clean"
+    expected = set(UTTERANCES)
+    for name in ("train_split.txt", "test_split.txt"):
+        (lists / name).write_text("1-2-3\n4-5-6\n")
+    with pytest.warns(UserWarning, match="train_split.txt has none of the recordings, so it is taken as not") as warned:
+        dataset = load(subset)
+    assert "test_split.txt has none of the recordings" in str(warned[0].message)
+    assert {*dataset.train.names, *dataset.test.names} == expected
+    # Of its own they are, and those that have some of it.
+    (lists / "train_split.txt").write_text("1-2-3\n103-1240-0000\n")
+    with pytest.warns(UserWarning, match="1 of 2 recordings in train_split.txt are not there: 1-2-3"):
+        assert load(subset).train.names == ["103-1240-0000"]
+    lists.rename(subset / lists.name)
+    with pytest.raises(ValueError, match=r"test_split\.txt: none of its 2 recordings is there"):
+        load(subset)
+
+
 def test_labels_of_other_recordings_are_none(root, lists):
     """Such as those of another subset, or names that end in .flac."""
     text = (lists / "converted_aligned_phones.txt").read_text()

@@ -46,8 +46,9 @@ def load(data_dir: str | Path | None = None, *, download: bool = False) -> Speec
 
     With `train_split.txt` and `test_split.txt`, one SPEAKER-CHAPTER-NUMBER a line, these are the splits, and recordings
     in neither are left out; with one of them, the other split has the rest. Without, a tenth of each speaker's
-    recordings is held out, the same ones on every run. Phones are those of `converted_aligned_phones.txt`; they have
-    the names in `phones.txt`, where a line is a number and a name, else their numbers.
+    recordings is held out, the same ones on every run, and so where lists beside another subset are of none of its
+    recordings. Phones are those of `converted_aligned_phones.txt`; they have the names in `phones.txt`, where a line is
+    a number and a name, else their numbers.
 
     Raises FileNotFoundError where files are missing, ValueError where there are none of that layout or a list is
     damaged, DownloadError, ImportError where soundfile or soxr is missing, OSError where the cache cannot be written.
@@ -56,7 +57,7 @@ def load(data_dir: str | Path | None = None, *, download: bool = False) -> Speec
     tree = read_recordings(root, splits=False)
     files = _utterances(root, tree)
     given = _given(root, tree.notes)
-    training, testing = _split(files, given, tree.notes)
+    training, testing = _split(root, files, given, tree.notes)
     speakers = tuple(sorted({file.label for file in (*training, *testing)}, key=_as_number))
     order = {speaker: number for number, speaker in enumerate(speakers)}
     training, testing = (sorted(part, key=lambda file: order[file.label]) for part in (training, testing))
@@ -150,15 +151,21 @@ def _given(root: Path, notes: list[str]) -> dict[str, Path]:
     return given
 
 
-def _split(files: list[TreeFile], given: dict[str, Path], notes: list[str]) -> tuple[list[TreeFile], list[TreeFile]]:
+def _split(
+    root: Path, files: list[TreeFile], given: dict[str, Path], notes: list[str]
+) -> tuple[list[TreeFile], list[TreeFile]]:
     """The recordings to train and to test on, by the lists that are given."""
     listed = {name: _ids(given[name]) for name in (TRAIN_LIST, TEST_LIST) if name in given}
     have = {_name(file) for file in files}
-    for name, ids in listed.items():
-        if missing := sorted(ids - have):
-            notes.append(f"{len(missing)} of {len(ids)} recordings in {name} are not there: {some(missing)}")
+    for name, ids in list(listed.items()):
         if not ids & have:
-            raise ValueError(f"{given[name]}: none of its {len(ids)} recordings is there")
+            if root.name == SUBSET or given[name].is_relative_to(root):
+                raise ValueError(f"{given[name]}: none of its {len(ids)} recordings is there")
+            # What lies beside another subset is train-clean-100's.
+            notes.append(f"{given[name]} has none of the recordings, so it is taken as not given")
+            del listed[name]
+        elif missing := sorted(ids - have):
+            notes.append(f"{len(missing)} of {len(ids)} recordings in {name} are not there: {some(missing)}")
     both = listed.get(TRAIN_LIST, set()) & listed.get(TEST_LIST, set())
     if both:
         raise ValueError(
