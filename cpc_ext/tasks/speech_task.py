@@ -113,6 +113,12 @@ class SpeechTask(Task):
 
     def sampler(self, batch_size: int, *, seed: int, rank: int, world_size: int) -> WindowSampler:
         view = self._config.view
+        if self.examples.speakers is None:
+            unknown = f"the speakers of {self._dataset.name} are not known"
+            if view.windows == "same-speaker":
+                raise ValueError(f"windows: same-speaker: {unknown}")
+            if self._config.prediction.same_speaker:
+                raise ValueError(f"same_speaker: {unknown}")
         return WindowSampler(
             self.examples,
             batch_size,
@@ -137,12 +143,8 @@ class SpeechTask(Task):
         return {} if self._probe is None else self._probe.found(self.frames(self.model))
 
     def speakers(self, labels: Tensor | None) -> Tensor | None:
-        """What the objective is told of a batch's speakers. ValueError where it is to know and nobody does."""
-        if not self._config.prediction.same_speaker:
-            return None
-        if labels is None:
-            raise ValueError(f"--same-speaker: the speakers of {self._dataset.name} are not known")
-        return labels
+        """What the objective is told of a batch's speakers."""
+        return labels if self._config.prediction.same_speaker else None
 
     def carried(self) -> dict[str, Tensor]:
         """The states of recurrent contexts, [B, 1, E], where they are kept."""

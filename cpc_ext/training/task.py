@@ -127,9 +127,12 @@ class Task(ABC):
         """
 
     def sampler(self, batch_size: int, *, seed: int, rank: int, world_size: int) -> Sampler:
-        """What orders the examples into batches. ValueError for a batch size that the examples or processes do not fit.
+        """What orders the examples into batches.
 
         batch_size: of all processes together.
+
+        Raises ValueError, which begins with the name of an option ("batch_size: "), where the examples or processes do
+        not fit it.
         """
         return EpochSampler(len(self.examples), batch_size, seed=seed, rank=rank, world_size=world_size)
 

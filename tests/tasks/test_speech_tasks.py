@@ -23,6 +23,7 @@ from cpc_ext.training import registry
 from cpc_ext.training.config import OptionError, option, validate_config
 from cpc_ext.training.distribution import Ranks
 from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.loop import Trainer
 from cpc_ext.training.random_streams import RandomStreams
 from cpc_ext.training.registry import task_class
 from cpc_ext.training.run_dir import RunDir
@@ -559,11 +560,19 @@ def test_a_model_takes_its_own_medium(model, dataset, capsys):
     assert f"error: --dataset {dataset} has no" in capsys.readouterr().err
 
 
-def test_speakers_that_nobody_knows():
-    plain = recordings(labelled=False)
-    task = task_of(dataset=SpeechDataset("voices", plain, None), same_speaker=True)
-    with pytest.raises(ValueError, match="--same-speaker: the speakers of voices are not known"):
-        step(task)
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"same_speaker": True}, "--same-speaker: the speakers of voices are not known"),
+        ({"windows": "same-speaker"}, "--windows: same-speaker: the speakers of voices are not known"),
+        ({"window": 17_200}, "--window: expected at most 17120 samples, got 17200"),
+        ({"batch_size": 9}, "--batch-size: expected at most 8 recordings windows, got 9"),
+    ],
+)
+def test_options_that_recordings_do_not_fit(options, words, tmp_path):
+    task = task_of(dataset=SpeechDataset("voices", recordings(labelled=False), None), **options)
+    with pytest.raises(TrainingError, match=f"^{words}$"):
+        Trainer(task, task.config, RunDir(tmp_path), Ranks(CPU))
 
 
 def test_a_model_learns_from_what_has_no_labels():
