@@ -128,7 +128,8 @@ def _lasting(waveforms: WaveformSet, those: np.ndarray, seconds: float) -> np.nd
     """Some of those recordings, which last about so long together."""
     total = np.diff(waveforms.starts)[those].sum() / SAMPLE_RATE
     count = len(those) if total <= seconds else max(1, int(len(those) * seconds / total))
-    return those[spread(count, len(those))]
+    chosen: np.ndarray = those[spread(count, len(those))]
+    return chosen
 
 
 def _found(known: Tensor, labels: Tensor, asked: Tensor, expected: Tensor, classes: int) -> dict[str, float]:

@@ -213,7 +213,7 @@ def _ids(path: Path) -> set[str]:
 
 def _labels(path: Path, wanted: set[str]) -> dict[str, np.ndarray]:
     """The labels of the recordings that are wanted, int16."""
-    labels = {}
+    labels: dict[str, np.ndarray] = {}
     for name, *numbers in _lines(path):
         if name in wanted:
             try:
