@@ -80,6 +80,7 @@ class _Judge:
             for each, seconds in ((self._dataset.train, 60 * command.minutes), (test, 30 * command.minutes))
         ]
         self._leave_out_unlabelled()
+        self._require_speakers(command.minutes)
         self.task: SpeechTask = run.trained(self._dataset)
         layers = self.task.layers(self.task.model)
         self.layers = [layer.name for layer in layers]
@@ -205,6 +206,15 @@ class _Judge:
         if left_out:
             tell(self.run.dir.path, [f"{why}: {', '.join(left_out)} {'is' if len(left_out) == 1 else 'are'} left out"])
         self._measures = [name for name in self._measures if name not in left_out]
+
+    def _require_speakers(self, minutes: float) -> None:
+        train, chosen = self._sets[0]
+        asked = [name for name in self._measures if name.startswith("speakers")]
+        if asked and len(self._dataset.speakers) > 1 and len(np.unique(train.known_speakers[chosen])) < 2:
+            raise TrainingError(
+                f"--minutes {minutes:g}: what there is to learn from is of one speaker, so nothing is to be told by "
+                f"{', '.join(asked)}: take more, or other --measures"
+            )
 
     def _described(self) -> str:
         minutes = [sum(len(each.recording(int(i))) for i in chosen) / SAMPLE_RATE / 60 for each, chosen in self._sets]

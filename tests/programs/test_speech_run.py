@@ -170,6 +170,7 @@ def test_alignments_by_number_are_for_frames_of_10_ms(tmp_path, capsys):
         (("--measures", "vowels"), "--measures: expected all, or some of phones"),
         (("--layer", "context7"), "--layer: "),
         (("--minutes", "0"), "--minutes: above 0"),
+        (("--minutes", "0.01"), "--minutes 0.01: what there is to learn from is of one speaker, so nothing is to be"),
         (("--labels", "5"), "--labels would have no effect: runs on speech are measured by --measures"),
         (("--out", "x.png"), "--out would have no effect: runs on speech are drawn together with --per-module"),
         (("--per-module", "--layer", "encoder"), "--layer would have no effect: --per-module looks at every layer"),

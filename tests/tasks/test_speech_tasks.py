@@ -443,6 +443,15 @@ def test_what_a_model_is_worth():
     assert results["phone_accuracy"] == results["untrained_phone_accuracy"]
 
 
+def test_speakers_are_not_told_by_what_one_of_them_says(monkeypatch):
+    """Where recordings are so long that a run's probes learn from one."""
+    monkeypatch.setitem(speech_task._PROBE_SECONDS, "train", 1.0)
+    with pytest.warns(UserWarning, match=r"probes learn from are of one speaker, so telling speakers is not tested"):
+        results = task_of(dataset=dataset_of(test=recordings(6))).evaluate()
+    assert {name for name in results if "speaker" in name} == set()
+    assert results["log_mel_phone_accuracy"] > 0.5
+
+
 def test_what_is_not_labelled_is_not_told():
     plain = recordings(labelled=False)
     assert task_of(dataset=SpeechDataset("voices", plain, plain)).evaluate() == {}
