@@ -38,6 +38,8 @@ _CUT_OFF = re.compile(r"(?:data|SSND|Data Size|BODY|riff) *: (\d+) \(should be (
 _RF64_SAMPLES = re.compile(r"does not match value from 'ds64' chunk of (\d+)")
 _NIST_HEADER, _NIST_SAMPLES = 1024, re.compile(rb"^sample_count -i +(\d+)", re.MULTILINE)
 _OPEN_END, _FORGIVEN = 2**31 - 2**16, 0.01
+# Samples a second, of which no sound has fewer: a header that says 1 would make hours of what is a second.
+_LOWEST_RATE = 1000
 # Samples in two frames of MP3, by which encoders and editors may be off where they state its length.
 _MP3_FRAMES = 2 * 1152
 # What libsndfile reads that has no header to tell the rate by, and what is no recording.
@@ -126,6 +128,8 @@ def decode_recording(path: Path) -> Recording:
     scale or the file does not hold what it says, and whatever else libsndfile raises.
     """
     with library("soundfile").SoundFile(path) as file:
+        if file.samplerate < _LOWEST_RATE:
+            raise ValueError(f"{file.samplerate} samples a second, which are too few for sound")
         resampled = None
         if file.samplerate != SAMPLE_RATE:
             resampled = library("soxr").ResampleStream(file.samplerate, SAMPLE_RATE, 1, dtype="float32")

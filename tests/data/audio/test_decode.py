@@ -114,6 +114,7 @@ WRONG = {
     "text.mp3": (lambda path: path.write_text("no sound" * 50), "that libsndfile recognises"),
     "text.wav": (lambda path: path.write_text("no sound" * 50), "Format not recognised"),
     "none.wav": (lambda path: soundfile.write(path, NOISE[:0], RATE), "holds no samples"),
+    "slow.wav": (lambda path: soundfile.write(path, NOISE, 100), "100 samples a second, which are too few for sound"),
     "short.wav": (lambda path: soundfile.write(path, NOISE[:399], RATE), "399 samples at 16 kHz, shorter than 400"),
     **{
         f"cut.{name}": (lambda path, name=name: cut(path, name), "damaged: .* of 3200[08] bytes of sound are there")
