@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cpc_ext.data import WaveformSet
+from cpc_ext.data.audio.dataset import LABEL_STEP, label_count
 from cpc_ext.measures.frame_probe import FrameProbeResult, PhoneRecipe, Summary, frame_probe, summary_of_frames
 from cpc_ext.measures.frames import Alignment, align_frames, label_centers, one_frame_a_label
 from cpc_ext.measures.log_mel import log_mel, stack_frames
@@ -26,17 +28,20 @@ FrameMaker = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class RecordingFrames:
-    """All frames of some recordings.
+    """The frames of some recordings.
 
     Attributes:
-        frames: of each recording, float32 [L, D].
+        frames: of each recording, float32 [L, D]. Where they lie closer than labels, as those of an encoder's first
+            layers, which are up to 32 times as many, these are the nearest to each place of the labels' grid.
         centers: of each recording, the samples at which the frames are centred, [L].
+        whole: of each recording, the features [D] of all of its frames together, by how they are made.
         phones: of each recording, int64 on LibriSpeech's grid; None where they are not known.
         speakers: int64 [recordings]; None where they are not known.
     """
 
     frames: list[Tensor]
     centers: list[Tensor]
+    whole: dict[Summary, list[Tensor]]
     phones: list[Tensor] | None
     speakers: Tensor | None
 
@@ -55,23 +60,32 @@ class RecordingFrames:
         """
         indices = [int(index) for index in (range(len(waveforms)) if chosen is None else chosen)]
         frames, centers, kept = [], [], []
+        whole: dict[Summary, list[Tensor]] = {how: [] for how in get_args(Summary)}
         for index in progress(indices):
-            made, at = make(torch.from_numpy(np.array(waveforms.recording(index))))
-            if len(made):
-                frames.append(made)
-                centers.append(at)
-                kept.append(index)
+            samples = torch.from_numpy(np.array(waveforms.recording(index)))
+            made, at = make(samples)
+            if not len(made):
+                continue
+            for how, features in whole.items():
+                features.append(summary_of_frames(made, how).clone())
+            if len(at) > 1 and at[1] - at[0] < LABEL_STEP:
+                grid = label_centers(label_count(len(samples)))
+                nearest = one_frame_a_label(align_frames(at, grid), at, grid).frames
+                made, at = made[nearest], at[nearest]
+            frames.append(made)
+            centers.append(at)
+            kept.append(index)
         phones = None
         if waveforms.phones is not None:
             phones = [torch.from_numpy(waveforms.phones_of(index).astype(np.int64)) for index in kept]
         speakers = None if waveforms.speakers is None else torch.from_numpy(waveforms.speakers[kept])
-        return cls(frames, centers, phones, speakers)
+        return cls(frames, centers, whole, phones, speakers)
 
     def aligned(self, how: Alignment = "centers") -> tuple[Tensor, Tensor, list[int]]:
         """Features [F, D] and phones int64 [F] of the frames that have one, and how many there are of each recording.
 
-        Where frames lie closer than labels, as those of an encoder's first layers, a label is that of the frame nearest
-        to its centre alone, so that every layer is judged by as many frames.
+        Under "centers" a label is that of the frame nearest to its centre alone, so that every layer is judged by as
+        many frames.
 
         Raises:
             ValueError: recordings without known phones.
@@ -90,7 +104,7 @@ class RecordingFrames:
 
     def summaries(self, how: Summary = "mean") -> Tensor:
         """Features of whole recordings, [recordings, D]: the mean over time, or the last frame."""
-        return torch.stack([summary_of_frames(frames, how) for frames in self.frames])
+        return torch.stack(self.whole[how])
 
 
 def log_mel_frames(context: int = 0) -> FrameMaker:

@@ -396,6 +396,11 @@ def test_an_early_layers_probes_hear_the_phone_that_they_are_asked_for():
         # One frame a label, but for one at an edge.
         labels = [label_count(samples) for samples in np.diff(waveforms.starts)]
         assert all(there - 2 <= count <= there for there, count in zip(labels, counts, strict=True))
+        # No more are kept, of what may be 32 times as many; a recording as a whole is that of all.
+        assert all(len(kept) <= there + 2 for there, kept in zip(labels, frames.frames, strict=True))
+        every, _ = task.frames(task.model, layer.name)(torch.from_numpy(np.array(dataset.train.recording(1))))
+        assert torch.equal(frames.summaries("mean")[1], every.mean(0))
+        assert torch.equal(frames.summaries("last")[1], every[-1])
         if layer.name == "module0":
             assert phone_probe(frames, frames, classes=2).accuracy > 0.99
 
