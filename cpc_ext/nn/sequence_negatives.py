@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cpc_ext.ops._checks import check_dense
+from cpc_ext.ops._contrast_arguments import INTEGERS, as_int64
 from cpc_ext.ops._library import drawn_by
 
 __all__ = ["SAMPLINGS", "SequenceNegatives", "Windowed", "checked_draws", "draw", "frames_of"]
@@ -116,7 +118,7 @@ def _shifted(drawn: Tensor, of: Windowed, begin: Tensor | None) -> Tensor:
 
 
 def checked_draws(given: SequenceNegatives, sampling: str, samples: int, of: Windowed) -> SequenceNegatives:
-    """The draws, if they are of the right form for the batch; ValueError where they are not."""
+    """The draws in int64, if they are of the right form for the batch; TypeError or ValueError where they are not."""
     forms: dict[str, list[tuple[int, ...]]] = {
         "permuted": [(samples, of.sequences * of.frames)],
         "offsets": [(samples, of.sequences * count) for count in of.counts],
@@ -127,13 +129,18 @@ def checked_draws(given: SequenceNegatives, sampling: str, samples: int, of: Win
     expected = forms[sampling]
     places = given.places
     found = [] if places is None else [places] if isinstance(places, Tensor) else list(places)
+    for one in found:
+        if check_dense("negatives", one).dtype not in INTEGERS:
+            raise TypeError(f"negatives must be integers, got {one.dtype}")
     shapes = [tuple(one.shape) for one in found]
     if shapes != expected:
         raise ValueError(f"negatives must have the shapes {expected} where sampling is {sampling!r}, got {shapes}")
     needed = [given.begin, given.places_begin] if sampling == "same-sequence" else [given.begin]
     if of.partial and any(one is None for one in needed):
         raise ValueError(f"negatives must tell where the window of {of.window} of {of.frames} frames begins")
-    return given
+    # Frames that are counted on from them may be beyond what a narrower type holds.
+    wide = [as_int64(one) for one in found]
+    return given._replace(places=wide[0] if isinstance(places, Tensor) else wide if wide else None)
 
 
 def frames_of(draws: SequenceNegatives, sampling: str, of: Windowed, own: slice) -> list[Tensor]:

@@ -133,6 +133,18 @@ def test_draws_follow_the_generator_and_can_be_used_again(sampling, subsample):
     assert objective(z, c, negatives=draws).loss == first
     if subsample is None:
         assert objective(z, c, negatives=draws.places).loss == first
+    for narrow in (torch.uint8, torch.int8, torch.int32):
+        places = draws.places
+        places = places.to(narrow) if isinstance(places, torch.Tensor) else [one.to(narrow) for one in places]
+        assert objective(z, c, negatives=draws._replace(places=places)).loss == first
+        if sampling == "permuted":
+            speakers = torch.zeros(len(z), dtype=torch.int64)
+            theirs = make(sampling=sampling, subsample=subsample, same_speaker=True, **DRAWN[sampling])
+            results = [
+                theirs(z, c, negatives=draws._replace(places=each), speakers=speakers)
+                for each in (draws.places, places)
+            ]
+            assert results[0].loss == results[1].loss
 
 
 def test_permutations_name_every_frame_once():
@@ -372,8 +384,11 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match="where the window of 6 of 9 frames begins"):
         make(subsample=6)(z, c, negatives=torch.zeros(S, B * L, dtype=torch.int64))
     begin = torch.zeros(1, dtype=torch.int64)
+    places = torch.zeros(S, L, dtype=torch.int64)
     with pytest.raises(ValueError, match="where the window of 6 of 9 frames begins"):
-        make(subsample=6, sampling="same-sequence")(z, c, negatives=SequenceNegatives(torch.zeros(S, L), begin))
+        make(subsample=6, sampling="same-sequence")(z, c, negatives=SequenceNegatives(places, begin))
+    with pytest.raises(TypeError, match=r"negatives must be integers, got torch\.float32"):
+        objective(z, c, negatives=torch.zeros(S, B * L))
     with pytest.raises(ValueError, match="exclude_positive leaves none of 3 frames of 1 sequences"):
         make(sampling="shifted", exclude_positive=True)(z[:1, :, :3], c[:1, :, :3])
     with pytest.raises(IndexError):
