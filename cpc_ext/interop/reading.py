@@ -34,7 +34,7 @@ _EPOCH = re.compile(r"(?:model_(\d+)\.ckpt|checkpoint_(\d+)\.pt)")
 _PROBLEM_PREFIX = "state."
 # PyTorch does not compress what it saves; what others have compressed is weights, which hardly become smaller.
 _MOST_EXPANSION = 100
-# Of what weights are made of. Those of fewer bits, as quantisation leaves them, are none without their scales.
+# The types of weights. Values of fewer bits, as quantisation leaves them, are no weights without their scales.
 _DTYPES = frozenset(
     (
         *(torch.float16, torch.bfloat16, torch.float32, torch.float64),

@@ -27,7 +27,7 @@ from cpc_ext.training.precision import check_device
 
 __all__ = ["embed_speech"]
 
-# What the name of a file of times has more than that of its frames.
+# A recording's file of times is called as that of its frames, with this added.
 _TIMES = ".times"
 
 

@@ -90,9 +90,9 @@ class PredictAndContrast {
   struct Buffers {
     S *keys, *grad_contexts, *grad_weights, *grad_keys;  // The tensors, or of another type than theirs.
     E *to_predict, *to_contexts;                         // [K] panels of the transposed matrices, and of the matrices.
-    E *contexts, *context_panels;                        // Of the rows of a block that a step uses: [rows, E].
+    E *contexts, *context_panels;                        // The rows of a block that a step uses: [rows, E].
     S *predictions, *grad_predictions;
-    E *grad_rows, *grad_pairs;  // Gradients of predictions as contexts' and matrices' are made of them.
+    E *grad_rows, *grad_pairs;  // The gradients of predictions as they are multiplied.
     S *row_weights, *losses;
     int64_t *rows, *targets, *negatives, *ranks;
     char* contrast;  // What the contrast needs.

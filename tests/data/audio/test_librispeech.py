@@ -143,7 +143,7 @@ def test_lists_beside_another_subset_are_not_its_own(root, lists):
         dataset = load(subset)
     assert "test_split.txt has none of the recordings" in str(warned[0].message)
     assert {*dataset.train.names, *dataset.test.names} == expected
-    # Of its own they are, and those that have some of it.
+    # Lists that name some of the recordings are taken.
     (lists / "train_split.txt").write_text("1-2-3\n103-1240-0000\n")
     with pytest.warns(UserWarning, match="1 of 2 recordings in train_split.txt are not there: 1-2-3"):
         assert load(subset).train.names == ["103-1240-0000"]

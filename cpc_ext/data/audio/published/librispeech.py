@@ -161,7 +161,7 @@ def _split(
         if not ids & have:
             if root.name == SUBSET or given[name].is_relative_to(root):
                 raise ValueError(f"{given[name]}: none of its {len(ids)} recordings is there")
-            # What lies beside another subset is train-clean-100's.
+            # Lists that lie beside another subset are those of train-clean-100.
             notes.append(f"{given[name]} has none of the recordings, so it is taken as not given")
             del listed[name]
         elif missing := sorted(ids - have):
