@@ -329,7 +329,10 @@ class RunConfig(Section):
         """What may help a run that learns nothing, as options, what helps most often first."""
         lr = self.optimization.lr
         rates = f"another --lr than {lr:g}, such as {lr * 5:.2g} or {lr / 5:.2g}"
-        return [rates] if self.optimization.warmup_steps >= 200 else [rates, "--warmup-steps 500"]
+        steps, warmup = self.optimization.steps, 500
+        if steps is not None:  # A run that warms up to its end learns at no rate for long.
+            warmup = min(warmup, steps // 10)
+        return [rates] if warmup <= 2.5 * self.optimization.warmup_steps else [rates, f"--warmup-steps {warmup}"]
 
     def shortcuts(self) -> list[str]:
         """What makes a run shorter that takes hours without a GPU, as options, what helps most surely first."""

@@ -68,9 +68,14 @@ def test_remedies_are_options_of_the_model(model):
 
 @pytest.mark.parametrize(("steps", "told"), [(0, True), (50, True), (200, False)])
 def test_a_short_warm_up_may_be_what_is_wrong(config, steps, told):
-    optimization = config.optimization.model_copy(update={"warmup_steps": steps})
+    optimization = config.optimization.model_copy(update={"warmup_steps": steps, "steps": 10000})
     remedies = config.model_copy(update={"optimization": optimization}).remedies()
     assert ("--warmup-steps 500" in remedies) == told
+
+
+def test_a_short_run_has_room_for_a_short_warm_up(config):
+    optimization = config.optimization.model_copy(update={"warmup_steps": 0, "steps": 400})
+    assert "--warmup-steps 40" in config.model_copy(update={"optimization": optimization}).remedies()
 
 
 def assert_guessing_is_told(task):
