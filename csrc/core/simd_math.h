@@ -65,7 +65,8 @@ inline Register<float> exp(Register<float> x) {
 #endif
 }
 
-// e^x of x that are not above 0, for fewer instructions. Zero below kLowestExponent; NaN stays.
+// e^x of x that are not above 0 or are infinite, for fewer instructions. Zero below kLowestExponent; infinity and NaN
+// stay.
 inline Register<float> exp_below_zero(Register<float> x) {
 #if defined(__AVX512F__)
   return scaled_unless_lowest(power_of_e(x), x);
@@ -74,7 +75,7 @@ inline Register<float> exp_below_zero(Register<float> x) {
   const Power power = power_of_e(x < kLowestExponent ? R{} + kLowestExponent : x);
   // The integer is added to the mantissa's exponent; all that is above it is shifted out.
   const R scaled = (R)((Bits)power.mantissa + (Bits)(power.exponent_bits << 23));
-  return x < kLowestExponent ? R{} : x == x ? scaled : x;
+  return x < kLowestExponent ? R{} : x < INFINITY ? scaled : x;
 #endif
 }
 

@@ -1,11 +1,14 @@
 // Runs what has no Python binding: "buddyinfo" prints the large pages of the text in its input, "threads" how often a
-// loop got one thread of two where that was slower, then where it had become faster, then where it was slower again.
+// loop got one thread of two where that was slower, then where it had become faster, then where it was slower again,
+// "powers" powers of e as the lowest instruction set level has them.
 #include <chrono>
 #include <cstdio>
 #include <cstring>
 
+#define CPC_ISA baseline
 #include "core/buddyinfo.h"
 #include "core/learned_threads.h"
+#include "core/simd_math.h"
 
 namespace cpc {
 
@@ -55,4 +58,7 @@ int main(int, char** arguments) {
     for (int run = 0; run < 10; ++run) small.run(1e4, [&](int number) { one += number == 1; });
     std::printf("%d %d %d %d\n", slower, faster, slower_again, one);
   }
+  if (std::strcmp(arguments[1], "powers") == 0)
+    for (const float x : {-INFINITY, -100.f, -1.f, 0.f, INFINITY, NAN})
+      std::printf("%g\n", cpc::baseline::exp_below_zero(cpc::baseline::in_all_lanes(x))[0]);
 }

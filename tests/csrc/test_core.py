@@ -1,7 +1,9 @@
-"""Parts of csrc/core that no op shows by its results: how many threads a loop learns, and free large pages."""
+"""Parts of csrc/core that no op shows by its results: how many threads a loop learns, free large pages, and what other
+processors compute."""
 
 from __future__ import annotations
 
+import math
 import subprocess
 from pathlib import Path
 
@@ -48,3 +50,11 @@ def test_loops_learn_how_many_threads_are_faster(program):
     assert 900 < faster < 2000
     assert 900 < slower_again < 1100
     assert small == 10  # Work that is not worth a second thread never gets one.
+
+
+def test_powers_of_infinite_scores_on_processors_without_avx_512(program):
+    """They are relative to a finite number, and stay infinite, so that a row's loss is infinite and not undefined."""
+    done = subprocess.run([program, "powers"], stdout=subprocess.PIPE, text=True, check=True)
+    powers = [float(power) for power in done.stdout.split()]
+    assert powers[:5] == pytest.approx([0, 0, math.exp(-1), 1, math.inf], rel=1e-5)
+    assert math.isnan(powers[5])
