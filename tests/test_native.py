@@ -132,7 +132,7 @@ def test_the_module_prints_a_report(tmp_path):
 def test_every_simd_level_gives_the_same_results(tmp_path, level):
     code = """
 import sys, torch, cpc_ext
-from cpc_ext.ops import extract_patches, masked_conv2d
+from cpc_ext.ops import extract_patches, info_nce, masked_conv2d
 images = torch.arange(3 * 3 * 40 * 44).reshape(3, 3, 40, 44).remainder(251).to(torch.uint8)
 images, floating = images, (images.float() / 251).requires_grad_()
 flip = torch.tensor([True, False, True])
@@ -145,6 +145,7 @@ for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     x, w = wave[:5, :, :, :].to(t).requires_grad_(), (wave / 16).to(t).requires_grad_()
     y = masked_conv2d(x, w, mask=mask, activation='gated')
     out += [v.float() for v in (y, *torch.autograd.grad(y, (x, w), torch.ones_like(y)))]
+out.append(info_nce(torch.ones(1, 1), torch.tensor([[1.0], [torch.inf]])).loss)  # Infinite.
 torch.save(out, sys.argv[1] if len(sys.argv) > 1 else 'out.pt')
 print(cpc_ext.build_info()['simd'])
 """
