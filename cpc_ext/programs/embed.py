@@ -87,17 +87,18 @@ class Command:
 
 def _check(command: Command) -> None:
     """TrainingError for values that cannot be right, or would have no effect, for a run of its kind."""
-    if not RunDir(command.run).config.is_file():
-        return  # A folder that is no run is refused by whoever opens it, in better words.
+    # What fits one kind of run is not told of a folder that is none, which whoever opens it refuses.
+    is_run = RunDir(command.run).config.is_file()
     if RunDir(command.run).medium == "audio":
         refuse_idle(command, ("split", "image_size", "per_patch"), "it is of runs on images")
         if command.out is not None and command.out.suffix in _SUFFIXES:
             raise TrainingError(f"--out: of a run on speech the name of a folder, got {command.out.name}")
         return
-    refuse_idle(command, ("layer", "format"), "it is of runs on speech")
+    if is_run:
+        refuse_idle(command, ("layer", "format"), "it is of runs on speech")
     if medium(command.dataset) != "images":
         raise TrainingError(f"--dataset: {command.dataset} is of sound, the run of images")
-    if command.out is not None and command.out.suffix not in _SUFFIXES:
+    if command.out is not None and command.out.suffix not in _SUFFIXES and (is_run or command.out.suffix):
         raise TrainingError(f"--out: expected a name that ends in {' or '.join(_SUFFIXES)}, got {command.out.name}")
     if command.dataset == "folder":
         refuse_idle(command, ("split",), "--dataset folder takes all images below --data-dir")
