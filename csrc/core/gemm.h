@@ -78,6 +78,13 @@ struct ElementOf<double> {
 };
 template <class Storage>
 using Element = typename ElementOf<Storage>::type;
+template <class E, class Storage>
+inline E to_element(Storage v) {
+  if constexpr (std::is_same_v<E, Storage>)
+    return v;
+  else
+    return widen(v);
+}
 template <class E>
 using Sum = std::conditional_t<std::is_same_v<E, double>, double, float>;
 template <class E>

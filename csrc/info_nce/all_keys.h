@@ -48,6 +48,16 @@ void widen_run(S* to, const Storage* from, int64_t n, S factor = 1) {
   for (int64_t i = 0; i < n; ++i) to[i] = factor * widen(from[i]);
 }
 
+// A row's values as elements, filled up with zeros to whole steps of depth.
+template <class E, class Storage>
+void to_padded_elements(E* to, const Storage* from, int64_t n) {
+  if constexpr (std::is_same_v<E, Storage>)
+    std::copy_n(from, n, to);
+  else
+    widen_run(to, from, n);
+  std::fill(to + n, to + padded_depth<E>(n), E{});
+}
+
 // What the scale comes to where it is known on the device only in part.
 template <class S>
 S scale_of(const Problem& problem) {
@@ -444,12 +454,7 @@ class AllKeys {
     const Storage* const keys = problem_.keys.template as<Storage>() + (call.entry * n_ + first) * d_;
     if (!reads_keys_in_place())
       for (int64_t key = 0; key < count; ++key) {
-        E* const to = call.buffers.keys + (first + key) * depth_;
-        if constexpr (std::is_same_v<E, Storage>)
-          std::copy_n(keys + key * d_, d_, to);
-        else
-          widen_run(to, keys + key * d_, d_);
-        std::fill(to + d_, to + depth_, E{});
+        to_padded_elements(call.buffers.keys + (first + key) * depth_, keys + key * d_, d_);
       }
     if constexpr (kStep > 1)
       for (int64_t key = 0; multiplies_pairs() && key < count; key += 2) {

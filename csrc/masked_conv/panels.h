@@ -63,14 +63,6 @@ struct ProductDepth {
         total(padded_depth<E>(terms * of_term)) {}
 };
 
-template <class E, class Storage>
-inline E to_element(Storage v) {
-  if constexpr (std::is_same_v<E, Storage>)
-    return v;
-  else
-    return widen(v);
-}
-
 template <class T, int64_t n>
 struct LanesAs {
   typedef T type __attribute__((vector_size(n * sizeof(T))));

@@ -21,6 +21,7 @@ namespace {
 using info_nce::cpu::CPC_ISA::AllKeys;
 using info_nce::cpu::CPC_ISA::each;
 using info_nce::cpu::CPC_ISA::Sampled;
+using info_nce::cpu::CPC_ISA::to_padded_elements;
 using info_nce::cpu::CPC_ISA::widen_run;
 
 // Contexts of a block: whole superblocks of a contrast of all keys.
@@ -186,15 +187,8 @@ class PredictAndContrast {
       ++count;
     }
     const auto* const contexts = problem_.contexts.template as<const Storage>();
-    each(workers_for(kCopyNanoseconds * static_cast<double>(count * e_)), count, [&](int64_t i) {
-      E* const to = b.contexts + i * context_pitch();
-      const Storage* const from = contexts + b.rows[i] * e_;
-      if constexpr (std::is_same_v<E, Storage>)
-        std::copy_n(from, e_, to);
-      else
-        widen_run(to, from, e_);
-      std::fill(to + e_, to + context_pitch(), E{});
-    });
+    each(workers_for(kCopyNanoseconds * static_cast<double>(count * e_)), count,
+         [&](int64_t i) { to_padded_elements(b.contexts + i * context_pitch(), contexts + b.rows[i] * e_, e_); });
     return count;
   }
 

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
 #include "core/gemm.h"
 #include "core/workspace.h"
@@ -18,15 +17,6 @@ using namespace cpc::CPC_ISA;
 constexpr int64_t kStepsBlock = 256;
 // Rows of a result that a task makes of a panel.
 constexpr int64_t kTaskRows = 16 * kTileRows;
-
-// A value as it is multiplied: bfloat16 in pairs as it is, others in the type of their sums.
-template <class E, class Storage>
-E as_element(Storage value) {
-  if constexpr (std::is_same_v<E, Storage>)
-    return value;
-  else
-    return widen(value);
-}
 
 // The columns of a right operand [depth, columns], panel after panel: [depth][columns of the panel], of which the last are
 // filled up to a register, or [depth / 2][columns][2] where steps of depth go in pairs, of which the last is filled up.
@@ -55,7 +45,7 @@ struct Panels {
       if constexpr (kStep > 1)
         interleave(to, from, k + 1 < depth ? from + pitch : kZeros, in);
       else
-        for (int64_t c = 0; c < in; ++c) to[c] = as_element<E>(from[c]);
+        for (int64_t c = 0; c < in; ++c) to[c] = to_element<E>(from[c]);
       std::fill(to + kStep * in, to + kStep * out, E{});
     }
   }
@@ -73,7 +63,7 @@ struct Panels {
         for (int64_t c = first; c < std::min(out, first + kGroup); ++c)
           for (int64_t step = 0; step < kStep; ++step)
             to[k * out + c * kStep + step] =
-                c < in && k + step < depth ? as_element<E>(from[c * pitch + k + step]) : E{};
+                c < in && k + step < depth ? to_element<E>(from[c * pitch + k + step]) : E{};
   }
 };
 
