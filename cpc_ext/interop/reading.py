@@ -242,7 +242,7 @@ def _unwrapped(content: Any, name: str) -> tuple[dict[str, Tensor], dict[str, An
                 f"{name}: {key} is a {kind}tensor of {str(value.dtype).removeprefix('torch.')}; expected dense ones of "
                 "16 bits or more in floating point, or of integers"
             )
-    # Averages that are all there is are no less than others' names, which programs object to.
+    # A file of averages alone keeps them, so that whoever finds no weights can tell the names of what is there.
     own = {key: value for key, value in state.items() if not _AVERAGES.match(key)} or state
     return {key: value.detach() for key, value in own.items()}, options
 

@@ -291,7 +291,7 @@ def test_recordings_that_differ_in_their_endings(sounds, tmp_path):
 
 
 def test_no_recordings_frames_are_called_as_what_is_anothers(sounds, tmp_path):
-    """As those of 1.times.wav would be as the times of 1.wav, and those of 0.wav.flac as the frames of 0.wav."""
+    """Frames of 1.times.wav have not the name of 1.wav's times, nor those of 0.wav.flac that of 0.wav's frames."""
     soundfile = pytest.importorskip("soundfile")
     run, folder = tmp_path / "run", sounds / "somebody"
     assert train("--model", "cpc-audio", "--out-dir", run) == 0
