@@ -200,7 +200,7 @@ def _pixelcnn_options(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _image_encoder_options(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     encoder = encoder_name(found["encoder"]["class"], found["encoder"]["arguments"])
-    return {"simclr": {"encoder": encoder, "view_size": found["image_shape"][1]}}
+    return {"simclr": {"encoder": encoder, "view_size": found["image_shape"][1], "center_scale": 1.0}}
 
 
 def _hand_over(command: Command, target: str) -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "encoder_name",
     "encoder_spec",
     "has_own_norm",
+    "takes_one_size",
 ]
 
 
@@ -132,6 +133,10 @@ class _Family(ABC):
         plain, _, rest = name.partition(":")
         return (plain, _arguments(plain, rest, self.takes)) if self.has(plain) else None
 
+    def one_size(self, plain: str) -> bool:
+        """Whether an encoder of a name without arguments takes input of the size alone that it is built for."""
+        return False
+
     @abstractmethod
     def has(self, plain: str) -> bool:
         """Whether a name without arguments is one of the family's."""
@@ -202,6 +207,9 @@ class _LayerNormResNets(_Family):
 
     def has(self, plain: str) -> bool:
         return plain in self._PUBLISHED
+
+    def one_size(self, plain: str) -> bool:
+        return True
 
     def arguments(self, plain: str, given: dict[str, Any], seen: _Seen) -> dict[str, Any]:
         return {"patch_size": seen.patch_size, "in_channels": seen.in_channels, **self._PUBLISHED[plain], **given}
@@ -303,13 +311,17 @@ class _Timm(_Family):
         backbone = backbone[: found.start()]
         return backbone, _arguments(backbone, found[1], self.takes)
 
-    def arguments(self, plain: str, given: dict[str, Any], seen: _Seen) -> dict[str, Any]:
+    def one_size(self, plain: str) -> bool:
         from cpc_ext.models.encoders.timm_encoder import has_image_size
 
+        with suppress(ImportError):  # Building the encoder says so.
+            return has_image_size(plain)
+        return False
+
+    def arguments(self, plain: str, given: dict[str, Any], seen: _Seen) -> dict[str, Any]:
         settings = {self._KEYS[key]: value for key, value in given.items()}
         if seen.patch_size is not None and "img_size" not in settings:
-            with suppress(ImportError):  # Building the encoder says so.
-                settings |= {"img_size": seen.patch_size} if has_image_size(plain) else {}
+            settings |= {"img_size": seen.patch_size} if self.one_size(plain) else {}
         return {"name": plain, "in_channels": seen.in_channels, **settings}
 
     def name(self, arguments: Mapping[str, Any]) -> str:
@@ -341,6 +353,12 @@ def check_encoder_name(name: str) -> str:
 def has_own_norm(name: str) -> bool:
     """Whether the encoder of an accepted name has a normalisation of its own, which none can take the place of."""
     return _parsed(name)[0].own_norm
+
+
+def takes_one_size(name: str) -> bool:
+    """Whether the encoder of an accepted name takes input of the size alone that it is built for."""
+    family, plain, _ = _parsed(name)
+    return family.one_size(plain)
 
 
 def encoder_spec(name: str, *, norm: str, in_channels: int, stem: str, patch_size: int | None = None) -> EncoderSpec:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
+from cpc_ext.tasks.encoder_names import takes_one_size
 from cpc_ext.tasks.encoder_options import ContrastSection, EncoderConfig, EncoderSection
 from cpc_ext.training.config import MOST, Preset, Presets
 
@@ -17,6 +18,13 @@ class TwoViewSection(ContrastSection, EncoderSection):  # Fields of the last com
     """The encoder, the views of an image and the head that the loss looks at."""
 
     view_size: int = Field(96, ge=8, le=MOST, description="Side in pixels of the two views of an image.")
+    center_scale: float = Field(
+        1.0,
+        ge=0.5,
+        le=4,
+        description="Side of the whole images that the encoder is judged by and used on, in sides of a view: as views "
+        "magnify what they show, more than 1 may tell more.",
+    )
     min_crop_area: float = Field(
         0.08, gt=0, le=1, description="Smallest share of an image's area that a view shows; the largest is all of it."
     )
@@ -65,6 +73,7 @@ class TwoViewSection(ContrastSection, EncoderSection):  # Fields of the last com
             {} if strength is None else {"jitter": (0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength)}
         )
         return jitter | {
+            "center_scale": 1.0 if takes_one_size(self.encoder) else self.center_scale,
             "min_area": self.min_crop_area,
             "flip": self.flip,
             "jitter_probability": self.jitter_probability,
@@ -98,6 +107,8 @@ class TwoViewConfig(EncoderConfig):
 
     def idle(self) -> dict[str, str]:
         options, idle = self.encoder_section, super().idle()
+        if options.center_scale != 1 and takes_one_size(options.encoder):
+            idle["center_scale"] = f"--encoder {options.encoder} takes images of one size"
         if options.blur_kernel == 0:
             idle["blur_probability"] = "--blur-kernel 0 blurs nothing"
         if options.jitter_probability == 0:
@@ -183,7 +194,7 @@ def two_view_presets(section: str, optimization: Mapping[str, Any] | None = None
         # What ten minutes of a core make the most of: docs/results.md.
         "folder-small": {
             "data": {"image_size": 32},
-            section: {**SMALL_VIEWS, **options},
+            section: {**SMALL_VIEWS, "view_size": 20, "center_scale": 1.6, **options},
             "optimization": SMALL_OPTIMIZATION,
         },
     }

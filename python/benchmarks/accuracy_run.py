@@ -15,6 +15,7 @@ import os
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -117,8 +118,10 @@ def of_run(entry: Entry, config: RunConfig, dataset: Dataset) -> dict[str, Any]:
         every = max(1, math.ceil(config.optimization.steps / PROBES))
         probe = config.probe.model_copy(update={"probe_every": every})
         config = config.model_copy(update={"probe": probe})
+        began = time.process_time()
         if run(Command(run=config, out_dir=path))[0]:
             raise SystemExit("the run did not come to its end")
+        worked = time.process_time() - began
         summary = json.loads((path / "summary.json").read_text())
         task = task_class(config.model)(config, dataset, torch.device(entry.device))
         load_weights(task.model, load_checkpoint(path / "checkpoint.pt")["model"])
@@ -131,6 +134,8 @@ def of_run(entry: Entry, config: RunConfig, dataset: Dataset) -> dict[str, Any]:
         "images_per_second": summary["images_per_second"],
         "steps": summary["steps"],
         "training_seconds": summary["training_seconds"],
+        # Of the whole run with its probes, also where others work on the machine.
+        "processor_seconds": worked,
         "encoder_parameters": sum(each.numel() for each in task.model.encoder.parameters()),
         "config": config.model_dump(mode="json", exclude={"data": {"data_dir"}}),
     }

@@ -344,6 +344,8 @@ def test_encoders_of_siamese_networks(source, stem, dataset, monkeypatch, tmp_pa
     assert (config.model, config.data.dataset) == ("simclr", dataset)
     assert config.simclr.encoder == "timm:resnet18" + ("" if stem is None else f":stem={stem}")
     assert config.simclr.view_size == {"cifar10": 32, "stl10": 96, "folder": 224}[dataset]
+    # Features are of images of the size that the program has them in.
+    assert config.simclr.center_scale == 1
     kept = {
         name.removeprefix("encoder."): value
         for name, value in load_checkpoint(tmp_path / "run" / "checkpoint.pt")["model"].items()

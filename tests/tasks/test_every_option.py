@@ -510,6 +510,16 @@ def view_size(model: str) -> None:
         assert seen(task_of(model, view_size=side)).shape[-2:] == (side, side)
 
 
+def center_scale(model: str) -> None:
+    """The whole images that features are of; views stay as they are."""
+    for scale, side in ((1.0, 24), (1.5, 36)):
+        task = task_of(model, view_size=24, center_scale=scale)
+        assert seen(task).shape[-2:] == (24, 24)
+        images = torch.from_numpy(task.examples.images)
+        (whole,) = inputs_of(first_conv(task), lambda t=task, i=images: t.features(t.model, i))
+        assert whole.shape[-2:] == (side, side)
+
+
 def min_crop_area(model: str) -> None:
     """Views without changes of colour, as fine-tuning sees them, of images whose values tell the column."""
     widths = []
@@ -1101,7 +1111,7 @@ EFFECTS: dict[str, Callable[..., None]] = {
         *(context_channels, shared_context, target_channels, prediction_scale, variant, recipe),
         *(modules, split_at, objective, init, train_module, cache_outputs, cache_views, pipeline),
         *(probe_every, probe_images),
-        *(view_size, min_crop_area, blur_kernel, projection_channels, temperature),
+        *(view_size, center_scale, min_crop_area, blur_kernel, projection_channels, temperature),
         *(levels, code_channels),
         *(jitter_strength, jitter_probability, gray_probability, blur_probability),
         *(head_layers, head_channels, head_norm, queue_size, key_momentum, optimizer, momentum),
@@ -1211,6 +1221,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "init": ("delta-orthogonal", "delta-orthogonal"),
     "cache_views": ("5", 5),
     "view_size": ("57", 57),
+    "center_scale": ("1.7", 1.7),
     "min_crop_area": ("0.4", 0.4),
     "blur_kernel": ("3", 3),
     "projection_channels": ("33", 33),

@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from cpc_ext.models import TimmEncoder
@@ -23,6 +24,10 @@ TIMM_NORM = "--norm would have no effect: --encoder timm:resnet18 has a normalis
         (("--encoder", "timm:resnet18", "--norm", "layer"), TIMM_NORM),
         (("--model", "simclr", "--encoder", "timm:resnet18", "--norm=batch"), TIMM_NORM),
         (("--encoder", "ln-resnet50", "--norm", "none"), "--encoder ln-resnet50 has a normalisation of its own"),
+        (
+            ("--model", "simclr", "--encoder", "ln-resnet50", "--center-scale", "1.5"),
+            "--center-scale would have no effect: --encoder ln-resnet50 takes images of one size",
+        ),
         (("--data-dir", "there"), "--data-dir would have no effect: --dataset textures is drawn"),
         (("--download",), "--download would have no effect: --dataset textures is drawn"),
         (("--dataset", "folder", "--data-dir", "x", "--download"), "--dataset folder is of your own files"),
@@ -130,6 +135,17 @@ def test_a_vision_transformer_is_told_its_sizes(timm, name, image, token):
     assert TimmEncoder(**spec.arguments).backbone.patch_size == token
     again = encoder_spec(encoder_name("TimmEncoder", spec.arguments), norm="none", in_channels=1, stem="stl10")
     assert again.arguments == spec.arguments
+
+
+def test_encoders_of_one_size_see_whole_images_as_they_see_views(timm, tmp_path):
+    for name in ("a", "b"):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{name}.png")
+    sees = {}
+    for encoder in ("resnet-small", "timm:vit_tiny_patch16_224", "ln-resnet50"):
+        small = ("--model", "simclr", "--dataset", "folder", "--data-dir", str(tmp_path), "--encoder", encoder)
+        section = parse(["--device", "cpu", *small]).run.encoder_section
+        sees[encoder] = section.view["center_scale"]
+    assert sees == {"resnet-small": 1.6, "timm:vit_tiny_patch16_224": 1, "ln-resnet50": 1}
 
 
 def test_sizes_that_do_not_fit(timm):

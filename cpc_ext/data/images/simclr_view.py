@@ -43,10 +43,14 @@ class SimCLRView:
     blur_kernel: taps of the Gaussian blur, an odd number; its deviation is drawn from 0.1 to 2 pixels. 0: no blur.
     blur_probability: share of views that are blurred.
     flip: whether half of the views are mirrored.
+    center_scale: side of a whole image that an encoder is judged by, in sides of a view. Windows of random area magnify
+        what they show, so that encoders tell it best in whole images larger than their views (Touvron et al. 2019,
+        arXiv 1906.06423).
     mean, std: one value a channel, with pixels in 0..1; None leaves them so.
     dtype, channels_last: of the views.
 
-    Raises ValueError for a blur_kernel that is neither 0 nor an odd number below 2 * size.
+    Raises ValueError for a blur_kernel that is neither 0 nor an odd number below 2 * size, and for a center_scale that
+    leaves no pixel.
     """
 
     size: int
@@ -61,10 +65,18 @@ class SimCLRView:
     channels_last: bool = False
     blur_probability: float = 1.0
     flip: bool = True
+    center_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.blur_kernel and (self.blur_kernel % 2 == 0 or self.blur_kernel // 2 >= self.size):
             raise ValueError(f"blur_kernel: expected an odd number below 2 * {self.size}, got {self.blur_kernel}")
+        if self.center_size < 1:
+            raise ValueError(f"center_scale: {self.center_scale} leaves no pixel of {self.size}")
+
+    @property
+    def center_size(self) -> int:
+        """Side in pixels of what :meth:`center` makes."""
+        return round(self.size * self.center_scale)
 
     @classmethod
     def of(
@@ -125,10 +137,10 @@ class SimCLRView:
         return replace(self, jitter_probability=0.0, gray_probability=0.0, blur_kernel=0)
 
     def center(self, images: Tensor) -> Tensor:
-        """Whole uint8 images [B, C, H, W] resized and normalised, for evaluation: [B, C, size, size]."""
+        """Whole uint8 images [B, C, H, W] resized and normalised, for evaluation: [B, C, center_size, center_size]."""
         height, width = images.shape[2:]
         box = torch.tensor([[0.0, 0.0, height, width]], device=images.device).expand(len(images), 4)
-        return self._finished(crop_and_resize(_unit(images), box, self.size))
+        return self._finished(crop_and_resize(_unit(images), box, self.center_size))
 
     def _draw_box(self, batch: int, height: int, width: int, generator: torch.Generator | None) -> Tensor:
         """Windows [batch, 4]: top, left, height, width in pixels."""

@@ -50,6 +50,22 @@ def test_luma_is_pillows():
     assert (luma(image[None].float() / 255)[0, 0] - expected).abs().max() <= LEVEL
 
 
+@pytest.mark.parametrize(("size", "scale", "side"), [(12, 1.0, 12), (20, 1.6, 32), (24, 0.5, 12), (15, 1.1, 16)])
+def test_whole_images_are_larger_than_views_by_their_scale(size, scale, side):
+    images = noise(2, 3, 32, 32)
+    view = SimCLRView(size, center_scale=scale, blur_kernel=0)
+    assert view.random_pair(images).shape == (2, 2, 3, size, size)
+    whole = view.center(images)
+    torch.testing.assert_close(whole, SimCLRView(side, blur_kernel=0).center(images), rtol=0, atol=0)
+    if side == 32:
+        torch.testing.assert_close(whole, images / 255)
+
+
+def test_a_scale_that_leaves_no_pixel_is_refused():
+    with pytest.raises(ValueError, match=r"center_scale: 0.01 leaves no pixel of 20"):
+        SimCLRView(20, center_scale=0.01)
+
+
 @pytest.mark.parametrize("turn", [-0.5, -0.1, 0.0, 0.07, 0.5])
 def test_hue_is_colorsys(turn):
     image = noise(3, 6, 6)
