@@ -71,7 +71,7 @@ class TwoViewTask(EncoderTask):
     def _save_inputs(self, run: RunDir) -> None:
         """Images, each above its two views."""
         images, _ = self._shown(_FIGURE_INPUTS)
-        plain = SimCLRView(self._view.size, **self._config.encoder_section.view)
+        plain = SimCLRView(self._view.size, **self._config.encoder_section.view | {"center_scale": 1.0})
         views = plain.random_pair(images, torch.Generator().manual_seed(self._config.compute.seed))
         pixels = torch.cat([plain.center(images), *views]) * 255
         figures.save_images(run.path / "inputs.png", pixels.round().byte().cpu().numpy(), columns=len(images))

@@ -33,7 +33,13 @@ RUN = Path(__file__).with_name("accuracy_run.py")
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, required=True, help="folder of images as --dataset folder takes it")
-    parser.add_argument("--minutes", type=float, nargs="+", default=[10.0], help="of training, each a run of its own")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        nargs="+",
+        default=[10.0],
+        help="of training, each a run of its own; 0: as many steps as --options say, where others work on the machine",
+    )
     parser.add_argument("--methods", nargs="+", choices=list(ENTRANTS), help="which of them (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(

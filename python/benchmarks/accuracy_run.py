@@ -51,7 +51,9 @@ CPU = torch.device("cpu")
 
 
 class Entry(NamedTuple):
-    """A run. minutes: of training; 0 where it takes none that could be given. labels: learned from at most.
+    """A run. labels: learned from at most.
+
+    minutes: of training; 0 where it takes none that could be given, or the options say how many steps.
 
     options: more of them, as `python -m cpc_ext.train` takes them; of a rival those of the network alone matter.
     device: what trains and encodes, in PyTorch's name; on the processor a run has one core.
@@ -113,8 +115,9 @@ def main(entry: Entry, data_dir: Path) -> dict[str, Any]:
 def of_run(entry: Entry, config: RunConfig, dataset: Dataset) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
-        with joined_ranks(entry.device) as ranks:
-            config = of_known_length(config, dataset, RunDir(Path(folder)), ranks, None)
+        if entry.minutes:
+            with joined_ranks(entry.device) as ranks:
+                config = of_known_length(config, dataset, RunDir(Path(folder)), ranks, None)
         every = max(1, math.ceil(config.optimization.steps / PROBES))
         probe = config.probe.model_copy(update={"probe_every": every})
         config = config.model_copy(update={"probe": probe})

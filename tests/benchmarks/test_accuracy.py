@@ -57,6 +57,13 @@ def test_a_race(monkeypatch, capsys, photos, tmp_path):
     assert json.loads(out.read_text())["results"][2]["config"]["simclr"]["norm"] == "layer"
     assert "| SimCLR, `--norm layer` | 0.01 |" in said
 
+    # Where others work on the machine, steps are given in place of minutes.
+    said = race(monkeypatch, capsys, photos, out, "--minutes", "0", "--methods", "simclr", "--options", "--steps 3")
+    by_steps = json.loads(out.read_text())["results"][3]
+    assert by_steps["steps"] == 3
+    assert by_steps["processor_seconds"] > 0
+    assert "| SimCLR, `--steps 3` |  |" in said
+
     # What is there is not run again, and what fails is told and tried again next time.
     before = json.loads(out.read_text())["results"]
     monkeypatch.setattr(accuracy, "RUN", tmp_path / "no_such_program.py")
@@ -66,8 +73,8 @@ def test_a_race(monkeypatch, capsys, photos, tmp_path):
     assert "supervised, 0 minutes, seed 0: " in said
     assert "No such file" in said
     results = json.loads(out.read_text())["results"]
-    assert results[:3] == before
-    assert "error" in results[3]
+    assert results[:-1] == before
+    assert "error" in results[-1]
 
 
 @pytest.mark.parametrize(("outcome", "status"), [({"linear": 0.5, "knn": 0.5}, 0), ({"error": "killed"}, 1)])

@@ -28,7 +28,8 @@ def model(request):
 @pytest.fixture
 def train(train_with, model):
     """The program with tiny options, in this process: train(*more options) → exit status."""
-    tiny = ("--model", model, "--view-size", "24", "--projection-channels", "8", *OPTIONS[model])
+    views = ("--view-size", "24", "--center-scale", "1.5")
+    tiny = ("--model", model, *views, "--projection-channels", "8", *OPTIONS[model])
     return partial(train_with, *SMALL, *tiny, *SHORT)
 
 
