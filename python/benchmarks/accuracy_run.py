@@ -52,7 +52,6 @@ CPU = torch.device("cpu")
 
 class Entry(NamedTuple):
     """A run. labels: learned from at most.
-
     minutes: of training; 0 where it takes none that could be given, or the options say how many steps.
 
     options: more of them, as `python -m cpc_ext.train` takes them; of a rival those of the network alone matter.
