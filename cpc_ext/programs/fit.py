@@ -120,7 +120,7 @@ def fit(
         )
 
     anew = not resume and config is None and options.get("resume_from") is None
-    command = Command(run=run, out_dir=folder, resume=resume, given=frozenset(options) if anew else None)
+    command = Command(run=run, out_dir=folder, resume=resume, given=frozenset(options), of_preset=anew)
     try:
         with signals_raise():
             status, path = training.run(command, None if named else keep, _resuming)

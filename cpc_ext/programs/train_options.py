@@ -85,9 +85,10 @@ class Command:
         Path | None,
         tyro.conf.arg(help="Repeat a run: its config.yaml gives the defaults of all options."),
     ] = None
-    # The options that were given, by names of fields, where all others are a preset's and may give way to the data;
-    # None where they are an earlier run's.
-    given: Annotated[frozenset[str] | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
+    # The options that were given, by names of fields, and whether all others are a preset's, which may give way to the
+    # data as an earlier run's do not.
+    given: Annotated[frozenset[str], tyro.conf.Fixed, tyro.conf.Suppress] = frozenset()
+    of_preset: Annotated[bool, tyro.conf.Fixed, tyro.conf.Suppress] = False
 
 
 def parse(arguments: Sequence[str], *, prog: str = PROGRAM) -> Command:
@@ -117,15 +118,9 @@ def parse(arguments: Sequence[str], *, prog: str = PROGRAM) -> Command:
         # Those of a section are shown by the parser; those between sections arrive here.
         _refuse(str(error), prog)
     _refuse_idle_options(arguments, command.run, prog)
-    return replace(command, given=_given(arguments, chosen))
-
-
-def _given(arguments: Sequence[str], chosen: argparse.Namespace) -> frozenset[str] | None:
-    """:attr:`Command.given`, of a command line."""
-    if chosen.resume or chosen.config is not None or chosen.resume_from is not None:
-        return None
     named = (argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
-    return frozenset(name[2:].replace("-", "_") for name in named)
+    earlier = chosen.resume or chosen.config is not None or chosen.resume_from is not None
+    return replace(command, given=frozenset(name[2:].replace("-", "_") for name in named), of_preset=not earlier)
 
 
 def defaults_of(

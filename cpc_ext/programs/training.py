@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -121,7 +121,7 @@ def run(
             mine = held[0] if held else RunDir(path)
             if resuming is not None:
                 mine.resuming = resuming(path)
-            return _train(config, mine, ranks, resume=command.resume, given=command.given), path
+            return _train(config, command, mine, ranks), path
         except RuntimeError as error:
             if not lost_contact(error):
                 raise
@@ -132,10 +132,10 @@ def run(
                 folder.release()
 
 
-def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool, given: frozenset[str] | None) -> int:
+def _train(config: RunConfig, command: Command, run: RunDir, ranks: Ranks) -> int:
     phases: dict[str, float] = {}
     ranks.say(f"cpc_ext {cpc_ext.__version__}, run in {run.path}\n{describe(config)}")
-    state = _checkpoint_to_resume(config, run, ranks) if resume else None
+    state = _checkpoint_to_resume(config, run, ranks) if command.resume else None
     # What may take seconds, or minutes, is said before it begins.
     ranks.say(f"loading {config.data.dataset} ...")
     with _timed(phases, "data"):
@@ -147,7 +147,7 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool, given:
     def prepared(config: RunConfig) -> tuple[RunConfig, Task, Trainer]:
         if budgeted:
             with _timed(phases, "calibration"):
-                config = of_known_length(config, dataset, run, ranks, state)
+                config = of_known_length(config, dataset, run, ranks, state, command.given)
         task = _task(config, dataset, ranks)
         if start is not None and state is None:
             take_weights(task, RunDir(start))
@@ -156,7 +156,7 @@ def _train(config: RunConfig, run: RunDir, ranks: Ranks, *, resume: bool, given:
     try:
         config, task, trainer = prepared(config)
     except TooFewExamplesError as error:
-        if given is None or "batch_size" in given:
+        if not command.of_preset or "batch_size" in command.given:
             raise
         config, task, trainer = prepared(_with_smaller_batch(config, error, ranks))
     if state is not None:
@@ -239,11 +239,17 @@ def _task(config: RunConfig, dataset: Any, ranks: Ranks) -> Task:
 
 
 def of_known_length(
-    config: RunConfig, dataset: Any, run: RunDir, ranks: Ranks, state: dict[str, Any] | None
+    config: RunConfig,
+    dataset: Any,
+    run: RunDir,
+    ranks: Ranks,
+    state: dict[str, Any] | None,
+    given: Collection[str] = (),
 ) -> RunConfig:
     """The config with the steps that fill its time budget, as measured on a model that is not kept.
 
     state: the checkpoint of a run that goes on, whose steps count.
+    given: the options that stay as they are, by names of fields.
     """
     minutes = config.optimization.time_budget
     assert minutes is not None
@@ -259,7 +265,7 @@ def of_known_length(
     task.prepare(ranks, resumed=state is not None)
     pace = seconds_per_step(trainer.timed_steps(), 60 * minutes)
     so_far = {} if state is None else {"steps": state["step"], "seconds": state["seconds"]}
-    config = filled(config, pace, **so_far)
+    config = filled(config, pace, given=given, **so_far)
     ranks.say(f"{config.optimization.steps} steps of about {1e3 * pace:.3g} ms fill {minutes:g} minutes of training")
     return config
 

@@ -7,7 +7,7 @@ other, on any machine.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from statistics import median
 
 from cpc_ext.training.config import RunConfig
@@ -66,13 +66,21 @@ class FirstSteps:
         return median(counted) if sum(counted) >= _TELLING else None
 
 
-def filled(config: RunConfig, seconds_per_step: float, *, steps: int = 0, seconds: float = 0.0) -> RunConfig:
+def filled(
+    config: RunConfig,
+    seconds_per_step: float,
+    *,
+    steps: int = 0,
+    seconds: float = 0.0,
+    given: Collection[str] = (),
+) -> RunConfig:
     """The config of a run that fills its time budget, in steps.
 
     Checkpoints and lines of the log come as often as suits its length; a new run's warm-up is at most a tenth of it.
 
     seconds_per_step: what a step takes from now on.
     steps, seconds: of the run so far, which count.
+    given: the options that the user chose, by names of fields, which stay as they are.
     """
     options = config.optimization
     assert options.time_budget is not None
@@ -80,12 +88,11 @@ def filled(config: RunConfig, seconds_per_step: float, *, steps: int = 0, second
     total = max(1, steps + math.floor(left / seconds_per_step))
     between = max(_BETWEEN_CHECKPOINTS, _CHECKPOINTS * 60 * options.time_budget)
     length = {"time_budget": None, "steps": total}
-    if steps == 0:
+    if steps == 0 and "warmup_steps" not in given:
         length["warmup_steps"] = min(options.warmup_steps, math.floor(_WARMUP * total))
-    often = {
-        "checkpoint_every": max(1, math.floor(between / seconds_per_step)),
-        "log_every": min(config.output.log_every, max(1, total // _LINES)),
-    }
+    often = {"checkpoint_every": max(1, math.floor(between / seconds_per_step))}
+    if "log_every" not in given:
+        often["log_every"] = min(config.output.log_every, max(1, total // _LINES))
     return config.model_copy(
         update={
             "optimization": options.model_copy(update=length),

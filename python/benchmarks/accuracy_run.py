@@ -102,21 +102,23 @@ def main(entry: Entry, data_dir: Path) -> dict[str, Any]:
     model = ENTRANTS[entry.method].model
     options = ["--model", model, "--dataset", "folder", "--data-dir", str(data_dir), "--seed", str(entry.seed)]
     length = ["--time-budget", str(entry.minutes)] if entry.minutes else ["--steps", "1"]
-    config = parse([*options, "--device", entry.device, "--no-evaluate", *length, *shlex.split(entry.options)]).run
+    command = parse([*options, "--device", entry.device, "--no-evaluate", *length, *shlex.split(entry.options)])
+    config = command.run
     dataset = load_data(config)
     if entry.method == "raw-pixels":
         return judge(entry, dataset, principal_components(dataset))
     if entry.method in ("supervised", "lightly-simclr"):
         return of_rival(entry, config, dataset, data_dir)
-    return of_run(entry, config, dataset)
+    return of_run(entry, command, dataset)
 
 
-def of_run(entry: Entry, config: RunConfig, dataset: Dataset) -> dict[str, Any]:
+def of_run(entry: Entry, command: Command, dataset: Dataset) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
+        config = command.run
         if entry.minutes:
             with joined_ranks(entry.device) as ranks:
-                config = of_known_length(config, dataset, RunDir(Path(folder)), ranks, None)
+                config = of_known_length(config, dataset, RunDir(Path(folder)), ranks, None, command.given)
         every = max(1, math.ceil(config.optimization.steps / PROBES))
         probe = config.probe.model_copy(update={"probe_every": every})
         config = config.model_copy(update={"probe": probe})

@@ -77,6 +77,24 @@ def test_a_short_run_has_a_short_warmup_and_lines_enough():
     assert config.output.log_every == 2
 
 
+def test_what_was_given_stays_as_it_is():
+    short = budget_of(1, warmup_steps=500)
+    assert filled(short, 0.5, given={"log_every"}).output.log_every == 20
+    assert filled(short, 0.5, given={"log_every"}).optimization.warmup_steps == 12
+    assert filled(short, 0.5, given={"warmup_steps"}).optimization.warmup_steps == 500
+    assert filled(short, 0.5, given={"warmup_steps"}).output.log_every == 2
+
+
+def test_a_given_interval_of_the_log_is_the_runs(train_with, tmp_path, short_look):
+    options = ("--time-budget", "0.001", "--no-evaluate", "--log_every", "17")
+    for number, run in enumerate([(*SMALL, *WITHOUT_LENGTH), ("--config", tmp_path / "0" / "config.yaml")]):
+        assert train_with(*run, *options, "--out-dir", tmp_path / str(number)) == 0
+        config = load_config(tmp_path / str(number) / "config.yaml")
+        assert config.output.log_every == 17
+        assert config.optimization.steps < 850
+        assert config.optimization.warmup_steps == (0 if number else 2)  # An earlier run's gives way.
+
+
 def test_a_run_that_goes_on_has_what_is_left():
     config = filled(budget_of(2, warmup_steps=500), 0.5, steps=100, seconds=70.0)
     assert config.optimization.steps == 200
