@@ -197,7 +197,7 @@ class Encoder(_Saved, pipeline_tag="image-feature-extraction"):
         """
         run = RunDir(Path(path))
         config = run.known_config
-        end = config.encoder_ends_at if isinstance(config, EncoderConfig) else None
+        end = config.trained_modules if isinstance(config, EncoderConfig) else None
         if end is not None:
             raise TrainingError(
                 f"{path} trained module {end - 1} and not those after it, whose weights are those of its start: train "
@@ -357,9 +357,11 @@ def _tells_worth(name: str, value: Any) -> bool:
 
 def _shared(options: Mapping[str, Any]) -> dict[str, Any]:
     """A config for others: without paths and devices of the machine it ran on."""
+    # Modules that stay as they were trained before need the run that trained them, which is told by its name alone.
+    start = options["optimization"]["resume_from"] if options.get("greedy", {}).get("train_module") else None
     return {
         **options,
         "data": {**options["data"], "data_dir": None},
-        "optimization": {**options["optimization"], "resume_from": None},
+        "optimization": {**options["optimization"], "resume_from": start and Path(start).name},
         "compute": {**options["compute"], "device": "cpu"},
     }

@@ -16,7 +16,7 @@ from cpc_ext.data.images.statistics import PixelStatistics
 from cpc_ext.tasks.speech_options import SpeechConfig
 from cpc_ext.training.checkpoint import load_checkpoint, load_weights
 from cpc_ext.training.config import RunConfig, load_config
-from cpc_ext.training.errors import TrainingError
+from cpc_ext.training.errors import TrainingError, warn
 from cpc_ext.training.registry import task_class
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.task import Task
@@ -40,7 +40,10 @@ class SavedRun(NamedTuple):
 
 
 def saved_run(path: Path) -> SavedRun:
-    """The model of a run. TrainingError where the folder is none of a run's, or its files do not fit each other."""
+    """The model of a run, with a warning where some of its modules are not trained yet.
+
+    TrainingError where the folder is none of a run's, or its files do not fit each other.
+    """
     run = RunDir(path)
     if not run.config.is_file() or not run.checkpoint.is_file():
         raise TrainingError(f"{run.path} is not a run's folder: there is no {run.config.name} or {run.checkpoint.name}")
@@ -53,6 +56,11 @@ def saved_run(path: Path) -> SavedRun:
         put_into(task.model, weights)
     except (AttributeError, LookupError, TypeError, RuntimeError):
         raise TrainingError(f"{run.checkpoint} is of another model than {run.config} describes") from None
+    if config.trained_modules is not None:
+        warn(
+            f"{run.path} trained module {config.trained_modules - 1} and not those after it, which are in the model "
+            "with the weights of its start"
+        )
     return SavedRun(config, state, task, description.get("image_shape"), classes)
 
 

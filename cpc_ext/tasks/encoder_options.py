@@ -75,11 +75,6 @@ class EncoderConfig(RunConfig):
         raise NotImplementedError
 
     @property
-    def encoder_ends_at(self) -> int | None:
-        """The number of modules that the run's encodings go through; None where it is the whole encoder."""
-        return None
-
-    @property
     def learns_from_labels(self) -> bool:
         """Whether the encoder learns from the labels of the training images."""
         return False

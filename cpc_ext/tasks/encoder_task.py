@@ -217,8 +217,8 @@ class EncoderTask(Task):
             "view": json.dumps(view),
             "config": json.dumps(self._config.model_dump(mode="json")),
         }
-        if self._config.encoder_ends_at is not None:
-            metadata["modules"] = str(self._config.encoder_ends_at)
+        if self._config.trained_modules is not None:
+            metadata["modules"] = str(self._config.trained_modules)
         with atomic_file(run.encoder) as file:
             write_safetensors(file, weights, metadata)
         self._save_figures(run)

@@ -35,6 +35,12 @@ class ModulesSection(Section):
         """The modules that learn."""
         return list(range(self.count)) if self.train_module is None else [self.train_module]
 
+    @property
+    def trained(self) -> int | None:
+        """See :attr:`RunConfig.trained_modules`."""
+        end = self.learning[-1] + 1
+        return end if end < self.count else None
+
     @model_validator(mode="after")
     def _modules_exist(self) -> ModulesSection:
         if self.train_module is not None and self.train_module >= self.count:

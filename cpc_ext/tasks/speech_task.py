@@ -240,7 +240,11 @@ class SpeechTask(Task):
         return {"sample_rate": self._dataset.sample_rate}
 
     def save(self, run: RunDir) -> None:
-        """Write the figures, and the weights of encoder and context with what is needed to build them in the header."""
+        """Write the figures, and the weights of encoder and context with what is needed to build them in the header.
+
+        "modules" there is the number of modules up to the last one that the run trained, where more follow, with the
+        weights that they had at its start.
+        """
         weights = {
             f"{part}.{name}": value.contiguous()
             for part in ("encoder", "context")
@@ -256,6 +260,8 @@ class SpeechTask(Task):
             "context": json.dumps(options.context.model_dump(mode="json")),
             "config": json.dumps(options.model_dump(mode="json")),
         }
+        if options.trained_modules is not None:
+            metadata["modules"] = str(options.trained_modules)
         with atomic_file(run.encoder) as file:
             write_safetensors(file, weights, metadata)
         self._save_figures(run)

@@ -168,8 +168,8 @@ class OptimizationSection(Section):
     time_budget: Annotated[Annotated[float, Field(gt=0, le=1e6)] | None, MAY_CHANGE] = Field(
         None,
         description="Minutes of training that the run is to fill (excludes --epochs and --steps): some steps are "
-        "measured at its start, which chooses --steps, --checkpoint-every, --log-every and the most of --warmup-steps. "
-        "Loading the data and measuring the trained model come on top.",
+        "measured at its start, which chooses --steps, --checkpoint-every and, where they are not given, --log-every "
+        "and the most of --warmup-steps. Loading the data and measuring the trained model come on top.",
     )
     batch_size: int = Field(16, ge=1, description="Images, or windows of recordings, in an update.")
     optimizer: Optimizer = Field(
@@ -308,6 +308,14 @@ class RunConfig(Section):
     def pipeline(self) -> bool:
         """Whether each process trains a part of the model."""
         return False
+
+    @property
+    def trained_modules(self) -> int | None:
+        """The number of modules up to the last one that the run trains, where more follow; None where none do.
+
+        Those that follow have the weights of the run's start.
+        """
+        return None
 
     @property
     def title(self) -> str:

@@ -10,7 +10,9 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
+from cpc_ext import hub
 from cpc_ext.measures import frame_probe
 from cpc_ext.programs import embed, evaluate
 from cpc_ext.programs import training as program
@@ -99,7 +101,7 @@ def test_other_recordings_are_noticed(tmp_path, monkeypatch, capsys):
     assert differences(record, {**record, "sound": "other"}) == ["other sound"]
 
 
-def test_one_module_after_another(tmp_path):
+def test_one_module_after_another(tmp_path, capsys):
     first, second = tmp_path / "0", tmp_path / "1"
     assert train("--model", "greedy-infomax-audio", "--train-module", 0, "--out-dir", first) == 0
     options = ("--train-module", "1", "--resume-from", str(first), "--out-dir", str(second))
@@ -109,6 +111,16 @@ def test_one_module_after_another(tmp_path):
     assert "1" in changed
     assert not torch.equal(before["encoder.layers.1.conv.weight"], after["encoder.layers.1.conv.weight"])
     assert torch.equal(before["encoder.layers.0.conv.weight"], after["encoder.layers.0.conv.weight"])
+    # What follows the trained modules is the seed's, and who reads the files is told so.
+    for run, trained in ((first, 1), (second, 2)):
+        with safe_open(run / "encoder.safetensors", "pt") as file:
+            assert file.metadata()["modules"] == str(trained)
+        capsys.readouterr()
+        saved = hub.Model.of_run(run)
+        assert f"{run} trained module {trained - 1} and not those after it" in capsys.readouterr().err
+        expected = load_checkpoint(run / "checkpoint.pt")["model"]
+        assert all(torch.equal(value, expected[name]) for name, value in saved.model.state_dict().items())
+        assert str(tmp_path) not in saved.record["recipe"]
 
 
 def test_evaluation(tmp_path, capsys):

@@ -83,9 +83,8 @@ class GreedyConfig(cpc_v1.CPCConfig):
         return self.greedy.objective != "supervised"
 
     @property
-    def encoder_ends_at(self) -> int | None:
-        end = self.greedy.learning[-1] + 1
-        return end if end < self.greedy.count else None
+    def trained_modules(self) -> int | None:
+        return self.greedy.trained
 
     @property
     def learns_from_labels(self) -> bool:

@@ -55,6 +55,10 @@ class GreedyAudioConfig(SpeechConfig):
         return self.greedy.pipeline
 
     @property
+    def trained_modules(self) -> int | None:
+        return self.greedy.trained
+
+    @property
     def title(self) -> str:
         return super().title if self.greedy.modules > 1 else title("cpc-audio")
 
