@@ -1,7 +1,7 @@
 """The results of evaluating a run, as evaluation.json: a row for every mode and number of labels.
 
 The file grows by a row at a time and is whole after each, so that what is finished stays, whatever happens to the rest.
-Rows of other weights or other images than those at hand are left out.
+Rows of other weights or other images than those at hand are left out. Runs on speech have a file of the same kind.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from filelock import FileLock, Timeout
 
 from cpc_ext.training.atomic_file import write_text
 from cpc_ext.training.errors import TrainingError, writing
 
-__all__ = ["EvaluationRecord", "as_table"]
+__all__ = ["EvaluationRecord", "Row", "as_table", "measured"]
 
 Row = dict[str, Any]
 
@@ -41,26 +41,37 @@ class EvaluationRecord:
     """evaluation.json at ``path``, with the rows that are still true.
 
     header: what was evaluated; "weights" and "images" among it tell whether a row that is already there still holds.
+
+    Attributes:
+        reused: how many rows were found, and so need not be measured again.
     """
+
+    # The two entries that a row is found by, those that it has, and those that rows are sorted by.
+    names: ClassVar[tuple[str, str]] = ("mode", "labels")
+    entries: ClassVar[dict[str, type | tuple[type, ...]]] = _ENTRIES
+    order: ClassVar[tuple[str, ...]] = ("mode", "labels_per_class", "labels")
+    # What the header calls the digests of the examples.
+    examples: ClassVar[str] = "images"
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         self._path = path
         self._lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=_PATIENCE_SECONDS)
         self.header = header
         self.rows: list[Row] = []
+        self.reused = 0
         self._read()
 
     def find(self, mode: str, labels: str, settings: dict[str, Any]) -> Row | None:
         """The row that these settings gave, or None."""
-        return next(
-            (row for row in self.rows if (row["mode"], row["labels"], row["settings"]) == (mode, labels, settings)),
-            None,
-        )
+        found = (row for row in self.rows if (*self._named(row), row["settings"]) == (mode, labels, settings))
+        row = next(found, None)
+        self.reused += row is not None
+        return row
 
     def add(self, row: Row) -> None:
         """Put a row in the place of that of the same mode and labels, and write the file.
 
-        row: "mode", "labels", "labels_per_class", "settings" and what was measured.
+        row: has all of :attr:`entries`, and what was measured.
 
         Raises TrainingError where the file cannot be written.
         """
@@ -73,9 +84,8 @@ class EvaluationRecord:
 
     def _add(self, row: Row) -> None:
         self._read()  # Another process may have added to it.
-        same = (row["mode"], row["labels"])
-        self.rows = [other for other in self.rows if (other["mode"], other["labels"]) != same] + [row]
-        self.rows.sort(key=lambda each: (each["mode"], each["labels_per_class"], each["labels"]))
+        self.rows = [other for other in self.rows if self._named(other) != self._named(row)] + [row]
+        self.rows.sort(key=lambda each: [each[name] for name in self.order])
         # Two levels by hand: a row, with its confusion matrix, is a line.
         head = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in self.header.items()]
         rows = ",\n".join(f"    {json.dumps(each)}" for each in self.rows)
@@ -88,12 +98,19 @@ class EvaluationRecord:
             lines.setdefault(row["mode"], []).append(row)
         return lines
 
+    def told(self) -> str:
+        """How many results were measured before, to be said after where they are."""
+        return f" ({self.reused} of these results were there already)" if self.reused else ""
+
+    def _named(self, row: Row) -> tuple[Any, ...]:
+        return tuple(row[name] for name in self.names)
+
     def _read(self) -> None:
         try:
             kept = json.loads(self._path.read_text(encoding="utf-8"))
-            rows = kept["rows"] if kept["images"] == self.header["images"] else []
+            rows = kept["rows"] if kept[self.examples] == self.header[self.examples] else []
             for row in rows:
-                if not all(isinstance(row[name], kind) for name, kind in _ENTRIES.items()):
+                if not all(isinstance(row[name], kind) for name, kind in self.entries.items()):
                     raise ValueError
             self.rows = [row for row in rows if row["settings"]["weights"] in (None, self.header["weights"])]
         except FileNotFoundError:

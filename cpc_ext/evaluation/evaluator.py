@@ -189,7 +189,7 @@ class _Evaluator:
             title = f"{mode}, {row['labels_per_class']:g} labels a class: {row['top1_mean']:.1%}"
             figure = figures.confusion(np.array(row["confusion"]), self._dataset.classes, title)
             _save_figure(self._folder / f"confusion_{mode}.png", figure)
-        print(f"always the same class: {chance:.1%}; results and figures are in {self._folder}")
+        print(f"always the same class: {chance:.1%}; results and figures are in {self._folder}{self.record.told()}")
 
     def _settings(self, mode: str, repeats: int, images: int) -> dict[str, Any]:
         """All that decides a row's numbers, besides its mode, labels and images."""

@@ -6,10 +6,11 @@ alone and with their neighbours; and how well phones are apart as the frames are
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 from tqdm import tqdm
@@ -18,8 +19,10 @@ import cpc_ext
 from cpc_ext import figures
 from cpc_ext.data import SAMPLE_RATE, SpeechDataset, WaveformSet
 from cpc_ext.data.notice import tell
-from cpc_ext.evaluation.encoder_run import SpeechRun
+from cpc_ext.evaluation.encoder_run import SpeechRun, weights_digest
+from cpc_ext.evaluation.evaluation_record import Row
 from cpc_ext.evaluation.options import EvaluationOptions, parse_measures
+from cpc_ext.evaluation.speech_record import SpeechRecord, recordings_digest
 from cpc_ext.measures.abx import Condition, abx_error, abx_items
 from cpc_ext.measures.frames import Alignment
 from cpc_ext.measures.speech_frames import (
@@ -40,7 +43,13 @@ __all__ = ["evaluate_speech"]
 _STACKED = 2
 _HIDDEN = 512
 
-Row = dict[str, float]
+
+class _Frames(NamedTuple):
+    """Frames that are measured: what rows of the record call them, what makes them, and all that this depends on."""
+
+    name: str
+    make: FrameMaker
+    settings: dict[str, Any]
 
 
 def evaluate_speech(command: EvaluationOptions, runs: Sequence[SpeechRun]) -> None:
@@ -94,17 +103,33 @@ class _Judge:
                 f"{'has' if len(dense) == 1 else 'have'} more: take --alignment centers"
             )
         self.depths: dict[str, dict[str, Any]] = {}
+        self._untrained: SpeechTask = run.untrained(self._dataset, seed=run.config.compute.seed)
+        self._weights = weights_digest(self.task.model)
+        model = run.config.model_dump(mode="json", exclude={"data", "optimization", "compute", "output", "probe"})
+        self._model = hashlib.sha256(repr(model).encode()).hexdigest()[:32]
+        with writing(run.dir.path):
+            self._folder.mkdir(exist_ok=True)
+        digests = [recordings_digest(self._dataset, each, chosen) for each, chosen in self._sets]
+        self._record = SpeechRecord(
+            self._folder / "measured.json",
+            {
+                "run": str(run.dir.path),
+                "model": run.config.model,
+                "dataset": self._dataset.name,
+                "weights": self._weights,
+                "recordings": dict(zip(("train", "test"), digests, strict=True)),
+            },
+        )
 
     def table(self) -> None:
         """What is told from the model and what it is compared with; printed, written and drawn."""
-        untrained = self.run.untrained(self._dataset, seed=self.run.config.compute.seed)
-        makers = {
-            "trained": self.task.frames(self.task.model, self._layer),
-            "untrained": untrained.frames(untrained.model, self._layer),
-            "log-mel": log_mel_frames(),
-            f"log-mel, {2 * _STACKED + 1} frames": log_mel_frames(_STACKED),
-        }
-        rows = {name: self._row(make, name) for name, make in makers.items()}
+        layer = self._layer or self.layers[-1]
+        rows: dict[str, dict[str, float]] = {}
+        for name, frames in (*self._of_models(layer), *self._spectra().items()):
+            found = self._measured(frames, self._measures, name)
+            rows[name] = {column: value for row in found.values() for column, value in row["found"].items()}
+            if name == "trained":
+                self._draw_confusions(found)
         rows["commonest"] = self._commonest()
         self._write({"rows": rows})
         columns = [name for name in rows["trained"] if any(name in row for row in rows.values())]
@@ -114,67 +139,113 @@ class _Judge:
         for name, row in rows.items():
             cells = (f"{row[column]:>13.1%}" if column in row else f"{'-':>13}" for column in columns)
             print(f"{name:<{width}}  " + "  ".join(cells))
-        print(f"results and figures are in {self._folder}")
+        print(f"results and figures are in {self._folder}{self._record.told()}")
 
     def by_depth(self) -> None:
         """Phones and speakers after each layer, of the model and of it untrained; printed and written."""
-        untrained = self.run.untrained(self._dataset, seed=self.run.config.compute.seed)
-        for state, task in (("trained", self.task), ("untrained", untrained)):
-            for layer in self.layers:
-                both = self._both(task.frames(task.model, layer), f"{layer}, {state}")
-                for measure in self._probed():
-                    self.depths.setdefault(measure, {}).setdefault(state, []).append(self._told(measure, both))
-        spectra = self._both(log_mel_frames(), "log-mel")
+        probed = [name for name in self._measures if name in ("phones", "speakers")]
+        for layer in self.layers:
+            for state, frames in self._of_models(layer):
+                for measure, row in self._measured(frames, probed, f"{layer}, {state}").items():
+                    self.depths.setdefault(measure, {}).setdefault(state, []).append(row["found"][measure])
+        spectra = self._measured(self._spectra()["log-mel"], probed, "log-mel")
         for measure, found in self.depths.items():
-            found["log-mel"] = self._told(measure, spectra)
+            found["log-mel"] = spectra[measure]["found"][measure]
             found["commonest"] = self._commonest()[measure]
         self._write({"layers": self.layers, "by_depth": self.depths}, "by_depth.json")
-        print(f"{self.run.dir.path}: {', '.join(self.layers)}")
+        print(f"{self.run.dir.path}: {', '.join(self.layers)}{self._record.told()}")
         for measure, found in self.depths.items():
             for state in ("trained", "untrained"):
                 print(f"  {measure:<9} {state:<10} " + "  ".join(f"{value:6.1%}" for value in found[state]))
 
-    def _row(self, make: FrameMaker, name: str) -> Row:
-        both = self._both(make, name)
-        row = {measure: self._told(measure, both, figure=name == "trained") for measure in self._probed(all_=True)}
-        if "abx" in self._measures:
-            row |= self._abx(both[1])
+    def _of_models(self, layer: str) -> list[tuple[str, _Frames]]:
+        """The frames of a layer, of the trained model and of the untrained one."""
+        common = {"layer": layer, "model": self._model, "precision": self.run.config.compute.precision}
+        return [
+            (
+                "trained",
+                _Frames(
+                    f"trained, {layer}", self.task.frames(self.task.model, layer), {"weights": self._weights} | common
+                ),
+            ),
+            (
+                "untrained",
+                _Frames(
+                    f"untrained, {layer}",
+                    self._untrained.frames(self._untrained.model, layer),
+                    {"weights": None, "initial_weights": weights_digest(self._untrained.model)} | common,
+                ),
+            ),
+        ]
+
+    def _spectra(self) -> dict[str, _Frames]:
+        return {
+            name: _Frames(name, log_mel_frames(context), {"weights": None})
+            for name, context in (("log-mel", 0), (f"log-mel, {2 * _STACKED + 1} frames", _STACKED))
+        }
+
+    def _measured(self, frames: _Frames, measures: Sequence[str], name: str) -> dict[str, Row]:
+        """Rows of the record, by measure: those that are there, and the others once they are measured."""
+        settings = {"cpc_ext": cpc_ext.__version__, "alignment": self._alignment, **frames.settings}
+        rows: dict[str, Row] = {}
+        both: list[RecordingFrames] = []
+        for measure in measures:
+            row = self._record.find(frames.name, measure, settings)
+            if row is None:
+                both = both or self._both(frames.make, name)
+                row = {"frames": frames.name, "measure": measure, **self._told(measure, both), "settings": settings}
+                self._record.add(row)
+            if row["left_out"]:
+                tell(self.run.dir.path, row["left_out"])
+            rows[measure] = row
+        return rows
+
+    def _told(self, measure: str, both: list[RecordingFrames]) -> Row:
+        """What a measure finds, by the columns of the table, and what goes with it."""
+        row: Row = {"found": {}, "left_out": [], "confusion": []}
+        if measure == "abx":
+            row["found"], row["left_out"] = self._abx(both[1])
+        elif measure.startswith("speakers"):
+            how: Any = "last" if measure == "speakers-last" else "mean"
+            row["found"][measure] = speaker_probe(*both, speakers=len(self._dataset.speakers), how=how)
+        else:
+            hidden = _HIDDEN if measure == "phones-hidden" else 0
+            classes = len(self._dataset.phone_names)
+            result = phone_probe(*both, classes=classes, alignment=self._alignment, hidden=hidden)
+            row["found"][measure], row["confusion"] = result.accuracy, result.confusion.tolist()
         return row
 
-    def _told(self, measure: str, both: list[RecordingFrames], *, figure: bool = False) -> float:
-        if measure.startswith("speakers"):
-            how: Any = "last" if measure == "speakers-last" else "mean"
-            return speaker_probe(*both, speakers=len(self._dataset.speakers), how=how)
-        hidden = _HIDDEN if measure == "phones-hidden" else 0
-        names = self._dataset.phone_names
-        result = phone_probe(*both, classes=len(names), alignment=self._alignment, hidden=hidden)
-        if figure:
-            drawn = figures.confusion(result.confusion.numpy(), names, f"{measure}: {result.accuracy:.1%}")
-            _save(self._folder / f"confusion_{measure}.png", drawn)
-        return result.accuracy
+    def _draw_confusions(self, rows: dict[str, Row]) -> None:
+        for measure, row in rows.items():
+            if row["confusion"]:
+                title = f"{measure}: {row['found'][measure]:.1%}"
+                drawn = figures.confusion(np.array(row["confusion"]), self._dataset.phone_names, title)
+                _save(self._folder / f"confusion_{measure}.png", drawn)
 
-    def _abx(self, test: RecordingFrames) -> Row:
-        """Errors of the frames that have a phone."""
+    def _abx(self, test: RecordingFrames) -> tuple[dict[str, float], list[str]]:
+        """Errors of the frames that have a phone, and which are left out and why."""
         features, labels, lengths = test.aligned(self._alignment)
         assert test.speakers is not None  # It was checked.
         names = [name.casefold() for name in self._dataset.phone_names]
         silence = names.index("sil") if "sil" in names else 0
         items = abx_items(list(labels.split(lengths)), test.speakers.tolist(), silence=silence)
-        found: Row = {}
+        found, left_out = {}, []
         conditions: tuple[Condition, ...] = get_args(Condition)
         for condition in conditions:
             # It takes minutes to get here: what else was measured is not thrown away.
             try:
                 found[f"abx {condition}"] = abx_error(features, items, speaker=condition).error
             except ValueError as error:
-                tell(self.run.dir.path, [f"abx {condition} speakers is left out: {str(error).removeprefix('items: ')}"])
-        return found
+                left_out.append(f"abx {condition} speakers is left out: {str(error).removeprefix('items: ')}")
+        return found, left_out
 
-    def _commonest(self) -> Row:
+    def _commonest(self) -> dict[str, float]:
         """What always naming the commonest class tells."""
-        found: Row = {}
+        found = {}
         (train, train_chosen), (test, test_chosen) = self._sets
-        for measure in self._probed(all_=True):
+        for measure in self._measures:
+            if measure == "abx":
+                continue
             if measure.startswith("speakers"):
                 named, asked = train.known_speakers[train_chosen], test.known_speakers[test_chosen]
             else:
@@ -188,11 +259,6 @@ class _Judge:
             return tqdm(indices, desc=f"frames ({name})", unit="recording", dynamic_ncols=True, leave=False)
 
         return [RecordingFrames.of(each, make, chosen, progress=progress) for each, chosen in self._sets]
-
-    def _probed(self, *, all_: bool = False) -> list[str]:
-        """The measures that are classifiers; of those after each layer the linear ones."""
-        wanted = [name for name in self._measures if name != "abx"]
-        return wanted if all_ else [name for name in wanted if name in ("phones", "speakers")]
 
     def _leave_out_unlabelled(self) -> None:
         """Keep the measures that there are labels for and say which there are not; TrainingError where none is left."""

@@ -489,7 +489,9 @@ def test_record_as_a_file(tmp_path):
     again = EvaluationRecord(path, HEADER)
     assert again.rows == expected
     assert again.header is HEADER
+    assert again.told() == ""
     assert again.find("a", "2", {"weights": "w"}) == rows[2]
+    assert again.told() == " (1 of these results were there already)"
     for other in (("b", "2", {"weights": "w"}), ("a", "3", {"weights": "w"}), ("a", "2", {"weights": None})):
         assert again.find(*other) is None
 

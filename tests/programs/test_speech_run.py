@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -13,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 from cpc_ext import hub
+from cpc_ext.evaluation import speech
 from cpc_ext.measures import frame_probe
 from cpc_ext.programs import embed, evaluate
 from cpc_ext.programs import training as program
@@ -144,6 +146,63 @@ def test_evaluation(tmp_path, capsys):
     depths = json.loads((runs[1] / "evaluation" / "by_depth.json").read_text())
     assert depths["layers"] == ["module0", "module1", "module2", "module3", "encoder", "context"]
     assert len(depths["by_depth"]["phones"]["trained"]) == 6
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch, capsys):
+    """The untrained network and the spectra are the same for a run, unless what they depend on changes."""
+    run = tmp_path / "run"
+    assert train("--model", "cpc-audio", "--out-dir", run) == 0
+    made = []
+    original = speech.RecordingFrames.of
+
+    def of(waveforms, make, chosen, **options):
+        made.append(make)
+        return original(waveforms, make, chosen, **options)
+
+    monkeypatch.setattr(speech.RecordingFrames, "of", of)
+
+    def measure(*options):
+        """What is in the table; how many kinds of frames were made for it; what was said of earlier results."""
+        made.clear()
+        assert evaluate.main([str(run), *options, "--device", "cpu"]) == 0
+        rows = json.loads((run / "evaluation" / "speech.json").read_text())["rows"]
+        said = re.search(r"\((\d+) of these results were there already\)", capsys.readouterr().out)
+        return rows, len(set(made)), int(said[1]) if said else 0
+
+    capsys.readouterr()
+    first = measure()
+    assert first[1:] == (4, 0)
+    (run / "evaluation" / "confusion_phones.png").unlink()
+    assert measure() == (first[0], 0, 8)
+    assert (run / "evaluation" / "confusion_phones.png").is_file()
+    # Other measures are added, and the first ones are there still.
+    both, *counts = measure("--measures", "phones,speakers,speakers-last")
+    assert counts == [4, 8]
+    assert all(both[name].items() >= row.items() for name, row in first[0].items())
+    assert measure("--measures", "phones") == (
+        {name: {"phones": row["phones"]} for name, row in first[0].items()},
+        *(0, 4),
+    )
+    # The spectra do not depend on the layer; all do on how frames and labels are paired.
+    assert measure("--layer", "encoder")[1:] == (2, 4)
+    assert measure("--alignment", "front")[1:] == (4, 0)
+    measure()
+    # A run that goes on has other weights, but began with the same.
+    assert program.main(["--resume", "--out-dir", str(run), "--steps", "9"]) == 0
+    later = measure()
+    assert later[1:] == (1, 6)
+    assert all(later[0][name] == first[0][name] for name in first[0] if name != "trained")
+    assert later[0]["trained"] != first[0]["trained"]
+    # Phones that are called otherwise, and one other sample.
+    train_set, test_set = recordings(), recordings()
+    monkeypatch.setattr(run_data, "load_dataset", lambda *arguments, **options: dataset_of(train_set, test_set))
+    whole = measure()
+    test_set.samples[7] += 1
+    assert measure()[1:] == (4, 0)
+    test_set.samples[7] -= 1
+    assert measure()[:2] == (whole[0], 4)
+    monkeypatch.setattr("cpc_ext.__version__", "99")
+    assert measure()[1] == 4
 
 
 def test_options_of_an_evaluation(tmp_path):
