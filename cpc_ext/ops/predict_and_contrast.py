@@ -461,7 +461,11 @@ def predict_and_contrast_reference(
         result = info_nce_reference(queries, problem.keys, positives, negatives=drawn, scale=scale, reduction="none")
         losses.append(result.loss.new_zeros(problem.targets.shape[1]).index_put((rows,), result.loss))
         ranks.append(problem.targets.new_full((problem.targets.shape[1],), -1).index_put((rows,), result.rank))
-    all_losses, rank = torch.stack(losses), torch.stack(ranks)
+    if losses:
+        all_losses, rank = torch.stack(losses), torch.stack(ranks)
+    else:
+        scores = problem.contexts @ problem.weights.mT @ problem.keys.T
+        all_losses, rank = scores.sum(2, dtype=sums_dtype(scores)), torch.empty_like(problem.targets)
     weights_of_rows = _row_weights(problem.targets, reduction, all_losses.dtype)
     loss = _reduced(all_losses, weights_of_rows, reduction)[0]
     return _output(loss, all_losses.detach(), rank, problem.targets.view(targets.shape), reduction)

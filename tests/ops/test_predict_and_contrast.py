@@ -368,6 +368,23 @@ def test_no_negatives_and_no_features(device):
     assert without.results(device)[0].loss.item() == pytest.approx(math.log(5))
 
 
+@pytest.mark.parametrize("implementation", [predict_and_contrast, predict_and_contrast_reference])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_no_steps(kind, reduction, implementation, dtype):
+    drawn = draw((0, 6, 5), **KINDS[kind], reduction=reduction, dtype=dtype)
+    output, gradients = drawn.results(op=implementation)
+    assert [tuple(value.shape) for value in output] == [
+        *(2 * [(0, 2, 9) if reduction == "none" else ()]),
+        *[(0, 2, 9), (0,), (0,)],
+    ]
+    assert (output.loss.dtype, output.rank.dtype) == (torch.promote_types(dtype, torch.float32), torch.int64)
+    assert output.loss.sum() == output.accuracy.sum() == 0
+    for tensor, gradient in zip(drawn.tensors, gradients, strict=True):
+        assert torch.equal(gradient, torch.zeros_like(tensor))
+
+
 def test_large_scores_do_not_overflow():
     contexts, weights = torch.tensor([[[1e4], [1e4]]]), torch.tensor([[[1.0]]])
     output = predict_and_contrast(contexts, weights, torch.tensor([[1e4], [-1e4]]), torch.tensor([[[0, 1]]]))
