@@ -6,13 +6,11 @@ of the run where they are wanted.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import nn
 
 from cpc_ext.data import Dataset, ImageSet, SpeechDataset
 from cpc_ext.data.images.statistics import PixelStatistics
@@ -32,7 +30,7 @@ from cpc_ext.training.task import Task
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["EncoderRun", "SpeechRun", "TrainedRun", "weights_digest"]
+__all__ = ["EncoderRun", "SpeechRun", "TrainedRun"]
 
 
 @dataclass(frozen=True)
@@ -186,12 +184,3 @@ def _describes_images(description: dict[str, Any]) -> bool:
         return False
     sides = len(shape) == 3 and all(type(side) is int and side > 0 for side in shape)
     return sides and len(mean) == len(std) == shape[0] and all(type(value) in (int, float) for value in numbers)
-
-
-def weights_digest(model: nn.Module) -> str:
-    """A number, in hexadecimal, that two models share only if all their weights and buffers are equal."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:32]

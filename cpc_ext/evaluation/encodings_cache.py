@@ -6,24 +6,19 @@ for, or the file is damaged, they are computed anew and take its place.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cpc_ext.data import ImageSet
 from cpc_ext.training.atomic_file import atomic_file
 from cpc_ext.training.errors import warn
 from cpc_ext.training.safetensors_file import write_safetensors
 
-__all__ = ["cached_encodings", "images_digest"]
-
-_CHUNK = 256
+__all__ = ["cached_encodings"]
 
 
 def cached_encodings(path: Path, origin: dict[str, str], count: int, compute: Callable[[], Tensor]) -> Tensor:
@@ -55,13 +50,3 @@ def _read(path: Path, key: str, count: int) -> Tensor | None:
         return None
     sound = features.ndim == 2 and len(features) == count and features.dtype == torch.float32
     return features if sound else None
-
-
-def images_digest(images: ImageSet) -> str:
-    """A number, in hexadecimal, that two image sets share only if all their pixels and labels are equal."""
-    digest = hashlib.sha256(f"{images.images.shape}".encode())
-    for start in range(0, len(images), _CHUNK):
-        digest.update(np.ascontiguousarray(images.images[start : start + _CHUNK]).data)
-    if images.labels is not None:
-        digest.update(np.ascontiguousarray(images.labels).data)
-    return digest.hexdigest()[:32]

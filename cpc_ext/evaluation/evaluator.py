@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 import cpc_ext
 from cpc_ext import figures
-from cpc_ext.evaluation.encoder_run import EncoderRun, SpeechRun, weights_digest
-from cpc_ext.evaluation.encodings_cache import cached_encodings, images_digest
+from cpc_ext.evaluation.encoder_run import EncoderRun, SpeechRun
+from cpc_ext.evaluation.encodings_cache import cached_encodings
 from cpc_ext.evaluation.evaluation_record import EvaluationRecord, as_table, measured
 from cpc_ext.evaluation.finetuning import FineTuning, fine_tune
 from cpc_ext.evaluation.options import FINETUNE_LR, EvaluationOptions, parse_modes
@@ -31,6 +31,7 @@ from cpc_ext.measures.knn import TEMPERATURE, knn_scores
 from cpc_ext.measures.label_subsets import LabelBudget, parse_label_budgets
 from cpc_ext.measures.probe import encode, fit_linear_classifier
 from cpc_ext.tasks.encoder_options import EncoderConfig
+from cpc_ext.training.digests import images_digest, weights_digest
 from cpc_ext.training.errors import EncodingsNotFiniteError, TrainingError, warn, writing
 from cpc_ext.training.precision import check_device
 from cpc_ext.training.run_dir import RunDir

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from cpc_ext import figures
 from cpc_ext.data import Dataset, ImageSet
 from cpc_ext.evaluation.encoder_run import EncoderRun
-from cpc_ext.evaluation.encodings_cache import images_digest
 from cpc_ext.measures.probe import encode, linear_probe
 from cpc_ext.models.encoders.stacked_encoder import StackedEncoder
 from cpc_ext.models.greedy_infomax import module_starts
 from cpc_ext.tasks.encoder_task import EncoderTask
 from cpc_ext.training.atomic_file import write_text
+from cpc_ext.training.digests import images_digest
 from cpc_ext.training.errors import TrainingError, writing
 
 __all__ = ["accuracies_by_module", "evaluate_per_module", "features_by_module"]

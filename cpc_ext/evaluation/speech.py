@@ -19,7 +19,7 @@ import cpc_ext
 from cpc_ext import figures
 from cpc_ext.data import SAMPLE_RATE, SpeechDataset, WaveformSet
 from cpc_ext.data.notice import tell
-from cpc_ext.evaluation.encoder_run import SpeechRun, weights_digest
+from cpc_ext.evaluation.encoder_run import SpeechRun
 from cpc_ext.evaluation.evaluation_record import Row
 from cpc_ext.evaluation.options import EvaluationOptions, parse_measures
 from cpc_ext.evaluation.speech_record import SpeechRecord, recordings_digest
@@ -35,6 +35,7 @@ from cpc_ext.measures.speech_frames import (
 from cpc_ext.models.encoders.waveform_encoder import KERNELS
 from cpc_ext.tasks.speech_task import SpeechTask, probed_recordings
 from cpc_ext.training.atomic_file import write_text
+from cpc_ext.training.digests import weights_digest
 from cpc_ext.training.errors import TrainingError, writing
 
 __all__ = ["evaluate_speech"]

@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cpc_ext.data import ImageSet
-from cpc_ext.evaluation import encoder_run, encodings_cache
-from cpc_ext.evaluation.encoder_run import EncoderRun, weights_digest
-from cpc_ext.evaluation.encodings_cache import cached_encodings, images_digest
+from cpc_ext.evaluation import encoder_run
+from cpc_ext.evaluation.encoder_run import EncoderRun
+from cpc_ext.evaluation.encodings_cache import cached_encodings
+from cpc_ext.training import digests as digests_module
 from cpc_ext.training.checkpoint import load_checkpoint
 from cpc_ext.training.data_record import data_record
+from cpc_ext.training.digests import images_digest, weights_digest
 from cpc_ext.training.errors import TrainingError
 from tests.tasks.test_every_option import config_of, dataset_of, noise
 from tests.training.conftest import new_run
@@ -210,7 +212,7 @@ def test_encodings_that_cannot_be_kept_are_there(tmp_path, capsys):
 
 
 def test_digest_of_images(monkeypatch):
-    monkeypatch.setattr(encodings_cache, "_CHUNK", 2)
+    monkeypatch.setattr(digests_module, "_CHUNK", 2)
     pixels = noise(5, 4)
     images = ImageSet(pixels, np.arange(5))
     digests = {
@@ -225,5 +227,5 @@ def test_digest_of_images(monkeypatch):
     digests.add(images_digest(ImageSet(pixels.reshape(5, 3, 2, 8))))
     assert len(digests) == 9
     assert {len(digest) for digest in digests} == {32}
-    monkeypatch.setattr(encodings_cache, "_CHUNK", 100)
+    monkeypatch.setattr(digests_module, "_CHUNK", 100)
     assert images_digest(images) in digests

@@ -20,8 +20,7 @@ from safetensors.torch import load_file
 
 from cpc_ext import figures
 from cpc_ext.evaluation import evaluator
-from cpc_ext.evaluation.encoder_run import EncoderRun, weights_digest
-from cpc_ext.evaluation.encodings_cache import images_digest
+from cpc_ext.evaluation.encoder_run import EncoderRun
 from cpc_ext.evaluation.evaluation_record import EvaluationRecord
 from cpc_ext.evaluation.finetuning import FineTuning, fine_tune
 from cpc_ext.evaluation.options import MODES
@@ -31,6 +30,7 @@ from cpc_ext.programs.evaluate import main
 from cpc_ext.programs.train_options import parse
 from cpc_ext.training import run_data
 from cpc_ext.training.checkpoint import load_checkpoint, save_checkpoint
+from cpc_ext.training.digests import images_digest, weights_digest
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.presets import preset
 from tests.tasks.test_every_option import ENCODER

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 import cpc_ext
 from cpc_ext.data import Dataset, ImageSet
 from cpc_ext.evaluation import evaluation_record, evaluator
-from cpc_ext.evaluation.encoder_run import weights_digest
-from cpc_ext.evaluation.encodings_cache import images_digest
 from cpc_ext.evaluation.evaluation_record import EvaluationRecord, as_table, measured
 from cpc_ext.evaluation.finetuning import FineTuning
 from cpc_ext.evaluation.options import MODES, EvaluationOptions, parse_modes
 from cpc_ext.measures.label_subsets import LabelBudget
+from cpc_ext.training.digests import images_digest, weights_digest
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.run_dir import RunDir
 from tests.tasks.test_every_option import config_of, dataset_of

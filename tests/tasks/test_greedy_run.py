@@ -21,13 +21,13 @@ from cpc_ext.tasks.greedy_infomax.output_cache import OutputCache
 from cpc_ext.tasks.greedy_infomax.task import GreedyTask
 from cpc_ext.training import time_budget
 from cpc_ext.training.checkpoint import load_checkpoint
-from cpc_ext.training.data_record import fingerprint
 from cpc_ext.training.distribution import Ranks
 from cpc_ext.training.errors import TrainingError
 from cpc_ext.training.loop import Trainer
 from cpc_ext.training.random_streams import RandomStreams
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.run_log import read_metrics
+from tests.tasks.test_every_option import task_of
 from tests.training.conftest import PATCHES, SHORT, SMALL
 from tests.training.test_time_budget import WITHOUT_LENGTH
 
@@ -212,20 +212,26 @@ def test_cached_views(tmp_path):
         OutputCache(path, "another", images, device, streams)
 
 
-def test_fingerprints():
-    images = ImageSet(np.zeros((4, 3, 8, 8), np.uint8))
-    changed = ImageSet(np.eye(8, dtype=np.uint8)[None, None].repeat(4, 0).repeat(3, 1))
-    weight = {"a": torch.ones(2)}
-    keys = {
-        fingerprint(images, weight),
-        fingerprint(changed, weight),
-        fingerprint(images, {"a": torch.zeros(2)}),
-        fingerprint(images, {"b": torch.ones(2)}),
-        fingerprint(images, weight, seed=1),
-        fingerprint(ImageSet(np.zeros((5, 3, 8, 8), np.uint8)), weight),
-    }
-    assert len(keys) == 6
-    assert fingerprint(images, {"a": torch.ones(2)}) == fingerprint(images, weight)
+def test_outputs_are_of_all_images_weights_and_options(tmp_path):
+    """Also of an image among hundreds, and of the precision that they were computed in."""
+    images = np.random.default_rng(0).integers(0, 256, (600, 3, 24, 24), dtype=np.uint8)
+
+    def key(images=images, value=0.5, folder="cache", **options):
+        given = {"train_module": 1, "modules": 3, "resume_from": "run", "cache_outputs": tmp_path / folder, **options}
+        task = task_of("greedy-infomax", images, **given)
+        with torch.no_grad():
+            for module, weight in zip(task.model.encoder_modules, (value, 2.0, 3.0), strict=True):
+                for parameter in module.parameters():
+                    parameter.fill_(weight)
+        return task.inputs._cache_key()
+
+    changed = images.copy()
+    changed[301, 1, 2, 3] ^= 1
+    keys = [key(), key(changed), key(images[:599]), key(value=0.25), key(cache_views=3), key(seed=1)]
+    keys += [key(precision="bf16"), key(flip=True)]
+    assert len(set(keys)) == len(keys)
+    # Modules that are not frozen, and where the file is, decide nothing.
+    assert key(images.copy(), folder="other") == keys[0]
 
 
 def test_cache_needs_room(monkeypatch, greedy, tmp_path, capsys):

@@ -5,16 +5,17 @@ The latter is computed in every step, or once for all steps and read from the di
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cpc_ext.data import ImageSet, PatchView
 from cpc_ext.models import GreedyInfoMax, GreedySupervised
 from cpc_ext.tasks.greedy_infomax.options import GreedyConfig
 from cpc_ext.tasks.greedy_infomax.output_cache import OutputCache
-from cpc_ext.training.data_record import fingerprint
+from cpc_ext.training.digests import images_digest, weights_digest
 from cpc_ext.training.distribution import Ranks
 from cpc_ext.training.precision import autocast
 from cpc_ext.training.random_streams import RandomStreams
@@ -45,11 +46,11 @@ class ModuleInputs:
         self._view = view
         self._config = config
         self._device = device
-        self._cached = False
+        self._key: str | None = None
 
     def __call__(self, batch: Tensor, streams: RandomStreams) -> Tensor:
         """Feature maps [N, D, h, w] of uint8 images [B, C, H, W], or of what :meth:`cached_fetcher` gives."""
-        if self._cached:
+        if self._key is not None:
             return batch.flatten(0, 1)
         patches = self._view.random(batch, streams.views, share=streams.share)
         if self._model.frozen == 0:
@@ -73,13 +74,13 @@ class ModuleInputs:
                 views=options.cache_views,
             )
         )
-        self._cached = True
+        self._key = key
 
     def cached_fetcher(self, device: torch.device, streams: RandomStreams) -> Fetcher | None:
         """What gives the steps' batches from the cache; None where there is none."""
-        if not self._cached:
+        if self._key is None:
             return None
-        return OutputCache(self._cache_path, self._cache_key(), self._images, device, streams)
+        return OutputCache(self._cache_path, self._key, self._images, device, streams)
 
     @torch.no_grad()
     def _frozen_outputs(self, patches: Tensor) -> Tensor:
@@ -97,15 +98,13 @@ class ModuleInputs:
         return folder / f"module-{self._model.frozen - 1}.bin"
 
     def _cache_key(self) -> str:
-        weights = {
-            f"{index}.{name}": value
-            for index, module in enumerate(self._model.encoder_modules[: self._model.frozen])
-            for name, value in module.state_dict().items()
+        """A number that two runs share only if all that the frozen modules' outputs depend on is equal."""
+        origin = {
+            "images": images_digest(ImageSet(self._images.images)),
+            "weights": weights_digest(nn.ModuleList(self._model.encoder_modules[: self._model.frozen])),
+            "view": repr(self._view),
+            "views": self._config.greedy.cache_views,
+            "seed": self._config.compute.seed,
+            "precision": self._config.compute.precision,
         }
-        return fingerprint(
-            self._images,
-            weights,
-            view=repr(self._view),
-            views=self._config.greedy.cache_views,
-            seed=self._config.compute.seed,
-        )
+        return hashlib.sha256(repr(origin).encode()).hexdigest()
