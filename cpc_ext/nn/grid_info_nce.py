@@ -7,7 +7,6 @@ all steps and directions share the encodings as keys, and no encoding is gathere
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cpc_ext.nn.across_ranks import EXCHANGES, exchange_with, ring_info_nce
+from cpc_ext.nn.log_count import log_count
 from cpc_ext.nn.typed import Module
 from cpc_ext.ops._checks import check_dense, check_floating, check_integer
 from cpc_ext.ops._contrast_arguments import INTEGERS, as_int64
@@ -195,8 +195,9 @@ class GridInfoNCE(Module):
                 losses, _, ranks = info_nce(joined, keys, targets, negatives=sampled, reduction="none")
             step_losses, step_rights = (step_means(values, sizes) for values in (losses, (ranks == 0).to(losses.dtype)))
             loss = step_losses.mean()
-        most = sum(math.log(max(count, 1)) for count in contrasted) / len(contrasted)
-        return GridInfoNCEOutput(loss, step_rights.mean(), most - loss.detach(), step_losses.detach(), step_rights)
+        mean = loss.detach()
+        most = sum(log_count(count, mean) for count in contrasted) / len(contrasted)
+        return GridInfoNCEOutput(loss, step_rights.mean(), most - mean, step_losses.detach(), step_rights)
 
     def _contrast_as_predicted(
         self, contexts: Tensor, keys: Tensor, targets: Tensor, negatives: Tensor, sizes: list[int]

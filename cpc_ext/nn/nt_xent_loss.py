@@ -6,7 +6,6 @@ key is left out. With a memory bank, negatives are second views of earlier batch
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from cpc_ext.nn.across_ranks import EXCHANGES, exchange_with, ring_info_nce
 from cpc_ext.nn.key_queue import KeyQueue
+from cpc_ext.nn.log_count import log_count
 from cpc_ext.nn.typed import Module
 from cpc_ext.nn.unit_length import unit_length
 from cpc_ext.ops._checks import check_floating, is_integer
@@ -169,4 +169,5 @@ def _memory_bank(size: int | Sequence[int]) -> KeyQueue | None:
 def _output(loss: Tensor, rank: Tensor, keys: int) -> NTXentOutput:
     """The output of views with so many keys each, of which ``rank`` are as similar as the positive one."""
     top1, top5 = ((rank < count).to(loss.dtype).mean() for count in (1, 5))
-    return NTXentOutput(loss, top1, top5, rank.to(loss.dtype).mean() + 1, math.log(keys) - loss.detach())
+    value = loss.detach()
+    return NTXentOutput(loss, top1, top5, rank.to(loss.dtype).mean() + 1, log_count(keys, value) - value)

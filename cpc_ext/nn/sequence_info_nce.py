@@ -7,7 +7,6 @@ predictions ever all in memory.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from cpc_ext.nn.across_ranks import EXCHANGES, exchange_with, gather_from_ranks, ring_info_nce
 from cpc_ext.nn.grid_info_nce import GridInfoNCEOutput, step_rows
+from cpc_ext.nn.log_count import log_count
 from cpc_ext.nn.sequence_negatives import SAMPLINGS, SequenceNegatives, Windowed, checked_draws, draw, frames_of
 from cpc_ext.nn.step_predictors import PREDICTORS, step_predictor
 from cpc_ext.nn.typed import Module, ModuleList
@@ -228,7 +228,7 @@ class SequenceInfoNCE(Module):
         return SequenceInfoNCEOutput(
             mean if self.reduction == "mean" else mean * self.pred_steps,
             accuracies.mean(),
-            self._log_contrasted(keys, exchange.world) - mean.detach(),
+            self._log_contrasted(keys, exchange.world, mean.detach()) - mean.detach(),
             losses.detach(),
             accuracies,
         )
@@ -309,11 +309,14 @@ class SequenceInfoNCE(Module):
         )
         return loss, accuracy
 
-    def _log_contrasted(self, keys: _Keys, world: int) -> float | Tensor:
-        """Log of the keys that a prediction is contrasted with, its target among them, the mean over all."""
+    def _log_contrasted(self, keys: _Keys, world: int, like: Tensor) -> float | Tensor:
+        """Log of the keys that a prediction is contrasted with, its target among them, the mean over all.
+
+        like: see :func:`log_count`.
+        """
         if keys.groups is None:
             ring = world if keys.ring else 1
-            return math.log(max(keys.keys.shape[0] * ring, 1) if keys.negatives is None else self.neg_samples + 1)
+            return log_count(keys.keys.shape[0] * ring if keys.negatives is None else self.neg_samples + 1, like)
         mine, every = keys.groups
         if keys.negatives is None:
             return (mine[:, None] == every).sum(1).clamp(min=1).log().mean()

@@ -7,13 +7,12 @@ rows of one call of the op, with a target each.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from cpc_ext.nn.across_ranks import EXCHANGES, exchange_with, ring_info_nce
 from cpc_ext.nn.grid_info_nce import GridInfoNCEOutput, check_grids, step_means, step_targets
+from cpc_ext.nn.log_count import log_count
 from cpc_ext.nn.typed import Module
 from cpc_ext.ops._checks import check_integer
 from cpc_ext.ops.info_nce import info_nce
@@ -149,7 +148,7 @@ class TargetInfoNCE(Module):
         return GridInfoNCEOutput(
             mean if self.reduction == "mean" else mean * weights.sum(),
             accuracy,
-            math.log(max(rows * cols * own_images * exchange.world, 1)) - mean.detach(),
+            log_count(rows * cols * own_images * exchange.world, mean.detach()) - mean.detach(),
             step_losses.detach(),
             step_rights,
         )

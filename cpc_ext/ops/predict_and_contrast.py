@@ -197,7 +197,8 @@ def _check_indices(name: str, value: Tensor, shapes: Sequence[tuple[int, ...]], 
     check_dense(name, value)
     if value.dtype not in INTEGERS:
         raise TypeError(f"{name} must be integers, got {value.dtype}")
-    if tuple(value.shape) not in shapes:
+    # A size that torch.export leaves open is not compared with that of another dimension.
+    if tuple(value.shape) not in [shape for shape in shapes if len(shape) == value.ndim]:
         named = [shape if last is None else (*shape[:-1], last) for shape in shapes]
         wanted = " or ".join(f"[{', '.join(map(str, shape))}]" for shape in named)
         raise ValueError(f"{name} must be {wanted}, got shape {tuple(value.shape)}")

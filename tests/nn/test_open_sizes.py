@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import vmap
 
-from cpc_ext.nn import GridInfoNCE, NTXentLoss, SequenceInfoNCE, SupConLoss
+from cpc_ext.nn import GridInfoNCE, NTXentLoss, SequenceInfoNCE, SupConLoss, TargetInfoNCE
 from cpc_ext.ops import info_nce, masked_conv2d, predict_and_contrast, sample_logistic_mixture
 
 
@@ -73,6 +73,44 @@ def test_exported_sizes_stay_open(op):
     for count in (3, 9):
         inputs = given(count)
         torch.testing.assert_close(exported.module()(*inputs), module(*inputs))
+
+
+class AllOutputs(torch.nn.Module):
+    def __init__(self, call):
+        super().__init__()
+        self.call = call
+
+    def forward(self, *given):
+        return tuple(self.call(*given))
+
+
+@pytest.mark.parametrize(
+    ("loss", "inputs", "batch"),
+    [
+        (lambda: GridInfoNCE(4, pred_steps=2, neg_samples="all"), grids, 1),
+        (lambda: GridInfoNCE(4, pred_steps=2, neg_samples=3), grids, 1),
+        (lambda: TargetInfoNCE(4, pred_steps=2), grids, 1),
+        (lambda: SequenceInfoNCE(6, 6, pred_steps=2, sampling="all"), sequences, 0),
+        (lambda: SequenceInfoNCE(6, 6, pred_steps=2, sampling="shifted", neg_samples=3), sequences, 0),
+        (lambda: NTXentLoss().contrast, lambda batch: (torch.randn(batch, 5), torch.randn(batch, 5)), 0),
+    ],
+    ids=["grid, all", "grid", "target", "sequence, all", "sequence", "nt-xent"],
+)
+def test_exported_batches_stay_open(loss, inputs, batch):
+    """Also in the bound on mutual information, which is of how many keys there are."""
+    objective = AllOutputs(loss())
+    sizes = ({batch: torch.export.Dim.DYNAMIC},) * 2
+    exported = torch.export.export(objective, inputs(4), dynamic_shapes=(sizes,)).module()
+    for count in (2, 7):
+        given = inputs(count)
+        found, expected = (seeded(call, given) for call in (exported, objective))
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def seeded(call, given):
+    torch.manual_seed(0)
+    return call(*given)
 
 
 def test_batched_gradients():
