@@ -73,10 +73,14 @@ class LabelledNTXentLoss(Module):
             units = unit_length(wide)[order]
             scale = 1 / self.temperature
             others = scores_logsumexp(units, units, scale=scale, groups=(labels, labels), contrast="other")
-            sizes: list[int] = labels.unique_consecutive(return_counts=True)[1].tolist()
-            pairs = sum(size * (size - 1) for size in sizes)
-            loss = _pair_losses(units, others, labels, sizes, scale, may_need_gradients(units, others))[0]
-            return loss / max(pairs, 1)
+            forms = may_need_gradients(units, others)
+            if torch.compiler.is_compiling():
+                traced = scale if isinstance(scale, Tensor) else units.new_full((), scale)
+                loss, *_, pairs = _traced_pair_losses(units, others, labels, traced, forms)
+                mean: Tensor = loss / pairs.clamp(min=1)
+                return mean
+            sizes = _sizes(labels)
+            return _pair_losses(units, others, labels, sizes, scale, forms)[0] / max(_pairs(sizes), 1)
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}"
@@ -120,15 +124,62 @@ class _PairLosses(torch.autograd.Function):
     @staticmethod
     @differentiable_once("LabelledNTXentLoss")
     def backward(ctx: Any, saved: tuple[Tensor, ...], gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        units, (of_units, of_others, scale) = saved[0], saved[2:]
-        of_scale = None
-        if ctx.needs_input_grad[4]:
-            # A score's slopes in its two embeddings, times these, are twice the scale times its slope in the scale.
-            of_scale = gradient * (of_units * units).sum() / (2 * scale)
-        return of_units * gradient, of_others * gradient, None, None, of_scale, None
+        of_units, of_others, of_scale = _of_pair_losses(saved, gradient, of_scale=ctx.needs_input_grad[4])
+        return of_units, of_others, None, None, of_scale, None
 
 
 _pair_losses: Callable[..., tuple[Tensor, Tensor, Tensor]] = _PairLosses.apply
+
+
+# While torch.compile traces, how large the classes are is not known: this op finds it where it runs.
+@torch.library.custom_op("cpc_ext::labelled_pair_losses", mutates_args=())
+def _traced_pair_losses(
+    units: Tensor, others: Tensor, labels: Tensor, scale: Tensor, forms: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :class:`_PairLosses`, and the number of pairs."""
+    sizes = _sizes(labels)
+    return *_PairLosses.forward(units, others, labels, sizes, scale, forms), labels.new_tensor(_pairs(sizes))
+
+
+@_traced_pair_losses.register_fake
+def _(
+    units: Tensor, others: Tensor, labels: Tensor, scale: Tensor, forms: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return others.new_empty(()), torch.empty_like(units), torch.empty_like(others), labels.new_empty(())
+
+
+def _setup_traced(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:2], *output[1:3], inputs[3])
+    ctx.of_scale = ctx.needs_input_grad[3]
+
+
+@differentiable_once("LabelledNTXentLoss")
+def _backward_traced(ctx: Any, saved: tuple[Tensor, ...], gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    of_units, of_others, of_scale = _of_pair_losses(saved, gradient, of_scale=ctx.of_scale)
+    return of_units, of_others, None, of_scale, None
+
+
+_traced_pair_losses.register_autograd(_backward_traced, setup_context=_setup_traced)
+
+
+def _of_pair_losses(
+    saved: tuple[Tensor, ...], gradient: Tensor, *, of_scale: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of units, others and the scale, from the first of these, what was formed of both, and the scale."""
+    units, (of_units, of_others, scale) = saved[0], saved[2:]
+    # A score's slopes in its two embeddings, times these, are twice the scale times its slope in the scale.
+    slope = gradient * (of_units * units).sum() / (2 * scale) if of_scale else None
+    return of_units * gradient, of_others * gradient, slope
+
+
+def _sizes(labels: Tensor) -> list[int]:
+    """How many there are of each class, of sorted labels."""
+    sizes: list[int] = labels.unique_consecutive(return_counts=True)[1].tolist()
+    return sizes
+
+
+def _pairs(sizes: list[int]) -> int:
+    return sum(size * (size - 1) for size in sizes)
 
 
 def _blocks(sizes: list[int]) -> Iterator[tuple[slice, slice]]:

@@ -59,3 +59,30 @@ def test_wrong_arguments():
             LabelledNTXentLoss()(embeddings, labels)
     with pytest.raises(TypeError, match=r"labels must be integers, got torch\.float32"):
         LabelledNTXentLoss()(torch.zeros(3, 2), torch.zeros(3))
+
+
+@pytest.mark.parametrize("learnt", [False, True])
+def test_it_compiles_to_one_graph(learnt):
+    """How large the classes are is known only where the graph runs."""
+    generator = torch.Generator().manual_seed(0)
+    loss = LabelledNTXentLoss(0.3)
+    if learnt:
+        loss.temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for labels in ([0, 1, 0, 2, 1, 0, 0], [3, 3, 3, 3, 3, 3, 3], [0, 1, 2, 3, 4, 5, 6], [4, 4, 1, 1, 2]):
+        embeddings = torch.randn(len(labels), 4, generator=generator, dtype=torch.float64).requires_grad_()
+        learns = [embeddings, *([loss.temperature] if learnt else [])]
+        found, expected = (call(embeddings, torch.tensor(labels)) for call in (compiled, loss))
+        torch.testing.assert_close(found, expected)
+        gradients = (torch.autograd.grad(value, learns) for value in (found, expected))
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_it_is_exported_with_an_open_number_of_embeddings():
+    generator = torch.Generator().manual_seed(0)
+    sizes = ({0: torch.export.Dim.DYNAMIC},) * 2
+    embeddings, labels = torch.randn(11, 4, generator=generator), torch.arange(11) % 3
+    exported = torch.export.export(LabelledNTXentLoss(), (embeddings[:6], labels[:6]), dynamic_shapes=sizes).module()
+    torch.testing.assert_close(exported(embeddings, labels), LabelledNTXentLoss()(embeddings, labels))
