@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import hashlib
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import numpy as np
@@ -12,27 +15,67 @@ from cpc_ext.data.file_tree import TreeFile
 
 HELD_OUT = 0.1
 
+# Whether what is held out is drawn, as it was up to version 0.1.0.
+_DRAWN: ContextVar[bool] = ContextVar("_DRAWN", default=False)
 
-def hold_out(files: Sequence[TreeFile]) -> tuple[list[TreeFile], list[TreeFile]]:
-    """Divide files into training and a tenth of every class for testing (none of a class of one)."""
-    testing = held_out([file.label for file in files])
+
+@contextmanager
+def drawn_tenths() -> Iterator[None]:
+    """In the block, what is held out is what version 0.1.0 held out, for runs that were begun with it."""
+    token = _DRAWN.set(True)
+    try:
+        yield
+    finally:
+        _DRAWN.reset(token)
+
+
+def hold_out(files: Sequence[TreeFile], *, drawn: bool = False) -> tuple[list[TreeFile], list[TreeFile]]:
+    """Divide files into training and about a tenth of every class for testing (none of a class of one).
+
+    drawn: exactly a tenth, which is another one where the files are others.
+    """
+    testing = held_out([file.label for file in files], None if drawn else [file.path for file in files])
     return (
         [file for i, file in enumerate(files) if i not in testing],
         [file for i, file in enumerate(files) if i in testing],
     )
 
 
-def held_out(labels: Sequence[Hashable]) -> set[int]:
-    """Indices of what is tested on of examples with these labels: a tenth of every class, none of a class of one."""
+def held_out(labels: Sequence[Hashable], names: Sequence[str] | None) -> set[int]:
+    """Indices of what is tested on of examples with these labels: a tenth of every class, none of a class of one.
+
+    names: by which the examples are told from each other when others come to them. An example's name alone decides, by
+    a hash, so that what was trained on once is not tested on later: about a tenth of a class, of two or more at least
+    one, and never all. None: exactly a tenth is drawn.
+    """
     by_class: dict[Hashable, list[int]] = {}
     for i, label in enumerate(labels):
         by_class.setdefault(label, []).append(i)
-    rng = np.random.default_rng(0)
+    if names is None or _DRAWN.get():
+        return _drawn(by_class.values())
     chosen: set[int] = set()
     for members in by_class.values():
+        by_hash = sorted((_hash(names[i]), i) for i in members)
+        count = sum(value < HELD_OUT for value, _ in by_hash)
+        count = min(max(count, 1), len(members) - 1)
+        chosen.update(i for _, i in by_hash[:count])
+    return chosen
+
+
+def _drawn(classes: Iterable[list[int]]) -> set[int]:
+    rng = np.random.default_rng(0)
+    chosen: set[int] = set()
+    for members in classes:
         count = max(round(len(members) * HELD_OUT), min(1, len(members) - 1))
         chosen.update(rng.permutation(members)[:count].tolist())
     return chosen
+
+
+def _hash(name: str) -> float:
+    """A number in 0..1 that a name has and others nearly never share."""
+    # A file name may hold bytes that are no text in any encoding.
+    digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def class_names(

@@ -19,11 +19,10 @@ from cpc_ext.tasks.encoder_task import EncoderTask
 from cpc_ext.tasks.speech_task import SpeechTask
 from cpc_ext.training.checkpoint import load_checkpoint, load_weights
 from cpc_ext.training.config import RunConfig
-from cpc_ext.training.data_record import data_record, differences
 from cpc_ext.training.errors import TrainingError, warn
 from cpc_ext.training.precision import default_precision
 from cpc_ext.training.registry import MODELS, task_class
-from cpc_ext.training.run_data import load_data
+from cpc_ext.training.run_data import changed_data, load_data
 from cpc_ext.training.run_dir import RunDir
 from cpc_ext.training.task import Task
 
@@ -78,14 +77,12 @@ class TrainedRun:
 
         TrainingError where it is not there.
         """
-        dataset = load_data(self.config)
-        # Some models of images are trained on those with labels alone.
-        parts = [part for part in (dataset.pretrain, dataset.train) if part is not None]
-        changed = [differences(self.state.get("data") or {}, data_record(part)) for part in parts]
-        if all(changed):
+        record = self.state.get("data") or {}
+        dataset = load_data(self.config, record)
+        if changed := changed_data(record, dataset):
             warn(
                 f"{self.dir.path} was trained on other data than are there now, perhaps on some that are tested on: "
-                f"{', '.join(changed[0])}"
+                f"{', '.join(changed)}"
             )
         return dataset
 

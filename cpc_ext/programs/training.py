@@ -139,7 +139,7 @@ def _train(config: RunConfig, command: Command, run: RunDir, ranks: Ranks) -> in
     # What may take seconds, or minutes, is said before it begins.
     ranks.say(f"loading {config.data.dataset} ...")
     with _timed(phases, "data"):
-        dataset = load_data(config)
+        dataset = load_data(config) if state is None else load_data(config, state.get("data"))
         ranks.wait()  # Where data had to be fetched or decoded, some took longer.
     start = config.optimization.resume_from
     budgeted = config.optimization.time_budget is not None

@@ -44,7 +44,7 @@ def test_a_run_is_moved_to_a_device_and_its_data(folder, tmp_path, monkeypatch):
     assert moved.config.data.data_dir == tmp_path
     assert moved.config.view == run.config.view
     asked = []
-    monkeypatch.setattr(encoder_run, "load_data", lambda config: asked.append(config) or DATA)
+    monkeypatch.setattr(encoder_run, "load_data", lambda config, record: asked.append(config) or DATA)
     assert (moved.dataset(), asked) == (DATA, [moved.config])
 
 
@@ -59,7 +59,7 @@ def test_data_that_are_others_now_are_said(folder, monkeypatch, capsys):
     run = EncoderRun.open(folder, CPU)
     run.state["data"] = data_record(data.train)
     for dataset, said in others.values():
-        monkeypatch.setattr(encoder_run, "load_data", lambda config, dataset=dataset: dataset)
+        monkeypatch.setattr(encoder_run, "load_data", lambda config, record, dataset=dataset: dataset)
         found = run.dataset()
         assert found.pretrain is dataset.pretrain
         assert (found.mean, found.std, found.gray_mean, found.gray_std) == (DATA.mean, DATA.std, 0.7, 0.8)

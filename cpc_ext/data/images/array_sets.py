@@ -113,7 +113,8 @@ def codes_dataset(name: str, source: SourceFiles, arrays: Mapping[str, Any]) -> 
         )
         if train[0] is not None and test[0] is None:
             chosen = np.zeros(len(train[0]), bool)
-            chosen[[*held_out(train[1])]] = True
+            names = [f"{part.name}[{row}]" for part in parts.train for row in range(len(codes[part.name]))]
+            chosen[[*held_out(train[1], names)]] = True
             test = train[0][chosen], [train[1][i] for i in np.flatnonzero(chosen)]
             train = train[0][~chosen], [train[1][i] for i in np.flatnonzero(~chosen)]
         found = class_indices(train[1], test[1], classes, notes=notes)

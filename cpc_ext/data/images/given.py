@@ -272,13 +272,15 @@ def _write(given: _Given, folder: Path, image_size: int | None, workers: int) ->
         own = dict(enumerate(given.test_classes))
         test = [own.get(label, label) if isinstance(label, int) else label for label in test]
     if given.test is None:
-        chosen = held_out(train)
+        chosen = held_out(train, [*map(str, range(len(train)))])
         with _saying_where(folder.parent):
             order = _hold_out(folder, shapes["train"], chosen)
         ordered = [train[i] for i in order]
         train, test = ordered[: len(order) - len(chosen)], ordered[len(order) - len(chosen) :]
         if chosen:
-            said = f"nothing to test on: {len(chosen)} of {len(order)} images, a tenth of each class, are held out"
+            said = (
+                f"nothing to test on: {len(chosen)} of {len(order)} images, about a tenth of each class, are held out"
+            )
             notes.append(said)
     try:
         found = class_indices(train, test, given.classes, notes=notes)

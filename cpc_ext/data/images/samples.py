@@ -251,14 +251,16 @@ def _build(source: Source, target: Path, image_size: int | None) -> dict[str, An
     ]
     images = np.memmap(target, dtype=np.uint8, mode="r+", shape=(writer.count, *rows.shape))
     if source.test is None:
-        chosen = held_out(rows.labels[first:])
+        chosen = held_out(rows.labels[first:], rows.names[first:])
         order = move_to_end(images[first:], chosen)
         images.flush()
         rows.labels[first:] = [rows.labels[first + i] for i in order]
         rows.names[first:] = [rows.names[first + i] for i in order]
         end -= len(chosen)
         if chosen:
-            notes.append(f"no images to test on: {len(chosen)} of {len(order)}, a tenth of each class, are held out")
+            notes.append(
+                f"no images to test on: {len(chosen)} of {len(order)}, about a tenth of each class, are held out"
+            )
     return {
         "shape": list(rows.shape),
         "labels": rows.labels,

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import resource
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,9 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("CPC_EXT_CACHE", str(place))
     return place
 
+
+# Of hashes, as bytes, a tenth is below.
+TENTH = (2**64 // 10).to_bytes(8, "big")
 
 # What is said of a folder is tested where it is said, and where nothing is to be said.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -80,19 +84,34 @@ def test_validation_folder_is_the_test_split(root, name):
     assert all(path.startswith(name) for path in load(root).test.paths)
 
 
-@pytest.mark.parametrize("below", ["", "train"])
-def test_a_tenth_of_each_class_is_held_out(root, below):
+@pytest.mark.parametrize(("below", "held"), [("", [2, 4]), ("train", [2, 7])])
+def test_a_tenth_of_each_class_is_held_out(root, below, held):
     write_class(root / below / "a", 20, 0)
     write_class(root / below / "b" / "nested", 30, 1)
     write_class(root / below / "single", 1, 2)
     dataset = load(root)
-    assert np.bincount(dataset.train.labels).tolist() == [18, 27, 1]
-    assert np.bincount(dataset.test.labels).tolist() == [2, 3]
+    assert np.bincount(dataset.train.labels).tolist() == [20 - held[0], 30 - held[1], 1]
+    assert np.bincount(dataset.test.labels).tolist() == held
     assert not set(dataset.train.paths) & set(dataset.test.paths)
     for part in (dataset.train, dataset.test):
         np.testing.assert_array_equal(part.labels, part.images[:, 0, 0, 0])
         assert [int(Path(p).stem) for p in part.paths] == part.images[:, 1, 0, 0].tolist()
     assert load(root, seed=7).test.paths == dataset.test.paths
+
+
+def test_what_is_held_out_is_so_when_others_have_come(root):
+    """An image that was trained on is never tested on."""
+    trained = set()
+    for count in (2, 5, 20, 60):
+        write_class(root / "a", count)
+        write_class(root / "b", count)
+        dataset = load(root)
+        trained |= set(dataset.train.paths)
+        assert not trained & set(dataset.test.paths)
+        assert min(np.bincount(dataset.test.labels)) >= 1
+    # The rule, in other words.
+    hashed = [path for path in [*dataset.train.paths, *dataset.test.paths] if sha256(path.encode()).digest() < TENTH]
+    assert sorted(hashed) == sorted(dataset.test.paths)
 
 
 def test_without_class_folders_there_are_no_labels(root):
@@ -132,15 +151,15 @@ def test_test_images_without_classes_leave_the_training_images_theirs(root, insi
     assert len(dataset.test) == (4 if inside else 2)
 
 
-@pytest.mark.parametrize("train", ["train", "."])
-def test_unlabelled_images_are_trained_on_in_place_of_the_labelled_ones(root, train):
+@pytest.mark.parametrize(("train", "held"), [("train", 3), (".", 5)])
+def test_unlabelled_images_are_trained_on_in_place_of_the_labelled_ones(root, train, held):
     for value, name in enumerate("ab"):
         write_class(root / train / name, 20, value)
     write_class(root / "unlabeled", 5, 200)
     (root / "unlabeled" / "001.png").write_bytes(b"")
     dataset = load(root)
     assert dataset.classes == ("a", "b")
-    assert (len(dataset.pretrain), len(dataset.train), len(dataset.test)) == (4, 36, 4)
+    assert (len(dataset.pretrain), len(dataset.train), len(dataset.test)) == (4, 40 - held, held)
     assert dataset.pretrain.labels is None
     assert dataset.pretrain.images[:, 0, 0, 0].tolist() == [200] * 4
     for part in (dataset.train, dataset.test):
@@ -160,7 +179,7 @@ def test_labelled_images_that_cannot_be_read_beside_unlabelled_ones_are_an_error
 def test_the_test_set_is_told(root):
     write_class(root / "a", 20)
     write_class(root / "b", 20)
-    with pytest.warns(UserWarning, match=r"no folder of test images: 4 of 40 images, a tenth of each class, are held"):
+    with pytest.warns(UserWarning, match=r"no folder of test images: 5 of 40 images, about a tenth of each class, are"):
         load(root)
 
 
@@ -377,7 +396,7 @@ def test_a_full_disk_is_told(root, cache):
             load(root)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert len(load(root).pretrain) == 36
+    assert len(load(root).pretrain) == 38
 
 
 def test_a_cache_that_cannot_be_made_is_told(root, cache):

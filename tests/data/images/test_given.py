@@ -137,7 +137,7 @@ def test_a_mapping_of_splits():
     assert len(from_dataset(splits).test) == 4
     assert len(from_dataset(splits, (X[:2], Y[:2])).test) == 2
     with pytest.warns(UserWarning, match="test stands alone, so it is trained on"):
-        assert len(from_dataset({"test": X}).pretrain) == 27
+        assert len(from_dataset({"test": X}).pretrain) == 29
     with pytest.raises(ValueError, match="several of its splits are to train on, of cats, dogs"):
         from_dataset({"cats": X, "dogs": X})
 

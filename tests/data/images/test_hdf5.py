@@ -67,7 +67,7 @@ def test_the_contents_of_image_files(tmp_path):
         for number, content in enumerate(files):
             kept[number] = content
         file["labels"] = [f"class{label}" for label in Y]
-    with pytest.warns(UserWarning, match="4 of 40, a tenth of each class"):
+    with pytest.warns(UserWarning, match="5 of 40, about a tenth of each class"):
         data = load_dataset("hdf5", tmp_path)
     rows = [int(path.removeprefix("images[").removesuffix("]")) for path in data.train.paths]
     np.testing.assert_array_equal(data.train.images, X[rows].transpose(0, 3, 1, 2))

@@ -45,7 +45,7 @@ def test_what_save_to_disk_has_written():
 
 
 def test_parquet_as_the_hub_has_it():
-    with pytest.warns(UserWarning, match="2 of 6, a tenth of each class"):
+    with pytest.warns(UserWarning, match="2 of 6, about a tenth of each class"):
         data = load_dataset("huggingface", GOLDEN / "parquet")
     rows = [int(path.rpartition("[")[2].removesuffix("]")) for path in data.train.paths]
     np.testing.assert_array_equal(data.train.images, drawn((6,))[0][rows].transpose(0, 3, 1, 2))

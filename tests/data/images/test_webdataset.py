@@ -70,7 +70,7 @@ def test_shards_are_of_splits_by_their_names(tmp_path, names):
 
 def test_a_single_shard_has_a_part_held_out(tmp_path):
     path = shard(tmp_path / "all.tar", files(range(24)))
-    with pytest.warns(UserWarning, match="3 of 24, a tenth of each class"):
+    with pytest.warns(UserWarning, match="3 of 24, about a tenth of each class"):
         data = load_dataset("webdataset", path)
     check(data)
     assert sorted(data.test.labels) == [0, 1, 2]

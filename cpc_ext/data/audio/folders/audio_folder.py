@@ -21,9 +21,10 @@ def load(data_dir: str | Path) -> SpeechDataset:
     """Open a tree of recordings, in whatever format, rate and number of channels libsndfile reads.
 
     Splits and classes are found as for a folder of images, a class being a speaker: a training and a test folder beside
-    each other are the splits, and without either every tenth recording of each speaker is held out for testing, the
-    same ones on every run. Speakers are known where every recording lies in one of at least two folders; those of the
-    test recordings where all of them are trained on. There are no phones. Unlabelled recordings are left out.
+    each other are the splits, and without either about a tenth of each speaker's recordings is held out for testing,
+    decided by each one's path alone. Speakers are known where every recording lies in one of at least two folders;
+    those of the test recordings where all of them are trained on. There are no phones. Unlabelled recordings are left
+    out.
 
     A warning says what was taken for what where that had to be guessed, and which files were left out and why; of
     several processes that of rank 0 says it.
@@ -38,8 +39,8 @@ def load(data_dir: str | Path) -> SpeechDataset:
     if not testing:
         training, testing = hold_out(tree.train)
         tree.notes.append(
-            f"no folder of test recordings: {len(testing)} of {len(tree.train)} recordings, a tenth of each speaker's, "
-            "are held out"
+            f"no folder of test recordings: {len(testing)} of {len(tree.train)} recordings, about a tenth of each "
+            "speaker's, are held out"
         )
     speakers = class_names(root, training, testing, "recordings", tree.notes, alike=False)
     training, testing = _by_speaker(training), _by_speaker(testing)

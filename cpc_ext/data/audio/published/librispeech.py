@@ -180,7 +180,7 @@ def _split(
         testing = [file for file in files if _name(file) not in listed.get(TRAIN_LIST, have)]
     if not testing:
         count = len(training)
-        training, testing = hold_out(training)
+        training, testing = hold_out(training, drawn=True)
         notes.append(f"no list of test recordings: {len(testing)} of {count}, a tenth of each speaker's, are held out")
     unlisted = len(files) - len(training) - len(testing)
     if unlisted:

@@ -26,11 +26,12 @@ def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
     A training and a test folder beside each other, in any case and the usual spellings (train, training, trn; test,
     testing, tst; val, valid, validation, eval, dev; also train_set, testB, val2017), are the splits, at the top, below
     folders that hold nothing else, or within each class; a test folder comes before a validation folder. Without
-    either, every tenth image of each class is held out for testing, drawn the same way on every run, so that runs with
-    different seeds compare. Where all folders beside each other begin with such a word (train-clean-100, test_clean),
-    they are the splits as well, and a folder called unlabeled beside the others is what is trained on in their place.
-    Labels exist where every training image lies in one of at least two class folders; otherwise `train` is None. Test
-    images have labels where all lie in such folders; where none does, a validation folder of classes is tested on.
+    either, about a tenth of each class is held out for testing, decided by each image's path alone, so that runs with
+    different seeds compare, and an image that was trained on is not tested on when others have come. Where all folders
+    beside each other begin with such a word (train-clean-100, test_clean), they are the splits as well, and a folder
+    called unlabeled beside the others is what is trained on in their place. Labels exist where every training image
+    lies in one of at least two class folders; otherwise `train` is None. Test images have labels where all lie in such
+    folders; where none does, a validation folder of classes is tested on.
 
     image_size: side in pixels; the shorter side is resized to it and the middle square kept. Default: the images' own
     size where it is the same for all and the shorter side has at most 256 pixels, else 96.
@@ -51,7 +52,8 @@ def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
     if not testing:
         training, testing = hold_out(tree.train)
         tree.notes.append(
-            f"no folder of test images: {len(testing)} of {len(tree.train)} images, a tenth of each class, are held out"
+            f"no folder of test images: {len(testing)} of {len(tree.train)} images, about a tenth of each class, "
+            "are held out"
         )
     files = unlabeled + training + testing
     cached = decoded_images(root, files, len(unlabeled) or len(training), image_size)
