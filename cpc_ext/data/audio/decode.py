@@ -34,8 +34,13 @@ _BEYOND = 0.01
 # How libsndfile tells that the header of WAV, AIFF, AU, SVX or W64 speaks of more sound than there is. Programs that
 # write into a pipe put the largest sizes there, and others count the header as well: so small a share is forgiven.
 _CUT_OFF = re.compile(r"(?:data|SSND|Data Size|BODY|riff) *: (\d+) \(should be (\d+)\)")
-# Likewise of RF64, in samples of a channel; what a NIST SPHERE file says of itself it does not tell.
-_RF64_SAMPLES = re.compile(r"does not match value from 'ds64' chunk of (\d+)")
+# Likewise of RF64 and AVR, in samples of a channel; what a NIST SPHERE file says of itself it does not tell. Of VOC it
+# tells no numbers. The headers of IRCAM, PAF and PVF do not speak of a length.
+_SAMPLES = {
+    "RF64": re.compile(r"does not match value from 'ds64' chunk of (\d+)"),
+    "AVR": re.compile(r"^ +Frames +: (\d+)$", re.MULTILINE),
+}
+_TRUNCATED = "Seems to be a truncated file"
 _NIST_HEADER, _NIST_SAMPLES = 1024, re.compile(rb"^sample_count -i +(\d+)", re.MULTILINE)
 _OPEN_END, _FORGIVEN = 2**31 - 2**16, 0.01
 # Samples a second, of which no sound has fewer: a header that says 1 would make hours of what is a second.
@@ -167,6 +172,8 @@ def _check(path: Path, file: Any, read: int, beyond: int) -> None:
     stated, there = map(int, found.groups()) if (found := _CUT_OFF.search(file.extra_info)) else (0, 0)
     if stated < _OPEN_END and stated - there > _FORGIVEN * stated:
         raise ValueError(f"damaged: {there} of {stated} bytes of sound are there")
+    if _TRUNCATED in file.extra_info:
+        raise ValueError("damaged: its header speaks of more sound than is there")
     stated = _stated_samples(path, file)
     if stated < _OPEN_END and stated - read > _FORGIVEN * stated:
         raise ValueError(f"damaged: {read} of {stated} samples can be read")
@@ -182,8 +189,8 @@ def _check(path: Path, file: Any, read: int, beyond: int) -> None:
 def _stated_samples(path: Path, file: Any) -> int:
     """Samples that a header speaks of where libsndfile counts those that are there; 0 elsewhere."""
     found: re.Match[Any] | None = None
-    if file.format == "RF64":
-        found = _RF64_SAMPLES.search(file.extra_info)
+    if file.format in _SAMPLES:
+        found = _SAMPLES[file.format].search(file.extra_info)
     elif file.format == "NIST":
         with path.open("rb") as head:
             found = _NIST_SAMPLES.search(head.read(_NIST_HEADER))

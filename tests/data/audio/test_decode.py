@@ -123,6 +123,8 @@ WRONG = {
     "cut.w64": (lambda path: cut(path, "w64"), "damaged: .* of .* bytes of sound are there"),
     "cut.sph": (lambda path: cut(path, "nist"), "damaged: 7[0-9]* of 16000 samples can be read"),
     "cut.rf64": (lambda path: cut(path, "rf64"), "damaged: 79[0-9]* of 16000 samples can be read"),
+    "cut.avr": (lambda path: cut(path, "avr"), "damaged: 79[0-9]* of 16000 samples can be read"),
+    "cut.voc": (lambda path: cut(path, "voc"), "damaged: its header speaks of more sound than is there"),
     "cut.flac": (lambda path: cut(path, "flac"), "lost sync|damaged: .* of 16000 samples"),
     "cut.ogg": (lambda path: cut(path, "ogg"), "malformed|holds no samples|damaged: .* of 16000 samples"),
     "infinite.wav": (
