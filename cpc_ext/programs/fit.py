@@ -95,7 +95,7 @@ def fit(
             raise OptionError(f"dataset: --model {model} learns from {model_medium(model)}; give the name of such data")
     side = None if named else given_side(dataset)
     folder = None if out_dir is None else Path(out_dir).expanduser()
-    choosing = ("recipe", "device", "resume_from", "data_dir", "image_size", *LENGTHS)
+    choosing = ("recipe", "device", "resume_from", "data_dir", "image_size", "optimizer", *LENGTHS)
     run = _with_options(
         defaults_of(
             **given,

@@ -22,6 +22,7 @@ from cpc_ext.data_sets import DATASETS, medium, origin
 from cpc_ext.programs.command_line import parse_command, with_home
 from cpc_ext.training.config import (
     LENGTHS,
+    RATES,
     OptionError,
     RunConfig,
     explain,
@@ -56,6 +57,7 @@ _CHOOSING = (
     "--out-dir",
     "--data-dir",
     "--image-size",
+    "--optimizer",
     *map(option, LENGTHS),
 )
 
@@ -135,6 +137,7 @@ def defaults_of(
     resume: bool = False,
     data_dir: str | Path | None = None,
     image_size: str | int | None = None,
+    optimizer: str | None = None,
     epochs: object = None,
     steps: object = None,
     time_budget: object = None,
@@ -184,6 +187,10 @@ def defaults_of(
         except ValidationError as error:
             raise OptionError(explain(error)) from None
     _check_recipe(recipe, defaults)
+    if optimizer in RATES and optimizer != defaults.optimization.optimizer and not resume:
+        # The rate of one is none for another.
+        optimization = defaults.optimization.model_copy(update={"lr": RATES[optimizer]})
+        defaults = defaults.model_copy(update={"optimization": optimization})
     if [epochs, steps, time_budget].count(None) == len(LENGTHS) - 1:
         # The one that is given replaces whichever the defaults have.
         optimization = defaults.optimization.model_copy(update=dict.fromkeys(LENGTHS))

@@ -24,6 +24,7 @@ __all__ = [
     "LOGGERS",
     "MAY_CHANGE",
     "MOST",
+    "RATES",
     "DataSection",
     "DatasetName",
     "DeviceSection",
@@ -56,6 +57,9 @@ Optimizer = Literal["adam", "sgd", "lars"]
 # Data sets of the user's own files, and those of them that are a file for each image or recording.
 _OF_FILES = [name for name in DATASETS if origin(name).folder in ("folders", "arrays")]
 _OF_FOLDERS = [name for name in _OF_FILES if name.endswith("folder")]
+# Learning rates of optimizers that are chosen in place of a preset's: Adam's is CPCV2-PyTorch's, SGD's that of MoCo.
+# Of LARS, whose steps are a thousandth of the weights' length at a rate of 1, docs/training.md has a measurement.
+RATES = {"adam": 2e-4, "sgd": 0.03, "lars": 0.5}
 # The options that say how long a run is, of which it has one.
 LENGTHS = ("epochs", "steps", "time_budget")
 # What differs from the defaults of a model's configs, by section; and that by data set.
@@ -176,11 +180,12 @@ class OptimizationSection(Section):
         "adam",
         description="What updates the weights. adam: Adam, or AdamW where weights decay; sgd: with --momentum; lars: "
         "with it, too, and each layer's step in proportion to its weights, for large batches, as SimCLR was published. "
-        "The default of --lr is Adam's; the others want rates of their own, such as 0.03 of sgd and 0.3 of lars for "
-        "every 256 images of a batch.",
+        "Another one than the default has a default --lr of its own: "
+        + ", ".join(f"{rate:g} of {name}" for name, rate in RATES.items())
+        + ".",
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="Share of the last step that sgd and lars add to the next.")
-    lr: float = Field(2e-4, gt=0, le=1000, allow_inf_nan=False, description="Learning rate, at its highest.")
+    lr: float = Field(RATES["adam"], gt=0, le=1000, allow_inf_nan=False, description="Learning rate, at its highest.")
     schedule: Schedule = Field(
         "constant", description="Learning rate after the warm-up: constant, or a half cosine to --final-lr at the end."
     )

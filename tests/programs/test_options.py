@@ -106,6 +106,31 @@ def test_rates_of_large_batches_are_taken():
     assert parse(["--optimizer", "lars", "--lr", "29"]).run.optimization.lr == 29
 
 
+@pytest.mark.parametrize(
+    ("options", "lr"),
+    [
+        ([], 1e-3),
+        (["--optimizer", "adam"], 1e-3),  # As the preset has it.
+        (["--optimizer", "lars"], 0.5),
+        (["--optimizer=sgd"], 0.03),
+        (["--optimizer", "sgd", "--lr", "0.2"], 0.2),
+        (["--model", "moco", "--dataset", "stl10", "--optimizer", "sgd"], 0.03),
+        (["--model", "moco", "--dataset", "stl10", "--optimizer", "lars"], 0.5),
+        (["--model", "moco", "--dataset", "stl10", "--optimizer", "adam"], 2e-4),
+    ],
+)
+def test_another_optimizer_has_a_rate_of_its_own(options, lr):
+    assert parse(options).run.optimization.lr == lr
+
+
+def test_another_optimizer_than_an_earlier_runs_has_a_rate_of_its_own(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(parse(["--lr", "0.007"]).run.to_yaml())
+    assert parse(["--config", str(path)]).run.optimization.lr == 0.007
+    assert parse(["--config", str(path), "--optimizer", "adam"]).run.optimization.lr == 0.007
+    assert parse(["--config", str(path), "--optimizer", "lars"]).run.optimization.lr == 0.5
+
+
 def test_stl10_is_the_published_example():
     config = preset("cpc-v1", "stl10")
     assert (config.view.crop, config.view.patch, config.view.stride, config.view.grid_size) == (64, 16, 8, 7)
