@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from cpc_ext.data.cache import cache_dir, sync_file, sync_folder
 from cpc_ext.data.images.arrays import npy
+from cpc_ext.data.images.columns import of_type
 from cpc_ext.data.images.dataset import Dataset, ImageSet
 from cpc_ext.data.images.decode import RowWriter, SizeNotKept, reason_of
 from cpc_ext.data.images.decode_cache import DEFAULT_SIZE
@@ -61,9 +62,10 @@ def from_dataset(
     dataset: anything with a length and items, such as a ``torch.utils.data.Dataset``, one of torchvision's or of
         Hugging Face's ``datasets``, a list, or an array [N, ...]; or what can only be iterated over; or an array of
         images [N, ...] and their labels [N]; or a mapping of splits to such. An item is an image, a tuple that begins
-        with image and label, or a mapping with "image" and "label" or the like. An image is one of Pillow's, the Path
-        or the bytes of an image file, or an array [H, W], [H, W, C] or [C, H, W], C 1 or 3: integers from 0 to 255,
-        floating point from 0 to 1, and not normalised. A label is an integer or a name; others are passed over.
+        with image and label, or a mapping with "image" and "label" or the like, or whichever columns ``datasets`` knows
+        to be of images and class labels. An image is one of Pillow's, the Path or the bytes of an image file, or an
+        array [H, W], [H, W, C] or [C, H, W], C 1 or 3: integers from 0 to 255, floating point from 0 to 1, and not
+        normalised. A label is an integer or a name; others are passed over.
     test: likewise, to test on. None: a tenth of each class is held out.
     unlabeled: likewise, to train on in place of `dataset`, which is then for probes.
     classes: names, where labels are integers. None: those that the data set has as ``classes``, or a class label of
@@ -138,7 +140,7 @@ def given_side(dataset: Any) -> int | None:
         if isinstance(train, tuple):
             train = train[0]
         # Not by _items, whose DataLoader draws from PyTorch's generator.
-        pixels = _Convert(None)(train[0]).pixels
+        pixels = _Convert.of(train, None)(train[0]).pixels
     except Exception:  # It is any code of the user's; what is wrong is said where the images are kept.
         return None
     return None if isinstance(pixels, str) else min(pixels.shape[:2])
@@ -192,6 +194,10 @@ class _Given:
             given.classes = _distinct(str(name) for name in given.classes or _classes(given.train))
         else:
             given.classes = [str(name) for name in classes]
+        notes: list[str] = []
+        for part in (given.train, given.test, given.unlabeled):
+            _columns(part, notes)
+        given.notes = [*given.notes, *dict.fromkeys(notes)]
         return given
 
     def require_again(self) -> None:
@@ -215,15 +221,29 @@ class _Item(NamedTuple):
 
 @dataclass(frozen=True)
 class _Convert:
-    """From an item to what is kept of it; sent to workers."""
+    """From an item to what is kept of it; sent to workers.
+
+    image_keys, label_keys: where items that are mappings have their images and labels, in the order of preference.
+    """
 
     image_size: int | None
+    image_keys: tuple[str, ...] = _IMAGE_KEYS
+    label_keys: tuple[str, ...] = _LABEL_KEYS
+
+    @classmethod
+    def of(cls, dataset: Any, image_size: int | None) -> _Convert:
+        image, label = _columns(dataset, [])
+        return cls(
+            image_size,
+            _IMAGE_KEYS if image is None else (image, *_IMAGE_KEYS),
+            _LABEL_KEYS if label is None else (label, *_LABEL_KEYS),
+        )
 
     def __call__(self, item: Any) -> _Item:
         image, label = item, None
         if isinstance(item, Mapping):
-            image = next((item[key] for key in _IMAGE_KEYS if key in item), None)
-            label = next((item[key] for key in _LABEL_KEYS if key in item), None)
+            image = next((item[key] for key in self.image_keys if key in item), None)
+            label = next((item[key] for key in self.label_keys if key in item), None)
             if image is None:
                 return _Item(
                     f"has no image: expected one of the keys {', '.join(_IMAGE_KEYS)}, got {', '.join(map(str, item))}"
@@ -303,7 +323,7 @@ def _write_part(
         out.write(b"\0" * _HEADER_BYTES)
         rows = RowWriter(out, image_size)
         total = len(dataset) if hasattr(dataset, "__len__") and not isinstance(dataset, tuple) else None
-        items = _items(dataset, _Convert(image_size), workers)
+        items = _items(dataset, _Convert.of(dataset, image_size), workers)
         for number, item in enumerate(tqdm(items, f"reading {part}", total, unit="image", disable=None)):
             if isinstance(item.pixels, str):
                 raise ValueError(f"dataset: item {number} ({part}): {item.pixels}")
@@ -393,15 +413,35 @@ def _is_array(value: Any) -> bool:
 
 def _classes(dataset: Any) -> Sequence[str]:
     """The names that a data set has for its classes; () where it has none."""
-    while dataset is not None:
-        features = getattr(dataset, "features", None)
+    for whole in _wholes(dataset):
+        features = getattr(whole, "features", None)
         if isinstance(features, Mapping):
-            return next((features[key].names for key in _LABEL_KEYS if hasattr(features.get(key), "names")), ())
-        classes = getattr(dataset, "classes", None)
+            label = _columns(whole, [])[1]
+            return () if label is None else getattr(features[label], "names", ())
+        classes = getattr(whole, "classes", None)
         if isinstance(classes, list | tuple):
             return classes
-        dataset = getattr(dataset, "dataset", None)  # A subset names what it is a part of.
     return ()
+
+
+def _columns(dataset: Any, notes: list[str]) -> tuple[str | None, str | None]:
+    """The columns of images and of labels in what says the types of its columns, as Hugging Face's data sets do.
+
+    None where there is none of such a type. notes: where it goes that there are several.
+    """
+    for whole in _wholes(dataset):
+        features = getattr(whole, "features", None)
+        if isinstance(features, Mapping):
+            kinds = {str(name): type(feature).__name__ for name, feature in features.items()}
+            return of_type("Image", kinds, _IMAGE_KEYS, notes), of_type("ClassLabel", kinds, _LABEL_KEYS, notes)
+    return None, None
+
+
+def _wholes(dataset: Any) -> Iterator[Any]:
+    """A data set, and what it is a part of, as a subset names that."""
+    while dataset is not None:
+        yield dataset
+        dataset = getattr(dataset, "dataset", None)
 
 
 def _distinct(names: Iterable[str]) -> list[str]:

@@ -38,6 +38,8 @@ def to_pixels(image: object, image_size: int | None = None) -> np.ndarray:
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             image = ImageOps.exif_transpose(image)  # A copy: the image is somebody's.
         return opened_to_pixels(image, size, shrinks=False)
+    if isinstance(image, str):
+        raise TypeError(f"expected an image or an array, got the text {image!r:.80}; a file is given as pathlib.Path")
     array = _as_array(image)
     if array.dtype == np.uint8 and array.ndim == 1:
         return opened_to_pixels(decode_bytes(array.tobytes()), size)

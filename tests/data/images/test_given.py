@@ -150,13 +150,60 @@ def test_classes_by_whoever_knows_them():
     assert from_dataset(named).classes == ("x", "y", "z")
 
     class Features(Pictures):
-        features = {"img": None, "label": type("ClassLabel", (), {"names": ["p", "q", "r"]})()}  # noqa: RUF012
+        features = {"img": None, "label": class_label(["p", "q", "r"])}  # noqa: RUF012
 
     assert from_dataset(Features()).classes == ("p", "q", "r")
     with pytest.raises(ValueError, match=r"dataset: labels 2 are none of the 2 classes \(a, b\)"):
         from_dataset(Pictures(), classes=["a", "b"])
     with pytest.raises(ValueError, match="dataset: classes: expected a name for each, got several that are called cat"):
         from_dataset(Pictures(), classes=["cat", "cat", "dog"])
+
+
+def class_label(names):
+    """What Hugging Face's data sets say of a column of classes."""
+    return type("ClassLabel", (), {"names": names})()
+
+
+IMAGES = type("Image", (), {})()  # And of one of images.
+
+
+class Columns:
+    """A data set that says the types of its columns, as Hugging Face's do."""
+
+    def __init__(self, columns, features):
+        self.columns, self.features = columns, features
+
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, row):
+        return {name: values[row] for name, values in self.columns.items()}
+
+
+@pytest.mark.parametrize("subset", [False, True])
+def test_columns_of_images_and_classes_by_their_types(subset):
+    columns = {"id": np.arange(len(X)), "photo": X, "species": Y}
+    given = Columns(columns, {"id": object(), "photo": IMAGES, "species": class_label(["ant", "bee", "cow"])})
+    data = from_dataset(Subset(given, range(len(X))) if subset else given)
+    assert data.classes == ("ant", "bee", "cow")
+    images, labels = pixels_and_labels(data)
+    np.testing.assert_array_equal(labels, Y)
+    np.testing.assert_array_equal(images, X)
+
+
+def test_of_several_columns_of_a_type_the_usual_one_counts():
+    columns = {"mask": X[::-1], "image": X, "coarse_label": Y % 2, "fine_label": Y}
+    features = {
+        "mask": IMAGES,
+        "image": IMAGES,
+        "coarse_label": class_label(["x", "y"]),
+        "fine_label": class_label(["ant", "bee", "cow"]),
+    }
+    with pytest.warns(UserWarning, match="labels are taken from column fine_label, and not from coarse_label") as told:
+        data = from_dataset(Columns(columns, features))
+    assert "images are taken from column image, and not from mask" in str(told[0].message)
+    assert data.classes == ("ant", "bee", "cow")
+    np.testing.assert_array_equal(pixels_and_labels(data)[0], X)
 
 
 def test_classes_of_a_data_set_that_have_the_same_name_get_their_numbers():
@@ -319,7 +366,11 @@ def test_a_label_of_minus_one_is_none():
         (Path("photos"), TypeError, r"got \w*Path; files are opened by their kind"),
         (DataLoader(Pictures()), TypeError, r"got a DataLoader, whose items are batches: give its \.dataset"),
         ([], ValueError, r"expected images, got none \(train\)"),
-        ([(X[0], 0), ("cat.png", 0)], ValueError, r"item 1 \(train\): expected an image .* got str"),
+        (
+            [(X[0], 0), ("cat.png", 0)],
+            ValueError,
+            r"item 1 \(train\): expected an image .* the text 'cat.png'; .* as pathlib.Path",
+        ),
         ([X[0], X[1] * 2.0], ValueError, r"item 1 \(train\): floating point has values"),
         ([X[0], X[1, ..., 0]], ValueError, r"item 1 \(train\): 1 channels, the images before it have 3"),
         ([X[0], b"\xff\xd8\xff"], ValueError, r"item 1 \(train\): "),

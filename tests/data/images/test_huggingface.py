@@ -106,6 +106,26 @@ def test_columns_and_kinds_of_files(tmp_path, options):
     check(quiet(tmp_path), classes=("0", "1", "2") if "features" in options else tuple(NAMES))
 
 
+def test_of_several_columns_of_a_type_the_usual_one_counts(tmp_path):
+    """As CIFAR-100's, wherever the coarse labels stand; which was taken is told."""
+    kinds = {"mask": "Image", "image": "Image", "coarse_label": "ClassLabel", "fine_label": "ClassLabel"}
+    names = {"coarse_label": ["x", "y"], "fine_label": NAMES}
+    about = {name: {"_type": kind} | ({"names": names[name]} if name in names else {}) for name, kind in kinds.items()}
+    for split, rows in (("train", range(18)), ("test", range(18, 24))):
+        made = {
+            "mask": [{"bytes": encoded(X[0]), "path": None} for _ in rows],
+            "image": [{"bytes": encoded(X[row]), "path": None} for row in rows],
+            "coarse_label": [int(Y[row]) % 2 for row in rows],
+            "fine_label": [int(Y[row]) for row in rows],
+        }
+        metadata = {"huggingface": json.dumps({"info": {"features": about}})}
+        write(tmp_path / f"{split}.arrow", pyarrow.table(made).replace_schema_metadata(metadata))
+    with pytest.warns(UserWarning, match="labels are taken from column fine_label, and not from coarse_label") as told:
+        data = load_dataset("huggingface", tmp_path)
+    assert "images are taken from column image, and not from mask" in str(told[0].message)
+    check(data)
+
+
 def test_other_columns_are_of_no_interest(tmp_path):
     for split, rows in (("train", range(18)), ("test", range(18, 24))):
         more = {"caption": ["a"] * len(rows), "boxes": [[1.0, 2.0]] * len(rows)}

@@ -100,7 +100,7 @@ def test_somebodys_image_stays_as_it_was():
         (np.zeros((2, 4, 4, 3), np.uint8), ValueError, "expected an image"),
         (np.zeros((0, 4, 3), np.uint8), ValueError, "expected an image"),
         (np.zeros((4, 4), np.complex64), TypeError, "array of numbers, got ndarray"),
-        ("cat.png", TypeError, "array of numbers, got str"),
+        ("cat.png", TypeError, r"the text 'cat\.png'; a file is given as pathlib\.Path"),
         (None, TypeError, "array of numbers, got NoneType"),
         (7, TypeError, "array of numbers, got int"),
         ([[1, 2], [3]], TypeError, "expected an image or an array, got list"),

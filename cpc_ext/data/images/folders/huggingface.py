@@ -18,6 +18,7 @@ import PIL
 
 from cpc_ext.data.decoded_cache import require_lasting
 from cpc_ext.data.file_tree import TreeFile
+from cpc_ext.data.images.columns import of_type
 from cpc_ext.data.images.dataset import Dataset
 from cpc_ext.data.images.labels import label_in
 from cpc_ext.data.images.samples import Sample, Source, labelled_parts, load_source
@@ -43,8 +44,8 @@ def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
     """Open what ``save_to_disk`` has written, or Arrow or Parquet files below a folder: decoded once into the cache.
 
     Words in the names of files and folders are the splits (train/data-00000-of-00001.arrow, test-00000.parquet);
-    without, a tenth of each class is held out. The images are the first column of images, the labels the first of
-    class labels, or those that are called so.
+    without, a tenth of each class is held out. The images are the column of images, the labels that of class
+    labels, of several the one that is called so, else the first, which is told; without types those that are called so.
 
     image_size: as :func:`cpc_ext.data.images.folders.folder.load` takes it.
 
@@ -69,7 +70,7 @@ def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
             classes=lambda: columns.classes,
             reader=("Pillow", PIL.__version__),
             notes=[*source.notes, *parts.notes, *columns.notes],
-            state=_state_beside(source.root, source.files),
+            state=[columns.image, columns.label, *_state_beside(source.root, source.files)],
         ),
         image_size,
     )
@@ -115,7 +116,7 @@ def _named_in(path: Path) -> set[str] | None:
 class _Columns(NamedTuple):
     """The names of the columns of images and of labels, if there are any, and of the classes, if they are known.
 
-    notes: what is to be said of a column of labels that cannot be taken.
+    notes: what is to be said of columns that are not taken.
     """
 
     image: str
@@ -205,10 +206,11 @@ def _columns(schema: Any, path: Path) -> _Columns:
         features = {}
     kinds = {name: about.get("_type") for name, about in features.items() if isinstance(about, dict)}
 
+    kinds = {name: kinds[name] for name in schema.names if name in kinds}
+    notes: list[str] = []
+
     def column(kind: str, names: Sequence[str]) -> str | None:
-        known = [name for name in schema.names if kinds.get(name) == kind]
-        called = [name for name in names if name in schema.names]
-        return next(iter((*known, *called)), None)
+        return of_type(kind, kinds, names, notes) or next((name for name in names if name in schema.names), None)
 
     image, label = column("Image", _IMAGES), column("ClassLabel", _LABELS)
     if image is None:
@@ -216,7 +218,6 @@ def _columns(schema: Any, path: Path) -> _Columns:
     kind = str(schema.field(image).type)
     if not kind.startswith(("struct<", "binary", "large_binary")):
         raise ValueError(f"{path}: expected images as the content of files in column {image}, found {kind}")
-    notes = []
     if label is not None:
         kind = str(schema.field(label).type)
         if not kind.removeprefix("dictionary<values=").startswith(_LABEL_TYPES):
