@@ -1,0 +1,59 @@
+"""constraints.txt: its versions go together, as far as what is installed here tells."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def pins() -> dict[str, str]:
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines if "==" in line)}
+
+
+def ours() -> set[str]:
+    """The packages that pyproject.toml asks for, those of the extras among them."""
+    text = (REPOSITORY / "pyproject.toml").read_text()
+    lists = text.partition("\ndependencies = [")[2].partition("\n[tool.")[0]
+    return {canonicalize_name(name) for name in re.findall(r'"([A-Za-z][\w-]*)(?:>=|;|")', lists)}
+
+
+def needs(names: set[str]) -> Iterator[tuple[str, Requirement]]:
+    """What installed packages, and those that they need, ask for, with the names of who asks."""
+    seen: set[str] = set()
+    waiting = [*names]
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            asked = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        for requirement in map(Requirement, asked):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                yield name, requirement
+                waiting.append(canonicalize_name(requirement.name))
+
+
+def test_the_extras_are_found():
+    assert {"torch", "soundfile", "timm", "mlflow-skinny", "wandb", "furo"} <= ours()
+
+
+def test_pins_are_what_installed_packages_ask_for():
+    known = pins()
+    wrong = [
+        f"{name} asks for {requirement}, constraints.txt has {known[package]}"
+        for name, requirement in needs(ours())
+        if (package := canonicalize_name(requirement.name)) in known
+        and not requirement.specifier.contains(known[package], prereleases=True)
+    ]
+    assert not wrong
