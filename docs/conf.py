@@ -11,6 +11,7 @@ import inspect
 import posixpath
 import re
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from sphinx.application import Sphinx
@@ -18,6 +19,7 @@ from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
 
 import cpc_ext
+import cpc_ext.hub
 from cpc_ext import __version__
 
 project = "cpc_ext"
@@ -150,11 +152,15 @@ def _skipped(app: Sphinx, what: str, name: str, thing: Any, skip: bool, options:
     return True if str(getattr(thing, "__doc__", "")).startswith("Alias for field number") else None
 
 
+def _public_modules() -> list[ModuleType]:
+    """The modules whose names are public. The hub is imported by its name alone, as it needs a library of its own."""
+    return [cpc_ext, cpc_ext.hub, *filter(inspect.ismodule, (getattr(cpc_ext, name) for name in cpc_ext.__all__))]
+
+
 def _check_complete(app: Sphinx, env: BuildEnvironment) -> None:
     """Warns of public names that have no entry on any page, as a constant without `autodata` has none."""
     entries = {entry[0] for entry in env.domains.python_domain.get_objects()}
-    modules = [cpc_ext, *filter(inspect.ismodule, (getattr(cpc_ext, name) for name in cpc_ext.__all__))]
-    for module in modules:
+    for module in _public_modules():
         for name in module.__all__:
             if f"{module.__name__}.{name}" not in entries and not inspect.ismodule(getattr(module, name)):
                 logging.getLogger(__name__).warning("no page describes %s.%s", module.__name__, name)

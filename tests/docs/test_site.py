@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import re
 import runpy
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,10 +13,11 @@ import pytest
 import cpc_ext
 
 pytest.importorskip("sphinx.application", reason="needs cpc_ext[docs]")
+pytest.importorskip("huggingface_hub", reason="needs cpc_ext[docs]")
 CONF = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "conf.py"))
 PUBLIC = [
     pytest.param(getattr(module, name), id=f"{module.__name__}.{name}")
-    for module in [cpc_ext, *filter(inspect.ismodule, map(partial(getattr, cpc_ext), cpc_ext.__all__))]
+    for module in CONF["_public_modules"]()
     for name in module.__all__
     if inspect.isclass(getattr(module, name)) or inspect.isfunction(getattr(module, name))
 ]
