@@ -265,7 +265,9 @@ def _role(name: str, array: Any) -> _Role:
     """What an array is, by its name, else by its folders' or groups', and by its shape where these say nothing."""
     by: Literal["name", "folder"]
     for by, words in (("name", in_words(name.rpartition("/")[2])), ("folder", in_words(name))):
-        if "classes" in words or ("names" in words and _LABELS & {*words}):
+        # A table is none of names, as dSprites' latents_classes.
+        in_one_row = array.size == max(array.shape, default=1)
+        if in_one_row and ("classes" in words or ("names" in words and _LABELS & {*words})):
             return _Role("classes", by)
         for word in reversed(words):
             if word in _LABELS:

@@ -218,6 +218,14 @@ def test_classes_have_names_where_an_array_has_them(tmp_path):
     np.testing.assert_array_equal(data.train.labels, Y[:30])
 
 
+def test_a_table_called_classes_is_none_of_names(tmp_path):
+    """As dSprites' latents_classes, a row of factors for each image."""
+    np.savez(tmp_path / "shapes.npz", imgs=X, latents_classes=np.stack([Y, Y // 2], 1))
+    with pytest.warns(UserWarning, match="passed over arrays that are no images: latents_classes"):
+        data = load_dataset("npy", tmp_path / "shapes.npz")
+    assert (len(data.pretrain), data.classes) == (36, ())
+
+
 def test_labels_of_minus_one_are_none(tmp_path):
     np.savez(tmp_path / "all.npz", x_train=X[:30], y_train=np.full(30, -1), x_test=X[30:], y_test=np.full(10, -1))
     assert quiet(tmp_path).train is None
