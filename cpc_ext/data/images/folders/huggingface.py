@@ -204,9 +204,9 @@ def _columns(schema: Any, path: Path) -> _Columns:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     except (ValueError, AttributeError):
         features = {}
-    kinds = {name: about.get("_type") for name, about in features.items() if isinstance(about, dict)}
+    types = {name: str(about.get("_type")) for name, about in features.items() if isinstance(about, dict)}
 
-    kinds = {name: kinds[name] for name in schema.names if name in kinds}
+    kinds = {name: types[name] for name in schema.names if name in types}
     notes: list[str] = []
 
     def column(kind: str, names: Sequence[str]) -> str | None:
