@@ -381,6 +381,11 @@ CALLS: dict[str, tuple[Callable, dict, dict]] = {
         {"samples": 2},
         {"rows": [0], "channels": [0], "steps": [0], "dim": [0], "keys": [0, 1], "samples": [0], "shared": [True]},
     ),
+    "predict_and_contrast shared": (
+        predict,
+        {"samples": 7, "steps": 12, "shared": True},
+        {"rows": [0], "channels": [0], "steps": [0], "dim": [0], "keys": [0, 1], "samples": [0]},
+    ),
     "logistic_mixture_nll": (
         likelihood,
         {},

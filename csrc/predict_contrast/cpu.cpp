@@ -1,7 +1,8 @@
 // Predictions that are contrasted as they are made, on the CPU: blocks of contexts, each through all steps. A step
 // multiplies its matrix into those of the block that it uses, contrasts these predictions as info_nce does, and turns
-// their gradients into those of contexts and matrix. All sums go on in the results from block to block, row by row,
-// whatever the number of threads.
+// their gradients into those of contexts and matrix. Where many steps share their negatives, their predictions are
+// contrasted together between these products (shared_negatives.h). All sums go on in the results from block to block,
+// row by row, whatever the number of threads.
 // Where the processor multiplies pairs of bfloat16, contexts and matrices of that type are multiplied as they are, and
 // the gradients of predictions rounded to it; predictions are not, and are contrasted in float.
 #include <algorithm>
@@ -14,6 +15,7 @@
 #include "info_nce/sampled.h"
 #include "predict_contrast/predict_contrast.h"
 #include "predict_contrast/products.h"
+#include "predict_contrast/shared_negatives.h"
 
 namespace cpc::predict_contrast::cpu::CPC_ISA {
 namespace {
@@ -61,7 +63,8 @@ class PredictAndContrast {
         d_(problem.dim()),
         e_(problem.channels()),
         n_(problem.keys_count()),
-        block_(std::min(kBlockRows, problem.rows())) {}
+        shares_(SharedNegatives<S>::takes(problem)),
+        block_(std::min(shares_ ? SharedNegatives<S>::most_rows(problem) : kBlockRows, problem.rows())) {}
 
   int64_t workspace() const {
     Parts parts(nullptr);
@@ -73,11 +76,13 @@ class PredictAndContrast {
     Parts parts(memory);
     Buffers b(parts, *this);
     prepare(b);
-    for (int64_t first = 0; first < problem_.rows(); first += block_)
-      for (int64_t step = 0; step < problem_.steps(); ++step) {
-        const int64_t count = take_rows(b, step, first, std::min(problem_.rows(), first + block_));
-        if (count > 0) predict_rows(b, step, count);
-      }
+    for (int64_t first = 0; first < problem_.rows(); first += block_) {
+      const int64_t end = std::min(problem_.rows(), first + block_);
+      if (shares_)
+        all_steps(b, first, end);
+      else
+        for (int64_t step = 0; step < problem_.steps(); ++step) one_step(b, step, first, end);
+    }
     finish(b.grad_contexts, problem_.grad_contexts);
     finish(b.grad_weights, problem_.grad_weights);
     finish(b.grad_keys, problem_.grad_keys);
@@ -92,11 +97,13 @@ class PredictAndContrast {
     S *keys, *grad_contexts, *grad_weights, *grad_keys;  // The tensors, or of another type than theirs.
     E *to_predict, *to_contexts;                         // [K] panels of the transposed matrices, and of the matrices.
     E *contexts, *context_panels;                        // The rows of a block that a step uses: [rows, E].
-    S *predictions, *grad_predictions;
-    E *grad_rows, *grad_pairs;  // The gradients of predictions as they are multiplied.
-    S *row_weights, *losses;
-    int64_t *rows, *targets, *negatives, *ranks;
-    char* contrast;  // What the contrast needs.
+    E *grad_rows, *grad_pairs;  // The gradients of predictions as they are multiplied in pairs.
+    int64_t* rows;              // Those rows.
+    // Where steps are contrasted one after another, what belongs to those rows, and what the contrast needs.
+    S *predictions, *grad_predictions, *row_weights, *losses;
+    int64_t *targets, *negatives, *ranks;
+    char* contrast;
+    typename SharedNegatives<S>::Buffers shared;  // Where they are contrasted together.
 
     Buffers(Parts& parts, const PredictAndContrast& a) {
       const Problem& p = a.problem_;
@@ -108,18 +115,19 @@ class PredictAndContrast {
       to_contexts = parts.take<E>(a.wants_contexts() ? p.steps() * Panels<E>::size(a.d_, a.e_) : 0);
       contexts = parts.take<E>(a.block_ * a.context_pitch());
       context_panels = parts.take<E>(a.wants_weights() ? Panels<E>::size(a.block_, a.e_) : 0);
+      const int64_t rounded = kStep > 1 && a.wants_predictions() ? padded_depth<E>(a.block_) * a.grad_pitch() : 0;
+      for (E** part : {&grad_rows, &grad_pairs}) *part = parts.take<E>(rounded);
+      rows = parts.take<int64_t>(a.block_);
+      if (a.shares_) {
+        shared = {parts, a.shared(), a.wants_predictions()};
+        return;
+      }
       predictions = parts.take<S>(a.block_ * a.d_);
       // A register more, as its last row is read in whole ones.
       grad_predictions = parts.take<S>(a.wants_predictions() ? a.block_ * a.d_ + kLane : 0);
-      if constexpr (kStep == 1) {
-        grad_rows = grad_pairs = grad_predictions;
-      } else {
-        const int64_t rounded = a.wants_predictions() ? padded_depth<E>(a.block_) * a.grad_pitch() : 0;
-        for (E** part : {&grad_rows, &grad_pairs}) *part = parts.take<E>(rounded);
-      }
       row_weights = parts.take<S>(a.block_);
       losses = parts.take<S>(a.block_);
-      for (int64_t** part : {&rows, &targets, &ranks}) *part = parts.take<int64_t>(a.block_);
+      for (int64_t** part : {&targets, &ranks}) *part = parts.take<int64_t>(a.block_);
       negatives = parts.take<int64_t>(a.block_ * p.samples());
       const info_nce::Problem contrast_of_block = a.contrast_of(*this, a.block_);
       contrast = parts.take<char>(with_contrast(contrast_of_block, [](const auto& c) { return c.workspace(); }));
@@ -147,6 +155,8 @@ class PredictAndContrast {
     return {b.to_contexts + step * Panels<E>::size(d_, e_), d_, e_};
   }
 
+  SharedNegatives<S> shared() const { return {problem_, block_}; }
+
   // What is packed or converted once, and results without any row.
   void prepare(const Buffers& b) const {
     std::fill_n(problem_.losses.template as<S>(), problem_.losses.numel(), S{});
@@ -172,20 +182,12 @@ class PredictAndContrast {
     });
   }
 
-  // Brings together what belongs to the rows in [begin, end) that a step uses. Returns how many these are.
+  // Brings together those contexts of the rows in [begin, end) that a step uses. Returns how many these are.
   int64_t take_rows(const Buffers& b, int64_t step, int64_t begin, int64_t end) const {
-    const int64_t samples = problem_.samples(), of_step = step * problem_.rows();
-    const auto* const targets = problem_.targets.template as<const int64_t>() + of_step;
-    const auto* const row_weights = problem_.row_weights.template as<const S>() + of_step;
+    const auto* const targets = problem_.targets.template as<const int64_t>() + step * problem_.rows();
     int64_t count = 0;
-    for (int64_t row = begin; row < end; ++row) {
-      if (targets[row] < 0) continue;
-      b.rows[count] = row;
-      b.targets[count] = targets[row];
-      b.row_weights[count] = row_weights[row];
-      if (samples > 0) std::copy_n(problem_.negatives_of(step, row), samples, b.negatives + count * samples);
-      ++count;
-    }
+    for (int64_t row = begin; row < end; ++row)
+      if (targets[row] >= 0) b.rows[count++] = row;
     const auto* const contexts = problem_.contexts.template as<const Storage>();
     each(workers_for(kCopyNanoseconds * static_cast<double>(count * e_)), count,
          [&](int64_t i) { to_padded_elements(b.contexts + i * context_pitch(), contexts + b.rows[i] * e_, e_); });
@@ -210,38 +212,71 @@ class PredictAndContrast {
     return c;
   }
 
-  void predict_rows(const Buffers& b, int64_t step, int64_t count) const {
-    const int threads = workers_for(2. * static_cast<double>(count * d_ * e_) / kFlopsPerNanosecond);
-    S* const predictions = b.predictions;
-    product<false>(threads, Left<E, false>{b.contexts, context_pitch()}, predict_panels(b, step), count,
-                   [predictions, d = d_](int64_t row) { return predictions + row * d; });
+  // Predicts, contrasts and differentiates rows [first, end) of a step.
+  void one_step(const Buffers& b, int64_t step, int64_t first, int64_t end) const {
+    const int64_t count = take_rows(b, step, first, end);
+    if (count == 0) return;
+    predict_rows(b, step, count, [&b, d = d_](int64_t i) { return b.predictions + i * d; });
     contrast(b, step, count);
-    if (wants_predictions()) round_gradients(b, count);
+    if (wants_predictions()) differentiate(b, step, count, b.grad_predictions);
+  }
+
+  // The same of all steps, whose predictions are contrasted together.
+  void all_steps(const Buffers& b, int64_t first, int64_t end) const {
+    const SharedNegatives<S> shared = this->shared();
+    for (int64_t step = 0; step < problem_.steps(); ++step) {
+      const int64_t count = take_rows(b, step, first, end);
+      predict_rows(b, step, count, [&](int64_t i) { return shared.prediction(b.shared, b.rows[i] - first, step); });
+      for (int64_t i = 0; i < count; ++i) shared.place(b.shared, b.rows[i] - first, step) = i;
+    }
+    S* const grad_keys = problem_.grad_keys.ndim != 0 ? b.grad_keys : nullptr;
+    shared.run(b.shared, b.keys, grad_keys, wants_predictions(), first, end);
+    for (int64_t step = 0; wants_predictions() && step < problem_.steps(); ++step)
+      differentiate(b, step, take_rows(b, step, first, end), shared.gradients(b.shared, step));
+  }
+
+  int product_threads(int64_t count) const {
+    return workers_for(2. * static_cast<double>(count * d_ * e_) / kFlopsPerNanosecond);
+  }
+
+  template <class RowOf>
+  void predict_rows(const Buffers& b, int64_t step, int64_t count, const RowOf& row_of) const {
+    product<false>(product_threads(count), Left<E, false>{b.contexts, context_pitch()}, predict_panels(b, step), count,
+                   row_of);
+  }
+
+  // Adds what so many rows' predictions, of these gradients, come to in contexts and in a step's matrix.
+  void differentiate(const Buffers& b, int64_t step, int64_t count, const S* gradients) const {
+    const int threads = product_threads(count);
+    const E *grad_rows = b.grad_rows, *grad_pairs = b.grad_pairs;
+    if constexpr (kStep > 1)
+      round_gradients(b, count, gradients);
+    else
+      grad_rows = grad_pairs = gradients;
     if (wants_contexts())
-      product<true>(threads, Left<E, false>{b.grad_rows, grad_pitch()}, context_gradient_panels(b, step), count,
+      product<true>(threads, Left<E, false>{grad_rows, grad_pitch()}, context_gradient_panels(b, step), count,
                     [&b, e = e_](int64_t row) { return b.grad_contexts + b.rows[row] * e; });
     if (!wants_weights()) return;
     const Panels<E> contexts{b.context_panels, count, e_};
     each(workers_for(kCopyNanoseconds * static_cast<double>(count * e_)), contexts.count(),
          [&](int64_t panel) { contexts.pack(panel, b.contexts, context_pitch()); });
     S* const of_step = b.grad_weights + step * d_ * e_;
-    product<true>(threads, Left<E, true>{b.grad_pairs, grad_pitch()}, contexts, d_,
+    product<true>(threads, Left<E, true>{grad_pairs, grad_pitch()}, contexts, d_,
                   [of_step, e = e_](int64_t row) { return of_step + row * e; });
   }
 
   // Gradients of predictions as they are multiplied, where that is in pairs: row by row, and in pairs of rows.
-  void round_gradients(const Buffers& b, int64_t count) const {
-    if constexpr (kStep > 1)
-      each(workers_for(kCopyNanoseconds * static_cast<double>(count * d_)), divide_up(count, kStep), [&](int64_t pair) {
-        const int64_t row = kStep * pair;
-        const S* const first = b.grad_predictions + row * d_;
-        for (int64_t k = 0; k < d_; k += kLane) {
-          const auto second = row + 1 < count ? load_register(first + d_ + k) : Register<S>{};
-          E* const to = b.grad_rows + row * grad_pitch() + k;
-          round_pair(load_register(first + k), second, d_ - k, to, grad_pitch(),
-                     b.grad_pairs + row * grad_pitch() + kStep * k);
-        }
-      });
+  void round_gradients(const Buffers& b, int64_t count, const S* gradients) const {
+    each(workers_for(kCopyNanoseconds * static_cast<double>(count * d_)), divide_up(count, kStep), [&](int64_t pair) {
+      const int64_t row = kStep * pair;
+      const S* const first = gradients + row * d_;
+      for (int64_t k = 0; k < d_; k += kLane) {
+        const auto second = row + 1 < count ? load_register(first + d_ + k) : Register<S>{};
+        E* const to = b.grad_rows + row * grad_pitch() + k;
+        round_pair(load_register(first + k), second, d_ - k, to, grad_pitch(),
+                   b.grad_pairs + row * grad_pitch() + kStep * k);
+      }
+    });
   }
 
   template <bool kAdds, bool kTransposed, class RowOf>
@@ -255,6 +290,12 @@ class PredictAndContrast {
   }
 
   void contrast(const Buffers& b, int64_t step, int64_t count) const {
+    const int64_t samples = problem_.samples(), of_step = step * problem_.rows();
+    for (int64_t i = 0; i < count; ++i) {
+      b.targets[i] = problem_.targets.template as<const int64_t>()[of_step + b.rows[i]];
+      b.row_weights[i] = problem_.row_weights.template as<const S>()[of_step + b.rows[i]];
+      if (samples > 0) std::copy_n(problem_.negatives_of(step, b.rows[i]), samples, b.negatives + i * samples);
+    }
     const info_nce::Problem problem = contrast_of(b, count);
     if (problem.sampled())
       Sampled<S>(problem).run(b.contrast);
@@ -282,7 +323,9 @@ class PredictAndContrast {
   }
 
   const Problem& problem_;
-  int64_t d_, e_, n_, block_;
+  int64_t d_, e_, n_;
+  bool shares_;  // Whether steps share their negatives, and are contrasted together.
+  int64_t block_;
 };
 
 }  // namespace

@@ -6,9 +6,9 @@
 // and its ranks[k][m] -1, and neither its context nor its negatives are looked at. The gradients are of the sum of
 // row_weights * losses.
 //
-// Predictions exist for a block of contexts and one step at a time, and so do their gradients, which are rounded to
-// bfloat16 where the tensors are of that type and the processor multiplies it. Sums are in float, in double where the
-// tensors are, in an order that depends on the sizes only.
+// Predictions exist for a block of contexts at a time, of one step, or of all where many share their negatives, and so
+// do their gradients, which are rounded to bfloat16 where the tensors are of that type and the processor multiplies it.
+// Sums are in float, in double where the tensors are, in an order that depends on the sizes only.
 //
 // An index that names no key is std::out_of_range. Who owns memory: the caller, all of it.
 #pragma once

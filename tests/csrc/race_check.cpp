@@ -121,15 +121,15 @@ void info_nce_kernels() {
     }
 }
 
-// More contexts than a block, of which steps use some, with all keys and sampled ones.
+// More contexts than a block, of which steps use some, with all keys and sampled ones, the same in all steps or not.
 void predict_contrast_kernel() {
-  constexpr int64_t kRows = 450, kChannels = 70, kSteps = 2, kDim = 33, kKeys = 110, kSamples = 5;
-  for (const bool sampled : {false, true})
+  constexpr int64_t kRows = 450, kChannels = 70, kSteps = 2, kDim = 33, kKeys = 110, kSamples = 7;
+  for (const int64_t draws : {int64_t{0}, int64_t{1}, kSteps})
     for (const DType dtype : {DType::f32, DType::bf16}) {
       std::vector<float> contexts(kRows * kChannels), weights(kSteps * kDim * kChannels), keys(kKeys * kDim),
           row_weights(kSteps * kRows, 1.f), losses(kSteps * kRows), grad_contexts(contexts), grad_weights(weights),
           grad_keys(keys);
-      std::vector<int64_t> targets(kSteps * kRows), ranks(targets), negatives(kRows * kSamples);
+      std::vector<int64_t> targets(kSteps * kRows), ranks(targets), negatives(draws * kRows * kSamples);
       for (size_t i = 0; i < targets.size(); ++i) targets[i] = static_cast<int64_t>(i) % (kKeys + 1) - 1;
       for (size_t i = 0; i < negatives.size(); ++i) negatives[i] = static_cast<int64_t>(i) * 7 % kKeys;
       predict_contrast::Problem problem;
@@ -137,7 +137,7 @@ void predict_contrast_kernel() {
       problem.weights = dense(weights.data(), dtype, {kSteps, kDim, kChannels});
       problem.keys = dense(keys.data(), dtype, {kKeys, kDim});
       problem.targets = dense(targets.data(), DType::i64, {kSteps, kRows});
-      if (sampled) problem.negatives = dense(negatives.data(), DType::i64, {1, kRows, kSamples});
+      if (draws > 0) problem.negatives = dense(negatives.data(), DType::i64, {draws, kRows, kSamples});
       problem.row_weights = dense(row_weights.data(), DType::f32, {kSteps, kRows});
       problem.losses = dense(losses.data(), DType::f32, {kSteps, kRows});
       problem.ranks = dense(ranks.data(), DType::i64, {kSteps, kRows});

@@ -146,6 +146,68 @@ def test_any_number_of_rows(length, kind, dtype):
     check_against_reference(draw((3, 40, 24), (2, length), 50, **KINDS[kind], dtype=dtype, reduction="sum"))
 
 
+# Steps and D at the edges of registers and tiles; from a third of a register's lanes on the steps go together.
+@pytest.mark.parametrize("steps", [4, 6, 12, 16, 17, 70])
+@pytest.mark.parametrize("dim", [1, 15, 16, 17, 64, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_negatives_that_many_steps_share(steps, dim, dtype):
+    check_against_reference(draw((steps, dim, 24), (2, steps + 3), 50, samples=20, shared=True, dtype=dtype))
+
+
+@pytest.mark.parametrize("samples", [0, 1, 6, 7])
+def test_few_negatives_that_many_steps_share(samples):
+    drawn = draw((12, 40, 24), (3, 150), 9, samples=samples, shared=True, dtype=torch.float32, reduction="sum")
+    check_against_reference(drawn)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_without_weight_may_hold_anything(kind):
+    """What keys get of a context, and it of a key, is none where a loss has no gradient."""
+    drawn = draw((12, 6, 5), (1, 20), **KINDS[kind], dtype=torch.float32, reduction="none")
+    contexts, weights, keys = drawn.learning()
+    upstream = torch.ones_like(drawn.options["targets"], dtype=torch.float32)
+    upstream[:, 0, 2] = 0
+    expected = torch.autograd.grad(
+        predict_and_contrast(contexts, weights, keys, **drawn.options).loss, (contexts, keys), upstream
+    )
+    with torch.no_grad():
+        contexts[0, 2] = torch.nan
+    loss = predict_and_contrast(contexts, weights, keys, **drawn.options).loss
+    assert loss[:12, 0, 2].isnan().all()
+    of_contexts, of_keys = torch.autograd.grad(loss, (contexts, keys), upstream)
+    torch.testing.assert_close(of_keys, expected[1])
+    assert not of_contexts[0, 2].any()
+    if "negatives" not in drawn.options:
+        return
+    # A key that this context alone names.
+    other = 13
+    for name in ("negatives", "targets"):
+        drawn.options[name].clamp_(max=other - 1)
+    drawn.options["negatives"][..., 2, 0] = other
+    contexts, weights, keys = drawn.learning()
+    with torch.no_grad():
+        keys[other] = torch.nan
+    loss = predict_and_contrast(contexts, weights, keys, **drawn.options).loss
+    of_contexts, of_keys = torch.autograd.grad(loss, (contexts, keys), upstream)
+    assert of_contexts.isfinite().all()
+    assert not of_contexts[0, 2].any()
+    assert of_keys.isfinite().all()
+
+
+def test_a_step_without_weight_leaves_the_others_as_they_are():
+    """Of one context whose steps share their negatives, one prediction is infinite."""
+    drawn = draw((12, 6, 5), (1, 20), 14, samples=20, shared=True, dtype=torch.float32, reduction="none")
+    contexts, weights, keys = drawn.learning()
+    upstream = torch.ones_like(drawn.options["targets"], dtype=torch.float32)
+    upstream[3] = 0
+    expected = torch.autograd.grad(predict_and_contrast(contexts, weights, keys, **drawn.options).loss, keys, upstream)
+    with torch.no_grad():
+        weights[3] = torch.inf
+    loss = predict_and_contrast(contexts, weights, keys, **drawn.options).loss
+    of_keys = torch.autograd.grad(loss, keys, upstream)
+    torch.testing.assert_close(of_keys, expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("contexts", [0, 1, 4, 7])
 def test_parts_of_predictions_that_another_op_contrasts(monkeypatch, kind, contexts):
@@ -477,19 +539,21 @@ def test_forward_mode_is_refused():
             predict_and_contrast(dual, WEIGHTS, KEYS, TARGETS)
 
 
+@pytest.mark.parametrize("steps", [3, 12])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_number_of_threads_changes_no_bit(kind):
-    drawn = draw((3, 40, 70), (2, 500), 90, **KINDS[kind], dtype=torch.float32)
+def test_the_number_of_threads_changes_no_bit(kind, steps):
+    drawn = draw((steps, 40, 70), (2, 500), 90, **KINDS[kind], dtype=torch.float32)
     before = torch.get_num_threads()
     try:
         results = []
-        for threads in (1, 3):
+        for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             results.append(drawn.results())
     finally:
         torch.set_num_threads(before)
-    for one, other in zip(results[0][0] + tuple(results[0][1]), results[1][0] + tuple(results[1][1]), strict=True):
-        assert torch.equal(one, other)
+    for result in results[1:]:
+        for one, other in zip(results[0][0] + tuple(results[0][1]), result[0] + tuple(result[1]), strict=True):
+            assert torch.equal(one, other)
 
 
 def test_float32_is_exact_where_tf32_is_off(device):

@@ -76,6 +76,7 @@ def _small_integers(*shape: int, seed: int) -> Tensor:
 PROBLEMS = [
     _problem("sampled", (4, 64, 64), (2, 24), 48, samples=10),
     _problem("sampled, the same in all steps", (4, 48, 32), (2, 24), 48, samples=16, shared=True),
+    _problem("sampled, the same in many steps", (17, 37, 19), (3, 23), 29, samples=9, shared=True),
     _problem("sampled, odd sizes", (3, 37, 19), (3, 23), 29, samples=7, shared=True),
     _problem("sampled, each loss", (3, 20, 33), (2, 17), 31, samples=9, reduction="none"),
     _problem("sampled, sum of more rows than a tile has", (2, 9, 5), (2, 211), 70, samples=3, reduction="sum"),
@@ -87,4 +88,6 @@ PROBLEMS = [
     _problem("exact ranks", (3, 6, 5), (2, 20), 50, results=_ranks, draw=_small_integers, scale=1.0),
     _problem("exact ranks, sampled", (3, 6, 5), (2, 20), 50, samples=13, results=_ranks, draw=_small_integers,
              scale=1.0),
+    _problem("exact ranks, the same in many steps", (13, 6, 5), (2, 20), 50, samples=13, shared=True, results=_ranks,
+             draw=_small_integers, scale=1.0),
 ]  # fmt: skip
