@@ -20,7 +20,7 @@ from cpc_ext.training.errors import TrainingError
 from tests.training.conftest import *  # noqa: F403 - fixtures
 from tests.training.conftest import SHORT, SMALL
 
-TWO_VIEWS = ("--view-size", "24", "--projection-channels", "8")
+TWO_VIEWS = ("--view-size", "24", "--center-scale", "1.5", "--projection-channels", "8")
 RUNS = {
     # What is logged on the way is a list in summary.json, and no result.
     "cpc-v1": (
