@@ -194,7 +194,7 @@ def two_view_presets(section: str, optimization: Mapping[str, Any] | None = None
         # What ten minutes of a core make the most of: docs/results.md.
         "folder-small": {
             "data": {"image_size": 32},
-            section: {**SMALL_VIEWS, "view_size": 20, "center_scale": 1.6, **options},
+            section: {**SMALL_VIEWS, **options},
             "optimization": SMALL_OPTIMIZATION,
         },
     }

@@ -29,7 +29,10 @@ CPC = (
     *("--crop", "20", "--grid-size", "4", "--pred-steps", "1", "--pred-directions", "1", "--batch-size", "4"),
     *("--warmup-steps", "0", "--neg-samples", "4"),
 )
-SIMCLR = ("--model", "simclr", "--view-size", "16", "--center-scale", "1.5", "--projection-channels", "4", "--batch-size", "4")
+SIMCLR = (
+    *("--model", "simclr", "--view-size", "16", "--center-scale", "1.5"),
+    *("--projection-channels", "4", "--batch-size", "4"),
+)
 # Distinct, in an order of folders that os.walk would give otherwise, and in three formats.
 NAMES = ("b/1.png", "b.png", "a/c/2.bmp", "a/3.tif", "z.png")
 

@@ -48,6 +48,5 @@ _PUBLISHED = two_view_presets(
 )
 # A run of 850 updates: its keys get old sooner, and are fewer.
 _SHORT = two_view_presets("moco", temperature=0.2, queue_size=1024, key_momentum=0.99)
-# Smaller views, as SimCLR has them, have not been measured.
-_SMALL = two_view_presets("moco", view_size=32, center_scale=1.0, temperature=0.2, queue_size=4096, key_momentum=0.99)
+_SMALL = two_view_presets("moco", temperature=0.2, queue_size=4096, key_momentum=0.99)
 PRESETS = {**_PUBLISHED, "textures": _SHORT["textures"], "folder-small": _SMALL["folder-small"]}
