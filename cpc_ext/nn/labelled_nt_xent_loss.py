@@ -131,8 +131,9 @@ class _PairLosses(torch.autograd.Function):
 _pair_losses: Callable[..., tuple[Tensor, Tensor, Tensor]] = _PairLosses.apply
 
 
-# While torch.compile traces, how large the classes are is not known: this op finds it where it runs.
-@torch.library.custom_op("cpc_ext::labelled_pair_losses", mutates_args=())
+# While torch.compile traces, how large the classes are is not known: this op finds it where it runs. It is not one of
+# cpc_ext's namespace, whose ops have kernels.
+@torch.library.custom_op("cpc_ext_nn::labelled_pair_losses", mutates_args=())
 def _traced_pair_losses(
     units: Tensor, others: Tensor, labels: Tensor, scale: Tensor, forms: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -692,7 +692,7 @@ def test_what_the_first_learning_module_gets():
     expected = frozen.model.encoder_modules[1](frozen.model.encoder_modules[0](patches.flatten(0, 2)))
     found = frozen.inputs(images, RandomStreams(0, CPU))
     torch.testing.assert_close(found, expected.detach())
-    frozen.inputs._cached = True
+    frozen.inputs._key = "of a cache that is full"
     assert torch.equal(frozen.inputs(expected.unflatten(0, (4, 25)), share), expected)
 
 

@@ -223,7 +223,8 @@ def test_a_table_called_classes_is_none_of_names(tmp_path):
     np.savez(tmp_path / "shapes.npz", imgs=X, latents_classes=np.stack([Y, Y // 2], 1))
     with pytest.warns(UserWarning, match="passed over arrays that are no images: latents_classes"):
         data = load_dataset("npy", tmp_path / "shapes.npz")
-    assert (len(data.pretrain), data.classes) == (36, ())
+    assert data.test is not None
+    assert (len(data.pretrain) + len(data.test), data.classes) == (40, ())
 
 
 def test_labels_of_minus_one_are_none(tmp_path):
