@@ -138,7 +138,7 @@ def of_run(entry: Entry, command: Command, dataset: Dataset) -> dict[str, Any]:
         "images_per_second": summary["images_per_second"],
         "steps": summary["steps"],
         "training_seconds": summary["training_seconds"],
-        # Of the whole run with its probes, also where others work on the machine.
+        # What the whole run took with its probes, which others that work on the machine change less than the clock's.
         "processor_seconds": worked,
         "encoder_parameters": sum(each.numel() for each in task.model.encoder.parameters()),
         "config": config.model_dump(mode="json", exclude={"data": {"data_dir"}}),

@@ -195,7 +195,7 @@ def test_rows_without_weight_may_hold_anything(kind):
 
 
 def test_a_step_without_weight_leaves_the_others_as_they_are():
-    """Of one context whose steps share their negatives, one prediction is infinite."""
+    """One prediction of a context whose steps share their negatives is infinite."""
     drawn = draw((12, 6, 5), (1, 20), 14, samples=20, shared=True, dtype=torch.float32, reduction="none")
     contexts, weights, keys = drawn.learning()
     upstream = torch.ones_like(drawn.options["targets"], dtype=torch.float32)

@@ -23,7 +23,7 @@ def cache(tmp_path, monkeypatch):
     return place
 
 
-# Of hashes, as bytes, a tenth is below.
+# A tenth of hashes begins with bytes below this.
 TENTH = (2**64 // 10).to_bytes(8, "big")
 
 # What is said of a folder is tested where it is said, and where nothing is to be said.
