@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+tomllib = pytest.importorskip("tomllib", reason="came with Python 3.11")
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -20,9 +23,9 @@ def pins() -> dict[str, str]:
 
 def ours() -> set[str]:
     """The packages that pyproject.toml asks for, those of the extras among them."""
-    text = (REPOSITORY / "pyproject.toml").read_text()
-    lists = text.partition("\ndependencies = [")[2].partition("\n[tool.")[0]
-    return {canonicalize_name(name) for name in re.findall(r'"([A-Za-z][\w-]*)(?:>=|;|")', lists)}
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    asked = chain(project["dependencies"], *project["optional-dependencies"].values())
+    return {canonicalize_name(Requirement(each).name) for each in asked}
 
 
 def needs(names: set[str]) -> Iterator[tuple[str, Requirement]]:
