@@ -12,7 +12,7 @@
 #include "core/huge_pages.h"
 #include "core/parallel.h"
 #include "info_nce/all_keys.h"
-#include "info_nce/sampled.h"
+#include "info_nce/info_nce.h"
 #include "predict_contrast/predict_contrast.h"
 #include "predict_contrast/products.h"
 #include "predict_contrast/shared_negatives.h"
@@ -20,9 +20,7 @@
 namespace cpc::predict_contrast::cpu::CPC_ISA {
 namespace {
 
-using info_nce::cpu::CPC_ISA::AllKeys;
 using info_nce::cpu::CPC_ISA::each;
-using info_nce::cpu::CPC_ISA::Sampled;
 using info_nce::cpu::CPC_ISA::to_padded_elements;
 using info_nce::cpu::CPC_ISA::widen_run;
 
@@ -129,8 +127,7 @@ class PredictAndContrast {
       losses = parts.take<S>(a.block_);
       for (int64_t** part : {&targets, &ranks}) *part = parts.take<int64_t>(a.block_);
       negatives = parts.take<int64_t>(a.block_ * p.samples());
-      const info_nce::Problem contrast_of_block = a.contrast_of(*this, a.block_);
-      contrast = parts.take<char>(with_contrast(contrast_of_block, [](const auto& c) { return c.workspace(); }));
+      contrast = parts.take<char>(info_nce::cpu::workspace_bytes(a.contrast_of(*this, a.block_)));
     }
 
     static S* of_sums(Parts& parts, const TensorView& tensor) {
@@ -138,11 +135,6 @@ class PredictAndContrast {
       return parts.take<S>(tensor.ndim == 0 ? 0 : tensor.numel());
     }
   };
-
-  template <class Use>
-  static auto with_contrast(const info_nce::Problem& problem, const Use& use) {
-    return problem.sampled() ? use(Sampled<S>(problem)) : use(AllKeys<S>(problem));
-  }
 
   // How far the rows of `contexts` and of `grad_rows` lie apart.
   int64_t context_pitch() const { return padded_depth<E>(e_); }
@@ -216,7 +208,7 @@ class PredictAndContrast {
   void one_step(const Buffers& b, int64_t step, int64_t first, int64_t end) const {
     const int64_t count = take_rows(b, step, first, end);
     if (count == 0) return;
-    predict_rows(b, step, count, [&b, d = d_](int64_t i) { return b.predictions + i * d; });
+    predict_rows(b, step, count, {b.predictions, d_});
     contrast(b, step, count);
     if (wants_predictions()) differentiate(b, step, count, b.grad_predictions);
   }
@@ -226,7 +218,7 @@ class PredictAndContrast {
     const SharedNegatives<S> shared = this->shared();
     for (int64_t step = 0; step < problem_.steps(); ++step) {
       const int64_t count = take_rows(b, step, first, end);
-      predict_rows(b, step, count, [&](int64_t i) { return shared.prediction(b.shared, b.rows[i] - first, step); });
+      predict_rows(b, step, count, shared.predictions(b.shared, step, b.rows, first));
       for (int64_t i = 0; i < count; ++i) shared.place(b.shared, b.rows[i] - first, step) = i;
     }
     S* const grad_keys = problem_.grad_keys.ndim != 0 ? b.grad_keys : nullptr;
@@ -239,10 +231,9 @@ class PredictAndContrast {
     return workers_for(2. * static_cast<double>(count * d_ * e_) / kFlopsPerNanosecond);
   }
 
-  template <class RowOf>
-  void predict_rows(const Buffers& b, int64_t step, int64_t count, const RowOf& row_of) const {
-    product<false>(product_threads(count), Left<E, false>{b.contexts, context_pitch()}, predict_panels(b, step), count,
-                   row_of);
+  void predict_rows(const Buffers& b, int64_t step, int64_t count, const Rows<S>& predictions) const {
+    product(product_threads(count), Left<E, false>{b.contexts, context_pitch()}, predict_panels(b, step), count,
+            predictions, false);
   }
 
   // Adds what so many rows' predictions, of these gradients, come to in contexts and in a step's matrix.
@@ -254,15 +245,14 @@ class PredictAndContrast {
     else
       grad_rows = grad_pairs = gradients;
     if (wants_contexts())
-      product<true>(threads, Left<E, false>{grad_rows, grad_pitch()}, context_gradient_panels(b, step), count,
-                    [&b, e = e_](int64_t row) { return b.grad_contexts + b.rows[row] * e; });
+      product(threads, Left<E, false>{grad_rows, grad_pitch()}, context_gradient_panels(b, step), count,
+              {b.grad_contexts, e_, b.rows}, true);
     if (!wants_weights()) return;
     const Panels<E> contexts{b.context_panels, count, e_};
     each(workers_for(kCopyNanoseconds * static_cast<double>(count * e_)), contexts.count(),
          [&](int64_t panel) { contexts.pack(panel, b.contexts, context_pitch()); });
     S* const of_step = b.grad_weights + step * d_ * e_;
-    product<true>(threads, Left<E, true>{grad_pairs, grad_pitch()}, contexts, d_,
-                  [of_step, e = e_](int64_t row) { return of_step + row * e; });
+    product(threads, Left<E, true>{grad_pairs, grad_pitch()}, contexts, d_, {of_step, e_}, true);
   }
 
   // Gradients of predictions as they are multiplied, where that is in pairs: row by row, and in pairs of rows.
@@ -279,13 +269,13 @@ class PredictAndContrast {
     });
   }
 
-  template <bool kAdds, bool kTransposed, class RowOf>
+  template <bool kTransposed>
   static void product(int threads, const Left<E, kTransposed>& left, const Panels<E>& right, int64_t rows,
-                      const RowOf& row_of) {
+                      const Rows<S>& result, bool adds) {
     const int64_t panels = right.count();
     each(threads, panels * divide_up(rows, kTaskRows), [&](int64_t task) {
       const int64_t first = task / panels * kTaskRows;
-      multiply<kAdds>(left, right, task % panels, first, std::min(rows, first + kTaskRows), row_of);
+      multiply(left, right, task % panels, first, std::min(rows, first + kTaskRows), result, adds);
     });
   }
 
@@ -296,11 +286,9 @@ class PredictAndContrast {
       b.row_weights[i] = problem_.row_weights.template as<const S>()[of_step + b.rows[i]];
       if (samples > 0) std::copy_n(problem_.negatives_of(step, b.rows[i]), samples, b.negatives + i * samples);
     }
-    const info_nce::Problem problem = contrast_of(b, count);
-    if (problem.sampled())
-      Sampled<S>(problem).run(b.contrast);
-    else
-      AllKeys<S>(problem).run(0, b.contrast, true);
+    info_nce::Problem problem = contrast_of(b, count);
+    problem.workspace.data = b.contrast;
+    info_nce::cpu::contrast(problem);
     S* const losses = problem_.losses.template as<S>() + step * problem_.rows();
     auto* const ranks = problem_.ranks.template as<int64_t>() + step * problem_.rows();
     for (int64_t i = 0; i < count; ++i) {

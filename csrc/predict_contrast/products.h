@@ -75,10 +75,22 @@ struct Left {
   int64_t pitch;
 };
 
-// Rows [begin, end) of the panel's columns of left * right, added to what is at row_of(row) + column, where kAdds.
-template <bool kAdds, class E, bool kTransposed, class RowOf>
+// Where the rows of a result are: one after another, or those of some indices, which are told from `begin` on.
+template <class S>
+struct Rows {
+  S* first;
+  int64_t pitch;
+  const int64_t* indices = nullptr;
+  int64_t begin = 0;
+
+  S* operator[](int64_t row) const { return first + (indices != nullptr ? indices[row] - begin : row) * pitch; }
+};
+
+// Rows [begin, end) of the panel's columns of left * right, stored to or added to those of a result. Whether it adds, and
+// where rows lie, is no parameter of the template: each of its values would be compiled for every shape of a tile.
+template <class E, bool kTransposed>
 void multiply(const Left<E, kTransposed>& left, const Panels<E>& right, int64_t panel, int64_t begin, int64_t end,
-              const RowOf& row_of) {
+              const Rows<Sum<E>>& result, bool adds) {
   using S = Sum<E>;
   constexpr int64_t kColumns = kTileColumns<E>, kLane = kLaneColumns<E>, kStep = kDepthStep<E>;
   const int64_t width = right.width(panel), padded = right.padded(panel), lanes = padded / kLane;
@@ -91,9 +103,9 @@ void multiply(const Left<E, kTransposed>& left, const Panels<E>& right, int64_t 
         Tile<E, height, vectors> tile;
         S outside[kColumns];  // Where the last columns of a panel are none.
         S* rows[height];
-        for (int r = 0; r < height; ++r) rows[r] = row_of(row + r) + panel * kColumns;
+        for (int r = 0; r < height; ++r) rows[r] = result[row + r] + panel * kColumns;
         tile.clear();
-        if (kAdds || part > 0)
+        if (adds || part > 0)
           for (int r = 0; r < height; ++r) {
             const S* from_row = rows[r];
             if (width < padded) from_row = std::copy_n(rows[r], width, outside) - width;

@@ -15,6 +15,7 @@
 #include "info_nce/all_keys.h"
 #include "info_nce/scores.h"
 #include "predict_contrast/predict_contrast.h"
+#include "predict_contrast/products.h"
 
 namespace cpc::predict_contrast::cpu::CPC_ISA {
 
@@ -79,6 +80,10 @@ class SharedNegatives {
 
   S* prediction(const Buffers& b, int64_t i, int64_t step) const {
     return b.predictions + (i * steps_ + step) * pitch_;
+  }
+  // Those of a step, of rows that are told from the block's first on.
+  Rows<S> predictions(const Buffers& b, int64_t step, const int64_t* rows, int64_t first) const {
+    return {prediction(b, 0, step), steps_ * pitch_, rows, first};
   }
   int64_t& place(const Buffers& b, int64_t i, int64_t step) const { return b.places[i * steps_ + step]; }
   S* gradients(const Buffers& b, int64_t step) const { return b.grad_predictions + step * rows_ * d_; }
@@ -173,17 +178,16 @@ class SharedNegatives {
       }
   }
 
-  // Calls use(tile) with the dot products of `count` keys, from those that key_of names, and the steps from `c` on.
-  template <class KeyOf, class Use>
-  void multiply(const Call& call, const OfWorker& own, int64_t count, int64_t c, const KeyOf& key_of,
-                const Use& use) const {
+  // The dot products of some keys and the steps from `c` on, in rows `pitch` values apart.
+  void multiply(const Call& call, const OfWorker& own, const int64_t* keys, int64_t count, int64_t c, S* dots,
+                int64_t pitch) const {
     with_tile(count, vectors_from(c, lanes_), [&](auto height, auto vectors) {
       Tile<S, height, vectors> tile;
       const S* rows[height];
-      for (int r = 0; r < height; ++r) rows[r] = call.keys + key_of(r) * d_;
+      for (int r = 0; r < height; ++r) rows[r] = call.keys + keys[r] * d_;
       tile.clear();
       tile.multiply([&rows](int r, int64_t k) { return rows[r] + k; }, own.panel + c, d_, lanes_);
-      use(tile);
+      tile.store(dots, pitch);
     });
   }
 
@@ -192,9 +196,8 @@ class SharedNegatives {
     S* const dots = call.buffers.weights + i * samples_ * lanes_;
     for (int64_t c = 0; c < lanes_; c += kColumns)
       for (int64_t s = 0; s < samples_; s += kTileRows)
-        multiply(
-            call, own, std::min<int64_t>(kTileRows, samples_ - s), c, [&](int r) { return negatives[s + r]; },
-            [&](const auto& tile) { tile.store(dots + s * lanes_ + c, lanes_); });
+        multiply(call, own, negatives + s, std::min<int64_t>(kTileRows, samples_ - s), c, dots + s * lanes_ + c,
+                 lanes_);
   }
 
   // The same arithmetic as that of negatives, of which those of a step and its own positive are taken: so equal keys
@@ -205,9 +208,9 @@ class SharedNegatives {
       for (int64_t first = c; first < std::min(steps_, c + kColumns); first += kTileRows) {
         const int64_t count = std::min<int64_t>({kTileRows, steps_ - first, c + kColumns - first});
         S every[kTileRows * kColumns];
-        multiply(
-            call, own, count, c, [&](int r) { return std::max<int64_t>(target(first + r, call.first + i), 0); },
-            [&](const auto& tile) { tile.store(every, kColumns); });
+        int64_t keys[kTileRows];
+        for (int64_t r = 0; r < count; ++r) keys[r] = std::max<int64_t>(target(first + r, call.first + i), 0);
+        multiply(call, own, keys, count, c, every, kColumns);
         for (int64_t r = 0; r < count; ++r) dots[first + r] = every[r * kColumns + first - c + r];
       }
   }
