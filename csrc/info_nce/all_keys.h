@@ -25,9 +25,6 @@
 
 namespace cpc::info_nce::cpu::CPC_ISA {
 
-template <class Storage>
-using SumOf = std::conditional_t<std::is_same_v<Storage, double>, double, float>;
-
 // Nanoseconds that a query's feature takes to be packed, and a value to be converted.
 constexpr double kPackNanoseconds = 1, kConvertNanoseconds = 0.25;
 // Multiplications and additions of a nanosecond with the powers between the products.
@@ -102,14 +99,13 @@ constexpr int64_t kConvertedValues = 512;
 // Tiles of the queries' gradient that a task takes: three cache lines of a key.
 constexpr int64_t kTaskTiles = 8;
 
-template <class Storage>
+// E: what queries and keys are multiplied as. Of their type in memory, `Storage`, is only what reads and writes them, as
+// all else is the same for several and is compiled once.
+template <class E>
 class AllKeys {
-  using S = SumOf<Storage>;
-  using E = Element<Storage>;
+  using S = Sum<E>;
   using R = Register<S>;
   static constexpr int64_t kLane = kLaneColumns<E>, kColumns = kTileColumns<E>, kStep = kDepthStep<E>;
-  // Whether the gradients of keys are summed where they are written.
-  static constexpr bool kInPlace = std::is_same_v<S, Storage>;
   // So that a superblock's own queries, as keys, are whole blocks.
   static_assert(kMaxRows % kColumns == 0 && kMaxRows % kBlockKeys == 0);
 
@@ -168,11 +164,10 @@ class AllKeys {
               .keys = nullptr,
               .key_pairs = nullptr,
               .grad_keys = nullptr};
-    if constexpr (std::is_same_v<E, Storage>) call.keys = problem_.keys.template as<const E>() + entry * n_ * d_;
-    if (!reads_keys_in_place()) call.keys = call.buffers.keys;
+    call.keys = reads_keys_in_place() ? problem_.keys.template as<const E>() + entry * n_ * d_ : call.buffers.keys;
     call.key_pairs = kStep == 1 ? call.keys : call.buffers.key_pairs;
     call.grad_keys = call.buffers.grad_keys;
-    if (kInPlace && wants_keys()) call.grad_keys = grad_keys().template as<S>() + entry * n_ * d_;
+    if (in_place() && wants_keys()) call.grad_keys = grad_keys().template as<S>() + entry * n_ * d_;
     if (!reads_keys_in_place() || multiplies_pairs())
       each(call.converters, blocks_, [&](int64_t block) { pack_keys(call, block); });
     const auto rows_at = [&](int64_t first) { return Rows{first, std::clamp<int64_t>(m_ - first, 0, rows_)}; };
@@ -193,25 +188,45 @@ class AllKeys {
       for (int64_t first = 0; problem_.wants_gradients() && first < m_; first += rows_)
         differentiate(call, rows_at(first), rows_at(first + rows_));
     }
-    if (n_ == 0 && wants_queries())  // No block of keys reaches them.
-      std::fill_n(problem_.grad_queries.template as<Storage>() + entry * m_ * d_, m_ * d_, Storage{});
+    if (n_ == 0 && wants_queries()) clear(problem_.grad_queries, entry, m_);  // No block of keys reaches them.
     if (m_ == 0 && wants_bias()) std::fill_n(problem_.grad_bias.template as<S>() + entry * n_, n_, S{});
     if (!wants_keys()) return;
-    if (m_ == 0) std::fill_n(grad_keys().template as<Storage>() + entry * n_ * d_, n_ * d_, Storage{});
+    if (m_ == 0) clear(grad_keys(), entry, n_);
     if (sums_keys_aside())
       each(call.converters, m_ == 0 ? 0 : blocks_, [&](int64_t block) {
         const int64_t begin = block * kBlockKeys * d_, end = begin + keys_of(block) * d_;
-        Storage* const to = grad_keys().template as<Storage>() + entry * n_ * d_;
         S scaled[kConvertedValues];
         for (int64_t at = begin; at < end; at += kConvertedValues) {
           const int64_t count = std::min(kConvertedValues, end - at);
           for (int64_t i = 0; i < count; ++i) scaled[i] = scale_ * call.grad_keys[at + i];
-          narrow(to + at, scaled, count);
+          with_storage([&](auto storage) {
+            using Storage = decltype(storage);
+            narrow(grad_keys().template as<Storage>() + entry * n_ * d_ + at, scaled, count);
+          });
         }
       });
   }
 
  private:
+  // Calls use with a value of the queries' and keys' type, one of those that are multiplied as E.
+  template <class Use>
+  void with_storage(const Use& use) const {
+    if constexpr (std::is_same_v<E, float>) {
+      if (problem_.queries.dtype == DType::f16) return use(Half{});
+      if constexpr (!kMultipliesBFloat16)
+        if (problem_.queries.dtype == DType::bf16) return use(BFloat16{});
+    }
+    use(E{});
+  }
+  // Whether that type is the one of sums: gradients of keys are then summed where they are written.
+  bool in_place() const { return size_of(problem_.queries.dtype) == sizeof(S); }
+
+  void clear(const TensorView& gradient, int64_t entry, int64_t rows) const {
+    with_storage([&](auto storage) {
+      std::fill_n(gradient.template as<decltype(storage)>() + entry * rows * d_, rows * d_, decltype(storage){});
+    });
+  }
+
   bool wants_queries() const { return problem_.grad_queries.ndim != 0; }
   bool wants_keys() const { return grad_keys().ndim != 0; }
   const TensorView& grad_keys() const { return problem_.self_contrast ? problem_.grad_queries : problem_.grad_keys; }
@@ -220,9 +235,9 @@ class AllKeys {
   // Whether a pair's weight depends on what both its row and its column come to.
   bool two_ways() const { return problem_.symmetric || problem_.self_contrast; }
   int64_t keys_of(int64_t block) const { return std::min(kBlockKeys, n_ - block * kBlockKeys); }
-  bool reads_keys_in_place() const { return std::is_same_v<E, Storage> && depth_ == d_; }
+  bool reads_keys_in_place() const { return size_of(problem_.keys.dtype) == sizeof(E) && depth_ == d_; }
   // Whether sums of the keys' gradient go on from superblock to superblock in another type than the gradient's.
-  bool sums_keys_aside() const { return !kInPlace && wants_keys() && (m_ > rows_ || problem_.self_contrast); }
+  bool sums_keys_aside() const { return !in_place() && wants_keys() && (m_ > rows_ || problem_.self_contrast); }
   // Whether sums of the queries' gradient go on from chunk to chunk.
   bool sums_queries_aside() const { return wants_queries() && chunk_blocks_ < blocks_; }
   // Whether keys are multiplied with weights in pairs.
@@ -238,10 +253,10 @@ class AllKeys {
   }
 
   struct Buffers {
-    S* scores;             // [panels][keys of a chunk][columns]: dots, then powers, then weights of the gradients.
-    S* kept;               // The same of the first kept_rows_ queries, superblock after superblock: dots.
-    E* by_feature;         // [panels][D][columns]: queries, to multiply keys with.
-    E* by_query;           // [panels of features][rows][columns]: queries, scaled kInPlace, to multiply weights with.
+    S* scores;      // [panels][keys of a chunk][columns]: dots, then powers, then weights of the gradients.
+    S* kept;        // The same of the first kept_rows_ queries, superblock after superblock: dots.
+    E* by_feature;  // [panels][D][columns]: queries, to multiply keys with.
+    E* by_query;    // [panels of features][rows][columns]: queries, scaled where in_place(), to multiply weights with.
     S* grad_queries;       // [panels][D][columns], where it is summed over several chunks.
     RowSums<S> stats;      // [blocks][rows]: of a block's rivals.
     S* factors;            // [blocks][rows]: from powers to weights.
@@ -396,8 +411,14 @@ class AllKeys {
   }
 
   void pack_queries(const Call& call, const Rows& rows, int64_t panel) const {
+    with_storage([&](auto storage) {
+      pack_queries(call, rows, panel,
+                   problem_.queries.template as<decltype(storage)>() + index(call, rows, panel * kColumns) * d_);
+    });
+  }
+  template <class Storage>
+  void pack_queries(const Call& call, const Rows& rows, int64_t panel, const Storage* queries) const {
     const int64_t columns = rows.columns(panel), in = rows.in(panel);
-    const Storage* const queries = problem_.queries.template as<Storage>() + index(call, rows, panel * kColumns) * d_;
     E* const by_feature = call.buffers.by_feature + panel * kColumns * depth_;
     for (int64_t k = 0; k < depth_; k += kLane * kStep)
       for (int64_t c = 0; c < columns; c += kLane) {
@@ -422,7 +443,7 @@ class AllKeys {
         if constexpr (kStep > 1)
           interleave(out, there[0] ? from : kZeros, there[1] ? from + d_ : kZeros, given);
         else if (there[0])
-          widen_run(out, from, given, kInPlace ? scale_ : S(1));
+          widen_run(out, from, given, in_place() ? scale_ : S(1));
         else
           std::fill_n(out, given, E{});
         std::fill(out + given * kStep, out + width * kStep, E{});
@@ -450,8 +471,14 @@ class AllKeys {
 
   // A block's keys as they are multiplied, where they do not lie in memory so.
   void pack_keys(const Call& call, int64_t block) const {
+    with_storage([&](auto storage) {
+      pack_keys(call, block,
+                problem_.keys.template as<decltype(storage)>() + (call.entry * n_ + block * kBlockKeys) * d_);
+    });
+  }
+  template <class Storage>
+  void pack_keys(const Call& call, int64_t block, const Storage* keys) const {
     const int64_t first = block * kBlockKeys, count = keys_of(block);
-    const Storage* const keys = problem_.keys.template as<Storage>() + (call.entry * n_ + first) * d_;
     if (!reads_keys_in_place())
       for (int64_t key = 0; key < count; ++key) {
         to_padded_elements(call.buffers.keys + (first + key) * depth_, keys + key * d_, d_);
@@ -756,7 +783,7 @@ class AllKeys {
     S exact = 0, rounded = 0;
     for (int64_t j = 0; j < places_; ++j) {
       exact += weights[j];
-      weights[j] = widen(narrow<Storage>(weights[j]));
+      weights[j] = widen(narrow<E>(weights[j]));
       rounded += weights[j];
     }
     // Positives whose weights nearly cancel have rivals of hardly any weight.
@@ -965,12 +992,10 @@ class AllKeys {
                 by_query + panel * kColumns * of_width * kLane, padded_depth<E>(rows.in(panel)));
           }
           const int64_t at = (block * kBlockKeys + key) * d_ + k;
-          if (!kInPlace && !sums_keys_aside()) {
-            Storage* const to = problem_.grad_keys.template as<Storage>() + call.entry * n_ * d_ + at;
-            for (int r = 0; r < count; ++r)
-              for (int v = 0; v < of_width; ++v)
-                narrow_lanes(to + r * d_ + v * kLane, tile.sums[r][v] * scale_, width - v * kLane);
-            return;
+          if (!in_place() && !sums_keys_aside()) {
+            S sums[kTileRows * kColumns];
+            tile.store(sums, kColumns);
+            return write_keys(call.entry * n_ * d_ + at, sums, count, width);
           }
           S* const to = call.grad_keys + at;
           const bool first = rows.first == 0 && !problem_.adds_to_keys;
@@ -986,6 +1011,13 @@ class AllKeys {
           }
         });
     }
+  }
+
+  // The sums of so many keys, from a tile; not part of the code of every tile.
+  [[gnu::noinline]] void write_keys(int64_t at, const S* sums, int64_t count, int64_t width) const {
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t c = 0; c < width; c += kLane)
+        narrow_lanes(problem_.grad_keys, at + r * d_ + c, load_register(sums + r * kColumns + c) * scale_, width - c);
   }
 
   // The part of the queries' gradient, transposed, that comes from a chunk: tiles of features [first, last) of some
@@ -1052,21 +1084,23 @@ class AllKeys {
                    R sums) const {
     if (problem_.self_contrast) {
       S values[kLane];
-      store_register(values, kInPlace ? sums * scale_ : sums);
+      store_register(values, in_place() ? sums * scale_ : sums);
       S* const to = call.grad_keys + (rows.first + row) * d_ + k;
       for (int64_t i = 0; i < count; ++i) to[i] = (rows.first == 0 ? S{} : to[i]) + values[i];
       return;
     }
-    narrow_lanes(problem_.grad_queries.template as<Storage>() + index(call, rows, row) * d_ + k,
-                 there ? sums * scale_ : R{}, count);
+    narrow_lanes(problem_.grad_queries, index(call, rows, row) * d_ + k, there ? sums * scale_ : R{}, count);
   }
 
-  // The first `count` lanes of a register, at most all, in the storage type.
-  static void narrow_lanes(Storage* to, R values, int64_t count) {
-    if (count >= kLane) return narrow_register(to, values);
-    S lanes[kLane];
-    store_register(lanes, values);
-    narrow(to, lanes, count);
+  // Writes the first `count` lanes of a register, at most all, to a gradient.
+  void narrow_lanes(const TensorView& gradient, int64_t at, R values, int64_t count) const {
+    with_storage([&](auto storage) {
+      auto* const to = gradient.template as<decltype(storage)>() + at;
+      if (count >= kLane) return narrow_register(to, values);
+      S lanes[kLane];
+      store_register(lanes, values);
+      narrow(to, lanes, count);
+    });
   }
 
   const Problem& problem_;

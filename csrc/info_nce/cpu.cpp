@@ -77,7 +77,7 @@ int64_t workspace_bytes(const Problem& problem) {
     if (problem.sampled())
       bytes = Sampled<Storage>(problem).workspace();
     else
-      bytes = AllKeys<Storage>(problem).workspace() * (shares_entries(problem) ? workers() : 1);
+      bytes = AllKeys<Element<Storage>>(problem).workspace() * (shares_entries(problem) ? workers() : 1);
   });
   return bytes;
 }
@@ -90,7 +90,7 @@ void contrast(const Problem& problem) {
     using Storage = decltype(storage);
     char* const memory = problem.workspace.as<char>();
     if (problem.sampled()) return Sampled<Storage>(problem).run(memory);
-    const AllKeys<Storage> all(problem);
+    const AllKeys<Element<Storage>> all(problem);
     if (shares_entries(problem)) {
       const auto run = [&](int64_t entry, int worker) { all.run(entry, memory + worker * all.workspace(), false); };
       return parallel_for(problem.batch(), run, workers_for(static_cast<double>(problem.batch()) * all.nanoseconds()));

@@ -15,7 +15,7 @@ constexpr int kSumVectors = 8;
 
 template <class Storage>
 class Sampled {
-  using S = SumOf<Storage>;
+  using S = Sum<Storage>;
   using R = Register<S>;
   static constexpr int64_t kLane = kRegisterLanes<S>;
   static constexpr bool kInPlace = std::is_same_v<S, Storage>;
