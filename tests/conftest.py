@@ -37,15 +37,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With ``--sweep-step`` leaves choices of parameters out, the same ones in every run.
 
-    A step that divides none of the numbers of choices gives each value its turn. Sweeps of up to eight steps, such as
-    those of sizes at the edges of blocks, run whole. Devices are swept one by one.
+    A step that divides none of the numbers of choices gives each value its turn. Sweeps of up to sixteen choices, such
+    as those of sizes at the edges of blocks, run whole. Devices are swept one by one.
     """
     step = config.getoption("--sweep-step")
     sweeps: dict[tuple, list[pytest.Item]] = {}
     for item in items:
         device = item.callspec.params.get("device") if hasattr(item, "callspec") else None
         sweeps.setdefault((item.path, getattr(item, "originalname", item.name), device), []).append(item)
-    left_out = {item for sweep in sweeps.values() if len(sweep) > 8 * step for n, item in enumerate(sweep) if n % step}
+    left_out = {item for sweep in sweeps.values() if len(sweep) > 16 for n, item in enumerate(sweep) if n % step}
     if left_out:
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])
         items[:] = [item for item in items if item not in left_out]

@@ -20,8 +20,8 @@ class Item:
 
 
 def test_long_sweeps_are_sampled_and_short_ones_whole():
-    cpu, emulated = ([Item("long", device=device) for _ in range(41)] for device in ("cpu", "emulated"))
-    whole = [*(Item("short", device="cpu") for _ in range(40)), Item("alone"), *(Item("none", n=n) for n in range(33))]
+    cpu, emulated = ([Item("long", device=device) for _ in range(17)] for device in ("cpu", "emulated"))
+    whole = [*(Item("short", device="cpu") for _ in range(16)), Item("alone"), *(Item("none", n=n) for n in range(16))]
     for step in (1, 5):
         items, told = [*cpu, *whole, *emulated], Mock()
         pytest_collection_modifyitems(SimpleNamespace(getoption={"--sweep-step": step}.get, hook=told), items)
