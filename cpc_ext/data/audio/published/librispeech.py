@@ -217,14 +217,16 @@ def _labels(path: Path, wanted: set[str]) -> dict[str, np.ndarray]:
     for name, *numbers in _lines(path):
         if name in wanted:
             try:
-                found = np.array(list(map(int, numbers)), np.int16)
+                found = np.array(list(map(int, numbers)), np.int64)
+                if found.max(initial=0) > np.iinfo(np.int16).max:  # Which NumPy 1 takes for another number.
+                    raise OverflowError(f"{found.max()} is too large")
             except (ValueError, OverflowError) as error:
                 raise ValueError(f"{path}: expected numbers after {name}: {error}") from None
             if len(found) and found.min() < 0:
                 raise ValueError(f"{path}: expected numbers from 0 after {name}, found {found.min()}")
             if name in labels and not np.array_equal(labels[name], found):
                 raise ValueError(f"{path}: has two lines of different numbers after {name}")
-            labels[name] = found
+            labels[name] = found.astype(np.int16)
     return labels
 
 
