@@ -137,10 +137,16 @@ class SimCLRView:
         return replace(self, jitter_probability=0.0, gray_probability=0.0, blur_kernel=0)
 
     def center(self, images: Tensor) -> Tensor:
-        """Whole uint8 images [B, C, H, W] resized and normalised, for evaluation: [B, C, center_size, center_size]."""
+        """uint8 images [B, C, H, W], resized and normalised for evaluation: [B, C, center_size, center_size].
+
+        Whole ones where they are square, else their middle squares.
+        """
         height, width = images.shape[2:]
-        box = torch.tensor([[0.0, 0.0, height, width]], device=images.device).expand(len(images), 4)
-        return self._finished(crop_and_resize(_unit(images), box, self.center_size))
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        square = _unit(images[:, :, top : top + side, left : left + side])
+        box = torch.tensor([[0.0, 0.0, side, side]], device=images.device).expand(len(images), 4)
+        return self._finished(crop_and_resize(square, box, self.center_size))
 
     def _draw_box(self, batch: int, height: int, width: int, generator: torch.Generator | None) -> Tensor:
         """Windows [batch, 4]: top, left, height, width in pixels."""

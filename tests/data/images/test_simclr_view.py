@@ -61,6 +61,15 @@ def test_whole_images_are_larger_than_views_by_their_scale(size, scale, side):
         torch.testing.assert_close(whole, images / 255)
 
 
+@pytest.mark.parametrize(("height", "width", "top", "left"), [(16, 23, 0, 3), (20, 16, 2, 0)])
+def test_images_that_are_not_square_are_judged_by_their_middle(height, width, top, left):
+    images = noise(2, 3, height, width)
+    middle = images[:, :, top : top + 16, left : left + 16] / 255
+    torch.testing.assert_close(SimCLRView(16, blur_kernel=0).center(images), middle)
+    smaller = SimCLRView(8, blur_kernel=0)
+    torch.testing.assert_close(smaller.center(images), smaller.center((middle * 255).round().to(torch.uint8)))
+
+
 def test_a_scale_that_leaves_no_pixel_is_refused():
     with pytest.raises(ValueError, match=r"center_scale: 0.01 leaves no pixel of 20"):
         SimCLRView(20, center_scale=0.01)
