@@ -11,6 +11,7 @@ PROBLEMS = [
     "conv4_nonorm",
     "ffd_instancenorm",
     "gru_linear_batchnorm",
+    "lstm_linear",
     "lstm_predictor",
     "lstm_transformer",
     "reverse",
@@ -71,19 +72,25 @@ def test_running_statistics(problem):
             torch.testing.assert_close(getattr(block.norm, name), expected, **EXACT)
 
 
-def test_state_kept_between_windows(problem):
-    (tensors, _), read = problem("lstm2_sequential")
+@pytest.mark.parametrize(("name", "parts"), [("gru_sequential", 1), ("lstm2_sequential", 2)])
+def test_state_kept_between_windows(problem, gradients, name, parts):
+    (tensors, _), read = problem(name)
     for window in range(2):
         waveforms = tensors[f"input.{window}"].requires_grad_()
+        read.model.zero_grad()
 
         output = read.model(waveforms, negatives=tensors[f"negatives.{window}"])
         output.loss.backward()
 
         check(output, tensors | {"samples": torch.tensor(6.0, dtype=torch.float64)}, f".{window}")
         torch.testing.assert_close(waveforms.grad, tensors[f"grad.input.{window}"], **EXACT)
-        for part in range(2):
-            kept = torch.cat([state[part] for state in read.model.context.state])
-            torch.testing.assert_close(kept, tensors[f"hidden_out.{part}.{window}"], **EXACT)
+        for part in range(parts):
+            states = [state[part] if isinstance(state, tuple) else state for state in read.model.context.state]
+            torch.testing.assert_close(torch.cat(states), tensors[f"hidden_out.{part}.{window}"], **EXACT)
+        slopes = gradients(read)
+        assert len(slopes) > 19
+        for key, slope in slopes.items():
+            torch.testing.assert_close(slope, tensors[f"grad.{key}.{window}"], **EXACT)
 
 
 def test_channel_norm(golden):
