@@ -63,7 +63,7 @@ def curves(
 def curves_by_module(
     metrics: Sequence[dict[str, float]],
     modules: Sequence[int],
-    guessing: Mapping[str, float],
+    guessing: Mapping[str, float] | Sequence[Mapping[str, float]],
     *,
     loss: str,
     accuracy: str,
@@ -72,8 +72,8 @@ def curves_by_module(
     """Loss and accuracy of every module over the run, and beside them what probes found.
 
     metrics: logged steps with "step", and "loss" and "accuracy" of one module or "loss_module_0" and so on of several,
-    at least one. modules: those that were trained. guessing: both for a model that guesses, drawn as lines. loss,
-    accuracy: what they are called on the axes.
+    at least one. modules: those that were trained. guessing: both for a model that guesses, drawn as lines, of all
+    modules or of each; in the modules' colours where they differ. loss, accuracy: what they are called on the axes.
     """
     steps = np.array([record["step"] for record in metrics])
     figure, panels = _panels(steps[-1], loss, accuracy, probe)
@@ -82,7 +82,14 @@ def curves_by_module(
             key = name if len(modules) == 1 else f"{name}_module_{module}"
             values = np.array([record[key] for record in metrics])
             _draw(axes, steps, values, LINES[place % len(LINES)], f"module {module}")
-        axes.axhline(guessing[name], color=GRAY, linestyle="--", linewidth=1, label="guessing")
+        levels = [each[name] for each in ([guessing] if isinstance(guessing, Mapping) else guessing)]
+        if len(set(levels)) == 1:
+            axes.axhline(levels[0], color=GRAY, linestyle="--", linewidth=1, label="guessing")
+            continue
+        # The line in the legend is of no module.
+        axes.plot([], [], color=GRAY, linestyle="--", linewidth=1, label="guessing")
+        for place, level in enumerate(levels):
+            axes.axhline(level, color=LINES[place % len(LINES)], linestyle="--", linewidth=1)
     _finish(figure)
     return figure
 

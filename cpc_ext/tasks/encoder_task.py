@@ -243,9 +243,13 @@ class EncoderTask(Task):
         return images, None if shown.labels is None else shown.labels[chosen]
 
 
-def guessing(*keys: int) -> dict[str, float]:
-    """Loss and accuracy where all keys are found equally likely, the mean over predictions with so many keys each."""
+def guessing(*keys: int, weights: Sequence[float] | None = None) -> dict[str, float]:
+    """Loss and accuracy where all keys are found equally likely, the mean over predictions with so many keys each.
+
+    weights: of the predictions in the mean. Default: the same for all.
+    """
+    weights = [1.0] * len(keys) if weights is None else weights
     return {
-        "loss": sum(math.log(count) for count in keys) / len(keys),
-        "accuracy": sum(1 / count for count in keys) / len(keys),
+        "loss": sum(weight * math.log(count) for count, weight in zip(keys, weights, strict=True)) / sum(weights),
+        "accuracy": sum(weight / count for count, weight in zip(keys, weights, strict=True)) / sum(weights),
     }

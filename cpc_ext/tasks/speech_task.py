@@ -7,16 +7,20 @@ model untrained, whose weights the seed brings back, and of log-mel spectra.
 from __future__ import annotations
 
 import json
+import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain, islice, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.distributions import Binomial
 
 from cpc_ext import __version__, figures
 from cpc_ext.data import SpeechDataset, WaveformFetcher, WaveformSet, WindowSampler
@@ -54,6 +58,8 @@ _PROBE_SECONDS = {"train": 900.0, "test": 450.0}
 _SHOWN_SECONDS = 2.5
 # What encodings are looked at of so many recordings, whether they are all alike.
 _WATCHED_RECORDINGS = 8
+# Batches from which it is told how many windows of a batch are of one speaker.
+_WATCHED_BATCHES = 200
 
 
 class FeatureLayer(NamedTuple):
@@ -276,14 +282,56 @@ class SpeechTask(Task):
 
     @property
     def guess(self) -> dict[str, float]:
-        """Loss and accuracy of guessing; where all encodings are contrasted, of as many as the last module has."""
+        """Loss and accuracy of guessing, the mean over the modules that learn where there are several."""
+        guesses = self.guesses
+        return {name: sum(guess[name] for guess in guesses) / len(guesses) for name in guesses[0]}
+
+    @property
+    def guesses(self) -> list[dict[str, float]]:
+        """Loss and accuracy of guessing, of each module that learns; a model that is none has one."""
+        return self._guesses([self.window_frames])
+
+    def _guesses(self, frames: Sequence[int]) -> list[dict[str, float]]:
+        """Loss and accuracy of guessing, of each module that has so many encodings in a window."""
         options = self._config.prediction
-        keys = options.neg_samples + 1
-        if options.sampling == "all":
-            windows = self.contrasted(self._config.optimization.batch_size, options.gather_negatives)
-            keys = windows * self.window_frames
-        found = guessing(keys)
-        return {**found, "loss": found["loss"] * (options.pred_steps if options.reduction == "sum" else 1)}
+        windows = self.contrasted(self._config.optimization.batch_size, options.gather_negatives)
+        alike = self._windows_alike(windows) if options.same_speaker else {(windows, windows): 1}
+        guesses = []
+        for count in frames:
+            keys: list[int] = []
+            weights: list[float] = []
+            for (own, every), times in alike.items():
+                if options.sampling == "all":
+                    found = {own * count: 1.0}
+                elif own == every or options.sampling == "same-sequence":
+                    found = {options.neg_samples + 1: 1.0}
+                else:
+                    # Of the own windows' frames these are no negatives.
+                    never = options.pred_steps if options.exclude_positive else int(options.sampling == "offsets")
+                    share = (own * (count - 1) - never) / (every * (count - 1) - never)
+                    found = {1 + drawn: p for drawn, p in enumerate(_binomial(options.neg_samples, share))}
+                keys += found
+                weights += [times * weight for weight in found.values()]
+            guess = guessing(*keys, weights=weights)
+            guess["loss"] *= options.pred_steps if options.reduction == "sum" else 1
+            guesses.append(guess)
+        return guesses
+
+    def _windows_alike(self, batch_size: int) -> Counter[tuple[int, int]]:
+        """Of windows in the first batches, how many of the batch are of the same speaker, and how many there are.
+
+        A window is one of its own speaker's.
+        """
+        found: Counter[tuple[int, int]] = Counter()
+        with warnings.catch_warnings():
+            # What the sampler leaves out, that of the training has told.
+            warnings.simplefilter("ignore")
+            sampler = self.sampler(batch_size, seed=self._config.compute.seed, rank=0, world_size=1)
+        for starts in islice(chain.from_iterable(repeat(sampler)), _WATCHED_BATCHES):
+            speakers = self.examples.speakers_at(starts)
+            assert speakers is not None  # The sampler needs them.
+            found.update((int(own), len(starts)) for own in (speakers[:, None] == speakers).sum(1))
+        return found
 
     @property
     def window_frames(self) -> int:
@@ -367,6 +415,13 @@ def _contexts(
 
 def _recurrent(model: nn.Module) -> Iterator[tuple[str, RecurrentContext]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, RecurrentContext))
+
+
+def _binomial(draws: int, share: float) -> list[float]:
+    """How likely it is that 0, 1, ... of so many draws are of a share."""
+    counts = torch.arange(draws + 1, dtype=torch.float64)
+    found: list[float] = Binomial(draws, torch.tensor(share, dtype=torch.float64)).log_prob(counts).exp().tolist()
+    return found
 
 
 @contextmanager

@@ -87,6 +87,20 @@ def test_probes_are_beside_the_rest(modules, chance):
     assert names == {*curve_names, "guessing", "nearest neighbours", *([] if chance is None else ["commonest class"])}
 
 
+@pytest.mark.parametrize("differ", [False, True])
+def test_each_module_has_its_own_guessing(differ):
+    guesses = [{"loss": 2.0, "accuracy": 0.1}, {"loss": 3.0, "accuracy": 0.05} if differ else GUESS]
+    figure = drawn(curves_by_module(records([20, 40]), [0, 1], guesses, **WORDS))
+    for name, axes in zip(("loss", "accuracy"), figure.axes, strict=True):
+        dashed = [line for line in axes.lines if line.get_linestyle() == "--" and len(line.get_xdata())]
+        levels = [guess[name] for guess in guesses][: 2 if differ else 1]
+        assert [line.get_ydata()[0] for line in dashed] == levels
+        curve_colors = [line.get_color() for line in axes.lines if line.get_label().startswith("module")]
+        assert ([line.get_color() for line in dashed] == curve_colors) == differ
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()].count("guessing") == 1
+
+
 def test_a_legend_lies_on_no_curve():
     figure = drawn(curves(records([20, 40, 50]), GUESS, **WORDS))
     (legend,) = figure.legends

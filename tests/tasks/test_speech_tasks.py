@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from cpc_ext.data import BatchShare, SpeechDataset, WaveformSet, label_count
 from cpc_ext.measures.speech_frames import RecordingFrames, phone_probe
-from cpc_ext.models import CPC, CausalTransformerContext, GreedyInfoMax, RecurrentContext
+from cpc_ext.models import CPC, CausalTransformerContext, GreedyInfoMax, RecurrentContext, WaveformEncoder
 from cpc_ext.nn import ChannelNorm
 from cpc_ext.programs.train_options import parse
 from cpc_ext.tasks import speech_task
@@ -249,11 +249,75 @@ def test_guessing_among_all_encodings(model):
     """The encodings of the batch, or of this process's part of it; nothing is drawn for it, as of weights."""
     task = task_of(model, sampling="all", gather_negatives="none")
     state = torch.get_rng_state()
-    keys = math.exp(task.guess["loss"])
+    keys = math.exp(task.guesses[-1]["loss"])
     assert keys == pytest.approx(task.config.optimization.batch_size * task.window_frames)
     task.share = BatchShare(0, 2)
-    assert math.exp(task.guess["loss"]) == pytest.approx(keys / 2)
+    assert math.exp(task.guesses[-1]["loss"]) == pytest.approx(keys / 2)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def among_own_speaker(of):
+    """Mean of what belongs to 1 to 4 windows of a speaker, for one among 4 that are drawn of 4 of his and 4 others."""
+    ways = {own: math.comb(3, own - 1) * math.comb(4, 4 - own) for own in range(1, 5)}
+    return sum(count * of(own) for own, count in ways.items()) / math.comb(7, 3)
+
+
+@pytest.mark.parametrize("windows", ["recordings", "same-speaker"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampling": "all"},
+        {"sampling": "permuted"},
+        {"sampling": "permuted", "reduction": "sum"},
+        {"sampling": "offsets"},
+        {"sampling": "shifted", "exclude_positive": True},
+        {"sampling": "same-sequence"},
+    ],
+)
+def test_guessing_among_encodings_of_the_speaker(windows, options):
+    """Of the keys that are drawn, or of all, as many as are of the same speaker's windows."""
+    task = task_of(same_speaker=True, windows=windows, **options)
+    frames, drawn = task.window_frames, 4
+
+    def of_drawn(of, own):
+        # Never an own one: the next three where it is said so, and with offsets the positive.
+        never = 3 if options.get("exclude_positive") else int(options["sampling"] == "offsets")
+        share = (own * (frames - 1) - never) / (4 * (frames - 1) - never)
+        share = 1 if options["sampling"] == "same-sequence" or own == 4 else share
+        chances = [math.comb(drawn, n) * share**n * (1 - share) ** (drawn - n) for n in range(drawn + 1)]
+        return sum(chance * of(1 + n) for n, chance in enumerate(chances))
+
+    for name, of in (("loss", math.log), ("accuracy", lambda keys: 1 / keys)):
+
+        def found(own, of=of):
+            return of(own * frames) if options["sampling"] == "all" else of_drawn(of, own)
+
+        expected = among_own_speaker(found)
+        if windows == "same-speaker":
+            # What is left of a speaker makes a smaller batch, of which fewer encodings are contrasted.
+            sizes = [len(starts) for starts in task.sampler(4, seed=0, rank=0, world_size=1)]
+            expected = sum(size * found(size if options["sampling"] == "all" else 4) for size in sizes) / sum(sizes)
+        expected *= 3 if (name, options.get("reduction")) == ("loss", "sum") else 1
+        assert task.guess[name] == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"modules": 6}, {"modules": 5}, {"modules": 1}, {"modules": 6, "train_module": 1, "resume_from": "before"}],
+)
+def test_each_module_guesses_among_its_own_encodings(options):
+    task = task_of("greedy-infomax-audio", sampling="all", **options)
+    frames = [WaveformEncoder.frames(task.model.encoder, WINDOW, layers=layers) for layers in (1, 2, 3, 4, 5, 5)]
+    learning = [frames[-1:], None, None, None, frames[:5], frames][options["modules"] - 1]
+    learning = [frames[1]] if "train_module" in options else learning
+    assert [guess["loss"] for guess in task.guesses] == pytest.approx([math.log(4 * count) for count in learning])
+    assert task.guess["loss"] == pytest.approx(np.mean([math.log(4 * count) for count in learning]))
+    assert task.guess["accuracy"] == pytest.approx(np.mean([1 / (4 * count) for count in learning]))
+    ends = [""] if len(learning) == 1 else [f"_module_{module}" for module in range(len(learning))]
+    record = {"step": 1, **{f"{name}{end}": 0.5 for name in ("loss", "accuracy") for end in ends}}
+    axes = task._curves([record], None).axes[0]
+    levels = {line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--" and len(line.get_xdata())}
+    assert levels == {guess["loss"] for guess in task.guesses}
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cpc_ext import figures
 from cpc_ext.data import SpeechDataset
-from cpc_ext.models import GreedyInfoMax
+from cpc_ext.models import GreedyInfoMax, WaveformEncoder
 from cpc_ext.models.encoders.waveform_encoder import KERNELS
 from cpc_ext.nn.sequence_info_nce import SequenceInfoNCE
 from cpc_ext.nn.typed import Module
@@ -85,9 +85,17 @@ class GreedyAudioTask(ModuleTask, SpeechTask):
             found += context_layers(context, model.encode)
         return found
 
+    @property
+    def guesses(self) -> list[dict[str, float]]:
+        encoder, options = self.model.encoder, self._config.greedy
+        assert isinstance(encoder, WaveformEncoder)
+        # One module alone has all convolutions, and a sixth none.
+        layers = [len(KERNELS) if options.modules == 1 else min(index + 1, len(KERNELS)) for index in options.learning]
+        return self._guesses([encoder.frames(self._config.view.window, layers=count) for count in layers])
+
     def _curves(self, metrics: list[dict[str, float]], probe: figures.ProbeCurve | None) -> Figure:
         words = {"loss": "InfoNCE loss", "accuracy": "contrastive accuracy"}
-        return figures.curves_by_module(metrics, self._config.greedy.learning, self.guess, **words, probe=probe)
+        return figures.curves_by_module(metrics, self._config.greedy.learning, self.guesses, **words, probe=probe)
 
 
 class _ModuleStep(Module):
