@@ -62,14 +62,21 @@ def turned_grids(encodings: Tensor, directions: int) -> Tensor:
     [B, D, rows, cols] → [directions, B, D, rows, cols].
 
     Raises:
-        ValueError: a grid that is not square although there is more than one direction.
+        ValueError: encodings of another shape, or a grid that is not square although there is more than one direction.
     """
+    if encodings.ndim != 4:
+        raise _no_grids(encodings)
     rows, cols = encodings.shape[2:]
     if directions == 1:
         return encodings.unsqueeze(0)
     if rows != cols:
         raise ValueError(f"pred_directions={directions} needs a square grid, got {rows} x {cols}")
     return torch.stack([torch.rot90(encodings, -turns, (2, 3)) for turns in range(directions)])
+
+
+def _no_grids(encodings: Tensor) -> ValueError:
+    sequences = "; sequences [B, D, L] are for SequenceInfoNCE" if encodings.ndim == 3 else ""
+    return ValueError(f"encodings must be grids [B, D, rows, cols], got shape {tuple(encodings.shape)}{sequences}")
 
 
 class GridInfoNCE(Module):
@@ -225,6 +232,8 @@ class GridInfoNCE(Module):
         """
         if isinstance(self.neg_samples, str):
             return None
+        if encodings.ndim not in (4, 5):
+            raise _no_grids(encodings)
         images, (rows, cols) = encodings.shape[-4], encodings.shape[-2:]
         images *= exchange_with(self.gather_negatives).world
         sizes = [max(rows - step - self.skip, 0) * cols * images for step in range(1, self.pred_steps + 1)]

@@ -288,7 +288,7 @@ class SpeechTask(Task):
 
     @property
     def guesses(self) -> list[dict[str, float]]:
-        """Loss and accuracy of guessing, of each module that learns; a model that is none has one."""
+        """Loss and accuracy of guessing, of each module that learns, one for a model without modules."""
         return self._guesses([self.window_frames])
 
     def _guesses(self, frames: Sequence[int]) -> list[dict[str, float]]:

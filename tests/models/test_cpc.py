@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from cpc_ext.models import CPC, GatedPixelCNNContext, ResidualContext, ResNetV2Encoder
+from cpc_ext.models import (
+    CPC,
+    GatedPixelCNNContext,
+    GreedyInfoMax,
+    RecurrentContext,
+    ResidualContext,
+    ResNetV2Encoder,
+    WaveformEncoder,
+)
 from cpc_ext.nn import TargetInfoNCE
 
 
@@ -128,3 +136,21 @@ def test_errors():
         CPC(Features(3), [ResidualContext(3) for _ in range(3)], pred_steps=1, pred_directions=2)
     with pytest.raises(TypeError, match="either objective or the settings of a GridInfoNCE, got both: pred_steps"):
         CPC(Features(3), ResidualContext(3), TargetInfoNCE(3), pred_steps=1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda encoder, context: CPC(encoder, context, pred_steps=2),
+        lambda encoder, context: CPC(encoder, context, TargetInfoNCE(4, 4, pred_steps=2)),
+        lambda encoder, context: GreedyInfoMax(encoder, 5, context=context, pred_steps=2),
+        lambda encoder, context: GreedyInfoMax(encoder, 5, context=context, pred_steps=2, neg_samples="all"),
+    ],
+)
+def test_objectives_of_grids_refuse_sequences(make):
+    model = make(WaveformEncoder(4), RecurrentContext(4, 4))
+    told = (
+        r"encodings must be grids \[B, D, rows, cols\], got shape \(1, 4, \d+\); sequences .* are for SequenceInfoNCE"
+    )
+    with pytest.raises(ValueError, match=told):
+        model(torch.zeros(1, 1, 1600))

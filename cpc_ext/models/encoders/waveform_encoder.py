@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cpc_ext.models.encoders.stacked_encoder import EncoderBlock, SplitEncoder
 from cpc_ext.nn.channel_norm import ChannelNorm
 from cpc_ext.nn.typed import Sequential
-from cpc_ext.ops._library import may_take_kernels
+from cpc_ext.ops._library import autocast_dtype, may_take_kernels
 from cpc_ext.ops.masked_conv2d import masked_conv2d
 from cpc_ext.ops.waveform_conv1d import waveform_conv1d
 
@@ -152,7 +152,7 @@ class WaveformEncoder(SplitEncoder):
             is centred at ``first_center + 160 * i``.
 
     Raises:
-        ValueError: an argument out of range.
+        TypeError, ValueError: an argument of the wrong type or range.
     """
 
     layers: Sequential[WaveformBlock]
@@ -168,7 +168,7 @@ class WaveformEncoder(SplitEncoder):
         normalization: str | tuple[float, float] = "none",
     ) -> None:
         super().__init__()
-        widths = (channels,) * len(KERNELS) if isinstance(channels, int) else tuple(channels)
+        widths = (channels,) * len(KERNELS) if isinstance(channels, int) else _numbers("channels", channels)
         if len(widths) != len(KERNELS) or min(widths) < 1:
             raise ValueError(f"channels must be one number or {len(KERNELS)}, each at least 1, got {channels}")
         if norm not in NORMS:
@@ -204,7 +204,7 @@ class WaveformEncoder(SplitEncoder):
             Encodings [B, D, L], L as :meth:`frames` says.
 
         Raises:
-            TypeError: samples of another type.
+            TypeError: samples of another type than the weights'.
             ValueError: waveforms of another shape, or too short for a frame.
         """
         encodings: Tensor = self.layers(self.prepared(waveforms))
@@ -222,11 +222,16 @@ class WaveformEncoder(SplitEncoder):
         if waveforms.ndim != 3 or waveforms.shape[1] != 1:
             raise ValueError(f"waveforms must be [B, 1, T], got shape {tuple(waveforms.shape)}")
         scale, shift = self.normalization
+        dtype = next(self.parameters()).dtype
         if waveforms.dtype == torch.int16:
-            waveforms = waveforms.to(next(self.parameters()).dtype)
+            waveforms = waveforms.to(dtype)
             scale *= 2.0**-15
         elif not waveforms.is_floating_point():
             raise TypeError(f"waveforms must be floating in ±1, or int16, got {waveforms.dtype}")
+        elif waveforms.dtype != dtype and (
+            autocast_dtype(waveforms.device) is None or torch.float64 in (waveforms.dtype, dtype)
+        ):
+            raise TypeError(f"waveforms must be of the encoder's type, {dtype}, or int16, got {waveforms.dtype}")
         if self.frames(waveforms.shape[2]) < 1:
             raise ValueError(
                 f"waveforms of {waveforms.shape[2]} samples are too short: a frame takes at least {self._shortest()}"
@@ -264,7 +269,15 @@ class WaveformEncoder(SplitEncoder):
 def _named(name: str, value: str | Sequence[Number], known: Mapping[str, tuple[Number, ...]]) -> tuple[Number, ...]:
     """The values themselves, or those of this name."""
     if not isinstance(value, str):
-        return tuple(value)
+        return _numbers(name, value)
     if value not in known:
         raise ValueError(f"{name} must be numbers or one of {', '.join(known)}, got {value!r}")
     return known[value]
+
+
+def _numbers(name: str, values: Sequence[Number]) -> tuple[Number, ...]:
+    """Several numbers as a tuple. TypeError for anything else."""
+    try:
+        return tuple(values)
+    except TypeError:
+        raise TypeError(f"{name} must be a sequence of numbers, got {values!r}") from None

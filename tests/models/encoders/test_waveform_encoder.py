@@ -182,3 +182,19 @@ def test_wrong_input():
     for dtype in (torch.int32, torch.uint8, torch.bool):
         with pytest.raises(TypeError, match="floating in ±1, or int16, got torch"):
             encoder(torch.zeros(1, 1, 800, dtype=dtype))
+    # As soundfile reads, and what NumPy makes of it.
+    with pytest.raises(
+        TypeError, match=r"waveforms must be of the encoder's type, torch.float32, or int16, got torch.float64"
+    ):
+        encoder(torch.zeros(1, 1, 800, dtype=torch.float64))
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(TypeError, match=r"waveforms must be of the encoder's type, torch.float32"):
+            encoder(torch.zeros(1, 1, 800, dtype=torch.float64))
+        assert encoder(torch.zeros(1, 1, 800, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("argument", [{"channels": 8.0}, {"padding": 2}, {"normalization": 2.0}])
+def test_what_are_no_numbers_is_named(argument):
+    ((name, value),) = argument.items()
+    with pytest.raises(TypeError, match=f"^{name} must be a sequence of numbers, got {value}$"):
+        WaveformEncoder(**argument)
