@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributions import Binomial
 
 from cpc_ext import __version__, figures
-from cpc_ext.data import SpeechDataset, WaveformFetcher, WaveformSet, WindowSampler
+from cpc_ext.data import SAMPLE_RATE, SpeechDataset, WaveformFetcher, WaveformSet, WindowSampler
 from cpc_ext.data.notice import tell
 from cpc_ext.measures.frames import label_centers
 from cpc_ext.measures.log_mel import log_mel
@@ -58,6 +58,8 @@ _PROBE_SECONDS = {"train": 900.0, "test": 450.0}
 _SHOWN_SECONDS = 2.5
 # What encodings are looked at of so many recordings, whether they are all alike.
 _WATCHED_RECORDINGS = 8
+# Samples of a recording that are encoded at a time: a minute.
+_PIECE_SAMPLES = 60 * SAMPLE_RATE
 # Batches from which it is told how many windows of a batch are of one speaker.
 _WATCHED_BATCHES = 200
 
@@ -65,14 +67,16 @@ _WATCHED_BATCHES = 200
 class FeatureLayer(NamedTuple):
     """A layer whose outputs are features.
 
-    name: what users call it. make: from waveforms [1, 1, T] to features [1, D, L].
+    name: what users call it. encode: from waveforms [1, 1, T] to encodings [1, D, L].
     convolutions: of the encoder below it, which decide where its frames lie.
+    context: from encodings to features [1, E, L]; None where they are the features.
     windowed: whether it takes no more than a window at a time.
     """
 
     name: str
-    make: Callable[[Tensor], Tensor]
+    encode: Callable[[Tensor], Tensor]
     convolutions: int = len(KERNELS)
+    context: Callable[[Tensor], Tensor] | None = None
     windowed: bool = False
 
 
@@ -180,7 +184,8 @@ class SpeechTask(Task):
     def frames(self, model: CPC | GreedyInfoMax, layer: str | None = None) -> FrameMaker:
         """What makes features of a whole recording: int16 [samples] → float32 [L, D] and the frames' centres.
 
-        A recurrent context begins with zeros; a transformer takes a recording window by window, the encoder whole.
+        A recurrent context begins with zeros; a transformer takes a recording window by window. A long recording is
+        encoded in pieces, as the first layers' output takes some hundred times as much memory as its samples.
 
         Args:
             model: one of this task's.
@@ -192,18 +197,27 @@ class SpeechTask(Task):
         named = {each.name: each for each in self.layers(model)}
         if layer is not None and layer not in named:
             raise ValueError(f"layer: expected one of {', '.join(named)}, got {layer!r}")
-        _, make, convolutions, windowed = named[list(named)[-1] if layer is None else layer]
+        _, encode, convolutions, context, windowed = named[list(named)[-1] if layer is None else layer]
         encoder = model.encoder
         assert isinstance(encoder, WaveformEncoder)
+
+        # A single frame has no variance over time.
+        least = 2 if encoder.norm == "instance" else 1
+
+        def make(waveform: Tensor) -> Tensor:
+            parts = encoder.pieces(waveform.shape[2], _PIECE_SAMPLES, layers=convolutions)
+            encodings = [encode(waveform[:, :, part])[:, :, kept] for part, kept in parts]
+            whole = torch.cat(encodings, 2) if len(encodings) > 1 else encodings[0]
+            return whole if context is None else context(whole)
 
         @torch.no_grad()
         def frames(samples: Tensor) -> tuple[Tensor, Tensor]:
             waveform = samples.to(self._device).view(1, 1, -1)
-            if encoder.frames(waveform.shape[2]) < 1:
+            if encoder.frames(waveform.shape[2]) < least:
                 return torch.empty(0, 0), torch.empty(0)
             with _resting(model), autocast(self._device, self._config.compute.precision):
                 pieces = waveform.split(self._config.view.window, 2) if windowed else [waveform]
-                made = [make(piece)[0] for piece in pieces if encoder.frames(piece.shape[2]) > 0]
+                made = [make(piece)[0] for piece in pieces if encoder.frames(piece.shape[2]) >= least]
             centers = [
                 encoder.frame_centers(each.shape[1], layers=convolutions) + number * self._config.view.window
                 for number, each in enumerate(made)
@@ -401,16 +415,7 @@ def context_layers(context: nn.Module | None, encode: Callable[[Tensor], Tensor]
     windowed = isinstance(context, CausalTransformerContext) and not context.absolute
     for layer in range(1, len(context.layers) + 1):
         name = "context" if layer == len(context.layers) else f"context{layer}"
-        yield FeatureLayer(name, partial(_contexts, context, encode, layer), windowed=windowed)
-
-
-def _contexts(
-    context: RecurrentContext | CausalTransformerContext,
-    encode: Callable[[Tensor], Tensor],
-    layer: int,
-    waveforms: Tensor,
-) -> Tensor:
-    return context(encode(waveforms), layer=layer)
+        yield FeatureLayer(name, encode, context=partial(context, layer=layer), windowed=windowed)
 
 
 def _recurrent(model: nn.Module) -> Iterator[tuple[str, RecurrentContext]]:

@@ -420,6 +420,36 @@ def test_frames_of_a_recording(model):
         task.frames(task.model, "nothing")
 
 
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("norm", ["none", "batch", "instance"])
+def test_frames_of_a_long_recording_need_little_memory(model, norm, monkeypatch):
+    """It is encoded in pieces, of which the frames are those of the whole; instance norm needs it whole."""
+    task = task_of(model, norm=norm, precision="fp32")
+    samples = torch.from_numpy(np.array(task.examples.recording(3)))
+    heard = []
+    task.model.encoder.layers[0].register_forward_pre_hook(lambda layer, given: heard.append(given[0].shape[2]))
+    for layer in task.layers(task.model):
+        monkeypatch.setattr(speech_task, "_PIECE_SAMPLES", 10**9)
+        whole, centers = task.frames(task.model, layer.name)(samples)
+        heard.clear()
+        monkeypatch.setattr(speech_task, "_PIECE_SAMPLES", 3200)
+        frames, same_centers = task.frames(task.model, layer.name)(samples)
+        torch.testing.assert_close(frames, whole)
+        assert torch.equal(centers, same_centers)
+        assert sum(heard) >= len(samples)
+        assert max(heard) == len(samples) if norm == "instance" else max(heard) < 3200 + 3 * 465
+
+
+@pytest.mark.parametrize(("rest", "frames"), [(40, 80), (110, 80), (400, 83)])
+def test_a_transformers_last_window_may_be_of_one_frame(rest, frames):
+    """Instance norm has no variance of one, which is left out."""
+    task = task_of(context="transformer", context_channels=8, norm="instance")
+    samples = torch.from_numpy(np.array(task.examples.samples[: 2 * WINDOW + rest]))
+    found, centers = task.frames(task.model)(samples)
+    assert len(found) == len(centers) == frames
+    assert found.isfinite().all()
+
+
 @pytest.mark.parametrize(("padding", "modules"), [("greedy-infomax", 6), ("cpc-audio", 5), ("cpc-audio", 1)])
 def test_every_layers_frames_are_where_they_listen(padding, modules):
     """Frame i of a layer is centred in the samples that it depends on, which lie 5 to 160 from those of frame i + 1."""
@@ -433,7 +463,7 @@ def test_every_layers_frames_are_where_they_listen(padding, modules):
     assert len(layers) == min(modules, 5)
     for layer in layers:
         waveform = samples[None, None].float().abs().div(2**15).requires_grad_()
-        made = layer.make(waveform)
+        made = layer.encode(waveform)
         _, centers = task.frames(task.model, layer.name)(samples)
         assert len(centers) == made.shape[2]
         for frame in (len(centers) // 3, len(centers) // 3 + 1):

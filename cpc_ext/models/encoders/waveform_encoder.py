@@ -247,6 +247,24 @@ class WaveformEncoder(SplitEncoder):
             samples = max((samples + 2 * pad - kernel) // stride + 1, 0) if samples else 0
         return samples
 
+    def pieces(self, samples: int, length: int, *, layers: int = len(KERNELS)) -> list[tuple[slice, slice]]:
+        """How a waveform of so many samples can be encoded in pieces of about ``length``, with little memory.
+
+        A piece is told by its samples, and by which of its frames, after so many layers, are frames of the whole: those
+        next to a cut see zeros in place of the samples behind it. Instance norm needs all of a waveform as one piece.
+        """
+        step = math.prod(STRIDES[:layers])
+        frames, own = self.frames(samples, layers=layers), max(length // step, 1)
+        if self.norm == "instance" or frames <= own:
+            return [(slice(0, samples), slice(0, frames))]
+        margin = -(-_receptive_field(layers) // step) + 1
+        parts = []
+        for first in range(0, frames, own):
+            begin, last = max(first - margin, 0), min(first + own, frames)
+            end = samples if last == frames else min((last + margin) * step, samples)
+            parts.append((slice(begin * step, end), slice(first - begin, last - begin)))
+        return parts
+
     def frame_centers(self, frames: int, *, layers: int = len(KERNELS)) -> Tensor:
         """The sample that each of the first frames is centred at, after so many layers, int64 [frames]."""
         return self._first_center(layers) + math.prod(STRIDES[:layers]) * torch.arange(frames)

@@ -198,3 +198,20 @@ def test_what_are_no_numbers_is_named(argument):
     ((name, value),) = argument.items()
     with pytest.raises(TypeError, match=f"^{name} must be a sequence of numbers, got {value}$"):
         WaveformEncoder(**argument)
+
+
+@pytest.mark.parametrize("norm", ["none", "channel", "batch", "instance"])
+@pytest.mark.parametrize("padding", ["greedy-infomax", "cpc-audio", (9, 7, 3, 3, 3), (0, 0, 0, 0, 0)])
+def test_pieces_are_the_whole(norm, padding):
+    """Frames near a cut are those of a piece that reaches beyond it, whatever the lengths, and after any layers."""
+    encoder = WaveformEncoder(3, norm=norm, padding=padding).double().eval()
+    for samples in (650, 3999):
+        given = waveforms(samples)
+        for layers in range(1, 6):
+            whole = encoder.layers[:layers](encoder.prepared(given))
+            for length in (170, 1000, 10**6):
+                parts = encoder.pieces(samples, length, layers=layers)
+                made = [encoder.layers[:layers](given[:, :, part])[:, :, kept] for part, kept in parts]
+                torch.testing.assert_close(torch.cat(made, 2), whole)
+                longest = max(part.stop - part.start for part, _ in parts)
+                assert longest == samples if norm == "instance" else longest <= max(length, 160) + 4 * 465
