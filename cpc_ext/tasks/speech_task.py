@@ -201,9 +201,6 @@ class SpeechTask(Task):
         encoder = model.encoder
         assert isinstance(encoder, WaveformEncoder)
 
-        # A single frame has no variance over time.
-        least = 2 if encoder.norm == "instance" else 1
-
         def make(waveform: Tensor) -> Tensor:
             parts = encoder.pieces(waveform.shape[2], _PIECE_SAMPLES, layers=convolutions)
             encodings = [encode(waveform[:, :, part])[:, :, kept] for part, kept in parts]
@@ -213,11 +210,12 @@ class SpeechTask(Task):
         @torch.no_grad()
         def frames(samples: Tensor) -> tuple[Tensor, Tensor]:
             waveform = samples.to(self._device).view(1, 1, -1)
-            if encoder.frames(waveform.shape[2]) < least:
+            if encoder.frames(waveform.shape[2]) < encoder.least_frames:
                 return torch.empty(0, 0), torch.empty(0)
             with _resting(model), autocast(self._device, self._config.compute.precision):
                 pieces = waveform.split(self._config.view.window, 2) if windowed else [waveform]
-                made = [make(piece)[0] for piece in pieces if encoder.frames(piece.shape[2]) >= least]
+                pieces = [piece for piece in pieces if encoder.frames(piece.shape[2]) >= encoder.least_frames]
+                made = [make(piece)[0] for piece in pieces]
             centers = [
                 encoder.frame_centers(each.shape[1], layers=convolutions) + number * self._config.view.window
                 for number, each in enumerate(made)

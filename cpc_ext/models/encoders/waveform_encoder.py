@@ -150,6 +150,7 @@ class WaveformEncoder(SplitEncoder):
         receptive_field: samples that a frame sees, 465.
         first_center: the sample in the middle of what frame 0 sees: 20 or 79 for the paddings of the programs. Frame i
             is centred at ``first_center + 160 * i``.
+        least_frames: frames that a waveform has to have: 1, or 2 for instance norm, as one alone has no variance.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or range.
@@ -187,6 +188,7 @@ class WaveformEncoder(SplitEncoder):
             )
         )
         self.out_channels = widths[-1]
+        self.least_frames = 2 if norm == "instance" else 1
         self.first_center = self._first_center(len(KERNELS))
 
     @property
@@ -232,9 +234,10 @@ class WaveformEncoder(SplitEncoder):
             autocast_dtype(waveforms.device) is None or torch.float64 in (waveforms.dtype, dtype)
         ):
             raise TypeError(f"waveforms must be of the encoder's type, {dtype}, or int16, got {waveforms.dtype}")
-        if self.frames(waveforms.shape[2]) < 1:
+        if self.frames(waveforms.shape[2]) < self.least_frames:
+            what = "a frame takes" if self.least_frames == 1 else "two frames, which instance norm needs, take"
             raise ValueError(
-                f"waveforms of {waveforms.shape[2]} samples are too short: a frame takes at least {self._shortest()}"
+                f"waveforms of {waveforms.shape[2]} samples are too short: {what} at least {self._shortest()}"
             )
         if scale != 1:
             waveforms = waveforms * scale
@@ -257,7 +260,8 @@ class WaveformEncoder(SplitEncoder):
         frames, own = self.frames(samples, layers=layers), max(length // step, 1)
         if self.norm == "instance" or frames <= own:
             return [(slice(0, samples), slice(0, frames))]
-        margin = -(-_receptive_field(layers) // step) + 1
+        # As much as makes a frame after all layers, so that a piece is never too short.
+        margin = -(-self.receptive_field // step) + 1
         parts = []
         for first in range(0, frames, own):
             begin, last = max(first - margin, 0), min(first + own, frames)
@@ -278,7 +282,7 @@ class WaveformEncoder(SplitEncoder):
         return _receptive_field(layers) // 2 - before
 
     def _shortest(self) -> int:
-        samples = 1
+        samples = self.least_frames
         for kernel, stride, pad in zip(KERNELS[::-1], STRIDES[::-1], self.padding[::-1], strict=True):
             samples = max((samples - 1) * stride + kernel - 2 * pad, 1)
         return samples

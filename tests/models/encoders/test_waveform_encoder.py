@@ -139,6 +139,18 @@ def test_too_short(padding):
         encoder.layers(torch.zeros(1, 1, least - 1))
 
 
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_too_short_for_instance_norm(padding):
+    """A single frame has no variance over time."""
+    encoder = WaveformEncoder(2, padding=padding, norm="instance").eval()
+    least = next(samples for samples in range(1000) if encoder.frames(samples) == 2)
+    assert encoder(torch.zeros(1, 1, least)).shape == (1, 2, 2)
+    with pytest.raises(
+        ValueError, match=f"{least - 1} .* too short: two frames, .* instance norm .* at least {least}$"
+    ):
+        encoder(torch.zeros(1, 1, least - 1))
+
+
 def test_integers_and_normalisation():
     samples = torch.randint(-(2**15), 2**15, (2, 1, 800), dtype=torch.int16)
     plain = WaveformEncoder(3).double()
@@ -205,13 +217,15 @@ def test_what_are_no_numbers_is_named(argument):
 def test_pieces_are_the_whole(norm, padding):
     """Frames near a cut are those of a piece that reaches beyond it, whatever the lengths, and after any layers."""
     encoder = WaveformEncoder(3, norm=norm, padding=padding).double().eval()
-    for samples in (650, 3999):
+    for samples in (650, 1026, 3999):  # 1026: behind pieces of 170 a layer has a single frame.
         given = waveforms(samples)
         for layers in range(1, 6):
             whole = encoder.layers[:layers](encoder.prepared(given))
             for length in (170, 1000, 10**6):
                 parts = encoder.pieces(samples, length, layers=layers)
-                made = [encoder.layers[:layers](given[:, :, part])[:, :, kept] for part, kept in parts]
+                made = [
+                    encoder.layers[:layers](encoder.prepared(given[:, :, part]))[:, :, kept] for part, kept in parts
+                ]
                 torch.testing.assert_close(torch.cat(made, 2), whole)
                 longest = max(part.stop - part.start for part, _ in parts)
                 assert longest == samples if norm == "instance" else longest <= max(length, 160) + 4 * 465
