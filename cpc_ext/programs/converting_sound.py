@@ -9,6 +9,7 @@ from torch import nn
 from cpc_ext.models import CPC, CausalTransformerContext, GreedyInfoMax, RecurrentContext, WaveformEncoder
 from cpc_ext.models.encoders.waveform_encoder import NORMALIZATIONS, PADDINGS
 from cpc_ext.nn.sequence_info_nce import SequenceInfoNCE
+from cpc_ext.tasks.cpc_audio.options import RECIPES
 from cpc_ext.tasks.speech_options import FRAME, SequencePredictionSection
 from cpc_ext.training.errors import TrainingError
 
@@ -41,14 +42,16 @@ def sound_options(model: nn.Module) -> tuple[str, dict[str, dict[str, Any]]]:
     if objective.reverse:
         raise TrainingError("no run predicts backwards in time")
     options = {name: getattr(objective, name) for name in _told(objective)} | {"dropout": objective.dropout.p}
-    windows = {"windows": "sequential"} if context.get("keep_state") else {}
     windowed = [part.window for part in (contexts[-1],) if isinstance(part, CausalTransformerContext)]
     windowed += [objective.window] if objective.predictor == "transformer" else []
     if len(set(windowed)) > 1:
         raise TrainingError(f"no run has windows of {windowed[0]} frames for contexts and of {windowed[1]} to predict")
     padding = _name(encoder.padding, PADDINGS)
+    recipe = "original" if greedy or padding != "cpc-audio" else "modified"
     if not greedy:
-        options["recipe"] = "modified" if padding == "cpc-audio" else "original"
+        options["recipe"] = recipe
+    # What a program takes its windows from decides what its negatives are.
+    windows = {"windows": "sequential"} if context.get("keep_state") else RECIPES[recipe].get("view", {})
     return "greedy-infomax-audio" if greedy else "cpc-audio", {
         "view": {**windows, **({"window": windowed[0] * FRAME} if windowed else {})},
         "encoder": {
