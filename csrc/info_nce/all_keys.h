@@ -99,8 +99,8 @@ constexpr int64_t kConvertedValues = 512;
 // Tiles of the queries' gradient that a task takes: three cache lines of a key.
 constexpr int64_t kTaskTiles = 8;
 
-// E: what queries and keys are multiplied as. Of their type in memory, `Storage`, is only what reads and writes them, as
-// all else is the same for several and is compiled once.
+// E is what queries and keys are multiplied as. Only what reads or writes them depends on their type in memory, `Storage`:
+// all else is compiled once for the types that have an E in common.
 template <class E>
 class AllKeys {
   using S = Sum<E>;
@@ -1013,7 +1013,7 @@ class AllKeys {
     }
   }
 
-  // The sums of so many keys, from a tile; not part of the code of every tile.
+  // Writes the sums of so many keys, from a tile. Inlined, it would be in the code of every tile.
   [[gnu::noinline]] void write_keys(int64_t at, const S* sums, int64_t count, int64_t width) const {
     for (int64_t r = 0; r < count; ++r)
       for (int64_t c = 0; c < width; c += kLane)

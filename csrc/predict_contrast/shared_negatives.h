@@ -81,7 +81,7 @@ class SharedNegatives {
   S* prediction(const Buffers& b, int64_t i, int64_t step) const {
     return b.predictions + (i * steps_ + step) * pitch_;
   }
-  // Those of a step, of rows that are told from the block's first on.
+  // The predictions of a step, whose rows are told from the block's first on.
   Rows<S> predictions(const Buffers& b, int64_t step, const int64_t* rows, int64_t first) const {
     return {prediction(b, 0, step), steps_ * pitch_, rows, first};
   }
