@@ -423,6 +423,10 @@ def parse_arguments() -> argparse.Namespace:
         path = getattr(arguments, name)
         if path is not None and not path.is_file():
             parser.error(f"--{name}: there is no file {path}")
+    if arguments.against:
+        device = json.loads(arguments.against.read_text())["machine"]["device"]
+        if arguments.machine[0] not in device:
+            parser.error(f"--against: {arguments.against} is of {device}, and --machine {arguments.machine[0]} another")
     return arguments
 
 

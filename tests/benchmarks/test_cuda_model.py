@@ -443,6 +443,17 @@ def test_ops_and_files_that_are_not_there_are_named(tmp_path, monkeypatch, capsy
         assert f"{option}: there is no file {tmp_path / 'none.json'}" in capsys.readouterr().err
 
 
+def test_predictions_of_one_gpu_are_not_put_beside_times_of_another(tmp_path, monkeypatch, capsys):
+    measured = tmp_path / "kernels.json"
+    measured.write_text(json.dumps({"machine": {"device": "NVIDIA H200"}, "results": []}))
+    monkeypatch.setattr(sys, "argv", ["cuda_model.py", "--against", str(measured)])
+    with pytest.raises(SystemExit):
+        cuda_model.parse_arguments()
+    assert f"--against: {measured} is of NVIDIA H200, and --machine H100 another" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["cuda_model.py", "--machine", "H200", "H100", "--against", str(measured)])
+    assert cuda_model.parse_arguments().against == measured
+
+
 def test_workspaces_are_filled_before_some_blocks_are_traced(monkeypatch):
     # Else what is counted hangs on what memory held: kernels skip loads where a weight of another block is zero.
     for name in ("CPC_EMULATION_SHARED_KIB", "CPC_EMULATION_MULTIPROCESSORS"):
