@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from torch.distributed.run import parse_args as parse_torchrun
 
@@ -59,6 +60,8 @@ RUNS = {
     "docs/pixel_models.md": {"RUN": ("gated-pixelcnn", "textures")},
     "docs/speech.md": {"RUN": ("cpc-audio", "audio-folder")},
 }
+# The side in pixels of the images in the folder that a page calls photos, by which defaults are chosen.
+PHOTOS = {"docs/results.md": 32}
 # Commands that no parser of ours or of a library takes, and why nothing else is done with them.
 NOT_TRIED = {
     "python -m venv": "environments are made by whoever runs the tests",
@@ -145,9 +148,9 @@ def place(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def add_photos(folder: Path) -> None:
+def add_photos(folder: Path, side: int = 40) -> None:
     """Twelve small images of each of two classes, eight to learn from."""
-    textures = make_textures(24, size=40)
+    textures = make_textures(24, size=side)
     for number, image in enumerate(textures.images):
         path = folder / ("train" if number < 16 else "test") / "ab"[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -371,6 +374,8 @@ def add_runs(place: Path, page: str) -> None:
 @pytest.mark.parametrize(("page", "command"), [*COMMANDS, *IN_SENTENCES])
 def test_commands(page, command, place, try_words):
     add_runs(place, page)
+    if page in PHOTOS:
+        add_photos(place / "photos", PHOTOS[page])
     parts = list(parts_of(command))
     tried = [words for words in parts if not any(" ".join(words).startswith(start) for start in NOT_TRIED)]
     for words in tried:
@@ -382,6 +387,23 @@ def test_commands(page, command, place, try_words):
                 raise
     if not tried:
         pytest.skip("; ".join(reason for start, reason in NOT_TRIED.items() if start in command))
+
+
+def test_the_first_run_on_photographs_is_what_was_measured(place):
+    """Its figures are of grey patches of 12 pixels, each normalised, as in the run of that day whose config is kept."""
+    add_photos(place / "photos", PHOTOS["docs/results.md"])
+    of_page = (each.values[1] for each in COMMANDS if each.values[0] == "docs/results.md")
+    (command,) = (command for command in of_page if "--steps 1800" in command)
+    run = parse_train(shlex.split(command)[3:]).run
+    file = ROOT / "python" / "benchmarks" / "results" / "2026-11-24-cpu-label-efficiency.json"
+    measured = yaml.safe_load(json.loads(file.read_text())["cpc-v1"]["config"])
+    view = type(run.view)(**measured["view"])
+    assert run.view.patch == view.patch == 12
+    assert run.view.model_copy(update={"patch_size": None}) == view
+    assert run.cpc == type(run.cpc)(**measured["cpc"])
+    given = {**measured["optimization"], "steps": 1800}
+    assert {name: getattr(run.optimization, name) for name in given} == given
+    assert run.compute.precision == measured["compute"]["precision"]
 
 
 def test_all_that_is_not_tried_is_there():
