@@ -109,6 +109,23 @@ def test_memory_of_greedy_infomax():
     assert "all modules at once save a tenth of the activations and gradients, a twentieth of all" in words
 
 
+def test_memory_of_losses():
+    cases = {
+        (case["op"], case["case"]["rows"]): case
+        for case in measured("2026-11-28-cpu-contrastive-losses.json")["results"]
+    }
+    told = {row[0]: row[1] for row in table_rows("docs/losses.md") if row[1:] and row[1].endswith(" MiB")}
+    for (loss, of_file), (pairs, of) in {  # Losses of two views have a row for each.
+        ("CLIPLoss", 4096): (4096, 512),
+        ("SigLIPLoss", 4096): (4096, 512),
+        ("NTXentLoss", 2048): (1024, 128),
+        ("NTXentLoss", 8192): (4096, 128),
+        ("DecoupledContrastiveLoss", 2048): (1024, 128),
+    }.items():
+        size = cases[loss, of_file]["alternatives"]["ours"]["peak_extra_bytes"]
+        assert told[f"`{loss}`, {pairs} pairs of {of}"] == f"{size / 2**20:.0f} MiB"
+
+
 def test_sampling():
     rows = [row[1:] for row in table_rows("docs/pixel_models.md")]
     for run in measured("2026-11-24-cpu-sampling.json")["results"]:
