@@ -60,7 +60,7 @@ _SHOWN_SECONDS = 2.5
 _WATCHED_RECORDINGS = 8
 # Samples of a recording that are encoded at a time: a minute.
 _PIECE_SAMPLES = 60 * SAMPLE_RATE
-# Batches from which it is told how many windows of a batch are of one speaker.
+# Batches whose windows of one speaker are counted.
 _WATCHED_BATCHES = 200
 
 
@@ -318,7 +318,7 @@ class SpeechTask(Task):
                 elif own == every or options.sampling == "same-sequence":
                     found = {options.neg_samples + 1: 1.0}
                 else:
-                    # Of the own windows' frames these are no negatives.
+                    # So many of the own windows' frames are no negatives.
                     never = options.pred_steps if options.exclude_positive else int(options.sampling == "offsets")
                     share = (own * (count - 1) - never) / (every * (count - 1) - never)
                     found = {1 + drawn: p for drawn, p in enumerate(_binomial(options.neg_samples, share))}
@@ -330,7 +330,7 @@ class SpeechTask(Task):
         return guesses
 
     def _windows_alike(self, batch_size: int) -> Counter[tuple[int, int]]:
-        """Of windows in the first batches, how many of the batch are of the same speaker, and how many there are.
+        """Counts windows in the first batches by how many of their batch are of the same speaker, and how many there are.
 
         A window is one of its own speaker's.
         """

@@ -275,7 +275,7 @@ def among_own_speaker(of):
     ],
 )
 def test_guessing_among_encodings_of_the_speaker(windows, options):
-    """Of the keys that are drawn, or of all, as many as are of the same speaker's windows."""
+    """A model guesses among those keys, drawn ones or all, that are of the same speaker's windows."""
     task = task_of(same_speaker=True, windows=windows, **options)
     frames, drawn = task.window_frames, 4
 
