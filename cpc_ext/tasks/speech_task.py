@@ -330,7 +330,7 @@ class SpeechTask(Task):
         return guesses
 
     def _windows_alike(self, batch_size: int) -> Counter[tuple[int, int]]:
-        """Counts windows in the first batches by how many of their batch are of the same speaker, and how many there are.
+        """Counts windows of the first batches by how many of their batch share their speaker, and how many it has.
 
         A window is one of its own speaker's.
         """
