@@ -1,6 +1,6 @@
-// From the gradient in the outputs to that in what went into the activation, and the bias's. Bound by memory: threads
-// move 16 bytes at a time. The bias's sums over all pixels take two steps, kBiasParts parts and then their sum, which the
-// last kernel of the weight's gradient takes along where there is one.
+// The gradients of the activation's input and of the bias, from the gradient of the output. The kernel is bound by
+// memory: threads move 16 bytes at a time. The bias gradient, a sum over all pixels, takes two steps: kBiasParts
+// partial sums, then their sum, which the last kernel of the weight gradient computes if there is one.
 #pragma once
 
 #include "masked_conv/tile.cuh"
@@ -17,7 +17,7 @@ constexpr int kActivationThreads = 512;
 template <class T>
 struct ActivationGradArguments {
   const T *grad, *saved;
-  T* result;       // Null where it would be grad.
+  T* result;       // Null where it would equal grad.
   SumOf<T>* sums;  // [parts, N], or null.
   int64_t rows, parts, rows_of_part;
   int64_t channels;  // Channels of grad.
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kActivationThreads, 2)
     const int64_t last = first + a.rows_of_part < a.rows ? first + a.rows_of_part : a.rows;
     Sum sums[2][kValues] = {};
     for (int64_t row = first + threadIdx.y; row < last && count > 0; row += blockDim.y) {
-      Sum features[kValues] = {}, gates[kValues] = {};  // The gradient in them; without a gate, only the first.
+      Sum features[kValues] = {}, gates[kValues] = {};  // Their gradients; without gates, only the former.
       load_run(features, a.grad + row * a.channels + column, 1, count);
       if (a.activation == Activation::relu) {
         Sum output[kValues] = {};
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kActivationThreads, 2)
   }
 }
 
-// The parts' sums, [kBiasParts, outputs], and the bias's gradient.
+// Adds up the partial sums [kBiasParts, outputs] of the bias gradient.
 template <class T>
 struct BiasSums {
   static constexpr int kRows = kThreads / kWarp;
@@ -158,7 +158,7 @@ void launch_activation_grad(const ActivationGrad& problem, void* stream) {
   unsigned across = 1;
   while (across < kWarp && across < chunks) across *= 2;
   const dim3 threads(across, kActivationThreads / across);
-  constexpr int64_t kRowsOfThread = 4;  // Enough to be worth a block's start.
+  constexpr int64_t kRowsOfThread = 4;  // Enough to amortise starting a block.
   if (!summed) a.parts = divide_up(a.rows, threads.y * kRowsOfThread);
   a.rows_of_part = divide_up(a.rows, a.parts);
   a.column_blocks = divide_up(chunks, across);

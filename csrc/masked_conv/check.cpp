@@ -1,4 +1,4 @@
-// What the tables of masked_conv.h leave open: taps, results' channels, and positions.
+// Checks that the field tables of masked_conv.h cannot express: of taps, channels of results, and positions.
 #include <string>
 
 #include "core/require.h"
@@ -8,7 +8,7 @@
 namespace cpc::masked_conv {
 namespace {
 
-// The longest side of a kernel and distance of its taps: products of two stay far from 64 bits.
+// The largest kernel side and dilation: the product of two such numbers stays far below 64 bits.
 constexpr int64_t kMostPixels = int64_t{1} << 28;
 
 void set_results(Sizes& sizes, int64_t outputs, Activation activation) {
@@ -68,7 +68,7 @@ void complete_pixel(PixelConvolution& problem, Sizes& sizes) {
 
 void check(const Layer& problem, Where) {
   require_weights(problem.weight);
-  if (problem.visible) plan(problem, Where::cuda);  // Looks at the taps.
+  if (problem.visible) plan(problem, Where::cuda);  // Throws for taps outside the kernel.
 }
 
 void check(const LayerGrad& problem, Where) {

@@ -1,7 +1,7 @@
-// Convolution on the CPU, masked or not: from channels-last input to output through one matrix product over the visible
-// taps, in pairs of pixels over fewer terms (terms.h). A tile of the product broadcasts straight from the input's pixels,
-// wherever their taps lie, unless they must be converted or are differences of two; padding is a row of zeros. A tile's
-// rows are one pixel of several images, so that at an image's edge whole tiles read only padding and skip the term.
+// Convolution on the CPU, masked or not, of channels-last tensors: one matrix product over the visible taps, or over
+// fewer terms where pixels are computed in pairs (terms.h). A tile of the product reads the input's pixels in place,
+// unless they must be converted or are differences of two; padding is read from a row of zeros. The rows of a tile are
+// the same pixel of several images, so that at an image's edge whole tiles read only padding and skip the term.
 #include <algorithm>
 #include <array>
 #include <vector>
@@ -18,19 +18,19 @@
 namespace cpc::masked_conv::cpu::CPC_ISA {
 namespace {
 
-// Tiles of the product that a task takes through all of its panels: their pixels and sums stay in the second-level cache.
+// Tiles of a block, which a task takes through all of its panels: their pixels and sums stay in the second-level cache.
 constexpr int64_t kBlockTiles = 32;
-// Depth that a tile goes through at a time: the panel's part of it stays in the cache while all tiles of a block use
-// it.
+// Depth that a tile processes at a time: that part of a panel stays in the cache while all tiles of a block use it.
 constexpr int64_t kDepthBlock = 320;
-// Pixels of a block that had to be gathered.
+// The most bytes of gathered pixels in a block, so that they stay in the cache, too.
 constexpr int64_t kGatheredBytes = int64_t{512} << 10;
 // Channels that are transposed at a time: their part of a panel stays in the first-level cache.
 constexpr int64_t kTransposed = 64;
-// Nanoseconds that a weight takes to be packed for a term, and a value of an activation's gradient.
+// Estimated nanoseconds to pack a weight for a term, and to compute a value of an activation's gradient.
 constexpr double kPackNanoseconds = 0.7, kGradNanoseconds = 0.3, kGatedGradNanoseconds = 2;
 
-// Calls use(read) with the function read(at) that gives a term's weight: of one tap, or of two or three, added up.
+// Calls use(read), where read(at) returns a term's weight at an offset: one tap's weight, or a weighted sum of two or
+// three.
 template <class E, class Storage, class Use>
 void with_weight(const Term& term, const Packing& problem, const Use& use) {
   const TensorView& weight = problem.weight;
@@ -72,7 +72,7 @@ void pack_as(const Packing& problem) {
     const Panel panel = panels[p];
     const int64_t columns = panel.vectors * kLanes;
     E* const out = problem.packed.as<E>() + panels.offset(p, product.total);
-    // The last term's depth ends with the padding of all where they are joined.
+    // If terms are joined, the last one's depth includes the padding of them all.
     const int64_t start = t * product.of_term, depth = t + 1 < terms_count ? product.of_term : product.total - start;
     E block[kTransposed][kLanes];
     for (int64_t first = 0; first < depth; first += kTransposed)
@@ -84,7 +84,7 @@ void pack_as(const Packing& problem) {
         if (given < rows || channels < kLanes) std::fill_n(block[0], kTransposed * kLanes, E{});
         with_weight<E, Storage>(terms[t], problem, [&](const auto& read) {
           const int64_t at = n * out_step + first * in_step;
-          // In the order in which they lie in memory.
+          // Read in memory order.
           if (in_step <= out_step)
             for (int64_t c = 0; c < channels; ++c)
               for (int64_t k = 0; k < given; ++k) block[k][c] = read(at + c * out_step + k * in_step);
@@ -117,16 +117,16 @@ struct Run {
   int64_t term, first, depth;
 };
 
-// Runs whose sum stays in registers from the first to the last. Groups of one sum follow one another.
+// Runs that are summed without leaving registers. The groups of one sum are consecutive.
 struct Group {
   int sum;
-  bool begins, ends;  // It is the sum's first, or its last.
+  bool begins, ends;  // Whether it is the sum's first or last group.
   std::vector<Run> runs;
 };
 
 template <class E>
 std::vector<Group> groups_of(const std::vector<Term>& terms, int sums, const ProductDepth<E>& product) {
-  // Joined terms are one of all their values.
+  // Joined terms count as one.
   const int64_t count = product.joined ? 1 : std::ssize(terms),
                 inputs = product.joined ? product.total : product.of_term;
   std::vector<Group> groups;
@@ -148,11 +148,12 @@ std::vector<Group> groups_of(const std::vector<Term>& terms, int sums, const Pro
   return groups;
 }
 
-// The rows of the product: the batch in groups of some images, and in each pixel by pixel over its images; all pixels of
-// the output or a single one; of pairs, the left ones. What a block of rows reads thus lies in few images.
+// The rows of the product. The batch is split into groups of images. Within a group, rows go pixel by pixel, and for
+// each pixel over the group's images, so that a block of rows reads from few images. The pixels are all of the output,
+// or only the one at `position`; with pairs, the left pixel of each pair.
 class Rows {
  public:
-  // Blocks have at most so many tiles.
+  // tiles: the most tiles of a block.
   Rows(const Convolution& problem, int64_t tiles)
       : batch_(problem.batch()),
         step_(problem.pairs ? 2 : 1),
@@ -180,12 +181,12 @@ class Rows {
   int64_t count() const { return batch_ * positions_; }
   int64_t step() const { return step_; }
   int64_t most_rows() const { return tiles_ * kTileRows; }
-  // Images of a group, and of the last one.
+  // The number of images in a group, and in the last group.
   std::array<int64_t, 2> group_images() const {
     const int64_t rest = batch_ % images_;
     return {images_, rest ? rest : images_};
   }
-  // Pixels, and rows of pixels, that a block of a group is in, at most.
+  // The most pixels, and the most rows of pixels, that a block covers in a group of so many images.
   int64_t most_pixels(int64_t images) const { return (most_rows() - 1) / images + 2; }
   int64_t most_lines(int64_t images) const { return (most_pixels(images) + across_ - 2) / across_ + 1; }
 
@@ -196,11 +197,12 @@ class Rows {
   Block operator[](int64_t i) const {
     const int64_t image = i / blocks_ * images_, images = std::min(images_, batch_ - image);
     const int64_t rows = positions_ * images, tiles = divide_up(rows, kTileRows), count = blocks_of(images);
-    const int64_t at = i % blocks_;  // A smaller group has no more blocks.
+    const int64_t at = i % blocks_;  // The last group, if smaller, has no more blocks.
     const int64_t first = at * tiles / count * kTileRows, end = (at + 1) * tiles / count * kTileRows;
     return {image, images, first, std::min(rows, end) - first};
   }
-  // Calls use(row, count, pixel) for `count` rows of a block, from `row` on, that are one pixel in successive images.
+  // Calls use(row, count, pixel) for each run of rows [row, row + count) of a block that are one pixel of successive
+  // images.
   template <class Use>
   void each_pixel(const Block& block, const Use& use) const {
     const int64_t at = block.first / block.images;
@@ -226,7 +228,7 @@ class Convolver {
   using E = Element<Storage>;
   using S = Sum<E>;
   using R = Register<S>;
-  // Whether the input's values can be multiplied where they lie.
+  // Whether the input's values can be multiplied without conversion.
   static constexpr bool kInPlace = std::is_same_v<E, Storage>;
 
  public:
@@ -244,7 +246,7 @@ class Convolver {
       below_ = std::max(below_, term.dy);
     }
     for (int64_t tiles = kBlockTiles; tiles > 1 && gathered_size() * int64_t{sizeof(E)} > kGatheredBytes;)
-      rows_ = Rows(problem, --tiles);  // Pixels that had to be gathered are to stay in the cache too.
+      rows_ = Rows(problem, --tiles);  // Gathered pixels must stay in the cache, too.
     block_rows_ = rows_.most_rows();
     const auto innermost = [](const TensorView& view) { return view.ndim == 0 || view.strides[1] == 1; };
     finishes_tiles_ = !problem.pairs && problem.activation != Activation::gated && problem.preactivation.ndim == 0 &&
@@ -258,8 +260,8 @@ class Convolver {
     const int64_t blocks = rows_.blocks(), panels = panels_.count();
     const double flops = 2. * static_cast<double>(rows_.count() * depth_.total) * static_cast<double>(problem_.outputs);
     const int threads = workers_for(flops / kFlopsPerNanosecond);
-    // Few blocks are shared out by panels as well, so that all workers end at about the same time; not too often where
-    // each must gather the block again.
+    // If there are few blocks, tasks are split by panels as well, so that all workers end at about the same time. They
+    // are split less if each must gather the block again.
     const int64_t groups = std::clamp<int64_t>(divide_up((gathers() ? 16 : 32) * threads, blocks), 1, panels);
     const std::vector<E> zeros(depth_.total);
     const Scratch scratch(bytes());
@@ -276,15 +278,15 @@ class Convolver {
         if (!finishes_tiles(panels_[p])) finish(buffers, p, block);
       }
     };
-    parallel_tasks(blocks * groups, body, threads);  // At the images' edges there is less to do.
+    parallel_tasks(blocks * groups, body, threads);  // Tasks at the images' edges have less to do.
   }
 
  private:
   int64_t terms() const { return std::ssize(terms_); }
-  // Whether the pixels that a block reads are copied, each once, as terms read them.
+  // Whether each pixel that a block reads is copied once, converted to what the terms read.
   bool copies() const { return copies_ && !depth_.joined && !problem_.pairs; }
   bool gathers() const { return copies_ || depth_.joined || problem_.pairs; }
-  // Rows of the input that a block reads, at most.
+  // The most rows of the input that a block reads.
   int64_t read_lines(int64_t images) const {
     return std::min(problem_.height(), (rows_.most_lines(images) - 1) * problem_.stride + below_ - above_ + 1);
   }
@@ -311,12 +313,12 @@ class Convolver {
   struct Buffers {
     S* sums;           // [sums, block rows, kTileColumns]
     S* bias;           // [kTileColumns] of the panel
-    S* beside;         // [kTileColumns] of a row: what is added to it, or decides on it.
-    const E** pixels;  // [terms, block rows]: where the term's values of a row lie.
-    Beside* besides;   // [block rows]: where a row's results go, and what they are made with.
+    S* beside;         // [kTileColumns]: a row's values of `condition` or `positive`.
+    const E** pixels;  // [terms, block rows]: the values that a term reads for a row.
+    Beside* besides;   // [block rows]: a row's output, condition and positive.
     bool* reaches;     // [terms, tiles]: whether a row of the tile reads more than padding.
-    E* gathered;       // Pixels that are copied, [images, depth] each; else [block rows, total depth] if computed.
-    E** copied;        // [read lines, width]: where a pixel that is copied lies, or null.
+    E* gathered;       // If copies(), pixels of [images, depth] each; else, if gathers(), [block rows, total depth].
+    E** copied;        // [read lines, width]: the copy of a pixel, or null if there is none yet.
 
     Buffers(Parts& parts, const Convolver& c)
         : sums(parts.take<S>(c.sums_ * c.block_rows_ * kTileColumns<E>)),
@@ -355,7 +357,7 @@ class Convolver {
         const Term& term = terms_[t];
         const int64_t y = line + term.dy, x = column + term.dx;
         bool one = inside(y, x), other = term.sign != 0 && inside(y, column + term.other_dx);
-        // The last sum is the right pixel's alone, which an image of odd width ends without.
+        // The last sum is only for right pixels, and an image of odd width ends with a left one.
         if (problem_.pairs && term.sum == kPairSums - 1 && pixel.x + 1 == problem_.output_width()) one = other = false;
         const E** const at = buffers.pixels + t * block_rows_ + r;
         if (one || other)
@@ -409,7 +411,7 @@ class Convolver {
           buffers.pixels[r + i] = row;
         }
     });
-    // All terms are the first.
+    // Joined terms are stored as the first one.
     if (depth_.joined) std::fill_n(buffers.reaches, divide_up(block.count, kTileRows), true);
   }
 
@@ -418,7 +420,7 @@ class Convolver {
     return problem_.input.template as<Storage>() + pixel.in(problem_.input);
   }
 
-  // Copies a pixel of some images as terms read it; gives the size.
+  // Copies a pixel of several images as the terms read it. Returns the number of values written.
   int64_t copy_pixel(E* to, const Rows::Pixel& pixel, int64_t images) const {
     const Storage* const from = read(pixel);
     for (int64_t i = 0; i < images; ++i) {
@@ -470,7 +472,7 @@ class Convolver {
         });
   }
 
-  // Whether sums go to the output right from their registers.
+  // Whether sums are written to the output directly from registers.
   bool finishes_tiles(const Panel& panel) const {
     return finishes_tiles_ && panel.count == panel.vectors * kLaneColumns<E>;
   }
@@ -492,7 +494,7 @@ class Convolver {
     }
   }
 
-  // From the sums of pairs to those of their left and right pixels, the first two.
+  // Turns the four sums of each pair into the sums of its left and right pixels, in place of the first two.
   void separate(Buffers& buffers, int64_t p, int64_t count) const {
     for (int64_t r = 0; r < count; ++r) {
       S* m[kPairSums];
@@ -505,7 +507,7 @@ class Convolver {
     }
   }
 
-  // From a panel's sums to output: condition, activation.
+  // Applies condition and activation to a panel's sums and writes them to the output.
   void finish(Buffers& buffers, int64_t p, const Rows::Block& block) const {
     rows_.each_pixel(block, [&](int64_t r, int64_t count, Rows::Pixel pixel) {
       for (int64_t i = 0; i < count; ++i, ++pixel.b)
@@ -520,7 +522,7 @@ class Convolver {
     const auto read = [&](const TensorView& view) {
       const auto read_half = [&](S* to, int64_t channel) {
         const Storage* const from = view.as<Storage>() + pixel.in(view) + channel * view.strides[1];
-        if (view.strides[1] == 1)  // Known to the compiler.
+        if (view.strides[1] == 1)  // A stride that the compiler knows.
           for (int64_t i = 0; i < panel.count; ++i) to[i] = widen(from[i]);
         else
           for (int64_t i = 0; i < panel.count; ++i) to[i] = widen(from[i * view.strides[1]]);
@@ -574,13 +576,12 @@ class Convolver {
   bool copies_, finishes_tiles_;
   Rows rows_;
   int64_t block_rows_;
-  int64_t above_ = 0, below_ = 0;  // Rows of the input that terms reach before and beyond a pixel's.
+  int64_t above_ = 0, below_ = 0;  // Offsets of the first and last input rows that terms reach.
 };
 
 // --- Gradients ---
 
-// Pixels that activation_grad sums a bias's gradient over before the sums are added up: the same for any number of
-// threads.
+// Pixels per partial sum of the bias gradient. It does not depend on the number of threads, so neither do results.
 constexpr int64_t kBiasPixels = 256;
 
 template <class Storage>
@@ -598,7 +599,8 @@ void activation_grad_as(const ActivationGrad& problem) {
   const Scratch scratch(5 * padded * sizeof(S));
   const double each_value = problem.activation == Activation::gated ? kGatedGradNanoseconds : kGradNanoseconds;
   const auto differentiate = [&](int64_t part, int worker) {
-    // A pixel's gradients and saved values, and the gradients in a: two of each where gated.
+    // A pixel's output gradients, its saved values, and the gradients of a. The latter two have a second half for
+    // gates.
     S* const in = scratch.of<S>(worker);
     S *const saved = in + padded, *const result = saved + 2 * padded;
     const auto each = [&](const auto& work) {

@@ -1,8 +1,8 @@
-// Masked convolution on the GPU: from pixels and weights to activated outputs, and the gradients back. A convolution is a
-// matrix product of pixels and outputs (core/cuda/product.cuh) whose depth is the visible taps times the channels. What each
-// pixel sees is one operand (visible_taps.cuh), the filters are the other (filters.cuh), and outputs.cuh has the epilogue.
-// Rows of a tile are neighbouring pixels, or one pixel of many images, so that a tap which leads all of them out of the
-// image is left out. The gradients of activation and weight are in headers of their own.
+// Masked convolution on the GPU, forward and backward. A convolution is a matrix product (core/cuda/product.cuh) of
+// pixels and outputs whose depth is the visible taps times the channels. The left operand is what each pixel sees
+// (visible_taps.cuh), the right operand the filters (filters.cuh); outputs.cuh has the epilogue. The rows of a tile are
+// neighbouring pixels, or one pixel of many images, so that a tile can skip taps that lead all of its rows out of the
+// image. The gradients of activation and weight are in headers of their own.
 #include <algorithm>
 #include <iterator>
 #include <type_traits>
@@ -17,13 +17,14 @@
 namespace cpc::masked_conv::cuda {
 namespace {
 
-// Values from one output's packed weights to the next's. There is a slice, though nothing may be in it.
+// The distance in values between the packed weights of two outputs: at least one slice, even if it is empty.
 int64_t packed_stride(int64_t depth, int64_t size) {
   return std::max<int64_t>(divide_up(depth * size, kSliceBytes), 1) * kSliceBytes / size;
 }
 
-// The order of a convolution's pixels. One pixel of all images first, so that a tile at a border leaves out what its taps
-// miss: on a grid of 7 x 7, one part in six. Not where a pixel is less than the memory hands out at a time.
+// The order of a convolution's pixels. Images are innermost where a pixel has at least the bytes of a memory sector: a
+// tile at a border then holds one pixel of many images and skips the taps that miss the image, a sixth of all on a grid
+// of 7 x 7.
 Pixels order_of(const Convolution& problem, int64_t images) {
   constexpr int64_t kSector = 32;
   const int64_t height = problem.height(), width = problem.width();
@@ -37,7 +38,8 @@ Pixels order_of(const Convolution& problem, int64_t images) {
           .by_width = FastDivide(static_cast<uint32_t>(width))};
 }
 
-// Where weights and mask have the tap that leads nowhere else; the others are `sign` times as far away as taps lead.
+// The centre tap, with offset (0, 0), of weights or mask, and the distances to its neighbours. sign: -1 where taps are
+// negated.
 template <class T>
 WeightsInPlace<T> in_place(const TensorView& weight, int sign) {
   const int64_t above = (weight.shape[2] - 1) / 2, before = (weight.shape[3] - 1) / 2;
@@ -52,7 +54,7 @@ TapMask mask_in_place(const TensorView& mask, int sign) {
           .by_column = sign * static_cast<int>(mask.strides[1])};
 }
 
-// A convolution of some images as the operands and the epilogue of a product.
+// The operands and the epilogue of the product that convolves some of the images.
 template <class T, bool kWholeChunks, class FiltersOf = Filters<T>>
 struct Operands {
   VisibleTaps<T, kWholeChunks> pixels;
@@ -62,7 +64,7 @@ struct Operands {
   std::conditional_t<kTransposed, StorePixels<T>, FinishOutputs<T>> outputs;
 
   Operands(const Convolution& problem, int64_t first_image, int64_t images) {
-    constexpr int64_t kSmallMap = 256, kManyImages = 32;  // Where a tile is of so few pixels that taps may miss all.
+    constexpr int64_t kSmallMap = 256, kManyImages = 32;  // Where taps may miss all pixels of a tile.
     const auto from = [&](TensorView view) {
       if (view.data != nullptr)
         view.data = static_cast<char*>(view.data) + first_image * view.strides[0] * size_of(view.dtype);
@@ -107,7 +109,7 @@ void launch_convolve(const Operands<typename Math::Value, kWholeChunks, FiltersO
   launch_product<Math, Tile>("convolve", a.pixels, a.filters, a.depth, a.outputs, 1, stream);
 }
 
-// How long all tiles take, in results that a multiprocessor computes.
+// The estimated time of all tiles, in results that one multiprocessor computes.
 template <class Tile>
 double cost(int64_t rows, int64_t columns) {
   const int64_t tiles = divide_up(rows, Tile::kRows) * divide_up(columns, Tile::kColumns);
@@ -117,7 +119,7 @@ double cost(int64_t rows, int64_t columns) {
   return kFactor * static_cast<double>(divide_up(tiles, multiprocessors()) * Tile::kRows * Tile::kColumns);
 }
 
-// By the cheapest of some tiles, the first of equals.
+// Launches the product with the cheapest of the tiles, the first of equals.
 template <class Math, class... Tiles, bool kWholeChunks, class FiltersOf>
 void launch_cheapest(const Operands<typename Math::Value, kWholeChunks, FiltersOf>& a, void* stream) {
   const double costs[] = {cost<Tiles>(a.pixels.count, a.filters.count)...};
@@ -126,14 +128,14 @@ void launch_cheapest(const Operands<typename Math::Value, kWholeChunks, FiltersO
   ((tile++ == best ? launch_convolve<Math, Tiles>(a, stream) : void()), ...);
 }
 
-// Whether two teams sum each output of values of 16 bits: on small maps, which have few tiles. It does not depend on how many
-// images there are, nor on whether a pixel is computed alone.
+// Whether two teams of warps share the depth of each output, for 16-bit values: on small maps, which have few tiles. As
+// results depend on it, the choice depends neither on the number of images nor on whether a pixel is computed alone.
 bool halves_depth(const Convolution& problem) {
   constexpr int64_t kFewPixels = 64;
   return problem.height() * problem.width() <= kFewPixels && has_pairs_of_slices(problem.input, problem.inputs());
 }
 
-// Results are the same of whatever tile, and so on whatever GPU.
+// Results do not depend on the chosen tile, and so not on the GPU.
 template <class Math>
 void choose_convolve(const Convolution& problem, int64_t first_image, int64_t images, void* stream) {
   using T = typename Math::Value;
@@ -156,7 +158,7 @@ void choose_convolve(const Convolution& problem, int64_t first_image, int64_t im
     const Operands<T, true> a(problem, first_image, images);
     if (alone)
       launch_convolve<Math, PixelTile>(a, stream);
-    else if constexpr (std::is_same_v<Math, SplitTf32>)  // The fifth needs more registers than there are.
+    else if constexpr (std::is_same_v<Math, SplitTf32>)  // FifthTile would need too many registers.
       launch_cheapest<Math, SquareTile, LowTile>(a, stream);
     else
       launch_cheapest<Math, SquareTile, LowTile, FifthTile>(a, stream);
@@ -179,11 +181,11 @@ void launch_convolve_of(const Convolution& problem, void* stream) {
   }
 }
 
-// Whether weights may be read as they are: channels innermost, all places of 32 bits, and a mask that is one for all channels
-// and of few taps.
+// Whether weights can be read in place: not for double or dilated kernels; with channels innermost, strides of whole
+// chunks, offsets of 32 bits, and a mask of few taps that is the same for all channels.
 bool lies_in_place(const TensorView& weight, const TensorView& mask, int64_t dilation) {
   const int64_t size = size_of(weight.dtype), most = std::numeric_limits<int32_t>::max();
-  // From one of `count` to the last.
+  // Whether a stride is whole chunks, and `count` strides fit 32 bits.
   const auto whole = [&](int64_t stride, int64_t count) {
     return stride % (kChunkBytes / size) == 0 && stride <= most / std::max<int64_t>(count, 1);
   };
@@ -255,7 +257,7 @@ void activation_grad(const ActivationGrad& problem, void* stream) {
 
 void weight_grad(const WeightGrad& problem, void* stream) {
   const TensorView& result = problem.weight_grad;
-  if (problem.grad.numel() == 0)  // The bias's gradient is there already.
+  if (problem.grad.numel() == 0)  // activation_grad() has zeroed the bias gradient.
     return fill_with_zeros(result.data, result.numel() * size_of(result.dtype), stream);
   const GradPlan plan(problem);
   with_floating(problem.input.dtype, [&](auto type) {

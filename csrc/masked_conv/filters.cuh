@@ -1,5 +1,5 @@
-// A convolution's weights, as an operand of its product (core/cuda/product_loaders.cuh says what a loader is), and how they
-// come to lie as it takes them: [outputs][taps * channels], rows of whole slices, zeros behind the last channel.
+// Loaders of a convolution's weights as an operand of its product (core/cuda/product_loaders.cuh says what a loader
+// is), and the kernel that packs them to [outputs][taps * channels], each row padded with zeros to whole slices.
 #pragma once
 
 #include <cstdint>
@@ -9,11 +9,11 @@
 
 namespace cpc::masked_conv::cuda {
 
-// Outputs that lie together in columns of the product: those that a warp's tile of 8 columns holds.
+// Outputs in neighbouring columns of the product, the 8 columns of a warp's tile.
 constexpr int kTogether = 8;
 
-// Which output is in a column. Gated features and their gates, N / 2 apart, take turns in eights, so that a lane is left with
-// both. What is not below `outputs` is in no output.
+// Maps columns of the product to outputs. If gated, every eight features are followed by their eight gates, which are
+// the outputs N / 2 further, so that a lane holds both. A column without an output maps to at least `outputs`.
 struct OutputOrder {
   int outputs;
   bool gated;
@@ -28,25 +28,25 @@ struct OutputOrder {
   }
 };
 
-// Weights as they are, [O, kh, kw, C] in memory, with one mask for all of their channels. The mask, which may hide taps that
-// the host, which did not look, has among those to sum, is the Depth's.
+// Weights that are read in place, [O, kh, kw, C] in memory, with one mask for all channels. If the host did not read
+// the mask, the taps to sum include hidden ones; the product's Depth (SeenSlices in pixels.cuh) applies the mask.
 template <class T>
 struct WeightsInPlace {
-  const T* centre;  // The first output's weights of the tap that leads nowhere else.
+  const T* centre;  // The first output's weights of the centre tap, with offset (0, 0).
   int by_row, by_column;
 
   __device__ const T* at(const Taps::Offset& by) const { return centre + by.dy * by_row + by.dx * by_column; }
 };
 
-// Packed, or as they are, with channels that are whole slices.
+// Packed weights, or weights that are read in place, whose channels must be whole slices.
 template <class T>
 struct Filters {
   using Value = T;
   template <int kSide, template <class, int> class Lines>
   using Operand = DepthInnermost<T>;
 
-  const T* packed;        // Null where they are as they are.
-  int64_t count, stride;  // Columns, and from an output to the next.
+  const T* packed;        // Null where weights are read in place.
+  int64_t count, stride;  // Columns, and values between outputs.
   OutputOrder outputs;
   WeightsInPlace<T> in_place = {};
 
@@ -81,7 +81,7 @@ struct Filters {
 
    private:
     static constexpr int kStep = kThreads / kChunksOfSlice, kCount = (kSide + kStep - 1) / kStep;
-    static_assert(kStep % 8 == 0);  // Chunks lie alike in every 8 rows.
+    static_assert(kStep % 8 == 0);  // The layout of chunks repeats every 8 rows.
 
     const Filters& b_;
     int row_, chunk_;
@@ -89,15 +89,15 @@ struct Filters {
   };
 };
 
-// As they are, for the gradient in the input: a depth of taps times outputs, which are whole slices, and columns that are
-// channels, whole chunks. Taps lead the other way.
+// Weights that are read in place for the input gradient. The depth is taps times outputs, which must be whole slices;
+// columns are channels, which must be whole chunks. Taps are negated.
 template <class T>
 struct TransposedFilters {
   using Value = T;
   template <int kSide, template <class, int> class Lines>
   using Operand = DepthOutermost<T, kSide, Lines>;
 
-  int64_t count, stride;  // Channels, and from an output to the next.
+  int64_t count, stride;  // Channels, and values between outputs.
   WeightsInPlace<T> in_place;
 
   bool fits() const { return count % kChunk<T> == 0 && kDepth<T> * stride <= std::numeric_limits<int32_t>::max(); }
@@ -163,12 +163,12 @@ struct PackArguments {
   }
 };
 
-// A block packs tiles of kPacked outputs by as many values. Threads of a warp read neighbouring outputs where these lie
-// closer together than channels do, and write neighbouring values.
+// A block packs tiles of kPacked outputs by kPacked values. The threads of a warp read neighbouring outputs if these
+// are closer together in memory than channels, and write neighbouring values.
 constexpr int kPacked = 32;
 template <class T>
 using PackedTile =
-    T[kPacked][kPacked + (sizeof(T) == 2 ? 2 : 1)];  // An odd number of words a row, so that no banks meet.
+    T[kPacked][kPacked + (sizeof(T) == 2 ? 2 : 1)];  // Rows of an odd number of words avoid bank conflicts.
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) pack_weights(const __grid_constant__ PackArguments<T> a) {
@@ -185,11 +185,11 @@ __global__ void __launch_bounds__(kThreads) pack_weights(const __grid_constant__
         tile[x][y] = a.value(output + x, e + y);
       else
         tile[y][x] = a.value(output + y, e + x);
-    __syncthreads();  // The tile is there.
+    __syncthreads();  // The tile is complete.
 #pragma unroll
     for (int y = first_y; y < kPacked; y += kThreads / kPacked)
       if (output + y < a.outputs && e + x < a.stride) a.packed[(output + y) * a.stride + e + x] = tile[y][x];
-    __syncthreads();  // The next overwrites it.
+    __syncthreads();  // The next tile overwrites it.
   }
 }
 

@@ -1,23 +1,25 @@
-// Masked convolution at stride 1 with zero padding: the contract of the CPU and CUDA kernels. The CPU's kernels also have
-// strides, paddings of any width and a ReLU of what they read, for conv2d/conv2d.h, which has no mask.
+// Masked convolution at stride 1 with zero padding: the contract of the CPU and CUDA kernels. The CPU kernels also
+// support strides, padding of any width and a ReLU on the input, for the unmasked convolution of conv2d/conv2d.h.
 //
-// Forward. With `before(k) = dilation * (k - 1) / 2` rows (or columns) of padding before the first, tap (i, j) of the
-// kernel reads the input's pixel (y + dy, x + dx), dy = i * dilation - before(kh) and dx likewise; zero outside. For
-// image b, pixel (y, x) and output channel n of N:
+// Forward. The input has `before(k) = dilation * (k - 1) / 2` rows (or columns) of zero padding before the first. Tap
+// (i, j) of the kernel reads input pixel (y + dy, x + dx), where dy = i * dilation - before(kh) and dx = j * dilation -
+// before(kw). For image b, pixel (y, x) and output channel n of N:
 //   a[n] = bias[n] + condition[b, n, y, x]
 //          + sum over taps and channels k of weight[n, k, i, j] * input[b, k, y + dy, x + dx],
 //   output[n] = a[n], or max(a[n], 0) where relu, or tanh(a[n]) * sigmoid(a[n + N / 2]) for n < N / 2 where gated.
-// Only the taps in `taps` are summed: those that a mask leaves visible to some channel and that reach the input. Where
-// the mask differs between channels, it has been multiplied into the packed weights. Sums run over taps in their order
-// and over channels within, in one chain of additions, or on CUDA where it says so in two that are added, so that a pixel
-// computed alone is bit for bit the same; not so in pairs of pixels (terms.h), which take fewer multiplications.
+// Only the taps in `taps` are summed: those that the mask leaves visible to some channel and that reach the input. A
+// mask that differs between channels is multiplied into the packed weights. A sum is one chain of additions over the
+// taps in order, and over the channels within a tap; on CUDA, two such chains are added where two teams of warps share
+// a tile (TwoTeams in core/cuda/product.cuh). A pixel computed alone therefore equals, bit for bit, the same pixel
+// computed with its image. Convolutions in pairs of pixels (terms.h), which need fewer multiplications, are the
+// exception.
 //
-// Gradients. In the input: the same convolution with the weight transposed and dy, dx negated. In the weight: for each
-// tap the product of shifted input and output gradient, times the mask, zero for taps not in `taps`. All sums are in
-// float, in double where the tensors are; in a fixed order, the same for any number of threads. A ReLU keeps NaN, and
-// its derivative there is 1, as in PyTorch.
+// Gradients. The input gradient is the same convolution with the weight transposed and dy, dx negated. The weight
+// gradient is, for each tap, the product of the shifted input and the output gradient, times the mask, and zero for
+// taps not in `taps`. Sums are in float, or in double for double tensors, and in a fixed order that does not depend on
+// the number of threads. A ReLU keeps NaN, and its derivative there is 1, as in PyTorch.
 //
-// Who owns memory: the caller, all of it. Kernels allocate only bounded scratch memory.
+// The caller owns all memory. Kernels allocate only bounded scratch memory.
 #pragma once
 
 #include <array>
@@ -32,20 +34,21 @@ namespace cpc::masked_conv {
 
 struct Tap {
   int64_t index;   // i * kw + j
-  int64_t dy, dx;  // Where it reads, relative to the output's pixel times the stride.
+  int64_t dy, dx;  // The input pixel that it reads, relative to the output pixel times the stride.
 };
 
 enum class Activation { none, relu, gated };
 constexpr auto names_of(Activation) { return std::array{"none", "relu", "gated"}; }
 
-// Weights to the order in which a kernel reads them, which is the device's own. Kernels read nothing but this.
+// Reorders weights into the device-specific order in which a convolution reads them. CUDA kernels can also read weights
+// in place: see reads_in_place() and reads_transposed().
 struct Packing {
   TensorView weight;  // [O, C, kh, kw], floating, any strides.
-  TensorView mask;    // [kh, kw] or [O, C, kh, kw], boolean, any strides. On the CPU absent where taps say it all.
+  TensorView mask;    // [kh, kw] or [O, C, kh, kw], boolean, any strides. On the CPU absent if `taps` say it all.
   TensorView packed;  // packed_bytes(...), aligned to 64.
   std::vector<Tap> taps;
-  bool transposed = false;  // From O to C channels, for the gradient in the input. Else from C to O.
-  bool gated = false;       // The CPU needs outputs n and n + N / 2 together.
+  bool transposed = false;  // From O to C channels, for the input gradient; otherwise from C to O.
+  bool gated = false;       // The CPU packs outputs n and n + N / 2 into the same panel.
   bool pairs = false;       // For a convolution in pairs.
 
   int64_t outputs() const { return weight.shape[transposed ? 1 : 0]; }
@@ -55,28 +58,28 @@ struct Packing {
 
 struct Convolution {
   TensorView input;          // [B, K, H, W], floating, channels innermost and dense.
-  TensorView packed;         // What a packing with N outputs and K inputs made, in the input's type. Absent on CUDA
-                             // where reads_in_place() or reads_transposed(), which need the two that follow.
-  TensorView weight;         // As of the packing.
-  TensorView mask;           // [kh, kw], as of the packing.
+  TensorView packed;         // The result of a Packing with N outputs and K inputs, in the input's type. Absent on CUDA
+                             // if reads_in_place() or reads_transposed(), which use weight and mask instead.
+  TensorView weight;         // As in Packing.
+  TensorView mask;           // [kh, kw], as in Packing.
   TensorView bias;           // [N] of the input's type, dense, or absent.
-  TensorView condition;      // [B, N, H, W] of the input's type, any strides, 0 among them; or absent.
-  TensorView position;       // [2] i64, dense: row and column of the only pixel to compute. Absent: all of them.
-  TensorView positive;       // CPU only: like condition. Results are zero where it is 0 or less: the derivative of a
-                             // ReLU, where they are gradients in what came out of it. Or absent.
-  TensorView output;         // [B, N or N / 2, H', W'] of the input's type: channel stride 1, else any strides. H' and
-                             // W' are H and W but on the CPU.
-  TensorView preactivation;  // [B, N, H, W] likewise: a, or absent.
+  TensorView condition;      // [B, N, H, W] of the input's type, any strides, including 0; or absent.
+  TensorView position;       // [2] i64, dense: row and column of the only pixel to compute; absent for all.
+  TensorView positive;       // CPU only: like condition, or absent. Results are zero where it is 0 or less, which
+                             // multiplies gradients by the derivative of a ReLU.
+  TensorView output;         // [B, N or N / 2, H', W'] of the input's type: channel stride 1, else any strides.
+                             // H' = H and W' = W except on the CPU.
+  TensorView preactivation;  // [B, N, H, W], strides likewise: the sums a. Or absent.
   std::vector<Tap> taps;
   Activation activation = Activation::none;
   int64_t outputs = 0;  // N.
-  // CUDA only: whether the weight is to be read transposed, for the gradient in the input, and taps lead the other way.
+  // CUDA only: read `weight` in place and transposed, for the input gradient, whose taps are negated.
   bool transposed = false;
   bool tf32 = false;  // Whether CUDA may round float operands to TF32.
-  // Whether neighbouring pixels of a row are computed in pairs: on the CPU, of float, all pixels, with taps of a
-  // dilation of 1, a stride of 1 and a mask [kh, kw].
+  // Whether neighbouring pixels of a row are computed in pairs (terms.h). CPU only, for float, all pixels, a dilation
+  // of 1, a stride of 1, and a mask [kh, kw] or none.
   bool pairs = false;
-  // CPU only: pixels of the input from one of the output's to the next, and whether the input is read through a ReLU.
+  // CPU only: the stride, and whether a ReLU is applied to the input.
   int64_t stride = 1;
   bool relu_input = false;
 
@@ -88,15 +91,15 @@ struct Convolution {
   int64_t output_width() const { return output.shape[3]; }
 };
 
-// From the gradient in the output to that in a, and the bias's.
+// Computes the gradients of the sums a and of the bias from that of the output.
 struct ActivationGrad {
   TensorView grad;       // [B, N or N / 2, H, W], channels innermost and dense.
-  TensorView saved;      // The output where relu, a where gated; like grad. Absent where there is no activation.
-  TensorView result;     // [B, N, H, W] like grad. Absent where there is no activation: it would be grad.
+  TensorView saved;      // The output if relu, a if gated; laid out like grad. Absent without an activation.
+  TensorView result;     // [B, N, H, W], laid out like grad. Absent without an activation, as it would equal grad.
   TensorView bias_grad;  // [N], dense, of grad's type, or absent.
   // CUDA only: partial sums, kBiasParts * N of the computing type; absent without bias_grad.
   TensorView workspace;
-  bool parts_only = false;  // CUDA only: whether the weight's gradient sums the parts.
+  bool parts_only = false;  // CUDA only: leave adding the partial sums to the weight gradient.
   Activation activation = Activation::none;
 
   int64_t outputs() const { return activation == Activation::gated ? 2 * grad.shape[1] : grad.shape[1]; }
@@ -104,15 +107,15 @@ struct ActivationGrad {
 
 struct WeightGrad {
   TensorView input;        // [B, C, H, W], channels innermost and dense.
-  TensorView grad;         // In a: [B, O, H', W'], of the input's type, likewise. H' and W' are H and W but on the CPU.
-  TensorView mask;         // As of the packing.
+  TensorView grad;         // Of a: [B, O, H', W'], type and layout of input. H' = H and W' = W except on the CPU.
+  TensorView mask;         // As in Packing.
   TensorView weight_grad;  // [O, C, kh, kw] of the input's type, dense in any order of the dimensions.
   TensorView workspace;    // CUDA only: weight_grad_workspace(...) bytes, aligned to 64.
-  TensorView bias_grad;    // CUDA only: as of the activation's gradient with parts_only, or absent.
-  TensorView bias_parts;   // Its workspace.
+  TensorView bias_grad;    // CUDA only: that of an ActivationGrad with parts_only, or absent.
+  TensorView bias_parts;   // The workspace of that ActivationGrad.
   std::vector<Tap> taps;
   bool tf32 = false;
-  // As of the convolution.
+  // As in Convolution.
   bool pairs = false;
   int64_t stride = 1;
   bool relu_input = false;
@@ -126,22 +129,23 @@ struct WeightGrad {
   int64_t output_width() const { return grad.shape[3]; }
 };
 
-// --- What Python calls: the kernels above, one after another on one workspace, as plan.cpp decides ---
+// --- The functions that Python calls. They run the kernels above, one after another on one workspace (plan.cpp) ---
 
-// A convolution of weights as they are.
+// A convolution with weights that are not packed.
 struct Layer {
   TensorView weight, mask, input, bias, condition, output, preactivation, workspace;
-  // The taps to sum, by their indices. Absent, the host looks at the mask.
+  // Indices of the taps to sum. If absent, the host finds them in the mask, or sums all taps if it cannot read the
+  // mask.
   std::optional<std::vector<int64_t>> visible;
   int64_t dilation = 1;
   Activation activation = Activation::none;
   bool tf32 = false;
 };
 
-// Its gradients, those that are not absent.
+// The gradients of a Layer. Absent ones are not computed.
 struct LayerGrad {
   TensorView weight, mask, grad, input;
-  TensorView saved, grad_preactivation;  // As saved and result of an activation's gradient.
+  TensorView saved, grad_preactivation;  // `saved` and `result` of the ActivationGrad.
   TensorView grad_input, grad_weight, grad_bias, workspace;
   std::optional<std::vector<int64_t>> visible;
   int64_t dilation = 1;
@@ -149,7 +153,7 @@ struct LayerGrad {
   bool tf32 = false;
 };
 
-// A packing for pixels alone of images of a size, and a convolution with it.
+// Weights packed for repeated use on images of one size, and a convolution with them, of a single pixel or of all.
 struct PixelPacking : Packing {
   std::vector<int64_t> visible;
   int64_t dilation = 1, height = 0, width = 0;
@@ -159,7 +163,7 @@ struct PixelConvolution : Convolution {
   int64_t kernel_height = 0, kernel_width = 0, dilation = 1;
 };
 
-// Set the sizes of results, and the taps. Throw std::invalid_argument for taps that there are not.
+// Set the sizes of results, and the taps. Throw std::invalid_argument for taps outside the kernel.
 void complete(Layer& problem, Sizes& sizes);
 void complete_grad(LayerGrad& problem, Sizes& sizes);
 void complete_packing(PixelPacking& problem, Sizes& sizes);
@@ -218,8 +222,8 @@ int64_t workspace_bytes(const Layer& problem, Where where);
 int64_t workspace_bytes(const LayerGrad& problem, Where where);
 int64_t workspace_bytes(const PixelPacking& problem, Where where);
 
-// The taps of a kernel by their indices, but for those that see nothing but padding in images of a size. Throws
-// std::invalid_argument for one that there is not.
+// Returns the taps with these indices, except those that read nothing but padding in images of height x width. Throws
+// std::invalid_argument for an index outside the kernel.
 std::vector<Tap> taps_of(const std::vector<int64_t>& indices, int64_t kh, int64_t kw, int64_t dilation, bool negated,
                          int64_t height, int64_t width);
 
@@ -245,9 +249,10 @@ namespace cuda {
 constexpr int64_t kBiasParts = 128;
 #if defined(CPC_WITH_CUDA)
 int64_t packed_bytes(int64_t outputs, int64_t inputs, int64_t taps, DType dtype);
-// Whether a convolution from C to O channels takes weights as they are: channels innermost and one mask for all of them.
+// Whether a convolution from C to O channels reads its weights in place. Their channels must be innermost, and the mask
+// the same for all channels; lies_in_place() in cuda.cu has all conditions.
 bool reads_in_place(const TensorView& weight, const TensorView& mask, int64_t dilation);
-// Likewise for the gradient in the input from that in the outputs.
+// The same for the input gradient.
 bool reads_transposed(const TensorView& weight, const TensorView& mask, int64_t dilation, const TensorView& grad);
 int64_t weight_grad_workspace(const WeightGrad& problem);
 void pack(const Packing& problem, void* stream);

@@ -1,5 +1,5 @@
-// What becomes of the sums of a convolution (core/cuda/product_epilogues.cuh says what an epilogue is): bias and condition are
-// added, the activation applied, and results stored.
+// Epilogues of a convolution (core/cuda/product_epilogues.cuh says what an epilogue is). They add bias and condition,
+// apply the activation and store the results.
 #pragma once
 
 #include <cstdint>
@@ -14,12 +14,12 @@ __device__ T* channels_of(const TensorView& view, const Pixel& pixel) {
   return view.as<T>() + pixel.image * view.strides[0] + pixel.y * view.strides[2] + pixel.x * view.strides[3];
 }
 
-// Stores what the four lanes of a row hold: outputs from `from` on, those below `count`, which no more than they hold are. All
-// lanes must take part.
+// Stores the outputs from `from` on that the four lanes of a row hold, except those not below `count`. All lanes must
+// take part.
 template <class T, class Sum, int kTiles>
 __device__ void store_outputs(T* row, const Sum (&v)[kTiles][2], int from, int count) {
   const int in_quad = static_cast<int>(threadIdx.x) % 4;
-  if constexpr (sizeof(T) == 2 && kTiles > 2) {  // Lanes exchange four tiles for whole chunks.
+  if constexpr (sizeof(T) == 2 && kTiles > 2) {  // Lanes exchange values of four tiles to store whole chunks.
 #pragma unroll
     for (int j = 0; j < kTiles; j += 4) {
       uint32_t pairs[4] = {};
@@ -56,8 +56,8 @@ struct FinishOutputs {
   }
 
  private:
-  // Where there are kHalves = 2, every other tile of 8 outputs is of gates. Four tiles of results at a time, if a warp has as
-  // many, so that lanes of 16-bit values can exchange them for whole chunks; more would need more registers than there are.
+  // With kHalves = 2, every other tile of 8 outputs holds gates. Up to four tiles of results are finished at a time:
+  // lanes of 16-bit values exchange four tiles to store whole chunks, and more would need too many registers.
   template <class Tile, int kHalves>
   __device__ void take_rows(const WarpTileSums<Tile, Sum>& sums, int64_t row, int column) const {
     constexpr int kAll = Tile::kColumnTiles / kHalves, kTiles = kAll < 4 ? kAll : 4;
@@ -71,7 +71,7 @@ struct FinishOutputs {
     });
   }
 
-  // What the four lanes of a row do with its outputs in [from, end).
+  // Finishes a row's outputs in [from, end), which its four lanes hold.
   template <int kHalves, int kTiles>
   __device__ void finish(const Sum (&sums)[kHalves * kTiles][2], const Pixel& pixel, int from, int end,
                          bool exists) const {
@@ -105,7 +105,7 @@ struct FinishOutputs {
   }
 };
 
-// The sums of all pixels as they are, rounded to T.
+// Stores the sums of all pixels without bias or activation, rounded to T.
 template <class T>
 struct StorePixels {
   using Sum = SumOf<T>;

@@ -1,5 +1,5 @@
-// What the CPU's convolution and its weight gradient share: output channels in panels of tile columns. Included only by
-// sources that are compiled once per instruction set level.
+// Shared by the CPU's convolution and its weight gradient: output channels are split into panels of tile columns.
+// Included only by sources that are compiled once per instruction set level.
 #pragma once
 
 #include <algorithm>
@@ -14,8 +14,8 @@ namespace cpc::masked_conv::cpu::CPC_ISA {
 
 using namespace cpc::CPC_ISA;
 
-// The output channels of a panel. Gated, its vectors are two halves: `count` channels from `first` on, and the ones
-// that gate them.
+// The output channels [first, first + count) of a panel. If gated, they are in the first half of its vectors, and their
+// gates in the second half.
 struct Panel {
   int64_t first, count;
   int64_t vectors;
@@ -32,7 +32,7 @@ class Panels {
     const int64_t first = i * width_, count = std::min(width_, channels_ - first);
     return {first, count, halves_ * divide_up(count, kLaneColumns<E>)};
   }
-  // Elements in all panels before i, for products of some (padded) depth.
+  // The offset of panel i in elements, for products of a given (padded) depth.
   int64_t offset(int64_t i, int64_t depth) const {
     if (i < count()) return i * kTileColumns<E> * depth;
     return (i - 1) * kTileColumns<E> * depth + (*this)[i - 1].vectors * kLaneColumns<E> * depth;
@@ -48,8 +48,8 @@ class Panels {
   int64_t halves_, channels_, width_;
 };
 
-// The depth of the product over all terms. Each term's channels are padded to whole steps, unless they are so few that
-// all terms' values of a pixel are gathered one after another.
+// The depth of the product over all terms. Each term's channels are padded to whole steps. If there are fewer than
+// kJoinedBelow channels, terms are joined instead: the values of all terms are gathered into one row per pixel.
 template <class E>
 struct ProductDepth {
   static constexpr int64_t kJoinedBelow = 16;
@@ -70,7 +70,7 @@ struct LanesAs {
 template <class T, int64_t n>
 using LanesOf = typename LanesAs<T, n>::type;
 
-// A register of values from memory and to it, in the type they are stored in.
+// Load and store a register of values, converting from and to the type in which they are stored.
 template <class S, class Storage>
 inline Register<S> load_widened(const Storage* from) {
   if constexpr (std::is_same_v<S, Storage>) return load_register(from);
@@ -87,7 +87,7 @@ inline Register<S> load_widened(const Storage* from) {
 template <class S, class Storage>
 inline void store_narrowed(Storage* to, Register<S> v) {
 #if defined(__AVX512BF16__)
-  // Products of this instruction set have no denormal sums either.
+  // This flushes denormals to zero, as the bfloat16 products of this instruction set do.
   if constexpr (std::is_same_v<Storage, BFloat16>) {
     const __m256bh narrowed = _mm512_cvtneps_pbh((__m512)v);
     return std::memcpy(to, &narrowed, sizeof narrowed), void();
@@ -98,7 +98,7 @@ inline void store_narrowed(Storage* to, Register<S> v) {
   narrow(to, values, kRegisterLanes<S>);
 }
 
-// A value read through a ReLU, as torch.relu has it: NaN stays.
+// A ReLU that keeps NaN, as torch.relu does.
 template <class Storage>
 inline Storage relu(Storage v) {
   if constexpr (std::is_same_v<Storage, BFloat16> || std::is_same_v<Storage, Half>) {
@@ -109,7 +109,7 @@ inline Storage relu(Storage v) {
   }
 }
 
-// Values of a pixel as they are multiplied.
+// Converts a pixel's values to the type in which they are multiplied.
 template <class E, class Storage>
 inline void to_elements(E* __restrict to, const Storage* __restrict from, int64_t count, bool through_relu) {
   if (through_relu)
@@ -118,7 +118,7 @@ inline void to_elements(E* __restrict to, const Storage* __restrict from, int64_
     for (int64_t k = 0; k < count; ++k) to[k] = to_element<E>(from[k]);
 }
 
-// to = one + sign * other, which are values of two pixels.
+// to = one + sign * other, for the values of two pixels.
 inline void add(float* __restrict to, const float* one, const float* other, int64_t count, int sign,
                 bool through_relu) {
   const auto add_all = [&](auto read) {

@@ -1,4 +1,4 @@
-// The pixels that are rows of a convolution's product, and the taps that some of them see anything through.
+// The pixels that are the rows of a convolution's product, and the taps through which they see the image.
 #pragma once
 
 #include <cstdint>
@@ -13,12 +13,12 @@ struct Pixel {
   int y, x;
 };
 
-// Row m is image m % B of pixel m / B, or else pixel m % (H * W) of image m / (H * W); where there is a position, image m
-// of the pixel there.
+// Row m is pixel m / B of image m % B if images are innermost, else pixel m % (H * W) of image m / (H * W). With a
+// position, it is the pixel there of image m.
 struct Pixels {
   const int64_t* position;
   int height, width;
-  bool images_innermost;  // Also where there is a position.
+  bool images_innermost;  // Always with a position.
   FastDivide by_inner, by_width;
 
   __device__ Pixel operator[](int64_t row) const {
@@ -37,7 +37,7 @@ struct Pixels {
   }
 };
 
-// Where some successive rows lie, to know the taps that see nothing but padding.
+// The box that some successive rows lie in. It shows which taps see nothing but padding from all of them.
 class Box {
  public:
   Box() = default;
@@ -59,7 +59,7 @@ class Box {
   int first_y_, last_y_, first_x_, last_x_;
 };
 
-// A place in the depth of the product, which is the channels of one tap after another.
+// A place in the depth of the product, which consists of the channels of one tap after another.
 struct DepthPlace {
   int tap, channel;
   __device__ DepthPlace after(int values, int channels) const {
@@ -72,10 +72,10 @@ struct DepthPlace {
   }
 };
 
-// Which of few taps a mask shows, where the host did not look.
+// A mask of few taps that the kernel reads itself, as the host did not.
 struct TapMask {
   static constexpr int kMost = 64;
-  const bool* centre;  // The tap that leads nowhere else. Null where all are seen.
+  const bool* centre;  // The centre tap, with offset (0, 0). Null where all taps are visible.
   int by_row, by_column;
 
   // All lanes of a warp must take part.
@@ -92,8 +92,8 @@ struct TapMask {
   }
 };
 
-// The slices of a convolution's depth (core/cuda/product.cuh says what a Depth is), of the loader A, VisibleTaps. Those
-// whose taps lead all of a tile's pixels out of the image are left out where that is worth looking for.
+// The slices of a convolution's depth (core/cuda/product.cuh says what a Depth is), for the loader A, a VisibleTaps. If
+// `looks`, slices are skipped whose taps lead all of a tile's pixels out of the image.
 template <class A>
 struct SeenSlices {
   int slices;  // In all.
@@ -130,7 +130,7 @@ struct SeenSlices {
     __device__ void next() {
       const int tap = place_.tap;
       step();
-      // A slice that begins with the tap of the one before is needed, as that one was.
+      // A slice that begins with the same tap as the one before is needed, too.
       if (depth_.looks && place_.tap != tap) skip();
     }
     __device__ void end() {
@@ -139,11 +139,11 @@ struct SeenSlices {
     }
     __device__ int index() const { return index_; }
     __device__ const DepthPlace& place() const { return place_; }
-    // Whether there is such a slice, and the mask shows the tap that it begins with.
+    // Whether the slice exists and the mask shows its first tap.
     __device__ bool visible() const {
       return index_ < depth_.slices && (depth_.mask.centre == nullptr || (visible_ >> place_.tap & 1));
     }
-    // Where the tap leads that the slice begins with.
+    // The offset of the slice's first tap.
     __device__ Taps::Offset offset() const {
       return place_.tap < a_.taps.count ? a_.taps.at[place_.tap] : Taps::Offset{0, 0};
     }
@@ -156,7 +156,7 @@ struct SeenSlices {
     __device__ void skip() {
       while (index_ < depth_.slices && !seen()) step();
     }
-    // Whether a tap of this slice sees something.
+    // Whether some tap of this slice sees a pixel of the image.
     __device__ bool seen() const {
       const int end = place_.after(kDepthOfA - 1, a_.channels).tap;
       for (int tap = place_.tap; tap <= end && tap < a_.taps.count; ++tap)

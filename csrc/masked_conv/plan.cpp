@@ -1,4 +1,5 @@
-// From a call to the kernels that it comes to: which taps, whether in pairs, how much memory, in what order; see plan.h.
+// Plans a call and runs its kernels: which taps are summed, whether in pairs, how much workspace is needed, and in what
+// order the kernels run; see plan.h.
 #include "masked_conv/plan.h"
 
 #include <algorithm>
@@ -11,19 +12,20 @@
 namespace cpc::masked_conv {
 namespace {
 
-// Images with fewer pixels do not pay for the packing's additions.
+// With fewer pixels, pairs do not make up for the additional additions of packing the weights.
 constexpr int64_t kPairsPixels = 256;
-// Nor do fewer channels for the pixels'.
+// With fewer channels, they do not make up for the additions of pixels.
 constexpr int64_t kPairsChannels = 32;
 
-// Whether to compute neighbouring pixels together: of float, so that double stays what the sum says; where all channels
-// see the same, so that what a mask hides does not come back as a rounding error; and where it is faster.
+// Whether to compute neighbouring pixels in pairs. Only for float, so that double sums are exactly as documented; only
+// if one mask serves all channels, so that a hidden weight does not come back as a rounding error; and only if it is
+// faster.
 bool in_pairs(const TensorView& weight, const TensorView& mask, const TensorView& images, int64_t dilation,
               Where where) {
   return where == Where::host && mask.ndim == 2 && pairs_pay(weight, images, dilation);
 }
 
-// Ors together the filters of a dense mask, eight at a time: a period of `taps` words.
+// ORs the filters of a dense mask together, eight at a time: eight filters are `taps` words of 8 bytes.
 void see_dense(const char* filters, int64_t count, std::vector<char>& seen) {
   const auto taps = static_cast<int64_t>(seen.size());
   std::vector<uint64_t> words(taps);
@@ -38,7 +40,7 @@ void see_dense(const char* filters, int64_t count, std::vector<char>& seen) {
   for (int64_t i = 0; i < count * taps; ++i) seen[i % taps] |= filters[i];
 }
 
-// Whether each of the taps is seen by some channel.
+// For each tap, whether some channel sees it.
 std::vector<char> seen_taps(const TensorView& mask) {
   const int outer = mask.ndim - 2;
   const int64_t kh = mask.shape[outer], kw = mask.shape[outer + 1];
@@ -70,7 +72,7 @@ Plan plan_of(const Problem& problem, const TensorView& images, Where where, bool
   const auto taps = [&](const std::vector<int64_t>& visible) {
     return taps_of(visible, kernel[2], kernel[3], problem.dilation, negated, images.shape[2], images.shape[3]);
   };
-  // Where the host cannot look all will do: packed weights have zeros for what a mask hides.
+  // If the host cannot read the mask, all taps are summed; the device then zeroes the weights that the mask hides.
   const auto seen = [&] { return readable(where) ? visible_taps(problem.mask) : all_taps(problem.mask); };
   return {.taps = taps(problem.visible ? *problem.visible : seen()),
           .pairs = in_pairs(problem.weight, problem.mask, images, problem.dilation, where)};
@@ -94,12 +96,12 @@ WeightGrad weight_grad_of(const LayerGrad& problem, const TensorView& grad, cons
           .pairs = plan.pairs};
 }
 
-// What comes to the convolution from behind its activation.
+// The gradient of the convolution's sums, before the activation.
 const TensorView& grad_before_activation(const LayerGrad& problem) {
   return problem.activation == Activation::none ? problem.grad : problem.grad_preactivation;
 }
 
-// What the parts of the bias's gradient take at the beginning of the workspace.
+// Bytes that the partial sums of the bias gradient take at the beginning of the workspace.
 int64_t bias_parts_bytes([[maybe_unused]] const LayerGrad& problem, [[maybe_unused]] Where where) {
 #if defined(CPC_WITH_CUDA)
   if (where == Where::cuda && problem.grad_bias.ndim != 0) {
@@ -167,8 +169,8 @@ void run(const Layer& problem, const Device& on) {
                .pairs = plan.pairs});
 }
 
-// The steps follow one another on one stream, so that each may have the whole workspace behind the parts of the bias's
-// gradient, which the last of them sums.
+// The kernels run one after another on one stream, so each may use all of the workspace after the partial sums of the
+// bias gradient. The last kernel adds these up.
 template <class Device>
 void run(const LayerGrad& problem, const Device& on) {
   TensorView workspace = problem.workspace;

@@ -13,7 +13,7 @@ struct Plan {
 };
 
 Plan plan(const Layer& problem, Where where);
-// The taps negated: for the gradient in the input, which sums over the same ones.
+// negated: whether to negate the taps, for the input gradient, which sums over the same taps.
 Plan plan(const LayerGrad& problem, Where where, bool negated = false);
 
 // Whether it is faster on the CPU to compute neighbouring pixels of images together, at stride 1.

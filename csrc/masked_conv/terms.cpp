@@ -1,4 +1,4 @@
-// Makes the terms of terms.h: run by run of neighbouring taps, the longest three.
+// Makes the terms of terms.h from runs of at most three neighbouring taps.
 #include "masked_conv/terms.h"
 
 #include <algorithm>
@@ -38,7 +38,7 @@ std::vector<Term> terms_of(const std::vector<Tap>& taps, bool pairs) {
     for (const Tap& tap : taps) terms.push_back({0, tap.dy, tap.dx, 0, 0, {{tap.index, 1}}});
     return terms;
   }
-  std::vector<Tap> ordered = taps;  // Those of a gradient go from right to left.
+  std::vector<Tap> ordered = taps;  // Taps of an input gradient are ordered from right to left.
   std::stable_sort(ordered.begin(), ordered.end(),
                    [](const Tap& a, const Tap& b) { return a.dy < b.dy || (a.dy == b.dy && a.dx < b.dx); });
   for (size_t begin = 0, end; begin < ordered.size(); begin = end) {

@@ -1,14 +1,14 @@
-// What a pixel's sum is made of on the CPU: one term for each tap, or, where neighbouring pixels of a row are computed
-// in pairs, fewer.
+// The terms of a pixel's sum on the CPU: one for each tap, or fewer where neighbouring pixels of a row are computed in
+// pairs.
 //
-// In pairs it is Winograd's minimal filtering along the rows (arXiv 1509.09308, section 4.1). Two outputs of a run of
-// taps g0, g1, g2 that read d0 to d3,
+// Pairs use Winograd's minimal filtering along the rows (arXiv 1509.09308, section 4.1). For a run of three taps g0,
+// g1, g2, two neighbouring outputs read the pixels d0 to d3. The outputs
 //   y0 = d0 g0 + d1 g1 + d2 g2  and  y1 = d1 g0 + d2 g1 + d3 g2,
-// take four products in place of six,
+// then take four products in place of six,
 //   m0 = (d0 - d2) g0, m1 = (d1 + d2) (g0 + g1 + g2) / 2, m2 = (d2 - d1) (g0 - g1 + g2) / 2, m3 = (d3 - d1) g2:
 //   y0 = m0 + m1 + m2  and  y1 = m1 - m2 + m3,
-// two taps three in place of four, and a single one its two. All runs of a kernel add to the same four sums, and no
-// output's sums hold a pixel that it does not see.
+// A run of two taps takes three products in place of four, and a single tap takes two, as without pairs. All runs of a
+// kernel add to the same four sums, and no output's sums contain a pixel that it does not see.
 #pragma once
 
 #include <vector>
@@ -18,15 +18,16 @@
 namespace cpc::masked_conv {
 
 constexpr int kPairSums = 4;   // m0 to m3
-constexpr int kSharedSum = 1;  // m1, which both outputs hold once.
+constexpr int kSharedSum = 1;  // m1, which is added to both outputs. Its sum starts with the bias.
 
 struct Term {
   int sum = 0;
-  // It reads the pixel (dy, dx) away, plus `sign` times that at (dy, other_dx); a sign of 0: nothing is added.
+  // It multiplies the pixel at offset (dy, dx) plus `sign` times the one at (dy, other_dx); with a sign of 0, the
+  // former alone.
   int64_t dy, dx;
   int64_t other_dx = 0;
   int sign = 0;
-  // Its weight: these taps' weights times factors.
+  // Its weight: the sum of these taps' weights times their factors.
   struct Part {
     int64_t index;  // i * kw + j
     float factor;
@@ -34,7 +35,8 @@ struct Term {
   std::vector<Part> weight;
 };
 
-// By sums, in the taps' order within. For pairs the taps of a row must be a pixel apart.
+// Returns the terms ordered by sum, and within a sum in the order of the taps. With pairs, taps of a row must be one
+// pixel apart.
 std::vector<Term> terms_of(const std::vector<Tap>& taps, bool pairs);
 
 }  // namespace cpc::masked_conv

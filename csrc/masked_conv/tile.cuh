@@ -1,5 +1,5 @@
-// What the CUDA kernels of the masked convolution share: taps by value, the tiles that blocks of threads compute, and
-// checks.
+// Shared by the CUDA kernels of the masked convolution: taps as kernel parameters, the tiles that thread blocks
+// compute, and checks.
 #pragma once
 
 #include <algorithm>
@@ -20,13 +20,13 @@ namespace cpc::masked_conv::cuda {
 
 using namespace cpc::cuda;
 
-constexpr int kThreads = 256;  // Threads of blocks that have no tile.
+constexpr int kThreads = 256;  // Threads of blocks that compute no tile of a product.
 
-// --- Taps as kernels take them, by value ---
+// --- Taps as kernel parameters ---
 
-// What fits a kernel's parameters, of 4 KiB, beside everything else: all taps of a kernel of 27 x 27.
+// The most taps that fit a kernel's 4 KiB of parameters beside everything else: enough for a kernel of 27 x 27.
 constexpr int64_t kMaxTaps = 768;
-// Counts that kernels keep in 32 bits, sums of two of them included.
+// The largest count: kernels keep counts, and sums of two of them, in 32 bits.
 constexpr int64_t kMaxCount = 1 << 30;
 
 struct Taps {
@@ -68,7 +68,7 @@ inline TapIndices indices_of(const std::vector<Tap>& taps) {
   return indices;
 }
 
-// The width of a filter of the given shape, whose indices are of 32 bits.
+// Returns the width of a filter, whose tap indices must fit 32 bits.
 inline int kernel_width_of(const TensorView& filter) {
   if (filter.shape[2] * filter.shape[3] > kMaxCount)
     throw std::invalid_argument("the CUDA kernels take filters of at most 2^30 taps, got " +
@@ -90,7 +90,7 @@ inline void require_image_size(int64_t batch, int64_t height, int64_t width) {
                                 std::to_string(batch) + " of " + std::to_string(height) + "x" + std::to_string(width));
 }
 
-// Images whose values have places of 32 bits.
+// Returns how many images one launch can take, whose values must have 32-bit offsets.
 inline int64_t images_at_once(int64_t pixels, int64_t channels) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   const int64_t images = std::min(kMaxCount / pixels, kMost / pixels / std::max<int64_t>(channels, 1));
@@ -107,31 +107,31 @@ inline void strides_of_mask(const TensorView& mask, int64_t (&strides)[4]) {
 
 // --- Tiles ---
 
-// 128 x 160: widths of 160 and 320 outputs are whole tiles of it.
+// 128 x 160, so that 160 and 320 outputs are whole tiles.
 using FifthTile = ProductTile<128, 160, 64, 80, 3, 2>;
-// One pixel of a batch, where all that matters is how fast weights arrive, with many slices on their way.
+// For one pixel of a batch. Its time is that of loading the weights, so many slices are in flight.
 using PixelTile = ProductTile<32, 32, 16, 32, 8, 8>;
-// In double, of multiply-adds.
+// For double, computed by multiply-adds.
 using DoubleTile = ProductTile<64, 64, 32, 32, 4, 2>;
-// The same and others for two teams, in what the smallest GPUs have of shared memory.
+// PixelTile and others for two teams, within the shared memory of the smallest GPUs.
 using PixelTeams = TwoTeams<ProductTile<32, 32, 16, 32, 4, 4>>;
 using LowTeams = TwoTeams<ProductTile<64, 128, 32, 64, 3, 1>>;
-using MiddleTeams = TwoTeams<ProductTile<96, 128, 48, 64, 2, 1>>;  // A square one spills on 12.0.
+using MiddleTeams = TwoTeams<ProductTile<96, 128, 48, 64, 2, 1>>;  // A square tile spills registers on sm_120.
 using FifthTeams = TwoTeams<ProductTile<128, 160, 64, 80, 2, 1>>;
-// How much longer these take than a square tile of the same number of results: they read more from shared memory.
+// The cost of a result in low and middle tiles, relative to a square tile: they read more from shared memory.
 constexpr double kLowCost = 1.3, kMiddleCost = 1.1;
 
-// Whether the channels of every pixel are whole chunks of 16 bytes, aligned.
+// Whether the channels of every pixel are whole, aligned chunks of 16 bytes.
 inline bool has_whole_chunks(const TensorView& view, int64_t channels) {
   return channels * size_of(view.dtype) % kChunkBytes == 0 && reinterpret_cast<uintptr_t>(view.data) % kChunkBytes == 0;
 }
 
-// Whether they are pairs of slices likewise, as two teams take them.
+// Whether they are also whole pairs of slices, as two teams need them.
 inline bool has_pairs_of_slices(const TensorView& view, int64_t channels) {
   return has_whole_chunks(view, channels) && channels * size_of(view.dtype) % (2 * kSliceBytes) == 0;
 }
 
-// One value to shared memory; before the next barrier but one it may be under way.
+// Copies a value to shared memory. The copy may be in flight until the next barrier but one.
 template <class T>
 __device__ void copy_value(T* to, const T* from, bool exists) {
   if constexpr (sizeof(T) >= 4)

@@ -1,6 +1,6 @@
-// What pixels see, as operands of a product (core/cuda/product_loaders.cuh says what a loader is). Row m of VisibleTaps is
-// the channels of all visible taps around pixel m, one tap after another; TapColumns is its transpose. Neither matrix is
-// ever written: slices are copied from the input, with zeros where a tap leads out of the image.
+// Loaders of what pixels see, as operands of a product (core/cuda/product_loaders.cuh says what a loader is). Row m of
+// VisibleTaps has the channels of all visible taps around pixel m, one tap after another; TapColumns is its transpose.
+// Neither matrix is materialised: slices are copied from the input, with zeros where a tap leads out of the image.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +10,8 @@
 
 namespace cpc::masked_conv::cuda {
 
-// kWholeChunks: whether each chunk of 16 bytes of a row is aligned and of one tap. Otherwise they are copied value by value,
-// which is slow, for few channels or odd ones.
+// kWholeChunks: whether each chunk of 16 bytes of a row is aligned and of one tap. If not, as with few channels or an
+// odd number of them, chunks are copied value by value, which is slow.
 template <class T, bool kWholeChunks>
 struct VisibleTaps {
   using Value = T;
@@ -69,9 +69,9 @@ struct VisibleTaps {
 
    private:
     static constexpr int kStep = kThreads / kChunksOfSlice, kCount = kSide / kStep;
-    static_assert(kStep % 8 == 0 && kSide % kStep == 0);  // Chunks lie alike in every 8 rows.
+    static_assert(kStep % 8 == 0 && kSide % kStep == 0);  // The layout of chunks repeats every 8 rows.
 
-    // Finds which rows see something through a tap, unless it is known from the slice before.
+    // Finds which rows see the image through a tap, unless the slice before had the same tap.
     __device__ void look_through(int tap) {
       if (tap == tap_) return;
       tap_ = tap;
@@ -92,17 +92,18 @@ struct VisibleTaps {
     const VisibleTaps& a_;
     int row_, chunk_;
     int tap_ = -1;
-    unsigned seen_ = 0;  // Which rows see a pixel by the tap.
-    const T* from_;      // The input, by the tap further.
+    unsigned seen_ = 0;  // Which rows see the image through the tap, as bits.
+    const T* from_;      // The input, shifted by the tap.
     int offset_[kCount];
     uint32_t in_image_[kCount];
   };
 };
 
-// No tap but the pixel itself.
+// Stands in for Taps where each pixel sees only itself.
 struct PixelItself {};
 
-// The depth is pixels, those of an entry `of_entry` of all. Side tap * channels + channel is what they see by the tap.
+// The depth is pixels, `of_entry` of them in each entry of the product's batch. Side tap * channels + channel is what
+// they see of that channel through that tap.
 template <class T, bool kWholeChunks, class TapsOf>
 struct TapColumns {
   using Value = T;
@@ -167,10 +168,10 @@ struct TapColumns {
    private:
     static constexpr int kAcross = kSide / kChunk<T>;
     static constexpr int kStep = kThreads / kAcross, kCount = kDepth<T> / kStep;
-    // Chunks lie alike in every 8 steps of the depth, or 4 of wider values.
+    // The layout of chunks repeats every 8 steps of the depth, or every 4 for wider values.
     static_assert(kStep % (sizeof(T) == 2 ? 8 : 4) == 0 && kDepth<T> % kStep == 0);
 
-    // Where a column's tap leads from a pixel, and what that adds to an address.
+    // The offset of a column's tap, in pixels and in values.
     struct Column {
       bool exists;
       int dy, dx;
@@ -189,8 +190,8 @@ struct TapColumns {
 
     const TapColumns& a_;
     int line_, chunk_, side_;
-    const T* from_;  // What the first of the thread's pixels holds.
-    int left_;       // Of the entry's pixels, from that one on.
+    const T* from_;  // The first of the thread's pixels.
+    int left_;       // Pixels of the entry from that one on.
     uint32_t in_image_;
     Column column_;
   };

@@ -1,6 +1,7 @@
-// The gradient in the weight: for each tap, the product of what it sees and the gradient in the outputs, summed over
-// all pixels. One matrix product, outputs x (taps x channels), whose depth is the pixels; it is split over them into
-// parts, entries of a batch to the product, that a second kernel sums in order, so that results do not vary.
+// The weight gradient: for each tap, the product of what pixels see through it and the output gradient, summed over all
+// pixels. It is one matrix product, outputs x (taps x channels), whose depth is the pixels. The depth is split into
+// parts, which are entries of a batched product; a second kernel adds up their sums in order, so that results do not
+// vary.
 #pragma once
 
 #include <algorithm>
@@ -11,8 +12,8 @@
 
 namespace cpc::masked_conv::cuda {
 
-// How a weight's gradient is split: over tiles of outputs x (taps x channels), and over parts of the pixels, so that
-// there are blocks for a large GPU. It does not depend on the GPU, and so neither do results.
+// How the weight gradient is split into tiles of outputs x (taps x channels) and parts of the pixels, so that there are
+// enough blocks for a large GPU. The plan does not depend on the GPU, and so neither do results.
 struct GradPlan {
   enum class Tile : uint8_t { low, square, fifth };
 
@@ -34,7 +35,7 @@ struct GradPlan {
     const double square = rounded(outputs, SquareTile::kRows) * rounded(depth, SquareTile::kColumns);
     const double fifth = rounded(outputs, FifthTile::kColumns) * rounded(depth, FifthTile::kRows);
     tile = !whole_chunks || square >= low ? Tile::low : Tile::square;
-    // Outputs are columns of the fifth tile, which there is for values of 16 bits.
+    // FifthTile, which has outputs as columns, is only for 16-bit values.
     if (whole_chunks && size_of(problem.input.dtype) == 2 && pixels <= kMaxCount && fifth < std::min(low, square))
       tile = Tile::fifth;
     static_assert(DoubleTile::kRows == LowTile::kRows && LowTile::kColumns == SquareTile::kColumns);
@@ -58,7 +59,8 @@ BiasSums<T> bias_sums_of(const WeightGrad& problem) {
   return {wanted ? problem.bias_parts.as<SumOf<T>>() : nullptr, problem.outputs(), problem.bias_grad.as<T>()};
 }
 
-// Neighbouring channels of a tap that a thread takes, where they are fours: 16 bytes of float sums. Else it takes one.
+// The neighbouring channels of a tap that a thread takes if their number is a multiple of four: 16 bytes of float sums.
+// Otherwise it takes one.
 constexpr int kRun = 4;
 
 template <class T>
@@ -69,8 +71,9 @@ struct FinishArguments {
   int64_t mask_strides[4];
   int64_t parts, outputs;
   int channels, depth, kernel_width;
-  // All of the kernel's taps are written then, and at[] has their places among those that were summed, or -1. Where they
-  // are too many, at[] has the indices of those that were summed, and the others are zero already.
+  // If true, all taps of the kernel are written, and indices.at[] has each one's place among those that were summed, or
+  // -1. If false, because there are too many, indices.at[] has the indices of the summed taps, and the others have been
+  // zeroed before.
   bool all_taps;
   int taps;
   int run;  // Channels that a thread takes.
@@ -81,8 +84,8 @@ struct FinishArguments {
   __host__ __device__ int64_t blocks_of_output() const { return divide_up(taps * (channels / run), kThreads); }
 };
 
-// The parts' sums, in order, to the weight's gradient, which is zero where the mask hides it. The first blocks sum the
-// parts of the bias's.
+// Adds up the parts in order to the weight gradient, which is zero where the mask hides the weight. The first blocks
+// add up the parts of the bias gradient.
 template <class T>
 __global__ void __launch_bounds__(kThreads) finish_weight_grad(const __grid_constant__ FinishArguments<T> a) {
   const int64_t across = a.blocks_of_output(), of_bias = a.bias.blocks();
@@ -139,7 +142,7 @@ __global__ void __launch_bounds__(kThreads) finish_weight_grad(const __grid_cons
   }
 }
 
-// Queues the last kernel, and zeros for taps that it does not write.
+// Launches finish_weight_grad, and zeroes the taps that it does not write.
 template <class T>
 void launch_finish(const WeightGrad& problem, const GradPlan& plan, const BiasSums<T>& bias, void* stream) {
   const TensorView& result = problem.weight_grad;
@@ -207,7 +210,7 @@ void launch_sums(const WeightGrad& problem, const GradPlan& plan, void* stream) 
       stream);
 }
 
-// With outputs as columns.
+// The same with FifthTile, which has outputs as columns.
 template <class Math>
 void launch_fifth_sums(const WeightGrad& problem, const GradPlan& plan, void* stream) {
   using T = typename Math::Value;

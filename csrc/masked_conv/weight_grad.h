@@ -1,8 +1,8 @@
-// The gradient in the weight on the CPU: for each term (terms.h) the product of what it reads and the gradient in the
-// outputs, summed over all pixels. Slices of both operands are packed, pixels position by position over the batch: a
-// tap is nothing but an offset in them, and pairs of pixels are packed as the sums and differences that terms multiply.
-// With a stride, the columns of the input that lie a stride apart are packed together.
-// Included only by cpu.cpp, once per instruction set level.
+// The weight gradient on the CPU: for each term (terms.h), the product of the pixels that it reads and the output
+// gradient, summed over all pixels. Slices of both operands are packed position by position, with the images of the
+// batch innermost, so that a tap is only an offset into them. Pairs of pixels are packed as the sums and differences
+// that terms multiply. With a stride, input columns that are a stride apart are packed together. Included only by
+// cpu.cpp, once per instruction set level.
 #pragma once
 
 #include <algorithm>
@@ -15,18 +15,18 @@
 
 namespace cpc::masked_conv::cpu::CPC_ISA {
 
-// What the weight's gradient packs of its operands at a time: some rows of some images.
+// Bytes of a slice: the rows of some images that are packed at a time.
 constexpr int64_t kSliceBytes = int64_t{1} << 20;
-// Depth that a tile goes through between being loaded and stored.
+// The depth that a tile should process between being loaded and stored. It is also the most images of a slice.
 constexpr int64_t kSliceDepth = 128;
-// Channels that a task writes the gradients of.
+// Input channels per task when gradients are written.
 constexpr int64_t kWritten = 16;
-// Nanoseconds that a value takes to be packed, and a weight's gradient to be written.
+// Estimated nanoseconds to pack a value, and to write the gradient of a weight.
 constexpr double kSliceNanoseconds = 0.5, kWriteNanoseconds = 1;
-// Tiles of the left operand that lie side by side, at most. Steps of depth are so far apart, and each of thousands of
-// channels would be in a page of its own.
+// The most tiles of the left operand that are stored side by side. They are the distance between steps of depth: with
+// thousands of channels side by side, each step would be in a page of its own.
 constexpr int64_t kLeftTiles = 24;
-// Tiles of a task, at most: enough to use a slice of the right operand often, few enough to share out.
+// The most tiles of a task: enough to reuse a slice of the right operand, few enough to balance the load.
 constexpr int64_t kTaskTiles = 8;
 
 template <class Storage>
@@ -46,17 +46,17 @@ class WeightGradient {
         read_across_(problem.pairs ? across_ : divide_up(problem.width(), read_step_)),
         reads_line_(problem.stride),
         zeros_(std::max(problem.channels(), problem.outputs())) {
-    // Steps of depth that are multiplied together are of two images.
+    // Steps of depth that one instruction multiplies (kDepthStep) are of different images.
     const int64_t batch = padded_depth<E>(problem.batch());
     images_ = std::min(batch, padded_depth<E>(divide_up(kSliceDepth, problem.output_width())));
-    // What the outputs' sums pass on: to m0 to m3, from y0 = m0 + m1 + m2 and y1 = m1 - m2 + m3.
+    // The gradients of m0 to m3, as y0 = m0 + m1 + m2 and y1 = m1 - m2 + m3.
     of_grad_ = {{0, 0, 0}};
     if (problem.pairs) of_grad_ = {{0, 0, 0}, {0, 1, 1}, {0, 1, -1}, {1, 0, 0}};
     for (const Term& term : terms_) {
       above_ = std::max(above_, -term.dy);
       below_ = std::max(below_, term.dy);
       reads_line_[remainder(term.dy)] = true;
-      // Forms of pairs are of where they read; else a form is of a column within the stride.
+      // With pairs, a form is the pixels that a term reads; otherwise it is their column modulo the stride.
       const Form form = problem.pairs ? Form{term.dx, term.other_dx, term.sign} : Form{remainder(term.dx), 0, 0};
       const auto known = std::find(of_input_.begin(), of_input_.end(), form);
       form_of_.push_back(known - of_input_.begin());
@@ -106,7 +106,7 @@ class WeightGradient {
           const int64_t first = task % tasks * task_tiles;
           multiply(slice, left, right, sums.data(), task / tasks, first, std::min(first + task_tiles, tiles_));
         };
-        // The last panel may be narrow and the last tiles few.
+        // Tasks are of unequal size: the last panel may be narrow, and the last tiles few.
         parallel_tasks(panels_.count() * tasks, multiply_tiles, threads);
       }
     write(sums.data());
@@ -123,25 +123,25 @@ class WeightGradient {
             std::clamp<int64_t>((end - 1) * stride + below_ + 1, 1, problem_.height())};
   }
   int64_t terms() const { return std::ssize(terms_); }
-  // Channels of a step of the left operand in a block of it, for whole tiles.
+  // Channels of a step of depth in a block of the left operand, in whole tiles.
   int64_t left_channels() const { return std::min(tiles_, kLeftTiles) * kTileRows; }
-  // Sizes of a block of the left operand, of a form of it, and of a panel of the right one.
+  // Elements of a block of the left operand, of one of its forms, and of a panel of the right operand.
   int64_t block_pitch() const { return read_rows_ * read_across_ * images_ * left_channels(); }
   int64_t left_pitch() const { return divide_up(tiles_, kLeftTiles) * block_pitch(); }
   int64_t right_pitch() const { return slice_rows_ * across_ * images_ * kTileColumns<E>; }
-  // The remainder by the stride of a number that may be negative.
+  // n modulo the stride, for n of either sign.
   int64_t remainder(int64_t n) const { return (n % problem_.stride + problem_.stride) % problem_.stride; }
 
-  // What is multiplied: the pixel `dx` away plus `sign` times the one `other_dx` away.
+  // The value that is multiplied: the pixel at column offset dx plus `sign` times the one at other_dx.
   struct Form {
     int64_t dx, other_dx;
     int sign;
     bool operator==(const Form&) const = default;
   };
 
-  // Packs one position of the slice, over its images: of the input for the first tasks, then of the gradient. The
-  // depth's order is (y, x, image); left lies as [form][block][depth][channels], right as [form][panel][depth][columns],
-  // both with kDepthStep steps of depth side by side.
+  // Packs one position of the slice for all of its images: the first tasks pack the input, the others the gradient. The
+  // depth is ordered (y, x, image). The left operand is [form][block][depth][channels] and the right one
+  // [form][panel][depth][columns], both with kDepthStep steps of depth interleaved.
   void pack(const Slice& slice, E* left, E* right, E* memory, int64_t task) const {
     const int64_t reads = (slice.read_end - slice.read_begin) * read_across_;
     const bool of_input = task < reads;
@@ -156,7 +156,7 @@ class WeightGradient {
       for (int64_t i = 0; i < images_; ++i)
         values[i] = values_of(from, slice.b + i, y, x, forms[f], of_input && problem_.relu_input,
                               memory + i * std::ssize(zeros_));
-      // Images of a step of depth lie side by side; the columns behind the `count` given are zero.
+      // Interleaves the images of a step of depth, and zeroes the columns after the first `count`.
       const auto place = [&](E* to, int64_t first, int64_t count, auto columns) {
         constexpr int64_t kStep = kDepthStep<E>;
         for (int64_t i = 0; i < images_; i += kStep) {
@@ -168,7 +168,7 @@ class WeightGradient {
               for (int64_t j = 0; j < kStep; ++j) out[c * kStep + j] = given[j][c];
           };
           if (count == columns)
-            copy(columns);  // Known to the compiler.
+            copy(columns);  // A number that the compiler knows.
           else
             copy(count), std::fill(out + count * kStep, out + columns * kStep, E{});
         }
@@ -190,7 +190,7 @@ class WeightGradient {
     }
   }
 
-  // A form's values at a pixel: where they lie, or in `memory`.
+  // Returns a form's values at a pixel, in place if possible, else written to `memory`.
   const E* values_of(const TensorView& from, int64_t b, int64_t y, int64_t x, const Form& form, bool through_relu,
                      E* memory) const {
     const auto read = [&](int64_t dx) -> const Storage* {
@@ -213,7 +213,7 @@ class WeightGradient {
     return memory;
   }
 
-  // Adds a slice's part of tiles [first, last) of a panel, for every term.
+  // Adds a slice's contribution to tiles [first, last) of a panel, for every term.
   void multiply(const Slice& slice, const E* left, const E* right, S* sums, int64_t p, int64_t first,
                 int64_t last) const {
     const int64_t vectors = panels_[p].vectors, columns = vectors * kLaneColumns<E>;
@@ -224,7 +224,7 @@ class WeightGradient {
       // The last sum is the right pixel's alone, which an image of odd width ends without.
       if (problem_.pairs && term.sum == kPairSums - 1) x_end = problem_.output_width() / 2;
       const int64_t depth = (x_end - x_begin) * images_;
-      // Rows whose y * stride + dy are in the input; divisions round down.
+      // Rows y for which y * stride + dy is in the input. Division truncates, hence the case of a negative `beyond`.
       const int64_t beyond = problem_.height() - 1 - term.dy;
       const int64_t y_begin = std::max(slice.begin, term.dy < 0 ? divide_up(-term.dy, stride) : 0),
                     y_end = std::min(slice.end, beyond < 0 ? 0 : beyond / stride + 1);
@@ -251,7 +251,7 @@ class WeightGradient {
     }
   }
 
-  // From the terms' sums to the taps' gradients: a term's weight was made of taps.
+  // Writes the taps' gradients: each is the sum over the terms whose weight contains the tap, times its factor.
   void write(const S* sums) const {
     const TensorView &out = problem_.weight_grad, &mask = problem_.mask;
     const int64_t kh = out.shape[2], kw = out.shape[3], channels = problem_.channels();
@@ -300,14 +300,14 @@ class WeightGradient {
   std::vector<Term> terms_;
   Panels<E> panels_;
   int64_t tiles_;  // Tiles of input channels.
-  // Positions of a row of the gradient, and pixels from one to the next; the same of the input.
+  // Pixels from one position of a gradient row to the next, and the number of positions; the same for the input.
   int64_t step_, across_, read_step_, read_across_;
-  std::vector<char> reads_line_;  // Whether a row of the input is read, by its remainder.
+  std::vector<char> reads_line_;  // Whether rows of the input are read, by row modulo the stride.
   std::vector<E> zeros_;
-  std::vector<Form> of_input_, of_grad_;  // The latter by the sums they go to.
-  // By term: the input's form, and how many positions of it away it reads.
+  std::vector<Form> of_input_, of_grad_;  // The latter has one form per sum.
+  // By term: its form of the input, and the offset in positions at which it reads that.
   std::vector<int64_t> form_of_, shift_of_;
-  int64_t above_ = 0, below_ = 0;  // Rows that taps reach beyond a row.
+  int64_t above_ = 0, below_ = 0;  // Rows that taps reach above and below a row.
   int64_t images_, slice_rows_, read_rows_;
 };
 
