@@ -1,15 +1,16 @@
-// Plain convolution, with what stands around it in a residual block: the contract. The CPU's kernels are those of the
-// masked convolution (masked_conv/masked_conv.h), which say how sums are made; there are none for CUDA.
+// Plain convolution, fused with the ReLUs, the bias and the sum around it in a residual block: the contract. The CPU
+// uses the kernels of the masked convolution (masked_conv/masked_conv.h), which also says how sums are made; there are
+// none for CUDA.
 //
 // Forward. With stride s, padding (p, q) and dilation e, for image b, pixel (y, x) and output channel o:
 //   a[o] = bias[o] + residual[b, o, y, x]
 //          + sum over i, j and channels c of weight[o, c, i, j] * r(input[b, c, s y + e i - p, s x + e j - q]),
-// zero outside the input, where r is max(., 0) with relu_input and else nothing; output[o] = max(a[o], 0) where relu, or
-// a[o].
+// where the input is zero outside, and r is max(., 0) with relu_input, else the identity. output[o] is max(a[o], 0)
+// with relu, else a[o].
 //
-// Gradients are those of grad, in a, zero where the output is 0 or less if relu. That in the input is zero where
-// relu_input and the input is 0 or less; `passed` is added to it. Sums of gradients are in a fixed order, the same for
-// any number of threads.
+// Gradients. That of a is grad, or zero where the output is 0 or less, with relu. With relu_input, the input gradient
+// is zero where the input is 0 or less; `passed`, the gradient that reaches the input on other paths, is added after
+// that. Sums of gradients are in a fixed order, the same for any number of threads.
 #pragma once
 
 #include "core/fields.h"
@@ -27,12 +28,12 @@ struct Layer {
   bool relu_input = false, relu = false;
 };
 
-// Those gradients that are not absent.
+// Gradients that are absent are not computed.
 struct LayerGrad {
   TensorView weight, grad, input;
-  TensorView output;              // Of a ReLU, else absent.
-  TensorView grad_preactivation;  // Likewise: what grad is before it.
-  TensorView passed;              // Like the input, or absent.
+  TensorView output;              // With relu, else absent.
+  TensorView grad_preactivation;  // Likewise: the gradient of a.
+  TensorView passed;              // Added to grad_input, or absent.
   TensorView grad_input, grad_weight, grad_bias, workspace;
   Geometry geometry;
   bool relu_input = false;

@@ -1,4 +1,4 @@
-// From a call to the kernels of the masked convolution that it comes to; see conv2d.h.
+// Checks a call and runs it on the kernels of the masked convolution; see conv2d.h.
 #include "masked_conv/plan.h"
 
 #include <algorithm>
@@ -14,7 +14,7 @@ namespace {
 
 using masked_conv::Tap;
 
-// The longest side, stride, padding and distance of taps: products of two stay far from 64 bits.
+// The largest side, stride, padding and dilation: the product of two such numbers stays far below 64 bits.
 constexpr int64_t kMostPixels = int64_t{1} << 28;
 
 // All taps that reach the input from some pixel of the output.
@@ -37,8 +37,8 @@ bool in_pairs(const Geometry& geometry, const TensorView& weight, const TensorVi
   return geometry.stride == 1 && masked_conv::pairs_pay(weight, images, geometry.dilation);
 }
 
-// The gradient in those pixels of the input that lie a stride apart, from the `row`th and `column`th on: a convolution
-// of the output's gradient at stride 1.
+// The part of the input gradient at the pixels that are a stride apart, from (row, column) on: a convolution of the
+// output gradient at stride 1.
 struct Phase {
   int64_t row, column;
   std::vector<Tap> taps;
@@ -51,7 +51,8 @@ std::vector<Phase> phases_of(const LayerGrad& problem) {
   for (int64_t row = 0; row < std::min(stride, problem.input.shape[2]); ++row)
     for (int64_t column = 0; column < std::min(stride, problem.input.shape[3]); ++column) {
       Phase phase{row, column, {}};
-      // Output (y, x) reads stride * y + dy: pixel stride * u + row gets from y = u + (row - dy) / stride.
+      // Output row y reads input row stride * y + dy, so input row stride * u + row gets its gradient from output rows
+      // y = u + (row - dy) / stride. The same holds for columns.
       for (const Tap& tap : taps)
         if ((row - tap.dy) % stride == 0 && (column - tap.dx) % stride == 0)
           phase.taps.push_back({tap.index, (row - tap.dy) / stride, (column - tap.dx) / stride});
@@ -60,7 +61,7 @@ std::vector<Phase> phases_of(const LayerGrad& problem) {
   return phases;
 }
 
-// Those pixels of an image like the input.
+// A view of a phase's pixels in a tensor shaped like the input.
 TensorView at_phase(TensorView view, const Phase& phase, int64_t stride) {
   if (view.ndim == 0) return view;
   view.data = static_cast<char*>(view.data) +

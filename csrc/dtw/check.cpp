@@ -1,4 +1,4 @@
-// What the table of dtw.h leaves open: that items lie within the frames, and pairs name items.
+// Checks beyond the field table of dtw.h: items must lie within the frames, and pairs must name items.
 #include <string>
 
 #include "core/require.h"

@@ -1,5 +1,5 @@
-// Dynamic time warping on the CPU. A pair's frames are multiplied in tiles of rows, whose angles go through the
-// recurrence while they are in the cache: of costs only the last row is kept.
+// Dynamic time warping on the CPU. A pair's frames are multiplied in tiles of rows. The angles of a tile go through the
+// recurrence while they are in the cache, and only the last row of costs is kept.
 #include <algorithm>
 #include <cmath>
 
@@ -13,7 +13,7 @@ namespace {
 
 using namespace cpc::CPC_ISA;
 
-// Pairs of a task: enough of them that preparing a second item anew costs little.
+// Pairs of a task: enough that packing a second item again costs little.
 constexpr int64_t kTaskPairs = 64;
 
 int64_t padded(int64_t columns) { return divide_up(columns, kLaneColumns<float>) * kLaneColumns<float>; }
@@ -40,7 +40,7 @@ struct Path {
   int32_t cells;
 };
 
-// The path that a cell continues. Of equals the first.
+// The cheapest predecessor of a cell, the first of equals.
 inline Path best_of(Path diagonal, Path left, Path up) {
   if (diagonal.cost <= left.cost && diagonal.cost <= up.cost) return diagonal;
   return left.cost <= up.cost ? left : up;
@@ -103,7 +103,7 @@ class Warper {
     for (int64_t i = 0; i < row_count * pitch; ++i) buffers_.angles[i] = angle(buffers_.angles[i]);
   }
 
-  // From the paths to a row's cells to those of the next one's; returns the last.
+  // Advances the paths from the cells of one row to those of the next. Returns the path to the last cell.
   Path go_along(const float* angles, bool first_row) const {
     Path* const paths = buffers_.paths;
     Path left{}, diagonal{};

@@ -1,15 +1,15 @@
 // Distances of sequences of frames under dynamic time warping: the contract of the CPU kernel.
 //
-// Item k is `count[k]` rows of `frames` from row `first[k]` on, each of length 1 or all zeros. For a pair of items, with
+// Item k is `count[k]` rows of `frames` from row `first[k]` on, each of norm 1 or all zeros. For a pair of items, with
 // x_i and y_j their rows:
 //   d[i, j] = arccos(x_i . y_j, clamped to -1..1) / pi
 //   cost[i, j] = d[i, j] + the least of cost[i - 1, j - 1], cost[i, j - 1] and cost[i - 1, j], of those that there are
-//   distance = the last cost, divided by the cells of the path that has led to it.
-// The path takes, among predecessors that cost the same, the first in the order above, as the tools of the ZeroSpeech
+//   distance = the last cost, divided by the number of cells on its path.
+// Among predecessors of equal cost, the path takes the first in the order above, as the tools of the ZeroSpeech
 // challenges do.
 //
-// Pairs that follow each other with the same second item share what is prepared of it. Who owns memory: the caller, all
-// of it. The kernel allocates only bounded scratch memory.
+// Consecutive pairs with the same second item share its packing. The caller owns all memory. The kernel allocates only
+// bounded scratch memory.
 #pragma once
 
 #include "core/fields.h"

@@ -1,4 +1,4 @@
-// What the tables of logistic_mixture.h leave open: channels that must fit each other.
+// Checks beyond the field tables of logistic_mixture.h: numbers of channels must match.
 #include <string>
 
 #include "core/require.h"

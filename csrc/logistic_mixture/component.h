@@ -1,11 +1,11 @@
-// One component's mass of a pixel and its gradient: the arithmetic that the CPU and CUDA kernels share, written once
-// for a register of pixels and for a single one.
+// A pixel's mass under one component and its gradient: arithmetic that the CPU and CUDA kernels share, written once for
+// a register of pixels and for a single one.
 //
 // With m and h as in logistic_mixture.h, u = e^-|m| and S(h) = sinh(h) / h, the difference of two sigmoids is
 //   sinh(h) / (cosh(m) + cosh(h)) = 2 h u * S(h) / ((1 + u)^2 + 4 u sinh^2(h / 2)),
-// and the density at the centre times the bin's width is the same at the limit of a narrow bin, S = 1 and sinh = 0. So
-// nothing cancels, and as h is at most e^7 / 255 the quotient on the right is within 1/160 and 10. A component's joint
-// mass is kept as e^exponent times such quotients: no logarithm is needed before the sum over the components.
+// and the density at the centre times the bin's width is its limit for a narrow bin, S = 1 and sinh = 0. So there is no
+// cancellation, and as h is at most e^7 / 255, the quotient on the right is between 1/160 and 10. A component's joint
+// mass is kept as e^exponent times such quotients, so that no logarithm is needed before the sum over the components.
 #pragma once
 
 #include <limits>
@@ -14,10 +14,10 @@
 
 namespace cpc::logistic_mixture {
 
-// Math gives: Real, the type of what is computed, a float or a register of them; abs(x); exp(x); exp_below_zero(x) for
-// x that are not above 0; and divide(a, b).
+// Math provides Real, the type to compute in, a float or a register of them, and the functions abs(x), exp(x),
+// exp_below_zero(x) for x that are not above 0, and divide(a, b).
 
-// Calls body(c) for c in [0, n), written out: so that what is kept by colour stays in registers.
+// Calls body(c) for c in [0, n), unrolled, so that arrays indexed by colour stay in registers.
 template <int n, class Body>
 CPC_HOST_DEVICE inline void unrolled(const Body& body) {
   if constexpr (n > 1) unrolled<n - 1>(body);
@@ -29,8 +29,8 @@ template <class Real>
 struct Value {
   Real x;
   Real sign;      // -1 at 255, where the open bin is mirrored; else 1.
-  Real start;     // sign * x, between 0 and 255; at them the bin's inner end, mirrored at 255.
-  Real interior;  // 1 between 0 and 255; else 0.
+  Real start;     // sign * x for 1 to 254; for 0 and 255 the bin's inner end, mirrored at 255.
+  Real interior;  // 1 for 1 to 254; else 0.
 };
 
 // `v` is in 0..255.
@@ -42,7 +42,7 @@ CPC_HOST_DEVICE inline Value<Real> value_of(Real v) {
   return {x, is_last ? -one : one, is_first ? open : is_last ? open : x, is_first ? zero : is_last ? zero : one};
 }
 
-// tanh to the last bits of 1, and its slope.
+// tanh and its slope. The absolute error is some units in the last place of 1.
 template <class Real>
 struct Coefficient {
   Real value, slope;
@@ -58,10 +58,10 @@ CPC_HOST_DEVICE inline Coefficient<Real> coefficient_of(Real c) {
 template <class Math>
 struct Mass {
   using Real = typename Math::Real;
-  // t is m between 0 and 255, and what the sigmoid is of at them; u = e^-|t|.
+  // t is m for values 1 to 254, and the argument of the sigmoid for 0 and 255; u = e^-|t|.
   Real t, u, half, inverse_scale;
-  Real numerator, denominator;  // The quotient's: S, and what it is divided by.
-  Real spread;                  // 4 sinh^2(half / 2) where the mass is that of a bin between two others, else 0.
+  Real numerator, denominator;  // Of the quotient: S and its divisor, or their limits.
+  Real spread;                  // 4 sinh^2(half / 2) where the mass is a difference of sigmoids, else 0.
   Real exponent;
 
   Mass() = default;
@@ -91,11 +91,11 @@ struct Mass {
     numerator = is_bin ? ratio : one;
     denominator = is_bin ? bin : narrow;
     spread = is_bin ? square : zero;
-    // -|t| and the bin's width in scales between 0 and 255, min(t, 0) at them.
+    // -|t| plus the logarithm of the bin's width in scales for values 1 to 254; min(t, 0) for 0 and 255.
     exponent = value.interior * (kLogBin - s) - distance + (0.5f - 0.5f * value.interior) * (t + distance);
   }
 
-  // The mass's quotient, and its logarithm's slopes in the mean and the log-scale.
+  // The mass's quotient, and the slopes of the mass's logarithm in the mean and the log-scale.
   struct Slopes {
     Real quotient, mean, log_scale;
   };
@@ -105,7 +105,7 @@ struct Mass {
     const Real inverse = Math::divide(one, denominator * numerator), inverse_denominator = inverse * numerator;
     const Real between = (1.f - u) * (1.f + u);
     const Real slope = (value.interior == 0.f ? (below ? one : u) : (below ? between : -between)) * inverse_denominator;
-    // h coth(h) - h * mass where it is a bin, 1 at the limit of a narrow one.
+    // h coth(h) - h * mass for a difference of sigmoids, 1 at the limit of a narrow bin.
     const Real of_half = (1.f + 0.5f * spread) * inverse * denominator -
                          (spread > 0.f ? 2.f * half * half * u * numerator * inverse_denominator : zero);
     const Real log_scale = -t * slope - value.interior * of_half;
@@ -114,8 +114,8 @@ struct Mass {
   }
 };
 
-// log(sum of e^exponent * factor) as peak + log(total), one term after another. Exponents of -inf are nothing, also the
-// first, as the peak is finite.
+// Accumulates log(sum of e^exponent * factor) as peak + log(total), one term after another. A term whose exponent is
+// -inf adds nothing, even if it is the first, as the peak is finite.
 template <class Math>
 struct LogSum {
   using Real = typename Math::Real;
@@ -134,7 +134,7 @@ struct Pixel {
   using Real = typename Math::Real;
   Value<Real> values[Channels];
 
-  // Where component k's parameter of a colour lies: means, log-scales and coefficients are kinds 0, 1 and 2.
+  // The index of component k's parameter of a colour: means, log-scales and coefficients are kinds 0, 1 and 2.
   CPC_HOST_DEVICE static int64_t at(int64_t components, int64_t k, int color, int kind) {
     return components * (1 + color * (Channels == 3 ? 3 : 2) + kind) + k;
   }
@@ -142,7 +142,7 @@ struct Pixel {
   struct Masses {
     Coefficient<Real> coefficients[Channels];
     Mass<Math> of_color[Channels];
-    Real exponent;  // The joint mass's, with the logit above the largest one.
+    Real exponent;  // Of the joint mass, plus logit - largest logit.
   };
   template <class Params>
   CPC_HOST_DEVICE Masses masses(const Params& params, int64_t components, int64_t k, Real largest_logit) const {
@@ -169,7 +169,7 @@ struct Pixel {
     return sum;
   }
 
-  // Over the components, the joint mass times e^(logit - largest logit).
+  // The sum over components of e^(logit - largest logit) times the joint mass.
   template <class Params>
   CPC_HOST_DEVICE LogSum<Math> joint(const Params& params, int64_t components, Real largest_logit) const {
     LogSum<Math> sum;
@@ -185,8 +185,8 @@ struct Pixel {
     return sum;
   }
 
-  // Calls write(p, g) with the gradient g of the pixel's nats times `scale` in parameter p, where `sum` is joint().
-  // Parameters may be overwritten by their gradients.
+  // Calls write(p, g) for every parameter p, where g is the gradient in p of the pixel's nats, times `scale`, and `sum`
+  // is joint(). Parameters may be overwritten by their gradients.
   template <class Params, class Write>
   CPC_HOST_DEVICE void differentiate(const Params& params, int64_t components, const LogSum<Math>& sum, Real scale,
                                      const Write& write) const {
@@ -195,7 +195,7 @@ struct Pixel {
     for (int64_t k = 0; k < components; ++k) {
       const Masses m = masses(params, components, k, prior.peak);
       typename Mass<Math>::Slopes slopes[Channels];
-      // The component's share in all, times the scale.
+      // The component's posterior probability, times the scale.
       Real share = per_joint * Math::exp(m.exponent - sum.peak);
       unrolled<Channels>([&](int c) {
         slopes[c] = m.of_color[c].slopes(values[c], params(at(components, k, c, 1)));

@@ -1,7 +1,7 @@
-// The discretized mixture of logistics on the CPU: nats per image, the gradient in the parameters, and samples.
-// A task is a tile of an image's pixels. Its parameters are brought into a buffer in the cache, a row a parameter, so
-// that a register holds the same parameter of neighbouring pixels whatever the layout in memory; the gradients replace
-// them there and go out the same way.
+// The discretized mixture of logistics on the CPU: nats per image, the gradient in the parameters, and samples. A task
+// is a tile of an image's pixels. It loads their parameters into a buffer in the cache, one row per parameter, so that
+// a register holds the same parameter of neighbouring pixels whatever the layout in memory. Gradients overwrite the
+// parameters there and are stored the same way.
 #include <algorithm>
 #include <cstring>
 #include <utility>
@@ -24,7 +24,7 @@ using R = Register<float>;
 constexpr int64_t kWidth = kRegisterLanes<float>;
 // Pixels of a tile: whole cache lines of every parameter, and a buffer that stays in the first-level cache.
 constexpr int64_t kTile = 32;
-// Nanoseconds that a parameter takes, and one of a pixel that is drawn.
+// Estimated nanoseconds per parameter: forward, backward, and when a pixel is sampled.
 constexpr double kNanoseconds = 1.5, kGradNanoseconds = 2.5, kSampleNanoseconds = 5;
 
 struct Lanes {
@@ -62,7 +62,7 @@ void store_narrow(T* to, R v) {
 struct Tile {
   int64_t b, first, count;
   bool neighbours;         // Whether they lie one element apart.
-  int64_t offsets[kTile];  // From the image's first element. Of pixels past the last: the last's.
+  int64_t offsets[kTile];  // From the tensor's first element. Pixels past the last repeat it.
 
   Tile(const TensorView& view, int64_t b, int64_t first, int64_t pixels, int64_t width)
       : b(b), first(first), count(std::min(kTile, pixels - first)) {
@@ -80,7 +80,8 @@ struct Tile {
   }
 };
 
-// The parameters of a tile to a buffer of rows of kTile pixels. Places past the last pixel get some finite values.
+// Loads the parameters of a tile into rows of kTile pixels. Places after the last pixel, up to a whole register, repeat
+// it.
 template <class T>
 void load_params(float* __restrict to, const TensorView& params, const Tile& tile) {
   const T* const from = params.as<T>();
@@ -110,9 +111,10 @@ void load_params(float* __restrict to, const TensorView& params, const Tile& til
   }
 }
 
-// Where the next tile's parameters lie in lines of memory, as many as a register has of this one's: line p of each
-// register of pixels is `step` bytes after line p - 1, those of the next register `next` bytes on. Lines may lie past
-// the last pixel; they are only asked for. Where the tile is none or scattered, all are the line at `here`.
+// Cache lines of the next tile's parameters to prefetch, one with each parameter that is read of this tile. For each
+// register of pixels, line p is `step` bytes after line p - 1; the lines of the next register are `next` bytes on.
+// Lines may lie past the last pixel, as they are only prefetched. If there is no next tile, or it is scattered, all are
+// the line at `here`.
 struct Ahead {
   const char* first;
   int64_t step = 0, next = 0;
@@ -131,7 +133,7 @@ struct Ahead {
   }
 };
 
-// And back.
+// Stores the gradients from such a buffer.
 template <class T>
 void store_gradients(const TensorView& gradients, const float* __restrict from, const Tile& tile) {
   T* const to = gradients.as<T>();
@@ -159,7 +161,7 @@ void store_gradients(const TensorView& gradients, const float* __restrict from, 
   }
 }
 
-// What a worker keeps of a tile.
+// A worker's buffers for a tile.
 struct Buffers {
   float *params, *levels;  // [P, kTile], [C, kTile].
 
@@ -182,8 +184,8 @@ void load_levels(float* to, const Likelihood& problem, int64_t b, int64_t first)
   }
 }
 
-// The parameters of a register of pixels in a buffer. With each that is read, a line of the next tile is asked for:
-// computing hides the wait for memory, where many lines at once would stall.
+// The parameters of a register of pixels in a buffer. Each read also prefetches a line of the next tile: computation
+// hides the latency of single lines, where many at once would stall.
 struct Column {
   float* at;
   const char* ahead;
@@ -204,8 +206,8 @@ Pixel<Lanes, Channels> pixel_of(const float* levels) {
   return pixel;
 }
 
-// Calls body(tile of the parameters, buffers, the next tile's lines, index) for each tile, its pixels' values and
-// parameters loaded.
+// Calls body(tile of the parameters, buffers, the next tile's lines, index) for each tile, after loading its pixels'
+// values and parameters.
 template <class T, class Body>
 void for_each_tile(const Likelihood& problem, double nanoseconds, const Body& body) {
   const int64_t pixels = problem.pixels(), tiles = (pixels + kTile - 1) / kTile;

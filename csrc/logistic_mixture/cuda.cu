@@ -1,7 +1,7 @@
-// The discretized mixture of logistics on the GPU: nats per image, the gradient in the parameters, and samples.
-// A thread takes a pixel. Where the parameters of a pixel lie together, a block brings those of its pixels to shared
-// memory as one stream of words, and threads read them there without sharing banks; gradients replace them and leave
-// the same way. Otherwise threads read and write memory themselves, neighbours of a row together.
+// The discretized mixture of logistics on the GPU: nats per image, the gradient in the parameters, and samples. A
+// thread takes a pixel. If the parameters of a pixel are contiguous, a block copies those of its pixels to shared
+// memory as one stream of words, and threads read them there without bank conflicts; gradients overwrite them and are
+// copied back the same way. Otherwise threads access memory directly, and neighbouring pixels of a row coalesce.
 #include <algorithm>
 #include <type_traits>
 
@@ -32,8 +32,8 @@ struct Arguments {
   float *normalisers, *parts;  // normalisers may be null in the forward pass.
   const float* grad;
   int64_t batch, pixels, width, components, tiles;
-  // Words of a pixel's parameters in memory and from one pixel to the next in shared memory; 0 where they stay in
-  // memory.
+  // Words of a pixel's parameters in memory, and between pixels in shared memory; 0 if the parameters are not copied to
+  // shared memory.
   int words, pitch;
 };
 
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kTilePixels) run_tiles(const __grid_constant__
 
 constexpr int kSumThreads = 128;
 
-// An image's parts to its nats: a block an image.
+// Adds up the partial sums of each image; a block takes an image.
 __global__ void __launch_bounds__(kSumThreads) sum_parts(const float* parts, float* nll, int64_t batch, int64_t tiles) {
   for (int64_t b = blockIdx.x; b < batch; b += gridDim.x) {
     double sum = 0;
@@ -168,7 +168,7 @@ void launch_tiles(const Problem& problem, void* stream) {
     a.params_grad = problem.params_grad;
     a.grad = problem.grad.template as<float>();
   }
-  // An odd pitch, so that the threads of a warp do not share banks. Several blocks should fit a multiprocessor.
+  // An odd pitch avoids bank conflicts within a warp. The limit lets several blocks fit a multiprocessor.
   constexpr int64_t kMostSharedBytes = 64 << 10;
   const int64_t bytes = problem.params.shape[1] * size_of(problem.params.dtype);
   const int64_t words = bytes / int64_t{sizeof(Word)}, pitch = words | 1;

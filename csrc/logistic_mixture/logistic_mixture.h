@@ -1,29 +1,31 @@
 // The discretized mixture of logistics: the contract of the CPU and CUDA kernels.
 //
-// Parameters. Of K components, at every pixel: K logits, then for each of C colours K means and K log-scales and, where
-// C is 3, K coefficients. P = 3 K for one channel, 10 K for three.
+// Parameters. For K components, every pixel has K logits, then for each of C colours K means, K log-scales and, if C is
+// 3, K coefficients. P = 3 K for one channel, 10 K for three.
 //
 // Likelihood. A value v of an image stands for x = (2 v - 255) / 255. With component k's
 //   s = max(log-scale, -7);
-//   mean of green + tanh(coefficient 0) * x of red; of blue + tanh(coefficient 1) * red + tanh(coefficient 2) * green,
+//   mean of green += tanh(coefficient 0) * x of red,
+//   mean of blue += tanh(coefficient 1) * x of red + tanh(coefficient 2) * x of green,
 // the value's mass is, with m = (x - mean) / e^s and h = e^-s / 255,
 //   sigmoid(m + h) for v = 0, sigmoid(h - m) for v = 255, and between them
 //   sigmoid(m + h) - sigmoid(m - h), or where that is not above 1e-5, 2 h sigmoid(m) sigmoid(-m).
-// The two differ by up to a factor of 9 there, for the narrowest scales: a mass that is 1e-5 but for its last bits may
-// count as either.
+// For the narrowest scales, the two differ by up to a factor of 9 there: a mass that is 1e-5 up to rounding may be
+// computed in either way.
 // nll[b] = - sum over pixels of log(sum over k of softmax(logits)[k] * product over colours of the mass).
 //
-// normalisers keep, for the backward pass, where they are not absent, two numbers a pixel: a peak and a total such that the logarithm of the sum
-// over k of e^(logit - largest logit) * product of masses is peak + log(total).
+// If `normalisers` is given, it receives two numbers per pixel for the backward pass: a peak and a total such that the
+// logarithm of the sum over k of e^(logit - largest logit) * product of masses is peak + log(total).
 //
-// Gradient. In the parameters, times grad[b]; none in log-scales below -7.
+// Gradient. The gradient of nll[b] in the parameters, times grad[b]. It is zero for log-scales below -7.
 //
-// Sampling. The component is the one of the largest logit + temperature * gumbel, the first of equal ones; then colour
-// by colour the nearest value to mean + temperature * e^s * logistic, with means shifted as above by the values drawn.
-// From a uniform u, clamped to [1e-5, 1 - 1e-5], gumbel is -log(-log(u)) and logistic log(u / (1 - u)). In double.
+// Sampling. The component is the one with the largest logit + temperature * gumbel, the first of equals. Then each
+// colour in turn is the value nearest to mean + temperature * e^s * logistic, where means are shifted as above by the
+// colours already drawn. All of it is in double. From a uniform u, clamped to [1e-5, 1 - 1e-5], gumbel is -log(-log(u))
+// and logistic is log(u / (1 - u)).
 //
-// Who owns memory: the caller, all of it. Kernels allocate only bounded scratch memory. No atomics, and sums in a fixed
-// order: results are the same on every run and for any number of threads.
+// The caller owns all memory. Kernels allocate only bounded scratch memory. There are no atomics, and sums are in a
+// fixed order: results are the same on every run and for any number of threads.
 #pragma once
 
 #include "core/fields.h"
@@ -37,7 +39,7 @@ constexpr int64_t params_of_component(int64_t channels) { return channels == 3 ?
 
 struct Likelihood {
   TensorView images = {};
-  TensorView params = {};  // Not double.
+  TensorView params = {};  // Of any floating type but double.
   TensorView normalisers = {};
   TensorView nll = {};
   TensorView workspace = {};
@@ -56,7 +58,7 @@ struct Gradient : Likelihood {
 
 struct Sampling {
   TensorView params = {};
-  TensorView noise = {};  // Uniforms of the K components, then of the C colours.
+  TensorView noise = {};  // Uniform numbers for the K components, then for the C colours.
   TensorView images = {};
   double temperature = 1;
 
@@ -72,7 +74,7 @@ constexpr double kLeastLogScale = -7;
 constexpr double kLeastMass = 1e-5;
 constexpr double kLeastNoise = 1e-5;
 
-// Where pixel i of an image, counted along its rows, lies, in elements from the image's first.
+// The offset in elements of pixel i, counted along rows, from the first pixel of its image.
 CPC_HOST_DEVICE inline int64_t pixel_offset(const TensorView& view, int64_t width, int64_t i) {
   return i / width * view.strides[2] + i % width * view.strides[3];
 }
@@ -103,7 +105,7 @@ void check(const Likelihood& problem, Where where);
 void check(const Gradient& problem, Where where);
 void check(const Sampling& problem, Where where);
 
-// On CUDA a partial sum of each tile of an image.
+// On CUDA, one partial sum per tile of an image.
 int64_t workspace_bytes(const Likelihood& problem, Where where);
 
 namespace cpu {
@@ -115,7 +117,7 @@ inline void sample(const Sampling& problem) { CPC_CALL_AT_ISA(sample, problem) }
 }  // namespace cpu
 
 namespace cuda {
-// Pixels of an image that a block takes, and the partial sums that it leaves of an image.
+// Pixels of an image that a block takes, and the resulting number of partial sums per image.
 constexpr int kTilePixels = 128;
 constexpr int64_t parts(int64_t pixels) { return (pixels + kTilePixels - 1) / kTilePixels; }
 #if defined(CPC_WITH_CUDA)

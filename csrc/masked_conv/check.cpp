@@ -1,4 +1,4 @@
-// Checks that the field tables of masked_conv.h cannot express: of taps, channels of results, and positions.
+// Checks beyond the field tables of masked_conv.h: of taps, channels of results, and positions.
 #include <string>
 
 #include "core/require.h"

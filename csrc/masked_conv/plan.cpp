@@ -12,7 +12,7 @@
 namespace cpc::masked_conv {
 namespace {
 
-// With fewer pixels, pairs do not make up for the additional additions of packing the weights.
+// With fewer pixels, pairs do not make up for the extra additions of packing the weights.
 constexpr int64_t kPairsPixels = 256;
 // With fewer channels, they do not make up for the additions of pixels.
 constexpr int64_t kPairsChannels = 32;

@@ -18,7 +18,8 @@ using StepArg = std::tuple<int64_t, std::vector<SourceArg>, TensorArg, TensorArg
 // A network, with the tensors that it reads and writes at every pixel kept alive.
 class PixelSteps {
  public:
-  // Tensors that lie in `memory` are as safe as that is; every call looks at it alone, which small networks feel.
+  // memory: tensors that contain the steps' tensors. Each call checks only that these are unchanged, and not every
+  // tensor within them, which saves small networks noticeable time.
   PixelSteps(const py::list& steps, int64_t batch, int64_t height, int64_t width, const py::list& memory) {
     for (const py::handle block : memory) {
       const auto tensor = block.cast<TensorArg>();
@@ -104,7 +105,7 @@ class PixelSteps {
     network_.steps.push_back(std::move(step));
   }
 
-  // A tensor as it was when the network was made. Python can give it other memory, and lists of steps other tensors.
+  // A tensor as it was when the network was made, kept alive. Python can still give it other memory.
   struct Kept {
     const char* name;
     py::object object;

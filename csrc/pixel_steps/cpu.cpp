@@ -1,6 +1,6 @@
-// A network's steps on the CPU: every one a matrix product whose rows are pixels of several images, straight from the
-// maps, and whose result goes through its activation while it is in the cache. Images do not depend on each other, so
-// that each thread takes some of them through all steps without waiting for the others.
+// A network's steps on the CPU. Each step is a matrix product whose rows, pixels of several images, are read in place
+// from the maps; its result goes through the activation while it is in the cache. Images do not depend on each other,
+// so each thread takes some of them through all steps without waiting for the others.
 #include <algorithm>
 #include <cstring>
 
@@ -18,16 +18,17 @@ using namespace cpc::CPC_ISA;
 
 // Rows of the product that are finished together: their sums stay in the cache.
 constexpr int64_t kBlockRows = 8 * kTileRows;
-// The share of kFlopsPerNanosecond that is left to products with so few rows, which wait for their weights.
+// The share of kFlopsPerNanosecond that products with so few rows reach, as they wait for their weights.
 constexpr double kFewRows = 0.5;
 
-// Columns of a product, filled up to whole registers.
+// Columns of a product, padded to whole registers.
 template <class E>
 int64_t padded(int64_t outputs) {
   return divide_up(outputs, kLaneColumns<E>) * kLaneColumns<E>;
 }
 
-// Panels of up to kTileColumns columns, one after the other; then the bias, filled up with zeros.
+// Packs the weight in panels of up to kTileColumns columns, one after the other, and then the bias. Both are padded
+// with zeros.
 template <class E>
 void pack_step(Step& step) {
   const int64_t outputs = step.outputs(), depth = step.depth(), columns = padded<E>(outputs);
@@ -56,7 +57,7 @@ Register<E> elu(Register<E> x) {
 template <class E>
 struct Buffers {
   E* sums;            // [kBlockRows, the most columns]
-  E* values;          // [twice the most columns]: a pixel's results and their ELUs.
+  E* values;          // [4, the most columns]: a pixel's results, their two ELUs, and spare memory.
   const E** sources;  // [the most sources, kBlockRows]: where each row's own pixel lies in a source.
 
   Buffers(Parts& parts, const Network& network) {
@@ -102,7 +103,7 @@ class Runner {
   bool due(const Step& step) const { return ((place_.row | place_.col) & ((int64_t{1} << step.level) - 1)) == 0; }
   int64_t columns(const Step& step) const { return place_.whole_row ? network_.width >> step.level : 1; }
 
-  // Rows of the product: the images' pixels, pixel by pixel, so that the images of one share what is padding.
+  // The rows of the product go pixel by pixel, and for each pixel over the images.
   void run_step(const Step& step, Buffers<E>& buffers, int64_t first_image, int64_t images) const {
     const int64_t rows = images * columns(step), row = place_.row >> step.level, col = place_.col >> step.level;
     for (int64_t first = 0; first < rows; first += kBlockRows) {
@@ -147,7 +148,7 @@ class Runner {
     }
   }
 
-  // From a pixel's sums to the maps.
+  // Adds the biases to a pixel's sums, applies the activation and writes the maps.
   void finish(const Step& step, Buffers<E>& buffers, E* sums, int64_t image, int64_t row, int64_t col) const {
     using R = Register<E>;
     const int64_t outputs = step.outputs(), features = step.features(), pitch = padded<E>(outputs);
@@ -165,7 +166,7 @@ class Runner {
       const E* const residual = at<E>(step.residual, image, row, col);
       std::copy_n(residual, features, positive);
       each(features, [&](int64_t i) {
-        // The second half begins anywhere, and the last register may read past it: into the row's own spare memory.
+        // The second half may begin within a register, so the last register may read past it, into spare memory.
         const R gate = sigmoid(load_register(values + features + i));
         store_register(sums + i, load_register(positive + i) + load_register(values + i) * gate);
       });

@@ -1,6 +1,6 @@
-// A network's steps on the GPU, all that are due at a pixel or in a row in one launch. Images do not depend on each other:
-// blocks that run together share a few images, spread each step's features over themselves, and wait for each other
-// before a step that needs what they have written. Weights are small enough to stay in the second-level cache.
+// A network's steps on the GPU: one launch runs all that are due at a pixel or in a row. Images do not depend on each
+// other. A group of blocks shares a few images, divides the features of each step among its blocks, and waits for all
+// of them before a step that reads what they have written. Weights are small enough to stay in the second-level cache.
 #include <algorithm>
 #include <bit>
 #include <cstring>
@@ -19,14 +19,14 @@ namespace {
 using namespace cpc::cuda;
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-// A block's share of a step: so many features, of so many rows of the product; and values of each row that are in shared
-// memory at a time.
+// A block computes kFeatures features of kRows rows of the product at a time, with kDepth values of each row in shared
+// memory.
 constexpr int kFeatures = 8, kRows = 4, kDepth = 1024;
-// Blocks that share images at most: there is no more to spread of most networks, and few wait less for each other.
+// The most blocks of a group. Most networks have no more features to divide, and fewer blocks wait less for each other.
 constexpr int64_t kMostBlocks = 16;
-constexpr int64_t kBarrierBytes = 128;  // Each has a line of its own.
+constexpr int64_t kBarrierBytes = 128;  // Each barrier has a cache line of its own.
 
-// A pointer that was read from memory, of which the compiler would not know where it leads.
+// Tells the compiler that a pointer, which was read from memory, points to global memory.
 template <class E>
 __device__ E* global(const void* p) {
 #if !defined(CPC_CUDA_EMULATION)
@@ -69,8 +69,8 @@ struct PlannedStep {
   const void *weight, *bias, *image_bias;
   int level, depth, outputs, features, first_read, reads, output_scale, row_offset, col_offset;
   bool gated;
-  bool waits;  // For what steps before it write.
-  bool wide;   // Whether four neighbouring weights of a row can be read at a time.
+  bool waits;  // Whether blocks must first wait for each other.
+  bool wide;   // Whether 16 bytes of neighbouring weights can be read at a time.
 };
 
 struct Arguments {
@@ -80,11 +80,11 @@ struct Arguments {
   const int64_t* position;
   int64_t batch, width;
   int count;
-  unsigned blocks, groups;  // Blocks that share images, and how many such groups there are.
+  unsigned blocks, groups;  // Blocks of a group, and the number of groups.
   bool whole_row;
 };
 
-// Where the parts of a plan are in its memory.
+// The offsets of a plan's parts in its memory.
 struct Layout {
   int64_t steps, reads, bytes;
   explicit Layout(const Network& network) {
@@ -113,7 +113,7 @@ struct Shared {
   E sums[kWarps][kRows][2 * kFeatures];
 };
 
-// Puts values [first, first + count) of the rows into shared memory, a warp a tap.
+// Copies values [first, first + count) of the rows to shared memory; each warp takes one tap at a time.
 template <class E, class RowOf>
 __device__ void stage(const Arguments& a, const PlannedStep& step, Shared<E>& shared, int first, int count, int rows,
                       const RowOf& row_of) {
@@ -130,8 +130,8 @@ __device__ void stage(const Arguments& a, const PlannedStep& step, Shared<E>& sh
   }
 }
 
-// A block's sums for kFeatures features, and for the gates of as many: lanes take neighbouring columns, and so many
-// slices of the depth, in an order that only the step decides.
+// Sums kFeatures features, and their gates if there are any. Threads divide neighbouring columns and slices of the
+// depth among themselves, in an order that depends only on the step.
 template <class E>
 __device__ void multiply(const PlannedStep& step, Shared<E>& shared, int first, int count, int rows, int feature,
                          E (&sums)[kRows][16 / sizeof(E)]) {
@@ -164,7 +164,7 @@ __device__ void multiply(const PlannedStep& step, Shared<E>& shared, int first, 
   }
 }
 
-// Adds up the slices: of the lanes of a warp with the same columns, and leaves each warp's in shared memory.
+// Adds up the slices of those lanes of a warp that have the same columns, and stores each warp's sums in shared memory.
 template <class E>
 __device__ void store_sums(const PlannedStep& step, Shared<E>& shared, int rows,
                            const E (&sums)[kRows][16 / sizeof(E)]) {
@@ -187,7 +187,7 @@ __device__ E elu(E v) {
   return v > 0 ? v : exp(v) - 1;
 }
 
-// From sums to the maps, a thread a feature of a row.
+// Adds up the warps' sums, applies the activation and writes the maps; each thread takes one feature of a row.
 template <class E>
 __device__ void finish(const PlannedStep& step, const Shared<E>& shared, int feature, int n, const Row& row) {
   const int f = feature + n % kFeatures, r = n / kFeatures;
@@ -216,7 +216,7 @@ __device__ void finish(const PlannedStep& step, const Shared<E>& shared, int fea
 template <class E>
 __device__ void run_step(const Arguments& a, const PlannedStep& step, Shared<E>& shared, int64_t first_image,
                          int64_t images, unsigned member) {
-  // A map of one pixel gets the last of a row.
+  // A map of one pixel receives the last pixel of a row.
   const int64_t width = a.width >> step.level, columns = a.whole_row && step.output_scale != 0 ? width : 1;
   const int64_t y = a.position[0] >> step.level;
   const int64_t x = a.whole_row && step.output_scale == 0 ? width - 1 : a.position[1] >> step.level;
@@ -229,7 +229,7 @@ __device__ void run_step(const Arguments& a, const PlannedStep& step, Shared<E>&
       E sums[kRows][16 / sizeof(E)] = {};
       for (int first = 0; first < step.depth; first += kDepth) {
         const int count = std::min(int{kDepth}, step.depth - first);
-        __syncthreads();  // The last use of the values, and of the sums, is over.
+        __syncthreads();  // All threads are done with the last values and sums.
         if (step.depth > kDepth || feature == begin) {
           stage(a, step, shared, first, count, rows, row_of);
           __syncthreads();
@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(kThreads, 1) run_steps(const __grid_constant__
   const int64_t first = group * a.batch / a.groups, end = (group + 1) * a.batch / a.groups;
   unsigned* const barrier = a.barriers + group * (kBarrierBytes / sizeof(unsigned));
   const int64_t place = a.position[0] | a.position[1];
-  bool waits = false;  // What a step waits for that is not due here, the next one that is does.
+  bool waits = false;  // If a step that waits is not due, the next one that is due waits instead.
   for (int i = 0; i < a.count; ++i) {
     const PlannedStep& step = a.steps[i];
     waits = waits || step.waits;
@@ -262,10 +262,11 @@ __global__ void __launch_bounds__(kThreads, 1) run_steps(const __grid_constant__
   }
 }
 
-// What steps since the last that waited have read and written.
+// The memory that steps have read and written since the last one that waited.
 class Order {
  public:
-  // Whether a step must wait for what those before it do. Parts of a map of twice the resolution are written apart.
+  // Whether a step must wait for those before it. Steps with different offsets write different pixels of a map of twice
+  // the resolution, and need not wait for each other.
   bool waits(const Step& step) {
     std::vector<Access> own;
     const auto add = [&](const TensorView& map, bool writes) {

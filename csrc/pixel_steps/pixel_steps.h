@@ -1,19 +1,19 @@
-// A network of several resolutions at one pixel, or one row of pixels, at a time: the contract of the kernels.
+// A network of several resolutions that is run one pixel, or one row of pixels, at a time: the contract of the kernels.
 //
-// The network is a list of steps, run in their order. Each is a matrix product over what it reads of feature maps that
-// are kept from pixel to pixel, and writes to such maps. A map [B, kAbove + h, kBeside + w + kBeside, C] has zeros
-// around its h x w pixels, so that no tap has to ask where it is. A step of level l belongs to an image whose sides are
-// halved l times: it is due at the image's pixels (row, col) that 2^l divides, and its own pixel is (row, col) / 2^l.
-// For image b and its own pixel (y, x):
+// The network is a list of steps, which run in order. It keeps feature maps from pixel to pixel; each step is a matrix
+// product that reads from such maps and writes its result to such maps. A map [B, kAbove + h, kBeside + w + kBeside, C]
+// has zeros around its h x w pixels, so that taps need no bounds checks. A step of level l works at sides that are
+// halved l times: it is due at pixels (row, col) of the image that 2^l divides, and its own pixel is (row, col) / 2^l.
+// For image b and the step's own pixel (y, x):
 //   a[n] = bias[n] + image_bias[b, n] + sum over sources s, their taps (dy, dx) and channels k, in this order, of
 //          weight[.., n] * s.map[b, y * s.scale + dy, x * s.scale + dx, k]
-//   v[n] = a[n], or where there is a residual residual[b, y, x, n] + a[n] * sigmoid(a[n + N / 2]) for n < N / 2
+//   v[n] = a[n], or with a residual: residual[b, y, x, n] + a[n] * sigmoid(a[n + N / 2]) for n < N / 2
 //   raw[b, y', x', n] = v[n]; elu[b, y', x'] = ELU(v) followed by ELU(-v);
 //   with y' = y * output_scale + row_offset, x' likewise.
-// Sums are in the tensors' type, the same at a pixel, in a row and for any number of threads or blocks; on the CPU they
-// are one chain of additions.
+// Sums are in the tensors' type. They are the same whether a pixel or a row is run, and for any number of threads or
+// blocks; on the CPU they are one chain of additions.
 //
-// Who owns memory: the caller, all of it but the weights in the CPU kernel's own order.
+// The caller owns all memory except the weights that the CPU kernel packs.
 #pragma once
 
 #include <memory>
@@ -53,7 +53,7 @@ struct Step {
   TensorView image_bias;     // [B, N], dense, or absent.
   TensorView residual;       // A map of N / 2 channels of the step's own resolution, or absent.
   TensorView raw;            // A map of N (N / 2 with a residual) channels, or absent.
-  TensorView elu;            // A map of twice as many, or absent; of the size of raw.
+  TensorView elu;            // A map of the size of raw with twice the channels, or absent.
   int64_t output_scale = 1;  // 1; 2 for maps of twice the resolution; 0 for maps of one pixel, always the same.
   int64_t row_offset = 0, col_offset = 0;
   AlignedMemory packed;  // Weight and bias, set by pack().
@@ -76,7 +76,8 @@ struct Place {
   bool whole_row = false;  // At all pixels of the row, step by step; col is 0.
 };
 
-// Throw std::invalid_argument naming the argument where a shape, type or layout is not as above, or a place outside.
+// Throw std::invalid_argument that names the argument, where a shape, type or layout is not as above, or a place is
+// outside of the image.
 void check(const Network& network);
 void check(const Place& place);
 
@@ -87,9 +88,9 @@ inline void run(const Place& place) { CPC_CALL_AT_ISA(run, place) }
 }  // namespace cpu
 
 namespace cuda {
-// Where to run the steps that are due, in a device's memory. One run of a plan at a time.
+// A Place whose plan and position are in a device's memory. A plan may be run only once at a time.
 struct DevicePlace {
-  char* plan;               // What fill_plan() has written, copied there.
+  char* plan;               // A copy of what fill_plan() has written.
   const int64_t* position;  // Row and column.
   bool whole_row;
 };

@@ -1,4 +1,4 @@
-// Binds the kernels of the first layer of encoders of waveforms; see waveform_conv.h.
+// Binds the first layer of waveform encoders; see waveform_conv.h.
 #include "bind/op.h"
 #include "waveform_conv/waveform_conv.h"
 

@@ -1,4 +1,4 @@
-// What the tables of waveform_conv.h leave open: the number of frames, and which tensors come together.
+// Checks beyond the field tables of waveform_conv.h: the number of frames, and tensors that must come together.
 #include <string>
 
 #include "core/require.h"
@@ -9,7 +9,7 @@ namespace cpc::waveform_conv {
 void check(const Problem& problem, Where) {
   require(problem.waveforms.dtype != DType::f64, "waveforms must not be float64");
   require(problem.stride >= 1, "stride must be at least 1, got " + std::to_string(problem.stride));
-  constexpr int64_t kMostSamples = int64_t{1} << 48;  // As of a tensor: sums of such numbers stay within 64 bits.
+  constexpr int64_t kMostSamples = int64_t{1} << 48;  // The limit of a tensor's elements: sums fit 64 bits.
   require(problem.padding >= 0 && problem.padding <= kMostSamples,
           "padding must be in 0.." + std::to_string(kMostSamples) + ", got " + std::to_string(problem.padding));
   require((problem.scale.ndim == 0) == (problem.shift.ndim == 0), "scale and shift must be given together");

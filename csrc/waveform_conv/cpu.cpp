@@ -1,7 +1,7 @@
-// The first layer of encoders of waveforms on the CPU. A task is a block of a waveform's frames, all channels of it: a
-// matrix product that reads its left operand, the frames' samples, straight from the waveform, where each frame begins
-// `stride` samples after the one before. The gradient in the weights is the product of those samples, transposed, with
-// the gradients of a block.
+// The first layer of waveform encoders on the CPU. A task is a block of a waveform's frames, with all channels. It is a
+// matrix product whose left operand, the frames' samples, is read without unfolding: in a buffer of the block's
+// samples, each frame begins `stride` samples after the one before. The weight gradient is the product of those
+// samples, transposed, with the block's gradients.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -20,11 +20,11 @@ using namespace cpc::CPC_ISA;
 using R = Register<float>;
 constexpr int64_t kWidth = kRegisterLanes<float>;
 constexpr int64_t kColumns = kTileColumns<float>;
-// Frames of a block: 512 channels of them fill half of a second-level cache of 256 KiB.
+// Frames of a block: with 512 channels, they fill half of a second-level cache of 256 KiB.
 constexpr int64_t kFrames = 10 * kTileRows;
-// Parts of all blocks whose sums are formed by themselves, then in order: as many as threads have use for.
+// Parts of the blocks whose gradients are summed separately and then added in order: as many as threads can use.
 constexpr int64_t kParts = 32;
-// Nanoseconds that a value of the output takes.
+// Estimated nanoseconds per value of the output: forward and backward.
 constexpr double kNanoseconds = 1, kGradNanoseconds = 2;
 
 inline R relu(R x) { return x < 0 ? R{} : x; }  // NaN stays.
@@ -35,8 +35,8 @@ inline float total(R values) {
   return sum;
 }
 
-// What stays the same for all blocks, in float: weights in panels, [panels, K, kColumns], and a number a channel, zero
-// for those that the last panel has beyond C.
+// The layer's parameters in float, which all blocks share: weights in panels, [panels, K, kColumns], then bias, scale,
+// shift and validity with a number per channel, zero for columns of the last panel beyond C.
 class Layer {
  public:
   const int64_t channels, taps, stride, panels;
@@ -112,7 +112,7 @@ class Rows {
       samples_[i] = begin + i >= 0 && begin + i < all ? widen(waveform[(begin + i) * step]) : 0.f;
   }
 
-  // What the convolution makes of the block.
+  // Computes the convolution of the block.
   void convolve(int64_t count) {
     for (int64_t p = 0; p < layer_.panels; ++p)
       for (int64_t f = 0; f < count; f += kTileRows)
@@ -125,7 +125,7 @@ class Rows {
         });
   }
 
-  // Brings a frame's channels to mean 0 and variance 1. Returns what they were multiplied by.
+  // Normalises a frame's channels to mean 0 and variance 1. Returns the factor that scaled them.
   float normalise(int64_t f) {
     R sums = {}, squares = {};
     each_register(f, [&](float* at, int64_t) { sums += load_register(at); });
@@ -140,14 +140,14 @@ class Rows {
     return factor;
   }
 
-  // Calls work(at, c) for the registers of a frame, which begin with channel c.
+  // Calls work(at, c) for each register of a frame, whose first channel is c.
   template <class Work>
   void each_register(int64_t f, const Work& work) {
     for (int64_t p = 0; p < layer_.panels; ++p)
       for (int64_t i = 0; i < kColumns; i += kWidth) work(row(p, f) + i, p * kColumns + i);
   }
 
-  // Adds samples times rows to the weights' gradient, in panels as the weights.
+  // Adds the product of samples and rows to the weight gradient, which is in panels like the weights.
   void add_products(float* weight_grad, int64_t count) {
     for (int64_t p = 0; p < layer_.panels; ++p)
       for (int64_t k = 0; k < layer_.taps; k += kTileRows)
@@ -163,7 +163,8 @@ class Rows {
   float* row(int64_t panel, int64_t f) { return rows_ + (panel * kFrames + f) * kColumns; }
 
  private:
-  // No more than the waveform has with its padding, whatever the stride to a frame that there is not.
+  // Samples that a block needs. Counting only frames that exist keeps this within the padded waveform, however large
+  // the stride.
   static int64_t sample_count(const Problem& p) {
     const int64_t frames = std::clamp<int64_t>(p.frames(), 1, kFrames);
     return divide_up((frames - 1) * p.stride + p.taps(), kWidth) * kWidth;
@@ -202,7 +203,7 @@ void convolve_all(const Problem& p) {
 
 // --- The gradient ---
 
-// Sums over the frames of a part of all blocks: of the weights' gradient, in panels, then of bias, scale and shift.
+// Sums of gradients over the frames of one part of the blocks: of weights, in panels, then of bias, scale and shift.
 struct Sums {
   float *weight, *bias, *scale, *shift;
 
@@ -215,7 +216,7 @@ struct Sums {
   static void add(float* to, R value) { store_register(to, load_register(to) + value); }
 };
 
-// From a frame's gradient to that of what the convolution makes of it, in the place of its channels.
+// Replaces a frame's channels by the gradient of the convolution's output, given `grad`, that of the layer's output.
 inline void differentiate(Rows& rows, const Layer& layer, const Sums& sums, float* grad, int64_t f) {
   if (!layer.normalised) {
     return rows.each_register(f, [&](float* at, int64_t c) {

@@ -1,12 +1,12 @@
-// The first layer of an encoder of waveforms: a strided convolution of one channel, with bias, normalisation over the
+// The first layer of a waveform encoder: a strided convolution of one channel, with bias, normalisation over the
 // channels of a frame, and ReLU, in one pass over its output.
 //
 //   a[b, t, c] = bias[c] + sum over k of weight[c, 0, k] * waveforms[b, 0, t * stride - padding + k]
 //
-// where what lies outside of a waveform is zero. With scale and shift, a is then normalised by its mean and unbiased
-// variance over the C channels of frame t, as channel norm has it: (a - mean) / sqrt(variance + eps) * scale[c] +
-// shift[c]. With relu, what is below zero becomes zero, and NaN stays. The gradient of that, in all but the waveforms,
-// computes a anew from the waveform, which takes less time than to read what would have to be kept.
+// where samples outside of a waveform are zero. With scale and shift, a is then normalised by its mean and unbiased
+// variance over the C channels of frame t (channel norm): (a - mean) / sqrt(variance + eps) * scale[c] + shift[c]. With
+// relu, values below zero become zero, and NaN stays. The backward pass gives all gradients but that of the waveforms.
+// It recomputes a from the waveform, which takes less time than reading saved values.
 //
 // Sums are in float and in a fixed order, whatever the number of threads.
 #pragma once
@@ -21,9 +21,9 @@ struct Problem {
   TensorView waveforms = {};
   TensorView weight = {};
   TensorView bias = {};   // Or absent.
-  TensorView scale = {};  // Or absent, with shift: no normalisation.
+  TensorView scale = {};  // Absent, as shift, without normalisation.
   TensorView shift = {};
-  TensorView out = {};  // [B, L, C]; in the backward pass the gradient of what the forward pass gives.
+  TensorView out = {};  // [B, L, C]; in the backward pass the gradient of the output.
   int64_t stride = 1;
   int64_t padding = 0;
   double eps = 0;
@@ -38,7 +38,8 @@ struct Problem {
 };
 
 struct Gradient : Problem {
-  // The gradients of weight, then of bias, scale and shift, a row a channel: [C, K + 3], whichever of them there are.
+  // [C, K + 3]: for each channel the gradients of its K weights, then of bias, scale and shift, whether or not these
+  // are given.
   TensorView sums = {};
 };
 
