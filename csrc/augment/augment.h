@@ -1,11 +1,11 @@
 // Per-patch augmentation: the contract of the CPU and CUDA kernels.
 //
-// From uint8 images to patches as patches/patches.h cuts, scales and normalises them, with a sequence of transforms of
-// each patch in between, on its uint8 pixels: transform.h lists them and has their arithmetic. Patch i of the batch, in
-// the order of memory, goes through codes[i, 0], codes[i, 1], …, each with parameters[i, t, 0..2]. A transform's result
-// is uint8 again, the same on every device.
+// Patches are cut, scaled and normalised from uint8 images as in patches/patches.h. In between, a sequence of
+// transforms works on the uint8 pixels of each patch: transform.h lists them and has their arithmetic. Patch i of the
+// batch, in the order of memory, goes through codes[i, 0], codes[i, 1], …, each with parameters[i, t, 0..2]. A
+// transform's result is uint8 again, the same on every device.
 //
-// Who owns memory: the caller, all of it. Kernels allocate only bounded scratch memory.
+// The caller owns all memory. Kernels allocate only bounded scratch memory.
 #pragma once
 
 #include "core/isa.h"
@@ -16,7 +16,7 @@ namespace cpc::augment {
 
 constexpr int64_t kParameters = 3;
 constexpr int64_t kNodes = 4;  // A side of an elastic deformation's grid.
-// Up to this side the transforms' arithmetic in 32 bits holds.
+// The largest side for which the transforms' arithmetic fits 32 bits.
 constexpr int64_t kMaxPatch = 1024;
 
 struct Problem {
@@ -25,7 +25,7 @@ struct Problem {
   TensorView parameters = {};
   TensorView partners = {};       // The patch that sample pairing mixes in.
   TensorView displacements = {};  // y then x, in pixels.
-  int64_t fill = 0;               // The pixel from outside of a patch.
+  int64_t fill = 0;               // The value of pixels from outside of a patch.
   TensorView workspace = {};
 
   int64_t count() const { return extraction.batch() * extraction.rows() * extraction.cols(); }
@@ -45,12 +45,12 @@ constexpr auto kAugmentation = fields_of<Problem>(
     may_read<&Problem::displacements>("displacements", Type::f32, "B R Q 2 4 4", Layout::dense),
     value<&Problem::fill>("fill"), workspace<&Problem::workspace>("workspace", "augment_patches_workspace"));
 
-// Throws std::invalid_argument where a size is not as above, and, on the host, where a code or a partner stands for
-// nothing, or a transform lacks partners or displacements. On CUDA that is harmless: such codes do nothing, such
-// partners are clamped.
+// Throws std::invalid_argument where a size is not as above and, on the host, where a code or a partner is out of
+// range, or a transform lacks partners or displacements. On CUDA these are harmless: such codes and transforms do
+// nothing, and such partners are clamped.
 void check(const Problem& problem, Where where);
 
-// On CUDA memory that patches too large for shared memory are transformed in.
+// On CUDA, the memory in which patches that do not fit shared memory are transformed.
 int64_t workspace_bytes(const Problem& problem, Where where);
 
 namespace cpu {

@@ -1,4 +1,4 @@
-// What the table of augment.h leaves open: bounds, and what the plan says.
+// Checks beyond the field table of augment.h: bounds, and the plan's codes and partners.
 #include <string>
 
 #include "augment/augment.h"
@@ -13,7 +13,7 @@ void check_plan(const Problem& problem) {
   const auto* codes = problem.codes.as<uint8_t>();
   bool pairs = false, deforms = false;
   for (int64_t i = 0; i < count * steps; ++i) {
-    // Messages are made only where they are needed: there are as many codes as patches and steps.
+    // Messages are made only on failure, as there are many codes: one per patch and step.
     if (codes[i] >= static_cast<uint8_t>(Transform::count))
       require(false, "plan.codes must be below " + std::to_string(static_cast<int>(Transform::count)) + ", got " +
                          std::to_string(codes[i]) + " for patch " + std::to_string(i / steps));

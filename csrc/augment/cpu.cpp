@@ -1,7 +1,7 @@
-// Per-patch augmentation on the CPU: from uint8 images to normalised patches, each transformed in its own way.
-// A task is one patch. It is cut into planes of bytes that stay in the first-level cache, goes through its transforms
-// there, in whole vectors where a pixel becomes another and by a table of places where pixels move, and is normalised
-// straight to the result by the code that extraction normalises with.
+// Per-patch augmentation on the CPU: from uint8 images to normalised patches, each transformed in its own way. A task
+// is one patch. It is cut into planes of bytes that stay in the first-level cache, and is transformed there: vectors
+// map pixels to new values, and a table of places moves pixels. The code of patch extraction then normalises the bytes
+// to the result.
 #include <algorithm>
 #include <cstring>
 #include <utility>
@@ -20,7 +20,7 @@ namespace {
 namespace rows = patches::cpu::CPC_ISA;
 using patches::Window;
 
-// Nanoseconds that a byte of a patch takes to be transformed, or cut and normalised.
+// Estimated nanoseconds per byte of a patch, for each transform, and for cutting and normalising together.
 constexpr double kStepNanoseconds = 1;
 
 // The bytes of a patch: planes of side x side pixels, `plane` apart, with room for one pixel after each, the fill.
@@ -31,7 +31,7 @@ struct Layout {
         area(side * side),
         plane(divide_up(area + 1, 64) * 64),
         bytes(channels * plane) {}
-  // Entries of the table of places: one a pixel, or eight a pixel of one row.
+  // Entries of the table of places: one per pixel, or eight per pixel of one row (deform()).
   int64_t places() const { return std::max(area, 8 * side); }
   int channels;
   int32_t side, area;
@@ -85,7 +85,8 @@ struct Axis {
   std::vector<int32_t> node, weight;
 };
 
-// A patch on its way: its pixels, a second buffer that takes what cannot be done in place, and a table of places.
+// A patch that is being transformed: its pixels, a second buffer for what cannot be done in place, and a table of
+// places.
 class Patch {
  public:
   Patch(const Layout& layout, const Axis& axis, uint8_t* pixels, uint8_t* other, int32_t* places, uint8_t fill)
@@ -94,7 +95,7 @@ class Patch {
   uint8_t* pixels() const { return pixels_; }
   uint8_t* other() const { return other_; }
 
-  // The nearest pixels by an affine map.
+  // Takes the nearest pixels under an affine map.
   void move(const Affine& m) {
     const int32_t side = layout_.side, outside = layout_.area;
     for (int32_t y = 0; y < side; ++y) {
@@ -138,13 +139,14 @@ class Patch {
     int32_t nodes[2][kNodes][kNodes];
     for (int64_t i = 0; i < 2 * kNodes * kNodes; ++i) (&nodes[0][0][0])[i] = displacement_of(displacements[i]);
     const int32_t *const columns = axis_.node.data(), *const weights = axis_.weight.data();
-    // For a row of pixels, the first of the four that each comes from, the steps to the others, and the weights.
+    // For each pixel of a row: the first of the four pixels that it is mixed from, the offsets of the others, and the
+    // weights.
     int32_t* __restrict const first = places_;
     int32_t* __restrict const right = first + side;
     int32_t* __restrict const below = right + side;
     int32_t* __restrict const weight_x = below + side;
     int32_t* __restrict const weight_y = weight_x + side;
-    auto* const corners = reinterpret_cast<uint32_t*>(weight_y + side);  // A row a channel: four pixels in 32 bits.
+    auto* const corners = reinterpret_cast<uint32_t*>(weight_y + side);  // A row per channel: four pixels in 32 bits.
     for (int32_t y = 0; y < side; ++y) {
       int32_t row[2][kNodes];
       for (int which = 0; which < 2; ++which)
@@ -162,7 +164,7 @@ class Patch {
         weight_x[x] = sample_x.weight;
         weight_y[x] = sample_y.weight;
       }
-      // Single pixels to registers for all channels first, so that the vectors need not wait for what was just written.
+      // Gathers single pixels for all channels first, so that the vector loads below do not wait for these stores.
       for (int k = 0; k < layout_.channels; ++k) {
         const uint8_t* const from = plane(pixels_, k);
         for (int32_t x = 0; x < side; ++x) {
@@ -224,7 +226,8 @@ class Patch {
   void equalize() {
     for (int k = 0; k < layout_.channels; ++k) {
       uint8_t* const v = plane(pixels_, k);
-      // Neighbours are often alike: in turns to two histograms, they do not wait for each other's count.
+      // Neighbouring pixels are often equal. As they are counted in two histograms in turn, they do not wait for each
+      // other's count.
       int32_t histogram[256] = {}, second[256] = {};
       int32_t i = 0;
       for (; i + 1 < layout_.area; i += 2) {
@@ -308,7 +311,7 @@ class Patch {
       const uint8_t* __restrict const from = plane(pixels_, k);
       uint8_t* __restrict const to = plane(other_, k);
       std::memcpy(to, from, layout_.area);
-      // All rows in one loop, across their ends, which are then as they were.
+      // One loop over all rows, including their ends, which are restored below.
 #pragma omp simd
       for (int32_t i = side + 1; i < layout_.area - side - 1; ++i) {
         const uint8_t *const above = from + i - side, *const row = from + i, *const below = row + side;
@@ -450,7 +453,7 @@ void augment_as(const Problem& problem) {
   const int64_t byte_buffers = 2 * layout.bytes;
   const Axis axis(layout.side);
 
-  // Each worker's: two buffers of bytes, the places, the temporary of the finish.
+  // A worker's memory: two buffers of bytes, the table of places, and the temporary memory of Finish.
   const int64_t temporary = Finish<Out, Real>(extraction, layout, nullptr, 0).temporary();
   const int64_t pitch = divide_up(byte_buffers + place_bytes, 64) * 64 + divide_up(temporary * sizeof(Real), 64) * 64;
   const Scratch scratch(pitch);

@@ -1,8 +1,8 @@
-// Per-patch augmentation on the GPU: from uint8 images to normalised patches, each transformed in its own way.
-// A team of threads takes a patch, a warp where patches are small, else a block: it cuts the patch into shared memory as
-// planes of bytes, four of which a thread mostly works on at a time, carries out its transforms there one after another,
-// and writes the normalised values in 16-byte stores. Patches too large for shared memory are transformed in a workspace
-// instead, which the caches hold in part.
+// Per-patch augmentation on the GPU: from uint8 images to normalised patches, each transformed in its own way. A team
+// of threads takes a patch: a warp if patches are small, else a block. It cuts the patch into shared memory as planes
+// of bytes, carries out the transforms there one after another, in which a thread mostly works on four bytes at a time,
+// and writes the normalised values in 16-byte stores. Patches too large for shared memory are transformed in a
+// workspace instead, which the caches hold in part.
 #include <algorithm>
 #include <bit>
 #include <stdexcept>
@@ -22,17 +22,17 @@ using namespace cpc::cuda;
 using patches::Geometry;
 using patches::Window;
 
-// Teams of a block that each take a patch, and warps of a team that takes a patch alone in its block. Larger patches
-// than kMaxWarpArea pixels keep a warp busy for so long that few patches would leave multiprocessors idle.
+// kTeams: teams of a block, if each is a warp. kTeamWarps: warps of a team that is a block. With more than kMaxWarpArea
+// pixels, a patch would keep a warp busy for so long that few patches would leave multiprocessors idle.
 constexpr int kTeams = 4, kTeamWarps = 8;
 constexpr int64_t kMaxWarpArea = 32 * 32;
-// Blocks a multiprocessor that transform in the workspace.
+// Blocks per multiprocessor that transform patches in the workspace.
 constexpr int64_t kWorkspaceBlocks = 2;
 constexpr int kLevels = 256, kMaxColours = 3;
 // Pixels of a plane that a thread works on at a time.
 constexpr int kGroup = 4;
 
-// What some transforms share beside the pixels. levels: what becomes of each, or how many pixels have it.
+// A team's shared memory beside the pixels. levels: the new level for each level, or the number of pixels that have it.
 struct Tables {
   union {
     int32_t levels[kLevels];
@@ -67,7 +67,7 @@ struct Arguments {
     return scale[k] * v + shift[k];
   }
   __device__ bool to_gray() const { return geometry.gray && channels == 3; }
-  // Groups of a plane; the last may have fewer pixels, and bytes of nobody's behind them.
+  // Groups of a plane. The last may have fewer pixels, followed by unused bytes.
   CPC_HOST_DEVICE int32_t groups() const { return (area + kGroup - 1) / kGroup; }
 };
 
@@ -77,7 +77,7 @@ struct Team {
   static constexpr int kSize = kWarps * kWarp;
 
   __device__ static int rank() { return static_cast<int>(threadIdx.x) % kSize; }
-  // What any of them has written is there for all.
+  // Makes what each thread has written visible to the team.
   __device__ static void sync() {
     if constexpr (kWarps == 1)
       __syncwarp();
@@ -129,7 +129,7 @@ __device__ inline Step step_at(const Arguments& a, int64_t t) {
   return {transform < Transform::count ? transform : Transform::none, {from[0], from[1], from[2]}};
 }
 
-// A patch's share in a mixture that it has alone.
+// The share of a patch that is not mixed with another.
 constexpr int32_t kWhole = 1 << kFactorBits;
 // The first step of every plan: the patch is cut out of its image.
 constexpr auto kCut = static_cast<Transform>(255);
@@ -145,7 +145,7 @@ class Patch {
 
   __device__ const uint8_t* pixels() const { return pixels_; }
 
-  // The patch as it is in its image or, with a share of less than a whole, mixed into what is there.
+  // Reads the patch from its image or, if its share is less than kWhole, mixes it into the pixels.
   __device__ void read(int32_t index, int32_t share) {
     each_source(index, [&](uint32_t group, int32_t i, int k) {
       if (share < kWhole) {
@@ -256,7 +256,8 @@ class Patch {
     swap();
   }
 
-  // Each pixel becomes what its level does, by a table for all channels, or for each that has statistics of its own.
+  // Maps the level of each pixel by a table, which is the same for all channels except for transforms that treat each
+  // by itself.
   __device__ void change_levels(const Step& step) {
     const Transform transform = step.transform;
     const bool by_channel =
@@ -383,7 +384,7 @@ class Patch {
     });
   }
 
-  // The table of what levels become in channel k.
+  // Fills the table of new levels for channel k.
   __device__ void make_levels(const Step& step, int k, int32_t mean) const {
     const float parameter = step.parameters[0];
     switch (step.transform) {
@@ -434,7 +435,7 @@ class Patch {
     return mean_level(Team::sum(sum), a_.area);
   }
 
-  // How many pixels of a channel have each level.
+  // Counts the pixels of a channel at each level.
   __device__ void count_levels(int k) const {
     for (int i = Team::rank(); i < kLevels; i += Team::kSize) tables_.levels[i] = 0;
     Team::sync();
@@ -481,7 +482,7 @@ class Patch {
     }
   }
 
-  // One warp turns the numbers of pixels into what makes them even; each lane has kShare levels.
+  // One warp turns the histogram into the table that equalises it; each lane has kShare levels.
   __device__ void even_levels() const {
     constexpr int kShare = kLevels / kWarp;
     const int lane = threadIdx.x % kWarp;
@@ -600,7 +601,7 @@ __device__ void values_of(const Arguments& a, const uint8_t* pixels, int32_t i, 
   for (int j = 0; j < kGroup; ++j) v[j] = a.normalised(sum[j], k);
 }
 
-// What patch_norm makes of values.
+// The mean, and the inverse of the contrast, that patch_norm normalises with.
 template <class Real>
 struct Moments {
   Real mean, inverse;
@@ -629,7 +630,7 @@ __device__ Moments<Real> moments_of(const Arguments& a, const uint8_t* pixels) {
   return {mean, 1 / (sqrt(Team::sum(squares) / values) + static_cast<Real>(patches::kContrastFloor))};
 }
 
-// Neighbouring values from `to` on, of which `count` exist.
+// Stores neighbouring values from `to` on, of which `count` exist.
 template <class Real>
 __device__ void store_group(const Arguments& a, int64_t to, const Real (&v)[kGroup], int count) {
   switch (a.patches_dtype) {
@@ -703,7 +704,7 @@ __global__ void __launch_bounds__(kWarps == 1 ? kTeams * kWarp : kWarps * kWarp)
 #pragma unroll 1
     for (int64_t t = first; t <= end; ++t) {
       const Step step = next;
-      if (t < end) next = step_at(a, t);  // While this one is carried out.
+      if (t < end) next = step_at(a, t);  // Loaded while this one is carried out.
       apply(patch, a, index, step);
     }
     if (a.patches_dtype == DType::f64)
@@ -714,7 +715,7 @@ __global__ void __launch_bounds__(kWarps == 1 ? kTeams * kWarp : kWarps * kWarp)
   }
 }
 
-// Bytes of the two buffers of a patch, and from one plane to the next.
+// Bytes from one plane to the next, and of the two buffers of a patch.
 int64_t plane_bytes(int64_t side) { return divide_up(side * side, 16) * 16; }
 int64_t patch_bytes(const patches::Problem& extraction) {
   return 2 * extraction.images.shape[1] * plane_bytes(extraction.geometry.patch);

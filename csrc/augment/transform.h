@@ -1,6 +1,6 @@
-// The transforms of a patch as arithmetic on single pixels and places, shared by the CPU and the CUDA kernel. All of it
-// is in whole numbers, or in floating point where rounding and contraction cannot change a result, so that both give
-// the same bytes; they are those of cpc_ext/ops/_patch_transforms.py, which says what each transform means.
+// The transforms of a patch as arithmetic on single pixels and places, shared by the CPU and the CUDA kernel. It uses
+// integers, or floating point where neither rounding nor contraction can change a result, so that both kernels give the
+// same bytes as cpc_ext/ops/_patch_transforms.py, which says what each transform means.
 #pragma once
 
 #include <cmath>
@@ -39,7 +39,8 @@ enum class Transform : uint8_t {
 // Fractional bits: of places between pixels, of factors, of tone curves, and of displacements and their weights.
 constexpr int kPlaceBits = 16, kFactorBits = 20, kCurveBits = 22, kFineBits = 12;
 constexpr int32_t kFine = 1 << kFineBits;
-// Half of the error that a factor's rounding can make: whole results of decimal factors stay whole when cut off.
+// Not less than the error from rounding a factor, half a unit times 255, so that results which are whole for a decimal
+// factor stay whole when truncated.
 constexpr int32_t kFactorSlack = 128;
 // Magnitudes beyond these are clamped to them.
 constexpr float kShearLimit = 4, kShiftLimit = 4096, kTurnLimit = 360, kFactorLimit = 4, kDisplacementLimit = 64;
@@ -50,7 +51,7 @@ CPC_HOST_DEVICE inline Real clamp(Real v, Real low, Real high) {
   return v > low ? (v < high ? v : high) : low;
 }
 
-// Floats must be below 2^22 in units of the last bit, for the half to be added exactly.
+// Rounds v to fixed point. In float, v must be below 2^22 units of the last bit, so that adding the half is exact.
 template <class Real>
 CPC_HOST_DEVICE inline int32_t fixed(Real v, int bits) {
   return static_cast<int32_t>(std::floor(v * static_cast<Real>(1 << bits) + Real(0.5)));
@@ -78,18 +79,19 @@ CPC_HOST_DEVICE inline int32_t blend(int32_t base, int32_t v, int32_t factor) {
   return to_level(((base << kFactorBits) + factor * (v - base) + kFactorSlack) >> kFactorBits);
 }
 
-// The mean luma of `count` pixels, rounded, of its sum.
+// The rounded mean luma of `count` pixels, given their sum.
 CPC_HOST_DEVICE inline int32_t mean_level(int32_t sum, int32_t count) { return (2 * sum + count) / (2 * count); }
 
-// A pixel of the smoothed patch, of the sum over 3x3 pixels and the middle one, which counts five times.
+// A pixel of the smoothed patch, given the sum over 3x3 pixels and the middle one, which counts five times.
 CPC_HOST_DEVICE inline int32_t smooth(int32_t sum, int32_t middle) { return (sum + 4 * middle + 6) / 13; }
 
-// (v - low) * 255 / span, cut off, where inverse is 1 / span: the half keeps rounding away from whole numbers.
+// (v - low) * 255 / span, truncated, where inverse is 1 / span. With the half added, rounding errors cannot cross a
+// whole number.
 CPC_HOST_DEVICE inline int32_t stretch(int32_t v, int32_t low, float inverse) {
   return static_cast<int32_t>((static_cast<float>((v - low) * 255) + 0.5f) * inverse);
 }
 
-// In a histogram made even, the level of pixels that `before` others are darker than.
+// Histogram equalisation: the new level of pixels for which `before` other pixels are darker.
 CPC_HOST_DEVICE inline int32_t even_level(int32_t before, int32_t step) {
   const int32_t level = (step / 2 + before) / step;
   return level > 255 ? 255 : level;
@@ -118,19 +120,19 @@ CPC_HOST_DEVICE inline int32_t hue_shift(float turns) {
 // Hue and saturation in 0..255, as Pillow's "HSV" holds them; value is the largest of the three.
 struct Color {
   int32_t hue, saturation, value;
-  int32_t unsure;  // Not 0 where the hue is whole; Pillow's may be just below it, and hue_as_pillow() tells.
+  int32_t unsure;  // Not 0 if the hue is whole: Pillow's may be one less, see hue_as_pillow().
 };
 
 CPC_HOST_DEVICE inline Color color_of(int32_t red, int32_t green, int32_t blue) {
   const int32_t high = green > blue ? green : blue, low = green < blue ? green : blue;
   const int32_t value = red > high ? red : high, chroma = value - (red < low ? red : low);
-  // Selections one after another, which vectors can make.
+  // Selections in place of branches, so that the compiler can vectorise them.
   int32_t sixths = 4 * chroma + red - green;
   sixths = green == value ? 2 * chroma + blue - red : sixths;
   sixths = red == value ? green - blue : sixths;
   sixths += sixths < 0 ? 6 * chroma : 0;
   const int32_t circle = 6 * chroma + static_cast<int32_t>(chroma == 0);
-  // Cut-off quotients of whole numbers: the halves keep rounding away from whole results.
+  // Truncated quotients of integers. With the halves added, rounding errors cannot cross a whole number.
   const int32_t hue = static_cast<int32_t>((static_cast<float>(sixths * 255) + 0.5f) / static_cast<float>(circle));
   const int32_t saturation =
       static_cast<int32_t>((static_cast<float>(chroma * 255) + 0.5f) / static_cast<float>(value > 0 ? value : 1));
@@ -138,8 +140,8 @@ CPC_HOST_DEVICE inline Color color_of(int32_t red, int32_t green, int32_t blue) 
   return {hue, saturation, value, unsure};
 }
 
-// The hue by Pillow's arithmetic in single and double precision, of a pixel that is not grey. There is no product to
-// be contracted with a sum.
+// The hue of a pixel that is not grey, by Pillow's arithmetic in single and double precision. It has no product that
+// the compiler could contract with a sum.
 CPC_HOST_DEVICE inline int32_t hue_as_pillow(int32_t red, int32_t green, int32_t blue) {
   const int32_t high = green > blue ? green : blue, low = green < blue ? green : blue;
   const int32_t value = red > high ? red : high;
@@ -161,13 +163,14 @@ CPC_HOST_DEVICE inline int32_t level_without(int32_t value, int32_t gone) {
   return (value * (kWhole - gone) + kWhole / 2) / kWhole;
 }
 
-// Red (0), green (1) or blue (2) of a colour. By selections, which vectors can make.
+// Red (0), green (1) or blue (2) of a colour. Uses selections, which the compiler can vectorise.
 CPC_HOST_DEVICE inline int32_t channel_of(int channel, int32_t hue, int32_t saturation, int32_t value) {
   const int32_t sixths = hue * 6 / 255, part = hue * 6 - sixths * 255;
   const int32_t falling = level_without(value, saturation * part);
   const int32_t rising = level_without(value, saturation * (255 - part));
-  // From a sixth before red on, the circle's sectors as they would be if this channel were red: value in two, falling,
-  // least in two, rising. A full turn is sector 6.
+  // The sector of the colour circle relative to this channel, counted from a sixth before the channel's own hue: the
+  // channel is `value` in sectors 0 and 1, falls in 2, is least in 3 and 4, and rises in 5. A hue of a full turn has
+  // `sixths` = 6.
   int32_t sector = sixths + (7 - 2 * channel);
   sector -= sector >= 6 ? 6 : 0;
   sector -= sector >= 6 ? 6 : 0;
@@ -201,7 +204,7 @@ CPC_HOST_DEVICE inline Affine affine_of(Transform transform, float parameter, in
   }
   const double degrees = clamp(parameter, -kTurnLimit, kTurnLimit), middle = side / 2.0;
 #if defined(__CUDA_ARCH__)
-  // Unlike these, CUDA's cos and sin are for any argument, and reduce large ones in local memory.
+  // CUDA's cos and sin accept any argument and reduce large ones in local memory; cospi and sinpi do not need to.
   const double c = cospi(degrees / 180), s = sinpi(degrees / 180);
 #else
   const double angle = degrees * (3.14159265358979323846 / 180), c = cos(angle), s = sin(angle);
@@ -209,7 +212,7 @@ CPC_HOST_DEVICE inline Affine affine_of(Transform transform, float parameter, in
   return affine_of(c, -s, middle - c * middle + s * middle, s, c, middle - (s + c) * middle);
 }
 
-// The square of a crop and where it goes.
+// The square that a crop keeps, and the row and column to which it moves.
 struct Crop {
   int32_t top, left, side, at;
 };
@@ -267,7 +270,8 @@ CPC_HOST_DEVICE inline Sample sample_at(int32_t at, int32_t displacement, int32_
   return {inside(low), inside(low + 1), place & (kFine - 1)};
 }
 
-// Four pixels mixed, of an upper and a lower row. 255 in 24 more bits and a half just fit 32 bits.
+// The bilinear mix of four pixels, of an upper and a lower row. 255 with 24 fractional bits, and a half, just fits 32
+// bits.
 CPC_HOST_DEVICE inline int32_t mix_pixels(uint32_t upper_left, uint32_t upper_right, uint32_t lower_left,
                                           uint32_t lower_right, uint32_t right, uint32_t down) {
   const uint32_t upper = upper_left * (kFine - right) + upper_right * right;

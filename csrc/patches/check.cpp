@@ -1,4 +1,4 @@
-// What the tables of patches.h leave open: the geometry, layouts that depend on it, and offsets.
+// Checks beyond the field tables of patches.h: the geometry, layouts that depend on it, and offsets.
 #include <algorithm>
 #include <string>
 
@@ -20,7 +20,7 @@ void complete(Problem& problem, Sizes& sizes) {
   const int64_t out_channels = g.gray ? 1 : channels;
   for (const auto* values : {&problem.scale, &problem.shift})
     require(static_cast<int64_t>(values->size()) == out_channels, "scale and shift must have one value per channel");
-  // One that leads out of the window leads to no second patch, however large it is; kernels may keep it in 32 bits.
+  // A stride beyond the window gives one patch, however large it is. Kernels may keep it in 32 bits, so it is clamped.
   problem.geometry.stride = std::min(g.stride, std::max(g.height, g.width));
   sizes.set("R", (g.height - g.patch) / g.stride + 1);
   sizes.set("Q", (g.width - g.patch) / g.stride + 1);

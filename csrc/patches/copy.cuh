@@ -1,6 +1,7 @@
-// From images to patches that are made of the images' very bits: of their type, neither scaled nor normalised nor
-// mirrored. As nothing is computed, nothing passes through shared memory: a thread finds out once where its piece of a
-// patch lies, and copies it for some neighbours. What these share stays in the first-level cache meanwhile.
+// Extraction of patches that are plain copies: of the images' type, neither scaled nor normalised nor mirrored. As
+// nothing is computed, nothing passes through shared memory. A thread computes once where its piece of a patch lies,
+// and copies that piece for several neighbouring patches. Pixels that these share stay in the first-level cache
+// meanwhile.
 #pragma once
 
 #include <bit>
@@ -9,26 +10,27 @@
 
 namespace cpc::patches::cuda {
 
-// Neighbours whose pieces a thread copies: it reads all of them before it stores the first.
+// Neighbouring patches whose pieces a thread copies: it reads all pieces before it stores the first.
 constexpr int kNeighbours = 4;
 
-// A patch is lines, one for a row, or for a row and channel, and a line is pieces of as many bytes as a thread moves.
+// A patch consists of lines, one per row, or per row and channel. A line consists of pieces, the bytes that a thread
+// moves at a time.
 struct CopyArguments {
-  const char* images;  // First of this launch: the window's first pixel, and the patches.
-  char* patches;
-  int64_t image_bytes, channel_bytes, row_bytes;  // Of the images, from one to the next.
-  int64_t col_bytes, patch_bytes;                 // From a patch to its neighbour: in an image, and of the patches.
-  int32_t items;                                  // Of this launch: each a piece of some neighbours.
+  const char* images;                             // The window's first pixel in the first image of this launch.
+  char* patches;                                  // The first patch of this launch.
+  int64_t image_bytes, channel_bytes, row_bytes;  // From one to the next, in the images.
+  int64_t col_bytes, patch_bytes;                 // From a patch to its neighbour, in an image and in the result.
+  int32_t items;                                  // Of this launch: each a piece of kNeighbours patches.
   int32_t cols, stride;
-  // From an item's number to its neighbours and the place in each of them; from there to (row of patches, which of its
-  // groups of neighbours), (image, row of it), (line, x) and (channel, y).
+  // The divisions split an item's number into (group of neighbours, place in a patch), the group's into (row of
+  // patches, group in it), the row's into (image, row in it), the place into (line, x), and the line into (channel, y).
   FastDivide by_places, by_groups, by_patch_rows, by_pieces, by_lines;
 };
 
 template <int kBytes>
 __global__ void __launch_bounds__(kThreads) copy_patches(const __grid_constant__ CopyArguments a) {
   constexpr int kWords = kBytes / sizeof(uint32_t);
-#pragma unroll 1  // There is one turn, where the grid is as large as the work.
+#pragma unroll 1  // A single iteration if the grid covers all items.
   for (uint32_t i = blockIdx.x * kThreads + threadIdx.x; i < static_cast<uint32_t>(a.items);
        i += gridDim.x * kThreads) {
     uint32_t place, group, r, x, y;

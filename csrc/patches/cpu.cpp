@@ -17,10 +17,10 @@ namespace {
 
 // The rows of a task's buffer should fit the second-level cache beside the patches being written.
 constexpr int64_t kBufferBytes = 128 << 10;
-// Results larger than this are not found in the cache by whoever reads them next, so they are written past it.
+// Results larger than this have left the cache before they are read, so they are written past it.
 constexpr int64_t kStreamBytes = int64_t{32} << 20;
 
-// Nanoseconds that a value of a patch takes, and one that is normalised by its patch: forward and backward.
+// Estimated nanoseconds per value of a patch, without and with patch_norm: forward, then backward.
 constexpr double kNanoseconds = 0.25, kNormNanoseconds = 0.75, kGradNanoseconds = 0.7, kNormGradNanoseconds = 3;
 
 // --- Forward ---
@@ -97,7 +97,7 @@ void convert_run(float* __restrict out, const uint8_t* __restrict in, int64_t n,
 
 template <int64_t Width, int64_t kBlocks, bool kStreams>
 void convert_patches(const Problem& problem, const Task& task, float* out) {
-  // Copies, which the compiler need not fetch again after every store to `out`.
+  // Local copies, so that the compiler need not reload them after every store to `out`.
   const Geometry g = problem.geometry;
   const TensorView images = problem.images;
   const int64_t cols = problem.cols(), channels = problem.channels();
@@ -122,7 +122,7 @@ void convert_patches(const Problem& problem, const Task& task, float* out) {
 #endif
 
 // The commonest case, dense rows of bytes to float planes: converting a pixel anew for each patch that contains it
-// costs less than fetching it from a buffer of floats that is four times as large. False where this does not serve.
+// costs less than fetching it from a buffer of floats that is four times as large. Returns false in other cases.
 bool convert([[maybe_unused]] const Problem& problem, [[maybe_unused]] const Task& task, [[maybe_unused]] float* out,
              [[maybe_unused]] bool streams) {
 #if defined(__AVX2__)
@@ -144,7 +144,7 @@ bool convert([[maybe_unused]] const Problem& problem, [[maybe_unused]] const Tas
 #endif
 }
 
-// Patches that are plain copies of `pixels`, the rows of a task, whose planes are `plane` values apart.
+// Copies patches from `pixels`, the rows of a task, whose planes are `plane` values apart.
 template <class Out>
 void copy_patches(const Problem& problem, const Task& task, const Runs& runs, Out* out, const Out* pixels,
                   int64_t plane, bool streams) {
@@ -177,7 +177,8 @@ void extract_as(const Problem& problem) {
   const int threads =
       workers_for((g.patch_norm ? kNormNanoseconds : kNanoseconds) * static_cast<double>(problem.patches.numel()));
   const Tasks tasks(problem, runs.planes * runs.row * sizeof(Real), threads);
-  // Pixels as read; the same cast, where patches are plain copies of another type; the reader's and a run's temporary.
+  // A worker's memory: the pixels as read; the same converted, if patches are plain copies of another type;
+  // temporaries.
   const bool casts = !g.patch_norm && !std::is_same_v<Out, Real>;
   const int64_t pixel_values = runs.planes * tasks.window_rows() * runs.row;
   const int64_t temporary_values = std::max(reader.temporary(), runs.run);
@@ -232,7 +233,7 @@ void extract_as(const Problem& problem) {
 
 // --- Backward ---
 
-// The gradient of a patch's pixel before patch_norm as a * g + b * v + c, of the patch's gradient g and the pixel v.
+// The gradient of a pixel v before patch_norm is a * g + b * v + c, where g is the gradient after it.
 template <class Real>
 struct NormSlopes {
   Real a, b, c;
@@ -258,7 +259,8 @@ NormSlopes<Real> norm_slopes(const PatchIn<Real>& patch, const Runs& runs, const
   return {inverse, b, -inverse * (grad_sum / n) - b * m.mean};
 }
 
-// From the sums of a window's row, in patch order, to the image: undoes interleaving, mirror, scale and grey.
+// Writes the sums of a window's row, which are in patch order, to the image: undoes interleaving, mirror, scale and
+// grey.
 template <class Out, class Real>
 void write_row(const Problem& problem, const Runs& runs, const Window& window, int64_t image, int64_t y,
                const Real* total) {
@@ -284,7 +286,7 @@ void extract_backward_as(const Problem& problem) {
   const Runs runs(problem);
   const PlaneReader<Real> reader(problem);
   const int64_t rows = problem.rows(), cols = problem.cols(), row_values = runs.planes * runs.row;
-  // A task is an image: it keeps the slopes of all its patches, and with patch_norm the window's pixels.
+  // A task is an image. With patch_norm it keeps the slopes of all its patches and the window's pixels.
   const int64_t slope_values = g.patch_norm ? 3 * rows * cols : 0;
   const int64_t pixel_values = g.patch_norm ? g.height * row_values : 0;
   const Scratch scratch((reader.temporary() + row_values + slope_values + pixel_values) * sizeof(Real));

@@ -1,5 +1,5 @@
-// Patch extraction on the GPU: from images to normalised overlapping patches (extract.cuh), to mere pieces of them
-// (copy.cuh), and the gradient back (gradient.cuh). Here, for each problem: which kernel, and how it is cut into the work of blocks.
+// Patch extraction on the GPU: of normalised overlapping patches (extract.cuh), of plain copies (copy.cuh), and the
+// gradient (gradient.cuh). This file chooses the kernel for a problem and divides the work among blocks.
 #include <algorithm>
 #include <cstdint>
 #include <numeric>
@@ -13,16 +13,17 @@
 namespace cpc::patches::cuda {
 namespace {
 
-// A block's share that leaves room for several blocks on a multiprocessor, whose loads and stores then overlap.
+// The shared memory of a block that lets several blocks run on a multiprocessor, so that their loads and stores
+// overlap.
 constexpr int64_t kPreferredSharedBytes = 32 << 10;
 constexpr int64_t kMaxValue = INT32_MAX;
 
 constexpr int64_t round_up(int64_t v, int64_t to) { return divide_up(v, to) * to; }
 FastDivide by(int64_t divisor) { return FastDivide(static_cast<uint32_t>(divisor)); }
 
-// --- Patches that are pieces of images ---
+// --- Patches that are plain copies ---
 
-// kBytes: of a piece.
+// kBytes: the bytes of a piece.
 template <int kBytes>
 void launch_copy(const Problem& problem, CopyArguments a, int64_t line_bytes, void* stream) {
   const int64_t places = a.patch_bytes / kBytes, groups = divide_up(problem.cols(), int64_t{kNeighbours});
@@ -39,7 +40,8 @@ void launch_copy(const Problem& problem, CopyArguments a, int64_t line_bytes, vo
   }
 }
 
-// Whether it could: patches must be the images' bits in the images' order, and all pieces aligned to 8 or 16 bytes.
+// Launches the copy if it can, and returns whether it did. Patches must be the images' bits in the images' order, and
+// all pieces aligned to 8 or 16 bytes.
 bool launch_copy(const Problem& problem, void* stream) {
   const Geometry& g = problem.geometry;
   const TensorView& images = problem.images;
@@ -86,7 +88,7 @@ struct CopyLayout {
   int64_t bytes = 0;  // Of a copy; 0 where pixels must be gathered one by one.
   int64_t slack = 0;  // Bytes before a line's first pixel, at most.
   int64_t pixel_bytes = 0, row_bytes = 0, channel_bytes = 0;
-  int64_t lines = 0;  // For a row: one, or one for each channel.
+  int64_t lines = 0;  // Lines per row: one, or one for each channel.
 };
 
 CopyLayout copy_layout(const Problem& problem) {
@@ -100,13 +102,13 @@ CopyLayout copy_layout(const Problem& problem) {
   layout.row_bytes = images.strides[2] * size;
   layout.channel_bytes = planar && channels > 1 ? images.strides[1] * size : 0;
   layout.lines = planar ? channels : 1;
-  // Lines of a tile begin at the same place among aligned bytes, and their offsets fit 32 bits.
+  // All lines of a tile must have the same misalignment, and their offsets must fit 32 bits.
   const int64_t together = std::gcd(layout.row_bytes, layout.channel_bytes);
   if (std::abs(layout.row_bytes) * problem.geometry.patch + std::abs(layout.channel_bytes) * channels > kMaxValue)
     return {};
   layout.bytes = together % 16 == 0 ? 16 : together % 4 == 0 ? 4 : 0;
   if (layout.bytes == 0) return {};
-  // Where crops do not move, and a tile is as wide as a row of patches, where lines begin is known.
+  // If all images have the same crop, and a tile is as wide as a row of patches, the alignment of lines is known.
   const Geometry& g = problem.geometry;
   const int64_t left_over = problem.flip.ndim == 0 ? 0 : (g.width - g.patch) % g.stride;
   const int64_t first = reinterpret_cast<intptr_t>(images.data) + (images.shape[3] - g.width) / 2 * layout.pixel_bytes;
@@ -117,15 +119,15 @@ CopyLayout copy_layout(const Problem& problem) {
   return layout;
 }
 
-// A tile's place in shared memory, for tiles of so many patches and rows.
+// The layout in shared memory of tiles of `cols` patches and `rows` rows of each.
 struct TileShape {
   int64_t cols, rows;
-  int64_t row;                         // Values.
-  int64_t pitch = 0, stage_bytes = 0;  // Of lines and of a stage.
+  int64_t row;                         // Values of a row.
+  int64_t pitch = 0, stage_bytes = 0;  // Bytes of a line and of a stage.
   int64_t shared_bytes = 0;
 };
 
-// staged_size, real_size: bytes of a value in shared memory, and of those that are computed.
+// staged_size, real_size: bytes of a value in shared memory, and of a value that is computed.
 class Tiling {
  public:
   Tiling(const Problem& problem, const CopyLayout& copies, int64_t staged_size, int64_t real_size)
@@ -139,8 +141,8 @@ class Tiling {
     TileShape tile{cols, rows, 0};
     const int64_t width = (cols - 1) * g_.stride + g_.patch, run = g_.patch * step_;
     tile.row = round_up(round_up(width, kGroup) * step_, 16 / staged_);
-    // Rows one run further, modulo the 32 banks, so that neighbouring runs of a patch do not share banks; but copied pixels
-    // are stored by 16 bytes.
+    // Each row begins one run after the last one, modulo the 32 banks, so that neighbouring runs of a patch do not
+    // conflict. Not so where it would misalign copied pixels, which are stored 16 bytes at a time.
     const int64_t banks = 128 / staged_;
     if (copies_.bytes == 0 || run * staged_ % 16 == 0) tile.row += ((run - tile.row) % banks + banks) % banks;
     if (copies_.bytes > 0) {
@@ -153,7 +155,8 @@ class Tiling {
     return tile;
   }
 
-  // As many neighbours as the preferred share holds; and, unless moments need all of a patch, rather fewer rows.
+  // The tile with the most neighbouring patches that fits kPreferredSharedBytes. Unless moments need whole patches, it
+  // has fewer rows rather than fewer patches.
   TileShape best() const {
     int64_t across = 1, bands = 1;
     TileShape tile = shape(all_cols_, g_.patch);
@@ -178,7 +181,7 @@ class Tiling {
   int64_t staged_, real_, all_cols_, planes_, step_;
 };
 
-// Values that are stored at a time: 16 bytes, where runs are whole numbers of them, or one.
+// Values per store: 16 bytes of them if runs are whole multiples and patches are aligned, else one.
 int64_t vector_of(const void* patches, int64_t size, int64_t run) {
   const int64_t vector = 16 / size;
   return run % vector == 0 && reinterpret_cast<uintptr_t>(patches) % 16 == 0 ? vector : 1;
@@ -232,7 +235,7 @@ TileArguments<Real> tile_arguments(const Problem& problem, const CopyLayout& cop
   return a;
 }
 
-// In as many launches as keep the numbers of tiles in 32 bits. Blocks: 0 for one a tile.
+// Splits the work into launches whose numbers of tiles fit 32 bits. blocks: the most blocks, or 0 for one per tile.
 template <class Real>
 void launch_each(const char* name, void (*kernel)(TileArguments<Real>), TileArguments<Real> a, const Problem& problem,
                  int64_t shared_bytes, int64_t blocks, void* stream) {
@@ -245,7 +248,7 @@ void launch_each(const char* name, void (*kernel)(TileArguments<Real>), TileArgu
   }
 }
 
-// Whether 32 bits hold positions in a tile's patches, and shared memory its pixels.
+// Whether offsets in a tile's patches fit 32 bits, and its pixels fit shared memory.
 template <class Kernel>
 bool fits(const Problem& problem, const TileShape& tile, Kernel kernel) {
   const Geometry& g = problem.geometry;
@@ -274,7 +277,8 @@ bool launch_copied(const Problem& problem, const CopyLayout& copies, void* strea
     if (patches == DType::f16) return launch_copied<In, Half, false>(problem, copies, stream);
   if constexpr (!std::is_same_v<In, Half>)
     if (patches == DType::bf16) return launch_copied<In, BFloat16, false>(problem, copies, stream);
-  // From one 16-bit type to the other goes nobody who is in a hurry: the kernel that finds out when it runs what it stores.
+  // Conversion from one 16-bit type to the other is rare, so it uses the kernel that selects the output type at run
+  // time.
   return launch_copied<In, float, true>(problem, copies, stream);
 }
 
@@ -350,7 +354,7 @@ void launch_sum(const Problem& problem, SumArguments<Real> a, void* stream) {
   }
 }
 
-// Values of gradients that one access reads and the same patches contain.
+// The gradient values that one access reads. All of them must be contained in the same patches.
 constexpr int kGradVector = 4;
 
 template <class Real>
@@ -367,7 +371,7 @@ void launch_backward(const Problem& problem, void* stream) {
            {problem.batch() * problem.rows() * problem.cols(), dim3(kThreads)}, stream, common, problem.patches.data,
            problem.patches.dtype, slopes);
   }
-  if (g.height < images_grad.shape[2] || g.width < images_grad.shape[3])  // Outside of the windows.
+  if (g.height < images_grad.shape[2] || g.width < images_grad.shape[3])  // The pixels outside of windows.
     fill_with_zeros(images_grad.data, images_grad.numel() * size_of(images_grad.dtype), stream);
   const SumArguments<Real> a = sum_arguments(problem, common, slopes);
   if constexpr (std::is_same_v<Real, float>) {

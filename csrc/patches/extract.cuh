@@ -1,7 +1,7 @@
-// From images to patches. A block takes tiles: some rows of patches that are neighbours in one row of one image. The
-// pixels that they share are transformed into shared memory, each once; from there every patch is written in stores of
-// up to 16 bytes. Where the images are in an ordinary layout, and not of float64, asynchronous copies bring the next
-// tile's pixels while the block works on this one's.
+// Extraction of transformed patches. A block takes tiles: some rows of neighbouring patches in one row of one image.
+// The pixels that the patches share are transformed into shared memory, each once; from there every patch is written in
+// stores of up to 16 bytes. If the images have an ordinary layout and are not float64, asynchronous copies bring the
+// next tile's pixels while the block works on this one's.
 #pragma once
 
 #include <bit>
@@ -14,9 +14,9 @@ namespace cpc::patches::cuda {
 
 // Pixels that a thread transforms at a time.
 constexpr int kGroup = 4;
-constexpr int kTileThreads = 128;  // Few, as every warp finds out where its tile lies.
+constexpr int kTileThreads = 128;  // Few, as every warp computes where its tile lies.
 constexpr int kStages = 2;         // Tiles in flight.
-constexpr int kBlocks = 8;         // Of a multiprocessor at least: bounds the registers.
+constexpr int kBlocks = 8;         // Per multiprocessor at least, which bounds the registers.
 
 template <class Real>
 struct TileArguments {
@@ -26,21 +26,21 @@ struct TileArguments {
   int64_t first_image;  // Of this launch.
   int32_t tiles;        // Likewise.
   int32_t patch, stride;
-  // Patches of a tile and how many rows of each; the last along an axis may have fewer.
+  // Patches of a tile, and rows of each patch; the last tile along an axis may have fewer.
   int32_t cols, rows;
   int32_t across, bands;  // Tiles along a row of patches, and along a patch.
-  // How a tile lies in shared memory: planes of `rows` rows of `row` values, one pixel's values `step` apart. A patch
-  // is planes of `patch` runs of `run` values.
+  // The layout of a tile in shared memory: `planes` planes of `rows` rows of `row` values, with pixels `step` values
+  // apart. A patch has `planes` planes of `patch` runs of `run` values.
   int32_t planes, row, step, run;
   int32_t vector;   // Values that a thread stores at a time, which never cross a run.
   int32_t abreast;  // Patches that a block's threads store at a time.
   bool aligned;     // Whether vectors are aligned in shared memory, too.
-  bool fours;       // Whether runs are whole groups of four, aligned there.
-  // How copied pixels lie before they are transformed: lines of `pitch` bytes, one for a row of the tile, or for a row
-  // and channel. Bytes of a stage; and of the images, from pixel to pixel, row to row and channel to channel.
+  bool fours;       // Whether runs are whole groups of four, aligned in shared memory.
+  // The layout of copied pixels before they are transformed: lines of `pitch` bytes, one per row of the tile, or per
+  // row and channel. Then the bytes of a stage, and the distances in the images of pixels, rows and channels.
   int32_t pitch, stage_bytes, pixel_bytes, row_bytes, channel_bytes;
   int32_t copy_bytes, copies;                     // Bytes of a copy, 16 or 4, and how many a stage takes.
-  int32_t groups;                                 // Of pixels of a tile.
+  int32_t groups;                                 // Groups of pixels of a tile.
   int32_t image_lines;                            // Channels of the image that have lines of their own.
   FastDivide by_across, by_bands, by_patch_rows;  // From a tile's number to its place.
   FastDivide by_chunks, by_run, by_rows;          // From a stored vector to (patch, plane, y, x).
@@ -77,7 +77,7 @@ __device__ Tile tile_at(const TileArguments<Real>& a, uint32_t t) {
   return tile;
 }
 
-// --- From images to shared memory as they are ---
+// --- Copying lines of images to shared memory ---
 
 // Where a tile's pixels begin in the lines of its stage, and whether they are mirrored.
 struct Lines {
@@ -85,8 +85,8 @@ struct Lines {
   bool flip;
 };
 
-// Starts the copies of a tile's lines. They begin where the first bytes are aligned, before the first pixel if need be,
-// and end with the last.
+// Starts the copies of a tile's lines. A line begins at an aligned address, before its first pixel if necessary, and
+// ends with its last pixel.
 template <class In, class Real>
 __device__ Lines copy_lines(const TileArguments<Real>& a, const Tile& tile, unsigned char* stage) {
   const TensorView& images = a.common.images;
@@ -116,9 +116,9 @@ __device__ Lines copy_lines(const TileArguments<Real>& a, const Tile& tile, unsi
   return {head, window.flip};
 }
 
-// --- From there to transformed pixels ---
+// --- Transforming the pixels of lines ---
 
-// N values that lie together in shared memory, 16 bytes at a time.
+// Loads N contiguous values from shared memory, 16 bytes at a time.
 template <int N, class T>
 __device__ void load_aligned(T (&out)[N], const T* from) {
   constexpr int kWide = N * sizeof(T) <= 16 ? N : 16 / sizeof(T);
@@ -130,11 +130,11 @@ __device__ void load_aligned(T (&out)[N], const T* from) {
   }
 }
 
-// Pixels x .. x + kGroup - 1 of kColours channels. What is beyond the row repeats its last pixel.
+// Reads pixels x .. x + kGroup - 1 of kColours channels. Pixels beyond the row repeat its last one.
 template <int kColours, class In, class Real>
 __device__ void read_group(Real (&out)[kColours][kGroup], const In* line, int32_t to_line, int32_t channel_step,
                            int32_t pixel_step, int32_t x, int32_t width, bool flip) {
-  // The line's place among aligned groups of elements is that of to_line, as stages are aligned.
+  // Stages are aligned, so the alignment of a line's elements is that of to_line.
   const int32_t first = to_line + (flip ? width - kGroup - x : x) * pixel_step;
   const bool together = x + kGroup <= width && first % kGroup == 0;
   if (together && pixel_step == 1 && channel_step % kGroup == 0) {
@@ -170,7 +170,7 @@ __device__ void read_group(Real (&out)[kColours][kGroup], const In* line, int32_
   }
 }
 
-// Four values in one access, which the compiler would not always make of four values.
+// Stores four values in one access, which the compiler would not always make of four stores.
 template <class T>
 __device__ void store_four(T* to, const T (&v)[kGroup]) {
   using Word = std::conditional_t<sizeof(T) == 2, uint2, uint4>;
@@ -181,7 +181,7 @@ __device__ void store_four(T* to, const T (&v)[kGroup]) {
   *reinterpret_cast<Word*>(to) = std::bit_cast<Word>(four);
 }
 
-// Transformed pixels x .. of a row of an output channel to shared memory, where a row has room for whole groups.
+// Writes transformed pixels from x on to a row of an output channel in shared memory. Rows have room for whole groups.
 template <class Staged, class Real>
 __device__ void stage_group(Staged* row, const Real (&v)[kGroup], int32_t x) {
   Staged four[kGroup];
@@ -190,7 +190,7 @@ __device__ void stage_group(Staged* row, const Real (&v)[kGroup], int32_t x) {
   store_four(row + x, four);
 }
 
-// The same of all channels, side by side.
+// The same for all channels, interleaved.
 template <int kColours, class Staged, class Real>
 __device__ void stage_colours(Staged* row, const Real (&v)[kColours][kGroup], int32_t x) {
 #pragma unroll
@@ -205,7 +205,8 @@ __device__ void stage_colours(Staged* row, const Real (&v)[kColours][kGroup], in
   }
 }
 
-// kColours channels of the image together: all three of colour images, or one after another of any number.
+// Transforms the pixels of a tile's lines, kColours channels of the image together: all three of colour images, or one
+// after another of any number.
 template <int kColours, class In, class Staged, class Real>
 __device__ void stage_lines(const TileArguments<Real>& a, const Tile& tile, const Lines& lines,
                             const unsigned char* stage, Staged* pixels) {
@@ -253,14 +254,14 @@ __device__ void stage_lines(const TileArguments<Real>& a, const Tile& tile, cons
   }
 }
 
-// Value by value from images of any type and strides.
+// Transforms a tile's pixels value by value, from images of any type and strides.
 template <class Real>
 __device__ void gather_pixels(const TileArguments<Real>& a, const Tile& tile, Real* pixels) {
   const Common<Real>& p = a.common;
   const Window window = p.window(tile.image);
   const uint32_t width = static_cast<uint32_t>((a.cols - 1) * a.stride + a.patch);
   const uint32_t values = static_cast<uint32_t>(p.channels) * a.rows * width;
-#pragma unroll 1  // It is long enough.
+#pragma unroll 1  // The body is long enough.
   for (uint32_t i = threadIdx.x; i < values; i += kTileThreads) {
     uint32_t x, y;
     const auto k = static_cast<int32_t>(a.by_rows(a.by_groups(i, x), y));
@@ -272,9 +273,9 @@ __device__ void gather_pixels(const TileArguments<Real>& a, const Tile& tile, Re
   }
 }
 
-// --- From there to patches ---
+// --- Writing patches ---
 
-// Each patch's own mean and contrast: a warp a patch, a lane N neighbouring values at a time.
+// Finds the mean and contrast of each patch. A warp takes a patch, a lane N neighbouring values at a time.
 template <int N, class Real>
 __device__ void find_moments(const TileArguments<Real>& a, const Tile& tile, const Real* pixels,
                              Moments<Real>* moments) {
@@ -301,8 +302,8 @@ __device__ void find_moments(const TileArguments<Real>& a, const Tile& tile, con
   }
 }
 
-// N values at a time, all of one run of a patch. A thread finds out once where they lie, and stores them for every
-// `abreast`th patch.
+// Stores N values at a time, all of one run of a patch. A thread computes once where they lie, and stores them for
+// every `abreast`th patch.
 template <int N, class Out, class Staged, class Real>
 __device__ void store_vectors(const TileArguments<Real>& a, const Tile& tile, const Staged* pixels,
                               const Moments<Real>* moments) {
@@ -362,7 +363,8 @@ __device__ void store_patches(const TileArguments<Real>& a, const Tile& tile, co
     store_vectors<1, Out>(a, tile, pixels, moments);
 }
 
-// Transformed pixels that are kept as they are computed to patches of a type that is known only now.
+// Writes patches, whose type is known only at run time, from pixels in the type that they are computed in. Applies
+// patch_norm.
 template <class Real>
 __device__ void finish_patches(const TileArguments<Real>& a, const Tile& tile, const Real* pixels,
                                Moments<Real>* moments) {
@@ -384,8 +386,8 @@ __device__ void finish_patches(const TileArguments<Real>& a, const Tile& tile, c
 
 // --- Kernels ---
 
-// Staged: what transformed pixels are kept as: as they are stored, or, with kNorm, as they are computed, for patches of
-// any type and for patch_norm.
+// Staged: the type of transformed pixels in shared memory. That is the type of the patches or, with kNorm, the type in
+// which they are computed, for patches of any type and for patch_norm.
 template <class In, class Staged, bool kNorm>
 __global__ void __launch_bounds__(kTileThreads, kBlocks) extract_tiles(const __grid_constant__ TileArguments<float> a) {
   unsigned char* const stages = dynamic_shared();
@@ -407,7 +409,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks) extract_tiles(const __g
           stage_lines<3, In>(a, tile, lines, from, pixels);
         else
           stage_lines<1, In>(a, tile, lines, from, pixels);
-        __syncthreads();  // The pixels are there, whoever transformed them.
+        __syncthreads();  // All pixels are transformed.
         if constexpr (kNorm)
           finish_patches(a, tile, pixels, reinterpret_cast<Moments<float>*>(pixels + a.planes * a.rows * a.row));
         else
@@ -427,7 +429,7 @@ __global__ void __launch_bounds__(kTileThreads) extract_gathered(const __grid_co
   }
 }
 
-// Patches that do not fit shared memory: a block a patch, each value read from the image.
+// For patches that do not fit shared memory: a block takes a patch and reads each value from the image.
 template <class Real>
 __global__ void __launch_bounds__(kThreads)
     extract_direct(const __grid_constant__ Common<Real> p, void* patches, DType patches_dtype) {

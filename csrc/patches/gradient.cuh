@@ -1,5 +1,5 @@
-// From the gradient of patches to that of images: a thread sums the patches of neighbouring pixels, in the order of the
-// patches.
+// The gradient of images from that of patches. A thread takes neighbouring pixels and sums the gradients of the patches
+// that contain them, in the order of the patches.
 #pragma once
 
 #include <type_traits>
@@ -8,8 +8,8 @@
 
 namespace cpc::patches::cuda {
 
-// The gradient of a patch's pixel before patch_norm as a * g + b * v + c, of the patch's gradient g and the pixel v:
-// see norm_slopes in cpu.cpp. They are read in one access.
+// The gradient of a pixel v before patch_norm is a * g + b * v + c, where g is the gradient after it: see norm_slopes
+// in cpu.cpp. The coefficients are read in one access.
 enum Slope { kSlopeA, kSlopeB, kSlopeC, kSlopes = 4 };
 template <class Real>
 using NormSlopes = Pack<Real, kSlopes>;
@@ -47,10 +47,10 @@ struct SumArguments {
   const Real* slopes;  // Null without patch_norm.
   void* images_grad;
   int64_t first_image;  // Of this launch.
-  int32_t rows;         // Of the windows of this launch's images, plane by plane.
+  int32_t rows;         // Of all planes of the windows of this launch.
   int32_t rows_of_block;
-  // A row of a plane, which holds one channel's pixels or those of all, `step` apart: its values, those of a patch's row,
-  // and the distance of neighbouring patches' rows.
+  // A plane has the pixels of one channel, or those of all channels; pixels are `step` values apart. `width`, `run` and
+  // `distance` are the values of a row of a plane, of a patch's row, and between the rows of neighbouring patches.
   int32_t planes, step, width, run, distance;
   int32_t patch, stride, grid_rows, grid_cols;
   FastDivide by_groups, by_height, by_planes;  // From a group of values to (image, plane, y, x).
@@ -74,7 +74,7 @@ struct RowGroup {
   int32_t plane, y, e, count;
 };
 
-// The sum over the patches that contain all of the group. Grad: void where the types are known only at run time.
+// Sums over the patches that contain all of the group. Grad: void where types are known only at run time.
 template <class Grad, int N, class Real>
 __device__ void sum_group(const SumArguments<Real>& a, const RowGroup& at, const Window& window, Real (&total)[N]) {
   const Common<Real>& p = a.common;
@@ -95,7 +95,7 @@ __device__ void sum_group(const SumArguments<Real>& a, const RowGroup& at, const
     int64_t patch = (at.b * a.grid_rows + r) * a.grid_cols + first_col;
     int64_t from =
         patch * p.values + (at.plane * a.patch + at.y - r * a.stride) * a.run + at.e - first_col * a.distance;
-#pragma unroll 2  // Rarely do more contain a pixel.
+#pragma unroll 2  // Rarely do more than two contain a pixel.
     for (int32_t c = first_col; c <= last_col; ++c, ++patch, from += p.values - a.distance) {
       if constexpr (std::is_void_v<Grad>) {
         const Real g = load_as<Real>(a.grads, a.grad_type, from);
@@ -114,7 +114,7 @@ __device__ void sum_group(const SumArguments<Real>& a, const RowGroup& at, const
   }
 }
 
-// Where pixel x of a row of the window and a channel of the image lie in images_grad.
+// The offset in images_grad of pixel x of a row of the window, in a channel of the image.
 template <class Real>
 __device__ int64_t place_of(const SumArguments<Real>& a, const RowGroup& at, const Window& window, int32_t channel,
                             int32_t x) {
@@ -123,7 +123,7 @@ __device__ int64_t place_of(const SumArguments<Real>& a, const RowGroup& at, con
   return ((at.b * images.shape[1] + channel) * images.shape[2] + window.y + at.y) * images.shape[3] + column;
 }
 
-// Gradients of neighbouring pixels of a channel of the image: in one access where the address allows.
+// Stores the gradients of neighbouring pixels of a channel of the image, in one access if they are aligned.
 template <class T, int N, class Real>
 __device__ void store_pixels(const SumArguments<Real>& a, const RowGroup& at, const Window& window, int32_t channel,
                              Real scale, const Real (&total)[N]) {
@@ -168,7 +168,7 @@ __device__ void store_group(const SumArguments<Real>& a, const RowGroup& at, con
   }
 }
 
-// N: values that one access reads, all of the same patches; 1 is for any geometry.
+// N: values that one access reads, all contained in the same patches; 1 works for any geometry.
 template <class Real, class Grad, int N>
 __global__ void __launch_bounds__(kThreads) sum_patches(const __grid_constant__ SumArguments<Real> a) {
   const uint32_t groups = static_cast<uint32_t>(a.width + N - 1) / N;

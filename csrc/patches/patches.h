@@ -10,7 +10,7 @@
 // Backward. Every image pixel gets the sum over the patches that contain it, in the order of the patches, zero outside
 // the window. No atomics: the result is the same on every run.
 //
-// Who owns memory: the caller, all of it. Kernels allocate only bounded scratch memory.
+// The caller owns all memory. Kernels allocate only bounded scratch memory.
 #pragma once
 
 #include <vector>
@@ -35,7 +35,7 @@ struct Problem {
   TensorView images = {};  // Backward: the pixels are read only with patch_norm, and may be absent without.
   TensorView offsets = {};
   TensorView flip = {};
-  TensorView patches = {};           // Dense in the order that channels_last tells. Backward: the gradient.
+  TensorView patches = {};           // Dense in the order of channels_last. Backward: the gradient.
   TensorView images_grad = {};       // Backward only.
   TensorView workspace = {};         // Backward only.
   std::vector<double> scale, shift;  // K each.
@@ -55,7 +55,7 @@ struct Gradient : Problem {
   bool in_double() const { return images_grad.dtype == DType::f64 || patches.dtype == DType::f64; }
 };
 
-// What determines the patches of an image; the path leads to a Problem.
+// The fields that determine the patches of an image. `path` leads to a Problem.
 template <auto... path>
 constexpr auto patch_fields() {
   return std::tuple(value<path..., &Problem::geometry, &Geometry::patch>("patch_size"),
@@ -90,7 +90,7 @@ constexpr auto kGradient = fields_of<Gradient>(
 void check(const Problem& problem, Where where);
 void check(const Gradient& problem, Where where);
 
-// On CUDA with patch_norm four values of the computing type a patch.
+// On CUDA with patch_norm, four values per patch in the type that the kernel computes in.
 int64_t workspace_bytes(const Gradient& problem, Where where);
 
 namespace cpu {
@@ -100,7 +100,7 @@ inline void extract_backward(const Gradient& problem) { CPC_CALL_AT_ISA(extract_
 }  // namespace cpu
 
 namespace cuda {
-// The most output channels that the kernels take: their scale and shift travel with the launch.
+// The most output channels that the kernels take, as their scale and shift are kernel parameters.
 constexpr int kMaxChannels = 64;
 #if defined(CPC_WITH_CUDA)
 void extract(const Problem& problem, void* stream);

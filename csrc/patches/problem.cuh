@@ -1,4 +1,4 @@
-// What the CUDA kernels of patch extraction share: the problem as they take it, by value, and a pixel of it.
+// Shared by the CUDA kernels of patch extraction: the problem as a kernel parameter, and its pixels.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@ namespace cpc::patches::cuda {
 using namespace cpc::cuda;
 
 constexpr int kThreads = 256;
-// Tiles or rows of a launch: their numbers stay in 32 bits, and larger problems take several launches.
+// The most tiles or rows of a launch, so that their numbers fit 32 bits. Larger problems take several launches.
 constexpr int64_t kMaxItems = int64_t{1} << 30;
 
 template <class Real>
@@ -45,7 +45,7 @@ struct Common {
   CPC_HOST_DEVICE bool to_gray() const { return geometry.gray && images.shape[1] == 3; }
   __device__ Window window(int64_t b) const { return window_of(geometry, images, offsets, flip, b); }
 
-  // Where the window's pixel (y, x) of a channel of image b lies in the image, in elements.
+  // The offset in values of the window's pixel (y, x) in a channel of image b.
   __device__ int64_t source(int64_t b, const Window& window, int64_t channel, int64_t y, int64_t x) const {
     const int64_t column = window.x + (window.flip ? geometry.width - 1 - x : x);
     return b * images.strides[0] + channel * images.strides[1] + (window.y + y) * images.strides[2] +
@@ -87,7 +87,7 @@ __device__ void block_moments(const Common<Real>& p, const PatchIndex& at, const
                               Real& deviation) {
   const Real n = static_cast<Real>(p.values);
   Real total = 0, squares = 0;
-#pragma unroll 1  // A value takes long enough.
+#pragma unroll 1  // The body is long enough.
   for (int64_t e = threadIdx.x; e < p.values; e += kThreads) total += patch_value(p, at, window, e);
   mean = block_sum<kThreads>(total) / n;
 #pragma unroll 1

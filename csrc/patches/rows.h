@@ -1,5 +1,5 @@
-// What kernels on the CPU do to the pixels of a patch: rows of a window to rows of transformed values, and the mean and
-// contrast of a patch within them. Included only by sources that are compiled once per instruction set level.
+// Shared by the CPU kernels that make patches: transforming the rows of a window, and the mean and contrast of a patch
+// within them. Included only by sources that are compiled once per instruction set level.
 #pragma once
 
 #include <cmath>
@@ -64,7 +64,7 @@ void transform_gray_row(Real* __restrict out, const SourceRow<In> (&rgb)[3], int
     run(rgb[0].step);
 }
 
-// Three planes of n values to n interleaved triples: the common colour case of channels-last patches.
+// Interleaves three planes of n values: the common colour case of channels-last patches.
 template <class T>
 void interleave3(T* __restrict out, const T* __restrict a, const T* __restrict b, const T* __restrict c, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
@@ -74,8 +74,8 @@ void interleave3(T* __restrict out, const T* __restrict a, const T* __restrict b
   }
 }
 
-// Transforms the pixels of windows into planes of patch order: a plane a channel, or with channels_last one plane of
-// rows of interleaved channels.
+// Transforms the pixels of windows into planes in the order of patches: a plane per channel, or with channels_last one
+// plane of rows of interleaved channels.
 template <class Real>
 class PlaneReader {
  public:
@@ -84,7 +84,7 @@ class PlaneReader {
   // Values of temporary memory that read() needs.
   int64_t temporary() const { return interleaves() ? 3 * problem_.geometry.width : 0; }
 
-  // Rows [first, first + count) of plane k of image b's window, densely to `out`.
+  // Writes rows [first, first + count) of plane k of image b's window densely to `out`.
   void read(Real* out, Real* temporary, int64_t b, const Window& window, int64_t k, int64_t first,
             int64_t count) const {
     switch (problem_.images.dtype) {
@@ -138,7 +138,8 @@ class PlaneReader {
   const Problem& problem_;
 };
 
-// How a patch lies in memory and in a buffer of transformed rows: `planes` planes of `height` rows of `run` values.
+// The layout of a patch, in memory and in a buffer of transformed rows: `planes` planes of `height` rows of `run`
+// values.
 struct Runs {
   explicit Runs(const Problem& problem) {
     const Geometry& g = problem.geometry;
@@ -174,8 +175,8 @@ void for_each_run(const PatchIn<Real>& patch, const Runs& runs, const Visit& vis
     for (int64_t y = 0; y < runs.height; ++y) visit(patch.first + k * patch.plane + y * runs.row);
 }
 
-// The sum of term(value) over a patch, for a term that works on a value and on a vector of them. Rows are added four at
-// a time, so that additions do not wait for one another.
+// Sums term(value) over a patch, where term works on a value and on a vector of them. Four rows are added at a time, so
+// that additions do not wait for one another.
 template <class Real, class Term>
 Real sum_over(const PatchIn<Real>& patch, const Runs& runs, const Term& term) {
   constexpr int64_t kRows = 4;
