@@ -1,4 +1,4 @@
-"""The build backend: scikit-build-core's, which also builds from sources that cannot be written to.
+"""Build backend of scikit-build-core, extended to build from sources that cannot be written to.
 
 Builds go to ``build/{wheel_tag}`` in the source tree, so that the next one compiles only what has changed. Where that
 is not possible, as in a read-only checkout or one that another user has built in, they go to a temporary folder.
@@ -14,12 +14,12 @@ from scikit_build_core.build import *  # noqa: F403
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
-    """See PEP 517."""
+    """Build a wheel, as PEP 517 specifies."""
     return scikit_build.build_wheel(wheel_directory, _where_possible(config_settings), metadata_directory)
 
 
 def _where_possible(config_settings):
-    """The settings, without a build folder where the source tree takes none and the user has named none."""
+    """Return the settings, with a temporary build folder if the source tree takes none and the user has named none."""
     settings = dict(config_settings or {})
     named = "SKBUILD_BUILD_DIR" in os.environ or {"build-dir", "skbuild.build-dir"} & settings.keys()
     if not named and not _writable():

@@ -1,4 +1,4 @@
-"""The tests beside the oldest and newest of what cpc_ext promises to run with: `nox`, or `nox -s "numpy(1.26)"`.
+"""Run the tests with the oldest and newest versions that cpc_ext supports: `nox`, or `nox -s "numpy(1.26)"`.
 
 Each session builds the package in an environment of its own; "newest" is what pip finds without constraints.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import nox
 
-# Where CPU builds of PyTorch are, which pip asks besides its index.
+# The index of PyTorch's CPU builds, which pip searches besides its own.
 CPU_BUILDS = "https://download.pytorch.org/whl/cpu"
 CONSTRAINTS = "constraints.txt"
 
@@ -33,11 +33,11 @@ def python(session: nox.Session) -> None:
 
 
 def run_tests(session: nox.Session, other: dict[str, str | None] | None) -> None:
-    """Install with the constraints except for those of ``other``, whose versions are given, and run the tests.
+    """Install the package with the constraints, but ``other`` in place of some, and run the tests.
 
     Args:
-        session: whose environment it is.
-        other: versions by package, None for the newest; None in place of all: no constraints.
+        session: The session in whose environment to run.
+        other: Versions by package, with None for the newest. If ``other`` is None, there are no constraints at all.
     """
     arguments = ["--extra-index-url", CPU_BUILDS]
     if other is not None:

@@ -1,18 +1,18 @@
-# Which nvcc compiles the CUDA kernels, and whether it can: the one that the user names, else the first in PATH, else
-# the one in the usual folders. A named one is never passed over for another.
+# Finds the nvcc that compiles the CUDA kernels and tries it: the one that the user names, else the first in PATH, else
+# the one in the usual folders. If the user names one, no other is considered.
 
 set(CPC_EXT_NVCC_SECONDS 120 CACHE STRING "How long nvcc may take to answer")
 mark_as_advanced(CPC_EXT_NVCC_SECONDS)
 
-# Ends the configuration, because of an nvcc that does not work. A build for the CPU instead would go unnoticed, as pip
-# shows no output of what succeeds, and whoever has an nvcc wants its kernels: where CUDA is not wanted, one word says so.
+# Stops the configuration because nvcc does not work. A fallback to a build for the CPU would go unnoticed, as pip hides
+# the output of builds that succeed, and whoever has nvcc wants its kernels. CPC_EXT_CUDA=OFF builds without them.
 function(stop_for_nvcc what)
   message(FATAL_ERROR "cpc_ext: ${what}\n"
                       "Name another nvcc with CUDACXX=/path/to/nvcc, or build without CUDA: "
                       "pip install . -C cmake.define.CPC_EXT_CUDA=OFF")
 endfunction()
 
-# What a command with nvcc prints; stops where it fails.
+# Sets `result` to the output of a command with nvcc. Stops if the command fails.
 function(ask_nvcc result)
   list(JOIN ARGN " " command)
   execute_process(COMMAND ${ARGN} TIMEOUT ${CPC_EXT_NVCC_SECONDS} RESULT_VARIABLE status OUTPUT_VARIABLE output
@@ -26,9 +26,9 @@ function(ask_nvcc result)
   set(${result} "${output}" PARENT_SCOPE)
 endfunction()
 
-# The architectures to compile for, of those that nvcc's --list-gpu-arch knows: this machine's GPUs, as others will not
-# run what is built here; where it has none, or one that this nvcc or the kernels do not know, all that are in use. With
-# PTX of the newest for what comes after.
+# Sets `result` to the architectures to compile for, out of those in `known`, the output of nvcc's --list-gpu-arch.
+# These are the ones of this machine's GPUs, as other GPUs will not run what is built here. If there are none, or one
+# that this nvcc or the kernels do not support, they are all that are in use. PTX of the newest is added for later GPUs.
 function(choose_architectures result known)
   set(chosen)
   find_program(smi nvidia-smi NO_CACHE)
@@ -60,8 +60,8 @@ function(choose_architectures result known)
   set(${result} ${chosen} ${newest} PARENT_SCOPE)
 endfunction()
 
-# Sets nvcc to its path and version to its release; or nvcc to nothing and reason to why there is none. CMake's own
-# CMAKE_CUDA_COMPILER, and the flags that CUDACXX may bring, are set for enable_language(CUDA).
+# Sets `nvcc` to its path and `version` to its release; or `nvcc` to nothing and `reason` to why there is none. Also
+# sets CMAKE_CUDA_COMPILER, with the flags that CUDACXX may contain, for enable_language(CUDA).
 function(find_nvcc nvcc version reason)
   # enable_language leaves its choice in the cache, where it looks as if the user had named it.
   if(CMAKE_CUDA_COMPILER AND NOT CMAKE_CUDA_COMPILER STREQUAL CPC_EXT_NVCC_FOUND)
@@ -113,7 +113,7 @@ function(find_nvcc nvcc version reason)
     return()
   endif()
 
-  # A whole small kernel, once for each nvcc: the host's compiler may be too new for it.
+  # Compile a small kernel, once for each nvcc: the host compiler may be too new for it.
   set(host $ENV{CUDAHOSTCXX})
   if(CMAKE_CUDA_HOST_COMPILER)
     set(host ${CMAKE_CUDA_HOST_COMPILER})
@@ -133,7 +133,7 @@ function(find_nvcc nvcc version reason)
 
   if(NOT who STREQUAL CMAKE_CUDA_COMPILER)
     if(CPC_EXT_NVCC_FOUND AND NOT CPC_EXT_NVCC_FOUND STREQUAL found)
-      # Another one than last time: CMake is to look at it anew.
+      # Not the nvcc of last time, so CMake must examine it again.
       file(REMOVE ${CMAKE_PLATFORM_INFO_DIR}/CMakeCUDACompiler.cmake)
     endif()
     unset(CMAKE_CUDA_COMPILER CACHE)
