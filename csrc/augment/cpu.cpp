@@ -176,7 +176,7 @@ class Patch {
       for (int k = 0; k < layout_.channels; ++k) {
         const uint32_t* __restrict const four = corners + k * side;
         uint8_t* __restrict const to = plane(other_, k) + y * side;
-#pragma omp simd simdlen(16)  // Rows are short: not as many pixels at a time as there are bytes in a vector.
+#pragma omp simd simdlen(16)  // Rows are short, so take fewer pixels at a time than a vector has bytes.
         for (int32_t x = 0; x < side; ++x)
           to[x] = static_cast<uint8_t>(mix_pixels(four[x] & 255, four[x] >> 8 & 255, four[x] >> 16 & 255, four[x] >> 24,
                                                   weight_x[x], weight_y[x]));

@@ -186,7 +186,7 @@ class Rows {
     const int64_t rest = batch_ % images_;
     return {images_, rest ? rest : images_};
   }
-  // The most pixels, and the most rows of pixels, that a block covers in a group of so many images.
+  // The most pixels, and the most rows of pixels, that a block covers in a group of `images` images.
   int64_t most_pixels(int64_t images) const { return (most_rows() - 1) / images + 2; }
   int64_t most_lines(int64_t images) const { return (most_pixels(images) + across_ - 2) / across_ + 1; }
 

@@ -44,7 +44,7 @@ class Tasks {
     count_ = problem.batch() * per_image_;
   }
   int64_t count() const { return count_; }
-  int64_t window_rows() const { return window_rows_; }  // At most, of one task.
+  int64_t window_rows() const { return window_rows_; }  // The most of one task.
   Task operator[](int64_t i) const {
     const int64_t first = i % per_image_ * per_task_;
     return {i / per_image_, first, std::min(first + per_task_, rows_)};

@@ -85,7 +85,7 @@ bool launch_copy(const Problem& problem, void* stream) {
 
 // How asynchronous copies bring the lines of images to shared memory.
 struct CopyLayout {
-  int64_t bytes = 0;  // Of a copy; 0 where pixels must be gathered one by one.
+  int64_t bytes = 0;  // Bytes of a copy; 0 where pixels must be gathered one by one.
   int64_t slack = 0;  // Bytes before a line's first pixel, at most.
   int64_t pixel_bytes = 0, row_bytes = 0, channel_bytes = 0;
   int64_t lines = 0;  // Lines per row: one, or one for each channel.
