@@ -1,6 +1,6 @@
 """Training runs: options, loop, checkpoints and logging.
 
-Names are imported when they are first asked for: the command lines need the options, but not what they are for.
+Names are imported on first access, because the command lines need the options but not PyTorch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MODULES = {
     "RunConfig": "cpc_ext.training.config",
     "Task": "cpc_ext.training.task",
     "TrainingError": "cpc_ext.training.errors",
-    # Names of what is built on this package.
+    # Provided for convenience, although built on the rest of this package.
     "main": "cpc_ext.programs.training",
     "preset": "cpc_ext.training.presets",
 }

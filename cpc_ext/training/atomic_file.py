@@ -1,7 +1,7 @@
-"""Files that are either as they were or complete, whatever happens while they are written.
+"""Atomic writing: a file is either as it was or complete, whatever happens while it is written.
 
-Content goes to a temporary file beside the target, is forced to disk, and takes the target's name in one rename; then
-the folder is forced to disk as well, since the new name is part of it.
+Content goes to a temporary file beside the target, is synced to disk, and takes the target's name in one rename. Then
+the folder is synced too, since it holds the new name.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _COPIED_AT_ONCE = 2**22
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file for writing that appears at ``path`` only when the block ends without an exception.
 
-    Several processes may write a path at a time: each writes a file of its own, and the last to end stays. Raises
-    OSError where writing fails; then the temporary file is gone and what was at ``path`` is intact.
+    Several processes may write the same path at once: each writes its own temporary file, and the last to finish wins.
+    Raises OSError if writing fails; the temporary file is then removed and what was at ``path`` is intact.
     """
     temporary, file = _open_temporary(path)
     try:
-        # Closed last: while it is open, its lock tells others that it is in use.
+        # Close the file only after the rename: its lock tells other processes that it is in use.
         with file:
             yield file
             file.flush()
@@ -45,30 +45,30 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Make a text, in UTF-8, what is at ``path``. OSError where writing fails; what was there is then intact."""
+    """Write a text to ``path`` in UTF-8. Raises OSError if writing fails; what was there is then intact."""
     with atomic_file(path) as file:
         file.write(text.encode())
 
 
 def replace_with_link(source: Path, target: Path) -> None:
-    """Make ``target`` name the content of ``source``, in one step, and without writing it a second time where it can.
+    """Replace ``target`` atomically with a hard link to ``source``, or with a copy where there can be no link.
 
-    Both must be files that are only ever replaced, never written in place. File systems without hard links, and those
-    that have as many of the file as they allow, get a copy. Raises OSError where that fails too.
+    Both must be files that are only ever replaced, never written in place. A copy is made where the file system has no
+    hard links or the file has as many as are allowed. Raises OSError if copying fails too.
     """
     temporary = _temporary(target)
     try:
         os.link(source, temporary)
     except OSError:
-        # Why there can be no link differs between systems (EPERM, ENOTSUP, EMLINK, EXDEV, ENOSYS ...), and where the
-        # reason is another, such as a full disk, the copy fails of it as well.
+        # The errno of a link that is impossible differs between systems (EPERM, ENOTSUP, EMLINK, EXDEV, ENOSYS ...).
+        # For any other reason, such as a full disk, the copy fails too.
         with open(source, "rb") as original, atomic_file(target) as copy:
             shutil.copyfileobj(original, copy, _COPIED_AT_ONCE)
         return
     try:
         os.replace(temporary, target)
     finally:
-        # It is still there where that failed, and where both were names of one file already.
+        # The temporary link remains if the rename failed, or did nothing because both names are links to one file.
         temporary.unlink(missing_ok=True)
     _sync_folder(target.parent)
 
@@ -78,7 +78,7 @@ def _temporary(path: Path) -> Path:
 
 
 def _open_temporary(path: Path) -> tuple[Path, BinaryIO]:
-    """A new file beside ``path``, locked for as long as it is open; what killed processes left of others is removed."""
+    """Open a new temporary file beside ``path``, locked while it is open; remove those that killed processes left."""
     _remove_abandoned(path)
     while True:
         temporary = _temporary(path)
@@ -92,12 +92,12 @@ def _open_temporary(path: Path) -> tuple[Path, BinaryIO]:
         except FileNotFoundError:
             if not path.parent.is_dir():
                 raise
-        # Before it was locked another process took it for abandoned.
+        # Another process removed the file as abandoned before it was locked.
         file.close()
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove the temporary files of ``path`` that no process has locked, also those of before they had numbers."""
+    """Remove the temporary files of ``path`` that no process has locked, and those of old versions without numbers."""
     for name in glob.glob(f".{glob.escape(path.name)}.*tmp", root_dir=path.parent):
         with suppress(OSError), open(path.parent / name, "r+b") as file:
             if _lock(file):
@@ -105,7 +105,10 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def _lock(file: BinaryIO) -> bool:
-    """Lock a file; False where the file system has no locks. BlockingIOError where another process has locked it."""
+    """Lock a file; return False if the file system has no locks.
+
+    Raises BlockingIOError if another process has locked it.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -120,7 +123,7 @@ def _sync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network and FUSE file systems keep no folders that could be forced to a disk.
+        # Some network and FUSE file systems do not support fsync on folders.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:

@@ -1,6 +1,6 @@
-"""Checkpoints: everything a run needs to go on, in one file that is whole or not there.
+"""Checkpoints: all state needed to resume a run, in one file that is written atomically.
 
-A checkpoint is a tree of dicts, lists, numbers, strings and tensors, so that loading one never runs code from it.
+A checkpoint is a tree of dicts, lists, numbers, strings and tensors, so that loading it never executes code from it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from cpc_ext.training.errors import TrainingError
 __all__ = ["load_checkpoint", "load_weights", "save_checkpoint", "write_tensors"]
 
 _FORMAT = 1
-# Dicts and lists in each other: ours are five deep. Deeper ones would be beyond those who walk through them.
+# Maximum nesting of dicts and lists: ours are five deep, and code that walks a much deeper tree recursively would fail.
 _DEPTH = 32
-# Letters of a wrong entry that a message has room for.
+# Error messages quote a wrong entry only up to this many characters.
 _SHOWN = 60
 
 
@@ -42,7 +42,7 @@ _TENSORS: tuple[Callable[[Any], bool], str] = (
     lambda value: _is_by_name(value) and all(isinstance(tensor, Tensor) for tensor in value.values()),
     "tensors by name",
 )
-# What the entries that are there have to be: the test, and how a message calls it.
+# For each known entry, if present: a test of its value, and a description of valid values for messages.
 _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "step": (_is_count, "a number of updates, at least 0"),
     "seconds": (lambda value: _is_number(value) and 0 <= value < math.inf, "a time, at least 0"),
@@ -61,13 +61,13 @@ _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` to ``path``. OSError where it cannot be written; a checkpoint already there is then intact."""
+    """Write ``state`` to ``path``. Raises OSError if that fails; a checkpoint already there is then intact."""
     with atomic_file(path) as file:
         write_tensors(file, {"format": _FORMAT, **state})
 
 
 def write_tensors(file: BinaryIO, tree: dict[str, Any]) -> None:
-    """torch.save, whose errors are those of the file. OSError where it cannot be written to."""
+    """Write a tree with torch.save, but raise OSError if the file cannot be written to."""
     try:
         torch.save(tree, file)
     except RuntimeError as error:
@@ -77,27 +77,27 @@ def write_tensors(file: BinaryIO, tree: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU: a dict whose entries, as far as it has them, are of the types that we write.
+    """Read a checkpoint onto the CPU: a dict in which every known entry that is present has a valid value.
 
-    TrainingError where it is missing, damaged, of another format, or has an entry of another type.
+    Raises TrainingError if the file is missing, damaged or of another format, or if an entry is not valid.
     """
     if not path.is_file():
         raise TrainingError(f"there is no checkpoint to resume from at {path}")
     try:
         with zipfile.ZipFile(path) as archive:
-            # PyTorch compresses nothing, so that what is to be read is bounded by what is there.
+            # PyTorch does not compress, so members larger than the file itself mean damage.
             stored = sum(member.file_size for member in archive.infolist())
-            # Nor does it compare the checksums that it writes; a flipped bit would become a wrong weight.
+            # PyTorch does not verify the checksums that it writes; a flipped bit would become a wrong weight.
             damaged = stored > path.stat().st_size or archive.testzip()
         state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise TrainingError(f"cannot read the checkpoint {path}: {error.strerror or error}") from None
     except Exception:
-        # What unpickling damaged bytes raises is anybody's guess.
+        # Unpickling damaged bytes may raise anything.
         state = None
     if not isinstance(state, dict) or not _is_plain(state):
         other = path.with_name("best.pt")
-        # Where the last checkpoint was also the best, the two names share their content.
+        # If the last checkpoint was also the best one, both names are links to the same file.
         sound = path.name != other.name and other.is_file() and not other.samefile(path)
         hint = f"; {other} may still be good: copy it over {path.name}" if sound else ""
         raise TrainingError(f"the checkpoint {path} is damaged or not one of cpc_ext{hint}")
@@ -112,16 +112,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Give a model the weights of a checkpoint. RuntimeError where names, shapes, or kinds of numbers are others."""
+    """Load a checkpoint's weights into a model.
+
+    Raises RuntimeError if names or shapes differ, or if one has integers where the other has floating-point numbers.
+    """
     for name, mine in model.state_dict().items():
-        # PyTorch itself would make integers of what should be weights, or weights of what are integers.
+        # load_state_dict would silently convert between integers and floating-point numbers.
         if name in weights and weights[name].is_floating_point() != mine.is_floating_point():
             raise RuntimeError(f"{name} is {weights[name].dtype} there, expected {mine.dtype}")
     model.load_state_dict(weights)
 
 
 def _is_plain(state: dict[Any, Any]) -> bool:
-    """Whether a tree is not too deep and its tensors are dense and have memory."""
+    """Return whether a tree is not nested too deeply and all its tensors are dense and on the CPU."""
     level: list[Any] = [state]
     seen: set[int] = set()
     for _ in range(_DEPTH):

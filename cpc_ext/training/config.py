@@ -1,8 +1,8 @@
 """Everything that determines a run, as one typed tree that the command line and config.yaml both fill.
 
-Each section is a group of options: a field is the option of the same name, its description the help text, its bounds
-what is checked. Here are the sections that all runs have, with the defaults of any run; those of a model are beside its
-task, with the defaults that depend on the data set.
+Each section is a group of options. A field defines the option of the same name: its description is the help text, and
+its bounds are checked. This module has the sections that all runs share, with their general defaults. A model's own
+sections, and the defaults that depend on the data set, are beside its task.
 """
 
 from __future__ import annotations
@@ -54,45 +54,45 @@ LOGGERS: tuple[str, ...] = get_args(Logger)
 Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "constant"]
 Optimizer = Literal["adam", "sgd", "lars"]
-# Data sets of the user's own files, and those of them that are a file for each image or recording.
+# Data sets of the user's own files, and those of them with one file per image or recording.
 _OF_FILES = [name for name in DATASETS if origin(name).folder in ("folders", "arrays")]
 _OF_FOLDERS = [name for name in _OF_FILES if name.endswith("folder")]
-# Learning rates of optimizers that are chosen in place of a preset's: Adam's is CPCV2-PyTorch's, SGD's that of MoCo.
-# Of LARS, whose steps are a thousandth of the weights' length at a rate of 1, docs/training.md has a measurement.
+# Default learning rate of an optimizer that replaces the preset's: Adam's is from CPCV2-PyTorch, SGD's from MoCo.
+# LARS takes steps of a thousandth of the weights' norm at a rate of 1; docs/training.md has a measurement of its rate.
 RATES = {"adam": 2e-4, "sgd": 0.03, "lars": 0.5}
-# The options that say how long a run is, of which it has one.
+# The options that set the length of a run; exactly one of them is given.
 LENGTHS = ("epochs", "steps", "time_budget")
-# What differs from the defaults of a model's configs, by section; and that by data set.
+# A preset holds the values that differ from the defaults of a model's config, by section; presets are by data set.
 Preset = Mapping[str, Mapping[str, Any]]
 Presets = Mapping[str, Preset]
 
-# Sides and channels up to which a network, or an image, can be meant.
+# Largest image side or number of channels that an option accepts.
 MOST = 2**16
-# Characters of a wrong value that a message has room for.
+# Error messages quote at most this many characters of a wrong value.
 _SHOWN = 200
 
 
 class _MayChange:
-    """Marks an option that a resumed run may be given anew: it changes nothing of what the steps so far were."""
+    """Marks an option that may change when a run is resumed, because it does not affect the steps taken so far."""
 
 
 MAY_CHANGE = _MayChange()
 
 
 class OptionError(ValueError):
-    """Options that are wrong or do not go together; the message names them, a line each."""
+    """Raised for options that are invalid or contradict each other; the message names each on a line of its own."""
 
 
 class Section(BaseModel):
     """A group of options; its docstring is what the help says of it."""
 
-    # Built when it is first filled: a program needs the sections of one model.
+    # Validators are built on first use: a program needs only the sections of one model.
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), defer_build=True
     )
 
     def __init__(self, **values: Any) -> None:
-        # The command line shows the error's own words; they are to name options, not pydantic's internals.
+        # The command line prints the error's message, which should name options and not pydantic's internals.
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -100,16 +100,16 @@ class Section(BaseModel):
 
 
 def option(name: str) -> str:
-    """The command line's spelling of a field: "batch_size" → "--batch-size"."""
+    """Return the command-line spelling of a field: "batch_size" → "--batch-size"."""
     return "--" + name.replace("_", "-")
 
 
 def explain(error: ValidationError) -> str:
-    """A validation error as one line an option: which, what is allowed, what came."""
+    """Return a validation error as text, one line per option: its name, what is allowed, and what was given."""
     lines = []
     known = set(RunConfig.model_fields).union(*(_fields_of(config_class(model)) for model in MODELS))
     for entry in error.errors():
-        # Fields are unique over all sections, so the innermost field name is the option; branches of a union follow it.
+        # Field names are unique over all sections, so the innermost one is the option. Union branches come after it.
         names = [str(part) for part in entry["loc"] if str(part).isidentifier()]
         message = entry["msg"].removeprefix("Value error, ")
         if entry["type"] == "value_error":
@@ -271,9 +271,9 @@ class OutputSection(Section):
 
 
 class RunConfig(Section):
-    """A run: two runs of equal config on one machine and number of threads give equal metrics on the CPU.
+    """The options of a run; on the CPU, equal configs on one machine and number of threads give equal metrics.
 
-    What all models share; :func:`config_class` gives the class with a model's own sections.
+    This class has what all models share; :func:`config_class` returns the class with a model's own sections.
     """
 
     model: Model = Field(
@@ -288,7 +288,7 @@ class RunConfig(Section):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        # The command line would find the same words by parsing this file, at the price of an import of NumPy.
+        # Without this, tyro would find the same texts by parsing this file, which imports NumPy.
         for field in cls.model_fields.values():
             if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
                 field.description = field.annotation.__doc__
@@ -311,24 +311,24 @@ class RunConfig(Section):
 
     @property
     def pipeline(self) -> bool:
-        """Whether each process trains a part of the model."""
+        """True if each process trains one part of the model."""
         return False
 
     @property
     def trained_modules(self) -> int | None:
-        """The number of modules up to the last one that the run trains, where more follow; None where none do.
+        """Number of modules up to the last trained one, or None if no untrained modules follow it.
 
-        Those that follow have the weights of the run's start.
+        The modules that follow keep the weights that the run started from.
         """
         return None
 
     @property
     def title(self) -> str:
-        """What the run's model is called in figures."""
+        """Name of the run's model in figures."""
         return title(self.model)
 
     def idle(self) -> dict[str, str]:
-        """The options that decide nothing beside the others, each with the reason why."""
+        """Return the options that have no effect given the others, each with the reason."""
         idle = idle_of_dataset(self.data.dataset)
         if self.optimization.schedule == "constant":
             idle["final_lr"] = "--schedule constant keeps the learning rate"
@@ -339,27 +339,27 @@ class RunConfig(Section):
         return idle
 
     def remedies(self) -> list[str]:
-        """What may help a run that learns nothing, as options, what helps most often first."""
+        """Return options that may help a run that learns nothing, the most often helpful first."""
         lr = self.optimization.lr
         rates = f"another --lr than {lr:g}, such as {lr * 5:.2g} or {lr / 5:.2g}"
         steps, warmup = self.optimization.steps, 500
-        if steps is not None:  # A run that warms up to its end learns at no rate for long.
+        if steps is not None:  # A run that warms up until its end never trains at its full rate.
             warmup = min(warmup, steps // 10)
         return [rates] if warmup <= 2.5 * self.optimization.warmup_steps else [rates, f"--warmup-steps {warmup}"]
 
     def shortcuts(self) -> list[str]:
-        """What makes a run shorter that takes hours without a GPU, as options, what helps most surely first."""
+        """Return options that shorten a run that takes hours without a GPU, the surest first."""
         return ["--time-budget 30, which is as many steps as half an hour has room for"]
 
     def to_yaml(self) -> str:
-        """As the text of a config.yaml, which :func:`load_config` reads back to an equal config."""
+        """Return the text of a config.yaml, which :func:`load_config` reads back to an equal config."""
         import yaml
 
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
 def _fields_of(config: type[RunConfig]) -> dict[str, FieldInfo]:
-    """Every field of a config's sections."""
+    """Return every field of a config's sections, by name."""
     return {
         name: option
         for field in config.model_fields.values()
@@ -369,7 +369,7 @@ def _fields_of(config: type[RunConfig]) -> dict[str, FieldInfo]:
 
 
 def options_of_other_models(config: type[RunConfig]) -> dict[str, list[str]]:
-    """The options that runs of this class do not have: a field's name with the models that have it."""
+    """Return the options that configs of this class lack: field names, each with the models that have it."""
     mine = _fields_of(config)
     others: dict[str, list[str]] = {}
     for model in MODELS:
@@ -380,23 +380,28 @@ def options_of_other_models(config: type[RunConfig]) -> dict[str, list[str]]:
 
 
 def options_that_may_change() -> list[str]:
-    """The options, of any model, that a resumed run may be given anew: names of fields."""
+    """Return the field names of all options, of any model, that may change when a run is resumed."""
     fields = {name: field for model in MODELS for name, field in _fields_of(config_class(model)).items()}
     return sorted(name for name, field in fields.items() if MAY_CHANGE in field.metadata)
 
 
 def validate_config(tree: dict[str, Any]) -> RunConfig:
-    """A config from its dump. ValidationError where it is not valid."""
+    """Return the config of a dump. Raises ValidationError if it is not valid."""
     standard = RunConfig.model_fields["model"].default
     model = tree.get("model", standard)
-    # A model that does not exist is refused by whichever class reads it.
+    # Any class rejects the name of a model that does not exist.
     return config_class(model if model in MODELS else standard).model_validate(tree)
 
 
 def load_config(path: Path, *, option_name: str = "--config") -> RunConfig:
-    """Read a config.yaml. TrainingError where it is missing, not YAML, or not a valid config.
+    """Read a config.yaml.
 
-    option_name: the option that asks for it, for messages.
+    Args:
+        path: the file.
+        option_name: the option that named the file, for messages.
+
+    Raises:
+        TrainingError: the file is missing, not YAML, or not a valid config.
     """
     from cpc_ext.training.yaml_file import YAMLError, read_yaml
 

@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of the examples that it was trained on, to tell when they are others."""
+"""Records of the training examples, kept in checkpoints to detect that the examples have changed."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from cpc_ext.data import SAMPLE_RATE, ImageSet, WaveformSet
 
 __all__ = ["data_record", "described", "differences"]
 
-# Images whose pixels count in a record, evenly spread: all would take as long as a pass over them.
+# Number of images, evenly spread, whose pixels are hashed: all would take as long as a pass over the data.
 _SAMPLED_IMAGES = 256
-# Pieces of the recordings that count in theirs, and samples of each.
+# Number of pieces of the recordings, evenly spread, that are hashed, and the audio samples in each.
 _SAMPLED_PIECES, _PIECE = 256, 4096
-# What a record counts.
+# Entries of a record that are numbers of examples.
 _COUNTS = ("images", "recordings")
 
 
 def data_record(examples: ImageSet | WaveformSet) -> dict[str, Any]:
-    """Number and size of the examples, and digests of their names, their labels, and the content of some of them."""
+    """Return the number and size of the examples, and digests of their names, labels and part of their content."""
     if isinstance(examples, WaveformSet):
         return {
             "recordings": len(examples),
@@ -40,7 +40,7 @@ def data_record(examples: ImageSet | WaveformSet) -> dict[str, Any]:
 
 
 def described(examples: ImageSet | WaveformSet) -> str:
-    """How many examples there are, for a line of a program."""
+    """Return the number of examples, and of minutes for recordings, as text for messages."""
     if isinstance(examples, WaveformSet):
         return f"{len(examples)} recordings ({len(examples.samples) / SAMPLE_RATE / 60:.1f} minutes)"
     return f"{len(examples)} images"
@@ -49,13 +49,13 @@ def described(examples: ImageSet | WaveformSet) -> str:
 def _digest_of_names(names: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for name in names:
-        # A file name may hold bytes that are no text in any encoding.
+        # File names may contain bytes that are not valid text in any encoding.
         digest.update(name.encode(errors="surrogateescape") + b"\0")
     return digest.hexdigest()
 
 
 def _sound(waveforms: WaveformSet) -> str:
-    """A digest of the recordings' lengths and of pieces of them, evenly spread."""
+    """Return a digest of where the recordings start and of evenly spread pieces of them."""
     digest = hashlib.sha256(waveforms.starts.tobytes())
     for start in np.linspace(0, max(len(waveforms.samples) - _PIECE, 0), _SAMPLED_PIECES, dtype=np.int64):
         digest.update(np.ascontiguousarray(waveforms.samples[start : start + _PIECE]).data)
@@ -63,7 +63,7 @@ def _sound(waveforms: WaveformSet) -> str:
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two records, as a reader would say it; nothing where one of them does not have it."""
+    """Return the differences between two records as text; entries that either record lacks are ignored."""
     said = []
     for name, value in then.items():
         if name in now and value != now[name]:
@@ -73,12 +73,12 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
                 said.append(f"images of shape {value} then, {now[name]} now")
             else:
                 said.append(f"other {name}")
-    # All else follows from it.
+    # A different number of examples explains all other differences.
     return said[:1] if any(name in then and name in now and then[name] != now[name] for name in _COUNTS) else said
 
 
 def _pixels(images: ImageSet) -> str:
-    """A digest of the images' number and shape and of some of them, evenly spread."""
+    """Return a digest of the number and shape of the images and of the pixels of evenly spread ones."""
     digest = hashlib.sha256(repr((images.images.shape, [])).encode())
     for index in np.linspace(0, max(len(images) - 1, 0), min(_SAMPLED_IMAGES, len(images)), dtype=np.int64):
         digest.update(np.ascontiguousarray(images.images[index]).data)

@@ -1,4 +1,4 @@
-"""Numbers by which what was computed before is known to be of the same images and weights: all of their bytes count."""
+"""Digests of images and weights, by which cached results are matched to their inputs; they cover every byte."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from cpc_ext.data import ImageSet
 
 __all__ = ["images_digest", "weights_digest"]
 
-# Images that are hashed at a time.
+# Number of images hashed at a time.
 _CHUNK = 256
 
 
 def images_digest(images: ImageSet) -> str:
-    """A number, in hexadecimal, that two image sets share only if all their pixels and labels are equal."""
+    """Return a hexadecimal digest that two image sets share only if all their pixels and labels are equal."""
     digest = hashlib.sha256(f"{images.images.shape}".encode())
     for start in range(0, len(images), _CHUNK):
         digest.update(np.ascontiguousarray(images.images[start : start + _CHUNK]).data)
@@ -27,7 +27,7 @@ def images_digest(images: ImageSet) -> str:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """A number, in hexadecimal, that two models share only if all their weights and buffers are equal."""
+    """Return a hexadecimal digest that two models share only if all their weights and buffers are equal."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())

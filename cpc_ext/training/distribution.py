@@ -1,7 +1,7 @@
-"""Several processes that train one model, as torchrun starts them: which one this is, and how they agree.
+"""Distributed training in several processes, as torchrun starts them: rank, collectives and common decisions.
 
-Each process holds an equal part of every batch. Gradients and what is logged are means over the processes, decisions
-are taken by all alike, and only the main process writes files and talks. A process on its own is the main one of one.
+Each process has an equal part of every batch. Gradients and logged values are means over the processes, all processes
+take the same decisions, and only the main process writes files and prints. A single process is the main process of one.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from cpc_ext.training.errors import TrainingError
 
 __all__ = ["Ranks", "joined_ranks", "lost_contact"]
 
-# How long a process waits for the others in a step before it takes them for dead. One that has really ended is noticed
-# at once, as its connections close.
+# How long a process waits for the others in a step before it takes them for dead. A process that has exited is noticed
+# at once, because its connections close.
 _STEP_TIMEOUT = timedelta(seconds=45)
-# For work that only the main process does, such as drawing samples, and for loading data.
+# Timeout while only the main process works, as when it draws samples, and while data are loaded.
 _PATIENT_TIMEOUT = timedelta(hours=12)
-# How the errors of gloo and NCCL, whose classes differ between versions, speak of a process that is gone.
+# Parts of gloo's and NCCL's error messages about a lost process; their exception classes differ between versions.
 _LOST = ("gloo", "nccl", "by peer", "by remote peer", "timed out", "broken pipe", "tcpstore", "process group")
 
 T = TypeVar("T")
@@ -39,14 +39,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run, as this one sees them.
+    """The processes of a run, as seen from this one.
 
     Attributes:
-        rank: this process, from 0.
+        device: the device of this process.
+        rank: rank of this process, from 0.
         world_size: number of processes.
-        device: where this one computes.
-        pipeline: each process trains a part of the model on whole batches, instead of all of it on a part of each.
-        siblings: the others that the same torchrun started, by their process numbers.
+        pipeline: True if each process trains one part of the model on whole batches, instead of the whole model on a
+            part of each batch.
+        siblings: process IDs of the other processes that the same torchrun started.
     """
 
     device: torch.device
@@ -59,21 +60,21 @@ class Ranks:
 
     @property
     def main(self) -> bool:
-        """Whether this process writes the files."""
+        """True in the main process, which writes the files."""
         return self.rank == 0
 
     @property
     def share(self) -> BatchShare:
-        """This process's part of a batch."""
+        """This process's share of a batch."""
         return BatchShare() if self.pipeline else BatchShare(self.rank, self.world_size)
 
     def say(self, text: str) -> None:
-        """Print, once for all processes."""
+        """Print in the main process only."""
         if self.main:
             print(text, flush=True)
 
     def mean(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Means over the processes that share a batch; without gradient. Does not wait for the device."""
+        """Return means over the processes that share a batch, without gradient. Does not wait for the device."""
         if self.share.world_size == 1:
             return values
         stacked = torch.stack([value.detach().float() for value in values.values()]) / self.world_size
@@ -81,7 +82,7 @@ class Ranks:
         return dict(zip(values, stacked.unbind(), strict=True))
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process."""
+        """Return whether the flag is set in any process."""
         if self.world_size == 1:
             return flag
         flags = torch.tensor(int(flag))
@@ -89,7 +90,7 @@ class Ranks:
         return bool(flags)
 
     def first(self, step: int | None) -> int | None:
-        """The lowest step that any process has; None where none has one."""
+        """Return the lowest step over all processes, or None if no process has one."""
         if self.world_size == 1:
             return step
         none = torch.iinfo(torch.int64).max
@@ -98,9 +99,13 @@ class Ranks:
         return None if int(lowest) == none else int(lowest)
 
     def any_before(self, flag: bool, pending: deque[tuple[Any, Tensor]], delay: int) -> bool:
-        """Whether the flag was set in any process ``delay`` calls ago, so that none has to wait for the others' calls.
+        """Return whether the flag was set in any process ``delay`` calls ago, so that no process waits for the others.
 
-        pending: the calls since, empty before the first; the caller keeps it and waits for what is left in the end.
+        Args:
+            flag: the flag of this call.
+            pending: the calls whose result is not yet used, kept by the caller; empty before the first call. At the end
+                the caller must wait for those that remain.
+            delay: number of calls by which the result lags behind.
         """
         flags = torch.tensor(int(flag))
         pending.append((dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._control, async_op=True), flags))
@@ -111,7 +116,7 @@ class Ranks:
         return bool(flags)
 
     def gather(self, value: T) -> list[T]:
-        """What every process passes, which must pickle, in the order of the ranks, in all of them."""
+        """Return the values of all processes, in the order of ranks, in every process; values must be picklable."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -119,7 +124,7 @@ class Ranks:
         return values
 
     def gather_on_main(self, value: T) -> list[T] | None:
-        """The same in the main process alone; None in the others."""
+        """Return the same as :meth:`gather` in the main process, and None in the others."""
         if self.world_size == 1:
             return [value]
         values: list[Any] | None = [None] * self.world_size if self.main else None
@@ -127,14 +132,14 @@ class Ranks:
         return values
 
     def wait(self) -> None:
-        """Wait until all processes are here, however long it takes them."""
+        """Wait until all processes have called this, with the long timeout."""
         if self.world_size > 1:
             dist.barrier(group=self._patient)
 
     def end_stopped(self) -> None:
-        """End siblings that were stopped (SIGSTOP, a debugger), for when the others end.
+        """Kill siblings that are stopped (SIGSTOP, a debugger) when the other processes end.
 
-        They take no notice of torchrun's SIGTERM, and torchrun would wait 30 s for each before it does this itself.
+        They do not react to torchrun's SIGTERM, and torchrun would wait 30 s for each before it kills them itself.
         """
         for process in self.siblings:
             with suppress(OSError):
@@ -142,9 +147,9 @@ class Ranks:
                     os.kill(process, signal.SIGKILL)
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """What ``action`` returns, which must pickle, in the main process; the others wait for it.
+        """Call ``action`` in the main process while the others wait; return its result, which must pickle, in all.
 
-        Where it raises, the main process does; the others leave without a word, by SystemExit with status 1.
+        If it raises, the main process re-raises, and the others exit silently by SystemExit with status 1.
         """
         if self.world_size == 1:
             return action()
@@ -165,11 +170,13 @@ class Ranks:
 
 @contextmanager
 def joined_ranks(device: str) -> Iterator[Ranks]:
-    """Join the processes that torchrun started; the only one where it did not.
+    """Join the process group that torchrun started; without torchrun, this is the only process.
 
-    device: its name on the command line; of several GPUs each process of a machine takes the one of its number.
+    Args:
+        device: the device's name on the command line. With "cuda", each process takes the GPU of its local rank.
 
-    Raises TrainingError where the processes do not find each other or cannot share that device.
+    Raises:
+        TrainingError: the processes do not find each other, or cannot use that device together.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1 or "RANK" not in os.environ:
@@ -195,12 +202,12 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
     except (RuntimeError, ValueError) as error:
         raise TrainingError(f"the {world_size} processes of this run did not find each other: {error}") from None
     yield Ranks(mine, rank, world_size, siblings=siblings, _control=control, _patient=patient)
-    # Not after an error: taking leave of processes that are gone may wait for them.
+    # Not after an error: destroying the group may wait for processes that are gone.
     dist.destroy_process_group()
 
 
 def _siblings(world_size: int, group: Any) -> tuple[int, ...]:
-    """The other processes of this machine that have the same parent."""
+    """Return the process IDs of the other processes on this machine with the same parent."""
     mine = (platform.node(), os.getppid(), os.getpid())
     found: list[Any] = [None] * world_size
     dist.all_gather_object(found, mine, group=group)
@@ -208,7 +215,7 @@ def _siblings(world_size: int, group: Any) -> tuple[int, ...]:
 
 
 def lost_contact(error: Exception) -> bool:
-    """Whether an error of a step means that another process is gone, not that something is wrong here."""
+    """Return whether an error in a step means that another process is gone, rather than a fault of this one."""
     if not dist.is_initialized() or not isinstance(error, RuntimeError):
         return False
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in _LOST)

@@ -1,6 +1,6 @@
-"""How a run speaks to its user when something is wrong: one exception, printed without a traceback, and warnings.
+"""Errors and warnings for the user of a run: TrainingError, which is printed without a traceback, and :func:`warn`.
 
-Everything else that is raised is a bug and keeps its traceback.
+Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class TrainingError(Exception):
 
 
 class TooFewExamplesError(TrainingError):
-    """The examples do not fill a batch. most: how large one may be."""
+    """The examples do not fill a batch. most: the largest batch size that they fill."""
 
     def __init__(self, message: str, most: int) -> None:
         self.most = most
@@ -36,12 +36,12 @@ class TooFewExamplesError(TrainingError):
 
 
 class EncodingsNotFiniteError(ValueError):
-    """Encodings that are to be measured, and are infinite or NaN."""
+    """Encodings that were to be measured are infinite or NaN."""
 
 
 @contextmanager
 def writing(path: Path, option: str | None = None) -> Iterator[None]:
-    """In the block, what the system says against writing is a TrainingError of the file or folder, and its option."""
+    """Raise an OSError in the block as a TrainingError that names the file or folder and its option."""
     try:
         yield
     except OSError as error:
@@ -50,26 +50,26 @@ def writing(path: Path, option: str | None = None) -> Iterator[None]:
 
 
 def warn(message: str) -> None:
-    """Print a warning, on a line of its own also where a progress bar is being drawn."""
+    """Print a warning on its own line, even while a progress bar is drawn."""
     from tqdm import tqdm
 
     tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def speaker() -> str:
-    """Which of several processes speaks."""
+    """Return a prefix for messages that names this process's rank; empty for a single process."""
     return f"[rank {os.environ.get('RANK', '0')}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
 
 
 @contextmanager
 def unfailing_output() -> Iterator[None]:
-    """In the block, what cannot be printed is lost, and nothing else: the disk of a log may be full, a pipe closed."""
+    """Drop output in the block that cannot be printed, as when a log's disk is full or a pipe is closed."""
     with redirect_stdout(_Unfailing(sys.stdout)), redirect_stderr(_Unfailing(sys.stderr)):
         yield
 
 
 class _Unfailing:
-    """A text stream that takes no notice of errors of the one that it writes to."""
+    """A text stream that ignores the errors of the stream that it writes to."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

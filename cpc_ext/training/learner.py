@@ -1,7 +1,7 @@
-"""A part of a model that learns by a loss of its own: its backward pass, optimizer, loss scaling and gradient norm.
+"""The training step of a part that learns by its own loss: backward pass, optimizer, loss scaling and gradient norm.
 
-Most models are one such part. Where there are several, none of these is shared, so that what one part does in a step
-depends on the others by nothing but the features it gets.
+Most models have one part. Several parts share none of these, so that a part's step depends on the other parts only
+through the features that it gets.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from cpc_ext.training.task import Handover
 
 __all__ = ["Learner"]
 
-# A loss scale that no gradients need: those that still overflow are not finite themselves.
+# If gradients still overflow below this loss scale, they are not finite themselves.
 _LEAST_SCALE = 2.0**-16
 
 
 class Learner:
-    """One part of a task, see :meth:`cpc_ext.training.task.Task.parts`.
+    """Trains one part of a task, see :meth:`cpc_ext.training.task.Task.parts`.
 
     Attributes:
-        index: its place among the parts.
-        part: the module, without what wraps it for several processes.
-        parameters: those that it trains.
+        index: index of the part.
+        part: the module, without the wrapper for several processes.
+        parameters: the parameters that are trained.
     """
 
     def __init__(self, index: int, part: nn.Module, config: RunConfig, ranks: Ranks) -> None:
@@ -48,7 +48,8 @@ class Learner:
         self._scaler = grad_scaler(device, config.compute.precision)
         self._run: nn.Module = part
         if ranks.share.world_size > 1:
-            # Buffers are masks, and the running statistics of batch norm, which nothing in training reads.
+            # Buffers need no synchronisation: they are masks, and running statistics of batch norm that training does
+            # not read.
             known = inspect.signature(DistributedDataParallel).parameters
             name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             unshared: dict[str, Any] = {name: False}
@@ -64,11 +65,12 @@ class Learner:
         learning_rate: float,
         guard: FiniteGuard,
     ) -> tuple[dict[str, Tensor], Handover]:
-        """Forward, backward, and an update of the parameters.
+        """Run forward and backward passes and update the parameters.
 
-        Nothing here waits for the device, but in fp16 for an optimizer that is not fused, see :func:`optimizer_of`.
+        Waits for the device only in fp16 with an optimizer that is not fused, see :func:`optimizer_of`.
 
-        Returns the step's scalars, means over the processes that share the batch, and what the next part gets.
+        Returns:
+            The step's scalars, averaged over the processes that share the batch, and the input of the next part.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
@@ -84,23 +86,23 @@ class Learner:
             clip_grads_with_norm_(self.parameters, limit, norm)
         self._scaler.step(self._optimizer)
         self._scaler.update()
-        # Loss scaling finds its factor by overflowing now and then; such gradients are expected and not applied.
+        # With loss scaling, gradients overflow now and then by design and are not applied, so the norm is not watched.
         guard.watch(step, values["loss"], *([] if self._scaler.is_enabled() else [norm]))
         return {**values, "grad_norm": norm}, handed
 
     @property
     def diverged(self) -> bool:
-        """Whether loss scaling has found no factor that gradients do not overflow with; waits for the device."""
+        """True if gradients overflow even at the smallest useful loss scale; waits for the device."""
         return self._scaler.is_enabled() and self._scaler.get_scale() < _LEAST_SCALE
 
     def state_dict(self) -> dict[str, Any]:
         return {"optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``. An exception, of nearly any type, where it is not of this part."""
+        """Restore ``state``. Raises an exception, of nearly any type, if it is not a state of this part."""
         self._optimizer.load_state_dict(state["optimizer"])
         for group in self._optimizer.param_groups:
-            # Those of this run, on this device.
+            # Keep this run's options, such as the weight decay, and those of this device, such as fused.
             group.update(self._optimizer.defaults)
         for parameter, values in self._optimizer.state.items():
             for name, value in values.items():

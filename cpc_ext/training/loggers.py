@@ -1,7 +1,7 @@
-"""Where a run's metrics, config and figures go besides its own files: TensorBoard, Weights & Biases, MLflow.
+"""Loggers that take a run's metrics, config and figures besides its own files: TensorBoard, Weights & Biases, MLflow.
 
-A logger takes what the run log hands on and may raise whatever its library raises; :class:`RunLog` goes on without one
-that fails. Libraries are imported where they are used.
+:class:`RunLog` calls the loggers. A logger may raise whatever its library raises; RunLog then goes on without it. Each
+library is imported only where it is used.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from cpc_ext.training.run_dir import RunDir
 
 __all__ = ["Logger", "check_loggers", "logger_title", "open_logger"]
 
-# What runs are listed under, where a program lists runs of several projects.
+# Project or experiment name under which Weights & Biases and MLflow list the runs.
 _PROJECT = "cpc_ext"
-# The file of a program's folder that tells what the run is called there.
+# File in a logger's folder that holds the logger's ID of the run.
 _RUN_ID = "run-id"
 
 
 class Logger(ABC):
-    """One of the places.
+    """Base class of the loggers.
 
     Args:
         run: the run's folder.
-        after_step: the step that the run goes on from; 0 for a new one.
+        after_step: the step that the run is resumed from; 0 for a new run.
     """
 
-    # What is imported, what that needs beside it, what pip installs it by, and what the logger writes, for messages.
+    # The module to import, further modules that it needs, the name for pip, and what the logger writes, for messages.
     library: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
     package: ClassVar[str]
@@ -48,40 +48,40 @@ class Logger(ABC):
 
     @abstractmethod
     def config(self, config: RunConfig) -> None:
-        """What determines the run."""
+        """Log the run's config."""
 
     @abstractmethod
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers of a step, by names such as train/loss."""
+        """Log the scalars of a step, by names such as train/loss."""
 
     @abstractmethod
     def image(self, step: int, name: str, path: Path) -> None:
-        """A PNG file of the run."""
+        """Log a PNG file of the run."""
 
     def flush(self) -> None:  # noqa: B027 - some write at once.
-        """Bring what was logged to the disk."""
+        """Write buffered entries to disk."""
 
     @abstractmethod
     def close(self, *, complete: bool) -> None:
-        """End. complete: whether the run is, too; else it stopped, or will go on."""
+        """Close the logger. complete: True if the run is complete, False if it stopped and may be resumed."""
 
 
 class TensorBoardLogger(Logger):
-    """Events in the run's folder ``tensorboard``."""
+    """Writes TensorBoard events into the run's folder ``tensorboard``."""
 
     library = "torch.utils.tensorboard"
     package = "tensorboard"
     title = "TensorBoard events"
 
     def __init__(self, run: RunDir, *, after_step: int) -> None:
-        # It hides what an earlier process logged from purge_step on.
+        # TensorBoard hides what an earlier process logged from purge_step on.
         self._writer = import_module(self.library).SummaryWriter(
             str(run.tensorboard), purge_step=after_step and after_step + 1
         )
         self._first = after_step
 
     def config(self, config: RunConfig) -> None:
-        # Markdown: what is indented is shown as it is.
+        # TensorBoard renders Markdown, which shows indented lines verbatim.
         text = "\n".join(f"    {line}" for line in config.to_yaml().splitlines())
         self._writer.add_text("config", text, self._first)
 
@@ -104,9 +104,9 @@ class TensorBoardLogger(Logger):
 
 
 class WandbLogger(Logger):
-    """A run of Weights & Biases in the run's folder ``wandb``, for ``wandb sync``; WANDB_MODE=online sends it at once.
+    """Writes a run of Weights & Biases into the run's folder ``wandb``.
 
-    A run that goes on is the same one there.
+    ``wandb sync`` uploads it; WANDB_MODE=online does so at once. A resumed run keeps its ID there.
     """
 
     library = "wandb"
@@ -124,7 +124,7 @@ class WandbLogger(Logger):
             id=identity or _remember(run, self.library, secrets.token_hex(4)),
             dir=str(run.path),
             mode=mode,
-            # The run prints enough by itself.
+            # The training program has its own output.
             settings=self._wandb.Settings(console="off", silent=True),
             **more,
         )
@@ -143,10 +143,10 @@ class WandbLogger(Logger):
 
 
 class MLflowLogger(Logger):
-    """A run of MLflow in the run's folder ``mlflow``, or where MLFLOW_TRACKING_URI says.
+    """Writes a run of MLflow into the run's folder ``mlflow``, or to MLFLOW_TRACKING_URI.
 
-    A run that goes on is the same one there. MLflow forgets nothing: steps after the checkpoint that a killed run goes
-    on from are there twice.
+    A resumed run keeps its ID there. MLflow keeps every logged step: after a run is killed and resumed, the steps after
+    its checkpoint appear twice.
     """
 
     library = "mlflow"
@@ -159,7 +159,7 @@ class MLflowLogger(Logger):
         place = os.environ.get("MLFLOW_TRACKING_URI")
         if place is None:
             run.mlflow.mkdir(exist_ok=True)
-            # It takes folders of plain files no more.
+            # MLflow no longer supports tracking in plain files.
             place = f"sqlite:///{(run.mlflow / 'mlflow.db').resolve()}"
         self._client = self._mlflow.MlflowClient(tracking_uri=place)
         identity = _identity(run, self.library) if after_step else None
@@ -175,7 +175,7 @@ class MLflowLogger(Logger):
 
     def config(self, config: RunConfig) -> None:
         entities = self._mlflow.entities
-        if self._new:  # They cannot be changed.
+        if self._new:  # MLflow's parameters cannot be changed later.
             tree = config.model_dump(mode="json")
             values = [entities.Param(name, json.dumps(value)) for name, value in _flat(tree)]
             self._client.log_batch(self._id, params=values)
@@ -207,17 +207,17 @@ _KINDS: dict[str, type[Logger]] = {
 
 
 def open_logger(name: str, run: RunDir, *, after_step: int) -> Logger:
-    """The logger of this name. It raises whatever its library raises."""
+    """Open the logger of this name. Raises whatever its library raises."""
     return _KINDS[name](run, after_step=after_step)
 
 
 def logger_title(name: str) -> str:
-    """What the logger of this name writes, for messages."""
+    """Return what the logger of this name writes, for messages."""
     return _KINDS[name].title
 
 
 def check_loggers(names: Iterable[str]) -> None:
-    """TrainingError where the library of one is missing or broken."""
+    """Raise TrainingError if a logger's library is missing or cannot be imported."""
     for name in names:
         for library in (_KINDS[name].library, *_KINDS[name].needs):
             _check(name, library)
@@ -231,14 +231,14 @@ def _check(name: str, library: str) -> None:
             f"--logger {name} needs a library that is not installed ({error}): pip install {_KINDS[name].package}"
         ) from None
     except Exception as error:
-        # What a library raises that fits those beside it badly is anybody's guess.
+        # A library that does not fit the versions of its dependencies may raise anything.
         raise TrainingError(
             f"--logger {name}: {library} is installed but cannot be imported: {type(error).__name__}: {error}"
         ) from None
 
 
 def _flat(tree: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    """The options of a config's dump, by section and name."""
+    """Yield the options of a config's dump as pairs of "section.name" and value."""
     for section, values in tree.items():
         if isinstance(values, dict):
             yield from ((f"{section}.{name}", value) for name, value in values.items())
@@ -247,7 +247,7 @@ def _flat(tree: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
 
 
 def _identity(run: RunDir, program: str) -> str | None:
-    """What the run is called by a program that it was logged to before; None where it was not."""
+    """Return the ID that a logger gave the run earlier, or None if the run was not logged there."""
     try:
         return (run.path / program / _RUN_ID).read_text(encoding="utf-8").strip() or None
     except (OSError, UnicodeDecodeError):

@@ -1,8 +1,8 @@
 """The training loop: steps, learning rate, logging and checkpoints for any task.
 
-The host only ever waits for the device where something is logged or saved. There it also learns whether a value was
-not finite, so that neither a log line nor a checkpoint is made of such values without its knowledge. Several processes
-take the same steps; what is measured is averaged over them at once, so that all decide alike.
+The host waits for the device only where it logs, observes or saves, and in fp16 for optimizers that are not fused.
+Before it logs or saves it checks for values that are not finite, so that none gets into a log line or a checkpoint
+unnoticed. Several processes take the same steps and average their measurements at once, so that all decide alike.
 """
 
 from __future__ import annotations
@@ -42,30 +42,30 @@ __all__ = ["Trainer"]
 
 T = TypeVar("T")
 
-# When a run is asked whether it learns anything: after a twentieth of its steps, within these bounds.
+# A run is checked once for not learning: after a twentieth of its steps, clamped to these bounds.
 _ASKED = (200, 2000)
-# From how many hours on a run without a GPU is warned of.
+# A run without a GPU that is expected to take at least this many hours causes a warning.
 _HOURS = 1.0
-# What the progress bar has room for, among what is logged.
+# The logged scalars that the progress bar shows.
 _SHOWN = ("loss", "accuracy", "bits_per_dim")
 
 
 class Trainer:
-    """One run of a task, from its first step or from a checkpoint's.
+    """Runs a task from its first step or from a checkpoint.
 
-    With several processes every one makes a trainer of an equal task. Batch norm takes its statistics of all of a batch
-    on CUDA; elsewhere, where PyTorch cannot, of each process's part.
+    With several processes, each creates a trainer of the same task. On CUDA, batch norm then computes its statistics
+    over the whole batch; on the CPU, where PyTorch cannot do that, over each process's part of it.
 
     Attributes:
-        step: updates done.
-        total_steps: updates of the whole run.
-        seconds: time spent in steps so far, over all resumed parts.
+        step: number of updates done.
+        total_steps: number of updates in the whole run.
+        seconds: time spent in steps so far, including those before the run was resumed.
         last_metrics: the last logged record.
-        mean_batch: examples of a batch, of all processes, in the mean.
+        mean_batch: mean number of examples in a batch, over all processes.
 
     Raises:
-        TooFewExamplesError: a batch larger than the data set.
-        TrainingError: a batch that the processes cannot share equally, or examples that make none.
+        TooFewExamplesError: the batch is larger than the data set.
+        TrainingError: the processes cannot share a batch equally, or the examples do not make one.
     """
 
     def __init__(self, task: Task, config: RunConfig, run: RunDir, ranks: Ranks) -> None:
@@ -114,9 +114,10 @@ class Trainer:
         self.last_metrics: dict[str, float] = {}
 
     def timed_steps(self) -> Callable[[int], float]:
-        """What takes that many steps, waits until they are done, and tells the seconds of the slowest process.
+        """Return a function that takes the given number of steps and returns the seconds of the slowest process.
 
-        For measuring: the trainer has no length then, writes nothing, and is of no other use after it.
+        The function waits for the device. This is for measuring only: the trainer has no last step any more, writes
+        nothing, and must not be used to train afterwards.
         """
         self._task.model.train()
         self.total_steps = sys.maxsize
@@ -134,14 +135,17 @@ class Trainer:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Size of a checkpoint: parameters and buffers, Adam's two moments of each parameter, the task's own state."""
+        """Size of a checkpoint in bytes: parameters, buffers, Adam's two moments per parameter, the task's state."""
         trained = [parameter for part in self._parts.modules for parameter in part.parameters()]
         tensors = [*trained, *trained, *self._task.model.state_dict().values()]
         tensors += [value for value in self._task.state_dict().values() if isinstance(value, Tensor)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint. TrainingError where it does not fit this run, or is of other examples."""
+        """Resume from a checkpoint.
+
+        Raises TrainingError if it does not fit this run, or if the run was trained on other examples so far.
+        """
         with self._fitting():
             self._check_data(state)
             load_weights(self._task.model, state["model"])
@@ -162,13 +166,13 @@ class Trainer:
             )
 
     def take_weights(self, state: dict[str, Any]) -> None:
-        """Give the model the weights of a checkpoint and nothing else. TrainingError where they do not fit this run."""
+        """Load only the model's weights from a checkpoint. Raises TrainingError if they do not fit this run."""
         with self._fitting():
             load_weights(self._task.model, state["model"])
 
     @contextmanager
     def _fitting(self) -> Iterator[None]:
-        """An error in the block means that the checkpoint does not fit this run: TrainingError."""
+        """Raise errors in the block as a TrainingError that says that the checkpoint does not fit this run."""
         try:
             yield
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
@@ -176,13 +180,13 @@ class Trainer:
             raise TrainingError(f"--resume: {self._run.checkpoint} does not fit this run: {reason}") from None
 
     def _check_data(self, state: dict[str, Any]) -> None:
-        """TrainingError where the examples are others than those that the run was trained on so far."""
-        # A checkpoint of before there was a record knows their number.
+        """Raise TrainingError if the examples changed since the checkpoint; warn if only their decoded content did."""
+        # Checkpoints from before the record was introduced hold only the number of examples.
         then = state.get("data") or {"images": state["sampler"]["count"]}
         changed = differences(then, self._data)
         said = f"the data changed since step {state['step']} was saved: {', '.join(changed)}"
         if changed in (["other pixels"], ["other sound"]):
-            # Also another version of the decoder makes others of the same files.
+            # Another version of the decoder may decode the same files differently.
             if self._ranks.main:
                 warn(f"--resume: {said}")
         elif changed:
@@ -192,18 +196,21 @@ class Trainer:
             )
 
     def train(self, log: RunLog | None, stop: StopRequest, *, forecast: bool = False) -> None:
-        """Run to the last step, or to the one in which ``stop`` is set in any process; then save.
+        """Train to the last step, or until ``stop`` is set in any process; then save.
 
-        log: of the main process; None in the others.
-        forecast: after the first steps warn of a run that takes hours without a GPU.
+        Args:
+            log: the run's log in the main process, None in the others.
+            stop: the request to stop, which is checked between steps.
+            forecast: warn after the first steps if the run will take hours without a GPU.
 
-        Raises TrainingError where a loss or gradient is not finite, with the checkpoints before that as they were, and
-        where the last step cannot be saved.
+        Raises:
+            TrainingError: a loss, gradient or parameter is not finite, in which case earlier checkpoints are kept; or
+                the last step cannot be saved.
         """
         options = self._config.output
         self._task.model.train()
         if self.step == 0:
-            # From here on there is something to resume, and the disk has proved to take a checkpoint.
+            # Save at once: the run can then be resumed from any point, and a disk that takes no checkpoint fails now.
             state = self._state()
             self._ranks.on_main(lambda: self._save_first(state))
             self._saved_step = 0
@@ -215,7 +222,7 @@ class Trainer:
         asked = self.step >= asked_at
         first = FirstSteps() if forecast and self._ranks.main and self._device.type == "cpu" else None
         self._start_clock()
-        # Where the bar is not redrawn but written line after line, a few lines a minute are enough.
+        # Outside a terminal every update of the bar is a new line, and a few lines a minute are enough.
         interval = 0.2 if sys.stderr.isatty() else 10
         with tqdm(
             total=self.total_steps,
@@ -248,7 +255,7 @@ class Trainer:
                     self._save(log, complete_interval=True)
             error = None
             if self._saved_step != self.step:
-                # Where that failed a moment ago, there may be room again.
+                # Try again even if a save at this step has just failed: the disk may have room by now.
                 error = self._save(log, complete_interval=False)
         if error is not None:
             if not self._ranks.main:
@@ -259,7 +266,7 @@ class Trainer:
         self._parts.finish()
 
     def on_disk(self) -> str:
-        """What there is of the run, and how to go on with it."""
+        """Return a message that says which checkpoint is on disk and how to resume from it."""
         if not self._run.checkpoint.is_file():
             gone = "is gone" if not self._run.path.is_dir() else "holds no checkpoint any more"
             return f"{self._run.path} {gone}, and with it the training"
@@ -282,7 +289,7 @@ class Trainer:
             yield from self._sampler
 
     def _update(self, batch: np.ndarray, fetch: Fetcher) -> None:
-        """One step; it waits for the device no more than a learner's update."""
+        """Take one step; it waits for the device only where :meth:`Learner.update` does."""
         self.step += 1
         measured = self._parts.update(
             self.step,
@@ -311,7 +318,7 @@ class Trainer:
         means = self._parts.means(self._since_log)
         self._since_log.reset()
         self._check_finite(parameters=False)
-        # What else is not finite is the norm of gradients that overflowed in fp16, for which JSON has no numbers.
+        # Now only the norm of gradients that overflowed in fp16 can still be infinite or NaN, which JSON cannot hold.
         means = {name: value for name, value in means.items() if math.isfinite(value)}
         self._stop_clock()
         examples = (self.step - self._logged_step) * self.mean_batch
@@ -331,7 +338,7 @@ class Trainer:
         bar.set_postfix({**shown, f"{self._task.unit}/s": f"{speed:.0f}"}, refresh=False)
 
     def _warn_of_hours(self, pace: float) -> None:
-        """Say how long the run takes at this many seconds a step, where that is not what one waits for."""
+        """Warn if the run takes hours at this pace, in seconds per step."""
         hours = pace * self.total_steps / 3600
         if hours >= _HOURS:
             warn(
@@ -340,13 +347,13 @@ class Trainer:
             )
 
     def _warn_of_trouble(self) -> None:
-        """Say where the last line of the log, and the encodings, are those of a run that learns nothing."""
+        """Warn if the task finds, from the last logged means and the model, that the run learns nothing."""
         trouble = self._looked(lambda: self._task.trouble(self.last_metrics))
         if trouble is not None and self._ranks.main:
             warn(f"step {self.step} of {self.total_steps}: {trouble}")
 
     def _observe(self, log: RunLog | None) -> None:
-        """Log what the task finds when it looks at the model; that is no part of the time spent in steps."""
+        """Log the results of the task's :meth:`Task.observe`; this does not count as time spent in steps."""
 
         def observe() -> None:
             assert log is not None  # The main process has one.
@@ -363,7 +370,10 @@ class Trainer:
         self._looked(observe)
 
     def _looked(self, look: Callable[[], T]) -> T:
-        """What the main process finds when it looks at the model, in time that is not counted."""
+        """Call ``look`` in the main process, with the model in evaluation mode and the clock stopped.
+
+        Returns its result in all processes.
+        """
         self._stop_clock()
         if self._ranks.pipeline:
             self._parts.bring_weights()
@@ -374,11 +384,11 @@ class Trainer:
         return found
 
     def _save(self, log: RunLog | None, *, complete_interval: bool) -> str | None:
-        """Write the last checkpoint, and let it be the best one too if its interval's mean loss is the lowest.
+        """Write the last checkpoint, and make it the best one too if its interval's mean loss is the lowest so far.
 
-        An interval cut short by a stop does not count: a mean over few steps is low by luck.
+        An interval cut short by a stop does not count, because a mean over few steps can be low by chance.
 
-        Returns, in all processes, why that could not be done, which a warning says as well; None where it was.
+        Returns, in all processes, the reason why saving failed, which a warning also gives, or None if it succeeded.
         """
         self._stop_clock()
         self._check_finite(parameters=True)
@@ -396,14 +406,15 @@ class Trainer:
         return error
 
     def _write(self, log: RunLog | None, state: dict[str, Any], *, best: bool) -> str | None:
-        """The writing itself, in the main process."""
+        """Write the checkpoint; called in the main process. Returns the reason if that fails, as :meth:`_save` does."""
         assert log is not None
-        # A checkpoint never knows of logged steps that are not on the disk.
+        # Sync first, so that every step that the checkpoint counts as logged is on disk.
         log.sync()
         try:
             if best:
-                # First, as after a kill in between the run finds its best interval again; a last checkpoint that is
-                # written first would know of a best one that is not there.
+                # Write the best checkpoint first. After a kill in between, the resumed run repeats the interval and
+                # finds it best again. In the other order, the last checkpoint would record a best loss whose
+                # checkpoint does not exist.
                 save_checkpoint(self._run.best, state)
                 replace_with_link(self._run.best, self._run.checkpoint)
             else:
@@ -414,7 +425,7 @@ class Trainer:
         return None
 
     def _check_finite(self, *, parameters: bool) -> None:
-        """Stop where a loss or gradient since the start, or a parameter now, is not finite."""
+        """Raise TrainingError if a loss or gradient since the start was not finite; ``parameters``: check them too."""
         step = self._guard.first_bad_step()
         if step is None and any(learner.diverged for learner in self._parts.learners):
             step = self.step
@@ -447,8 +458,8 @@ class Trainer:
         )
 
     def _state(self) -> dict[str, Any]:
-        """All that a checkpoint holds; complete in the main process. All processes call it."""
-        learned = self._parts.state_dict(self._meters)  # In a pipeline it brings the weights of all parts.
+        """Return the contents of a checkpoint, complete in the main process only. All processes must call it."""
+        learned = self._parts.state_dict(self._meters)  # In a pipeline this also collects the weights of all parts.
         return {
             "step": self.step,
             "config": self._config.model_dump(mode="json"),
@@ -466,10 +477,13 @@ class Trainer:
         }
 
     def _carried(self) -> dict[str, Tensor]:
-        """What the task carries from step to step, of all of the batch in the main process. All processes call it."""
+        """Return what the task carries from step to step, in the main process for the whole batch.
+
+        All processes must call it.
+        """
         together: dict[str, Tensor] = {}
         mine = {name: rows.cpu() for name, rows in self._task.carried().items()}
-        # Each process of a pipeline has names of its own.
+        # In a pipeline the names differ between processes.
         for found in self._ranks.gather_on_main(mine) or []:
             for name, rows in found.items():
                 together[name] = torch.cat([together[name], rows]) if name in together else rows
@@ -479,7 +493,7 @@ class Trainer:
         self._started = time.perf_counter()
 
     def _stop_clock(self) -> None:
-        """Count the time since the clock started, or was last read, as training."""
+        """Add the time since the clock was started or last read to the training time."""
         now = time.perf_counter()
         self.seconds += now - self._started
         self._started = now
@@ -487,7 +501,7 @@ class Trainer:
 
 @contextmanager
 def _measuring(bar: tqdm[NoReturn]) -> Iterator[None]:
-    """The bar says, in the block, why it stands still; where it is written line after line, no line is spent on it."""
+    """Let the progress bar show "measuring ..." during the block; outside a terminal this prints no line of its own."""
     redrawn = sys.stderr.isatty()
     bar.set_description("measuring ...", refresh=redrawn)
     yield

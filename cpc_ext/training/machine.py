@@ -1,6 +1,6 @@
-"""What this machine computes on, asked without PyTorch: importing it takes seconds that no help text should cost.
+"""Detection of this machine's devices without PyTorch, whose import would delay every help text by seconds.
 
-The answers are those that PyTorch would give. Where it is imported anyway, or nothing else tells, it is asked itself.
+The answers are those that PyTorch would give. If PyTorch is already imported, or there is no other source, it is used.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from typing import Literal
 __all__ = ["check_device_name", "default_device", "default_precision"]
 
 _DEVICE_NAME = re.compile(r"(cpu|cuda|mps)(:\d)?")
-# The driver's number for CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR.
+# CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR of the CUDA driver API.
 _CAPABILITY_MAJOR = 75
 # The first compute capability with instructions for bfloat16.
 _BF16_CAPABILITY = 8
 
 
 def default_device() -> str:
-    """The accelerator of this machine, else "cpu"."""
+    """Return the accelerator of this machine, "cuda" or "mps", or "cpu" if there is none."""
     return "cuda" if _cuda_capability() else "mps" if _has_mps() else "cpu"
 
 
 def default_precision(device: str) -> Literal["bf16", "fp32"]:
-    """ "bf16" where the device has instructions for it (emulated, it is slower than fp32), else "fp32"."""
+    """Return "bf16" if the device has instructions for it (emulated, it is slower than fp32), else "fp32"."""
     kind = device.partition(":")[0]
     native = (kind == "cuda" and _cuda_capability() >= _BF16_CAPABILITY) or (kind == "cpu" and _cpu_has_bf16())
     return "bf16" if native else "fp32"
 
 
 def check_device_name(name: str) -> str:
-    """The name itself. ValueError where it is not one that PyTorch knows; whether the device is there, is not asked."""
+    """Return the name; raise ValueError if PyTorch knows no such device name. The device need not exist."""
     if not _DEVICE_NAME.fullmatch(name):
         import torch
 
@@ -50,7 +50,7 @@ def check_device_name(name: str) -> str:
 
 @cache
 def _cuda_capability() -> int:
-    """The major compute capability of the first CUDA device, 0 where PyTorch has none to compute on."""
+    """Return the major compute capability of the CUDA device, or 0 if PyTorch has none to compute on."""
     if "torch" not in sys.modules:
         version = _torch_version()
         if version.cuda is None and version.hip is None:
@@ -62,12 +62,12 @@ def _cuda_capability() -> int:
     if not torch.cuda.is_available():
         return 0
     if torch.version.hip is not None:
-        return _BF16_CAPABILITY  # As PyTorch takes it.
+        return _BF16_CAPABILITY  # PyTorch takes bf16 to be supported on ROCm.
     return torch.cuda.get_device_properties(torch.cuda.current_device()).major
 
 
 def _torch_version() -> ModuleType:
-    """The module ``torch.version``, which stands by itself, without the package around it."""
+    """Load the module ``torch.version`` by itself, without importing the package."""
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None:
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
@@ -80,7 +80,7 @@ def _torch_version() -> ModuleType:
 
 
 def _driver_capability(*, built_for: int) -> int:
-    """:func:`_cuda_capability` as the driver says it, for a PyTorch that was built for this major version of CUDA."""
+    """Ask the driver for :func:`_cuda_capability`, for a PyTorch that was built for this major version of CUDA."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

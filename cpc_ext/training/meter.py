@@ -1,6 +1,6 @@
-"""Means of what the steps measure, kept on the training device so that no step waits for it.
+"""Means of the steps' scalars, accumulated on the training device so that no step waits for it.
 
-Between log lines values are only added up there; reading a mean is the one point where the host waits.
+The host waits for the device only when it reads a mean.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Meter:
         self.count = 0
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Count one step's values: scalars on the device, the same names each time."""
+        """Add one step's values: scalars on the device, with the same names in every step."""
         for name, value in values.items():
             value = value.detach().float()
             # Not in place: under torch.compile with CUDA graphs the value's memory is reused by the next step.
@@ -30,7 +30,7 @@ class Meter:
         self.count += 1
 
     def means(self) -> dict[str, float]:
-        """Mean of every name since the last reset; waits for the device. Empty where nothing was counted."""
+        """Return each name's mean since the last reset, or an empty dict if nothing was added; waits for the device."""
         if not self.count:
             return {}
         return dict(zip(self._sums, (torch.stack(list(self._sums.values())) / self.count).tolist(), strict=True))
@@ -43,7 +43,7 @@ class Meter:
         return {"sums": dict(self._sums), "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``. KeyError, TypeError, AttributeError or RuntimeError where it is none."""
+        """Restore ``state``. Raises KeyError, TypeError, AttributeError or RuntimeError if it is not of a meter."""
         if type(state["count"]) is not int or state["count"] < 0:
             raise TypeError(f"expected a number of steps, got {state['count']!r}")
         self._sums = {name: value.to(self._device, torch.float32).reshape(()) for name, value in state["sums"].items()}
@@ -61,6 +61,6 @@ class FiniteGuard:
         self._first = torch.where(finite | (self._first >= 0), self._first, step)
 
     def first_bad_step(self) -> int | None:
-        """The step, or None while all was finite; waits for the device."""
+        """Return the first step with such a value, or None if there is none; waits for the device."""
         step = int(self._first)
         return None if step < 0 else step

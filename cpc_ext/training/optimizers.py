@@ -1,4 +1,4 @@
-"""What updates the weights of a run: Adam, SGD with momentum, and LARS, as the options name them."""
+"""The optimizers of a run: Adam, AdamW, SGD with momentum, and LARS."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ __all__ = ["LARS", "optimizer_of"]
 def optimizer_of(
     parameters: Sequence[torch.nn.Parameter], options: OptimizationSection, device: torch.device
 ) -> torch.optim.Optimizer:
-    """The optimizer that the options ask for.
+    """Return the optimizer that the options ask for.
 
-    Fused ones skip overflowed steps of fp16 on the device. LARS is not fused, nor is any on devices other than CPUs and
-    CUDA's: with these PyTorch's GradScaler reads on the host in every step of fp16 whether it overflowed, and so waits.
+    Fused optimizers skip overflowed fp16 steps on the device. LARS is never fused, and no optimizer is on devices other
+    than the CPU and CUDA; with those, PyTorch's GradScaler waits for the device in every fp16 step to read on the host
+    whether it overflowed.
     """
     fused = device.type in ("cpu", "cuda")
     if options.optimizer == "lars":
@@ -29,7 +30,7 @@ def optimizer_of(
             parameters, options.lr, momentum=options.momentum, weight_decay=options.weight_decay, fused=fused
         )
         if options.momentum:
-            # PyTorch leaves what is in memory as the first velocity where the first step overflows in fp16.
+            # If the first fp16 step overflows, PyTorch would leave the momentum buffers uninitialised.
             for parameter in parameters:
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
@@ -39,19 +40,19 @@ def optimizer_of(
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (You et al. 2017, arXiv 1708.03888, algorithm 1), by which SimCLR is trained.
+    """Layer-wise adaptive rate scaling (You et al. 2017, arXiv 1708.03888, algorithm 1), with which SimCLR is trained.
 
-    A weight w with gradient g moves by ``v ← m v + η |w| / (|g| + β |w|) · (g + β w)`` and ``w ← w - lr v``, so that
-    large batches can have large rates: the length of a layer's step follows that of its weights. Biases and the scales
-    of norms, all that has fewer than two dimensions, move by momentum alone and do not decay, as in SimCLR. Where a
-    weight or its gradient is zero the factor is 1.
+    A weight w with gradient g is updated by ``v ← m v + η |w| / (|g| + β |w|) · (g + β w)`` and ``w ← w - lr v``. The
+    norm of a layer's step is thus proportional to the norm of its weights, which allows large learning rates for large
+    batches. Parameters with fewer than two dimensions (biases, scales of norms) get plain SGD with momentum and no
+    weight decay, as in SimCLR. If a weight or its gradient is zero, the factor η |w| / (|g| + β |w|) is replaced by 1.
 
     Args:
-        params: as of any optimizer.
-        lr: of all layers.
+        params: as for any optimizer.
+        lr: learning rate of all layers.
         momentum: m.
         weight_decay: β.
-        trust: η, the length of a layer's step in units of that of its weights, at a rate of 1.
+        trust: η, the norm of a layer's step relative to the norm of its weights, at a learning rate of 1.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update. closure: computes the loss again, which is returned."""
+        """Take one step. closure: recomputes the loss, which is then returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

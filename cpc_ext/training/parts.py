@@ -1,6 +1,7 @@
-"""The parts of a model in a step: each learns by a loss of its own, on what the one before it has made.
+"""The training step over a model's parts, each of which learns by its own loss on the output of the part before it.
 
-Of several processes each trains all parts on its share of a batch; in a pipeline, see there, each trains one.
+Each process trains all parts on its share of the batch; with :class:`~cpc_ext.training.pipeline.Pipeline` each process
+trains one part on whole batches.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Parts:
 
     Attributes:
         modules: the parts, first to last, see :meth:`cpc_ext.training.task.Task.parts`.
-        learners: of those parts that this process trains.
+        learners: one for each part that this process trains.
     """
 
     def __init__(self, task: Task, config: RunConfig, ranks: Ranks) -> None:
@@ -36,7 +37,7 @@ class Parts:
 
     @property
     def losses(self) -> list[str]:
-        """What the losses of this process are called among the scalars of :meth:`update`."""
+        """Names of this process's losses among the scalars of :meth:`update`."""
         return [self._named("loss", learner.index) for learner in self.learners]
 
     def update(
@@ -49,9 +50,18 @@ class Parts:
         learning_rate: float,
         guard: FiniteGuard,
     ) -> dict[str, Tensor]:
-        """An update of every part on the batch of these indices; it waits for the device no more than a learner's.
+        """Update every part once; waits for the device only where :meth:`Learner.update` does.
 
-        Returns the scalars of the parts that this process trains.
+        Args:
+            step: number of the update.
+            batch: int64 [B], the indices of the batch's examples.
+            fetch: returns the examples and labels of indices.
+            streams: the run's random numbers.
+            learning_rate: of this update.
+            guard: watches the losses and gradients for values that are not finite.
+
+        Returns:
+            The scalars of the parts that this process trains.
         """
         labels = fetch.labels(batch)
         handed = self._take(batch, fetch)
@@ -63,7 +73,7 @@ class Parts:
         return measured
 
     def means(self, meter: Meter) -> dict[str, float]:
-        """A meter's means of all parts, and where there are several also over them, which come first."""
+        """Return a meter's means for all parts; with several parts, the means over the parts come first."""
         means = self._gathered(meter.means())
         count = len(self.modules)
         if count == 1:
@@ -73,11 +83,11 @@ class Parts:
         return over_parts | means
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag was set in any process; all are told the same before the same step."""
+        """Return whether the flag was set in any process; all processes get the same answer before the same step."""
         return self._ranks.any(flag)
 
     def state_dict(self, meters: dict[str, Meter]) -> dict[str, Any]:
-        """What a checkpoint keeps of the learners and these meters; complete in the main process. All call it."""
+        """Return the state of learners and meters, complete in the main process only. All processes must call it."""
         learners, states = self._collected(
             [learner.state_dict() for learner in self.learners],
             {name: meter.state_dict() for name, meter in meters.items()},
@@ -92,7 +102,7 @@ class Parts:
         }
 
     def load_state_dict(self, state: dict[str, Any], meters: dict[str, Meter]) -> None:
-        """Go on from ``state``. An exception, of nearly any type, where it is not of these parts."""
+        """Restore ``state``. Raises an exception, of nearly any type, if it is not a state of these parts."""
         single = len(self.modules) == 1
         for learner in self.learners:
             learner.load_state_dict(
@@ -102,36 +112,36 @@ class Parts:
             meter.load_state_dict(self._measured_here(state[name]))
 
     def bring_weights(self) -> None:
-        """Let the main process's model have the weights of all parts, wherever they are trained. All call it."""
+        """Load the weights of all parts into the main process's model. All processes must call it."""
 
     def finish(self) -> None:
-        """Wait for all that is under way between the processes."""
+        """Wait for all pending communication between the processes."""
 
     def _mine(self) -> Sequence[int]:
-        """Which parts this process trains."""
+        """Return the indices of the parts that this process trains."""
         return range(len(self.modules))
 
     def _take(self, batch: np.ndarray, fetch: Fetcher) -> Handover:
-        """What the first part of this process gets."""
+        """Return the input of this process's first part."""
         return Handover(fetch(batch))
 
     def _give(self, handed: Handover) -> None:
-        """Hand on what the last part of this process has made."""
+        """Pass on the output of this process's last part."""
 
     def _gathered(self, means: dict[str, float]) -> dict[str, float]:
-        """The means of all parts, from those of this process's."""
+        """Return the means of all parts, given the means of this process's parts."""
         return means
 
     def _collected(
         self, learners: list[dict[str, Any]], meters: dict[str, dict[str, Any]]
     ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-        """States of all learners and meters, from this process's; the weights of all go into the model."""
+        """Return the states of all learners and meters, given this process's; load the weights of all parts."""
         return learners, meters
 
     def _measured_here(self, meter: dict[str, Any]) -> dict[str, Any]:
-        """A meter's state with the values of the parts that this process trains."""
+        """Return a meter's state with only the values of the parts that this process trains."""
         return meter
 
     def _named(self, name: str, part: int) -> str:
-        """What a part's value is called where there are several parts."""
+        """Return the name of a part's scalar, with a suffix if there are several parts."""
         return name if len(self.modules) == 1 else f"{name}_module_{part}"

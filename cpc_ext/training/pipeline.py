@@ -1,7 +1,7 @@
-"""A line of processes, each of which trains one part of a model and sends what it makes to the next.
+"""Pipeline training: each process trains one part of a model and sends its output features to the next process.
 
-As nothing flows back, a process goes on with the next batch as soon as its features are on their way: a few steps lie
-between the first process and the last, and they only wait for each other where something is logged or saved.
+No gradients flow back, so a process starts the next batch as soon as it has begun to send its features. The first
+process is a few steps ahead of the last, and they wait for each other only to log, observe or save.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from cpc_ext.training.task import Fetcher, Handover, Task
 
 __all__ = ["Pipeline"]
 
-# Features of so many steps may be on their way to the next process, for as much memory.
+# Maximum number of steps whose features are being sent to the next process; each holds its memory until then.
 _UNDER_WAY = 2
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# A header goes before the first features: type, layout, number of dimensions, and room for their sizes.
+# A header precedes the first features: dtype, layout, number of dimensions, and that many sizes, padded with zeros.
 _MOST_DIMENSIONS = 4
 _HEADER = 3 + _MOST_DIMENSIONS
 
 
 class Pipeline(Parts):
-    """The parts of a task, each trained by a process of its own on whole batches; this one has one of them.
+    """The parts of a task, of which each process trains one on whole batches.
 
     Raises:
-        TrainingError: another number of processes than of parts.
+        TrainingError: the number of processes is not the number of parts.
     """
 
     def __init__(self, task: Task, config: RunConfig, ranks: Ranks) -> None:
@@ -85,7 +85,7 @@ class Pipeline(Parts):
         return [learner for _, learner, _ in found], meters
 
     def _take_weights(self, found: Sequence[dict[str, Any]]) -> None:
-        """Those of the other processes' parts, of the weights of all, into the model of this one, the first."""
+        """Load the other processes' weights into this process's model; ``found`` holds those of all parts, by rank."""
         for module, weights in zip(self.modules[1:], found[1:], strict=True):
             module.load_state_dict(weights)
 
@@ -95,7 +95,7 @@ class Pipeline(Parts):
 
 
 class _Link:
-    """A process's connections to the one before it and the one after it."""
+    """A process's connections to the processes before and after it."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
@@ -103,12 +103,12 @@ class _Link:
         self._next = ranks.rank + 1 if ranks.rank + 1 < ranks.world_size else None
         self._sending: deque[tuple[Any, Tensor]] = deque()
         self._flags: deque[tuple[Any, Tensor]] = deque()
-        # The shape of the features that arrive: all steps have the same.
+        # Dtype, whether it is channels_last, and shape of received features: the same in all steps.
         self._form: tuple[torch.dtype, bool, list[int]] | None = None
         self._announced = False
 
     def receive(self) -> Tensor:
-        """The features that the process before has sent for this step: [N, D, h, w], of sequences [N, D, L]."""
+        """Receive this step's features from the process before: [N, D, h, w], or [N, D, L] for sequences."""
         if self._form is None:
             header = torch.empty(_HEADER, dtype=torch.int64)
             dist.recv(header, self._previous)
@@ -125,7 +125,7 @@ class _Link:
         return features
 
     def send(self, features: Tensor) -> None:
-        """Send this step's features to the next process, if there is one; they must stay as they are."""
+        """Send this step's features to the next process, if there is one; they must not be modified afterwards."""
         if self._next is None:
             return
         channels_last = features.ndim == 4 and features.is_contiguous(memory_format=torch.channels_last)
@@ -142,11 +142,11 @@ class _Link:
             self._sending.popleft()[0].wait()
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag was set in any process, some steps ago: the last process is as many behind the first."""
+        """Return whether the flag was set in any process some steps ago, so that no process waits for a later one."""
         return self._ranks.any_before(flag, self._flags, 2 * self._ranks.world_size)
 
     def finish(self) -> None:
-        """Wait for all that is under way."""
+        """Wait for all pending communication."""
         for work, _ in (*self._sending, *self._flags):
             work.wait()
         self._sending.clear()
@@ -154,7 +154,7 @@ class _Link:
 
 
 def _to_cpu(tree: Any) -> Any:
-    """Dicts, lists and tuples with all tensors in them on the CPU."""
+    """Copy a tree of dicts, lists and tuples, with all tensors moved to the CPU."""
     if isinstance(tree, Tensor):
         return tree.cpu()
     if isinstance(tree, dict):
@@ -165,5 +165,5 @@ def _to_cpu(tree: Any) -> Any:
 
 
 def _bytes(features: Tensor, channels_last: bool) -> Tensor:
-    """The memory of features, uint8 [bytes]: not every backend sends every type."""
+    """View the memory of features as uint8 [bytes], because not every backend can send every dtype."""
     return (features.permute(0, 2, 3, 1) if channels_last else features).reshape(-1).view(torch.uint8)

@@ -1,4 +1,4 @@
-"""Number formats of a run, the autocast and loss scaling that each takes; and whether a device is there at all."""
+"""The precision of a run, with the autocast and loss scaling that it needs, and the check that a device exists."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_device(name: str) -> torch.device:
-    """The device of that name. TrainingError where there is no such name or this machine does not have it."""
+    """Return the device of this name. Raises TrainingError if the name is invalid or the device is not available."""
     try:
         device = torch.device(check_device_name(name))
     except ValueError as error:
@@ -27,15 +27,15 @@ def check_device(name: str) -> torch.device:
 
 
 def patch_dtype(precision: str) -> torch.dtype:
-    """Type that a run of this precision feeds its model with."""
+    """Return the dtype of the model's input in a run of this precision."""
     return _DTYPES[precision]
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Context in which convolutions and products compute in the given precision."""
+    """Return a context in which convolutions and matrix products compute in the given precision."""
     return torch.autocast(device.type, dtype=_DTYPES[precision], enabled=precision != "fp32")
 
 
 def grad_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
-    """Loss scaling: fp16 gradients underflow without it; for the others it is a pass-through."""
+    """Return the loss scaler: fp16 gradients underflow without one; for other precisions it does nothing."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")

@@ -1,4 +1,4 @@
-"""Defaults that depend on the model, the data set and the recipe: those of a model's task for the data set.
+"""Defaults of the options by model, data set and recipe.
 
 The command line shows them as defaults in its help, and options given there replace them one by one.
 """
@@ -14,11 +14,14 @@ __all__ = ["FEW_MINUTES", "default_dataset", "preset", "preset_entry"]
 
 
 def default_dataset(model: str) -> str:
-    """What a model is trained on where nothing else is said: the drawn one of its medium. KeyError as below."""
+    """Return the data set that a model trains on by default: the generated one of its medium.
+
+    Raises KeyError if there is no such model.
+    """
     return drawn_of(model_medium(model))
 
 
-# The side in pixels below which the user's images are small, and the minutes below which recordings are few.
+# Images with a side below this, in pixels, count as small; recordings with fewer minutes in all count as few.
 _SMALL, FEW_MINUTES = 64, 120.0
 
 
@@ -31,16 +34,22 @@ def preset(
     side: int | None = None,
     minutes: float | None = None,
 ) -> RunConfig:
-    """The config of a run without further options.
+    """Return the config of a run without further options.
 
-    recipe: one of the model's, if not its first.
-    side: of the images in pixels, where it is known; the defaults of the user's own images depend on it.
-    minutes: of all recordings, likewise.
-    device: the one it is going to run on, if not the accelerator of this machine; it also decides the precision.
-    KeyError for a model, a data set or a recipe that does not exist; the config's own error for data of another medium.
+    Args:
+        model: name of the model.
+        dataset: name of the data set.
+        recipe: one of the model's recipes; None for its first.
+        device: the device to run on, which also decides the precision; None for this machine's accelerator, or the CPU.
+        side: side of the images in pixels, if known; the defaults for the user's own images depend on it.
+        minutes: total length of the recordings, if known; the defaults for the user's own recordings depend on it.
+
+    Raises:
+        KeyError: there is no such model, data set or recipe.
+        ValidationError: the data set's medium is not the model's.
     """
     entry = preset_entry(model, dataset, recipe, side=side, minutes=minutes)
-    # Images that have a size of their own keep it, unless they are smaller than what is to be cut out of them.
+    # Data sets with a size of their own keep it, unless their images are smaller than the crop.
     kept = origin(dataset).own_size and (side is None or side >= entry.get("view", {}).get("crop", 0))
     data = {"dataset": dataset, **({} if kept else entry.get("data", {}))}
     device = device or default_device()
@@ -56,12 +65,12 @@ def preset_entry(
     side: int | None = None,
     minutes: float | None = None,
 ) -> Preset:
-    """What differs from the model's defaults, by section. KeyError as of :func:`preset`.
+    """Return the values that differ from the model's defaults, by section. Raises KeyError as :func:`preset` does.
 
-    A data set that the model has no presets for is served by those of the nearest kind: drawn images are as small and
-    plain as the textures, and what serves the user's own images serves all others. For these a model may have others
-    where they are small, called folder-small, and for the user's recordings where they are few, called
-    audio-folder-small. What a preset says of an option goes before what the recipe says.
+    A data set without a preset of its own uses that of the nearest kind: of the medium's generated data set if it is
+    generated too, else of the user's own files. A model may have a preset for the user's images if they are
+    small (folder-small), and for the user's recordings if they are few (audio-folder-small). Where both the preset and
+    the recipe set an option, the preset takes precedence.
     """
     if dataset not in DATASETS:
         raise KeyError(dataset)

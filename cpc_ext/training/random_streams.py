@@ -1,8 +1,8 @@
-"""The random numbers of a run: one generator a purpose, owned by the run, so that none disturbs another.
+"""The random number generators of a run: one for each purpose, so that none disturbs another.
 
-Drawing other negatives, say, leaves the crops as they were. Together with the generators that PyTorch's own layers use
-they are saved in checkpoints, which makes a resumed run draw what it would have drawn. The order of the images is not
-among them: it follows from the seed and the epoch's number.
+Drawing other negatives, for example, does not change the crops. Checkpoints save these generators and PyTorch's own, so
+that a resumed run draws what it would have drawn without the break. The order of the images needs no generator here: it
+follows from the seed and the number of the epoch.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ __all__ = ["RandomStreams", "seeded"]
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """PyTorch's generator of the CPU draws numbers of a seed, as for initial weights, and is then as it was before."""
+    """Seed PyTorch's CPU generator during the block, as for initial weights, and restore its state afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
 
 
 class RandomStreams:
-    """Generators seeded from one seed, and PyTorch's own, which draw what layers drop out.
+    """Generators derived from one seed; PyTorch's own, which draw dropout masks, are seeded too.
 
-    Of several processes that share a batch each draws the same numbers, those of the whole batch. PyTorch's own
-    generators draw for the rows of this process alone, so that each process has others.
+    Processes that share a batch all draw the same numbers, for the whole batch. PyTorch's own generators draw only for
+    this process's rows, so they are seeded differently in each process.
 
     Args:
-        seed: of the run.
+        seed: the run's seed.
         device: the training device.
-        share: the part of the batch that this process takes of what is drawn for all of it; None takes all.
-        rank: number of this process.
+        share: this process's share of what is drawn for the whole batch; None for all of it.
+        rank: rank of this process.
 
     Attributes:
         share: as above.
-        views: of crops and flips; on the CPU, so that a seed gives the same ones on every device.
-        negatives: of sampled negatives; on the training device.
+        views: generator of crops and flips, on the CPU, so that a seed gives the same ones on every device.
+        negatives: generator of sampled negatives, on the training device.
     """
 
     def __init__(self, seed: int, device: torch.device, share: BatchShare | None = None, *, rank: int = 0) -> None:
         self._device = device
         self._rank = rank
         self.share = BatchShare() if share is None else share
-        # All must differ in their seeds, or crops, negatives and dropout would be made of the same numbers.
+        # The seeds must differ, or crops, negatives and dropout would use the same random numbers.
         self.views = torch.Generator().manual_seed(2 * seed)
         self.negatives = torch.Generator(device).manual_seed(2 * seed + 1)
         torch.manual_seed(int(np.random.SeedSequence((seed, rank)).generate_state(1, np.uint64)[0]))
@@ -57,9 +57,11 @@ class RandomStreams:
     def state_dict(
         self, gathered: Callable[[dict[str, Any]], list[dict[str, Any]] | None] = lambda own: [own]
     ) -> dict[str, Any]:
-        """The state of the generators of all processes, complete in the main one.
+        """Return the state of the generators of all processes, complete in the main process only.
 
-        gathered: from what each process passes to a list of all of it, by rank, in the main process; None in others.
+        Args:
+            gathered: gathers a value from every process; returns a list of them by rank in the main process, and None
+                in the others.
         """
         own = {
             "torch": torch.get_rng_state(),
@@ -73,16 +75,16 @@ class RandomStreams:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``.
+        """Restore ``state``.
 
-        A run that moves to another kind of device draws its negatives anew, and one of more processes than it had
-        what the further ones drop out.
+        Some generators keep their initial seeds instead: that of the negatives if the run moves to another kind of
+        device, and PyTorch's own in processes that the run did not have before.
         """
         same_device = state["device"] == self._device.type
         self.views.set_state(state["views"])
         if same_device:
             self.negatives.set_state(state["negatives"])
-        # A checkpoint of before there was one for each process has that of the first.
+        # Older checkpoints have only the state of the first process, at the top level.
         own = dict(enumerate(state.get("own", [state]))).get(self._rank)
         if own is None:
             return

@@ -1,9 +1,9 @@
-"""The models that can be trained: the packages of cpc_ext.tasks, found by their names.
+"""Registry of the models that can be trained: the packages of cpc_ext.tasks.
 
-The docstring of a package says what the model is called and where it was published. Its module ``options`` has CONFIG,
-the class of the model's configs, PRESETS, by data set what differs from that class's defaults, and where the model was
-published with several settings RECIPES, by their names what differs again; its module ``task`` has TASK, how the model
-learns. Only the last imports PyTorch.
+The docstring of a package has the form "Title: where the model was published." Its module ``options`` defines CONFIG,
+the class of the model's configs; PRESETS, by data set the values that differ from that class's defaults; and, for a
+model that was published with several settings, RECIPES, the same by recipe. Its module ``task`` defines TASK, the class
+of the model's tasks. Only ``task`` imports PyTorch.
 """
 
 from __future__ import annotations
@@ -35,41 +35,41 @@ MODELS = tuple(_PACKAGES)
 
 
 def config_class(model: str) -> type[RunConfig]:
-    """The class of a model's configs. KeyError for a name that does not exist; so do those below."""
+    """Return the class of a model's configs. Like the functions below, raises KeyError if there is no such model."""
     found: type[RunConfig] = _of(model, "options").CONFIG
     return found
 
 
 def model_presets(model: str) -> Presets:
-    """By data set, what differs from the defaults of a model's configs, by section."""
+    """Return, by data set, the values that differ from the defaults of the model's config, by section."""
     found: Presets = _of(model, "options").PRESETS
     return found
 
 
 def model_recipes(model: str) -> Mapping[str, Preset]:
-    """By recipe, what differs from the defaults of a model's configs, by section; most models have none."""
+    """Return, by recipe, the values that differ from the config's defaults, by section; most models have none."""
     found: Mapping[str, Preset] = getattr(_of(model, "options"), "RECIPES", {})
     return found
 
 
 def model_medium(model: str) -> str:
-    """What a model learns from: the medium of the data sets that it has presets for."""
+    """Return the medium that a model learns from, which is that of the data sets that it has presets for."""
     return medium(next(iter(model_presets(model))))
 
 
 def task_class(model: str) -> type[Task]:
-    """The class of a model's tasks, which takes a run's config, a data set and a device. It imports PyTorch."""
+    """Return the class of a model's tasks, which takes a run's config, a data set and a device; imports PyTorch."""
     found: type[Task] = _of(model, "task").TASK
     return found
 
 
 def title(model: str) -> str:
-    """What a model is called in figures."""
+    """Return the name of a model in figures."""
     return _about(model)[0]
 
 
 def published(model: str) -> str:
-    """Where a model was published."""
+    """Return where a model was published."""
     return _about(model)[1]
 
 

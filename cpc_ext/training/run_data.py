@@ -1,4 +1,4 @@
-"""The data set of a run, by its options."""
+"""Loading the data set that a run's options name."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ __all__ = ["changed_data", "load_data"]
 
 
 def load_data(config: RunConfig, record: dict[str, Any] | None = None) -> Any:
-    """The data set of a run: a Dataset of images or a SpeechDataset, as its model takes it.
+    """Load the data set of a run: a Dataset of images or a SpeechDataset.
 
-    record: what the run's checkpoint keeps of its data. Where these are others now, and were those with what version
-    0.1.0 held out to test on, they are these.
+    Args:
+        config: the run's config.
+        record: the data record of the run's checkpoint, if there is one. If the data do not match it, but do with the
+            test split of version 0.1.0, they are returned with that split.
 
-    TrainingError where it is missing, damaged, or cannot be fetched, or where a library is missing to read it.
+    Raises:
+        TrainingError: the data set is missing, damaged or cannot be fetched, or a library to read it is missing.
     """
     dataset = _load(config)
     if record and origin(config.data.dataset).folder in ("folders", "arrays") and changed_data(record, dataset):
         with drawn_tenths(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # All has been said of these files.
+            warnings.simplefilter("ignore")  # The first load has already warned about these files.
             earlier = _load(config)
         if not changed_data(record, earlier):
             return earlier
@@ -34,8 +37,8 @@ def load_data(config: RunConfig, record: dict[str, Any] | None = None) -> Any:
 
 
 def changed_data(record: dict[str, Any], dataset: Any) -> list[str]:
-    """What is other in a data set than in a checkpoint's record, of what a run may be trained on."""
-    # Some models of images are trained on those with labels alone.
+    """Return how the training data differ from a checkpoint's record; empty if any part for training matches."""
+    # Most models train on the pretraining images, some on the labelled images only.
     parts = [part for part in (dataset.pretrain, dataset.train) if part is not None]
     changed = [differences(record, data_record(part)) for part in parts]
     return changed[0] if all(changed) else []
@@ -52,5 +55,5 @@ def _load(config: RunConfig) -> Any:
             utterances=options.utterances,
         )
     except (ImportError, MemoryError, OSError, ValueError) as error:
-        # They say which file or option is at fault.
+        # The messages name the file or option at fault.
         raise TrainingError(f"--dataset {options.dataset}: {error}") from None

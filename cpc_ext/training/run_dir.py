@@ -1,4 +1,4 @@
-"""The folder of a run: which files it holds, and whether it can take them before hours are spent on filling it."""
+"""The folder of a run: its files, its lock, and checks before training that the files can be written."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from cpc_ext.training.registry import model_medium
 __all__ = ["RunDir"]
 
 _DEFAULT_PARENT = Path("runs")
-# Metrics, TensorBoard events and figures of a long run, and room for the file system's own bookkeeping.
+# Space for metrics, TensorBoard events and figures of a long run, and for the file system's own metadata.
 _OTHER_FILES_BYTES = 32 * 2**20
 
 
 class RunDir:
-    """A run's folder, held by one process at a time.
+    """A run's folder, which one process at a time holds by a lock.
 
     Attributes:
         path: the folder.
         config, metrics, table, checkpoint, best, diverged, encoder, model, samples, summary, tensorboard, wandb,
-            mlflow: what lies in it, of which encoder, model and samples depend on what is trained, and the last three
-            on the loggers.
-        resuming: what goes on with the run, for messages: a command, or from Python a call.
+            mlflow: paths in it. Whether encoder, model and samples exist depends on the model; the last three depend on
+            the loggers.
+        resuming: the command, or the Python call, that resumes the run, for messages.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,12 +53,16 @@ class RunDir:
 
     @classmethod
     def create(cls, path: Path | None, *, model: str, dataset: str, option_name: str = "--out-dir") -> RunDir:
-        """A folder for a new run, by default the first free runs/MODEL-DATASET-NUMBER.
+        """Create the folder of a new run and lock it.
 
-        option_name: the option that asks for it, for messages.
+        Args:
+            path: the folder; None for the first free runs/MODEL-DATASET-NUMBER.
+            model: name of the model.
+            dataset: name of the data set.
+            option_name: the option that names the folder, for messages.
 
-        Raises TrainingError where it cannot be written to, or holds a run that a new one would destroy, see
-        :attr:`begun`.
+        Raises:
+            TrainingError: the folder cannot be written to, or already holds a run, see :attr:`begun`.
         """
         with writing(path or _DEFAULT_PARENT, option_name):
             if path is None:
@@ -74,7 +78,7 @@ class RunDir:
 
     @classmethod
     def reopen(cls, path: Path) -> RunDir:
-        """The folder of a run to resume. TrainingError where there is none or it cannot be written to."""
+        """Lock the folder of a run to resume. Raises TrainingError if there is no run or it cannot be written to."""
         run = cls(path)
         run.check_resumable()
         with writing(path, "--out-dir"):
@@ -83,24 +87,24 @@ class RunDir:
 
     @property
     def known_config(self) -> RunConfig:
-        """The run's config. TrainingError where the folder is none of a run's."""
+        """The run's config. Raises TrainingError if the folder is not a run's."""
         if not self.config.is_file():
             raise TrainingError(f"{self.path} is not a run's folder: there is no {self.config.name}")
         return load_config(self.config)
 
     @property
     def medium(self) -> str:
-        """What the run's model learns from, "images" or "audio".
+        """The medium of the run's model, "images" or "audio".
 
-        "images" also of a folder that is none of a run's, which whoever opens it refuses.
+        A folder that is not a run's also gives "images"; opening it fails elsewhere.
         """
         return model_medium(self.known_config.model) if self.config.is_file() else "images"
 
     @property
     def begun(self) -> bool:
-        """Whether there is a run that a new one would destroy.
+        """True if the folder holds a run that a new one would destroy.
 
-        One that ended before its first checkpoint is none: its config, as we write it, is all that it leaves.
+        A run that ended before its first checkpoint does not count; it leaves only its config, as we write it.
         """
         made = (self.checkpoint, self.best, self.diverged, self.encoder, self.model, self.summary)
         if any(path.exists() for path in made) or (self.metrics.exists() and self.metrics.stat().st_size > 0):
@@ -108,11 +112,11 @@ class RunDir:
         return self.config.exists() and not self._config_is_ours()
 
     def sample(self, step: int) -> Path:
-        """Where the picture of what the model draws at a step is, if it draws any."""
+        """Return the path of the samples drawn by the model at a step, if it draws any."""
         return self.samples / f"step-{step:06d}.png"
 
     def check_resumable(self) -> None:
-        """TrainingError where there is neither a checkpoint nor the config of a run that ended before its first."""
+        """Raise TrainingError without a checkpoint, unless a run ended before its first and left only its config."""
         if self.checkpoint.is_file() or (self.config.is_file() and not self.begun):
             return
         other = f"; {self.best} is there: copy it to {self.checkpoint.name}" if self.best.is_file() else ""
@@ -127,10 +131,10 @@ class RunDir:
             return False
 
     def check_space(self, checkpoint_bytes: int) -> None:
-        """TrainingError where the disk has no room for the run's files.
+        """Raise TrainingError if the disk has no room for the run's files.
 
-        Besides the last and the best checkpoint there is, while one is written, a third. Those that are there already
-        have their room.
+        Besides the last and the best checkpoint there is a third while one is written. The space of existing
+        checkpoints is counted as available.
         """
         with writing(self.path, "--out-dir"):
             free = shutil.disk_usage(self.path).free
@@ -144,8 +148,8 @@ class RunDir:
             )
 
     def release(self) -> None:
-        """Let other processes resume the run. The folder of a run that never wrote anything is removed."""
-        # While it is still held, so that it is no other's. The folder may be gone, if someone removed it.
+        """Unlock the folder, so that other processes can resume the run; remove it if the run wrote nothing."""
+        # Remove it while the lock is held, so that no other process owns it. It may be gone already.
         with suppress(OSError):
             if {file.name for file in self.path.iterdir()} <= {".lock"}:
                 (self.path / ".lock").unlink(missing_ok=True)
@@ -163,7 +167,7 @@ class RunDir:
             if isinstance(error, OSError) and error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
                 raise
             warn(f"{self.path} cannot be locked ({error}): see to it that no other process trains there")
-        # Being allowed to create a file and having room for its content are two things.
+        # Write some content: a full disk may still allow an empty file to be created.
         probe = self.path / ".probe"
         try:
             with atomic_file(probe) as file:
@@ -180,7 +184,7 @@ def _next_numbered(parent: Path, stem: str) -> Path:
     while True:
         path = parent / f"{stem}-{number:03d}"
         try:
-            path.mkdir()  # Creating it, not looking for it, is what claims a number among several processes.
+            path.mkdir()  # Creating the folder claims its number atomically; checking for existence would not.
             return path
         except FileExistsError:
             number += 1

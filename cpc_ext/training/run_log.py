@@ -1,7 +1,7 @@
-"""Logged steps to metrics.jsonl, in the end also as metrics.csv, and to the loggers that a run has.
+"""The log of a run: writes each logged step to metrics.jsonl and to the run's loggers, and metrics.csv at the end.
 
-A step appears once, also after a run was killed and resumed from an earlier checkpoint: what was logged past the
-checkpoint is dropped first, without the rest being in danger. A full disk costs log lines, not the run.
+A step appears once even if a run was killed and resumed from an earlier checkpoint: lines after the checkpoint are
+dropped first, by an atomic rewrite. A full disk costs log lines, not the run.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class RunLog:
 
     Args:
         run: the run's folder.
-        after_step: go on from the checkpoint of this step; 0 for a new run.
-        loggers: names of those that are told as well, see :mod:`cpc_ext.training.loggers`. One that fails is told no
-            more, which a warning says.
+        after_step: the step of the checkpoint that the run is resumed from; 0 for a new run.
+        loggers: names of the loggers to use, see :mod:`cpc_ext.training.loggers`. One that fails causes a warning and
+            is not used any more.
 
     Raises:
         OSError: metrics.jsonl cannot be written.
@@ -40,10 +40,10 @@ class RunLog:
 
     def __init__(self, run: RunDir, *, after_step: int = 0, loggers: Iterable[str] = ("tensorboard",)) -> None:
         before = run.metrics.read_bytes() if run.metrics.is_file() else b""
-        # Step 0 is of a run that begins, and one that goes on from there begins again.
+        # A run resumed from step 0 starts over and logs step 0 again, so no line is kept then.
         kept = b"".join(line + b"\n" for record, line in _records(before) if record["step"] <= after_step > 0)
         if kept != before:
-            # Not in place: a kill between emptying and filling it would take all steps so far.
+            # Not in place: a kill between truncating and rewriting the file would lose all steps so far.
             with atomic_file(run.metrics) as file:
                 file.write(kept)
         self._run = run
@@ -57,30 +57,30 @@ class RunLog:
                 self._loggers[name] = open_logger(name, run, after_step=after_step)
 
     def config(self, config: RunConfig) -> None:
-        """Tell the loggers what determines the run."""
+        """Pass the run's config to the loggers."""
         self._tell(lambda logger: logger.config(config))
 
     def log(self, record: dict[str, float | int], *, group: str = "train") -> None:
-        """Add one line; record holds "step" and any numbers. group: of the scalars, for the loggers."""
+        """Log one record, which holds "step" and any numbers; loggers name its scalars "group/name"."""
         self._append(record)
         values = {f"{group}/{name}": value for name, value in record.items() if name not in ("step", "epoch")}
         self._tell(lambda logger: logger.scalars(int(record["step"]), values))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Tell the loggers the results of a run that is complete."""
+        """Pass the final results to the loggers, which marks the run as complete."""
         self._complete = True
         named = {f"final/{name}": value for name, value in values.items()}
         self._tell(lambda logger: logger.scalars(step, named))
 
     def images(self, step: int, paths: Iterable[Path]) -> None:
-        """Tell the loggers of PNG files in the run's folder; samples of several steps are one image that changes."""
+        """Pass PNG files in the run's folder to the loggers; samples of all steps share one name."""
         for path in paths:
             inside = path.relative_to(self._run.path)
             name = "samples/on_the_way" if inside.parent.name else f"figures/{inside.stem}"
             self._tell(lambda logger, name=name, path=path: logger.image(step, name, path))  # type: ignore[misc]
 
     def sync(self) -> None:
-        """Bring what was logged to the disk."""
+        """Sync metrics.jsonl to disk and flush the loggers."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -88,7 +88,7 @@ class RunLog:
         self._tell(lambda logger: logger.flush())
 
     def close(self) -> None:
-        """End; all that was logged, also before the run went on, is a table now."""
+        """Close the log and the loggers, and write metrics.csv with all steps, including those before a resume."""
         self._file.close()
         try:
             write_table(read_metrics(self._run.metrics), self._run.table)
@@ -104,7 +104,7 @@ class RunLog:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._end += len(line)
         except OSError as error:
-            # Half a line would swallow the next one.
+            # Remove a partial line, to which the next record would otherwise be appended.
             with suppress(OSError):
                 self._file.truncate(self._end)
             self._warn("metrics.jsonl", error)
@@ -116,11 +116,11 @@ class RunLog:
 
     @contextmanager
     def _without(self, name: str) -> Iterator[None]:
-        """Go on without a logger that fails in the block."""
+        """Drop the logger with a warning if the block raises."""
         try:
             yield
         except Exception as error:
-            # TensorBoard's background thread hands on whatever went wrong when the disk was full.
+            # Any exception: TensorBoard's background thread re-raises whatever failed when the disk was full.
             self._loggers.pop(name, None)
             self._warn(logger_title(name), error)
 
@@ -131,12 +131,14 @@ class RunLog:
 
 
 def read_metrics(path: Path, having: Collection[str] = ()) -> list[dict[str, float]]:
-    """The logged steps of a run; none where there is no file.
+    """Return the logged records of a run; an empty list if there is no file.
 
-    having: names that a record must have to be among them.
+    Lines that are not records ("step" and numbers by name) are skipped: a kill may have cut the last one short, and a
+    power loss or another program may have damaged others.
 
-    Lines that are no record, "step" and numbers by name, are left out: the last one, cut short by a kill, or what a
-    power loss or another program made of them.
+    Args:
+        path: metrics.jsonl.
+        having: names that a record must contain to be returned.
     """
     if not path.is_file():
         return []
@@ -144,9 +146,9 @@ def read_metrics(path: Path, having: Collection[str] = ()) -> list[dict[str, flo
 
 
 def write_table(records: Sequence[dict[str, float]], path: Path) -> None:
-    """Write logged steps as CSV, a row a step and a column a name, empty where a step has no such value.
+    """Write records as CSV with one row per step and one column per name; missing values are empty.
 
-    OSError where writing fails.
+    Raises OSError if writing fails.
     """
     rows: dict[float, dict[str, float]] = {}
     for record in records:
@@ -160,7 +162,7 @@ def write_table(records: Sequence[dict[str, float]], path: Path) -> None:
 
 
 def _records(content: bytes) -> Iterator[tuple[dict[str, float], bytes]]:
-    """The records of metrics.jsonl, each with its line."""
+    """Yield the records in the content of metrics.jsonl, each with its line."""
     for line in content.split(b"\n"):
         try:
             record = json.loads(line.decode())
@@ -173,7 +175,7 @@ def _records(content: bytes) -> Iterator[tuple[dict[str, float], bytes]]:
 def _is_record(record: Any) -> bool:
     if not isinstance(record, dict) or not isinstance(record.get("step"), int) or record["step"] < 0:
         return False
-    # JSON has numbers that are no 64-bit ones, and truth values are integers to Python.
+    # Reject integers of more than 64 bits, which JSON allows, and booleans, which are integers in Python.
     return all(
         isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63)
         for value in record.values()

@@ -1,6 +1,6 @@
-"""Files of tensors that are equal, byte for byte, where tensors and metadata are.
+"""Reproducible safetensors files: equal tensors and metadata give equal bytes.
 
-The library writes the metadata in the order of a hash table, another one in every process.
+The library itself writes the metadata in the order of a hash table, which differs between processes.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from torch import Tensor
 
 __all__ = ["write_safetensors"]
 
-# The header's length, little-endian, comes first; tensors begin at a multiple of it.
+# Size of the little-endian header length at the start of the file; the header is padded to a multiple of this size.
 _LENGTH_BYTES = 8
 
 
 def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors, which are contiguous and share no memory, with the metadata sorted by name.
+    """Write tensors, which must be contiguous and share no memory, with the metadata sorted by name.
 
-    OSError where writing fails.
+    Raises OSError if writing fails.
     """
     content = memoryview(save(dict(tensors), dict(metadata)))
     end = _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "little")
     header = json.loads(bytes(content[_LENGTH_BYTES:end]))
     header["__metadata__"] = dict(sorted(metadata.items()))
-    # Offsets count from the end of the header, so that its length may change.
+    # The tensors' offsets count from the end of the header, so the header's length may change.
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _LENGTH_BYTES)
     file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)

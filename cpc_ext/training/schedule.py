@@ -1,4 +1,4 @@
-"""The learning rate of every update as a function of its number alone, so that nothing has to be saved of it."""
+"""The learning rate as a function of the update's number, so that checkpoints need no scheduler state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["learning_rate"]
 def learning_rate(
     step: int, *, peak: float, total_steps: int, warmup_steps: int, schedule: str, floor: float = 0.0
 ) -> float:
-    """Learning rate of update ``step`` (1 is the first).
+    """Return the learning rate of update ``step`` (1 is the first).
 
     It rises linearly to ``peak``, which update ``warmup_steps`` reaches, then stays ("constant") or follows half a
     cosine ("cosine") that would reach ``floor`` times ``peak`` one update after the last.

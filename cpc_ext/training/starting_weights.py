@@ -1,4 +1,4 @@
-"""Weights that a new run starts from instead of its seed's: those of another run's last checkpoint."""
+"""Starting a new run from the weights of another run's last checkpoint instead of random ones."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from cpc_ext.training.task import Task
 
 __all__ = ["take_weights"]
 
-# Names that a message has room for.
+# Error messages list at most this many weights.
 _SHOWN = 5
 
 
 def take_weights(task: Task, run: RunDir) -> None:
-    """Give a task's model the weights of a run, all of them; optimizer, step and data order stay those of a new run.
+    """Load all weights of a run's last checkpoint into a task's model; optimizer, step and data order stay new.
 
-    TrainingError where there is no checkpoint, or names and shapes of its weights are not those of the model.
+    Raises TrainingError if there is no checkpoint, or if the names, shapes or kinds of its weights are not the model's.
     """
     if not run.checkpoint.is_file():
         raise TrainingError(f"--resume-from: there is no checkpoint at {run.checkpoint}")

@@ -1,9 +1,10 @@
-"""Ctrl-C, SIGTERM and their like as a request: the loop looks at it between steps, saves, and leaves.
+"""Signals such as Ctrl-C and SIGTERM as requests to stop: the loop checks for one between steps, saves, and exits.
 
-The first signal only takes a note and puts the system's own handling back, so that a second one ends the process at
-once, whatever it is doing; a scheduler's warning may be repeated. Of several processes that torchrun watches over, each
-may get the same request twice, from the terminal and from torchrun, which ends by itself those that take too long.
-Where there are no steps, before and after training, a signal is an exception, so that what was begun is put away.
+The first signal is only recorded, and restores the default handling of Ctrl-C, SIGTERM and SIGHUP, so that a second one
+of them ends the process at once. The warnings of batch systems, SIGUSR1 and SIGUSR2, may be repeated. Under torchrun
+each process may get the same signal twice, from the terminal and from torchrun, so a second one does not end it;
+torchrun kills processes that take too long. Before and after training there are no steps, and a signal raises an
+exception instead, so that cleanup runs.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from typing import Any
 
 __all__ = ["EndedBySignal", "StopRequest", "signals_raise"]
 
-# What ends the process when it is repeated, and what batch systems send ahead of the end of a job's time.
+# Signals that end the process when repeated, and signals that batch systems send before a job's time is up.
 _DEMANDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
-# Whoever starts a run so that these are ignored, as nohup does, wants it to go on.
+# If these are ignored at the start, as under nohup, they stay ignored and the run goes on.
 _MAY_BE_IGNORED = (signal.SIGHUP, *_WARNINGS)
 
 
 class EndedBySignal(BaseException):
-    """A signal that is to end the process. signal: which one."""
+    """Raised by a signal that is to end the process. signal: the signal."""
 
     def __init__(self, number: int) -> None:
         self.signal = signal.Signals(number)
@@ -35,7 +36,7 @@ class EndedBySignal(BaseException):
 
 @contextmanager
 def signals_raise() -> Iterator[None]:
-    """In the block, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 raise EndedBySignal, once; Ctrl-C remains what it is."""
+    """Let SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 raise EndedBySignal once in the block; Ctrl-C is left as it is."""
 
     def handle(number: int, frame: FrameType | None) -> None:
         for each in handled:
@@ -53,7 +54,9 @@ def signals_raise() -> Iterator[None]:
 class StopRequest:
     """Context in which SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 set :attr:`signal` instead of ending the process.
 
-    again_ends: a second signal ends the process. talk: say what is going on.
+    Args:
+        again_ends: whether a second signal ends the process at once.
+        talk: whether to print a message when a signal arrives.
     """
 
     def __init__(self, *, again_ends: bool = True, talk: bool = True) -> None:
@@ -75,7 +78,7 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, as shells report it; 0 without a request."""
+        """128 + the signal's number, as shells report it; 0 if there was no signal."""
         return 128 + self.signal if self.signal else 0
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -90,7 +93,7 @@ class StopRequest:
 
 
 def _wanted(number: signal.Signals) -> bool:
-    # Python lets its main thread alone handle signals; a run in another one leaves them to that.
+    # Python allows only the main thread to set signal handlers; a run in another thread does not handle signals.
     if threading.current_thread() is not threading.main_thread():
         return False
     return number not in _MAY_BE_IGNORED or signal.getsignal(number) != signal.SIG_IGN

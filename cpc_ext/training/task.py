@@ -1,7 +1,7 @@
-"""The seam between the training loop and the models: what a model has to offer to be trained, and nothing more.
+"""The interface between the training loop and the models.
 
-The loop knows batches of examples, a loss, and checkpoints. How a batch becomes a loss and what a trained model is
-worth is the task's business, one class a model. A model may consist of parts that learn by losses of their own.
+The loop knows batches of examples, a loss, and checkpoints. A task, one class per model, defines how a batch becomes a
+loss and how a trained model is evaluated. A model may consist of parts that learn by their own losses.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ __all__ = ["Fetcher", "Handover", "Sampler", "Task"]
 
 
 class Handover(NamedTuple):
-    """What a part of a model gets from the one before; the first gets the batch.
+    """The input of a part: the batch for the first part, the output of the part before for the others.
 
-    features: the batch for the first part (uint8 images [B, C, H, W], int16 waveforms [B, 1, T]), then what the part
-        makes of it, without gradient.
-    draws: random numbers that the parts of a step share. In another process a part draws the same ones itself.
+    features: for the first part the batch (uint8 images [B, C, H, W] or int16 waveforms [B, 1, T]); for the others the
+        features that the part before computed, without gradient.
+    draws: random numbers that the parts share within a step. A part in another process draws the same ones itself.
     """
 
     features: Tensor
@@ -37,16 +37,16 @@ class Handover(NamedTuple):
 
 
 class Sampler(Protocol):
-    """Gives batches as int64 arrays [B] of indices that a :class:`Fetcher` takes, epoch after epoch.
+    """Yields the batches of an epoch as int64 arrays [B] of indices for a :class:`Fetcher`.
 
-    mean_batch: examples of a batch, all processes together, in the mean over an epoch.
+    mean_batch: number of examples in a batch over all processes, averaged over an epoch.
     """
 
     @property
     def mean_batch(self) -> float: ...
 
     def __len__(self) -> int:
-        """Batches an epoch."""
+        """Return the number of batches per epoch."""
 
     def __iter__(self) -> Iterator[np.ndarray]: ...
 
@@ -56,7 +56,7 @@ class Sampler(Protocol):
 
 
 class Fetcher(Protocol):
-    """Gives batches by index: the input of the first part, and labels int64 [B] where there are any."""
+    """Returns batches by index: the input of the first part, and labels int64 [B] or None."""
 
     def __call__(self, indices: np.ndarray, /) -> Tensor: ...
 
@@ -64,15 +64,15 @@ class Fetcher(Protocol):
 
 
 class Task(ABC):
-    """A model with its way of learning from examples.
+    """A model with its training objective.
 
     Attributes:
-        model: all that is trained, on the training device.
-        examples: what it is trained on.
-        unit: what one of a batch is called in logs and messages, in the plural.
-        observe_every: updates between calls of :meth:`observe`; None for none.
-        observe_start: whether a run also begins with one, at step 0.
-        share: the part of a batch that this process has; the trainer sets it.
+        model: the model, with all that is trained, on the training device.
+        examples: the training examples.
+        unit: plural noun for the examples in logs and messages.
+        observe_every: number of updates between calls of :meth:`observe`; None for no calls.
+        observe_start: whether :meth:`observe` is also called at step 0.
+        share: this process's share of each batch; set by the trainer.
     """
 
     model: nn.Module
@@ -85,75 +85,86 @@ class Task(ABC):
     if TYPE_CHECKING:
 
         def __init__(self, config: Any, dataset: Any, device: torch.device) -> None:
-            """config: of a run of the task's model. dataset: one that the model takes."""
+            """config: the config of a run of the task's model. dataset: a data set that the model takes."""
 
     @abstractmethod
     def losses(self, batch: Tensor, labels: Tensor | None, streams: RandomStreams) -> dict[str, Tensor]:
-        """One step's forward pass, from a batch on the device to the scalars that are logged.
+        """Run one step's forward pass. Must not wait for the device.
 
-        batch: what the fetcher gives. labels: int64 [B], or None where the examples have none.
+        Args:
+            batch: a batch from the fetcher, on the device.
+            labels: int64 [B], or None if the examples have none.
+            streams: the run's random numbers.
 
-        "loss" among the scalars is minimised. Must not wait for the device.
+        Returns:
+            The scalars to log, among them "loss", which is minimised.
         """
 
     def contrasted(self, batch_size: int, gather_negatives: str) -> int:
-        """Number of examples that are contrasted with each other: the whole batch, or this process's part of it."""
+        """Return how many examples are contrasted with each other: the whole batch or this process's share."""
         return batch_size // (self.share.world_size if gather_negatives == "none" else 1)
 
     def parts(self) -> list[nn.Module]:
-        """What learns by a loss of its own in a step, first to last; by default all of the model by :meth:`losses`.
+        """Return the parts that learn by their own loss, first to last; by default one, which calls :meth:`losses`.
 
-        A part holds the parameters that it trains and no other's. Called with a :class:`Handover`, labels and random
-        streams, it returns the scalars of :meth:`losses` and the handover for the next, which runs when this one's loss
-        has been back-propagated. Several parts have an optimizer each.
+        A part holds the parameters that it trains and none of another part's. Called with a :class:`Handover`, labels
+        and random streams, it returns scalars as :meth:`losses` does, and the handover for the next part, which runs
+        after this part's backward pass. Each part has its own optimizer.
         """
         return [_Whole(self)]
 
     def compile(self) -> None:
-        """Compile with torch.compile what the steps run. Called once, before :meth:`parts`."""
+        """Compile the modules that the steps run with torch.compile. Called once, before :meth:`parts`."""
         self.model.compile()
 
     def check_start(self, trained: RunConfig) -> None:  # noqa: B027 - names and shapes of the weights are compared.
-        """TrainingError where the weights of a run with this config are none to start from."""
+        """Raise TrainingError if a new run cannot start from the weights of a run with this config."""
 
     def start(self, weights: dict[str, Tensor]) -> None:
-        """Let a new run start from these weights, which have the names and shapes of the model's."""
+        """Start a new run from these weights, whose names and shapes are the model's."""
         self.model.load_state_dict(weights)
 
     def prepare(self, ranks: Ranks, *, resumed: bool) -> None:  # noqa: B027 - there may be nothing to do.
-        """Get ready for the steps, once, when a resumed run has its weights and a new one those of its seed.
+        """Prepare for the steps. Called once by all processes, after the weights were initialised or resumed.
 
-        All processes of a run call it. TrainingError or OSError where something it needs is not there.
+        Raises TrainingError or OSError if something that it needs is missing.
         """
 
     def sampler(self, batch_size: int, *, seed: int, rank: int, world_size: int) -> Sampler:
-        """What orders the examples into batches.
+        """Return the sampler of the training batches.
 
-        batch_size: of all processes together.
+        Args:
+            batch_size: number of examples in a batch, over all processes.
+            seed: determines the order of the examples.
+            rank: this process's rank among those that share a batch.
+            world_size: number of processes that share a batch.
 
-        Raises ValueError, which begins with the name of an option ("batch_size: "), where the examples or processes do
-        not fit it.
+        Raises:
+            ValueError: the examples or processes do not fit an option; the message begins with its name, such as
+                "batch_size: ".
         """
         return EpochSampler(len(self.examples), batch_size, seed=seed, rank=rank, world_size=world_size)
 
     def fetcher(self, device: torch.device, streams: RandomStreams) -> Fetcher:
-        """What gives the batches of the steps, by the sampler's indices."""
+        """Return the fetcher, which loads a batch by the sampler's indices."""
         if not isinstance(self.examples, ImageSet):
             raise NotImplementedError("a task of other examples than images has a fetcher of its own")
         return ImageFetcher(self.examples, device)
 
     def observe(self, step: int, run: RunDir) -> dict[str, float]:
-        """Look at the model on the way: scalars to log, and files in the run. OSError where writing fails.
+        """Observe the model during training: return scalars to log, and write files into the run's folder.
 
-        Must leave the model and the run's random streams as they were.
+        Must not change the model or the run's random streams. Raises OSError if writing fails.
         """
         return {}
 
     def trouble(self, means: dict[str, float]) -> str | None:
-        """Why a run that has had some steps learns nothing, and what to try; None where it learns.
+        """Return why the run learns nothing and what to try, or None if it learns.
 
-        Asked once in a run, in evaluation mode. means: of what was logged since the last line.
-        Must leave the model and the run's random streams as they were.
+        Called once early in a run, in evaluation mode. Must not change the model or the run's random streams.
+
+        Args:
+            means: the last logged record, with the means since the record before.
         """
         return None
 
@@ -161,37 +172,38 @@ class Task(ABC):
         """Called after every update of the parameters. Must not wait for the device."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside the model, tensors and numbers by name."""
+        """Return the task's own state for checkpoints, besides the model: tensors and numbers by name."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - nor to load
-        """Go on from ``state``. KeyError, ValueError or RuntimeError where it does not fit."""
+        """Restore ``state``. Raises KeyError, ValueError or RuntimeError if it does not fit."""
 
     def carried(self) -> dict[str, Tensor]:
-        """What a step leaves to the next and each process has of its own, by name; equally many rows in each process.
+        """Return the state that steps carry forward and that differs between processes, by name.
 
-        Rows that are of a batch's examples are in their order, so that another number of processes can go on with them.
+        Each process has the same number of rows. Rows that belong to a batch's examples are in the order of the
+        examples, so that a run can be resumed with another number of processes.
         """
         return {}
 
     def carry_on(self, carried: dict[str, Tensor]) -> None:  # noqa: B027 - nor to carry on
-        """Go on from what :meth:`carried` gave, on the CPU. RuntimeError where it does not fit."""
+        """Restore the result of :meth:`carried`, given on the CPU. Raises RuntimeError if it does not fit."""
 
     def description(self) -> dict[str, Any]:
-        """What the model is built from, for those who load its weights; JSON values. Kept in checkpoints."""
+        """Return JSON values from which the model can be rebuilt to load its weights. Kept in checkpoints."""
         return {}
 
     @abstractmethod
     def evaluate(self) -> dict[str, float]:
-        """What the trained model is worth: entries of summary.json."""
+        """Measure the trained model; returns entries of summary.json."""
 
     @abstractmethod
     def save(self, run: RunDir) -> None:
-        """Write what others use the trained model by, and its figures. OSError where that fails."""
+        """Write the trained model for use outside the run, and its figures. Raises OSError if that fails."""
 
 
 class _Whole(Module):
-    """A task's forward pass as the only part of its model."""
+    """The only part of a task without parts of its own; it runs the task's forward pass."""
 
     def __init__(self, task: Task) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""A run's length from the minutes it may take: some steps are measured, and the config gets as many as fill them.
+"""Choosing the number of steps that fill a run's time budget, from a measurement of some steps.
 
-What comes of it is an ordinary config with a number of steps, so that the run can be repeated and resumed like any
-other, on any machine.
+The result is an ordinary config with a number of steps, so that the run can be repeated and resumed like any other, on
+any machine.
 """
 
 from __future__ import annotations
@@ -14,34 +14,39 @@ from cpc_ext.training.config import RunConfig
 
 __all__ = ["FirstSteps", "filled", "seconds_per_step"]
 
-# Steps before the clock starts: the first ones choose kernels, fill caches and allocate.
+# Warm-up steps that are not timed: the first ones choose kernels, fill caches and allocate.
 _UNTIMED = 5
-# How long is measured: a fiftieth of the budget within these bounds, in seconds; up to so many times as long where the
-# pace still changes, as it does while images are read from the disk for the first time.
+# The measurement takes this share of the budget, clamped to these bounds in seconds. While the pace still changes, as
+# when images are read from disk for the first time, it may take up to _PATIENCE times as long.
 _SHARE, _SHORTEST, _LONGEST, _PATIENCE = 0.02, 1.0, 30.0, 3.0
-# Parts that this is measured in. The last ones count, and end it where none took so many times as long as another.
+# The measurement consists of about _PARTS intervals. Only the last _COUNTED count, and it ends when the slowest of them
+# takes at most _ALIKE times as long per step as the fastest.
 _PARTS, _COUNTED, _ALIKE = 8, 4, 1.15
-# Seconds of a run's first steps that tell its pace.
+# Seconds of a run's first steps from which its pace is estimated.
 _TELLING = 5.0
-# A checkpoint this often, as a share of the run, but not sooner than after these seconds.
+# Time between checkpoints: this share of the budget, but at least so many seconds.
 _CHECKPOINTS, _BETWEEN_CHECKPOINTS = 0.05, 30.0
-# Lines of the log that a run has at least, as far as it has steps, and the largest share that is spent on warm-up.
+# Minimum number of log lines, if the run has that many steps, and maximum share of the steps spent on warm-up.
 _LINES = 50
 _WARMUP = 0.1
 
 
 def seconds_per_step(take: Callable[[int], float], budget: float) -> float:
-    """How long a step takes, measured.
+    """Measure the time per step.
 
-    take: takes that many steps and tells how many seconds it was, the same in all processes.
-    budget: seconds that the run may take, of which this takes a few hundredths.
+    Args:
+        take: takes the given number of steps and returns the seconds, the same in all processes.
+        budget: time budget of the run in seconds; the measurement takes a few percent of it.
+
+    Returns:
+        Seconds per step.
     """
     take(_UNTIMED)
     goal = min(max(_SHARE * budget, _SHORTEST), _LONGEST)
     paces = [take(1)]
     spent = paces[0]
     while spent < _PATIENCE * goal:
-        # Several at once, so that waiting for a device does not count in every step.
+        # Time several steps together, so that the wait for the device does not count in every step.
         steps = max(1, round(goal / _PARTS / max(paces[-1], 1e-9)))
         seconds = take(steps)
         paces.append(seconds / steps)
@@ -53,15 +58,15 @@ def seconds_per_step(take: Callable[[int], float], budget: float) -> float:
 
 
 class FirstSteps:
-    """The pace of a run that is not measured before it begins, told by its first steps."""
+    """Estimates the pace of a run from its first steps, without a measurement before it begins."""
 
     def __init__(self) -> None:
         self._seconds: list[float] = []
 
     def pace(self, seconds: float) -> float | None:
-        """Seconds a step, or None while it is too early to say. seconds: that the next one took."""
+        """Add the seconds of the next step; return the seconds per step, or None while it is too early to say."""
         self._seconds.append(seconds)
-        # The first one also prepares, which tells where a step takes so long itself.
+        # The first step includes setup, so it counts only while there is no other.
         counted = self._seconds[1:] or self._seconds
         return median(counted) if sum(counted) >= _TELLING else None
 
@@ -74,13 +79,17 @@ def filled(
     seconds: float = 0.0,
     given: Collection[str] = (),
 ) -> RunConfig:
-    """The config of a run that fills its time budget, in steps.
+    """Return a config whose number of steps fills the time budget.
 
-    Checkpoints and lines of the log come as often as suits its length; a new run's warm-up is at most a tenth of it.
+    The intervals of checkpoints and log lines are adapted to the run's length, and a new run's warm-up is limited to a
+    tenth of it.
 
-    seconds_per_step: what a step takes from now on.
-    steps, seconds: of the run so far, which count.
-    given: the options that the user chose, by names of fields, which stay as they are.
+    Args:
+        config: a config with a time budget.
+        seconds_per_step: expected time per step from now on.
+        steps: number of steps done so far, which count.
+        seconds: time spent in them, which counts.
+        given: field names of the options that the user set: warmup_steps and log_every stay as they are then.
     """
     options = config.optimization
     assert options.time_budget is not None

@@ -1,6 +1,6 @@
-"""A running average of a model's weights, which is often better than the weights of any one step.
+"""A running average of a model's weights, which often performs better than the weights of any single step.
 
-In the first updates it forgets faster, as there is little to remember: what it keeps grows with their number.
+The decay grows with the number of updates, so that the average moves away from the initial weights quickly.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Model = TypeVar("Model", bound=nn.Module)
 class WeightAverage(Generic[Model]):
     """The exponential moving average of a model's parameters.
 
-    Update n keeps the share min(decay, (1 + n) / (10 + n)) of the average and takes the rest from the model.
+    Update n, from 1, uses the decay d = min(decay, (1 + n) / (10 + n)): average ← d · average + (1 - d) · model.
 
     Attributes:
-        model: with the average as its weights, in evaluation mode.
+        model: a copy of the model with the averaged weights, in evaluation mode.
 
     Args:
-        model: whose weights it starts from.
-        decay: the share that an update keeps at most, from 0 to 1.
+        model: the model from whose weights the average starts.
+        decay: the largest decay, from 0 to 1.
     """
 
     def __init__(self, model: Model, decay: float) -> None:
@@ -39,7 +39,7 @@ class WeightAverage(Generic[Model]):
 
     @torch.no_grad()
     def update(self, model: Model) -> None:
-        """Take in the weights of ``model``, without waiting for the device."""
+        """Update the average with the weights of ``model``, without waiting for the device."""
         self._updates += 1
         decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
@@ -49,7 +49,7 @@ class WeightAverage(Generic[Model]):
         return {_UPDATES: self._updates} | {_PREFIX + name: value for name, value in weights.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """KeyError, TypeError or RuntimeError where ``state`` is not of such a model."""
+        """Restore ``state``. Raises KeyError, TypeError or RuntimeError if it does not fit the model."""
         if type(state[_UPDATES]) is not int or state[_UPDATES] < 0:
             raise TypeError(f"expected a number of updates, got {state[_UPDATES]!r}")
         self._updates = state[_UPDATES]
@@ -57,5 +57,5 @@ class WeightAverage(Generic[Model]):
 
 
 def averaged_weights(state: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights of the model in a :meth:`WeightAverage.state_dict`; none where it holds no average."""
+    """Return the model's weights in a :meth:`WeightAverage.state_dict`; an empty dict if it holds no average."""
     return {name.removeprefix(_PREFIX): value for name, value in state.items() if name.startswith(_PREFIX)}

@@ -1,6 +1,6 @@
-"""YAML as options are written in: of bounded size, each name once, without references from one place to another.
+"""A reader for YAML files of options: of bounded size, without duplicate names and without aliases.
 
-Such references can make a few lines mean gigabytes, or a list that holds itself; no file of ours has them.
+Aliases can expand a few lines to gigabytes, or make a list contain itself; none of our files has them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _MOST_BYTES = 1 << 20
 
 
 def read_yaml(path: Path) -> Any:
-    """What a file holds: plain values in dictionaries and lists.
+    """Return a file's content as plain values in dictionaries and lists.
 
-    OSError where it cannot be read; YAMLError, ValueError or RecursionError where it holds something else.
+    Raises OSError if it cannot be read, and YAMLError, ValueError or RecursionError if it holds anything else.
     """
     with open(path, "rb") as file:
         content = file.read(_MOST_BYTES + 1)
