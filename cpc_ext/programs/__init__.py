@@ -1,1 +1,1 @@
-"""The programs: their command lines, one main, and what they do, which is imported once the options are right."""
+"""The programs: their command lines, a common entry point, and their work, imported after the options are checked."""

@@ -20,7 +20,7 @@ _DESCRIPTION = (
 
 @dataclass(frozen=True)
 class Command:
-    """What the options say; each is described where the command line describes it."""
+    """The parsed options; their help texts describe them."""
 
     device: Annotated[
         Literal["all", "cpu", "cuda"], tyro.conf.arg(help="Where to run the ops. all: the CPU and every CUDA device.")

@@ -1,4 +1,4 @@
-"""What `cpc-ext check` does: every op's problems on every device, a table, and what the build and the machine are."""
+"""The work of `cpc-ext check`: run every op's problems on every device; print a table, the build and the machine."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["check"]
 
 
 class _Outcome(NamedTuple):
-    """How a problem went in a kind: its worst error as a share of the one allowed, and what to say of a failure."""
+    """Result of a problem in one kind: its largest error relative to the allowed one, and messages of failures."""
 
     share: float
     failures: list[str]
 
 
 def check(command: Command) -> None:
-    """Print the table and the environment. TrainingError where an op and its reference disagree, or an op raises."""
+    """Print the table and the environment. Raises TrainingError if an op differs from its reference or raises."""
     started = time.monotonic()
     problems, failures = all_problems(), 0
     for device in _devices(command.device):
@@ -75,7 +75,7 @@ def _outcome(problem: Problem, device: torch.device, kind: str) -> _Outcome:
     try:
         compared = differences(problem, device, kind)
     except Exception as error:
-        # What it is does not matter: whoever reads the report wants to see it, and the other problems.
+        # Report any exception and go on, so that the report shows it along with the other problems.
         frame = traceback.extract_tb(error.__traceback__)[-1]
         return _Outcome(0.0, [f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"])
     shares = [one.error / one.allowed if one.allowed else 0.0 for one in compared]

@@ -1,6 +1,6 @@
-"""What the programs share: from arguments to a command, from the command to work, from how that ends to an exit status.
+"""Code shared by the programs: it parses arguments into a command, runs the command, and returns the exit status.
 
-Options are checked before what they are for is imported: a wrong one, the help and the version cost no PyTorch.
+Options are checked before the work is imported, so that a wrong option, the help and the version need no PyTorch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["Program", "exit_status", "parse_command", "refuse_idle", "with_home"
 
 T = TypeVar("T", bound=Hashable)
 
-# The field lists the option in the help; :func:`parse_command` answers it.
+# This field only makes the help list --version; :func:`parse_command` handles the option.
 _VERSION = Annotated[
     bool,
     tyro.conf.FlagCreatePairsOff,
@@ -36,15 +36,15 @@ _VERSION = Annotated[
 
 @dataclass(frozen=True)
 class Program(Generic[T]):
-    """A program that turns its command line into an object and does one thing with it.
+    """A program that parses its command line into an object and passes it to one function.
 
     Attributes:
-        name: of ``python -m cpc_ext.NAME``.
-        description: what it does, for the help.
-        command: a dataclass, of which a field is an option, described where the command line describes it.
-        check: raises TrainingError for values that cannot be right, or do not go together, whatever is on the disk.
-        work: the function that does it, as MODULE:NAME, imported once the options are found to be right.
-        interrupted: what is said after Ctrl-C.
+        name: NAME in ``python -m cpc_ext.NAME``.
+        description: description of the program in its help.
+        command: a dataclass whose fields are the options, with their help texts.
+        check: raises TrainingError for values that are wrong or contradict each other.
+        work: the function that does the work, as MODULE:NAME, imported after the options are checked.
+        interrupted: message after Ctrl-C.
     """
 
     name: str
@@ -57,8 +57,8 @@ class Program(Generic[T]):
     def main(self, arguments: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         """Run the program with these arguments (default: those of the process); returns the exit status.
 
-        0: done. 1: it could not be done, for a reason that was printed. 2 (raised as SystemExit): wrong options.
-        130: Ctrl-C; what was finished is kept.
+        0: success. 1: an error, which was printed. 2 (raised as SystemExit): wrong options. 130: Ctrl-C; finished
+        results are kept.
         """
         prog = prog or f"python -m cpc_ext.{self.name}"
         command = parse_command(self.command, arguments, prog=prog, description=self.description)
@@ -71,16 +71,16 @@ class Program(Generic[T]):
 
 
 def with_home(arguments: Sequence[str]) -> list[str]:
-    """Arguments in which --name=~/path has the user's home folder, which shells put in place of ~ but not after =."""
+    """Replace ~ in arguments such as --name=~/path by the user's home folder, as shells do not expand it after =."""
     split = (argument.partition("=") for argument in arguments)
     return [f"{name}{given}{expanduser(value) if name.startswith('--') else value}" for name, given, value in split]
 
 
 def parse_command(command: type[T], arguments: Sequence[str] | None, *, prog: str, **options: Any) -> T:
-    """Turn arguments (None: those of the process) into a command; with further options of :func:`tyro.cli`.
+    """Parse arguments (None: those of the process) into a command; ``options`` are passed to :func:`tyro.cli`.
 
-    Raises SystemExit, with status 2 after telling what is allowed, for wrong options, or with 0 after showing the help
-    or the version.
+    Raises SystemExit with status 2 for wrong options, after printing what is allowed, or with status 0 after showing
+    the help or the version.
     """
     given = with_home(sys.argv[1:] if arguments is None else arguments)
     version = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -96,9 +96,9 @@ def _with_version(command: type[Any]) -> type[Any]:
 
 
 def refuse_idle(command: Any, names: Collection[str], reason: str) -> None:
-    """TrainingError where a command, a dataclass, has one of these options that would have no effect for a reason.
+    """Raise TrainingError if one of these options of a command, a dataclass, was given but would have no effect.
 
-    One that has its default may as well not have been given.
+    Only options that differ from their default count as given. ``reason`` says why they have no effect.
     """
     for field in fields(command):
         if field.name in names and getattr(command, field.name) != field.default:
@@ -106,7 +106,11 @@ def refuse_idle(command: Any, names: Collection[str], reason: str) -> None:
 
 
 def exit_status(work: Callable[[], int | None], *, interrupted: str = "interrupted") -> int:
-    """Run a program's work: its own status, else 0; 1 after printing an error; 128 + the number of a signal."""
+    """Run a program's work and return the exit status.
+
+    It is the work's own status, or 0 if that is None; 1 after a TrainingError, which is printed; 128 + the signal's
+    number after a signal.
+    """
     try:
         return work() or 0
     except TrainingError as error:

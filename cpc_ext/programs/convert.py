@@ -1,4 +1,4 @@
-"""The program `python -m cpc_ext.convert`: its options, and which of them are refused at once."""
+"""The program `python -m cpc_ext.convert`: its options and their first checks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ else:
 
 @dataclass(frozen=True)
 class Command:
-    """What the options say; each is described where the command line describes it."""
+    """The parsed options; their help texts describe them."""
 
     checkpoint: Annotated[
         tuple[Path, ...],
@@ -77,7 +77,7 @@ class Command:
 
 
 def _check(command: Command) -> None:
-    """TrainingError for options that do not go together."""
+    """Raise TrainingError for options that contradict each other."""
     if not command.checkpoint:
         raise TrainingError("give the file of a checkpoint, or with --to the folder of a run")
     if (command.source is None) == (command.to is None):

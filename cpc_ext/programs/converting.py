@@ -1,7 +1,7 @@
-"""What `python -m cpc_ext.convert` does: from another program's checkpoint to a run's folder, or from a run to one.
+"""The work of `python -m cpc_ext.convert`: turn another program's checkpoint into a run's folder, or a run into one.
 
-The run is as training leaves it after no step at all: a config that describes the model, and a checkpoint with its
-weights. What the checkpoint had besides is kept in it, so that the way back gives the same file.
+The run is as after zero steps of training: a config that describes the model, and a checkpoint with its weights. The
+checkpoint also keeps what else the other program's had, so that converting back gives the same file.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ from cpc_ext.training.safetensors_file import write_safetensors
 
 __all__ = ["convert"]
 
-# The data set that is trained on next if none is named, by the size of the patches, or that of images.
+# The run's data set if none is named: by the size of the patches, or by that of the images.
 _BY_PATCH = {8: "cifar10", 10: "cifar10", 16: "stl10"}
 _BY_IMAGE = {32: "cifar10", 96: "stl10"}
-# What a checkpoint of ours keeps of the other program's beside the model.
+# Entry of our checkpoint for what it keeps of the other program's besides the model.
 _KEPT = "reference"
-# Kinds of checkpoints that hold less than a model, and what there is besides.
+# Kinds of checkpoints with an encoder alone, and which parts of the model start from random weights.
 _ENCODERS = {"encoder": "context network and predictions start", "image-encoder": "the projection head starts"}
 
 
 def convert(command: Command) -> None:
-    """Do what the command says. TrainingError where that cannot be done."""
+    """Convert as the command says. Raises TrainingError if that is not possible."""
     try:
         if command.source is not None:
             _take_over(command, command.source)
         else:
             _hand_over(command, str(command.to))
     except (CheckpointError, ImportError) as error:
-        # An encoder of timm's needs timm.
+        # ImportError: encoders from timm need timm.
         raise TrainingError(str(error)) from None
 
 
 def _take_over(command: Command, source: str) -> None:
-    """A checkpoint as a new run."""
+    """Convert a checkpoint into a new run."""
     given = {name: getattr(command, name) for name in ("grid_size", "image_size", "patch_size", "norm")}
     try:
         reference = read_reference(list(command.checkpoint), source, **given)
@@ -65,13 +65,13 @@ def _take_over(command: Command, source: str) -> None:
         raise TrainingError(str(error)) from None
     config = _config(reference, command.dataset, command.data_dir)
     task = empty_task(config, reference.configuration.get("image_shape"), reference.configuration.get("classes", 0))
-    # The part of the run's model that the checkpoint is of: all of it, or its encoder.
+    # The submodule of the run's model that the checkpoint holds: the whole model ("") or its encoder.
     part = "encoder" if reference.configuration["kind"] in _ENCODERS else ""
     put_into(task.model, reference.model.state_dict(), part)
     state = {
         "step": 0,
         "config": config.model_dump(mode="json"),
-        # What images are like, a data set knows; only models of pixels are built from it.
+        # There is no data set whose statistics a description could hold; only pixel models are rebuilt from theirs.
         "description": task.description() if config.model == "pixelcnn++" else {},
         "model": task.model.state_dict(),
         _KEPT: {"source": source, "part": part, "layout": reference.form.layout, "unused": reference.form.unused},
@@ -89,7 +89,7 @@ def _take_over(command: Command, source: str) -> None:
     if part:
         print(f"the checkpoint holds an encoder alone: {_ENCODERS[reference.configuration['kind']]} from the seed")
     assumed = list(reference.assumed)
-    # Models of pixels see values as they are, whatever the data set's mean is.
+    # Pixel models use unnormalised values, so the data set's statistics do not matter.
     by_statistics = model_medium(config.model) == "images" and config.model != "pixelcnn++"
     if command.dataset is None and "dataset" not in reference.configuration and by_statistics:
         assumed.append(f"--dataset {config.data.dataset}, whose mean and deviation images are normalised by")
@@ -98,7 +98,7 @@ def _take_over(command: Command, source: str) -> None:
 
 
 def _config(reference: Reference, dataset: str | None, data_dir: Path | None) -> RunConfig:
-    """The config of a run with the reference's model. TrainingError where no run has such a model."""
+    """Return the config of a run with the reference's model. Raises TrainingError if no config describes it."""
     found = reference.configuration
     kind = found["kind"]
     if kind == reference.source:
@@ -117,7 +117,7 @@ def _config(reference: Reference, dataset: str | None, data_dir: Path | None) ->
         kind, kind
     )
     dataset = dataset or found.get("dataset")
-    # Others see patches.
+    # Models without an image shape take patches.
     size = found["image_shape"][1] if "image_shape" in found else None
     if dataset is None:
         dataset = _BY_PATCH.get(found["patch_size"], "folder") if size is None else _BY_IMAGE.get(size, "folder")
@@ -130,7 +130,7 @@ def _config(reference: Reference, dataset: str | None, data_dir: Path | None) ->
 
 
 def _changed(model: str, dataset: str, changes: Mapping[str, Mapping[str, Any]]) -> RunConfig:
-    """The config that a model has on a data set, with other options in some sections. TrainingError for wrong ones."""
+    """Return a model's preset for a data set with some options changed. Raises TrainingError for wrong ones."""
     tree = preset(model, dataset).model_dump()
     for section, values in changes.items():
         tree[section] = {**tree[section], **values}
@@ -141,7 +141,7 @@ def _changed(model: str, dataset: str, changes: Mapping[str, Mapping[str, Any]])
 
 
 def _patch_model_options(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Sections of a config, of a model of patches."""
+    """Return the config sections of a model that takes patches."""
     arguments = found["encoder"]["arguments"]
     grid, patch, crop = found["grid_size"], found["patch_size"], found["image_size"]
     halves = 2 * crop == patch * (grid + 1)
@@ -163,7 +163,7 @@ def _patch_model_options(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     options = {"view": view, "cpc": cpc}
     skip = cpc.setdefault("skip", 1)
     if found["kind"] == "cpc-v2":
-        # Its one context network is that of the only direction.
+        # The checkpoint's one context network is for its only direction.
         cpc |= {"variant": "lightning-bolts", "shared_context": True, "pred_directions": 1}
         cpc["prediction_scale"] = found["scale"]
         cpc["pred_steps"] = grid - 1 - skip
@@ -181,7 +181,7 @@ def _patch_model_options(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _is_even(starts: Sequence[int], blocks: Sequence[int]) -> bool:
-    """Whether modules that begin with these blocks are what their number alone gives."""
+    """Return whether the number of modules alone gives modules that start at these blocks."""
     return len(starts) <= len(blocks) and list(starts) == module_starts(blocks, len(starts))
 
 
@@ -204,7 +204,7 @@ def _image_encoder_options(found: Mapping[str, Any]) -> dict[str, dict[str, Any]
 
 
 def _hand_over(command: Command, target: str) -> None:
-    """A run's model as a checkpoint of another program."""
+    """Write a run's model as a checkpoint of another program."""
     if len(command.checkpoint) != 1:
         raise TrainingError(f"--to takes one run, got {len(command.checkpoint)}")
     given = [
@@ -219,14 +219,14 @@ def _hand_over(command: Command, target: str) -> None:
     kept = state.get(_KEPT, {})
     model, form = task.model, None
     if kept.get("source") == target:
-        # As it came: it has not been trained since.
+        # The run has not been trained since it was converted, so the original layout is restored.
         try:
             model, form = model.get_submodule(kept["part"]), Form(kept["layout"], kept["unused"])
         except (AttributeError, LookupError, TypeError) as error:
             raise TrainingError(f"{checkpoint} does not tell what of {target} it came from ({error})") from None
     exported = export_reference(model, target, form=form)
     if model_medium(config.model) == "audio" and command.out.suffix != ".safetensors":
-        # The program finds its options beside the file.
+        # The program reads the model's options from a file beside the checkpoint.
         with writing(command.out, "--out"):
             save_reference(model, target, command.out, form=form)
         print(f"{len(exported)} tensors of {target} are in {command.out}")
@@ -240,7 +240,7 @@ def _hand_over(command: Command, target: str) -> None:
 
 
 def _by_module(path: Path, state: Mapping[str, Tensor]) -> dict[Path, dict[str, Tensor]]:
-    """What was in a file a module: PATH_0, PATH_1 ... before the ending; one module is a file by itself."""
+    """Split a state that was in one file per module into files PATH_0, PATH_1 ...; a single module keeps PATH."""
     parts: dict[str, dict[str, Tensor]] = {}
     for name, value in state.items():
         module, _, rest = name.partition(".")
@@ -251,7 +251,7 @@ def _by_module(path: Path, state: Mapping[str, Tensor]) -> dict[Path, dict[str, 
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    # A tensor may be there under two names; files hold it twice.
+    # Clone: a tensor may have two names, and is then stored twice.
     own = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
     with writing(path, "--out"), atomic_file(path) as file:
         if path.suffix == ".safetensors":

@@ -1,4 +1,4 @@
-"""Models of sound as runs: the options of a run that has such a model."""
+"""Options of a run from a converted model of sound."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ __all__ = ["sound_options"]
 
 
 def sound_options(model: nn.Module) -> tuple[str, dict[str, dict[str, Any]]]:
-    """The --model of a model of sound, and its options by section. TrainingError where no run has such a model."""
+    """Return the --model and the options by section that describe a model of sound.
+
+    Raises TrainingError if no options describe it.
+    """
     assert isinstance(model, CPC | GreedyInfoMax)
     encoder = model.encoder
     assert isinstance(encoder, WaveformEncoder)
@@ -50,7 +53,7 @@ def sound_options(model: nn.Module) -> tuple[str, dict[str, dict[str, Any]]]:
     recipe = "original" if greedy or padding != "cpc-audio" else "modified"
     if not greedy:
         options["recipe"] = recipe
-    # What a program takes its windows from decides what its negatives are.
+    # How a program draws its windows determines the negatives.
     windows = {"windows": "sequential"} if context.get("keep_state") else RECIPES[recipe].get("view", {})
     return "greedy-infomax-audio" if greedy else "cpc-audio", {
         "view": {**windows, **({"window": windowed[0] * FRAME} if windowed else {})},
@@ -67,7 +70,7 @@ def sound_options(model: nn.Module) -> tuple[str, dict[str, dict[str, Any]]]:
 
 
 def _told(objective: SequenceInfoNCE) -> list[str]:
-    """The options of a prediction that an objective knows as they are; how processes share is up to a run."""
+    """Return the prediction options that are attributes of the objective; gather_negatives is up to the run."""
     known = set(SequencePredictionSection.model_fields) - {"dropout", "gather_negatives"}
     return sorted(name for name in known if hasattr(objective, name))
 
@@ -77,7 +80,7 @@ def _name(value: Any, named: dict[str, Any]) -> str:
 
 
 def _context(contexts: list[Any]) -> dict[str, Any]:
-    """The options of context networks, which are all alike."""
+    """Return the options of the context networks, which must all be alike."""
     options: list[dict[str, Any]] = []
     for context in contexts:
         if isinstance(context, RecurrentContext) and not context.reverse:

@@ -1,4 +1,4 @@
-"""The program `python -m cpc_ext.embed`: its options, and which of them are refused at once."""
+"""The program `python -m cpc_ext.embed`: its options and their first checks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SUFFIXES = (".npy", ".safetensors")
 
 @dataclass(frozen=True)
 class Command:
-    """What the options say; each is described where the command line describes it."""
+    """The parsed options; their help texts describe them."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="Folder of the run.")]
     data_dir: Annotated[
@@ -86,8 +86,8 @@ class Command:
 
 
 def _check(command: Command) -> None:
-    """TrainingError for values that cannot be right, or would have no effect, for a run of its kind."""
-    # What fits one kind of run is not told of a folder that is none, which whoever opens it refuses.
+    """Raise TrainingError for values that are wrong, or would have no effect, for this kind of run."""
+    # If the folder is not a run's, skip the checks by kind of run: opening it fails with a better message.
     is_run = RunDir(command.run).config.is_file()
     if RunDir(command.run).medium == "audio":
         refuse_idle(command, ("split", "image_size", "per_patch"), "it is of runs on images")

@@ -1,7 +1,7 @@
-"""What `python -m cpc_ext.embed` does: from a run's folder and images to a file of their encodings.
+"""The work of `python -m cpc_ext.embed`: write a file with the encodings of images by a run's encoder.
 
-Images of a folder are decoded by threads, a batch ahead of the encoder, and never kept. The file appears complete or
-not at all.
+Images of a folder are decoded by threads, a batch ahead of the encoder, and not kept. The file appears complete or not
+at all.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from cpc_ext.training.safetensors_file import write_safetensors
 __all__ = ["embed"]
 
 _BATCH = 50
-# For another process to put its two files in place, which takes it milliseconds.
+# How long to wait for the lock of another process that renames its two files, which takes milliseconds.
 _PATIENCE_SECONDS = 60
 
 
 def embed(command: Command) -> None:
-    """Do what the command says. TrainingError where that cannot be done."""
+    """Embed images or recordings as the command says. Raises TrainingError if that is not possible."""
     if RunDir(command.run).medium == "audio":
         embed_speech(command)
         return
@@ -52,17 +52,17 @@ def embed(command: Command) -> None:
     run = EncoderRun.open(command.run, device)
     names = out.with_suffix(".names.json") if out.suffix == ".npy" else None
     images = _FolderImages(command, run) if command.dataset == "folder" else _DatasetImages(command, run)
-    # Opened first: that nothing can be written here is better known before the work than after it.
+    # Open the files first, so that a folder that cannot be written to is reported before the work.
     with writing(out, "--out"), ExitStack() as files:
         lock = FileLock(out.with_name(f".{out.name}.lock"), timeout=_PATIENCE_SECONDS)
         files.callback(lock.release)
-        # What is entered last is the first to appear.
+        # The stack exits in reverse order, so the file of encodings appears before that of names.
         names_file = files.enter_context(atomic_file(names)) if names else None
         file = files.enter_context(atomic_file(out))
         features = _encode(command, run, images, device)
         _write(file, names_file, features, images.names)
         if names:
-            # Encodings without names are no harm, encodings with those of others are.
+            # Remove old names first: encodings without names are harmless, encodings with wrong names are not.
             lock.acquire()
             names.unlink(missing_ok=True)
     shape = " x ".join(map(str, features.shape))
@@ -72,7 +72,7 @@ def embed(command: Command) -> None:
 
 
 def _encode(command: Command, run: EncoderRun, images: _FolderImages | _DatasetImages, device: torch.device) -> Tensor:
-    """Encodings of all images that can be read, float32 [N, D] or [N, D, rows, cols] on the CPU."""
+    """Return the encodings of all images that can be read, float32 [N, D] or [N, D, rows, cols] on the CPU."""
     task = run.trained(run.stand_in(images.source, images.sample))
     encode = task.encodings if command.per_patch else task.features
     with tqdm(total=images.count, unit="image", dynamic_ncols=True) as bar:
@@ -87,10 +87,13 @@ def _encode(command: Command, run: EncoderRun, images: _FolderImages | _DatasetI
 
 
 class _FolderImages:
-    """All images below a folder, resized to one size, and grey where the run's are.
+    """All images below a folder, resized to one size, and converted to grey if the run's are grey.
 
-    source: where they come from. sample: images of the same shape. count: how many files there are. names: of those
-    that could be read, known when :meth:`batches` is through.
+    Attributes:
+        source: the folder, for messages.
+        sample: an empty set of images of the same shape.
+        count: number of files.
+        names: names of the files that could be read, complete when :meth:`batches` is exhausted.
     """
 
     def __init__(self, command: Command, run: EncoderRun) -> None:
@@ -113,7 +116,10 @@ class _FolderImages:
         self.sample = ImageSet(images=np.empty((0, channels, *self._size), np.uint8))
 
     def batches(self, device: torch.device) -> Iterator[tuple[Tensor, int]]:
-        """Batches of images, uint8 [B, C, H, W] on the device, with the number of files that each is of."""
+        """Yield batches of images, uint8 [B, C, H, W] on the device, each with the number of files processed.
+
+        A batch has fewer images than files if some files cannot be read.
+        """
         start = 0
         files = [self._root / path for path in self._paths]
         left_out = LeftOut()
@@ -130,16 +136,16 @@ class _FolderImages:
 
 
 class _DatasetImages:
-    """The images of a split of a data set, or of all; as :class:`_FolderImages`.
+    """The images of one split of a data set, or of all; the attributes are those of :class:`_FolderImages`.
 
-    Those that files have names for are in the order of these, whatever part of them was held out to test on.
+    Images that have file names are sorted by these, no matter which of them were held out for testing.
     """
 
     def __init__(self, command: Command, run: EncoderRun) -> None:
         own = origin(command.dataset).folder in ("folders", "arrays")
         size = command.image_size
         if own and size is None:
-            # What the run saw, such as 28 pixels that were enlarged for its crop.
+            # The size of the run's own images, such as images of 28 pixels that were enlarged for its crop.
             _, height, width = run.statistics()["image_shape"]
             size = height if height == width else None
         try:
@@ -172,7 +178,7 @@ class _DatasetImages:
 
 
 def _parts(dataset: Dataset) -> dict[str, ImageSet]:
-    """The parts of a data set by what they are for, each once."""
+    """Return the distinct parts of a data set, by name."""
     found: dict[str, ImageSet] = {}
     for name, images in (("train", dataset.train), ("pretrain", dataset.pretrain), ("test", dataset.test)):
         if images is not None and all(images is not other for other in found.values()):
@@ -181,19 +187,19 @@ def _parts(dataset: Dataset) -> dict[str, ImageSet]:
 
 
 def _by_numbers(name: str) -> list[str | int]:
-    """A key that sorts names by the numbers in them: x[9] before x[10]."""
+    """Return a key that sorts names by the numbers in them: x[9] before x[10]."""
     return [int(part) if number % 2 else part for number, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
 def _write(file: BinaryIO, names_file: BinaryIO | None, features: Tensor, names: list[str]) -> None:
-    # ASCII, as a file name may hold bytes that are no text in any encoding.
+    # JSON in ASCII, because file names may contain bytes that are not valid text in any encoding.
     listed = json.dumps(names)
     if names_file is None:
         write_safetensors(file, {"features": features.contiguous()}, {"format": "pt", "names": listed})
     else:
         write_npy(file, features.numpy())
         names_file.write(listed.encode())
-        # While both can still be taken back: neither is to appear without the other.
+        # Sync both files while both can still be discarded, so that a full disk leaves neither without the other.
         for each in (file, names_file):
             each.flush()
             os.fsync(each.fileno())

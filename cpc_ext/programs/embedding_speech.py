@@ -1,7 +1,7 @@
-"""What `python -m cpc_ext.embed` does with a run on speech: from a folder of recordings to a file of frames for each.
+"""The work of `python -m cpc_ext.embed` with a run on speech: write a file of frames for each recording in a folder.
 
-Recordings are decoded one at a time and never kept. Each file appears complete or not at all, so that what an
-interrupted program has written is right.
+Recordings are decoded one at a time and not kept. Each file appears complete or not at all, so that the files of an
+interrupted program are valid.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from cpc_ext.training.precision import check_device
 
 __all__ = ["embed_speech"]
 
-# A recording's file of times is called as that of its frames, with this added.
+# Suffix that is added to the name of a recording's file of frames to name its file of times.
 _TIMES = ".times"
 
 
 def embed_speech(command: Command) -> None:
-    """Do what the command says. TrainingError where that cannot be done."""
+    """Embed recordings as the command says. Raises TrainingError if that is not possible."""
     if command.dataset not in ("folder", "audio-folder"):
         raise TrainingError(f"--dataset: a run on speech embeds the recordings of a folder, got {command.dataset}")
     if command.data_dir is None:
@@ -72,9 +72,10 @@ def embed_speech(command: Command) -> None:
 
 
 def _stems(paths: Sequence[str]) -> dict[str, str]:
-    """What the files of each recording are called, without the endings of these.
+    """Return the stem of the output files of each recording.
 
-    Recordings keep their own endings where they differ in them alone, or without would be called as others are.
+    A recording keeps its own file ending in the stem if the stem without it would clash with another recording's name
+    or output file.
     """
     plain = {path: str(Path(path).with_suffix("")) for path in paths}
     counts = Counter([*plain.values(), *paths])
@@ -86,7 +87,7 @@ def _stems(paths: Sequence[str]) -> dict[str, str]:
 
 
 def _write(stem: Path, frames: Tensor, times: Tensor, form: str) -> None:
-    """Frames [L, D] and their times [L] in seconds, in files of this name with endings of theirs."""
+    """Write frames [L, D] and their times [L] in seconds to files with this stem."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     if form == "text":
         with atomic_file(stem.with_name(f"{stem.name}.txt")) as file:

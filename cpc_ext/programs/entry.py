@@ -1,7 +1,7 @@
-"""The one way into all programs: `cpc-ext NAME`, `python -m cpc_ext NAME` and `python -m cpc_ext.NAME`.
+"""The common entry point of all programs: `cpc-ext NAME`, `python -m cpc_ext NAME` and `python -m cpc_ext.NAME`.
 
-It sees to what has to be settled before anything is imported, and to ends that are no errors: Ctrl-C, and a reader of
-the output who has seen enough.
+It sets up the process before anything else is imported, and handles endings that are not errors: Ctrl-C, and a closed
+pipe on the output.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ PROGRAMS = {
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = "cpc-ext") -> int:
-    """The program that the first argument names, with the others; returns its exit status.
+    """Run the program that the first argument names, with the other arguments; returns its exit status.
 
-    Raises SystemExit with status 2, after listing the programs, where there is no such program.
+    Raises SystemExit with status 2, after listing the programs, if there is no such program.
     """
     return _settled(lambda: _dispatch(list(sys.argv[1:] if arguments is None else arguments), prog))
 
 
 def run_program(name: str) -> int:
-    """One program with the arguments of the process, as `python -m cpc_ext.NAME`; returns its exit status."""
+    """Run one program with the arguments of the process, as `python -m cpc_ext.NAME`; returns its exit status."""
     return _settled(lambda: _run(name, sys.argv[1:], f"python -m cpc_ext.{name}"))
 
 
@@ -69,7 +69,7 @@ def _run(name: str, arguments: list[str], prog: str) -> int:
 
 
 def _settled(work: Callable[[], int]) -> int:
-    """The status of a program that finds the process as it should be, and leaves it without a traceback."""
+    """Set up the process, run a program, and return its exit status, without a traceback for expected endings."""
     spin_briefly()
     _print_in_any_encoding()
     try:
@@ -77,7 +77,7 @@ def _settled(work: Callable[[], int]) -> int:
             with _plain_warnings():
                 status = work()
         finally:
-            sys.stdout.flush()  # When the process ends it is too late to say anything about errors.
+            sys.stdout.flush()  # At interpreter exit it would be too late to report a write error.
         _end_if_one_of_several(status)
         return status
     except KeyboardInterrupt:
@@ -96,7 +96,7 @@ def _settled(work: Callable[[], int]) -> int:
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """In the block, what the package warns of is printed as the programs print it, without a line of its code."""
+    """Print the package's own warnings in the block as the programs do, without file name and source line."""
     with warnings.catch_warnings():
         shown = warnings.showwarning
 
@@ -118,11 +118,11 @@ def _plain_warnings() -> Iterator[None]:
 
 
 def _end_if_one_of_several(status: int) -> None:
-    """End a process of several, as torchrun starts them, before Python takes itself down.
+    """End a process that torchrun started with others by ``os._exit``, before Python's shutdown.
 
-    Once DistributedDataParallel has known a process group, PyTorch keeps gloo's threads past its destruction, and one
-    that meets Python at its end aborts the process ("terminate called without an active exception"): torchrun would
-    report a run that is complete as one that failed.
+    After DistributedDataParallel has used a process group, PyTorch keeps gloo's threads alive even when the group is
+    destroyed. One that still runs at Python's shutdown aborts the process ("terminate called without an active
+    exception"), and torchrun would report a complete run as failed.
     """
     if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stderr.flush()
@@ -138,14 +138,14 @@ def _output_fails() -> bool:
 
 
 def _discard_output() -> None:
-    """Let what Python still holds go nowhere, as it would else complain when it ends."""
+    """Redirect stdout to /dev/null, because Python would report an error if it flushed its buffer at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print_in_any_encoding() -> None:
-    """Let names and frames be printed where the output's encoding, such as ASCII, lacks their letters.
+    """Allow any text to be printed if the output's encoding, such as ASCII, lacks its characters.
 
-    Names of files may hold bytes that are no text in any encoding; where that is UTF-8 they are printed as they are.
+    File names may contain bytes that are not valid text in any encoding; with UTF-8 they are printed unchanged.
     """
     for stream in (sys.stdout, sys.stderr):
         if not isinstance(stream, TextIOWrapper):
@@ -153,5 +153,5 @@ def _print_in_any_encoding() -> None:
         if not stream.encoding.lower().replace("-", "").startswith("utf"):
             stream.reconfigure(errors="replace")
             os.environ.setdefault("PYTHON_TYRO_UTF8_BOXES", "False")
-        elif stream is sys.stdout:  # Errors escape what they cannot print.
+        elif stream is sys.stdout:  # stderr escapes such bytes by default.
             stream.reconfigure(errors="surrogateescape")

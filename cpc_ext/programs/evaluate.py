@@ -1,4 +1,4 @@
-"""The program `python -m cpc_ext.evaluate`: its options, and which of them are refused at once."""
+"""The program `python -m cpc_ext.evaluate`: its options and their first checks."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _DESCRIPTION = (
 )
 
 
-# Options of the ways to learn from few labels, and those of runs on speech.
+# Options for learning from few labels, and options that apply only to runs on speech.
 _OF_LABELS = ("labels", "mode", "repeats", "seed", "neighbours", "finetune_epochs", "finetune_steps")
 _OF_SPEECH = ("measures", "layer", "alignment", "minutes")
 
 
 def _check(command: Command) -> None:
-    """TrainingError for values that cannot be right, or would have no effect for runs like these."""
+    """Raise TrainingError for values that are wrong, or would have no effect for these kinds of runs."""
     if not command.runs:
         raise TrainingError("give at least one RUN")
     if all(RunDir(path).medium == "audio" for path in command.runs):
@@ -36,7 +36,7 @@ def _check(command: Command) -> None:
         else:
             refuse_idle(command, ("out",), "runs on speech are drawn together with --per-module alone")
     else:
-        # A folder that is no run is refused by whoever opens it, in better words.
+        # If a folder is not a run's, skip this check: opening it fails with a better message.
         if all(RunDir(path).config.is_file() for path in command.runs):
             refuse_idle(command, _OF_SPEECH, "it is of runs on speech")
         if command.per_module:

@@ -1,4 +1,4 @@
-"""``cpc_ext.fit``: a run as `python -m cpc_ext.train` makes it, from Python, also on data that Python has."""
+"""``cpc_ext.fit``: training from Python as `python -m cpc_ext.train` does it, also on data in memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = ["Fitted", "fit"]
 
 @dataclass(frozen=True)
 class Fitted:
-    """A run that is complete. path: its folder. summary: its summary.json, in the main process of several."""
+    """A complete run. path: its folder. summary: its summary.json, which of several processes only the main one has."""
 
     path: Path
     summary: dict[str, Any] = field(default_factory=dict)
@@ -54,24 +54,26 @@ def fit(
     config: str | Path | None = None,
     **options: Any,
 ) -> Fitted:
-    """Train a model, and leave in a folder what `python -m cpc_ext.train` leaves.
-
-    model: one of those that `--model` takes; by default "cpc-v1", or that of the earlier run.
-    dataset: the name of one that `--dataset` takes, or the images themselves, as :func:`cpc_ext.data.from_dataset`
-        takes them; with `test`, `unlabeled`, `classes` and `workers` as there. They are kept in the user's cache, as
-        arrays that the run's config names, so that every program finds them again. The size of the first one chooses
-        the defaults, as that of a folder's images does. Where there is no option `image_size`, and they cannot keep
-        their own, they get the size that the model's preset has for such a folder.
-    out_dir: the run's folder; by default the first free runs/MODEL-DATASET-NUMBER.
-    resume: go on with the run in `out_dir`. Its data need not be handed over again; where they are, they must be the
-        same.
-    config: the config.yaml of a run to repeat.
-    options: those of the command line, without dashes: ``steps=100, batch_size=32, patch_norm=True``.
+    """Train a model, and write the same files into the run's folder as `python -m cpc_ext.train`.
 
     Ctrl-C finishes the step, saves, and is raised as KeyboardInterrupt; other signals likewise as SystemExit.
 
-    Raises OptionError, a ValueError, for wrong options; TrainingError where the run cannot start or go on; and what
-    from_dataset raises.
+    Args:
+        model: a name that `--model` takes; by default "cpc-v1", or the model of the earlier run.
+        dataset: a name that `--dataset` takes, or the images themselves, as :func:`cpc_ext.data.from_dataset` takes
+            them. Images are stored in the user's cache, as arrays that the run's config names, so that every program
+            finds them again. The size of the first image chooses the defaults, as that of a folder's images does.
+            Without the option `image_size`, images that cannot keep their own size get the size that the model's preset
+            has for such a folder.
+        test, unlabeled, classes, workers: as in :func:`cpc_ext.data.from_dataset`, for images that are handed over.
+        out_dir: the run's folder; by default the first free runs/MODEL-DATASET-NUMBER.
+        resume: resume the run in `out_dir`. Its data need not be handed over again; if they are, they must be the same.
+        config: the config.yaml of a run to repeat.
+        options: options of the command line, with underscores: ``steps=100, batch_size=32, patch_norm=True``.
+
+    Raises:
+        OptionError: options are wrong; it is a ValueError.
+        TrainingError: the run cannot start or go on. What from_dataset raises is raised as well.
     """
     named = dataset is None or isinstance(dataset, str)
     if model is not None and not isinstance(model, str):
@@ -135,12 +137,12 @@ def fit(
 
 
 def _resuming(path: Path) -> str:
-    """The call that goes on with a run, which knows its data."""
+    """Return the Python call that resumes a run; the run's config names its data."""
     return f"cpc_ext.fit(out_dir={str(path)!r}, resume=True)"
 
 
 def _with_options(defaults: RunConfig, options: dict[str, Any]) -> RunConfig:
-    """A config with options in place of its own. OptionError where there are none of such names or values."""
+    """Return a config with some options replaced. Raises OptionError for unknown names and wrong values."""
     of = {section: type(values).model_fields for section, values in defaults if isinstance(values, Section)}
     sections = {name: section for section, fields in of.items() for name in fields}
     tree = defaults.model_dump()

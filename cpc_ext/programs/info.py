@@ -1,4 +1,4 @@
-"""The program `cpc-ext info`: what this build holds and what it runs on, for bug reports; `python -m cpc_ext` alone."""
+"""The program `cpc-ext info`, also `python -m cpc_ext`: prints the build and the machine, for bug reports."""
 
 from __future__ import annotations
 

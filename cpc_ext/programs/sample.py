@@ -1,4 +1,4 @@
-"""The program `python -m cpc_ext.sample`: its options, and which of them are refused at once."""
+"""The program `python -m cpc_ext.sample`: its options and their first checks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DESCRIPTION = (
 
 @dataclass(frozen=True)
 class Command:
-    """What the options say; each is described where the command line describes it."""
+    """The parsed options; their help texts describe them."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="Folder of the run.")]
     n: Annotated[int, tyro.conf.arg(help="Images to draw.")] = 64
@@ -61,7 +61,7 @@ class Command:
 
 
 def _check(command: Command) -> None:
-    """TrainingError for values that cannot be right, whatever the run is."""
+    """Raise TrainingError for values that are wrong for any run."""
     if command.n < 1:
         raise TrainingError(f"--n: at least 1, got {command.n}")
     if not 0 <= command.seed < 2**63:

@@ -1,4 +1,4 @@
-"""What `python -m cpc_ext.sample` does: from a run's folder to images drawn from its model, as PNG or array."""
+"""The work of `python -m cpc_ext.sample`: draw images from a run's model and write them as PNG or array."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from cpc_ext.training.weight_average import averaged_weights
 
 __all__ = ["sample"]
 
-# Drawn together: what is kept of an image takes some megabytes a layer.
+# Number of images drawn at a time: the cached state of an image takes some megabytes per layer.
 _BATCH = 16
 
 
 def sample(command: Command) -> None:
-    """Do what the command says. TrainingError where that cannot be done."""
+    """Draw images as the command says. Raises TrainingError if that is not possible."""
     device = check_device(command.device)
     run = RunDir(command.run)
     model, description = _load(run)
@@ -78,7 +78,7 @@ def sample(command: Command) -> None:
 
 
 def _load(run: RunDir) -> tuple[PixelModel, dict[str, Any]]:
-    """The run's model and its description: of the finished run, else of its last checkpoint."""
+    """Load the run's model and its description from the finished run, else from its last checkpoint."""
     name = run.known_config.model
     if not issubclass(task_class(name), PixelTask):
         having = " or ".join(each for each in MODELS if issubclass(task_class(each), PixelTask))
@@ -119,7 +119,7 @@ def _read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _image_shape(description: dict[str, Any]) -> tuple[int, int, int]:
-    """KeyError, TypeError or ValueError where a description has none."""
+    """Return (C, H, W) from a description. Raises KeyError, TypeError or ValueError if it has no valid shape."""
     channels, height, width = description["image_shape"]
     if any(type(side) is not int or side < 1 for side in (channels, height, width)):
         raise ValueError(f"image_shape: expected [C, H, W], got {description['image_shape']}")
@@ -140,7 +140,7 @@ def _labels(command: Command, model: PixelModel, description: dict[str, Any]) ->
 
 
 def _image_to_complete(command: Command, shape: tuple[int, int, int], levels: int) -> tuple[Tensor | None, int]:
-    """The image, [C, H, W], and how many of its rows are kept; None and 0 where none is given."""
+    """Return the image to complete, [C, H, W], and the number of its rows to keep; None and 0 if none is given."""
     channels, height, width = shape
     if command.complete is None:
         return None, 0
@@ -156,7 +156,7 @@ def _image_to_complete(command: Command, shape: tuple[int, int, int], levels: in
     except FileNotFoundError:
         raise TrainingError(f"--complete: there is no {command.complete}") from None
     except Exception as error:
-        # Pillow's readers raise nearly anything for a damaged file.
+        # Pillow's readers may raise nearly anything for a damaged file.
         raise TrainingError(f"--complete: {command.complete} is not an image that can be read ({error})") from None
     picture = Image.fromarray(pixels)
     if picture.size != (width, height):
@@ -170,7 +170,7 @@ def _image_to_complete(command: Command, shape: tuple[int, int, int], levels: in
 
 
 def _array_to_complete(path: Path, shape: tuple[int, int, int], levels: int) -> Tensor:
-    """Values of an array in a file, as the model's samples have them."""
+    """Read an array [C, H, W] from a file, with the dtype of the model's samples."""
     try:
         array = np.load(path, allow_pickle=False)
     except FileNotFoundError:

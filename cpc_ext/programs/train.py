@@ -1,4 +1,4 @@
-"""The program `python -m cpc_ext.train`: a model and its training."""
+"""The program `python -m cpc_ext.train`, which trains a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = PROGRAM) -> int:
-    """As :func:`cpc_ext.programs.training.main`, which is imported only once the options are found to be right."""
+    """Run :func:`cpc_ext.programs.training.main`, which is imported only after the options are checked."""
 
     def train() -> int:
         command = parse(sys.argv[1:] if arguments is None else arguments, prog=prog)

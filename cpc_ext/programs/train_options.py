@@ -1,8 +1,8 @@
-"""The command line of `python -m cpc_ext.train`: options to a run's config.
+"""The command line of `python -m cpc_ext.train`, which is parsed into a run's config.
 
-Parsing takes two passes. The first only looks for the options that choose the defaults: the model, the data set, the
-recipe and the device, or an earlier run. The second is the real one and starts from those, so that the help shows, and
-every option replaces, the value that the run would have had.
+Parsing takes two passes. The first reads only the options that choose the defaults, such as the model, the data set,
+the recipe and the device, or an earlier run. The second parses all options with these defaults, so that the help shows
+the values that the run would have, and every option given replaces one of them.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ _CHOOSING = (
 class Command:
     """A run to start or to resume.
 
-    run: what determines it. The others are described where the command line describes them.
+    run: the run's config. The help texts describe the other options.
     """
 
-    # Without a name of its own it leaves its sections' names to the groups of the help; it has no text there either.
+    # The empty name makes the help name its groups after the sections alone.
     run: Annotated[RunConfig, tyro.conf.arg(name="", help="")]
     out_dir: Annotated[
         Path | None,
@@ -87,17 +87,17 @@ class Command:
         Path | None,
         tyro.conf.arg(help="Repeat a run: its config.yaml gives the defaults of all options."),
     ] = None
-    # The options that were given, by names of fields, and whether all others are a preset's, which may give way to the
-    # data as an earlier run's do not.
+    # The field names of the options that were given, and whether all others come from a preset. A preset's values may
+    # be adapted to the data; an earlier run's are not.
     given: Annotated[frozenset[str], tyro.conf.Fixed, tyro.conf.Suppress] = frozenset()
     of_preset: Annotated[bool, tyro.conf.Fixed, tyro.conf.Suppress] = False
 
 
 def parse(arguments: Sequence[str], *, prog: str = PROGRAM) -> Command:
-    """Turn command line arguments into a command, of a program that messages call ``prog``.
+    """Parse command line arguments into a command; messages call the program ``prog``.
 
-    Raises TrainingError where a config file is missing or wrong, and SystemExit, with status 2 after telling what is
-    allowed, for wrong options, or with 0 after showing the help or the version.
+    Raises TrainingError if a config file is missing or wrong, and SystemExit with status 2 for wrong options, after
+    printing what is allowed, or with status 0 after showing the help or the version.
     """
     arguments = with_home(arguments)
     chosen = _first_pass(arguments)
@@ -117,7 +117,7 @@ def parse(arguments: Sequence[str], *, prog: str = PROGRAM) -> Command:
             config=(tyro.conf.OmitArgPrefixes,),
         )
     except OptionError as error:
-        # Those of a section are shown by the parser; those between sections arrive here.
+        # The parser reports errors within a section; errors between sections arrive here.
         _refuse(str(error), prog)
     _refuse_idle_options(arguments, command.run, prog)
     named = (argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
@@ -143,15 +143,18 @@ def defaults_of(
     time_budget: object = None,
     side: int | None = None,
 ) -> RunConfig:
-    """The config that the options given replace: an earlier run's, or that of the model for the data set.
+    """Return the default config, whose values the given options replace.
 
-    side: of the images in pixels, where they are no files that would tell it.
+    It is that of an earlier run (``resume``, ``config`` or ``resume_from``), or the model's preset for the data set. If
+    exactly one length (``epochs``, ``steps`` or ``time_budget``) is given, the config has no length. Unknown names and
+    values of the wrong type are not refused here, but when the options are filled in.
 
-    Names that do not exist, and values of the wrong type, are for whoever fills in the options to refuse. Where a
-    length is given, the config has none.
+    Args:
+        side: side of the images in pixels, if they are handed over and not in files.
 
-    Raises TrainingError where an earlier run is missing or does not fit, OptionError where the data are not what the
-    model learns from.
+    Raises:
+        TrainingError: an earlier run is missing or does not fit.
+        OptionError: the model does not learn from data of this medium.
     """
     if resume and config is not None:
         raise TrainingError("--resume takes the run's own config.yaml: give either --resume or --config")
@@ -188,20 +191,20 @@ def defaults_of(
             raise OptionError(explain(error)) from None
     _check_recipe(recipe, defaults)
     if optimizer in RATES and optimizer != defaults.optimization.optimizer and not resume:
-        # The rate of one is none for another.
+        # A learning rate for one optimizer does not suit another.
         optimization = defaults.optimization.model_copy(update={"lr": RATES[optimizer]})
         defaults = defaults.model_copy(update={"optimization": optimization})
     if [epochs, steps, time_budget].count(None) == len(LENGTHS) - 1:
-        # The one that is given replaces whichever the defaults have.
+        # The length that is given replaces whichever the defaults have.
         optimization = defaults.optimization.model_copy(update=dict.fromkeys(LENGTHS))
         defaults = defaults.model_copy(update={"optimization": optimization})
     return defaults
 
 
 def _side(dataset: str, data_dir: str | Path | None, image_size: str | int | None, known: int | None) -> int | None:
-    """How large the user's own images are going to be, in pixels, where that can be told.
+    """Return the side in pixels that the user's own images will have, or None if it is unknown.
 
-    known: how large they are, where they are no files.
+    known: their side if they are handed over and not in files.
     """
     if medium(dataset) != "images" or origin(dataset).folder not in ("folders", "arrays"):
         return None
@@ -215,7 +218,7 @@ def _side(dataset: str, data_dir: str | Path | None, image_size: str | int | Non
 
 
 def _minutes(dataset: str, data_dir: str | Path | None) -> float | None:
-    """How long the user's own recordings are together, where that can be told."""
+    """Return the total minutes of the user's own recordings, or None if they are unknown."""
     if medium(dataset) != "audio" or origin(dataset).folder != "folders" or data_dir is None:
         return None
     from cpc_ext.data.audio.total_minutes import total_minutes
@@ -224,7 +227,7 @@ def _minutes(dataset: str, data_dir: str | Path | None) -> float | None:
 
 
 def _check_recipe(recipe: str | None, defaults: RunConfig) -> None:
-    """TrainingError where an earlier run, which has options of its own already, is asked for another recipe's."""
+    """Raise TrainingError if another recipe is asked for than that of the earlier run that gives the options."""
     theirs = next((section.recipe for _, section in defaults if hasattr(section, "recipe")), None)
     if recipe in model_recipes(defaults.model) and recipe != theirs:
         raise TrainingError(
@@ -233,7 +236,7 @@ def _check_recipe(recipe: str | None, defaults: RunConfig) -> None:
 
 
 def _with_values(arguments: Sequence[str]) -> list[str]:
-    """--gather-negatives alone asks for what the word says."""
+    """Replace --gather-negatives without a value by --gather-negatives=gather."""
     given = list(arguments)
     for index, argument in enumerate(given):
         alone = index + 1 == len(given) or given[index + 1].startswith("--")
@@ -243,7 +246,7 @@ def _with_values(arguments: Sequence[str]) -> list[str]:
 
 
 def _joined(arguments: Sequence[str], name: str) -> list[str]:
-    """An option that is given again and again, with all values where it is first: the parser knows only the last."""
+    """Collect the values of a repeated option at its first place, because the parser would keep only the last."""
     rest, values, place = [], [], None
     taking = False
     for argument in arguments:
@@ -286,7 +289,7 @@ def _refuse(message: str, prog: str) -> NoReturn:
 
 def _first_pass(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    # A missing value is for the second pass to complain about.
+    # The second pass reports missing values.
     for name in _CHOOSING:
         parser.add_argument(name, nargs="?")
     parser.add_argument("--resume", action="store_true")
@@ -294,13 +297,13 @@ def _first_pass(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _spelled(argument: str) -> str:
-    """An option as this parser knows it, as the second pass takes --out_dir as well; its value stays as it is."""
+    """Return an argument with the option's name spelled with dashes: the second pass accepts --out_dir too."""
     name, given, value = argument.partition("=")
     return f"{option(name[2:])}{given}{value}" if name.startswith("--") else argument
 
 
 def describe(config: RunConfig) -> str:
-    """The config as the options that would give it, a line a section; those that decide nothing are left out."""
+    """Return the config as the options that produce it, one line per section, without those that have no effect."""
     idle = config.idle()
     lines = [f"  {'model':<14}--model {config.model}"]
     for section, values in config:

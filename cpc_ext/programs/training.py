@@ -1,4 +1,4 @@
-"""A run from the command line to its results: config, data, training, evaluation, and the files that remain."""
+"""The work of `python -m cpc_ext.train`: load the data, train, evaluate, and write the run's files."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ __all__ = ["main", "of_known_length", "run"]
 def main(arguments: Sequence[str] | Command | None = None) -> int:
     """Run `python -m cpc_ext.train` with these arguments (default: those of the process); returns the exit status.
 
-    They may also be given as what :func:`cpc_ext.programs.train_options.parse` makes of them.
+    The arguments may also be given as parsed by :func:`cpc_ext.programs.train_options.parse`.
 
     0: the run is complete. 1: it could not start or go on, for a reason that was printed. 2 (raised as SystemExit):
-    wrong options. 128 + its number: stopped by a signal (Ctrl-C 130, SIGTERM 143, SIGUSR1 138 ...), in training after
-    saving. Under torchrun every process runs it.
+    wrong options. 128 + the signal's number: stopped by a signal (Ctrl-C 130, SIGTERM 143, SIGUSR1 138 ...), during
+    training after saving. Under torchrun every process calls this.
     """
 
     def train() -> int:
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | Command | None = None) -> int:
 
 
 def _lost(error: RuntimeError, run: RunDir | None) -> str:
-    """What to say where other processes are gone."""
+    """Return the message for when other processes are gone."""
     saved = (
         ""
         if run is None
@@ -88,12 +88,16 @@ def _lost(error: RuntimeError, run: RunDir | None) -> str:
 def run(
     command: Command, keep: Callable[[], Path] | None = None, resuming: Callable[[Path], str] | None = None
 ) -> tuple[int, Path]:
-    """Do what a command says: the exit status, 0 where the run is complete, and the folder of the run.
+    """Start or resume a run; returns the exit status, 0 if the run is complete, and the run's folder.
 
-    keep: puts the data into a folder, which then is the run's --data-dir; it may take one process longer than another.
-    resuming: what goes on with the run in a folder, for messages; None: the command.
+    Args:
+        command: the parsed options.
+        keep: writes the data into a folder and returns it; it becomes the run's --data-dir. Processes may take
+            different times for it.
+        resuming: returns the code that resumes the run in a folder, for messages; None: the command line.
 
-    TrainingError where it cannot start or go on.
+    Raises:
+        TrainingError: the run cannot start or go on.
     """
     config = command.run
     with joined_ranks(config.compute.device) as ranks:
@@ -136,11 +140,11 @@ def _train(config: RunConfig, command: Command, run: RunDir, ranks: Ranks) -> in
     phases: dict[str, float] = {}
     ranks.say(f"cpc_ext {cpc_ext.__version__}, run in {run.path}\n{describe(config)}")
     state = _checkpoint_to_resume(config, run, ranks) if command.resume else None
-    # What may take seconds, or minutes, is said before it begins.
+    # Announce work that may take seconds or minutes before it begins.
     ranks.say(f"loading {config.data.dataset} ...")
     with _timed(phases, "data"):
         dataset = load_data(config) if state is None else load_data(config, state.get("data"))
-        ranks.wait()  # Where data had to be fetched or decoded, some took longer.
+        ranks.wait()  # Processes that fetch or decode data take longer than others.
     start = config.optimization.resume_from
     budgeted = config.optimization.time_budget is not None
 
@@ -184,7 +188,7 @@ def _train(config: RunConfig, command: Command, run: RunDir, ranks: Ranks) -> in
         if stopped is not None:
             return stopped
         if log is None:
-            return 0  # What is left is for one process.
+            return 0  # The main process does the rest.
         results: dict[str, float] = {}
         if config.output.evaluate:
             ranks.say("measuring what the trained model is worth ...")
@@ -214,7 +218,10 @@ def _train(config: RunConfig, command: Command, run: RunDir, ranks: Ranks) -> in
 
 
 def _with_smaller_batch(config: RunConfig, error: TooFewExamplesError, ranks: Ranks) -> RunConfig:
-    """The config with the largest batch that the examples fill, in place of a preset's; the error where it has none."""
+    """Return the config with the largest batch that the examples fill instead of the preset's; warn of it.
+
+    Raises the given error if no batch is valid.
+    """
     tree = config.model_dump()
     processes = ranks.share.world_size
     size = tree["optimization"]["batch_size"] = error.most // processes * processes
@@ -231,7 +238,7 @@ def _with_smaller_batch(config: RunConfig, error: TooFewExamplesError, ranks: Ra
 
 
 def _task(config: RunConfig, dataset: Any, ranks: Ranks) -> Task:
-    """TrainingError where the data set is none for the config."""
+    """Create the task. Raises TrainingError if the data set does not fit the config."""
     try:
         return task_class(config.model)(config, dataset, ranks.device)
     except ValueError as error:
@@ -246,17 +253,23 @@ def of_known_length(
     state: dict[str, Any] | None,
     given: Collection[str] = (),
 ) -> RunConfig:
-    """The config with the steps that fill its time budget, as measured on a model that is not kept.
+    """Return the config with the number of steps that fills its time budget, measured on a temporary model.
 
-    state: the checkpoint of a run that goes on, whose steps count.
-    given: the options that stay as they are, by names of fields.
+    Args:
+        config: a config with a time budget.
+        dataset: the loaded data set.
+        run: the run's folder.
+        ranks: the processes of the run.
+        state: the checkpoint of a resumed run, whose steps count; else None.
+        given: field names of the options that stay as they are.
     """
     minutes = config.optimization.time_budget
     assert minutes is not None
     ranks.say("measuring how long a step takes ...")
     task = _task(config, dataset, ranks)
     trainer = Trainer(task, config, run, ranks)
-    # What the task prepares from its weights, such as the outputs of frozen modules, is kept for the run itself.
+    # Start from the run's weights, because what the task prepares from them, such as the outputs of frozen modules, is
+    # kept for the run itself.
     start = config.optimization.resume_from
     if state is not None:
         trainer.take_weights(state)
@@ -271,7 +284,10 @@ def of_known_length(
 
 
 def _checkpoint_to_resume(config: RunConfig, run: RunDir, ranks: Ranks) -> dict[str, Any] | None:
-    """The run's checkpoint; None where it ended before the first. TrainingError where it is of another run."""
+    """Load the run's checkpoint, or return None if the run ended before its first.
+
+    Raises TrainingError if it is the checkpoint of another run.
+    """
     if not run.checkpoint.exists():
         ranks.say("this run ended before its first checkpoint: it starts from its beginning")
         return None
@@ -286,9 +302,9 @@ def _checkpoint_to_resume(config: RunConfig, run: RunDir, ranks: Ranks) -> dict[
 
 
 def _opened_log(config: RunConfig, run: RunDir, trainer: Trainer, ranks: Ranks) -> RunLog | None:
-    """The log of the main process, when the run's config is written; None in other processes.
+    """Write the run's config and open its log in the main process; return the log there, and None in the others.
 
-    TrainingError where the folder cannot be written to or lacks the room.
+    Raises TrainingError if the folder cannot be written to or its disk lacks space.
     """
     logs: list[RunLog] = []
 
@@ -305,7 +321,10 @@ def _opened_log(config: RunConfig, run: RunDir, trainer: Trainer, ranks: Ranks) 
 
 
 def _take_steps(trainer: Trainer, log: RunLog | None, run: RunDir, ranks: Ranks, *, forecast: bool) -> int | None:
-    """Train to the end, or until a signal: then the exit status. forecast: see :meth:`Trainer.train`."""
+    """Train to the end and return None, or until a signal and return the exit status.
+
+    forecast: see :meth:`Trainer.train`.
+    """
     with StopRequest(again_ends=ranks.world_size == 1, talk=ranks.main) as stop:
         try:
             trainer.train(log, stop, forecast=forecast)
@@ -314,7 +333,7 @@ def _take_steps(trainer: Trainer, log: RunLog | None, run: RunDir, ranks: Ranks,
             if not lost_contact(error):
                 raise
             ranks.end_stopped()
-            # Said here, where SIGTERM is only noted: it is what torchrun sends next.
+            # Print it here, while SIGTERM, which torchrun sends next, only sets a flag.
             print(f"\n{speaker()}error: {_lost(error, run)}", file=sys.stderr, flush=True)
             raise SystemExit(1) from None
     if not stopped:
@@ -324,7 +343,7 @@ def _take_steps(trainer: Trainer, log: RunLog | None, run: RunDir, ranks: Ranks,
 
 
 def _saved_config(run: RunDir, state: dict[str, Any]) -> RunConfig:
-    """The config in a checkpoint. TrainingError where it has none, or one that is not valid."""
+    """Return the config in a checkpoint. Raises TrainingError if it is missing or not valid."""
     try:
         return validate_config(state["config"])
     except (KeyError, ValidationError) as error:
@@ -333,7 +352,7 @@ def _saved_config(run: RunDir, state: dict[str, Any]) -> RunConfig:
 
 
 def _check_same_run(saved: RunConfig, wanted: RunConfig) -> None:
-    """TrainingError where an option differs that would make the rest another run than the beginning."""
+    """Raise TrainingError if an option differs that may not change when a run is resumed."""
     before, now, free = _by_option(saved), _by_option(wanted), options_that_may_change()
     changed = [
         f"  {option(name)} is {before[name]} in the checkpoint, {now[name]} now"
@@ -378,17 +397,17 @@ def _summary(
 
 
 def _probed(run: RunDir) -> dict[str, Any]:
-    """What probes found on the way, [step, accuracy] of each, and the last; nothing where there were none."""
+    """Return the online probe's [step, accuracy] pairs and its last accuracy; empty if there was no probe."""
     found = [[record["step"], record[PROBED]] for record in read_metrics(run.metrics, having=(PROBED,))]
     return {PROBED: found, f"final_{PROBED}": found[-1][1]} if found else {}
 
 
 def _peak_memory_bytes(device: torch.device) -> int:
-    """The peak of the device's memory on CUDA, else of the process's, in bytes."""
+    """Return the peak memory of the device on CUDA, else of the process, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError):
-        # What getrusage tells includes the peak of the process that this one was started by.
+        # getrusage would include the peak of the parent process.
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024

@@ -45,7 +45,7 @@ class LARS(torch.optim.Optimizer):
     A weight w with gradient g is updated by ``v ← m v + η |w| / (|g| + β |w|) · (g + β w)`` and ``w ← w - lr v``. The
     norm of a layer's step is thus proportional to the norm of its weights, which allows large learning rates for large
     batches. Parameters with fewer than two dimensions (biases, scales of norms) get plain SGD with momentum and no
-    weight decay, as in SimCLR. If a weight or its gradient is zero, the factor η |w| / (|g| + β |w|) is replaced by 1.
+    weight decay, as in SimCLR. If a weight or its gradient is zero, ``η |w| / (|g| + β |w|)`` is replaced by 1.
 
     Args:
         params: as for any optimizer.
