@@ -1,4 +1,4 @@
-"""Checkpoints of the programs that cpc_ext takes over from: read as models of ours, and written again."""
+"""Reading checkpoints of other programs as models of cpc_ext, and writing models as their checkpoints."""
 
 from cpc_ext.interop.errors import CheckpointError
 from cpc_ext.interop.programs import SOURCES, export_reference, load_reference, read_reference, save_reference

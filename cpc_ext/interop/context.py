@@ -1,4 +1,4 @@
-"""The gated PixelCNN that Greedy InfoMax and CPCV2-PyTorch use as context network: its names there and here."""
+"""Conversion of the gated PixelCNN that Greedy InfoMax and CPCV2-PyTorch use as context network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MASK = re.compile(r"stack\.layers\.\d+\.(vertical|horizontal)_conv\.mask")
 
 
 def context_size(state: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Channels and layers of a context network by the program's names. (0, 0) where there is none."""
+    """Return the channels and layers of a context network with the program's names; (0, 0) if there is none."""
     layers = {int(name.split(".")[2]) for name in state if re.match(r"stack\.layers\.\d+\.", name)}
     first = state.get("stack.layers.0.vertical_conv.weight")
     if first is None or first.ndim != 4:
@@ -33,10 +33,10 @@ def context_size(state: Mapping[str, Tensor]) -> tuple[int, int]:
 
 
 def context_to_ours(state: Mapping[str, Tensor], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights by our names, and the tensors that feed nothing by theirs.
+    """Return the weights by our names, and the tensors that have no effect by the program's names.
 
-    Names that no such network has keep their own, for others to object to. CheckpointError where a mask is another
-    one than that of the rows above.
+    Unknown names are kept, so that loading the weights reports them. Raises CheckpointError if a mask hides other
+    positions than the rows below.
     """
     _, layers = context_size(state)
     ours, unused = {}, {}
@@ -53,9 +53,9 @@ def context_to_ours(state: Mapping[str, Tensor], prefix: str = "") -> tuple[dict
 
 
 def context_from_ours(context: GatedPixelCNNContext, *, complete: bool) -> dict[str, Tensor]:
-    """Weights by the program's names.
+    """Return the weights by the program's names.
 
-    complete: with what feeds nothing there, the last vertical residual being zeros.
+    complete: also return the tensors that have no effect there: masks, and zeros for the last vertical residual.
     """
     state = {str(CONTEXT_NAMES.theirs(name)): value for name, value in context.state_dict().items()}
     if complete:
@@ -73,13 +73,13 @@ def context_from_ours(context: GatedPixelCNNContext, *, complete: bool) -> dict[
 
 
 def _is_unused(name: str, layers: int) -> bool:
-    """Whether a tensor there feeds nothing: masks, which ours knows, and the last layer's vertical residual."""
+    """Return whether a tensor has no effect: a mask, which our layers imply, or the last layer's vertical residual."""
     residual = f"stack.layers.{layers - 1}.residual_vertical."
     return _MASK.fullmatch(name) is not None or (layers > 1 and name in (residual + "weight", residual + "bias"))
 
 
 def _mask(shape: torch.Size) -> Tensor:
-    """1 at and above the middle row, 0 below; float32 whatever the weights are, as there."""
+    """Return a mask, 1 at and above the middle row and 0 below; float32 for any dtype of weights, as in the program."""
     mask = torch.ones(shape)
     mask[:, :, (shape[2] + 1) // 2 :] = 0
     return mask

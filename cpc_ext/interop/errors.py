@@ -1,4 +1,4 @@
-"""What is raised for checkpoints that cannot be taken over."""
+"""The error for checkpoints that cannot be read or written."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ __all__ = ["CheckpointError"]
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, or not of the program it was said to be of; the message says why."""
+    """A checkpoint is missing, damaged or not of the named program, or the program has no such model."""

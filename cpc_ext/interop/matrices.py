@@ -1,4 +1,4 @@
-"""The prediction matrices W_k, which the programs keep as a 1x1 convolution a step and ours as one tensor."""
+"""Conversion of the prediction matrices W_k: one 1x1 convolution per step in the programs, one tensor in cpc_ext."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _NAME = re.compile(r"W_k\.(\d+)\.weight")
 
 
 def matrices_to_ours(state: Mapping[str, Tensor], what: str) -> Tensor:
-    """{"W_k.K.weight": [E, D, 1, 1]} of all steps → [steps, E, D]. what: whose they are, for messages.
+    """Convert {"W_k.K.weight": [E, D, 1, 1]} of all steps to [steps, E, D]. what: whose they are, for messages.
 
-    CheckpointError where names, numbers or shapes are others.
+    Raises CheckpointError if names, step numbers or shapes are not as expected.
     """
     steps = {int(found[1]): value for name, value in state.items() if (found := _NAME.fullmatch(name))}
     shapes = {tuple(value.shape) for value in steps.values()}
@@ -32,5 +32,5 @@ def matrices_to_ours(state: Mapping[str, Tensor], what: str) -> Tensor:
 
 
 def matrices_from_ours(weight: Tensor) -> dict[str, Tensor]:
-    """[steps, E, D] → {"W_k.K.weight": [E, D, 1, 1]}."""
+    """Convert [steps, E, D] to {"W_k.K.weight": [E, D, 1, 1]}."""
     return {f"W_k.{step}.weight": matrix[..., None, None].clone() for step, matrix in enumerate(weight.detach())}

@@ -1,4 +1,4 @@
-"""Names of another program's tensors and ours, as one table that is read both ways."""
+"""Two-way tables between another program's tensor names and ours."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
 class NameMap:
-    """Pairs of patterns, theirs and ours.
+    """Translates names by pairs of patterns, theirs and ours.
 
-    ``{name}`` in a pattern stands for one part of a dotted name, the same in both. Of several pairs that fit a name the
-    first counts, so that special cases come first.
+    ``{name}`` in a pattern matches one component of a dotted name, which is the same in both. The first pair that
+    matches is used, so special cases come first.
     """
 
     def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
         self._pairs = [(_compiled(theirs), theirs, _compiled(ours), ours) for theirs, ours in pairs]
 
     def ours(self, theirs: str) -> str | None:
-        """Our name of theirs; None where no pair fits."""
+        """Return our name for theirs, or None if no pair matches."""
         for pattern, _, _, ours in self._pairs:
             found = pattern.fullmatch(theirs)
             if found is not None:
@@ -31,7 +31,7 @@ class NameMap:
         return None
 
     def theirs(self, ours: str) -> str | None:
-        """Their name of ours; None where no pair fits."""
+        """Return their name for ours, or None if no pair matches."""
         for _, theirs, pattern, _ in self._pairs:
             found = pattern.fullmatch(ours)
             if found is not None:
@@ -47,10 +47,10 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries whose names begin with ``prefix``, without it."""
+    """Return the entries whose names begin with ``prefix``, with the prefix removed."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def with_prefix(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries with ``prefix`` in front of their names."""
+    """Return the entries with ``prefix`` added to their names."""
     return {prefix + name: value for name, value in state.items()}

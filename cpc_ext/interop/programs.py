@@ -1,4 +1,4 @@
-"""Checkpoints of other programs as models of ours, and models as their checkpoints."""
+"""The public functions that read checkpoints of other programs as our models, and write models as their checkpoints."""
 
 from __future__ import annotations
 
@@ -31,25 +31,27 @@ SOURCES = tuple(_PROGRAMS)
 def load_reference(
     path_or_state_dict: str | Path | Mapping[str, Any] | Sequence[Any], source: str, **settings: Any
 ) -> nn.Module:
-    """The model of ours that computes what another program's checkpoint does, with its weights.
+    """Load another program's checkpoint as a model of cpc_ext that computes the same.
 
-    What it is, is recognised from names and shapes. The model has the precision of the weights, in evaluation mode.
+    The kind of model is recognised from the names and shapes of the weights. The model has the precision of the
+    weights and is in evaluation mode.
 
     ================= ==================================================================================
-    source            what comes out, by what the checkpoint holds
+    source            models returned, by what the checkpoint holds
     ================= ==================================================================================
     cpc-audio         :class:`~cpc_ext.models.CPC` on sound
     cpcv2-pytorch     :class:`~cpc_ext.models.CPC`; an encoder (ResNet v2, wide ResNet, MobileNetV2); a
                       :class:`~cpc_ext.models.GatedPixelCNNContext`
-    greedy-infomax    :class:`~cpc_ext.models.GreedyInfoMax`, of one module with a context network CPC;
-                      :class:`~cpc_ext.models.GreedySupervised`; an encoder where modules have no loss; a
-                      context network; a :class:`~cpc_ext.nn.GridInfoNCE`
-    greedy-infomax-   :class:`~cpc_ext.models.GreedyInfoMax` on sound, of one module
+    greedy-infomax    :class:`~cpc_ext.models.GreedyInfoMax`, which with one module and a context network
+                      is contrastive predictive coding; :class:`~cpc_ext.models.GreedySupervised`; an
+                      encoder if the modules have no loss; a context network, or with its loss a CPC
+                      whose input are encodings; a :class:`~cpc_ext.nn.GridInfoNCE`
+    greedy-infomax-   :class:`~cpc_ext.models.GreedyInfoMax` on sound; for one module
     audio             :class:`~cpc_ext.models.CPC`
     lightly,          :class:`~cpc_ext.models.TimmEncoder` (``pip install 'cpc_ext[timm]'``): the ResNet of their
-    solo-learn,       SimCLR and other siamese networks, which takes images [B, C, H, W] as
-    sthalles-simclr   ``encoder(images[:, None, None])``, [B, D, 1, 1]
-    lightning-bolts   CPC with its own encoder or one of timm's; without an encoder a CPC
+    solo-learn,       SimCLR and other siamese networks, which maps images [B, C, H, W] to [B, D, 1, 1] by
+    sthalles-simclr   ``encoder(images[:, None, None])``
+    lightning-bolts   CPC with the program's own encoder or one of timm's; without an encoder a CPC
                       whose input are encodings [B, D, rows, cols]; a
                       :class:`~cpc_ext.models.ResidualContext`
     pixel-cnn-pp      :class:`~cpc_ext.models.PixelCNNPP`
@@ -58,41 +60,42 @@ def load_reference(
     ================= ==================================================================================
 
     Args:
-        path_or_state_dict: a file of PyTorch or safetensors, the folder of a run on sound, a state dict, a dictionary
-            around one such as Lightning's, or a sequence of these where modules were saved separately (Greedy InfoMax:
-            first to last). Prefixes of DataParallel, optimizer states and averaged weights beside the weights do not
-            matter.
+        path_or_state_dict: a PyTorch or safetensors file, the folder of a run on sound, a state dict, a dictionary
+            around one such as Lightning's, or a sequence of these if modules were saved separately (Greedy InfoMax:
+            first to last). Prefixes of DataParallel, optimizer states, and averaged weights beside the weights are
+            ignored.
         source: one of ``SOURCES``.
-        settings: what the checkpoint does not tell, where the defaults do not fit:
+        settings: properties that the checkpoint does not determine. Options that the file records take precedence over
+            the defaults below, as do those that CPCV2-PyTorch writes into the file's name and those that the programs
+            for sound leave in the file's folder, in log.txt or checkpoint_args.json. A warning lists the assumed
+            defaults that affect the encodings of images.
 
-            - ``grid_size``: patches along a side. Default: the smallest that the steps fit, else 5 behind a stem for
-              CIFAR and 7 behind others (cpcv2-pytorch); 7 (greedy-infomax, lightning-bolts).
-            - ``image_size``: side in pixels of what is cut into patches: 30 behind a stem for CIFAR, 64 behind
-              STL-10's, 256 behind ImageNet's, or the next size below that the patches fill, another one where a given
-              ``patch_size`` or ``stride`` needs it (cpcv2-pytorch); what the grid needs (greedy-infomax,
-              lightning-bolts). Of pixel-cnn-pp that of images, 32, or 28 of grey ones;
-              so of siamese networks, 32 behind a first convolution of 3x3, else 224, or 96 (sthalles-simclr).
-            - ``patch_size``, ``stride``: in pixels. Default: neighbours overlap by half; 16 (greedy-infomax), what the
-              checkpoint notes or 8 (lightning-bolts). With them models take images, too; patches they always take.
-            - ``norm``: "layer" or "instance", whose weights look alike. No default: one of the two must be known.
-            - ``skip``: rows between a context and its first target. Default: 1.
-            - ``neg_samples``: negatives of each prediction, or "all". Default: 16; 10 (greedy-infomax-audio), 128
-              (cpc-audio).
-            - ``normalization``: what samples are normalised by: "greedy-infomax", the constants that the program has
-              for its data, so that the model takes samples in ±1 or int16 as all others do; or "none", for samples that
-              are already (greedy-infomax-audio). Default: "greedy-infomax".
-
-            What a file notes of the options that its program was run with counts before these defaults, and so do what
-            CPCV2-PyTorch writes into a file's name and what the programs of sound leave in its folder, log.txt and
-            checkpoint_args.json. A warning tells which defaults were taken that decide what
-            images are encoded as.
+            - ``grid_size``: number of patches along a side. Default for cpcv2-pytorch: the smallest that the steps fit;
+              for an encoder alone 5 with a CIFAR stem and 7 with other stems. Default for greedy-infomax and
+              lightning-bolts: 7.
+            - ``image_size``: side in pixels of the image that is cut into patches. Default for cpcv2-pytorch: 30 with a
+              CIFAR stem, 64 with STL-10's, 256 with ImageNet's, or the next smaller size that the patches fill, or what
+              a given ``patch_size`` or ``stride`` needs. Default for greedy-infomax and lightning-bolts: what the grid
+              needs. For models without patches the side of the images. Default for pixel-cnn-pp: 32, or 28 for grey
+              images; for siamese networks: 32 with a first convolution of 3x3, else 224, or 96 for sthalles-simclr.
+            - ``patch_size``, ``stride``: in pixels. Default stride: patches overlap by half. Default patch size: 16 for
+              greedy-infomax; for lightning-bolts what the checkpoint records, or 8. With these, models take images as
+              well as patches.
+            - ``norm``: "layer" or "instance". There is no default: it must be known for encoders with one of the two,
+              whose weights look alike.
+            - ``skip``: number of rows between a context and its first target. Default: 1.
+            - ``neg_samples``: number of negatives for each prediction, or "all". Default: 16; 10 for
+              greedy-infomax-audio, 128 for cpc-audio.
+            - ``normalization``: how audio samples are normalised (greedy-infomax-audio). "greedy-infomax", the default:
+              by the program's constants for its data, so that the model takes samples in ±1 or int16, as all other
+              models do. "none": not at all, for samples that are normalised already.
 
     Raises:
-        CheckpointError: a ValueError; the file is missing or damaged, or not a checkpoint of this program; the message
-            says what it looks like and which names did not fit.
-        ValueError: a source that is not known, a setting that does not fit the checkpoint or is of no use for it, or a
-            norm that has to be given.
-        TypeError: no path or dictionary, or a setting that does not exist.
+        CheckpointError: the file is missing, damaged, or not a checkpoint of this program; the message says which names
+            did not match and which program they resemble. It is a ValueError.
+        ValueError: the source is unknown, a setting does not fit the checkpoint or is not used by it, or a norm must be
+            given.
+        TypeError: the argument is not a path or dictionary, or there is no such setting.
         ImportError: timm is needed and not installed.
     """
     reference = read_reference(path_or_state_dict, source, **settings)
@@ -104,13 +107,13 @@ def load_reference(
 def read_reference(
     path_or_state_dict: str | Path | Mapping[str, Any] | Sequence[Any], source: str, **settings: Any
 ) -> Reference:
-    """:func:`load_reference` with what was recognised, and what is needed to write the checkpoint again as it was."""
+    """Load a checkpoint as :func:`load_reference` does, and return what was recognised and is needed to export it."""
     program = _program(source)
     checkpoint = read_checkpoint(path_or_state_dict)
     idle = [name for name, value in settings.items() if value is not None and name not in program.settings]
     if Settings.__dataclass_fields__.keys() >= settings.keys() and idle:
         raise ValueError(f"{', '.join(idle)}: checkpoints of {source} have no use for it")
-    # These are looked for once, for the settings and for the program, as some programs leave them in a file beside.
+    # Read these options once for both the settings and the program, because some programs leave them in another file.
     checkpoint = replace(checkpoint, options={**program.noted_in_name(checkpoint), **checkpoint.options})
     chosen = Settings.of(settings, checkpoint.options)
     try:
@@ -122,40 +125,40 @@ def read_reference(
 
 
 def export_reference(model: nn.Module, source: str, *, form: Form | None = None) -> dict[str, Tensor]:
-    """A model's weights by another program's names: what its ``load_state_dict`` takes.
+    """Return a model's weights by another program's names, for its ``load_state_dict``.
 
-    Of Greedy InfoMax that is the state dict of its whole model, unless the form says otherwise. Where a program scores
-    predictions by another factor than the model does (``scale``, ``score``), its prediction matrices are so much larger
-    or smaller that scores stay the same.
+    For Greedy InfoMax this is the state dict of the whole model, unless ``form`` says otherwise. If the program scales
+    scores by another factor than the model (``scale``, ``score``), the prediction matrices are rescaled so that the
+    scores stay the same.
 
     Args:
-        model: as :func:`load_reference` returns them.
+        model: a model of a kind that :func:`load_reference` returns.
         source: one of ``SOURCES``.
-        form: of the :class:`Reference` that the model came from, to get the same names, and the tensors for which the
-            model has no use, as they were. None for a model of ours: CPCV2-PyTorch's classifier is then missing, and
-            what a program keeps without using it is zero.
+        form: the form of the :class:`Reference` that the model came from, to write the same names and the unchanged
+            tensors that the model does not use. None for a model of ours: CPCV2-PyTorch's classifier is then missing,
+            and weights that a program has but does not use are zero.
 
     Raises:
         CheckpointError: the program has no such model.
-        ValueError: a source that is not known.
+        ValueError: the source is unknown.
     """
     state = _program(source).export(model, form)
     return {name: value.detach() for name, value in state.items()}
 
 
 def save_reference(model: nn.Module, source: str, path: str | Path, *, form: Form | None = None) -> None:
-    """Write a model as a file that another program loads, and beside it what the program wants to find there.
+    """Write a model as a file that another program loads, together with other files that the program needs.
 
-    CPC_audio wants checkpoint_args.json, which says what the model is built from. Files of these names are replaced,
-    each when the new one is complete.
+    CPC_audio needs checkpoint_args.json, which holds the options that the model is built from. Existing files are
+    replaced atomically.
 
     Args:
-        model, source, form: as :func:`export_reference` takes them.
-        path: of the file, in a folder that exists.
+        model, source, form: as for :func:`export_reference`.
+        path: the file; its folder must exist.
 
     Raises:
-        CheckpointError, ValueError: as of :func:`export_reference`.
-        OSError: the file cannot be written.
+        CheckpointError, ValueError: as :func:`export_reference` does.
+        OSError: a file cannot be written.
     """
     path = Path(path)
     content, beside = _program(source).packed(model, export_reference(model, source, form=form))
@@ -172,7 +175,7 @@ def _program(source: str) -> Program:
 
 
 def _looks_like(checkpoint: Checkpoint, source: str) -> str:
-    """What an unfit checkpoint holds, and whose it may be."""
+    """Return a message that says what a rejected checkpoint holds and which program's names it resembles."""
     names = [name for part in checkpoint.parts for name in part]
     known = {program.source: sum(map(program.knows, names)) for program in _PROGRAMS.values()}
     best = max(known, key=lambda name: known[name])

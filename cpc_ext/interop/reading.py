@@ -1,7 +1,7 @@
-"""Checkpoints as other programs leave them: from files or dictionaries to named tensors, without running their code.
+"""Reading other programs' checkpoints, from files or dictionaries, as named tensors without executing their code.
 
-A file is PyTorch's, zipped or as before 1.6, or safetensors; its content decides, not its name. What trainers put
-around a state dict is taken off: wrapping dictionaries, and the prefixes of DataParallel and torch.compile.
+A file may be PyTorch's, zipped or in the format before 1.6, or safetensors; its content decides, not its name.
+Dictionaries around a state dict, and the prefixes of DataParallel and torch.compile, are removed.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from cpc_ext.interop.errors import CheckpointError
 
 __all__ = ["Checkpoint", "read_checkpoint"]
 
-# Where trainers keep the state dict in what they save, as Lightning does under the first name.
+# Keys under which trainers keep the state dict; Lightning uses the first.
 _WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights")
-# State dicts that CPC_audio saves side by side.
+# Keys of the state dicts that CPC_audio saves side by side.
 _PARTS = ("gEncoder", "cpcCriterion")
-# Files of a run's folder, by epoch.
+# Names of the files in a run's folder, by epoch.
 _EPOCH = re.compile(r"(?:model_(\d+)\.ckpt|checkpoint_(\d+)\.pt)")
-# Stored problems keep the weights under this prefix, beside inputs and results.
+# Prefix of the weights in stored test problems, which also hold inputs and results.
 _PROBLEM_PREFIX = "state."
-# PyTorch does not compress what it saves; what others have compressed is weights, which hardly become smaller.
+# Largest accepted ratio of unpacked to packed size: PyTorch does not compress, and compressed weights hardly shrink.
 _MOST_EXPANSION = 100
-# The types of weights. Values of fewer bits, as quantisation leaves them, are no weights without their scales.
+# Accepted dtypes. Quantised values of fewer bits are not weights without their scales.
 _DTYPES = frozenset(
     (
         *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
@@ -42,18 +42,18 @@ _DTYPES = frozenset(
         *(torch.uint16, torch.uint32, torch.uint64),
     )
 )
-# Parts of names that wrappers of modules add, wherever in the tree they wrap.
+# Name components that DataParallel and torch.compile add, at any depth.
 _WRAPPING = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")
-# Moving averages of the weights, beside the weights themselves; and how many models PyTorch's AveragedModel is of.
+# Names of moving averages of the weights, and of the counter in PyTorch's AveragedModel.
 _AVERAGES = re.compile(r"(?:model_ema|ema_model|ema)\.|n_averaged$")
 
 
 class _Namespace:
-    """Stands in for argparse's, which holds options in many checkpoints; it only keeps attributes."""
+    """Stands in for argparse.Namespace, which holds the options in many checkpoints; it only keeps attributes."""
 
 
 class _Ignored:
-    """Stands in for NumPy's numbers and the names of Lightning's callbacks: what trainers note of the best epoch."""
+    """Stands in for NumPy scalars and Lightning's callback classes, with which trainers record the best epoch."""
 
     def __init__(self, *arguments: object) -> None:
         pass
@@ -62,7 +62,7 @@ class _Ignored:
         pass
 
 
-# What is made in place of a class of that name; Lightning's dictionaries of hyper-parameters are plain ones then.
+# Stand-ins for the classes of these names; Lightning's dictionaries of hyperparameters become plain ones.
 _STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (_Namespace, "argparse.Namespace"),
     (dict, "pytorch_lightning.utilities.parsing.AttributeDict"),
@@ -79,12 +79,12 @@ _STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was read.
+    """The content of a checkpoint.
 
-    parts: a state dict a file, in the order in which the files were given.
-    origin: the files, or what was given instead of a file, for messages.
-    options: what the file knows of the options that the program was run with.
-    files: those that were given, or the last one of a folder; dictionaries have none.
+    parts: one state dict per file, in the order given.
+    origin: the files, or the kind of argument given instead, for messages.
+    options: the options that the program was run with, as far as the file records them.
+    files: the files given, or the last epoch's file in a folder; empty for dictionaries.
     wrapped: whether names had prefixes of DataParallel or torch.compile.
     """
 
@@ -95,7 +95,7 @@ class Checkpoint:
     wrapped: bool = False
 
     def merged(self) -> dict[str, Tensor]:
-        """All parts as one. CheckpointError where two have a name in common."""
+        """Return all parts as one state dict. Raises CheckpointError if two have a name in common."""
         state: dict[str, Tensor] = {}
         for part in self.parts:
             common = state.keys() & part.keys()
@@ -109,13 +109,13 @@ def read_checkpoint(source: str | Path | Mapping[str, Any] | Sequence[Any]) -> C
     """Read a checkpoint onto the CPU.
 
     Args:
-        source: a file, a folder of which the last epoch's file is read, a state dict or a dictionary around one; or a
-            sequence of those, where the program saves modules separately.
+        source: a file, a folder whose file of the last epoch is read, a state dict or a dictionary around one; or a
+            sequence of those, if the program saves modules separately.
 
     Raises:
-        TypeError: something else.
-        CheckpointError: a file that is missing, damaged, of no known format, or holds more than tensors and plain
-            values; a dictionary without tensors.
+        TypeError: the source is something else.
+        CheckpointError: a file is missing, damaged, of unknown format, or holds more than tensors and plain values; or
+            a dictionary holds no tensors.
     """
     if isinstance(source, str | Path | Mapping):
         source = [source]
@@ -141,7 +141,7 @@ def read_checkpoint(source: str | Path | Mapping[str, Any] | Sequence[Any]) -> C
 
 
 def _file_of(path: Path) -> Path:
-    """The file of the last epoch in a folder; a path to anything else as it is."""
+    """Return the file of the last epoch in a folder; return any other path unchanged."""
     if not path.is_dir():
         return path
     epochs = {int(found[1] or found[2]): file for file in path.iterdir() if (found := _EPOCH.fullmatch(file.name))}
@@ -166,7 +166,7 @@ def _read_file(path: Path) -> Any:
         )
     try:
         if start.startswith(b"PK"):
-            # PyTorch does not compare the checksums it writes; a flipped bit would become a wrong weight.
+            # PyTorch does not verify the checksums that it writes; a flipped bit would become a wrong weight.
             with zipfile.ZipFile(path) as archive:
                 size = sum(entry.file_size for entry in archive.infolist())
                 if size > _MOST_EXPANSION * path.stat().st_size:
@@ -188,12 +188,12 @@ def _read_file(path: Path) -> Any:
             "wrote it"
         ) from None
     except Exception as error:
-        # What reading damaged bytes raises is anybody's guess.
+        # Reading damaged bytes may raise anything.
         raise CheckpointError(f"{path} is damaged or cut short ({_first_line(error)})") from None
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    """The tensors, wrapped together with the options that the header notes."""
+    """Return a dictionary with the tensors and the options in the header's metadata."""
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
@@ -203,12 +203,12 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _parsed(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Numbers as numbers; a header only has strings."""
+    """Convert decimal strings to integers, because the header can hold only strings."""
     return {name: int(value) if value.isdecimal() else value for name, value in metadata.items()}
 
 
 def _unwrapped(content: Any, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict in what was read, and the options that lie beside it."""
+    """Return the state dict inside a file's content, and the options stored beside it."""
     options: dict[str, Any] = {}
     while isinstance(content, Mapping):
         hyper = content.get("hyper_parameters", content.get("hparams"))
@@ -242,13 +242,13 @@ def _unwrapped(content: Any, name: str) -> tuple[dict[str, Tensor], dict[str, An
                 f"{name}: {key} is a {kind}tensor of {str(value.dtype).removeprefix('torch.')}; expected dense ones of "
                 "16 bits or more in floating point, or of integers"
             )
-    # A file of averages alone keeps them, so that whoever finds no weights can tell the names of what is there.
+    # If there are only averages, keep them, so that an error about missing weights can list the names in the file.
     own = {key: value for key, value in state.items() if not _AVERAGES.match(key)} or state
     return {key: value.detach() for key, value in own.items()}, options
 
 
 def _plain(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The state dict without what wrappers of modules add to names."""
+    """Return the state dict without the name components that module wrappers add."""
     plain: dict[str, Tensor] = {}
     for key, value in state.items():
         short = _WRAPPING.sub("", key)

@@ -1,7 +1,7 @@
-"""What the modules of this package share: what a checkpoint was recognised as, and how weights are put into a model.
+"""Classes and functions that the programs' modules share: settings, recognised checkpoints, and loading of weights.
 
-A program's module turns named tensors into a model of ours with the same numbers, and back. Nothing is dropped
-silently: each tensor goes into the model, is kept beside it, or is an error.
+A program's module converts named tensors into a model of ours with the same values, and back. Nothing is dropped
+silently: each tensor goes into the model, is kept beside it, or causes an error.
 """
 
 from __future__ import annotations
@@ -25,10 +25,7 @@ __all__ = ["Encodings", "Form", "Program", "Reference", "Settings", "grid_view",
 
 @dataclass(frozen=True)
 class Settings:
-    """What a checkpoint does not tell; None leaves it to the program's own defaults.
-
-    The arguments of :func:`cpc_ext.interop.load_reference`.
-    """
+    """The settings of :func:`cpc_ext.interop.load_reference`; None chooses the program's own default."""
 
     grid_size: int | None = None
     image_size: int | None = None
@@ -41,9 +38,9 @@ class Settings:
 
     @classmethod
     def of(cls, given: Mapping[str, Any], noted: Mapping[str, Any]) -> Settings:
-        """What is given, else what the checkpoint notes of the options that its program was run with.
+        """Return the given settings, completed by the options that the checkpoint records.
 
-        TypeError, ValueError where what is given is not allowed; what is noted then does not count.
+        Raises TypeError or ValueError for given settings that are not allowed; recorded ones are ignored instead.
         """
         unknown = [name for name in given if name not in cls.__dataclass_fields__]
         if unknown:
@@ -67,7 +64,7 @@ _ALLOWED = {
     "neg_samples": 'an int of at least 1 or "all"',
     "normalization": '"none" or "greedy-infomax"',
 }
-# What the programs call them.
+# Names of these settings in the programs.
 _OPTIONS = {
     "grid_size": ("grid",),
     "patch_size": ("patch",),
@@ -88,10 +85,10 @@ def _allowed(name: str, value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Form:
-    """How a checkpoint said what it said, so that it can be said again in the same words.
+    """The form of a checkpoint, from which it can be written again as it was.
 
-    layout: which of the forms that a program saves its model in, see its module.
-    unused: tensors that are in the checkpoint but in no model of ours, by their names there.
+    layout: the program's layout of names and files, see its module.
+    unused: tensors of the checkpoint that our model does not have, by their names there.
     """
 
     layout: str = ""
@@ -100,14 +97,14 @@ class Form:
 
 @dataclass(frozen=True)
 class Reference:
-    """A checkpoint of another program as a model.
+    """A checkpoint of another program, loaded as a model of ours.
 
     source: the program.
-    model: ours, with the checkpoint's weights in their own precision.
-    configuration: what the model is built from and meant to see, as recognised or assumed; JSON values. "kind" tells
-        what the checkpoint holds: "cpc", "cpc-v2", "greedy", "encoder", "image-encoder" of whole images, "pixelcnn++",
-        "binary-pixels", the source for models of sound, or "part" for less than an encoder.
-    assumed: what of it the checkpoint does not tell, in words.
+    model: our model with the checkpoint's weights, in their own precision.
+    configuration: the model's arguments and expected input, recognised or assumed, as JSON values. "kind" says what the
+        checkpoint holds: "cpc", "cpc-v2", "greedy", "encoder", "image-encoder" for whole images, "pixelcnn++",
+        "binary-pixels", the source's name for models of sound, or "part" for a checkpoint without an encoder.
+    assumed: descriptions of the values in it that were assumed, because the checkpoint does not determine them.
     form: what :func:`cpc_ext.interop.export_reference` needs to write the checkpoint again as it was.
     """
 
@@ -119,11 +116,11 @@ class Reference:
 
 
 class Program(ABC):
-    """One of the programs whose checkpoints are known.
+    """Base class of the programs whose checkpoints can be read and written.
 
     Attributes:
-        source: its name.
-        settings: those that its checkpoints leave open.
+        source: the program's name.
+        settings: names of the settings that its checkpoints use.
     """
 
     source: ClassVar[str]
@@ -131,35 +128,35 @@ class Program(ABC):
 
     @abstractmethod
     def knows(self, name: str) -> bool:
-        """Whether it has tensors of such a name."""
+        """Return whether the program has tensors with this name."""
 
     def noted_in_name(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """What a checkpoint's file does not tell of the options that the program was run with: its name, its folder."""
+        """Return the program's options that the file's name or other files in its folder record."""
         return {}
 
     @abstractmethod
     def load(self, checkpoint: Checkpoint, settings: Settings) -> Reference:
-        """The checkpoint as a model. CheckpointError where it is none of this program's.
+        """Load a checkpoint, whose options include those of :meth:`noted_in_name`, as a model.
 
-        checkpoint: with what :meth:`noted_in_name` gives among its options.
+        Raises CheckpointError if it is not a checkpoint of this program.
         """
 
     @abstractmethod
     def export(self, model: nn.Module, form: Form | None) -> dict[str, Tensor]:
-        """A model's weights by this program's names.
+        """Return a model's weights by this program's names.
 
-        form: of the checkpoint that the model was loaded from, which is to be written again as it was. None for a model
-            of ours: tensors that the program has but never uses are then zeros.
+        form: the form of the checkpoint that the model was loaded from, to write it again as it was. None for a model
+            of ours: weights that the program has but never uses are then zeros.
 
-        CheckpointError where the program has no such model.
+        Raises CheckpointError if the program has no such model.
         """
 
     def packed(self, model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, str]]:
-        """What a file of the program's holds of such a state, and texts by the names of files that it wants beside."""
+        """Return the content of the program's file for this state, and the texts of other files by their names."""
         return dict(state), {}
 
     def refuse(self, checkpoint: Checkpoint, names: Sequence[str]) -> CheckpointError:
-        """The error of a checkpoint with names that this program does not have."""
+        """Return the error for a checkpoint with names that this program does not have."""
         total = sum(map(len, checkpoint.parts))
         return CheckpointError(
             f"{checkpoint.origin} is not a checkpoint of {self.source}: {len(names)} of its names do not fit "
@@ -168,7 +165,7 @@ class Program(ABC):
 
 
 class Encodings(Module):
-    """An encoder that takes encodings [B, D, rows, cols] for what they are: of a checkpoint that holds no encoder."""
+    """Identity encoder for checkpoints without an encoder: its input are the encodings [B, D, rows, cols]."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -179,11 +176,11 @@ class Encodings(Module):
 
 
 def grid_view(settings: Settings, patch: int, stride: int, grid: int) -> dict[str, int]:
-    """Crop and grid of patches of a size and distance in pixels.
+    """Return the sizes of crop, grid and patches, for a patch size and stride in pixels.
 
-    grid: patches along a side, unless the settings say it or the crop's size does.
+    grid: number of patches along a side, unless the settings give it or the size of the crop.
 
-    ValueError where patches do not fill the crop that the settings ask for.
+    Raises ValueError if the patches do not fill the crop that the settings ask for.
     """
     size = settings.image_size
     if settings.grid_size is not None:
@@ -200,11 +197,11 @@ def grid_view(settings: Settings, patch: int, stride: int, grid: int) -> dict[st
 def put_weights(
     model: nn.Module, weights: Mapping[str, Tensor], theirs: Callable[[str], str | None], origin: str
 ) -> None:
-    """Load weights by our names, all of them and no others, in their own precision.
+    """Load weights by our names into a model, strictly and in their own precision.
 
-    theirs: another program's name of ours, for messages.
+    theirs: translates our names to the other program's, for messages.
 
-    CheckpointError where a tensor is missing, left over, of another shape, or of integers in place of weights.
+    Raises CheckpointError if a tensor is missing, left over, of another shape, or holds integers instead of weights.
     """
     wanted = model.state_dict()
     problems = []

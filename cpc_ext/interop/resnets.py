@@ -1,4 +1,4 @@
-"""Which pre-activation or wide ResNet a state dict is of, read from its names and shapes."""
+"""Recognition of pre-activation and wide ResNets from the names and shapes in a state dict."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _STEMS = {5: "stl10", 3: "cifar", 7: "imagenet"}
 
 
 def resnet_arguments(state: Mapping[str, Tensor], norm: str | None) -> dict[str, Any]:
-    """Arguments of a :class:`cpc_ext.models.ResNetV2Encoder` whose weights these are, by its own names.
+    """Return the arguments of the :class:`cpc_ext.models.ResNetV2Encoder` that has these weights, by its own names.
 
-    norm: "layer" or "instance", whose weights look alike; None where neither is known.
+    norm: "layer" or "instance", whose weights look alike; None if unknown.
 
-    CheckpointError where they are of none, ValueError where they have such a norm and it is not known which.
+    Raises CheckpointError if no such encoder has them, and ValueError if they have one of these norms and norm is None.
     """
     sizes = stack_sizes(state)
     stem = _tensor(state, "conv1.weight", 4)
@@ -44,7 +44,7 @@ def resnet_arguments(state: Mapping[str, Tensor], norm: str | None) -> dict[str,
 
 
 def wide_resnet_arguments(state: Mapping[str, Tensor], norm: str | None) -> dict[str, Any]:
-    """Arguments of a :class:`cpc_ext.models.WideResNetEncoder`, as :func:`resnet_arguments` gives those of its kind."""
+    """Return the arguments of a :class:`cpc_ext.models.WideResNetEncoder`, as :func:`resnet_arguments` does."""
     sizes = stack_sizes(state)
     if len(sizes) != 3 or len(set(sizes)) != 1:
         raise CheckpointError(f"a wide ResNet has three stacks of equally many blocks, got {sizes}")
@@ -57,7 +57,7 @@ def wide_resnet_arguments(state: Mapping[str, Tensor], norm: str | None) -> dict
 
 
 def stack_sizes(state: Mapping[str, Tensor]) -> list[int]:
-    """Blocks of every stack. CheckpointError where there is no stack or one without blocks."""
+    """Return the number of blocks in every stack. Raises CheckpointError if there is no stack or one is missing."""
     numbers = {tuple(name.split(".")[1:3]) for name in state if name.startswith("layers.") and name.count(".") >= 3}
     places = {(int(stack), int(block)) for stack, block in numbers if stack.isdecimal() and block.isdecimal()}
     sizes: dict[int, int] = {}
@@ -69,7 +69,10 @@ def stack_sizes(state: Mapping[str, Tensor]) -> list[int]:
 
 
 def norm_of(state: Mapping[str, Tensor], place: str, told: str | None) -> str:
-    """The normalisation of the layer at ``place``. ValueError where its weights fit two and none of them is told."""
+    """Return the norm of the layer at ``place``; ``told`` decides between layer and instance norm.
+
+    Raises ValueError if ``told`` is needed and None, or if it contradicts the weights.
+    """
     if f"{place}.weight" not in state or f"{place}.running_mean" in state:
         found = "batch" if f"{place}.running_mean" in state else "none"
         if told is not None:
@@ -84,7 +87,7 @@ def norm_of(state: Mapping[str, Tensor], place: str, told: str | None) -> str:
 
 
 def _tensor(state: Mapping[str, Tensor], name: str, ndim: int) -> Tensor:
-    """CheckpointError where it is not there or has other dimensions."""
+    """Return a tensor. Raises CheckpointError if it is missing, empty or has another number of dimensions."""
     value = state.get(name)
     if value is None or value.ndim != ndim or 0 in value.shape:
         raise CheckpointError(

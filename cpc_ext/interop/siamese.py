@@ -1,7 +1,7 @@
-"""Checkpoints of siamese networks, such as SimCLR's: one of torchvision's ResNets, beside heads that are left out.
+"""Conversion of siamese networks such as SimCLR's: one of torchvision's ResNets, without the projection heads.
 
-The programs differ in what they call the ResNet and in how it begins where images are small. Its layers have
-torchvision's names, or numbers where a program takes them out of the ResNet one by one.
+The programs differ in the prefix of the ResNet and in its stem for small images. The layers have torchvision's names,
+or numbers if a program puts them into a sequence.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["SiameseProgram"]
 
 
 def _names(stem: tuple[str, str], stacks: tuple[str, ...], shortcut: str) -> NameMap:
-    """A program's names of a ResNet's layers, and torchvision's."""
+    """Return the map between a program's names of a ResNet's layers and torchvision's."""
     pairs = list(zip(stem, ("conv1", "bn1"), strict=True))
     for number, stack in enumerate(stacks, start=1):
         pairs += [
@@ -34,26 +34,26 @@ def _names(stem: tuple[str, str], stacks: tuple[str, ...], shortcut: str) -> Nam
 
 _LAYOUTS = {
     "names": _names(("conv1", "bn1"), ("layer1", "layer2", "layer3", "layer4"), "downsample"),
-    # ReLU and max-pooling have numbers, too.
+    # ReLU and max-pooling take the numbers 2 and 3.
     "numbers": _names(("0", "1"), ("4", "5", "6", "7"), "downsample"),
-    # The ResNet of lightly's ResNetGenerator, which calls functions for both.
+    # The ResNet of lightly's ResNetGenerator, which has no layers for ReLU and max-pooling.
     "generator": _names(("0", "1"), ("2", "3", "4", "5"), "shortcut"),
 }
-# Side of the kernel of a stem for small images.
+# Kernel size of the first convolution for small images.
 _SMALL = 3
 
 
 class SiameseProgram(Program):
-    """A program whose checkpoints hold a ResNet; all that is not under its prefix is kept beside the model.
+    """A program whose checkpoints hold a ResNet; tensors without the ResNet's prefix are kept beside the model.
 
     A form's layout is one of ``_LAYOUTS``, a space, and the prefix.
 
     Attributes:
-        prefixes: in front of the ResNet's names, by version of the program.
-        stem: that of :class:`~cpc_ext.models.TimmEncoder` which stands for a first convolution of 3x3.
-        small_stems: those for small images that the program itself makes networks with.
-        layout: how the program's own examples name the layers.
-        sizes: sides of images in pixels, with and without a stem for small ones, that the program's examples have.
+        prefixes: possible prefixes of the ResNet's names, which differ between versions of the program.
+        stem: the stem of :class:`~cpc_ext.models.TimmEncoder` for a first convolution of 3x3.
+        small_stems: the stems for small images with which the program itself builds networks.
+        layout: the layout of names in the program's own examples.
+        sizes: sides of images in the program's examples, in pixels, with and without a stem for small images.
     """
 
     settings = frozenset(("image_size",))

@@ -1,4 +1,4 @@
-"""Which of torchvision's ResNets a state dict is of, read from its names and shapes. The timm library shares both."""
+"""Recognition of torchvision's ResNets from the names and shapes in a state dict; those of timm are the same."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from cpc_ext.models import TimmEncoder
 
 __all__ = ["check_resnet", "resnet_name"]
 
-# By blocks per stack, for two or three convolutions in a block.
+# Names by the number of blocks in each stack, for blocks of two convolutions and of three.
 _BASIC: dict[tuple[int, ...], str] = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34"}
 _BOTTLENECK: dict[tuple[int, ...], int] = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 
 
 def resnet_name(state: Mapping[str, Tensor]) -> str:
-    """timm's name of the network, "resnet18"; weights by its names, without what is before "conv1".
+    """Return timm's name of the network, such as "resnet18", from its weights by timm's names without a prefix.
 
-    ValueError where they are of none; the message says what they are instead.
+    Raises ValueError if they are not of such a network; the message says what they are instead.
     """
     stem, first = state.get("conv1.weight"), state.get("layer1.0.conv2.weight")
     found = {(int(m[1]), int(m[2])) for name in state if (m := re.match(r"layer(\d)\.(\d+)\.", name))}
@@ -43,10 +43,10 @@ def resnet_name(state: Mapping[str, Tensor]) -> str:
 
 
 def check_resnet(encoder: TimmEncoder) -> None:
-    """ValueError unless an encoder is the network that its weights are taken for where they are read.
+    """Raise ValueError unless an encoder is the network as which its exported weights would be read again.
 
-    Pooling, strides and activations have no weights, so that a checkpoint of another network would be read as of this
-    one, and compute something else. The message says what the encoder is or has.
+    Pooling, strides and activations have no weights, so a checkpoint of a network that differs in these would be read
+    as the standard network and compute something else. The message says how the encoder differs.
     """
     name = resnet_name(encoder.backbone.state_dict())
     with torch.device("meta"):
@@ -59,7 +59,7 @@ def check_resnet(encoder: TimmEncoder) -> None:
 
 
 def _layers(network: nn.Module) -> dict[str, str]:
-    """What computes something in evaluation, by name: layers without layers of their own, in words."""
+    """Return the representations of all leaf layers that have an effect in evaluation mode, by name."""
     return {
         name: repr(layer).replace("SyncBatchNorm", "BatchNorm2d")
         for name, layer in network.named_modules()

@@ -1,1 +1,1 @@
-"""Programs whose checkpoints are known, one a module, called as the program is; PROGRAM in it reads and writes them."""
+"""The supported programs, one module each, named after the program; its PROGRAM reads and writes the checkpoints."""

@@ -1,7 +1,8 @@
-"""CPC_audio (https://github.com/facebookresearch/CPC_audio): its checkpoints to models, and back.
+"""Conversion of checkpoints of CPC_audio (https://github.com/facebookresearch/CPC_audio), both ways.
 
-Layouts of a form: "checkpoint", the state dicts of the model and the criterion behind "gEncoder." and "cpcCriterion.",
-which a file has side by side; "weights", that of the model alone, as in what torch.hub downloads.
+Layouts of a form: "checkpoint", the state dicts of the model and the criterion, with the prefixes "gEncoder." and
+"cpcCriterion.", under which a file holds them side by side; "weights", the state dict of the model alone, as in the
+file that torch.hub downloads.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _ENCODER = NameMap(
         ("gEncoder.batchNorm{layer}.{parameter}", "layers.{layer}.norm.{parameter}"),
     ]
 )
-# A layer of a transformer. Other tensors in one are constants of it.
+# Weights of a transformer layer. Its other tensors are constants.
 _TRANSFORMER = NameMap(
     [
         ("multihead.Wq.weight", "query.weight"),
@@ -151,7 +152,7 @@ PROGRAM = CPCAudioProgram()
 
 
 def _encoder(checkpoint: Checkpoint, network: Mapping[str, Tensor]) -> tuple[WaveformEncoder, dict[str, Tensor]]:
-    """The encoder of a model, and the weights of it in the whole model by our names."""
+    """Return the encoder, and its weights by our names in the whole model."""
     state = {name: value for name, value in network.items() if name.startswith("gEncoder.")}
     first, scale = state.get("gEncoder.conv0.weight"), state.get("gEncoder.batchNorm0.weight")
     unknown = [name for name in state if not _ENCODER.ours(name)]
@@ -176,7 +177,7 @@ def _encoder(checkpoint: Checkpoint, network: Mapping[str, Tensor]) -> tuple[Wav
 def _context(
     checkpoint: Checkpoint, network: Mapping[str, Tensor], channels: int, noted: Mapping[str, Any], reverse: bool
 ) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
-    """The context network, the weights of it by our names, and its constants by theirs."""
+    """Return the context network, its weights by our names, and its constants by theirs."""
     state = under(network, "gAR.")
     if not state:
         return Encodings(channels), {}, {}
@@ -235,7 +236,7 @@ def _recurrent(
         hidden.shape[1],
         kind=_KINDS[int(gates)],
         layers=1 + max(int(match[2]) for match in found.values() if match),
-        # The state goes on from window to window only where windows follow one another.
+        # The state carries over between windows only if the windows are sequential.
         keep_state=noted.get("samplingType") == "sequential",
         reverse=reverse,
     )
@@ -245,7 +246,7 @@ def _recurrent(
 def _transformer_to_ours(
     checkpoint: Checkpoint, state: Mapping[str, Tensor], prefix: str
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights of a layer by our names, and its constants by theirs."""
+    """Return the weights of a transformer layer by our names, and its constants by theirs."""
     unknown = [prefix + name for name in state if name not in _CONSTANTS and not _TRANSFORMER.ours(name)]
     if unknown:
         raise PROGRAM.refuse(checkpoint, unknown)
@@ -260,13 +261,13 @@ def _transformer_to_ours(
     if "relative" in weights:
         if weights["relative"].ndim != 2:
             raise CheckpointError(f"{checkpoint.origin}: {prefix}multihead.Att.Krelpos must have two dimensions")
-        # Theirs has a column for each distance, the largest first.
+        # The program has a column for each distance, the largest first; we have a row for each, the smallest first.
         weights["relative"] = weights["relative"].t().flip(0)
     return weights, {name: value for name, value in state.items() if name in _CONSTANTS}
 
 
 def _transformer_from_ours(layer: CausalTransformerLayer, size: int) -> dict[str, Tensor]:
-    """Weights of a layer by their names, and its constants for windows of a size; without where that is 0."""
+    """Return the weights of a transformer layer by their names, with its constants for this window size unless 0."""
     if layer.heads != _HEADS:
         raise CheckpointError(f"{PROGRAM.source} has transformers of {_HEADS} heads, this one has {layer.heads}")
     state = layer.state_dict()
@@ -282,12 +283,12 @@ def _transformer_from_ours(layer: CausalTransformerLayer, size: int) -> dict[str
 
 
 def _mask(size: int) -> Tensor:
-    """What is added to scores: minus infinity for positions to come, [1, size, size]."""
+    """Return the mask that is added to scores, [1, size, size]: minus infinity for later positions."""
     return torch.full((1, size, size), -torch.inf).triu(1)
 
 
 def _hidden(weights: Mapping[str, Tensor], layer: str = "layers.0.") -> int:
-    """Channels between the linear maps of a transformer's layer."""
+    """Return the hidden channels of a transformer layer's feed-forward network."""
     bias = weights.get(f"{layer}expand.bias")
     return 1 if bias is None else max(bias.numel(), 1)
 
@@ -314,7 +315,7 @@ def _context_from_ours(context: nn.Module, *, complete: bool) -> dict[str, Tenso
 
 
 def _described_context(context: nn.Module) -> dict[str, Any]:
-    """Class and arguments of a context network, as JSON values."""
+    """Return the class and arguments of a context network, as JSON values."""
     described: dict[str, Any] = {"class": type(context).__name__}
     if isinstance(context, RecurrentContext):
         names: tuple[str, ...] = ("kind", "keep_state", "reverse")
@@ -335,7 +336,7 @@ def _objective(
     noted: Mapping[str, Any],
     reverse: bool,
 ) -> tuple[SequenceInfoNCE, dict[str, Tensor], dict[str, Tensor]]:
-    """The criterion, its weights by our names, and the constants in it by theirs."""
+    """Return the criterion, its weights by our names, and its constants by theirs."""
     options: dict[str, Any] = {
         "sampling": "shifted",
         "neg_samples": settings.neg_samples,
@@ -384,7 +385,7 @@ def _objective(
 
 
 def _predictor_kind(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> str:
-    """What predicts a step, of the tensors that it has."""
+    """Return the kind of predictor that has these tensors."""
     weight = state.get("weight")
     if weight is not None and weight.ndim == 3 and weight.shape[2] in (4, 8, 12):
         return f"conv{weight.shape[2]}"
@@ -397,14 +398,14 @@ def _predictor_kind(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> str:
     hidden = state.get("weight_hh_l0")
     if hidden is not None and hidden.ndim == 2 and len(hidden) == 4 * hidden.shape[1]:
         return "lstm"
-    # Its predictors of kind RNN run over the batch.
+    # The program's RNN predictors are not supported, because they run over the batch.
     raise PROGRAM.refuse(checkpoint, [f"{_CRITERION}{_PREDICTORS}0.{name}" for name in state])
 
 
 def _predictions_from_ours(objective: SequenceInfoNCE, *, complete: bool) -> dict[str, Tensor]:
     if (objective.sampling, objective.common_positions, objective.exclude_positive) != ("shifted", True, False):
         raise CheckpointError(f"{PROGRAM.source} contrasts shifted frames, at the same positions in all steps")
-    # The program's scores are means over channels. Where ours are sums, the matrices are so much larger there.
+    # The program's scores are means over channels. If ours are sums, multiply the matrices by the channels.
     factor = objective.encoding_channels if objective.score == "dot" else 1
     if objective.weight is not None:
         return {f"{step}.weight": matrix.detach() * factor for step, matrix in enumerate(objective.weight)}
@@ -420,7 +421,7 @@ def _predictions_from_ours(objective: SequenceInfoNCE, *, complete: bool) -> dic
             size = len(own["relative"]) if complete else 0
             own = with_prefix("0.", _transformer_from_ours(predictor, size))
         elif objective.predictor == "ffd":
-            # Equalised layers wrap those that have the weights.
+            # In the program the weights are in modules inside of equalised layers.
             own = {
                 re.sub(r"\.(\w+)$", r".module.\1", str(_FEED_FORWARD.theirs(name))): value
                 for name, value in own.items()
@@ -434,7 +435,7 @@ def _predictions_from_ours(objective: SequenceInfoNCE, *, complete: bool) -> dic
 
 
 def _options(model: CPC) -> dict[str, Any]:
-    """The options that the program builds such a model with; it takes its defaults for the others."""
+    """Return the program's options for such a model; it uses its defaults for all others."""
     encoder, context, objective = model.encoder, model.context, model.objective
     assert isinstance(encoder, WaveformEncoder)
     assert isinstance(objective, SequenceInfoNCE)

@@ -1,9 +1,9 @@
-"""CPCV2-PyTorch (https://github.com/rschwarz15/CPCV2-PyTorch): its checkpoints to models, and back.
+"""Conversion of checkpoints of CPCV2-PyTorch (https://github.com/rschwarz15/CPCV2-PyTorch), both ways.
 
 A file holds the whole model, under "enc.", "ar." and "pred_loss.", or its encoder or context network alone, without a
-prefix. The encoder's "classifier" is kept beside the model: it belongs to the labels that it was trained with. What the
-weights do not show, the program writes into the file's name: DATASET/trained_encoder_resnet14_crop64-0_colour_grid7_
-instanceNorm_1dir_augFalse_300.pt.
+prefix. The encoder's "classifier", which depends on the labels that it was trained with, is kept beside the model. The
+program writes options that do not follow from the weights into the file's name:
+DATASET/trained_encoder_resnet14_crop64-0_colour_grid7_instanceNorm_1dir_augFalse_300.pt.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _WIDE_RESNET = NameMap(
 
 
 def _mobilenet_pairs() -> list[tuple[str, str]]:
-    """Their one sequence of stem, blocks and last convolution, each a sequence of convolutions and norms."""
+    """Return the pairs of names of MobileNetV2, which is one sequence of stem, blocks and last convolution there."""
     pairs = [
         (f"features.{place}.{index}.{{parameter}}", f"{layer}.{{parameter}}")
         for place, layers in ((0, ("conv1", "norm1")), (18, ("conv2", "norm2")))
@@ -77,10 +77,10 @@ _NAMES = {ResNetV2Encoder: _RESNET, WideResNetEncoder: _WIDE_RESNET, MobileNetV2
 _CLASSIFIER = re.compile(r"classifier\.(\d\.)?(weight|bias)")
 _WIDTHS = (1.0, 0.75, 0.5, 0.35, 0.25, 1.4, 1.3, 1.25, 1.5, 2.0)
 
-# Crop in pixels and patches along a side of the program's own examples, by what the stem is made for.
+# Crop in pixels and number of patches along a side in the program's own examples, by stem.
 _EXAMPLES = {"cifar": (30, 5), "stl10": (64, 7), "imagenet": (256, 7)}
 
-# What the program writes into names, after trained_cpc_ or trained_encoder_, and how it is read.
+# Options that the program writes into file names, after trained_cpc_ or trained_encoder_, and how to parse them.
 _IN_NAMES: dict[str, tuple[re.Pattern[str], Callable[[str], Any]]] = {
     "image_size": (re.compile(r"_crop(\d{1,4})(?:-\d{1,4})?(?=_)"), int),
     "pad": (re.compile(r"_crop\d{1,4}-(\d{1,4})(?=_)"), int),
@@ -94,7 +94,7 @@ _DATASETS = ("stl10", "cifar10", "cifar100")
 
 
 class CPCV2PyTorch(Program):
-    """See the module. A form's layout is "biases" where a MobileNetV2 without norm has some, and else not used."""
+    """See the module. A form's layout is "biases" if a MobileNetV2 without norm has biases, and otherwise empty."""
 
     source = "cpcv2-pytorch"
 
@@ -188,7 +188,7 @@ class CPCV2PyTorch(Program):
         return Reference(self.source, model, configuration, assumed, form)
 
     def _matrices(self, checkpoint: Checkpoint, losses: Mapping[str, Tensor]) -> Tensor:
-        """The W_k of every direction, [directions, steps, E, D]."""
+        """Return the W_k of all directions, [directions, steps, E, D]."""
         directions = sorted({name.split(".")[0] for name in losses}, key=lambda name: (len(name), name))
         if directions != [str(index) for index in range(min(len(directions), 4))]:
             raise self.refuse(checkpoint, [f"pred_loss.{name}" for name in directions])
@@ -211,7 +211,10 @@ class CPCV2PyTorch(Program):
     def _told(
         self, checkpoint: Checkpoint, arguments: Mapping[str, Any], unused: Mapping[str, Tensor]
     ) -> dict[str, Any]:
-        """What a file's name and its classifier tell of the images. CheckpointError where the weights are of others."""
+        """Return what a file's name and classifier say of the images and directions.
+
+        Raises CheckpointError if the weights are for images of other channels.
+        """
         named = self.noted_in_name(checkpoint)
         told: dict[str, Any] = {
             name: named[name] for name in ("pad", "patch_augmentation", "pred_directions", "dataset") if name in named
@@ -235,7 +238,7 @@ class CPCV2PyTorch(Program):
     def _recognised_encoder(
         self, checkpoint: Checkpoint, state: Mapping[str, Tensor], settings: Settings
     ) -> tuple[type[PatchEncoder], dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-        """Class, arguments, weights by our names, and what else there is by theirs."""
+        """Return the encoder's class, its arguments, its weights by our names, and other tensors by theirs."""
         unused = {name: value for name, value in state.items() if _CLASSIFIER.fullmatch(name)}
         theirs = {name: value for name, value in state.items() if name not in unused}
         kind: type[PatchEncoder] = ResNetV2Encoder
@@ -256,7 +259,7 @@ class CPCV2PyTorch(Program):
         except CheckpointError as error:
             raise CheckpointError(f"{checkpoint.origin} is not an encoder of {self.source}: {error}") from None
         if kind is MobileNetV2Encoder and arguments["norm"] == "none":
-            # There convolutions have no biases with or without a norm; in versions derived from it they may.
+            # The program's convolutions never have biases; those of programs derived from it may.
             for name, value in theirs.items():
                 if name.endswith(".weight"):
                     bias = str(_MOBILENET.ours(name)).removesuffix("weight") + "bias"
@@ -296,7 +299,10 @@ class CPCV2PyTorch(Program):
         return state | unused
 
     def _export_encoder(self, encoder: PatchEncoder, biases: bool) -> dict[str, Tensor]:
-        """biases: the convolutions of a MobileNetV2 have some there, as they did in the checkpoint that it is of."""
+        """Return an encoder's weights by the program's names.
+
+        biases: also those of a MobileNetV2's convolutions, if the checkpoint that the model came from had them.
+        """
         names = _NAMES.get(type(encoder))
         if names is None:
             raise CheckpointError(f"{self.source} has no encoder like {_described(encoder)}")
@@ -337,7 +343,7 @@ def _mobilenet_arguments(weights: Mapping[str, Tensor], norm: str | None) -> dic
 
 
 def _stem(kind: type[PatchEncoder], arguments: Mapping[str, Any]) -> str:
-    """What images an encoder is made for."""
+    """Return the kind of images that an encoder's stem is made for."""
     if kind is ResNetV2Encoder:
         stem: str = arguments["stem"]
         return stem
@@ -345,7 +351,10 @@ def _stem(kind: type[PatchEncoder], arguments: Mapping[str, Any]) -> str:
 
 
 def _view(stem: str, settings: Settings, least: int | None) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Crop, grid and patches: as given, else of the program's examples. least: rows that the predictions need."""
+    """Return crop, grid and patches, as given or else as in the program's examples, and which of them are assumed.
+
+    least: number of rows that the predictions need, or None without predictions.
+    """
     crop, grid = _EXAMPLES[stem]
     assumed = []
     if settings.grid_size is not None:
@@ -358,7 +367,7 @@ def _view(stem: str, settings: Settings, least: int | None) -> tuple[dict[str, i
     if settings.image_size is not None:
         crop = settings.image_size
     elif settings.patch_size is None:
-        # The nearest below that half-overlapping patches fill.
+        # The largest size up to the example's that half-overlapping patches fill.
         crop = crop - crop % (grid + 1) or grid + 1
     if settings.patch_size is None and crop % (grid + 1):
         raise ValueError(
@@ -366,7 +375,7 @@ def _view(stem: str, settings: Settings, least: int | None) -> tuple[dict[str, i
             f"multiple of {grid + 1}, or give patch_size"
         )
     patch = settings.patch_size or 2 * crop // (grid + 1)
-    # Patches too large for the program's crop overlap by half, in a larger one.
+    # Patches that are too large for the program's crop overlap by half, in a larger crop.
     stride = settings.stride or max(0, (crop - patch) // (grid - 1)) or max(1, patch // 2)
     view = grid_view(replace(settings, grid_size=grid), patch, stride, grid)
     if settings.image_size is None:
@@ -379,13 +388,13 @@ def _misnamed(checkpoint: Checkpoint, holds: str) -> CheckpointError:
 
 
 def _layout(kind: type[PatchEncoder], arguments: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
-    """What a form says of biases: that the convolutions of a MobileNetV2 have them, by its names there; else ""."""
+    """Return the layout: "biases" if a MobileNetV2 without norm has biases in the checkpoint, else ""."""
     without_norm = kind is MobileNetV2Encoder and arguments["norm"] == "none"
     return _BIASES if without_norm and any(re.search(r"features\..+\.bias$", name) for name in state) else ""
 
 
 def _is_bias(encoder: PatchEncoder, name: str) -> bool:
-    """Whether a name of ours is of a bias that no MobileNetV2 has in the program."""
+    """Return whether one of our names is a convolution's bias in MobileNetV2, which the program does not have."""
     return isinstance(encoder, MobileNetV2Encoder) and name.endswith("bias") and "conv" in name.split(".")[-2]
 
 

@@ -1,8 +1,8 @@
-"""Greedy InfoMax (https://github.com/loeweX/Greedy_InfoMax), vision: its checkpoints to models, and back.
+"""Conversion of vision checkpoints of Greedy InfoMax (https://github.com/loeweX/Greedy_InfoMax), both ways.
 
-Layouts of a form: "files", a file a module with the context network last where there is one; "indexed", the same in one
-dictionary, behind "0.", "1." …; "full", the whole model's state dict, which has every module twice; "part", less than
-an encoder.
+Layouts of a form: "files", one file per module, with the context network last if there is one; "indexed", the same in
+one dictionary, with the prefixes "0.", "1." …; "full", the whole model's state dict, which contains every module twice;
+"part", a checkpoint without an encoder.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PATCH, _GRID = 16, 7
 _CONTEXT = "autoregressor"
 _CLASSIFIER = "loss.linear_classifier.0."
 _STACK = re.compile(r"model\.layer (\d+)\.\d+\.")
-# Where the whole model's state dict has a module, twice each.
+# The two prefixes under which the whole model's state dict contains each module, and the prefix of "indexed".
 _FULL = (
     (re.compile(r"(?:encoder|model\.0)\.(\d+)\.(.+)"), r"\1.\2"),
     (re.compile(r"(?:autoregressor|model\.1)\.(.+)"), _CONTEXT + r".\1"),
@@ -38,7 +38,7 @@ _FULL = (
 
 
 def _module_names(first_stack: int, stacks: int) -> NameMap:
-    """Names of one module, whose stacks are counted anew in each, and of the whole encoder here."""
+    """Return the map between names in one module, which counts its stacks from 0, and in our whole encoder."""
     pairs = [("model.Conv1.{parameter}", "conv1.{parameter}")] if first_stack == 0 else []
     for stack in range(stacks):
         for theirs, ours in (("shortcut.0", "shortcut"), ("{layer}", "{layer}")):
@@ -52,10 +52,12 @@ def _module_names(first_stack: int, stacks: int) -> NameMap:
 
 
 class _Joined(NamedTuple):
-    """The modules of a checkpoint put together to one encoder.
+    """The modules of a checkpoint joined into one encoder.
 
-    arguments: of ResNetV2Encoder. weights: by its names. losses: each module's, by names there without "loss.".
-    first_stacks, first_blocks: what each module begins with.
+    arguments: arguments of ResNetV2Encoder.
+    weights: the encoder's weights by our names.
+    losses: the tensors of each module's loss, by the program's names without "loss.".
+    first_stacks, first_blocks: index of each module's first stack and first block.
     """
 
     arguments: dict[str, Any]
@@ -66,9 +68,11 @@ class _Joined(NamedTuple):
 
 
 class _Built(NamedTuple):
-    """A model, the weights that it is to get, what of its configuration is its own, and what a checkpoint has beside.
+    """A model without its weights.
 
-    unused: by names there.
+    weights: the weights to load, by our names.
+    configuration: entries of the configuration that depend on the kind of model.
+    unused: tensors that the model does not have, by the program's names.
     """
 
     model: nn.Module
@@ -95,7 +99,7 @@ class GreedyInfoMaxProgram(Program):
         return self._load_modules(checkpoint, modules, context, layout, settings)
 
     def _modules(self, checkpoint: Checkpoint) -> tuple[list[dict[str, Tensor]], dict[str, Tensor], str]:
-        """The state dicts of the modules, that of the context network or what else there is, and the layout."""
+        """Return the modules' state dicts, the context network's or, without modules, all tensors, and the layout."""
         if len(checkpoint.parts) > 1:
             contexts = [part for part in checkpoint.parts if "stack_out.weight" in part]
             if len(contexts) > 1:
@@ -169,7 +173,7 @@ class GreedyInfoMaxProgram(Program):
         return Reference(self.source, built.model, configuration, assumed, Form(layout, built.unused))
 
     def _joined(self, checkpoint: Checkpoint, modules: list[dict[str, Tensor]], settings: Settings) -> _Joined:
-        """The encoder that modules are of."""
+        """Join the modules into one encoder."""
         if "model.Conv1.weight" not in modules[0]:
             raise CheckpointError(
                 f"{checkpoint.origin}: the first module has no model.Conv1; give the files of all modules, in order"
@@ -196,7 +200,7 @@ class GreedyInfoMaxProgram(Program):
         return _Joined(arguments, weights, losses, starts, [sum(sizes[:start]) for start in starts])
 
     def _supervised(self, checkpoint: Checkpoint, encoder: ResNetV2Encoder, joined: _Joined) -> _Built:
-        """Modules that learn from labels."""
+        """Build the model of modules that learn from labels."""
         found = [under(loss, "linear_classifier.0.") for loss in joined.losses]
         self._check_all(checkpoint, joined.losses, [set(with_prefix("linear_classifier.0.", one)) for one in found])
         classes = len(found[0].get("bias", ()))
@@ -214,7 +218,7 @@ class GreedyInfoMaxProgram(Program):
         context: dict[str, Tensor],
         settings: Settings,
     ) -> _Built:
-        """Modules that learn by InfoNCE, or a single one behind which a context network does."""
+        """Build the model of modules that learn by InfoNCE, or of one module and a context network that does."""
         ours = with_prefix("encoder.", joined.weights)
         configuration: dict[str, Any] = {}
         unused: dict[str, Tensor] = {}
@@ -222,7 +226,7 @@ class GreedyInfoMaxProgram(Program):
         if context:
             if len(losses) > 1:
                 raise CheckpointError(f"{checkpoint.origin}: a context network belongs to one module, not several")
-            # Where one module is followed by a context network, the program never uses the module's own matrices.
+            # With a context network the program never uses the module's own matrices.
             unused = with_prefix("0.loss.", losses[0])
             losses = [under(context, "loss.")]
             context = {name: value for name, value in context.items() if not name.startswith("loss.")}
@@ -260,7 +264,7 @@ class GreedyInfoMaxProgram(Program):
             raise self.refuse(checkpoint, left)
 
     def _their_name(self, name: str, starts: list[int]) -> str:
-        """For messages: which module, and what in it."""
+        """Return the module and the program's name for one of our names, for messages."""
         part, _, rest = name.partition(".")
         if part == "objectives":
             return f"module {rest.split('.')[0]}: loss"
@@ -272,7 +276,7 @@ class GreedyInfoMaxProgram(Program):
         return f"module {module}: {theirs or name}"
 
     def _load_part(self, checkpoint: Checkpoint, state: dict[str, Tensor], settings: Settings) -> Reference:
-        """A context network, with or without matrices, or matrices alone."""
+        """Load a context network, with or without matrices, or matrices alone."""
         matrices = under(state, "loss.") or (under(state, "W_k.") and state)
         if "stack_out.weight" not in state:
             others = [name for name in state if not name.startswith("W_k.")]
@@ -299,7 +303,7 @@ class GreedyInfoMaxProgram(Program):
         return Reference(self.source, model, configuration | {"pred_steps": len(weight)}, (), Form("part", unused))
 
     def _objective(self, weight: Tensor, settings: Settings) -> GridInfoNCE:
-        """Without its weights: of matrices [steps, E, D]."""
+        """Build the objective for matrices [steps, E, D], without loading them."""
         steps, contexts, encodings = weight.shape
         return GridInfoNCE(encodings, contexts, pred_steps=steps, skip=settings.skip, neg_samples=settings.neg_samples)
 
@@ -381,6 +385,6 @@ PROGRAM = GreedyInfoMaxProgram()
 
 
 def _view(settings: Settings) -> dict[str, int]:
-    """Crop, grid and patches: as given, else as published, 7 x 7 patches of 16 pixels that overlap by half."""
+    """Return crop, grid and patches: as given, else as published, 7 x 7 patches of 16 pixels that overlap by half."""
     patch = settings.patch_size or _PATCH
     return grid_view(settings, patch, settings.stride or patch // 2, _GRID)

@@ -1,7 +1,7 @@
-"""Greedy InfoMax (https://github.com/loeweX/Greedy_InfoMax), audio: its checkpoints to models, and back.
+"""Conversion of audio checkpoints of Greedy InfoMax (https://github.com/loeweX/Greedy_InfoMax), both ways.
 
-Layouts of a form: "parallel", the state dict of the model in DataParallel, as the program saves it; "plain", without
-that prefix.
+Layouts of a form: "parallel", the state dict of the model inside DataParallel, as the program saves it; "plain",
+without DataParallel's prefix.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _NAME = re.compile(
 )
 _SAMPLINGS = {0: "offsets", 1: "permuted", 2: "same-sequence"}
 _SUBSAMPLE = 128
-# What the program prints of its options at the beginning of a run.
+# The program logs its options at the beginning of a run.
 _LOG, _OPTION = "log.txt", re.compile(r"(negative_samples|sampling_method|subsample)=(\w+)")
 
 
 class _Found(NamedTuple):
-    """The tensors of a module: convolutions and GRU by the names in a layer of ours, and the predictor."""
+    """The tensors of a module: its convolutions and its GRU, by the names in our layers, and its predictor."""
 
     layers: list[dict[str, Tensor]]
     gru: dict[str, Tensor]
@@ -144,7 +144,7 @@ class GreedyInfoMaxAudioProgram(Program):
                 raise CheckpointError(f"{self.source} predicts sequences by matrices")
             if objective.reverse:
                 raise CheckpointError(f"{self.source} predicts forwards in time")
-            # The program's scores are sums over channels. Where ours are means, the matrices are so much smaller there.
+            # The program's scores are sums over channels. If ours are means, divide the matrices by the channels.
             channels = objective.encoding_channels if objective.score == "mean" else 1
             state[f"{prefix}loss.predictor.weight"] = objective.weight.flatten(0, 1) / channels
         prefix = "" if form is not None and form.layout == "plain" else "module."
@@ -163,7 +163,7 @@ PROGRAM = GreedyInfoMaxAudioProgram()
 
 
 def _logged(path: Path) -> dict[str, Any]:
-    """Options that the run's log begins with; none where there is no such file."""
+    """Return the options in the first line of the run's log; empty if there is no such file."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             line = file.readline(10_000)
@@ -173,7 +173,7 @@ def _logged(path: Path) -> dict[str, Any]:
 
 
 def _is_whole(layers: Mapping[int, Mapping[str, Tensor]], gru: Mapping[str, Tensor], predictor: Tensor | None) -> bool:
-    """Whether a module has layers without a gap, or a GRU, or both, and a predictor, all with dimensions enough."""
+    """Return whether a module has consecutive layers, a GRU, or both, and a predictor, of the right dimensions."""
     weights = [layers.get(layer, {}).get("weight") for layer in range(len(layers))]
     if any(weight is None or weight.ndim != 3 or 0 in weight.shape for weight in weights):
         return False
@@ -184,7 +184,7 @@ def _is_whole(layers: Mapping[int, Mapping[str, Tensor]], gru: Mapping[str, Tens
 
 
 def _widths(modules: list[_Found]) -> list[int]:
-    """Channels of the encodings of each module; one without convolutions has those of the module before."""
+    """Return the channels of each module's encodings; one without convolutions has those of the module before."""
     widths: list[int] = []
     for module in modules:
         widths.append(len(module.layers[-1]["weight"]) if module.layers else widths[-1])
@@ -192,7 +192,7 @@ def _widths(modules: list[_Found]) -> list[int]:
 
 
 def _weights(modules: list[_Found], pred_steps: int) -> dict[str, Tensor]:
-    """By names of ours."""
+    """Return all weights by our names."""
     layers = [layer for module in modules for layer in module.layers]
     weights = {
         f"encoder.layers.{index}.conv.{name}": value
@@ -209,7 +209,7 @@ def _weights(modules: list[_Found], pred_steps: int) -> dict[str, Tensor]:
 
 
 def _built(configuration: Mapping[str, Any]) -> CPC | GreedyInfoMax:
-    """The model of a configuration, without its weights."""
+    """Build the model of a configuration, without loading its weights."""
     channels, modules, hidden = (configuration[name] for name in ("channels", "modules", "hidden"))
     encoder = WaveformEncoder(channels, normalization=configuration["normalization"])
     ends = [sum(modules[: index + 1]) for index in range(len(modules))]

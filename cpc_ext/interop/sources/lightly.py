@@ -1,8 +1,8 @@
-"""lightly (https://github.com/lightly-ai/lightly): encoders of its siamese networks, and back.
+"""Conversion of encoders of lightly's siamese networks (https://github.com/lightly-ai/lightly), both ways.
 
-SimCLR, MoCo and the others of its examples hold the layers of a ResNet one by one in "backbone.", beside
-"projection_head." and, where there is one, the encoder that follows it. Its own ResNetGenerator has no layer for the
-ReLU behind the first convolution, which is therefore missing in such a sequence.
+SimCLR, MoCo and the others of its examples hold the layers of a ResNet as a sequence under "backbone.", beside
+"projection_head." and, in some, a momentum encoder. Its own ResNetGenerator has no layer for the ReLU after the first
+convolution, so the sequence made of such a network does not apply it.
 """
 
 from __future__ import annotations

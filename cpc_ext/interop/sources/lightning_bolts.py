@@ -1,9 +1,9 @@
-"""Lightning Bolts (https://github.com/Lightning-Universe/lightning-bolts), CPC_v2: its checkpoints to models, and back.
+"""Conversion of CPC_v2 of Lightning Bolts (https://github.com/Lightning-Universe/lightning-bolts), both ways.
 
-A file holds the whole model, "encoder." and "contrastive_task."; the task without an encoder, "context_cnn.",
-"target_cnn." and "pred_cnn."; or its context network, "blocks.". Encoders are the program's own, "cpc_encoder", or
-torchvision's ResNets, whose networks and names the timm library shares. The online evaluator and the encoder's "fc" are
-kept beside the model.
+A file holds the whole model, under "encoder." and "contrastive_task."; the task without an encoder, under
+"context_cnn.", "target_cnn." and "pred_cnn."; or its context network alone, under "blocks.". Encoders are the program's
+own "cpc_encoder", or torchvision's ResNets, which have the same layers and names in timm. The online evaluator and the
+encoder's "fc" are kept beside the model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cpc_ext.nn import TargetInfoNCE
 
 __all__ = ["PROGRAM", "LightningBolts"]
 
-# A block's convolutions by their places there, between ReLUs and padding.
+# Indices of a block's convolutions in the program's sequence; the others are ReLUs and padding.
 _CONTEXT = NameMap(
     (f"blocks.{{block}}.{place}.{{parameter}}", f"blocks.{{block}}.{conv}.{{parameter}}")
     for place, conv in enumerate(("reduce", None, "sideways", None, "upwards", None, "expand"))
@@ -37,7 +37,7 @@ _TASK = NameMap(
         ("pred_cnn.{parameter}", "objective.prediction_projection.{parameter}"),
     ]
 )
-# Names in the program's own encoder; its layers are what ours has inside of "layers".
+# Names in the program's own encoder; our encoder has its layers under "layers".
 _OWN = NameMap(
     [
         (f"layer{stack + 1}.{{block}}.{theirs}.{{parameter}}", f"layers.{stack}.{{block}}.{ours}.{{parameter}}")
@@ -48,12 +48,12 @@ _OWN = NameMap(
 )
 _UNUSED = re.compile(r"(encoder\.fc|non_linear_evaluator)\..+")
 _PATCH, _GRID = 8, 7
-# The program multiplies predictions by this one factor.
+# The program multiplies predictions by this factor.
 _SCALE = 0.1
 
 
 class LightningBolts(Program):
-    """See the module. A form's layout is not used: what the model is decides it."""
+    """See the module. The kind of model determines the layout, so a form's layout is not used."""
 
     source = "lightning-bolts"
     settings = frozenset(("grid_size", "image_size", "patch_size", "stride", "skip"))
@@ -138,7 +138,7 @@ class LightningBolts(Program):
     def _encoder(
         self, checkpoint: Checkpoint, state: dict[str, Tensor], settings: Settings
     ) -> tuple[PatchEncoder, dict[str, Any], dict[str, Tensor], dict[str, int], tuple[str, ...]]:
-        """The encoder, its arguments, its weights by our names, what it sees, and what of that is assumed."""
+        """Return the encoder, its arguments, its weights by our names, its crop and patches, and assumptions."""
         if "ln1.weight" not in state:
             arguments = self._backbone(checkpoint, state)
             view, assumed = _view(settings, checkpoint.options, None)
@@ -151,7 +151,7 @@ class LightningBolts(Program):
         return LayerNormResNetEncoder(**arguments, stride=view["stride"]), arguments, weights, view, assumed
 
     def _own(self, checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Arguments of the :class:`LayerNormResNetEncoder` that has these names and shapes, all but the patches."""
+        """Return the arguments of the :class:`LayerNormResNetEncoder` with these weights, except the patch size."""
         sizes = stack_sizes(weights)
         convs = {
             name: weights.get(name)
@@ -176,7 +176,7 @@ class LightningBolts(Program):
         }
 
     def _backbone(self, checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Arguments of the TimmEncoder that has these names and shapes."""
+        """Return the arguments of the TimmEncoder with these weights."""
         try:
             return {"name": resnet_name(state), "in_channels": state["conv1.weight"].shape[1]}
         except ValueError as error:
@@ -209,7 +209,7 @@ class LightningBolts(Program):
             )
         task = with_prefix("context_cnn.", self._export_context(model.context))
         for name, value in model.objective.state_dict().items():
-            # What makes the predictions takes up how our factor differs from the program's: scores stay the same.
+            # Rescale the prediction layer by the ratio of our factor to the program's, so that scores stay the same.
             factor = model.objective.scale / _SCALE if name.startswith("prediction_projection.") else 1
             task[str(_TASK.theirs(f"objective.{name}"))] = value * factor
         if isinstance(model.encoder, Encodings):
@@ -249,12 +249,13 @@ PROGRAM = LightningBolts()
 
 
 def _view(settings: Settings, options: Mapping[str, Any], half: int | None) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Crop, grid and patches, and what of them is assumed: as given, else as noted, else the program's for CIFAR-10.
+    """Return crop, grid and patches, and which of them are assumed.
 
-    half: side of the map behind the first convolution, of stride 2, where the weights tell it.
+    They are as given, else as recorded in the checkpoint, else the program's values for CIFAR-10. A recorded overlap is
+    ignored if it is the program's default for patches of 8 pixels but the patches have another size, because the part
+    of the program that cuts the images then uses half a patch instead.
 
-    The overlap that a checkpoint notes counts unless it is the program's default for patches of 8 pixels beside other
-    patches: images are cut by a part of the program that takes its own, half of a patch.
+    half: side of the feature map after the first convolution, of stride 2, if the weights determine it.
     """
     noted = {name: options[name] for name in ("patch_size", "patch_overlap") if _is_size(options.get(name))}
     patch = settings.patch_size or noted.get("patch_size")

@@ -1,8 +1,8 @@
-"""pixel-cnn-pp (https://github.com/pclucas14/pixel-cnn-pp): its checkpoints to models, and back.
+"""Conversion of checkpoints of pixel-cnn-pp (https://github.com/pclucas14/pixel-cnn-pp), both ways.
 
-Names are ours but for one more level where the program wraps a layer of PyTorch; weights are normalised here as there,
-from weight_g and weight_v, or are "weight" where the normalisation was removed (torch.nn.utils.remove_weight_norm). All
-is known from names and shapes but the size of the images.
+Names are ours with one more component where the program wraps a PyTorch layer. Both use weight normalisation, with
+weight_g and weight_v; checkpoints have "weight" if it was removed (torch.nn.utils.remove_weight_norm). All but the size
+of the images follows from names and shapes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cpc_ext.models import PixelCNNPP
 
 __all__ = ["PROGRAM", "PixelCNNPPProgram"]
 
-# The parametrisation of PyTorch from 2.0 on, in the order of the old names.
+# Names of weight normalisation in PyTorch from 2.0 on, with the older ones.
 _NEW_NAMES = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
 _THEIRS = re.compile(
     r"(?P<layer>(?:u_init|ul_init\.\d+|(?:up|down)_layers\.\d+\.ul?_stream\.\d+\.(?:conv_input|conv_out|nin_skip)"
@@ -30,7 +30,7 @@ _SIZES = {1: 28, 3: 32}
 
 
 class PixelCNNPPProgram(Program):
-    """See the module. Layouts of a form: "weight_norm", "parametrizations", the newer names of it, or "plain"."""
+    """See the module. Layouts: "weight_norm", its newer names "parametrizations", or "plain" without normalisation."""
 
     source = "pixel-cnn-pp"
     settings = frozenset(("image_size",))
@@ -104,7 +104,7 @@ def _old_name(name: str) -> str:
 
 
 def _parted(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights whose norm was removed as lengths and directions; rows of zeros have a length of 0 in any direction."""
+    """Split plain weights into norms weight_g and directions weight_v; rows of zeros get norm 0 and any direction."""
     parted: dict[str, Tensor] = {}
     for name, value in weights.items():
         if name.endswith(".weight") and value.ndim > 1:
@@ -117,7 +117,7 @@ def _parted(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights that lengths and directions make, beside all else."""
+    """Combine norms weight_g and directions weight_v into plain weights; other tensors are kept."""
     joined: dict[str, Tensor] = {}
     for name, value in state.items():
         if name.endswith(".weight_v"):

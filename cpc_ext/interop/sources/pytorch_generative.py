@@ -1,6 +1,6 @@
-"""pytorch-generative (https://github.com/EugenHotaj/pytorch-generative): its gated PixelCNN, and back.
+"""Conversion of the gated PixelCNN of pytorch-generative (https://github.com/EugenHotaj/pytorch-generative), both ways.
 
-All is known from names and shapes.
+All arguments of the model follow from names and shapes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _NAMES = NameMap(
 
 
 class PyTorchGenerative(Program):
-    """See the module. A form's layout is not used: there is one."""
+    """See the module. There is only one layout, so a form's layout is not used."""
 
     source = "pytorch-generative"
     settings = frozenset()

@@ -1,7 +1,7 @@
-"""solo-learn (https://github.com/vturrisi/solo-learn): encoders of all its methods that have a ResNet, and back.
+"""Conversion of ResNet encoders of solo-learn (https://github.com/vturrisi/solo-learn), from any method, both ways.
 
-Of CIFAR's small images they begin with a convolution of 3x3 within a border of two zeros. "projector.", "classifier."
-and "momentum_backbone." are kept beside the model.
+For CIFAR's small images they begin with a 3x3 convolution with a padding of 2. "projector.", "classifier." and
+"momentum_backbone." are kept beside the model.
 """
 
 from __future__ import annotations

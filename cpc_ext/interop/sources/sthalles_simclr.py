@@ -1,7 +1,8 @@
-"""SimCLR of sthalles (https://github.com/sthalles/SimCLR): its encoder, and back.
+"""Conversion of encoders from SimCLR by sthalles (https://github.com/sthalles/SimCLR), both ways.
 
-A ResNet of torchvision's in "backbone.", whose "fc" is the projection head; in earlier versions its layers one by one
-in "features.", beside the head's "l1." and "l2.". Images of all sizes have the first layers of ImageNet's.
+Checkpoints hold one of torchvision's ResNets under "backbone.", whose "fc" is the projection head. In earlier versions
+its layers are a sequence under "features.", beside the head's "l1." and "l2.". The stem is ImageNet's for images of any
+size.
 """
 
 from __future__ import annotations
