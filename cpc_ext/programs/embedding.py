@@ -97,7 +97,7 @@ class _FolderImages:
     """
 
     def __init__(self, command: Command, run: EncoderRun) -> None:
-        assert command.data_dir is not None  # The command line sees to it.
+        assert command.data_dir is not None  # The command line has checked this.
         self._root = command.data_dir.expanduser()
         self.source = str(self._root)
         try:
@@ -152,7 +152,7 @@ class _DatasetImages:
             dataset = load_dataset(command.dataset, command.data_dir, image_size=size)
         except (ImportError, OSError, ValueError) as error:
             raise TrainingError(f"--dataset {command.dataset}: {error}") from None
-        assert isinstance(dataset, Dataset)  # The command line sees to it.
+        assert isinstance(dataset, Dataset)  # The command line has checked this.
         split = command.split or ("all" if own else "train")
         parts = _parts(dataset)
         if split not in ("all", *parts):

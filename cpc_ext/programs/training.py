@@ -114,7 +114,7 @@ def run(
 
         def hold() -> Path:
             if command.resume:
-                assert command.out_dir is not None  # parse() saw to it.
+                assert command.out_dir is not None  # parse() has checked this.
                 held.append(RunDir.reopen(command.out_dir))
             else:
                 held.append(RunDir.create(command.out_dir, model=config.model, dataset=config.data.dataset))

@@ -84,7 +84,7 @@ class OptionError(ValueError):
 
 
 class Section(BaseModel):
-    """A group of options; its docstring is what the help says of it."""
+    """A group of options; its docstring describes it in the help."""
 
     # Validators are built on first use: a program needs only the sections of one model.
     model_config = ConfigDict(
