@@ -50,7 +50,7 @@ def check_device_name(name: str) -> str:
 
 @cache
 def _cuda_capability() -> int:
-    """Return the major compute capability of the CUDA device, or 0 if PyTorch has none to compute on."""
+    """Return the major compute capability of the first CUDA device, or 0 if PyTorch has none to compute on."""
     if "torch" not in sys.modules:
         version = _torch_version()
         if version.cuda is None and version.hip is None:

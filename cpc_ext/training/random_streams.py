@@ -77,8 +77,8 @@ class RandomStreams:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore ``state``.
 
-        Some generators keep their initial seeds instead: that of the negatives if the run moves to another kind of
-        device, and PyTorch's own in processes that the run did not have before.
+        Some generators keep their initial seeds instead: those of the training device if the run moves to another kind
+        of device, and PyTorch's own in processes that the run did not have before.
         """
         same_device = state["device"] == self._device.type
         self.views.set_state(state["views"])
