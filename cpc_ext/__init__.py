@@ -1,6 +1,6 @@
 """Contrastive predictive coding for PyTorch, with its hot paths in C++ and CUDA.
 
-Importing this imports nothing else: the parts, and with them PyTorch, are imported when they are first asked for.
+Importing the package imports no subpackage and not PyTorch: both are imported when an attribute is first accessed.
 """
 
 from __future__ import annotations

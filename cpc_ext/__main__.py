@@ -1,4 +1,4 @@
-"""``python -m cpc_ext`` is ``cpc-ext``; without arguments it prints what to put into a bug report."""
+"""Run ``cpc-ext`` as ``python -m cpc_ext``; without arguments it prints the facts that a bug report needs."""
 
 import sys
 

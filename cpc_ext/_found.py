@@ -1,4 +1,4 @@
-"""Modules that are found by their names: what there is of a kind, without importing it."""
+"""Discovery of modules by name, without importing them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ __all__ = ["found_in"]
 
 
 def found_in(package: str, *, packages: bool = False) -> dict[str, str]:
-    """The modules in a package, or the packages in it, by the names of what is in them.
+    """Return the modules of a package, or its subpackages, by the name of what each defines.
 
-    A module is called as that is, with "_" for "-" and "_plus" for "+": pixelcnn_plus_plus has pixelcnn++. Nothing is
-    found where there is no such package.
+    A module's name is that name with "_" for "-" and "_plus" for "+": pixelcnn_plus_plus defines pixelcnn++. The result
+    is empty where there is no such package.
     """
     folder = Path(__file__).parents[1].joinpath(*package.split("."))
     names = [info.name for info in pkgutil.iter_modules([str(folder)]) if info.ispkg == packages]

@@ -1,4 +1,4 @@
-"""What messages of several rooms are made of."""
+"""Parts of messages that several packages share."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 __all__ = ["some"]
 
-# Names that are given of a list; the rest is counted.
+# How many names of a list a message gives; it counts the rest.
 _NAMED = 5
 
 
 def some(names: Iterable[str]) -> str:
-    """The first names of a list and how many more there are, for a message."""
+    """Return the first names of a list and the number of the others, for a message."""
     names = list(names)
     return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

@@ -1,8 +1,8 @@
-"""Finds and loads the compiled module ``cpc_ext._C``.
+"""Find and load the compiled module ``cpc_ext._C``.
 
-Installed, it lies beside this file. In a source checkout it does not: Python then picks up the folder ``cpc_ext/`` of
-the checkout while the compiled module lives in the installed package, so it is taken from there, provided both are of
-one version. Edits to Python files of the checkout thus take effect at once, and kernels are those last installed.
+In an installed package it lies beside this file. In a source checkout it does not: Python imports the checkout's folder
+``cpc_ext/``, and the compiled module is taken from the installed package, provided both have the same version. Edits to
+Python files of the checkout thus take effect at once, while the kernels are those last installed.
 
 The environment variable CPC_EXT_NATIVE names another compiled module to load, such as one built for sanitizers.
 """
@@ -26,7 +26,7 @@ _INSTALL = "run `pip install -c constraints.txt .` in the checkout"
 
 
 def _find_installed() -> Path:
-    """The compiled module of an installed cpc_ext, wherever its Python files are shadowed by a checkout's."""
+    """Return the compiled module of an installed cpc_ext whose Python files a checkout shadows."""
     for distribution in importlib.metadata.distributions(name="cpc_ext"):
         for suffix in importlib.machinery.EXTENSION_SUFFIXES:
             path = Path(str(distribution.locate_file(f"cpc_ext/_C{suffix}")))
@@ -44,7 +44,7 @@ def _load() -> ModuleType:
         spec = importlib.util.find_spec(_NAME) or importlib.util.spec_from_file_location(_NAME, _find_installed())
     if spec is None or spec.loader is None:
         raise ImportError(f"CPC_EXT_NATIVE={named} is no compiled module of Python's")
-    importlib.import_module("torch")  # It brings the OpenMP runtime, which wheels leave to it, for both to share.
+    importlib.import_module("torch")  # It loads the OpenMP runtime that both share; our wheels contain none.
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if module.__version__ != __version__:
@@ -58,5 +58,5 @@ def _load() -> ModuleType:
 
 native = _load()
 
-# Devices that this build has kernels for; elsewhere the ops run their references.
+# Devices that this build has kernels for; on all others the ops run their references.
 KERNEL_DEVICES = ("cpu", "cuda") if native.build_info()["cuda"] else ("cpu",)

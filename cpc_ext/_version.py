@@ -1,3 +1,3 @@
-"""The version, of which the package and its compiled module must be one."""
+"""The version, which must be the same for the package and its compiled module."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""What this build of the package is made of and what it runs on, for bug reports."""
+"""Facts about this build of the package and the machine that it runs on, for bug reports."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ __all__ = ["build_info", "report"]
 
 
 def build_info() -> dict[str, Any]:
-    """How the compiled module was built and what of it is in use.
+    """Return how the compiled module was built and which of its variants is in use.
 
-    Its keys are ``version``, ``compiler``, ``simd`` (the level in use: baseline, avx2, avx512 or avx512_bf16; native in
+    The keys are ``version``, ``compiler``, ``simd`` (the level in use: baseline, avx2, avx512 or avx512_bf16; native in
     a build for one processor), ``cuda`` (version of the CUDA toolkit, None in a build without), ``cuda_architectures``
-    (None likewise), ``openmp_threads``, ``module`` (its file).
+    (None likewise), ``openmp_threads`` and ``module`` (the path of its file).
     """
     from cpc_ext._native import native
 
@@ -21,7 +21,7 @@ def build_info() -> dict[str, Any]:
 
 
 def report() -> str:
-    """Build, PyTorch and device facts, one a line."""
+    """Return facts about the build, PyTorch and the devices, one per line."""
     import torch
 
     facts = {f"cpc_ext {name}": value for name, value in build_info().items()}

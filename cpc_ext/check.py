@@ -1,4 +1,4 @@
-"""`python -m cpc_ext.check`: every op against its reference; see --help. The problems are in cpc_ext.op_checks."""
+"""`python -m cpc_ext.check`: compare every op with its reference; see --help. The problems are in cpc_ext.op_checks."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`python -m cpc_ext.convert`: checkpoints of other programs to runs, and back; see --help.
+"""`python -m cpc_ext.convert`: convert checkpoints of other programs to runs, and back; see --help.
 
 The work is done in cpc_ext.programs and cpc_ext.interop.
 """

@@ -1,7 +1,7 @@
-"""The data sets there are: modules found by their names, in folders of cpc_ext.data that tell where data come from.
+"""The available data sets: modules found by name, in folders of cpc_ext.data, one folder for each origin of data.
 
-Where its data come from decides what the module's ``load`` takes, and which options of the command lines have nothing
-to decide. Importing this does not import NumPy.
+The origin decides which arguments the module's ``load`` takes, and which options of the command lines have no effect.
+Importing this module does not import NumPy.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ __all__ = ["DATASETS", "Origin", "drawn_of", "folder_of", "idle_of_dataset", "me
 
 
 class Origin(NamedTuple):
-    """Where data come from.
+    """Where the data of a data set come from.
 
-    folder: of the modules of such data sets, below data/images and the like.
-    sized: whether they take the size in pixels that they are asked for; sound never does.
-    own_size: whether they have one of their own, which presets leave as it is.
-    idle: options that they have no use for, each with the reason.
+    folder: folder of the data sets' modules, below data/images or data/audio.
+    sized: whether ``load`` takes the images' size in pixels; always False for sound.
+    own_size: whether the images have a size of their own, which presets leave as it is.
+    idle: options that have no effect on such data sets, each with the reason.
     """
 
     folder: str
@@ -39,7 +39,7 @@ _ORIGINS = (
     Origin("folders", sized=True, idle={"download": "is of your own files"}),
     Origin("arrays", sized=True, own_size=True, idle={"download": "is of your own files"}),
 )
-# By medium, what origins are like there.
+# The origins, by medium.
 _MEDIA = {
     "images": _ORIGINS,
     "audio": tuple(kind._replace(sized=False, idle={**kind.idle, "image_size": "is of sound"}) for kind in _ORIGINS),
@@ -54,38 +54,41 @@ DATASETS = tuple(_FOUND)
 
 
 def medium(dataset: str) -> str:
-    """What a data set is of: "images" or "audio". KeyError for a name that does not exist; so do those below."""
+    """Return the medium of a data set, "images" or "audio".
+
+    KeyError for an unknown name, here and in the functions below that take a data set.
+    """
     return _FOUND[dataset][1]
 
 
 def drawn_of(medium: str) -> str:
-    """The data set of a medium that needs no files: the first that is drawn."""
+    """Return the data set of a medium that needs no files: the first that is drawn at random."""
     return _first(medium, "drawn")
 
 
 def folder_of(medium: str) -> str:
-    """The data set of a medium that is of the user's own files, one for each image or recording."""
+    """Return the data set of a medium that reads the user's own files, one for each image or recording."""
     return _first(medium, "folders")
 
 
 def _first(medium: str, folder: str) -> str:
     named = (name for name, (kind, of, _) in _FOUND.items() if (of, kind.folder) == (medium, folder))
-    # Some data sets of the user's own files are in files of another kind than the medium's own.
+    # Not all data sets of the user's own files read one file for each image or recording; "...folder" does.
     return next(name for name in named if folder == "drawn" or name.endswith("folder"))
 
 
 def origin(dataset: str) -> Origin:
-    """Where a data set comes from."""
+    """Return the origin of a data set."""
     return _FOUND[dataset][0]
 
 
 def module_of(dataset: str) -> str:
-    """The name of the module that loads a data set."""
+    """Return the name of the module that loads a data set."""
     return _FOUND[dataset][2]
 
 
 def idle_of_dataset(dataset: str) -> dict[str, str]:
-    """The options that a data set has no use for, each with the reason why."""
+    """Return the options that have no effect on a data set, each with the reason."""
     reasons = dict(origin(dataset).idle)
     if (medium(dataset), origin(dataset).folder) != ("audio", "drawn"):
         reasons["utterances"] = "has no drawn voices"

@@ -1,4 +1,4 @@
-"""`python -m cpc_ext.embed RUN --data-dir D`: encodings of images; see --help. The work is in cpc_ext.programs."""
+"""`python -m cpc_ext.embed RUN --data-dir D`: encode images; see --help. The work is done in cpc_ext.programs."""
 
 import sys
 

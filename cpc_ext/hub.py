@@ -1,8 +1,8 @@
-"""Trained models on the Hugging Face Hub, and in folders of the same form: weights, what builds the model, a card.
+"""Trained models on the Hugging Face Hub, and in folders of the same form: weights, config.json and a model card.
 
-:class:`Encoder` is what a run on images is mostly trained for, from images to features. :class:`Model` is all of a
-run's model, of any kind. Both save, load and upload as huggingface_hub's mixin does it, with safetensors and without
-running code from files; the card tells the recipe of the run and how well it did.
+:class:`Encoder` maps images to features, which is what most runs on images are for. :class:`Model` is the whole model
+of a run, of any kind. Both save, load and upload by huggingface_hub's mixin, with safetensors and without running code
+from files; the card gives the recipe and the results of the run.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ The run's config.yaml, which `python -m cpc_ext.train --config` takes:
 {{ recipe }}
 ```
 {% endif %}"""
-# By how much images in floating point may exceed 0 to 1.
+# How far floating-point images may lie outside of 0 to 1: resizing may overshoot a little.
 _OVERSHOOT = 0.1
-# Numbers of a run that tell how well it did, by their names' endings.
+# Endings of the names of a summary's entries that measure the model.
 _RESULTS = ("_accuracy", "bits_per_dim")
 
 
@@ -76,25 +76,25 @@ class _Saved(
     library_name="cpc_ext",
     tags=["contrastive-predictive-coding", "self-supervised-learning"],
 ):
-    """What both have: the card, and errors that name the folder.
+    """Base class of both models: the card, and errors that name the folder.
 
-    record: "cpc_ext", the version that trained the model; "run", what it was of; "results" of it, by name; "recipe",
-        its config as YAML.
+    record: facts about the run for the card: "cpc_ext", the version that trained the model; "run", the model's title
+        and the data set; "results" by name; "recipe", the config as YAML.
     """
 
     record: dict[str, Any]
     about: ClassVar[str]
     usage: ClassVar[str]
-    # What config.json must have.
+    # The entry that config.json must have.
     needed: ClassVar[str]
 
     @property
     def title(self) -> str:
-        """What the model is called in its card."""
+        """Title of the model in its card."""
         raise NotImplementedError
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """The card of the model: how to use it, the run's results and recipe."""
+        """Return the card of the model: how to use it, and the results and the recipe of the run."""
         results = self.record.get("results", {})
         card: ModelCard = ModelCard.from_template(
             card_data=self._hub_mixin_info.model_card_data,
@@ -111,9 +111,10 @@ class _Saved(
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
-        """The model of a folder, or of a name on the Hub, OWNER/NAME; options: of huggingface_hub's mixin.
+        """Load a model from a folder, or from the Hub by its name, OWNER/NAME.
 
-        ValueError where there is no such folder and it can be no name on the Hub, which is then not asked.
+        options: those of huggingface_hub's mixin. ValueError, without a request to the Hub, where there is no such
+        folder and the argument cannot be a name on the Hub.
         """
         given = str(pretrained_model_name_or_path)
         folder = Path(given).expanduser()
@@ -135,27 +136,27 @@ class _Saved(
 
 
 class Encoder(_Saved, pipeline_tag="image-feature-extraction"):
-    """A trained encoder with the view that it was trained for: from images to features.
+    """A trained encoder with the view that it was trained on: from images to features.
 
-    ``Encoder.of_run("RUN").save_pretrained("folder")`` writes config.json, model.safetensors and README.md, where there
-    is no README.md yet; ``push_to_hub("name/of-it")`` uploads them; ``Encoder.from_pretrained("folder")``, or a name on
-    the Hub, is the encoder again, in evaluation mode.
+    ``Encoder.of_run("RUN").save_pretrained("folder")`` writes config.json, model.safetensors and, where there is none
+    yet, README.md; ``push_to_hub("name/of-it")`` uploads them; ``Encoder.from_pretrained("folder")``, or a name on the
+    Hub in place of the folder, loads the encoder in evaluation mode.
 
-    In a pipeline of others it is what stands before the classifier: images of torchvision's ``ToTensor``, floating in
-    0..1, are taken as well, and ``num_features`` is D, as with timm's models without a classifier. For maps in place of
-    features there is :class:`~cpc_ext.models.ImageBackbone` of ``encoder``.
+    In other pipelines it takes the place of the backbone before the classifier: it also takes images of torchvision's
+    ``ToTensor``, floating point in 0..1, and ``num_features`` is D, as in timm's models without a classifier. For
+    feature maps in place of features, wrap ``encoder`` in :class:`~cpc_ext.models.ImageBackbone`.
 
     Args:
-        kind: the encoder's class in :mod:`cpc_ext.models`.
-        arguments: of the class, JSON values.
-        view: fields of the :class:`~cpc_ext.data.PatchView` or :class:`~cpc_ext.data.SimCLRView` that images get.
-        record: for the card; see :meth:`of_run`.
+        kind: name of the encoder's class in :mod:`cpc_ext.models`.
+        arguments: arguments of the class, JSON values.
+        view: fields of the :class:`~cpc_ext.data.PatchView` or :class:`~cpc_ext.data.SimCLRView` to apply to images.
+        record: facts about the run for the card, as :meth:`of_run` collects them.
 
     Attributes:
-        num_features: D, features of an image.
+        num_features: D, the number of features of an image.
 
     Raises:
-        ValueError: no such class, arguments, or view.
+        ValueError: unknown class, or arguments or a view that it does not take.
     """
 
     about = "An encoder of images, from uint8 images to features."
@@ -191,9 +192,9 @@ class Encoder(_Saved, pipeline_tag="image-feature-extraction"):
 
     @classmethod
     def of_run(cls, path: str | Path) -> Self:
-        """The encoder of a finished run on images, in evaluation mode.
+        """Return the encoder of a finished run on images, in evaluation mode.
 
-        TrainingError where there is none in the folder, or its last modules are not trained yet.
+        TrainingError where the folder holds no encoder, or its last modules are not trained yet.
         """
         run = RunDir(Path(path))
         config = run.known_config
@@ -223,11 +224,11 @@ class Encoder(_Saved, pipeline_tag="image-feature-extraction"):
         return f"{self.kind} of {self.record.get('run', 'cpc_ext')}"
 
     def encodings(self, images: Tensor) -> Tensor:
-        """What the encoder makes of each patch: [B, C, H, W] → [B, D, rows, cols]; of whole images 1 x 1.
+        """Encode each patch: [B, C, H, W] → [B, D, rows, cols], 1 x 1 for encoders of whole images.
 
-        Images are uint8, or floating in 0..1 and rounded to their 256 levels. They have the
-        data set's size, of which a view of patches takes the middle, or any where it sees whole images. ValueError
-        where they have another shape or range, TypeError where they are of another type.
+        Images are uint8, or floating point in 0..1, which is rounded to 256 levels. They have the size of the data set,
+        from which a view of patches crops the center, or any size where the view takes whole images. ValueError for
+        another shape or range, TypeError for another dtype.
         """
         self._check(images)
         if images.is_floating_point():
@@ -238,7 +239,7 @@ class Encoder(_Saved, pipeline_tag="image-feature-extraction"):
         return encodings
 
     def _check(self, images: Tensor) -> None:
-        """ValueError for what are no images, or none of such as the encoder was trained on."""
+        """Raise ValueError for tensors that are not images, or not of the kind that the encoder was trained on."""
         if images.ndim != 4:
             raise ValueError(f"images: expected [B, C, H, W], got {list(images.shape)}")
         # A view that turns images to grey does not say how many channels they have.
@@ -248,33 +249,32 @@ class Encoder(_Saved, pipeline_tag="image-feature-extraction"):
         if not images.is_floating_point() or torch.compiler.is_compiling() or not images.numel():
             return
         low, high = (float(value) for value in torch.aminmax(images.detach()))
-        # Resizing may overshoot a little.
         if not -_OVERSHOOT <= low <= high <= 1 + _OVERSHOOT:
             raise ValueError(
                 f"images: floating point is from 0 to 1, got {low:.3g} to {high:.3g}; the encoder itself normalises"
             )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] → what a probe sees of them, the mean over the patches, [B, D]."""
+        """Encode images [B, C, H, W] as a probe sees them: the mean over the patches, [B, D]."""
         return self.encodings(images).mean((2, 3))
 
 
 class Model(_Saved):
-    """All of a run's model, of images, sound or pixels: with contexts, heads and predictions, as ``model``.
+    """The whole model of a run, of images, sound or pixels, with context networks, heads and predictors.
 
     It saves, loads and uploads as :class:`Encoder` does.
 
     Args:
         options: the run's config, as :meth:`RunConfig.model_dump` gives it in JSON values.
-        image_shape: (C, H, W) of its images, where the model is built for one size.
-        classes: that it knows.
-        record: for the card; see :meth:`of_run`.
+        image_shape: (C, H, W) of the images, where the model is built for one size.
+        classes: number of classes that the model was built for; 0 if it uses no labels.
+        record: facts about the run for the card, as :meth:`of_run` collects them.
 
     Attributes:
-        model: of :mod:`cpc_ext.models`.
+        model: the model, of a class of :mod:`cpc_ext.models`.
 
     Raises:
-        ValueError: options of no run.
+        ValueError: options that are not the config of a run.
     """
 
     about = "A whole model, with all that it was trained with."
@@ -301,9 +301,10 @@ class Model(_Saved):
 
     @classmethod
     def of_run(cls, path: str | Path) -> Self:
-        """The model of a run's last checkpoint, in evaluation mode; its weights' average where it keeps one.
+        """Return the model of a run's last checkpoint, in evaluation mode.
 
-        TrainingError where there is none in the folder.
+        Its weights are their running average where the run keeps one. TrainingError where the folder holds no
+        checkpoint.
         """
         found = saved_run(Path(path))
         record = _record(RunDir(Path(path)))
@@ -320,12 +321,12 @@ class Model(_Saved):
         return f"{self.options.title} on {self.options.data.dataset}"
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        """What the model itself gives."""
+        """Call the model."""
         return self.model(*inputs, **options)
 
 
 def _refuse_missing_folder(given: str, folder: Path, *, is_path: bool) -> None:
-    """ValueError where what was given can only be meant as a folder: the Hub would be asked in vain, several times."""
+    """Raise ValueError if the argument can only be meant as a folder: several requests to the Hub would fail."""
     if folder.is_file():
         raise ValueError(f"{given} is a file: give the folder that holds it, with config.json and model.safetensors")
     is_path = is_path or given.startswith((".", "/", "~")) or given.count("/") != 1
@@ -335,7 +336,7 @@ def _refuse_missing_folder(given: str, folder: Path, *, is_path: bool) -> None:
 
 
 def _record(run: RunDir) -> dict[str, Any]:
-    """What a card tells of a run: the version, its results where it is finished, its config."""
+    """Return the facts of a run for its card: the version, the results if it is finished, and its config."""
     results: dict[str, Any] = {}
     if run.summary.is_file():
         summary = json.loads(run.summary.read_text(encoding="utf-8"))
@@ -345,19 +346,19 @@ def _record(run: RunDir) -> dict[str, Any]:
         "cpc_ext": __version__,
         "run": f"{config.title} on {config.data.dataset}",
         "results": results,
-        # As text, which keeps the order of the options.
+        # YAML as text keeps the order of the options.
         "recipe": yaml.safe_dump(_shared(config.model_dump(mode="json")), sort_keys=False).rstrip(),
     }
 
 
 def _tells_worth(name: str, value: Any) -> bool:
-    """Whether an entry of a summary is a measure of the model, and not of its last steps, or of all on the way."""
+    """Return whether an entry of a summary measures the finished model: one number, and not of the last steps."""
     return name.endswith(_RESULTS) and not name.startswith("final_") and isinstance(value, int | float)
 
 
 def _shared(options: Mapping[str, Any]) -> dict[str, Any]:
-    """A config for others: without paths and devices of the machine it ran on."""
-    # Modules that stay as they were trained before need the run that trained them, which is told by its name alone.
+    """Return a config that can be published: without the paths and the device of the machine that it ran on."""
+    # A run that trains one module of several starts from the run that trained the others; only its name is kept.
     start = options["optimization"]["resume_from"] if options.get("greedy", {}).get("train_module") else None
     return {
         **options,
