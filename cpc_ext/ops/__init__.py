@@ -1,4 +1,4 @@
-"""The ops: one file each, with schema, fake kernel, autograd and the pure-PyTorch reference."""
+"""The ops: one file each, with the schema, fake kernel, autograd and the reference in plain PyTorch."""
 
 from cpc_ext.ops._patch_transforms import Transform
 from cpc_ext.ops.augment_patches import AugmentationPlan, augment_patches

@@ -12,7 +12,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_dense(name: str, value: object) -> Tensor:
-    """The value, a tensor with strides; TypeError where it is none."""
+    """Return the value if it is a dense tensor, else raise TypeError."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested:
@@ -21,7 +21,7 @@ def check_dense(name: str, value: object) -> Tensor:
 
 
 def check_floating(name: str, value: object) -> Tensor:
-    """The value, a dense tensor of floating-point numbers; TypeError where it is none."""
+    """Return the value if it is a dense floating-point tensor, else raise TypeError."""
     tensor = check_dense(name, value)
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be floating, got {tensor.dtype}")
@@ -29,12 +29,12 @@ def check_floating(name: str, value: object) -> Tensor:
 
 
 def is_integer(value: object) -> bool:
-    """Whether it is an int, or one that torch.compile or torch.export leave open."""
+    """Return whether a value is an int, or one that torch.compile or torch.export leave symbolic; a bool is none."""
     return type(value) is int or (isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool))
 
 
 def check_integer(name: str, value: int, least: int | None = None) -> None:
-    """TypeError unless it is an int, ValueError where it is below ``least``."""
+    """Raise TypeError unless the value is an int, ValueError if it is below ``least``."""
     if not is_integer(value):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if least is not None and value < least:
@@ -42,5 +42,5 @@ def check_integer(name: str, value: int, least: int | None = None) -> None:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """A type's name without the module's."""
+    """Return a dtype's name without "torch."."""
     return str(dtype).removeprefix("torch.")

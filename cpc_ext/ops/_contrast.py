@@ -1,7 +1,7 @@
-"""The op that info_nce, scores_logsumexp and sigmoid_contrast share: its kernels' calls and its gradients.
+"""The op that info_nce, scores_logsumexp and sigmoid_contrast share: calls of its kernels, and its gradients.
 
-csrc/info_nce/info_nce.h says what is computed. The weights of a mean or sum are known beforehand, so the forward pass
-forms the gradients with the scores at hand, and the backward pass only scales them.
+csrc/info_nce/info_nce.h defines the computation. The weights of a mean or sum are known in advance, so the forward pass
+forms the gradients while it has the scores, and the backward pass only scales them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ __all__ = ["Results", "contrast", "contrast_gradients_op", "contrast_op", "reduc
 
 
 class Results(NamedTuple):
-    """Loss and accuracy are as the reduction says, the others of each query, [B, M].
+    """Results of the op: loss and accuracy as reduced, values for each query, [B, M], and gradients.
 
-    What is not needed is empty, or None where the op was called straight.
+    slopes are the derivatives of the losses in the scale, bests the scores of the best positives. Results that are not
+    needed are empty, or None in a call that bypasses the dispatcher.
     """
 
     loss: Tensor
@@ -50,7 +51,7 @@ def contrast(
     return results if type(results) is Results else Results._make(results)
 
 
-# Places in the problem, and so in the op's arguments. Tensors come first, up to the scale.
+# Positions in the problem, and so among the op's arguments. Tensors come first, up to the scale.
 _QUERIES, _KEYS, _KEY_BIAS, _SCALES, _SCALE = map(
     Contrast._fields.index, ("queries", "keys", "key_bias", "scales", "scale")
 )
@@ -61,10 +62,10 @@ class _Forward(NamedTuple):
 
     problem: Contrast
     weights: Tensor | None
-    thresholds: Tensor | None  # [B, M], what a rival's score must reach to count in the rank, for log-sums.
+    thresholds: Tensor | None  # [B, M], for log-sums: scores of rivals that reach it count in the rank.
     reduction: str
-    # Whether gradients of queries, keys and biases are formed, and whether losses, slopes and best scores are kept. The
-    # gradients of weights and of the scale are made of the first two.
+    # Whether to form the gradients of queries, keys and biases, and whether to return losses, slopes and best scores.
+    # The gradient of the weights is computed from the losses, that of the scale from the slopes.
     needs: list[bool]
 
 
@@ -73,15 +74,15 @@ class _Backward(NamedTuple):
 
     problem: Contrast
     row_weights: Tensor
-    weights: Tensor | None  # Those of the forward pass: a symmetric contrast has no query of weight 0.
+    weights: Tensor | None  # Those of the forward pass; 0 makes a query absent from a symmetric contrast.
     needs: list[bool]  # Whether queries, keys and biases need gradients.
 
 
 def _needed(problem: Contrast, weights: Tensor | None, reduction: str) -> list[bool]:
-    """What :class:`_Forward` has as ``needs``; only a ring needs best scores."""
+    """Return ``needs`` of :class:`_Forward`. Best scores are needed only by a ring of processes, which calls the op."""
     if not torch.is_grad_enabled():
         return [False] * 6
-    # Half-precision gradients are formed once their scale is known, lest a mean's vanish before a GradScaler's scale.
+    # float16 gradients are formed in the backward pass: before a GradScaler's scale those of a mean may underflow.
     queries, keys, key_bias = problem.queries, problem.keys, problem.key_bias
     forms = reduction != "none" and queries.dtype != torch.float16
     return [
@@ -99,7 +100,7 @@ def _empty_gradients(problem: Contrast, needs: Sequence[bool]) -> Gradients:
 
 
 def _needed_gradients(problem: Contrast, needs: Sequence[bool]) -> Gradients:
-    """Memory of gradients; None of those that are not needed."""
+    """Allocate the gradients; those that are not needed are None."""
     queries, keys = problem.queries, problem.contrasted()
     dense = torch.contiguous_format
     gradients: tuple[Any, ...] = (
@@ -115,7 +116,7 @@ def _empty_results(op: _Forward) -> Results:
 
 
 def _needed_results(op: _Forward) -> Results:
-    """Memory of results; None of those that are not needed."""
+    """Allocate the results; those that are not needed are None."""
     queries, needs = op.problem.queries, op.needs
     rows, dtype = queries.shape[:-1], sums_dtype(queries)
     loss = queries.new_empty(rows if op.reduction == "none" else (), dtype=dtype)
@@ -135,7 +136,7 @@ _Some = TypeVar("_Some", bound=tuple[Any, ...])
 
 
 def _without_none(results: _Some, queries: Tensor) -> _Some:
-    """Empty tensors in place of None; those of queries and keys are of their type, others of the sums'."""
+    """Replace None by empty tensors: gradients of queries and keys have their dtype, others that of the sums."""
     own = len(results) - len(Gradients._fields)
     kinds = (queries.dtype if own <= at < own + 2 else sums_dtype(queries) for at in range(len(results)))
     return type(results)(
@@ -144,12 +145,12 @@ def _without_none(results: _Some, queries: Tensor) -> _Some:
 
 
 def reduced(losses: Tensor, rank: Tensor, weights: Tensor | None, reduction: str) -> tuple[Tensor, Tensor]:
-    """Loss and accuracy, which share no memory with the losses."""
+    """Return loss and accuracy; they share no memory with the losses."""
     right = (rank == 0).to(losses.dtype)
     if reduction == "none":
         return losses.clone() if weights is None else weighted(weights.to(losses.dtype), losses), right
     if weights is None:
-        if losses.numel() == 0:  # Whose mean is no number.
+        if losses.numel() == 0:  # Their mean would be NaN.
             return losses.sum(), right.sum()
         return losses.mean() if reduction == "mean" else losses.sum(), right.mean()
     weights = weights.to(losses.dtype)
@@ -163,7 +164,7 @@ def _kernel(op: _Forward) -> Results:
 
 
 def _straight(op: _Forward) -> Results:
-    """The kernel's results, with None in place of what is not needed."""
+    """Run the kernel; results that are not needed are None."""
     queries, weights, reduction = op.problem.queries, op.weights, op.reduction
     results = _needed_results(op)
     loss, accuracy, rank, losses, slopes, bests, *gradients = results
@@ -194,12 +195,12 @@ def _straight_gradients(op: _Backward) -> Gradients:
 def _run(
     problem: Contrast, gradients: Sequence[Tensor | None], of_rows: Sequence[Tensor | None], factor: float
 ) -> None:
-    """Call the kernel. of_rows: what native.info_nce takes between the problem and the gradients."""
+    """Call the kernel. of_rows: the arguments of native.info_nce between the problem and the gradients."""
     queries, keys, *others, scale, measure, contrast, symmetric = problem
     of_queries, of_keys, of_bias = gradients
     on_cpu = native.info_nce_on_cpu(queries)
     if keys is None and of_queries is not None and not on_cpu:
-        # CUDA's kernels give queries and keys a gradient each.
+        # CUDA's kernels only write separate gradients of queries and keys.
         of_keys = torch.empty_like(of_queries)
         _run(problem._replace(keys=queries), (of_queries, of_keys, of_bias), of_rows, factor)
         of_queries.add_(of_keys)
@@ -228,14 +229,14 @@ def _run(
 
 
 def _present(rows: Tensor, weights: Tensor | None) -> Tensor:
-    """Which of the rows [B, M] there are."""
+    """Return which of the rows [B, M] are present."""
     return torch.ones_like(rows, dtype=torch.bool) if weights is None else weights != 0
 
 
 def _reference_op(op: _Forward) -> Results:
     if op.problem.queries.ndim == 2:
         return _of_one(_reference_op(_as_batch(op)))
-    with without_autocast(op.problem.queries.device):  # It would round the scores.
+    with without_autocast(op.problem.queries.device):  # Autocast would round the scores.
         present = None if op.weights is None else op.weights != 0
         losses, rank, slopes, bests = plain.each_query(op.problem, op.thresholds, present)
         weights, factor = weights_of_rows(losses.shape, op.weights, op.reduction, losses.dtype, weigh_plainly)
@@ -261,7 +262,7 @@ _Op = TypeVar("_Op", _Forward, _Backward)
 
 
 def _as_batch(op: _Op) -> _Op:
-    """The op of a batch of one entry, of one without a batch."""
+    """Add a leading dimension of one batch entry to an op without batch dimension."""
 
     def led(values: Sequence[Any]) -> list[Any]:
         return [value.unsqueeze(0) if isinstance(value, Tensor) else value for value in values]
@@ -272,12 +273,12 @@ def _as_batch(op: _Op) -> _Op:
 
 
 def _of_one(results: _Some) -> _Some:
-    """What one entry has of the results of a batch."""
+    """Remove the leading dimension of one batch entry from results."""
     return type(results)(*(value[0] if value.ndim and value.numel() else value for value in results))
 
 
 def _setup_context(ctx: Any, op: _Forward, output: Results) -> None:
-    # What was not formed with the loss is computed when the gradient of each row is known.
+    # Gradients that were not formed with the loss are computed once the gradient of each row is known.
     problem = op.problem
     wanted = ctx.needs_input_grad
     of_queries, of_keys, of_bias = ctx.requires = [wanted[_QUERIES], wanted[_KEYS], wanted[_KEY_BIAS]]

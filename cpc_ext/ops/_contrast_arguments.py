@@ -1,4 +1,4 @@
-"""The arguments of contrasts: what is asked of them, and the problem that they pose to the op."""
+"""The arguments of contrasts: their checks, and their conversion to the op's problem."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ INTEGERS = (
 )
 REDUCTIONS = ("mean", "sum", "none")
 _CONTRASTS = ("all", "same", "other")
-# Numbers are compared with it: torch.compile cannot ask one whose value it leaves open whether it is finite, and an
+# Numbers count as finite up to the largest float: torch.compile cannot test a symbolic number for being finite, and an
 # integer may be larger.
 _LARGEST, _LARGEST_INDEX = sys.float_info.max, torch.iinfo(torch.int64).max
 
 
 class ContrastOptions(NamedTuple):
-    """What all ops of this kind take besides queries and keys, as :func:`cpc_ext.ops.info_nce` describes it."""
+    """Arguments of contrasts besides queries and keys, as :func:`cpc_ext.ops.info_nce` describes them."""
 
     scale: float | Tensor = 1.0
     targets: Tensor | None = None
@@ -62,9 +62,9 @@ def flat_problem(
     batched: bool = True,
     weigh: Weigh = weigh_plainly,
 ) -> tuple[Contrast, Tensor | None]:
-    """The problem with one leading dimension in place of any, and its queries' weights [B, M]; None for all 1.
+    """Return the problem, its leading dimensions merged to one, and the queries' weights [B, M], None if all are 1.
 
-    batched: whether one without leading dimensions gets one, too. weigh: how weights are found.
+    batched: whether to add a leading dimension where there is none. weigh: computes the weights.
     """
     problem = _flat(queries, keys, options, measure, batched)
     if options.weights is options.targets is None:
@@ -74,7 +74,7 @@ def flat_problem(
 
 
 def check_arguments(queries: Tensor, keys: Tensor, options: ContrastOptions, measure: str, reduction: str) -> None:
-    """Raise an error that names the first argument that is wrong, as :func:`cpc_ext.ops.info_nce` says."""
+    """Raise an error that names the first invalid argument, as :func:`cpc_ext.ops.info_nce` documents it."""
     _check_rows("queries", queries)
     if keys is not queries:
         _check_rows("keys", keys)
@@ -114,7 +114,7 @@ def check_arguments(queries: Tensor, keys: Tensor, options: ContrastOptions, mea
     _check_weights(weights)
 
 
-# Types of queries and keys, nearly always.
+# The usual dtypes of queries and keys, which pass all checks.
 _USUAL = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 
@@ -157,7 +157,7 @@ def _check_given(
     *,
     floating: bool = False,
 ) -> None:
-    """Check a tensor that may be None. shapes: those that it may have, a letter standing for any size."""
+    """Check a tensor that may be None. shapes: the shapes that it may have, where a letter stands for any size."""
     if value is None:
         return
     if not isinstance(value, Tensor):
@@ -209,35 +209,35 @@ def check_positive(name: str, value: float | Tensor) -> None:
 def _check_weights(weights: Tensor | None) -> None:
     if weights is None or not values_at_hand(weights):
         return
-    # In float64, because not every floating type compares.
+    # In float64, because not every floating-point dtype supports comparison.
     if weights.numel() and (lowest := weights.detach().double().min().item()) < 0:
         raise ValueError(f"weights must not be negative, got {lowest}")
 
 
 def common_dtype(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys of one dtype: that which both are promoted to, or autocast's as of a matrix product."""
+    """Return queries and keys in one dtype: their promoted one, or autocast's, as for a matrix product."""
     dtype = queries.dtype
     if keys.dtype != dtype:
         dtype = torch.promote_types(dtype, keys.dtype)
     if dtype != torch.float64:
         dtype = autocast_dtype(queries.device) or dtype
-    # A conversion to the type that a tensor has takes time, too.
+    # Converting to the dtype that a tensor already has takes time, too.
     first = queries if queries.dtype == dtype else queries.to(dtype)
     return first, first if keys is queries else keys if keys.dtype == dtype else keys.to(dtype)
 
 
 def _flat(queries: Tensor, keys: Tensor, options: ContrastOptions, measure: str, batched: bool) -> Contrast:
-    """The arguments with one leading dimension in place of any, and without keys where these are the queries."""
+    """Return the arguments with leading dimensions merged to one, and without keys if these are the queries."""
     scale, targets, negatives, _, exclude, key_range, key_bias, groups, contrast, symmetric = options
     shape, alone = queries.shape, keys is queries
     if len(shape) > 3 or (batched and len(shape) == 2):
-        entries = math.prod(shape[:-2])  # numel() would fix sizes that torch.export leaves open.
+        entries = math.prod(shape[:-2])  # numel() would specialize sizes that torch.export leaves symbolic.
         queries = queries.reshape(entries, *shape[-2:])
         keys = queries if alone else keys.reshape(entries, *keys.shape[-2:])
     rows, key_rows = queries.shape[:-1], keys.shape[:-1]
 
     def indices(value: Tensor | None) -> Tensor | None:
-        """[B, M, C] of [*, M] or [*, M, C]."""
+        """Reshape [*, M] or [*, M, C] to [B, M, C]."""
         if value is None:
             return None
         columns = value.shape[-1] if value.ndim == len(shape) else 1
@@ -267,13 +267,13 @@ def _flat(queries: Tensor, keys: Tensor, options: ContrastOptions, measure: str,
 
 
 def as_int64(indices: Tensor) -> Tensor:
-    """Indices as int64. Those that it does not hold, which no keys have, would be negative there, which means none."""
+    """Convert indices to int64; larger ones, which name no key, become its maximum: a negative one would mean none."""
     converted = indices.to(torch.int64)
     return converted if indices.dtype != torch.uint64 else converted.masked_fill(converted < 0, _LARGEST_INDEX)
 
 
 def _each_once(targets: Tensor | None) -> Tensor | None:
-    """Targets [B, M, P] of which no query's name a key twice, as the kernels ask for."""
+    """Replace repeated targets of a query by -1, as the kernels require: [B, M, P]."""
     if targets is None or targets.shape[-1] < 2:
         return targets
     targets = targets.sort(-1).values

@@ -1,4 +1,4 @@
-"""The problem that the contrast's kernels and its reference both solve, and what they share."""
+"""The problem that the kernels of the contrast and its reference solve, and functions that both share."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ __all__ = ["Contrast", "Gradients", "absent_queries", "default_targets", "sums_d
 
 
 class Contrast(NamedTuple):
-    """A contrast as csrc/info_nce/info_nce.h describes it; what it is given to may take it without B, too.
+    """A contrast as csrc/info_nce/info_nce.h describes it. The op also takes it without B.
 
     Attributes:
         queries, keys: [B, M, D] and [B, N, D]. Without keys, the queries are contrasted with each other, and their
-            gradient is that of both.
-        targets: [B, M, P], -1 for none; no query's name a key twice. None: key m for query m.
+            gradient is the sum of those in both places.
+        targets: [B, M, P], -1 for none; a query names no key twice. None: key m for query m.
         negatives: [B, M, S]. None: all keys.
         exclude: [B, M, E], -1 for none.
         key_range: [B, M, 2].
         query_groups, key_groups: [B, M] and [B, N].
         key_bias: [B, N].
-        scales: [1], a factor of ``scale`` that has a gradient or is known on its device only.
+        scales: [1], a factor of ``scale`` that has a gradient or whose value is on another device than the CPU.
         measure: "softmax", "log_sum" or "sigmoid".
         contrast: "all", "same" or "other".
     """
@@ -43,12 +43,12 @@ class Contrast(NamedTuple):
     symmetric: bool
 
     def contrasted(self) -> Tensor:
-        """What the queries are contrasted with, [B, N, D]."""
+        """Return the keys that the queries are contrasted with, [B, N, D]."""
         return self.queries if self.keys is None else self.keys
 
 
 class Gradients(NamedTuple):
-    """Empty where they are not formed; that of biases is of the sums' type."""
+    """Gradients, empty where they are not formed; ``bias`` has the dtype of the sums."""
 
     queries: Tensor
     keys: Tensor
@@ -60,7 +60,7 @@ def sums_dtype(queries: Tensor) -> torch.dtype:
 
 
 def default_targets(queries: Tensor) -> Tensor:
-    """Key m for query m, [*, M, 1]."""
+    """Return targets [*, M, 1] that name key m for query m."""
     rows = torch.arange(queries.shape[-2], device=queries.device)
     return rows.expand(queries.shape[:-1]).unsqueeze(-1)
 
@@ -70,5 +70,5 @@ def weighted(weights: Tensor, losses: Tensor) -> Tensor:
 
 
 def absent_queries(weights: Tensor, losses: Tensor) -> Tensor:
-    """Which queries of weight 0 are absent because their loss is no number; a finite one has a slope in its weight."""
+    """Return which queries of weight 0 are absent: those whose loss, the weight's gradient, is not finite."""
     return (weights == 0) & ~losses.isfinite()

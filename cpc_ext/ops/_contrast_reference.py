@@ -16,17 +16,17 @@ __all__ = ["each_query", "gradients", "losses_and_ranks"]
 
 
 class _Scores(NamedTuple):
-    """Scores of a column for each key, or for each key that positives and negatives name.
+    """Scores with a column for each key, C = N, or with sampled negatives for each key named, C = P + S.
 
     Attributes:
-        dots, scores: [B, M, C].
+        dots, scores: [B, M, C], dot products, and these with scale and bias.
         keys: [B, M, C, D] gathered, or [B, N, D].
-        named: [B, M, C] the keys of sampled columns; None where the columns are the keys.
-        positives: which columns are a query's positives.
-        rivals: which are contrasted with them.
-        counted: which rivals count in the rank.
-        in_columns: which are contrasted with the positive of their column in a symmetric contrast, and the positives.
-        valid: [B, M], which queries name keys only.
+        named: [B, M, C], the index of each column's key; None where the columns are the keys.
+        positives: [B, M, C] bool, the query's positives.
+        rivals: [B, M, C] bool, the keys contrasted with them.
+        counted: [B, M, C] bool, the rivals that count in the rank.
+        in_columns: [B, M, C] bool, the terms of the columns' log-sums in a symmetric contrast.
+        valid: [B, M] bool, queries whose indices and ranges are valid.
     """
 
     dots: Tensor
@@ -41,9 +41,9 @@ class _Scores(NamedTuple):
 
 
 def losses_and_ranks(problem: Contrast, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Loss and rank of every query, [B, M]; differentiable as often as one likes.
+    """Return the loss and rank of every query, [B, M]; the loss is differentiable any number of times.
 
-    present: [B, M], which queries the columns of a symmetric contrast have; None: all.
+    present: [B, M], the queries that are in the columns of a symmetric contrast; None: all.
     """
     s = _scores(problem, present)
     return _losses(problem, s), _ranks(s)
@@ -52,7 +52,7 @@ def losses_and_ranks(problem: Contrast, present: Tensor | None = None) -> tuple[
 def each_query(
     problem: Contrast, thresholds: Tensor | None, present: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, rank, the loss's slope in the scale and the best positive's score of every query, [B, M]."""
+    """Return each query's loss, rank, derivative of the loss in the scale, and best positive's score, [B, M]."""
     s = _scores(problem, present)
     losses = torch.where(s.valid, _losses(problem, s), math.nan)
     slopes = torch.where(s.valid, _slopes_in_scale(problem, s), math.nan)
@@ -62,11 +62,11 @@ def each_query(
 def gradients(
     problem: Contrast, row_weights: Tensor, needs: Sequence[bool], present: Tensor | None = None
 ) -> Gradients:
-    """Gradients of the sum of the losses times the row weights [B, M]; of queries, keys and biases that need them.
+    """Return the gradients of the sum of row weights [B, M] times losses, in queries, keys and biases as needed.
 
-    present: [B, M], which queries there are; None: those of a weight other than 0.
+    present: [B, M], which queries are present; None: those of a weight other than 0.
 
-    Written out, as an op's forward pass, which forms gradients too, is out of autograd's reach.
+    They are written out, because autograd is not available in an op's forward pass, which forms gradients, too.
     """
     if problem.keys is None:
         apart = problem._replace(keys=problem.queries)
@@ -77,7 +77,7 @@ def gradients(
     if not any(needs):
         return Gradients(*results)
     present = row_weights != 0 if present is None else present
-    # Rows that are absent may hold anything.
+    # Absent rows may hold anything, such as NaN.
     problem = problem._replace(queries=torch.where(present.unsqueeze(-1), queries, 0))
     s = _scores(problem, present)
     counts = (s.valid & present).unsqueeze(-1)
@@ -135,7 +135,7 @@ def _scores(problem: Contrast, present: Tensor | None = None) -> _Scores:
     if problem.negatives is None:
         dots = queries @ keys.mT
         contrasted = torch.arange(num_keys, device=keys.device).expand(dots.shape)
-        # Absent positives go to a column of their own, which is cut off.
+        # Targets of -1 go to an additional column, which is cut off.
         places = dots.new_zeros((*dots.shape[:2], num_keys + 1), dtype=torch.bool)
         positives = places.scatter(2, torch.where(there, within, num_keys), torch.ones_like(there))[..., :num_keys]
         rivals = ~positives
@@ -161,7 +161,7 @@ def _scores(problem: Contrast, present: Tensor | None = None) -> _Scores:
 
 
 def _allowed(problem: Contrast, contrasted: Tensor) -> Tensor:
-    """Which keys [B, M, C] range, exclusions and groups leave."""
+    """Return which keys [B, M, C] key_range, exclude and groups allow."""
     allowed = torch.ones_like(contrasted, dtype=torch.bool)
     if problem.exclude is not None:
         for one in problem.exclude.unbind(-1):
@@ -178,15 +178,15 @@ def _allowed(problem: Contrast, contrasted: Tensor) -> Tensor:
 
 
 def _gather_keys(keys: Tensor, indices: Tensor) -> Tensor:
-    """keys [B, N, D] at indices [B, M, S] → [B, M, S, D]."""
+    """Gather keys [B, N, D] at indices [B, M, S] → [B, M, S, D]."""
     batch, num_keys, dim = keys.shape
     first = torch.arange(batch, device=keys.device).mul_(num_keys).view(batch, 1, 1)
-    # An embedding look-up, because its backward sums the gradients of repeated keys far faster than indexing's.
+    # The backward of an embedding look-up sums the gradients of repeated keys far faster than that of indexing.
     return F.embedding(indices + first, keys.reshape(batch * num_keys, dim))
 
 
 def _log_sum(scores: Tensor, of: Tensor, dim: int) -> Tensor:
-    """The log of the sum of the powers of some scores; -inf, without a gradient that is no number, of none."""
+    """Return the log-sum-exp of the scores that ``of`` selects; of none, -inf with a gradient of 0, not NaN."""
     some = of.any(dim, keepdim=True)
     total = torch.where(of | ~some, torch.where(some, scores, 0), -math.inf).logsumexp(dim)
     return torch.where(some.squeeze(dim), total, -math.inf)
@@ -197,7 +197,7 @@ def _losses(problem: Contrast, s: _Scores) -> Tensor:
     if problem.measure == "log_sum":
         return _log_sum(s.scores, s.rivals, -1)
     if problem.measure == "sigmoid":
-        # Exact for all scores, which softplus is not beyond its threshold.
+        # Exact for all scores; softplus is not beyond its threshold.
         losses = -F.logsigmoid(torch.where(s.positives, s.scores, -s.scores))
         losses = torch.where(s.positives | s.rivals, losses, 0).sum(-1)
         return torch.where(count > 0, losses, 0)
@@ -209,7 +209,7 @@ def _losses(problem: Contrast, s: _Scores) -> Tensor:
 
 
 def _slopes(problem: Contrast, s: _Scores, row_weights: Tensor) -> Tensor:
-    """The derivative of the losses [B, M] times the row weights in the scores, [B, M, C]."""
+    """Return the derivative in the scores, [B, M, C], of the losses [B, M] times the row weights."""
     weights = row_weights.unsqueeze(-1)
     contrasted = s.positives | s.rivals
     count = s.positives.sum(-1, keepdim=True)
@@ -226,7 +226,7 @@ def _slopes(problem: Contrast, s: _Scores, row_weights: Tensor) -> Tensor:
 
 
 def _slopes_in_scale(problem: Contrast, s: _Scores) -> Tensor:
-    """The derivative of every query's loss in the scale, [B, M]."""
+    """Return the derivative of every query's loss in the scale, [B, M]."""
     ones = s.scores.new_ones(s.scores.shape[:2])
     one_way = problem._replace(symmetric=False)
 
@@ -250,5 +250,5 @@ def _ranks(s: _Scores, thresholds: Tensor | None = None) -> Tensor:
     best = _best(s)
     if thresholds is not None:
         best = torch.where(s.positives.any(-1), best, thresholds.to(best.dtype))
-    # A score that is no number is not below the best.
+    # NaN counts as not below the best.
     return (s.counted & ~(s.scores < best.unsqueeze(-1))).sum(-1)

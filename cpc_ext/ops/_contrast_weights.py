@@ -1,4 +1,4 @@
-"""What the queries of a contrast weigh in its mean or sum."""
+"""Weights of the queries of a contrast in its mean or sum."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ __all__ = [
 ]
 
 
-# From targets [B, M, P], weights [B, M], either of which may be None, the type of sums, and whether they are divided by
-# their sum, to what queries weigh, [B, M], 0 for those that have no positive.
+# A function of targets [B, M, P] and weights [B, M], one of which may be None, the dtype of sums, and whether to divide
+# by the sum of the weights. It returns the weights of the queries, [B, M], 0 for those without a positive.
 Weigh = Callable[[Tensor | None, Tensor | None, torch.dtype, bool], Tensor]
 
 
 def weigh_plainly(targets: Tensor | None, weights: Tensor | None, dtype: torch.dtype, mean: bool) -> Tensor:
-    """A :data:`Weigh` in plain PyTorch, the op's reference. ValueError where neither targets nor weights are given."""
+    """Compute :data:`Weigh` in plain PyTorch, as the op's reference. ValueError without both targets and weights."""
     if targets is not None:
-        present = (targets != -1).any(-1)  # Below -1 an index names no key, and says so.
+        present = (targets != -1).any(-1)  # The contrast reports indices below -1.
         weights = present.to(dtype) if weights is None else torch.where(present, weights, 0)
     if weights is None:
         raise ValueError("targets or weights must be given")
@@ -40,7 +40,7 @@ def weigh_plainly(targets: Tensor | None, weights: Tensor | None, dtype: torch.d
 
 
 def total_weight(weights: Tensor) -> Tensor:
-    """What a mean is divided by."""
+    """Return the divisor of the weighted mean: the sum of the weights, or 1 where that is 0."""
     total = weights.sum()
     return torch.where(total > 0, total, torch.ones_like(total))
 
@@ -48,7 +48,7 @@ def total_weight(weights: Tensor) -> Tensor:
 def weights_of_present(
     targets: Tensor | None, weights: Tensor | None, dtype: torch.dtype, weigh: Weigh
 ) -> Tensor | None:
-    """The weights of queries, 0 for those that have no positive; None for all 1."""
+    """Return the weights of queries, 0 for those without a positive; None if all are 1."""
     if targets is None or (targets.numel() and values_at_hand(targets) and int(targets.min()) >= 0):
         return weights
     if weights is None or not may_need_gradients(weights):
@@ -59,7 +59,7 @@ def weights_of_present(
 def weights_of_rows(
     shape: torch.Size, weights: Tensor | None, reduction: str, dtype: torch.dtype, weigh: Weigh
 ) -> tuple[Tensor | None, float]:
-    """What a row's loss counts in the result: a tensor of this shape, [B, M], or None for ones, times a number."""
+    """Return the weights of the rows' losses in the result: a tensor [B, M], or None for ones, and a common factor."""
     if weights is None:
         return None, 1 / max(shape.numel(), 1) if reduction == "mean" else 1.0
     weights = weights.to(dtype)
@@ -67,7 +67,7 @@ def weights_of_rows(
 
 
 class _Weights(NamedTuple):
-    """What :data:`Weigh` takes; csrc/reduction/reduction.h describes it."""
+    """Arguments of :data:`Weigh`; csrc/reduction/reduction.h describes them."""
 
     targets: Tensor | None
     weights: Tensor | None
@@ -84,7 +84,7 @@ def _empty(op: _Weights) -> Tensor:
 
 
 def weigh_by_kernel(targets: Tensor | None, weights: Tensor | None, dtype: torch.dtype, mean: bool) -> Tensor:
-    """A :data:`Weigh` for devices with kernels, as :data:`weigh` runs it there. ValueError where nothing is given."""
+    """Compute :data:`Weigh` by a kernel, as :data:`weigh` does where there is one. ValueError as in the reference."""
     result = _empty(_Weights(targets, weights, dtype, mean))
     given = (None if values is None else values.contiguous() for values in (targets, weights))
     with_workspace(native.info_nce_weights, result, result, *given, mean)

@@ -1,4 +1,4 @@
-"""What the convolutions share: checks, autocast, images with the channels innermost, and derivatives of derivatives."""
+"""Parts that the convolutions share: checks, autocast, channels-last images, and higher derivatives."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def check_image_and_weight(input: Tensor, weight: Tensor) -> None:
 
 
 def check_beside_input(input: Tensor, others: Sequence[tuple[str, Tensor | None]]) -> None:
-    """Raise unless the input has a type of the kernels, and all others, by name, its type and device.
+    """Raise unless the input has a dtype of the kernels, and all others, given by name, have its dtype and device.
 
-    Types may differ where autocast brings them to one, as it does all but float64.
+    Dtypes other than float64 may differ under autocast, which casts them to one.
     """
     dtype, device = input.dtype, input.device
     if dtype not in DTYPES:
@@ -65,7 +65,7 @@ def check_beside_input(input: Tensor, others: Sequence[tuple[str, Tensor | None]
 def autocast_all(
     input: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """All in autocast's type where it is on, except float64, which it leaves alone."""
+    """Return the tensors in autocast's dtype where it is on, unless the input is float64."""
     dtype = autocast_dtype(input.device)
     if dtype is None or input.dtype == torch.float64:
         return input, weight, bias, added
@@ -74,32 +74,32 @@ def autocast_all(
 
 
 def channels_last(tensor: Tensor) -> Tensor:
-    """The same values with the channels innermost in memory and nothing between."""
+    """Return the tensor in dense channels-last layout."""
     if tensor.is_contiguous(memory_format=torch.channels_last):
         return tensor
     return tensor.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def empty_image(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
-    """[B, channels, *size] for the images of a tensor, with the channels innermost in memory."""
+    """Return an empty channels-last tensor [B, channels, *size], with the B, dtype and device of ``like``."""
     height, width = size
     strides = (height * width * channels, 1, width * channels, channels)
     return like.new_empty_strided((like.shape[0], channels, height, width), strides)
 
 
 def through_relu(grad: Tensor, values: Tensor) -> Tensor:
-    """The gradient in a ReLU's result → that in its argument. ``values``: of either; where NaN, the gradient passes."""
+    """Backpropagate through a ReLU, of argument or result ``values``; where these are NaN, the gradient passes."""
     return grad.masked_fill(values <= 0, 0)
 
 
 @dataclass(frozen=True)
 class Bare:
-    """A convolution without what stands around it.
+    """A convolution without bias, summand and activations.
 
     Attributes:
         convolve: (input, weight, mask) → output.
-        gradients: (grad, input, weight, mask, needs) → gradients in input and weight. needs tells whether those in
-            input, weight and bias are wanted; what is returned in place of an unwanted one means nothing.
+        gradients: (grad, input, weight, mask, needs) → gradients in input and weight. ``needs`` says whether those in
+            input, weight and bias are needed; one that is not needed has no defined value.
     """
 
     convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -108,7 +108,7 @@ class Bare:
     def derivatives(
         self, grad: Tensor, input: Tensor, weight: Tensor, mask: Tensor | None, of_input: bool, of_weight: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients in input and weight, None where they are not wanted; differentiable any number of times."""
+        """Return the gradients in input and weight, None if not requested; differentiable any number of times."""
         results: tuple[Tensor | None, Tensor | None] = _Gradients.apply(  # type: ignore[no-untyped-call]
             grad, input, weight, mask, self, of_input, of_weight
         )
@@ -118,8 +118,8 @@ class Bare:
 class _Gradients(torch.autograd.Function):
     """Gradients of a bare convolution in input and weight, as functions of grad, input and weight.
 
-    With <grad, convolution(input, weight)>, which is linear in each of the three, derivatives of its derivatives are
-    its derivatives with other tensors in their places.
+    The product <grad, convolution(input, weight)> is linear in each of the three tensors, so its second derivatives are
+    its first derivatives with other tensors in their places.
     """
 
     generate_vmap_rule = True

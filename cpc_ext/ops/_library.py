@@ -1,8 +1,8 @@
-"""Makes PyTorch know an op: its schema, and who computes it on which device.
+"""Registration of ops with PyTorch: their schemas, kernels, references and gradients.
 
-Plain ``torch.library`` definitions: the wrappers of ``torch.library.custom_op`` cost some microseconds a call more,
-which small batches feel. So does the dispatcher itself, which boxes every argument for a kernel in Python: calls that
-nobody but the kernel has to see (:func:`nobody_watches`) go to it straight.
+The definitions use plain ``torch.library``: the wrappers of ``torch.library.custom_op`` cost some microseconds more per
+call, which matters for small batches. The dispatcher itself costs time, too, as it boxes every argument for a kernel in
+Python: calls that only the kernel has to see (:func:`nobody_watches`) bypass it.
 """
 
 from __future__ import annotations
@@ -58,26 +58,26 @@ def register(
     backward: Callable[..., dict[str, Tensor | None]] | None = None,
     once: bool = False,
 ) -> Callable[..., _Result]:
-    """Define ``cpc_ext::NAME(...)`` and return what calls it, a function of the flat arguments.
+    """Define the op ``cpc_ext::NAME(...)`` and return a function of its flat arguments that calls it.
 
-    It may be given the same as a NamedTuple besides, ``whole``, which saves making one.
+    The function also takes the same arguments as a NamedTuple, ``whole``, which saves constructing one.
 
     Args:
-        name: of the op.
-        arguments: a NamedTuple of the op's arguments, whose types give its schema. A field that is a NamedTuple itself
-            stands for the fields of that.
-        result: Tensor, or a NamedTuple of tensors, which a caller of the op gets as a plain tuple. Results alias no
-            argument.
+        name: name of the op.
+        arguments: NamedTuple type of the op's arguments, whose field types give its schema. A field that is a
+            NamedTuple itself stands for its own fields.
+        result: Tensor, or a NamedTuple type of tensors; through the dispatcher, callers get a plain tuple. Results
+            alias no argument.
         reference: plain PyTorch; runs on devices without a kernel.
         kernel: runs on the devices that this build has kernels for. No result is a view of another tensor.
-        fake: gives empty results, for tracing.
-        direct: as the kernel, where a call goes to it straight; results that are not needed may then be None in place
-            of an empty tensor. Default: the kernel.
-        setup_context: ``setup_context(ctx, arguments, result)``, as of ``torch.library.register_autograd``.
-        backward: ``backward(ctx, saved, *gradients)`` gives gradients by the arguments' names, where ``saved`` is
-            ``ctx.saved_tensors``; those that it does not name get none. What it gives is differentiated in turn where a
-            graph of it is asked for, so it must be made of differentiable operations then.
-        once: what backward gives cannot be differentiated: see :func:`differentiable_once`.
+        fake: returns empty results, for tracing.
+        direct: replaces the kernel in calls that bypass the dispatcher; may return None in place of results that are
+            not needed. Default: the kernel.
+        setup_context: ``setup_context(ctx, arguments, result)``, as for ``torch.library.register_autograd``.
+        backward: ``backward(ctx, saved, *gradients)`` returns gradients by the arguments' names, where ``saved`` is
+            ``ctx.saved_tensors``; arguments that it does not name get none. Unless ``once``, it must consist of
+            differentiable operations when a graph of the gradients is requested (``create_graph``).
+        once: the gradients cannot be differentiated; see :func:`differentiable_once`.
     """
     kinds = dict(_leaves(arguments))
     _library.define(f"{name}{_schema(kinds, result)}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -132,13 +132,15 @@ def _with_gradient(
     *,
     once: bool,
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The part of :func:`register` for autograd. typed: what makes the op's flat arguments a NamedTuple again.
+    """Register the gradient of an op, for :func:`register`.
 
-    Returns what calls the op through the dispatcher, and what calls it straight, ``straight``, where a gradient may be
-    asked for; that takes one argument more, None.
+    typed: converts the op's flat arguments to their NamedTuple.
 
-    The same as ``torch.library.register_autograd``, but that ``torch.func``'s transforms take the function that this
-    gives, and that nobody looks up the defaults of arguments, which takes longer than a small batch's kernel.
+    Returns two functions with a gradient. The first calls the op through the dispatcher; the second bypasses it and
+    calls ``straight``, and takes None as an additional last argument.
+
+    This does what ``torch.library.register_autograd`` does, except that the transforms of ``torch.func`` accept the
+    first function, and that defaults of arguments are not looked up, which takes longer than a small batch's kernel.
     """
 
     def in_order(ctx: Any, saved: tuple[Any, ...], *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -156,10 +158,10 @@ def _with_gradient(
     class Differentiated(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
-            *values, keys = arguments  # The last, so that ctx.needs_input_grad is of the op's own arguments.
+            *values, keys = arguments  # Last, so that ctx.needs_input_grad begins with the op's own arguments.
             whole = typed(tuple(values))
             if keys is None:
-                with torch._C._AutoDispatchBelowAutograd():  # Where no result is another tensor's view.
+                with torch._C._AutoDispatchBelowAutograd():  # Safe because no result is a view.
                     output = straight(whole)
             else:
                 output = named(below(keys, values))
@@ -171,7 +173,7 @@ def _with_gradient(
             return refusing(ctx, *gradients) if once else in_order(ctx, ctx.saved_tensors, *gradients)
 
     class Transformed(Differentiated):
-        """The form that transforms take; PyTorch looks up its signature at each call, which takes some time."""
+        """The form that ``torch.func`` accepts. PyTorch looks up its signature at each call, which takes some time."""
 
         generate_vmap_rule = True
 
@@ -198,12 +200,12 @@ def _with_gradient(
     _library.impl(name, differentiated, "Autograd", with_keyset=True)
 
     def call(*values: Any) -> Any:
-        # Transforms act on functions, not on what the dispatcher calls; that which only traces wants it the other way.
+        # Transforms act on autograd functions, not on dispatched ops; functionalization, which only traces, on ops.
         if _transforming() and torch._C._functorch.peek_interpreter_stack().key() != _FUNCTIONALIZE:
             return transformed(*values, None)
         return op(*values)
 
-    # The method that Function.apply calls when it has looked for transforms.
+    # The second is what Function.apply calls after it has looked for transforms.
     return call, super(torch.autograd.Function, Differentiated).apply
 
 
@@ -211,28 +213,28 @@ _FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize
 
 
 def _raw(*keys: torch._C.DispatchKey) -> int:
-    """A set of dispatch keys as a number."""
+    """Return a set of dispatch keys as a number."""
     return functools.reduce(torch._C.DispatchKeySet.add, keys[1:], torch._C.DispatchKeySet(keys[0])).raw_repr()
 
 
 _Key = torch._C.DispatchKey
-# The keys of dense tensors on devices that have kernels, whose values are what is in their memory; those of inference
-# mode have fewer.
+# Dispatch keys of dense tensors on devices with kernels whose memory holds their values as they are; tensors made in
+# inference mode have fewer keys.
 _PLAIN_KEYS = frozenset(
     _raw(*(getattr(_Key, f"{kind}{device.upper()}") for kind in ("", "Autocast")), *autograd)
     for device in KERNEL_DEVICES
     for autograd in ((_Key.ADInplaceOrView, getattr(_Key, f"Autograd{device.upper()}")), ())
 )
-# What a thread's calls go through besides where no mode, transform or tracer is at work.
+# Dispatch keys that a thread adds to those of the tensors when no mode, transform or tracer is active.
 _NO_MODE = frozenset({_raw(_Key.BackendSelect, _Key.ADInplaceOrView), _raw(_Key.BackendSelect)})
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 
 
 def nobody_watches() -> bool:
-    """Whether no mode of ``torch.overrides`` or ``torch.utils._python_dispatch``, transform, tracer or profiler is on.
+    """Return whether no mode, transform, tracer or profiler is active that would have to see a call.
 
-    Then a call on tensors of a device with kernels that are no subclass's, and whose memory holds their values,
-    concerns the kernel alone, and may leave the dispatcher out.
+    Modes are those of ``torch.overrides`` and ``torch.utils._python_dispatch``. Where none is active, a call may bypass
+    the dispatcher if its tensors are on a device with kernels, of no subclass, and hold their values in memory.
     """
     return (
         torch._C._dispatch_tls_local_include_set().raw_repr() in _NO_MODE
@@ -242,14 +244,14 @@ def nobody_watches() -> bool:
 
 
 def _transforming() -> bool:
-    """Whether a transform of ``torch.func`` is at work."""
+    """Return whether a transform of ``torch.func`` is active."""
     return torch._C._functorch.maybe_current_level() is not None and not torch.compiler.is_compiling()
 
 
 def may_need_gradients(*tensors: Tensor | None) -> bool:
-    """Whether a gradient in one of some tensors may be asked for.
+    """Return whether a gradient in one of the tensors may be requested.
 
-    ``torch.func.vmap`` hides whether one outside of it will be, so that every tensor counts then.
+    ``torch.func.vmap`` hides whether a transform outside of it requests one, so under transforms every tensor counts.
     """
     if not torch.is_grad_enabled():
         return False
@@ -257,13 +259,13 @@ def may_need_gradients(*tensors: Tensor | None) -> bool:
 
 
 def _leaves(kind: type) -> Iterator[tuple[str, Any]]:
-    """Names and types of a NamedTuple's fields, those that are NamedTuples replaced by theirs."""
+    """Yield names and types of a NamedTuple's fields, with nested NamedTuples replaced by their fields."""
     for name, field in get_type_hints(kind).items():
         yield from get_type_hints(field).items() if hasattr(field, "_fields") else [(name, field)]
 
 
 def _places_of_tensors(kinds: dict[str, Any]) -> tuple[int, ...]:
-    """Where tensors are among an op's flat arguments, of the types ``kinds``."""
+    """Return the positions of the tensors among an op's flat arguments, whose types ``kinds`` gives by name."""
     return tuple(at for at, kind in enumerate(kinds.values()) if kind is Tensor or Tensor in get_args(kind))
 
 
@@ -280,13 +282,13 @@ def _schema(kinds: dict[str, Any], result: type) -> str:
 
 
 def _typed(kind: type[_Arguments]) -> Callable[[tuple[Any, ...]], _Arguments]:
-    """What makes an op's flat arguments a NamedTuple again."""
+    """Return a function that converts an op's flat arguments to their NamedTuple."""
     parts: list[tuple[slice, Any]] = []
     end = 0
     for field in get_type_hints(kind).values():
         size = len(field._fields) if hasattr(field, "_fields") else 1
         if hasattr(field, "_fields"):
-            parts.insert(0, (slice(end, end + size), field))  # The last comes first, so that the others stay in place.
+            parts.insert(0, (slice(end, end + size), field))  # In reverse, so that earlier positions stay valid.
         end += size
     new: Callable[[Any, Iterable[Any]], _Arguments] = tuple.__new__  # Without the checks of _make.
     if not parts:
@@ -304,21 +306,21 @@ def _typed(kind: type[_Arguments]) -> Callable[[tuple[Any, ...]], _Arguments]:
 def differentiable_once(
     name: str,
 ) -> Callable[[Callable[..., tuple[Tensor | None, ...]]], Callable[..., tuple[Tensor | None, ...]]]:
-    """Decorator of a backward function: differentiating what it gives is a RuntimeError that names the op.
+    """Return a decorator of a backward function: differentiating its gradients raises a RuntimeError that names the op.
 
-    PyTorch's own ``once_differentiable`` raises only where the incoming gradient requires one, and only where all of
-    the graph is gone through; otherwise what backward gives counts as constant, and second derivatives come out as
-    zeros or lack a part.
+    PyTorch's own ``once_differentiable`` raises only where the incoming gradient requires one, and only where the whole
+    graph is traversed; otherwise the gradients count as constants, and second derivatives come out as zeros or lack a
+    part.
 
-    The function is ``backward(ctx, saved, *gradients)``, where ``saved`` is ``ctx.saved_tensors``. Among them there
-    must be arguments or results of the op that require a gradient, through which the refusal is found.
+    The function is ``backward(ctx, saved, *gradients)``, where ``saved`` is ``ctx.saved_tensors``. These must include
+    arguments or results of the op that require a gradient: through them autograd reaches the node that raises.
     """
 
     def decorate(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
         @functools.wraps(backward)
         def wrapper(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-            saved = ctx.saved_tensors  # Once, as activation checkpointing asks for.
-            if not torch.is_grad_enabled():  # Nobody asked for a graph of the gradients (create_graph).
+            saved = ctx.saved_tensors  # Only once: activation checkpointing requires it.
+            if not torch.is_grad_enabled():  # No graph of the gradients is requested (create_graph).
                 return backward(ctx, saved, *gradients)
             with torch.no_grad():
                 results = backward(ctx, saved, *gradients)
@@ -332,7 +334,7 @@ def differentiable_once(
 
 
 class _Refusal(torch.autograd.Function):
-    """A gradient as it is, in whose place in the graph there is an error."""
+    """Identity of a gradient whose own backward raises."""
 
     generate_vmap_rule = True
 
@@ -353,24 +355,24 @@ class _Refusal(torch.autograd.Function):
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast brings tensors of a device to; None where it is off, or where the device has none (meta)."""
+    """Return autocast's dtype for a device; None where autocast is off, or where the device has none (meta)."""
     kind = device.type
     return torch.get_autocast_dtype(kind) if _has_autocast(kind) and torch.is_autocast_enabled(kind) else None
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """A context in which autocast is off for a device."""
+    """Return a context in which autocast is off for a device."""
     if not _has_autocast(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def _has_autocast(kind: str) -> bool:
-    # The usual two are not asked about: it takes time, and torch.compile cannot trace it in PyTorch 2.11.
+    # No query for the usual two: it takes time, and torch.compile cannot trace it in PyTorch 2.11.
     return kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
 
 
-# Objects of which PyTorch has one each; looking them up anew costs some microseconds.
+# Singletons of PyTorch; looking them up each time costs some microseconds.
 _FP32_PRECISIONS: dict[str, Any] = {
     "convolution": torch.backends.cudnn.conv,  # type: ignore[attr-defined]
     "product": torch.backends.cuda.matmul,
@@ -378,38 +380,39 @@ _FP32_PRECISIONS: dict[str, Any] = {
 
 
 def tf32_allowed(tensor: Tensor, work: str) -> bool:
-    """Whether kernels may round float32 to TF32 on a tensor's device, in a "convolution" or matrix "product".
+    """Return whether kernels may round float32 to TF32 on a tensor's device, in a "convolution" or matrix "product".
 
-    ``torch.backends.cudnn.conv.fp32_precision`` and ``torch.backends.cuda.matmul.fp32_precision`` decide, in which
-    PyTorch also reflects its older switches (``allow_tf32``, ``torch.set_float32_matmul_precision``) and those above
-    them (``torch.backends.fp32_precision``). The CPU's kernels never round, emulated ones of CUDA do.
+    ``torch.backends.cudnn.conv.fp32_precision`` and ``torch.backends.cuda.matmul.fp32_precision`` decide. They also
+    reflect PyTorch's older switches (``allow_tf32``, ``torch.set_float32_matmul_precision``) and the general one
+    (``torch.backends.fp32_precision``). The CPU's kernels never round; CUDA kernels emulated on the CPU do.
     """
     return (tensor.is_cuda or hasattr(native, "emulate_cuda")) and _FP32_PRECISIONS[work].fp32_precision == "tf32"
 
 
 def drawn_by(generator: torch.Generator | None) -> dict[str, Any]:
-    """What tells a function of PyTorch that draws numbers whose these are.
+    """Return the keyword argument that makes a random function of PyTorch draw from a generator; none for None.
 
-    With a generator that is None it would be an overload that takes no sizes which torch.compile leaves open.
+    ``generator=None`` would select an overload that does not take sizes which torch.compile leaves symbolic.
     """
     return {} if generator is None else {"generator": generator}
 
 
 def values_at_hand(tensor: Tensor) -> bool:
-    """Whether a tensor's values may be looked at, which would stall a GPU's stream and break what is traced."""
+    """Return whether a tensor's values may be read: on a GPU that would stall the stream, in a trace break it."""
     return (
         tensor.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        # FakeTensorMode, make_fx and their like.
+        # FakeTensorMode, make_fx and similar modes.
         and not torch._C._len_torch_dispatch_stack()
     )
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether neither a tracer nor a transform is at work, on this tensor or on others.
+    """Return whether neither a tracer nor a transform is active, on this tensor or on others.
 
-    Then a tensor's memory may be written to unseen, and functions of autograd that transforms cannot take may be used.
+    Only then may a tensor be modified without autograd's knowledge, or an autograd function without support for
+    transforms be used.
     """
     return (
         type(tensor) is Tensor
@@ -420,28 +423,28 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def with_workspace(kernel: Callable[..., int], tensor: Tensor, *arguments: Any) -> None:
-    """Call a kernel, whose last argument is its workspace, with one on a tensor's device where it asks for that."""
+    """Call a kernel; if it returns the size of a workspace, call it again with one on a tensor's device."""
     size = kernel(*arguments, None)
     if size:
         kernel(*arguments, tensor.new_empty(size, dtype=torch.uint8))
 
 
 def in_forward_mode() -> bool:
-    """Whether tensors may carry tangents, which the ops would drop."""
+    """Return whether forward-mode differentiation is active, whose tangents the ops would drop."""
     return forward_ad._current_level >= 0
 
 
 def may_take_kernels() -> bool:
-    """Whether a layer that PyTorch has, too, may be computed by an op of ours.
+    """Return whether an op of this package may compute a layer that PyTorch has, too.
 
-    Not in forward mode, which the ops refuse, nor while a program is exported: that is to run for any size, where what
-    is faster for the sizes at hand would bound it, and PyTorch's layers need nothing of ours to be loaded.
+    Not in forward mode, which the ops refuse, and not during export: an exported program has to run for any size, which
+    a choice by the current sizes would restrict, and with PyTorch's layers it can be loaded without this package.
     """
     return not (in_forward_mode() or torch.compiler.is_exporting())
 
 
 def refuse_forward_mode(*inputs: Tensor | None) -> None:
-    """NotImplementedError where a tensor carries a tangent."""
+    """Raise NotImplementedError if a tensor carries a tangent."""
     if not in_forward_mode():
         return
     for tensor in inputs:

@@ -1,4 +1,4 @@
-"""How patches are cut out of images and normalised: what extract_patches and augment_patches share."""
+"""Options of cutting and normalising patches, which extract_patches and augment_patches share."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["PatchOptions", "check_images", "checked_options", "scale_and_shift"]
 
 
 class PatchOptions(NamedTuple):
-    """Arguments of extract_patches beside the images, as the ops' schemas have them.
+    """Arguments of extract_patches other than the images, as in the ops' schemas.
 
-    height, width: of the window that is cut into patches; ``offsets`` [B, 2] int64 place it, in the centre by default.
-    All else is as extract_patches' arguments of these names.
+    height, width: size of the window that is cut into patches. offsets: [B, 2] int64, its position; the centre by
+    default. The other fields are the arguments of extract_patches of these names.
     """
 
     patch_size: int
@@ -35,11 +35,11 @@ class PatchOptions(NamedTuple):
     channels_last: bool = False
 
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
+        """Return the numbers of rows and columns of patches."""
         return (self.height - self.patch_size) // self.stride + 1, (self.width - self.patch_size) // self.stride + 1
 
     def for_kernels(self, images_dtype: torch.dtype, channels: int) -> tuple[Any, ...]:
-        """What the kernels take from patch_size to shift, in their order, for patches of so many channels."""
+        """Return the kernels' arguments from patch_size to shift, in order; ``channels`` is that of the patches."""
         scale, shift = scale_and_shift(images_dtype, channels, self.mean, self.std)
         return (*self[:7], self.patch_norm, self.channels_last, scale, shift)
 
@@ -47,7 +47,7 @@ class PatchOptions(NamedTuple):
 def scale_and_shift(
     images_dtype: torch.dtype, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[list[float], list[float]]:
-    """Scaling by 1/255 and normalising as ``scale * x + shift``, a value a channel."""
+    """Return (scale, shift), one value per channel: ``scale * x + shift`` normalises, and scales bytes by 1/255."""
     unit = 1 / 255 if images_dtype == torch.uint8 else 1.0
     if mean is std is None:
         return [unit] * channels, [0.0] * channels
@@ -57,7 +57,7 @@ def scale_and_shift(
 
 
 def check_images(images: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.uint8, *DTYPES)) -> None:
-    """TypeError or ValueError where images are not [B, C, H, W] of one of these types."""
+    """Raise TypeError or ValueError unless images are [B, C, H, W] of one of these dtypes."""
     check_dense("images", images)
     refuse_forward_mode(images)
     if images.dtype not in dtypes:
@@ -80,9 +80,9 @@ def checked_options(
     dtype: torch.dtype | None,
     channels_last: bool,
 ) -> PatchOptions:
-    """extract_patches' arguments, in their order, as its op has them. TypeError or ValueError where one is wrong.
+    """Check the arguments of extract_patches and return them as the op takes them.
 
-    The images are those that :func:`check_images` has found to be right.
+    The images must have passed :func:`check_images`. TypeError or ValueError for an invalid argument.
     """
     if dtype is None:
         dtype = images.dtype if images.is_floating_point() else torch.get_default_dtype()
@@ -92,7 +92,7 @@ def checked_options(
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
     height, width = _window(images, patch_size, stride, crop)
-    # Beyond the window all strides are alike; the op's schema knows 64 bits.
+    # All strides beyond the window are equivalent; the op's schema holds integers of 64 bits.
     stride = min(stride, max(height, width))
     channels = _output_channels(images, gray)
     means, stds = _per_channel("mean", mean, channels), _per_channel("std", std, channels)
@@ -109,7 +109,7 @@ def checked_options(
         _check_per_image("flip", flip, (images.shape[0],), images)
         if flip.dtype != torch.bool:
             raise TypeError(f"flip must be bool, got {dtype_name(flip.dtype)}")
-    # By position, which takes half the time of names.
+    # Positional arguments take half the time of keyword arguments.
     window = patch_size, stride, height, width, offsets, flip
     return PatchOptions(*window, gray, means, stds, patch_norm, dtype, channels_last)
 
@@ -140,7 +140,7 @@ def _window(images: Tensor, patch_size: int, stride: int, crop: tuple[int, int] 
 
 
 def _other_layout(images: Tensor) -> str:
-    """What to add to an error where images have their channels last, as Pillow and NumPy's files have them."""
+    """Return a hint for an error if images seem to be channels-last, as from Pillow and NumPy's files; else ''."""
     last = images.shape[3] in (1, 3) and images.shape[1] not in (1, 3)
     return f"; images must be [B, C, H, W], shape {tuple(images.shape)} seems to be [B, H, W, C]" if last else ""
 

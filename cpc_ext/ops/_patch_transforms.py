@@ -1,7 +1,7 @@
-"""What augment_patches does to patches, in plain PyTorch: uint8 patches in, uint8 patches out, a function a transform.
+"""The transforms of augment_patches in plain PyTorch, one function each, from pixels 0..255 to pixels 0..255.
 
-All of them work in whole numbers, or in float64 where its rounding cannot change a result, so that the kernels give the
-same bytes. csrc/augment/transform.h has the same formulas; "as Pillow" means equal to it or one level off.
+All of them work in integers, or in float64 where its rounding cannot change a result, so that the kernels give the same
+bytes. csrc/augment/transform.h has the same formulas; "as Pillow" means at most one level off its result.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import Tensor
 
 __all__ = ["FACTOR_LIMIT", "NODES", "Patches", "Transform", "transform_patches"]
 
-# Nodes a side of the grid whose displacements an elastic deformation interpolates.
+# Side of the grid of nodes whose displacements an elastic deformation interpolates.
 NODES = 4
-# Fractional bits: of places between pixels, of factors, of tone curves, and of displacements and their weights.
+# Fractional bits of positions between pixels, of factors, of tone curves, and of displacements and their weights.
 _PLACE, _FACTOR, _CURVE, _FINE = 16, 20, 22, 12
-# Magnitudes beyond these are clamped to them; the arithmetic in 32 bits holds up to there.
+# Larger magnitudes are clamped to these, up to which arithmetic in 32 bits does not overflow.
 _SHEAR_LIMIT, _SHIFT_LIMIT, _TURN_LIMIT, FACTOR_LIMIT, _DISPLACEMENT_LIMIT = 4.0, 4096.0, 360.0, 4.0, 64.0
-# Half of the error that a factor's rounding can make: whole results of decimal factors stay whole when cut off.
+# Half of the error that a factor's rounding can cause, so that truncation keeps integer results of decimal factors.
 _FACTOR_SLACK = 128
 
 
 class Transform(IntEnum):
-    """What a code of an AugmentationPlan stands for; the kernels' Transform in csrc/augment/transform.h is the same.
+    """A transform, by its code in an AugmentationPlan; csrc/augment/transform.h has the same codes.
 
-    In parentheses the parameters, in their order. Patches have side p, pixels are 0..255.
+    Parentheses hold the parameters in order. Patches have side p, pixels are 0..255.
     """
 
     NONE = 0
@@ -39,15 +39,15 @@ class Transform(IntEnum):
     ROTATE = 5  # (degrees), counter-clockwise about the centre, nearest.
     AUTOCONTRAST = 6  # Each channel's least pixel becomes 0 and its largest 255.
     INVERT = 7
-    EQUALIZE = 8  # Each channel's histogram made even.
+    EQUALIZE = 8  # Histogram equalization of each channel.
     SOLARIZE = 9  # (threshold): pixels at or above it are inverted.
-    POSTERIZE = 10  # (bits): that many high bits of a pixel are kept.
-    CONTRAST = 11  # (factor) of the distance from the patch's mean luma; 0 is flat, 1 the patch.
+    POSTERIZE = 10  # (bits): number of high bits of a pixel that are kept.
+    CONTRAST = 11  # (factor) of the distance from the patch's mean luma; 0 gives a flat patch, 1 the patch itself.
     COLOR = 12  # (factor) of the distance from each pixel's luma.
     BRIGHTNESS = 13  # (factor) of the distance from black.
     SHARPNESS = 14  # (factor) of the distance from the smoothed patch.
-    CUTOUT = 15  # (top, left, side): a square of the fill, of which a part may lie outside.
-    SAMPLE_PAIRING = 16  # (share) of the partner patch, before any transform of it, in the mixture.
+    CUTOUT = 15  # (top, left, side): a square of fill, which may lie partly outside.
+    SAMPLE_PAIRING = 16  # (share) in the mixture of the partner patch, taken before its own transforms.
     ELASTIC = 17  # By the patch's displacements, bilinear.
     TONE_CURVE = 18  # (red, green, blue): x becomes x + s * x * (1 - x), in 0..1, with the channel's s in -1..1.
     HUE = 19  # (turns) of the colour circle.
@@ -57,10 +57,10 @@ class Transform(IntEnum):
 
 @dataclass(frozen=True)
 class Patches:
-    """N patches that get the same transform.
+    """N patches to which the same transform is applied.
 
     pixels: [N, C, p, p], integers 0..255 in int64. parameters: [N, 3] in float64. displacements: [N, 2, NODES, NODES],
-    in pixels, y first. partners: [N, C, p, p], like pixels. fill: what comes from outside of a patch.
+    in pixels, y first. partners: [N, C, p, p], like pixels. fill: value of pixels outside of a patch.
     """
 
     pixels: Tensor
@@ -70,22 +70,22 @@ class Patches:
     fill: int
 
     def parameter(self, index: int, low: float, high: float) -> Tensor:
-        """[N, 1, 1, 1], clamped; NaN becomes ``low``."""
+        """Return a parameter [N, 1, 1, 1], clamped to ``low``..``high``; NaN becomes ``low``."""
         value = self.parameters[:, index].view(-1, 1, 1, 1)
         return torch.where(value > low, torch.where(value < high, value, high), low)
 
     def integer(self, index: int, low: int, high: int) -> Tensor:
-        """A parameter as :meth:`parameter` gives it, rounded down."""
+        """Return :meth:`parameter`, rounded down."""
         return self.parameter(index, low, high).floor().long()
 
     def axes(self) -> tuple[Tensor, Tensor]:
-        """Rows [p, 1] and columns [1, p] of a patch."""
+        """Return the rows [p, 1] and columns [1, p] of a patch."""
         at = torch.arange(self.pixels.shape[-1], device=self.pixels.device)
         return at[:, None], at[None, :]
 
 
 def transform_patches(transform: Transform, patches: Patches) -> Tensor:
-    """Pixels [N, C, p, p] after the transform. Colour transforms leave patches of one channel as they are."""
+    """Apply a transform: pixels [N, C, p, p]. Colour transforms leave patches of one channel unchanged."""
     return _TRANSFORMS[transform](patches)
 
 
@@ -94,7 +94,7 @@ def _fixed(value: Tensor, bits: int) -> Tensor:
 
 
 def _luma(pixels: Tensor) -> Tensor:
-    """[N, 1, p, p], ITU-R BT.601 as Pillow's convert("L")."""
+    """Return the luma [N, 1, p, p] by ITU-R BT.601, as Pillow's convert("L")."""
     if pixels.shape[1] != 3:
         return pixels
     red, green, blue = pixels.chunk(3, dim=1)
@@ -102,7 +102,7 @@ def _luma(pixels: Tensor) -> Tensor:
 
 
 def _blend(base: Tensor, pixels: Tensor, factor: Tensor) -> Tensor:
-    """base + factor * (pixels - base), as Pillow's Image.blend and its ImageEnhance."""
+    """Return base + factor * (pixels - base), as Pillow's Image.blend and its ImageEnhance."""
     whole = (base << _FACTOR) + _fixed(factor, _FACTOR) * (pixels - base)
     return ((whole + _FACTOR_SLACK) >> _FACTOR).clamp(0, 255)
 
@@ -111,11 +111,11 @@ def _factor(patches: Patches) -> Tensor:
     return patches.parameter(0, 0.0, FACTOR_LIMIT)
 
 
-# --- Where pixels come from ---
+# --- Transforms of positions ---
 
 
 def _taken_from(patches: Patches, y: Tensor, x: Tensor) -> Tensor:
-    """Pixels at places [N or 1, 1, p, p], the fill where these lie outside."""
+    """Return the pixels at positions [N or 1, 1, p, p], and the fill where these lie outside."""
     count, channels, side, _ = patches.pixels.shape
     inside = (y >= 0) & (y < side) & (x >= 0) & (x < side)
     at = (y.clamp(0, side - 1) * side + x.clamp(0, side - 1)).expand(count, channels, side, side)
@@ -124,7 +124,7 @@ def _taken_from(patches: Patches, y: Tensor, x: Tensor) -> Tensor:
 
 
 def _affine(patches: Patches, *matrix: Tensor | float) -> Tensor:
-    """Nearest neighbours by (x, y) -> (a x + b y + c, d x + e y + f), in fixed point as Pillow's transform."""
+    """Sample nearest neighbours at (a x + b y + c, d x + e y + f), in fixed point as Pillow's transform."""
     a, b, c, d, e, f = (
         value if isinstance(value, Tensor) else patches.parameters.new_full((1, 1, 1, 1), value) for value in matrix
     )
@@ -203,7 +203,7 @@ def _cutout(patches: Patches) -> Tensor:
     return torch.where(cut, patches.fill, patches.pixels)
 
 
-# --- What becomes of a pixel ---
+# --- Transforms of values ---
 
 
 def _autocontrast(patches: Patches) -> Tensor:
@@ -277,7 +277,7 @@ def _gray(patches: Patches) -> Tensor:
 
 
 def _hue(patches: Patches) -> Tensor:
-    """Hue, saturation and value as Pillow's "HSV" holds them, whole numbers up to 255."""
+    """Turn the hue, with hue, saturation and value as integers up to 255, as in Pillow's "HSV"."""
     if patches.pixels.shape[1] != 3:
         return patches.pixels
     red, green, blue = patches.pixels.unbind(1)
@@ -305,13 +305,13 @@ def _hue(patches: Patches) -> Tensor:
     whole = 255 * 255
 
     def level(gone: Tensor) -> Tensor:
-        """value * (1 - gone), rounded; odd denominators have no ties."""
+        """Return value * (1 - gone / 255^2), rounded; odd denominators have no ties."""
         return (2 * value * (whole - gone) + whole) // (2 * whole)
 
     least, falling, rising = level(255 * saturation), level(saturation * part), level(saturation * (255 - part))
     sector = (sector % 6).unsqueeze(0)
     levels = torch.stack([value, falling, rising, least])
-    # By sector, which of these is each channel.
+    # For each channel and sector, which of these levels it takes.
     order = torch.tensor([[0, 1, 3, 3, 2, 0], [2, 0, 0, 1, 3, 3], [3, 3, 2, 0, 0, 1]], device=levels.device)
     return torch.stack([levels.gather(0, channel[sector]).squeeze(0) for channel in order], dim=1)
 

@@ -1,8 +1,8 @@
-"""Overlapping patches of a batch of images, each patch changed by transforms of its own: CPC v2's augmentation.
+"""Overlapping patches of a batch of images, each patch with transforms of its own: CPC v2's augmentation.
 
-From uint8 images [B, C, H, W] and a plan, which says what happens to which patch, to normalised patches
-[B, rows, cols, C', p, p]. A patch is cut, transformed as bytes and normalised while it lies in the cache or in shared
-memory, so that nothing but the finished patches is written.
+uint8 images [B, C, H, W] and a plan of the transforms of each patch give normalised patches [B, rows, cols, C', p, p].
+A patch is cut, transformed as bytes and normalised while it lies in the cache or in shared memory, so that only the
+finished patches are written.
 """
 
 from __future__ import annotations
@@ -22,23 +22,22 @@ from cpc_ext.ops.extract_patches import crop_and_flip, empty_patches, extract_pa
 
 __all__ = ["PARAMETERS", "AugmentationPlan", "augment_patches", "augment_patches_reference"]
 
-# Parameters of a transform, of which each uses the first ones.
+# Parameters of a transform; those that take fewer use the first ones.
 PARAMETERS = 3
 # The side of a patch up to which the transforms' arithmetic in 32 bits holds.
 MAX_PATCH_SIZE = 1024
 
 
 class AugmentationPlan(NamedTuple):
-    """What happens to every patch: a sequence of T transforms, most of which may be ``Transform.NONE``.
+    """The transforms of every patch: a sequence of T, most of which may be ``Transform.NONE``.
 
-    codes: [B, rows, cols, T] uint8, ``Transform`` codes in the order in which they are carried out.
-    parameters: [B, rows, cols, T, 3] float32, each transform's as ``Transform`` lists them; what lies beyond what a
-        transform takes is clamped to it.
+    codes: [B, rows, cols, T] uint8, ``Transform`` codes in the order in which they are applied.
+    parameters: [B, rows, cols, T, 3] float32, each transform's as ``Transform`` lists them, clamped to its range.
     partners: [B, rows, cols] int64, the patch that sample pairing mixes in, as its index among the batch's
         B * rows * cols; None where no patch is paired.
     displacements: [B, rows, cols, 2, 4, 4] float32, y and x in pixels at a grid of nodes from edge to edge of the
         patch: pixel (y, x) of an elastic deformation comes from (y, x) + displacement. None where no patch is deformed.
-    fill: the pixel (0..255) of all channels where a transform takes one from outside of the patch.
+    fill: value (0..255), in all channels, of pixels that a transform takes from outside of the patch.
     """
 
     codes: Tensor
@@ -49,20 +48,20 @@ class AugmentationPlan(NamedTuple):
 
     @classmethod
     def empty(cls, batch: int, rows: int, cols: int, *, device: torch.device | None = None) -> AugmentationPlan:
-        """A plan that leaves every patch as it is."""
+        """Return a plan without transforms."""
         codes = torch.zeros(batch, rows, cols, 0, dtype=torch.uint8, device=device)
         return cls(codes, torch.zeros(batch, rows, cols, 0, PARAMETERS, dtype=torch.float32, device=device))
 
     def to(self, device: torch.device | str) -> AugmentationPlan:
-        """The plan on a device; copies from page-locked memory do not make the CPU wait."""
+        """Copy the plan to a device; copies from page-locked memory are asynchronous."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> AugmentationPlan:
-        """The plan in page-locked memory."""
+        """Copy the plan to page-locked memory."""
         return self._each(Tensor.pin_memory)
 
     def narrow(self, start: int, length: int) -> AugmentationPlan:
-        """The plan of images [start, start + length): partners among others are replaced by ones among these."""
+        """Return the plan of images [start, start + length); partners in other images are replaced by ones in these."""
         part = self._each(lambda tensor: tensor[start : start + length])
         if part.partners is None or part.partners.numel() == 0:
             return part
@@ -95,7 +94,7 @@ def augment_patches(
     dtype: torch.dtype | None = None,
     channels_last: bool = False,
 ) -> Tensor:
-    """Cut images into a grid of overlapping patches and carry out a plan on them, each patch apart.
+    """Cut images into a grid of overlapping patches and apply a plan of transforms to each patch.
 
     The steps, in this order: crop and flip of whole images, cutting, each patch's transforms one after another on
     uint8 pixels, then what ``extract_patches`` does to pixels. Without transforms the result is that of
@@ -103,9 +102,9 @@ def augment_patches(
     level at most after a transform (``Transform`` lists them).
 
     Elastic deformation interpolates the displacements of the plan's nodes bilinearly, and then pixels bilinearly,
-    repeating those at the edge. The tone curve changes a channel's histogram by x + s * x * (1 - x). Colour, hue and
-    grey do nothing to images of one channel; a tone curve bends it by its first parameter. Sample pairing mixes in the
-    partner as it was cut, before its own transforms.
+    repeating those at the edge. The tone curve maps a channel's values x to x + s * x * (1 - x). Images of one channel
+    are left unchanged by colour, hue and grey; a tone curve takes its first parameter for them. Sample pairing mixes in
+    the partner as it was cut, before its own transforms.
 
     Args:
         images: [B, C, H, W] uint8, C is 1 or 3, with any strides.
@@ -119,9 +118,10 @@ def augment_patches(
         Not differentiable.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape or range. Codes that stand for no transform,
-            partners that are no patch, and transforms whose partners or displacements the plan lacks are errors on the
-            CPU; elsewhere, where looking would stall the stream, no transform happens, and partners are clamped.
+        TypeError, ValueError: an argument of the wrong type, shape or range. On the CPU, also codes that stand for no
+            transform, partners that are not the index of a patch, and transforms whose partners or displacements the
+            plan lacks. On other devices, where reading the values would stall the stream, such transforms are skipped,
+            and partners are clamped.
     """
     check_images(images, (torch.uint8,))
     options = checked_options(
@@ -162,13 +162,13 @@ def _check_plan(plan: AugmentationPlan, grid: tuple[int, int, int], device: torc
 
 
 def augment_patches_reference(images: Tensor, options: PatchOptions, plan: AugmentationPlan) -> Tensor:
-    """The op in plain PyTorch: oracle, and what runs where there is no kernel."""
+    """The op in plain PyTorch: the tests' reference, and the implementation for devices without a kernel."""
     size, stride = options.patch_size, options.stride
     windows = crop_and_flip(images, options)
     cut = windows.unfold(2, size, stride).unfold(3, size, stride).permute(0, 2, 3, 1, 4, 5)
     grid, cut = cut.shape[:3], cut.flatten(0, 2)
     plan = plan._each(lambda tensor: tensor.flatten(0, 2))
-    if images.device.type == "mps":  # Has no float64.
+    if images.device.type == "mps":  # MPS has no float64.
         pixels = _transformed(cut.cpu(), plan.to("cpu")).to(images.device)
     else:
         pixels = _transformed(cut, plan)
@@ -177,7 +177,7 @@ def augment_patches_reference(images: Tensor, options: PatchOptions, plan: Augme
 
 
 def _transformed(cut: Tensor, plan: AugmentationPlan) -> Tensor:
-    """uint8 patches [N, C, p, p] after a plan whose tensors have N in place of [B, rows, cols]."""
+    """Apply a plan, whose tensors have N in place of [B, rows, cols], to uint8 patches [N, C, p, p]."""
     pixels = cut.long()
     for codes, parameters in zip(plan.codes.unbind(1), plan.parameters.unbind(1), strict=True):
         for transform in Transform:

@@ -1,8 +1,8 @@
-"""Convolution of small maps: zero padding, stride, and what stands around a convolution in a residual block.
+"""Convolution of small maps, fused with the operations around it in a residual block.
 
-From input [B, C, H, W] and weight [O, C, kh, kw] to [B, O, H', W']. The CPU's kernels are those of the masked
-convolution: taps that fall on padding in all rows of a tile cost nothing, which on maps of 4x4 pixels is a third of
-them. A ReLU of the input, bias, an added residual and a ReLU of the result make no pass over memory of their own.
+Input [B, C, H, W] and weight [O, C, kh, kw] give [B, O, H', W']. The CPU's kernels are those of the masked convolution:
+taps that fall on padding in all rows of a tile cost nothing, which on maps of 4x4 pixels is a third of them. A ReLU of
+the input, bias, an added residual and a ReLU of the result make no pass over memory of their own.
 """
 
 from __future__ import annotations
@@ -54,21 +54,21 @@ def conv2d(
     residual: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """Convolve, with ReLU in front, a sum and ReLU behind.
+    """Convolve, optionally with a ReLU of the input, an added residual, and a ReLU of the sum.
 
     Equals ``F.conv2d(relu(input) if relu_input else input, weight, bias, stride, padding, dilation) + residual``
-    followed by the activation. Sums are in float32, in float64 where the tensors are. In float32 the CPU computes
+    followed by the activation. Sums are in float32, or in float64 for float64 tensors. In float32 the CPU computes
     images that are large enough in pairs of pixels at stride 1, as :func:`cpc_ext.ops.masked_conv2d` does. There are
     kernels for the CPU alone: on all other devices, CUDA among them, PyTorch's own convolution computes the same.
 
     Args:
         input: [B, C, H, W], floating; B may be 0.
-        weight: [O, C, kh, kw], of the input's dtype unless autocast brings both to one.
+        weight: [O, C, kh, kw], of the input's dtype unless autocast casts both to one.
         bias: [O], likewise, or None.
-        stride: pixels of the input from one of the output's to the next.
-        padding: rows and columns of zeros on each side of the input; a number is for both.
+        stride: distance in input pixels between neighbouring output pixels.
+        padding: rows and columns of zeros on each side of the input; a single number stands for both.
         dilation: distance of neighbouring taps in pixels.
-        relu_input: whether the input goes through a ReLU, whose result is kept nowhere.
+        relu_input: whether to apply a ReLU to the input; its result is not stored.
         residual: of the output's shape and the input's dtype; added before the activation.
         activation: None or "relu".
 
@@ -109,10 +109,11 @@ def conv2d_passing(
     dilation: int = 1,
     relu_input: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`conv2d` of an input that goes past the convolution as well, as a residual block's does: (output, input).
+    """Convolve an input that also bypasses the convolution, as in a residual block; return (output, input).
 
-    Whatever uses the input after this is to use the second result, which is the input; its gradient is then added where
-    the convolution's is written, and not in a pass of its own. Arguments and errors are those of :func:`conv2d`.
+    Later uses of the input must take the second result, which equals the input: its gradient is then added where the
+    convolution's gradient in the input is written, not in a pass of its own. Arguments and errors are those of
+    :func:`conv2d`.
     """
     options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "relu_input": relu_input}
     kernel = input.device.type == "cpu" and is_plain(input) and autocast_dtype(input.device) in (None, input.dtype)
@@ -157,7 +158,7 @@ def _check_arguments(
     residual: Tensor | None,
     activation: str | None,
 ) -> tuple[int, int]:
-    """Gives the padding of rows and of columns."""
+    """Check the arguments of :func:`conv2d` and return the padding of rows and of columns."""
     check_image_and_weight(input, weight)
     paddings = _check_numbers(stride, padding, dilation, relu_input, activation)
     shape = _output_shape(input, weight, stride, paddings, dilation)
@@ -219,7 +220,7 @@ class _Convolution(NamedTuple):
 
 
 class _Gradient(NamedTuple):
-    """Arguments of the op's gradient. output: of a ReLU, else None; passed: what is added to the input's gradient."""
+    """Arguments of the op's gradient. output: that of a final ReLU or None; passed: added to the input's gradient."""
 
     grad: Tensor
     input: Tensor
@@ -234,7 +235,7 @@ class _Gradient(NamedTuple):
 
 
 class _GradientResults(NamedTuple):
-    """Empty where they are not needed, that before the ReLU where there is none."""
+    """Gradients; those that are not needed are empty, and so is ``preactivation`` without a final ReLU."""
 
     preactivation: Tensor
     input: Tensor
@@ -288,7 +289,7 @@ def _kernel(op: _Convolution) -> Tensor:
 def _backward_reference(op: _Gradient) -> _GradientResults:
     needs_input, needs_weight, needs_bias = op.needs
     grad = op.grad if op.output is None else through_relu(op.grad, op.output)
-    grad_input = grad_weight = grad  # Where neither is needed, both are absent below.
+    grad_input = grad_weight = grad  # Placeholders, not used below where neither is needed.
     if needs_input or needs_weight:
         with torch.enable_grad():
             activated = torch.relu(op.input) if op.relu_input else op.input
@@ -306,7 +307,7 @@ def _backward_reference(op: _Gradient) -> _GradientResults:
 
 
 def _finished(grad_input: Tensor, through: Tensor | None, passed: Tensor | None) -> Tensor:
-    """The gradient in what a ReLU of ``through`` gave → that in the input, with what came past the convolution."""
+    """Backpropagate through the ReLU of the input ``through``, if any, and add the gradient ``passed``, if any."""
     if through is not None:
         grad_input = through_relu(grad_input, through)
     return grad_input if passed is None else grad_input + passed
@@ -359,7 +360,7 @@ def _setup_context(ctx: Any, op: _Convolution, output: Tensor) -> None:
 
 
 def _backward(ctx: Any, kept: Sequence[Any], grad: Tensor, passed: Tensor | None = None) -> dict[str, Tensor | None]:
-    """passed: what is added to the input's gradient."""
+    """Return the gradients by name; ``passed`` is added to the input's."""
     input, weight, output = kept
     needs_input, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
     if passed is not None:
@@ -392,7 +393,7 @@ def _backward(ctx: Any, kept: Sequence[Any], grad: Tensor, passed: Tensor | None
 
 
 class _Passing(torch.autograd.Function):
-    """The op, and its input once more."""
+    """The op, with its input as a second result."""
 
     @staticmethod
     def forward(
@@ -412,7 +413,7 @@ class _Passing(torch.autograd.Function):
 
 
 def _bare(geometry: tuple[Any, ...]) -> Bare:
-    """The convolution of such a stride, padding and dilation."""
+    """Return the bare convolution of a stride, padding and dilation."""
 
     def convolve(input: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
         output: Tensor = _conv2d(input, weight, None, None, *geometry, False, False)

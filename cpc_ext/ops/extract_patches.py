@@ -1,8 +1,8 @@
 """Overlapping patches of a batch of images: crop, flip, grey, normalise, cut and cast in one pass.
 
-From images [B, C, H, W] (uint8 or floating, any strides) to patches [B, rows, cols, C', p, p]. Every pixel is read and
-transformed once, then written straight to each patch that contains it, so none of the steps leaves an intermediate in
-memory. The backward pass sums the overlapping patch gradients of every pixel in a fixed order.
+Images [B, C, H, W] (uint8 or floating, any strides) give patches [B, rows, cols, C', p, p]. Every pixel is read and
+transformed once, then written directly to each patch that contains it, so no step leaves an intermediate in memory. The
+backward pass sums the overlapping patch gradients of every pixel in a fixed order.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def extract_patches(
 
 
 def extract_patches_reference(images: Tensor, options: PatchOptions) -> Tensor:
-    """The op in plain PyTorch, step by step: oracle, baseline, and what runs where there is no kernel."""
+    """The op in plain PyTorch: the tests' reference, and the implementation for devices without a kernel."""
     compute = torch.float64 if torch.float64 in (images.dtype, options.dtype) else torch.float32
     x = crop_and_flip(images, options).to(compute)
     if images.dtype == torch.uint8:
@@ -93,7 +93,7 @@ def extract_patches_reference(images: Tensor, options: PatchOptions) -> Tensor:
     if options.patch_norm:
         centred = patches - patches.mean((3, 4, 5), keepdim=True)
         variance = centred.square().mean((3, 4, 5), keepdim=True)
-        # The square root has no slope at zero; a flat patch has no gradient through its contrast.
+        # The square root has no finite slope at zero: a flat patch gets no gradient through its contrast.
         flat = variance == 0
         contrast = torch.where(flat, 0.0, torch.where(flat, 1.0, variance).sqrt())
         patches = centred / (contrast + CONTRAST_FLOOR)
@@ -102,12 +102,12 @@ def extract_patches_reference(images: Tensor, options: PatchOptions) -> Tensor:
 
 
 def _channels_last(patches: Tensor) -> Tensor:
-    """The same values with the channels of each patch innermost in memory."""
+    """Return patches in the layout with the channels of each patch innermost in memory."""
     return patches.permute(0, 1, 2, 4, 5, 3).contiguous().permute(0, 1, 2, 5, 3, 4)
 
 
 def crop_and_flip(images: Tensor, options: PatchOptions) -> Tensor:
-    """The images' windows, [B, C, height, width]."""
+    """Return the images' windows, [B, C, height, width], flipped where requested."""
     height, width, offsets, flip = options.height, options.width, options.offsets, options.flip
     limit_y, limit_x = images.shape[2] - height, images.shape[3] - width
     if offsets is None and flip is None:
@@ -127,7 +127,7 @@ def crop_and_flip(images: Tensor, options: PatchOptions) -> Tensor:
 
 
 def empty_patches(images: Tensor, options: PatchOptions) -> Tensor:
-    """What the op returns, without values."""
+    """Allocate the result of the op."""
     size, (rows, cols) = options.patch_size, options.grid()
     channels = 1 if options.gray else images.shape[1]
     shape = (images.shape[0], rows, cols, channels, size, size)
@@ -146,10 +146,10 @@ class _Extraction(NamedTuple):
 
 
 class _Gradient(NamedTuple):
-    """The arguments of the gradient in the images, whose size and type it has."""
+    """Arguments of the gradient in the images."""
 
     grad: Tensor
-    images: Tensor | None  # For patch_norm, which alone is not linear.
+    images: Tensor | None  # Only for patch_norm, the one step that is not linear.
     size: list[int]
     images_dtype: torch.dtype
     options: PatchOptions
@@ -194,7 +194,7 @@ def _setup_context(ctx: Any, extraction: _Extraction, result: Tensor) -> None:
     images, options = extraction
     ctx.save_for_backward(images if options.patch_norm else None, options.offsets, options.flip)
     ctx.size, ctx.images_dtype = images.shape, images.dtype
-    # Tensors are kept by PyTorch alone.
+    # Tensors must be saved by save_for_backward alone.
     placed = options.offsets is not None or options.flip is not None
     ctx.options = options._replace(offsets=None, flip=None) if placed else options
 
@@ -207,7 +207,7 @@ def _backward(ctx: Any, saved: Sequence[Tensor | None], grad: Tensor) -> dict[st
     if offsets is not None or flip is not None:
         options = options._replace(offsets=offsets, flip=flip)
     gradient = _Gradient(grad, images, ctx.size, ctx.images_dtype, options)
-    # The op's gradient has none of its own.
+    # The op of the gradient is not differentiable.
     if torch.is_grad_enabled():
         return {"images": _backward_reference(gradient)}
     return {"images": _extract_patches_backward(*gradient[:4], *options)}

@@ -1,9 +1,9 @@
-"""InfoNCE: how well each query tells its positive keys from others, as a cross-entropy, an accuracy and a rank.
+"""InfoNCE: the cross-entropy, accuracy and rank of each query's positive keys among other keys.
 
-From queries [*, M, D], keys [*, N, D] and the indices of each query's positives to losses or their weighted mean.
-The contrast is against all keys, or those that ranges, groups and exclusions leave, or against S sampled ones of each
-query, which are gathered instead of scoring all N. Scores are never in memory, but for a bounded part of a symmetric
-contrast's.
+Queries [*, M, D], keys [*, N, D] and the indices of each query's positives give losses or their weighted mean. A query
+is contrasted with all keys, or those that ranges, groups and exclusions leave, or with S sampled ones, which are
+gathered instead of scoring all N. The matrix of scores is never in memory, except for a bounded part of that of a
+symmetric contrast.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class InfoNCEOutput(NamedTuple):
         loss: scalar in nats, or one value a query, [*, M], under ``reduction="none"``; float32, float64 for float64.
         accuracy: (weighted) fraction of the queries of rank 0, or one 0 or 1 a query under ``reduction="none"``; of the
             loss's dtype, without gradient.
-        rank: [*, M] int64, how many of the keys contrasted, the positives not among them, score at least as high as the
+        rank: [*, M] int64, the number of contrasted keys, not counting positives, that score at least as high as the
             query's best positive.
     """
 
@@ -59,42 +59,42 @@ def info_nce(
 
     Query m has positives P_m, the keys that ``targets`` names, and contrasts them with C_m: all keys that ``exclude``,
     ``key_range`` and ``groups`` leave, or its sampled ``negatives`` that they leave. With ``s_mn = scale * q_m . k_n +
-    key_bias_n`` and D_m, the keys of C_m and P_m together (a key once, a sampled one as often as it was drawn besides),
+    key_bias_n`` and D_m the union of C_m and P_m (with sampled negatives, each draw counts as a key of its own),
 
         ``loss_m = log(sum of exp(s_mn) over n in D_m) - mean of s_mp over p in P_m``.
 
     With several positives that is the L_out of supervised contrast (Khosla et al. 2020, arXiv 2004.11362, equation 2).
     Scores and sums are float32 for half-precision inputs.
 
-    A query counts as right in the accuracy where its best positive scores strictly above every other key of C_m. So a
-    tie is wrong, and a collapsed encoder scores 0; copies of the positive key among the negatives do not count.
+    The accuracy counts a query as correct if its best positive scores strictly above every other key of C_m. So a tie
+    is wrong, and a collapsed encoder scores 0; copies of the positive key among the negatives do not count.
 
     Args:
         queries: [*, M, D], floating. M may be 0.
         keys: [*, N, D], the leading dimensions those of the queries: each batch entry contrasts its own keys. Queries
-            and keys of different dtypes are promoted to their common one. Where they are the very same tensor, the CPU
-            computes each pair once for both (docs/info_nce.md says when).
+            and keys of different dtypes are promoted to their common one. Where they are the same tensor object, the
+            CPU computes each pair only once, under conditions that docs/info_nce.md lists.
         targets: [*, M] or [*, M, P] integers, the indices of each query's positive keys, -1 for none; a key named twice
-            is one. A query without positives counts as one of weight 0. Default: key m for query m.
+            counts once. A query without positives counts as one of weight 0. Default: key m for query m.
         negatives: [*, M, S] integers, the keys each query is contrasted with besides its positives. Default: all keys.
         scale: factor of the dot products, an inverse temperature: a number, or a tensor without dimensions, which may
-            have a gradient. It is never rounded to a type of half precision.
+            have a gradient. It is never rounded to half precision.
         weights: [*, M] non-negative weights of the queries. Default: all 1. A query of weight 0 is absent: whatever it
-            and its keys hold, NaN too, it adds nothing to the loss, the accuracy and the gradients, and gets none.
-        exclude: [*, M] or [*, M, E] integers, keys to leave out of each query's contrast (itself, say), -1 for none;
-            not its positives.
+            and its keys hold, even NaN, it adds nothing to the loss, the accuracy and the gradients, and gets none.
+        exclude: [*, M] or [*, M, E] integers, keys to leave out of each query's contrast (such as itself), -1 for none;
+            they must not include its positives.
         key_range: [*, M, 2] integers, begin and end: query m contrasts the keys begin, ..., end - 1, and its positives
             wherever they are. A query whose range is empty has a loss of 0.
-        key_bias: [*, N] floating, added to the scores of each key: minus the log of how often it is drawn, say.
+        key_bias: [*, N] floating, added to the scores of each key, such as minus the log of its sampling frequency.
         groups: integers [*, M] and [*, N], the groups of queries and keys. Under ``contrast="same"`` a query contrasts
-            only keys of its own group, under ``"other"`` only those of other groups; its positives may be of any. A
-            query that no other key is left for has a loss of 0.
+            only keys of its own group, under ``"other"`` only those of other groups; its positives may be of any group.
+            A query that this leaves no other key has a loss of 0.
         contrast: "all", or with ``groups`` "same" or "other".
-        symmetric: whether keys tell their queries as well: the mean of the loss above and of that of the transposed
-            scores, in which key n contrasts its query with the queries that contrast key n. The scores are computed
-            once. It takes as many keys as queries, one positive each (targets are a permutation), no negatives. A query
-            of weight 0 is contrasted by no key, and its own loss counts in neither direction. Accuracy and rank are the
-            queries'.
+        symmetric: whether to contrast in both directions: the loss is then the mean of the one above and that of the
+            transposed scores, in which key n contrasts its query with the queries that contrast key n. The scores are
+            computed once. This requires as many keys as queries, one positive each (targets are a permutation), and no
+            negatives. A query of weight 0 is contrasted by no key, and its own loss counts in neither direction.
+            Accuracy and rank are those of the queries.
         reduction: "mean" (sum of w * loss over sum of w; 0 where the weights sum to 0 or M is 0), "sum" (of w * loss)
             or "none" (w * loss of every query).
 
@@ -103,14 +103,14 @@ def info_nce(
         weights, scale and key_bias. Under autocast queries and keys are rounded to its type, as for a matrix product;
         sums are not. On CUDA products of float32 values are exact to 2^-20 of each, unless
         ``torch.backends.cuda.matmul.fp32_precision`` is "tf32", or an older switch that it reflects says the same. In
-        float16 there, weights of pairs vanish in the gradients of queries and keys that are 2^-39 of the largest.
+        float16 on CUDA, pairs whose weight is 2^-39 of the largest add nothing to the gradients of queries and keys.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, device or range.
-        IndexError: an index or range that names no keys. Only the CPU looks at indices, scales and weights, since
-            looking would stall another device's stream; there such a query's loss is NaN and so is its gradient, it
-            counts as wrong, its rank is -1, and it gives nothing to the keys' gradient. The same holds of a query whose
-            ``exclude`` names a positive. Where symmetric targets are no permutation, all losses are NaN.
+        IndexError: an index or range outside of the keys. Only the CPU checks the values of indices, scales and
+            weights, since reading them would stall another device's stream. There such a query has NaN as its loss and
+            gradient and -1 as its rank, counts as wrong, and adds nothing to the keys' gradient; so does a query whose
+            ``exclude`` names a positive. Where symmetric targets are not a permutation, all losses are NaN.
         NotImplementedError: forward-mode derivatives.
         RuntimeError: second derivatives, when the gradient is differentiated.
     """
@@ -136,7 +136,7 @@ def _output(loss: Tensor, accuracy: Tensor, rank: Tensor, queries: Tensor, reduc
 def _permuted(
     contrast: Callable[..., InfoNCEOutput], queries: Tensor, keys: Tensor, options: ContrastOptions, reduction: str
 ) -> InfoNCEOutput:
-    """A symmetric contrast with targets, whose queries are brought into the order of their positives."""
+    """Compute a symmetric contrast with targets, by putting the queries into the order of their positives."""
     targets = options.targets
     assert targets is not None
     targets = targets.to(torch.int64)
@@ -147,7 +147,7 @@ def _permuted(
         raise ValueError("symmetric needs targets that are a permutation of the keys")
 
     def in_order(values: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-        """[*, M, ...] in the order of the keys. dtype: to gather in, as not all integers can be gathered."""
+        """Put [*, M, ...] into the order of the keys. dtype: to convert to, as not all integers can be gathered."""
         if values is None:
             return None
         if dtype is not None:

@@ -1,8 +1,8 @@
 """The discretized mixture of logistics of PixelCNN++ (Salimans et al. 2017, arXiv 1701.05517): likelihood and samples.
 
-From images [B, C, H, W] of values 0..255 and mixture parameters [B, P, H, W] to nats per image [B], and from parameters
-and noise to images. Each pass reads the parameters once; the backward pass computes the components anew instead of
-reading what the forward pass would have had to write, all but two numbers a pixel.
+Images [B, C, H, W] of values 0..255 and mixture parameters [B, P, H, W] give nats per image [B]; parameters and noise
+give images. Each pass reads the parameters once; the forward pass keeps only two numbers per pixel, from which the
+backward pass computes the components again.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ __all__ = [
 
 # Half the distance of two neighbouring values, on the scale of -1..1.
 HALF_BIN = 1 / 255
-# Below it a scale's logarithm is cut off.
+# Lower bound to which log-scales are clamped.
 LEAST_LOG_SCALE = -7.0
-# Bins with less mass than this count as the density at their centre times their width.
+# The mass of bins with less than this is approximated by the density at their centre times their width.
 LEAST_MASS = 1e-5
 # Uniform noise is kept this far from 0 and 1.
 LEAST_NOISE = 1e-5
 
-# Parameters of a component, by channels: a logit and, for every colour, a mean, a log-scale and a coefficient.
+# Parameters of a component, by channels: a logit and, per colour, a mean, a log-scale and, of three, a coefficient.
 _PARAMS_OF_COMPONENT = {1: 3, 3: 10}
 
 
 def logistic_mixture_nll(images: Tensor, params: Tensor) -> Tensor:
-    """Negative log-likelihood of images under a mixture of logistics at every pixel, discretized to 256 values.
+    """Compute the negative log-likelihood of images under a discretized mixture of logistics at every pixel.
 
-    A value v stands for v / 127.5 - 1 and has the mass of the bin 1/255 to both sides; the bins of 0 and 255 are open
-    towards the outside. Where a bin's mass is not above 1e-5, the density at its centre times 1/127.5 stands for it.
-    Log-scales below -7 count as -7 and get no gradient. With three channels, the mean of green is shifted by
-    tanh(coefficient 0) times red, that of blue by tanh(coefficient 1) times red and tanh(coefficient 2) times green.
-    Arithmetic is in float32, in float64 where params are; finite params below 1e30 in size give finite results. A mass
-    that is 1e-5 but for rounding may count either way, which are up to 2.2 nats apart.
+    A value v stands for v / 127.5 - 1 and has the mass of the bin of 1/255 to either side; the bins of 0 and 255 extend
+    to infinity. Where a bin's mass is not above 1e-5, the density at its centre times 1/127.5 replaces it. Log-scales
+    below -7 count as -7 and get no gradient. With three channels, the mean of green is shifted by tanh(coefficient 0)
+    times red, that of blue by tanh(coefficient 1) times red and tanh(coefficient 2) times green. Arithmetic is in
+    float32, or in float64 for float64 params; finite params below 1e30 in size give finite results. Rounding decides
+    about a mass very near 1e-5; the two formulas may then differ by up to 2.2 nats.
 
     Args:
         images: [B, C, H, W] uint8, C = 1 or 3, with any strides.
@@ -65,8 +65,8 @@ def logistic_mixture_nll(images: Tensor, params: Tensor) -> Tensor:
             coefficients. It is 3 K for one channel: K logits, K means and K log-scales.
 
     Returns:
-        Nats per image, [B], float32 or, where params are, float64. Differentiable once in params, backwards; the
-        gradient is laid out as dense params are.
+        Nats per image, [B], float32, or float64 for float64 params. Differentiable once in params, backwards; the
+        gradient has the memory layout of dense params.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or device.
@@ -108,14 +108,14 @@ def sample_logistic_mixture(
 
     Args:
         params: [B, P, H, W] as of :func:`logistic_mixture_nll`, finite. uint8 has no NaN: a pixel whose params are not
-            finite gets values that mean nothing, mostly 0. The CPU gives a RuntimeWarning then, unless compiled;
-            elsewhere, looking would stall the stream. To sample such values from a model is an error.
-        generator: of the noise, on the params' device. Default: PyTorch's own.
+            finite gets meaningless values, mostly 0. The CPU gives a RuntimeWarning then, unless compiled; elsewhere,
+            reading the values would stall the stream. To sample such values from a model is an error.
+        generator: generator of the noise, on the params' device. Default: PyTorch's own.
         channels: C, 1 or 3.
-        noise: [B, K + C, H, W] float32 or float64, uniform in 0..1 and clamped to 1e-5..1 - 1e-5: for each of the K
-            components what its Gumbel noise -log(-log(u)) is made of, then for each colour the same for its logistic
-            noise log(u / (1 - u)). Default: drawn.
-        temperature: multiplies both kinds of noise; at 0 the likeliest component's means are the sample.
+        noise: [B, K + C, H, W] float32 or float64, values u uniform in 0..1 and clamped to 1e-5..1 - 1e-5: for each of
+            the K components that of its Gumbel noise -log(-log(u)), then for each colour that of its logistic noise
+            log(u / (1 - u)). Default: drawn.
+        temperature: multiplies both kinds of noise; at 0 the sample consists of the likeliest component's means.
 
     Returns:
         [B, C, H, W] uint8, dense.
@@ -129,11 +129,11 @@ def sample_logistic_mixture(
     _check_params(params, channels)
     if isinstance(temperature, bool) or not isinstance(temperature, int | float):
         raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
-    # An integer may be below infinity and beyond what a float holds.
+    # A finite integer may be larger than a float can hold.
     if not 0 <= temperature <= sys.float_info.max:
         raise ValueError(f"temperature must be finite and not negative, got {temperature}")
     looks = values_at_hand(params)
-    # A sum is the cheaper look; that of numbers may overflow, too.
+    # A sum is cheaper to check first; as that of finite numbers may overflow, it is not enough.
     if looks and not math.isfinite(params.detach().sum().item()) and not bool(params.isfinite().all()):
         warnings.warn("params are not finite at some pixels, whose samples mean nothing", RuntimeWarning, stacklevel=2)
     batch, _, height, width = params.shape
@@ -176,7 +176,7 @@ def _compute_dtype(params: Tensor) -> torch.dtype:
 
 
 def _split(params: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Logits [B, K, H, W]; means, log-scales and coefficients through tanh [B, C, K, H, W], the latter for C = 3."""
+    """Return logits [B, K, H, W]; means, log-scales and, for C = 3, tanh of the coefficients, [B, C, K, H, W]."""
     components = _components(params, channels)
     logits, rest = params[:, :components], params[:, components:]
     means, log_scales, *coefficients = torch.unflatten(rest, 1, (channels, -1, components)).unbind(2)
@@ -189,10 +189,10 @@ def _split(params: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 def logistic_mixture_nll_reference(images: Tensor, params: Tensor) -> Tensor:
-    """The likelihood in plain PyTorch: oracle, and what runs in float64 and where there is no kernel."""
+    """The likelihood in plain PyTorch: the tests' reference, and the implementation for float64 or without a kernel."""
     params = params.to(_compute_dtype(params))
     logits, means, log_scales, coefficients = _split(params, images.shape[1])
-    # Beside the largest logit masses could be lost.
+    # Added to a large logit, small log-masses would be lost to rounding.
     logits = logits - logits.detach().amax(1, keepdim=True)
     levels = images.unsqueeze(2)
     x = levels.to(params.dtype) / 127.5 - 1
@@ -202,10 +202,10 @@ def logistic_mixture_nll_reference(images: Tensor, params: Tensor) -> Tensor:
         means = means + torch.stack([*shifts, coefficients[:, 1] * red + coefficients[:, 2] * green], 1)
     inverse_scales = torch.exp(-log_scales)
     centre, half = inverse_scales * (x - means), inverse_scales * HALF_BIN
-    # A difference of two sigmoids as a product, as both may be close to one.
+    # The difference of two sigmoids is computed as a product, as both may be close to one.
     sides = F.logsigmoid(centre + half) + F.logsigmoid(half - centre)
     is_bin = sides + torch.log(-torch.expm1(-2 * half)) > math.log(LEAST_MASS)
-    # The logarithm has no slope at zero, which a narrow bin's mass may round to.
+    # The logarithm has no finite slope at zero, to which the mass of a narrow bin may be rounded.
     log_mass = sides + torch.log(-torch.expm1(-2 * torch.where(is_bin, half, 1.0)))
     log_density = F.logsigmoid(centre) + F.logsigmoid(-centre) - log_scales - math.log(127.5)
     log_mass = torch.where(is_bin, log_mass, log_density)
@@ -216,8 +216,8 @@ def logistic_mixture_nll_reference(images: Tensor, params: Tensor) -> Tensor:
 
 
 def sample_logistic_mixture_reference(params: Tensor, noise: Tensor, channels: int, temperature: float) -> Tensor:
-    """Sampling in plain PyTorch: oracle, and what runs where there is no kernel."""
-    # MPS has no float64; its samples may differ where a value lies between two others.
+    """Sampling in plain PyTorch: the tests' reference, and the implementation for devices without a kernel."""
+    # MPS has no float64; its samples may differ where a value lies halfway between two levels.
     compute = torch.float32 if params.device.type == "mps" else torch.float64
     logits, means, log_scales, coefficients = _split(params.to(compute), channels)
     noise = noise.to(compute).clamp(LEAST_NOISE, 1 - LEAST_NOISE)
@@ -248,11 +248,11 @@ class _Likelihood(NamedTuple):
 
     images: Tensor
     params: Tensor
-    keep: bool  # The normalisers, for the gradient.
+    keep: bool  # Whether to return the normalisers, for the gradient.
 
 
 class _Nats(NamedTuple):
-    """Nats per image, [B], and [B, 2, H, W]: each pixel's largest term and the sum of all relative to it."""
+    """Nats per image, [B], and [B, 2, H, W]: each pixel's largest term, and the sum of all relative to it."""
 
     nll: Tensor
     normalisers: Tensor  # Empty where they are not kept.
@@ -283,7 +283,7 @@ def _empty_nll(op: _Likelihood) -> _Nats:
 
 
 def _nll_reference(op: _Likelihood) -> _Nats:
-    # Its gradient has no use for normalisers.
+    # The gradient of the reference does not need the normalisers.
     return _Nats(logistic_mixture_nll_reference(op.images, op.params), _empty_nll(op).normalisers.zero_())
 
 

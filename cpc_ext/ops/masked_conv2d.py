@@ -1,8 +1,8 @@
-"""Masked (PixelCNN) convolution: some taps are hidden, so that no output sees what it is to predict.
+"""Masked (PixelCNN) convolution: some taps are hidden, so that no output sees the pixels that it has to predict.
 
-From input [B, C, H, W] and weight [O, C, kh, kw] to [B, O, H, W] at stride 1 with zero padding. The kernels compute one
-matrix product over the taps that the mask leaves; taps that it hides throughout cost nothing, forwards and backwards.
-Bias, an added condition, and a ReLU or tanh-sigmoid gate are applied before a result goes to memory.
+Input [B, C, H, W] and weight [O, C, kh, kw] give [B, O, H, W] at stride 1 with zero padding. The kernels compute one
+matrix product over the visible taps; taps that the mask hides in all channels cost nothing, forward and backward. Bias,
+an added condition, and a ReLU or tanh-sigmoid gate are applied before a result is written to memory.
 """
 
 from __future__ import annotations
@@ -55,27 +55,28 @@ def masked_conv2d(
 
     Equals ``F.conv2d(input, weight * mask, bias, padding="same", dilation=dilation) + condition`` followed by the
     activation. A kernel of even side k looks k / 2 - 1 taps back and k / 2 ahead, as PyTorch pads it. Sums are in
-    float32, in float64 where the tensors are. In float32 the CPU computes images that are large enough in pairs of
-    pixels (F(2, 3) of Lavin and Gray 2016, arXiv 1509.09308, along the rows): up to a third fewer multiplications,
-    rounding errors of the same size. On CUDA products of float32 are rounded to TF32 where
-    ``torch.backends.cudnn.conv.fp32_precision`` says "tf32", as it does by default; else each is made of three such
-    (3xTF32), which leaves an error of 2^-20 of it, and NaN of an infinite factor.
+    float32, or in float64 for float64 tensors. In float32 the CPU computes images that are large enough in pairs of
+    pixels (F(2, 3) of Lavin and Gray 2016, arXiv 1509.09308, along the rows): up to a third fewer multiplications, and
+    rounding errors of the same size. On CUDA, factors in float32 are rounded to TF32 where
+    ``torch.backends.cudnn.conv.fp32_precision`` is "tf32", the default; else three such products make one (3xTF32),
+    which is exact to 2^-20 of its size, and NaN where a factor is infinite.
 
     Args:
         input: [B, C, H, W], floating; B may be 0.
-        weight: [O, C, kh, kw], of the input's dtype unless autocast brings both to one. On CUDA weights whose channels
-            are innermost in memory (``channels_last``) and fill whole 64 bytes need not be packed for the forward pass.
+        weight: [O, C, kh, kw], of the input's dtype unless autocast casts both to one. On CUDA, ``channels_last``
+            weights whose channels fill a multiple of 64 bytes need not be packed for the forward pass.
         bias: [O], likewise, or None.
         mask: [kh, kw] for all channels alike, or [O, C, kh, kw]; bool, or numbers 0 and 1. True keeps a tap. The CPU
-            looks at its values in every call. Looking would stall another device's stream, so there the first call
-            looks which taps no channel sees, and later ones do again where the mask has been changed in place, but not
-            where that passed PyTorch by (through ``mask.data`` or foreign memory): such a change may reveal a tap that
-            stays hidden. While a CUDA graph is captured, and of masks made in inference mode, no call looks: the result
-            is the same, without skipping taps that no earlier call found hidden.
+            reads its values in every call. Reading would stall another device's stream, so there the first call finds
+            the taps that no channel sees, and later calls do so again only after the mask has been changed in place.
+            They miss changes that PyTorch does not record (through ``mask.data`` or foreign memory): a tap that such
+            a change reveals may stay hidden. During the capture of a CUDA graph, and for masks made in inference mode,
+            no call reads the values: the result is the same, but only hidden taps that an earlier call found are
+            skipped.
         dilation: distance of neighbouring taps in pixels.
         activation: None, "relu", or "gated": tanh of the first half of the output channels times sigmoid of the
             second half, which leaves O / 2 channels (van den Oord et al. 2016, arXiv 1606.05328, equation 2).
-        condition: [B, O, H, W], or what broadcasts to it, of the input's dtype; added before the activation.
+        condition: broadcastable to [B, O, H, W], of the input's dtype; added before the activation.
 
     Returns:
         [B, O, H, W], or [B, O / 2, H, W] where gated, with the channels innermost in memory (``channels_last``)
@@ -83,20 +84,20 @@ def masked_conv2d(
         times; the weight's gradient is exactly zero where the mask hides it.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, device or range. Only the CPU looks for numbers in
-            the mask that are neither 0 nor 1, since looking would stall another device's stream.
+        TypeError, ValueError: an argument of the wrong type, shape, device or range. Numbers in the mask other than 0
+            and 1 are found on the CPU alone, since reading them would stall another device's stream.
         NotImplementedError: forward-mode derivatives.
     """
     _check_arguments(input, weight, bias, mask, dilation, activation, condition)
     refuse_forward_mode(input, weight, bias, condition)
     input, weight, bias, condition = autocast_all(input, weight, bias, condition)
-    # Farther apart, all taps but a middle one see only padding: the same result, without sizes that overflow.
+    # At larger dilations all taps but a middle one see only padding: the same result, without sizes that overflow.
     dilation = min(dilation, 2 * max(input.shape[2:]))
     if condition is not None:
         condition = condition.expand(input.shape[0], weight.shape[0], *input.shape[2:])
     if mask.requires_grad:
-        mask = mask.detach()  # It has no gradient. Else it stays the tensor of which more is known.
-    # The gate's gradient needs what went into it.
+        mask = mask.detach()  # It has no gradient. Otherwise keep the object, under which _visible caches its taps.
+    # The gate's gradient needs its input.
     keep = activation == "gated" and may_need_gradients(input, weight, bias, condition)
     return _masked_conv2d(input, weight, bias, mask, condition, dilation, activation or "none", keep)[0]
 
@@ -156,7 +157,7 @@ def _check_arguments(
         )
     if condition is not None:
         shape = (input.shape[0], weight.shape[0], *input.shape[2:])
-        # What expand takes: as many or fewer dimensions, each of the size or 1.
+        # Shapes that expand accepts: at most as many dimensions, each of the size or 1.
         aligned = zip(reversed(condition.shape), reversed(shape), strict=False)
         if condition.ndim > 4 or any(size not in (1, wanted) for size, wanted in aligned):
             raise ValueError(f"condition must broadcast to {shape}, got shape {tuple(condition.shape)}")
@@ -182,7 +183,7 @@ def _check_mask_values(mask: Tensor) -> None:
         raise ValueError("mask must be bool or hold only 0 and 1")
 
 
-# --- The op: what is known of a mask, and the kernels' calls ---
+# --- The op: visible taps of a mask, and calls of the kernels ---
 
 
 class _Visible(NamedTuple):
@@ -192,12 +193,13 @@ class _Visible(NamedTuple):
     taps: list[int] | None  # Indices i * kw + j of the taps that some channel sees, in order; None: the kernel looks.
 
 
-# What was seen of masks on devices where looking stalls the stream, by the mask's id. A value must not hold its mask.
+# Masks on devices where reading stalls the stream, by id: a weak reference, the version, the mask as bool (None: it is
+# bool already) and its visible taps. A value must not hold a strong reference to its mask.
 _looked_at: dict[int, tuple[weakref.ref[Tensor], int, Tensor | None, list[int]]] = {}
 
 
 def _visible(mask: Tensor) -> _Visible:
-    """Look at a mask where that would stall a stream, only once unless it has been changed since."""
+    """Return a mask as the kernels take it; where reading it stalls a stream, do so only once for each version."""
     if mask.device.type == "cpu":
         return _Visible(mask if mask.dtype == torch.bool else mask.ne(0), None)
     key = id(mask)
@@ -206,7 +208,7 @@ def _visible(mask: Tensor) -> _Visible:
         return _Visible(mask if kept[2] is None else kept[2], kept[3])
     seen = mask if mask.dtype == torch.bool else mask.ne(0)
     if mask.is_inference() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
-        # CUDA's kernels, unlike the CPU's, read hidden weights as zeros whichever taps they are told of.
+        # CUDA's kernels, unlike the CPU's, read hidden weights as zeros whichever taps they are given.
         return _Visible(seen, list(range(mask.shape[-2:].numel())))
     taps = seen.reshape(-1, *seen.shape[-2:]).any(0).flatten().nonzero().flatten().tolist()
     mask_lives = weakref.ref(mask, lambda _: _looked_at.pop(key, None))
@@ -224,18 +226,18 @@ class _Convolution(NamedTuple):
     condition: Tensor | None
     dilation: int
     activation: str  # "none", "relu" or "gated".
-    keep: bool  # What goes into the activation.
+    keep: bool  # Whether to return the activation's input.
 
 
 class _Results(NamedTuple):
-    """Where it is not kept, what goes into the activation is empty, or None where the op was called straight."""
+    """Results. preactivation: the activation's input; if not kept, empty, or None in a call past the dispatcher."""
 
     output: Tensor
     preactivation: Tensor
 
 
 class _Gradient(NamedTuple):
-    """Arguments of the op's gradient. saved: the output of a ReLU, what went into a gate."""
+    """Arguments of the op's gradient. saved: the output of a ReLU, or the input of a gate."""
 
     grad: Tensor
     input: Tensor
@@ -248,8 +250,9 @@ class _Gradient(NamedTuple):
 
 
 class _GradientResults(NamedTuple):
-    """Empty where they are not needed, that of what goes into the activation where there is none; None where the op
-    was called straight.
+    """Gradients. preactivation: that in the activation's input, not needed where there is no activation.
+
+    Those that are not needed are empty, or None in a call that bypasses the dispatcher.
     """
 
     preactivation: Tensor
@@ -263,7 +266,7 @@ def _empty_results(op: _Convolution) -> _Results:
 
 
 def _needed_results(op: _Convolution) -> _Results:
-    """Memory of results; None of those that are not needed."""
+    """Allocate the results; those that are not needed are None."""
     input, channels, size = op.input, op.weight.shape[0], op.input.shape[2:]
     preactivation: Any = empty_image(input, channels, size) if op.keep else None
     return _Results(empty_image(input, channels // 2 if op.activation == "gated" else channels, size), preactivation)
@@ -273,7 +276,7 @@ _Some = TypeVar("_Some", bound=tuple[Any, ...])
 
 
 def _without_none(results: _Some, input: Tensor) -> _Some:
-    """Empty tensors in place of None."""
+    """Replace None by empty tensors."""
     return type(results)(*(input.new_empty(0) if result is None else result for result in results))
 
 
@@ -282,7 +285,7 @@ def _kernel(op: _Convolution) -> _Results:
 
 
 def _straight(op: _Convolution) -> _Results:
-    """The kernel's results, with None in place of what is not needed."""
+    """Run the kernel; results that are not needed are None."""
     results = output, preactivation = _needed_results(op)
     if output.numel() == 0:
         return results
@@ -318,7 +321,7 @@ def _reference_op(op: _Convolution) -> _Results:
 def _backward_reference(op: _Gradient) -> _GradientResults:
     needs_input, needs_weight, needs_bias = op.needs
     grad = _activation_grad(op.grad, op.saved, op.activation)
-    grad_input = grad_weight = grad  # Where neither is needed, both are absent below.
+    grad_input = grad_weight = grad  # Placeholders, not used below where neither is needed.
     if needs_input or needs_weight:
         with torch.enable_grad():
             leaves = [op.input.detach().requires_grad_(), op.weight.detach().requires_grad_()]
@@ -334,7 +337,7 @@ def _backward_reference(op: _Gradient) -> _GradientResults:
 
 
 def _activation_grad(grad: Tensor, saved: Tensor | None, activation: str) -> Tensor:
-    """The gradient in what goes into an activation."""
+    """Backpropagate through an activation to its input."""
     if saved is None:
         return grad
     if activation == "relu":
@@ -349,7 +352,7 @@ def _empty_gradients(op: _Gradient) -> _GradientResults:
 
 
 def _needed_gradients(op: _Gradient) -> _GradientResults:
-    """Memory of gradients; None of those that are not needed."""
+    """Allocate the gradients; those that are not needed are None."""
     grad, weight, size = op.grad, op.weight, op.grad.shape[2:]
     needs_input, needs_weight, needs_bias = op.needs
     gradients: tuple[Any, ...] = (
@@ -366,7 +369,7 @@ def _backward_kernel(op: _Gradient) -> _GradientResults:
 
 
 def _straight_backward(op: _Gradient) -> _GradientResults:
-    """The kernel's gradients, with None in place of what is not needed."""
+    """Run the gradient's kernel; gradients that are not needed are None."""
     results, weight = _needed_gradients(op), op.weight
     if op.grad.numel() == 0:
         for result in results:
@@ -402,13 +405,13 @@ def _setup_context(ctx: Any, op: _Convolution, results: _Results) -> None:
 def _backward(
     ctx: Any, kept: Sequence[Any], grad: Tensor | None, grad_preactivation: Tensor | None
 ) -> dict[str, Tensor | None]:
-    if not ctx.keep:  # Nothing was kept; PyTorch 2.11 may still come with a gradient of that empty tensor.
+    if not ctx.keep:  # PyTorch 2.11 may pass a gradient of the empty tensor in its place.
         grad_preactivation = None
     if grad is None and grad_preactivation is None:
         return {}
     input, weight, mask, saved = kept
     needs_input, needs_weight, needs_bias, _, needs_condition, *_ = ctx.needs_input_grad
-    # Nothing but second derivatives depends on what the gate's gradient is made of.
+    # Only second derivatives have a gradient in the preactivation, or need the graph of this one.
     if grad is None or grad_preactivation is not None or torch.is_grad_enabled():
         with without_autocast(input.device):
             grad = _differentiable_activation_grad(grad, saved, ctx.activation, grad_preactivation)
@@ -435,7 +438,7 @@ def _backward(
 def _differentiable_activation_grad(
     grad: Tensor | None, saved: Tensor | None, activation: str, more: Tensor | None
 ) -> Tensor:
-    """The gradient in what goes into the activation, in plain PyTorch; ``more`` is what else came back to that."""
+    """Backpropagate to the activation's input in plain PyTorch; ``more``: its gradient from elsewhere, to be added."""
     if grad is None:
         assert more is not None
         return more
@@ -445,7 +448,7 @@ def _differentiable_activation_grad(
 
 
 def _bare(dilation: int) -> Bare:
-    """The convolution of such a dilation."""
+    """Return the bare convolution of a dilation."""
 
     def convolve(input: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
         output: Tensor = _masked_conv2d(input, weight, None, mask, None, dilation, "none", False)[0]
@@ -488,8 +491,9 @@ _masked_conv2d_backward = register(
 class PixelConvolution:
     """A masked convolution of fixed weights that computes one pixel of a batch at a time, as sampling needs it.
 
-    Costs what one pixel costs, and gives bit for bit what :func:`masked_conv2d` gives at that pixel, except where that
-    computes pairs of pixels. Weights are packed when it is made: later changes of them do not count.
+    A call costs the work of one pixel. Its result has the same bits as that of :func:`masked_conv2d` at that pixel,
+    except where that computes pairs of pixels. Weights are packed at the first call for a size of image: later changes
+    of them do not count.
 
     Args:
         weight, bias, mask, dilation, activation: as of :func:`masked_conv2d`.
@@ -504,7 +508,7 @@ class PixelConvolution:
         dilation: int = 1,
         activation: str | None = None,
     ) -> None:
-        # The one that all checks see; sizes are checked at each call.
+        # An empty image, for the checks of all other arguments; each call checks its own input.
         _check_arguments(weight.new_empty((0, weight.shape[1], 1, 1)), weight, bias, mask, dilation, activation, None)
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach().contiguous()
         self.mask, self.dilation, self.activation = mask, dilation, activation
@@ -517,17 +521,17 @@ class PixelConvolution:
         """Write ``output[:, :, row, col]``.
 
         Args:
-            input: [B, C, H, W], channels innermost in memory and dense.
-            output: [B, O, H, W], or [B, O / 2, H, W] where gated, channels innermost; the rest of it stays.
+            input: [B, C, H, W], dense and channels-last.
+            output: [B, O, H, W], or [B, O / 2, H, W] where gated, channels-last; other pixels are left unchanged.
             position: [2] int64, the row and column, on the input's device.
-            condition: [B, O, H, W] or what broadcasts to it, added before the activation.
+            condition: broadcastable to [B, O, H, W]; added before the activation.
         """
         if condition is not None:
             condition = condition.expand(input.shape[0], self.weight.shape[0], *input.shape[2:])
         if input.device.type not in KERNEL_DEVICES:
             self._reference(input, output, position, condition)
             return
-        # The kernel knows the size of the packed weight alone.
+        # The kernel sees only the packed weight, whose shape and dtype it cannot check.
         if input.shape[1] != self.weight.shape[1] or input.dtype != self.weight.dtype:
             raise ValueError(
                 f"input must be [B, {self.weight.shape[1]}, H, W] of {self.weight.dtype}, "

@@ -1,8 +1,8 @@
-"""Networks that are run a pixel or a row at a time: lists of matrix products over feature maps that are kept.
+"""Networks that are run one pixel or row at a time: lists of matrix products over cached feature maps.
 
-From maps whose earlier pixels are computed to the next pixel of all of them. The CPU and, in builds with CUDA, GPUs go
-through the list in one call of a kernel. Otherwise PyTorch takes it step by step and tensor by tensor. Devices read
-where they are from their own memory, so that the work at a pixel can be captured as a CUDA graph.
+Given the earlier pixels of all maps, a run computes their next pixel. The CPU and, in builds with CUDA, GPUs run the
+whole list in one kernel call; elsewhere PyTorch runs it step by step. Devices read the current position from their own
+memory, so that the work at a pixel can be captured as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from cpc_ext._native import KERNEL_DEVICES, native
 
 __all__ = ["PixelMap", "PixelMaps", "PixelPlace", "PixelSource", "PixelStep", "PixelSteps", "pixel_steps"]
 
-# Zeros around a map's pixels, so that no tap has to ask where it is: as csrc/pixel_steps/pixel_steps.h has them.
+# Width of the zero border above and beside a map's pixels, so that taps need no bounds checks; csrc/pixel_steps/
+# pixel_steps.h has the same.
 _ABOVE, _BESIDE = 2, 1
-# Elements of a block of maps, and of what a map begins at a multiple of: a cache line of float32.
+# Elements of a block of maps, and the alignment of a map in elements: a cache line of float32.
 _BLOCK, _ALIGNED = 1 << 22, 16
 
 
 @dataclass(eq=False, frozen=True)
 class PixelMap:
-    """A feature map that is kept: see :class:`PixelMaps`.
+    """A cached feature map, made by :class:`PixelMaps`.
 
     Attributes:
-        data: [B, above + H, beside + W + beside, C], channels dense, zeros around the pixels.
-        level: how often its resolution is halved; None for a map of one pixel that is written anew each time.
+        data: [B, above + H, beside + W + beside, C], channels dense, with a border of zeros around the pixels.
+        level: how many times its resolution is halved; None for a map of one pixel that every run overwrites.
     """
 
     data: Tensor
@@ -42,21 +43,21 @@ class PixelMap:
 
     @property
     def pixels(self) -> Tensor:
-        """[B, H, W, C], the same memory."""
+        """The pixels without the border, [B, H, W, C], as a view."""
         return self.data[:, _ABOVE:, _BESIDE:-_BESIDE]
 
     @property
     def flat(self) -> Tensor:
-        """[B, pixels with those around, C], the same memory."""
+        """All pixels with the border, [B, pixels, C], as a view."""
         return self.data.flatten(1, 2)
 
 
 class PixelSource(NamedTuple):
-    """What a step reads: pixels of a map relative to its own, at the map's resolution.
+    """An input of a step: pixels of a map around the step's pixel.
 
     Attributes:
-        map: of the step's level or the next higher resolution.
-        taps: rows below, -2 to 0, and columns to the right, -1 to 1.
+        map: a map of the step's level or the next higher resolution.
+        taps: offsets from the step's pixel at the map's resolution: rows, -2 to 0, and columns, -1 to 1.
     """
 
     map: PixelMap
@@ -68,14 +69,14 @@ class PixelStep:
     """output = activation(read values @ weight + bias + image_bias) at one pixel of a resolution.
 
     Attributes:
-        level: its resolution, at whose pixels it is due.
-        sources: in the order of the weight's rows.
-        weight: [K, N], rows by source, tap and channel.
+        level: level of its resolution; the step runs once for each pixel of that.
+        sources: inputs, in the order of the weight's rows.
+        weight: [K, N], rows ordered by source, tap and channel.
         bias: [N].
-        image_bias: [B, N], or None.
-        residual: where the output is gated, one half of it times the sigmoid of the other, what is added to it.
-        raw, elu: where the output and its concatenated ELU go; of this level or the next higher resolution.
-        offset: row and column in the 2x2 pixels of a higher resolution.
+        image_bias: [B, N], a bias for each image, or None.
+        residual: map to add to the output. With it the output is gated: its first half times the sigmoid of the second.
+        raw, elu: maps to write the output and its concatenated ELU to, of this level or the next higher resolution.
+        offset: row and column among the 2x2 pixels of a higher resolution that the step writes to.
     """
 
     level: int
@@ -90,14 +91,14 @@ class PixelStep:
 
 
 class PixelMaps:
-    """Makes the maps of a batch of images, all zeros.
+    """Allocator of the maps of a batch of images, filled with zeros.
 
-    They are cut from a few blocks of memory: the kernel makes sure at every pixel that its memory is still there, and
-    does so of the blocks, not of every map.
+    Maps are slices of a few large blocks: at every pixel the kernel checks that its memory still exists, and so has to
+    check only the blocks instead of every map.
 
     Args:
-        batch, height, width: of the images.
-        like: what gives the type, float32 or float64, and the device.
+        batch, height, width: number and size of the images.
+        like: tensor whose dtype, float32 or float64, and device the maps get.
     """
 
     def __init__(self, batch: int, height: int, width: int, like: Tensor) -> None:
@@ -107,7 +108,7 @@ class PixelMaps:
         self._rest = like.new_empty(0)
 
     def make(self, channels: int, level: int | None) -> PixelMap:
-        """A map of a resolution that is halved so often, or of one pixel."""
+        """Allocate a map at a level, or with None one of a single pixel."""
         height, width = (1, 1) if level is None else (self.height >> level, self.width >> level)
         shape = self.batch, _ABOVE + height, width + 2 * _BESIDE, channels
         size = math.prod(shape)
@@ -119,13 +120,14 @@ class PixelMaps:
 
 
 class PixelPlace:
-    """The pixel whose turn it is, for the host and in the memory of a device.
+    """The current pixel, on the host and in the memory of a device.
 
     Attributes:
-        row, col: of the image.
-        position: the same, [2] int64.
-        index: row * W + col, [1] int64.
-        at: by level, [1] int64: the index, in a flat map of the level, of its pixel that begins here, if one does.
+        row, col: position in the image, on the host.
+        position: row and column, [2] int64 on the device.
+        index: row * W + col, [1] int64 on the device.
+        at: by level, [1] int64 on the device: index, in a flat map of that level, of the pixel that begins at this
+            position, if one does.
     """
 
     def __init__(self, height: int, width: int, device: torch.device, levels: int = 1) -> None:
@@ -136,7 +138,7 @@ class PixelPlace:
             ((row >> level) + _ABOVE) * ((width >> level) + 2 * _BESIDE) + (col >> level) + _BESIDE
             for level in range(levels)
         ]
-        # All side by side, so that going to a pixel is one copy.
+        # All in one tensor, so that moving to a pixel takes one copy.
         self._all = torch.stack([row, col, index, *flat], dim=1)
         self._now = self._all[0].clone()
         self.position = self._now[:2]
@@ -152,55 +154,55 @@ class PixelPlace:
 
     @property
     def levels(self) -> int:
-        """In how many resolutions a pixel begins with this one."""
+        """Number of levels, from the first, at which a pixel begins at the current position."""
         both = self.row | self.col
         return next(level for level in range(self._levels, 0, -1) if both % (1 << (level - 1)) == 0)
 
     def rows_of_levels(self) -> list[int]:
-        """For every number of levels, a row in whose first pixel so many begin."""
+        """Return, for every possible value of :attr:`levels`, a row whose first pixel has that value."""
         return [0, *(1 << level for level in range(self._levels - 1))]
 
     def row_at(self) -> list[Tensor]:
-        """By level, [W of the level], the indices of a row's pixels, from its first pixel's on, at which this is."""
+        """Return, by level, the flat indices of a row's pixels, [W of the level]; this must be at its first pixel."""
         return [first + columns for first, columns in zip(self.at, self._columns, strict=True)]
 
     def row_positions(self) -> tuple[Tensor, ...]:
-        """The positions of a row's pixels, from its first pixel's on, at which this is."""
+        """Return the positions of a row's pixels; this must be at its first pixel."""
         return (self.position + self._along).unbind()
 
 
 class PixelSteps(ABC):
-    """Steps that are run in their order. What they write is there for the next; what they read must be there."""
+    """A list of steps that run in order: each may read what earlier ones wrote, and earlier pixels of all maps."""
 
     @abstractmethod
     def run_pixel(self, place: PixelPlace) -> None:
-        """Run the steps that are due at a pixel: those at whose resolution one begins."""
+        """Run the steps of all levels at which a pixel begins at the place."""
 
     @abstractmethod
     def run_row(self, place: PixelPlace) -> None:
-        """Run the steps that are due in a row, each at all of its pixels; the place is at the row's first pixel."""
+        """Run those steps at all of a row's pixels of their level; the place must be at the row's first pixel."""
 
 
 def pixel_steps(steps: Sequence[PixelStep], maps: PixelMaps) -> PixelSteps:
-    """A network of steps, ready to be run; tensors are read and written where they are now.
+    """Prepare a network of steps to be run; runs read and write the tensors at their present addresses.
 
-    Sums are in the maps' type; those of kernels are the same at a pixel, in a row and for any number of threads or
-    blocks. There is no gradient.
+    Sums are in the maps' dtype; kernels give the same sums by pixel and by row, for any number of threads or blocks.
+    There is no gradient.
 
     Args:
-        steps: in the order in which they are run. Of their tensors those that maps did not make must stay as they are.
-        maps: where the maps of the steps come from.
+        steps: the steps in the order in which they run. Their tensors, except for maps, must not change.
+        maps: the allocator of the steps' maps.
 
     Raises:
-        ValueError: shapes, types, taps or offsets other than :class:`PixelStep` says, or a step that writes what it
-            reads; where a kernel runs also layouts.
+        ValueError: shapes, dtypes, taps or offsets other than those of :class:`PixelStep`, or a step that writes what
+            it reads; where a kernel runs, also unsupported layouts.
     """
     kernel = maps._like.device.type in KERNEL_DEVICES and hasattr(native, "PixelSteps")
     return (_KernelSteps if kernel else _ReferenceSteps)(steps, maps)
 
 
 class _KernelSteps(PixelSteps):
-    """One call, on CUDA one launch, a pixel or a row."""
+    """Steps run by one kernel call, on CUDA one launch, for each pixel or row."""
 
     def __init__(self, steps: Sequence[PixelStep], maps: PixelMaps) -> None:
         self._kernel = native.PixelSteps(
@@ -224,7 +226,7 @@ class _KernelSteps(PixelSteps):
             maps.width,
             maps.blocks,
         )
-        # Copies, as a device reads the weights where they are, also where the steps of the caller have others by then.
+        # Copies keep the weights alive, which a device reads in place, even if the caller assigns others to its steps.
         self._steps = [copy(step) for step in steps]
         self._plan: Tensor | None = None
         if self._kernel.on_device:
@@ -245,12 +247,12 @@ class _KernelSteps(PixelSteps):
 
 
 def _scale(step: PixelStep, map: PixelMap | None) -> int:
-    """By how much a step's row and column are multiplied in a map; 0 where that has only one pixel, or is missing."""
+    """Return the factor from a step's row and column to those of a map; 0 if that has one pixel only, or is None."""
     return 0 if map is None or map.level is None else 1 << (step.level - map.level)
 
 
 def _check_step(step: PixelStep, maps: PixelMaps) -> None:
-    """What csrc/pixel_steps/check.cpp asks of a step, layouts aside, in its words."""
+    """Check a step as csrc/pixel_steps/check.cpp does, with the same messages, except for layouts."""
     _require(step.raw is not None or step.elu is not None, "a step must have raw or elu to write to")
     read = [("residual", step.residual), *(("a source's map", source.map) for source in step.sources)]
     for written, map, others in (("raw", step.raw, [*read, ("elu", step.elu)]), ("elu", step.elu, read)):
@@ -283,7 +285,7 @@ def _check_step(step: PixelStep, maps: PixelMaps) -> None:
 
 
 def _checked_depth(step: PixelStep, maps: PixelMaps) -> int:
-    """How many values a step reads."""
+    """Check a step's sources and return the number of values that it reads."""
     depth = 0
     for map, taps in step.sources:
         scale, channels = _scale(step, map), map.data.shape[3]
@@ -312,7 +314,7 @@ def _require(holds: bool, message: str) -> None:
 
 
 class _ReferenceSteps(PixelSteps):
-    """Plain PyTorch. The work depends on where it is only by values on the device, and by which levels begin there."""
+    """Steps in plain PyTorch. Only values on the device, and the number of levels to run, depend on the position."""
 
     def __init__(self, steps: Sequence[PixelStep], maps: PixelMaps) -> None:
         for step in steps:
@@ -327,7 +329,7 @@ class _ReferenceSteps(PixelSteps):
         self._run(place.row_at(), place.levels)
 
     def _run(self, at: Sequence[Tensor], levels: int) -> None:
-        """At these pixels of each level; only steps of the first so many levels."""
+        """Run the steps of the first ``levels`` levels, at the pixels ``at`` of each level."""
         for step, offsets in zip(self._steps, self._offsets, strict=True):
             if step.level < levels:
                 self._run_step(step, offsets, at)

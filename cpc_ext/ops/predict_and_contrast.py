@@ -1,7 +1,7 @@
-"""Predictions of several steps, contrasted as they are made: the linear predictors of CPC inside its loss.
+"""CPC's loss of several steps with its linear predictors fused into it.
 
-From contexts [B, T, E], predictors [K, D, E] and keys [N, D] to the InfoNCE of every step. A batch's predictions, K
-times as many values as its encodings, are never in memory as a whole, and the keys have one gradient, not one a step.
+Contexts [B, T, E], predictors [K, D, E] and keys [N, D] give the InfoNCE of every step. A batch's predictions, K times
+as many values as its encodings, are never in memory as a whole, and the keys get one gradient instead of one per step.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from cpc_ext.ops.info_nce import info_nce_reference
 
 __all__ = ["PredictAndContrastOutput", "predict_and_contrast", "predict_and_contrast_reference"]
 
-# Predictions that are in memory at a time where they are contrasted by another op.
+# Bytes of predictions in memory at a time where the op of info_nce contrasts them.
 _PREDICTION_BYTES = 64 << 20
 
 
@@ -44,9 +44,9 @@ class PredictAndContrastOutput(NamedTuple):
             context; float32, float64 for float64.
         accuracy: the fraction of rows of rank 0 in a step, averaged over the steps, or one 0 or 1 a row under
             ``reduction="none"``; of the loss's dtype, without gradient.
-        rank: [K, B, T] int64, how many of the keys contrasted, the positive not among them, score at least as high as
+        rank: [K, B, T] int64, the number of contrasted keys, not counting the positive, that score at least as high as
             the positive; -1 where a step does not use a context.
-        step_losses: [K], the mean over the rows of each step, 0 for one without any; without gradient.
+        step_losses: [K], the mean over the rows of each step, 0 for a step without rows; without gradient.
         step_accuracies: [K], likewise.
     """
 
@@ -67,22 +67,22 @@ def predict_and_contrast(
     scale: float = 1.0,
     reduction: str = "mean",
 ) -> PredictAndContrastOutput:
-    """InfoNCE of linear predictions (van den Oord et al. 2018, arXiv 1807.03748, equations 3 and 4).
+    """Compute InfoNCE of linear predictions (van den Oord et al. 2018, arXiv 1807.03748, equations 3 and 4).
 
-    In step k the context c of a row predicts ``W_k c``, which scores the keys by ``scale * (W_k c) . key`` and tells
-    its positive from others as :func:`cpc_ext.ops.info_nce` describes. The CPU keeps predictions of half-precision
-    arguments in float32; elsewhere they are rounded, as the results of a matrix product. Their gradients are rounded to
-    bfloat16 where that is their type, on the CPU if it has instructions for products of it.
+    In step k the context c of a row predicts ``W_k c``, which scores the keys by ``scale * (W_k c) . key``; the loss is
+    that of :func:`cpc_ext.ops.info_nce` with the predictions as queries. The CPU keeps predictions of half-precision
+    arguments in float32; elsewhere they are rounded like the results of a matrix product. With arguments in bfloat16,
+    the gradients of the predictions are rounded to it, on the CPU only if it has instructions for bfloat16 products.
 
     Args:
         contexts: [B, T, E], floating. B or T may be 0.
         weights: [K, D, E], the matrix W_k of every step; ``linear.weight.view(K, D, E)`` of a ``nn.Linear(E, K * D)``.
         keys: [N, D]. Contexts, weights and keys of different dtypes are promoted to their common one.
-        targets: [K, B, T] integers, each row's positive among the keys, -1 for a context that a step does not use:
-            one too near the end of its sequence, say. Such a row is absent from all results, and a context that no
+        targets: [K, B, T] integers, each row's positive among the keys, -1 for a context that a step does not use,
+            such as one too near the end of its sequence. Such a row is absent from all results, and a context that no
             step uses may hold anything.
-        negatives: integers [K, B, T, S], or [B, T, S] for the same in all steps: the keys that each row contrasts, as
-            often as it names them. Those of absent rows are not looked at. Default: all keys.
+        negatives: integers [K, B, T, S], or [B, T, S] for the same in all steps: the keys that each row contrasts, each
+            counted as often as it is named. Those of absent rows are ignored. Default: all keys.
         scale: factor of the scores, an inverse temperature.
         reduction: "mean" (over the rows of each step, then over the steps; a step without rows counts 0), "sum" (of
             all rows) or "none" (the loss of every row).
@@ -93,7 +93,7 @@ def predict_and_contrast(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, device or range.
-        IndexError: an index that names no key. Only the CPU looks at indices; on other devices the row's loss and the
+        IndexError: an index that names no key. Only the CPU checks indices; on other devices the row's loss and the
             gradients of its context and of its step's weights are NaN then, and its rank is -1.
         NotImplementedError: forward-mode derivatives.
         RuntimeError: second derivatives, when the gradient is differentiated.
@@ -106,7 +106,7 @@ def predict_and_contrast(
 
 
 class _Problem(NamedTuple):
-    """The arguments with one dimension, of M contexts, in place of B and T."""
+    """The arguments, with B and T merged to one dimension of M contexts."""
 
     contexts: Tensor  # [M, E]
     weights: Tensor  # [K, D, E]
@@ -117,11 +117,11 @@ class _Problem(NamedTuple):
 
 
 class _Forward(NamedTuple):
-    """The op's arguments; the gradients that are needed are formed unless they depend on the loss's own."""
+    """The op's arguments. Gradients are formed with the loss unless they depend on the gradient of each loss."""
 
     problem: _Problem
     reduction: str
-    needs: list[bool]  # Whether gradients of contexts, weights and keys are formed.
+    needs: list[bool]  # Whether to form the gradients of contexts, weights and keys.
 
 
 class _Backward(NamedTuple):
@@ -133,7 +133,7 @@ class _Backward(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Empty where they are not formed."""
+    """Gradients, empty where they are not formed."""
 
     contexts: Tensor
     weights: Tensor
@@ -141,7 +141,10 @@ class Gradients(NamedTuple):
 
 
 class Results(NamedTuple):
-    """The loss as reduced, the others of each row, [K, M]. Where the loss is not reduced, ``losses`` is empty."""
+    """Results of the op: the loss as reduced, losses and ranks of each row, [K, M], and gradients.
+
+    ``losses`` is empty where the loss is not reduced.
+    """
 
     loss: Tensor
     losses: Tensor
@@ -193,11 +196,11 @@ def _check_arguments(
 
 
 def _check_indices(name: str, value: Tensor, shapes: Sequence[tuple[int, ...]], *, last: str | None = None) -> None:
-    """Check a tensor of integers. shapes: those that it may have. last: what errors call the last dimension."""
+    """Check a tensor of integers. shapes: the shapes that it may have. last: name of the last dimension in errors."""
     check_dense(name, value)
     if value.dtype not in INTEGERS:
         raise TypeError(f"{name} must be integers, got {value.dtype}")
-    # A size that torch.export leaves open is not compared with that of another dimension.
+    # Sizes that torch.export leaves symbolic are not compared with those of another dimension.
     if tuple(value.shape) not in [shape for shape in shapes if len(shape) == value.ndim]:
         named = [shape if last is None else (*shape[:-1], last) for shape in shapes]
         wanted = " or ".join(f"[{', '.join(map(str, shape))}]" for shape in named)
@@ -225,22 +228,23 @@ def _flat_problem(
 
 
 def _needed(problem: _Problem, reduction: str) -> list[bool]:
-    """What :class:`_Forward` has as ``needs``."""
-    # Half-precision gradients are formed once their scale is known, lest a mean's vanish before a GradScaler's scale.
+    """Return ``needs`` of :class:`_Forward`."""
+    # float16 gradients are formed in the backward pass: before a GradScaler's scale those of a mean may underflow.
     forms = torch.is_grad_enabled() and reduction != "none" and problem.contexts.dtype != torch.float16
     return [forms and tensor.requires_grad for tensor in problem[:3]]
 
 
 def _present(targets: Tensor) -> Tensor:
-    """Which rows there are, of targets in int64: to an unsigned type -1 is its largest number.
+    """Return which rows are present: those whose target is not -1.
 
-    An index below -1 names no key, and says so.
+    Targets are int64, as an unsigned type compares -1 with its largest number. A row whose index is below -1 is
+    present, so that the kernel reports the index.
     """
     return targets != -1
 
 
 def _output(loss: Tensor, losses: Tensor, rank: Tensor, targets: Tensor, reduction: str) -> PredictAndContrastOutput:
-    """The loss, as the reduction has it, and losses and ranks [K, M]."""
+    """Return the output, from the reduced loss, and the losses and ranks [K, M]."""
     rights = (rank == 0).to(losses.dtype)
     counts = _present(targets).flatten(1).sum(1).clamp(min=1)
     step_losses, step_rights = (values.sum(1) / counts for values in (losses, rights))
@@ -253,7 +257,7 @@ def _output(loss: Tensor, losses: Tensor, rank: Tensor, targets: Tensor, reducti
 
 
 def _row_weights(targets: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
-    """What a row's loss counts in the result, [K, M]."""
+    """Return the weights of the rows' losses in the result, [K, M]."""
     present = _present(targets)
     if reduction != "mean":
         return present.to(dtype)
@@ -261,7 +265,7 @@ def _row_weights(targets: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
 
 
 def _reduced(losses: Tensor, row_weights: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
-    """Loss and losses as :class:`Results` has them."""
+    """Return ``loss`` and ``losses`` of :class:`Results`."""
     if reduction == "none":
         return losses, losses.new_empty(0)
     return (losses.sum() if reduction == "sum" else (losses * row_weights).sum()), losses
@@ -282,7 +286,7 @@ def _empty_results(op: _Forward) -> Results:
     return Results(loss, losses, torch.empty_like(targets), *_empty_gradients(op.problem, op.needs))
 
 
-# --- By the contrast of another op ---
+# --- By matrix products and the op of info_nce ---
 
 
 class _Contrasted(NamedTuple):
@@ -292,10 +296,10 @@ class _Contrasted(NamedTuple):
 
 
 def _contrast_chunks(problem: _Problem, row_weights: Tensor, needs: Sequence[bool]) -> _Contrasted:
-    """Losses, ranks and gradients by matrix products and info_nce's op, some contexts' predictions at a time.
+    """Compute losses, ranks and gradients by matrix products and the op of info_nce, in chunks of contexts.
 
-    All steps of a context are predicted together, so that its gradient is complete, and the keys have one gradient a
-    chunk.
+    All steps of a context are predicted together, so that a chunk completes the gradients of its contexts, and forms
+    one gradient of the keys.
     """
     (rows, channels), (steps, dim, _) = problem.contexts.shape, problem.weights.shape
     dtype = sums_dtype(problem.contexts)
@@ -329,7 +333,7 @@ def _contrast_chunks(problem: _Problem, row_weights: Tensor, needs: Sequence[boo
 def _contrast_chunk(
     problem: _Problem, some: slice, predictions: Tensor, row_weights: Tensor, needs: Sequence[bool]
 ) -> ContrastResults:
-    """The results of info_nce's op for the predictions [M', K * D] of some contexts, a context's steps in a row."""
+    """Return the results of info_nce's op for the predictions [M', K * D] of the contexts in the slice ``some``."""
     steps, dim, _ = problem.weights.shape
     targets = problem.targets[:, some].T
     negatives = problem.negatives
@@ -358,7 +362,7 @@ def _contrast_chunk(
 
 
 def _contrast(problem: _Problem, row_weights: Tensor, needs: Sequence[bool]) -> _Contrasted:
-    """By the CPU's kernel, or on CUDA by that of info_nce."""
+    """Compute losses, ranks and gradients by the CPU's kernel, or on CUDA by that of info_nce."""
     if not native.info_nce_on_cpu(problem.contexts):
         return _contrast_chunks(problem, row_weights, needs)
     losses, ranks = torch.empty_like(row_weights), torch.empty_like(problem.targets)
@@ -377,7 +381,7 @@ _Way = Callable[[_Problem, Tensor, Sequence[bool]], _Contrasted]
 
 
 def _forward(contrast: _Way, op: _Forward) -> Results:
-    with without_autocast(op.problem.contexts.device):  # It would round what is summed.
+    with without_autocast(op.problem.contexts.device):  # Autocast would round what is summed.
         row_weights = _row_weights(op.problem.targets, op.reduction, sums_dtype(op.problem.contexts))
         losses, ranks, gradients = contrast(op.problem, row_weights, op.needs)
         return Results(*_reduced(losses, row_weights, op.reduction), ranks, *gradients)
@@ -390,7 +394,7 @@ def _form_gradients(contrast: _Way, op: _Backward) -> Gradients:
 
 def _setup_context(ctx: Any, op: _Forward, output: Results) -> None:
     ctx.requires = list(ctx.needs_input_grad[:3])
-    # What was not formed with the loss is computed when the gradient of each row is known.
+    # Gradients that were not formed with the loss are computed once the gradient of each row is known.
     ctx.later = any(required and not formed for required, formed in zip(ctx.requires, op.needs, strict=True))
     ctx.save_for_backward(*(x for x in op.problem if not isinstance(x, float)), output.loss, *output[-3:])
     ctx.scale, ctx.reduction = op.problem.scale, op.reduction
@@ -406,8 +410,8 @@ def _backward(ctx: Any, saved: Sequence[Any], grad: Tensor | None, *_: Tensor | 
         row_weights = torch.where(row_weights == 0, 0, grad * row_weights)
         gradients = _gradients_op(*tensors, ctx.scale, row_weights, ctx.requires)
     elif all(map(is_plain, (grad, *gradients))):
-        # They are given away, as copies of the largest would take a tenth of the time and twice the memory. For whoever
-        # goes backward again they are formed again.
+        # Scaled in place and returned: copies of the largest would take a tenth of the time and twice the memory.
+        # A second backward pass forms them again.
         ctx.later = True
         gradients = [gradient.data.mul_(grad) for gradient in gradients]
     else:
@@ -449,7 +453,7 @@ def predict_and_contrast_reference(
     scale: float = 1.0,
     reduction: str = "mean",
 ) -> PredictAndContrastOutput:
-    """:func:`predict_and_contrast` step by step, its predictions and scores in memory, arguments unchecked."""
+    """:func:`predict_and_contrast` step by step, with predictions and scores in memory, arguments unchecked."""
     problem = _flat_problem(contexts, weights, keys, targets, negatives, scale)
     losses, ranks = [], []
     for step, matrix in enumerate(problem.weights):

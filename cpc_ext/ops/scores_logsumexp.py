@@ -1,6 +1,6 @@
-"""The log-sum-exp of each query's scores against many keys, from which other contrastive losses are made.
+"""The log-sum-exp of each query's scores against many keys, a building block of contrastive losses.
 
-From queries [*, M, D] and keys [*, N, D] to [*, M], without the scores in memory.
+Queries [*, M, D] and keys [*, N, D] give [*, M], without the scores in memory.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def scores_logsumexp(
     groups: tuple[Tensor, Tensor] | None = None,
     contrast: str = "all",
 ) -> Tensor:
-    """``log(sum of exp(scale * q_m . k_n + key_bias_n))`` of every query m, over the keys that it contrasts.
+    """Return ``log(sum of exp(scale * q_m . k_n + key_bias_n))`` over the keys that each query m contrasts.
 
-    Arguments and errors are those of :func:`cpc_ext.ops.info_nce`; queries and keys may be of any number.
+    Arguments and errors are those of :func:`cpc_ext.ops.info_nce`; there may be more queries than keys.
 
     Returns:
-        [*, M]; float32, float64 for float64. -inf, without a gradient, for a query that no key is left for.
-        Differentiable once, backwards, with any upstream gradient, in queries, keys, scale and key_bias. Backward
-        computes the scores once more.
+        [*, M]; float32, float64 for float64. -inf, without a gradient, for a query that contrasts no key.
+        Differentiable once, backwards, with any upstream gradient, in queries, keys, scale and key_bias. The backward
+        pass computes the scores again.
     """
     options = ContrastOptions(
         scale, exclude=exclude, key_range=key_range, key_bias=key_bias, groups=groups, contrast=contrast

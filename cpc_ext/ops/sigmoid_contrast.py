@@ -1,6 +1,6 @@
-"""SigLIP's loss: whether a query and a key belong together, asked of every pair by itself.
+"""SigLIP's loss: a binary classification of every pair of a query and a key as matching or not.
 
-From queries [*, M, D] and keys [*, N, D] to a scalar, without the scores in memory.
+Queries [*, M, D] and keys [*, N, D] give a scalar, without the scores in memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def sigmoid_contrast(
     weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """The pairwise sigmoid loss (Zhai et al. 2023, arXiv 2303.15343, equation 1).
+    """Compute the pairwise sigmoid loss (Zhai et al. 2023, arXiv 2303.15343, equation 1).
 
     ``loss_m = -sum of log sigmoid(z_mn * (scale * q_m . k_n + bias)) over all n``, where z_mn is 1 for the keys n that
     are positives of query m, and -1 for all others. The mean over queries is the published loss.
@@ -39,7 +39,7 @@ def sigmoid_contrast(
         targets: [*, M] or [*, M, P] integers, the indices of each query's positive keys, -1 for none; a query without
             positives counts as one of weight 0. Default: key m for query m.
         scale: number or tensor without dimensions, with or without gradient.
-        bias: the same; added to all scores. The published start is -10.
+        bias: likewise; added to all scores. The published initial value is -10.
         weights: [*, M] non-negative weights of the queries; see :func:`cpc_ext.ops.info_nce`.
         reduction: "mean" over queries, "sum", or "none" for one value a query, [*, M].
 
@@ -63,9 +63,9 @@ def _options(
     bias: float | Tensor = 0.0,
     weights: Tensor | None = None,
 ) -> ContrastOptions:
-    """The contrast whose keys all have the same bias."""
+    """Return the options of a contrast whose keys all have the same bias."""
     key_bias = None
-    sound = isinstance(queries, Tensor) and isinstance(keys, Tensor) and keys.ndim >= 2  # Else they are refused later.
+    sound = isinstance(queries, Tensor) and isinstance(keys, Tensor) and keys.ndim >= 2  # Otherwise refused later.
     if sound and (isinstance(bias, Tensor) or bias != 0):
         dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
         key_bias = torch.as_tensor(bias, dtype=dtype, device=keys.device).expand(keys.shape[:-1])

@@ -1,8 +1,8 @@
-"""The first layer of encoders of sound: convolution of one channel, bias, channel norm and ReLU in one pass.
+"""The first layer of audio encoders: convolution of one channel, bias, channel norm and ReLU in one pass.
 
-Its output is by far the largest of such an encoder's, a hundred times the waveform for 512 channels, so that it takes
-as long as it is read and written, which separate layers do once each and again backward. Here it is written once, and
-the backward pass, which makes it anew from the waveform, reads nothing but its gradient.
+The output is by far the largest of such an encoder, a hundred times the waveform for 512 channels, so reading and
+writing it takes most of the time. Separate layers read and write it once each, and again in the backward pass. This op
+writes it once; its backward pass computes it again from the waveform, and reads only the gradient.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ def waveform_conv1d(
 ) -> Tensor:
     """Convolve waveforms, normalise each frame over its channels, and apply ReLU, in this order.
 
-    The CPU has a kernel for float32, bfloat16 and float16, which sums in float32 whatever the type. Elsewhere, in
-    float64, in forward-mode differentiation, and where a gradient in the waveforms may be asked for, it is a
-    composition of PyTorch's operations.
+    The CPU has a kernel for float32, bfloat16 and float16, which sums in float32. PyTorch's own operations compute the
+    layer on other devices, in float64, in forward-mode differentiation, and where a gradient in the waveforms may be
+    requested.
 
     Args:
         waveforms: [B, 1, T], float32, bfloat16, float16 or float64.
-        weight: [C, 1, K], of the waveforms' type.
-        bias: [C], or none.
+        weight: [C, 1, K], of the waveforms' dtype.
+        bias: [C], likewise, or None.
         stride: samples from one frame to the next.
-        padding: zeros on either side of a waveform.
-        scale, shift: [C], what normalised channels are multiplied by and then moved by; floating. Both or neither:
-            without them nothing is normalised. Normalising is by the mean and the unbiased variance over the C channels
-            of a frame, as CPC_audio's channel norm (Rivière et al. 2020, arXiv 2002.02848).
+        padding: number of zeros on either side of a waveform.
+        scale, shift: [C] floating, factor and summand of the normalised channels. Give both or neither: without them
+            nothing is normalised. Normalisation is by the mean and the unbiased variance over the C channels of a
+            frame, as in CPC_audio's channel norm (Rivière et al. 2020, arXiv 2002.02848).
         eps: added to the variance.
-        relu: set what is below zero to zero.
+        relu: whether to apply a ReLU to the result.
 
     Returns:
-        [B, C, L] with L = (T + 2 * padding - K) // stride + 1 and C last in memory, of the waveforms' type, or
-        autocast's. Differentiable in everything, once where the kernel runs.
+        [B, C, L] with L = (T + 2 * padding - K) // stride + 1 and C innermost in memory, of the waveforms' dtype, or
+        autocast's. Differentiable in all tensors, but only once where the kernel runs.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range.
@@ -82,7 +82,7 @@ def waveform_conv1d(
         if value is not None and (value.dtype not in DTYPES or value.dtype != waveforms.dtype):
             wanted = dtype_name(waveforms.dtype) if waveforms.dtype in DTYPES else ", ".join(map(dtype_name, DTYPES))
             raise TypeError(f"{name} must be {wanted}, got {dtype_name(value.dtype)}")
-    # Beyond the waveform all strides are alike; the op's schema knows 64 bits.
+    # All strides beyond the waveform are equivalent; the op's schema holds integers of 64 bits.
     stride = min(stride, waveforms.shape[2] + 2 * padding)
     op = _Layer(waveforms, weight, bias, scale, shift, stride, padding, float(eps), relu)
     if not _has_kernel(waveforms) or in_forward_mode() or may_need_gradients(waveforms):
@@ -139,7 +139,7 @@ class _Layer(NamedTuple):
 
 
 class _Gradient(NamedTuple):
-    """Arguments of the gradient in everything but the waveforms."""
+    """Arguments of the gradient in all tensors but the waveforms."""
 
     grad: Tensor
     layer: _Layer
@@ -156,7 +156,7 @@ def waveform_conv1d_reference(
     eps: float = 1e-5,
     relu: bool = False,
 ) -> Tensor:
-    """The op in plain PyTorch: oracle, and what runs where there is no kernel."""
+    """The op in plain PyTorch: the tests' reference, and the implementation where there is no kernel."""
     made = F.conv1d(waveforms, weight, bias, stride, padding).transpose(1, 2).contiguous().transpose(1, 2)
     if scale is not None and shift is not None:
         computed = made.float() if made.dtype in (torch.bfloat16, torch.float16) else made
@@ -171,7 +171,7 @@ def _has_kernel(values: Tensor) -> bool:
 
 
 def _empty(op: _Layer) -> Tensor:
-    """With a frame's channels side by side, as the layers that follow and the loss read them."""
+    """Allocate the result, a frame's channels adjacent in memory, as the following layers and the loss read them."""
     return op.waveforms.new_empty(op.waveforms.shape[0], op.frames, op.weight.shape[0]).transpose(1, 2)
 
 
