@@ -1,4 +1,4 @@
-"""Layers and losses made of ops."""
+"""Layers and losses built on the ops."""
 
 from cpc_ext.nn.across_ranks import gather_from_ranks
 from cpc_ext.nn.causal_attention import CausalTransformerLayer

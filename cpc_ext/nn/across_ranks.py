@@ -1,7 +1,7 @@
-"""Negatives of several processes: keys that every rank contrasts its queries with, whichever rank computed them.
+"""Negatives of several processes: every rank contrasts its queries with the keys of all ranks.
 
-Either the keys of all ranks are gathered, or each rank's keys travel round a ring and no rank ever holds those of more
-than one other. Both give gradients back to the keys' owners.
+Either all ranks' keys are gathered, or each rank's keys travel round a ring, so that no rank holds those of more than
+two others at a time. Both send the gradients back to the keys' owners.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cpc_ext.ops._library import differentiable_once, values_at_hand, without_au
 __all__ = ["EXCHANGES", "Exchange", "RingOutput", "exchange_with", "gather_from_ranks", "ring_info_nce"]
 
 EXCHANGES = ("none", "gather", "ring")
-# Dimensions whose sizes ranks compare, and PyTorch's types, of which they compare the places here.
+# Number of dimensions whose sizes ranks compare, and PyTorch's dtypes, which they compare by their index here.
 _DIMS = 7
 _TYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 
@@ -31,25 +31,25 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _uncompiled(function: Function) -> Function:
-    """:func:`torch.compiler.disable`, with a type, and without loading the compiler where nobody calls the function."""
+    """Do what :func:`torch.compiler.disable` does, typed, and load the compiler only when the function is called."""
     disabled: Any = _disable_dynamo(function)
     return cast(Function, disabled)
 
 
 def _position_in_world() -> tuple[int, int]:
-    """(rank, number of ranks) of the default process group; (0, 1) where there is none."""
+    """Return (rank, number of ranks) of the default process group; (0, 1) if there is none."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
 
 class Exchange(NamedTuple):
-    """Whose keys a loss contrasts its queries with: see :func:`exchange_with`.
+    """The ranks whose keys a loss contrasts its queries with; see :func:`exchange_with`.
 
     Attributes:
-        first: how many ranks' keys come before the rank's own in what :meth:`gathered` gives.
-        world: how many ranks' keys are contrasted.
-        ring: whether they pass by instead of being gathered.
+        first: number of ranks whose keys precede the rank's own in the result of :meth:`gathered`.
+        world: number of ranks whose keys are contrasted.
+        ring: whether keys travel round a ring instead of being gathered.
     """
 
     first: int
@@ -57,16 +57,16 @@ class Exchange(NamedTuple):
     ring: bool
 
     def gathered(self, keys: Tensor, dim: int = 0) -> Tensor:
-        """Keys of all ranks that are contrasted, in the order of the ranks; where they pass by, the own ones."""
+        """Return the keys of all contrasted ranks, in the order of the ranks; in a ring, the rank's own."""
         return keys if self.ring or self.world == 1 else gather_from_ranks(keys, dim)
 
     def own_of(self, size: int) -> slice:
-        """Where the rank's own are in what :meth:`gathered` gives, if each has so many."""
+        """Return the slice of the rank's own keys in the result of :meth:`gathered`, if each rank has ``size``."""
         return slice(self.first * size, (self.first + 1) * size)
 
 
 def exchange_with(name: str) -> Exchange:
-    """The exchange of this name in ``EXCHANGES``: with no rank, all by gathering, or all in a ring."""
+    """Return an exchange by its name in ``EXCHANGES``: with no other rank, with all by gathering, or in a ring."""
     rank, world = (0, 1) if name == "none" else _position_in_world()
     ring = name == "ring" and world > 1
     return Exchange(0 if ring else rank, world, ring)
@@ -74,24 +74,24 @@ def exchange_with(name: str) -> Exchange:
 
 @_uncompiled
 def gather_from_ranks(values: Tensor, dim: int = 0) -> Tensor:
-    """The values of all ranks along ``dim``, in the order of the ranks.
+    """Concatenate the values of all ranks along ``dim``, in the order of the ranks.
 
     The gradient of a rank's values is the sum of the gradients that all ranks have for them. So with a loss that is a
-    mean over a rank's own queries, gradients averaged over the ranks are those of the mean over all queries. The same
-    holds of further derivatives, each of which takes all ranks.
+    mean over a rank's own queries, gradients averaged over the ranks are those of the mean over all queries. This also
+    holds for higher derivatives, each of which requires a call on all ranks.
 
     Args:
-        values: [..., n, ...], of one shape and type on all ranks of the default process group, all of which must call
-            this, and must call backward, in the same order.
+        values: [..., n, ...], of one shape and dtype on all ranks of the default process group. All ranks must call
+            this function, and backward, in the same order.
         dim: the dimension that grows from n to n times the number of ranks.
 
     Returns:
-        [..., n * ranks, ...], a rank's own from ``rank * n`` on. Without a group, or with one rank, ``values``.
+        [..., n * ranks, ...]; a rank's own values begin at ``rank * n``. Without a group, or with one rank, ``values``.
 
     Raises:
         IndexError: a dim that values do not have.
-        ValueError: on the CPU, shapes or types that differ. Other devices would have to wait for the answer; there
-            ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` makes PyTorch find it.
+        ValueError: on the CPU, shapes or dtypes that differ. On other devices the check would stall the stream; there
+            ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` makes PyTorch check.
     """
     if _position_in_world()[1] == 1:
         return values
@@ -100,9 +100,9 @@ def gather_from_ranks(values: Tensor, dim: int = 0) -> Tensor:
 
 
 def _check_alike(name: str, values: Tensor) -> None:
-    """Raise a ValueError where the CPU's values have another shape or type on another rank.
+    """Raise ValueError if values on the CPU have another shape or dtype on another rank.
 
-    On another shape gloo ends the process; of a type of as many bits it takes the bits as they are.
+    gloo itself ends the process if shapes differ, and reinterprets the bits of another dtype of the same size.
     """
     if values.device.type != "cpu":
         return
@@ -132,7 +132,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _SumForOwner(torch.autograd.Function):
-    """The transpose of _Gather: a rank's part of what all ranks together have for the parts of each."""
+    """The transpose of _Gather: the sum of all ranks' gradients for a rank's own values."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, dim: int, size: int) -> Tensor:
@@ -156,7 +156,7 @@ class RingOutput(NamedTuple):
 
     Attributes:
         loss: [*, M] in nats.
-        rank: int64 [*, M], how many keys score at least as high as the positive one; 0 where it is the best.
+        rank: int64 [*, M], the number of keys that score at least as high as the positive; 0 if it scores highest.
     """
 
     loss: Tensor
@@ -173,21 +173,21 @@ def ring_info_nce(
     exclude: Tensor | None = None,
     key_range: Tensor | None = None,
 ) -> RingOutput:
-    """InfoNCE of this rank's queries against the keys of all ranks, which pass by one rank's at a time.
+    """Compute InfoNCE of this rank's queries against the keys of all ranks, which travel round a ring of the ranks.
 
-    Equal to :func:`cpc_ext.ops.info_nce` with gathered keys. No logits are in memory, nor keys of more than two other
-    ranks; what grows with the number of ranks is one number a query. Backward sends the keys round once more, and with
-    them their gradient, to which each rank adds its part. As that takes every rank, all must call both, in the same
-    order. Where there is no other, a rank's own keys are all there are. Autocast rounds nothing. Differentiable once;
-    differentiating the gradient is a RuntimeError.
+    Equal to :func:`cpc_ext.ops.info_nce` with gathered keys. Neither logits nor keys of more than two other ranks are
+    in memory; only one number per query grows with the number of ranks. The backward pass sends the keys round again,
+    together with their gradient, to which each rank adds its part. All ranks must call both passes, in the same order.
+    With a single rank, its own keys are contrasted. Autocast does not apply. Differentiable once; differentiating the
+    gradient raises a RuntimeError.
 
     Args:
         queries: [*, M, D].
-        keys: [*, N, D], of one shape and type on all ranks. They travel in their own type.
-        targets: integers [*, M], indices of the positive keys, which are this rank's own.
+        keys: [*, N, D], of one shape and dtype on all ranks; they are sent in their own dtype.
+        targets: integers [*, M], indices of the positive keys among this rank's own.
         scale: factor of the dot products, a number or a tensor without dimensions, which may have a gradient.
-        exclude: integers [*, M] or [*, M, E], this rank's own keys to leave out of each row, -1 for none.
-        key_range: integers [*, M, 2], begin and end of the keys of every rank that a row contrasts.
+        exclude: integers [*, M] or [*, M, E], keys of this rank to leave out for each query, -1 for none.
+        key_range: integers [*, M, 2], begin and end of the keys of every rank that a query contrasts.
 
     Raises:
         TypeError, ValueError, IndexError: as :func:`cpc_ext.ops.info_nce`; a target of -1 is an IndexError on the CPU.
@@ -198,7 +198,7 @@ def ring_info_nce(
         raise ValueError(f"targets must be one positive a query, got shape {tuple(targets.shape)}")
     if values_at_hand(targets) and targets.numel() and int(targets.min()) < 0:
         raise IndexError(f"targets must be in 0..{keys.shape[-2] - 1}, got {int(targets.min())}")
-    # Autocast would round queries and keys once more.
+    # Autocast would round queries and keys.
     with without_autocast(queries.device):
         if _position_in_world()[1] == 1:
             result = contrast(queries, keys, options, reduction="none")
@@ -222,8 +222,8 @@ def ring_info_nce(
 class _Ring(torch.autograd.Function):
     """Losses and ranks [B, M] of queries [B, M, D] against a rank's own keys [B, N, D] and those of all others.
 
-    The loss against the own keys is log(sum of exp(s - positive)). The other ranks' keys add exp(log-sum - positive) to
-    that sum, and the gradients against each rank's keys count in the whole by its share of the sum.
+    The loss against the own keys is log(sum of exp(s - positive)). The keys of each other rank add
+    exp(log-sum - positive) to that sum, and the gradients for a rank's keys are weighted by its share of the sum.
     """
 
     @staticmethod
@@ -240,7 +240,7 @@ class _Ring(torch.autograd.Function):
         world = _position_in_world()[1]
         parts: list[Results] = []
         for hop in range(world):
-            # The next keys travel while these are used.
+            # The next keys are received while these are used.
             arriving, transfers = _pass_on(passing) if hop < world - 1 else (passing, [])
             parts.append(part(hop, passing, parts[0].bests if parts else None))
             _wait(transfers)
@@ -249,7 +249,7 @@ class _Ring(torch.autograd.Function):
         logs = torch.stack([first.loss, *(other.loss - first.bests for other in others)])
         loss = logs.logsumexp(0)
         shares = (logs - loss).exp()
-        # The kernels give a row whose indices are wrong the rank -1.
+        # The kernels give rows with invalid indices the rank -1.
         rank = torch.where(first.rank < 0, -1, torch.stack([one.rank for one in parts]).sum(0))
         slope = None
         if wants_slopes:
@@ -266,13 +266,13 @@ class _Ring(torch.autograd.Function):
         queries, own, scales, shares, rank, slope, targets, exclude, key_range = saved
         # A row of gradient 0 is absent, whatever it holds.
         weights = torch.where(gradient == 0, 0, gradient * shares)
-        # Rows whose indices are wrong are for the op with the own keys to refuse; the other keys have no part in them.
+        # The op with the own keys reports rows with invalid indices; the other keys contribute nothing to them.
         weights[1:].masked_fill_(rank < 0, 0)
-        # The positive's own slope counts in full, of which the first op's has its share only.
+        # The positive's own slope of -1 counts in full, but the first op includes only its share: add the rest.
         pull = (-weights[1:].sum(0) * ctx.scale * (1 if scales is None else scales)).unsqueeze(-1)
         places = _places(own, targets)
         query_gradient = torch.where(pull == 0, 0, pull * own.gather(1, places))
-        # The gradient travels one turn further than its keys: with the last of them it comes home.
+        # The gradient is passed on once more than its keys, which returns it to their owner.
         key_gradient = torch.zeros_like(own, dtype=pull.dtype)
         key_gradient.scatter_add_(1, places, torch.where(pull == 0, 0, pull * queries))
         passing = own
@@ -303,7 +303,7 @@ def _of_hop(
     key_range: Tensor | None,
     scale: float,
 ) -> Contrast:
-    """The contrast with the keys that are here after so many hops; positives and exclusions are of the own ones."""
+    """Return the contrast with the keys present after ``hop`` hops; only the own have positives and exclusions."""
     own = hop == 0
     return Contrast(
         queries=queries,
@@ -324,12 +324,12 @@ def _of_hop(
 
 
 def _places(keys: Tensor, targets: Tensor) -> Tensor:
-    """Where in keys [B, N, D] the features of targets [B, M, 1] are, [B, M, D]; of wrong ones somewhere."""
+    """Return indices [B, M, D] that gather targets [B, M, 1] from keys [B, N, D]; invalid targets are clamped."""
     return targets.clamp(0, keys.shape[1] - 1).expand(-1, -1, keys.shape[2])
 
 
 def _pass_on(values: Tensor) -> tuple[Tensor, list[dist.Work]]:
-    """Send values to the next rank while the previous one's arrive: where they will be, and what to wait for."""
+    """Send values to the next rank and receive the previous one's; return their buffer, and transfers to wait for."""
     rank, world = _position_in_world()
     arriving = torch.empty_like(values)
     transfers = dist.batch_isend_irecv(

@@ -1,4 +1,4 @@
-"""A transformer's layer that sees what came before, and how long before, in sequences [B, L, D]."""
+"""A causal transformer layer with relative positions, for sequences [B, L, D]."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ __all__ = ["CausalTransformerLayer"]
 class CausalTransformerLayer(Module):
     """CPC_audio's layer (Rivière et al. 2020, arXiv 2002.02848): attention to the past, then two linear maps.
 
-    Heads attend to positions j ≤ i with ``softmax((q_i · k_j + q_i · R_{i - j}) / sqrt(D / heads))``; the sums with the
-    input are normalised behind attention and behind the linear maps: ``y = LN(x + attention(x))``,
+    Heads attend to positions j ≤ i with ``softmax((q_i · k_j + q_i · R_{i - j}) / sqrt(D / heads))``. The sums with the
+    input are normalised after attention and after the linear maps: ``y = LN(x + attention(x))``,
     ``LN(y + W_2 relu(W_1 y))``. Attention has no biases.
 
     Args:
         channels: D.
-        positions: the longest sequence whose distances are known. None: there is no R, for sequences of any length.
+        positions: length of the longest sequence. None: no R, for sequences of any length.
         heads: number of heads, which share R.
         hidden: channels between the two linear maps.
-        dropout: of attention weights, and of what is between the linear maps.
+        dropout: dropout rate of the attention weights and of the channels between the linear maps.
 
     Attributes:
-        relative: R, [positions, D / heads], of the distances 0, 1, ...; starts uniform in ±(D / heads)**-0.5.
+        relative: R, [positions, D / heads], by distance 0, 1, ...; initially uniform in ±(D / heads)**-0.5.
 
     Raises:
         ValueError: channels that heads do not divide, or an argument out of range.
@@ -55,7 +55,7 @@ class CausalTransformerLayer(Module):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, input: Tensor) -> Tensor:
-        """[B, L, D] → [B, L, D].
+        """Apply the layer: [B, L, D] → [B, L, D].
 
         Raises:
             ValueError: a sequence longer than ``positions``.
@@ -86,15 +86,15 @@ class CausalTransformerLayer(Module):
         return attended.transpose(1, 2).flatten(2)
 
     def _by_distance(self, query: Tensor) -> Tensor:
-        """q_i · R_{i - j} of queries [B, heads, L, size] → [B, heads, L, L]; anything where j > i."""
+        """Return q_i · R_{i - j} of queries [B, heads, L, size], [B, heads, L, L]; undefined where j > i."""
         assert self.relative is not None
         length = query.shape[2]
         if length > len(self.relative):
             raise ValueError(
                 f"a sequence of {length} is longer than the {len(self.relative)} positions whose distances are known"
             )
-        # Column c is of the distance L - 1 - c. With one more in front, the same numbers in rows of L instead of L + 1
-        # are shifted by one more place in each row.
+        # Column c holds distance L - 1 - c. With one column more in front, reading the numbers in rows of L instead of
+        # L + 1 shifts each row by one position more than the row before.
         products = F.pad(query @ self.relative[:length].flip(0).t(), (1, 0))
         shifted = products.flatten(2).unflatten(2, (length + 1, length))
         by_distance: Tensor = shifted[:, :, 1:]

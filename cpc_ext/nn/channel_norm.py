@@ -1,4 +1,4 @@
-"""Normalisation over the channels of a sequence, by itself at each of its places."""
+"""Normalisation over the channels of a sequence, separately at each position."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ __all__ = ["ChannelNorm"]
 class ChannelNorm(Module):
     """Normalise a sequence over its channels: the encoders' norm of Rivière et al. 2020, arXiv 2002.02848.
 
-    The variance is the unbiased one, over C - 1, which tells it from :class:`torch.nn.LayerNorm`.
+    Unlike in :class:`torch.nn.LayerNorm`, the variance is the unbiased one, divided by C - 1.
 
     Args:
         channels: C, at least 2.
         eps: added to the variance.
 
     Attributes:
-        weight, bias: [C]; they start as 1 and 0.
+        weight, bias: [C], initially 1 and 0.
 
     Raises:
-        ValueError: fewer channels than a variance needs.
+        ValueError: fewer than 2 channels.
     """
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
@@ -37,7 +37,7 @@ class ChannelNorm(Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, input: Tensor) -> Tensor:
-        """[B, C, L] → [B, C, L], with C last in memory."""
+        """Normalise [B, C, L] → [B, C, L], with C innermost in memory."""
         # PyTorch's kernel divides the variance by C: var / (C - 1) + eps is (var / C + eps * share) / share.
         share = (self.channels - 1) / self.channels
         sequence = F.layer_norm(

@@ -1,4 +1,4 @@
-"""CLIP's loss: each image picks its text out of the batch, and each text its image."""
+"""CLIP's loss: each image identifies its text in the batch, and each text its image."""
 
 from __future__ import annotations
 
@@ -16,27 +16,29 @@ class CLIPLoss(ImageTextLoss):
     """Contrastive language-image pre-training (Radford et al. 2021, arXiv 2103.00020, figure 3).
 
     ``(cross-entropy of the rows + cross-entropy of the columns) / 2`` of the logits ``scale · image_m · text_n``, where
-    m belongs to m. It is called as open_clip's ``ClipLoss`` is, and gives the same values and gradients, from scores
-    that are computed once and never in memory.
+    text m is the positive of image m. Arguments, values and gradients are those of open_clip's ``ClipLoss``, but scores
+    are computed once and never in memory.
 
-    Where several processes share a batch, each passes its own pairs, as many as the others. Either as in open_clip, by
-    ``world_size`` and what goes with it: without ``local_loss`` every process has the loss of all pairs, with it that
-    of its own; without ``gather_with_grad`` no gradient comes back from other processes' losses. Or by
-    ``gather_negatives``, which asks the process group for the ranks: the loss is that of the process's own pairs, with
-    all gradients (``local_loss`` and ``gather_with_grad``). Averaged over the processes, as by
-    DistributedDataParallel, those are the gradients of one process with the whole batch; without ``gather_with_grad``
-    they are not.
+    Where several processes share a batch, each passes its own pairs, the same number on all, in one of two ways:
+
+    - As in open_clip, with ``world_size`` and ``rank``. Without ``local_loss`` every process has the loss of all pairs,
+      with it that of its own; without ``gather_with_grad`` no gradient comes back from other processes' losses.
+    - With ``gather_negatives``, which takes the ranks from the process group. The loss is that of the process's own
+      pairs, with all gradients, as with ``local_loss`` and ``gather_with_grad``.
+
+    Averaged over the processes, as by DistributedDataParallel, gradients are those of one process with the whole batch;
+    without ``gather_with_grad`` they are not.
 
     Args:
         local_loss, gather_with_grad: see above.
-        cache_labels: without effect, as there are no labels.
-        rank, world_size: of the default process group; a world of 1 contrasts the process's own pairs, whatever there
-            is of a group.
-        use_horovod: False.
-        gather_negatives: "none", "gather" or "ring" as :class:`cpc_ext.nn.NTXentLoss` has them, in place of all these.
+        cache_labels: no effect, as there are no labels.
+        rank, world_size: those of the default process group. With a world_size of 1 the process's own pairs are
+            contrasted, even where there is a group.
+        use_horovod: must be False.
+        gather_negatives: "none", "gather" or "ring", as in :class:`cpc_ext.nn.NTXentLoss`; replaces all of the above.
 
     Raises:
-        ValueError: an argument that is none of those above.
+        ValueError: an argument with another value.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class CLIPLoss(ImageTextLoss):
     def _loss(self, images: Tensor, texts: Tensor, scale: float | Tensor, bias: float | Tensor | None) -> Tensor:
         loss = self._contrast(images, texts, scale)
         if isinstance(bias, Tensor):
-            # It changes nothing, but DistributedDataParallel waits for the gradient of every parameter.
+            # A no-op, because DistributedDataParallel waits for the gradient of every parameter.
             loss = loss + 0 * bias.to(loss)
         return loss
 
@@ -82,7 +84,7 @@ class CLIPLoss(ImageTextLoss):
         return info_nce(images, texts, scale=scale, symmetric=True).loss
 
     def _gathered(self, values: Tensor, exchange: Exchange, local: bool) -> Tensor:
-        """Values of all ranks, with the gradients that there are to be."""
+        """Return the values of all ranks, with gradients as the arguments of the loss require."""
         if self.gather_with_grad or self.gather_negatives is not None:
             return exchange.gathered(values)
         every = exchange.gathered(values.detach())

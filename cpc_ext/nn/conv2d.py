@@ -1,6 +1,6 @@
-"""PyTorch's convolution layer, on the kernels of :func:`cpc_ext.ops.conv2d` where they are faster.
+"""PyTorch's convolution layer, with the kernels of :func:`cpc_ext.ops.conv2d` where they are faster.
 
-From input [B, C, H, W] to [B, O, H', W']. A ReLU of the input and an added residual may come with a call, so that a
+Input [B, C, H, W] gives [B, O, H', W']. A call can include a ReLU of the input and an added residual, so that a
 pre-activation block makes no pass over memory for them.
 """
 
@@ -17,19 +17,19 @@ from cpc_ext.ops.conv2d import conv2d, conv2d_passing
 
 __all__ = ["Conv2d", "kernel_pays"]
 
-# What python/benchmarks/conv2d_choice.csv was measured with; "native" is one of these where it was built.
+# SIMD levels of the measurements in python/benchmarks/conv2d_choice.csv; "native" may be one of them.
 _IS_MEASURED = native.build_info()["simd"] in ("avx512", "avx512_bf16", "native")
 
 
 class _Pays(NamedTuple):
-    """Maps of up to so many pixels, at least so many in a batch of eight images or more, and channels on both sides."""
+    """Bounds within which the kernel is faster: most pixels of a map, and fewest pixels in a batch and channels."""
 
     most_pixels: int
     pixels_in_batch: int
     channels: int
 
 
-# By type, side of the kernel up to 1, 3 and above, and whether there is a stride.
+# By dtype, side of the kernel (1; 3 for up to 3; 5 for more), and whether the stride is above 1.
 _RULES: dict[tuple[torch.dtype, int, bool], tuple[_Pays, ...]] = {
     (torch.float32, 1, False): (_Pays(1024, 1000, 64),),
     (torch.float32, 1, True): (_Pays(256, 256, 16), _Pays(1024, 4000, 128)),
@@ -58,17 +58,17 @@ _FEWEST_IMAGES = 8
 def kernel_pays(
     dtype: torch.dtype, batch: int, channels: tuple[int, int], size: tuple[int, int], kernel: int, stride: int
 ) -> bool:
-    """Whether the CPU's kernel is faster than PyTorch's convolution, forwards and backwards together.
+    """Return whether the CPU's kernel is faster than PyTorch's convolution, forward and backward together.
 
-    The rule sums up what ``python/benchmarks/conv2d_choice.py`` has measured, which is beside it as a table.
+    The rules summarise measurements of ``python/benchmarks/conv2d_choice.py``, in the table beside it.
 
     Args:
-        dtype: what is convolved.
-        batch: images.
-        channels: of input and output.
+        dtype: dtype of the convolution.
+        batch: number of images.
+        channels: numbers of channels of input and output.
         size: rows and columns of the output.
         kernel: the longer side of the kernel.
-        stride: of the convolution.
+        stride: stride of the convolution.
     """
     if batch < _FEWEST_IMAGES:
         return False
@@ -80,19 +80,20 @@ def kernel_pays(
 
 
 class Conv2d(nn.Conv2d):
-    """:class:`torch.nn.Conv2d`: the same arguments, parameters and state dict, and up to rounding the same results.
+    """:class:`torch.nn.Conv2d` with the same arguments, parameters and state dict, and up to rounding the same results.
 
-    On a CPU with AVX-512, where :func:`kernel_pays` says so, :func:`cpc_ext.ops.conv2d` computes it, whose results have
-    the channels innermost in memory. Else, and in forward-mode differentiation, in ``torch.export``, with groups,
-    strides or dilations that differ between rows and columns, padding other than zeros or "same" padding, PyTorch does.
+    On a CPU with AVX-512, :func:`cpc_ext.ops.conv2d` computes the convolution where :func:`kernel_pays` says that it is
+    faster; its results are channels-last. In all other cases PyTorch does: also in forward-mode differentiation and
+    ``torch.export``, with groups, with strides or dilations that differ between rows and columns, with padding modes
+    other than zeros, and with padding given as a string.
     """
 
-    if TYPE_CHECKING:  # What a call gives, which PyTorch declares to be anything.
+    if TYPE_CHECKING:  # PyTorch declares the result of a call as Any.
 
         def __call__(self, input: Tensor, *, relu_input: bool = False, residual: Tensor | None = None) -> Tensor: ...
 
     def forward(self, input: Tensor, *, relu_input: bool = False, residual: Tensor | None = None) -> Tensor:
-        """Convolve, after a ReLU of the input where ``relu_input``; ``residual``, of the result's shape, is added."""
+        """Convolve, with a ReLU of the input if ``relu_input``, and add ``residual``, which has the result's shape."""
         if self.takes_kernel(input):
             return conv2d(input, self.weight, self.bias, **self._geometry(), relu_input=relu_input, residual=residual)
         output = super().forward(torch.relu(input) if relu_input else input)
@@ -103,16 +104,17 @@ class Conv2d(nn.Conv2d):
         return output + (residual if autocast_dtype(input.device) is None else residual.to(output.dtype))
 
     def passing(self, input: Tensor, *, relu_input: bool = False) -> tuple[Tensor, Tensor]:
-        """What a call without residual gives, and the input: what else uses that is to use the second result.
+        """Return the result of a call without residual, and the input, for other uses of it.
 
-        Where the kernel runs, gradients that come back to that are added as it writes the input's.
+        Other uses of the input must take the second result: where the kernel runs, it adds their gradient while it
+        writes that of the input.
         """
         if self.takes_kernel(input):
             return conv2d_passing(input, self.weight, self.bias, **self._geometry(), relu_input=relu_input)
         return self.forward(input, relu_input=relu_input), input
 
     def takes_kernel(self, input: Tensor) -> bool:
-        """Whether a call with such an input runs on the kernel."""
+        """Return whether the kernel computes a call with this input."""
         if input.device.type != "cpu" or input.ndim != 4 or not _IS_MEASURED:
             return False
         if not (may_take_kernels() and self._is_covered()):
@@ -123,7 +125,7 @@ class Conv2d(nn.Conv2d):
             (side + 2 * pad - geometry["dilation"] * (k - 1) - 1) // geometry["stride"] + 1
             for side, pad, k in zip(input.shape[2:], geometry["padding"], self.kernel_size, strict=True)
         )
-        if min(rows, columns) < 1:  # PyTorch says what is wrong.
+        if min(rows, columns) < 1:  # PyTorch raises the error.
             return False
         channels = self.in_channels, self.out_channels
         return kernel_pays(dtype, input.shape[0], channels, (rows, columns), max(self.kernel_size), geometry["stride"])

@@ -1,4 +1,4 @@
-"""Decoupled contrastive learning: NT-Xent whose positives are no part of what they are compared with."""
+"""Decoupled contrastive learning: NT-Xent without the positive in the denominator."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class DecoupledContrastiveLoss(Module):
     """Decoupled contrastive loss (Yeh et al. 2022, arXiv 2110.06848, equation 6).
 
     ``-w(i, j) sim(i, j) / τ + log Σ_k exp(sim(i, k) / τ)``, the mean over the views i, with their other views j, the
-    sum over all views k of other images, sim the cosine similarity. It is called as lightly's ``DCLLoss`` is, and gives
-    the same. Where several processes share a batch, each passes its own images; the loss is that of its own views.
+    sum over all views k of other images, sim the cosine similarity. Arguments and results are those of lightly's
+    ``DCLLoss``. Where several processes share a batch, each passes its own images; the loss is that of its own views.
 
     Args:
         temperature: τ.
-        weight_fn: w, from two tensors [N, D] of views of length 1 to [N]. None: 1. It is asked both ways round.
-        gather_distributed: whether views of all processes are contrasted, which are gathered.
+        weight_fn: w, a function of two tensors [N, D] of unit vectors that returns [N]; called in both orders. None: 1.
+        gather_distributed: whether to gather and contrast the views of all processes.
 
     Raises:
-        TypeError, ValueError: a temperature that is no number, or not positive.
+        TypeError, ValueError: a temperature that is not a positive number.
     """
 
     def __init__(
@@ -46,23 +46,23 @@ class DecoupledContrastiveLoss(Module):
         self.gather_negatives = "gather" if gather_distributed else "none"
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """The loss of two views of N images, a scalar in float32, or float64 for float64.
+        """Compute the loss of two views of N images, a scalar in float32, or float64 for float64.
 
         Args:
             first, second: floating [N, D], of any finite length, 0 included; row n of both is of image n.
 
         Raises:
-            TypeError: views that are no floating tensors.
-            ValueError: views of different shapes, one image without others, or weights that are not [N].
+            TypeError: views that are not floating tensors.
+            ValueError: views of different shapes, a single image, or weights that are not [N].
         """
         check_views(first, second)
-        # In float32 at least, under autocast too: the temperature multiplies a rounding of the similarity by 10.
+        # At least in float32, even under autocast: a temperature of 0.1 multiplies rounding of the similarity by 10.
         with without_autocast(first.device):
             views = unit_views(first, second)
             return self._negatives(views) - self._positives(*views.chunk(2))
 
     def _negatives(self, views: Tensor) -> Tensor:
-        """The mean log-sum-exp of views [2 N, D], the second views after the first."""
+        """Return the mean log-sum-exp of views [2 N, D], the second views after the first."""
         exchange = exchange_with(self.gather_negatives)
         count = views.shape[0]
         if count * exchange.world < 4:
@@ -73,7 +73,7 @@ class DecoupledContrastiveLoss(Module):
         return contrast(views, exchange.gathered(views), options, measure="log_sum", reduction="mean").loss
 
     def _positives(self, first: Tensor, second: Tensor) -> Tensor:
-        """The mean weighted score of the other view."""
+        """Return the mean weighted score of the other view."""
         scores = (first * second).sum(1) / self.temperature
         if self.weight_fn is None:
             return scores.mean()

@@ -1,7 +1,7 @@
-"""Delta-orthogonal weights: a convolution that starts as an orthogonal map of every pixel's channels to themselves.
+"""Delta-orthogonal weights: a convolution that starts as an orthogonal map of each pixel's channels.
 
-All taps but the middle one are zero, and that one is an orthogonal matrix, so that neither signals nor gradients grow
-or shrink on their way through many layers.
+The middle tap is an orthogonal matrix and all other taps are zero, so that neither activations nor gradients grow or
+shrink through many layers.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ __all__ = ["delta_orthogonal_"]
 def delta_orthogonal_(weight: Tensor, gain: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
     """Fill the weight of a convolution in place (Xiao et al. 2018, arXiv 1806.05393, algorithm 1), and return it.
 
-    The paper wants at least as many output as input channels. Where there are fewer, the rows of the middle tap are
+    The paper requires at least as many output as input channels. With fewer, the rows of the middle tap are
     orthonormal instead of its columns, as with :func:`torch.nn.init.orthogonal_`.
 
     Args:
         weight: [O, I, kh, kw] with odd kernel sizes.
-        gain: factor of the orthogonal matrix; sqrt(2) where a ReLU comes before.
-        generator: of the matrix.
+        gain: factor of the orthogonal matrix; sqrt(2) if a ReLU precedes the convolution.
+        generator: generator of the random matrix.
 
     Raises:
         ValueError: a weight of another shape.

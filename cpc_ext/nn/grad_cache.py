@@ -1,7 +1,7 @@
-"""Contrastive batches larger than what an encoder can be differentiated on at once (Gao et al. 2021, arXiv 2101.06983).
+"""Contrastive batches too large for one backward pass through an encoder (Gao et al. 2021, arXiv 2101.06983).
 
-A contrastive loss needs the embeddings of the whole batch, but not their graph: with the gradients of the embeddings
-known, each chunk of the batch can be encoded anew and differentiated by itself.
+A contrastive loss needs the embeddings of the whole batch, but not their graph: once the gradients of the embeddings
+are known, each chunk of the batch can be encoded again and differentiated separately.
 """
 
 from __future__ import annotations
@@ -29,42 +29,43 @@ def grad_cache(
     *,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Tensor:
-    """The loss of a batch whose encoders are differentiated a chunk at a time; gradients are added to ``.grad``.
+    """Compute the loss of a batch and its gradients, differentiating the encoders one chunk at a time.
 
-    In place of ``loss_fn(*(encoder(x) for encoder, x in zip(encoders, inputs))).backward()``, and with its gradients::
+    Gradients are added to ``.grad``. The call replaces ``loss_fn(*(encoder(x) for encoder, x in zip(encoders,
+    inputs))).backward()``, and gives the same gradients::
 
         loss = grad_cache(loss_fn, (image_encoder, text_encoder), (images, tokens), chunk_size=64)
         optimizer.step()
 
-    All of the batch is encoded in chunks without a graph, the loss is differentiated in the embeddings, and each chunk
-    is encoded once more, with a graph, and differentiated. Activations are those of a chunk, for the time of a second
-    forward pass. The random numbers of the first pass come again in the second, so that dropout is the same. Encoders
-    in which samples of a batch meet are another matter: batch norm takes its statistics over a chunk, and updates its
-    running ones twice.
+    The whole batch is first encoded in chunks without a graph, and the loss is differentiated in the embeddings. Then
+    each chunk is encoded again, with a graph, and differentiated. Only the activations of one chunk are in memory, at
+    the cost of a second forward pass. The second pass repeats the random numbers of the first, so that dropout is the
+    same. Encoders in which the samples of a batch interact give other results: batch norm takes its statistics over a
+    chunk, and updates its running ones twice.
 
     Autocast may be on; it is off while gradients are formed. An encoder with ``no_sync``, such as
-    ``DistributedDataParallel``, waits for its last chunk until it averages gradients, and ``loss_fn`` may gather
-    embeddings. Parameters that only the loss has, such as a temperature, must not be among those that it averages.
+    ``DistributedDataParallel``, averages gradients only with its last chunk, and ``loss_fn`` may gather embeddings.
+    Parameters of the loss alone, such as a temperature, must not be among those that the encoder averages.
 
     Args:
-        loss_fn: takes what each encoder gives for the whole batch, gives a scalar.
-        encoders: one, or one for each of the inputs; the same may be there twice. It takes a chunk of its input, as
-            several arguments where that is a tuple, by name where it is a mapping, and gives [chunk, ...].
-        inputs: of a single encoder its input, else one for each: a tensor [B, ...], or a tuple or mapping of such; what
-            is no tensor goes to every chunk.
-        chunk_size: samples of a chunk, at most.
+        loss_fn: takes the embeddings of the whole batch from each encoder, and returns a scalar.
+        encoders: one encoder, or one for each of the inputs, which may be the same. An encoder takes a chunk of its
+            input, a tuple as several arguments and a mapping as keyword arguments, and returns [chunk, ...].
+        inputs: the input of a single encoder, else one for each: a tensor [B, ...], or a tuple or mapping of such;
+            other values are passed with every chunk.
+        chunk_size: largest number of samples in a chunk.
         scaler: multiplies the loss before gradients are formed, as in ``scaler.scale(loss).backward()``.
 
     Returns:
         The loss, without a graph and not scaled.
 
     Raises:
-        TypeError: a chunk_size that is no int.
-        ValueError: a chunk_size below 1, other numbers of encoders and inputs, or an input without a tensor or with
+        TypeError: a chunk_size that is not an int.
+        ValueError: a chunk_size below 1, different numbers of encoders and inputs, or an input without a tensor or with
             tensors of different lengths.
     """
     check_integer("chunk_size", chunk_size, 1)
-    if isinstance(encoders, nn.ModuleList):  # Which is callable, though it computes nothing.
+    if isinstance(encoders, nn.ModuleList):  # It is callable, but computes nothing.
         encoders = [*encoders]
     elif callable(encoders):
         encoders, inputs = [encoders], [inputs]
@@ -96,7 +97,7 @@ class _Chunk(NamedTuple):
 
 
 class _Random(NamedTuple):
-    """Where random number generators were: the CPU's, and those of devices of one kind."""
+    """States of random number generators: the CPU's, and those of devices of one kind."""
 
     cpu: Tensor
     kind: str
@@ -105,7 +106,7 @@ class _Random(NamedTuple):
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        """A context in which the generators give the same numbers once more, after which they go on as they were."""
+        """Return a context in which the generators repeat their numbers; afterwards their present state is restored."""
         with torch.random.fork_rng(self.devices, device_type=self.kind):
             torch.set_rng_state(self.cpu)
             set_device_states(self.devices, self.states, device_type=self.kind)
@@ -113,14 +114,14 @@ class _Random(NamedTuple):
 
 
 class _First(NamedTuple):
-    """What a chunk was encoded as the first time, and with which random numbers."""
+    """The embeddings of a chunk from the first pass, and the random state before it."""
 
     embedded: Tensor
     random: _Random
 
 
 class _Work(NamedTuple):
-    """A chunk to be encoded again, and the gradient of what it is encoded as."""
+    """A chunk to be encoded again, and the gradient of its embeddings."""
 
     encoder: Callable[..., Tensor]
     chunk: _Chunk
@@ -128,7 +129,7 @@ class _Work(NamedTuple):
     gradient: Tensor
 
     def differentiate(self, *, last: bool) -> None:
-        """last: whether the encoder, if it averages gradients of processes, does so now."""
+        """Encode and differentiate the chunk. last: whether the encoder may now average gradients over processes."""
         no_sync = contextlib.nullcontext if last else getattr(self.encoder, "no_sync", contextlib.nullcontext)
         with no_sync():
             with self.random.again():

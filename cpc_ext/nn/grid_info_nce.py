@@ -1,8 +1,8 @@
 """The objective of contrastive predictive coding on a grid: contexts predict the encodings some rows below.
 
-From encodings [directions, B, D, rows, cols] and contexts [directions, B, E, rows, cols] to the InfoNCE loss of every
-direction and step, and their mean. The matrices W_k are multiplied into the contexts, not into the encodings, so that
-all steps and directions share the encodings as keys, and no encoding is gathered.
+Encodings [directions, B, D, rows, cols] and contexts [directions, B, E, rows, cols] give the InfoNCE loss of every
+direction and step, and their mean. The matrices W_k multiply the contexts, not the encodings, so that all steps of a
+direction share the encodings as keys, and no encoding is gathered.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ __all__ = [
     "turned_grids",
 ]
 
-# Devices where sampled keys are contrasted as predictions are made, which takes the CPU a third to 40 % less time than
-# products whose results are contrasted. CUDA would multiply also the contexts that a step does not use.
+# Devices on which predict_and_contrast contrasts sampled keys, which takes the CPU a third to 40 % less time than
+# computing the predictions first. On CUDA it would also multiply the contexts that a step does not use.
 _CONTRASTS_AS_PREDICTED = ("cpu",)
 
 
@@ -43,7 +43,7 @@ class GridInfoNCEOutput(NamedTuple):
     Attributes:
         loss: scalar in nats, the mean over positions, then steps, then directions.
         accuracy: scalar, the fraction of positives that score highest, averaged likewise; without gradient.
-        mutual_information: scalar, log of the number of keys contrasted minus the loss, averaged likewise: a lower
+        mutual_information: scalar, log of the number of contrasted keys minus the loss, averaged likewise: a lower
             bound on the mutual information of contexts and encodings, in nats; without gradient.
         step_losses: [directions, steps], the loss of each step; without gradient.
         step_accuracies: [directions, steps]; without gradient.
@@ -57,12 +57,12 @@ class GridInfoNCEOutput(NamedTuple):
 
 
 def turned_grids(encodings: Tensor, directions: int) -> Tensor:
-    """The grid of every direction d, turned clockwise by 90° d times.
+    """Return the grid turned clockwise by 90° d times, for every direction d.
 
     [B, D, rows, cols] → [directions, B, D, rows, cols].
 
     Raises:
-        ValueError: encodings of another shape, or a grid that is not square although there is more than one direction.
+        ValueError: encodings of another shape, or a grid that is not square with more than one direction.
     """
     if encodings.ndim != 4:
         raise _no_grids(encodings)
@@ -89,18 +89,19 @@ class GridInfoNCE(Module):
         encoding_channels: D.
         context_channels: E. Default: D.
         pred_steps: number K of steps ahead.
-        pred_directions: how many directions are predicted, each with its own W_k.
-        skip: rows between a context and its first target. Overlapping patches share pixels with their neighbours, so
-            1 keeps the nearest row from being predicted by copying.
+        pred_directions: number of directions that are predicted, each with its own W_k.
+        skip: rows between a context and its first target. Overlapping patches share pixels with their neighbours; 1
+            keeps the nearest row from being predicted by copying.
         neg_samples: negatives of each position, drawn uniformly with replacement from the step's targets (the
             positive may be among them, as published), or "all": every other target of the step.
-        gather_negatives: where several processes share a batch, whose targets are contrasted. "none": the process's
-            own. "gather": those of all, as one process with the whole batch would; the loss returned is that of the
-            process's own contexts. "ring": the same in memory that does not grow with the number of processes; it
+        gather_negatives: the targets to contrast where several processes share a batch. "none": the process's own.
+            "gather": those of all processes, as in one process with the whole batch; the loss returned is that of the
+            process's own contexts. "ring": the same, in memory that does not grow with the number of processes; it
             needs ``neg_samples="all"``.
 
     Attributes:
-        weight: [directions, steps, E, D], the W_k transposed; starts uniform in ±D**-0.5 as :class:`torch.nn.Linear`.
+        weight: [directions, steps, E, D], the W_k transposed; initially uniform in ±D**-0.5, as in
+            :class:`torch.nn.Linear`.
     """
 
     def __init__(
@@ -149,15 +150,15 @@ class GridInfoNCE(Module):
         generator: torch.Generator | None = None,
         negatives: Sequence[Tensor] | None = None,
     ) -> GridInfoNCEOutput:
-        """Loss and accuracy of predicting downwards in every direction's grid.
+        """Compute loss and accuracy of predicting downwards in every direction's grid.
 
         Args:
             encodings: z, [directions, B, D, rows, cols], each direction's grid turned so that it points down.
             contexts: c, [directions, B, E, rows, cols].
             generator: draws the negatives, on its own device. Default: PyTorch's generator of the encodings' device.
-            negatives: the draws themselves instead, one [M, S] of integers per step, steps within directions. M and
-                the indices count the step's positions and its targets in (row, column, image) order, under
-                ``gather_negatives="gather"`` those of all processes.
+            negatives: the draws themselves instead: one integer tensor [M, S] for each direction and step, the steps of
+                a direction together. M and the indices count the step's positions and its targets in (row, column,
+                image) order, under ``gather_negatives="gather"`` those of all processes.
 
         Raises:
             TypeError, ValueError: grids of the wrong type or shape, or with too few rows for ``pred_steps + skip``;
@@ -171,9 +172,9 @@ class GridInfoNCE(Module):
         candidates = exchange.gathered(encodings, dim=1)
         images = candidates.shape[1]
         own = exchange.own_of(own_images)
-        # Places of the grid below a step's first target row, counted along its rows.
+        # Number of grid positions from a step's first target row on.
         places = [(rows - step - self.skip) * cols for step in range(1, self.pred_steps + 1)]
-        # In (row, column, image) order a step's contexts are the first, its targets the last: slices, no copies.
+        # In (row, column, image) order a step's contexts come first and its targets last: slices without copies.
         keys = candidates.permute(0, 3, 4, 1, 2).flatten(1, 3)
         contexts = contexts.permute(0, 3, 4, 1, 2).flatten(1, 3)
         sizes = [count * own_images for count in places]
@@ -209,7 +210,7 @@ class GridInfoNCE(Module):
     def _contrast_as_predicted(
         self, contexts: Tensor, keys: Tensor, targets: Tensor, negatives: Tensor, sizes: list[int]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, and losses and accuracies [directions, steps]."""
+        """Return the loss, and losses and accuracies [directions, steps]."""
         rows = contexts.shape[1]
         results = [
             predict_and_contrast(
@@ -225,10 +226,10 @@ class GridInfoNCE(Module):
         return loss.mean(), losses, accuracies
 
     def draw_negatives(self, encodings: Tensor, generator: torch.Generator | None = None) -> list[Tensor] | None:
-        """Negatives as :meth:`forward` would draw them for these encodings, in the form in which it takes them.
+        """Draw negatives as :meth:`forward` would for these encodings, in the form that it takes.
 
-        For several losses of one grid that are to contrast at the same places. encodings: [B, D, rows, cols] or
-        [directions, B, D, rows, cols], of which only the shape and the device count. None where ``neg_samples="all"``.
+        For several losses of one grid that are to use the same negatives. encodings: [B, D, rows, cols] or [directions,
+        B, D, rows, cols], of which only the shape and the device matter. Returns None with ``neg_samples="all"``.
         """
         if isinstance(self.neg_samples, str):
             return None
@@ -250,7 +251,7 @@ class GridInfoNCE(Module):
     def _draw(
         self, sizes: list[int], samples: int, device: torch.device, generator: torch.Generator | None
     ) -> list[Tensor]:
-        """Negatives of every step, [directions, M, S] indices into the step's M targets."""
+        """Draw the negatives of every step, [directions, M, S] indices into the step's M targets."""
         draws_on = device if generator is None else generator.device
         return [
             torch.randint(
@@ -263,7 +264,7 @@ class GridInfoNCE(Module):
         ]
 
     def _replayed(self, negatives: Sequence[Tensor], sizes: list[int]) -> list[Tensor]:
-        """Recorded negatives in (direction, step) order → one [directions, M, S] for every step."""
+        """Convert given negatives in (direction, step) order to one tensor [directions, M, S] for every step."""
         directions, steps = self.pred_directions, self.pred_steps
         if len(negatives) != directions * steps:
             raise ValueError(
@@ -279,7 +280,7 @@ class GridInfoNCE(Module):
             # An index beyond its step's last target also lies beyond the last key, but one below 0 would name a key.
             if draw.device.type == "cpu" and draw.numel() and int(draw.min()) < 0:
                 raise IndexError(f"negatives[{index}] must be in 0..{expected[0] - 1}, got {int(draw.min())}")
-        # In int64, as the first key of a step, which is added to them, may be beyond what a narrower type holds.
+        # In int64, as narrower types may not hold their sum with the index of a step's first key.
         drawn = [as_int64(draw) for draw in negatives]
         return [torch.stack(drawn[step::steps]) for step in range(steps)]
 
@@ -292,9 +293,9 @@ def check_grids(
     pred_steps: int | None,
     skip: int,
 ) -> None:
-    """Raise a TypeError or ValueError unless these are floating grids with so many channels.
+    """Raise TypeError or ValueError unless these are floating grids with the given channels and enough rows.
 
-    They must leave rows for the steps; None: for one.
+    pred_steps: number of steps that must fit; None: one.
     """
     for name, grid, count in zip(("encodings", "contexts"), (encodings, contexts), channels, strict=True):
         check_floating(name, grid)
@@ -316,18 +317,18 @@ def check_grids(
 
 
 def step_targets(places: list[int], cells: int, images: int, own: slice, device: torch.device) -> Tensor:
-    """Indices [M] of the own images' targets, step by step, among the keys of all images in (cell, image) order.
+    """Return the indices [M] of the own images' targets, step by step, among all keys in (cell, image) order.
 
-    The targets of a step are in the last of a grid's cells, as many as ``places`` says.
+    places: for each step, the number of cells at the end of a grid that are its targets.
     """
     index = torch.arange(cells * images, device=device).view(cells, images)[:, own]
     return torch.cat([index[-count:].flatten() for count in places])
 
 
 def _own_negatives(draws: Sequence[Tensor], firsts: list[int], places: list[int], images: int, own: slice) -> Tensor:
-    """Draws of all processes among each step's targets → those of the own images among all keys, [directions, M, S].
+    """Convert draws of all processes among a step's targets to those of the own images among all keys.
 
-    They are drawn for all processes on each of them, so that it does not matter how many there are.
+    Returns [directions, M, S]. Every process draws for all, so that the draws do not depend on their number.
     """
     return torch.cat(
         [
@@ -341,7 +342,7 @@ def _own_negatives(draws: Sequence[Tensor], firsts: list[int], places: list[int]
 def _contrast_all(
     queries: list[Tensor], keys: Tensor, targets: Tensor, firsts: list[int], *, ring: bool
 ) -> tuple[Tensor, Tensor]:
-    """Losses and ranks [directions, M] of every step against the keys from its first on, in one call."""
+    """Return losses and ranks [directions, M] of all steps, each against the keys from its first target on."""
     begins = torch.cat(
         [targets.new_full((query.shape[1],), first) for query, first in zip(queries, firsts, strict=True)]
     )
@@ -354,7 +355,7 @@ def _contrast_all(
 
 
 def step_rows(values: Sequence[Tensor], length: int, *, absent: int) -> Tensor:
-    """What the first contexts have in each step, [B, T_k, ...] → [steps, B, length, ...], a number for the others."""
+    """Stack values [B, T_k, ...] of each step's first contexts to [steps, B, length, ...], padded with ``absent``."""
     together = values[0].new_full((len(values), values[0].shape[0], length, *values[0].shape[2:]), absent)
     for step, each in enumerate(values):
         together[step, :, : each.shape[1]] = each
@@ -362,5 +363,5 @@ def step_rows(values: Sequence[Tensor], length: int, *, absent: int) -> Tensor:
 
 
 def step_means(values: Tensor, sizes: list[int]) -> Tensor:
-    """Means over the positions [directions, M] of each step → [directions, steps]; 0 of an empty batch."""
+    """Return means [directions, steps] of values [directions, M] over each step's positions; 0 for an empty batch."""
     return torch.stack([part.sum(1) / max(part.shape[1], 1) for part in torch.split(values, sizes, 1)], 1)

@@ -1,4 +1,4 @@
-"""Group norm that can be trained on input without a gradient, as the first layer behind a boundary is."""
+"""Group norm that also works on the CPU for channels-last input without a gradient, as after a detached input."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ __all__ = ["GroupNorm"]
 
 
 class GroupNorm(nn.GroupNorm):
-    """:class:`torch.nn.GroupNorm`, whose backward pass on the CPU crashes for channels-last input without a gradient.
+    """:class:`torch.nn.GroupNorm` with a workaround for a crash of its backward pass on the CPU.
 
-    As of PyTorch 2.13 its kernel writes the input's gradient whether or not it was asked for. Such input is normalised
-    without a graph here, and weight and bias are applied to what comes out.
+    For channels-last input without a gradient, PyTorch's kernel, as of 2.13, writes the input's gradient although it
+    is not requested. Here such input is normalised without a graph, and weight and bias are applied to the result.
     """
 
     def forward(self, input: Tensor) -> Tensor:

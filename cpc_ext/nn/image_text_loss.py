@@ -1,4 +1,4 @@
-"""What losses of images and their texts share: how open_clip calls them, and whose texts are contrasted."""
+"""Base class of losses of images and their texts: open_clip's interface, and the exchange between processes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["ImageTextLoss"]
 
 
 class ImageTextLoss(Module):
-    """A loss of pairs of an image and a text, whose subclass has the method ``_loss``.
+    """Base class of losses of image-text pairs; subclasses define ``_loss``.
 
     Args:
-        rank, world_size: of the default process group; a world of 1 contrasts the process's own pairs, whatever there
-            is of a group.
-        gather_negatives: one of ``exchanges`` in place of both, which the process group is asked for.
-        exchanges: what the subclass can do.
+        rank, world_size: those of the default process group. With a world_size of 1 the process's own pairs are
+            contrasted, even where there is a group.
+        gather_negatives: one of ``exchanges``; replaces both, which then come from the process group.
+        exchanges: the values of gather_negatives that the subclass supports.
 
     Raises:
-        ValueError: an argument that is none of those above.
+        ValueError: an argument with another value.
     """
 
     def __init__(self, rank: int, world_size: int, gather_negatives: str | None, exchanges: Sequence[str]) -> None:
@@ -75,16 +75,16 @@ class ImageTextLoss(Module):
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss, a scalar in float32, or float64 for float64.
+        """Compute the loss, a scalar in float32, or float64 for float64.
 
         Args:
-            image_features, text_features: floating [B, D], as a rule of length 1; row n of both is of pair n.
-            logit_scale: inverse temperature, a number or a tensor of one value, the exponential of the parameter.
+            image_features, text_features: floating [B, D], usually of length 1; row n of both is of pair n.
+            logit_scale: inverse temperature, a number or a tensor of one value; the exponential of a learnt parameter.
             logit_bias: added to all logits, a number or a tensor of one value. None: 0.
-            output_dict: whether the loss is the value of "contrastive_loss" in a dict.
+            output_dict: whether to return the loss as the value of "contrastive_loss" in a dict.
 
         Raises:
-            TypeError, ValueError: features of other types or shapes, a scale or a bias that is not one finite number.
+            TypeError, ValueError: features of other dtypes or shapes, a scale or bias that is not one finite number.
         """
         images, texts = image_features, text_features
         for name, features in (("image_features", images), ("text_features", texts)):
@@ -96,7 +96,7 @@ class ImageTextLoss(Module):
             )
         scale = _one_value("logit_scale", logit_scale)
         bias = None if logit_bias is None else _one_value("logit_bias", logit_bias)
-        # Features are taken as they are: autocast would round those of float32.
+        # Autocast would round features in float32.
         with without_autocast(images.device):
             loss = self._loss(images, texts, scale, bias)
         return {"contrastive_loss": loss} if output_dict else loss
@@ -122,7 +122,7 @@ class ImageTextLoss(Module):
 
 
 def _one_value(name: str, value: float | Tensor) -> float | Tensor:
-    """A number as it is, a tensor of one value, which open_clip's models may give, without dimensions."""
+    """Return a number, or a tensor of one value, which open_clip's models may give, reshaped to no dimensions."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} must be a number or a tensor of one value, got shape {tuple(value.shape)}")

@@ -18,14 +18,14 @@ class InfoNCELoss(Module):
     """InfoNCE at a temperature, fixed or learnt; see :func:`cpc_ext.ops.info_nce`.
 
     Args:
-        temperature: positive divisor of the dot products; the first one where it is learnt.
+        temperature: positive divisor of the dot products; the initial one if it is learnt.
         reduction: "mean", "sum" or "none".
-        learnable: whether the temperature is learnt, by the log of its inverse, ``log_scale``, as CLIP's is.
-        max_scale: of the inverse of a temperature that is learnt. Beyond it the parameter is set back to it in the
-            next call, as CLIP does.
+        learnable: whether the temperature is learnt, as in CLIP: by the log of its inverse, ``log_scale``.
+        max_scale: upper bound of the inverse of a learnt temperature. A call first clamps the parameter to it, as CLIP
+            does.
 
     Raises:
-        TypeError, ValueError: a temperature that is no number, not positive, or lower than ``max_scale`` allows.
+        TypeError, ValueError: a temperature that is not a number, not positive, or lower than ``max_scale`` allows.
     """
 
     log_scale: nn.Parameter | None
@@ -62,7 +62,7 @@ class InfoNCELoss(Module):
         contrast: str = "all",
         symmetric: bool = False,
     ) -> InfoNCEOutput:
-        """Arguments and result as of :func:`cpc_ext.ops.info_nce`."""
+        """Call :func:`cpc_ext.ops.info_nce`, with its arguments and result."""
         return info_nce(
             queries,
             keys,
@@ -80,7 +80,7 @@ class InfoNCELoss(Module):
         )
 
     def scale(self) -> float | Tensor:
-        """The inverse of the temperature: a tensor without dimensions, with a gradient, where it is learnt."""
+        """Return the inverse temperature; if it is learnt, a tensor without dimensions, with a gradient."""
         if self.log_scale is None:
             return 1 / self.temperature
         with torch.no_grad():

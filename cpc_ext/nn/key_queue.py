@@ -1,4 +1,4 @@
-"""The latest keys of earlier batches, which queries are contrasted with besides their own positive ones."""
+"""A queue of the latest keys of earlier batches, as negatives of later queries."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from cpc_ext.ops.info_nce import info_nce
 
 __all__ = ["KeyQueue"]
 
-# Rows that are contrasted in one call, and places for their positives behind the queue.
+# Number of rows contrasted in one call, and so of slots for their positives behind the queue.
 _ROOM = 1024
 
 
 class KeyQueue(Module):
     """A queue of keys that are the negatives of InfoNCE.
 
-    Nothing of its size is copied when keys enter or are used, unless positives are of a wider type. The op takes all
-    keys as one tensor. So behind the queue there is room for the positives of as many rows as a call contrasts; each
-    row contrasts the range of the queue, and its positive, which lies outside of it.
+    The queue is not copied when keys enter or are used, unless positives have a wider dtype. As the op takes all keys
+    as one tensor, the slots behind the queue hold the positives of the rows that a call contrasts; each row contrasts
+    the range of the queue, and its positive outside of it.
 
     Args:
         size: number of keys.
-        dim: D, features of a key.
+        dim: D, the number of features of a key.
         persistent: whether the queue is in the state dict.
 
     Attributes:
-        keys: [size + room, D]. The queue begins as random directions, as MoCo's does.
-        position: int64, where the next key enters: the oldest is there.
+        keys: [size + slots for positives, D]. Initially the queue holds random directions, as MoCo's does.
+        position: int64, index at which the next key enters, which is that of the oldest.
     """
 
     keys: Tensor
@@ -43,12 +43,12 @@ class KeyQueue(Module):
         self.register_buffer("position", torch.zeros((), dtype=torch.int64), persistent=persistent)
 
     def contrast(self, queries: Tensor, positives: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """InfoNCE of queries [M, D] with a positive key each, [M, D]: mean loss, and each row's rank [M].
+        """Compute InfoNCE of queries [M, D] with one positive each, [M, D]: the mean loss, and each row's rank [M].
 
-        Both may have a gradient, which is formed at once: the queue may change before the backward pass.
+        Gradients in both are formed with the loss, as the queue may change before the backward pass.
 
         Raises:
-            ValueError: keys that are not as wide as the queue's.
+            ValueError: positives with another number of features than the queue's keys.
         """
         if positives.shape[1] != self.keys.shape[1]:
             raise ValueError(f"keys must have the queue's {self.keys.shape[1]} features, got {tuple(positives.shape)}")
@@ -62,17 +62,17 @@ class KeyQueue(Module):
         return torch.stack(losses).sum() / queries.shape[0], torch.cat(ranks)
 
     def _contrast_some(self, queries: Tensor, positives: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """The sum of the losses, and the ranks, of rows that there is room for."""
+        """Return the sum of the losses, and the ranks, of at most ``_ROOM`` rows."""
         rows = queries.shape[0]
-        # Where the queue is narrower, a copy: the positives are not to be rounded.
+        # A copy if the queue has a narrower dtype, so that positives are not rounded.
         keys = self.keys.to(torch.promote_types(self.keys.dtype, positives.dtype))
         keys[self.size : self.size + rows] = positives.detach()
         targets = torch.arange(self.size, self.size + rows, device=queries.device)
         key_range = (self.size * torch.arange(2, device=queries.device)).expand(rows, 2)
         loss, _, rank = info_nce(queries, keys, targets, scale=scale, key_range=key_range, reduction="sum")
         if positives.requires_grad:
-            # A row's loss is -log p of its positive, whose score it falls with by 1 - p. The keys as a whole have no
-            # gradient, which would be as large as the queue.
+            # A row's loss is -log p of its positive, and its slope in the positive's score is p - 1. The op forms no
+            # gradient of the keys, which would be as large as the queue.
             with torch.no_grad():
                 losses = info_nce(queries, keys, targets, scale=scale, key_range=key_range, reduction="none").loss
                 slopes = scale * torch.expm1(-losses)
@@ -82,14 +82,14 @@ class KeyQueue(Module):
 
     @torch.no_grad()
     def push(self, keys: Tensor, *, wrap: bool) -> None:
-        """Let keys [B, D] replace the oldest.
+        """Replace the oldest keys by keys [B, D].
 
-        wrap: whether keys beyond the queue's end enter at its start. Otherwise they are dropped, and the next enter
-            there.
+        wrap: whether keys beyond the queue's end enter at its start. Otherwise they are dropped, and the next batch
+            enters there.
         """
         keys = keys[-self.size :] if wrap else keys
         places = self.position + torch.arange(keys.shape[0], device=keys.device)
-        # What is dropped goes where positives will be written.
+        # Dropped keys are written to the slot of a positive.
         places = places % self.size if wrap else places.clamp(max=self.size)
         self.keys.index_copy_(0, places, keys.to(self.keys.dtype))
         after = self.position + keys.shape[0]

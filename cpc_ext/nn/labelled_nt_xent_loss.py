@@ -1,7 +1,7 @@
-"""NT-Xent of labelled embeddings, pair by pair: each positive is told from an anchor's negatives alone.
+"""NT-Xent of labelled embeddings: each pair of a class is contrasted with the anchor's negatives alone.
 
-From embeddings [N, D] and labels [N] to a scalar. The negatives' part of a loss is the anchor's, a log-sum-exp over
-other classes; what is left is one score for each pair of a class.
+Embeddings [N, D] and labels [N] give a scalar. The negatives enter as one log-sum-exp per anchor, over other classes;
+besides that, the loss takes one score for each pair of a class.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cpc_ext.ops.scores_logsumexp import scores_logsumexp
 
 __all__ = ["LabelledNTXentLoss"]
 
-# Rows and scores of a block of pairs that are in memory at a time; a row at least.
+# Largest number of rows and of scores in a block of pairs, which is in memory at a time; it has at least one row.
 _BLOCK_ROWS = 256
 _BLOCK_SCORES = 1 << 20
 
@@ -31,15 +31,15 @@ class LabelledNTXentLoss(Module):
     """pytorch-metric-learning's ``NTXentLoss(embeddings, labels)``.
 
     The mean over all pairs of an anchor a and another sample p of its class of ``-log(exp(s_ap) / (exp(s_ap) + sum of
-    exp(s_an) over samples n of other classes))``, s the cosine similarity over the temperature τ. Other than in
-    supervised contrast (:class:`cpc_ext.nn.SupConLoss`), positives do not compete with each other. 0 where no class has
+    exp(s_an) over samples n of other classes))``, s the cosine similarity divided by the temperature τ. Unlike in
+    supervised contrast (:class:`cpc_ext.nn.SupConLoss`), positives do not compete with each other. 0 if no class has
     two samples. Memory grows with N, and time with N² and with the number of pairs of a class.
 
     Args:
         temperature: τ.
 
     Raises:
-        TypeError, ValueError: a temperature that is no number, or not positive.
+        TypeError, ValueError: a temperature that is not a positive number.
     """
 
     def __init__(self, temperature: float = 0.07) -> None:
@@ -48,9 +48,9 @@ class LabelledNTXentLoss(Module):
         self.temperature = temperature
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """The loss, float32 or, for float64, float64; under autocast too. Differentiable once.
+        """Compute the loss, in float32, or float64 for float64, even under autocast. Differentiable once.
 
-        On CUDA it waits for the device once, as it must know how large the classes are.
+        On CUDA the call waits for the device once, to read the sizes of the classes.
 
         Args:
             embeddings: floating [N, D], of any finite length.
@@ -66,7 +66,7 @@ class LabelledNTXentLoss(Module):
             raise ValueError(
                 f"embeddings must be [N, D] and labels [N], got {tuple(embeddings.shape)} and {tuple(labels.shape)}"
             )
-        # In float32 at least, under autocast too: the temperature multiplies a rounding of the similarity by 14.
+        # At least in float32, even under autocast: a temperature of 0.07 multiplies rounding of the similarity by 14.
         with without_autocast(embeddings.device):
             labels, order = labels.to(embeddings.device).sort()
             wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
@@ -89,8 +89,8 @@ class LabelledNTXentLoss(Module):
 class _PairLosses(torch.autograd.Function):
     """The sum of log(1 + exp(l_a - scale * u_a . u_p)) over all pairs of a class, from u [N, D] and l [N].
 
-    Classes lie one after the other, as long as ``sizes`` says. Gradients of u and l, which come with the loss, are
-    formed, where ``forms``, while the scores are at hand; from that of u follows that of a scale that is a tensor.
+    Rows are sorted by class; ``sizes`` are those of the classes. If ``forms``, the gradients of u and l are formed with
+    the loss while the scores are in memory; that of a scale that is a tensor follows from that of u.
     """
 
     generate_vmap_rule = True
@@ -131,13 +131,13 @@ class _PairLosses(torch.autograd.Function):
 _pair_losses: Callable[..., tuple[Tensor, Tensor, Tensor]] = _PairLosses.apply
 
 
-# While torch.compile traces, how large the classes are is not known: this op finds it where it runs. It is not one of
-# cpc_ext's namespace, whose ops have kernels.
+# While torch.compile traces, the sizes of the classes are not known: this op reads them when it runs. It is not in the
+# namespace cpc_ext, whose ops have kernels.
 @torch.library.custom_op("cpc_ext_nn::labelled_pair_losses", mutates_args=())
 def _traced_pair_losses(
     units: Tensor, others: Tensor, labels: Tensor, scale: Tensor, forms: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :class:`_PairLosses`, and the number of pairs."""
+    """Return the results of :class:`_PairLosses`, and the number of pairs."""
     sizes = _sizes(labels)
     return *_PairLosses.forward(units, others, labels, sizes, scale, forms), labels.new_tensor(_pairs(sizes))
 
@@ -166,15 +166,15 @@ _traced_pair_losses.register_autograd(_backward_traced, setup_context=_setup_tra
 def _of_pair_losses(
     saved: tuple[Tensor, ...], gradient: Tensor, *, of_scale: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of units, others and the scale, from the first of these, what was formed of both, and the scale."""
+    """Return gradients of units, others and the scale. saved: units, others, gradients formed of both, and scale."""
     units, (of_units, of_others, scale) = saved[0], saved[2:]
-    # A score's slopes in its two embeddings, times these, are twice the scale times its slope in the scale.
+    # A score's gradients in its two embeddings, times these, add up to twice the scale times its slope in the scale.
     slope = gradient * (of_units * units).sum() / (2 * scale) if of_scale else None
     return of_units * gradient, of_others * gradient, slope
 
 
 def _sizes(labels: Tensor) -> list[int]:
-    """How many there are of each class, of sorted labels."""
+    """Return the sizes of the classes, given sorted labels."""
     sizes: list[int] = labels.unique_consecutive(return_counts=True)[1].tolist()
     return sizes
 
@@ -184,7 +184,7 @@ def _pairs(sizes: list[int]) -> int:
 
 
 def _blocks(sizes: list[int]) -> Iterator[tuple[slice, slice]]:
-    """Rows that follow one another, and those of all their classes."""
+    """Yield blocks: consecutive rows, and the range of all rows of their classes."""
     begins: list[int] = []
     ends: list[int] = []
     for size in sizes:

@@ -1,4 +1,4 @@
-"""The logarithm of how many keys are contrasted, where their number may be an open size."""
+"""The logarithm of a number of keys, which may be a symbolic size."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["log_count"]
 
 
 def log_count(count: int, like: Tensor) -> float | Tensor:
-    """The natural logarithm of a number of keys, or of 1 where there are none.
+    """Return the natural logarithm of a number of keys, or of 1 if there are none.
 
-    While torch.compile or torch.export trace, it is a scalar tensor of another's type and device: of an open size
-    math.log would make a constant.
+    While torch.compile or torch.export trace, the result is a scalar tensor with the dtype and device of ``like``:
+    math.log would make a constant of a symbolic size.
     """
     if torch.compiler.is_compiling():
         return like.new_full((), count).clamp(min=1).log()

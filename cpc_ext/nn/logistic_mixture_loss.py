@@ -19,14 +19,14 @@ class LogisticMixtureLoss(Module):
     """
 
     def forward(self, images: Tensor, params: Tensor) -> Tensor:
-        """A scalar, float32 or, where params are, float64.
+        """Compute the mean bits per dimension, a scalar in float32, or float64 for float64 params.
 
         Args:
             images: [B, C, H, W] uint8, C = 1 or 3; B, H and W at least 1.
             params: [B, P, H, W] floating, P = 3 K for one channel and 10 K for three.
 
         Raises:
-            TypeError, ValueError: as of :func:`cpc_ext.ops.logistic_mixture_nll`, and for images without a value.
+            TypeError, ValueError: as in :func:`cpc_ext.ops.logistic_mixture_nll`, and for images without a value.
         """
         nll = logistic_mixture_nll(images, params)
         if images.numel() == 0:

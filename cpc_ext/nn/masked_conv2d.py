@@ -1,6 +1,6 @@
-"""Masked convolution as a layer: an input [B, C, H, W] to [B, O, H, W], with the PixelCNN family's masks by name.
+"""Masked convolution as a layer, [B, C, H, W] to [B, O, H, W], with the PixelCNN family's masks by name.
 
-The mask is fixed when the layer is made and never trained; :func:`cpc_ext.ops.masked_conv2d` does the work.
+The mask is fixed when the layer is made and never trained; :func:`cpc_ext.ops.masked_conv2d` computes the layer.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class MaskedConv2d(FixedMask):
     ============== ============================================ ===================================================
     "A"            the centre and all after it in raster order  first layer of a PixelCNN (arXiv 1601.06759)
     "B"            all after the centre in raster order         its other layers
-    "vertical"     rows below the centre's: row-wise, with all  vertical stack of a gated PixelCNN (arXiv
-                   of the centre's own row visible              1606.05328); context networks of CPC, for which
+    "vertical"     rows below the centre's; the whole of the    vertical stack of a gated PixelCNN (arXiv
+                   centre's own row is visible                  1606.05328); context networks of CPC, for which
                                                                 a 1 x n kernel sees its whole row
     "horizontal"   columns right of the centre's                horizontal stack of a gated PixelCNN
     a tensor       where it is 0 or False: [kh, kw] or
@@ -34,7 +34,7 @@ class MaskedConv2d(FixedMask):
 
     With ``color_groups=n`` the channels of masks "A" and "B" belong to n colours in order (the first ``channels / n``
     channels to the first), and at the centre an output sees the strictly earlier colours ("A") or also its own ("B").
-    Where gated, it is the channels after the gate that are divided so, and both halves of a gate belong to its colour.
+    With a gate, the channels after the gate are divided like this, and both halves of a gate belong to its colour.
     The centre of a kernel of even side k is tap ``(k - 1) // 2``.
 
     Args:
@@ -48,7 +48,7 @@ class MaskedConv2d(FixedMask):
         activation: None, "relu" or "gated", as in :func:`cpc_ext.ops.masked_conv2d`.
 
     Weights and bias start as those of :class:`torch.nn.Conv2d`. The mask is a buffer outside of the state dict, whose
-    values stay through ``to_empty`` and come back to layers made on the meta device. When it is changed is a matter of
+    values survive ``to_empty`` and are restored in layers made on the meta device. For changes of its values see
     :func:`cpc_ext.ops.masked_conv2d`.
     """
 
@@ -100,9 +100,9 @@ class MaskedConv2d(FixedMask):
         return torch.cat([mask] * halves)
 
     def forward(self, input: Tensor, condition: Tensor | None = None) -> Tensor:
-        """input [B, C, H, W] → [B, O, H, W], or [B, O / 2, H, W] where gated.
+        """Convolve [B, C, H, W] → [B, O, H, W], or [B, O / 2, H, W] where gated.
 
-        condition: [B, O, H, W] or what broadcasts to it, added before the activation.
+        condition: broadcastable to [B, O, H, W]; added before the activation.
         """
         return masked_conv2d(
             input,
@@ -122,7 +122,7 @@ class MaskedConv2d(FixedMask):
 def _causal_mask(
     name: str, kernel_size: tuple[int, int], out_channels: int, in_channels: int, color_groups: int
 ) -> Tensor:
-    """The mask that :class:`MaskedConv2d` tables under ``name``: bool [kh, kw], or [O, C, kh, kw] with colour groups.
+    """Return a named mask of :class:`MaskedConv2d`: bool [kh, kw], or [O, C, kh, kw] with colour groups.
 
     Raises:
         ValueError: an unknown name; colour groups that do not divide the channels or come with another mask.

@@ -1,4 +1,4 @@
-"""The loss of MoCo: a query picks its key out of a queue of keys of earlier batches."""
+"""The loss of MoCo: each query identifies its key among a queue of keys of earlier batches."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class MoCoOutput(NamedTuple):
 
     Attributes:
         loss: mean over queries, in nats.
-        accuracy: fraction of queries whose key is more similar than all of the queue.
+        accuracy: fraction of queries whose key is more similar than all keys of the queue.
     """
 
     loss: Tensor
@@ -35,23 +35,23 @@ class MoCoLoss(Module):
 
     ``-log(exp(q·k₊ / τ) / (exp(q·k₊ / τ) + Σ exp(q·k / τ)))``, the mean over queries q with their keys k₊, the sum over
     the keys k of the queue. Afterwards, in training mode, the batch's keys replace the oldest of the queue. Batches may
-    be of any size, the last one smaller. Nothing of the size of the queue is copied in a step.
+    have any size, and the last may be smaller. A step does not copy the queue.
 
     The queue is in the state dict, and random at first. Where several processes share a batch, each passes its own rows
-    and gets their loss; keys of all enter the queue, which stays the same on all if it began so, as under
-    DistributedDataParallel.
+    and gets their loss, and the keys of all enter the queue. It stays the same on all processes if it is so initially,
+    as under DistributedDataParallel.
 
     Args:
-        dim: D, of queries and keys.
-        size: of the queue, in keys.
+        dim: D, the number of features of queries and keys.
+        size: number of keys in the queue.
         temperature: τ.
-        normalize: whether queries and keys are brought to length 1 first. MoCo's own model does that to what its
-            encoders give.
-        gather_negatives: where there are several processes, "gather" for the above, "none" for a queue of each.
-            A DistributedDataParallel around it then must not broadcast buffers.
+        normalize: whether to normalise queries and keys to length 1 first. MoCo's own model does that with the results
+            of its encoders.
+        gather_negatives: where there are several processes, "gather" shares keys as above; "none" gives each process a
+            queue of its own, and a DistributedDataParallel around the loss must then not broadcast buffers.
 
     Raises:
-        TypeError, ValueError: an argument that is none of those above.
+        TypeError, ValueError: an argument of another type or value.
     """
 
     def __init__(
@@ -75,20 +75,20 @@ class MoCoLoss(Module):
         self.queue = KeyQueue(size, dim)
 
     def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """The mean loss, a scalar in float32, or float64 for float64.
+        """Compute the mean loss, a scalar in float32, or float64 for float64.
 
         Args:
-            queries: floating [B, D], of the encoder that learns.
-            keys: floating [B, D], of the encoder that follows it; row n of both is of image n. They get no gradient.
+            queries: floating [B, D], from the encoder that is trained.
+            keys: floating [B, D], from the momentum encoder; row n of both is of image n. They get no gradient.
 
         Raises:
-            TypeError: queries or keys that are no floating tensors.
-            ValueError: queries and keys of different shapes, fewer than one, or not of the queue's width.
+            TypeError: queries or keys that are not floating tensors.
+            ValueError: queries and keys of different shapes, none at all, or not of ``dim`` features.
         """
         return self.contrast(queries, keys).loss
 
     def contrast(self, queries: Tensor, keys: Tensor) -> MoCoOutput:
-        """The loss, and how often a key is found, which is known with it. Takes, does and raises what a call does."""
+        """Compute the loss and the accuracy. Arguments, effects and errors are those of :meth:`forward`."""
         for name, value in (("queries", queries), ("keys", keys)):
             check_floating(name, value)
         if queries.ndim != 2 or queries.shape != keys.shape or queries.shape[0] == 0:

@@ -1,6 +1,6 @@
-"""The losses that sentence-transformers trains retrieval with: an anchor finds its text among all texts of the batch.
+"""The losses that sentence-transformers trains retrieval with: an anchor identifies its text among all of the batch.
 
-From embeddings of anchors, of their positives and of hard negatives, [B, D] each, to a scalar.
+Embeddings of anchors, of their positives and of hard negatives, [B, D] each, give a scalar.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _PARTITIONS = ("joint", "per_direction")
 
 
 class MultipleNegativesRankingLoss(Module):
-    """sentence-transformers' loss of this name (Henderson et al. 2017, arXiv 1705.00652), and what it has for options.
+    """sentence-transformers' loss of this name with its options (Henderson et al. 2017, arXiv 1705.00652).
 
-    With s the scaled similarity, anchor (query) a_i, its positive p_i and all documents of the batch d, which are the
+    With s the scaled similarity, anchor (query) a_i, its positive p_i and all documents d of the batch, which are the
     positives and then the hard negatives, ``loss_i = log Z_i - s(a_i, p_i)``, and the loss is the mean over i. Z_i sums
-    exp(s) over directions: query_to_doc, s(a_i, d) of all documents; query_to_query, s(a_i, a_j) of all other anchors;
-    doc_to_query, s(a_j, p_i) of all anchors; doc_to_doc, s(p_i, d) of all documents of other anchors. The last three
-    and the first together are GTE's (Li et al. 2023, arXiv 2308.03281); query_to_doc and doc_to_query per direction are
-    what MultipleNegativesSymmetricRankingLoss was.
+    exp(s) over the directions: query_to_doc, s(a_i, d) for all documents; query_to_query, s(a_i, a_j) for all other
+    anchors; doc_to_query, s(a_j, p_i) for all anchors; doc_to_doc, s(p_i, d) for all documents of other anchors. All
+    four together are GTE's loss (Li et al. 2023, arXiv 2308.03281); query_to_doc and doc_to_query per direction are
+    that of the former MultipleNegativesSymmetricRankingLoss.
 
-    Theirs takes sentences through a model; this takes embeddings. To train their models with it::
+    Their loss passes sentences through a model; this one takes embeddings. To train their models with it::
 
         class Loss(sentence_transformers.losses.MultipleNegativesRankingLoss):
             fast = cpc_ext.nn.MultipleNegativesRankingLoss()
@@ -47,16 +47,16 @@ class MultipleNegativesRankingLoss(Module):
     Args:
         scale: factor of similarities, positive.
         similarity_fct: "cos_sim" or "dot_score".
-        directions: which Z_i sums over, "query_to_doc" among them.
-        partition_mode: "joint", one Z_i of all directions, or "per_direction", the mean of a log Z_i for each; of
-            query_to_doc and doc_to_query only, as the others do not contain the positive.
-        gather_negatives: where several processes share a batch, whose texts are contrasted: "none", the process's own;
+        directions: the directions that Z_i sums over, including "query_to_doc".
+        partition_mode: "joint", one Z_i of all directions, or "per_direction", the mean of a log Z_i for each; the
+            latter only for query_to_doc and doc_to_query, as the others do not contain the positive.
+        gather_negatives: whose texts to contrast where several processes share a batch: "none", the process's own;
             "gather", those of all, as sentence-transformers' ``gather_across_devices`` does; "ring", the same without
             holding them all at once, for the directions query_to_doc and doc_to_query. The loss is that of the
             process's own anchors.
 
     Raises:
-        TypeError, ValueError: an argument that is none of those above.
+        TypeError, ValueError: an argument of another type or value.
     """
 
     def __init__(
@@ -92,15 +92,15 @@ class MultipleNegativesRankingLoss(Module):
         self.gather_negatives = gather_negatives
 
     def forward(self, anchors: Tensor, positives: Tensor, *hard_negatives: Tensor) -> Tensor:
-        """The loss, float32 or, for float64, float64; under autocast too.
+        """Compute the loss, in float32, or float64 for float64, even under autocast.
 
         Args:
             anchors: floating [B, D].
-            positives: [B, D], row i is what anchor i is to find.
-            hard_negatives: any number of [B, D], row i of each is wrong for anchor i.
+            positives: [B, D]; row i is the positive of anchor i.
+            hard_negatives: any number of [B, D]; row i of each is a hard negative of anchor i.
 
         Raises:
-            TypeError: embeddings that are no floating tensors.
+            TypeError: embeddings that are not floating tensors.
             ValueError: embeddings of different shapes, or none.
         """
         embeddings = (anchors, positives, *hard_negatives)
@@ -109,7 +109,7 @@ class MultipleNegativesRankingLoss(Module):
         if anchors.ndim != 2 or anchors.shape[0] == 0 or any(one.shape != anchors.shape for one in embeddings):
             shapes = ", ".join(str(tuple(one.shape)) for one in embeddings)
             raise ValueError(f"embeddings must all be [B, D] of one shape, got {shapes}")
-        # In float32 at least, under autocast too: the scale multiplies a rounding of the similarity by 20.
+        # At least in float32, even under autocast: a scale of 20 multiplies rounding of the similarity by that.
         with without_autocast(anchors.device):
             wide = [one.to(torch.promote_types(one.dtype, torch.float32)) for one in embeddings]
             if self.similarity_fct == "cos_sim":
@@ -117,7 +117,7 @@ class MultipleNegativesRankingLoss(Module):
             return self._loss(wide[0], wide[1:])
 
     def _loss(self, anchors: Tensor, docs: list[Tensor]) -> Tensor:
-        """The loss of anchors [B, D] and their positives and hard negatives."""
+        """Return the loss of anchors [B, D] with ``docs``, their positives and hard negatives."""
         exchange = exchange_with(self.gather_negatives)
         positives, batch = docs[0], anchors.shape[0]
         joint = self.partition_mode == "joint" and len(self.directions) > 1
@@ -128,7 +128,7 @@ class MultipleNegativesRankingLoss(Module):
         own = torch.arange(batch, device=anchors.device) + exchange.own_of(batch).start
 
         def find(rows: Tensor, keys: Tensor) -> Tensor:
-            """log Z - s(a, p), or its mean, where the positive is among the keys."""
+            """Return log Z - s(a, p), or its mean, where the positive is among the keys."""
             if exchange.ring:
                 losses = ring_info_nce(rows, keys, own, scale=self.scale).loss
                 return losses if joint else losses.mean()

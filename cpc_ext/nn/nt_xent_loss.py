@@ -1,7 +1,7 @@
-"""NT-Xent, the loss of SimCLR: each view of an image picks out its other view among all views of the batch.
+"""NT-Xent, the loss of SimCLR: each view of an image identifies its other view among all views of the batch.
 
-It is InfoNCE whose queries are also its keys: the positive of a row is the same image's other view, and the row's own
-key is left out. With a memory bank, negatives are second views of earlier batches instead.
+It is InfoNCE whose queries are also its keys: the positive of a row is the other view of the same image, and the row's
+own key is excluded. With a memory bank, negatives are second views of earlier batches instead.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class NTXentOutput(NamedTuple):
         loss: mean over views, in nats.
         accuracy: fraction of views whose other view is more similar than any other image's.
         top5_accuracy: fraction of views whose other view is among the five most similar.
-        mean_position: mean place of the other view in the order of similarity; 1 is the most similar.
-        mutual_information: log of the number of keys contrasted minus the loss, a lower bound on the mutual information
+        mean_position: mean position of the other view in the order of similarity; 1 is the most similar.
+        mutual_information: log of the number of contrasted keys minus the loss, a lower bound on the mutual information
             of two views, in nats.
     """
 
@@ -49,21 +49,21 @@ class NTXentLoss(Module):
 
     ``-log(exp(sim(i, j) / τ) / Σ_{k≠i} exp(sim(i, k) / τ))`` for both views j of every image, sim the cosine
     similarity. Where several processes share a batch, each passes its own images; the loss is that of its own views.
-    It is called as lightly's ``NTXentLoss`` is, and gives the same.
+    Arguments and results are those of lightly's ``NTXentLoss``.
 
     Args:
         temperature: τ.
-        memory_bank_size: 0, or (size, D): first views alone are contrasted, each with its second view and with the last
-            ``size`` second views of earlier batches. At first these are random; a batch enters after its loss where
-            that has a gradient in the first views. When the bank is full its oldest are replaced from the start, and
-            what of a batch goes beyond its end is dropped.
-        gather_distributed: another word for ``gather_negatives="gather"``.
-        gather_negatives: where there are several processes: "none" contrasts with the process's own images, "gather"
-            with those of all, whose keys are gathered, "ring" with the same, without holding them all at once. With
+        memory_bank_size: 0, or (size, D) for a memory bank: only first views are queries, contrasted with their second
+            view and with the last ``size`` second views of earlier batches. The bank is random at first; a batch enters
+            after its loss is computed, if the loss has a gradient in the first views. New entries replace the oldest;
+            a batch that exceeds the end of the bank is cut off there, and the next one enters at the start.
+        gather_distributed: True is the same as ``gather_negatives="gather"``.
+        gather_negatives: where there are several processes, "none" contrasts with the process's own images, "gather"
+            with those of all, whose keys are gathered, and "ring" with the same, without holding them all at once. With
             a memory bank, "gather" enters the second views of all processes.
 
     Raises:
-        TypeError, ValueError: an argument that is none of those above.
+        TypeError, ValueError: an argument of another type or value.
     """
 
     def __init__(
@@ -89,25 +89,25 @@ class NTXentLoss(Module):
             raise ValueError('gather_negatives must be "none" or "gather" with a memory bank, got "ring"')
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """The loss of two views of N images, a scalar in float32, or float64 for float64.
+        """Compute the loss of two views of N images, a scalar in float32, or float64 for float64.
 
         Args:
             first, second: floating [N, D], of any finite length, 0 included; row n of both is of image n.
 
         Raises:
-            TypeError: views that are no floating tensors.
+            TypeError: views that are not floating tensors.
             ValueError: views of different shapes, or fewer than one image.
         """
         return self._loss_and_ranks(first, second)[0]
 
     def contrast(self, first: Tensor, second: Tensor) -> NTXentOutput:
-        """The loss, and how well views are told from others, which is known with it. Takes what a call takes."""
+        """Compute the loss and the measures that come with it. Arguments are those of :meth:`forward`."""
         return _output(*self._loss_and_ranks(first, second))
 
     def _loss_and_ranks(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, int]:
-        """The loss, how many keys are as similar to each view as its other view, and how many it is contrasted with."""
+        """Return the loss, each view's number of keys at least as similar as its other view, and the number of keys."""
         check_views(first, second)
-        # In float32 at least, under autocast too: the temperature multiplies a rounding of the similarity by 14.
+        # At least in float32, even under autocast: a temperature of 0.07 multiplies rounding of the similarity by 14.
         with without_autocast(first.device):
             views = unit_views(first, second)
             if self.memory_bank is None:
@@ -115,7 +115,7 @@ class NTXentLoss(Module):
             return self._of_bank(*views.chunk(2), enters=first.requires_grad and torch.is_grad_enabled())
 
     def _of_views(self, queries: Tensor) -> tuple[Tensor, Tensor, int]:
-        """queries: [2 N, D] of length 1, the second views after the first."""
+        """Contrast unit vectors [2 N, D], the second views after the first, with each other."""
         exchange = exchange_with(self.gather_negatives)
         views = queries.shape[0]
         own = torch.arange(views, device=queries.device)
@@ -152,7 +152,7 @@ def check_views(first: Tensor, second: Tensor) -> None:
 
 
 def unit_views(first: Tensor, second: Tensor) -> Tensor:
-    """Both views [N, D], of length 1, one after the other, in float32 or in float64 where either is."""
+    """Return both views [N, D] as unit vectors [2 N, D], in float32, or in float64 if either is."""
     views = torch.cat([first, second])
     return unit_length(views.to(torch.promote_types(views.dtype, torch.float32)))
 
@@ -162,12 +162,12 @@ def _memory_bank(size: int | Sequence[int]) -> KeyQueue | None:
         return None
     if not isinstance(size, Sequence) or len(size) != 2 or not all(is_integer(one) and one >= 1 for one in size):
         raise ValueError(f"memory_bank_size must be 0, or (number of features, D), each at least 1, got {size}")
-    # It is not saved, as lightly's is not.
+    # Like lightly's, it is not saved.
     return KeyQueue(size[0], size[1], persistent=False)
 
 
 def _output(loss: Tensor, rank: Tensor, keys: int) -> NTXentOutput:
-    """The output of views with so many keys each, of which ``rank`` are as similar as the positive one."""
+    """Return the output for views with ``keys`` keys each, of which ``rank`` are as similar as the positive."""
     top1, top5 = ((rank < count).to(loss.dtype).mean() for count in (1, 5))
     value = loss.detach()
     return NTXentOutput(loss, top1, top5, rank.to(loss.dtype).mean() + 1, log_count(keys, value) - value)

@@ -1,4 +1,4 @@
-"""Patch extraction as a module: images [B, C, H, W] to their overlapping patches [B, rows, cols, C', p, p]."""
+"""Patch extraction as a module: images [B, C, H, W] to overlapping patches [B, rows, cols, C', p, p]."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Patchify(Module):
 
     Args:
         patch_size: side p of a patch in pixels.
-        stride: distance of neighbouring patches in pixels. Default: ``patch_size // 2``, patches that overlap by half.
+        stride: distance of neighbouring patches in pixels. Default: ``patch_size // 2``, so that patches half overlap.
         gray: RGB to one channel.
         mean: one value per output channel, subtracted after scaling and grey.
         std: one positive value per output channel, divided by.
@@ -57,7 +57,7 @@ class Patchify(Module):
         offsets: Tensor | None = None,
         flip: Tensor | None = None,
     ) -> Tensor:
-        """images [B, C, H, W] → patches [B, rows, cols, C', p, p].
+        """Cut images [B, C, H, W] into patches [B, rows, cols, C', p, p].
 
         ``crop``, ``offsets`` and ``flip`` choose each image's window as in :func:`cpc_ext.ops.extract_patches`.
         """

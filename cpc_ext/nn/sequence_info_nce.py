@@ -1,8 +1,7 @@
 """The objective of contrastive predictive coding on sequences: contexts predict the encodings some frames ahead.
 
-From encodings [B, D, L] and contexts [B, E, L] to the InfoNCE loss of every step, and their mean or sum. Predictions
-are contrasted with the encodings themselves, which sampled negatives name; they are never gathered, nor are linear
-predictions ever all in memory.
+Encodings [B, D, L] and contexts [B, E, L] give the InfoNCE loss of every step, and their mean or sum. Sampled negatives
+are indices into the encodings, which are never gathered, and linear predictions are never in memory as a whole.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ _CHOICES = {
 
 
 class SequenceInfoNCEOutput(GridInfoNCEOutput):
-    """What :class:`SequenceInfoNCE` returns: as of grids, but for what it says here.
+    """What :class:`SequenceInfoNCE` returns: the attributes of :class:`GridInfoNCEOutput`, except for these.
 
     Attributes:
-        loss: scalar in nats, the mean over positions, and the mean or the sum over steps.
+        loss: scalar in nats, the mean over positions, then the mean or the sum over steps.
         step_losses, step_accuracies: [steps].
     """
 
@@ -48,10 +47,11 @@ class SequenceInfoNCEOutput(GridInfoNCEOutput):
 
 
 class _Keys(NamedTuple):
-    """What predictions are contrasted with: the encodings of all sequences as keys [N, D], frame by frame.
+    """The keys that predictions are contrasted with: the encodings of all sequences [N, D], frame by frame.
 
-    targets: int64 [B, T_k] of each step. negatives: int64 [B, T_k, S] of each step; None for all keys.
-    groups: of sequences [B] and of keys [N]; None where all may be contrasted. ring: whether other ranks' keys pass by.
+    targets: int64 [B, T_k] for each step. negatives: int64 [B, T_k, S] for each step; None for all keys.
+    groups: those of sequences [B] and of keys [N]; None if all keys may be contrasted. ring: whether to contrast the
+    keys of other ranks in a ring.
     """
 
     keys: Tensor
@@ -72,44 +72,44 @@ class SequenceInfoNCE(Module):
         encoding_channels: D.
         context_channels: E. Default: D.
         pred_steps: number K of steps ahead.
-        predictor: what makes predictions of contexts, one for each step:
+        predictor: the network that computes predictions from contexts, a separate one for each step:
 
-            - "linear": a matrix W_k, the score being ``zᵀ W_k c``;
-            - "transformer": a :class:`~cpc_ext.nn.CausalTransformerLayer` of 8 heads, for E = D;
-            - "ffd": two linear maps with ReLU in between; "conv4", "conv8", "conv12": a convolution of the last so many
-              contexts; the weights of these start as N(0, 1), results are multiplied by sqrt(2 / inputs);
-            - "lstm": an LSTM that begins with zeros.
-        sampling: how negatives are drawn; the positive may be among them unless it says otherwise:
+            - "linear": a matrix W_k, with the score ``zᵀ W_k c``;
+            - "transformer": a :class:`~cpc_ext.nn.CausalTransformerLayer` with 8 heads, for E = D;
+            - "ffd": two linear layers with a ReLU in between; "conv4", "conv8", "conv12": a convolution of the last 4,
+              8 or 12 contexts. Their weights are initialised as N(0, 1), their results multiplied by sqrt(2 / inputs);
+            - "lstm": an LSTM with an initial state of zeros.
+        sampling: how negatives are drawn; the positive may be among them unless stated otherwise:
 
             - "permuted": by permutations of all frames of the batch, so that none is used more often than others; the
               steps share them;
-            - "offsets": of the step's targets in the batch, for each step by itself, not the positive;
+            - "offsets": from the step's targets in the batch, separately for each step, without the positive;
             - "same-sequence": by permutations of time, which the batch and the steps share;
-            - "shifted": of any sequence of the batch at any time but t, the same for all steps;
+            - "shifted": from any sequence of the batch at any time but t, the same for all steps;
             - "all": every frame of the batch but the positive.
-        neg_samples: negatives S of each position; without use where ``sampling`` is "all".
-        exclude_positive: for "shifted", whether what is predicted at t is never drawn for it: the K frames that follow.
-        same_speaker: whether only negatives of the same speaker are contrasted: of the drawn ones those that are.
-        subsample: frames of a window, drawn for each batch, that are scored where sequences are longer; negatives are
-            drawn from them under "offsets", of a window of its own of the permuted frames under "same-sequence", and
-            from all frames else.
-        common_positions: whether all steps are predicted at the same L - K positions, instead of L - k each.
-        reduction: of the steps' losses, "mean" or "sum".
+        neg_samples: number S of negatives of each position; unused with ``sampling="all"``.
+        exclude_positive: for "shifted", whether the K frames that are predicted at t are never drawn as its negatives.
+        same_speaker: whether to contrast only negatives of the same speaker; drawn ones of others are left out.
+        subsample: length of a window, drawn for each batch, that is scored in longer sequences. "offsets" draws
+            negatives from this window, "same-sequence" from another window of the permuted frames, and the other
+            samplings from all frames.
+        common_positions: whether all steps are predicted at the same L - K positions, instead of L - k for step k.
+        reduction: "mean" or "sum" of the steps' losses.
         score: "dot", or "mean": the dot product divided by D.
-        start: of the W_k: "uniform" in ±E**-0.5, as :class:`torch.nn.Linear`; "cpc-audio": where D > E, N(0, 1) for the
-            first E encoding channels and a hundredth of that for the others.
-        dropout: of predictions.
-        window: frames L of the longest sequence that transformers predict in.
-        reverse: whether time runs backwards: the past is predicted. Draws count frames from the end then.
-        gather_negatives: where several processes share a batch, whose frames are contrasted: "none", "gather" or
-            "ring", see :class:`cpc_ext.nn.GridInfoNCE`.
+        start: initialisation of the W_k: "uniform" in ±E**-0.5, as in :class:`torch.nn.Linear`; "cpc-audio", if D > E:
+            N(0, 1) for the first E encoding channels and a hundredth of that for the others.
+        dropout: dropout rate of predictions.
+        window: length L of the longest sequence for transformers.
+        reverse: whether to reverse time, so that the past is predicted. Draws then count frames from the end.
+        gather_negatives: whose frames to contrast where several processes share a batch: "none", "gather" or "ring",
+            see :class:`cpc_ext.nn.GridInfoNCE`.
 
     Attributes:
         weight: [K, D, E], the W_k; None for other predictors.
-        predictors: the networks of the others, for each step.
+        predictors: the networks of each step for the other predictors.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or range, or that does not fit another.
+        TypeError, ValueError: an argument of the wrong type or range, or an unsupported combination.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class SequenceInfoNCE(Module):
         self.weight = None
         if predictor == "linear":
             self.weight = nn.Parameter(torch.empty(pred_steps, encoding_channels, self.context_channels))
-        # The same positions for all steps are as many as the last step has.
+        # With common positions, all steps have as many as the last one.
         positions = window - (pred_steps if common_positions else 1)
         self.predictors = ModuleList(
             step_predictor(predictor, self.context_channels, encoding_channels, positions)
@@ -164,7 +164,7 @@ class SequenceInfoNCE(Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the W_k anew."""
+        """Initialise the W_k again."""
         if self.weight is None:
             return
         channels = self.context_channels
@@ -184,7 +184,7 @@ class SequenceInfoNCE(Module):
         negatives: SequenceNegatives | Tensor | Sequence[Tensor] | None = None,
         speakers: Tensor | None = None,
     ) -> SequenceInfoNCEOutput:
-        """Loss and accuracy of predicting ahead.
+        """Compute loss and accuracy of predicting ahead.
 
         Args:
             encodings: z, [B, D, L].
@@ -192,7 +192,7 @@ class SequenceInfoNCE(Module):
             generator: draws the negatives, on its own device. Default: PyTorch's generator of the encodings' device.
             negatives: the draws themselves instead, as :meth:`draw_negatives` gives them, or their ``places``; under
                 ``gather_negatives="gather"`` those of all processes.
-            speakers: integers [B], whose sequences these are; for ``same_speaker``, which needs them.
+            speakers: integers [B], the speaker of each sequence; required for ``same_speaker``.
 
         Raises:
             TypeError, ValueError: tensors of the wrong type or shape, or sequences of no more than ``pred_steps``
@@ -234,9 +234,9 @@ class SequenceInfoNCE(Module):
         )
 
     def draw_negatives(self, encodings: Tensor, generator: torch.Generator | None = None) -> SequenceNegatives | None:
-        """Negatives as :meth:`forward` would draw them for these encodings, in the form in which it takes them.
+        """Draw negatives as :meth:`forward` would for these encodings, in the form that it takes.
 
-        encodings: [B, D, L], of which only the shape and the device count. None where nothing is drawn.
+        encodings: [B, D, L], of which only the shape and the device matter. Returns None if nothing is drawn.
         """
         world = exchange_with(self.gather_negatives).world
         of = self._windowed(encodings, encodings.shape[0] * world)
@@ -250,7 +250,7 @@ class SequenceInfoNCE(Module):
         )
 
     def _predict(self, contexts: Tensor, keys: _Keys) -> tuple[Tensor, Tensor]:
-        """Losses and accuracies [steps] of contexts [B, window, E]."""
+        """Return losses and accuracies [steps] for contexts [B, window, E]."""
         results = []
         for step, targets in enumerate(keys.targets):
             given = contexts[:, : targets.shape[1]]
@@ -261,16 +261,16 @@ class SequenceInfoNCE(Module):
 
     @property
     def _linear(self) -> bool:
-        """Whether predictions are products with the W_k and nothing else."""
+        """Whether predictions are only products with the W_k."""
         return self.weight is not None and (self.dropout.p == 0 or not self.training)
 
     def _contrast_linear(self, contexts: Tensor, keys: _Keys) -> tuple[Tensor, Tensor, Tensor]:
-        """The mean loss of contexts [B, window, E], with its gradient, and losses and accuracies [steps]."""
+        """Return the mean loss of contexts [B, window, E], with its gradient, and losses and accuracies [steps]."""
         assert self.weight is not None
         window = contexts.shape[1]
         negatives = None
         if keys.negatives is not None:
-            # What the steps share they are given once: the first step has it for the most contexts.
+            # Negatives that the steps share are passed once: those of the first step cover the most contexts.
             shared = self.sampling == "shifted"
             negatives = step_rows(keys.negatives[:1] if shared else keys.negatives, window, absent=0)
             negatives = negatives[0] if shared else negatives
@@ -289,7 +289,7 @@ class SequenceInfoNCE(Module):
         return 1.0 if self.score == "dot" else 1 / self.encoding_channels
 
     def _contrast(self, predictions: Tensor, step: int, keys: _Keys) -> tuple[Tensor, Tensor]:
-        """Loss and accuracy of predictions [B, T_k, D] of a step."""
+        """Return loss and accuracy of predictions [B, T_k, D] of a step."""
         queries, targets = predictions.flatten(0, 1), keys.targets[step]
         if keys.ring:
             losses, ranks = ring_info_nce(queries, keys.keys, targets.flatten(), scale=self._scale)
@@ -310,7 +310,7 @@ class SequenceInfoNCE(Module):
         return loss, accuracy
 
     def _log_contrasted(self, keys: _Keys, world: int, like: Tensor) -> float | Tensor:
-        """Log of the keys that a prediction is contrasted with, its target among them, the mean over all.
+        """Return the log of the number of contrasted keys, including the target, as a mean over predictions.
 
         like: see :func:`log_count`.
         """
@@ -339,7 +339,7 @@ class SequenceInfoNCE(Module):
         generator: torch.Generator | None,
         negatives: SequenceNegatives | Tensor | Sequence[Tensor] | None,
     ) -> SequenceNegatives:
-        """The draws, those given or new ones."""
+        """Return the given draws, checked, or new ones."""
         if negatives is None:
             return self._draw(candidates.device, of, generator)
         given = negatives if isinstance(negatives, SequenceNegatives) else SequenceNegatives(negatives)

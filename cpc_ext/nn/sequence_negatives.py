@@ -1,7 +1,7 @@
-"""Which frames of a batch of sequences each prediction is contrasted with, drawn in one of several ways.
+"""Negatives of predictions in a batch of sequences: frames, drawn in one of several ways.
 
-Frames of B sequences of L are counted b * L + t. Step k predicts frame t + k from the context at t, for the first
-``counts[k - 1]`` positions t of a window that begins at frame ``begin``.
+Frame t of sequence b has the index b * L + t, for sequences of L frames. Step k predicts frame t + k from the context
+at t, for the first ``counts[k - 1]`` positions t of a window that begins at frame ``begin``.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ SAMPLINGS = ("permuted", "offsets", "same-sequence", "shifted", "all")
 
 
 class SequenceNegatives(NamedTuple):
-    """Draws that can be used again.
+    """Drawn negatives, which can be used again.
 
     Attributes:
-        places: int64, by the way of sampling (S negatives, B sequences of L frames, K steps, T positions):
+        places: int64, by the sampling (S negatives, B sequences of L frames, K steps, T positions):
 
             - "permuted": [S, B·L], each row a permutation of all frames;
-            - "offsets": K of [S, B·T_k], how many of the step's targets further on;
-            - "same-sequence": [S, L], each row a permutation of the frames of any sequence;
+            - "offsets": K tensors [S, B·T_k], offsets from the positive among the step's targets;
+            - "same-sequence": [S, L], each row a permutation of the frames of a sequence, for all sequences;
             - "shifted": [B, S, T], frames;
             - "all": None.
-        begin: int64 [1], the first frame of the window that is scored; None where all are.
-        places_begin: int64 [1], that of the window of permuted frames, of "same-sequence"; None likewise.
+        begin: int64 [1], the first frame of the window that is scored; None if all frames are.
+        places_begin: int64 [1], for "same-sequence" the beginning of the window of permuted frames; None likewise.
     """
 
     places: Tensor | Sequence[Tensor] | None
@@ -42,9 +42,10 @@ class SequenceNegatives(NamedTuple):
 
 
 class Windowed(NamedTuple):
-    """What is scored of a batch: sequences, all of those whose frames may be negatives; frames; window; counts.
+    """The part of a batch that is scored.
 
-    counts: positions of each step.
+    sequences: number of sequences whose frames may be negatives. frames: length of a sequence. window: length of the
+    part that is scored. counts: number of positions of each step.
     """
 
     sequences: int
@@ -66,7 +67,7 @@ def draw(
     *,
     without_positive: bool,
 ) -> SequenceNegatives:
-    """Draws for a batch on ``device``, by a generator on its own."""
+    """Draw negatives for a batch on ``device``; the generator may be on another one."""
     draws_on = device if generator is None else generator.device
 
     def integers(low: int, high: int, *shape: int) -> Tensor:
@@ -75,7 +76,7 @@ def draw(
     def permutations(size: int) -> Tensor:
         return torch.stack([torch.randperm(size, **drawn_by(generator), device=draws_on) for _ in range(samples)])
 
-    # As Greedy InfoMax's program draws it, whose bound leaves out the last window.
+    # As in Greedy InfoMax's program, whose bound excludes the last window.
     begin = integers(0, of.frames - of.window, 1) if of.partial else None
     places_begin = None
     places: Tensor | list[Tensor] | None = None
@@ -83,14 +84,14 @@ def draw(
         places = permutations(of.sequences * of.frames)
     elif sampling == "offsets":
         rows = [of.sequences * count for count in of.counts]
-        # One target alone has no other.
+        # A single target has no other, but randint needs a valid range.
         places = [integers(1, max(size, 2), samples, size) for size in rows]
     elif sampling == "same-sequence":
         places = permutations(of.frames)
         places_begin = integers(0, of.frames - of.window, 1) if of.partial else None
     elif sampling == "shifted":
         steps = len(of.counts) if without_positive else 0
-        # No sequences have no frames to draw, but a range from which none are drawn.
+        # Without sequences nothing is drawn, but randint needs a valid range.
         others = max(of.sequences, 1) * (of.frames - 1) - steps
         if others < 1:
             raise ValueError(f"exclude_positive leaves none of {of.frames} frames of {of.sequences} sequences")
@@ -103,9 +104,10 @@ def draw(
 
 
 def _shifted(drawn: Tensor, of: Windowed, begin: Tensor | None) -> Tensor:
-    """Frames [B, S, T] of any sequence and of another time than t.
+    """Return frames [B, S, T] of any sequence at any time but t.
 
-    drawn: which of them. Those that follow t in the own sequence are the last, the nearest at the very end.
+    drawn: their indices [B, S, T] in an order that ends with the frames that follow t in the own sequence, the nearest
+    last, so that a smaller range of draws excludes these.
     """
     ahead = of.frames - 1
     sequence, offset = drawn // ahead, drawn % ahead + 1
@@ -118,7 +120,7 @@ def _shifted(drawn: Tensor, of: Windowed, begin: Tensor | None) -> Tensor:
 
 
 def checked_draws(given: SequenceNegatives, sampling: str, samples: int, of: Windowed) -> SequenceNegatives:
-    """The draws in int64, if they are of the right form for the batch; TypeError or ValueError where they are not."""
+    """Return the draws in int64; raise TypeError or ValueError unless they have the right form for the batch."""
     forms: dict[str, list[tuple[int, ...]]] = {
         "permuted": [(samples, of.sequences * of.frames)],
         "offsets": [(samples, of.sequences * count) for count in of.counts],
@@ -138,13 +140,13 @@ def checked_draws(given: SequenceNegatives, sampling: str, samples: int, of: Win
     needed = [given.begin, given.places_begin] if sampling == "same-sequence" else [given.begin]
     if of.partial and any(one is None for one in needed):
         raise ValueError(f"negatives must tell where the window of {of.window} of {of.frames} frames begins")
-    # Frames that are counted on from them may be beyond what a narrower type holds.
+    # Narrower types may not hold indices that are computed from them.
     wide = [as_int64(one) for one in found]
     return given._replace(places=wide[0] if isinstance(places, Tensor) else wide if wide else None)
 
 
 def frames_of(draws: SequenceNegatives, sampling: str, of: Windowed, own: slice) -> list[Tensor]:
-    """The negatives of the own sequences in every step, as frames: [B, counts[k - 1], S] each."""
+    """Return the negatives of the own sequences in every step as indices of frames, [B, counts[k - 1], S] each."""
     places = draws.places
     result = []
     for step, count in enumerate(of.counts, start=1):

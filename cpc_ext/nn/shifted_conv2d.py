@@ -1,8 +1,8 @@
 """The convolutions of PixelCNN++: shifted so that an output sees no later pixel, with normalised weights.
 
-From features [B, C, H, W] to [B, O, H, W], or to half or twice the size. What a shifted kernel sees is a rectangle
-above, or above and to the left of, the output's pixel; at stride 1 it is the visible part of a masked convolution,
-whose kernel adds bias and skip connection as well.
+Features [B, C, H, W] give [B, O, H, W], or half or twice the size. A shifted kernel covers a rectangle above, or above
+and to the left of, the output's pixel, which it includes. At stride 1 a masked convolution computes it, whose kernel
+also adds bias and skip connection.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cpc_ext.ops.masked_conv2d import masked_conv2d
 
 __all__ = ["ChannelMix", "ShiftedConv2d", "ShiftedConvTranspose2d", "initialize_from_data"]
 
-# Variance below which outputs are taken for one and the same number.
+# Variance below which outputs count as constant.
 _CONSTANT = 1e-8
 
 Shift = Literal["down", "down-right"]
@@ -31,11 +31,11 @@ Shift = Literal["down", "down-right"]
 class _WeightNorm(Module, ABC):
     """A layer whose weight is weight_g * weight_v / |weight_v| (Salimans & Kingma 2016, arXiv 1602.07868).
 
-    The norm is of each entry of the weight's first dimension.
+    The norm is taken for each index of the weight's first dimension.
 
     Args:
-        weight: what the weight starts as.
-        bias: likewise.
+        weight: initial weight.
+        bias: initial bias.
         gain: standard deviation that :func:`initialize_from_data` gives the outputs.
     """
 
@@ -50,7 +50,7 @@ class _WeightNorm(Module, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """The weight that counts, of the shape of ``weight_v``."""
+        """The effective weight, of the shape of ``weight_v``."""
         return self.weight_v * (self.weight_g / self._norm())
 
     def _norm(self) -> Tensor:
@@ -60,7 +60,7 @@ class _WeightNorm(Module, ABC):
 
     @abstractmethod
     def _convolve(self, inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, added: Tensor | None) -> Tensor:
-        """The layer's result with this weight and bias."""
+        """Return the layer's result with this weight and bias."""
 
     def _run(self, inputs: Sequence[Tensor], added: Tensor | None) -> Tensor:
         if self._initializing:
@@ -68,9 +68,9 @@ class _WeightNorm(Module, ABC):
         return self._convolve(inputs, self.weight, self.bias, added)
 
     def _initialize(self, inputs: Sequence[Tensor]) -> None:
-        """Let the outputs for these inputs have mean 0 and a standard deviation of ``gain``, channel by channel.
+        """Set scale and bias so that each output channel has mean 0 and a standard deviation of ``gain``.
 
-        An output that is the same everywhere, as in the first row of few pixels, keeps the deviation it has.
+        A constant output, as in the first row of few pixels, is not scaled to that deviation.
         """
         outputs = self._convolve(inputs, self.weight_v / self._norm(), None, None)
         variance, mean = torch.var_mean(outputs.to(self.bias.dtype), dim=(0, 2, 3), correction=0)
@@ -80,16 +80,16 @@ class _WeightNorm(Module, ABC):
         self.bias.copy_(-mean * scale)
 
     def _possible_scale(self, scale: Tensor) -> Tensor:
-        """What ``weight_g`` can do for output channels that want these scales: [O], or [1] for all alike."""
+        """Return what ``weight_g`` can give of scales [O] wanted by the output channels: [O], or [1] for all alike."""
         return scale
 
 
 @contextmanager
 def initialize_from_data(model: nn.Module) -> Iterator[None]:
-    """Within, layers set their scales and biases by the inputs they get, in the order in which they are run.
+    """Return a context in which layers set their scales and biases from their inputs, in the order in which they run.
 
-    Data-dependent initialisation (Salimans & Kingma 2016, section 3): every layer's outputs for the batch that the
-    model is run on get mean 0 and a standard deviation of the layer's gain.
+    Data-dependent initialisation (Salimans & Kingma 2016, section 3): for the batch that the model is run on, the
+    outputs of every layer get mean 0 and a standard deviation of the layer's gain.
     """
     layers = [module for module in model.modules() if isinstance(module, _WeightNorm)]
     for layer in layers:
@@ -110,7 +110,7 @@ def _check_kernel(kernel_size: tuple[int, int], shift: str) -> None:
 
 
 class ShiftedConv2d(FixedMask, _WeightNorm):
-    """Convolution with zero padding whose kernel ends at the output's row, and where shifted right at its column.
+    """Convolution with zero padding whose kernel ends at the output's row and, if shifted right, at its column.
 
     Shifted down, tap (i, j) of a kh x kw kernel reads the pixel kh - 1 - i rows above and j - (kw - 1) / 2 columns to
     the right; shifted down and right, kw - 1 - j columns to the left.
@@ -118,7 +118,7 @@ class ShiftedConv2d(FixedMask, _WeightNorm):
     Args:
         in_channels: C.
         out_channels: O.
-        kernel_size: (kh, kw); kw odd where shifted down only.
+        kernel_size: (kh, kw); kw must be odd for "down".
         shift: "down" or "down-right".
         stride: 1, or 2 for half the size.
         gain: see :func:`initialize_from_data`.
@@ -144,7 +144,7 @@ class ShiftedConv2d(FixedMask, _WeightNorm):
         super().__init__(conv.weight, conv.bias, gain)
         self.kernel_size, self.shift, self.stride = kernel_size, shift, stride
         kh, kw = kernel_size
-        # The kernel as part of one that is centred at the output's pixel: what is added below and to the right.
+        # Padding, to the right and below, that makes a kernel centred at the output's pixel of this one.
         self._hidden = (0, kw - 1 if shift == "down-right" else 0, 0, kh - 1)
         self._register_mask()
 
@@ -153,15 +153,15 @@ class ShiftedConv2d(FixedMask, _WeightNorm):
 
     @property
     def taps(self) -> list[tuple[int, int]]:
-        """Where each tap reads in raster order: rows and columns relative to the output's pixel, its stride aside."""
+        """Input positions of the taps in raster order: rows and columns relative to stride times the output's pixel."""
         kh, kw = self.kernel_size
         before = kw - 1 if self.shift == "down-right" else (kw - 1) // 2
         return [(i - kh + 1, j - before) for i in range(kh) for j in range(kw)]
 
     def forward(self, input: Tensor, added: Tensor | None = None) -> Tensor:
-        """input [B, C, H, W] → [B, O, H, W], or [B, O, H / 2, W / 2].
+        """Convolve [B, C, H, W] → [B, O, H, W], or [B, O, H / 2, W / 2].
 
-        added: of the result's shape, is added to it; at stride 1.
+        added: tensor of the result's shape to add to it; only at stride 1.
         """
         return self._run([input], added)
 
@@ -179,15 +179,15 @@ class ShiftedConv2d(FixedMask, _WeightNorm):
 
 
 class ShiftedConvTranspose2d(_WeightNorm):
-    """The transpose of a :class:`ShiftedConv2d` of stride 2: features of half the size to twice the size.
+    """The transpose of a :class:`ShiftedConv2d` of stride 2, which doubles the size.
 
-    Weights are [C, O, 2, kw] and normalised over their outputs, as PyTorch normalises those of its own. One scale an
-    input channel cannot give every output channel its own deviation: :func:`initialize_from_data` gives them the
-    wanted one on average.
+    Weights are [C, O, 2, kw] and normalised for each input channel, as by PyTorch's weight norm. One scale per input
+    channel cannot give every output channel its own deviation: :func:`initialize_from_data` uses the
+    mean of the scales that they would need.
 
     Args:
         in_channels, out_channels, shift: as of :class:`ShiftedConv2d`.
-        kernel_size: (2, 3) shifted down, or (2, 2) shifted down and right.
+        kernel_size: (2, 3) for "down", or (2, 2) for "down-right".
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: tuple[int, int], shift: Shift) -> None:
@@ -199,7 +199,7 @@ class ShiftedConvTranspose2d(_WeightNorm):
         self.shift = shift
 
     def forward(self, input: Tensor) -> Tensor:
-        """input [B, C, H, W] → [B, O, 2H, 2W]."""
+        """Convolve [B, C, H, W] → [B, O, 2H, 2W]."""
         return self._run([input], None)
 
     def _convolve(self, inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, added: Tensor | None) -> Tensor:
@@ -219,10 +219,10 @@ class ChannelMix(FixedMask, _WeightNorm):
     """A matrix [O, C] applied at every pixel ("network in network"), to the channels of one or more features.
 
     Args:
-        in_channels: C, of all features together.
+        in_channels: C, the sum over all features.
         out_channels: O.
-        sources: how many features it takes, of equally many channels. Their channels come in two halves, as those of
-            a concatenated ELU; in the matrix the first halves of all features come before the second ones.
+        sources: number of features, all with the same number of channels. Their channels consist of two halves, as
+            those of a concatenated ELU; in the matrix the first halves of all features precede the second ones.
     """
 
     visible: Tensor
@@ -238,13 +238,13 @@ class ChannelMix(FixedMask, _WeightNorm):
         return torch.ones(1, 1, dtype=torch.bool)
 
     def of_sources(self, weight: Tensor) -> list[Tensor]:
-        """The part of a matrix [O, C] that each of the features is multiplied with: [O, C / sources] each."""
+        """Return the parts of a matrix [O, C] that multiply each of the features, [O, C / sources] each."""
         if self.sources == 1:
             return [weight]
         return [part.flatten(1) for part in torch.unflatten(weight, 1, (2, self.sources, -1)).unbind(2)]
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Features [B, C / sources, H, W] → [B, O, H, W]."""
+        """Apply the matrix to features [B, C / sources, H, W] → [B, O, H, W]."""
         return self._run(inputs, None)
 
     def _convolve(self, inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, added: Tensor | None) -> Tensor:

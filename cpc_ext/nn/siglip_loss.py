@@ -1,4 +1,4 @@
-"""SigLIP's loss: of every image and every text, whether they belong together."""
+"""SigLIP's loss: a binary classification of every pair of an image and a text as matching or not."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ class SigLIPLoss(ImageTextLoss):
     """The pairwise sigmoid loss (Zhai et al. 2023, arXiv 2303.15343, equation 1).
 
     ``-Σ_n log sigmoid(z_mn (scale · image_m · text_n + bias))``, the mean over images m, where z is 1 for m = n and -1
-    otherwise. It is called as open_clip's ``SigLipLoss`` is, and gives the same values and gradients, from scores that
-    are never in memory.
+    otherwise. Arguments, values and gradients are those of open_clip's ``SigLipLoss``, but scores are never in memory.
 
-    Where several processes share a batch, each passes its own pairs, as many as the others, and gets the loss of its
-    images against the texts of all. Averaged over the processes, gradients are those of one process with the whole
-    batch.
+    Where several processes share a batch, each passes its own pairs, the same number on all, and gets the loss of its
+    images against the texts of all processes. Averaged over the processes, gradients are those of one process with the
+    whole batch.
 
     Args:
-        cache_labels: without effect, as there are no labels.
-        rank, world_size: of the default process group; a world of 1 contrasts the process's own pairs, whatever there
-            is of a group.
-        dist_impl: how texts travel in open_clip, "bidir", "shift", "reduce" or "gather". Here they are gathered, which
-            takes as many features, not scores, as there are texts.
-        gather_negatives: "none" or "gather", in place of rank and world_size, which the process group is asked for.
+        cache_labels: no effect, as there are no labels.
+        rank, world_size: those of the default process group. With a world_size of 1 the process's own pairs are
+            contrasted, even where there is a group.
+        dist_impl: how open_clip exchanges texts, "bidir", "shift", "reduce" or "gather". Here they are always gathered,
+            so that the features of all texts are in memory, but not their scores.
+        gather_negatives: "none" or "gather"; replaces rank and world_size, which then come from the process group.
 
     Raises:
-        ValueError: an argument that is none of those above.
+        ValueError: an argument with another value.
     """
 
     def __init__(

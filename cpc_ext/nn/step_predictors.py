@@ -1,4 +1,4 @@
-"""What predicts encodings of some step from contexts, [B, T, E] → [B, T, D], other than by a matrix."""
+"""Networks that predict the encodings of a step from contexts, [B, T, E] → [B, T, D]."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["PREDICTORS", "step_predictor"]
 
 
 class EqualizedLinear(nn.Linear):
-    """A linear map that starts as N(0, 1), whose result is multiplied by sqrt(2 / in) (Karras et al. 2018)."""
+    """A linear layer with weights initialised as N(0, 1), and its result times sqrt(2 / in) (Karras et al. 2018)."""
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight)
@@ -27,7 +27,7 @@ class EqualizedLinear(nn.Linear):
 
 
 class _FeedForwardPredictor(Module):
-    """Two equalised linear maps with ReLU in between."""
+    """Two equalised linear layers with a ReLU in between."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class _FeedForwardPredictor(Module):
 
 
 class _ConvPredictor(Module):
-    """An equalised convolution of the contexts up to each position, zeros before the first."""
+    """An equalised causal convolution of the contexts, padded with zeros before the first."""
 
     def __init__(self, in_channels: int, channels: int, kernel: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class _ConvPredictor(Module):
 
 
 class _LSTMPredictor(Module):
-    """An LSTM that begins with zeros."""
+    """An LSTM with an initial state of zeros."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class _LSTMPredictor(Module):
         return predictions
 
 
-# What makes a step's predictor of E, D and a transformer's positions; None for matrices, which the objective keeps.
+# Factories of a step's predictor, of (E, D, positions of a transformer); None for matrices, which the objective holds.
 PREDICTORS: dict[str, Callable[[int, int, int], Module] | None] = {
     "linear": None,
     "transformer": lambda contexts, encodings, positions: CausalTransformerLayer(contexts, positions),
@@ -79,9 +79,9 @@ PREDICTORS: dict[str, Callable[[int, int, int], Module] | None] = {
 
 
 def step_predictor(kind: str, contexts: int, encodings: int, positions: int) -> Module:
-    """The network of a kind other than "linear", for so many channels.
+    """Make a predictor of a kind other than "linear", for the given numbers of channels.
 
-    ValueError where a transformer is to predict encodings of another width than the contexts'.
+    ValueError for a transformer where contexts and encodings differ in width.
     """
     if kind == "transformer" and contexts != encodings:
         raise ValueError(f"transformer predictors need contexts as wide as encodings, got {contexts} and {encodings}")

@@ -1,4 +1,4 @@
-"""Supervised contrast: each view picks the views of all samples of its class out of the batch."""
+"""Supervised contrast: the positives of each view are the views of all samples of its class."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ class SupConLoss(Module):
     """Supervised contrastive learning (Khosla et al. 2020, arXiv 2004.11362, equation 2, L_out).
 
     ``(τ / τ_base) (log Σ_{a ∈ A(i)} exp(z_i·z_a / τ) - mean over p ∈ P(i) of z_i·z_p / τ)``, the mean over the anchors
-    i; A(i) are all views but i, and P(i) those of them that are of i's class. An anchor without such counts as 0. It is
-    called as the published program's ``SupConLoss`` is (HobbitLong/SupContrast), and gives the same.
+    i; A(i) are all views but i, and P(i) those of them in the class of i. An anchor with an empty P(i) counts as 0.
+    Arguments and results are those of the published program's ``SupConLoss`` (HobbitLong/SupContrast).
 
-    The mean over positives is linear in their features, so sums over classes are enough, whatever the number of
-    positives: memory is that of the features.
+    The mean over positives is linear in their features, so sums over classes suffice for any number of positives, and
+    memory is that of the features.
 
     Args:
         temperature: τ.
-        contrast_mode: which views are anchors, "all" or only the first, "one".
+        contrast_mode: the views that are anchors: "all", or "one" for only the first of each sample.
         base_temperature: τ_base.
 
     Raises:
-        TypeError, ValueError: an argument that is none of those above.
+        TypeError, ValueError: an argument of another type or value.
     """
 
     def __init__(self, temperature: float = 0.07, contrast_mode: str = "all", base_temperature: float = 0.07) -> None:
@@ -46,13 +46,13 @@ class SupConLoss(Module):
         self.base_temperature = base_temperature
 
     def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """The loss of a batch, a scalar in float32, or float64 for float64.
+        """Compute the loss of a batch, a scalar in float32, or float64 for float64.
 
         Args:
-            features: floating [B, views, ...], as a rule of length 1 over what is beyond the views.
+            features: floating [B, views, ...], usually of length 1 over the remaining dimensions.
             labels: [B], the samples' classes, any numbers.
-            mask: in place of labels, [B, B] of non-negative numbers or bool: how much sample n is a positive of sample
-                m. With neither, a sample is a class of its own, which is the loss of SimCLR.
+            mask: in place of labels, [B, B] of bool or non-negative numbers: the weight of sample n as a positive of
+                sample m. With neither, each sample is a class of its own, which is the loss of SimCLR.
 
         Raises:
             TypeError, ValueError: an argument of the wrong shape or type; both labels and mask.
@@ -60,7 +60,7 @@ class SupConLoss(Module):
         _check(features, labels, mask)
         # [views * B, D], all first views before all second ones.
         keys = features.flatten(2).transpose(0, 1).flatten(0, 1)
-        # The gradients of log-sums and of similarities nearly cancel: rounded to 16 bits each, little is left of them.
+        # Gradients of log-sums and of similarities nearly cancel: rounding each to 16 bits leaves little of their sum.
         keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
         anchors = keys[: features.shape[0]] if self.contrast_mode == "one" else keys
         with without_autocast(features.device):
@@ -71,7 +71,7 @@ class SupConLoss(Module):
             options = ContrastOptions(
                 1 / self.temperature, weights=weights, exclude=torch.arange(anchors.shape[0], device=features.device)
             )
-            # As a sum whose weights are known, it has its gradient formed in the same pass.
+            # For a sum with known weights, the op forms the gradient in the same pass.
             log_sums = contrast(anchors, keys, options, measure="log_sum", reduction="sum").loss
             loss = (log_sums - similarity() / self.temperature) / anchors.shape[0]
             return loss * (self.temperature / self.base_temperature)
@@ -102,7 +102,7 @@ def _check(features: Tensor, labels: Tensor | None, mask: Tensor | None) -> None
 
 
 def _classes(labels: Tensor | None, samples: int, device: torch.device) -> Tensor:
-    """Classes numbered from 0, int64 [B]. Not by torch.unique, whose result is of a size that only the device knows."""
+    """Number the classes from 0, int64 [B]. torch.unique would wait for the device to know its result's size."""
     if labels is None:
         return torch.arange(samples, device=device)
     ordered, order = labels.to(device).reshape(-1).sort()
@@ -111,14 +111,15 @@ def _classes(labels: Tensor | None, samples: int, device: torch.device) -> Tenso
 
 
 def _of_classes(anchors: Tensor, keys: Tensor, classes: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
-    """Which anchors have positives, as weights [M]; the sum over anchors of the mean dot product with positives.
+    """Return weights [M], 1 for anchors with positives, and a function of the anchors' similarity to their positives.
 
-    The sum is computed when it is asked for: after the contrast, whose memory is free again by then.
+    The function sums, over the anchors, the mean dot product with positives. It is called after the contrast, when that
+    has freed its memory.
     """
     samples = classes.shape[0]
 
     def sums(values: Tensor) -> Tensor:
-        """[views * B, ...] summed over the members of each class, [B, ...]."""
+        """Sum values [views * B, ...] over the members of each class, [B, ...]."""
         per_sample = values.unflatten(0, (-1, samples)).sum(0)
         return torch.zeros_like(per_sample).index_add(0, classes, per_sample)
 
@@ -126,7 +127,7 @@ def _of_classes(anchors: Tensor, keys: Tensor, classes: Tensor) -> tuple[Tensor,
 
     def similarity() -> Tensor:
         of_keys = sums(keys)
-        # All anchors of a class have as many positives: its keys, but for themselves.
+        # All anchors of a class have the same number of positives: its keys except themselves.
         of_anchors = of_keys if anchors.shape[0] == keys.shape[0] else sums(anchors)
         similar = (of_anchors * of_keys).sum(1) - sums(_squared_lengths(anchors))
         return torch.where(positives > 0, similar / positives.clamp_min(1), 0).sum()
@@ -135,13 +136,13 @@ def _of_classes(anchors: Tensor, keys: Tensor, classes: Tensor) -> tuple[Tensor,
 
 
 def _squared_lengths(features: Tensor) -> Tensor:
-    """Squared lengths [M] of features [M, D]. A product with itself would have its gradient formed twice, and added."""
+    """Return squared lengths [M] of features [M, D]. A plain square would form its gradient twice, and add both."""
     constant = features.detach()
     return 2 * (features * constant).sum(1) - (constant * constant).sum(1)
 
 
 def _of_mask(anchors: Tensor, keys: Tensor, mask: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
-    """What :func:`_of_classes` gives, of a weight for each pair of samples."""
+    """Return what :func:`_of_classes` does, given a weight for each pair of samples."""
     samples = mask.shape[0]
     mask = mask.to(keys.device, keys.dtype)
     views = keys.shape[0] // samples
@@ -152,7 +153,7 @@ def _of_mask(anchors: Tensor, keys: Tensor, mask: Tensor) -> tuple[Tensor, Calla
     def similarity() -> Tensor:
         of_samples = mask @ keys.unflatten(0, (views, samples)).sum(0)
         of_views = anchors.unflatten(0, (-1, samples))
-        # An anchor is none of its own positives.
+        # An anchor is not among its own positives.
         similar = of_views * of_samples - own.unsqueeze(1) * of_views**2
         return torch.vdot(similar.sum(2).sum(0), share)
 

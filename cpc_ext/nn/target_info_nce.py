@@ -1,8 +1,8 @@
-"""The objective of CPC v2: contexts predict projections of the encodings below, out of all of the batch.
+"""The objective of CPC v2: contexts predict projections of the encodings below, among those of the whole batch.
 
-From encodings [directions, B, D, rows, cols] and contexts [directions, B, E, rows, cols] to the cross-entropy of every
-direction and step. All steps of a direction contrast the same keys, its projected encodings, so that all of them are
-rows of one call of the op, with a target each.
+Encodings [directions, B, D, rows, cols] and contexts [directions, B, E, rows, cols] give the cross-entropy of every
+direction and step. All steps of a direction contrast the same keys, its projected encodings, so that their predictions
+are rows of one call of the op, with one target each.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ _REDUCTIONS = ("mean", "sum", "lightning-bolts")
 
 
 class TargetInfoNCE(Module):
-    """Predict projected encodings, all targets of the batch being negatives (Hénaff et al. 2019, arXiv 1905.09272).
+    """Predict projected encodings, with all targets of the batch as negatives (Hénaff et al. 2019, arXiv 1905.09272).
 
     Targets are a 1x1 convolution of the encodings. The context at row r predicts the target at row r + k + skip, same
-    column and image, by a 1x1 convolution multiplied by ``scale``; it is contrasted with every target of the batch, of
-    any row. Each direction has convolutions of its own.
+    column and image, by a 1x1 convolution multiplied by ``scale``; the prediction is contrasted with all targets of the
+    batch, in all rows. Each direction has convolutions of its own.
 
     Args:
         encoding_channels: D.
         context_channels: E. Default: D.
         pred_steps: number K of steps k = 1..K, each with a convolution of its own, as in the paper. None: every step
-            that the grid has rows for, all of which share one, as in Lightning Bolts' CPCTask.
-        pred_directions: how many directions are predicted.
+            that the grid has rows for, which all share one, as in Lightning Bolts' CPCTask.
+        pred_directions: number of directions that are predicted.
         skip: rows between a context and its first target.
-        target_channels: of targets and predictions.
+        target_channels: channels of targets and predictions.
         scale: factor of the predictions.
-        reduction: of a direction's steps. "mean", which keeps the learning rate independent of their number; "sum" as
-            in the paper; "lightning-bolts": the sum in which step k counts k times, as that program sums the steps anew
-            for each number of rows it leaves out. The loss is the mean over directions.
-        gather_negatives: where several processes share a batch, whose targets are contrasted: "none", "gather" or
-            "ring", see :class:`cpc_ext.nn.GridInfoNCE`.
+        reduction: reduction of a direction's steps: "mean", which keeps the learning rate independent of their number;
+            "sum", as in the paper; or "lightning-bolts", the sum in which step k counts k times, as that program sums
+            the steps again for each number of rows that it skips. The loss is the mean over directions.
+        gather_negatives: whose targets to contrast where several processes share a batch: "none", "gather" or "ring",
+            see :class:`cpc_ext.nn.GridInfoNCE`.
 
     Raises:
-        ValueError: an argument that is none of those above.
+        ValueError: an argument with another value.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class TargetInfoNCE(Module):
         self.scale = scale
         self.reduction = reduction
         self.gather_negatives = gather_negatives
-        # A group of channels is a direction; of a group's predictions, the steps follow one another.
+        # Each direction is a group of channels, which for predictions holds the steps one after another.
         self.target_projection = nn.Conv2d(
             pred_directions * encoding_channels, pred_directions * target_channels, 1, groups=pred_directions
         )
@@ -96,15 +96,15 @@ class TargetInfoNCE(Module):
         )
 
     def forward(self, encodings: Tensor, contexts: Tensor) -> GridInfoNCEOutput:
-        """Loss and accuracy of predicting downwards in every direction's grid.
+        """Compute loss and accuracy of predicting downwards in every direction's grid.
 
         Args:
             encodings: z, [directions, B, D, rows, cols], each direction's grid turned so that it points down.
             contexts: c, [directions, B, E, rows, cols].
 
         Returns:
-            loss is as ``reduction`` says; accuracy and mutual_information are means over steps with the weights of the
-            loss; step_losses and step_accuracies are [directions, steps], without weights.
+            loss is reduced by ``reduction``; accuracy and mutual_information are means over steps with the weights of
+            the loss; step_losses and step_accuracies are [directions, steps], without weights.
 
         Raises:
             TypeError, ValueError: grids of the wrong type or shape, or with too few rows for ``pred_steps + skip``.
@@ -119,7 +119,7 @@ class TargetInfoNCE(Module):
         keys = exchange.gathered(_project(self.target_projection, encodings), dim=1)
         images = keys.shape[1]
         predictions = torch.unflatten(_project(self.prediction_projection, contexts), 2, (self.pred_steps or 1, -1))
-        # In (row, column, image) order a step's contexts are the first and its targets the last: slices, no copies.
+        # In (row, column, image) order a step's contexts come first and its targets last: slices without copies.
         keys = keys.permute(0, 3, 4, 1, 2).flatten(1, 3)
         predictions = predictions.permute(2, 0, 4, 5, 1, 3).flatten(2, 4)
         places = [(rows - first) * cols for first in range(1 + self.skip, 1 + self.skip + self._steps(rows))]
@@ -143,7 +143,7 @@ class TargetInfoNCE(Module):
         weights = torch.ones_like(step_losses[0])
         if self.reduction == "lightning-bolts":
             weights = weights.cumsum(0)
-        # Not as a product with the weights, which autocast would round.
+        # Not a matrix product with the weights, which autocast would round.
         mean, accuracy = ((values * weights).sum(1).mean() / weights.sum() for values in (step_losses, step_rights))
         return GridInfoNCEOutput(
             mean if self.reduction == "mean" else mean * weights.sum(),
@@ -160,11 +160,11 @@ class TargetInfoNCE(Module):
         )
 
     def _steps(self, rows: int) -> int:
-        """How many steps are predicted in a grid of so many rows."""
+        """Return the number of steps that are predicted in a grid of ``rows`` rows."""
         return rows - 1 - self.skip if self.pred_steps is None else self.pred_steps
 
 
 def _project(projection: nn.Conv2d, grids: Tensor) -> Tensor:
-    """Every direction's own 1x1 convolution: [directions, B, C, rows, cols] → [directions, B, C', rows, cols]."""
+    """Apply every direction's 1x1 convolution: [directions, B, C, rows, cols] → [directions, B, C', rows, cols]."""
     projected = projection(grids.transpose(0, 1).flatten(1, 2))
     return torch.unflatten(projected, 1, (grids.shape[0], -1)).transpose(0, 1)

@@ -1,7 +1,7 @@
-"""PyTorch's module and its containers as type checkers are to see them; at run time they are PyTorch's own.
+"""PyTorch's module and containers with precise types for type checkers; at run time they are PyTorch's own.
 
-A call of a :class:`Module` gives what its ``forward`` does, and a container knows the layers it holds, where PyTorch
-declares ``Any`` and :class:`torch.nn.Module`.
+A call of a :class:`Module` has the type of its ``forward``, and a container the type of the layers that it holds, where
+PyTorch declares ``Any`` and :class:`torch.nn.Module`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         def forward(self, *args: P.args, **kwargs: P.kwargs) -> Result: ...
 
     class Module(nn.Module):
-        # PyTorch declares an attribute, which could be assigned to.
+        # PyTorch declares a writable attribute.
         @property
         def __call__(self: _Runs[P, Result]) -> Callable[P, Result]: ...  # type: ignore[override]
 

@@ -1,4 +1,4 @@
-"""Vectors brought to length 1, whatever length they have."""
+"""Normalisation of vectors of any finite length to length 1."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from cpc_ext.ops._library import in_forward_mode, is_plain
 
 __all__ = ["unit_length"]
 
-# Between these, squares of entries that matter neither overflow nor vanish in float32.
+# For lengths between these, squares of significant entries neither overflow nor underflow in float32.
 _SHORTEST, _LONGEST = 1e-12, 1e15
 
 
 def unit_length(vectors: Tensor, dim: int = -1) -> Tensor:
-    """Vectors along ``dim``, of any finite length, divided by their Euclidean norm; zero vectors stay zeros.
+    """Divide vectors along ``dim``, of any finite length, by their Euclidean norm; zero vectors stay zeros.
 
-    A zero vector, which has no direction, gets no gradient either.
+    A zero vector, which has no direction, gets a gradient of 0.
 
-    Other than with :func:`torch.nn.functional.normalize`, squares neither overflow nor vanish, and short vectors are
-    not taken for zeros: entries are first divided by the largest of their vector. Where all lengths are moderate, which
-    only the CPU looks up, that is left out.
+    Unlike in :func:`torch.nn.functional.normalize`, squares neither overflow nor underflow, and short vectors do not
+    count as zeros: entries are first divided by the largest of their vector. The CPU skips this step if all lengths are
+    moderate; other devices do not check.
     """
     if vectors.shape[dim] == 0:
         return vectors
@@ -38,12 +38,12 @@ def unit_length(vectors: Tensor, dim: int = -1) -> Tensor:
 
 def _of_any_length(vectors: Tensor, dim: int) -> Tensor:
     largest = vectors.detach().abs().amax(dim, keepdim=True)
-    # A constant: the result does not depend on it. Zeros are divided by infinity, which leaves no gradient.
+    # Detached, as the result does not depend on it. Zeros are divided by infinity, which leaves no gradient.
     return F.normalize(vectors / torch.where(largest == 0, torch.inf, largest), dim=dim)
 
 
 def _may_look_at(vectors: Tensor) -> bool:
-    """Whether lengths may be looked up, and tangents need not be carried on."""
+    """Return whether lengths may be read, and no tangents have to be propagated."""
     return (
         vectors.is_cpu
         and vectors.dtype in (torch.float32, torch.float64)
@@ -54,7 +54,7 @@ def _may_look_at(vectors: Tensor) -> bool:
 
 
 class _Divided(torch.autograd.Function):
-    """Vectors divided by their lengths: PyTorch's own graph of that goes over the vectors a dozen times."""
+    """Vectors divided by their lengths. PyTorch's own graph of that makes a dozen passes over the vectors."""
 
     @staticmethod
     def forward(ctx: Any, vectors: Tensor, lengths: Tensor, dim: int) -> Tensor:
@@ -66,7 +66,7 @@ class _Divided(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         vectors, units, lengths = ctx.saved_tensors
-        if torch.is_grad_enabled():  # A graph of the gradient is asked for.
+        if torch.is_grad_enabled():  # A graph of the gradient is requested.
             lengths = torch.linalg.vector_norm(vectors, dim=ctx.dim, keepdim=True)
             units = vectors / lengths
         along = torch.linalg.vecdot(gradient, units, dim=ctx.dim).unsqueeze(ctx.dim)
