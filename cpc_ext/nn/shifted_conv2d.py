@@ -182,8 +182,8 @@ class ShiftedConvTranspose2d(_WeightNorm):
     """The transpose of a :class:`ShiftedConv2d` of stride 2, which doubles the size.
 
     Weights are [C, O, 2, kw] and normalised for each input channel, as by PyTorch's weight norm. One scale per input
-    channel cannot give every output channel its own deviation: :func:`initialize_from_data` uses the
-    mean of the scales that they would need.
+    channel cannot give every output channel its own deviation: :func:`initialize_from_data` uses the mean of the scales
+    that they would need.
 
     Args:
         in_channels, out_channels, shift: as of :class:`ShiftedConv2d`.

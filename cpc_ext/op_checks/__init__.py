@@ -1,4 +1,4 @@
-"""Every op against its reference, on small and awkward problems: what a user runs where nobody of us could.
+"""Comparison of every op with its reference on small and awkward problems, for users to run on their machines.
 
-A file in ``problems/`` holds those of one op; they are found, not listed.
+A file in ``problems/`` holds the problems of one op, or of related ones; the files are found by name, not listed.
 """

@@ -1,7 +1,7 @@
-"""Whether an op's kernels agree with its reference: one problem, one device, one type at a time.
+"""Comparison of an op's kernels with its reference: one problem, one device, one dtype at a time.
 
-The op runs on the device in the type. Its reference, plain PyTorch, runs on the CPU in float64, on the same values
-rounded to that type. Forward results and gradients are compared, relative to the largest value of what is expected.
+The op runs on the device in the dtype. Its reference, plain PyTorch, runs on the CPU in float64, on the same values
+rounded to that dtype. Forward results and gradients are compared, relative to the largest expected value.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ __all__ = ["KINDS", "Difference", "Problem", "all_problems", "differences", "fp3
 
 
 class Kind(NamedTuple):
-    """A way in which an op computes.
+    """A precision in which an op computes.
 
-    dtype: of the floating arguments.
-    tolerance: how far a result may be off, as a share of the largest value expected.
+    dtype: dtype of the floating-point arguments.
+    tolerance: largest error of a result, as a fraction of the largest expected value.
     """
 
     dtype: torch.dtype
     tolerance: float
 
 
-# Some roundings of a result to its type; of float32 also those of its sums.
+# Tolerances are a few roundings of a result to its dtype; for float32 they include those of its sums.
 KINDS = {
     "float64": Kind(torch.float64, 1e-12),
     "float32": Kind(torch.float32, 5e-6),
@@ -44,17 +44,17 @@ KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A call of an op, ready to be made on any device.
+    """A call of an op that can be made on any device.
 
     Attributes:
-        op: its name in :mod:`cpc_ext.ops`.
+        op: name of the op in :mod:`cpc_ext.ops`.
         label: what is awkward about the problem.
-        call: takes ``differentiable`` and ``others`` by name and gives a tensor or a tuple of tensors.
+        call: takes ``differentiable`` and ``others`` by name and returns a tensor or a tuple of tensors.
         reference: the same in plain PyTorch, differentiable by PyTorch's own formulas.
-        differentiable: float64 arguments; they are rounded to the type, and gradients are taken in them.
-        others: further arguments; tensors, also those in named tuples, are brought to the device as they are.
-        gives: what of the type ``call`` is told, as its argument of that name; None where arguments tell it.
-        kinds: those that the op has; by default all.
+        differentiable: float64 arguments; they are rounded to the dtype, and gradients are taken in them.
+        others: further arguments; tensors, also those in named tuples, are moved to the device unchanged.
+        gives: name of the argument by which ``call`` takes the dtype; None if it follows from the other arguments.
+        kinds: names in ``KINDS`` of the precisions that the op supports; by default all.
     """
 
     op: str
@@ -68,14 +68,14 @@ class Problem:
 
 
 class Difference(NamedTuple):
-    """How far a result is from what is expected.
+    """The error of a result or gradient.
 
     Attributes:
-        of: "result 0", "gradient of keys".
-        error: the largest difference as a share of the largest value expected; infinite for a wrong shape or where one
-            of the two is not finite and the other is.
-        allowed: the error that rounding explains.
-        where: one line about the worst place.
+        of: what is compared, such as "result 0" or "gradient of keys".
+        error: the largest difference as a fraction of the largest expected value; infinite for a wrong shape or where
+            only one of the two values is finite.
+        allowed: the largest error that rounding explains.
+        where: one line about the worst position.
     """
 
     of: str
@@ -85,25 +85,25 @@ class Difference(NamedTuple):
 
     @property
     def agrees(self) -> bool:
-        """Whether rounding explains the error."""
+        """Whether the error is one that rounding explains."""
         return self.error <= self.allowed
 
 
 def all_problems() -> list[Problem]:
-    """The problems of all ops."""
+    """Return the problems of all ops."""
     modules = [import_module(name) for name in sorted(found_in(f"{__package__}.problems").values())]
     return [problem for module in modules for problem in module.PROBLEMS]
 
 
 def kinds_of(device: torch.device, *, rounds: bool | None = None) -> list[str]:
-    """The kinds there are on a device; TF32 is CUDA's (or of what ``rounds`` like it)."""
+    """Return the names of a device's kinds; "tf32" only if it ``rounds`` to TF32, which by default CUDA alone does."""
     rounds = device.type == "cuda" if rounds is None else rounds
     return [name for name in KINDS if name != "tf32" or rounds]
 
 
 @contextlib.contextmanager
 def fp32_precision(value: str) -> Iterator[None]:
-    """A context with PyTorch's switches for products and convolutions of float32 on CUDA at "ieee" or "tf32"."""
+    """Return a context with PyTorch's precision of float32 products and convolutions on CUDA at "ieee" or "tf32"."""
     switches: tuple[Any, ...] = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     before = [switch.fp32_precision for switch in switches]
     try:
@@ -116,9 +116,9 @@ def fp32_precision(value: str) -> Iterator[None]:
 
 
 def differences(problem: Problem, device: torch.device, kind: str) -> list[Difference]:
-    """Each result and gradient of a problem on a device, compared with the reference's.
+    """Compare each result and gradient of a problem on a device with the reference's.
 
-    Raises whatever the op raises.
+    Errors of the op are passed on.
     """
     dtype, tolerance = KINDS[kind]
     rounded = {name: value.to(dtype) for name, value in problem.differentiable.items()}
@@ -126,7 +126,7 @@ def differences(problem: Problem, device: torch.device, kind: str) -> list[Diffe
         actual = _results(problem, problem.call, rounded, device, dtype)
     exact = {name: value.double() for name, value in rounded.items()}
     with warnings.catch_warnings():
-        # What plain PyTorch finds slow is no concern of who checks the kernels.
+        # Performance warnings of plain PyTorch do not matter here.
         warnings.filterwarnings("ignore", message="Using padding='same'")
         expected = _results(problem, problem.reference, exact, torch.device("cpu"), torch.float64)
     return [_difference(name, actual[name], expected[name], tolerance) for name in expected]
@@ -139,7 +139,7 @@ def _results(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Results and gradients by what they are."""
+    """Return results and gradients by their names, those of :attr:`Difference.of`."""
     inputs = {name: value.to(device).requires_grad_() for name, value in differentiable.items()}
     others = {name: _on(value, device) for name, value in problem.others.items()}
     told = {} if problem.gives is None else {problem.gives: dtype}
@@ -161,7 +161,7 @@ def _on(value: Any, device: torch.device) -> Any:
 
 
 def _upstream(output: Tensor) -> Tensor:
-    """Gradients of a result: like no other's, and the same in every type."""
+    """Return a varied gradient of a result, whose values are exact in every dtype."""
     values = torch.arange(output.numel(), dtype=torch.float64).mul(0.7).cos().mul(4).round().div(4).add(0.125)
     return values.view(output.shape).to(output)
 

@@ -1,4 +1,4 @@
-"""The values of problems, the same on every machine."""
+"""Random values of problems, the same on every machine."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ def _generator(seed: int) -> torch.Generator:
 
 
 def normal(*shape: int, seed: int) -> Tensor:
-    """Float64 values of a standard normal distribution, of this shape."""
+    """Return float64 values of a standard normal distribution."""
     return torch.randn(shape, dtype=torch.float64, generator=_generator(seed))
 
 
 def uniform(*shape: int, seed: int) -> Tensor:
-    """Float64 values in 0..1, of this shape."""
+    """Return uniform float64 values in 0..1."""
     return torch.rand(shape, dtype=torch.float64, generator=_generator(seed))
 
 
 def integers(end: int, *shape: int, seed: int) -> Tensor:
-    """Int64 values in 0..end - 1, of this shape."""
+    """Return uniform int64 values in 0..end - 1."""
     return torch.randint(end, shape, generator=_generator(seed))

@@ -1,4 +1,4 @@
-"""Problems of the ops, one file an op.
+"""Problems of the ops, one file for each op or for related ones.
 
-Each has ``PROBLEMS``, a list of :class:`cpc_ext.op_checks.agreement.Problem`.
+Each file has ``PROBLEMS``, a list of :class:`cpc_ext.op_checks.agreement.Problem`.
 """

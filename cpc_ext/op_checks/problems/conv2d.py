@@ -1,4 +1,4 @@
-"""Problems of conv2d: strides, paddings, few channels and few images, with and without what stands around it."""
+"""Problems of conv2d: strides, paddings, few channels and few images, with and without the fused operations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _problem(
     residual: tuple[int, int] | None = None,
     **options: Any,
 ) -> Problem:
-    """residual: rows and columns of the result, to which one is added."""
+    """residual: rows and columns of the result, if a residual is added."""
     tensors: dict[str, Tensor] = {
         "input": normal(*shape, seed=1).contiguous(memory_format=torch.channels_last),
         "weight": normal(outputs, shape[1], *kernel, seed=2) / (shape[1] * kernel[0] * kernel[1]) ** 0.5,

@@ -1,4 +1,4 @@
-"""Problems of info_nce and its kin: all keys and sampled ones, with each option, in both directions; exact ranks."""
+"""Problems of info_nce and related ops: all keys and sampled ones, every option, both directions, exact ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Groups(NamedTuple):
 
 
 def _loss_and_accuracy(contrast: Callable[..., InfoNCEOutput], /, **arguments: Any) -> tuple[Tensor, Tensor]:
-    """Without ranks, which are not the same where scores are rounded."""
+    """Return the results except ranks, which differ where scores are rounded."""
     return contrast(**arguments)[:2]
 
 
@@ -56,9 +56,9 @@ def _problem(
     learns: tuple[str, ...] = (),
     **options: Any,
 ) -> Problem:
-    """positives: of each query, every other one absent; 0 for exactly one. learns: of scale, key_bias and bias."""
+    """positives: number per query, every other one absent; 0: one. learns: which of scale, key_bias, bias learn."""
     tensors = {"queries": normal(*batch, rows, dim, seed=1), "keys": normal(*batch, keys, dim, seed=2)}
-    if weights:  # Some of them 0: those queries are absent.
+    if weights:  # Queries whose weight is 0 are absent.
         tensors["weights"] = integers(4, *batch, rows, seed=3).double() / 2
     scale = 2 * dim**-0.5
     learned = {
@@ -85,14 +85,14 @@ def _problem(
     if key_range:
         others["key_range"] = integers(keys + 1, *batch, rows, 2, seed=7).sort(-1).values
     if "contrast" in options:
-        # Their numbers agree in their low 32 bits, and some queries' groups have no key.
+        # Numbers of groups differ only above their low 32 bits, and some queries' groups have no key.
         others["groups"] = _Groups(integers(4, *batch, rows, seed=8) << 32, integers(3, *batch, keys, seed=9) << 32)
     call, reference = (partial(function, **options) for function in _OPS[op])
     return Problem(op=op, label=label, call=call, reference=reference, differentiable=tensors, others=others)
 
 
 def _exact_ranks(samples: int | None) -> Problem:
-    """A problem whose scores are small integers in every type, so that many tie."""
+    """Make a problem whose scores are small integers, exact in every dtype, so that many tie."""
     others = {"targets": integers(70, 40, seed=4)}
     if samples is not None:
         others["negatives"] = integers(70, 40, samples, seed=5)

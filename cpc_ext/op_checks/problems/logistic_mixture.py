@@ -1,4 +1,4 @@
-"""Problems of the mixture of logistics: likelihood with its gradient, and samples, of one colour and three."""
+"""Problems of the mixture of logistics: likelihood with its gradient, and samples, for one and three colours."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from cpc_ext.ops.logistic_mixture import (
 
 __all__ = ["PROBLEMS"]
 
-# Neither rounds anything to TF32.
+# Neither op computes in TF32.
 _TYPES = tuple(name for name in KINDS if name != "tf32")
 
 
 def _params(channels: int, components: int, batch: int, height: int, width: int) -> Tensor:
-    """Broad components, so that no mass is near the bound below which it is another formula's."""
+    """Draw params of broad components, so that no mass is near the bound below which another formula applies."""
     params = normal(batch, components * (10 if channels == 3 else 3), height, width, seed=1) / 2
     per_colour = 3 if channels == 3 else 2
     for colour in range(channels):

@@ -1,4 +1,4 @@
-"""Problems of extract_patches and augment_patches: bytes and numbers, windows, normalising, every transform."""
+"""Problems of extract_patches and augment_patches: uint8 and floating images, windows, every transform."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cpc_ext.ops.extract_patches import extract_patches, extract_patches_referen
 
 __all__ = ["PROBLEMS"]
 
-# Neither rounds anything to TF32.
+# Neither op computes in TF32.
 _TYPES = tuple(name for name in KINDS if name != "tf32")
 
 
@@ -60,7 +60,7 @@ def _bytes(label: str, shape: tuple[int, ...], placed: Mapping[str, Any] | None 
     )
 
 
-# The largest parameters that a problem gives a transform, where 1 would hardly do anything.
+# The largest parameters of transforms in a problem, where the default of 1 would change little.
 _LARGEST = {
     **dict.fromkeys((Transform.TRANSLATE_X, Transform.TRANSLATE_Y, Transform.CUTOUT, Transform.CROP), 6.0),
     Transform.ROTATE: 90.0,

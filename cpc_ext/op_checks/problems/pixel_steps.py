@@ -1,4 +1,4 @@
-"""A problem of pixel_steps: a step and a gated one that reads it, in all pixels, against the whole image at once."""
+"""A problem of pixel_steps: a step and a gated one that reads it, compared with the whole image at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cpc_ext.ops import PixelMaps, PixelPlace, PixelSource, PixelStep, pixel_ste
 __all__ = ["PROBLEMS"]
 
 _BATCH, _HEIGHT, _WIDTH, _CHANNELS, _INNER = 2, 5, 6, 3, 4
-# Rows below and columns to the right of a pixel: those that an earlier pixel or row has filled.
+# Offsets (rows, columns) from a pixel; those of the second step were written by earlier pixels or rows, or just now.
 _TAPS, _OWN_TAPS = [(-2, 1), (-1, -1), (0, -1)], [(-1, 0), (0, -1), (0, 0)]
 
 
@@ -41,7 +41,7 @@ def _at_once(**tensors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _read(pixels: Tensor, taps: list[tuple[int, int]]) -> Tensor:
-    """[B, H, W, C] → [B, H, W, taps * C]."""
+    """Gather the values at the taps: [B, H, W, C] → [B, H, W, taps * C]."""
     padded = F.pad(pixels, (0, 0, 1, 1, 2, 0))
     return torch.cat([padded[:, 2 + y : 2 + y + _HEIGHT, 1 + x : 1 + x + _WIDTH] for y, x in taps], dim=3)
 

@@ -1,4 +1,4 @@
-"""Problems of predict_and_contrast: sampled keys, the same in all steps or not, and all keys; exact ranks."""
+"""Problems of predict_and_contrast: sampled keys, shared by the steps or not, all keys, exact ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["PROBLEMS"]
 
 
 def _losses(contrast: Callable[..., PredictAndContrastOutput], /, **arguments: Any) -> tuple[Tensor, Tensor]:
-    """Without ranks, which are not the same where scores are rounded."""
+    """Return the results except ranks, which differ where scores are rounded."""
     result = contrast(**arguments)
     return result.loss, result.step_losses
 
@@ -31,7 +31,7 @@ def _ranks(contrast: Callable[..., PredictAndContrastOutput], /, **arguments: An
 
 
 def _targets(steps: int, batch: int, length: int, keys: int) -> Tensor:
-    """Step k's rows end k + 1 places before their sequence does."""
+    """Draw targets; the last k + 1 contexts of each sequence have none in step k, which counts from 0."""
     places = torch.arange(length) + torch.arange(1, steps + 1).view(-1, 1, 1)
     return torch.where(places < length, integers(keys, steps, batch, length, seed=4), -1)
 
@@ -69,7 +69,7 @@ def _problem(
 
 
 def _small_integers(*shape: int, seed: int) -> Tensor:
-    """Values whose products and sums are exact in every type, so that many scores tie."""
+    """Draw values whose products and sums are exact in every dtype, so that many scores tie."""
     return integers(3, *shape, seed=seed).double() - 1
 
 

@@ -1,4 +1,4 @@
-"""Problems of the first layer of encoders of sound: with and without norm, whole tiles and odd sizes."""
+"""Problems of the first layer of audio encoders: with and without norm, whole tiles and odd sizes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from cpc_ext.ops.waveform_conv1d import waveform_conv1d, waveform_conv1d_referen
 
 __all__ = ["PROBLEMS"]
 
-# It rounds nothing to TF32.
+# The op does not compute in TF32.
 _TYPES = tuple(name for name in KINDS if name != "tf32")
-# Where ReLU is near zero, rounding of 16 bits decides whether there is a gradient.
+# Near the zero of a ReLU, rounding to 16 bits would decide whether there is a gradient.
 _EXACT = ("float64", "float32")
 
 
@@ -40,7 +40,7 @@ def _problem(
 
 
 def _in_type(layer: Any, waveforms: Tensor, weight: Tensor, **others: Any) -> Tensor:
-    """Without a gradient in the waveforms, which no kernel has, they are nevertheless of the type."""
+    """Call the layer with waveforms in the dtype; they get no gradient, which no kernel computes."""
     made: Tensor = layer(waveforms.to(weight.dtype), weight, **others)
     return made
 
