@@ -1,4 +1,4 @@
-"""`python -m cpc_ext.evaluate RUN`: how few labels an encoder needs; see --help. The work is in cpc_ext.evaluation."""
+"""`python -m cpc_ext.evaluate RUN`: measure how few labels an encoder needs; see --help and cpc_ext.evaluation."""
 
 import sys
 

@@ -113,8 +113,10 @@ class _Saved(
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
         """Load a model from a folder, or from the Hub by its name, OWNER/NAME.
 
-        options: those of huggingface_hub's mixin. ValueError, without a request to the Hub, where there is no such
-        folder and the argument cannot be a name on the Hub.
+        ValueError, without a request to the Hub, where there is no such folder and the argument cannot be a name on
+        the Hub.
+
+        options: those of huggingface_hub's mixin.
         """
         given = str(pretrained_model_name_or_path)
         folder = Path(given).expanduser()

@@ -1,4 +1,4 @@
-"""`python -m cpc_ext.sample RUN`: images from a trained PixelCNN; see --help. The work is done in cpc_ext.programs."""
+"""`python -m cpc_ext.sample RUN`: draw images from a trained PixelCNN; see --help. The work is in cpc_ext.programs."""
 
 import sys
 

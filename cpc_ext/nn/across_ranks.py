@@ -152,7 +152,7 @@ _sum_for_owner: Callable[[Tensor, int, int], Tensor] = _SumForOwner.apply
 
 
 class RingOutput(NamedTuple):
-    """What :func:`ring_info_nce` returns.
+    """Results of :func:`ring_info_nce`.
 
     Attributes:
         loss: [*, M] in nats.

@@ -19,7 +19,7 @@ class CausalTransformerLayer(Module):
     ``LN(y + W_2 relu(W_1 y))``. Attention has no biases.
 
     Args:
-        channels: D.
+        channels: number D of channels.
         positions: length of the longest sequence. None: no R, for sequences of any length.
         heads: number of heads, which share R.
         hidden: channels between the two linear maps.

@@ -46,7 +46,7 @@ class DecoupledContrastiveLoss(Module):
         self.gather_negatives = "gather" if gather_distributed else "none"
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """Compute the loss of two views of N images, a scalar in float32, or float64 for float64.
+        """Compute the loss of two views of N images, a scalar in float32, or float64 for float64 inputs.
 
         Args:
             first, second: floating [N, D], of any finite length, 0 included; row n of both is of image n.

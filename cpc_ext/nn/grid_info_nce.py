@@ -38,7 +38,7 @@ _CONTRASTS_AS_PREDICTED = ("cpu",)
 
 
 class GridInfoNCEOutput(NamedTuple):
-    """What :class:`GridInfoNCE` returns.
+    """Results of :class:`GridInfoNCE`.
 
     Attributes:
         loss: scalar in nats, the mean over positions, then steps, then directions.
@@ -86,8 +86,8 @@ class GridInfoNCE(Module):
     ``zᵀ W_k c``. Its negatives come from the step's targets: the encodings of all rows ≥ k + skip in the whole batch.
 
     Args:
-        encoding_channels: D.
-        context_channels: E. Default: D.
+        encoding_channels: number D of channels of the encodings.
+        context_channels: number E of channels of the contexts. Default: D.
         pred_steps: number K of steps ahead.
         pred_directions: number of directions that are predicted, each with its own W_k.
         skip: rows between a context and its first target. Overlapping patches share pixels with their neighbours; 1
@@ -228,8 +228,9 @@ class GridInfoNCE(Module):
     def draw_negatives(self, encodings: Tensor, generator: torch.Generator | None = None) -> list[Tensor] | None:
         """Draw negatives as :meth:`forward` would for these encodings, in the form that it takes.
 
-        For several losses of one grid that are to use the same negatives. encodings: [B, D, rows, cols] or [directions,
-        B, D, rows, cols], of which only the shape and the device matter. Returns None with ``neg_samples="all"``.
+        Several losses of one grid can share them. Returns None with ``neg_samples="all"``.
+
+        encodings: [B, D, rows, cols] or [directions, B, D, rows, cols]; only the shape and the device matter.
         """
         if isinstance(self.neg_samples, str):
             return None

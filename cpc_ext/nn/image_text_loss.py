@@ -75,7 +75,7 @@ class ImageTextLoss(Module):
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """Compute the loss, a scalar in float32, or float64 for float64.
+        """Compute the loss, a scalar in float32, or float64 for float64 inputs.
 
         Args:
             image_features, text_features: floating [B, D], usually of length 1; row n of both is of pair n.

@@ -1,4 +1,4 @@
-"""InfoNCE as a module: queries [*, M, D] and keys [*, N, D] to a scalar loss, an accuracy and ranks."""
+"""InfoNCE as a module: queries [*, M, D] and keys [*, N, D] give a loss, an accuracy and ranks."""
 
 from __future__ import annotations
 

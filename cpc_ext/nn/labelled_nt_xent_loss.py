@@ -48,7 +48,7 @@ class LabelledNTXentLoss(Module):
         self.temperature = temperature
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Compute the loss, in float32, or float64 for float64, even under autocast. Differentiable once.
+        """Compute the loss, in float32, or float64 for float64 inputs, even under autocast. Differentiable once.
 
         On CUDA the call waits for the device once, to read the sizes of the classes.
 

@@ -38,8 +38,8 @@ class MaskedConv2d(FixedMask):
     The centre of a kernel of even side k is tap ``(k - 1) // 2``.
 
     Args:
-        in_channels: C.
-        out_channels: O; halved by ``activation="gated"``.
+        in_channels: number C of input channels.
+        out_channels: number O of output channels; halved by ``activation="gated"``.
         kernel_size: side of the kernel, or (kh, kw).
         mask: a name from the table, or a tensor.
         color_groups: number of colours that the channels of masks "A" and "B" are divided into.

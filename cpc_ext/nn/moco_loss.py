@@ -19,7 +19,7 @@ __all__ = ["MoCoLoss", "MoCoOutput"]
 
 
 class MoCoOutput(NamedTuple):
-    """What :meth:`MoCoLoss.contrast` returns: scalars, the accuracy without gradient.
+    """Results of :meth:`MoCoLoss.contrast`: scalars, the accuracy without gradient.
 
     Attributes:
         loss: mean over queries, in nats.
@@ -75,7 +75,7 @@ class MoCoLoss(Module):
         self.queue = KeyQueue(size, dim)
 
     def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Compute the mean loss, a scalar in float32, or float64 for float64.
+        """Compute the mean loss, a scalar in float32, or float64 for float64 inputs.
 
         Args:
             queries: floating [B, D], from the encoder that is trained.

@@ -92,7 +92,7 @@ class MultipleNegativesRankingLoss(Module):
         self.gather_negatives = gather_negatives
 
     def forward(self, anchors: Tensor, positives: Tensor, *hard_negatives: Tensor) -> Tensor:
-        """Compute the loss, in float32, or float64 for float64, even under autocast.
+        """Compute the loss, in float32, or float64 for float64 inputs, even under autocast.
 
         Args:
             anchors: floating [B, D].

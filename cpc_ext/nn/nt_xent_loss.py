@@ -26,7 +26,7 @@ __all__ = ["NTXentLoss", "NTXentOutput", "check_views", "unit_views"]
 
 
 class NTXentOutput(NamedTuple):
-    """What :meth:`NTXentLoss.contrast` returns: scalars, all but the loss without gradient.
+    """Results of :meth:`NTXentLoss.contrast`: scalars, all but the loss without gradient.
 
     Attributes:
         loss: mean over views, in nats.
@@ -89,7 +89,7 @@ class NTXentLoss(Module):
             raise ValueError('gather_negatives must be "none" or "gather" with a memory bank, got "ring"')
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """Compute the loss of two views of N images, a scalar in float32, or float64 for float64.
+        """Compute the loss of two views of N images, a scalar in float32, or float64 for float64 inputs.
 
         Args:
             first, second: floating [N, D], of any finite length, 0 included; row n of both is of image n.

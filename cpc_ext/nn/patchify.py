@@ -21,7 +21,7 @@ class Patchify(Module):
         stride: distance of neighbouring patches in pixels. Default: ``patch_size // 2``, so that patches half overlap.
         gray: RGB to one channel.
         mean: one value per output channel, subtracted after scaling and grey.
-        std: one positive value per output channel, divided by.
+        std: one positive value per output channel, divisor after subtracting the mean.
         patch_norm: bring every patch to zero mean and unit contrast.
         dtype: floating type of the patches. Default: that of floating images, the default dtype for uint8.
         channels_last: lay each patch out as (p, p, C') in memory.

@@ -36,7 +36,7 @@ _CHOICES = {
 
 
 class SequenceInfoNCEOutput(GridInfoNCEOutput):
-    """What :class:`SequenceInfoNCE` returns: the attributes of :class:`GridInfoNCEOutput`, except for these.
+    """Results of :class:`SequenceInfoNCE`: the attributes of :class:`GridInfoNCEOutput`, except for these.
 
     Attributes:
         loss: scalar in nats, the mean over positions, then the mean or the sum over steps.
@@ -69,8 +69,8 @@ class SequenceInfoNCE(Module):
     neg_samples=128, common_positions=True, reduction="sum", score="mean", start="cpc-audio"``.
 
     Args:
-        encoding_channels: D.
-        context_channels: E. Default: D.
+        encoding_channels: number D of channels of the encodings.
+        context_channels: number E of channels of the contexts. Default: D.
         pred_steps: number K of steps ahead.
         predictor: the network that computes predictions from contexts, a separate one for each step:
 

@@ -116,8 +116,8 @@ class ShiftedConv2d(FixedMask, _WeightNorm):
     the right; shifted down and right, kw - 1 - j columns to the left.
 
     Args:
-        in_channels: C.
-        out_channels: O.
+        in_channels: number C of input channels.
+        out_channels: number O of output channels.
         kernel_size: (kh, kw); kw must be odd for "down".
         shift: "down" or "down-right".
         stride: 1, or 2 for half the size.
@@ -219,8 +219,8 @@ class ChannelMix(FixedMask, _WeightNorm):
     """A matrix [O, C] applied at every pixel ("network in network"), to the channels of one or more features.
 
     Args:
-        in_channels: C, the sum over all features.
-        out_channels: O.
+        in_channels: number C of channels of all features together.
+        out_channels: number O of output channels.
         sources: number of features, all with the same number of channels. Their channels consist of two halves, as
             those of a concatenated ELU; in the matrix the first halves of all features precede the second ones.
     """

@@ -46,7 +46,7 @@ class SupConLoss(Module):
         self.base_temperature = base_temperature
 
     def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Compute the loss of a batch, a scalar in float32, or float64 for float64.
+        """Compute the loss of a batch, a scalar in float32, or float64 for float64 inputs.
 
         Args:
             features: floating [B, views, ...], usually of length 1 over the remaining dimensions.

@@ -30,8 +30,8 @@ class TargetInfoNCE(Module):
     batch, in all rows. Each direction has convolutions of its own.
 
     Args:
-        encoding_channels: D.
-        context_channels: E. Default: D.
+        encoding_channels: number D of channels of the encodings.
+        context_channels: number E of channels of the contexts. Default: D.
         pred_steps: number K of steps k = 1..K, each with a convolution of its own, as in the paper. None: every step
             that the grid has rows for, which all share one, as in Lightning Bolts' CPCTask.
         pred_directions: number of directions that are predicted.

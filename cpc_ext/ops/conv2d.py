@@ -75,7 +75,7 @@ def conv2d(
     Returns:
         [B, O, H', W'] with H' = (H + 2 padding - dilation (kh - 1) - 1) // stride + 1 and W' likewise; on the CPU with
         the channels innermost in memory (``channels_last``) whatever the input's layout; an input of that layout is not
-        copied. Differentiable backwards, any number of times.
+        copied. Differentiable in reverse mode, any number of times.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, device or range.

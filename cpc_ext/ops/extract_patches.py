@@ -54,7 +54,7 @@ def extract_patches(
         flip: [B] bool, which windows are mirrored left to right. Default: none.
         gray: RGB to one channel by ITU-R BT.601 luma; images of one channel stay as they are.
         mean: one value per output channel, subtracted after scaling and grey. Default: zeros.
-        std: one positive value per output channel, divided by. Default: ones.
+        std: one positive value per output channel, divisor after subtracting the mean. Default: ones.
         patch_norm: bring every patch, over its channels and pixels together, to zero mean and unit contrast:
             ``(x - mu) / (sigma + 0.1)`` with the population sigma.
         dtype: floating type of the patches. Default: that of floating images, ``torch.get_default_dtype()`` for uint8.
@@ -62,11 +62,11 @@ def extract_patches(
 
     Returns:
         Patches [B, rows, cols, C', p, p] with rows = (h - p) // stride + 1, cols likewise, C' = 1 if ``gray`` else C.
-        Differentiable in floating images, backwards, any number of times.
+        Differentiable in floating images, in reverse mode, any number of times.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range. Offsets that leave the image are an error
-            on the CPU; elsewhere, where looking would stall the stream, they are clamped to the image.
+            on the CPU; elsewhere, where reading them would stall the stream, they are clamped to the image.
         NotImplementedError: forward-mode derivatives.
     """
     check_images(images)
@@ -163,7 +163,7 @@ def _kernel(extraction: _Extraction) -> Tensor:
 
 
 def _backward_reference(gradient: _Gradient) -> Tensor:
-    """Differentiable where gradients are enabled, also by the transforms of ``torch.func``."""
+    """Return the gradient; it is differentiable if gradients are enabled, also by transforms of ``torch.func``."""
     grad, images, options = gradient.grad, gradient.images, gradient.options
     pixels = grad.new_zeros(gradient.size, dtype=gradient.images_dtype) if images is None else images
     if torch.is_grad_enabled():

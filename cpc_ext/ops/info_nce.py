@@ -24,12 +24,13 @@ __all__ = ["InfoNCEOutput", "info_nce", "info_nce_reference"]
 
 
 class InfoNCEOutput(NamedTuple):
-    """What :func:`info_nce` returns.
+    """Results of :func:`info_nce`.
 
     Attributes:
-        loss: scalar in nats, or one value a query, [*, M], under ``reduction="none"``; float32, float64 for float64.
-        accuracy: (weighted) fraction of the queries of rank 0, or one 0 or 1 a query under ``reduction="none"``; of the
-            loss's dtype, without gradient.
+        loss: scalar in nats, or with ``reduction="none"`` one value per query, [*, M]; float32, or float64 for float64
+            inputs.
+        accuracy: (weighted) fraction of the queries of rank 0, or with ``reduction="none"`` 0 or 1 for each query; of
+            the loss's dtype, without gradient.
         rank: [*, M] int64, the number of contrasted keys, not counting positives, that score at least as high as the
             query's best positive.
     """
@@ -55,7 +56,7 @@ def info_nce(
     symmetric: bool = False,
     reduction: str = "mean",
 ) -> InfoNCEOutput:
-    """InfoNCE (van den Oord et al. 2018, arXiv 1807.03748, equation 4) with dot products as scores.
+    """Compute InfoNCE (van den Oord et al. 2018, arXiv 1807.03748, equation 4) with dot products as scores.
 
     Query m has positives P_m, the keys that ``targets`` names, and contrasts them with C_m: all keys that ``exclude``,
     ``key_range`` and ``groups`` leave, or its sampled ``negatives`` that they leave. With ``s_mn = scale * q_m . k_n +
@@ -99,9 +100,9 @@ def info_nce(
             or "none" (w * loss of every query).
 
     Returns:
-        :class:`InfoNCEOutput` (loss, accuracy, rank). The loss is differentiable once, backwards, in queries, keys,
-        weights, scale and key_bias. Under autocast queries and keys are rounded to its type, as for a matrix product;
-        sums are not. On CUDA products of float32 values are exact to 2^-20 of each, unless
+        :class:`InfoNCEOutput` (loss, accuracy, rank). The loss is differentiable once, in reverse mode, in queries,
+        keys, weights, scale and key_bias. Under autocast queries and keys are rounded to its dtype, as for a matrix
+        product; sums are not. On CUDA products of float32 values are exact to 2^-20 of each, unless
         ``torch.backends.cuda.matmul.fp32_precision`` is "tf32", or an older switch that it reflects says the same. In
         float16 on CUDA, pairs whose weight is 2^-39 of the largest add nothing to the gradients of queries and keys.
 

@@ -65,8 +65,8 @@ def logistic_mixture_nll(images: Tensor, params: Tensor) -> Tensor:
             coefficients. It is 3 K for one channel: K logits, K means and K log-scales.
 
     Returns:
-        Nats per image, [B], float32, or float64 for float64 params. Differentiable once in params, backwards; the
-        gradient has the memory layout of dense params.
+        Nats per image, [B], float32, or float64 for float64 params. Differentiable once, in reverse mode, in
+        params; the gradient has the memory layout of dense params.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or device.

@@ -80,8 +80,8 @@ def masked_conv2d(
 
     Returns:
         [B, O, H, W], or [B, O / 2, H, W] where gated, with the channels innermost in memory (``channels_last``)
-        whatever the input's layout; an input of that layout is not copied. Differentiable backwards, any number of
-        times; the weight's gradient is exactly zero where the mask hides it.
+        whatever the input's layout; an input of that layout is not copied. Differentiable in reverse mode, any number
+        of times; the weight's gradient is exactly zero where the mask hides it.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, device or range. Numbers in the mask other than 0
@@ -118,7 +118,7 @@ def masked_conv2d_reference(
 
 
 def gated_activation(input: Tensor) -> Tensor:
-    """tanh of the first half of the channels times sigmoid of the second: [B, 2C, ...] → [B, C, ...].
+    """Multiply tanh of the first half of the channels by sigmoid of the second: [B, 2C, ...] → [B, C, ...].
 
     The gate of the gated PixelCNN (van den Oord et al. 2016, arXiv 1606.05328, equation 2).
     """
@@ -190,7 +190,7 @@ class _Visible(NamedTuple):
     """A mask as the kernels take it."""
 
     mask: Tensor  # bool, of the mask's shape
-    taps: list[int] | None  # Indices i * kw + j of the taps that some channel sees, in order; None: the kernel looks.
+    taps: list[int] | None  # Indices i * kw + j of the taps that some channel sees, in order; None: unknown.
 
 
 # Masks on devices where reading stalls the stream, by id: a weak reference, the version, the mask as bool (None: it is
@@ -489,7 +489,7 @@ _masked_conv2d_backward = register(
 
 
 class PixelConvolution:
-    """A masked convolution of fixed weights that computes one pixel of a batch at a time, as sampling needs it.
+    """A masked convolution with fixed weights that computes one pixel of a batch at a time, for sampling.
 
     A call costs the work of one pixel. Its result has the same bits as that of :func:`masked_conv2d` at that pixel,
     except where that computes pairs of pixels. Weights are packed at the first call for a size of image: later changes

@@ -37,13 +37,13 @@ _PREDICTION_BYTES = 64 << 20
 
 
 class PredictAndContrastOutput(NamedTuple):
-    """What :func:`predict_and_contrast` returns.
+    """Results of :func:`predict_and_contrast`.
 
     Attributes:
-        loss: scalar in nats, or one value a row, [K, B, T], under ``reduction="none"``, 0 where a step does not use a
-            context; float32, float64 for float64.
-        accuracy: the fraction of rows of rank 0 in a step, averaged over the steps, or one 0 or 1 a row under
-            ``reduction="none"``; of the loss's dtype, without gradient.
+        loss: scalar in nats, or with ``reduction="none"`` one value per row, [K, B, T], 0 where a step does not use a
+            context; float32, or float64 for float64 inputs.
+        accuracy: the fraction of rows of rank 0 in a step, averaged over the steps, or with ``reduction="none"`` 0 or 1
+            for each row; of the loss's dtype, without gradient.
         rank: [K, B, T] int64, the number of contrasted keys, not counting the positive, that score at least as high as
             the positive; -1 where a step does not use a context.
         step_losses: [K], the mean over the rows of each step, 0 for a step without rows; without gradient.
@@ -88,8 +88,8 @@ def predict_and_contrast(
             all rows) or "none" (the loss of every row).
 
     Returns:
-        :class:`PredictAndContrastOutput`. The loss is differentiable once, backwards, in contexts, weights and keys.
-        Under autocast these are rounded to its type, as for a matrix product; sums are not.
+        :class:`PredictAndContrastOutput`. The loss is differentiable once, in reverse mode, in contexts, weights and
+        keys. Under autocast these are rounded to its dtype, as for a matrix product; sums are not.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, device or range.

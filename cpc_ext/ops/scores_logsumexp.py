@@ -33,9 +33,9 @@ def scores_logsumexp(
     Arguments and errors are those of :func:`cpc_ext.ops.info_nce`; there may be more queries than keys.
 
     Returns:
-        [*, M]; float32, float64 for float64. -inf, without a gradient, for a query that contrasts no key.
-        Differentiable once, backwards, with any upstream gradient, in queries, keys, scale and key_bias. The backward
-        pass computes the scores again.
+        [*, M]; float32, or float64 for float64 inputs. -inf, without a gradient, for a query that contrasts no key.
+        Differentiable once, in reverse mode, with any upstream gradient, in queries, keys, scale and key_bias. The
+        backward pass computes the scores again.
     """
     options = ContrastOptions(
         scale, exclude=exclude, key_range=key_range, key_bias=key_bias, groups=groups, contrast=contrast

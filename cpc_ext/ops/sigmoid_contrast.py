@@ -41,10 +41,10 @@ def sigmoid_contrast(
         scale: number or tensor without dimensions, with or without gradient.
         bias: likewise; added to all scores. The published initial value is -10.
         weights: [*, M] non-negative weights of the queries; see :func:`cpc_ext.ops.info_nce`.
-        reduction: "mean" over queries, "sum", or "none" for one value a query, [*, M].
+        reduction: "mean" over queries, "sum", or "none" for one value per query, [*, M].
 
     Returns:
-        The loss, float32 or float64 for float64; differentiable once, backwards.
+        The loss, in float32, or float64 for float64 inputs; differentiable once, in reverse mode.
 
     Raises:
         TypeError, ValueError, IndexError: as :func:`cpc_ext.ops.info_nce`.
