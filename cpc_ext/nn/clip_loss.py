@@ -17,7 +17,7 @@ class CLIPLoss(ImageTextLoss):
 
     ``(cross-entropy of the rows + cross-entropy of the columns) / 2`` of the logits ``scale · image_m · text_n``, where
     text m is the positive of image m. Arguments, values and gradients are those of open_clip's ``ClipLoss``, but scores
-    are computed once and never in memory.
+    are never in memory as a whole, and a single process computes them once for both directions.
 
     Where several processes share a batch, each passes its own pairs, the same number on all, in one of two ways:
 
