@@ -1,4 +1,4 @@
-// Memory that is kept for reuse, and grown when more is asked for.
+// A buffer that is kept for reuse and grows on demand.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@ namespace cpc {
 
 class AlignedBuffer {
  public:
-  // At least so many bytes, contents undefined, aligned to a cache line and the widest vector; valid until the next
-  // call. Throws std::bad_alloc.
+  // Returns at least `bytes` bytes, aligned to a cache line and to the widest vector. Their contents are undefined, and
+  // they are valid until the next call. Throws std::bad_alloc.
   char* reserve(int64_t bytes) {
     if (bytes > size_) {
       size_ = 0;

@@ -1,4 +1,4 @@
-// Memory that the Linux kernel has at hand in large pages, of the text of /proc/buddyinfo.
+// Parses /proc/buddyinfo: how much memory the Linux kernel has free in large pages.
 #pragma once
 
 #include <cstdint>
@@ -6,8 +6,8 @@
 
 namespace cpc {
 
-// Pages of 2 MiB that are free in whole, of a line a zone of memory: "Node 0, zone Normal", then the free blocks of 4 KiB
-// times each power of two. -1 where the text has another form.
+// Returns the number of free 2 MiB pages, or -1 where the text has another form. The text has one line per memory zone:
+// "Node 0, zone Normal", then the number of free blocks of 4 KiB times each power of two.
 inline int64_t free_huge_pages_of(const char* text) {
   constexpr int kOrder = 9, kWords = 4;
   int64_t pages = 0;

@@ -1,4 +1,4 @@
-// See fields.h. Every call pays for its checks, so that text is only made where something is wrong.
+// See fields.h. Every call pays for the checks, so messages are built only when a check fails.
 #include "core/fields.h"
 
 #include "core/require.h"
@@ -55,7 +55,7 @@ bool is_dense_in_order(const TensorView& view) {
   return true;
 }
 
-// No two elements share memory, see bind/arguments.cpp.
+// bind/arguments.cpp has made sure that no two elements share memory.
 bool fills_its_memory(const TensorView& view) {
   int64_t last = 0;
   for (int d = 0; d < view.ndim; ++d) last += (view.shape[d] - 1) * view.strides[d];

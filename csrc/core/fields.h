@@ -1,6 +1,6 @@
-// The fields of a problem as a table, from which the arguments of its binding, the checks before a kernel touches
-// memory, and what they say all follow: of each tensor the name, what is done with it, its element type, its shape in
-// symbols and its layout; of each other value the name.
+// The fields of a problem as a table. The arguments of its binding, the checks before a kernel touches memory, and
+// their error messages all follow from it. For each tensor the table has its name, access, element type, shape in
+// symbols and layout; for each other value its name.
 //
 //   constexpr auto kSampling = fields_of<Sampling>(
 //       reads<&Sampling::params>("params", Type::floating, "B P H W"),
@@ -20,10 +20,10 @@ namespace cpc {
 
 enum class Access : uint8_t { read, write };
 
-// What computes, and thus whether a check may look at the values of tensors: it may not stall a GPU's stream.
+// The device that computes. On CUDA a check may not look at the values of tensors, as this would stall the stream.
 enum class Where : uint8_t { host, cuda };
 
-// Whether values could be looked at at all.
+// True where the host can access the values of tensors; in the emulation of CUDA it can.
 constexpr bool readable([[maybe_unused]] Where where) {
 #if defined(CPC_CUDA_EMULATION)
   return true;
@@ -41,8 +41,8 @@ enum class Type : uint8_t {
   floating,
   u8_or_floating,
   f32_or_f64,
-  same,  // As that of the first tensor of the table that is floating.
-  sums,  // What sums of that one are computed in: double for double, else float.
+  same,  // That of the first floating tensor of the table.
+  sums,  // The type that sums of that one are computed in: double for double, else float.
 };
 
 enum class Layout : uint8_t {
@@ -53,8 +53,8 @@ enum class Layout : uint8_t {
   channels_innermost,  // Dimension 1 has stride 1.
 };
 
-// A shape in symbols: "B C H W". What the first tensor with a symbol has for it, all others must have; a number stands
-// for itself. Two forms of different length may be allowed: "kh kw | O C kh kw".
+// A shape in symbols: "B C H W". The first tensor with a symbol sets its size, and all others must have the same; a
+// number stands for itself. Two forms of different length may be allowed: "kh kw | O C kh kw".
 class Shape {
  public:
   // One or two characters, or a number below 100.
@@ -74,7 +74,7 @@ class Shape {
     }
   }
 
-  // The form of so many dimensions; the last one where there is none.
+  // The form of `ndim` dimensions, or the last form where there is none.
   const Form& form(int ndim) const { return forms_[count_ == 2 && forms_[0].ndim == ndim ? 0 : count_ - 1]; }
   const Form* begin() const { return forms_; }
   const Form* end() const { return forms_ + count_; }
@@ -88,10 +88,10 @@ class Shape {
   Form forms_[2] = {};
 };
 
-// What the symbols of a problem stand for, as far as that is known.
+// The sizes of those symbols of a problem that are known so far.
 class Sizes {
  public:
-  // Null where it is not known.
+  // Null where the size is not known.
   const int64_t* find(Shape::Symbol symbol) const;
   void set(Shape::Symbol symbol, int64_t size);
   void set(const char* symbol, int64_t size) { set(Shape::symbol_of(symbol[0], symbol[1]), size); }
@@ -112,7 +112,7 @@ struct TensorField {
   Layout layout;
 };
 
-// Where in a problem a field lies: a member, or a member of a member.
+// The place of a field in a problem: a member, or a member of a member.
 template <auto... path>
 struct Place {
   template <class Problem>
@@ -129,8 +129,8 @@ struct ValueAt : Place<path...> {
   const char* name;
 };
 
-// Memory that the op's caller provides and knows nothing of: bytes in a row, aligned to 64, as many as workspace_bytes
-// of the problem tells. Python asks for that number under the name `ask`, with all arguments that come before.
+// Scratch memory that the op's caller provides: workspace_bytes(problem) contiguous bytes, aligned to 64. In Python,
+// the function named `ask` returns that number from the arguments that come before the workspace.
 template <auto... path>
 struct WorkspaceAt : Place<path...> {
   const char *name, *ask;
@@ -164,8 +164,8 @@ constexpr WorkspaceAt<path...> workspace(const char* name, const char* ask) {
 template <class P, class... Fields>
 struct Table {
   using Problem = P;
-  // Runs when the first tensor has been checked: sets what the other fields follow from, and throws where the problem's
-  // values say nothing sensible.
+  // Runs once the first tensor has been checked. Sets the sizes that the other fields depend on, and throws where the
+  // problem's values make no sense.
   void (*complete)(Problem& problem, Sizes& sizes);
   std::tuple<Fields...> fields;
 };
@@ -179,7 +179,7 @@ constexpr std::tuple<Fields...> as_tuple(std::tuple<Fields...> fields) {
   return fields;
 }
 
-// A table of fields, and of tuples of fields that several tables have in common.
+// Makes a table of fields, and of tuples of fields that several tables share.
 template <class Problem, class... Parts>
 constexpr auto fields_of(void (*complete)(Problem&, Sizes&), Parts... parts) {
   return [&]<class... Fields>(std::tuple<Fields...> fields) {
@@ -191,8 +191,8 @@ constexpr auto fields_of(Parts... parts) {
   return fields_of<Problem>(static_cast<void (*)(Problem&, Sizes&)>(nullptr), parts...);
 }
 
-// Checks tensors of a problem, in the table's order. Throw std::invalid_argument naming the field, what was expected
-// and what came.
+// Checks the tensors of a problem, in the table's order. The functions throw std::invalid_argument with the field's
+// name, what was expected and what came.
 class FieldCheck {
  public:
   void tensor(const TensorField& field, const TensorView& view);

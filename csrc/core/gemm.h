@@ -1,10 +1,10 @@
-// The innermost part of every matrix product on the CPU: a tile of the result, held in registers, over a run of its
-// inner dimension ("depth"). The left operand's values are broadcast, each to a register, and multiplied with registers
-// of the right one, which lies packed in panels: for each step of depth the tile's columns, one after another.
+// The microkernel of every matrix product on the CPU: a tile of the result, held in registers, over a run of its inner
+// dimension ("depth"). Each value of the left operand is broadcast to a register and multiplied with registers of the
+// right operand, which is packed in panels: for each step of depth the tile's columns, one after another.
 // Included only by sources that are compiled once per instruction set level.
 //
-// What a tile multiplies is an Element: float, double, or, where the processor multiplies them, BFloat16 in pairs of
-// depth steps, summed in float.
+// The type that a tile multiplies is an Element: float, double, or, where the processor can multiply it, BFloat16 in
+// pairs of depth steps, summed in float.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,8 @@ constexpr int64_t kRegisterBytes = 16;
 constexpr int kTileVectors = 2;
 #endif
 constexpr int kTileRows = 6;
-// Multiplications and additions of a nanosecond on one thread, roughly: what a loop's worth in threads is judged by.
+// Multiplications and additions that one thread does in a nanosecond, roughly; used to estimate how many threads a loop
+// is worth.
 constexpr double kFlopsPerNanosecond = 32;
 
 #if defined(__AVX512BF16__)
@@ -35,8 +36,8 @@ constexpr bool kMultipliesBFloat16 = true;
 constexpr bool kMultipliesBFloat16 = false;
 #endif
 
-// Calls work with a value of the floating type that `dtype` names, one of those that this level has kernels of: see
-// isa.h.
+// Calls work with a value of the floating type that `dtype` names. At the bfloat16 level there are kernels of that type
+// only, see isa.h.
 template <class Work>
 void with_floating_of_level(DType dtype, const Work& work) {
 #if defined(__AVX512BF16__) && !defined(CPC_ONE_ISA)
@@ -67,7 +68,8 @@ inline void store_register(T* to, Register<T> v) {
   std::memcpy(to, &v, sizeof v);
 }
 
-// What values of a storage type are multiplied as, what they are summed in, and how many depth steps go together.
+// The type as which values of a storage type are multiplied; below, the type of their sums and the number of depth
+// steps per multiplication.
 template <class Storage>
 struct ElementOf {
   using type = std::conditional_t<std::is_same_v<Storage, BFloat16> && kMultipliesBFloat16, BFloat16, float>;
@@ -111,8 +113,7 @@ inline Register<Sum<E>> multiply_add(Register<Sum<E>> sum, Register<Sum<E>> left
   return sum + left * right;  // Contracted to one instruction where there is one.
 }
 
-// A value in all lanes. Zero is subtracted, which compilers know to change nothing, whereas an addition of it would be
-// carried out, for the sake of -0.
+// A value in all lanes. Subtracting zero is optimised away; adding it would be carried out, because it changes -0.
 template <class T>
 inline Register<T> in_all_lanes(T v) {
   return v - Register<T>{};
@@ -136,7 +137,7 @@ inline Register<float> broadcast<float>(const float* left) {
 }
 #endif
 
-// One after another of two rows' values.
+// Interleaves the values of two rows.
 template <class E>
 void interleave(E* __restrict to, const E* __restrict first, const E* __restrict second, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
@@ -146,7 +147,8 @@ void interleave(E* __restrict to, const E* __restrict first, const E* __restrict
 }
 
 #if defined(__AVX512BF16__)
-// Two rows, of which the first `count` lanes count, rounded: to rows `pitch` values apart, and one after another.
+// Rounds the first `count` lanes of two rows (the others become 0) and stores them twice: as rows `pitch` values apart,
+// and interleaved in `pairs`.
 inline void round_pair(Register<float> first, Register<float> second, int64_t count, BFloat16* rows, int64_t pitch,
                        BFloat16* pairs) {
   const __mmask16 there = count >= 16 ? __mmask16{0xffff} : static_cast<__mmask16>((1u << count) - 1);
@@ -171,7 +173,7 @@ struct Tile {
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) sums[r][v] = R{};
   }
-  // To and from memory, rows `pitch` values apart.
+  // Rows are `pitch` values apart in memory.
   void load(const Sum<E>* from, int64_t pitch) {
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r)

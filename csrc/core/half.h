@@ -1,4 +1,4 @@
-// Half precision on the host: what the compiler has for it, or else conversions of our own.
+// Half precision on the host: the compiler's type, or else our own conversions.
 #pragma once
 
 #include <bit>
@@ -6,8 +6,8 @@
 
 namespace cpc {
 
-// Rounds to nearest even, bit for bit as processors do. Always inlined: of a copy by itself the linker would keep that of
-// any instruction set level.
+// Rounds to nearest even, bit for bit as processors do. Always inlined: of out-of-line copies the linker would keep
+// one, compiled for any instruction set level.
 #define CPC_INLINE __attribute__((always_inline)) inline
 
 class SoftHalf {
@@ -15,8 +15,8 @@ class SoftHalf {
   CPC_INLINE explicit SoftHalf(float v) {
     const uint32_t sign = std::bit_cast<uint32_t>(v) >> 16 & 0x8000,
                    magnitude = std::bit_cast<uint32_t>(v) & 0x7fffffff;
-    // Addition of 0.5 rounds what is below the smallest normal number to a multiple of 2^-24; the others are rounded by
-    // adding half a step, less one where the last digit that stays is even.
+    // Adding 0.5 rounds magnitudes below the smallest normal number to a multiple of 2^-24. The others are rounded by
+    // adding half a step, less one where the last bit that is kept is even.
     uint32_t rounded = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;
     if (magnitude >= 0x38800000) rounded = (magnitude - 0x37fff001 + (magnitude >> 13 & 1)) >> 13;
     if (magnitude >= 0x477ff000) rounded = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
@@ -31,7 +31,8 @@ class SoftHalf {
   }
 
  private:
-  // To a float that rounds as the double would: the last digit says whether any were cut off.
+  // Rounds to odd, so that rounding the float gives the same as rounding the double: its last bit is set where any bits
+  // were cut off.
   CPC_INLINE static float odd(double v) {
     const float near = static_cast<float>(v);
     const uint32_t bits = std::bit_cast<uint32_t>(near);
@@ -44,7 +45,7 @@ class SoftHalf {
 };
 #undef CPC_INLINE
 
-// GCC before 13 has the type on ARM by another name, and before 12 not for all x86 processors.
+// GCC before 13 names the type differently on ARM; GCC before 12 lacks it on some x86 processors.
 #if defined(__aarch64__)
 using HostHalf = __fp16;
 #elif defined(__FLT16_MAX__)

@@ -1,4 +1,4 @@
-// The hint through madvise, where there is such a thing.
+// Gives the hint with madvise, on Linux only.
 #include "core/huge_pages.h"
 
 #if defined(__linux__)
@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kPage = int64_t{2} << 20;
 
-// Whether memory has been written to before, as what an allocator hands out again: its pages are there.
+// True where the memory has pages already, as memory that an allocator reuses has.
 bool resident(uintptr_t begin, uintptr_t end) {
   const auto there = [](uintptr_t at) {
     unsigned char state = 0;
@@ -25,7 +25,7 @@ bool resident(uintptr_t begin, uintptr_t end) {
   return there(begin) && there(end - kPage);
 }
 
-// How many large pages the kernel has at hand; -1 where that is not told.
+// The number of large pages that the kernel has free; -1 where it is unknown.
 int64_t free_huge_pages() {
   char text[4096];
   const int file = open("/proc/buddyinfo", O_RDONLY | O_CLOEXEC);
@@ -44,12 +44,12 @@ void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t byt
 #if defined(__linux__)
   // Allocators reuse smaller ranges, whose pages are there already.
   if (bytes < 4 * kPage) return;
-  // Only pages that lie inside the range: the neighbours belong to somebody else.
+  // Only pages that lie entirely inside the range: the memory around it is not ours.
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
   if (resident(begin, end)) return;
-  // Where none are left, the kernel would move other memory out of the way first (compaction), which takes it up to
-  // 20 ms: longer than handing out small pages.
+  // Where large pages are scarce, the kernel would first move other memory out of the way (compaction). This takes up
+  // to 20 ms, longer than mapping small pages.
   const int64_t free = free_huge_pages();
   if (free >= 0 && free < 2 * static_cast<int64_t>((end - begin) / kPage)) return;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);

@@ -14,7 +14,8 @@ constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
 
 Isa best() {
 #if defined(__x86_64__) && !defined(CPC_ONE_ISA)
-  // All that the compiler may use at these levels, x86-64-v3 and v4: a virtual machine may lack some of it.
+  // Everything that the compiler may use at these levels, x86-64-v3 and v4, is checked: a virtual machine may lack a
+  // part.
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("bmi") || !__builtin_cpu_supports("bmi2") ||
       !__builtin_cpu_supports("f16c") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("lzcnt") ||
       !__builtin_cpu_supports("movbe"))

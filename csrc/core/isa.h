@@ -1,8 +1,8 @@
-// The instruction sets that the CPU kernels are compiled for, from one source each, and which of them this machine
-// runs. CMake compiles every OP/cpu.cpp once per level with CPC_ISA set to the level's name, which is also the
-// namespace that keeps the copies apart; at the last level, those that have use for its products of bfloat16, and of them
-// what is of that type: all else would be the same as at the level below. With CPC_ONE_ISA there is one level, the
-// baseline, whatever it is compiled for.
+// The instruction set levels that the CPU kernels are compiled for, and the choice between them. CMake compiles every
+// OP/cpu.cpp once per level with CPC_ISA set to the level's name, which is also the namespace that keeps the copies
+// apart. At the last level it compiles only the sources that use bfloat16 products, and of these only the kernels of
+// that type: all others would be the same as one level below. With CPC_ONE_ISA there is only the level named baseline,
+// whatever it is compiled for.
 #pragma once
 
 #include "core/tensor_view.h"
@@ -13,13 +13,14 @@ enum class Isa { baseline, avx2, avx512, avx512_bf16 };
 
 // The best level this processor has; the environment variable CPC_EXT_ISA=NAME lowers it.
 Isa isa();
-// The same of those levels at which there are kernels of this type.
+// The best level that has kernels of this type.
 inline Isa isa_of(DType dtype) { return isa() == Isa::avx512_bf16 && dtype != DType::bf16 ? Isa::avx512 : isa(); }
-// What the kernels in use are compiled for: the level's name, or "native" with CPC_ONE_ISA.
+// The name of the level in use, or "native" with CPC_ONE_ISA.
 const char* isa_name();
 
-// Declare a kernel at each level, or one without products of bfloat16, and call it at this processor's; the former for
-// tensors of a type. Macros, because the same declaration goes into several namespaces.
+// These macros declare a kernel at each level and call it at this processor's level. A kernel without bfloat16 products
+// is declared with CPC_DECLARE_WITHOUT_BFLOAT16; one with them is called with CPC_CALL_AT_ISA_OF, which takes the dtype
+// of the tensors. They are macros because the same declaration goes into several namespaces.
 #if defined(__x86_64__) && !defined(CPC_ONE_ISA)
 #define CPC_DECLARE_AT_EACH_ISA(...)    \
   CPC_DECLARE_UP_TO_AVX512(__VA_ARGS__) \

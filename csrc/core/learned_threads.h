@@ -1,6 +1,7 @@
-// How many threads a loop gets that runs again and again, such as once a pixel: as many as have been faster so far. What
-// it costs to wake threads, and to wait for the last of them, is between a microsecond and milliseconds: it depends on
-// whether threads sleep while they wait (OMP_WAIT_POLICY), on the virtual machine, and on what else keeps the cores busy.
+// Chooses the threads of a loop that runs again and again, such as once a pixel: one or several, whichever has been
+// faster so far. Waking threads and waiting for the last of them costs between a microsecond and milliseconds. It
+// depends on whether threads sleep while they wait (OMP_WAIT_POLICY), on the virtual machine, and on what else keeps
+// the cores busy.
 #pragma once
 
 #include <algorithm>
@@ -13,15 +14,16 @@
 
 namespace cpc {
 
-// What is known of one loop. Kept by the thread that starts it, which needs no locks then. Tests bring a clock.
+// The measurements of one loop. The thread that starts the loop owns them, so no locks are needed. Tests pass their own
+// clock.
 template <class Clock = std::chrono::steady_clock>
 class LearnedThreads {
  public:
-  // Calls loop(threads), whose results must not depend on that number, for work that takes one thread about so long.
+  // Calls loop(threads), whose results must not depend on that number. `nanoseconds` estimates the time of one thread.
   template <class Loop>
   void run(double nanoseconds, const Loop& loop) {
     const int threads = workers_for(nanoseconds);
-    // By the power of two of the work; where that is plenty it is worth whatever threads cost.
+    // One bucket per power of two of work. Beyond the last one, the work is worth several threads whatever they cost.
     const int bucket = std::max(0, std::ilogb(nanoseconds / kThreadNanoseconds));
     if (threads == 1 || bucket >= static_cast<int>(tried_.size())) return loop(threads);
     Tried& tried = tried_[bucket];
@@ -39,10 +41,10 @@ class LearnedThreads {
 
     int threads = 0;
     int64_t runs = 0, again = kAgain, next_try = kFirst + kAgain;
-    double alone = 0, together = 0;  // Means of time by estimated time, of which the last ones count most.
+    double alone = 0, together = 0;  // Running means of the time over the estimated time; the latest weigh most.
 
     bool better_alone() const { return alone <= together; }
-    // The two ways by turns, then the better one, and ever more rarely the other, in case it has become so.
+    // Alternates between the two at first, then takes the better one, and at growing intervals tries the other again.
     bool alone_next() const {
       if (runs < kFirst) return runs % 2 != 0;
       return runs == next_try ? !better_alone() : better_alone();

@@ -1,5 +1,4 @@
-// The scratch memory of parallel loops: one buffer a calling thread, grown when a loop asks for more; and what threads
-// cost.
+// See parallel.h. Each calling thread has one scratch buffer, which grows on demand.
 #include "core/parallel.h"
 
 #include <algorithm>
@@ -13,7 +12,7 @@ namespace cpc {
 #if !defined(__SANITIZE_THREAD__)
 namespace {
 
-// Nanoseconds of a loop without work on all threads, the shortest of some.
+// The shortest time of a few parallel loops without work, on all threads.
 double empty_loop_nanoseconds() {
   constexpr int kLoops = 16;
   double shortest = 1e9;
@@ -38,7 +37,7 @@ double thread_nanoseconds() {
   static Cost known;
   const int threads = workers();
   if (known.threads.load(std::memory_order_acquire) != threads) {
-    // Two threads save at most half of a loop's time: with twice the cost for each, they gain as much as they cost.
+    // Twice the cost per thread, because two threads save at most half of a loop's time.
     known.nanoseconds.store(std::max(kThreadNanoseconds, 2 * empty_loop_nanoseconds()), std::memory_order_relaxed);
     known.threads.store(threads, std::memory_order_release);
   }

@@ -1,5 +1,5 @@
-// Parallel loops on the CPU and memory for their intermediate results. OpenMP, so that torch.set_num_threads holds for
-// these loops too.
+// Parallel loops on the CPU and memory for their intermediate results. They use OpenMP, so that torch.set_num_threads
+// holds for them too.
 #pragma once
 
 #include <algorithm>
@@ -14,14 +14,13 @@
 
 namespace cpc {
 
-// Work that a thread must get of a loop to be worth waking, in nanoseconds, at least. A thread that sleeps needs 5 to
-// 10 us to begin, and where other processes keep the cores busy the loop ends when the last thread has had its turn.
+// The least work, in nanoseconds, that is worth waking a thread for. A sleeping thread needs 5 to 10 us to begin, and
+// where other processes keep the cores busy the loop ends only when the last thread has had its turn.
 constexpr double kThreadNanoseconds = 50'000;
 
 #if defined(__SANITIZE_THREAD__)
 
-// ThreadSanitizer does not see OpenMP's own synchronisation; of these threads it sees all. For
-// tests/csrc/race_check.cpp.
+// ThreadSanitizer does not see OpenMP's own synchronisation, so tests/csrc/race_check.cpp runs loops on std::thread.
 inline int workers() { return 4; }
 inline int workers_for(double) { return workers(); }
 
@@ -42,21 +41,23 @@ void parallel_tasks(int64_t n, const Body& body, int = workers()) {
 
 #else
 
-// Workers that a parallel loop started here runs on.
+// The number of workers that a parallel loop started here may run on.
 inline int workers() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
 
-// The same as measured: where threads are told to sleep while they wait (OMP_WAIT_POLICY=passive), and in virtual
-// machines, to begin and to end a loop takes several times as long. For as many threads as there are; measured once.
+// kThreadNanoseconds, or more where the measured cost of threads is higher: starting and ending a loop takes several
+// times as long in virtual machines and where threads sleep while they wait (OMP_WAIT_POLICY=passive). Measured for
+// workers() threads, and again only when that number changes.
 double thread_nanoseconds();
 
-// Workers for a loop that takes one thread about so long.
+// The number of workers for a loop that takes one thread about `nanoseconds`.
 inline int workers_for(double nanoseconds) {
   const int most = workers();
   if (most == 1 || nanoseconds < 2 * kThreadNanoseconds) return 1;
   return static_cast<int>(std::clamp(nanoseconds / thread_nanoseconds(), 1., static_cast<double>(most)));
 }
 
-// A parallel region of one thread costs most of a microsecond, as much as a pixel of a small network.
+// A loop outside of any parallel region. Even a region of one thread costs most of a microsecond, as much as a pixel of
+// a small network.
 template <class Body>
 void in_turn(int64_t n, const Body& body) {
   for (int64_t i = 0; i < n; ++i) body(i, 0);
@@ -71,7 +72,7 @@ void parallel_for(int64_t n, const Body& body, int threads = workers()) {
   for (int64_t i = 0; i < n; ++i) body(i, omp_in_parallel() ? omp_get_thread_num() : 0);
 }
 
-// The same for large bodies of unequal work: whoever is done takes the next.
+// The same for large bodies of unequal work: a worker that is done takes the next one.
 template <class Body>
 void parallel_tasks(int64_t n, const Body& body, int threads = workers()) {
   if (n <= 1 || threads <= 1) return in_turn(n, body);
@@ -81,12 +82,13 @@ void parallel_tasks(int64_t n, const Body& body, int threads = workers()) {
 
 #endif
 
-// `bytes` of 64-byte aligned memory for each worker of the next loop, contents undefined; worker w's begins at
-// w * rounded-up bytes. Owned by the calling thread, kept for reuse, valid until its next call. Throws std::bad_alloc.
+// 64-byte aligned memory for the next loop: `bytes` for each worker, with undefined contents. Worker w's memory begins
+// at w * `bytes` rounded up. The calling thread owns the memory and reuses it: it is valid until that thread makes its
+// next Scratch. Throws std::bad_alloc.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes);
-  // `bytes` that all workers share, from of(0) on.
+  // `bytes` of memory that all workers share; it begins at of(0).
   static Scratch shared(int64_t bytes) { return Scratch((bytes + workers() - 1) / workers()); }
   template <class T>
   T* of(int worker) const {

@@ -1,5 +1,5 @@
-// Checks of a problem against its contract: one line a requirement, with an error that names the argument, what was
-// expected and what came.
+// Checks of a problem against its contract, one line per requirement. Errors name the argument, what was expected and
+// what came.
 #pragma once
 
 #include <initializer_list>
@@ -22,8 +22,8 @@ inline void require(bool holds, const std::string& message) {
 
 void require_shape(const char* name, const TensorView& view, std::initializer_list<int64_t> shape);
 
-// Dense in memory with the dimensions in the given order, outermost first. Strides of dimensions of size 1 mean
-// nothing.
+// True if the view is dense with its dimensions in the given order, outermost first. Strides of dimensions of size 1
+// are ignored.
 bool is_dense(const TensorView& view, std::initializer_list<int> order);
 
 }  // namespace cpc

@@ -1,5 +1,5 @@
-// Exchanges between the lanes of registers. Compilers have them by two names: Clang and newer versions of GCC by one that
-// takes the lanes as constants, GCC before 12 by one that takes a vector of them.
+// Exchanges between the lanes of registers. Compilers have two builtins for them: that of Clang and of GCC from 12 on
+// takes the lanes as constants, that of older GCCs takes a vector of them.
 // Included only by sources that are compiled once per instruction set level.
 #pragma once
 
@@ -9,7 +9,7 @@
 
 namespace cpc::CPC_ISA {
 
-// Lane i of the result is lane place(i) of `a` and `b`, one after the other. `place` is a constant.
+// Lane i of the result is lane place(i) of `a` followed by `b`. `place` is a constant expression.
 template <auto place, class S, int... lane>
 [[gnu::always_inline]] inline Register<S> shuffle(Register<S> a, Register<S> b, std::integer_sequence<int, lane...>) {
 #if __has_builtin(__builtin_shufflevector)
@@ -25,8 +25,8 @@ template <auto place, class S>
   return shuffle<place, S>(a, b, std::make_integer_sequence<int, kRegisterLanes<S>>{});
 }
 
-// Turns rows to columns: lane i of row j becomes lane j of row i. Blocks of `step` rows and lanes change places with
-// their neighbours, then the blocks within them.
+// Transposes: lane i of row j becomes lane j of row i. Blocks of `step` rows and lanes are exchanged with their
+// neighbours, then the blocks within them.
 template <class S, int step = kRegisterLanes<S> / 2>
 [[gnu::always_inline]] inline void transpose(Register<S> (&rows)[kRegisterLanes<S>]) {
   constexpr int kLanes = kRegisterLanes<S>;
@@ -40,7 +40,7 @@ template <class S, int step = kRegisterLanes<S> / 2>
   if constexpr (step > 1) transpose<S, step / 2>(rows);
 }
 
-// Combines the lanes of a register, in an order of its own.
+// Reduces the lanes of a register with `combine`, as a tree.
 template <class S, int step = kRegisterLanes<S> / 2, class Combine>
 [[gnu::always_inline]] inline S across_lanes(Register<S> v, const Combine& combine) {
   v = combine(v, shuffle<[](int lane) { return lane ^ step; }, S>(v, v));

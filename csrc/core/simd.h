@@ -65,7 +65,7 @@ inline Out narrow(Real v) {
   }
 }
 
-// The compiler converts to half element by element, and to bfloat16 in too many steps.
+// Written by hand, because the compiler converts to half element by element, and to bfloat16 in too many steps.
 #if defined(__AVX2__)
 template <class Out>
 inline __m128i narrow_vector(__m256 v) {
@@ -115,15 +115,15 @@ inline void narrow(Out* out, const Real* in, int64_t n) {
 // --- Bytes, scaled ---
 
 #if defined(__AVX2__)
-// Pixels that a register holds as floats.
+// Floats per register.
 #if defined(__AVX512F__)
 constexpr int64_t kFloatLanes = 16;
 #else
 constexpr int64_t kFloatLanes = 8;
 #endif
 
-// out[i] = scale * in[i] + shift for Width bytes at `in` and after it, or, mirrored, before it. Width is 8 or
-// kFloatLanes. The compiler would widen step by step, through 16 bits, in parts of a register.
+// out[i] = scale * in[i] + shift for Width bytes from `in` on, or, mirrored, in[-i]. Width is 8 or kFloatLanes. The
+// compiler would widen in two steps, through 16 bits, in parts of a register.
 template <int64_t Width, bool kMirrored>
 inline void scale_bytes(float* __restrict out, const uint8_t* __restrict in, float scale, float shift) {
   __m128i bytes = _mm_setzero_si128();
@@ -144,7 +144,7 @@ inline void scale_bytes(float* __restrict out, const uint8_t* __restrict in, flo
 
 // --- Copies ---
 
-// Copies `bytes` from memory in the cache, in vectors of Width bytes of which the last two may overlap. `bytes` must be
+// Copies `bytes` bytes of cached memory in vectors of Width bytes, of which the last two may overlap. `bytes` must be
 // at least Width.
 template <int64_t Width>
 inline void copy_vectors(char* __restrict out, const char* __restrict in, int64_t bytes) {
@@ -158,8 +158,9 @@ inline void copy_vectors(char* __restrict out, const char* __restrict in, int64_
   copy(bytes - Width);
 }
 
-// Calls use(copy) with the function copy(out, in) that copies `bytes` from memory in the cache: for many short runs of
-// one length, where memcpy would cost a call and a choice for each. Lengths of whole vectors are known to the compiler.
+// Calls use(copy) with a function copy(out, in) that copies `bytes` bytes of cached memory. It is for many short runs
+// of one length, where memcpy would cost a call and a dispatch by length for each. The most common lengths are
+// compile-time constants.
 template <class Use>
 void with_copy(int64_t bytes, const Use& use) {
   const auto fixed = [&](auto n) {
@@ -182,8 +183,8 @@ void with_copy(int64_t bytes, const Use& use) {
   at_least(std::integral_constant<int64_t, 2>{});
 }
 
-// Copies past the cache, for results that are too large to be found there later: memory is written without being read
-// first. `out` must be 16-byte aligned and `bytes` a multiple of 16.
+// Copies with non-temporal stores, for results that are too large to stay in the cache: memory is written without being
+// read first. `out` must be 16-byte aligned and `bytes` a multiple of 16.
 inline void stream_run(char* out, const char* in, int64_t bytes) {
 #if defined(__AVX512F__)
   if (reinterpret_cast<uintptr_t>(out) % 64 == 0)
@@ -198,7 +199,7 @@ inline void stream_run(char* out, const char* in, int64_t bytes) {
 #endif
 }
 
-// Makes streamed stores visible to other threads.
+// Makes non-temporal stores visible to other threads.
 inline void stream_fence() {
 #if defined(__SSE2__)
   _mm_sfence();

@@ -1,4 +1,4 @@
-// Functions of whole registers, to the last few bits of the type. Doubles go lane by lane through the C library.
+// Functions of whole registers, exact to the last few bits of the type. Doubles go through the C library lane by lane.
 // Included only by sources that are compiled once per instruction set level.
 #pragma once
 
@@ -13,13 +13,13 @@ namespace cpc::CPC_ISA {
 using Ints = int32_t __attribute__((vector_size(kRegisterBytes)));
 using Bits = uint32_t __attribute__((vector_size(kRegisterBytes)));  // The bits of any number: their sums may wrap.
 
-// e^x below this is subnormal, and taken for zero.
+// Below this, e^x is subnormal and treated as zero.
 constexpr float kLowestExponent = -87.3f;
 
 inline Register<float> abs(Register<float> x) { return (Register<float>)((Ints)x & 0x7fffffff); }
 
-// e^x as mantissa * 2^exponent, for x whose result is a normal number. The exponent comes as the low bits of a float's
-// too.
+// e^x as mantissa * 2^exponent, for x whose result is a normal number. exponent_bits are the bits of exponent + kRound,
+// whose low bits are the exponent as an integer.
 struct Power {
   Register<float> mantissa;
   Ints exponent_bits;
@@ -52,20 +52,20 @@ inline Register<float> scaled_unless_lowest(const Power& power, Register<float> 
 inline Register<float> exp(Register<float> x) {
   using R = Register<float>;
 #if defined(__AVX512F__)
-  // Scaling overflows to infinity by itself; what is below is discarded, whatever it came to.
+  // Scaling overflows to infinity by itself, and results below kLowestExponent are discarded.
   const Power power = power_of_e((R)_mm512_min_ps(_mm512_set1_ps(90.f), (__m512)x));
   return scaled_unless_lowest(power, x);
 #else
   constexpr float kHighest = 88.7f;
   const Power power = power_of_e(x > kHighest ? R{} + kHighest : x < kLowestExponent ? R{} + kLowestExponent : x);
-  // 2^n in two factors, as 2^128 is none.
+  // 2^n in two factors, because 2^128 is not a float.
   const Ints exponent = power.exponent_bits - std::bit_cast<int32_t>(kRound), half = exponent >> 1;
   const R scaled = power.mantissa * (R)((half + 127) << 23) * (R)((exponent - half + 127) << 23);
   return x < kLowestExponent ? R{} : x > kHighest ? R{} + INFINITY : scaled;
 #endif
 }
 
-// e^x of x that are not above 0 or are infinite, for fewer instructions. Zero below kLowestExponent; infinity and NaN
+// e^x for x that is at most 0 or infinite, in fewer instructions than exp. Zero below kLowestExponent; infinity and NaN
 // stay.
 inline Register<float> exp_below_zero(Register<float> x) {
 #if defined(__AVX512F__)
@@ -73,7 +73,7 @@ inline Register<float> exp_below_zero(Register<float> x) {
 #else
   using R = Register<float>;
   const Power power = power_of_e(x < kLowestExponent ? R{} + kLowestExponent : x);
-  // The integer is added to the mantissa's exponent; all that is above it is shifted out.
+  // The integer is added to the mantissa's exponent; the shift drops the bits above it.
   const R scaled = (R)((Bits)power.mantissa + (Bits)(power.exponent_bits << 23));
   return x < kLowestExponent ? R{} : x < INFINITY ? scaled : x;
 #endif
@@ -93,7 +93,7 @@ inline Register<float> tanh(Register<float> x) {
   return size < 0.625f ? x + x * z * p : x < 0.f ? -large : large;
 }
 
-// The natural logarithm of positive normal numbers and infinity; NaN of NaN.
+// The natural logarithm of positive normal numbers and infinity. NaN stays.
 inline Register<float> log(Register<float> x) {
   using R = Register<float>;
   // x = m * 2^n with m between the square roots of 1/2 and 2.

@@ -1,5 +1,5 @@
-// A typed, strided view of memory that somebody else owns: all that a kernel knows of a tensor.
-// Plain data, so that it can be handed to a CUDA kernel by value.
+// A typed, strided view of memory that somebody else owns: everything that a kernel knows about a tensor.
+// It is plain data, so that it can be passed to a CUDA kernel by value.
 #pragma once
 
 #include <cstddef>
@@ -31,7 +31,7 @@ constexpr int64_t size_of(DType dtype) {
 
 constexpr bool is_floating(DType dtype) { return dtype >= DType::f16; }
 
-// Storage of the 16-bit floating types. Kernels compute in float or double and convert at loads and stores.
+// Storage of the 16-bit floating types. Kernels compute in float or double and convert when they load and store.
 struct Half {
   uint16_t bits;
 };

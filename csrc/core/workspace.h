@@ -1,4 +1,4 @@
-// Arithmetic of sizes, and memory that a caller owns handed out in parts.
+// Size arithmetic, and the division of a workspace that a caller owns.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@ namespace cpc {
 
 constexpr int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-// Hands out parts of a workspace, each aligned to a cache line. Without memory it only counts.
+// Hands out parts of a workspace, each aligned to a cache line. With null for memory, it only counts bytes.
 class Parts {
  public:
   explicit Parts(char* memory) : memory_(memory) {}
