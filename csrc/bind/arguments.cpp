@@ -1,5 +1,5 @@
-// Checks the tensors of a call against one another, see arguments.h. Every call pays for this, so what is nearly always
-// so comes first: tensors lie apart, and outputs are dense.
+// Checks the tensors of a call against one another, see arguments.h. Every call pays for this, so the usual case is
+// tested first: the ranges of memory do not meet.
 #include "bind/arguments.h"
 
 #include <cstdlib>
@@ -9,8 +9,8 @@
 namespace cpc::bind {
 namespace {
 
-// Whether every dimension steps over all that those of smaller strides reach, so that no two elements share memory.
-// Slices and permutations of what is dense are so.
+// True if every dimension steps over the range of all dimensions with smaller strides, so that no two elements share
+// memory. This holds for slices and permutations of dense tensors.
 bool nests(const TensorView& view) {
   struct Dimension {
     int64_t stride, reach;
@@ -32,7 +32,7 @@ bool nests(const TensorView& view) {
   return true;
 }
 
-// Bytes from the first to the last of a tensor's, but for dimensions whose steps are multiples of the period.
+// Bytes from the first to the last element, leaving out the dimensions whose steps are multiples of the period.
 uintptr_t width_within(const TensorView& view, int64_t period) {
   int64_t width = size_of(view.dtype);
   for (int d = 0; d < view.ndim; ++d) {
@@ -42,8 +42,8 @@ uintptr_t width_within(const TensorView& view, int64_t period) {
   return width;
 }
 
-// Whether two tensors whose ranges of memory meet still lie apart: as columns or channels of one tensor do, each in a
-// part of its own of every row or pixel. A step of either one is such a period.
+// True if two tensors whose ranges of memory meet still share none: so do columns or channels of one tensor, where each
+// has its own part of every row or pixel. The period of that pattern is one of the steps of either tensor.
 bool interleave(const TensorArg& a, const TensorArg& b) {
   for (const TensorArg* arg : {&a, &b})
     for (int d = 0; d < arg->view.ndim; ++d) {

@@ -1,4 +1,4 @@
-// The tensors of a call: on one device, and in memory that the kernel may write where it writes.
+// Checks of the tensors of a call: they are on one device, and the kernel may write to its outputs' memory.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -15,7 +15,7 @@ namespace cpc::bind {
 using OptionalTensor = std::optional<TensorArg>;
 inline TensorView view(const OptionalTensor& tensor) { return tensor ? tensor->view : TensorView{}; }
 
-// A tensor by the name of its argument; absent where it is null.
+// A tensor with the name of its argument. The tensor is null where it is absent.
 struct Argument {
   Argument() = default;
   Argument(const char* name, const TensorArg& tensor) : name(name), tensor(&tensor) {}
@@ -25,8 +25,9 @@ struct Argument {
   const TensorArg* tensor = nullptr;
 };
 
-// The device that all of them are on. Throws std::invalid_argument where there are several, or where what is written
-// is read-only or shares memory with itself or another argument. What is read may be one tensor twice.
+// Returns the device that all tensors are on. Throws std::invalid_argument where they are on several, or where a
+// written tensor is read-only or shares memory with itself or another argument. Tensors that are only read may share
+// memory.
 DLDevice common_device(std::span<const Argument> read, std::span<const Argument> written);
 inline DLDevice common_device(std::initializer_list<Argument> read, std::initializer_list<Argument> written) {
   return common_device(std::span(read.begin(), read.size()), std::span(written.begin(), written.size()));

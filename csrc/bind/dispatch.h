@@ -1,4 +1,4 @@
-// What the bindings of all ops share: the kernel for the device of a call.
+// Runs the kernel for the device of a call; shared by the bindings of all ops.
 #pragma once
 
 #include <stdexcept>
@@ -16,15 +16,16 @@ namespace cpc::bind {
 namespace py = pybind11;
 
 #if defined(CPC_CUDA_EMULATION)
-inline bool emulate_cuda = false;  // Whether tensors of the CPU go to the CUDA kernels,
-inline int emulated_device = 0;    // as those of this device.
+inline bool emulate_cuda = false;  // CUDA kernels take tensors of the CPU,
+inline int emulated_device = 0;    // as if they were on this device.
 #else
 constexpr bool emulate_cuda = false;
 constexpr int emulated_device = 0;
 #endif
 
-// To be called before a thread's first loop. OpenMP keeps a number of threads for each, which PyTorch, when first asked
-// in one, sets to what torch.set_num_threads was told in another.
+// Must be called before a thread's first loop. OpenMP keeps the number of threads per calling thread. PyTorch sets it
+// to the value of torch.set_num_threads, even if that was called in another thread, when get_num_threads is first
+// called.
 inline void prepare_thread() {
   thread_local bool prepared = false;
   if (prepared) return;
@@ -33,12 +34,12 @@ inline void prepare_thread() {
   prepared = true;
 }
 
-// Whether the CUDA kernels serve tensors of this device.
+// True where the CUDA kernels take tensors of this device.
 inline bool on_cuda(DLDevice device) { return device.device_type == kDLCUDA || emulate_cuda; }
 
 #if defined(CPC_WITH_CUDA)
-// Calls work() with the CUDA device of a call's tensors current, which whatever asks or uses a device depends on: how
-// much workspace a kernel needs as well as its launch.
+// Calls work() with the CUDA device of a call's tensors current. Both the launch of a kernel and the size of its
+// workspace depend on the current device.
 template <class Work>
 auto on_device_of(DLDevice device, const Work& work) {
   const cpc::cuda::DeviceGuard guard(emulate_cuda ? emulated_device : device.device_id);
@@ -54,12 +55,12 @@ inline void* cuda_stream(const TensorArg& tensor) {
 }
 #endif
 
-// Where a call's tensors are. The host may look at values that a GPU does not hold: asking that would stall its stream,
-// and the emulation is one.
+// The device that computes. The emulation counts as CUDA, so that checks do not read values that they could not read on
+// a GPU.
 inline Where where_is(DLDevice device) { return on_cuda(device) ? Where::cuda : Where::host; }
 
-// Runs a problem's kernel for the device of its tensors, on the stream of one's framework, without the GIL. `cuda` is
-// null where there is none.
+// Runs a problem's kernel for the device of its tensors, without the GIL, on the stream of the framework of `tensor`.
+// `cuda` is null where there is no such kernel.
 template <class Problem>
 void run(const Problem& problem, const TensorArg& tensor, void (*cpu)(const Problem&),
          [[maybe_unused]] void (*cuda)(const Problem&, void* stream)) {

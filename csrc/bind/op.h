@@ -1,6 +1,6 @@
-// Ops as Python functions: from a problem's table of fields (core/fields.h) and its kernels to a function of the module,
-// with an argument for each field. What it does in a call: fill in the problem, check its tensors, have the op check
-// what no table says, and run the kernel for the device of the tensors.
+// Makes a Python function of an op from its problem's table of fields (core/fields.h) and its kernels, with an argument
+// for each field. A call fills in the problem, checks its tensors, runs the op's own check for what the table does not
+// say, and runs the kernel for the device of the tensors.
 #pragma once
 
 #include <array>
@@ -14,7 +14,8 @@
 
 namespace cpc::bind {
 
-// The ops of a file, which adds them to the module once it is loaded: a new file has to be listed nowhere.
+// Registers a function that binds the ops of a file. Files do this when the module is loaded, so there is no list of
+// them.
 class Ops {
  public:
   using Bind = void (*)(py::module_& module);
@@ -52,7 +53,7 @@ struct PythonArgument<Problem, Field, std::void_t<typename ArgumentOf<Field>::ty
 template <class Problem, class Field>
 using PythonArgumentOf = typename PythonArgument<Problem, Field>::type;
 
-// The value of an enumeration by its name.
+// The enumerator of a name.
 template <class Value>
 Value by_name(const char* argument, const std::string& name) {
   std::string known;
@@ -64,7 +65,7 @@ Value by_name(const char* argument, const std::string& name) {
   throw std::invalid_argument(std::string(argument) + " must be one of " + known + ", got " + name);
 }
 
-// What a call has read of its tensors: their views into the problem, their memory for the checks of overlap.
+// The tensors of a call, for the checks of device and overlap.
 class Tensors {
  public:
   static constexpr size_t kMost = 32;
@@ -77,9 +78,9 @@ class Tensors {
       read_[read_count_++] = {name, tensor};
     }
   }
-  // Throws where they are on several devices, or what is written shares memory with another.
+  // See common_device for what it checks.
   DLDevice device() const { return common_device({read_, read_count_}, {written_, written_count_}); }
-  // Its framework knows the stream.
+  // One of the tensors; its framework knows the stream.
   const TensorArg& any() const { return *first_; }
 
  private:
@@ -94,7 +95,7 @@ void fill_in(const TensorAt<path...>& field, Problem& problem, const OptionalTen
     if (!field.optional) throw py::type_error(std::string(field.name) + " must be a tensor, got None");
     return;
   }
-  if (field.optional && given->view.ndim == 0)  // Would count as absent.
+  if (field.optional && given->view.ndim == 0)  // It would count as absent.
     throw std::invalid_argument(std::string(field.name) + " must not be without dimensions");
   field.in(problem) = given->view;
   tensors.add(field.name, field.access, *given);
@@ -116,8 +117,8 @@ void fill_in(const ValueAt<path...>& field, Problem& problem, Value& given, Tens
 
 // --- A call ---
 
-// Whether tensors may all come without B, the dimension that leads their shapes in the table, which is 1 then: making
-// views of a few tensors takes longer than the kernel of a small problem.
+// Whether all tensors may come without B, the leading dimension of their shapes in the table, which is then 1. Adding
+// it in Python would take longer than the kernel of a small problem: one view per tensor.
 enum class Batch : uint8_t { given, optional };
 
 inline void lead_with_one(TensorView& view) {
@@ -129,7 +130,7 @@ inline void lead_with_one(TensorView& view) {
   view.strides[0] = view.ndim > 1 ? view.shape[1] * view.strides[1] : 1;
 }
 
-// Makes the batch of a problem whose first tensor has none.
+// Adds the batch dimension to the tensors of a problem whose first tensor has none.
 template <class Problem, class... Fields>
 void complete_batch(const Table<Problem, Fields...>& table, Problem& problem) {
   bool first = true, lacks = false;
@@ -160,7 +161,7 @@ void check_fields(const Table<Problem, Fields...>& table, Problem& problem) {
   std::apply([&](const auto&... field) { (look(field), ...); }, table.fields);
 }
 
-// What the op itself has to say; see the functions of these names beside its problems.
+// Calls the op's own check(problem, where), if it has one.
 template <class Problem>
 void check_rest(const Problem& problem, Where where) {
   if constexpr (requires { check(problem, where); }) check(problem, where);
@@ -174,7 +175,7 @@ int64_t workspace_bytes_on(const Problem& problem, [[maybe_unused]] DLDevice dev
   return workspace_bytes(problem, where_is(device));
 }
 
-// Fills in a problem and checks it, but for the size of its workspace.
+// Fills in a problem and checks everything but the size of its workspace.
 template <class Problem, class... Fields, class... Given>
 DLDevice take(const Table<Problem, Fields...>& table, Batch batch, Problem& problem, Tensors& tensors,
               Given&... given) {
@@ -207,12 +208,12 @@ constexpr bool is_workspace = false;
 template <auto... path>
 constexpr bool is_workspace<WorkspaceAt<path...>> = true;
 
-// Workspaces on the host up to this size are the binding's own: most calls need no more, and for a small problem asking
-// and having memory allocated takes longer than the kernel.
+// The binding provides workspaces on the host up to this size itself. Most calls need no more, and returning to Python
+// for an allocation takes longer than the kernel of a small problem.
 constexpr int64_t kOwnWorkspace = int64_t{4} << 20;
 
-// Gives a workspace that the caller left out where that is cheap, and checks one that is given. The bytes that are
-// wanting.
+// Provides a workspace on the host where the caller left out a small one, and checks a workspace that is given. Returns
+// the bytes that the caller must provide, or 0.
 template <class Problem, class Field>
 int64_t missing_workspace(const Field& field, Problem& problem, [[maybe_unused]] DLDevice device) {
   if constexpr (is_workspace<Field>) {
@@ -228,8 +229,8 @@ int64_t missing_workspace(const Field& field, Problem& problem, [[maybe_unused]]
   return 0;
 }
 
-// Adds a function to the module. `table` must live as long as that. A function of a problem with a workspace returns 0
-// where it has run, and else how many bytes of it the caller has to give; it may be left out at first.
+// Adds a function to the module, which `table` must outlive. Where the problem has a workspace, the caller may leave it
+// out at first: the function returns 0 if it has run, or else the number of bytes that the workspace must have.
 template <class Problem, class... Fields>
 void op(py::module_& module, const char* name, const char* doc, const Table<Problem, Fields...>& table,
         std::type_identity_t<void (*)(const Problem&)> cpu,

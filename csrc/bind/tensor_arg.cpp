@@ -12,9 +12,8 @@ namespace {
 
 std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
 
-// The exchange table of a tensor type. Types live as long as the module that defines them, and a handful of them
-// (Tensor, Parameter) make all calls, so the last few answers are kept; a type that has gone and whose address is used
-// again is told apart by the reference held here.
+// The exchange table of a tensor type, or null. A handful of types (Tensor, Parameter) make all calls, so the last few
+// results are cached. The cache holds a reference to each type, so that no other type can get its address.
 const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
   struct Entry {
     PyTypeObject* type = nullptr;
@@ -69,11 +68,10 @@ DType dtype_of(const DLDataType& type) {
                        ", " + std::to_string(type.bits) + " bits, " + std::to_string(type.lanes) + " lanes");
 }
 
-// More than any memory holds, and so few that the products of such sizes with what kernels multiply them by stay within
-// 64 bits.
+// More than any memory holds, and few enough that products of such sizes with a kernel's factors fit into 64 bits.
 constexpr int64_t kMostElements = int64_t{1} << 48;
-// No program is linked, and no memory handed out, below this. A tensor whose storage was freed begins at its offset
-// from address 0.
+// No program or allocation lies below this address. A tensor whose storage was freed begins at its offset from address
+// 0.
 constexpr uintptr_t kLowestAddress = uintptr_t{4} << 20;
 
 std::string list_of(const int64_t* values, int count) {
@@ -91,7 +89,7 @@ void describe(TensorArg& arg, const DLTensor& tensor) {
   view.dtype = dtype_of(tensor.dtype);
   view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
   view.ndim = tensor.ndim;
-  int64_t dense = 1;              // Producers may leave the strides of dense tensors out.
+  int64_t dense = 1;              // The stride of a dense tensor; producers may leave strides out.
   int64_t before = 0, after = 0;  // Elements that lie before and after the first.
   bool empty = false, fits = true;
   for (int d = tensor.ndim - 1; d >= 0; --d) {
@@ -122,7 +120,7 @@ void describe(TensorArg& arg, const DLTensor& tensor) {
   arg.end = first + static_cast<uintptr_t>(after + 1) * size;
 }
 
-// Asks __dlpack__, in its current form and then, of older producers, in its first.
+// Calls __dlpack__ in its current form, or, of older producers, in its first.
 py::object dlpack_capsule(py::handle object) {
   const py::object method = object.attr("__dlpack__");
   try {
