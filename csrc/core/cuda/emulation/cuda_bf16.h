@@ -1,4 +1,4 @@
-// bfloat16 as our kernels use it, on the host.
+// The part of CUDA's bfloat16 that our kernels use, on the host.
 #pragma once
 
 #include <bit>
@@ -17,7 +17,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float v) {
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 inline __nv_bfloat16 __double2bfloat16(double v) {
-  // To odd in float first, so that the second rounding sees what the first one dropped.
+  // Rounds to odd in float first, so that the second rounding is not affected by the first.
   float f = static_cast<float>(v);
   if (static_cast<double>(f) != v && !std::isnan(v) && !std::isinf(f)) {
     uint32_t bits = std::bit_cast<uint32_t>(f);

@@ -1,4 +1,4 @@
-// Half precision as our kernels use it, on the host.
+// The part of CUDA's half precision that our kernels use, on the host.
 #pragma once
 
 #include <bit>

@@ -1,4 +1,5 @@
-// What our kernels use of CUDA, on the host: see emulator.h. Found instead of the toolkit's header of the same name.
+// The part of CUDA that our kernels use, on the host: see emulator.h. It is included in place of the toolkit's header
+// of the same name.
 #pragma once
 
 #include <bit>
@@ -17,8 +18,8 @@
 #define __host__
 #define __forceinline__ inline
 #define __grid_constant__
-// Instructions that do nothing, which the emulator counts: see emulation::launch_bounds. GCC 12 does not take the name
-// of a constant for its value here in a template, but it takes sizeof.
+// Emits as many no-op instructions as threads, which emulation::launch_bounds counts. In a template, GCC 12 does not
+// accept a named constant here, but it accepts sizeof.
 #define __launch_bounds__(threads, ...) __attribute__((patchable_function_entry(sizeof(char[threads]))))
 
 // --- Vector types ---
@@ -45,7 +46,7 @@ inline void __syncthreads(cpc::cuda::emulation::Where where = cpc::cuda::emulati
 
 namespace cpc::cuda::emulation {
 
-// A lane's part in a shuffle: its value, the lane it wants, and then that lane's value.
+// A lane's part in a shuffle: its value, the lane that it reads, and then that lane's value.
 struct Shuffle {
   uint64_t value;
   unsigned source;
@@ -167,7 +168,7 @@ inline unsigned __match_any_sync(unsigned mask, unsigned value,
 // --- Atomics on integers: threads run one at a time ---
 namespace cpc::cuda::emulation {
 
-// Puts update(old) in the place of what is there, and returns that.
+// Replaces the value with update(old) and returns the old one.
 template <class T, class Update>
 CPC_UNTRACED T atomic(T* address, const Update& update) {
   trace_atomic(address, sizeof(T), __builtin_return_address(0));
@@ -214,7 +215,7 @@ using std::tanh;
 namespace cpc::cuda {
 namespace emulation {
 
-// A result as a GPU may give it that is off by at most so many units in the last place: the same for the same result.
+// Perturbs a result by at most `ulps` units in the last place, as a GPU's may be; equal results are perturbed equally.
 // Without Freedom::gpu_math, the result itself.
 inline float off_by(unsigned ulps, float result) {
   trace_arithmetic(Arithmetic::special);
@@ -224,7 +225,7 @@ inline float off_by(unsigned ulps, float result) {
   return std::bit_cast<float>(bits - ulps + chance % (2 * ulps + 1));
 }
 
-// What CUDA gives exactly stays: 1 for exp(0). And no exponential of a negative number is beyond 1.
+// exp(0) stays exactly 1, as in CUDA, and no exponential of a negative number exceeds 1.
 inline float exp_off_by(unsigned ulps, float v) {
   const float exact = std::exp(v), off = off_by(ulps, exact), near = v == 0 ? exact : off;
   return v < 0 && near > 1 ? 1 : near;
@@ -232,8 +233,8 @@ inline float exp_off_by(unsigned ulps, float v) {
 
 }  // namespace emulation
 
-// Here, kernels find these before the host's. Errors are those of the CUDA C++ Programming Guide, "Mathematical
-// Functions".
+// In this namespace, kernels find these before the host's functions. Errors are those of the CUDA C++ Programming
+// Guide, "Mathematical Functions".
 inline float fma(float a, float b, float c) {
   emulation::trace_arithmetic(emulation::Arithmetic::multiply_add_32);
   return std::fma(a, b, c);
@@ -259,7 +260,7 @@ inline float __expf(float v) {
 }
 inline float __fdividef(float a, float b) { return cpc::cuda::emulation::off_by(2, a / b); }
 inline float __logf(float v) {
-  // Near 1 the error is an absolute one, 2^-21.41.
+  // Near 1 the error is absolute, 2^-21.41.
   const float exact = std::log(v), above = 1 + std::fabs(exact);
   if (v < 0.5f || v > 2) return cpc::cuda::emulation::off_by(3, exact);
   return exact + (cpc::cuda::emulation::off_by(2, above) - above);
@@ -319,7 +320,7 @@ inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, i
 
 namespace cpc::cuda::emulation {
 
-// As cudaLaunchKernelEx, with the kernel's name for its errors.
+// Like cudaLaunchKernelEx, with the kernel's name for error messages.
 template <class... Params, class... Args>
 cudaError_t launch(const char* name, const cudaLaunchConfig_t& config, Blocks depend, void (*kernel)(Params...),
                    const Args&... args) {

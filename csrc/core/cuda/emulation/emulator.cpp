@@ -38,7 +38,7 @@ constexpr unsigned char kPoison = 0xff;
 constexpr size_t kStackBytes = 64 << 10, kPage = 4 << 10;
 constexpr size_t kSharedAlignment = 128;
 
-// Threads that run together at most, of all blocks of a launch.
+// The most threads that run together, over all blocks of a launch.
 constexpr unsigned kMostTogether = 16 << 10;
 
 enum class State { ready, at_barrier, at_collective, at_blocks, done };
@@ -49,8 +49,8 @@ struct AsyncCopy {
   size_t bytes, valid;
 };
 
-// Where a fiber, or the scheduler, stands. Once begun, it is left and taken up again by setjmp and longjmp, because
-// swapcontext asks the system for its signal mask each time; AddressSanitizer knows only the latter.
+// The execution context of a fiber or of the scheduler. Once begun, it is switched with setjmp and longjmp, because
+// swapcontext makes a system call for the signal mask each time. AddressSanitizer supports only swapcontext.
 struct Context {
   ucontext_t begin;
   jmp_buf at;
@@ -72,15 +72,15 @@ struct Fiber {
   Context context;
   State state;
   uint3 index;
-  const char* operation;  // What it waits at.
+  const char* operation;  // That it waits at.
   Where where;
   Place place;
   std::vector<std::vector<AsyncCopy>> copies;  // Groups; the last is open.
-  const void* barrier;                         // Which blocks it waits for, and
-  unsigned blocks;                             // how many they are.
+  const void* barrier;                         // The barrier among blocks that it waits at,
+  unsigned blocks;                             // and the number of blocks there.
 };
 
-// One operation of some lanes of a warp, waiting for the rest of them.
+// A collective operation that waits for the rest of its lanes.
 struct Collective {
   uint32_t mask, arrived = 0;
   const char* name;
@@ -88,7 +88,7 @@ struct Collective {
   void* lanes[kWarp] = {};
 };
 
-// Stacks with a page below each that may not be touched.
+// Stacks of fibers, each with an inaccessible guard page below.
 class Stacks {
  public:
   explicit Stacks(unsigned count) : count_(count) {
@@ -99,7 +99,7 @@ class Stacks {
   }
   ~Stacks() {
 #if defined(__SANITIZE_ADDRESS__)
-    // Fibers that never end leave frames there, of which whoever gets these addresses next must not hear.
+    // Fibers that never end leave poisoned frames, which would cause false reports when these addresses are reused.
     ASAN_UNPOISON_MEMORY_REGION(memory_, count_ * kPitch);
 #endif
     munmap(memory_, count_ * kPitch);
@@ -122,7 +122,7 @@ const Stacks& stacks_of_a_block() {
   return stacks;
 }
 
-// Static shared variables lie here for all kernels, each with a gap behind it that may not be touched.
+// The static shared variables of all kernels, each followed by a gap that AddressSanitizer guards.
 struct StaticMemory {
   static constexpr size_t kBytes = 1 << 20;
   struct Variable {
@@ -131,7 +131,7 @@ struct StaticMemory {
   alignas(kSharedAlignment) unsigned char memory[kBytes];
   size_t used = 0;
   std::vector<Variable> variables;
-  size_t total = 0;  // Bytes that a kernel which reached all of them would take.
+  size_t total = 0;  // Bytes of a kernel that uses all of them.
 };
 StaticMemory& static_memory() {
   static StaticMemory* const memory = new StaticMemory;
@@ -141,11 +141,11 @@ size_t with_variable(size_t bytes, const StaticMemory::Variable& variable) {
   return (bytes + variable.alignment - 1) / variable.alignment * variable.alignment + variable.bytes;
 }
 
-// What is known of a kernel.
+// The shared memory of a kernel, as far as it is known.
 struct Kernel {
-  std::vector<bool> reached;      // Static shared variables, and
-  size_t static_bytes = 0;        // what they take.
-  std::map<int, size_t> allowed;  // Dynamic shared memory that was asked for, of each device.
+  std::vector<bool> reached;      // The static shared variables that it has used,
+  size_t static_bytes = 0;        // and their bytes.
+  std::map<int, size_t> allowed;  // The dynamic shared memory that it may have, by device.
 };
 std::map<const void*, Kernel>& kernels() {
   static std::map<const void*, Kernel> all;
@@ -163,7 +163,7 @@ struct Devices {
   };
   std::vector<Device> all{Device{}};
   std::vector<char> contexts{0};
-  std::deque<Stream> streams{{0}};  // Whose addresses stay.
+  std::deque<Stream> streams{{0}};  // A deque, so that their addresses stay valid.
 };
 Devices& devices() {
   static Devices there;
@@ -181,12 +181,12 @@ struct Machine {
   const std::function<void()>* thread = nullptr;
   Context scheduler;
   std::vector<Fiber> fibers;
-  std::vector<std::vector<std::unique_ptr<Collective>>> collectives;  // Each warp's.
+  std::vector<std::vector<std::unique_ptr<Collective>>> collectives;  // By warp.
   Fiber* running = nullptr;
   std::string error;
   const Stacks* stacks = nullptr;
-  std::unique_ptr<unsigned char[], AlignedDelete> shared;  // Of blocks that run together one after the other, and
-  unsigned turn = 0;                                       // which of them it is the turn of.
+  std::unique_ptr<unsigned char[], AlignedDelete> shared;  // One part for each block that runs together with others,
+  unsigned turn = 0;                                       // and the index of the running one.
 };
 Machine* machine = nullptr;
 
@@ -210,7 +210,7 @@ void finish(const AsyncCopy& copy) {
   std::memset(static_cast<char*>(copy.to) + copy.valid, 0, copy.bytes - copy.valid);
 }
 
-// Lets the oldest groups of the running thread's copies arrive, until at most so many closed ones are left.
+// Finishes the oldest groups of the running thread's copies until at most `pending_groups` closed ones are left.
 void finish_copies(size_t pending_groups) {
   auto& groups = machine->running->copies;
   while (groups.size() > pending_groups + 1) {
@@ -231,7 +231,7 @@ void wait(State state, const char* operation, Where where) {
   back_to_scheduler();
 }
 
-// A fiber is a thread of one block after another.
+// Runs a thread of one block after another.
 void fiber_main() {
   for (;;) {
     (*machine->thread)();
@@ -253,7 +253,7 @@ void resume(Fiber& fiber) {
   if (!machine->error.empty()) throw std::runtime_error(machine->error);
 }
 
-// Nobody can go on: either all are at one barrier, which opens it, or the kernel is wrong.
+// Called when no thread can continue: either all are at the same barrier, which this opens, or the kernel has an error.
 void open_barrier() {
   std::vector<Fiber>& fibers = machine->fibers;
   for (Fiber& fiber : fibers)
@@ -284,7 +284,7 @@ void poison_shared(size_t shared_bytes) {
   for (const auto& variable : memory.variables) std::memset(memory.memory + variable.offset, kPoison, variable.bytes);
 }
 
-// What is wrong with a block's shared memory, or nothing.
+// Returns an error message where a block takes too much shared memory, or an empty string.
 std::string too_much_shared(const Launch& launch, const Kernel& kernel) {
   const size_t dynamic = launch.shared_bytes, total = kernel.static_bytes + dynamic;
   const auto text = [&](size_t most, const char* why) {
@@ -299,7 +299,7 @@ std::string too_much_shared(const Launch& launch, const Kernel& kernel) {
   return "";
 }
 
-// Throws for what no device launches.
+// Throws std::runtime_error for a launch that no device accepts.
 void require_launchable(const Launch& launch, const Kernel& kernel) {
   const auto require = [&](bool holds, const std::string& otherwise) {
     if (!holds) throw std::runtime_error(std::string("kernel ") + launch.name + ": " + otherwise);
@@ -339,7 +339,7 @@ std::vector<Fiber> make_fibers(const dim3& block, const Stacks& stacks, unsigned
 
 Freedom freedom_of_launch;
 
-// One of the values of an environment variable, by its place among them; the first where it is not set.
+// The index of an environment variable's value among `values`; 0 where the variable is not set.
 size_t choice(const char* variable, std::initializer_list<const char*> values) {
   const char* const text = std::getenv(variable);
   if (text == nullptr) return 0;
@@ -354,7 +354,7 @@ Freedom read_freedom() {
           choice("CPC_EMULATION_COPIES", {"late", "early"}) == 1, choice("CPC_EMULATION_MATH", {"exact", "gpu"}) == 1};
 }
 
-// Warps in any order, and the lanes of each.
+// Threads warp by warp, with warps and the lanes of each in random order.
 std::vector<unsigned> warp_by_warp(unsigned threads, std::mt19937& random) {
   std::vector<unsigned> order(threads);
   std::iota(order.begin(), order.end(), 0);
@@ -376,7 +376,7 @@ void begin_block() {
   }
 }
 
-// Whether all threads of the block wait for the same blocks.
+// Whether all threads of the block wait at the same barrier among blocks.
 bool waits_for_blocks() {
   const Fiber& any = machine->fibers.front();
   return std::all_of(machine->fibers.begin(), machine->fibers.end(), [&](const Fiber& fiber) {
@@ -400,7 +400,7 @@ bool run_block(std::mt19937& random) {
       if (runs) resume(fiber);
       ran |= runs;
       done &= fiber.state == State::done;
-      if (greedy && runs)  // Another lane of the warp may go on now, before any thread of the next.
+      if (greedy && runs)  // Other lanes of the warp may be able to go on now, before any thread of the next warp.
         while (i > 0 && order[i - 1] / kWarp == order[i] / kWarp) --i;
       else
         ++i;
@@ -417,8 +417,8 @@ Range range_of(const void* memory, size_t bytes) {
   return {begin, begin + bytes};
 }
 
-// The blocks to run, in the order to run them in. Of a sample there is one from each of as many equal parts of the grid,
-// not always the same of a part, or all might be of one column.
+// The blocks to run, in the order to run them in. A sample has one block from each of as many equal parts of the grid,
+// at a random position in each part, as otherwise all might be in one column.
 std::vector<uint64_t> choose_blocks(uint64_t in_grid, Blocks depend, std::mt19937& random) {
   const uint64_t count = depend != Blocks::apart || most_blocks() == 0 ? in_grid : std::min(in_grid, most_blocks());
   std::vector<uint64_t> blocks(count);
@@ -448,7 +448,7 @@ void run_apart(const std::vector<uint64_t>& blocks, std::mt19937& random) {
   }
 }
 
-// A block that runs together with others, while it is not its turn.
+// The state of a block that runs together with others while it is not its turn.
 struct Waiting {
   uint64_t block;
   unsigned turn;
@@ -457,7 +457,7 @@ struct Waiting {
   bool done = false, begun = false, waits = false;
 };
 
-// Lets blocks go on that all are at their barrier. Returns whether there are any.
+// Opens the barriers among blocks that all of their blocks have reached. Returns whether there were any.
 bool open_barriers(std::vector<Waiting>& all) {
   bool any = false;
   for (const Waiting& one : all) {
@@ -478,7 +478,7 @@ bool open_barriers(std::vector<Waiting>& all) {
   return any;
 }
 
-// Blocks in turns, each as far as it comes, in another order in every round.
+// Runs blocks in turns, each as far as it gets, in a new order in every round.
 void run_together(const std::vector<uint64_t>& blocks, std::mt19937& random) {
   std::vector<Waiting> all;
   const dim3 block = machine->launch->block;
@@ -521,7 +521,7 @@ unsigned seed() {
   return text != nullptr ? static_cast<unsigned>(std::strtoul(text, nullptr, 10)) : 0;
 }
 
-// Launches since draws began: with the seed, what a launch draws from.
+// The number of launches since draws began; together with the seed it seeds a launch.
 unsigned launches = 0;
 
 }  // namespace
@@ -579,7 +579,7 @@ void run(const Launch& launch, const std::function<void()>& thread) {
   current_machine.kernel = &kernel;
   current_machine.thread = &thread;
   const bool together = launch.depend == Blocks::together;
-  // It has the very size, so that AddressSanitizer knows where it ends.
+  // Allocated with the exact size, so that AddressSanitizer knows where it ends.
   const size_t shared_bytes = launch.shared_bytes * (together ? size_t{grid.x} * grid.y * grid.z : 1);
   current_machine.shared.reset(new (std::align_val_t{kSharedAlignment}) unsigned char[shared_bytes]);
   machine = &current_machine;
@@ -588,7 +588,7 @@ void run(const Launch& launch, const std::function<void()>& thread) {
   std::mt19937 random(seed() * 1000003u + launches++);
   const uint64_t in_grid = uint64_t{grid.x} * grid.y * grid.z;
   const unsigned threads = launch.block.x * launch.block.y * launch.block.z;
-  // Those of blocks that run together go with the launch: each takes two of a process's mappings, of which there are 65530.
+  // The stacks of blocks that run together are freed after the launch: each takes two of a process's 65530 mappings.
   std::optional<Stacks> of_blocks;
   if (together) of_blocks.emplace(static_cast<unsigned>(in_grid) * threads);
   current_machine.stacks = together ? &*of_blocks : &stacks_of_a_block();
@@ -677,7 +677,7 @@ void collective(const char* name, uint32_t mask, void* arguments, Combine combin
   const unsigned self = running_thread();
   const unsigned first = self / kWarp * kWarp;
   const auto threads = static_cast<unsigned>(machine->fibers.size());
-  // A last warp may be a part of one; a mask may name lanes that it does not have.
+  // The last warp may be incomplete; a mask may name lanes that it does not have.
   if (threads - first < kWarp) mask &= (1u << (threads - first)) - 1;
   if ((mask >> lane() & 1) == 0) fail(std::string(name) + " from a lane that its mask leaves out", where);
   auto& open = machine->collectives[self / kWarp];
@@ -769,8 +769,8 @@ void wait_for_copies(size_t pending_groups) {
 
 }  // namespace cpc::cuda::emulation
 
-// The sanitizers call these when they report. AddressSanitizer ends the program, and learns where it happened;
-// undefined behaviour, misaligned vectors above all, becomes an error of the launch.
+// The sanitizers call these when they report. For AddressSanitizer, which ends the program, this prints the position.
+// Undefined behaviour, such as misaligned vectors, becomes an error of the launch.
 extern "C" __attribute__((visibility("default"))) void __asan_on_error() {
   std::fprintf(stderr, "in %s\n", cpc::cuda::emulation::position().c_str());
 }

@@ -58,7 +58,7 @@ void Races::block_begins(uint64_t block) {
   }
 }
 
-// Each comes after all that any of them came after, and after what all of them have done.
+// After the barrier, each block comes after everything that any of them came after, and after all that they have done.
 void Races::blocks_meet(const std::vector<uint64_t>& blocks) {
   std::map<uint64_t, uint32_t> all;
   for (const uint64_t block : blocks) {
@@ -90,7 +90,7 @@ bool Races::ordered(const Stamp& before, const Stamp& now) {
          before.clock <= thread_state(now.thread).clocks[before.thread % kWarp];
 }
 
-// Where kernels come to use mbarriers, arriving and waiting would pass on clocks here.
+// If kernels ever use mbarriers, arriving and waiting must pass on clocks here.
 void Races::collective(const CollectiveEvent& event) {
   if (std::strcmp(event.name, "__syncwarp") != 0) return;
   const unsigned first = event.warp * kWarp;
@@ -118,7 +118,7 @@ void Races::access(const Access& a) {
         now(a.thread, a.place));
 }
 
-// Every lane reads what it receives. The lane that gives a row's address need not be one of them.
+// Counts as a read by each lane that receives the values, not by the lane that gives a row's address.
 void Races::load_matrices(const MatrixLoad& load) {
   const auto read = [&](unsigned lane, const void* row, unsigned at, size_t bytes) {
     touch(Space::shared, static_cast<const char*>(row) + at, bytes, Kind::read,
@@ -153,7 +153,7 @@ void Races::wait_for_copies(unsigned thread, size_t pending_groups, Place) {
   }
 }
 
-// From now on a copy is what its thread has done.
+// Turns a finished copy into accesses of its thread.
 void Races::finish(const Copy& copy) {
   const CopyAsync& what = copy.copy;
   const Stamp done = now(what.thread, what.place);
@@ -195,7 +195,7 @@ void Races::touch_cell(Cell& cell, Space space, uintptr_t address, Kind kind, co
     cell.write = stamp;
     cell.reads.clear();
     cell.atomics.clear();
-    // Copies stay until they are waited for: this write may have been reported for one of them only.
+    // Copies stay until they are waited for, as this write may have been reported for only one of them.
   } else if (kind == Kind::copied_from) {
     cell.copied_from.push_back(stamp);
   } else {
@@ -203,10 +203,10 @@ void Races::touch_cell(Cell& cell, Space space, uintptr_t address, Kind kind, co
   }
 }
 
-// Accesses that nothing orders, as few of them as tell what may follow. One that is ordered before the new one is not
-// needed: whatever it races with later races with the new one too. And of accesses by two warps between the same
-// barriers, one of each is enough: a thread of either warp races with the other's, a thread of a third with both, and
-// the next barrier orders all.
+// Keeps as few unordered accesses as are needed to find later races. An access that is ordered before the new one is
+// not needed: whatever races with it later also races with the new one. One access each of two warps between the same
+// barriers is enough: a thread of either warp races with the other's access, a thread of a third warp with both, and
+// the next barrier orders all of them.
 void Races::add(std::vector<Stamp>& to, const Stamp& stamp) {
   std::erase_if(to, [&](const Stamp& before) { return ordered(before, stamp); });
   const auto other_warp = [&](const Stamp& one) {
@@ -239,7 +239,7 @@ void Races::for_cells(Space space, const void* address, size_t bytes, const Visi
   for (uintptr_t at = reinterpret_cast<uintptr_t>(address), end = at + bytes; at < end;) {
     Line& line = shadow(space).line(at);
     const uintptr_t base = at / kLine * kLine, stop = std::min(end, base + kLine);
-    // How many cells begin before a byte of the line.
+    // The number of cells that begin before a byte of the line.
     const auto cells_before = [&](uintptr_t byte) {
       return static_cast<size_t>(std::popcount(line.cuts & ((1u << (byte - base)) - 1)));
     };
@@ -258,7 +258,7 @@ void Races::for_cells(Space space, const void* address, size_t bytes, const Visi
   }
 }
 
-// The first time that a block comes to a cell: what there is in it is an earlier block's.
+// When a block first touches a cell, moves what earlier blocks left in it to `earlier`.
 void Races::begin_block(Cell& cell, Space space) const {
   if (cell.block_number == block_number_) return;
   if (space == Space::global && cell.block_number != 0) {

@@ -1,15 +1,15 @@
 // Finds races: two accesses to a byte by different threads, at least one of them a write, that nothing orders.
 //
-// What orders a thread's accesses: the program, for one thread; __syncthreads, for all of a block; __syncwarp, for the
-// lanes of its mask; the end of a launch, for all. Shuffles, votes, ldmatrix and mma order no memory, whatever they do to
-// the lanes' progress. An asynchronous copy writes its destination and reads its source at any time between its start and
-// the end of its thread's wait for it, after which it counts as an access of that thread. Atomic operations do not race
-// with each other, but with plain accesses, and order nothing. Nothing orders two blocks but a barrier among them. What races is a fault even if
-// both write the same value.
+// Accesses are ordered by the program, for one thread; by __syncthreads, for all threads of a block; by __syncwarp, for
+// the lanes of its mask; and by the end of a launch, for all. Shuffles, votes, ldmatrix and mma do not order memory,
+// although lanes wait for each other there. An asynchronous copy writes its destination and reads its source at any
+// time between its start and the end of its thread's wait for it; after that it counts as an access of that thread.
+// Atomic operations race with plain accesses but not with each other, and order nothing. Only a barrier among blocks
+// orders two blocks. A race is an error even if both threads write the same value.
 //
-// It follows the accesses of one run, but its verdict is on all orders in which the threads could have run: it asks what
-// orders two accesses, not which came first. As threads are only ordered by what many do together, a thread's vector
-// clock comes down to the number of barriers before and the clocks of its warp's lanes.
+// The detector follows the accesses of one run, but its verdict holds for all orders in which the threads could have
+// run: it looks for what orders two accesses, not for which came first. Because only collective operations order
+// threads, a thread's vector clock reduces to the number of barriers before and the clocks of its warp's lanes.
 #pragma once
 
 #include <cstdint>
@@ -27,24 +27,24 @@ namespace cpc::cuda::emulation {
 
 class Races : public Observer {
  public:
-  // What each of two accesses to a byte does.
+  // The kind of an access, and the access itself as one party of a race.
   enum class Kind : uint8_t { read, write, atomic, copied_from, copied_to };
   struct Party {
     Kind kind;
     uint64_t block;
     unsigned thread;
     Place place;
-    uint32_t turn;  // How many barriers among blocks that run together came before.
+    uint32_t turn;  // The turn of its block, which is one more after each barrier among blocks that run together.
   };
   struct Race {
     std::string kernel;
     Party first, second;
     Space space;
-    std::string where;  // The first byte that was found.
+    std::string where;  // The first byte at which it was found.
     uint64_t times = 1;
   };
 
-  // Races are only collected, and no error of the launch, where `collect` is set.
+  // With `collect`, races are only collected; otherwise they are an error of the launch.
   explicit Races(bool collect) : collect_(collect) {}
 
   void launch_begins(const Launch& launch, const Sample&) override;
@@ -62,22 +62,22 @@ class Races : public Observer {
   Value results() override;
 
  private:
-  // An access of this block. `copy` is not 0 while it is an asynchronous copy's that has not been waited for.
+  // An access of this block. `copy` is the number of a pending asynchronous copy, or 0.
   struct Stamp {
     Place place = 0;
     unsigned thread = 0;
     uint32_t epoch = 0, clock = 0;
     uint32_t copy = 0;
   };
-  // What is known of a byte, since the last write that ordered all before it.
+  // The accesses to a run of bytes since the last write that came after all accesses before it.
   struct Cell {
-    uint64_t block_number = 0, block = 0;  // The former counts those of all launches. The rest is this block's.
+    uint64_t block_number = 0, block = 0;  // The former counts blocks over all launches. The rest is of this block.
     uint32_t turn = 0;
     bool written = false;
     Stamp write;
     std::vector<Stamp> reads, atomics, copied_from;
-    // One access of each kind by an earlier block of the launch: all later ones are of other blocks, so one is enough.
-    // The latest of each kind by each block, where blocks run together.
+    // One access of each kind by an earlier block of the launch, which is enough because all later accesses are by
+    // other blocks. Where blocks run together, the latest access of each kind by each block.
     std::vector<Party> earlier;
   };
   // 16 bytes, cut into cells where accesses begin and end.
@@ -102,7 +102,7 @@ class Races : public Observer {
     CopyAsync copy;
   };
   struct ThreadState {
-    uint32_t clocks[kWarp];                 // What it knows of the lanes of its warp; its own is the time.
+    uint32_t clocks[kWarp];                 // The last known clocks of the warp's lanes, its own among them.
     std::vector<std::vector<Copy>> groups;  // The last is open.
   };
 
@@ -118,7 +118,7 @@ class Races : public Observer {
   void add(std::vector<Stamp>& to, const Stamp& stamp);
   void finish(const Copy& copy);
   Party party(Kind kind, const Stamp& stamp) const { return {kind, block_, stamp.thread, stamp.place, turn_}; }
-  // Whether an earlier block's access is ordered before all that the block does now.
+  // Whether an earlier block's access is ordered before everything that the current block does now.
   bool ordered(const Party& before) const;
   void found(Space space, uintptr_t address, const Party& first, const Party& second);
 
@@ -126,7 +126,8 @@ class Races : public Observer {
   std::string kernel_;
   std::map<std::string, int64_t> launches_;
   uint64_t block_ = 0, block_number_ = 0;
-  // Where blocks run together: this one's turn, that of each, and up to which turn of others each comes after them.
+  // For blocks that run together: the current block's turn, the turn of each block, and for each block the last turn of
+  // the other blocks that is ordered before it.
   bool together_ = false;
   uint32_t turn_ = 0;
   std::map<uint64_t, uint32_t> turns_;
@@ -135,8 +136,8 @@ class Races : public Observer {
   std::vector<ThreadState> threads_;
   Shadow shared_, global_;
   std::vector<Race> races_;
-  std::map<std::tuple<std::string, Kind, Place, Kind, Place, bool>, size_t> known_;  // Where each is in races_.
-  std::set<size_t> of_launch_;  // Those that the launch has, in races_.
+  std::map<std::tuple<std::string, Kind, Place, Kind, Place, bool>, size_t> known_;  // Indices into races_.
+  std::set<size_t> of_launch_;  // Indices into races_ of the current launch's races.
 };
 
 }  // namespace cpc::cuda::emulation

@@ -1,4 +1,4 @@
-// The calls that the compiler puts before accesses, where they were made, and whose memory they are: see trace.h.
+// The functions that the compiler calls before accesses, with the places and the kind of memory of these: see trace.h.
 #include "core/cuda/emulation/trace.h"
 
 #include <dlfcn.h>
@@ -20,7 +20,7 @@ namespace {
 
 // --- Places ---
 
-// The calls that a thread is in, outermost first: where each will return to, and a number for all up to it.
+// The call stack of a thread, outermost call first. Each entry has the return address, and a hash of all up to it.
 struct CallStack {
   static constexpr size_t kDeepest = 64;
   struct Call {
@@ -28,7 +28,7 @@ struct CallStack {
     uint64_t hash;
   };
   std::array<Call, kDeepest> calls;
-  size_t depth = 0;  // May be more than fit; what is deeper has no place of its own.
+  size_t depth = 0;  // May exceed kDeepest; deeper calls are not distinguished.
 
   static uint64_t mix(uint64_t hash, const void* address) {
     hash = (hash ^ reinterpret_cast<uintptr_t>(address)) * 0x9e3779b97f4a7c15u;
@@ -46,7 +46,7 @@ struct CallStack {
 
 struct Places {
   std::unordered_map<uint64_t, Place> numbers;
-  std::vector<std::vector<const void*>> chains;  // Of each: its address, and those of the calls, innermost first.
+  std::vector<std::vector<const void*>> chains;  // For each place, its address and its callers', innermost first.
 
   Place number(const void* address, const CallStack& stack) {
     const auto [found, is_new] = numbers.try_emplace(CallStack::mix(stack.hash(), address), Place(chains.size()));
@@ -63,7 +63,7 @@ Places& places() {
   return all;
 }
 
-// --- Whose memory it is ---
+// --- Kinds of memory ---
 
 std::vector<Range> image_ranges() {
   std::vector<Range> ranges;
@@ -81,7 +81,7 @@ std::vector<Range> image_ranges() {
   return ranges;
 }
 
-// The stack of the thread that launches, where the arguments of the kernel are until they are copied.
+// The stack of the launching thread, which holds the kernel's arguments until they are copied.
 Range own_stack() {
   pthread_attr_t attributes;
   void* begin = nullptr;
@@ -124,7 +124,7 @@ struct Trace {
     const auto at = reinterpret_cast<uintptr_t>(address);
     const bool shared = is_shared(at);
     if (bytes == 0 || (!shared && is_private(at))) return;
-    const Untraced own;  // Observers may call functions of the standard library that tell, too.
+    const Untraced own;  // Observers may call instrumented functions of the standard library.
     const Access access{
         address,      bytes, write, atomic, shared ? Space::shared : Space::global, places().number(from, thread.stack),
         thread.index, block};
@@ -132,7 +132,7 @@ struct Trace {
   }
 };
 Trace trace;
-// The emulated thread that this one runs, where anybody wants to know.
+// The emulated thread that this thread runs, or null where there are no observers.
 thread_local Thread* running = nullptr;
 
 }  // namespace
@@ -222,7 +222,8 @@ struct Module {
 // Function and position.
 using Name = std::pair<std::string, std::string>;
 
-// The names of addresses in one module: where a call of each was made, then the functions that this one is inlined in.
+// The names of return addresses in one module: for each, the function that makes the call, then those it is inlined
+// into.
 std::map<const void*, std::vector<Name>> names_in(const Module& module, const std::vector<const void*>& addresses) {
   std::map<const void*, std::vector<Name>> names;
   constexpr size_t kAtOnce = 1000;
@@ -230,7 +231,7 @@ std::map<const void*, std::vector<Name>> names_in(const Module& module, const st
     const size_t end = std::min(first + kAtOnce, addresses.size());
     std::ostringstream command;
     command << "addr2line -afCi -e '" << module.path << "'" << std::hex;
-    // A call's return address is behind the call.
+    // A return address is behind its call.
     for (size_t i = first; i < end; ++i)
       command << " 0x" << reinterpret_cast<uintptr_t>(addresses[i]) - module.base - 1;
     FILE* const output = popen(command.str().c_str(), "r");
@@ -255,7 +256,7 @@ std::map<const void*, std::vector<Name>> names_in(const Module& module, const st
   return names;
 }
 
-// Whether a position is in what calls a kernel, or unknown.
+// Whether a position is unknown or in the code that calls a kernel.
 bool is_of_emulation(const std::string& position) {
   const std::string file = position.substr(0, position.find(':'));
   for (const char* const other : {"??", "cuda_runtime.h", "emulator.h", "emulator.cpp", "std_function.h", "invoke.h"})
@@ -268,7 +269,7 @@ bool is_of_emulation(const std::string& position) {
 std::string name_of_function(const void* function) {
   Dl_info info;
   if (dladdr(function, &info) == 0) return "";
-  // As if behind a call in it.
+  // names_in takes return addresses, which are behind a call.
   const void* const inside = static_cast<const char*>(function) + 1;
   const auto names = names_in({info.dli_fname, reinterpret_cast<uintptr_t>(info.dli_fbase)}, {inside});
   return names.empty() ? "" : names.begin()->second.back().first;
@@ -304,8 +305,8 @@ std::vector<std::string> describe(const std::vector<Place>& asked) {
 
 }  // namespace cpc::cuda::emulation
 
-// --- What the compiler calls ---
-// It calls nothing for memcpy and memset, which kernels therefore must not use on memory that they share.
+// --- Functions that the compiler calls ---
+// It calls none for memcpy and memset, so kernels must not use these on memory that threads share.
 
 using cpc::cuda::emulation::running;
 using cpc::cuda::emulation::trace;
@@ -337,7 +338,7 @@ void __tsan_func_exit() {
   if (running != nullptr) running->stack.leave();
 }
 void __tsan_init() {}
-// The only one of C++'s atomic operations that is needed: it comes before the initialization of a static variable: kernels have
-// CUDA's. Others do not link.
+// The only C++ atomic operation that is needed: it guards the initialization of static variables. Kernels use CUDA's
+// atomics; any other C++ atomic fails to link.
 uint8_t __tsan_atomic8_load(const volatile uint8_t* at, int) { return __atomic_load_n(at, __ATOMIC_ACQUIRE); }
 }

@@ -1,4 +1,4 @@
-// From accesses of threads to requests of warps, and what serving them takes: see traffic.h.
+// Groups accesses of threads into requests of warps and counts what serving them takes, see traffic.h.
 #include "core/cuda/emulation/traffic.h"
 
 #include <algorithm>
@@ -8,7 +8,7 @@ namespace cpc::cuda::emulation {
 namespace {
 
 constexpr size_t kSector = 32, kWord = 4, kBanks = 32, kWidest = 16;
-// Sectors of memory that lie closer together than this are given back as one stretch.
+// Sectors of memory that are closer together than this are reported as one stretch.
 constexpr uintptr_t kGapSectors = (4 << 10) / kSector;
 
 const bool added =
@@ -18,7 +18,7 @@ const bool added =
                          return std::make_unique<Traffic>();
                        }});
 
-// How many different units of so many bytes some lanes touch.
+// The number of different units of `unit` bytes that the lanes touch.
 template <class Range>
 size_t different(const Range& addresses, const std::array<uint16_t, kWarp>& bytes, size_t unit,
                  std::vector<uintptr_t>& units) {
@@ -55,7 +55,7 @@ void Traffic::ask(const Key& key, unsigned thread, uintptr_t address, size_t byt
   at.warps.resize(warps());
   Pending& pending = at.warps[thread / kWarp];
   const unsigned lane = thread % kWarp;
-  // More than a thread moves in one access comes as several.
+  // An access of more bytes than a thread moves at once counts as several.
   for (size_t done = 0; done < bytes; done += kWidest) {
     const uint64_t index = pending.times[lane]++ - pending.first;
     if (index >= pending.requests.size()) pending.requests.resize(index + 1);
@@ -119,7 +119,7 @@ void Traffic::serve(const Key& key, Count& count, const Request& request) {
     (reads ? block_read_ : block_written_).insert(units.begin(), units.end());
     return;
   }
-  // Lanes that are served together.
+  // The number of lanes that are served together.
   const unsigned together = widest <= kWord ? kWarp : widest <= 2 * kWord ? kWarp / 2 : kWarp / 4;
   for (unsigned first = 0; first < kWarp; first += together) {
     std::array<uint16_t, kWarp> bytes{};
@@ -162,7 +162,7 @@ Dict Traffic::results_of(const Counted& launch, const std::map<Place, std::strin
                              {"units", number(count.units)},
                              {"ideal", number(count.ideal)}});
   }
-  // Where in memory the blocks were: from, to, and sectors read and written there.
+  // The stretches of memory that the blocks touched: begin, end, and the sectors read and written in them.
   std::map<uintptr_t, std::pair<bool, bool>> touched;
   for (const uintptr_t sector : launch.read) touched[sector].first = true;
   for (const uintptr_t sector : launch.written) touched[sector].second = true;

@@ -1,11 +1,11 @@
-// What the memory system of a GPU sees of a kernel: sectors of device memory, passes over the banks of shared memory, and
-// how many instructions of a kind the warps issue.
+// Counts the memory traffic of a kernel on a GPU: sectors of device memory, wavefronts of shared memory, and the
+// instructions of each kind that the warps issue.
 //
-// The n-th access of each lane at a place is one request of its warp, as lanes that go through a loop together make it.
-// Requests to device memory are served in sectors of 32 bytes, those to shared memory in wavefronts: each of the 32 banks
-// gives one word of 4 bytes at a time, 8 bytes a lane are served by halves of a warp, 16 by quarters. Caches are not
-// simulated. What is different over a block, or over a launch, is counted beside what is asked for, so that one sees what
-// a cache of that reach would leave.
+// The n-th access of each lane at a place is one request of its warp, as if the lanes went through loops in step.
+// Requests to device memory are served in sectors of 32 bytes, those to shared memory in wavefronts: each of the 32
+// banks gives one word of 4 bytes at a time; accesses of 8 bytes per lane are served by half warps, those of 16 by
+// quarter warps. Caches are not simulated. The distinct sectors of each block, and of the launch, are counted beside
+// the requested ones, which shows what a cache of that scope would leave.
 #pragma once
 
 #include <array>
@@ -36,7 +36,7 @@ class Traffic : public Observer {
   Value results() override;
 
  private:
-  // How a place reaches memory.
+  // The kind of access to memory.
   enum class Way : uint8_t { read, write, atomic, copied_from, copied_to, matrix };
   struct Key {
     Place place;
@@ -49,19 +49,20 @@ class Traffic : public Observer {
       return key.place * size_t{16} + static_cast<size_t>(key.way) * 2 + static_cast<size_t>(key.space);
     }
   };
-  // What the lanes of a warp ask for at once. No bytes: the lane does not take part.
+  // The accesses that the lanes of a warp make at once. A lane with 0 bytes does not take part.
   struct Request {
     std::array<uintptr_t, kWarp> address;
     std::array<uint16_t, kWarp> bytes{};
     unsigned lanes = 0;
   };
-  // Requests of a warp at a place that not all lanes have come to yet, from number `first` on.
+  // Requests of a warp at a place, from number `first` on, that not all lanes have made yet.
   struct Pending {
     std::deque<Request> requests;
     uint64_t first = 0;
-    std::array<uint64_t, kWarp> times{};  // Of each lane.
+    std::array<uint64_t, kWarp> times{};  // The accesses of each lane so far.
   };
-  // Units are sectors of device memory, or wavefronts of shared memory. `ideal` is how few could hold the bytes.
+  // Units are sectors of device memory, or wavefronts of shared memory. `ideal` is the least number of units for the
+  // bytes.
   struct Count {
     uint64_t requests = 0, lanes = 0, bytes = 0, units = 0, ideal = 0;
   };
