@@ -5,9 +5,9 @@
 
 namespace cpc::cuda {
 
-// Waits until all threads of `blocks` blocks are here; then each sees what the others have written. `arrived` is a word in
-// global memory, zero before its first use, for these blocks alone; exactly one of them is the `first`. The launch must be
-// of Blocks::together.
+// Waits until all threads of `blocks` blocks have arrived; then each sees what the others have written. `arrived` is a
+// word in global memory that is zero before its first use and that only these blocks use. Exactly one of them must pass
+// `first`. The launch must be one with Blocks::together.
 __device__ inline void wait_for_blocks(unsigned* arrived, unsigned blocks, bool first) {
 #if defined(CPC_CUDA_EMULATION)
   static_cast<void>(first);
@@ -15,7 +15,7 @@ __device__ inline void wait_for_blocks(unsigned* arrived, unsigned blocks, bool 
 #else
   __syncthreads();
   if (threadIdx.x == 0 && blocks > 1) {
-    // The sum of what all add flips the highest bit, and leaves the others zero for the next time.
+    // What all blocks add sums up to flipping the highest bit, and leaves the other bits zero for the next barrier.
     constexpr unsigned kFlips = 1u << 31;
     __threadfence();
     const unsigned before = atomicAdd(arrived, first ? kFlips - (blocks - 1) : 1u);

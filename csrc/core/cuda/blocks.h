@@ -1,4 +1,4 @@
-// How the blocks of a launch depend on each other, and later launches on them.
+// How the blocks of a launch depend on each other, and how later launches depend on them.
 #pragma once
 
 #include <cstdint>
@@ -6,9 +6,9 @@
 namespace cpc::cuda {
 
 enum class Blocks : uint8_t {
-  apart,     // Not at all.
-  whole,     // Later launches access memory where this one says: an emulation of some of its blocks runs all.
-  together,  // All run at the same time and wait for each other: block_barrier.cuh.
+  apart,     // They do not.
+  whole,     // Results are addresses that later launches access, so an emulation of a sample of blocks must run all.
+  together,  // All blocks run at the same time and wait for each other, see block_barrier.cuh.
 };
 
 }  // namespace cpc::cuda

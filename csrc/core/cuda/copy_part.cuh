@@ -5,8 +5,8 @@
 
 namespace cpc::cuda {
 
-// Copies the first `valid` of kBytes (4 or 16, both addresses aligned to as many) and fills the rest with zeros. What
-// lies beyond them is not read.
+// Copies the first `valid` of kBytes bytes (4 or 16, with both addresses aligned to as many) and fills the rest with
+// zeros. Nothing is read beyond the valid bytes.
 #if defined(CPC_CUDA_EMULATION)
 template <int kBytes>
 void copy_part_async(void* to, const void* from, int valid, emulation::Where where = emulation::Where::current()) {

@@ -22,8 +22,8 @@ inline void check(cudaError_t status, const char* doing) {
     throw std::runtime_error(std::string("CUDA: ") + doing + ": " + cudaGetErrorString(status));
 }
 
-// Whether this process has a context on a device. The runtime creates one, of hundreds of megabytes, on every device
-// that is made current.
+// True if this process has a context on a device. The runtime creates one, which takes hundreds of megabytes, on every
+// device that is made current.
 inline bool has_context(int device) {
 #if defined(CPC_CUDA_EMULATION)
   return emulation::has_context(device);
@@ -33,7 +33,7 @@ inline bool has_context(int device) {
     cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
     constexpr const char* kName = "cuDevicePrimaryCtxGetState";
 #if CUDART_VERSION >= 12050
-    constexpr unsigned kSince = 7000;  // The version of CUDA that its signature is of.
+    constexpr unsigned kSince = 7000;  // The version of CUDA that introduced this signature.
     const cudaError_t status = cudaGetDriverEntryPointByVersion(kName, &found, kSince, cudaEnableDefault, &result);
 #else
     const cudaError_t status = cudaGetDriverEntryPoint(kName, &found, cudaEnableDefault, &result);
@@ -47,8 +47,8 @@ inline bool has_context(int device) {
 #endif
 }
 
-// Makes a device current for the calling thread and the previous one again at the end; as PyTorch does, unless this
-// process has not used that one: then nobody can have meant it.
+// Makes a device current for the calling thread, and at the end the previous one again. Like PyTorch's guard it does
+// not go back to a device that this process has not used, as that would create a context there.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -74,10 +74,10 @@ inline int attribute(cudaDeviceAttr which) {
   return value;
 }
 
-// Shared memory, static and dynamic, that every kernel may use without asking.
+// The shared memory, static and dynamic, that every kernel may use without opting in to more.
 constexpr int64_t kDefaultSharedBytes = 48 << 10;
 
-// What a kernel's static variables take of shared memory. The answer is kept: dynamic shared memory depends on it.
+// The shared memory that a kernel's static variables take. Cached, because launches with dynamic shared memory need it.
 template <class... Params>
 int64_t static_shared_bytes(void (*kernel)(Params...)) {
   const auto* const address = reinterpret_cast<const void*>(kernel);
@@ -95,7 +95,7 @@ int64_t static_shared_bytes(void (*kernel)(Params...)) {
   return found->second;
 }
 
-// The dynamic shared memory that a kernel may use at most, which launch() asks for where it is needed.
+// The most dynamic shared memory that a kernel may use; launch() opts in where a launch needs it.
 template <class... Params>
 int64_t dynamic_shared_limit(void (*kernel)(Params...)) {
   return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - static_shared_bytes(kernel);
@@ -112,19 +112,19 @@ inline void fill_with_zeros(void* data, int64_t bytes, void* stream) {
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 
 struct LaunchShape {
-  int64_t blocks;  // Kernels loop over more work than there are blocks, so this may be cut to kMaxBlocks.
+  int64_t blocks;  // May be cut to kMaxBlocks: kernels loop where there is more work than blocks.
   dim3 threads;
   int64_t shared_bytes = 0;
   Blocks depend = Blocks::apart;
 };
 
-// Queues kernel(args...) on a stream, called `name` in errors. Nothing is launched for zero blocks. Of blocks that run
-// together a device holds at least one a multiprocessor.
+// Queues kernel(args...) on a stream; errors call it `name`. Zero blocks launch nothing. With Blocks::together, up to
+// one block per multiprocessor always runs together.
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), const LaunchShape& shape, void* stream, Args&&... args) {
   if (shape.blocks == 0) return;
   if (shape.shared_bytes > 0 && shape.shared_bytes + static_shared_bytes(kernel) > kDefaultSharedBytes) {
-    // All that there is, so that launches of other sizes by other threads need no more than this.
+    // Opt in to the whole limit, so that launches of other sizes by other threads never lower it.
     const int64_t limit = dynamic_shared_limit(kernel);
     if (shape.shared_bytes > limit)
       throw std::runtime_error(std::string("CUDA: ") + name + ": a block needs " + std::to_string(shape.shared_bytes) +
@@ -137,7 +137,7 @@ void launch(const char* name, void (*kernel)(Params...), const LaunchShape& shap
   }
   cudaLaunchConfig_t config = {};
 #if defined(CPC_CUDA_EMULATION)
-  const bool together = shape.depend == Blocks::together;  // They know how many they are.
+  const bool together = shape.depend == Blocks::together;  // Such blocks rely on their number.
   const int64_t most = together ? kMaxBlocks : std::min(emulation::largest_grid(), kMaxBlocks);
 #else
   const int64_t most = kMaxBlocks;

@@ -1,4 +1,4 @@
-// The device side that kernels share: conversions of storage types, 16-byte vectors, division by a constant, sums over
+// Device functions that kernels share: conversions of storage types, 16-byte vectors, division by a constant, sums over
 // warps and blocks.
 #pragma once
 
@@ -15,11 +15,11 @@ namespace cpc::cuda {
 
 constexpr int kWarp = 32;
 
-// The type of sums of values that are kept as T.
+// The type in which values stored as T are summed.
 template <class T>
 using SumOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// --- Storage types to the computing type or themselves, and back rounding to nearest even ---
+// --- Storage types to the computing type or unchanged, and back with rounding to nearest even ---
 
 template <class Real>
 __device__ inline Real widen(uint8_t v) {
@@ -66,7 +66,7 @@ struct Narrow<BFloat16> {
   __device__ static BFloat16 from(double v) { return {__bfloat16_as_ushort(__double2bfloat16(v))}; }
 };
 
-// Element i of an array whose type is known only at run time. All threads of a kernel take the same branch.
+// Element i of an array whose type is known only at run time. The branch is uniform across threads.
 template <class Real>
 __device__ inline Real load_as(const void* data, DType dtype, int64_t i) {
   switch (dtype) {
@@ -115,8 +115,8 @@ __device__ inline Pack<T, N>& pack_at(T* p) {
   return *reinterpret_cast<Pack<T, N>*>(p);
 }
 
-// N values on their way from `p`, aligned likewise: where they are 16 bytes, in four registers, which the compiler would else
-// load one by one or take apart as they arrive. std::bit_cast makes them a Pack.
+// N values loaded from `p`, which must be aligned as above. 16 bytes are held in a uint4, because otherwise the
+// compiler would load the values one by one or unpack them as they arrive. std::bit_cast turns them into a Pack.
 template <class T, int N>
 using Arriving = std::conditional_t<sizeof(T) * N == sizeof(uint4), uint4, Pack<T, N>>;
 template <int N, class T>
@@ -125,8 +125,8 @@ __device__ inline Arriving<T, N> arriving(const T* p) {
   return *reinterpret_cast<const Arriving<T, N>*>(p);
 }
 
-// N values `stride` apart, of which `count` exist: in accesses of up to 16 bytes where they lie together, all exist and
-// the address allows. The rest of `out` keeps what it has.
+// Loads N values `stride` apart, of which only the first `count` exist; the rest of `out` stays unchanged. Uses
+// accesses of up to 16 bytes where the values are contiguous, all exist and are aligned.
 template <int N, class T, class Real>
 __device__ inline void load_run(Real (&out)[N], const T* from, int64_t stride, int count) {
   constexpr int kWide = N * sizeof(T) <= 16 ? N : 16 / sizeof(T);
@@ -144,7 +144,7 @@ __device__ inline void load_run(Real (&out)[N], const T* from, int64_t stride, i
   }
 }
 
-// The first `count` of N values to neighbouring places, likewise.
+// Stores the first `count` of N values contiguously, with wide accesses under the same conditions.
 template <int N, class T, class Real>
 __device__ inline void store_run(T* to, const Real (&values)[N], int count) {
   constexpr int kWide = N * sizeof(T) <= 16 ? N : 16 / sizeof(T);
@@ -197,7 +197,7 @@ template <int threads, class Real>
 __device__ inline Real block_sum(Real v) {
   auto& of_warp = static_shared<Real[threads / kWarp], struct OfWarp>();
   v = warp_sum(v);
-  __syncthreads();  // The last use of of_warp is over.
+  __syncthreads();  // All threads have finished with of_warp from the call before.
   if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = v;
   __syncthreads();
   Real total = 0;

@@ -1,4 +1,4 @@
-// Matrix products on tensor cores: D += A B for tiles of 16 x 8, and the loads of their operands from shared memory.
+// Matrix products on tensor cores, D += A B for tiles of 16 x 8, and loads of their operands from shared memory.
 // A warp holds each tile in fragments. With g = lane / 4 and t = lane % 4 (PTX ISA, "Matrix fragments for mma"):
 //   D, 16 x 8 float:
 //     d[0], d[1] = D[g][2t], D[g][2t + 1],
@@ -45,12 +45,12 @@ inline float tensor_core_operand(uint32_t bits, int half, BFloat16) {
 inline float tensor_core_operand(uint32_t bits, int half, Half) {
   return static_cast<float>(std::bit_cast<HostHalf>(static_cast<uint16_t>(bits >> (16 * half))));
 }
-// The units do not see the lower 13 bits of a float.
+// Tensor cores ignore the lower 13 bits of a float.
 inline float tensor_core_operand(uint32_t bits, int, float) { return std::bit_cast<float>(bits & 0xffffe000u); }
 
-// sum + the products a[i] * b[i * b_pitch] of one step of a tensor core, cut off as it cuts them: all are brought to the
-// largest exponent among them with one digit more than a float has, and neither they nor the result are rounded (Fasi,
-// Higham, Mikaitis and Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021).
+// `sum` plus the products a[i] * b[i * b_pitch], truncated as in one step of a tensor core: all terms are aligned to
+// the largest exponent among them with one bit more than a float has, and neither they nor the result are rounded
+// (Fasi, Higham, Mikaitis and Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021).
 inline float cut_off_sum(float sum, const float* a, const float* b, int b_pitch, int count) {
   double terms[9] = {sum};
   double largest = std::fabs(sum), plain = sum;
@@ -153,8 +153,8 @@ inline uint32_t to_tf32(float v) {
 
 #else
 
-// Four 8 x 8 matrices of 16-bit elements from shared memory: lane l gives the address of row l % 8 of matrix l / 8
-// (16 bytes, aligned); r[m] is then elements [g][2t .. 2t + 1] of matrix m, or [2t .. 2t + 1][g] where kTransposed.
+// Loads four 8 x 8 matrices of 16-bit elements from shared memory. Lane l gives the address of row l % 8 of matrix l /
+// 8 (16 bytes, aligned); r[m] becomes elements [g][2t .. 2t + 1] of matrix m, or [2t .. 2t + 1][g] where kTransposed.
 template <bool kTransposed = false>
 __device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
   if constexpr (kTransposed)
@@ -192,7 +192,7 @@ __device__ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], const
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Rounded to the 10 bits of mantissa that tensor cores take of a float, to nearest.
+// Rounds a float to nearest, to the 10 bits of mantissa that tensor cores use.
 __device__ inline uint32_t to_tf32(float v) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));

@@ -1,20 +1,20 @@
-// The product of two matrices on tensor cores, D = A B, by blocks of threads that stay: each computes one tile of D after
-// another. What it consists of can be exchanged:
+// The product of two matrices on tensor cores, D = A B, by persistent thread blocks: each computes one tile of D after
+// another. Its parts are template parameters:
 //
-// - a loader of A, and one of B (product_loaders.cuh), say where a block's slices of depth come from and how they lie in
-//   shared memory;
-// - the Math (TensorCores<T> and MultiplyAdds<T> of warp_product.cuh, SplitTf32) says what they are multiplied in;
-// - the ProductTile says how much of D a block and a warp hold;
-// - the Depth says which slices a tile needs: all of them, unless it is known that some are zeros;
+// - a loader each of A and B (product_loaders.cuh) defines where a block's slices of depth come from and their layout
+//   in shared memory;
+// - the Math (TensorCores<T> and MultiplyAdds<T> of warp_product.cuh, SplitTf32) defines how they are multiplied;
+// - the ProductTile defines how much of D a block and a warp hold;
+// - the Depth defines which slices a tile needs: all of them, unless some are known to be zeros;
 // - an epilogue (product_epilogues.cuh) takes a warp's sums.
 //
-// The tile says which main loop there is: MainLoop, or one for other instructions (warpgroup_product.cuh). It begins tiles of
-// the operands, starts copies of slices, and multiplies them; multiply_tiles, the order of tiles, loaders and epilogues are
-// the same.
+// The tile also chooses the main loop: MainLoop, or one for other instructions (warpgroup_product.cuh). The main loop
+// begins tiles of the operands, starts copies of slices, and multiplies them. multiply_tiles, the order of tiles, the
+// loaders and the epilogues are the same for all.
 //
-// Slices pass through kStages stages of shared memory. A stage is filled again as soon as all warps have read it, across
-// the border between two tiles, so that copies are under way while an epilogue works. Warps read a step's fragments
-// while they multiply those of the step before. Depth is summed in order, one chain of additions an element.
+// Slices pass through kStages stages of shared memory. A stage is filled again as soon as all warps have read it, also
+// from one tile to the next, so that copies run during an epilogue. Warps read a step's fragments while they multiply
+// those of the step before. Depth is summed in order, one chain of additions per element.
 #pragma once
 
 #include <algorithm>
@@ -28,8 +28,9 @@
 
 namespace cpc::cuda {
 
-// float32 on tensor cores, nearly as exact as it is: each value is a sum of two of TF32, and of their four products the
-// smallest is left out. What remains differs from exact products by at most 2^-20 of each. An infinite value gives NaN.
+// float32 on tensor cores with nearly the precision of float32: each value is split into two TF32 values, and the
+// smallest of their four products is left out. Each product differs from the exact one by at most 2^-20 of it. An
+// infinite value gives NaN.
 struct SplitTf32 {
   using Value = float;
   using Sum = float;
@@ -39,12 +40,12 @@ struct SplitTf32 {
 template <class Math, class Tile, class A, class B, class Depth>
 class MainLoop;
 
-// A block's tile of D, by warps of 64 x 64 or less, with kStages slices of the operands in shared memory. kBlocks: on a
-// multiprocessor, at least: bounds the registers.
+// A block's tile of D, divided among warps of at most 64 x 64, with kStages slices of the operands in shared memory.
+// kBlocks is the least number of blocks per multiprocessor, which bounds the registers.
 template <int kRows_, int kColumns_, int kWarpRows, int kWarpColumns, int kStages_, int kBlocks_>
 struct ProductTile {
   static constexpr int kRows = kRows_, kColumns = kColumns_, kStages = kStages_, kBlocks = kBlocks_;
-  static constexpr int kRowTiles = kWarpRows / 16, kColumnTiles = kWarpColumns / 8;  // A warp's.
+  static constexpr int kRowTiles = kWarpRows / 16, kColumnTiles = kWarpColumns / 8;  // Of a warp.
   static constexpr int kWarpsAcross = kColumns / kWarpColumns;
   static constexpr int kThreads = kWarp * kWarpsAcross * (kRows / kWarpRows);
   static constexpr int kTeams = 1, kTeamThreads = kThreads;  // See TwoTeams.
@@ -56,7 +57,7 @@ struct ProductTile {
   static constexpr int kABytes = kRows * kSliceBytes, kBothBytes = kABytes + kColumns * kSliceBytes;
   static constexpr int kStageBytes = kBothBytes, kSharedBytes = kStages * kStageBytes;
 
-  // Where the calling warp's part of the tile begins.
+  // The first row and column of the calling warp's part of the tile.
   __device__ static int warp_row() { return static_cast<int>(threadIdx.x) / kWarp / kWarpsAcross * kWarpRows; }
   __device__ static int warp_column() { return static_cast<int>(threadIdx.x) / kWarp % kWarpsAcross * kWarpColumns; }
 };
@@ -68,25 +69,26 @@ constexpr int largest_divisor(int n, int most) {
   return divisor;
 }
 
-// The tile for problems that have no more than one for a multiprocessor, which warps of one block alone would keep waiting:
-// two teams of warps, each with sums of its own of the whole tile. Slices are theirs in turn, one of each team in a stage.
-// In the end each team adds up a half of the tile.
+// For problems with at most one tile per multiprocessor, which the warps of one block alone would not keep busy. Two
+// teams of warps each have their own sums of the whole tile. They take slices in turn: a stage holds one slice of each
+// team. In the end each team adds up one half of the tile.
 template <class Of>
 struct TwoTeams : Of {
   static constexpr int kTeams = 2, kTeamThreads = Of::kThreads, kThreads = kTeams * kTeamThreads;
   static constexpr int kStageBytes = kTeams * Of::kBothBytes;
 
-  // The half of a warp's tile that its team finishes.
+  // The half of a warp's tile that its team passes to the epilogue.
   static constexpr bool kByRows = Of::kRowTiles % 2 == 0;
   struct Half {
     static constexpr int kRowTiles = kByRows ? Of::kRowTiles / 2 : Of::kRowTiles;
     static constexpr int kColumnTiles = kByRows ? Of::kColumnTiles : Of::kColumnTiles / 2;
   };
-  static_assert(kByRows || Of::kColumnTiles % 4 == 0);  // Gates stay with their features.
-  // From the first team's half to the second's, in tiles.
+  static_assert(kByRows || Of::kColumnTiles % 4 == 0);  // A feature and its gate stay in one half.
+  // The distance from the first team's half to the second's, in tiles.
   static constexpr int kRowsApart = kByRows ? Half::kRowTiles : 0, kColumnsApart = kByRows ? 0 : Half::kColumnTiles;
 
-  // Where teams exchange sums of 16 rows of every warp, as many columns at a time as leave the smallest GPUs room.
+  // Teams exchange sums in shared memory: 16 rows of every warp, and as many columns at a time as fit on the smallest
+  // GPUs.
   static constexpr int kMostBytes = 80 << 10, kTileBytes = kThreads * 4 * int{sizeof(float)};
   static constexpr int kExchangedTiles =
       largest_divisor(Half::kColumnTiles, (kMostBytes - Of::kStages * kStageBytes) / kTileBytes);
@@ -97,28 +99,30 @@ struct TwoTeams : Of {
     return static_cast<int>(threadIdx.x) % kTeamThreads / kWarp / Of::kWarpsAcross * Of::kRowTiles * 16;
   }
 };
-// The fewest bytes from the second-level cache a product: for A100 and H100, whose tensor cores outrun it.
+// Reads the fewest bytes per product from the L2 cache: for A100 and H100, whose tensor cores are faster than that
+// cache.
 using WideTile = ProductTile<128, 256, 64, 64, 4, 1>;
-// Two blocks a multiprocessor, one of which multiplies while the other stores; also where there are 100 KiB.
+// Two blocks per multiprocessor, so that one multiplies while the other stores. They fit into 100 KiB of shared memory.
 using SquareTile = ProductTile<128, 128, 64, 64, 3, 2>;
 // For problems that do not fill the GPU with larger ones.
 using LowTile = ProductTile<64, 128, 32, 64, 4, 2>;
 
-// How many of `most` values there are where `left` are left.
+// `left` clamped to [0, most].
 __device__ inline int how_many(int64_t left, int most) {
   return left < 0 ? 0 : left < most ? static_cast<int>(left) : most;
 }
 
-// A warp's sums: sums[i][j][r] is at row 16 i + 8 (r / 2) + lane / 4 and column 8 j + 2 (lane % 4) + r % 2.
+// A lane's sums of a warp's tile: sums[i][j][r] is at row 16 i + 8 (r / 2) + lane / 4 and column 8 j + 2 (lane % 4) + r
+// % 2.
 template <class Tile, class Sum = float>
 using WarpTileSums = Sum[Tile::kRowTiles][Tile::kColumnTiles][4];
 
 // --- The order of tiles ---
 
-// Bands of `band` rows of tiles, each from left to right and in it from top to bottom: blocks that run at a time work on
-// a square of tiles or nearly, which needs the fewest different rows of A and B in the second-level cache.
-// Where a batch has several entries, each of them is a product of its own, one after another. Where only tiles on the
-// diagonal are wanted, those of an entry follow each other.
+// Tiles are ordered in bands of `band` rows of tiles. A band goes column by column from left to right, and each column
+// from top to bottom. Blocks that run at the same time thus work on roughly a square of tiles, which needs the fewest
+// different rows of A and columns of B in the L2 cache. A batch has several entries, each a product of its own, one
+// after another. With `diagonal`, only the tiles on the diagonal of each entry are computed.
 struct TileOrder {
   int entries, row_tiles, column_tiles, band;
   bool diagonal = false;
@@ -141,12 +145,12 @@ struct TileOrder {
 
 // --- The depth ---
 //
-// A Depth is a small struct that a kernel takes by value. count(a, row, rows) is how many slices a tile needs, at least
-// one, of `rows` rows from `row` on of what the loader `a` has. Each thread has a Walk<kTeams> of its team's slices of one
-// tile after another: begin(row, rows), next() after each slice, and end(), after which it goes on without any. Loaders
-// see it. Where there are two teams, the number of slices must be even.
+// A Depth is a small struct that a kernel takes by value. count(a, row, rows) is the number of slices, at least one,
+// that a tile needs for `rows` rows of the loader `a` from `row` on. Each thread has a Walk<kTeams> over its team's
+// slices of one tile after another, which loaders may read: begin(row, rows) starts a tile, next() follows each slice,
+// and after end() there are no more slices. With two teams, the number of slices must be even.
 
-// All slices, of zeros where there is no depth.
+// All slices. A depth of 0 has one slice of zeros.
 struct WholeDepth {
   int slices;
 
@@ -184,7 +188,7 @@ struct Fragments {
   }
 };
 
-// A register of a fragment as tensor cores take it.
+// A register of a fragment, rounded to the type that tensor cores take.
 template <class T>
 __device__ uint32_t rounded(uint32_t bits) {
   if constexpr (sizeof(T) == 4)
@@ -193,7 +197,7 @@ __device__ uint32_t rounded(uint32_t bits) {
     return bits;
 }
 
-// The value of TF32 nearest to a float, and what the float has beyond it.
+// The TF32 value nearest to a float, and the remainder.
 struct Split {
   uint32_t large, small;
 };
@@ -242,7 +246,7 @@ __device__ void multiply_fragments(WarpTileSums<Tile>& sums, const Fragments<Mat
 
 // --- Teams ---
 
-// Which team the calling thread is in.
+// The team of the calling thread.
 template <class Tile>
 __device__ int team() {
   if constexpr (Tile::kTeams > 1)
@@ -251,8 +255,8 @@ __device__ int team() {
     return 0;
 }
 
-// What both teams have summed in the half of the calling warp's tile that its team finishes. All threads of the block must
-// take part.
+// Adds up the sums of both teams in the half of the calling warp's tile that its team finishes. All threads of the
+// block must take part.
 template <class Tile>
 __device__ void add_teams(const WarpTileSums<Tile>& sums, WarpTileSums<typename Tile::Half>& half,
                           unsigned char* shared) {
@@ -275,7 +279,7 @@ __device__ void add_teams(const WarpTileSums<Tile>& sums, WarpTileSums<typename 
           given.v[r] = first_team ? sums[kDown + i][kRight + first + j][r] : sums[i][first + j][r];
         *place(thread, j) = given;
       }
-      __syncthreads();  // What the other team gives is there.
+      __syncthreads();  // The other team has written its sums.
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         const Four got = *place(other, j);
@@ -284,13 +288,13 @@ __device__ void add_teams(const WarpTileSums<Tile>& sums, WarpTileSums<typename 
           half[i][first + j][r] =
               (first_team ? sums[i][first + j][r] : sums[kDown + i][kRight + first + j][r]) + got.v[r];
       }
-      __syncthreads();  // What follows overwrites it.
+      __syncthreads();  // All have read before the next sums overwrite these.
     }
 }
 
 // --- The main loop ---
 
-// The part of a main loop that copies.
+// The copying part of a main loop.
 template <class Math, class Tile, class A, class B, class Depth>
 class SliceCopies {
  public:
@@ -300,7 +304,7 @@ class SliceCopies {
   __device__ SliceCopies(const A& a, const B& b, const Depth& depth, unsigned char* shared)
       : a_(a), b_(b), walk_(depth, a, team<Tile>()), shared_(shared + team<Tile>() * Tile::kBothBytes) {}
 
-  // What copies are started of from now on: slices of these rows of A and columns of B; or nothing.
+  // From now on, copies are of slices of these rows of A and columns of B, and after end() of nothing.
   __device__ void begin(const TileOrder::Place& place) {
     walk_.begin(int64_t{place.row} * Tile::kRows, Tile::kRows);
     a_.begin(place.entry, int64_t{place.row} * Tile::kRows);
@@ -312,7 +316,7 @@ class SliceCopies {
     b_.end();
   }
 
-  // Starts copies of the next slice into a stage that nobody reads.
+  // Starts copies of the next slice into a stage that no thread reads any more.
   __device__ void start(int stage) {
     a_.start(shared_ + stage * Tile::kStageBytes, walk_);
     b_.start(shared_ + stage * Tile::kStageBytes + Tile::kABytes, walk_);
@@ -333,7 +337,7 @@ class SliceCopies {
   typename A::template Copies<Tile::kRows, Tile::kTeamThreads, Tile::template Lines> a_;
   typename B::template Copies<Tile::kColumns, Tile::kTeamThreads, Tile::template Lines> b_;
   typename Depth::template Walk<Tile::kTeams> walk_;
-  unsigned char* shared_;  // The team's.
+  unsigned char* shared_;  // Of the team.
 };
 
 template <class Math, class Tile, class A, class B, class Depth>
@@ -343,14 +347,14 @@ class MainLoop : public SliceCopies<Math, Tile, A, B, Depth> {
   using Base::Base;
   using typename Base::T;
 
-  // Waits for the first of kStages slices that were started.
+  // Waits for the first of the kStages slices whose copies were started.
   __device__ void enter() {
     wait_for_copies<Tile::kStages - 1>();
-    __syncthreads();  // The first slice is there for all.
+    __syncthreads();  // All threads see the first slice.
     if constexpr (kAhead) load(0);
   }
 
-  // Adds the product of the next slice, and starts copies of another into its stage.
+  // Adds the product of the next slice, and starts copies of a later slice into its stage.
   __device__ void add_slice(WarpTileSums<Tile, typename Math::Sum>& sums) {
     if constexpr (!Math::kTensorCores) {
       static_assert(Tile::kColumnTiles == 4);
@@ -362,7 +366,7 @@ class MainLoop : public SliceCopies<Math, Tile, A, B, Depth> {
         if constexpr (!kAhead) load(step);
         const bool last = step == kSteps - 1;
         const int free = last ? leave_stage() : 0;
-        if constexpr (kAhead) load((step + 1) % kSteps);  // Before copies, which the compiler keeps behind it.
+        if constexpr (kAhead) load((step + 1) % kSteps);  // Before the copies, as the compiler keeps their order.
         if (last) this->start(free);
         multiply_fragments<Math, Tile>(sums, fragments_[kAhead ? step % 2 : 0]);
       }
@@ -371,23 +375,24 @@ class MainLoop : public SliceCopies<Math, Tile, A, B, Depth> {
 
   // After the last slice of a tile.
   __device__ void finish(WarpTileSums<Tile, typename Math::Sum>&) {}
-  // Reads again what was read ahead, which an epilogue would have to keep in registers.
+  // Repeats the fragment load ahead after an epilogue, which would otherwise have to keep those registers.
   __device__ void go_on() {
     if constexpr (kAhead) load(0);
   }
 
  private:
   static constexpr int kStepDepth = 2 * kChunk<T>, kSteps = kDepth<T> / kStepDepth;
-  // Whether fragments are read a step ahead. Split ones leave no registers for that, and their products take long.
+  // Whether fragments are read one step ahead. Split TF32 has no registers for this, and its products take long anyway.
   static constexpr bool kAhead =
       Math::kTensorCores && !std::is_same_v<Math, SplitTf32> && Tile::kRowTiles * Tile::kColumnTiles <= 32;
   static_assert(!kAhead || kSteps % 2 == 0);
 
-  // On to the next stage, once its slice is there for all. Gives the one before, which all have read then.
+  // Moves to the next stage once all threads see its slice. Returns the stage before, which all threads have read by
+  // then.
   __device__ int leave_stage() {
     const int free = stage_;
     wait_for_copies<Tile::kStages - 2>();
-    __syncthreads();  // The next slice is there for all, and all have read this one.
+    __syncthreads();  // All threads see the next slice, and have read this one.
     stage_ = stage_ == Tile::kStages - 1 ? 0 : stage_ + 1;
     return free;
   }
@@ -411,16 +416,16 @@ struct Product {
   TileOrder order;
 };
 
-// All tiles of a product that are this block's.
+// Computes all tiles of a product that belong to this block.
 template <class Math, class Tile, class A, class B, class Depth, class Epilogue>
 __device__ void multiply_tiles(const Product<A, B, Depth, Epilogue>& p) {
   typename Tile::template Loop<Math, Tile, A, B, Depth> loop(p.a, p.b, p.depth,
                                                              dynamic_shared<Tile::kAligned ? 1024 : 16>());
   const int tiles = p.order.count(), step = static_cast<int>(gridDim.x);
-  const auto slices_of = [&](const TileOrder::Place& place) {  // A team's.
+  const auto slices_of = [&](const TileOrder::Place& place) {  // Per team.
     return (p.depth.count(p.a, int64_t{place.row} * Tile::kRows, Tile::kRows) + Tile::kTeams - 1) / Tile::kTeams;
   };
-  int tile = static_cast<int>(blockIdx.x), copied = tile;  // What is added up, and what is copied next.
+  int tile = static_cast<int>(blockIdx.x), copied = tile;  // The tile being summed, and the next one to copy.
   if (tile >= tiles) return;
   int to_copy = 0, to_add = slices_of(p.order[tile]);
   int filled = 0;  // Stages.
@@ -487,24 +492,24 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 
 // --- The launch ---
 
-// The blocks that a GPU holds at a time, of which none waits for another to leave.
+// The number of blocks that a GPU runs at the same time, so that none waits for another to finish.
 template <class Tile>
 int64_t product_blocks() {
-  const int64_t reserved = 1 << 10;  // Of every block's shared memory, for the system.
-  const int64_t shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) + reserved;  // A multiprocessor's.
+  const int64_t reserved = 1 << 10;  // Shared memory of every block that the system reserves.
+  const int64_t shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) + reserved;  // Per multiprocessor.
   return multiprocessors() * std::clamp<int64_t>(shared / (Tile::kSharedBytes + reserved), 1, Tile::kBlocks);
 }
 
-// Slices of so much depth.
+// The number of slices of a depth.
 template <class T>
 int64_t slices_of(int64_t depth) {
   return (depth + kDepth<T> - 1) / kDepth<T>;
 }
 
-// Which tiles of a product are computed.
+// The tiles of a product that are computed.
 enum class Tiles : uint8_t { all, diagonal };
 
-// Queues D = A B on a stream, for each of some entries, as `name` in errors. The operands must fit.
+// Queues D = A B on a stream for each of `entries` entries; errors call it `name`. The operands must satisfy fits().
 template <class Math, class Tile, class A, class B, class Depth, class Epilogue>
 void launch_product(const char* name, const A& a, const B& b, const Depth& depth, const Epilogue& epilogue,
                     int64_t entries, void* stream, Tiles tiles = Tiles::all) {
@@ -512,7 +517,7 @@ void launch_product(const char* name, const A& a, const B& b, const Depth& depth
   const int64_t row_tiles = (a.count + Tile::kRows - 1) / Tile::kRows;
   const bool diagonal = tiles == Tiles::diagonal;
   const int64_t column_tiles = diagonal ? 1 : (b.count + Tile::kColumns - 1) / Tile::kColumns;
-  constexpr int64_t kMost = 1 << 30;  // So that a step beyond the last tile is a number, too.
+  constexpr int64_t kMost = 1 << 30;  // So that the index after the last tile does not overflow an int.
   if (entries > 0 && row_tiles > 0 && (row_tiles > kMost / entries || column_tiles > kMost / entries / row_tiles))
     throw std::invalid_argument(std::string(name) + ": more than 2^30 tiles of results");
   const int64_t blocks = std::min(entries * row_tiles * column_tiles, product_blocks<Tile>());

@@ -1,6 +1,6 @@
-// What becomes of the sums of a product (product.cuh). An epilogue is a small struct that a kernel takes by value, with
-// take<Tile>(sums, entry, row, column), which all lanes of a warp call with its sums and where they begin. They may lie
-// beyond the end.
+// Epilogues of a product (product.cuh). An epilogue is a small struct that a kernel takes by value. All lanes of a warp
+// call its take<Tile>(sums, entry, row, column) with the warp's sums and their first row and column. Rows and columns
+// may lie beyond the end of D.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,8 @@ __device__ inline void transpose_quad(uint32_t (&v)[4]) {
   }
 }
 
-// 16 bytes to an aligned address in global memory. Written in C++, nvcc 13.0 stores them in fours for 8.0 and 9.0.
+// Stores 16 bytes to an aligned address in global memory. It is written in assembly because nvcc 13.0 splits the C++
+// form into stores of 4 bytes for compute capabilities 8.0 and 9.0.
 __device__ inline void store_chunk(void* to, const uint32_t (&v)[4]) {
 #if defined(CPC_CUDA_EMULATION)
   const Pack<uint32_t, 4> chunk = {{v[0], v[1], v[2], v[3]}};
@@ -41,7 +42,7 @@ __device__ inline void store_chunk(void* to, const uint32_t (&v)[4]) {
 #endif
 }
 
-// The first `count` of 8 values, two a register.
+// Stores the first `count` of 8 values, which come two per register.
 template <class T>
 __device__ void store_pairs(T* to, const uint32_t (&pairs)[4], int count) {
   if (count == 8 && reinterpret_cast<uintptr_t>(to) % kChunkBytes == 0) {
@@ -59,9 +60,9 @@ __device__ uint32_t pair_of(const float (&values)[2]) {
   return Narrow<T>::from(values[0]).bits | static_cast<uint32_t>(Narrow<T>::from(values[1]).bits) << 16;
 }
 
-// Copies a lane's sums of the n-th row and group of kTiles tiles of its warp's tile. Registers have no indices: one branch
-// a known n, of which each is taken or not as a whole. Without the empty instruction the compiler would have every branch
-// select its sums from those before, which took longer than all of a convolution's products.
+// Copies a lane's sums of the n-th row and group of kTiles tiles of its warp's tile. Registers cannot be indexed, so
+// there is one branch for each n known at compile time. The empty asm statement keeps the compiler from turning the
+// branches into a chain of selects, which took longer than all of a convolution's products.
 template <class Tile, int kTiles, int known = 0, class Sum>
 __device__ void copy_group(const WarpTileSums<Tile, Sum>& sums, int n, Sum (&to)[kTiles][2]) {
   constexpr int kGroups = (Tile::kColumnTiles + kTiles - 1) / kTiles, kCount = 2 * Tile::kRowTiles * kGroups;
@@ -76,9 +77,9 @@ __device__ void copy_group(const WarpTileSums<Tile, Sum>& sums, int n, Sum (&to)
   }
 }
 
-// Calls use(row, column, sums) for each of the lane's rows of the warp's tile and every kTiles tiles of 8 columns of it, from
-// that column on, with the lane's two sums in each; 0 in tiles that there are not. The loop is not unrolled: the compiler
-// would take minutes over what takes little time.
+// Calls use(row, column, sums) for each of the lane's rows of the warp's tile and each group of kTiles tiles of 8
+// columns, of which `column` is the first, with the lane's two sums in each tile; 0 for tiles beyond the last. The loop
+// is not unrolled, because the compiler would take minutes to save little time.
 template <class Tile, int kTiles, class Sum, class Use>
 __device__ void each_row(const WarpTileSums<Tile, Sum>& sums, const Use& use) {
   constexpr int kGroups = (Tile::kColumnTiles + kTiles - 1) / kTiles;
@@ -91,7 +92,7 @@ __device__ void each_row(const WarpTileSums<Tile, Sum>& sums, const Use& use) {
   }
 }
 
-// Rows of results, innermost contiguous, rounded to T.
+// Stores rows of D, each contiguous, rounded to T.
 template <class T>
 struct StoreRows {
   using Sum = SumOf<T>;
@@ -106,7 +107,7 @@ struct StoreRows {
     each_row<Tile, 4>(sums, [&](int in_tile, int of_group, const Sum(&v)[4][2]) {
       const int64_t at = row + in_tile;
       T* const to = values + entry * entry_stride + at * stride;
-      // Sums of four tiles: 8 neighbouring columns a lane, or 2 of each tile.
+      // Of the sums of four tiles, a lane stores 8 neighbouring columns, or 2 in each tile.
       if constexpr (sizeof(T) == 2) {
         uint32_t pairs[4];
 #pragma unroll
@@ -125,7 +126,7 @@ struct StoreRows {
   }
 };
 
-// The transpose: column j of D is the values from values + j * stride. Eight rows of a column fill a sector of memory.
+// Stores the transpose: column j of D begins at values + j * stride. Eight rows of a column fill a sector of memory.
 template <class T>
 struct StoreColumns {
   static_assert(sizeof(T) == 4);

@@ -1,17 +1,18 @@
-// Where the operands of a product (product.cuh) come from. A loader is a small struct that a kernel takes by value, with
+// Loaders of the operands of a product (product.cuh). A loader is a small struct that a kernel takes by value, with
 //
 //   Value            the type of its values
-//   count            rows of A, or columns of B: how many there are of what a tile has a side of
-//   Operand<kSide, Lines>   how a slice of a tile lies in shared memory, and how warps read it (warp_product.cuh)
-//   Copies<kSide, kThreads, Lines>   a thread's part in copying the slices of one tile after another: begin(entry, first) says
-//                    where the tile's side begins, start(tile, walk) starts copies of its next slice, which a Walk
-//                    tells of, and end() makes all that follow slices of zeros. Values beyond the depth are zeros, and
-//                    those beyond the side are any. kThreads are a team's.
+//   count            the number of rows of A, or of columns of B; a tile has kSide of them
+//   Operand<kSide, Lines>   the layout of a tile's slice in shared memory, and how warps read it (warp_product.cuh)
+//   Copies<kSide, kThreads, Lines>   a thread's part in copying the slices of one tile after another.
+//                    begin(entry, first) sets the first row or column of the tile, start(tile, walk) starts copies of
+//                    its next slice, which the Walk describes, and after end() all slices are zeros. Values beyond the
+//                    depth are zeros, and those beyond the side are undefined. kThreads is the size of a team.
 //
-//   fits()           on the host, whether this can be copied in chunks of 16 bytes, and its places in a tile have 32 bits
+//   fits()           on the host: true if the operand can be copied in chunks of 16 bytes and offsets in a tile fit
+//                    into 32 bits
 //
-// What lies between the end of a matrix's row and the next multiple of 16 bytes must be memory that can be read, and
-// zeros where the row goes along the depth.
+// The memory between the end of a matrix's row and the next multiple of 16 bytes must be readable, and zero where the
+// row goes along the depth.
 #pragma once
 
 #include <cstdint>
@@ -28,33 +29,34 @@ bool fits_chunks(const T* values, int64_t stride) {
   return reinterpret_cast<uintptr_t>(values) % kChunkBytes == 0 && stride % kChunk<T> == 0 && stride <= kMost;
 }
 
-// A depth that is cut into so many parts, all but the last of one size, each of which is an entry of its own: those of the
-// first entry come first.
+// A depth that is cut into `count` parts of `depth` each, of which the last may be shorter. Each part becomes an entry
+// of its own; those of the first entry come first.
 struct DepthParts {
   int count = 1, depth = 0;
 
-  // The part that an entry is, which then says whose it is.
+  // Returns which part `entry` is, and sets `entry` to the entry that was cut.
   __device__ int part_of(int& entry) const {
     if (count == 1) return 0;
     const int whole = entry / count, part = entry - whole * count;
     entry = whole;
     return part;
   }
-  // How much of the whole depth a part has.
+  // The depth of a part, where `whole` is that of all parts together.
   __device__ int depth_of(int part, int whole) const {
     return count == 1 ? whole : how_many(int64_t{whole} - int64_t{part} * depth, depth);
   }
 };
 
-// Which chunks of a slice with its depth outermost a thread copies, kCount of them. A power of two of chunks is shared out
-// first, in whole lines, then what is left of 160 values, so that a thread's chunks are some lines after one of two.
+// The kCount chunks that a thread copies of a slice whose depth is outermost. Lines whose number of chunks is no power
+// of two, such as those of 160 values, are cut into two bands that are. In a band, all of a thread's chunks are in one
+// column of chunks, a constant number of lines apart; of the second band a thread has at most one.
 template <class T, int kSide, int kThreads, template <class, int> class Lines>
 class ChunksOfLines {
  public:
   __device__ explicit ChunksOfLines(int thread)
       : line_{thread / kFirst, Lines<T, kSide>::nth(thread / kSecond)},
         chunk_{thread % kFirst, kFirst + thread % kSecond} {}
-  // Which of kBands such beginnings, and how many lines after it.
+  // The band of chunk i, and its distance in lines from the thread's first chunk of that band.
   __device__ static constexpr int band(int i) { return i < kOfFirst ? 0 : 1; }
   __device__ static constexpr int after(int i) { return i < kOfFirst ? i * kStep : 0; }
   __device__ int line(int band) const { return line_[band]; }
@@ -63,7 +65,7 @@ class ChunksOfLines {
   __device__ int at(int i) const {
     return Lines<T, kSide>::at(line_[band(i)], chunk_[band(i)]) + after(i) * Lines<T, kSide>::kPitch;
   }
-  // Whether this thread has such a chunk: of the second band there may be fewer than threads.
+  // Whether this thread has a chunk i: the second band may have fewer chunks than there are threads.
   __device__ bool exists(int i) const { return kThreads == kOfSecond || band(i) == 0 || line_[1] < kDepth<T>; }
 
  private:
@@ -74,7 +76,7 @@ class ChunksOfLines {
   static constexpr int kOfSecond = kRest == 0 ? kThreads : kSecond * kDepth<T>;  // Chunks.
   static_assert((kFirst & (kFirst - 1)) == 0 && kThreads % kFirst == 0 && kDepth<T> % kStep == 0);
   static_assert(kThreads >= kOfSecond);
-  // Chunks lie alike in every 8 steps of the depth, or 4 of wider values.
+  // The permutation of chunks repeats every 8 steps of depth, or every 4 for wider values.
   static_assert(kStep % (sizeof(T) == 2 ? 8 : 4) == 0);
 
   int line_[2], chunk_[2];
@@ -129,21 +131,21 @@ struct Rows {
     }
 
    private:
-    // Chunks lie alike in every 8 rows.
+    // The permutation of chunks repeats every 8 rows.
     static constexpr int kStep = kThreads / kChunksOfSlice, kCount = (kSide + kStep - 1) / kStep;
     static_assert(kStep % 8 == 0);
 
     const Rows& rows_;
     int row_, chunk_;
     const T* from_;
-    int left_;  // Of the depth, from this thread's chunk of the next slice on.
+    int left_;  // Remaining depth, from this thread's chunk of the next slice on.
     int offset_[kCount];
   };
 };
 
-// Values of 32 bits with their depth outermost, as DepthOutermost has them, for whole warps' fragments only. ldmatrix does
-// not transpose them; lanes load each value. Tiles of 8 of the side follow each other in chunks that are permuted among
-// those of 4 tiles, so that all addresses of a lane are one of 4 and a constant.
+// Operands of 32-bit values whose depth is outermost, in the layout of DepthOutermost, for load_fragments only.
+// ldmatrix cannot transpose such values, so lanes load them one by one. Chunks are permuted within groups of 4 tiles of
+// 8 along the side, so that each address of a lane is one of 4 pointers plus a constant.
 template <class T, int kWidth>
 class FragmentsOfColumns {
  public:
@@ -227,7 +229,7 @@ struct Columns {
     const Columns& columns_;
     Chunks chunks_;
     const T* from_[Chunks::kBands];
-    int left_[Chunks::kBands];  // Of the depth, from the band's first line of the next slice on.
+    int left_[Chunks::kBands];  // Remaining depth, from the band's first line of the next slice on.
   };
 };
 

@@ -14,7 +14,7 @@ __device__ inline unsigned char* dynamic_shared() {
   return emulation::dynamic_shared();
 #else
   static_assert(kAlignment == 16 || kAlignment == 1024);
-  if constexpr (kAlignment == 16) {  // One variable for each, as others begin where it does.
+  if constexpr (kAlignment == 16) {  // One variable per alignment; both begin at the same address.
     extern __shared__ __align__(16) unsigned char memory[];
     return memory;
   } else {
@@ -24,7 +24,7 @@ __device__ inline unsigned char* dynamic_shared() {
 #endif
 }
 
-// A static shared variable of type T, one for each Tag: static_shared<float[8], struct Sums>().
+// A static shared variable of type T, one per Tag: static_shared<float[8], struct Sums>().
 template <class T, class Tag>
 __device__ inline T& static_shared() {
 #if defined(CPC_CUDA_EMULATION)
@@ -36,7 +36,7 @@ __device__ inline T& static_shared() {
 }
 
 #if !defined(CPC_CUDA_EMULATION)
-// An address in shared memory as PTX instructions take it.
+// An address in shared memory in the form that PTX instructions take.
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 #endif
 

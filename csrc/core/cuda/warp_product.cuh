@@ -1,12 +1,11 @@
 // A warp's product of two tiles in shared memory, D += A B with D of 16 * kRowTiles x 32, by tensor cores or by
-// multiply-adds on the ordinary units. A tile has kSliceBytes of depth; it lies in shared memory with its depth either
-// innermost (rows of kSliceBytes) or outermost, in chunks of 16 bytes that are permuted so that neither the copies into
-// it nor the reads out of it meet in a bank. A and B may lie either way. Both ways of multiplying leave D in the lanes
-// as in mma.cuh: with
+// ordinary multiply-adds. A tile has kSliceBytes of depth. Its depth is either innermost (rows of kSliceBytes) or
+// outermost, for A and B independently. Its chunks of 16 bytes are permuted so that neither copies into shared memory
+// nor reads from it have bank conflicts. Both ways of multiplying leave D in the lanes as in mma.cuh: with
 //   g = lane / 4,
 //   t = lane % 4,
 //   d[i][j][r] = D[16 i + 8 (r / 2) + g][8 j + 2 t + r % 2].
-// Depth is summed in order, one chain of additions an element.
+// Depth is summed in order, one chain of additions per element.
 #pragma once
 
 #include "core/cuda/kernel.cuh"
@@ -19,13 +18,14 @@ constexpr int kSliceBytes = 64;
 constexpr int kChunksOfSlice = kSliceBytes / kChunkBytes;
 constexpr int kWarpColumns = 32;
 
-// Elements of type T in a chunk, and in a slice: the depth of a tile.
+// The elements of type T in a chunk, and in a slice (the depth of a tile).
 template <class T>
 constexpr int kChunk = kChunkBytes / int{sizeof(T)};
 template <class T>
 constexpr int kDepth = kSliceBytes / int{sizeof(T)};
 
-// How to multiply. Value is the type in shared memory, Sum that of D. TensorCores<float> rounds its operands to TF32.
+// Kinds of multiplication. Value is the type in shared memory, Sum that of D. TensorCores<float> rounds its operands to
+// TF32.
 template <class T>
 struct TensorCores {
   using Value = T;
@@ -42,16 +42,17 @@ struct MultiplyAdds {
 template <class Math, int kRowTiles>
 using WarpSums = typename Math::Sum[kRowTiles][4][4];
 
-// --- Where a chunk lies in a tile, in bytes ---
+// --- The byte offset of a chunk in a tile ---
 
-// Depth innermost: 8 successive rows of one chunk column, or the 4 chunks of 2 rows, cover all banks.
+// With the depth innermost, 8 successive rows of one chunk column, or the 4 chunks of 2 rows, cover all banks.
 __device__ inline int chunk_of_row(int row, int chunk) {
   return row * kSliceBytes + (chunk ^ (row / 2 % kChunksOfSlice)) * kChunkBytes;
 }
 
-// Depth outermost, kWidth values wide, at least 8 chunks. Of 16-bit values, ldmatrix reads one chunk at 8 successive
-// depths; of wider ones, the lanes of a warp read 2 chunks at 4. Where a depth is an odd number of fours of chunks, every
-// other one begins in the other half of the banks, and four places are left to tell apart.
+// With the depth outermost, a line is kWidth values and at least 8 chunks wide. For 16-bit values, ldmatrix reads one
+// chunk at 8 successive depths; for wider values, the lanes of a warp read 2 chunks at 4 depths. Where a line is an odd
+// multiple of 4 chunks, every other line begins in the other half of the banks, so that only 4 depths need different
+// positions.
 template <class T, int kWidth>
 __device__ int chunk_of_depth(int depth, int chunk) {
   constexpr int kAcross = kWidth / kChunk<T>;
@@ -61,34 +62,34 @@ __device__ int chunk_of_depth(int depth, int chunk) {
   return depth * kWidth * int{sizeof(T)} + permuted * kChunkBytes;
 }
 
-// How lines of a depth outermost lie: at(depth, chunk) in bytes, the same for every 8 depths but for kPitch bytes a depth.
-// Half lines are copied in the order nth(0), nth(1), ...
+// Layouts of lines whose depth is outermost. at(depth, chunk) is the byte offset of a chunk; its permutation repeats
+// every 8 depths, which are kPitch bytes apart each. Half lines are copied in the order nth(0), nth(1), ...
 template <class T, int kWidth>
 struct WholeLines {
   static constexpr int kPitch = kWidth * int{sizeof(T)};
   __device__ static int at(int depth, int chunk) { return chunk_of_depth<T, kWidth>(depth, chunk); }
   __device__ static int nth(int line) { return line; }
 };
-// The layout in which wgmma reads values of 16 bits: blocks of 128 bytes of each line, one after another, with room for whole
-// blocks.
+// The layout in which wgmma reads 16-bit values: lines are cut into blocks of 128 bytes, the last of which is padded.
+// All lines of the first block come first.
 template <class T, int kWidth>
 struct LineBlocks {
   static constexpr int kPitch = 128, kBlockBytes = kDepth<T> * kPitch;
   __device__ static int at(int depth, int chunk) {
     return chunk / 8 * kBlockBytes + depth * kPitch + (chunk % 8 ^ depth % 8) * kChunkBytes;
   }
-  // An order of lines of which two that follow each other have the first half of a block in different halves of the banks.
+  // Orders lines so that two successive ones have the first half of a block in different halves of the banks.
   __device__ static int nth(int line) { return (line & ~5) | (line & 1) << 2 | (line >> 2 & 1); }
 };
 
 // --- Operands ---
 //
-// What a lane reads of a tile whose side, A's rows or B's columns, begins at `first`, a multiple of 8:
-//   load_fragments<kOfA> for tensor cores, one fragment of A or two neighbouring ones of B: the side from 16 i on;
-//   load_row and load_pair for multiply-adds, N successive depths of side 8 i + g, and of 8 j + 2 t and the next.
-// kStep is how many successive depths lie together.
+// An operand is what a lane reads of a tile from `first` on, a multiple of 8, along its side (A's rows or B's columns):
+//   load_fragments<kOfA>, for tensor cores: one fragment of A or two neighbouring ones of B, from 16 i of the side on;
+//   load_row and load_pair, for multiply-adds: N successive depths at 8 i + g, or at 8 j + 2 t and the next, of the side.
+// kStep is the number of successive depths that are contiguous.
 
-// Whether matrix m of such fragments holds the upper 8 of its 16 of the side, and the upper half of its depth.
+// Whether matrix m of a fragment holds the upper 8 of its 16 rows or columns, and the upper half of its depth.
 template <bool kOfA>
 __device__ constexpr int upper_side(int m) {
   return kOfA ? m % 2 : m / 2;
@@ -98,7 +99,7 @@ __device__ constexpr int upper_depth(int m) {
   return kOfA ? m / 2 : m % 2;
 }
 
-// Where a chunk of a tile lies: which elements it holds, going along side or depth, and its place in bytes.
+// The first element of a chunk along side and depth, and the chunk's byte offset in the tile.
 struct ChunkPlace {
   int side, depth, at;
 };
@@ -114,7 +115,7 @@ class DepthInnermost {
     return {side, of_row * kChunk<T>, chunk_of_row(side, of_row)};
   }
 
-  // Chunks lie alike in every 8 rows, so that a lane's addresses differ by constants.
+  // The permutation of chunks repeats every 8 rows, so that a lane's addresses differ by constants.
   __device__ DepthInnermost(const unsigned char* tile, int first)
       : tile_(tile + first * kSliceBytes), lane_(threadIdx.x % kWarp) {}
 
@@ -164,7 +165,7 @@ class DepthOutermost {
       const int row = depth + upper_depth<kOfA>(lane_ / 8) * 8 + lane_ % 8;
       load_matrices<true>(r,
                           tile_ + Lines<T, kWidth>::at(row, first_ / kChunk<T> + 2 * i + upper_side<kOfA>(lane_ / 8)));
-    } else {  // ldmatrix transposes no wider values.
+    } else {  // ldmatrix cannot transpose wider values.
 #pragma unroll
       for (int m = 0; m < 4; ++m)
         r[m] = static_cast<uint32_t>(__float_as_int(
@@ -199,7 +200,7 @@ class DepthOutermost {
 
 // --- The product ---
 
-// Fragments as tensor cores take them.
+// Loads fragments, rounded to the type that tensor cores take.
 template <class T, class Operand, bool kOfA>
 __device__ void load_rounded(uint32_t (&r)[4], const Operand& operand, int i, int depth) {
   operand.template load_fragments<kOfA>(r, i, depth);

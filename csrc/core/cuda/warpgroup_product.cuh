@@ -1,5 +1,5 @@
-// The product of product.cuh by groups of four warps, with the tensor cores' instructions of compute capability 9.0 (wgmma.cuh),
-// for values of 16 bits. No op uses it: no GPU has run it. tests/csrc/product_check.cu is where it is tried.
+// The product of product.cuh by warpgroups, with the wgmma instructions of compute capability 9.0 (wgmma.cuh), for
+// 16-bit values. No op uses it, as no GPU has run it; tests/csrc/product_check.cu tests it.
 #pragma once
 
 #include "core/cuda/product.cuh"
@@ -10,12 +10,13 @@ namespace cpc::cuda {
 template <class Math, class Tile, class A, class B, class Depth>
 class WarpgroupLoop;
 
-// A block's tile by groups of four warps, 64 rows and all columns each; of kStages slices that are there or under way one is
-// multiplied, while the one before it may still be read in a stage beyond them. For values of 16 bits.
+// A block's tile, divided among warpgroups of four warps with 64 rows and all columns each. kStages slices are in
+// shared memory or being copied there, and the first of them is multiplied; the slice before it may still be read in an
+// additional stage. For 16-bit values.
 template <int kRows_, int kColumns_, int kStages_, int kBlocks_>
 struct WarpgroupTile {
   static constexpr int kRows = kRows_, kColumns = kColumns_, kStages = kStages_, kBlocks = kBlocks_;
-  static constexpr int kRowTiles = 1, kColumnTiles = kColumns / 8;  // A warp's.
+  static constexpr int kRowTiles = 1, kColumnTiles = kColumns / 8;  // Of a warp.
   static constexpr int kThreads = kRows / 16 * kWarp, kTeams = 1, kTeamThreads = kThreads;
   static constexpr bool kAligned = true;
   template <class T, int kWidth>
@@ -31,13 +32,13 @@ struct WarpgroupTile {
   __device__ static int warp_row() { return static_cast<int>(threadIdx.x) / kWarp * 16; }
   __device__ static int warp_column() { return 0; }
 };
-// Two blocks a multiprocessor, one of which multiplies while the other stores.
+// Two blocks per multiprocessor, so that one multiplies while the other stores.
 using SquareGroups = WarpgroupTile<128, 128, 5, 2>;
-// The fewest bytes of memory a product.
+// Reads the fewest bytes of memory per product.
 using WideGroups = WarpgroupTile<128, 256, 7, 1>;
 
-// Products of a slice are started when it is there, and waited for when those of the next have been: its stage is filled
-// again a slice later than a MainLoop would fill it.
+// Starts the products of a slice once it is in shared memory, and waits for them after starting those of the next
+// slice. A stage is thus filled again one slice later than by MainLoop.
 template <class Math, class Tile, class A, class B, class Depth>
 class WarpgroupLoop : public SliceCopies<Math, Tile, A, B, Depth> {
  public:
@@ -54,7 +55,7 @@ class WarpgroupLoop : public SliceCopies<Math, Tile, A, B, Depth> {
     start_products(sums);
     wait_for_copies<Tile::kStages - 2>();
     wait_for_all_but<1>(sums);
-    pass();  // The next slice is there for all, and all have read the one before.
+    pass();  // All threads see the next slice, and have read the one before.
     this->start(stage_ == 0 ? kRing - 1 : stage_ - 1);
     stage_ = next(stage_);
   }
@@ -68,10 +69,10 @@ class WarpgroupLoop : public SliceCopies<Math, Tile, A, B, Depth> {
   static constexpr bool kOutermostA = Base::OfA::kOutermost, kOutermostB = Base::OfB::kOutermost;
   using OfA = Description<kOutermostA>;
   using OfB = Description<kOutermostB>;
-  // What the calling group multiplies of a stage: 64 rows of A and all columns of B.
+  // The operands of the calling warpgroup in a stage: 64 rows of A and all columns of B.
   __device__ uint64_t describe_a(int stage, uint32_t shared) const {
     constexpr int kGroupBytes = 64 * kSliceBytes;
-    static_assert(kGroupBytes == kBlockBytes);  // Wherever the depth is.
+    static_assert(kGroupBytes == kBlockBytes);  // The same for both positions of the depth.
     const int group = static_cast<int>(threadIdx.x) / (4 * kWarp);
     return OfA::of(shared + stage * Tile::kStageBytes + group * kGroupBytes, kBlockBytes);
   }
@@ -100,7 +101,8 @@ class WarpgroupLoop : public SliceCopies<Math, Tile, A, B, Depth> {
     wait_for_products<kGroups>(sums[0]);
   }
 #else
-  // The same by warps. Instructions may read operands at once, and as late as they are waited for: they are read twice.
+  // The same by warps. wgmma may read its operands at any time from its start to the end of the wait for it. The
+  // emulation therefore reads them at both times, so that races show.
   __device__ static void pass() { __syncthreads(); }
   __device__ void start_products(Sums&) {
 #if defined(CPC_CUDA_EMULATION)

@@ -1,9 +1,9 @@
-// Products of a group of four warps on the tensor cores of compute capability 9.0, D += A B with both operands in shared
-// memory (PTX ISA, "Asynchronous warpgroup level matrix instructions"). Instructions are only started, in order; sums and
-// operands are theirs until wait_for_products says that they are done. With the warp's lanes as in mma.cuh, and its place
-// in the group,
+// Products of a warpgroup (four warps) on the tensor cores of compute capability 9.0, D += A B with both operands in
+// shared memory (PTX ISA, "Asynchronous warpgroup level matrix instructions"). The instructions are asynchronous and
+// run in order: sums and operands must not be touched before wait_for_products returns. With lanes as in mma.cuh and
+// `warp` the warp's index in the group,
 //   d[j][r] = D[16 warp + 8 (r / 2) + g][8 j + 2 t + r % 2].
-// Where there are no such instructions, and in the emulation, DescribedOperand reads what they would of shared memory.
+// Where there are no such instructions, and in the emulation, DescribedOperand reads the operands from shared memory.
 #pragma once
 
 #include <cstdint>
@@ -13,37 +13,38 @@
 #include "core/cuda/shared.cuh"
 #include "core/tensor_view.h"
 
-// Whether code that is compiled now may contain them: for 9.0a, the part of 9.0 that other GPUs do not have.
+// Only code for 9.0a, the part of 9.0 that other GPUs do not have, may contain these instructions.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define CPC_WGMMA
 #endif
 
 namespace cpc::cuda {
 
-// What instructions are told of an operand whose values are of 16 bits: 64 bits with a place in shared memory, strides, and
-// how chunks of 16 bytes are permuted. Addresses are in units of 16 bytes.
-//   The depth innermost: lines of 64 bytes, 8 of them together. Bits 7 and 8 of an address are added to its bits 4 and 5.
-//   The depth outermost: lines of 128 bytes, 8 of them together, which have 64 of the side. Bits 7 to 9 are added to bits 4
-//   to 6.
-// Added is without carry. What lies so, chunk_of_row and LineBlocks (warp_product.cuh) say, begins at multiples of 1024 bytes.
+// The matrix descriptor of an operand of 16-bit values: 64 bits with the address in shared memory, strides, and the
+// swizzle of chunks of 16 bytes. Addresses and strides are in units of 16 bytes.
+//   With the depth innermost, lines have 64 bytes; 8 of them form a group. Bits 7 and 8 of an address are XORed into
+//   its bits 4 and 5.
+//   With the depth outermost, lines have 128 bytes, 64 values of the side; 8 of them form a group. Bits 7 to 9 are
+//   XORed into bits 4 to 6.
+// This is the layout of chunk_of_row and LineBlocks (warp_product.cuh). Operands begin at multiples of 1024 bytes.
 template <bool kOutermost>
 struct Description {
   static constexpr int kSwizzle = kOutermost ? 1 : 2, kSwizzleAt = 62, kLeadingAt = 16, kStrideAt = 32;
-  static constexpr int kStride = kOutermost ? 8 * 128 : 8 * 64;      // From 8 lines to the next.
-  static constexpr int kStepBytes = kOutermost ? 16 * 128 : 16 * 2;  // From 16 of the depth to the next.
+  static constexpr int kStride = kOutermost ? 8 * 128 : 8 * 64;      // From one group of 8 lines to the next.
+  static constexpr int kStepBytes = kOutermost ? 16 * 128 : 16 * 2;  // From one step of 16 of the depth to the next.
 
-  // The description of what begins at `address` of shared memory. 64 more of the side, where it is innermost, lie `leading`
-  // bytes further.
+  // The descriptor of an operand that begins at `address` in shared memory. Where the side is innermost, its next 64
+  // values are `leading` bytes further.
   __device__ static uint64_t of(uint32_t address, [[maybe_unused]] int leading) {
     return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(kOutermost ? leading >> 4 : 1) << kLeadingAt |
            static_cast<uint64_t>(kStride >> 4) << kStrideAt | static_cast<uint64_t>(kSwizzle) << kSwizzleAt;
   }
-  // The same, 16 of the depth further.
+  // The descriptor of the operand `steps` steps of 16 further along the depth.
   __device__ static uint64_t after(uint64_t description, int steps) { return description + (steps * kStepBytes >> 4); }
 };
 
-// What instructions read of an operand so described, with addresses from the beginning of shared memory, as warps read it
-// that multiply on their own (warp_product.cuh).
+// Reads a described operand as the instructions would, in the fragments of a warp's own products (warp_product.cuh).
+// Addresses in the descriptor count from `shared`.
 class DescribedOperand {
  public:
   __device__ DescribedOperand(const unsigned char* shared, uint64_t description)
@@ -75,14 +76,14 @@ class DescribedOperand {
 
 #if defined(CPC_WGMMA)
 
-// What precedes the first instruction, or any after others have touched the sums.
+// Must precede the first product, and any product after other instructions have touched the sums.
 __device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-// Closes a group of instructions.
+// Closes a group of products.
 __device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// What was copied to shared memory by threads may be read by tensor cores once a barrier has been passed.
+// Makes the calling thread's writes to shared memory visible to tensor cores after the next barrier.
 __device__ inline void show_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// The compiler is not to move what it does with sums across this.
+// Keeps the compiler from moving accesses to the sums across this point.
 template <int kTiles>
 __device__ inline void hold(float (&d)[kTiles][4]) {
 #pragma unroll
@@ -90,14 +91,14 @@ __device__ inline void hold(float (&d)[kTiles][4]) {
 #pragma unroll
     for (int r = 0; r < 4; ++r) asm volatile("" : "+f"(d[j][r])::"memory");
 }
-// Waits until at most kGroups groups of the instructions that add to `d` are under way.
+// Waits until at most kGroups groups of products that add to `d` are pending.
 template <int kGroups, int kTiles>
 __device__ void wait_for_products(float (&d)[kTiles][4]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
   if constexpr (kGroups == 0) hold(d);
 }
 
-// An instruction takes as many operands as it has sums.
+// An instruction has one operand per sum.
 #define CPC_SUMS_8(j)                                                                                                  \
   "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3]), "+f"(d[j + 1][0]), "+f"(d[j + 1][1]), "+f"(d[j + 1][2]), \
       "+f"(d[j + 1][3])
@@ -116,7 +117,7 @@ __device__ void wait_for_products(float (&d)[kTiles][4]) {
                : __VA_ARGS__                                                                                \
                : "l"(a), "l"(b), "n"(int{kOutermostA}), "n"(int{kOutermostB})                               \
                : "memory")
-// D of 64 rows += 16 of the depth.
+// Adds the product of 64 rows over 16 of the depth to D.
 template <class T, bool kOutermostA, bool kOutermostB, int kTiles>
 __device__ void multiply_group(float (&d)[kTiles][4], uint64_t a, uint64_t b) {
   constexpr bool kBFloat16 = std::is_same_v<T, BFloat16>;
