@@ -1,12 +1,13 @@
-// InfoNCE on the GPU, all keys contrasted: from queries and keys to losses and, formed at once, all gradients.
-// What a group of queries scores against all keys is kept as powers, relative to the score of the query's positive, or to
-// the largest score of a tile where that is far from it. So scores are multiplied once, a tile needs nothing of the others,
-// and once the tiles' sums are combined, two further products turn powers into gradients: what a power lacks to a weight is
-// a factor of its query. Where there are too many keys for that, or a power alone does not tell its weight (several
-// positives), or is no number of float16, scores are multiplied again and become the gradients' weights, chunk by chunk.
-// Contrasts that ask more of their scores keep dot products instead (stored_dots.cuh).
-// Positives are multiplied first, by the very same product, so that ranks can be counted while a tile is at hand and
-// equal keys have equal scores. No sum depends on the order in which blocks run.
+// InfoNCE of all keys on the GPU: computes losses and all gradients in one call.
+// The scores of a group of queries against all keys are kept as powers of e, relative to the score of the query's
+// positive, or to the largest score of a tile where the two are far apart. Scores are thus multiplied only once, and
+// tiles do not depend on each other. After the tiles' sums are combined, two further products turn powers into
+// gradients: a weight is its power times a factor of the query. Scores are multiplied again and turned into the
+// gradients' weights, chunk by chunk, where there are too many keys for this, where a power does not determine its
+// weight (several positives), or where powers do not fit into float16. Contrasts that need more from their scores keep
+// dot products instead (stored_dots.cuh). Positives are multiplied first, by the same product, so that ranks can be
+// counted while a tile is in registers and equal keys have equal scores. No sum depends on the order in which blocks
+// run.
 #pragma once
 
 #include "info_nce/block_tiles.cuh"
@@ -15,7 +16,7 @@
 
 namespace cpc::info_nce::cuda {
 
-// The products, by blocks that multiply on the ordinary units.
+// The products with ordinary multiply-adds, a tile per block.
 template <class T>
 struct BlockProducts {
   static void score_positives(const Arguments<T>& a, void* stream) {
@@ -95,8 +96,8 @@ struct WarpProducts {
   template <class A>
   static void add(const char* name, bool wide, const A& a, const ByColumn& b, int64_t depth, const AddToSums& sums,
                   int64_t entries, void* stream) {
-    // Sums are the same by either tile. Wide ones are for GPUs whose second-level cache falls behind their tensor cores,
-    // which are those with much shared memory.
+    // Both tiles give the same sums. Wide ones are for GPUs whose L2 cache is slower than their tensor cores, which are
+    // those with much shared memory.
     constexpr int64_t kMuchShared = int64_t{128} << 10;
     if constexpr (sizeof(T) == 2)
       if (wide && attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) >= kMuchShared)
@@ -121,7 +122,7 @@ class AllKeys {
 
   void run(void* stream) const {
     const Problem& p = problem_;
-    if (p.rows() == 0) {  // No block reaches them.
+    if (p.rows() == 0) {  // No kernel would write these.
       for (const TensorView* of_keys : {&p.grad_keys, &p.grad_bias})
         fill_with_zeros(of_keys->data, of_keys->ndim == 0 ? 0 : of_keys->numel() * size_of(of_keys->dtype), stream);
       return;
@@ -136,7 +137,7 @@ class AllKeys {
       a.entries = std::min(cuts_.entries, p.batch() - a.first_entry);
       pack(a.packs_queries, a.queries, a.packed_queries, a, a.m, stream);
       pack(a.packs_keys, a.keys, a.packed_keys, a, a.n, stream);
-      if (a.symmetric) {  // Columns are known when all rows are.
+      if (a.symmetric) {  // Columns are complete only after all rows.
         each_group(a, [&] { measure(a, stream); });
         finish(a, stream);
         each_group(a, [&] { form_gradients(a, stream); });
@@ -176,7 +177,7 @@ class AllKeys {
     }
   }
 
-  // Forms a group's results, and what the gradients' weights are made of.
+  // Computes a group's results, and the factors of the gradients' weights.
   void measure(Arguments<T>& a, void* stream) const {
     if (a.places > 0 && a.n > 0) Products::score_positives(a, stream);
     if constexpr (kOnTensorCores<T>)
@@ -190,14 +191,14 @@ class AllKeys {
            a);
   }
 
-  // Adds the other direction, once all groups are measured.
+  // Adds the other direction of a symmetric contrast, once all groups are measured.
   void finish(Arguments<T>& a, void* stream) const {
     a.first_row = 0;
     a.rows = a.m;
     launch_each("finish_columns", &finish_columns<SumOf<T>>, a.entries * a.rows, a, stream);
   }
 
-  // What a group's weights are in `powers` for, if they are not there already.
+  // Puts a group's weights into `powers`, unless the powers of measure() serve as they are.
   void weigh(const Arguments<T>& a, void* stream) const {
     if (a.keeps_powers()) return;
     const bool kept = !a.fused && cuts_.keys >= a.n && (!a.symmetric || cuts_.rows >= a.m);
@@ -236,7 +237,7 @@ class AllKeys {
         {a.entries * divide_up(a.rows, kTile) * divide_up(a.key_count, kTile), dim3(kThreads), Tile<SumOf<T>>::kBytes},
         stream, a);
   }
-  // A kernel with a thread for each of `count`.
+  // Launches a kernel with one thread for each of `count` items.
   template <class A>
   static void launch_each(const char* name, void (*kernel)(A), int64_t count, const std::type_identity_t<A>& a,
                           void* stream) {

@@ -1,15 +1,15 @@
-// InfoNCE on the CPU, all keys contrasted: from queries and keys to losses and, formed at once, all gradients.
-// The scores of some hundred queries against all keys stay in the cache, transposed, a query a lane of a register. So the
-// softmax needs no sums across lanes, and all three matrix products read keys and write their gradient where they lie;
-// only the few queries are packed. Scores become powers relative to the largest of a block of keys at once, and
-// probabilities when all blocks are known. Where the keys are too many for that, the scores of a part of them are
-// computed again for the gradients. A symmetric contrast knows its probabilities only when all queries are through: then
-// their dot products are taken up again, from memory as far as they may be kept there, or computed once more. So does a
-// self-contrast, whose scores are those of its columns too: a superblock of queries meets only the keys from its own
-// first on, and what these pairs weigh in both directions is multiplied with the queries and with the keys.
-// Where the processor multiplies pairs of bfloat16, queries and keys of that type are multiplied as they are, and the
-// weights of the gradients are rounded to it. Scores, and all sums, are in float.
-// Included only by sources that are compiled once per instruction set level.
+// InfoNCE of all keys on the CPU: computes losses and all gradients in one call.
+// The scores of some hundred queries (a superblock) against all keys stay in the cache, transposed, so that each lane
+// of a register is a query. The softmax thus needs no sums across lanes, and all three matrix products read the keys
+// and write their gradient in place; only the few queries are packed. Scores become powers of e relative to the largest
+// of a block of keys at once, and probabilities once all blocks are known. Where there are too many keys for the cache,
+// they are taken in chunks, whose scores are computed again for the gradients. A symmetric contrast knows its
+// probabilities only after all queries. It then reads their dot products again, from memory as far as they are kept, or
+// computes them once more. So does a self-contrast, whose scores are those of its columns too: a superblock of queries
+// meets only the keys from its own first query on, and the pairs' weights in both directions are multiplied with the
+// queries and with the keys. Where the processor multiplies pairs of bfloat16, queries and keys of that type are
+// multiplied without conversion, and the weights of the gradients are rounded to bfloat16. Scores and all sums are in
+// float. Included only by sources that are compiled once per instruction set level.
 #pragma once
 
 #include <algorithm>
@@ -25,12 +25,12 @@
 
 namespace cpc::info_nce::cpu::CPC_ISA {
 
-// Nanoseconds that a query's feature takes to be packed, and a value to be converted.
+// Nanoseconds to pack one feature of a query, and to convert one value.
 constexpr double kPackNanoseconds = 1, kConvertNanoseconds = 0.25;
-// Multiplications and additions of a nanosecond with the powers between the products.
+// Multiplications and additions per nanosecond, where the time includes the powers of e between the products.
 constexpr double kContrastFlops = 24;
 
-// Calls body(i) for every i in [0, n), on up to so many workers.
+// Calls body(i) for every i in [0, n), on up to `threads` workers.
 template <class Body>
 void each(int threads, int64_t n, const Body& body) {
   if (threads > 1)
@@ -45,7 +45,7 @@ void widen_run(S* to, const Storage* from, int64_t n, S factor = 1) {
   for (int64_t i = 0; i < n; ++i) to[i] = factor * widen(from[i]);
 }
 
-// A row's values as elements, filled up with zeros to whole steps of depth.
+// Converts a row's values to elements, padded with zeros to whole steps of depth.
 template <class E, class Storage>
 void to_padded_elements(E* to, const Storage* from, int64_t n) {
   if constexpr (std::is_same_v<E, Storage>)
@@ -55,7 +55,7 @@ void to_padded_elements(E* to, const Storage* from, int64_t n) {
   std::fill(to + n, to + padded_depth<E>(n), E{});
 }
 
-// What the scale comes to where it is known on the device only in part.
+// The scale: the number in the problem times the factor in `scales`, if there is one.
 template <class S>
 S scale_of(const Problem& problem) {
   const auto* const factor = problem.scales.as<const S>();
@@ -66,47 +66,48 @@ S scale_of(const Problem& problem) {
 template <class S>
 struct PositivesOfRow {
   int64_t places;
-  const int64_t* targets;  // Null: one, the key `own`.
+  const int64_t* targets;  // Null for one positive, the key `own`.
   int64_t own;
   const S* dots;
   S scale;
-  const S* bias;  // All keys' biases; null: 0.
+  const S* bias;  // All keys' biases; null for 0.
 
   int64_t key(int64_t j) const { return targets != nullptr ? targets[j] : own; }
   bool present(int64_t j) const { return key(j) >= 0; }
   S dot(int64_t j) const { return dots[j]; }
-  // The very arithmetic of TileOfScores, so that equal keys have equal scores.
+  // Uses exactly the arithmetic of TileOfScores, so that equal keys have equal scores.
   S score(int64_t j) const {
     const S added = bias != nullptr ? bias[key(j)] : S(0);
     return dots[j] * scale + added;
   }
 };
 
-// Keys whose scores are brought to one maximum, and which a task takes.
+// Keys of a block: powers of e are relative to the largest score of a block, and a task takes one block.
 constexpr int64_t kBlockKeys = 8 * kTileRows;
-// Blocks of keys that a tile of the queries' gradient goes through at a time, and features that one of scores does.
+// The blocks of keys that a tile of the queries' gradient sums at a time, and the features that a tile of scores does.
 constexpr int64_t kSliceBlocks = 6, kDepthBlock = 320;
-// Scores of a superblock of queries: what the cache that all cores share holds beside the keys.
+// Bytes of a superblock's scores: what the last-level cache holds beside the keys.
 constexpr int64_t kScoresBytes = int64_t{6} << 20;
-// Queries of a superblock, at most, and where there are so many keys that it takes them part by part.
+// The most queries of a superblock. Where fewer than kMinRows would fit, the superblock takes the keys in chunks
+// instead.
 constexpr int64_t kMaxRows = 384, kMinRows = 96;
-// Blocks of keys for each worker that are too few for one task each.
+// With fewer blocks of keys per worker than this, a block is divided into several tasks.
 constexpr int64_t kFewBlocks = 4;
-// Workers whom the rows' sums are not shared out to.
+// With no more workers than this, one of them finishes the sums of all rows.
 constexpr int64_t kFewWorkers = 4;
 // Values that are converted at a time.
 constexpr int64_t kConvertedValues = 512;
 // Tiles of the queries' gradient that a task takes: three cache lines of a key.
 constexpr int64_t kTaskTiles = 8;
 
-// E is what queries and keys are multiplied as. Only what reads or writes them depends on their type in memory, `Storage`:
-// all else is compiled once for the types that have an E in common.
+// E is the type in which queries and keys are multiplied. Only the code that reads or writes them depends on their type
+// in memory, `Storage`; everything else is compiled once for all types that share an E.
 template <class E>
 class AllKeys {
   using S = Sum<E>;
   using R = Register<S>;
   static constexpr int64_t kLane = kLaneColumns<E>, kColumns = kTileColumns<E>, kStep = kDepthStep<E>;
-  // So that a superblock's own queries, as keys, are whole blocks.
+  // A superblock's own queries, as keys, are whole blocks.
   static_assert(kMaxRows % kColumns == 0 && kMaxRows % kBlockKeys == 0);
 
  public:
@@ -124,7 +125,7 @@ class AllKeys {
     chunk_blocks_ = blocks_;
     if (rows_ < kMinRows || problem.self_contrast) {
       rows_ = kMaxRows;
-      // What is kept, or computed again, need not all be in the cache.
+      // Scores that are kept, or computed again, need not all fit into the cache.
       const int64_t bytes = problem.self_contrast ? kScoresBytes / 3 : kScoresBytes;
       chunk_blocks_ = bytes / (rows_ * kBlockKeys * static_cast<int64_t>(sizeof(S))) / kSliceBlocks * kSliceBlocks;
     }
@@ -146,7 +147,7 @@ class AllKeys {
 
   // Nanoseconds that a batch entry takes.
   double nanoseconds() const {
-    const double half = problem_.self_contrast ? 0.5 : 1;  // Of the scores.
+    const double half = problem_.self_contrast ? 0.5 : 1;  // A self-contrast computes half of the scores.
     const double products = half + wants_queries() + half * wants_keys();
     return products * 2 * static_cast<double>(m_ * d_) * static_cast<double>(n_) / kContrastFlops;
   }
@@ -175,7 +176,7 @@ class AllKeys {
       const int64_t all = divide_up(m_, kColumns) * kColumns;
       for (S* part : {call.buffers.largest, call.buffers.of_rows}) std::fill_n(part, all, S{});
     }
-    // Columns are asked for the ranks of queries of which only the keys' side comes up at first.
+    // Ranks count in columns too, so the best positives of all queries must be known before the first superblock.
     for (int64_t first = 0; problem_.self_contrast && first < m_; first += rows_) {
       pack_queries(call, rows_at(first));
       score_positives(call, rows_at(first));
@@ -188,7 +189,7 @@ class AllKeys {
       for (int64_t first = 0; problem_.wants_gradients() && first < m_; first += rows_)
         differentiate(call, rows_at(first), rows_at(first + rows_));
     }
-    if (n_ == 0 && wants_queries()) clear(problem_.grad_queries, entry, m_);  // No block of keys reaches them.
+    if (n_ == 0 && wants_queries()) clear(problem_.grad_queries, entry, m_);  // There is no block of keys to do it.
     if (m_ == 0 && wants_bias()) std::fill_n(problem_.grad_bias.template as<S>() + entry * n_, n_, S{});
     if (!wants_keys()) return;
     if (m_ == 0) clear(grad_keys(), entry, n_);
@@ -208,7 +209,7 @@ class AllKeys {
   }
 
  private:
-  // Calls use with a value of the queries' and keys' type, one of those that are multiplied as E.
+  // Calls use with a value of the queries' and keys' type, which is one of those that are multiplied as E.
   template <class Use>
   void with_storage(const Use& use) const {
     if constexpr (std::is_same_v<E, float>) {
@@ -218,7 +219,7 @@ class AllKeys {
     }
     use(E{});
   }
-  // Whether that type is the one of sums: gradients of keys are then summed where they are written.
+  // Whether that type is as wide as the sums': gradients of keys are then summed in the result itself.
   bool in_place() const { return size_of(problem_.queries.dtype) == sizeof(S); }
 
   void clear(const TensorView& gradient, int64_t entry, int64_t rows) const {
@@ -232,20 +233,20 @@ class AllKeys {
   const TensorView& grad_keys() const { return problem_.self_contrast ? problem_.grad_queries : problem_.grad_keys; }
   bool wants_bias() const { return problem_.grad_bias.ndim != 0; }
   bool sigmoid() const { return problem_.measure == Measure::sigmoid; }
-  // Whether a pair's weight depends on what both its row and its column come to.
+  // Whether a pair's weight depends on the sums of both its row and its column.
   bool two_ways() const { return problem_.symmetric || problem_.self_contrast; }
   int64_t keys_of(int64_t block) const { return std::min(kBlockKeys, n_ - block * kBlockKeys); }
   bool reads_keys_in_place() const { return size_of(problem_.keys.dtype) == sizeof(E) && depth_ == d_; }
-  // Whether sums of the keys' gradient go on from superblock to superblock in another type than the gradient's.
+  // Whether the keys' gradient is summed over several superblocks in another type than its own.
   bool sums_keys_aside() const { return !in_place() && wants_keys() && (m_ > rows_ || problem_.self_contrast); }
-  // Whether sums of the queries' gradient go on from chunk to chunk.
+  // Whether the queries' gradient is summed over several chunks.
   bool sums_queries_aside() const { return wants_queries() && chunk_blocks_ < blocks_; }
   // Whether keys are multiplied with weights in pairs.
   bool multiplies_pairs() const { return kStep > 1 && (wants_queries() || (problem_.self_contrast && wants_keys())); }
-  // Features go through a product in parts.
+  // The number of parts that a product's features are summed in.
   int64_t parts() const { return std::max<int64_t>(divide_up(depth_, kDepthBlock), 1); }
   int64_t begin_of_part(int64_t part) const { return part * (depth_ / kStep) / parts() * kStep; }
-  // How many dot products of the queries before a superblock's first are kept.
+  // The number of dot products kept for the superblocks before the query `first`.
   int64_t kept_before(int64_t first) const {
     const int64_t blocks = first / std::max<int64_t>(rows_, 1),
                   left = problem_.self_contrast ? rows_ * blocks * (blocks - 1) / 2 : 0;
@@ -253,23 +254,23 @@ class AllKeys {
   }
 
   struct Buffers {
-    S* scores;      // [panels][keys of a chunk][columns]: dots, then powers, then weights of the gradients.
-    S* kept;        // The same of the first kept_rows_ queries, superblock after superblock: dots.
-    E* by_feature;  // [panels][D][columns]: queries, to multiply keys with.
-    E* by_query;    // [panels of features][rows][columns]: queries, scaled where in_place(), to multiply weights with.
-    S* grad_queries;       // [panels][D][columns], where it is summed over several chunks.
-    RowSums<S> stats;      // [blocks][rows]: of a block's rivals.
-    S* factors;            // [blocks][rows]: from powers to weights.
-    S *dots, *weights;     // [rows][places]: the positives' dot products and their weights in the gradients.
-    S* bests;              // [rows]: what a rival must not be below to count in the rank.
-    char* needed;          // [blocks][panels]: whether weights are more than zeros to the sums' precision.
-    E* keys;               // [N][D], where the tensor is of another type, or rows have no whole steps of depth.
-    E* key_pairs;          // [N][D]: what weights are multiplied with, where that is done in pairs.
-    S* grad_keys;          // [N][D], where the tensor is of another type and summed over several superblocks.
-    S *largest, *of_rows;  // [M], two ways: what a row's powers are relative to, and from them to weights.
-    S* present;            // [M]: whether the query is contrasted in the columns.
+    S* scores;          // [panels][keys of a chunk][columns]: dots, then powers, then weights of the gradients.
+    S* kept;            // Dots in the same layout, for the first kept_rows_ queries, superblock after superblock.
+    E* by_feature;      // [panels][D][columns]: queries, as factors of keys.
+    E* by_query;        // [panels of features][rows][columns]: queries, scaled where in_place(), as factors of weights.
+    S* grad_queries;    // [panels][D][columns], where it is summed over several chunks.
+    RowSums<S> stats;   // [blocks][rows]: sums over a block's rivals.
+    S* factors;         // [blocks][rows]: factors from powers to weights.
+    S *dots, *weights;  // [rows][places]: the positives' dot products and their weights in the gradients.
+    S* bests;           // [rows]: the threshold of the rank.
+    char* needed;       // [blocks][panels]: whether weights are above zero to the sums' precision.
+    E* keys;            // [N][D], where the tensor is of another type, or rows have no whole steps of depth.
+    E* key_pairs;       // [N][D]: the factors of weights, where these are multiplied in pairs.
+    S* grad_keys;       // [N][D], where the tensor is of another type and summed over several superblocks.
+    S *largest, *of_rows;  // [M], with two_ways(): the score that a row's powers are relative to, and their factor.
+    S* present;            // [M]: not 0 where the query is contrasted in the columns.
     RowSums<S> of_panels;  // [panels][N]: sums of the columns.
-    RowSums<S> columns;    // [N]: the same of all panels up to now; in the end `sums` turns powers to weights.
+    RowSums<S> columns;    // [N]: the same over all panels so far; `sums` becomes the factor from powers to weights.
 
     Buffers(Parts& parts, const AllKeys& a) {
       const bool gradients = a.problem_.wants_gradients(), two_ways = a.two_ways();
@@ -302,14 +303,14 @@ class AllKeys {
 
   struct Call {
     int64_t entry;
-    int threads;              // For a product of a superblock.
-    int packers, converters;  // To pack its queries, to convert all keys.
+    int threads;              // For a superblock's products.
+    int packers, converters;  // For packing its queries, and for converting all keys.
     Buffers buffers;
     const E *keys, *key_pairs;
     S* grad_keys;
   };
 
-  // Some queries: `count` of them from `first` on.
+  // A run of `count` queries from `first` on.
   struct Rows {
     int64_t first, count;
     int64_t panels() const { return divide_up(count, kColumns); }
@@ -318,19 +319,19 @@ class AllKeys {
     int64_t columns(int64_t panel) const { return vectors(panel) * kLane; }
   };
 
-  // Keys, filled up to whole blocks.
+  // The number of keys, rounded up to whole blocks.
   int64_t padded_keys() const { return blocks_ * kBlockKeys; }
-  // A row of a superblock among those that positives are kept of.
+  // The index of a superblock's row in the buffers of positives.
   int64_t kept_row(const Rows& rows, int64_t row) const { return (two_ways() ? rows.first : 0) + row; }
-  // The keys that a superblock meets begin with this block. In a self-contrast what is before has met it already, and the
-  // blocks before the second bound hold its own queries, which meet each other both ways.
+  // The first block of keys that a superblock meets. In a self-contrast, earlier keys have met its queries already, and
+  // the blocks up to end_of_own() are its own queries, which meet each other in both directions.
   int64_t first_block(const Rows& rows) const { return problem_.self_contrast ? rows.first / kBlockKeys : 0; }
   int64_t end_of_own(const Rows& rows) const {
     return problem_.self_contrast ? divide_up(rows.first + rows.count, kBlockKeys) : 0;
   }
   bool is_kept(const Rows& rows) const { return rows.first + rows.count <= kept_rows_; }
 
-  // The row of all that is of queries.
+  // The index of a row in the tensors of queries.
   int64_t index(const Call& call, const Rows& rows, int64_t row) const { return call.entry * m_ + rows.first + row; }
   const S* bias_of(const Call& call) const {
     return problem_.key_bias.ndim == 0 ? nullptr : problem_.key_bias.template as<const S>() + call.entry * n_;
@@ -345,8 +346,8 @@ class AllKeys {
             .bias = bias_of(call)};
   }
 
-  // Few parallel loops, as at the end of each all workers wait for the last. The next queries are packed beside the
-  // last product of these, which does not need what these were packed to.
+  // There are few parallel loops, because all workers wait for the last one at the end of each. The next queries are
+  // packed during the last product of these, which no longer reads the packed queries.
   void superblock(const Call& call, const Rows& rows, const Rows& next) const {
     if (!problem_.self_contrast) score_positives(call, rows);
     for (int64_t chunk = first_block(rows); chunk < blocks_; chunk += chunk_blocks_) {
@@ -354,14 +355,14 @@ class AllKeys {
       if (two_ways())
         each(call.threads, chunk_end(chunk) - chunk, [&](int64_t i) { merge_columns_of(call, rows, chunk + i); });
     }
-    // Little work, not worth another loop but for many.
+    // This is little work, worth a parallel loop only with many workers.
     each(workers() > kFewWorkers ? call.threads : 1, rows.panels(),
          [&](int64_t panel) { finish_rows(call, rows, panel); });
     if (two_ways() || !problem_.wants_gradients()) return pack_queries(call, next);
     differentiate(call, rows, next);
   }
 
-  // Keys that there is memory for in a chunk's tiles.
+  // The number of keys that a chunk's tiles have room for.
   int64_t keys_of_chunk() const { return padded_depth<E>(std::min(chunk_blocks_ * kBlockKeys, n_)); }
   int64_t chunk_end(int64_t chunk) const { return std::min(blocks_, chunk + chunk_blocks_); }
 
@@ -372,7 +373,7 @@ class AllKeys {
       const int64_t end = chunk_end(chunk);
       const int64_t blocks = end - chunk;
       if (call.threads > 1 && blocks < kFewBlocks * call.threads && wants_keys() && !wants_bias()) {
-        // Too few to keep all workers busy as they are.
+        // There are too few blocks to keep all workers busy.
         const int64_t panels = rows.panels(), parts = divide_up(d_, kColumns);
         each(call.threads, blocks * panels,
              [&](int64_t i) { weigh(call, rows, chunk, chunk + i / panels, i % panels); });
@@ -387,14 +388,15 @@ class AllKeys {
           if (wants_keys() && chunk + i >= end_of_own(rows)) add_to_keys(call, rows, chunk, chunk + i, 0, d_);
         });
       }
-      // A tile's part of the keys serves all panels while it is in the cache, unless that leaves workers idle.
+      // A task takes all panels, so that they read a tile's part of the keys from the cache, unless workers would be
+      // idle.
       const int64_t tiles = divide_up(d_, kTileRows), groups = divide_up(tiles, kTaskTiles);
       const int64_t shares = groups >= 2 * call.threads || call.threads == 1 ? 1 : rows.panels();
       if (!wants_queries()) {
         if (end == blocks_) pack_queries(call, next);
         continue;
       }
-      // Every task takes its part of both, as the first workers get the first tasks.
+      // Every task has a part of both the product and the packing, because the first workers get the first tasks.
       const int64_t tasks = groups * shares, packs = end == blocks_ ? next.panels() : 0;
       each(call.threads, tasks, [&](int64_t task) {
         const int64_t group = task % groups, share = task / groups;
@@ -451,7 +453,7 @@ class AllKeys {
     }
   }
 
-  // A register of values from the first of `count` on, kStep in a lane, filled up with zeros.
+  // Loads a register from `count` values, kStep in each lane, padded with zeros.
   static R steps_of(const E* from, int64_t count) {
     R values = {};
     if (count >= kLane * kStep)
@@ -460,7 +462,7 @@ class AllKeys {
       std::memcpy(&values, from, count * sizeof(E));
     return values;
   }
-  // The same of another type.
+  // The same for values of another type.
   template <class Other>
   static R steps_of(const Other* from, int64_t count) {
     E wide[kLane * kStep];
@@ -469,7 +471,7 @@ class AllKeys {
     return steps_of(wide, given);
   }
 
-  // A block's keys as they are multiplied, where they do not lie in memory so.
+  // Converts a block's keys to the layouts of the products, where the tensor does not have them.
   void pack_keys(const Call& call, int64_t block) const {
     with_storage([&](auto storage) {
       pack_keys(call, block,
@@ -509,7 +511,7 @@ class AllKeys {
             .scale = scale_,
             .bias = bias == nullptr ? nullptr : bias + block * kBlockKeys};
   }
-  // Where the numbers of a block and panel begin in those of all blocks.
+  // The sums of one block and panel.
   RowSums<S> stats_of(const Call& call, int64_t block, int64_t panel) const {
     const int64_t at = (block * panels_ + panel) * kColumns;
     const RowSums<S>& all = call.buffers.stats;
@@ -525,7 +527,7 @@ class AllKeys {
     each(call.packers, rows.panels(), [&](int64_t panel) { score_positives(call, rows, panel); });
   }
 
-  // Dot products of a panel's queries with their positives, and what a rival must not be below to count in the rank.
+  // Computes the dot products of a panel's queries with their positives, and the thresholds of their ranks.
   void score_positives(const Call& call, const Rows& rows, int64_t panel) const {
     const auto* const thresholds = problem_.thresholds.template as<const S>();
     for (int64_t c = 0; c < rows.columns(panel); c += kLane) {
@@ -543,13 +545,13 @@ class AllKeys {
     }
   }
 
-  // Dot products of a register's queries with their positives at place j. Every lane is the chain over a part's features
-  // that multiply() makes: so equal keys have equal scores.
+  // Computes the dot products of a register's queries with their positives at place j. Every lane is the same chain
+  // over a part's features as in multiply(), so that equal keys have equal scores.
   void multiply_positives(const Call& call, const Rows& rows, int64_t first, int64_t count, int64_t j) const {
     const int64_t panel = first / kColumns, columns = rows.columns(panel);
     const E* const by_feature = call.buffers.by_feature + panel * kColumns * depth_ + first % kColumns * kStep;
     const E* keys[kLane];
-    for (int64_t i = 0; i < kLane; ++i)  // Where there is no positive, the product is not read.
+    for (int64_t i = 0; i < kLane; ++i)  // Any key serves where there is no positive: the product is not used.
       keys[i] = call.keys + std::max<int64_t>(positives(call, rows, first + std::min(i, count - 1)).key(j), 0) * depth_;
     R dots = {};
     for (int64_t part = 0; part < parts(); ++part) {
@@ -576,7 +578,7 @@ class AllKeys {
 
   enum class Pass { first, again };
 
-  // Scores of a chunk's blocks, marked where keys are left out, as powers relative to their largest.
+  // Computes the scores of a chunk's blocks, marks the keys that are left out, and sums them up.
   void score(const Call& call, const Rows& rows, int64_t chunk, Pass pass) const {
     const int64_t count = chunk_end(chunk) - chunk, panels = rows.panels();
     each(call.threads, count * panels, [&](int64_t task) {
@@ -632,7 +634,7 @@ class AllKeys {
     }
   }
 
-  // Adds what is in memory to a tile.
+  // Adds sums in memory to a tile.
   template <int Count, int Vectors>
   static void add(Tile<E, Count, Vectors>& tile, const S* from, int64_t pitch) {
 #pragma GCC unroll 8
@@ -641,9 +643,9 @@ class AllKeys {
       for (int v = 0; v < Vectors; ++v) tile.sums[r][v] += load_register(from + r * pitch + v * kLane);
   }
 
-  // --- Which keys are left out ---
+  // --- Leaving out keys ---
 
-  // Whether no query of a panel contrasts a key of a block, by their ranges.
+  // Whether the ranges of a panel's queries exclude all keys of a block.
   bool is_out_of_range(const Call& call, const Rows& rows, int64_t block, int64_t panel) const {
     if (problem_.key_range.ndim == 0) return false;
     const int64_t first = block * kBlockKeys, last = first + keys_of(block);
@@ -653,7 +655,7 @@ class AllKeys {
     return true;
   }
 
-  // Whether there were some.
+  // Marks the keys that are left out. Returns whether there may be any.
   bool leave_out(const Call& call, const Rows& rows, int64_t block, int64_t panel, const TileOfScores<S>& tile) const {
     const int64_t begin = block * kBlockKeys, in = rows.in(panel);
     bool some = problem_.key_range.ndim != 0 || problem_.contrast != Groups::all;
@@ -714,14 +716,14 @@ class AllKeys {
     return {problem_.measure, rivals, positives(call, rows, row)};
   }
 
-  // From the blocks' sums to losses, and to the factors between powers and the gradients' weights.
+  // Computes losses from the blocks' sums, and the factors from powers to the gradients' weights.
   void finish_rows(const Call& call, const Rows& rows, int64_t panel) const {
     const Buffers& b = call.buffers;
     const int64_t pitch = panels_ * kColumns;
     for (int64_t c = 0; c < rows.columns(panel); c += kLane) {
       const int64_t at = panel * kColumns + c;
       R largest = R{} - kLargest<S>, sum = {}, moment = {};
-      int64_t reached_by[kLane] = {};  // There may be more keys than a float counts.
+      int64_t reached_by[kLane] = {};  // Integers, as there may be more keys than a float can count.
       const auto each_part = [&](const auto& use) {
         if (problem_.self_contrast) use(b.columns, rows.first + at);
         for (int64_t block = first_block(rows); block < blocks_; ++block) use(b.stats, block * pitch + at);
@@ -750,7 +752,7 @@ class AllKeys {
     }
   }
 
-  // The factor between a row's powers and its weights.
+  // Writes a row's results and returns the factor from its powers to its weights.
   S finish_row(const Call& call, const Rows& rows, int64_t row, const Rivals<S>& rivals, int64_t reached_by) const {
     const Buffers& b = call.buffers;
     const int64_t i = index(call, rows, row), kept = kept_row(rows, row);
@@ -766,7 +768,7 @@ class AllKeys {
     S factor = outcome.factor_of_rivals(weight);
     for (int64_t j = 0; j < places_; ++j)
       b.weights[kept * places_ + j] = own.present(j) ? outcome.weight_of_positive(j, weight) : S{};
-    // A bias's gradient is a sum of weights that are not rounded.
+    // The gradient of a bias is a sum of unrounded weights, so these need no balance.
     if (!two_ways() && !sigmoid() && !wants_bias()) factor *= balance(b.weights + kept * places_);
     if (two_ways()) {
       b.largest[kept] = rivals.largest;
@@ -775,9 +777,9 @@ class AllKeys {
     return factor;
   }
 
-  // Rounds a row's weights of positives as the products do, and gives what its rivals' weights are to be multiplied by
-  // so that all together come to zero again: what all keys have in common, which may be far more than what tells them
-  // apart, would else be left in the gradients, and there with the same sign in every row.
+  // Rounds a row's weights of positives as the products do, and returns the factor of its rivals' weights that makes
+  // all weights sum to zero again. Otherwise the component that all keys have in common, which may be far larger than
+  // their differences, would remain in the gradients, with the same sign in every row.
   S balance(S* weights) const {
     if constexpr (kStep == 1) return 1;
     S exact = 0, rounded = 0;
@@ -786,13 +788,13 @@ class AllKeys {
       weights[j] = widen(narrow<E>(weights[j]));
       rounded += weights[j];
     }
-    // Positives whose weights nearly cancel have rivals of hardly any weight.
+    // If the positives' weights nearly cancel, the rivals have hardly any weight, and the ratio means nothing.
     const S ratio = exact != 0 ? rounded / exact : S(1);
     return std::abs(ratio - 1) < S(1) / 64 ? ratio : S(1);
   }
 
-  // Factors of a register's rows to the blocks, and which of these are needed: what all blocks below a bound leave out
-  // together is less than the sums resolve.
+  // Computes the factors of a register's rows for each block, and which blocks are needed: those that are not
+  // contribute less, all together, than the precision of the sums.
   void share_out(const Call& call, int64_t panel, int64_t c, R largest, R sum, R factors, int64_t count) const {
     const Buffers& b = call.buffers;
     const R small = sigmoid() ? R{} : sum * (std::numeric_limits<S>::epsilon() / 8 / static_cast<S>(blocks_));
@@ -824,7 +826,7 @@ class AllKeys {
       merge_columns(kBlockKeys, column_stats_of(call, block, panel), to);
   }
 
-  // Adds the columns' half to losses and slopes, and turns their sums into factors between powers and weights.
+  // Adds the columns' half to losses and slopes, and turns the columns' sums into factors from powers to weights.
   void finish_columns(const Call& call) const {
     const Buffers& b = call.buffers;
     for (int64_t key = 0; key < n_; ++key) {
@@ -846,7 +848,8 @@ class AllKeys {
     }
   }
 
-  // Whether a row has gradients, and a place in the columns of a symmetric contrast. A self-contrast's has those of a key.
+  // Whether a row has gradients and takes part in the columns of a symmetric contrast. In a self-contrast every row
+  // does, as a key.
   bool is_present(int64_t row) const {
     if (problem_.self_contrast) return true;
     if (problem_.present.ndim != 0) return problem_.present.template as<const S>()[row] != 0;
@@ -856,8 +859,8 @@ class AllKeys {
     return weight_of(row, static_cast<S>(problem_.factor), problem_.row_weights.template as<const S>());
   }
 
-  // Powers, or dot products where weights are of two ways, to weights of the gradients. Those that biases need, too, are
-  // rounded by add_to_bias().
+  // Turns powers, or dot products with two_ways(), into weights of the gradients. Weights that biases need too are
+  // rounded only by add_to_bias().
   void weigh(const Call& call, const Rows& rows, int64_t chunk, int64_t block, int64_t panel) const {
     char& needed = call.buffers.needed[block * panels_ + panel];
     if (two_ways()) needed = 1;
@@ -878,7 +881,7 @@ class AllKeys {
 
   void weigh_powers(const Call& call, int64_t block, int64_t panel, const TileOfScores<S>& tile, int64_t c) const {
     const R factor = load_register(call.buffers.factors + (block * panels_ + panel) * kColumns + c);
-    bool zeros = false;  // The powers of such rows may be anything.
+    bool zeros = false;  // The powers of rows with a factor of 0 may be infinite or NaN.
     for (int64_t i = 0; i < kLane; ++i) zeros |= factor[i] == 0;
     for (int64_t key = 0; key < tile.keys; ++key) {
       S* const score = tile.values + key * tile.columns + c;
@@ -901,7 +904,7 @@ class AllKeys {
     }
   }
 
-  // What a pair weighs as query and key, and the other way round.
+  // Computes a pair's weight as query and key plus its weight in the other direction.
   void weigh_both_directions(const Call& call, const Rows& rows, int64_t block, int64_t panel,
                              const TileOfScores<S>& tile, int64_t c) const {
     const Buffers& b = call.buffers;
@@ -909,14 +912,14 @@ class AllKeys {
     const R largest = load_register(b.largest + row), of_row = load_register(b.of_rows + row);
     for (int64_t key = 0; key < tile.keys; ++key) {
       const R score = tile.score(tile.dots(key, c), key), factor = in_all_lanes(b.of_rows[first + key]);
-      // What a factor of 0 would be multiplied with may be anything.
+      // Powers with a factor of 0 may be infinite or NaN.
       const R own = exp_below_zero(score - largest) * of_row;
       const R other = exp_below_zero(score - b.largest[first + key]) * factor;
       store_register(tile.values + key * tile.columns + c, (of_row != R{} ? own : R{}) + (factor != R{} ? other : R{}));
     }
   }
 
-  // Positives weigh nothing yet, as they are no rivals.
+  // Adds the weights of positives, whose weights are still 0 because they are not rivals.
   void weigh_positives_both_directions(const Call& call, const Rows& rows, int64_t block, int64_t panel,
                                        const TileOfScores<S>& tile) const {
     const int64_t first_row = rows.first + panel * kColumns, first_key = block * kBlockKeys;
@@ -934,9 +937,9 @@ class AllKeys {
               [&](int64_t key, int64_t c, S weight) { tile.values[key * tile.columns + c] += weight; });
   }
 
-  // Brings a tile's weights into the forms that they are multiplied in, where these are others: for each pair of keys its
-  // rows, that queries are multiplied with, and these interleaved, which keys are multiplied with. Weights of queries
-  // that there are none of become zeros.
+  // Where products take pairs, rounds a tile's weights in place, in two layouts for each pair of keys: its two rows, as
+  // factors of queries, and these interleaved, as factors of keys. Weights of columns beyond the last query become
+  // zeros.
   void round_weights(const Rows& rows, int64_t panel, const TileOfScores<S>& tile) const {
     if constexpr (kStep > 1)
       for (int64_t key = 0; key < tile.keys; key += 2) {
@@ -969,7 +972,7 @@ class AllKeys {
         round_weights(rows, panel, tile_of(call, rows, chunk, block, panel));
   }
 
-  // The part of a block's keys' gradient that comes from some queries: features [begin, end), in panels.
+  // Adds a superblock's part to the gradient of a block's keys, for features [begin, end), in panels.
   void add_to_keys(const Call& call, const Rows& rows, int64_t chunk, int64_t block, int64_t begin, int64_t end) const {
     const int64_t keys = keys_of(block);
     for (int64_t k = begin; k < end; k += kColumns) {
@@ -982,7 +985,7 @@ class AllKeys {
           for (int64_t panel = 0; panel < rows.panels(); ++panel) {
             if (!call.buffers.needed[block * panels_ + panel]) continue;
             const int64_t columns = rows.columns(panel);
-            // With kStep rows of a tile there are as many of its interleaved ones.
+            // Each kStep rows of weights are followed by as many interleaved ones, see round_weights().
             const S* const weights = scores_of(call, rows, chunk, block, panel) + key * columns;
             const E* const left = reinterpret_cast<const E*>(weights);
             tile.multiply(
@@ -1013,15 +1016,14 @@ class AllKeys {
     }
   }
 
-  // Writes the sums of so many keys, from a tile. Inlined, it would be in the code of every tile.
+  // Writes the sums of `count` keys of a tile. Not inlined, because that would repeat the code for every size of tile.
   [[gnu::noinline]] void write_keys(int64_t at, const S* sums, int64_t count, int64_t width) const {
     for (int64_t r = 0; r < count; ++r)
       for (int64_t c = 0; c < width; c += kLane)
         narrow_lanes(problem_.grad_keys, at + r * d_ + c, load_register(sums + r * kColumns + c) * scale_, width - c);
   }
 
-  // The part of the queries' gradient, transposed, that comes from a chunk: tiles of features [first, last) of some
-  // panels.
+  // Adds a chunk's part to the queries' gradient, transposed, for tiles [first, last) of features and some panels.
   void add_to_queries(const Call& call, const Rows& rows, int64_t chunk, int64_t end, int64_t first, int64_t last,
                       int64_t first_panel, int64_t last_panel) const {
     const int64_t begin = first * kTileRows;
@@ -1092,7 +1094,7 @@ class AllKeys {
     narrow_lanes(problem_.grad_queries, index(call, rows, row) * d_ + k, there ? sums * scale_ : R{}, count);
   }
 
-  // Writes the first `count` lanes of a register, at most all, to a gradient.
+  // Writes the first `count` lanes of a register, or all, to a gradient.
   void narrow_lanes(const TensorView& gradient, int64_t at, R values, int64_t count) const {
     with_storage([&](auto storage) {
       auto* const to = gradient.template as<decltype(storage)>() + at;
@@ -1105,12 +1107,12 @@ class AllKeys {
 
   const Problem& problem_;
   int64_t m_, n_, d_;
-  int64_t depth_;  // Features, filled up to whole steps of a product's depth.
+  int64_t depth_;  // The number of features, padded to whole steps of a product's depth.
   int64_t places_;
   S scale_;
   int64_t blocks_;
   int64_t kept_rows_ = 0;
-  int64_t rows_, panels_, chunk_blocks_;  // Sizes of a superblock; a chunk is the blocks of keys it takes at a time.
+  int64_t rows_, panels_, chunk_blocks_;  // Sizes of a superblock. A chunk is the blocks of keys it takes at a time.
 };
 
 }  // namespace cpc::info_nce::cpu::CPC_ISA

@@ -1,4 +1,4 @@
-// A block's product on the GPU: a tile of 64 x 64, by warps of 32 x 32.
+// A thread block's product on the GPU: a tile of 64 x 64, in warps of 32 x 32.
 #pragma once
 
 #include "core/cuda/warp_product.cuh"
@@ -7,7 +7,7 @@
 namespace cpc::info_nce::cuda {
 
 constexpr int kRowTiles = 2, kWarpsAcross = kTile / kWarpColumns;
-// While one slice is multiplied, the next is in shared memory and the one after that on its way to registers.
+// While one slice is multiplied, the next one is being loaded into registers. Two stages need only one barrier per slice.
 constexpr int kStages = 2, kTileBytes = kTile * kSliceBytes, kStageBytes = 2 * kTileBytes;
 
 template <class Value>
@@ -17,13 +17,13 @@ using Sums = WarpSums<Math, kRowTiles>;
 __device__ inline int warp_row() { return threadIdx.x / kWarp / kWarpsAcross * (16 * kRowTiles); }
 __device__ inline int warp_column() { return threadIdx.x / kWarp % kWarpsAcross * kWarpColumns; }
 
-// sums += A B over `depth`. load_a(i, k) and load_b give the chunk of the operand's layout that begins at element i of
-// the tile's side and depth k.
+// sums += A B over `depth`. load_a(i, k) and load_b(i, k) return the chunk, in the operand's layout, that begins at
+// element i of the tile's side and depth k.
 template <class Math, class A, class B, class LoadA, class LoadB>
 __device__ void multiply(Sums<Math>& sums, int64_t depth, const LoadA& load_a, const LoadB& load_b) {
   using Value = typename Math::Value;
   constexpr int kChunks = kTileBytes / kChunkBytes / kThreads;
-  Chunk<Value> of_a[kChunks], of_b[kChunks];  // A thread's.
+  Chunk<Value> of_a[kChunks], of_b[kChunks];  // Of the thread.
   const auto each_chunk = [&](const auto& work) {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
@@ -46,11 +46,11 @@ __device__ void multiply(Sums<Math>& sums, int64_t depth, const LoadA& load_a, c
       *reinterpret_cast<Chunk<Value>*>(tiles + kTileBytes + in_b.at) = b;
     });
     fetch(begin + kDepth<Value>);
-    __syncthreads();  // This stage is there for all, and the other, which is stored to next, is free.
+    __syncthreads();  // All threads see this stage, and have read the other, which is written next.
     add_product<Math, kRowTiles>(sums, A(tiles, warp_row()), B(tiles + kTileBytes, warp_column()));
     tiles = dynamic_shared() + (tiles == dynamic_shared() ? kStageBytes : 0);
   }
-  __syncthreads();  // Shared memory is free again.
+  __syncthreads();  // All threads have finished with shared memory.
 }
 
 // Calls use(row, column, value) for each sum of the lane.
@@ -66,7 +66,7 @@ __device__ void each_sum(const Sums<Math>& sums, const Use& use) {
         use(warp_row() + 16 * i + 8 * (r / 2) + g, warp_column() + 8 * j + 2 * t + r % 2, sums[i][j][r]);
 }
 
-// Columns from `column` on of a row of [rows, d], zeros outside.
+// A chunk of a row of [rows, d], from `column` on, with zeros outside of the matrix.
 template <class Value, class T>
 __device__ Chunk<Value> load_chunk(const T* matrix, int64_t row, int64_t rows, int64_t column, int64_t d) {
   constexpr int kCount = kChunk<Value>;

@@ -1,4 +1,4 @@
-// Products of a contrast in float64, by blocks of threads that multiply tiles of 64 x 64 on the ordinary units.
+// Products of a contrast in float64: thread blocks multiply tiles of 64 x 64 with ordinary multiply-adds.
 #pragma once
 
 #include "info_nce/block_product.cuh"
@@ -6,8 +6,8 @@
 
 namespace cpc::info_nce::cuda {
 
-// The dot products of a tile: those of a group's rows from `first_row` on with keys of the entry, of which key_of(column)
-// is in a column of the tile, or none where that is -1.
+// Computes the dot products of a tile: of a group's rows from `first_row` on with keys of the entry. key_of(column) is
+// the key of a column, or -1 for none.
 template <class T, class KeyOf>
 __device__ void multiply_tile(const Arguments<T>& a, Sums<MultiplyAdds<T>>& sums, int64_t entry, int64_t first_row,
                               const KeyOf& key_of) {
@@ -20,7 +20,7 @@ __device__ void multiply_tile(const Arguments<T>& a, Sums<MultiplyAdds<T>>& sums
       });
 }
 
-// The positives' dot products, those of 64 rows by a tile whose diagonal they are.
+// Computes the positives' dot products. Those of 64 rows are the diagonal of a tile.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) score_positives(const __grid_constant__ Arguments<T> a) {
   using Sum = SumOf<T>;
@@ -37,11 +37,11 @@ __global__ void __launch_bounds__(kThreads, 2) score_positives(const __grid_cons
     each_sum<MultiplyAdds<T>>(sums, [&](int row, int column, Sum v) {
       if (row == column && first_row + row < a.rows) a.dots[a.kept(entry, first_row + row, place)] = v;
     });
-    __syncthreads();  // The next tile has other targets.
+    __syncthreads();  // All threads have read the targets, which the next tile overwrites.
   }
 }
 
-// All dot products of a group with a chunk.
+// Computes all dot products of a group's queries with a chunk's keys.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) score(const __grid_constant__ Arguments<T> a) {
   const int64_t row_tiles = divide_up(a.rows, kTile), key_tiles = divide_up(a.key_count, kTile);
@@ -60,14 +60,14 @@ __global__ void __launch_bounds__(kThreads, 2) score(const __grid_constant__ Arg
 
 // --- Gradients of all keys ---
 
-// The gradients' weights of a row for the keys from `key` of the chunk on.
+// Loads the gradients' weights of a row for the chunk's keys from `key` on.
 template <class T>
 __device__ Chunk<T> load_weights(const Arguments<T>& a, int64_t entry, int64_t row, int64_t key) {
   if (row >= a.rows || key >= a.pitch_keys) return {};
   return pack_at<kChunk<T>>(a.row_of_powers(entry, row) + key);
 }
 
-// A tile of [rows, D] of a part of the queries' gradient: weights times keys.
+// Computes tiles of [rows, D] of a part of the queries' gradient: weights times keys.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) add_to_queries(const __grid_constant__ Arguments<T> a) {
   using Sum = SumOf<T>;
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, 2) add_to_queries(const __grid_const
   }
 }
 
-// A tile of [keys, D] of the keys' gradient: transposed weights times queries.
+// Computes tiles of [keys, D] of the keys' gradient: transposed weights times queries.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) add_to_keys(const __grid_constant__ Arguments<T> a) {
   using Sum = SumOf<T>;

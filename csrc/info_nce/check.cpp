@@ -1,4 +1,5 @@
-// What the table of info_nce.h leaves open: fields that must fit each other, and on the host the indices.
+// Checks that the table of info_nce.h does not make: that fields fit each other, and on the host that indices are
+// valid.
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
@@ -26,7 +27,7 @@ void KeysNamed::require(const char* name, int64_t keys, int64_t lowest) const {
 
 namespace {
 
-// `lowest`: 0, or -1 where that stands for no key.
+// `lowest` is 0, or -1 where that stands for no key.
 void require_keys(const char* name, const TensorView& indices, int64_t keys, int64_t lowest) {
   KeysNamed named;
   if (indices.ndim != 0) named.add(indices.as<const int64_t>(), indices.numel());

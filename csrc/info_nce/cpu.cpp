@@ -9,7 +9,7 @@
 namespace cpc::info_nce::cpu::CPC_ISA {
 namespace {
 
-// Whether a batch's entries go to workers one each, rather than all workers to one after another.
+// Whether each worker takes entries of the batch of its own; otherwise all workers share one entry after another.
 bool shares_entries(const Problem& problem) { return problem.batch() > 1 && problem.batch() >= workers(); }
 
 // Whether every index [B, M, C] that names n for m also names m for n.
@@ -26,7 +26,7 @@ bool mutual(const TensorView& indices) {
   return true;
 }
 
-// Whether a self-contrast's pairs are the same both ways, which AllKeys asks for.
+// Whether a self-contrast's pairs are the same in both directions, which AllKeys requires.
 bool mutual(const Problem& problem) {
   const TensorView &queries = problem.query_groups, &keys = problem.key_groups;
   return problem.measure != Measure::sigmoid && !problem.symmetric && !problem.sampled() &&
@@ -38,7 +38,7 @@ bool mutual(const Problem& problem) {
 
 bool in_one(const Problem& problem) { return !problem.self_contrast || mutual(problem); }
 
-// A self-contrast as one of queries and keys, whose gradients are added up in the end.
+// Turns a self-contrast into a contrast of queries and keys, whose two gradients contrast_apart() adds up.
 Problem apart(const Problem& problem, Parts& parts) {
   Problem two = problem;
   two.self_contrast = false;

@@ -1,4 +1,4 @@
-// InfoNCE and its kin on the GPU: all keys, or sampled ones.
+// InfoNCE and related losses on the GPU, with all keys or sampled ones.
 #include <type_traits>
 
 #include "info_nce/all_keys.cuh"

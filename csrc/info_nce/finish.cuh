@@ -1,12 +1,12 @@
-// What comes before and after the products of a contrast of all keys: operands in rows of 16 bytes, rows' and columns' results
-// of those of their tiles, and gradients of their parts.
+// Kernels before and after the products of a contrast of all keys. They pack operands into rows of whole 16-byte
+// chunks, combine the results of tiles into those of rows and columns, and sum up the parts of gradients.
 #pragma once
 
 #include "info_nce/group.cuh"
 
 namespace cpc::info_nce::cuda {
 
-// Calls work(i) for a thread's share of `count`, in a kernel that has one for each.
+// Calls work(i) for the calling thread's share of [0, count), in a kernel launched with about one thread for each.
 template <class Work>
 __device__ void each_of_grid(int64_t count, const Work& work) {
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count; i += int64_t{gridDim.x} * kThreads) work(i);
@@ -14,7 +14,7 @@ __device__ void each_of_grid(int64_t count, const Work& work) {
 
 // --- Operands ---
 
-// Copies rows of d values to rows of whole chunks, filled up with zeros.
+// Copies rows of d values to rows of whole chunks, padded with zeros.
 template <class T>
 __global__ void __launch_bounds__(kThreads) pack_rows(const T* from, T* to, int64_t rows, int64_t d) {
   constexpr int kCount = kChunk<T>;
@@ -35,13 +35,13 @@ __global__ void __launch_bounds__(kThreads) gather_positives(const __grid_consta
   each_of_grid(a.entries * a.places * a.rows * across, [&](int64_t i) {
     const int64_t chunk = i % across, row = i / across % a.rows, place = i / across / a.rows;
     const int64_t entry = place / a.places, target = a.target(entry, row, place % a.places);
-    const T* const key = keys + (entry * a.n + (target < 0 ? 0 : target)) * a.pitch_d;  // Any, where there is none.
+    const T* const key = keys + (entry * a.n + (target < 0 ? 0 : target)) * a.pitch_d;  // Without one, any key serves.
     pack_at<kCount>(a.positive_keys + (place * a.pitch_rows + row) * a.pitch_d + chunk * kCount) =
         pack_at<kCount>(key + chunk * kCount);
   });
 }
 
-// Every sharers-th chunk of a finished row of scaled_queries: the query times `factor`.
+// Writes every sharers-th chunk, from `share` on, of a finished row of scaled_queries: the query times `factor`.
 template <class T>
 __device__ void scale_query(const Arguments<T>& a, int64_t entry, int64_t row, SumOf<T> factor, int share,
                             int sharers) {
@@ -49,7 +49,7 @@ __device__ void scale_query(const Arguments<T>& a, int64_t entry, int64_t row, S
   constexpr int kCount = kChunk<T>;
   const T* const query = a.query_rows(entry) + row * a.d;
   T* const scaled = a.scaled_queries + (entry * a.pitch_rows + row) * a.pitch_d;
-  const bool counts = a.has_gradients(entry, row) && (a.weighs || factor != 0);  // Else the query may be anything.
+  const bool counts = a.has_gradients(entry, row) && (a.weighs || factor != 0);  // Else it may have infinities or NaN.
   for (int64_t column = int64_t{share} * kCount; column < a.d; column += int64_t{sharers} * kCount) {
     const int64_t left = a.d - column;
     Pack<T, kCount> chunk = {};
@@ -62,7 +62,7 @@ __device__ void scale_query(const Arguments<T>& a, int64_t entry, int64_t row, S
   }
 }
 
-// Where the rows' results are not the last word on which of them have gradients.
+// Fills scaled_queries in a symmetric contrast, where a row may have gradients from the columns, which come after rows.
 constexpr int kScaleSharers = 32;
 template <class T>
 __global__ void __launch_bounds__(kThreads) scale_queries(const __grid_constant__ Arguments<T> a) {
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads) scale_queries(const __grid_constant_
   });
 }
 
-// The largest weight of all rows, by one block.
+// Finds the largest weight of all rows, in one block.
 constexpr int kUnitThreads = 256;
 template <class Sum>
 __global__ void __launch_bounds__(kUnitThreads)
@@ -86,13 +86,13 @@ __global__ void __launch_bounds__(kUnitThreads)
   }
   of_threads[own] = found;
   for (int half = kUnitThreads / 2; half > 0; half /= 2) {
-    __syncthreads();  // Those of twice as many threads are there.
+    __syncthreads();  // All threads see the values of the step before.
     if (own < half && of_threads[own + half] > of_threads[own]) of_threads[own] = of_threads[own + half];
   }
   if (own == 0 && blockIdx.x == 0) *largest = of_threads[0];
 }
 
-// What rivals of rows are compared with in ranks, once all of their positives are multiplied.
+// Computes the thresholds of the rows' ranks, once all of their positives are multiplied.
 template <class Sum>
 __global__ void __launch_bounds__(kThreads) find_limits(const __grid_constant__ Group<Sum> a) {
   each_of_grid(a.entries * a.rows, [&](int64_t i) {
@@ -103,8 +103,8 @@ __global__ void __launch_bounds__(kThreads) find_limits(const __grid_constant__ 
 
 // --- Rows ---
 
-// Rows that a block finishes, and threads among whom it shares out the tiles of each. Neighbours have neighbouring rows, so
-// that they read whole sectors together.
+// The rows that a block finishes, and the threads that share the tiles of each row. Neighbouring threads have
+// neighbouring rows, so that they read whole sectors together.
 constexpr int kFinishedRows = 8, kSharers = 32, kFinishThreads = kFinishedRows * kSharers;
 
 template <class Sum>
@@ -113,8 +113,9 @@ struct SharesOfRows {
   int rank[kSharers][kFinishedRows];
 };
 
-// The rivals of a row and how many of them count in the rank, from those of its tiles. Threads of the first share get all of
-// it, the others the largest score only. Sums are in an order that the number of tiles decides.
+// Merges the rivals of a row, and the number of those that count in the rank, from the row's tiles. Threads of the
+// first share get the full result, the others only the largest score. The order of sums depends only on the number of
+// tiles.
 template <class Sum>
 __device__ Rivals<Sum> merge_tiles(const Group<Sum>& a, bool exists, int64_t entry, int64_t row, int& rank) {
   auto& shared = static_shared<SharesOfRows<Sum>, struct OfFinishedRows>();
@@ -126,7 +127,7 @@ __device__ Rivals<Sum> merge_tiles(const Group<Sum>& a, bool exists, int64_t ent
     rivals.largest = largest > rivals.largest ? largest : rivals.largest;
   }
   shared.largest[share][at] = rivals.largest;
-  __syncthreads();  // The largest of each share are there.
+  __syncthreads();  // All threads see the largest score of each share.
   for (int i = 0; i < kSharers; ++i) {
     const Sum largest = shared.largest[i][at];
     rivals.largest = largest > rivals.largest ? largest : rivals.largest;
@@ -143,7 +144,7 @@ __device__ Rivals<Sum> merge_tiles(const Group<Sum>& a, bool exists, int64_t ent
   shared.sum[share][at] = rivals.sum;
   shared.moment[share][at] = rivals.moment;
   shared.rank[share][at] = rank;
-  __syncthreads();  // The sums of each share are there.
+  __syncthreads();  // All threads see the sums of each share.
   for (int i = 1; share == 0 && i < kSharers; ++i) {
     rivals.sum += shared.sum[i][at];
     rivals.moment += shared.moment[i][at];
@@ -152,9 +153,9 @@ __device__ Rivals<Sum> merge_tiles(const Group<Sum>& a, bool exists, int64_t ent
   return rivals;
 }
 
-// Rounds a row's weights of positives as the products do, and gives what its rivals' weights are to be multiplied by so
-// that all together come to zero again: what all keys have in common, which may be far more than what tells them apart,
-// would else be left in the gradients, and there with the same sign in every row.
+// Rounds a row's weights of positives as the products do, and returns the factor of its rivals' weights that makes all
+// weights sum to zero again. Otherwise the component that all keys have in common, which may be far larger than their
+// differences, would remain in the gradients, with the same sign in every row.
 template <class T, class Sum>
 __device__ Sum balance_weights(const Group<Sum>& a, int64_t entry, int64_t row) {
   Sum exact = 0, rounded = 0;
@@ -166,12 +167,13 @@ __device__ Sum balance_weights(const Group<Sum>& a, int64_t entry, int64_t row) 
     rounded += weight;
   });
   const Sum ratio = exact != 0 ? rounded / exact : Sum(1);
-  // Positives whose weights nearly cancel have rivals of hardly any weight.
+  // If the positives' weights nearly cancel, the rivals have hardly any weight, and the ratio means nothing.
   return fabs(ratio - 1) < Sum(1) / 64 ? ratio : Sum(1);
 }
 
-// A row's results, and what the gradients' weights are made of, from its rivals. In a symmetric contrast these are of the
-// one direction only, with half the weight. Gives what makes powers relative to the largest score weights.
+// Computes a row's results, and the factors of its gradients' weights, from its rivals. In a symmetric contrast these
+// are of one direction only, with half the weight. Returns the factor from powers, relative to the largest score, to
+// weights.
 template <class T, class Sum = SumOf<T>>
 __device__ Sum finish_row(const Group<Sum>& a, int64_t entry, int64_t row, const Rivals<Sum>& rivals, int64_t rank) {
   const int64_t index = a.index(entry, row), kept = a.kept(entry, row);
@@ -184,22 +186,22 @@ __device__ Sum finish_row(const Group<Sum>& a, int64_t entry, int64_t row, const
   const Sum weight = valid && !outcome.lacks_positives() ? given : Sum(0), factor = outcome.factor_of_rivals(weight);
   a.weights[kept] = weight;
   const bool present = a.is_present(index), counts = valid && present && !outcome.lacks_positives();
-  const Sum of_powers = a.keeps_powers() ? factor : 1 / a.unit();  // From what is multiplied to weights.
+  const Sum of_powers = a.keeps_powers() ? factor : 1 / a.unit();  // From the values in `powers` to weights.
   a.row_factors[kept] = counts ? a.scale() * of_powers : present && !valid ? kNan<Sum> : Sum(0);
   each_of(a.places, [&](int64_t j) {
     a.target_weights[a.kept(entry, row, j)] = positives.present(j) ? outcome.weight_of_positive(j, weight) : Sum(0);
   });
   if (a.weighs) {
     a.tops[kept] = rivals.largest;
-    // Columns add to the weights of a symmetric contrast, and a bias's gradient is a sum of weights that are not rounded.
+    // In a symmetric contrast the columns add to the weights, and the gradient of a bias is a sum of unrounded weights.
     const bool balances = a.measure != Measure::sigmoid && !a.symmetric && a.grad_bias == nullptr;
     a.rival_factors[kept] = balances ? factor * balance_weights<T>(a, entry, row) : factor;
   }
   return factor;
 }
 
-// A share of a finished row's tiles: powers that are not relative to what the row's are become so, and those of a row
-// without gradients, which may be anything, zeros.
+// In a share of a finished row's tiles, makes powers relative to the row's largest score where they are relative to
+// another score, and zero where the row has no gradients, as they may be infinite or NaN then.
 template <class T, class Sum = SumOf<T>>
 __device__ void align_powers(const Arguments<T>& a, int64_t entry, int64_t row, int share, Sum largest, Sum factor) {
   constexpr int kCount = kChunk<T>;
@@ -225,24 +227,24 @@ __global__ void __launch_bounds__(kFinishThreads, 2) finish_rows(const __grid_co
   using Sum = SumOf<T>;
   auto& factors = static_shared<Sum[kFinishedRows], struct FactorsOfFinishedRows>();
   const int at = threadIdx.x % kFinishedRows, share = threadIdx.x / kFinishedRows;
-  const auto blocks = static_cast<uint32_t>(divide_up(a.rows, kFinishedRows));  // Of an entry.
+  const auto blocks = static_cast<uint32_t>(divide_up(a.rows, kFinishedRows));  // Per entry.
   for (uint32_t block = blockIdx.x; block < a.entries * blocks; block += gridDim.x) {
     const int64_t entry = block / blocks, row = int64_t{block % blocks} * kFinishedRows + at;
     const bool exists = row < a.rows;
     int rank = 0;
     const Rivals<Sum> rivals = merge_tiles(a, exists, entry, row, rank);
     if (exists && share == 0) factors[at] = finish_row<T>(a, entry, row, rivals, rank);
-    __syncthreads();  // The rows' results are there, and what was shared before is free again.
+    __syncthreads();  // All threads see the rows' factors, and have finished with the shares.
     const Sum factor = factors[at];
     if constexpr (kOnTensorCores<T>) {
       if (!a.gradients) continue;
       if (exists && a.keeps_powers()) align_powers(a, entry, row, share, rivals.largest, factor);
       if (exists && a.grad_keys != nullptr && !a.symmetric) scale_query(a, entry, row, factor, share, kSharers);
-      __syncthreads();  // The rows' powers are there, and their factors may be others.
+      __syncthreads();  // The rows' powers are written, and all threads have read the factors.
       if (!exists || share != 0 || !a.keeps_powers()) continue;
       const int64_t target = a.target(entry, row, 0);
       Sum& weight = a.target_weights[a.kept(entry, row)];
-      Sum left = 0;  // By rounding, for the query's gradient; as a multiple of the powers.
+      Sum left = 0;  // What rounding loses, in units of the powers; finish_values() adds it to the query's gradient.
       if (target >= 0 && factor != 0) {
         const Sum exact = weight / factor;
         const T rounded = Narrow<T>::from(exact);
@@ -256,7 +258,7 @@ __global__ void __launch_bounds__(kFinishThreads, 2) finish_rows(const __grid_co
 
 // --- The other direction of a symmetric contrast ---
 
-// Adds a group's rows to what is known of the columns of a chunk.
+// Merges a group's rows into the columns of a chunk.
 template <class Sum>
 __global__ void __launch_bounds__(kThreads) merge_columns(const __grid_constant__ Group<Sum> a) {
   each_of_grid(a.entries * a.key_count, [&](int64_t i) {
@@ -267,7 +269,7 @@ __global__ void __launch_bounds__(kThreads) merge_columns(const __grid_constant_
   });
 }
 
-// Adds the columns to their rows' results.
+// Adds the columns' results to those of the rows.
 template <class Sum>
 __global__ void __launch_bounds__(kThreads) finish_columns(const __grid_constant__ Group<Sum> a) {
   each_of_grid(a.entries * a.rows, [&](int64_t i) {
@@ -284,7 +286,7 @@ __global__ void __launch_bounds__(kThreads) finish_columns(const __grid_constant
 }
 // --- Gradients ---
 
-// Puts the weights of positives among those of their rivals, which have nothing in their places.
+// Puts the weights of positives among those of their rivals, where their entries are still 0.
 template <class T>
 __global__ void __launch_bounds__(kThreads) put_positives(const __grid_constant__ Arguments<T> a) {
   each_of_grid(a.entries * a.places * a.rows, [&](int64_t i) {
@@ -295,7 +297,7 @@ __global__ void __launch_bounds__(kThreads) put_positives(const __grid_constant_
   });
 }
 
-// Some values of the gradient of queries, or of keys, of the parts of their sums.
+// Sums up the parts of a few values of the gradient of queries or keys.
 template <class T>
 constexpr int kFinishedValues = kChunk<SumOf<T>>;
 template <class T>
@@ -306,7 +308,7 @@ __device__ void finish_values(const Arguments<T>& a, bool of_keys, int64_t i) {
   const int64_t of_all = i / across, column = (i - of_all * across) * kCount;
   const int64_t entry = of_all < rows ? 0 : of_all / rows, row = of_all - entry * rows;
   const int64_t parts = of_keys ? a.key_parts : a.n > 0 ? a.query_parts : 0;
-  const int64_t pitch = (of_keys ? a.n : a.pitch_rows) * a.pitch_d;  // Of a part.
+  const int64_t pitch = (of_keys ? a.n : a.pitch_rows) * a.pitch_d;  // From one part to the next.
   const Sum* sums = (of_keys ? a.key_sums : a.query_sums) + entry * parts * pitch + row * a.pitch_d + column;
   Sum total[kCount] = {};
 #pragma unroll 1
@@ -329,7 +331,7 @@ __device__ void finish_values(const Arguments<T>& a, bool of_keys, int64_t i) {
   store_run(to + column, total, how_many(a.d - column, kCount));
 }
 
-// Gradients of their sums: of the group's queries and, if it is the last one, of all keys.
+// Computes gradients from their sums: of the group's queries and, after the last group, of all keys.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     finish_gradients(const __grid_constant__ Arguments<T> a, int64_t of_queries, int64_t of_keys) {
@@ -337,7 +339,7 @@ __global__ void __launch_bounds__(kThreads)
                [&](int64_t i) { finish_values(a, i >= of_queries, i >= of_queries ? i - of_queries : i); });
 }
 
-// Adds a group's rows to the biases' gradient of a chunk.
+// Adds a group's rows to the gradient of a chunk's biases.
 template <class Sum>
 __global__ void __launch_bounds__(kThreads) add_to_bias(const __grid_constant__ Group<Sum> a) {
   each_of_grid(a.entries * a.key_count, [&](int64_t i) {

@@ -1,5 +1,5 @@
-// What the kernels that contrast all keys know: how a problem is cut into groups of queries, chunks of keys and parts of
-// sums, and where in the workspace what is known of them lies.
+// Arguments of the kernels that contrast all keys: how a problem is cut into groups of queries, chunks of keys and
+// parts of sums, and their buffers in the workspace.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@ namespace cpc::info_nce::cuda {
 template <class T>
 constexpr bool kOnTensorCores = !std::is_same_v<T, double>;
 
-// Rivals in memory, one array for each of what is known of them; moments only where slopes are wanted.
+// Rivals in memory, an array for each member; moments only where slopes are wanted.
 template <class Sum>
 struct Stats {
   Sum *largest, *sum, *moment;
@@ -36,7 +36,7 @@ struct Stats {
   }
 };
 
-// Rivals and further parts of them as one, summed in order.
+// Merges rivals with further parts of them, in order.
 template <class Sum, class Part>
 __device__ Rivals<Sum> merged(const Rivals<Sum>& rivals, int64_t parts, const Part& part) {
   Rivals<Sum> all;
@@ -54,40 +54,41 @@ __device__ Rivals<Sum> merged(const Rivals<Sum>& rivals, int64_t parts, const Pa
   for (int64_t i = 0; i < parts; ++i) add(part(i));
   return all;
 }
-// Keys whose scores have statistics of their own, for each query: those of a warp.
+// The number of keys over which each query has statistics: those of a warp's tile.
 constexpr int kTile = 64;
-// Queries that a thread measures for a key.
+// The number of queries that a thread measures for a key.
 constexpr int kColumnRows = kTile * kTile / kThreads;
-// Pitches of what products read and write are whole tiles of theirs.
+// Pitches of matrices that products read and write are multiples of a tile's side.
 constexpr int64_t kSide = SquareTile::kRows;
 static_assert(SquareTile::kColumns == kSide);
 
-// Bytes of a group's powers, or dot products: where the second-level cache does not hold them, the products that read and
-// write them take no longer, while smaller groups take more launches, and have less to fill a GPU with. The emulation's
-// are as many KiB as CPC_EMULATION_POWERS_KIB says: so small problems have several groups and chunks.
+// Bytes of a group's powers or dot products. They need not fit into the L2 cache: products that read and write them
+// take no longer without it, while smaller groups take more launches and fill a GPU less. In the emulation,
+// CPC_EMULATION_POWERS_KIB sets this in KiB, so that small problems have several groups and chunks.
 inline int64_t powers_bytes() {
 #if defined(CPC_CUDA_EMULATION)
   if (const char* const text = std::getenv("CPC_EMULATION_POWERS_KIB")) return std::strtoll(text, nullptr, 10) << 10;
 #endif
   return int64_t{128} << 20;
 }
-// Queries of a group, at least, unless there are fewer. Where they have powers of more than twice as many bytes, their keys
-// come chunk by chunk.
+// The least number of queries of a group, unless the problem has fewer. Where their powers would take more than twice
+// powers_bytes(), the keys are taken in chunks.
 constexpr int64_t kGroupRows = 1024;
-// Square tiles that fill a GPU, and the depth that a part of a sum has at least.
+// The number of square tiles that fill a GPU, and the least depth of a part of a sum.
 constexpr int64_t kFullGrid = 256, kMinPart = 512;
 
-// A group of queries, a chunk of its keys, and what is taken of the batch at a time. It depends on sizes only, and so do
-// the sums.
+// The sizes of a group of queries, a chunk of keys, and a run of entries of the batch. They depend on the problem's
+// sizes only, and so does the order of sums.
 struct Cuts {
   int64_t rows, keys, entries;
-  // Gradients of queries are sums over keys, and those of keys over queries, in parts where there are too few tiles.
+  // Gradients of queries are sums over keys, and those of keys are sums over queries. With too few tiles to fill a GPU,
+  // these sums are divided into parts.
   int64_t query_parts, part_keys, key_parts, part_rows;
 
-  // Whether gradients of so many features are wide tiles, which ask the second-level cache for less: where they compute as
-  // little beyond the features as square ones.
+  // Whether gradients use wide tiles, which read less from the L2 cache: where these compute no more beyond the last
+  // feature than square ones.
   static bool wide(const Problem& p) { return size_of(p.queries.dtype) == 2 && divide_up(p.dim(), kSide) % 2 == 0; }
-  // Whether a tile of scores is asked for no more than what it is to its rows, by exponentials.
+  // Whether the epilogue of the product measures scores: where only the sums of rows' exponentials are needed.
   static bool fuses(const Problem& p) {
     return p.queries.dtype != DType::f64 && p.measure != Measure::sigmoid && !p.symmetric && p.key_bias.ndim == 0;
   }
@@ -117,7 +118,7 @@ struct Cuts {
   }
 };
 
-// Powers of two that bring weights near the largest numbers of float16, lest the smallest vanish: of the largest weight.
+// The power of two that scales the largest weight to near the largest float16, so that the smallest do not underflow.
 __device__ inline float unit_of(float largest) {
   int exponent = 0;
   if (!(largest > 0) || largest > kLargest<float>) return 1;
@@ -125,37 +126,37 @@ __device__ inline float unit_of(float largest) {
   return ldexpf(1, 15 - (exponent < -100 ? -100 : exponent));
 }
 
-// What is known of scores, whatever the type of their operands: in some entries of the batch, of the queries
-// [first_row, first_row + rows) and keys [first_key, first_key + key_count).
+// The arguments that do not depend on the type of queries and keys, for some entries of the batch, the queries
+// [first_row, first_row + rows) and the keys [first_key, first_key + key_count).
 template <class Sum>
 struct Group : Rows<Sum> {
   bool symmetric;
-  bool fused;   // Whether scores are made use of where they are multiplied, or kept as dot products.
-  bool weighs;  // Whether the gradients' weights are formed, for which all scores are gone through again.
+  bool fused;   // Whether the product's epilogue measures scores, rather than keeping them as dot products.
+  bool weighs;  // Whether a second pass over the scores forms the gradients' weights.
   // Sizes of a group and of a chunk.
   int64_t pitch_rows, pitch_keys;
   int64_t key_tiles;             // Of all keys.
-  Sum* dot_matrix;               // [entries][pitch_rows][pitch_keys], where they are kept.
+  Sum* dot_matrix;               // [entries][pitch_rows][pitch_keys], where dot products are kept.
   Stats<Sum> tiles = {};         // [entries][key_tiles][pitch_rows]
-  uint8_t* counts;               // Likewise: how many keys of the tile count in the rank.
-  Sum *dots, *target_weights;    // [entries][places][M], of positives; of powers, in the end, what rounding left.
-  Sum* limits;                   // [entries][M]: rivals count in the rank that do not score below.
-  Sum* weights;                  // [entries][M], of the losses; 0 of rows that are not valid.
-  Sum* row_factors;              // [entries][M], of grad_queries.
-  Sum *tops, *rival_factors;     // [entries][M], if `weighs`: what powers are relative to, and what makes them weights.
+  uint8_t* counts;               // Likewise: the number of the tile's keys that count in the rank.
+  Sum *dots, *target_weights;    // [entries][places][M], of positives. If powers are kept: what rounding lost.
+  Sum* limits;                   // [entries][M]: the ranks' thresholds.
+  Sum* weights;                  // [entries][M]: the losses' weights; 0 for invalid rows.
+  Sum* row_factors;              // [entries][M]: the factors of grad_queries.
+  Sum *tops, *rival_factors;     // [entries][M], if `weighs`: the score that powers refer to, and their factor.
   Stats<Sum> column_parts = {};  // [entries][pitch_rows / kColumnRows][pitch_keys]
   Sum* bias_parts;               // Likewise: sums of the gradients' weights.
   Stats<Sum> columns = {};       // [entries][N]
   Sum* column_factors;           // [entries][N]
-  float* largest_weight;         // That of all rows, where weights have a unit; else null.
+  float* largest_weight;         // The largest weight of all rows, where weights have a unit; else null.
   int64_t first_entry = 0, entries = 0, first_row = 0, rows = 0, first_key = 0, key_count = 0;
-  bool adds_queries = false, adds_keys = false;  // To what is in memory.
+  bool adds_queries = false, adds_keys = false;  // Whether products add to the sums in memory.
 
   Group(const Problem& p, const Cuts& cuts, Parts& parts)
       : Rows<Sum>(p),
         symmetric(p.symmetric),
         fused(Cuts::fuses(p)),
-        // Where powers alone do not tell their weights, or are no numbers of float16.
+        // Where powers do not determine their weights, or do not fit into float16.
         weighs(this->gradients &&
                (!fused || p.queries.dtype == DType::f16 || cuts.keys < this->n || this->places != 1)),
         pitch_rows(cuts.rows),
@@ -184,11 +185,11 @@ struct Group : Rows<Sum> {
     largest_weight = p.queries.dtype == DType::f16 ? unit : nullptr;
   }
 
-  // Whether the powers that a tile is measured by are kept, to become the gradients.
+  // Whether the powers of the first pass are kept for the gradients.
   CPC_HOST_DEVICE bool keeps_powers() const { return this->gradients && !weighs; }
   __device__ int64_t in_entry(int64_t row) const { return first_row + row; }
   __device__ int64_t index(int64_t entry, int64_t row) const { return (first_entry + entry) * this->m + in_entry(row); }
-  // Where a row's values are that are kept for all rows of the entries, and those of a place for a positive.
+  // The index of a row's value in arrays over [entries][M], and of a positive's in [entries][places][M].
   __device__ int64_t kept(int64_t entry, int64_t row) const { return entry * this->m + in_entry(row); }
   __device__ int64_t kept(int64_t entry, int64_t row, int64_t j) const {
     return (entry * this->places + j) * this->m + in_entry(row);
@@ -199,8 +200,8 @@ struct Group : Rows<Sum> {
   __device__ Sum score(Sum scale, Sum dot, int64_t entry, int64_t key) const {
     return Rows<Sum>::score(scale, dot, first_entry + entry, key);
   }
-  // What powers of a tile are relative to, given the largest score of its rivals. Where powers are kept, the positive's
-  // score where it is near enough for any of them: then no other tile makes them anything else.
+  // The score that a tile's powers of a row are relative to, given the largest score of its rivals. Where powers are
+  // kept, it is the positive's score unless that is too far away: all tiles then have the same one.
   __device__ Sum reference(Sum limit, Sum largest) const {
     constexpr Sum kNear = 40;
     if (keeps_powers() && finite<Sum>(limit) == limit &&
@@ -208,13 +209,13 @@ struct Group : Rows<Sum> {
       return limit;
     return this->bounded(largest);
   }
-  // Whether a finished row has any. One of weight 0 may have some by the columns of a symmetric contrast.
+  // Whether a finished row has gradients. A row of weight 0 may have some from the columns of a symmetric contrast.
   __device__ bool has_gradients(int64_t entry, int64_t row) const {
     const int64_t at = kept(entry, row);
     if (weights[at] != 0) return true;
     return this->present != nullptr && this->present[index(entry, row)] != 0 && row_factors[at] == row_factors[at];
   }
-  // What weights are multiplied with before they are rounded.
+  // The factor of weights before they are rounded.
   __device__ Sum unit() const { return largest_weight != nullptr ? Sum(unit_of(*largest_weight)) : Sum(1); }
   __device__ int64_t stat(int64_t entry, int64_t tile, int64_t row) const {
     return (entry * key_tiles + tile) * pitch_rows + row;
@@ -225,21 +226,21 @@ struct Group : Rows<Sum> {
   }
 };
 
-// The same with the operands of the products, and what they give.
+// All arguments: the above with the operands and results of the products.
 template <class T>
 struct Arguments : Group<SumOf<T>> {
   using Sum = SumOf<T>;
   const T *queries, *keys;
   T *grad_queries, *grad_keys;
   bool packs_queries, packs_keys;
-  bool wide;        // Tiles of gradients: see Cuts.
-  int64_t pitch_d;  // Features in whole chunks of 16 bytes.
+  bool wide;        // See Cuts.
+  int64_t pitch_d;  // The number of features, padded to whole chunks of 16 bytes.
   int64_t query_parts, part_keys, key_parts, part_rows;
-  T *packed_queries, *packed_keys;  // [entries][M][pitch_d] and [entries][N][pitch_d], where products do not take them.
+  T *packed_queries, *packed_keys;  // [entries][M or N][pitch_d], where products cannot read the tensors.
   T* positive_keys;                 // [entries][places][pitch_rows][pitch_d]: copies of the keys that targets name.
-  T* scaled_queries;           // [entries][pitch_rows][pitch_d]: times what makes powers weights; 0 without gradients.
-  T* powers;                   // [entries][pitch_rows][pitch_keys]; weights, times the unit, if `weighs`.
-  Sum *query_sums, *key_sums;  // [entries][parts][pitch_rows or N][pitch_d]
+  T* scaled_queries;                // [entries][pitch_rows][pitch_d]: times the factor of powers; 0 without gradients.
+  T* powers;                        // [entries][pitch_rows][pitch_keys]; weights times the unit, if `weighs`.
+  Sum *query_sums, *key_sums;       // [entries][parts][pitch_rows or N][pitch_d]
 
   Arguments(const Problem& p, const Cuts& cuts, Parts& parts)
       : Group<Sum>(p, cuts, parts),
@@ -268,7 +269,7 @@ struct Arguments : Group<SumOf<T>> {
     key_sums = sums(of_keys, cuts.entries * key_parts * this->n * pitch_d);
   }
 
-  // The matrices that products take, from the group's first row and the chunk's first key on.
+  // The operands of products, from the group's first row and the chunk's first key on.
   const T* query_matrix() const {
     return packs_queries ? packed_queries + this->first_row * pitch_d
                          : queries + (this->first_entry * this->m + this->first_row) * this->d;
@@ -292,11 +293,11 @@ struct Arguments : Group<SumOf<T>> {
   }
 };
 
-// What to do with scores: keep positives' dot products, or all of them; measure what tiles are to rows, as powers; or make
-// the gradients' weights of them.
+// What is done with scores: keep the positives' dot products; keep all dot products; measure tiles, turning scores into
+// powers; or turn them into the gradients' weights.
 enum class Stage : uint8_t { positives, keep, measure, weigh };
 
-// The positives of a row, as Outcome asks for them.
+// The positives of a row, as Outcome takes them.
 template <class Sum>
 struct PositivesOfRow {
   const Group<Sum>& a;

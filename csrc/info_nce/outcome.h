@@ -1,8 +1,9 @@
-// What the scores of a row come to: the arithmetic that the CPU and CUDA kernels share.
+// Losses, slopes and gradient weights of a row from sums over its scores: arithmetic that the CPU and CUDA kernels
+// share.
 //
-// Powers of e are taken relative to the largest of the rivals' scores, which is kept finite: infinite scores then have
-// infinite sums, and only such have sums that are not numbers. Gradients of such rows are NaN. A row of weight 0 has none,
-// whatever its scores.
+// Powers of e are relative to the largest of the rivals' scores, clamped to a finite number: rows with infinite scores
+// then have infinite sums, and only such rows can have sums that are NaN. Their gradients are NaN. A row of weight 0
+// has no gradients, whatever its scores.
 #pragma once
 
 #include <cmath>
@@ -21,7 +22,7 @@ constexpr Real kLargest = std::numeric_limits<Real>::max();
 template <class Real>
 constexpr Real kNan = std::numeric_limits<Real>::quiet_NaN();
 
-// The finite number that is nearest to a score, or to each of a register's; NaN stays.
+// The finite number nearest to a score, or to each score of a register; NaN stays.
 template <class Real, class Scores>
 CPC_HOST_DEVICE inline Scores finite(Scores scores) {
   return scores > kLargest<Real>    ? Scores{} + kLargest<Real>
@@ -46,17 +47,17 @@ CPC_HOST_DEVICE inline Real logistic(Real x) {
   return x < 0 ? std::exp(x) / (1 + std::exp(x)) : 1 / (1 + std::exp(-x));
 }
 
-// What is known of a row's rivals. A score is scale * dot + bias.
+// Sums over a row's rivals. A score is scale * dot + bias.
 template <class Real>
 struct Rivals {
-  Real largest = -kLargest<Real>;  // What powers of e are relative to: the largest score, finite.
-  Real sum = 0;                    // Sum of the powers; of the rivals' losses, for the sigmoid measure.
-  Real moment = 0;                 // Sum of the powers times the dots; of the logistic function times them.
+  Real largest = -kLargest<Real>;  // The largest score, clamped to a finite number, which powers of e are relative to.
+  Real sum = 0;                    // Sum of the powers; for the sigmoid measure, of the rivals' losses.
+  Real moment = 0;                 // Sum of powers (for the sigmoid measure, logistic functions) times dots.
 };
 
-// What a row comes to: its loss and what gives its gradients. Positives has places for positives,
-//   int64_t places, bool present(j), Real score(j), Real dot(j),
-// of which those that are not present have no score and no dot.
+// The outcome of a row: its loss, its slope and the weights of its gradients. Positives has places for positives,
+//   int64_t places, bool present(j), Real score(j), Real dot(j);
+// score and dot are valid for present places only.
 template <class Real, class Positives>
 class Outcome {
  public:
@@ -89,11 +90,11 @@ class Outcome {
     }
     if (count_ > 1) return static_cast<Real>(top_ + std::log(powers_) - scores_ / static_cast<double>(count_));
     if (best_ == kInfinity<Real>) return kNan<Real>;
-    // How far the rivals lie above the positive, in double: small losses keep their precision.
+    // The difference of rivals and positive is taken in double, so that small losses keep their precision.
     return static_cast<Real>(softplus(log_sum_of_rivals() - best_));
   }
 
-  // The derivative of the loss in the scale.
+  // The derivative of the loss with respect to the scale.
   CPC_HOST_DEVICE Real slope() const {
     if (lacks_positives()) return 0;
     if (measure_ == Measure::sigmoid) {
@@ -103,14 +104,14 @@ class Outcome {
     }
     if (powers_ == 0) return 0;
     const double share = std::exp(rivals_.largest - top_) / powers_;
-    // Differences of dots, lest large ones leave nothing of a small slope.
+    // Sums differences of dots, because a small slope would be lost in the difference of large sums.
     if (count_ == 1) return static_cast<Real>((rivals_.moment - rivals_.sum * dots_) * share);
     double sum = rivals_.moment * share;
     each([&](int64_t j) { sum += std::exp(positives_.score(j) - top_) / powers_ * positives_.dot(j); });
     return static_cast<Real>(count_ == 0 ? sum : sum - dots_ / static_cast<double>(count_));
   }
 
-  // What turns the rivals' powers into their weights in the gradients, of a row with the given weight.
+  // The factor from the rivals' powers to their weights in the gradients, for a row of the given weight.
   CPC_HOST_DEVICE Real factor_of_rivals(Real weight) const {
     if (weight == 0 || lacks_positives()) return 0;
     if (measure_ == Measure::sigmoid) return weight;
@@ -133,7 +134,7 @@ class Outcome {
   template <class Use>
   CPC_HOST_DEVICE void each(const Use& use) const {
 #if defined(__CUDACC__)
-#pragma unroll 1  // Most often there is one.
+#pragma unroll 1  // Usually there is only one.
 #endif
     for (int64_t j = 0; j < positives_.places; ++j)
       if (positives_.present(j)) use(j);
@@ -148,7 +149,7 @@ class Outcome {
   int64_t count_ = 0;
   Real best_ = -kInfinity<Real>;
   double scores_ = 0, dots_ = 0;  // Sums.
-  double top_ = 0;                // What all powers are relative to, the positives' too: not below any score.
+  double top_ = 0;                // The largest of all scores, which the powers, also the positives', are relative to.
   double powers_ = 0;             // Their sum.
 };
 

@@ -1,4 +1,4 @@
-// What rows of a contrast ask for on the GPU, whether of all keys or of sampled ones.
+// The rows of a contrast on the GPU, with all keys or sampled ones: their parameters, checks, scores and results.
 #pragma once
 
 #include "core/cuda/kernel.cuh"
@@ -11,21 +11,21 @@ using namespace cpc::cuda;
 
 constexpr int kThreads = 128;
 
-// Calls use(i) for each of a row's positives or exclusions, in a loop that is not unrolled: most often there is one.
+// Calls use(i) for each of a row's positives or exclusions. The loop is not unrolled, as usually there is only one.
 template <class Use>
 __device__ void each_of(int64_t count, const Use& use) {
 #pragma unroll 1
   for (int64_t i = 0; i < count; ++i) use(i);
 }
 
-// A row is named by its index in [B, M], and where its place in its entry matters, by that too.
+// A row is given by its index in [B, M], and where needed also by its index in its entry.
 template <class Sum>
 struct Rows {
   const int64_t *targets, *exclude, *key_range, *query_groups, *key_groups;
   const Sum *key_bias, *scales, *row_weights, *thresholds, *present;
   Sum *losses, *slopes, *bests, *grad_bias;
   int64_t* ranks;
-  int64_t m, n, d, places, excluded;  // Sizes of an entry, and how many positives and exclusions a row may have.
+  int64_t m, n, d, places, excluded;  // Sizes of an entry, and the most positives and exclusions of a row.
   Sum given_scale, factor;
   Measure measure;
   bool same_groups, gradients;
@@ -59,18 +59,18 @@ struct Rows {
 
   __device__ Sum scale() const { return given_scale * (scales != nullptr ? *scales : Sum(1)); }
   __device__ Sum weight(int64_t index) const { return weight_of(index, factor, row_weights); }
-  // Whether a row has gradients, and a place in the columns of a symmetric contrast.
+  // Whether a row has gradients and takes part in the columns of a symmetric contrast.
   __device__ bool is_present(int64_t index) const {
     return present != nullptr ? present[index] != 0 : weight(index) != 0;
   }
-  // An index, or -1 for one that names no key.
+  // The index, or -1 where it names no key.
   __device__ int64_t key(int64_t named) const { return named >= 0 && named < n ? named : -1; }
   __device__ int64_t target(int64_t index, int64_t in_entry, int64_t j) const {
     return key(targets != nullptr ? targets[index * places + j] : in_entry);
   }
   __device__ int64_t left_out(int64_t index, int64_t e) const { return key(exclude[index * excluded + e]); }
 
-  // Whether everything that a row is told is as the contract wants it.
+  // Whether a row's indices, its range and the scale satisfy the contract, except for its negatives.
   __device__ bool valid(int64_t index, int64_t in_entry) const {
     bool valid = finite<Sum>(scale()) == scale();
     each_of(targets != nullptr ? places : 0,
@@ -87,25 +87,25 @@ struct Rows {
     return valid;
   }
 
-  // A score of a dot product, everywhere by the same arithmetic: a rank compares those of different kernels.
+  // The score of a dot product. All kernels use this arithmetic, because ranks compare scores of different kernels.
   __device__ Sum score(Sum scale, Sum dot, int64_t entry, int64_t key) const {
     return fma(scale, dot, key_bias != nullptr ? key_bias[entry * n + key] : Sum(0));
   }
-  // What a score becomes, relative to the largest of its rivals'.
+  // The power of e of a score relative to the rivals' largest, or its logistic function.
   __device__ Sum power(Sum score, Sum largest) const {
     return measure == Measure::sigmoid ? logistic(score) : exp(score - largest);
   }
-  // Adds a score to rivals whose largest is known.
+  // Adds a score to rivals whose largest score is known, and returns its power.
   __device__ Sum add(Rivals<Sum>& rivals, Sum score, Sum dot) const {
     const Sum power = this->power(score, rivals.largest);
     rivals.sum += measure == Measure::sigmoid ? softplus(score) : power;
     if (slopes != nullptr && power != 0) rivals.moment += power * dot;
     return power;
   }
-  // What powers are relative to, of rivals with this largest score.
+  // The score that powers are relative to, where `largest` is the rivals' largest.
   __device__ Sum bounded(Sum largest) const { return measure == Measure::sigmoid ? Sum(0) : finite<Sum>(largest); }
 
-  // Rivals count in the rank that do not score below this.
+  // The threshold of the rank, which counts the rivals that do not score below it.
   template <class Positives>
   __device__ Sum threshold(int64_t index, const Positives& positives) const {
     bool any = false;

@@ -1,5 +1,5 @@
-// InfoNCE on the GPU with sampled negatives: a warp a query gathers rows; for the keys' gradient a warp a key sums over the
-// queries that name it.
+// InfoNCE of sampled negatives on the GPU: one warp per query gathers its keys; for the keys' gradient, one warp per
+// key sums over the queries that name it.
 #pragma once
 
 #include <bit>
@@ -24,7 +24,7 @@ struct SampledArguments : Rows<Sum> {
   const uint32_t *order, *segments;  // See PairOrder.
   FastDivide by_pairs;
   int64_t all_rows, all_keys, pairs;
-  bool wide;  // Whether all rows consist of whole vectors.
+  bool wide;  // Whether all rows consist of whole aligned vectors.
 
   SampledArguments(const Problem& p, Sum* weights, const PairOrder& sorted)
       : Rows<Sum>(p),
@@ -47,7 +47,7 @@ struct SampledArguments : Rows<Sum> {
   static bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0; }
 };
 
-// A query with its pairs, and its positives, as Outcome asks for them.
+// A query with its pairs, and its positives, as Outcome takes them.
 template <class T, class Sum>
 struct SampledRow {
   const SampledArguments<T, Sum>& a;
@@ -81,7 +81,7 @@ struct SampledRow {
       contrasted = (a.key_groups[entry * a.n + named] == a.query_groups[index]) == a.same_groups;
     return contrasted;
   }
-  // Whether a rival is a positive, too, which does not count in the rank.
+  // Whether a rival is also a positive, and thus does not count in the rank.
   __device__ bool positive(int64_t pair) const {
     bool positive = false;
     each_of(places, [&](int64_t j) { positive = positive || key(j) == key(pair); });
@@ -97,8 +97,8 @@ constexpr int kRowsAhead = kWide == 1       ? 1
                            : sizeof(T) == 2 ? 8
                                             : 4;
 
-// A warp's sum over i in [0, count) of weight * rows[index], of row_of(i) = (weight, index), in this order, and of `sum`,
-// 0 or NaN, all times `scale`. Rows of weight 0 may hold anything, and need not exist.
+// Computes, with a warp, scale * (sum + sum over i in [0, count) of weight * rows[index]), in this order, where
+// (weight, index) = row_of(i). `sum` is 0 or NaN. Rows of weight 0 are not read, and need not exist.
 template <class Sum>
 struct WeightedRow {
   Sum weight;
@@ -162,7 +162,7 @@ __device__ void sum_rows(bool wide, T* to, const T* rows, int64_t d, Sum scale, 
     sum_vectors<1>(to, rows, d, scale, sum, count, row_of);
 }
 
-// A warp multiplies a query with the keys of its pairs.
+// Multiplies a query with the keys of its pairs, with a warp.
 template <int kWide, class T, class Sum>
 __device__ void multiply_pairs(const SampledRow<T, Sum>& row) {
   constexpr int kAhead = kWide < 4 ? kWide : 4;
@@ -203,16 +203,16 @@ __device__ void multiply_pairs(const SampledRow<T, Sum>& row) {
   __syncwarp();
 }
 
-// Stands in the place of the power of a negative that is left out.
+// Marks a negative that is left out, in place of its power.
 template <class Sum>
 constexpr Sum kLeftOut = -1;
 
-// What a warp finds of a query's negatives, whose dot products become powers.
+// The sums over a query's negatives. measure_pairs(), called by a warp, also turns their dot products into powers.
 template <class Sum>
 struct SampledRivals {
   Rivals<Sum> rivals;
   int64_t rank = 0;
-  bool valid = true;  // Whether all negatives are keys.
+  bool valid = true;  // Whether all negatives name keys.
 };
 template <class T, class Sum>
 __device__ SampledRivals<Sum> measure_pairs(const SampledRow<T, Sum>& row) {
@@ -243,7 +243,7 @@ __device__ SampledRivals<Sum> measure_pairs(const SampledRow<T, Sum>& row) {
   return found;
 }
 
-// A warp a query.
+// Contrasts queries, with one warp for each.
 template <class T, class Sum>
 __global__ void __launch_bounds__(kThreads) contrast_sampled(const __grid_constant__ SampledArguments<T, Sum> a) {
   const int lane = threadIdx.x % kWarp;
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(kThreads) contrast_sampled(const __grid_consta
       Sum& v = row.weights[pair];
       if (pair < a.places)
         v = row.present(pair) ? outcome.weight_of_positive(pair, weight) : Sum(0);
-      else  // A factor may be no number, of those that are left out too.
+      else  // The factor may be NaN, which must not reach those that are left out.
         v = factor == 0 || v == kLeftOut<Sum> ? Sum(0) : v * factor;
     }
     __syncwarp();
@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(kThreads) contrast_sampled(const __grid_consta
   }
 }
 
-// A warp a key: the queries of its pairs, in order.
+// Sums the queries of each key's pairs in order, with one warp per key.
 template <class T, class Sum>
 __global__ void __launch_bounds__(kThreads) sum_sampled_keys(const __grid_constant__ SampledArguments<T, Sum> a) {
   for (int64_t key = int64_t{blockIdx.x} * (kThreads / kWarp) + threadIdx.x / kWarp; key < a.all_keys;
@@ -297,7 +297,7 @@ __global__ void __launch_bounds__(kThreads) sum_sampled_keys(const __grid_consta
   }
 }
 
-// What sampled contrasts keep in the workspace.
+// The workspace of a sampled contrast.
 template <class Sum>
 struct SampledWorkspace {
   Sum* weights;

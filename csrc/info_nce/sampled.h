@@ -1,15 +1,14 @@
-// InfoNCE on the CPU, sampled keys contrasted: dot products of gathered rows, and for the keys' gradient the pairs of
-// query and key sorted by key.
-// Included only by sources that are compiled once per instruction set level.
+// InfoNCE of sampled keys on the CPU. It computes dot products of gathered rows; for the keys' gradient it sorts the
+// pairs of query and key by key. Included only by sources that are compiled once per instruction set level.
 #pragma once
 
 #include "info_nce/all_keys.h"
 
 namespace cpc::info_nce::cpu::CPC_ISA {
 
-// Multiplications and additions of a nanosecond, of rows that are gathered.
+// Multiplications and additions per nanosecond on gathered rows.
 constexpr double kSampledFlops = 6;
-// Queries or keys of a task, and registers that sums over gathered rows are held in at a time.
+// The queries or keys of a task, and the registers that hold sums over gathered rows at a time.
 constexpr int64_t kTaskRows = 16;
 constexpr int kSumVectors = 8;
 
@@ -84,9 +83,9 @@ class Sampled {
   struct Buffers {
     S* weights;         // [B * M, P + S]: dot products, then weights of the gradients.
     int64_t* named;     // [B * M, P + S]: the keys, b * N + index; B * N for none.
-    int64_t* order;     // Pairs of a query and a key, by key.
-    int64_t* segments;  // [B * N + 1]: where each key's begin.
-    S *queries, *keys;  // Where the tensors are of another type.
+    int64_t* order;     // The pairs of query and key, sorted by key.
+    int64_t* segments;  // [B * N + 1]: where the pairs of each key begin.
+    S *queries, *keys;  // Converted values, where the tensors are of another type.
 
     Buffers(Parts& parts, const Sampled& a) {
       const bool sorts = a.wants_sums_of_keys();
@@ -114,8 +113,8 @@ class Sampled {
     return total;
   }
 
-  // out = before + sum over i < count of weight * row, of row_of(i) = (weight, row); rows of weight 0 may hold anything.
-  // before: null for 0.
+  // out = before + sum over i < count of weight * row, where (weight, row) = row_of(i). Rows of weight 0 may contain
+  // infinity or NaN. `before` is null for 0.
   template <class RowOf>
   void sum_rows(Storage* out, const Storage* before, int64_t count, const RowOf& row_of) const {
     const auto columns = [&](auto vectors, int64_t k, int64_t width) {
@@ -145,7 +144,7 @@ class Sampled {
     }
   }
 
-  // Which keys a row leaves out.
+  // Tells whether a row leaves out a key.
   struct LeftOut {
     const int64_t *exclude, *range, *query_group, *key_groups;
     int64_t excluded;
@@ -249,7 +248,7 @@ class Sampled {
     return Outcome<S, PositivesOfRow<S>>(problem_.measure, {}, own).best();
   }
 
-  // Powers to weights of the gradients.
+  // Turns powers into weights of the gradients.
   void weigh(const Buffers& b, int64_t row, const Outcome<S, PositivesOfRow<S>>& outcome) const {
     const S weight = weight_of(row, static_cast<S>(problem_.factor), problem_.row_weights.template as<const S>());
     const S factor = outcome.factor_of_rivals(weight);
@@ -264,10 +263,10 @@ class Sampled {
     }
   }
 
-  // The pairs by the key they name, those of a key in their own order; last those that name none.
+  // Sorts the pairs by the key they name, stably; pairs that name none come last.
   void sort(const Buffers& b) const {
     const int64_t count = queries_ * pairs_;
-    int64_t* const begins = b.segments + 1;  // One further, until all are in place.
+    int64_t* const begins = b.segments + 1;  // Shifted by one; each begin moves to its end as pairs are placed.
     std::fill_n(b.segments, keys_ + 3, 0);
     for (int64_t i = 0; i < count; ++i) ++begins[b.named[i] + 1];
     for (int64_t key = 0; key <= keys_; ++key) begins[key + 1] += begins[key];

@@ -1,7 +1,7 @@
-// What becomes of a tile of scores on the CPU: [keys][columns], a query a lane of a register. Included only by sources
-// that are compiled once per instruction set level.
+// Operations on a tile of scores on the CPU, [keys][columns], where each lane of a register is a query. Included only
+// by sources that are compiled once per instruction set level.
 //
-// A tile holds dot products at first. Keys that a query does not contrast as rivals are marked by kLeftOut in its place.
+// A tile holds dot products at first. The entries of keys that a query does not contrast as rivals are set to kLeftOut.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@ namespace cpc::info_nce::cpu::CPC_ISA {
 
 using namespace cpc::CPC_ISA;
 
-// A dot product that no queries and keys have in practice. Unlike an infinity it stays one number whatever the scale is.
+// A dot product that does not occur in practice. Unlike infinity it does not become NaN with a scale of 0.
 template <class S>
 constexpr S kLeftOut = -kLargest<S>;
 
@@ -26,24 +26,24 @@ struct TileOfScores {
   S* values;
   int64_t keys, columns;
   S scale;
-  const S* bias;       // Biases from the first key on; null: 0.
-  bool marked = true;  // Whether keys may be left out.
+  const S* bias;       // Biases, from that of the first key on; null for 0.
+  bool marked = true;  // Whether the tile may contain kLeftOut.
 
   static constexpr int64_t kLane = kRegisterLanes<S>;
   using R = Register<S>;
 
   R dots(int64_t key, int64_t c) const { return load_register(values + key * columns + c); }
   R bias_of(int64_t key) const { return bias != nullptr ? in_all_lanes(bias[key]) : R{}; }
-  // The score of what is left out is -inf.
+  // Keys that are left out score -inf.
   R score(R dot, int64_t key) const {
     const R value = dot * scale + bias_of(key);
     return marked ? (dot == R{} + kLeftOut<S> ? R{} - kInfinity<S> : value) : value;
   }
 };
 
-// --- How values lie in registers and memory ---
+// --- Conversion ---
 
-// A register in the storage type, without the loops of narrow() for any number of values.
+// Stores a register in the storage type. Unlike narrow(), it needs no loop over a number of values.
 template <class Storage, class R>
 inline void narrow_register(Storage* to, R v) {
 #if defined(__AVX512F__)
@@ -65,9 +65,9 @@ inline void narrow_register(Storage* to, R v) {
     for (size_t i = 0; i < sizeof v / sizeof v[0]; ++i) to[i] = narrow<Storage>(v[i]);
 }
 
-// --- Which keys are left out ---
+// --- Leaving out keys ---
 
-// Keys outside of [begin, end) of each lane, as numbers from the tile's first key on.
+// Leaves out the keys outside of each lane's [begin, end), counted from the tile's first key.
 template <class S>
 void leave_out_of_range(const TileOfScores<S>& tile, int64_t c, const int64_t* begins, const int64_t* ends) {
   using R = Register<S>;
@@ -86,7 +86,7 @@ void leave_out_of_range(const TileOfScores<S>& tile, int64_t c, const int64_t* b
   }
 }
 
-// Groups of a register's queries. Where lanes are narrower than the numbers, these come in two halves.
+// The groups of a register's queries. Where lanes are narrower than the groups' numbers, these are kept in two halves.
 template <class S>
 class LaneGroups {
   using Int = std::conditional_t<sizeof(S) == 8, int64_t, int32_t>;
@@ -98,7 +98,7 @@ class LaneGroups {
     for (int64_t i = 0; i < count; ++i)
       for (int part = 0; part < kParts; ++part) parts_[part][i] = part_of(groups[i], part);
   }
-  // All bits of the lanes whose group that is.
+  // All bits set in the lanes that have this group.
   Ints equal(int64_t group) const {
     Ints all = parts_[0] == part_of(group, 0);
     for (int part = 1; part < kParts; ++part) all &= parts_[part] == part_of(group, part);
@@ -124,25 +124,25 @@ void leave_out_groups(const TileOfScores<S>& tile, int64_t c, const LaneGroups<S
   }
 }
 
-// --- What the scores come to, by rows and by columns ---
+// --- Sums of the scores, by rows and by columns ---
 
-// Numbers of a row, a lane each: what its powers are relative to, their sum, the sum of them times the dots, and how
-// many rivals are not below its best positive.
+// Sums of rows, one lane each: the score that the row's powers of e are relative to, the sum of the powers, the sum of
+// powers times dots, and the number of rivals that are not below the best positive.
 template <class S>
 struct RowSums {
   S *maxima, *sums, *moments, *counts;
 };
 
-// Lanes where a score that is not left out, as `marked` ones may be, is not below the best: as ones.
+// 1 in the lanes whose score is not below the best and not left out, which only `marked` tiles have, else 0.
 template <class S>
 Register<S> reached(bool marked, Register<S> dot, Register<S> score, Register<S> best) {
   const Register<S> one = Register<S>{} + S(1);
-  const Register<S> all = score < best ? Register<S>{} : one;  // Not a number is not below.
+  const Register<S> all = score < best ? Register<S>{} : one;  // NaN counts as not below.
   return marked ? (dot == Register<S>{} + kLeftOut<S> ? Register<S>{} : all) : all;
 }
 
-// Powers of e of a register's column of scores relative to their largest, which are stored in place of the dots where
-// kStores; moments and counts only where kFirst.
+// Computes the powers of e of a register's column of scores, relative to the largest of them, and their sums. kStores
+// stores the powers in place of the dots; kFirst also computes moments and counts.
 template <bool kFirst, bool kStores, class S>
 void exponentiate(const TileOfScores<S> tile, int64_t c, const S* bests, const RowSums<S>& to) {
   using R = Register<S>;
@@ -170,7 +170,7 @@ void exponentiate(const TileOfScores<S> tile, int64_t c, const S* bests, const R
   store_register(to.counts + c, count);
 }
 
-// log(1 + x) of x in [0, 1]. What 1 + x rounds off is made good by a factor.
+// log(1 + x) of x in [0, 1]. A factor corrects for the rounding of 1 + x.
 inline Register<float> log1p(Register<float> x) {
   const Register<float> one = Register<float>{} + 1.f, u = x + one;
   const Register<float> v = log(u) * (x / (u - one));
@@ -180,7 +180,8 @@ inline Register<double> log1p(Register<double> x) {
   return by_lane(x, [](double v) { return std::log1p(v); });
 }
 
-// The same for the sigmoid measure: the logistic function of the scores in place of powers, and sums of their losses.
+// The same for the sigmoid measure, with the logistic function of the scores in place of powers, and sums of the
+// losses.
 template <bool kFirst, class S>
 void logistics(const TileOfScores<S> tile, int64_t c, const S* bests, const RowSums<S>& to) {
   using R = Register<S>;
@@ -188,7 +189,7 @@ void logistics(const TileOfScores<S> tile, int64_t c, const S* bests, const RowS
   const R best = kFirst ? load_register(bests + c) : R{};
   for (int64_t key = 0; key < tile.keys; ++key) {
     const R dot = tile.dots(key, c), score = tile.score(dot, key);
-    // One power, of what is not above 0, gives both the slope and the loss.
+    // One power of e, with an exponent of at most 0, gives both the slope and the loss.
     const R power = exp_below_zero(score > R{} ? -score : score), share = S(1) / (power + S(1));
     const R slope = score > R{} ? share : power * share;
     if constexpr (kFirst) {
@@ -205,12 +206,13 @@ void logistics(const TileOfScores<S> tile, int64_t c, const S* bests, const RowS
   store_register(to.counts + c, count);
 }
 
-// What the scores of a column, a key's with the queries of the tile, come to: in a self-contrast with all of them, and
-// counted where they reach `of_each`, the key's best; otherwise with those that are present, for which `of_each` is not 0.
+// Sums the scores of each column, those of a key with the queries of the tile. In a self-contrast this takes all
+// queries, and counts the scores that are not below of_each[key], the key's best. Otherwise it takes the queries that
+// are present, those with of_each[query] != 0.
 template <bool kSelf, class S>
 void sum_columns(TileOfScores<S> tile, const S* of_each, const RowSums<S>& to) {
   using R = Register<S>;
-  if constexpr (!kSelf) tile.marked = true;  // Queries that are absent are, also where no key is left out.
+  if constexpr (!kSelf) tile.marked = true;  // Absent queries are left out, even where no key is.
   const auto of_present = [&](R dot, int64_t c) {
     if constexpr (kSelf)
       return dot;
@@ -240,7 +242,7 @@ void sum_columns(TileOfScores<S> tile, const S* of_each, const RowSums<S>& to) {
   }
 }
 
-// Adds a tile's column sums of `count` keys, a multiple of a register's lanes, to those of the tiles before.
+// Merges a tile's column sums of `count` keys, a multiple of a register's lanes, into those of the tiles before.
 template <class S>
 void merge_columns(int64_t count, const RowSums<S>& from, const RowSums<S>& to) {
   using R = Register<S>;

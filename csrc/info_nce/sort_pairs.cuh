@@ -1,8 +1,9 @@
-// Sorts the pairs of queries with sampled keys by the key, stably, so that each key adds up its own in their order.
+// Sorts the pairs of queries and sampled keys by key, stably, so that each key sums its pairs in their order.
 //
-// Keys fall into buckets of neighbouring keys. Pairs are cut into parts of neighbouring pairs: a block a part counts the
-// pairs of each bucket, and places them once all parts have counted. Then a block a bucket does the same with its keys.
-// Atomic operations only count, and every place follows from counts: pairs lie as they do whatever the order of threads.
+// Keys are divided into buckets of neighbouring keys, and pairs into parts of neighbouring pairs. One block per part
+// counts the pairs of each bucket, and places them once all parts have been counted. Then one block per bucket does the
+// same with the keys of the bucket. Atomic operations only count, and every position follows from counts, so the result
+// does not depend on the order of threads.
 #pragma once
 
 #include <algorithm>
@@ -20,15 +21,15 @@ using namespace cpc::cuda;
 
 constexpr int kSortThreads = 256, kSortWarps = kSortThreads / kWarp;
 constexpr int kLanePairs = 8, kSortTile = kSortThreads * kLanePairs;  // Pairs that are placed together.
-// Digits that pairs are counted by at a time; and parts, of which every block adds up the counts.
+// The most digits that are counted at a time, and the most parts, as every block adds up the counts of all parts.
 constexpr uint32_t kDigitBits = 10, kMostDigits = 1 << kDigitBits, kMostParts = 256;
-// Names no key: no bucket has it, whatever the shift.
+// Stands for no key; it is in no bucket, whatever the shift.
 constexpr uint32_t kNoKey = 0xffffffffu;
 
 // The keys that pairs name. Pairs of a row are its positives, then its negatives.
 struct NamedKeys {
   const int64_t *targets, *negatives;
-  int64_t rows, keys, places, pairs;  // Sizes of an entry, and how many positives, and pairs, a row may have.
+  int64_t rows, keys, places, pairs;  // Sizes of an entry, and the positives and pairs of a row.
 
   explicit NamedKeys(const Problem& p)
       : targets(p.targets.as<const int64_t>()),
@@ -38,7 +39,7 @@ struct NamedKeys {
         places(p.positives()),
         pairs(p.positives() + p.samples()) {}
 
-  // A pair's key in its entry, or -1 where its index names none. A row is named by its index in all entries, too.
+  // A pair's key in its entry, or -1 where it names none. `index` is the row's index over all entries.
   __device__ int64_t key(int64_t index, int64_t in_entry, int64_t pair) const {
     int64_t named = in_entry;
     if (pair >= places)
@@ -49,7 +50,7 @@ struct NamedKeys {
   }
 };
 
-// What sorting needs and gives. A pair is its index in [B, M, P + S], a key its index in [B, N].
+// The buffers and results of sorting. A pair is given by its index in [B, M, P + S], a key by its index in [B, N].
 struct PairOrder {
   bool wanted;  // Whether keys or biases have gradients.
   uint32_t pairs = 0, keys = 0;
@@ -57,9 +58,9 @@ struct PairOrder {
   FastDivide by_pairs, by_rows;
   uint32_t* counts = nullptr;    // [parts, buckets]
   uint32_t* begins = nullptr;    // [buckets + 1]: where each bucket's pairs begin in `placed`.
-  uint2* placed = nullptr;       // [pairs]: pairs by bucket; x: their key's place in it.
-  uint32_t* order = nullptr;     // [pairs]: pairs by key.
-  uint32_t* segments = nullptr;  // [keys + 1]: where each key's begin in `order`.
+  uint2* placed = nullptr;       // [pairs]: y is the pair, sorted by bucket; x is its key's index in the bucket.
+  uint32_t* order = nullptr;     // [pairs]: pairs sorted by key.
+  uint32_t* segments = nullptr;  // [keys + 1]: where each key's pairs begin in `order`.
 
   PairOrder(const Problem& p, Parts& memory) : wanted(p.grad_keys.ndim != 0 || p.grad_bias.ndim != 0) {
     if (!wanted) return;
@@ -72,7 +73,7 @@ struct PairOrder {
     keys = static_cast<uint32_t>(all_keys);
     by_pairs = FastDivide(static_cast<uint32_t>(std::max<int64_t>(of_row, 1)));
     by_rows = FastDivide(static_cast<uint32_t>(std::max<int64_t>(p.rows(), 1)));
-    // Buckets as many as a bucket's keys, so that both are few.
+    // About as many buckets as keys of a bucket, so that both are few.
     const auto bits = static_cast<uint32_t>(std::bit_width(std::max(keys, 1u) - 1));
     shift = std::max(bits / 2, bits - std::min(bits, kDigitBits));
     buckets = ((std::max(keys, 1u) - 1) >> shift) + 1;
@@ -86,12 +87,12 @@ struct PairOrder {
     segments = memory.take<uint32_t>(int64_t{keys} + 1);
   }
 
-  // What is counted at a time, at most.
+  // The most digits that are counted at a time.
   CPC_HOST_DEVICE uint32_t digits() const {
     const uint32_t of_bucket = shift < kDigitBits ? 1u << shift : kMostDigits;
     return of_bucket > buckets ? of_bucket : buckets;
   }
-  // A pair's key in all entries, or kNoKey.
+  // A pair's key over all entries, or kNoKey.
   __device__ uint32_t key(const NamedKeys& named, uint32_t pair) const {
     uint32_t in_row, in_entry;
     const uint32_t index = by_pairs(pair, in_row), entry = by_rows(index, in_entry);
@@ -101,10 +102,10 @@ struct PairOrder {
   __device__ uint32_t part_end(uint32_t part) const { return std::min((part + 1) * part_size, pairs); }
 };
 
-// Shared memory of a block.
+// The shared memory of a block.
 struct Digits {
-  uint32_t* cursors;   // [digits]: where the next item of each digit goes.
-  uint32_t* of_warps;  // [kSortWarps, digits]: how many of a tile's each warp has; then where they begin.
+  uint32_t* cursors;   // [digits]: the position of the next item of each digit.
+  uint32_t* of_warps;  // [kSortWarps, digits]: the number of each warp's items in a tile, then where they begin.
 
   __device__ explicit Digits(uint32_t digits)
       : cursors(reinterpret_cast<uint32_t*>(dynamic_shared())), of_warps(cursors + digits) {}
@@ -113,10 +114,10 @@ struct Digits {
   }
 };
 
-// Sets the cursors to how many pairs of [begin, end) have each digit.
+// Sets the cursors to the number of pairs of [begin, end) with each digit.
 template <class DigitOf>
 __device__ void count_digits(const Digits& d, uint32_t digits, uint32_t begin, uint32_t end, const DigitOf& digit_of) {
-  __syncthreads();  // The last use of the cursors is over.
+  __syncthreads();  // All threads have finished with the cursors.
   for (uint32_t digit = threadIdx.x; digit < digits; digit += kSortThreads) d.cursors[digit] = 0;
   __syncthreads();
   for (uint32_t pair = begin + threadIdx.x; pair < end; pair += kSortThreads)
@@ -124,16 +125,16 @@ __device__ void count_digits(const Digits& d, uint32_t digits, uint32_t begin, u
   __syncthreads();
 }
 
-// Puts the sum of those before and of `first` in the place of each digit's cursor; returns the sum of all.
+// Replaces each digit's cursor by `first` plus the sum of the cursors before it, and returns the sum of all cursors.
 __device__ inline uint32_t sum_cursors(const Digits& d, uint32_t digits, uint32_t first) {
   auto& of_warp = static_shared<uint32_t[kSortWarps], struct OfWarpsCursors>();
   const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const uint32_t of_thread = (digits + kSortThreads - 1) / kSortThreads;
   const uint32_t begin = std::min(threadIdx.x * of_thread, digits), end = std::min(begin + of_thread, digits);
-  __syncthreads();  // The cursors are there.
+  __syncthreads();  // All threads see the cursors.
   uint32_t own = 0;
   for (uint32_t digit = begin; digit < end; ++digit) own += d.cursors[digit];
-  uint32_t up_to = own;  // Of the warp.
+  uint32_t up_to = own;  // Inclusive prefix sum over the warp.
   for (unsigned step = 1; step < kWarp; step *= 2) {
     const uint32_t other = __shfl_up_sync(0xffffffffu, up_to, step);
     if (lane >= step) up_to += other;
@@ -154,8 +155,8 @@ __device__ inline uint32_t sum_cursors(const Digits& d, uint32_t digits, uint32_
   return total - first;
 }
 
-// Calls store(place, item) for the items load(i), i in [begin, end), that have a digit, with places from its cursor on, in
-// their order.
+// Calls store(place, item) for those items load(i), i in [begin, end), that have a digit. An item's place is its
+// digit's cursor, which it then increments; items of a digit keep their order.
 template <class Load, class DigitOf, class Store>
 __device__ void place_items(const Digits& d, uint32_t digits, uint32_t begin, uint32_t end, const Load& load,
                             const DigitOf& digit_of, const Store& store) {
@@ -176,7 +177,7 @@ __device__ void place_items(const Digits& d, uint32_t digits, uint32_t begin, ui
       const unsigned same = __match_any_sync(0xffffffffu, digit);
       ranks[i] = (digit < digits ? own[digit] : 0) + __popc(same & ((1u << lane) - 1));
       __syncwarp();
-      if (digit < digits && same >> lane == 1) own[digit] = ranks[i] + 1;  // The last of them.
+      if (digit < digits && same >> lane == 1) own[digit] = ranks[i] + 1;  // By the last lane with this digit.
       __syncwarp();
     }
     __syncthreads();
@@ -193,11 +194,11 @@ __device__ void place_items(const Digits& d, uint32_t digits, uint32_t begin, ui
 #pragma unroll
     for (int i = 0; i < kLanePairs; ++i)
       if (const uint32_t digit = digit_of(items[i]); digit < digits) store(own[digit] + ranks[i], items[i]);
-    __syncwarp();  // A warp's digits are read before it overwrites them.
+    __syncwarp();  // All lanes have read the warp's digits before the next tile overwrites them.
   }
 }
 
-// A block a part.
+// Counts the pairs of each bucket, with one block per part.
 __global__ void __launch_bounds__(kSortThreads)
     count_buckets(const __grid_constant__ PairOrder o, const __grid_constant__ NamedKeys named) {
   const Digits d(o.digits());
@@ -209,12 +210,12 @@ __global__ void __launch_bounds__(kSortThreads)
   }
 }
 
-// A block a part.
+// Places pairs by bucket, with one block per part.
 __global__ void __launch_bounds__(kSortThreads)
     place_by_bucket(const __grid_constant__ PairOrder o, const __grid_constant__ NamedKeys named) {
   const Digits d(o.digits());
   for (uint32_t part = blockIdx.x; part < o.parts; part += gridDim.x) {
-    __syncthreads();  // The last use of the digits is over.
+    __syncthreads();  // All threads have finished with the digits.
     for (uint32_t bucket = threadIdx.x; bucket < o.buckets; bucket += kSortThreads) {
       uint32_t before = 0, total = 0;
 #pragma unroll 8
@@ -241,7 +242,7 @@ __global__ void __launch_bounds__(kSortThreads)
   }
 }
 
-// A block a bucket.
+// Sorts the pairs of each bucket by key, with one block per bucket.
 __global__ void __launch_bounds__(kSortThreads) sort_buckets(const __grid_constant__ PairOrder o) {
   const Digits d(o.digits());
   for (uint32_t bucket = blockIdx.x; bucket < o.buckets; bucket += gridDim.x) {
@@ -267,7 +268,7 @@ __global__ void __launch_bounds__(kSortThreads) sort_buckets(const __grid_consta
 
 inline void launch_sort(const PairOrder& order, const NamedKeys& named, void* stream) {
   if (order.keys == 0) return;
-  // Blocks write where those of the launch before them say.
+  // Blocks write to positions that the launch before has computed.
   const auto shape = [&](uint32_t blocks) {
     return LaunchShape{blocks, dim3(kSortThreads), Digits::bytes(order.digits()), Blocks::whole};
   };

@@ -1,14 +1,14 @@
-// What is made of dot products that are in memory: by blocks that each take a tile of 64 x 64 of them. So it is in contrasts
-// whose tiles are asked for more than what they are to their rows (symmetric ones, biases' gradients), in which powers are
-// no exponentials (the sigmoid measure), and in float64.
+// Kernels that work on dot products in memory; each block takes a tile of 64 x 64 of them. They serve contrasts that
+// need more from a tile than its rows' sums (symmetric ones, and those with biases), the sigmoid measure, whose powers
+// are no exponentials, and float64.
 #pragma once
 
 #include "info_nce/finish.cuh"
 
 namespace cpc::info_nce::cuda {
 
-// Dot products of a tile, and what is made of them, in shared memory; and of each row the keys that are no rivals, as
-// bits, those with even and with odd numbers apart.
+// A tile in shared memory: its dot products, then powers or weights; and for each row the keys that are no rivals, as
+// bits in one word for even and one for odd keys.
 template <class Sum>
 class Tile {
   static constexpr int kPitch = kTile + 2;
@@ -24,7 +24,7 @@ class Tile {
   }
 };
 
-// The keys of a tile that are no rivals of a row, as bits: bit i tells of key `begin` + 2 i + odd of the entry.
+// The keys of a tile that are no rivals of a row, as bits: bit i is that of key `begin` + 2 i + odd of the entry.
 template <class Sum>
 __device__ uint32_t find_left_out(const Group<Sum>& a, int64_t entry, int64_t row, int64_t begin, int odd) {
   const int64_t index = a.index(entry, row);
@@ -52,17 +52,17 @@ __device__ uint32_t find_left_out(const Group<Sum>& a, int64_t entry, int64_t ro
   return ~rivals;
 }
 
-// What a tile is to its rows: their rivals, and how many of them count in the ranks. It begins at row `first_row` of the
-// group and key `first_key` of the chunk.
+// Computes a tile's part of its rows' rivals, and the number of those that count in the ranks. The tile begins at row
+// `first_row` of the group and key `first_key` of the chunk.
 template <class Sum>
 __device__ void measure_rows(const Group<Sum>& a, const Tile<Sum>& tile, int64_t entry, int64_t first_row,
                              int64_t first_key) {
-  // Two threads a row, each every other key.
+  // Each row has two threads, one for even and one for odd keys.
   const int in_tile = static_cast<int>(threadIdx.x) / 2, odd = static_cast<int>(threadIdx.x) % 2;
   const int64_t row = first_row + in_tile, begin = a.first_key + first_key;
   const bool exists = row < a.rows;
   const uint32_t left_out = exists ? find_left_out(a, entry, row, begin, odd) : ~uint32_t{0};
-  if (a.symmetric)  // No column has a row that is absent.
+  if (a.symmetric)  // Absent rows are left out of all columns.
     tile.left_out(in_tile, odd) = exists && a.is_present(a.index(entry, row)) ? left_out : ~uint32_t{0};
   const Sum scale = a.scale(), threshold = exists && a.losses != nullptr
                                                ? a.threshold(a.index(entry, row), PositivesOfRow<Sum>(a, entry, row))
@@ -73,7 +73,7 @@ __device__ void measure_rows(const Group<Sum>& a, const Tile<Sum>& tile, int64_t
     if ((left_out >> (key / 2) & 1) != 0) continue;
     const Sum score = a.score(scale, tile(in_tile, key), entry, begin + key);
     largest = score > largest ? score : largest;
-    if (!(score < threshold)) ++count;  // What is no number counts.
+    if (!(score < threshold)) ++count;  // NaN counts.
   }
   const Sum other = __shfl_xor_sync(0xffffffffu, largest, 1);
   Rivals<Sum> rivals;
@@ -91,7 +91,8 @@ __device__ void measure_rows(const Group<Sum>& a, const Tile<Sum>& tile, int64_t
   if (a.losses != nullptr) a.counts[at] = static_cast<uint8_t>(count);
 }
 
-// What half the rows of a tile are to its keys, in a symmetric contrast: a thread a key and half.
+// Computes the part that half of a tile's rows have in its columns, in a symmetric contrast. A thread has one key and
+// half.
 template <class Sum>
 __device__ void measure_columns(const Group<Sum>& a, const Tile<Sum>& tile, int64_t entry, int64_t first_row,
                                 int64_t first_key) {
@@ -113,17 +114,17 @@ __device__ void measure_columns(const Group<Sum>& a, const Tile<Sum>& tile, int6
   a.column_parts.set(a.column_part(entry, first_row / kColumnRows + half, first_key + column), rivals);
 }
 
-// A tile's dot products become the gradients' weights.
+// Turns a tile's dot products into the gradients' weights.
 template <class Sum>
 __device__ void weigh(const Group<Sum>& a, const Tile<Sum>& tile, int64_t entry, int64_t first_row, int64_t first_key) {
   const int in_tile = static_cast<int>(threadIdx.x) / 2, odd = static_cast<int>(threadIdx.x) % 2;
   const int64_t row = first_row + in_tile, begin = a.first_key + first_key;
-  if (row >= a.rows) return;  // Nobody reads them.
+  if (row >= a.rows) return;  // Such rows are not read.
   const int64_t kept = a.kept(entry, row);
   const bool counts = a.has_gradients(entry, row);
   const uint32_t left_out = counts ? find_left_out(a, entry, row, begin, odd) : ~uint32_t{0};
   const Sum scale = a.scale(), top = a.tops[kept], factor = a.rival_factors[kept];
-  // Powers may be anything where their factor is 0.
+  // Powers may be infinite or NaN where their factor is 0.
   const auto weight = [&](Sum score, Sum top, Sum factor) {
     return factor == 0 ? Sum(0) : factor * a.power(score, top);
   };
@@ -146,7 +147,7 @@ __device__ void weigh(const Group<Sum>& a, const Tile<Sum>& tile, int64_t entry,
   });
 }
 
-// Sums half the rows of a tile of weights for each of its keys: as precise as they are before they are rounded.
+// Sums half the rows of a tile of weights for each of its keys, before the weights are rounded.
 template <class Sum>
 __device__ void sum_weights(const Group<Sum>& a, const Tile<Sum>& tile, int64_t entry, int64_t first_row,
                             int64_t first_key) {
@@ -173,7 +174,8 @@ __device__ void store_powers(const Arguments<T>& a, const Tile<Sum>& tile, int64
   }
 }
 
-// Calls work(tile, entry, first_row, first_key) for a block's tiles, whose dot products then are in shared memory.
+// Loads the dot products of each of the block's tiles to shared memory and calls work(tile, entry, first_row,
+// first_key).
 template <class Sum, class Work>
 __device__ void each_stored_tile(const Group<Sum>& a, const Work& work) {
   constexpr Tile<Sum> tile{};
@@ -186,9 +188,9 @@ __device__ void each_stored_tile(const Group<Sum>& a, const Work& work) {
       const int row = pair / (kTile / 2), key = pair % (kTile / 2) * 2;
       pack_at<2>(&tile(row, key)) = pack_at<2>(dots + row * a.pitch_keys + key);
     }
-    __syncthreads();  // A row's dot products are there, whoever copied them.
+    __syncthreads();  // All threads see the tile's dot products.
     work(tile, entry, first_row, first_key);
-    __syncthreads();  // The next tile overwrites shared memory.
+    __syncthreads();  // All threads have finished with shared memory, which the next tile overwrites.
   }
 }
 
@@ -197,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, 4) measure_tiles(const __grid_consta
   each_stored_tile(a, [&](const auto& tile, int64_t entry, int64_t first_row, int64_t first_key) {
     measure_rows(a, tile, entry, first_row, first_key);
     if (!a.symmetric) return;
-    __syncthreads();  // It is known which rows the columns have.
+    __syncthreads();  // All threads see the keys that rows leave out.
     measure_columns(a, tile, entry, first_row, first_key);
   });
 }
@@ -206,7 +208,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, 4) weigh_tiles(const __grid_constant__ Arguments<T> a) {
   each_stored_tile(a, [&](const auto& tile, int64_t entry, int64_t first_row, int64_t first_key) {
     weigh(a, tile, entry, first_row, first_key);
-    __syncthreads();  // All weights of a column are there.
+    __syncthreads();  // All threads see the weights.
     if (a.grad_bias != nullptr) sum_weights(a, tile, entry, first_row, first_key);
     store_powers(a, tile, entry, first_row, first_key);
   });

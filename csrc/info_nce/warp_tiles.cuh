@@ -1,6 +1,7 @@
-// Contrasts of all keys on tensor cores: what core/cuda/product.cuh makes of scores and of gradients. A warp has the scores
-// of 64 queries and 64 keys in its registers, which is a tile of statistics. Its lanes have them as in mma.cuh: of each of
-// `slots` of 8 rows a row each, of which four neighbours share the columns.
+// Contrasts of all keys on tensor cores: the epilogues of core/cuda/product.cuh for scores and for gradients. A warp
+// has the scores of 64 queries and 64 keys in its registers; statistics are kept per such tile. The lanes hold the
+// scores as in mma.cuh: a tile has slots of 8 rows, a lane has one row of each slot, and four neighbouring lanes share
+// a row's columns.
 #pragma once
 
 #include "core/cuda/product_epilogues.cuh"
@@ -11,7 +12,7 @@ namespace cpc::info_nce::cuda {
 
 // --- Scores ---
 
-// The keys of a tile that are no rivals of a row, as bits: bit i tells of key `begin` + i of the entry.
+// The keys of a tile that are no rivals of a row, as bits: bit i is that of key `begin` + i of the entry.
 template <class Sum>
 __device__ uint64_t find_left_out(const Group<Sum>& a, int64_t entry, int64_t row, int64_t begin) {
   const int64_t index = a.index(entry, row);
@@ -37,7 +38,7 @@ __device__ uint64_t find_left_out(const Group<Sum>& a, int64_t entry, int64_t ro
   return ~rivals;
 }
 
-// A power of two, as exactly as numbers of 16 bits can tell.
+// A power of two, precise enough for 16-bit values.
 __device__ inline float quick_exp2(float v) {
 #if defined(CPC_CUDA_EMULATION)
   return std::exp2(v);
@@ -48,7 +49,7 @@ __device__ inline float quick_exp2(float v) {
 #endif
 }
 
-// e to a power, as exactly as numbers of type T can tell.
+// e to a power, precise enough for values of type T.
 constexpr float kLog2E = 1.44269504f;
 template <class T>
 __device__ float quick_exp(float v) {
@@ -58,12 +59,12 @@ __device__ float quick_exp(float v) {
     return exp(v);
 }
 
-// What becomes of scores where they are multiplied, as the stage says: see group.cuh.
+// The epilogue of scores, which depends on the stage: see group.cuh.
 template <class T>
 struct TakeScores {
   Arguments<T> a;
   Stage stage;
-  int64_t place = 0;  // Of positives.
+  int64_t place = 0;  // The place of the positives that are multiplied.
 
   template <class Tile>
   __device__ void take(WarpTileSums<Tile>& sums, int entry, int64_t row, int64_t column) const {
@@ -81,10 +82,10 @@ struct TakeScores {
   using Sums = float[kSlots / 2][kSlots][4];
   __device__ static int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
 
-  // A value for each of a warp's rows: row 32 i + lane is value i of the lane.
+  // A value for each of a warp's rows: value i of a lane belongs to row 32 i + lane.
   template <class V>
   using OfRows = V[kTile / kWarp];
-  // That of a lane's row of a slot.
+  // The value of the calling lane's row of a slot.
   template <class V>
   __device__ static V of_slot(const OfRows<V>& values, int slot) {
     return __shfl_sync(kAll, values[slot / 4], 8 * (slot % 4) + lane() / 4);
@@ -94,7 +95,7 @@ struct TakeScores {
     return v + __shfl_xor_sync(kAll, v, 2);
   }
 
-  // The dot products of positives, which are those of as many queries and keys.
+  // Keeps the dot products of positives, which are on the diagonal of a square of queries and keys.
   template <class Tile>
   __device__ void keep_diagonal(const Sums& sums, int entry, int64_t row, int64_t column) const {
     const int g = lane() / 4, r = g % 2;
@@ -109,16 +110,16 @@ struct TakeScores {
       if (a.places == 1)
         a.limits[a.kept(entry, own)] = a.threshold(a.index(entry, own), PositivesOfRow<float>(a, entry, own));
 #pragma unroll
-      for (int i = 1; i < kSlots; ++i) dots[i - 1] = dots[i];  // Registers have no index that varies.
+      for (int i = 1; i < kSlots; ++i) dots[i - 1] = dots[i];  // Registers cannot be indexed at run time.
     }
   }
 
-  // A lane's row of a slot: its sums, and the keys that are left out of it, of which there are none where it is plain.
+  // A lane's row of a slot: its sums, and the keys that are left out of it. A plain row leaves out none.
   template <bool kPlain>
   struct Row {
     Sums& sums;
     int slot;
-    uint32_t lower, upper;  // Bit 8 j + r, of the upper from j = 4 on, tells of sum [j][r].
+    uint32_t lower, upper;  // Bit 8 (j % 4) + r is set where sum [j][r] is left out; `upper` has j from 4 on.
     float scale;
 
     // Calls use(dot, score), with scores of -inf where keys are left out.
@@ -139,19 +140,19 @@ struct TakeScores {
     }
   };
 
-  // Dot products become powers, relative to what they are of a tile, which is kept for its rows; or weights, times the unit,
-  // of rivals only.
+  // Turns dot products into powers, relative to a score that is kept for each row of the tile, or into weights times
+  // the unit, of rivals only.
   template <class Tile>
   __device__ void contrast(Sums& sums, int entry, int64_t row, int64_t column) const {
     const int64_t begin = a.first_key + column;
     const bool measures = stage == Stage::measure;
     OfRows<uint64_t> left_out;
-    OfRows<float> limits, factors;  // A limit of scores, or what powers of weights are relative to.
+    OfRows<float> limits, factors;  // `limits` are the ranks' thresholds, or the scores that weights' powers refer to.
 #pragma unroll 1
     for (int i = 0; i < kTile / kWarp; ++i) {
       const int64_t own = row + kWarp * i + lane(), kept = a.kept(entry, own);
       const bool counts = own < a.rows && (measures || (a.has_gradients(entry, own) && a.rival_factors[kept] != 0));
-      left_out[0] = left_out[1];  // Registers have no index that varies.
+      left_out[0] = left_out[1];  // Registers cannot be indexed at run time.
       limits[0] = limits[1];
       factors[0] = factors[1];
       left_out[1] = counts ? find_left_out(a, entry, own, begin) : ~uint64_t{0};
@@ -159,12 +160,12 @@ struct TakeScores {
       factors[1] = counts && !measures ? a.unit() * a.rival_factors[kept] : 0;
     }
     if constexpr (sizeof(T) == 2)
-      if (__all_sync(kAll, (left_out[0] | left_out[1]) == 0) && a.slopes == nullptr)  // Nearly always; half as long.
+      if (__all_sync(kAll, (left_out[0] | left_out[1]) == 0) && a.slopes == nullptr)  // Usual, and takes half as long.
         return contrast_rows<Tile, true>(sums, entry, row, column, left_out, limits, factors);
     contrast_rows<Tile, false>(sums, entry, row, column, left_out, limits, factors);
   }
 
-  // kPlain: all keys are rivals of all rows, and moments are not wanted.
+  // With kPlain, all keys are rivals of all rows, and moments are not wanted.
   template <class Tile, bool kPlain>
   __device__ void contrast_rows(Sums& sums, int entry, int64_t row, int64_t column, const OfRows<uint64_t>& left_out,
                                 const OfRows<float>& limits, const OfRows<float>& factors) const {
@@ -182,7 +183,7 @@ struct TakeScores {
       rivals.largest = limit;
       int count = 0;
       if (measures) rivals.largest = a.reference(limit, find_largest(of_lane, limit, count));
-      // Scores so large that this is infinite are as large as each other, or too far apart for powers of any base.
+      // Scores so large that this product is infinite are equal, or too far apart for powers of any base.
       const bool huge = fabsf(rivals.largest * kLog2E) > kLargest<float>;
       const float base = huge ? 1 : kLog2E, exponents = scale * base, subtracted = rivals.largest * base;
       of_lane.each([&](float& dot, float score) {
@@ -202,13 +203,13 @@ struct TakeScores {
     }
   }
 
-  // The largest score of the rivals, and how many of a lane's count in the rank.
+  // Returns the largest score of the rivals, and adds to `count` those of the lane that count in the rank.
   template <bool kPlain>
   __device__ static float find_largest(const Row<kPlain>& of_lane, float limit, int& count) {
     float largest = -kInfinity<float>;
     of_lane.each([&](float, float score) {
       largest = fmaxf(largest, score);
-      count += score < limit ? 0 : 1;  // What is no number counts.
+      count += score < limit ? 0 : 1;  // NaN counts.
     });
     if (!kPlain && !(-kInfinity<float> < limit)) count -= of_lane.left_out();
 #pragma unroll
@@ -226,7 +227,7 @@ struct TakeScores {
     if (a.losses != nullptr) a.counts[at] = static_cast<uint8_t>(count);
   }
 
-  // A whole tile: what lies beyond the last row or key has a place, too.
+  // Stores a whole tile; the matrix has room for values beyond the last row and key.
   template <class Out>
   __device__ void store(Out* matrix, const Sums& sums, int entry, int64_t row, int64_t column) const {
     Out* const first = matrix + (entry * a.pitch_rows + row + lane() / 4) * a.pitch_keys + column;
@@ -259,7 +260,7 @@ struct TakeScores {
 
 // --- Gradients ---
 
-// Stores rows of sums whose pitch is even, or adds them to what is there.
+// Stores rows of sums, or adds them to those in memory. The pitch must be even.
 struct AddToSums {
   float* sums;
   int64_t entry_stride, rows;

@@ -86,7 +86,7 @@ struct LineBlocks {
 //
 // An operand is what a lane reads of a tile from `first` on, a multiple of 8, along its side (A's rows or B's columns):
 //   load_fragments<kOfA>, for tensor cores: one fragment of A or two neighbouring ones of B, from 16 i of the side on;
-//   load_row and load_pair, for multiply-adds: N successive depths at 8 i + g, or at 8 j + 2 t and the next, of the side.
+//   load_row and load_pair, for multiply-adds: N successive depths at 8 i + g, or 8 j + 2 t and the next, of the side.
 // kStep is the number of successive depths that are contiguous.
 
 // Whether matrix m of a fragment holds the upper 8 of its 16 rows or columns, and the upper half of its depth.
