@@ -1,4 +1,4 @@
-// What the table of predict_contrast.h leaves open: fields that must fit each other, and the indices.
+// Checks that the table of predict_contrast.h does not make: that fields fit each other, and that indices are valid.
 #include <algorithm>
 
 #include "core/require.h"

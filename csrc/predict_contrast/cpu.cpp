@@ -1,10 +1,10 @@
-// Predictions that are contrasted as they are made, on the CPU: blocks of contexts, each through all steps. A step
-// multiplies its matrix into those of the block that it uses, contrasts these predictions as info_nce does, and turns
-// their gradients into those of contexts and matrix. Where many steps share their negatives, their predictions are
-// contrasted together between these products (shared_negatives.h). All sums go on in the results from block to block,
-// row by row, whatever the number of threads.
-// Where the processor multiplies pairs of bfloat16, contexts and matrices of that type are multiplied as they are, and
-// the gradients of predictions rounded to it; predictions are not, and are contrasted in float.
+// Predicts and contrasts on the CPU, in blocks of contexts that go through all steps. A step multiplies its matrix with
+// those contexts of the block that it uses, contrasts these predictions as info_nce does, and turns their gradients
+// into those of contexts and matrix. Where many steps share their negatives, their predictions are contrasted together
+// between these products (shared_negatives.h). Gradients are summed in the results from block to block, row by row, in
+// an order that does not depend on the number of threads. Where the processor multiplies pairs of bfloat16, contexts
+// and matrices of that type are multiplied without conversion, and the gradients of predictions are rounded to
+// bfloat16. Predictions are not rounded, and are contrasted in float.
 #include <algorithm>
 #include <initializer_list>
 #include <type_traits>
@@ -24,9 +24,9 @@ using info_nce::cpu::CPC_ISA::each;
 using info_nce::cpu::CPC_ISA::to_padded_elements;
 using info_nce::cpu::CPC_ISA::widen_run;
 
-// Contexts of a block: whole superblocks of a contrast of all keys.
+// The contexts of a block, which fill a superblock of a contrast of all keys.
 constexpr int64_t kBlockRows = info_nce::cpu::CPC_ISA::kMaxRows;
-// Values of a task that packs, converts or copies, and the nanoseconds that one takes.
+// The values of a task that packs, converts or copies, and the nanoseconds per value.
 constexpr int64_t kTaskValues = 1 << 14;
 constexpr double kCopyNanoseconds = 0.5;
 
@@ -92,16 +92,16 @@ class PredictAndContrast {
   bool wants_predictions() const { return wants_contexts() || wants_weights(); }
 
   struct Buffers {
-    S *keys, *grad_contexts, *grad_weights, *grad_keys;  // The tensors, or of another type than theirs.
+    S *keys, *grad_contexts, *grad_weights, *grad_keys;  // The tensors, or copies in the type of sums.
     E *to_predict, *to_contexts;                         // [K] panels of the transposed matrices, and of the matrices.
-    E *contexts, *context_panels;                        // The rows of a block that a step uses: [rows, E].
-    E *grad_rows, *grad_pairs;  // The gradients of predictions as they are multiplied in pairs.
-    int64_t* rows;              // Those rows.
-    // Where steps are contrasted one after another, what belongs to those rows, and what the contrast needs.
+    E *contexts, *context_panels;                        // The contexts of a block that a step uses: [rows, E].
+    E *grad_rows, *grad_pairs;  // The gradients of predictions, in the layouts of products of pairs.
+    int64_t* rows;              // The indices of the contexts that a step uses.
+    // Where steps are contrasted one after another: the values of those rows, and the contrast's workspace.
     S *predictions, *grad_predictions, *row_weights, *losses;
     int64_t *targets, *negatives, *ranks;
     char* contrast;
-    typename SharedNegatives<S>::Buffers shared;  // Where they are contrasted together.
+    typename SharedNegatives<S>::Buffers shared;  // Where steps are contrasted together.
 
     Buffers(Parts& parts, const PredictAndContrast& a) {
       const Problem& p = a.problem_;
@@ -121,7 +121,7 @@ class PredictAndContrast {
         return;
       }
       predictions = parts.take<S>(a.block_ * a.d_);
-      // A register more, as its last row is read in whole ones.
+      // One register more, because its last row is read in whole registers.
       grad_predictions = parts.take<S>(a.wants_predictions() ? a.block_ * a.d_ + kLane : 0);
       row_weights = parts.take<S>(a.block_);
       losses = parts.take<S>(a.block_);
@@ -136,7 +136,7 @@ class PredictAndContrast {
     }
   };
 
-  // How far the rows of `contexts` and of `grad_rows` lie apart.
+  // The pitches of the rows of `contexts` and of `grad_rows`.
   int64_t context_pitch() const { return padded_depth<E>(e_); }
   int64_t grad_pitch() const { return kStep == 1 ? d_ : divide_up(d_, kLane) * kLane; }
 
@@ -149,7 +149,7 @@ class PredictAndContrast {
 
   SharedNegatives<S> shared() const { return {problem_, block_}; }
 
-  // What is packed or converted once, and results without any row.
+  // Packs and converts what all blocks use, and initialises the results.
   void prepare(const Buffers& b) const {
     std::fill_n(problem_.losses.template as<S>(), problem_.losses.numel(), S{});
     std::fill_n(problem_.ranks.template as<int64_t>(), problem_.ranks.numel(), int64_t{-1});
@@ -174,7 +174,7 @@ class PredictAndContrast {
     });
   }
 
-  // Brings together those contexts of the rows in [begin, end) that a step uses. Returns how many these are.
+  // Gathers those contexts of rows [begin, end) that a step uses, and returns their number.
   int64_t take_rows(const Buffers& b, int64_t step, int64_t begin, int64_t end) const {
     const auto* const targets = problem_.targets.template as<const int64_t>() + step * problem_.rows();
     int64_t count = 0;
@@ -186,7 +186,7 @@ class PredictAndContrast {
     return count;
   }
 
-  // The contrast of so many predictions.
+  // The contrast of `count` predictions.
   info_nce::Problem contrast_of(const Buffers& b, int64_t count) const {
     constexpr DType sums = kDTypeOf<S>;
     info_nce::Problem c;
@@ -213,7 +213,7 @@ class PredictAndContrast {
     if (wants_predictions()) differentiate(b, step, count, b.grad_predictions);
   }
 
-  // The same of all steps, whose predictions are contrasted together.
+  // The same for all steps, whose predictions are contrasted together.
   void all_steps(const Buffers& b, int64_t first, int64_t end) const {
     const SharedNegatives<S> shared = this->shared();
     for (int64_t step = 0; step < problem_.steps(); ++step) {
@@ -236,7 +236,7 @@ class PredictAndContrast {
             predictions, false);
   }
 
-  // Adds what so many rows' predictions, of these gradients, come to in contexts and in a step's matrix.
+  // Adds to the gradients of contexts and of a step's matrix, from the gradients of `count` predictions.
   void differentiate(const Buffers& b, int64_t step, int64_t count, const S* gradients) const {
     const int threads = product_threads(count);
     const E *grad_rows = b.grad_rows, *grad_pairs = b.grad_pairs;
@@ -255,7 +255,8 @@ class PredictAndContrast {
     product(threads, Left<E, true>{grad_pairs, grad_pitch()}, contexts, d_, {of_step, e_}, true);
   }
 
-  // Gradients of predictions as they are multiplied, where that is in pairs: row by row, and in pairs of rows.
+  // Rounds the gradients of predictions for products of pairs, in two layouts: row by row, and in interleaved pairs of
+  // rows.
   void round_gradients(const Buffers& b, int64_t count, const S* gradients) const {
     each(workers_for(kCopyNanoseconds * static_cast<double>(count * d_)), divide_up(count, kStep), [&](int64_t pair) {
       const int64_t row = kStep * pair;
@@ -302,7 +303,7 @@ class PredictAndContrast {
     in_parts(gradient.numel(), [&](int64_t begin, int64_t end) { std::fill(sums + begin, sums + end, S{}); });
   }
 
-  // Sums to a gradient of another type.
+  // Converts sums to a gradient of another type.
   static void finish(const S* sums, const TensorView& gradient) {
     if (kInPlace || gradient.ndim == 0) return;
     in_parts(gradient.numel(), [&](int64_t begin, int64_t end) {
@@ -312,7 +313,7 @@ class PredictAndContrast {
 
   const Problem& problem_;
   int64_t d_, e_, n_;
-  bool shares_;  // Whether steps share their negatives, and are contrasted together.
+  bool shares_;  // Whether steps share their negatives and are contrasted together.
   int64_t block_;
 };
 

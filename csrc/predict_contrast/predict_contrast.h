@@ -1,16 +1,17 @@
-// Predictions of several steps, contrasted as they are made: the contract of the CPU kernel.
+// The contract of the CPU kernel that predicts several steps and contrasts the predictions as they are computed.
 //
-// In step k of K, row m of M predicts weights[k] contexts[m], which contrasts the keys as info_nce.h says of softmax and
-// `scale`: all of them, or those that negatives[k][m] names (negatives[0][m], where all steps share them), with the
-// positive targets[k][m]. A target of -1: the step does not use the context. Such a row is absent, its losses[k][m] is 0
-// and its ranks[k][m] -1, and neither its context nor its negatives are looked at. The gradients are of the sum of
-// row_weights * losses.
+// In step k of K, row m of M has the prediction weights[k] contexts[m]. It is contrasted with the keys as info_nce.h
+// defines for softmax and `scale`: with all keys, or with those that negatives[k][m] names (negatives[0][m] where all
+// steps share them), and with the positive targets[k][m]. A target of -1 means that the step does not use the context.
+// Such a row is absent: its losses[k][m] is 0 and its ranks[k][m] is -1, and its context and negatives are not read.
+// The gradients are those of the sum of row_weights * losses.
 //
-// Predictions exist for a block of contexts at a time, of one step, or of all where many share their negatives, and so
-// do their gradients, which are rounded to bfloat16 where the tensors are of that type and the processor multiplies it.
-// Sums are in float, in double where the tensors are, in an order that depends on the sizes only.
+// Predictions and their gradients exist for a block of contexts at a time, for one step, or for all steps where many
+// share their negatives. The gradients of predictions are rounded to bfloat16 for tensors of that type where the
+// processor multiplies it. Sums are in float, or in double for tensors of double, in an order that depends on the sizes
+// only.
 //
-// An index that names no key is std::out_of_range. Who owns memory: the caller, all of it.
+// An index that names no key raises std::out_of_range. The caller owns all memory.
 #pragma once
 
 #include "core/fields.h"
@@ -22,7 +23,7 @@ namespace cpc::predict_contrast {
 struct Problem {
   TensorView contexts, weights, keys;
   TensorView targets;
-  TensorView negatives;  // Absent: all keys.
+  TensorView negatives;  // Absent: all keys are contrasted.
   TensorView row_weights;
   TensorView losses, ranks;
   TensorView grad_contexts, grad_weights, grad_keys;  // Each absent where it is not wanted.
@@ -36,7 +37,7 @@ struct Problem {
   int64_t keys_count() const { return keys.shape[0]; }
   bool sampled() const { return negatives.ndim != 0; }
   int64_t samples() const { return sampled() ? negatives.shape[2] : 0; }
-  // Where the negatives of a step's row begin.
+  // The negatives of a step's row.
   const int64_t* negatives_of(int64_t step, int64_t row) const {
     const int64_t at = (negatives.shape[0] == 1 ? 0 : step) * rows() + row;
     return negatives.as<const int64_t>() + at * samples();
@@ -57,7 +58,7 @@ constexpr auto kPredictAndContrast = fields_of<Problem>(
     may_write<&Problem::grad_keys>("grad_keys", Type::same, "N D", Layout::dense), value<&Problem::scale>("scale"),
     workspace<&Problem::workspace>("workspace", "predict_and_contrast_workspace"));
 
-// Throws std::invalid_argument where the fields do not fit each other, std::out_of_range where an index is not as above.
+// Throws std::invalid_argument where the fields do not fit each other, std::out_of_range where an index names no key.
 void check(const Problem& problem, Where where);
 
 int64_t workspace_bytes(const Problem& problem, Where where);

@@ -1,5 +1,5 @@
-// Matrix products of the predictions and of their gradients on the CPU: the right operand packed in panels once, the left
-// one read where it lies, the result stored to, or added to, rows that lie anywhere.
+// Matrix products of the predictions and of their gradients on the CPU. The right operand is packed in panels once, the
+// left one is read in place, and the result is stored to, or added to, rows at any addresses.
 // Included only by sources that are compiled once per instruction set level.
 #pragma once
 
@@ -12,14 +12,14 @@ namespace cpc::predict_contrast::cpu::CPC_ISA {
 
 using namespace cpc::CPC_ISA;
 
-// Steps of depth that a tile goes through at a time, each a pair of values where they go in pairs: a panel's part of them
-// stays in the cache.
+// The steps of depth (each of kDepthStep values) that a tile sums at a time, so that this part of a panel stays in the
+// cache.
 constexpr int64_t kStepsBlock = 256;
-// Rows of a result that a task makes of a panel.
+// The rows of a result that a task computes for a panel.
 constexpr int64_t kTaskRows = 16 * kTileRows;
 
-// The columns of a right operand [depth, columns], panel after panel: [depth][columns of the panel], of which the last are
-// filled up to a register, or [depth / 2][columns][2] where steps of depth go in pairs, of which the last is filled up.
+// A right operand [depth, columns], packed panel after panel: [depth][columns of the panel], or [depth / 2][columns][2]
+// where depth goes in pairs. The columns of the last panel are padded to whole registers, and the depth to whole pairs.
 template <class E>
 struct Panels {
   static constexpr int64_t kLane = kLaneColumns<E>, kColumns = kTileColumns<E>, kStep = kDepthStep<E>;
@@ -53,7 +53,7 @@ struct Panels {
   // Packs a panel of a matrix whose columns begin `pitch` values apart.
   template <class Storage>
   void pack_transposed(int64_t i, const Storage* from, int64_t pitch) const {
-    // Columns go in groups of a cache line, lest every value touch another.
+    // Columns go in groups of a cache line: one by one, every write would touch another line; all at once, every read.
     constexpr int64_t kGroup = 8;
     const int64_t in = width(i), out = padded(i);
     E* const to = panel(i);
@@ -67,15 +67,15 @@ struct Panels {
   }
 };
 
-// A left operand: left[row, k] is at first + row * pitch + k, or, transposed, at first + k * pitch + row; where steps of
-// depth go in pairs, both values of a row's pair are beside each other, and the last pair is filled up.
+// A left operand: left[row, k] is at first + row * pitch + k, or, transposed, at first + k * pitch + row. Where depth
+// goes in pairs, the two values of a row's pair are contiguous, and the last pair is padded.
 template <class E, bool kTransposed>
 struct Left {
   const E* first;
   int64_t pitch;
 };
 
-// Where the rows of a result are: one after another, or those of some indices, which are told from `begin` on.
+// The rows of a result: successive ones, or those of `indices`, which count from `begin`.
 template <class S>
 struct Rows {
   S* first;
@@ -86,8 +86,8 @@ struct Rows {
   S* operator[](int64_t row) const { return first + (indices != nullptr ? indices[row] - begin : row) * pitch; }
 };
 
-// Rows [begin, end) of the panel's columns of left * right, stored to or added to those of a result. Whether it adds, and
-// where rows lie, is no parameter of the template: each of its values would be compiled for every shape of a tile.
+// Computes rows [begin, end) of left * right for a panel's columns, and stores them to or adds them to a result. `adds`
+// and the kind of rows are not template parameters, because each value would be compiled for every shape of a tile.
 template <class E, bool kTransposed>
 void multiply(const Left<E, kTransposed>& left, const Panels<E>& right, int64_t panel, int64_t begin, int64_t end,
               const Rows<Sum<E>>& result, bool adds) {
@@ -101,7 +101,7 @@ void multiply(const Left<E, kTransposed>& left, const Panels<E>& right, int64_t 
     for (int64_t row = begin; row < end; row += kTileRows)
       with_tile(std::min<int64_t>(kTileRows, end - row), lanes, [&](auto height, auto vectors) {
         Tile<E, height, vectors> tile;
-        S outside[kColumns];  // Where the last columns of a panel are none.
+        S outside[kColumns];  // A row of the tile, where the panel has padded columns that the result lacks.
         S* rows[height];
         for (int r = 0; r < height; ++r) rows[r] = result[row + r] + panel * kColumns;
         tile.clear();

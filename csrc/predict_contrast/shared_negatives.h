@@ -1,8 +1,7 @@
-// The contrast of predictions whose negatives all steps share, on the CPU. A row's keys are gathered once for all of
-// its predictions, which makes matrices of both: scores are the product of keys and predictions, a step a lane of a
-// register; the gradients of predictions that of weights and keys; those of keys that of the transposed weights and
-// predictions.
-// Included only by sources that are compiled once per instruction set level.
+// The contrast of predictions whose negatives all steps share, on the CPU. A row's keys serve all of its predictions,
+// so the row's operations are matrix products: scores are the product of keys and predictions, where each lane of a
+// register is a step; the gradients of predictions are that of weights and keys; those of keys are that of the
+// transposed weights and predictions. Included only by sources that are compiled once per instruction set level.
 #pragma once
 
 #include <algorithm>
@@ -21,9 +20,9 @@ namespace cpc::predict_contrast::cpu::CPC_ISA {
 
 using namespace cpc::CPC_ISA;
 
-// Multiplications and additions of a nanosecond, of rows that are gathered and go through a product.
+// Multiplications and additions per nanosecond, in products of gathered rows.
 constexpr double kSharedFlops = 16;
-// Rows that are contrasted together: at most, at least, and what their predictions, gradients and weights may take.
+// The most and the least rows that are contrasted together, and the bytes of their predictions, gradients and weights.
 constexpr int64_t kMostRows = 32 * kTileRows, kLeastRows = 4 * kTileRows, kRowsBytes = int64_t{8} << 20;
 
 template <class S>
@@ -32,7 +31,7 @@ class SharedNegatives {
   static constexpr int64_t kLane = kLaneColumns<S>, kColumns = kTileColumns<S>;
 
  public:
-  // rows: those of a block, at most.
+  // `rows` is the most rows of a block.
   SharedNegatives(const Problem& problem, int64_t rows)
       : problem_(problem),
         rows_(rows),
@@ -43,7 +42,7 @@ class SharedNegatives {
         samples_(problem.samples()),
         scale_(static_cast<S>(problem.scale)) {}
 
-  // Whether a problem is one of these: with few steps most lanes of the scores' product would be idle, and few negatives
+  // Whether this class takes a problem. With few steps, most lanes of the scores' product would be idle; few negatives
   // are not worth the packing.
   static bool takes(const Problem& problem) {
     const int64_t steps = problem.steps();
@@ -60,16 +59,16 @@ class SharedNegatives {
 
   struct Buffers {
     S* predictions;       // [rows][K][pitch]; those without gradients become zeros.
-    int64_t* places;      // [rows][K]: where in its step's gradients a prediction has its own.
-    S* grad_predictions;  // [K][rows][D]: of every step those rows that it uses.
-    S* weights;           // [rows][S][lanes]: dot products, powers, then weights of the gradients.
-    S* of_positives;      // [rows][lanes]: the same of the positives.
-    S* of_workers;        // What a worker needs for a row.
+    int64_t* places;      // [rows][K]: the index of a prediction's gradient among those of its step.
+    S* grad_predictions;  // [K][rows][D]: for every step, the rows that it uses.
+    S* weights;           // [rows][S][lanes]: dot products, then powers, then weights of the gradients.
+    S* of_positives;      // [rows][lanes]: dot products, then weights of the positives.
+    S* of_workers;        // The buffers of each worker, see OfWorker.
 
     Buffers() = default;
     Buffers(Parts& parts, const SharedNegatives& a, bool wants_predictions) {
       predictions = parts.take<S>(a.rows_ * a.steps_ * a.pitch_);
-      // A register more, as the last row is read in whole ones.
+      // One register more, because the last row is read in whole registers.
       grad_predictions = parts.take<S>(wants_predictions ? a.rows_ * a.steps_ * a.d_ + kLane : 0);
       places = parts.take<int64_t>(a.rows_ * a.steps_);
       weights = parts.take<S>(a.rows_ * a.samples_ * a.lanes_);
@@ -81,14 +80,14 @@ class SharedNegatives {
   S* prediction(const Buffers& b, int64_t i, int64_t step) const {
     return b.predictions + (i * steps_ + step) * pitch_;
   }
-  // The predictions of a step, whose rows are told from the block's first on.
+  // The predictions of a step, for the indices `rows`, where the block begins at row `first`.
   Rows<S> predictions(const Buffers& b, int64_t step, const int64_t* rows, int64_t first) const {
     return {prediction(b, 0, step), steps_ * pitch_, rows, first};
   }
   int64_t& place(const Buffers& b, int64_t i, int64_t step) const { return b.places[i * steps_ + step]; }
   S* gradients(const Buffers& b, int64_t step) const { return b.grad_predictions + step * rows_ * d_; }
 
-  // Contrasts the predictions of rows [first, end). grad_keys: null where that is not wanted.
+  // Contrasts the predictions of rows [first, end). `grad_keys` is null where it is not wanted.
   void run(const Buffers& b, const S* keys, S* grad_keys, bool wants_predictions, int64_t first, int64_t end) const {
     const Call call{b, keys, grad_keys, wants_predictions, first};
     const int64_t count = end - first;
@@ -98,8 +97,8 @@ class SharedNegatives {
     };
     parallel_for(count, contrast_row, workers_for((wants_predictions ? 2 : 1) * product / kSharedFlops));
     if (grad_keys == nullptr || d_ == 0) return;
-    // A task takes some columns, and where these are too few for all workers, some keys: in any case a key's sum is
-    // made row by row.
+    // A task takes some columns, and where these are too few for all workers, only some keys. In either case a key's
+    // sum goes row by row.
     const int threads = workers_for(product / kSharedFlops);
     const int64_t panels = divide_up(d_, kColumns), parts = threads > 1 ? divide_up(2 * threads, panels) : 1,
                   keys_count = problem_.keys_count();
@@ -121,7 +120,7 @@ class SharedNegatives {
 
   int64_t values_of_worker() const { return divide_up((d_ + 6) * lanes_, kLanes<S>) * kLanes<S>; }
   struct OfWorker {
-    S *panel, *bests, *factors;  // [D][lanes]: the predictions; [lanes].
+    S *panel, *bests, *factors;  // [D][lanes]: the row's predictions; the others are [lanes].
     info_nce::cpu::CPC_ISA::RowSums<S> sums;
 
     OfWorker(S* memory, const SharedNegatives& a) {
@@ -141,7 +140,7 @@ class SharedNegatives {
       if (is_present(step, row)) return true;
     return false;
   }
-  // The vectors of a tile whose columns begin there.
+  // The number of vectors of a tile that begins at `column`.
   static int64_t vectors_from(int64_t column, int64_t columns) {
     return std::min<int64_t>(kTileVectors, divide_up(columns - column, kLane));
   }
@@ -159,12 +158,12 @@ class SharedNegatives {
     if (!call.wants_predictions && call.grad_keys == nullptr) return;
     weigh(call, i, own);
     if (call.wants_predictions) add_to_predictions(call, i, own);
-    // What keys get of a prediction without gradients is none, whatever it holds.
+    // A prediction without gradients must not reach the keys' gradient, even if it has infinities or NaN.
     for (int64_t step = 0; step < steps_; ++step)
       if (own.factors[step] == 0) std::fill_n(prediction(call.buffers, i, step), pitch_, S{});
   }
 
-  // The predictions of a row as the right operand of a product over features: [D][lanes].
+  // Packs the predictions of a row as the right operand of a product over features: [D][lanes].
   void pack(const S* predictions, S* panel) const {
     for (int64_t c = 0; c < lanes_; c += kLane)
       for (int64_t k = 0; k < d_; k += kLane) {
@@ -178,7 +177,7 @@ class SharedNegatives {
       }
   }
 
-  // The dot products of some keys and the steps from `c` on, in rows `pitch` values apart.
+  // Computes the dot products of `count` keys with the steps from `c` on, in rows `pitch` values apart.
   void multiply(const Call& call, const OfWorker& own, const int64_t* keys, int64_t count, int64_t c, S* dots,
                 int64_t pitch) const {
     with_tile(count, vectors_from(c, lanes_), [&](auto height, auto vectors) {
@@ -200,8 +199,8 @@ class SharedNegatives {
                  lanes_);
   }
 
-  // The same arithmetic as that of negatives, of which those of a step and its own positive are taken: so equal keys
-  // have equal scores.
+  // Multiplies all steps with all positives, with the same arithmetic as for negatives, and keeps each step's product
+  // with its own positive. Equal keys thus have equal scores.
   void multiply_positives(const Call& call, int64_t i, const OfWorker& own) const {
     S* const dots = call.buffers.of_positives + i * lanes_;
     for (int64_t c = 0; c < lanes_; c += kColumns)
@@ -224,7 +223,7 @@ class SharedNegatives {
             .bias = nullptr};
   }
 
-  // Dot products to powers of the scores relative to each step's largest, and their sums.
+  // Turns dot products into powers of the scores relative to each step's largest, and sums them.
   void sum_up(const Call& call, int64_t i, const OfWorker& own) const {
     for (int64_t step = 0; step < lanes_; ++step)
       own.bests[step] = step < steps_ && is_present(step, call.first + i) ? positive(call, i, step).score(0) : S{};
@@ -241,7 +240,7 @@ class SharedNegatives {
     }
   }
 
-  // From sums to losses and ranks, and to the factors between powers and weights.
+  // Computes losses and ranks from the sums, and the factors from powers to weights.
   void finish(const Call& call, int64_t i, const OfWorker& own) const {
     const int64_t row = call.first + i, rows = problem_.rows();
     const int64_t* const negatives = problem_.negatives_of(0, row);
@@ -258,7 +257,7 @@ class SharedNegatives {
           info_nce::Measure::softmax,
           info_nce::Rivals<S>{own.sums.maxima[step], own.sums.sums[step], own.sums.moments[step]}, own_positive};
       problem_.losses.template as<S>()[at] = outcome.loss();
-      // Copies of the positive score as it does, and count among the rivals alone.
+      // Negatives that are the positive key count in the loss but not in the rank.
       problem_.ranks.template as<int64_t>()[at] =
           static_cast<int64_t>(own.sums.counts[step]) - std::count(negatives, negatives + samples_, target(step, row));
       const S weight = problem_.row_weights.template as<const S>()[at];
@@ -267,7 +266,7 @@ class SharedNegatives {
     }
   }
 
-  // Powers to weights. Those of steps without gradients may be anything.
+  // Turns powers into weights. Powers of steps without gradients may be infinite or NaN.
   void weigh(const Call& call, int64_t i, const OfWorker& own) const {
     S* const weights = call.buffers.weights + i * samples_ * lanes_;
     for (int64_t c = 0; c < lanes_; c += kLane) {
@@ -284,7 +283,7 @@ class SharedNegatives {
     for (; k + kLane <= d_; k += std::min<int64_t>(kTileVectors, (d_ - k) / kLane) * kLane)
       multiply_keys(call, i, own, k, std::min<int64_t>(kTileVectors, (d_ - k) / kLane));
     if (k == d_) return;
-    // The last columns once more with those before, lest a register reach beyond the last key.
+    // The last columns overlap those before, so that no register reaches beyond the last key.
     if (d_ >= kLane) return multiply_keys(call, i, own, d_ - kLane, 1);
     const int64_t* const negatives = problem_.negatives_of(0, call.first + i);
     const S* const weights = call.buffers.weights + i * samples_ * lanes_;
@@ -305,7 +304,7 @@ class SharedNegatives {
     return gradients(call.buffers, step) + place(call.buffers, i, step) * d_;
   }
 
-  // Columns of the gradients of a row's predictions: so many registers from `k` on.
+  // Computes columns of the gradients of a row's predictions: `registers` registers from `k` on.
   void multiply_keys(const Call& call, int64_t i, const OfWorker& own, int64_t k, int64_t registers) const {
     const int64_t* const negatives = problem_.negatives_of(0, call.first + i);
     const S* const weights = call.buffers.weights + i * samples_ * lanes_;
@@ -331,7 +330,7 @@ class SharedNegatives {
       });
   }
 
-  // What a row gives to a panel of columns of those keys that lie in [begin, end).
+  // Adds a row's part to the gradient of keys [begin, end), for a panel of columns.
   void add_to_keys(const Call& call, int64_t i, int64_t panel, int64_t begin, int64_t end) const {
     const int64_t row = call.first + i, k = panel * kColumns;
     if (!is_used(row)) return;
@@ -367,7 +366,7 @@ class SharedNegatives {
     if (count > 0) add();
   }
 
-  // Adds the first `width` columns of a tile to rows, one after another, as several may be the same.
+  // Adds the first `width` columns of a tile to rows, one row after another, because several may be the same.
   template <int Count, int Vectors>
   static void add_rows(const Tile<S, Count, Vectors>& tile, S* const* rows, int64_t width) {
     if (width < Vectors * kLane) {
@@ -386,7 +385,7 @@ class SharedNegatives {
 
   const Problem& problem_;
   int64_t rows_, steps_, lanes_;
-  int64_t d_, pitch_;  // How far predictions lie apart.
+  int64_t d_, pitch_;  // The number of features, and the pitch of predictions.
   int64_t samples_;
   S scale_;
 };
