@@ -1,4 +1,4 @@
-// Binds what surrounds contrasts; see reduction.h.
+// Binds the kernels of reduction.h.
 #include "bind/op.h"
 #include "reduction/reduction.h"
 

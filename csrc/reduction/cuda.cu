@@ -1,5 +1,5 @@
-// Weighs queries and reduces their losses on the GPU; see reduction.h. One block does all of a few rows: a launch takes
-// longer than their sums.
+// Weighs queries and reduces their losses on the GPU; see reduction.h. One block takes all rows where these are few,
+// because a further launch would take longer than their sums.
 #include <cmath>
 
 #include "core/cuda/device.h"
@@ -13,7 +13,7 @@ using namespace cpc::cuda;
 
 constexpr int kThreads = 512;
 
-// --- What is known of a row, from where sums begin ---
+// --- Rows, which the sums are over ---
 
 template <class Real>
 struct Losses {
@@ -38,7 +38,7 @@ template <class Real>
 struct Weights {
   const Real* weights;
   const int64_t* targets;
-  int64_t count, places;  // Places for a row's targets; -1 where there are none and all rows are present.
+  int64_t count, places;  // The number of a row's targets; -1 without targets, where all rows are present.
 
   using Row = Real;
   __device__ Row row(int64_t at) const {
@@ -53,8 +53,8 @@ struct Weights {
 
 // --- Sums ---
 
-// The sums over the threads of a block, in every thread. Threads of one warp add up those of all: GPUs have few units for
-// double.
+// The sums over the threads of a block, in every thread. One warp adds up the sums of all warps, because GPUs have few
+// units for double.
 __device__ Sums sum_over_block(Sums sums) {
   constexpr int kWarps = kThreads / kWarp;
   auto& of_warp = static_shared<Sums[kWarps], struct SumsOfWarps>();
@@ -63,7 +63,7 @@ __device__ Sums sum_over_block(Sums sums) {
   };
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   sums = sum_over_warp(sums);
-  __syncthreads();  // The last use of of_warp is over.
+  __syncthreads();  // All threads have finished with of_warp from the call before.
   if (lane == 0) of_warp[warp] = sums;
   __syncthreads();
   if (warp == 0) {
@@ -74,10 +74,10 @@ __device__ Sums sum_over_block(Sums sums) {
   return of_warp[0];
 }
 
-// The sums of every `step`-th row, in every thread of the block.
+// The block's sums over its rows, in every thread: thread t takes every step-th row from first + t on.
 template <class Rows>
 __device__ Sums sum_rows(const Rows& rows, int64_t first, int64_t step) {
-  constexpr int kAhead = 4;  // Rows of a thread that are on their way at once.
+  constexpr int kAhead = 4;  // Rows that a thread loads at once.
   Sums sums;
   int64_t at = first + threadIdx.x;
 #pragma unroll 1
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The sums of all rows, by their parts where there are several, of which each thread takes one.
+// The sums over all rows. Where these are in several parts, each thread takes one part.
 static_assert(kMostParts <= kThreads);
 template <class Rows>
 __device__ Sums sum_all(const Rows& rows, const Sums* parts, int64_t count) {
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kThreads) weigh_rows(const __grid_constant__ W
     row_weights[at] = rows.row(at) / divisor;
 }
 
-// How many parts the rows are summed in, and their sums where there are several.
+// Returns the number of parts that the rows are summed in. Where there are several, launches the kernel that sums them.
 template <class Rows>
 int64_t launch_parts(const Rows& rows, Sums* parts, void* stream) {
   const int64_t count = parts_of(rows.count);

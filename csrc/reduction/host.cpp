@@ -7,7 +7,7 @@
 namespace cpc::reduction {
 namespace {
 
-// Sums that do not wait for each other.
+// Independent sums, so that additions do not wait for each other.
 constexpr int kChains = 8;
 
 struct Chains {

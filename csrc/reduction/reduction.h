@@ -1,11 +1,11 @@
-// What surrounds a contrast: the weights of its queries, and from losses and ranks their mean or sum and the share that is
-// right. Of a few rows, each of PyTorch's own operations for this takes as long as all of it here.
+// The steps before and after a contrast: the weights of its queries, and the mean or sum of its losses with the
+// accuracy. For a few rows, each single PyTorch operation for this takes as long as all of it here.
 //
-// The weight of a query is w, 1 where there are none, and 0 where it has targets all of which are -1: it has no positive
-// and is absent. row_weights are these, and with `mean` these by t, their sum, 1 where that is not positive.
+// The weight w of a query is 1 without `weights`, and 0 where all of its targets are -1: such a query has no positive
+// and is absent. row_weights is w, or with `mean` w / t, where t is the sum of w, or 1 if that is not positive.
 //
-// loss = sum of w * losses, accuracy = (sum of w over the rows of rank 0) / t; `mean` divides the loss by t, too. A row of
-// weight 0 whose loss is no finite number is absent.
+// loss is the sum of w * losses, with `mean` divided by t; accuracy is the sum of w over the rows of rank 0, divided by
+// t. A row of weight 0 whose loss is not finite is left out.
 //
 // Sums are in double, in an order that depends on the number of rows only.
 #pragma once
@@ -20,7 +20,7 @@ namespace cpc::reduction {
 
 struct RowWeights {
   TensorView row_weights;
-  TensorView targets;  // Absent: no query is.
+  TensorView targets;  // Absent: all queries are present.
   TensorView weights;  // Absent: 1.
   TensorView workspace;
   bool mean = false;
@@ -55,11 +55,12 @@ void check(const Reduction& problem, Where where);
 struct Sums {
   double loss = 0, right = 0, weight = 0;
 
-  // What weights are divided by. A sum that is no number remains one.
+  // The divisor of the weighted mean: the sum of weights, or 1 if it is not positive. A sum that is NaN stays NaN.
   constexpr double divisor() const { return weight > 0 || weight != weight ? weight : 1; }
 };
 
-// CUDA sums so many rows with one block, and of more rows parts, by a block each, whose sums lie in the workspace.
+// CUDA sums up to kRowsOfPart rows with one block. More rows are summed in parts, one per block, with the parts' sums
+// in the workspace.
 constexpr int64_t kRowsOfPart = 8192, kMostParts = 256;
 constexpr int64_t parts_of(int64_t rows) { return std::clamp<int64_t>(divide_up(rows, kRowsOfPart), 1, kMostParts); }
 
