@@ -188,7 +188,7 @@ __device__ void each_stored_tile(const Group<Sum>& a, const Work& work) {
       const int row = pair / (kTile / 2), key = pair % (kTile / 2) * 2;
       pack_at<2>(&tile(row, key)) = pack_at<2>(dots + row * a.pitch_keys + key);
     }
-    __syncthreads();  // All threads see the tile's dot products.
+    __syncthreads();  // A row's dot products are there, whoever copied them.
     work(tile, entry, first_row, first_key);
     __syncthreads();  // All threads have finished with shared memory, which the next tile overwrites.
   }

@@ -279,7 +279,7 @@ __device__ void add_teams(const WarpTileSums<Tile>& sums, WarpTileSums<typename 
           given.v[r] = first_team ? sums[kDown + i][kRight + first + j][r] : sums[i][first + j][r];
         *place(thread, j) = given;
       }
-      __syncthreads();  // The other team has written its sums.
+      __syncthreads();  // What the other team gives is there.
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         const Four got = *place(other, j);
@@ -288,7 +288,7 @@ __device__ void add_teams(const WarpTileSums<Tile>& sums, WarpTileSums<typename 
           half[i][first + j][r] =
               (first_team ? sums[i][first + j][r] : sums[kDown + i][kRight + first + j][r]) + got.v[r];
       }
-      __syncthreads();  // All have read before the next sums overwrite these.
+      __syncthreads();  // What follows overwrites it.
     }
 }
 
@@ -350,7 +350,7 @@ class MainLoop : public SliceCopies<Math, Tile, A, B, Depth> {
   // Waits for the first of the kStages slices whose copies were started.
   __device__ void enter() {
     wait_for_copies<Tile::kStages - 1>();
-    __syncthreads();  // All threads see the first slice.
+    __syncthreads();  // The first slice is there for all.
     if constexpr (kAhead) load(0);
   }
 
@@ -392,7 +392,7 @@ class MainLoop : public SliceCopies<Math, Tile, A, B, Depth> {
   __device__ int leave_stage() {
     const int free = stage_;
     wait_for_copies<Tile::kStages - 2>();
-    __syncthreads();  // All threads see the next slice, and have read this one.
+    __syncthreads();  // The next slice is there for all, and all have read this one.
     stage_ = stage_ == Tile::kStages - 1 ? 0 : stage_ + 1;
     return free;
   }

@@ -55,7 +55,7 @@ class WarpgroupLoop : public SliceCopies<Math, Tile, A, B, Depth> {
     start_products(sums);
     wait_for_copies<Tile::kStages - 2>();
     wait_for_all_but<1>(sums);
-    pass();  // All threads see the next slice, and have read the one before.
+    pass();  // The next slice is there for all, and all have read the one before.
     this->start(stage_ == 0 ? kRing - 1 : stage_ - 1);
     stage_ = next(stage_);
   }
