@@ -1,4 +1,4 @@
-"""Programs that test C++ code are compiled here; the tools that judge CUDA code are imported from their own folders."""
+"""Fixtures that compile the C++ and CUDA test programs; makes the tools in python/ importable."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ sys.path += [str(PYTHON), str(PYTHON / "benchmarks")]
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory) -> Callable[..., Path]:
-    """Gives the program of a C++ file beside this one, by the file's name and options of the compiler."""
+    """Return a function that compiles a C++ file of this folder, given its name and compiler options."""
 
     def compile_program(name: str, *options: str) -> Path:
         program = tmp_path_factory.mktemp(name) / name
@@ -27,7 +27,7 @@ def compiled(tmp_path_factory) -> Callable[..., Path]:
 
 @pytest.fixture
 def compiled_for_gpu(tmp_path) -> Callable[[str], Path]:
-    """Gives the program that nvcc makes of a CUDA file beside this one, for the GPU that is there."""
+    """Return a function that compiles a CUDA file of this folder with nvcc, for the GPU of this machine."""
     from cuda_product import compile_for_gpu
 
     return lambda name: compile_for_gpu(FOLDER / f"{name}.cu", tmp_path)

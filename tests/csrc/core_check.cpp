@@ -1,6 +1,7 @@
-// Runs what has no Python binding: "buddyinfo" prints the large pages of the text in its input, "threads" how often a
-// loop got one thread of two where that was slower, then where it had become faster, then where it was slower again,
-// "powers" powers of e as the lowest instruction set level has them.
+// Runs parts of csrc/core that have no Python binding. "buddyinfo" prints the number of large pages of the text in its
+// input. "threads" prints how often a loop got one thread of two: where one was slower, after it had become faster,
+// after it had become slower again, and for a loop that is too small for two. "powers" prints powers of e as the lowest
+// instruction set level computes them.
 #include <chrono>
 #include <cstdio>
 #include <cstring>
@@ -12,14 +13,14 @@
 
 namespace cpc {
 
-// By the number as it is without measuring: a loop of a millisecond gets both threads.
+// The number without any measurement, by which loops of 0.1 ms or more get both threads.
 double thread_nanoseconds() { return kThreadNanoseconds; }
 
 }  // namespace cpc
 
 namespace {
 
-// Time passes when a loop says so.
+// A clock that only loops advance.
 struct FakeClock {
   using duration = std::chrono::duration<double, std::nano>;
   using time_point = std::chrono::time_point<FakeClock, duration>;
@@ -27,7 +28,7 @@ struct FakeClock {
   static time_point now() { return time_point(duration(nanoseconds)); }
 };
 
-// How many of so many runs got one thread, for a loop that takes each number of threads about so long.
+// The number of runs that got one thread, for a loop that takes `alone` ns with one thread and `together` ns with two.
 int runs_alone(cpc::LearnedThreads<FakeClock>& threads, int runs, double alone, double together) {
   int found = 0;
   for (int run = 0; run < runs; ++run)

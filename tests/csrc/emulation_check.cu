@@ -1,7 +1,7 @@
-// Small kernels for what csrc/core/cuda provides, some right and some with a planted fault, run by test_emulation.py:
+// Small kernels that use csrc/core/cuda, some correct and some with a planted fault, run by test_emulation.py:
 //   emulation_check NAME    prints "right" or "wrong" and exits with 0;
 //                           an error of the kernel is printed and exits with 1.
-// Compiled for the emulation and, where there is a GPU, by nvcc: the right ones must be right on both.
+// Compiled for the emulation and, where there is a GPU, by nvcc. Correct kernels must be right on both.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -21,7 +21,7 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// Memory that both sides see.
+// Memory that host and device share.
 template <class T>
 class Buffer {
  public:
@@ -59,7 +59,7 @@ bool holds(size_t n, const std::function<bool(size_t)>& right) {
 
 // --- Barriers and shared memory ---
 
-// Reverses each block's values, in two rounds; each barrier can be left out, as a fault.
+// Reverses each block's values, in two rounds. Each barrier can be left out, as a fault.
 __global__ void reverse(const float* in, float* out, bool first_barrier, bool second_barrier) {
   auto* const values = reinterpret_cast<float*>(dynamic_shared());
   for (int round = 0; round < 2; ++round) {
@@ -156,7 +156,7 @@ bool run_copy_packs(int from) {
   return holds(out.size(), [&](size_t i) { return out[i] == in[i + from]; });
 }
 
-// --- What a device has ---
+// --- Limits of a device ---
 
 struct Large {
   unsigned char bytes[8 << 10];
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kThreads) write_ones(T* out) {
   out[threadIdx.x] = 1;
 }
 
-// A launch as it is given, without what launch() does for it.
+// Launches without the checks and the opt-in of launch().
 template <class... Params, class... Args>
 void launch_as_given(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, int64_t shared_bytes,
                      void* stream, Args... args) {
@@ -213,7 +213,7 @@ bool run_without_asking(int64_t dynamic_bytes) {
   return holds(out.size(), [&](size_t i) { return out[i] == 1; });
 }
 
-// Asks for all that there is, forgetting static variables.
+// Opts in to the whole limit, without subtracting the static variables.
 bool run_asking_for_too_much() {
   const int limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   check(cudaFuncSetAttribute(reinterpret_cast<const void*>(&static_and_dynamic),
@@ -233,7 +233,7 @@ bool run_on_a_stream_of_another_device() {
 
 // --- Blocks that run together ---
 
-// Each adds up what all have written, round after round, in shared memory that it keeps.
+// Each block sums what all blocks have written, round after round, in shared memory that it keeps.
 __global__ void sum_of_all_blocks(int* data, unsigned* arrived, unsigned waited_for, unsigned absent) {
   int* const sum = reinterpret_cast<int*>(dynamic_shared()) + threadIdx.x;
   if (blockIdx.x == absent) return;
@@ -377,9 +377,9 @@ bool run_product_of_floats() {
   return right_product(d, 8);
 }
 
-// --- What a GPU may do one way or the other ---
+// --- Choices that a GPU is free to make, see Freedom ---
 
-// The number of each thread among all that came this far, and again behind two barriers of its warp.
+// The position of each thread in the order of arrival, before and after two barriers of its warp.
 __global__ void count_threads(int* out) {
   out[threadIdx.x] = atomicAdd(out + 2 * kThreads, 1);
   __syncwarp();
@@ -394,7 +394,7 @@ bool run_count_threads(const std::function<bool(const int* out, size_t thread)>&
 }
 
 bool first_lane_first(const int* out, size_t thread) { return thread % kWarp == 0 || out[thread] > out[thread - 1]; }
-// The numbers of a warp follow each other.
+// The positions of a warp's threads are contiguous.
 bool warps_one_by_one(const int* out, size_t thread) {
   int first = out[thread], last = first;
   for (size_t i = thread / kWarp * kWarp; i < (thread / kWarp + 1) * kWarp; ++i) {
@@ -404,8 +404,8 @@ bool warps_one_by_one(const int* out, size_t thread) {
   return last - first == 2 * kWarp - 1;
 }
 
-// What arrives where the source, or the destination, is written between a copy's start and its end: what the source had
-// at the start, as long as nothing of the kind happens.
+// Writes the source, or the destination, between a copy's start and its end. Otherwise the copy must deliver the values
+// that the source had at the start.
 __global__ void copy_between(float* data, float* out, bool write_source, bool write_destination) {
   auto* const values = reinterpret_cast<float*>(dynamic_shared());
   const unsigned i = 4 * threadIdx.x;
@@ -425,7 +425,7 @@ bool run_copy_between(bool write_source, bool write_destination) {
 }
 
 __global__ void small_products(float* out) {
-  // 1, and eight products of 2^-25, all of one step of a tensor core.
+  // 1 plus eight products of 2^-25, all in one step of a tensor core.
   const uint32_t halves = 0x39003900, a[4] = {halves, halves, 0, 0};  // bfloat16: 2^-13.
   const uint32_t b[2] = {0x39803980, 0};                              // 2^-12.
   float sums[4] = {1, 1, 1, 1};
@@ -445,7 +445,8 @@ __global__ void exponentials(float* out) {
   out[kThreads + threadIdx.x] = exp(v);
 }
 
-// The largest errors of __expf and exp, in units in the last place, are within some.
+// True if the largest errors of __expf and exp, in units in the last place, are between `least` and `most`, and that of
+// exp is at most 2.5.
 bool run_exponentials(double least, double most) {
   const Buffer<float> out(2 * kThreads);
   launch("exponentials", &exponentials, {1, dim3(kThreads)}, nullptr, out.get());

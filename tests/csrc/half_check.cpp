@@ -1,4 +1,4 @@
-// Converts what stands in its input by SoftHalf of csrc/core/half.h: "float" or "double" to half, "half" to float.
+// Converts the values in its input with SoftHalf of csrc/core/half.h: "float" or "double" to half, "half" to float.
 #include <cstdio>
 #include <cstring>
 

@@ -1,4 +1,4 @@
-// Kernels with one fault each that test_machine_code.py must find in what nvcc makes of them, and the same without.
+// Kernels with one fault each, which test_machine_code.py must find in their machine code, and kernels without.
 #include <cstdint>
 
 #include "core/cuda/kernel.cuh"
@@ -7,7 +7,7 @@
 using namespace cpc;
 using namespace cpc::cuda;
 
-// What is multiplied, 16 bytes of it, comes as 8 narrow loads where it is kept by reference and only its parts are used.
+// Keeping 16 bytes by reference and using only their parts gives 8 narrow loads in place of one wide load.
 __global__ void split_by_reference(const BFloat16* from, float* to, int n) {
   for (int i = threadIdx.x; i < n; i += blockDim.x) {
     const auto& values = pack_at<8>(from + 8 * i);
@@ -21,7 +21,7 @@ __global__ void whole_by_value(const BFloat16* from, float* to, int n) {
   }
 }
 
-// Single loads, each under a condition of its own, are no wide load in pieces.
+// Single loads, each under a condition of its own, are not a split wide load.
 __global__ void single_at_an_edge(const BFloat16* from, float* to, int n) {
   for (int i = threadIdx.x; 8 * i < n; i += blockDim.x)
 #pragma unroll
@@ -29,14 +29,14 @@ __global__ void single_at_an_edge(const BFloat16* from, float* to, int n) {
       if (8 * i + k < n) to[8 * i + k] = 2 * widen<float>(from[8 * i + k]);
 }
 
-// An array that is indexed by a variable lies in local memory.
+// An array that is indexed by a variable is placed in local memory.
 __global__ void local_array(const int* from, int* to, int n, int step) {
   int counts[16] = {};
   for (int i = 0; i < n; ++i) ++counts[from[i * step] & 15];
   for (int k = 0; k < 16; ++k) to[k] = counts[k];
 }
 
-// Shared or global memory, known only when it runs.
+// Accesses memory that is known to be shared or global only at run time.
 __global__ void generic_access(int* memory, int* to, bool shared) {
   int* const at = shared ? reinterpret_cast<int*>(dynamic_shared()) : memory;
   at[threadIdx.x] = threadIdx.x;
@@ -48,7 +48,7 @@ __global__ void long_division(const int64_t* from, int64_t* to, int64_t by) {
   to[threadIdx.x] = from[threadIdx.x] / by;
 }
 
-// The next operand is on its way while one is multiplied, unless something is done with it at once.
+// The next operand is loaded while one is multiplied, unless kAtOnce uses it immediately.
 template <bool kAtOnce>
 __global__ void prefetch(const float* from, float* to, int n) {
   float d[4] = {}, next = from[threadIdx.x];

@@ -1,4 +1,4 @@
-// What observers of the emulation saw (core/cuda/emulation/trace.h), as JSON.
+// Prints the results of the emulation's observers (core/cuda/emulation/trace.h) as JSON.
 #pragma once
 
 #include <cstdio>

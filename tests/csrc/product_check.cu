@@ -1,16 +1,15 @@
 // The product of core/cuda/product.cuh by itself, for test_product.py.
 //   product_check MATH TILE OPERANDS ROWS COLUMNS DEPTH
 //       multiplies, and prints the largest error, against float64, as a share of the sum of the products' magnitudes;
-//       where accesses are traced, prints what the kernel did, as JSON, and fails where it races
+//       where accesses are traced, prints the kernel's traffic as JSON instead, and fails where it races
 //   product_check
-//       prints the names of what there is, as "MATH TILE OPERANDS"
-// "taps" in the place of OPERANDS is a convolution of ROWS images of 9 x 11 pixels and DEPTH channels by the visible taps of
-// a filter of 3 x 3, with COLUMNS outputs.
-// OPERANDS tell how the depth of A and of B lies: in "rows", innermost, as queries and keys have it, or in "columns",
-// outermost, as the operands of their gradients have it. ENTRIES in the environment says how many products of such sizes
-// there are, BLOCKS how many blocks are traced, REPEATS how often a GPU multiplies, for the median of its milliseconds in the
-// place of the error.
-// Compiled for the emulation and by nvcc, whose machine code is looked at, and run where there is a GPU.
+//       prints the names of all products, as "MATH TILE OPERANDS"
+// OPERANDS gives the layout of A and of B: "rows" have their depth innermost, like queries and keys, and "columns" have
+// it outermost, like the operands of their gradients. With "taps" in place of OPERANDS, the program convolves ROWS
+// images of 9 x 11 pixels and DEPTH channels with the visible taps of a filter of 3 x 3, for COLUMNS outputs.
+// Environment variables: ENTRIES is the number of products of this size, BLOCKS the number of blocks that are traced,
+// and REPEATS the number of multiplications on a GPU, whose median time in milliseconds is printed in place of the
+// error. Compiled for the emulation, and by nvcc to examine the machine code and to run on a GPU.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -42,12 +41,12 @@ int64_t variable(const char* name, int64_t otherwise) {
   return text != nullptr ? std::strtoll(text, nullptr, 10) : otherwise;
 }
 
-// --- Values that both sides see ---
+// --- Matrices that host and device share ---
 
 template <class T>
 class Matrix {
  public:
-  // Rows are padded to whole chunks, with NaN.
+  // Rows are padded to whole chunks with NaN.
   Matrix(int64_t rows, int64_t columns)
       : stride((columns + kChunk<T> - 1) / kChunk<T> * kChunk<T>), rows(rows), columns(columns) {
 #if defined(CPC_CUDA_EMULATION)
@@ -93,7 +92,7 @@ double error_of(double result, int64_t i, int64_t j, int64_t depth, const auto& 
 }
 
 #if !defined(CPC_CUDA_EMULATION)
-// The median.
+// The median time.
 double milliseconds_of(const auto& work, int64_t repeats) {
   cudaEvent_t begin, end;
   check(cudaEventCreate(&begin), "an event");
@@ -166,7 +165,7 @@ double convolve(const Size& size, bool images_innermost) {
   const std::vector<conv::Taps::Offset> taps = {{-1, -1}, {-1, 0}, {-1, 1}, {0, -1}, {0, 0}};
   const auto count = static_cast<int64_t>(taps.size());
   const int64_t pixels = size.rows * kHeight * kWidth, depth = count * size.depth, slices = slices_of<T>(depth);
-  // Two teams take filters [channels, 3, 3, columns] as they are.
+  // Tiles of two teams read filters [channels, 3, 3, columns] in place.
   constexpr bool kInPlace = Tile::kTeams == 2;
   constexpr int kKernel = 3;
   Matrix<T> input(pixels, size.depth);
@@ -235,13 +234,14 @@ double low_teams(const Size& size) { return convolve<TensorCores<BFloat16>, mask
 using Run = double (*)(const Size&);
 using Runs = std::map<std::string, Run>;
 
-// Only one product, where its arguments are given: "TensorCores<BFloat16>, SquareTile, Rows, Rows".
+// CPC_ONE_PRODUCT selects a single product by its arguments: "TensorCores<BFloat16>, SquareTile, Rows, Rows".
 #if defined(CPC_ONE_PRODUCT)
 Runs all_runs() { return {{"one of them", &run<CPC_ONE_PRODUCT>}}; }
 #elif defined(CPC_TWO_TEAMS)
 Runs all_runs() { return {{"one of them", &low_teams}}; }
 #else
-// How many operands are taken that should not be: rows that do not begin at 16 bytes, or that are too far apart.
+// Returns how many invalid operands are accepted: rows that do not begin at multiples of 16 bytes, or are too far
+// apart.
 double refuse(const Size& size) {
   using T = BFloat16;
   Matrix<T> a(size.rows, size.depth + 8), d(size.rows, size.rows);
@@ -268,7 +268,7 @@ void add(Runs& runs, const std::string& name) {
   runs[name + " rows-columns"] = &run<Math, Tile, Rows, Columns>;
   runs[name + " columns-columns"] = &run<Math, Tile, Columns, Columns>;
 }
-// How threads copy and read depends on the size of values, and not else on what they are multiplied in.
+// How threads copy and read depends only on the size of values, so not every type needs every tile.
 Runs all_runs() {
   Runs runs;
   add<TensorCores<BFloat16>, SquareTile>(runs, "bfloat16 square");

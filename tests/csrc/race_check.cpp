@@ -1,7 +1,6 @@
-// The parallel CPU kernels under ThreadSanitizer, with threads that it understands instead of OpenMP's
-// (core/parallel.h).
-//   race_check NAME    prints "done"; a race is reported by ThreadSanitizer, which then exits with 66.
-// The parallel structure does not depend on the instruction set, so one level stands for all.
+// Runs the parallel CPU kernels under ThreadSanitizer, on std::thread instead of OpenMP (core/parallel.h).
+//   race_check NAME    prints "done"; if there is a race, ThreadSanitizer reports it and exits with 66.
+// The parallel structure does not depend on the instruction set, so one level is enough.
 #include <cstdio>
 #include <functional>
 #include <map>
@@ -33,7 +32,7 @@ TensorView dense(void* data, DType dtype, std::initializer_list<int64_t> shape) 
   return view;
 }
 
-// Patches of a batch, forward and backward, with every way that the kernels share work and scratch memory.
+// Patches of a batch, forward and backward, in every way that the kernels share work and scratch memory.
 void patches() {
   constexpr int64_t kBatch = 5, kChannels = 3, kSize = 32, kPatch = 8, kStride = 4,
                     kGrid = (kSize - kPatch) / kStride + 1;
@@ -58,7 +57,7 @@ void patches() {
       }
 }
 
-// Every transform on patches of a batch, each patch its own.
+// Every transform, with different ones for each patch of a batch.
 void augment_kernels() {
   constexpr int64_t kBatch = 5, kSize = 32, kPatch = 8, kStride = 4, kGrid = (kSize - kPatch) / kStride + 1,
                     kPatches = kBatch * kGrid * kGrid, kSteps = 2;
@@ -88,7 +87,8 @@ void augment_kernels() {
     }
 }
 
-// All keys and sampled ones, a batch's entries shared by all workers or one each, keys whole and in parts, both ways.
+// All keys and sampled ones, with the workers sharing each entry or taking one each, keys whole or in chunks, and
+// symmetric contrasts.
 void info_nce_kernels() {
   struct Sizes {
     int64_t batch, rows, keys, dim, samples;
@@ -121,7 +121,8 @@ void info_nce_kernels() {
     }
 }
 
-// More contexts than a block, of which steps use some, with all keys and sampled ones, the same in all steps or not.
+// More contexts than a block has, of which steps use some, with all keys, and with sampled keys that steps share or
+// not.
 void predict_contrast_kernel() {
   constexpr int64_t kRows = 450, kChannels = 70, kSteps = 2, kDim = 33, kKeys = 110, kSamples = 7;
   for (const int64_t draws : {int64_t{0}, int64_t{1}, kSteps})
@@ -180,8 +181,8 @@ void logistic_mixture() {
   }
 }
 
-// A convolution and its gradients, with more blocks, panels and slices than threads. Through a ReLU each block copies the
-// pixels that it reads.
+// A convolution and its gradients, with more blocks, panels and slices than threads. Through a ReLU each block copies
+// the pixels that it reads.
 void masked_conv_of(bool pairs, bool relu_input) {
   constexpr int64_t kBatch = 7, kIn = 20, kOut = 70, kSize = 9;
   const auto floats = [](int64_t n) { return std::vector<float>(n, 0.5f); };
@@ -304,7 +305,7 @@ void waveform_conv_kernels() {
     }
 }
 
-// What a race looks like: all iterations add to one number.
+// A planted race: all iterations add to one number.
 void planted_race() {
   int64_t total = 0;
   parallel_for(1000, [&](int64_t i, int) { total += i; });

@@ -1,8 +1,8 @@
-// Small kernels for csrc/core/cuda/emulation/races.h, run by test_races.py. Each has two forms: one with a race, and one
-// in which something orders the accesses. Lines of which two race are marked.
-//   race_probes NAME            the form with a race
-//   race_probes NAME ordered    the other one
-// prints "no race" and exits with 0; races are printed and exit with 1.
+// Small kernels for csrc/core/cuda/emulation/races.h, run by test_races.py. Each has two forms: one with a race, and
+// one in which something orders the accesses. The racing lines are marked.
+//   race_probes NAME            runs the form with a race
+//   race_probes NAME ordered    runs the other form
+// Prints "no race" and exits with 0, or prints the races and exits with 1.
 #include <cstdio>
 #include <cstring>
 #include <functional>
@@ -68,7 +68,7 @@ __global__ void read_then_write(int* data) {
   values[i] = other;  // RACE
 }
 
-// All read, so that no reader may be forgotten for another; then one writes.
+// All threads read, then one writes: the detector must not forget a reader in favour of another.
 template <bool kOrdered>
 __global__ void many_readers(int* data) {
   auto& value = static_shared<int, struct Value>();
@@ -79,7 +79,7 @@ __global__ void many_readers(int* data) {
   if (threadIdx.x == 70) value = 3;  // RACE
 }
 
-// Neighbouring bytes are each a thread's own; those of a vector are all its thread's.
+// Each thread writes one of neighbouring bytes; then some threads write vectors of them.
 template <bool kOrdered>
 __global__ void neighbours(int* data) {
   auto& bytes = static_shared<Pack<uint8_t, 16>[kThreads / 16], struct Bytes>();
@@ -103,7 +103,7 @@ __global__ void atomic_and_plain(int* data) {
 
 enum class Between { shuffle, vote, product, half_masks, other_warp };
 
-// What a warp does between a write and the read by another lane.
+// The operation of a warp between a write and the read by another lane.
 template <bool kOrdered, Between between>
 __device__ int after(int lane) {
   int given = 0;
@@ -132,7 +132,7 @@ __global__ void no_fence(int* data) {
   data[i] = given + values[other];  // RACE
 }
 
-// Each lane writes the row that it gives the address of, but others receive it.
+// Each lane writes the row whose address it gives, but other lanes receive it.
 template <bool kOrdered>
 __global__ void rows_before_load(int* data) {
   auto& rows = static_shared<Pack<int, 4>[kWarp], struct Rows>();
@@ -156,7 +156,7 @@ __global__ void rows_after_load(int* data) {
   rows[lane].v[0] = static_cast<int>(r[3]);  // RACE
 }
 
-// Lane 0 is ordered before lane 2 by way of lane 1.
+// Lane 0 is ordered before lane 2 through lane 1.
 template <bool kOrdered>
 __global__ void chain_of_masks(int* data) {
   auto& value = static_shared<int, struct Value>();
@@ -206,7 +206,7 @@ __global__ void read_of_others_copy(int* data) {
   data[4 * kThreads + threadIdx.x] = values[kThreads - 1 - threadIdx.x].v[2];  // RACE
 }
 
-// A barrier without a wait by the thread that copies orders nothing.
+// A barrier orders nothing if the copying thread has not waited for its copy.
 template <bool kOrdered>
 __global__ void barrier_without_wait(int* data) {
   auto& values = static_shared<Pack<int, 4>[kThreads], struct Packs>();
@@ -249,7 +249,7 @@ __global__ void two_copies_to_one_place(int* data) {
   wait_for_copies<0>();
 }
 
-// Slices through two stages of shared memory, each read by others than wrote it.
+// Slices pass through two stages of shared memory, each read by other threads than those that wrote it.
 template <bool kOrdered>
 __global__ void pipeline_of_two(int* data) {
   auto& values = static_shared<Pack<int, 4>[2][kThreads], struct Stages>();
@@ -302,7 +302,7 @@ __global__ void copied_by_blocks(int* data) {
 
 // --- Blocks that run together ---
 
-// Four blocks, each with a word that names the barrier of its pair.
+// Four blocks in two pairs, each pair with a word for its barrier.
 __device__ unsigned* barrier_of(int* data, unsigned pair) {
   return reinterpret_cast<unsigned*>(data) + kValues - 1 - pair;
 }
@@ -376,7 +376,7 @@ const std::map<std::string, Probe> probes = {
     CPC_PROBE(wait_for_other_blocks, 4, kThreads, Blocks::together),
 };
 
-// Twice, as launches are ordered.
+// Launches twice, because successive launches are ordered and must not race.
 void run(const std::string& name, const Probe& probe, bool ordered) {
   const auto data = std::make_unique<Pack<int, 4>[]>(kValues / 4);
   int* const values = data[0].v;

@@ -1,5 +1,5 @@
-"""Parts of csrc/core that no op shows by its results: how many threads a loop learns, free large pages, and what other
-processors compute."""
+"""Parts of csrc/core that the results of ops do not test: learned numbers of threads, free large pages, and powers of e
+on other processors."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ Node 1, zone   Normal  90211  51021  20130   9120   1200     73      2      1   
     ("text", "pages"),
     [
         (ZONES, (1 + 2 * 3) + (9 + 2 * 411)),
-        (ZONES.rstrip("\n"), (1 + 2 * 3) + (9 + 2 * 411)),  # Cut off where a buffer ends.
+        (ZONES.rstrip("\n"), (1 + 2 * 3) + (9 + 2 * 411)),  # Cut off at the end of a buffer.
         ("Node 0, zone Normal 5 5 5\n", 0),
-        # Larger pages of the processor have fewer orders or more: blocks of order 11 are four pages each.
+        # With other page sizes of the processor there are fewer or more orders: blocks of order 11 are four pages each.
         ("Node 0, zone Normal 0 0 0 0 0 0 0 0 0 0 0 2\n", 8),
         ("", 0),
         ("Node 0, zone Normal many\n", -1),
@@ -44,16 +44,16 @@ def test_free_huge_pages(program, text, pages):
 
 def test_loops_learn_how_many_threads_are_faster(program):
     slower, faster, slower_again, small = output(program, "threads")
-    # Four runs of the first eight, then one after 64, 128, 256 and 512 more, in case that has become faster.
+    # One thread gets four of the first eight runs, then one run after 64, 128, 256 and 512 more, to try it again.
     assert slower == 8
-    # What has become faster is found when it is tried next, after 1024 runs of which some are over.
+    # One thread is found to be faster when it is tried next, at the end of an interval of 1024 runs that has begun.
     assert 900 < faster < 2000
     assert 900 < slower_again < 1100
     assert small == 10  # Work that is not worth a second thread never gets one.
 
 
 def test_powers_of_infinite_scores_on_processors_without_avx_512(program):
-    """They are relative to a finite number, and stay infinite, so that a row's loss is infinite and not undefined."""
+    """Powers are relative to a finite score, and infinite ones stay infinite, so that the row's loss is not NaN."""
     done = subprocess.run([program, "powers"], stdout=subprocess.PIPE, text=True, check=True)
     powers = [float(power) for power in done.stdout.split()]
     assert powers[:5] == pytest.approx([0, 0, math.exp(-1), 1, math.inf], rel=1e-5)

@@ -1,4 +1,4 @@
-"""CUDA kernels on emulated devices of several sizes: tiles fit each, and calls work on the device of their tensors."""
+"""CUDA kernels on emulated devices of several sizes: tiles fit, and calls work on the device of their tensors."""
 
 import math
 
@@ -22,9 +22,9 @@ from cpc_ext.ops.logistic_mixture import logistic_mixture_nll_reference
 
 pytestmark = pytest.mark.parametrize("device", ["emulated"], indirect=True)
 
-# Shared memory that a block may have and multiprocessors: of compute capability 9.0, and of 8.6 in miniature.
+# The shared memory of a block and the number of multiprocessors: of compute capability 9.0, and of 8.6 in miniature.
 LARGE, SMALL = (227 << 10, 132), (99 << 10, 2)
-# KiB of compute capability 8.6, 8.9 and 12.0; of 8.0; of 9.0 and 10.0.
+# The most shared memory of a block in KiB: for compute capability 8.6, 8.9 and 12.0; for 8.0; for 9.0 and 10.0.
 LIMITS = [99, 163, 227]
 
 
@@ -34,7 +34,7 @@ def images(channels: int, side: int) -> torch.Tensor:
 
 
 def plan_of(*transforms: Transform) -> AugmentationPlan:
-    """Each with the parameter 1.5, for two patches."""
+    """Return a plan for two patches that applies the transforms, each with the parameter 1.5."""
     codes = torch.tensor([int(transform) for transform in transforms], dtype=torch.uint8).expand(2, 1, 1, -1)
     return AugmentationPlan(codes, torch.full((*codes.shape, 3), 1.5))
 
@@ -56,14 +56,14 @@ def workspace_bytes(native, pixels: torch.Tensor) -> int:
     return native.augment_patches_workspace(pixels, patches, *options, codes, parameters, None, None, 0)
 
 
-# --- What fits ---
+# --- Sizes that just fit, or just do not ---
 
 
 @pytest.mark.parametrize("kib", LIMITS)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_augmented_patches_around_all_that_a_block_may_have(device, emulated_native, kib, channels):
     emulated_native.emulate_cuda(True, [(kib << 10, 2)])
-    # Two buffers of bytes, beside up to 8 KiB of static variables.
+    # A block has two buffers of bytes, and up to 8 KiB of static variables.
     first, last = (math.isqrt(size // (2 * channels)) for size in ((kib << 10) - (8 << 10), kib << 10))
     plan = plan_of(Transform.EQUALIZE, Transform.CONTRAST, Transform.AUTOCONTRAST)
     for side in range(first, last + 2, 1 + (last - first) // 4):
@@ -75,7 +75,7 @@ def test_augmented_patches_around_all_that_a_block_may_have(device, emulated_nat
 @pytest.mark.parametrize("patch_norm", [False, True])
 def test_extracted_patches_around_all_that_a_block_may_have(device, emulated_native, kib, patch_norm):
     emulated_native.emulate_cuda(True, [(kib << 10, 2)])
-    last = math.isqrt((kib << 10) // 12)  # Of three channels of floats.
+    last = math.isqrt((kib << 10) // 12)  # Three channels of floats.
     for side in range(last - 6, last + 2):
         pixels = images(3, side)
         options = PatchOptions(side, 1, side, side, patch_norm=patch_norm, dtype=torch.float64)
@@ -115,7 +115,7 @@ def test_the_workspace_is_what_the_tensors_device_needs(device, emulated_native,
 
 
 def call_every_op() -> list[torch.Tensor]:
-    """Results and gradients of each op and of each of its kernels' kinds."""
+    """Return results and gradients of every op, with each kind of its kernels."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape, **options):
@@ -153,7 +153,7 @@ def call_every_op() -> list[torch.Tensor]:
 
 
 def test_every_op_works_on_the_device_of_its_tensors(device, emulated_native):
-    """A launch on another device's stream is an error, as is one with more shared memory than the device has."""
+    """The emulation rejects launches on another device's stream, or with more shared memory than the device has."""
     emulated_native.emulate_cuda(True, [SMALL])
     alone = call_every_op()
     emulated_native.emulate_cuda(True, [LARGE, SMALL], 1)

@@ -1,4 +1,4 @@
-"""The emulation of CUDA finds what a GPU would punish: planted faults are caught, right kernels are right."""
+"""The emulation of CUDA finds errors that a GPU may hide: planted faults are caught, and correct kernels pass."""
 
 import os
 import re
@@ -14,12 +14,12 @@ RIGHT = [
     *("mma_bf16", "mma_f16", "mma_tf32", "blocks_together"),
     *("static_and_dynamic", "static_and_dynamic_within_the_default", "all_shared_memory"),
 ]
-# Planted faults that only show in the result, whatever order the threads run in.
+# Planted faults that show only in the result, in any order of threads.
 WRONG_RESULTS = [
     *("dropped_barrier", "dropped_second_barrier", "shared_memory_not_written", "async_copy_not_waited_for"),
     *("wrong_row_of_a_fragment", "wrong_half_of_a_fragment"),
 ]
-# Planted faults and what is said of them: the kernel, and the block and the thread where it is one's.
+# Planted faults and their messages: the kernel, and the block and thread where the fault is that of a thread.
 ERRORS = {
     "divergent_barrier": [
         "kernel barrier_in_a_branch, block (0, 0, 0), thread (0, 0, 0): __syncthreads in emulation_check.cu:",
@@ -63,12 +63,12 @@ ERRORS = {
     "stream_of_another_device": ["kernel write_ones: a stream of device 1, but device 0 is current"],
     "shared_write_past_the_end": ["heap-buffer-overflow", "in kernel shared_write, block (0, 0, 0), thread (64, 0, 0)"],
 }
-# What is said of a block that wants more shared memory than there is, whatever there is.
+# The messages about a block that needs more shared memory than the device has, for any limit.
 TOO_LARGE = {
     "shared_memory_refused": "CUDA: static_and_dynamic: a block needs {more} bytes of shared memory, beside static",
     "shared_memory_over_the_limit": "8192 bytes of static and {limit} of dynamic shared memory are more than the",
 }
-# What a GPU may do one way or the other: where each of these is what it does, and elsewhere not.
+# The choices of emulation::Freedom; and below, the choices under which each check is "right", as opposed to "wrong".
 FREEDOM = [
     {},
     *({"CPC_EMULATION_ORDER": order} for order in ("forward", "backward", "greedy")),
@@ -145,7 +145,7 @@ def test_shared_memory_ends_where_the_device_says(emulation, kib):
     for name, words in TOO_LARGE.items():
         done = run(program, name, CPC_EMULATION_SHARED_KIB=str(kib))
         assert done.returncode == 1
-        # The emulation takes the static variables of all kernels for each one's.
+        # The emulation counts the static variables of all kernels for each kernel.
         static = re.search(r"static variables of (\d+)", done.stdout)
         assert words.format(limit=limit, more=limit + 1 - int(static[1]) if static else 0) in done.stdout
 
@@ -176,7 +176,7 @@ def test_an_error_reaches_python_and_the_next_launch_works(emulated_native):
 
 @pytest.mark.parametrize("kernels", sorted(path.parent.name for path in CSRC.glob("*/cpu.cpp")))
 def test_parallel_kernels_have_no_races(emulation, kernels):
-    """ThreadSanitizer, over the CPU kernels with threads that it understands instead of OpenMP's."""
+    """ThreadSanitizer finds nothing in the CPU kernels, which run on std::thread instead of OpenMP for it."""
     done = run(emulation / "race_check", kernels)
     assert (done.returncode, done.stdout) == (0, "done\n")
 

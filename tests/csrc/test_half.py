@@ -1,4 +1,4 @@
-"""Half precision where the compiler has none: conversions of our own (csrc/core/half.h) against NumPy's."""
+"""Our conversions of half precision for compilers without the type (csrc/core/half.h), compared with NumPy's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def converted(program: Path, what: str, values: np.ndarray, dtype: type) -> np.n
 
 
 def equal(one: np.ndarray, other: np.ndarray) -> bool:
-    """Bit for bit but for the bits of what is not a number."""
+    """Compare bit for bit, where all NaNs are equal."""
     numbers = ~np.isnan(one)
     bits = np.uint16 if one.dtype == np.float16 else np.uint32
     return np.array_equal(numbers, ~np.isnan(other)) and np.array_equal(
@@ -37,7 +37,7 @@ def test_every_half_is_widened(program):
 @pytest.mark.parametrize(("name", "dtype"), [("float", np.float32), ("double", np.float64)])
 def test_values_are_rounded_to_nearest_even(program, name, dtype):
     wide = HALVES[np.isfinite(HALVES)].astype(dtype)
-    # Halves and the middles between neighbours, with what lies beside both; all magnitudes; and what overflows.
+    # Halves and midpoints between neighbours, with the values next to both; values of all magnitudes; and overflows.
     steps = np.sort(wide)
     exact = np.concatenate([steps, (steps[1:] + steps[:-1]) / 2])
     rng = np.random.default_rng(0)

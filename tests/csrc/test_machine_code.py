@@ -1,4 +1,4 @@
-"""The machine code of the CUDA kernels: no fault of a known kind, and nothing lost against the budgets."""
+"""The machine code of the CUDA kernels: it has no fault of a known kind, and is no worse than the budgets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from machine_code import (
 
 REPOSITORY = Path(__file__).parents[2]
 
-# What no kernel may have. Registers that do not fit and arrays indexed by variables both go through local memory.
+# Faults that no kernel may have. Spilled registers and arrays indexed by variables both go through local memory.
 RULES = {
     "local": "goes through local memory",
     "generic": "accesses memory whose kind is known only when it runs",
@@ -36,7 +36,7 @@ RULES = {
 
 @dataclass(frozen=True)
 class Fault:
-    """A known fault: the rule that kernels (a pattern of names) break today, and why."""
+    """A known fault: a rule that kernels break today, a pattern of their names, and the reason."""
 
     rule: str
     kernels: str
@@ -61,7 +61,7 @@ FAULTS = (
     Fault(
         "generic", "patches::sum_patches<*, void, 1>", "ptxas merges addresses of slopes and gradients", (BLACKWELL,)
     ),
-    # Channels that are no whole chunks of 16 bytes are copied value by value, through registers where a value has two.
+    # Channels that are not whole chunks of 16 bytes are copied value by value, values of two bytes through registers.
     *(
         Fault("early", f"masked_conv::multiply<TensorCores<{value}>, *, {loader}<{value}, false*", "odd channels")
         for value in ("BFloat16", "Half")
@@ -84,7 +84,7 @@ def tools() -> None:
 
 
 def broken_rules(kernels: dict[str, Kernel], architecture: int) -> list[str]:
-    """Faults that are not known, and known ones that are no more."""
+    """Return complaints about faults that are not known, and about known faults that are mended."""
     measures = {name: measure(kernel) for name, kernel in kernels.items()}
     known = [fault for fault in FAULTS if architecture in fault.architectures]
 
@@ -164,7 +164,7 @@ def test_a_module_without_cuda_code_is_named(tools, monkeypatch):
         machine_code.main(machine_code.parse_arguments())
 
 
-# What cuobjdump prints for 9.0: two loads, which barriers 2 and 3 hold, and an addition that waits for both.
+# Output of cuobjdump for 9.0: two loads, which set barriers 2 and 3, and an addition that waits for both.
 PRINTED = """
 \t\tFunction : _Z3addPKfPf
 \t.headerflags\t@"EF_CUDA_SM90 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM90)"
@@ -200,7 +200,7 @@ def test_loads_are_early_unless_products_lie_between(product, staged):
     hidden = instruction("LDG.E", "R1, [R2.64]", barrier=0)
     shown = instruction("LDG.E", "R3, [R4.64]", barrier=1)
     loop = code_of(
-        instruction("FADD", "R5, R1, R1", waits=0b01),  # For what the turn before has loaded.
+        instruction("FADD", "R5, R1, R1", waits=0b01),  # Waits for the load of the iteration before.
         hidden,
         *[instruction(product)] * 3,
         shown,
@@ -233,12 +233,12 @@ def test_the_main_loop_is_the_smallest_around_the_products():
         nop,
         instruction("LDG.E", "R1, [R2.64]"),  # 0x10: a loop that only loads.
         instruction("BRA", "0x10"),
-        nop,  # 0x30: around the products, and around the loop inside.
+        nop,  # 0x30: a loop around the products and around the inner loop.
         product,
         instruction("BRA", "0x40"),
         nop,
         instruction("BRA", "0x30"),
-        instruction("BRA", "0x80"),  # Where kernels end: it goes nowhere.
+        instruction("BRA", "0x80"),  # The endless branch at the end of kernels.
     )
     kernel = Kernel("made", 90, 20, 0, 0, code)
     assert [(loop[0].address, loop[-1].address) for loop in kernel.loops] == [(0x10, 0x20), (0x30, 0x70), (0x40, 0x50)]
@@ -255,7 +255,7 @@ def test_split_loads_are_neighbours_of_one_guard_in_one_block():
     assert not split_loads(code_of(*loads(0, 2), *loads(4, 6, base="R8")))
     assert not split_loads(code_of(*loads(0, 2), instruction("BRA", "0x500", guard="P0"), *loads(4, 6)))
     assert not split_loads(code_of(*loads(0, 4, 8, 12)))
-    jumps = instruction("BRA", "0x20", guard="P0")  # To the third load, where another block begins.
+    jumps = instruction("BRA", "0x20", guard="P0")  # To the third load, where another basic block begins.
     assert not split_loads(code_of(*loads(0, 2), *loads(4, 6), jumps))
 
 

@@ -1,4 +1,4 @@
-"""The kernel that runs a network pixel by pixel: its arithmetic, its independence of threads, and what it refuses."""
+"""The kernel that runs a network pixel by pixel: its arithmetic, its independence of threads, and its errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BATCH, HEIGHT, WIDTH = 5, 4, 6
 
 
 def map_of(channels, *, scale=1.0, dtype=torch.float64, height=HEIGHT, width=WIDTH):
-    """A map with random pixels."""
+    """Return a map with random pixels and a border of zeros."""
     pixels = torch.randn(BATCH, int(height * scale), int(width * scale), channels, dtype=dtype)
     return F.pad(pixels, (0, 0, BESIDE, BESIDE, ABOVE, 0))
 
@@ -29,7 +29,7 @@ def step_of(sources, outputs, *, level=0, image_bias=False, residual=None, raw=N
 
 
 def plain(step, row, col):
-    """The step's value at its own pixel, [B, F]."""
+    """Return the step's value at its own pixel, [B, F], in plain PyTorch."""
     _, sources, weight, bias, added, residual, *_ = step
     read = [
         map[:, row * scale + dy + ABOVE, col * scale + dx + BESIDE] for map, scale, taps in sources for dy, dx in taps
@@ -59,7 +59,7 @@ def test_a_step_is_the_plain_formula(features, gated, dtype):
     tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(raw[pixel], expected, **tolerance)
     torch.testing.assert_close(elu[pixel], F.elu(torch.cat([expected, -expected], 1)), **tolerance)
-    # And nothing else is touched.
+    # No other pixel has changed.
     for map, old in zip((raw, elu), before, strict=True):
         map[pixel] = old[pixel]
         assert torch.equal(map, old)
@@ -116,7 +116,7 @@ def test_a_row_is_its_pixels_whatever_the_threads(dtype):
 def test_tensors_live_as_long_as_the_network():
     steps = network(step_of([(map_of(3), 1, [(0, 0)])], 4, raw=map_of(4)))
     for _ in range(3):
-        torch.full((BATCH, 100, 100), float("nan"))  # What would take the memory of tensors that are gone.
+        torch.full((BATCH, 100, 100), float("nan"))  # Would reuse the memory of tensors that are freed.
         steps.run_row(0)
 
 

@@ -1,6 +1,6 @@
-"""The product that kernels share (csrc/core/cuda/product.cuh), by itself: right, without races, without bank conflicts.
+"""The product that kernels share (csrc/core/cuda/product.cuh): it is right, and has no races and no bank conflicts.
 
-What nvcc makes of it, and how long it takes on GPUs by what was counted, is in test_product_speed.py.
+Tests of its machine code and its predicted time on GPUs are in test_product_speed.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-# Errors of the results, as a share of the sum of the products' magnitudes: what rounding results and operands leaves.
+# Errors of the results from rounding results and operands, as a share of the sum of the products' magnitudes.
 TOLERANCES = {
     ("bfloat16", "square"): 1.001 * 2**-8,
     ("float16", "square"): 1.001 * 2**-11,
@@ -41,15 +41,16 @@ PRODUCTS = [
 ]
 TEAMS = ["bfloat16 middle_teams taps", "bfloat16 low_teams taps"]
 CONVOLUTIONS = ["bfloat16 square taps", "tf32 low taps", *TEAMS]
-# Rows, columns and depth: nothing but edges, odd, several tiles, less depth than there are stages, none.
+# Rows, columns and depth: only edges; odd sizes; several tiles; fewer slices of depth than stages; several slices; no
+# depth.
 SIZES = [(1, 1, 1), (131, 263, 77), (300, 257, 129), (128, 256, 64), (65, 9, 200), (5, 7, 0)]
 
 
 def run(program: Path, product: str, size: tuple[int, int, int], **variables: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"} | variables
-    if "groups" in product:  # Their GPUs have so much.
+    if "groups" in product:  # GPUs with wgmma have this much.
         environment["CPC_EMULATION_SHARED_KIB"] = "227"
-    environment.pop("LD_PRELOAD", None)  # Its own sanitizer, not one that this process may run under.
+    environment.pop("LD_PRELOAD", None)  # The program has its own sanitizer; this process may run under another.
     command = [program, *product.split(), *map(str, size)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
@@ -91,12 +92,12 @@ def test_products_are_right_on_the_gpu(compiled_for_gpu):
             assert error_of(program, product, size) <= tolerance_of(product) + 2**-18, (product, size)
 
 
-# Images, outputs and channels: slices of several taps, of parts of two, and taps of several slices.
+# Images, outputs and channels: slices of several taps, slices with parts of two taps, and taps of several slices.
 @pytest.mark.parametrize(
     ("product", "size"),
     [
         *((product, size) for product in CONVOLUTIONS[:2] for size in [(1, 5, 8), (3, 130, 24), (2, 64, 80)]),
-        # Two teams take whole taps in pairs of slices, and columns that are whole chunks.
+        # Tiles of two teams need taps that are whole pairs of slices, and columns that are whole chunks.
         *((product, size) for product in TEAMS for size in [(1, 8, 64), (3, 136, 128), (2, 64, 192)]),
     ],
 )
@@ -137,7 +138,7 @@ def usual_error(program: Path, product: str) -> float:
 
 @pytest.mark.parametrize("product", [name for name in PRODUCTS if "square" in name])
 def test_products_are_right_with_a_tensor_cores_sums(program, product):
-    """They cut off what they add, so that errors grow with the depth, also of split products."""
+    """Tensor cores truncate their sums, so errors grow with the depth, also those of split products."""
     assert error_of(program, product, (65, 70, 500), CPC_EMULATION_MATH="gpu") <= tolerance_of(product) + 2**-18
 
 
@@ -180,7 +181,7 @@ def test_products_neither_race_nor_conflict(trace, product, blocks):
     assert conflicts(launch) == 0
     assert set(launch["copies"]) == {"16"}
     reads = [place for place in launch["places"] if place["way"] == "read"]
-    assert all(place["space"] == "shared" for place in reads)  # Of values that ldmatrix does not transpose.
+    assert all(place["space"] == "shared" for place in reads)  # Of values that ldmatrix cannot transpose.
 
 
 @pytest.mark.parametrize("product", [name for name in PRODUCTS if name.startswith(("bfloat16", "tf32"))])
@@ -192,11 +193,11 @@ def test_whole_tiles_ask_for_no_more_sectors_than_they_need(trace, product):
     assert all(place["units"] == place["ideal"] for place in of_global)
 
 
-# --- Faults that are planted are found ---
+# --- Planted faults are found ---
 
 ONE = "'-DCPC_ONE_PRODUCT=TensorCores<BFloat16>, SquareTile, Rows, Rows'"
 
-# In a header, a line and what it is replaced by.
+# A line of a header, and its replacement. Comments in these lines must match the header's.
 RACES = {
     "barrier": ("__syncthreads();  // The next slice is there for all, and all have read this one.", ""),
     "entry": ("__syncthreads();  // The first slice is there for all.", ""),
@@ -245,7 +246,7 @@ def test_planted_conflicts_are_counted(trace, tmp_path):
 
 
 def program_with(trace: Path, header: str, line: str, instead: str, folder: Path, option: str = ONE) -> Path:
-    """The traced program, of one product, made of sources in which a line is another."""
+    """Build the traced program of one product from sources in which `line` is replaced by `instead`."""
     sources = folder / "csrc"
     shutil.copytree(REPOSITORY / "csrc", sources)
     text = (sources / "core" / "cuda" / header).read_text()

@@ -1,4 +1,4 @@
-"""What nvcc makes of the product that kernels share, and how long it takes on GPUs by what was counted of it."""
+"""The machine code of the product that kernels share, and its time on GPUs as predicted from counts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from cuda_model import Code, blocks_at_once
 from cuda_product import PRODUCTS, code_of, compile_product, count_tile, of_all_tiles, predict
 from machine_code import ARCHITECTURES, Instruction, Kernel, find_tool, measure, reads_ahead
 
-# One of each way to multiply, to copy and to read. nvcc takes a few seconds for each, and so the rest is left out.
+# One product for each way to multiply, copy and read. The rest is left out, as nvcc takes a few seconds for each.
 COMPILED = [
     *(f"{math} square {operands}" for math in ("bfloat16", "tf32") for operands in ("rows-rows", "columns-columns")),
     *("float16 square rows-rows", "split_tf32 square rows-rows", "split_tf32 square columns-columns"),
     *("bfloat16 wide rows-rows", "bfloat16 low rows-rows", "tf32 wide rows-rows"),
 ]
-# Blocks that a multiprocessor must hold, by machine.
+# The least number of blocks per multiprocessor, by machine.
 BLOCKS = {
     "square": {"A100": 2, "H100": 2, "RTX 4090": 2, "RTX 5090": 2},
     "wide": {"A100": 1, "H100": 1, "RTX 4090": 1, "RTX 5090": 1},
@@ -30,7 +30,7 @@ BLOCKS = {
 
 @pytest.fixture
 def compiled():
-    """A function that compiles a product once for all tests."""
+    """Return a function that compiles a product once for all tests."""
     missing = [name for name in ("nvcc", "cuobjdump", "nvdisasm") if find_tool(name) is None]
     if missing or shutil.which("c++filt") is None:
         pytest.skip(f"no {', '.join(missing) or 'c++filt'}")
@@ -57,7 +57,7 @@ def test_machine_code_is_as_it_must_be(compiled, product, architecture):
     assert found.loads > 0
     assert found.load_bytes == 16 * found.loads
     assert (found.waits, found.early) == (0, 0)  # All loads are asynchronous copies,
-    assert found.ahead >= 1  # and none is waited for in the turn that starts it.
+    assert found.ahead >= 1  # and none is waited for in the iteration that starts it.
     assert 6 * found.tensor >= found.loop
     assert found.barriers == 1
     if not product.startswith("split"):
@@ -75,7 +75,7 @@ def test_groups_of_warps_multiply_while_copies_and_the_next_turn_go_on(compiled,
     assert len(products) == 2  # A slice, of 16 of the depth each.
     assert all(opcode.startswith(f"HGMMA.64x{columns}x16.F32.BF16") for opcode in products)
     waits = [one.operands for one in kernel.main_loop if one.opcode.startswith("WARPGROUP.DEPBAR")]
-    assert waits == ["gsb0, 0x1"]  # A slice's are under way while the next turn begins.
+    assert waits == ["gsb0, 0x1"]  # The products of a slice are still running when the next iteration begins.
     assert not any(opcode.startswith(("LDSM", "HMMA")) for opcode in opcodes)
     assert found.barriers == 1
     assert found.registers <= 128 if columns == 128 else found.registers <= 255
@@ -89,8 +89,8 @@ def test_a_multiprocessor_holds_as_many_blocks_as_it_must(compiled, trace, produ
         assert blocks_at_once(machine, tile, code_of(compiled(product, machine.sm))) >= least, name
 
 
-# The least share of what mma.sync reaches, by machine, for 8192 x 8192 x 8192. On an H100 it is to be 0.9: sectors from
-# the second-level cache, wavefronts of shared memory and a last wave that is half empty stand in the way.
+# The least share of the peak of mma.sync, by machine, for 8192 x 8192 x 8192. The goal for an H100 is 0.9; sectors from
+# the L2 cache, wavefronts of shared memory and a half-empty last wave prevent it.
 SHARES = {
     "bfloat16 square rows-rows": {"RTX 4090": 0.85, "RTX 5090": 0.85},
     "bfloat16 wide rows-rows": {"A100": 0.85, "H100": 0.8, "RTX 4090": 0.85, "RTX 5090": 0.85},
@@ -118,7 +118,7 @@ def test_all_tiles_are_counted_and_the_busiest_block_decides(trace):
     assert launch.grid == 2 * 170
     assert launch.busiest == pytest.approx(13 * 340 / 4096)
     seconds = [predict(machine, tile, product, code, side).time.seconds for side in (8192, 8320)]
-    assert seconds[1] < 1.04 * seconds[0]  # 129 more tiles for blocks that had nothing to do.
+    assert seconds[1] < 1.04 * seconds[0]  # The 129 further tiles go to blocks that were idle at the end.
 
 
 # --- The measure itself ---

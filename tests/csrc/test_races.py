@@ -1,4 +1,4 @@
-"""No kernel has a race: csrc/core/cuda/emulation/races.h finds those that are planted, and none in the ops."""
+"""No kernel has a race: csrc/core/cuda/emulation/races.h finds all planted races, and none in the ops."""
 
 import itertools
 import os
@@ -36,7 +36,7 @@ from cpc_ext.ops.masked_conv2d import PixelConvolution
 from tests.conftest import REPOSITORY, module_in, use_emulation
 
 PROBES = Path(__file__).parent / "race_probes.cu"
-# Each planted race, and what races: the kinds of accesses, as the report calls them, of any of its races.
+# The planted races, each with the pairs of kinds of accesses that may race, by their names in the report.
 RACES = {
     "lost_update": {("write", "read"), ("write", "write"), ("read", "write")},
     "same_value": {("write", "write")},
@@ -74,7 +74,7 @@ def probe(trace: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def marked_lines(name: str) -> set[int]:
-    """The lines of a probe's kernel that race, by their marks."""
+    """Return the numbers of the lines of a probe's kernel that are marked as racing."""
     kernel = "no_fence" if name.startswith("no_fence_") else name
     lines = PROBES.read_text().split("\n")
     first = next(i for i, line in enumerate(lines) if f"__global__ void {kernel}(" in line)
@@ -105,12 +105,12 @@ def test_every_probe_is_run(trace):
     assert sorted(probe(trace).stdout.split()) == sorted(RACES)
 
 
-# --- The ops: nothing races, whatever a kernel is asked for ---
+# --- The ops: no kernel races, with any options ---
 
 
 @pytest.fixture
 def traced(traced_native, monkeypatch):
-    """The module that the ops call, where a race is an error of the launch."""
+    """Yield the module that the ops call, built so that a race is an error of the launch."""
     use_emulation(traced_native, monkeypatch)
     traced_native.emulate_cuda(True, [(99 << 10, 4)])
     traced_native.begin_trace({"races": {}})
@@ -141,7 +141,7 @@ def contrast(dtype, queries, keys, dim, batch=(), samples=None, options=True, re
 
 
 def contrast_freely(dtype, queries, keys, batch=(), positives=3, samples=None, reduction="mean"):
-    """A contrast with every option at once, and all gradients."""
+    """Run a contrast with every option at once, and all gradients."""
     rows = (*batch, queries)
     begin = integers(keys // 2, *rows)
     named = {
@@ -160,7 +160,7 @@ def contrast_freely(dtype, queries, keys, batch=(), positives=3, samples=None, r
 
 
 def weigh_and_reduce(dtype, rows):
-    """What surrounds a contrast of many queries."""
+    """Run the weights and the reduction around a contrast of many queries."""
     sums = torch.promote_types(dtype, torch.float32)
     targets, weights = integers(3, 1, rows, 2) - 1, integers(3, 1, rows, seed=1).to(sums)
     weights = _contrast_weights.weigh(targets, weights, sums, True)
@@ -220,7 +220,7 @@ def augment(dtype, side, patch_size, stride, steps, channels=3, **options):
     images = integers(256, 1, channels, side, side, dtype=torch.uint8)
     cells = 1, *2 * ((side - patch_size) // stride + 1,)
     count = cells[1] * cells[2]
-    # Each transform in turn, whatever of it a patch of one channel knows.
+    # Each transform in turn, even those that do nothing to a patch of one channel.
     codes = (torch.arange(count * steps) % len(Transform)).view(*cells, steps).to(torch.uint8)
     parameters = torch.rand(*cells, steps, 3, generator=torch.Generator().manual_seed(2))
     displacements = normal(*cells, 2, 4, 4, dtype=torch.float32).detach()
@@ -238,7 +238,7 @@ def mix(dtype, channels, layout, components=3):
 
 
 def run_steps(dtype):
-    """A gated step on another, at half the resolution and back, of blocks that share two images."""
+    """Run plain and gated steps, at half the resolution and back, where blocks share two images."""
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     maps = PixelMaps(2, 4, 4, torch.empty(0, dtype=dtype))
     image, hidden, gated, back = maps.make(3, 0), maps.make(40, 0), maps.make(20, 0), maps.make(9, 0)
@@ -277,13 +277,13 @@ PATCHES = {"extract_tiles", "sum_patches"}
 GATHERED = {"extract_gathered", "sum_patches"}  # Rows of 15 bytes are not copied.
 LIKELIHOOD = {"mixture_nll", "mixture_nll_backward", "sum_parts"}
 MIXTURE = {*LIKELIHOOD, "sample_pixels"}
-IN_FLOAT = {*LIKELIHOOD, "extract_tiles"}  # For float64 there is a reference only, or patches are gathered.
-# What products on tensor cores need of queries and keys, for which float64 has none.
+IN_FLOAT = {*LIKELIHOOD, "extract_tiles"}  # In float64, the likelihood has only a reference, and patches are gathered.
+# Kernels that prepare queries and keys for tensor cores, which float64 does not use.
 ON_TENSOR_CORES = {"pack_rows", "gather_positives", "find_limits", "scale_queries", "put_positives"}
 IMAGES = {"offsets": torch.tensor([[0, 1], [3, 2]]), "flip": torch.tensor([True, False]), "crop": (12, 11)}
 
 
-# What is asked of the kernels, for a type, and which of them do it.
+# Functions that run ops in a given type, and the kernels that each of them must launch.
 PROBLEMS = {
     "all keys": (lambda dtype: contrast(dtype, 67, 90, 20, batch=(2,)), {*ALL_KEYS, "gather_positives"}),
     "all keys, plain": (
@@ -329,7 +329,7 @@ PROBLEMS = {
         lambda dtype: convolve(dtype, 2, 3, 6, (5, 6), RASTER, weight_as="fixed"),
         {"pack_weights", "convolve", "differentiate_activation", "sum_bias_parts"},
     ),
-    "convolution, weights in place": (  # In 16 bits by two teams of warps, and the weights' gradient by wide tiles.
+    "convolution, weights in place": (  # For 16-bit types with two teams of warps, and wide tiles for their gradient.
         lambda dtype: convolve(dtype, 2, 32, 320, (8, 9), ABOVE, weight_as=torch.channels_last),
         {"convolve", "differentiate_activation", "sum_weight_grad", "finish_weight_grad"},
     ),
@@ -372,7 +372,7 @@ PROBLEMS = {
     "mixture of one channel": (lambda dtype: mix(dtype, 1, torch.channels_last, components=2), MIXTURE),
 }  # fmt: skip
 DTYPES = {name: kind.dtype for name, kind in KINDS.items()}
-# Few blocks have more than one share of the work each; they and what is large have two of the types.
+# With few blocks, each has more than one share of the work. These cases, and the largest, run in two of the types only.
 CASES = [
     (blocks, problem, dtype)
     for blocks, problem, dtype in itertools.product((None, 3), PROBLEMS, DTYPES)
@@ -412,7 +412,7 @@ def test_a_sample_is_one_block_of_each_part(traced, blocks, parts):
     traced.begin_trace({"races": {}}, blocks)
     images, patches = torch.ones(12, 1, 4, 4), torch.zeros(12, 1, 1, 1, 4, 4)
     traced.extract_patches(images, patches, 4, 4, 4, 4, None, None, False, False, False, [0.5], [0.0])
-    run = patches.flatten(1).any(1)  # A block an image.
+    run = patches.flatten(1).any(1)  # One block per image.
     assert [int(run[12 * i // parts : 12 * (i + 1) // parts].sum()) for i in range(parts)] == [1] * parts
 
 
@@ -423,11 +423,11 @@ def test_observers_and_their_options_are_known_by_name(traced):
         traced.begin_trace({"races": {"nonsense": 1}})
 
 
-# --- A barrier taken out of a kernel is missed ---
+# --- A barrier taken out of a kernel leads to a race. Comments in the lines must match the sources'. ---
 
 
 def module_without(trace: Path, barrier: str, header: str, kernels: str, folder: Path) -> Path:
-    """The folder with the traced module of sources in which one line is left out."""
+    """Build the traced module from sources without the line `barrier`, and return its folder."""
     sources, copy = REPOSITORY / "csrc", folder / "csrc"
     shutil.copytree(sources, copy)
     text = (copy / header).read_text()
@@ -458,7 +458,7 @@ def module_without(trace: Path, barrier: str, header: str, kernels: str, folder:
             "__syncthreads();  // The next slice is there for all, and all have read this one.",
             *("core/cuda/product.cuh", "masked_conv/cuda.cu", "convolution", "convolve"),
         ),
-        (  # Only where a block has more than one tile.
+        (  # Matters only where a block has more than one tile.
             "__syncthreads();  // The next tile overwrites shared memory.",
             *("patches/extract.cuh", "patches/cuda.cu", "patches, gathered", "extract_gathered"),
         ),

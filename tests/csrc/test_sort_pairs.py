@@ -1,4 +1,4 @@
-"""How sampled contrasts on CUDA sort pairs of queries and keys: csrc/info_nce/sort_pairs.cuh."""
+"""The sorting of pairs of queries and keys in sampled contrasts on CUDA: csrc/info_nce/sort_pairs.cuh."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cpc_ext.ops._contrast_problem import Contrast
 
-# Tensors that the kernels are given or fill beside those of a problem.
+# Further tensors that the kernels take or fill, beside the inputs of a contrast.
 OTHERS = (
     *("row_weights", "thresholds", "present", "losses", "ranks", "slopes", "bests"),
     *("grad_queries", "grad_keys", "grad_bias"),
@@ -16,12 +16,20 @@ OTHERS = (
 
 
 def line(count: int) -> int:
-    """Bytes of so many uint32 in the workspace."""
+    """Return the bytes that `count` uint32 take in the workspace."""
     return -(-4 * count // 64) * 64
 
 
 def order_and_segments(module, keys: int, negatives: Tensor, targets: Tensor | None, measure: str) -> list[list[int]]:
-    """What the kernels leave at the workspace's end; negatives [B, M, S], targets [B, M, P]."""
+    """Return the sorted pairs and the segments, which the kernels leave at the end of the workspace.
+
+    Args:
+        module: The compiled module.
+        keys: Number of keys in each entry of the batch.
+        negatives: Indices [B, M, S].
+        targets: Indices [B, M, P]; None for the diagonal.
+        measure: Name of the measure; "log_sum" has no positives.
+    """
     batch, rows, samples = negatives.shape
     places = 0 if measure == "log_sum" else 1 if targets is None else targets.shape[2]
     arguments = {
@@ -100,7 +108,7 @@ def test_emulated_few_blocks_sort_as_many(emulated_native, monkeypatch, name):
 @pytest.mark.parametrize(("keys", "rows"), [(2**20 + 5, 50), (700, 50_000)])
 def test_more_keys_than_are_counted_at_a_time_and_parts_of_several_tiles(traced_native, keys, rows):
     negatives = torch.cat([drawn(keys, 1, rows, 9), torch.full((1, rows, 2), keys - 1)], -1)
-    traced_native.begin_trace({}, 1)  # Of the other kernels' blocks only one is run.
+    traced_native.begin_trace({}, 1)  # The other kernels run only one block each.
     try:
         order, segments = order_and_segments(traced_native, keys, negatives, None, "log_sum")
     finally:

@@ -1,4 +1,4 @@
-"""What kernels ask of a GPU's memory is counted (csrc/core/cuda/emulation/traffic.h), and none asks for too much."""
+"""Counts of the kernels' memory traffic (csrc/core/cuda/emulation/traffic.h) are right, and within the budgets."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ BENCHMARKS = Path(__file__).parents[2] / "python" / "benchmarks"
 
 
 def counted(trace: Path, probe: str, *options: str) -> dict:
-    """What is counted of a probe's launch."""
+    """Return the counts of a probe's launch."""
     done = subprocess.run([trace / "traffic_probes", probe, *options], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     (launch,) = json.loads(done.stdout)["traffic"]
     return launch
 
 
-# Each probe's ways: requests, lanes, bytes, and sectors or wavefronts, how many there are and the fewest possible.
+# For each kind of access of a probe: requests, lanes, bytes, and sectors or wavefronts, counted and the least possible.
 EXPECTED = {
     "neighbours": {"read": (4, 128, 512, 16, 16), "write": (4, 128, 512, 16, 16)},
     "every_other": {"read": (2, 64, 256, 16, 8), "write": (2, 64, 256, 8, 8)},
@@ -34,7 +34,7 @@ EXPECTED = {
     "one_for_all": {"read": (2, 64, 256, 2, 2), "write": (2, 64, 256, 8, 8)},
     "vectors": {"read": (2, 64, 1024, 32, 32), "write": (2, 64, 1024, 32, 32)},
     "single_bytes": {"read": (2, 64, 64, 2, 2), "write": (2, 64, 64, 2, 2)},
-    # In round i the lanes above i take part: 31, 30, ... of them.
+    # In iteration i the lanes above i take part: 31, 30, ... of them.
     "lanes_leave": {"read": (31, 496, 1984, 76, 76), "write": (1, 32, 128, 4, 4)},
     "count": {"atomic": (2, 64, 256, 4, 4)},
     "column_of_32": {"read": (1, 32, 128, 4, 4), "write": (1, 32, 128, 32, 1)},
@@ -60,7 +60,7 @@ def test_asynchronous_copies_read_one_memory_and_write_the_other(trace):
     launch = counted(trace, "copies")
     ways = sorted((one["way"], one["space"], one["lanes"], one["units"], one["ideal"]) for one in launch["places"])
     assert ways == [
-        ("copied_from", "global", 48, 24, 24),  # Eight lanes of each warp only fill with zeros.
+        ("copied_from", "global", 48, 24, 24),  # Eight lanes of each warp only write zeros.
         ("copied_from", "global", 64, 8, 8),
         ("copied_to", "shared", 64, 2, 2),
         ("copied_to", "shared", 64, 8, 8),
@@ -84,7 +84,7 @@ def test_arithmetic_is_counted_by_unit(trace):
 def test_what_blocks_and_the_launch_read_for_the_first_time(trace):
     launch = counted(trace, "blocks_share")
     assert (launch["grid"], launch["blocks_run"], launch["block"], launch["shared_bytes"]) == (16, 16, 256, 8192)
-    # The first 256 values, and as many of the block's own.
+    # Each block reads the first 256 values, and 256 of its own.
     assert (launch["block_sectors_read"], launch["block_sectors_written"]) == (16 * 64, 16 * 32)
     read, written = launch["stretches"]
     assert (read[1] - read[0], *read[2:]) == (17 * 32 * 32, 17 * 32, 0)
@@ -131,7 +131,7 @@ def test_places_that_ask_for_more_sectors_or_conflict_break_a_rule():
     assert rules(GOOD, shared) == []
     assert rules(replace(GOOD, units=33), replace(GOOD, units=34)) == ["sectors"]  # 3 and 6 % too many.
     assert rules(replace(shared, units=33)) == ["conflicts"]
-    # A tenth of what the kernel asks of this memory does not matter, whatever it asks of the other.
+    # A place with less than a tenth of the kernel's traffic to this memory does not matter, whatever the other's.
     small = replace(GOOD, units=40, ideal=10)
     assert rules(replace(GOOD, units=1000, ideal=1000), small) == []
     assert rules(replace(shared, units=1000, ideal=1000), small) == ["sectors"]
@@ -149,23 +149,23 @@ def test_a_broken_rule_is_wrong_unless_it_is_a_known_fault():
     ]
     known = Fault("sectors", "op::kernel<*>", "rows are odd", "store")
     assert checked([bad], known) == []
-    assert len(checked([bad], replace(known, place="load"))) == 2  # It explains nothing, and is not needed.
+    assert len(checked([bad], replace(known, place="load"))) == 2  # The fault is unexplained, and this one not needed.
     assert len(checked([bad], replace(known, rule="conflicts"))) == 2
     assert checked([GOOD], known) == ["op::kernel<*>: sectors (rows are odd): mended, so remove it from the faults"]
-    # Nothing is known about a kernel that did not run.
+    # A known fault of a kernel that did not run counts as neither found nor mended.
     assert checked([GOOD], replace(known, kernels="op::other")) == []
 
 
 def test_a_problem_that_touches_more_than_its_budget_is_wrong():
     assert excess(PROBLEM) == 1.5
-    assert checked([GOOD], budget=1.4) == []  # Within a tenth.
+    assert checked([GOOD], budget=1.4) == []  # A tenth more is tolerated.
     assert checked([GOOD], budget=1.3) == ["op [1] float32 forward: touches 1.50 times its bytes, its budget is 1.3"]
     (missing,) = checked([GOOD], problem=replace(PROBLEM, dtype="float16"))
     assert missing == "op [1] float16 forward: no budget; --update makes one"
 
 
 def counts_of(trace: Path, out: Path, *options: str) -> list[dict]:
-    """The problems that cuda_traffic.py counts, none of which asks for more than it may."""
+    """Run cuda_traffic.py, check that no problem exceeds its budget, and return the problems."""
     (module,) = trace.glob("_C.*.so")
     environment = os.environ | {"CPC_EXT_NATIVE": str(module), "OMP_NUM_THREADS": "1"}
     program = [sys.executable, BENCHMARKS / "cuda_traffic.py", "--quick", "--check", "--out", out]
@@ -178,7 +178,7 @@ def test_no_kernel_asks_for_more_than_it_may(trace, tmp_path):
     problems = counts_of(trace, tmp_path / "all.json", "--dtype", "float32", "bfloat16")
     assert {problem["op"] for problem in problems} == {*counted_ops()}
     assert all(problem["launches"] for problem in problems)
-    # Which blocks a sample takes depends on nothing that ran before. Sectors do on where tensors lie.
+    # The blocks of a sample do not depend on what ran before, so bytes are equal. Sectors depend on tensors' addresses.
     alone = counts_of(trace, tmp_path / "alone.json", "--op", "masked_conv2d", "--dtype", "bfloat16")
     same = [each for each in problems if each["op"] == "masked_conv2d" and each["dtype"] == "bfloat16"]
     read, read_among_others = (

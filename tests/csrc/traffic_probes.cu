@@ -1,5 +1,5 @@
-// Kernels whose traffic is known, for test_traffic.py: csrc/core/cuda/emulation/traffic.h counts it.
-// A program in the emulation: traffic_probes NAME [BLOCKS_TO_RUN] prints what was counted as JSON.
+// Kernels with known memory traffic, for test_traffic.py, which csrc/core/cuda/emulation/traffic.h counts.
+// Runs in the emulation: traffic_probes NAME [BLOCKS_TO_RUN] prints the counts as JSON.
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -33,7 +33,7 @@ __global__ void single_bytes(float* values) {
   auto* const bytes = reinterpret_cast<uint8_t*>(values);
   bytes[kValues + thread()] = bytes[thread()];
 }
-// As many values as the lane's number.
+// Each lane reads as many values as its number.
 __global__ void lanes_leave(float* values) {
   float sum = 0;
   for (int i = 0; i < static_cast<int>(threadIdx.x); ++i) sum += values[i * kWarp + threadIdx.x];
@@ -49,13 +49,13 @@ __global__ void blocks_share(float* values) {
 
 // --- Shared memory ---
 
-// A column of 32 x 32 values, whose rows lie `kPitch` apart.
+// Writes a column of 32 x 32 values whose rows are kPitch values apart.
 template <int kPitch>
 __global__ void column(float* values) {
   auto& tile = static_shared<float[kWarp * kPitch], std::integral_constant<int, kPitch>>();
   tile[threadIdx.x * kPitch] = values[threadIdx.x];
 }
-// Vectors of 8 or 16 bytes that lie `kStride` of them apart.
+// Writes vectors of 8 or 16 bytes, kStride vectors apart.
 template <int kWidth, int kStride>
 __global__ void wide(float* values) {
   auto* const memory = reinterpret_cast<float*>(dynamic_shared());
@@ -77,7 +77,7 @@ __global__ void arithmetic(float* values) {
   for (int i = 0; i < 3; ++i) sum = fma(sum, sum, 1.0f);
   values[threadIdx.x] = exp(sum) + __logf(sum) + static_cast<float>(fma(1.0, 2.0, 3.0));
 }
-// The last eight lanes' values do not exist.
+// The source of the last eight lanes does not exist.
 __global__ void copies(float* values) {
   auto* const memory = reinterpret_cast<float*>(dynamic_shared());
   copy_async<16>(memory + 4 * threadIdx.x, values + 4 * threadIdx.x, threadIdx.x % kWarp < 24);
