@@ -7,7 +7,8 @@
 namespace cpc::info_nce::cuda {
 
 constexpr int kRowTiles = 2, kWarpsAcross = kTile / kWarpColumns;
-// While one slice is multiplied, the next one is being loaded into registers. Two stages need only one barrier per slice.
+// While one slice is multiplied, the next one is being loaded into registers. Two stages need only one barrier per
+// slice.
 constexpr int kStages = 2, kTileBytes = kTile * kSliceBytes, kStageBytes = 2 * kTileBytes;
 
 template <class Value>
