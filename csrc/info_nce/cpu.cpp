@@ -9,7 +9,7 @@
 namespace cpc::info_nce::cpu::CPC_ISA {
 namespace {
 
-// Whether each worker takes entries of the batch of its own; otherwise all workers share one entry after another.
+// True if each worker takes whole entries of the batch; otherwise all workers share one entry after another.
 bool shares_entries(const Problem& problem) { return problem.batch() > 1 && problem.batch() >= workers(); }
 
 // Whether every index [B, M, C] that names n for m also names m for n.

@@ -12,8 +12,8 @@
 //   sigmoid: losses[m] = sum over C of log(1 + exp(s)) + sum over P of log(1 + exp(-s)).
 // bests[m] is the best of the positives' scores. ranks[m] is the number of keys in C (but not in P) that do not score
 // below the threshold: bests[m], or thresholds[m] where there are no positives. slopes[m] is the derivative of
-// losses[m] with respect to the scale. With w[n] the derivative of losses[m] with respect to s[n], and r =
-// row_weights[m] * factor, the gradients of the sum of r * losses are
+// losses[m] with respect to the scale. With w[n] the derivative of losses[m] with respect to s[n], and
+// r = row_weights[m] * factor, the gradients of the sum of r * losses are
 //   grad_queries[m] = scale * r * sum of w[n] keys[n],
 //   grad_keys[n] = scale * sum over m of r * w[n] * queries[m],
 //   grad_bias[n] = sum over m of r * w[n].

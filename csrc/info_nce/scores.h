@@ -133,7 +133,7 @@ struct RowSums {
   S *maxima, *sums, *moments, *counts;
 };
 
-// 1 in the lanes whose score is not below the best and not left out, which only `marked` tiles have, else 0.
+// 1 in the lanes whose score is not below the best and is not left out (only `marked` tiles leave any out), else 0.
 template <class S>
 Register<S> reached(bool marked, Register<S> dot, Register<S> score, Register<S> best) {
   const Register<S> one = Register<S>{} + S(1);

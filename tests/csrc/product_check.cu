@@ -1,7 +1,7 @@
 // The product of core/cuda/product.cuh by itself, for test_product.py.
 //   product_check MATH TILE OPERANDS ROWS COLUMNS DEPTH
 //       multiplies, and prints the largest error, against float64, as a share of the sum of the products' magnitudes;
-//       where accesses are traced, prints the kernel's traffic as JSON instead, and fails where it races
+//       where accesses are traced, prints the observers' results as JSON instead, and fails where the kernel races
 //   product_check
 //       prints the names of all products, as "MATH TILE OPERANDS"
 // OPERANDS gives the layout of A and of B: "rows" have their depth innermost, like queries and keys, and "columns" have

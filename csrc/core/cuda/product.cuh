@@ -1,8 +1,8 @@
 // The product of two matrices on tensor cores, D = A B, by persistent thread blocks: each computes one tile of D after
 // another. Its parts are template parameters:
 //
-// - a loader each of A and B (product_loaders.cuh) defines where a block's slices of depth come from and their layout
-//   in shared memory;
+// - one loader for A and one for B (product_loaders.cuh) define where a block's slices of depth come from and their
+//   layout in shared memory;
 // - the Math (TensorCores<T> and MultiplyAdds<T> of warp_product.cuh, SplitTf32) defines how they are multiplied;
 // - the ProductTile defines how much of D a block and a warp hold;
 // - the Depth defines which slices a tile needs: all of them, unless some are known to be zeros;
@@ -112,8 +112,8 @@ __device__ inline int how_many(int64_t left, int most) {
   return left < 0 ? 0 : left < most ? static_cast<int>(left) : most;
 }
 
-// A lane's sums of a warp's tile: sums[i][j][r] is at row 16 i + 8 (r / 2) + lane / 4 and column 8 j + 2 (lane % 4) + r
-// % 2.
+// A lane's sums of a warp's tile: sums[i][j][r] is at row 16 i + 8 (r / 2) + lane / 4 and
+// column 8 j + 2 (lane % 4) + r % 2.
 template <class Tile, class Sum = float>
 using WarpTileSums = Sum[Tile::kRowTiles][Tile::kColumnTiles][4];
 

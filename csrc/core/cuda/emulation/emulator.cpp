@@ -72,7 +72,7 @@ struct Fiber {
   Context context;
   State state;
   uint3 index;
-  const char* operation;  // That it waits at.
+  const char* operation;  // The operation it waits at.
   Where where;
   Place place;
   std::vector<std::vector<AsyncCopy>> copies;  // Groups; the last is open.
