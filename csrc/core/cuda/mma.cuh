@@ -153,8 +153,9 @@ inline uint32_t to_tf32(float v) {
 
 #else
 
-// Loads four 8 x 8 matrices of 16-bit elements from shared memory. Lane l gives the address of row l % 8 of matrix l /
-// 8 (16 bytes, aligned); r[m] becomes elements [g][2t .. 2t + 1] of matrix m, or [2t .. 2t + 1][g] where kTransposed.
+// Loads four 8 x 8 matrices of 16-bit elements from shared memory. Lane l gives the address of row l % 8 of matrix
+// l / 8 (16 bytes, aligned); r[m] becomes elements [g][2t .. 2t + 1] of matrix m, or [2t .. 2t + 1][g] where
+// kTransposed.
 template <bool kTransposed = false>
 __device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
   if constexpr (kTransposed)
