@@ -1,1 +1,1 @@
-"""Tasks, a folder each: models with their ways of learning from images or speech, all that the loop does not know."""
+"""Tasks, one package per model: all of a model's training that the training loop does not know."""

@@ -1,6 +1,6 @@
-"""Encoders by their names on the command line: which names there are, and the class and arguments each stands for.
+"""Names of encoders on the command line, and the class and arguments that each stands for.
 
-The encoders of a class are a family, which says all that there is to say of their names.
+Each encoder class has a family, which defines the names of its encoders.
 """
 
 from __future__ import annotations
@@ -61,20 +61,20 @@ def _one_of(*words: str) -> Callable[[str], str]:
 
 
 class EncoderSpec(NamedTuple):
-    """What an encoder is built from.
+    """The class and arguments that an encoder is built from.
 
-    kind: its class, of :mod:`cpc_ext.models`.
-    arguments: of the class, by keyword; JSON values.
+    kind: class in :mod:`cpc_ext.models`.
+    arguments: keyword arguments of the class, as JSON values.
     """
 
     kind: type[PatchEncoder]
     arguments: dict[str, Any]
 
     def build(self, patch_size: int) -> PatchEncoder:
-        """The encoder with new weights, for patches of that many pixels a side.
+        """Build the encoder with new weights, for patches of ``patch_size`` pixels a side.
 
-        TrainingError, ValueError where timm is not installed, does not know the name, or its backbone takes no such
-        patches; our own take all.
+        TrainingError if timm is not installed; ValueError if it does not know the name, or if its backbone does not
+        take patches of this size. The size is checked for timm's backbones only.
         """
         import torch
 
@@ -84,14 +84,14 @@ class EncoderSpec(NamedTuple):
             encoder = self.kind(**self.arguments)
         except ImportError as error:
             raise TrainingError(f"--encoder: {error}") from None
-        except ValueError as error:  # It is about an argument of the class, "name", which is the option here.
+        except ValueError as error:  # The class calls the argument "name"; here it is the option.
             raise ValueError(f"--encoder: {str(error).removeprefix('name: ')}") from None
         if self.kind is TimmEncoder:
             try:
                 with torch.no_grad():
                     encoder.eval()(torch.zeros(1, 1, 1, encoder.in_channels, patch_size, patch_size))
             except Exception as error:
-                # Each of the library's models refuses what it does not take in its own way.
+                # The library's models raise various exceptions for sizes that they do not take.
                 raise ValueError(
                     f"--encoder: {self.arguments['name']} of timm does not take patches of {patch_size} pixels: {error}"
                 ) from None
@@ -100,7 +100,7 @@ class EncoderSpec(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """What an encoder gets to see, and what the options say of it; as of :func:`encoder_spec`."""
+    """The arguments of :func:`encoder_spec` other than the name."""
 
     norm: str
     in_channels: int
@@ -114,9 +114,9 @@ class _Family(ABC):
     Attributes:
         kind: the class, of :mod:`cpc_ext.models`.
         shown: names, and patterns of names, as messages show them.
-        help: what they stand for.
-        takes: arguments of the class that may follow a name, as in resnet14:stem=cifar, by how their values are read.
-        own_norm: whether the class has a normalisation of its own, which none can take the place of.
+        help: what the names stand for.
+        takes: parsers of the arguments that may follow a name, as in resnet14:stem=cifar, by argument of the class.
+        own_norm: whether the class has a built-in normalisation that cannot be replaced.
     """
 
     kind: ClassVar[str]
@@ -126,32 +126,32 @@ class _Family(ABC):
     own_norm: ClassVar[bool] = False
 
     def parsed(self, name: str) -> tuple[str, dict[str, Any]] | None:
-        """The name before a colon and the arguments after it; None for the name of another family.
+        """Split a name into the part before a colon and the arguments after it; None for a name of another family.
 
-        ValueError where it takes no such arguments.
+        ValueError if the name takes no such arguments.
         """
         plain, _, rest = name.partition(":")
         return (plain, _arguments(plain, rest, self.takes)) if self.has(plain) else None
 
     def one_size(self, plain: str) -> bool:
-        """Whether an encoder of a name without arguments takes input of the size alone that it is built for."""
+        """Return whether the encoder of a name without arguments takes only inputs of the size it is built for."""
         return False
 
     @abstractmethod
     def has(self, plain: str) -> bool:
-        """Whether a name without arguments is one of the family's."""
+        """Return whether a name without arguments belongs to the family."""
 
     @abstractmethod
     def arguments(self, plain: str, given: dict[str, Any], seen: _Seen) -> dict[str, Any]:
-        """The arguments of the class."""
+        """Return the arguments of the class."""
 
     @abstractmethod
     def name(self, arguments: Mapping[str, Any]) -> str:
-        """The name of the encoder with these arguments, of which norm and channels are left out."""
+        """Return the name of the encoder with these arguments, without norm and channels."""
 
 
 class _ResNets(_Family):
-    _OWN = "resnet"  # One that has no name of its own.
+    _OWN = "resnet"  # The base of names of encoders that are not published ones.
     _PUBLISHED: ClassVar[dict[str, dict[str, Any]]] = {
         "resnet-small": {"blocks": (1, 1, 1), "channels": (32, 64, 128), "stem_channels": 32, "stem": "strided"},
         **{f"resnet{depth}": {"depth": depth} for depth in (14, 28, 41, 92, 143, 161, 18, 34, 50, 101, 152)},
@@ -277,9 +277,9 @@ class _MobileNets(_Family):
 
 class _Timm(_Family):
     _PREFIX = "timm:"
-    # What may follow the name of a backbone, which may hold colons itself, but no "=".
+    # The arguments after the name of a backbone; the name itself may hold colons, but no "=".
     _SETTINGS = re.compile(r":(\w+=[^,:]*(?:,.*)?)$")
-    # What timm calls them, and the class.
+    # Arguments by timm's names, which the command line uses, and by the names of the class.
     _KEYS: ClassVar = {
         "img_size": "img_size",
         "patch_size": "backbone_patch_size",
@@ -314,7 +314,7 @@ class _Timm(_Family):
     def one_size(self, plain: str) -> bool:
         from cpc_ext.models.encoders.timm_encoder import has_image_size
 
-        with suppress(ImportError):  # Building the encoder says so.
+        with suppress(ImportError):  # Building the encoder reports that timm is missing.
             return has_image_size(plain)
         return False
 
@@ -333,40 +333,40 @@ class _Timm(_Family):
 
 _FAMILIES = (_ResNets(), _LayerNormResNets(), _WideResNets(), _MobileNets(), _Timm())
 
-# What is allowed: names, and patterns of names.
+# The allowed names, and patterns of names.
 ENCODERS = tuple(name for family in _FAMILIES for name in family.shown)
 ENCODER_HELP = " ".join(family.help for family in _FAMILIES)
 
 
 def check_encoder_name(name: str) -> str:
-    """The name itself. ValueError for one that is none of those in ``ENCODERS``, or followed by what it does not take.
+    """Return the name if it is valid. ValueError if it matches none of ``ENCODERS``, or takes no such arguments.
 
-    A ResNet's name may be followed by arguments of its class, "resnet14:stem=cifar"; "resnet" is one of which
-    ``blocks`` and all else is given so: "resnet:blocks=1-1-2,bottleneck=yes,channels=8-16-32". A backbone of timm may
-    be followed by its ``img_size``, ``patch_size`` and ``global_pool``, "timm:vit_tiny_patch16_224:patch_size=4", and
-    one of its ResNets by the ``stem`` for small images, "timm:resnet18:stem=cifar".
+    A ResNet's name may be followed by arguments of its class, "resnet14:stem=cifar"; the name "resnet" needs at least
+    ``blocks``, as in "resnet:blocks=1-1-2,bottleneck=yes,channels=8-16-32". A backbone of timm may be followed by its
+    ``img_size``, ``patch_size`` and ``global_pool``, "timm:vit_tiny_patch16_224:patch_size=4", and one of its ResNets
+    by the ``stem`` for small images, "timm:resnet18:stem=cifar".
     """
     _parsed(name)
     return name
 
 
 def has_own_norm(name: str) -> bool:
-    """Whether the encoder of an accepted name has a normalisation of its own, which none can take the place of."""
+    """Return whether the encoder of a valid name has a built-in normalisation that cannot be replaced."""
     return _parsed(name)[0].own_norm
 
 
 def takes_one_size(name: str) -> bool:
-    """Whether the encoder of an accepted name takes input of the size alone that it is built for."""
+    """Return whether the encoder of a valid name takes only inputs of the size that it is built for."""
     family, plain, _ = _parsed(name)
     return family.one_size(plain)
 
 
 def encoder_spec(name: str, *, norm: str, in_channels: int, stem: str, patch_size: int | None = None) -> EncoderSpec:
-    """The encoder of a name that :func:`check_encoder_name` has accepted.
+    """Return the specification of the encoder of a valid name.
 
-    norm: its normalisation, unless it :func:`has_own_norm`. in_channels: channels of a patch. stem: of a
-    :class:`ResNetV2Encoder`, whose names may imply their own; others take its hint at the size of a patch. patch_size:
-    its side in pixels, for encoders that take patches of one size.
+    norm: normalisation, unless the encoder has a built-in one. in_channels: channels of a patch. stem: stem of a
+    :class:`ResNetV2Encoder`, unless the name implies one; a MobileNetV2 takes "imagenet" strides for stem "imagenet",
+    else "cifar". patch_size: side of a patch in pixels, for encoders that take one size only.
     """
     from cpc_ext import models
 
@@ -376,15 +376,15 @@ def encoder_spec(name: str, *, norm: str, in_channels: int, stem: str, patch_siz
 
 
 def encoder_name(kind: str, arguments: Mapping[str, Any]) -> str:
-    """The name of an encoder, from the name of its class and its arguments, of which norm and channels are left out.
+    """Return the name of an encoder of this class with these arguments, without norm and channels.
 
-    KeyError for a class that no name stands for.
+    KeyError for a class without names.
     """
     return {family.kind: family for family in _FAMILIES}[kind].name(arguments)
 
 
 def _parsed(name: str) -> tuple[_Family, str, dict[str, Any]]:
-    """A name's family, the name before a colon, and the arguments after it. ValueError as of check_encoder_name."""
+    """Return a name's family, the part before a colon, and the arguments after it; raise as check_encoder_name does."""
     for family in _FAMILIES:
         found = family.parsed(name)
         if found is not None:
@@ -399,7 +399,7 @@ def _no_such(name: str) -> ValueError:
 
 
 def _arguments(plain: str, rest: str, known: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
-    """The arguments in what follows a name. ValueError where it takes no such arguments."""
+    """Parse the arguments that follow a name. ValueError if it takes no such arguments."""
     arguments = {}
     for entry in filter(None, rest.split(",")):
         key, _, value = entry.partition("=")
@@ -413,7 +413,7 @@ def _arguments(plain: str, rest: str, known: Mapping[str, Callable[[str], Any]])
     return arguments
 
 
-# They need not be written.
+# Default values, which names leave out.
 _DEFAULTS = {"bottleneck": False, "stem_channels": 64, "width": 1.0}
 
 

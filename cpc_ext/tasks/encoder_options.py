@@ -88,7 +88,7 @@ class EncoderConfig(RunConfig):
     def shortcuts(self) -> list[str]:
         if self.encoder_section.encoder.partition(":")[0] == _SMALL:
             return super().shortcuts()
-        # Images of the user's own that are small have defaults for a processor.
+        # Small images of the user's own have defaults that suit a CPU.
         own = origin(self.data.dataset).folder in ("folders", "arrays")
         smaller = ["--image-size 32, for whose defaults a processor is enough"] if own else []
         return [*super().shortcuts(), f"--encoder {_SMALL}", *smaller]

@@ -1,7 +1,7 @@
-"""What runs that learn an encoder share: its initial weights, its file, its curves and its linear probe.
+"""The common part of the tasks that train an image encoder: initial weights, saved file, curves and linear probe.
 
-From a trained encoder to encoder.safetensors, and to its accuracies beside those of the same encoder untrained, whose
-weights the seed brings back.
+The trained encoder is saved as encoder.safetensors. The probe also measures the same encoder untrained, whose weights
+follow from the seed.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ from cpc_ext.training.task import Task
 
 __all__ = ["EncoderTask", "guessing"]
 
-# What those who feed an encoder have no use for in a view.
+# Fields of a view that matter only for training, and are not saved with the encoder.
 _OF_TRAINING = ("dtype", "augmentation")
-# Images that a run in trouble is told by.
+# Number of images by which runs that learn nothing are detected.
 _LOOKED_AT = 256
 
 
 class EncoderTask(Task):
-    """A model whose encoder is judged by a linear probe.
+    """The task of training a model whose encoder is judged by a linear probe.
 
     Args:
-        config: of the run.
-        dataset: with the labels that the probe is trained and tested with, if any.
-        device: where the model is.
-        view: how images become what the encoder sees.
-        encoder: what the encoder is built from.
+        config: config of the run.
+        dataset: data set, with the labels that the probe is trained and tested with, if any.
+        device: device of the model.
+        view: turns images into inputs of the encoder.
+        encoder: specification of the encoder.
     """
 
     model: EncoderModel
@@ -87,16 +87,16 @@ class EncoderTask(Task):
 
     @abstractmethod
     def _build(self) -> EncoderModel:
-        """A new model on the CPU, with weights that PyTorch's own generator draws."""
+        """Build a new model on the CPU; PyTorch's default generator draws the weights."""
 
     @abstractmethod
     def encode(self, model: EncoderModel, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """What the model's encoder makes of images, differentiable in its weights.
+        """Encode images, differentiably in the weights of the encoder.
 
         Args:
-            model: one of this task's.
+            model: a model of this task.
             images: uint8 [B, C, H, W] on the device.
-            generator: on the CPU, of random crops and flips; None takes the central crop.
+            generator: CPU generator of random crops and flips; None takes the central crop.
 
         Returns:
             Encodings of the patches, floating [B, D, rows, cols]; of a model of whole images [B, D, 1, 1].
@@ -104,7 +104,7 @@ class EncoderTask(Task):
 
     @abstractmethod
     def _save_figures(self, run: RunDir) -> None:
-        """Draw how the run went and what the model got. OSError where writing fails."""
+        """Draw the curves of the run and the inputs of the model. OSError if writing fails."""
 
     def initial_model(self) -> EncoderModel:
         """The model with the initial weights of the config's seed."""
@@ -112,16 +112,16 @@ class EncoderTask(Task):
             model = self._build()
         if self._config.compute.channels_last:
             # Only the encoder: the other four-dimensional parameters are not filters over images.
-            # PyTorch declares it beside a device only.
+            # PyTorch's annotations allow memory_format only beside a device.
             model.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model.to(self._device)
 
     def thaw(self, model: EncoderModel) -> None:
-        """Let all of the encoder of one of this task's models learn, also what the run itself keeps as it is."""
+        """Make the whole encoder of a model of this task trainable, including modules that the run itself freezes."""
 
     @torch.no_grad()
     def encodings(self, model: EncoderModel, images: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] on the device → encodings of the central crop's patches, float32 [B, D, rows, cols]."""
+        """Encode the central crops of images, uint8 [B, C, H, W] on the device, as float32 [B, D, rows, cols]."""
         was_training = model.training
         model.eval()
         try:
@@ -132,15 +132,15 @@ class EncoderTask(Task):
         return encodings.float()
 
     def modules(self, stacks: int) -> int | Sequence[int]:
-        """What the stacks of the encoder are probed as, see :func:`module_starts`; by default each by itself."""
+        """Return how probes group the stacks into modules, see :func:`module_starts`; by default one per stack."""
         return stacks
 
     def features(self, model: EncoderModel, images: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] on the device → what a probe sees of them, float32 [B, D]: the mean over the patches."""
+        """Return a probe's features of uint8 images [B, C, H, W] on the device: means over patches, float32 [B, D]."""
         return self.encodings(model, images).mean((2, 3))
 
     def description(self) -> dict[str, Any]:
-        """What the images were like, for those who feed the encoder without having them: shape and statistics."""
+        """Return shape and statistics of the images, with which the encoder can be used without the data set."""
         dataset = self._dataset
         return {
             "image_shape": list(dataset.image_shape),
@@ -175,10 +175,10 @@ class EncoderTask(Task):
         """Loss and accuracy of guessing."""
 
     def evaluate(self) -> dict[str, float]:
-        """Accuracies of the probe, on trained and untrained encoder, and of always naming the commonest class.
+        """Return the probe's accuracies on trained and untrained encoder, and that of naming the commonest class.
 
-        Beside them are the effective ranks of what the probe learns from. Nothing where the data set has no labels to
-        train and test it with.
+        The effective ranks of the probe's training features are among the results. The result is empty if the data set
+        has no labels to train and test the probe with.
         """
         train, test = self._dataset.train, self._dataset.test
         if train is None or test is None or train.labels is None or test.labels is None:
@@ -201,11 +201,11 @@ class EncoderTask(Task):
         return results
 
     def save(self, run: RunDir) -> None:
-        """Write the figures, and the encoder's weights with what is needed to build it and to feed it in the header.
+        """Write the figures, and the encoder's weights in a file whose header says how to build and use the encoder.
 
-        "class" there is its name in :mod:`cpc_ext.models`, "encoder" that class's keyword arguments as JSON; "modules"
-        is the number of modules up to the last one that the run trained, where more follow, with the weights that they
-        had at its start.
+        The header's "class" is the class's name in :mod:`cpc_ext.models`, "encoder" its keyword arguments as JSON. If
+        modules follow the last one that the run trained, "modules" is the number of modules up to that one; those that
+        follow have the weights that they had at the run's start.
         """
         weights = {name: value.contiguous() for name, value in self.model.encoder.state_dict().items()}
         view = {name: value for name, value in asdict(self._view).items() if name not in _OF_TRAINING}
@@ -224,7 +224,7 @@ class EncoderTask(Task):
         self._save_figures(run)
 
     def _save_curves(self, run: RunDir, *, loss: str) -> None:
-        """Draw what was logged of a contrastive loss, called ``loss``, beside that of guessing, and of the probe."""
+        """Draw the logged contrastive loss, labelled ``loss``, and accuracy beside those of guessing, and the probe."""
         metrics = read_metrics(run.metrics, having=("loss", "accuracy"))
         if metrics:
             probe = probe_curve(run.metrics, self._probe)
@@ -232,10 +232,10 @@ class EncoderTask(Task):
             figures.save(run.path / "curves.png", figure)
 
     def _shown(self, count: int) -> tuple[Tensor, np.ndarray | None]:
-        """At most ``count`` images for a figure, from all of those that were not trained on, where there are any.
+        """Return at most ``count`` images for a figure, spread over the test images, or without any the training ones.
 
         Returns:
-            uint8 [N, C, H, W] on the device, and labels [N] where they have any.
+            uint8 [N, C, H, W] on the device, and labels [N], or None without any.
         """
         shown = self._dataset.pretrain if self._dataset.test is None else self._dataset.test
         chosen = spread(count, len(shown))
@@ -244,9 +244,9 @@ class EncoderTask(Task):
 
 
 def guessing(*keys: int, weights: Sequence[float] | None = None) -> dict[str, float]:
-    """Loss and accuracy where all keys are found equally likely, the mean over predictions with so many keys each.
+    """Return loss and accuracy of uniform guessing, averaged over predictions with these numbers of keys.
 
-    weights: of the predictions in the mean. Default: the same for all.
+    weights: weights of the predictions in the mean. Default: equal ones.
     """
     weights = [1.0] * len(keys) if weights is None else weights
     return {

@@ -51,7 +51,7 @@ class ModulesSection(Section):
 
 
 def check_modules_before(modules: ModulesSection, config: RunConfig) -> None:
-    """ValueError where modules are to be frozen that no run has trained."""
+    """Raise ValueError if modules are to be frozen that no run has trained."""
     module = modules.train_module
     if module and config.optimization.resume_from is None:
         raise ValueError(

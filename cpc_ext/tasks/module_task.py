@@ -1,4 +1,4 @@
-"""What tasks of models in modules share: the sum of the losses, and which runs the modules may start from."""
+"""The common part of the tasks of models in modules: the sum of losses, and which runs modules may start from."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ModuleTask(Task):
     model: Any  # A GreedyInfoMax or GreedySupervised.
 
     def losses(self, batch: Tensor, labels: Tensor | None, streams: RandomStreams) -> dict[str, Tensor]:
-        """The loss of all modules that learn, summed; the steps take them one by one, see :meth:`parts`."""
+        """Return the losses of all modules that learn, summed; steps take them one by one, see :meth:`parts`."""
         total: dict[str, Tensor] = {}
         handed = Handover(batch)
         for part in self.parts():
@@ -39,9 +39,9 @@ class ModuleTask(Task):
             module.compile()
 
     def check_modules(self, trained: ModulesSection, theirs: Shape, mine: Shape) -> None:
-        """TrainingError where the frozen modules are not those of a trained run, or not trained there.
+        """Raise TrainingError if the frozen modules differ from those of a trained run, or were not trained there.
 
-        trained: that run's modules. theirs, mine: what decides what a module is, there and here.
+        trained: options of that run's modules. theirs, mine: options that define a module, in that run and in this one.
         """
         different = [
             f"{option(name)} is {before[name]} there, {value} here"

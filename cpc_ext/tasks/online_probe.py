@@ -1,7 +1,7 @@
-"""What encodings are worth on the way: held-out images or frames told by their nearest neighbours, and their rank.
+"""Probes during training: nearest-neighbour accuracy on held-out images or frames, and effective rank.
 
-From a model in the middle of its training to an accuracy and an effective rank, always of the same few images or
-recordings. Nothing is fitted, nothing drawn, and the model stays as it is: a run goes on as if nobody had looked.
+A probe measures the same few images or recordings every time. It fits nothing, draws no random numbers and leaves the
+model unchanged, so that a run goes on as if it had not been measured.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from cpc_ext.training.run_log import read_metrics
 
 __all__ = ["PROBED", "RANK", "FrameProbe", "ImageProbe", "probe_curve", "probed_recordings"]
 
-# What the accuracy is called among what is logged.
+# Names of the accuracy and the rank in the logged metrics.
 PROBED = "knn_accuracy"
-# What the rank is called.
 RANK = "effective_rank"
-# Images, or frames, that vote and that are asked for: a second or two of encoding on two CPU cores, and a standard
-# error of at most 2.3 %. Among so few there are no 200 near ones, which evaluations of whole data sets take.
+# Number of labelled images, or frames, that vote, and of those to classify. Encoding them takes a second or two on two
+# CPU cores, and the accuracy has a standard error of at most 2.3 %. Evaluations of whole data sets take 200 neighbours,
+# but so few images do not have that many near ones.
 _LABELLED, _ASKED = 1000, 500
 _NEIGHBOURS = 20
-# How long the recordings last that the frames come from.
+# Total length in seconds of the recordings that the frames come from.
 _SECONDS = {"train": 60.0, "test": 30.0}
 
 
 class ImageProbe:
-    """Tells the classes of some of a data set's test images from some of its labelled training images.
+    """Classifies some of a data set's test images by their nearest neighbours among labelled training images.
 
     Attributes:
         chance: the accuracy of always naming the commonest class.
 
     Raises:
-        TrainingError: images without labels.
+        TrainingError: training or test images without labels.
     """
 
     def __init__(self, dataset: Dataset, device: torch.device) -> None:
@@ -60,22 +60,22 @@ class ImageProbe:
         self.chance = _commonest(self._labels[1])
 
     def found(self, features: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The fraction of images that are told rightly, and the effective rank of the labelled ones' encodings.
+        """Return the fraction of images classified correctly, and the effective rank of the labelled ones' encodings.
 
-        features: from uint8 [B, C, H, W] on the device to [B, D].
+        features: maps uint8 [B, C, H, W] on the device to [B, D].
         """
         known, asked = (encode(images, features, self._device, chosen=chosen) for images, chosen in self._sets)
         return _found(known, self._labels[0], asked, self._labels[1], self._classes)
 
 
 class FrameProbe:
-    """Tells the phones of frames of some test recordings from frames of some training recordings.
+    """Classifies frames of some test recordings by their nearest neighbours among frames of training recordings.
 
     Attributes:
         chance: the accuracy of always naming the commonest phone.
 
     Raises:
-        TrainingError: recordings of unknown phones.
+        TrainingError: training or test recordings without known phones.
     """
 
     def __init__(self, dataset: SpeechDataset) -> None:
@@ -93,9 +93,9 @@ class FrameProbe:
         self.chance = _commonest(torch.from_numpy(np.concatenate([test.phones_of(int(each)) for each in recordings])))
 
     def found(self, make: FrameMaker) -> dict[str, float]:
-        """The fraction of frames whose phone is told rightly, and the effective rank of the labelled frames.
+        """Return the fraction of frames whose phone is found, and the effective rank of the labelled frames.
 
-        make: what makes frames of a recording.
+        make: computes the frames of a recording.
         """
         (known, labels), (asked, expected) = (
             _some_frames(RecordingFrames.of(waveforms, make, recordings), count)
@@ -105,9 +105,10 @@ class FrameProbe:
 
 
 def probed_recordings(waveforms: WaveformSet, seconds: float) -> np.ndarray:
-    """Recordings that last about so long together, from all of the set; at least one, at most all.
+    """Choose recordings that last about ``seconds`` together, spread over the set; at least one, at most all.
 
-    Where phones are known of some alone, which the others might be without, as many of these are among them as well.
+    If phones are known for only some recordings, about ``seconds`` of these are chosen in addition, as the others might
+    contain none of them.
     """
     chosen = _lasting(waveforms, np.arange(len(waveforms)), seconds)
     if waveforms.phone_starts is not None:
@@ -116,7 +117,7 @@ def probed_recordings(waveforms: WaveformSet, seconds: float) -> np.ndarray:
 
 
 def probe_curve(metrics: Path, probe: ImageProbe | FrameProbe | None) -> ProbeCurve | None:
-    """What a run's probes found so far, for its figure; None where there were none. probe: the run's, if it has one."""
+    """Return the curve of a run's probe results so far; None if there are none. probe: the run's, if it has one."""
     records = read_metrics(metrics, having=(PROBED,))
     if not records:
         return None
@@ -125,7 +126,7 @@ def probe_curve(metrics: Path, probe: ImageProbe | FrameProbe | None) -> ProbeCu
 
 
 def _lasting(waveforms: WaveformSet, those: np.ndarray, seconds: float) -> np.ndarray:
-    """Some of those recordings, which last about so long together."""
+    """Choose recordings out of ``those``, spread evenly, that last about ``seconds`` together."""
     total = np.diff(waveforms.starts)[those].sum() / SAMPLE_RATE
     count = len(those) if total <= seconds else max(1, int(len(those) * seconds / total))
     chosen: np.ndarray = those[spread(count, len(those))]
@@ -138,7 +139,7 @@ def _found(known: Tensor, labels: Tensor, asked: Tensor, expected: Tensor, class
 
 
 def _some_frames(frames: RecordingFrames, count: int) -> tuple[Tensor, Tensor]:
-    """Features [N, D] and phones int64 [N] of at most ``count`` frames, from all of the recordings."""
+    """Return features [N, D] and phones int64 [N] of at most ``count`` frames, spread over all recordings."""
     features, phones, _ = frames.aligned()
     chosen = torch.from_numpy(spread(count, len(phones)))
     return features[chosen], phones[chosen]

@@ -1,4 +1,4 @@
-"""The patches that models predict from others: how images become them, what encodes them, and figures of them."""
+"""Patches of images for models that predict patches: their view, encoder and figures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NEIGHBOURS = 8
 
 
 def patch_view(config: PredictionConfig, dataset: Dataset) -> PatchView:
-    """How a run's images become patches. ValueError where they are smaller than the crop."""
+    """Return the view that turns a run's images into patches. ValueError if the images are smaller than the crop."""
     options = config.view
     side = min(dataset.image_shape[1:])
     if options.crop > side + 2 * options.pad:
@@ -53,26 +53,26 @@ def patch_view(config: PredictionConfig, dataset: Dataset) -> PatchView:
 
 
 def patch_encoder(config: PredictionConfig, dataset: Dataset) -> EncoderSpec:
-    """What a run's encoder of patches is built from."""
+    """Return the specification of a run's patch encoder."""
     patch = config.view.patch
     return encoder_spec(
         config.cpc.encoder,
         norm=config.cpc.norm,
         in_channels=1 if config.view.gray else dataset.image_shape[0],
-        # A stem sees a good part of a patch, not all of it.
+        # The stem should see a good part of a patch, but not all of it.
         stem="cifar" if patch <= 12 else "stl10" if patch <= 32 else "imagenet",
         patch_size=patch,
     )
 
 
 def center_or_random(view: PatchView, images: Tensor, generator: torch.Generator | None) -> Tensor:
-    """The patches [B, rows, cols, C', p, p] of uint8 images [B, C, H, W] that an encoder is judged by.
+    """Return the patches [B, rows, cols, C', p, p] of uint8 images [B, C, H, W] for evaluating an encoder.
 
-    generator: on the CPU, of random crops and flips; None takes the central crop.
+    generator: CPU generator of random crops and flips; None takes the central crop.
     """
     if generator is None:
         return view.center(images)
-    # Patches augmented one by one are for telling patches apart; a class is told by what they have in common.
+    # Augmenting each patch on its own serves the contrastive loss; a classifier needs what the patches have in common.
     return replace(view, augmentation=None).random(images, generator)
 
 
@@ -83,22 +83,22 @@ def save_patch_figures(
     encodings: Callable[[Tensor], Tensor],
     seed: int,
 ) -> None:
-    """Draw what a model gets of some images, and which patches it finds alike. OSError where writing fails.
+    """Draw a model's inputs, and the patches whose encodings it finds most similar. OSError if writing fails.
 
-    shown: from a number to as many images at most, uint8 [N, C, H, W], with their labels where they have any.
-    encodings: from such images to [N, D, rows, cols]. seed: of augmentations.
+    shown: returns at most the given number of images, uint8 [N, C, H, W], with their labels, or None without any.
+    encodings: maps such images to [N, D, rows, cols]. seed: seed of the augmentations.
     """
     images, _ = shown(_FIGURE_INPUTS)
     _save_inputs(run, view, images, seed)
     images, labels = shown(_NEIGHBOUR_IMAGES)
     if len(images) >= _NEIGHBOUR_QUERIES + _NEIGHBOURS:
-        # All at once they may be tens of thousands of patches, for which a GPU that has room for a batch has none.
+        # All images may have tens of thousands of patches: too many at once for a GPU with room for just a batch.
         encoded = torch.cat([encodings(some) for some in images.split(_ENCODED)])
         _save_neighbours(run, view, images, labels, encoded)
 
 
 def _save_inputs(run: RunDir, view: PatchView, images: Tensor, seed: int) -> None:
-    assert isinstance(view.crop, int)  # The options have squares alone.
+    assert isinstance(view.crop, int)  # The options allow only square crops.
     patches = view.augmented(images, torch.Generator().manual_seed(seed)).float().cpu().numpy()
     figures.save(run.path / "inputs.png", figures.model_inputs(images.cpu().numpy(), patches, crop=view.crop))
 
@@ -106,11 +106,11 @@ def _save_inputs(run: RunDir, view: PatchView, images: Tensor, seed: int) -> Non
 def _save_neighbours(
     run: RunDir, view: PatchView, images: Tensor, labels: np.ndarray | None, encodings: Tensor
 ) -> None:
-    """For the middle patch of a few images, the nearest patch of each of the images nearest to it."""
+    """Draw the middle patch of a few images, each beside the most similar patches of other images, one per image."""
     rows, columns = encodings.shape[2:]
     middle = rows // 2 * columns + columns // 2
     encodings = encodings.flatten(2)  # [N, D, patches]
-    # What all patches share would make all of them alike.
+    # The mean is subtracted, since what all patches share would make them all similar.
     encodings = F.normalize(encodings - encodings.mean((0, 2), keepdim=True), dim=1)
     queries = torch.from_numpy(spread(_NEIGHBOUR_QUERIES, len(images))).to(encodings.device)
     similarity, patch = torch.einsum("qd,ndp->qnp", encodings[queries, :, middle], encodings).max(2)
@@ -122,7 +122,7 @@ def _save_neighbours(
     plain = replace(view, gray=False, mean=None, std=None, patch_norm=False, dtype=torch.float32)
 
     def shown(which: Tensor, patch: Tensor) -> np.ndarray:
-        """One patch each of some images, [n, C, p, p]."""
+        """Return one patch of each of some images, [n, C, p, p]."""
         patches = plain.center(images[which]).flatten(1, 2)
         return patches[torch.arange(len(which), device=images.device), patch].cpu().numpy()
 

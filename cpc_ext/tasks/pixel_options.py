@@ -91,7 +91,7 @@ class SoftmaxPixelConfig(PixelConfig):
         return super().idle() | codes
 
 
-# The number of updates matters more than their size: small batches.
+# Batches are small, as the number of updates matters more than their size.
 _CIFAR: Preset = {
     "pixelcnn": {"layers": 15, "hidden_channels": 96, "sample_every": 2000},
     "optimization": {
@@ -103,7 +103,7 @@ _CIFAR: Preset = {
         "clip_grad": 1.0,
     },
 }
-# Whole 96x96 images: a ninth of the batch that small ones allow.
+# Whole 96x96 images have nine times the pixels of 32x32 ones, so the batch is smaller.
 _STL10: Preset = {
     "pixelcnn": {"layers": 15, "hidden_channels": 96, "sample_every": 5000},
     "optimization": {**_CIFAR["optimization"], "epochs": 5, "batch_size": 4},

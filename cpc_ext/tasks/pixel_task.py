@@ -1,7 +1,7 @@
-"""The task of training a model of pixels: whole images, their likelihood in bits per dimension, samples on the way.
+"""The task of training a model of pixels on whole images, with likelihoods in bits per dimension and samples.
 
-What it is judged by is how many bits it needs for a value of a held-out image, beside the best model that knows no more
-than where the value is.
+The model is judged by the bits that it needs for a value of a held-out image, compared with the best model that knows
+only the value's position and colour.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from cpc_ext.training.weight_average import WeightAverage
 
 __all__ = ["PixelTask", "build_pixel_model", "shown"]
 
-# Looked at on the way; at the end it is all test images.
+# Test images that are evaluated during training; the final evaluation takes all of them.
 _HELD_OUT_IMAGES = 200
 _SAMPLES = 16
 
 
 def build_pixel_model(description: dict[str, Any]) -> PixelModel:
-    """The model of a :meth:`PixelTask.description`, with weights yet to be loaded.
+    """Build the model that a :meth:`PixelTask.description` describes; its weights are yet to be loaded.
 
-    KeyError, TypeError or ValueError where it is no such description.
+    KeyError, TypeError or ValueError if it is no such description.
     """
     model = getattr(models, description["model"], None)
     if not (isinstance(model, type) and issubclass(model, PixelModel)):
@@ -52,9 +52,9 @@ def build_pixel_model(description: dict[str, Any]) -> PixelModel:
 
 
 def shown(model: PixelModel, images: np.ndarray) -> np.ndarray:
-    """Images as figures show them, uint8 from black to white, whatever their levels: [N, C, H, W], C 1 or 3.
+    """Return images as figures show them, with levels scaled to uint8 from black to white: [N, C, H, W], C 1 or 3.
 
-    Codes of other numbers of channels are shown by their first.
+    Of codes with another number of channels, the first channel is shown.
     """
     if model.levels != IMAGE_LEVELS:
         images = (images.astype(np.int64) * 255 // (model.levels - 1)).astype(np.uint8)
@@ -62,11 +62,11 @@ def shown(model: PixelModel, images: np.ndarray) -> np.ndarray:
 
 
 class PixelTask(Task):
-    """A model of pixels on a data set.
+    """The task of training a model of pixels on a data set.
 
     Raises:
         ValueError: no held-out images, no labels for a model that takes classes, images of a size that the model does
-            not take, codes beyond the levels, or channels that the colours do not divide.
+            not take, codes beyond the levels, or channels that are no multiple of the colours.
     """
 
     model: PixelModel
@@ -121,14 +121,14 @@ class PixelTask(Task):
             self._average.load_state_dict(state)
 
     def observe(self, step: int, run: RunDir) -> dict[str, float]:
-        """Bits per dimension of some held-out images, and samples as samples/step-NUMBER.png."""
+        """Return bits per dimension of some held-out images, and write samples as samples/step-NUMBER.png."""
         bits = self._bits_per_dim(self._test, _HELD_OUT_IMAGES)
         run.samples.mkdir(exist_ok=True)
         figures.save_images(run.sample(step), shown(self.model, self._samples()))
         return {"heldout_bits_per_dim": bits}
 
     def evaluate(self) -> dict[str, float]:
-        """Bits per dimension: of all held-out images, of as many training images, of histograms for the former."""
+        """Return bits per dimension: held-out images by the model and by static histograms, as many training images."""
         return {
             "bits_per_dim": self._bits_per_dim(self._test, len(self._test)),
             "train_bits_per_dim": self._bits_per_dim(self.examples, len(self._test)),
@@ -151,7 +151,7 @@ class PixelTask(Task):
         figures.save_images(run.path / "samples.png", shown(self.model, self._samples()))
 
     def description(self) -> dict[str, Any]:
-        """Name and arguments of the model, the shape of the images, and the names of the classes it knows."""
+        """Return name and arguments of the model, the images' shape, and the names of the classes that it takes."""
         name, arguments = self._model()
         shape = self._dataset.image_shape
         return {
@@ -166,36 +166,36 @@ class PixelTask(Task):
         """The name of the model's class in :mod:`cpc_ext.models`, and its arguments but ``in_channels``."""
 
     def _check_options(self) -> None:
-        """ValueError where the options do not fit the images: channels are shared out among the colours."""
+        """Raise ValueError if the options do not fit the images: channels are divided among the colours."""
         channels, colors = self._config.pixelcnn.hidden_channels, self._dataset.image_shape[0]
         if channels % colors:
             raise ValueError(f"--hidden-channels {channels} is not a multiple of the images' {colors} colours")
 
     def _check_values(self) -> None:
-        """ValueError where the images have values that the model knows nothing of."""
+        """Raise ValueError if the images have values that the model does not take."""
         require_pixels(self._dataset)
 
     def _initialize(self) -> None:
-        """Let the model start from what its layers make of images, the same in all processes."""
+        """Initialize the model from data, equally in all processes; by default there is nothing to do."""
 
     @property
     def _num_classes(self) -> int | None:
-        """How many classes the model is told of, where it is."""
+        """Number of classes that the model is conditioned on; None without conditioning."""
         return len(self._dataset.classes) if self._config.pixelcnn.class_conditional else None
 
     def _new_average(self) -> WeightAverage[PixelModel] | None:
-        """A running average that begins with the weights as they are, where the run keeps one."""
+        """Return a running average that starts from the current weights; None if the run keeps none."""
         decay = self._config.pixelcnn.ema_decay
         return WeightAverage(self.model, decay) if decay else None
 
     @property
     def _evaluated(self) -> PixelModel:
-        """The model that counts: the average where there is one."""
+        """The model to evaluate, sample from and save: the running average if there is one."""
         return self.model if self._average is None else self._average.model
 
     @torch.no_grad()
     def _bits_per_dim(self, images: ImageSet, count: int) -> float:
-        """Mean over ``count`` images, from all of the set."""
+        """Return the mean over ``count`` images that are spread over the set."""
         model = self._evaluated.eval()
         chosen = spread(count, len(images))
         count = len(chosen)
@@ -206,7 +206,7 @@ class PixelTask(Task):
             indices = chosen[start : start + batch_size]
             labels = fetch.labels(indices) if self._config.pixelcnn.class_conditional else None
             with autocast(self._device, self._config.compute.precision):
-                # Sums of thousands of terms: their own sum is taken in double.
+                # Each value is a sum of thousands of terms, so that their total is taken in double precision.
                 nats += model.nats(fetch(indices), labels).cpu().double().sum()
         return nats.item() / (count * math.prod(self._dataset.image_shape) * math.log(2))
 
@@ -214,7 +214,7 @@ class PixelTask(Task):
         return static_histogram_bits_per_dim(self.examples.images, self._test.images, self.model.levels)
 
     def _samples(self) -> np.ndarray:
-        """uint8 [N, C, H, W], the same noise each time; of the classes in turn."""
+        """Draw samples, uint8 [N, C, H, W], from the same noise each time; with classes, of each class in turn."""
         generator = torch.Generator(self._device).manual_seed(self._config.compute.seed)
         labels = None
         if self._config.pixelcnn.class_conditional:

@@ -1,4 +1,4 @@
-"""Codes in place of images are refused where a model takes images alone."""
+"""The check that a data set holds images, for models that do not take codes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["require_pixels"]
 
 
 def require_pixels(dataset: Dataset) -> None:
-    """ValueError where a data set holds codes."""
+    """Raise ValueError if a data set holds codes."""
     if dataset.pretrain.images.dtype.name != "uint8":
         raise ValueError(
             f"--dataset {dataset.name} holds codes, on which --model pixelcnn and gated-pixelcnn train with --levels"

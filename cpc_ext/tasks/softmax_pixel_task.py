@@ -1,4 +1,4 @@
-"""What the tasks of PixelCNNs share, gated or not, whose values have a softmax: they are of images or of codes."""
+"""The common part of the tasks of PixelCNNs, gated or not, which predict images or codes by a softmax."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ class SoftmaxPixelTask(PixelTask):
             raise ValueError(f"--levels {levels}: {self._dataset.name} holds values up to {largest}")
 
     def _codes(self) -> dict[str, int]:
-        """Arguments of the model where the images are codes."""
+        """Return the model's arguments for codes; none for images."""
         options = self._config.pixelcnn
         return {} if options.levels is None else {"levels": options.levels, "code_channels": options.code_channels}

@@ -102,7 +102,7 @@ class SequencePredictionSection(ContrastSection):
     dropout: float = Field(0.0, ge=0, lt=1, description="Share of every prediction that is dropped.")
 
     def objective(self, frames: int) -> dict[str, Any]:
-        """These as arguments of an objective for windows of so many frames."""
+        """Return these options as arguments of an objective, for windows of ``frames`` frames."""
         return {**self.model_dump(include=set(SequencePredictionSection.model_fields)), "window": frames}
 
     @model_validator(mode="after")

@@ -1,7 +1,7 @@
-"""What the models of speech share: windows as batches, features of whole recordings, and what those are worth.
+"""The common part of the tasks on speech: batches of windows, features of whole recordings, and linear probes.
 
-From a trained model to how well linear classifiers tell phones and speakers from its contexts, beside those of the same
-model untrained, whose weights the seed brings back, and of log-mel spectra.
+A trained model is judged by how well linear classifiers find phones and speakers from its contexts. It is compared with
+the same model untrained, whose weights follow from the seed, and with log-mel spectra.
 """
 
 from __future__ import annotations
@@ -52,25 +52,25 @@ from cpc_ext.training.task import Fetcher, Task
 
 __all__ = ["FeatureLayer", "SpeechTask", "probed_recordings"]
 
-# Recordings that a run's own probes learn from and are tested by: enough to compare models, in a minute or two.
+# Seconds of recordings for training and testing a run's own probes: enough to compare models, in a minute or two.
 _PROBE_SECONDS = {"train": 900.0, "test": 450.0}
 # How much of a recording a figure shows.
 _SHOWN_SECONDS = 2.5
-# What encodings are looked at of so many recordings, whether they are all alike.
+# Number of recordings whose encodings are checked for being all alike.
 _WATCHED_RECORDINGS = 8
 # Samples of a recording that are encoded at a time: a minute.
 _PIECE_SAMPLES = 60 * SAMPLE_RATE
-# Batches whose windows of one speaker are counted.
+# Number of batches in which windows of the same speaker are counted.
 _WATCHED_BATCHES = 200
 
 
 class FeatureLayer(NamedTuple):
     """A layer whose outputs are features.
 
-    name: what users call it. encode: from waveforms [1, 1, T] to encodings [1, D, L].
-    convolutions: of the encoder below it, which decide where its frames lie.
-    context: from encodings to features [1, E, L]; None where they are the features.
-    windowed: whether it takes no more than a window at a time.
+    name: the layer's name for users. encode: maps waveforms [1, 1, T] to encodings [1, D, L].
+    convolutions: number of the encoder's convolutions up to this layer, which decide where its frames are centred.
+    context: maps encodings to features [1, E, L]; None if the encodings are the features.
+    windowed: whether the layer takes at most one window at a time.
     """
 
     name: str
@@ -81,7 +81,7 @@ class FeatureLayer(NamedTuple):
 
 
 class SpeechTask(Task):
-    """A model of recordings, judged by what linear classifiers tell from its contexts.
+    """The task of training a model of speech, judged by linear classifiers of its contexts.
 
     Raises:
         ValueError: recordings too short for the windows.
@@ -103,13 +103,13 @@ class SpeechTask(Task):
 
     @abstractmethod
     def _build(self) -> CPC | GreedyInfoMax:
-        """A new model on the CPU, with weights that PyTorch's own generator draws."""
+        """Build a new model on the CPU; PyTorch's default generator draws the weights."""
 
     @abstractmethod
     def layers(self, model: Any) -> list[FeatureLayer]:
-        """What features there are, first to last.
+        """Return the layers whose outputs are features, first to last.
 
-        model: one of this task's.
+        model: a model of this task.
         """
 
     @property
@@ -137,7 +137,8 @@ class SpeechTask(Task):
             kind=view.windows,
             cross_borders=view.cross_borders,
             seed=seed,
-            # A recording alone seldom fills a batch, nor do all windows of a speaker. Ranks have equal shares of one.
+            # The windows of one recording or speaker seldom fill a batch, so partial batches are kept. Several ranks
+            # need equal shares of a batch, so theirs are always full.
             drop_last=world_size > 1 or view.windows not in ("same-speaker", "same-sequence"),
             rank=rank,
             world_size=world_size,
@@ -154,11 +155,11 @@ class SpeechTask(Task):
         return {} if self._probe is None else self._probe.found(self.frames(self.model))
 
     def speakers(self, labels: Tensor | None) -> Tensor | None:
-        """What the objective is told of a batch's speakers."""
+        """Return a batch's speakers if the objective contrasts within speakers, else None."""
         return labels if self._config.prediction.same_speaker else None
 
     def carried(self) -> dict[str, Tensor]:
-        """The states of recurrent contexts, [B, 1, E], where they are kept."""
+        """Return the kept states of recurrent contexts, [B, 1, E] each."""
         return {
             f"state.{name}.{layer}.{part}": value.transpose(0, 1)
             for name, context in _recurrent(self.model)
@@ -179,17 +180,17 @@ class SpeechTask(Task):
                 found.append((first, rest[0]) if rest else first)
             context.state = found or None
 
-    # --- What a trained model is worth ---
+    # --- Evaluation ---
 
     def frames(self, model: CPC | GreedyInfoMax, layer: str | None = None) -> FrameMaker:
-        """What makes features of a whole recording: int16 [samples] → float32 [L, D] and the frames' centres.
+        """Return a function from a whole recording, int16 [samples], to features, float32 [L, D], and frame centres.
 
         A recurrent context begins with zeros; a transformer takes a recording window by window. A long recording is
         encoded in pieces, as the first layers' output takes some hundred times as much memory as its samples.
 
         Args:
-            model: one of this task's.
-            layer: one of those that :meth:`layers` names; None is the last.
+            model: a model of this task.
+            layer: name of a layer out of :meth:`layers`; None takes the last.
 
         Raises:
             ValueError: no such layer.
@@ -225,9 +226,9 @@ class SpeechTask(Task):
         return frames
 
     def evaluate(self) -> dict[str, float]:
-        """Accuracies of linear probes of phones and speakers, on trained and untrained model and on log-mel spectra.
+        """Return accuracies of linear probes of phones and speakers: trained model, untrained model, log-mel spectra.
 
-        Nothing where the data set has no test recordings, or no labels.
+        The result is empty if the data set has no test recordings, or no labels.
         """
         train, test = self._dataset.train, self._dataset.test
         if test is None:
@@ -258,10 +259,10 @@ class SpeechTask(Task):
         return {"sample_rate": self._dataset.sample_rate}
 
     def save(self, run: RunDir) -> None:
-        """Write the figures, and the weights of encoder and context with what is needed to build them in the header.
+        """Write the figures, and the weights of encoder and context in a file whose header says how to build them.
 
-        "modules" there is the number of modules up to the last one that the run trained, where more follow, with the
-        weights that they had at its start.
+        If modules follow the last one that the run trained, the header's "modules" is the number of modules up to that
+        one; those that follow have the weights that they had at the run's start.
         """
         weights = {
             f"{part}.{name}": value.contiguous()
@@ -294,17 +295,17 @@ class SpeechTask(Task):
 
     @property
     def guess(self) -> dict[str, float]:
-        """Loss and accuracy of guessing, the mean over the modules that learn where there are several."""
+        """Loss and accuracy of guessing, averaged over the modules that learn."""
         guesses = self.guesses
         return {name: sum(guess[name] for guess in guesses) / len(guesses) for name in guesses[0]}
 
     @property
     def guesses(self) -> list[dict[str, float]]:
-        """Loss and accuracy of guessing, of each module that learns, one for a model without modules."""
+        """Loss and accuracy of guessing for each module that learns; a single entry for a model without modules."""
         return self._guesses([self.window_frames])
 
     def _guesses(self, frames: Sequence[int]) -> list[dict[str, float]]:
-        """Loss and accuracy of guessing, of each module that has so many encodings in a window."""
+        """Return loss and accuracy of guessing for each module, given its number of encodings in a window."""
         options = self._config.prediction
         windows = self.contrasted(self._config.optimization.batch_size, options.gather_negatives)
         alike = self._windows_alike(windows) if options.same_speaker else {(windows, windows): 1}
@@ -318,7 +319,7 @@ class SpeechTask(Task):
                 elif own == every or options.sampling == "same-sequence":
                     found = {options.neg_samples + 1: 1.0}
                 else:
-                    # So many of the own windows' frames are no negatives.
+                    # Number of the own windows' frames that are never drawn as negatives.
                     never = options.pred_steps if options.exclude_positive else int(options.sampling == "offsets")
                     share = (own * (count - 1) - never) / (every * (count - 1) - never)
                     found = {1 + drawn: p for drawn, p in enumerate(_binomial(options.neg_samples, share))}
@@ -330,13 +331,13 @@ class SpeechTask(Task):
         return guesses
 
     def _windows_alike(self, batch_size: int) -> Counter[tuple[int, int]]:
-        """Counts windows of the first batches by how many of their batch share their speaker, and how many it has.
+        """Count the windows of the first batches by (windows of the same speaker in the batch, size of the batch).
 
-        A window is one of its own speaker's.
+        A window itself counts among those of its speaker.
         """
         found: Counter[tuple[int, int]] = Counter()
         with warnings.catch_warnings():
-            # What the sampler leaves out, that of the training has told.
+            # The sampler of the training has already warned of what it leaves out.
             warnings.simplefilter("ignore")
             sampler = self.sampler(batch_size, seed=self._config.compute.seed, rank=0, world_size=1)
         for starts in islice(chain.from_iterable(repeat(sampler)), _WATCHED_BATCHES):
@@ -347,14 +348,14 @@ class SpeechTask(Task):
 
     @property
     def window_frames(self) -> int:
-        """Encodings of a window."""
+        """Number of encodings of a window."""
         encoder = self.model.encoder
         assert isinstance(encoder, WaveformEncoder)
         return encoder.frames(self._config.view.window)
 
     @abstractmethod
     def _curves(self, metrics: list[dict[str, float]], probe: figures.ProbeCurve | None) -> Figure:
-        """The figure of what was logged, and of what probes found on the way."""
+        """Draw the logged metrics, and the results of the probe during training."""
 
     def _save_figures(self, run: RunDir) -> None:
         metrics = read_metrics(run.metrics, having=("loss", "accuracy"))
@@ -387,12 +388,12 @@ def waveform_encoder_arguments(config: SpeechConfig) -> dict[str, Any]:
 
 
 def waveform_encoder(config: SpeechConfig) -> WaveformEncoder:
-    """The encoder, with weights that PyTorch's own generator draws."""
+    """Build the encoder; PyTorch's default generator draws the weights."""
     return WaveformEncoder(**waveform_encoder_arguments(config))
 
 
 def sequence_context(config: SpeechConfig, channels: int, frames: int) -> RecurrentContext | CausalTransformerContext:
-    """A context network of encodings with so many channels, in windows of so many frames."""
+    """Build the context network of encodings with ``channels`` channels, in windows of ``frames`` frames."""
     options = config.context
     if options.context == "transformer":
         return CausalTransformerContext(channels, frames, layers=options.context_layers)
@@ -407,7 +408,7 @@ def sequence_context(config: SpeechConfig, channels: int, frames: int) -> Recurr
 
 
 def context_layers(context: nn.Module | None, encode: Callable[[Tensor], Tensor]) -> Iterable[FeatureLayer]:
-    """The layers of a context network as features of waveforms: "context1" ..., of which the last is "context"."""
+    """Yield the layers of a context network as features of waveforms: "context1" and so on, the last "context"."""
     if not isinstance(context, RecurrentContext | CausalTransformerContext):
         return
     windowed = isinstance(context, CausalTransformerContext) and not context.absolute
@@ -421,7 +422,7 @@ def _recurrent(model: nn.Module) -> Iterator[tuple[str, RecurrentContext]]:
 
 
 def _binomial(draws: int, share: float) -> list[float]:
-    """How likely it is that 0, 1, ... of so many draws are of a share."""
+    """Return the probabilities of 0, 1, ... hits in ``draws`` draws, each of which hits with probability ``share``."""
     counts = torch.arange(draws + 1, dtype=torch.float64)
     found: list[float] = Binomial(draws, torch.tensor(share, dtype=torch.float64)).log_prob(counts).exp().tolist()
     return found
@@ -429,7 +430,7 @@ def _binomial(draws: int, share: float) -> list[float]:
 
 @contextmanager
 def _resting(model: CPC | GreedyInfoMax) -> Iterator[None]:
-    """The model in evaluation mode, its recurrent contexts beginning with zeros; afterwards as it was."""
+    """Put the model in evaluation mode, with recurrent contexts that begin with zeros; restore it afterwards."""
     training, kept = model.training, [(context, context.keep_state) for _, context in _recurrent(model)]
     model.eval()
     for context, _ in kept:

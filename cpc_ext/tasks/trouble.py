@@ -1,7 +1,4 @@
-"""Runs that learn nothing, told early: by a loss that is still the one of guessing, or by encodings that are all alike.
-
-From what a run has logged and what it makes of some examples to a sentence, with what to try.
-"""
+"""Early detection of runs that learn nothing, by a loss no better than guessing or by encodings that are all alike."""
 
 from __future__ import annotations
 
@@ -12,16 +9,16 @@ from cpc_ext.training.config import RunConfig
 
 __all__ = ["trouble"]
 
-# A run guesses while its loss is within this share of that of guessing and its accuracy under so many times as high.
+# A run is guessing while its loss is above (1 - _LOSS) times that of guessing, and its accuracy below _ACCURACY times.
 _LOSS, _ACCURACY = 0.02, 2.0
-# Fewer directions than this are a collapse: an encoder with its initial weights has several.
+# An effective rank below this is a collapse; encodings of an encoder with its initial weights have several directions.
 _RANK = 1.5
 
 
 def trouble(means: dict[str, float], guess: dict[str, float], features: Tensor, config: RunConfig) -> str | None:
-    """What is wrong, and what to try; None where nothing is.
+    """Return a sentence that says what is wrong and what to try; None if nothing is wrong.
 
-    means, guess: loss and accuracy, of the last steps and of guessing. features: of some examples, [N, D].
+    means, guess: loss and accuracy of the last steps, and of guessing. features: encodings of some examples, [N, D].
     """
     said = []
     loss, accuracy = means.get("loss"), means.get("accuracy")

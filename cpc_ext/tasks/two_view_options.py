@@ -129,7 +129,7 @@ _OPTIMIZATION = {
 }
 
 
-# Photographs of 32 pixels on a processor. Without blur, as they bear none.
+# For 32-pixel photographs on a CPU. They are too small to be blurred.
 SMALL_VIEWS = {
     "encoder": "resnet-small",
     "norm": "batch",
@@ -150,23 +150,23 @@ SMALL_OPTIMIZATION = {
 
 
 def two_view_presets(section: str, optimization: Mapping[str, Any] | None = None, **options: Any) -> Presets:
-    """Presets of a model whose section of options has this name.
+    """Return the presets of a model whose section of options has this name.
 
-    optimization: what differs of the optimization, but for the textures and for folders of small images, whose runs are
-    of minutes. options: of the section, for all data sets.
+    optimization: changes of the optimization; they leave out textures and folders of small images, whose runs take
+    minutes. options: options of the section, for all data sets.
     """
     rest = _OPTIMIZATION if optimization is None else {**_OPTIMIZATION, **optimization}
     large: Preset = {
         section: {"encoder": "resnet18", "norm": "batch", "view_size": 96, **options},
         "optimization": rest,
     }
-    # The same photographs as below for hours of a GPU; its first minutes are in docs/h200.md.
+    # For the same photographs as in "folder-small", for hours on a GPU; docs/h200.md has the first minutes.
     small: Preset = {
         section: {**SMALL_VIEWS, "encoder": "resnet18", **options},
         "optimization": {**rest, "lr": 1.5e-3, "warmup_steps": 50, **(optimization or {})},
     }
     return {
-        # About the computing time of CPC on the same images.
+        # Takes about as long as CPC on the same images.
         "textures": {
             section: {
                 "encoder": "resnet-small",
@@ -191,7 +191,7 @@ def two_view_presets(section: str, optimization: Mapping[str, Any] | None = None
         "cifar10": small,
         "cifar100": small,
         "folder": {**large, "data": {"image_size": 96}},
-        # What ten minutes of a core make the most of: docs/results.md.
+        # Learns the most in ten minutes on a core: docs/results.md.
         "folder-small": {
             "data": {"image_size": 32},
             section: {**SMALL_VIEWS, **options},

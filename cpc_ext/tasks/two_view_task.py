@@ -1,4 +1,4 @@
-"""What the tasks of models of two views share: whole images to views, an encoder of them, figures."""
+"""The common part of the tasks with two views: views of whole images, their encoder and figures."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _FIGURE_INPUTS = 6
 
 
 class TwoViewTask(EncoderTask):
-    """A model of two views on a data set.
+    """The task of training a model of two views on a data set.
 
     Attributes:
-        loss_name: what the loss is called in figures.
+        loss_name: name of the loss in figures.
 
     Raises:
         ValueError: a blur that does not fit the views.
@@ -60,7 +60,7 @@ class TwoViewTask(EncoderTask):
 
     def encode(self, model: EncoderModel, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         with torch.autocast(self._device.type, enabled=False):
-            # Colours stay, which tell classes apart; the paper, too, only crops and mirrors where there are labels.
+            # Colours are kept, as they tell classes apart; with labels, the paper too only crops and mirrors.
             view = self._view.center(images) if generator is None else self._view.cropping().random(images, generator)
         return model.encode(view)[..., None, None]
 
@@ -69,7 +69,7 @@ class TwoViewTask(EncoderTask):
         self._save_inputs(run)
 
     def _save_inputs(self, run: RunDir) -> None:
-        """Images, each above its two views."""
+        """Draw some images, each above its two views."""
         images, _ = self._shown(_FIGURE_INPUTS)
         plain = SimCLRView(self._view.size, **self._config.encoder_section.view | {"center_scale": 1.0})
         views = plain.random_pair(images, torch.Generator().manual_seed(self._config.compute.seed))

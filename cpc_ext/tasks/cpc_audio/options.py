@@ -48,7 +48,7 @@ RECIPES: dict[str, Preset] = {
     },
 }
 
-# The user's own recordings, of less than two hours, on two CPU cores: docs/speech.md.
+# For less than two hours of the user's own recordings, on two CPU cores: docs/speech.md.
 FEW: Preset = {
     "encoder": {"channels": 128, "norm": "batch"},
     "context": {"context_channels": 128},

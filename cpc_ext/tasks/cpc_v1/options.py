@@ -32,7 +32,7 @@ class CPCConfig(PredictionConfig):
     cpc: CPCSection = Field(default_factory=CPCSection)
 
     def keys_by_step(self, images: int) -> list[int]:
-        """Among how many keys each step ahead is to find its target; images: that are contrasted with each other."""
+        """Return the number of keys, the target included, of each step ahead. images: contrasted with each other."""
         options, grid_size = self.cpc, self.view.grid_size
         if options.neg_samples != "all":
             return [options.neg_samples + 1]
@@ -42,8 +42,8 @@ class CPCConfig(PredictionConfig):
 
 CONFIG = CPCConfig
 
-# Photographs of 32 pixels on a processor, in patches of 20: docs/results.md. Colours tell classes apart; they do not
-# tell a patch's neighbours where each is changed in its own way.
+# For 32-pixel photographs on a CPU, in patches of 20 pixels: docs/results.md. Colours are kept, as they tell classes
+# apart; they do not give away a patch's neighbours, as each patch is augmented on its own.
 SMALL_VIEW = {"crop": 32, "grid_size": 3, "patch_size": 20, "gray": False, "patch_augmentation": True}
 SMALL_PREDICTION = {
     "encoder": "resnet-small",
@@ -60,8 +60,8 @@ SMALL_OPTIMIZATION = {
     "clip_grad": 10.0,
 }
 
-# The same photographs for a GPU, which a smaller batch leaves idle. Wide encoders want a lower rate than narrow ones
-# (docs/results.md#minutes-of-a-gpu).
+# For the same photographs on a GPU, which a smaller batch would leave idle. Wide encoders need a lower learning rate
+# than narrow ones (docs/results.md#minutes-of-a-gpu).
 _CIFAR: Preset = {
     "view": SMALL_VIEW,
     "cpc": {**SMALL_PREDICTION, "encoder": "resnet14", "norm": "batch", "neg_samples": "all"},
@@ -69,8 +69,8 @@ _CIFAR: Preset = {
 }
 
 PRESETS: Presets = {
-    # Minutes on two CPU cores. Grey patches of their own mean and contrast share nothing with their neighbours but the
-    # structure that runs through both.
+    # Minutes on two CPU cores. Grey patches, each normalised to zero mean and unit contrast, share nothing with their
+    # neighbours but the structure that runs through both.
     "textures": {
         "view": {"crop": 56, "grid_size": 6, "patch_norm": True},
         "cpc": {

@@ -72,13 +72,13 @@ class CPCv2Config(PredictionConfig):
 
 CONFIG = CPCv2Config
 
-# Where a run takes hours the defaults are the paper's, whatever the recipe: what the short one changes has been
-# measured in runs of minutes alone.
+# Presets for runs of hours take the paper's settings under either recipe: the short recipe's changes were measured only
+# in runs of minutes.
 _VIEW = {"gray": False, "patch_norm": False, "patch_augmentation": True}
 _PAPER = {"norm": "layer", "prediction_scale": 0.1}
 
-# Departures from the paper, each worth points in a short run (docs/results.md): larger logits, which it learns from
-# sooner, batch norm, and grey patches of their own mean and contrast.
+# Departures from the paper that each gain accuracy in a short run (docs/results.md): larger logits, from which learning
+# starts sooner, batch norm, and grey patches, each normalised to zero mean and unit contrast.
 RECIPES: dict[str, Preset] = {
     "short": {
         "view": {"gray": True, "patch_norm": True},

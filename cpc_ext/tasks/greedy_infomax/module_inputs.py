@@ -1,6 +1,6 @@
-"""What the first module that learns gets: patches, or what the frozen modules before it make of them.
+"""Inputs of the first module that learns: patches, or the outputs of the frozen modules before it.
 
-The latter is computed in every step, or once for all steps and read from the disk.
+The outputs are computed in every step, or once for all steps and read from the disk.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class ModuleInputs:
     """The inputs of the first module that learns.
 
     Args:
-        model: whose modules they are for, of which some may be frozen.
-        images: that are trained on.
-        view: how they become patches.
+        model: the model, of whose modules some may be frozen.
+        images: training images.
+        view: turns images into patches.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class ModuleInputs:
         self._key: str | None = None
 
     def __call__(self, batch: Tensor, streams: RandomStreams) -> Tensor:
-        """Feature maps [N, D, h, w] of uint8 images [B, C, H, W], or of what :meth:`cached_fetcher` gives."""
+        """Return feature maps [N, D, h, w] of uint8 images [B, C, H, W], or of a batch of :meth:`cached_fetcher`."""
         if self._key is not None:
             return batch.flatten(0, 1)
         patches = self._view.random(batch, streams.views, share=streams.share)
@@ -58,7 +58,7 @@ class ModuleInputs:
         return self._frozen_outputs(patches).flatten(0, 1)
 
     def prepare(self, ranks: Ranks) -> None:
-        """Fill the cache, where the run keeps one. TrainingError where it cannot be written."""
+        """Fill the cache if the run keeps one. TrainingError if it cannot be written."""
         options = self._config.greedy
         if options.cache_outputs is None:
             return
@@ -77,7 +77,7 @@ class ModuleInputs:
         self._key = key
 
     def cached_fetcher(self, device: torch.device, streams: RandomStreams) -> Fetcher | None:
-        """What gives the steps' batches from the cache; None where there is none."""
+        """Return the fetcher of batches from the cache; None without a cache."""
         if self._key is None:
             return None
         return OutputCache(self._cache_path, self._key, self._images, device, streams)
@@ -94,11 +94,11 @@ class ModuleInputs:
     @property
     def _cache_path(self) -> Path:
         folder = self._config.greedy.cache_outputs
-        assert folder is not None  # Who asks has a cache.
+        assert folder is not None  # Only runs with a cache need the path.
         return folder / f"module-{self._model.frozen - 1}.bin"
 
     def _cache_key(self) -> str:
-        """A number that two runs share only if all that the frozen modules' outputs depend on is equal."""
+        """Return a hash of everything that the frozen modules' outputs depend on."""
         origin = {
             "images": images_digest(ImageSet(self._images.images)),
             "weights": weights_digest(nn.ModuleList(self._model.encoder_modules[: self._model.frozen])),

@@ -1,4 +1,4 @@
-"""What a module of Greedy InfoMax does in a step, as one of the parts that the training loop runs."""
+"""The step of one module of Greedy InfoMax, as one of the parts that the training loop runs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["ModuleStep"]
 
 
 class ModuleStep(Module):
-    """One module's outputs from those of the module before, and its loss.
+    """Computes a module's outputs from those of the module before, and its loss.
 
     Args:
-        model: whose module it is.
-        index: the module's.
-        inputs: of the first module that learns.
+        model: model of the module.
+        index: index of the module.
+        inputs: inputs of the first module that learns.
         grid_size: patches along a side of the grid.
     """
 
@@ -34,7 +34,7 @@ class ModuleStep(Module):
         self.objective = model.objectives[index]
         if isinstance(model, GreedyInfoMax) and index == len(model.encoder_modules) - 1:
             self.context = model.context
-        # It is no child of this module, whose parameters are those that it trains.
+        # The tuple keeps the model from being a submodule, so that parameters() are those that this module trains.
         self._model = (model,)
         self._index = index
         self._inputs = inputs if index == model.frozen else None
@@ -51,10 +51,10 @@ class ModuleStep(Module):
         rows, columns = self._grid
         encodings = pooled(made, (len(made) // (rows * columns), rows, columns))
         handed = made.detach()
-        # The graph is to hold no more than the loss needs.
+        # Keep no more of the graph alive than the loss needs.
         del made
         if isinstance(model, GreedySupervised):
-            assert labels is not None  # The task saw to it.
+            assert labels is not None  # The task has checked it.
             output: Any = model.loss(self._index, encodings, labels=labels)
             return output._asdict(), Handover(handed)
         if draws is None:

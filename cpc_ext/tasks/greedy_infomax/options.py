@@ -60,7 +60,7 @@ class GreedySection(ModulesSection):
         return self
 
 
-# Options of the prediction of patches and of what these are told from.
+# Options of the prediction of patches and of its negatives.
 _OF_PREDICTION = ("pred_steps", "pred_directions", "skip", "neg_samples", "gather_negatives")
 
 
@@ -92,7 +92,7 @@ class GreedyConfig(cpc_v1.CPCConfig):
 
     @property
     def title(self) -> str:
-        """What the run's model is called in figures: the end-to-end encoder is that of CPC."""
+        """Name of the run's model in figures; an encoder trained end to end is called CPC."""
         several = self.greedy.count > 1
         if self.greedy.objective == "supervised":
             return "supervised, greedy" if several else "supervised, end to end"
@@ -126,6 +126,6 @@ PRESETS: Presets = {
         "cpc": {"encoder": "resnet41", "pred_steps": 5, "neg_samples": 16},
         "optimization": {"epochs": 300, "batch_size": 32, "lr": 1.5e-4},
     },
-    # A narrow block alone is too little of a module to learn from: three cost four points of a linear probe.
+    # A single narrow block is too small a module to learn by itself: three of them cost four points of a linear probe.
     "folder-small": {**cpc_v1.PRESETS["folder-small"], "greedy": {"modules": 2}},
 }

@@ -1,7 +1,7 @@
-"""What frozen modules make of the images, on the disk: computed once, then read through a memory map.
+"""A cache of frozen modules' outputs on the disk, computed once, then read through a memory map.
 
-A file is a header of JSON that says what it was computed from, then one row an image and view. A file that was computed
-from anything else is computed anew, and takes the other's place when it is complete.
+A file is a JSON header, which identifies what it was computed from, followed by one row per image and view. A file that
+was computed from anything else is computed anew, and replaced when the new one is complete.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ _DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.
 class OutputCache:
     """The outputs of ``views`` random views of every image, as the training loop fetches them.
 
-    Which of an image's views a step gets is drawn from the run's stream of views.
+    The run's random stream of views decides which of an image's views a step gets.
 
     Raises:
-        TrainingError: the file is not complete or of other contents than ``key``.
+        TrainingError: the file is not complete, or its key is not ``key``.
     """
 
     def __init__(self, path: Path, key: str, images: ImageSet, device: torch.device, streams: RandomStreams) -> None:
         self._labels = ImageFetcher(images, device, resident=False)
         self._device = device
         self._streams = streams
-        # Opened once: what is read stays the file that was checked, also where another run puts its own in its place.
+        # Opened once, so that the file that was checked is the one read, even if another run replaces it meanwhile.
         with suppress(FileNotFoundError), open(path, "rb") as file:
             header = _read_header(file)
             if header is not None and header["key"] == key and header["images"] == len(images):
@@ -84,12 +84,12 @@ class OutputCache:
         *,
         views: int,
     ) -> None:
-        """Compute the file unless it is there, or another process computes it already, which is waited for.
+        """Compute the file unless it exists; if another process is computing it, wait for that one.
 
-        outputs: uint8 images [B, C, H, W] on the device → [B, ...] of a random view of each.
+        outputs: maps uint8 images [B, C, H, W] on the device to [B, ...], the outputs of a random view of each.
 
         Raises:
-            TrainingError: a disk without room for it, or that cannot be written to.
+            TrainingError: the disk has no room for the file, or cannot be written to.
         """
         if _key(path) == key:
             return
@@ -136,7 +136,7 @@ def _check_space(path: Path, needed: int) -> None:
 
 
 def _key(path: Path) -> str | None:
-    """What the file at a path was computed from; None where there is none, or none of ours that is complete."""
+    """Return the key of the file at a path; None if there is no file, or it is not a complete cache."""
     try:
         with open(path, "rb") as file:
             header = _read_header(file)
@@ -146,7 +146,7 @@ def _key(path: Path) -> str | None:
 
 
 def _read_header(file: BinaryIO) -> dict[str, Any] | None:
-    """What a file says of itself; None where it is none of ours, or not complete."""
+    """Return a file's header; None if it is not a complete cache."""
     try:
         header = json.loads(file.read(_HEADER_BYTES))
         size = os.fstat(file.fileno()).st_size

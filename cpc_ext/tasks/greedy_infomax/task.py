@@ -1,7 +1,8 @@
 """The task of training Greedy InfoMax: the modules of an encoder, each with a loss of its own, linear probe.
 
-Modules learn all at once, in one process or each in its own, or one after another, on what those before it make, which
-may come from the disk. The supervised encoders of the paper's comparison are trained the same way, on labels.
+Modules learn all at once, in one process or in one process each; or one after another, each from the outputs of those
+before, which may come from the disk. The supervised encoders of the paper's comparison are trained the same way, on
+labels.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class GreedyTask(ModuleTask, EncoderTask):
     """Greedy InfoMax (Löwe et al. 2019, arXiv 1905.11786), or supervised modules, on a data set.
 
     Attributes:
-        inputs: of the first module that learns.
+        inputs: inputs of the first module that learns.
 
     Raises:
         ValueError: modules that do not fit the encoder, images smaller than the crop, or no labels to learn by.
@@ -89,7 +90,7 @@ class GreedyTask(ModuleTask, EncoderTask):
         return [ModuleStep(self.model, index, self.inputs, side) for index in self._config.greedy.learning]
 
     def check_start(self, trained: RunConfig) -> None:
-        """Modules that are frozen have to be trained, on patches like these."""
+        """Check that the frozen modules were trained by the run to start from, on the same kind of patches."""
         if self.model.frozen == 0 or not isinstance(trained, GreedyConfig):
             return
         self.check_modules(trained.greedy, _shape(trained), _shape(self._config))
@@ -103,7 +104,7 @@ class GreedyTask(ModuleTask, EncoderTask):
         return super().fetcher(device, streams) if cached is None else cached
 
     def encode(self, model: Any, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The output of the last module that is trained; those after it are not run. model: one in modules."""
+        """Return the output of the last trained module; those after it are not run. model: one with modules."""
         patches = center_or_random(self._view, images, generator)
         encodings: list[Tensor] = model.encodings_by_module(patches, self._config.greedy.learning[-1] + 1)
         return encodings[-1]
@@ -115,7 +116,7 @@ class GreedyTask(ModuleTask, EncoderTask):
         options = self._config.greedy
         if options.split_at is not None:
             return options.split_at
-        # Trained end to end it has stacks like any other encoder.
+        # An encoder trained end to end is probed by its stacks, like any other.
         return stacks if options.modules == 1 else options.modules
 
     @property

@@ -62,13 +62,13 @@ class GreedyAudioTask(ModuleTask, SpeechTask):
         return [_ModuleStep(self, index) for index in self._config.greedy.learning]
 
     def check_start(self, trained: RunConfig) -> None:
-        """Modules that are frozen have to be trained, on windows like these."""
+        """Check that the frozen modules were trained by the run to start from, on the same kind of windows."""
         if self.model.frozen == 0 or not isinstance(trained, GreedyAudioConfig):
             return
         self.check_modules(trained.greedy, _shape(trained), _shape(self._config))
 
     def layers(self, model: Any) -> list[FeatureLayer]:
-        """The output of each convolution, "encoder" being the last one's, then the context's, if it is trained."""
+        """Return the outputs of trained convolutions, the last named "encoder", then those of a trained context."""
 
         def encoded(modules: int, waveforms: Tensor) -> Tensor:
             encodings: Tensor = model.encodings_by_module(waveforms, modules)[-1]
@@ -78,7 +78,7 @@ class GreedyAudioTask(ModuleTask, SpeechTask):
         trained, modules = self._config.greedy.learning[-1] + 1, min(self._config.greedy.modules, 5)
         for count in range(1, min(trained, modules) + 1):
             name = "encoder" if count == modules else f"module{count - 1}"
-            # One module alone has all convolutions.
+            # A single module has all convolutions.
             found.append(FeatureLayer(name, partial(encoded, count), count if modules > 1 else len(KERNELS)))
         if trained == self._config.greedy.count:
             context = model.context[-1] if isinstance(model.context, nn.ModuleList) else model.context
@@ -89,7 +89,7 @@ class GreedyAudioTask(ModuleTask, SpeechTask):
     def guesses(self) -> list[dict[str, float]]:
         encoder, options = self.model.encoder, self._config.greedy
         assert isinstance(encoder, WaveformEncoder)
-        # One module alone has all convolutions, and a sixth none.
+        # A single module has all convolutions; a sixth one is the context network and adds none.
         layers = [len(KERNELS) if options.modules == 1 else min(index + 1, len(KERNELS)) for index in options.learning]
         return self._guesses([encoder.frames(self._config.view.window, layers=count) for count in layers])
 
@@ -99,7 +99,7 @@ class GreedyAudioTask(ModuleTask, SpeechTask):
 
 
 class _ModuleStep(Module):
-    """One module's outputs from those of the module before, and its loss, as one of the parts of a step."""
+    """Computes a module's outputs from those of the module before, and its loss, as one of the parts of a step."""
 
     def __init__(self, task: GreedyAudioTask, index: int) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class _ModuleStep(Module):
         self.module = model.encoder_modules[index]
         self.objective = model.objectives[index]
         self.context = model.context_of(index)
-        # They are no children of this module, whose parameters are those that it trains.
+        # The task's model is no submodule, so that parameters() are those that this module trains.
         self._task = (task,)
         self._index = index
 
@@ -120,7 +120,7 @@ class _ModuleStep(Module):
             features = self._begin(task, features)
         made = self.module(features)
         if draws is None:
-            # A number that all modules draw from, wherever they are: each in another process draws the same one.
+            # The seed of all modules' negatives. Modules in other processes draw the same number themselves.
             draws = int(torch.randint(2**62, (), generator=streams.views))
         generator = torch.Generator(made.device).manual_seed(draws + self._index)
         negatives = task.model.draw_negatives(self._index, made, generator)
@@ -129,7 +129,7 @@ class _ModuleStep(Module):
         return values, Handover(made.detach(), draws)
 
     def _begin(self, task: GreedyAudioTask, waveforms: Tensor) -> Tensor:
-        """What the first module that learns gets: the waveforms, or what the frozen modules make of them."""
+        """Return the inputs of the first module that learns: the waveforms, or the frozen modules' outputs."""
         features, _ = task.model.encoder.begin(waveforms)
         with torch.no_grad(), autocast(waveforms.device, task.config.compute.precision):
             for module in task.model.encoder_modules[: task.model.frozen]:

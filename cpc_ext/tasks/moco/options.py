@@ -31,7 +31,7 @@ class MoCoSection(TwoViewSection):
 class MoCoConfig(TwoViewConfig):
     """A run of MoCo."""
 
-    # The queue has others.
+    # The queue holds keys of other images.
     least_images: ClassVar[int] = 1
 
     moco: MoCoSection = Field(default_factory=MoCoSection)
@@ -42,11 +42,11 @@ class MoCoConfig(TwoViewConfig):
 
 
 CONFIG = MoCoConfig
-# Version 2's temperature, and of its optimization what does not depend on the size of the data.
+# Version 2's temperature, and those settings of its optimization that do not depend on the size of the data.
 _PUBLISHED = two_view_presets(
     "moco", {"optimizer": "sgd", "lr": 0.03, "final_lr": 0.0}, temperature=0.2, head_norm=False
 )
-# A run of 850 updates: its keys get old sooner, and are fewer.
+# In a run of 850 updates keys become outdated sooner, so the queue is shorter and the key networks follow faster.
 _SHORT = two_view_presets("moco", temperature=0.2, queue_size=1024, key_momentum=0.99)
 _SMALL = two_view_presets("moco", temperature=0.2, queue_size=4096, key_momentum=0.99)
 PRESETS = {**_PUBLISHED, "textures": _SHORT["textures"], "folder-small": _SMALL["folder-small"]}

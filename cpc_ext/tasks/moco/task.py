@@ -38,7 +38,7 @@ class MoCoTask(TwoViewTask):
         model = super().initial_model()
         assert isinstance(model, MoCo)
         if self._config.compute.channels_last:
-            # As the encoder has it, and PyTorch declares it.
+            # As for the encoder; PyTorch's annotations allow memory_format only beside a device.
             model.key_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model
 
@@ -50,7 +50,7 @@ class MoCoTask(TwoViewTask):
         self.model.follow()
 
     def carried(self) -> dict[str, Tensor]:
-        """The queue of this process, where each has its own; a checkpoint's model has that of the first."""
+        """Return this process's queue if each has its own; the model in a checkpoint has that of the first process."""
         if self._config.moco.gather_negatives != "none":
             return {}
         queue = self.model.objective.queue

@@ -1,4 +1,4 @@
-"""The task of training PixelCNN++, which may start from what its layers make of images."""
+"""The task of training PixelCNN++, optionally with data-dependent initialization."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class PixelCNNPPTask(PixelTask):
         }
 
     def _check_options(self) -> None:
-        """All are right: a pixel's colours come of one mixture."""
+        """Accept any number of channels, as one mixture predicts all colours of a pixel."""
 
     def _initialize(self) -> None:
-        """Let the model start from what its layers make of a batch of training images, the same in all processes."""
+        """Initialize the model from a batch of training images, equally in all processes, if ``data_init`` is set."""
         if not self._config.pixelcnn.data_init:
             return
         seed = self._config.compute.seed

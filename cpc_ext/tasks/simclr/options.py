@@ -24,6 +24,6 @@ class SimCLRConfig(TwoViewConfig):
 
 
 CONFIG = SimCLRConfig
-# Smaller views leave time for more of them (docs/simclr.md), which was not measured of the other models of two views.
+# Smaller views leave time for more of them (docs/simclr.md). This was not measured for the other two-view models.
 _SMALL = two_view_presets("simclr", view_size=20, center_scale=1.6)
 PRESETS = {**two_view_presets("simclr"), "folder-small": _SMALL["folder-small"]}

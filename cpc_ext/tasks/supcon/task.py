@@ -52,7 +52,7 @@ class SupConTask(TwoViewTask):
     def guess(self) -> dict[str, float]:
         assert self.examples.labels is not None
         shares = np.bincount(self.examples.labels) / len(self.examples)
-        # The nearest of all is of the same class as often as another image is.
+        # By chance, the nearest view is of the same class as often as any two images are.
         return {**guessing(2 * self.contrasted_images - 1), "accuracy": float((shares**2).sum())}
 
 
