@@ -1,1 +1,1 @@
-"""Measures of what an encoder or a model of pixels is worth."""
+"""Measures of the quality of encoders and of pixel models."""

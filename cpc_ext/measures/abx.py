@@ -1,9 +1,9 @@
-"""ABX error: how often features of a phone are nearer to another phone than to themselves, with nothing to train.
+"""ABX error: how often an occurrence of a phone is nearer to another phone than to its own, without any training.
 
-From frames and the phones they belong to, to the share of triples (A, B, X) that are told wrongly: A and X are
-occurrences of one phone, B is one of another, and X should be nearer to A (Schatz et al. 2013). The distance is that of
-ZeroSpeech and Libri-light (Kahn et al. 2019, arXiv 1912.07875): dynamic time warping over the angles between frames,
-averaged along the path. Chance is a half, less is better.
+The error is the share of triples (A, B, X) that are classified wrongly: A and X are occurrences of one phone, B is one
+of another, and X should be nearer to A (Schatz et al. 2013). The distance is that of ZeroSpeech and Libri-light (Kahn
+et al. 2019, arXiv 1912.07875): dynamic time warping over the angles between frames, averaged along the path. Chance is
+a half, less is better.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Unit = Literal["triphone", "phone"]
 Condition = Literal["within", "across"]
 _Ints = NDArray[np.int64]
 
-# Distances that are computed and compared at a time, where there are as many.
+# Number of distances that are computed and compared at a time, if there are that many.
 _BATCH = 1 << 19
 
 
@@ -36,10 +36,10 @@ class AbxItems:
     """Occurrences of phones as intervals of frames: int64 [N] each.
 
     Attributes:
-        onset, offset: first frame, and the one after the last, of all utterances one after another.
-        phone: the class that is to be told.
-        previous, following: classes of its neighbours, -1 where the utterance ends.
-        speaker: who says it.
+        onset, offset: first frame, and the one after the last, counted over all utterances one after another.
+        phone: class of the phone.
+        previous, following: classes of the neighbouring phones, -1 at the ends of an utterance.
+        speaker: number of the speaker.
     """
 
     onset: _Ints
@@ -52,7 +52,7 @@ class AbxItems:
 
 @dataclass(frozen=True)
 class AbxResult:
-    """error: share of triples told wrongly, averaged as :func:`abx_error` says. triples: how many were compared."""
+    """error: share of wrong triples, averaged as :func:`abx_error` says. triples: number of triples compared."""
 
     error: float
     triples: int
@@ -61,15 +61,15 @@ class AbxResult:
 def abx_items(
     labels: Sequence[Tensor], speakers: Sequence[int], *, unit: Unit = "triphone", silence: int | None = 0
 ) -> AbxItems:
-    """The occurrences of phones in labelled frames.
+    """Return the occurrences of phones in labelled frames.
 
-    Neighbouring frames of one label are one occurrence: where a phone follows itself, both are taken for one.
+    Neighbouring frames of one label are one occurrence; a phone that follows itself counts as a single occurrence.
 
     Args:
-        labels: of each utterance, int64 [L], a class a frame.
-        speakers: of each utterance.
-        unit: "triphone", whose interval also has both neighbours of the phone in it, or "phone" alone.
-        silence: the class that is no phone: intervals with it are left out. None where there is none.
+        labels: classes of each utterance's frames, int64 [L].
+        speakers: speaker of each utterance.
+        unit: "triphone", whose interval includes both neighbours of the phone, or "phone", the phone alone.
+        silence: class that is no phone; intervals that contain it are left out. None: there is no such class.
 
     Raises:
         ValueError: an unknown unit.
@@ -107,20 +107,20 @@ def abx_error(
     most_speakers: int = 5,
     seed: int = 0,
 ) -> AbxResult:
-    """The ABX error of features.
+    """Return the ABX error of features.
 
-    The error of each choice of context, speaker and phones is averaged first over the contexts, with the speakers of X,
-    then over speakers, then over ordered pairs of phones, so that frequent ones weigh no more than others.
+    The error of each choice of context, speaker and phones is averaged first over contexts, together with the speakers
+    of X, then over speakers, then over ordered pairs of phones, so that frequent ones weigh no more than others.
 
     Args:
-        features: floating [F, D], frames of all utterances one after another. A frame of zeros has no direction; it is
-            at distance 0 from others of that kind and at 1 from the rest, as in Libri-light.
-        items: what is compared.
-        speaker: "within" has A, B and X of one speaker, "across" X of another one than A and B.
-        any_context: whether phones between other neighbours are compared, too.
-        most_items: occurrences of a phone by a speaker in a context beyond which that many are drawn.
-        most_speakers: speakers of X beyond which that many are drawn, for each A.
-        seed: of the draws.
+        features: floating [F, D], frames of all utterances one after another. A frame of zeros has no direction; its
+            distance is 0 to other frames of zeros and 1 to the rest, as in Libri-light.
+        items: occurrences of phones to compare.
+        speaker: "within" takes A, B and X from one speaker; "across" takes X from another speaker than A and B.
+        any_context: whether to compare phones with different neighbours, too.
+        most_items: most occurrences of a phone by a speaker in a context; if there are more, that many are drawn.
+        most_speakers: most speakers of X for each A; if there are more, that many are drawn.
+        seed: seed of the draws.
 
     Raises:
         ValueError: an unknown condition, items outside of the frames, features that are not finite, or nothing to
@@ -142,15 +142,15 @@ def abx_error(
 
 
 def dtw_distances(features: Tensor, items: AbxItems, pairs: _Ints) -> NDArray[np.float32]:
-    """Distances of pairs of items by dynamic time warping, float32 [P] in 0 to 1.
+    """Return distances of pairs of items by dynamic time warping, float32 [P] in 0 to 1.
 
-    The angles between frames, divided by pi, are summed along the path of the least sum, whose steps go one frame on
-    in either item or in both, and divided by the path's length.
+    A distance is the sum of the angles between frames, divided by pi, along the path of the least sum, divided by the
+    path's length. A step of the path advances by one frame in either item or in both.
 
     Args:
         features: floating [F, D].
-        items: whose intervals are compared.
-        pairs: int64 [P, 2], numbers of items; quickest where the second does not change from pair to pair.
+        items: intervals to compare.
+        pairs: int64 [P, 2], indices of items; fastest if the second one stays the same from pair to pair.
 
     Raises:
         ValueError: features that are not finite, pairs of no items, or items of no frames.
@@ -159,7 +159,7 @@ def dtw_distances(features: Tensor, items: AbxItems, pairs: _Ints) -> NDArray[np
 
 
 class _Cells:
-    """Items of one context, speaker and phone each: their numbers, and what cells have in common, [cells] each."""
+    """Cells of the items that share context, speaker and phone: those keys, [cells] each, and the items' indices."""
 
     def __init__(self, items: AbxItems, any_context: bool, most: int, rng: np.random.Generator) -> None:
         count = len(items.phone)
@@ -177,7 +177,7 @@ class _Cells:
         self.sizes = np.minimum(sizes, most)
 
     def runs(self, *keys: _Ints) -> Iterator[_Ints]:
-        """Cells that agree in all keys, as numbers."""
+        """Yield the groups of cells that agree in all keys, as indices of cells."""
         if len(keys[0]):
             inverse = np.unique(np.stack(keys, axis=1), axis=0, return_inverse=True)[1].reshape(-1)
             order = np.argsort(inverse, kind="stable")
@@ -185,14 +185,14 @@ class _Cells:
 
 
 def _within(cells: _Cells) -> Iterator[_Ints]:
-    """Triples of cells [T, 3], of A, B and X, for each context and speaker."""
+    """Yield triples of cells [T, 3], of A, B and X, for each context and speaker."""
     for run in cells.runs(cells.context, cells.speaker):
         triples = [(a, b, a) for a in run if cells.sizes[a] > 1 for b in run if b != a]
         yield np.array(triples, np.int64).reshape(-1, 3)
 
 
 def _across(cells: _Cells, most_speakers: int, rng: np.random.Generator) -> Iterator[_Ints]:
-    """Triples of cells [T, 3], of A, B and X, for each context and speaker of A."""
+    """Yield triples of cells [T, 3], of A, B and X, for each context and speaker of A."""
     sayings = {int(cell): run for run in cells.runs(cells.context, cells.phone) for cell in run}
     for run in cells.runs(cells.context, cells.speaker):
         triples = []
@@ -205,7 +205,7 @@ def _across(cells: _Cells, most_speakers: int, rng: np.random.Generator) -> Iter
 
 
 def _batches(cells: _Cells, triples: Iterator[_Ints]) -> Iterator[_Ints]:
-    """The triples joined to batches of about as many distances as are computed at a time."""
+    """Join the triples to batches of about ``_BATCH`` distances."""
     waiting: list[_Ints] = []
     distances = 0
     for each in triples:
@@ -221,9 +221,9 @@ def _batches(cells: _Cells, triples: Iterator[_Ints]) -> Iterator[_Ints]:
 def _errors(
     frames: Tensor, items: AbxItems, cells: _Cells, triples: _Ints
 ) -> tuple[_Ints, _Ints, NDArray[np.float64], _Ints]:
-    """The cells of A and B of each triple of cells, its error, and how many triples of items there are."""
+    """Return, for each triple of cells, the cells of A and B, the error, and the number of triples of items."""
     a, b, x = triples.T
-    # What is needed of each pair of cells is computed once, whichever of the two is X.
+    # The distances of each pair of cells are computed once, whichever of the two is X.
     blocks = np.unique(np.sort(np.concatenate([np.stack([x, a], 1), np.stack([x, b], 1)]), axis=1), axis=0)
     pairs = [
         np.stack(
@@ -255,19 +255,19 @@ def _errors(
 
 
 def _means(keys: _Ints, values: NDArray[np.float64]) -> tuple[_Ints, NDArray[np.float64]]:
-    """The mean of the values of each key, a row."""
+    """Return the unique keys, which are rows, and the mean of the values of each."""
     unique, inverse = np.unique(keys, axis=0, return_inverse=True)
     inverse = inverse.reshape(-1)
     return unique, np.bincount(inverse, values) / np.bincount(inverse)
 
 
 def _directions(features: Tensor) -> Tensor:
-    """Frames of length 1, float32; where some are zeros with a column more that tells them apart."""
+    """Return frames scaled to length 1, float32; if some are zeros, one more column distinguishes them."""
     check_finite("features", features)
     frames = unit_length(features.double()).float()
     zeros = ~frames.any(1, keepdim=True)
     if zeros.any():
-        # Products with the rest are then below -1, those among them above 1, which angles are clamped to.
+        # Products of zeros with other frames are then below -1, and with each other above 1; they are clamped to ±1.
         frames = torch.cat([frames, torch.where(zeros, -2e12, 1e-12).to(frames)], dim=1)
     return frames.contiguous()
 

@@ -1,6 +1,6 @@
-"""How many directions encodings make use of: what tells a collapsed encoder before any label does.
+"""Effective rank: the number of directions that encodings use, which shows a collapsed encoder without labels.
 
-From encodings [N, D] to a number between 1, where they lie on a line, and D, where they vary alike in all directions.
+It is 1 for encodings [N, D] on a line, and D for encodings that vary equally in all directions.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ __all__ = ["effective_rank"]
 
 
 def effective_rank(features: Tensor) -> float:
-    """exp(entropy of p), p the singular values of the centred features over their sum (Roy & Vetterli 2007, eq. 4).
+    """Return exp(entropy of p), p the singular values of centred features over their sum (Roy & Vetterli 2007, eq. 4).
 
-    features: floating [N, D], at least one. 0 where they are all alike, which is a complete collapse. ValueError where
+    features: floating [N, D], at least one. The result is 0 if they are all alike, a complete collapse. ValueError if
     they are not finite.
 
-    Garrido et al. 2023, arXiv 2210.02885 (RankMe), take it of encodings that are not centred; there the mean, which
-    tells nothing of an image, counts as a direction, and a collapsed encoder comes to 1.
+    Garrido et al. 2023, arXiv 2210.02885 (RankMe), do not centre the encodings; there the mean, which says nothing
+    about an image, counts as a direction, and a collapsed encoder has rank 1.
     """
     check_finite("features", features)
     centred = features.double() - features.double().mean(0)
     values = torch.linalg.svdvals(centred)
-    # What is left of encodings that are alike but for rounding, relative to their size.
+    # Encodings that are alike but for rounding leave singular values up to this, relative to their size.
     smallest = torch.finfo(torch.float32).eps * max(features.shape) * float(features.double().abs().max())
     values = values[values > smallest]
     if not len(values):

@@ -1,4 +1,4 @@
-"""Encodings that are no numbers: said before they are measured, as a single one of them spoils what is found."""
+"""The check that encodings are finite, made before measuring, since a single one that is not spoils the result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["check_finite"]
 
 
 def check_finite(name: str, features: Tensor) -> None:
-    """EncodingsNotFiniteError where a row of features [N, D] is not finite; name: of the argument."""
+    """Raise EncodingsNotFiniteError if a row of features [N, D] is not finite. name: the argument's name."""
     wrong = int((~features.isfinite()).any(1).sum())
     if wrong:
         raise EncodingsNotFiniteError(

@@ -1,7 +1,7 @@
-"""Probes of frames: how well a classifier of single frames tells their labels, such as phones.
+"""Frame probes: how well a classifier of single frames finds their labels, such as phones.
 
-From features [F, D], one row a frame, to what a linear classifier, or one with a hidden layer, makes of them. Frames
-are many, so that it is trained by minibatches; the draws are the same for all features: encoders are judged alike.
+Features are [F, D], one row per frame. The classifier is linear or has one hidden layer. As there are many frames, it
+is trained with minibatches, whose random draws are the same for all features, so that encoders are judged alike.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ __all__ = [
 PhoneRecipe = Literal["standard", "greedy-infomax", "cpc-audio"]
 Summary = Literal["mean", "last"]
 
-# Frames whose logits are in memory at a time.
+# Number of frames whose logits are in memory at a time.
 _CHUNK = 16384
 
 
 @dataclass(frozen=True)
 class FrameProbeResult:
-    """What a probe has made of the test frames.
+    """The result of a probe on the test frames.
 
     Attributes:
-        accuracy: fraction of frames whose label it tells.
-        majority: fraction that always naming the commonest class of the training frames would tell.
-        confusion: how many frames of a class, by row, it takes for which, by column: int64 [classes, classes].
+        accuracy: fraction of frames classified correctly.
+        majority: accuracy of always naming the commonest class of the training frames.
+        confusion: counts of frames, int64 [classes, classes], true class by row, predicted class by column.
     """
 
     accuracy: float
@@ -56,8 +56,8 @@ class FrameProbeResult:
 class _Recipe:
     """How a probe is trained.
 
-    group: frames that stay together; 0 for those of an utterance. groups: in a step. least_steps: as many epochs more
-    as it takes.
+    group: number of consecutive frames that stay together; 0 keeps each utterance together. groups: groups in a batch.
+    least_steps: minimum number of steps, for which epochs are added.
     """
 
     group: int
@@ -87,7 +87,7 @@ class FrameClassifier(Module):
     Args:
         dim: D.
         classes: number of classes.
-        hidden: width of a hidden layer of rectified units, or 0 for a linear classifier.
+        hidden: width of a hidden layer with ReLU, or 0 for a linear classifier.
     """
 
     def __init__(self, dim: int, classes: int, *, hidden: int = 0) -> None:
@@ -102,12 +102,12 @@ class FrameClassifier(Module):
         return logits
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
-        """The mean cross-entropy of frames [..., D] and their labels, int64 [...]."""
+        """Return the mean cross-entropy of frames [..., D] with labels int64 [...]."""
         return F.cross_entropy(self(features).flatten(0, -2), labels.flatten())
 
     @torch.no_grad()
     def predict(self, features: Tensor) -> Tensor:
-        """The likeliest class of every frame, int64 [F], of features [F, D]."""
+        """Return the likeliest class of every frame, int64 [F], of features [F, D]."""
         return torch.cat([self(chunk).argmax(1) for chunk in features.split(_CHUNK)])
 
 
@@ -126,18 +126,18 @@ def frame_probe(
     """Train a classifier of frames and measure it.
 
     Args:
-        train_features, test_features: floating [F, D], utterances one after another, of which none is in both.
+        train_features, test_features: floating [F, D], utterances one after another; no utterance is in both.
         train_labels, test_labels: int64 [F] in 0..classes-1.
         classes: number of classes.
         hidden: width of a hidden layer, or 0 for a linear classifier.
-        recipe: "standard" standardises features by the training frames and takes batches of frames. The others repeat
-            the published programs' own ways: "greedy-infomax" takes an utterance a step, "cpc-audio" windows of 1.28 s.
-        train_lengths: frames of each training utterance, which "greedy-infomax" needs.
-        seed: of initial weights and of the order of batches.
+        recipe: "standard" standardises features by the training frames and takes batches of frames. The others
+            reproduce published programs: "greedy-infomax" takes one utterance per step, "cpc-audio" windows of 1.28 s.
+        train_lengths: number of frames of each training utterance; needed by "greedy-infomax".
+        seed: seed of the initial weights and of the order of batches.
 
     Raises:
-        ValueError: an unknown recipe, labels out of range or other than frames in number, no frames, features that are
-            not finite, or lengths that do not add up.
+        ValueError: an unknown recipe, labels out of range or not as many as frames, no frames, features that are not
+            finite, or lengths that do not add up.
     """
     if recipe not in _RECIPES:
         raise ValueError(f"recipe: expected one of {', '.join(get_args(PhoneRecipe))}, got {recipe!r}")
@@ -162,10 +162,10 @@ def frame_probe(
 
 
 def summary_of_frames(frames: Tensor, how: Summary = "mean") -> Tensor:
-    """An utterance's frames [L, D] as one vector [D], such as a speaker is told by: their mean, or the last of them.
+    """Summarise an utterance's frames [L, D] as one vector [D], for example to classify speakers: the mean or the last.
 
     Raises:
-        ValueError: no frames, or an unknown way.
+        ValueError: no frames, or an unknown ``how``.
     """
     if len(frames) == 0:
         raise ValueError("frames: expected at least one")
@@ -177,10 +177,10 @@ def summary_of_frames(frames: Tensor, how: Summary = "mean") -> Tensor:
 
 
 def sequence_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """The loss of naming utterances' phones in their order, wherever they are: connectionist temporal classification.
+    """Return the CTC loss (connectionist temporal classification) of utterances' sequences of phones.
 
-    As CPC_audio takes it, the target is the labels of the frames without repetitions, and each utterance's loss is
-    divided by the length of that before the mean is taken.
+    As in CPC_audio, the target is the sequence of frame labels without repetitions, and each utterance's loss is
+    divided by the length of its target before the mean is taken.
 
     Args:
         logits: [B, L, classes + 1], the blank last.
@@ -205,7 +205,7 @@ def _check_frames(name: str, features: Tensor, labels: Tensor, classes: int) -> 
 
 
 def _groups(frames: int, how: _Recipe, lengths: Sequence[int] | None) -> tuple[Tensor, Tensor]:
-    """Where frames begin that stay together, and how many they are: int64 [G] each."""
+    """Return where each group of frames that stay together begins, and its number of frames, int64 [G] each."""
     if how.group:
         starts = torch.arange(0, frames, how.group)
         return starts, (frames - starts).clamp(max=how.group)
@@ -216,7 +216,7 @@ def _groups(frames: int, how: _Recipe, lengths: Sequence[int] | None) -> tuple[T
 
 
 def _frames_in(starts: Tensor, counts: Tensor) -> Tensor:
-    """The indices of all frames of some groups."""
+    """Return the indices of all frames of some groups."""
     before = counts.cumsum(0) - counts
     return torch.arange(int(counts.sum())) + (starts - before).repeat_interleave(counts)
 

@@ -1,8 +1,8 @@
-"""Which frame of a model belongs to which label, where both lie on grids of their own.
+"""Alignment of a model's frames with labels on another grid.
 
-A label, as forced alignments have them, and a frame of an encoder each stand for a window of the waveform. Windows of
-either begin every hop of samples but in other places, so that what is at one index may lie hundredths of a second
-apart. The published programs pair them in ways of their own, which are needed to repeat their numbers.
+A label of a forced alignment and a frame of an encoder each stand for a window of the waveform. Both have a fixed hop
+but different offsets, so that a frame and a label of the same index may lie hundredths of a second apart. Published
+programs pair them in various ways, which are needed to reproduce their numbers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class AlignedFrames(NamedTuple):
 
 
 def label_centers(count: int) -> Tensor:
-    """The samples at which the windows of labels on LibriSpeech's grid are centred, float64 [count]."""
+    """Return the samples at which labels on LibriSpeech's grid are centred, float64 [count]."""
     return LABEL_STEP * torch.arange(count, dtype=torch.float64) + LABEL_CENTRE
 
 
@@ -35,14 +35,14 @@ def align_frames(frame_centers: Tensor, label_centers: Tensor, how: Alignment = 
     """Pair the frames and labels of an utterance.
 
     Args:
-        frame_centers, label_centers: samples at which each is centred, ascending, [F] and [N].
-        how: "centers" gives every frame the label whose centre is nearest, the earlier one of two, and leaves out
-            frames that are further from it than half the labels' hop, which lie outside of the labels. "front" cuts
-            from the front frames that are more than there are labels, as Greedy InfoMax does. "same-index" pairs what
-            has the same index, as CPC_audio does.
+        frame_centers, label_centers: samples at which frames and labels are centred, ascending, [F] and [N].
+        how: "centers" gives every frame the label with the nearest centre, the earlier one of two that are equally
+            near, and leaves out frames farther from it than half the labels' hop, which lie outside of the labels.
+            "front" drops surplus frames at the front, as Greedy InfoMax does. "same-index" pairs equal indices, as
+            CPC_audio does.
 
     Raises:
-        ValueError: an unknown way, or centres that are not ascending.
+        ValueError: an unknown ``how``, or centres that are not ascending.
     """
     if how not in get_args(Alignment):
         raise ValueError(f"how: expected one of {', '.join(get_args(Alignment))}, got {how!r}")
@@ -56,7 +56,7 @@ def align_frames(frame_centers: Tensor, label_centers: Tensor, how: Alignment = 
             raise ValueError(f"{name}: expected ascending samples")
     if count == 0:
         return AlignedFrames(torch.arange(0), torch.arange(0))
-    # Between the middles of neighbouring labels, each label is the nearest; at a middle the earlier one.
+    # Each label is the nearest one between the midpoints to its neighbours; at a midpoint the earlier label is taken.
     middles = (labels[1:] + labels[:-1]) / 2
     nearest = torch.searchsorted(middles, frames)
     reach = labels.diff().max().item() / 2 if len(labels) > 1 else LABEL_STEP / 2
@@ -65,9 +65,9 @@ def align_frames(frame_centers: Tensor, label_centers: Tensor, how: Alignment = 
 
 
 def one_frame_a_label(pairs: AlignedFrames, frame_centers: Tensor, label_centers: Tensor) -> AlignedFrames:
-    """Those of the pairs, as :func:`align_frames` gives them, whose frame is the nearest to its label's centre.
+    """Keep, of the pairs of :func:`align_frames`, the one with the frame nearest to the label's centre for each label.
 
-    Of two as near it is the earlier.
+    Of two frames that are equally near, the earlier one is kept.
     """
     distance = (frame_centers.double()[pairs.frames] - label_centers.double()[pairs.labels]).abs()
     by_distance = torch.sort(distance, stable=True).indices

@@ -1,7 +1,7 @@
-"""Weighted nearest neighbours: how well the classes of the nearest encodings tell an image's.
+"""Weighted nearest-neighbour classification of images by frozen encodings [N, D].
 
-From frozen encodings [N, D] to a score of every class: each of the k nearest votes for its class with exp(cosine / τ)
-(Wu et al. 2018, arXiv 1805.01978, section 3.4). There is nothing to fit and nothing to choose.
+Each of the k nearest neighbours votes for its class with weight exp(cosine / τ) (Wu et al. 2018, arXiv 1805.01978,
+section 3.4). Nothing is fitted and no hyperparameter is tuned.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["NEIGHBOURS", "TEMPERATURE", "knn_accuracy", "knn_scores"]
 
 NEIGHBOURS = 200
 TEMPERATURE = 0.07
-# Images whose similarities to all labelled ones are in memory at a time.
+# Number of images whose similarities to all labelled ones are in memory at a time.
 _CHUNK = 1024
 
 
@@ -28,10 +28,10 @@ def knn_scores(
     neighbours: int = NEIGHBOURS,
     temperature: float = TEMPERATURE,
 ) -> Tensor:
-    """Votes for every class, float64 [M, classes], of queries [M, D] by labelled encodings [N, D] with labels [N].
+    """Return votes for every class, float64 [M, classes], for queries [M, D] by labelled encodings [N, D], labels [N].
 
-    neighbours: k; all N vote where there are fewer. Votes are divided by the largest that one neighbour could give,
-    exp(1 / temperature). ValueError for encodings that are not finite.
+    neighbours: k; if there are fewer, all N vote. Votes are divided by exp(1 / temperature), the largest that one
+    neighbour can give. ValueError for encodings that are not finite.
     """
     import torch
 
@@ -58,6 +58,6 @@ def knn_accuracy(
     classes: int,
     neighbours: int = NEIGHBOURS,
 ) -> float:
-    """The fraction of queries [M, D] whose class, of int64 [M], has the most votes; the others as of knn_scores."""
+    """Return the fraction of queries [M, D] whose class, int64 [M], gets the most votes; see :func:`knn_scores`."""
     scores = knn_scores(labelled, labels, queries, classes=classes, neighbours=neighbours)
     return (scores.argmax(1) == query_labels).double().mean().item()

@@ -1,7 +1,7 @@
-"""Which of the labels an evaluation may look at: so many of every class, drawn from a seed.
+"""Subsets of the labelled training images for evaluations, drawn from a seed: "10" per class, or "1%" of every class.
 
-From "10" or "1%" to indices of training images. A draw orders the images of each class once and takes the first of
-them, so that a larger subset of the same draw holds all of a smaller one.
+A draw shuffles the images of each class once and takes the first of them, so that a larger subset of the same draw
+contains every smaller one.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ __all__ = ["LabelBudget", "parse_label_budgets"]
 
 @dataclass(frozen=True)
 class LabelBudget:
-    """How many labels there are to learn from: a number of every class, or a share of every class's.
+    """The number of labels to learn from: a number per class, or a share of every class's labels.
 
-    per_class: labels a class; or share: in 0..1, of which every class gets at least one label.
+    per_class: labels per class; or share: in 0..1, but every class gets at least one label.
     """
 
     per_class: int | None = None
@@ -32,11 +32,11 @@ class LabelBudget:
         return str(self.per_class) if self.share is None else f"{100 * self.share:g}%"
 
     def subset(self, labels: np.ndarray, classes: Sequence[str], *, seed: int, draw: int) -> np.ndarray:
-        """Indices, ascending, of one draw from training images with these labels, int64 [N].
+        """Draw a subset of the training images with these labels, int64 [N]; return ascending indices.
 
-        classes: their names. draw: the number of this draw from the seed.
+        classes: names of the classes. draw: number of this draw from the seed.
 
-        Classes without any are passed over. Raises TrainingError where another has fewer labels than asked for.
+        Classes without labels are skipped. Raises TrainingError if another class has fewer labels than asked for.
         """
         import numpy as np
 
@@ -49,13 +49,13 @@ class LabelBudget:
         chosen = []
         for label, indices in members.items():
             count = self.per_class or max(1, round((self.share or 0) * len(indices)))
-            # A generator of its own: how many images another class has does not change which ones are drawn.
+            # Each class has a generator of its own, so that its draw does not depend on the sizes of the others.
             chosen.append(np.random.default_rng((seed, draw, label)).permutation(indices)[:count])
         return np.sort(np.concatenate(chosen))
 
 
 def parse_label_budgets(text: str) -> list[LabelBudget]:
-    """ "10,1%" → ten labels a class, and a hundredth of them. TrainingError where it is neither."""
+    """Parse budgets such as "10,1%": ten labels per class, and a hundredth of them. TrainingError for anything else."""
     budgets = []
     for part in text.split(","):
         part = part.strip()

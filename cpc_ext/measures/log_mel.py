@@ -1,6 +1,6 @@
-"""Log-mel spectra of speech, what learned features are compared with, on the grid of LibriSpeech's labels.
+"""Log-mel spectra of speech, to compare learned features with, on the grid of LibriSpeech's labels.
 
-From waveforms at 16 kHz to one frame every 10 ms, of the windows that lie inside the file: frame i is that of label i.
+A waveform at 16 kHz has one frame every 10 ms, for the windows that lie inside the file; frame i belongs to label i.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from cpc_ext.data.audio.dataset import LABEL_STEP, LABEL_WINDOW, SAMPLE_RATE
 __all__ = ["log_mel", "mel_filters", "stack_frames"]
 
 _FFT = 512
-# The least energy of a band, for samples in -1 to 1: about that of rounding to 16 bits, which digital silence lacks.
+# The least energy of a band, for samples in -1 to 1: about that of the noise of rounding to 16 bits, which digital
+# silence lacks.
 _FLOOR = 1e-10
 
 
 def log_mel(waveform: Tensor, *, mels: int = 40) -> Tensor:
-    """The logarithm of the energy in bands, float32 [1 + (samples - 400) // 160, mels]; no frame of a shorter waveform.
+    """Return the log energy in bands, float32 [1 + (samples - 400) // 160, mels]; no frames for a shorter waveform.
 
     Args:
         waveform: [samples] at 16 kHz, int16 or floating in -1 to 1.
@@ -48,10 +49,10 @@ def log_mel(waveform: Tensor, *, mels: int = 40) -> Tensor:
 
 @functools.cache
 def mel_filters(mels: int) -> Tensor:
-    """Triangles over the frequencies 0 to 8000 Hz of a spectrum of 257 values, float32 [mels, 257].
+    """Return triangular filters over the frequencies 0 to 8000 Hz of a spectrum of 257 values, float32 [mels, 257].
 
-    Their corners lie at equal distances on the mel scale, m = 2595 log10(1 + f / 700); each has a peak of 1 at the
-    corner at which its neighbours end.
+    Their corners are equally spaced on the mel scale, m = 2595 log10(1 + f / 700); each has its peak of 1 at the corner
+    at which its neighbours end.
 
     Raises:
         ValueError: so many bands that one lies between two frequencies.
@@ -67,9 +68,9 @@ def mel_filters(mels: int) -> Tensor:
 
 
 def stack_frames(frames: Tensor, context: int) -> Tensor:
-    """Each frame beside its neighbours up to ``context`` before and after, [L, D] → [L, (2 context + 1) D].
+    """Concatenate each frame with ``context`` neighbours before and after, [L, D] → [L, (2 context + 1) D].
 
-    The earliest comes first. At the edges, where there are none, the first and last frame are repeated.
+    The earliest comes first. At the edges, the first and last frame are repeated.
     """
     places = torch.arange(len(frames))[:, None] + torch.arange(-context, context + 1)
     return frames[places.clamp(0, max(0, len(frames) - 1))].flatten(1)

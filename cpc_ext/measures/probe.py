@@ -1,8 +1,8 @@
-"""Linear probes: how well a linear classifier tells the classes from frozen encodings.
+"""Linear probes: how well a linear classifier predicts classes from frozen encodings.
 
-From image sets to features [N, D], then multinomial logistic regression by full-batch L-BFGS, the strength of its
-regularisation chosen on held-out parts of the training set. Nothing is random but these parts, which are the same for
-every probe of a data set, so that two encoders are judged alike.
+The classifier is multinomial logistic regression on features [N, D], fitted by full-batch L-BFGS. The strength of its
+regularisation is chosen on held-out parts of the training set. Only the choice of these parts is random, and it is the
+same for every probe of a data set, so that two encoders are judged alike.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ __all__ = [
 # From strong regularisation to hardly any, for features of unit variance.
 _STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 _HELD_OUT = 0.2
-# Held-out images in all that a choice is made by. A fifth of few labels is too few: there up to all five are in turn.
+# Number of held-out images to choose the strength by. If a fifth of the labels is fewer, up to all five fifths are held
+# out in turn.
 _ENOUGH_HELD_OUT = 200
 _ENCODE_BATCH = 50
 _MAX_ITERATIONS = 200
-# Rounding errors that a feature which never varies may have added up.
+# Number of rounding errors that may have added up in a feature which never varies.
 _ROUNDINGS = 8
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """accuracy: fraction of test images classified rightly. strength: the regularisation chosen for it."""
+    """accuracy: fraction of test images classified correctly. strength: chosen strength of the regularisation."""
 
     accuracy: float
     strength: float
@@ -51,8 +52,8 @@ class ProbeResult:
 class LinearClassifier:
     """Multinomial logistic regression on standardised features, in double precision.
 
-    weights: [classes, D + 1], biases last. mean, deviation: [D], of the features it was fitted to, see
-    :func:`mean_and_deviation`. strength: the regularisation chosen for it.
+    weights: [classes, D + 1], biases last. mean, deviation: [D], of the features that it was fitted to, see
+    :func:`mean_and_deviation`. strength: chosen strength of the regularisation.
     """
 
     weights: Tensor
@@ -61,7 +62,7 @@ class LinearClassifier:
     strength: float
 
     def logits(self, features: Tensor) -> Tensor:
-        """Features, floating [N, D] → logits of the classes, float64 [N, classes]."""
+        """Return logits of the classes, float64 [N, classes], for features, floating [N, D]."""
         return _logits(self.weights, (features.double() - self.mean) / self.deviation)
 
 
@@ -74,10 +75,10 @@ def encode(
     chosen: np.ndarray | None = None,
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> Tensor:
-    """Features of images, float32 [N, D] on the CPU.
+    """Return features of images, float32 [N, D] on the CPU.
 
-    features: uint8 [B, C, H, W] on the device to [B, D]. chosen: their indices, int64 [N]; None takes all. progress:
-    wraps the range of batches, as tqdm does.
+    features: maps uint8 [B, C, H, W] on the device to [B, D]. chosen: indices of images, int64 [N]; None takes all.
+    progress: wraps the range of batches, as tqdm does.
     """
     fetch = ImageFetcher(images, device, resident=False)
     indices = np.arange(len(images)) if chosen is None else chosen
@@ -99,7 +100,7 @@ def linear_probe(
         classes: number of classes.
 
     Raises:
-        ValueError: fewer than two training images, of which one is held out, or features that are not finite.
+        ValueError: fewer than two training images, as one is held out, or features that are not finite.
     """
     check_finite("test_features", test_features)
     classifier = fit_linear_classifier(train_features, train_labels, classes=classes)
@@ -108,12 +109,12 @@ def linear_probe(
 
 
 def fit_linear_classifier(features: Tensor, labels: Tensor, *, classes: int) -> LinearClassifier:
-    """Multinomial logistic regression of labels, int64 [N], on features, floating [N, D].
+    """Fit multinomial logistic regression of labels, int64 [N], on features, floating [N, D].
 
     The features are standardised by their own mean and deviation.
 
     Raises:
-        ValueError: fewer than two images, of which one is held out, or features that are not finite.
+        ValueError: fewer than two images, as one is held out, or features that are not finite.
     """
     count = len(labels)
     if count < 2:
@@ -124,7 +125,7 @@ def fit_linear_classifier(features: Tensor, labels: Tensor, *, classes: int) -> 
 
 
 def _fit_with_strength(features: Tensor, labels: Tensor, classes: int) -> LinearClassifier:
-    """The classifier of :func:`fit_linear_classifier`, with the strength that held-out images choose."""
+    """Fit the classifier with the regularisation strength that classifies the most held-out images correctly."""
     mean, deviation = mean_and_deviation(features.double(), made_in=features.dtype)
     standardised = (features.double() - mean) / deviation
 
@@ -136,35 +137,37 @@ def _fit_with_strength(features: Tensor, labels: Tensor, classes: int) -> Linear
         weights = _fit(standardised[kept], labels[kept], weights, strength)
         predicted = _logits(weights, standardised[held_out]).argmax(2)
         right[strength] = int((predicted == labels[held_out]).sum())
-    strength = max(right, key=lambda each: right[each])  # The stronger of equals, as it comes first.
+    strength = max(right, key=lambda each: right[each])  # Of equals, max takes the first, which is the strongest.
     weights = _fit(standardised[None], labels[None], torch.zeros_like(weights[:1]), strength)[0]
     return LinearClassifier(weights, mean, deviation, strength)
 
 
 def apart(values: Tensor) -> Tensor:
-    """The same values without a graph, also of inference mode, for a classifier to be fitted to."""
+    """Return the values detached from any graph, as normal tensors even if they were made in inference mode."""
     return values.clone() if values.is_inference() else values.detach()
 
 
 def mean_and_deviation(
     features: Tensor, *, correction: int = 1, made_in: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What features [N, D] of any scale are standardised by, [D] each.
+    """Return mean and deviation that standardise features [N, D] of any scale, [D] each.
 
-    A feature that never varies carries nothing but rounding errors: its deviation is infinite, which leaves zeros.
+    A feature that never varies carries only rounding errors; its deviation is set to infinity, which turns it into
+    zeros.
 
-    made_in: the type whose rounding errors those are. None: that of the features.
+    made_in: dtype whose rounding errors those are. None: that of the features.
     """
     deviation, mean = torch.std_mean(features, 0, correction=correction)
-    # In 16 bits a single step may tell something, as what made the features was less rounded than they are.
+    # In 16 bits a difference of one step may be real, as features are computed more precisely than they are stored;
+    # so no more than float32's rounding is assumed.
     rounding = min(torch.finfo(made_in or features.dtype).eps, torch.finfo(torch.float32).eps)
     return mean, torch.where(deviation > _ROUNDINGS * rounding * mean.abs(), deviation, torch.inf)
 
 
 def _splits(count: int) -> tuple[Tensor, Tensor]:
-    """Indices of held-out and of kept images, [splits, some] each: as many as it takes to hold out enough of them.
+    """Return indices of held-out and of kept images, [splits, images] each.
 
-    No image is held out twice.
+    There are as many splits as it takes to hold out enough images; no image is held out twice.
     """
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     size = max(1, round(count * _HELD_OUT))
@@ -176,9 +179,9 @@ def _splits(count: int) -> tuple[Tensor, Tensor]:
 
 
 def _fit(features: Tensor, labels: Tensor, start: Tensor, strength: float) -> Tensor:
-    """Weights that minimise mean cross-entropy + strength / 2 * |weights|² in each of S problems.
+    """Return weights that minimise mean cross-entropy + strength / 2 * |weights|² in each of S problems.
 
-    They are solved as one, their sum, since problems of few images cost little more than the calls they take.
+    The sum of all problems is minimised at once, since the time of small problems is mostly that of the calls.
 
     Args:
         features: [S, N, D]. labels: int64 [S, N]. start: weights to start from, [S, classes, D + 1], biases last.

@@ -1,7 +1,4 @@
-"""Frames of recordings beside what is known of them: the phone of each, and who speaks.
-
-From recordings, and whatever makes frames of one, to the features and labels that probes learn from and are tested by.
-"""
+"""Frames of recordings with their phones and speakers, as features and labels for training and testing probes."""
 
 from __future__ import annotations
 
@@ -31,12 +28,12 @@ class RecordingFrames:
     """The frames of some recordings.
 
     Attributes:
-        frames: of each recording, float32 [L, D]. Where they lie closer than labels, as those of an encoder's first
-            layers, which are up to 32 times as many, these are the nearest to each place of the labels' grid.
-        centers: of each recording, the samples at which the frames are centred, [L].
-        whole: of each recording, the features [D] of all of its frames together, by how they are made.
-        phones: of each recording, int64 on LibriSpeech's grid; None where they are not known.
-        speakers: int64 [recordings]; None where they are not known.
+        frames: features of each recording, float32 [L, D]. The first layers of an encoder have up to 32 times as many
+            frames as there are labels; of frames denser than labels, only the nearest to each label is kept.
+        centers: samples at which each recording's frames are centred, [L].
+        whole: summaries [D] of all frames of each recording, by kind of summary.
+        phones: phones of each recording, int64 on LibriSpeech's grid; None if they are not known.
+        speakers: int64 [recordings]; None if they are not known.
     """
 
     frames: list[Tensor]
@@ -54,7 +51,7 @@ class RecordingFrames:
         *,
         progress: Callable[[list[int]], Iterable[int]] = iter,
     ) -> RecordingFrames:
-        """Make the frames of recordings, all or those that are chosen. progress: wraps their indices, as tqdm does.
+        """Compute the frames of all or of chosen recordings. progress: wraps their indices, as tqdm does.
 
         Recordings that are too short for a frame are left out.
         """
@@ -82,10 +79,10 @@ class RecordingFrames:
         return cls(frames, centers, whole, phones, speakers)
 
     def aligned(self, how: Alignment = "centers") -> tuple[Tensor, Tensor, list[int]]:
-        """Features [F, D] and phones int64 [F] of the frames that have one, and how many there are of each recording.
+        """Return features [F, D] and phones int64 [F] of the frames with a phone, and each recording's number of them.
 
-        Under "centers" a label is that of the frame nearest to its centre alone, so that every layer is judged by as
-        many frames.
+        Under "centers" each label belongs only to the frame nearest to its centre, so that every layer is judged by the
+        same number of frames.
 
         Raises:
             ValueError: recordings without known phones.
@@ -103,12 +100,12 @@ class RecordingFrames:
         return torch.cat(features), torch.cat(labels), [len(each) for each in labels]
 
     def summaries(self, how: Summary = "mean") -> Tensor:
-        """Features of whole recordings, [recordings, D]: the mean over time, or the last frame."""
+        """Return features of whole recordings, [recordings, D]: the mean over time, or the last frame."""
         return torch.stack(self.whole[how])
 
 
 def log_mel_frames(context: int = 0) -> FrameMaker:
-    """What makes log-mel spectra of recordings, each frame beside so many before and after it."""
+    """Return a maker of log-mel spectra that stacks each frame with ``context`` frames before and after it."""
 
     def make(samples: Tensor) -> tuple[Tensor, Tensor]:
         frames = log_mel(samples)
@@ -126,7 +123,7 @@ def phone_probe(
     hidden: int = 0,
     recipe: PhoneRecipe = "standard",
 ) -> FrameProbeResult:
-    """How well a classifier of frames tells their phones; see :func:`cpc_ext.measures.frame_probe.frame_probe`.
+    """Train and test a classifier of frames' phones; see :func:`cpc_ext.measures.frame_probe.frame_probe`.
 
     Raises:
         ValueError: recordings without known phones, or without any frame that has one.
@@ -146,7 +143,7 @@ def phone_probe(
 
 
 def speaker_probe(train: RecordingFrames, test: RecordingFrames, *, speakers: int, how: Summary = "mean") -> float:
-    """The fraction of test recordings whose speaker a linear classifier of their frames' mean, or last, tells.
+    """Return the accuracy of a linear classifier of test recordings' speakers from their mean, or last, frame.
 
     Raises:
         ValueError: recordings without known speakers.
