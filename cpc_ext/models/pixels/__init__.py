@@ -1,1 +1,1 @@
-"""Models of images pixel by pixel."""
+"""Autoregressive models of images, pixel by pixel."""

@@ -1,7 +1,7 @@
-"""The gated PixelCNN of pytorch-generative: images whose values are yes or no, to logits of the values and to images.
+"""The gated PixelCNN of pytorch-generative, for images with binary values: logits of the values, and sampling.
 
-Unlike :class:`~cpc_ext.models.GatedPixelCNN`, its convolutions are factored into rows and columns, as the paper
-suggests, every layer adds to what the head sees, and all colours of a pixel are predicted at once.
+Unlike in :class:`~cpc_ext.models.GatedPixelCNN`, convolutions are factored into rows and columns, as the paper
+suggests, every layer has a skip connection to the head, and all colours of a pixel are predicted at once.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ _FIRST_KERNEL, _KERNEL = 7, 3
 class BinaryGatedPixelCNN(Module):
     """Gated PixelCNN (van den Oord et al. 2016, arXiv 1606.05328) with skip connections, in PyTorch's own convolutions.
 
-    Layers have a vertical stack, which sees the rows strictly above on its way to the horizontal one, and a horizontal
-    stack, which sees what is to the left and, but for the first layer, its own place. The sum of what the layers put
-    out goes through the head. It is there to evaluate and to draw from what that program has trained; for images of 256
-    values, and fast sampling, take :class:`~cpc_ext.models.GatedPixelCNN`.
+    A layer has a vertical stack, whose features for the horizontal one see the rows strictly above, and a horizontal
+    stack, which sees the pixels to the left and, except in the first layer, the pixel itself. The head takes the sum of
+    the layers' skip outputs. The class serves to evaluate and sample models that pytorch-generative has trained; for
+    images of 256 values, and fast sampling, take :class:`~cpc_ext.models.GatedPixelCNN`.
 
     Args:
         in_channels: C.
-        out_channels: logits of a pixel; as many as there are colours for :meth:`nats` and :meth:`sample`.
-        layers: gated layers behind the first.
-        channels: of the stacks.
-        head_channels: between the two layers of the head.
+        out_channels: logits of a pixel; :meth:`nats` and :meth:`sample` need C of them.
+        layers: number of gated layers after the first.
+        channels: channels of each stack.
+        head_channels: channels between the two layers of the head.
 
     Raises:
-        ValueError: an argument below 1; of layers below 0.
+        ValueError: ``layers`` below 0, or another argument below 1.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class BinaryGatedPixelCNN(Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of every pixel given those before it: [B, C, H, W] of 0 and 1 → [B, out_channels, H, W].
+        """Return logits of every pixel given those before it: [B, C, H, W] of 0 and 1 → [B, out_channels, H, W].
 
         ValueError for another shape.
         """
@@ -75,11 +75,11 @@ class BinaryGatedPixelCNN(Module):
         return self.head(total)
 
     def nats(self, images: Tensor) -> Tensor:
-        """Negative log-likelihood of each image in nats, [B], float32 (float64 of a float64 model).
+        """Return the negative log-likelihood of each image in nats, [B], float32 (float64 for a float64 model).
 
-        images: [B, C, H, W] of 0 and 1, or of shares of 1.
+        images: [B, C, H, W] of 0 and 1, or of values in between, which weigh the losses of both.
 
-        ValueError for another shape, values out of 0..1, or a model of other outputs.
+        ValueError for another shape, values out of 0..1, or a model whose outputs are not C.
         """
         self._check_outputs()
         if images.numel() and not bool(((images >= 0) & (images <= 1)).all()):
@@ -92,7 +92,7 @@ class BinaryGatedPixelCNN(Module):
     def sample(self, count: int, size: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw images, [count, C, size, size] of 0 and 1, uint8. The whole network runs for every pixel.
 
-        generator: on the model's device. ValueError for a count or size below 0, or a model of other outputs.
+        generator: on the model's device. ValueError for a count or size below 0, or a model whose outputs are not C.
         """
         self._check_outputs()
         if count < 0 or size < 0:
@@ -100,7 +100,7 @@ class BinaryGatedPixelCNN(Module):
         images = torch.zeros(count, self.in_channels, size, size, device=next(self.parameters()).device)
         for row in range(size):
             for column in range(size):
-                # Rows further down cannot matter.
+                # Rows further down have no influence.
                 chances = _precise(self(images[:, :, : row + 1])[:, :, row, column]).sigmoid()
                 images[:, :, row, column] = torch.bernoulli(chances, generator=generator).to(images.dtype)
         return images.to(torch.uint8)
@@ -113,7 +113,7 @@ class BinaryGatedPixelCNN(Module):
 
 
 class _GatedLayer(Module):
-    """A layer of both stacks, [B, in, H, W] each: the next vertical and horizontal features, and what the head gets."""
+    """A layer of both stacks, [B, in, H, W] each; returns vertical and horizontal features, and the skip output."""
 
     def __init__(self, in_channels: int, channels: int, kernel: int, *, first: bool) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class _GatedLayer(Module):
 
     def forward(self, vertical: Tensor, horizontal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rows = self.vertical_rows(vertical)
-        # Zeros on top, and the last row left out: a place gets the rows strictly above it.
+        # Zeros on top and the last row left out, so that each position sees the rows strictly above it.
         above = self.vertical_columns(F.pad(rows, (0, 0, self.reach + 1, 0))[:, :, :-1])
         left = F.pad(horizontal, (self.reach + self.first, 0, 0, 0))
         left = left[..., : left.shape[3] - self.first]
@@ -142,11 +142,11 @@ class _GatedLayer(Module):
 
 
 def _precise(logits: Tensor) -> Tensor:
-    """Logits in float32 at least, as in half precision a chance of 0.999 is 1."""
+    """Return logits in at least float32, as bfloat16 would round a probability of 0.999 to 1."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _gated(features: Tensor) -> Tensor:
-    """tanh of one half of the channels times sigmoid of the other."""
+    """Return tanh of one half of the channels times sigmoid of the other."""
     value, gate = features.chunk(2, 1)
     return value.tanh() * gate.sigmoid()

@@ -24,21 +24,21 @@ class GatedPixelCNN(SoftmaxPixelModel):
     """Gated PixelCNN (van den Oord et al. 2016, arXiv 1606.05328, sections 2.1 to 2.3 and figure 2).
 
     A layer has a vertical k x k and a horizontal 1 x k convolution to 2p channels each, and a 1x1 convolution that
-    hands the vertical features to the horizontal ones before either's gate: tanh of one half of the channels times
+    adds the vertical features to the horizontal ones before either's gate: tanh of one half of the channels times
     sigmoid of the other. Only the horizontal stack has residuals. The first vertical convolution sees the rows strictly
-    above, which stands in for shifting its features down on their way to the horizontal stack. With classes, each gate
-    adds a learned bias of the image's class (equation 4), zero at the start.
+    above, so that its features need not be shifted down for the horizontal stack. With classes, each gate adds a
+    learned bias of the image's class (equation 4), zero at the start.
 
     With three colours the horizontal stack's channels are divided into those of R, G and B, and G sees R, B sees both;
-    the vertical stack lies in earlier rows, where all colours may be seen.
+    the vertical stack sees earlier rows, where all colours may be seen.
 
     Args:
         in_channels: C, 3 for colour and 1 for grey.
-        channels: p, of each stack; a multiple of C.
+        channels: p, channels of each stack; a multiple of C.
         layers: number of layers.
         kernel_size: k of all layers but the first, whose k is 7; odd, at least 3.
-        num_classes: condition the model on so many classes.
-        head_channels: of the layer before the logits; a multiple of C. Default: 2p.
+        num_classes: number of classes to condition the model on. Default: none.
+        head_channels: channels of the layer before the logits; a multiple of C. Default: 2p.
         levels, code_channels: see :class:`SoftmaxPixelModel`.
 
     Raises:
@@ -91,7 +91,7 @@ class GatedPixelCNN(SoftmaxPixelModel):
 class _GatedLayer(Module):
     """One layer of both stacks: [B, in_channels, H, W] each to [B, channels, H, W].
 
-    first: the layer that must not see the pixel itself. last: the layer whose vertical features go no further.
+    first: whether the layer must not see the pixel itself. last: whether its vertical features are not used any more.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Features of masked convolutions that are kept from pixel to pixel, for sampling.
 
-A network of :class:`cpc_ext.nn.MaskedConv2d` layers is noted down as a list; at a new pixel each layer is one
+A network of :class:`cpc_ext.nn.MaskedConv2d` layers is recorded as a list of steps; at a new pixel each layer is one
 :class:`cpc_ext.ops.masked_conv2d.PixelConvolution`.
 """
 
@@ -22,19 +22,19 @@ __all__ = ["Convolve", "MaskedFeatures", "PixelActivation", "PixelNetwork", "con
 
 
 class Convolve(Protocol):
-    """How a network runs its layers: on whole images, or noted down for one pixel at a time."""
+    """A function that runs a network's layers on whole images, or records them for one pixel at a time."""
 
     def __call__(
         self, layer: MaskedConv2d | PixelActivation, input: Any, condition: Any = None, *, rows_above: bool = False
     ) -> Any:
-        """The features of ``layer`` on ``input``, with ``condition`` (features, or a [B, O, 1, 1] tensor) added.
+        """Return the features of ``layer`` on ``input``, with ``condition`` (features, or a [B, O, 1, 1] tensor) added.
 
-        rows_above: they depend on rows above their own only, though through features anywhere in their own.
+        rows_above: the features depend on pixels of the rows above only, even if through features of their own row.
         """
 
 
 class PixelNetwork(Protocol):
-    """What :class:`MaskedFeatures` asks of a model: a network of masked convolutions and activations."""
+    """The interface that :class:`MaskedFeatures` needs of a model: a network of masked convolutions and activations."""
 
     in_channels: int
     levels: int
@@ -42,7 +42,7 @@ class PixelNetwork(Protocol):
     logits_layer: MaskedConv2d
 
     def network(self, convolve: Convolve, image: Any, labels: Tensor | None) -> Any:
-        """The features that ``logits_layer`` takes; all layers are run by ``convolve``."""
+        """Return the features that ``logits_layer`` takes; ``convolve`` runs all layers."""
 
 
 def convolve_images(
@@ -54,15 +54,15 @@ def convolve_images(
 
 
 class PixelActivation(FixedMask):
-    """A ReLU or gate of its own, where a feature map is needed before and after it.
+    """A separate ReLU or gate, for a feature map that is needed before and after it.
 
-    It is a masked convolution that sees nothing but its condition, so that whole images and single pixels go through
-    the same arithmetic, and a gate costs one pass over memory.
+    It is a masked convolution that sees only its condition, so that whole images and single pixels go through the same
+    arithmetic, and a gate takes one pass over memory.
 
     Args:
-        channels: of the input.
+        channels: channels of the input.
         activation: "relu", or "gated", which leaves half of the channels.
-        color_groups: colours that the channels of a "relu" belong to.
+        color_groups: number of colours that the channels of a "relu" are divided into.
     """
 
     mask: Tensor
@@ -78,7 +78,7 @@ class PixelActivation(FixedMask):
         return torch.zeros(1, 1, dtype=torch.bool)
 
     def forward(self, input: Tensor) -> Tensor:
-        """[B, channels, H, W] → the same shape, or half of the channels where gated."""
+        """Activate [B, channels, H, W] → the same shape, or half of the channels if gated."""
         if self.activation == "relu":
             return torch.relu(input)
         weight = input.new_zeros((self.channels, 1, 1, 1))
@@ -87,7 +87,7 @@ class PixelActivation(FixedMask):
         return masked_conv2d(unseen, weight, mask=mask, activation=self.activation, condition=input)
 
     def mask_on(self, device: torch.device) -> Tensor:
-        """The mask. Without parameters, a layer is not told when others get theirs instead of those on meta."""
+        """Return the mask. A layer without parameters is not notified when parameters on meta get their values."""
         if self.mask.is_meta and device.type != "meta":
             self.mask = self._values_on_cpu().to(device, copy=True)
         return self.mask
@@ -98,12 +98,12 @@ class PixelActivation(FixedMask):
 
 @dataclass(eq=False)
 class _Step:
-    """One layer of a network that was noted down.
+    """One recorded layer of a network.
 
-    input: the step whose features it takes; None for the image.
-    condition: the step whose features it adds, or a [B, O, 1, 1] tensor.
-    rows_above: whether it is due for a whole row before the row's first pixel.
-    paired: into how many colours the channels are sorted, both halves of each one's gate together.
+    input: step whose features it takes; None for the image.
+    condition: step whose features it adds, or a [B, O, 1, 1] tensor.
+    rows_above: whether it runs for a whole row before the row's first pixel.
+    paired: number of colours that the channels are sorted by, both halves of each colour's gate next to each other.
     """
 
     layer: MaskedConv2d | PixelActivation
@@ -114,7 +114,7 @@ class _Step:
 
 
 def _note_down(model: PixelNetwork, labels: Tensor | None) -> tuple[list[_Step], _Step]:
-    """The steps of a model's network in order, and the one that its last layer takes."""
+    """Return the steps of a model's network in order, and the step whose features its last layer takes."""
     steps: list[_Step] = []
 
     def note(
@@ -125,7 +125,7 @@ def _note_down(model: PixelNetwork, labels: Tensor | None) -> tuple[list[_Step],
         rows_above: bool = False,
     ) -> _Step:
         if layer.color_groups > 1 and layer.activation == "gated" and isinstance(condition, _Step):
-            # In such a condition a colour needs two stretches of channels; sorted by colours they are one.
+            # Each colour needs two ranges of such a condition's channels; sorted by colour they are one range.
             condition.paired = layer.color_groups
         steps.append(_Step(layer, input, condition, rows_above))
         return steps[-1]
@@ -134,17 +134,17 @@ def _note_down(model: PixelNetwork, labels: Tensor | None) -> tuple[list[_Step],
 
 
 def _rows(channels: int, groups: int, group: int, halves: int) -> Tensor:
-    """The channels, of ``channels``, of one colour; with two halves those of both halves of its gate."""
+    """Return the indices of one colour's channels; with two halves, those of both halves of its gate."""
     return torch.arange(channels).view(halves, groups, -1)[:, group].flatten()
 
 
 def _paired_rows(channels: int, groups: int) -> Tensor:
-    """All channels, sorted by colour, both halves of each one's gate together."""
+    """Return the indices of all channels sorted by colour, both halves of each colour's gate next to each other."""
     return torch.cat([_rows(channels, groups, group, 2) for group in range(groups)])
 
 
 class _Call(NamedTuple):
-    """What a convolution of one pixel is called with, but for the pixel."""
+    """A convolution of one pixel with its arguments, all but the pixel's position."""
 
     convolution: PixelConvolution
     input: Tensor
@@ -156,7 +156,7 @@ class _Call(NamedTuple):
 
 
 class MaskedFeatures(PixelFeatures):
-    """The logits of one colour after the other from feature maps that grow by a pixel at a time."""
+    """Computes the logits of one colour after the other, from feature maps that grow by a pixel at a time."""
 
     def __init__(self, model: PixelNetwork, shape: tuple[int, int, int, int], labels: Tensor | None) -> None:
         batch, colors, height, width = shape
@@ -167,15 +167,15 @@ class MaskedFeatures(PixelFeatures):
         self._image = image = pixels.permute(0, 3, 1, 2)
         self._steps, last = _note_down(model, labels)
         self._buffers: dict[_Step | None, Tensor] = {None: image}
-        # Input of the layers that see nothing of it.
+        # Input of the activations, whose masks hide it.
         self._nothing = _channels_last(image, 1)
-        # What is due before a row, and by the colour whose turn it is.
+        # Calls that run before a row, and calls at a pixel by the colour whose turn it is.
         self._row_calls: list[_Call] = []
         self._calls: list[list[_Call]] = [[] for _ in range(colors)]
         for step in self._steps:
             self._add(step)
         self.starts_rows = bool(self._row_calls)
-        # A colour's logits are wanted at one pixel only, so its features are taken out as an image of one pixel.
+        # A colour's logits are needed at one pixel only, so its features are copied to an image of one pixel.
         self._last = self._buffers[last].permute(0, 2, 3, 1).flatten(1, 2)
         self._pixel = image.new_empty((batch, 1, self._last.shape[2]))
         self._corner = torch.zeros(2, dtype=torch.int64, device=image.device)
@@ -185,7 +185,7 @@ class MaskedFeatures(PixelFeatures):
         self._logits = image.new_empty((batch, model.levels, 1, 1))
 
     def fill(self, rows: int) -> None:
-        """Compute the first rows of all maps at once, from the image's."""
+        """Compute the first rows of all maps at once, from those of the image."""
         full: dict[_Step | None, Tensor] = {None: self._image[:, :, :rows]}
         for step in self._steps:
             condition = full[step.condition] if isinstance(step.condition, _Step) else step.condition
@@ -208,7 +208,7 @@ class MaskedFeatures(PixelFeatures):
         return self._logits[:, :, 0, 0]
 
     def _add(self, step: _Step) -> None:
-        """Allocate a step's features and note which of them are computed at which colour's turn."""
+        """Allocate a step's features and record which of them are computed at which colour's turn."""
         layer, groups = step.layer, step.layer.color_groups
         halves = 2 if layer.activation == "gated" else 1
         outputs = layer.channels if isinstance(layer, PixelActivation) else layer.weight.shape[0]
@@ -238,13 +238,13 @@ class MaskedFeatures(PixelFeatures):
 
 
 def _channels_last(image: Tensor, channels: int) -> Tensor:
-    """Zeros, as what is not computed yet is multiplied by masked weights."""
+    """Allocate zeros, since values that are not computed yet are multiplied by masked weights."""
     batch, _, height, width = image.shape
     return image.new_zeros((batch, height, width, channels)).permute(0, 3, 1, 2)
 
 
 def _convolution_of(layer: MaskedConv2d, rows: Tensor) -> PixelConvolution:
-    """The part of a layer that makes some of its output channels."""
+    """Return the part of a layer that computes some of its output channels."""
     rows = rows.to(layer.weight.device)
     return PixelConvolution(
         layer.weight.detach()[rows],

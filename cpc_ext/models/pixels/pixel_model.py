@@ -1,6 +1,6 @@
-"""What PixelCNNs share: images to the probability of every value given those before it, and images drawn from it.
+"""The base classes of PixelCNNs: the probability of every value given those before it, and sampling.
 
-:class:`PixelModel` is what all of them offer. :class:`SoftmaxPixelModel` is a network of masked convolutions and a
+:class:`PixelModel` is their common interface. :class:`SoftmaxPixelModel` is a network of masked convolutions and a
 softmax over all values for every colour of every pixel: its probabilities come from one pass over whole images, its
 samples from :mod:`cpc_ext.models.pixels.pixel_sampler`.
 """
@@ -23,20 +23,20 @@ from cpc_ext.nn.typed import Module
 
 __all__ = ["PixelModel", "SoftmaxPixelModel"]
 
-# Its inverse still is a number of float32.
+# The lowest temperature above 0; its inverse is still finite in float32.
 _COLDEST = 1e-30
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 
 
 class PixelModel(Module, ABC):
-    """An autoregressive model of images of C colours with values 0..255, or of as many levels as it has.
+    """An autoregressive model of images of C colours with values 0..levels - 1.
 
-    Pixels come in raster order, and within a pixel the colours in theirs. Networks see values scaled to -1..1.
+    Pixels are in raster order, and colours in order within a pixel. Networks see values scaled to -1..1.
 
     Attributes:
         in_channels: C.
-        levels: how many values there are.
-        num_classes: how many classes condition it; None where it takes no labels.
+        levels: number of values; 256 for images.
+        num_classes: number of classes that condition the model; None if it takes no labels.
     """
 
     levels = IMAGE_LEVELS
@@ -53,33 +53,33 @@ class PixelModel(Module, ABC):
 
     @abstractmethod
     def nats(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Negative log-likelihood of each image in nats, [B], float32 (float64 of a float64 model).
+        """Return the negative log-likelihood of each image in nats, [B], float32 (float64 for a float64 model).
 
         Args:
             images: [B, C, H, W], uint8, or whole numbers 0..levels - 1 of another type.
             labels: [B], integers in 0..num_classes-1; for a model with classes only.
 
         Raises:
-            TypeError, ValueError: images or labels of another type, shape or range. Only the CPU looks at the values,
-                and not while compiling; elsewhere, where looking would stall the stream, they are clamped.
+            TypeError, ValueError: images or labels of another type, shape or range. Values are checked on the CPU only,
+                and not while compiling; elsewhere, where a check would stall the stream, they are clamped.
         """
 
     @abstractmethod
     def pixel_features(self, shape: tuple[int, int, int, int], labels: Tensor | None, *, cached: bool) -> PixelFeatures:
-        """What the network gives at one pixel after the other: see the sampler's SampledModel."""
+        """Return the network's features for one pixel after the other: see the sampler's SampledModel."""
 
     def seen_levels(self, dtype: torch.dtype) -> Tensor:
-        """What the network sees of each value: numbers of -1..1, [levels, 1]."""
+        """Return the network's input for each value: numbers in -1..1, [levels, 1]."""
         values = torch.arange(self.levels, device=next(self.parameters()).device)
         return scale_values(values, dtype, self.levels).unsqueeze(1)
 
     @abstractmethod
     def noise_shape(self, shape: tuple[int, int, int, int]) -> tuple[int, ...]:
-        """The shape of the noise of images [B, C, H, W], with H and W at 2 and 3."""
+        """Return the shape of the noise for images [B, C, H, W], with H and W as dimensions 2 and 3."""
 
     @abstractmethod
     def draw(self, outputs: Tensor, noise: Tensor, turn: int, temperature: float) -> Tensor:
-        """Values from a pixel's outputs and noise: see the sampler's SampledModel."""
+        """Return values from a pixel's outputs and noise: see the sampler's SampledModel."""
 
     @abstractmethod
     def _draw_noise(self, into: Tensor, generator: torch.Generator | None) -> Any:
@@ -87,12 +87,12 @@ class PixelModel(Module, ABC):
 
     @abstractmethod
     def check_size(self, height: int, width: int) -> None:
-        """ValueError where there are no images of so many pixels."""
+        """Raise ValueError if the model takes no images of this size in pixels."""
 
     def bits_per_dim(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Mean negative log-likelihood in bits a value, the loss: a scalar. Arguments and errors as of :meth:`nats`.
+        """Return the loss, the mean negative log-likelihood in bits per value: a scalar.
 
-        NaN of an empty batch, as the mean of nothing.
+        It is NaN for an empty batch. Arguments and errors are those of :meth:`nats`.
         """
         return self.nats(images, labels).mean() / (math.prod(images.shape[1:]) * math.log(2))
 
@@ -114,24 +114,24 @@ class PixelModel(Module, ABC):
         """Draw images, or complete some.
 
         Args:
-            count: B, how many.
+            count: B, number of images.
             size: (H, W) in pixels, or one side for both.
             labels: [B] integers or one for all; for a model with classes only.
-            temperature: below 1 the probable becomes more so; 0, and less than 1e-30, always takes the most probable.
-            images: [B, C, H, W], whose first ``known_rows`` rows are kept and the rest drawn; of the result's type.
+            temperature: below 1, likely values become likelier; at 0, and below 1e-30, the likeliest is always taken.
+            images: [B, C, H, W] of the result's type, whose first ``known_rows`` rows are kept; the rest is drawn.
             known_rows: see ``images``; 0 to H.
-            noise: decides the draws; of which shape and kind is the model's matter. Default: drawn pixel by pixel.
-            generator: on the model's device, draws the noise. Default: PyTorch's own.
+            noise: decides the draws; its shape and distribution depend on the model. Default: drawn pixel by pixel.
+            generator: generator of the noise, on the model's device. Default: PyTorch's own.
             cached: keep features from pixel to pixel. Otherwise the whole network runs for every value, slower by
-                orders of magnitude: the same images in float32 and float64, while 16 bits round otherwise.
-            progress: goes through the rows as they are drawn; ``tqdm.tqdm`` draws a bar.
+                orders of magnitude. The images are the same in float32 and float64; 16-bit types round differently.
+            progress: wraps the range of rows, as ``tqdm.tqdm`` does.
 
         Returns:
             [B, C, H, W], uint8, or int64 with more than 256 levels.
 
         Raises:
             TypeError, ValueError: an argument of the wrong type, shape or range.
-            RuntimeError: the network's outputs were not finite; looked at once, after the last pixel.
+            RuntimeError: the network's outputs were not finite; checked once, after the last pixel.
         """
         height, width = (size, size) if isinstance(size, int) else size
         if count < 0:
@@ -159,7 +159,7 @@ class PixelModel(Module, ABC):
         )
 
     def _check_images(self, images: Tensor) -> Tensor:
-        """images, their values known to be good or brought to their range."""
+        """Return the images, with values checked, or clamped where they cannot be checked."""
         if not isinstance(images, Tensor):
             raise TypeError(f"images must be a tensor, got {type(images).__name__}")
         if images.ndim != 4 or images.shape[1] != self.in_channels or 0 in images.shape[2:]:
@@ -179,17 +179,17 @@ class PixelModel(Module, ABC):
         return images
 
     def _whole(self, images: Tensor) -> Tensor:
-        """Values as class indices."""
+        """Return the values as class indices."""
         return images.long() if self._are_bytes(images) else images.long().clamp(0, self.levels - 1)
 
     def _are_bytes(self, images: Tensor) -> bool:
-        """Whether the type of images alone keeps their values within the levels."""
+        """Return whether the dtype of images alone keeps their values within the levels."""
         return images.dtype == torch.uint8 and self.levels >= IMAGE_LEVELS
 
     def _with_known_rows(
         self, images: Tensor | None, known_rows: int, shape: tuple[int, int, int, int], device: torch.device
     ) -> Tensor:
-        """The first rows of images, zeros below: what is drawn upon."""
+        """Return the images to draw on: the known rows, and zeros below."""
         dtype = torch.uint8 if self.levels <= IMAGE_LEVELS else torch.int64
         start = torch.zeros(shape, dtype=dtype, device=device)
         if images is not None:
@@ -224,19 +224,19 @@ class PixelModel(Module, ABC):
 
 
 class SoftmaxPixelModel(PixelModel):
-    """A model whose every value has the softmax of as many logits as there are levels.
+    """A model with a softmax over all levels for every value.
 
     Noise of :meth:`sample` is standard Gumbel noise [B, C, H, W, levels]; the temperature divides the logits.
 
     Args:
-        levels: how many values there are, at least 2: 256 of images, or as many as there are codes, such as those of a
-            VQ-VAE (van den Oord et al. 2017, arXiv 1711.00937), whose prior the model is then.
-        code_channels: features that are learned of each value, which is what the network sees of it: for codes, which
-            have no order. 0: it sees numbers, scaled to -1..1.
+        levels: number of values, at least 2: 256 for images, or the number of codes, such as those of a VQ-VAE (van den
+            Oord et al. 2017, arXiv 1711.00937), of which the model is then a prior.
+        code_channels: learned features per value, which are the network's input; for codes, which have no order. 0: the
+            input is numbers, scaled to -1..1.
 
     Attributes:
         logits_layer: the last layer, whose channels are (colour, value).
-        seen_channels: what the network sees of a pixel: the colours, times ``code_channels`` where there are any.
+        seen_channels: channels of the network's input: the colours, times ``code_channels`` if there are any.
     """
 
     logits_layer: MaskedConv2d
@@ -254,15 +254,15 @@ class SoftmaxPixelModel(PixelModel):
         self.seen_channels = in_channels * max(code_channels, 1)
 
     def seen_levels(self, dtype: torch.dtype) -> Tensor:
-        """What the network sees of each value, [levels, e]."""
+        """Return the network's input for each value, [levels, e]."""
         return super().seen_levels(dtype) if self.codes is None else self.codes.weight.to(dtype)
 
     @abstractmethod
     def network(self, convolve: Convolve, image: Any, labels: Tensor | None) -> Any:
-        """The scaled image to the features that ``logits_layer`` takes; ``convolve`` runs every layer."""
+        """Return the features that ``logits_layer`` takes, for an input ``image``; ``convolve`` runs every layer."""
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits of every value given all earlier ones.
+        """Return the logits of every value given all earlier ones.
 
         Args:
             images: [B, C, H, W], uint8, or whole numbers 0..levels - 1 of another type.
@@ -272,25 +272,25 @@ class SoftmaxPixelModel(PixelModel):
             [B, C, levels, H, W] of the parameters' type, or of autocast's.
 
         Raises:
-            TypeError, ValueError: images or labels of another type, shape or range. Only the CPU looks at the values,
-                and not while compiling; elsewhere, where looking would stall the stream, they are clamped.
+            TypeError, ValueError: images or labels of another type, shape or range. Values are checked on the CPU only,
+                and not while compiling; elsewhere, where a check would stall the stream, they are clamped.
         """
         images, labels = self._check_images(images), self._check_labels(labels, images.shape[0])
         logits = self.logits_layer(self.network(convolve_images, self._seen(images), labels))
         return torch.unflatten(logits, 1, (self.in_channels, self.levels))
 
     def _seen(self, images: Tensor) -> Tensor:
-        """What the network sees of images [B, C, H, W]: [B, C e, H, W]."""
+        """Return the network's input for images [B, C, H, W]: [B, C e, H, W]."""
         if self.codes is None:
             return scale_values(images, self.logits_layer.weight.dtype, self.levels)
-        # Features innermost, as the convolutions have them.
+        # Features innermost in memory, as the convolutions have them.
         features: Tensor = self.codes(self._whole(images).permute(0, 2, 3, 1))
         return features.flatten(3).permute(0, 3, 1, 2)
 
     def nats(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Negative log-likelihood of each image in nats, [B], float32 (float64 of a float64 model).
+        """Return the negative log-likelihood of each image in nats, [B], float32 (float64 for a float64 model).
 
-        Arguments and errors as of :meth:`PixelModel.nats`.
+        Arguments and errors are those of :meth:`PixelModel.nats`.
         """
         logits = self(images, labels)
         # The values innermost, as they are in memory.
@@ -311,9 +311,9 @@ class SoftmaxPixelModel(PixelModel):
         )
 
     def draw(self, outputs: Tensor, noise: Tensor, turn: int, temperature: float) -> Tensor:
-        """The argmax of logits / temperature + Gumbel noise (Gumbel 1954; Maddison et al. 2014, arXiv 1411.0030).
+        """Return argmax of logits / temperature + Gumbel noise (Gumbel 1954; Maddison et al. 2014, arXiv 1411.0030).
 
-        That draws from the softmax of logits / temperature; at a temperature of 0 it is the most probable value.
+        This is a draw from the softmax of logits / temperature; at a temperature of 0 it is the likeliest value.
         """
         if temperature > 0:
             outputs = torch.add(noise[:, turn], outputs, alpha=1 / temperature)
@@ -331,10 +331,10 @@ class SoftmaxPixelModel(PixelModel):
 
 
 def _comparable(values: Tensor) -> Tensor:
-    """Integers of NumPy's wider unsigned types, which PyTorch can hardly compare, as int64; all others as they are."""
+    """Return integers of NumPy's wider unsigned types, which PyTorch can hardly compare, as int64; others unchanged."""
     return values.long() if values.dtype in _UNSIGNED else values
 
 
 def _may_look(values: Tensor) -> bool:
-    """Whether values can be looked at without stalling a stream or breaking a graph that is being compiled."""
+    """Return whether values can be checked without stalling a stream or breaking a graph that is being compiled."""
     return values.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -1,8 +1,8 @@
 """Sampling images pixel by pixel from a model whose outputs see only earlier pixels and colours.
 
-A network's feature maps are kept from pixel to pixel, so that a new value costs what it adds to them instead of the
-whole network. A step's work is the same at every pixel but for a place in device memory, so that on CUDA the steps of
-one pixel are captured once and replayed as a graph.
+A network's feature maps are kept from pixel to pixel, so that a new value costs only what it adds to them, not a run of
+the whole network. A step does the same work at every pixel except for the position, which is read from device memory,
+so that on CUDA the steps of one pixel are captured once and replayed as a graph.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cpc_ext.ops.pixel_steps import PixelPlace
 
 __all__ = ["IMAGE_LEVELS", "NotFiniteError", "PixelFeatures", "SampledModel", "Sampler", "WholeNetwork", "scale_values"]
 
-# Values of images of a byte a colour.
+# Number of values of images with one byte per colour.
 IMAGE_LEVELS = 256
 
 
@@ -27,9 +27,9 @@ class NotFiniteError(RuntimeError):
 
 
 def _check_outputs(model: SampledModel, trace: Tensor) -> None:
-    """NotFiniteError where outputs were not finite; the one look at them, after all pixels.
+    """Raise NotFiniteError if outputs were not finite; they are checked only here, after all pixels.
 
-    trace: zeros, to which the outputs for every pixel have been added times 0, images first.
+    trace: [B, P], zeros to which the outputs of every pixel were added times 0, which gives NaN for infinity and NaN.
     """
     broken = trace.isnan().flatten(1).any(1)
     if not bool(broken.any()):
@@ -44,26 +44,25 @@ def _check_outputs(model: SampledModel, trace: Tensor) -> None:
 
 
 def scale_values(values: Tensor, dtype: torch.dtype, levels: int = IMAGE_LEVELS) -> Tensor:
-    """Values 0..levels - 1 as networks see numbers, -1..1."""
+    """Scale values 0..levels - 1 to -1..1, as networks take them."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     return (values.to(compute) / ((levels - 1) / 2) - 1).to(dtype)
 
 
 class PixelFeatures(ABC):
-    """What a network gives at one pixel after the other of images that are being drawn.
+    """Computes a network's outputs at one pixel after the other, for images that are being drawn.
 
     Args:
-        place: the pixel whose turn it is.
-        pixels: [B, H, W, C e], what the network sees of the images, e features of a value, in memory that is read;
-            later pixels must be finite, but do not count.
-        turns: how many times a pixel's outputs are asked for, each time with more of its values known.
-        width: P, how many outputs there are at a turn.
-        flat: the memory of the pixels as [B, N, C e].
-        index: where in it the place is, [1] int64.
+        place: the current pixel.
+        pixels: [B, H, W, C e], the network's input for the images, with e features per value; the memory that the
+            network reads. Later pixels must be finite, but have no influence.
+        turns: number of times that a pixel's outputs are computed, each time with more of its values known.
+        width: P, number of outputs at a turn.
+        flat: the memory of ``pixels`` as [B, N, C e].
+        index: index of the current pixel in ``flat``, [1] int64.
 
     Attributes:
-        kept: whether the work at a pixel is the same at all of them, but for where the place is and which levels begin
-            there.
+        kept: whether the work is the same at every pixel, except for the position and the levels that begin there.
         starts_rows: whether there is anything to compute when a row starts.
     """
 
@@ -76,28 +75,27 @@ class PixelFeatures(ABC):
 
     @abstractmethod
     def fill(self, rows: int) -> None:
-        """Compute all that is kept of the first rows, whose pixels are known."""
+        """Compute the kept features of the first rows, whose pixels are known."""
 
     @abstractmethod
     def start_row(self) -> None:
-        """Compute what depends on rows above only; the place is at the row's first pixel. Rows come in their order."""
+        """Compute what depends on rows above only; the place is at the row's first pixel. Rows come in order."""
 
     @abstractmethod
     def outputs(self, turn: int) -> Tensor:
-        """[B, P] for the pixel that the place is at, overwritten by the next call. Pixels come in their order."""
+        """Return outputs [B, P] of the current pixel, which the next call overwrites. Pixels come in order."""
 
     def write(self, values: Tensor, channel: int) -> None:
-        """What is seen of values, [B, c], in channels from this one on, of the pixel that the place is at."""
+        """Write the network's input for new values, [B, c], to channels of the current pixel from this one on."""
         self._flat[..., channel : channel + values.shape[1]].index_copy_(1, self._index, values.unsqueeze(1))
 
 
 class WholeNetwork(PixelFeatures):
-    """Outputs that the network gives when it is run on all of the image for each of them.
+    """Outputs from a run of the network on the whole image at every turn.
 
     Args:
-        run: what is seen of images, [B, C e, H, W], to outputs [B, turns * P, H, W].
-        pixels: see :class:`PixelFeatures`.
-        turns, width: likewise.
+        run: maps the network's input, [B, C e, H, W], to outputs [B, turns * P, H, W].
+        pixels, turns, width: see :class:`PixelFeatures`.
     """
 
     kept = False
@@ -121,9 +119,9 @@ class WholeNetwork(PixelFeatures):
 
 
 class SampledModel(Protocol):
-    """What the sampler asks of a model, whose parameters it looks at where outputs are not finite.
+    """The interface that the sampler needs of a model; it reads the parameters only if outputs are not finite.
 
-    levels: how many values there are.
+    levels: number of values.
     """
 
     levels: int
@@ -132,26 +130,26 @@ class SampledModel(Protocol):
         """As of :class:`torch.nn.Module`."""
 
     def pixel_features(self, shape: tuple[int, int, int, int], labels: Tensor | None, *, cached: bool) -> PixelFeatures:
-        """The features of images [B, C, H, W], all zeros; not cached, from the whole network."""
+        """Return features of images [B, C, H, W], all zeros; if not cached, the whole network computes them."""
 
     def seen_levels(self, dtype: torch.dtype) -> Tensor:
-        """What the network sees of each value, [levels, e]."""
+        """Return the network's input for each value, [levels, e]."""
 
     def noise_shape(self, shape: tuple[int, int, int, int]) -> tuple[int, ...]:
-        """The shape of the noise of images [B, C, H, W], with H and W at 2 and 3."""
+        """Return the shape of the noise for images [B, C, H, W], with H and W as dimensions 2 and 3."""
 
     def draw(self, outputs: Tensor, noise: Tensor, turn: int, temperature: float) -> Tensor:
-        """Values, int64 [B, c], from outputs [B, P] and a pixel's noise; a turn's begin at its channel."""
+        """Return values, int64 [B, c], from outputs [B, P] and a pixel's noise, for channels from ``turn`` on."""
 
 
 class Sampler:
     """Draws a batch of images, one pixel after another in raster order.
 
     Args:
-        model: whose network it is.
+        model: model to sample from.
         start: integers [B, C, H, W] on the model's device, whose first rows may be known.
         labels: int64 [B], or None.
-        temperature: at least 0; what it does is the model's matter.
+        temperature: at least 0; its effect depends on the model.
         cached: keep features from pixel to pixel; otherwise the whole network runs for every value.
     """
 
@@ -163,13 +161,13 @@ class Sampler:
         self._features = model.pixel_features((batch, channels, height, width), labels, cached=cached)
         self._place = self._features.place
         pixels = self._features.pixels
-        # Many draws of half precision would be equal, and the first of equals taken.
+        # In half precision many draws would be equal, and always the first of equals taken.
         precise = torch.promote_types(pixels.dtype, torch.float32)
         self._noise = pixels.new_zeros(model.noise_shape((batch, channels, 1, 1)), dtype=precise)[:, :, 0, 0]
         self._trace = pixels.new_zeros((batch, self._features.width))
         self._seen = model.seen_levels(pixels.dtype)
-        # What is seen of images is scaled numbers, which tell the values. Learned features, and numbers too close to
-        # each other for a type, do not: beside them the values are kept.
+        # Scaled numbers as the network's input determine the values. Learned features, and numbers that are too close
+        # to each other for a dtype, do not; then the values are kept separately.
         told = self._seen.shape[1] == 1 and model.levels <= IMAGE_LEVELS
         self._values = None if told else torch.zeros_like(start, dtype=torch.int64).flatten(2)
 
@@ -182,8 +180,9 @@ class Sampler:
     ) -> Tensor:
         """Draw all rows after the first ``known_rows``; returns [B, C, H, W] of the type of ``start``.
 
-        noise: of all images, as the model wants it; or what fills a tensor with that of the next pixel in raster order.
-        progress: goes through the range of rows; draws a bar if it likes.
+        noise: noise of all images, as the model takes it; or a function that fills a tensor with that of the next pixel
+            in raster order.
+        progress: wraps the range of rows, as tqdm does.
 
         Raises:
             NotFiniteError: outputs that are not finite.
@@ -191,7 +190,7 @@ class Sampler:
         height, width = self._start.shape[2:]
         start_row, step = self._features.start_row, self._step
         if self._uses_graphs and known_rows < height:
-            if self._features.starts_rows:  # A graph of nothing is a warning.
+            if self._features.starts_rows:  # Capturing an empty graph gives a warning.
                 start_row = self._graphs(start_row)
             step = self._graphs(step)
         self._begin(known_rows)
@@ -209,7 +208,7 @@ class Sampler:
         return self._drawn()
 
     def _begin(self, known_rows: int) -> None:
-        """Put the images where the network reads them, and compute what is known; what was there does not count."""
+        """Copy the images to the network's input and compute the features of known rows, whatever was there before."""
         self._trace.zero_()
         start = self._start.long()
         self._features.pixels.copy_(self._seen[start].permute(0, 2, 3, 1, 4).flatten(3))
@@ -219,10 +218,10 @@ class Sampler:
             self._features.fill(known_rows)
 
     def _step(self) -> None:
-        """Draw the pixel that the place is at. It reads where that is from the device only."""
+        """Draw the current pixel, whose position is read from device memory only."""
         for turn in range(self._features.turns):
             outputs = self._features.outputs(turn)
-            self._trace.add_(outputs, alpha=0)  # A number times 0 is 0, all else NaN.
+            self._trace.add_(outputs, alpha=0)  # A finite number times 0 is 0; anything else is NaN.
             values = self._model.draw(outputs, self._noise, turn, self._temperature)
             self._features.write(self._seen[values].flatten(1), turn * self._seen.shape[1])
             if self._values is not None:
@@ -231,7 +230,7 @@ class Sampler:
     def _drawn(self) -> Tensor:
         if self._values is not None:
             return self._values.view(self._start.shape).to(self._start.dtype, copy=True)
-        # Back from the scale; what it rounded off is less than half a value.
+        # Invert the scaling, whose rounding errors are less than half a value.
         scaled = self._features.pixels.permute(0, 3, 1, 2).double() + 1
         return scaled.mul((self._model.levels - 1) / 2).round().to(self._start.dtype).contiguous()
 
@@ -240,21 +239,21 @@ class Sampler:
         return self._start.device.type == "cuda" and self._features.kept
 
     def _graphs(self, work: Callable[[], None]) -> Callable[[], None]:
-        """The work as CUDA graphs, one for each number of levels that may begin at a pixel."""
+        """Capture the work as CUDA graphs, one for each number of levels that may begin at a pixel."""
         graphs = {}
         for row in self._place.rows_of_levels():
-            self._place.go_to(row)  # What is computed there is computed again.
+            self._place.go_to(row)  # The features that this computes there are computed again later.
             graphs[self._place.levels] = _captured(work, self._start.device)
         return lambda: graphs[self._place.levels]()
 
 
 def _captured(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """The work as one CUDA graph."""
+    """Capture the work as one CUDA graph."""
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            work()  # What is prepared at a first call, such as packed weights, is not to be part of the graph.
+            work()  # Preparations of a first call, such as packing weights, must not be part of the graph.
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

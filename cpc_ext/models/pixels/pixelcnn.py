@@ -31,7 +31,8 @@ class PixelCNN(SoftmaxPixelModel):
         in_channels: C, 3 for colour and 1 for grey.
         hidden_channels: h; a multiple of C. Published: 128.
         layers: number of residual blocks. Published: 15.
-        head_channels: of the layer before the logits; a multiple of C. Default: 2h. Published for CIFAR-10: 1024.
+        head_channels: channels of the layer before the logits; a multiple of C. Default: 2h. Published for CIFAR-10:
+            1024.
         levels, code_channels: see :class:`SoftmaxPixelModel`.
 
     Raises:

@@ -1,8 +1,8 @@
 """PixelCNN++: uint8 images [B, C, H, W] to a mixture of logistics at every pixel, and images drawn from it.
 
 Two streams of features, one of the rows above a pixel and one of those and the pixels to its left, go down to a quarter
-of the resolution and up again, joined by skip connections. A feature's concatenated ELU is made once for all that take
-it.
+of the resolution and up again, joined by skip connections. A feature's concatenated ELU is computed once for all layers
+that take it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from cpc_ext.ops.logistic_mixture import _sample_logistic_mixture, logistic_mixt
 __all__ = ["GatedResNet", "PixelCNNPP", "StreamLayers"]
 
 _LEVELS = 3
-# A pixel of the lowest resolution is so many of the image's across.
+# Pixels of the image along a side of one pixel of the lowest resolution.
 _MULTIPLE = 2 ** (_LEVELS - 1)
 
 
@@ -39,45 +39,46 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class StreamLayers(Protocol):
-    """How a network runs its layers: on whole images, or noted down for one pixel at a time.
+    """Runs a network's layers on whole images, or records them for one pixel at a time.
 
-    What it takes and gives as features is its own matter.
+    The type of the features that it takes and returns is its own.
     """
 
     def start_u(self, layer: ShiftedConv2d) -> Any:
-        """The first features of the upper stream, from the image: one row shifted down."""
+        """Return the first features of the upper stream: ``layer`` on the image, shifted down by one row."""
 
     def start_ul(self, above: ShiftedConv2d, left: ShiftedConv2d) -> Any:
-        """The first features of the upper left stream: one row shifted down plus one column shifted right."""
+        """Return the first features of the upper left stream: ``above`` shifted down plus ``left`` shifted right."""
 
     def block(self, block: GatedResNet, features: Any, skips: Sequence[Any]) -> Any:
-        """``features`` after a gated block; ``skips`` join in."""
+        """Apply a gated block to ``features``, with ``skips`` as skip connections."""
 
     def downsize(self, layer: ShiftedConv2d, features: Any) -> Any:
-        """Half the resolution."""
+        """Halve the resolution."""
 
     def upsize(self, layer: ShiftedConvTranspose2d, features: Any) -> Any:
-        """Twice the resolution."""
+        """Double the resolution."""
 
 
 class PixelCNNPP(PixelModel):
     """PixelCNN++ as published (Salimans et al. 2017, arXiv 1701.05517), with the names of its PyTorch port.
 
     The stream u sees the rows above a pixel (2x3 kernels), ul those and the pixels to its left (2x2 kernels), which
-    take u as a skip connection. Three levels of gated blocks, a strided convolution between them, keep every feature
-    map; three more, with transposed convolutions, take them again, last first. All weights are normalised.
+    take u as a skip connection. Three levels of gated blocks, with strided convolutions between them, keep every
+    feature map; three more, with transposed convolutions, take the maps as skip connections, last first. All weights
+    are normalised.
 
-    Noise of :meth:`sample` is uniform in 0..1, [B, K + C, H, W], as of :func:`cpc_ext.ops.sample_logistic_mixture`, of
-    which the temperature is a factor.
+    Noise of :meth:`sample` is uniform in 0..1, [B, K + C, H, W], as for :func:`cpc_ext.ops.sample_logistic_mixture`,
+    which also defines the temperature.
 
     Args:
         in_channels: C, 3 for colour and 1 for grey.
-        channels: F, of each stream. Published: 160.
+        channels: F, channels of each stream. Published: 160.
         blocks: gated blocks of a level. Published: 5.
         mixtures: K, components of the mixture at a pixel. Published: 10.
-        dropout: probability with which a channel between a block's convolutions is left out in training. Published:
-            0.5.
-        num_classes: condition the model on so many classes: a learned bias in each gate, zero at the start.
+        dropout: probability of dropping a channel between a block's convolutions in training. Published: 0.5.
+        num_classes: number of classes to condition the model on, by a learned bias in each gate, zero at the start.
+            Default: none.
 
     Raises:
         ValueError: an argument out of range.
@@ -100,7 +101,7 @@ class PixelCNNPP(PixelModel):
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         self.mixtures = mixtures
         options = {"dropout": dropout, "num_classes": num_classes}
-        # The image comes with a channel of ones, which tells it from the padding.
+        # The image has an additional channel of ones, which distinguishes it from the padding.
         self.u_init = ShiftedConv2d(in_channels + 1, channels, (2, 3), "down")
         self.ul_init = ModuleList(
             [
@@ -123,7 +124,7 @@ class PixelCNNPP(PixelModel):
         self.nin_out = ChannelMix(channels, mixtures * (10 if in_channels == 3 else 3))
 
     def network(self, layers: StreamLayers) -> Any:
-        """The features that ``nin_out`` takes, after an ELU; ``layers`` runs every layer."""
+        """Return the features whose ELU ``nin_out`` takes; ``layers`` runs every layer."""
         u, ul = layers.start_u(self.u_init), layers.start_ul(*self.ul_init)
         kept = [(u, ul)]
         for level, blocks in enumerate(self.up_layers):
@@ -147,7 +148,7 @@ class PixelCNNPP(PixelModel):
         return ul
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Parameters of the mixture of logistics of every pixel given all earlier ones.
+        """Return the parameters of the mixture of logistics of every pixel given all earlier ones.
 
         Args:
             images: [B, C, H, W], uint8, or whole numbers 0..255 of another type; H and W multiples of 4.
@@ -158,22 +159,22 @@ class PixelCNNPP(PixelModel):
             autocast's.
 
         Raises:
-            TypeError, ValueError: as of :meth:`PixelModel.nats`; also where 4 does not divide the size.
+            TypeError, ValueError: as for :meth:`PixelModel.nats`; also a size that is no multiple of 4.
         """
         images, labels = self._check_images(images), self._check_labels(labels, images.shape[0])
         self.check_size(*images.shape[2:])
         return self.mixture(scale_values(images, self.nin_out.bias.dtype), labels)
 
     def mixture(self, image: Tensor, labels: Tensor | None) -> Tensor:
-        """:meth:`forward` of an image whose values are scaled to -1..1, unchecked."""
+        """Compute :meth:`forward` of an image whose values are scaled to -1..1, without checks."""
         features = self.network(_WholeImages(image, labels))
         # The first half of a concatenated ELU is the ELU.
         return self.nin_out(features.elu[:, : features.raw.shape[1]])
 
     def nats(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Negative log-likelihood of each image in nats, [B], float32 (float64 of a float64 model).
+        """Return the negative log-likelihood of each image in nats, [B], float32 (float64 for a float64 model).
 
-        Arguments and errors as of :meth:`forward`.
+        Arguments and errors are those of :meth:`forward`.
         """
         params = self(images, labels)
         return logistic_mixture_nll(images if images.dtype == torch.uint8 else self._whole(images).byte(), params)
@@ -182,7 +183,8 @@ class PixelCNNPP(PixelModel):
     def initialize(self, images: Tensor, labels: Tensor | None = None) -> None:
         """Set scales and biases so that on these images every layer's outputs have mean 0 and deviation 1.
 
-        Of a block's last layer it is a deviation of 0.1. Without dropout. Arguments and errors as of :meth:`forward`.
+        For a block's last layer the deviation is 0.1. Dropout is off. Arguments and errors are those of
+        :meth:`forward`.
         """
         with _evaluating(self), initialize_from_data(self):
             self(images, labels)
@@ -221,7 +223,7 @@ class PixelCNNPP(PixelModel):
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In the block the model is in evaluation mode; then every part of it is in the mode that it was in."""
+    """Put the model in evaluation mode, and restore the mode of every submodule afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -234,7 +236,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 class _Level(Module):
     """The gated blocks of one resolution, of both streams.
 
-    kept: whether they take what an earlier level kept, 0 or 1 feature maps of each stream.
+    kept: number of kept feature maps of each stream that a block takes as skip connections, 0 or 1.
     """
 
     def __init__(self, channels: int, blocks: int, kept: int, **options: Any) -> None:
@@ -244,7 +246,7 @@ class _Level(Module):
         self.ul_stream = ModuleList(GatedResNet(channels, "down-right", kept + 1, **options) for _ in range(blocks))
 
     def pairs(self) -> list[tuple[GatedResNet, GatedResNet]]:
-        """The blocks of u and ul, in the order in which they are run."""
+        """Return the pairs of blocks of u and ul, in the order in which they run."""
         return list(zip(self.u_stream, self.ul_stream, strict=True))
 
 
@@ -259,7 +261,7 @@ class GatedResNet(Module):
         shift: "down" for 2x3 kernels, "down-right" for 2x2 kernels.
         skips: number of skip connections.
         dropout: probability of leaving a channel out.
-        num_classes: of the bias that each class adds before the gate; None for none.
+        num_classes: number of classes, each of which adds a bias before the gate; None for none.
     """
 
     def __init__(self, channels: int, shift: Shift, skips: int, *, dropout: float, num_classes: int | None) -> None:
@@ -290,7 +292,7 @@ class Features(NamedTuple):
 
 
 def _concat_elu(raw: Tensor) -> Tensor:
-    """ELU of a map and of its negative, [B, 2F, H, W] (Shang et al. 2016, arXiv 1603.05201, for the ReLU)."""
+    """Return ELU of a map and of its negative, [B, 2F, H, W] (Shang et al. 2016, arXiv 1603.05201, for the ReLU)."""
     return F.elu(torch.cat([raw, -raw], dim=1), inplace=True)
 
 
@@ -322,7 +324,7 @@ class _WholeImages:
 
 
 def _shift_down(features: Tensor) -> Tensor:
-    """Every row one lower, and zeros in the first."""
+    """Shift every row down by one, with zeros in the first."""
     return F.pad(features, (0, 0, 1, -1))
 
 

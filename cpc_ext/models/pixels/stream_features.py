@@ -1,7 +1,7 @@
 """Features of PixelCNN++ that are kept from pixel to pixel, for sampling.
 
 The network has three resolutions and two streams; a map of a lower resolution grows only where a pixel of its own
-begins. Its layers are noted down as :class:`cpc_ext.ops.PixelStep`, those that depend on rows above only for a whole
+begins. The layers are recorded as :class:`cpc_ext.ops.PixelStep`: those that depend on rows above only run for a whole
 row at once, the others for one pixel.
 """
 
@@ -22,23 +22,23 @@ __all__ = ["MixtureNetwork", "StreamFeatures"]
 
 
 class MixtureNetwork(Protocol):
-    """What :class:`StreamFeatures` asks of a model."""
+    """The interface that :class:`StreamFeatures` needs of a model."""
 
     nin_out: ChannelMix
 
     def network(self, layers: Any) -> Any:
-        """The features that ``nin_out`` takes after an ELU; all layers are run by ``layers``."""
+        """Return the features whose ELU ``nin_out`` takes; ``layers`` runs all layers."""
 
 
 class StreamFeatures(PixelFeatures):
-    """The mixture's parameters from feature maps that grow by a pixel at a time, in float32 or float64."""
+    """Computes the mixture's parameters from feature maps that grow by a pixel at a time, in float32 or float64."""
 
     def __init__(self, model: MixtureNetwork, shape: tuple[int, int, int, int], labels: Tensor | None) -> None:
         batch, channels, height, width = shape
         bias = model.nin_out.bias
         dtype = torch.promote_types(bias.dtype, torch.float32)
         maps = PixelMaps(batch, height, width, torch.empty(0, dtype=dtype, device=bias.device))
-        # The last channel is of ones, within the image.
+        # The last channel holds ones within the image.
         image = maps.make(channels + 1, 0)
         image.pixels[..., -1] = 1
         notes = _Notes(maps, image, labels)
@@ -73,11 +73,11 @@ class _Features(NamedTuple):
 
 
 class _Notes:
-    """Notes down the layers of a network as steps; see :class:`cpc_ext.models.pixels.pixelcnnpp.StreamLayers`.
+    """Records the layers of a network as steps; see :class:`cpc_ext.models.pixels.pixelcnnpp.StreamLayers`.
 
     Attributes:
-        row_steps: what depends on rows above only, so that it is due for a whole row before the row's pixels.
-        pixel_steps: the rest.
+        row_steps: steps that depend on rows above only, and run for a whole row before the row's pixels.
+        pixel_steps: the other steps.
     """
 
     def __init__(self, maps: PixelMaps, image: PixelMap, labels: Tensor | None) -> None:
@@ -125,7 +125,7 @@ class _Notes:
         level, weight = features.level, layer.weight
         output = self._features(layer.weight_v.shape[1], level - 1)
         for row, col in itertools.product(range(2), range(2)):
-            # Where it reads, and the kernel's column there: even columns see one of three, odd ones the others.
+            # Taps, and the kernel's column at each: even columns see one of the kernel's three, odd ones the other two.
             taps = {(0, 0): col}
             if layer.shift == "down":
                 taps = {(0, 0): 2, (0, 1): 0} if col else {(0, 0): 1}
@@ -135,7 +135,7 @@ class _Notes:
         return output
 
     def output(self, layer: ChannelMix, features: _Features) -> PixelMap:
-        """Where the last layer's result for the latest pixel will be."""
+        """Record the last layer; return the map that will hold its result for the latest pixel."""
         # The first half of a concatenated ELU is the ELU.
         elu = PixelMap(features.elu.data[..., : features.raw.data.shape[3]], features.level)
         output = self._maps.make(layer.weight_v.shape[0], None)
@@ -143,12 +143,12 @@ class _Notes:
         return output
 
     def _start(self, shift: Shift, *layers: tuple[ShiftedConv2d, int, int]) -> _Features:
-        """A sum of layers of the image whose results are shifted by so many rows and columns."""
+        """Record a sum of layers of the image, with the result of each shifted by its rows and columns."""
         sources, weights = [], []
         for layer, row, col in layers:
             weight = layer.weight.clone()
-            # Where it is shifted from outside of the image there is not even the bias: as the weight of the channel
-            # of ones it counts within.
+            # A result that is shifted in from outside of the image has no bias either. So the bias becomes a weight of
+            # the channel of ones, which counts only within the image.
             middle = layer.kernel_size[1] // 2 if layer.shift == "down" else -1
             weight[:, -1, -1, middle] += layer.bias
             sources.append(PixelSource(self._image, [(y + row, x + col) for y, x in layer.taps]))
