@@ -1,8 +1,8 @@
-"""Contrastive predictive coding: from images or sound to the loss of predicting what comes some rows or frames ahead.
+"""Contrastive predictive coding of images and sound: the loss of predicting encodings some rows or frames ahead.
 
-An encoder turns patches into a grid of encodings, a context network summarises the rows seen so far, and InfoNCE asks
-for the encodings some rows further. To predict in other directions they look at the turned grid. Sound is a sequence of
-encodings, of which there is one direction.
+An encoder turns patches into a grid of encodings, a context network summarises the rows seen so far, and InfoNCE scores
+predictions of the encodings some rows further. Other directions are predicted in the turned grid. Sound is a sequence
+of encodings, which has one direction.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ __all__ = ["CPC"]
 
 
 class CPC(EncoderModel):
-    """Contrastive predictive coding of both versions: which one, context network and objective decide.
+    """Contrastive predictive coding, version 1 or 2 depending on context network and objective.
 
-    CPC v1 (van den Oord et al. 2018, arXiv 1807.03748, section 3.3) predicts encodings by a matrix a step, CPC v2
+    CPC v1 (van den Oord et al. 2018, arXiv 1807.03748, section 3.3) predicts encodings by one matrix per step. CPC v2
     (Hénaff et al. 2019, arXiv 1905.09272) has a :class:`ResidualContext` for each direction and predicts projected
     encodings, :class:`cpc_ext.nn.TargetInfoNCE`.
 
@@ -42,7 +42,7 @@ class CPC(EncoderModel):
             attribute ``out_channels`` = E; or [B, D, L] → [B, E, L]. One network that all directions share, or one for
             each direction.
         objective: a :class:`cpc_ext.nn.GridInfoNCE`, :class:`cpc_ext.nn.TargetInfoNCE` or, for sequences,
-            :class:`cpc_ext.nn.SequenceInfoNCE` for D and E. Default: a GridInfoNCE of the settings.
+            :class:`cpc_ext.nn.SequenceInfoNCE` for D and E. Default: a GridInfoNCE with the settings.
         settings: keyword arguments of that GridInfoNCE: ``pred_steps``, which must be given, ``pred_directions``,
             ``skip``, ``neg_samples``, ``gather_negatives``.
 
@@ -82,7 +82,7 @@ class CPC(EncoderModel):
         self.objective = objective
 
     def forward(self, inputs: Tensor, **draws: Any) -> GridInfoNCEOutput:
-        """The loss of a batch.
+        """Return the loss of a batch.
 
         Args:
             inputs: patches [B, rows, cols, C, p, p], images [B, C, H, W] or sound [B, 1, T]: what the encoder takes.
@@ -97,19 +97,19 @@ class CPC(EncoderModel):
         return self.objective(encodings, self._contexts(encodings), **draws)
 
     def encode(self, inputs: Tensor) -> Tensor:
-        """Encodings z, [B, D, rows, cols], of sound [B, D, L]."""
+        """Return the encodings z, [B, D, rows, cols], or [B, D, L] for sound."""
         encodings: Tensor = self.encoder(inputs)
         return encodings
 
     def contextualize(self, encodings: Tensor) -> Tensor:
-        """Contexts c of encodings [B, D, rows, cols], of each direction's turned grid: [directions, B, E, rows, cols].
+        """Return contexts c of encodings [B, D, rows, cols], in each direction's turned grid.
 
-        Sequences [B, D, L] → [B, E, L].
+        Their shape is [directions, B, E, rows, cols]; for sequences, [B, D, L] → [B, E, L].
         """
         return self._contexts(self._turned(encodings))
 
     def _turned(self, encodings: Tensor) -> Tensor:
-        """[B, D, rows, cols] → the grids to predict in, [directions, B, D, rows, cols]; sequences as they are."""
+        """Return the grids to predict in, [B, D, rows, cols] → [directions, B, D, rows, cols]; sequences unchanged."""
         if isinstance(self.objective, SequenceInfoNCE):
             return encodings
         return turned_grids(encodings, self.objective.pred_directions)

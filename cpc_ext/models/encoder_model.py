@@ -1,4 +1,4 @@
-"""What all models that learn an encoder have in common."""
+"""The base class of models that train an encoder."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["EncoderModel"]
 
 
 class EncoderModel(Module, ABC):
-    """A model that is trained for the sake of its encoder.
+    """A model that is trained for its encoder.
 
     Attributes:
-        encoder: a network of patches, images or sound, which is what is left of the model when it is used.
+        encoder: network of patches, images or sound; the part of the model that is used after training.
     """
 
     encoder: nn.Module
 
     @abstractmethod
     def encode(self, inputs: Tensor) -> Tensor:
-        """What the encoder makes of its input, on its way to the loss."""
+        """Return the encodings of an input, from which the loss is computed."""

@@ -1,8 +1,8 @@
-"""Greedy InfoMax: an encoder cut into modules, each of which learns by a loss of its own on what it makes itself.
+"""Greedy InfoMax: an encoder cut into modules, each trained by a loss of its own on its own outputs.
 
-From patches, images or sound to one loss a module. A module takes the features of the one before as they are, without a
-gradient back to it, so modules need not know of each other: their activations need not be kept for each other, and they
-may learn one after another or in different processes.
+Patches, images or sound give one loss per module. A module takes the features of the one before without a gradient back
+to it, so modules are independent: they need not keep activations for each other, and may learn one after another or in
+different processes.
 """
 
 from __future__ import annotations
@@ -35,45 +35,46 @@ __all__ = [
 ]
 
 
-# Draws of a module's objective, in its own form; None where all are contrasted.
+# Drawn negatives, in the form of a module's objective; None if it contrasts all.
 Negatives = Sequence[Tensor] | SequenceNegatives | Tensor | None
 
 
 class EncoderModule(Module):
     """Consecutive blocks of an encoder, with its stem before the first and its head after the last.
 
-    It shares the encoder's layers: training it trains the encoder. One without blocks hands on what the encoder makes.
+    It shares the encoder's layers, so training it trains the encoder. A module without blocks passes the encoder's
+    output on.
 
     Attributes:
-        out_channels: of its features.
+        out_channels: channels of its features.
     """
 
     def __init__(self, encoder: SplitEncoder, blocks: Sequence[EncoderBlock], *, first: bool, last: bool) -> None:
         super().__init__()
         for name in (*(encoder.stem_layers if first else ()), *(encoder.head_layers if last else ())):
             setattr(self, name, getattr(encoder, name))
-        # Methods, not layers: all of the encoder's would be layers of this module.
+        # Only the methods are stored: as an attribute, the encoder would make all of its layers layers of this module.
         self._stem = encoder.stem if first else None
         self._head = encoder.head if last else None
         self.blocks = Sequential(*blocks)
         self.out_channels: int = encoder.out_channels if last or not blocks else blocks[-1].out_channels
 
     def forward(self, features: Tensor) -> Tensor:
-        """What the encoder begins with, or the features [N, D', ...] of the module before → features [N, D, ...]."""
+        """Return features [N, D, ...] of the stem's input, or of the features [N, D', ...] of the module before."""
         features = self.blocks(features if self._stem is None else self._stem(features))
         return features if self._head is None else self._head(features)
 
 
 def module_starts(stacks: Sequence[int], modules: int | Sequence[int]) -> list[int]:
-    """The block that each module begins with, counted over the blocks of all stacks.
+    """Return the block that each module begins with, counted over the blocks of all stacks.
 
     Args:
         stacks: blocks per stack.
-        modules: a number of modules, which share the stacks evenly, the first ones taking one more where they cannot;
-            or the blocks that all modules but the first begin with.
+        modules: number of modules, among which the stacks are divided evenly, with the surplus to the first ones; or
+            the blocks that all modules but the first begin with.
 
     Raises:
-        TypeError, ValueError: fewer than one module or more than stacks; starts that do not rise, or lie outside.
+        TypeError, ValueError: fewer than one module or more than stacks; starts that do not increase or are no blocks.
     """
     if isinstance(modules, bool):
         raise TypeError(f"modules must be an int or a sequence of ints, got {modules}")
@@ -93,10 +94,10 @@ def module_starts(stacks: Sequence[int], modules: int | Sequence[int]) -> list[i
 
 
 def split_encoder(encoder: SplitEncoder, modules: int | Sequence[int]) -> list[EncoderModule]:
-    """The encoder as modules to be run one after another; ``modules`` as :func:`module_starts` takes it.
+    """Split the encoder into modules to run one after another; for ``modules`` see :func:`module_starts`.
 
     Raises:
-        TypeError: an encoder that is not one of stacks.
+        TypeError: an encoder without stacks.
     """
     if not isinstance(encoder, SplitEncoder):
         raise TypeError(f"encoder must have stacks of blocks to be split between, got {type(encoder).__name__}")
@@ -110,7 +111,7 @@ def split_encoder(encoder: SplitEncoder, modules: int | Sequence[int]) -> list[E
 
 
 def encodings_by_module(encoder: SplitEncoder, modules: Sequence[EncoderModule], inputs: Tensor) -> list[Tensor]:
-    """The encodings [B, D_i, ...] that each of an encoder's first modules makes of what the encoder takes."""
+    """Return the encodings [B, D_i, ...] of each of an encoder's first modules, for inputs of the encoder."""
     features, as_encodings = encoder.begin(inputs)
     encodings = []
     for module in modules:
@@ -124,9 +125,9 @@ class _GreedyModel(EncoderModel):
 
     Attributes:
         encoder: all modules together.
-        encoder_modules: its parts, first to last.
-        objectives: what each learns by.
-        frozen: modules at the beginning that do not learn, see :meth:`freeze`.
+        encoder_modules: modules, first to last.
+        objectives: objective of each module.
+        frozen: number of modules at the beginning that do not learn, see :meth:`freeze`.
     """
 
     encoder: SplitEncoder
@@ -135,17 +136,17 @@ class _GreedyModel(EncoderModel):
     def __init__(self, encoder: SplitEncoder, modules: int | Sequence[int]) -> None:
         super().__init__()
         self.encoder = encoder
-        # A tuple is not registered: its parameters are the encoder's.
+        # A tuple is not registered, as the modules' parameters are those of the encoder already.
         self.encoder_modules = tuple(split_encoder(encoder, modules))
         self.objectives = ModuleList()
         self.frozen = 0
 
     @abstractmethod
     def loss(self, index: int, encodings: Tensor, *args: Any, **arguments: Any) -> NamedTuple:
-        """What module ``index`` learns by, "loss" among it, of its encodings [B, D, ...]."""
+        """Return the outputs of module ``index``'s objective, "loss" among them, for its encodings [B, D, ...]."""
 
     def freeze(self, modules: int) -> None:
-        """Keep the first modules as they are: without gradients, and in evaluation mode whatever the model's is.
+        """Freeze the first modules: without gradients, and in evaluation mode whatever the mode of the model.
 
         Raises:
             ValueError: fewer than none, or all of them.
@@ -163,21 +164,21 @@ class _GreedyModel(EncoderModel):
         for index, module in enumerate(self.encoder_modules):
             module.train(mode and index >= self.frozen)
         for name in self.encoder.stem_layers:
-            # Whoever replaces layers, as for synchronised batch norm, replaces the encoder's.
+            # Code that replaces layers, such as by synchronised batch norm, replaces those of the encoder.
             getattr(self.encoder, name).train(mode and self.frozen == 0)
         return self
 
     def encode(self, inputs: Tensor) -> Tensor:
-        """Encodings of the whole encoder, [B, D, rows, cols], of sound [B, D, L]."""
+        """Return the encodings of the whole encoder, [B, D, rows, cols], or [B, D, L] for sound."""
         encodings: Tensor = self.encoder(inputs)
         return encodings
 
     def encodings_by_module(self, inputs: Tensor, modules: int | None = None) -> list[Tensor]:
-        """The encodings that each module makes, or each of the first ``modules``, in their own numbers of channels."""
+        """Return the encodings of all or the first ``modules`` modules, each with its own number of channels."""
         return encodings_by_module(self.encoder, self.encoder_modules[:modules], inputs)
 
     def _each(self, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """The encodings of every module that learns, made when they are asked for."""
+        """Yield index and encodings of every module that learns; a module runs when its encodings are requested."""
         features, as_encodings = self.encoder.begin(inputs)
         for index, module in enumerate(self.encoder_modules):
             with torch.set_grad_enabled(torch.is_grad_enabled() and index >= self.frozen):
@@ -185,7 +186,7 @@ class _GreedyModel(EncoderModel):
             features = made.detach()
             if index >= self.frozen:
                 encodings = as_encodings(made)
-                # While the caller has the encodings nothing else is to keep their graph.
+                # Nothing but the caller's encodings may keep their graph alive.
                 del made
                 yield index, encodings
 
@@ -198,19 +199,19 @@ class GreedyInfoMax(_GreedyModel):
     the features themselves. The features feed the next module. With one module and a context network it is contrastive
     predictive coding.
 
-    On images all modules contrast at the same places: negatives are drawn once for all. On sound each has its own, as
-    their encodings are not equally many.
+    On images negatives are drawn once, at positions that serve all modules. On sound each module draws its own, as the
+    modules differ in their numbers of encodings.
 
     Args:
-        encoder: any of those with stacks: patches or images → encodings [B, D, rows, cols]; or sound → [B, D, L].
-        modules: a number of modules, up to that of the encoder's stacks, or the blocks that all but the first begin
-            with, counted over the blocks of all stacks.
+        encoder: an encoder with stacks: patches or images → encodings [B, D, rows, cols]; or sound → [B, D, L].
+        modules: number of modules, up to that of the encoder's stacks, or the blocks that all modules but the first
+            begin with, counted over the blocks of all stacks.
         context: network of the last module's contexts, as :class:`cpc_ext.models.CPC` takes it; or one for each module.
             Default: encodings are their own contexts.
-        context_module: whether the last module's contexts are those of a module more, which consists of the context
-            network alone and whose encodings are the encoder's.
-        objective: what a module learns by, of its encodings' and its contexts' channels and the settings:
-            :class:`cpc_ext.nn.GridInfoNCE`, or :class:`cpc_ext.nn.SequenceInfoNCE` for sound.
+        context_module: whether the context network is an additional last module by itself, whose encodings are those of
+            the encoder.
+        objective: class of the modules' objectives, which takes the channels of encodings and of contexts, and the
+            settings: :class:`cpc_ext.nn.GridInfoNCE`, or :class:`cpc_ext.nn.SequenceInfoNCE` for sound.
         settings: keyword arguments of the objectives, such as ``pred_steps``.
 
     Raises:
@@ -251,7 +252,7 @@ class GreedyInfoMax(_GreedyModel):
             self.objectives.append(objective(module.out_channels, contexts, **settings))
 
     def context_of(self, index: int) -> nn.Module | None:
-        """The context network of module ``index``; None where encodings are their own contexts."""
+        """Return the context network of module ``index``; None if encodings are their own contexts."""
         if isinstance(self.context, nn.ModuleList):
             return self.context[index]
         return self.context if index == len(self.encoder_modules) - 1 else None
@@ -277,7 +278,7 @@ class GreedyInfoMax(_GreedyModel):
         negatives: Sequence[Negatives] | None = None,
         speakers: Tensor | None = None,
     ) -> list[GridInfoNCEOutput]:
-        """The losses of all modules that learn; their activations are all kept until they have been used.
+        """Return the losses of all modules that learn, with the activations of all in memory until backward passes.
 
         Arguments are those of :meth:`outputs`.
         """
@@ -291,16 +292,16 @@ class GreedyInfoMax(_GreedyModel):
         negatives: Sequence[Negatives] | None = None,
         speakers: Tensor | None = None,
     ) -> Iterator[GridInfoNCEOutput]:
-        """The loss of one module after another: a module runs when its output is asked for.
+        """Yield the losses one module after another; a module runs when its output is requested.
 
-        Whoever calls ``output.loss.backward()`` before asking for the next has one module's activations in memory.
+        With ``output.loss.backward()`` before the next request, only one module's activations are in memory at a time.
 
         Args:
             inputs: patches [B, rows, cols, C, p, p], images [B, C, H, W] or sound [B, 1, T]: what the encoder takes.
             generator: draws the negatives; see :class:`cpc_ext.nn.GridInfoNCE`.
             negatives: the draws themselves instead, for every module (frozen ones too) as
                 :class:`cpc_ext.nn.GridInfoNCE` or :class:`cpc_ext.nn.SequenceInfoNCE` takes them.
-            speakers: of sequences, see :class:`cpc_ext.nn.SequenceInfoNCE`.
+            speakers: speakers of sequences, see :class:`cpc_ext.nn.SequenceInfoNCE`.
 
         Raises:
             ValueError: a grid too small for ``pred_steps + skip``, or not square with more than one direction; a
@@ -315,13 +316,13 @@ class GreedyInfoMax(_GreedyModel):
             yield self.loss(index, encodings, negatives=drawn, speakers=speakers)
 
     def draw_negatives(self, index: int, encodings: Tensor, generator: torch.Generator | None = None) -> Negatives:
-        """Negatives for these encodings of a module, those of a grid for all modules; None where all are contrasted."""
+        """Draw negatives for a module's encodings; those of a grid serve all modules. None if all are contrasted."""
         return self.objectives[index].draw_negatives(encodings, generator)
 
     def loss(
         self, index: int, encodings: Tensor, *, negatives: Negatives = None, speakers: Tensor | None = None
     ) -> GridInfoNCEOutput:
-        """InfoNCE of module ``index`` on its encodings [B, D, rows, cols] or [B, D, L]."""
+        """Return InfoNCE of module ``index`` on its encodings [B, D, rows, cols] or [B, D, L]."""
         objective, network = self.objectives[index], self.context_of(index)
         if isinstance(objective, SequenceInfoNCE):
             contexts = encodings if network is None else network(encodings)
@@ -334,14 +335,14 @@ class GreedyInfoMax(_GreedyModel):
         return objective(grids, contexts, negatives=negatives)
 
     def contextualize(self, encodings: Tensor, index: int = -1) -> Tensor:
-        """Encodings [B, D, L] of a module, the last by default → its contexts [B, E, L]; grids likewise, unturned."""
+        """Return contexts [B, E, L] of encodings [B, D, L] of module ``index``; grids likewise, unturned."""
         network = self.context_of(range(len(self.encoder_modules))[index])
         contexts: Tensor = encodings if network is None else network(encodings)
         return contexts
 
 
 class SupervisedOutput(NamedTuple):
-    """What :class:`GreedySupervised` returns for a module: the loss in nats, and the fraction classified rightly."""
+    """The output of :class:`GreedySupervised` for a module: loss in nats, and fraction classified correctly."""
 
     loss: Tensor
     accuracy: Tensor
@@ -367,16 +368,16 @@ class GreedySupervised(_GreedyModel):
             self.objectives.append(nn.Linear(module.out_channels, classes))
 
     def forward(self, inputs: Tensor, labels: Tensor) -> list[SupervisedOutput]:
-        """The losses of all modules that learn; their activations are all kept until they have been used."""
+        """Return the losses of all modules that learn, with the activations of all in memory until backward passes."""
         return list(self.outputs(inputs, labels))
 
     def outputs(self, inputs: Tensor, labels: Tensor) -> Iterator[SupervisedOutput]:
-        """The loss of one module after another, as :meth:`GreedyInfoMax.outputs`. labels: int64 [B]."""
+        """Yield the losses one module after another, like :meth:`GreedyInfoMax.outputs`. labels: int64 [B]."""
         for index, encodings in self._each(inputs):
             yield self.loss(index, encodings, labels=labels)
 
     def loss(self, index: int, encodings: Tensor, *, labels: Tensor) -> SupervisedOutput:
-        """Cross-entropy of module ``index`` on its encodings [B, D, rows, cols] or [B, D, L]; labels: int64 [B]."""
+        """Return cross-entropy of module ``index`` on encodings [B, D, rows, cols] or [B, D, L]. labels: int64 [B]."""
         logits: Tensor = self.objectives[index](encodings.mean(tuple(range(2, encodings.ndim))))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         right = (logits.detach().argmax(1) == labels).to(logits.dtype)

@@ -1,6 +1,6 @@
-"""Trained encoders in other people's pipelines: whole images to feature maps of every stack, as timm's backbones give.
+"""Trained encoders as backbones in other pipelines: feature maps of every stack for whole images, as timm's have them.
 
-An encoder of patches averages its maps over space. Detectors and segmenters want the maps themselves, of whole images.
+An encoder of patches averages its maps over space. Detection and segmentation need the maps of whole images themselves.
 """
 
 from __future__ import annotations
@@ -16,41 +16,41 @@ from cpc_ext.nn.typed import Module
 
 __all__ = ["FeatureInfo", "ImageBackbone"]
 
-# Side in pixels of the image that shows what the maps are like.
+# Side in pixels of the image that the shapes of the maps are measured with.
 _PROBE = 64
 
 
 class FeatureInfo(list[dict[str, Any]]):
-    """What timm's backbones say of their maps: a dictionary each with "num_chs", "reduction" and "module"."""
+    """Descriptions of maps as of timm's backbones: a dictionary per map with "num_chs", "reduction" and "module"."""
 
     def channels(self) -> list[int]:
-        """Channels of each map."""
+        """Return the number of channels of each map."""
         return [info["num_chs"] for info in self]
 
     def reduction(self) -> list[int]:
-        """How many pixels of the image, along a side, each of a map's stands for."""
+        """Return the stride of each map: pixels of the image per pixel of the map, along a side."""
         return [info["reduction"] for info in self]
 
     def module_name(self) -> list[str]:
-        """The layer that makes each map."""
+        """Return the name of the layer that outputs each map."""
         return [info["module"] for info in self]
 
 
 class ImageBackbone(Module):
     """An encoder's network on whole images, floating [B, C, H, W], normalised as the encoder's view does it.
 
-    It is called, and tells of its maps, as ``timm.create_model(..., features_only=True)`` is and does. Its children,
+    It is called like ``timm.create_model(..., features_only=True)`` and describes its maps the same way. Its children,
     ``stem``, ``layer1`` ..., ``head``, run one after the other, so that torchvision's ``IntermediateLayerGetter`` and
-    ``BackboneWithFPN`` take it, too. It shares its weights with the encoder. Batch and instance norm, or none, see maps
-    of whole images as they see those of patches; layer norm takes its statistics from all of an image.
+    ``BackboneWithFPN`` take it, too. It shares its weights with the encoder. Batch norm, or none, treats maps of whole
+    images like those of patches; instance and layer norm take their statistics over a whole image.
 
     Args:
-        encoder: of stacks of blocks, all but Lightning Bolts' own, which takes patches of one size.
-        out_indices: of the stacks whose maps are given, from 0 on, or from the end by negative numbers. Default: all.
+        encoder: an encoder with stacks of blocks; not Lightning Bolts' one, which takes patches of one size.
+        out_indices: indices of the stacks whose maps are returned; negative ones count from the end. Default: all.
 
     Attributes:
         num_features: channels of the last map, and features of an image.
-        feature_info: :class:`FeatureInfo` of the maps that are given.
+        feature_info: :class:`FeatureInfo` of the returned maps.
 
     Raises:
         TypeError: an encoder of another kind; timm's are backbones themselves, ``encoder.backbone``.
@@ -94,7 +94,7 @@ class ImageBackbone(Module):
         )
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Maps of the chosen stacks, [B, D, H / reduction, W / reduction] each; that of the last behind the head."""
+        """Return maps of the chosen stacks, [B, D, H / reduction, W / reduction] each; the last one after the head."""
         features = self.stem(images)
         maps = []
         for index in range(self._stacks):
@@ -106,19 +106,19 @@ class ImageBackbone(Module):
         return maps
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """The last map, [B, num_features, h, w]."""
+        """Return the last map, [B, num_features, h, w]."""
         features = self.stem(images)
         for index in range(self._stacks):
             features = getattr(self, f"layer{index + 1}")(features)
         return self.head(features)
 
     def forward_head(self, features: Tensor, pre_logits: bool = True) -> Tensor:
-        """The last map averaged over space, [B, num_features]. pre_logits: as timm calls it; there is no classifier."""
+        """Average the last map over space, [B, num_features]. pre_logits: no effect, as there is no classifier."""
         return features.mean((2, 3))
 
 
 class _Part(Module):
-    """Layers of an encoder, and the encoder itself, which is no child of this."""
+    """Some layers of an encoder as children; the encoder itself is kept, but is no child."""
 
     def __init__(self, encoder: StackedEncoder, names: Sequence[str]) -> None:
         super().__init__()

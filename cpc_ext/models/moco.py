@@ -1,7 +1,7 @@
 """MoCo: an encoder learns to find an image's other view among the keys of earlier batches.
 
-Keys come from a second encoder and head, whose weights follow those that learn, slowly, so that keys of many batches
-can be compared.
+Keys come from a second encoder and head, whose weights slowly follow those that learn, so that keys of many batches are
+comparable.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class MoCo(EncoderModel):
 
     Args:
         encoder: patches [B, rows, cols, C, p, p] → [B, D, rows, cols], with an attribute ``out_channels`` = D.
-        projection_channels: P, what the loss compares.
-        temperature: of the loss.
-        queue_size: keys that a query is contrasted with.
+        projection_channels: P, features that the loss compares.
+        temperature: temperature of the loss.
+        queue_size: number of keys that a query is contrasted with.
         momentum: share of the key networks' weights that stays when they follow.
         gather_negatives: "gather" lets keys of all processes into the queue; see :class:`cpc_ext.nn.MoCoLoss`.
-        head: arguments of the head, see :class:`cpc_ext.models.SimCLR`.
+        head: arguments of the projection head, see :class:`cpc_ext.models.SimCLR`.
 
     Raises:
         ValueError: an argument out of its range.
@@ -63,7 +63,7 @@ class MoCo(EncoderModel):
         self.objective = MoCoLoss(projection_channels, queue_size, temperature, gather_negatives=gather_negatives)
 
     def forward(self, views: Tensor) -> MoCoOutput:
-        """The loss of a batch. views: floating [2, B, C, H, W]; the first ones are queries, the second ones keys."""
+        """Return the loss of a batch. views: floating [2, B, C, H, W]; the first are queries, the second keys."""
         if views.ndim != 5 or len(views) != 2:
             raise ValueError(f"views must be [2, B, C, H, W], got {tuple(views.shape)}")
         queries = self.head(self.encode(views[0]))
@@ -72,7 +72,7 @@ class MoCo(EncoderModel):
         return self.objective.contrast(queries, keys)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Features of whole images, floating [B, C, H, W] → [B, D]: averaged over space, before the head."""
+        """Return features of whole images, floating [B, C, H, W] → [B, D]: averaged over space, before the head."""
         encodings: Tensor = self.encoder(images[:, None, None])
         return encodings.mean((2, 3))
 

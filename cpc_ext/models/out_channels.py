@@ -1,4 +1,4 @@
-"""What a network of any kind says about the width of its result."""
+"""Checked access to a network's number of output channels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["out_channels"]
 
 
 def out_channels(network: nn.Module) -> int:
-    """The attribute ``out_channels`` of an encoder or a context network.
+    """Return the attribute ``out_channels`` of an encoder or a context network.
 
     Raises:
         AttributeError: it has none.

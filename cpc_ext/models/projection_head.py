@@ -1,4 +1,4 @@
-"""What siamese networks put behind their encoder while they learn: a small network whose outputs the loss compares."""
+"""The projection head of siamese networks: a small network behind the encoder, whose outputs the loss compares."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["projection_head"]
 def projection_head(
     channels: int, projection_channels: int, *, layers: int = 2, hidden: int | None = None, norm: bool = False
 ) -> Sequential[nn.Module]:
-    """Linear layers with ReLU between them, [B, channels] → [B, projection_channels].
+    """Build linear layers with ReLU between them, [B, channels] → [B, projection_channels].
 
     Args:
         channels: features of the encoder.
-        projection_channels: P, what the loss compares.
-        layers: of which all but the last are ``hidden`` wide.
-        hidden: default: 4 P, as in the University of Amsterdam's tutorial 17.
+        projection_channels: P, features that the loss compares.
+        layers: number of linear layers.
+        hidden: width of all layers but the last. Default: 4 P, as in the University of Amsterdam's tutorial 17.
         norm: batch norm behind every layer, the last included, in place of biases, as in SimCLR's own program.
 
     Raises:

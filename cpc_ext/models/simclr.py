@@ -1,7 +1,7 @@
 """SimCLR: an encoder learns to map two random views of an image to like features.
 
-From two views of each image to the NT-Xent loss of their projections. The projection head takes up what the loss
-discards, so that the encoder's own features, which are what is used, keep more of the image.
+The loss is NT-Xent of the projections of two views of each image. The projection head absorbs what the loss discards,
+so that the encoder's own features, which are used after training, keep more of the image.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ __all__ = ["SimCLR"]
 class SimCLR(EncoderModel):
     """SimCLR (Chen et al. 2020, arXiv 2002.05709) on an encoder of patches, whose one patch is the image.
 
-    The head is ``linear(4 P) → ReLU → linear(P)``, as in the University of Amsterdam's tutorial 17, or as told.
+    The default head is ``linear(4 P) → ReLU → linear(P)``, as in the University of Amsterdam's tutorial 17.
 
     Args:
         encoder: patches [B, rows, cols, C, p, p] → [B, D, rows, cols], with an attribute ``out_channels`` = D.
-        projection_channels: P, what the loss compares.
-        temperature: of the loss.
-        head: arguments of the head, ``layers``, ``hidden`` and ``norm``; see :func:`projection_head`.
-        gather_negatives: whose images are negatives where several processes train; see
+        projection_channels: P, features that the loss compares.
+        temperature: temperature of the loss.
+        head: arguments of the projection head, ``layers``, ``hidden`` and ``norm``; see :func:`projection_head`.
+        gather_negatives: which processes' images are negatives if several processes train; see
             :class:`cpc_ext.nn.NTXentLoss`.
 
     Raises:
@@ -51,7 +51,7 @@ class SimCLR(EncoderModel):
         self.objective = NTXentLoss(temperature, gather_negatives=gather_negatives)
 
     def forward(self, views: Tensor) -> NTXentOutput:
-        """The loss of a batch. views: floating [2, B, C, H, W], the two views of every image."""
+        """Return the loss of a batch. views: floating [2, B, C, H, W], the two views of every image."""
         if views.ndim != 5 or len(views) != 2:
             raise ValueError(f"views must be [2, B, C, H, W], got {tuple(views.shape)}")
         # All views in one batch, so that batch norm sees them alike.
@@ -59,6 +59,6 @@ class SimCLR(EncoderModel):
         return self.objective.contrast(*projections.chunk(2))
 
     def encode(self, images: Tensor) -> Tensor:
-        """Features of whole images, floating [B, C, H, W] → [B, D]: averaged over space, before the head."""
+        """Return features of whole images, floating [B, C, H, W] → [B, D]: averaged over space, before the head."""
         encodings: Tensor = self.encoder(images[:, None, None])
         return encodings.mean((2, 3))

@@ -18,16 +18,16 @@ from cpc_ext.ops._library import without_autocast
 
 __all__ = ["SupCon", "SupConOutput"]
 
-# Views that are compared with all others at once for the accuracy.
+# Number of views that are compared with all others at a time, for the accuracy.
 _ROWS = 1024
 
 
 class SupConOutput(NamedTuple):
-    """What :class:`SupCon` returns: scalars, the accuracy without gradient.
+    """The output of :class:`SupCon`: scalars, the accuracy without gradient.
 
     Attributes:
         loss: mean over views, in nats.
-        accuracy: fraction of views whose most similar view, of all but themselves, is of the same class.
+        accuracy: fraction of views whose most similar other view is of the same class.
     """
 
     loss: Tensor
@@ -39,11 +39,11 @@ class SupCon(EncoderModel):
 
     Args:
         encoder: patches [B, rows, cols, C, p, p] → [B, D, rows, cols], with an attribute ``out_channels`` = D.
-        projection_channels: P, what the loss compares.
-        temperature: of the loss.
-        gather_negatives: where several processes share a batch: "gather" contrasts the views of all, "none" each
-            process's own.
-        head: arguments of the head, see :class:`cpc_ext.models.SimCLR`.
+        projection_channels: P, features that the loss compares.
+        temperature: temperature of the loss.
+        gather_negatives: if several processes share a batch, "gather" contrasts the views of all, "none" each process's
+            own.
+        head: arguments of the projection head, see :class:`cpc_ext.models.SimCLR`.
 
     Raises:
         ValueError: an argument out of its range.
@@ -67,29 +67,29 @@ class SupCon(EncoderModel):
         self.objective = SupConLoss(temperature, base_temperature=temperature)
 
     def forward(self, views: Tensor, labels: Tensor) -> SupConOutput:
-        """The loss of a batch. views: floating [2, B, C, H, W], the two views of every image; labels: [B]."""
+        """Return the loss of a batch. views: floating [2, B, C, H, W], the two views of every image; labels: [B]."""
         if views.ndim != 5 or len(views) != 2:
             raise ValueError(f"views must be [2, B, C, H, W], got {tuple(views.shape)}")
         # All views in one batch, so that batch norm sees them alike.
         projections = self.head(self.encode(views.flatten(0, 1)))
         features = unit_length(projections.to(torch.promote_types(projections.dtype, torch.float32)))
         exchange = exchange_with(self.gather_negatives)
-        # Every process has the loss of all views; its gradient in its own, summed over the processes, is theirs.
+        # Every process computes the loss of all views; gradients of a process's own views are summed over processes.
         pairs = exchange.gathered(torch.stack(features.chunk(2), 1))
         labels = exchange.gathered(labels)
         return SupConOutput(self.objective(pairs, labels), _accuracy(pairs.detach(), labels))
 
     def encode(self, images: Tensor) -> Tensor:
-        """Features of whole images, floating [B, C, H, W] → [B, D]: averaged over space, before the head."""
+        """Return features of whole images, floating [B, C, H, W] → [B, D]: averaged over space, before the head."""
         encodings: Tensor = self.encoder(images[:, None, None])
         return encodings.mean((2, 3))
 
 
 def _accuracy(pairs: Tensor, labels: Tensor) -> Tensor:
-    """How often the nearest other feature is of the same class, of features [B, 2, P] of length 1."""
+    """Return how often the nearest other view is of the same class, for features [B, 2, P] of length 1."""
     features, classes = pairs.flatten(0, 1), labels.repeat_interleave(2)
     found = []
-    with without_autocast(features.device):  # It would round so that many are equally near.
+    with without_autocast(features.device):  # Autocast would round similarities, so that many were equal.
         for rows in torch.arange(features.shape[0], device=features.device).split(_ROWS):
             similarity = features[rows] @ features.t()
             similarity.scatter_(1, rows[:, None], -torch.inf)

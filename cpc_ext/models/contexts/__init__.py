@@ -1,1 +1,1 @@
-"""Context networks: encodings to contexts, of which each sees the encodings before it."""
+"""Context networks, which map encodings to contexts that summarise the encodings so far."""

@@ -1,4 +1,4 @@
-"""CPC_audio's transformer as context network of sequences: encodings [B, D, L] to contexts [B, D, L]."""
+"""CPC_audio's transformer as a context network for sequences: encodings [B, D, L] to contexts [B, D, L]."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class CausalTransformerContext(Module):
 
     Args:
         channels: D, a multiple of ``heads``.
-        window: frames of the longest sequence, as relative positions have parameters for its distances: those of a
-            shorter one are the first of them, and a longer one has distances that nothing was learnt of, which is an
-            error. Under ``absolute`` sequences may have any length, whatever this is.
-        layers: how many, one on top of the other.
-        heads, hidden, dropout: of each layer.
-        absolute: whether positions are told by sines and cosines that are added to the encodings, not by the distances
-            of frames from one another.
-        reverse: whether time runs backwards: a context is of what comes after.
+        window: frames of the longest sequence. Relative positions have parameters for every distance within it: a
+            shorter sequence uses the first of them, and a longer one is an error, as nothing was learnt for its
+            distances. With ``absolute`` sequences may have any length, whatever this is.
+        layers: number of layers.
+        heads, hidden, dropout: arguments of each layer.
+        absolute: whether to add sines and cosines of the positions to the encodings, instead of taking positions
+            relative to each other.
+        reverse: whether to run backwards in time, so that a context summarises what comes after.
 
     Attributes:
         out_channels: D.
@@ -61,11 +61,11 @@ class CausalTransformerContext(Module):
         )
 
     def forward(self, encodings: Tensor, *, layer: int | None = None) -> Tensor:
-        """Contexts of sequences.
+        """Return the contexts of sequences.
 
         Args:
             encodings: [B, D, L].
-            layer: 1 for what the first layer makes, and so on. Default: the last.
+            layer: number of the layer whose output is returned, from 1. Default: the last.
 
         Returns:
             Contexts [B, D, L], with D last in memory.
@@ -88,7 +88,7 @@ class CausalTransformerContext(Module):
 
 
 def absolute_positions(length: int, channels: int, device: torch.device | None = None) -> Tensor:
-    """Sines (even channels) and cosines of positions, wavelengths 2π to 20000π: float64 [length, channels]."""
+    """Return sines (even channels) and cosines of positions, wavelengths 2π to 20000π, float64 [length, channels]."""
     channel = torch.arange(channels, dtype=torch.float64, device=device)
     rate = torch.exp((channel - channel % 2) * (-math.log(10000.0) / channels))
     angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * rate

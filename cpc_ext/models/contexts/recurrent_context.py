@@ -1,4 +1,4 @@
-"""Recurrent context networks of sequences: encodings [B, D, L] to contexts [B, E, L], each of what came before."""
+"""Recurrent context networks for sequences: encodings [B, D, L] to contexts [B, E, L], which summarise the past."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["RecurrentContext"]
 
 _KINDS: dict[str, Callable[..., nn.RNNBase]] = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
 
-# A layer's state, [1, B, E]; of an LSTM two.
+# A layer's state, [1, B, E]; an LSTM has two.
 State = Tensor | tuple[Tensor, Tensor]
 
 
@@ -26,17 +26,17 @@ class RecurrentContext(Module):
         channels: D.
         hidden: E.
         kind: "gru", "lstm" or "rnn".
-        layers: how many, one on top of the other.
-        keep_state: whether a call begins with the state, without its gradient, that the call before ended with, for
-            windows that follow one another. The first, and every one otherwise, begins with zeros.
-        remove_bptt: whether no gradient goes back in time, as Greedy InfoMax has it as an option: each step's incoming
-            state is taken as a constant. For "gru".
-        reverse: whether time runs backwards: a context is of what comes after.
+        layers: number of layers.
+        keep_state: whether a call begins with the detached final state of the call before, for windows that follow one
+            another. The first call begins with zeros, as does every call without ``keep_state``.
+        remove_bptt: whether to stop the gradient from going back in time, an option of Greedy InfoMax: each step's
+            incoming state is taken as a constant. For "gru" only.
+        reverse: whether to run backwards in time, so that a context summarises what comes after.
 
     Attributes:
         out_channels: E.
-        state: of each layer, [1, B, E] or an LSTM's pair of these, where it is kept; None before the first call. It is
-            not in the state dict, and may be assigned.
+        state: kept state of each layer, [1, B, E] or an LSTM's pair of these; None before the first call. It is not in
+            the state dict, and may be assigned.
 
     Raises:
         ValueError: an argument out of range.
@@ -68,17 +68,17 @@ class RecurrentContext(Module):
         self.remove_bptt = remove_bptt
         self.reverse = reverse
         self.state: list[State] | None = None
-        # Layers by themselves, so that each one's output can be had.
+        # Separate layers, so that each one's output is available.
         self.layers = ModuleList(
             _KINDS[kind](hidden if layer else channels, hidden, batch_first=True) for layer in range(layers)
         )
 
     def forward(self, encodings: Tensor, *, layer: int | None = None) -> Tensor:
-        """Contexts of sequences.
+        """Return the contexts of sequences.
 
         Args:
             encodings: [B, D, L].
-            layer: 1 for what the first layer makes, and so on. Default: the last.
+            layer: number of the layer whose output is returned, from 1. Default: the last.
 
         Returns:
             Contexts [B, E, L], with E last in memory.
@@ -95,7 +95,7 @@ class RecurrentContext(Module):
         for index, network in enumerate(self.layers):
             sequence, state = self._run(network, sequence, self._kept(index, encodings.shape[0]))
             states.append(state)
-            # The layers above are run for the sake of their states.
+            # With keep_state the layers above run as well, to update their states.
             if layer == index + 1:
                 wanted = sequence
                 if not self.keep_state:
@@ -110,7 +110,7 @@ class RecurrentContext(Module):
         self.state = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RecurrentContext:
-        """What ``to``, ``half`` and their kind come down to: the kept state goes with the parameters."""
+        """Convert the kept state together with the parameters, for ``to``, ``half`` and the like."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.state is not None:
             self.state = [_map(fn, each) for each in self.state]
@@ -122,7 +122,7 @@ class RecurrentContext(Module):
     def _kept(self, index: int, batch: int) -> State | None:
         if not self.keep_state or self.state is None:
             return None
-        # What inference mode has made is for backward passes only as a copy.
+        # A tensor that was made in inference mode can take part in a backward pass only as a copy.
         state = _map(lambda each: each.clone() if each.is_inference() else each, self.state[index])
         kept = (state if isinstance(state, Tensor) else state[0]).shape[1]
         if kept != batch:
@@ -132,13 +132,13 @@ class RecurrentContext(Module):
         return state
 
     def _run(self, network: nn.RNNBase, sequence: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """What a layer makes of a sequence [B, L, D] from a state on, and the state that it ends with."""
+        """Run a layer on a sequence [B, L, D] from a state; return its output and its final state."""
         if self.remove_bptt:
             with torch.no_grad():
                 before, last = network(sequence, state)
                 first = state.transpose(0, 1) if isinstance(state, Tensor) else torch.zeros_like(before[:, :1])
                 before = torch.cat([first, before[:, :-1]], dim=1)
-            # With all incoming states at hand, the steps are one batch.
+            # With all incoming states known, the steps run as one batch.
             weights = network.all_weights[0]
             after = torch.gru_cell(sequence.flatten(0, 1), before.flatten(0, 1), *weights)
             return torch.unflatten(after, 0, before.shape[:2]), last
@@ -149,5 +149,5 @@ class RecurrentContext(Module):
 
 
 def _map(fn: Callable[[Tensor], Tensor], state: State) -> State:
-    """What a function makes of a layer's state, or of both of an LSTM."""
+    """Apply a function to a layer's state, or to both states of an LSTM."""
     return fn(state) if isinstance(state, Tensor) else (fn(state[0]), fn(state[1]))

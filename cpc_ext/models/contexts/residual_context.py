@@ -30,9 +30,9 @@ class ResidualContext(Module):
         channels: D.
         hidden_channels: channels inside a block.
         blocks: number of blocks.
-        padding: what a block's convolutions see outside of the grid: "zeros"; or "lightning-bolts", as that program's
-            PixelCNN does it: the 1x3 convolution leaves out the first and last column, the row on top is ones there,
-            and the 2x1 convolution gets both columns back as zeros.
+        padding: padding of a block's convolutions: "zeros"; or "lightning-bolts", as in that program's PixelCNN: the
+            1x3 convolution is not padded, so that it leaves out the first and last column; the row on top is ones; and
+            the 2x1 convolution gets both columns back as zeros.
 
     Attributes:
         out_channels: D.
@@ -93,6 +93,6 @@ class _Block(Module):
             features = F.pad(features, (0, 0, 1, 0))
         else:
             features = F.pad(F.pad(features[..., 1:-1], (0, 0, 1, 0), value=1.0), (1, 1))
-        # Even kernels look ahead, so row r of the result sees the rows above and at r; the last one saw padding.
+        # With the extra row on top, row r of the result sees rows r - 1 and r. The last row saw padding and is dropped.
         features = self.upwards(features)[:, :, :-1]
         return self.expand(features, condition=input)

@@ -1,1 +1,1 @@
-"""Encoders: each patch of an image, an image, or each frame of a waveform to one feature vector."""
+"""Encoders, which map each patch of an image, a whole image, or each frame of a waveform to a feature vector."""

@@ -1,7 +1,7 @@
-"""The encoder of Lightning Bolts' CPC v2: a bottleneck ResNet whose layer norms know the size of their maps.
+"""The encoder of Lightning Bolts' CPC v2: a bottleneck ResNet with layer norms for maps of a fixed size.
 
-From patches [B, rows, cols, C, p, p], or images that are cut into patches first, to encodings [B, D, rows, cols]. Each
-norm has a weight and a bias for every value of a map, so that an encoder takes patches of one size only.
+It maps patches [B, rows, cols, C, p, p], or images that are cut into patches first, to encodings [B, D, rows, cols].
+Each norm has a weight and a bias for every value of a map, so that an encoder takes patches of one size only.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class LayerNormResNetEncoder(StackedEncoder):
         patch_size: side p of the patches in pixels, whether they are given or cut from images.
         in_channels: channels C of a patch, 3 for colour and 1 for grey.
         blocks: bottlenecks per stack. Default: those of CPC v2 as Lightning Bolts has them.
-        channels: per stack, of the 3x3 convolutions.
-        expansions: per stack, how many times its channels a bottleneck puts out.
+        channels: channels of the 3x3 convolutions, per stack.
+        expansions: ratio of a bottleneck's output channels to ``channels``, per stack.
         stem_channels: channels of the first convolution.
         stride: distance of patches cut from images, in pixels. Default: ``patch_size // 2``.
 
@@ -127,5 +127,5 @@ class _Bottleneck(EncoderBlock):
 
 
 def _halved(side: int) -> int:
-    """The side of a map behind a padded convolution or pool of stride 2."""
+    """Return the side of a map after a padded convolution or pool of stride 2."""
     return (side + 1) // 2

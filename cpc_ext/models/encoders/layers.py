@@ -1,4 +1,4 @@
-"""Convolutions and normalisations of the encoders: which kinds there are, by name, and how they start."""
+"""Convolutions and normalisations of the encoders, by name, and their initialisation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["NORMS", "InstanceNorm", "begin_block", "check_norm", "conv", "reset_
 
 
 class InstanceNorm(GroupNorm):
-    """Each channel of an image by itself, with scales and biases.
+    """Normalisation of each channel of an image by itself, with scales and biases.
 
     Raises ValueError for maps of one pixel, as PyTorch's layer does: all of their outputs would be the biases.
     """
@@ -41,13 +41,13 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def check_norm(norm: str) -> None:
-    """ValueError for a normalisation that does not exist."""
+    """Raise ValueError for a normalisation that does not exist."""
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
 
 
 def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int, norm: str, *, groups: int = 1) -> Conv2d:
-    """A convolution that keeps the size, over its stride; it has biases only without a norm."""
+    """Build a convolution that divides the size by its stride; it has biases only without a norm."""
     return Conv2d(
         in_channels,
         out_channels,
@@ -60,13 +60,13 @@ def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int, nor
 
 
 def begin_block(input: Tensor, normed: Tensor, first: Conv2d, shortcut: Conv2d | None) -> tuple[Tensor, Tensor]:
-    """The first convolution of a pre-activation block, and the residual that its last one is to add.
+    """Return the output of a pre-activation block's first convolution, and the residual that its last one adds.
 
     Args:
-        input: of the block.
-        normed: the same after the block's first norm; the input itself where there is none.
-        first: convolves the ReLU of ``normed``.
-        shortcut: likewise, to the residual; None where that is the input.
+        input: input of the block.
+        normed: ``input`` after the block's first norm; ``input`` itself without a norm.
+        first: the first convolution, of the ReLU of ``normed``.
+        shortcut: convolution of the same to the residual; None if the residual is ``input``.
     """
     if first.takes_kernel(normed):
         features, passed = first.passing(normed, relu_input=True)
@@ -81,7 +81,7 @@ def reset_layers(network: nn.Module) -> None:
     """Draw all convolutions by He's normal initialisation by fan-out, with zero biases; norms start as identities."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
-            # What PyTorch takes for the fan-out is that of all groups together.
+            # PyTorch's initialisation would take the fan-out of all groups together.
             fan_out = module.out_channels // module.groups * module.weight[0, 0].numel()
             nn.init.normal_(module.weight, std=math.sqrt(2) / math.sqrt(fan_out))
             if module.bias is not None:

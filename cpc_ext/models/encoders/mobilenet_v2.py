@@ -1,8 +1,8 @@
 """MobileNetV2 encoders: each patch of an image to one feature vector, at little computation.
 
-From patches [B, rows, cols, C, p, p], or images that are cut into patches first, to encodings [B, D, rows, cols]. A
-block widens its input, filters every channel on its own, and narrows the result without a ReLU: what passes from block
-to block has few channels.
+They map patches [B, rows, cols, C, p, p], or images that are cut into patches first, to encodings [B, D, rows, cols]. A
+block widens its input, filters every channel on its own, and narrows the result without a ReLU, so that the features
+between blocks have few channels.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["MobileNetV2Encoder"]
 
 _STEM_CHANNELS = 32
 _LAST_CHANNELS = 1280
-# Channels are multiples of this, for kernels that compute so many at a time.
+# Numbers of channels are multiples of this, for kernels that compute that many at a time.
 _DIVISOR = 8
 
 
@@ -42,7 +42,7 @@ _STACKS = (
     _Stack(6, 160, 3, 2),
     _Stack(6, 320, 1, 1),
 )
-# Which stacks of those that halve the map, the stem being -1, keep its size instead.
+# Stacks that keep the map's size instead of halving it; -1 is the stem.
 _UNSTRIDED = {"imagenet": (), "cifar": (-1, 1)}
 
 
@@ -58,8 +58,8 @@ class MobileNetV2Encoder(StackedEncoder):
 
     Args:
         in_channels: channels C of a patch, 3 for colour and 1 for grey.
-        width: factor of all channels, which are rounded to a multiple of 8, no more than a tenth down; those of the
-            last convolution do not become fewer.
+        width: factor of all channels. Products are rounded to a multiple of 8, but never down by more than a tenth;
+            the last convolution keeps at least 1280.
         norm: "none", "batch" as published, "layer" (over channels and space of a patch) or "instance" (over space).
             Convolutions have biases only without a norm.
         strides: "imagenet", as published: the last map has a 32nd of the patch's side; "cifar", for small patches:
@@ -134,7 +134,7 @@ class MobileNetV2Encoder(StackedEncoder):
 class _InvertedResidual(EncoderBlock):
     """1x1, 3x3 by channel and 1x1 convolutions: [N, in, h, w] → [N, out, h / stride, w / stride].
 
-    expansion: how many times as many channels the 3x3 convolution has as the input; with 1 there is no first 1x1.
+    expansion: ratio of the 3x3 convolution's channels to those of the input; with 1 there is no first 1x1 convolution.
     """
 
     def __init__(self, in_channels: int, out_channels: int, expansion: int, stride: int, norm: str) -> None:
@@ -158,6 +158,6 @@ class _InvertedResidual(EncoderBlock):
 
 
 def _rounded(channels: float) -> int:
-    """The nearest multiple of the divisor, the one above where that would take away more than a tenth."""
+    """Round to the nearest multiple of the divisor, or up if rounding down would remove more than a tenth."""
     nearest = max(_DIVISOR, int(channels + _DIVISOR / 2) // _DIVISOR * _DIVISOR)
     return nearest + _DIVISOR if nearest < 0.9 * channels else nearest

@@ -1,7 +1,7 @@
-"""What all encoders share: the patches of an image, each through a network, its feature map averaged over space.
+"""The base class of patch encoders, which run each patch through a network and average its feature map over space.
 
-From patches [B, rows, cols, C, p, p], or images that are cut into patches first, to encodings [B, D, rows, cols]. All
-patches of a batch run through the network as one batch.
+They map patches [B, rows, cols, C, p, p], or images that are cut into patches first, to encodings [B, D, rows, cols].
+All patches of a batch run through the network as one batch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["PatchEncoder"]
 
 
 class PatchEncoder(Module, ABC):
-    """An encoder of patches; subclasses are its network, :meth:`feature_maps`.
+    """An encoder of patches; subclasses define its network, :meth:`feature_maps`.
 
     Args:
         in_channels: channels C of a patch, 3 for colour and 1 for grey.
@@ -45,7 +45,7 @@ class PatchEncoder(Module, ABC):
 
     @abstractmethod
     def feature_maps(self, patches: Tensor) -> Tensor:
-        """patches [N, C, p, p] → what is averaged over space, [N, D, h, w]."""
+        """Return the feature maps [N, D, h, w] of patches [N, C, p, p], before they are averaged over space."""
 
     def forward(self, patches_or_images: Tensor) -> Tensor:
         """Encode every patch.
@@ -59,7 +59,7 @@ class PatchEncoder(Module, ABC):
 
         Raises:
             TypeError: patches that are not floating.
-            ValueError: an input of another shape, or images for an encoder that knows no ``patch_size``.
+            ValueError: an input of another shape, or images for an encoder without ``patch_size``.
         """
         patches = self.to_patches(patches_or_images)
         batch, rows, cols = patches.shape[:3]
@@ -71,7 +71,7 @@ class PatchEncoder(Module, ABC):
         return self(patches_or_images)
 
     def to_patches(self, patches_or_images: Tensor) -> Tensor:
-        """What :meth:`forward` takes → patches [B, rows, cols, C, p, p]; it raises what that raises."""
+        """Return the input of :meth:`forward` as patches [B, rows, cols, C, p, p], with the same errors."""
         patches = patches_or_images
         if patches.ndim == 4:
             if self.patchify is None:

@@ -1,7 +1,7 @@
 """Pre-activation ResNet encoders: each patch of an image to one feature vector.
 
-From patches [B, rows, cols, C, p, p], or images that are cut into patches first, to encodings [B, D, rows, cols]:
-a stem, then stacks of residual blocks with norm and ReLU in front of their convolutions.
+They map patches [B, rows, cols, C, p, p], or images that are cut into patches first, to encodings [B, D, rows, cols],
+by a stem and stacks of residual blocks with norm and ReLU in front of their convolutions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class _Preset(NamedTuple):
     expansions: tuple[int, ...] | None = None
 
 
-# The depth counts the stem, every convolution of the blocks and the linear classifier the papers put on top.
+# The depth counts the stem, every convolution of the blocks and the linear classifier of the papers.
 _PRESETS = {
     8: _Preset((1, 1, 1), bottleneck=False),
     14: _Preset((2, 2, 2), bottleneck=False),
@@ -77,7 +77,7 @@ class ResNetV2Encoder(StackedEncoder):
         blocks: blocks per stack, for an encoder of one's own.
         bottleneck: the block that ``blocks`` counts: 1x1, 3x3, 1x1 with more channels, or else two 3x3.
         channels: channels per stack, before a bottleneck's expansion. Default: the first of 64, 128, 256, 512.
-        expansions: per stack, how many times its channels a bottleneck puts out. Default: 4 each.
+        expansions: ratio of a bottleneck's output channels to ``channels``, per stack. Default: 4 each.
         norm: "none", "batch", "layer" (over channels and space of a patch) or "instance" (over space). Convolutions
             have biases only without a norm.
         stem: "stl10" (5x5), "cifar" (3x3), "imagenet" (7x7 of stride 2, norm, ReLU, 3x3 max-pool of stride 2) or
@@ -177,7 +177,7 @@ class ResNetV2Encoder(StackedEncoder):
 
 
 def published_shape(depth: int) -> dict[str, Any]:
-    """What a depth stands for: the arguments ``blocks``, ``bottleneck``, ``channels`` and ``expansions``, as lists."""
+    """Return the arguments that a depth stands for: ``blocks``, ``bottleneck``, ``channels`` and ``expansions``."""
     blocks, bottleneck, channels, expansions = _resolve_stacks(depth, None, False, None, None)
     shape = {"blocks": list(blocks), "bottleneck": bottleneck, "channels": list(channels)}
     return shape | ({"expansions": list(expansions)} if bottleneck else {})
@@ -244,7 +244,7 @@ def _resolve_stacks(
     channels: Sequence[int] | None,
     expansions: Sequence[int] | None,
 ) -> tuple[tuple[int, ...], bool, tuple[int, ...], tuple[int, ...]]:
-    """The constructor's arguments with all that depth and defaults give."""
+    """Return the constructor's arguments, completed by those of the depth and by defaults."""
     if (depth is None) == (blocks is None):
         raise ValueError(f"give either depth or blocks, got depth={depth} and blocks={blocks}")
     preset = _Preset(tuple(blocks or ()), bottleneck)

@@ -16,7 +16,7 @@ __all__ = ["EncoderBlock", "SplitEncoder", "StackedEncoder", "pooled"]
 
 
 class EncoderBlock(Module, ABC):
-    """A block of a stack: features [N, in, ...] → [N, out_channels, ...], fewer where it has a stride."""
+    """A block of a stack: features [N, in, ...] → [N, out_channels, ...], smaller if it has a stride."""
 
     out_channels: int
 
@@ -25,7 +25,7 @@ class EncoderBlock(Module, ABC):
 
 
 class SplitEncoder(Module, ABC):
-    """An encoder, whatever of, that can be cut: ``head(stacks(stem(features)))``.
+    """An encoder of any input that can be cut between blocks: ``head(stacks(stem(features)))``.
 
     Attributes:
         out_channels: D, the features of an encoding; subclasses set it.
@@ -39,11 +39,11 @@ class SplitEncoder(Module, ABC):
     @property
     @abstractmethod
     def stacks(self) -> list[list[EncoderBlock]]:
-        """The blocks of every stack, in their order."""
+        """The blocks of every stack, in order."""
 
     @abstractmethod
     def begin(self, inputs: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """What the stem takes of an input, and how features of any depth become encodings [B, D, ...] of its places."""
+        """Return the stem's input, and a function that turns features of any depth into encodings [B, D, ...]."""
 
     def stem(self, input: Tensor) -> Tensor:
         """Everything before the first stack."""
@@ -55,7 +55,7 @@ class SplitEncoder(Module, ABC):
 
 
 def pooled(features: Tensor, grid: Sequence[int]) -> Tensor:
-    """Feature maps [B·rows·cols, D, h, w] of a grid (B, rows, cols) → their means over space, [B, D, rows, cols]."""
+    """Average feature maps [B·rows·cols, D, h, w] over space and arrange them by ``grid`` as [B, D, rows, cols]."""
     return torch.unflatten(features.mean((2, 3)), 0, tuple(grid)).permute(0, 3, 1, 2)
 
 
@@ -63,7 +63,7 @@ class StackedEncoder(PatchEncoder, SplitEncoder):
     """An encoder of patches whose feature maps are ``head(layers(stem(patches)))``.
 
     Attributes:
-        layers: the stacks, of blocks; subclasses set it.
+        layers: stacks of blocks; subclasses set it.
     """
 
     layers: Sequential[Sequential[EncoderBlock]]

@@ -1,7 +1,7 @@
 """Backbones of the timm library as encoders: each patch of an image to one feature vector.
 
-From patches [B, rows, cols, C, p, p], or images that are cut into patches first, to encodings [B, D, rows, cols]: the
-features that the backbone's classifier would see, pooled as the backbone does it.
+They map patches [B, rows, cols, C, p, p], or images that are cut into patches first, to encodings [B, D, rows, cols]:
+the features that the backbone's classifier would get, pooled by the backbone's own pooling.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from cpc_ext.models.encoders.patch_encoder import PatchEncoder
 
 __all__ = ["STEMS", "TimmEncoder", "has_image_size"]
 
-# What programs put in place of a ResNet's first layers for small images: padding of a 3x3 convolution, and whether ReLU
-# follows it.
+# First layers of a ResNet for small images in various programs: padding of a 3x3 convolution, and whether a ReLU
+# follows.
 STEMS = {"cifar": (1, True), "solo-learn": (2, True), "lightly": (1, False)}
 
 
@@ -32,11 +32,10 @@ class TimmEncoder(PatchEncoder):
         patch_size: side of the patches cut from images, in pixels; not needed where patches are given.
         stride: distance of those patches in pixels. Default: ``patch_size // 2``.
         backbone_patch_size: timm's ``patch_size``, the side of the patches that a vision transformer cuts its input
-            into: of the patches of this encoder, or a divisor of their side.
-        stem: how a ResNet begins that sees small images: by a 3x3 convolution of stride 1, without the max-pooling.
-            "cifar" as in the paper of SimCLR; "solo-learn" with a border of two zeros; "lightly" without ReLU, as in
-            the networks of that library's ResNetGenerator, of which its examples take the layers one by one. Default:
-            as timm has it.
+            into; it divides the side of this encoder's patches.
+        stem: first layers of a ResNet for small images: a 3x3 convolution of stride 1 without max-pooling. "cifar" as
+            in the paper of SimCLR; "solo-learn" with a border of two zeros; "lightly" without ReLU, as in the networks
+            of that library's ResNetGenerator, whose layers its examples take one by one. Default: as in timm.
         settings: further arguments of ``timm.create_model``. Vision transformers need ``img_size``, a patch's side.
 
     Attributes:
@@ -82,7 +81,7 @@ class TimmEncoder(PatchEncoder):
             raise ValueError(f"stem is for ResNets that begin with one convolution and max-pooling, {name!r} does not")
         padding, relu = STEMS[stem]
         self.backbone.conv1 = nn.Conv2d(self.in_channels, first.out_channels, 3, padding=padding, bias=False)
-        # As timm begins the layer that this one is in place of.
+        # The initialisation that timm has for the layer which this one replaces.
         nn.init.kaiming_normal_(self.backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
         self.backbone.maxpool = nn.Identity()
         if not relu:
@@ -98,15 +97,15 @@ class TimmEncoder(PatchEncoder):
 
 
 def has_image_size(name: str) -> bool:
-    """Whether a backbone is built for input of one size, timm's ``img_size``, as vision transformers are.
+    """Return whether a backbone is built for input of one size, timm's ``img_size``, as vision transformers are.
 
-    ImportError where timm is missing or cannot be imported.
+    ImportError if timm is missing or cannot be imported.
     """
     timm = _timm()
     try:
         return bool(timm.get_pretrained_cfg_value(name, "fixed_input_size"))
     except RuntimeError:
-        return False  # Noted with the pretrained weights, which not every name has.
+        return False  # The size belongs to the pretrained weights, which not every name has.
 
 
 def _timm() -> ModuleType:
@@ -115,7 +114,7 @@ def _timm() -> ModuleType:
     except ModuleNotFoundError as error:
         raise ImportError(f"timm's backbones need the timm library: pip install 'cpc_ext[timm]' ({error})") from error
     except Exception as error:
-        # What a library raises that fits the installed PyTorch or torchvision badly is anybody's guess.
+        # A library that does not fit the installed PyTorch or torchvision may raise anything.
         raise ImportError(
             "timm's backbones need the timm library, which is installed but cannot be imported, often as its "
             "torchvision is not the one that fits PyTorch (beside a CPU build of PyTorch it is a CPU build, too, of "

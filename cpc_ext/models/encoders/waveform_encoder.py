@@ -1,6 +1,6 @@
-"""The encoder of sound: five strided convolutions from samples [B, 1, T] to a frame every 160 of them, [B, D, L].
+"""The encoder of sound: five strided convolutions from samples [B, 1, T] to frames [B, D, L], one every 160 samples.
 
-At 16 kHz a frame stands for 10 ms, and sees 29.
+At 16 kHz a frame stands for 10 ms, and sees 29 ms.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ __all__ = ["NORMALIZATIONS", "PADDINGS", "WaveformBlock", "WaveformEncoder"]
 
 KERNELS = (10, 8, 4, 4, 4)
 STRIDES = (5, 4, 2, 2, 2)
-# Samples on either side of each layer's input, as two programs have them.
+# Zeros on either side of each layer's input, by program.
 PADDINGS = {"greedy-infomax": (2, 2, 2, 2, 1), "cpc-audio": (3, 2, 1, 1, 1)}
-# Factor and shift of samples in ±1. Greedy InfoMax has them for 32 bits, of which a sample fills the upper 16.
+# Factor and shift of samples in ±1. Greedy InfoMax's are for 32-bit integers, whose upper 16 bits are the sample.
 NORMALIZATIONS = {"none": (1.0, 0.0), "greedy-infomax": (2.0**31 / 135303504, 1456218.75 / 135303504)}
 
 
 class SequenceBatchNorm(nn.BatchNorm2d):
-    """What BatchNorm1d makes of sequences [B, C, L], with the channels where the input has them in memory.
+    """BatchNorm1d of sequences [B, C, L] that keeps the memory layout of its input.
 
-    PyTorch's CPU kernels take images whose channels are last as they are; such sequences they take element by element
-    and lay out anew, ten times as slowly.
+    PyTorch's CPU kernels run on channels-last images directly; channels-last sequences they process element by element
+    into another layout, ten times as slowly.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -70,11 +70,11 @@ class WaveformBlock(EncoderBlock):
         else:
             made = self.conv(input)
             if bare:
-                return F.relu(made, inplace=True)  # Nobody else has it, nor does the convolution's gradient need it.
+                return F.relu(made, inplace=True)  # The convolution's gradient does not need its output.
         return made if bare else self._normalised(made)
 
     def _of_waveforms(self, input: Tensor) -> Tensor:
-        """The first layer, whose output is the largest: all in one pass where the norm is over a frame's channels."""
+        """Run the first layer, whose output is the largest, in one pass if the norm is "channel" or "none"."""
         norm = self.norm if isinstance(self.norm, ChannelNorm) else None
         whole = norm is not None or isinstance(self.norm, nn.Identity)
         made = waveform_conv1d(
@@ -91,18 +91,18 @@ class WaveformBlock(EncoderBlock):
         return made if whole else self._normalised(made)
 
     def _normalised(self, made: Tensor) -> Tensor:
-        """Norm and ReLU of what a convolution made."""
-        # Channel and batch norm give views, and autograd copies all of what is changed in place behind a view. Instance
-        # norm lays sequences out anew, which those copies undo.
+        """Apply norm and ReLU to the output of a convolution."""
+        # Channel and batch norm return views, and autograd copies the whole base of a view that is changed in place.
+        # Instance norm changes the layout of sequences, which those copies undo.
         return F.relu(self.norm(made), inplace=isinstance(self.norm, nn.InstanceNorm1d))
 
 
 def _conv1d_of_two_strides(input: Tensor, conv: nn.Conv1d, *, relu: bool) -> Tensor:
-    """A convolution [B, C, L] → [B, O, L'] whose kernel is two strides long, with ReLU or without.
+    """Convolve [B, C, L] → [B, O, L'] with a kernel that is two strides long, with or without ReLU.
 
-    The channels of a stride's frames, side by side in memory, are the channels of one frame of which a convolution with
-    two taps takes every one: nothing is copied as often as windows overlap, and the products are those that the CPU's
-    masked convolution is good at.
+    The frames of a stride, adjacent in memory, are taken as one frame with the channels of all, over which the
+    convolution has two taps and stride 1. So nothing is copied for overlapping windows, and the products are of a shape
+    that the CPU's masked convolution handles well.
     """
     stride, pad = conv.stride[0], int(conv.padding[0])
     (batch, channels, length), outputs = input.shape, conv.out_channels
@@ -120,12 +120,12 @@ def _conv1d_of_two_strides(input: Tensor, conv: nn.Conv1d, *, relu: bool) -> Ten
         mask=torch.ones(1, 2, dtype=torch.bool, device=input.device),
         activation="relu" if relu else None,
     )
-    # The last frame has nothing after it.
+    # The last frame has no frame after it for the second tap.
     return made[:, :, 0, :-1]
 
 
 def _receptive_field(layers: int) -> int:
-    """Samples that a frame sees after so many layers."""
+    """Return the number of samples that a frame sees after so many layers."""
     return 1 + sum((kernel - 1) * math.prod(STRIDES[:layer]) for layer, kernel in enumerate(KERNELS[:layers]))
 
 
@@ -137,12 +137,12 @@ class WaveformEncoder(SplitEncoder):
     and paddings of its own. Parameters start as those of :class:`torch.nn.Conv1d`.
 
     Args:
-        channels: of all layers, or of each of the five.
+        channels: channels of all layers, or of each of the five.
         norm: "none"; "channel", over the channels of a frame, see :class:`cpc_ext.nn.ChannelNorm`; "batch"; or
             "instance", over the time of a channel.
-        padding: zeros on either side of each layer's input, five numbers or the name of a program that has them:
-            "greedy-infomax" or "cpc-audio". They decide where the frames are centred.
-        normalization: factor and shift of the samples, in ±1, or "none", or "greedy-infomax" for that program's.
+        padding: zeros on either side of each layer's input: five numbers, or "greedy-infomax" or "cpc-audio" for that
+            program's. They decide where the frames are centred.
+        normalization: factor and shift of samples in ±1; or "none", or "greedy-infomax" for that program's.
 
     Attributes:
         out_channels: D.
@@ -150,7 +150,7 @@ class WaveformEncoder(SplitEncoder):
         receptive_field: samples that a frame sees, 465.
         first_center: the sample in the middle of what frame 0 sees: 20 or 79 for the paddings of the programs. Frame i
             is centred at ``first_center + 160 * i``.
-        least_frames: frames that a waveform has to have: 1, or 2 for instance norm, as one alone has no variance.
+        least_frames: minimum number of frames of a waveform: 1, or 2 for instance norm, as one alone has no variance.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or range.
@@ -220,7 +220,7 @@ class WaveformEncoder(SplitEncoder):
         return self.prepared(inputs), lambda features: features
 
     def prepared(self, waveforms: Tensor) -> Tensor:
-        """What :meth:`forward` takes → what the first layer does, [B, 1, T]; it raises what that raises."""
+        """Return the first layer's input, [B, 1, T], for an input of :meth:`forward`, with the same errors."""
         if waveforms.ndim != 3 or waveforms.shape[1] != 1:
             raise ValueError(f"waveforms must be [B, 1, T], got shape {tuple(waveforms.shape)}")
         scale, shift = self.normalization
@@ -244,23 +244,24 @@ class WaveformEncoder(SplitEncoder):
         return waveforms + shift if shift else waveforms
 
     def frames(self, samples: int, *, layers: int = len(KERNELS)) -> int:
-        """How many frames L a waveform of so many samples has, after so many layers."""
+        """Return the number of frames L that a waveform has after so many layers. samples: length of the waveform."""
         for kernel, stride, pad in zip(KERNELS[:layers], STRIDES[:layers], self.padding[:layers], strict=True):
-            # Padding alone makes no frame of nothing.
+            # An empty waveform has no frames, even if the padding would fill one.
             samples = max((samples + 2 * pad - kernel) // stride + 1, 0) if samples else 0
         return samples
 
     def pieces(self, samples: int, length: int, *, layers: int = len(KERNELS)) -> list[tuple[slice, slice]]:
-        """How a waveform of so many samples can be encoded in pieces of about ``length``, with little memory.
+        """Divide a waveform of so many samples into pieces of about ``length``, to be encoded with little memory.
 
-        A piece is told by its samples, and by which of its frames, after so many layers, are frames of the whole: those
-        next to a cut see zeros in place of the samples behind it. Instance norm needs all of a waveform as one piece.
+        A piece is a slice of the samples, and a slice of its frames, after so many layers, which are frames of the
+        whole: other frames are next to a cut and see zeros in place of the samples behind it. Instance norm needs the
+        whole waveform as one piece.
         """
         step = math.prod(STRIDES[:layers])
         frames, own = self.frames(samples, layers=layers), max(length // step, 1)
         if self.norm == "instance" or frames <= own:
             return [(slice(0, samples), slice(0, frames))]
-        # As much as makes a frame after all layers, so that a piece is never too short.
+        # Enough for a frame after all layers, so that a piece is never too short.
         margin = -(-self.receptive_field // step) + 1
         parts = []
         for first in range(0, frames, own):
@@ -270,11 +271,11 @@ class WaveformEncoder(SplitEncoder):
         return parts
 
     def frame_centers(self, frames: int, *, layers: int = len(KERNELS)) -> Tensor:
-        """The sample that each of the first frames is centred at, after so many layers, int64 [frames]."""
+        """Return the samples at which the first frames are centred, after so many layers, int64 [frames]."""
         return self._first_center(layers) + math.prod(STRIDES[:layers]) * torch.arange(frames)
 
     def frame_times(self, frames: int) -> Tensor:
-        """When the first frames are, in seconds from the waveform's first sample, float64 [frames]."""
+        """Return the times of the first frames, in seconds from the waveform's first sample, float64 [frames]."""
         return self.frame_centers(frames).double() / _SAMPLE_RATE
 
     def _first_center(self, layers: int) -> int:
@@ -289,7 +290,7 @@ class WaveformEncoder(SplitEncoder):
 
 
 def _named(name: str, value: str | Sequence[Number], known: Mapping[str, tuple[Number, ...]]) -> tuple[Number, ...]:
-    """The values themselves, or those of this name."""
+    """Return the values as a tuple, or the known ones if ``value`` is a name."""
     if not isinstance(value, str):
         return _numbers(name, value)
     if value not in known:
@@ -298,7 +299,7 @@ def _named(name: str, value: str | Sequence[Number], known: Mapping[str, tuple[N
 
 
 def _numbers(name: str, values: Sequence[Number]) -> tuple[Number, ...]:
-    """Several numbers as a tuple. TypeError for anything else."""
+    """Return several numbers as a tuple. TypeError for anything else."""
     try:
         return tuple(values)
     except TypeError:

@@ -1,7 +1,7 @@
 """Wide ResNet encoders: each patch of an image to one feature vector.
 
-From patches [B, rows, cols, C, p, p], or images that are cut into patches first, to encodings [B, D, rows, cols]: few
-layers with many channels, which fill a processor better than many narrow ones.
+They map patches [B, rows, cols, C, p, p], or images that are cut into patches first, to encodings [B, D, rows, cols],
+by a few layers with many channels, which use a processor better than many narrow ones.
 """
 
 from __future__ import annotations
