@@ -1,4 +1,4 @@
-"""Models of runs without the data that they were trained on: from a config, or a folder, to a task on the CPU."""
+"""Tasks on the CPU, built from a config or a run's folder without the data that the run was trained on."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ __all__ = ["SavedRun", "class_count", "empty_task", "labelled_alike", "put_into"
 
 
 class SavedRun(NamedTuple):
-    """What a run's folder holds of its model.
+    """The model in a run's folder.
 
-    config: of the run. state: its checkpoint. task: with the weights that count, the average where there is one.
-    image_shape, classes: what the model is built from beside the config, see :func:`empty_task`.
+    config: config of the run. state: its checkpoint. task: task with the model's weights, averaged if the run keeps an
+    average. image_shape, classes: what the model is built from besides the config, see :func:`empty_task`.
     """
 
     config: RunConfig
@@ -40,9 +40,9 @@ class SavedRun(NamedTuple):
 
 
 def saved_run(path: Path) -> SavedRun:
-    """The model of a run, with a warning where some of its modules are not trained yet.
+    """Load the model of a run; warn if some of its modules are not trained yet.
 
-    TrainingError where the folder is none of a run's, or its files do not fit each other.
+    TrainingError if the folder is not a run's, or its files do not fit each other.
     """
     run = RunDir(path)
     if not run.config.is_file() or not run.checkpoint.is_file():
@@ -65,18 +65,18 @@ def saved_run(path: Path) -> SavedRun:
 
 
 def class_count(description: Mapping[str, Any], weights: Mapping[str, Tensor]) -> int:
-    """The number of classes that a model of a checkpoint was built for; 0 where it knows none."""
+    """Return the number of classes that a checkpoint's model was built for; 0 if it takes none."""
     # The classifier of a supervised module.
     classifier = weights.get("objectives.0.bias")
     return len(description.get("classes", ())) or (0 if classifier is None else len(classifier))
 
 
 def empty_task(config: RunConfig, image_shape: Sequence[int] | None, classes: int) -> Task:
-    """The task of a config on the CPU, on an image or silence that stands in for a data set.
+    """Build the task of a config on the CPU, with black images or silence in place of a data set.
 
     image_shape: (C, H, W). None: colour, of the size that the config needs.
 
-    TrainingError where the config has no such model.
+    TrainingError if the config does not allow such a model.
     """
     try:
         return task_class(config.model)(config, _stand_in(config, image_shape, classes), torch.device("cpu"))
@@ -100,9 +100,9 @@ def _stand_in(config: RunConfig, image_shape: Sequence[int] | None, classes: int
 
 
 def labelled_alike(name: str, images: np.ndarray, classes: int, statistics: PixelStatistics) -> Dataset:
-    """A data set that a model is built from: images, uint8 [N, C, H, W], with labels that are all 0.
+    """Return a data set for building a model: images, uint8 [N, C, H, W], with labels that are all 0.
 
-    classes: how many there are. Models that learn from labels are not built without.
+    classes: number of classes. Models that learn from labels cannot be built without labels.
     """
     labelled = ImageSet(images, np.zeros(len(images), dtype=np.int64))
     names = tuple(map(str, range(classes)))
@@ -110,6 +110,6 @@ def labelled_alike(name: str, images: np.ndarray, classes: int, statistics: Pixe
 
 
 def put_into(model: nn.Module, weights: Mapping[str, Tensor], part: str = "") -> None:
-    """Put weights into a part of a model, which takes on their precision. RuntimeError where they do not fit."""
+    """Load weights into a part of a model, which takes on their precision. RuntimeError if they do not fit."""
     dtype = next((value.dtype for value in weights.values() if value.is_floating_point()), torch.float32)
     load_weights(model.to(dtype).get_submodule(part), dict(weights))

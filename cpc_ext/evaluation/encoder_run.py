@@ -1,7 +1,7 @@
-"""From a run's folder to the task that trained its model, with the weights of the last checkpoint.
+"""Trained runs, read from their folders: the task that trained the model, with the last checkpoint's weights.
 
-The task knows how images or recordings become features; what it is given here is a device, and images other than those
-of the run where they are wanted.
+The task defines how images or recordings become features. Here it gets a device, and other images than those of the run
+if needed.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ __all__ = ["EncoderRun", "SpeechRun", "TrainedRun"]
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run, of a model of one kind.
+    """A run of one kind of model.
 
-    dir: its folder. config: its own, but for device, precision and place of the data, which are this machine's.
+    dir: its folder. config: its config, except for device, precision and place of the data, which are this machine's.
     state: its checkpoint.
     """
 
     dir: RunDir
     config: RunConfig
     state: dict[str, Any]
-    # The tasks that there are runs of, and what they learn.
+    # The class of the runs' tasks, and what they learn, for messages.
     kind: ClassVar[type[Task]]
     learns: ClassVar[str]
 
@@ -51,11 +51,11 @@ class TrainedRun:
     def open(cls, path: Path, device: torch.device, *, data_dir: Path | None = None) -> Self:
         """Read a run's folder.
 
-        device: where to compute. On another kind of device than the run's, in the precision that is best there.
+        device: device to compute on. If it is of another kind than the run's, its default precision is taken.
         data_dir: where the run's data set is now, if not where it was.
 
-        Raises TrainingError where it is no run's folder, the run is of a model of another kind, or the checkpoint is
-        missing or damaged.
+        Raises TrainingError if it is no run's folder, the run is of another kind of model, or the checkpoint is missing
+        or damaged.
         """
         run = RunDir(path)
         config = run.known_config
@@ -73,9 +73,9 @@ class TrainedRun:
         return cls(run, config.model_copy(update={"compute": compute, "data": data}), state)
 
     def dataset(self) -> Any:
-        """The data set that the run was trained on; a warning says where it is another now.
+        """Load the data set that the run was trained on; warn if it has changed since.
 
-        TrainingError where it is not there.
+        TrainingError if it is not there.
         """
         record = self.state.get("data") or {}
         dataset = load_data(self.config, record)
@@ -87,12 +87,12 @@ class TrainedRun:
         return dataset
 
     def trained(self, dataset: Any) -> Any:
-        """The task with the checkpoint's weights. TrainingError where these are of another model."""
+        """Return the task with the checkpoint's weights. TrainingError if these are of another model."""
         task = self.untrained(dataset, seed=self.config.compute.seed)
         try:
             load_weights(task.model, self.state.get("model", {}))
         except RuntimeError as error:
-            # A shape tells most, such as that of a first layer for other channels than the data set's images have.
+            # A wrong shape says the most, such as that of a first layer for another number of channels.
             shapes = [line.strip(" \t.") for line in str(error).splitlines() if "size mismatch" in line]
             told = f" for {self.config.data.dataset} ({shapes[0]})" if shapes else ""
             raise TrainingError(
@@ -101,14 +101,14 @@ class TrainedRun:
         return task
 
     def untrained(self, dataset: Any, *, seed: int) -> Any:
-        """The task with the initial weights of a seed. TrainingError where the data do not fit it."""
+        """Return the task with the initial weights of a seed. TrainingError if the data do not fit it."""
         compute = self.config.compute.model_copy(update={"seed": seed})
         config = self.config.model_copy(update={"compute": compute})
         try:
             task = task_class(config.model)(config, dataset, torch.device(compute.device))
         except ValueError as error:
             raise TrainingError(str(error)) from None
-        assert isinstance(task, self.kind)  # Runs of others are not read.
+        assert isinstance(task, self.kind)  # Runs of other kinds are refused when they are opened.
         return task
 
 
@@ -134,7 +134,7 @@ class EncoderRun(TrainedRun):
     learns = "encoder of images"
 
     def dataset(self) -> Dataset:
-        """The data set that the run was trained on, with the statistics of then, which its encoder is used to."""
+        """Load the data set that the run was trained on, with the pixel statistics of that time."""
         dataset: Dataset = super().dataset()
         description = self.state.get("description", {})
         if not _describes_images(description) or len(description["mean"]) != dataset.image_shape[0]:
@@ -149,13 +149,13 @@ class EncoderRun(TrainedRun):
         def untrained(self, dataset: Dataset, *, seed: int) -> EncoderTask: ...
 
     def statistics(self) -> dict[str, Any]:
-        """Shape and pixel statistics of the images that the run was trained on, as EncoderTask.description has them."""
+        """Return shape and pixel statistics of the run's training images, in the form of EncoderTask.description."""
         description: dict[str, Any] = self.state.get("description", {})
         if "mean" in description:
             if not _describes_images(description):
                 raise TrainingError(f"the checkpoint {self.dir.checkpoint} describes no images: got {description}")
             return description
-        # A checkpoint of before they were kept.
+        # The checkpoint was written before statistics were kept.
         dataset = self.dataset()
         return {
             "image_shape": dataset.image_shape,
@@ -166,14 +166,13 @@ class EncoderRun(TrainedRun):
         }
 
     def stand_in(self, name: str, images: ImageSet) -> Dataset:
-        """Other images in place of the run's data set, with its statistics, which its encoder is used to, and the
-        checkpoint's number of classes."""
+        """Return a data set of other images, with the run's pixel statistics and the checkpoint's number of classes."""
         classes = class_count(self.state.get("description", {}), self.state.get("model", {}))
         return labelled_alike(name, images.images, classes, PixelStatistics.of(self.statistics()))
 
 
 def _describes_images(description: dict[str, Any]) -> bool:
-    """Whether a description has shape and statistics of images, of the right types."""
+    """Return whether a description has shape and statistics of images, of the right types."""
     try:
         shape, mean, std = (list(description[name]) for name in ("image_shape", "mean", "std"))
         numbers = [*mean, *std, description["gray_mean"], description["gray_std"]]

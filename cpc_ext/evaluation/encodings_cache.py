@@ -1,7 +1,7 @@
 """Frozen encodings of a run's images, computed once and kept in a file of the run.
 
-A file says what its encodings were computed from, weights and images by their digests; where that is not what is asked
-for, or the file is damaged, they are computed anew and take its place.
+A file records what its encodings were computed from, including digests of weights and images. If this does not match,
+or the file is damaged, the encodings are computed anew and replace it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ __all__ = ["cached_encodings"]
 
 
 def cached_encodings(path: Path, origin: dict[str, str], count: int, compute: Callable[[], Tensor]) -> Tensor:
-    """The encodings kept at ``path``, or else computed and put there: float32 [N, D].
+    """Return the encodings kept at ``path``, or compute and keep them: float32 [N, D].
 
-    origin: what they are computed from; all of it must be as it was. count: N. compute: gives them where there are
-    none. Where they cannot be written, a warning says so.
+    origin: what the encodings are computed from; kept ones are taken only if it is equal. count: N. compute: computes
+    the encodings. A warning is given if they cannot be written.
     """
     key = json.dumps(origin, sort_keys=True)
     kept = _read(path, key, count)

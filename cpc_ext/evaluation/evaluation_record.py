@@ -1,7 +1,7 @@
 """The results of evaluating a run, as evaluation.json: a row for every mode and number of labels.
 
-The file grows by a row at a time and is whole after each, so that what is finished stays, whatever happens to the rest.
-Rows of other weights or other images than those at hand are left out. Runs on speech have a file of the same kind.
+The file grows by a row at a time and is complete after each, so that finished results are kept whatever happens later.
+Rows of other weights or images than the current ones are left out. Runs on speech have a file of the same kind.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["EvaluationRecord", "Row", "as_table", "measured"]
 
 Row = dict[str, Any]
 
-# What every row has, besides what was measured, which has names of its own.
+# Entries of every row, with their types. Measured values are further entries with names of their own.
 _ENTRIES: dict[str, type | tuple[type, ...]] = {
     "mode": str,
     "labels": str,
@@ -33,24 +33,24 @@ _ENTRIES: dict[str, type | tuple[type, ...]] = {
     "settings": dict,
     "confusion": list,
 }
-# For another process to put its row there, which takes it milliseconds.
+# How long to wait for another process to add its row, which takes milliseconds.
 _PATIENCE_SECONDS = 60
 
 
 class EvaluationRecord:
-    """evaluation.json at ``path``, with the rows that are still true.
+    """evaluation.json at ``path``, with the rows that are still valid.
 
-    header: what was evaluated; "weights" and "images" among it tell whether a row that is already there still holds.
+    header: what was evaluated; its "weights" and "images" decide whether a row that is already there is still valid.
 
     Attributes:
-        reused: how many rows were found, and so need not be measured again.
+        reused: number of rows that were found, and so need not be measured again.
     """
 
-    # The two entries that a row is found by, those that it has, and those that rows are sorted by.
+    # The two entries that identify a row, all entries of a row, and those that rows are sorted by.
     names: ClassVar[tuple[str, str]] = ("mode", "labels")
     entries: ClassVar[dict[str, type | tuple[type, ...]]] = _ENTRIES
     order: ClassVar[tuple[str, ...]] = ("mode", "labels_per_class", "labels")
-    # What the header calls the digests of the examples.
+    # The header's name of the digests of the examples.
     examples: ClassVar[str] = "images"
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
@@ -62,18 +62,18 @@ class EvaluationRecord:
         self._read()
 
     def find(self, mode: str, labels: str, settings: dict[str, Any]) -> Row | None:
-        """The row that these settings gave, or None."""
+        """Return the row that was measured with these settings, or None."""
         found = (row for row in self.rows if (*self._named(row), row["settings"]) == (mode, labels, settings))
         row = next(found, None)
         self.reused += row is not None
         return row
 
     def add(self, row: Row) -> None:
-        """Put a row in the place of that of the same mode and labels, and write the file.
+        """Add a row, which replaces one of the same mode and labels, and write the file.
 
-        row: has all of :attr:`entries`, and what was measured.
+        row: all of :attr:`entries`, and the measured values.
 
-        Raises TrainingError where the file cannot be written.
+        Raises TrainingError if the file cannot be written.
         """
         with writing(self._path):
             try:
@@ -86,20 +86,20 @@ class EvaluationRecord:
         self._read()  # Another process may have added to it.
         self.rows = [other for other in self.rows if self._named(other) != self._named(row)] + [row]
         self.rows.sort(key=lambda each: [each[name] for name in self.order])
-        # Two levels by hand: a row, with its confusion matrix, is a line.
+        # Two levels are formatted by hand, so that a row with its confusion matrix is one line.
         head = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in self.header.items()]
         rows = ",\n".join(f"    {json.dumps(each)}" for each in self.rows)
         write_text(self._path, "{\n" + ",\n".join([*head, f'  "rows": [\n{rows}\n  ]']) + "\n}\n")
 
     def lines(self) -> dict[str, list[Row]]:
-        """Rows by mode, of few labels first."""
+        """Return the rows by mode, those of few labels first."""
         lines: dict[str, list[Row]] = {}
         for row in self.rows:
             lines.setdefault(row["mode"], []).append(row)
         return lines
 
     def told(self) -> str:
-        """How many results were measured before, to be said after where they are."""
+        """Return a note on how many results were measured before, to end a message with; empty if there are none."""
         return f" ({self.reused} of these results were there already)" if self.reused else ""
 
     def _named(self, row: Row) -> tuple[Any, ...]:
@@ -120,7 +120,7 @@ class EvaluationRecord:
 
 
 def measured(name: str, values: list[float]) -> dict[str, Any]:
-    """Mean and standard deviation over subsets, and the values themselves, as entries of a row."""
+    """Return mean and standard deviation over subsets, and the values themselves, as entries of a row."""
     return {
         f"{name}_mean": statistics.fmean(values),
         f"{name}_std": statistics.stdev(values) if len(values) > 1 else 0.0,
@@ -129,7 +129,7 @@ def measured(name: str, values: list[float]) -> dict[str, Any]:
 
 
 def as_table(rows: list[Row]) -> str:
-    """Rows as text, a line each under a heading."""
+    """Format rows as text, one line each below a heading."""
     top5 = any("top5_mean" in row for row in rows)
     heading = ["mode", "labels", "a class", "subsets", "top-1", *(["top-5"] if top5 else []), "seconds"]
     lines = [heading]

@@ -1,4 +1,4 @@
-"""What `python -m cpc_ext.evaluate` does: from runs' folders to how well their encoders do with few labels.
+"""The evaluation of `python -m cpc_ext.evaluate`: how well the encoders of runs do with few labels.
 
 Subsets of the labelled training images are drawn from a seed, a classifier learns from each in one of several ways, and
 all test images are classified. Frozen encodings are computed once and kept in the run's folder, as is every result.
@@ -38,14 +38,14 @@ from cpc_ext.training.run_dir import RunDir
 
 __all__ = ["evaluate", "judged"]
 
-# Weights that have learnt something are moved less than new ones: the encoder's share of the run's learning rate.
+# The encoder's share of the run's learning rate in fine-tuning: trained weights should change less than new ones.
 _FINETUNE_SHARE = 0.5
-# Modes that take nothing of what the run has learned.
+# Modes that do not use the weights that the run has trained.
 _WITHOUT_TRAINED = ("supervised", "untrained")
 
 
 def evaluate(command: EvaluationOptions) -> None:
-    """Do what the command says. TrainingError where that cannot be done."""
+    """Evaluate runs as the options say. TrainingError if that is not possible."""
     try:
         _evaluate(command)
     except EncodingsNotFiniteError as error:
@@ -72,7 +72,7 @@ def _evaluate(command: EvaluationOptions) -> None:
     records = {}
     for path in command.runs:
         evaluator = _Evaluator(command, EncoderRun.open(path, device, data_dir=command.data_dir))
-        subsets = [evaluator.subsets(budget) for budget in budgets]  # All are there, or nothing is begun.
+        subsets = [evaluator.subsets(budget) for budget in budgets]  # Budgets that are too large fail before any work.
         try:
             for mode in modes:
                 for budget, drawn in zip(budgets, subsets, strict=True):
@@ -87,9 +87,9 @@ def _evaluate(command: EvaluationOptions) -> None:
 
 
 class _Evaluator:
-    """One run: its images, encodings and results.
+    """The evaluation of one run: its images, encodings and results.
 
-    Raises TrainingError where its data set has no labels to learn from and to test with.
+    Raises TrainingError if its data set has no labels to learn from and to test with.
     """
 
     def __init__(self, command: EvaluationOptions, run: EncoderRun) -> None:
@@ -133,7 +133,7 @@ class _Evaluator:
         )
 
     def subsets(self, budget: LabelBudget) -> list[np.ndarray]:
-        """The draws of a budget: indices of training images; only one where that is all of them."""
+        """Return the draws of a budget as indices of training images; only one draw if it takes all of them."""
         drawn = []
         for draw in range(self._command.repeats):
             subset = budget.subset(
@@ -193,7 +193,7 @@ class _Evaluator:
         print(f"always the same class: {chance:.1%}; results and figures are in {self._folder}{self.record.told()}")
 
     def _settings(self, mode: str, repeats: int, images: int) -> dict[str, Any]:
-        """All that decides a row's numbers, besides its mode, labels and images."""
+        """Return all that a row's values depend on, besides its mode, labels and images."""
         settings: dict[str, Any] = {
             "cpc_ext": cpc_ext.__version__,
             "weights": None if mode in _WITHOUT_TRAINED else self._weights,
@@ -219,7 +219,7 @@ class _Evaluator:
         )
 
     def _scores(self, mode: str, chosen: np.ndarray, draw: int, name: str) -> Tensor:
-        """Scores of the classes, [N, classes], of all test images after learning from the chosen training images."""
+        """Return class scores, [N, classes], of all test images after learning from the chosen training images."""
         labels = self._train_labels[chosen]
         if mode == "knn":
             return knn_scores(
@@ -234,7 +234,7 @@ class _Evaluator:
             classifier = fit_linear_classifier(self._encodings(state, "train")[chosen], labels, classes=self._classes)
             return classifier.logits(self._encodings(state, "test"))
         seed = 1000 * self._command.seed + draw
-        # Every draw starts from initial weights of its own, so that the spread is also theirs.
+        # Every draw has initial weights of its own, so that the standard deviation includes their effect.
         task = self._task if mode == "finetune" else self._run.untrained(self._dataset, seed=seed)
         return fine_tune(
             task,
@@ -254,7 +254,7 @@ class _Evaluator:
         return torch.device(self._run.config.compute.device)
 
     def _encodings(self, state: str, split: str) -> Tensor:
-        """Frozen encodings [N, D] of "train" or "test" by the "trained" or "untrained" encoder."""
+        """Return frozen encodings [N, D] of "train" or "test" by the "trained" or "untrained" encoder."""
         if (state, split) not in self._kept:
             task = self._task
             if state == "untrained":
@@ -286,9 +286,10 @@ class _Evaluator:
 
 
 def judged(scores: Tensor, labels: Tensor) -> tuple[float, float, Tensor]:
-    """Top-1 and top-5 accuracy of scores [N, classes], and how often which class was named for which.
+    """Return top-1 and top-5 accuracy of scores [N, classes], and the confusion matrix.
 
-    Returns fractions of the images, and int64 [classes, classes], true class by row, named class by column.
+    Accuracies are fractions of the images; the matrix is int64 [classes, classes], true class by row, predicted one by
+    column.
     """
     classes = scores.shape[1]
     ranked = scores.topk(min(5, classes), dim=1).indices
@@ -302,7 +303,7 @@ def _progress(steps: range, name: str, unit: str) -> Iterator[int]:
 
 
 def _compared(records: dict[Path, EvaluationRecord]) -> Any:
-    """The label efficiency of all runs in one figure."""
+    """Draw the label efficiency of all runs in one figure."""
     lines = []
     for number, (path, record) in enumerate(records.items()):
         for mode, rows in record.lines().items():

@@ -1,8 +1,8 @@
-"""Training an encoder with labels, from what it has learnt without or from nothing.
+"""Training of an encoder with labels, from the weights that it learnt without labels or from initial weights.
 
-A linear classifier sits on the encodings' mean over the patches, and both learn by cross-entropy from the run's random
-crops and flips. Fine-tuning and the supervised baseline differ only in where they start and in the encoder's learning
-rate.
+A linear classifier takes the encodings' mean over the patches, and both learn by cross-entropy from the run's random
+crops and flips. Fine-tuning and the supervised baseline differ only in the weights that they start from and in the
+encoder's learning rate.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BATCH = 32
 _WARMUP = 0.1
 _WEIGHT_DECAY = 1e-4
 _CLIP_GRAD = 1.0
-# Images that tell how features are standardised.
+# Number of images from which the mean and deviation for standardising features are computed.
 _STATISTICS_IMAGES = 500
 
 
@@ -38,8 +38,8 @@ _STATISTICS_IMAGES = 500
 class FineTuning:
     """How long and how fast to learn; the learning rates follow a cosine to zero.
 
-    epochs: passes over the labelled images. min_steps: updates there are at least, however few the images.
-    encoder_lr, head_lr: learning rates of AdamW, at their highest.
+    epochs: passes over the labelled images. min_steps: minimum number of updates, however few the images.
+    encoder_lr, head_lr: peak learning rates of AdamW.
     """
 
     epochs: int
@@ -48,14 +48,14 @@ class FineTuning:
     head_lr: float
 
     def steps(self, images: int) -> int:
-        """Updates that so many labelled images take, each of at most 32 of them."""
+        """Return the number of updates for so many labelled images, in batches of at most 32."""
         return max(self.min_steps, self.epochs * -(-images // _BATCH))
 
 
 class _Classifier(Module):
-    """uint8 images [B, C, H, W] → logits [B, classes], at first equal ones.
+    """Encoder and linear classifier: uint8 images [B, C, H, W] → logits [B, classes], which start equal.
 
-    mean, deviation: [D], that features are standardised by.
+    mean, deviation: [D], by which features are standardised.
     """
 
     mean: Tensor
@@ -97,14 +97,14 @@ def fine_tune(
     """Train a model of this task, in place, together with a linear classifier.
 
     Args:
-        task: whose crops and encoder are used.
-        model: one of the task's.
-        images: with labels.
-        chosen: indices of those to learn from.
+        task: task that crops and encodes images.
+        model: a model of the task.
+        images: labelled images.
+        chosen: indices of the images to learn from.
         test: images to classify afterwards.
         recipe: how long and how fast to learn.
         classes: number of classes.
-        precision: of convolutions and products.
+        precision: precision of convolutions and matrix products.
         seed: determines order, crops and flips.
         progress: wraps the range of updates, as tqdm does.
 
@@ -144,14 +144,14 @@ def fine_tune(
 def _statistics(
     task: EncoderTask, model: EncoderModel, images: ImageSet, chosen: np.ndarray, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of the features, [D] each, as the model has them before it learns."""
+    """Return mean and deviation of the features, [D] each, before the model learns."""
     some = chosen[spread(_STATISTICS_IMAGES, len(chosen))]
     features = encode(ImageSet(images=images.images[some]), lambda batch: task.features(model, batch), device)
     return mean_and_deviation(features)
 
 
 def _batches(chosen: np.ndarray, seed: int) -> Iterator[np.ndarray]:
-    """Batches of the chosen indices, epoch after epoch; none of a single image where there are more."""
+    """Yield batches of the chosen indices, epoch after epoch; none of a single image if there are more."""
     sampler = EpochSampler(len(chosen), min(_BATCH, len(chosen)), seed=seed, drop_last=False)
     while True:
         *batches, last = sampler
@@ -163,7 +163,7 @@ def _batches(chosen: np.ndarray, seed: int) -> Iterator[np.ndarray]:
 
 
 def _set_learning_rates(optimizer: torch.optim.Optimizer, step: int, total: int) -> None:
-    """Give every group its share of its peak at a step of so many."""
+    """Set the learning rate of every group at a step out of ``total``."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(
             step, peak=group["peak"], total_steps=total, warmup_steps=round(_WARMUP * total), schedule="cosine"

@@ -1,4 +1,4 @@
-"""What an evaluation is asked for, as its command line takes it. Importing this does not import PyTorch."""
+"""Options of the evaluation's command line. Importing this module does not import PyTorch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cpc_ext.training.machine import default_device
 
 __all__ = ["FINETUNE_LR", "MODES", "SPEECH_MEASURES", "EvaluationOptions", "parse_measures", "parse_modes"]
 
-# AdamW's learning rate where the run's is that of another optimizer, which tells nothing of it.
+# AdamW's learning rate for runs with another optimizer, whose learning rate does not carry over.
 FINETUNE_LR = 1e-3
 
 MODES = {
@@ -27,7 +27,7 @@ MODES = {
 }
 
 
-# What runs on speech are measured by.
+# Measures of runs on speech.
 SPEECH_MEASURES = {
     "phones": "the phone of a frame, by a linear classifier",
     "phones-hidden": "the same by a classifier with a hidden layer",
@@ -121,12 +121,12 @@ class EvaluationOptions:
 
 
 def parse_modes(text: str) -> list[str]:
-    """ "linear,knn" → its parts, each once; "all" → all. TrainingError for a name that does not exist."""
+    """Parse "linear,knn" into its parts, each once; "all" gives all. TrainingError for a name that does not exist."""
     return _parse("--mode", text, MODES)
 
 
 def parse_measures(text: str) -> list[str]:
-    """The same for "phones,speakers"."""
+    """Parse measures such as "phones,speakers" in the same way."""
     return _parse("--measures", text, SPEECH_MEASURES)
 
 

@@ -1,7 +1,7 @@
-"""`python -m cpc_ext.evaluate RUN --per-module`: how much a linear probe can read after every module of an encoder.
+"""`python -m cpc_ext.evaluate RUN --per-module`: accuracy of a linear probe after every module of an encoder.
 
-From runs' folders to the accuracies after each module, as JSON in every run's folder and as lines of one figure.
-Modules are those that a run of Greedy InfoMax trained, and the stacks of any other encoder.
+The accuracies are written as JSON in every run's folder and drawn as lines of one figure. Modules are those that a run
+of Greedy InfoMax trained, or the stacks of any other encoder.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Progress = Callable[[range, str], Iterator[int]]
 def evaluate_per_module(runs: Sequence[EncoderRun], figure: Path, progress: Progress) -> None:
     """Probe every module of the runs, print the accuracies, and write evaluation/per_module.json in each's folder.
 
-    figure: the PNG in which all runs are drawn side by side, with the first one's encoder untrained.
+    figure: path of the PNG in which all runs are drawn, with the first one's encoder untrained.
 
     Raises:
         TrainingError: runs of different images, without labels, or of an encoder without modules.
@@ -70,12 +70,12 @@ def evaluate_per_module(runs: Sequence[EncoderRun], figure: Path, progress: Prog
 
 
 def _check_same_images(runs: Sequence[EncoderRun], dataset: Dataset) -> None:
-    """TrainingError where another run's images are not those of the first, whose data set this is."""
+    """Raise TrainingError if another run's images are not those of the first run, whose data set is ``dataset``."""
     first = runs[0].config.data
     for run in runs[1:]:
         theirs = run.config.data
         same = theirs.dataset == first.dataset
-        # The same images may lie in two places, and others be called the same, such as those of two folders.
+        # The same images may lie in two places, and different ones have the same name, such as those of two folders.
         if same and (theirs.data_dir, theirs.image_size) != (first.data_dir, first.image_size):
             same = _digests(run.dataset()) == _digests(dataset)
         if not same:
@@ -93,7 +93,7 @@ def _named(progress: Progress, name: str, steps: range) -> Iterator[int]:
 def accuracies_by_module(
     task: EncoderTask, dataset: Dataset, progress: Callable[[range], Iterator[int]] | None = None
 ) -> list[float]:
-    """Test accuracy of a linear probe on the features after each module, first to last.
+    """Return the test accuracy of a linear probe on the features after each module, first to last.
 
     Raises:
         TrainingError: no labels to train and test it with, or an encoder without modules.
@@ -109,7 +109,7 @@ def accuracies_by_module(
 
 @torch.no_grad()
 def features_by_module(task: EncoderTask, images: Tensor) -> list[Tensor]:
-    """uint8 [B, C, H, W] on the device → means over space and patches after each module, float32 [B, D_i]."""
+    """Return means over space and patches after each module, float32 [B, D_i], of uint8 [B, C, H, W] on the device."""
     model: Any = task.model
     if not isinstance(model.encoder, StackedEncoder):
         raise TrainingError(f"{type(model.encoder).__name__} has no stacks to look between")
@@ -136,7 +136,7 @@ def features_by_module(task: EncoderTask, images: Tensor) -> list[Tensor]:
 def _features(
     task: EncoderTask, images: ImageSet, device: torch.device, progress: Callable[[range], Iterator[int]] | None
 ) -> list[Tensor]:
-    """Features after each module of all images, [N, D_i]."""
+    """Return features of all images after each module, [N, D_i]."""
     sizes: list[int] = []
 
     def together(batch: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def _features(
 
 
 def _labelled(dataset: Dataset) -> list[tuple[ImageSet, Tensor]]:
-    """Training and test images, each with its labels. TrainingError where there are none."""
+    """Return training and test images, each with its labels. TrainingError if there are none."""
     sets = [
         (images, torch.from_numpy(images.labels))
         for images in (dataset.train, dataset.test)
@@ -161,7 +161,7 @@ def _labelled(dataset: Dataset) -> list[tuple[ImageSet, Tensor]]:
 
 
 def _names(runs: Sequence[EncoderRun]) -> list[str]:
-    """What each run is, with its folder's name where several are the same."""
+    """Return the title of each run, with its folder's name where several are the same."""
     names = [run.config.title for run in runs]
     counts = Counter(names)
     return [

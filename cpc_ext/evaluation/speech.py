@@ -1,7 +1,7 @@
-"""What `python -m cpc_ext.evaluate` does with runs on speech: what is told from the frames of recordings.
+"""The evaluation of runs on speech by `python -m cpc_ext.evaluate`: what the frames of recordings contain.
 
-Phones and speakers by classifiers of the model's frames, of those of the same model untrained, and of log-mel spectra,
-alone and with their neighbours; and how well phones are apart as the frames are, the ABX error.
+Classifiers find phones and speakers from frames of the model, of the same model untrained, and of log-mel spectra,
+alone and with their neighbours. The ABX error measures how well the frames separate phones without any training.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from cpc_ext.training.errors import TrainingError, writing
 
 __all__ = ["evaluate_speech"]
 
-# Frames before and after each of a log-mel spectrum that knows its neighbours.
+# Number of frames before and after each one in log-mel spectra with neighbours.
 _STACKED = 2
 _HIDDEN = 512
 
 
 class _Frames(NamedTuple):
-    """Frames that are measured: what rows of the record call them, what makes them, and all that this depends on."""
+    """Frames to measure: their name in the record, the function that makes them, and all settings it depends on."""
 
     name: str
     make: FrameMaker
@@ -54,10 +54,10 @@ class _Frames(NamedTuple):
 
 
 def evaluate_speech(command: EvaluationOptions, runs: Sequence[SpeechRun]) -> None:
-    """Do what the command says, print tables, and write evaluation/speech.json and figures in each run's folder.
+    """Evaluate runs: print tables, and write evaluation/speech.json and figures in each run's folder.
 
     Raises:
-        TrainingError: recordings with none of the labels that are asked for, or a folder that cannot be written to.
+        TrainingError: recordings without any labels for the measures, or a folder that cannot be written to.
     """
     measures = parse_measures(command.measures)
     judges = []
@@ -74,7 +74,7 @@ def evaluate_speech(command: EvaluationOptions, runs: Sequence[SpeechRun]) -> No
 
 
 class _Judge:
-    """One run and its recordings."""
+    """The evaluation of one run on its recordings."""
 
     def __init__(self, command: EvaluationOptions, run: SpeechRun, measures: list[str]) -> None:
         self.run = run
@@ -123,7 +123,7 @@ class _Judge:
         )
 
     def table(self) -> None:
-        """What is told from the model and what it is compared with; printed, written and drawn."""
+        """Measure the model and what it is compared with; print, write and draw the results."""
         layer = self._layer or self.layers[-1]
         rows: dict[str, dict[str, float]] = {}
         for name, frames in (*self._of_models(layer), *self._spectra().items()):
@@ -143,7 +143,7 @@ class _Judge:
         print(f"results and figures are in {self._folder}{self._record.told()}")
 
     def by_depth(self) -> None:
-        """Phones and speakers after each layer, of the model and of it untrained; printed and written."""
+        """Measure phones and speakers after each layer, trained and untrained; print and write the results."""
         probed = [name for name in self._measures if name in ("phones", "speakers")]
         for layer in self.layers:
             for state, frames in self._of_models(layer):
@@ -160,7 +160,7 @@ class _Judge:
                 print(f"  {measure:<9} {state:<10} " + "  ".join(f"{value:6.1%}" for value in found[state]))
 
     def _of_models(self, layer: str) -> list[tuple[str, _Frames]]:
-        """The frames of a layer, of the trained model and of the untrained one."""
+        """Return the frames of a layer, of the trained model and of the untrained one."""
         common = {"layer": layer, "model": self._model, "precision": self.run.config.compute.precision}
         return [
             (
@@ -186,7 +186,7 @@ class _Judge:
         }
 
     def _measured(self, frames: _Frames, measures: Sequence[str], name: str) -> dict[str, Row]:
-        """Rows of the record, by measure: those that are there, and the others once they are measured."""
+        """Return rows of the record by measure; those that are missing are measured and added."""
         settings = {"cpc_ext": cpc_ext.__version__, "alignment": self._alignment, **frames.settings}
         rows: dict[str, Row] = {}
         both: list[RecordingFrames] = []
@@ -202,7 +202,7 @@ class _Judge:
         return rows
 
     def _told(self, measure: str, both: list[RecordingFrames]) -> Row:
-        """What a measure finds, by the columns of the table, and what goes with it."""
+        """Return the values of a measure by column of the table, what is left out, and the confusion matrix."""
         row: Row = {"found": {}, "left_out": [], "confusion": []}
         if measure == "abx":
             row["found"], row["left_out"] = self._abx(both[1])
@@ -224,7 +224,7 @@ class _Judge:
                 _save(self._folder / f"confusion_{measure}.png", drawn)
 
     def _abx(self, test: RecordingFrames) -> tuple[dict[str, float], list[str]]:
-        """Errors of the frames that have a phone, and which are left out and why."""
+        """Return ABX errors of the frames that have a phone, and which conditions are left out and why."""
         features, labels, lengths = test.aligned(self._alignment)
         assert test.speakers is not None  # It was checked.
         names = [name.casefold() for name in self._dataset.phone_names]
@@ -233,7 +233,7 @@ class _Judge:
         found, left_out = {}, []
         conditions: tuple[Condition, ...] = get_args(Condition)
         for condition in conditions:
-            # It takes minutes to get here: what else was measured is not thrown away.
+            # It takes minutes to get here, so a failure must not discard the other results.
             try:
                 found[f"abx {condition}"] = abx_error(features, items, speaker=condition).error
             except ValueError as error:
@@ -241,7 +241,7 @@ class _Judge:
         return found, left_out
 
     def _commonest(self) -> dict[str, float]:
-        """What always naming the commonest class tells."""
+        """Return the accuracies of always naming the commonest class."""
         found = {}
         (train, train_chosen), (test, test_chosen) = self._sets
         for measure in self._measures:
@@ -262,7 +262,7 @@ class _Judge:
         return [RecordingFrames.of(each, make, chosen, progress=progress) for each, chosen in self._sets]
 
     def _leave_out_unlabelled(self) -> None:
-        """Keep the measures that there are labels for and say which there are not; TrainingError where none is left."""
+        """Drop the measures that there are no labels for, with a notice; TrainingError if none is left."""
         missing = tuple(
             label for label in ("phones", "speakers") if any(getattr(each, label) is None for each, _ in self._sets)
         )

@@ -1,4 +1,4 @@
-"""What was measured of a run on speech, as measured.json: a row for every kind of frames and measure."""
+"""The results of evaluating a run on speech, as measured.json: a row for every kind of frames and measure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["SpeechRecord", "recordings_digest"]
 
 
 class SpeechRecord(EvaluationRecord):
-    """measured.json, with the rows that are still true; see :class:`EvaluationRecord`."""
+    """measured.json, with the rows that are still valid; see :class:`EvaluationRecord`."""
 
     names = ("frames", "measure")
     entries: ClassVar[dict[str, Any]] = {
@@ -30,7 +30,7 @@ class SpeechRecord(EvaluationRecord):
 
 
 def recordings_digest(dataset: SpeechDataset, waveforms: WaveformSet, chosen: np.ndarray) -> str:
-    """A number, in hexadecimal, that chosen recordings share only if all their samples and labels are equal."""
+    """Return a hexadecimal hash of all samples and labels of chosen recordings."""
     digest = hashlib.sha256(repr((len(chosen), dataset.speakers, dataset.phone_names, dataset.sample_rate)).encode())
     if waveforms.speakers is not None:
         digest.update(np.ascontiguousarray(waveforms.speakers[chosen]).data)
