@@ -1,6 +1,6 @@
-"""How a run went: loss and accuracy over its steps, of a whole model or of its modules, bits per dimension, and probes.
+"""Curves of a run over its steps: loss and accuracy of a model or of its modules, bits per dimension, and probes.
 
-A run of a few steps has few points, and each of them is seen; a long one has thousands, and a running mean over them.
+A short run has few points, which are marked; a long one has thousands, which are drawn with a running mean.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from cpc_ext.figures.palette import BLUE, GRAY, GREEN, LINES
 
 __all__ = ["ProbeCurve", "curves", "curves_by_module", "likelihood_curves"]
 
-# A point of the smoothed curve looks back over this share of the run.
+# The running mean looks back over this share of the run.
 _SMOOTHING = 0.05
-# Up to so many points each is marked: a line between two, or of one, might be invisible, and hide how few there are.
+# Up to this number of points each one is marked, as a line through one or two may be invisible, and would not show how
+# few there are.
 _MARKED = 20
 
 
 @dataclass(frozen=True)
 class ProbeCurve:
-    """What an encoder was found to be worth on the way.
+    """Results of a probe during training.
 
-    steps, accuracy: of each look, fractions. chance: of always naming the commonest class; None where it is not known.
+    steps, accuracy: step and accuracy of each measurement, as fractions. chance: accuracy of always naming the
+    commonest class; None if unknown.
     """
 
     steps: Sequence[float]
@@ -44,10 +46,10 @@ def curves(
     accuracy: str,
     probe: ProbeCurve | None = None,
 ) -> Figure:
-    """Loss and accuracy over the run, and beside them what probes found.
+    """Draw loss and accuracy over the run, and beside them the results of the probe.
 
     metrics: logged steps with "step", "loss" and "accuracy", at least one. guessing: both for a model that guesses,
-    drawn as lines. loss, accuracy: what they are called on the axes.
+    drawn as lines. loss, accuracy: labels of the axes.
     """
     steps = np.array([record["step"] for record in metrics])
     figure, panels = _panels(steps[-1], loss, accuracy, probe)
@@ -69,11 +71,11 @@ def curves_by_module(
     accuracy: str,
     probe: ProbeCurve | None = None,
 ) -> Figure:
-    """Loss and accuracy of every module over the run, and beside them what probes found.
+    """Draw loss and accuracy of every module over the run, and beside them the results of the probe.
 
     metrics: logged steps with "step", and "loss" and "accuracy" of one module or "loss_module_0" and so on of several,
-    at least one. modules: those that were trained. guessing: both for a model that guesses, drawn as lines, of all
-    modules or of each; in the modules' colours where they differ. loss, accuracy: what they are called on the axes.
+    at least one. modules: numbers of the trained modules. guessing: both for a model that guesses, of all modules or of
+    each, drawn as lines, in the modules' colours if they differ. loss, accuracy: labels of the axes.
     """
     steps = np.array([record["step"] for record in metrics])
     figure, panels = _panels(steps[-1], loss, accuracy, probe)
@@ -86,7 +88,7 @@ def curves_by_module(
         if len(set(levels)) == 1:
             axes.axhline(levels[0], color=GRAY, linestyle="--", linewidth=1, label="guessing")
             continue
-        # The line in the legend is of no module.
+        # The line in the legend stands for all modules.
         axes.plot([], [], color=GRAY, linestyle="--", linewidth=1, label="guessing")
         for place, level in enumerate(levels):
             axes.axhline(level, color=LINES[place % len(LINES)], linestyle="--", linewidth=1)
@@ -95,10 +97,10 @@ def curves_by_module(
 
 
 def likelihood_curves(metrics: Sequence[dict[str, float]], static_histogram: float) -> Figure:
-    """Bits per dimension over the run.
+    """Draw bits per dimension over the run.
 
     metrics: logged steps with "step" and "bits_per_dim", and observed ones with "step" and "heldout_bits_per_dim".
-    static_histogram: those of the best static per-pixel histogram model, drawn as a line.
+    static_histogram: bits per dimension of the best static per-pixel histogram model, drawn as a line.
     """
     figure = Figure(figsize=(7, 4.3), layout="constrained")
     axes = figure.subplots()
@@ -112,7 +114,7 @@ def likelihood_curves(metrics: Sequence[dict[str, float]], static_histogram: flo
             continue
         steps = np.array([record["step"] for record in records])
         values = np.array([record[name] for record in records])
-        # What is looked at seldom is always of the same images, and has no noise to smooth.
+        # Held-out values are always of the same images, and have no noise to smooth.
         last = _draw(axes, steps, values, color, label, noisy=name == "bits_per_dim")
         told.append(f"{label} {last:.3f}")
     axes.axhline(static_histogram, color=GRAY, linestyle="--", linewidth=1, label="static histogram")
@@ -124,7 +126,7 @@ def likelihood_curves(metrics: Sequence[dict[str, float]], static_histogram: flo
 
 
 def _panels(last_step: float, loss: str, accuracy: str, probe: ProbeCurve | None) -> tuple[Figure, dict[str, Axes]]:
-    """A figure with axes for "loss" and "accuracy", and the probe's curve drawn where there is one."""
+    """Return a figure with axes for "loss" and "accuracy", and with the probe's curve if there is one."""
     count = 2 if probe is None else 3
     figure = Figure(figsize=(5 * count, 4.3), layout="constrained")
     axes = figure.subplots(1, count)
@@ -153,15 +155,15 @@ def _draw(
     faint: str = "",
     smooth: str = "",
 ) -> float:
-    """One curve; of noisy values, where there are enough, a running mean with the values themselves faint behind it.
+    """Draw a curve; for noisy values, if there are enough, a running mean with the values themselves faint behind it.
 
-    label: of the curve; or faint and smooth: of the values and of their mean.
+    label: label of the curve; or faint and smooth: labels of the values and of their mean.
 
     Returns the last value, or mean.
     """
     mean = _smoothed(values) if noisy else values
     marker = "o" if len(values) <= _MARKED else ""
-    # Names with a low line in front stay out of legends.
+    # Labels that begin with an underscore stay out of legends.
     if np.array_equal(mean, values):
         axes.plot(steps, values, color=color, linewidth=1.8, marker=marker, markersize=5, label=label or faint)
     else:
@@ -171,7 +173,7 @@ def _draw(
 
 
 def _over_steps(axes: Axes, last_step: float) -> None:
-    """Axes whose x are steps from 0 to the last; a little to each side, so that no marker is cut."""
+    """Set the x axis to steps from 0 to the last, with a margin so that no marker is cut off."""
     axes.set_xlabel("step (parameter updates)")
     last = max(last_step, 1)
     axes.set_xlim(-0.03 * last, 1.03 * last)
@@ -182,7 +184,7 @@ def _over_steps(axes: Axes, last_step: float) -> None:
 
 
 def _finish(figure: Figure) -> None:
-    """What needs all curves: fractions begin at zero, and there is one legend below all axes, where no curve is."""
+    """Finish a figure with all curves drawn: fractions begin at zero, and one legend is below all axes."""
     for axes in figure.axes[1:]:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_ylim(bottom=0)
@@ -195,7 +197,7 @@ def _finish(figure: Figure) -> None:
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Running mean over the last values; over fewer at the start, where there are none before."""
+    """Return the running mean over the last values; over fewer at the start."""
     window = max(1, round(_SMOOTHING * len(values)))
     sums = np.cumsum(np.concatenate([[0.0], values]))
     ends = np.arange(1, len(values) + 1)

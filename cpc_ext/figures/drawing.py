@@ -1,4 +1,4 @@
-"""Figures of runs and evaluations: what a model saw, what it finds alike, what it draws, how few labels it needs."""
+"""Figures of runs and evaluations: inputs of a model, nearest patches, samples, confusion and label efficiency."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ __all__ = [
 ]
 
 _PURPLE, _ORANGE = "#7d3c98", "#d68910"
-# Ways of learning from labels in panels: a title, that of a trained encoder, and what it is to be better than.
+# Panels for ways of learning from labels: title, mode of a trained encoder, and mode of its baseline.
 _MODES = (
     ("linear probe", "linear", "untrained"),
     ("nearest neighbours", "knn", None),
     ("fine-tuned", "finetune", "supervised"),
 )
-# Runs by number.
+# Colours of runs, by number.
 _RUN_COLORS = (BLUE, _ORANGE, GREEN, _PURPLE, RED)
-# Classes up to which a confusion matrix has numbers in it.
+# Largest number of classes for which a confusion matrix shows numbers.
 _NUMBERED_CLASSES = 20
-# Numbers of labels nearer to each other than this factor would be written over each other.
+# Tick labels at numbers of labels that are nearer to each other than this factor would overlap.
 _TICK_DISTANCE = 1.15
-# Pictures of samples: at least so many pixels a side for each, by whole factors.
+# Least side in pixels of images in a picture; smaller ones are enlarged by whole factors.
 _SHOWN_SIDE = 96
 
 
@@ -54,10 +54,10 @@ def save(path: Path, figure: Figure) -> None:
 
 @dataclass(frozen=True)
 class AccuracyLine:
-    """Accuracy over labels a class.
+    """A line of accuracy over labels per class.
 
-    name: as the legend has it. mode: which decides the panel. group: number of the run, which decides the colour.
-    labels, mean, std: [N], ascending in labels.
+    name: label in the legend. mode: way of learning, which decides the panel. group: number of the run, which decides
+    the colour. labels, mean, std: [N], ascending in labels.
     """
 
     name: str
@@ -69,16 +69,16 @@ class AccuracyLine:
 
     @classmethod
     def of(cls, name: str, rows: Sequence[dict[str, Any]], mode: str, *, group: int = 0) -> AccuracyLine:
-        """The line through rows of evaluation.json of one mode."""
+        """Return the line through rows of evaluation.json of one mode."""
         columns = (np.array([row[key] for row in rows]) for key in ("labels_per_class", "top1_mean", "top1_std"))
         return cls(name, mode, group, *columns)
 
 
 def label_efficiency(lines: Sequence[AccuracyLine], chance: float) -> Figure:
-    """Top-1 accuracy over the labels there were to learn from, a panel for each way of learning from them.
+    """Draw top-1 accuracy over the number of labels, with a panel for each way of learning from them.
 
-    Runs differ in colour; dashed is what a trained encoder is to be better than: the same one untrained, or the same
-    network learning from the labels alone. chance: accuracy of always naming the commonest class, drawn as a line.
+    Runs differ in colour. Dashed lines are baselines of a trained encoder: the same one untrained, or the same network
+    learning from the labels alone. chance: accuracy of always naming the commonest class, drawn as a line.
     """
     drawn = {line.mode for line in lines}
     panels = [(title, {mode, baseline}) for title, mode, baseline in _MODES if {mode, baseline} & drawn]
@@ -118,7 +118,7 @@ def label_efficiency(lines: Sequence[AccuracyLine], chance: float) -> Figure:
 
 
 def _label_axis(axes: Axes, lines: Sequence[AccuracyLine]) -> None:
-    """The numbers of labels that lines have points for, on a logarithmic axis."""
+    """Put ticks on a logarithmic axis at the numbers of labels that lines have points for."""
     axes.set_xscale("log")
     places: list[float] = []
     for place in np.unique(np.concatenate([line.labels for line in lines])):
@@ -130,9 +130,9 @@ def _label_axis(axes: Axes, lines: Sequence[AccuracyLine]) -> None:
 
 
 def confusion(counts: np.ndarray, classes: Sequence[str], title: str) -> Figure:
-    """Which classes are taken for which: the shares of each true class.
+    """Draw a confusion matrix, as shares of each true class.
 
-    counts: integers [classes, classes], true class by row, named class by column.
+    counts: integers [classes, classes], true class by row, predicted class by column.
     """
     count = len(classes)
     shares = counts / counts.sum(1, keepdims=True).clip(min=1)
@@ -143,12 +143,12 @@ def confusion(counts: np.ndarray, classes: Sequence[str], title: str) -> Figure:
     figure.colorbar(image, ax=axes, format=PercentFormatter(1.0), label="share of the true class", shrink=0.8)
     if count <= _NUMBERED_CLASSES:
         for row, column in np.ndindex(count, count):
-            # What rounds to nothing stays empty, so that the matrix can be read.
+            # Shares that round to 0 % stay empty, so that the matrix can be read.
             if shares[row, column] >= 0.005:
                 color = "white" if shares[row, column] > 0.5 else "black"
                 text = f"{100 * shares[row, column]:.0f}"
                 axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
-    # A hundred names would lie on one another.
+    # The names of a hundred classes would overlap.
     size = 9 if count <= _NUMBERED_CLASSES else max(3, 9 * 30 / count)
     axes.set_xticks(range(count), classes, rotation=90 if count > 5 else 0, fontsize=min(9, size))
     axes.set_yticks(range(count), classes, fontsize=min(9, size))
@@ -182,7 +182,7 @@ def save_images(path: Path, images: np.ndarray, *, columns: int | None = None) -
 
 
 def model_inputs(images: np.ndarray, patches: np.ndarray, *, crop: int) -> Figure:
-    """Images above, below them what reaches the model.
+    """Draw images, and below each the patches that the model gets.
 
     images: uint8 [B, C, H, W]. patches: floating [B, rows, cols, C', p, p]. crop: side of the central square that the
     patches were cut from, outlined in the image.
@@ -207,10 +207,10 @@ def model_inputs(images: np.ndarray, patches: np.ndarray, *, crop: int) -> Figur
 def nearest_patches(
     queries: np.ndarray, neighbours: np.ndarray, similarities: np.ndarray, same_class: np.ndarray | None
 ) -> Figure:
-    """Patches beside the patches of other images whose encodings are nearest.
+    """Draw patches beside the patches of other images whose encodings are nearest.
 
     queries: [Q, C, p, p] in 0..1. neighbours: [Q, K, C, p, p], nearest first. similarities: [Q, K], shown
-    below each. same_class: [Q, K], framed where it holds, as a legend says; None without labels.
+    below each. same_class: [Q, K], whether a neighbour is framed as one of the same class; None without labels.
     """
     count, nearest = similarities.shape
     # Placed by hand, in inches: laying out this many axes automatically takes seconds.
@@ -246,9 +246,9 @@ def nearest_patches(
 
 
 def augmentation_sheet(rows: Sequence[tuple[str, np.ndarray, Sequence[str]]], *, blocks: int = 2) -> Figure:
-    """What each transform makes of a patch: a row a transform, its patches side by side.
+    """Draw the results of transforms of a patch: one row per transform, its patches side by side.
 
-    rows: of each, a title, patches [M, C, p, p] in 0..1 and what to write below each. blocks: columns of rows.
+    rows: for each, a title, patches [M, C, p, p] in 0..1 and a caption for each patch. blocks: columns of rows.
     """
     side, gap, below, label, apart, margin = 0.64, 0.06, 0.2, 1.25, 0.25, 0.15
     per_block = -(-len(rows) // blocks)
@@ -275,13 +275,13 @@ def _show(axes: Axes, image: np.ndarray) -> None:
 
 
 def _as_image(pixels: np.ndarray) -> np.ndarray:
-    """[C, H, W] in 0..1 as imshow takes it."""
+    """Return [C, H, W] in 0..1 in the layout that imshow takes."""
     image: np.ndarray = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
     return image
 
 
 def _tiled(patches: np.ndarray) -> np.ndarray:
-    """[rows, cols, C, p, p] → one picture [C, H, W] with white gaps between the patches."""
+    """Tile patches [rows, cols, C, p, p] into one picture [C, H, W] with white gaps between them."""
     rows, columns, channels, size, _ = patches.shape
     gap = max(1, size // 8)
     picture = np.ones((channels, rows * (size + gap) - gap, columns * (size + gap) - gap))

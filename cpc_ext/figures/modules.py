@@ -1,4 +1,4 @@
-"""Figures of encoders in modules: how far a linear probe gets after each."""
+"""Figures of encoders in modules: accuracy of a linear probe after each module."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from cpc_ext.figures.palette import GRAY, LINES
 
 __all__ = ["accuracy_by_depth", "draw_depths"]
 
-# By run.
+# Markers of the runs' lines.
 _MARKERS = "osD^vP"
 
 
 def accuracy_by_depth(
     accuracies: Mapping[str, Sequence[float]], untrained: Sequence[float], chance: float, dataset: str
 ) -> Figure:
-    """Accuracy of a linear probe after each module, a line a run.
+    """Draw the accuracy of a linear probe after each module, one line per run.
 
-    accuracies: fractions by the name of the run, one a module. untrained: of an encoder with initial weights.
+    accuracies: fractions by name of the run, one per module. untrained: those of an encoder with initial weights.
     """
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -37,10 +37,10 @@ def accuracy_by_depth(
 def draw_depths(
     axes: Axes, accuracies: Mapping[str, Sequence[float]], untrained: Sequence[float], levels: Mapping[str, float]
 ) -> None:
-    """Accuracies over the number of modules below the probe, in axes of a figure.
+    """Draw accuracies over the number of modules below the probe, in axes of a figure.
 
-    accuracies: fractions by the name of the run, one a module. untrained: of an encoder with initial weights. levels:
-    by name, what does not depend on the depth.
+    accuracies: fractions by name of the run, one per module. untrained: those of an encoder with initial weights.
+    levels: accuracies that do not depend on the depth, by name.
     """
     for place, (name, values) in enumerate(accuracies.items()):
         axes.plot(

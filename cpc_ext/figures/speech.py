@@ -1,4 +1,4 @@
-"""Figures of speech: what a model's frames show of an utterance, and what is readable after each of its modules."""
+"""Figures of speech: a model's frames of an utterance, and the accuracy of probes after each of its modules."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from cpc_ext.figures.palette import BLUE
 
 __all__ = ["DepthPanel", "speech_by_depth", "spoken_frames"]
 
-# Inches of a second of speech, at which the names of its phones do not lie on one another.
+# Width in inches of a second of speech, at which the names of its phones do not overlap.
 _INCHES_A_SECOND = 6.0
-# Bands of the spectrum quieter than this part of the frames are black.
+# Quantiles of the spectrum's values that are drawn darkest and brightest.
 _DARK, _BRIGHT = 0.05, 0.995
 
 
 @dataclass(frozen=True)
 class DepthPanel:
-    """What was told from a model's modules, such as phones.
+    """Accuracies after a model's modules for one kind of labels, such as phones.
 
-    title: what that is. accuracies: fractions by the name of the run, one a module. untrained: of an encoder with
-    initial weights. levels: by name, what does not depend on the depth, such as log-mel and chance.
+    title: title of the panel. accuracies: fractions by name of the run, one per module. untrained: those of an encoder
+    with initial weights. levels: accuracies that do not depend on the depth, by name, such as log-mel and chance.
     """
 
     title: str
@@ -37,7 +37,7 @@ class DepthPanel:
 
 
 def speech_by_depth(panels: Sequence[DepthPanel]) -> Figure:
-    """Accuracy of linear probes after each module, side by side for each thing to tell."""
+    """Draw the accuracy of linear probes after each module, with one panel per kind of labels."""
     figure = Figure(figsize=(5.5 * len(panels), 5), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         draw_depths(axes, panel.accuracies, panel.untrained, panel.levels)
@@ -58,18 +58,19 @@ def spoken_frames(
     frame_centers: np.ndarray,
     title: str,
 ) -> Figure:
-    """An utterance: its spectrum, the phones in it, and the model's frames, one below the other.
+    """Draw an utterance: its spectrum, its phones, and the model's frames, one below the other.
 
-    Of the frames, their first three principal components in the utterance are the red, green and blue of a band of
-    colours, so that frames alike look alike; the line below tells how far each is from the one before.
+    The first three principal components of the utterance's frames are the red, green and blue of a band of colours, so
+    that similar frames have similar colours. The line below shows the angle of each frame to the one before.
 
     Args:
         spectrum: logarithms of energies, [L, bands], at least two frames.
-        labels: the class of each frame of the spectrum, [L].
-        frames: the model's, [F, D], at least two.
-        names: of the classes.
-        label_centers, frame_centers: where frames lie in the utterance, in seconds, [L] and [F], evenly spaced.
-        title: what the figure is of.
+        labels: class of each frame of the spectrum, [L].
+        frames: frames of the model, [F, D], at least two.
+        names: names of the classes.
+        label_centers, frame_centers: centres of the spectrum's and the model's frames in seconds, [L] and [F], evenly
+            spaced.
+        title: title of the figure.
     """
     begin, end = _edges(label_centers)
     figure = Figure(figsize=(max(6.0, 1.2 + _INCHES_A_SECOND * (end - begin)), 5.6), layout="constrained")
@@ -104,13 +105,13 @@ def spoken_frames(
 
 
 def _edges(centers: np.ndarray) -> tuple[float, float]:
-    """Where evenly spaced frames of these centres begin and end."""
+    """Return where evenly spaced frames with these centres begin and end."""
     half = (centers[-1] - centers[0]) / (len(centers) - 1) / 2
     return float(centers[0] - half), float(centers[-1] + half)
 
 
 def _name_phones(axes: Axes, labels: np.ndarray, names: Sequence[str], centers: np.ndarray) -> None:
-    """Intervals of the same label, named, in two shades by turns."""
+    """Draw intervals of the same label with their names, in two alternating shades."""
     begin, end = _edges(centers)
     hop = (end - begin) / len(labels)
     changes = np.flatnonzero(np.diff(labels)) + 1
@@ -125,9 +126,9 @@ def _name_phones(axes: Axes, labels: np.ndarray, names: Sequence[str], centers: 
 
 
 def _colors(frames: np.ndarray) -> np.ndarray:
-    """Red, green and blue in 0..1 of frames [F, D] → [F, 3], each component from its lowest to its highest values."""
+    """Return red, green and blue in 0..1 of frames [F, D] → [F, 3], each scaled from its 2 % to its 98 % quantile."""
     centred = frames.astype(np.float64) - frames.mean(0)
-    # The signs of components are anybody's choice: that of their largest value, so that they are always the same.
+    # The signs of components are arbitrary: the largest value of each is made positive, so that they are reproducible.
     components = np.linalg.svd(centred, full_matrices=False)[2][:3]
     components *= np.sign(components[np.arange(len(components)), abs(components).argmax(1)])[:, None]
     values = np.zeros((len(frames), 3))
@@ -138,7 +139,7 @@ def _colors(frames: np.ndarray) -> np.ndarray:
 
 
 def _turns(frames: np.ndarray) -> np.ndarray:
-    """Angles in degrees between frames [F, D] and the ones before, [F - 1]."""
+    """Return the angles in degrees between frames [F, D] and the ones before, [F - 1]."""
     lengths = np.linalg.norm(frames, axis=1, keepdims=True)
     directions = frames / np.maximum(lengths, 1e-12)
     cosines = (directions[1:] * directions[:-1]).sum(1)
