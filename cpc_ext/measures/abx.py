@@ -159,7 +159,7 @@ def dtw_distances(features: Tensor, items: AbxItems, pairs: _Ints) -> NDArray[np
 
 
 class _Cells:
-    """Cells of the items that share context, speaker and phone: those keys, [cells] each, and the items' indices."""
+    """Items grouped into cells of one context, speaker and phone: their indices, and the cells' keys, [cells] each."""
 
     def __init__(self, items: AbxItems, any_context: bool, most: int, rng: np.random.Generator) -> None:
         count = len(items.phone)

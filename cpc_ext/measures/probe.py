@@ -202,5 +202,5 @@ def _fit(features: Tensor, labels: Tensor, start: Tensor, strength: float) -> Te
 
 
 def _logits(weights: Tensor, features: Tensor) -> Tensor:
-    """weights [..., classes, D + 1], features [..., N, D] → [..., N, classes]."""
+    """Return logits [..., N, classes] of weights [..., classes, D + 1] and features [..., N, D]."""
     return features @ weights[..., :-1].mT + weights[..., None, :, -1]

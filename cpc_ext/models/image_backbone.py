@@ -21,7 +21,7 @@ _PROBE = 64
 
 
 class FeatureInfo(list[dict[str, Any]]):
-    """Descriptions of maps as of timm's backbones: a dictionary per map with "num_chs", "reduction" and "module"."""
+    """Descriptions of maps as in timm's backbones: a dictionary per map with "num_chs", "reduction" and "module"."""
 
     def channels(self) -> list[int]:
         """Return the number of channels of each map."""

@@ -107,7 +107,7 @@ class EncoderTask(Task):
         """Draw the curves of the run and the inputs of the model. OSError if writing fails."""
 
     def initial_model(self) -> EncoderModel:
-        """The model with the initial weights of the config's seed."""
+        """Build the model with the initial weights of the config's seed."""
         with seeded(self._config.compute.seed):
             model = self._build()
         if self._config.compute.channels_last:

@@ -16,7 +16,7 @@ from cpc_ext.training.task import Handover, Task
 
 __all__ = ["ModuleTask"]
 
-# Options by name, section by section, that decide what a module is and what it sees.
+# Options that define a module and its inputs, by name, section by section.
 Shape = Sequence[Mapping[str, Any]]
 
 

@@ -163,7 +163,7 @@ class PixelTask(Task):
 
     @abstractmethod
     def _model(self) -> tuple[str, dict[str, Any]]:
-        """The name of the model's class in :mod:`cpc_ext.models`, and its arguments but ``in_channels``."""
+        """Return the name of the model's class in :mod:`cpc_ext.models`, and its arguments but ``in_channels``."""
 
     def _check_options(self) -> None:
         """Raise ValueError if the options do not fit the images: channels are divided among the colours."""

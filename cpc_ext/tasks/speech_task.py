@@ -118,7 +118,7 @@ class SpeechTask(Task):
         return self._config
 
     def initial_model(self) -> CPC | GreedyInfoMax:
-        """The model with the initial weights of the config's seed."""
+        """Build the model with the initial weights of the config's seed."""
         with seeded(self._config.compute.seed):
             return self._build().to(self._device)
 
@@ -383,7 +383,7 @@ class SpeechTask(Task):
 
 
 def waveform_encoder_arguments(config: SpeechConfig) -> dict[str, Any]:
-    """The arguments of the config's encoder."""
+    """Return the arguments of the config's encoder."""
     return config.encoder.model_dump(mode="json")
 
 

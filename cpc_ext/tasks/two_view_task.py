@@ -54,7 +54,7 @@ class TwoViewTask(EncoderTask):
         super().__init__(config, dataset, device, view, encoder)
 
     def views(self, images: Tensor, streams: RandomStreams) -> Tensor:
-        """Two random views of a batch, [2, B, C, H, W]."""
+        """Draw two random views of a batch, [2, B, C, H, W]."""
         with torch.autocast(self._device.type, enabled=False):  # Views are float32 until they are finished.
             return self._view.random_pair(images, streams.views, share=streams.share)
 

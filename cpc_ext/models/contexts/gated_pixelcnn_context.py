@@ -45,7 +45,7 @@ class GatedPixelCNNContext(Module):
         self.stack_out = MaskedConv2d(channels, channels, 1, mask="vertical")
 
     def forward(self, encodings: Tensor) -> Tensor:
-        """encodings [B, D, rows, cols] → contexts [B, D, rows, cols].
+        """Return contexts [B, D, rows, cols] of encodings [B, D, rows, cols].
 
         Raises:
             ValueError: encodings of another shape.

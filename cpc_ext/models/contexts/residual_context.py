@@ -53,7 +53,7 @@ class ResidualContext(Module):
         self.blocks = ModuleList(_Block(channels, hidden_channels, padding) for _ in range(blocks))
 
     def forward(self, encodings: Tensor) -> Tensor:
-        """encodings [B, D, rows, cols] → contexts [B, D, rows, cols].
+        """Return contexts [B, D, rows, cols] of encodings [B, D, rows, cols].
 
         Raises:
             ValueError: encodings of another shape.

@@ -46,11 +46,11 @@ class SplitEncoder(Module, ABC):
         """Return the stem's input, and a function that turns features of any depth into encodings [B, D, ...]."""
 
     def stem(self, input: Tensor) -> Tensor:
-        """Everything before the first stack."""
+        """Run everything before the first stack."""
         return input
 
     def head(self, features: Tensor) -> Tensor:
-        """Everything after the last stack."""
+        """Run everything after the last stack."""
         return features
 
 
@@ -71,7 +71,7 @@ class StackedEncoder(PatchEncoder, SplitEncoder):
 
     @abstractmethod
     def stem(self, patches: Tensor) -> Tensor:
-        """Everything before the first stack: patches [N, C, p, p] → feature maps [N, channels, h, w]."""
+        """Run everything before the first stack: patches [N, C, p, p] → feature maps [N, channels, h, w]."""
 
     def feature_maps(self, patches: Tensor) -> Tensor:
         return self.head(self.layers(self.stem(patches)))

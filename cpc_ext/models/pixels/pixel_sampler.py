@@ -127,7 +127,7 @@ class SampledModel(Protocol):
     levels: int
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """As of :class:`torch.nn.Module`."""
+        """Return what :meth:`torch.nn.Module.named_parameters` does."""
 
     def pixel_features(self, shape: tuple[int, int, int, int], labels: Tensor | None, *, cached: bool) -> PixelFeatures:
         """Return features of images [B, C, H, W], all zeros; if not cached, the whole network computes them."""

@@ -181,5 +181,5 @@ class _Notes:
 
 
 def _rows(weight: Tensor) -> Tensor:
-    """[O, C, kh, kw] as a matrix [kh * kw * C, O]."""
+    """Return [O, C, kh, kw] as a matrix [kh * kw * C, O]."""
     return weight.permute(2, 3, 1, 0).flatten(0, 2)

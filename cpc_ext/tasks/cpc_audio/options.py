@@ -56,7 +56,8 @@ FEW: Preset = {
 }
 
 PRESETS: Presets = {
-    # Minutes on two CPU cores. The paper's encoder, without norm, takes twice the steps to tell phones: docs/speech.md.
+    # Minutes on two CPU cores. The paper's encoder, without norm, needs twice the steps to separate phones:
+    # docs/speech.md.
     "voices": {
         "encoder": {"channels": 128, "norm": "channel"},
         "context": {"context_channels": 128},
@@ -64,6 +65,6 @@ PRESETS: Presets = {
     },
     "librispeech": {"optimization": {"epochs": 300, "batch_size": 8, "lr": 2e-4}},
     "audio-folder": {"optimization": {"epochs": 300, "batch_size": 8, "lr": 2e-4}},
-    # A small network with batch norm tells more phones than the paper's after the same minutes.
+    # A probe finds more phones from a small network with batch norm than from the paper's after the same minutes.
     "audio-folder-small": FEW,
 }

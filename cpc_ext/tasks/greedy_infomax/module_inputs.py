@@ -84,7 +84,7 @@ class ModuleInputs:
 
     @torch.no_grad()
     def _frozen_outputs(self, patches: Tensor) -> Tensor:
-        """Patches [B, rows, cols, C, p, p] → feature maps of the last frozen module, [B, rows·cols, D, h, w]."""
+        """Return the last frozen module's feature maps [B, rows·cols, D, h, w] of patches [B, rows, cols, C, p, p]."""
         features = patches.flatten(0, 2)
         with autocast(self._device, self._config.compute.precision):
             for module in self._model.encoder_modules[: self._model.frozen]:

@@ -63,7 +63,7 @@ class OutputCache:
         raise TrainingError(f"--cache-outputs: {path} was changed by another run; give each a folder of its own")
 
     def __call__(self, indices: np.ndarray) -> Tensor:
-        """The outputs at ``indices``, [B, *shape of one image's] on the device."""
+        """Return the outputs for images at ``indices``, [B, ...] on the device."""
         share = self._streams.share
         drawn = torch.randint(self._views, (share.whole(len(indices)),), generator=self._streams.views)
         rows = indices * self._views + share.part(drawn).numpy()
@@ -71,7 +71,7 @@ class OutputCache:
         return send(outputs, self._device)
 
     def labels(self, indices: np.ndarray) -> Tensor | None:
-        """The labels at ``indices``, int64 [B] on the device; None where the images have none."""
+        """Return the labels at ``indices``, int64 [B] on the device; None if the images have none."""
         return self._labels.labels(indices)
 
     @staticmethod

@@ -145,7 +145,7 @@ TASK = GreedyTask
 
 
 def _shape(config: GreedyConfig) -> list[dict[str, Any]]:
-    """The options that decide what a module is and what it sees."""
+    """Return the options that define a module and its inputs."""
     return [
         config.view.model_dump(),
         config.cpc.model_dump(include={"encoder", "norm"}),

@@ -141,5 +141,5 @@ TASK = GreedyAudioTask
 
 
 def _shape(config: GreedyAudioConfig) -> list[dict[str, Any]]:
-    """The options that decide what a module is."""
+    """Return the options that define a module."""
     return [config.encoder.model_dump(), config.greedy.model_dump(include={"modules"})]
