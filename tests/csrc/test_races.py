@@ -467,7 +467,7 @@ def module_without(trace: Path, barrier: str, header: str, kernels: str, folder:
             *("pixel_steps/cuda.cu", "pixel_steps/cuda.cu", "steps of a pixel", "run_steps"),
         ),
         (
-            "__syncthreads();  // The pixels are there, whoever transformed them.",
+            "__syncthreads();  // All pixels are transformed.",
             *("patches/extract.cuh", "patches/cuda.cu", "patches", "extract_tiles"),
         ),
     ],
