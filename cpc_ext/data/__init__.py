@@ -1,4 +1,4 @@
-"""Data sets as arrays, uint8 of images and int16 of sound, and the views of them that a model trains on."""
+"""Data sets as arrays (uint8 images, int16 sound), and the crops and windows of them that models train on."""
 
 from cpc_ext.data.audio.dataset import SAMPLE_RATE, SpeechDataset, WaveformSet, label_count
 from cpc_ext.data.audio.fetch import WaveformFetcher

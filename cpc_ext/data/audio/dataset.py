@@ -1,7 +1,7 @@
-"""What a data set of speech is to the rest of the package: one int16 array of sound, and where its recordings begin.
+"""Speech data sets: one int16 array with the samples of all recordings, and the positions at which they begin.
 
-All recordings lie end to end, those of a speaker beside each other, so that a window is an index: the sample where it
-begins. Nothing is decoded, scaled or copied here; that happens later, on the training device.
+All recordings lie end to end, with each speaker's next to each other, so that one index identifies a window: the sample
+at which it begins. Nothing is scaled or copied here; that happens later, on the training device.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ LABEL_CENTRE = LABEL_WINDOW // 2
 
 
 def label_count(samples: int) -> int:
-    """Labels of a recording of so many samples; label i is what sounds at its sample 160 i + 200."""
+    """Return the number of labels of a recording with this many samples; label i is the phone at sample 160 i + 200."""
     return max(0, 1 + (samples - LABEL_WINDOW) // LABEL_STEP)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class WaveformSet:
-    """Recordings at 16 kHz with, where they are known, their speakers and phones.
+    """Recordings at 16 kHz, with their speakers and phones where these are known.
 
     samples: int16 [N], in memory or memory-mapped: R recordings end to end, in the order of their speakers.
-    starts: int64 [R + 1], where each begins; the last is N.
-    names: of the R recordings, "SPEAKER-CHAPTER-NUMBER" or the paths of their files.
+    starts: int64 [R + 1], the sample at which each recording begins; the last entry is N.
+    names: one for each recording, "SPEAKER-CHAPTER-NUMBER" or the path of its file.
     speakers: int64 [R], ascending indices into the data set's speakers, or None.
     phones: uint8 or int16 [P], indices into the data set's phone names, on the grid of :func:`label_count`; or None.
-    phone_starts: int64 [R + 1], where those of a recording begin, with P at the end; None together with phones. A
-        recording may have fewer than the grid has places, where its alignment ends early or is not known.
+    phone_starts: int64 [R + 1], the index in phones at which each recording's labels begin; the last entry is P. None
+        if and only if phones is None. A recording has fewer labels than its grid has places if its alignment ends early
+        or is not known.
 
-    Raises ValueError where these do not fit together.
+    Raises ValueError if these do not fit together.
     """
 
     samples: np.ndarray
@@ -77,24 +78,24 @@ class WaveformSet:
         return len(self.names)
 
     def recording(self, index: int) -> np.ndarray:
-        """The samples of a recording, int16, as a view. IndexError where there is no such recording."""
+        """Return the samples of a recording, int16, as a view. Raises IndexError if there is no such recording."""
         return self.samples[self._part(self.starts, index)]
 
     def phones_of(self, index: int) -> np.ndarray:
-        """The phones of a recording, none where they are not known; ValueError where the set has none."""
+        """Return the phones of a recording, empty if they are not known. Raises ValueError if the set has no phones."""
         if self.phones is None or self.phone_starts is None:
             raise ValueError("the recordings have no phone labels")
         return self.phones[self._part(self.phone_starts, index)]
 
     @property
     def known_speakers(self) -> np.ndarray:
-        """The speakers; ValueError where there are none."""
+        """The speakers. Raises ValueError if the set has none."""
         if self.speakers is None:
             raise ValueError("the recordings have no speakers")
         return self.speakers
 
     def speakers_at(self, positions: np.ndarray) -> np.ndarray | None:
-        """Who speaks at these samples: int64 in the shape of positions, or None where that is not known."""
+        """Return the speaker at each of these samples, int64 in the shape of positions, or None if the set has none."""
         if self.speakers is None:
             return None
         return self.speakers[np.searchsorted(self.starts, positions, side="right") - 1]
@@ -119,13 +120,13 @@ def _check_starts(name: str, starts: np.ndarray, parts: int, total: int) -> None
 
 @dataclass(frozen=True, eq=False)
 class SpeechDataset:
-    """Recordings to learn from, and those held out, on which what was learnt is tested.
+    """Recordings to learn from, and recordings held out for testing.
 
-    train: what probes learn from, and models where there is no unlabeled.
-    speakers, phone_names: what the indices of the sets' speakers and phones stand for; empty where they have none.
-    unlabeled: more recordings, from which models learn in place of train. Their phones are not looked at.
+    train: recordings for probes, and for models if unlabeled is None.
+    speakers, phone_names: names of the indices in the sets' speakers and phones; empty if the sets have none.
+    unlabeled: more recordings, which models learn from in place of train. Their phones are not used.
 
-    Raises ValueError where a set has an index beyond its names.
+    Raises ValueError if a set has an index without a name.
     """
 
     name: str
@@ -145,5 +146,5 @@ class SpeechDataset:
 
     @property
     def pretrain(self) -> WaveformSet:
-        """What models learn from."""
+        """Recordings that models learn from: unlabeled if given, else train."""
         return self.train if self.unlabeled is None else self.unlabeled

@@ -1,6 +1,6 @@
-"""Recordings in files to int16 samples at 16 kHz: decoded once, by threads, by libsndfile, and resampled by soxr.
+"""Decoding of recordings to int16 samples at 16 kHz, once and in threads, with libsndfile, and soxr for resampling.
 
-A recording passes through in pieces, so that one of hours takes no more memory than its samples do in the end. What
+A recording is decoded piece by piece, so that one of hours takes no more memory than its int16 samples. A file that
 cannot be decoded is left out, with the reason.
 """
 
@@ -26,16 +26,16 @@ from cpc_ext.data.threads import in_order
 if TYPE_CHECKING:
     from types import ModuleType
 
-# Decoded ahead of writing: half an hour of speech, a hundred megabytes.
+# Recordings decoded ahead of writing: half an hour of speech, a hundred megabytes.
 AHEAD = 128
 _PIECE = 1 << 19
-# Share of the samples of a file in floating point that may lie beyond ±1, and are cut off; more are of another scale.
+# Share of a floating-point file's samples that may lie beyond ±1 and are clipped; with more, the scale is another one.
 _BEYOND = 0.01
-# How libsndfile tells that the header of WAV, AIFF, AU, SVX or W64 speaks of more sound than there is. Programs that
-# write into a pipe put the largest sizes there, and others count the header as well: so small a share is forgiven.
+# libsndfile's log entry for a WAV, AIFF, AU, SVX or W64 header that states more sound than the file has. Programs that
+# write into a pipe state the largest size (_OPEN_END), and others count the header as well, a share below _FORGIVEN.
 _CUT_OFF = re.compile(r"(?:data|SSND|Data Size|BODY|riff) *: (\d+) \(should be (\d+)\)")
-# Likewise of RF64 and AVR, in samples of a channel; what a NIST SPHERE file says of itself it does not tell. Of VOC it
-# tells no numbers. The headers of IRCAM, PAF and PVF do not speak of a length.
+# The same for RF64 and AVR, in samples of a channel. The log lacks the length that a NIST SPHERE header states, and for
+# VOC it has no numbers. The headers of IRCAM, PAF and PVF state no length.
 _SAMPLES = {
     "RF64": re.compile(r"does not match value from 'ds64' chunk of (\d+)"),
     "AVR": re.compile(r"^ +Frames +: (\d+)$", re.MULTILINE),
@@ -43,13 +43,13 @@ _SAMPLES = {
 _TRUNCATED = "Seems to be a truncated file"
 _NIST_HEADER, _NIST_SAMPLES = 1024, re.compile(rb"^sample_count -i +(\d+)", re.MULTILINE)
 _OPEN_END, _FORGIVEN = 2**31 - 2**16, 0.01
-# Samples a second, of which no sound has fewer: a header that says 1 would make hours of what is a second.
+# Lowest plausible sampling rate in Hz: a header that says 1 Hz would turn a second of sound into hours.
 _LOWEST_RATE = 1000
-# Samples in two frames of MP3, by which encoders and editors may be off where they state its length.
+# Samples in two MP3 frames: encoders and editors may state a length that is off by as much.
 _MP3_FRAMES = 2 * 1152
-# What libsndfile reads that has no header to tell the rate by, and what is no recording.
+# Formats that libsndfile reads, but that have no header with a sampling rate, or are not recordings.
 _NO_RECORDINGS = {"RAW", "MAT4", "MAT5", "XI", "SDS", "MPC2K", "WVE"}
-# Endings of formats that are called otherwise.
+# File name extensions of formats that are not named after their extension.
 _SUFFIXES = {
     "AIFF": {"aif", "aiff", "aifc"},
     "AU": {"au", "snd"},
@@ -61,7 +61,7 @@ _OTHERS = frozenset((".aac", ".ac3", ".amr", ".ape", ".dsf", ".m4a", ".mka", ".m
 
 
 class Recording(NamedTuple):
-    """A decoded file: int16 [N] at 16 kHz, and whether samples beyond ±1 were cut off."""
+    """A decoded file: int16 [N] at 16 kHz, and whether samples beyond ±1 were clipped."""
 
     samples: np.ndarray
     cut_off: bool
@@ -69,10 +69,10 @@ class Recording(NamedTuple):
 
 @dataclass
 class DecodedFiles:
-    """What became of files.
+    """Results of decoding files.
 
-    lengths: samples of each, 0 where it could not be decoded; reasons: why, by the file's index.
-    cut_off: indices of files in floating point that had samples beyond ±1.
+    lengths: number of samples of each file, 0 if it could not be decoded. reasons: why it could not, by file index.
+    cut_off: indices of floating-point files with samples beyond ±1, which were clipped.
     """
 
     lengths: list[int] = field(default_factory=list)
@@ -81,18 +81,18 @@ class DecodedFiles:
 
 
 def library(name: str) -> ModuleType:
-    """One of the libraries that recordings need. ImportError that says how to get it where it is missing."""
+    """Import one of the libraries that recordings need. Raises ImportError that says how to install a missing one."""
     found: ModuleType = optional(name, "audio", "recordings")
     return found
 
 
 def reader() -> tuple[str, str]:
-    """The library that reads files, and its version."""
+    """Return the name of the library that reads files, and its version."""
     return "libsndfile", str(library("soundfile").__libsndfile_version__)
 
 
 def read_recordings(root: Path, *, splits: bool = True) -> FileTree:
-    """Find the recordings below root, as :func:`read_tree` finds files."""
+    """Find the recordings below root with :func:`read_tree`."""
     formats = set(library("soundfile").available_formats()) - _NO_RECORDINGS
     library("soxr")
     endings = {ending for name in formats for ending in _SUFFIXES.get(name, {name.lower()})}
@@ -126,11 +126,11 @@ def decode_files(files: Sequence[Path], out: BinaryIO) -> DecodedFiles:
 
 
 def decode_recording(path: Path) -> Recording:
-    """One recording at 16 kHz, the mean of its channels.
+    """Decode one recording to 16 kHz, as the mean of its channels.
 
-    Integers of 16 bits are kept as they are where the rate and the channels are; others are scaled by the range of
-    their type, and floating point from ±1, what lies beyond being cut off. ValueError where the values are of no such
-    scale or the file does not hold what it says, and whatever else libsndfile raises.
+    The samples of a 16-bit file with one channel at 16 kHz stay as they are. Other integers are scaled by the range of
+    their type, floating point from ±1, and values beyond are clipped. Raises ValueError if floating-point values have
+    another scale or the file holds less than its header says, and whatever libsndfile raises.
     """
     with library("soundfile").SoundFile(path) as file:
         if file.samplerate < _LOWEST_RATE:
@@ -159,14 +159,14 @@ def decode_recording(path: Path) -> Recording:
 
 
 def _beyond(piece: np.ndarray) -> int:
-    """How many of these values lie beyond ±1. ValueError where some are no numbers."""
+    """Count the values beyond ±1. Raises ValueError if any is infinite or NaN."""
     if not np.isfinite(piece).all():
         raise ValueError("has samples that are infinite or no numbers")
     return int((np.abs(piece) > 1).sum())
 
 
 def _check(path: Path, file: Any, read: int, beyond: int) -> None:
-    """ValueError where a file does not hold the samples that it says, or these are of another scale."""
+    """Raise ValueError if a file holds fewer samples than it states, or samples of another scale than ±1."""
     if not read:
         raise ValueError("holds no samples")
     stated, there = map(int, found.groups()) if (found := _CUT_OFF.search(file.extra_info)) else (0, 0)
@@ -187,7 +187,7 @@ def _check(path: Path, file: Any, read: int, beyond: int) -> None:
 
 
 def _stated_samples(path: Path, file: Any) -> int:
-    """Samples that a header speaks of where libsndfile counts those that are there; 0 elsewhere."""
+    """Return the number of samples in the header of formats for which libsndfile counts those in the file; else 0."""
     found: re.Match[Any] | None = None
     if file.format in _SAMPLES:
         found = _SAMPLES[file.format].search(file.extra_info)
@@ -198,7 +198,7 @@ def _stated_samples(path: Path, file: Any) -> int:
 
 
 def _states_length(path: Path) -> bool:
-    """Whether an MP3 says in its first frame how many there are; elsewhere its length is an estimate."""
+    """Return whether an MP3's first frame states the number of frames; without, libsndfile estimates its length."""
     with path.open("rb") as file:
         tag = file.read(10)
         length = 0
@@ -207,13 +207,17 @@ def _states_length(path: Path) -> bool:
                 length = length << 7 | byte
             length += 10
         file.seek(length)
-        # Behind the header and what is for the decoder, whose length depends on version, channels and checksum.
+        # After the frame header and the side information, whose length depends on version, channels and checksum.
         found = re.search(rb"(?:Xing|Info)...(.)", file.read(64), re.DOTALL)
     return found is not None and bool(found[1][0] & 1)
 
 
 def decode_or_reason(path: Path, *, kept: bool = False) -> Recording | str:
-    """The recording, or why there is none; kept: for longer than the error may last, which then is a ValueError."""
+    """Decode a recording, or return the reason why it cannot be decoded.
+
+    kept: whether the result is kept for longer than an error may last. An error that may pass, such as one of the
+        network, then raises ValueError (see :func:`require_lasting`).
+    """
     # A damaged file makes libsndfile raise errors of its own, which are RuntimeErrors.
     try:
         return decode_recording(path)
@@ -224,7 +228,7 @@ def decode_or_reason(path: Path, *, kept: bool = False) -> Recording | str:
 
 
 def _of_system(path: Path, error: Exception) -> Exception:
-    """What the system said where libsndfile says no more than that it was the system."""
+    """Return the operating system's error if libsndfile reports only that there was one, else the error itself."""
     if "system error" not in getattr(error, "error_string", "").lower():
         return error
     try:
@@ -235,13 +239,13 @@ def _of_system(path: Path, error: Exception) -> Exception:
 
 
 def _reason(path: Path, error: Exception) -> str:
-    """Why a file could not be decoded, without its name."""
+    """Return the reason why a file could not be decoded, without its name."""
     with suppress(OSError):
         if path.stat().st_size == 0:
             return "the file is empty"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     said = getattr(error, "error_string", None) or str(error) or type(error).__name__
-    if "does not exist" in said and path.is_file():  # So libsndfile says of what is called MP3 and is none.
+    if "does not exist" in said and path.is_file():  # libsndfile's error for a file named .mp3 that is no MP3.
         said = "holds no sound that libsndfile recognises"
     return " ".join(said.split())[:200]

@@ -1,4 +1,4 @@
-"""The decoded recordings of a folder, kept as one mapped file, and the sets that they make."""
+"""The decoded recordings of a folder, cached in one memory-mapped file, and the sets made of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cpc_ext.data.notice import LeftOut
 
 # Part of a cache's key: raise it when what decoding writes changes.
 FORMAT = 4
-# A file of labels may have so many more or fewer than the grid has places; else they are of another recording.
+# The largest difference between a recording's number of labels and its grid; with more, they are another recording's.
 _LABELS_OFF = 2
 
 
@@ -27,7 +27,7 @@ _LABELS_OFF = 2
 class DecodedRecordings:
     """The recordings of files, end to end in the order of the files.
 
-    samples: int16 [N], mapped. lengths: int64, of each file's; 0 of those that were left out.
+    samples: int16 [N], memory-mapped. lengths: int64, the number of samples of each file, 0 if it was left out.
     """
 
     files: Sequence[TreeFile]
@@ -41,10 +41,10 @@ class DecodedRecordings:
         speakers: Sequence[int] | None,
         phones: dict[str, np.ndarray] | None = None,
     ) -> WaveformSet:
-        """The recordings of some neighbouring files as a set.
+        """Return the recordings of consecutive files as a set.
 
-        names, speakers: by the file's index; the speakers ascend. phones: labels by name, of some of the files; where
-        they are of none of those that are asked for, the set has no phones.
+        rows: indices of the files. names, speakers: one for each of all files; speakers ascend within rows.
+        phones: labels by name, for any of the files. Without labels for any file in rows, the set has no phones.
         """
         taken = [row for row in rows if self.lengths[row]]
         lengths = self.lengths[taken]
@@ -71,12 +71,12 @@ def decoded_recordings(
     *,
     variant: str,
 ) -> DecodedRecordings:
-    """The decoded recordings of files below root, those to train on before those to test on.
+    """Decode files below root, or open them from the cache; training files come before testing files.
 
-    left_out, notes: get what could not be decoded, and what else there is to say. variant: the data set's name.
+    left_out: receives the files that could not be decoded. notes: receives other remarks. variant: the data set's name.
 
-    Raises ImportError where a library is missing, ValueError where none of those to train on could be decoded, OSError
-    where the recordings cannot be kept.
+    Raises ImportError if a library is missing, ValueError if no training file could be decoded, OSError if the cache
+    cannot be written.
     """
     files = [*training, *testing]
     cache = DecodedCache(
@@ -103,9 +103,9 @@ def decoded_recordings(
 def fitting_labels(
     decoded: DecodedRecordings, names: Sequence[str], phones: dict[str, np.ndarray], notes: list[str]
 ) -> dict[str, np.ndarray]:
-    """Those labels that are as many as their recording has places for, or nearly.
+    """Return the labels whose number differs from their recording's grid by at most two.
 
-    The notes name the others, and recordings that have none.
+    The notes name the others, and recordings without labels.
     """
     fitting, others, without = {}, [], []
     for name, length in zip(names, decoded.lengths.tolist(), strict=True):

@@ -1,7 +1,8 @@
-"""Batches of windows of recordings by where they begin, on the training device.
+"""Batches of windows of recordings on the training device, given the samples at which the windows begin.
 
-Where all recordings fit on a CUDA device they are copied there once, and a batch is cut there in one step. Elsewhere it
-is cut out of the array or mapped file, and travels to CUDA through pinned memory while the device computes.
+If all recordings fit on a CUDA device, they are copied there once, and each batch is indexed there in one step.
+Otherwise a batch is cut out of the array or mapped file, and copied to CUDA through pinned memory while the device
+computes.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from cpc_ext.data.on_device import fits, require_indices, send, upload
 
 
 class WaveformFetcher:
-    """Gives batches of windows on a device.
+    """Returns batches of windows on a device.
 
-    waveforms: where they come from. device: where batches are wanted. window: samples of each.
-    resident: keep all recordings on the device. Default: on CUDA where they take at most a quarter of the free memory.
+    waveforms: recordings to cut windows out of. device: device of the batches. window: samples of a window.
+    resident: keep all recordings on the device. Default: on CUDA if they take at most a quarter of the free memory.
 
-    Raises ValueError where there is no window of that length.
+    Raises ValueError if the recordings together are shorter than a window.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class WaveformFetcher:
         self.waveforms = waveforms
         self.device = torch.device(device)
         self.window = window
-        # Not the mapped file's own class, whose every slice costs microseconds more.
+        # A plain array, because slicing a np.memmap takes microseconds longer.
         self._samples = np.asarray(waveforms.samples)
         if not 1 <= window <= len(self._samples):
             raise ValueError(f"window: expected 1..{len(self._samples)} samples, got {window}")
@@ -51,9 +52,9 @@ class WaveformFetcher:
         return self._resident is not None
 
     def __call__(self, starts: np.ndarray | Sequence[int]) -> Tensor:
-        """The windows that begin at these samples (integers, [B]): int16 [B, 1, window] on the device.
+        """Return the windows that begin at these samples (integers, [B]): int16 [B, 1, window] on the device.
 
-        Raises IndexError where a window does not lie in the sound, TypeError where they are not integers.
+        Raises IndexError if a window does not lie within the samples, TypeError if starts are not integers.
         """
         chosen = require_indices("starts", starts, len(self._samples) - self.window + 1)
         if self._resident is not None:
@@ -62,6 +63,6 @@ class WaveformFetcher:
         return send(windows[chosen], self.device)[:, None]
 
     def labels(self, starts: np.ndarray) -> Tensor | None:
-        """Who speaks where these windows begin: int64 [B] on the device; None where that is not known."""
+        """Return the speakers at the first samples of windows: int64 [B] on the device; None if not known."""
         speakers = self.waveforms.speakers_at(np.asarray(starts))
         return None if speakers is None else send(speakers, self.device)

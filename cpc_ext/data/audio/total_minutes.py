@@ -1,4 +1,4 @@
-"""How long the user's own recordings are together, from their heads: what chooses a run's defaults."""
+"""Total duration of the user's own recordings, from their headers, by which a run's defaults are chosen."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ __all__ = ["total_minutes"]
 
 
 def total_minutes(root: Path, *, enough: float) -> float | None:
-    """Minutes of the recordings below a folder, or as many of them as it takes to see that they are enough.
+    """Return the minutes of the recordings below a folder, or stop counting at ``enough``.
 
-    None where none can be read, of which whoever loads them tells more.
+    Returns None if no recording can be read; loading the data set then reports the reason.
     """
     try:
         tree = read_recordings(root.expanduser())
@@ -20,7 +20,7 @@ def total_minutes(root: Path, *, enough: float) -> float | None:
         return None
     minutes = 0.0
     for file in (*tree.train, *tree.test):
-        # libsndfile's errors are RuntimeErrors, and those of a file's reader may be any.
+        # libsndfile raises RuntimeErrors, and reading a file may raise others.
         try:
             minutes += library("soundfile").info(root.expanduser() / file.path).duration / 60
         except Exception:

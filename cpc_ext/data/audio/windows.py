@@ -1,8 +1,8 @@
-"""Batches of windows of recordings, each window by the sample where it begins: which ones meet in a batch, and when.
+"""Sampling of batches of windows of recordings; a window is given by the sample at which it begins.
 
-An epoch cuts stretches of sound into windows that do not overlap, from a random place on: all sound, that of a speaker,
-or a recording. What a batch takes its windows from decides what its negatives are. Or it takes one window, anywhere, of
-every recording.
+Each epoch cuts stretches of sound (all recordings together, those of a speaker, or each one) into windows that do not
+overlap, from a random offset on, or takes one window of every recording. The stretches from which a batch takes its
+windows determine its negatives.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ WINDOW = 20480
 
 
 class WindowSampler(BatchSampler):
-    """Batches of windows, int64 [B] of the samples where they begin, an epoch a pass.
+    """Yields batches of windows as int64 [B], the samples at which they begin; one pass is an epoch.
 
-    waveforms: what windows are of. window: samples of each.
-    kind: "recordings" takes a window of every recording in an epoch, its begin drawn from the multiples of 10 ms, as
-        Greedy InfoMax does. The others cut sound into windows, as CPC_audio does, and fill a batch with windows of all
-        recordings ("uniform"), of one speaker or of one recording ("same-speaker", "same-sequence"), or let each place
-        of the batch go through a share of all sound in its order ("sequential").
-    cross_borders: cut "uniform" and "sequential" windows of all sound, "same-speaker" ones of all that a speaker says,
-        so that a window may hold the end of a recording and the beginning of the next. Otherwise, and for the other
-        kinds, windows lie in recordings, and shorter ones are left out; a warning names them.
-    drop_last: make full batches only. Otherwise what is left of a speaker or recording makes a smaller batch, as in
-        CPC_audio.
+    waveforms: recordings to cut windows out of. window: samples of a window.
+    kind: "recordings" takes one window of every recording in an epoch, beginning at a random multiple of 10 ms, as
+        Greedy InfoMax does. The others cut sound into windows, as CPC_audio does. A batch then has windows of all
+        recordings ("uniform"), of one speaker or of one recording ("same-speaker", "same-sequence"), or each position
+        in the batch walks through its own share of all sound, in order ("sequential").
+    cross_borders: cut "uniform" and "sequential" windows out of all recordings end to end, and "same-speaker" windows
+        out of all of a speaker's, so that a window may hold the end of a recording and the beginning of the next.
+        Otherwise, and for the other kinds, windows lie within recordings, and shorter recordings are left out; a
+        warning names them.
+    drop_last: make full batches only. Otherwise the remaining windows of a speaker or recording make a smaller batch,
+        as in CPC_audio.
     batch_size, seed, rank, world_size: see :class:`BatchSampler`.
 
-    Raises ValueError where no batch can be made.
+    Raises ValueError if no batch can be made.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class WindowSampler(BatchSampler):
         self.kind = kind
         self.cross_borders = cross_borders
         self._starts, lengths, groups = self._stretches()
-        # Half a window stays free for cutting at another place every epoch, where a stretch is not left without any.
+        # Half a window stays free, so that every epoch can cut at another offset, unless it would leave no window.
         self._counts = np.maximum((lengths - window // 2) // window, lengths >= window)
         if kind == "recordings":
             self._counts = np.minimum(self._counts, 1)
@@ -75,7 +76,7 @@ class WindowSampler(BatchSampler):
         self._tell(lengths, groups)
 
     def _stretches(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What is cut into windows: begins and lengths in samples, and what windows of a batch have in common."""
+        """Return the stretches to cut into windows: starts and lengths in samples, and groups that share no batch."""
         starts = self.waveforms.starts
         groups = np.zeros(len(self.waveforms), np.int64)
         if self.kind == "same-speaker":
@@ -88,7 +89,7 @@ class WindowSampler(BatchSampler):
         return starts[:-1], np.diff(starts), groups
 
     def _plan(self) -> tuple[np.ndarray, np.ndarray]:
-        """Which batch each window is in, in the order of their groups (-1 for none), and the batches' sizes."""
+        """Return each window's batch (-1 for none), with windows in the order of their groups, and the batch sizes."""
         if self.kind == "sequential":
             share = len(self._groups) // self.batch_size
             batches = np.arange(len(self._groups)) % max(share, 1)
@@ -119,7 +120,7 @@ class WindowSampler(BatchSampler):
         windows = np.repeat(begins, self._counts) + number * self.window
         order = np.arange(len(self))
         if self.kind != "sequential":
-            # A random order, in which then those of a group are brought together.
+            # Shuffle the windows, then sort them by group: a stable sort keeps the random order within groups.
             mixed = rng.permutation(len(windows))
             windows = windows[mixed[np.argsort(self._groups[mixed], kind="stable")]]
             order = rng.permutation(len(self))
@@ -151,7 +152,7 @@ class WindowSampler(BatchSampler):
         }
 
     def _tell(self, lengths: np.ndarray, groups: np.ndarray) -> None:
-        """Say, once, which recordings or speakers no batch will ever hold."""
+        """Warn once of recordings or speakers that are in no batch."""
         left_out = LeftOut("recordings")
         whole = len(lengths) == len(self.waveforms)
         used = set(self._groups[self._batches >= 0].tolist())

@@ -1,1 +1,1 @@
-"""Data sets of sound that is drawn from a seed, one a module: ``load(*, seed, utterances)``."""
+"""Data sets of sound generated from a seed, one in each module: ``load(*, seed, utterances)``."""

@@ -1,11 +1,11 @@
-"""The embedded data set of speech: sixteen voices that say words of an invented language, drawn from a seed in seconds.
+"""Synthetic speech: sixteen voices that say words of an invented language, generated from a seed in seconds.
 
-A voice has a vocal tract of its own length, a pitch, a rate, and a way of breathing; a phone is where the formants of
-that tract are heading and what sounds meanwhile. Formants move as slowly as tongues do, so that a phone depends on its
-neighbours and is seldom heard as it stands in the table; voiceless stops are silence until they burst. Every utterance
-is recorded in another room, at another loudness, through another microphone and before a noise. So a single frame tells
-part of what is said, energy alone little, and the frames around it the rest. What differs between recordings is kept
-small beside what differs within them: a model that tells encodings apart would else learn the rooms first.
+A voice has its own length of vocal tract, pitch, rate and breathiness. A phone is a set of target formants of that
+tract, with the sources that sound on the way there. Formants move as slowly as tongues do, so that a phone depends on
+its neighbours and seldom reaches its targets; voiceless stops are silent until they burst. Every utterance is recorded
+in another room, at another loudness, through another microphone and with background noise. So a single frame holds only
+part of what is said, its energy little, and the surrounding frames the rest. Recordings differ less from each other
+than frames within a recording do: otherwise a contrastive model would learn to distinguish rooms first.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ SPEAKERS = 16
 SPLIT_SIZES = {"train": 11, "test": 4}
 WORDS = 80
 _FRAMES_A_SECOND = SAMPLE_RATE // HOP
-# Formants take 105 ms to get from one place to another, longer than most phones last; amplitudes take 20 ms.
+# Formants take 105 ms to move to their next targets, longer than most phones last; amplitudes take 20 ms.
 _TONGUE_FRAMES, _SOURCE_FRAMES = 21, 4
 
 
 class Phone(NamedTuple):
-    """How a phone is made by a vocal tract of 17 cm.
+    """A phone as produced by a vocal tract of 17 cm.
 
-    f1, f2, f3: the formants it heads for, Hz; 0 for those of what follows. ms: how long it lasts.
-    voicing, aspiration, frication: amplitudes of the sources. centre, width: of the frication, Hz.
-    damping: how much wider than usual the formants are. closed: ms of closure before it bursts; 0 of what is no stop.
+    f1, f2, f3: its target formants in Hz; 0 for those of a neighbour. ms: its duration.
+    voicing, aspiration, frication: amplitudes of the sources. centre, width: of the frication's spectrum, in Hz.
+    damping: factor on the bandwidths of all formants but the first. closed: ms of closure before the burst of a stop.
     """
 
     f1: float
@@ -53,7 +53,7 @@ def _noisy(f2: float, centre: float, width: float, ms: float, frication: float, 
 
 
 def _stop(f2: float, f3: float, centre: float, width: float, *, voiced: bool) -> Phone:
-    # What is voiced goes on humming while it is closed, and what is not breathes out afterwards.
+    # A voiced stop hums during its closure; a voiceless one is aspirated after it.
     return Phone(
         *(250, f2, f3, 20 if voiced else 45),
         voicing=0.25 if voiced else 0.0,
@@ -110,7 +110,13 @@ PHONE_NAMES = (SILENCE, *PHONES)
 
 @dataclass(frozen=True)
 class Voice:
-    """A speaker: how much shorter than 17 cm the tract is, Hz, semitones, how fast, and how the pulses sound."""
+    """A speaker.
+
+    shorter: factor on the formants, above 1 for a vocal tract shorter than 17 cm. pitch: mean pitch in Hz.
+    melody: range of the pitch in semitones. rate: speed of speech, 1 for the durations in the table of phones.
+    breath: how much noise accompanies voicing. tilt: Hz above which the pulses' spectrum falls by 6 dB an octave.
+    upper: fourth and fifth formants in Hz, before the factor.
+    """
 
     shorter: float
     pitch: float
@@ -122,7 +128,7 @@ class Voice:
 
 
 def _voice(rng: np.random.Generator, number: int) -> Voice:
-    # Spread evenly, as sixteen draws would leave some alike.
+    # Sizes are spread evenly, as independent draws would make some voices alike.
     size = (number + rng.random()) / SPEAKERS
     return Voice(
         shorter=0.88 + 0.34 * size,
@@ -135,12 +141,13 @@ def _voice(rng: np.random.Generator, number: int) -> Voice:
     )
 
 
-# All consonants but those before vowels alone, and G: a word that ended in it would be another for every seed.
+# Consonants that may end a word: all but the glides, which only precede vowels, and G. To add G now would change the
+# words of every seed.
 _ENDINGS = [*NASALS, *FRICATIVES, *STOPS][:-1]
 
 
 def _word(rng: np.random.Generator) -> tuple[str, ...]:
-    """One to three syllables: consonants that may precede a vowel, the vowel, at times a consonant."""
+    """Draw a word of one to three syllables, each one or two consonants and a vowel, and at times a final consonant."""
     word: list[str] = []
     for _ in range(rng.choice([1, 2, 3], p=[0.25, 0.5, 0.25])):
         word.append(str(rng.choice(list(CONSONANTS))))
@@ -153,7 +160,7 @@ def _word(rng: np.random.Generator) -> tuple[str, ...]:
 
 
 class _Piece(NamedTuple):
-    """A part of a phone that goes towards one place: what it is, how it sounds, for how many frames of 5 ms."""
+    """A part of a phone with one set of targets: its label, its sound, and its duration in frames of 5 ms."""
 
     label: int
     sound: Phone
@@ -164,7 +171,7 @@ _PAUSE = Phone(0, 0, 0, 100, voicing=0.0, aspiration=0.0)
 
 
 def _pieces(words: list[tuple[str, ...]], voice: Voice, rng: np.random.Generator) -> list[_Piece]:
-    """A sentence as pieces, with silence around it and at times within."""
+    """Split a sentence into pieces, with silence around it and sometimes between words."""
 
     def frames(ms: float) -> int:
         return max(2, round(ms / voice.rate * rng.lognormal(0, 0.2) * _FRAMES_A_SECOND / 1000))
@@ -184,7 +191,7 @@ def _pieces(words: list[tuple[str, ...]], voice: Voice, rng: np.random.Generator
 
 
 def _smooth(values: np.ndarray, frames: int) -> np.ndarray:
-    """Values [T, ...] as they are when they cannot change faster than within so many frames."""
+    """Smooth values [T, ...] along time with a Hann window of this many frames, which bounds how fast they change."""
     kernel = np.hanning(frames + 2)[1:-1]
     padded = np.pad(values, ((frames // 2, frames - 1 - frames // 2), *[(0, 0)] * (values.ndim - 1)), "edge")
     around = np.lib.stride_tricks.sliding_window_view(padded, frames, axis=0)
@@ -193,9 +200,10 @@ def _smooth(values: np.ndarray, frames: int) -> np.ndarray:
 
 
 def _course(pieces: list[_Piece], voice: Voice, rng: np.random.Generator) -> Course:
-    """The course of an utterance in a voice."""
+    """Return the course of an utterance's parameters in a voice."""
     table = np.array([piece.sound for piece in pieces])
-    # Nobody says a phone twice alike; and what has no formants of its own has those of what follows, or of before.
+    # Formants vary from one utterance of a phone to the next. A piece without formants takes those of the piece after
+    # it, or before it.
     targets = table[:, :3] * rng.lognormal(0, 0.07, (len(pieces), 3))
     for number in [*range(len(pieces) - 2, -1, -1), *range(1, len(pieces))]:
         if not targets[number, 0]:
@@ -227,7 +235,7 @@ def _course(pieces: list[_Piece], voice: Voice, rng: np.random.Generator) -> Cou
 
 
 def _response(count: int, decibels: float, rng: np.random.Generator) -> np.ndarray:
-    """A microphone's response at so many frequencies, float32: it rises or falls, and bends, over the spectrum."""
+    """Draw a microphone's response at ``count`` frequencies, float32: a smooth curve of four cosines in decibels."""
     coarse = np.linspace(0, 1, 257)
     waves = np.cos(np.pi * coarse[:, None] * np.arange(1, 5)) @ rng.normal(0, decibels, 4)
     response: np.ndarray = np.interp(np.linspace(0, 1, count), coarse, 10 ** (waves / 20)).astype(np.float32)
@@ -235,7 +243,7 @@ def _response(count: int, decibels: float, rng: np.random.Generator) -> np.ndarr
 
 
 def _recorded(sound: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A sound, float32 [N], as int16: in a room, through a microphone, before a noise, at some loudness."""
+    """Return a sound, float32 [N], as int16, with reverberation, a microphone's response, noise and a level."""
     tail = round(rng.uniform(0.08, 0.2) * SAMPLE_RATE)
     room = rng.standard_normal(tail, np.float32) * np.exp(-6.9 * np.arange(tail, dtype=np.float32) / tail)
     room *= rng.uniform(0.05, 0.2) / np.linalg.norm(room)
@@ -251,7 +259,7 @@ def _recorded(sound: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _utterance(words: list[tuple[str, ...]], voice: Voice, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A sentence in a voice: int16 [N], and its labels, uint8 [L]."""
+    """Synthesize a sentence in a voice: int16 [N], and its labels, uint8 [L]."""
     pieces = _pieces(words, voice, rng)
     sound = _recorded(synthesize(_course(pieces, voice, rng), rng), rng)
     by_frame = np.repeat([piece.label for piece in pieces], [piece.frames for piece in pieces])
@@ -260,10 +268,11 @@ def _utterance(words: list[tuple[str, ...]], voice: Voice, rng: np.random.Genera
 
 
 def make_voices(utterances: int, *, split: str = "train", seed: int = 0) -> WaveformSet:
-    """Draw so many utterances of each of the sixteen speakers.
+    """Generate this many utterances of each of the sixteen speakers.
 
-    The same seed gives the same voices and language, and the same utterances whatever their number; the splits "train"
-    and "test" share voices and words but no utterance. ValueError for a negative number or seed, or an unknown split.
+    The same seed gives the same voices and language, and the same first utterances whatever their number. The splits
+    "train" and "test" share voices and words but no utterance. Raises ValueError for a negative number or seed, or an
+    unknown split.
     """
     if utterances < 0:
         raise ValueError(f"utterances: expected 0 or more, got {utterances}")
@@ -294,10 +303,10 @@ def make_voices(utterances: int, *, split: str = "train", seed: int = 0) -> Wave
 
 
 def load(*, seed: int = 0, utterances: int | None = None) -> SpeechDataset:
-    """The data set of voices: about ten minutes to train on, and nearly four of the same speakers to test on.
+    """Generate the data set of voices: about ten minutes for training, and nearly four of the same speakers to test on.
 
-    utterances: of each speaker for models to learn from, ten of which last about as many minutes; their first are those
-        that probes learn from, in any case.
+    utterances: number for each speaker that models learn from; ten of each last about ten minutes in total. Probes
+        learn from the first eleven of each speaker in any case. Default: models learn from these, too.
     """
     splits = {split: make_voices(count, split=split, seed=seed) for split, count in SPLIT_SIZES.items()}
     return SpeechDataset(

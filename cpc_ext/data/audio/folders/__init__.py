@@ -1,1 +1,1 @@
-"""Data sets of the recordings in a folder of the user, one a module: ``load(data_dir)``."""
+"""Data sets made of a user's folder of recordings, one in each module: ``load(data_dir)``."""

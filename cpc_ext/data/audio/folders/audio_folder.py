@@ -1,7 +1,7 @@
 """Any tree of recordings as a data set, decoded once into a memory-mapped cache.
 
-A sub-folder is a speaker, folders called train and test or validation are splits (see file_tree). The cache is found by
-what tells that a file changed, so a changed tree is decoded anew (see decoded_cache).
+A sub-folder is a speaker; folders named train and test or validation are splits (see file_tree). The cache's key
+changes with the files, so that a changed tree is decoded again (see decoded_cache).
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from cpc_ext.data.splits import class_names, hold_out
 
 
 def load(data_dir: str | Path) -> SpeechDataset:
-    """Open a tree of recordings, in whatever format, rate and number of channels libsndfile reads.
+    """Open a tree of recordings, in any format, rate and number of channels that libsndfile reads.
 
-    Splits and classes are found as for a folder of images, a class being a speaker: a training and a test folder beside
-    each other are the splits, and without either about a tenth of each speaker's recordings is held out for testing,
-    decided by each one's path alone. Speakers are known where every recording lies in one of at least two folders;
-    those of the test recordings where all of them are trained on. There are no phones. Unlabelled recordings are left
-    out.
+    Splits and speakers are found as splits and classes are for a folder of images. A training and a test folder next to
+    each other are the splits. Without them, about a tenth of each speaker's recordings is held out for testing; the
+    choice depends on each recording's path alone. Speakers are known if every recording lies in one of at least two
+    folders; those of the test recordings only if all of them are trained on. There are no phones. Unlabelled recordings
+    are left out.
 
-    A warning says what was taken for what where that had to be guessed, and which files were left out and why; of
-    several processes that of rank 0 says it.
+    A warning says what had to be guessed about the tree, and which files were left out and why. Of several processes
+    only rank 0 warns.
 
-    Decoding needs the cache folder (see cache_dir) to have room for 32 KB a second. Raises ImportError where soundfile
-    or soxr is missing, FileNotFoundError, NotADirectoryError or PermissionError for the tree, ValueError where it holds
-    no readable recording, OSError where the cache cannot be written.
+    Decoding takes 32 KB for each second in the cache folder (see cache_dir). Raises ImportError if soundfile or soxr is
+    missing, FileNotFoundError, NotADirectoryError or PermissionError for the tree, ValueError if it holds no readable
+    recording, OSError if the cache cannot be written.
     """
     root = Path(data_dir).expanduser()
     tree = read_recordings(root)
@@ -45,7 +45,7 @@ def load(data_dir: str | Path) -> SpeechDataset:
     speakers = class_names(root, training, testing, "recordings", tree.notes, alike=False)
     training, testing = _by_speaker(training), _by_speaker(testing)
     for file in tree.unlabeled:
-        # Their speakers are not known, by which most models of speech choose windows.
+        # Most models of speech choose windows by speaker, and the speakers of these are not known.
         tree.left_out.add(file.path, "in an unlabelled folder, of which only data sets of images make use")
     decoded = decoded_recordings(root, training, testing, tree.left_out, tree.notes, variant="audio-folder")
     strangers = {file.label for file in testing} - set(speakers)
@@ -68,5 +68,5 @@ def load(data_dir: str | Path) -> SpeechDataset:
 
 
 def _by_speaker(files: Sequence[TreeFile]) -> list[TreeFile]:
-    """The files of each speaker beside each other, in the order of the tree otherwise."""
+    """Return the files sorted by speaker, each speaker's in the order of the tree."""
     return sorted(files, key=lambda file: file.label)

@@ -1,1 +1,1 @@
-"""Data sets with published recordings, one a module: ``load(data_dir, *, download)``."""
+"""Published data sets of recordings, one in each module: ``load(data_dir, *, download)``."""

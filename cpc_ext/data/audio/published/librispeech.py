@@ -1,4 +1,4 @@
-"""LibriSpeech: recordings in folders SPEAKER/CHAPTER, with the lists and labels that speech programs share if given.
+"""LibriSpeech: recordings in folders SPEAKER/CHAPTER, with the split lists and phone labels of CPC papers if given.
 
 Source: Panayotov et al. 2015, https://www.openslr.org/12. The split of train-clean-100 and its 41 phones, from forced
 alignments, are those of van den Oord et al. 2018, arXiv 1807.03748, published as `train_split.txt`, `test_split.txt`
@@ -24,8 +24,8 @@ from cpc_ext.data.notice import tell
 from cpc_ext.data.splits import hold_out
 
 SUBSET = "train-clean-100"
-# The published checksum is an MD5, 2a93770f6d5c6c964bc36631d331a522. SHA-256 is that with which torchaudio fetches the
-# file (torchaudio/datasets/librispeech.py), the size is what TensorFlow Datasets has.
+# The published checksum is an MD5, 2a93770f6d5c6c964bc36631d331a522. The SHA-256 is that of torchaudio
+# (torchaudio/datasets/librispeech.py), the size that of TensorFlow Datasets.
 ARCHIVE = Archive(
     url="https://www.openslr.org/resources/12/train-clean-100.tar.gz",
     sha256="d4ddd1d5a6ab303066f14971d768ee43278a5f2a0aa43dc716b0e64ecbbbf6e2",
@@ -39,19 +39,20 @@ PHONES = 41
 
 
 def load(data_dir: str | Path | None = None, *, download: bool = False) -> SpeechDataset:
-    """Open LibriSpeech's train-clean-100, or any folder that has SPEAKER/CHAPTER/SPEAKER-CHAPTER-NUMBER.flac as it has.
+    """Open LibriSpeech's train-clean-100, or any folder with files SPEAKER/CHAPTER/SPEAKER-CHAPTER-NUMBER.flac.
 
-    data_dir: that folder, or what holds it, as `train-clean-100` or `LibriSpeech/train-clean-100`. The lists and the
-        labels are looked for in there, beside it up to where LibriSpeech lies, and in `LibriSpeech100_labels_split`.
+    data_dir: that folder, or one that holds it as `train-clean-100` or `LibriSpeech/train-clean-100`. The lists and the
+        labels are searched in that folder, in those above it up to the one that holds LibriSpeech, and in their
+        folders `LibriSpeech100_labels_split`.
 
-    With `train_split.txt` and `test_split.txt`, one SPEAKER-CHAPTER-NUMBER a line, these are the splits, and recordings
-    in neither are left out; with one of them, the other split has the rest. Without, a tenth of each speaker's
-    recordings is held out, the same ones on every run, and so where lists beside another subset are of none of its
-    recordings. Phones are those of `converted_aligned_phones.txt`; they have the names in `phones.txt`, where a line is
-    a number and a name, else their numbers.
+    `train_split.txt` and `test_split.txt`, with one SPEAKER-CHAPTER-NUMBER on each line, are the splits, and recordings
+    in neither are left out. With one of the lists, the other split has all other recordings. Without lists, or with
+    lists next to another subset that name none of its recordings, a tenth of each speaker's recordings is held out, the
+    same ones on every run. Phones are read from `converted_aligned_phones.txt`. Their names are those in `phones.txt`,
+    whose lines are a number and a name, else their numbers.
 
-    Raises FileNotFoundError where files are missing, ValueError where there are none of that layout or a list is
-    damaged, DownloadError, ImportError where soundfile or soxr is missing, OSError where the cache cannot be written.
+    Raises FileNotFoundError if files are missing, ValueError if no file has that layout or a list is damaged,
+    DownloadError, ImportError if soundfile or soxr is missing, OSError if the cache cannot be written.
     """
     root = _home(data_dir, download=download)
     tree = read_recordings(root, splits=False)
@@ -83,7 +84,7 @@ def load(data_dir: str | Path | None = None, *, download: bool = False) -> Speec
 
 
 def _home(data_dir: str | Path | None, *, download: bool) -> Path:
-    """The folder whose folders are the speakers."""
+    """Return the folder that contains the speakers' folders."""
     root = datasets_dir(data_dir)
 
     def found() -> Path | None:
@@ -103,12 +104,12 @@ def _home(data_dir: str | Path | None, *, download: bool) -> Path:
 
 
 def _has_utterances(folder: Path) -> bool:
-    """Whether anything below is called SPEAKER/CHAPTER/SPEAKER-CHAPTER-NUMBER.flac, or ends otherwise."""
+    """Return whether any file below is named SPEAKER/CHAPTER/SPEAKER-CHAPTER-NUMBER, with any extension."""
     return any(path.name.startswith("-".join((*path.parts[-3:-1], ""))) for path in folder.glob("*/*/*-*-*.*"))
 
 
 def _name(file: TreeFile) -> str:
-    """SPEAKER-CHAPTER-NUMBER."""
+    """Return SPEAKER-CHAPTER-NUMBER."""
     return file.path.rpartition("/")[2].rpartition(".")[0]
 
 
@@ -117,7 +118,7 @@ def _as_number(speaker: str) -> tuple[bool, int, str]:
 
 
 def _utterances(root: Path, tree: FileTree) -> list[TreeFile]:
-    """The recordings that are called as their folders, each once, in the order of their names."""
+    """Return the recordings whose names agree with their folders, one of each name, in the order of the tree."""
     found: dict[str, TreeFile] = {}
     for file in tree.train:
         name, parts = _name(file), file.path.split("/")
@@ -134,7 +135,7 @@ def _utterances(root: Path, tree: FileTree) -> list[TreeFile]:
 
 
 def _given(root: Path, notes: list[str]) -> dict[str, Path]:
-    """The files of lists and labels that there are, by name; beside the speakers, or above in LibriSpeech's folders."""
+    """Find the files of lists and labels, by name, next to the speakers or above them in LibriSpeech's folders."""
     places = [root]
     if root.name == SUBSET or root.parent.name == ARCHIVE.folder:
         places.append(root.parent)
@@ -154,14 +155,14 @@ def _given(root: Path, notes: list[str]) -> dict[str, Path]:
 def _split(
     root: Path, files: list[TreeFile], given: dict[str, Path], notes: list[str]
 ) -> tuple[list[TreeFile], list[TreeFile]]:
-    """The recordings to train and to test on, by the lists that are given."""
+    """Split the recordings into those to train and to test on, by the lists that are given."""
     listed = {name: _ids(given[name]) for name in (TRAIN_LIST, TEST_LIST) if name in given}
     have = {_name(file) for file in files}
     for name, ids in list(listed.items()):
         if not ids & have:
             if root.name == SUBSET or given[name].is_relative_to(root):
                 raise ValueError(f"{given[name]}: none of its {len(ids)} recordings is there")
-            # Lists that lie beside another subset are those of train-clean-100.
+            # Lists next to another subset are those of train-clean-100.
             notes.append(f"{given[name]} has none of the recordings, so it is taken as not given")
             del listed[name]
         elif missing := sorted(ids - have):
@@ -191,7 +192,7 @@ def _split(
 
 
 def _lines(path: Path) -> Iterator[list[str]]:
-    """The words of every line that has some. ValueError where the file is no text."""
+    """Yield the words of every line that is not blank. Raises ValueError if the file is not text."""
     try:
         # Some editors begin a file with a byte order mark, which would be part of the first name.
         with path.open(encoding="utf-8-sig") as lines:
@@ -212,13 +213,13 @@ def _ids(path: Path) -> set[str]:
 
 
 def _labels(path: Path, wanted: set[str]) -> dict[str, np.ndarray]:
-    """The labels of the recordings that are wanted, int16."""
+    """Read the labels of the wanted recordings, int16."""
     labels: dict[str, np.ndarray] = {}
     for name, *numbers in _lines(path):
         if name in wanted:
             try:
                 found = np.array(list(map(int, numbers)), np.int64)
-                if found.max(initial=0) > np.iinfo(np.int16).max:  # Which NumPy 1 takes for another number.
+                if found.max(initial=0) > np.iinfo(np.int16).max:  # NumPy 1 would wrap it around without an error.
                     raise OverflowError(f"{found.max()} is too large")
             except (ValueError, OverflowError) as error:
                 raise ValueError(f"{path}: expected numbers after {name}: {error}") from None
@@ -231,7 +232,7 @@ def _labels(path: Path, wanted: set[str]) -> dict[str, np.ndarray]:
 
 
 def _phone_names(path: Path | None, highest: int) -> tuple[str, ...]:
-    """The names of the phones, those of a file where they are all there, else numbers."""
+    """Return the names of the phones, from a file if given, else their numbers. The file must name all of them."""
     if path is None:
         return tuple(map(str, range(max(PHONES, highest + 1))))
     names = {}
