@@ -1,4 +1,4 @@
-"""Which part of a batch a process holds, so that several processes together draw what a single one would."""
+"""The part of a batch that a process holds, so that several processes together draw the same as a single one."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ __all__ = ["BatchShare"]
 class BatchShare:
     """The rank-th of world_size equal parts of a batch.
 
-    Random numbers of images are drawn for the whole batch on every process, each of which takes its own: what an image
-    gets then does not depend on how many processes there are.
+    Every process draws random numbers for the images of the whole batch and keeps those of its own part, so that an
+    image's random numbers do not depend on the number of processes.
     """
 
     rank: int = 0
     world_size: int = 1
 
     def whole(self, images: int) -> int:
-        """Images of the whole batch where a part has ``images``."""
+        """Return the number of images in the whole batch, given that of a part."""
         return images * self.world_size
 
     def part(self, values: Tensor) -> Tensor:
-        """Those of values [whole batch, ...] that belong to this process's images."""
+        """Return this process's part of values [whole batch, ...]."""
         size = len(values) // self.world_size
         return values[self.rank * size : (self.rank + 1) * size]

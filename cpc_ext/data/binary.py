@@ -10,7 +10,7 @@ import numpy as np
 def open_records(path: Path, count: int, record_bytes: int) -> np.ndarray:
     """Map a file of `count` records read-only: uint8 [count, record_bytes].
 
-    Raises FileNotFoundError where it is missing, ValueError where its size is another.
+    Raises FileNotFoundError if it is missing, ValueError if its size differs.
     """
     size = require_file(path).stat().st_size
     if size != count * record_bytes:
@@ -22,7 +22,7 @@ def open_records(path: Path, count: int, record_bytes: int) -> np.ndarray:
 
 
 def read_names(path: Path, count: int) -> tuple[str, ...]:
-    """The `count` class names of a text file with one name a line. ValueError where there are more or fewer."""
+    """Read `count` class names from a text file, one on each line. Raises ValueError if it has more or fewer."""
     try:
         names = tuple(require_file(path).read_text(encoding="utf-8").split())
     except UnicodeDecodeError as error:
@@ -33,7 +33,7 @@ def read_names(path: Path, count: int) -> tuple[str, ...]:
 
 
 def require_labels(path: Path, labels: np.ndarray, first: int, count: int) -> np.ndarray:
-    """Labels stored as bytes first..first+count-1, as int64 from 0. ValueError where one lies outside."""
+    """Return labels stored as first..first+count-1 as int64 from 0. Raises ValueError if one lies outside."""
     if len(labels) and not (first <= labels.min() and labels.max() < first + count):
         raise ValueError(f"{path}: expected labels {first}..{first + count - 1}, found {labels.min()}..{labels.max()}")
     return labels.astype(np.int64) - first

@@ -1,4 +1,4 @@
-"""Where decoded and downloaded data are kept when the caller names no place, and what makes them last."""
+"""Default folders for decoded and downloaded data, and functions that force files to disk."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import platformdirs
 
 
 def cache_dir() -> Path:
-    """The folder named by the environment variable CPC_EXT_CACHE, else the user's cache folder of this system."""
+    """Return the folder in the environment variable CPC_EXT_CACHE, else cpc_ext's in the user's cache folder."""
     chosen = os.environ.get("CPC_EXT_CACHE")
     return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("cpc_ext"))
 
 
 def datasets_dir(data_dir: str | Path | None) -> Path:
-    """The folder of published data sets: the one that the caller names, else "datasets" in the cache folder."""
+    """Return the folder of published data sets: data_dir if given, else "datasets" in the cache folder."""
     return cache_dir() / "datasets" if data_dir is None else Path(data_dir).expanduser()
 
 
 def sync_file(path: Path) -> None:
-    """Force a file's content to disk. Raises OSError where it does not fit there after all."""
+    """Force a file's content to disk. Raises OSError if the disk turns out to be full."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -30,6 +30,6 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Force the names in a folder to disk, which a rename is part of, where the file system knows how to."""
+    """Force a folder's entries, and so renames within it, to disk, if the file system supports that."""
     with suppress(OSError):
         sync_file(path)

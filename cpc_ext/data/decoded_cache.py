@@ -1,8 +1,8 @@
-"""Decoded files kept in a folder of the user's cache: found by what tells the files apart, checked when opened.
+"""Cache of decoded files: the key is a hash of the files' paths, sizes, times and inodes, and opening checks it.
 
-A cache is written aside, forced to disk and renamed under a file lock, so an interrupted run, a full disk or a power
-cut never leaves half of one, and of several processes one decodes. Whatever damages it later is found by its size and
-by a checksum of places spread over it, few enough to cost milliseconds; then the files are decoded again.
+A cache is written under a temporary name, forced to disk and renamed, under a file lock. So an interrupted run, a full
+disk or a power cut never leaves half a cache, and of several processes only one decodes. Later damage is detected by
+the size and by a checksum of blocks spread over the file, which takes milliseconds; the files are then decoded again.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from cpc_ext.data.cache import cache_dir, sync_folder
 from cpc_ext.data.file_tree import TreeFile
 from cpc_ext.data.notice import tell
 
-# The checksum is of this many blocks, evenly spaced: a stretch of a thousandth of the file does not go unseen.
+# The checksum covers this many blocks, evenly spaced, so that damage to a thousandth of the file in one piece is found.
 _BLOCKS, _BLOCK_BYTES = 1024, 4096
 
-# Decodes files into the file that is named first. Gives what is to be known of it, as JSON values, and why files could
-# not be decoded, by their index.
+# Decodes files (second argument) into one file (first argument). Returns a description of the content as JSON values,
+# and the reasons why files could not be decoded, by file index.
 Build = Callable[[Path, list[Path]], tuple[dict[str, Any], dict[int, str]]]
 
 
-# Errors that a file may not give the next time it is read: of disks, networks, and what a process may have.
+# Transient errors, which may not occur the next time a file is read: of disks, networks and a process's limits.
 _PASSING = {
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH),
     *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN),
@@ -40,18 +40,21 @@ _PASSING = {
 
 
 def require_lasting(path: Path, error: Exception) -> None:
-    """ValueError where the error of reading a file may pass, so that a cache without the file would be wrong."""
+    """Raise ValueError for a transient error of reading a file, as a cache without that file would be wrong."""
     if isinstance(error, OSError) and error.errno in _PASSING:
         raise ValueError(f"{path}: {error.strerror}; try again, or take the file away") from None
 
 
 class _Unusable(Exception):
-    """A cache is not as it was written, or another version of the reader may make more of the files."""
+    """A cache is damaged, or was written by another version of the reader, which could not read all files."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What is kept: the file of it, what was told of it when it was made, and why files have no part in it."""
+    """An open cache.
+
+    file: the decoded content. index: description of the content, from Build. reasons: why files are not in it.
+    """
 
     file: Path
     index: dict[str, Any]
@@ -60,12 +63,12 @@ class Kept:
 
 @dataclass(frozen=True)
 class DecodedCache:
-    """A place for what is made of files.
+    """The place of a cache of decoded files.
 
-    root: the folder that they are below. files: which, and what tells that they changed.
-    what: they hold, in the plural; it also names the file that keeps it.
-    form: whatever else decides what is made of them, as JSON values. reader: what reads them, and its version.
-    variant: of several caches of one root that are kept beside each other, which one.
+    root: the folder that contains the files. files: the files, with the properties that show changes.
+    what: a noun for the content, in the plural; it also names the cache's file.
+    form: everything else that determines the content, as JSON values. reader: the library that reads, and its version.
+    variant: distinguishes caches of the same root, which are kept side by side.
     """
 
     root: Path
@@ -76,15 +79,15 @@ class DecodedCache:
     variant: object
 
     def kept(self, build: Build) -> Kept:
-        """What was made of the files, by ``build`` where it is not there as it should be.
+        """Open the cache; if it is missing or damaged, build it with ``build`` first.
 
-        Raises OSError where it cannot be kept, and what ``build`` raises.
+        Raises OSError if it cannot be written, and what ``build`` raises.
         """
         told = [(file.path, file.size, file.mtime_ns, file.ctime_ns, file.inode) for file in self.files]
         key = hashlib.sha256(json.dumps([*self.form, told]).encode()).hexdigest()[:32]
         home = self.root.resolve()
         source = hashlib.sha256(os.fsencode(home) + f"\n{self.variant}".encode()).hexdigest()[:16]
-        # A name may have 255 bytes, of which a character takes up to four.
+        # A file name may have 255 bytes, and a character takes up to four of them.
         parent = cache_dir() / "folders" / f"{home.name[:48]}-{source}"
         directory = parent / key
         try:
@@ -101,7 +104,7 @@ class DecodedCache:
                     except _Unusable as reason:
                         again = f"the {self.what} kept here do not serve ({reason}), so they are decoded again"
                         tell(directory, [again], found_by_all=False)
-                # Whatever else is here belongs to an earlier state of the tree or to a run that was cut short.
+                # Everything else here belongs to an earlier state of the tree, or to an interrupted run.
                 for stale in parent.iterdir():
                     shutil.rmtree(stale, ignore_errors=True)
                 self._build(directory, build)
@@ -129,7 +132,7 @@ class DecodedCache:
             lock.release()
 
     def _open(self, directory: Path) -> Kept:
-        """What a cache holds. Raises _Unusable, OSError where it may not be read."""
+        """Open a cache. Raises _Unusable if it is damaged or out of date, OSError if it may not be read."""
         file = directory / f"{self.what}.bin"
         try:
             index = json.loads((directory / "index.json").read_bytes())
@@ -144,7 +147,7 @@ class DecodedCache:
         except (ValueError, TypeError, KeyError, AttributeError):
             raise _Unusable("index.json holds something else") from None
         name, version = self.reader
-        # Samples within a file that could not be read are told with the content.
+        # The content lists samples within a file that could not be read.
         left_out = index["reasons"] or index["content"].get("reasons")
         if left_out and index["version"] != version:
             raise _Unusable(f"{name} {index['version']} could not read all of them, this is {version}")
@@ -183,7 +186,7 @@ class DecodedCache:
 
 
 def _digest(index: dict[str, Any], file: Path) -> str:
-    """The digest of what a cache says of its content, and of blocks spread over this, first and last among them."""
+    """Return the digest of a cache's index and of blocks spread over its file, including the first and the last."""
     digest = hashlib.blake2b(json.dumps(index, sort_keys=True).encode(), digest_size=16)
     with file.open("rb", buffering=0) as stream:
         end = max(os.fstat(stream.fileno()).st_size - _BLOCK_BYTES, 0)
@@ -194,5 +197,5 @@ def _digest(index: dict[str, Any], file: Path) -> str:
 
 
 def _spread(end: int) -> list[int]:
-    """Offsets from 0 to end, evenly spaced."""
+    """Return evenly spaced offsets from 0 to end."""
     return sorted({end * block // (_BLOCKS - 1) for block in range(_BLOCKS)})

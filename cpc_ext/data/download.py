@@ -1,9 +1,9 @@
-"""Published archives of images and recordings: fetched, verified and unpacked, once.
+"""Download of published archives of images and recordings: each is fetched, verified and unpacked once.
 
-Nothing that looks finished is ever unfinished: bytes arrive in a ".partial" file that a later run resumes, the archive
-gets its name when its checksum is right, and its folder appears by a rename when it is unpacked and on disk. Nothing a
-server sends makes either larger than is known of the archive. A file lock lets one process do this while others wait
-for the result.
+A file or folder with its final name is always complete. Bytes are written to a ".partial" file, which a later run
+resumes; the archive gets its name once its checksum is right; its folder is renamed into place once it is unpacked and
+on disk. Whatever a server sends, neither grows beyond the known size. Under a file lock one process does this, while
+others wait for the result.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from cpc_ext.data.cache import datasets_dir, sync_file, sync_folder
 ATTEMPTS = 4
 TIMEOUT_SECONDS = 60
 CHUNK_BYTES = 1 << 20
-# Answers below 500 that the same request may not get the next time.
+# Transient responses below 500: the same request may succeed the next time.
 PASSING = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
 GZIP_MARK = b"\x1f\x8b"
-# Room for tar's headers and the small text files beside images or recordings.
+# Allowance in bytes for tar's headers, and for small text files next to the images or recordings.
 UNPACKED_SLACK = 4 << 20
 
 
@@ -46,14 +46,15 @@ class DownloadError(OSError):
 
 
 class _Broken(Exception):
-    """A transfer ended early or cannot be gone on with: another attempt may succeed."""
+    """A transfer ended early or cannot be resumed; another attempt may succeed."""
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A published .tar.gz with the one folder it unpacks to.
+    """A published .tar.gz archive.
 
-    sha256: in hexadecimal. size: of the archive, in bytes. unpacked: bytes of the images or recordings in it.
+    sha256: its checksum in hexadecimal. size: its size in bytes. unpacked: total bytes of the images or recordings.
+    folder: the one folder that it unpacks to.
     """
 
     url: str
@@ -68,10 +69,12 @@ class Archive:
 
 
 def require_folder(archive: Archive, data_dir: str | Path | None, *, download: bool, or_folder: str = "") -> Path:
-    """The unpacked folder of an archive, in data_dir (or data_dir itself); fetched first where `download` allows it.
+    """Return an archive's unpacked folder, which is in data_dir or is data_dir itself.
 
-    data_dir: see :func:`datasets_dir`. or_folder: another that was looked for, to be named where there is none. Raises
-    FileNotFoundError where the folder is missing and may not be fetched, DownloadError where fetching fails.
+    data_dir: see :func:`datasets_dir`. download: fetch the archive if the folder is missing.
+    or_folder: another folder that the caller looked for, to be named in the error.
+
+    Raises FileNotFoundError if the folder is missing and download is False, DownloadError if fetching fails.
     """
     root = datasets_dir(data_dir)
     if root.name == archive.folder and root.is_dir():
@@ -118,7 +121,7 @@ def download_archive(archive: Archive, root: Path) -> Path:
 
 
 def _fetch(archive: Archive, partial: Path) -> None:
-    """Append to `partial` what it lacks of the archive, trying again where the connection breaks off."""
+    """Append the missing bytes of the archive to `partial`, with further attempts if the connection breaks."""
     url = archive.url
     for attempt in range(ATTEMPTS):
         if attempt:
@@ -140,7 +143,7 @@ def _fetch(archive: Archive, partial: Path) -> None:
 
 
 def _fetch_rest(archive: Archive, partial: Path) -> None:
-    """One request for the bytes that `partial` lacks. Raises _Broken where some are still missing."""
+    """Request the bytes that `partial` lacks, once. Raises _Broken if some are still missing."""
     have = _size(partial)
     if have > archive.size:
         partial.unlink()  # No part of this archive.
@@ -153,7 +156,7 @@ def _fetch_rest(archive: Archive, partial: Path) -> None:
     except urllib.error.HTTPError as error:
         if error.code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or not have:
             raise
-        # The server's file ends before what we have: ours is to be fetched anew, if it is the server's that is right.
+        # The server's file is shorter than ours, which therefore cannot be a part of it: fetch all of it again.
         partial.unlink()
         raise _Broken(f"HTTP {error.code} {error.reason}") from error
     except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
@@ -178,18 +181,18 @@ def _fetch_rest(archive: Archive, partial: Path) -> None:
 
 
 def _start(archive: Archive, response: http.client.HTTPResponse, have: int) -> int:
-    """Where in the archive the bytes of an answer belong: at `have`, or at its beginning."""
+    """Return the offset in the archive of a response's bytes: `have`, or 0."""
     if response.status == HTTPStatus.PARTIAL_CONTENT:
         found = response.headers.get("Content-Range", "")
         match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", found.strip())
         if match is None or int(match[1]) != have or match[2] not in (str(archive.size), "*"):
             raise DownloadError(f"{archive.url}: expected bytes from {have} of {archive.size}, got {found!r}")
         return have
-    # 200 also where a range was asked for: the server does not know ranges and sends all of it.
+    # A response of 200 to a range request: the server does not support ranges and sends the whole file.
     if response.status != HTTPStatus.OK:
         raise _Broken(f"HTTP {response.status} {response.reason}")
     length = response.headers.get("Content-Length", "").strip()
-    # One that is no number says nothing; the bytes are counted in any case.
+    # A length that is not a number is ignored; the bytes are counted in any case.
     if re.fullmatch(r"\d{1,18}", length) and int(length) != archive.size:
         raise DownloadError(f"{archive.url}: expected {archive.size} bytes, the server has {length}")
     return 0
@@ -221,7 +224,7 @@ def _verify(file: Path, archive: Archive) -> None:
 
 
 class _Bounded(io.RawIOBase):
-    """A stream that is an error beyond so many bytes."""
+    """A stream that raises an error when it yields more bytes than a limit."""
 
     def __init__(self, stream: BinaryIO, limit: int) -> None:
         self._stream = stream
@@ -239,7 +242,7 @@ class _Bounded(io.RawIOBase):
 
 
 def _unpack(file: Path, archive: Archive, root: Path) -> None:
-    """Unpack next to the final place, then rename, so that a half-unpacked folder never has the final name."""
+    """Unpack under a temporary name, then rename, so that a half-unpacked folder never has the final name."""
     folder = archive.folder
     aside = root / f".{folder}.unpacking"
     shutil.rmtree(aside, ignore_errors=True)
@@ -269,7 +272,7 @@ def _unpack(file: Path, archive: Archive, root: Path) -> None:
 
 
 def _extract(members: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
-    """A file or folder of an archive, by its contents alone: no links, no owner or mode, nothing outside the folder.
+    """Extract the content of a file or folder of an archive: no links, no owner or mode, nothing outside the folder.
 
     The filters of the standard library do the same, but not in the first releases of Python 3.10 and 3.11.
     """

@@ -1,9 +1,9 @@
-"""Which files of a kind a folder holds, images or recordings, which are for training and which for testing.
+"""Search of a folder for files of a kind, images or recordings, divided into those for training and for testing.
 
-A sub-folder is a class; folders called train and test or validation, in the usual spellings and at any depth, are
-splits, and one called unlabeled is what to learn from in place of the classes. The tree is walked by identity, device
-and inode: each folder and each file counts once, whatever links lead to it, so no link makes a walk endless, multiplies
-files or carries those to test on into training. What had to be guessed and what is left out is kept to be said.
+A sub-folder is a class. Folders called train and test or validation, in the usual spellings and at any depth, are
+splits, and a folder called unlabeled holds files to learn from in place of those in classes. Files and folders are
+identified by device and inode: each counts once, whatever links lead to it, so that no link makes the walk endless,
+duplicates files or carries test files into training. The result notes what had to be guessed and what was left out.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ _SPLIT_NAMES: dict[str, Split] = {
     **dict.fromkeys(("test", "testing", "tst", "ts", "te", "testset", "heldout", "holdout"), "test"),
     **dict.fromkeys(("unlabeled", "unlabelled", "pretrain", "unsupervised"), "unlabeled"),
 }
-# Words beside them that change nothing, as in test_set, trainImages, val2017.
+# Words in a split's name that are ignored, as in test_set or trainImages.
 _FILLERS = {"set", "data", "dataset", "image", "images", "img", "imgs", "audio", "wav", "wavs", "split"}
-# Folders that other programs leave among files: thumbnails of Synology, macOS's archives, recycle bins.
+# Folders that other programs leave behind: Synology's thumbnails, macOS's archives, recycle bins.
 _FOREIGN = {"@eadir", "__macosx", "#recycle", "$recycle.bin", "system volume information", "lost+found"}
-# How many folders that hold one folder are followed: a link to itself would lead on for ever.
+# Levels of folders with a single sub-folder that are followed: a link to itself would never end.
 _DEEP = 32
 
 
 class FileKind(NamedTuple):
-    """A kind of files, told by the endings of their names.
+    """A kind of files, recognised by the suffixes of their names.
 
-    what: one of them is called, and several are, in messages.
-    examples: endings that users know, for a message.
-    suffixes: endings, such as ".png", of those that can be read.
-    others: further endings of the kind, of which not every system knows the type.
-    media_type: of the kind, such as "image", by which endings that cannot be read are known as well.
-    reader: the library that reads them, and its version.
+    what: noun for such a file in the singular and the plural, for messages.
+    examples: well-known suffixes, for a message.
+    suffixes: suffixes that can be read, such as ".png".
+    others: further suffixes of the kind, whose media type not every system knows.
+    media_type: media type of the kind, such as "image", by which further suffixes that cannot be read are recognised.
+    reader: the library that reads the files, and its version.
     """
 
     what: tuple[str, str]
@@ -58,11 +58,11 @@ class FileKind(NamedTuple):
 
 @dataclass(frozen=True)
 class TreeFile:
-    """One file of the kind that is looked for.
+    """A file of a tree.
 
     path: relative to the tree, with / between parts. label: the folder that is its class, "" for none.
-    size, mtime_ns, ctime_ns, inode: what tells that it changed. Tools that unpack or copy may set size and mtime to
-    what they were; ctime and inode they cannot.
+    size, mtime_ns, ctime_ns, inode: properties by which a change shows. Tools that unpack or copy files may restore
+        size and mtime, but not ctime and inode.
     """
 
     path: str
@@ -75,10 +75,10 @@ class TreeFile:
 
 @dataclass
 class FileTree:
-    """The files of a tree: those for training, those that a test or validation folder holds, those of an unlabelled
-    part to train on in their place, and what is to be said.
+    """The files of a tree, in an order given by their names alone: a folder's files, then its folders, each sorted.
 
-    The order follows from the names alone: a folder's files, then its folders, each sorted.
+    left_out: files that are not used, with the reasons. train: files for training. test: files in a test or validation
+        folder. unlabeled: unlabelled files, to train on in place of train. notes: remarks for the user.
     """
 
     left_out: LeftOut
@@ -93,7 +93,7 @@ def read_tree(root: Path, kind: FileKind, *, splits: bool = True) -> FileTree:
 
     splits: divide them by the folders' names; otherwise all are `train`.
 
-    Raises FileNotFoundError, NotADirectoryError or PermissionError for the tree or a folder of it, ValueError where it
+    Raises FileNotFoundError, NotADirectoryError or PermissionError for the tree or a folder in it, ValueError if it
     holds no file to train on.
     """
     if not root.exists():
@@ -105,27 +105,30 @@ def read_tree(root: Path, kind: FileKind, *, splits: bool = True) -> FileTree:
 
 
 def passed_over(name: str) -> bool:
-    """Whether a folder of this name is hidden, or another program's."""
+    """Return whether a folder of this name is hidden or belongs to another program."""
     return name.startswith(".") or name.lower() in _FOREIGN
 
 
 def split_of(name: str) -> Split | None:
-    """What a folder of this name holds, if it is the name of a split: "Train", "testing", "VAL", "test_set", ..."""
+    """Return the split that a folder's name stands for ("Train", "testing", "VAL", "test_set", ...), or None."""
     if re.search(r"[^A-Za-z0-9 ._-]", name):
         return None
     words = (word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name))
-    # A single letter is that of a domain, as in trainA and trainB.
+    # A single letter names a domain, as in trainA and trainB.
     return _SPLIT_NAMES.get("".join(word for word in words if word not in _FILLERS and len(word) > 1))
 
 
 def _begun(name: str) -> Split | None:
-    """What a folder's name begins to say, if that is a split: "train-clean-100", "test_clean"."""
+    """Return the split with which a folder's name begins ("train-clean-100", "test_clean"), or None."""
     first = re.match(r"([A-Za-z]{3,})[0-9]*[ ._-]", name)
     return _SPLIT_NAMES.get(first[1].lower()) if first else None
 
 
 def _splits_among(folders: Sequence[os.DirEntry[str]]) -> dict[str, Split]:
-    """Those of neighbouring folders that are called as splits; where all begin so, as in LibriSpeech's root, all."""
+    """Return the splits among neighbouring folders, by name.
+
+    A name that only begins with a split counts if all names do, as in LibriSpeech's root.
+    """
     exact = {entry.name: split for entry in folders if (split := split_of(entry.name))}
     begun = {entry.name: split for entry in folders if (split := split_of(entry.name) or _begun(entry.name))}
     guessed = len(begun) == len(folders) and _divides(begun.values()) and not _divides(exact.values())
@@ -133,14 +136,14 @@ def _splits_among(folders: Sequence[os.DirEntry[str]]) -> dict[str, Split]:
 
 
 def _divides(splits: Iterable[Split | None]) -> bool:
-    """Whether there is something to train on among splits, and something to test on."""
+    """Return whether the splits include one to train on and one to test on."""
     found = {*splits}
     return "train" in found and bool(found & {"test", "validation"})
 
 
 @dataclass(frozen=True)
 class _Folder:
-    """A folder to walk: its path, and what its files are."""
+    """A folder to walk: its path, the split and class of its files, and whether it is a link."""
 
     path: str
     split: Split | None = None
@@ -153,7 +156,7 @@ class _Folder:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A file with a name of the kind, before it is known whether it was met under another."""
+    """A file of the kind, which may yet turn out to be another name of a file already found."""
 
     file: TreeFile
     split: Split | None
@@ -163,8 +166,10 @@ class _Candidate:
 
 @dataclass(frozen=True)
 class _Listing:
-    """What a folder holds, sorted: entries named as the kind is, each with why it cannot be read ("" where it can),
-    and folders; hidden and foreign ones left out."""
+    """The sorted entries of a folder, without hidden and foreign ones.
+
+    files: entries of the kind, each with the reason why it cannot be read, "" if it can. folders: the sub-folders.
+    """
 
     files: list[tuple[os.DirEntry[str], str]]
     folders: list[os.DirEntry[str]]
@@ -175,12 +180,12 @@ class _Listing:
 
     @property
     def alone(self) -> bool:
-        """Whether it holds one folder and nothing beside."""
+        """Whether it holds one folder and nothing else."""
         return not self.files and len(self.folders) == 1
 
     @property
     def divided(self) -> bool:
-        """Whether it holds several folders and nothing beside."""
+        """Whether it holds several folders and nothing else."""
         return not self.files and len(self.folders) > 1
 
 
@@ -190,17 +195,18 @@ class _Walk:
         self._kind = kind
         self._splits = splits
         self._problems: dict[str, str | None] = dict.fromkeys(kind.suffixes, "")
-        # Endings of two parts, such as ".tar.gz", of whose last one other files have names, too.
+        # Suffixes of two parts, such as ".tar.gz": their last part alone may belong to other files.
         self._compound = tuple(suffix for suffix in kind.suffixes if suffix.count(".") > 1)
         self._listings: dict[str, _Listing] = {}
-        # The folders above are taken as met: whoever links to one of them does not mean all that lies beside the tree.
+        # The folders above count as visited, so that a link to one of them does not add everything next to the tree.
         above = [_identity(folder, folder.stat()) for folder in root.resolve().parents]
         self._met: set[tuple[int, int] | str] = set(above)
         self._files: set[tuple[int, int] | str] = set()
         self._skipped: list[str] = []
         self._met_again: list[str] = []
         self._split_folders: dict[Split, list[str]] = {}
-        # Splits that stand alone in a class, each with what holds the class, and what holds classes that are divided.
+        # Splits that are the only one in a class, each with the folder above the class; and folders above classes that
+        # are divided into splits.
         self._lone: list[tuple[str, str, Split]] = []
         self._divided: set[str] = set()
         self._stepped: list[str] = []
@@ -231,7 +237,7 @@ class _Walk:
         else:
             for file in test:
                 tree.left_out.add(file.path, "in a test folder without classes, as a validation folder has them")
-        # After all others, so that what is taken through a link is not said to be left out.
+        # Claimed last, so that a file that is used through a link is not reported as left out.
         strays = [candidate for folder in self._beside for candidate in self._walk(folder, links=False)]
         for candidate in self._claim(self._strays + strays, quiet=True):
             tree.left_out.add(
@@ -253,7 +259,7 @@ class _Walk:
         return tree
 
     def _layout(self, tested: Split) -> list[str]:
-        """What was taken for what, where it is not plainly train/ and test/ or folders of classes."""
+        """Return notes on how folders were interpreted, unless they are plainly train/ and test/ or classes."""
         notes, what = [], self._kind.what[1]
         folders = self._split_folders
         if folders and folders != {"train": ["train"], "test": ["test"]}:
@@ -297,7 +303,7 @@ class _Walk:
         return notes
 
     def _find_base(self) -> str:
-        """The folder whose folders are splits or classes: the tree's own, or one that alone leads to them."""
+        """Return the folder that contains the splits or classes: the root, or the end of a chain of single folders."""
         base = folder = ""
         for _ in range(_DEEP):
             listing = self._listing(folder)
@@ -316,7 +322,7 @@ class _Walk:
         return folder
 
     def _walk(self, start: _Folder, *, links: bool = True) -> list[_Candidate]:
-        """All files of the kind below a folder: its own, then those that links to folders lead to."""
+        """Find all files of the kind below a folder. Links to folders are followed last."""
         found: list[_Candidate] = []
         folders, later, linked = [start], deque[_Folder](), False
         while folders or later:
@@ -346,7 +352,7 @@ class _Walk:
         return sorted(found, key=lambda candidate: _order(candidate.file.path)) if linked else found
 
     def _enter(self, folder: _Folder) -> bool:
-        """Whether the folder is met for the first time."""
+        """Mark the folder as visited, and return whether this is its first visit."""
         path = self._root / folder.path
         identity = _identity(path, path.stat())
         if identity in self._met:
@@ -355,7 +361,7 @@ class _Walk:
         return True
 
     def _split(self, folder: _Folder, listing: _Listing) -> tuple[dict[str, _Folder], Split | None]:
-        """The folders of a folder that are splits, by name, and what the others are; nothing where none is."""
+        """Return the sub-folders that are splits, by name, and what the other sub-folders are then (None: classes)."""
         if not self._splits or folder.split is not None:
             return {}, None
         splits = _splits_among(listing.folders)
@@ -367,8 +373,8 @@ class _Walk:
             self._lone += [(outer, folder.below(name), split) for name, split in splits.items()]
             return {}, None
         else:
-            # One of them alone beside other folders may be a class of that name (cars, buses, trains), whose files
-            # lie in it, or a split, whose classes do.
+            # A folder with a split's name, without the other split, may be a class (cars, buses, trains) if it holds
+            # files, or a split if it holds folders.
             unlabeled: dict[str, Split] = {name: split for name, split in splits.items() if split == "unlabeled"}
             plain = bool(unlabeled) and len(splits) == len(listing.folders)
             if not plain and not all(self._holds_folders(folder, name) for name in splits.keys() - unlabeled.keys()):
@@ -391,7 +397,7 @@ class _Walk:
 
     def _split_child(self, folder: _Folder, entry: os.DirEntry[str], split: Split) -> _Folder:
         child = replace(folder, path=folder.below(entry.name), split=split, link=entry.is_symlink())
-        # As some archives unpack: test_set/test_set/CLASS.
+        # Some archives unpack to test_set/test_set/CLASS.
         for _ in range(_DEEP):
             listing = self._listing(child.path)
             if not listing.alone or split_of(listing.folders[0].name) != split:
@@ -400,8 +406,10 @@ class _Walk:
         return child
 
     def _stepped_in(self, children: dict[str, _Folder]) -> dict[str, _Folder]:
-        """Splits, or the folder that alone leads to the classes in each, where it is called the same in all:
-        train/images/CLASS and test/images/CLASS."""
+        """Return the splits' folders, or their only sub-folders that hold the classes, if named alike in all of them.
+
+        Such trees have train/images/CLASS and test/images/CLASS.
+        """
         inner = {
             name: child
             for name, child in children.items()
@@ -422,7 +430,7 @@ class _Walk:
         return children | inner
 
     def _with_lone_splits(self, candidates: list[_Candidate]) -> list[_Candidate]:
-        """The candidates, those in a class's only split with that split where a class beside it has several."""
+        """Assign candidates in a class's only split to that split if a neighbouring class has several splits."""
         lone = {path: split for outer, path, split in self._lone if outer in self._divided}
         if not lone:
             return candidates
@@ -455,7 +463,7 @@ class _Walk:
         return self._listings[folder]
 
     def _problem(self, name: str) -> str | None:
-        """None for the name of no file of the kind, "" for one of its files, else why such a file cannot be read."""
+        """Return why a file of the kind cannot be read, "" if it can be, None if the name is not of the kind."""
         if self._compound and name.lower().endswith(self._compound):
             return ""
         dot = name.rfind(".")
@@ -472,7 +480,7 @@ class _Walk:
             try:
                 status = entry.stat()
             except OSError as error:
-                # Such as a link to nowhere.
+                # Such as a dangling link.
                 self._tree.left_out.add(path, error.strerror or str(error))
                 continue
             if problem:
@@ -486,7 +494,7 @@ class _Walk:
                 yield _Candidate(file, folder.split, _identity(entry, status), entry.is_symlink())
 
     def _claim(self, candidates: list[_Candidate], *, quiet: bool = False) -> list[_Candidate]:
-        """The candidates without those that are a file taken before; a file's own name comes before links to it."""
+        """Return the candidates without further names of the same file; a file's own name precedes links to it."""
         again = set()
         for links in (False, True):
             for number, candidate in enumerate(candidates):
@@ -502,7 +510,10 @@ class _Walk:
 
 
 def _child(folder: _Folder, entry: os.DirEntry[str], rest: Split | None) -> _Folder:
-    """A folder that is no split, but a class, or what lies below one or beside the splits; rest: as _split gives it."""
+    """Return a sub-folder that is not a split: a class, a folder within one, or one next to the splits.
+
+    rest: second result of _split.
+    """
     label = folder.label if rest == "beside" else folder.label or entry.name
     return _Folder(folder.below(entry.name), rest or folder.split, label, entry.is_symlink())
 
@@ -516,7 +527,7 @@ def _labelled(files: list[TreeFile]) -> bool:
 
 
 def _identity(path: os.PathLike[str], status: os.stat_result) -> tuple[int, int] | str:
-    """Equal for two names of the same file or folder. Some network file systems have no inodes; a path then serves."""
+    """Return device and inode, equal for all names of a file or folder; the real path if there is no inode."""
     return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
 
 

@@ -1,4 +1,4 @@
-"""Libraries that some data sets need and others do not."""
+"""Import of libraries that only some data sets need."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ __all__ = ["optional"]
 
 
 def optional(name: str, extra: str, what: str) -> Any:
-    """A library's module. ImportError that says how to get it where it is missing.
+    """Import a module of an optional library. Raises ImportError that says how to install it if it is missing.
 
-    extra: of ours, which brings it. what: it reads, in the plural.
+    extra: the extra of cpc_ext that installs it. what: noun for what it reads, in the plural.
     """
     try:
         return import_module(name)
-    except (ImportError, OSError) as error:  # OSError: without a shared library of its own.
+    except (ImportError, OSError) as error:  # OSError: the library lacks a shared library that it needs.
         library = name.partition(".")[0]
         raise ImportError(f"{what} are read by {library} ({error}): pip install 'cpc_ext[{extra}]'") from error

@@ -1,4 +1,4 @@
-"""Data sets by name: from a name and the options of the command line to the images or recordings."""
+"""Loading of a data set by its name and the options of the command line."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ def load_dataset(
 ) -> Dataset | SpeechDataset:
     """Open a dataset by its name: a Dataset of images, or a SpeechDataset.
 
-    name: one of DATASETS, such as "textures" or "voices" (drawn, need nothing), "stl10" (published files) or "folder".
-    data_dir: for "folder", "npy" and the like the user's files; for the published ones the folder they lie or are to be
-        put in (default: "datasets" in the cache folder).
-    download: fetch a published dataset that is not there.
-    image_size: side in pixels of images that are drawn (default 96) and of the user's own (see the module of "folder");
-        others have their own.
-    utterances: of each drawn voice for models to learn from (default: those that probes learn from, 11).
-    seed: of those that are drawn.
+    name: one of DATASETS, such as "textures" or "voices" (generated, need no files), "stl10" (published files) or
+        "folder".
+    data_dir: the user's files for "folder", "npy" and the like; for published datasets the folder that holds their
+        files or is to hold them (default: "datasets" in the cache folder).
+    download: fetch a published dataset that is missing.
+    image_size: side in pixels of generated images (default 96) and of the user's own (see the module of "folder"); for
+        other datasets it is fixed.
+    utterances: number of utterances of each generated voice for models to learn from (default: the 11 of the probes).
+    seed: seed of generated datasets.
 
-    Raises ValueError for an unknown name, an argument the dataset has no use for, or damaged files; FileNotFoundError
-    where there are none; DownloadError, an OSError, where fetching fails; ImportError where a library is missing.
+    Raises ValueError for an unknown name, an argument that the dataset does not use, or damaged files;
+    FileNotFoundError if there are no files; DownloadError, an OSError, if fetching fails; ImportError if a library is
+    missing.
     """
     if name not in DATASETS:
         raise ValueError(f"dataset: expected one of {', '.join(DATASETS)}, got {name!r}")

@@ -1,4 +1,4 @@
-"""What a data set has to say about its files: one warning, from one process, with the files grouped by the reason."""
+"""Warnings of a data set about its files: one warning, from one process, with left-out files grouped by reason."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from cpc_ext._messages import some
 
 
 class LeftOut:
-    """Files that a data set does not take, by the reason.
+    """Files that a data set leaves out, grouped by reason.
 
-    what: what they are, in the plural.
+    what: noun for the files, in the plural.
 
-    Reasons that differ in nothing but numbers ("12 bytes missing") are one, in the words of the first.
+    Reasons that differ only in numbers ("12 bytes missing") form one group, worded as the first.
     """
 
     def __init__(self, what: str = "images") -> None:
@@ -28,7 +28,7 @@ class LeftOut:
         return sum(len(paths) for _, paths in self._groups.values())
 
     def lines(self) -> list[str]:
-        """A heading and a line for each reason; empty where nothing was left out."""
+        """Return a heading and a line for each reason, or no lines if nothing was left out."""
         if not self._groups:
             return []
         return [f"left out {len(self)} {self._what}:"] + [
@@ -37,9 +37,9 @@ class LeftOut:
 
 
 def tell(source: object, lines: list[str], *, found_by_all: bool = True) -> None:
-    """Warn of what was found in a source (a folder), if anything was.
+    """Warn of the findings (lines) about a source, such as a folder, if there are any.
 
-    found_by_all: by every process that torchrun starts, as each opens the data; then the one of rank 0 says it.
+    found_by_all: whether every process that torchrun starts finds them, as each opens the data; then only rank 0 warns.
     """
     alone = os.environ.get("WORLD_SIZE", "1") == "1" or not found_by_all
     if lines and (alone or os.environ.get("RANK", "0") == "0"):

@@ -1,4 +1,4 @@
-"""Arrays in NumPy's format, written so that a full disk is an error."""
+"""Writing of arrays in NumPy's format that raises an error if the disk is full."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["write_npy"]
 
 
 def write_npy(file: BinaryIO, array: np.ndarray) -> None:
-    """Write what numpy.save does, which takes no notice of a disk that is full. OSError where writing fails."""
+    """Write an array as numpy.save does, but raise OSError if the disk is full, which numpy.save ignores."""
     array = np.ascontiguousarray(array)
     np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
     file.write(array.data)

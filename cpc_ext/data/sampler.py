@@ -1,6 +1,6 @@
-"""Batches of indices in seeded random order, from a position that can be saved and restored exactly.
+"""Batches of indices in seeded random order, with a position that can be saved and restored exactly.
 
-An epoch's order follows from the seed and the epoch's number alone, so two numbers are the whole state.
+An epoch's order depends on the seed and the epoch's number alone, so that epoch and batch number are the whole state.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 
 class BatchTooLargeError(ValueError):
-    """A batch that the examples do not fill. most: how large one may be."""
+    """The batch size exceeds the number of examples. most: the largest possible batch size."""
 
     def __init__(self, most: int, of: str, got: int) -> None:
         self.most = most
@@ -20,14 +20,14 @@ class BatchTooLargeError(ValueError):
 
 
 class BatchSampler(ABC):
-    """Yields one epoch of batches a pass; what is in them is up to those that derive from it.
+    """Base class of samplers: one pass yields the batches of an epoch, whose content derived classes draw.
 
-    batch_size: examples a batch, all processes together. seed: of the order.
-    rank, world_size: of several processes that share an epoch, each gets its own part of every batch. The batches
-        themselves do not depend on how many there are.
-    drop_last: whether there are full batches only.
+    batch_size: examples in a batch, over all processes. seed: seed of the order.
+    rank, world_size: this process and the number of processes that share an epoch. Each gets its own part of every
+        batch; the batches themselves do not depend on the number of processes.
+    drop_last: make full batches only.
 
-    Raises ValueError where processes would get unequal parts.
+    Raises ValueError if processes would get unequal parts.
     """
 
     def __init__(self, batch_size: int, *, seed: int, drop_last: bool, rank: int, world_size: int) -> None:
@@ -49,26 +49,26 @@ class BatchSampler(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """Batches an epoch."""
+        """Return the number of batches in an epoch."""
 
     @property
     @abstractmethod
     def mean_batch(self) -> float:
-        """Examples of a batch, all processes together, in the mean over an epoch."""
+        """Mean number of examples in a batch, over all processes, in an epoch."""
 
     @abstractmethod
     def _drawn(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """An epoch: what its batches hold, int64, one after another, and the len(self) + 1 places where they begin."""
+        """Draw an epoch: the content of its batches, int64, end to end, and their len(self) + 1 offsets."""
 
     @abstractmethod
     def _order(self) -> dict[str, int]:
-        """What a position means anything with."""
+        """Return the settings that determine the order, with which alone a saved position is valid."""
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """What is left of the current epoch, as int64 arrays; then the next epoch becomes current.
+        """Yield the remaining batches of the current epoch as int64 arrays; then the next epoch becomes current.
 
-        Each holds this process's part of a batch, [batch_size / world_size]. A batch counts as done when it
-        is handed out: state saved after training on it goes on with the next.
+        Each array is this process's part of a batch, [batch_size / world_size]. A batch counts as done when it is
+        yielded, so that a state saved after training on it continues with the next.
         """
         order, edges = self._drawn(np.random.default_rng((self.seed, self.epoch)))
         batches = len(self)
@@ -84,11 +84,11 @@ class BatchSampler(ABC):
             yield order[start : start + part]
 
     def state_dict(self) -> dict[str, int]:
-        """The position, and what it means anything with: equal on all processes, however many there are."""
+        """Return the position, and the settings that determine the order; the same for any number of processes."""
         return {**self._order(), "epoch": self.epoch, "batch": self.batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a saved position. ValueError where it belongs to another order of batches."""
+        """Continue from a saved position. Raises ValueError if it belongs to another order of batches."""
         for name, mine in self._order().items():
             if state.get(name) != mine:
                 raise ValueError(f"sampler state: expected {name} {mine}, got {state.get(name)}")
@@ -98,12 +98,12 @@ class BatchSampler(ABC):
 
 
 class EpochSampler(BatchSampler):
-    """Batches of all indices, in an order of its own every epoch.
+    """Yields batches of all indices, in a new random order every epoch.
 
     count: number of images. batch_size, seed, rank, world_size: see :class:`BatchSampler`.
-    drop_last: leave out what is left when no full batch can be made; otherwise it makes a smaller last batch.
+    drop_last: leave out the remaining images that do not fill a batch; otherwise they make a smaller last batch.
 
-    Raises ValueError where no batch can be made, or where processes would get unequal parts.
+    Raises ValueError if no batch can be made, or if processes would get unequal parts.
     """
 
     def __init__(

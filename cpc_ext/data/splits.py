@@ -1,4 +1,4 @@
-"""Which files are held out for testing where nothing says it, and which classes those of a tree have."""
+"""Choice of files to hold out for testing where a data set has no test split, and class names of a tree's files."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from cpc_ext.data.file_tree import TreeFile
 
 HELD_OUT = 0.1
 
-# Whether what is held out is drawn, as it was up to version 0.1.0.
+# Whether held-out files are drawn at random, as they were up to version 0.1.0.
 _DRAWN: ContextVar[bool] = ContextVar("_DRAWN", default=False)
 
 
 @contextmanager
 def drawn_tenths() -> Iterator[None]:
-    """In the block, what is held out is what version 0.1.0 held out, for runs that were begun with it."""
+    """Within the block, hold out the files that version 0.1.0 held out, for runs that were begun with it."""
     token = _DRAWN.set(True)
     try:
         yield
@@ -30,9 +30,9 @@ def drawn_tenths() -> Iterator[None]:
 
 
 def hold_out(files: Sequence[TreeFile], *, drawn: bool = False) -> tuple[list[TreeFile], list[TreeFile]]:
-    """Divide files into training and about a tenth of every class for testing (none of a class of one).
+    """Divide files into those for training and, for testing, about a tenth of every class (none of a class of one).
 
-    drawn: exactly a tenth, which is another one where the files are others.
+    drawn: draw exactly a tenth at random, so that the choice changes when files are added.
     """
     testing = held_out([file.label for file in files], None if drawn else [file.path for file in files])
     return (
@@ -42,11 +42,12 @@ def hold_out(files: Sequence[TreeFile], *, drawn: bool = False) -> tuple[list[Tr
 
 
 def held_out(labels: Sequence[Hashable], names: Sequence[str] | None) -> set[int]:
-    """Indices of what is tested on of examples with these labels: a tenth of every class, none of a class of one.
+    """Choose examples to test on: a tenth of every class, none of a class of one. Returns their indices.
 
-    names: by which the examples are told from each other when others come to them. An example's name alone decides, by
-    a hash, so that what was trained on once is not tested on later: about a tenth of a class, of two or more at least
-    one, and never all. None: exactly a tenth is drawn.
+    labels: class of each example.
+    names: unique names of the examples. The hash of a name decides, so that examples added later do not turn training
+        examples into test examples; this holds out about a tenth of a class, and of two or more at least one, but never
+        all. None: draw exactly a tenth at random.
     """
     by_class: dict[Hashable, list[int]] = {}
     for i, label in enumerate(labels):
@@ -72,8 +73,8 @@ def _drawn(classes: Iterable[list[int]]) -> set[int]:
 
 
 def _hash(name: str) -> float:
-    """A number in 0..1 that a name has and others nearly never share."""
-    # A file name may hold bytes that are no text in any encoding.
+    """Return a hash of a name, in 0..1."""
+    # A file name may hold bytes that are not valid in the file system's encoding.
     digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
@@ -87,10 +88,10 @@ def class_names(
     *,
     alike: bool = True,
 ) -> tuple[str, ...]:
-    """The class names, or none where the files to train on have no labels; what had to be guessed goes to the notes.
+    """Return the class names, or none if the training files have no labels. The notes receive what had to be guessed.
 
-    what: the files hold, in the plural.
-    alike: it is a ValueError where some to test on are of no class of those to train on.
+    what: noun for the files, in the plural.
+    alike: raise ValueError if a test file's class has no training files.
     """
     classes = sorted({file.label for file in training})
     if len(classes) < 2:

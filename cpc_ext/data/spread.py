@@ -1,4 +1,4 @@
-"""A few images of a set, from all of it: sets are often sorted by class, or have their classes in turn."""
+"""Choice of a few images spread over a whole set, which may be sorted by class or have its classes in turn."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ __all__ = ["spread"]
 
 
 def spread(count: int, total: int) -> np.ndarray:
-    """Indices, ascending int64 [min(count, total)], of images out of ``total``: one from each of equal parts.
+    """Return ascending indices, int64 [min(count, total)], of images out of ``total``: one from each of equal parts.
 
-    Where in its part an image lies is drawn, always alike: equal steps would meet the same classes again and again
-    where these take turns.
+    The place within a part is drawn with a fixed seed: equal steps would hit the same classes again and again if these
+    take turns.
     """
     count = min(count, total)
     edges = np.arange(count + 1) * total // max(count, 1)

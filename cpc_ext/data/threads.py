@@ -1,4 +1,4 @@
-"""Work on files by threads, for readers that let go of the interpreter meanwhile, such as Pillow and libsndfile."""
+"""Decoding of files in threads, for readers that release the GIL, such as Pillow and libsndfile."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _Decoded = TypeVar("_Decoded")
 def in_order(
     decode: Callable[[_Encoded], _Decoded], files: Iterable[_Encoded], *, ahead: int, what: tuple[str, str]
 ) -> Generator[_Decoded, None, None]:
-    """What becomes of files, in their order, under a progress bar.
+    """Yield the decoded files in their order, with a progress bar.
 
-    files: their paths or contents; taken from an iterator as they are decoded.
-    ahead: files that are decoded before the first of them is taken; enough that threads seldom wait for the slowest.
-    what: one file's content is called, and several are.
+    files: paths or contents; an iterator is consumed as they are decoded.
+    ahead: number of files given to the threads at a time; large enough that threads seldom wait for the slowest file.
+    what: noun for a file's content in the singular and the plural.
     """
     pool = ThreadPoolExecutor(cores())
     try:
@@ -33,10 +33,10 @@ def in_order(
                     bar.update()
                     yield decoded
     finally:
-        # Not `with`: on Ctrl-C that would first finish what is queued.
+        # A `with` statement would first finish all queued files on Ctrl-C.
         pool.shutdown(cancel_futures=True)
 
 
 def cores() -> int:
-    """CPU cores this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
