@@ -1,1 +1,1 @@
-"""Data sets of images, and the views of them that a model trains on."""
+"""Data sets of images, and the random crops and views of them that models train on."""

@@ -1,7 +1,7 @@
-"""Arrays of images and of labels, told apart by their names, as a data set.
+"""A data set made of arrays, whose names say which of them hold images and which hold labels.
 
-What is as the rest of the package wants it, uint8 with channels first or last, is viewed where it lies. All else is
-brought to it once (see samples): other types and sizes, and arrays of which a part is to be held out.
+Arrays of uint8 with channels first or last are viewed without a copy. Other types and sizes, and arrays of which a part
+is to be held out, are converted once into the cache (see samples).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ __all__ = ["arrays_dataset", "codes_dataset", "named_arrays"]
 
 _IMAGES = {"x", "image", "images", "img", "imgs", "data", "inputs", "pixels"}
 _LABELS = {"y", "label", "labels", "target", "targets", "class"}
-# Read at a time, of arrays that are not in memory.
+# Images read at a time from arrays that are not in memory.
 _BLOCK = 64
 
 
 class _Part(NamedTuple):
-    """An array of images, [N, ...], and the labels of these; arrays as NumPy or h5py have them."""
+    """An array of images, [N, ...], of NumPy or h5py, and their labels."""
 
     name: str
     images: Any
@@ -40,9 +40,9 @@ class _Part(NamedTuple):
 
 
 def named_arrays(files: SourceFiles, path: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays of a file by names among those of all files: with the file's own before theirs, where it has any.
+    """Return the arrays of a file by names unique among all files: with the file's name before, unless it is alone.
 
-    path: of the file. arrays: by the file's own names for them, "" where it holds just one.
+    path: path of the file. arrays: the arrays by their names in the file, "" for the only one of a .npy file.
     """
     stem = path.rpartition(".")[0]
     alone = len(files.files) == 1
@@ -52,12 +52,12 @@ def named_arrays(files: SourceFiles, path: str, arrays: Mapping[str, Any]) -> di
 def arrays_dataset(
     name: str, source: SourceFiles, arrays: Mapping[str, Any], image_size: int | None, reader: tuple[str, str]
 ) -> Dataset:
-    """The data set of arrays with names such as "train_images", "x_test" or "labels".
+    """Make a data set of arrays with names such as "train_images", "x_test" or "labels".
 
-    name: of the data set. arrays: by their names. image_size: as the loader of a folder takes it. reader: the library
-    that they are read by, and its version.
+    name: name of the data set. arrays: the arrays by name. image_size: see the loader of a folder.
+    reader: the library that reads the arrays, and its version.
 
-    Raises ValueError where the arrays do not fit together or hold no images, OSError where images cannot be kept.
+    Raises ValueError if the arrays do not fit together or hold no images, OSError if the cache cannot be written.
     """
     place = source.place
     try:
@@ -92,9 +92,9 @@ def arrays_dataset(
 
 
 def codes_dataset(name: str, source: SourceFiles, arrays: Mapping[str, Any]) -> Dataset:
-    """The data set of arrays of codes, told apart as those of images are: integers, whose values stay as they are.
+    """Make a data set of arrays of codes: integers whose values are kept. Names have the same meaning as for images.
 
-    Raises ValueError where the arrays do not fit together or hold no codes.
+    Raises ValueError if the arrays do not fit together or hold no codes.
     """
     place = source.place
     try:
@@ -121,7 +121,7 @@ def codes_dataset(name: str, source: SourceFiles, arrays: Mapping[str, Any]) -> 
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
     tell(place, notes)
-    # Nothing is normalised by these: codes are no brightness.
+    # Neutral statistics, because codes are not normalised.
     channels = next(iter(codes.values())).shape[1]
     nothing = {"mean": (0.0,) * channels, "std": (1.0,) * channels, "gray_mean": 0.0, "gray_std": 1.0}
     return dataset_of(name, _known(train[0]), test[0], found, unlabeled=unlabeled[0], statistics=nothing)
@@ -132,7 +132,7 @@ def _joined(arrays: list[np.ndarray]) -> np.ndarray | None:
 
 
 def _codes(part: _Part) -> np.ndarray:
-    """Codes [N, C, H, W], uint8 where they lie so, else int32."""
+    """Return codes [N, C, H, W], as a view if they are uint8, else as int32."""
     array = np.asarray(part.images)
     if array.dtype.kind not in "iu":
         raise ValueError(f"{part.name}: codes are integers, found {array.dtype}")
@@ -151,9 +151,9 @@ def _known(view: np.ndarray | None) -> np.ndarray:
 
 
 def _sorted_out(arrays: Mapping[str, Any], *, codes: bool = False) -> tuple[Parts[_Part], Sequence[str]]:
-    """The parts of a data set, and the names of its classes where an array has them.
+    """Sort arrays into the parts of a data set, and return these with the class names, if an array has them.
 
-    codes: the arrays hold codes, whose maps may be three or four wide.
+    codes: the arrays hold codes, so that a map of width 3 or 4 is not taken for channels.
     """
     images: dict[Part, list[str]] = {}
     labels: dict[Part, list[str]] = {}
@@ -180,7 +180,7 @@ def _sorted_out(arrays: Mapping[str, Any], *, codes: bool = False) -> tuple[Part
                 raise ValueError(f"{name} holds {len(arrays[name])} images, {theirs[name]} {len(known)} labels")
             named.append((name, _Part(name, arrays[name], known)))
     if not codes and len(named) > 2 and all(arrays[name].ndim == 3 and len(arrays[name]) == 3 for name, _ in named):
-        # Two may be a training and a test part.
+        # Two such arrays may be a training and a test part.
         raise ValueError(
             f"{some(name for name, _ in named)}: each of shape [3, H, W], which is that of one image: "
             "give all images as one array [N, C, H, W]"
@@ -202,10 +202,10 @@ def _sorted_out(arrays: Mapping[str, Any], *, codes: bool = False) -> tuple[Part
 
 
 def _paired(images: list[str], labels: list[str], part: Part) -> dict[str, str]:
-    """The arrays of labels by those of images that they belong to, all of one part; {} without labels.
+    """Return, for the arrays of images of one part, the arrays of labels that belong to them; {} without labels.
 
-    Of several, those belong together whose names differ only in "x", "y" and the like. Raises ValueError where there is
-    not one array of labels for each of images.
+    If there are several, names that differ only in words such as "x" and "y" belong together. Raises ValueError unless
+    each array of images has one array of labels.
     """
     if len(labels) not in (0, len(images)):
         raise ValueError(f"expected one array of labels for {some(images)}, found {some(labels)}")
@@ -222,13 +222,13 @@ def _paired(images: list[str], labels: list[str], part: Part) -> dict[str, str]:
 
 
 def _key(name: str, part: Part) -> tuple[str, ...]:
-    """What the names of images and of their labels have in common."""
+    """Return the words that the names of an array of images and of its labels share."""
     words = words_and_numbers(name)
     return tuple(word for word in words if word not in _IMAGES | _LABELS and split_in(word) != part)
 
 
 def _check_images(name: str, array: Any, codes: bool) -> None:
-    """ValueError for an array that holds no images by its shape, which tells nothing of objects (encoded images)."""
+    """Raise ValueError if an array's shape is not that of images. Arrays of objects (encoded images) may have any."""
     try:
         if array.dtype.kind != "O":
             channel_axis(array.shape[1:])
@@ -239,10 +239,10 @@ def _check_images(name: str, array: Any, codes: bool) -> None:
 
 
 def _roles(arrays: Mapping[str, Any]) -> dict[str, str]:
-    """What arrays are: "images", "labels", "classes", "" for none of these, or "unnamed".
+    """Return the role of each array: "images", "labels", "classes", "" for none of these, or "unnamed".
 
-    The last could be images, but only others are called so: by a name of their own where these have a folder's, as
-    "data/masks" beside "data/images", or by any where these have none.
+    An "unnamed" array could hold images, but others are named more clearly: by their own name where it has only its
+    folder's, as "data/masks" next to "data/images", or by any name where it has none.
     """
     found = {name: _role(name, array) for name, array in arrays.items()}
     named = [name for name, (role, by) in found.items() if role == "images" and by != "shape"]
@@ -255,17 +255,17 @@ def _roles(arrays: Mapping[str, Any]) -> dict[str, str]:
 
 
 class _Role(NamedTuple):
-    """What an array is, and what says so."""
+    """The role of an array, and the property that it was inferred from."""
 
     role: Literal["images", "labels", "classes", ""]
     by: Literal["name", "folder", "shape"]
 
 
 def _role(name: str, array: Any) -> _Role:
-    """What an array is, by its name, else by its folders' or groups', and by its shape where these say nothing."""
+    """Infer an array's role from its name, else from its folders' or groups' names, else from its shape."""
     by: Literal["name", "folder"]
     for by, words in (("name", in_words(name.rpartition("/")[2])), ("folder", in_words(name))):
-        # A table is none of names, as dSprites' latents_classes.
+        # A table does not hold class names; an example is dSprites' latents_classes.
         in_one_row = array.size == max(array.shape, default=1)
         if in_one_row and ("classes" in words or ("names" in words and _LABELS & {*words})):
             return _Role("classes", by)
@@ -282,13 +282,13 @@ def _folder(name: str) -> str:
 
 
 def _labels(name: str, array: Any, no_classes: list[str]) -> list[Label]:
-    """The labels of an array: None for each image, and the array's name added to no_classes, where each is several."""
+    """Return the labels in an array. If each image has several values, all are None, and no_classes gets the name."""
     if array.ndim == 0:
         raise ValueError(f"{name}: expected labels [N], got shape []")
     if array.size != len(array):
         no_classes.append(f"{name} {list(array.shape)}")
         return [None] * len(array)
-    values = np.asarray(array[...]).reshape(-1)  # MedMNIST has them as [N, 1], PatchCamelyon as [N, 1, 1, 1].
+    values = np.asarray(array[...]).reshape(-1)  # MedMNIST's labels are [N, 1], PatchCamelyon's [N, 1, 1, 1].
     if values.dtype.kind == "f" and np.isnan(values).any():
         row = int(np.isnan(values).argmax())
         raise ValueError(f"{name}: label {row} is NaN: a label that is missing is -1")
@@ -301,7 +301,7 @@ def _labels(name: str, array: Any, no_classes: list[str]) -> list[Label]:
 
 
 def _view(images: Any, image_size: int | None) -> np.ndarray | None:
-    """Images as uint8 [N, C, H, W] without a copy; None where they have to be changed for it."""
+    """Return images as uint8 [N, C, H, W] without a copy, or None if they need conversion."""
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or not len(images):
         return None
     axis = channel_axis(images.shape[1:])
@@ -317,14 +317,15 @@ def _samples(place: Path, parts: list[_Part]) -> Iterator[Sample]:
         if numbers:
             _check_range(place, part)
         for start, block in _blocks(place, part):
-            # A dark image of 16 bits has the values of 8; what is not finite is left out image by image.
+            # Integers are converted here, by the range of the whole array, since a dark 16-bit image may look like one
+            # of 8 bits. Floating point is converted later, image by image, to leave out only those not finite.
             levels = to_levels(block) if numbers and block.dtype.kind != "f" else block
             for number, image in enumerate(levels, start):
                 yield Sample(image, part.labels[number], f"{part.name}[{number}]")
 
 
 def _check_range(place: Path, part: _Part) -> None:
-    """ValueError where an array as a whole has not the values of images, though those of dark images alone may be."""
+    """Raise ValueError if the values of a whole array are not those of images. (A single dark image may mislead.)"""
     low: Any = np.inf
     high: Any = -np.inf
     for _, block in _blocks(place, part):
@@ -339,7 +340,7 @@ def _check_range(place: Path, part: _Part) -> None:
 
 
 def _blocks(place: Path, part: _Part) -> Iterator[tuple[int, np.ndarray]]:
-    """The images in blocks, each with the number of its first."""
+    """Yield the images in blocks, each with the index of its first image."""
     for start in range(0, len(part.images), _BLOCK):
         try:
             yield start, part.images[start : start + _BLOCK]

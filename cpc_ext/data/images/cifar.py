@@ -1,7 +1,7 @@
 """The files of CIFAR-10 and CIFAR-100: 50 000 training and 10 000 test images of 32 x 32 pixels.
 
-In the binary version a record is its label bytes and the image, row by row. In the version for Python, which is
-torchvision's, files are pickles of NumPy's arrays, read without running what else a pickle may ask for.
+In the binary version a record is its label bytes and the image, row by row. In the Python version, which torchvision
+uses, files are pickles of NumPy arrays; they are read without executing anything else that a pickle may contain.
 Source: Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
@@ -27,14 +27,17 @@ IMAGE_BYTES = (TRAIN + TEST) * 3 * 32 * 32
 
 
 def cifar_records(path: Path, count: int, label_bytes: int, classes: int) -> ImageSet:
-    """A file's images and labels; of two label bytes (coarse, fine) the last counts."""
+    """Read a binary file's images and labels; of two label bytes (coarse, fine) the last is used."""
     records = open_records(path, count, label_bytes + int(np.prod(IMAGE_SHAPE)))
     labels = require_labels(path, records[:, label_bytes - 1], first=0, count=classes)
     return ImageSet(images=records[:, label_bytes:].reshape(count, *IMAGE_SHAPE), labels=labels)
 
 
 def python_folder(archive: Archive, data_dir: str | Path | None, folder: str) -> Path | None:
-    """The version for Python, in data_dir or data_dir itself; None where it is not there or the binary one is, too."""
+    """Find the folder of the Python version, which is in data_dir or is data_dir itself.
+
+    Returns None if it is missing, or if the binary version is there, too.
+    """
     root = datasets_dir(data_dir)
     if root.name == archive.folder or (root / archive.folder).is_dir():
         return None
@@ -42,9 +45,9 @@ def python_folder(archive: Archive, data_dir: str | Path | None, folder: str) ->
 
 
 def python_records(paths: Sequence[Path], count: int, labels: str, classes: int) -> ImageSet:
-    """Images and labels of pickles with `count` records each; `labels` is what a pickle calls those.
+    """Read images and labels of pickles with `count` records each; `labels` is the key of the labels.
 
-    Raises FileNotFoundError where one is missing, ValueError where it is damaged or holds anything else.
+    Raises FileNotFoundError if one is missing, ValueError if one is damaged or holds anything else.
     """
     parts = [_unpickled(path) for path in paths]
     images = np.empty((count * len(paths), *IMAGE_SHAPE), np.uint8)
@@ -63,7 +66,7 @@ def python_records(paths: Sequence[Path], count: int, labels: str, classes: int)
 
 
 def python_names(path: Path, key: str, count: int) -> tuple[str, ...]:
-    """The `count` names of classes in a pickle. Raises as :func:`python_records`."""
+    """Read the `count` class names in a pickle. Raises what :func:`python_records` raises."""
     names = _unpickled(path).get(key)
     if not isinstance(names, list) or len(names) != count or any(type(name) is not str for name in names):
         raise ValueError(f"{path}: expected {key} as {count} names, found {_shape(names)}")
@@ -77,16 +80,16 @@ def _shape(value: object) -> str:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Reads what consists of NumPy's arrays and Python's own values; anything else a pickle names is refused."""
+    """Unpickler of NumPy arrays and Python's own values, which refuses anything else that a pickle names."""
 
     def find_class(self, module: str, name: str) -> Any:
-        # What an array says of itself when it is pickled, under the names that old and new versions of NumPy have.
+        # The names in a pickled array, of old and new versions of NumPy.
         allowed = {
             "numpy.core.multiarray _reconstruct": np.empty(0).__reduce__()[0],
             "numpy._core.multiarray _reconstruct": np.empty(0).__reduce__()[0],
             "numpy ndarray": np.ndarray,
             "numpy dtype": np.dtype,
-            "_codecs encode": lambda text, encoding: text.encode("latin1"),  # Python 3's bytes for Python 2.
+            "_codecs encode": lambda text, encoding: text.encode("latin1"),  # Bytes pickled by Python 3 for Python 2.
         }
         if f"{module} {name}" not in allowed:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no images are made of")
@@ -94,10 +97,10 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def _unpickled(path: Path) -> dict[str, Any]:
-    """The mapping in a pickle, of Python 2 as well. ValueError where there is none."""
+    """Read the mapping in a pickle of Python 2 or 3. Raises ValueError if there is none."""
     with require_file(path).open("rb") as file:
         try:
-            # Bytes of Python 2 are then text, and arrays are as they were.
+            # With latin1, Python 2's byte strings become text, and arrays keep their bytes.
             found = _ArraysOnly(file, encoding="latin1").load()
         except Exception as error:  # A damaged pickle raises nearly anything.
             raise ValueError(f"{path}: damaged, or no file of CIFAR's: {error}") from None

@@ -1,4 +1,4 @@
-"""Which columns of a table, as Hugging Face's ``datasets`` has them, are its images and its labels."""
+"""Choice of the columns of images and of labels in a table of Hugging Face's ``datasets``."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ __all__ = ["of_type"]
 
 
 def of_type(kind: str, kinds: Mapping[str, str], names: Sequence[str], notes: list[str]) -> str | None:
-    """The column of a type, "Image" or "ClassLabel"; None where there is none.
+    """Return the column of a type, "Image" or "ClassLabel", or None if there is none.
 
-    kinds: types by column, in the table's order. names: that such a column usually has, of which the first counts where
-        several columns are of the type. notes: where it goes that there are several.
+    kinds: types by column, in the table's order. names: usual names of such a column, in order of preference, which
+        decide between several columns of the type. notes: receives a remark if there are several.
     """
     found = [name for name, its in kinds.items() if its == kind]
     chosen = next(iter((*(name for name in names if name in found), *found)), None)

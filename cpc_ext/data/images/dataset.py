@@ -1,7 +1,7 @@
-"""What a dataset is to the rest of the package: uint8 arrays and the statistics to normalise them with.
+"""Image datasets: uint8 arrays, and the statistics to normalise them with.
 
-An image set never decodes or copies: its images may be a strided view of a memory-mapped file, and everything that
-happens to a pixel happens later, in the extraction op on the training device.
+An image set never decodes or copies. Its images may be a strided view of a memory-mapped file, and all processing of
+pixels happens later, in the extraction op on the training device.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageSet:
-    """Images with, where they are known, their labels and file names.
+    """Images, with their labels and file names where these are known.
 
-    images: uint8 [N, C, H, W], in memory or memory-mapped, with any strides; int32 where they are codes in place of
-        pixels, of which there may be more than 256.
+    images: uint8 [N, C, H, W], in memory or memory-mapped, with any strides; or int32 for codes in place of pixels,
+        which may have more than 256 values.
     labels: int64 [N] indices into the dataset's classes, or None.
-    paths: N file names, or None where the images do not come from files of their own.
+    paths: N file names, or None if the images do not come from files of their own.
 
-    Raises ValueError where these do not fit together.
+    Raises ValueError if these do not fit together.
     """
 
     images: np.ndarray
@@ -43,7 +43,7 @@ class ImageSet:
 
     @property
     def known_labels(self) -> np.ndarray:
-        """The labels; ValueError where there are none."""
+        """The labels. Raises ValueError if there are none."""
         if self.labels is None:
             raise ValueError("the images have no labels")
         return self.labels
@@ -55,11 +55,11 @@ class ImageSet:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images for self-supervised training and, where labels exist, the splits that probes train and test on.
+    """Images for self-supervised training, and the labelled splits that probes train and test on, if there are any.
 
-    classes: names, indexed by label; empty without labels.
+    classes: class names, indexed by label; empty without labels.
     mean, std: per channel, with pixels in 0..1. gray_mean, gray_std: the same of the ITU-R 601 grey image.
-    folds: for STL-10, ten index arrays into `train`, its published training folds; empty elsewhere.
+    folds: STL-10's ten published training folds, as index arrays into `train`; empty for other datasets.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""Image files to rows of one uint8 file: decoded once, by threads, since Pillow lets go of the interpreter meanwhile.
+"""Decoding of image files to rows of one uint8 file, once and in threads, since Pillow releases the GIL.
 
 Rows are appended in the order of the files with plain writes, so that no more than a few hundred images are in memory
-and a full disk is an error instead of a crash. What cannot be decoded is left out, with the reason.
+and a full disk is an error instead of a crash. An image that cannot be decoded is left out, with the reason.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from cpc_ext.data.decoded_cache import require_lasting
 from cpc_ext.data.threads import cores, in_order
 
-# Decoded ahead of writing; enough that the threads seldom wait for the slowest image of a batch.
+# Images decoded ahead of writing; enough that the threads seldom wait for the slowest image of a batch.
 AHEAD = 512
 
-# Images of one size keep it up to this many pixels on the shorter side; beyond, as with the photographs of one camera,
-# they would fill a disk with what no crop for training is large enough to use.
+# Images that all have the same size keep it if the shorter side has at most this many pixels. Larger ones, such as the
+# photographs of one camera, would fill a disk with pixels that no training crop uses.
 KEPT_SIZE = 256
 
-# What Pillow opens, or takes a name for, that is no picture: drawings that other programs have to render, films,
-# containers it only knows the names of, and measurements without a range to show.
+# Formats that Pillow opens or knows by name, but that hold no pictures: drawings that other programs have to render,
+# films, containers that Pillow cannot read, and measurements without a range for display.
 _NO_PICTURES = {"EPS", "WMF", "FLI", "MPEG", "BUFR", "GRIB", "HDF5", "FITS", "IPTC"}
 
-# Formats whose further frames are images of their own; in others they are previews, layers or sizes.
+# Formats whose further frames are separate images; in other formats they are previews, layers or sizes.
 _OF_FRAMES = {"AVIF", "DCX", "GIF", "PNG", "TIFF", "WEBP"}
 
-# TIFF's tags, and a value of the second.
+# TIFF's tags, and values of the second and the third.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 _WHITE_IS_ZERO, _SIGNED = 0, 2
 
 
 class SizeNotKept(Exception):
-    """The images were to keep their size, and it is not the same for all or too large."""
+    """Images cannot keep their size, because it is too large or not the same for all."""
 
 
 @dataclass
 class Decoded:
-    """What became of files.
+    """Results of decoding files.
 
-    height, width: of every image; 0 where none could be decoded. reasons: why a file has no image, by its index.
-    several: indices of files that hold several images or frames, of which the first was taken.
+    height, width: size of every image; 0 if none could be decoded. reasons: why a file has no image, by its index.
+    several: indices of files with several images or frames, of which the first was taken.
     """
 
     height: int = 0
@@ -61,7 +61,7 @@ class Decoded:
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """The endings, such as ".png", of the still images that this Pillow reads."""
+    """Return the suffixes, such as ".png", of the still images that this Pillow reads."""
     by_suffix = Image.registered_extensions()
     readable = set(Image.OPEN) - _NO_PICTURES | {"MPO"}  # A kind of JPEG, which opens it.
     return frozenset(suffix for suffix, name in by_suffix.items() if name in readable)
@@ -69,9 +69,9 @@ def image_suffixes() -> frozenset[str]:
 
 @cache
 def _formats(suffix: str) -> tuple[str, ...]:
-    """What a file of this ending may hold: by its first bytes any picture, as names are often wrong.
+    """Return the formats to try for a file with this suffix: all that first bytes identify, as names are often wrong.
 
-    Formats without such a mark would take anything for theirs, so they count by their name alone.
+    Formats without identifying first bytes would accept any file, so they are tried for their own suffix alone.
     """
     named = Image.registered_extensions().get(suffix)
     marked = [name for name, (_, accept) in Image.OPEN.items() if accept is not None or name == named]
@@ -82,8 +82,8 @@ def _formats(suffix: str) -> tuple[str, ...]:
 class RowWriter:
     """Appends images to a file as rows, uint8 [C, H, W] of one shape.
 
-    image_size: that they were brought to. None: they are to keep their own.
-    count: of the images so far. shape: [C, H, W] of every one, () before the first.
+    image_size: size to which the images were resized, None if they keep their own.
+    count: number of images so far. shape: [C, H, W] of every image, () before the first.
     """
 
     def __init__(self, out: BinaryIO, image_size: int | None) -> None:
@@ -95,8 +95,8 @@ class RowWriter:
     def append(self, pixels: np.ndarray) -> None:
         """Append an image, uint8 [H, W, C].
 
-        Raises SizeNotKept where images that keep their size have another or too large a one, ValueError for other
-        channels than those before, OSError where writing fails.
+        Raises SizeNotKept if images that keep their size differ in it or are too large, ValueError for another number
+        of channels than before, OSError if writing fails.
         """
         height, width, channels = pixels.shape
         self.shape = self.shape or (channels, height, width)
@@ -111,12 +111,12 @@ class RowWriter:
 def decode_stream(
     files: Sequence[Path], image_size: tuple[int, int], batch_size: int
 ) -> Iterator[tuple[np.ndarray, list[int], dict[int, str]]]:
-    """Decode images a batch at a time, while those before are being used.
+    """Decode images in batches, the next two while the caller uses one.
 
-    image_size: height and width that every image is resized to and its middle cut out.
+    image_size: height and width of the images, which are resized and centre-cropped to it.
 
-    Yields, for every batch_size files in their order, uint8 [B, 3, H, W], the indices of the files that these are, and
-    the reasons why the others of the batch could not be decoded, by their index.
+    Yields, for every batch_size files in their order, uint8 [B, 3, H, W], the indices of the files of these images, and
+    the reasons why the other files of the batch could not be decoded, by their index.
     """
     pool = ThreadPoolExecutor(cores())
     starts = range(0, len(files), batch_size)
@@ -143,10 +143,10 @@ def _submit(
 def decode_all(files: Sequence[Path], out: BinaryIO, image_size: int | None) -> Decoded:
     """Append every image that can be decoded to `out` as uint8 [3, H, W], RGB.
 
-    image_size: the shorter side is brought to it and the middle square kept. None keeps the images as they are and
-    raises SizeNotKept where they differ or have a shorter side above KEPT_SIZE.
+    image_size: the shorter side is resized to it and the middle square kept. None keeps the images' own size; this
+        raises SizeNotKept if sizes differ or a shorter side exceeds KEPT_SIZE.
 
-    Raises ValueError where a file cannot be read now but may be the next time.
+    Raises ValueError for a transient error of reading a file.
     """
     done = Decoded()
     rows = RowWriter(out, image_size)
@@ -166,21 +166,22 @@ def decode_all(files: Sequence[Path], out: BinaryIO, image_size: int | None) -> 
 
 
 def decode_image(path: Path, image_size: int | tuple[int, int] | None = None) -> np.ndarray:
-    """One image as uint8 [H, W, 3], RGB, the right way up by its EXIF orientation.
+    """Decode one image to uint8 [H, W, 3], RGB, upright according to its EXIF orientation.
 
-    image_size: height and width, or both in one, that it is resized to and its middle cut out; None keeps its own.
+    image_size: height and width, or one number for both, to which the image is resized and centre-cropped; None keeps
+        its own.
 
     Grey of more than 8 bits is scaled by the range of its type, floating point from 0..1. Transparency is dropped: a
-    pixel has the colour that is stored, as torchvision's loader has it. CMYK becomes RGB without colour profiles. Of
-    several frames or pages the first is taken.
+    pixel has its stored colour, as with torchvision's loader. CMYK becomes RGB without colour profiles. Of several
+    frames or pages the first is taken.
 
-    Raises ValueError where the range of the values is unknown, and whatever else Pillow raises.
+    Raises ValueError if the range of the values is unknown, and whatever Pillow raises.
     """
     return _decode(path, image_size)[0]
 
 
 def _decode(path: Path, image_size: int | tuple[int, int] | None) -> tuple[np.ndarray, bool]:
-    """The image as decode_image has it, and whether the file holds further ones."""
+    """Decode an image as decode_image does, and return it with whether the file holds further ones."""
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     with Image.open(path, formats=_formats(path.suffix.lower())) as image:
         several = image.format in _OF_FRAMES and getattr(image, "is_animated", False)
@@ -188,16 +189,16 @@ def _decode(path: Path, image_size: int | tuple[int, int] | None) -> tuple[np.nd
 
 
 def opened_to_pixels(image: Image.Image, size: tuple[int, int] | None, *, shrinks: bool = True) -> np.ndarray:
-    """An image of Pillow's as decode_image has it. It is loaded and turned the right way up in place.
+    """Convert a Pillow image to the array that decode_image returns. Loads the image and turns it upright in place.
 
-    size: height and width that it is brought to.
-    shrinks: whether the image itself may be made smaller, which is faster: not one that somebody else has, too.
+    size: height and width of the result.
+    shrinks: whether the image itself may be decoded at a smaller size, which is faster; False for an image of the user.
     """
     if size is not None and shrinks:
-        # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, never below what is asked for either way up.
+        # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, but not below max(size), whichever way up the image is.
         image.draft(None, (max(size),) * 2)
     image.load()
-    with suppress(Exception):  # What is written beside the pixels may be damaged; they are not.
+    with suppress(Exception):  # The metadata may be damaged while the pixels are not.
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F" or image.mode.startswith("I"):
         image = Image.fromarray(_to_levels(image))
@@ -211,27 +212,27 @@ def opened_to_pixels(image: Image.Image, size: tuple[int, int] | None, *, shrink
 
 
 def resized(image: Image.Image, size: tuple[int, int] | None) -> np.ndarray:
-    """An image of Pillow's, its middle at a height and width, as an array; as it is where size is None."""
+    """Return a Pillow image as an array, resized and centre-cropped to size (height, width) unless that is None."""
     if size is not None and image.size != size[::-1]:
         image = ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
     return np.asarray(image)
 
 
 def decode_bytes(content: bytes) -> Image.Image:
-    """The content of an image file, opened; whatever Pillow raises where it holds none."""
+    """Open the content of an image file. Raises whatever Pillow raises if it holds no image."""
     return Image.open(io.BytesIO(content), formats=_formats(""))
 
 
 def _to_levels(image: Image.Image) -> np.ndarray:
-    """Grey of 16 or 32 bits, or floating point, as uint8 [H, W]. ValueError where nothing tells its range.
+    """Convert grey of 16 or 32 bits, or floating point, to uint8 [H, W]. Raises ValueError if its range is unknown.
 
-    Pillow itself would clip it at 255.
+    Pillow's own conversion would clip it at 255.
     """
     values = np.asarray(image)
     low, high = values.min(), values.max()
     tags = _tags(image)
     if image.mode == "F":
-        # Half a level beyond, which resampling can leave, is cut off. Not a number is in no range.
+        # Resampling can exceed the range by half a level, which is clipped. The negated condition also catches NaN.
         if not (low >= -1 / 510 and high <= 1 + 1 / 510):
             raise ValueError(f"mode F, floating point, has values of {low:g} to {high:g}, which are to be 0 to 1")
         levels = (values.clip(0, 1) * 255 + 0.5).astype(np.uint8)
@@ -240,7 +241,7 @@ def _to_levels(image: Image.Image) -> np.ndarray:
         if image.mode != "I":
             top = (1 << tags.get(_BITS_PER_SAMPLE, (16,))[0]) - 1
         elif low < 0 or high > top or (0 < high <= 255 and image.format not in ("PNG", "PPM")):
-            # These two formats have 16 bits. Elsewhere integers of 32 bits may have been of 8 or 16, or of any number.
+            # PNG and PPM have 16 bits. In other formats, 32-bit integers may hold values of any number of bits.
             raise ValueError(
                 f"mode I, 32-bit integers, has values of {low} to {high}, whose range is not known; 16 bits are"
             )
@@ -249,14 +250,17 @@ def _to_levels(image: Image.Image) -> np.ndarray:
 
 
 def _tags(image: Image.Image) -> dict[int, Any]:
-    """Those of a TIFF file, else none."""
+    """Return the tags of a TIFF image; {} for other formats."""
     return getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
 
 
 def _decode_or_reason(
     path: Path, image_size: int | tuple[int, int] | None, *, kept: bool = False
 ) -> tuple[np.ndarray | str, bool]:
-    """The image and whether the file holds more, or why there is none; kept: for longer than the error may last."""
+    """Decode an image as _decode does, or return the reason why it cannot be decoded in its place.
+
+    kept: whether the result is kept for longer than an error may last; a transient error then raises ValueError.
+    """
     # A damaged file makes Pillow's readers raise nearly anything (OSError, SyntaxError, struct.error, ...).
     try:
         return _decode(path, image_size)
@@ -267,7 +271,7 @@ def _decode_or_reason(
 
 
 def _reason(path: Path, error: Exception) -> str:
-    """Why a file could not be decoded, without its name."""
+    """Return the reason why a file could not be decoded, without its name."""
     with suppress(OSError):
         if path.stat().st_size == 0:
             return "the file is empty"
@@ -275,7 +279,7 @@ def _reason(path: Path, error: Exception) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """Why an image could not be decoded, without its name."""
+    """Return the reason why an image could not be decoded, without its name."""
     if isinstance(error, UnidentifiedImageError):
         return "holds no image that Pillow recognises"
     if isinstance(error, Image.DecompressionBombError):

@@ -1,4 +1,4 @@
-"""The decoded images of a folder, kept as rows of one mapped file: see :mod:`cpc_ext.data.decoded_cache`."""
+"""The decoded images of a folder, cached as rows of one memory-mapped file: see :mod:`cpc_ext.data.decoded_cache`."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ FORMAT = 3
 
 @dataclass(frozen=True)
 class DecodedImages:
-    """The images of files: uint8 [N, 3, H, W], mapped, what became of each file, and the statistics for normalising.
+    """The decoded images of files.
 
-    statistics: of the training images, which come first; None where none of them could be decoded.
+    images: uint8 [N, 3, H, W], memory-mapped. decoded: the result of decoding each file.
+    statistics: statistics of the training images, which come first; None if none of them could be decoded.
     """
 
     images: np.ndarray
@@ -35,10 +36,11 @@ class DecodedImages:
 
 
 def decoded_images(root: Path, files: Sequence[TreeFile], train_count: int, image_size: int | None) -> DecodedImages:
-    """The decoded images of files below root, of which the first train_count are for training.
+    """Decode files below root, the first train_count of which are for training, or open them from the cache.
 
-    image_size: as the load of folders/folder.py takes it. Raises ValueError where no file could be decoded, OSError
-    where the images cannot be kept.
+    image_size: see load in folders/folder.py.
+
+    Raises ValueError if no file could be decoded, OSError if the cache cannot be written.
     """
     cache = DecodedCache(
         root=root,

@@ -1,8 +1,8 @@
-"""Data sets that Python hands over, any with a length and items, kept as arrays in files that a run can name.
+"""Data sets given as Python objects, with a length and items, and kept as files of arrays that a run can name.
 
-A run has to find its images again, to be resumed, evaluated or repeated, and by then the object is gone. So its images
-are read once and written to the user's cache as the arrays that ``--dataset npy`` reads, in a folder named by their
-content: the same data are there once, whoever hands them over.
+A run must find its images again to be resumed, evaluated or repeated, when the object no longer exists. So the images
+are read once and written to the user's cache, as arrays that ``--dataset npy`` reads, in a folder named by a digest of
+their content: the same data are stored once, whatever object they come from.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from cpc_ext.data.splits import held_out
 
 __all__ = ["NAME", "from_dataset", "given_side", "keep_dataset"]
 
-# The data set that reads what is kept.
+# The name of the data set that reads the kept arrays.
 NAME = "npy"
-# Where items that are mappings have their images and labels, in the order of preference.
+# Keys of images and of labels in items that are mappings, in order of preference.
 _IMAGE_KEYS = ("image", "img", "images", "pixel_values", "x", "jpg", "jpeg", "png")
 _LABEL_KEYS = ("label", "labels", "fine_label", "target", "class", "cls", "y")
 # Bytes of the header of an array of four axes in NumPy's format, whatever its length.
@@ -57,27 +57,27 @@ def from_dataset(
     image_size: int | None = None,
     workers: int = 0,
 ) -> Dataset:
-    """A data set of images, or of images and labels, as the rest of the package takes it.
+    """Make a Dataset of any data set of images, or of images and labels, given as a Python object.
 
-    dataset: anything with a length and items, such as a ``torch.utils.data.Dataset``, one of torchvision's or of
-        Hugging Face's ``datasets``, a list, or an array [N, ...]; or what can only be iterated over; or an array of
-        images [N, ...] and their labels [N]; or a mapping of splits to such. An item is an image, a tuple that begins
-        with image and label, or a mapping with "image" and "label" or the like, or whichever columns ``datasets`` knows
-        to be of images and class labels. An image is one of Pillow's, the Path or the bytes of an image file, or an
-        array [H, W], [H, W, C] or [C, H, W], C 1 or 3: integers from 0 to 255, floating point from 0 to 1, and not
-        normalised. A label is an integer or a name; others are passed over.
-    test: likewise, to test on. None: a tenth of each class is held out.
-    unlabeled: likewise, to train on in place of `dataset`, which is then for probes.
-    classes: names, where labels are integers. None: those that the data set has as ``classes``, or a class label of
+    dataset: anything with a length and items, such as a ``torch.utils.data.Dataset``, one of torchvision or of Hugging
+        Face's ``datasets``, a list, or an array [N, ...]; or an iterable; or a pair of arrays, images [N, ...] and
+        labels [N]; or a mapping of splits to any of these. An item is an image, a tuple that begins with image and
+        label, or a mapping with keys such as "image" and "label", or with the columns that ``datasets`` declares as
+        images and class labels. An image is a Pillow image, the Path or the bytes of an image file, or an array [H, W],
+        [H, W, C] or [C, H, W] with C 1 or 3: integers from 0 to 255 or floating point from 0 to 1, not normalised. A
+        label is an integer or a name; others are ignored.
+    test: the same, to test on. None: a tenth of each class is held out.
+    unlabeled: the same, to train on in place of `dataset`, which probes then learn from.
+    classes: class names, if labels are integers. None: the data set's ``classes``, or the names of a class label of
         ``datasets``.
-    image_size: side in pixels; the shorter side is brought to it and the middle square kept. None: the images' own
-        where it is the same for all and the shorter side has at most 256 pixels, else 96.
-    workers: processes that read items, as a DataLoader's num_workers. 0: this one, which also reads what can only be
-        iterated over.
+    image_size: side in pixels; the shorter side is resized to it and the middle square kept. None: the images' own size
+        if it is the same for all and the shorter side has at most 256 pixels, else 96.
+    workers: number of processes that read items, as a DataLoader's num_workers. 0: this process. Iterables are always
+        read by this process.
 
-    Items are read once and kept in the user's cache (``CPC_EXT_CACHE``), so a random augmentation in the data set would
-    be drawn once and for all; leave it to the model's options. Raises TypeError and ValueError where an item is not as
-    it should be, with its number, OSError where the images cannot be kept, and what the data set itself raises.
+    Items are read once and kept in the user's cache (``CPC_EXT_CACHE``). A random augmentation in the data set would
+    therefore be drawn only once; use the model's options instead. Raises TypeError or ValueError for an invalid item,
+    with its number, OSError if the cache cannot be written, and whatever the data set itself raises.
     """
     folder = keep_dataset(dataset, test, unlabeled=unlabeled, classes=classes, image_size=image_size, workers=workers)
     return npy.load(folder)
@@ -93,9 +93,11 @@ def keep_dataset(
     size_of_many: int | None = None,
     workers: int = 0,
 ) -> Path:
-    """The folder of arrays, for ``--dataset npy``, that a data set is kept in; all as :func:`from_dataset` has it.
+    """Keep a data set as a folder of arrays for ``--dataset npy``, and return the folder.
 
-    size_of_many: side in pixels of images that cannot keep their own, in place of 96.
+    size_of_many: side in pixels of images that cannot keep their own size, in place of 96.
+
+    For other arguments and errors, see :func:`from_dataset`.
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size: expected at least 1 pixel, got {image_size}")
@@ -107,7 +109,7 @@ def keep_dataset(
         home.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     try:
-        # Whatever is here belongs to a process that was cut short.
+        # Everything here is left from an interrupted process.
         shutil.rmtree(aside, ignore_errors=True)
         with _saying_where(home):
             aside.mkdir()
@@ -129,9 +131,9 @@ def keep_dataset(
 
 
 def given_side(dataset: Any) -> int | None:
-    """The shorter side in pixels of a data set's first image, as a hint; None where there is none to be had.
+    """Return the shorter side in pixels of a data set's first image, as a hint, or None if it cannot be read.
 
-    What can be read only once is left as it is.
+    An iterator, which can be read only once, is not touched.
     """
     try:
         train = _Given.of(dataset, None, None, None).train
@@ -139,16 +141,16 @@ def given_side(dataset: Any) -> int | None:
             return int(min(train.images.shape[-2:]))
         if isinstance(train, tuple):
             train = train[0]
-        # Not by _items, whose DataLoader draws from PyTorch's generator.
+        # _items is not used here, because its DataLoader draws from PyTorch's generator.
         pixels = _Convert.of(train, None)(train[0]).pixels
-    except Exception:  # It is any code of the user's; what is wrong is said where the images are kept.
+    except Exception:  # The user's code may raise anything; keep_dataset reports what is wrong.
         return None
     return None if isinstance(pixels, str) else min(pixels.shape[:2])
 
 
 @contextmanager
 def _saying_where(place: Path) -> Iterator[None]:
-    """In the block, an OSError tells where images cannot be kept, and how to keep them elsewhere."""
+    """Within the block, make an OSError say where images cannot be kept, and how to keep them elsewhere."""
     try:
         yield
     except (OSError, NotImplementedError) as error:  # The latter from file systems without locks.
@@ -159,13 +161,13 @@ def _saying_where(place: Path) -> Iterator[None]:
 
 @dataclass
 class _Given:
-    """The parts that were handed over, with the names of the classes where they are known, and what is to be said."""
+    """The given parts of a data set, with class names where these are known, and notes for the user."""
 
     train: Any
     test: Any = None
     unlabeled: Any = None
     classes: Sequence[str] = ()
-    test_classes: Sequence[str] = ()  # Names of the test part's own, where they count.
+    test_classes: Sequence[str] = ()  # The test part's own class names; empty if the caller names the classes.
     notes: Sequence[str] = ()
 
     @classmethod
@@ -201,7 +203,7 @@ class _Given:
         return given
 
     def require_again(self) -> None:
-        """ValueError where the images cannot be read a second time."""
+        """Raise ValueError if the images cannot be read a second time."""
         for part in (self.train, self.test, self.unlabeled):
             if isinstance(part, Iterator):
                 raise ValueError(
@@ -211,8 +213,11 @@ class _Given:
 
 
 class _Item(NamedTuple):
-    """An item as it leaves a worker: pixels, uint8 [H, W, C], or why there are none; its label, or of which type it is
-    if it is none."""
+    """A converted item, as a worker returns it.
+
+    pixels: uint8 [H, W, C], or the reason why there are none. label: the label, or None. strange: the type of an
+    invalid label.
+    """
 
     pixels: np.ndarray | str
     label: Label = None
@@ -221,9 +226,9 @@ class _Item(NamedTuple):
 
 @dataclass(frozen=True)
 class _Convert:
-    """From an item to what is kept of it; sent to workers.
+    """Converts an item to what is kept of it; sent to workers.
 
-    image_keys, label_keys: where items that are mappings have their images and labels, in the order of preference.
+    image_keys, label_keys: keys of images and labels in items that are mappings, in order of preference.
     """
 
     image_size: int | None
@@ -264,14 +269,14 @@ class _Convert:
 
 @dataclass
 class _Labels:
-    """The labels of a part, and the types of those that are none."""
+    """The labels of a part, and the types of invalid labels."""
 
     known: list[Label] = field(default_factory=list)
     strange: set[str] = field(default_factory=set)
 
 
 def _write(given: _Given, folder: Path, image_size: int | None, workers: int) -> None:
-    """Write the arrays of all parts. SizeNotKept as RowWriter raises it, ValueError where something does not fit."""
+    """Write the arrays of all parts. Raises SizeNotKept as RowWriter does, ValueError if parts do not fit together."""
     shapes, labels = {}, {"test": _Labels()}
     for part in ("train", "test", "unlabeled"):
         dataset = getattr(given, part)
@@ -288,7 +293,7 @@ def _write(given: _Given, folder: Path, image_size: int | None, workers: int) ->
         notes.append(f"labels that are neither integers nor names are passed over ({', '.join(strange)})")
     train, test = labels["train"].known, labels["test"].known
     if given.classes and list(given.test_classes) not in ([], list(given.classes)):
-        # The same number may be another class there.
+        # The same number may stand for another class in the test part.
         own = dict(enumerate(given.test_classes))
         test = [own.get(label, label) if isinstance(label, int) else label for label in test]
     if given.test is None:
@@ -317,7 +322,7 @@ def _write(given: _Given, folder: Path, image_size: int | None, workers: int) ->
 def _write_part(
     dataset: Any, part: str, folder: Path, image_size: int | None, workers: int
 ) -> tuple[_Labels, tuple[int, ...]]:
-    """Write a part's images to a file; its labels, and the shape [N, C, H, W] of the images."""
+    """Write a part's images to a file. Returns its labels and the shape [N, C, H, W] of the images."""
     labels = _Labels()
     with _closed((folder / f"{part}_images.npy").open("wb")) as out:
         out.write(b"\0" * _HEADER_BYTES)
@@ -347,7 +352,7 @@ def _write_part(
 
 @contextmanager
 def _closed(file: BinaryIO) -> Iterator[BinaryIO]:
-    """In the block, a file, of which an error is the block's: closing would try in vain to write what is left."""
+    """Close the file after the block, keeping the block's error: closing would fail again to write what is left."""
     try:
         yield file
     except BaseException:
@@ -358,7 +363,7 @@ def _closed(file: BinaryIO) -> Iterator[BinaryIO]:
 
 
 def _items(dataset: Any, convert: Callable[[Any], _Item], workers: int) -> Iterable[_Item]:
-    """The items of a data set, converted."""
+    """Return the converted items of a data set."""
     if isinstance(dataset, ImageSet):
         known = [None] * len(dataset) if dataset.labels is None else dataset.labels.tolist()
         return map(convert, zip((row.transpose(1, 2, 0) for row in dataset.images), known, strict=True))
@@ -400,7 +405,7 @@ def _items(dataset: Any, convert: Callable[[Any], _Item], workers: int) -> Itera
 
 
 def _check_images(images: Any) -> None:
-    """ValueError where an array of images is a single one."""
+    """Raise ValueError if an array of images is a single image."""
     try:
         check_several(images.shape)
     except ValueError as error:
@@ -412,7 +417,7 @@ def _is_array(value: Any) -> bool:
 
 
 def _classes(dataset: Any) -> Sequence[str]:
-    """The names that a data set has for its classes; () where it has none."""
+    """Return a data set's own class names, or () if it has none."""
     for whole in _wholes(dataset):
         features = getattr(whole, "features", None)
         if isinstance(features, Mapping):
@@ -425,9 +430,9 @@ def _classes(dataset: Any) -> Sequence[str]:
 
 
 def _columns(dataset: Any, notes: list[str]) -> tuple[str | None, str | None]:
-    """The columns of images and of labels in what says the types of its columns, as Hugging Face's data sets do.
+    """Return the columns of images and of labels of a data set that declares types, as Hugging Face's do.
 
-    None where there is none of such a type. notes: where it goes that there are several.
+    A column is None if none has such a type. notes: receives a remark if several columns have it.
     """
     for whole in _wholes(dataset):
         features = getattr(whole, "features", None)
@@ -438,21 +443,21 @@ def _columns(dataset: Any, notes: list[str]) -> tuple[str | None, str | None]:
 
 
 def _wholes(dataset: Any) -> Iterator[Any]:
-    """A data set, and what it is a part of, as a subset names that."""
+    """Yield a data set, and the data sets of which it is a subset."""
     while dataset is not None:
         yield dataset
         dataset = getattr(dataset, "dataset", None)
 
 
 def _distinct(names: Iterable[str]) -> list[str]:
-    """A data set's own names of classes, with their numbers where several are the same, as ImageNet's cranes are."""
+    """Append numbers to class names that occur several times, as ImageNet's cranes do."""
     names = list(names)
     counts = Counter(names)
     return [name if counts[name] == 1 else f"{name} {number}" for number, name in enumerate(names)]
 
 
 def _hold_out(folder: Path, shape: tuple[int, ...], chosen: set[int]) -> list[int]:
-    """Bring a part of the training images into a file of their own; the order that all then have."""
+    """Move the chosen training images to a file of test images. Returns the new order of all images."""
     path = folder / "train_images.npy"
     images = np.load(path, mmap_mode="r+")
     order = move_to_end(images, chosen)
@@ -473,7 +478,7 @@ def _save(path: Path, array: np.ndarray) -> None:
 
 
 def _header(shape: tuple[int, ...]) -> bytes:
-    """The beginning of a .npy file of uint8. NumPy leaves room in it for the first axis to grow."""
+    """Return the header of a .npy file of uint8. NumPy leaves room in it for the first axis to grow."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
     assert header.tell() == _HEADER_BYTES
@@ -481,7 +486,7 @@ def _header(shape: tuple[int, ...]) -> bytes:
 
 
 def _digest(folder: Path) -> str:
-    """A digest of the files in a folder, which are forced to disk."""
+    """Force the files in a folder to disk, and return a digest of them."""
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(folder.iterdir()):
         sync_file(path)

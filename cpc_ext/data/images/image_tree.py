@@ -1,4 +1,4 @@
-"""Which image files a folder holds: see :mod:`cpc_ext.data.file_tree`."""
+"""Search of a folder for image files: see :mod:`cpc_ext.data.file_tree`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _OTHERS = frozenset((".arw", ".avif", ".cr2", ".dng", ".heic", ".heif", ".jp2", 
 
 
 def read_images(root: Path, *, splits: bool = True) -> FileTree:
-    """Find the images below root, as :func:`read_tree` finds files."""
+    """Find the images below root with :func:`read_tree`."""
     reader = f"Pillow {PIL.__version__}"
     kind = FileKind(("image", "images"), ".jpg, .png, .tif", image_suffixes(), _OTHERS, "image", reader)
     return read_tree(root, kind, splits=splits)

@@ -1,4 +1,4 @@
-"""Labels as people have them, numbers or names, as indices of classes."""
+"""Conversion of labels, which may be numbers or names, to class indices."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from cpc_ext._messages import some
 
 __all__ = ["NO_LABEL", "Classes", "Label", "class_indices", "label_in", "plain_label"]
 
-# What an example is called: a number, a name, or nothing.
+# The label of an example: a number, a name, or none.
 Label = int | str | None
-# Labels of this value say that there is none, as torchvision has it.
+# A label of this value stands for none, as in torchvision.
 NO_LABEL = -1
 
 
 class Classes(NamedTuple):
-    """names: of the classes, indexed by label; empty without labels. train, test: int64 [N], or None without."""
+    """The classes of a data set, and its labels as indices of them.
+
+    names: class names, indexed by label; empty without labels. train, test: labels, int64 [N], or None.
+    """
 
     names: tuple[str, ...] = ()
     train: np.ndarray | None = None
@@ -29,7 +32,7 @@ class Classes(NamedTuple):
 
 
 def plain_label(label: Any) -> Label:
-    """A label as it is kept, None for -1. TypeError where it is neither an integer, of any type, nor a name."""
+    """Return a label as int or str, None for -1. Raises TypeError if it is neither an integer nor a name."""
     if label is None:
         return None
     value = np.asarray(label.detach().cpu() if isinstance(label, torch.Tensor) else label)
@@ -44,9 +47,9 @@ def plain_label(label: Any) -> Label:
 
 
 def label_in(value: Any) -> tuple[Label, str]:
-    """The label that a table or a text holds, and what is to be remarked of it.
+    """Return the label in a value of a table or JSON, and a remark on an invalid one.
 
-    Tables turn integers with gaps into floating point, NaN where there is none.
+    Tables turn integers with missing values into floating point, with NaN for those that are missing.
     """
     if isinstance(value, float):
         if math.isnan(value):
@@ -61,14 +64,15 @@ def label_in(value: Any) -> tuple[Label, str]:
 def class_indices(
     train: Sequence[Label], test: Sequence[Label], names: Sequence[str] = (), *, notes: list[str]
 ) -> Classes:
-    """The labels of training and test images as indices of classes.
+    """Convert the labels of training and test images to class indices.
 
-    names: of the classes, where the source has them; integers are then indices of these. Otherwise the classes are the
-        labels that there are, sorted.
-    notes: where it goes that there are no labels, although some images have one.
+    names: class names, if the source has them; integers are then indices into these. Otherwise the classes are the
+        sorted labels of the training images.
+    notes: receives a remark if labels are dropped because some images lack one.
 
-    Images of fewer than two classes have no labels, and test images none where one lacks it. Raises ValueError where a
-    label is none of the classes, test images have one that training images lack, or two classes have the same name.
+    With fewer than two classes there are no labels, and test images have none if any of them lacks one. Raises
+    ValueError if a label is none of the classes, test images have a class that training images lack, or two classes
+    have the same name.
     """
     if len(set(names)) < len(names):
         repeated = [name for name, count in Counter(names).items() if count > 1]

@@ -1,7 +1,7 @@
-"""Which transforms the patches of a batch get, drawn at random for every patch: CPC v2's patch augmentation.
+"""CPC v2's patch augmentation: transforms drawn at random for every patch of a batch.
 
-What is drawn is a plan, small tensors of codes and magnitudes; ``augment_patches`` carries it out while it cuts the
-patches, on any device with the same result.
+The draws are a plan, small tensors of codes and magnitudes, which ``augment_patches`` carries out while it cuts the
+patches, with the same result on any device.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ AUTO_AUGMENT = (
     "cutout",
     "sample_pairing",
 )
-# Transforms of colour, which have nothing to do in images of one channel.
+# Transforms of colour, which do not apply to images of one channel.
 _COLORFUL = {"color"}
-# The field that holds the range of a transform's magnitude.
+# The field that holds the range of each transform's magnitude.
 _RANGES = {
     **{f"{name}_{axis}": name for name in ("shear", "translate") for axis in "xy"},
     **{name: name for name in (*AUTO_AUGMENT[8:], "rotate")},
@@ -51,32 +51,33 @@ _JITTERS = (Transform.BRIGHTNESS, Transform.CONTRAST, Transform.COLOR, Transform
 
 @dataclass(frozen=True)
 class PatchAugmentation:
-    """What CPC v2 does to a patch (Hénaff et al. 2019, arXiv 1905.09272), each patch by draws of its own.
+    """CPC v2's augmentation of patches (Hénaff et al. 2019, arXiv 1905.09272), drawn for each patch independently.
 
-    In this order: some of AutoAugment's transforms, each at most once; elastic deformation and shearing; a change of
-    the colour histogram; brightness, contrast, saturation and hue in random order; grey; a crop padded back. The paper
-    gives the probabilities; AutoAugment's paper its ranges, here as shares of a patch where they were pixels; strengths
-    that the papers leave open are marked so. Ranges are (low, high), drawn from evenly.
+    Applied in this order: some of AutoAugment's transforms, each at most once; elastic deformation and shearing; a
+    change of the colour histogram; brightness, contrast, saturation and hue in random order; grey; a crop that is
+    padded back. Probabilities are those of the paper. Ranges are those of AutoAugment's paper, as shares of a patch
+    where they are in pixels there. Strengths that neither paper states are marked as open. Ranges are (low, high), and
+    values are drawn from them uniformly.
 
     transforms: names from AUTO_AUGMENT; () switches all of them off.
     num_transforms: how many of them each patch gets, at random.
-    shear: pixels sideways a pixel down. translate: share of the side. rotate: degrees. solarize: threshold, 0..256.
-    posterize: bits kept, whole numbers. contrast, color, brightness, sharpness: factors, 1 leaves a patch as it is, at
-        most 4. cutout: side of the square as a share of the patch's. sample_pairing: share of the other patch, which is
-        any of the batch.
-    elastic_probability: of elastic deformation, with a shear along x or y; 0 switches both off.
-    elastic_displacement: by how much of the side a node moves at most, each way (open in the paper).
+    shear: shift in pixels for each pixel along the other axis. translate: share of the side. rotate: degrees.
+    solarize: threshold, 0..256. posterize: bits kept, whole numbers.
+    contrast, color, brightness, sharpness: factors, at most 4; 1 leaves a patch unchanged.
+    cutout: side of the square as a share of the patch's. sample_pairing: weight of another patch, drawn from the batch.
+    elastic_probability: probability of elastic deformation, with a shear along x or y; 0 switches both off.
+    elastic_displacement: largest displacement of a node in each direction, as a share of the side (open).
     elastic_shear: range of that shear (open); (0, 0) leaves it out.
-    histogram_probability: of bending each channel's tone curve; 0 switches it off.
+    histogram_probability: probability of bending each channel's tone curve; 0 switches it off.
     histogram_strength: the bend is within ± this, at most 1 (open).
-    jitter_probability: of colour jitter; 0 switches it off.
+    jitter_probability: probability of colour jitter; 0 switches it off.
     jitter: factors of brightness, contrast and saturation are within 1 ± these, at least 0; hue turns by up to ± the
         last, in turns of the colour circle, at most 0.5 (open).
-    gray_probability: of going grey; 0 switches it off.
-    crop: side of the crop that is padded back as a share of the patch's (CPC v1: 60 of 64); 1 switches it off.
-    fill: the pixel, 0..255, that comes from outside of a patch.
+    gray_probability: probability of conversion to grey; 0 switches it off.
+    crop: side of the crop that is padded back, as a share of the patch's (CPC v1: 60 of 64); 1 switches it off.
+    fill: value, 0..255, of pixels from outside of a patch.
 
-    Raises ValueError for what is out of these ranges, a name that is none of the list or more transforms than names.
+    Raises ValueError for values out of these ranges, a name that is not in AUTO_AUGMENT, or more transforms than names.
     """
 
     transforms: tuple[str, ...] = AUTO_AUGMENT
@@ -151,9 +152,9 @@ class PatchAugmentation:
     ) -> AugmentationPlan:
         """Draw the transforms of batch * rows * cols patches of ``patch_size`` pixels a side.
 
-        channels: of the images, 1 or 3; what works on colours is left out for 1.
-        generator: the plan is drawn on its device and does not depend on ``device``; None takes the CPU's own.
-        device: where the plan is to be; by default where it was drawn.
+        channels: channels of the images, 1 or 3; transforms of colour are left out for 1.
+        generator: the plan is drawn on its device and does not depend on ``device``; None takes the CPU's default.
+        device: device of the plan; by default that on which it was drawn.
         """
         draw = _Draw(batch * rows * cols, patch_size, generator)
         steps = [
@@ -186,7 +187,7 @@ class PatchAugmentation:
         if device is None or torch.device(device).type == draw.device.type == "cpu":
             return plan
         if draw.device.type == "cpu" and torch.device(device).type == "cuda":
-            # Without making the CPU wait for what the device is doing.
+            # Pinned memory, so that the CPU does not wait for the device.
             plan = plan.pin_memory()
         return plan.to(device)
 
@@ -203,7 +204,7 @@ class PatchAugmentation:
             parameters = draw.between(0, 1, PARAMETERS)
             magnitude = low[chosen] + (high[chosen] - low[chosen]) * parameters[:, 0]
             code = codes[chosen]
-            # The cut square's centre may be anywhere in the patch.
+            # The centre of the cutout may be anywhere in the patch.
             cut = code == Transform.CUTOUT
             side = magnitude.round()
             places = (parameters[:, 1:] * draw.side).floor() - (side / 2).floor()[:, None]
@@ -217,12 +218,12 @@ class PatchAugmentation:
         return steps
 
     def _magnitudes(self, name: str, side: int) -> Range:
-        """The range of a transform's first parameter, in what it is measured in there."""
+        """Return the range of a transform's first parameter, in the plan's unit for it."""
         if name not in _RANGES:
             return 0.0, 0.0
         low, high = getattr(self, _RANGES[name])
         if name == "posterize":
-            return low, math.nextafter(high + 1, low)  # Cut off to whole bits, each as likely.
+            return low, math.nextafter(high + 1, low)  # Rounded down to whole bits, all equally likely.
         scale = side if name in ("translate_x", "translate_y", "cutout") else 1
         return low * scale, high * scale
 
@@ -263,31 +264,31 @@ class PatchAugmentation:
 
 
 class _Draw:
-    """Random numbers for ``count`` patches, a row of a tensor each."""
+    """Random numbers for ``count`` patches, with one row of a tensor for each."""
 
     def __init__(self, count: int, side: int, generator: torch.Generator | None) -> None:
         self.count, self.side, self.generator = count, side, generator
         self.device = torch.device("cpu") if generator is None else generator.device
 
     def between(self, low: float, high: float, *shape: int) -> Tensor:
-        """[count, *shape] float32, even in [low, high)."""
+        """Draw [count, *shape] float32, uniform in [low, high)."""
         unit = torch.rand(self.count, *shape, generator=self.generator, device=self.device)
         return low + (high - low) * unit
 
     def happens(self, probability: float) -> Tensor:
-        """[count] bool."""
+        """Draw [count] bool."""
         return self.between(0, 1) < probability
 
     def whole(self, end: int) -> Tensor:
-        """[count] int64 in [0, end)."""
+        """Draw [count] int64, uniform in [0, end)."""
         return torch.randint(end, (self.count,), generator=self.generator, device=self.device)
 
     def distinct(self, choices: int, number: int) -> Tensor:
-        """[count, number] int64, different ones of ``choices`` in random order."""
+        """Draw [count, number] int64, distinct in [0, choices), in random order."""
         return self.between(0, 1, choices).topk(number, dim=1).indices
 
     def step(self, code: Tensor | int, *parameters: Tensor, happens: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """One transform of every patch: codes [count] and parameters [count, 3]; none where it does not happen."""
+        """Return one transform of each patch: codes [count], NONE unless it happens, and parameters [count, 3]."""
         codes = torch.as_tensor(code, device=self.device).expand(self.count)
         if happens is not None:
             codes = torch.where(happens, codes, int(Transform.NONE))

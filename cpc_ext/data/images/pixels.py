@@ -1,4 +1,4 @@
-"""One image, in any of the forms that programs hand about, as uint8 [H, W, C]."""
+"""Conversion of an image, in any of its usual forms, to uint8 [H, W, C]."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from cpc_ext.data.images.decode import decode_bytes, decode_image, opened_to_pix
 
 __all__ = ["channel_axis", "check_range", "check_several", "to_levels", "to_pixels"]
 
-# Half a level beyond 0 and 1, which resampling can leave, is cut off.
+# Resampling can exceed 0..1 by half a level, which is clipped.
 _HALF_A_LEVEL = 1 / 510
 
 
 def to_pixels(image: object, image_size: int | None = None) -> np.ndarray:
-    """An image as uint8 [H, W, C], of 1 or 3 channels.
+    """Convert an image to uint8 [H, W, C] with 1 or 3 channels.
 
-    image: an image of Pillow's, which becomes RGB; the path of an image file, as a Path, or its bytes; or an array, of
-        NumPy, PyTorch or whatever NumPy takes, [H, W], [H, W, C] or [C, H, W] with C 1 or 3. Integers count from 0 to
-        255, those of 16 bits without sign to 65535, floating point from 0 to 1, bool as black and white.
-    image_size: side in pixels; the shorter side is brought to it and the middle square kept.
+    image: a Pillow image, which becomes RGB; the Path of an image file, or its bytes; or an array of NumPy, PyTorch or
+        anything that NumPy converts, [H, W], [H, W, C] or [C, H, W] with C 1 or 3. Integers range from 0 to 255, uint16
+        from 0 to 65535, floating point from 0 to 1; bool is black and white.
+    image_size: side in pixels; the shorter side is resized to it and the middle square kept.
 
-    Raises TypeError for what is no image, ValueError for values or a shape that none has, and whatever Pillow raises
-    for damaged bytes.
+    Raises TypeError if it is not an image, ValueError for values or a shape that no image has, and whatever Pillow
+    raises for damaged bytes.
     """
     size = None if image_size is None else (image_size, image_size)
     if isinstance(image, Path):
@@ -36,7 +36,7 @@ def to_pixels(image: object, image_size: int | None = None) -> np.ndarray:
         return opened_to_pixels(decode_bytes(bytes(image)), size)
     if isinstance(image, Image.Image):
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            image = ImageOps.exif_transpose(image)  # A copy: the image is somebody's.
+            image = ImageOps.exif_transpose(image)  # A copy, as the image is the caller's.
         return opened_to_pixels(image, size, shrinks=False)
     if isinstance(image, str):
         raise TypeError(f"expected an image or an array, got the text {image!r:.80}; a file is given as pathlib.Path")
@@ -54,9 +54,9 @@ def to_pixels(image: object, image_size: int | None = None) -> np.ndarray:
 
 
 def channel_axis(shape: Sequence[int]) -> int | None:
-    """Which axis of an image's array is that of its channels, -1, or else -3; None of [H, W].
+    """Return the axis of an image's channels, -1 if possible, else -3; None for [H, W].
 
-    ValueError for the shape of no image.
+    Raises ValueError for a shape that no image has.
     """
     if len(shape) == 2 and min(shape) > 0:
         return None
@@ -68,7 +68,7 @@ def channel_axis(shape: Sequence[int]) -> int | None:
 
 
 def check_several(shape: Sequence[int]) -> None:
-    """ValueError for the shape of an array of images [N, ...] that is rather one image's, [H, W, C]."""
+    """Raise ValueError if the shape of an array of images [N, ...] is more likely that of one image, [H, W, C]."""
     if len(shape) == 3 and shape[-1] in (1, 3, 4):
         raise ValueError(
             f"expected images [N, H, W] or [N, H, W, C], got shape {list(shape)}, which is that of one image: "
@@ -77,7 +77,7 @@ def check_several(shape: Sequence[int]) -> None:
 
 
 def _as_array(image: Any) -> np.ndarray:
-    """An image's array; TypeError where it is of no numbers."""
+    """Convert an image to an array. Raises TypeError if it does not consist of numbers."""
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         # NumPy has no bfloat16.
@@ -92,16 +92,16 @@ def _as_array(image: Any) -> np.ndarray:
 
 
 def _levels(array: np.ndarray) -> np.ndarray:
-    """Values as uint8. ValueError where nothing tells their range."""
+    """Convert values to uint8. Raises ValueError if they are out of range or their range is unknown."""
     if array.size and array.dtype.kind in "iuf":
         check_range(array.dtype, array.min(), array.max())
     return to_levels(array)
 
 
 def check_range(dtype: np.dtype, low: Any, high: Any) -> None:
-    """ValueError where the least and the greatest of values are not those of brightness, or do not tell its range."""
+    """Raise ValueError if the extremes of values are out of range, or leave the range of the values open."""
     if dtype.kind == "f":
-        # Not a number is in no range.
+        # The negated condition also catches NaN.
         if not (low >= -_HALF_A_LEVEL and high <= 1 + _HALF_A_LEVEL):
             raise ValueError(
                 f"floating point has values of {low:g} to {high:g}, which are to be 0 to 1 (a run normalises itself)"
@@ -114,7 +114,7 @@ def check_range(dtype: np.dtype, low: Any, high: Any) -> None:
 
 
 def to_levels(array: np.ndarray) -> np.ndarray:
-    """Brightness in the range that its type has, which is known to be right, as uint8."""
+    """Convert brightness in the range of its type to uint8; check_range has checked the range."""
     if array.dtype == np.bool_:
         levels: np.ndarray = array.astype(np.uint8) * np.uint8(255)
         return levels

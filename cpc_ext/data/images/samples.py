@@ -1,7 +1,7 @@
-"""Samples that a source yields one by one, kept as rows of one mapped file: see :mod:`cpc_ext.data.decoded_cache`.
+"""Data sets of samples that a source yields, cached as rows of one memory-mapped file.
 
-A source is what reads a format: it knows its files, and yields samples of those to train and those to test on. Where
-there are none to test on, a tenth of each class is held out, as of a folder.
+See :mod:`cpc_ext.data.decoded_cache`. A source reads files of one format and yields the samples to train on and those
+to test on. Without samples to test on, a tenth of each class is held out, as for a folder.
 """
 
 from __future__ import annotations
@@ -34,12 +34,16 @@ __all__ = ["Rows", "Sample", "Source", "dataset_of", "labelled_parts", "load_sou
 
 # Part of a cache's key: raise it when what is written changes.
 _FORMAT = 4
-# Samples that are looked at to see whether a part of a data set has labels.
+# Samples that are read to find out whether a part of a data set has labels.
 _LOOKED_AT = 64
 
 
 class Sample(NamedTuple):
-    """image: as :func:`to_pixels` takes it, or None. label: of its class. name: to call it by. remark: to be told."""
+    """One sample of a source.
+
+    image: an argument of :func:`to_pixels`, or None. label: its class. name: its name in messages.
+    remark: a remark on it for the user.
+    """
 
     image: object
     label: Label = None
@@ -49,9 +53,10 @@ class Sample(NamedTuple):
 
 @dataclass
 class Rows:
-    """What was written of samples.
+    """The samples that were written.
 
-    shape: [C, H, W] of every image. reasons: why samples have none, by their names. remarks: on samples, likewise.
+    shape: [C, H, W] of every image. reasons: pairs of a left-out sample's name and the reason. remarks: pairs of a
+        sample's name and a remark.
     """
 
     shape: tuple[int, ...] = ()
@@ -64,13 +69,13 @@ class Rows:
 class Source(NamedTuple):
     """A data set in files of some format.
 
-    name: of the data set. root: the folder of the files. files: of which changes count.
-    train, test, unlabeled: call them for the samples. Without test a part of the training samples is held out; with
-        unlabeled these are trained on, and the training samples are for probes.
-    classes: call it for the names of the classes, () where the labels themselves are the names.
+    name: name of the data set. root: the folder of the files. files: the files whose changes invalidate the cache.
+    train, test, unlabeled: functions that return the samples. Without test, a part of the training samples is held out.
+        With unlabeled, models train on these, and the training samples are for probes.
+    classes: function that returns the class names, () if the labels themselves are the names.
     reader: the library that reads the files, and its version.
-    notes: what is to be said of the files.
-    state: what else tells that the data set changed, as JSON values.
+    notes: remarks on the files for the user.
+    state: other values that change with the data set, as JSON values.
     """
 
     name: str
@@ -86,9 +91,9 @@ class Source(NamedTuple):
 
 
 def labelled_parts(files: Sequence[TreeFile], samples: Callable[[list[TreeFile]], Iterable[Sample]]) -> Parts[TreeFile]:
-    """The parts of a data set by its files' names: test before validation, unless only the latter has labels.
+    """Divide files into the parts of a data set by their names: test before validation, unless only that has labels.
 
-    samples: call it for those in files.
+    samples: function that returns the samples in some of the files.
     """
 
     def labelled(part: list[TreeFile]) -> bool:
@@ -98,10 +103,12 @@ def labelled_parts(files: Sequence[TreeFile], samples: Callable[[list[TreeFile]]
 
 
 def load_source(source: Source, image_size: int | None) -> Dataset:
-    """The data set of a source, decoded once into the user's cache; a warning says what was left out.
+    """Load the data set of a source, decoded once into the user's cache; a warning says what was left out.
 
-    image_size: as the loader of a folder takes it. Raises ValueError where no sample can be read or labels do not fit,
-    OSError where the images cannot be kept, and what reading raises.
+    image_size: see the loader of a folder.
+
+    Raises ValueError if no sample can be read or labels do not fit, OSError if the cache cannot be written, and what
+    reading raises.
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size: expected at least 1 pixel, got {image_size}")
@@ -155,10 +162,11 @@ def dataset_of(
     names: Sequence[str] | None = None,
     statistics: dict[str, Any] | None = None,
 ) -> Dataset:
-    """A data set of images, uint8 [N, C, H, W].
+    """Make a Dataset of images, uint8 [N, C, H, W].
 
-    test: None, or none, where there are none. unlabeled: to train on in place of the training images, which are then
-    for probes. names: of the training and then the test images. statistics: of the pixels, where they are known.
+    test: images to test on; None or empty if there are none. unlabeled: images to train on in place of the training
+    images, which are then for probes. names: names of the training images and then of the test images.
+    statistics: statistics of the pixels, if they are known.
     """
     test = test if test is not None and len(test) else None
     called = None if names is None else (names[: len(train)], names[len(train) :])
@@ -176,9 +184,9 @@ def dataset_of(
 
 
 def write_samples(samples: Iterable[Sample], image_size: int | None, rows: Rows, writer: RowWriter) -> None:
-    """Append the images of samples to the file of a writer, decoded by threads.
+    """Decode samples in threads, and append their images to a writer's file.
 
-    rows: of what was written so far, which it is added to.
+    rows: the samples written so far, to which these are added.
 
     Raises SizeNotKept as RowWriter does, and OSError.
     """
@@ -211,9 +219,9 @@ def write_samples(samples: Iterable[Sample], image_size: int | None, rows: Rows,
 
 
 def move_to_end(images: np.ndarray, chosen: set[int]) -> list[int]:
-    """Bring chosen rows of an array to its end, each in exchange for one there.
+    """Move chosen rows of an array to its end, each in exchange for a row there; the other rows stay in place.
 
-    Returns the order: which row each is of those before. The others stay where they are.
+    Returns the order: for each row, its index before.
     """
     order = list(range(len(images)))
     first = len(images) - len(chosen)

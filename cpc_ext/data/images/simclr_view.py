@@ -1,7 +1,7 @@
-"""Two random views of every image of a batch, as SimCLR contrasts them, made on the device that holds the images.
+"""Two random views of every image of a batch, as in SimCLR, made on the device that holds the images.
 
-Cropping with resizing and blurring are products with two small matrices an image, one for its rows and one for its
-columns, and colours change by arithmetic on the whole batch: a view takes a few dozen kernels whatever the batch.
+Cropping with resizing, and blurring, multiply each image by two small matrices, one for its rows and one for its
+columns. Colours change by arithmetic on the whole batch. So a view takes a few dozen kernels for a batch of any size.
 """
 
 from __future__ import annotations
@@ -27,27 +27,28 @@ _WHOLE = BatchShare()
 
 @dataclass(frozen=True)
 class SimCLRView:
-    """What SimCLR does to an image (Chen et al. 2020, arXiv 2002.05709, appendix A).
+    """SimCLR's augmentation of images (Chen et al. 2020, arXiv 2002.05709, appendix A).
 
     Defaults are those of the University of Amsterdam's tutorial 17.
 
-    In this order: a window of random area, aspect ratio and place, resized; mirrored in half of the cases; brightness,
-    contrast, saturation and hue changed by random amounts of each image, in an order that is drawn for the batch;
-    turned to grey; blurred. A view is brought to zero mean and unit deviation of the data set last.
+    Applied in this order: a crop of random area, aspect ratio and position, resized; a horizontal flip with probability
+    one half; brightness, contrast, saturation and hue changed by random amounts for each image, in an order that is
+    drawn for the batch; conversion to grey; blur. Last, a view is normalised by the data set's mean and standard
+    deviation.
 
     size: side of a view in pixels.
-    min_area: smallest share of an image's area that a window covers; the largest is all of it.
+    min_area: smallest share of an image's area that a crop covers; the largest is all of it.
     jitter: factors of brightness, contrast and saturation are within 1 ± these; hue turns by up to ± the last, in
         turns of the colour circle.
-    jitter_probability, gray_probability: shares of views whose colours change, or go.
+    jitter_probability, gray_probability: probabilities of colour jitter and of conversion to grey.
     blur_kernel: taps of the Gaussian blur, an odd number; its deviation is drawn from 0.1 to 2 pixels. 0: no blur.
     blur_probability: share of views that are blurred.
     flip: whether half of the views are mirrored.
-    center_scale: side of a whole image that an encoder is judged by, in sides of a view. Windows of random area magnify
-        what they show, so that encoders tell it best in whole images larger than their views (Touvron et al. 2019,
-        arXiv 1906.06423).
-    mean, std: one value a channel, with pixels in 0..1; None leaves them so.
-    dtype, channels_last: of the views.
+    center_scale: side of the whole images on which an encoder is evaluated, as a multiple of a view's. Random crops
+        magnify objects, so that encoders recognise them best in whole images larger than their views (Touvron et al.
+        2019, arXiv 1906.06423).
+    mean, std: one value for each channel, with pixels in 0..1; None skips normalisation.
+    dtype, channels_last: dtype and memory format of the views.
 
     Raises ValueError for a blur_kernel that is neither 0 nor an odd number below 2 * size, and for a center_scale that
     leaves no pixel.
@@ -75,7 +76,7 @@ class SimCLRView:
 
     @property
     def center_size(self) -> int:
-        """Side in pixels of what :meth:`center` makes."""
+        """Side in pixels of the images that :meth:`center` returns."""
         return round(self.size * self.center_scale)
 
     @classmethod
@@ -85,25 +86,25 @@ class SimCLRView:
         size: int,
         **options: Any,
     ) -> SimCLRView:
-        """A view that normalises by the dataset's statistics. options: the other fields."""
+        """Return a view that normalises by the dataset's statistics. options: the other fields."""
         return cls(size=size, mean=dataset.mean, std=dataset.std, **options)
 
     def random_pair(
         self, images: Tensor, generator: torch.Generator | None = None, *, share: BatchShare = _WHOLE
     ) -> Tensor:
-        """Two views [2, B, C, size, size] of uint8 images [B, C, H, W]. TypeError for images of another type.
+        """Return two views [2, B, C, size, size] of uint8 images [B, C, H, W]. Raises TypeError for other types.
 
-        generator: on the CPU, so that a seed gives the same views on every device; None takes PyTorch's own.
-        share: the part of the batch that the images are; numbers are drawn for all of it.
+        generator: a CPU generator, so that a seed gives the same views on every device; None takes PyTorch's default.
+        share: the part of the batch that the images are; random numbers are drawn for the whole batch.
         """
         return torch.stack([self.random(images, generator, share=share) for _ in range(2)])
 
     def random(self, images: Tensor, generator: torch.Generator | None = None, *, share: BatchShare = _WHOLE) -> Tensor:
-        """One such view, [B, C, size, size]."""
+        """Return one view [B, C, size, size], with the arguments of :meth:`random_pair`."""
         batch = share.whole(len(images))
         height, width = images.shape[2:]
         box = self._draw_box(batch, height, width, generator)
-        # Drawn in any case, so that the rest is as it would be.
+        # Drawn even if flip is False, so that the other random numbers are the same.
         flip = (torch.rand(batch, generator=generator) < 0.5) & self.flip
         factors = 1 + (2 * torch.rand(batch, 4, generator=generator) - 1) * torch.tensor(self.jitter)
         jittered = torch.rand(batch, 1, generator=generator) < self.jitter_probability
@@ -112,12 +113,12 @@ class SimCLRView:
         low, high = _BLUR_SIGMAS
         sigma = low + (high - low) * torch.rand(batch, generator=generator)
         order = torch.randperm(4, generator=generator).tolist()
-        # Where all are blurred, nothing is drawn for it.
+        # If all views are blurred, nothing is drawn.
         blurred = torch.ones(batch)
         if self.blur_probability < 1:
             blurred = torch.rand(batch, generator=generator) < self.blur_probability
         numbers = torch.cat([box, flip[:, None], factors, gray[:, None], sigma[:, None], blurred[:, None]], dim=1)
-        # One copy to the device, of which everything below is a part.
+        # One copy to the device, split there.
         parts = torch.split(send(share.part(numbers), images.device), [4, 1, 4, 1, 1, 1], dim=1)
         box, flip, factors, gray, sigma, blurred = parts
 
@@ -133,13 +134,13 @@ class SimCLRView:
         return self._finished(view)
 
     def cropping(self) -> SimCLRView:
-        """The view that only crops, resizes and mirrors."""
+        """Return the view that only crops, resizes and mirrors."""
         return replace(self, jitter_probability=0.0, gray_probability=0.0, blur_kernel=0)
 
     def center(self, images: Tensor) -> Tensor:
-        """uint8 images [B, C, H, W], resized and normalised for evaluation: [B, C, center_size, center_size].
+        """Resize and normalise uint8 images [B, C, H, W] for evaluation: [B, C, center_size, center_size].
 
-        Whole ones where they are square, else their middle squares.
+        Square images are used whole, others are cropped to their middle squares.
         """
         height, width = images.shape[2:]
         side = min(height, width)
@@ -149,7 +150,7 @@ class SimCLRView:
         return self._finished(crop_and_resize(square, box, self.center_size))
 
     def _draw_box(self, batch: int, height: int, width: int, generator: torch.Generator | None) -> Tensor:
-        """Windows [batch, 4]: top, left, height, width in pixels."""
+        """Draw windows [batch, 4]: top, left, height, width in pixels."""
         area = height * width * (self.min_area + (1 - self.min_area) * torch.rand(batch, generator=generator))
         low, high = map(math.log, _ASPECT_RATIOS)
         ratio = torch.exp(low + (high - low) * torch.rand(batch, generator=generator))
@@ -160,7 +161,7 @@ class SimCLRView:
 
     def _finished(self, view: Tensor) -> Tensor:
         if self.mean is not None and self.std is not None:
-            # By numbers of the host: a tensor of them would wait for the device before it is copied there.
+            # With Python numbers, because copying a tensor of them to the device would make the CPU wait.
             channels = zip(view.unbind(1), self.mean, self.std, strict=True)
             view = torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
@@ -168,10 +169,10 @@ class SimCLRView:
 
 
 def crop_and_resize(images: Tensor, box: Tensor, size: int, *, flip: Tensor | None = None) -> Tensor:
-    """Windows of images [B, C, H, W], resized to [B, C, size, size] by a triangle filter as Pillow's BILINEAR.
+    """Resize windows of images [B, C, H, W] to [B, C, size, size] by a triangle filter, as Pillow's BILINEAR does.
 
-    box: [B, 4], top, left, height and width of each window in pixels, not necessarily whole. flip: bool [B], mirrors
-    left to right.
+    box: [B, 4], top, left, height and width of each window in pixels, not necessarily whole numbers.
+    flip: bool [B], images to mirror left to right.
     """
     top, left, height, width = box.unbind(1)
     rows = _resize_matrix(top, height, images.shape[2], size)
@@ -182,30 +183,30 @@ def crop_and_resize(images: Tensor, box: Tensor, size: int, *, flip: Tensor | No
 
 
 def _resize_matrix(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:
-    """Weights [B, size, pixels] of the source pixels in every pixel of a window resized to ``size``."""
+    """Return the weights [B, size, pixels] of the source pixels in every pixel of a window resized to ``size``."""
     step = (length / size)[:, None]
     centers = start[:, None] + step * (torch.arange(size, device=start.device) + 0.5)
     places = torch.arange(pixels, device=start.device) + 0.5
-    # Where pixels are merged, the filter widens to cover all that fall into one.
+    # When shrinking, the filter widens to cover all source pixels that fall into one.
     distance = (places - centers[..., None]).abs() / step.clamp(min=1)[..., None]
     weights = (1 - distance).clamp(min=0)
     return weights / weights.sum(-1, keepdim=True)
 
 
 def luma(images: Tensor) -> Tensor:
-    """RGB [B, 3, H, W] → grey by ITU-R BT.601, [B, 1, H, W]."""
+    """Convert RGB [B, 3, H, W] to grey by ITU-R BT.601, [B, 1, H, W]."""
     red, green, blue = images.unbind(1)
     return (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue).unsqueeze(1)
 
 
 def blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    """factor [B] of the images and the rest of another: 0 is the other, 1 the images, kept within 0..1."""
+    """Interpolate from other (factor [B] 0) to images (factor 1), or extrapolate, clamped to 0..1."""
     factor = factor[:, None, None, None]
     return (factor * images + (1 - factor) * other).clamp(0, 1)
 
 
 def adjust_hue(images: Tensor, turn: Tensor) -> Tensor:
-    """RGB [B, 3, H, W] in 0..1 with hue turned by ``turn`` [B] of the colour circle; saturation and value stay."""
+    """Turn the hue of RGB images [B, 3, H, W] in 0..1 by ``turn`` [B] of the colour circle, in HSV."""
     red, green, blue = images.unbind(1)
     value, most = images.max(1)
     chroma = value - images.amin(1)
@@ -223,7 +224,7 @@ def adjust_hue(images: Tensor, turn: Tensor) -> Tensor:
 
 
 def blur(images: Tensor, sigma: Tensor, taps: int) -> Tensor:
-    """Images [B, C, H, W] under a Gaussian of deviation ``sigma`` [B] cut to ``taps`` x ``taps``, edges mirrored."""
+    """Blur images [B, C, H, W] by a Gaussian of deviation ``sigma`` [B], cut to ``taps`` x ``taps``; mirrors edges."""
     offsets = torch.arange(taps, device=images.device) - taps // 2
     kernel = torch.exp(-0.5 * (offsets / sigma[:, None]).square())
     kernel = kernel / kernel.sum(1, keepdim=True)
@@ -232,7 +233,7 @@ def blur(images: Tensor, sigma: Tensor, taps: int) -> Tensor:
 
 
 def _blur_matrix(kernel: Tensor, offsets: Tensor, size: int) -> Tensor:
-    """Kernels [B, taps] as matrices [B, size, size]."""
+    """Convert kernels [B, taps] to matrices [B, size, size]."""
     places = (torch.arange(size, device=kernel.device)[:, None] + offsets).abs()
     places = size - 1 - (size - 1 - places).abs()
     weights = kernel[:, None].expand(-1, size, -1)
@@ -240,7 +241,10 @@ def _blur_matrix(kernel: Tensor, offsets: Tensor, size: int) -> Tensor:
 
 
 def _jitter(images: Tensor, factors: Tensor, order: list[int]) -> Tensor:
-    """Images with brightness, contrast, saturation and hue changed in this order; factors [B, 4], 1 for none."""
+    """Change brightness, contrast, saturation and hue (0 to 3) of images in ``order``.
+
+    factors: [B, 4], 1 for no change.
+    """
     for change in order:
         factor = factors[:, change]
         if change == 0:
@@ -256,7 +260,7 @@ def _jitter(images: Tensor, factors: Tensor, order: list[int]) -> Tensor:
 
 
 def _unit(images: Tensor) -> Tensor:
-    """uint8 → float32 in 0..1. TypeError for others, of which those in 0..1 already would become nearly black."""
+    """Convert uint8 to float32 in 0..1. Raises TypeError for other types, as images in 0..1 would become black."""
     if images.dtype != torch.uint8:
         raise TypeError(f"images must be uint8, got {images.dtype}")
     return images.float() / 255

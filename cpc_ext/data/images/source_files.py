@@ -1,4 +1,4 @@
-"""The files of a data set that is kept in a few large ones, and which of them are to train and which to test on."""
+"""Search for the files of a data set that consists of a few large ones, and their division into training and test."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ __all__ = [
 ]
 
 Part = Literal["train", "validation", "test", "unlabeled"]
-# How the names of HDF5 files and of shards end. They are here as what reads these brings PyTorch, too much for reading
-# options, which looks at the size of images.
+# Suffixes of HDF5 files and of shards. They are defined here because the modules that read such files import PyTorch,
+# which takes too long when options are read, whose defaults depend on the size of images.
 HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
 SHARD_SUFFIXES = (".tar", ".tgz", ".tar.gz")
-# Words that stand beside those of parts without anything between, as in "xtrain" and "testlabels".
+# Words that may be joined to the name of a part without a separator, as in "xtrain" and "testlabels".
 _ROLES = ("x", "y", "image", "images", "img", "imgs", "data", "label", "labels", "target", "targets")
 
 T = TypeVar("T")
@@ -38,7 +38,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """root: the folder of the files. files: sorted by their names. notes: what was passed over."""
+    """The files of a data set.
+
+    root: the folder of the files. files: the files, sorted by name. notes: remarks on ignored files.
+    """
 
     root: Path
     files: list[TreeFile]
@@ -46,21 +49,21 @@ class SourceFiles:
 
     @property
     def place(self) -> Path:
-        """What to call them in messages."""
+        """Path of the files for messages."""
         return place_of(self.root, self.files)
 
 
 def place_of(root: Path, files: Sequence[TreeFile]) -> Path:
-    """What to call files below a folder in messages: the file where there is one, else the folder."""
+    """Return the path of files for messages: the file if there is one, else the folder."""
     return root / files[0].path if len(files) == 1 else root
 
 
 def source_files(data_dir: str | Path, what: tuple[str, str], suffixes: Iterable[str], reader: str) -> SourceFiles:
-    """All files with one of these endings below a folder, or a single one.
+    """Find all files with one of these suffixes below a folder, or take a single file.
 
-    what: one of them is called, and several are. reader: what reads them.
+    what: noun for such a file in the singular and the plural. reader: the library that reads them.
 
-    Raises FileNotFoundError or PermissionError for the folder, ValueError where it holds none.
+    Raises FileNotFoundError or PermissionError for the folder, ValueError if it holds no such file.
     """
     path = Path(data_dir).expanduser()
     endings = sorted(suffixes)
@@ -72,19 +75,19 @@ def source_files(data_dir: str | Path, what: tuple[str, str], suffixes: Iterable
         status = path.stat()
         file = TreeFile(path.name, "", status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
         return SourceFiles(path.parent, [file], [])
-    # No type of media: what else lies there, such as text beside the data, is of no interest.
+    # No media type, so that other files, such as text next to the data, are ignored without a remark.
     kind = FileKind(what, ", ".join(endings), frozenset(endings), frozenset(), "none", reader)
     tree = read_tree(path, kind, splits=False)
     return SourceFiles(path, sorted(tree.train, key=lambda file: file.path), [*tree.notes, *tree.left_out.lines()])
 
 
 def in_words(name: str) -> list[str]:
-    """The words of a name, lower case: "X_train", "xtrain" → ["x", "train"], "testImages" → ["test", "images"]."""
+    """Split a name into lower-case words: "X_train", "xtrain" → ["x", "train"], "testImages" → ["test", "images"]."""
     return [word for word in words_and_numbers(name) if word.isascii() and word.isalpha()]
 
 
 def words_and_numbers(name: str) -> list[str]:
-    """The words of a name as :func:`in_words` has them, those of other letters and numbers, too: "x09" → ["x", "9"]."""
+    """Split a name like :func:`in_words`, but keep words of other alphabets and numbers: "x09" → ["x", "9"]."""
     found = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+|[^\W\d_A-Za-z]+", name)
     return [part for word in found for part in _taken_apart(word.lower().lstrip("0") or "0")]
 
@@ -94,20 +97,22 @@ def _taken_apart(word: str) -> tuple[str, ...]:
         before, after = word.removesuffix(role), word.removeprefix(role)
         if after != word and _part_of(after):
             return role, after
-        # "try" and "tex" are words of their own.
+        # Two letters before a role do not name a part: "try" and "tex" are words of their own.
         if before != word and len(before) > 2 and _part_of(before):
             return before, role
     return (word,)
 
 
 def split_in(name: str) -> Part | None:
-    """Which part of a data set a file or an array of this path is: the first word that says it of its own name, else of
-    the innermost folder that has one."""
+    """Return the part of a data set that a file or an array belongs to, by its path, or None.
+
+    The first word that names a part counts, in the file's own name, else in the innermost folder that has one.
+    """
     return next(_parts_in(name), None)
 
 
 def _parts_in(name: str) -> Iterator[Part]:
-    """All that the words of a path say, in the order in which they count."""
+    """Yield the parts that words of a path name, in order of precedence."""
     for segment in reversed(name.split("/")):
         for word in in_words(segment):
             part = _part_of(word)
@@ -122,7 +127,7 @@ def _part_of(word: str) -> Part | None:
 
 @dataclass
 class Parts(Generic[T]):
-    """What is to train on, to test on, and to train on without labels, and what is to be said of it."""
+    """The parts of a data set: to train on, to test on, and to train on without labels; with notes for the user."""
 
     train: list[T] = field(default_factory=list)
     test: list[T] = field(default_factory=list)
@@ -131,12 +136,13 @@ class Parts(Generic[T]):
 
 
 def parts_of(named: Iterable[tuple[str, T]], labelled: Callable[[list[T]], bool] | None = None) -> Parts[T]:
-    """Divide what has names, of files or arrays, by what these say; those that say nothing are to train on.
+    """Divide files or arrays into parts by their names; a name without a part's word is for training.
 
-    Test comes before validation, unless only the latter is `labelled`; the other is then left out. One of these alone
-    is trained on. Where nothing else is to train on, what says so beside another word is.
+    Test takes precedence over validation, unless only the latter is `labelled`; the other one is left out. A test or
+    validation part that is the only one is trained on. If no name stands for training or unlabeled, those that have a
+    word for training next to another part's are for training.
 
-    Raises ValueError where there is nothing to train on but several parts to test on, or nothing at all.
+    Raises ValueError if there is nothing to train on but both test and validation, or nothing at all.
     """
     by_part: dict[Part, list[tuple[str, T]]] = {}
     for name, value in named:

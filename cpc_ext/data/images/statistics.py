@@ -1,6 +1,6 @@
 """Per-channel mean and standard deviation of uint8 images, in colour and in grey.
 
-They are taken from an evenly spaced sample, so that a memory-mapped set of any size costs a fraction of a second and
+They are computed from an evenly spaced sample, so that a memory-mapped set of any size takes a fraction of a second and
 the same set always gives the same numbers.
 """
 
@@ -19,7 +19,10 @@ SAMPLE = 1000
 
 @dataclass(frozen=True)
 class PixelStatistics:
-    """mean, std: one number a channel; gray_mean, gray_std: of the ITU-R 601 grey image. Pixels count as 0..1."""
+    """Mean and standard deviation of pixels in 0..1.
+
+    mean, std: one number for each channel. gray_mean, gray_std: those of the ITU-R 601 grey image.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -28,12 +31,12 @@ class PixelStatistics:
 
     @classmethod
     def of(cls, moments: Mapping[str, Any]) -> PixelStatistics:
-        """Those that a file has by the names of the fields; JSON has lists for tuples."""
+        """Return the statistics in a mapping read from JSON, which has lists in place of tuples."""
         return cls(tuple(moments["mean"]), tuple(moments["std"]), moments["gray_mean"], moments["gray_std"])
 
 
 def pixel_statistics(images: np.ndarray) -> PixelStatistics:
-    """Statistics of uint8 images [N, C, H, W], C 1 or 3, over at most 1000 of them. ValueError when N is 0."""
+    """Compute statistics of uint8 images [N, C, H, W], C 1 or 3, over at most 1000. Raises ValueError if N is 0."""
     count, channels = images.shape[:2]
     if count == 0:
         raise ValueError("images: there are none to compute statistics of")

@@ -1,4 +1,4 @@
-"""How large the user's own images are, from the heads of a few of them: what chooses a run's defaults."""
+"""Typical size of the user's own images, from the headers of a few of them, by which a run's defaults are chosen."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from cpc_ext.data.libraries import optional
 
 __all__ = ["typical_side"]
 
-# Images, or arrays of them, that are looked at, and of how many files they may be, lest a folder of other files is read
-# through.
+# The largest number of images, or arrays of images, to look at, and of files, so that a folder of other files is not
+# read completely.
 _IMAGES, _FILES = 24, 400
-# Files that are looked at in one folder, images in one file, and its members, so that others have their turn.
+# The largest number of files to look at in a folder, of images in a file, and of members in a file.
 _OF_FOLDER, _OF_FILE, _MEMBERS = 8, 8, 64
 
 
 def typical_side(path: Path) -> int | None:
-    """The median of the shorter sides, in pixels, of some images in a file, or in a folder and those below it.
+    """Return the median of the shorter sides, in pixels, of some images in a file, or below a folder.
 
-    None where none can be read, of which whoever loads them tells more.
+    Returns None if no image can be read; loading the data set then reports the reason.
     """
     sides: list[int] = []
     for looked, file in enumerate(_files(path.expanduser())):
@@ -43,7 +43,7 @@ def _files(path: Path) -> Iterator[Path]:
     if path.is_file():
         yield path
     met: set[tuple[int, int]] = set()
-    # Links to folders are data as others are, but may lead in circles.
+    # Links to folders are followed, as they may hold data, but they may lead in circles.
     for place, folders, names in os.walk(path, followlinks=True):
         status = os.stat(place)
         if (status.st_dev, status.st_ino) in met:
@@ -55,7 +55,7 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 def _sides(path: Path) -> list[int]:
-    """The shorter side of the image in a file, or of those in each of its arrays; none where there are none."""
+    """Return the shorter sides of the image in a file, or of some images or arrays in it; [] if it has none."""
     suffix = path.suffix.lower()
     try:
         if suffix in (".npy", ".npz"):
@@ -70,7 +70,7 @@ def _sides(path: Path) -> list[int]:
             images = (sample.image for sample in samples_of(path, path.name))
             return [_of_image(BytesIO(image)) for image in islice(images, _OF_FILE) if isinstance(image, bytes)]
         return [_of_image(path)]
-    except Exception:  # Damaged heads make readers raise nearly anything; whoever loads the file says what is wrong.
+    except Exception:  # Damaged headers make readers raise nearly anything; loading the file reports what is wrong.
         return []
 
 
@@ -83,12 +83,12 @@ def _of_image(file: Path | IO[bytes]) -> int:
 
 
 def _tar_sides(path: Path) -> Iterator[int]:
-    """The shorter sides of the images among an archive's first members."""
+    """Yield the shorter sides of the images among an archive's first members."""
     with tarfile.open(path) as archive:
         for member in islice(archive, _MEMBERS):
             content = archive.extractfile(member) if member.isreg() else None
             if content is not None:
-                with suppress(Exception):  # As much as may be wrong with a file; what is no image is among them.
+                with suppress(Exception):  # Damaged members may raise nearly anything, and some are not images.
                     yield _of_image(content)
 
 

@@ -1,6 +1,6 @@
-"""How a batch of uint8 images becomes the patches a model sees, at random for training and fixed for evaluation.
+"""Patches of a batch of uint8 images for a model: of random crops for training, of central ones for evaluation.
 
-All of it, from crop to cast, is one call of an op on the device that holds the images.
+One call of an op does everything, from crop to cast, on the device that holds the images.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _WHOLE = BatchShare()
 class PatchView:
     """Window, patch grid and normalisation of a dataset's images.
 
-    patch_size, stride: in pixels.
-    crop: (h, w) of the window that is cut into patches, or one side for both; None takes whole images.
-    pad: black pixels put around an image before the window is taken.
+    patch_size, stride: side of a patch, and distance between patches, in pixels.
+    crop: (h, w) of the window that is cut into patches, or one number for both; None takes whole images.
+    pad: width in pixels of a black border that is added before the window is taken.
     flip: mirror half of the training windows left to right.
-    gray: one channel by ITU-R BT.601.
-    mean, std: one value a channel after grey, with pixels in 0..1; None leaves them so.
-    patch_norm: bring each patch to its own zero mean and unit contrast.
-    augmentation: what training patches go through, each by draws of its own; None leaves them as they are.
-    dtype, channels_last: of the patches, as extract_patches takes them.
+    gray: convert to one channel by ITU-R BT.601.
+    mean, std: one value for each channel, after conversion to grey, with pixels in 0..1; None skips normalisation.
+    patch_norm: normalise each patch to zero mean and unit contrast.
+    augmentation: augmentation of training patches, drawn for each independently; None leaves them unchanged.
+    dtype, channels_last: dtype and memory format of the patches, see extract_patches.
     """
 
     patch_size: int
@@ -65,7 +65,7 @@ class PatchView:
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
     ) -> PatchView:
-        """A view that normalises by the dataset's statistics, of its colours or of grey."""
+        """Return a view that normalises by the dataset's statistics, of its channels or of the grey image."""
         return cls(
             patch_size=patch_size,
             stride=stride,
@@ -82,12 +82,13 @@ class PatchView:
         )
 
     def random(self, images: Tensor, generator: torch.Generator | None = None, *, share: BatchShare = _WHOLE) -> Tensor:
-        """Training patches [B, rows, cols, C', p, p] of uint8 images [B, C, H, W]: a random window of each image.
+        """Return training patches [B, rows, cols, C', p, p] of uint8 images [B, C, H, W], from random windows.
 
-        generator: on the CPU, so that a seed gives the same windows on every device; None takes PyTorch's own.
-        share: the part of the batch that the images are; windows and augmentations are drawn for all of it. Only
-            sample pairing depends on how many parts there are: it mixes in patches of the same part.
-        Raises ValueError where the window is larger than the padded images.
+        generator: a CPU generator, so that a seed gives the same windows on every device; None takes PyTorch's default.
+        share: the part of the batch that the images are; windows and augmentations are drawn for the whole batch. Only
+            sample pairing depends on the number of parts, as it mixes in patches of the same part.
+
+        Raises ValueError if the window is larger than the padded images.
         """
         images = self._padded(images)
         image_height, image_width = images.shape[2:]
@@ -112,22 +113,22 @@ class PatchView:
         )
 
     def center(self, images: Tensor) -> Tensor:
-        """Evaluation patches [B, rows, cols, C', p, p] of uint8 images [B, C, H, W]: the central window, as it is.
+        """Return evaluation patches [B, rows, cols, C', p, p] of uint8 images [B, C, H, W], from central windows.
 
-        Raises ValueError where the window is larger than the padded images.
+        They are neither flipped nor augmented. Raises ValueError if the window is larger than the padded images.
         """
         images = self._padded(images)
         return self._extract(images, crop=self._window(*images.shape[2:]))
 
     def augmented(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The central window as :meth:`center` has it, its patches augmented as for training, to look at them."""
+        """Return patches of the central window, augmented as for training, to be looked at."""
         images = self._padded(images)
         return self._extract(
             images, crop=self._window(*images.shape[2:]), plan=self._plan(images, generator, BatchShare())
         )
 
     def grid(self, image_height: int, image_width: int) -> tuple[int, int]:
-        """(rows, cols) of patches in an image of that many pixels."""
+        """Return the (rows, cols) of patches in an image of this size."""
         return self._grid(*self._window(image_height + 2 * self.pad, image_width + 2 * self.pad))
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
@@ -142,7 +143,7 @@ class PatchView:
         return (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
 
     def _plan(self, images: Tensor, generator: torch.Generator | None, share: BatchShare) -> AugmentationPlan | None:
-        """What happens to the patches of images that are padded and part of a batch; None if nothing does."""
+        """Draw the augmentation plan of padded images that are part of a batch; None without augmentation."""
         if self.augmentation is None:
             return None
         count, channels, *size = images.shape

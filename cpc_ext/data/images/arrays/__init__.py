@@ -1,1 +1,1 @@
-"""Data sets of the arrays in files of the user, one a kind of files: ``load(data_dir, *, image_size)``."""
+"""Data sets made of arrays in a user's files, one module for each kind of file: ``load(data_dir, *, image_size)``."""

@@ -1,4 +1,4 @@
-"""Codes in place of images, such as a VQ-VAE's of each picture, in NumPy's files: integers of any number of values."""
+"""Integer codes in place of pixels, such as a VQ-VAE's codes of images, in NumPy's files."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from cpc_ext.data.images.dataset import Dataset
 def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
     """Open the codes of a .npy or .npz file, or of all below a folder.
 
-    Codes are [N, H, W], [N, H, W, C] or [N, C, H, W], C 1 or 3, integers from 0 on; with labels, classes and parts as
-    the arrays of images have them (:mod:`cpc_ext.data.images.arrays.npy`). They are read into memory and never resized.
+    Codes are integers from 0 on, [N, H, W], [N, H, W, C] or [N, C, H, W] with C 1 or 3. Labels, classes and parts are
+    given as for arrays of images (:mod:`cpc_ext.data.images.arrays.npy`). Codes are read into memory and never resized.
 
-    Raises FileNotFoundError or PermissionError for the files, ValueError where one is damaged, they do not fit
-    together, hold no codes, or ``image_size`` is another than theirs.
+    Raises FileNotFoundError or PermissionError for the files, ValueError if one is damaged, they do not fit together,
+    hold no codes, or ``image_size`` differs from their size.
     """
     source, arrays = read_arrays(data_dir)
     dataset = codes_dataset("codes", source, arrays)

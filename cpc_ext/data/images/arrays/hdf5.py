@@ -1,4 +1,4 @@
-"""Arrays in HDF5 files, at any depth of their groups; the names tell what they hold, as those of NumPy's files do."""
+"""Arrays in HDF5 files, in groups of any depth; their names say what they hold, as in NumPy's files."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _WHAT = ("HDF5 file", "HDF5 files")
 def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
     """Open the arrays of an HDF5 file, or of all below a folder, as :func:`cpc_ext.data.images.arrays.npy.load` does.
 
-    Arrays that lie in a file in one piece are mapped, those in chunks or compressed are read once into the cache.
+    Contiguous uint8 arrays are memory-mapped; others, such as chunked or compressed ones, are read once into the cache.
     Variable-length uint8 is the content of image files.
 
-    Raises what that does, and ImportError without h5py.
+    Raises what that function raises, and ImportError without h5py.
     """
     h5py = optional("h5py", "hdf5", "HDF5 files")
     source = source_files(data_dir, _WHAT, HDF5_SUFFIXES, f"h5py {h5py.__version__}")
@@ -47,7 +47,7 @@ def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
 
 
 def _arrays(h5py: Any, content: Any, path: Path) -> dict[str, Any]:
-    """The arrays of an open file by their names, groups before them."""
+    """Return the arrays of an open file by their full names, which include the groups."""
     found: dict[str, Any] = {}
 
     def visit(name: str, member: Any) -> None:
@@ -59,13 +59,16 @@ def _arrays(h5py: Any, content: Any, path: Path) -> dict[str, Any]:
 
 
 def _outside(array: Any, path: Path) -> Iterator[TreeFile]:
-    """The other files that the values of an array of the file at path are in, wherever HDF5 may look for them."""
+    """Yield the other files that hold values of an array, in all folders in which HDF5 may look for them.
+
+    path: file of the array.
+    """
     if isinstance(array, np.memmap):
         return
     names = [name for name, *_ in array.external or ()]
     if array.is_virtual:
         names += [source.file_name for source in array.virtual_sources()]
-    # Those of virtual arrays are beside the file, others where the process runs.
+    # The sources of virtual arrays are next to the file, external files in the working directory.
     for place in dict.fromkeys(folder / name for name in names for folder in (path.parent, Path())):
         if place.is_file():
             status = place.stat()
@@ -73,7 +76,7 @@ def _outside(array: Any, path: Path) -> Iterator[TreeFile]:
 
 
 def _mapped(array: Any, path: Path) -> Any:
-    """An array of h5py's mapped, where its bytes are as NumPy has them and in one piece."""
+    """Return an h5py array memory-mapped if it is contiguous uint8, else the array itself."""
     offset = array.id.get_offset()
     whole = array.chunks is None and array.external is None and not array.is_virtual
     if offset is None or not whole or array.dtype != np.uint8:

@@ -1,7 +1,7 @@
-"""Arrays in NumPy's files: .npy, which are mapped, and .npz, which are read.
+"""Arrays in NumPy's files: .npy files are memory-mapped, .npz files are read.
 
-The names of files and arrays tell what they hold: x, images or data beside y, labels or targets; train, test, val,
-unlabeled; classes. So do those of Keras (x_train ...), MedMNIST (train_images ...) and torch-free exports in general.
+The names of files and arrays say what they hold: x, images or data, and y, labels or targets; train, test, val,
+unlabeled; classes. Exports of Keras (x_train ...), MedMNIST (train_images ...) and others follow this.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ _WHAT = ("array file", "array files")
 def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
     """Open the arrays of a .npy or .npz file, or of all below a folder.
 
-    Images are [N, H, W], [N, H, W, C] or [N, C, H, W], C 1 or 3: uint8, integers from 0 to 255, uint16 or floating
-    point from 0 to 1. Labels are [N], integers or names; those of -1 are none. An array of classes, where there is one,
-    has their names. Images of type and size as they are wanted are viewed where they lie, others are converted once
-    into the cache. Without images to test on a tenth of each class is held out.
+    Images are [N, H, W], [N, H, W, C] or [N, C, H, W] with C 1 or 3: uint8, integers from 0 to 255, uint16, or floating
+    point from 0 to 1. Labels are [N], integers or names; -1 means no label. An array of classes, if given, has their
+    names. Images of the right type and size are viewed without a copy, others are converted once into the cache.
+    Without images to test on, a tenth of each class is held out.
 
-    image_size: side in pixels, as :func:`cpc_ext.data.images.folders.folder.load` takes it.
+    image_size: side in pixels, see :func:`cpc_ext.data.images.folders.folder.load`.
 
-    Raises FileNotFoundError or PermissionError for the files, ValueError where one is damaged or they do not fit
-    together, OSError where the cache cannot be written.
+    Raises FileNotFoundError or PermissionError for the files, ValueError if one is damaged or they do not fit together,
+    OSError if the cache cannot be written.
     """
     source, arrays = read_arrays(data_dir)
     return arrays_dataset("npy", source, arrays, image_size, ("NumPy", np.__version__))
 
 
 def read_arrays(data_dir: str | Path) -> tuple[SourceFiles, dict[str, Any]]:
-    """The arrays of a .npy or .npz file, or of all below a folder, by their names. Errors as of :func:`load`."""
+    """Read the arrays of a .npy or .npz file, or of all below a folder, by name. Raises what :func:`load` raises."""
     source = source_files(data_dir, _WHAT, (".npy", ".npz"), f"NumPy {np.__version__}")
     arrays: dict[str, Any] = {}
     for file in source.files:
@@ -47,9 +47,9 @@ def read_arrays(data_dir: str | Path) -> tuple[SourceFiles, dict[str, Any]]:
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a file, by their names, "" of the only one. ValueError where it is damaged."""
+    """Read the arrays of a file by name, with "" for that of a .npy file. Raises ValueError if it is damaged."""
     try:
-        # NumPy maps only what is a file of one array.
+        # NumPy can map .npy files only.
         found = np.load(path, mmap_mode="r" if path.suffix.lower() == ".npy" else None, allow_pickle=False)
         if isinstance(found, np.ndarray):
             return {"": found}

@@ -1,1 +1,1 @@
-"""Data sets that are drawn from a seed, one a module: ``load(*, size, seed)``."""
+"""Data sets of images generated from a seed, one in each module: ``load(*, size, seed)``."""

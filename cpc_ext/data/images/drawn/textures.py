@@ -1,10 +1,10 @@
-"""The embedded dataset: ten families of pattern, drawn from a seed in seconds, nothing to download.
+"""Synthetic textures: ten families of patterns, generated from a seed in seconds, without a download.
 
-An image is one texture all over, told from the other families by its spatial structure alone. Each family gives a
-height over the plane; thresholding every image's height at quantiles drawn alike for all families makes the pixel
-histograms the same, and colour, lighting, scale, rotation, position, bending and noise are drawn alike too, so nothing
-but structure predicts the label. Periods lie between 10 and 22 pixels: a 16-pixel patch shows part of the pattern and
-its neighbours can be predicted from it.
+An image is filled with one texture, whose family shows in its spatial structure alone. Each family is a function that
+assigns a height to every point of the plane. Each image's heights are thresholded at quantiles, drawn from the same
+distribution for all families, which makes the pixel histograms the same. Colour, lighting, scale, rotation, position,
+bending and noise do not depend on the family either, so that only structure predicts the label. Periods lie between 10
+and 22 pixels: a patch of 16 pixels shows part of the pattern, and its neighbours can be predicted from it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Field = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
 
 SPLIT_SIZES = {"pretrain": 4000, "train": 2000, "test": 1000}
 PERIOD_PIXELS = (10.0, 22.0)
-# Images are made in blocks with a seed of their own, which makes a smaller set a prefix of a larger one; a family's
-# share of a block (10 images, 360 KB as float32) stays in the cache of one core.
+# Every block of images has its own seed, so that a smaller set is a prefix of a larger one. A family's share of a block
+# (10 images, 360 KB as float32) fits into the cache of one core.
 BLOCK = 100
 
 
@@ -83,8 +83,8 @@ def _triangles(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.nda
 
 
 def _cells(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    # Voronoi cells of a jittered lattice: how much farther the second-nearest point is than the nearest. The jitter
-    # comes from a table that wraps around, wider than any image is in periods.
+    # Voronoi cells of a jittered lattice: the height is the distance to the second-nearest point minus that to the
+    # nearest. The jitter comes from a table that wraps around and is wider than any image is in periods.
     side = 32
     jitter = rng.uniform(0.1, 0.9, (2, len(u), side, side)).astype(np.float32)
     column, row = np.floor(u).astype(np.int64), np.floor(v).astype(np.int64)
@@ -130,7 +130,7 @@ def _family_block(field: Field, count: int, size: int, rng: np.random.Generator)
     def uniform(low: float, high: float, *shape: int) -> np.ndarray:
         return rng.uniform(low, high, (count, *(shape or (1, 1)))).astype(np.float32)
 
-    # Where a pixel lies in the pattern: bend, move, turn, scale.
+    # Coordinates of each pixel in the pattern: bend, move, turn, scale.
     y = np.arange(size, dtype=np.float32)[:, None] - uniform(0.25 * size, 0.75 * size)
     x = np.arange(size, dtype=np.float32)[None, :] - uniform(0.25 * size, 0.75 * size)
     bend = [uniform(0, 3) * np.sin(2 * np.pi * (t / uniform(60, 160) + uniform(0, 1))) for t in (x, y)]
@@ -150,7 +150,7 @@ def _family_block(field: Field, count: int, size: int, rng: np.random.Generator)
     above = ranked[image, ((ink + edge) * ranked.shape[1]).astype(int)][:, None, None]
     pattern = np.clip((height - below) / np.maximum(above - below, 1e-6), 0, 1)
 
-    # Two colours of one brightness step and any tint; either may be the lighter one.
+    # Two colours that differ by a step in brightness, with random tints; either may be the lighter one.
     step = uniform(0.2, 0.6, 1) * np.where(rng.random((count, 1)) < 0.5, -1, 1).astype(np.float32)
     middle = uniform(0.35, 0.65, 1)
     ground = middle - step / 2 + uniform(-0.15, 0.15, 3)
@@ -170,9 +170,9 @@ def _family_block(field: Field, count: int, size: int, rng: np.random.Generator)
 def make_textures(count: int, *, split: str = "pretrain", size: int = 96, seed: int = 0) -> ImageSet:
     """Draw `count` labelled RGB textures of size by size pixels.
 
-    Labels go round the ten families in turn, so every prefix is balanced. The same seed gives the same images, and a
-    smaller count gives the first of them; the splits "pretrain", "train" and "test" draw from seeds of their own and
-    share no image. ValueError for a negative count or seed, an unknown split, or a size below 16.
+    Labels cycle through the ten families, so that every prefix is balanced. The same seed gives the same images, and a
+    smaller count gives the first of them. The splits "pretrain", "train" and "test" have their own seeds and share no
+    image. Raises ValueError for a negative count or seed, an unknown split, or a size below 16.
     """
     if count < 0:
         raise ValueError(f"count: expected 0 or more, got {count}")
@@ -195,7 +195,7 @@ def make_textures(count: int, *, split: str = "pretrain", size: int = 96, seed: 
 
 
 def load(*, size: int = 96, seed: int = 0) -> Dataset:
-    """The texture dataset: 4000 images to pretrain on, 2000 and 1000 more to train and test probes with."""
+    """Generate the texture dataset: 4000 images to pretrain on, 2000 and 1000 more to train and test probes with."""
     splits = {split: make_textures(count, split=split, size=size, seed=seed) for split, count in SPLIT_SIZES.items()}
     statistics = pixel_statistics(splits["pretrain"].images)
     return Dataset(

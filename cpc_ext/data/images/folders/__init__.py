@@ -1,1 +1,1 @@
-"""Data sets of the files in a folder of the user, one a module: ``load(data_dir, *, image_size)``."""
+"""Data sets made of a user's folder of files, one in each module: ``load(data_dir, *, image_size)``."""

@@ -1,7 +1,7 @@
 """Any tree of image files as a dataset, decoded once into a memory-mapped cache.
 
-A sub-folder is a class, folders called train and test or validation are splits (see image_tree). The cache is found by
-what tells that a file changed, so a changed tree is decoded anew (see decode_cache).
+A sub-folder is a class; folders named train and test or validation are splits (see image_tree). The cache's key changes
+with the files, so that a changed tree is decoded again (see decode_cache).
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from cpc_ext.data.splits import class_names, hold_out
 def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
     """Open a tree of images.
 
-    A training and a test folder beside each other, in any case and the usual spellings (train, training, trn; test,
-    testing, tst; val, valid, validation, eval, dev; also train_set, testB, val2017), are the splits, at the top, below
-    folders that hold nothing else, or within each class; a test folder comes before a validation folder. Without
-    either, about a tenth of each class is held out for testing, decided by each image's path alone, so that runs with
-    different seeds compare, and an image that was trained on is not tested on when others have come. Where all folders
-    beside each other begin with such a word (train-clean-100, test_clean), they are the splits as well, and a folder
-    called unlabeled beside the others is what is trained on in their place. Labels exist where every training image
-    lies in one of at least two class folders; otherwise `train` is None. Test images have labels where all lie in such
-    folders; where none does, a validation folder of classes is tested on.
+    A training and a test folder next to each other are the splits, at the top, below folders that hold nothing else, or
+    within each class. They are recognised in upper and lower case and in the usual spellings (train, training, trn;
+    test, testing, tst; val, valid, validation, eval, dev; also train_set, testB, val2017), and if all folders next to
+    each other begin with such a word (train-clean-100, test_clean). A test folder takes precedence over a validation
+    folder. Without either, about a tenth of each class is held out for testing. The choice depends on each image's path
+    alone, so that runs with different seeds are comparable, and adding images does not turn training images into test
+    images. A folder named unlabeled next to the others is trained on in their place.
+
+    Labels exist if every training image lies in one of at least two class folders; otherwise `train` is None. Test
+    images have labels if all lie in such folders; if none does, a validation folder with classes is tested on instead.
 
     image_size: side in pixels; the shorter side is resized to it and the middle square kept. Default: the images' own
-    size where it is the same for all and the shorter side has at most 256 pixels, else 96.
+        size if it is the same for all and the shorter side has at most 256 pixels, else 96.
 
     Every file and folder counts once, whatever links lead to it. Hidden files and folders, and those that other
-    programs leave (@eaDir, __MACOSX), are passed over. A warning says what was taken for what where that had to be
-    guessed, and which images were left out and why; of several processes that of rank 0 says it.
+    programs leave behind (@eaDir, __MACOSX), are ignored. A warning says what had to be guessed about the tree, and
+    which images were left out and why; of several processes only rank 0 warns.
 
-    Decoding needs the cache folder (see cache_dir) to have room for N * 3 * H * W bytes. Raises FileNotFoundError,
-    NotADirectoryError or PermissionError for the tree, ValueError where it holds no readable image, OSError where the
-    cache cannot be written.
+    Decoding takes N * 3 * H * W bytes in the cache folder (see cache_dir). Raises FileNotFoundError, NotADirectoryError
+    or PermissionError for the tree, ValueError if it holds no readable image, OSError if the cache cannot be written.
     """
     root = Path(data_dir).expanduser()
     if image_size is not None and image_size < 1:
@@ -88,9 +88,9 @@ def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
 
 
 def image_files(data_dir: str | Path) -> list[str]:
-    """Paths, relative to data_dir, with / and sorted, of all images below it; a warning says what is left out.
+    """Return the sorted paths of all images below data_dir, relative to it, with /; a warning says what is left out.
 
-    Raises FileNotFoundError, NotADirectoryError or PermissionError for the tree, ValueError where it holds no image.
+    Raises FileNotFoundError, NotADirectoryError or PermissionError for the tree, ValueError if it holds no image.
     """
     root = Path(data_dir).expanduser()
     tree = read_images(root, splits=False)

@@ -1,7 +1,7 @@
-"""What Hugging Face's ``datasets`` keeps on disk: Arrow, which save_to_disk writes, and Parquet, which its hub has.
+"""Files of Hugging Face's ``datasets``: Arrow, which save_to_disk writes, and Parquet, which its Hub has.
 
-Source: https://huggingface.co/docs/datasets. A column of images is a struct of bytes and path; what the columns are,
-and the names of classes, stands in the schema of every file. Files are read with pyarrow.
+Source: https://huggingface.co/docs/datasets. A column of images is a struct of bytes and path. The schema of every file
+states the columns' types and the names of classes. Files are read with pyarrow.
 """
 
 from __future__ import annotations
@@ -27,30 +27,31 @@ from cpc_ext.data.libraries import optional
 
 _WHAT = ("Arrow or Parquet file", "Arrow or Parquet files")
 _SUFFIXES = (".arrow", ".parquet")
-# Beside the files of a data set: which of them it consists of.
+# A file in the folder of a data set that names the files it consists of.
 _STATE = "state.json"
-# What ends a stream of Arrow's.
+# The bytes that end an Arrow stream.
 _END = b"\xff\xff\xff\xff\0\0\0\0"
-# What a file of Arrow's begins with that is no stream.
+# The first bytes of an Arrow file, as opposed to an Arrow stream.
 _FILE_MARK = b"ARROW1"
 _IMAGES = ("image", "img")
 _LABEL_TYPES = ("int", "uint", "bool", "string", "large_string", "halffloat", "float", "double", "null")
 _LABELS = ("label", "labels", "fine_label", "class", "cls")
-# Rows of Parquet that are read at a time.
+# Rows of Parquet read at a time.
 _ROWS = 64
 
 
 def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
-    """Open what ``save_to_disk`` has written, or Arrow or Parquet files below a folder: decoded once into the cache.
+    """Open the output of ``save_to_disk``, or Arrow or Parquet files below a folder; decodes once into the cache.
 
     Words in the names of files and folders are the splits (train/data-00000-of-00001.arrow, test-00000.parquet);
-    without, a tenth of each class is held out. The images are the column of images, the labels that of class
-    labels, of several the one that is called so, else the first, which is told; without types those that are called so.
+    without them, a tenth of each class is held out. The schema's types determine the columns of images and of class
+    labels. Of several such columns, the one with a usual name is taken, else the first, with a warning; without types,
+    columns with the usual names.
 
-    image_size: as :func:`cpc_ext.data.images.folders.folder.load` takes it.
+    image_size: see :func:`cpc_ext.data.images.folders.folder.load`.
 
-    Raises FileNotFoundError or PermissionError for the files, ValueError where one is damaged or holds no images,
-    ImportError without pyarrow, OSError where the cache cannot be written.
+    Raises FileNotFoundError or PermissionError for the files, ValueError if one is damaged or holds no images,
+    ImportError without pyarrow, OSError if the cache cannot be written.
     """
     pyarrow = _library("pyarrow")
     found = source_files(data_dir, _WHAT, _SUFFIXES, f"pyarrow {pyarrow.__version__}")
@@ -81,7 +82,7 @@ def _library(name: str) -> Any:
 
 
 def _current(root: Path, files: Iterable[TreeFile]) -> list[TreeFile]:
-    """The files without those that a folder's state does not name: shards of before, and kept results of map."""
+    """Return the files that their folder's state names, which excludes earlier shards and cached results of map."""
     named: dict[Path, set[str] | None] = {}
     for file in files:
         folder = (root / file.path).parent
@@ -104,7 +105,7 @@ def _current(root: Path, files: Iterable[TreeFile]) -> list[TreeFile]:
 
 
 def _named_in(path: Path) -> set[str] | None:
-    """The files that a state names; None where there is no state. ValueError where it is damaged."""
+    """Return the files that a state file names, or None if there is no such file. Raises ValueError if damaged."""
     try:
         return {entry["filename"] for entry in json.loads(path.read_text("utf-8"))["_data_files"]}
     except FileNotFoundError:
@@ -114,9 +115,9 @@ def _named_in(path: Path) -> set[str] | None:
 
 
 class _Columns(NamedTuple):
-    """The names of the columns of images and of labels, if there are any, and of the classes, if they are known.
+    """The names of the columns of images and of labels, if any, and of the classes, if known.
 
-    notes: what is to be said of columns that are not taken.
+    notes: remarks on columns that are not used.
     """
 
     image: str
@@ -131,7 +132,10 @@ def _samples(root: Path, files: Iterable[TreeFile]) -> Iterator[Sample]:
 
 
 def samples_of(path: Path, name: str) -> Iterator[Sample]:
-    """The rows of a file, which is called so. ValueError where it is damaged, or none of its columns is of images."""
+    """Yield the rows of a file. Raises ValueError if it is damaged or has no column of images.
+
+    name: name of the file in the samples' names.
+    """
     columns = _columns(_schema(path), path)
     number = 0
     for batch in _batches(path, columns):
@@ -144,11 +148,11 @@ def samples_of(path: Path, name: str) -> Iterator[Sample]:
 
 
 def _content(image: Any, path: Path) -> object:
-    """The bytes of an image; where they are in a file beside, of that; None where they are nowhere."""
+    """Return the bytes of an image, from the file next to path that it names if it has none, or None without either."""
     if not isinstance(image, dict):
         return image
     if image.get("bytes") is None and image.get("path"):
-        beside = path.parent / image["path"]  # Its changes are looked for by _state_beside.
+        beside = path.parent / image["path"]  # _state_beside detects changes of this file.
         try:
             return beside.read_bytes()
         except OSError as error:
@@ -158,7 +162,7 @@ def _content(image: Any, path: Path) -> object:
 
 
 def _state_beside(root: Path, files: Iterable[TreeFile]) -> list[str]:
-    """A digest of what tells that files changed which hold images in place of the data set's own; none without any."""
+    """Return a digest of sizes, times and inodes of the image files that the data set only names; [] without any."""
     told: list[tuple[str, tuple[int, ...] | None]] = []
     for file in files:
         path = root / file.path
@@ -173,9 +177,10 @@ def _state_beside(root: Path, files: Iterable[TreeFile]) -> list[str]:
 
 
 def _named_beside(path: Path, image: str) -> Iterator[str]:
-    """Names of the files that images of a column are in, of others as well where only some have their bytes in it.
+    """Yield the names of files that hold a column's images.
 
-    Only names are read, and only where the column lacks bytes.
+    The bytes are not read. If only some rows of a Parquet row group or an Arrow batch have bytes, those of the others
+    are not told apart, so that the names of all its rows are yielded; if all have bytes, none is.
     """
     with _opened(path) as file:
         try:
@@ -199,7 +204,7 @@ def _named_beside(path: Path, image: str) -> Iterator[str]:
 
 
 def _columns(schema: Any, path: Path) -> _Columns:
-    """What the columns of a file are. ValueError where none is of images."""
+    """Determine the columns of images and labels of a file. Raises ValueError if none holds images."""
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     except (ValueError, AttributeError):
@@ -233,7 +238,7 @@ def _schema(path: Path) -> Any:
 
 
 def _batches(path: Path, columns: _Columns) -> Iterator[Any]:
-    """The rows of a file, some at a time. ValueError where they cannot be read."""
+    """Yield the rows of a file in batches. Raises ValueError if they cannot be read."""
     wanted = [name for name in (columns.image, columns.label) if name is not None]
     with _opened(path) as file:
         try:
@@ -246,7 +251,7 @@ def _batches(path: Path, columns: _Columns) -> Iterator[Any]:
 
 
 def _arrow_batches(file: Any) -> Iterator[Any]:
-    """The rows of a stream of Arrow's, or of a file that is none, some at a time."""
+    """Yield the rows of an Arrow stream or file in batches."""
     if hasattr(file, "num_record_batches"):
         yield from (file.get_batch(number) for number in range(file.num_record_batches))
     else:
@@ -255,7 +260,7 @@ def _arrow_batches(file: Any) -> Iterator[Any]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A reader of pyarrow's for a file. ValueError where it is damaged or cut off."""
+    """Open a file with pyarrow's reader. Raises ValueError if it is damaged or cut off."""
     arrow, ipc, parquet = (_library(name) for name in ("pyarrow", "pyarrow.ipc", "pyarrow.parquet"))
     with ExitStack() as stack:
         try:
@@ -265,7 +270,7 @@ def _opened(path: Path) -> Iterator[Any]:
                 with path.open("rb") as file:
                     stream = file.read(len(_FILE_MARK)) != _FILE_MARK
                     file.seek(-min(len(_END), file.seek(0, 2)), 2)
-                    # The reader would take the end of the file for that of the stream.
+                    # The reader takes the end of a truncated file for the end of the stream.
                     if stream and file.read() != _END:
                         raise ValueError("it has no end")
                 content = stack.enter_context(arrow.memory_map(str(path)))

@@ -1,7 +1,7 @@
-"""WebDataset's shards: tar archives in which files of one name up to its first dot, side by side, are a sample.
+"""WebDataset's shards: tar archives in which consecutive files with the same name up to the first dot are a sample.
 
-Source: https://github.com/webdataset/webdataset. The endings tell what files hold: an image, "cls" its class, "json"
-more about it. Shards are read with Python's own library.
+Source: https://github.com/webdataset/webdataset. The suffixes say what files hold: an image, its class ("cls"), or more
+about it ("json"). Shards are read with Python's tarfile.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from cpc_ext.data.images.source_files import SHARD_SUFFIXES, source_files
 
 _WHAT = ("shard", "shards")
 _PIECE = 1 << 20
-# Where a sample's "json" has its class.
+# Keys of the class in a sample's "json".
 _LABEL_KEYS = ("label", "cls", "class")
 
 
 def load(data_dir: str | Path, *, image_size: int | None = None) -> Dataset:
-    """Open a shard, or all below a folder: decoded once into the cache.
+    """Open a shard, or all shards below a folder; decodes once into the cache.
 
-    Words in the shards' names and folders are the splits (imagenet-train-0001.tar, val/00.tar); without, a tenth of
-    each class is held out. A sample's label is its "cls", an integer or a name, else "label", "cls" or "class" in its
-    "json". Samples without an image are left out. Of several images in one, that whose ending is no more than its kind
-    is taken ("png" before "depth.png"), else the first, which is told; of several "cls" or "json" likewise.
+    Words in the names of shards and folders are the splits (imagenet-train-0001.tar, val/00.tar); without them, a tenth
+    of each class is held out. A sample's label is its "cls", an integer or a name, else "label", "cls" or "class" in
+    its "json". Samples without an image are left out. Of several images in a sample, one with a suffix of a single part
+    is taken ("png" before "depth.png"), else the first, with a warning; the same holds for several "cls" or "json".
 
-    image_size: as :func:`cpc_ext.data.images.folders.folder.load` takes it.
+    image_size: see :func:`cpc_ext.data.images.folders.folder.load`.
 
-    Raises FileNotFoundError or PermissionError for the files, ValueError where a shard is damaged or cut off, or none
-    holds an image to train on, OSError where the cache cannot be written.
+    Raises FileNotFoundError or PermissionError for the files, ValueError if a shard is damaged or cut off, or none
+    holds an image to train on, OSError if the cache cannot be written.
     """
     source = source_files(data_dir, _WHAT, SHARD_SUFFIXES, "tarfile")
     samples = partial(_samples, source.root)
@@ -79,9 +79,9 @@ def _samples(root: Path, shards: Iterable[TreeFile]) -> Iterator[Sample]:
 
 
 def _of_kinds(fields: dict[str, bytes], kinds: Collection[str]) -> list[bytes]:
-    """Those of a sample's files that are of some kinds: without a further dot in their endings where some are.
+    """Return the contents of a sample's files of some kinds, preferring suffixes of a single part.
 
-    What a file holds, the last part of its ending tells: "input.png" and "output.cls" are image and class.
+    The last part of a suffix says what a file holds: "input.png" and "output.cls" are an image and a class.
     """
     found = {name: content for name, content in fields.items() if name.rpartition(".")[2].lower() in kinds}
     plain = [content for name, content in found.items() if name.rpartition("/")[2].count(".") == 1]
@@ -89,39 +89,39 @@ def _of_kinds(fields: dict[str, bytes], kinds: Collection[str]) -> list[bytes]:
 
 
 def _key(name: str) -> str:
-    """What files of one sample share."""
+    """Return the part of a name that the files of a sample share."""
     folder, slash, file = name.rpartition("/")
     return folder + slash + file.partition(".")[0]
 
 
 def _members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of a shard's files. ValueError where it is damaged or cut off."""
+    """Yield names and contents of a shard's files. Raises ValueError if it is damaged or cut off."""
     try:
         with tarfile.open(path) as archive:
             for member in archive:
                 linked = member.islnk() or member.issym()
                 content = archive.extractfile(member) if member.isreg() or linked else None
-                # WebDataset keeps what is about the shard itself in names with underscores.
+                # In WebDataset, names that begin with two underscores describe the shard itself.
                 if content is not None and not member.name.startswith("__"):
                     yield member.name.removeprefix("./"), content.read()
-            # The library takes the first header that it cannot read for the end.
+            # tarfile takes the first header that it cannot read for the end.
             file: Any = archive.fileobj
             file.seek(archive.offset)
             end = file.read(tarfile.BLOCKSIZE)
             if end != b"\0" * tarfile.BLOCKSIZE:
                 raise tarfile.ReadError(f"byte {archive.offset} is neither a file's header nor the archive's end")
-            while piece := file.read(_PIECE):  # To the last, as a checksum of what was compressed follows.
+            while piece := file.read(_PIECE):  # To the end, so that a compressed archive's checksum is verified.
                 if piece.strip(b"\0"):
                     raise tarfile.ReadError("more follows the archive's end, such as another archive")
     except FileNotFoundError:
         raise
-    # KeyError and RecursionError are of links to what is not there, or to each other.
+    # Links to missing files raise KeyError, links to each other RecursionError.
     except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, KeyError, RecursionError) as error:
         raise ValueError(f"{path}: damaged or cut off: {error}") from None
 
 
 def _label(path: Path, key: str, fields: dict[str, bytes]) -> tuple[Label, str]:
-    """A sample's label, if it has one, and what is to be remarked of it. ValueError where its "json" is none."""
+    """Return a sample's label, if any, and a remark on it. Raises ValueError if its "json" is not valid JSON."""
     for content in _of_kinds(fields, ("cls",)):
         text = content.decode("utf-8", errors="replace").strip()
         return plain_label(int(text)) if text.removeprefix("-").isdecimal() else text, ""

@@ -1,1 +1,1 @@
-"""Data sets with published files, one a module: ``load(data_dir, *, download)``."""
+"""Published data sets of images, one in each module: ``load(data_dir, *, download)``."""

@@ -1,6 +1,6 @@
-"""CIFAR-10 from its published binary files, or from those for Python (cifar-10-batches-py), as torchvision keeps it.
+"""CIFAR-10 from its published binary files, or from the Python version (cifar-10-batches-py) that torchvision uses.
 
-The five training batches are read into one array of 150 MB, since five mappings have no view in common.
+The five training batches are read into one array of 150 MB, since no single view covers five mapped files.
 Source: Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
@@ -26,7 +26,7 @@ from cpc_ext.data.images.cifar import (
 from cpc_ext.data.images.dataset import Dataset, ImageSet
 
 BATCH = 10_000
-# SHA-256 and size are those with which TensorFlow Datasets fetches the file (tensorflow_datasets/url_checksums).
+# SHA-256 and size are those of TensorFlow Datasets (tensorflow_datasets/url_checksums).
 ARCHIVE = Archive(
     url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
     sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
@@ -34,14 +34,14 @@ ARCHIVE = Archive(
     unpacked=IMAGE_BYTES,
     folder="cifar-10-batches-bin",
 )
-# The folder of the files for Python.
+# The folder of the Python version.
 PYTHON_FOLDER = "cifar-10-batches-py"
 
 
 def load(data_dir: str | Path | None = None, *, download: bool = False) -> Dataset:
     """Open CIFAR-10; pretrain and train are the same 50 000 images.
 
-    Raises FileNotFoundError where files are missing, ValueError where one is damaged, DownloadError.
+    Raises FileNotFoundError if files are missing, ValueError if one is damaged, DownloadError.
     """
     python = python_folder(ARCHIVE, data_dir, PYTHON_FOLDER)
     if python is not None:

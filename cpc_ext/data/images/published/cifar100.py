@@ -1,6 +1,6 @@
-"""CIFAR-100 from its published binary files, which are mapped and viewed.
+"""CIFAR-100 from its published binary files, which are memory-mapped.
 
-Where there are those for Python instead (cifar-100-python), as torchvision keeps them, they are read.
+If there is only the Python version (cifar-100-python), which torchvision uses, it is read instead.
 
 Source: Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html.
 """
@@ -23,7 +23,7 @@ from cpc_ext.data.images.cifar import (
 )
 from cpc_ext.data.images.dataset import Dataset
 
-# SHA-256 and size are those with which TensorFlow Datasets fetches the file (tensorflow_datasets/url_checksums).
+# SHA-256 and size are those of TensorFlow Datasets (tensorflow_datasets/url_checksums).
 ARCHIVE = Archive(
     url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
     sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
@@ -31,14 +31,14 @@ ARCHIVE = Archive(
     unpacked=IMAGE_BYTES,
     folder="cifar-100-binary",
 )
-# The folder of the files for Python.
+# The folder of the Python version.
 PYTHON_FOLDER = "cifar-100-python"
 
 
 def load(data_dir: str | Path | None = None, *, download: bool = False) -> Dataset:
     """Open CIFAR-100 with its 100 fine labels; pretrain and train are the same 50 000 images.
 
-    Raises FileNotFoundError where files are missing, ValueError where one is damaged, DownloadError.
+    Raises FileNotFoundError if files are missing, ValueError if one is damaged, DownloadError.
     """
     python = python_folder(ARCHIVE, data_dir, PYTHON_FOLDER)
     if python is not None:

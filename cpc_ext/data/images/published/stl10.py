@@ -1,6 +1,6 @@
 """STL-10 from its published binary files: 100 000 unlabelled, 5000 training and 8000 test images of 96 x 96 pixels.
 
-The files store each image column by column; a transposed view of the mapped file puts that right without a copy.
+The files store each image column by column; a transposed view of the mapped file corrects this without a copy.
 Source: Coates, Ng and Lee 2011, https://cs.stanford.edu/~acoates/stl10/.
 """
 
@@ -16,8 +16,8 @@ from cpc_ext.data.images.dataset import Dataset, ImageSet
 
 SIZE = 96
 UNLABELED, TRAIN, TEST = 100_000, 5_000, 8_000
-# The published checksum is an MD5, too weak for an address without encryption. SHA-256 and size are those with which
-# TensorFlow Datasets fetches the file (tensorflow_datasets/url_checksums/stl10.txt).
+# The published checksum is an MD5, which is too weak for a download over http. SHA-256 and size are those of TensorFlow
+# Datasets (tensorflow_datasets/url_checksums/stl10.txt).
 ARCHIVE = Archive(
     url="http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz",
     sha256="f31fd99273a1acb8609c8db427cebb1de3f71de77758cdc0e22956e1289b9866",
@@ -28,7 +28,7 @@ ARCHIVE = Archive(
 CLASSES = 10
 FOLDS, FOLD_SIZE = 10, 1_000
 
-# As Greedy InfoMax (arXiv 1905.11786) normalises STL-10, and every program that compares with it.
+# The statistics with which Greedy InfoMax (arXiv 1905.11786), and every program that compares with it, normalises.
 MEAN, STD = (0.4313, 0.4156, 0.3663), (0.2683, 0.2610, 0.2687)
 GRAY_MEAN, GRAY_STD = 0.4120, 0.2570
 
@@ -36,7 +36,7 @@ GRAY_MEAN, GRAY_STD = 0.4120, 0.2570
 def load(data_dir: str | Path | None = None, *, download: bool = False) -> Dataset:
     """Open STL-10: pretrain is the unlabelled split, `folds` the ten published subsets of 1000 training images.
 
-    Raises FileNotFoundError where files are missing, ValueError where one is damaged, DownloadError.
+    Raises FileNotFoundError if files are missing, ValueError if one is damaged, DownloadError.
     """
     folder = require_folder(ARCHIVE, data_dir, download=download)
     return Dataset(
@@ -65,7 +65,7 @@ def _labelled(folder: Path, split: str, count: int) -> ImageSet:
 
 
 def _folds(path: Path) -> tuple[np.ndarray, ...]:
-    """Ten lines of 1000 indices into the training images, counted from 0."""
+    """Read the folds: ten lines of 1000 indices into the training images, counted from 0."""
     try:
         folds = tuple(np.array(line.split(), np.int64) for line in require_file(path).read_text("utf-8").splitlines())
     except (ValueError, OverflowError) as error:
